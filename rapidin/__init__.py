@@ -1,0 +1,38 @@
+"""rapidin: find the training examples behind what a language model said.
+
+The flow, and the room of each step: data (`examples`), hooks (`model`, `layers`, `hooks`), sketch (`ops`),
+cache (`cache`), query and scan (`attributor`, `methods`), report (`hits`, `report`). Public names are imported
+when they are first used, so ``import rapidin`` is quick.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rapidin import ops as ops
+    from rapidin.attributor import Attributor as Attributor
+    from rapidin.cache import Cache as Cache
+    from rapidin.errors import UserError as UserError
+    from rapidin.model import load_model as load_model
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "Attributor": "rapidin.attributor",
+    "Cache": "rapidin.cache",
+    "UserError": "rapidin.errors",
+    "load_model": "rapidin.model",
+}
+__all__ = ["Attributor", "Cache", "UserError", "__version__", "load_model", "ops"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "ops":
+        return import_module("rapidin.ops")
+    if name in _HOMES:
+        return getattr(import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'rapidin' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

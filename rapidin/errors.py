@@ -1,0 +1,13 @@
+"""The one error that is the user's to mend."""
+
+
+class UserError(Exception):
+    """A mistake that the user can mend: what is wrong, and how to mend it, on one line.
+
+    The command line prints it as ``rapidin: <line>`` and exits with code 2.
+    """
+
+    def __init__(self, what: str, remedy: str = "") -> None:
+        self.what = " ".join(what.split())
+        self.remedy = " ".join(remedy.split())
+        super().__init__(f"{self.what}; {self.remedy}" if self.remedy else self.what)
