@@ -1,0 +1,521 @@
+"""Training data and queries: from jsonl, a HF dataset or a list to token ids with the tokens that count.
+
+Four forms of record are read; other fields are left alone and shown with a hit.
+
+    prompt        {"prompt": ..., "completion": ...}                    joined as they stand
+    instruction   {"instruction": ..., "input": ..., "output": ...}     the Alpaca form; "input" may be absent
+    messages      {"messages": [{"role": ..., "content": ...}, ...]}    the tokenizer's chat template
+    text          {"text": ...}                                         all of it counts
+
+`open_examples` reads and checks the whole source once, so a broken line is found before any work is done.
+`Encoder` turns a record into token ids and marks those whose prediction loss counts.
+"""
+
+import hashlib
+import json
+import os
+import sys
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from enum import IntEnum
+from importlib import import_module
+from itertools import pairwise, takewhile
+from pathlib import Path
+from typing import Any, Protocol
+
+from rapidin.errors import UserError
+
+Record = dict[str, Any]
+
+# In this order: a record that has the fields of two forms is read as the first of them.
+_FORMS: dict[str, tuple[str, ...]] = {
+    "prompt": ("prompt", "completion"),
+    "instruction": ("instruction", "output"),
+    "messages": ("messages",),
+    "text": ("text",),
+}
+# What a query may lack: the model then writes it.
+_COMPLETIONS = {"prompt": "completion", "instruction": "output"}
+_EXPECTED = (
+    "expected 'prompt' and 'completion', or 'instruction' and 'output' (and 'input'), "
+    "or 'messages', or 'text'"
+)
+_EXPECTED_QUERY = "expected 'prompt', or 'instruction' (and 'input'), or 'messages', or 'text'"
+
+_UTF8_BOM = b"\xef\xbb\xbf"
+
+
+class Status(IntEnum):
+    """Why an example has a sketch or has none; stored as uint8 in the cache."""
+
+    OK = 0
+    EMPTY = 1  # no text at all
+    NO_TARGET = 2  # no token whose loss counts: an empty completion, or all of it cut away
+    TOO_LONG = 3  # longer than the context, and such examples are to be skipped
+    NONFINITE = 4  # its gradient holds NaN or Inf
+
+
+# ---------------------------------------------------------------------------------------------- sources
+
+
+class _Source(Protocol):
+    path: str | None
+
+    def scan(self, limit: int | None) -> Iterator[Record]:
+        """All records in order, once, before `read` is called; at most `limit` of them."""
+
+    def read(self, row: int) -> Record: ...
+
+    def index(self, row: int) -> int: ...
+
+    def where(self, row: int) -> str:
+        """The place of a row in words, as a person would look it up."""
+
+
+class _JsonLines:
+    """A jsonl file of any size: two integers are kept for each example, and records are read again when wanted."""
+
+    def __init__(self, path: str) -> None:
+        self.path: str | None = os.path.abspath(path)
+        self._name = path
+        self._offsets = array("Q")
+        self._lines = array("Q")
+        try:
+            self._file = open(path, "rb")  # noqa: SIM115  (closed with this object)
+        except OSError as error:
+            raise UserError(f"cannot read the data file {path}: {error.strerror}") from error
+
+    def scan(self, limit: int | None) -> Iterator[Record]:
+        offset = 0
+        for number, line in enumerate(self._file):
+            if limit is not None and len(self._offsets) == limit:
+                return
+            start, offset = offset, offset + len(line)
+            if number == 0 and line.startswith(_UTF8_BOM):
+                line = line[len(_UTF8_BOM) :]
+                start += len(_UTF8_BOM)
+            if not line.strip():
+                continue
+            self._offsets.append(start)
+            self._lines.append(number)
+            yield self._parse(line, len(self._offsets) - 1)
+
+    def read(self, row: int) -> Record:
+        self._file.seek(self._offsets[row])
+        return self._parse(self._file.readline(), row)
+
+    def index(self, row: int) -> int:
+        return self._lines[row]
+
+    def where(self, row: int) -> str:
+        return f"{self._name}, line {self._lines[row] + 1}"
+
+    def _parse(self, line: bytes, row: int) -> Record:
+        try:
+            record = json.loads(line.decode("utf-8"))
+        except UnicodeDecodeError as error:
+            raise UserError(
+                f"{self.where(row)}: not UTF-8 text (byte {error.start + 1} of the line)",
+                "save the file as UTF-8, one JSON object a line",
+            ) from error
+        except json.JSONDecodeError as error:
+            if row == 0 and line.lstrip().startswith(b"["):
+                raise UserError(
+                    f"{self.where(row)}: the file holds one JSON list, expected one JSON object a line",
+                    "jq -c '.[]' turns such a file into lines",
+                ) from error
+            raise UserError(
+                f"{self.where(row)}: broken JSON ({error.msg} at column {error.colno})",
+                "mend or remove that line",
+            ) from error
+        except RecursionError as error:
+            raise UserError(
+                f"{self.where(row)}: JSON nested too deeply", "mend or remove that line"
+            ) from error
+        return _as_record(record, self.where(row))
+
+
+class _Rows:
+    """A list of records, or a HF dataset: anything with a length and rows."""
+
+    def __init__(self, rows: Any, path: str | None, name: str) -> None:
+        self.path = path
+        self._rows = rows
+        self._name = name
+
+    def scan(self, limit: int | None) -> Iterator[Record]:
+        for row in range(len(self._rows) if limit is None else min(limit, len(self._rows))):
+            yield self.read(row)
+
+    def read(self, row: int) -> Record:
+        record = self._rows[row]
+        return _as_record({"text": record} if isinstance(record, str) else record, self.where(row))
+
+    def index(self, row: int) -> int:
+        return row
+
+    def where(self, row: int) -> str:
+        return f"{self._name}[{row}]"
+
+
+def _as_record(value: object, where: str) -> Record:
+    if not isinstance(value, Mapping) or not all(isinstance(field, str) for field in value):
+        raise UserError(f"{where}: found {_kind(value)}, expected a JSON object with named fields")
+    return dict(value)
+
+
+def _open_source(source: Any) -> _Source:
+    if isinstance(source, str | os.PathLike):
+        path = os.fspath(source)
+        if os.path.isdir(path):
+            return _Rows(_load_dataset(path), os.path.abspath(path), path)
+        if not os.path.exists(path):
+            raise UserError(
+                f"no such data: {path}", "give a .jsonl file, or the folder of a HF dataset saved to disk"
+            )
+        if not os.path.isfile(path):
+            raise UserError(f"the data {path} is not a regular file", "save it as a .jsonl file first")
+        return _JsonLines(path)
+    datasets = sys.modules.get("datasets")  # whoever hands over a dataset has imported the package
+    if datasets is not None and isinstance(source, datasets.Dataset):
+        return _Rows(source.with_format(None), None, "dataset")
+    if datasets is not None and isinstance(source, datasets.DatasetDict):
+        raise UserError(f"the data is a set of splits: {', '.join(source)}", "choose one: data['train']")
+    if isinstance(source, Mapping) or not isinstance(source, Iterable):
+        raise UserError(
+            f"the data is {_kind(source)}", "give a path, a list of records or strings, or a HF dataset"
+        )
+    return _Rows(list(source), None, "examples")
+
+
+def _load_dataset(path: str) -> Any:
+    folder = Path(path)
+    if (folder / "dataset_dict.json").is_file():
+        splits = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir()))
+        raise UserError(f"{path} holds several splits: {splits}", f"name one, as in {folder / 'train'}")
+    if not (folder / "state.json").is_file():
+        raise UserError(
+            f"the folder {path} is no HF dataset saved to disk (no state.json in it)",
+            "give a .jsonl file, or a folder written by Dataset.save_to_disk",
+        )
+    try:
+        datasets = import_module("datasets")
+    except ImportError as error:
+        raise UserError(
+            f"reading {path} needs the package datasets", "pip install 'rapidin[datasets]'"
+        ) from error
+    try:
+        return datasets.load_from_disk(path).with_format(None)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"cannot load the HF dataset {path}: {error}") from error
+
+
+# --------------------------------------------------------------------------------------------- examples
+
+
+class Examples:
+    """Checked examples in order: `len`, iteration, and `examples[row]` give records as they were read.
+
+    path: absolute path of the file or folder, None for data in memory.
+    form: "prompt" | "instruction" | "messages" | "text", the same for every record.
+    identity: sha256 (hex) over the canonical JSON of the records in order.
+    """
+
+    def __init__(self, source: _Source, limit: int | None, generations: bool) -> None:
+        self._source = source
+        self.path = source.path
+        self.form = ""
+        digest = hashlib.sha256()
+        self._length = 0
+        for row, record in enumerate(source.scan(limit)):
+            self.form = _check(record, self.form, generations, source.where(row))
+            canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), default=str)
+            digest.update(canonical.encode("ascii") + b"\n")
+            self._length += 1
+        if not self._length:
+            raise UserError(f"no examples in {self.path or 'the data'}", "at least one is needed")
+        self.identity = digest.hexdigest()
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __getitem__(self, row: int) -> Record:
+        if not 0 <= row < self._length:
+            raise IndexError(f"row {row} of {self._length} examples")
+        return self._source.read(row)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self._source.read(row) for row in range(self._length))
+
+    def index(self, row: int) -> int:
+        """The row's line number in the file, from 0, blank lines counted; the row itself for other sources."""
+        if not 0 <= row < self._length:
+            raise IndexError(f"row {row} of {self._length} examples")
+        return self._source.index(row)
+
+
+def open_examples(source: Any, *, limit: int | None = None, generations: bool = False) -> Examples:
+    """Open and check training examples, or with `generations` queries, whose completion may be missing.
+
+    source: path of a .jsonl file or of a HF dataset saved to disk, a list of records (or of strings, each
+    standing for {"text": string}), or a HF dataset in memory. limit: only the first so many.
+    Raises UserError, naming the place, for a broken line, a record of no known form or of another form than
+    the first, and a field of the wrong type; and when there are no examples.
+    """
+    if limit is not None and limit < 1:
+        raise UserError(f"a limit of {limit} examples leaves none", "give 1 or more")
+    return Examples(_open_source(source), limit, generations)
+
+
+def form_of(record: Mapping[str, Any], *, generations: bool = False) -> str | None:
+    """The form a record has the fields of, or None; with `generations` the completion may be missing."""
+    for lacking in ({}, _COMPLETIONS) if generations else ({},):
+        for form, fields in _FORMS.items():
+            if all(record.get(field) is not None for field in fields if lacking.get(form) != field):
+                return form
+    return None
+
+
+def _check(record: Record, form: str, generations: bool, where: str) -> str:
+    """The form of a record, which is `form` if that is not ""; UserError says what is wrong with it."""
+    found = form_of(record, generations=generations)
+    if found is None or found != (form or found):
+        fields = ", ".join(
+            f"'{name}'" + (" (null)" if value is None else "") for name, value in record.items()
+        )
+        expected = _EXPECTED_QUERY if generations else _EXPECTED
+        if form:
+            expected = f"expected {' and '.join(map(repr, _FORMS[form]))} as in the examples before it"
+        raise UserError(f"{where}: found {'the fields ' + fields if fields else 'no fields'}", expected)
+    if found == "messages":
+        _check_messages(record["messages"], where)
+    else:
+        for field in (*_FORMS[found], *(("input",) if found == "instruction" else ())):
+            if record.get(field) is not None:
+                _check_text(record[field], f"'{field}'", where)
+    return found
+
+
+def _check_messages(messages: object, where: str) -> None:
+    if not isinstance(messages, list):
+        raise UserError(f"{where}: 'messages' holds {_kind(messages)}, expected a list of messages")
+    for number, message in enumerate(messages):
+        if not isinstance(message, Mapping):
+            raise UserError(
+                f"{where}: messages[{number}] is {_kind(message)}, expected an object with 'role' and 'content'"
+            )
+        for field in ("role", "content"):
+            _check_text(message.get(field), f"'{field}' of messages[{number}]", where)
+
+
+def _check_text(value: object, name: str, where: str) -> None:
+    if not isinstance(value, str):
+        raise UserError(f"{where}: {name} holds {_kind(value)}, expected text")
+    if not value.isascii():
+        try:
+            value.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{where}: {name} holds half a character (a lone surrogate)", "mend or remove it"
+            ) from error
+
+
+def _kind(value: object) -> str:
+    if value is None:
+        return "nothing"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int | float):
+        return f"a number ({value})"
+    if isinstance(value, str):
+        return "text"
+    if isinstance(value, Mapping):
+        return "an object"
+    return "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+
+
+# ---------------------------------------------------------------------------------------------- encoding
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """One example as the model sees it. ids and target have one entry a token; `target[t]` is True where the
+    loss of predicting token t counts (never for t = 0, which nothing predicts)."""
+
+    ids: list[int]
+    target: list[bool]
+    status: Status
+    truncated: bool = False
+
+
+def alpaca_prompt(instruction: str, input: str = "") -> str:
+    """The Alpaca form with one header: it stays the same where there is an input section."""
+    section = f"### Input:\n{input}\n\n" if input else ""
+    return (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+        f"### Instruction:\n{instruction}\n\n{section}### Response:\n"
+    )
+
+
+def _known_form(record: Record) -> str:
+    form = form_of(record, generations=True)
+    if form is None:
+        raise UserError(f"a record with the fields {', '.join(map(repr, record)) or 'none'}", _EXPECTED_QUERY)
+    return form
+
+
+class Encoder:
+    """Records to token ids.
+
+    Prompt and completion are tokenised together where the tokenizer reports offsets (fast ones do): a token
+    counts when it reaches past the prompt's end. Other tokenizers take the two apart. What the tokenizer puts in
+    front of a text (BOS) is kept, what it would put behind it is not: with `eos`, its end-of-text token
+    follows a completion and counts, unless the completion is empty or ends in it. In a chat, all that the
+    template writes for the assistant's turns counts, end marks included; it adds its own special tokens.
+    Examples of more than max_length tokens are cut at the end ("truncate") or have Status.TOO_LONG ("skip").
+    """
+
+    def __init__(
+        self, tokenizer: Any, *, eos: bool = True, max_length: int, too_long: str = "truncate"
+    ) -> None:
+        if too_long not in ("truncate", "skip"):
+            raise UserError(f"too_long is {too_long!r}", "give 'truncate' or 'skip'")
+        if max_length < 2:
+            raise UserError(
+                f"max_length is {max_length}", "give 2 or more: the first token is never predicted"
+            )
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.too_long = too_long
+        self._eos: int | None = tokenizer.eos_token_id if eos else None
+        special = set(tokenizer.all_special_ids)
+        # What the tokenizer itself puts in front of any text.
+        self._lead: list[int] = list(takewhile(special.__contains__, tokenizer("a")["input_ids"]))
+
+    def __call__(self, record: Record) -> Encoded:
+        """A record of any of the four forms; a missing completion counts as an empty one."""
+        if _known_form(record) == "messages":
+            return self._encode_messages(record["messages"])
+        return self.encode_pair(self.prompt_text(record), self.completion_text(record) or "")
+
+    def encode_pair(self, prompt: str, completion: str) -> Encoded:
+        text = prompt + completion
+        if not text:
+            return Encoded([], [], Status.EMPTY)
+        lead = self._lead_of(text)
+        if self.tokenizer.is_fast:
+            ids, spans = self._tokens_and_spans(text)
+            target = [end > len(prompt) for _, end in spans]
+        else:
+            head, tail = self._tokens(prompt), self._tokens(completion)
+            ids = head + tail
+            target = [False] * len(head) + [True] * len(tail)
+        ids = lead + ids
+        target = [False] * len(lead) + target
+        if completion and self._eos is not None and ids[-1:] != [self._eos]:
+            ids.append(self._eos)
+            target.append(True)
+        return self._finish(ids, target)
+
+    def prompt_ids(self, prompt: str) -> list[int]:
+        """The token ids of a prompt that the model is to continue."""
+        return self._lead_of(prompt) + self._tokens(prompt)
+
+    def prompt_text(self, record: Record) -> str:
+        """The text up to where the (last) completion starts; "" for a record of the text form."""
+        form = _known_form(record)
+        if form == "prompt":
+            return str(record["prompt"])
+        if form == "instruction":
+            return alpaca_prompt(record["instruction"], record.get("input") or "")
+        if form == "messages":
+            messages = record["messages"]
+            answered = bool(messages) and messages[-1]["role"] == "assistant"
+            return self._render(messages[:-1] if answered else messages, generation=True)
+        return ""
+
+    def completion_text(self, record: Record) -> str | None:
+        """The (last) completion, or None where it is missing or empty, so that a model is to write it."""
+        form = _known_form(record)
+        if form == "messages":
+            last = record["messages"][-1] if record["messages"] else {"role": "", "content": ""}
+            return (last["content"] or None) if last["role"] == "assistant" else None
+        return record.get(_FORMS[form][-1]) or None
+
+    def _encode_messages(self, messages: list[Record]) -> Encoded:
+        if not messages:
+            return Encoded([], [], Status.EMPTY)
+        text = self._render(messages, generation=False)
+        spans = self._assistant_spans(messages, text)
+        if self.tokenizer.is_fast:
+            ids, offsets = self._tokens_and_spans(text)
+            target = [any(start < last and end > first for first, last in spans) for start, end in offsets]
+        else:
+            ids, target = [], []
+            edges = [0, *(edge for span in spans for edge in span), len(text)]
+            for number, (start, end) in enumerate(pairwise(edges)):
+                piece = self._tokens(text[start:end])
+                ids += piece
+                target += [number % 2 == 1] * len(piece)
+        return self._finish(ids, target)
+
+    def _assistant_spans(self, messages: list[Record], text: str) -> list[tuple[int, int]]:
+        """Where the assistant's turns lie in the rendered chat, as [start, end) in characters."""
+        spans = []
+        for number, message in enumerate(messages):
+            if message["role"] != "assistant":
+                continue
+            before = self._render(messages[:number], generation=True)
+            through = self._render(messages[: number + 1], generation=False)
+            if not (text.startswith(through) and through.startswith(before)):
+                raise UserError(
+                    f"the chat template rewrites what it has written when a message is added (messages[{number}]),"
+                    " so the assistant's tokens cannot be told apart",
+                    "give the data as 'prompt' and 'completion', or the tokenizer a template that only adds",
+                )
+            spans.append((len(before), len(through)))
+        return spans
+
+    def _render(self, messages: list[Record], *, generation: bool) -> str:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                "the data holds chats ('messages'), but the model's tokenizer has no chat template",
+                "give the data as 'prompt' and 'completion', or use a model tuned for chats",
+            )
+        from jinja2 import TemplateError
+
+        try:
+            return str(
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
+            )
+        except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+            roles = ", ".join(str(message["role"]) for message in messages) or "none"
+            raise UserError(
+                f"the chat template refuses a chat with the roles {roles}: {error or type(error).__name__}",
+                "give chats as the model's template expects them",
+            ) from error
+
+    def _lead_of(self, text: str) -> list[int]:
+        # A rendered chat may carry its own BOS; a second one would be a different text.
+        bos = self.tokenizer.bos_token
+        return [] if bos and text.startswith(bos) else list(self._lead)
+
+    def _tokens(self, text: str) -> list[int]:
+        return (
+            list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]) if text else []
+        )
+
+    def _tokens_and_spans(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        encoding = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+        return list(encoding["input_ids"]), list(encoding["offset_mapping"])
+
+    def _finish(self, ids: list[int], target: list[bool]) -> Encoded:
+        target[:1] = [False] * len(target[:1])
+        truncated = False
+        if len(ids) > self.max_length:
+            if self.too_long == "skip":
+                return Encoded(ids, target, Status.TOO_LONG)
+            ids, target, truncated = ids[: self.max_length], target[: self.max_length], True
+        return Encoded(ids, target, Status.OK if any(target) else Status.NO_TARGET, truncated)
