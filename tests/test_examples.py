@@ -1,0 +1,403 @@
+"""Reading data: what is accepted, what is refused and in which words, and which tokens count."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_tokenizer
+
+from rapidin.errors import UserError
+from rapidin.examples import Encoder, Status, alpaca_prompt, open_examples
+
+PROMPT = {"prompt": "One, two,", "completion": " three."}
+INSTRUCTION = {"instruction": "Add.", "input": "1, 2", "output": "3"}
+MESSAGES = {
+    "messages": [
+        {"role": "user", "content": "Howdy!"},
+        {"role": "assistant", "content": "Hello."},
+        {"role": "user", "content": "What is one and two?"},
+        {"role": "assistant", "content": "Three."},
+    ]
+}
+TEXT = {"text": "The quick brown fox."}
+FORMS = [("prompt", PROMPT), ("instruction", INSTRUCTION), ("messages", MESSAGES), ("text", TEXT)]
+
+
+def write(path: Path, *lines: Any) -> Path:
+    """Lines that are not bytes or text already are written as JSON."""
+    with path.open("wb") as file:
+        for line in lines:
+            if not isinstance(line, str | bytes):
+                line = json.dumps(line)
+            file.write((line.encode() if isinstance(line, str) else line) + b"\n")
+    return path
+
+
+def encoder(**options: Any) -> Encoder:
+    chat, bos = options.pop("chat", False), options.pop("bos", False)
+    return Encoder(tiny_tokenizer(chat, bos), **{"max_length": 128} | options)
+
+
+def counted(encode: Encoder, record: dict[str, Any]) -> str:
+    """The text of the tokens whose loss counts."""
+    encoded = encode(record)
+    assert len(encoded.ids) == len(encoded.target)
+    return encode.tokenizer.decode([i for i, on in zip(encoded.ids, encoded.target, strict=True) if on])
+
+
+# -------------------------------------------------------------------------------------------- reading
+
+
+@pytest.mark.parametrize(("form", "record"), FORMS)
+def test_forms(tmp_path: Path, form: str, record: dict[str, Any]) -> None:
+    examples = open_examples(write(tmp_path / "data.jsonl", record, record | {"label": 3}))
+    assert (len(examples), examples.form, examples.path) == (2, form, str(tmp_path / "data.jsonl"))
+    assert list(examples) == [record, record | {"label": 3}]
+    assert open_examples([record, record | {"label": 3}]).identity == examples.identity
+
+
+def test_path_may_be_text(tmp_path: Path) -> None:
+    assert len(open_examples(str(write(tmp_path / "data.jsonl", TEXT)))) == 1
+
+
+def test_blank_lines_count_in_the_line_number(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", "", {"text": "a"}, "  \t", "", {"text": "b"}, {"text": "c"}, "")
+    examples = open_examples(path)
+    assert [examples.index(row) for row in range(3)] == [1, 4, 5]
+    assert examples[2] == {"text": "c"}
+    assert examples.identity == open_examples(["a", "b", "c"]).identity
+    for row in (-1, 3):
+        with pytest.raises(IndexError):
+            examples[row]
+        with pytest.raises(IndexError):
+            examples.index(row)
+
+
+def test_byte_order_mark_crlf_and_no_last_newline(tmp_path: Path) -> None:
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'\xef\xbb\xbf{"text": "a\xc3\xa9"}\r\n{"text": "b"}')
+    examples = open_examples(path)
+    assert [examples[1], examples[0]] == [{"text": "b"}, {"text": "aé"}]
+
+
+def test_separators_inside_a_text_end_no_line(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", '{"text": "one\u2028two\x85three"}', TEXT)
+    assert open_examples(path)[0]["text"] == "one\u2028two\x85three"
+
+
+def test_limit(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", TEXT, TEXT, '{"broken')
+    assert len(open_examples(path, limit=2)) == 2
+    assert len(open_examples([TEXT], limit=9)) == 1
+    with pytest.raises(UserError, match="limit of 0"):
+        open_examples(path, limit=0)
+
+
+def test_identity_depends_on_the_records_and_their_order_only(tmp_path: Path) -> None:
+    identity = open_examples(["a", "b"]).identity
+    spread = write(tmp_path / "data.jsonl", '{ "text" :\t"a" }', "", {"text": "b"})
+    assert open_examples(spread).identity == identity
+    assert open_examples(["b", "a"]).identity != identity
+    assert open_examples(["a", "b", "c"]).identity != identity
+    assert open_examples([{"text": "a", "label": 1}, {"text": "b"}]).identity != identity
+    swapped = [{"completion": "y", "prompt": "x"}]
+    assert open_examples(swapped).identity == open_examples([{"prompt": "x", "completion": "y"}]).identity
+
+
+def test_a_record_with_the_fields_of_two_forms() -> None:
+    both = INSTRUCTION | TEXT  # as in Alpaca on the Hub
+    assert open_examples([both]).form == "instruction"
+    half = {"prompt": "a prompt"} | TEXT
+    assert open_examples([half]).form == "text"
+    assert counted(encoder(), half) == counted(encoder(), TEXT)
+
+
+def test_queries_may_lack_the_completion(tmp_path: Path) -> None:
+    encode = encoder(chat=True)
+    for record, rest in [
+        ({"prompt": "Howdy!"}, "Howdy!"),
+        ({"prompt": "Howdy!", "completion": None}, "Howdy!"),
+        ({"instruction": "Add.", "input": ""}, alpaca_prompt("Add.")),
+        ({"instruction": "Add.", "output": ""}, alpaca_prompt("Add.")),
+        ({"messages": MESSAGES["messages"][:1]}, "<|user|>\nHowdy!</s>\n<|assistant|>\n"),
+    ]:
+        examples = open_examples([record], generations=True)
+        assert encode.prompt_text(examples[0]) == rest
+        assert encode.completion_text(examples[0]) is None
+        if "output" not in record and "messages" not in record:
+            with pytest.raises(UserError, match="expected 'prompt' and 'completion'"):
+                open_examples([record])
+    with pytest.raises(UserError, match="expected 'prompt', or 'instruction'"):
+        open_examples([{"question": "Howdy!"}], generations=True)
+
+
+def test_dataset_on_disk_and_in_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    data = datasets.Dataset.from_list([INSTRUCTION, INSTRUCTION | {"input": None}, INSTRUCTION])
+    data.save_to_disk(tmp_path / "data")
+    examples = open_examples(tmp_path / "data", limit=2)
+    assert (len(examples), examples.form, examples.index(1)) == (2, "instruction", 1)
+    assert examples[1] == INSTRUCTION | {"input": None}
+    assert examples.identity == open_examples(data, limit=2).identity
+    assert examples.path == str(tmp_path / "data")
+    assert open_examples(data.with_format("torch"))[0] == INSTRUCTION
+
+    datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path / "splits")
+    with pytest.raises(UserError, match="several splits: test, train; name one"):
+        open_examples(tmp_path / "splits")
+    with pytest.raises(UserError, match="set of splits"):
+        open_examples(datasets.DatasetDict(train=data))
+    assert len(open_examples(tmp_path / "splits" / "train")) == 3
+
+    (tmp_path / "data" / "state.json").write_text("{}")
+    with pytest.raises(UserError, match="cannot load the HF dataset"):
+        open_examples(tmp_path / "data")
+    monkeypatch.setitem(__import__("sys").modules, "datasets", None)
+    with pytest.raises(UserError, match=r"pip install 'rapidin\[datasets\]'"):
+        open_examples(tmp_path / "data")
+
+
+# -------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([TEXT, "", '{"text": "a"'], r"data.jsonl, line 3: broken JSON \(.* at column \d+\); mend"),
+        ([TEXT, '{"text": "a"} {"text": "b"}'], "line 2: broken JSON"),
+        ([TEXT, b'{"text": "\xff\xfe"}'], r"line 2: not UTF-8 text \(byte 11 of the line\)"),
+        (["[", json.dumps(TEXT), "]"], r"line 1: the file holds one JSON list.*jq"),
+        ([TEXT, "[1, 2]"], "line 2: found a list, expected a JSON object"),
+        ([TEXT, "null"], "line 2: found nothing, expected a JSON object"),
+        ([TEXT, '"text"'], "line 2: found text, expected a JSON object"),
+        ([TEXT, "[" * 100_000], "line 2: JSON nested too deeply"),
+        (
+            [{"question": "a", "answer": "b"}],
+            "line 1: found the fields 'question', 'answer'; expected 'prompt'",
+        ),
+        ([TEXT, {}], "line 2: found no fields; expected 'text' as in the examples before it"),
+        ([TEXT, PROMPT], "line 2: found the fields 'prompt', 'completion'; expected 'text' as"),
+        ([PROMPT, {"prompt": "a"}], "line 2: found the fields 'prompt'; expected 'prompt' and 'completion'"),
+        ([{"text": None}], r"line 1: found the fields 'text' \(null\)"),
+        ([{"text": 3}], r"line 1: 'text' holds a number \(3\), expected text"),
+        ([{"prompt": "a", "completion": True}], "'completion' holds true, expected text"),
+        ([INSTRUCTION | {"input": ["a"]}], "'input' holds a list, expected text"),
+        ([{"messages": "hi"}], "'messages' holds text, expected a list of messages"),
+        ([{"messages": ["hi"]}], r"messages\[0\] is text, expected an object with 'role' and 'content'"),
+        ([{"messages": [{"role": "user"}]}], r"'content' of messages\[0\] holds nothing, expected text"),
+        (['{"text": "\\ud83d"}'], "'text' holds half a character"),
+        ([], "no examples in .*data.jsonl"),
+        (["", "  "], "no examples in .*data.jsonl"),
+    ],
+)
+def test_refusals_name_the_place(tmp_path: Path, lines: list[Any], message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        open_examples(write(tmp_path / "data.jsonl", *lines))
+    assert "\n" not in str(caught.value)
+
+
+def test_refused_sources(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    for source, message in [
+        (tmp_path / "none.jsonl", r"no such data: .*none.jsonl; give a .jsonl file"),
+        (tmp_path / "folder", "no HF dataset saved to disk"),
+        (Path("/dev/null"), "not a regular file"),
+        ([], "no examples in the data"),
+        ([TEXT, 7], r"examples\[1\]: found a number \(7\)"),
+        ({"text": "a"}, "the data is an object; give a path"),
+        (7, "the data is a number"),
+    ]:
+        with pytest.raises(UserError, match=message):
+            open_examples(source)
+
+
+def test_a_file_that_changes_while_it_is_read(tmp_path: Path) -> None:
+    examples = open_examples(write(tmp_path / "data.jsonl", TEXT, TEXT))
+    (tmp_path / "data.jsonl").write_text(json.dumps(TEXT) + "\n{")
+    with pytest.raises(UserError, match="line 2: broken JSON"):
+        list(examples)
+
+
+# -------------------------------------------------------------------------------------------- encoding
+
+
+@pytest.mark.parametrize("bos", [False, True])
+@pytest.mark.parametrize("eos", [False, True])
+def test_what_counts(bos: bool, eos: bool) -> None:
+    encode = encoder(bos=bos, eos=eos)
+    end = "</s>" if eos else ""
+    assert counted(encode, PROMPT) == " three." + end
+    assert counted(encode, INSTRUCTION) == "3" + end
+    assert counted(encode, TEXT) == ("The" * bos) + " quick brown fox." + end  # position 0 never counts
+    whole = encode.tokenizer.decode(encode(INSTRUCTION).ids)
+    assert whole == "<s>" * bos + alpaca_prompt("Add.", "1, 2") + "3" + end
+    assert encode(PROMPT).status == Status.OK
+    assert encode.encode_pair(PROMPT["prompt"], PROMPT["completion"]) == encode(PROMPT)
+
+
+def test_alpaca_form() -> None:
+    header = (
+        "Below is an instruction that describes a task. "
+        "Write a response that appropriately completes the request.\n\n"
+    )
+    assert alpaca_prompt("Add.") == header + "### Instruction:\nAdd.\n\n### Response:\n"
+    assert alpaca_prompt("Add.", "1") == header + "### Instruction:\nAdd.\n\n### Input:\n1\n\n### Response:\n"
+
+
+def test_a_token_over_the_edge_counts() -> None:
+    encode = encoder(eos=False)
+    assert len(encode.tokenizer("The")["input_ids"]) == 1
+    encoded = encode.encode_pair("one T", "he")
+    assert encoded.ids[-1:] == encode.tokenizer("The")["input_ids"] and encoded.target[-1]
+
+
+def test_eos_is_not_doubled() -> None:
+    encode = encoder()
+    encoded = encode.encode_pair("Howdy!", " Paris.</s>")
+    assert encoded == encode.encode_pair("Howdy!", " Paris.")
+    assert encoded.ids.count(encode.tokenizer.eos_token_id) == 1
+
+
+def test_what_the_tokenizer_puts_behind_is_left_out() -> None:
+    from tokenizers import processors
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
+    )
+    encoded = Encoder(tokenizer, eos=False, max_length=99).encode_pair("Howdy!", " Paris.")
+    assert encoded.ids[0] == 0 and 1 not in encoded.ids
+
+
+def test_statuses_and_truncation() -> None:
+    encode = encoder(max_length=8)
+    assert encode({"text": ""}).status == Status.EMPTY
+    assert encode({"prompt": "", "completion": ""}).status == Status.EMPTY
+    assert encode({"prompt": "a", "completion": ""}).status == Status.NO_TARGET
+    assert encode({"instruction": "", "output": ""}).status == Status.NO_TARGET
+    assert encoder(eos=False)({"text": "a"}).status == Status.NO_TARGET  # position 0 is never predicted
+    assert encoder(eos=False, bos=True)({"text": "a"}).status == Status.OK
+    fits = encode({"prompt": "xyz", "completion": "wxyz"})  # one letter, one token, and the end
+    assert (len(fits.ids), fits.status, fits.truncated) == (8, Status.OK, False)
+    cut = encode({"prompt": "xyz", "completion": "wxyzw"})
+    assert (len(cut.ids), cut.status, cut.truncated) == (8, Status.OK, True)
+    assert cut.target == [False] * 3 + [True] * 5
+    gone = encode({"prompt": "wxyzwxyz", "completion": "w"})
+    assert (len(gone.ids), gone.status, gone.truncated) == (8, Status.NO_TARGET, True)
+    long = encoder(max_length=8, too_long="skip")({"prompt": "xyz", "completion": "wxyzw"})
+    assert (long.status, long.truncated) == (Status.TOO_LONG, False)
+
+
+def test_refused_options() -> None:
+    with pytest.raises(UserError, match="too_long is 'drop'; give 'truncate' or 'skip'"):
+        encoder(too_long="drop")
+    with pytest.raises(UserError, match="max_length is 1"):
+        encoder(max_length=1)
+
+
+@pytest.mark.parametrize("text", ["naïve café", "日本語です", "a🙂b", "🙂", "e\u0301", "\x00\n\r\t "])
+def test_multi_byte_text(text: str) -> None:
+    encode = encoder(eos=False)
+    assert counted(encode, {"prompt": "→é", "completion": text}) == text
+    assert counted(encode, {"prompt": text, "completion": "é→"}) == "é→"
+
+
+writing = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@settings(max_examples=150, deadline=None)
+@given(prompt=writing, completion=writing, bos=st.booleans())
+def test_target_tokens_give_the_completion_back(prompt: str, completion: str, bos: bool) -> None:
+    encode = ENCODERS[bos]
+    encoded = encode.encode_pair(prompt, completion)
+    chosen = [i for i, on in zip(encoded.ids, encoded.target, strict=True) if on]
+    if not completion:
+        assert not chosen
+        return
+    text = encode.tokenizer.decode(chosen, clean_up_tokenization_spaces=False)
+    # Without BOS nothing predicts the very first token; and a token may reach over the edge.
+    first = encode.tokenizer.decode(encoded.ids[:1]) if not prompt and not bos else ""
+    assert (first + text).endswith(completion) or "\ufffd" in text
+    assert len(text) <= len(completion) + 10
+    whole = encode.tokenizer.decode(encoded.ids[bos:], clean_up_tokenization_spaces=False)
+    assert whole == prompt + completion
+    assert not encoded.target[0]
+
+
+ENCODERS = [encoder(eos=False, bos=bos, max_length=10_000) for bos in (False, True)]
+
+
+class Slow:
+    """A tokenizer that reports no offsets: one token a character."""
+
+    is_fast = False
+    bos_token, eos_token_id, all_special_ids, chat_template = None, 0, [0], "yes"
+
+    def __call__(self, text: str, **_: Any) -> dict[str, list[int]]:
+        return {"input_ids": [ord(character) for character in text]}
+
+    def apply_chat_template(
+        self, messages: list[dict[str, str]], *, tokenize: bool, add_generation_prompt: bool
+    ) -> str:
+        turns = "".join(f"{message['role'][0]}:{message['content']};" for message in messages)
+        return turns + "a:" * add_generation_prompt
+
+
+def test_tokenizers_without_offsets() -> None:
+    encode = Encoder(Slow(), max_length=99)
+    assert encode({"prompt": "ab", "completion": "c"}).target == [False, False, True, True]
+    encoded = encode(MESSAGES)
+    text = "".join(chr(i) if on else "." for i, on in zip(encoded.ids, encoded.target, strict=True))
+    assert text == "." * 11 + "Hello.;" + "." * 25 + "Three.;"
+
+
+# ---------------------------------------------------------------------------------------------- chats
+
+
+@pytest.mark.parametrize("bos", [False, True])
+def test_every_turn_of_the_assistant_counts(bos: bool) -> None:
+    encode = encoder(chat=True, bos=bos)
+    assert counted(encode, MESSAGES) == "Hello.</s>\nThree.</s>\n"
+    assert encode.tokenizer.bos_token_id not in encode(MESSAGES).ids  # the template writes none
+    assert encode.completion_text(MESSAGES) == "Three."
+    assert encode.prompt_text(MESSAGES).endswith("What is one and two?</s>\n<|assistant|>\n")
+    asked = {"messages": MESSAGES["messages"][:3]}
+    assert encode.completion_text(asked) is None
+    assert encode.prompt_text(asked) == encode.prompt_text(MESSAGES)
+    assert encode({"messages": []}).status == Status.EMPTY
+    assert encode({"messages": MESSAGES["messages"][:1]}).status == Status.NO_TARGET
+
+
+def test_bos_is_not_doubled() -> None:
+    tokenizer = tiny_tokenizer(chat=True, bos=True)
+    tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template
+    encode = Encoder(tokenizer, max_length=99)
+    for ids in (
+        encode(MESSAGES).ids,
+        encode.prompt_ids(encode.prompt_text(MESSAGES)),
+        encode.encode_pair(encode.prompt_text(MESSAGES), "Three.").ids,
+        encode.prompt_ids("Howdy!"),
+    ):
+        assert ids[0] == 0 and ids.count(0) == 1
+
+
+def test_refused_chats() -> None:
+    with pytest.raises(UserError, match="no chat template"):
+        encoder()(MESSAGES)
+    tokenizer = tiny_tokenizer(chat=True)
+    encode = Encoder(tokenizer, max_length=99)
+    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    with pytest.raises(UserError, match=r"rewrites what it has written .*messages\[1\]"):
+        encode(MESSAGES)
+    tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
+    with pytest.raises(UserError, match="refuses a chat with the roles user: roles must alternate"):
+        encode({"messages": MESSAGES["messages"][:1]})
+
+
+def test_a_record_of_no_form() -> None:
+    with pytest.raises(UserError, match="a record with the fields 'question'; expected 'prompt'"):
+        encoder()({"question": "?"})
