@@ -1,0 +1,238 @@
+"""The manifest: what a cache is, which of its shards are done; written whole or not at all."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rapidin.errors import UserError
+from rapidin.layers import Block
+
+FORMAT = "rapidin-cache"
+VERSION = 1
+NAME = "manifest.json"
+DTYPES = ("float16", "float32")
+
+# How a difference between a cache and what is asked of it is told to the user.
+_WORDS = {
+    "model": "for another model",
+    "sketch": "with another sketch",
+    "gradient": "with other gradients",
+    "text": "with another treatment of the texts",
+    "data": "from other data",
+    "dtype": "with another dtype",
+    "rows": "for another number of examples",
+    "shard_rows": "with another number of rows a shard",
+    "layers": "for other layers",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One finished shard file: rows ``first .. first + rows - 1``; counts: examples by what became of them."""
+
+    file: str
+    first: int
+    rows: int
+    bytes: int
+    sha256: str
+    counts: dict[str, int]
+
+
+@dataclass
+class Manifest:
+    """What a cache holds.
+
+    model: names and hashes of model, adapter and tokenizer; sketch: projection, width, seed, hash; gradient: points,
+    loss; text: how texts became tokens; data: where the examples came from; dtype: of the sketches; rows: examples in
+    all; shard_rows: rows of each shard but the last; layers: the layer table; shards: those that are done.
+    """
+
+    model: dict[str, Any]
+    sketch: dict[str, Any]
+    gradient: dict[str, Any]
+    text: dict[str, Any]
+    data: dict[str, Any]
+    dtype: str
+    rows: int
+    shard_rows: int
+    layers: list[Block]
+    shards: list[Shard] = field(default_factory=list)
+
+    @property
+    def dim(self) -> int:
+        """Numbers in one example's sketch."""
+        return sum(block.width for block in self.layers)
+
+    @property
+    def rows_done(self) -> int:
+        """Examples in the finished shards."""
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def complete(self) -> bool:
+        """Whether every example is cached."""
+        return self.rows_done == self.rows
+
+    @property
+    def shards_in_all(self) -> int:
+        """Shards of the finished cache."""
+        return -(-self.rows // self.shard_rows)
+
+    def rows_of(self, n: int) -> int:
+        """Rows of shard n."""
+        return max(0, min(self.shard_rows, self.rows - n * self.shard_rows))
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes an example takes in a shard: sketch, block lengths, line number, status, truncation, hash."""
+        return self.dim * (2 if self.dtype == "float16" else 4) + 4 * len(self.layers) + 18
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Examples by what became of them, over the finished shards."""
+        total: dict[str, int] = {}
+        for shard in self.shards:
+            for what, n in shard.counts.items():
+                total[what] = total.get(what, 0) + n
+        return total
+
+    def refuse_unless_same(self, wanted: Manifest, folder: Path) -> None:
+        """Raise UserError naming the first thing in which the cache in `folder` is not the one wanted."""
+        mine, theirs = self._definition(), wanted._definition()
+        for key, words in _WORDS.items():
+            if mine[key] == theirs[key]:
+                continue
+            detail = ""
+            if isinstance(mine[key], dict):
+                part = next(k for k in {**mine[key], **theirs[key]} if mine[key].get(k) != theirs[key].get(k))
+                detail = f" ({part}: {_short(mine[key].get(part))} there, {_short(theirs[key].get(part))} here)"
+            elif not isinstance(mine[key], list):
+                detail = f" ({mine[key]} there, {theirs[key]} here)"
+            raise UserError(f"the cache in '{folder}' was made {words}{detail}", "name another folder with --out")
+
+    def _definition(self) -> dict[str, Any]:
+        """What makes two caches the same; where files lie is no part of it."""
+        whole = self.to_json()
+        whole["model"] = whole["model"]["identity"]
+        whole["data"] = {k: v for k, v in whole["data"].items() if k != "path"}
+        return whole
+
+    def to_json(self) -> dict[str, Any]:
+        """The manifest as JSON values."""
+        return {
+            "format": FORMAT,
+            "version": VERSION,
+            **{k: getattr(self, k) for k in ("model", "sketch", "gradient", "text", "data", "dtype", "rows", "shard_rows")},
+            "layers": [block.to_json() for block in self.layers],
+            "shards": [asdict(shard) for shard in self.shards],
+        }
+
+    def write(self, folder: Path) -> None:
+        """Replace the folder's manifest, atomically and on disk when this returns."""
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
+        replace_file(folder / NAME, text.encode())
+
+    @staticmethod
+    def read(folder: Path) -> Manifest:
+        """The manifest of a cache; UserError where there is none or it is damaged."""
+        path = folder / NAME
+        if not folder.is_dir():
+            raise UserError(f"no such cache: '{folder}'")
+        if not path.is_file():
+            raise UserError(f"'{folder}' is no cache: it has no {NAME}")
+        try:
+            value = json.loads(path.read_bytes())
+            if not isinstance(value, dict) or value.get("format") != FORMAT:
+                raise ValueError("it is not a rapidin manifest")
+            if value.get("version") != VERSION:
+                raise UserError(
+                    f"the cache in '{folder}' has format version {_short(value.get('version'))}, this rapidin reads {VERSION}",
+                    "use the rapidin that wrote it, or cache again",
+                )
+            return Manifest._of_json(value)
+        except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise UserError(f"'{path}' is damaged: {type(error).__name__} {_short(error)}", "cache again") from None
+        except OSError as error:
+            raise UserError(f"cannot read '{path}': {error.strerror}") from None
+
+    @staticmethod
+    def _of_json(value: Mapping[str, Any]) -> Manifest:
+        parts = {key: value[key] for key in ("model", "sketch", "gradient", "text", "data")}
+        if not all(isinstance(part, dict) for part in parts.values()):
+            raise ValueError("a part is not an object")
+        if not isinstance(parts["model"]["identity"], dict):
+            raise ValueError("the model has no identity")
+        manifest = Manifest(
+            **parts,
+            dtype=value["dtype"],
+            rows=_count(value["rows"]),
+            shard_rows=_count(value["shard_rows"]),
+            layers=[Block.from_json(block) for block in value["layers"]],
+            shards=[_shard(shard) for shard in value["shards"]],
+        )
+        if manifest.dtype not in DTYPES:
+            raise ValueError(f"unknown dtype {_short(manifest.dtype)}")
+        start = 0
+        for block in manifest.layers:
+            if block.start != start or block.width < 1:
+                raise ValueError(f"the block of {_short(block.name)} lies wrong")
+            start += block.width
+        if not manifest.layers or manifest.shard_rows < 1:
+            raise ValueError("no layers or no rows a shard")
+        next_first = 0
+        for shard in manifest.shards:
+            n, rest = divmod(shard.first, manifest.shard_rows)
+            if rest or shard.first < next_first or shard.file != shard_name(n):
+                raise ValueError(f"the shard {_short(shard.file)} is out of order")
+            if shard.rows != manifest.rows_of(n) or shard.rows < 1:
+                raise ValueError(f"the shard {_short(shard.file)} has the wrong number of rows")
+            next_first = shard.first + shard.rows
+        return manifest
+
+
+def shard_name(n: int) -> str:
+    """File name of shard n."""
+    return f"shard-{n:06d}.safetensors"
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Write a file beside its place, bring it to disk, and move it there: it appears whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+    except OSError as error:
+        partial.unlink(missing_ok=True)
+        raise UserError(f"cannot write '{path}': {error.strerror}", "what was written before is kept") from None
+
+
+def _count(value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise ValueError(f"{_short(value)} is no count")
+    return value
+
+
+def _shard(value: Mapping[str, Any]) -> Shard:
+    if not isinstance(value, dict) or not isinstance(value["counts"], dict):
+        raise ValueError(f"{_short(value)} is no shard")
+    counts = {str(k): _count(n) for k, n in value["counts"].items()}
+    numbers = [_count(value[key]) for key in ("first", "rows", "bytes")]
+    return Shard(str(value["file"]), *numbers, str(value["sha256"]), counts)
+
+
+def _short(value: Any) -> str:
+    text = " ".join(str(value).split())
+    return text if len(text) <= 40 else text[:37] + "..."
