@@ -1,0 +1,117 @@
+// rapidin._cpu: addresses come as integers, strides in elements. rapidin.ops has checked everything before it calls.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <tuple>
+
+#include "run.h"
+
+namespace py = pybind11;
+using namespace rapidin;
+
+namespace {
+
+using Address = uintptr_t;
+using Strides = std::tuple<int64_t, int64_t, int64_t>;
+
+template <class T>
+T* at(Address address) {
+    return reinterpret_cast<T*>(address);
+}
+
+TokenRows token_rows(Address data, int dtype, int64_t tokens, int64_t n, Strides strides) {
+    const auto [batch, token, element] = strides;
+    return {at<const void>(data), dtype, tokens, n, batch, token, element};
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_cpu, m) {
+    m.doc() = "CPU kernels of rapidin; call them through rapidin.ops.";
+    const auto release = py::call_guard<py::gil_scoped_release>();
+
+    m.def("supported_sets", &supported_sets, "Instruction sets of this machine, the best last.");
+    m.def("current_set", [] { return std::string(kernels().name); });
+    m.def("use_set", &use_set, py::arg("name"), "Force an instruction set (for tests).");
+
+    m.def(
+        "hash_words",
+        [](uint64_t seed, uint32_t stream, uint32_t first, int64_t n, Address out) {
+            hash_words(seed, stream, first, n, at<uint32_t>(out));
+        },
+        release);
+    m.def(
+        "permutation",
+        [](uint64_t seed, uint32_t stream, uint32_t first, int64_t n, Address out) {
+            permutation(seed, stream, first, n, at<uint32_t>(out));
+        },
+        release);
+    m.def(
+        "row_table",
+        [](uint64_t seed, uint32_t bins, uint32_t signs, int64_t n, int64_t k, Address out) {
+            row_table(seed, bins, signs, n, k, at<uint32_t>(out));
+        },
+        release);
+    m.def(
+        "column_table",
+        [](uint64_t seed, uint32_t bins, uint32_t signs, int64_t n, int64_t k, Address out) {
+            column_table(seed, bins, signs, n, k, at<uint32_t>(out));
+        },
+        release);
+    m.def(
+        "count_sketch",
+        [](Address x, int dtype, int64_t batch, int64_t tokens, int64_t n, Strides strides, Address table, int64_t k, Address out,
+           int threads) {
+            count_sketch_tokens(token_rows(x, dtype, tokens, n, strides), at<const uint32_t>(table), batch, k, at<float>(out), threads);
+        },
+        release);
+    m.def(
+        "count_sketch_pairs",
+        [](Address a, int dtype_a, int64_t n_a, Strides strides_a, Address table_a, Address g, int dtype_g, int64_t n_g,
+           Strides strides_g, Address table_g, int64_t tokens, int64_t first, int64_t count, int64_t k, Address z, int threads) {
+            count_sketch_pairs(token_rows(a, dtype_a, tokens, n_a, strides_a), at<const uint32_t>(table_a),
+                               token_rows(g, dtype_g, tokens, n_g, strides_g), at<const uint32_t>(table_g), first, count, k,
+                               at<float>(z), threads);
+        },
+        release);
+    m.def(
+        "square_sums",
+        [](Address z, int64_t first, int64_t count, int64_t tokens, int64_t k, Address sum, int threads) {
+            square_sums(at<const float>(z), first, count, tokens, k, at<float>(sum), threads);
+        },
+        release);
+    m.def(
+        "fold",
+        [](Address matrix, int dtype, int64_t batch, int64_t rows, int64_t cols, Strides strides, Address row_table,
+           int64_t row_table_stride, Address column_table, int64_t k, Address out, int threads) {
+            const auto [stride_batch, stride_row, stride_col] = strides;
+            const FoldArgs args{at<const void>(matrix), dtype,      batch,      rows,
+                                cols,                   stride_batch, stride_row, stride_col,
+                                at<const uint32_t>(row_table), row_table_stride, at<const uint32_t>(column_table), k};
+            fold_matrices(args, at<float>(out), threads);
+        },
+        release);
+    m.def(
+        "flat_sketch",
+        [](const std::vector<std::tuple<Address, int, int64_t, int64_t, int64_t>>& list, int64_t batch, uint64_t seed, int64_t dim,
+           Address out, int threads) {
+            std::vector<FlatTensor> tensors;
+            tensors.reserve(list.size());
+            for (const auto& [data, dtype, numel, stride_batch, first_row] : list)
+                tensors.push_back({at<const char>(data), dtype, numel, stride_batch, first_row});
+            flat_sketch(tensors, batch, seed, dim, at<float>(out), threads);
+        },
+        release);
+    m.def(
+        "topk_scan",
+        [](Address cache, int dtype, int64_t n, int64_t d, int64_t stride_row, Address queries, int64_t q,
+           const std::vector<int64_t>& offsets, Address scales, int64_t stride_scales, Address valid, int64_t k, Address top_scores,
+           Address top_indices, Address bottom_scores, Address bottom_indices, int threads) {
+            const ScanArgs args{at<const void>(cache), dtype, n, d, stride_row, at<const float>(queries), q, offsets.data(),
+                                static_cast<int64_t>(offsets.size()) - 1, at<const float>(scales), stride_scales,
+                                at<const uint8_t>(valid)};
+            topk_scan(args, k, {at<float>(top_scores), at<int64_t>(top_indices)},
+                      {at<float>(bottom_scores), at<int64_t>(bottom_indices)}, threads);
+        },
+        release);
+}

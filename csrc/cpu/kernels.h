@@ -1,0 +1,40 @@
+// What a unit of one instruction set offers: loops over a range of work, no threads, no memory of their own.
+#pragma once
+
+#include <cstdint>
+
+#include "../args.h"
+#include "../sketch_hash.h"
+
+namespace rapidin {
+
+constexpr int64_t kScanRows = 32;    // rows scanned together: as float32 they stay in the L2 cache
+constexpr int64_t kScanTile = 1024;  // elements summed in float32 before they join a double
+
+struct Kernels {
+    const char* name;
+    // Tokens [first, first + count) of the flattened (batch, token) axis -> out [count, stride_out]; scratch: [k].
+    void (*count_sketch)(const TokenRows& x, const uint32_t* table, int64_t first, int64_t count, int64_t k, float* scratch,
+                         float* out, int64_t stride_out);
+    // The same tokens of two factors -> z [count, k] complex: real part a, imaginary part g; scratch: [3 * k].
+    void (*count_sketch_pair)(const TokenRows& a, const uint32_t* table_a, const TokenRows& g, const uint32_t* table_g,
+                              int64_t first, int64_t count, int64_t k, float* scratch, float* z);
+    // sum [batch, k] complex += z [count, k] squared, tokens in ascending order, frequencies [begin, end) only.
+    void (*square_sum)(const float* z, int64_t first, int64_t count, int64_t tokens, int64_t k, int64_t begin, int64_t end,
+                       float* sum);
+    // Rows [begin, end) of matrix `b` added to out [k]; scratch: [2 * k].
+    void (*fold)(const FoldArgs& args, int64_t b, int64_t begin, int64_t end, float* scratch, float* out);
+    // rows[i] (at most kFlatRow elements) added to group i of sums [count, kFlatRow].
+    void (*flat_rows)(const FlatRow* rows, int64_t count, StreamKey lane_key, const StreamKey* sign_keys, float* sums);
+    // The same for one narrow group: all rows added to sums [width], width < kFlatRow.
+    void (*flat_narrow)(const FlatRow* rows, int64_t count, int64_t width, uint64_t seed, float* sums);
+    // Scores of `count` <= kScanRows rows -> scores [count, q]; scratch: [kScanRows * kScanTile].
+    void (*scan)(const ScanArgs& args, int64_t first, int64_t count, float* scratch, double* scores);
+};
+
+extern const Kernels kKernelsBase;
+#ifdef RAPIDIN_X86
+extern const Kernels kKernelsAvx2;
+#endif
+
+}  // namespace rapidin

@@ -1,0 +1,361 @@
+#include "run.h"
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <numeric>
+#include <stdexcept>
+
+#include "pool.h"
+
+#ifdef RAPIDIN_X86
+#include <cpuid.h>
+#endif
+
+namespace rapidin {
+
+// ---- instruction sets ----
+
+namespace {
+
+#ifdef RAPIDIN_X86
+bool machine_has_avx2() {
+    unsigned a, b, c, d;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+    const unsigned fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
+    const unsigned wanted = fma | osxsave | avx | f16c;
+    if ((c & wanted) != wanted) return false;
+    unsigned saved, high;  // registers that the operating system saves: bits 1 (SSE) and 2 (AVX)
+    __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
+    if ((saved & 6u) != 6u) return false;
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & (1u << 5));
+}
+#endif
+
+std::vector<const Kernels*> find_sets() {
+    std::vector<const Kernels*> sets{&kKernelsBase};
+#ifdef RAPIDIN_X86
+    if (machine_has_avx2()) sets.push_back(&kKernelsAvx2);
+#endif
+    return sets;
+}
+
+const std::vector<const Kernels*>& sets() {
+    static const std::vector<const Kernels*> found = find_sets();
+    return found;
+}
+
+const Kernels*& in_use() {
+    static const Kernels* chosen = sets().back();
+    return chosen;
+}
+
+}  // namespace
+
+std::vector<std::string> supported_sets() {
+    std::vector<std::string> names;
+    for (const Kernels* set : sets()) names.emplace_back(set->name);
+    return names;
+}
+
+const Kernels& kernels() { return *in_use(); }
+
+void use_set(const std::string& name) {
+    for (const Kernels* set : sets()) {
+        if (name == set->name) {
+            in_use() = set;
+            return;
+        }
+    }
+    throw std::invalid_argument("this machine has no instruction set '" + name + "'");
+}
+
+// ---- hash ----
+
+void hash_words(uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint32_t* out) {
+    const StreamKey key = stream_key(seed, stream);
+    for (int64_t i = 0; i < n; ++i) out[i] = hash_word(key, first + static_cast<uint32_t>(i));
+}
+
+void permutation(uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint32_t* out) {
+    const StreamKey key = stream_key(seed, stream);
+    std::vector<uint64_t> order(static_cast<size_t>(n));  // word, then position: ties go to the smaller position
+    for (int64_t p = 0; p < n; ++p)
+        order[p] = static_cast<uint64_t>(hash_word(key, first + static_cast<uint32_t>(p))) << 32 | static_cast<uint64_t>(p);
+    std::sort(order.begin(), order.end());
+    for (int64_t rank = 0; rank < n; ++rank) out[static_cast<uint32_t>(order[rank])] = static_cast<uint32_t>(rank);
+}
+
+void row_table(uint64_t seed, uint32_t bins, uint32_t signs, int64_t n, int64_t k, uint32_t* out) {
+    const StreamKey key = stream_key(seed, signs);
+    std::vector<uint32_t> chunk(static_cast<size_t>(k));
+    for (int64_t start = 0; start < n; start += k) {
+        permutation(seed, bins, static_cast<uint32_t>(start), k, chunk.data());
+        const int64_t end = std::min(n, start + k);
+        for (int64_t i = start; i < end; ++i)
+            out[i] = chunk[i - start] | (hash_word(key, static_cast<uint32_t>(i)) & kSignBit);
+    }
+}
+
+void column_table(uint64_t seed, uint32_t bins, uint32_t signs, int64_t n, int64_t k, uint32_t* out) {
+    const StreamKey key = stream_key(seed, signs);
+    std::vector<uint32_t> chunk(static_cast<size_t>(k));
+    for (int64_t start = 0; start < n; start += k) {
+        permutation(seed, bins, static_cast<uint32_t>(start), k, chunk.data());
+        for (int64_t i = 0; i < k; ++i)
+            out[start + chunk[i]] = static_cast<uint32_t>(i) | (hash_word(key, static_cast<uint32_t>(start + i)) & kSignBit);
+    }
+}
+
+// ---- linear_sketch ----
+
+namespace {
+
+// Work in pieces of about this many elements: enough to be worth waking a thread for.
+constexpr int64_t kPiece = 1 << 15;
+
+int64_t pieces(int64_t items, int64_t elements_each) {
+    return std::max<int64_t>(1, std::min(items, items * std::max<int64_t>(elements_each, 1) / kPiece));
+}
+
+std::vector<std::vector<float>> scratch(int threads, int64_t size) {
+    return std::vector<std::vector<float>>(static_cast<size_t>(threads), std::vector<float>(static_cast<size_t>(size)));
+}
+
+}  // namespace
+
+void count_sketch_tokens(const TokenRows& x, const uint32_t* table, int64_t batch, int64_t k, float* out, int threads) {
+    const Kernels& set = kernels();
+    const int64_t count = batch * x.tokens, parts = pieces(count, x.n + k);
+    auto memory = scratch(threads, k);
+    parallel(parts, threads, [&](int64_t i, int worker) {
+        const int64_t begin = count * i / parts, end = count * (i + 1) / parts;
+        set.count_sketch(x, table, begin, end - begin, k, memory[worker].data(), out + begin * k, k);
+    });
+}
+
+void count_sketch_pairs(const TokenRows& a, const uint32_t* table_a, const TokenRows& g, const uint32_t* table_g, int64_t first,
+                        int64_t count, int64_t k, float* z, int threads) {
+    const Kernels& set = kernels();
+    const int64_t parts = pieces(count, a.n + g.n + 2 * k);
+    auto memory = scratch(threads, 3 * k);
+    parallel(parts, threads, [&](int64_t i, int worker) {
+        const int64_t begin = count * i / parts, end = count * (i + 1) / parts;
+        set.count_sketch_pair(a, table_a, g, table_g, first + begin, end - begin, k, memory[worker].data(), z + begin * 2 * k);
+    });
+}
+
+void square_sums(const float* z, int64_t first, int64_t count, int64_t tokens, int64_t k, float* sum, int threads) {
+    const Kernels& set = kernels();
+    const int64_t parts = pieces(std::max<int64_t>(k / 16, 1), 16 * count);  // a thread's own frequencies, all tokens in order
+    parallel(parts, threads, [&](int64_t i, int) {
+        set.square_sum(z, first, count, tokens, k, k * i / parts, k * (i + 1) / parts, sum);
+    });
+}
+
+void fold_matrices(const FoldArgs& args, float* out, int threads) {
+    const Kernels& set = kernels();
+    // How rows are cut depends on the shape alone, and parts are added in order: the same bits for any number of threads.
+    const int64_t row_work = args.k + args.cols;
+    const int64_t wanted = std::max<int64_t>(1, args.rows * row_work / (1 << 18));
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>({wanted, args.rows, 64}));
+    auto memory = scratch(threads, args.k + std::max(args.k, args.cols));
+    std::vector<float> partial(parts > 1 ? static_cast<size_t>(args.batch * parts * args.k) : 0);
+    parallel(args.batch * parts, threads, [&](int64_t i, int worker) {
+        const int64_t b = i / parts, part = i % parts;
+        float* to = parts > 1 ? partial.data() + i * args.k : out + b * args.k;
+        std::fill(to, to + args.k, 0.0f);
+        set.fold(args, b, args.rows * part / parts, args.rows * (part + 1) / parts, memory[worker].data(), to);
+    });
+    if (parts == 1) return;
+    for (int64_t b = 0; b < args.batch; ++b) {
+        float* to = out + b * args.k;
+        std::fill(to, to + args.k, 0.0f);
+        for (int64_t part = 0; part < parts; ++part) {
+            const float* from = partial.data() + (b * parts + part) * args.k;
+            for (int64_t i = 0; i < args.k; ++i) to[i] += from[i];
+        }
+    }
+}
+
+// ---- flat_sketch ----
+
+namespace {
+
+// Rows of the whole list, in order: where each one's elements are.
+class RowReader {
+  public:
+    RowReader(const std::vector<FlatTensor>& tensors, int64_t width, int64_t item) : tensors_(tensors), width_(width), item_(item) {}
+
+    // Rows [first, first + count) -> out; rows past the end have no data.
+    void read(int64_t first, int64_t count, FlatRow* out) {
+        for (int64_t row = first; row < first + count; ++row, ++out) {
+            while (at_ < tensors_.size() && row >= end(tensors_[at_])) ++at_;
+            if (at_ == tensors_.size()) {
+                *out = {nullptr, 0, 0, 0};
+                continue;
+            }
+            const FlatTensor& tensor = tensors_[at_];
+            const int64_t begin = (row - tensor.first_row) * width_;
+            const int64_t bytes = tensor.dtype == kFloat32 ? 4 : 2;
+            *out = {tensor.data + (item_ * tensor.stride_batch + begin) * bytes, tensor.dtype,
+                    static_cast<int32_t>(std::min(width_, tensor.numel - begin)), static_cast<uint32_t>(row)};
+        }
+    }
+
+    int64_t end(const FlatTensor& tensor) const { return tensor.first_row + (tensor.numel + width_ - 1) / width_; }
+
+  private:
+    const std::vector<FlatTensor>& tensors_;
+    int64_t width_, item_;
+    size_t at_ = 0;
+};
+
+// For each group of chunk c: the row of the chunk that goes to it.
+class GroupOrder {
+  public:
+    GroupOrder(uint64_t seed, int64_t groups)
+        : groups_(groups), turn_(stream_key(seed, kFlatTurn)), rotation_(stream_key(seed, kFlatRotation)),
+          inverse_(static_cast<size_t>(kFlatPoolSize * groups)) {
+        std::vector<uint32_t> forward(static_cast<size_t>(groups));
+        for (int t = 0; t < kFlatPoolSize; ++t) {
+            permutation(seed, kFlatPool, static_cast<uint32_t>(t * groups), groups, forward.data());
+            for (int64_t p = 0; p < groups; ++p) inverse_[t * groups + forward[p]] = static_cast<uint32_t>(p);
+        }
+    }
+
+    // position of group g's row in chunk c, for g in [begin, end)
+    template <class Use>
+    void each(int64_t c, int64_t begin, int64_t end, Use use) const {
+        const uint32_t chunk = static_cast<uint32_t>(c);
+        const uint32_t* inverse = inverse_.data() + (hash_word(turn_, chunk) & (kFlatPoolSize - 1)) * groups_;
+        int64_t from = (begin + groups_ - hash_word(rotation_, chunk) % groups_) % groups_;
+        for (int64_t g = begin; g < end; ++g) {
+            use(g, static_cast<int64_t>(inverse[from]));
+            if (++from == groups_) from = 0;
+        }
+    }
+
+  private:
+    int64_t groups_;
+    StreamKey turn_, rotation_;
+    std::vector<uint32_t> inverse_;
+};
+
+}  // namespace
+
+void flat_sketch(const std::vector<FlatTensor>& tensors, int64_t batch, uint64_t seed, int64_t dim, float* out, int threads) {
+    const Kernels& set = kernels();
+    const int64_t width = std::min<int64_t>(dim, kFlatRow), groups = dim / width;
+    std::fill(out, out + batch * dim, 0.0f);
+    if (tensors.empty()) return;
+    const int64_t rows = RowReader(tensors, width, 0).end(tensors.back());
+    if (width < kFlatRow) {
+        parallel(batch, threads, [&](int64_t item, int) {
+            constexpr int64_t step = 256;
+            std::vector<FlatRow> some(step);
+            RowReader reader(tensors, width, item);
+            for (int64_t first = 0; first < rows; first += step) {
+                const int64_t count = std::min(step, rows - first);
+                reader.read(first, count, some.data());
+                set.flat_narrow(some.data(), count, width, seed, out + item * dim);
+            }
+        });
+        return;
+    }
+    const GroupOrder order(seed, groups);
+    const StreamKey lane_key = stream_key(seed, kFlatLane);
+    StreamKey sign_keys[kFlatRow / 32];
+    for (int i = 0; i < kFlatRow / 32; ++i) sign_keys[i] = stream_key(seed, kFlatSigns + i);
+    // A part is one item's groups [begin, end): its owner adds the rows of every chunk to them, in order.
+    const int64_t parts = batch >= 4 * threads ? 1 : std::min<int64_t>(groups, threads);
+    parallel(batch * parts, threads, [&](int64_t i, int) {
+        const int64_t item = i / parts, part = i % parts;
+        const int64_t begin = groups * part / parts, end = groups * (part + 1) / parts;
+        std::vector<FlatRow> chunk(static_cast<size_t>(groups)), mine(static_cast<size_t>(end - begin));
+        RowReader reader(tensors, width, item);
+        float* sums = out + item * dim + begin * kFlatRow;
+        for (int64_t c = 0; c * groups < rows; ++c) {
+            reader.read(c * groups, groups, chunk.data());
+            order.each(c, begin, end, [&](int64_t g, int64_t p) { mine[g - begin] = chunk[p]; });
+            set.flat_rows(mine.data(), end - begin, lane_key, sign_keys, sums);
+        }
+    });
+}
+
+// ---- topk_scan ----
+
+namespace {
+
+struct Candidate {
+    float key;  // the score, or minus the score where the smallest are wanted
+    int64_t index;
+};
+
+bool better(const Candidate& x, const Candidate& y) { return x.key > y.key || (x.key == y.key && x.index < y.index); }
+
+// The best k candidates seen; the worst of them on top of the heap.
+class Best {
+  public:
+    void add(Candidate candidate, size_t k) {
+        if (kept_.size() < k) {
+            kept_.push_back(candidate);
+            std::push_heap(kept_.begin(), kept_.end(), better);
+        } else if (k > 0 && better(candidate, kept_.front())) {
+            std::pop_heap(kept_.begin(), kept_.end(), better);
+            kept_.back() = candidate;
+            std::push_heap(kept_.begin(), kept_.end(), better);
+        }
+    }
+    std::vector<Candidate>& kept() { return kept_; }
+
+  private:
+    std::vector<Candidate> kept_;
+};
+
+using BestOfThreads = std::vector<std::vector<Best>>;  // [threads][q]
+
+void merge(BestOfThreads& found, int64_t q, int64_t k, float sign, ScanResult out) {
+    if (!out.scores) return;
+    std::vector<Candidate> all;
+    for (auto& of_thread : found) all.insert(all.end(), of_thread[q].kept().begin(), of_thread[q].kept().end());
+    std::sort(all.begin(), all.end(), better);
+    for (int64_t i = 0; i < k; ++i) {
+        const bool there = i < static_cast<int64_t>(all.size());
+        out.scores[q * k + i] = there ? sign * all[i].key : std::numeric_limits<float>::quiet_NaN();
+        out.indices[q * k + i] = there ? all[i].index : -1;
+    }
+}
+
+}  // namespace
+
+void topk_scan(const ScanArgs& args, int64_t k, ScanResult top, ScanResult bottom, int threads) {
+    const Kernels& set = kernels();
+    BestOfThreads highest(threads, std::vector<Best>(args.q)), lowest = highest;
+    auto memory = scratch(threads, kScanRows * kScanTile);
+    std::vector<std::vector<double>> scores(threads, std::vector<double>(kScanRows * args.q));
+    parallel((args.n + kScanRows - 1) / kScanRows, threads, [&](int64_t block, int worker) {
+        const int64_t first = block * kScanRows, count = std::min(kScanRows, args.n - first);
+        const auto wanted = [&](int64_t row) { return !args.valid || args.valid[row]; };
+        bool any = false;
+        for (int64_t row = first; row < first + count; ++row) any = any || wanted(row);
+        if (!any) return;
+        double* found = scores[worker].data();
+        set.scan(args, first, count, memory[worker].data(), found);
+        for (int64_t r = 0; r < count; ++r) {
+            if (!wanted(first + r)) continue;
+            for (int64_t q = 0; q < args.q; ++q) {
+                const float score = static_cast<float>(found[r * args.q + q]);
+                if (std::isnan(score)) continue;
+                if (top.scores) highest[worker][q].add({score, first + r}, static_cast<size_t>(k));
+                if (bottom.scores) lowest[worker][q].add({-score, first + r}, static_cast<size_t>(k));
+            }
+        }
+    });
+    for (int64_t q = 0; q < args.q; ++q) {
+        merge(highest, q, k, 1.0f, top);
+        merge(lowest, q, k, -1.0f, bottom);
+    }
+}
+
+}  // namespace rapidin

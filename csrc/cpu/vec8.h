@@ -1,0 +1,145 @@
+// Eight floats at a time: AVX2 where the unit is built with it, plain loops elsewhere (compilers turn those into SSE or NEON).
+// Everything is in an anonymous namespace: each instruction set's unit has its own copy.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#include "../args.h"
+
+#if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
+#include <immintrin.h>
+#define RAPIDIN_AVX2 1
+#endif
+
+namespace rapidin {
+namespace {
+
+struct Half {
+    uint16_t bits;
+};
+struct BHalf {
+    uint16_t bits;
+};
+
+inline float bits_to_float(uint32_t bits) {
+    float value;
+    memcpy(&value, &bits, 4);
+    return value;
+}
+
+inline uint32_t float_to_bits(float value) {
+    uint32_t bits;
+    memcpy(&bits, &value, 4);
+    return bits;
+}
+
+inline float to_float(float x) { return x; }
+inline float to_float(BHalf x) { return bits_to_float(static_cast<uint32_t>(x.bits) << 16); }
+inline float to_float(Half x) {
+#ifdef RAPIDIN_AVX2
+    return _cvtsh_ss(x.bits);
+#else
+    const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+    const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+    if (rest >= 0x0f800000u) return bits_to_float(sign | rest | 0x7f800000u);  // Inf and NaN
+    // 2^112 moves the exponent's bias from 15 to 127, and makes subnormal halves normal floats.
+    return bits_to_float(sign | float_to_bits(bits_to_float(rest) * 0x1p112f));
+#endif
+}
+
+inline float flip(float x, uint32_t sign) { return bits_to_float(float_to_bits(x) ^ sign); }
+
+#ifdef RAPIDIN_AVX2
+
+using Vec8 = __m256;
+
+inline Vec8 zero8() { return _mm256_setzero_ps(); }
+inline Vec8 load8(const float* p) { return _mm256_loadu_ps(p); }
+inline Vec8 load8(const Half* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline Vec8 load8(const BHalf* p) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+inline void store8(float* p, Vec8 x) { _mm256_storeu_ps(p, x); }
+inline Vec8 add8(Vec8 x, Vec8 y) { return _mm256_add_ps(x, y); }
+inline Vec8 fma8(Vec8 x, Vec8 y, Vec8 z) { return _mm256_fmadd_ps(x, y, z); }
+// Lane l gets its sign flipped where bit l of `bits` is set.
+inline Vec8 flip8(Vec8 x, uint32_t bits) {
+    const __m256i shift = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    const __m256i mask = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(bits)), shift);
+    return _mm256_xor_ps(x, _mm256_castsi256_ps(_mm256_and_si256(mask, _mm256_set1_epi32(INT32_MIN))));
+}
+// Lane l of the result is lane l ^ lanes of x; lanes < 8.
+struct XorLanes {
+    __m256i index;
+    explicit XorLanes(uint32_t lanes)
+        : index(_mm256_xor_si256(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(static_cast<int>(lanes)))) {}
+    Vec8 operator()(Vec8 x) const { return _mm256_permutevar8x32_ps(x, index); }
+};
+
+#else
+
+struct Vec8 {
+    float lane[8];
+};
+
+inline Vec8 zero8() { return Vec8{}; }
+template <class T>
+inline Vec8 load8(const T* p) {
+    Vec8 x;
+    for (int i = 0; i < 8; ++i) x.lane[i] = to_float(p[i]);
+    return x;
+}
+inline void store8(float* p, Vec8 x) { memcpy(p, x.lane, sizeof x.lane); }
+inline Vec8 add8(Vec8 x, Vec8 y) {
+    for (int i = 0; i < 8; ++i) x.lane[i] += y.lane[i];
+    return x;
+}
+inline Vec8 fma8(Vec8 x, Vec8 y, Vec8 z) {
+    for (int i = 0; i < 8; ++i) z.lane[i] += x.lane[i] * y.lane[i];
+    return z;
+}
+inline Vec8 flip8(Vec8 x, uint32_t bits) {
+    for (int i = 0; i < 8; ++i) x.lane[i] = flip(x.lane[i], (bits << (31 - i)) & 0x80000000u);
+    return x;
+}
+struct XorLanes {
+    uint32_t lanes;
+    explicit XorLanes(uint32_t lanes_) : lanes(lanes_) {}
+    Vec8 operator()(Vec8 x) const {
+        Vec8 y;
+        for (uint32_t i = 0; i < 8; ++i) y.lane[i] = x.lane[i ^ lanes];
+        return y;
+    }
+};
+
+#endif
+
+// A fixed order of addition: pairs at distance 4, then 2, then 1.
+inline float sum8(Vec8 x) {
+    float lane[8];
+    store8(lane, x);
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
+}
+
+// to[i] = from[i * stride], i < n
+template <class T>
+void copy_floats(const T* from, int64_t stride, int64_t n, float* to) {
+    int64_t i = 0;
+    if (stride == 1) {
+        for (; i + 8 <= n; i += 8) store8(to + i, load8(from + i));
+    }
+    for (; i < n; ++i) to[i] = to_float(from[i * stride]);
+}
+
+inline void copy_floats(const void* data, int dtype, int64_t offset, int64_t stride, int64_t n, float* to) {
+    if (dtype == kFloat32) copy_floats(static_cast<const float*>(data) + offset, stride, n, to);
+    else if (dtype == kFloat16) copy_floats(static_cast<const Half*>(data) + offset, stride, n, to);
+    else copy_floats(static_cast<const BHalf*>(data) + offset, stride, n, to);
+}
+
+}  // namespace
+}  // namespace rapidin

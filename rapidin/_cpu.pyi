@@ -1,0 +1,76 @@
+"""The C++ kernels: addresses as integers, strides in elements, nothing checked. Call rapidin.ops instead."""
+
+def supported_sets() -> list[str]: ...
+def current_set() -> str: ...
+def use_set(name: str) -> None: ...
+def hash_words(seed: int, stream: int, first: int, n: int, out: int) -> None: ...
+def permutation(seed: int, stream: int, first: int, n: int, out: int) -> None: ...
+def row_table(seed: int, bins: int, signs: int, n: int, k: int, out: int) -> None: ...
+def column_table(seed: int, bins: int, signs: int, n: int, k: int, out: int) -> None: ...
+def count_sketch(
+    x: int,
+    dtype: int,
+    batch: int,
+    tokens: int,
+    n: int,
+    strides: tuple[int, ...],
+    table: int,
+    k: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def count_sketch_pairs(
+    a: int,
+    dtype_a: int,
+    n_a: int,
+    strides_a: tuple[int, ...],
+    table_a: int,
+    g: int,
+    dtype_g: int,
+    n_g: int,
+    strides_g: tuple[int, ...],
+    table_g: int,
+    tokens: int,
+    first: int,
+    count: int,
+    k: int,
+    z: int,
+    threads: int,
+) -> None: ...
+def square_sums(z: int, first: int, count: int, tokens: int, k: int, sum: int, threads: int) -> None: ...
+def fold(
+    matrix: int,
+    dtype: int,
+    batch: int,
+    rows: int,
+    cols: int,
+    strides: tuple[int, ...],
+    row_table: int,
+    row_table_stride: int,
+    column_table: int,
+    k: int,
+    out: int,
+    threads: int,
+) -> None: ...
+def flat_sketch(
+    tensors: list[tuple[int, int, int, int, int]], batch: int, seed: int, dim: int, out: int, threads: int
+) -> None: ...
+def topk_scan(
+    cache: int,
+    dtype: int,
+    n: int,
+    d: int,
+    stride_row: int,
+    queries: int,
+    q: int,
+    offsets: list[int],
+    scales: int,
+    stride_scales: int,
+    valid: int,
+    k: int,
+    top_scores: int,
+    top_indices: int,
+    bottom_scores: int,
+    bottom_indices: int,
+    threads: int,
+) -> None: ...

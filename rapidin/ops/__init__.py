@@ -1,0 +1,18 @@
+"""One function per kernel: checks its arguments, then runs the backend asked for.
+
+backend=None takes the best for the tensors' device; a backend asked for by name runs or raises.
+"""
+
+from rapidin.ops.flat_sketch import flat_sketch
+from rapidin.ops.linear_sketch import embedding_sketch, linear_sketch
+from rapidin.ops.matrix_sketch import matrix_sketch
+from rapidin.ops.topk_scan import topk_scan, topk_scan_both_ends
+
+__all__ = [
+    "embedding_sketch",
+    "flat_sketch",
+    "linear_sketch",
+    "matrix_sketch",
+    "topk_scan",
+    "topk_scan_both_ends",
+]

@@ -1,0 +1,209 @@
+"""The ops on the C++ kernels of rapidin._cpu. Arguments have been checked; each function is one op."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rapidin import _cpu
+from rapidin.ops import tables
+
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# Costs in nanoseconds on one thread, from bench/bench_linear_sketch.py: only their ratios count.
+_COUNT_SKETCH_NS = 0.6  # an element put in its bin
+_PRODUCT_NS = 0.03  # a multiply-add of a batched matrix product
+_FFT_NS = 0.35  # times k log2(k): a token's complex FFT, squared and summed
+_FOLD_NS = 0.15  # an element added to its diagonal
+
+_FFT_BUFFER_BYTES = 1 << 20  # tokens transformed at a time: their spectra stay in the L2 cache
+_PRODUCT_BYTES = 64 << 20  # matrices held at a time
+
+
+def flat_sketch(tensors: Sequence[Tensor], dim: int, *, seed: int, batched: bool) -> Tensor:
+    if not batched:
+        return flat_sketch([x[None] for x in tensors], dim, seed=seed, batched=True)[0] if tensors else torch.zeros(dim)
+    batch = len(tensors[0])
+    out = torch.empty(batch, dim)
+    width = min(dim, 128)
+    flat = [x.reshape(batch, x[:1].numel()) for x in tensors if x.numel()]
+    flat = [x if x.stride(1) == 1 else x.contiguous() for x in flat]
+    listed, row = [], 0
+    for x in flat:
+        listed.append((x.data_ptr(), _DTYPES[x.dtype], x.shape[1], x.stride(0), row))
+        row += -(-x.shape[1] // width)
+    _cpu.flat_sketch(listed, batch, seed, dim, out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:
+    *leading, n_out, n_in = grad.shape
+    matrices = grad.reshape(-1, n_out, n_in) if grad.numel() else grad.new_empty(0, n_out, n_in)
+    if not matrices.numel():
+        return torch.zeros(*leading, dim)
+    row_table = tables.rows(seed, tables.OUT, n_out, dim)
+    return _fold(matrices, row_table, tables.columns(seed, tables.IN, n_in, dim), dim).reshape(*leading, dim)
+
+
+def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
+    if not grads.numel():
+        return torch.zeros(len(ids), dim)
+    vocabulary = 1 << int(ids.max()).bit_length()  # rounded up, so that few tables serve all batches
+    row_table = tables.rows(seed, tables.OUT, vocabulary, dim)[ids]
+    return _fold(grads, row_table, tables.columns(seed, tables.IN, grads.shape[-1], dim), dim)
+
+
+def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
+    if not inputs.numel() or not grads.numel():
+        return torch.zeros(len(inputs), dim)
+    way = choose_way(inputs.shape[1], inputs.shape[2], grads.shape[2], dim)
+    return by_fft(inputs, grads, dim, seed) if way is None else by_product(inputs, grads, dim, seed, *way)
+
+
+def choose_way(tokens: int, n_in: int, n_out: int, k: int) -> tuple[bool, bool] | None:
+    """The cheapest way for one example: None = FFT, else which of (inputs, grads) to count-sketch first."""
+    best, best_cost = None, tokens * (
+        _COUNT_SKETCH_NS * (n_in + n_out + 2 * k) + _FFT_NS * k * max(1, (k - 1).bit_length())
+    )
+    for sketch_in in (False, True):
+        for sketch_out in (False, True):
+            cols, rows = k if sketch_in else n_in, k if sketch_out else n_out
+            if rows * cols > max(k * k, 1 << 16):
+                continue  # the matrix would be larger than one of sketches: that is what sketching is to avoid
+            sketched = _COUNT_SKETCH_NS * tokens * (sketch_in * (n_in + k) + sketch_out * (n_out + k))
+            folded = _FOLD_NS * rows * cols if sketch_in or sketch_out else _COUNT_SKETCH_NS * min(rows, cols) * (max(rows, cols) + k)
+            cost = sketched + _PRODUCT_NS * tokens * rows * cols + folded
+            if cost < best_cost:
+                best, best_cost = (sketch_in, sketch_out), cost
+    return best
+
+
+def by_fft(inputs: Tensor, grads: Tensor, k: int, seed: int) -> Tensor:
+    """TensorSketch by one complex FFT a token: z = FFT(cs(a) + i cs(g)); sum_t z^2 holds the product's spectrum."""
+    batch, tokens, n_in = inputs.shape
+    n_out = grads.shape[2]
+    threads = torch.get_num_threads()
+    table_in = tables.columns(seed, tables.IN, n_in, k)
+    table_out = tables.columns(seed, tables.OUT, n_out, k)
+    step = max(16, min(batch * tokens, threads * _FFT_BUFFER_BYTES // (8 * k)))
+    buffer = torch.empty(step, k, dtype=torch.complex64)
+    total = torch.zeros(batch, k, dtype=torch.complex64)
+    for first in range(0, batch * tokens, step):
+        count = min(step, batch * tokens - first)
+        z = buffer[:count]
+        _cpu.count_sketch_pairs(
+            inputs.data_ptr(), _DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
+            grads.data_ptr(), _DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
+            tokens, first, count, k, z.data_ptr(), threads,
+        )  # fmt: skip
+        spectrum = torch.fft.fft(z)
+        _cpu.square_sums(spectrum.data_ptr(), first, count, tokens, k, total.data_ptr(), threads)
+    # total = A^2 - G^2 + 2i A G with A and G of real rows: X[-w] = conj(X[w]) takes the first two away
+    mirrored = total.flip(1).roll(1, 1).conj()
+    return torch.fft.ifft((total - mirrored) / 4j).real.contiguous()
+
+
+def by_product(inputs: Tensor, grads: Tensor, k: int, seed: int, sketch_in: bool, sketch_out: bool) -> Tensor:
+    """TensorSketch by a matrix of each example, [rows, cols] = grads^T inputs with long sides sketched to k first."""
+    batch, n_in, n_out = len(inputs), inputs.shape[2], grads.shape[2]
+    a = _count_sketch(inputs, tables.columns(seed, tables.IN, n_in, k), k) if sketch_in else inputs.float()
+    g = _count_sketch(grads, tables.columns(seed, tables.OUT, n_out, k), k) if sketch_out else grads.float()
+    # Columns are what the fold adds as whole rows: a sketched side where there is one, else the longer.
+    a_in_columns = sketch_in or (not sketch_out and n_in >= n_out)
+    rows, cols = (g, a) if a_in_columns else (a, g)
+    row_side, col_side = (tables.OUT, tables.IN) if a_in_columns else (tables.IN, tables.OUT)
+    row_table = None if sketch_in and sketch_out else tables.rows(seed, row_side, rows.shape[2], k)
+    col_table = None if sketch_in or sketch_out else tables.columns(seed, col_side, cols.shape[2], k)
+    out = torch.empty(batch, k)
+    step = max(1, _PRODUCT_BYTES // (4 * rows.shape[2] * cols.shape[2]))
+    for b in range(0, batch, step):
+        matrices = torch.bmm(rows[b : b + step].transpose(1, 2), cols[b : b + step])
+        out[b : b + step] = _fold(matrices, row_table, col_table, k)
+    return out
+
+
+def _count_sketch(x: Tensor, table: Tensor, k: int) -> Tensor:
+    batch, tokens, n = x.shape
+    out = torch.empty(batch, tokens, k)
+    _cpu.count_sketch(
+        x.data_ptr(), _DTYPES[x.dtype], batch, tokens, n, x.stride(), table.data_ptr(), k,
+        out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _fold(matrices: Tensor, row_table: Tensor | None, col_table: Tensor | None, k: int) -> Tensor:
+    """matrices: [B, R, C]; row_table: [R] or [B, R] (None: row r has bin r); col_table likewise -> [B, k]."""
+    batch, rows, cols = matrices.shape
+    out = torch.empty(batch, k)
+    _cpu.fold(
+        matrices.data_ptr(), _DTYPES[matrices.dtype], batch, rows, cols, matrices.stride(),
+        0 if row_table is None else row_table.data_ptr(),
+        rows if row_table is not None and row_table.ndim == 2 else 0,
+        0 if col_table is None else col_table.data_ptr(),
+        k, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def topk_scan(
+    cache: Tensor,
+    queries: Tensor,
+    k: int,
+    *,
+    largest: bool,
+    scales: Tensor | None,
+    offsets: Sequence[int] | None,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    top, bottom = _scan(cache, queries, k, largest, not largest, scales, offsets, valid)
+    return top if largest else bottom
+
+
+def topk_scan_both_ends(
+    cache: Tensor,
+    queries: Tensor,
+    k: int,
+    *,
+    scales: Tensor | None,
+    offsets: Sequence[int] | None,
+    valid: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    top, bottom = _scan(cache, queries, k, True, True, scales, offsets, valid)
+    return (*top, *bottom)
+
+
+def _scan(
+    cache: Tensor,
+    queries: Tensor,
+    k: int,
+    want_top: bool,
+    want_bottom: bool,
+    scales: Tensor | None,
+    offsets: Sequence[int] | None,
+    valid: Tensor | None,
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    n, d = cache.shape
+    k = min(k, n)
+    if cache.stride(1) != 1 and d > 1:
+        cache = cache.contiguous()
+    queries = queries.contiguous()
+    if scales is not None and scales.stride(1) != 1:
+        scales = scales.contiguous()
+    valid = valid.contiguous() if valid is not None else None
+    ends = []
+    for wanted in (want_top, want_bottom):
+        size = (len(queries), k) if wanted else (0, 0)
+        ends.append((torch.empty(size), torch.empty(size, dtype=torch.int64)))
+    _cpu.topk_scan(
+        cache.data_ptr(), _DTYPES[cache.dtype], n, d, cache.stride(0),
+        queries.data_ptr(), len(queries),
+        list(offsets) if offsets is not None else [0, d],
+        scales.data_ptr() if scales is not None else 0,
+        scales.stride(0) if scales is not None else 0,
+        valid.data_ptr() if valid is not None else 0,
+        k,
+        *(x.data_ptr() for end in ends for x in end),
+        torch.get_num_threads(),
+    )  # fmt: skip
+    return ends[0], ends[1]

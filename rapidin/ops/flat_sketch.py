@@ -1,0 +1,56 @@
+"""flat_sketch: one small vector from a list of gradient tensors, each element read once."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rapidin.ops.backends import find
+from rapidin.ops.checks import SKETCHED, check_sketch, check_tensor
+
+ROW = 128
+
+
+def flat_sketch(
+    tensors: Sequence[Tensor], dim: int, *, seed: int, batched: bool = False, backend: str | None = None
+) -> Tensor:
+    """Sketches the concatenation of `tensors` (each starts a new row of 128) to `dim` numbers.
+
+    tensors: any shapes, float32, float16 or bfloat16; batched: axis 0 of each is the batch, of one size B
+    dim: a multiple of 128, or a power of two below 128
+    -> [dim] float32, or [B, dim] when batched
+
+    The sketch is linear, and the dot product of two sketches estimates that of the two lists without bias.
+    Tensors that are not contiguous within an example are copied. Raises TypeError or ValueError on arguments
+    that are not as above.
+    """
+    op = "flat_sketch"
+    check_sketch(op, dim, seed)
+    if dim % ROW and (dim > ROW or dim & (dim - 1)):
+        raise ValueError(
+            f"{op}: dim must be a multiple of {ROW}, or a power of two below it, got {dim}; "
+            f"take {-(-dim // ROW) * ROW}"
+        )
+    if isinstance(tensors, Tensor):
+        raise TypeError(f"{op}: tensors must be a list of tensors, got one tensor; pass [tensor]")
+    tensors = list(tensors)
+    for i, x in enumerate(tensors):
+        check_tensor(op, f"tensors[{i}]", x, SKETCHED)
+        if x.device != tensors[0].device:
+            raise ValueError(
+                f"{op}: all tensors must be on one device, got '{tensors[0].device}' and '{x.device}'"
+            )
+        if batched and (x.ndim == 0 or len(x) != len(tensors[0])):
+            raise ValueError(
+                f"{op}: batched tensors must have one batch size on axis 0, got shapes "
+                f"{tuple(tensors[0].shape)} and {tuple(x.shape)} (tensors[{i}])"
+            )
+    if batched and not tensors:
+        raise ValueError(f"{op}: batched needs at least one tensor to know the batch size, got an empty list")
+    rows = sum(-(-(x[0].numel() if batched and len(x) else x.numel()) // ROW) for x in tensors)
+    if rows >= 2**32:
+        raise ValueError(f"{op}: at most 2**32 rows of {ROW} elements, got {rows}; sketch the tensors in two lists")
+    device = tensors[0].device if tensors else torch.device("cpu")
+    run = find(op, backend, device)
+    result: Tensor = run([x.detach() for x in tensors], dim, seed=seed, batched=batched)
+    return result.float()

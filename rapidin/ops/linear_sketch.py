@@ -1,0 +1,57 @@
+"""linear_sketch and embedding_sketch: a layer's gradient sketched from its factors, the matrix never formed."""
+
+import torch
+from torch import Tensor
+
+from rapidin.ops.backends import find
+from rapidin.ops.checks import SKETCHED, check_same_device, check_sketch, check_tensor
+
+
+def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int, backend: str | None = None) -> Tensor:
+    """Sketches each example's gradient of a linear layer's weight, sum_t grads[b, t] inputs[b, t]^T.
+
+    inputs: [B, T, I], grads: [B, T, O], float32, float16 or bfloat16, any strides
+    -> [B, dim] float32: what matrix_sketch gives for the formed [O, I] gradients, up to rounding
+
+    Not-a-number or infinite values of an example make its sketch not finite; which numbers of it is not defined.
+    Raises TypeError or ValueError on arguments that are not as above.
+    """
+    op = "linear_sketch"
+    check_sketch(op, dim, seed)
+    check_tensor(op, "inputs", inputs, SKETCHED, ndim=3)
+    check_tensor(op, "grads", grads, SKETCHED, ndim=3)
+    _check_tokens(op, "inputs", inputs, grads)
+    run = find(op, backend, check_same_device(op, {"inputs": inputs, "grads": grads}))
+    result: Tensor = run(inputs.detach(), grads.detach(), dim, seed=seed)
+    return result.float()
+
+
+def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int, backend: str | None = None) -> Tensor:
+    """Sketches each example's gradient of an embedding's weight [V, E]: row ids[b, t] gets grads[b, t].
+
+    ids: [B, T] int64, none negative; grads: [B, T, E] float32, float16 or bfloat16, zero where padded
+    -> [B, dim] float32: what matrix_sketch gives for the formed [V, E] gradients, up to rounding
+
+    Raises TypeError or ValueError on arguments that are not as above.
+    """
+    op = "embedding_sketch"
+    check_sketch(op, dim, seed)
+    check_tensor(op, "ids", ids, (torch.int64,), ndim=2)
+    check_tensor(op, "grads", grads, SKETCHED, ndim=3)
+    _check_tokens(op, "ids", ids, grads)
+    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < 2**31):
+        raise ValueError(
+            f"{op}: ids must be at least 0 and below 2**31, got {int(ids.min())} to {int(ids.max())}; "
+            "give padded positions any valid id and zero grads"
+        )
+    run = find(op, backend, check_same_device(op, {"ids": ids, "grads": grads}))
+    result: Tensor = run(ids, grads.detach(), dim, seed=seed)
+    return result.float()
+
+
+def _check_tokens(op: str, name: str, x: Tensor, grads: Tensor) -> None:
+    if x.shape[:2] != grads.shape[:2]:
+        raise ValueError(
+            f"{op}: {name} and grads must have the same batch and tokens (axes 0 and 1), "
+            f"got shapes {tuple(x.shape)} and {tuple(grads.shape)}"
+        )

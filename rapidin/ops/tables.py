@@ -1,0 +1,48 @@
+"""Bins and signs as the CPU kernels read them, kept between calls."""
+
+from collections import OrderedDict
+from threading import Lock
+
+import torch
+from torch import Tensor
+
+from rapidin import _cpu
+
+# A model of 7 billion parameters has some 450 sides of layers of 4,096 to 14,336 elements, two tables each at the
+# most: 30 MB. With room for several seeds, and for vocabularies.
+LIMIT_BYTES = 256 << 20
+
+OUT, IN = (0, 1), (2, 3)  # streams of (bins, signs) of a matrix's two sides
+
+_tables: OrderedDict[tuple[str, int, tuple[int, int], int, int], Tensor] = OrderedDict()
+_bytes = 0
+_lock = Lock()
+
+
+def rows(seed: int, side: tuple[int, int], n: int, k: int) -> Tensor:
+    """-> [n] int32: each index's bin, and its sign in the top bit."""
+    return _get("rows", seed, side, n, k)
+
+
+def columns(seed: int, side: tuple[int, int], n: int, k: int) -> Tensor:
+    """-> [ceil(n / k) * k] int32: by chunk and bin, the index within the chunk, and its sign in the top bit."""
+    return _get("columns", seed, side, n, k)
+
+
+def _get(kind: str, seed: int, side: tuple[int, int], n: int, k: int) -> Tensor:
+    global _bytes
+    key = (kind, seed, side, n, k)
+    with _lock:
+        if key in _tables:
+            _tables.move_to_end(key)
+            return _tables[key]
+    build = _cpu.row_table if kind == "rows" else _cpu.column_table
+    table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32)
+    build(seed, *side, n, k, table.data_ptr())
+    with _lock:
+        if key not in _tables:
+            _tables[key] = table
+            _bytes += table.nbytes
+        while _bytes > LIMIT_BYTES and len(_tables) > 1:
+            _bytes -= _tables.popitem(last=False)[1].nbytes
+    return table

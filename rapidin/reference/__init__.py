@@ -1,0 +1,14 @@
+"""What the ops compute, said in plain torch and float64: slow, and right by definition (docs/sketch.md)."""
+
+from rapidin.reference.flat_sketch import flat_sketch
+from rapidin.reference.linear_sketch import embedding_sketch, linear_sketch, matrix_sketch
+from rapidin.reference.topk_scan import topk_scan, topk_scan_both_ends
+
+__all__ = [
+    "embedding_sketch",
+    "flat_sketch",
+    "linear_sketch",
+    "matrix_sketch",
+    "topk_scan",
+    "topk_scan_both_ends",
+]

@@ -1,0 +1,44 @@
+"""Flat sketch of a list of tensors: rows to groups, lanes turned by XOR, a sign for each element."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from rapidin.reference import sketch_hash as h
+
+ROW = 128
+POOL = 16
+
+
+def flat_sketch(tensors: Sequence[Tensor], dim: int, *, seed: int, batched: bool = False) -> Tensor:
+    """tensors: any shapes -> [dim] float64; batched: [B, ...] each -> [B, dim] float64."""
+    if not batched:
+        if not tensors:
+            return torch.zeros(dim, dtype=torch.float64)
+        return flat_sketch([x[None] for x in tensors], dim, seed=seed, batched=True)[0]
+
+    width = ROW if dim % ROW == 0 else dim
+    groups = dim // width
+    pool = torch.stack([h.permutation(seed, h.FLAT_POOL, t * groups, groups) for t in range(POOL)])
+    batch = len(tensors[0])
+    out = torch.zeros(batch, dim, dtype=torch.float64, device=tensors[0].device)
+    first_row = 0
+    for x in tensors:
+        values = x.reshape(batch, x[:1].numel()).double()
+        element = torch.arange(values.shape[1])
+        row, e = first_row + element // width, element % width
+
+        chunk, place = row // groups, row % groups
+        turn = h.words(seed, h.FLAT_TURN, chunk) % POOL
+        group = (pool[turn, place] + h.words(seed, h.FLAT_ROTATION, chunk) % groups) % groups
+        lane = e ^ (h.words(seed, h.FLAT_LANE, row) & (width - 1))
+
+        sign_words = torch.zeros_like(row)
+        for j in range((width + 31) // 32):
+            sign_words = torch.where(e // 32 == j, h.words(seed, h.FLAT_SIGNS + j, row), sign_words)
+        signs = 1.0 - 2.0 * (sign_words >> (e % 32) & 1).double()
+
+        out.index_add_(1, (group * width + lane).to(x.device), values * signs.to(x.device))
+        first_row += -(-values.shape[1] // width)
+    return out

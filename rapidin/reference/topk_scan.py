@@ -1,0 +1,59 @@
+"""Best and worst rows of a cache for each query, with every score in memory."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def scores(cache: Tensor, queries: Tensor, scales: Tensor | None, offsets: Sequence[int] | None) -> Tensor:
+    """cache: [N, D], queries: [Q, D], scales: [N, nb] -> [Q, N] float32, summed in float64."""
+    if scales is None:
+        return (queries.double() @ cache.double().T).float()
+    edges = list(offsets) if offsets is not None else [0, cache.shape[1]]
+    total = torch.zeros(len(queries), len(cache), dtype=torch.float64, device=cache.device)
+    for b in range(len(edges) - 1):
+        block = slice(edges[b], edges[b + 1])
+        total += queries[:, block].double() @ cache[:, block].double().T * scales[:, b].double()
+    return total.float()
+
+
+def select(score: Tensor, valid: Tensor | None, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    """score: [Q, N] -> ([Q, k], [Q, k] int64); NaN and rows that are not valid never; ties by smaller index."""
+    usable = ~score.isnan()
+    if valid is not None:
+        usable &= valid
+    # stable sorts, the last one counting most: usable rows first, then by score, equal scores by index
+    order = torch.sort(score, dim=1, descending=largest, stable=True).indices
+    order = order.gather(1, torch.sort(usable.gather(1, order), dim=1, descending=True, stable=True).indices)
+    order = order[:, :k]
+    there = usable.gather(1, order)
+    return score.gather(1, order).where(there, torch.nan), order.where(there, -1)
+
+
+def topk_scan(
+    cache: Tensor,
+    queries: Tensor,
+    k: int,
+    *,
+    largest: bool = True,
+    scales: Tensor | None = None,
+    offsets: Sequence[int] | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """-> scores [Q, min(k, N)] float32, indices [Q, min(k, N)] int64; see rapidin.ops.topk_scan."""
+    return select(scores(cache, queries, scales, offsets), valid, k, largest)
+
+
+def topk_scan_both_ends(
+    cache: Tensor,
+    queries: Tensor,
+    k: int,
+    *,
+    scales: Tensor | None = None,
+    offsets: Sequence[int] | None = None,
+    valid: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """-> top scores, top indices, bottom scores, bottom indices; see rapidin.ops.topk_scan_both_ends."""
+    score = scores(cache, queries, scales, offsets)
+    return (*select(score, valid, k, True), *select(score, valid, k, False))
