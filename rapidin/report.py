@@ -1,0 +1,391 @@
+"""What a person sees: hits as a table, a cache in a few lines, progress; and JSON for programs.
+
+Texts come from data and models and are never trusted: rich markup in them is not interpreted, and control
+characters and escape sequences are shown, not sent to the terminal.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, TextIO
+
+from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console, ConsoleOptions, Group, RenderableType
+from rich.measure import Measurement
+from rich.padding import Padding
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Column, Table
+from rich.text import Text
+
+if TYPE_CHECKING:
+    from rapidin.attributor import Progress
+    from rapidin.hits import Hit, QueryResult
+
+MEANING = (
+    "Positive: training on the example made this generation more likely (helpful). "
+    "Negative: it made it less likely (harmful)."
+)
+SCALES = {
+    "layer": "the mean over the layers of the cosine between the two loss gradients, from -1 to 1",
+    "cosine": "the cosine between the two loss gradients, from -1 to 1",
+    "none": (
+        "the dot product of the two loss gradients: to first order, how far one training step on the example "
+        "lowers the generation's loss, per unit of learning rate"
+    ),
+}
+
+# Control characters, half characters, line separators, and the marks and overrides that reorder text.
+_STEERING = re.compile(
+    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
+)
+_PROMPT_LINES = 4
+_COMPLETION_LINES = 6
+
+
+def console(file: TextIO) -> Console:
+    """A console that writes plain text where `file` is no terminal or NO_COLOR is set."""
+    made = _Console(file=file, highlight=False, markup=False, emoji=False)
+    if made.no_color or not made.is_terminal:
+        made = _Console(file=file, highlight=False, markup=False, emoji=False, color_system=None)
+    return made
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise  # the command line decides what a closed pipe means
+
+
+def one_line(text: str) -> str:
+    """The text on one line: runs of white space become a space, what could steer a terminal an escape."""
+    return _STEERING.sub(_escape, " ".join(text.split()))
+
+
+def _escape(match: re.Match[str]) -> str:
+    code = ord(match[0])
+    return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
+
+
+def shorten(text: str, cells: int, ellipsis: str = "…") -> str:
+    """The text cut at the end to at most so many terminal cells."""
+    if cell_len(text) <= cells:
+        return text
+    return set_cell_size(text, max(0, cells - cell_len(ellipsis))).rstrip() + ellipsis
+
+
+def shorten_middle(text: str, cells: int) -> str:
+    """The text with its middle left out, in at most so many terminal cells."""
+    if cell_len(text) <= cells:
+        return text
+    half = max(0, cells - len(" ... ")) // 2
+    head, tail = set_cell_size(text, half), set_cell_size(text[::-1], half)[::-1]
+    return f"{head.rstrip()} ... {tail.lstrip()}"
+
+
+class _Example:
+    """A training example on one line of any width: prompt, arrow, completion, both shortened."""
+
+    def __init__(self, record: Mapping[str, Any]) -> None:
+        self.prompt, self.completion = (one_line(part) for part in _parts(record))
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(20, max(20, cell_len(self.prompt) + 4 + cell_len(self.completion)))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        arrow, ellipsis = (" -> ", "...") if options.ascii_only else (" → ", "…")
+        width = options.max_width
+        if not (self.prompt and self.completion):
+            yield Text(shorten(self.prompt or self.completion, width, ellipsis), no_wrap=True)
+            return
+        room = width - len(arrow)
+        # Each side has half of the room, and what the other leaves of its half.
+        first = max(room // 2, room - cell_len(self.completion))
+        second = max(room - room // 2, room - cell_len(self.prompt))
+        yield Text.assemble(
+            shorten(self.prompt, first, ellipsis),
+            (arrow, "dim"),
+            (shorten(self.completion, second, ellipsis), "cyan"),
+            no_wrap=True,
+        )
+
+
+def _parts(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The prompt and the completion of a record, without the forms they are put in for the model."""
+    if record.get("prompt") is not None and record.get("completion") is not None:
+        return str(record["prompt"]), str(record["completion"])
+    if record.get("instruction") is not None and record.get("output") is not None:
+        return f"{record['instruction']} {record.get('input') or ''}", str(record["output"])
+    messages = record.get("messages")
+    if messages:
+        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+        last = answers[-1] if answers else len(messages)
+        asked = messages[last - 1]["content"] if last else ""
+        return str(asked), str(messages[last]["content"]) if answers else ""
+    return str(record.get("text", "")), ""
+
+
+# ------------------------------------------------------------------------------------------------- hits
+
+
+def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> RenderableType:
+    """Every query with its most helpful and most harmful training examples, and what the scores mean.
+
+    width: of the terminal, which decides how much of a long prompt or completion is shown.
+    """
+    parts: list[RenderableType] = []
+    for number, result in enumerate(results, 1):
+        if len(results) > 1:
+            parts.append(Text(f"Query {number} of {len(results)}", style="bold underline"))
+        parts.append(_generation(result, width))
+        if not result.top:
+            parts.append(Text("\nNo example in the cache has a sketch, so there are no hits.\n"))
+            continue
+        parts.append(_hits("Most helpful", result.top))
+        parts.append(_hits("Most harmful", result.bottom))
+    if results:
+        parts.append(Text(f"{MEANING}\nThe score is {SCALES[results[0].normalize]}.", style="dim"))
+    return Group(*parts)
+
+
+def _generation(result: QueryResult, width: int) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    room = max(20, width - 12)
+    if result.prompt:
+        grid.add_row("Prompt", Text(shorten_middle(one_line(result.prompt), room * _PROMPT_LINES)))
+    completion = Text(shorten_middle(one_line(result.completion), room * _COMPLETION_LINES), style="cyan")
+    grid.add_row("Completion", completion)
+    if result.generated:
+        grid.add_row("", Text("(written by the model just now)", style="dim"))
+    return grid
+
+
+def _hits(title: str, hits: Sequence[Hit]) -> RenderableType:
+    shown = any(hit.example is not None for hit in hits)
+    numbers = [(str(hit.rank), score_text(hit.score), str(hit.index)) for hit in hits]
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+    )
+    for name, cells in zip(("rank", "score", "index"), zip(*numbers, strict=True), strict=False):
+        width = max(map(len, (name, *cells)))
+        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+    if shown:
+        table.add_column("training example", no_wrap=True, ratio=1)
+    for hit, (rank, score, index) in zip(hits, numbers, strict=True):
+        style = "green" if hit.score > 0 else "red" if hit.score < 0 else ""
+        example = [_Example(hit.example or {})] if shown else []
+        table.add_row(rank, Text(score, style=style), index, *example)
+    return Padding(table, (1, 0, 1, 0))
+
+
+def score_text(score: float) -> str:
+    """A score with its sign, in four digits that line up for scores of like size."""
+    if score == 0 or 1e-3 <= abs(score) < 10:
+        return f"{score:+.4f}"
+    return f"{score:+.1f}" if 10 <= abs(score) < 1e6 else f"{score:+.3e}"
+
+
+def results_json(results: Iterable[QueryResult]) -> str:
+    """All queries as one JSON object, in ASCII; a score that is no finite number becomes null."""
+    return json.dumps({"queries": [_finite(result.to_json()) for result in results]}, indent=1, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
+
+
+# ------------------------------------------------------------------------------------------------ cache
+
+
+def info_report(info: Mapping[str, Any]) -> RenderableType:
+    """What `Cache.info()` says, in a few lines."""
+    model, sketch, gradient = info["model"]["source"], info["sketch"], info["gradient"]
+    data, text = info["data"], info["text"]
+    at = ", ".join(f"{point:g}" for point in gradient["at"])
+    progress = "all examples are there"
+    if not info["complete"]:
+        progress = (
+            f"unfinished: {info['rows']:,} of {info['rows_wanted']:,}; the same 'rapidin cache' goes on"
+        )
+    lines = [
+        ("cache", info["path"]),
+        ("", progress),
+        ("model", model.get("model") or "in memory"),
+        ("adapter", model.get("adapter")),
+        ("base", model.get("base")),
+        ("data", f"{data.get('path') or 'in memory'} ({data.get('form')} form)" if data else None),
+        ("examples", counts_text(info["counts"])),
+        (
+            "gradients",
+            f"taken at {at} of the way from the base (0) to the tuned model (1), {gradient['loss']} loss",
+        ),
+        ("included", ", ".join(gradient["include"])),
+        ("excluded", ", ".join(gradient["exclude"])),
+        (
+            "texts",
+            f"at most {text['max_length']:,} tokens, longer ones {_TOO_LONG[text['too_long']]}{_eos(text)}",
+        ),
+        (
+            "sketch",
+            f"{info['layers']:,} blocks of {sketch['width']:,}: {info['dim']:,} numbers in {info['dtype']}, "
+            f"{sketch['projection']} projection, seed {sketch['seed']}",
+        ),
+        ("size", size_text(info["bytes"], info["bytes_per_example"], info["shards"])),
+    ]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in lines:
+        if value:
+            grid.add_row(name, Text(one_line(str(value))))
+    return grid
+
+
+_TOO_LONG = {"truncate": "are cut", "skip": "are skipped"}
+
+
+def _eos(text: Mapping[str, Any]) -> str:
+    return ", end-of-text token added" if text["eos"] else ", no end-of-text token added"
+
+
+_COUNTS = {
+    "empty": "empty",
+    "no_target": "without a completion token",
+    "too_long": "skipped as too long",
+    "nonfinite": "with NaN or Inf gradients",
+}
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """How many examples have a sketch, and why the others have none."""
+    parts = [f"{counts.get('ok', 0):,} with a sketch"]
+    parts += [f"{counts[key]:,} {words}" for key, words in _COUNTS.items() if counts.get(key)]
+    if counts.get("truncated"):
+        parts.append(f"{counts['truncated']:,} cut to fit")
+    return ", ".join(parts)
+
+
+def size_text(total: int, each: float | None, shards: int) -> str:
+    """Bytes of a cache and of an example."""
+    what = f"{bytes_text(total)} in {shards:,} shard{'s' * (shards != 1)}"
+    return what if each is None else f"{what}, {bytes_text(each)} an example"
+
+
+def bytes_text(number: float) -> str:
+    """Bytes in the unit that leaves up to three digits before the point."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if number < 1000:
+            return f"{number:.0f} B" if unit == "B" else f"{number:.1f} {unit}"
+        number /= 1000
+    return f"{number:.1f} TB"
+
+
+# --------------------------------------------------------------------------------------------- progress
+
+
+class CachingBar:
+    """Shows how far caching is: examples/s, tokens/s and time left; call it with each `Progress`.
+
+    Silent where the console is no terminal. last: the latest progress; seconds: time since the first.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.last: Progress | None = None
+        self._started = time.perf_counter()
+        self._console = console
+        self._bar = Bar(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            TextColumn("{task.fields[rates]}", table_column=Column(no_wrap=True)),
+            console=console,
+            expand=True,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID = self._bar.add_task("caching", total=None, rates="")
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def __call__(self, progress: Progress) -> None:
+        if self.last is None:
+            self._started = time.perf_counter()
+            if self._console.is_terminal and progress.resumed:
+                self._bar.console.print(
+                    f"{progress.resumed:,} of {progress.total:,} examples were cached before; going on"
+                )
+        self.last = progress
+        if progress.message and self._console.is_terminal:
+            self._bar.console.print(one_line(progress.message))
+        rates = f"{progress.done:,}/{progress.total:,}"
+        here = progress.done - progress.resumed
+        if here and self.seconds > 0:
+            each = self.seconds / here
+            rates += f" · {1 / each:,.1f} examples/s · {progress.tokens / self.seconds:,.0f} tokens/s"
+            rates += f" · {time_text(each * (progress.total - progress.done))} left"
+        self._bar.update(self._task, completed=progress.done, total=progress.total, rates=rates)
+
+    def __enter__(self) -> CachingBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+class BytesBar:
+    """Shows how many bytes have been read; call it with (done, total). Silent where there is no terminal."""
+
+    def __init__(self, console: Console, label: str) -> None:
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)
+
+    def __enter__(self) -> BytesBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+def time_text(seconds: float) -> str:
+    """Seconds as a person says them: 45 s, 3:20 min, 2:05 h."""
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    if minutes < 100:
+        return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
+    return f"{minutes // 60}:{minutes % 60:02d} h"
