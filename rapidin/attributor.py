@@ -1,0 +1,526 @@
+"""The two loops of the flow: examples into a cache, generations into hits."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rapidin import methods, ops
+from rapidin.cache import Cache, CacheWriter, Manifest
+from rapidin.cache.shards import Rows
+from rapidin.errors import UserError
+from rapidin.examples import Encoded, Encoder, Examples, Status, open_examples
+from rapidin.hits import Hit, QueryResult
+from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError
+from rapidin.layers import coverage, find_targets, layer_table
+from rapidin.model import DEFAULT_AT, LoadedModel, load_model
+
+PROJECTIONS = ("tensor", "flat")
+HASH = "lowbias32-1"  # the definition of bins and signs in docs/sketch.md
+SHARD_BYTES = 32 << 20  # a killed run loses at most this much, and a file this large is read at full speed
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far caching is. done of total examples, of which `resumed` were there already; tokens: read by this run;
+    skipped: examples without a sketch in this run; message: something to tell the user, once."""
+
+    done: int
+    total: int
+    tokens: int
+    skipped: int
+    resumed: int
+    message: str | None = None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class Attributor:
+    """Caches training examples as gradient sketches, and finds those behind a generation.
+
+    model: a `LoadedModel`, or a transformers or peft causal model with its tokenizer.
+    width: bins of each layer's sketch. projection: "tensor" (from the factors) or "flat" (from the formed gradient).
+    seed: of bins and signs. include, exclude: patterns of parameter names (`rapidin.layers.matches`).
+    at: points between base (0) and tuned model (1) where gradients are taken, one number or several, which are
+    summed; default 0.5 where the untuned state is known, else 1. loss: "mean" or "sum" over an example's completion
+    tokens. eos, max_length, too_long: see `rapidin.examples.Encoder`. batch_tokens: padded tokens a batch.
+
+    >>> attributor = Attributor(model, tokenizer)
+    >>> cache = attributor.cache("train.jsonl", "cache")
+    >>> attributor.query(cache, [(prompt, completion)])[0].top[0].index
+
+    Raises UserError for settings that do not fit the model or each other.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        tokenizer: Any = None,
+        *,
+        width: int = 512,
+        projection: Literal["tensor", "flat"] = "tensor",
+        seed: int = 0,
+        include: Sequence[str] = (),
+        exclude: Sequence[str] = (),
+        at: float | Sequence[float] | None = None,
+        loss: LossKind = "mean",
+        eos: bool = True,
+        max_length: int | None = None,
+        too_long: Literal["truncate", "skip"] = "truncate",
+        batch_tokens: int = 1024,
+    ) -> None:
+        self.loaded = model if isinstance(model, LoadedModel) else LoadedModel.of(model, tokenizer)
+        if projection not in PROJECTIONS:
+            raise UserError(f"unknown projection '{projection}'", f"known: {', '.join(PROJECTIONS)}")
+        if loss not in ("mean", "sum"):
+            raise UserError(f"unknown loss '{loss}'", "known: mean, sum")
+        if width < 1:
+            raise UserError(f"a width of {width} bins", "say at least 1")
+        if not 0 <= seed < 2**64:
+            raise UserError(f"the seed {seed} is not between 0 and 2^64 - 1")
+        if projection == "flat" and width % 128 and width not in (1, 2, 4, 8, 16, 32, 64):
+            raise UserError(f"the flat projection takes no width of {width}", "a multiple of 128, or a power of two")
+        self.width, self.projection, self.seed, self.loss = width, projection, seed, loss
+        self.points = self._points(at)
+        limit = self.loaded.context_length
+        self.max_length = max_length if max_length is not None else limit if limit is not None else 2048
+        if limit is not None and self.max_length > limit:
+            raise UserError(f"--max-length {max_length} is over the model's context of {limit} tokens")
+        self.eos, self.too_long, self.batch_tokens = eos, too_long, max(1, batch_tokens)
+        self.encoder = Encoder(self.loaded.tokenizer, eos=eos, max_length=self.max_length, too_long=too_long)
+        self.include, self.exclude = list(include), list(exclude)
+        self.targets = find_targets(
+            self.loaded.model, trained=self.loaded.trained, include=include, exclude=exclude
+        )
+        self.layers = layer_table(self.targets, self.points, width)
+        self.sketcher = GradientSketcher(
+            self.loaded.model, self.targets, width=width, seed=seed, projection=projection, loss=loss
+        )
+
+    def _points(self, at: float | Sequence[float] | None) -> list[float]:
+        path = self.loaded.path
+        if at is None:
+            adapter_unknown = self.loaded.trained is not None and not path.ends
+            if adapter_unknown:
+                path.check([DEFAULT_AT])
+            return [DEFAULT_AT if path.ends else 1.0]
+        points = [float(at)] if isinstance(at, int | float) else [float(a) for a in at]
+        if not points:
+            raise UserError("--at names no point")
+        path.check(points)
+        return points
+
+    @property
+    def coverage(self) -> float:
+        """Share of the model's parameters that count."""
+        counted, total = coverage(self.loaded.model, self.targets)
+        return counted / total
+
+    @staticmethod
+    def from_cache(
+        path: str | Path,
+        *,
+        model: str | None = None,
+        adapter: str | None = None,
+        base: str | None = None,
+        device: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Attributor:
+        """The attributor that made a cache: loads what its manifest names and checks that it is the same.
+
+        model, adapter, base: where they have moved. Raises UserError where something is not there or not the same.
+        """
+        manifest = Manifest.read(Path(path))
+        source = manifest.model.get("source", {})
+        name = model or source.get("model")
+        if name is None:
+            raise UserError(f"the cache in '{path}' does not say which model made it", "name it with --model")
+        loaded = load_model(
+            name,
+            adapter=adapter or source.get("adapter"),
+            base=base or source.get("base"),
+            device=device,
+            dtype=source.get("dtype"),
+            trust_remote_code=trust_remote_code,
+        )
+        return Attributor.like(manifest, loaded)
+
+    @staticmethod
+    def like(manifest: Manifest, model: Any, tokenizer: Any = None) -> Attributor:
+        """The attributor of a manifest's settings on a model in memory. UserError where it is another model."""
+        try:
+            made = Attributor(
+                model,
+                tokenizer,
+                width=manifest.sketch["width"],
+                projection=manifest.sketch["projection"],
+                seed=manifest.sketch["seed"],
+                include=manifest.gradient["include"],
+                exclude=manifest.gradient["exclude"],
+                at=manifest.gradient["at"],
+                loss=manifest.gradient["loss"],
+                eos=manifest.text["eos"],
+                max_length=manifest.text["max_length"],
+                too_long=manifest.text["too_long"],
+            )
+        except (KeyError, TypeError) as error:
+            raise UserError(f"the cache's manifest is damaged: {type(error).__name__} {error}") from None
+        made.check(manifest)
+        return made
+
+    def check(self, manifest: Manifest) -> None:
+        """Raise UserError where a cache was not made with this model and these settings."""
+        identity = manifest.model["identity"]
+        for what, words in (("architecture", "model"), ("model", "model"), ("adapter", "adapter"), ("base", "base model")):
+            if identity.get(what) != self.loaded.identity.get(what):
+                raise UserError(
+                    f"the cache was made with another {words}: the weights are not the same",
+                    f"name the one it was made with by --{words.split()[0]}",
+                )
+        if identity.get("tokenizer") != self.loaded.identity["tokenizer"]:
+            raise UserError("the cache was made with another tokenizer", "use the one it was made with")
+        mine = self._manifest(None, manifest.dtype, manifest.rows, manifest.shard_rows)
+        for part in ("sketch", "gradient", "layers"):
+            if getattr(manifest, part) != getattr(mine, part):
+                raise UserError(f"the cache was made with other settings ({part})", "use those of its manifest")
+
+    def _manifest(self, examples: Examples | None, dtype: str, rows: int, shard_rows: int) -> Manifest:
+        data: dict[str, Any] = {}
+        if examples is not None:
+            data = {"path": examples.path, "form": examples.form, "identity": examples.identity}
+        return Manifest(
+            model={"source": self.loaded.source, "identity": self.loaded.identity},
+            sketch={"projection": self.projection, "width": self.width, "seed": self.seed, "hash": HASH},
+            gradient={"at": self.points, "loss": self.loss, "include": self.include, "exclude": self.exclude},
+            text={"eos": self.eos, "max_length": self.max_length, "too_long": self.too_long},
+            data=data,
+            dtype=dtype,
+            rows=rows,
+            shard_rows=shard_rows,
+            layers=self.layers,
+        )
+
+    # ---------------------------------------------------------------------------------------- caching
+
+    def cache(
+        self,
+        examples: Any,
+        path: str | Path,
+        *,
+        dtype: Literal["float16", "float32"] = "float16",
+        limit: int | None = None,
+        shard_rows: int | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Cache:
+        """Sketch every example's gradient into the cache at `path`, going on where an earlier run stopped.
+
+        examples: anything `rapidin.examples.open_examples` takes. limit: the first so many. shard_rows: rows of a
+        shard, by default what fills 32 MiB. Raises UserError where the data, the folder or the disk will not do.
+        """
+        if dtype not in ("float16", "float32"):
+            raise UserError(f"unknown dtype '{dtype}'", "known: float16, float32")
+        if not isinstance(examples, Examples):
+            examples = open_examples(examples, limit=limit)
+        manifest = self._manifest(examples, dtype, len(examples), 1)
+        manifest.shard_rows = shard_rows or min(8192, max(64, SHARD_BYTES // manifest.row_bytes))
+        if manifest.shard_rows < 1:
+            raise UserError(f"--shard-rows {shard_rows} is less than 1")
+        with CacheWriter(path, manifest) as writer:
+            meter = _Meter(on_progress, writer.manifest)
+            for warning in self._warnings():
+                meter.tell(warning)
+            for n in writer.missing:
+                first = n * manifest.shard_rows
+                wanted = range(first, first + manifest.rows_of(n))
+                rows, counts = self._shard(examples, wanted, dtype, meter)
+                writer.write(n, rows, counts)
+        return Cache(path)
+
+    def _warnings(self) -> Iterator[str]:
+        if self.sketcher.one_by_one:
+            names = self.sketcher.single_names
+            yield f"examples go one at a time: no batched way for {len(names)} parameters such as '{names[0]}'"
+
+    def _shard(self, examples: Examples, wanted: range, dtype: str, meter: _Meter) -> tuple[Rows, dict[str, int]]:
+        records = [examples[row] for row in wanted]
+        encoded = [self.encoder(record) for record in records]
+        sketch, status = self._sketch(encoded, meter)
+        unit, length = methods.unit_blocks(sketch)
+        del sketch
+        counts = {s.name.lower(): int((status == s).sum()) for s in Status}
+        counts["truncated"] = sum(e.truncated for e in encoded)
+        rows = Rows(
+            sketch=unit.flatten(1).to(torch.float16 if dtype == "float16" else torch.float32),
+            length=length,
+            index=torch.tensor([examples.index(row) for row in wanted], dtype=torch.int64),
+            status=status,
+            truncated=torch.tensor([e.truncated for e in encoded], dtype=torch.uint8),
+            record=torch.tensor([_record_hash(record) for record in records], dtype=torch.int64),
+        )
+        return rows, counts
+
+    def _sketch(self, encoded: Sequence[Encoded], meter: _Meter | None = None) -> tuple[Tensor, Tensor]:
+        """Raw sketches [n, blocks, width] float32 on the CPU, and status [n] uint8; rows without one are zero."""
+        status = torch.tensor([int(e.status) for e in encoded], dtype=torch.uint8)
+        out = torch.zeros(len(encoded), len(self.layers), self.width)
+        good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
+        if meter:
+            meter.add(len(encoded) - len(good), 0, skipped=len(encoded) - len(good))
+        for number, point in enumerate(self.points):
+            blocks = slice(number * len(self.targets), (number + 1) * len(self.targets))
+            last = number == len(self.points) - 1
+            with self.loaded.path.at(point):
+                queue = _by_length(good, encoded, self.batch_tokens)
+                while queue:
+                    chosen = queue.pop()
+                    batch = Batch.of([(encoded[n].ids, encoded[n].target) for n in chosen], self.loaded.device)
+                    try:
+                        sketch, _ = self.sketcher(batch)
+                    except NotBatchedError:
+                        queue.extend([n] for n in reversed(chosen))
+                        continue
+                    sketch = sketch.cpu()
+                    bad = ~sketch.isfinite().flatten(1).all(1)
+                    out[chosen, blocks] = sketch
+                    status[torch.tensor(chosen)[bad]] = int(Status.NONFINITE)
+                    if meter:
+                        tokens = sum(len(encoded[n].ids) for n in chosen)
+                        meter.add(len(chosen) if last else 0, tokens, skipped=int(bad.sum()) if last else 0)
+        out[status == int(Status.NONFINITE)] = 0.0
+        return out, status
+
+    # ----------------------------------------------------------------------------------------- query
+
+    def generate(self, prompt: str, *, max_new_tokens: int = 64) -> str:
+        """What the tuned model says to a prompt, greedily; special tokens left out."""
+        return self._generate(prompt, max_new_tokens).completion
+
+    def _generate(self, prompt: str, max_new_tokens: int) -> _Generation:
+        tokenizer, model = self.loaded.tokenizer, self.loaded.model
+        ids = self.encoder.prompt_ids(prompt)
+        if not ids:
+            raise UserError("an empty prompt gives the model nothing to go on from", "give a --completion too")
+        if len(ids) >= self.max_length:
+            raise UserError(f"the prompt has {len(ids)} tokens and the context {self.max_length}: no room to answer")
+        inputs = torch.tensor([ids], device=self.loaded.device)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            written = model.generate(
+                input_ids=inputs,
+                attention_mask=torch.ones_like(inputs),
+                do_sample=False,
+                num_beams=1,
+                max_new_tokens=min(max_new_tokens, self.max_length - len(ids)),
+                pad_token_id=pad,
+            )
+        answer = written[0, len(ids) :].tolist()
+        # The tokens that the model wrote, not its text read again: an answer cut short has no end token.
+        kept = answer if self.eos else [i for i in answer if i != tokenizer.eos_token_id]
+        target = [False] * len(ids) + [True] * len(kept)
+        encoded = Encoded(ids + kept, target, Status.OK if kept else Status.NO_TARGET)
+        return _Generation(prompt, str(tokenizer.decode(answer, skip_special_tokens=True)), True, encoded)
+
+    def query(
+        self,
+        cache: Cache | str | Path,
+        generations: Sequence[Any],
+        *,
+        top_k: int = 10,
+        normalize: Literal["layer", "none", "cosine"] = "layer",
+        method: Literal["dot"] = "dot",
+        max_new_tokens: int = 64,
+        examples: Any = None,
+    ) -> list[QueryResult]:
+        """The most helpful and most harmful training examples of each generation.
+
+        generations: (prompt, completion) pairs or records as in training data; where the completion is missing the
+        tuned model writes one. top_k: hits at each end, all where the cache has fewer. examples: the training data,
+        to show with the hits, by default from where the cache was made; False for none.
+        Scores: see `rapidin.methods`. Raises UserError where a generation has no token to explain.
+        """
+        cache = cache if isinstance(cache, Cache) else Cache(cache)
+        self.check(cache.manifest)
+        if top_k < 1:
+            raise UserError(f"--top-k {top_k} is less than 1")
+        if not generations:
+            raise UserError("there is no generation to explain")
+        clock = _Clock()
+        texts = [self._generation(g, max_new_tokens) for g in generations]
+        clock.lap("generate")
+        for text in texts:
+            if text.encoded.status != Status.OK:
+                words = {Status.EMPTY: "has no text", Status.TOO_LONG: "is longer than the context"}
+                why = words.get(text.encoded.status, "has no completion token")
+                raise UserError(f"the generation for '{_short(text.prompt)}' {why}")
+        sketch, status = self._sketch([text.encoded for text in texts])
+        if bool((status != 0).any()):
+            bad = texts[int(status.nonzero()[0])]
+            raise UserError(f"the gradient of the generation for '{_short(bad.prompt)}' holds NaN or Inf")
+        prepared = methods.prepare(sketch, method=method, normalize=normalize)
+        clock.lap("sketch")
+        top, bottom = _scan(cache, prepared, top_k)
+        clock.lap("scan")
+        source = _training_data(cache, examples)
+        results = []
+        for n, text in enumerate(texts):
+            ends = [_hits(cache, source, scores[n], rows[n]) for scores, rows in (top, bottom)]
+            results.append(
+                QueryResult(text.prompt, text.completion, text.generated, *ends, normalize, clock.seconds)
+            )
+        return results
+
+    def _generation(self, value: Any, max_new_tokens: int) -> _Generation:
+        if not isinstance(value, Mapping):
+            prompt, completion = value
+            value = {"prompt": prompt, "completion": completion}
+        record = dict(value)
+        prompt = self.encoder.prompt_text(record)
+        completion = self.encoder.completion_text(record)
+        if completion:
+            return _Generation(prompt, completion, False, self.encoder(record))
+        return self._generate(prompt, max_new_tokens)
+
+
+@dataclass(frozen=True, slots=True)
+class _Generation:
+    """A generation to explain; generated: the model wrote the completion."""
+
+    prompt: str
+    completion: str
+    generated: bool
+    encoded: Encoded
+
+
+Ends = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+def _scan(cache: Cache, query: methods.ScanQuery, top_k: int) -> Ends:
+    """((scores, rows) of the top, (scores, rows) of the bottom), each [Q, k], over all shards."""
+    offsets = [block.start for block in cache.layers] + [cache.manifest.dim]
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for first, rows in cache.shards():
+        scales = query.scales(rows.length)
+        found = ops.topk_scan_both_ends(
+            rows.sketch,
+            query.vectors,
+            top_k,
+            scales=scales,
+            offsets=None if scales is None else offsets,
+            valid=rows.status == 0,
+        )
+        shift = [torch.where(i >= 0, i + first, i) for i in (found[1], found[3])]
+        parts.append((found[0], shift[0], found[2], shift[1]))
+    if not parts:
+        raise UserError(f"the cache in '{cache.path}' holds no examples yet", "run the same 'rapidin cache' again")
+    joined = [torch.cat(column, dim=1) for column in zip(*parts, strict=True)]
+    return _best(joined[0], joined[1], top_k, True), _best(joined[2], joined[3], top_k, False)
+
+
+def _best(scores: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
+    # Shards come in row order and a stable sort keeps it among equal scores; places without a row sort last.
+    empty = float("-inf") if largest else float("inf")
+    keys = torch.where(rows >= 0, scores, empty)
+    order = torch.sort(keys, dim=1, descending=largest, stable=True).indices[:, :k]
+    return scores.gather(1, order), rows.gather(1, order)
+
+
+def _hits(cache: Cache, source: Examples | None, scores: Tensor, rows: Tensor) -> list[Hit]:
+    found = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row >= 0]
+    if not found:
+        return []
+    where = [row for _, row in found]
+    index, hashes = cache.index(where).tolist(), cache.records(where).tolist()
+    hits = []
+    for n, (score, row) in enumerate(found):
+        example = None
+        if source is not None:
+            example = source[row] if row < len(source) else None
+            if example is None or _record_hash(example) != hashes[n]:
+                raise UserError(
+                    f"the training data '{source.path}' is not what was cached: example {index[n]} is another",
+                    "name the right file with --train-data, or say --no-text",
+                )
+        hits.append(Hit(n + 1, index[n], row, score, example))
+    return hits
+
+
+def _training_data(cache: Cache, examples: Any) -> Examples | None:
+    if examples is False:
+        return None
+    if examples is not None:
+        return examples if isinstance(examples, Examples) else open_examples(examples)
+    path = cache.manifest.data.get("path")
+    if path is None:
+        return None
+    if not Path(path).exists():
+        raise UserError(
+            f"the training data is no longer at '{path}'", "name it with --train-data, or say --no-text"
+        )
+    return open_examples(path)
+
+
+def _by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
+    """Batches of at most batch_tokens padded tokens, of examples of like length; the longest are last."""
+    batches: list[list[int]] = []
+    for n in sorted(chosen, key=lambda n: (len(encoded[n].ids), n)):
+        longest = len(encoded[n].ids)
+        if batches and (len(batches[-1]) + 1) * longest <= batch_tokens:
+            batches[-1].append(n)
+        else:
+            batches.append([n])
+    return batches
+
+
+def _record_hash(record: Mapping[str, Any]) -> int:
+    text = json.dumps(record, sort_keys=True, ensure_ascii=True, default=str)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
+
+
+def _short(text: str) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= 40 else text[:37] + "..."
+
+
+class _Clock:
+    """Seconds by stage."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def lap(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = now - self._last
+        self._last = now
+
+
+class _Meter:
+    """Counts what caching does and tells the caller."""
+
+    def __init__(self, on_progress: OnProgress | None, manifest: Manifest) -> None:
+        self._tell = on_progress
+        self._resumed = manifest.rows_done
+        self._total = manifest.rows
+        self._done, self._tokens, self._skipped = self._resumed, 0, 0
+        self.tell(None)
+
+    def add(self, done: int, tokens: int, *, skipped: int) -> None:
+        self._done += done
+        self._tokens += tokens
+        self._skipped += skipped
+        self.tell(None)
+
+    def tell(self, message: str | None) -> None:
+        if self._tell:
+            self._tell(Progress(self._done, self._total, self._tokens, self._skipped, self._resumed, message))

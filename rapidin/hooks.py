@@ -1,0 +1,293 @@
+"""Hooks: from a batch of texts to each text's gradient sketch, with no weight gradient computed or formed.
+
+The gradient of a linear layer for one example is ``sum_t g_t a_t^T`` (output gradient times input). Forward hooks
+keep the inputs, tensor hooks see the output gradients on their way down, and `ops.linear_sketch` makes the sketch
+of one from the other on the spot, so at most one layer's factors beyond the saved inputs are held. The parameters
+themselves need no gradient, so autograd computes input gradients only, and only down to the lowest layer that counts.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NoReturn
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rapidin import ops
+from rapidin.errors import UserError
+from rapidin.layers import Target, Use, block_seed
+
+LossKind = Literal["mean", "sum"]
+
+
+class NotBatchedError(Exception):
+    """A layer does not keep the examples of a batch apart, so they must come one at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Texts padded on the right. ids: [B, T] int64; mask: [B, T] bool, real tokens; target: [B, T] bool."""
+
+    ids: Tensor
+    mask: Tensor
+    target: Tensor
+
+    @staticmethod
+    def of(texts: Sequence[tuple[Sequence[int], Sequence[bool]]], device: torch.device | str = "cpu") -> Batch:
+        """The batch of (token ids, target flags) pairs."""
+        length = max(len(ids) for ids, _ in texts)
+        ids = torch.zeros(len(texts), length, dtype=torch.int64)
+        mask = torch.zeros(len(texts), length, dtype=torch.bool)
+        target = torch.zeros(len(texts), length, dtype=torch.bool)
+        for row, (tokens, flags) in enumerate(texts):
+            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+            mask[row, : len(tokens)] = True
+            target[row, : len(flags)] = torch.tensor(flags, dtype=torch.bool)
+        return Batch(ids.to(device), mask.to(device), target.to(device))
+
+
+def example_losses(model: nn.Module, batch: Batch, kind: LossKind = "mean") -> Tensor:
+    """Each example's loss over its target tokens: [B] float32.
+
+    Position t's logits predict token t + 1; ``mean`` divides by the example's own number of target tokens.
+    """
+    target = batch.target[:, 1:]
+    # Logits before the first target token are never needed, and the output head is a large part of a small model.
+    first = int(target.any(0).nonzero()[0]) if bool(target.any()) else 0
+    kept = batch.ids.shape[1] - first
+    extra: dict[str, Any] = {"logits_to_keep": kept} if _takes(model, "logits_to_keep") else {}
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False, **extra).logits
+    logits = logits[:, -kept:-1] if kept > 1 else logits[:, :0]
+    target = target[:, first:]
+    token_loss = F.cross_entropy(
+        logits.float().flatten(0, 1), batch.ids[:, first + 1 :].flatten(), reduction="none"
+    ).view(target.shape)
+    # where, not a product: a token that does not count must not bring its NaN along.
+    loss = torch.where(target, token_loss, token_loss.new_zeros(())).sum(1)
+    return loss / target.sum(1).clamp(min=1) if kind == "mean" else loss
+
+
+def _takes(model: nn.Module, name: str) -> bool:
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return name in inspect.signature(inner.forward).parameters
+
+
+class GradientSketcher:
+    """Sketches of the per-example gradients of `targets`.
+
+    width: bins of a parameter's sketch. projection: "tensor" (TensorSketch from the factors) or "flat" (one-permutation
+    sketch of the formed gradient, for comparison). loss: see `example_losses`.
+
+    >>> sketcher = GradientSketcher(model, targets, width=512, seed=0)
+    >>> sketch, loss = sketcher(batch)          # [B, len(targets), width] float32, [B] float32
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        targets: Sequence[Target],
+        *,
+        width: int,
+        seed: int,
+        projection: Literal["tensor", "flat"] = "tensor",
+        loss: LossKind = "mean",
+    ) -> None:
+        self.model = model
+        self.targets = list(targets)
+        self.width = width
+        self.projection = projection
+        self.loss: LossKind = loss
+        self.seeds = [block_seed(seed, target.name) for target in self.targets]
+        self._modules = dict(model.named_modules())
+        self.parameters = dict(model.named_parameters(remove_duplicate=False))
+        self._single = [n for n, t in enumerate(self.targets) if any(use.kind == "autograd" for use in t.uses)]
+        by_module: dict[str, list[tuple[int, Use]]] = {}
+        for n, target in enumerate(self.targets):
+            for use in target.uses if n not in self._single else ():
+                by_module.setdefault(use.module, []).append((n, use))
+        self._by_module = by_module
+        self.one_by_one = bool(self._single)
+
+    @property
+    def single_names(self) -> list[str]:
+        """Parameters for which no batched way is known: examples come one at a time because of them."""
+        return [self.targets[n].name for n in self._single]
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """(sketches [B, len(targets), width] float32, losses [B] float32), both on the model's device.
+
+        Raises NotBatchedError where a layer mixes the examples of a batch of more than one (then `one_by_one` is
+        set, and batches of one will do), and UserError where a parameter takes no part in the loss.
+        """
+        rows = batch.ids.shape[0]
+        if rows > 1 and self.one_by_one:
+            raise NotBatchedError
+        state = _Pass(self, batch)
+        with self._frozen(), self._hooked(state), torch.enable_grad():
+            losses = example_losses(self.model, batch, self.loss)
+            if not losses.requires_grad:
+                raise UserError(f"no layer that counts takes part in the loss, such as '{self.targets[0].name}'")
+            losses.sum().backward()
+            for n in self._single:
+                grad = self.parameters[self.targets[n].name].grad
+                if grad is not None:
+                    state.add_formed(n, grad.reshape(1, grad.shape[0] if grad.ndim else 1, -1))
+        missing = [self.targets[n].name for n in range(len(self.targets)) if n not in state.seen]
+        if missing:
+            raise UserError(
+                f"{len(missing)} parameters took no part in the model's forward pass, such as '{missing[0]}'",
+                "leave them out with --exclude",
+            )
+        return state.out, losses.detach()
+
+    @contextlib.contextmanager
+    def _frozen(self) -> Iterator[None]:
+        """No parameter needs a gradient, but those that have no other way."""
+        before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
+        single = {id(self.parameters[self.targets[n].name]) for n in self._single}
+        training = self.model.training
+        self.model.eval()
+        try:
+            for p, _, _ in before:
+                p.requires_grad_(id(p) in single)
+                p.grad = None
+            yield
+        finally:
+            for p, needed, grad in before:
+                p.requires_grad_(needed)
+                p.grad = grad
+            self.model.train(training)
+
+    @contextlib.contextmanager
+    def _hooked(self, state: _Pass) -> Iterator[None]:
+        handles: list[Any] = []
+        try:
+            for name, parts in self._by_module.items():
+                module = self._modules[name]
+                if any(use.kind == "embedding" for _, use in parts):
+                    handles.append(module.register_forward_pre_hook(state.spread_ids))
+                handles.append(module.register_forward_hook(state.forward_hook(parts)))
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _Pass:
+    """One forward and backward pass over a batch: what the hooks write to."""
+
+    def __init__(self, sketcher: GradientSketcher, batch: Batch) -> None:
+        self.sketcher = sketcher
+        self.rows, self.length = batch.ids.shape
+        self.out = torch.zeros(self.rows, len(sketcher.targets), sketcher.width, device=batch.ids.device)
+        self.seen: set[int] = set()
+        self._again = False  # a module run a second time for its own parameters must not be hooked again
+
+    def spread_ids(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Position ids come once for the whole batch; an embedding row for each example keeps them apart."""
+        ids = args[0]
+        return (ids.expand(self.rows, *ids.shape[1:]), *args[1:]) if ids.shape[0] == 1 < self.rows else None
+
+    def forward_hook(self, parts: Sequence[tuple[int, Use]]) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+        """A forward hook that keeps the inputs of a module and waits for its output gradient."""
+
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+            if self._again or not isinstance(output, Tensor) or not args or not torch.is_grad_enabled():
+                return None
+            changed = None
+            if not output.requires_grad:
+                # The graph begins here: nothing below needs a gradient. A copy, since a leaf allows no in-place use.
+                output = changed = output.detach().requires_grad_().clone()
+            inputs = args[0].detach()
+
+            def on_gradient(grad: Tensor) -> None:
+                with torch.no_grad():
+                    self._add_call(module, parts, inputs, grad.detach())
+
+            output.register_hook(on_gradient)
+            self.seen.update(n for n, _ in parts)
+            return changed
+
+        return hook
+
+    def _add_call(self, module: nn.Module, parts: Sequence[tuple[int, Use]], inputs: Tensor, grad: Tensor) -> None:
+        """Add what one call of a module gives to each of its parameters' sketches."""
+        own = [n for n, use in parts if use.kind == "module"]
+        if own:
+            self._add_module(module, own, inputs, grad)
+            return
+        for n, use in parts:
+            g = self._by_example(grad, 1)
+            if use.kind == "embedding":
+                ids = self._by_example(inputs, 0)
+                padding = getattr(module, "padding_idx", None)
+                if padding is not None:
+                    g = g.masked_fill((ids == padding)[..., None], 0.0)
+                self._add_embedding(n, ids, g)
+            elif use.kind == "bias":
+                self.add_formed(n, g.float().sum(1)[:, :, None])
+            elif use.kind == "linear":
+                self._add_factors(n, self._by_example(inputs, 1), g)
+            else:  # a Conv1D weight is stored [in, out]: the input is the row factor
+                self._add_factors(n, g, self._by_example(inputs, 1))
+
+    def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
+        """Add ``sum_t rows_t columns_t^T``; columns: [B, T, I], rows: [B, T, O]."""
+        if self.sketcher.projection == "tensor":
+            self.out[:, n] += ops.linear_sketch(columns, rows, self.sketcher.width, seed=self.sketcher.seeds[n])
+        else:
+            self.add_formed(n, torch.bmm(rows.float().mT, columns.float()))
+
+    def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
+        """Add the gradient of an embedding's [V, E] weight; ids: [B, T], grad: [B, T, E]."""
+        if self.sketcher.projection == "tensor":
+            self.out[:, n] += ops.embedding_sketch(ids, grad, self.sketcher.width, seed=self.sketcher.seeds[n])
+        else:
+            vocabulary, size = self.sketcher.targets[n].shape
+            formed = grad.new_zeros(self.rows, vocabulary, size, dtype=torch.float32)
+            self.add_formed(n, formed.scatter_add_(1, ids[..., None].expand(-1, -1, size), grad.float()))
+
+    def _add_module(self, module: nn.Module, own: Sequence[int], inputs: Tensor, grad: Tensor) -> None:
+        """Norms and the like: the module again, one example at a time, for its own few parameters."""
+        if inputs.shape[0] != self.rows:
+            self._not_batched()
+        named = dict(module.named_parameters(recurse=False))
+        index = {id(self.sketcher.parameters[self.sketcher.targets[n].name]): n for n in own}
+        roles = {role: index[id(p)] for role, p in named.items() if id(p) in index}
+        grads: list[tuple[Tensor, ...]] = []
+        for row in range(self.rows):
+            with torch.enable_grad():
+                copies = {role: p.detach().requires_grad_() for role, p in named.items()}
+                self._again = True
+                again = torch.func.functional_call(module, copies, (inputs[row : row + 1],))
+                self._again = False
+                grads.append(torch.autograd.grad(again, [copies[role] for role in roles], grad[row : row + 1]))
+        for n, parts in zip(roles.values(), zip(*grads, strict=True), strict=True):
+            self.add_formed(n, torch.stack(parts)[:, :, None])
+
+    def add_formed(self, n: int, grad: Tensor) -> None:
+        """Add a formed gradient [B, O, I]."""
+        self.seen.add(n)
+        width, seed = self.sketcher.width, self.sketcher.seeds[n]
+        if self.sketcher.projection == "tensor":
+            self.out[:, n] += ops.matrix_sketch(grad.float(), width, seed=seed)
+        else:
+            self.out[:, n] += ops.flat_sketch([grad.float().flatten(1)], width, seed=seed, batched=True)
+
+    def _by_example(self, x: Tensor, features: int) -> Tensor:
+        """[B, ..., F] or [B * T, F] -> [B, T, F] (features = 0: no F)."""
+        tail = x.shape[x.ndim - features :]
+        if self.rows == 1 or (x.ndim > 1 + features and x.shape[0] == self.rows):
+            return x.reshape(self.rows, -1, *tail)
+        if x.ndim == 1 + features and x.shape[0] == self.rows * self.length:
+            return x.reshape(self.rows, self.length, *tail)
+        self._not_batched()
+
+    def _not_batched(self) -> NoReturn:
+        self.sketcher.one_by_one = True
+        raise NotBatchedError

@@ -1,0 +1,193 @@
+"""The layer table: which parameters count, and where each one's block lies in a sketch.
+
+A *block* is one parameter's part of a sketch. A parameter's gradient is read as a matrix
+``[shape[0], product of the rest]`` (a vector of n is ``[n, 1]``), as it is stored, whatever way it is computed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING, Any, Literal
+
+from rapidin.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Kind = Literal["linear", "conv1d", "bias", "embedding", "module", "autograd"]
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """One parameter's part of a sketch, at one point of the path from base to tuned model.
+
+    name: the parameter's name in the model; shape: its shape; at: the point (0 = base, 1 = tuned);
+    start, width: the block is ``sketch[start : start + width]``.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    at: float
+    start: int
+    width: int
+
+    def to_json(self) -> dict[str, Any]:
+        """The block as the manifest keeps it."""
+        return asdict(self) | {"shape": list(self.shape)}
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Block:
+        """The block that `to_json` wrote; KeyError, TypeError or ValueError where it is none."""
+        return Block(
+            name=str(value["name"]),
+            shape=tuple(int(n) for n in value["shape"]),
+            at=float(value["at"]),
+            start=int(value["start"]),
+            width=int(value["width"]),
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Use:
+    """A module that a parameter takes part in, and how its gradient is had there.
+
+    linear, conv1d, bias: from the module's inputs and output gradients; embedding: from token ids and output
+    gradients; module: the module run again for one example (norms and the like); autograd: from the
+    parameter's own gradient, one example at a time.
+    """
+
+    module: str
+    kind: Kind
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A parameter whose gradient is sketched, with every use of it (tied weights have several)."""
+
+    name: str
+    shape: tuple[int, ...]
+    uses: tuple[Use, ...]
+
+
+def block_seed(seed: int, name: str) -> int:
+    """The 64-bit seed of a parameter's bins and signs, from the sketch's seed and the parameter's name."""
+    text = b"rapidin block\0" + (seed % 2**64).to_bytes(8, "little") + name.encode()
+    return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
+
+
+def layer_table(targets: Sequence[Target], points: Sequence[float], width: int) -> list[Block]:
+    """Blocks of `width` numbers, points outermost, in the order of `targets`."""
+    pairs = [(target, at) for at in points for target in targets]
+    return [Block(t.name, t.shape, at, n * width, width) for n, (t, at) in enumerate(pairs)]
+
+
+def matches(name: str, patterns: Sequence[str]) -> bool:
+    """Whether a parameter's name fits one of the patterns: globs; one without * ? [ fits anywhere in the name."""
+    return any(fnmatchcase(name, p if set(p) & set("*?[") else f"*{p}*") for p in patterns)
+
+
+def find_targets(
+    model: nn.Module,
+    *,
+    trained: Sequence[str] | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+) -> list[Target]:
+    """The parameters that count.
+
+    trained: names of the parameters that an adapter trains; by default exactly these count. Without an adapter
+    the weights of the linear layers count, the output head left out. `include` names others instead, out of all
+    parameters; `exclude` takes away.
+
+    Raises UserError where a pattern fits no parameter, or nothing is left.
+    """
+    shapes, uses = _uses(model)
+    for pattern in (*include, *exclude):
+        if not any(matches(name, [pattern]) for name in shapes):
+            raise UserError(
+                f"no parameter's name fits the pattern '{pattern}'",
+                f"the names look like '{next(iter(shapes), '(none)')}'",
+            )
+    if include:
+        chosen = [name for name in shapes if matches(name, include)]
+    elif trained is not None:
+        wanted = set(trained)
+        chosen = [name for name in shapes if name in wanted]
+    else:
+        head = _output_head(model)
+        chosen = [
+            name
+            for name in shapes
+            if any(use.kind in ("linear", "conv1d") and use.module != head for use in uses[name])
+            and not any(use.kind == "embedding" for use in uses[name])
+        ]
+    chosen = [name for name in chosen if not matches(name, exclude)]
+    if not chosen:
+        raise UserError("no parameter is left to take gradients of", "change --include or --exclude")
+    return [Target(name, shapes[name], tuple(uses[name])) for name in chosen]
+
+
+def coverage(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int]:
+    """(numbers in the parameters that count, numbers in all parameters of the model)."""
+    counted = sum(_numel(t.shape) for t in targets)
+    return counted, sum(_numel(shape) for shape in _uses(model)[0].values())
+
+
+def _numel(shape: Sequence[int]) -> int:
+    total = 1
+    for n in shape:
+        total *= n
+    return total
+
+
+def _output_head(model: nn.Module) -> str | None:
+    get = getattr(model, "get_output_embeddings", None)
+    head = get() if callable(get) else None
+    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+
+
+def _uses(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, list[Use]]]:
+    """Shape and uses of each parameter, under the first name that the model gives it."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    shapes: dict[str, tuple[int, ...]] = {name: () for name in names.values()}
+    uses: dict[str, list[Use]] = {name: [] for name in names.values()}
+    for module_name, module in model.named_modules():
+        own = list(module.named_parameters(recurse=False, remove_duplicate=False))
+        for role, parameter in own:
+            name = names[id(parameter)]
+            kind, shape = _kind(module, role, tuple(parameter.shape))
+            shapes[name] = shape
+            use = Use(module_name, kind)
+            if use not in uses[name]:
+                uses[name].append(use)
+    return shapes, uses
+
+
+def _kind(module: nn.Module, role: str, shape: tuple[int, ...]) -> tuple[Kind, tuple[int, ...]]:
+    from torch import nn
+
+    if isinstance(module, nn.Linear) and role in ("weight", "bias"):
+        # A quantised weight is packed; its gradient has the layer's own shape.
+        return ("linear", (module.out_features, module.in_features)) if role == "weight" else ("bias", shape)
+    if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and role in ("weight", "bias"):
+        return ("conv1d" if role == "weight" else "bias"), shape
+    if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
+        return "embedding", shape
+    if len(shape) == 1 and not any(True for _ in module.children()) and _one_input(module):
+        return "module", shape
+    return "autograd", shape
+
+
+def _one_input(module: nn.Module) -> bool:
+    """Whether the module is called with one tensor, as norms are."""
+    import inspect
+
+    try:
+        parameters = list(inspect.signature(module.forward).parameters.values())
+    except (TypeError, ValueError):
+        return False
+    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    return len(needed) == 1 and not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)

@@ -1,0 +1,66 @@
+"""Methods and normalisations: what becomes of a query's sketch before the scan.
+
+A score is ``sum_b scale[n, b] <q_b, x_nb>`` over the blocks b, where x_nb is the unit block of row n that the cache
+holds. With l_nb the length that the block had:
+
+    layer    q_b / (|q_b| B), no scale          mean over the B layers of the cosine: -1 .. 1 (RapidIn, section 3)
+    cosine   q / |q|, scale l_nb / |l_n|        cosine of the whole gradients: -1 .. 1
+    none     q, scale l_nb                      gradient dot product: TracIn at one checkpoint (Pruthi et al., 2020, eq. 1)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rapidin.errors import UserError
+
+METHODS = ("dot",)
+NORMALIZE = ("layer", "none", "cosine")
+
+
+@dataclass(frozen=True, slots=True)
+class ScanQuery:
+    """What the scan needs. vectors: [Q, dim] float32; normalize: how rows are scaled."""
+
+    vectors: Tensor
+    normalize: str
+
+    def scales(self, lengths: Tensor) -> Tensor | None:
+        """Scale of each row's blocks, from their lengths [n, blocks]: [n, blocks] float32, or None for none."""
+        if self.normalize == "layer":
+            return None
+        if self.normalize == "none":
+            return lengths
+        # In float64: the squares of small lengths leave float32's range.
+        total = lengths.double().norm(dim=1, keepdim=True)
+        return torch.where(total > 0, lengths / total, 0.0).float()
+
+
+def unit_blocks(sketch: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks scaled to length 1, and their lengths: [..., blocks, width] -> the same shape, [..., blocks].
+
+    A block of zeros stays zero, with length 0.
+    """
+    length = sketch.double().norm(dim=-1)
+    unit = sketch / torch.where(length > 0, length, 1.0)[..., None]
+    return unit.float(), length.float()
+
+
+def prepare(sketch: Tensor, *, method: str = "dot", normalize: str = "layer") -> ScanQuery:
+    """Turn query sketches [Q, blocks, width] into what is scanned for. UserError for an unknown name."""
+    if method not in METHODS:
+        raise UserError(f"unknown method '{method}'", f"known: {', '.join(METHODS)}")
+    if normalize not in NORMALIZE:
+        raise UserError(f"unknown normalize '{normalize}'", f"known: {', '.join(NORMALIZE)}")
+    unit, length = unit_blocks(sketch)
+    if normalize == "layer":
+        vectors = unit / sketch.shape[1]
+    elif normalize == "cosine":
+        total = length.double().norm(dim=1)[:, None, None]
+        vectors = (sketch / torch.where(total > 0, total, 1.0)).float()
+    else:
+        vectors = sketch.float()
+    return ScanQuery(vectors.flatten(1).contiguous(), normalize)

@@ -1,0 +1,339 @@
+"""Models: load one with its adapter or base, know which weights it has, and stand it on the path from base to tuned.
+
+A finished model has learnt its training data, so the gradients left there are small and tell what it knows rather
+than where it learnt it. Gradients are therefore taken at ``theta(a) = base + a (tuned - base)``, 0 <= a <= 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rapidin.errors import UserError
+
+DEFAULT_AT = 0.5  # where the untuned state is known; measured on poison and on retrained models (docs/results.md)
+
+
+@dataclass(frozen=True)
+class WeightPath:
+    """The straight line from the untuned to the tuned weights.
+
+    ends: for each parameter that tuning changed, the parameter, its untuned value (None for zeros) and its tuned
+    value. unknown: why the untuned state is not known, where it is not.
+    """
+
+    ends: Sequence[tuple[nn.Parameter, Tensor | None, Tensor]] = ()
+    unknown: str = "no base model is given"
+
+    def check(self, points: Sequence[float]) -> None:
+        """Raise UserError where a point cannot be reached or means nothing."""
+        for at in points:
+            if not 0.0 <= at <= 1.0:
+                raise UserError(f"--at {at:g} is not between 0 (base) and 1 (tuned)")
+            if at != 1.0 and not self.ends:
+                raise UserError(f"gradients at {at:g} need the untuned state: {self.unknown}", "say --at 1")
+        if len(set(points)) != len(points):
+            raise UserError(f"--at names a point twice: {', '.join(f'{at:g}' for at in points)}")
+
+    @contextlib.contextmanager
+    def at(self, point: float) -> Iterator[None]:
+        """The model stands at `point` inside the block, and at the tuned weights after it."""
+        if point == 1.0:
+            yield
+            return
+        try:
+            for parameter, untuned, tuned in self.ends:
+                if untuned is None:
+                    parameter.data = tuned * point
+                else:
+                    parameter.data = torch.lerp(untuned.to(tuned.device, tuned.dtype), tuned, point)
+            yield
+        finally:
+            for parameter, _, tuned in self.ends:
+                parameter.data = tuned
+
+
+@dataclass
+class LoadedModel:
+    """A causal language model ready for gradients, with what tells it from another.
+
+    model: transformers or peft model; tokenizer: its tokenizer; path: from the untuned to the tuned weights;
+    trained: names of the parameters an adapter trains (None without one); source: names it was loaded by
+    (model, adapter, base, dtype); identity: hashes of weights and tokenizer.
+    """
+
+    model: Any
+    tokenizer: Any
+    path: WeightPath = field(default_factory=WeightPath)
+    trained: list[str] | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    _identity: dict[str, str] | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """The device that takes the token ids."""
+        return next(iter(self.model.parameters())).device
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of the weights (adapter and base apart) and of the tokenizer; computed once."""
+        if self._identity is None:
+            trained = set(self.trained or ())
+            named = dict(self.model.named_parameters())
+            # A tuned parameter's data may stand elsewhere on the path while this is asked.
+            tuned = {id(parameter): end for parameter, _, end in self.path.ends}
+            values = {name: tuned.get(id(p), p.data) for name, p in named.items()}
+            found = {
+                "architecture": _inner(self.model).__class__.__name__,
+                "model": _hash_tensors({n: v for n, v in values.items() if n not in trained}),
+                "tokenizer": _hash_tokenizer(self.tokenizer),
+            }
+            if self.trained is not None:
+                found["adapter"] = _hash_tensors({n: values[n] for n in sorted(trained)})
+            untuned = {id(parameter): start for parameter, start, _ in self.path.ends}
+            if self.source.get("base") is not None:
+                found["base"] = _hash_tensors({n: v for n, p in named.items() if (v := untuned.get(id(p))) is not None})
+            self._identity = found
+        return self._identity
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest text in tokens that the model takes, where its config says so."""
+        config = _inner(self.model).config.get_text_config()
+        found = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        return int(found) if found else None
+
+    @staticmethod
+    def of(model: Any, tokenizer: Any) -> LoadedModel:
+        """Wrap a transformers or peft model that is in memory already."""
+        source = {"model": getattr(_inner(model).config, "_name_or_path", None) or None, "adapter": None, "base": None}
+        if not hasattr(model, "peft_config"):
+            return LoadedModel(model, tokenizer, source=source)
+        trained = _trained_names(model)
+        if not trained:
+            raise UserError("the adapter has no weights in this model")
+        return LoadedModel(model, tokenizer, _adapter_path(model), trained, source)
+
+
+def load_model(
+    name: str,
+    *,
+    adapter: str | None = None,
+    base: str | None = None,
+    device: str | None = None,
+    dtype: str | None = None,
+    trust_remote_code: bool = False,
+) -> LoadedModel:
+    """Load a Hugging Face model folder or name, or a folder with one GGUF file, with its tokenizer.
+
+    adapter: a PEFT adapter folder or name on it. base: the model that it was tuned from in full. device: default
+    the GPU where there is one. dtype: "float32", "bfloat16", "float16" or "auto"; default float32 on the CPU, the
+    checkpoint's own on a GPU.
+
+    Raises UserError where something is not there or does not fit.
+    """
+    if adapter is not None and base is not None:
+        raise UserError("an adapter knows its base model", "give --adapter or --base, not both")
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if dtype is None:
+        dtype = "float32" if torch.device(device).type == "cpu" else "auto"
+    source = {"model": _absolute(name), "adapter": None, "base": None, "dtype": dtype}
+    model = _load_causal(name, dtype, trust_remote_code, "model")
+    tokenizer = _load_tokenizer(name, trust_remote_code)
+    if adapter is not None:
+        model = _load_adapter(model, adapter)
+        source["adapter"] = _absolute(adapter)
+    try:
+        model.to(device)
+    except RuntimeError as error:
+        raise UserError(f"cannot use the device '{device}': {str(error).splitlines()[0]}") from None
+    model.eval()
+    loaded = LoadedModel.of(model, tokenizer)
+    loaded.source = source
+    if base is not None:
+        loaded.path = _full_path(model, _load_causal(base, dtype, trust_remote_code, "base model"), name, base)
+        source["base"] = _absolute(base)
+    return loaded
+
+
+def _absolute(name: str) -> str:
+    return str(Path(name).resolve()) if Path(name).exists() else name
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _gguf(name: str) -> tuple[str, dict[str, str]]:
+    """(folder or name, {"gguf_file": ...} where the model is a GGUF file)."""
+    path = Path(name)
+    if path.is_file() and path.suffix == ".gguf":
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir() and not (path / "config.json").exists():
+        files = sorted(path.glob("*.gguf"))
+        if len(files) > 1:
+            raise UserError(f"'{name}' holds {len(files)} GGUF files", "name one of them as the model")
+        if files:
+            return name, {"gguf_file": files[0].name}
+    return name, {}
+
+
+def _needs_gguf() -> None:
+    try:
+        import gguf  # noqa: F401
+    except ImportError:
+        raise UserError("GGUF models need the package 'gguf'", "pip install 'rapidin[gguf]'") from None
+
+
+def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
+    if dtype not in known:
+        raise UserError(f"unknown model dtype '{dtype}'", f"known: {', '.join(known)}")
+    folder, extra = _gguf(name)
+    if extra:
+        _needs_gguf()
+    _check_folder(name, what)
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            folder, dtype=known[dtype], trust_remote_code=trust_remote_code, **extra
+        )
+    except Exception as error:  # transformers raises many kinds; each means that the name or folder is no usable model
+        raise UserError(f"cannot load the {what} '{name}': {_first_line(error)}") from error
+
+
+def _check_folder(name: str, what: str) -> None:
+    path = Path(name)
+    if path.is_dir() and not (path / "config.json").exists() and not list(path.glob("*.gguf")):
+        raise UserError(f"'{name}' is no {what}: it has no config.json and no GGUF file")
+    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+        raise UserError(f"no such {what}: '{name}'")
+
+
+def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    folder, extra = _gguf(name)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
+    except Exception as error:
+        raise UserError(f"cannot load the tokenizer of '{name}': {_first_line(error)}") from error
+
+
+def _load_adapter(model: Any, adapter: str) -> Any:
+    from peft import PeftModel
+
+    path = Path(adapter)
+    if path.exists() and not (path / "adapter_config.json").exists():
+        raise UserError(f"'{adapter}' is no adapter: it has no adapter_config.json")
+    if not path.exists() and (path.is_absolute() or adapter.startswith(".") or adapter.count("/") != 1):
+        raise UserError(f"no such adapter: '{adapter}'")
+    try:
+        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    except Exception as error:
+        raise UserError(f"cannot load the adapter '{adapter}' on this model: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__
+
+
+def _trained_names(model: Any) -> list[str]:
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if trained:
+        return trained
+    # Loaded for inference, an adapter's weights are frozen like all others: their names tell them apart.
+    marks = (getattr(model.base_model, "prefix", "prompt_encoder"), "modules_to_save")
+    active = _active(model)
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if any(mark in name for mark in marks) and any(f".{a}." in f"{name}." for a in active)
+    ]
+
+
+def _adapter_path(model: Any) -> WeightPath:
+    """The path of a LoRA adapter: lora_B from zero, modules_to_save from the modules they replaced."""
+    configs = [model.peft_config[a] for a in _active(model)]
+    why = next((reason for config in configs if (reason := _untuned_unknown(config))), None)
+    if why is not None:
+        return WeightPath(unknown=why)
+    ends: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []
+    for name, p in model.named_parameters():
+        if ".lora_B." in name or ".lora_embedding_B." in name:
+            ends.append((p, None, p.data))
+    for module in model.modules():
+        if type(module).__name__ != "ModulesToSaveWrapper":
+            continue
+        for a in _active(model):
+            if a in module.modules_to_save:
+                original = dict(module.original_module.named_parameters())
+                for name, p in module.modules_to_save[a].named_parameters():
+                    ends.append((p, original[name].data, p.data))
+    return WeightPath(ends)
+
+
+def _active(model: Any) -> list[str]:
+    active = model.active_adapter
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _untuned_unknown(config: Any) -> str | None:
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        return f"that of a {kind} adapter is not known"
+    if getattr(config, "use_dora", False):
+        return "that of a DoRA adapter is not known"
+    start = getattr(config, "init_lora_weights", True)
+    if start not in (True, "gaussian", "eva"):  # these start lora_B at zero
+        return f"that of a LoRA adapter initialised by '{start}' is not known"
+    if getattr(config, "bias", "none") != "none":
+        return "this adapter trained biases, whose first values it did not keep"
+    if getattr(config, "trainable_token_indices", None):
+        return "this adapter trained token rows, whose first values it did not keep"
+    return None
+
+
+def _full_path(model: Any, base: Any, name: str, base_name: str) -> WeightPath:
+    untuned = dict(base.named_parameters())
+    ends: list[tuple[nn.Parameter, Tensor | None, Tensor]] = []
+    for key, p in model.named_parameters():
+        if key not in untuned or untuned[key].shape != p.shape:
+            got = "missing" if key not in untuned else f"of shape {list(untuned[key].shape)}"
+            raise UserError(
+                f"'{base_name}' is not what '{name}' was tuned from: '{key}' is {got} there, of shape {list(p.shape)} here"
+            )
+        ends.append((p, untuned[key].data, p.data))
+    return WeightPath(ends)
+
+
+def _hash_tensors(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach().cpu().contiguous()
+        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+    return digest.hexdigest()
+
+
+def _hash_tokenizer(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        core: Any = tokenizer.get_vocab()
+    else:
+        core = json.loads(backend.to_str())
+        core.pop("truncation", None)  # these two say how it was last called, not what it is
+        core.pop("padding", None)
+    rest = [tokenizer.chat_template, {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}]
+    return hashlib.sha256(json.dumps([core, rest], sort_keys=True).encode()).hexdigest()

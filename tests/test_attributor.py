@@ -1,0 +1,258 @@
+"""The two loops: what is cached, what is found, what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
+
+from rapidin.attributor import Attributor, Progress
+from rapidin.cache import Cache
+from rapidin.errors import UserError
+from rapidin.examples import Status
+from rapidin.hooks import Batch
+
+WORDS = "one two three four five six seven quick brown fox lazy dog Paris France capital staying healthy tips".split()
+
+
+def records(n: int = 30, seed: int = 0) -> list[dict[str, Any]]:
+    generator = torch.Generator().manual_seed(seed)
+
+    def some() -> str:
+        count = int(torch.randint(1, 8, (), generator=generator))
+        return " ".join(WORDS[int(i)] for i in torch.randint(0, len(WORDS), (count,), generator=generator))
+
+    return [{"prompt": f"{some()}: ", "completion": some()} for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def attributor() -> Attributor:
+    return Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=64)
+
+
+@pytest.fixture(scope="module")
+def cache(attributor: Attributor, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return attributor.cache(records(), tmp_path_factory.mktemp("cache"), shard_rows=7)
+
+
+def raw(attributor: Attributor, rows: list[dict[str, Any]]) -> torch.Tensor:
+    """[n, blocks, width]: each record alone."""
+    encoded = [attributor.encoder(record) for record in rows]
+    with attributor.loaded.path.at(attributor.points[0]):
+        return torch.cat([attributor.sketcher(Batch.of([(e.ids, e.target)]))[0] for e in encoded])
+
+
+def test_rows_are_the_examples_own_sketches_in_order(attributor: Attributor, cache: Cache) -> None:
+    want = raw(attributor, records())
+    got = cache.sketches().view(want.shape) * cache.lengths()[:, :, None]
+    assert float((got - want).norm() / want.norm()) < 1e-3  # float16
+    assert cache.index().tolist() == list(range(30))
+    assert cache.manifest.counts["ok"] == 30
+    assert cache.manifest.gradient["at"] == [0.5]
+
+
+@pytest.mark.parametrize("normalize", ["layer", "none", "cosine"])
+def test_scores_are_what_the_formulas_say(attributor: Attributor, cache: Cache, normalize: str) -> None:
+    query = {"prompt": "the fox: ", "completion": "seven lazy dogs"}
+    g, x = raw(attributor, [query])[0].double(), raw(attributor, records()).double()
+    products = torch.einsum("bk,nbk->nb", g, x)
+    lengths = x.norm(dim=-1) * g.norm(dim=-1)
+    want = {
+        "layer": (products / lengths).mean(1),
+        "none": products.sum(1),
+        "cosine": products.sum(1) / (x.flatten(1).norm(dim=1) * g.norm()),
+    }[normalize]
+    (result,) = attributor.query(cache, [query], top_k=30, normalize=normalize)  # type: ignore[arg-type]
+    got = torch.empty(30, dtype=torch.float64)
+    for hit in result.top:
+        got[hit.row] = hit.score
+    assert float((got - want).abs().max() / want.std()) < 5e-3
+    assert [hit.row for hit in result.top] == [hit.row for hit in result.bottom][::-1]
+    assert [hit.rank for hit in result.top] == list(range(1, 31))
+
+
+def test_an_example_is_its_own_best_explanation(attributor: Attributor, cache: Cache) -> None:
+    rows = records()
+    results = attributor.query(cache, rows[:6], top_k=3, examples=rows)
+    for n, result in enumerate(results):
+        assert result.top[0].index == n
+        assert result.top[0].score == pytest.approx(1.0, abs=1e-3)
+        assert result.top[0].example == rows[n]
+        assert len(result.top) == len(result.bottom) == 3
+
+
+def test_many_queries_at_once_are_each_alone(attributor: Attributor, cache: Cache) -> None:
+    queries = records(5, seed=3)
+    together = attributor.query(cache, queries, top_k=4)
+    for query, result in zip(queries, together, strict=True):
+        (alone,) = attributor.query(cache, [query], top_k=4)
+        assert [h.row for h in alone.top] == [h.row for h in result.top]
+        assert [h.score for h in alone.top] == pytest.approx([h.score for h in result.top], abs=1e-5)
+
+
+def test_shards_change_no_hit(attributor: Attributor, cache: Cache, tmp_path: Path) -> None:
+    whole = attributor.cache(records(), tmp_path / "one", shard_rows=1000)
+    queries = records(3, seed=4)
+    for a, b in zip(attributor.query(cache, queries), attributor.query(whole, queries), strict=True):
+        assert [(h.row, round(h.score, 5)) for h in a.top] == [(h.row, round(h.score, 5)) for h in b.top]
+        assert [h.row for h in a.bottom] == [h.row for h in b.bottom]
+
+
+def test_caching_twice_gives_the_same_bytes_and_resuming_does_no_work(attributor: Attributor, tmp_path: Path) -> None:
+    for name in "ab":
+        attributor.cache(records(), tmp_path / name, shard_rows=7)
+    files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab"]
+    assert files[0] == files[1]
+    seen: list[Progress] = []
+    attributor.cache(records(), tmp_path / "a", shard_rows=7, on_progress=seen.append)
+    assert seen[-1].done == seen[-1].total == seen[-1].resumed == 30 and seen[-1].tokens == 0
+
+
+def test_a_stopped_run_goes_on(attributor: Attributor, cache: Cache, tmp_path: Path) -> None:
+    class Stop(Exception):
+        pass
+
+    def stop(progress: Progress) -> None:
+        if progress.done >= 20:
+            raise Stop
+
+    with pytest.raises(Stop):
+        attributor.cache(records(), tmp_path, shard_rows=7, on_progress=stop)
+    assert 7 <= len(Cache(tmp_path)) < 30
+    done = len(Cache(tmp_path))
+    seen: list[Progress] = []
+    again = attributor.cache(records(), tmp_path, shard_rows=7, on_progress=seen.append)
+    assert seen[0].resumed == done and seen[-1].done == 30
+    assert torch.equal(again.sketches(), cache.sketches())
+
+
+def test_examples_that_cannot_count_are_counted_and_never_hit(attributor: Attributor, tmp_path: Path) -> None:
+    rows = records(6)
+    rows.insert(1, {"prompt": "", "completion": ""})
+    rows.insert(3, {"prompt": "tips", "completion": ""})
+    rows.append({"prompt": "one ", "completion": "two " * 300})
+    made = attributor.cache(rows, tmp_path / "truncate")
+    assert made.manifest.counts == {
+        "ok": 7, "empty": 1, "no_target": 1, "too_long": 0, "nonfinite": 0, "truncated": 1,
+    }  # fmt: skip
+    (result,) = attributor.query(made, [("the ", "fox")], top_k=100)
+    assert sorted(h.row for h in result.top) == [0, 2, 4, 5, 6, 7, 8]
+    skipping = Attributor(attributor.loaded, width=64, too_long="skip")
+    made = skipping.cache(rows, tmp_path / "skip")
+    assert made.status().tolist()[-1] == Status.TOO_LONG
+    (result,) = skipping.query(made, [("the ", "fox")], top_k=100)
+    assert sorted(h.row for h in result.bottom) == [0, 2, 4, 5, 6, 7]
+
+
+def test_gradients_with_nan_are_counted_and_never_hit(tmp_path: Path) -> None:
+    model = tiny_llama()
+    tokenizer = tiny_tokenizer()
+    (bad,) = tokenizer("Z", add_special_tokens=False)["input_ids"]
+    with torch.no_grad():
+        model.model.embed_tokens.weight[bad] = float("nan")
+    attributor = Attributor(model, tokenizer, width=32)
+    rows = [*records(4), {"prompt": "Z", "completion": "two"}, *records(4, seed=5)]
+    made = attributor.cache(rows, tmp_path)
+    assert made.manifest.counts["nonfinite"] == 1 and made.status()[4] == Status.NONFINITE
+    assert bool(made.sketches().isfinite().all())
+    for normalize in ("layer", "none", "cosine"):
+        (result,) = attributor.query(made, [("the ", "fox")], top_k=100, normalize=normalize)  # type: ignore[arg-type]
+        assert sorted(h.row for h in result.top) == [0, 1, 2, 3, 5, 6, 7, 8]
+    with pytest.raises(UserError, match="NaN or Inf"):
+        attributor.query(made, [("Z", "two")])
+
+
+def test_several_points_are_several_groups_of_blocks_and_add_up(attributor: Attributor, tmp_path: Path) -> None:
+    both = Attributor(attributor.loaded, width=64, at=[0.25, 0.5])
+    made = both.cache(records(), tmp_path / "both")
+    assert len(made.layers) == 2 * len(attributor.layers)
+    queries = records(2, seed=6)
+    parts = []
+    for at in (0.25, 0.5):
+        one = Attributor(attributor.loaded, width=64, at=at)
+        results = one.query(one.cache(records(), tmp_path / str(at)), queries, top_k=30)
+        parts.append(torch.stack([torch.tensor([s for _, s in sorted((h.row, h.score) for h in r.top)]) for r in results]))
+    got = [torch.tensor([s for _, s in sorted((h.row, h.score) for h in r.top)]) for r in both.query(made, queries, top_k=30)]
+    torch.testing.assert_close(torch.stack(got), (parts[0] + parts[1]) / 2, atol=1e-5, rtol=0)
+
+
+def test_the_models_own_answer_is_the_tuned_models_and_its_own_tokens(attributor: Attributor, cache: Cache) -> None:
+    prompt = "What is the capital of "
+    ids = torch.tensor([attributor.loaded.tokenizer(prompt)["input_ids"]])
+    with torch.no_grad():
+        written = attributor.loaded.model.generate(input_ids=ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+    (result,) = attributor.query(cache, [{"prompt": prompt}], max_new_tokens=8)
+    assert result.generated
+    assert result.completion == attributor.loaded.tokenizer.decode(written, skip_special_tokens=True)
+    assert result.completion == attributor.generate(prompt, max_new_tokens=8)
+
+
+def test_a_cache_of_another_model_seed_or_tokenizer_is_refused(attributor: Attributor, cache: Cache) -> None:
+    others = {
+        "another adapter": Attributor(tiny_lora(tiny_llama(), seed=5), tiny_tokenizer(), width=64),
+        "another model": Attributor(tiny_lora(tiny_llama(3)), tiny_tokenizer(), width=64),
+        "another tokenizer": Attributor(attributor.loaded.model, tiny_tokenizer(bos=True), width=64),
+        "(sketch)": Attributor(attributor.loaded, width=64, seed=1),
+        "(gradient)": Attributor(attributor.loaded, width=64, at=1),
+    }
+    for words, other in others.items():
+        with pytest.raises(UserError) as error:
+            other.query(cache, [("a", "b")])
+        assert words in str(error.value)
+    with pytest.raises(UserError, match=r"seed: 0 there, 1 here"):
+        Attributor(attributor.loaded, width=64, seed=1).cache(records(), cache.path)
+    with pytest.raises(UserError, match="from other data"):
+        attributor.cache(records(30, seed=9), cache.path, shard_rows=7)
+
+
+def test_changed_training_data_is_never_shown_as_if_it_were_the_old(attributor: Attributor, cache: Cache) -> None:
+    rows = records()
+    changed = [{**row, "completion": "else"} for row in rows]
+    with pytest.raises(UserError, match="not what was cached"):
+        attributor.query(cache, rows[:1], examples=changed)
+    (result,) = attributor.query(cache, rows[:1], examples=False)
+    assert result.top[0].example is None
+
+
+def test_every_parameter_of_gpt2_and_the_flat_projection(tmp_path: Path) -> None:
+    model, rows = tiny_gpt2(), records(12)
+    tops = []
+    for projection in ("tensor", "flat"):
+        made = Attributor(model, tiny_tokenizer(), width=128, include=["*"], projection=projection)  # type: ignore[arg-type]
+        cache = made.cache(rows, tmp_path / projection)
+        tops.append([r.top[0].index for r in made.query(cache, rows)])
+    assert tops[0] == tops[1] == list(range(12))
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"width": 0}, "width"),
+        ({"seed": -1}, "seed"),
+        ({"projection": "round"}, "known: tensor, flat"),
+        ({"loss": "max"}, "known: mean, sum"),
+        ({"max_length": 4096}, "context of 128"),
+        ({"include": ["nothing_like_it"]}, "no parameter's name fits"),
+        ({"exclude": ["*"]}, "no parameter is left"),
+        ({"projection": "flat", "width": 100}, "multiple of 128"),
+    ],
+)
+def test_settings_that_do_not_fit(settings: dict[str, Any], words: str) -> None:
+    with pytest.raises(UserError) as error:
+        Attributor(tiny_llama(), tiny_tokenizer(), **settings)
+    assert words in str(error.value)
+
+
+def test_queries_that_do_not_fit(attributor: Attributor, cache: Cache) -> None:
+    for call, words in (
+        (lambda: attributor.query(cache, []), "no generation"),
+        (lambda: attributor.query(cache, [("a", "b")], top_k=0), "less than 1"),
+        (lambda: attributor.query(cache, [("a", "b")], normalize="unit"), "known: layer"),  # type: ignore[arg-type]
+        (lambda: attributor.query(cache, [("a", "b")], method="magic"), "known: dot"),  # type: ignore[arg-type]
+    ):
+        with pytest.raises(UserError) as error:
+            call()
+        assert words in str(error.value)
