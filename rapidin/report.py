@@ -146,10 +146,10 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
         if not result.top:
             parts.append(Text("\nNo example in the cache has a sketch, so there are no hits.\n"))
             continue
-        parts.append(_hits("Most helpful", result.top))
-        parts.append(_hits("Most harmful", result.bottom))
+        parts.append(_hits("Most helpful", result.top, result.normalize))
+        parts.append(_hits("Most harmful", result.bottom, result.normalize))
     if results:
-        parts.append(Text(f"{MEANING}\nThe score is {SCALES[results[0].normalize]}.", style="dim"))
+        parts.append(Text(f"\n{MEANING}\nThe score is {SCALES[results[0].normalize]}.", style="dim"))
     return Group(*parts)
 
 
@@ -167,13 +167,14 @@ def _generation(result: QueryResult, width: int) -> RenderableType:
     return grid
 
 
-def _hits(title: str, hits: Sequence[Hit]) -> RenderableType:
+def _hits(title: str, hits: Sequence[Hit], normalize: str) -> RenderableType:
     shown = any(hit.example is not None for hit in hits)
-    numbers = [(str(hit.rank), score_text(hit.score), str(hit.index)) for hit in hits]
+    numbers = [(str(hit.rank), score_text(hit.score, normalize), str(hit.index)) for hit in hits]
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
         show_edge=False,
+        expand=shown,
         title=title,
         title_justify="left",
         title_style="bold",
@@ -181,21 +182,19 @@ def _hits(title: str, hits: Sequence[Hit]) -> RenderableType:
     )
     for name, cells in zip(("rank", "score", "index"), zip(*numbers, strict=True), strict=False):
         width = max(map(len, (name, *cells)))
-        table.add_column(name, justify="right", no_wrap=True, min_width=width)
+        table.add_column(name, justify="right", no_wrap=True, width=width)
     if shown:
         table.add_column("training example", no_wrap=True, ratio=1)
     for hit, (rank, score, index) in zip(hits, numbers, strict=True):
         style = "green" if hit.score > 0 else "red" if hit.score < 0 else ""
         example = [_Example(hit.example or {})] if shown else []
         table.add_row(rank, Text(score, style=style), index, *example)
-    return Padding(table, (1, 0, 1, 0))
+    return Padding(table, (1, 0, 0, 0))
 
 
-def score_text(score: float) -> str:
-    """A score with its sign, in four digits that line up for scores of like size."""
-    if score == 0 or 1e-3 <= abs(score) < 10:
-        return f"{score:+.4f}"
-    return f"{score:+.1f}" if 10 <= abs(score) < 1e6 else f"{score:+.3e}"
+def score_text(score: float, normalize: str) -> str:
+    """A score with its sign: four decimals where the scale is -1 to 1, else four digits."""
+    return f"{score:+.4f}" if normalize != "none" else f"{score:+.3e}"
 
 
 def results_json(results: Iterable[QueryResult]) -> str:
@@ -382,10 +381,11 @@ class BytesBar:
 
 
 def time_text(seconds: float) -> str:
-    """Seconds as a person says them: 45 s, 3:20 min, 2:05 h."""
+    """Seconds as a person says them: 25 ms, 4.5 s, 45 s, 3:20 min, 2:05 h."""
+    if seconds < 0.95:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 100:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    if minutes < 100:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    if seconds < 6000:
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
-    return f"{minutes // 60}:{minutes % 60:02d} h"
+    return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d} h"
