@@ -29,10 +29,13 @@ extension = Pybind11Extension(
     "rapidin._cpu",
     sources=sorted(CPU + name for name in sources),
     depends=["csrc/sketch_hash.h", "csrc/args.h"]
-    + [CPU + name + ".h" for name in ("flat_sketch", "kernels", "linear_sketch", "pool", "run", "topk_scan", "vec8")],
+    + [
+        CPU + name + ".h"
+        for name in ("flat_sketch", "kernels", "linear_sketch", "pool", "run", "topk_scan", "vec8")
+    ],
     define_macros=[("RAPIDIN_X86", "1")] if X86 else [],
     cxx_std=17,
-    # No contraction: whether a product and a sum are rounded once or twice must not hang on how a loop was unrolled.
+    # No contraction: how a loop was unrolled must not decide how a product and a sum are rounded.
     extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread"],
     extra_link_args=["-pthread"],
 )

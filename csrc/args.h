@@ -35,12 +35,12 @@ struct FlatTensor {
     int64_t numel, stride_batch, first_row;
 };
 
-// One group's share of one chunk of rows.
+// One row: where its elements are, and the group of bins that it goes to.
 struct FlatRow {
-    const char* data;  // null = the list ends before this row
-    int dtype;
-    int32_t length;
-    uint32_t index;  // of the row in the whole list
+    const char* data;
+    int32_t dtype, length;
+    uint32_t index;  // in the whole list
+    uint32_t group;
 };
 
 // score[q, n] = sum over blocks b of scales[n, b] * <queries[q, b], cache[n, b]>

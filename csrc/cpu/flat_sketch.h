@@ -8,44 +8,47 @@
 namespace rapidin {
 namespace {
 
-constexpr int64_t kRowsAhead = 6;
-
 template <class T>
 inline void flat_row(const T* x, uint32_t lanes, const uint32_t* signs, float* sums) {
     const XorLanes turn(lanes & 7u);
     const uint32_t group = lanes & ~7u;
-    for (uint32_t e = 0; e < kFlatRow; e += 8) {
+    const auto add = [&](uint32_t e, Vec8 signed_x) {
         float* sum = sums + (e ^ group);
-        store8(sum, add8(load8(sum), turn(flip8(load8(x + e), signs[e / 32] >> (e % 32)))));
+        store8(sum, add8(load8(sum), turn(signed_x)));
+    };
+    for (uint32_t e = 0; e < kFlatRow; e += 32) {
+        const uint32_t bits = signs[e / 32];
+        add(e, flip8<0>(load8(x + e), bits));
+        add(e + 8, flip8<8>(load8(x + e + 8), bits));
+        add(e + 16, flip8<16>(load8(x + e + 16), bits));
+        add(e + 24, flip8<24>(load8(x + e + 24), bits));
     }
 }
 
-inline void prefetch_row(const FlatRow& row) {
-#if defined(__GNUC__)
-    if (!row.data) return;
-    const int bytes = row.length * (row.dtype == kFloat32 ? 4 : 2);
-    for (int i = 0; i < bytes; i += 64) __builtin_prefetch(row.data + i);
-#endif
-}
-
-void flat_rows(const FlatRow* rows, int64_t count, StreamKey lane_key, const StreamKey* sign_keys, float* sums) {
-    for (int64_t i = 0; i < count; ++i, sums += kFlatRow) {
-        if (i + kRowsAhead < count) prefetch_row(rows[i + kRowsAhead]);
+void flat_rows(const FlatRow* rows, int64_t count, uint64_t seed, float* sums) {
+    uint32_t key_a[8] = {}, key_b[8] = {};  // streams kFlatLane, kFlatSigns, ... + 3
+    for (uint32_t i = 0; i < 1 + kFlatRow / 32; ++i) {
+        const StreamKey key = stream_key(seed, kFlatLane + i);
+        key_a[i] = key.a;
+        key_b[i] = key.b;
+    }
+    for (int64_t i = 0; i < count; ++i) {
         const FlatRow& row = rows[i];
-        if (!row.data) continue;
-        const uint32_t lanes = hash_word(lane_key, row.index) & (kFlatRow - 1);
-        uint32_t signs[kFlatRow / 32];
-        for (int j = 0; j < kFlatRow / 32; ++j) signs[j] = hash_word(sign_keys[j], row.index);
+        float* sum = sums + static_cast<int64_t>(row.group) * kFlatRow;
+        uint32_t words[8];
+        hash8(key_a, key_b, row.index, words);
+        const uint32_t lanes = words[0] & (kFlatRow - 1);
+        const uint32_t* signs = words + 1;
         if (row.length < kFlatRow) {
             float padded[kFlatRow] = {};
             copy_floats(row.data, row.dtype, 0, 1, row.length, padded);
-            flat_row(padded, lanes, signs, sums);
+            flat_row(padded, lanes, signs, sum);
         } else if (row.dtype == kFloat32) {
-            flat_row(reinterpret_cast<const float*>(row.data), lanes, signs, sums);
+            flat_row(reinterpret_cast<const float*>(row.data), lanes, signs, sum);
         } else if (row.dtype == kFloat16) {
-            flat_row(reinterpret_cast<const Half*>(row.data), lanes, signs, sums);
+            flat_row(reinterpret_cast<const Half*>(row.data), lanes, signs, sum);
         } else {
-            flat_row(reinterpret_cast<const BHalf*>(row.data), lanes, signs, sums);
+            flat_row(reinterpret_cast<const BHalf*>(row.data), lanes, signs, sum);
         }
     }
 }

@@ -8,7 +8,7 @@
 
 namespace rapidin {
 
-constexpr int64_t kScanRows = 32;    // rows scanned together: as float32 they stay in the L2 cache
+constexpr int64_t kScanRows = 48;    // rows scanned together: as float32 they stay in the L2 cache
 constexpr int64_t kScanTile = 1024;  // elements summed in float32 before they join a double
 
 struct Kernels {
@@ -24,8 +24,8 @@ struct Kernels {
                        float* sum);
     // Rows [begin, end) of matrix `b` added to out [k]; scratch: [2 * k].
     void (*fold)(const FoldArgs& args, int64_t b, int64_t begin, int64_t end, float* scratch, float* out);
-    // rows[i] (at most kFlatRow elements) added to group i of sums [count, kFlatRow].
-    void (*flat_rows)(const FlatRow* rows, int64_t count, StreamKey lane_key, const StreamKey* sign_keys, float* sums);
+    // Rows of at most kFlatRow elements added, in order, to their groups of sums [groups, kFlatRow].
+    void (*flat_rows)(const FlatRow* rows, int64_t count, uint64_t seed, float* sums);
     // The same for one narrow group: all rows added to sums [width], width < kFlatRow.
     void (*flat_narrow)(const FlatRow* rows, int64_t count, int64_t width, uint64_t seed, float* sums);
     // Scores of `count` <= kScanRows rows -> scores [count, q]; scratch: [kScanRows * kScanTile].

@@ -54,16 +54,16 @@ void count_sketch(const TokenRows& x, const uint32_t* table, int64_t first, int6
         count_sketch_row(x.data, x.dtype, row_offset(x, row), x.stride_element, x.n, table, k, scratch, out);
 }
 
-inline float largest(const float* x, int64_t n) {
-    float peak = 0.0f;
+// The largest magnitude, by its bits: those of floats without a sign are ordered as integers are.
+inline int32_t largest(const float* x, int64_t n) {
+    int32_t peak = 0;
     for (int64_t i = 0; i < n; ++i) {
-        const float size = bits_to_float(float_to_bits(x[i]) & ~kSignBit);
+        const int32_t size = static_cast<int32_t>(float_to_bits(x[i]) & ~kSignBit);
         peak = size > peak ? size : peak;
     }
     return peak;
 }
 
-inline int exponent(float x) { return static_cast<int>(float_to_bits(x) >> 23) - 127; }
 inline float power_of_two(int e) { return bits_to_float(static_cast<uint32_t>(e + 127) << 23); }
 
 // In z^2 = a^2 - g^2 + 2i a g only the cross term is wanted. Output gradients are often a million times smaller
@@ -76,9 +76,8 @@ void count_sketch_pair(const TokenRows& a, const uint32_t* table_a, const TokenR
     for (int64_t row = first; row < first + count; ++row, z += 2 * k) {
         count_sketch_row(a.data, a.dtype, row_offset(a, row), a.stride_element, a.n, table_a, k, scratch, real);
         count_sketch_row(g.data, g.dtype, row_offset(g, row), g.stride_element, g.n, table_g, k, scratch, imag);
-        const float peak_a = largest(real, k), peak_g = largest(imag, k);
-        int shift = 0;
-        if (peak_a > 0.0f && peak_g > 0.0f) shift = (exponent(peak_g) - exponent(peak_a)) / 2;
+        const int32_t peak_a = largest(real, k), peak_g = largest(imag, k);
+        int shift = peak_a && peak_g ? ((peak_g >> 23) - (peak_a >> 23)) / 2 : 0;
         shift = shift < -126 ? -126 : shift > 126 ? 126 : shift;
         const float scale_a = power_of_two(shift), scale_g = power_of_two(-shift);
         for (int64_t b = 0; b < k; ++b) {

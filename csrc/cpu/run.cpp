@@ -182,25 +182,28 @@ void fold_matrices(const FoldArgs& args, float* out, int threads) {
 
 namespace {
 
+constexpr int64_t kFlatParts = 32;
+
 // Rows of the whole list, in order: where each one's elements are.
 class RowReader {
   public:
     RowReader(const std::vector<FlatTensor>& tensors, int64_t width, int64_t item) : tensors_(tensors), width_(width), item_(item) {}
 
-    // Rows [first, first + count) -> out; rows past the end have no data.
-    void read(int64_t first, int64_t count, FlatRow* out) {
-        for (int64_t row = first; row < first + count; ++row, ++out) {
+    // Rows [first, last) -> out, as far as there are any; returns how many.
+    int64_t read(int64_t first, int64_t last, FlatRow* out) {
+        FlatRow* to = out;
+        for (int64_t row = first; row < last;) {
             while (at_ < tensors_.size() && row >= end(tensors_[at_])) ++at_;
-            if (at_ == tensors_.size()) {
-                *out = {nullptr, 0, 0, 0};
-                continue;
-            }
+            if (at_ == tensors_.size()) break;
             const FlatTensor& tensor = tensors_[at_];
-            const int64_t begin = (row - tensor.first_row) * width_;
             const int64_t bytes = tensor.dtype == kFloat32 ? 4 : 2;
-            *out = {tensor.data + (item_ * tensor.stride_batch + begin) * bytes, tensor.dtype,
-                    static_cast<int32_t>(std::min(width_, tensor.numel - begin)), static_cast<uint32_t>(row)};
+            int64_t begin = (row - tensor.first_row) * width_;
+            const char* data = tensor.data + (item_ * tensor.stride_batch + begin) * bytes;
+            for (; row < last && begin < tensor.numel; ++row, begin += width_, data += width_ * bytes)
+                *to++ = {data, tensor.dtype, static_cast<int32_t>(std::min(width_, tensor.numel - begin)),
+                         static_cast<uint32_t>(row), 0};
         }
+        return to - out;
     }
 
     int64_t end(const FlatTensor& tensor) const { return tensor.first_row + (tensor.numel + width_ - 1) / width_; }
@@ -211,35 +214,30 @@ class RowReader {
     size_t at_ = 0;
 };
 
-// For each group of chunk c: the row of the chunk that goes to it.
+// Which group each row of a chunk goes to.
 class GroupOrder {
   public:
     GroupOrder(uint64_t seed, int64_t groups)
         : groups_(groups), turn_(stream_key(seed, kFlatTurn)), rotation_(stream_key(seed, kFlatRotation)),
-          inverse_(static_cast<size_t>(kFlatPoolSize * groups)) {
-        std::vector<uint32_t> forward(static_cast<size_t>(groups));
-        for (int t = 0; t < kFlatPoolSize; ++t) {
-            permutation(seed, kFlatPool, static_cast<uint32_t>(t * groups), groups, forward.data());
-            for (int64_t p = 0; p < groups; ++p) inverse_[t * groups + forward[p]] = static_cast<uint32_t>(p);
-        }
+          pool_(static_cast<size_t>(kFlatPoolSize * groups)) {
+        for (int64_t t = 0; t < kFlatPoolSize; ++t)
+            permutation(seed, kFlatPool, static_cast<uint32_t>(t * groups), groups, pool_.data() + t * groups);
     }
 
-    // position of group g's row in chunk c, for g in [begin, end)
-    template <class Use>
-    void each(int64_t c, int64_t begin, int64_t end, Use use) const {
-        const uint32_t chunk = static_cast<uint32_t>(c);
-        const uint32_t* inverse = inverse_.data() + (hash_word(turn_, chunk) & (kFlatPoolSize - 1)) * groups_;
-        int64_t from = (begin + groups_ - hash_word(rotation_, chunk) % groups_) % groups_;
-        for (int64_t g = begin; g < end; ++g) {
-            use(g, static_cast<int64_t>(inverse[from]));
-            if (++from == groups_) from = 0;
+    void set(int64_t chunk, FlatRow* rows, int64_t count) const {
+        const uint32_t c = static_cast<uint32_t>(chunk), groups = static_cast<uint32_t>(groups_);
+        const uint32_t* turned = pool_.data() + (hash_word(turn_, c) & (kFlatPoolSize - 1)) * groups_;
+        const uint32_t rotation = hash_word(rotation_, c) % groups;
+        for (int64_t p = 0; p < count; ++p) {
+            const uint32_t group = turned[p] + rotation;
+            rows[p].group = group < groups ? group : group - groups;
         }
     }
 
   private:
     int64_t groups_;
     StreamKey turn_, rotation_;
-    std::vector<uint32_t> inverse_;
+    std::vector<uint32_t> pool_;
 };
 
 }  // namespace
@@ -250,37 +248,37 @@ void flat_sketch(const std::vector<FlatTensor>& tensors, int64_t batch, uint64_t
     std::fill(out, out + batch * dim, 0.0f);
     if (tensors.empty()) return;
     const int64_t rows = RowReader(tensors, width, 0).end(tensors.back());
-    if (width < kFlatRow) {
-        parallel(batch, threads, [&](int64_t item, int) {
-            constexpr int64_t step = 256;
-            std::vector<FlatRow> some(step);
-            RowReader reader(tensors, width, item);
-            for (int64_t first = 0; first < rows; first += step) {
-                const int64_t count = std::min(step, rows - first);
-                reader.read(first, count, some.data());
-                set.flat_narrow(some.data(), count, width, seed, out + item * dim);
-            }
-        });
+    const int64_t chunks = (rows + groups - 1) / groups;
+    const GroupOrder order(seed, groups);
+
+    const auto add_chunks = [&](int64_t item, int64_t begin, int64_t end, float* sums) {
+        std::vector<FlatRow> some(static_cast<size_t>(groups));
+        RowReader reader(tensors, width, item);
+        for (int64_t c = begin; c < end; ++c) {
+            const int64_t count = reader.read(c * groups, std::min(rows, (c + 1) * groups), some.data());
+            order.set(c, some.data(), count);
+            if (width < kFlatRow) set.flat_narrow(some.data(), count, width, seed, sums);
+            else set.flat_rows(some.data(), count, seed, sums);
+        }
+    };
+    // Each part of the list has sums of its own, and these are added in order: how it is cut depends on the sizes
+    // alone, so the bits are the same for any number of threads. Rows are read as they lie in memory.
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(kFlatParts, chunks / 16));
+    if (parts == 1) {
+        parallel(batch, threads, [&](int64_t item, int) { add_chunks(item, 0, chunks, out + item * dim); });
         return;
     }
-    const GroupOrder order(seed, groups);
-    const StreamKey lane_key = stream_key(seed, kFlatLane);
-    StreamKey sign_keys[kFlatRow / 32];
-    for (int i = 0; i < kFlatRow / 32; ++i) sign_keys[i] = stream_key(seed, kFlatSigns + i);
-    // A part is one item's groups [begin, end): its owner adds the rows of every chunk to them, in order.
-    const int64_t parts = batch >= 4 * threads ? 1 : std::min<int64_t>(groups, threads);
-    parallel(batch * parts, threads, [&](int64_t i, int) {
-        const int64_t item = i / parts, part = i % parts;
-        const int64_t begin = groups * part / parts, end = groups * (part + 1) / parts;
-        std::vector<FlatRow> chunk(static_cast<size_t>(groups)), mine(static_cast<size_t>(end - begin));
-        RowReader reader(tensors, width, item);
-        float* sums = out + item * dim + begin * kFlatRow;
-        for (int64_t c = 0; c * groups < rows; ++c) {
-            reader.read(c * groups, groups, chunk.data());
-            order.each(c, begin, end, [&](int64_t g, int64_t p) { mine[g - begin] = chunk[p]; });
-            set.flat_rows(mine.data(), end - begin, lane_key, sign_keys, sums);
-        }
-    });
+    std::vector<float> partial(static_cast<size_t>(parts * dim));
+    for (int64_t item = 0; item < batch; ++item) {
+        parallel(parts, threads, [&](int64_t part, int) {
+            float* sums = partial.data() + part * dim;
+            std::fill(sums, sums + dim, 0.0f);
+            add_chunks(item, chunks * part / parts, chunks * (part + 1) / parts, sums);
+        });
+        float* to = out + item * dim;
+        for (int64_t part = 0; part < parts; ++part)
+            for (int64_t i = 0; i < dim; ++i) to[i] += partial[part * dim + i];
+    }
 }
 
 // ---- topk_scan ----

@@ -8,6 +8,8 @@
 namespace rapidin {
 namespace {
 
+constexpr int64_t kFewQueries = 4;
+
 template <class T>
 inline Vec8 load_tail(const T* p, int64_t n) {
     T padded[8] = {};
@@ -57,19 +59,19 @@ inline void dot_all(const T* rows, int64_t count, int64_t stride_row, const floa
                     int64_t length, const double* scale, double* out) {
     int64_t j = 0;
     for (; j + 4 <= q; j += 4)
-        dot_rows<2, 4>(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
-    if (q - j == 3) dot_rows<2, 3>(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
+        dot_rows<3, 4>(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
+    if (q - j == 3) dot_rows<3, 3>(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
     if (q - j == 2) dot_rows<4, 2>(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
-    if (q - j == 1) dot_rows<4, 1>(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
+    if (q - j == 1) dot_rows<8, 1>(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
 }
 
 template <class T>
 inline void scan_rows(const ScanArgs& args, int64_t first, int64_t count, float* scratch, double* scores) {
     const T* rows = static_cast<const T*>(args.cache) + first * args.stride_row;
-    const bool convert = sizeof(T) != sizeof(float) && args.q > 4;  // once for all queries, where each would do it again
     double scale[kScanRows];
     for (int64_t r = 0; r < count; ++r) scale[r] = 1.0;
     for (int64_t i = 0; i < count * args.q; ++i) scores[i] = 0.0;
+    const bool convert = sizeof(T) != sizeof(float) && args.q > kFewQueries;  // once for all, where each would do it again
     for (int64_t b = 0; b < args.blocks; ++b) {
         if (args.scales)
             for (int64_t r = 0; r < count; ++r) scale[r] = static_cast<double>(args.scales[(first + r) * args.stride_scales + b]);
@@ -88,8 +90,14 @@ inline void scan_rows(const ScanArgs& args, int64_t first, int64_t count, float*
 }
 
 void scan(const ScanArgs& args, int64_t first, int64_t count, float* scratch, double* scores) {
-    if (args.dtype == kFloat32) scan_rows<float>(args, first, count, scratch, scores);
-    else scan_rows<Half>(args, first, count, scratch, scores);
+    // With few queries memory is what counts: a few rows are read from end to end. With many, arithmetic does:
+    // all rows of a tile, for each of the queries' tiles, which are then read from memory less often.
+    const int64_t step = args.q <= kFewQueries ? 8 : count;
+    for (int64_t i = 0; i < count; i += step) {
+        const int64_t rows = count - i < step ? count - i : step;
+        if (args.dtype == kFloat32) scan_rows<float>(args, first + i, rows, scratch, scores + i * args.q);
+        else scan_rows<Half>(args, first + i, rows, scratch, scores + i * args.q);
+    }
 }
 
 }  // namespace

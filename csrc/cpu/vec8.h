@@ -6,6 +6,7 @@
 #include <cstring>
 
 #include "../args.h"
+#include "../sketch_hash.h"
 
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
@@ -66,11 +67,32 @@ inline Vec8 load8(const BHalf* p) {
 inline void store8(float* p, Vec8 x) { _mm256_storeu_ps(p, x); }
 inline Vec8 add8(Vec8 x, Vec8 y) { return _mm256_add_ps(x, y); }
 inline Vec8 fma8(Vec8 x, Vec8 y, Vec8 z) { return _mm256_fmadd_ps(x, y, z); }
-// Lane l gets its sign flipped where bit l of `bits` is set.
+// Lane l gets its sign flipped where bit First + l of `bits` is set.
+template <int First>
 inline Vec8 flip8(Vec8 x, uint32_t bits) {
-    const __m256i shift = _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24);
+    const __m256i shift = _mm256_setr_epi32(31 - First, 30 - First, 29 - First, 28 - First, 27 - First, 26 - First, 25 - First, 24 - First);
     const __m256i mask = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(bits)), shift);
     return _mm256_xor_ps(x, _mm256_castsi256_ps(_mm256_and_si256(mask, _mm256_set1_epi32(INT32_MIN))));
+}
+inline __m256i mix8(__m256i x) {
+    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
+    x = _mm256_mullo_epi32(x, _mm256_set1_epi32(0x7feb352d));
+    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 15));
+    x = _mm256_mullo_epi32(x, _mm256_set1_epi32(static_cast<int>(0x846ca68bu)));
+    return _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
+}
+// words[l] = hash_word({a[l], b[l]}, index)
+inline void hash8(const uint32_t* a, const uint32_t* b, uint32_t index, uint32_t* words) {
+    const __m256i keys = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+    const __m256i more = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+    const __m256i x = mix8(_mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(index)), keys));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), mix8(_mm256_add_epi32(x, more)));
+}
+// A fixed order of addition: pairs at distance 4, then 2, then 1.
+inline float sum8(Vec8 x) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_movehdup_ps(two)));
 }
 // Lane l of the result is lane l ^ lanes of x; lanes < 8.
 struct XorLanes {
@@ -102,9 +124,17 @@ inline Vec8 fma8(Vec8 x, Vec8 y, Vec8 z) {
     for (int i = 0; i < 8; ++i) z.lane[i] += x.lane[i] * y.lane[i];
     return z;
 }
+template <int First>
 inline Vec8 flip8(Vec8 x, uint32_t bits) {
-    for (int i = 0; i < 8; ++i) x.lane[i] = flip(x.lane[i], (bits << (31 - i)) & 0x80000000u);
+    for (int i = 0; i < 8; ++i) x.lane[i] = flip(x.lane[i], (bits << (31 - First - i)) & kSignBit);
     return x;
+}
+inline void hash8(const uint32_t* a, const uint32_t* b, uint32_t index, uint32_t* words) {
+    for (int i = 0; i < 8; ++i) words[i] = hash_word({a[i], b[i]}, index);
+}
+inline float sum8(Vec8 x) {
+    const float* lane = x.lane;
+    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
 }
 struct XorLanes {
     uint32_t lanes;
@@ -117,13 +147,6 @@ struct XorLanes {
 };
 
 #endif
-
-// A fixed order of addition: pairs at distance 4, then 2, then 1.
-inline float sum8(Vec8 x) {
-    float lane[8];
-    store8(lane, x);
-    return ((lane[0] + lane[4]) + (lane[2] + lane[6])) + ((lane[1] + lane[5]) + (lane[3] + lane[7]));
-}
 
 // to[i] = from[i * stride], i < n
 template <class T>

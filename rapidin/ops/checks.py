@@ -8,8 +8,10 @@ from torch import Tensor
 SKETCHED = (torch.float32, torch.float16, torch.bfloat16)
 
 
-def check_tensor(op: str, name: str, x: Tensor, dtypes: Sequence[torch.dtype], ndim: int | None = None) -> None:
-    """Raises TypeError unless x is a dense tensor of one of `dtypes`, ValueError unless it has `ndim` axes."""
+def check_tensor(
+    op: str, name: str, x: Tensor, dtypes: Sequence[torch.dtype], ndim: int | None = None
+) -> None:
+    """Raises TypeError unless x is dense and of one of `dtypes`, ValueError unless it has `ndim` axes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{op}: {name} must be a torch.Tensor, got {type(x).__name__}")
     if x.dtype not in dtypes:

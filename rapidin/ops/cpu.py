@@ -11,18 +11,25 @@ from rapidin.ops import tables
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Costs in nanoseconds on one thread, from bench/bench_linear_sketch.py: only their ratios count.
-_COUNT_SKETCH_NS = 0.6  # an element put in its bin
-_PRODUCT_NS = 0.03  # a multiply-add of a batched matrix product
-_FFT_NS = 0.35  # times k log2(k): a token's complex FFT, squared and summed
-_FOLD_NS = 0.15  # an element added to its diagonal
+_COUNT_SKETCH_NS = 0.45  # an element put in its bin
+_PRODUCT_NS = 0.022  # a multiply-add of a batched matrix product
+_PAIR_NS, _FFT_NS = (
+    2.0,
+    0.15,
+)  # times k, times k log2(k): a token's two rows made one, its FFT, squared and summed
+_FOLD_NS = 0.1  # an element added to its diagonal
 
-_FFT_BUFFER_BYTES = 1 << 20  # tokens transformed at a time: their spectra stay in the L2 cache
+_FFT_BUFFER_BYTES = (
+    1 << 18
+)  # a thread's tokens transformed at a time: they and their spectra stay in its L2 cache
 _PRODUCT_BYTES = 64 << 20  # matrices held at a time
 
 
 def flat_sketch(tensors: Sequence[Tensor], dim: int, *, seed: int, batched: bool) -> Tensor:
     if not batched:
-        return flat_sketch([x[None] for x in tensors], dim, seed=seed, batched=True)[0] if tensors else torch.zeros(dim)
+        if not tensors:
+            return torch.zeros(dim)
+        return flat_sketch([x[None] for x in tensors], dim, seed=seed, batched=True)[0]
     batch = len(tensors[0])
     out = torch.empty(batch, dim)
     width = min(dim, 128)
@@ -62,49 +69,53 @@ def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
 
 def choose_way(tokens: int, n_in: int, n_out: int, k: int) -> tuple[bool, bool] | None:
     """The cheapest way for one example: None = FFT, else which of (inputs, grads) to count-sketch first."""
-    best, best_cost = None, tokens * (
-        _COUNT_SKETCH_NS * (n_in + n_out + 2 * k) + _FFT_NS * k * max(1, (k - 1).bit_length())
-    )
+    best: tuple[bool, bool] | None = None
+    best_cost = tokens * (_COUNT_SKETCH_NS * (n_in + n_out) + k * (_PAIR_NS + _FFT_NS * k.bit_length()))
     for sketch_in in (False, True):
         for sketch_out in (False, True):
             cols, rows = k if sketch_in else n_in, k if sketch_out else n_out
             if rows * cols > max(k * k, 1 << 16):
-                continue  # the matrix would be larger than one of sketches: that is what sketching is to avoid
-            sketched = _COUNT_SKETCH_NS * tokens * (sketch_in * (n_in + k) + sketch_out * (n_out + k))
-            folded = _FOLD_NS * rows * cols if sketch_in or sketch_out else _COUNT_SKETCH_NS * min(rows, cols) * (max(rows, cols) + k)
-            cost = sketched + _PRODUCT_NS * tokens * rows * cols + folded
+                continue  # not to form such a matrix is what sketching is for
+            cost = tokens * (
+                _COUNT_SKETCH_NS * (sketch_in * n_in + sketch_out * n_out) + _PRODUCT_NS * rows * cols
+            )
+            if sketch_in or sketch_out:
+                cost += _FOLD_NS * rows * cols
+            else:
+                cost += min(rows, cols) * (_COUNT_SKETCH_NS * max(rows, cols) + _FOLD_NS * k)
             if cost < best_cost:
                 best, best_cost = (sketch_in, sketch_out), cost
     return best
 
 
 def by_fft(inputs: Tensor, grads: Tensor, k: int, seed: int) -> Tensor:
-    """TensorSketch by one complex FFT a token: z = FFT(cs(a) + i cs(g)); sum_t z^2 holds the product's spectrum."""
+    """TensorSketch by one complex FFT a token: the sum of FFT(cs(a) + i cs(g))^2 holds the spectrum."""
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
     threads = torch.get_num_threads()
     table_in = tables.columns(seed, tables.IN, n_in, k)
     table_out = tables.columns(seed, tables.OUT, n_out, k)
     step = max(16, min(batch * tokens, threads * _FFT_BUFFER_BYTES // (8 * k)))
-    buffer = torch.empty(step, k, dtype=torch.complex64)
+    sketches, spectra = torch.empty(2, step, k, dtype=torch.complex64)
     total = torch.zeros(batch, k, dtype=torch.complex64)
     for first in range(0, batch * tokens, step):
         count = min(step, batch * tokens - first)
-        z = buffer[:count]
+        z = sketches[:count]
         _cpu.count_sketch_pairs(
             inputs.data_ptr(), _DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
             grads.data_ptr(), _DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
             tokens, first, count, k, z.data_ptr(), threads,
         )  # fmt: skip
-        spectrum = torch.fft.fft(z)
+        spectrum = torch.fft.fft(z, out=spectra[:count])
         _cpu.square_sums(spectrum.data_ptr(), first, count, tokens, k, total.data_ptr(), threads)
     # total = A^2 - G^2 + 2i A G with A and G of real rows: X[-w] = conj(X[w]) takes the first two away
     mirrored = total.flip(1).roll(1, 1).conj()
-    return torch.fft.ifft((total - mirrored) / 4j).real.contiguous()
+    product: Tensor = torch.fft.ifft((total - mirrored) / 4j).real.contiguous()
+    return product
 
 
 def by_product(inputs: Tensor, grads: Tensor, k: int, seed: int, sketch_in: bool, sketch_out: bool) -> Tensor:
-    """TensorSketch by a matrix of each example, [rows, cols] = grads^T inputs with long sides sketched to k first."""
+    """TensorSketch by one matrix an example, grads^T inputs, with long sides sketched to k first."""
     batch, n_in, n_out = len(inputs), inputs.shape[2], grads.shape[2]
     a = _count_sketch(inputs, tables.columns(seed, tables.IN, n_in, k), k) if sketch_in else inputs.float()
     g = _count_sketch(grads, tables.columns(seed, tables.OUT, n_out, k), k) if sketch_out else grads.float()
@@ -191,10 +202,7 @@ def _scan(
     if scales is not None and scales.stride(1) != 1:
         scales = scales.contiguous()
     valid = valid.contiguous() if valid is not None else None
-    ends = []
-    for wanted in (want_top, want_bottom):
-        size = (len(queries), k) if wanted else (0, 0)
-        ends.append((torch.empty(size), torch.empty(size, dtype=torch.int64)))
+    top, bottom = _places(len(queries), k, want_top), _places(len(queries), k, want_bottom)
     _cpu.topk_scan(
         cache.data_ptr(), _DTYPES[cache.dtype], n, d, cache.stride(0),
         queries.data_ptr(), len(queries),
@@ -203,7 +211,15 @@ def _scan(
         scales.stride(0) if scales is not None else 0,
         valid.data_ptr() if valid is not None else 0,
         k,
-        *(x.data_ptr() for end in ends for x in end),
+        top[0].data_ptr() if want_top else 0,
+        top[1].data_ptr() if want_top else 0,
+        bottom[0].data_ptr() if want_bottom else 0,
+        bottom[1].data_ptr() if want_bottom else 0,
         torch.get_num_threads(),
     )  # fmt: skip
-    return ends[0], ends[1]
+    return top, bottom
+
+
+def _places(queries: int, k: int, wanted: bool) -> tuple[Tensor, Tensor]:
+    size = (queries, k) if wanted else (0, 0)
+    return torch.empty(size), torch.empty(size, dtype=torch.int64)

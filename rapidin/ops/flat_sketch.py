@@ -49,7 +49,9 @@ def flat_sketch(
         raise ValueError(f"{op}: batched needs at least one tensor to know the batch size, got an empty list")
     rows = sum(-(-(x[0].numel() if batched and len(x) else x.numel()) // ROW) for x in tensors)
     if rows >= 2**32:
-        raise ValueError(f"{op}: at most 2**32 rows of {ROW} elements, got {rows}; sketch the tensors in two lists")
+        raise ValueError(
+            f"{op}: at most 2**32 rows of {ROW} elements, got {rows}; sketch the tensors in two lists"
+        )
     device = tensors[0].device if tensors else torch.device("cpu")
     run = find(op, backend, device)
     result: Tensor = run([x.detach() for x in tensors], dim, seed=seed, batched=batched)

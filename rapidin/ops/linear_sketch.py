@@ -1,4 +1,4 @@
-"""linear_sketch and embedding_sketch: a layer's gradient sketched from its factors, the matrix never formed."""
+"""linear_sketch and embedding_sketch: a layer's gradient sketched from its factors, no matrix formed."""
 
 import torch
 from torch import Tensor
@@ -7,13 +7,15 @@ from rapidin.ops.backends import find
 from rapidin.ops.checks import SKETCHED, check_same_device, check_sketch, check_tensor
 
 
-def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int, backend: str | None = None) -> Tensor:
+def linear_sketch(
+    inputs: Tensor, grads: Tensor, dim: int, *, seed: int, backend: str | None = None
+) -> Tensor:
     """Sketches each example's gradient of a linear layer's weight, sum_t grads[b, t] inputs[b, t]^T.
 
     inputs: [B, T, I], grads: [B, T, O], float32, float16 or bfloat16, any strides
     -> [B, dim] float32: what matrix_sketch gives for the formed [O, I] gradients, up to rounding
 
-    Not-a-number or infinite values of an example make its sketch not finite; which numbers of it is not defined.
+    NaN or infinite values of an example make its sketch not finite; which numbers of it is not defined.
     Raises TypeError or ValueError on arguments that are not as above.
     """
     op = "linear_sketch"
@@ -26,7 +28,9 @@ def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int, backend
     return result.float()
 
 
-def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int, backend: str | None = None) -> Tensor:
+def embedding_sketch(
+    ids: Tensor, grads: Tensor, dim: int, *, seed: int, backend: str | None = None
+) -> Tensor:
     """Sketches each example's gradient of an embedding's weight [V, E]: row ids[b, t] gets grads[b, t].
 
     ids: [B, T] int64, none negative; grads: [B, T, E] float32, float16 or bfloat16, zero where padded
@@ -39,7 +43,7 @@ def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int, backend
     check_tensor(op, "ids", ids, (torch.int64,), ndim=2)
     check_tensor(op, "grads", grads, SKETCHED, ndim=3)
     _check_tokens(op, "ids", ids, grads)
-    if ids.numel() and not (0 <= int(ids.min()) and int(ids.max()) < 2**31):
+    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= 2**31):
         raise ValueError(
             f"{op}: ids must be at least 0 and below 2**31, got {int(ids.min())} to {int(ids.max())}; "
             "give padded positions any valid id and zero grads"

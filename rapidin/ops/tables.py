@@ -8,8 +8,8 @@ from torch import Tensor
 
 from rapidin import _cpu
 
-# A model of 7 billion parameters has some 450 sides of layers of 4,096 to 14,336 elements, two tables each at the
-# most: 30 MB. With room for several seeds, and for vocabularies.
+# A model of 7 billion parameters has some 450 sides of layers of 4,096 to 14,336 elements, at most two tables
+# each: 30 MB, even where each layer has a seed of its own. The rest is for vocabularies.
 LIMIT_BYTES = 256 << 20
 
 OUT, IN = (0, 1), (2, 3)  # streams of (bins, signs) of a matrix's two sides
@@ -25,7 +25,7 @@ def rows(seed: int, side: tuple[int, int], n: int, k: int) -> Tensor:
 
 
 def columns(seed: int, side: tuple[int, int], n: int, k: int) -> Tensor:
-    """-> [ceil(n / k) * k] int32: by chunk and bin, the index within the chunk, and its sign in the top bit."""
+    """-> [ceil(n / k) * k] int32: by chunk and bin, the index in the chunk, and its sign in the top bit."""
     return _get("columns", seed, side, n, k)
 
 

@@ -83,7 +83,9 @@ def _checked(  # type: ignore[no-untyped-def]
     if k < 0:
         raise ValueError(f"{op}: k must not be negative, got {k}")
     if (scales is None) != (offsets is None):
-        raise ValueError(f"{op}: scales and offsets go together, got only {'offsets' if scales is None else 'scales'}")
+        raise ValueError(
+            f"{op}: scales and offsets go together, got only {'offsets' if scales is None else 'scales'}"
+        )
     if offsets is not None and scales is not None:
         edges = list(offsets)
         if not edges or edges[0] != 0 or edges[-1] != d or edges != sorted(edges):

@@ -1,4 +1,4 @@
-"""TensorSketch of a matrix gradient, from the matrix, or from a linear layer's inputs and output gradients."""
+"""TensorSketch of a matrix gradient: of the matrix, or of a linear layer's inputs and output gradients."""
 
 import torch
 from torch import Tensor
@@ -28,7 +28,7 @@ def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
 
 
 def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
-    """ids: [B, T] int64, grads: [B, T, E] -> [B, dim] float64: matrix_sketch of the embedding's [V, E] gradient."""
+    """ids: [B, T] int64, grads: [B, T, E] -> [B, dim] float64: the embedding's [V, E] gradient's sketch."""
     rows = int(ids.max()) + 1 if ids.numel() else 0
     out = torch.zeros(len(ids), dim, dtype=torch.float64, device=grads.device)
     for b in range(len(ids)):

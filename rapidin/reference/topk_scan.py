@@ -19,7 +19,7 @@ def scores(cache: Tensor, queries: Tensor, scales: Tensor | None, offsets: Seque
 
 
 def select(score: Tensor, valid: Tensor | None, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    """score: [Q, N] -> ([Q, k], [Q, k] int64); NaN and rows that are not valid never; ties by smaller index."""
+    """score: [Q, N] -> ([Q, k], [Q, k] int64); NaN and invalid rows never; ties by index."""
     usable = ~score.isnan()
     if valid is not None:
         usable &= valid
