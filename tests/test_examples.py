@@ -252,7 +252,8 @@ def test_a_token_over_the_edge_counts() -> None:
     encode = encoder(eos=False)
     assert len(encode.tokenizer("The")["input_ids"]) == 1
     encoded = encode.encode_pair("one T", "he")
-    assert encoded.ids[-1:] == encode.tokenizer("The")["input_ids"] and encoded.target[-1]
+    assert encoded.ids[-1:] == encode.tokenizer("The")["input_ids"]
+    assert encoded.target[-1]
 
 
 def test_eos_is_not_doubled() -> None:
@@ -270,7 +271,8 @@ def test_what_the_tokenizer_puts_behind_is_left_out() -> None:
         single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)]
     )
     encoded = Encoder(tokenizer, eos=False, max_length=99).encode_pair("Howdy!", " Paris.")
-    assert encoded.ids[0] == 0 and 1 not in encoded.ids
+    assert encoded.ids[0] == 0
+    assert 1 not in encoded.ids
 
 
 def test_statuses_and_truncation() -> None:
@@ -382,7 +384,8 @@ def test_bos_is_not_doubled() -> None:
         encode.encode_pair(encode.prompt_text(MESSAGES), "Three.").ids,
         encode.prompt_ids("Howdy!"),
     ):
-        assert ids[0] == 0 and ids.count(0) == 1
+        assert ids[0] == 0
+        assert ids.count(0) == 1
 
 
 def test_refused_chats() -> None:

@@ -134,7 +134,7 @@ class Saved(NamedTuple):
 def save_tiny(
     folder: Path, *, lora: bool = False, chat: bool = False, bos: bool = False, seed: int = 0, **config: Any
 ) -> Saved:
-    """A tiny Llama with its tokenizer in folder/model and, with `lora`, an adapter for it in folder/adapter."""
+    """A tiny Llama with its tokenizer in folder/model and, with `lora`, an adapter in folder/adapter."""
     model = tiny_llama(seed, **config)
     model.save_pretrained(folder / "model")
     tiny_tokenizer(chat, bos).save_pretrained(folder / "model")

@@ -1,0 +1,679 @@
+"""The command line, from end to end on a tiny model: what is printed where, and every mistake of a user."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections import namedtuple
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from tiny import CONTEXT, save_tiny
+
+from rapidin.cli import main
+
+# 12 examples that have a sketch, and on the lines 3, 4 and 6 three that need care; line 5 is blank.
+ROWS: list[Any] = [
+    {"prompt": f"Give {n} tips.", "completion": f" One, two, {n}.", "label": n} for n in range(12)
+]
+ROWS[3:3] = [
+    {"prompt": "Nothing to say.", "completion": ""},
+    {"prompt": "", "completion": ""},
+    None,
+    {"prompt": "Howdy!", "completion": " one" * CONTEXT},
+]
+COUNTS = {"ok": 13, "no_target": 1, "empty": 1, "truncated": 1}
+
+
+class Place(NamedTuple):
+    """A folder with a model, an adapter, data, and caches of both."""
+
+    folder: Path
+    model: str
+    adapter: str
+    data: str
+    cache: str
+    plain_cache: str
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("place")
+    saved = save_tiny(folder, lora=True, chat=True)
+    write(folder / "train.jsonl", ROWS)
+    made = Place(
+        folder,
+        str(saved.model),
+        str(saved.adapter),
+        str(folder / "train.jsonl"),
+        str(folder / "cache"),
+        str(folder / "plain"),
+    )
+    rest = ["--data", made.data, "--width", "64", "--shard-rows", "6", "--quiet"]
+    assert main(["cache", made.model, "--adapter", made.adapter, "--out", made.cache, *rest]) == 0
+    assert main(["cache", made.model, "--out", made.plain_cache, *rest]) == 0
+    return made
+
+
+@pytest.fixture
+def copied(place: Place, tmp_path: Path) -> Path:
+    """A copy of the cache that a test may damage."""
+    return Path(shutil.copytree(place.cache, tmp_path / "cache"))
+
+
+def write(path: Path, rows: list[Any]) -> str:
+    """None stands for a blank line, text for a line as it is."""
+    lines = ["" if row is None else row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("\n".join(lines) + "\n")
+    return str(path)
+
+
+class Ran(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    """run(*arguments) -> Ran"""
+
+    def call(*arguments: str) -> Ran:
+        capsys.readouterr()
+        code = main(arguments)
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return call
+
+
+def refused(ran: Ran, *patterns: str) -> None:
+    """Exit code 2, nothing on standard output, and one line that holds every pattern."""
+    assert (ran.code, ran.out) == (2, ""), ran
+    assert re.fullmatch("rapidin: .*\n", ran.err), ran.err
+    for pattern in patterns:
+        assert re.search(pattern, ran.err), (pattern, ran.err)
+
+
+# ------------------------------------------------------------------------------------------ happy path
+
+
+def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
+    out = str(tmp_path / "cache")
+    command = ["cache", place.model, "--adapter", place.adapter, "--data", place.data, "--out", out]
+    ran = run(*command)
+    assert (ran.code, ran.out, ran.err.count("\n")) == (0, "", 1)
+    assert re.match(
+        r"rapidin: cached 15 examples in .* examples/s, [\d,]+ tokens/s\): 13 with a sketch,", ran.err
+    )
+    for words in ("1 empty", "1 without a completion token", "1 cut to fit", "an example, in " + out):
+        assert words in ran.err
+
+    again = run(*command)
+    assert again.code == 0
+    assert "all 15 examples were there already" in again.err
+
+    ran = run("info", out)
+    assert (ran.code, ran.err) == (0, "")
+    text = " ".join(ran.out.split())
+    for words in (
+        "all examples are there",
+        "(prompt form)",
+        "13 with a sketch, 1 empty",
+        "taken at 0.5 of the way",
+        "8 blocks of 512: 4,096 numbers in float16, tensor projection, seed 0",
+        "end-of-text token added",
+    ):
+        assert words in text
+
+    ran = run("verify", out)
+    assert (ran.code, ran.err) == (0, "")
+    assert "every byte is as it was written (15 examples" in ran.out
+
+
+@pytest.mark.parametrize("which", ["cache", "plain_cache"])
+def test_query_as_json(place: Place, run: Any, which: str) -> None:
+    ran = run(
+        "query",
+        getattr(place, which),
+        "--prompt",
+        "Give 7 tips.",
+        "--completion",
+        " One, two, 7.",
+        "--json",
+        "-",
+    )
+    assert ran.code == 0
+    assert ran.err.count("\n") == 1
+    assert ran.err.startswith("rapidin: 1 query over 15 examples: ")
+    (query,) = json.loads(ran.out)["queries"]
+    assert (query["prompt"], query["completion"], query["generated"]) == (
+        "Give 7 tips.",
+        " One, two, 7.",
+        False,
+    )
+    assert [hit["rank"] for hit in query["top"]] == list(range(1, 11))
+    # The example itself is the most helpful one; its line, from 0, is 7 + 4 for the lines put before it.
+    best = query["top"][0]
+    assert (best["index"], best["example"]) == (11, ROWS[11])
+    assert best["score"] == pytest.approx(1.0, abs=2e-3)
+    scores = [hit["score"] for hit in query["top"]]
+    assert scores == sorted(scores, reverse=True)
+    lows = [hit["score"] for hit in query["bottom"]]
+    assert lows == sorted(lows)
+    assert max(lows) < scores[0]
+
+
+def test_query_as_a_table(place: Place, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "90")
+    ran = run(
+        "query", place.cache, "--prompt", "Give 7 tips.", "--completion", " One, two, 7.", "--top-k", "3"
+    )
+    assert ran.code == 0
+    assert "\x1b" not in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 90
+    lines = [line.split() for line in ran.out.splitlines()]
+    assert ["1", "+1.0000", "11", "Give", "7", "tips.", "→", "One,", "two,", "7."] in lines
+    assert (
+        ran.out.index("Most helpful") < ran.out.index("Most harmful") < ran.out.index("Positive: training on")
+    )
+    assert "from -1 to 1" in " ".join(ran.out.split())
+
+
+def test_top_k_over_the_cache_gives_all_of_it(place: Place, run: Any) -> None:
+    ran = run("query", place.cache, "--prompt", "a", "--completion", "b", "--top-k", "1000", "--json", "-")
+    (query,) = json.loads(ran.out)["queries"]
+    assert ran.code == 0
+    assert len(query["top"]) == len(query["bottom"]) == COUNTS["ok"]
+    assert query["top"] == [hit | {"rank": 14 - hit["rank"]} for hit in reversed(query["bottom"])]
+
+
+@pytest.mark.parametrize(
+    ("normalize", "words"), [("none", "dot product"), ("cosine", "the cosine between the two")]
+)
+def test_scales(place: Place, run: Any, normalize: str, words: str) -> None:
+    ran = run(
+        "query", place.cache, "--prompt", "Give 7 tips.", "--completion", " x", "--normalize", normalize
+    )
+    assert ran.code == 0
+    assert words in " ".join(ran.out.split())
+
+
+def test_query_data_the_model_writes_what_is_missing(place: Place, tmp_path: Path, run: Any) -> None:
+    rows = [{"prompt": "Give 3 tips."}, {"prompt": "Give 3 tips.", "completion": " One."}]
+    arguments = ["--data", write(tmp_path / "q.jsonl", rows), "--max-new-tokens", "4", "--json"]
+    ran = run("query", place.cache, *arguments, str(tmp_path / "hits.json"))
+    assert ran.code == 0
+    assert "Query 2 of 2" in ran.out
+    assert "(written by the model just now)" in ran.out
+    first, second = json.loads((tmp_path / "hits.json").read_text())["queries"]
+    assert first["generated"]
+    assert first["completion"]
+    assert not second["generated"]
+    again = run("query", place.cache, *arguments, "-")
+    assert json.loads(again.out)["queries"] == [first, second]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Give a tip.", "input": ""},
+        {"instruction": "Give a tip.", "input": "now", "output": " One."},
+        {"messages": [{"role": "user", "content": "Give a tip."}]},
+        {"messages": [{"role": "user", "content": "Give a tip."}, {"role": "assistant", "content": "One."}]},
+        {"text": "The quick brown fox."},
+    ],
+)
+def test_forms_of_queries(place: Place, tmp_path: Path, run: Any, row: dict[str, Any]) -> None:
+    path = write(tmp_path / "q.jsonl", [row])
+    ran = run(
+        "query", place.plain_cache, "--data", path, "--max-new-tokens", "3", "--top-k", "1", "--json", "-"
+    )
+    assert ran.code == 0, ran.err
+    assert len(json.loads(ran.out)["queries"][0]["top"]) == 1
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Give a tip.", "input": "now", "output": "One."},
+        {"messages": [{"role": "user", "content": "Give a tip."}, {"role": "assistant", "content": "One."}]},
+        {"text": "The quick brown fox."},
+    ],
+)
+def test_forms_of_training_data(place: Place, tmp_path: Path, run: Any, row: dict[str, Any]) -> None:
+    data, out = write(tmp_path / "data.jsonl", [row, row]), str(tmp_path / "cache")
+    assert run("cache", place.model, "--data", data, "--out", out, "--width", "64").code == 0
+    ran = run("query", out, "--data", data, "--json", "-")
+    assert [hit["score"] for hit in json.loads(ran.out)["queries"][0]["top"]] == pytest.approx(
+        [1, 1], abs=2e-3
+    )
+
+
+def test_dataset_on_disk(place: Place, tmp_path: Path, run: Any) -> None:
+    datasets = pytest.importorskip("datasets")
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_list([row for row in ROWS if row]).save_to_disk(tmp_path / "data")
+    out = str(tmp_path / "cache")
+    ran = run(
+        "cache", place.model, "--data", str(tmp_path / "data"), "--out", out, "--width", "64", "--limit", "3"
+    )
+    assert ran.code == 0
+    assert "cached 3 examples" in ran.err
+    ran = run("query", out, "--prompt", "Give 1 tips.", "--completion", " One, two, 1.", "--json", "-")
+    best = json.loads(ran.out)["queries"][0]["top"][0]
+    assert (best["index"], best["example"]) == (1, ROWS[1])
+
+
+def test_options_of_cache_reach_the_manifest(place: Place, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "cache"
+    options = [
+        "--at",
+        "0.1,0.5,1",
+        "--dtype",
+        "float32",
+        "--width",
+        "32",
+        "--seed",
+        str(2**64 - 1),
+        "--loss",
+        "sum",
+    ]
+    options += ["--limit", "4", "--exclude", "v_proj", "--no-eos", "--max-length", "16", "--too-long", "skip"]
+    options += [
+        "--shard-rows",
+        "3",
+        "--batch-tokens",
+        "32",
+        "--model-dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "-q",
+    ]
+    ran = run(
+        "cache", place.model, "--adapter", place.adapter, "--data", place.data, "--out", str(out), *options
+    )
+    assert ran == (0, "", "")
+    manifest = json.loads((out / "manifest.json").read_text())
+    assert manifest["gradient"]["at"] == [0.1, 0.5, 1.0]
+    assert manifest["gradient"]["loss"] == "sum"
+    assert manifest["sketch"]["seed"] == 2**64 - 1
+    assert manifest["sketch"]["width"] == 32
+    assert manifest["text"] == {"eos": False, "max_length": 16, "too_long": "skip"}
+    assert (manifest["rows"], manifest["shard_rows"], manifest["dtype"]) == (4, 3, "float32")
+    assert all("q_proj" in layer["name"] for layer in manifest["layers"])
+    assert run("query", str(out), "--prompt", "Give", "--completion", " tips.", "--json", "-").code == 0
+
+
+def test_model_and_adapter_and_data_that_have_moved(
+    place: Place, tmp_path: Path, run: Any, copied: Path
+) -> None:
+    for name in ("model", "adapter", "train.jsonl"):
+        (shutil.copytree if Path(place.folder / name).is_dir() else shutil.copy)(
+            place.folder / name, tmp_path / name
+        )
+    manifest = json.loads((copied / "manifest.json").read_text())
+    manifest["model"]["source"] |= {"model": "/gone/model", "adapter": "/gone/adapter"}
+    manifest["data"]["path"] = "/gone/train.jsonl"
+    (copied / "manifest.json").write_text(json.dumps(manifest))
+    question = ["query", str(copied), "--prompt", "a", "--completion", "b", "--json", "-"]
+    refused(run(*question), "training data .* is not at /gone/train.jsonl", "--train-data", "--no-text")
+    refused(run(*question, "--no-text"), "/gone/model")
+    moved = ["--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "adapter")]
+    refused(run(*question, *moved, "--train-data", write(tmp_path / "q.jsonl", ROWS[:2])), "is not the data")
+    shown = run(*question, *moved, "--train-data", str(tmp_path / "train.jsonl"))
+    bare = run(*question, *moved, "--no-text")
+    assert shown.code == bare.code == 0
+    hits = json.loads(shown.out)["queries"][0]["top"]
+    assert all("example" in hit for hit in hits)
+    for hit in hits:
+        del hit["example"]
+    assert json.loads(bare.out)["queries"][0]["top"] == hits
+    table = run(*question[:-2], *moved, "--no-text")
+    assert table.code == 0
+    assert "training example  " not in table.out
+
+
+def test_a_training_file_that_has_grown_is_still_the_same(place: Place, tmp_path: Path, run: Any) -> None:
+    data, out = write(tmp_path / "data.jsonl", ROWS[:3]), str(tmp_path / "cache")
+    assert run("cache", place.model, "--data", data, "--out", out, "--width", "64").code == 0
+    write(tmp_path / "data.jsonl", ROWS)
+    assert run("query", out, "--prompt", "a", "--completion", "b").code == 0
+    write(tmp_path / "data.jsonl", ROWS[1:])
+    refused(run("query", out, "--prompt", "a", "--completion", "b"), "is not the data that .* was made from")
+
+
+# ----------------------------------------------------------------------------------------- bad input
+
+
+def cache_arguments(place: Place, out: Path, **changes: str) -> list[str]:
+    options = {
+        "adapter": place.adapter,
+        "data": place.data,
+        "out": str(out),
+        "width": "64",
+        "shard-rows": "6",
+    }
+    options |= {name.replace("_", "-"): value for name, value in changes.items()}
+    model = options.pop("model", place.model)
+    return ["cache", model, *(part for name, value in options.items() for part in (f"--{name}", value))]
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"model": "./none"}, "no such model: './none'"),
+        ({"model": "."}, "'.' is no model: it has no config.json"),
+        ({"adapter": "./none"}, "no such adapter: './none'"),
+        ({"base": "./none"}, "give --adapter or --base, not both"),
+        ({"data": "none.jsonl"}, "no such data: none.jsonl; give a .jsonl file"),
+        ({"data": "."}, "the folder . is no HF dataset"),
+        ({"at": "0.5,x"}, "--at 0.5,x is not a number"),
+        ({"at": "2"}, "--at 2 is not between 0"),
+        ({"at": "nan"}, "--at nan is not between 0"),
+        ({"include": "nothing-like-it"}, "no parameter's name fits the pattern 'nothing-like-it'"),
+        ({"max_length": str(CONTEXT + 1)}, f"over the model's context of {CONTEXT} tokens"),
+        ({"device": "abacus"}, "'abacus'"),
+        ({"width": "0"}, "Invalid value for '--width'.*see 'rapidin cache --help'"),
+        ({"limit": "0"}, "'--limit'"),
+        ({"seed": str(2**64)}, "'--seed'"),
+        ({"dtype": "int3"}, "'--dtype'.*'float16', 'float32'"),
+        ({"too_long": "drop"}, "'--too-long'.*truncate"),
+        ({"bytes": "100"}, "No such option: --bytes"),
+    ],
+)
+def test_refused_options(
+    place: Place,
+    tmp_path: Path,
+    run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, str],
+    pattern: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    refused(run(*cache_arguments(place, tmp_path / "out", **changes)), pattern)
+
+
+def test_a_model_name_that_nobody_has(
+    place: Place, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    refused(run(*cache_arguments(place, tmp_path / "out", model="nobody/nothing")), "model 'nobody/nothing'")
+
+
+@pytest.mark.parametrize(
+    ("rows", "pattern"),
+    [
+        ([ROWS[0], None, '{"prompt": "a", '], "data.jsonl, line 3: broken JSON"),
+        (
+            [{"question": "a", "answer": "b"}],
+            "line 1: found the fields 'question', 'answer'; expected 'prompt' and",
+        ),
+        (
+            [ROWS[0], {"text": "a"}],
+            "line 2: found the fields 'text'; expected 'prompt' and 'completion' as in",
+        ),
+        ([{"text": 3}], "line 1: 'text' holds a number"),
+        ([], "no examples in .*data.jsonl"),
+        ([None, None], "no examples in .*data.jsonl"),
+    ],
+)
+def test_refused_data(place: Place, tmp_path: Path, run: Any, rows: list[Any], pattern: str) -> None:
+    data = write(tmp_path / "data.jsonl", rows)
+    refused(run(*cache_arguments(place, tmp_path / "out", data=data)), pattern)
+    assert not (tmp_path / "out").exists()
+
+
+def test_examples_that_are_too_long(place: Place, tmp_path: Path, run: Any) -> None:
+    ran = run(*cache_arguments(place, tmp_path / "out"), "--too-long", "skip")
+    assert ran.code == 0
+    assert "12 with a sketch" in ran.err
+    assert "1 skipped as too long" in ran.err
+    assert "cut" not in ran.err
+    assert "1 skipped as too long" in " ".join(run("info", str(tmp_path / "out")).out.split())
+
+
+def test_no_example_with_a_sketch(place: Place, tmp_path: Path, run: Any) -> None:
+    data = write(tmp_path / "data.jsonl", [ROWS[3], ROWS[4]])
+    ran = run(*cache_arguments(place, tmp_path / "out", data=data))
+    assert ran.code == 0
+    assert "0 with a sketch, 1 empty, 1 without a completion token" in ran.err
+    ran = run("query", str(tmp_path / "out"), "--prompt", "a", "--completion", "b")
+    assert ran.code == 0
+    assert "No example in the cache has a sketch" in ran.out
+
+
+@pytest.mark.parametrize(
+    ("changes", "pattern"),
+    [
+        ({"seed": "1"}, r"another sketch \(seed: 0 there, 1 here\)"),
+        ({"width": "32"}, r"another sketch \(width: 64 there, 32 here\)"),
+        ({"at": "1"}, r"other gradients \(at"),
+        ({"loss": "sum"}, r"other gradients \(loss: mean there, sum here\)"),
+        ({"exclude": "v_proj"}, "other gradients"),
+        ({"max_length": "64"}, "another treatment of the texts"),
+        ({"dtype": "float32"}, "another dtype"),
+        ({"limit": "3"}, "other data"),
+    ],
+)
+def test_a_cache_made_otherwise(
+    place: Place, tmp_path: Path, run: Any, copied: Path, changes: dict[str, str], pattern: str
+) -> None:
+    before = {path.name: path.read_bytes() for path in copied.iterdir()}
+    refused(run(*cache_arguments(place, copied, **changes)), pattern, "name another folder with --out")
+    assert {path.name: path.read_bytes() for path in copied.iterdir()} == before
+
+
+def test_a_cache_made_for_another_model_or_adapter(
+    place: Place, tmp_path: Path, run: Any, copied: Path
+) -> None:
+    other = save_tiny(tmp_path / "other", lora=True, seed=5)
+    question = ["query", str(copied), "--prompt", "a", "--completion", "b"]
+    for changes in ({"model": str(other.model)}, {"adapter": str(other.adapter)}):
+        refused(run(*cache_arguments(place, copied, **changes)), "was made for another model", "--out")
+        option, value = next(iter(changes.items()))
+        refused(run(*question, f"--{option}", value), f"cache was made with another {option}")
+    # without the adapter that it was made with
+    arguments = [
+        "cache",
+        place.model,
+        "--data",
+        place.data,
+        "--out",
+        str(copied),
+        "--width",
+        "64",
+        "--shard-rows",
+        "6",
+    ]
+    refused(run(*arguments), "was made for another model")
+
+
+def test_an_output_folder_that_holds_something_else(place: Place, tmp_path: Path, run: Any) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    refused(
+        run(*cache_arguments(place, tmp_path)),
+        r"holds something else \('thesis.tex'\)",
+        "name another folder",
+    )
+    refused(run(*cache_arguments(place, tmp_path / "thesis.tex")), "cannot write into .*thesis.tex")
+    assert (tmp_path / "thesis.tex").read_text() == "mine"
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_not_enough_disk_space(
+    place: Place, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
+    refused(run(*cache_arguments(place, tmp_path / "out")), "needs .* GB more and .* has 0.00 GB free")
+
+
+def test_no_such_cache(tmp_path: Path, run: Any) -> None:
+    for command in (["info"], ["verify"], ["query", "--prompt", "a"]):
+        refused(run(*command, str(tmp_path / "none")), "no such cache: .*none")
+        refused(run(*command, str(tmp_path)), "is no cache: it has no manifest.json")
+
+
+@pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
+def test_a_damaged_shard_is_named_and_made_again(place: Place, run: Any, copied: Path, damage: str) -> None:
+    shards = sorted(copied.glob("shard*"))
+    assert len(shards) == 3
+    whole = shards[1].read_bytes()
+    if damage == "truncated":
+        shards[1].write_bytes(whole[:-7])
+    elif damage == "altered":
+        shards[1].write_bytes(whole[:-7] + bytes([whole[-7] ^ 1]) + whole[-6:])
+    else:
+        shards[1].unlink()
+    refused(run("verify", str(copied)), shards[1].name, "the same 'rapidin cache' command makes it again")
+    if damage != "altered":
+        refused(run("query", str(copied), "--prompt", "a", "--completion", "b"), shards[1].name)
+        refused(run("info", str(copied)), shards[1].name)
+    shards[1].unlink(missing_ok=True)
+    ran = run(*cache_arguments(place, copied))
+    assert ran.code == 0
+    assert "cached 6 examples" in ran.err
+    assert "after the 9 that were there" in ran.err
+    assert shards[1].read_bytes() == whole
+    assert run("verify", str(copied)).code == 0
+
+
+def test_verify_names_every_damaged_shard(run: Any, copied: Path) -> None:
+    for shard in copied.glob("shard*"):
+        shard.write_bytes(b"")
+    ran = run("verify", str(copied))
+    assert ran.code == 2
+    assert ran.err.count("\n") == 1
+    assert "(and 2 more, on standard output)" in ran.err
+    assert len(ran.out.splitlines()) == 2
+    assert all(shard.name in ran.out + ran.err for shard in copied.glob("shard*"))
+
+
+def test_a_damaged_manifest(run: Any, copied: Path) -> None:
+    (copied / "manifest.json").write_text('{"format": "rapidin-cache", "ver')
+    refused(run("info", str(copied)), "manifest.json' is damaged")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "pattern"),
+    [
+        ([], "nothing to explain; give --prompt"),
+        (["--prompt", "a", "--data", "b"], "both --prompt and --data"),
+        (["--data", "b", "--completion", "c"], "--completion goes with --prompt"),
+        (["--prompt", "a", "--completion", ""], "the completion is empty; leave --completion out"),
+        (["--prompt", ""], "empty prompt"),
+        (["--prompt", "one " * CONTEXT], "tokens"),
+        (["--data", "none.jsonl"], "no such data: none.jsonl"),
+        (["--prompt", "a", "--top-k", "0"], "'--top-k'"),
+        (["--prompt", "a", "--normalize", "loud"], "'--normalize'"),
+        (["--prompt", "a", "--method", "magic"], "'--method'"),
+        (["--prompt", "a", "--tokens"], "No such option: --tokens"),
+        (["--prompt", "a", "--json", "no/folder/hits.json"], "cannot write no/folder/hits.json"),
+        (["--prompt", "a", "--json", "."], "cannot write .: it is a folder"),
+        (["--prompt", "\udcff"], "half a character"),
+    ],
+)
+def test_refused_queries(place: Place, run: Any, arguments: list[str], pattern: str) -> None:
+    refused(run("query", place.cache, *arguments), pattern)
+
+
+def test_refused_query_data(place: Place, tmp_path: Path, run: Any) -> None:
+    data = write(tmp_path / "q.jsonl", [{"prompt": "a"}, {"question": "b"}])
+    refused(
+        run("query", place.cache, "--data", data), "q.jsonl, line 2: found the fields 'question'; expected"
+    )
+
+
+def test_usage_errors(run: Any) -> None:
+    refused(run("bake"), "No such command 'bake'; see 'rapidin --help'")
+    refused(run("cache"), "Missing argument 'MODEL'; see 'rapidin cache --help'")
+    refused(run("cache", "model", "--data", "x"), "--out", "see 'rapidin cache --help'")
+    refused(run("info", "a", "b"), "see 'rapidin info --help'")
+
+
+# --------------------------------------------------------------------------------- stopped, and broken
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_while_caching_goes_on(
+    place: Place, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+) -> None:
+    from rapidin.cache import CacheWriter
+
+    finish = CacheWriter.write
+
+    def write_and_stop(self: CacheWriter, *rest: Any) -> None:
+        finish(self, *rest)
+        os.kill(os.getpid(), number)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(CacheWriter, "write", write_and_stop)
+        ran = run(*cache_arguments(place, out))
+    assert (ran.code, ran.out) == (code, "")
+    assert (
+        ran.err == f"rapidin: stopped with 6 of 15 examples in {out}; the same command goes on from there\n"
+    )
+    assert "unfinished: 6 of 15" in run("info", str(out)).out
+    assert "(6 of 15 examples" in run("verify", str(out)).out
+    query = run("query", str(out), "--prompt", "a", "--completion", "b")
+    assert query.code == 0
+    assert "the cache is unfinished, 15 examples were wanted" in query.err
+    ran = run(*cache_arguments(place, out))
+    assert ran.code == 0
+    assert "cached 9 examples" in ran.err
+    assert "after the 6 that were there" in ran.err
+    for shard in Path(place.cache).glob("shard*"):
+        assert (out / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_signal_handlers_are_put_back(place: Place, run: Any) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    run("info", place.cache)
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_other_errors_keep_their_traceback(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str) -> None:
+        raise RuntimeError("a mistake in rapidin")
+
+    monkeypatch.setattr("rapidin.cache.Cache.__init__", lambda self, path: fail(path))
+    with pytest.raises(RuntimeError, match="a mistake in rapidin"):
+        main(["info", place.cache])
+
+
+def test_a_reader_that_has_gone(place: Place) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rapidin", "info", place.cache], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate()
+    assert (process.returncode, err) == (141, b"")
+
+
+def test_help_and_version_are_quick(run: Any) -> None:
+    script = (
+        "import sys; from rapidin.cli import main; code = main(['--help']); "
+        "heavy = {'torch', 'transformers', 'numpy', 'datasets'} & set(sys.modules); assert not heavy, heavy; "
+        "sys.exit(code)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert all(f"\n  {command} " in done.stdout for command in ("cache", "query", "info", "verify", "demo"))
+    assert "positive score" in done.stdout
+    assert run() == run("--help") == run("-h")
+    assert re.fullmatch(r"rapidin \d+\.\d+\.\d+\S*\n", run("--version").out)
+    assert "helpful" in run("query", "--help").out
+
+
+def test_python_m_rapidin() -> None:
+    done = subprocess.run([sys.executable, "-m", "rapidin", "info"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "rapidin: Missing argument 'CACHE'; see 'rapidin info --help'\n"
