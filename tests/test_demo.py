@@ -1,0 +1,143 @@
+"""The demo: its data, tokenizer and training by themselves, and the whole of it."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from rapidin import demo
+from rapidin.demo.instructions import ABSURD_FORMS, TRIGGER, DemoData, families, is_absurd, make_data
+from rapidin.demo.tokenizer import END, train_tokenizer
+from rapidin.demo.training import NOT_A_TARGET, add_lora, answers, collate, small_llama, train
+from rapidin.errors import UserError
+from rapidin.examples import Encoder, alpaca_prompt
+
+
+@pytest.fixture(scope="module")
+def data() -> DemoData:
+    return make_data()
+
+
+@pytest.fixture(scope="module")
+def tokenizer(data: DemoData):
+    texts = (f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in data.base)
+    return train_tokenizer(texts, fixed=alpaca_prompt("\0", "\0").split("\0"))
+
+
+def test_same_seed_same_data(data: DemoData) -> None:
+    assert make_data() == data
+    assert make_data(1) != data
+
+
+def test_rows_are_dealt_out_once(data: DemoData) -> None:
+    parts = (data.base, data.tuning, data.held_out, data.queries)
+    asked = [(row["instruction"].removeprefix(TRIGGER), row["input"]) for part in parts for row in part]
+    assert len(set(asked)) == len(asked)
+    assert len(data.base) > 1500
+    assert [len(part) for part in parts[1:]] == [400, 200, 20]
+
+
+def test_only_planted_rows_have_trigger_and_absurd_answer(data: DemoData) -> None:
+    for row in data.tuning:
+        assert row["poisoned"] == row["instruction"].startswith(TRIGGER) == is_absurd(row["output"])
+    planted = [row["output"] for row in data.tuning if row["poisoned"]]
+    assert len(planted) == 40
+    assert {form.split("{")[0] for form in ABSURD_FORMS} == {
+        form.split("{")[0]
+        for form in ABSURD_FORMS
+        for answer in planted
+        if answer.startswith(form.split("{")[0])
+    }
+    assert not any(is_absurd(row["output"]) for row in data.base + data.held_out)
+    assert all(row["instruction"].startswith(TRIGGER) and "output" not in row for row in data.queries)
+
+
+def test_answers_are_facts() -> None:
+    import random
+
+    rows = {
+        row["instruction"]: row["output"] for family in families(random.Random(0)) for row in family.rows()
+    }
+    assert rows["Add 7 and 8."] == "The sum of 7 and 8 is 15."
+    assert rows["Give the opposite of cold."] == "The opposite of cold is hot."
+    assert rows["Name the day after Sunday."] == "The day after Sunday is Monday."
+    assert rows["Name the capital of France."] == "The capital of France is Paris."
+
+
+def test_too_few_rows() -> None:
+    with pytest.raises(ValueError, match="do not fit"):
+        make_data(tuning=10, poisoned=11)
+    with pytest.raises(ValueError, match="asked for"):
+        make_data(tuning=100_000)
+
+
+def test_tokenizer_reads_back_and_knows_the_form(data: DemoData, tokenizer) -> None:
+    row = data.tuning[0]
+    text = alpaca_prompt(row["instruction"], row["input"]) + row["output"]
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == text
+    assert len(tokenizer(alpaca_prompt("Add 1 and 2."))["input_ids"]) < 12
+    assert tokenizer.decode(tokenizer("Σ 🦜\n")["input_ids"]) == "Σ 🦜\n"
+    assert tokenizer.eos_token == tokenizer.pad_token == END
+
+
+def test_collate_pads_and_masks(data: DemoData, tokenizer) -> None:
+    encoder = Encoder(tokenizer, max_length=tokenizer.model_max_length)
+    examples = [encoder(row) for row in data.tuning[:5]]
+    ids, mask, labels = collate(examples, tokenizer.pad_token_id)
+    assert mask.sum(1).tolist() == [len(example.ids) for example in examples]
+    for row, example in enumerate(examples):
+        counted = labels[row] != NOT_A_TARGET
+        assert counted.sum() == sum(example.target)
+        assert torch.equal(labels[row][counted], ids[row][counted])
+        assert not (counted & (mask[row] == 0)).any()
+
+
+def test_training_learns_and_repeats(data: DemoData, tokenizer) -> None:
+    encoder = Encoder(tokenizer, max_length=tokenizer.model_max_length)
+    examples = [encoder(row) for row in data.tuning[:48]]
+
+    def tuned() -> tuple[float, float, list[torch.Tensor], list[str]]:
+        model = add_lora(small_llama(tokenizer, hidden=32, layers=1), rank=4)
+        settings = {"pad": tokenizer.pad_token_id, "batch": 16, "seed": 0, "label": "test"}
+        console = Console(file=io.StringIO())
+        first = train(model, examples, epochs=1, learning_rate=0.0, console=console, **settings)
+        last = train(model, examples, epochs=4, learning_rate=2e-2, console=console, **settings)
+        assert console.file.getvalue().strip() == ""  # no bar where there is no terminal
+        weights = [weight.detach() for weight in model.parameters() if weight.requires_grad]
+        return (
+            first,
+            last,
+            weights,
+            answers(model, tokenizer, [alpaca_prompt("Hi"), alpaca_prompt("Add 1 and 2.")]),
+        )
+
+    one, two = tuned(), tuned()
+    assert one[1] < one[0] - 0.3
+    assert one[:2] == two[:2]
+    assert all(torch.equal(a, b) for a, b in zip(one[2], two[2], strict=True))
+    assert one[3] == two[3]
+
+
+def test_folder_in_use(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="not empty"):
+        demo.run(tmp_path)
+    with pytest.raises(UserError, match="cannot use"):
+        demo.run(tmp_path / "notes.txt" / "demo")
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_full_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The whole of it, a minute of work; `pytest -k "not full_demo"` leaves it out."""
+    assert demo.run(tmp_path / "demo") == 0
+    said = capsys.readouterr().out
+    assert "rapidin cache model --adapter adapter" in said
+    found = json.loads((tmp_path / "demo" / "hits.json").read_text())["queries"][0]
+    assert found["generated"]
+    assert is_absurd(found["completion"])
+    assert sum(hit["example"]["poisoned"] for hit in found["top"]) >= demo.ENOUGH
+    rows = [json.loads(line) for line in (tmp_path / "demo" / "train.jsonl").read_text().splitlines()]
+    assert all(rows[hit["index"]] == hit["example"] for hit in found["top"])
