@@ -1,0 +1,49 @@
+# make test    all checks on the installed package, after all set-up
+# make demo    a planted poison found, start to end
+# Set-up makes .venv (PYTHON=... picks the interpreter, 3.10 or newer) and is skipped while nothing has changed.
+
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
+# The wheel is built with the pinned tools of .venv; files of an earlier build must not slip into it.
+SOURCES := $(shell find csrc rapidin -name '*.py' -o -name '*.pyi' -o -name '*.h' -o -name '*.cpp' -o -name '*.json*')
+
+.PHONY: test demo clean
+
+test: .venv/installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/pytest -q
+
+demo: .venv/installed
+	$(BIN)/rapidin demo
+
+clean:
+	rm -rf .venv build *.egg-info
+
+.venv/bin/python:
+	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }
+	$(PYTHON) -m venv .venv
+
+# The dependencies alone, named by pyproject.toml: this is the long part, and changes seldom.
+.venv/dependencies: .venv/bin/python constraints.txt pyproject.toml
+	@echo "installing dependencies into .venv (the first time takes minutes)"
+	$(PIP) setuptools pybind11
+	$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) tomli
+	$(PIP) $$($(BIN)/python -c "$$LIST_DEPENDENCIES")
+	touch $@
+
+.venv/installed: .venv/dependencies setup.py MANIFEST.in README.md LICENSE $(SOURCES)
+	rm -rf build/lib* build/bdist*
+	$(PIP) --no-build-isolation --no-deps --force-reinstall .
+	touch $@
+
+define LIST_DEPENDENCIES
+try: import tomllib
+except ImportError: import tomli as tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+print(*(name.replace(" ", "") for name in project["dependencies"] + project["optional-dependencies"]["dev"]))
+endef
+export LIST_DEPENDENCIES

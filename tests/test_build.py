@@ -1,0 +1,82 @@
+"""The extension knows nothing of torch, and no unit lends code for one instruction set to another."""
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from inputs import INSTRUCTION_SETS, normal, torch_threads
+
+from rapidin import _cpu, ops
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_the_extension_loads_without_torch():
+    code = (
+        "import importlib.util, sys; "
+        f"spec = importlib.util.spec_from_file_location('rapidin._cpu', {_cpu.__file__!r}); "
+        "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
+        "assert module.supported_sets()[0] == 'base'; "
+        "assert not {'torch', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_build_needs_no_torch():
+    assert "torch" not in (ROOT / "setup.py").read_text()
+    requires = (ROOT / "pyproject.toml").read_text().split("requires = ")[1].splitlines()[0]
+    assert "torch" not in requires
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads ELF symbols with nm")
+def test_units_share_no_symbols():
+    """A weak symbol of the AVX2 unit could be the one that the portable code is linked with."""
+    units = list((ROOT / "build").glob("temp*/csrc/cpu/isa_*.o"))
+    if not units:
+        pytest.skip("no build folder here")
+    for unit in units:
+        listed = subprocess.run(
+            ["nm", "-C", "--defined-only", unit], check=True, capture_output=True, text=True
+        )
+        shared = [line for line in listed.stdout.splitlines() if line.split()[1] in "WVuT"]
+        assert shared == [], unit.name
+
+
+def test_the_best_set_is_used():
+    assert _cpu.current_set() == INSTRUCTION_SETS[-1]
+    if "avx2" in torch.backends.cpu.get_cpu_capability().lower():
+        assert "avx2" in INSTRUCTION_SETS
+
+
+def test_several_python_threads_may_call_at_once():
+    x, q = normal(500, 300), normal(3, 300, seed=1)
+    wanted = ops.topk_scan(x, q, 9), ops.flat_sketch([x], 256, seed=1)
+    wrong = []
+
+    def work():
+        for _ in range(20):
+            got = ops.topk_scan(x, q, 9), ops.flat_sketch([x], 256, seed=1)
+            if not (torch.equal(got[0][1], wanted[0][1]) and torch.equal(got[1], wanted[1])):
+                wrong.append(got)
+
+    with torch_threads(2):
+        threads = [threading.Thread(target=work) for _ in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not wrong
+
+
+@pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
+def test_a_forked_child_has_threads_of_its_own():
+    code = (
+        "import os, torch; from rapidin import ops; torch.set_num_threads(2); x = torch.ones(500, 600);"
+        "ops.topk_scan(x, x[:2], 3); pid = os.fork();\n"
+        "if pid == 0: ops.topk_scan(x, x[:2], 3); os._exit(0)\n"
+        "assert os.waitpid(pid, 0)[1] == 0"
+    )
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True, timeout=60)

@@ -1,0 +1,240 @@
+"""linear_sketch and embedding_sketch: every way and instruction set against the formed gradient."""
+
+import json
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from inputs import (
+    DTYPES,
+    INSTRUCTION_SETS,
+    LINEAR_DIMS,
+    LINEAR_SHAPES,
+    SEED,
+    assert_close,
+    instruction_set,
+    integers,
+    layouts,
+    normal,
+    torch_threads,
+)
+
+from rapidin import ops
+from rapidin.ops import cpu
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "sketches.json").read_text())
+
+WAYS = {
+    "fft": cpu.by_fft,
+    "product": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, False, False),
+    "product, in": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, True, False),
+    "product, out": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, False, True),
+    "product, both": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, True, True),
+}
+
+
+def factors(shape, dtype=torch.float32, make=normal):
+    batch, tokens, n_in, n_out = shape
+    return make(batch, tokens, n_in, seed=1, dtype=dtype), make(batch, tokens, n_out, seed=2, dtype=dtype)
+
+
+@pytest.mark.parametrize("case", GOLDEN["linear"], ids=lambda c: f"{c['seed']}-{c['dim']}")
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_sketches_are_those_written_down(case, backend):
+    inputs, grads = torch.tensor(case["inputs"]), torch.tensor(case["grads"])
+    sketch = ops.linear_sketch(inputs, grads, case["dim"], seed=case["seed"], backend=backend)
+    assert_close(sketch, torch.tensor(case["sketch"]))
+
+
+@cache
+def wanted_sketch(shape, dim):
+    return ops.linear_sketch(*factors(shape), dim, seed=SEED, backend="reference")
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dim", LINEAR_DIMS)
+def test_ways_agree_with_the_reference(way, dim, name):
+    for shape in LINEAR_SHAPES:
+        inputs, grads = factors(shape)
+        if not inputs.numel() or not grads.numel():
+            continue  # answered before a way is chosen: test_nothing_to_sketch
+        with instruction_set(name):
+            assert_close(WAYS[way](inputs, grads, dim, SEED), wanted_sketch(shape, dim), 4e-6)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [7, 64])
+def test_layouts_and_dtypes(dtype, dim, name):
+    inputs, grads = factors((2, 9, 150, 37), dtype)
+    wanted = ops.linear_sketch(inputs, grads, dim, seed=SEED, backend="reference")
+    with instruction_set(name):
+        for a, g in zip(layouts(inputs).values(), layouts(grads).values(), strict=True):
+            assert_close(ops.linear_sketch(a, g, dim, seed=SEED, backend="cpu"), wanted, 4e-6)
+            for way in WAYS.values():
+                assert_close(way(a, g, dim, SEED), wanted, 4e-6)
+
+
+def test_factors_of_two_dtypes():
+    inputs, grads = factors((2, 9, 150, 37))
+    got = ops.linear_sketch(inputs.bfloat16(), grads.half(), 64, seed=1)
+    wanted = ops.linear_sketch(inputs.bfloat16(), grads.half(), 64, seed=1, backend="reference")
+    assert_close(got, wanted, 4e-6)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_nothing_to_sketch(shape, backend):
+    inputs, grads = factors(shape)
+    sketch = ops.linear_sketch(inputs, grads, 16, seed=0, backend=backend)
+    assert torch.equal(sketch, torch.zeros(shape[0], 16))
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("way", [w for w in WAYS if w != "fft"])
+def test_integers_are_exact(way, name):
+    inputs, grads = factors((2, 6, 70, 90), make=integers)
+    wanted = ops.linear_sketch(inputs, grads, 64, seed=SEED, backend="reference")
+    with instruction_set(name):
+        assert torch.equal(WAYS[way](inputs, grads, 64, SEED), wanted)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("scale", [1e-15, 1e-6, 1.0, 1e6])
+def test_factors_of_very_different_sizes(way, scale):
+    inputs, grads = factors((2, 20, 200, 100))
+    inputs[:, :, 3] *= 1000  # an outlier feature, as language models have them
+    grads *= scale * torch.logspace(-3, 3, 20)[:, None]  # and tokens that count more than others
+    wanted = ops.linear_sketch(inputs, grads, 64, seed=SEED, backend="reference")
+    assert_close(WAYS[way](inputs, grads, 64, SEED), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_not_finite_examples_stay_apart(way):
+    inputs, grads = factors((4, 5, 60, 40))
+    clean = WAYS[way](inputs, grads, 32, SEED)
+    inputs[1, 2, 3], grads[2, 0, 0] = torch.nan, torch.inf
+    sketch = WAYS[way](inputs, grads, 32, SEED)
+    assert not sketch[1].isfinite().all()
+    assert not sketch[2].isfinite().all()
+    assert torch.equal(sketch[[0, 3]], clean[[0, 3]])
+
+
+def test_padding_and_batch_change_nothing():
+    inputs, grads = factors((3, 7, 90, 50))
+    padded_inputs = torch.cat([inputs, normal(3, 4, 90)], dim=1)
+    padded_grads = torch.cat([grads, torch.zeros(3, 4, 50)], dim=1)
+    whole = ops.linear_sketch(padded_inputs, padded_grads, 64, seed=3)
+    for b in range(3):
+        alone = ops.linear_sketch(inputs[b : b + 1], grads[b : b + 1], 64, seed=3)
+        assert_close(whole[b : b + 1], alone)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_threads_change_nothing(way):
+    inputs, grads = factors((5, 33, 200, 120))
+    sketches = []
+    for threads in (1, 2, 3):
+        with torch_threads(threads):
+            sketches.append(WAYS[way](inputs, grads, 64, SEED))
+    assert_close(sketches[1], sketches[0])
+    assert_close(sketches[2], sketches[0])
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    tokens=st.integers(1, 200),
+    n_in=st.integers(1, 5000),
+    n_out=st.integers(1, 5000),
+    k=st.integers(1, 2000),
+)
+def test_no_way_forms_the_gradient(tokens, n_in, n_out, k):
+    way = cpu.choose_way(tokens, n_in, n_out, k)
+    if way is not None:
+        rows, cols = k if way[0] else n_in, k if way[1] else n_out
+        assert rows * cols <= max(k * k, 1 << 16)
+
+
+def test_cheap_ways_are_chosen():
+    assert cpu.choose_way(128, 4096, 8, 512) == (False, False)  # a LoRA factor
+    assert cpu.choose_way(128, 4096, 4096, 32) == (True, True)  # a narrow sketch
+    assert cpu.choose_way(128, 4096, 4096, 512) is None  # a wide one
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 40), st.integers(1, 40)),
+    dim=st.integers(1, 70),
+    seed=st.integers(0, 2**64 - 1),
+)
+def test_agrees_with_the_formed_gradient(shape, dim, seed):
+    inputs, grads = factors(shape)
+    formed = torch.einsum("bto,bti->boi", grads.double(), inputs.double())
+    wanted = ops.matrix_sketch(formed.float(), dim, seed=seed, backend="reference")
+    got = ops.linear_sketch(inputs, grads, dim, seed=seed)
+    # against the gradient's length: opposite elements may meet in a bin
+    assert float((got - wanted).norm()) <= 1e-5 * float(inputs.norm() * grads.norm()) + 1e-12
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dim", [1, 7, 64, 100])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_embedding_sketch(dim, dtype, name):
+    ids = torch.randint(0, 300, (3, 9), generator=torch.Generator().manual_seed(0))
+    ids[0, :4] = 7  # a row that several tokens share
+    grads = normal(3, 9, 50, dtype=dtype)
+    grads[1, 5:] = 0
+    wanted = ops.embedding_sketch(ids, grads, dim, seed=SEED, backend="reference")
+    with instruction_set(name):
+        for g in layouts(grads).values():
+            assert_close(ops.embedding_sketch(ids, g, dim, seed=SEED, backend="cpu"), wanted)
+    formed = torch.zeros(3, 300, 50, dtype=torch.float64)
+    for b in range(3):
+        formed[b].index_add_(0, ids[b], grads[b].double())
+    assert_close(ops.matrix_sketch(formed.float(), dim, seed=SEED), wanted)
+
+
+@pytest.mark.parametrize("shape", [(0, 3), (2, 0)])
+def test_embedding_sketch_of_nothing(shape):
+    sketch = ops.embedding_sketch(torch.zeros(shape, dtype=torch.int64), torch.zeros(*shape, 5), 16, seed=0)
+    assert torch.equal(sketch, torch.zeros(shape[0], 16))
+
+
+X = torch.zeros(2, 3, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "words"),
+    [
+        ((X, X[:1], 8), ValueError, "same batch and tokens"),
+        ((X[0], X, 8), ValueError, "3 axes"),
+        ((X.double(), X, 8), TypeError, "float64"),
+        ((X, X, 0), ValueError, "dim must be at least 1"),
+        ((X, X, 8.0), TypeError, "dim must be an int"),
+        ((X.numpy(), X, 8), TypeError, "torch.Tensor"),
+    ],
+)
+def test_mistakes_are_named(arguments, error, words):
+    with pytest.raises(error, match=words):
+        ops.linear_sketch(*arguments, seed=0)
+
+
+def test_more_mistakes_are_named():
+    with pytest.raises(ValueError, match="seed must be at least 0"):
+        ops.linear_sketch(X, X, 8, seed=-1)
+    with pytest.raises(ValueError, match=r"unknown backend 'numpy'; known are reference, cpu"):
+        ops.linear_sketch(X, X, 8, seed=0, backend="numpy")
+    with pytest.raises(ValueError, match="no backend 'triton'"):
+        ops.linear_sketch(X, X, 8, seed=0, backend="triton")
+    with pytest.raises(ValueError, match=r"\.cpu\(\) first"):
+        ops.linear_sketch(X.to("meta"), X.to("meta"), 8, seed=0, backend="cpu")
+    with pytest.raises(ValueError, match="no kernel for device 'meta'"):
+        ops.linear_sketch(X.to("meta"), X.to("meta"), 8, seed=0)
+    with pytest.raises(ValueError, match="one device"):
+        ops.linear_sketch(X.to("meta"), X, 8, seed=0)
+    with pytest.raises(ValueError, match="ids must be at least 0"):
+        ops.embedding_sketch(torch.tensor([[-100]]), torch.zeros(1, 1, 4), 8, seed=0)
