@@ -124,10 +124,24 @@ class GradientSketcher:
         Raises NotBatchedError where a layer mixes the examples of a batch of more than one (then `one_by_one` is
         set, and batches of one will do), and UserError where a parameter takes no part in the loss.
         """
-        rows = batch.ids.shape[0]
-        if rows > 1 and self.one_by_one:
-            raise NotBatchedError
         state = _Pass(self, batch)
+        losses = self._run(batch, state)
+        return state.out, losses
+
+    def factors(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+        """(columns [B, T, I], rows [B, T, O]) of each target: its gradients are ``sum_t rows_t columns_t^T``.
+
+        For exact gradients and for what single tokens bring. Raises as a call does, and TypeError for targets that
+        are not the weights of linear layers.
+        """
+        state = _FactorPass(self, batch)
+        self._run(batch, state)
+        return [state.factors[n] for n in range(len(self.targets))]
+
+    def _run(self, batch: Batch, state: _Pass) -> Tensor:
+        """One forward and backward pass that fills `state`; the losses [B]."""
+        if batch.ids.shape[0] > 1 and self.one_by_one:
+            raise NotBatchedError
         with self._frozen(), self._hooked(state), torch.enable_grad():
             losses = example_losses(self.model, batch, self.loss)
             if not losses.requires_grad:
@@ -143,7 +157,7 @@ class GradientSketcher:
                 f"{len(missing)} parameters took no part in the model's forward pass, such as '{missing[0]}'",
                 "leave them out with --exclude",
             )
-        return state.out, losses.detach()
+        return losses.detach()
 
     @contextlib.contextmanager
     def _frozen(self) -> Iterator[None]:
@@ -291,3 +305,22 @@ class _Pass:
     def _not_batched(self) -> NoReturn:
         self.sketcher.one_by_one = True
         raise NotBatchedError
+
+
+class _FactorPass(_Pass):
+    """A pass that keeps the factors instead of sketching them."""
+
+    def __init__(self, sketcher: GradientSketcher, batch: Batch) -> None:
+        super().__init__(sketcher, batch)
+        self.factors: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
+        if n in self.factors:  # used twice: the sum over both calls' tokens
+            columns, rows = (torch.cat(pair, dim=1) for pair in zip(self.factors[n], (columns, rows), strict=True))
+        self.factors[n] = (columns, rows)
+
+    def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
+        self.add_formed(n, grad)
+
+    def add_formed(self, n: int, grad: Tensor) -> None:
+        raise TypeError(f"'{self.sketcher.targets[n].name}' is not the weight of a linear layer: it has no factors")

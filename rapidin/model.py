@@ -144,8 +144,12 @@ def load_model(
         raise UserError("an adapter knows its base model", "give --adapter or --base, not both")
     if device is None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        on_cpu = torch.device(device).type == "cpu"
+    except RuntimeError:
+        raise UserError(f"unknown device '{device}'", "say cpu, cuda or cuda:N") from None
     if dtype is None:
-        dtype = "float32" if torch.device(device).type == "cpu" else "auto"
+        dtype = "float32" if on_cpu else "auto"
     source = {"model": _absolute(name), "adapter": None, "base": None, "dtype": dtype}
     model = _load_causal(name, dtype, trust_remote_code, "model")
     tokenizer = _load_tokenizer(name, trust_remote_code)
@@ -155,7 +159,7 @@ def load_model(
     try:
         model.to(device)
     except RuntimeError as error:
-        raise UserError(f"cannot use the device '{device}': {str(error).splitlines()[0]}") from None
+        raise UserError(f"cannot use the device '{device}': {_first_line(error)}") from None
     model.eval()
     loaded = LoadedModel.of(model, tokenizer)
     loaded.source = source
