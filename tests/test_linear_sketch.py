@@ -238,3 +238,9 @@ def test_more_mistakes_are_named():
         ops.linear_sketch(X.to("meta"), X, 8, seed=0)
     with pytest.raises(ValueError, match="ids must be at least 0"):
         ops.embedding_sketch(torch.tensor([[-100]]), torch.zeros(1, 1, 4), 8, seed=0)
+
+
+def test_zero_gradients_give_exactly_zero_however_large_the_inputs() -> None:
+    inputs = 1e4 * torch.randn(2, 40, 300, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(cpu.by_fft(inputs, torch.zeros(2, 40, 200), 64, 0), torch.zeros(2, 64))
+    assert torch.equal(cpu.by_fft(torch.zeros(2, 40, 200), inputs, 64, 0), torch.zeros(2, 64))

@@ -79,7 +79,8 @@ void count_sketch_pair(const TokenRows& a, const uint32_t* table_a, const TokenR
         const int32_t peak_a = largest(real, k), peak_g = largest(imag, k);
         int shift = peak_a && peak_g ? ((peak_g >> 23) - (peak_a >> 23)) / 2 : 0;
         shift = shift < -126 ? -126 : shift > 126 ? 126 : shift;
-        const float scale_a = power_of_two(shift), scale_g = power_of_two(-shift);
+        // Where one part is zero so is the cross term: the other's square must not leave its rounding there.
+        const float scale_a = peak_g ? power_of_two(shift) : 0.0f, scale_g = peak_a ? power_of_two(-shift) : 0.0f;
         for (int64_t b = 0; b < k; ++b) {
             z[2 * b] = real[b] * scale_a;
             z[2 * b + 1] = imag[b] * scale_g;
