@@ -141,7 +141,8 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
     parts: list[RenderableType] = []
     for number, result in enumerate(results, 1):
         if len(results) > 1:
-            parts.append(Text(f"Query {number} of {len(results)}", style="bold underline"))
+            title = Text(f"Query {number} of {len(results)}", style="bold underline")
+            parts.append(Padding(title, (int(number > 1), 0, 0, 0)))
         parts.append(_generation(result, width))
         if not result.top:
             parts.append(Text("\nNo example in the cache has a sketch, so there are no hits.\n"))

@@ -110,7 +110,7 @@ def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
     assert re.match(
         r"rapidin: cached 15 examples in .* examples/s, [\d,]+ tokens/s\): 13 with a sketch,", ran.err
     )
-    for words in ("1 empty", "1 without a completion token", "1 cut to fit", "an example, in " + out):
+    for words in ("1 empty", "1 without a completion token", "1 cut to fit", "KB in " + out):
         assert words in ran.err
 
     again = run(*command)
