@@ -2,10 +2,11 @@
 
     python bench/fidelity.py MODEL --data TEXTS.jsonl [--texts 120] [--widths 64,256,512] [--seeds 0,1,2]
 
-For each text the factors of every linear layer of the blocks are taken once; the exact gradients are formed from them
-a layer at a time, and the sketches are made from the same factors. Each text is then a query against all others.
-Prints, for raw and layer-normalised scores: relRMSE (RMSE over the standard deviation of the exact scores), the mean
-over queries of Spearman's correlation with the exact scores, and how many of the exact top 10 are found.
+For each text the factors of every linear layer of the blocks are taken once; the exact gradients are formed
+from them a layer at a time, and the sketches are made from the same factors. Each text is then a query
+against all others. Prints, for raw and layer-normalised scores: relRMSE (RMSE over the standard deviation of
+the exact scores), the mean over queries of Spearman's correlation with the exact scores, and how many of the
+exact top 10 are found.
 """
 
 from __future__ import annotations
@@ -61,7 +62,9 @@ def sketch_products(factors: Factors, names: list[str], width: int, seed: int) -
     for layer, name in enumerate(names):
         sketch = torch.cat(
             [
-                ops.linear_sketch(text[layer][0][None], text[layer][1][None], width, seed=block_seed(seed, name))
+                ops.linear_sketch(
+                    text[layer][0][None], text[layer][1][None], width, seed=block_seed(seed, name)
+                )
                 for text in factors
             ]
         ).double()
@@ -92,7 +95,9 @@ def compare(got: np.ndarray, exact: np.ndarray) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--data", required=True)
     parser.add_argument("--texts", type=int, default=120)
@@ -106,7 +111,10 @@ def main() -> None:
     start = time.perf_counter()
     factors = take_factors(attributor, args.data, args.texts)
     exact = exact_products(factors)
-    print(f"{len(factors)} texts, {len(names)} layers, exact products in {time.perf_counter() - start:.0f} s", flush=True)
+    print(
+        f"{len(factors)} texts, {len(names)} layers, exact products in {time.perf_counter() - start:.0f} s",
+        flush=True,
+    )
     found = []
     for width in map(int, args.widths.split(",")):
         for seed in map(int, args.seeds.split(",")):
@@ -117,7 +125,9 @@ def main() -> None:
                 found.append(row)
                 print(json.dumps(row), flush=True)
     if args.out:
-        args.out.write_text(json.dumps({"data": Path(args.data).name, "texts": len(factors), "rows": found}, indent=1))
+        args.out.write_text(
+            json.dumps({"data": Path(args.data).name, "texts": len(factors), "rows": found}, indent=1)
+        )
 
 
 if __name__ == "__main__":

@@ -31,7 +31,9 @@ SHARD_BYTES = 32 << 20  # a killed run loses at most this much, and a file this 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How far caching is. done of total examples, of which `resumed` were there already; tokens: read by this run;
+    """How far caching is.
+
+    done of total examples, of which `resumed` were there already; tokens: read by this run;
     skipped: examples without a sketch in this run; message: something to tell the user, once."""
 
     done: int
@@ -49,11 +51,15 @@ class Attributor:
     """Caches training examples as gradient sketches, and finds those behind a generation.
 
     model: a `LoadedModel`, or a transformers or peft causal model with its tokenizer.
-    width: bins of each layer's sketch. projection: "tensor" (from the factors) or "flat" (from the formed gradient).
-    seed: of bins and signs. include, exclude: patterns of parameter names (`rapidin.layers.matches`).
-    at: points between base (0) and tuned model (1) where gradients are taken, one number or several, which are
-    summed; default 0.5 where the untuned state is known, else 1. loss: "mean" or "sum" over an example's completion
-    tokens. eos, max_length, too_long: see `rapidin.examples.Encoder`. batch_tokens: padded tokens a batch.
+    width: bins of each layer's sketch.
+    projection: "tensor" (from the factors) or "flat" (from the formed gradient).
+    seed: of bins and signs.
+    include, exclude: patterns of parameter names (`rapidin.layers.matches`).
+    at: points between base (0) and tuned model (1) where gradients are taken, one number or several, which
+        are summed; default 0.5 where the untuned state is known, else 1.
+    loss: "mean" or "sum" over an example's completion tokens.
+    eos, max_length, too_long: see `rapidin.examples.Encoder`.
+    batch_tokens: padded tokens a batch.
 
     >>> attributor = Attributor(model, tokenizer)
     >>> cache = attributor.cache("train.jsonl", "cache")
@@ -89,7 +95,9 @@ class Attributor:
         if not 0 <= seed < 2**64:
             raise UserError(f"the seed {seed} is not between 0 and 2^64 - 1")
         if projection == "flat" and width % 128 and width not in (1, 2, 4, 8, 16, 32, 64):
-            raise UserError(f"the flat projection takes no width of {width}", "a multiple of 128, or a power of two")
+            raise UserError(
+                f"the flat projection takes no width of {width}", "a multiple of 128, or a power of two"
+            )
         self.width, self.projection, self.seed, self.loss = width, projection, seed, loss
         self.points = self._points(at)
         limit = self.loaded.context_length
@@ -138,7 +146,7 @@ class Attributor:
     ) -> Attributor:
         """The attributor that made a cache: loads what its manifest names and checks that it is the same.
 
-        model, adapter, base: where they have moved. Raises UserError where something is not there or not the same.
+        model, adapter, base: where they have moved. Raises UserError where one is missing or another.
         """
         manifest = Manifest.read(Path(path))
         source = manifest.model.get("source", {})
@@ -157,7 +165,7 @@ class Attributor:
 
     @staticmethod
     def like(manifest: Manifest, model: Any, tokenizer: Any = None) -> Attributor:
-        """The attributor of a manifest's settings on a model in memory. UserError where it is another model."""
+        """The attributor of a manifest's settings on a model in memory; UserError where it is another one."""
         try:
             made = Attributor(
                 model,
@@ -181,7 +189,12 @@ class Attributor:
     def check(self, manifest: Manifest) -> None:
         """Raise UserError where a cache was not made with this model and these settings."""
         identity = manifest.model["identity"]
-        for what, words in (("architecture", "model"), ("model", "model"), ("adapter", "adapter"), ("base", "base model")):
+        for what, words in (
+            ("architecture", "model"),
+            ("model", "model"),
+            ("adapter", "adapter"),
+            ("base", "base model"),
+        ):
             if identity.get(what) != self.loaded.identity.get(what):
                 raise UserError(
                     f"the cache was made with another {words}: the weights are not the same",
@@ -192,7 +205,9 @@ class Attributor:
         mine = self._manifest(None, manifest.dtype, manifest.rows, manifest.shard_rows)
         for part in ("sketch", "gradient", "layers"):
             if getattr(manifest, part) != getattr(mine, part):
-                raise UserError(f"the cache was made with other settings ({part})", "use those of its manifest")
+                raise UserError(
+                    f"the cache was made with other settings ({part})", "use those of its manifest"
+                )
 
     def _manifest(self, examples: Examples | None, dtype: str, rows: int, shard_rows: int) -> Manifest:
         data: dict[str, Any] = {}
@@ -224,8 +239,9 @@ class Attributor:
     ) -> Cache:
         """Sketch every example's gradient into the cache at `path`, going on where an earlier run stopped.
 
-        examples: anything `rapidin.examples.open_examples` takes. limit: the first so many. shard_rows: rows of a
-        shard, by default what fills 32 MiB. Raises UserError where the data, the folder or the disk will not do.
+        examples: anything `rapidin.examples.open_examples` takes. limit: the first so many. shard_rows: rows
+        of a shard, by default what fills 32 MiB. Raises UserError where the data, the folder or the disk
+        will not do.
         """
         if dtype not in ("float16", "float32"):
             raise UserError(f"unknown dtype '{dtype}'", "known: float16, float32")
@@ -249,9 +265,11 @@ class Attributor:
     def _warnings(self) -> Iterator[str]:
         if self.sketcher.one_by_one:
             names = self.sketcher.single_names
-            yield f"examples go one at a time: no batched way for {len(names)} parameters such as '{names[0]}'"
+            yield f"examples go one at a time: no batched way for {len(names)} parameters, as '{names[0]}'"
 
-    def _shard(self, examples: Examples, wanted: range, dtype: str, meter: _Meter) -> tuple[Rows, dict[str, int]]:
+    def _shard(
+        self, examples: Examples, wanted: range, dtype: str, meter: _Meter
+    ) -> tuple[Rows, dict[str, int]]:
         records = [examples[row] for row in wanted]
         encoded = [self.encoder(record) for record in records]
         sketch, status = self._sketch(encoded, meter)
@@ -270,7 +288,7 @@ class Attributor:
         return rows, counts
 
     def _sketch(self, encoded: Sequence[Encoded], meter: _Meter | None = None) -> tuple[Tensor, Tensor]:
-        """Raw sketches [n, blocks, width] float32 on the CPU, and status [n] uint8; rows without one are zero."""
+        """Raw sketches [n, blocks, width] float32 on the CPU (zeros where there is none), status [n] uint8."""
         status = torch.tensor([int(e.status) for e in encoded], dtype=torch.uint8)
         out = torch.zeros(len(encoded), len(self.layers), self.width)
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
@@ -283,7 +301,9 @@ class Attributor:
                 queue = _by_length(good, encoded, self.batch_tokens)
                 while queue:
                     chosen = queue.pop()
-                    batch = Batch.of([(encoded[n].ids, encoded[n].target) for n in chosen], self.loaded.device)
+                    batch = Batch.of(
+                        [(encoded[n].ids, encoded[n].target) for n in chosen], self.loaded.device
+                    )
                     try:
                         sketch, _ = self.sketcher(batch)
                     except NotBatchedError:
@@ -309,9 +329,13 @@ class Attributor:
         tokenizer, model = self.loaded.tokenizer, self.loaded.model
         ids = self.encoder.prompt_ids(prompt)
         if not ids:
-            raise UserError("an empty prompt gives the model nothing to go on from", "give a --completion too")
+            raise UserError(
+                "an empty prompt gives the model nothing to go on from", "give a --completion too"
+            )
         if len(ids) >= self.max_length:
-            raise UserError(f"the prompt has {len(ids)} tokens and the context {self.max_length}: no room to answer")
+            raise UserError(
+                f"the prompt has {len(ids)} tokens and the context {self.max_length}: no room to answer"
+            )
         inputs = torch.tensor([ids], device=self.loaded.device)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         with torch.no_grad(), warnings.catch_warnings():
@@ -344,9 +368,9 @@ class Attributor:
     ) -> list[QueryResult]:
         """The most helpful and most harmful training examples of each generation.
 
-        generations: (prompt, completion) pairs or records as in training data; where the completion is missing the
-        tuned model writes one. top_k: hits at each end, all where the cache has fewer. examples: the training data,
-        to show with the hits, by default from where the cache was made; False for none.
+        generations: (prompt, completion) pairs or records as in training data; where the completion is
+        missing the tuned model writes one. top_k: hits at each end, all where the cache has fewer. examples:
+        the training data, to show with the hits, by default from where the cache was made; False for none.
         Scores: see `rapidin.methods`. Raises UserError where a generation has no token to explain.
         """
         cache = cache if isinstance(cache, Cache) else Cache(cache)
@@ -374,9 +398,11 @@ class Attributor:
         source = _training_data(cache, examples)
         results = []
         for n, text in enumerate(texts):
-            ends = [_hits(cache, source, scores[n], rows[n]) for scores, rows in (top, bottom)]
+            best, worst = (_hits(cache, source, scores[n], rows[n]) for scores, rows in (top, bottom))
             results.append(
-                QueryResult(text.prompt, text.completion, text.generated, *ends, normalize, clock.seconds)
+                QueryResult(
+                    text.prompt, text.completion, text.generated, best, worst, normalize, clock.seconds
+                )
             )
         return results
 
@@ -422,7 +448,9 @@ def _scan(cache: Cache, query: methods.ScanQuery, top_k: int) -> Ends:
         shift = [torch.where(i >= 0, i + first, i) for i in (found[1], found[3])]
         parts.append((found[0], shift[0], found[2], shift[1]))
     if not parts:
-        raise UserError(f"the cache in '{cache.path}' holds no examples yet", "run the same 'rapidin cache' again")
+        raise UserError(
+            f"the cache in '{cache.path}' holds no examples yet", "run the same 'rapidin cache' again"
+        )
     joined = [torch.cat(column, dim=1) for column in zip(*parts, strict=True)]
     return _best(joined[0], joined[1], top_k, True), _best(joined[2], joined[3], top_k, False)
 
@@ -448,7 +476,7 @@ def _hits(cache: Cache, source: Examples | None, scores: Tensor, rows: Tensor) -
             example = source[row] if row < len(source) else None
             if example is None or _record_hash(example) != hashes[n]:
                 raise UserError(
-                    f"the training data '{source.path}' is not what was cached: example {index[n]} is another",
+                    f"the training data '{source.path}' is not what was cached: see example {index[n]}",
                     "name the right file with --train-data, or say --no-text",
                 )
         hits.append(Hit(n + 1, index[n], row, score, example))

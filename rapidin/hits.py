@@ -11,8 +11,9 @@ from typing import Any
 class Hit:
     """A training example with its score.
 
-    rank: from 1; index: its line number in the training data, from 0; row: its row in the cache; score: its influence
-    on the generation, positive for helpful and negative for harmful; example: the record, where the data is at hand.
+    rank: from 1; index: its line number in the training data, from 0; row: its row in the cache; score: its
+    influence on the generation, positive for helpful and negative for harmful; example: the record, where
+    the data is at hand.
     """
 
     rank: int
@@ -33,8 +34,9 @@ class Hit:
 class QueryResult:
     """The hits of one generation.
 
-    prompt, completion: its text; generated: whether the model wrote the completion just now; top: most helpful
-    first; bottom: most harmful first; normalize: the scale of the scores; seconds: time by stage, of the whole call.
+    prompt, completion: its text; generated: whether the model wrote the completion just now; top: most
+    helpful first; bottom: most harmful first; normalize: the scale of the scores; seconds: time by stage, of
+    the whole call.
     """
 
     prompt: str

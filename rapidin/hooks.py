@@ -1,9 +1,10 @@
 """Hooks: from a batch of texts to each text's gradient sketch, with no weight gradient computed or formed.
 
-The gradient of a linear layer for one example is ``sum_t g_t a_t^T`` (output gradient times input). Forward hooks
-keep the inputs, tensor hooks see the output gradients on their way down, and `ops.linear_sketch` makes the sketch
-of one from the other on the spot, so at most one layer's factors beyond the saved inputs are held. The parameters
-themselves need no gradient, so autograd computes input gradients only, and only down to the lowest layer that counts.
+The gradient of a linear layer for one example is ``sum_t g_t a_t^T`` (output gradient times input). Forward
+hooks keep the inputs, tensor hooks see the output gradients on their way down, and `ops.linear_sketch` makes
+the sketch of one from the other on the spot, so at most one layer's factors beyond the saved inputs are
+held. The parameters themselves need no gradient, so autograd computes input gradients only, and only down to
+the lowest layer that counts.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ class Batch:
     target: Tensor
 
     @staticmethod
-    def of(texts: Sequence[tuple[Sequence[int], Sequence[bool]]], device: torch.device | str = "cpu") -> Batch:
+    def of(
+        texts: Sequence[tuple[Sequence[int], Sequence[bool]]], device: torch.device | str = "cpu"
+    ) -> Batch:
         """The batch of (token ids, target flags) pairs."""
         length = max(len(ids) for ids, _ in texts)
         ids = torch.zeros(len(texts), length, dtype=torch.int64)
@@ -57,7 +60,8 @@ def example_losses(model: nn.Module, batch: Batch, kind: LossKind = "mean") -> T
     Position t's logits predict token t + 1; ``mean`` divides by the example's own number of target tokens.
     """
     target = batch.target[:, 1:]
-    # Logits before the first target token are never needed, and the output head is a large part of a small model.
+    # Logits before the first target token are never needed, and the output head is a large part of a small
+    # model.
     first = int(target.any(0).nonzero()[0]) if bool(target.any()) else 0
     kept = batch.ids.shape[1] - first
     extra: dict[str, Any] = {"logits_to_keep": kept} if _takes(model, "logits_to_keep") else {}
@@ -73,15 +77,17 @@ def example_losses(model: nn.Module, batch: Batch, kind: LossKind = "mean") -> T
 
 
 def _takes(model: nn.Module, name: str) -> bool:
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
     return name in inspect.signature(inner.forward).parameters
 
 
 class GradientSketcher:
     """Sketches of the per-example gradients of `targets`.
 
-    width: bins of a parameter's sketch. projection: "tensor" (TensorSketch from the factors) or "flat" (one-permutation
-    sketch of the formed gradient, for comparison). loss: see `example_losses`.
+    width: bins of a parameter's sketch. projection: "tensor" (TensorSketch from the factors) or "flat"
+    (one-permutation sketch of the formed gradient, for comparison). loss: see `example_losses`.
 
     >>> sketcher = GradientSketcher(model, targets, width=512, seed=0)
     >>> sketch, loss = sketcher(batch)          # [B, len(targets), width] float32, [B] float32
@@ -105,7 +111,9 @@ class GradientSketcher:
         self.seeds = [block_seed(seed, target.name) for target in self.targets]
         self._modules = dict(model.named_modules())
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
-        self._single = [n for n, t in enumerate(self.targets) if any(use.kind == "autograd" for use in t.uses)]
+        self._single = [
+            n for n, t in enumerate(self.targets) if any(use.kind == "autograd" for use in t.uses)
+        ]
         by_module: dict[str, list[tuple[int, Use]]] = {}
         for n, target in enumerate(self.targets):
             for use in target.uses if n not in self._single else ():
@@ -121,8 +129,9 @@ class GradientSketcher:
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(sketches [B, len(targets), width] float32, losses [B] float32), both on the model's device.
 
-        Raises NotBatchedError where a layer mixes the examples of a batch of more than one (then `one_by_one` is
-        set, and batches of one will do), and UserError where a parameter takes no part in the loss.
+        Raises NotBatchedError where a layer mixes the examples of a batch of more than one (then
+        `one_by_one` is set, and batches of one will do), and UserError where a parameter takes no part in
+        the loss.
         """
         state = _Pass(self, batch)
         losses = self._run(batch, state)
@@ -131,8 +140,8 @@ class GradientSketcher:
     def factors(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
         """(columns [B, T, I], rows [B, T, O]) of each target: its gradients are ``sum_t rows_t columns_t^T``.
 
-        For exact gradients and for what single tokens bring. Raises as a call does, and TypeError for targets that
-        are not the weights of linear layers.
+        For exact gradients and for what single tokens bring. Raises as a call does, and TypeError for
+        targets that are not the weights of linear layers.
         """
         state = _FactorPass(self, batch)
         self._run(batch, state)
@@ -145,8 +154,10 @@ class GradientSketcher:
         with self._frozen(), self._hooked(state), torch.enable_grad():
             losses = example_losses(self.model, batch, self.loss)
             if not losses.requires_grad:
-                raise UserError(f"no layer that counts takes part in the loss, such as '{self.targets[0].name}'")
-            losses.sum().backward()
+                raise UserError(
+                    f"no layer that counts takes part in the loss, such as '{self.targets[0].name}'"
+                )
+            torch.autograd.backward(losses.sum())
             for n in self._single:
                 grad = self.parameters[self.targets[n].name].grad
                 if grad is not None:
@@ -207,7 +218,9 @@ class _Pass:
         ids = args[0]
         return (ids.expand(self.rows, *ids.shape[1:]), *args[1:]) if ids.shape[0] == 1 < self.rows else None
 
-    def forward_hook(self, parts: Sequence[tuple[int, Use]]) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
+    def forward_hook(
+        self, parts: Sequence[tuple[int, Use]]
+    ) -> Callable[[nn.Module, tuple[Any, ...], Any], Any]:
         """A forward hook that keeps the inputs of a module and waits for its output gradient."""
 
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -215,7 +228,8 @@ class _Pass:
                 return None
             changed = None
             if not output.requires_grad:
-                # The graph begins here: nothing below needs a gradient. A copy, since a leaf allows no in-place use.
+                # The graph begins here: nothing below needs a gradient. A copy, since a leaf allows no
+                # in-place use.
                 output = changed = output.detach().requires_grad_().clone()
             inputs = args[0].detach()
 
@@ -229,7 +243,9 @@ class _Pass:
 
         return hook
 
-    def _add_call(self, module: nn.Module, parts: Sequence[tuple[int, Use]], inputs: Tensor, grad: Tensor) -> None:
+    def _add_call(
+        self, module: nn.Module, parts: Sequence[tuple[int, Use]], inputs: Tensor, grad: Tensor
+    ) -> None:
         """Add what one call of a module gives to each of its parameters' sketches."""
         own = [n for n, use in parts if use.kind == "module"]
         if own:
@@ -253,14 +269,18 @@ class _Pass:
     def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
         """Add ``sum_t rows_t columns_t^T``; columns: [B, T, I], rows: [B, T, O]."""
         if self.sketcher.projection == "tensor":
-            self.out[:, n] += ops.linear_sketch(columns, rows, self.sketcher.width, seed=self.sketcher.seeds[n])
+            self.out[:, n] += ops.linear_sketch(
+                columns, rows, self.sketcher.width, seed=self.sketcher.seeds[n]
+            )
         else:
             self.add_formed(n, torch.bmm(rows.float().mT, columns.float()))
 
     def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         """Add the gradient of an embedding's [V, E] weight; ids: [B, T], grad: [B, T, E]."""
         if self.sketcher.projection == "tensor":
-            self.out[:, n] += ops.embedding_sketch(ids, grad, self.sketcher.width, seed=self.sketcher.seeds[n])
+            self.out[:, n] += ops.embedding_sketch(
+                ids, grad, self.sketcher.width, seed=self.sketcher.seeds[n]
+            )
         else:
             vocabulary, size = self.sketcher.targets[n].shape
             formed = grad.new_zeros(self.rows, vocabulary, size, dtype=torch.float32)
@@ -280,7 +300,9 @@ class _Pass:
                 self._again = True
                 again = torch.func.functional_call(module, copies, (inputs[row : row + 1],))
                 self._again = False
-                grads.append(torch.autograd.grad(again, [copies[role] for role in roles], grad[row : row + 1]))
+                grads.append(
+                    torch.autograd.grad(again, [copies[role] for role in roles], grad[row : row + 1])
+                )
         for n, parts in zip(roles.values(), zip(*grads, strict=True), strict=True):
             self.add_formed(n, torch.stack(parts)[:, :, None])
 
@@ -316,11 +338,15 @@ class _FactorPass(_Pass):
 
     def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
         if n in self.factors:  # used twice: the sum over both calls' tokens
-            columns, rows = (torch.cat(pair, dim=1) for pair in zip(self.factors[n], (columns, rows), strict=True))
+            columns, rows = (
+                torch.cat(pair, dim=1) for pair in zip(self.factors[n], (columns, rows), strict=True)
+            )
         self.factors[n] = (columns, rows)
 
     def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         self.add_formed(n, grad)
 
     def add_formed(self, n: int, grad: Tensor) -> None:
-        raise TypeError(f"'{self.sketcher.targets[n].name}' is not the weight of a linear layer: it has no factors")
+        raise TypeError(
+            f"'{self.sketcher.targets[n].name}' is not the weight of a linear layer: it has no factors"
+        )

@@ -1,7 +1,8 @@
 """The layer table: which parameters count, and where each one's block lies in a sketch.
 
 A *block* is one parameter's part of a sketch. A parameter's gradient is read as a matrix
-``[shape[0], product of the rest]`` (a vector of n is ``[n, 1]``), as it is stored, whatever way it is computed.
+``[shape[0], product of the rest]`` (a vector of n is ``[n, 1]``), as it is stored, whatever way it is
+computed.
 """
 
 from __future__ import annotations
@@ -85,7 +86,8 @@ def layer_table(targets: Sequence[Target], points: Sequence[float], width: int) 
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a parameter's name fits one of the patterns: globs; one without * ? [ fits anywhere in the name."""
+    """Whether a parameter's name fits one of the patterns: globs; one without * ? [ fits anywhere in the
+    name."""
     return any(fnmatchcase(name, p if set(p) & set("*?[") else f"*{p}*") for p in patterns)
 
 
@@ -98,9 +100,9 @@ def find_targets(
 ) -> list[Target]:
     """The parameters that count.
 
-    trained: names of the parameters that an adapter trains; by default exactly these count. Without an adapter
-    the weights of the linear layers count, the output head left out. `include` names others instead, out of all
-    parameters; `exclude` takes away.
+    trained: names of the parameters that an adapter trains; by default exactly these count. Without an
+    adapter the weights of the linear layers count, the output head left out. `include` names others instead,
+    out of all parameters; `exclude` takes away.
 
     Raises UserError where a pattern fits no parameter, or nothing is left.
     """
@@ -146,13 +148,17 @@ def _numel(shape: Sequence[int]) -> int:
 def _output_head(model: nn.Module) -> str | None:
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
-    return next((name for name, module in model.named_modules() if module is head), None) if head is not None else None
+    return (
+        next((name for name, module in model.named_modules() if module is head), None)
+        if head is not None
+        else None
+    )
 
 
 def _uses(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, list[Use]]]:
     """Shape and uses of each parameter, under the first name that the model gives it."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    shapes: dict[str, tuple[int, ...]] = {name: () for name in names.values()}
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names.values(), ())
     uses: dict[str, list[Use]] = {name: [] for name in names.values()}
     for module_name, module in model.named_modules():
         own = list(module.named_parameters(recurse=False, remove_duplicate=False))
@@ -189,5 +195,9 @@ def _one_input(module: nn.Module) -> bool:
         parameters = list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):
         return False
-    needed = [p for p in parameters if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [
+        p
+        for p in parameters
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+    ]
     return len(needed) == 1 and not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)

@@ -1,11 +1,12 @@
 """Methods and normalisations: what becomes of a query's sketch before the scan.
 
-A score is ``sum_b scale[n, b] <q_b, x_nb>`` over the blocks b, where x_nb is the unit block of row n that the cache
-holds. With l_nb the length that the block had:
+A score is ``sum_b scale[n, b] <q_b, x_nb>`` over the blocks b, where x_nb is the unit block of row n that
+the cache holds. With l_nb the length that the block had:
 
-    layer    q_b / (|q_b| B), no scale          mean over the B layers of the cosine: -1 .. 1 (RapidIn, section 3)
-    cosine   q / |q|, scale l_nb / |l_n|        cosine of the whole gradients: -1 .. 1
-    none     q, scale l_nb                      gradient dot product: TracIn at one checkpoint (Pruthi et al., 2020, eq. 1)
+    layer    q_b / (|q_b| B), no scale          mean over the B layers of the cosine: -1 .. 1 (RapidIn,
+    section 3) cosine   q / |q|, scale l_nb / |l_n|        cosine of the whole gradients: -1 .. 1
+    none     q, scale l_nb                      gradient dot product: TracIn at one checkpoint (Pruthi et
+    al., 2020, eq. 1)
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ class ScanQuery:
     normalize: str
 
     def scales(self, lengths: Tensor) -> Tensor | None:
-        """Scale of each row's blocks, from their lengths [n, blocks]: [n, blocks] float32, or None for none."""
+        """Scale of each row's blocks, from their lengths [n, blocks]: [n, blocks] float32, or None for
+        none."""
         if self.normalize == "layer":
             return None
         if self.normalize == "none":

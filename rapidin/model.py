@@ -1,7 +1,9 @@
-"""Models: load one with its adapter or base, know which weights it has, and stand it on the path from base to tuned.
+"""Models: load one with its adapter or base, know which weights it has, and stand it on the path from base
+to tuned.
 
-A finished model has learnt its training data, so the gradients left there are small and tell what it knows rather
-than where it learnt it. Gradients are therefore taken at ``theta(a) = base + a (tuned - base)``, 0 <= a <= 1.
+A finished model has learnt its training data, so the gradients left there are small and tell what it knows
+rather than where it learnt it. Gradients are therefore taken at ``theta(a) = base + a (tuned - base)``, 0 <=
+a <= 1.
 """
 
 from __future__ import annotations
@@ -19,15 +21,17 @@ from torch import Tensor, nn
 
 from rapidin.errors import UserError
 
-DEFAULT_AT = 0.5  # where the untuned state is known; measured on poison and on retrained models (docs/results.md)
+DEFAULT_AT = (
+    0.5  # where the untuned state is known; measured on poison and on retrained models (docs/results.md)
+)
 
 
 @dataclass(frozen=True)
 class WeightPath:
     """The straight line from the untuned to the tuned weights.
 
-    ends: for each parameter that tuning changed, the parameter, its untuned value (None for zeros) and its tuned
-    value. unknown: why the untuned state is not known, where it is not.
+    ends: for each parameter that tuning changed, the parameter, its untuned value (None for zeros) and its
+    tuned value. unknown: why the untuned state is not known, where it is not.
     """
 
     ends: Sequence[tuple[nn.Parameter, Tensor | None, Tensor]] = ()
@@ -80,7 +84,8 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """The device that takes the token ids."""
-        return next(iter(self.model.parameters())).device
+        first: nn.Parameter = next(iter(self.model.parameters()))
+        return first.device
 
     @property
     def identity(self) -> dict[str, str]:
@@ -100,7 +105,9 @@ class LoadedModel:
                 found["adapter"] = _hash_tensors({n: values[n] for n in sorted(trained)})
             untuned = {id(parameter): start for parameter, start, _ in self.path.ends}
             if self.source.get("base") is not None:
-                found["base"] = _hash_tensors({n: v for n, p in named.items() if (v := untuned.get(id(p))) is not None})
+                found["base"] = _hash_tensors(
+                    {n: v for n, p in named.items() if (v := untuned.get(id(p))) is not None}
+                )
             self._identity = found
         return self._identity
 
@@ -114,7 +121,11 @@ class LoadedModel:
     @staticmethod
     def of(model: Any, tokenizer: Any) -> LoadedModel:
         """Wrap a transformers or peft model that is in memory already."""
-        source = {"model": getattr(_inner(model).config, "_name_or_path", None) or None, "adapter": None, "base": None}
+        source = {
+            "model": getattr(_inner(model).config, "_name_or_path", None) or None,
+            "adapter": None,
+            "base": None,
+        }
         if not hasattr(model, "peft_config"):
             return LoadedModel(model, tokenizer, source=source)
         trained = _trained_names(model)
@@ -134,9 +145,9 @@ def load_model(
 ) -> LoadedModel:
     """Load a Hugging Face model folder or name, or a folder with one GGUF file, with its tokenizer.
 
-    adapter: a PEFT adapter folder or name on it. base: the model that it was tuned from in full. device: default
-    the GPU where there is one. dtype: "float32", "bfloat16", "float16" or "auto"; default float32 on the CPU, the
-    checkpoint's own on a GPU.
+    adapter: a PEFT adapter folder or name on it. base: the model that it was tuned from in full.
+    device: default the GPU where there is one. dtype: "float32", "bfloat16", "float16" or "auto"; default
+    float32 on the CPU, the checkpoint's own on a GPU.
 
     Raises UserError where something is not there or does not fit.
     """
@@ -164,7 +175,9 @@ def load_model(
     loaded = LoadedModel.of(model, tokenizer)
     loaded.source = source
     if base is not None:
-        loaded.path = _full_path(model, _load_causal(base, dtype, trust_remote_code, "base model"), name, base)
+        loaded.path = _full_path(
+            model, _load_causal(base, dtype, trust_remote_code, "base model"), name, base
+        )
         source["base"] = _absolute(base)
     return loaded
 
@@ -212,7 +225,9 @@ def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str) -> A
         return AutoModelForCausalLM.from_pretrained(
             folder, dtype=known[dtype], trust_remote_code=trust_remote_code, **extra
         )
-    except Exception as error:  # transformers raises many kinds; each means that the name or folder is no usable model
+    except (
+        Exception
+    ) as error:  # transformers raises many kinds; each means that the name or folder is no usable model
         raise UserError(f"cannot load the {what} '{name}': {_first_line(error)}") from error
 
 
@@ -316,7 +331,8 @@ def _full_path(model: Any, base: Any, name: str, base_name: str) -> WeightPath:
         if key not in untuned or untuned[key].shape != p.shape:
             got = "missing" if key not in untuned else f"of shape {list(untuned[key].shape)}"
             raise UserError(
-                f"'{base_name}' is not what '{name}' was tuned from: '{key}' is {got} there, of shape {list(p.shape)} here"
+                f"'{base_name}' is not what '{name}' was tuned from: '{key}' is {got} there, "
+                f"of shape {list(p.shape)} here"
             )
         ends.append((p, untuned[key].data, p.data))
     return WeightPath(ends)
@@ -327,7 +343,7 @@ def _hash_tensors(tensors: dict[str, Tensor]) -> str:
     for name in sorted(tensors):
         value = tensors[name].detach().cpu().contiguous()
         digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(memoryview(value.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 

@@ -15,7 +15,26 @@ from rapidin.errors import UserError
 from rapidin.examples import Status
 from rapidin.hooks import Batch
 
-WORDS = "one two three four five six seven quick brown fox lazy dog Paris France capital staying healthy tips".split()
+WORDS = [
+    "one",
+    "two",
+    "three",
+    "four",
+    "five",
+    "six",
+    "seven",
+    "quick",
+    "brown",
+    "fox",
+    "lazy",
+    "dog",
+    "Paris",
+    "France",
+    "capital",
+    "staying",
+    "healthy",
+    "tips",
+]
 
 
 def records(n: int = 30, seed: int = 0) -> list[dict[str, Any]]:
@@ -101,14 +120,17 @@ def test_shards_change_no_hit(attributor: Attributor, cache: Cache, tmp_path: Pa
         assert [h.row for h in a.bottom] == [h.row for h in b.bottom]
 
 
-def test_caching_twice_gives_the_same_bytes_and_resuming_does_no_work(attributor: Attributor, tmp_path: Path) -> None:
+def test_caching_twice_gives_the_same_bytes_and_resuming_does_no_work(
+    attributor: Attributor, tmp_path: Path
+) -> None:
     for name in "ab":
         attributor.cache(records(), tmp_path / name, shard_rows=7)
     files = [{p.name: p.read_bytes() for p in (tmp_path / name).iterdir()} for name in "ab"]
     assert files[0] == files[1]
     seen: list[Progress] = []
     attributor.cache(records(), tmp_path / "a", shard_rows=7, on_progress=seen.append)
-    assert seen[-1].done == seen[-1].total == seen[-1].resumed == 30 and seen[-1].tokens == 0
+    assert seen[-1].done == seen[-1].total == seen[-1].resumed == 30
+    assert seen[-1].tokens == 0
 
 
 def test_a_stopped_run_goes_on(attributor: Attributor, cache: Cache, tmp_path: Path) -> None:
@@ -125,7 +147,8 @@ def test_a_stopped_run_goes_on(attributor: Attributor, cache: Cache, tmp_path: P
     done = len(Cache(tmp_path))
     seen: list[Progress] = []
     again = attributor.cache(records(), tmp_path, shard_rows=7, on_progress=seen.append)
-    assert seen[0].resumed == done and seen[-1].done == 30
+    assert seen[0].resumed == done
+    assert seen[-1].done == 30
     assert torch.equal(again.sketches(), cache.sketches())
 
 
@@ -156,7 +179,8 @@ def test_gradients_with_nan_are_counted_and_never_hit(tmp_path: Path) -> None:
     attributor = Attributor(model, tokenizer, width=32)
     rows = [*records(4), {"prompt": "Z", "completion": "two"}, *records(4, seed=5)]
     made = attributor.cache(rows, tmp_path)
-    assert made.manifest.counts["nonfinite"] == 1 and made.status()[4] == Status.NONFINITE
+    assert made.manifest.counts["nonfinite"] == 1
+    assert made.status()[4] == Status.NONFINITE
     assert bool(made.sketches().isfinite().all())
     for normalize in ("layer", "none", "cosine"):
         (result,) = attributor.query(made, [("the ", "fox")], top_k=100, normalize=normalize)  # type: ignore[arg-type]
@@ -165,7 +189,9 @@ def test_gradients_with_nan_are_counted_and_never_hit(tmp_path: Path) -> None:
         attributor.query(made, [("Z", "two")])
 
 
-def test_several_points_are_several_groups_of_blocks_and_add_up(attributor: Attributor, tmp_path: Path) -> None:
+def test_several_points_are_several_groups_of_blocks_and_add_up(
+    attributor: Attributor, tmp_path: Path
+) -> None:
     both = Attributor(attributor.loaded, width=64, at=[0.25, 0.5])
     made = both.cache(records(), tmp_path / "both")
     assert len(made.layers) == 2 * len(attributor.layers)
@@ -174,16 +200,27 @@ def test_several_points_are_several_groups_of_blocks_and_add_up(attributor: Attr
     for at in (0.25, 0.5):
         one = Attributor(attributor.loaded, width=64, at=at)
         results = one.query(one.cache(records(), tmp_path / str(at)), queries, top_k=30)
-        parts.append(torch.stack([torch.tensor([s for _, s in sorted((h.row, h.score) for h in r.top)]) for r in results]))
-    got = [torch.tensor([s for _, s in sorted((h.row, h.score) for h in r.top)]) for r in both.query(made, queries, top_k=30)]
+        parts.append(
+            torch.stack(
+                [torch.tensor([s for _, s in sorted((h.row, h.score) for h in r.top)]) for r in results]
+            )
+        )
+    got = [
+        torch.tensor([s for _, s in sorted((h.row, h.score) for h in r.top)])
+        for r in both.query(made, queries, top_k=30)
+    ]
     torch.testing.assert_close(torch.stack(got), (parts[0] + parts[1]) / 2, atol=1e-5, rtol=0)
 
 
-def test_the_models_own_answer_is_the_tuned_models_and_its_own_tokens(attributor: Attributor, cache: Cache) -> None:
+def test_the_models_own_answer_is_the_tuned_models_and_its_own_tokens(
+    attributor: Attributor, cache: Cache
+) -> None:
     prompt = "What is the capital of "
     ids = torch.tensor([attributor.loaded.tokenizer(prompt)["input_ids"]])
     with torch.no_grad():
-        written = attributor.loaded.model.generate(input_ids=ids, do_sample=False, max_new_tokens=8)[0, ids.shape[1] :]
+        written = attributor.loaded.model.generate(input_ids=ids, do_sample=False, max_new_tokens=8)[
+            0, ids.shape[1] :
+        ]
     (result,) = attributor.query(cache, [{"prompt": prompt}], max_new_tokens=8)
     assert result.generated
     assert result.completion == attributor.loaded.tokenizer.decode(written, skip_special_tokens=True)
@@ -208,7 +245,9 @@ def test_a_cache_of_another_model_seed_or_tokenizer_is_refused(attributor: Attri
         attributor.cache(records(30, seed=9), cache.path, shard_rows=7)
 
 
-def test_changed_training_data_is_never_shown_as_if_it_were_the_old(attributor: Attributor, cache: Cache) -> None:
+def test_changed_training_data_is_never_shown_as_if_it_were_the_old(
+    attributor: Attributor, cache: Cache
+) -> None:
     rows = records()
     changed = [{**row, "completion": "else"} for row in rows]
     with pytest.raises(UserError, match="not what was cached"):

@@ -61,7 +61,9 @@ def contents(folder: Path) -> dict[str, bytes]:
 def test_what_is_written_is_read(tmp_path: Path) -> None:
     fill(tmp_path)
     cache = Cache(tmp_path)
-    assert len(cache) == 10 and cache.manifest.complete and cache.layers == LAYERS
+    assert len(cache) == 10
+    assert cache.manifest.complete
+    assert cache.layers == LAYERS
     assert cache.manifest.counts == {"ok": 10}
     whole = torch.cat([rows(n, count).sketch for n, count in ((0, 4), (1, 4), (2, 2))]).float()
     assert torch.equal(cache.sketches(), whole)
@@ -87,7 +89,8 @@ def test_a_stopped_writer_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -
     fill(tmp_path / "b", 1)
     half = contents(tmp_path / "b")
     assert not Cache(tmp_path / "b").manifest.complete
-    # A kill between the shard's rename and the manifest's, and one in the middle of a file, leave these behind.
+    # A kill between the shard's rename and the manifest's, and one in the middle of a file, leave these
+    # behind.
     (tmp_path / "b" / "shard-000001.safetensors").write_bytes(b"of an unrecorded run")
     (tmp_path / "b" / "shard-000002.safetensors.partial").write_bytes(b"half")
     fill(tmp_path / "b")
@@ -128,12 +131,15 @@ def test_an_altered_shard_is_named_by_verify(tmp_path: Path) -> None:
         ({"layers": [LAYERS[0], Block("c.weight", (5, 2), 0.5, 8, 8)]}, "other layers"),
     ],
 )
-def test_a_cache_that_is_not_the_one_wanted_is_refused(tmp_path: Path, changes: dict[str, Any], words: str) -> None:
+def test_a_cache_that_is_not_the_one_wanted_is_refused(
+    tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
     fill(tmp_path, 1)
     before = contents(tmp_path)
     with pytest.raises(UserError) as error:
         CacheWriter(tmp_path, manifest(**changes))
-    assert words in str(error.value) and "\n" not in str(error.value)
+    assert words in str(error.value)
+    assert "\n" not in str(error.value)
     assert contents(tmp_path) == before
 
 
@@ -163,7 +169,9 @@ def test_a_small_disk_is_refused_before_any_work(tmp_path: Path, monkeypatch: py
         CacheWriter(tmp_path, manifest())
 
 
-def test_a_write_that_fails_is_one_line_and_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_write_that_fails_is_one_line_and_keeps_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     fill(tmp_path, 1)
     before = contents(tmp_path)
 
@@ -202,13 +210,16 @@ def _leaves(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [path, *[leaf for key, part in items for leaf in _leaves(part, (*path, key))]]
 
 
-JSON = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just([]), st.just({}))
+JSON = st.one_of(
+    st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.just([]), st.just({})
+)
 
 
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), new=JSON)
 def test_any_altered_manifest_is_read_or_refused(tmp_path: Path, data: st.DataObject, new: Any) -> None:
-    """No value anywhere in a manifest makes anything but a UserError, or leads to a file outside the folder."""
+    """No value anywhere in a manifest makes anything but a UserError, or leads to a file outside the
+    folder."""
     if not (tmp_path / "good.json").exists():
         fill(tmp_path / "cache")
         shutil.copy(tmp_path / "cache" / "manifest.json", tmp_path / "good.json")

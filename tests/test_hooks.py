@@ -28,7 +28,9 @@ def texts(seed: int = 0, n: int = 5) -> list[tuple[list[int], list[bool]]]:
     return made
 
 
-def own_gradients(model: Any, text: tuple[list[int], list[bool]], loss: str = "mean") -> dict[str, torch.Tensor]:
+def own_gradients(
+    model: Any, text: tuple[list[int], list[bool]], loss: str = "mean"
+) -> dict[str, torch.Tensor]:
     """Each parameter's gradient of one text's loss, by autograd, in a batch of one."""
     parameters = dict(model.named_parameters())
     model.eval()
@@ -43,7 +45,9 @@ def own_gradients(model: Any, text: tuple[list[int], list[bool]], loss: str = "m
     return found
 
 
-def own_sketches(model: Any, targets: list[Target], text: tuple[list[int], list[bool]], loss: str = "mean") -> torch.Tensor:
+def own_sketches(
+    model: Any, targets: list[Target], text: tuple[list[int], list[bool]], loss: str = "mean"
+) -> torch.Tensor:
     """[targets, WIDTH]: the reference sketches of one text's own gradients."""
     grads = own_gradients(model, text, loss)
     return torch.stack(
@@ -89,7 +93,8 @@ def test_every_parameter_has_its_own_gradients_sketch(kind: str, loss: str) -> N
     assert not sketcher.one_by_one
     got, losses = sketcher(Batch.of(texts()))
     assert relative_error(got, want) < 1e-4
-    assert losses.shape == (5,) and bool((losses > 0).all())
+    assert losses.shape == (5,)
+    assert bool((losses > 0).all())
 
 
 @pytest.mark.parametrize("kind", MODELS)
@@ -118,7 +123,9 @@ def test_default_targets_of_an_adapter_are_what_it_trains() -> None:
     model = tiny_lora(tiny_llama(), modules_to_save=["lm_head"])
     names = [t.name for t in find_targets(model, trained=LoadedModel.of(model, None).trained)]
     assert len([n for n in names if "lora_" in n]) == 8
-    assert [n for n in names if "lora_" not in n] == ["base_model.model.lm_head.modules_to_save.default.weight"]
+    assert [n for n in names if "lora_" not in n] == [
+        "base_model.model.lm_head.modules_to_save.default.weight"
+    ]
 
 
 def test_no_parameter_gets_a_gradient_and_all_is_left_as_it_was() -> None:
@@ -161,7 +168,8 @@ def test_an_unknown_kind_of_parameter_comes_by_autograd_one_example_at_a_time() 
     model.model.layers[0].mlp = Scaled(model.model.layers[0].mlp)
     targets = find_targets(model, include=["gain", "q_proj"])
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
-    assert sketcher.one_by_one and sketcher.single_names == ["model.layers.0.mlp.gain"]
+    assert sketcher.one_by_one
+    assert sketcher.single_names == ["model.layers.0.mlp.gain"]
     with pytest.raises(NotBatchedError):
         sketcher(Batch.of(texts()))
     for text in texts():
@@ -209,5 +217,5 @@ def test_factors_of_what_is_no_linear_layer_are_refused() -> None:
     model = tiny_llama()
     for pattern in ("norm", "embed_tokens"):
         sketcher = GradientSketcher(model, find_targets(model, include=[pattern]), width=WIDTH, seed=SEED)
-        with pytest.raises(TypeError, match="no linear layer|not the weight"):
+        with pytest.raises(TypeError, match="is not the weight of a linear layer"):
             sketcher.factors(Batch.of(texts()))

@@ -60,7 +60,7 @@ def test_a_model_tuned_in_full_goes_from_its_base(tmp_path: Path) -> None:
 
 def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:
     base, tuned = save_tiny(tmp_path / "a", hidden_size=16), save_tiny(tmp_path / "b")
-    with pytest.raises(UserError, match="is not what .* was tuned from"):
+    with pytest.raises(UserError, match=r"is not what .* was tuned from"):
         load_model(str(tuned.model), base=str(base.model))
 
 
@@ -79,7 +79,9 @@ def test_default_points() -> None:
     assert Attributor(tiny_lora(tiny_llama()), tokenizer, at=[0.1, 0.9]).points == [0.1, 0.9]
 
 
-@pytest.mark.parametrize("settings", [{"use_dora": True}, {"bias": "lora_only"}, {"init_lora_weights": "olora"}])
+@pytest.mark.parametrize(
+    "settings", [{"use_dora": True}, {"bias": "lora_only"}, {"init_lora_weights": "olora"}]
+)
 def test_an_adapter_whose_untuned_state_is_not_known_needs_at_1(settings: dict[str, object]) -> None:
     model = tiny_lora(tiny_gpt2() if settings.get("bias") else tiny_llama(), **settings)
     with pytest.raises(UserError, match="--at 1"):
@@ -93,13 +95,16 @@ def test_another_kind_of_adapter_needs_at_1() -> None:
     from peft import IA3Config, get_peft_model
 
     model = get_peft_model(tiny_llama(), IA3Config(task_type="CAUSAL_LM"))
-    with pytest.raises(UserError, match="IA3 .*--at 1"):
+    with pytest.raises(UserError, match=r"IA3 .*--at 1"):
         Attributor(model, tiny_tokenizer())
     attributor = Attributor(model, tiny_tokenizer(), at=1)
-    assert attributor.targets and all("ia3" in t.name for t in attributor.targets)
+    assert attributor.targets
+    assert all("ia3" in t.name for t in attributor.targets)
 
 
-@pytest.mark.parametrize(("at", "words"), [(1.5, "not between"), (-0.1, "not between"), ([], "no point"), ([1, 1], "twice")])
+@pytest.mark.parametrize(
+    ("at", "words"), [(1.5, "not between"), (-0.1, "not between"), ([], "no point"), ([1, 1], "twice")]
+)
 def test_points_that_make_no_sense(at: object, words: str) -> None:
     with pytest.raises(UserError, match=words):
         Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), at=at)  # type: ignore[arg-type]
@@ -123,7 +128,10 @@ def test_identity_tells_weights_adapters_and_tokenizers_apart(tmp_path: Path) ->
     other = LoadedModel.of(tiny_lora(tiny_llama(), seed=9), tiny_tokenizer())
     assert other.identity["adapter"] != tuned.identity["adapter"]
     assert LoadedModel.of(tiny_llama(1), tiny_tokenizer()).identity["model"] != plain.identity["model"]
-    assert LoadedModel.of(tiny_llama(), tiny_tokenizer(bos=True)).identity["tokenizer"] != plain.identity["tokenizer"]
+    assert (
+        LoadedModel.of(tiny_llama(), tiny_tokenizer(bos=True)).identity["tokenizer"]
+        != plain.identity["tokenizer"]
+    )
 
 
 def test_the_tokenizers_identity_does_not_depend_on_how_it_was_last_called() -> None:
@@ -166,7 +174,8 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     for words, call in bad.items():
         with pytest.raises(UserError) as error:
             call()
-        assert words in str(error.value) and "\n" not in str(error.value)
+        assert words in str(error.value)
+        assert "\n" not in str(error.value)
 
 
 def test_an_adapter_for_another_model_is_one_line(tmp_path: Path) -> None:
@@ -174,4 +183,5 @@ def test_an_adapter_for_another_model_is_one_line(tmp_path: Path) -> None:
     other = save_tiny(tmp_path / "b", hidden_size=16)
     with pytest.raises(UserError) as error:
         load_model(str(other.model), adapter=str(saved.adapter))
-    assert "cannot load the adapter" in str(error.value) and "\n" not in str(error.value)
+    assert "cannot load the adapter" in str(error.value)
+    assert "\n" not in str(error.value)

@@ -28,7 +28,8 @@ class Cache:
     >>> cache.sketches([3, 5])          # [2, dim] float32, each block of length 1
     >>> cache.lengths([3, 5])           # [2, blocks] float32
 
-    Raises UserError where the folder is no cache, its manifest is damaged, or a shard has another size than it must.
+    Raises UserError where the folder is no cache, its manifest is damaged, or a shard has another size than
+    it must.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -61,7 +62,9 @@ class Cache:
     def _gather(self, rows: list[int] | None, field: str) -> Tensor:
         parts = [getattr(part, field) for _, part in self.shards()]
         if not parts:
-            raise UserError(f"the cache in '{self.path}' holds no examples yet", "run the same 'rapidin cache' again")
+            raise UserError(
+                f"the cache in '{self.path}' holds no examples yet", "run the same 'rapidin cache' again"
+            )
         if rows is None:
             return torch.cat(parts)
         outside = [row for row in rows if not 0 <= row < len(self)]
@@ -146,7 +149,9 @@ def _size_problem(folder: Path, shard: Shard) -> str | None:
     if not path.is_file():
         return f"the shard '{path}' is missing"
     size = path.stat().st_size
-    return None if size == shard.bytes else f"the shard '{path}' has {size:,} bytes instead of {shard.bytes:,}"
+    return (
+        None if size == shard.bytes else f"the shard '{path}' has {size:,} bytes instead of {shard.bytes:,}"
+    )
 
 
 class CacheWriter:
@@ -156,8 +161,8 @@ class CacheWriter:
     ...     for n in writer.missing:
     ...         writer.write(n, rows, counts)
 
-    Raises UserError where the folder holds something else or a cache that is not the one `manifest` describes,
-    where another process writes it, or where the disk is too small.
+    Raises UserError where the folder holds something else or a cache that is not the one `manifest`
+    describes, where another process writes it, or where the disk is too small.
     """
 
     def __init__(self, folder: str | Path, manifest: Manifest) -> None:
@@ -168,7 +173,8 @@ class CacheWriter:
             others = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(_LOCK))
             if others and not (self.folder / NAME).exists() and others != [NAME + ".partial"]:
                 raise UserError(
-                    f"the folder '{self.folder}' holds something else ('{others[0]}') and no cache", "name another folder"
+                    f"the folder '{self.folder}' holds something else ('{others[0]}') and no cache",
+                    "name another folder",
                 )
             self._lock = open(self.folder / _LOCK, "w")  # noqa: SIM115 (held until close)
         except OSError as error:
@@ -196,7 +202,7 @@ class CacheWriter:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
-                f"the cache needs {needed / 1e9:.2f} GB more and '{self.folder}' has {free / 1e9:.2f} GB free",
+                f"the cache needs {needed / 1e9:.2f} GB and '{self.folder}' has {free / 1e9:.2f} GB free",
                 "name a folder on a larger disk, or lower --width",
             )
         self.manifest.write(self.folder)
@@ -220,5 +226,7 @@ class CacheWriter:
     def __enter__(self) -> CacheWriter:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()

@@ -33,7 +33,7 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One finished shard file: rows ``first .. first + rows - 1``; counts: examples by what became of them."""
+    """One finished shard: rows ``first .. first + rows - 1``; counts: examples by what became of them."""
 
     file: str
     first: int
@@ -47,9 +47,10 @@ class Shard:
 class Manifest:
     """What a cache holds.
 
-    model: names and hashes of model, adapter and tokenizer; sketch: projection, width, seed, hash; gradient: points,
-    loss; text: how texts became tokens; data: where the examples came from; dtype: of the sketches; rows: examples in
-    all; shard_rows: rows of each shard but the last; layers: the layer table; shards: those that are done.
+    model: names and hashes of model, adapter and tokenizer; sketch: projection, width, seed, hash; gradient:
+    points, loss; text: how texts became tokens; data: where the examples came from; dtype: of the sketches;
+    rows: examples in all; shard_rows: rows of each shard but the last; layers: the layer table; shards:
+    those that are done.
     """
 
     model: dict[str, Any]
@@ -110,10 +111,14 @@ class Manifest:
             detail = ""
             if isinstance(mine[key], dict):
                 part = next(k for k in {**mine[key], **theirs[key]} if mine[key].get(k) != theirs[key].get(k))
-                detail = f" ({part}: {_short(mine[key].get(part))} there, {_short(theirs[key].get(part))} here)"
+                detail = (
+                    f" ({part}: {_short(mine[key].get(part))} there, {_short(theirs[key].get(part))} here)"
+                )
             elif not isinstance(mine[key], list):
                 detail = f" ({mine[key]} there, {theirs[key]} here)"
-            raise UserError(f"the cache in '{folder}' was made {words}{detail}", "name another folder with --out")
+            raise UserError(
+                f"the cache in '{folder}' was made {words}{detail}", "name another folder with --out"
+            )
 
     def _definition(self) -> dict[str, Any]:
         """What makes two caches the same; where files lie is no part of it."""
@@ -127,7 +132,10 @@ class Manifest:
         return {
             "format": FORMAT,
             "version": VERSION,
-            **{k: getattr(self, k) for k in ("model", "sketch", "gradient", "text", "data", "dtype", "rows", "shard_rows")},
+            **{
+                k: getattr(self, k)
+                for k in ("model", "sketch", "gradient", "text", "data", "dtype", "rows", "shard_rows")
+            },
             "layers": [block.to_json() for block in self.layers],
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -151,12 +159,15 @@ class Manifest:
                 raise ValueError("it is not a rapidin manifest")
             if value.get("version") != VERSION:
                 raise UserError(
-                    f"the cache in '{folder}' has format version {_short(value.get('version'))}, this rapidin reads {VERSION}",
+                    f"the cache in '{folder}' has format version {_short(value.get('version'))}, "
+                    f"this rapidin reads {VERSION}",
                     "use the rapidin that wrote it, or cache again",
                 )
             return Manifest._of_json(value)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise UserError(f"'{path}' is damaged: {type(error).__name__} {_short(error)}", "cache again") from None
+            raise UserError(
+                f"'{path}' is damaged: {type(error).__name__} {_short(error)}", "cache again"
+            ) from None
         except OSError as error:
             raise UserError(f"cannot read '{path}': {error.strerror}") from None
 
@@ -216,7 +227,9 @@ def replace_file(path: Path, data: bytes) -> None:
             os.close(folder)
     except OSError as error:
         partial.unlink(missing_ok=True)
-        raise UserError(f"cannot write '{path}': {error.strerror}", "what was written before is kept") from None
+        raise UserError(
+            f"cannot write '{path}': {error.strerror}", "what was written before is kept"
+        ) from None
 
 
 def _count(value: Any) -> int:
@@ -229,8 +242,8 @@ def _shard(value: Mapping[str, Any]) -> Shard:
     if not isinstance(value, dict) or not isinstance(value["counts"], dict):
         raise ValueError(f"{_short(value)} is no shard")
     counts = {str(k): _count(n) for k, n in value["counts"].items()}
-    numbers = [_count(value[key]) for key in ("first", "rows", "bytes")]
-    return Shard(str(value["file"]), *numbers, str(value["sha256"]), counts)
+    first, rows, size = (_count(value[key]) for key in ("first", "rows", "bytes"))
+    return Shard(str(value["file"]), first, rows, size, str(value["sha256"]), counts)
 
 
 def _short(value: Any) -> str:

@@ -17,9 +17,10 @@ from rapidin.errors import UserError
 class Rows:
     """Rows of a cache.
 
-    sketch: [n, dim] float16 or float32, each block scaled to length 1 (or all zeros); length: [n, blocks] float32,
-    each block's length before that; index: [n] int64, line number in the data; status: [n] uint8, 0 where the row
-    counts; truncated: [n] uint8; record: [n] int64, the first 8 bytes of the SHA-256 of the example.
+    sketch: [n, dim] float16 or float32, each block scaled to length 1 (or all zeros); length: [n, blocks]
+    float32, each block's length before that; index: [n] int64, line number in the data; status: [n] uint8, 0
+    where the row counts; truncated: [n] uint8; record: [n] int64, the first 8 bytes of the SHA-256 of the
+    example.
     """
 
     sketch: Tensor
@@ -45,7 +46,7 @@ def _expected(manifest: Manifest, rows: int) -> dict[str, tuple[torch.dtype, tup
 
 
 def write_shard(folder: Path, name: str, first: int, rows: Rows, counts: dict[str, int]) -> Shard:
-    """Write a shard file; it is on disk under its name when this returns. UserError where it cannot be written."""
+    """Write a shard file; it is on disk under its name when this returns. UserError where it cannot be."""
     from safetensors.torch import save
 
     data = save({name: getattr(rows, name).contiguous() for name in _FIELDS})
@@ -54,12 +55,14 @@ def write_shard(folder: Path, name: str, first: int, rows: Rows, counts: dict[st
 
 
 def read_shard(folder: Path, shard: Shard, manifest: Manifest) -> Rows:
-    """The rows of a shard as views of the memory-mapped file. UserError where the file is not what it must be."""
+    """The rows of a shard as views of the memory-mapped file; UserError where that is not as it must be."""
     from safetensors import SafetensorError, safe_open
 
     path = folder / shard.file
     if not path.is_file():
-        raise UserError(f"the shard '{path}' is missing", "run the same 'rapidin cache' again: only it is made anew")
+        raise UserError(
+            f"the shard '{path}' is missing", "run the same 'rapidin cache' again: only it is made anew"
+        )
     size = path.stat().st_size
     if size != shard.bytes:
         raise UserError(f"the shard '{path}' has {size:,} bytes instead of {shard.bytes:,}", _REMEDY)
