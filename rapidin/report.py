@@ -185,7 +185,7 @@ def _hits(title: str, hits: Sequence[Hit], normalize: str) -> RenderableType:
         width = max(map(len, (name, *cells)))
         table.add_column(name, justify="right", no_wrap=True, width=width)
     if shown:
-        table.add_column("training example", no_wrap=True, ratio=1)
+        table.add_column("example", no_wrap=True, ratio=1)
     for hit, (rank, score, index) in zip(hits, numbers, strict=True):
         style = "green" if hit.score > 0 else "red" if hit.score < 0 else ""
         example = [_Example(hit.example or {})] if shown else []

@@ -336,7 +336,7 @@ def test_model_and_adapter_and_data_that_have_moved(
     assert json.loads(bare.out)["queries"][0]["top"] == hits
     table = run(*question[:-2], *moved, "--no-text")
     assert table.code == 0
-    assert "training example  " not in table.out
+    assert "→" not in table.out
 
 
 def test_a_training_file_that_has_grown_is_still_the_same(place: Place, tmp_path: Path, run: Any) -> None:

@@ -1,0 +1,208 @@
+"""What a person sees: texts are data and never steer the terminal; tables fit; progress says what it must."""
+
+import io
+import json
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from rapidin import report
+from rapidin.attributor import Progress
+from rapidin.hits import Hit, QueryResult
+
+RECORDS = [
+    {"instruction": "Add the numbers.", "input": "1, 2", "output": "3"},
+    {"prompt": "Add one and two.", "completion": " Three."},
+    {"messages": [{"role": "user", "content": "One and two?"}, {"role": "assistant", "content": "Three."}]},
+    {"text": "One and two is three."},
+]
+
+
+def result(*records: Any, prompt: str = "p", completion: str = "c", normalize: str = "layer") -> QueryResult:
+    hits = [Hit(n + 1, 10 * n, n, 0.5 - 0.25 * n, record) for n, record in enumerate(records)]
+    return QueryResult(prompt, completion, True, hits, hits[::-1], normalize, {"scan": 0.1})
+
+
+def shown(renderable: Any, *, width: int = 80, encoding: str = "utf-8", terminal: bool = False) -> str:
+    file = io.TextIOWrapper(io.BytesIO(), encoding=encoding, errors="backslashreplace", newline="\n")
+    console = Console(
+        file=file, width=width, force_terminal=terminal, highlight=False, markup=False, emoji=False
+    )
+    console.print(renderable)
+    file.seek(0)
+    return file.read()
+
+
+def test_each_form_is_shown_with_what_was_asked_and_answered() -> None:
+    text = shown(report.hits_report([result(*RECORDS)]))
+    for line in ("Add the numbers. 1, 2 → 3", "Add one and two. → Three.", "One and two? → Three."):
+        assert line in text
+    assert "One and two is three." in text
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 140])
+@pytest.mark.parametrize("word", ["a", "日本", "🙂", "e\u0301"])
+def test_tables_fit_the_terminal(width: int, word: str) -> None:
+    from rich.cells import cell_len
+
+    for prompt, completion in [(word * 500, word * 500), (word, word * 500), (word * 500, word), (word, "")]:
+        record = {"prompt": prompt, "completion": completion}
+        text = shown(
+            report.hits_report([result(record, prompt=prompt, completion=completion)], width=width),
+            width=width,
+        )
+        assert max(cell_len(line) for line in text.splitlines()) <= width
+        assert "+0.5000" in text
+        assert ("…" in text) == (len(prompt + completion) > width)
+
+
+def test_markup_and_escapes_in_texts_are_data() -> None:
+    evil = "[bold red]x[/] \x1b[31mred \x1b]0;title\x07 a\rb \x9b31m \u202egnp.exe :smile: \x00 \ud83d"
+    record = {"prompt": evil, "completion": evil}
+    text = shown(report.hits_report([result(record, prompt=evil, completion=evil)], width=400), width=400)
+    assert not set(text) & set("\x1b\x07\r\x9b\u202e\x00")
+    for words in (
+        "[bold red]x[/]",
+        r"\x1b[31mred",
+        r"\x1b]0;title\x07",
+        r"\u202egnp.exe",
+        ":smile:",
+        r"\ud83d",
+    ):
+        assert text.count(words) == 6, words  # in the generation and in the two tables, twice each
+    assert report.one_line("one\r\n\ttwo\x0bthree \u2028four") == "one two three four"
+
+
+def test_scores_are_lined_up_and_coloured_by_sign_on_a_terminal_only() -> None:
+    hits = report.hits_report([result(*RECORDS)])
+    plain, coloured = shown(hits), shown(hits, terminal=True)
+    assert "\x1b" not in plain
+    assert "\x1b[32m+0.5000" in coloured
+    assert "\x1b[31m-0.2500" in coloured
+    columns = {line.index("0.") for line in plain.splitlines() if "0." in line[:12]}
+    assert len(columns) == 1
+
+
+def test_console_is_plain_without_a_terminal_and_with_no_color(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for file, environment, coloured in [
+        (Terminal(), {}, True),
+        (Terminal(), {"NO_COLOR": "1"}, False),
+        (Terminal(), {"TERM": "dumb"}, False),
+        (io.StringIO(), {}, False),
+    ]:
+        with monkeypatch.context() as patch:
+            for name, value in environment.items():
+                patch.setenv(name, value)
+            report.console(file).print(report.hits_report([result(*RECORDS)]))
+        assert ("\x1b" in file.getvalue()) == coloured, environment
+
+
+def test_ascii_terminals() -> None:
+    text = shown(report.hits_report([result({"prompt": "a" * 99, "completion": "b" * 99})]), encoding="ascii")
+    assert "a... -> b" in text
+    assert text.isascii()
+
+
+@pytest.mark.parametrize(
+    ("normalize", "words", "score"),
+    [
+        ("layer", "mean over the layers of the cosine", "+0.5000"),
+        ("cosine", "The score is the cosine between the two", "+0.5000"),
+        ("none", "dot product of the two loss gradients", "+5.000e-01"),
+    ],
+)
+def test_the_scale_is_said(normalize: str, words: str, score: str) -> None:
+    text = " ".join(shown(report.hits_report([result(*RECORDS, normalize=normalize)])).split())
+    assert words in text
+    assert score in text
+    assert "Positive: training on the example made this generation more likely (helpful). Negative:" in text
+
+
+def test_long_prompts_lose_their_middle() -> None:
+    prompt = "start " + "and so on " * 200 + "end"
+    lines = shown(report.hits_report([result(prompt=prompt)])).splitlines()
+    end = next(number for number, line in enumerate(lines) if line.startswith("Completion"))
+    shown_prompt = " ".join(" ".join(lines[:end]).split())
+    assert end <= 5
+    assert shown_prompt.startswith("Prompt start and")
+    assert " ... " in shown_prompt
+    assert shown_prompt.endswith(" end")
+
+
+def test_hits_without_examples() -> None:
+    text = shown(report.hits_report([result(None, None)]))
+    assert "example  " not in text
+    assert "+0.2500" in text
+    assert "No example in the cache has a sketch" in shown(report.hits_report([result()]))
+
+
+def test_json_is_ascii_and_valid_for_scores_that_are_no_numbers() -> None:
+    hits = [Hit(1, 0, 0, float("inf"), {"text": "é\x9b", "label": float("nan")}), Hit(2, 1, 1, 0.5)]
+    text = report.results_json([QueryResult("é", "ü", False, hits, [], "none")])
+    assert text.isascii()
+    (query,) = json.loads(text, parse_constant=pytest.fail)["queries"]
+    assert query["top"][0] == {
+        "rank": 1,
+        "index": 0,
+        "score": None,
+        "example": {"text": "é\x9b", "label": None},
+    }
+    assert query["top"][1] == {"rank": 2, "index": 1, "score": 0.5}
+
+
+def test_caching_bar() -> None:
+    file = io.StringIO()
+    console = Console(file=file, force_terminal=True, width=100, highlight=False, markup=False)
+    with report.CachingBar(console) as bar:
+        bar(Progress(200, 1000, 0, 0, 200, "one [bold]thing[/] to say"))
+        bar._started -= 10.0
+        bar(Progress(300, 1000, 5000, 1, 200))
+        bar._bar.refresh()
+    text = file.getvalue()
+    assert "200 of 1,000 examples were cached before" in text
+    assert "one [bold]thing[/] to say" in text
+    assert "300/1,000 · 10.0 examples/s · " in text
+    assert "tokens/s · 70 s left" in text
+
+
+def test_bars_are_silent_without_a_terminal() -> None:
+    file = io.StringIO()
+    console = Console(file=file)
+    with report.CachingBar(console) as bar, report.BytesBar(console, "reading") as read:
+        bar(Progress(0, 10, 0, 0, 5, "a message"))
+        bar(Progress(10, 10, 100, 0, 5))
+        read(5, 10)
+    assert file.getvalue() == ""
+    assert bar.last is not None
+    assert bar.last.done == 10
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        (0.0123, "12 ms"),
+        (0.96, "1.0 s"),
+        (9.94, "9.9 s"),
+        (9.96, "10 s"),
+        (99.4, "99 s"),
+        (200, "3:20 min"),
+        (7500, "2:05 h"),
+    ],
+)
+def test_time_text(seconds: float, text: str) -> None:
+    assert report.time_text(seconds) == text
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [(0, "0 B"), (999, "999 B"), (8_256, "8.3 KB"), (36.4e6, "36.4 MB"), (2e15, "2000.0 TB")],
+)
+def test_bytes_text(number: float, text: str) -> None:
+    assert report.bytes_text(number) == text
