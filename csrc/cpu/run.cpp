@@ -182,7 +182,7 @@ void fold_matrices(const FoldArgs& args, float* out, int threads) {
 
 namespace {
 
-constexpr int64_t kFlatParts = 32;
+constexpr int64_t kFlatParts = 32, kChunksOfPart = 32;  // so adding the parts is a small share of the work
 
 // Rows of the whole list, in order: where each one's elements are.
 class RowReader {
@@ -263,7 +263,7 @@ void flat_sketch(const std::vector<FlatTensor>& tensors, int64_t batch, uint64_t
     };
     // Each part of the list has sums of its own, and these are added in order: how it is cut depends on the sizes
     // alone, so the bits are the same for any number of threads. Rows are read as they lie in memory.
-    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(kFlatParts, chunks / 16));
+    const int64_t parts = std::max<int64_t>(1, std::min<int64_t>(kFlatParts, chunks / kChunksOfPart));
     if (parts == 1) {
         parallel(batch, threads, [&](int64_t item, int) { add_chunks(item, 0, chunks, out + item * dim); });
         return;
@@ -275,9 +275,12 @@ void flat_sketch(const std::vector<FlatTensor>& tensors, int64_t batch, uint64_t
             std::fill(sums, sums + dim, 0.0f);
             add_chunks(item, chunks * part / parts, chunks * (part + 1) / parts, sums);
         });
-        float* to = out + item * dim;
-        for (int64_t part = 0; part < parts; ++part)
-            for (int64_t i = 0; i < dim; ++i) to[i] += partial[part * dim + i];
+        const int64_t slices = pieces(dim, parts);
+        parallel(slices, threads, [&](int64_t slice, int) {
+            const int64_t begin = dim * slice / slices, end = dim * (slice + 1) / slices;
+            for (int64_t part = 0; part < parts; ++part)
+                for (int64_t i = begin; i < end; ++i) out[item * dim + i] += partial[part * dim + i];
+        });
     }
 }
 

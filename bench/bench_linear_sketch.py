@@ -1,0 +1,43 @@
+"""linear_sketch by each way, against reading the factors once, and beside the layer's own forward product.
+
+pytest bench/bench_linear_sketch.py --benchmark-json=linear_sketch.json
+
+Run with one thread (OMP_NUM_THREADS=1) for the cost constants in rapidin/ops/cpu.py.
+"""
+
+import pytest
+import torch
+from limits import best_seconds, note, read_seconds
+
+from rapidin import ops
+from rapidin.ops import cpu
+
+BATCH, TOKENS = 4, 128
+LAYERS = ((576, 576), (576, 1536), (2048, 2048), (576, 8), (4096, 8))
+
+WAYS = {
+    "chosen": lambda a, g, k, seed: ops.linear_sketch(a, g, k, seed=seed),
+    "fft": cpu.by_fft,
+    "product of both sketched": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, True, True),
+}
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
+@pytest.mark.parametrize("k", [64, 256, 512])
+@pytest.mark.parametrize("way", WAYS)
+def bench_linear_sketch(benchmark, way, k, layer):
+    n_in, n_out = layer
+    inputs, grads = torch.randn(BATCH, TOKENS, n_in), torch.randn(BATCH, TOKENS, n_out)
+    wanted = ops.linear_sketch(inputs[:1, :9], grads[:1, :9], k, seed=1, backend="reference")
+    torch.testing.assert_close(WAYS[way](inputs[:1, :9], grads[:1, :9], k, 1), wanted, rtol=1e-3, atol=1e-2)
+    weight = torch.randn(n_in, n_out)
+    limit = read_seconds(inputs) + read_seconds(grads)
+    forward = best_seconds(lambda: inputs @ weight)
+    benchmark(WAYS[way], inputs, grads, k, 1)
+    best = benchmark.stats.stats.min
+    note(
+        benchmark,
+        us_per_token=best / (BATCH * TOKENS) * 1e6,
+        of_read_loop=limit / best,
+        of_forward=best / forward,
+    )
