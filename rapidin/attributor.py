@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ from rapidin.cache.shards import Rows
 from rapidin.errors import UserError
 from rapidin.examples import Encoded, Encoder, Examples, Status, open_examples
 from rapidin.hits import Hit, QueryResult
-from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError
+from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Projection
 from rapidin.layers import coverage, find_targets, layer_table
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 
-PROJECTIONS = ("tensor", "flat")
+PROJECTIONS = get_args(Projection)
 HASH = "lowbias32-1"  # the definition of bins and signs in docs/sketch.md
 SHARD_BYTES = 32 << 20  # a killed run loses at most this much, and a file this large is read at full speed
 
@@ -52,7 +52,8 @@ class Attributor:
 
     model: a `LoadedModel`, or a transformers or peft causal model with its tokenizer.
     width: bins of each layer's sketch.
-    projection: "tensor" (from the factors) or "flat" (from the formed gradient).
+    projection: "tensor" (from the factors), "flat" (from the formed gradient), or "rapidgrad" (one block of
+        `width` numbers for the whole layer-normalised gradient, say 65,536: the paper's setting).
     seed: of bins and signs.
     include, exclude: patterns of parameter names (`rapidin.layers.matches`).
     at: points between base (0) and tuned model (1) where gradients are taken, one number or several, which
@@ -74,7 +75,7 @@ class Attributor:
         tokenizer: Any = None,
         *,
         width: int = 512,
-        projection: Literal["tensor", "flat"] = "tensor",
+        projection: Projection = "tensor",
         seed: int = 0,
         include: Sequence[str] = (),
         exclude: Sequence[str] = (),
@@ -94,10 +95,8 @@ class Attributor:
             raise UserError(f"a width of {width} bins", "say at least 1")
         if not 0 <= seed < 2**64:
             raise UserError(f"the seed {seed} is not between 0 and 2^64 - 1")
-        if projection == "flat" and width % 128 and width not in (1, 2, 4, 8, 16, 32, 64):
-            raise UserError(
-                f"the flat projection takes no width of {width}", "a multiple of 128, or a power of two"
-            )
+        if projection != "tensor" and width % 128 and width not in (1, 2, 4, 8, 16, 32, 64):
+            raise UserError(f"the {projection} projection takes no width of {width}", "say a multiple of 128")
         self.width, self.projection, self.seed, self.loss = width, projection, seed, loss
         self.points = self._points(at)
         limit = self.loaded.context_length
@@ -110,7 +109,7 @@ class Attributor:
         self.targets = find_targets(
             self.loaded.model, trained=self.loaded.trained, include=include, exclude=exclude
         )
-        self.layers = layer_table(self.targets, self.points, width)
+        self.layers = layer_table(self.targets, self.points, width, whole=projection == "rapidgrad")
         self.sketcher = GradientSketcher(
             self.loaded.model, self.targets, width=width, seed=seed, projection=projection, loss=loss
         )
@@ -247,6 +246,8 @@ class Attributor:
             raise UserError(f"unknown dtype '{dtype}'", "known: float16, float32")
         if not isinstance(examples, Examples):
             examples = open_examples(examples, limit=limit)
+        elif limit is not None:
+            raise TypeError("examples that are open already have their own limit")
         manifest = self._manifest(examples, dtype, len(examples), 1)
         manifest.shard_rows = shard_rows or min(8192, max(64, SHARD_BYTES // manifest.row_bytes))
         if manifest.shard_rows < 1:
@@ -288,14 +289,14 @@ class Attributor:
         return rows, counts
 
     def _sketch(self, encoded: Sequence[Encoded], meter: _Meter | None = None) -> tuple[Tensor, Tensor]:
-        """Raw sketches [n, blocks, width] float32 on the CPU (zeros where there is none), status [n] uint8."""
+        """Raw sketches [n, blocks, width] float32 on the CPU, zeros where there is none; status [n] uint8."""
         status = torch.tensor([int(e.status) for e in encoded], dtype=torch.uint8)
         out = torch.zeros(len(encoded), len(self.layers), self.width)
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
         if meter:
             meter.add(len(encoded) - len(good), 0, skipped=len(encoded) - len(good))
         for number, point in enumerate(self.points):
-            blocks = slice(number * len(self.targets), (number + 1) * len(self.targets))
+            blocks = slice(number * self.sketcher.blocks, (number + 1) * self.sketcher.blocks)
             last = number == len(self.points) - 1
             with self.loaded.path.at(point):
                 queue = _by_length(good, encoded, self.batch_tokens)

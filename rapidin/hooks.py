@@ -24,6 +24,7 @@ from rapidin.errors import UserError
 from rapidin.layers import Target, Use, block_seed
 
 LossKind = Literal["mean", "sum"]
+Projection = Literal["tensor", "flat", "rapidgrad"]
 
 
 class NotBatchedError(Exception):
@@ -86,11 +87,15 @@ def _takes(model: nn.Module, name: str) -> bool:
 class GradientSketcher:
     """Sketches of the per-example gradients of `targets`.
 
-    width: bins of a parameter's sketch. projection: "tensor" (TensorSketch from the factors) or "flat"
-    (one-permutation sketch of the formed gradient, for comparison). loss: see `example_losses`.
+    width: bins of a block. loss: see `example_losses`. projection:
+
+    - "tensor": a block a parameter, the TensorSketch of its gradient from the factors;
+    - "flat": a block a parameter, the one-permutation sketch of its formed gradient;
+    - "rapidgrad": one block for all, the sum of the flat sketches, each scaled to length 1 first: the whole
+      layer-normalised gradient in `width` numbers (Lin et al., ACL 2024, section 3).
 
     >>> sketcher = GradientSketcher(model, targets, width=512, seed=0)
-    >>> sketch, loss = sketcher(batch)          # [B, len(targets), width] float32, [B] float32
+    >>> sketch, loss = sketcher(batch)          # [B, blocks, width] float32, [B] float32
     """
 
     def __init__(
@@ -100,13 +105,14 @@ class GradientSketcher:
         *,
         width: int,
         seed: int,
-        projection: Literal["tensor", "flat"] = "tensor",
+        projection: Projection = "tensor",
         loss: LossKind = "mean",
     ) -> None:
         self.model = model
         self.targets = list(targets)
         self.width = width
-        self.projection = projection
+        self.projection: Projection = projection
+        self.blocks = 1 if projection == "rapidgrad" else len(self.targets)
         self.loss: LossKind = loss
         self.seeds = [block_seed(seed, target.name) for target in self.targets]
         self._modules = dict(model.named_modules())
@@ -127,14 +133,16 @@ class GradientSketcher:
         return [self.targets[n].name for n in self._single]
 
     def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """(sketches [B, len(targets), width] float32, losses [B] float32), both on the model's device.
+        """(sketches [B, blocks, width] float32, losses [B] float32), both on the model's device.
 
         Raises NotBatchedError where a layer mixes the examples of a batch of more than one (then
         `one_by_one` is set, and batches of one will do), and UserError where a parameter takes no part in
         the loss.
         """
-        state = _Pass(self, batch)
+        state = _Pass(self, batch) if self.projection == "tensor" else _FormedPass(self, batch)
         losses = self._run(batch, state)
+        if self.projection == "rapidgrad":
+            return F.normalize(state.out, dim=-1, eps=1e-30).sum(1, keepdim=True), losses
         return state.out, losses
 
     def factors(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
@@ -268,23 +276,11 @@ class _Pass:
 
     def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
         """Add ``sum_t rows_t columns_t^T``; columns: [B, T, I], rows: [B, T, O]."""
-        if self.sketcher.projection == "tensor":
-            self.out[:, n] += ops.linear_sketch(
-                columns, rows, self.sketcher.width, seed=self.sketcher.seeds[n]
-            )
-        else:
-            self.add_formed(n, torch.bmm(rows.float().mT, columns.float()))
+        self.out[:, n] += ops.linear_sketch(columns, rows, self.sketcher.width, seed=self.sketcher.seeds[n])
 
     def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         """Add the gradient of an embedding's [V, E] weight; ids: [B, T], grad: [B, T, E]."""
-        if self.sketcher.projection == "tensor":
-            self.out[:, n] += ops.embedding_sketch(
-                ids, grad, self.sketcher.width, seed=self.sketcher.seeds[n]
-            )
-        else:
-            vocabulary, size = self.sketcher.targets[n].shape
-            formed = grad.new_zeros(self.rows, vocabulary, size, dtype=torch.float32)
-            self.add_formed(n, formed.scatter_add_(1, ids[..., None].expand(-1, -1, size), grad.float()))
+        self.out[:, n] += ops.embedding_sketch(ids, grad, self.sketcher.width, seed=self.sketcher.seeds[n])
 
     def _add_module(self, module: nn.Module, own: Sequence[int], inputs: Tensor, grad: Tensor) -> None:
         """Norms and the like: the module again, one example at a time, for its own few parameters."""
@@ -309,11 +305,7 @@ class _Pass:
     def add_formed(self, n: int, grad: Tensor) -> None:
         """Add a formed gradient [B, O, I]."""
         self.seen.add(n)
-        width, seed = self.sketcher.width, self.sketcher.seeds[n]
-        if self.sketcher.projection == "tensor":
-            self.out[:, n] += ops.matrix_sketch(grad.float(), width, seed=seed)
-        else:
-            self.out[:, n] += ops.flat_sketch([grad.float().flatten(1)], width, seed=seed, batched=True)
+        self.out[:, n] += ops.matrix_sketch(grad.float(), self.sketcher.width, seed=self.sketcher.seeds[n])
 
     def _by_example(self, x: Tensor, features: int) -> Tensor:
         """[B, ..., F] or [B * T, F] -> [B, T, F] (features = 0: no F)."""
@@ -327,6 +319,23 @@ class _Pass:
     def _not_batched(self) -> NoReturn:
         self.sketcher.one_by_one = True
         raise NotBatchedError
+
+
+class _FormedPass(_Pass):
+    """A pass that forms each gradient and makes the flat sketch of it."""
+
+    def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
+        self.add_formed(n, torch.bmm(rows.float().mT, columns.float()))
+
+    def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
+        vocabulary, size = self.sketcher.targets[n].shape
+        formed = grad.new_zeros(self.rows, vocabulary, size, dtype=torch.float32)
+        self.add_formed(n, formed.scatter_add_(1, ids[..., None].expand(-1, -1, size), grad.float()))
+
+    def add_formed(self, n: int, grad: Tensor) -> None:
+        self.seen.add(n)
+        width, seed = self.sketcher.width, self.sketcher.seeds[n]
+        self.out[:, n] += ops.flat_sketch([grad.float().flatten(1)], width, seed=seed, batched=True)
 
 
 class _FactorPass(_Pass):

@@ -79,10 +79,15 @@ def block_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
-def layer_table(targets: Sequence[Target], points: Sequence[float], width: int) -> list[Block]:
-    """Blocks of `width` numbers, points outermost, in the order of `targets`."""
-    pairs = [(target, at) for at in points for target in targets]
-    return [Block(t.name, t.shape, at, n * width, width) for n, (t, at) in enumerate(pairs)]
+def layer_table(
+    targets: Sequence[Target], points: Sequence[float], width: int, *, whole: bool = False
+) -> list[Block]:
+    """Blocks of `width` numbers, points outermost, in the order of `targets`; `whole`: one for all."""
+    named = (
+        [("*", (sum(_numel(t.shape) for t in targets),))] if whole else [(t.name, t.shape) for t in targets]
+    )
+    pairs = [(at, name, shape) for at in points for name, shape in named]
+    return [Block(name, shape, at, n * width, width) for n, (at, name, shape) in enumerate(pairs)]
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:

@@ -256,14 +256,28 @@ def test_changed_training_data_is_never_shown_as_if_it_were_the_old(
     assert result.top[0].example is None
 
 
-def test_every_parameter_of_gpt2_and_the_flat_projection(tmp_path: Path) -> None:
+@pytest.mark.parametrize("projection", ["tensor", "flat", "rapidgrad"])
+def test_every_parameter_of_gpt2_in_each_projection(tmp_path: Path, projection: Any) -> None:
     model, rows = tiny_gpt2(), records(12)
-    tops = []
-    for projection in ("tensor", "flat"):
-        made = Attributor(model, tiny_tokenizer(), width=128, include=["*"], projection=projection)  # type: ignore[arg-type]
-        cache = made.cache(rows, tmp_path / projection)
-        tops.append([r.top[0].index for r in made.query(cache, rows)])
-    assert tops[0] == tops[1] == list(range(12))
+    width = 2048 if projection == "rapidgrad" else 128
+    made = Attributor(model, tiny_tokenizer(), width=width, include=["*"], projection=projection)
+    cache = made.cache(rows, tmp_path)
+    assert len(cache.layers) == (1 if projection == "rapidgrad" else len(made.targets))
+    assert [r.top[0].index for r in made.query(cache, rows)] == list(range(12))
+
+
+def test_rapidgrad_estimates_the_layer_normalised_score(tmp_path: Path) -> None:
+    """One block of many numbers and a block a layer tell the same, up to the noise of both."""
+    model, rows, queries = tiny_llama(), records(40), records(3, seed=8)
+    scores = []
+    for projection, width in (("tensor", 2048), ("rapidgrad", 16384)):
+        made = Attributor(model, tiny_tokenizer(), width=width, projection=projection)  # type: ignore[arg-type]
+        results = made.query(made.cache(rows, tmp_path / projection), queries, top_k=40)
+        ordered = [[h.score for h in sorted(r.top, key=lambda h: h.row)] for r in results]
+        scores.append(torch.tensor(ordered))
+    # A cosine of the sums against a mean of cosines: the same order, not the same scale.
+    for a, b in zip(*scores, strict=True):
+        assert float(torch.corrcoef(torch.stack([a, b]))[0, 1]) > 0.97
 
 
 @pytest.mark.parametrize(
@@ -271,7 +285,7 @@ def test_every_parameter_of_gpt2_and_the_flat_projection(tmp_path: Path) -> None
     [
         ({"width": 0}, "width"),
         ({"seed": -1}, "seed"),
-        ({"projection": "round"}, "known: tensor, flat"),
+        ({"projection": "round"}, "known: tensor, flat, rapidgrad"),
         ({"loss": "max"}, "known: mean, sum"),
         ({"max_length": 4096}, "context of 128"),
         ({"include": ["nothing_like_it"]}, "no parameter's name fits"),
