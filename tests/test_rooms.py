@@ -1,0 +1,93 @@
+"""The arrows between the rooms point one way: from the command line down to the kernels."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import rapidin
+
+PACKAGE = Path(rapidin.__file__).parent
+
+# What each room may import of rapidin. `errors` and `layers` are open to all; a room may import itself.
+ALLOWED = {
+    "errors": set(),
+    "layers": set(),
+    "reference": set(),
+    "ops": {"reference", "_cpu"},
+    "examples": set(),
+    "model": set(),
+    "hooks": {"ops"},
+    "cache": set(),
+    "methods": set(),
+    "hits": set(),
+    "report": {"hits", "attributor"},
+    "attributor": {"cache", "examples", "hits", "hooks", "methods", "model", "ops"},
+    "demo": {"cli", "report", "examples", "model"},
+    "cli": {"attributor", "cache", "demo", "examples", "model", "report"},
+    "__main__": {"cli"},
+    "__init__": {"attributor", "cache", "model", "ops"},
+}
+# Rooms whose import must stay light: what they may import from outside the standard library, at the top.
+LIGHT = {
+    "errors": set(),
+    "layers": set(),
+    "examples": set(),
+    "hits": set(),
+    "cli": {"typer"},
+    "reference": {"torch"},
+}
+
+
+def room_of(path: Path) -> str:
+    first = path.relative_to(PACKAGE).parts[0]
+    return first.removesuffix(".py")
+
+
+def imports(tree: ast.AST) -> set[str]:
+    """Dotted names that a module imports, but for typing only."""
+    found: set[str] = set()
+    typing_only = {
+        inner
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+        for inner in ast.walk(node)
+    }
+    for node in ast.walk(tree):
+        if node in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+FILES = sorted(PACKAGE.rglob("*.py"))
+
+
+@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(PACKAGE)) for p in FILES])
+def test_no_arrow_points_the_wrong_way(path: Path) -> None:
+    room = room_of(path)
+    assert room in ALLOWED, f"a new room: say what it may import in {Path(__file__).name}"
+    rooms = {
+        name.split(".")[1] for name in imports(ast.parse(path.read_text())) if name.startswith("rapidin.")
+    }
+    rooms &= {*ALLOWED, "_cpu"}
+    assert rooms - {room, "errors", "layers"} <= ALLOWED[room]
+
+
+@pytest.mark.parametrize("room", LIGHT)
+def test_light_rooms_import_nothing_heavy_at_the_top(room: str) -> None:
+    code = f"import sys, rapidin.{room}; print(*{{m.split('.')[0] for m in sys.modules}})"
+    loaded = set(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
+    heavy = {"torch", "transformers", "peft", "datasets", "numpy", "safetensors", "typer"}
+    assert loaded & heavy <= LIGHT[room] | ({"numpy"} if room == "reference" else set())
