@@ -63,7 +63,10 @@ class _Source(Protocol):
     path: str | None
 
     def scan(self, limit: int | None) -> Iterator[Record]:
-        """All records in order, once, before `read` is called; at most `limit` of them."""
+        """All records in order, at most `limit` of them. This or `skim` comes before `read`, once."""
+
+    def skim(self, limit: int | None) -> int:
+        """Find where the records are and count them, without reading what they say."""
 
     def read(self, row: int) -> Record: ...
 
@@ -74,7 +77,7 @@ class _Source(Protocol):
 
 
 class _JsonLines:
-    """A jsonl file of any size: two integers are kept for each example, and records are read again when wanted."""
+    """A jsonl file of any size: two integers are kept for each example, records are read again when wanted."""
 
     def __init__(self, path: str) -> None:
         self.path: str | None = os.path.abspath(path)
@@ -87,6 +90,14 @@ class _JsonLines:
             raise UserError(f"cannot read the data file {path}: {error.strerror}") from error
 
     def scan(self, limit: int | None) -> Iterator[Record]:
+        for row, line in enumerate(self._find(limit)):
+            yield self._parse(line, row)
+
+    def skim(self, limit: int | None) -> int:
+        return sum(1 for _ in self._find(limit))
+
+    def _find(self, limit: int | None) -> Iterator[bytes]:
+        """Each line that is not blank, its place noted."""
         offset = 0
         for number, line in enumerate(self._file):
             if limit is not None and len(self._offsets) == limit:
@@ -95,11 +106,10 @@ class _JsonLines:
             if number == 0 and line.startswith(_UTF8_BOM):
                 line = line[len(_UTF8_BOM) :]
                 start += len(_UTF8_BOM)
-            if not line.strip():
-                continue
-            self._offsets.append(start)
-            self._lines.append(number)
-            yield self._parse(line, len(self._offsets) - 1)
+            if line.strip():
+                self._offsets.append(start)
+                self._lines.append(number)
+                yield line
 
     def read(self, row: int) -> Record:
         self._file.seek(self._offsets[row])
@@ -145,8 +155,10 @@ class _Rows:
         self._name = name
 
     def scan(self, limit: int | None) -> Iterator[Record]:
-        for row in range(len(self._rows) if limit is None else min(limit, len(self._rows))):
-            yield self.read(row)
+        return (self.read(row) for row in range(self.skim(limit)))
+
+    def skim(self, limit: int | None) -> int:
+        return len(self._rows) if limit is None else min(limit, len(self._rows))
 
     def read(self, row: int) -> Record:
         record = self._rows[row]
@@ -219,23 +231,36 @@ class Examples:
 
     path: absolute path of the file or folder, None for data in memory.
     form: "prompt" | "instruction" | "messages" | "text", the same for every record.
-    identity: sha256 (hex) over the canonical JSON of the records in order.
     """
 
-    def __init__(self, source: _Source, limit: int | None, generations: bool) -> None:
+    def __init__(self, source: _Source, limit: int | None, generations: bool, checked: bool) -> None:
         self._source = source
+        self._identity: str | None = None
         self.path = source.path
         self.form = ""
-        digest = hashlib.sha256()
-        self._length = 0
-        for row, record in enumerate(source.scan(limit)):
-            self.form = _check(record, self.form, generations, source.where(row))
-            canonical = json.dumps(record, sort_keys=True, separators=(",", ":"), default=str)
-            digest.update(canonical.encode("ascii") + b"\n")
-            self._length += 1
+        if checked:
+            self._length = 0
+            digest = hashlib.sha256()
+            for row, record in enumerate(source.scan(limit)):
+                self.form = _check(record, self.form, generations, source.where(row))
+                digest.update(_canonical(record))
+                self._length += 1
+            self._identity = digest.hexdigest()
+        else:
+            self._length = source.skim(limit)
         if not self._length:
             raise UserError(f"no examples in {self.path or 'the data'}", "at least one is needed")
-        self.identity = digest.hexdigest()
+        self.form = self.form or _check(source.read(0), "", generations, source.where(0))
+
+    @property
+    def identity(self) -> str:
+        """sha256 (hex) over the canonical JSON of the records in order."""
+        if self._identity is None:
+            digest = hashlib.sha256()
+            for record in self:
+                digest.update(_canonical(record))
+            self._identity = digest.hexdigest()
+        return self._identity
 
     def __len__(self) -> int:
         return self._length
@@ -249,23 +274,31 @@ class Examples:
         return (self._source.read(row) for row in range(self._length))
 
     def index(self, row: int) -> int:
-        """The row's line number in the file, from 0, blank lines counted; the row itself for other sources."""
+        """The row's line number in the file, from 0, blank lines counted; for other sources the row."""
         if not 0 <= row < self._length:
             raise IndexError(f"row {row} of {self._length} examples")
         return self._source.index(row)
 
 
-def open_examples(source: Any, *, limit: int | None = None, generations: bool = False) -> Examples:
+def open_examples(
+    source: Any, *, limit: int | None = None, generations: bool = False, checked: bool = True
+) -> Examples:
     """Open and check training examples, or with `generations` queries, whose completion may be missing.
 
     source: path of a .jsonl file or of a HF dataset saved to disk, a list of records (or of strings, each
-    standing for {"text": string}), or a HF dataset in memory. limit: only the first so many.
+    standing for {"text": string}), or a HF dataset in memory. limit: only the first so many. checked: read all
+    of it now; else only find where the examples are, which is quick for millions, and parse each when it is
+    asked for.
     Raises UserError, naming the place, for a broken line, a record of no known form or of another form than
     the first, and a field of the wrong type; and when there are no examples.
     """
     if limit is not None and limit < 1:
         raise UserError(f"a limit of {limit} examples leaves none", "give 1 or more")
-    return Examples(_open_source(source), limit, generations)
+    return Examples(_open_source(source), limit, generations, checked)
+
+
+def _canonical(record: Record) -> bytes:
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), default=str).encode("ascii") + b"\n"
 
 
 def form_of(record: Mapping[str, Any], *, generations: bool = False) -> str | None:
@@ -303,7 +336,8 @@ def _check_messages(messages: object, where: str) -> None:
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise UserError(
-                f"{where}: messages[{number}] is {_kind(message)}, expected an object with 'role' and 'content'"
+                f"{where}: messages[{number}] is {_kind(message)}, "
+                "expected an object with 'role' and 'content'"
             )
         for field in ("role", "content"):
             _check_text(message.get(field), f"'{field}' of messages[{number}]", where)
@@ -370,8 +404,8 @@ class Encoder:
     """Records to token ids.
 
     Prompt and completion are tokenised together where the tokenizer reports offsets (fast ones do): a token
-    counts when it reaches past the prompt's end. Other tokenizers take the two apart. What the tokenizer puts in
-    front of a text (BOS) is kept, what it would put behind it is not: with `eos`, its end-of-text token
+    counts when it reaches past the prompt's end. Other tokenizers take the two apart. What the tokenizer puts
+    in front of a text (BOS) is kept, what it would put behind it is not: with `eos`, its end-of-text token
     follows a completion and counts, unless the completion is empty or ends in it. In a chat, all that the
     template writes for the assistant's turns counts, end marks included; it adds its own special tokens.
     Examples of more than max_length tokens are cut at the end ("truncate") or have Status.TOO_LONG ("skip").
@@ -471,8 +505,8 @@ class Encoder:
             through = self._render(messages[: number + 1], generation=False)
             if not (text.startswith(through) and through.startswith(before)):
                 raise UserError(
-                    f"the chat template rewrites what it has written when a message is added (messages[{number}]),"
-                    " so the assistant's tokens cannot be told apart",
+                    "the chat template rewrites what it has written when a message is added "
+                    f"(messages[{number}]), so the assistant's tokens cannot be told apart",
                     "give the data as 'prompt' and 'completion', or the tokenizer a template that only adds",
                 )
             spans.append((len(before), len(through)))

@@ -325,7 +325,10 @@ def test_model_and_adapter_and_data_that_have_moved(
     refused(run(*question), "training data .* is not at /gone/train.jsonl", "--train-data", "--no-text")
     refused(run(*question, "--no-text"), "/gone/model")
     moved = ["--model", str(tmp_path / "model"), "--adapter", str(tmp_path / "adapter")]
-    refused(run(*question, *moved, "--train-data", write(tmp_path / "q.jsonl", ROWS[:2])), "is not the data")
+    refused(
+        run(*question, *moved, "--train-data", write(tmp_path / "q.jsonl", ROWS[:2])),
+        "q.jsonl has 2 examples",
+    )
     shown = run(*question, *moved, "--train-data", str(tmp_path / "train.jsonl"))
     bare = run(*question, *moved, "--no-text")
     assert shown.code == bare.code == 0
@@ -345,7 +348,7 @@ def test_a_training_file_that_has_grown_is_still_the_same(place: Place, tmp_path
     write(tmp_path / "data.jsonl", ROWS)
     assert run("query", out, "--prompt", "a", "--completion", "b").code == 0
     write(tmp_path / "data.jsonl", ROWS[1:])
-    refused(run("query", out, "--prompt", "a", "--completion", "b"), "is not the data that .* was made from")
+    refused(run("query", out, "--prompt", "a", "--completion", "b"), "data.jsonl' is not what was cached")
 
 
 # ----------------------------------------------------------------------------------------- bad input
@@ -511,7 +514,7 @@ def test_not_enough_disk_space(
 ) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(100, 90, 10))
-    refused(run(*cache_arguments(place, tmp_path / "out")), "needs .* GB more and .* has 0.00 GB free")
+    refused(run(*cache_arguments(place, tmp_path / "out")), "needs .* and .* has .* free")
 
 
 def test_no_such_cache(tmp_path: Path, run: Any) -> None:

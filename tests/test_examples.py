@@ -107,6 +107,20 @@ def test_identity_depends_on_the_records_and_their_order_only(tmp_path: Path) ->
     assert open_examples(swapped).identity == open_examples([{"prompt": "x", "completion": "y"}]).identity
 
 
+def test_unchecked_examples_are_parsed_when_they_are_asked_for(tmp_path: Path) -> None:
+    path = write(tmp_path / "data.jsonl", "", {"text": "a"}, "", '{"broken', {"text": "c"})
+    examples = open_examples(path, checked=False)
+    assert (len(examples), examples.form, examples[2], examples.index(2)) == (3, "text", {"text": "c"}, 4)
+    with pytest.raises(UserError, match="line 4: broken JSON"):
+        examples[1]
+    with pytest.raises(UserError, match="line 4: broken JSON"):
+        _ = examples.identity
+    assert len(open_examples(path, checked=False, limit=1)) == 1
+    assert open_examples(["a"] * 3, checked=False).identity == open_examples(["a"] * 3).identity
+    with pytest.raises(UserError, match="no examples"):
+        open_examples(write(tmp_path / "none.jsonl", "", " "), checked=False)
+
+
 def test_a_record_with_the_fields_of_two_forms() -> None:
     both = INSTRUCTION | TEXT  # as in Alpaca on the Hub
     assert open_examples([both]).form == "instruction"
