@@ -507,7 +507,11 @@ def _query(
     cache: CacheFolder,
     prompt: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="What the model was asked, as it stands.", show_default=False),
+        typer.Option(
+            metavar="TEXT",
+            help="What the model was asked, in the form it was trained on; for chats use --data with messages.",
+            show_default=False,
+        ),
     ] = None,
     completion: Annotated[
         str | None,

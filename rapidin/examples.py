@@ -77,7 +77,7 @@ class _Source(Protocol):
 
 
 class _JsonLines:
-    """A jsonl file of any size: two integers are kept for each example, records are read again when wanted."""
+    """A jsonl file of any size: two integers are kept for each example, records are read when wanted."""
 
     def __init__(self, path: str) -> None:
         self.path: str | None = os.path.abspath(path)
@@ -286,9 +286,9 @@ def open_examples(
     """Open and check training examples, or with `generations` queries, whose completion may be missing.
 
     source: path of a .jsonl file or of a HF dataset saved to disk, a list of records (or of strings, each
-    standing for {"text": string}), or a HF dataset in memory. limit: only the first so many. checked: read all
-    of it now; else only find where the examples are, which is quick for millions, and parse each when it is
-    asked for.
+    standing for {"text": string}), or a HF dataset in memory. limit: only the first so many. checked: read
+    all of it now; else only find where the examples are, which is quick for millions, and parse each when it
+    is asked for.
     Raises UserError, naming the place, for a broken line, a record of no known form or of another form than
     the first, and a field of the wrong type; and when there are no examples.
     """
