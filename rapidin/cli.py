@@ -509,7 +509,7 @@ def _query(
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="What the model was asked, in the form it was trained on; for chats use --data with messages.",
+            help="What the model was asked, in the form it was trained on. For chats use --data.",
             show_default=False,
         ),
     ] = None,
