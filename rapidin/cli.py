@@ -138,6 +138,9 @@ def cache_command(
                 f"{len(attributor.layers):,} blocks of {width:,}: {dim:,} numbers an example; gradients at "
                 f"{', '.join(f'{point:g}' for point in attributor.points)} on {loaded.device}"
             )
+        if examples.form == "messages":  # a template may refuse a chat: better now than after hours
+            with console.status("trying the chat template on all examples"):
+                attributor.encoder.check(examples)
         with report.CachingBar(console) as bar:
             try:
                 cache = attributor.cache(

@@ -279,6 +279,10 @@ class Examples:
             raise IndexError(f"row {row} of {self._length} examples")
         return self._source.index(row)
 
+    def where(self, row: int) -> str:
+        """The place of a row in words: file and line, from 1 as editors count."""
+        return self._source.where(row)
+
 
 def open_examples(
     source: Any, *, limit: int | None = None, generations: bool = False, checked: bool = True
@@ -434,6 +438,14 @@ class Encoder:
             return self._encode_messages(record["messages"])
         return self.encode_pair(self.prompt_text(record), self.completion_text(record) or "")
 
+    def check(self, examples: Examples) -> None:
+        """Encode every example once; UserError names the first that a chat template refuses."""
+        for row, record in enumerate(examples):
+            try:
+                self(record)
+            except UserError as error:
+                raise UserError(f"{examples.where(row)}: {error.what}", error.remedy) from error
+
     def encode_pair(self, prompt: str, completion: str) -> Encoded:
         text = prompt + completion
         if not text:
@@ -503,14 +515,26 @@ class Encoder:
                 continue
             before = self._render(messages[:number], generation=True)
             through = self._render(messages[: number + 1], generation=False)
-            if not (text.startswith(through) and through.startswith(before)):
+            end = self._turn_end(text, through, len(before), message["content"])
+            if end is None or not (text.startswith(before) and through.startswith(before)):
                 raise UserError(
                     "the chat template rewrites what it has written when a message is added "
                     f"(messages[{number}]), so the assistant's tokens cannot be told apart",
                     "give the data as 'prompt' and 'completion', or the tokenizer a template that only adds",
                 )
-            spans.append((len(before), len(through)))
+            spans.append((len(before), end))
         return spans
+
+    @staticmethod
+    def _turn_end(text: str, through: str, start: int, content: str) -> int | None:
+        """Where the turn that starts at `start` ends in the chat; `through`: the chat up to there."""
+        if text.startswith(through):
+            return len(through)
+        # Some templates write something before the last answer only (Qwen3: an empty thought). The answer
+        # itself and its end mark then still stand where the turn starts.
+        answer = content.strip()
+        turn = answer + through[through.rfind(answer) + len(answer) :]
+        return start + len(turn) if text.startswith(turn, start) else None
 
     def _render(self, messages: list[Record], *, generation: bool) -> str:
         if not self.tokenizer.chat_template:

@@ -432,6 +432,17 @@ def test_refused_data(place: Place, tmp_path: Path, run: Any, rows: list[Any], p
     assert not (tmp_path / "out").exists()
 
 
+def test_chats_for_a_model_without_a_template(place: Place, tmp_path: Path, run: Any) -> None:
+    saved = save_tiny(tmp_path, chat=False)
+    chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
+    data = write(tmp_path / "chats.jsonl", [None, chat])
+    ran = run("cache", str(saved.model), "--data", data, "--out", str(tmp_path / "out"))
+    refused(
+        ran, "chats.jsonl, line 2: the data holds chats .* no chat template; give the data as 'prompt' and"
+    )
+    assert not (tmp_path / "out").exists()
+
+
 def test_examples_that_are_too_long(place: Place, tmp_path: Path, run: Any) -> None:
     ran = run(*cache_arguments(place, tmp_path / "out"), "--too-long", "skip")
     assert ran.code == 0

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
 from rapidin.errors import UserError
-from rapidin.examples import Encoder, Status, alpaca_prompt, open_examples
+from rapidin.examples import Encoded, Encoder, Status, alpaca_prompt, open_examples
 
 PROMPT = {"prompt": "One, two,", "completion": " three."}
 INSTRUCTION = {"instruction": "Add.", "input": "1, 2", "output": "3"}
@@ -326,22 +326,23 @@ writing = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
 @settings(max_examples=150, deadline=None)
-@given(prompt=writing, completion=writing, bos=st.booleans())
-def test_target_tokens_give_the_completion_back(prompt: str, completion: str, bos: bool) -> None:
-    encode = ENCODERS[bos]
-    encoded = encode.encode_pair(prompt, completion)
-    chosen = [i for i, on in zip(encoded.ids, encoded.target, strict=True) if on]
-    if not completion:
-        assert not chosen
+@given(prompt=writing, completion=writing)
+def test_target_tokens_give_the_completion_back(prompt: str, completion: str) -> None:
+    plain, after_bos = (encode.encode_pair(prompt, completion) for encode in ENCODERS)
+    if not prompt + completion:
+        assert plain == after_bos == Encoded([], [], Status.EMPTY)
         return
-    text = encode.tokenizer.decode(chosen, clean_up_tokenization_spaces=False)
-    # Without BOS nothing predicts the very first token; and a token may reach over the edge.
-    first = encode.tokenizer.decode(encoded.ids[:1]) if not prompt and not bos else ""
-    assert (first + text).endswith(completion) or "\ufffd" in text
+    decode = ENCODERS[0].tokenizer.decode
+    chosen = [i for i, on in zip(after_bos.ids, after_bos.target, strict=True) if on]
+    text = decode(chosen, clean_up_tokenization_spaces=False)
+    assert bool(chosen) == bool(completion)
+    # A token may reach over the edge, and may then begin within a character.
+    assert text.endswith(completion) or "\ufffd" in text
     assert len(text) <= len(completion) + 10
-    whole = encode.tokenizer.decode(encoded.ids[bos:], clean_up_tokenization_spaces=False)
-    assert whole == prompt + completion
-    assert not encoded.target[0]
+    assert decode(after_bos.ids[1:], clean_up_tokenization_spaces=False) == prompt + completion
+    # Without BOS the rest is the same, and nothing predicts the first token.
+    assert plain.ids == after_bos.ids[1:]
+    assert plain.target == [False, *after_bos.target[2:]]
 
 
 ENCODERS = [encoder(eos=False, bos=bos, max_length=10_000) for bos in (False, True)]
@@ -400,6 +401,33 @@ def test_bos_is_not_doubled() -> None:
     ):
         assert ids[0] == 0
         assert ids.count(0) == 1
+
+
+def test_a_template_that_writes_before_the_last_answer_only() -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    thought = "{% if loop.last and message['role'] == 'assistant' %}<think></think>{% endif %}"
+    tokenizer.chat_template = tokenizer.chat_template.replace("{{ message['c", thought + "{{ message['c")
+    encode = Encoder(tokenizer, max_length=128)
+    assert counted(encode, MESSAGES) == "Hello.</s>\n<think></think>Three.</s>\n"
+    same = [message | {"content": "Yes."} for message in MESSAGES["messages"]]
+    assert counted(encode, {"messages": same}) == "Yes.</s>\n<think></think>Yes.</s>\n"
+    padded = [message | {"content": message["content"] + " \n"} for message in MESSAGES["messages"]]
+    tokenizer.chat_template = tokenizer.chat_template.replace("['content']", "['content'] | trim")
+    assert counted(encode, {"messages": padded}) == "Hello.</s>\n<think></think>Three.</s>\n"
+
+
+def test_check_names_the_chat_that_the_template_refuses(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer(chat=True)
+    tokenizer.chat_template += (
+        "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    )
+    encode = Encoder(tokenizer, max_length=128)
+    wrong = {"messages": MESSAGES["messages"][1:]}
+    encode.check(open_examples([MESSAGES, MESSAGES]))
+    with pytest.raises(
+        UserError, match=r"line 3: the chat template refuses a chat with the roles .*user first"
+    ):
+        encode.check(open_examples(write(tmp_path / "chats.jsonl", MESSAGES, "", wrong)))
 
 
 def test_refused_chats() -> None:
