@@ -74,6 +74,8 @@ def test_several_python_threads_may_call_at_once():
 @pytest.mark.skipif(not hasattr(__import__("os"), "fork"), reason="no fork here")
 def test_a_forked_child_has_threads_of_its_own():
     code = (
+        # the package that is tested, not a checkout that happens to be the working folder
+        f"import sys; sys.path.insert(0, {str(Path(_cpu.__file__).parents[1])!r})\n"
         "import os, torch; from rapidin import ops; torch.set_num_threads(2); x = torch.ones(500, 600);"
         "ops.topk_scan(x, x[:2], 3); pid = os.fork();\n"
         "if pid == 0: ops.topk_scan(x, x[:2], 3); os._exit(0)\n"
