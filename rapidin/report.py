@@ -218,7 +218,10 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
     """What `Cache.info()` says, in a few lines."""
     model, sketch, gradient = info["model"]["source"], info["sketch"], info["gradient"]
     data, text = info["data"], info["text"]
-    at = ", ".join(f"{point:g}" for point in gradient["at"])
+    points = " and ".join(f"{point:g}" for point in gradient["at"])
+    where = f"at {points} of the way from the base (0) to the tuned model (1)"
+    if gradient["at"] == [1.0]:
+        where = "at the model itself"
     progress = "all examples are there"
     if not info["complete"]:
         progress = (
@@ -232,10 +235,7 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         ("base", model.get("base")),
         ("data", f"{data.get('path') or 'in memory'} ({data.get('form')} form)" if data else None),
         ("examples", counts_text(info["counts"])),
-        (
-            "gradients",
-            f"taken at {at} of the way from the base (0) to the tuned model (1), {gradient['loss']} loss",
-        ),
+        ("gradients", f"taken {where}, {gradient['loss']} loss over the tokens"),
         ("included", ", ".join(gradient["include"])),
         ("excluded", ", ".join(gradient["exclude"])),
         (

@@ -130,6 +130,8 @@ def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
     ):
         assert words in text
 
+    assert "taken at the model itself" in " ".join(run("info", place.plain_cache).out.split())
+
     ran = run("verify", out)
     assert (ran.code, ran.err) == (0, "")
     assert "every byte is as it was written (15 examples" in ran.out
