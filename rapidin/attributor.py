@@ -26,7 +26,7 @@ from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 
 PROJECTIONS = get_args(Projection)
 HASH = "lowbias32-1"  # the definition of bins and signs in docs/sketch.md
-SHARD_BYTES = 32 << 20  # a killed run loses at most this much, and a file this large is read at full speed
+SHARD_BYTES = 16 << 20  # a killed run loses at most this much, and a file this large is read at full speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,7 +239,7 @@ class Attributor:
         """Sketch every example's gradient into the cache at `path`, going on where an earlier run stopped.
 
         examples: anything `rapidin.examples.open_examples` takes. limit: the first so many. shard_rows: rows
-        of a shard, by default what fills 32 MiB. Raises UserError where the data, the folder or the disk
+        of a shard, by default what fills 16 MiB. Raises UserError where the data, the folder or the disk
         will not do.
         """
         if dtype not in ("float16", "float32"):
@@ -249,7 +249,7 @@ class Attributor:
         elif limit is not None:
             raise TypeError("examples that are open already have their own limit")
         manifest = self._manifest(examples, dtype, len(examples), 1)
-        manifest.shard_rows = shard_rows or min(8192, max(64, SHARD_BYTES // manifest.row_bytes))
+        manifest.shard_rows = shard_rows or min(8192, max(32, SHARD_BYTES // manifest.row_bytes))
         if manifest.shard_rows < 1:
             raise UserError(f"--shard-rows {shard_rows} is less than 1")
         with CacheWriter(path, manifest) as writer:
@@ -496,7 +496,7 @@ def _training_data(cache: Cache, examples: Any) -> Examples | None:
         raise UserError(
             f"the training data is no longer at '{path}'", "name it with --train-data, or say --no-text"
         )
-    return open_examples(path)
+    return open_examples(path, limit=cache.manifest.rows, checked=False)
 
 
 def _by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:

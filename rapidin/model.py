@@ -228,7 +228,8 @@ def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str) -> A
     except (
         Exception
     ) as error:  # transformers raises many kinds; each means that the name or folder is no usable model
-        raise UserError(f"cannot load the {what} '{name}': {_first_line(error)}") from error
+        where = "" if Path(name).exists() else ", which is no folder here and cannot be had by that name"
+        raise UserError(f"cannot load the {what} '{name}'{where}: {_first_line(error)}") from error
 
 
 def _check_folder(name: str, what: str) -> None:

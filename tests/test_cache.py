@@ -122,7 +122,11 @@ def test_an_altered_shard_is_named_by_verify(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"model": {"source": {}, "identity": {"model": "9"}}}, "for another model"),
+        ({"model": {"source": {}, "identity": {"model": "9"}}}, "with another model: its contents"),
+        (
+            {"model": {"source": {}, "identity": {"model": "1", "adapter": "2"}}},
+            "without an adapter, and one is",
+        ),
         ({"sketch": {"width": 8, "seed": 1}}, "another sketch (seed: 0 there, 1 here)"),
         ({"gradient": {"at": [1.0]}}, "other gradients"),
         ({"data": {"path": "train.jsonl", "identity": "3"}}, "from other data"),
@@ -165,7 +169,7 @@ def test_two_writers_are_refused_and_a_dead_one_is_not_in_the_way(tmp_path: Path
 def test_a_small_disk_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage)
-    with pytest.raises(UserError, match="GB free"):
+    with pytest.raises(UserError, match="MB free"):
         CacheWriter(tmp_path, manifest())
 
 

@@ -202,7 +202,7 @@ class CacheWriter:
         free = shutil.disk_usage(self.folder).free
         if needed > free:
             raise UserError(
-                f"the cache needs {needed / 1e9:.2f} GB and '{self.folder}' has {free / 1e9:.2f} GB free",
+                f"the cache needs {needed / 1e6:,.1f} MB and '{self.folder}' has {free / 1e6:,.1f} MB free",
                 "name a folder on a larger disk, or lower --width",
             )
         self.manifest.write(self.folder)

@@ -109,7 +109,9 @@ class Manifest:
             if mine[key] == theirs[key]:
                 continue
             detail = ""
-            if isinstance(mine[key], dict):
+            if key == "model":
+                words = _other_model(mine[key], theirs[key])
+            elif isinstance(mine[key], dict):
                 part = next(k for k in {**mine[key], **theirs[key]} if mine[key].get(k) != theirs[key].get(k))
                 detail = (
                     f" ({part}: {_short(mine[key].get(part))} there, {_short(theirs[key].get(part))} here)"
@@ -204,6 +206,19 @@ class Manifest:
                 raise ValueError(f"the shard {_short(shard.file)} has the wrong number of rows")
             next_first = shard.first + shard.rows
         return manifest
+
+
+def _other_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    for part, words in (("adapter", "an adapter"), ("base", "a base model")):
+        # First what is missing: with an adapter the model's own parameters have other names, and so another hash.
+        if (there.get(part) is None) != (here.get(part) is None):
+            return (
+                f"with {words}, and none is given" if part in there else f"without {words}, and one is given"
+            )
+    differs = next(
+        (part for part in ("model", "adapter", "base") if there.get(part) != here.get(part)), "tokenizer"
+    )
+    return f"with another {'base model' if differs == 'base' else differs}: its contents are not the same"
 
 
 def shard_name(n: int) -> str:
