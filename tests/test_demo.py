@@ -2,6 +2,9 @@
 
 import io
 import json
+import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -56,8 +59,6 @@ def test_only_planted_rows_have_trigger_and_absurd_answer(data: DemoData) -> Non
 
 
 def test_answers_are_facts() -> None:
-    import random
-
     rows = {
         row["instruction"]: row["output"] for family in families(random.Random(0)) for row in family.rows()
     }
@@ -130,11 +131,12 @@ def test_folder_in_use(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_full_demo(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_full_demo(tmp_path: Path) -> None:
     """The whole of it, a minute of work; `pytest -k "not full_demo"` leaves it out."""
-    assert demo.run(tmp_path / "demo") == 0
-    said = capsys.readouterr().out
-    assert "rapidin cache model --adapter adapter" in said
+    command = [sys.executable, "-m", "rapidin", "demo", "--out", str(tmp_path / "demo")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "rapidin cache model --adapter adapter" in done.stdout
     found = json.loads((tmp_path / "demo" / "hits.json").read_text())["queries"][0]
     assert found["generated"]
     assert is_absurd(found["completion"])

@@ -215,10 +215,9 @@ def _other_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
             return (
                 f"with {words}, and none is given" if part in there else f"without {words}, and one is given"
             )
-    differs = next(
-        (part for part in ("model", "adapter", "base") if there.get(part) != here.get(part)), "tokenizer"
-    )
-    return f"with another {'base model' if differs == 'base' else differs}: its contents are not the same"
+    parts = {"model": "model", "adapter": "adapter", "base": "base model"}
+    differs = next((words for part, words in parts.items() if there.get(part) != here.get(part)), "tokenizer")
+    return f"with another {differs}: its contents are not the same"
 
 
 def shard_name(n: int) -> str:
