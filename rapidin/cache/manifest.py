@@ -209,12 +209,12 @@ class Manifest:
 
 
 def _other_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    # First what is missing: with an adapter the model's own parameters have other names, and so another hash.
     for part, words in (("adapter", "an adapter"), ("base", "a base model")):
-        # First what is missing: with an adapter the model's own parameters have other names, and so another hash.
-        if (there.get(part) is None) != (here.get(part) is None):
-            return (
-                f"with {words}, and none is given" if part in there else f"without {words}, and one is given"
-            )
+        if part in there and part not in here:
+            return f"with {words}, and none is given"
+        if part in here and part not in there:
+            return f"without {words}, and one is given"
     parts = {"model": "model", "adapter": "adapter", "base": "base model"}
     differs = next((words for part, words in parts.items() if there.get(part) != here.get(part)), "tokenizer")
     return f"with another {differs}: its contents are not the same"
