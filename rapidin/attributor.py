@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -254,8 +254,8 @@ class Attributor:
             raise UserError(f"--shard-rows {shard_rows} is less than 1")
         with CacheWriter(path, manifest) as writer:
             meter = _Meter(on_progress, writer.manifest)
-            for warning in self._warnings():
-                meter.tell(warning)
+            if self.sketcher.one_by_one:
+                meter.tell(self._one_by_one())
             for n in writer.missing:
                 first = n * manifest.shard_rows
                 wanted = range(first, first + manifest.rows_of(n))
@@ -263,10 +263,11 @@ class Attributor:
                 writer.write(n, rows, counts)
         return Cache(path)
 
-    def _warnings(self) -> Iterator[str]:
-        if self.sketcher.one_by_one:
-            names = self.sketcher.single_names
-            yield f"examples go one at a time: no batched way for {len(names)} parameters, as '{names[0]}'"
+    def _one_by_one(self) -> str:
+        names = self.sketcher.single_names
+        if not names:
+            return "examples go one at a time: a layer mixes those of a batch"
+        return f"examples go one at a time: no batched way for {len(names)} parameters, as '{names[0]}'"
 
     def _shard(
         self, examples: Examples, wanted: range, dtype: str, meter: _Meter
@@ -293,6 +294,7 @@ class Attributor:
         status = torch.tensor([int(e.status) for e in encoded], dtype=torch.uint8)
         out = torch.zeros(len(encoded), len(self.layers), self.width)
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
+        told = self.sketcher.one_by_one
         if meter:
             meter.add(len(encoded) - len(good), 0, skipped=len(encoded) - len(good))
         for number, point in enumerate(self.points):
@@ -308,6 +310,9 @@ class Attributor:
                     try:
                         sketch, _ = self.sketcher(batch)
                     except NotBatchedError:
+                        if meter and not told:
+                            meter.tell(self._one_by_one())
+                        told = True
                         queue.extend([n] for n in reversed(chosen))
                         continue
                     sketch = sketch.cpu()

@@ -135,7 +135,8 @@ def cache_command(
         if console.is_terminal:
             dim = sum(layer.width for layer in attributor.layers)
             console.print(
-                f"{len(attributor.layers):,} blocks of {width:,}: {dim:,} numbers an example; gradients at "
+                f"{len(attributor.layers):,} blocks of {width:,}: {dim:,} numbers an example; "
+                f"{attributor.coverage:.2%} of the model's parameters count; gradients at "
                 f"{', '.join(f'{point:g}' for point in attributor.points)} on {loaded.device}"
             )
         if examples.form == "messages":  # a template may refuse a chat: better now than after hours

@@ -309,3 +309,24 @@ def test_queries_that_do_not_fit(attributor: Attributor, cache: Cache) -> None:
         with pytest.raises(UserError) as error:
             call()
         assert words in str(error.value)
+
+
+def test_a_layer_that_mixes_examples_is_told_once_and_changes_nothing(tmp_path: Path) -> None:
+    model = tiny_llama()
+    plain = Attributor(model, tiny_tokenizer(), width=32).cache(records(12), tmp_path / "plain")
+    inner = model.model.layers[1].mlp.forward
+
+    def by_tokens(
+        x: torch.Tensor,
+    ) -> torch.Tensor:  # as a routed expert sees them: some tokens, no batch axis
+        chosen = x.flatten(0, 1)
+        return torch.cat([inner(chosen[:1]), inner(chosen[1:])]).view(x.shape)
+
+    model.model.layers[1].mlp.forward = by_tokens
+    attributor = Attributor(model, tiny_tokenizer(), width=32)
+    seen: list[Progress] = []
+    mixed = attributor.cache(records(12), tmp_path / "mixed", on_progress=seen.append)
+    assert [p.message for p in seen if p.message] == [
+        "examples go one at a time: a layer mixes those of a batch"
+    ]
+    torch.testing.assert_close(mixed.sketches(), plain.sketches(), atol=2e-3, rtol=0)
