@@ -1,4 +1,4 @@
-# make test    all checks on the installed package, after all set-up
+# make test    all checks, after all set-up
 # make demo    a planted poison found, start to end
 # Set-up makes .venv (PYTHON=... picks the interpreter, 3.10 or newer) and is skipped while nothing has changed.
 
@@ -6,8 +6,8 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; 
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null && echo $$p && break; done)
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
-# The wheel is built with the pinned tools of .venv; files of an earlier build must not slip into it.
-SOURCES := $(shell find csrc rapidin -name '*.py' -o -name '*.pyi' -o -name '*.h' -o -name '*.cpp' -o -name '*.json*')
+# Installed in place: Python started in this folder finds the checkout first, so that is where the extension must be.
+SOURCES := $(shell find csrc -type f)
 
 .PHONY: test demo clean
 
@@ -21,7 +21,7 @@ demo: .venv/installed
 	$(BIN)/rapidin demo
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info rapidin/_cpu*.so
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -35,9 +35,8 @@ clean:
 	$(PIP) $$($(BIN)/python -c "$$LIST_DEPENDENCIES")
 	touch $@
 
-.venv/installed: .venv/dependencies setup.py MANIFEST.in README.md LICENSE $(SOURCES)
-	rm -rf build/lib* build/bdist*
-	$(PIP) --no-build-isolation --no-deps --force-reinstall .
+.venv/installed: .venv/dependencies setup.py $(SOURCES)
+	$(PIP) --no-build-isolation --no-deps --force-reinstall --editable .
 	touch $@
 
 define LIST_DEPENDENCIES

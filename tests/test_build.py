@@ -1,8 +1,10 @@
 """The extension knows nothing of torch, and no unit lends code for one instruction set to another."""
 
+import shutil
 import subprocess
 import sys
 import threading
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -31,12 +33,37 @@ def test_the_build_needs_no_torch():
     assert "torch" not in requires
 
 
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A copy of the checkout in which a wheel was built, as `pip wheel .` does it."""
+    copy = tmp_path_factory.mktemp("wheel") / "rapidin"
+    left_out = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "__pycache__")
+    shutil.copytree(ROOT, copy, ignore=left_out)
+    options = ["--no-build-isolation", "--no-deps", "--quiet", "--wheel-dir", copy / "wheels"]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, copy], check=True)
+    return copy
+
+
+def test_the_wheel_holds_every_file_of_the_package(built):
+    (wheel,) = (built / "wheels").glob("rapidin-*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        inside = set(archive.namelist())
+    wanted = {
+        str(path.relative_to(built))
+        for path in (built / "rapidin").rglob("*")
+        if path.is_file() and path.suffix != ".so" and "__pycache__" not in path.parts
+    }
+    assert wanted - inside == set()
+    assert any(name.startswith("rapidin/_cpu.") and name.endswith((".so", ".pyd")) for name in inside)
+    assert any(name.endswith("licenses/LICENSE") for name in inside)
+    assert not any(name.startswith(("tests/", "bench/", "csrc/")) for name in inside)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF symbols with nm")
-def test_units_share_no_symbols():
+def test_units_share_no_symbols(built):
     """A weak symbol of the AVX2 unit could be the one that the portable code is linked with."""
-    units = list((ROOT / "build").glob("temp*/csrc/cpu/isa_*.o"))
-    if not units:
-        pytest.skip("no build folder here")
+    units = list((built / "build").glob("temp*/csrc/cpu/isa_*.o"))
+    assert units
     for unit in units:
         listed = subprocess.run(
             ["nm", "-C", "--defined-only", unit], check=True, capture_output=True, text=True

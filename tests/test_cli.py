@@ -629,9 +629,14 @@ def test_stopped_while_caching_goes_on(
         os.kill(os.getpid(), number)
 
     out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        patch.setattr(CacheWriter, "write", write_and_stop)
-        ran = run(*cache_arguments(place, out))
+    # Started in the background, the tests inherit a Ctrl-C that is ignored; here it is not.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(CacheWriter, "write", write_and_stop)
+            ran = run(*cache_arguments(place, out))
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert (ran.code, ran.out) == (code, "")
     assert (
         ran.err == f"rapidin: stopped with 6 of 15 examples in {out}; the same command goes on from there\n"
