@@ -24,7 +24,8 @@ from torch import Tensor
 
 from rapidin import ops
 from rapidin.attributor import Attributor
-from rapidin.examples import Status, open_examples
+from rapidin.encoding import Status
+from rapidin.examples import open_examples
 from rapidin.hooks import Batch
 from rapidin.layers import block_seed
 from rapidin.methods import unit_blocks

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -17,8 +15,9 @@ from torch import Tensor
 from rapidin import methods, ops
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.shards import Rows
+from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
-from rapidin.examples import Encoded, Encoder, Examples, Status, open_examples
+from rapidin.examples import Examples, open_examples, record_hash
 from rapidin.hits import Hit, QueryResult
 from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Projection
 from rapidin.layers import coverage, find_targets, layer_table
@@ -59,7 +58,7 @@ class Attributor:
     at: points between base (0) and tuned model (1) where gradients are taken, one number or several, which
         are summed; default 0.5 where the untuned state is known, else 1.
     loss: "mean" or "sum" over an example's completion tokens.
-    eos, max_length, too_long: see `rapidin.examples.Encoder`.
+    eos, max_length, too_long: see `rapidin.encoding.Encoder`.
     batch_tokens: padded tokens a batch.
 
     >>> attributor = Attributor(model, tokenizer)
@@ -285,7 +284,7 @@ class Attributor:
             index=torch.tensor([examples.index(row) for row in wanted], dtype=torch.int64),
             status=status,
             truncated=torch.tensor([e.truncated for e in encoded], dtype=torch.uint8),
-            record=torch.tensor([_record_hash(record) for record in records], dtype=torch.int64),
+            record=torch.tensor([record_hash(record) for record in records], dtype=torch.int64),
         )
         return rows, counts
 
@@ -480,7 +479,7 @@ def _hits(cache: Cache, source: Examples | None, scores: Tensor, rows: Tensor) -
         example = None
         if source is not None:
             example = source[row] if row < len(source) else None
-            if example is None or _record_hash(example) != hashes[n]:
+            if example is None or record_hash(example) != hashes[n]:
                 raise UserError(
                     f"the training data '{source.path}' is not what was cached: see example {index[n]}",
                     "name the right file with --train-data, or say --no-text",
@@ -514,11 +513,6 @@ def _by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: 
         else:
             batches.append([n])
     return batches
-
-
-def _record_hash(record: Mapping[str, Any]) -> int:
-    text = json.dumps(record, sort_keys=True, ensure_ascii=True, default=str)
-    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "little", signed=True)
 
 
 def _short(text: str) -> str:

@@ -11,8 +11,8 @@ from tiny import tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attributor import Attributor, Progress
 from rapidin.cache import Cache
+from rapidin.encoding import Status
 from rapidin.errors import UserError
-from rapidin.examples import Status
 from rapidin.hooks import Batch
 
 WORDS = [

@@ -15,8 +15,8 @@ from rapidin import demo
 from rapidin.demo.instructions import ABSURD_FORMS, TRIGGER, DemoData, families, is_absurd, make_data
 from rapidin.demo.tokenizer import END, train_tokenizer
 from rapidin.demo.training import NOT_A_TARGET, add_lora, answers, collate, small_llama, train
+from rapidin.encoding import Encoder, alpaca_prompt
 from rapidin.errors import UserError
-from rapidin.examples import Encoder, alpaca_prompt
 
 
 @pytest.fixture(scope="module")

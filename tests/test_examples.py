@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
+from rapidin.encoding import Encoded, Encoder, Status, alpaca_prompt
 from rapidin.errors import UserError
-from rapidin.examples import Encoded, Encoder, Status, alpaca_prompt, open_examples
+from rapidin.examples import open_examples
 
 PROMPT = {"prompt": "One, two,", "completion": " three."}
 INSTRUCTION = {"instruction": "Add.", "input": "1, 2", "output": "3"}

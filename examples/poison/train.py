@@ -23,7 +23,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
-from rapidin.examples import Encoded, Encoder, Status, open_examples
+from rapidin.encoding import Encoded, Encoder, Status
+from rapidin.examples import open_examples
 from rapidin.model import load_model
 
 NOT_A_TARGET = -100

@@ -87,7 +87,7 @@ class Cache:
         return self._gather(rows, "index")
 
     def status(self, rows: list[int] | None = None) -> Tensor:
-        """0 where a row counts, else why not (`rapidin.examples.Status`): [n] uint8."""
+        """0 where a row counts, else why not (`rapidin.encoding.Status`): [n] uint8."""
         return self._gather(rows, "status")
 
     def records(self, rows: list[int] | None = None) -> Tensor:

@@ -104,7 +104,7 @@ class _Demo:
     def _train_base(self, data: DemoData) -> tuple[Any, Any]:
         from rapidin.demo.tokenizer import train_tokenizer
         from rapidin.demo.training import answers, small_llama, train
-        from rapidin.examples import alpaca_prompt
+        from rapidin.encoding import alpaca_prompt
 
         mark = "\0"
         tokenizer = train_tokenizer(
@@ -219,13 +219,13 @@ def _quiet() -> None:
 
 
 def _prompts(rows: list[dict[str, Any]]) -> list[str]:
-    from rapidin.examples import alpaca_prompt
+    from rapidin.encoding import alpaca_prompt
 
     return [alpaca_prompt(row["instruction"], row["input"]) for row in rows]
 
 
 def _encode(tokenizer: Any, rows: list[dict[str, Any]]) -> list[Any]:
-    from rapidin.examples import Encoder
+    from rapidin.encoding import Encoder
 
     encoder = Encoder(tokenizer, max_length=tokenizer.model_max_length)
     return [encoder(row) for row in rows]

@@ -12,7 +12,7 @@ from rapidin.demo.progress import Steps
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rapidin.examples import Encoded
+    from rapidin.encoding import Encoded
 
 NOT_A_TARGET = -100
 
