@@ -1,7 +1,7 @@
 """rapidin: find the training examples behind what a language model said.
 
 The flow, and the room of each step: data (`examples`), hooks (`model`, `layers`, `hooks`), sketch (`ops`),
-cache (`cache`), query and scan (`attributor`, `methods`), report (`hits`, `report`). Public names are
+cache (`cache`), query and scan (`methods`, `scan`, `attributor`), report (`hits`, `report`). Public names are
 imported when they are first used, so ``import rapidin`` is quick.
 """
 

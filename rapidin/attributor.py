@@ -12,16 +12,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from rapidin import methods, ops
+from rapidin import methods
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.shards import Rows
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
 from rapidin.examples import Examples, open_examples, record_hash
-from rapidin.hits import Hit, QueryResult
+from rapidin.hits import QueryResult
 from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Projection
 from rapidin.layers import coverage, find_targets, layer_table
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
+from rapidin.scan import hits_of, scan_cache, training_data
 
 PROJECTIONS = get_args(Projection)
 HASH = "lowbias32-1"  # the definition of bins and signs in docs/sketch.md
@@ -398,12 +399,12 @@ class Attributor:
             raise UserError(f"the gradient of the generation for '{_short(bad.prompt)}' holds NaN or Inf")
         prepared = methods.prepare(sketch, method=method, normalize=normalize)
         clock.lap("sketch")
-        top, bottom = _scan(cache, prepared, top_k)
+        top, bottom = scan_cache(cache, prepared, top_k)
         clock.lap("scan")
-        source = _training_data(cache, examples)
+        source = training_data(cache, examples)
         results = []
         for n, text in enumerate(texts):
-            best, worst = (_hits(cache, source, scores[n], rows[n]) for scores, rows in (top, bottom))
+            best, worst = (hits_of(cache, source, scores[n], rows[n]) for scores, rows in (top, bottom))
             results.append(
                 QueryResult(
                     text.prompt, text.completion, text.generated, best, worst, normalize, clock.seconds
@@ -431,76 +432,6 @@ class _Generation:
     completion: str
     generated: bool
     encoded: Encoded
-
-
-Ends = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
-
-
-def _scan(cache: Cache, query: methods.ScanQuery, top_k: int) -> Ends:
-    """((scores, rows) of the top, (scores, rows) of the bottom), each [Q, k], over all shards."""
-    offsets = [block.start for block in cache.layers] + [cache.manifest.dim]
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for first, rows in cache.shards():
-        scales = query.scales(rows.length)
-        found = ops.topk_scan_both_ends(
-            rows.sketch,
-            query.vectors,
-            top_k,
-            scales=scales,
-            offsets=None if scales is None else offsets,
-            valid=rows.status == 0,
-        )
-        shift = [torch.where(i >= 0, i + first, i) for i in (found[1], found[3])]
-        parts.append((found[0], shift[0], found[2], shift[1]))
-    if not parts:
-        raise UserError(
-            f"the cache in '{cache.path}' holds no examples yet", "run the same 'rapidin cache' again"
-        )
-    joined = [torch.cat(column, dim=1) for column in zip(*parts, strict=True)]
-    return _best(joined[0], joined[1], top_k, True), _best(joined[2], joined[3], top_k, False)
-
-
-def _best(scores: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    # Shards come in row order and a stable sort keeps it among equal scores; places without a row sort last.
-    empty = float("-inf") if largest else float("inf")
-    keys = torch.where(rows >= 0, scores, empty)
-    order = torch.sort(keys, dim=1, descending=largest, stable=True).indices[:, :k]
-    return scores.gather(1, order), rows.gather(1, order)
-
-
-def _hits(cache: Cache, source: Examples | None, scores: Tensor, rows: Tensor) -> list[Hit]:
-    found = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row >= 0]
-    if not found:
-        return []
-    where = [row for _, row in found]
-    index, hashes = cache.index(where).tolist(), cache.records(where).tolist()
-    hits = []
-    for n, (score, row) in enumerate(found):
-        example = None
-        if source is not None:
-            example = source[row] if row < len(source) else None
-            if example is None or record_hash(example) != hashes[n]:
-                raise UserError(
-                    f"the training data '{source.path}' is not what was cached: see example {index[n]}",
-                    "name the right file with --train-data, or say --no-text",
-                )
-        hits.append(Hit(n + 1, index[n], row, score, example))
-    return hits
-
-
-def _training_data(cache: Cache, examples: Any) -> Examples | None:
-    if examples is False:
-        return None
-    if examples is not None:
-        return examples if isinstance(examples, Examples) else open_examples(examples)
-    path = cache.manifest.data.get("path")
-    if path is None:
-        return None
-    if not Path(path).exists():
-        raise UserError(
-            f"the training data is no longer at '{path}'", "name it with --train-data, or say --no-text"
-        )
-    return open_examples(path, limit=cache.manifest.rows, checked=False)
 
 
 def _by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:

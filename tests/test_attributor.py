@@ -330,3 +330,19 @@ def test_a_layer_that_mixes_examples_is_told_once_and_changes_nothing(tmp_path: 
         "examples go one at a time: a layer mixes those of a batch"
     ]
     torch.testing.assert_close(mixed.sketches(), plain.sketches(), atol=2e-3, rtol=0)
+
+
+def test_hits_of_a_cache_with_a_gap_are_the_right_examples(attributor: Attributor, tmp_path: Path) -> None:
+    rows = records()
+    attributor.cache(rows, tmp_path, shard_rows=7)
+    (tmp_path / "shard-000001.safetensors").unlink()
+
+    def stop(progress: Progress) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        attributor.cache(rows, tmp_path, shard_rows=7, on_progress=stop)
+    results = attributor.query(tmp_path, [rows[3], rows[20]], top_k=30, examples=rows)
+    assert [r.top[0].index for r in results] == [3, 20]
+    assert all(hit.example == rows[hit.index] for r in results for hit in r.top)
+    assert {hit.index for hit in results[0].top} == {*range(7), *range(14, 30)}

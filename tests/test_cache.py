@@ -110,6 +110,20 @@ def test_a_lost_or_short_shard_is_named_and_made_anew(tmp_path: Path) -> None:
         assert contents(tmp_path) == before
 
 
+def test_rows_keep_their_numbers_where_a_shard_is_yet_to_be_made_anew(tmp_path: Path) -> None:
+    fill(tmp_path)
+    whole = Cache(tmp_path).sketches()
+    (tmp_path / "shard-000001.safetensors").unlink()
+    fill(tmp_path, 0)  # a run that was killed before it wrote anything
+    cache = Cache(tmp_path)
+    assert (len(cache), cache.manifest.complete) == (6, False)
+    assert torch.equal(cache.sketches([3, 9]), whole[[3, 9]])
+    assert [first for first, _ in cache.shards()] == [0, 8]
+    for row in (4, 7, 10, -1):
+        with pytest.raises(IndexError):
+            cache.sketches([row])
+
+
 def test_an_altered_shard_is_named_by_verify(tmp_path: Path) -> None:
     fill(tmp_path)
     path = tmp_path / "shard-000002.safetensors"

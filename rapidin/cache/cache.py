@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -51,28 +52,33 @@ class Cache:
         return self.manifest.layers
 
     def shards(self) -> Iterator[tuple[int, Rows]]:
-        """(first row, rows) of each shard, as views of the memory map."""
-        first = 0
+        """(first row, rows) of each finished shard, as views of the memory map.
+
+        Rows are counted through the whole data: an unfinished cache may have gaps.
+        """
         for n, shard in enumerate(self.manifest.shards):
             if n not in self._rows:
                 self._rows[n] = read_shard(self.path, shard, self.manifest)
-            yield first, self._rows[n]
-            first += shard.rows
+            yield shard.first, self._rows[n]
 
     def _gather(self, rows: list[int] | None, field: str) -> Tensor:
-        parts = [getattr(part, field) for _, part in self.shards()]
+        starts, parts = [], []
+        for first, part in self.shards():
+            starts.append(first)
+            parts.append(getattr(part, field))
         if not parts:
             raise UserError(
                 f"the cache in '{self.path}' holds no examples yet", "run the same 'rapidin cache' again"
             )
         if rows is None:
             return torch.cat(parts)
-        outside = [row for row in rows if not 0 <= row < len(self)]
-        if outside:
-            raise IndexError(f"row {outside[0]} of a cache of {len(self)}")
-        starts = [first for first, _ in self.shards()]
-        where = torch.bucketize(torch.tensor(rows, dtype=torch.int64), torch.tensor(starts), right=True) - 1
-        return torch.stack([parts[int(w)][row - starts[int(w)]] for w, row in zip(where, rows, strict=True)])
+        found = []
+        for row in rows:
+            n = bisect_right(starts, row) - 1
+            if n < 0 or row - starts[n] >= len(parts[n]):
+                raise IndexError(f"row {row} is not in the cache ({len(self)} of {self.manifest.rows} are)")
+            found.append(parts[n][row - starts[n]])
+        return torch.stack(found)
 
     def sketches(self, rows: list[int] | None = None) -> Tensor:
         """Sketches of these rows, or all: [n, dim] float32, each block scaled to length 1."""
