@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rapidin import methods
-from rapidin.cache import Cache, CacheWriter, Manifest
+from rapidin.cache import Cache, CacheWriter, Manifest, other_model
 from rapidin.cache.shards import Rows
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
@@ -187,20 +187,12 @@ class Attributor:
 
     def check(self, manifest: Manifest) -> None:
         """Raise UserError where a cache was not made with this model and these settings."""
-        identity = manifest.model["identity"]
-        for what, words in (
-            ("architecture", "model"),
-            ("model", "model"),
-            ("adapter", "adapter"),
-            ("base", "base model"),
-        ):
-            if identity.get(what) != self.loaded.identity.get(what):
-                raise UserError(
-                    f"the cache was made with another {words}: the weights are not the same",
-                    f"name the one it was made with by --{words.split()[0]}",
-                )
-        if identity.get("tokenizer") != self.loaded.identity["tokenizer"]:
-            raise UserError("the cache was made with another tokenizer", "use the one it was made with")
+        made, here = manifest.model["identity"], self.loaded.identity
+        if made != here:
+            raise UserError(
+                f"the cache was made {other_model(made, here)}",
+                "name what it was made with: --model, --adapter or --base",
+            )
         mine = self._manifest(None, manifest.dtype, manifest.rows, manifest.shard_rows)
         for part in ("sketch", "gradient", "layers"):
             if getattr(manifest, part) != getattr(mine, part):

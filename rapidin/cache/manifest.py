@@ -110,7 +110,7 @@ class Manifest:
                 continue
             detail = ""
             if key == "model":
-                words = _other_model(mine[key], theirs[key])
+                words = other_model(mine[key], theirs[key])
             elif isinstance(mine[key], dict):
                 part = next(k for k in {**mine[key], **theirs[key]} if mine[key].get(k) != theirs[key].get(k))
                 detail = (
@@ -208,7 +208,8 @@ class Manifest:
         return manifest
 
 
-def _other_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+def other_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+    """In words, how the model that a cache was made with differs from another, by their identities."""
     # First what is missing: with an adapter the model's own parameters have other names, and so another hash.
     for part, words in (("adapter", "an adapter"), ("base", "a base model")):
         if part in there and part not in here:
