@@ -346,3 +346,9 @@ def test_hits_of_a_cache_with_a_gap_are_the_right_examples(attributor: Attributo
     assert [r.top[0].index for r in results] == [3, 20]
     assert all(hit.example == rows[hit.index] for r in results for hit in r.top)
     assert {hit.index for hit in results[0].top} == {*range(7), *range(14, 30)}
+
+
+def test_a_forgotten_adapter_is_called_just_that(attributor: Attributor, cache: Cache) -> None:
+    plain = Attributor(tiny_llama(), tiny_tokenizer(), width=64)
+    with pytest.raises(UserError, match="was made with an adapter, and none is given"):
+        plain.query(cache, [("a", "b")])
