@@ -173,9 +173,13 @@ def _how_to_go_on(out: str, wanted: int) -> str:
     return f"stopped with {done:,} of {wanted:,} examples in {out}; the same command goes on from there"
 
 
+_PLAIN = ("prompt", "completion")
+
+
 def query_command(
     cache: str,
     *,
+    ask: str | None = None,
     prompt: str | None = None,
     completion: str | None = None,
     data: str | None = None,
@@ -196,7 +200,7 @@ def query_command(
     """Find the training examples that helped and harmed each generation most, and print them."""
     from rapidin import report
 
-    generations = _generations(prompt, completion, data)
+    _check_query(ask, prompt, completion, data)
     if json is not None and json != "-":
         _check_writable(json)
     console = _messages(quiet)
@@ -205,6 +209,7 @@ def query_command(
         from rapidin.cache import Cache
 
         opened = Cache(cache)
+        generations = _generations(ask, prompt, completion, data, str(opened.manifest.data.get("form")))
         examples = _training_data(opened, train_data, cache) if text else False
         with _loading(console, model or opened.manifest.model["source"].get("model") or ""):
             attributor = Attributor.from_cache(
@@ -245,20 +250,37 @@ def query_command(
         _line(line)
 
 
-def _generations(prompt: str | None, completion: str | None, data: str | None) -> list[dict[str, Any]]:
-    """What is to be explained, as records whose completion may be missing."""
-    from rapidin.examples import open_examples
-
-    if (prompt is None) == (data is None):
-        what = "nothing to explain" if prompt is None else "both --prompt and --data"
-        raise UserError(what, "give --prompt (and --completion), or --data with a file of them")
-    if data is not None:
-        if completion is not None:
-            raise UserError("--completion goes with --prompt", "in --data, a completion is part of its line")
-        return list(open_examples(data, generations=True))
+def _check_query(ask: str | None, prompt: str | None, completion: str | None, data: str | None) -> None:
+    given = [f"--{n}" for n, v in (("ask", ask), ("prompt", prompt), ("data", data)) if v is not None]
+    if len(given) != 1:
+        what = f"both {' and '.join(given)}" if given else "nothing to explain"
+        raise UserError(what, "give --ask or --prompt (and --completion), or --data with a file of them")
+    if data is not None and completion is not None:
+        raise UserError(
+            "--completion goes with --ask or --prompt", "in --data, a completion is part of its line"
+        )
     if completion == "":
         raise UserError("the completion is empty", "leave --completion out and the model writes one")
-    record = {"prompt": prompt} if completion is None else {"prompt": prompt, "completion": completion}
+
+
+def _generations(
+    ask: str | None, prompt: str | None, completion: str | None, data: str | None, form: str
+) -> list[dict[str, Any]]:
+    """What is to be explained, as records whose completion may be missing; form: of the training data."""
+    from rapidin.examples import open_examples
+
+    if data is not None:
+        return list(open_examples(data, generations=True))
+    record: dict[str, Any]
+    if ask is not None and form == "messages":
+        record = {"messages": [{"role": "user", "content": ask}]}
+        if completion is not None:
+            record["messages"].append({"role": "assistant", "content": completion})
+    else:
+        asked, answer = ("instruction", "output") if ask is not None and form == "instruction" else _PLAIN
+        record = {asked: prompt if ask is None else ask}
+        if completion is not None:
+            record[answer] = completion
     return list(open_examples([record], generations=True))
 
 
@@ -509,11 +531,20 @@ def _cache(
 @app.command("query")
 def _query(
     cache: CacheFolder,
+    ask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="A question or instruction, put in the form of the training data: the Alpaca form, the "
+            "chat template, or as it stands.",
+            show_default=False,
+        ),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(
             metavar="TEXT",
-            help="What the model was asked, in the form it was trained on. For chats use --data.",
+            help="All that the model read, to the letter: nothing is put around it.",
             show_default=False,
         ),
     ] = None,
@@ -582,6 +613,7 @@ def _query(
     return partial(
         query_command,
         cache,
+        ask=ask,
         prompt=prompt,
         completion=completion,
         data=data,

@@ -579,9 +579,10 @@ def test_a_damaged_manifest(run: Any, copied: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        ([], "nothing to explain; give --prompt"),
+        ([], "nothing to explain; give --ask or --prompt"),
+        (["--ask", "a", "--prompt", "b"], "both --ask and --prompt"),
         (["--prompt", "a", "--data", "b"], "both --prompt and --data"),
-        (["--data", "b", "--completion", "c"], "--completion goes with --prompt"),
+        (["--data", "b", "--completion", "c"], "--completion goes with --ask or --prompt"),
         (["--prompt", "a", "--completion", ""], "the completion is empty; leave --completion out"),
         (["--prompt", ""], "empty prompt"),
         (["--prompt", "one " * CONTEXT], "tokens"),
@@ -698,3 +699,46 @@ def test_python_m_rapidin() -> None:
     done = subprocess.run([sys.executable, "-m", "rapidin", "info"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "rapidin: Missing argument 'CACHE'; see 'rapidin info --help'\n"
+
+
+@pytest.mark.parametrize(
+    ("rows", "query"),
+    [
+        (
+            [{"instruction": f"Give {n} tips.", "input": "", "output": f"One, {n}."} for n in range(6)],
+            ("### Instruction:\nGive 3 tips.\n\n### Response:\n", "One, 3."),
+        ),
+        (
+            [
+                {
+                    "messages": [
+                        {"role": "user", "content": f"Give {n} tips."},
+                        {"role": "assistant", "content": f"One, {n}."},
+                    ]
+                }
+                for n in range(6)
+            ],
+            ("<|user|>\nGive 3 tips.</s>\n<|assistant|>\n", "One, 3."),
+        ),
+        (
+            [{"prompt": f"Give {n} tips.", "completion": f"One, {n}."} for n in range(6)],
+            ("Give 3 tips.", "One, 3."),
+        ),
+    ],
+    ids=["instruction", "messages", "prompt"],
+)
+def test_a_question_is_put_in_the_form_of_the_training_data(
+    place: Place, tmp_path: Path, run: Any, rows: list[Any], query: tuple[str, str]
+) -> None:
+    data, out = write(tmp_path / "train.jsonl", rows), str(tmp_path / "out")
+    assert run("cache", place.model, "--data", data, "--out", out, "--width", "64").code == 0
+    ran = run("query", out, "--ask", "Give 3 tips.", "--completion", query[1], "--json", "-")
+    assert ran.code == 0, ran.err
+    (found,) = json.loads(ran.out)["queries"]
+    assert found["prompt"].endswith(query[0])
+    assert found["completion"] == query[1]
+    # The very example: to the letter the same text, so every layer's cosine is 1.
+    assert found["top"][0]["index"] == 3
+    assert found["top"][0]["score"] == pytest.approx(1.0, abs=1e-3)
+    ran = run("query", out, "--ask", "Give 3 tips.", "--max-new-tokens", "4", "--json", "-")
+    assert json.loads(ran.out)["queries"][0]["generated"]

@@ -194,7 +194,7 @@ class _Demo:
             return 1
         self._say("With your own model and data:")
         self._say("  rapidin cache MODEL --adapter ADAPTER --data train.jsonl --out CACHE")
-        self._say('  rapidin query CACHE --prompt "what you asked it"')
+        self._say('  rapidin query CACHE --ask "what you asked it"')
         return 0
 
     # ------------------------------------------------------------------------------------------ helpers
