@@ -16,7 +16,7 @@ from rapidin import methods
 from rapidin.cache import Cache, CacheWriter, Manifest, other_model
 from rapidin.cache.shards import Rows
 from rapidin.encoding import Encoded, Encoder, Status
-from rapidin.errors import UserError
+from rapidin.errors import UserError, short
 from rapidin.examples import Examples, open_examples, record_hash
 from rapidin.hits import QueryResult
 from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Projection
@@ -384,11 +384,11 @@ class Attributor:
             if text.encoded.status != Status.OK:
                 words = {Status.EMPTY: "has no text", Status.TOO_LONG: "is longer than the context"}
                 why = words.get(text.encoded.status, "has no completion token")
-                raise UserError(f"the generation for '{_short(text.prompt)}' {why}")
+                raise UserError(f"the generation for '{short(text.prompt)}' {why}")
         sketch, status = self._sketch([text.encoded for text in texts])
         if bool((status != 0).any()):
             bad = texts[int(status.nonzero()[0])]
-            raise UserError(f"the gradient of the generation for '{_short(bad.prompt)}' holds NaN or Inf")
+            raise UserError(f"the gradient of the generation for '{short(bad.prompt)}' holds NaN or Inf")
         prepared = methods.prepare(sketch, method=method, normalize=normalize)
         clock.lap("sketch")
         top, bottom = scan_cache(cache, prepared, top_k)
@@ -436,11 +436,6 @@ def _by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: 
         else:
             batches.append([n])
     return batches
-
-
-def _short(text: str) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= 40 else text[:37] + "..."
 
 
 class _Clock:

@@ -27,7 +27,6 @@ from rapidin.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rapidin.examples import Examples
 
 Command = Callable[[], int | None]  # None is success
 
@@ -207,10 +206,12 @@ def query_command(
     with _quiet_libraries():
         from rapidin.attributor import Attributor
         from rapidin.cache import Cache
+        from rapidin.scan import training_data
 
         opened = Cache(cache)
         generations = _generations(ask, prompt, completion, data, str(opened.manifest.data.get("form")))
-        examples = _training_data(opened, train_data, cache) if text else False
+        # Before the model: a file that has moved shows at once.
+        examples = training_data(opened, train_data if text else False)
         with _loading(console, model or opened.manifest.model["source"].get("model") or ""):
             attributor = Attributor.from_cache(
                 cache,
@@ -228,7 +229,7 @@ def query_command(
                 normalize=normalize.value,
                 method=method.value,
                 max_new_tokens=max_new_tokens,
-                examples=examples,
+                examples=False if examples is None else examples,
             )
     if json == "-":
         print(report.results_json(results))
@@ -282,26 +283,6 @@ def _generations(
         if completion is not None:
             record[answer] = completion
     return list(open_examples([record], generations=True))
-
-
-def _training_data(opened: Any, train_data: str | None, cache: str) -> "Examples | None":
-    """The examples that were cached, to show with the hits; None where they were never in a file."""
-    from rapidin.examples import open_examples
-
-    manifest = opened.manifest
-    path = train_data or manifest.data.get("path")
-    if path is None:
-        return None
-    remedy = "name it with --train-data, or say --no-text to see line numbers only"
-    if not os.path.exists(path):
-        raise UserError(f"the training data of the cache {cache} is not at {path}", remedy)
-    examples = open_examples(path, limit=manifest.rows, checked=False)
-    if len(examples) != manifest.rows:
-        raise UserError(
-            f"{path} has {len(examples):,} examples, the cache {cache} was made from {manifest.rows:,}",
-            remedy,
-        )
-    return examples  # the query checks each one that it shows
 
 
 def _check_writable(path: str) -> None:
@@ -483,7 +464,7 @@ def _cache(
         typer.Option(
             metavar="N",
             min=1,
-            help="Examples of a shard file.  [default: as fill 32 MiB]",
+            help="Examples of a shard file.  [default: as fill 16 MiB]",
             show_default=False,
         ),
     ] = None,

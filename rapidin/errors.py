@@ -11,3 +11,9 @@ class UserError(Exception):
         self.what = " ".join(what.split())
         self.remedy = " ".join(remedy.split())
         super().__init__(f"{self.what}; {self.remedy}" if self.remedy else self.what)
+
+
+def short(value: object) -> str:
+    """A value on one line of at most 40 characters, to name it in an error."""
+    text = " ".join(str(value).split())
+    return text if len(text) <= 40 else text[:37] + "..."

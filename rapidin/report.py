@@ -25,6 +25,8 @@ from rich.table import Column, Table
 from rich.text import Text
 
 if TYPE_CHECKING:
+    from typing_extensions import Self
+
     from rapidin.attributor import Progress
     from rapidin.hits import Hit, QueryResult
 
@@ -300,7 +302,22 @@ def bytes_text(number: float) -> str:
 # --------------------------------------------------------------------------------------------- progress
 
 
-class CachingBar:
+class _Shown:
+    """A bar that is on the terminal inside a `with` block."""
+
+    _bar: Bar
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+class CachingBar(_Shown):
     """Shows how far caching is: examples/s, tokens/s and time left; call it with each `Progress`.
 
     Silent where the console is no terminal. last: the latest progress; seconds: time since the first.
@@ -343,17 +360,8 @@ class CachingBar:
             rates += f" · {time_text(each * (progress.total - progress.done))} left"
         self._bar.update(self._task, completed=progress.done, total=progress.total, rates=rates)
 
-    def __enter__(self) -> CachingBar:
-        self._bar.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-
-class BytesBar:
+class BytesBar(_Shown):
     """Shows how many bytes have been read; call it with (done, total). Silent where there is no terminal."""
 
     def __init__(self, console: Console, label: str) -> None:
@@ -370,15 +378,6 @@ class BytesBar:
 
     def __call__(self, done: int, total: int) -> None:
         self._bar.update(self._task, completed=done, total=total)
-
-    def __enter__(self) -> BytesBar:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
 
 
 def time_text(seconds: float) -> str:

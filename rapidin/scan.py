@@ -74,16 +74,27 @@ def hits_of(cache: Cache, source: Examples | None, scores: Tensor, rows: Tensor)
 
 
 def training_data(cache: Cache, examples: Any) -> Examples | None:
-    """The data to show with hits: `examples`, else what the manifest names; None where there is none."""
+    """The data to show with hits, opened but not read: `examples`, by default from where the cache was made.
+
+    None for False, and where the examples were never in a file. Raises UserError where it is not there, or
+    has another number of examples; each one that is shown is checked by `hits_of`.
+    """
     if examples is False:
         return None
-    if examples is not None:
-        return examples if isinstance(examples, Examples) else open_examples(examples)
-    path = cache.manifest.data.get("path")
-    if path is None:
+    if isinstance(examples, Examples):
+        return examples
+    source = cache.manifest.data.get("path") if examples is None else examples
+    if source is None:
         return None
-    if not Path(path).exists():
+    remedy = "name it with --train-data, or say --no-text to see line numbers only"
+    in_file = isinstance(source, str | Path)
+    if in_file and not Path(source).exists():
+        raise UserError(f"the training data of the cache {cache.path} is not at {source}", remedy)
+    found = open_examples(source, limit=cache.manifest.rows, checked=False)
+    if len(found) != cache.manifest.rows:
         raise UserError(
-            f"the training data is no longer at '{path}'", "name it with --train-data, or say --no-text"
+            f"{source if in_file else 'the data'} has {len(found):,} examples, "
+            f"the cache {cache.path} was made from {cache.manifest.rows:,}",
+            remedy,
         )
-    return open_examples(path, limit=cache.manifest.rows, checked=False)
+    return found

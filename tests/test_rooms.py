@@ -30,7 +30,7 @@ ALLOWED = {
     "report": {"hits", "attributor"},
     "attributor": {"cache", "encoding", "examples", "hits", "hooks", "methods", "model", "scan"},
     "demo": {"cli", "encoding", "report", "examples", "model"},
-    "cli": {"attributor", "cache", "demo", "examples", "model", "report"},
+    "cli": {"attributor", "cache", "demo", "examples", "model", "report", "scan"},
     "__main__": {"cli"},
     "__init__": {"attributor", "cache", "model", "ops"},
 }

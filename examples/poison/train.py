@@ -21,13 +21,11 @@ from peft import LoraConfig, get_peft_model
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from safetensors.torch import load_file, save_file
-from torch.nn import functional as F
 
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.examples import open_examples
+from rapidin.hooks import Batch, example_losses
 from rapidin.model import load_model
-
-NOT_A_TARGET = -100
 
 
 def main() -> None:
@@ -119,18 +117,8 @@ def learning_rate(step: int, options: argparse.Namespace) -> float:
 
 def mean_loss(model: Any, examples: list[Encoded], device: torch.device) -> torch.Tensor:
     """Mean loss over the completion tokens of a batch, padded on the right."""
-    longest = max(len(example.ids) for example in examples)
-    ids = torch.zeros(len(examples), longest, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, NOT_A_TARGET)
-    for row, example in enumerate(examples):
-        length = len(example.ids)
-        ids[row, :length] = torch.tensor(example.ids)
-        mask[row, :length] = 1
-        labels[row, :length] = ids[row, :length].where(torch.tensor(example.target), NOT_A_TARGET)
-    logits = model(input_ids=ids.to(device), attention_mask=mask.to(device)).logits[:, :-1].float()
-    wanted = labels[:, 1:].flatten().to(device)
-    return F.cross_entropy(logits.flatten(0, 1), wanted, ignore_index=NOT_A_TARGET)
+    batch = Batch.of([(example.ids, example.target) for example in examples], device)
+    return example_losses(model, batch, "sum").sum() / batch.target.sum()
 
 
 class State:

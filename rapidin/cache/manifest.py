@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rapidin.errors import UserError
+from rapidin.errors import UserError, short
 from rapidin.layers import Block
 
 FORMAT = "rapidin-cache"
@@ -113,9 +113,7 @@ class Manifest:
                 words = other_model(mine[key], theirs[key])
             elif isinstance(mine[key], dict):
                 part = next(k for k in {**mine[key], **theirs[key]} if mine[key].get(k) != theirs[key].get(k))
-                detail = (
-                    f" ({part}: {_short(mine[key].get(part))} there, {_short(theirs[key].get(part))} here)"
-                )
+                detail = f" ({part}: {short(mine[key].get(part))} there, {short(theirs[key].get(part))} here)"
             elif not isinstance(mine[key], list):
                 detail = f" ({mine[key]} there, {theirs[key]} here)"
             raise UserError(
@@ -161,14 +159,14 @@ class Manifest:
                 raise ValueError("it is not a rapidin manifest")
             if value.get("version") != VERSION:
                 raise UserError(
-                    f"the cache in '{folder}' has format version {_short(value.get('version'))}, "
+                    f"the cache in '{folder}' has format version {short(value.get('version'))}, "
                     f"this rapidin reads {VERSION}",
                     "use the rapidin that wrote it, or cache again",
                 )
             return Manifest._of_json(value)
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(
-                f"'{path}' is damaged: {type(error).__name__} {_short(error)}", "cache again"
+                f"'{path}' is damaged: {type(error).__name__} {short(error)}", "cache again"
             ) from None
         except OSError as error:
             raise UserError(f"cannot read '{path}': {error.strerror}") from None
@@ -189,11 +187,11 @@ class Manifest:
             shards=[_shard(shard) for shard in value["shards"]],
         )
         if manifest.dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {_short(manifest.dtype)}")
+            raise ValueError(f"unknown dtype {short(manifest.dtype)}")
         start = 0
         for block in manifest.layers:
             if block.start != start or block.width < 1:
-                raise ValueError(f"the block of {_short(block.name)} lies wrong")
+                raise ValueError(f"the block of {short(block.name)} lies wrong")
             start += block.width
         if not manifest.layers or manifest.shard_rows < 1:
             raise ValueError("no layers or no rows a shard")
@@ -201,9 +199,9 @@ class Manifest:
         for shard in manifest.shards:
             n, rest = divmod(shard.first, manifest.shard_rows)
             if rest or shard.first < next_first or shard.file != shard_name(n):
-                raise ValueError(f"the shard {_short(shard.file)} is out of order")
+                raise ValueError(f"the shard {short(shard.file)} is out of order")
             if shard.rows != manifest.rows_of(n) or shard.rows < 1:
-                raise ValueError(f"the shard {_short(shard.file)} has the wrong number of rows")
+                raise ValueError(f"the shard {short(shard.file)} has the wrong number of rows")
             next_first = shard.first + shard.rows
         return manifest
 
@@ -249,18 +247,13 @@ def replace_file(path: Path, data: bytes) -> None:
 
 def _count(value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{_short(value)} is no count")
+        raise ValueError(f"{short(value)} is no count")
     return value
 
 
 def _shard(value: Mapping[str, Any]) -> Shard:
     if not isinstance(value, dict) or not isinstance(value["counts"], dict):
-        raise ValueError(f"{_short(value)} is no shard")
+        raise ValueError(f"{short(value)} is no shard")
     counts = {str(k): _count(n) for k, n in value["counts"].items()}
     first, rows, size = (_count(value[key]) for key in ("first", "rows", "bytes"))
     return Shard(str(value["file"]), first, rows, size, str(value["sha256"]), counts)
-
-
-def _short(value: Any) -> str:
-    text = " ".join(str(value).split())
-    return text if len(text) <= 40 else text[:37] + "..."
