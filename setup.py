@@ -8,7 +8,9 @@ from setuptools import setup
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 CPU = "csrc/cpu/"
 # One unit per instruction set, each with flags of its own: the rest must run on any machine.
-FLAGS = {CPU + "isa_avx2.cpp": ["-mavx2", "-mfma", "-mf16c"]} if X86 else {}
+AVX2 = ["-mavx2", "-mfma", "-mf16c"]
+AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+FLAGS = {CPU + "isa_avx2.cpp": AVX2, CPU + "isa_avx512.cpp": AVX512} if X86 else {}
 
 
 class BuildWithFlags(build_ext):
@@ -24,7 +26,7 @@ class BuildWithFlags(build_ext):
         super().build_extensions()
 
 
-sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp"] + (["isa_avx2.cpp"] if X86 else [])
+sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp"] + (["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else [])
 extension = Pybind11Extension(
     "rapidin._cpu",
     sources=sorted(CPU + name for name in sources),

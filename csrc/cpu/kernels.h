@@ -34,7 +34,7 @@ struct Kernels {
 
 extern const Kernels kKernelsBase;
 #ifdef RAPIDIN_X86
-extern const Kernels kKernelsAvx2;
+extern const Kernels kKernelsAvx2, kKernelsAvx512;  // the second with F, BW, DQ, VL and VNNI
 #endif
 
 }  // namespace rapidin

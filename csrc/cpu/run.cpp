@@ -19,23 +19,33 @@ namespace rapidin {
 namespace {
 
 #ifdef RAPIDIN_X86
-bool machine_has_avx2() {
+struct Features {
+    bool avx2 = false, avx512 = false;
+};
+
+Features machine_features() {
     unsigned a, b, c, d;
-    if (!__get_cpuid(1, &a, &b, &c, &d)) return false;
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return {};
     const unsigned fma = 1u << 12, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;
     const unsigned wanted = fma | osxsave | avx | f16c;
-    if ((c & wanted) != wanted) return false;
-    unsigned saved, high;  // registers that the operating system saves: bits 1 (SSE) and 2 (AVX)
+    if ((c & wanted) != wanted) return {};
+    unsigned saved, high;  // registers that the operating system saves: bits 1 (SSE), 2 (AVX), 5 to 7 (AVX-512)
     __asm__ volatile("xgetbv" : "=a"(saved), "=d"(high) : "c"(0));
-    if ((saved & 6u) != 6u) return false;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (b & (1u << 5));
+    if ((saved & 6u) != 6u || !__get_cpuid_count(7, 0, &a, &b, &c, &d)) return {};
+    const unsigned f = 1u << 16, dq = 1u << 17, bw = 1u << 30, vl = 1u << 31, vnni = 1u << 11;
+    Features found;
+    found.avx2 = b & (1u << 5);
+    found.avx512 = found.avx2 && (saved & 0xe6u) == 0xe6u && (b & (f | dq | bw | vl)) == (f | dq | bw | vl) && (c & vnni);
+    return found;
 }
 #endif
 
 std::vector<const Kernels*> find_sets() {
     std::vector<const Kernels*> sets{&kKernelsBase};
 #ifdef RAPIDIN_X86
-    if (machine_has_avx2()) sets.push_back(&kKernelsAvx2);
+    const Features machine = machine_features();
+    if (machine.avx2) sets.push_back(&kKernelsAvx2);
+    if (machine.avx512) sets.push_back(&kKernelsAvx512);
 #endif
     return sets;
 }

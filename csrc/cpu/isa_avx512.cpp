@@ -1,0 +1,10 @@
+#include "flat_sketch.h"
+#include "kernels.h"
+#include "linear_sketch.h"
+#include "topk_scan.h"
+
+namespace rapidin {
+
+const Kernels kKernelsAvx512 = {"avx512", count_sketch, count_sketch_pair, square_sum, fold, flat_rows, flat_narrow, scan};
+
+}  // namespace rapidin
