@@ -12,21 +12,20 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from rapidin import methods
+from rapidin import caching, methods, pack
 from rapidin.cache import Cache, CacheWriter, Manifest, other_model
-from rapidin.cache.shards import Rows
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError, short
-from rapidin.examples import Examples, open_examples, record_hash
+from rapidin.examples import Examples, open_examples
 from rapidin.hits import QueryResult
 from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Projection
 from rapidin.layers import coverage, find_targets, layer_table
+from rapidin.pack import Format
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 from rapidin.scan import hits_of, scan_cache, training_data
 
 PROJECTIONS = get_args(Projection)
 HASH = "lowbias32-1"  # the definition of bins and signs in docs/sketch.md
-SHARD_BYTES = 16 << 20  # a killed run loses at most this much, and a file this large is read at full speed
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +50,7 @@ class Attributor:
     """Caches training examples as gradient sketches, and finds those behind a generation.
 
     model: a `LoadedModel`, or a transformers or peft causal model with its tokenizer.
-    width: bins of each layer's sketch.
+    width: bins of each layer's sketch; "auto": 512 for a model of hundreds of layers, more where there are fewer.
     projection: "tensor" (from the factors), "flat" (from the formed gradient), or "rapidgrad" (one block of
         `width` numbers for the whole layer-normalised gradient, say 65,536: the paper's setting).
     seed: of bins and signs.
@@ -74,7 +73,7 @@ class Attributor:
         model: Any,
         tokenizer: Any = None,
         *,
-        width: int = 512,
+        width: int | Literal["auto"] = 512,
         projection: Projection = "tensor",
         seed: int = 0,
         include: Sequence[str] = (),
@@ -91,13 +90,13 @@ class Attributor:
             raise UserError(f"unknown projection '{projection}'", f"known: {', '.join(PROJECTIONS)}")
         if loss not in ("mean", "sum"):
             raise UserError(f"unknown loss '{loss}'", "known: mean, sum")
-        if width < 1:
+        if width != "auto" and width < 1:
             raise UserError(f"a width of {width} bins", "say at least 1")
         if not 0 <= seed < 2**64:
             raise UserError(f"the seed {seed} is not between 0 and 2^64 - 1")
-        if projection != "tensor" and width % 128 and width not in (1, 2, 4, 8, 16, 32, 64):
+        if projection != "tensor" and width != "auto" and width % 128 and width not in (1, 2, 4, 8, 16, 32, 64):
             raise UserError(f"the {projection} projection takes no width of {width}", "say a multiple of 128")
-        self.width, self.projection, self.seed, self.loss = width, projection, seed, loss
+        self.projection, self.seed, self.loss = projection, seed, loss
         self.points = self._points(at)
         limit = self.loaded.context_length
         self.max_length = max_length if max_length is not None else limit if limit is not None else 2048
@@ -109,6 +108,9 @@ class Attributor:
         self.targets = find_targets(
             self.loaded.model, trained=self.loaded.trained, include=include, exclude=exclude
         )
+        if width == "auto":
+            width = 65536 if projection == "rapidgrad" else pack.width_for(len(self.targets))
+        self.width = width
         self.layers = layer_table(self.targets, self.points, width, whole=projection == "rapidgrad")
         self.sketcher = GradientSketcher(
             self.loaded.model, self.targets, width=width, seed=seed, projection=projection, loss=loss
@@ -193,14 +195,14 @@ class Attributor:
                 f"the cache was made {other_model(made, here)}",
                 "name what it was made with: --model, --adapter or --base",
             )
-        mine = self._manifest(None, manifest.dtype, manifest.rows, manifest.shard_rows)
+        mine = self._manifest(None, manifest.code, manifest.rows)
         for part in ("sketch", "gradient", "layers"):
             if getattr(manifest, part) != getattr(mine, part):
                 raise UserError(
                     f"the cache was made with other settings ({part})", "use those of its manifest"
                 )
 
-    def _manifest(self, examples: Examples | None, dtype: str, rows: int, shard_rows: int) -> Manifest:
+    def _manifest(self, examples: Examples | None, code: Format, rows: int) -> Manifest:
         data: dict[str, Any] = {}
         if examples is not None:
             data = {"path": examples.path, "form": examples.form, "identity": examples.identity}
@@ -210,9 +212,9 @@ class Attributor:
             gradient={"at": self.points, "loss": self.loss, "include": self.include, "exclude": self.exclude},
             text={"eos": self.eos, "max_length": self.max_length, "too_long": self.too_long},
             data=data,
-            dtype=dtype,
+            code=code,
             rows=rows,
-            shard_rows=shard_rows,
+            shard_rows=1,
             layers=self.layers,
         )
 
@@ -223,63 +225,73 @@ class Attributor:
         examples: Any,
         path: str | Path,
         *,
-        dtype: Literal["float16", "float32"] = "float16",
+        dtype: Literal["float16", "float32", "int8", "int4", "sign"] | None = None,
+        bytes: int | None = None,
+        sample: int | None = None,
         limit: int | None = None,
         shard_rows: int | None = None,
         on_progress: OnProgress | None = None,
     ) -> Cache:
         """Sketch every example's gradient into the cache at `path`, going on where an earlier run stopped.
 
-        examples: anything `rapidin.examples.open_examples` takes. limit: the first so many. shard_rows: rows
-        of a shard, by default what fills 16 MiB. Raises UserError where the data, the folder or the disk
-        will not do.
+        examples: anything `rapidin.examples.open_examples` takes. dtype: of the numbers kept, by default
+        float16, or with a budget sign. bytes: a budget an example, all told, that a code is fitted to. sample:
+        examples that the code learns from, 0 for none; by default 1,024 with a budget, none without. limit: the
+        first so many. shard_rows: rows of a shard, by default what fills 16 MiB. Raises UserError where the
+        data, the folder or the disk will not do.
         """
-        if dtype not in ("float16", "float32"):
-            raise UserError(f"unknown dtype '{dtype}'", "known: float16, float32")
+        code = self.format(dtype=dtype, bytes=bytes, sample=sample)
         if not isinstance(examples, Examples):
             examples = open_examples(examples, limit=limit)
         elif limit is not None:
             raise TypeError("examples that are open already have their own limit")
-        manifest = self._manifest(examples, dtype, len(examples), 1)
-        manifest.shard_rows = shard_rows or min(8192, max(32, SHARD_BYTES // manifest.row_bytes))
+        manifest = self._manifest(examples, code, len(examples))
+        manifest.shard_rows = shard_rows or caching.shard_rows(manifest)
         if manifest.shard_rows < 1:
             raise UserError(f"--shard-rows {shard_rows} is less than 1")
         with CacheWriter(path, manifest) as writer:
-            meter = _Meter(on_progress, writer.manifest)
+            loop = caching.CachingLoop(
+                writer,
+                examples,
+                self.encoder,
+                lambda encoded: self._sketch(encoded, meter),
+                lambda message: meter.tell(message),
+            )
+            meter = _Meter(on_progress, writer.manifest, loop.sampled_rows())
             if self.sketcher.one_by_one:
                 meter.tell(self._one_by_one())
-            for n in writer.missing:
-                first = n * manifest.shard_rows
-                wanted = range(first, first + manifest.rows_of(n))
-                rows, counts = self._shard(examples, wanted, dtype, meter)
-                writer.write(n, rows, counts)
+            loop.run()
         return Cache(path)
+
+    def format(
+        self, *, dtype: str | None = None, bytes: int | None = None, sample: int | None = None
+    ) -> Format:
+        """How rows are to be packed; UserError where these settings do not go together."""
+        dtype = dtype or ("float16" if bytes is None else "sign")
+        if dtype not in (*pack.FLOATS, *pack.PACKED):
+            raise UserError(f"unknown dtype '{dtype}'", f"known: {', '.join((*pack.FLOATS, *pack.PACKED))}")
+        if dtype in pack.FLOATS and (bytes is not None or sample):
+            raise UserError(
+                f"{dtype} rows keep every number of the sketch",
+                "give --bytes with --dtype sign, int4 or int8, or leave it out",
+            )
+        if dtype in pack.PACKED and self.width & (self.width - 1):
+            raise UserError(f"--dtype {dtype} takes no width of {self.width}", "say a power of two")
+        if sample is None:
+            sample = 0 if bytes is None else pack.SAMPLE
+        if sample and bytes is None:
+            raise UserError("a code that learns from a sample needs a budget", "give --bytes")
+        if sample < 0 or 0 < sample < 8:
+            raise UserError(f"a sample of {sample} examples", "say 0, or at least 8")
+        if bytes is not None and bytes < pack.least_bytes():
+            raise UserError(f"--bytes {bytes} leaves no room", f"say at least {pack.least_bytes()}")
+        return Format(dtype, bytes, sample)
 
     def _one_by_one(self) -> str:
         names = self.sketcher.single_names
         if not names:
             return "examples go one at a time: a layer mixes those of a batch"
         return f"examples go one at a time: no batched way for {len(names)} parameters, as '{names[0]}'"
-
-    def _shard(
-        self, examples: Examples, wanted: range, dtype: str, meter: _Meter
-    ) -> tuple[Rows, dict[str, int]]:
-        records = [examples[row] for row in wanted]
-        encoded = [self.encoder(record) for record in records]
-        sketch, status = self._sketch(encoded, meter)
-        unit, length = methods.unit_blocks(sketch)
-        del sketch
-        counts = {s.name.lower(): int((status == s).sum()) for s in Status}
-        counts["truncated"] = sum(e.truncated for e in encoded)
-        rows = Rows(
-            sketch=unit.flatten(1).to(torch.float16 if dtype == "float16" else torch.float32),
-            length=length,
-            index=torch.tensor([examples.index(row) for row in wanted], dtype=torch.int64),
-            status=status,
-            truncated=torch.tensor([e.truncated for e in encoded], dtype=torch.uint8),
-            record=torch.tensor([record_hash(record) for record in records], dtype=torch.int64),
-        )
-        return rows, counts
 
     def _sketch(self, encoded: Sequence[Encoded], meter: _Meter | None = None) -> tuple[Tensor, Tensor]:
         """Raw sketches [n, blocks, width] float32 on the CPU, zeros where there is none; status [n] uint8."""
@@ -454,9 +466,10 @@ class _Clock:
 class _Meter:
     """Counts what caching does and tells the caller."""
 
-    def __init__(self, on_progress: OnProgress | None, manifest: Manifest) -> None:
+    def __init__(self, on_progress: OnProgress | None, manifest: Manifest, sampled: int) -> None:
+        """sampled: examples sketched by an earlier run that wait for their shards."""
         self._tell = on_progress
-        self._resumed = manifest.rows_done
+        self._resumed = manifest.rows_done + sampled
         self._total = manifest.rows
         self._done, self._tokens, self._skipped = self._resumed, 0, 0
         self.tell(None)

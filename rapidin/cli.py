@@ -34,6 +34,9 @@ Command = Callable[[], int | None]  # None is success
 class Dtype(str, Enum):
     float16 = "float16"
     float32 = "float32"
+    int8 = "int8"
+    int4 = "int4"
+    sign = "sign"
 
 
 class ModelDtype(str, Enum):
@@ -78,8 +81,10 @@ def cache_command(
     adapter: str | None = None,
     base: str | None = None,
     at: str | None = None,
-    dtype: Dtype = Dtype.float16,
-    width: int = 512,
+    dtype: Dtype | None = None,
+    bytes: int | None = None,
+    sample: int | None = None,
+    width: int | None = None,
     seed: int = 0,
     limit: int | None = None,
     include: Sequence[str] = (),
@@ -120,7 +125,7 @@ def cache_command(
             )
         attributor = Attributor(
             loaded,
-            width=width,
+            width=width if width is not None else 512 if bytes is None else "auto",
             seed=seed,
             include=include,
             exclude=exclude,
@@ -134,7 +139,7 @@ def cache_command(
         if console.is_terminal:
             dim = sum(layer.width for layer in attributor.layers)
             console.print(
-                f"{len(attributor.layers):,} blocks of {width:,}: {dim:,} numbers an example; "
+                f"{len(attributor.layers):,} blocks of {attributor.width:,}: {dim:,} numbers an example; "
                 f"{attributor.coverage:.2%} of the model's parameters count; gradients at "
                 f"{', '.join(f'{point:g}' for point in attributor.points)} on {loaded.device}"
             )
@@ -144,7 +149,13 @@ def cache_command(
         with report.CachingBar(console) as bar:
             try:
                 cache = attributor.cache(
-                    examples, out, dtype=dtype.value, shard_rows=shard_rows, on_progress=bar
+                    examples,
+                    out,
+                    dtype=dtype.value if dtype else None,
+                    bytes=bytes,
+                    sample=sample,
+                    shard_rows=shard_rows,
+                    on_progress=bar,
                 )
             except KeyboardInterrupt as stop:
                 raise type(stop)(_how_to_go_on(out, len(examples))) from None
@@ -421,10 +432,42 @@ def _cache(
             show_default=False,
         ),
     ] = None,
-    dtype: Annotated[Dtype, typer.Option(help="Of the sketches in the cache.")] = Dtype.float16,
+    dtype: Annotated[
+        Dtype | None,
+        typer.Option(
+            help="Of the numbers kept; sign is one bit each.  [default: float16, or with --bytes sign]",
+            show_default=False,
+        ),
+    ] = None,
+    bytes: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Bytes an example, all told, that a code is fitted to: 2048 is a good start.  "
+            "[default: every number of the sketch]",
+            show_default=False,
+        ),
+    ] = None,
+    sample: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=0,
+            help="Examples that the code learns from first; 0: it learns nothing.  [default: 1024 with --bytes]",
+            show_default=False,
+        ),
+    ] = None,
     width: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Numbers kept for each layer: more is truer and larger.")
-    ] = 512,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Bins of each layer's sketch: more is truer and slower.  [default: 512, or with --bytes as "
+            "many as pay]",
+            show_default=False,
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**64 - 1, help="Of the sketch.")] = 0,
     limit: Annotated[
         int | None,
@@ -491,6 +534,8 @@ def _cache(
         base=base,
         at=at,
         dtype=dtype,
+        bytes=bytes,
+        sample=sample,
         width=width,
         seed=seed,
         limit=limit,

@@ -11,12 +11,14 @@ the cache holds. With l_nb the length that the block had:
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rapidin.errors import UserError
+from rapidin.pack import Code
 
 METHODS = ("dot",)
 NORMALIZE = ("layer", "none", "cosine")
@@ -24,16 +26,16 @@ NORMALIZE = ("layer", "none", "cosine")
 
 @dataclass(frozen=True, slots=True)
 class ScanQuery:
-    """What the scan needs. vectors: [Q, dim] float32; normalize: how rows are scaled."""
+    """What the scan needs. vectors: [Q, blocks, width] float32; normalize: how rows are scaled."""
 
     vectors: Tensor
     normalize: str
 
-    def scales(self, lengths: Tensor) -> Tensor | None:
-        """Scale of each row's blocks, from their lengths [n, blocks]: [n, blocks] float32, or None for
-        none."""
+    def scales(self, code: Code, fields: Mapping[str, Tensor]) -> Tensor | None:
+        """Scale of each row's blocks, from their lengths: [n, blocks] float32, or None for none."""
         if self.normalize == "layer":
             return None
+        lengths = code.lengths(fields)
         if self.normalize == "none":
             return lengths
         # In float64: the squares of small lengths leave float32's range.
@@ -65,4 +67,4 @@ def prepare(sketch: Tensor, *, method: str = "dot", normalize: str = "layer") ->
         vectors = (sketch / torch.where(total > 0, total, 1.0)).float()
     else:
         vectors = sketch.float()
-    return ScanQuery(vectors.flatten(1).contiguous(), normalize)
+    return ScanQuery(vectors.contiguous(), normalize)

@@ -246,9 +246,10 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         ),
         (
             "sketch",
-            f"{info['layers']:,} blocks of {sketch['width']:,}: {info['dim']:,} numbers in {info['dtype']}, "
+            f"{info['layers']:,} blocks of {sketch['width']:,}: {info['dim']:,} numbers, "
             f"{sketch['projection']} projection, seed {sketch['seed']}",
         ),
+        ("kept", kept_text(info)),
         ("size", size_text(info["bytes"], info["bytes_per_example"], info["shards"])),
     ]
     grid = Table.grid(padding=(0, 2))
@@ -275,12 +276,34 @@ _COUNTS = {
 }
 
 
+def kept_text(info: Mapping[str, Any]) -> str:
+    """How a cache keeps its sketches."""
+    code, packing = info["code"], info["packing"]
+    if packing is None:
+        return f"in {code['dtype']}" + (f", {code['bytes']:,} bytes an example" if code["bytes"] else "")
+    shape, parts = packing["shape"], []
+    if shape["head"]:
+        parts.append(f"{shape['head']:,} directions of all layers in int8")
+    if sum(shape["tail"]):
+        parts.append(f"{sum(shape['tail']):,} of single layers in one bit")
+    if sum(shape["rest"]):
+        rest = "other numbers" if parts else "numbers"
+        parts.append(f"{sum(shape['rest']):,} {rest} in {'one bit' if shape['dtype'] == 'sign' else shape['dtype']}")
+    text = ", ".join(parts)
+    if packing["file"]:
+        sample = f"{packing['statistics'].get('sample', 0):,.0f}"
+        text += f"; learnt from {sample} examples ({bytes_text(packing['bytes'])} for all)"
+    return text
+
+
 def counts_text(counts: Mapping[str, int]) -> str:
     """How many examples have a sketch, and why the others have none."""
     parts = [f"{counts.get('ok', 0):,} with a sketch"]
     parts += [f"{counts[key]:,} {words}" for key, words in _COUNTS.items() if counts.get(key)]
     if counts.get("truncated"):
         parts.append(f"{counts['truncated']:,} cut to fit")
+    if counts.get("unlike_sample"):
+        parts.append(f"{counts['unlike_sample']:,} unlike the sample that the code learnt from")
     return ", ".join(parts)
 
 

@@ -19,20 +19,22 @@ Ends = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 def scan_cache(cache: Cache, query: methods.ScanQuery, top_k: int) -> Ends:
     """((scores, rows) of the top, (scores, rows) of the bottom), each [Q, k], over all shards."""
-    offsets = [block.start for block in cache.layers] + [cache.manifest.dim]
+    prepared = cache.code.prepare(query.vectors)
     parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for first, rows in cache.shards():
-        scales = query.scales(rows.length)
-        found = ops.topk_scan_both_ends(
-            rows.sketch,
-            query.vectors,
+    for first, rows in cache.shards(ahead=True):
+        plan = prepared.plan(rows.code, query.scales(cache.code, rows.code))
+        top, top_rows, bottom, bottom_rows = ops.topk_scan_both_ends(
+            plan.parts,
+            plan.queries,
             top_k,
-            scales=scales,
-            offsets=None if scales is None else offsets,
+            scales=plan.scales,
+            offsets=plan.offsets,
+            base=plan.base,
             valid=rows.status == 0,
         )
-        shift = [torch.where(i >= 0, i + first, i) for i in (found[1], found[3])]
-        parts.append((found[0], shift[0], found[2], shift[1]))
+        shift = [torch.where(i >= 0, i + first, i) for i in (top_rows, bottom_rows)]
+        constant = plan.constant[:, None]
+        parts.append((top + constant, shift[0], bottom + constant, shift[1]))
     if not parts:
         raise UserError(
             f"the cache in '{cache.path}' holds no examples yet", "run the same 'rapidin cache' again"

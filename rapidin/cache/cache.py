@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import os
 import shutil
 from bisect import bisect_right
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -13,12 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidin.cache.manifest import NAME, Manifest, Shard, shard_name
-from rapidin.cache.shards import Rows, checksum, read_shard, write_shard
+from rapidin.cache.manifest import NAME, Manifest, Packing, Shard, shard_name
+from rapidin.cache.shards import Rows, checksum, read_basis, read_shard, write_basis, write_shard
 from rapidin.errors import UserError
 from rapidin.layers import Block
+from rapidin.pack import FLOATS, Basis, Code, FloatCode, PackedCode, Shape
 
 _LOCK = ".lock"
+_SAMPLE = "sample"
 
 
 class Cache:
@@ -28,6 +33,7 @@ class Cache:
     >>> len(cache), cache.manifest.dim, cache.layers[0].name
     >>> cache.sketches([3, 5])          # [2, dim] float32, each block of length 1
     >>> cache.lengths([3, 5])           # [2, blocks] float32
+    >>> cache.code                      # how rows are kept: `rapidin.pack`
 
     Raises UserError where the folder is no cache, its manifest is damaged, or a shard has another size than
     it must.
@@ -42,6 +48,11 @@ class Cache:
             if problem:
                 raise UserError(problem, "'rapidin verify' checks all of it")
 
+    @cached_property
+    def code(self) -> Code:
+        """How the rows are kept. UserError where what it learnt is missing or damaged."""
+        return code_of(self.manifest, self.path)
+
     def __len__(self) -> int:
         """Examples cached, those without a sketch included."""
         return self.manifest.rows_done
@@ -51,42 +62,55 @@ class Cache:
         """The layer table."""
         return self.manifest.layers
 
-    def shards(self) -> Iterator[tuple[int, Rows]]:
+    def shards(self, *, ahead: bool = False) -> Iterator[tuple[int, Rows]]:
         """(first row, rows) of each finished shard, as views of the memory map.
 
-        Rows are counted through the whole data: an unfinished cache may have gaps.
+        Rows are counted through the whole data: an unfinished cache may have gaps. ahead: the system is asked
+        to read the shards to come while one is in hand, for caches that are not in memory.
         """
         for n, shard in enumerate(self.manifest.shards):
+            if ahead:
+                for later in self.manifest.shards[n + 1 : n + 3] if n else self.manifest.shards[:3]:
+                    _read_ahead(self.path / later.file)
             if n not in self._rows:
-                self._rows[n] = read_shard(self.path, shard, self.manifest)
+                self._rows[n] = read_shard(self.path, shard, self.code)
             yield shard.first, self._rows[n]
 
-    def _gather(self, rows: list[int] | None, field: str) -> Tensor:
-        starts, parts = [], []
-        for first, part in self.shards():
-            starts.append(first)
-            parts.append(getattr(part, field))
-        if not parts:
+    def _parts(self, rows: list[int] | None) -> Iterator[tuple[Rows, list[int] | slice]]:
+        """Where these rows lie, in their order: rows of a shard and places in it."""
+        shards = list(self.shards())
+        if not shards:
             raise UserError(
                 f"the cache in '{self.path}' holds no examples yet", "run the same 'rapidin cache' again"
             )
         if rows is None:
-            return torch.cat(parts)
-        found = []
+            for _, part in shards:
+                yield part, slice(None)
+            return
+        starts = [first for first, _ in shards]
         for row in rows:
             n = bisect_right(starts, row) - 1
-            if n < 0 or row - starts[n] >= len(parts[n]):
+            if n < 0 or row - starts[n] >= len(shards[n][1].index):
                 raise IndexError(f"row {row} is not in the cache ({len(self)} of {self.manifest.rows} are)")
-            found.append(parts[n][row - starts[n]])
-        return torch.stack(found)
+            yield shards[n][1], [row - starts[n]]
+
+    def _gather(self, rows: list[int] | None, field: str) -> Tensor:
+        return torch.cat([getattr(part, field)[where] for part, where in self._parts(rows)])
+
+    def _codes(self, rows: list[int] | None) -> Iterator[dict[str, Tensor]]:
+        for part, where in self._parts(rows):
+            yield {name: value[where] for name, value in part.code.items()}
 
     def sketches(self, rows: list[int] | None = None) -> Tensor:
-        """Sketches of these rows, or all: [n, dim] float32, each block scaled to length 1."""
-        return self._gather(rows, "sketch").float()
+        """Sketches of these rows, or all: [n, dim] float32, each block scaled to length 1.
+
+        Of packed rows what their code tells of it.
+        """
+        return torch.cat([self.code.decode(codes).flatten(1) for codes in self._codes(rows)])
 
     def lengths(self, rows: list[int] | None = None) -> Tensor:
         """Lengths of the blocks before scaling: [n, blocks] float32."""
-        return self._gather(rows, "length")
+        return torch.cat([self.code.lengths(codes) for codes in self._codes(rows)])
 
     def index(self, rows: list[int] | None = None) -> Tensor:
         """Line number in the data of each row: [n] int64."""
@@ -116,7 +140,9 @@ class Cache:
             "counts": m.counts,
             "dim": m.dim,
             "layers": len(m.layers),
-            "dtype": m.dtype,
+            "dtype": m.code.dtype,
+            "code": m.code.to_json(),
+            "packing": None if m.packing is None else m.packing.to_json(),
             "bytes": self.bytes,
             "bytes_per_example": self.bytes / len(self) if len(self) else None,
             "shards": len(m.shards),
@@ -132,6 +158,13 @@ class Cache:
         folder = Path(path)
         manifest = Manifest.read(folder)
         problems = []
+        try:
+            code = code_of(manifest, folder)
+            if manifest.packing and manifest.packing.file:
+                if checksum(folder / manifest.packing.file) != manifest.packing.sha256:
+                    problems.append(f"the basis '{folder / manifest.packing.file}' is altered")
+        except UserError as error:
+            return [error.what]
         done, total = 0, sum(shard.bytes for shard in manifest.shards)
         for shard in manifest.shards:
             problem = _size_problem(folder, shard)
@@ -139,7 +172,7 @@ class Cache:
                 problem = f"the shard '{folder / shard.file}' is altered: its checksum is not the manifest's"
             if problem is None:
                 try:
-                    read_shard(folder, shard, manifest)
+                    read_shard(folder, shard, code)
                 except UserError as error:
                     problem = error.what
             if problem:
@@ -148,6 +181,27 @@ class Cache:
             if on_progress:
                 on_progress(done, total)
         return problems
+
+
+def _read_ahead(path: Path) -> None:
+    """Ask the system to read a file into memory; a hint, without effect where it is there or not understood."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
+
+
+def code_of(manifest: Manifest, folder: Path) -> Code:
+    """The code of a cache; what it learnt is read from the folder."""
+    blocks, width, packing = len(manifest.layers), manifest.width, manifest.packing
+    if manifest.code.dtype in FLOATS:
+        return FloatCode(manifest.code.dtype, blocks, width)
+    if packing is None:
+        raise UserError(
+            f"the cache in '{folder}' holds no examples yet", "run the same 'rapidin cache' again"
+        )
+    basis = None if packing.file is None else read_basis(folder, packing, width)
+    return PackedCode(packing.shape, width, manifest.sketch["seed"], basis)
 
 
 def _size_problem(folder: Path, shard: Shard) -> str | None:
@@ -202,6 +256,11 @@ class CacheWriter:
             found.refuse_unless_same(self.manifest, self.folder)
             found.data = self.manifest.data
             found.model = self.manifest.model
+            if found.packing and found.packing.file and not (self.folder / found.packing.file).is_file():
+                raise UserError(
+                    f"the basis '{self.folder / found.packing.file}' is missing",
+                    "without it the shards cannot be read: restore it, or cache into another folder",
+                )
             found.shards = [shard for shard in found.shards if _size_problem(self.folder, shard) is None]
             self.manifest = found
         needed = sum(self.manifest.rows_of(n) for n in self.missing) * self.manifest.row_bytes
@@ -218,6 +277,23 @@ class CacheWriter:
         """Numbers of the shards still to be written."""
         done = {shard.first // self.manifest.shard_rows for shard in self.manifest.shards}
         return [n for n in range(self.manifest.shards_in_all) if n not in done]
+
+    @property
+    def sample_folder(self) -> Path:
+        """Where the sketches of the sample wait until the cache is complete."""
+        return self.folder / _SAMPLE
+
+    @property
+    def code(self) -> Code:
+        """How rows are packed, with what it has learnt."""
+        return code_of(self.manifest, self.folder)
+
+    def set_packing(self, shape: Shape, basis: Basis | None, statistics: dict[str, float]) -> None:
+        """Write what the code has learnt and how it was fitted, before any shard that it packs."""
+        self.manifest.packing = (
+            Packing(shape) if basis is None else write_basis(self.folder, basis, shape, statistics)
+        )
+        self.manifest.write(self.folder)
 
     def write(self, n: int, rows: Rows, counts: dict[str, int]) -> None:
         """Write shard n and record it in the manifest; both are on disk when this returns."""

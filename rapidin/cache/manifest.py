@@ -11,11 +11,11 @@ from typing import Any
 
 from rapidin.errors import UserError, short
 from rapidin.layers import Block
+from rapidin.pack import FLOATS, Format, Shape, row_bytes_besides
 
 FORMAT = "rapidin-cache"
-VERSION = 1
+VERSION = 2
 NAME = "manifest.json"
-DTYPES = ("float16", "float32")
 
 # How a difference between a cache and what is asked of it is told to the user.
 _WORDS = {
@@ -24,7 +24,7 @@ _WORDS = {
     "gradient": "with other gradients",
     "text": "with another treatment of the texts",
     "data": "from other data",
-    "dtype": "with another dtype",
+    "code": "with another code",
     "rows": "for another number of examples",
     "shard_rows": "with another number of rows a shard",
     "layers": "for other layers",
@@ -43,14 +43,39 @@ class Shard:
     counts: dict[str, int]
 
 
+@dataclass(frozen=True, slots=True)
+class Packing:
+    """A fitted code. shape: what a row is made of; file, bytes, sha256: the basis it learnt, or None; statistics:
+    what the sample said of it."""
+
+    shape: Shape
+    file: str | None = None
+    bytes: int = 0
+    sha256: str = ""
+    statistics: dict[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """The packing as the manifest keeps it."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Packing:
+        """What `to_json` wrote; KeyError, TypeError or ValueError where it is none."""
+        statistics = {str(k): float(v) for k, v in value["statistics"].items()}
+        file = None if value["file"] is None else str(value["file"])
+        return Packing(
+            Shape.from_json(value["shape"]), file, _count(value["bytes"]), str(value["sha256"]), statistics
+        )
+
+
 @dataclass
 class Manifest:
     """What a cache holds.
 
     model: names and hashes of model, adapter and tokenizer; sketch: projection, width, seed, hash; gradient:
-    points, loss; text: how texts became tokens; data: where the examples came from; dtype: of the sketches;
-    rows: examples in all; shard_rows: rows of each shard but the last; layers: the layer table; shards:
-    those that are done.
+    points, loss; text: how texts became tokens; data: where the examples came from; code: how rows are
+    packed; rows: examples in all; shard_rows: rows of each shard but the last; layers: the layer table;
+    packing: what became of the code once it was fitted, None before; shards: those that are done.
     """
 
     model: dict[str, Any]
@@ -58,10 +83,11 @@ class Manifest:
     gradient: dict[str, Any]
     text: dict[str, Any]
     data: dict[str, Any]
-    dtype: str
+    code: Format
     rows: int
     shard_rows: int
     layers: list[Block]
+    packing: Packing | None = None
     shards: list[Shard] = field(default_factory=list)
 
     @property
@@ -89,9 +115,19 @@ class Manifest:
         return max(0, min(self.shard_rows, self.rows - n * self.shard_rows))
 
     @property
+    def width(self) -> int:
+        """Bins of a block."""
+        return self.layers[0].width
+
+    @property
     def row_bytes(self) -> int:
-        """Bytes an example takes in a shard: sketch, block lengths, line number, status, truncation, hash."""
-        return self.dim * (2 if self.dtype == "float16" else 4) + 4 * len(self.layers) + 18
+        """Bytes that an example takes in a shard, all told."""
+        if self.code.dtype in FLOATS:
+            numbers = self.dim * (2 if self.code.dtype == "float16" else 4)
+            return numbers + 4 * len(self.layers) + row_bytes_besides
+        if self.packing is not None:
+            return self.packing.shape.row_bytes
+        return self.code.bytes or self.code.shape(len(self.layers), self.width).row_bytes
 
     @property
     def counts(self) -> dict[str, int]:
@@ -125,6 +161,7 @@ class Manifest:
         whole = self.to_json()
         whole["model"] = whole["model"]["identity"]
         whole["data"] = {k: v for k, v in whole["data"].items() if k != "path"}
+        del whole["packing"]
         return whole
 
     def to_json(self) -> dict[str, Any]:
@@ -134,8 +171,12 @@ class Manifest:
             "version": VERSION,
             **{
                 k: getattr(self, k)
-                for k in ("model", "sketch", "gradient", "text", "data", "dtype", "rows", "shard_rows")
+                for k in ("model", "sketch", "gradient", "text", "data")
             },
+            "code": self.code.to_json(),
+            "rows": self.rows,
+            "shard_rows": self.shard_rows,
+            "packing": None if self.packing is None else self.packing.to_json(),
             "layers": [block.to_json() for block in self.layers],
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -180,14 +221,15 @@ class Manifest:
             raise ValueError("the model has no identity")
         manifest = Manifest(
             **parts,
-            dtype=value["dtype"],
+            code=Format.from_json(value["code"]),
             rows=_count(value["rows"]),
             shard_rows=_count(value["shard_rows"]),
             layers=[Block.from_json(block) for block in value["layers"]],
+            packing=None if value["packing"] is None else Packing.from_json(value["packing"]),
             shards=[_shard(shard) for shard in value["shards"]],
         )
-        if manifest.dtype not in DTYPES:
-            raise ValueError(f"unknown dtype {short(manifest.dtype)}")
+        if manifest.packing and len(manifest.packing.shape.tail) != len(manifest.layers):
+            raise ValueError("the packing is for another number of layers")
         start = 0
         for block in manifest.layers:
             if block.start != start or block.width < 1:

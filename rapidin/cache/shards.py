@@ -9,52 +9,50 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rapidin.cache.manifest import Manifest, Shard, replace_file
+from rapidin.cache.manifest import Packing, Shard, replace_file
 from rapidin.errors import UserError
+from rapidin.pack import Basis, Code, Shape
+
+BASIS = "basis.safetensors"
 
 
 @dataclass
 class Rows:
     """Rows of a cache.
 
-    sketch: [n, dim] float16 or float32, each block scaled to length 1 (or all zeros); length: [n, blocks]
-    float32, each block's length before that; index: [n] int64, line number in the data; status: [n] uint8, 0
-    where the row counts; truncated: [n] uint8; record: [n] int64, the first 8 bytes of the SHA-256 of the
-    example.
+    code: the tensors in which the sketches are kept (`rapidin.pack`); index: [n] int64, line number in the data;
+    status: [n] uint8, 0 where the row counts; truncated: [n] uint8; record: [n] int64, the first 8 bytes of the
+    SHA-256 of the example.
     """
 
-    sketch: Tensor
-    length: Tensor
+    code: dict[str, Tensor]
     index: Tensor
     status: Tensor
     truncated: Tensor
     record: Tensor
 
 
-_FIELDS = ("sketch", "length", "index", "status", "truncated", "record")
-
-
-def _expected(manifest: Manifest, rows: int) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    return {
-        "sketch": (torch.float16 if manifest.dtype == "float16" else torch.float32, (rows, manifest.dim)),
-        "length": (torch.float32, (rows, len(manifest.layers))),
-        "index": (torch.int64, (rows,)),
-        "status": (torch.uint8, (rows,)),
-        "truncated": (torch.uint8, (rows,)),
-        "record": (torch.int64, (rows,)),
-    }
+_BESIDES = {
+    "index": torch.int64,
+    "status": torch.uint8,
+    "truncated": torch.uint8,
+    "record": torch.int64,
+}
 
 
 def write_shard(folder: Path, name: str, first: int, rows: Rows, counts: dict[str, int]) -> Shard:
     """Write a shard file; it is on disk under its name when this returns. UserError where it cannot be."""
     from safetensors.torch import save
 
-    data = save({name: getattr(rows, name).contiguous() for name in _FIELDS})
+    data = save(
+        {name: value.contiguous() for name, value in rows.code.items()}
+        | {name: getattr(rows, name).contiguous() for name in _BESIDES}
+    )
     replace_file(folder / name, data)
     return Shard(name, first, len(rows.index), len(data), hashlib.sha256(data).hexdigest(), counts)
 
 
-def read_shard(folder: Path, shard: Shard, manifest: Manifest) -> Rows:
+def read_shard(folder: Path, shard: Shard, code: Code) -> Rows:
     """The rows of a shard as views of the memory-mapped file; UserError where that is not as it must be."""
     from safetensors import SafetensorError, safe_open
 
@@ -68,13 +66,41 @@ def read_shard(folder: Path, shard: Shard, manifest: Manifest) -> Rows:
         raise UserError(f"the shard '{path}' has {size:,} bytes instead of {shard.bytes:,}", _REMEDY)
     try:
         with safe_open(path, framework="pt") as file:
-            found = {name: file.get_tensor(name) for name in _FIELDS}
+            found = {name: file.get_tensor(name) for name in (*code.fields(), *_BESIDES)}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the shard '{path}' is damaged: {error}", _REMEDY) from None
-    for name, (dtype, shape) in _expected(manifest, shard.rows).items():
-        if found[name].dtype != dtype or tuple(found[name].shape) != shape:
+    expected = code.fields() | {name: (dtype, ()) for name, dtype in _BESIDES.items()}
+    for name, (dtype, shape) in expected.items():
+        if found[name].dtype != dtype or tuple(found[name].shape) != (shard.rows, *shape):
             raise UserError(f"the shard '{path}' is damaged: '{name}' has another shape or dtype", _REMEDY)
-    return Rows(**found)
+    return Rows(code={name: found.pop(name) for name in code.fields()}, **found)
+
+
+def read_basis(folder: Path, packing: Packing, width: int) -> Basis:
+    """The basis that a code learnt; UserError where the file is not as the manifest says."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    assert packing.file is not None
+    path = folder / packing.file
+    remedy = "without it the cache cannot be read: restore it, or cache again"
+    if not path.is_file():
+        raise UserError(f"the basis '{path}' is missing", remedy)
+    if path.stat().st_size != packing.bytes:
+        raise UserError(f"the basis '{path}' has another size than the manifest says", remedy)
+    try:
+        return Basis.of_tensors(load_file(path), packing.shape, width)
+    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
+        raise UserError(f"the basis '{path}' is damaged: {error}", remedy) from None
+
+
+def write_basis(folder: Path, basis: Basis, shape: Shape, statistics: dict[str, float]) -> Packing:
+    """Write what a code learnt; it is on disk under its name when this returns."""
+    from safetensors.torch import save
+
+    data = save({name: value.contiguous() for name, value in basis.tensors().items()})
+    replace_file(folder / BASIS, data)
+    return Packing(shape, BASIS, len(data), hashlib.sha256(data).hexdigest(), statistics)
 
 
 _REMEDY = "delete that file and run the same 'rapidin cache' again: only it is made anew"

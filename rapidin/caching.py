@@ -1,0 +1,220 @@
+"""The caching loop: examples in groups of like length to sketches, sketches to codes, codes to shards.
+
+Where the code learns from a sample, that comes first: the sample's sketches go into a small float16 cache inside the
+folder, so that a killed run goes on there too, and the shards take them from it instead of making them again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+
+import shutil
+import torch
+from torch import Tensor
+
+from rapidin import methods, pack
+from rapidin.cache import Cache, CacheWriter, Manifest
+from rapidin.cache.shards import Rows
+from rapidin.encoding import Encoded, Encoder, Status
+from rapidin.errors import UserError
+from rapidin.examples import Examples, record_hash
+from rapidin.pack import Basis, Code, PackedCode
+
+SHARD_BYTES = 16 << 20  # a killed run loses at most this much, and a file this large is read at full speed
+GROUP_BYTES = 64 << 20  # sketches held in float32 at a time
+
+# Sketches [n, blocks, width] of texts, their status [n] uint8; reports examples, tokens and skipped ones as it goes.
+Sketch = Callable[[Sequence[Encoded]], tuple[Tensor, Tensor]]
+
+
+def shard_rows(manifest: Manifest) -> int:
+    """Rows of a shard: 16 MiB, but no more work than a killed run may lose, and few enough files."""
+    by_bytes = max(32, SHARD_BYTES // manifest.row_bytes)
+    return min(8192, by_bytes, max(1024, manifest.rows // 128))
+
+
+def sample_rows(rows: int, size: int, seed: int) -> list[int]:
+    """`size` of the rows 0 .. rows - 1, drawn by the seed, ascending; all where there are no more."""
+    if size >= rows:
+        return list(range(rows))
+    from rapidin import _cpu
+
+    words = torch.empty(rows, dtype=torch.int32)
+    _cpu.hash_words(seed, _SAMPLE_STREAM, 0, rows, words.data_ptr())
+    return sorted(torch.argsort(words, stable=True)[:size].tolist())
+
+
+_SAMPLE_STREAM = 17  # of the keyed hash in docs/sketch.md
+
+
+class CachingLoop:
+    """Fills a cache. tell: something to say to the user, once."""
+
+    def __init__(
+        self, writer: CacheWriter, examples: Examples, encoder: Encoder, sketch: Sketch, tell: Callable[[str], None]
+    ) -> None:
+        self.writer, self.examples, self.encoder, self.sketch, self.tell = writer, examples, encoder, sketch, tell
+        manifest = writer.manifest
+        wanted = manifest.code.sample
+        self.sample = sample_rows(manifest.rows, wanted, manifest.sketch["seed"]) if wanted else []
+        self._place = {row: n for n, row in enumerate(self.sample)}
+        self._sampled: Cache | None = None
+
+    def run(self) -> None:
+        """Learn what is to be learnt, and write every missing shard."""
+        manifest = self.writer.manifest
+        if not self.writer.missing:
+            shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
+            return
+        if self.sample:
+            self._sketch_sample()
+        if manifest.code.dtype in pack.PACKED and manifest.packing is None:
+            self._fit()
+        code = self.writer.code
+        with _WriterThread(self.writer) as thread:
+            for n in self.writer.missing:
+                first = n * manifest.shard_rows
+                rows, counts = self._shard(range(first, first + manifest.rows_of(n)), code)
+                thread.write(n, rows, counts)
+        self._sampled = None
+        shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
+
+    def sampled_rows(self) -> int:
+        """Rows whose sketches wait in the sample's folder, while no shard holds them."""
+        folder = self.writer.sample_folder
+        if not self.sample or not folder.exists():
+            return 0
+        try:
+            done = Manifest.read(folder)
+        except UserError:
+            return 0
+        kept = {row for shard in self.writer.manifest.shards for row in range(shard.first, shard.first + shard.rows)}
+        there = (row for shard in done.shards for row in self.sample[shard.first : shard.first + shard.rows])
+        return sum(row not in kept for row in there)
+
+    # --------------------------------------------------------------------------------------------- learning
+
+    def _sketch_sample(self) -> None:
+        whole = self.writer.manifest
+        manifest = Manifest(
+            whole.model, whole.sketch, whole.gradient, whole.text, whole.data, pack.Format("float16"),
+            rows=len(self.sample), shard_rows=32, layers=whole.layers,
+        )  # fmt: skip
+        folder = self.writer.sample_folder
+        with CacheWriter(folder, manifest) as writer:
+            if writer.missing:
+                self.tell(f"learning the code from a sample of {len(self.sample):,} examples first")
+            for n in writer.missing:
+                chosen = self.sample[n * manifest.shard_rows :][: manifest.rows_of(n)]
+                rows, counts = self._shard(chosen, writer.code)
+                writer.write(n, rows, counts)
+        self._sampled = Cache(folder)
+
+    def _fit(self) -> None:
+        manifest = self.writer.manifest
+        blocks, width, seed = len(manifest.layers), manifest.width, manifest.sketch["seed"]
+        basis, learnt, statistics = None, None, {}
+        if self._sampled is not None:
+            good = (self._sampled.status() == 0).nonzero()[:, 0].tolist()
+            if len(good) < 4:
+                raise UserError(
+                    f"only {len(good)} of {len(self.sample)} sampled examples have a gradient: too few to learn from",
+                    "leave --bytes out, or say --sample 0",
+                )
+            units = self._sampled.sketches(good).view(len(good), blocks, width)
+            learnt = pack.learn(units, pack.HEAD)
+        shape = pack.fit(manifest.code, blocks, width, learnt)
+        if learnt is not None and self._sampled is not None:
+            basis = Basis.of(learnt, shape, self._sampled.lengths(good), seed).rounded()
+            statistics = {"sample": float(len(good)), **learnt.outside()}
+        self.writer.set_packing(shape, basis, statistics)
+
+    # ----------------------------------------------------------------------------------------------- shards
+
+    def _shard(self, wanted: Sequence[int], code: Code) -> tuple[Rows, dict[str, int]]:
+        records = [self.examples[row] for row in wanted]
+        encoded = [self.encoder(record) for record in records]
+        n = len(wanted)
+        fields = {name: torch.zeros(n, *shape, dtype=dtype) for name, (dtype, shape) in code.fields().items()}
+        status = torch.zeros(n, dtype=torch.uint8)
+        unlike = 0
+        for group in self._groups(encoded):
+            unit, length, status[group] = self._unit_blocks([wanted[i] for i in group], [encoded[i] for i in group])
+            for name, value in code.encode(unit, length).items():
+                fields[name][group] = value
+            unlike += self._unlike(code, unit[status[group] == 0])
+        counts = {s.name.lower(): int((status == s).sum()) for s in Status}
+        counts["truncated"] = sum(e.truncated for e in encoded)
+        if isinstance(code, PackedCode) and code.shape.head:
+            counts["unlike_sample"] = unlike
+        rows = Rows(
+            code=fields,
+            index=torch.tensor([self.examples.index(row) for row in wanted], dtype=torch.int64),
+            status=status,
+            truncated=torch.tensor([e.truncated for e in encoded], dtype=torch.uint8),
+            record=torch.tensor([record_hash(record) for record in records], dtype=torch.int64),
+        )
+        return rows, counts
+
+    def _groups(self, encoded: Sequence[Encoded]) -> list[list[int]]:
+        """Examples of like length together, as many as may be held at a time."""
+        size = max(16, GROUP_BYTES // (4 * self.writer.manifest.dim))
+        order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].ids), i))
+        return [order[at : at + size] for at in range(0, len(order), size)]
+
+    def _unit_blocks(self, rows: Sequence[int], encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit blocks, their lengths and status: from the sample where it has them, else made."""
+        layers, width = len(self.writer.manifest.layers), self.writer.manifest.width
+        known = [i for i, row in enumerate(rows) if self._sampled is not None and row in self._place]
+        new = [i for i in range(len(rows)) if i not in set(known)]
+        unit, length = torch.zeros(len(rows), layers, width), torch.zeros(len(rows), layers)
+        status = torch.zeros(len(rows), dtype=torch.uint8)
+        if new:
+            sketch, status[new] = self.sketch([encoded[i] for i in new])
+            unit[new], length[new] = methods.unit_blocks(sketch)
+        if known and self._sampled is not None:
+            places = [self._place[rows[i]] for i in known]
+            unit[known] = self._sampled.sketches(places).view(-1, layers, width)
+            length[known], status[known] = self._sampled.lengths(places), self._sampled.status(places)
+        return unit, length, status
+
+    def _unlike(self, code: Code, unit: Tensor) -> int:
+        """Examples of which the learnt directions hold less than of all but one in a hundred sampled ones."""
+        if not isinstance(code, PackedCode) or not code.shape.head or not len(unit):
+            return 0
+        assert self.writer.manifest.packing is not None
+        limit = self.writer.manifest.packing.statistics["outside_99"]
+        return int((code.basis.outside(unit) > limit).sum())
+
+
+class _WriterThread:
+    """Shards go to disk while the next one is made; one at a time, in order, none lost when this ends."""
+
+    def __init__(self, writer: CacheWriter) -> None:
+        self._writer = writer
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="rapidin-shards")
+        self._pending: Future[None] | None = None
+
+    def write(self, n: int, rows: Rows, counts: dict[str, int]) -> None:
+        """Hand a shard over; waits for the one before, and raises what became of it."""
+        self._wait()
+        self._pending = self._pool.submit(self._writer.write, n, rows, counts)
+
+    def _wait(self) -> None:
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            pending.result()
+
+    def __enter__(self) -> _WriterThread:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            self._wait()
+        finally:
+            self._pool.shutdown()
