@@ -26,7 +26,9 @@ class BuildWithFlags(build_ext):
         super().build_extensions()
 
 
-sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp"] + (["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else [])
+sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp"] + (
+    ["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else []
+)
 extension = Pybind11Extension(
     "rapidin._cpu",
     sources=sorted(CPU + name for name in sources),

@@ -9,8 +9,9 @@ near-duplicate among the scored texts: the same text with one word of its comple
 
 STUDY/ then holds, for L layers, Q queries, S sample texts and N scored texts:
 
-    study.json                  names of the layers, kinds of the texts, which texts are queries and near-duplicates
-    exact.safetensors           products [Q, N, L] of unit gradients (cosines by layer), length_scored [N, L],
+    study.json                  names of the layers, kinds of the texts, which texts are queries and
+    near-duplicates exact.safetensors           products [Q, N, L] of unit gradients (cosines by layer),
+    length_scored [N, L],
                                 length_query [Q, L], double-sided projections
     sketch-SEED.safetensors     sample [S, L, W] and scored [N, L, W] unit sketches in float16, their lengths
 
@@ -73,7 +74,9 @@ class Collector:
     def sketches(self, columns: Tensor, rows: Tensor, name: str) -> dict[int, tuple[Tensor, Tensor]]:
         made = {}
         for seed, width in self.seeds.items():
-            unit, length = unit_blocks(ops.linear_sketch(columns, rows, width, seed=block_seed(seed, name))[:, None])
+            unit, length = unit_blocks(
+                ops.linear_sketch(columns, rows, width, seed=block_seed(seed, name))[:, None]
+            )
             made[seed] = (unit[:, 0].half(), length[:, 0])
         return made
 
@@ -91,7 +94,9 @@ class Collector:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("model")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--data", action="append", required=True, metavar="KIND=FILE:SAMPLE:SCORED:QUERIES")
@@ -100,9 +105,13 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=96)
     parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--seeds", default="0:1024,1:512,2:512", help="seed:width, ...")
-    parser.add_argument("--projected", type=int, default=32, help="numbers a side of the double-sided projection")
+    parser.add_argument(
+        "--projected", type=int, default=32, help="numbers a side of the double-sided projection"
+    )
     args = parser.parse_args()
-    attributor = Attributor(load_model(args.model, adapter=args.adapter), max_length=args.max_length, at=args.at)
+    attributor = Attributor(
+        load_model(args.model, adapter=args.adapter), max_length=args.max_length, at=args.at
+    )
     rng = random.Random(0)
     groups: dict[str, list[tuple[str, Encoded]]] = {"sample": [], "scored": []}
     queries: list[int] = []
@@ -121,7 +130,9 @@ def main() -> None:
             if number < n_query:
                 near.append(len(groups["scored"]))
                 groups["scored"].append((kind, attributor.encoder(change_a_word(record, rng))))
-    collector = Collector(attributor, {int(s): int(w) for s, w in (p.split(":") for p in args.seeds.split(","))}, args.projected)
+    collector = Collector(
+        attributor, {int(s): int(w) for s, w in (p.split(":") for p in args.seeds.split(","))}, args.projected
+    )
     args.out.mkdir(parents=True, exist_ok=True)
     layers = len(collector.names)
     scored = groups["scored"]
@@ -140,7 +151,10 @@ def main() -> None:
     lengths = torch.zeros(len(scored), layers)
     double = torch.zeros(len(scored), layers, args.projected**2, dtype=torch.float16)
     kept = {
-        (group, seed): (torch.zeros(len(groups[group]), layers, width, dtype=torch.float16), torch.zeros(len(groups[group]), layers))
+        (group, seed): (
+            torch.zeros(len(groups[group]), layers, width, dtype=torch.float16),
+            torch.zeros(len(groups[group]), layers),
+        )
         for group in groups
         for seed, width in collector.seeds.items()
     }

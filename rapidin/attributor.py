@@ -20,8 +20,8 @@ from rapidin.examples import Examples, open_examples
 from rapidin.hits import QueryResult
 from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Projection
 from rapidin.layers import coverage, find_targets, layer_table
-from rapidin.pack import Format
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
+from rapidin.pack import Format
 from rapidin.scan import hits_of, scan_cache, training_data
 
 PROJECTIONS = get_args(Projection)
@@ -50,8 +50,9 @@ class Attributor:
     """Caches training examples as gradient sketches, and finds those behind a generation.
 
     model: a `LoadedModel`, or a transformers or peft causal model with its tokenizer.
-    width: bins of each layer's sketch; "auto": 512 for a model of hundreds of layers, more where there are fewer.
-    projection: "tensor" (from the factors), "flat" (from the formed gradient), or "rapidgrad" (one block of
+    width: bins of each layer's sketch; "auto": 512 for a model of hundreds of layers, more where there are
+    fewer. projection: "tensor" (from the factors), "flat" (from the formed gradient), or "rapidgrad" (one
+    block of
         `width` numbers for the whole layer-normalised gradient, say 65,536: the paper's setting).
     seed: of bins and signs.
     include, exclude: patterns of parameter names (`rapidin.layers.matches`).
@@ -94,7 +95,12 @@ class Attributor:
             raise UserError(f"a width of {width} bins", "say at least 1")
         if not 0 <= seed < 2**64:
             raise UserError(f"the seed {seed} is not between 0 and 2^64 - 1")
-        if projection != "tensor" and width != "auto" and width % 128 and width not in (1, 2, 4, 8, 16, 32, 64):
+        if (
+            projection != "tensor"
+            and width != "auto"
+            and width % 128
+            and width not in (1, 2, 4, 8, 16, 32, 64)
+        ):
             raise UserError(f"the {projection} projection takes no width of {width}", "say a multiple of 128")
         self.projection, self.seed, self.loss = projection, seed, loss
         self.points = self._points(at)
@@ -235,10 +241,10 @@ class Attributor:
         """Sketch every example's gradient into the cache at `path`, going on where an earlier run stopped.
 
         examples: anything `rapidin.examples.open_examples` takes. dtype: of the numbers kept, by default
-        float16, or with a budget sign. bytes: a budget an example, all told, that a code is fitted to. sample:
-        examples that the code learns from, 0 for none; by default 1,024 with a budget, none without. limit: the
-        first so many. shard_rows: rows of a shard, by default what fills 16 MiB. Raises UserError where the
-        data, the folder or the disk will not do.
+        float16, or with a budget sign. bytes: a budget an example, all told, that a code is fitted to.
+        sample: examples that the code learns from, 0 for none; by default 1,024 with a budget, none without.
+        limit: the first so many. shard_rows: rows of a shard, by default what fills 16 MiB. Raises UserError
+        where the data, the folder or the disk will not do.
         """
         code = self.format(dtype=dtype, bytes=bytes, sample=sample)
         if not isinstance(examples, Examples):

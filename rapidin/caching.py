@@ -1,17 +1,17 @@
 """The caching loop: examples in groups of like length to sketches, sketches to codes, codes to shards.
 
-Where the code learns from a sample, that comes first: the sample's sketches go into a small float16 cache inside the
-folder, so that a killed run goes on there too, and the shards take them from it instead of making them again.
+Where the code learns from a sample, that comes first: the sample's sketches go into a small float16 cache
+inside the folder, so that a killed run goes on there too, and the shards take them from it instead of making
+them again.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from pathlib import Path
 from types import TracebackType
 
-import shutil
 import torch
 from torch import Tensor
 
@@ -26,7 +26,8 @@ from rapidin.pack import Basis, Code, PackedCode
 SHARD_BYTES = 16 << 20  # a killed run loses at most this much, and a file this large is read at full speed
 GROUP_BYTES = 64 << 20  # sketches held in float32 at a time
 
-# Sketches [n, blocks, width] of texts, their status [n] uint8; reports examples, tokens and skipped ones as it goes.
+# Sketches [n, blocks, width] of texts, their status [n] uint8; reports examples, tokens and skipped ones as
+# it goes.
 Sketch = Callable[[Sequence[Encoded]], tuple[Tensor, Tensor]]
 
 
@@ -54,9 +55,20 @@ class CachingLoop:
     """Fills a cache. tell: something to say to the user, once."""
 
     def __init__(
-        self, writer: CacheWriter, examples: Examples, encoder: Encoder, sketch: Sketch, tell: Callable[[str], None]
+        self,
+        writer: CacheWriter,
+        examples: Examples,
+        encoder: Encoder,
+        sketch: Sketch,
+        tell: Callable[[str], None],
     ) -> None:
-        self.writer, self.examples, self.encoder, self.sketch, self.tell = writer, examples, encoder, sketch, tell
+        self.writer, self.examples, self.encoder, self.sketch, self.tell = (
+            writer,
+            examples,
+            encoder,
+            sketch,
+            tell,
+        )
         manifest = writer.manifest
         wanted = manifest.code.sample
         self.sample = sample_rows(manifest.rows, wanted, manifest.sketch["seed"]) if wanted else []
@@ -91,7 +103,11 @@ class CachingLoop:
             done = Manifest.read(folder)
         except UserError:
             return 0
-        kept = {row for shard in self.writer.manifest.shards for row in range(shard.first, shard.first + shard.rows)}
+        kept = {
+            row
+            for shard in self.writer.manifest.shards
+            for row in range(shard.first, shard.first + shard.rows)
+        }
         there = (row for shard in done.shards for row in self.sample[shard.first : shard.first + shard.rows])
         return sum(row not in kept for row in there)
 
@@ -121,8 +137,8 @@ class CachingLoop:
             good = (self._sampled.status() == 0).nonzero()[:, 0].tolist()
             if len(good) < 4:
                 raise UserError(
-                    f"only {len(good)} of {len(self.sample)} sampled examples have a gradient: too few to learn from",
-                    "leave --bytes out, or say --sample 0",
+                    f"only {len(good)} of {len(self.sample)} sampled examples have a gradient: too few to
+                    learn from", "leave --bytes out, or say --sample 0",
                 )
             units = self._sampled.sketches(good).view(len(good), blocks, width)
             learnt = pack.learn(units, pack.HEAD)
@@ -142,7 +158,9 @@ class CachingLoop:
         status = torch.zeros(n, dtype=torch.uint8)
         unlike = 0
         for group in self._groups(encoded):
-            unit, length, status[group] = self._unit_blocks([wanted[i] for i in group], [encoded[i] for i in group])
+            unit, length, status[group] = self._unit_blocks(
+                [wanted[i] for i in group], [encoded[i] for i in group]
+            )
             for name, value in code.encode(unit, length).items():
                 fields[name][group] = value
             unlike += self._unlike(code, unit[status[group] == 0])

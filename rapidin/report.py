@@ -288,7 +288,9 @@ def kept_text(info: Mapping[str, Any]) -> str:
         parts.append(f"{sum(shape['tail']):,} of single layers in one bit")
     if sum(shape["rest"]):
         rest = "other numbers" if parts else "numbers"
-        parts.append(f"{sum(shape['rest']):,} {rest} in {'one bit' if shape['dtype'] == 'sign' else shape['dtype']}")
+        parts.append(
+            f"{sum(shape['rest']):,} {rest} in {'one bit' if shape['dtype'] == 'sign' else shape['dtype']}"
+        )
     text = ", ".join(parts)
     if packing["file"]:
         sample = f"{packing['statistics'].get('sample', 0):,.0f}"

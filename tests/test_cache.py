@@ -17,6 +17,7 @@ from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.shards import Rows
 from rapidin.errors import UserError
 from rapidin.layers import Block
+from rapidin.pack import Format
 
 LAYERS = [Block("a.weight", (3, 4), 0.5, 0, 8), Block("b.weight", (5, 2), 0.5, 8, 8)]
 
@@ -28,7 +29,7 @@ def manifest(**changes: Any) -> Manifest:
         "gradient": {"at": [0.5]},
         "text": {"eos": True},
         "data": {"path": "train.jsonl", "identity": "2"},
-        "dtype": "float16",
+        "code": Format("float16"),
         "rows": 10,
         "shard_rows": 4,
         "layers": list(LAYERS),
@@ -39,8 +40,10 @@ def manifest(**changes: Any) -> Manifest:
 def rows(n: int, count: int) -> Rows:
     generator = torch.Generator().manual_seed(n)
     return Rows(
-        sketch=torch.randn(count, 16, generator=generator).half(),
-        length=torch.rand(count, 2, generator=generator),
+        code={
+            "sketch": torch.randn(count, 16, generator=generator).half(),
+            "length": torch.rand(count, 2, generator=generator),
+        },
         index=torch.arange(count) + 4 * n,
         status=torch.zeros(count, dtype=torch.uint8),
         truncated=torch.zeros(count, dtype=torch.uint8),
@@ -65,7 +68,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert cache.manifest.complete
     assert cache.layers == LAYERS
     assert cache.manifest.counts == {"ok": 10}
-    whole = torch.cat([rows(n, count).sketch for n, count in ((0, 4), (1, 4), (2, 2))]).float()
+    whole = torch.cat([rows(n, count).code["sketch"] for n, count in ((0, 4), (1, 4), (2, 2))]).float()
     assert torch.equal(cache.sketches(), whole)
     assert torch.equal(cache.sketches([9, 0, 4]), whole[[9, 0, 4]])
     assert cache.index([8]).tolist() == [8]
@@ -81,7 +84,7 @@ def test_shards_are_read_through_a_memory_map(tmp_path: Path) -> None:
     (_, part), *_ = Cache(tmp_path).shards()
     maps = Path("/proc/self/maps").read_text()
     assert "shard-000000.safetensors" in maps
-    assert part.sketch.shape == (4, 16)
+    assert part.code["sketch"].shape == (4, 16)
 
 
 def test_a_stopped_writer_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
@@ -144,7 +147,7 @@ def test_an_altered_shard_is_named_by_verify(tmp_path: Path) -> None:
         ({"sketch": {"width": 8, "seed": 1}}, "another sketch (seed: 0 there, 1 here)"),
         ({"gradient": {"at": [1.0]}}, "other gradients"),
         ({"data": {"path": "train.jsonl", "identity": "3"}}, "from other data"),
-        ({"dtype": "float32"}, "another dtype"),
+        ({"code": Format("float32")}, "another code"),
         ({"rows": 11}, "another number of examples"),
         ({"layers": [LAYERS[0], Block("c.weight", (5, 2), 0.5, 8, 8)]}, "other layers"),
     ],
@@ -218,8 +221,8 @@ def test_a_damaged_manifest_is_one_line(tmp_path: Path, text: str) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     fill(tmp_path)
     value = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps(value | {"version": 2}))
-    with pytest.raises(UserError, match="format version 2, this rapidin reads 1"):
+    (tmp_path / "manifest.json").write_text(json.dumps(value | {"version": 3}))
+    with pytest.raises(UserError, match="format version 3, this rapidin reads 2"):
         Cache(tmp_path)
 
 

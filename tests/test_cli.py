@@ -307,7 +307,7 @@ def test_options_of_cache_reach_the_manifest(place: Place, tmp_path: Path, run: 
     assert manifest["sketch"]["seed"] == 2**64 - 1
     assert manifest["sketch"]["width"] == 32
     assert manifest["text"] == {"eos": False, "max_length": 16, "too_long": "skip"}
-    assert (manifest["rows"], manifest["shard_rows"], manifest["dtype"]) == (4, 3, "float32")
+    assert (manifest["rows"], manifest["shard_rows"], manifest["code"]["dtype"]) == (4, 3, "float32")
     assert all("q_proj" in layer["name"] for layer in manifest["layers"])
     assert run("query", str(out), "--prompt", "Give", "--completion", " tips.", "--json", "-").code == 0
 

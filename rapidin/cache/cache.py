@@ -184,7 +184,8 @@ class Cache:
 
 
 def _read_ahead(path: Path) -> None:
-    """Ask the system to read a file into memory; a hint, without effect where it is there or not understood."""
+    """Ask the system to read a file into memory; a hint, without effect where it is there or not
+    understood."""
     if not hasattr(os, "posix_fadvise"):
         return
     with contextlib.suppress(OSError), open(path, "rb") as file:

@@ -45,8 +45,8 @@ class Shard:
 
 @dataclass(frozen=True, slots=True)
 class Packing:
-    """A fitted code. shape: what a row is made of; file, bytes, sha256: the basis it learnt, or None; statistics:
-    what the sample said of it."""
+    """A fitted code. shape: what a row is made of; file, bytes, sha256: the basis it learnt, or None;
+    statistics: what the sample said of it."""
 
     shape: Shape
     file: str | None = None
@@ -169,10 +169,7 @@ class Manifest:
         return {
             "format": FORMAT,
             "version": VERSION,
-            **{
-                k: getattr(self, k)
-                for k in ("model", "sketch", "gradient", "text", "data")
-            },
+            **{k: getattr(self, k) for k in ("model", "sketch", "gradient", "text", "data")},
             "code": self.code.to_json(),
             "rows": self.rows,
             "shard_rows": self.shard_rows,
@@ -228,15 +225,17 @@ class Manifest:
             packing=None if value["packing"] is None else Packing.from_json(value["packing"]),
             shards=[_shard(shard) for shard in value["shards"]],
         )
+        if not manifest.layers:
+            raise ValueError("no layers")
         if manifest.packing and len(manifest.packing.shape.tail) != len(manifest.layers):
             raise ValueError("the packing is for another number of layers")
         start = 0
         for block in manifest.layers:
-            if block.start != start or block.width < 1:
+            if block.start != start or not 1 <= block.width == manifest.width:
                 raise ValueError(f"the block of {short(block.name)} lies wrong")
             start += block.width
-        if not manifest.layers or manifest.shard_rows < 1:
-            raise ValueError("no layers or no rows a shard")
+        if manifest.shard_rows < 1:
+            raise ValueError("no rows a shard")
         next_first = 0
         for shard in manifest.shards:
             n, rest = divmod(shard.first, manifest.shard_rows)

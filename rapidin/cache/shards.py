@@ -20,9 +20,9 @@ BASIS = "basis.safetensors"
 class Rows:
     """Rows of a cache.
 
-    code: the tensors in which the sketches are kept (`rapidin.pack`); index: [n] int64, line number in the data;
-    status: [n] uint8, 0 where the row counts; truncated: [n] uint8; record: [n] int64, the first 8 bytes of the
-    SHA-256 of the example.
+    code: the tensors in which the sketches are kept (`rapidin.pack`); index: [n] int64, line number in the
+    data; status: [n] uint8, 0 where the row counts; truncated: [n] uint8; record: [n] int64, the first 8
+    bytes of the SHA-256 of the example.
     """
 
     code: dict[str, Tensor]

@@ -1,7 +1,18 @@
 """Pack: from sketches to the few bytes that a cache keeps of each, and back to what a scan needs."""
 
 from rapidin.pack.code import Basis, Code, FloatCode, PackedCode, ScanPlan
-from rapidin.pack.fit import FLOATS, HEAD, PACKED, SAMPLE, Format, Shape, fit, least_bytes, row_bytes_besides, width_for
+from rapidin.pack.fit import (
+    FLOATS,
+    HEAD,
+    PACKED,
+    SAMPLE,
+    Format,
+    Shape,
+    fit,
+    least_bytes,
+    row_bytes_besides,
+    width_for,
+)
 from rapidin.pack.learn import Learnt, learn
 
 __all__ = [

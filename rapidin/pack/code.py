@@ -1,17 +1,17 @@
 """Codes: how the sketches of examples are kept in a cache, and how a query is put to them.
 
-The sketch of an example is a row of blocks of length 1, and the lengths that they had. A code says which tensors
-a shard keeps of it, and gives a scan what it needs: codes of rows (float tensors or `ops.Packed`) whose inner
-products with prepared queries add up to the scores.
+The sketch of an example is a row of blocks of length 1, and the lengths that they had. A code says which
+tensors a shard keeps of it, and gives a scan what it needs: codes of rows (float tensors or `ops.Packed`)
+whose inner products with prepared queries add up to the scores.
 
 `FloatCode` keeps the blocks as they are. `PackedCode` keeps, of a row u (all its blocks in one vector):
 
-    head   P^T (u - mean), int8:             directions in which all layers vary together, learnt from a sample
-    tail   turned V_b^T r_b, one bit each:   directions of what the head leaves, r = u - mean - P head, by block
-    rest   turned remainder of r_b, cut:     what no sample has shown, a random part of it
+    head   P^T (u - mean), int8             directions in which all layers vary together, from a sample
+    tail   turned V_b^T r_b, one bit each   directions of what the head leaves, r = u - mean - P head, by block
+    rest   turned remainder of r_b, cut     what no sample has shown, a random part of it
 
-each with one scale a row that makes the row's own inner product with its code exact (RaBitQ, Gao & Long, SIGMOD
-2024, section 3.2). Without a sample there is the rest alone. Lengths are kept by their logarithms.
+each with one scale a row that makes the row's own inner product with its code exact (RaBitQ, Gao & Long,
+SIGMOD 2024, section 3.2). Without a sample there is the rest alone. Lengths are kept by their logarithms.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _STEP8, _STEP4 = 1 / 16, 0.2  # nats a step of a length's logarithm
 
 @dataclass(frozen=True)
 class ScanPlan:
-    """One scan of some rows. parts: what `ops.topk_scan` reads, with queries [Q, D]; base: [Q, n] or None; scales and
-    offsets: of blocks, or None; constant: [Q], the same for all rows of a query."""
+    """One scan of some rows. parts: what `ops.topk_scan` reads, with queries [Q, D]; base: [Q, n] or None;
+    scales and offsets: of blocks, or None; constant: [Q], the same for all rows of a query."""
 
     parts: list[Tensor | ops.Packed]
     queries: Tensor
@@ -78,7 +78,7 @@ class PreparedQuery(Protocol):
         """The scan of a shard's rows, their blocks scaled by `scales` [n, blocks], or not."""
 
 
-# ----------------------------------------------------------------------------------------------- float16, float32
+# -------------------------------------------------------------------------------- float16, float32
 
 
 @dataclass(frozen=True)
@@ -122,14 +122,14 @@ class _FloatQuery:
         return ScanPlan([fields["sketch"]], self.vectors, constant, scales=scales, offsets=offsets)
 
 
-# -------------------------------------------------------------------------------------------- int8, int4, one bit
+# -------------------------------------------------------------------------- int8, int4, one bit
 
 
 class PackedCode:
     """Head, tail and rest of a row in few bits; see the top of this file.
 
-    shape: sizes of the parts; width: of a block, a power of two; seed: of the turn; learnt: None where the head and
-    the tail are empty.
+    shape: sizes of the parts; width: of a block, a power of two; seed: of the turn; learnt: None where the
+    head and the tail are empty.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class PackedCode:
     def _rest_dtype(self) -> _PackedDtype:
         return self.shape.dtype  # type: ignore[return-value]
 
-    # ------------------------------------------------------------------------------------------------- encoding
+    # ------------------------------------------------------------------------------------ encoding
 
     def encode(self, unit: Tensor, length: Tensor) -> Fields:
         n, basis, shape = len(unit), self.basis, self.shape
@@ -212,7 +212,7 @@ class PackedCode:
 
     @cached_property
     def _rest_size(self) -> Tensor:
-        """What a number of the rest is like in size, by its block: [sum of rest]; one scale a row serves all."""
+        """Size of a number of the rest, by its block, so that one scale a row serves all: [sum of rest]."""
         return self.basis.rest_size[self._owner]
 
     def _encode_lengths(self, length: Tensor) -> tuple[Tensor, Tensor | None]:
@@ -232,7 +232,7 @@ class PackedCode:
             codes = torch.nn.functional.pad(codes, (0, 1))
         return size, codes[:, ::2] | codes[:, 1::2] << 4
 
-    # ------------------------------------------------------------------------------------------------- decoding
+    # ------------------------------------------------------------------------------------ decoding
 
     def lengths(self, fields: Mapping[str, Tensor]) -> Tensor:
         size = fields["size"][:, None]
@@ -247,7 +247,7 @@ class PackedCode:
         return torch.where(codes > 0, value, 0.0)
 
     def some_dead(self, fields: Mapping[str, Tensor]) -> bool:
-        """Whether some row has a block without gradient (one of 4 bits shows as such only in a whole byte)."""
+        """Whether some row has a block without gradient."""
         codes = fields.get("length")
         if codes is None:
             return False
@@ -263,7 +263,11 @@ class PackedCode:
         scale, shape = fields["scale"], self.shape
         found = {}
         for number, (name, dtype, width) in enumerate(
-            (("head", "int8", shape.head), ("tail", "sign", sum(shape.tail)), ("rest", self._rest_dtype, sum(shape.rest)))
+            (
+                ("head", "int8", shape.head),
+                ("tail", "sign", sum(shape.tail)),
+                ("rest", self._rest_dtype, sum(shape.rest)),
+            )
         ):
             if width:
                 found[name] = ops.Packed(fields[name], dtype, width, scale[:, number].contiguous())  # type: ignore[arg-type]
@@ -290,7 +294,7 @@ class PackedCode:
         whole = self.width - torch.tensor(self.shape.tail).double()
         return (whole / kept.clamp(min=1)).float()[self._owner] * self.basis.rest_weight
 
-    # -------------------------------------------------------------------------------------------------- queries
+    # ------------------------------------------------------------------------------------- queries
 
     def prepare(self, vectors: Tensor) -> PreparedQuery:
         return _PackedQuery(self, vectors.float())
@@ -326,12 +330,19 @@ class _PackedQuery:
             base += torch.stack([((scales @ by_block) * head).sum(1) for by_block in self._head_by_block], 1)
         if not parts:
             empty = torch.zeros(len(base), 0)
-            return ScanPlan([empty], self.vectors.new_zeros(len(self.vectors), 0), torch.zeros(len(self.vectors)), base.T.contiguous())
+            return ScanPlan(
+                [empty],
+                self.vectors.new_zeros(len(self.vectors), 0),
+                torch.zeros(len(self.vectors)),
+                base.T.contiguous(),
+            )
         widths = [w for name in parts for w in (code.shape.tail if name == "tail" else code.shape.rest)]
         offsets = [0, *torch.tensor(widths).cumsum(0).tolist()]
         queries = torch.cat([self.found[name] for name in parts], 1)
         repeated = scales.repeat(1, len(parts))
-        return ScanPlan(list(parts.values()), queries, torch.zeros(len(queries)), base.T.contiguous(), repeated, offsets)
+        return ScanPlan(
+            list(parts.values()), queries, torch.zeros(len(queries)), base.T.contiguous(), repeated, offsets
+        )
 
     @cached_property
     def _mean_by_block(self) -> Tensor:
@@ -348,8 +359,8 @@ class _PackedQuery:
 class Basis:
     """What a packed code knows: the part of a `Learnt` that it uses.
 
-    mean: [blocks, width]; head: [blocks * width, r]; tail: for each block [width, p_b], turned; tail_size: [sum p_b]
-    and rest_size: [blocks], root mean squares on unseen examples; length_mean: [blocks].
+    mean: [blocks, width]; head: [blocks * width, r]; tail: for each block [width, p_b], turned; tail_size:
+    [sum p_b] and rest_size: [blocks], root mean squares on unseen examples; length_mean: [blocks].
     """
 
     mean: Tensor
@@ -383,7 +394,9 @@ class Basis:
             mixed = torch.linalg.qr(torch.randn(p, p, generator=generator))[0] if p else torch.zeros(0, 0)
             tail.append(axes[:, :p] @ mixed)
             sizes.append(energy[:p].mean().sqrt().clamp(min=1e-6).expand(p) if p else energy[:0])
-        left = torch.stack([r + e[p:].sum() for r, e, p in zip(learnt.rest, learnt.energy, shape.tail, strict=True)])
+        left = torch.stack(
+            [r + e[p:].sum() for r, e, p in zip(learnt.rest, learnt.energy, shape.tail, strict=True)]
+        )
         spare = torch.tensor([max(1, learnt.mean.shape[1] - p) for p in shape.tail])
         live = lengths > 0
         logs = torch.where(live, lengths.clamp(min=1e-38).log(), 0.0).sum(0) / live.sum(0).clamp(min=1)
@@ -414,9 +427,7 @@ class Basis:
 
     def rounded(self) -> Basis:
         """As it comes back from disk, so that the first run and one that goes on pack alike."""
-        return replace(
-            self, head=self.head.half().float(), tail=[axes.half().float() for axes in self.tail]
-        )
+        return replace(self, head=self.head.half().float(), tail=[axes.half().float() for axes in self.tail])
 
     def tensors(self) -> Fields:
         """The basis as named tensors, matrices in float16."""
@@ -453,7 +464,7 @@ class Basis:
 
 
 def _rest_weight(learnt: Learnt, tail: list[Tensor], left: Tensor, shape: Shape) -> Tensor:
-    """How far the product of two remainders may be believed: signal / (signal + noise), as in a Wiener filter.
+    """How far the product of two remainders may be believed: signal / (signal + noise) (Wiener).
 
     signal: the mean square of such products between the sample's examples, less what the sketch's own error
     of 1 / width a block puts there. noise: that of `rest` codes, 1.57 = pi / 2 for one bit a number.

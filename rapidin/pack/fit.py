@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from rapidin.errors import UserError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Mapping
 
     from rapidin.pack.learn import Learnt
 
@@ -27,8 +27,8 @@ REST_SHARE = 0.1  # of the bits, at least, for what no sample has shown: near-du
 
 @dataclass(frozen=True, slots=True)
 class Format:
-    """How rows are packed, as asked for. dtype: of the numbers for which nothing is learnt; bytes: the budget an
-    example, None: all numbers of the sketch; sample: examples to learn from, 0 = nothing is learnt."""
+    """How rows are packed, as asked for. dtype: of the numbers for which nothing is learnt; bytes: the budget
+    an example, None: all numbers of the sketch; sample: examples to learn from, 0 = nothing is learnt."""
 
     dtype: str
     bytes: int | None = None
@@ -56,7 +56,8 @@ class Format:
 @dataclass(frozen=True, slots=True)
 class Shape:
     """The sizes of a packed row. head: joint directions, int8; tail: learnt directions of each block, one bit
-    each; rest: numbers of each block's turned remainder in `dtype`; length_bits: 8, 4 or 0 for a block's length."""
+    each; rest: numbers of each block's turned remainder in `dtype`; length_bits: 8, 4 or 0 for a block's
+    length."""
 
     dtype: str
     head: int
@@ -98,7 +99,8 @@ def length_bits(budget: int | None, blocks: int, learnt: bool) -> int:
 
 
 def width_for(blocks: int) -> int:
-    """Bins of a block that pay: a sketch of about 2^17 numbers in all, 512 bins at 210 layers, 8,192 at 12."""
+    """Bins of a block that pay: a sketch of about 2^17 numbers in all, 512 bins at 210 layers, 8,192 at
+    12."""
     width = 512
     while width < 8192 and width * 2 * blocks <= 3 << 16:
         width *= 2
@@ -138,8 +140,8 @@ def fit(wanted: Format, blocks: int, width: int, learnt: Learnt | None) -> Shape
 def _share(learnt: Learnt, bits: int, rest_bits: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Directions of each block that are kept, and numbers of each block's remainder.
 
-    A bit goes where it carries most energy of an unseen example (reverse water-filling, all bits alike): to the
-    learnt directions first, as far as they carry more than any direction of the remainder does.
+    A bit goes where it carries most energy of an unseen example (reverse water-filling, all bits alike): to
+    the learnt directions first, as far as they carry more than any direction of the remainder does.
     """
     import torch
 

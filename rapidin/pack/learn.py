@@ -1,4 +1,5 @@
-"""What a code learns from a sample: a mean, the directions in which all layers vary together, and in which each varies.
+"""What a code learns from a sample: a mean, the directions in which all layers vary together, and in which
+each varies.
 
 What is learnt is judged on examples that it was not learnt from: the sample is cut in two halves, and each is
 seen with the other's eyes. One block of all examples is held in float32 at a time.
@@ -20,11 +21,11 @@ class Learnt:
     """What is known of the blocks.
 
     mean: [blocks, width]; head: [blocks * width, r], orthonormal columns, of the whole vector, most energy
-    first; tail: for each block [width, p], orthonormal columns of what the head leaves; energy: for each block
-    [p], the mean square along them on unseen examples; rest: [blocks], what neither head nor tail holds, a
-    block, on unseen examples; unseen: gives, for a block, [m, width], what the head leaves of each example
-    where it was learnt without that example; held: [m], the share of an example's energy about the mean that
-    the head then holds.
+    first; tail: for each block [width, p], orthonormal columns of what the head leaves; energy: for each
+    block [p], the mean square along them on unseen examples; rest: [blocks], what neither head nor tail
+    holds, a block, on unseen examples; unseen: gives, for a block, [m, width], what the head leaves of each
+    example where it was learnt without that example; held: [m], the share of an example's energy about the
+    mean that the head then holds.
     """
 
     mean: Tensor
@@ -85,7 +86,8 @@ class _Head:
 
 
 def learn(sample: Tensor, head: int) -> Learnt:
-    """Learn from unit blocks [m, blocks, width], float16 or float32; head: how many joint directions, at most."""
+    """Learn from unit blocks [m, blocks, width], float16 or float32; head: how many joint directions, at
+    most."""
     m, blocks, width = sample.shape
     halves = (torch.arange(0, m, 2), torch.arange(1, m, 2))
     eyes = [_Head(sample, rows, head) for rows in halves[::-1]]  # each half's: learnt from the other
