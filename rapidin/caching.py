@@ -111,7 +111,7 @@ class CachingLoop:
         there = (row for shard in done.shards for row in self.sample[shard.first : shard.first + shard.rows])
         return sum(row not in kept for row in there)
 
-    # --------------------------------------------------------------------------------------------- learning
+    # ------------------------------------------------------------------------------------ learning
 
     def _sketch_sample(self) -> None:
         whole = self.writer.manifest
@@ -137,8 +137,8 @@ class CachingLoop:
             good = (self._sampled.status() == 0).nonzero()[:, 0].tolist()
             if len(good) < 4:
                 raise UserError(
-                    f"only {len(good)} of {len(self.sample)} sampled examples have a gradient: too few to
-                    learn from", "leave --bytes out, or say --sample 0",
+                    f"only {len(good)} of {len(self.sample)} sampled examples have a gradient: too few",
+                    "leave --bytes out, or say --sample 0",
                 )
             units = self._sampled.sketches(good).view(len(good), blocks, width)
             learnt = pack.learn(units, pack.HEAD)

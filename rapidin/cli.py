@@ -454,8 +454,9 @@ def _cache(
         typer.Option(
             metavar="N",
             min=0,
-            help="Examples that the code learns from first; 0: it learns nothing.  [default: 1024 with
-            --bytes]", show_default=False,
+            help="Examples that the code learns from first; 0: nothing is learnt.  [default: 1024 "
+            "with --bytes]",
+            show_default=False,
         ),
     ] = None,
     width: Annotated[

@@ -160,9 +160,9 @@ class Cache:
         problems = []
         try:
             code = code_of(manifest, folder)
-            if manifest.packing and manifest.packing.file:
-                if checksum(folder / manifest.packing.file) != manifest.packing.sha256:
-                    problems.append(f"the basis '{folder / manifest.packing.file}' is altered")
+            basis = manifest.packing and manifest.packing.file
+            if manifest.packing and basis and checksum(folder / basis) != manifest.packing.sha256:
+                problems.append(f"the basis '{folder / basis}' is altered")
         except UserError as error:
             return [error.what]
         done, total = 0, sum(shard.bytes for shard in manifest.shards)

@@ -7,7 +7,7 @@ whose inner products with prepared queries add up to the scores.
 `FloatCode` keeps the blocks as they are. `PackedCode` keeps, of a row u (all its blocks in one vector):
 
     head   P^T (u - mean), int8             directions in which all layers vary together, from a sample
-    tail   turned V_b^T r_b, one bit each   directions of what the head leaves, r = u - mean - P head, by block
+    tail   turned V_b^T r_b, one bit each   directions of what the head leaves, r = u - mean - P head, a block
     rest   turned remainder of r_b, cut     what no sample has shown, a random part of it
 
 each with one scale a row that makes the row's own inner product with its code exact (RaBitQ, Gao & Long,
