@@ -4,7 +4,8 @@
 
 `raw` is the dot product of whole gradients; `layer` the mean over the matrices of the cosine of each matrix's
 gradients; `fisher` the same with the cosine's training side multiplied, matrix by matrix, by the inverse of
-the damped second moment of the training texts' unit gradients. `seeds` is Spearman's correlation between the
+the damped second moment of the training texts' unit gradients. `shared` needs no model: how many runs of
+four characters two texts share; what does not beat it has learnt nothing from the gradients. `seeds` is Spearman's correlation between the
 two retrainings of a half, the mean over the test texts: how much noise the ground truth itself has.
 """
 
@@ -16,6 +17,7 @@ from lds import CharGPT, GroundTruth, block_matrices, sets, spearman
 from torch import Tensor
 
 DAMPING = 0.03
+RUN = 4
 
 
 def gradients(truth: GroundTruth, model: CharGPT, ids: Tensor) -> list[Tensor]:
@@ -38,10 +40,17 @@ def fisher_scores(train: Tensor, test: Tensor) -> Tensor:
     return torch.linalg.solve(damped, (train @ test.T).double()).T
 
 
+def shared_runs(train: list[str], test: list[str]) -> Tensor:
+    """How many runs of RUN characters, each counted once, a test and a training text share: [test, train]."""
+    runs = [[{t[i : i + RUN] for i in range(len(t) - RUN + 1)} for t in texts] for texts in (test, train)]
+    return torch.tensor([[len(a & b) for b in runs[1]] for a in runs[0]])
+
+
 def main() -> None:
-    print("set        at    raw   layer  fisher  seeds")
+    print("set        at    raw   layer  fisher  shared  seeds")
     for folder in sets():
         truth = GroundTruth(folder)
+        shared = truth.lds(shared_runs(truth.description["train"], truth.description["test"]))
         seeds = float(spearman(truth.seed_losses[:, 0], truth.seed_losses[:, 1]).mean())
         for at in (1.0, 0.5):
             model = truth.model(at)
@@ -51,7 +60,7 @@ def main() -> None:
             layer = sum(q @ g.T for g, q in unit)
             fisher = sum(fisher_scores(g, q) for g, q in unit)
             values = "  ".join(f"{truth.lds(scores):.3f}" for scores in (raw, layer, fisher))
-            print(f"{folder.name:9s} {at:3.1f}  {values}   {seeds:.3f}")
+            print(f"{folder.name:9s} {at:3.1f}  {values}   {shared:.3f}   {seeds:.3f}")
 
 
 if __name__ == "__main__":

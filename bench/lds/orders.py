@@ -1,8 +1,8 @@
 """Print short orders with their answers, a text a line: `python bench/lds/orders.py > orders.txt`.
 
-Twelve families of 40 texts each; a text is filled with orders of one family, so that texts of a family help
-one another, and some families more than others: capitals and colours repeat, sums hardly do. Only characters
-of the King James Bible with its verse numbers are used, so no sign for plus or equals.
+A text is filled with orders of twelve families, drawn one by one, in the mouth of one of a few people. Were a
+text of one family alone, to know its family would be enough to foretell retraining, and any method would look
+good. Only characters of the King James Bible with its verse numbers are used, so no sign for plus or equals.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 
 LENGTH = 97
-TEXTS = 40
+TEXTS = 400
 
 
 def words(text: str) -> list[str]:
@@ -75,6 +75,14 @@ DAYS = words("Monday Tuesday Wednesday Thursday Friday Saturday Sunday")
 MONTHS = words("January February March April May June July August September October November December")
 PLACES = ["the north", "the south", "the hills", "the coast", "the valley", "the islands"]
 SKIES = ["rain", "snow", "wind from the west", "fog till noon", "clear skies", "thunder at night", "frost"]
+SPEAKERS = [
+    "Teacher:",
+    "A child asks:",
+    "Read this aloud.",
+    "Learn by heart:",
+    "From the almanac:",
+    "Try these.",
+]
 
 Family = Callable[[random.Random], str]
 
@@ -156,19 +164,18 @@ FAMILIES: list[Family] = [
 ]
 
 
-def text(family: Family, generator: random.Random) -> str:
-    """Orders of one family, as many as fill a text; the last is cut."""
-    orders = family(generator)
+def text(generator: random.Random) -> str:
+    """As many orders as fill a text; the last is cut."""
+    orders = generator.choice(SPEAKERS)
     while len(orders) < LENGTH:
-        orders += " " + family(generator)
+        orders += " " + generator.choice(FAMILIES)(generator)
     return orders[:LENGTH]
 
 
 def main() -> None:
     generator = random.Random(0)
-    for family in FAMILIES:
-        for _ in range(TEXTS):
-            print(text(family, generator))
+    for _ in range(TEXTS):
+        print(text(generator))
 
 
 if __name__ == "__main__":
