@@ -4,9 +4,9 @@
 
 `raw` is the dot product of whole gradients; `layer` the mean over the matrices of the cosine of each matrix's
 gradients; `fisher` the same with the cosine's training side multiplied, matrix by matrix, by the inverse of
-the damped second moment of the training texts' unit gradients. `shared` needs no model: how many runs of
-four characters two texts share; what does not beat it has learnt nothing from the gradients. `seeds` is Spearman's correlation between the
-two retrainings of a half, the mean over the test texts: how much noise the ground truth itself has.
+the damped second moment of the training texts' unit gradients. `shared` is a bar that needs no model: how
+many runs of four characters two texts share. `seeds` is Spearman's correlation between the two retrainings of
+a half, the mean over the test texts: how much noise the ground truth itself has.
 """
 
 from __future__ import annotations
