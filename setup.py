@@ -26,14 +26,17 @@ class BuildWithFlags(build_ext):
         super().build_extensions()
 
 
-sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp"] + (["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else [])
+sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp", "tensor_sketch.cpp"] + (["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else [])
 extension = Pybind11Extension(
     "rapidin._cpu",
     sources=sorted(CPU + name for name in sources),
     depends=["csrc/sketch_hash.h", "csrc/args.h"]
     + [
         CPU + name + ".h"
-        for name in ("flat_sketch", "kernels", "linear_sketch", "pool", "run", "topk_scan", "vec8")
+        for name in (
+            "fft_plan", "flat_sketch", "kernels", "lanes", "lanes_fft", "linear_sketch", "pool", "run",
+            "tensor_sketch", "topk_scan", "vec8",
+        )
     ],
     define_macros=[("RAPIDIN_X86", "1")] if X86 else [],
     cxx_std=17,

@@ -49,6 +49,7 @@ inline float to_float(Half x) {
 #endif
 }
 
+inline float power_of_two(int e) { return bits_to_float(static_cast<uint32_t>(e + 127) << 23); }
 inline float flip(float x, uint32_t sign) { return bits_to_float(float_to_bits(x) ^ sign); }
 
 #ifdef RAPIDIN_AVX2

@@ -90,6 +90,22 @@ def choose_way(tokens: int, n_in: int, n_out: int, k: int) -> tuple[bool, bool] 
 
 def by_fft(inputs: Tensor, grads: Tensor, k: int, seed: int) -> Tensor:
     """TensorSketch by one complex FFT a token: the sum of FFT(cs(a) + i cs(g))^2 holds the spectrum."""
+    if not _cpu.has_tensor_sketch(k):
+        return by_torch_fft(inputs, grads, k, seed)
+    batch, tokens, n_in = inputs.shape
+    n_out = grads.shape[2]
+    table_in, table_out = tables.rows(seed, tables.IN, n_in, k), tables.rows(seed, tables.OUT, n_out, k)
+    out = torch.empty(batch, k)
+    _cpu.tensor_sketch(
+        inputs.data_ptr(), _DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
+        grads.data_ptr(), _DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
+        batch, tokens, k, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def by_torch_fft(inputs: Tensor, grads: Tensor, k: int, seed: int) -> Tensor:
+    """The same with torch's FFT, for widths that are no power of two."""
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
     threads = torch.get_num_threads()

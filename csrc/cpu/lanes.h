@@ -1,0 +1,134 @@
+// As many floats as the widest register holds, one token (or one example) in each lane. Nothing below moves values between
+// lanes, but for the transposition of rows on their way in. Everything is in an anonymous namespace: see vec8.h.
+#pragma once
+
+#include "vec8.h"
+
+namespace rapidin {
+namespace {
+
+#if defined(RAPIDIN_AVX2) && defined(__AVX512F__) && defined(__AVX512DQ__)
+#define RAPIDIN_AVX512 1
+constexpr int kLanes = 16;
+#elif defined(RAPIDIN_AVX2)
+constexpr int kLanes = 8;
+#else
+constexpr int kLanes = 4;
+#endif
+
+typedef float Lanes __attribute__((vector_size(4 * kLanes), may_alias));
+
+// Scratch is aligned to whole registers, what the caller hands over is not.
+inline Lanes& lanes_at(float* aligned) { return *reinterpret_cast<Lanes*>(aligned); }
+inline const Lanes& lanes_at(const float* aligned) { return *reinterpret_cast<const Lanes*>(aligned); }
+
+inline Lanes splat(float x) { return x - Lanes{}; }
+
+#if defined(RAPIDIN_AVX512)
+
+inline Lanes fma(Lanes x, Lanes y, Lanes z) { return _mm512_fmadd_ps(x, y, z); }
+inline Lanes fnma(Lanes x, Lanes y, Lanes z) { return _mm512_fnmadd_ps(x, y, z); }
+inline Lanes max_size(Lanes peak, Lanes x) { return _mm512_range_ps(peak, x, 0x0b); }  // the greater magnitude, without its sign
+
+// (p[0..8), q[0..8)), with signs flipped
+inline __m512 two_halves(const float* p, const float* q, __m512 signs) {
+    const __m512 x = _mm512_castps256_ps512(_mm256_loadu_ps(p));
+    return _mm512_xor_ps(_mm512_mask_broadcast_f32x8(x, 0xff00, _mm256_loadu_ps(q)), signs);
+}
+template <class T>
+inline __m512 two_halves(const T* p, const T* q, __m512 signs) {
+    return _mm512_xor_ps(_mm512_insertf32x8(_mm512_castps256_ps512(load8(p)), load8(q), 1), signs);
+}
+
+// to[e] = element e of four rows in each quarter: x[r] = (row r of the first four, row r of the second four)[0..8)
+inline void transpose_quarters(__m512 x0, __m512 x1, __m512 x2, __m512 x3, __m512* to) {
+    const __m512 low01 = _mm512_unpacklo_ps(x0, x1), high01 = _mm512_unpackhi_ps(x0, x1);
+    const __m512 low23 = _mm512_unpacklo_ps(x2, x3), high23 = _mm512_unpackhi_ps(x2, x3);
+    to[0] = _mm512_shuffle_ps(low01, low23, 0x44);
+    to[1] = _mm512_shuffle_ps(low01, low23, 0xee);
+    to[2] = _mm512_shuffle_ps(high01, high23, 0x44);
+    to[3] = _mm512_shuffle_ps(high01, high23, 0xee);
+}
+
+// x[e] = elements `first + e` of all rows, e < 8, each with the sign of signs[e] flipped in
+template <class T>
+inline void transpose_eight(const T* const* rows, int64_t first, const uint32_t* signs, Lanes* x) {
+    const __m512i entries = _mm512_broadcast_i32x8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(signs)));
+    const __m512 flips = _mm512_castsi512_ps(_mm512_and_si512(entries, _mm512_set1_epi32(INT32_MIN)));
+    __m512 low[4], high[4];  // rows 0 to 7 and 8 to 15
+    const auto pair = [&](int r) { return two_halves(rows[r] + first, rows[r + 4] + first, flips); };
+    transpose_quarters(pair(0), pair(1), pair(2), pair(3), low);
+    transpose_quarters(pair(8), pair(9), pair(10), pair(11), high);
+    for (int e = 0; e < 4; ++e) {
+        x[e] = _mm512_shuffle_f32x4(low[e], high[e], 0x88);
+        x[e + 4] = _mm512_shuffle_f32x4(low[e], high[e], 0xdd);
+    }
+}
+
+#elif defined(RAPIDIN_AVX2)
+
+inline Lanes fma(Lanes x, Lanes y, Lanes z) { return _mm256_fmadd_ps(x, y, z); }
+inline Lanes fnma(Lanes x, Lanes y, Lanes z) { return _mm256_fnmadd_ps(x, y, z); }
+inline Lanes max_size(Lanes peak, Lanes x) { return _mm256_max_ps(peak, _mm256_andnot_ps(_mm256_set1_ps(-0.0f), x)); }
+
+inline __m128 load4(const float* p) { return _mm_loadu_ps(p); }
+inline __m128 load4(const Half* p) { return _mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))); }
+inline __m128 load4(const BHalf* p) {
+    const __m128i half = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+    return _mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(half), 16));
+}
+
+template <class T>
+inline void transpose_four(const T* const* rows, int64_t first, const uint32_t* signs, Lanes* x) {
+    const __m256i entries = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(signs)));
+    const __m256 flips = _mm256_castsi256_ps(_mm256_and_si256(entries, _mm256_set1_epi32(INT32_MIN)));
+    const auto pair = [&](int r) {
+        const __m256 both = _mm256_insertf128_ps(_mm256_castps128_ps256(load4(rows[r] + first)), load4(rows[r + 4] + first), 1);
+        return _mm256_xor_ps(both, flips);
+    };
+    const __m256 x0 = pair(0), x1 = pair(1), x2 = pair(2), x3 = pair(3);
+    const __m256 low01 = _mm256_unpacklo_ps(x0, x1), high01 = _mm256_unpackhi_ps(x0, x1);
+    const __m256 low23 = _mm256_unpacklo_ps(x2, x3), high23 = _mm256_unpackhi_ps(x2, x3);
+    x[0] = _mm256_shuffle_ps(low01, low23, 0x44);
+    x[1] = _mm256_shuffle_ps(low01, low23, 0xee);
+    x[2] = _mm256_shuffle_ps(high01, high23, 0x44);
+    x[3] = _mm256_shuffle_ps(high01, high23, 0xee);
+}
+
+// x[e] = elements `first + e` of all rows, e < 8, each with the sign of signs[e] flipped in
+template <class T>
+inline void transpose_eight(const T* const* rows, int64_t first, const uint32_t* signs, Lanes* x) {
+    transpose_four(rows, first, signs, x);
+    transpose_four(rows, first + 4, signs + 4, x + 4);
+}
+
+#else
+
+inline Lanes fma(Lanes x, Lanes y, Lanes z) { return x * y + z; }
+inline Lanes fnma(Lanes x, Lanes y, Lanes z) { return z - x * y; }
+inline Lanes max_size(Lanes peak, Lanes x) {
+    for (int l = 0; l < kLanes; ++l) {
+        const float size = x[l] < 0.0f ? -x[l] : x[l];
+        peak[l] = size > peak[l] ? size : peak[l];
+    }
+    return peak;
+}
+
+// x[e] = elements `first + e` of all rows, e < 8, each with the sign of signs[e] flipped in
+template <class T>
+inline void transpose_eight(const T* const* rows, int64_t first, const uint32_t* signs, Lanes* x) {
+    for (int e = 0; e < 8; ++e)
+        for (int l = 0; l < kLanes; ++l) x[e][l] = flip(to_float(rows[l][first + e]), signs[e] & kSignBit);
+}
+
+#endif
+
+// The same for rows whose elements do not lie side by side, or of which fewer than eight are left.
+template <class T>
+inline void transpose_some(const T* const* rows, int64_t first, int64_t stride, const uint32_t* signs, int64_t count, Lanes* x) {
+    for (int64_t e = 0; e < count; ++e)
+        for (int l = 0; l < kLanes; ++l) x[e][l] = flip(to_float(rows[l][(first + e) * stride]), signs[e] & kSignBit);
+}
+
+}  // namespace
+}  // namespace rapidin
