@@ -107,18 +107,17 @@ inline void transpose_eight(const T* const* rows, int64_t first, const uint32_t*
 inline Lanes fma(Lanes x, Lanes y, Lanes z) { return x * y + z; }
 inline Lanes fnma(Lanes x, Lanes y, Lanes z) { return z - x * y; }
 inline Lanes max_size(Lanes peak, Lanes x) {
-    for (int l = 0; l < kLanes; ++l) {
-        const float size = x[l] < 0.0f ? -x[l] : x[l];
-        peak[l] = size > peak[l] ? size : peak[l];
-    }
-    return peak;
+    const Lanes size = x < 0.0f ? -x : x;
+    return size > peak ? size : peak;
 }
 
 // x[e] = elements `first + e` of all rows, e < 8, each with the sign of signs[e] flipped in
 template <class T>
 inline void transpose_eight(const T* const* rows, int64_t first, const uint32_t* signs, Lanes* x) {
-    for (int e = 0; e < 8; ++e)
-        for (int l = 0; l < kLanes; ++l) x[e][l] = flip(to_float(rows[l][first + e]), signs[e] & kSignBit);
+    for (int e = 0; e < 8; ++e) {
+        const auto value = [&](int l) { return to_float(rows[l][first + e]); };
+        x[e] = Lanes{value(0), value(1), value(2), value(3)} * bits_to_float(float_to_bits(1.0f) | (signs[e] & kSignBit));
+    }
 }
 
 #endif
