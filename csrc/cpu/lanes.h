@@ -7,7 +7,7 @@
 namespace rapidin {
 namespace {
 
-#if defined(RAPIDIN_AVX2) && defined(__AVX512F__) && defined(__AVX512DQ__)
+#if defined(RAPIDIN_AVX2) && defined(__AVX512F__) && defined(__AVX512DQ__) && !defined(TRY8)
 #define RAPIDIN_AVX512 1
 constexpr int kLanes = 16;
 #elif defined(RAPIDIN_AVX2)

@@ -105,7 +105,7 @@ void fft_part(const FftPlan& plan, int pass, float* z, int64_t n, int64_t first,
 inline int64_t fft_leg(const FftPlan& plan) { return (plan.k / plan.radix[0] + 1) * kPoint; }
 inline int64_t fft_floats(const FftPlan& plan) { return fft_leg(plan) * plan.radix[0]; }
 // Where point i lies, in floats.
-inline int64_t fft_place(const FftPlan& plan, int64_t i) { return (i + (i >> plan.leg_bits)) * kPoint; }
+inline uint32_t fft_place(const FftPlan& plan, uint32_t i) { return (i + (i >> plan.leg_bits)) * static_cast<uint32_t>(kPoint); }
 
 // Transform of the points at fft_place(0), fft_place(1), ..., each read through `load`; take(order[w], value) gets frequency w.
 template <class Load, class Take>

@@ -23,19 +23,29 @@ struct RowsOf {
 template <class T>
 Lanes sketch_rows(const T* const* rows, int64_t n, int64_t stride, const uint32_t* table, const FftPlan& plan, float* half) {
     if (n < plan.k)
-        for (int64_t i = 0; i < plan.k; ++i) lanes_at(half + fft_place(plan, i)) = Lanes{};
+        for (int64_t i = 0; i < plan.k; ++i) lanes_at(half + fft_place(plan, static_cast<uint32_t>(i))) = Lanes{};
     Lanes peak = {};
-    for (int64_t first = 0; first < n; first += 8) {
-        Lanes x[8];
-        const int64_t count = n - first < 8 ? n - first : 8;
-        const bool whole = count == 8 && stride == 1;
-        if (whole) transpose_eight(rows, first, table + first, x);
-        else transpose_some(rows, first, stride, table + first, count, x);
-        for (int64_t e = 0; e < count; ++e) {
-            Lanes& sum = lanes_at(half + fft_place(plan, table[first + e] & ~kSignBit));
-            sum = first < plan.k ? x[e] : sum + x[e];
+    const auto put = [&](const Lanes* x, const uint32_t* entries, int count, bool store) {
+        uint32_t places[8];
+        for (int e = 0; e < count; ++e) places[e] = fft_place(plan, entries[e] & ~kSignBit);
+        for (int e = 0; e < count; ++e) {
+            Lanes& sum = lanes_at(half + places[e]);
+            sum = store ? x[e] : sum + x[e];
             peak = max_size(peak, x[e]);
         }
+    };
+    int64_t first = 0;
+    for (; stride == 1 && first + 8 <= n; first += 8) {
+        Lanes x[8];
+        transpose_eight(rows, first, table + first, x);
+        if (first < plan.k) put(x, table + first, 8, true);
+        else put(x, table + first, 8, false);
+    }
+    for (; first < n; first += 8) {
+        Lanes x[8];
+        const int count = n - first < 8 ? static_cast<int>(n - first) : 8;
+        transpose_some(rows, first, stride, table + first, count, x);
+        put(x, table + first, count, first < plan.k);
     }
     return peak;
 }
@@ -119,7 +129,7 @@ void sketch_of_squares(const FftPlan& plan, const float* sums, int64_t count, fl
     for (int64_t w = 0; w < plan.k; ++w) {
         const Point s = load_point(squares + plan.order[w] * kPoint);
         const Point mirrored = load_point(squares + plan.order[w ? plan.k - w : 0] * kPoint);
-        store_point(z + fft_place(plan, w), {(s.im + mirrored.im) * half, (s.re - mirrored.re) * quarter});
+        store_point(z + fft_place(plan, static_cast<uint32_t>(w)), {(s.im + mirrored.im) * half, (s.re - mirrored.re) * quarter});
     }
     fft(plan, z, load_point, [&](int64_t i, Point x) { lanes_at(squares + i * kLanes) = x.re; });
     for (int64_t l = 0; l < count; ++l)
