@@ -122,6 +122,17 @@ inline void transpose_eight(const T* const* rows, int64_t first, const uint32_t*
 
 #endif
 
+constexpr uint32_t kNoSigns[8] = {};
+
+// x[e] = element e of all rows, e < kLanes
+inline void transpose_square(const float* const* rows, Lanes* x) {
+#ifdef RAPIDIN_AVX2
+    for (int first = 0; first < kLanes; first += 8) transpose_eight(rows, first, kNoSigns, x + first);
+#else
+    for (int e = 0; e < kLanes; ++e) x[e] = Lanes{rows[0][e], rows[1][e], rows[2][e], rows[3][e]};
+#endif
+}
+
 // The same for rows whose elements do not lie side by side, or of which fewer than eight are left.
 template <class T>
 inline void transpose_some(const T* const* rows, int64_t first, int64_t stride, const uint32_t* signs, int64_t count, Lanes* x) {

@@ -77,17 +77,12 @@ inline Point balance(Lanes peak_p, Lanes peak_q, int64_t count) {
 
 // sums[i] = sum over the lanes of register i, in a fixed order
 inline void sum_lanes(const float* registers, int64_t n, float* sums) {
-    static const uint32_t no_signs[8] = {};
     for (int64_t i = 0; i < n; i += kLanes) {
         const float* rows[kLanes];
         for (int l = 0; l < kLanes; ++l) rows[l] = registers + (i + l) * kLanes;
-        Lanes total = {};
-        for (int64_t first = 0; first < kLanes; first += 8) {
-            Lanes x[8];
-            if (kLanes >= 8) transpose_eight(rows, first, no_signs, x);
-            else transpose_some(rows, 0, 1, no_signs, kLanes, x);
-            for (int e = 0; e < (kLanes < 8 ? kLanes : 8); ++e) total += x[e];
-        }
+        Lanes x[kLanes], total = {};
+        transpose_square(rows, x);
+        for (int e = 0; e < kLanes; ++e) total += x[e];
         memcpy(sums + i, &total, sizeof total);
     }
 }
@@ -119,21 +114,25 @@ void token_squares(const TensorSketchArgs& args, int64_t example, int64_t begin,
 // Spectra of real rows have X[-w] = conj(X[w]), so F[w] = (S[w] - conj(S[-w])) / 4i is that of the sketch. The inverse
 // transform is taken as the forward one of the conjugate.
 void sketch_of_squares(const FftPlan& plan, const float* sums, int64_t count, float* scratch, float* out) {
-    static const uint32_t no_signs[8] = {};
+    const int64_t k = plan.k;
     float* squares = scratch;
-    float* z = scratch + plan.k * kPoint;
+    float* z = scratch + k * kPoint;
     const float* rows[kLanes];
-    for (int l = 0; l < kLanes; ++l) rows[l] = sums + (l < count ? l : count - 1) * 2 * plan.k;
-    for (int64_t i = 0; i < 2 * plan.k; i += 8) transpose_eight(rows, i, no_signs, &lanes_at(squares + i * kLanes));
-    const Lanes half = splat(0.5f / static_cast<float>(plan.k)), quarter = splat(0.25f / static_cast<float>(plan.k));
-    for (int64_t w = 0; w < plan.k; ++w) {
+    for (int l = 0; l < kLanes; ++l) rows[l] = sums + (l < count ? l : count - 1) * 2 * k;
+    for (int64_t i = 0; i < 2 * k; i += 8) transpose_eight(rows, i, kNoSigns, &lanes_at(squares + i * kLanes));
+    const Lanes half = splat(0.5f / static_cast<float>(k)), quarter = splat(0.25f / static_cast<float>(k));
+    for (int64_t w = 0; w < k; ++w) {
         const Point s = load_point(squares + plan.order[w] * kPoint);
-        const Point mirrored = load_point(squares + plan.order[w ? plan.k - w : 0] * kPoint);
+        const Point mirrored = load_point(squares + plan.order[w ? k - w : 0] * kPoint);
         store_point(z + fft_place(plan, static_cast<uint32_t>(w)), {(s.im + mirrored.im) * half, (s.re - mirrored.re) * quarter});
     }
     fft(plan, z, load_point, [&](int64_t i, Point x) { lanes_at(squares + i * kLanes) = x.re; });
-    for (int64_t l = 0; l < count; ++l)
-        for (int64_t b = 0; b < plan.k; ++b) out[l * plan.k + b] = squares[plan.order[b] * kLanes + l];
+    for (int64_t b = 0; b < k; b += kLanes) {
+        for (int l = 0; l < kLanes; ++l) rows[l] = squares + plan.order[b + l] * kLanes;
+        Lanes of_example[kLanes];
+        transpose_square(rows, of_example);
+        for (int64_t l = 0; l < count; ++l) memcpy(out + l * k + b, &of_example[l], sizeof(Lanes));
+    }
 }
 
 int64_t tensor_sketch_scratch(const FftPlan& plan) { return plan.k * kPoint + fft_floats(plan); }
