@@ -10,6 +10,9 @@ CPU = "csrc/cpu/"
 # One unit per instruction set, each with flags of its own: the rest must run on any machine.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+if X86:
+    AVX512.append("-Wno-maybe-uninitialized")  # GCC 12 finds such uses in its own headers
+
 FLAGS = {CPU + "isa_avx2.cpp": AVX2, CPU + "isa_avx512.cpp": AVX512} if X86 else {}
 
 
@@ -26,7 +29,9 @@ class BuildWithFlags(build_ext):
         super().build_extensions()
 
 
-sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp", "tensor_sketch.cpp"] + (["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else [])
+sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp", "tensor_sketch.cpp"] + (
+    ["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else []
+)
 extension = Pybind11Extension(
     "rapidin._cpu",
     sources=sorted(CPU + name for name in sources),
@@ -34,8 +39,17 @@ extension = Pybind11Extension(
     + [
         CPU + name + ".h"
         for name in (
-            "fft_plan", "flat_sketch", "kernels", "lanes", "lanes_fft", "linear_sketch", "pool", "run",
-            "tensor_sketch", "topk_scan", "vec8",
+            "fft_plan",
+            "flat_sketch",
+            "kernels",
+            "lanes",
+            "lanes_fft",
+            "linear_sketch",
+            "pool",
+            "run",
+            "tensor_sketch",
+            "topk_scan",
+            "vec8",
         )
     ],
     define_macros=[("RAPIDIN_X86", "1")] if X86 else [],

@@ -103,7 +103,7 @@ thread_local Scratch work, partial_sums;
 
 // Tokens of one example summed together. How an example is cut depends on its length alone, not on the threads nor
 // on the other examples of its batch, so neither changes a bit.
-constexpr int64_t kPartTokens = 64;
+constexpr int64_t kPartTokens = 128;
 
 }  // namespace
 
