@@ -47,6 +47,7 @@ extension = Pybind11Extension(
             "linear_sketch",
             "pool",
             "run",
+            "scratch",
             "tensor_sketch",
             "topk_scan",
             "vec8",

@@ -7,8 +7,7 @@
 namespace rapidin {
 namespace {
 
-#if defined(RAPIDIN_AVX2) && defined(__AVX512F__) && defined(__AVX512DQ__) && !defined(TRY8)
-#define RAPIDIN_AVX512 1
+#if defined(RAPIDIN_AVX512)
 constexpr int kLanes = 16;
 #elif defined(RAPIDIN_AVX2)
 constexpr int kLanes = 8;

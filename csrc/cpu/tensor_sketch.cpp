@@ -1,14 +1,13 @@
 // linear_sketch by Fourier transforms: plans, threads, and sums in an order that no number of threads changes.
 #include <algorithm>
 #include <cmath>
-#include <cstdlib>
 #include <memory>
 #include <mutex>
-#include <new>
 #include <vector>
 
 #include "pool.h"
 #include "run.h"
+#include "scratch.h"
 
 namespace rapidin {
 namespace {
@@ -77,29 +76,7 @@ const FftPlan& plan_of(int64_t k) {
     return plans.back()->get();
 }
 
-// Memory that a thread keeps from one call to the next.
-class Scratch {
-  public:
-    ~Scratch() { std::free(data_); }
-    float* floats(int64_t n) {
-        if (n > size_) {
-            std::free(data_);
-            size_ = (n + 15) / 16 * 16;
-            data_ = static_cast<float*>(std::aligned_alloc(64, static_cast<size_t>(size_) * sizeof(float)));
-            if (!data_) {
-                size_ = 0;
-                throw std::bad_alloc();
-            }
-        }
-        return data_;
-    }
-
-  private:
-    float* data_ = nullptr;
-    int64_t size_ = 0;
-};
-
-thread_local Scratch work, partial_sums;
+thread_local Scratch work, partial_sums;  // kept between calls
 
 // Tokens of one example summed together. How an example is cut depends on its length alone, not on the threads nor
 // on the other examples of its batch, so neither changes a bit.
