@@ -20,8 +20,10 @@ struct RowsOf {
 
 // Count sketches of a register of tokens -> one half of the points; returns each token's largest magnitude.
 // Chunk j of k neighbours puts exactly one of them in each bin, so the first one is stored, the others added.
+// Meanwhile the rows `ahead` are called for, into the L2 cache: they arrive while these are transformed.
 template <class T>
-Lanes sketch_rows(const T* const* rows, int64_t n, int64_t stride, const uint32_t* table, const FftPlan& plan, float* half) {
+Lanes sketch_rows(const T* const* rows, int64_t n, int64_t stride, int64_t ahead, const uint32_t* table, const FftPlan& plan,
+                  float* half) {
     if (n < plan.k)
         for (int64_t i = 0; i < plan.k; ++i) lanes_at(half + fft_place(plan, static_cast<uint32_t>(i))) = Lanes{};
     Lanes peak = {};
@@ -37,6 +39,8 @@ Lanes sketch_rows(const T* const* rows, int64_t n, int64_t stride, const uint32_
     int64_t first = 0;
     for (; stride == 1 && first + 8 <= n; first += 8) {
         Lanes x[8];
+        if (first * static_cast<int64_t>(sizeof(T)) % 64 == 0)
+            for (int l = 0; l < kLanes; ++l) __builtin_prefetch(rows[l] + first + ahead, 0, 2);
         transpose_eight(rows, first, table + first, x);
         if (first < plan.k) put(x, table + first, 8, true);
         else put(x, table + first, 8, false);
@@ -52,7 +56,8 @@ Lanes sketch_rows(const T* const* rows, int64_t n, int64_t stride, const uint32_
 
 inline Lanes sketch_tokens(const TokenRows& x, int64_t example, int64_t first, int64_t count, const uint32_t* table,
                            const FftPlan& plan, float* half) {
-    const auto sketch = [&](auto rows) { return sketch_rows(rows.row, x.n, x.stride_element, table, plan, half); };
+    const int64_t ahead = kLanes * x.stride_token;
+    const auto sketch = [&](auto rows) { return sketch_rows(rows.row, x.n, x.stride_element, ahead, table, plan, half); };
     if (x.dtype == kFloat32) return sketch(RowsOf<float>(x, example, first, count));
     if (x.dtype == kFloat16) return sketch(RowsOf<Half>(x, example, first, count));
     return sketch(RowsOf<BHalf>(x, example, first, count));
