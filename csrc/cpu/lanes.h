@@ -49,19 +49,41 @@ inline void transpose_quarters(__m512 x0, __m512 x1, __m512 x2, __m512 x3, __m51
     to[3] = _mm512_shuffle_ps(high01, high23, 0xee);
 }
 
-// x[e] = elements `first + e` of all rows, e < 8, each with the sign of signs[e] flipped in
+// Rows 0 to 7 (of = 0) or 8 to 15 (of = 8): to[e] = element e in the first and third quarter, e + 4 in the others
 template <class T>
-inline void transpose_eight(const T* const* rows, int64_t first, const uint32_t* signs, Lanes* x) {
+inline void transpose_half(const T* const* rows, int of, int64_t first, const uint32_t* signs, __m512* to) {
     const __m512i entries = _mm512_broadcast_i32x8(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(signs)));
     const __m512 flips = _mm512_castsi512_ps(_mm512_and_si512(entries, _mm512_set1_epi32(INT32_MIN)));
-    __m512 low[4], high[4];  // rows 0 to 7 and 8 to 15
-    const auto pair = [&](int r) { return two_halves(rows[r] + first, rows[r + 4] + first, flips); };
-    transpose_quarters(pair(0), pair(1), pair(2), pair(3), low);
-    transpose_quarters(pair(8), pair(9), pair(10), pair(11), high);
+    const auto pair = [&](int r) { return two_halves(rows[of + r] + first, rows[of + r + 4] + first, flips); };
+    transpose_quarters(pair(0), pair(1), pair(2), pair(3), to);
+}
+
+inline void join_halves(const __m512* low, const __m512* high, Lanes* x) {
     for (int e = 0; e < 4; ++e) {
         x[e] = _mm512_shuffle_f32x4(low[e], high[e], 0x88);
         x[e + 4] = _mm512_shuffle_f32x4(low[e], high[e], 0xdd);
     }
+}
+
+// x[e] = elements `first + e` of all rows, e < 8, each with the sign of signs[e] flipped in
+template <class T>
+inline void transpose_eight(const T* const* rows, int64_t first, const uint32_t* signs, Lanes* x) {
+    __m512 low[4], high[4];
+    transpose_half(rows, 0, first, signs, low);
+    transpose_half(rows, 8, first, signs, high);
+    join_halves(low, high, x);
+}
+
+// The same, e < 16. Eight rows at a time, since where rows are a power of two apart the L1 cache holds no more of them.
+template <class T>
+inline void transpose_block(const T* const* rows, int64_t first, const uint32_t* signs, Lanes* x) {
+    __m512 low[8], high[8];
+    transpose_half(rows, 0, first, signs, low);
+    transpose_half(rows, 0, first + 8, signs + 8, low + 4);
+    transpose_half(rows, 8, first, signs, high);
+    transpose_half(rows, 8, first + 8, signs + 8, high + 4);
+    join_halves(low, high, x);
+    join_halves(low + 4, high + 4, x + 8);
 }
 
 #elif defined(RAPIDIN_AVX2)
@@ -131,6 +153,16 @@ inline void transpose_square(const float* const* rows, Lanes* x) {
     for (int e = 0; e < kLanes; ++e) x[e] = Lanes{rows[0][e], rows[1][e], rows[2][e], rows[3][e]};
 #endif
 }
+
+#ifdef RAPIDIN_AVX512
+constexpr int kBlock = 16;
+#else
+constexpr int kBlock = 8;
+template <class T>
+inline void transpose_block(const T* const* rows, int64_t first, const uint32_t* signs, Lanes* x) {
+    transpose_eight(rows, first, signs, x);
+}
+#endif
 
 // The same for rows whose elements do not lie side by side, or of which fewer than eight are left.
 template <class T>

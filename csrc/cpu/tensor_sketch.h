@@ -28,7 +28,7 @@ Lanes sketch_rows(const T* const* rows, int64_t n, int64_t stride, int64_t ahead
         for (int64_t i = 0; i < plan.k; ++i) lanes_at(half + fft_place(plan, static_cast<uint32_t>(i))) = Lanes{};
     Lanes peak = {};
     const auto put = [&](const Lanes* x, const uint32_t* entries, int count, bool store) {
-        uint32_t places[8];
+        uint32_t places[kBlock];
         for (int e = 0; e < count; ++e) places[e] = fft_place(plan, entries[e] & ~kSignBit);
         for (int e = 0; e < count; ++e) {
             Lanes& sum = lanes_at(half + places[e]);
@@ -37,13 +37,18 @@ Lanes sketch_rows(const T* const* rows, int64_t n, int64_t stride, int64_t ahead
         }
     };
     int64_t first = 0;
-    for (; stride == 1 && first + 8 <= n; first += 8) {
-        Lanes x[8];
+    for (; stride == 1 && first + kBlock <= n; first += kBlock) {
+        Lanes x[kBlock];
         if (first * static_cast<int64_t>(sizeof(T)) % 64 == 0)
             for (int l = 0; l < kLanes; ++l) __builtin_prefetch(rows[l] + first + ahead, 0, 2);
+        transpose_block(rows, first, table + first, x);
+        if (first < plan.k) put(x, table + first, kBlock, true);
+        else put(x, table + first, kBlock, false);
+    }
+    for (; stride == 1 && first + 8 <= n; first += 8) {
+        Lanes x[8];
         transpose_eight(rows, first, table + first, x);
-        if (first < plan.k) put(x, table + first, 8, true);
-        else put(x, table + first, 8, false);
+        put(x, table + first, 8, first < plan.k);
     }
     for (; first < n; first += 8) {
         Lanes x[8];
