@@ -10,6 +10,7 @@ CPU = "csrc/cpu/"
 # One unit per instruction set, each with flags of its own: the rest must run on any machine.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
+AVX512 += ["-Wno-maybe-uninitialized"]  # GCC 12 finds such uses in its own headers
 FLAGS = {CPU + "isa_avx2.cpp": AVX2, CPU + "isa_avx512.cpp": AVX512} if X86 else {}
 
 
@@ -26,7 +27,7 @@ class BuildWithFlags(build_ext):
         super().build_extensions()
 
 
-sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp"] + (
+sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp", "tensor_sketch.cpp"] + (
     ["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else []
 )
 extension = Pybind11Extension(
@@ -35,7 +36,20 @@ extension = Pybind11Extension(
     depends=["csrc/sketch_hash.h", "csrc/args.h"]
     + [
         CPU + name + ".h"
-        for name in ("flat_sketch", "kernels", "linear_sketch", "pool", "run", "topk_scan", "vec8")
+        for name in (
+            "fft_plan",
+            "flat_sketch",
+            "kernels",
+            "lanes",
+            "lanes_fft",
+            "linear_sketch",
+            "pool",
+            "run",
+            "scratch",
+            "tensor_sketch",
+            "topk_scan",
+            "vec8",
+        )
     ],
     define_macros=[("RAPIDIN_X86", "1")] if X86 else [],
     cxx_std=17,

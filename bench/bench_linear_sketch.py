@@ -13,17 +13,19 @@ from rapidin import ops
 from rapidin.ops import cpu
 
 BATCH, TOKENS = 4, 128
-LAYERS = ((576, 576), (576, 1536), (2048, 2048), (576, 8), (4096, 8))
+LAYERS = ((576, 576), (576, 192), (576, 1536), (1536, 576), (2048, 2048), (576, 8), (8, 192), (4096, 8))
 
 WAYS = {
     "chosen": lambda a, g, k, seed: ops.linear_sketch(a, g, k, seed=seed),
     "fft": cpu.by_fft,
+    "torch's fft": cpu.by_torch_fft,
     "product of both sketched": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, True, True),
+    "product of neither sketched": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, False, False),
 }
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("k", [64, 256, 512])
+@pytest.mark.parametrize("k", [64, 256, 512, 1024])
 @pytest.mark.parametrize("way", WAYS)
 def bench_linear_sketch(benchmark, way, k, layer):
     n_in, n_out = layer

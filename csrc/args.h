@@ -35,12 +35,18 @@ struct FlatTensor {
     int64_t numel, stride_batch, first_row;
 };
 
-// One row: where its elements are, and the group of bins that it goes to.
-struct FlatRow {
-    const char* data;
-    int32_t dtype, length;
-    uint32_t index;  // in the whole list
-    uint32_t group;
+// Neighbouring rows of one tensor, all in one chunk; the last may be short.
+struct FlatRun {
+    const void* data;
+    int dtype;
+    int64_t length;      // elements
+    uint32_t first_row;  // in the whole list
+};
+
+// Which group of bins each row of a run goes to: turned[row] + rotation, modulo groups.
+struct FlatGroups {
+    const uint32_t* turned;  // the chunk's permutation, from the run's first row on
+    uint32_t rotation, groups;
 };
 
 // score[q, n] = sum over blocks b of scales[n, b] * <queries[q, b], cache[n, b]>

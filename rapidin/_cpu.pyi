@@ -19,6 +19,24 @@ def count_sketch(
     out: int,
     threads: int,
 ) -> None: ...
+def has_tensor_sketch(k: int) -> bool: ...
+def tensor_sketch(
+    a: int,
+    dtype_a: int,
+    n_a: int,
+    strides_a: tuple[int, ...],
+    table_a: int,
+    g: int,
+    dtype_g: int,
+    n_g: int,
+    strides_g: tuple[int, ...],
+    table_g: int,
+    batch: int,
+    tokens: int,
+    k: int,
+    out: int,
+    threads: int,
+) -> None: ...
 def count_sketch_pairs(
     a: int,
     dtype_a: int,

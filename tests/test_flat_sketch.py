@@ -51,20 +51,22 @@ def test_agrees_with_the_reference(dim, dtype, name):
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
-@pytest.mark.parametrize("dim", [*FLAT_DIMS, 128 * 7])
-def test_integers_are_exact(dim, name):
-    tensors = [*some_tensors(integers), integers(300_001, seed=9)]
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [*FLAT_DIMS, 128 * 7, 128 * 33])
+def test_integers_are_exact(dim, dtype, name):
+    tensors = [*some_tensors(integers, dtype), integers(300_001, seed=9, dtype=dtype)]
     wanted = ops.flat_sketch(tensors, dim, seed=SEED, backend="reference")
     with instruction_set(name):
         assert torch.equal(ops.flat_sketch(tensors, dim, seed=SEED), wanted)
 
 
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dim", [16, 128, 1024])
-def test_threads_change_nothing(dim):
+def test_threads_change_nothing(dim, name):
     tensors = [normal(2, 150_001), *some_tensors(batch=(2,))]
     sketches = []
     for threads in (1, 2, 3):
-        with torch_threads(threads):
+        with instruction_set(name), torch_threads(threads):
             sketches.append(ops.flat_sketch(tensors, dim, seed=SEED, batched=True))
             one = ops.flat_sketch([x[1] for x in tensors], dim, seed=SEED)
         assert torch.equal(sketches[0], sketches[-1])

@@ -29,6 +29,7 @@ GOLDEN = json.loads((Path(__file__).parent / "data" / "sketches.json").read_text
 
 WAYS = {
     "fft": cpu.by_fft,
+    "torch's fft": cpu.by_torch_fft,
     "product": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, False, False),
     "product, in": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, True, False),
     "product, out": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, False, True),
@@ -95,7 +96,7 @@ def test_nothing_to_sketch(shape, backend):
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
-@pytest.mark.parametrize("way", [w for w in WAYS if w != "fft"])
+@pytest.mark.parametrize("way", [w for w in WAYS if "fft" not in w])
 def test_integers_are_exact(way, name):
     inputs, grads = factors((2, 6, 70, 90), make=integers)
     wanted = ops.linear_sketch(inputs, grads, 64, seed=SEED, backend="reference")
@@ -145,6 +146,75 @@ def test_threads_change_nothing(way):
     assert_close(sketches[2], sketches[0])
 
 
+FUSED = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dim", FUSED)
+def test_every_width_of_the_fused_kernel(dim, name):
+    for shape in ((2, 17, 70, 45), (1, 2, 2 * dim + 9, dim), (1, 5, dim - 3, 3)):
+        with instruction_set(name):
+            assert_close(cpu.by_fft(*factors(shape), dim, SEED), wanted_sketch(shape, dim), 4e-6)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("batch", [1, 5, 19])
+@pytest.mark.parametrize("tokens", [1, 3, 15, 16, 33, 128, 129, 300])
+def test_any_number_of_tokens_and_examples(tokens, batch, name):
+    shape = (batch, tokens, 25, 40)
+    inputs, grads = factors(shape)
+    with instruction_set(name):
+        sketch = cpu.by_fft(inputs, grads, 32, SEED)
+        assert_close(sketch, wanted_sketch(shape, 32), 4e-6)
+        for b in {0, batch // 2, batch - 1}:
+            alone = cpu.by_fft(inputs[b : b + 1], grads[b : b + 1], 32, SEED)
+            assert torch.equal(alone[0], sketch[b])
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dim", [16, 64, 512])
+def test_threads_change_no_bit_of_the_fused_kernel(dim, name):
+    inputs, grads = factors((5, 140, 90, 61))
+    with instruction_set(name), torch_threads(1):
+        one = cpu.by_fft(inputs, grads, dim, SEED)
+    for threads in (2, 3, 7):
+        with instruction_set(name), torch_threads(threads):
+            assert torch.equal(cpu.by_fft(inputs, grads, dim, SEED), one)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("exponents", [(0, -100), (-100, 0), (60, -110), (-70, -30)])
+def test_tiny_gradients_keep_all_their_bits(exponents, name):
+    inputs, grads = factors((2, 20, 70, 50))
+    with instruction_set(name):
+        wanted = cpu.by_fft(inputs, grads, 64, SEED)
+        scaled = cpu.by_fft(inputs * 2.0 ** exponents[0], grads * 2.0 ** exponents[1], 64, SEED)
+    assert_close(scaled * 2.0 ** -sum(exponents), wanted)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+def test_tokens_with_a_zero_factor_add_nothing(name):
+    inputs, grads = factors((1, 20, 70, 50))
+    inputs[:, 3:9], grads[:, 9:] = 0, 0
+    inputs[:, 9:] *= 1e10
+    with instruction_set(name):
+        assert_close(cpu.by_fft(inputs, grads, 64, SEED), cpu.by_fft(inputs[:, :3], grads[:, :3], 64, SEED))
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_not_finite_examples_stay_apart_in_the_fused_kernel(bad, name):
+    inputs, grads = factors((18, 7, 60, 40))
+    with instruction_set(name):
+        clean = cpu.by_fft(inputs, grads, 32, SEED)
+        inputs[1, 2, 3], grads[17, 0, 0], inputs[4] = bad, bad, bad
+        sketch = cpu.by_fft(inputs, grads, 32, SEED)
+    touched = torch.zeros(18, dtype=torch.bool)
+    touched[[1, 4, 17]] = True
+    assert torch.equal(sketch[~touched], clean[~touched])
+    assert not sketch[touched].isfinite().all(1).any()
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     tokens=st.integers(1, 200),
@@ -160,9 +230,10 @@ def test_no_way_forms_the_gradient(tokens, n_in, n_out, k):
 
 
 def test_cheap_ways_are_chosen():
-    assert cpu.choose_way(128, 4096, 8, 512) == (False, False)  # a LoRA factor
-    assert cpu.choose_way(128, 4096, 4096, 32) == (True, True)  # a narrow sketch
-    assert cpu.choose_way(128, 4096, 4096, 512) is None  # a wide one
+    assert cpu.choose_way(128, 576, 8, 512) == (False, False)  # a LoRA factor
+    assert cpu.choose_way(128, 4096, 4096, 30) == (True, True)  # a narrow sketch, no power of two
+    assert cpu.choose_way(128, 4096, 4096, 500) is None  # a wide one
+    assert cpu.choose_way(128, 576, 576, 64) is None
 
 
 @settings(max_examples=25, deadline=None)
@@ -242,5 +313,6 @@ def test_more_mistakes_are_named():
 
 def test_zero_gradients_give_exactly_zero_however_large_the_inputs() -> None:
     inputs = 1e4 * torch.randn(2, 40, 300, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(cpu.by_fft(inputs, torch.zeros(2, 40, 200), 64, 0), torch.zeros(2, 64))
-    assert torch.equal(cpu.by_fft(torch.zeros(2, 40, 200), inputs, 64, 0), torch.zeros(2, 64))
+    for way in (cpu.by_fft, cpu.by_torch_fft):
+        assert torch.equal(way(inputs, torch.zeros(2, 40, 200), 64, 0), torch.zeros(2, 64))
+        assert torch.equal(way(torch.zeros(2, 40, 200), inputs, 64, 0), torch.zeros(2, 64))

@@ -74,6 +74,16 @@ PYBIND11_MODULE(_cpu, m) {
                                at<float>(z), threads);
         },
         release);
+    m.def("has_tensor_sketch", &has_tensor_sketch, py::arg("k"), "Whether tensor_sketch knows this width.");
+    m.def(
+        "tensor_sketch",
+        [](Address a, int dtype_a, int64_t n_a, Strides strides_a, Address table_a, Address g, int dtype_g, int64_t n_g,
+           Strides strides_g, Address table_g, int64_t batch, int64_t tokens, int64_t k, Address out, int threads) {
+            const TensorSketchArgs args{token_rows(a, dtype_a, tokens, n_a, strides_a), token_rows(g, dtype_g, tokens, n_g, strides_g),
+                                        at<const uint32_t>(table_a), at<const uint32_t>(table_g), nullptr};
+            tensor_sketch(args, batch, k, at<float>(out), threads);
+        },
+        release);
     m.def(
         "square_sums",
         [](Address z, int64_t first, int64_t count, int64_t tokens, int64_t k, Address sum, int threads) {

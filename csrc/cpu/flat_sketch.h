@@ -1,5 +1,5 @@
-// Flat sketch: each row of 128 neighbouring elements goes to one group of 128 bins. Inside it element e goes to
-// lane e ^ x with a sign of its own, so eight neighbours stay eight neighbours and only turn round in a register.
+// Flat sketch: each row of 128 neighbouring elements goes to one group of 128 bins. Inside it element e goes to lane e ^ x
+// with a sign of its own, so the neighbours that fill a register stay together and only turn round in it.
 #pragma once
 
 #include "kernels.h"
@@ -8,16 +8,64 @@
 namespace rapidin {
 namespace {
 
+constexpr int kSignWords = kFlatRow / 32;
+
+// What the hash says of a few rows at a time: so many words in a loop are a register each.
+struct RowWords {
+    static constexpr int kRows = 16;
+    uint32_t lanes[kRows], signs[kSignWords][kRows];
+
+    void set(const FlatKeys& keys, uint32_t first, int64_t count) {
+        if (count >= kRows) hash_all(keys, first, kRows);
+        else hash_all(keys, first, static_cast<uint32_t>(count));
+    }
+
+  private:
+    inline void hash_all(const FlatKeys& keys, uint32_t first, uint32_t count) {
+        for (uint32_t i = 0; i < count; ++i) lanes[i] = hash_word(keys.lanes, first + i);
+        for (int j = 0; j < kSignWords; ++j)
+            for (uint32_t i = 0; i < count; ++i) signs[j][i] = hash_word(keys.signs[j], first + i);
+    }
+};
+
+#ifdef RAPIDIN_AVX512
+
+inline __m512 load16(const float* p) { return _mm512_loadu_ps(p); }
 template <class T>
-inline void flat_row(const T* x, uint32_t lanes, const uint32_t* signs, float* sums) {
+inline __m512 load16(const T* p) {
+    return _mm512_insertf32x8(_mm512_castps256_ps512(load8(p)), load8(p + 8), 1);
+}
+
+template <class T>
+inline void flat_row(const T* x, const RowWords& words, int i, float* sums) {
+    const uint32_t lanes = words.lanes[i] & (kFlatRow - 1), group = lanes & ~15u;
+    const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    const __m512i turn = _mm512_xor_si512(iota, _mm512_set1_epi32(static_cast<int>(lanes & 15u)));
+    const __m512i sign = _mm512_set1_epi32(INT32_MIN);
+    const auto add = [&](uint32_t e, uint32_t bits) {
+        const __m512i value = _mm512_castps_si512(load16(x + e));
+        const __m512i flipped = _mm512_mask_xor_epi32(value, static_cast<__mmask16>(bits), value, sign);
+        float* sum = sums + (e ^ group);
+        _mm512_storeu_ps(sum, _mm512_add_ps(_mm512_loadu_ps(sum), _mm512_permutexvar_ps(turn, _mm512_castsi512_ps(flipped))));
+    };
+    for (uint32_t j = 0; j < kSignWords; ++j) {
+        add(32 * j, words.signs[j][i]);
+        add(32 * j + 16, words.signs[j][i] >> 16);
+    }
+}
+
+#else
+
+template <class T>
+inline void flat_row(const T* x, const RowWords& words, int i, float* sums) {
+    const uint32_t lanes = words.lanes[i] & (kFlatRow - 1), group = lanes & ~7u;
     const XorLanes turn(lanes & 7u);
-    const uint32_t group = lanes & ~7u;
     const auto add = [&](uint32_t e, Vec8 signed_x) {
         float* sum = sums + (e ^ group);
         store8(sum, add8(load8(sum), turn(signed_x)));
     };
     for (uint32_t e = 0; e < kFlatRow; e += 32) {
-        const uint32_t bits = signs[e / 32];
+        const uint32_t bits = words.signs[e / 32][i];
         add(e, flip8<0>(load8(x + e), bits));
         add(e + 8, flip8<8>(load8(x + e + 8), bits));
         add(e + 16, flip8<16>(load8(x + e + 16), bits));
@@ -25,44 +73,54 @@ inline void flat_row(const T* x, uint32_t lanes, const uint32_t* signs, float* s
     }
 }
 
-void flat_rows(const FlatRow* rows, int64_t count, uint64_t seed, float* sums) {
-    uint32_t key_a[8] = {}, key_b[8] = {};  // streams kFlatLane, kFlatSigns, ... + 3
-    for (uint32_t i = 0; i < 1 + kFlatRow / 32; ++i) {
-        const StreamKey key = stream_key(seed, kFlatLane + i);
-        key_a[i] = key.a;
-        key_b[i] = key.b;
-    }
-    for (int64_t i = 0; i < count; ++i) {
-        const FlatRow& row = rows[i];
-        float* sum = sums + static_cast<int64_t>(row.group) * kFlatRow;
-        uint32_t words[8];
-        hash8(key_a, key_b, row.index, words);
-        const uint32_t lanes = words[0] & (kFlatRow - 1);
-        const uint32_t* signs = words + 1;
-        if (row.length < kFlatRow) {
-            float padded[kFlatRow] = {};
-            copy_floats(row.data, row.dtype, 0, 1, row.length, padded);
-            flat_row(padded, lanes, signs, sum);
-        } else if (row.dtype == kFloat32) {
-            flat_row(reinterpret_cast<const float*>(row.data), lanes, signs, sum);
-        } else if (row.dtype == kFloat16) {
-            flat_row(reinterpret_cast<const Half*>(row.data), lanes, signs, sum);
+#endif
+
+// Called for this far ahead, into the L2 cache: the scattered sums throw the processor's own prefetching off.
+constexpr int64_t kAheadBytes = 16 << 10;
+
+inline void prefetch_ahead(const void* row, int64_t bytes) {
+    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + kAheadBytes + i, 0, 2);
+}
+
+template <class T>
+void flat_run(const FlatRun& run, const FlatGroups& groups, const FlatKeys& keys, float* sums) {
+    const T* x = static_cast<const T*>(run.data);
+    const auto sums_of = [&](int64_t row) {
+        const uint32_t group = groups.turned[row] + groups.rotation;
+        return sums + static_cast<int64_t>(group < groups.groups ? group : group - groups.groups) * kFlatRow;
+    };
+    RowWords words;
+    const int64_t rows = (run.length + kFlatRow - 1) / kFlatRow, whole = run.length / kFlatRow;
+    for (int64_t row = 0; row < rows; ++row) {
+        const int i = static_cast<int>(row % RowWords::kRows);
+        if (i == 0) words.set(keys, run.first_row + static_cast<uint32_t>(row), rows - row);
+        prefetch_ahead(x + row * kFlatRow, kFlatRow * sizeof(T));
+        if (row < whole) {
+            flat_row(x + row * kFlatRow, words, i, sums_of(row));
         } else {
-            flat_row(reinterpret_cast<const BHalf*>(row.data), lanes, signs, sum);
+            float padded[kFlatRow] = {};
+            copy_floats(x + row * kFlatRow, 1, run.length - row * kFlatRow, padded);
+            flat_row(padded, words, i, sums_of(row));
         }
     }
 }
 
-void flat_narrow(const FlatRow* rows, int64_t count, int64_t width, uint64_t seed, float* sums) {
-    const StreamKey lane_key = stream_key(seed, kFlatLane);
-    StreamKey sign_keys[2] = {stream_key(seed, kFlatSigns), stream_key(seed, kFlatSigns + 1)};
-    for (const FlatRow* row = rows; row < rows + count; ++row) {
+void flat_rows(const FlatRun& run, const FlatGroups& groups, const FlatKeys& keys, float* sums) {
+    if (run.dtype == kFloat32) flat_run<float>(run, groups, keys, sums);
+    else if (run.dtype == kFloat16) flat_run<Half>(run, groups, keys, sums);
+    else flat_run<BHalf>(run, groups, keys, sums);
+}
+
+void flat_narrow(const FlatRun& run, int64_t width, const FlatKeys& keys, float* sums) {
+    for (int64_t begin = 0; begin < run.length; begin += width) {
+        const int64_t length = run.length - begin < width ? run.length - begin : width;
+        const uint32_t index = run.first_row + static_cast<uint32_t>(begin / width);
         float x[kFlatRow];
-        copy_floats(row->data, row->dtype, 0, 1, row->length, x);
-        const uint32_t lanes = hash_word(lane_key, row->index) & static_cast<uint32_t>(width - 1);
-        for (int32_t e = 0; e < row->length; ++e) {
-            const uint32_t minus = hash_word(sign_keys[e / 32], row->index) >> (e % 32) & 1u;
-            sums[static_cast<uint32_t>(e) ^ lanes] += flip(x[e], minus << 31);
+        copy_floats(run.data, run.dtype, begin, 1, length, x);
+        const uint32_t lanes = hash_word(keys.lanes, index) & static_cast<uint32_t>(width - 1);
+        for (uint32_t e = 0; e < length; ++e) {
+            const uint32_t minus = hash_word(keys.signs[e / 32], index) >> (e % 32) & 1u;
+            sums[e ^ lanes] += flip(x[e], minus << 31);
         }
     }
 }

@@ -1,10 +1,12 @@
 #include "flat_sketch.h"
 #include "kernels.h"
 #include "linear_sketch.h"
+#include "tensor_sketch.h"
 #include "topk_scan.h"
 
 namespace rapidin {
 
-const Kernels kKernelsBase = {"base", count_sketch, count_sketch_pair, square_sum, fold, flat_rows, flat_narrow, scan};
+const Kernels kKernelsBase = {"base", count_sketch, count_sketch_pair, square_sum, fold, flat_rows, flat_narrow, scan,
+                              token_squares, sketch_of_squares, tensor_sketch_scratch, kLanes};
 
 }  // namespace rapidin

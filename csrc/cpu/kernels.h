@@ -5,11 +5,23 @@
 
 #include "../args.h"
 #include "../sketch_hash.h"
+#include "fft_plan.h"
 
 namespace rapidin {
 
 constexpr int64_t kScanRows = 48;    // rows scanned together: as float32 they stay in the L2 cache
 constexpr int64_t kScanTile = 1024;  // elements summed in float32 before they join a double
+
+struct FlatKeys {
+    StreamKey lanes, signs[kFlatRow / 32];
+};
+
+// The two factors of a linear layer's gradients, their bins and signs by element.
+struct TensorSketchArgs {
+    TokenRows p, q;
+    const uint32_t *table_p, *table_q;
+    const FftPlan* plan;
+};
 
 struct Kernels {
     const char* name;
@@ -24,12 +36,19 @@ struct Kernels {
                        float* sum);
     // Rows [begin, end) of matrix `b` added to out [k]; scratch: [2 * k].
     void (*fold)(const FoldArgs& args, int64_t b, int64_t begin, int64_t end, float* scratch, float* out);
-    // Rows of at most kFlatRow elements added, in order, to their groups of sums [groups, kFlatRow].
-    void (*flat_rows)(const FlatRow* rows, int64_t count, uint64_t seed, float* sums);
+    // Rows of kFlatRow elements added, in order, to their groups of sums [groups, kFlatRow].
+    void (*flat_rows)(const FlatRun& run, const FlatGroups& groups, const FlatKeys& keys, float* sums);
     // The same for one narrow group: all rows added to sums [width], width < kFlatRow.
-    void (*flat_narrow)(const FlatRow* rows, int64_t count, int64_t width, uint64_t seed, float* sums);
+    void (*flat_narrow)(const FlatRun& run, int64_t width, const FlatKeys& keys, float* sums);
     // Scores of `count` <= kScanRows rows -> scores [count, q]; scratch: [kScanRows * kScanTile].
     void (*scan)(const ScanArgs& args, int64_t first, int64_t count, float* scratch, double* scores);
+    // Tokens [begin, end) of an example -> sums [k] complex, as the plan orders them: their squared spectra, half the
+    // imaginary part.
+    void (*token_squares)(const TensorSketchArgs& args, int64_t example, int64_t begin, int64_t end, float* scratch, float* sums);
+    // sums [count, k] complex of count <= lanes examples -> out [count, k], their sketches.
+    void (*sketch_of_squares)(const FftPlan& plan, const float* sums, int64_t count, float* scratch, float* out);
+    int64_t (*tensor_sketch_scratch)(const FftPlan& plan);  // floats that either needs, aligned to 64 bytes
+    int lanes;
 };
 
 extern const Kernels kKernelsBase;

@@ -64,8 +64,6 @@ inline int32_t largest(const float* x, int64_t n) {
     return peak;
 }
 
-inline float power_of_two(int e) { return bits_to_float(static_cast<uint32_t>(e + 127) << 23); }
-
 // In z^2 = a^2 - g^2 + 2i a g only the cross term is wanted. Output gradients are often a million times smaller
 // than inputs, and a^2 would drown it; so each token's two parts are scaled to the same size by powers of two
 // whose product is 1: exact, and the cross term stays as it is.

@@ -7,6 +7,7 @@
 #include <stdexcept>
 
 #include "pool.h"
+#include "scratch.h"
 
 #ifdef RAPIDIN_X86
 #include <cpuid.h>
@@ -194,26 +195,23 @@ namespace {
 
 constexpr int64_t kFlatParts = 32, kChunksOfPart = 32;  // so adding the parts is a small share of the work
 
-// Rows of the whole list, in order: where each one's elements are.
-class RowReader {
+// The whole list as runs of neighbouring rows.
+class RunReader {
   public:
-    RowReader(const std::vector<FlatTensor>& tensors, int64_t width, int64_t item) : tensors_(tensors), width_(width), item_(item) {}
+    RunReader(const std::vector<FlatTensor>& tensors, int64_t width, int64_t item) : tensors_(tensors), width_(width), item_(item) {}
 
-    // Rows [first, last) -> out, as far as there are any; returns how many.
-    int64_t read(int64_t first, int64_t last, FlatRow* out) {
-        FlatRow* to = out;
-        for (int64_t row = first; row < last;) {
-            while (at_ < tensors_.size() && row >= end(tensors_[at_])) ++at_;
-            if (at_ == tensors_.size()) break;
+    // Calls use(run) for the rows [first, last), in order; calls must come in ascending order.
+    template <class Use>
+    void read(int64_t first, int64_t last, const Use& use) {
+        while (first < last) {
+            while (first >= end(tensors_[at_])) ++at_;
             const FlatTensor& tensor = tensors_[at_];
             const int64_t bytes = tensor.dtype == kFloat32 ? 4 : 2;
-            int64_t begin = (row - tensor.first_row) * width_;
-            const char* data = tensor.data + (item_ * tensor.stride_batch + begin) * bytes;
-            for (; row < last && begin < tensor.numel; ++row, begin += width_, data += width_ * bytes)
-                *to++ = {data, tensor.dtype, static_cast<int32_t>(std::min(width_, tensor.numel - begin)),
-                         static_cast<uint32_t>(row), 0};
+            const int64_t begin = (first - tensor.first_row) * width_;
+            const int64_t length = std::min(tensor.numel - begin, (last - first) * width_);
+            use(FlatRun{tensor.data + (item_ * tensor.stride_batch + begin) * bytes, tensor.dtype, length, static_cast<uint32_t>(first)});
+            first += (length + width_ - 1) / width_;
         }
-        return to - out;
     }
 
     int64_t end(const FlatTensor& tensor) const { return tensor.first_row + (tensor.numel + width_ - 1) / width_; }
@@ -234,14 +232,9 @@ class GroupOrder {
             permutation(seed, kFlatPool, static_cast<uint32_t>(t * groups), groups, pool_.data() + t * groups);
     }
 
-    void set(int64_t chunk, FlatRow* rows, int64_t count) const {
+    FlatGroups of_chunk(int64_t chunk) const {
         const uint32_t c = static_cast<uint32_t>(chunk), groups = static_cast<uint32_t>(groups_);
-        const uint32_t* turned = pool_.data() + (hash_word(turn_, c) & (kFlatPoolSize - 1)) * groups_;
-        const uint32_t rotation = hash_word(rotation_, c) % groups;
-        for (int64_t p = 0; p < count; ++p) {
-            const uint32_t group = turned[p] + rotation;
-            rows[p].group = group < groups ? group : group - groups;
-        }
+        return {pool_.data() + (hash_word(turn_, c) & (kFlatPoolSize - 1)) * groups_, hash_word(rotation_, c) % groups, groups};
     }
 
   private:
@@ -250,6 +243,14 @@ class GroupOrder {
     std::vector<uint32_t> pool_;
 };
 
+FlatKeys flat_keys(uint64_t seed) {
+    FlatKeys keys{stream_key(seed, kFlatLane), {}};
+    for (uint32_t i = 0; i < kFlatRow / 32; ++i) keys.signs[i] = stream_key(seed, kFlatSigns + i);
+    return keys;
+}
+
+thread_local Scratch flat_partial;  // new memory at every call would cost as much as a tenth of the sketch
+
 }  // namespace
 
 void flat_sketch(const std::vector<FlatTensor>& tensors, int64_t batch, uint64_t seed, int64_t dim, float* out, int threads) {
@@ -257,18 +258,20 @@ void flat_sketch(const std::vector<FlatTensor>& tensors, int64_t batch, uint64_t
     const int64_t width = std::min<int64_t>(dim, kFlatRow), groups = dim / width;
     std::fill(out, out + batch * dim, 0.0f);
     if (tensors.empty()) return;
-    const int64_t rows = RowReader(tensors, width, 0).end(tensors.back());
+    const int64_t rows = RunReader(tensors, width, 0).end(tensors.back());
     const int64_t chunks = (rows + groups - 1) / groups;
     const GroupOrder order(seed, groups);
+    const FlatKeys keys = flat_keys(seed);
 
     const auto add_chunks = [&](int64_t item, int64_t begin, int64_t end, float* sums) {
-        std::vector<FlatRow> some(static_cast<size_t>(groups));
-        RowReader reader(tensors, width, item);
+        RunReader reader(tensors, width, item);
         for (int64_t c = begin; c < end; ++c) {
-            const int64_t count = reader.read(c * groups, std::min(rows, (c + 1) * groups), some.data());
-            order.set(c, some.data(), count);
-            if (width < kFlatRow) set.flat_narrow(some.data(), count, width, seed, sums);
-            else set.flat_rows(some.data(), count, seed, sums);
+            FlatGroups places = order.of_chunk(c);
+            reader.read(c * groups, std::min(rows, (c + 1) * groups), [&](const FlatRun& run) {
+                if (width < kFlatRow) return set.flat_narrow(run, width, keys, sums);
+                set.flat_rows(run, places, keys, sums);
+                places.turned += (run.length + kFlatRow - 1) / kFlatRow;
+            });
         }
     };
     // Each part of the list has sums of its own, and these are added in order: how it is cut depends on the sizes
@@ -278,10 +281,10 @@ void flat_sketch(const std::vector<FlatTensor>& tensors, int64_t batch, uint64_t
         parallel(batch, threads, [&](int64_t item, int) { add_chunks(item, 0, chunks, out + item * dim); });
         return;
     }
-    std::vector<float> partial(static_cast<size_t>(parts * dim));
+    float* partial = flat_partial.floats(parts * dim);
     for (int64_t item = 0; item < batch; ++item) {
         parallel(parts, threads, [&](int64_t part, int) {
-            float* sums = partial.data() + part * dim;
+            float* sums = partial + part * dim;
             std::fill(sums, sums + dim, 0.0f);
             add_chunks(item, chunks * part / parts, chunks * (part + 1) / parts, sums);
         });

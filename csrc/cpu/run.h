@@ -24,6 +24,9 @@ void count_sketch_tokens(const TokenRows& x, const uint32_t* table, int64_t batc
 void count_sketch_pairs(const TokenRows& a, const uint32_t* table_a, const TokenRows& g, const uint32_t* table_g, int64_t first,
                         int64_t count, int64_t k, float* z, int threads);
 void square_sums(const float* z, int64_t first, int64_t count, int64_t tokens, int64_t k, float* sum, int threads);
+bool has_tensor_sketch(int64_t k);
+// args.plan is filled in here.
+void tensor_sketch(TensorSketchArgs args, int64_t batch, int64_t k, float* out, int threads);
 void fold_matrices(const FoldArgs& args, float* out, int threads);
 void flat_sketch(const std::vector<FlatTensor>& tensors, int64_t batch, uint64_t seed, int64_t dim, float* out, int threads);
 

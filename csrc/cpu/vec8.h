@@ -11,6 +11,9 @@
 #if defined(__AVX2__) && defined(__FMA__) && defined(__F16C__)
 #include <immintrin.h>
 #define RAPIDIN_AVX2 1
+#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
+#define RAPIDIN_AVX512 1
+#endif
 #endif
 
 namespace rapidin {
@@ -49,6 +52,7 @@ inline float to_float(Half x) {
 #endif
 }
 
+inline float power_of_two(int e) { return bits_to_float(static_cast<uint32_t>(e + 127) << 23); }
 inline float flip(float x, uint32_t sign) { return bits_to_float(float_to_bits(x) ^ sign); }
 
 #ifdef RAPIDIN_AVX2
@@ -73,20 +77,6 @@ inline Vec8 flip8(Vec8 x, uint32_t bits) {
     const __m256i shift = _mm256_setr_epi32(31 - First, 30 - First, 29 - First, 28 - First, 27 - First, 26 - First, 25 - First, 24 - First);
     const __m256i mask = _mm256_sllv_epi32(_mm256_set1_epi32(static_cast<int>(bits)), shift);
     return _mm256_xor_ps(x, _mm256_castsi256_ps(_mm256_and_si256(mask, _mm256_set1_epi32(INT32_MIN))));
-}
-inline __m256i mix8(__m256i x) {
-    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
-    x = _mm256_mullo_epi32(x, _mm256_set1_epi32(0x7feb352d));
-    x = _mm256_xor_si256(x, _mm256_srli_epi32(x, 15));
-    x = _mm256_mullo_epi32(x, _mm256_set1_epi32(static_cast<int>(0x846ca68bu)));
-    return _mm256_xor_si256(x, _mm256_srli_epi32(x, 16));
-}
-// words[l] = hash_word({a[l], b[l]}, index)
-inline void hash8(const uint32_t* a, const uint32_t* b, uint32_t index, uint32_t* words) {
-    const __m256i keys = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
-    const __m256i more = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
-    const __m256i x = mix8(_mm256_xor_si256(_mm256_set1_epi32(static_cast<int>(index)), keys));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), mix8(_mm256_add_epi32(x, more)));
 }
 // A fixed order of addition: pairs at distance 4, then 2, then 1.
 inline float sum8(Vec8 x) {
@@ -128,9 +118,6 @@ template <int First>
 inline Vec8 flip8(Vec8 x, uint32_t bits) {
     for (int i = 0; i < 8; ++i) x.lane[i] = flip(x.lane[i], (bits << (31 - First - i)) & kSignBit);
     return x;
-}
-inline void hash8(const uint32_t* a, const uint32_t* b, uint32_t index, uint32_t* words) {
-    for (int i = 0; i < 8; ++i) words[i] = hash_word({a[i], b[i]}, index);
 }
 inline float sum8(Vec8 x) {
     const float* lane = x.lane;

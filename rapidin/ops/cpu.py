@@ -13,15 +13,14 @@ _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 # Costs in nanoseconds on one thread, from bench/bench_linear_sketch.py: only their ratios count.
 _COUNT_SKETCH_NS = 0.45  # an element put in its bin
 _PRODUCT_NS = 0.022  # a multiply-add of a batched matrix product
-_PAIR_NS, _FFT_NS = (
-    2.0,
-    0.15,
-)  # times k, times k log2(k): a token's two rows made one, its FFT, squared and summed
+_FUSED_SKETCH_NS = 0.1  # the same by the fused kernel, and its transform of a token:
+_FUSED_PAIR_NS, _FUSED_FFT_NS = 0.35, 0.035  # times k, times k log2(k)
+_PAIR_NS, _FFT_NS = 2.0, 0.15  # the same with torch's FFT
 _FOLD_NS = 0.1  # an element added to its diagonal
 
-_FFT_BUFFER_BYTES = (
-    1 << 18
-)  # a thread's tokens transformed at a time: they and their spectra stay in its L2 cache
+_FUSED_TOKENS = 16  # that the fused kernel takes at a time
+# Bytes of a thread's tokens that torch's FFT transforms at a time: they and their spectra fit its L2 cache
+_FFT_BUFFER_BYTES = 1 << 18
 _PRODUCT_BYTES = 64 << 20  # matrices held at a time
 
 
@@ -70,7 +69,13 @@ def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
 def choose_way(tokens: int, n_in: int, n_out: int, k: int) -> tuple[bool, bool] | None:
     """The cheapest way for one example: None = FFT, else which of (inputs, grads) to count-sketch first."""
     best: tuple[bool, bool] | None = None
-    best_cost = tokens * (_COUNT_SKETCH_NS * (n_in + n_out) + k * (_PAIR_NS + _FFT_NS * k.bit_length()))
+    if _cpu.has_tensor_sketch(k):
+        whole = -(-tokens // _FUSED_TOKENS) * _FUSED_TOKENS
+        fft = k * (_FUSED_PAIR_NS + _FUSED_FFT_NS * k.bit_length())
+        best_cost = whole * (_FUSED_SKETCH_NS * (n_in + n_out) + fft)
+    else:
+        fft = k * (_PAIR_NS + _FFT_NS * k.bit_length())
+        best_cost = tokens * (_COUNT_SKETCH_NS * (n_in + n_out) + fft)
     for sketch_in in (False, True):
         for sketch_out in (False, True):
             cols, rows = k if sketch_in else n_in, k if sketch_out else n_out
@@ -90,6 +95,22 @@ def choose_way(tokens: int, n_in: int, n_out: int, k: int) -> tuple[bool, bool] 
 
 def by_fft(inputs: Tensor, grads: Tensor, k: int, seed: int) -> Tensor:
     """TensorSketch by one complex FFT a token: the sum of FFT(cs(a) + i cs(g))^2 holds the spectrum."""
+    if not _cpu.has_tensor_sketch(k):
+        return by_torch_fft(inputs, grads, k, seed)
+    batch, tokens, n_in = inputs.shape
+    n_out = grads.shape[2]
+    table_in, table_out = tables.rows(seed, tables.IN, n_in, k), tables.rows(seed, tables.OUT, n_out, k)
+    out = torch.empty(batch, k)
+    _cpu.tensor_sketch(
+        inputs.data_ptr(), _DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
+        grads.data_ptr(), _DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
+        batch, tokens, k, out.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def by_torch_fft(inputs: Tensor, grads: Tensor, k: int, seed: int) -> Tensor:
+    """The same with torch's FFT, for widths that are no power of two."""
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
     threads = torch.get_num_threads()
