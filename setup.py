@@ -26,14 +26,28 @@ class BuildWithFlags(build_ext):
         super().build_extensions()
 
 
-sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp"] + (["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else [])
+sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp", "topk_scan.cpp"]
+sources += ["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else []
 extension = Pybind11Extension(
     "rapidin._cpu",
     sources=sorted(CPU + name for name in sources),
     depends=["csrc/sketch_hash.h", "csrc/args.h"]
     + [
         CPU + name + ".h"
-        for name in ("flat_sketch", "kernels", "linear_sketch", "pool", "run", "topk_scan", "vec8")
+        for name in (
+            "flat_sketch",
+            "kernels",
+            "linear_sketch",
+            "pack",
+            "packed",
+            "packed_scan",
+            "pool",
+            "run",
+            "topk_scan",
+            "vec8",
+            "vec_bytes",
+            "vec_wide",
+        )
     ],
     define_macros=[("RAPIDIN_X86", "1")] if X86 else [],
     cxx_std=17,

@@ -1,10 +1,12 @@
 #include "flat_sketch.h"
 #include "kernels.h"
 #include "linear_sketch.h"
+#include "pack.h"
 #include "topk_scan.h"
 
 namespace rapidin {
 
-const Kernels kKernelsAvx2 = {"avx2", count_sketch, count_sketch_pair, square_sum, fold, flat_rows, flat_narrow, scan};
+const Kernels kKernelsAvx2 = {"avx2", count_sketch, count_sketch_pair, square_sum, fold, flat_rows, flat_narrow,
+                               scan, pack, unpack};
 
 }  // namespace rapidin

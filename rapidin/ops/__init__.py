@@ -6,13 +6,18 @@ backend=None takes the best for the tensors' device; a backend asked for by name
 from rapidin.ops.flat_sketch import flat_sketch
 from rapidin.ops.linear_sketch import embedding_sketch, linear_sketch
 from rapidin.ops.matrix_sketch import matrix_sketch
+from rapidin.ops.packed import Packed, pack, packed_bytes, unpack
 from rapidin.ops.topk_scan import topk_scan, topk_scan_both_ends
 
 __all__ = [
+    "Packed",
     "embedding_sketch",
     "flat_sketch",
     "linear_sketch",
     "matrix_sketch",
+    "pack",
+    "packed_bytes",
     "topk_scan",
     "topk_scan_both_ends",
+    "unpack",
 ]
