@@ -1,6 +1,7 @@
 """Builds `rapidin._cpu`. Everything else about the package is in pyproject.toml."""
 
 import platform
+from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
 from setuptools import setup
@@ -27,30 +28,12 @@ class BuildWithFlags(build_ext):
         super().build_extensions()
 
 
-sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp", "tensor_sketch.cpp"] + (
-    ["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else []
-)
+sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp", "tensor_sketch.cpp", "topk_scan.cpp"]
+sources += ["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else []
 extension = Pybind11Extension(
     "rapidin._cpu",
     sources=sorted(CPU + name for name in sources),
-    depends=["csrc/sketch_hash.h", "csrc/args.h"]
-    + [
-        CPU + name + ".h"
-        for name in (
-            "fft_plan",
-            "flat_sketch",
-            "kernels",
-            "lanes",
-            "lanes_fft",
-            "linear_sketch",
-            "pool",
-            "run",
-            "scratch",
-            "tensor_sketch",
-            "topk_scan",
-            "vec8",
-        )
-    ],
+    depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
     define_macros=[("RAPIDIN_X86", "1")] if X86 else [],
     cxx_std=17,
     # No contraction: how a loop was unrolled must not decide how a product and a sum are rounded.

@@ -5,7 +5,7 @@
 
 namespace rapidin {
 
-enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kInt8 = 3, kInt4 = 4, kSign = 5 };
 
 // x: [batch, tokens, n] of any dtype and strides.
 struct TokenRows {
@@ -49,18 +49,49 @@ struct FlatGroups {
     uint32_t rotation, groups;
 };
 
-// score[q, n] = sum over blocks b of scales[n, b] * <queries[q, b], cache[n, b]>
+// Queries as the integers that packed rows are multiplied with (see csrc/cpu/packed.h).
+struct ByteQueries {
+    const int8_t* planes;
+    const int64_t* sums;  // [q] of the integers
+    const double* scales;  // [q]: a query's numbers are scale * integers; NaN for a query with NaN or Inf
+};
+
+// One part of a cache's rows, [n, width] of any DType but kBFloat16; parts lie side by side.
+struct ScanPart {
+    const void* rows;
+    int dtype;
+    int64_t width, first;  // of the d numbers of a row, this part's are [first, first + width)
+    int64_t stride_row;    // in elements, of packed rows in bytes
+    const void* scale;     // [n] or null: 1
+    int scale_dtype;       // kFloat32 or kFloat16
+    int64_t stride_scale;
+    ByteQueries queries;   // of a packed part without blocks
+};
+
+// score[q, n] = base[q, n] + sum over parts p of scale[p, n] * sum over blocks b of scales[n, b] * <queries[q], part p>
 struct ScanArgs {
-    const void* cache;
-    int dtype;  // kFloat32 or kFloat16
-    int64_t n, d, stride_row;
+    const ScanPart* parts;
+    int64_t part_count;
+    int64_t n, d;
     const float* queries;  // [q, d], contiguous
     int64_t q;
-    const int64_t* offsets;  // [blocks + 1]
+    const int64_t* offsets;  // [blocks + 1]; null without scales
     int64_t blocks;
     const float* scales;  // [n, blocks] or null
     int64_t stride_scales;
     const uint8_t* valid;  // [n] or null
+    const float* base;     // [q, n] or null
+    int64_t stride_base;
+};
+
+// Rows [n, width] of floats to pack.
+struct PackArgs {
+    const void* rows;
+    int from;  // kFloat32, kFloat16 or kBFloat16
+    int64_t n, width, stride_row;
+    int to;  // kInt8, kInt4 or kSign
+    uint8_t* codes;  // [n, bytes], contiguous
+    float* scale;    // [n]
 };
 
 }  // namespace rapidin

@@ -74,17 +74,17 @@ def flat_sketch(
     tensors: list[tuple[int, int, int, int, int]], batch: int, seed: int, dim: int, out: int, threads: int
 ) -> None: ...
 def topk_scan(
-    cache: int,
-    dtype: int,
+    parts: list[tuple[int, int, int, int, int, int, int]],
     n: int,
     d: int,
-    stride_row: int,
     queries: int,
     q: int,
     offsets: list[int],
     scales: int,
     stride_scales: int,
     valid: int,
+    base: int,
+    stride_base: int,
     k: int,
     top_scores: int,
     top_indices: int,
@@ -92,3 +92,15 @@ def topk_scan(
     bottom_indices: int,
     threads: int,
 ) -> None: ...
+def pack(
+    rows: int,
+    dtype: int,
+    n: int,
+    width: int,
+    stride_row: int,
+    to: int,
+    codes: int,
+    scale: int,
+    threads: int,
+) -> None: ...
+def unpack(part: tuple[int, int, int, int, int, int, int], n: int, out: int, threads: int) -> None: ...

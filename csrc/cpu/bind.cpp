@@ -24,6 +24,14 @@ TokenRows token_rows(Address data, int dtype, int64_t tokens, int64_t n, Strides
     return {at<const void>(data), dtype, tokens, n, batch, token, element};
 }
 
+// rows, dtype, width, stride_row, scale, scale_dtype, stride_scale
+using PartTuple = std::tuple<Address, int, int64_t, int64_t, Address, int, int64_t>;
+
+ScanPart scan_part(const PartTuple& given) {
+    const auto& [rows, dtype, width, stride_row, scale, scale_dtype, stride_scale] = given;
+    return {at<const void>(rows), dtype, width, 0, stride_row, at<const void>(scale), scale_dtype, stride_scale, {}};
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -114,14 +122,35 @@ PYBIND11_MODULE(_cpu, m) {
         release);
     m.def(
         "topk_scan",
-        [](Address cache, int dtype, int64_t n, int64_t d, int64_t stride_row, Address queries, int64_t q,
-           const std::vector<int64_t>& offsets, Address scales, int64_t stride_scales, Address valid, int64_t k, Address top_scores,
+        [](const std::vector<PartTuple>& list, int64_t n, int64_t d, Address queries, int64_t q, const std::vector<int64_t>& offsets,
+           Address scales, int64_t stride_scales, Address valid, Address base, int64_t stride_base, int64_t k, Address top_scores,
            Address top_indices, Address bottom_scores, Address bottom_indices, int threads) {
-            const ScanArgs args{at<const void>(cache), dtype, n, d, stride_row, at<const float>(queries), q, offsets.data(),
-                                static_cast<int64_t>(offsets.size()) - 1, at<const float>(scales), stride_scales,
-                                at<const uint8_t>(valid)};
-            topk_scan(args, k, {at<float>(top_scores), at<int64_t>(top_indices)},
+            std::vector<ScanPart> parts;
+            int64_t width = 0;
+            for (const PartTuple& each : list) {
+                parts.push_back(scan_part(each));
+                parts.back().first = width;
+                width += parts.back().width;
+            }
+            ScanArgs args{};
+            args.n = n, args.d = d, args.q = q;
+            args.queries = at<const float>(queries);
+            args.offsets = offsets.data(), args.blocks = static_cast<int64_t>(offsets.size()) - 1;
+            args.scales = at<const float>(scales), args.stride_scales = stride_scales;
+            args.valid = at<const uint8_t>(valid);
+            args.base = at<const float>(base), args.stride_base = stride_base;
+            topk_scan(args, std::move(parts), k, {at<float>(top_scores), at<int64_t>(top_indices)},
                       {at<float>(bottom_scores), at<int64_t>(bottom_indices)}, threads);
         },
+        release);
+    m.def(
+        "pack",
+        [](Address rows, int from, int64_t n, int64_t width, int64_t stride_row, int to, Address codes, Address scale, int threads) {
+            pack_rows({at<const void>(rows), from, n, width, stride_row, to, at<uint8_t>(codes), at<float>(scale)}, threads);
+        },
+        release);
+    m.def(
+        "unpack",
+        [](const PartTuple& part, int64_t n, Address out, int threads) { unpack_rows(scan_part(part), n, at<float>(out), threads); },
         release);
 }

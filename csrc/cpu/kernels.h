@@ -11,6 +11,7 @@ namespace rapidin {
 
 constexpr int64_t kScanRows = 48;    // rows scanned together: as float32 they stay in the L2 cache
 constexpr int64_t kScanTile = 1024;  // elements summed in float32 before they join a double
+constexpr int64_t kPackTile = 1024;  // elements packed at a time: whole groups of any packed dtype
 
 struct FlatKeys {
     StreamKey lanes, signs[kFlatRow / 32];
@@ -40,8 +41,13 @@ struct Kernels {
     void (*flat_rows)(const FlatRun& run, const FlatGroups& groups, const FlatKeys& keys, float* sums);
     // The same for one narrow group: all rows added to sums [width], width < kFlatRow.
     void (*flat_narrow)(const FlatRun& run, int64_t width, const FlatKeys& keys, float* sums);
-    // Scores of `count` <= kScanRows rows -> scores [count, q]; scratch: [kScanRows * kScanTile].
-    void (*scan)(const ScanArgs& args, int64_t first, int64_t count, float* scratch, double* scores);
+    // Scores of `count` <= kScanRows rows, base left out -> scores [count, q];
+    // scratch: [kScanRows * kScanTile]; sums: [kScanRows * q].
+    void (*scan)(const ScanArgs& args, int64_t first, int64_t count, float* scratch, int64_t* sums, double* scores);
+    // Rows [begin, end) packed; scratch: [kPackTile].
+    void (*pack)(const PackArgs& args, int64_t begin, int64_t end, float* scratch);
+    // Row `row` of a packed part -> out [width].
+    void (*unpack)(const ScanPart& part, int64_t row, float* out);
     // Tokens [begin, end) of an example -> sums [k] complex, as the plan orders them: their squared spectra, half the
     // imaginary part.
     void (*token_squares)(const TensorSketchArgs& args, int64_t example, int64_t begin, int64_t end, float* scratch, float* sums);

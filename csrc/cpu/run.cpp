@@ -1,9 +1,6 @@
 #include "run.h"
 
 #include <algorithm>
-#include <cmath>
-#include <limits>
-#include <numeric>
 #include <stdexcept>
 
 #include "pool.h"
@@ -294,81 +291,6 @@ void flat_sketch(const std::vector<FlatTensor>& tensors, int64_t batch, uint64_t
             for (int64_t part = 0; part < parts; ++part)
                 for (int64_t i = begin; i < end; ++i) out[item * dim + i] += partial[part * dim + i];
         });
-    }
-}
-
-// ---- topk_scan ----
-
-namespace {
-
-struct Candidate {
-    float key;  // the score, or minus the score where the smallest are wanted
-    int64_t index;
-};
-
-bool better(const Candidate& x, const Candidate& y) { return x.key > y.key || (x.key == y.key && x.index < y.index); }
-
-// The best k candidates seen; the worst of them on top of the heap.
-class Best {
-  public:
-    void add(Candidate candidate, size_t k) {
-        if (kept_.size() < k) {
-            kept_.push_back(candidate);
-            std::push_heap(kept_.begin(), kept_.end(), better);
-        } else if (k > 0 && better(candidate, kept_.front())) {
-            std::pop_heap(kept_.begin(), kept_.end(), better);
-            kept_.back() = candidate;
-            std::push_heap(kept_.begin(), kept_.end(), better);
-        }
-    }
-    std::vector<Candidate>& kept() { return kept_; }
-
-  private:
-    std::vector<Candidate> kept_;
-};
-
-using BestOfThreads = std::vector<std::vector<Best>>;  // [threads][q]
-
-void merge(BestOfThreads& found, int64_t q, int64_t k, float sign, ScanResult out) {
-    if (!out.scores) return;
-    std::vector<Candidate> all;
-    for (auto& of_thread : found) all.insert(all.end(), of_thread[q].kept().begin(), of_thread[q].kept().end());
-    std::sort(all.begin(), all.end(), better);
-    for (int64_t i = 0; i < k; ++i) {
-        const bool there = i < static_cast<int64_t>(all.size());
-        out.scores[q * k + i] = there ? sign * all[i].key : std::numeric_limits<float>::quiet_NaN();
-        out.indices[q * k + i] = there ? all[i].index : -1;
-    }
-}
-
-}  // namespace
-
-void topk_scan(const ScanArgs& args, int64_t k, ScanResult top, ScanResult bottom, int threads) {
-    const Kernels& set = kernels();
-    BestOfThreads highest(threads, std::vector<Best>(args.q)), lowest = highest;
-    auto memory = scratch(threads, kScanRows * kScanTile);
-    std::vector<std::vector<double>> scores(threads, std::vector<double>(kScanRows * args.q));
-    parallel((args.n + kScanRows - 1) / kScanRows, threads, [&](int64_t block, int worker) {
-        const int64_t first = block * kScanRows, count = std::min(kScanRows, args.n - first);
-        const auto wanted = [&](int64_t row) { return !args.valid || args.valid[row]; };
-        bool any = false;
-        for (int64_t row = first; row < first + count; ++row) any = any || wanted(row);
-        if (!any) return;
-        double* found = scores[worker].data();
-        set.scan(args, first, count, memory[worker].data(), found);
-        for (int64_t r = 0; r < count; ++r) {
-            if (!wanted(first + r)) continue;
-            for (int64_t q = 0; q < args.q; ++q) {
-                const float score = static_cast<float>(found[r * args.q + q]);
-                if (std::isnan(score)) continue;
-                if (top.scores) highest[worker][q].add({score, first + r}, static_cast<size_t>(k));
-                if (bottom.scores) lowest[worker][q].add({-score, first + r}, static_cast<size_t>(k));
-            }
-        }
-    });
-    for (int64_t q = 0; q < args.q; ++q) {
-        merge(highest, q, k, 1.0f, top);
-        merge(lowest, q, k, -1.0f, bottom);
     }
 }
 

@@ -34,7 +34,9 @@ struct ScanResult {
     float* scores;     // [q, k], NaN where there are fewer rows
     int64_t* indices;  // [q, k], -1 there
 };
-// Either end may have null pointers: not wanted.
-void topk_scan(const ScanArgs& args, int64_t k, ScanResult top, ScanResult bottom, int threads);
+// Fills in the parts' integer queries itself. Either end may have null pointers: not wanted.
+void topk_scan(ScanArgs args, std::vector<ScanPart> parts, int64_t k, ScanResult top, ScanResult bottom, int threads);
+void pack_rows(const PackArgs& args, int threads);
+void unpack_rows(const ScanPart& part, int64_t n, float* out, int threads);
 
 }  // namespace rapidin

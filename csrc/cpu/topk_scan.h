@@ -1,9 +1,12 @@
-// Scores of a few cache rows for all queries. The order of additions of one score is fixed by D and the blocks
-// alone: eight lanes over each tile of up to 1,024 elements of a block in float32, tiles in double.
+// Scores of a few rows of all parts for all queries. The order of additions of one score is fixed by the parts' widths
+// and the blocks alone: of floats kWide lanes over each tile of up to 1,024 elements in float32, tiles in double; of
+// packed rows without blocks exact integers.
 #pragma once
 
 #include "kernels.h"
-#include "vec8.h"
+#include "pack.h"
+#include "packed_scan.h"
+#include "vec_wide.h"
 
 namespace rapidin {
 namespace {
@@ -11,36 +14,36 @@ namespace {
 constexpr int64_t kFewQueries = 4;
 
 template <class T>
-inline Vec8 load_tail(const T* p, int64_t n) {
-    T padded[8] = {};
+inline Wide load_tail(const T* p, int64_t n) {
+    T padded[kWide] = {};
     memcpy(padded, p, static_cast<size_t>(n) * sizeof(T));
-    return load8(padded);
+    return load_wide(padded);
 }
 
 // out[r * stride_out + q] += scale[r] * <rows[r], queries[q]> over `length` elements
 template <int R, int Q, class T>
 inline void dot_tile(const T* rows, int64_t stride_row, const float* queries, int64_t stride_query, int64_t length,
                      const double* scale, double* out, int64_t stride_out) {
-    Vec8 sum[R][Q];
+    Wide sum[R][Q];
     for (int r = 0; r < R; ++r)
-        for (int q = 0; q < Q; ++q) sum[r][q] = zero8();
+        for (int q = 0; q < Q; ++q) sum[r][q] = zero_wide();
     int64_t i = 0;
-    for (; i + 8 <= length; i += 8) {
-        Vec8 x[R];
-        for (int r = 0; r < R; ++r) x[r] = load8(rows + r * stride_row + i);
+    for (; i + kWide <= length; i += kWide) {
+        Wide x[R];
+        for (int r = 0; r < R; ++r) x[r] = load_wide(rows + r * stride_row + i);
         for (int q = 0; q < Q; ++q) {
-            const Vec8 y = load8(queries + q * stride_query + i);
-            for (int r = 0; r < R; ++r) sum[r][q] = fma8(x[r], y, sum[r][q]);
+            const Wide y = load_wide(queries + q * stride_query + i);
+            for (int r = 0; r < R; ++r) sum[r][q] = fma_wide(x[r], y, sum[r][q]);
         }
     }
     if (i < length) {
         for (int q = 0; q < Q; ++q) {
-            const Vec8 y = load_tail(queries + q * stride_query + i, length - i);
-            for (int r = 0; r < R; ++r) sum[r][q] = fma8(load_tail(rows + r * stride_row + i, length - i), y, sum[r][q]);
+            const Wide y = load_tail(queries + q * stride_query + i, length - i);
+            for (int r = 0; r < R; ++r) sum[r][q] = fma_wide(load_tail(rows + r * stride_row + i, length - i), y, sum[r][q]);
         }
     }
     for (int r = 0; r < R; ++r)
-        for (int q = 0; q < Q; ++q) out[r * stride_out + q] += scale[r] * static_cast<double>(sum8(sum[r][q]));
+        for (int q = 0; q < Q; ++q) out[r * stride_out + q] += scale[r] * static_cast<double>(sum_wide(sum[r][q]));
 }
 
 // All rows of the tile for Q queries: R at a time, which keeps R * Q sums in registers.
@@ -65,39 +68,83 @@ inline void dot_all(const T* rows, int64_t count, int64_t stride_row, const floa
     if (q - j == 1) dot_rows<8, 1>(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
 }
 
-template <class T>
-inline void scan_rows(const ScanArgs& args, int64_t first, int64_t count, float* scratch, double* scores) {
-    const T* rows = static_cast<const T*>(args.cache) + first * args.stride_row;
+// scores += scale * <rows, queries> over elements [begin, end) of the part, which are at `rows` already
+inline void scan_tile(const ScanArgs& args, const ScanPart& part, int64_t first, int64_t count, int64_t begin, int64_t length,
+                      const double* scale, float* scratch, double* scores) {
+    const float* queries = args.queries + part.first + begin;
+    const int64_t offset = first * part.stride_row + begin;
+    if (part.dtype == kFloat32) {
+        dot_all(static_cast<const float*>(part.rows) + offset, count, part.stride_row, queries, args.q, args.d, length, scale, scores);
+    } else if (args.q <= kFewQueries) {
+        dot_all(static_cast<const Half*>(part.rows) + offset, count, part.stride_row, queries, args.q, args.d, length, scale, scores);
+    } else {  // converted once for all, where each query's tile would do it again
+        for (int64_t r = 0; r < count; ++r)
+            copy_floats(static_cast<const Half*>(part.rows) + offset + r * part.stride_row, 1, length, scratch + r * kScanTile);
+        dot_all(scratch, count, kScanTile, queries, args.q, args.d, length, scale, scores);
+    }
+}
+
+inline void set_scales(const ScanArgs& args, const ScanPart& part, int64_t first, int64_t count, int64_t block, double* scale) {
+    for (int64_t r = 0; r < count; ++r) {
+        scale[r] = row_scale(part, first + r);
+        if (args.scales) scale[r] *= static_cast<double>(args.scales[(first + r) * args.stride_scales + block]);
+    }
+}
+
+inline void scan_floats(const ScanArgs& args, const ScanPart& part, int64_t first, int64_t count, float* scratch, double* scores) {
     double scale[kScanRows];
-    for (int64_t r = 0; r < count; ++r) scale[r] = 1.0;
-    for (int64_t i = 0; i < count * args.q; ++i) scores[i] = 0.0;
-    const bool convert = sizeof(T) != sizeof(float) && args.q > kFewQueries;  // once for all, where each would do it again
-    for (int64_t b = 0; b < args.blocks; ++b) {
-        if (args.scales)
-            for (int64_t r = 0; r < count; ++r) scale[r] = static_cast<double>(args.scales[(first + r) * args.stride_scales + b]);
-        for (int64_t begin = args.offsets[b]; begin < args.offsets[b + 1]; begin += kScanTile) {
-            const int64_t rest = args.offsets[b + 1] - begin;
-            const int64_t length = rest < kScanTile ? rest : kScanTile;
-            const float* queries = args.queries + begin;
-            if (convert) {
-                for (int64_t r = 0; r < count; ++r) copy_floats(rows + r * args.stride_row + begin, 1, length, scratch + r * kScanTile);
-                dot_all(scratch, count, kScanTile, queries, args.q, args.d, length, scale, scores);
-            } else {
-                dot_all(rows + begin, count, args.stride_row, queries, args.q, args.d, length, scale, scores);
-            }
+    const int64_t whole[] = {part.first, part.first + part.width};
+    const int64_t* offsets = args.scales ? args.offsets : whole;
+    for (int64_t b = 0; b < (args.scales ? args.blocks : 1); ++b) {
+        // the block's share of this part
+        const int64_t from = (offsets[b] > part.first ? offsets[b] : part.first) - part.first;
+        const int64_t to = (offsets[b + 1] < part.first + part.width ? offsets[b + 1] : part.first + part.width) - part.first;
+        if (from >= to) continue;
+        set_scales(args, part, first, count, b, scale);
+        for (int64_t begin = from; begin < to; begin += kScanTile)
+            scan_tile(args, part, first, count, begin, to - begin < kScanTile ? to - begin : kScanTile, scale, scratch, scores);
+    }
+}
+
+// Packed rows with blocks: windows of them become floats, which blocks then cut.
+inline void scan_decoded(const ScanArgs& args, const ScanPart& part, int64_t first, int64_t count, float* scratch, double* scores) {
+    double scale[kScanRows];
+    int64_t b = 0;
+    for (int64_t begin = 0; begin < part.width; begin += kScanTile) {
+        const int64_t end = part.width - begin < kScanTile ? part.width : begin + kScanTile;
+        for (int64_t r = 0; r < count; ++r) decode(part, first + r, begin, end - begin, scratch + r * kScanTile);
+        for (int64_t from = begin; from < end;) {
+            while (args.offsets[b + 1] <= part.first + from) ++b;
+            const int64_t to = args.offsets[b + 1] - part.first < end ? args.offsets[b + 1] - part.first : end;
+            set_scales(args, part, first, count, b, scale);
+            dot_all(scratch + (from - begin), count, kScanTile, args.queries + part.first + from, args.q, args.d, to - from, scale,
+                    scores);
+            from = to;
         }
     }
 }
 
-void scan(const ScanArgs& args, int64_t first, int64_t count, float* scratch, double* scores) {
+void scan(const ScanArgs& args, int64_t first, int64_t count, float* scratch, int64_t* sums, double* scores) {
     // With few queries memory is what counts: a few rows are read from end to end. With many, arithmetic does:
     // all rows of a tile, for each of the queries' tiles, which are then read from memory less often.
     const int64_t step = args.q <= kFewQueries ? 8 : count;
     for (int64_t i = 0; i < count; i += step) {
         const int64_t rows = count - i < step ? count - i : step;
-        if (args.dtype == kFloat32) scan_rows<float>(args, first + i, rows, scratch, scores + i * args.q);
-        else scan_rows<Half>(args, first + i, rows, scratch, scores + i * args.q);
+        double* found = scores + i * args.q;
+        for (int64_t j = 0; j < rows * args.q; ++j) found[j] = 0.0;
+        for (int64_t p = 0; p < args.part_count; ++p) {
+            const ScanPart& part = args.parts[p];
+            if (!is_packed(part.dtype)) scan_floats(args, part, first + i, rows, scratch, found);
+            else if (args.scales) scan_decoded(args, part, first + i, rows, scratch, found);
+            else scan_packed(part, first + i, rows, args.q, sums, found);
+        }
     }
+}
+
+void unpack(const ScanPart& part, int64_t row, float* out) {
+    decode(part, row, 0, part.width, out);
+    const float scale = static_cast<float>(row_scale(part, row));
+    for (int64_t i = 0; i < part.width; ++i) out[i] *= scale;
 }
 
 }  // namespace

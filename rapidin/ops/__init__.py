@@ -10,10 +10,14 @@ from rapidin.ops.packed import Packed, pack, packed_bytes, unpack
 from rapidin.ops.topk_scan import topk_scan, topk_scan_both_ends
 
 __all__ = [
+    "Packed",
     "embedding_sketch",
     "flat_sketch",
     "linear_sketch",
     "matrix_sketch",
+    "pack",
+    "packed_bytes",
     "topk_scan",
     "topk_scan_both_ends",
+    "unpack",
 ]

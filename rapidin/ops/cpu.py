@@ -7,8 +7,10 @@ from torch import Tensor
 
 from rapidin import _cpu
 from rapidin.ops import tables
+from rapidin.ops.packed import Packed, PackedDtype, packed_bytes
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+_PACKED_DTYPES = {"int8": 3, "int4": 4, "sign": 5}
 
 # Costs in nanoseconds on one thread, from bench/bench_linear_sketch.py: only their ratios count.
 _COUNT_SKETCH_NS = 0.45  # an element put in its bin
@@ -178,8 +180,28 @@ def _fold(matrices: Tensor, row_table: Tensor | None, col_table: Tensor | None, 
     return out
 
 
+def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
+    n, width = x.shape
+    if x.stride(1) != 1 and width > 1:
+        x = x.contiguous()
+    codes = torch.empty(n, packed_bytes(width, dtype), dtype=torch.int8 if dtype == "int8" else torch.uint8)
+    scale = torch.empty(n)
+    _cpu.pack(
+        x.data_ptr(), _DTYPES[x.dtype], n, width, x.stride(0), _PACKED_DTYPES[dtype],
+        codes.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return codes, scale
+
+
+def unpack(packed: Packed) -> Tensor:
+    part, held = _part(packed)
+    x = torch.empty(len(held), packed.width)
+    _cpu.unpack(part, len(x), x.data_ptr(), torch.get_num_threads())
+    return x
+
+
 def topk_scan(
-    cache: Tensor,
+    cache: Sequence[Tensor | Packed],
     queries: Tensor,
     k: int,
     *,
@@ -187,26 +209,28 @@ def topk_scan(
     scales: Tensor | None,
     offsets: Sequence[int] | None,
     valid: Tensor | None,
+    base: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    top, bottom = _scan(cache, queries, k, largest, not largest, scales, offsets, valid)
+    top, bottom = _scan(cache, queries, k, largest, not largest, scales, offsets, valid, base)
     return top if largest else bottom
 
 
 def topk_scan_both_ends(
-    cache: Tensor,
+    cache: Sequence[Tensor | Packed],
     queries: Tensor,
     k: int,
     *,
     scales: Tensor | None,
     offsets: Sequence[int] | None,
     valid: Tensor | None,
+    base: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    top, bottom = _scan(cache, queries, k, True, True, scales, offsets, valid)
+    top, bottom = _scan(cache, queries, k, True, True, scales, offsets, valid, base)
     return (*top, *bottom)
 
 
 def _scan(
-    cache: Tensor,
+    cache: Sequence[Tensor | Packed],
     queries: Tensor,
     k: int,
     want_top: bool,
@@ -214,23 +238,27 @@ def _scan(
     scales: Tensor | None,
     offsets: Sequence[int] | None,
     valid: Tensor | None,
+    base: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    n, d = cache.shape
+    parts = [_part(each) for each in cache]
+    n = len(parts[0][1])
     k = min(k, n)
-    if cache.stride(1) != 1 and d > 1:
-        cache = cache.contiguous()
     queries = queries.contiguous()
     if scales is not None and scales.stride(1) != 1:
         scales = scales.contiguous()
+    if base is not None and base.stride(1) != 1:
+        base = base.contiguous()
     valid = valid.contiguous() if valid is not None else None
     top, bottom = _places(len(queries), k, want_top), _places(len(queries), k, want_bottom)
     _cpu.topk_scan(
-        cache.data_ptr(), _DTYPES[cache.dtype], n, d, cache.stride(0),
+        [part for part, _ in parts], n, queries.shape[1],
         queries.data_ptr(), len(queries),
-        list(offsets) if offsets is not None else [0, d],
+        list(offsets) if offsets is not None else [],
         scales.data_ptr() if scales is not None else 0,
         scales.stride(0) if scales is not None else 0,
         valid.data_ptr() if valid is not None else 0,
+        base.data_ptr() if base is not None else 0,
+        base.stride(0) if base is not None else 0,
         k,
         top[0].data_ptr() if want_top else 0,
         top[1].data_ptr() if want_top else 0,
@@ -239,6 +267,18 @@ def _scan(
         torch.get_num_threads(),
     )  # fmt: skip
     return top, bottom
+
+
+def _part(rows: Tensor | Packed) -> tuple[tuple[int, int, int, int, int, int, int], Tensor]:
+    """What the kernels call a part of a cache, and the tensor of its rows, which must outlive the call."""
+    x = rows if isinstance(rows, Tensor) else rows.codes
+    if x.stride(1) != 1 and x.shape[1] > 1:
+        x = x.contiguous()
+    if isinstance(rows, Tensor):
+        return (x.data_ptr(), _DTYPES[x.dtype], x.shape[1], x.stride(0), 0, 0, 0), x
+    scale = rows.scale
+    found = (0, 0, 0) if scale is None else (scale.data_ptr(), _DTYPES[scale.dtype], scale.stride(0))
+    return (x.data_ptr(), _PACKED_DTYPES[rows.dtype], rows.width, x.stride(0), *found), x
 
 
 def _places(queries: int, k: int, wanted: bool) -> tuple[Tensor, Tensor]:

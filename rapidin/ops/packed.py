@@ -1,78 +1,94 @@
-"""Rows in few bits: `Packed`, and the quantiser whose dot products are unbiased."""
+"""pack, unpack: rows of floats as rows of 8-bit, 4-bit or 1-bit codes with one scale each."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
+from rapidin.ops.backends import find
+from rapidin.ops.checks import SKETCHED, check_tensor
+
 PackedDtype = Literal["int8", "int4", "sign"]
-GROUP = 64  # bytes of a group of sign and int4 codes
+
+_NUMBERS = {"int8": 1, "int4": 2, "sign": 8}  # a byte
+_GROUP = 64  # bytes
 
 
 @dataclass(frozen=True)
 class Packed:
+    """Packed rows: row n's numbers are scale[n] * its codes' values (scale None: 1).
+
+    codes: [N, packed_bytes(width, dtype)] uint8, for "int8" int8; a view of a memory map will do, and rows
+        may lie further apart than they are long
+    scale: [N] float32 or float16; NaN for a row that cannot be scored
+
+    A row of "int8" is its numbers. A row of "sign" (P = 8 numbers a byte) or "int4" (P = 2) is groups of
+    64 bytes, the last one shorter: a group of B bytes holds P * B numbers, number p * B + j in bits
+    [p * 8 / P, (p + 1) * 8 / P) of its byte j. The last group has as few bytes as hold the rest, and bits
+    without a number are 0. A bit of "sign" stands for -1 (0) or +1 (1), a nibble n of "int4" for n - 7.5.
+    Raises TypeError or ValueError where the tensors are not as above.
+    """
+
     codes: Tensor
     dtype: PackedDtype
     width: int
     scale: Tensor | None
 
-
-def packed_bytes(width: int, dtype: str) -> int:
-    return -(-width * {"int8": 8, "int4": 4, "sign": 1}[dtype] // 8)
-
-
-def pack(x: Tensor, dtype: str) -> Packed:
-    x = x.float()
-    good = x.isfinite().all(1)
-    x = torch.where(good[:, None], x, 0.0)
-    if dtype == "sign":
-        c = torch.where(x >= 0, 1.0, -1.0)
-    elif dtype == "int4":
-        step = 0.3352 * x.square().mean(1, keepdim=True).sqrt()
-        c = ((x / step.clamp(min=1e-30)).floor() + 0.5).clamp(-7.5, 7.5)
-    else:
-        step = x.abs().amax(1, keepdim=True) / 127 if x.shape[1] else x.new_ones(len(x), 1)
-        c = (x / step.clamp(min=1e-30)).round()
-    dot = (x * c).sum(1)
-    scale = torch.where(dot > 0, x.square().sum(1) / dot.clamp(min=1e-30), 0.0)
-    scale = torch.where(good, scale, float("nan"))
-    if dtype == "int8":
-        return Packed(c.to(torch.int8), dtype, x.shape[1], scale)
-    number = ((c > 0) if dtype == "sign" else (c + 7.5)).to(torch.uint8)
-    return Packed(_bits(number, dtype), dtype, x.shape[1], scale)
+    def __post_init__(self) -> None:
+        size = packed_bytes(self.width, self.dtype)
+        code = torch.int8 if self.dtype == "int8" else torch.uint8
+        check_tensor("Packed", "codes", self.codes, (code,), ndim=2)
+        if self.codes.shape[1] != size:
+            raise ValueError(
+                f"Packed: {self.width} numbers of {self.dtype} are {size} bytes, "
+                f"got codes of {self.codes.shape[1]}"
+            )
+        if self.scale is None:
+            return
+        check_tensor("Packed", "scale", self.scale, (torch.float32, torch.float16), ndim=1)
+        if len(self.scale) != len(self.codes):
+            raise ValueError(
+                f"Packed: scale must have one entry for each of the {len(self.codes)} rows, "
+                f"got {len(self.scale)}"
+            )
 
 
-def _bits(number: Tensor, dtype: str) -> Tensor:
-    per, bits = (8, 1) if dtype == "sign" else (2, 4)
-    out = []
-    for start in range(0, number.shape[1], GROUP * per):
-        piece = number[:, start : start + GROUP * per]
-        size = -(-piece.shape[1] // per)
-        piece = torch.nn.functional.pad(piece, (0, size * per - piece.shape[1])).view(len(number), per, size)
-        byte = torch.zeros(len(number), size, dtype=torch.uint8)
-        for p in range(per):
-            byte |= piece[:, p] << (p * bits)
-        out.append(byte)
-    return torch.cat(out, 1) if out else torch.zeros(len(number), 0, dtype=torch.uint8)
+def packed_bytes(width: int, dtype: PackedDtype) -> int:
+    """The bytes of a row of `width` numbers. Raises ValueError on an unknown dtype or a negative width."""
+    if dtype not in _NUMBERS:
+        raise ValueError(f"packed dtype must be one of {', '.join(get_args(PackedDtype))}, got {dtype!r}")
+    if width < 0:
+        raise ValueError(f"width must not be negative, got {width}")
+    groups, rest = divmod(width, _GROUP * _NUMBERS[dtype])
+    return groups * _GROUP + -(-rest // _NUMBERS[dtype])
 
 
-def unpack(packed: Packed) -> Tensor:
-    n = len(packed.codes)
-    if packed.dtype == "int8":
-        c = packed.codes.float()
-    else:
-        per, bits = (8, 1) if packed.dtype == "sign" else (2, 4)
-        out, at = [], 0
-        for start in range(0, packed.width, GROUP * per):
-            rest = min(GROUP * per, packed.width - start)
-            size = -(-rest // per)
-            byte = packed.codes[:, at : at + size]
-            at += size
-            planes = torch.stack([(byte >> (p * bits)) & (2**bits - 1) for p in range(per)], 1)
-            out.append(planes.reshape(n, -1)[:, :rest].float())
-        c = torch.cat(out, 1) if out else torch.zeros(n, 0)
-        c = 2 * c - 1 if packed.dtype == "sign" else c - 7.5
-    return c if packed.scale is None else c * packed.scale.float()[:, None]
+def pack(x: Tensor, dtype: PackedDtype, *, backend: str | None = None) -> Packed:
+    """Rows of floats as packed rows whose inner products with the rows are right by construction.
+
+    x: [N, W] float32, float16 or bfloat16 -> N rows of W numbers, scale float32
+
+    "sign": +1 where x >= 0, else -1. "int4": the middle of x's step, steps of 0.3352 root mean squares of the
+    row (the best of 16 uniform levels for normal numbers), clamped to the outer ones. "int8": the nearest of
+    127 steps to either side, the largest number at the end. The scale is |x|^2 / <x, codes>, so that
+    <decoded x, x> = |x|^2: over random rotations of x, the inner product of the decoded row with any vector
+    is unbiased. (The correction of RaBitQ: J. Gao, C. Long, "RaBitQ: Quantizing High-Dimensional Vectors with
+    a Theoretical Error Bound for Approximate Nearest Neighbor Search", SIGMOD 2024.)
+    A row of zeros has scale 0; one with NaN or Inf has codes 0 and scale NaN.
+    Raises TypeError or ValueError on arguments that are not as above.
+    """
+    check_tensor("pack", "x", x, SKETCHED, ndim=2)
+    packed_bytes(x.shape[1], dtype)
+    codes, scale = find("pack", backend, x.device)(x.detach(), dtype)
+    return Packed(codes, dtype, x.shape[1], scale)
+
+
+def unpack(packed: Packed, *, backend: str | None = None) -> Tensor:
+    """The numbers of packed rows, [N, W] float32. Raises TypeError on another argument."""
+    if not isinstance(packed, Packed):
+        raise TypeError(f"unpack: packed must be a rapidin.ops.Packed, got {type(packed).__name__}")
+    x: Tensor = find("unpack", backend, packed.codes.device)(packed)
+    return x

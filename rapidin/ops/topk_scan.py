@@ -1,16 +1,20 @@
 """topk_scan: the rows of a cache with the largest (or smallest) inner products with each query."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rapidin.ops.backends import find
 from rapidin.ops.checks import check_same_device, check_tensor
+from rapidin.ops.packed import Packed
+
+Rows = Tensor | Packed
 
 
 def topk_scan(
-    cache: Tensor,
+    cache: Rows | Sequence[Rows],
     queries: Tensor,
     k: int,
     *,
@@ -18,62 +22,73 @@ def topk_scan(
     scales: Tensor | None = None,
     offsets: Sequence[int] | None = None,
     valid: Tensor | None = None,
+    base: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The k rows with the largest scores for each query (largest=False: the smallest), best first.
 
-    cache: [N, D] float32 or float16; a view of a memory map will do, and rows may lie further apart than D
+    cache: N rows of D numbers: a tensor [N, D] float32 or float16, a Packed, or a sequence of such parts,
+        which lie side by side and whose widths add up to D; views of memory maps will do, and rows may lie
+        further apart than they are long
     queries: [Q, D] float32
     offsets: nb + 1 ascending ints from 0 to D that cut D into blocks; scales: [N, nb] float32
     valid: [N] bool
+    base: [Q, N] float32, added to the scores
     -> scores [Q, k'] float32, indices [Q, k'] int64, where k' = min(k, N)
 
-    score[q, n] = sum_b scales[n, b] * <queries[q, b], cache[n, b]>, or without scales one plain dot product.
-    Rows that are not valid and rows whose score is NaN are never returned; a missing place holds index -1 and
-    score NaN. Equal scores: the smaller index first. The same bits for any number of threads and of queries.
+    score[q, n] = base[q, n] + sum_b scales[n, b] * <queries[q, b], cache[n, b]>, or without scales one plain
+    dot product. Rows that are not valid and rows whose score is NaN are never returned; a missing place holds
+    index -1 and score NaN. Equal scores: the smaller index first. The same bits for any number of threads and
+    of queries.
+
+    Without scales a Packed is scanned in integers: of each query, a part's numbers are rounded to steps of
+    their largest magnitude / 127 ("sign", "int4") or / 4095 ("int8"), and the same bits come from every
+    instruction set. A part with NaN or Inf in it makes the query's scores NaN.
     Raises TypeError or ValueError on arguments that are not as above.
     """
-    run = _checked("topk_scan", cache, queries, k, scales, offsets, valid, backend)
+    parts, run = _checked("topk_scan", cache, queries, k, scales, offsets, valid, base, backend)
     scores, indices = run(
-        cache.detach(), queries.detach(), k, largest=largest, scales=scales, offsets=offsets, valid=valid
+        parts, queries.detach(), k, largest=largest, scales=scales, offsets=offsets, valid=valid, base=base
     )
     return scores, indices
 
 
 def topk_scan_both_ends(
-    cache: Tensor,
+    cache: Rows | Sequence[Rows],
     queries: Tensor,
     k: int,
     *,
     scales: Tensor | None = None,
     offsets: Sequence[int] | None = None,
     valid: Tensor | None = None,
+    base: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both ends of the ranking from one pass over the cache; arguments as topk_scan.
 
     -> top scores, top indices, bottom scores, bottom indices, [Q, k'] each; the bottom ascends
     """
-    run = _checked("topk_scan_both_ends", cache, queries, k, scales, offsets, valid, backend)
+    parts, run = _checked("topk_scan_both_ends", cache, queries, k, scales, offsets, valid, base, backend)
     top, top_indices, bottom, bottom_indices = run(
-        cache.detach(), queries.detach(), k, scales=scales, offsets=offsets, valid=valid
+        parts, queries.detach(), k, scales=scales, offsets=offsets, valid=valid, base=base
     )
     return top, top_indices, bottom, bottom_indices
 
 
-def _checked(  # type: ignore[no-untyped-def]
+def _checked(
     op: str,
-    cache: Tensor,
+    cache: Rows | Sequence[Rows],
     queries: Tensor,
     k: int,
     scales: Tensor | None,
     offsets: Sequence[int] | None,
     valid: Tensor | None,
+    base: Tensor | None,
     backend: str | None,
-):
-    check_tensor(op, "cache", cache, (torch.float32, torch.float16), ndim=2)
+) -> tuple[list[Rows], Callable[..., Any]]:
+    """The parts of the cache and the function that scans them."""
+    parts, n, d = _checked_parts(op, cache)
     check_tensor(op, "queries", queries, (torch.float32,), ndim=2)
-    n, d = cache.shape
     if queries.shape[1] != d:
         raise ValueError(
             f"{op}: queries must have the cache's width, got {tuple(queries.shape)} for a cache of {(n, d)}"
@@ -82,22 +97,54 @@ def _checked(  # type: ignore[no-untyped-def]
         raise TypeError(f"{op}: k must be an int, got {type(k).__name__}")
     if k < 0:
         raise ValueError(f"{op}: k must not be negative, got {k}")
-    if (scales is None) != (offsets is None):
-        raise ValueError(
-            f"{op}: scales and offsets go together, got only {'offsets' if scales is None else 'scales'}"
-        )
-    if offsets is not None and scales is not None:
-        edges = list(offsets)
-        if not edges or edges[0] != 0 or edges[-1] != d or edges != sorted(edges):
-            raise ValueError(f"{op}: offsets must ascend from 0 to the cache's width {d}, got {edges}")
-        check_tensor(op, "scales", scales, (torch.float32,), ndim=2)
-        if scales.shape != (n, len(edges) - 1):
-            raise ValueError(
-                f"{op}: scales must be [N, blocks] = {(n, len(edges) - 1)}, got {tuple(scales.shape)}"
-            )
+    _check_blocks(op, scales, offsets, n, d)
     if valid is not None:
         check_tensor(op, "valid", valid, (torch.bool,), ndim=1)
         if len(valid) != n:
             raise ValueError(f"{op}: valid must have one entry for each of the {n} rows, got {len(valid)}")
-    named = {"cache": cache, "queries": queries, "scales": scales, "valid": valid}
-    return find(op, backend, check_same_device(op, named))
+    if base is not None:
+        check_tensor(op, "base", base, (torch.float32,), ndim=2)
+        if base.shape != (len(queries), n):
+            raise ValueError(f"{op}: base must be [Q, N] = {(len(queries), n)}, got {tuple(base.shape)}")
+    named: dict[str, Tensor | None] = {"queries": queries, "scales": scales, "valid": valid, "base": base}
+    for i, part in enumerate(parts):
+        name = "cache" if len(parts) == 1 else f"cache[{i}]"
+        named[name] = part.codes if isinstance(part, Packed) else part
+        named[f"{name}.scale"] = part.scale if isinstance(part, Packed) else None
+    return parts, find(op, backend, check_same_device(op, named))
+
+
+def _checked_parts(op: str, cache: Rows | Sequence[Rows]) -> tuple[list[Rows], int, int]:
+    """The parts, how many rows each has, and the numbers of a whole row."""
+    parts = [cache] if isinstance(cache, Tensor | Packed) else list(cache)
+    if not parts:
+        raise ValueError(f"{op}: cache must have at least one part")
+    checked: list[Rows] = []
+    for part in parts:
+        if isinstance(part, Packed):
+            checked.append(part)
+            continue
+        check_tensor(op, "cache", part, (torch.float32, torch.float16), ndim=2)
+        checked.append(part.detach())
+    lengths = [len(part.codes if isinstance(part, Packed) else part) for part in checked]
+    if len(set(lengths)) > 1:
+        raise ValueError(f"{op}: all parts of the cache must have equally many rows, got {lengths}")
+    widths = [part.width if isinstance(part, Packed) else part.shape[1] for part in checked]
+    return checked, lengths[0], sum(widths)
+
+
+def _check_blocks(op: str, scales: Tensor | None, offsets: Sequence[int] | None, n: int, d: int) -> None:
+    if (scales is None) != (offsets is None):
+        raise ValueError(
+            f"{op}: scales and offsets go together, got only {'offsets' if scales is None else 'scales'}"
+        )
+    if offsets is None or scales is None:
+        return
+    edges = list(offsets)
+    if not edges or edges[0] != 0 or edges[-1] != d or edges != sorted(edges):
+        raise ValueError(f"{op}: offsets must ascend from 0 to the cache's width {d}, got {edges}")
+    check_tensor(op, "scales", scales, (torch.float32,), ndim=2)
+    if scales.shape != (n, len(edges) - 1):
+        raise ValueError(
+            f"{op}: scales must be [N, blocks] = {(n, len(edges) - 1)}, got {tuple(scales.shape)}"
+        )

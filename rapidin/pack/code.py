@@ -416,7 +416,7 @@ class Basis:
 
     def back(self, along: Tensor) -> Tensor:
         """The inverse of `along` on what the directions span."""
-        pieces = along.split([axes.shape[1] for axes in self.tail], 1)
+        pieces = torch.split(along, [axes.shape[1] for axes in self.tail], 1)
         return torch.stack([piece @ axes.T for piece, axes in zip(pieces, self.tail, strict=True)], 1)
 
     def outside(self, unit: Tensor) -> Tensor:
@@ -457,7 +457,7 @@ class Basis:
         for name, size in wanted.items():
             if name not in found or tuple(found[name].shape) != size:
                 raise ValueError(f"'{name}' is not of shape {size}")
-        pieces = found["tail"].float().split([width * p for p in shape.tail])
+        pieces = torch.split(found["tail"].float(), [width * p for p in shape.tail])
         tail = [piece.view(width, p) for piece, p in zip(pieces, shape.tail, strict=True)]
         rest = {name: found[name].float() for name in set(wanted) - {"tail"}}
         return Basis(tail=tail, **rest)

@@ -2,6 +2,7 @@
 
 from rapidin.reference.flat_sketch import flat_sketch
 from rapidin.reference.linear_sketch import embedding_sketch, linear_sketch, matrix_sketch
+from rapidin.reference.packed import pack, unpack
 from rapidin.reference.topk_scan import topk_scan, topk_scan_both_ends
 
 __all__ = [
@@ -9,6 +10,8 @@ __all__ = [
     "flat_sketch",
     "linear_sketch",
     "matrix_sketch",
+    "pack",
     "topk_scan",
     "topk_scan_both_ends",
+    "unpack",
 ]

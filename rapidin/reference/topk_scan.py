@@ -1,21 +1,37 @@
 """Best and worst rows of a cache for each query, with every score in memory."""
 
+from __future__ import annotations
+
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from rapidin.reference.packed import decoded
 
-def scores(cache: Tensor, queries: Tensor, scales: Tensor | None, offsets: Sequence[int] | None) -> Tensor:
-    """cache: [N, D], queries: [Q, D], scales: [N, nb] -> [Q, N] float32, summed in float64."""
+if TYPE_CHECKING:
+    from rapidin.ops.packed import Packed
+
+
+def scores(
+    parts: Sequence[Tensor | Packed],
+    queries: Tensor,
+    scales: Tensor | None,
+    offsets: Sequence[int] | None,
+    base: Tensor | None,
+) -> Tensor:
+    """parts: of [N, D] rows, queries: [Q, D], scales: [N, nb], base: [Q, N] -> [Q, N], summed in float64."""
+    cache = torch.cat([part.double() if isinstance(part, Tensor) else decoded(part) for part in parts], dim=1)
     if scales is None:
-        return (queries.double() @ cache.double().T).float()
-    edges = list(offsets) if offsets is not None else [0, cache.shape[1]]
-    total = torch.zeros(len(queries), len(cache), dtype=torch.float64, device=cache.device)
-    for b in range(len(edges) - 1):
-        block = slice(edges[b], edges[b + 1])
-        total += queries[:, block].double() @ cache[:, block].double().T * scales[:, b].double()
-    return total.float()
+        total = queries.double() @ cache.T
+    else:
+        edges = list(offsets) if offsets is not None else [0, cache.shape[1]]
+        total = torch.zeros(len(queries), len(cache), dtype=torch.float64, device=cache.device)
+        for b in range(len(edges) - 1):
+            block = slice(edges[b], edges[b + 1])
+            total += queries[:, block].double() @ cache[:, block].T * scales[:, b].double()
+    return (total if base is None else base.double() + total).float()
 
 
 def select(score: Tensor, valid: Tensor | None, k: int, largest: bool) -> tuple[Tensor, Tensor]:
@@ -32,7 +48,7 @@ def select(score: Tensor, valid: Tensor | None, k: int, largest: bool) -> tuple[
 
 
 def topk_scan(
-    cache: Tensor,
+    cache: Sequence[Tensor | Packed],
     queries: Tensor,
     k: int,
     *,
@@ -40,20 +56,22 @@ def topk_scan(
     scales: Tensor | None = None,
     offsets: Sequence[int] | None = None,
     valid: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> scores [Q, min(k, N)] float32, indices [Q, min(k, N)] int64; see rapidin.ops.topk_scan."""
-    return select(scores(cache, queries, scales, offsets), valid, k, largest)
+    return select(scores(cache, queries, scales, offsets, base), valid, k, largest)
 
 
 def topk_scan_both_ends(
-    cache: Tensor,
+    cache: Sequence[Tensor | Packed],
     queries: Tensor,
     k: int,
     *,
     scales: Tensor | None = None,
     offsets: Sequence[int] | None = None,
     valid: Tensor | None = None,
+    base: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> top scores, top indices, bottom scores, bottom indices; see rapidin.ops.topk_scan_both_ends."""
-    score = scores(cache, queries, scales, offsets)
+    score = scores(cache, queries, scales, offsets, base)
     return (*select(score, valid, k, True), *select(score, valid, k, False))

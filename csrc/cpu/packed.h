@@ -1,0 +1,50 @@
+// How numbers lie in packed rows, shared by the driver and all units.
+//
+// A row of kSign or kInt4 is groups of 64 bytes, the last one shorter: a group of B bytes holds P * B numbers, number
+// p * B + j being bits [p * bits, (p + 1) * bits) of byte j. So "plane" p of a vector of bytes is consecutive numbers.
+//
+// Rows are multiplied with integers: sum over planes p and bytes j of plane_p(row[j]) * queries[p][j], all exact.
+//   kSign: 8 planes, each a bit left where it is, so that its sums are multiples of 2^p; queries in +-127
+//   kInt4: 2 planes, the nibbles; queries in +-127
+//   kInt8: the bytes + 128 twice, with the low and the high part of queries in +-4095: query = 64 * high + low
+// The integer queries of a tile of T queries lie together: [plane][group][T][64], zero where a row has no number.
+#pragma once
+
+#include <cstdint>
+
+#include "../args.h"
+
+namespace rapidin {
+namespace {
+
+constexpr int64_t kGroup = 64;            // bytes
+constexpr int64_t kWindow = 32 * kGroup;  // bytes of a row summed in 32 bits: 255 * 4095 * 2048 still fits
+constexpr int64_t kQueryTile = 6;         // the most queries that share their sums' registers
+
+struct PackedLayout {
+    int64_t planes;        // of integer queries
+    int64_t numbers;       // a byte
+    int limit;             // of an integer query
+    int64_t times, minus;  // <row, query> = unit * (times * sum of products - minus * sum of the query)
+    double unit;
+};
+
+inline bool is_packed(int dtype) { return dtype == kInt8 || dtype == kInt4 || dtype == kSign; }
+
+inline PackedLayout packed_layout(int dtype) {
+    if (dtype == kSign) return {8, 8, 127, 2, 1, 1.0};
+    if (dtype == kInt4) return {2, 2, 127, 2, 15, 0.5};
+    return {2, 1, 4095, 1, 128, 1.0};
+}
+
+// Bytes of a row.
+inline int64_t packed_bytes(int64_t width, int64_t numbers) {
+    const int64_t whole = width / (kGroup * numbers), rest = width % (kGroup * numbers);
+    return whole * kGroup + (rest + numbers - 1) / numbers;
+}
+
+// As even as can be: sizes differ by one at most, and a tile begins at query q * tile / tiles.
+inline int64_t query_tiles(int64_t q) { return (q + kQueryTile - 1) / kQueryTile; }
+
+}  // namespace
+}  // namespace rapidin

@@ -1,0 +1,194 @@
+// The scan's driver: integer queries, rows handed to threads, the best of what they find; and packing.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "packed.h"
+#include "pool.h"
+#include "run.h"
+
+namespace rapidin {
+namespace {
+
+// ---- integer queries ----
+
+// The integer queries of one packed part, and the memory that its ByteQueries point to.
+class QueriesOfPart {
+  public:
+    QueriesOfPart(const ScanArgs& args, const ScanPart& part, int threads)
+        : layout_(packed_layout(part.dtype)), width_(part.width), bytes_(packed_bytes(part.width, layout_.numbers)),
+          plane_((bytes_ + kGroup - 1) / kGroup * kGroup), planes_(static_cast<size_t>(args.q * layout_.planes * plane_)),
+          sums_(static_cast<size_t>(args.q)), scales_(static_cast<size_t>(args.q)) {
+        const int64_t tiles = query_tiles(args.q);
+        parallel(tiles, threads, [&](int64_t tile, int) {
+            const int64_t begin = args.q * tile / tiles, size = args.q * (tile + 1) / tiles - begin;
+            for (int64_t j = 0; j < size; ++j)
+                fill(args.queries + (begin + j) * args.d + part.first, begin + j, j, size,
+                     planes_.data() + begin * layout_.planes * plane_);
+        });
+    }
+
+    ByteQueries view() const { return {planes_.data(), sums_.data(), scales_.data()}; }
+
+  private:
+    // Query q, which is number `place` of a tile of `size` queries, whose planes begin at `to`.
+    void fill(const float* query, int64_t q, int64_t place, int64_t size, int8_t* to) {
+        float largest = 0.0f;
+        bool finite = true;
+        for (int64_t i = 0; i < width_; ++i) {
+            largest = std::max(largest, std::fabs(query[i]));
+            finite = finite && std::isfinite(query[i]);
+        }
+        scales_[q] = finite ? static_cast<double>(largest) / layout_.limit : std::numeric_limits<double>::quiet_NaN();
+        if (!finite || largest == 0.0f) return;  // zeros will do
+        const double inverse = layout_.limit / static_cast<double>(largest);
+        for (int64_t i = 0; i < width_; ++i) {
+            const int value = static_cast<int>(std::lrint(static_cast<double>(query[i]) * inverse));
+            sums_[q] += value;
+            const int64_t of_group = kGroup * layout_.numbers, group = i / of_group, in_group = i % of_group;
+            const int64_t bytes = std::min(kGroup, bytes_ - group * kGroup);
+            const int64_t plane = in_group / bytes, byte = in_group % bytes;
+            int8_t* at = to + (plane * plane_ + group * kGroup) * size + place * kGroup + byte;
+            if (layout_.numbers > 1) {
+                *at = static_cast<int8_t>(value);
+            } else {  // low and high part
+                const int high = (value + 32) >> 6;
+                at[plane_ * size] = static_cast<int8_t>(high);
+                *at = static_cast<int8_t>(value - 64 * high);
+            }
+        }
+    }
+
+    PackedLayout layout_;
+    int64_t width_, bytes_, plane_;
+    std::vector<int8_t> planes_;
+    std::vector<int64_t> sums_;
+    std::vector<double> scales_;
+};
+
+// ---- the best ----
+
+struct Candidate {
+    float key;  // the score, or minus the score where the smallest are wanted
+    int64_t index;
+};
+
+bool better(const Candidate& x, const Candidate& y) { return x.key > y.key || (x.key == y.key && x.index < y.index); }
+
+// The best k candidates of rows seen in ascending order. Up to twice as many are kept between clearings, so that a row
+// costs a comparison, and one that is kept a few, whatever k is.
+class Best {
+  public:
+    void add(float key, int64_t index, size_t k) {
+        if (!(key > least_)) {  // nor NaN; a later row of the same score is no better
+            if (kept_.size() >= k || std::isnan(key)) return;
+        }
+        kept_.push_back({key, index});
+        if (kept_.size() >= 2 * k + 64) clear(k);
+    }
+    // Leaves the best k, in no order.
+    std::vector<Candidate>& clear(size_t k) {
+        if (kept_.size() > k) {
+            std::nth_element(kept_.begin(), kept_.begin() + static_cast<std::ptrdiff_t>(k), kept_.end(), better);
+            kept_.resize(k);
+            least_ = std::numeric_limits<float>::infinity();
+            for (const Candidate& each : kept_) least_ = std::min(least_, each.key);
+        }
+        return kept_;
+    }
+
+  private:
+    std::vector<Candidate> kept_;
+    float least_ = -std::numeric_limits<float>::infinity();  // what a row must be better than
+};
+
+using BestOfThreads = std::vector<std::vector<Best>>;  // [threads][q]
+
+void merge(BestOfThreads& found, int64_t q, int64_t k, float sign, ScanResult out) {
+    if (!out.scores) return;
+    std::vector<Candidate> all;
+    for (auto& of_thread : found) {
+        const std::vector<Candidate>& kept = of_thread[q].clear(static_cast<size_t>(k));
+        all.insert(all.end(), kept.begin(), kept.end());
+    }
+    std::sort(all.begin(), all.end(), better);
+    for (int64_t i = 0; i < k; ++i) {
+        const bool there = i < static_cast<int64_t>(all.size());
+        out.scores[q * k + i] = there ? sign * all[i].key : std::numeric_limits<float>::quiet_NaN();
+        out.indices[q * k + i] = there ? all[i].index : -1;
+    }
+}
+
+}  // namespace
+
+void topk_scan(ScanArgs args, std::vector<ScanPart> parts, int64_t k, ScanResult top, ScanResult bottom, int threads) {
+    if (args.q == 0) return;
+    const Kernels& set = kernels();
+    std::vector<QueriesOfPart> queries;
+    queries.reserve(parts.size());
+    for (ScanPart& part : parts) {
+        if (!is_packed(part.dtype) || args.scales) continue;
+        queries.emplace_back(args, part, threads);
+        part.queries = queries.back().view();
+    }
+    args.parts = parts.data();
+    args.part_count = static_cast<int64_t>(parts.size());
+
+    struct Worker {
+        std::vector<float> floats;
+        std::vector<int64_t> sums;
+        std::vector<double> scores;
+    };
+    const size_t pairs = static_cast<size_t>(kScanRows * args.q);
+    std::vector<Worker> workers(static_cast<size_t>(threads));
+    for (Worker& worker : workers) {
+        worker.floats.resize(kScanRows * kScanTile);
+        worker.sums.resize(pairs);
+        worker.scores.resize(pairs);
+    }
+    BestOfThreads highest(threads, std::vector<Best>(args.q)), lowest = highest;
+    const size_t wanted = static_cast<size_t>(k);
+
+    parallel((args.n + kScanRows - 1) / kScanRows, threads, [&](int64_t block, int number) {
+        const int64_t first = block * kScanRows, count = std::min(kScanRows, args.n - first);
+        const auto valid = [&](int64_t row) { return !args.valid || args.valid[row]; };
+        bool any = false;
+        for (int64_t row = first; row < first + count; ++row) any = any || valid(row);
+        if (!any) return;
+        Worker& worker = workers[number];
+        const double* scores = worker.scores.data();
+        set.scan(args, first, count, worker.floats.data(), worker.sums.data(), worker.scores.data());
+        for (int64_t q = 0; q < args.q; ++q) {
+            const float* base = args.base ? args.base + q * args.stride_base + first : nullptr;
+            for (int64_t r = 0; r < count; ++r) {
+                if (!valid(first + r)) continue;
+                const double sum = scores[r * args.q + q];
+                const float score = static_cast<float>(base ? static_cast<double>(base[r]) + sum : sum);
+                if (top.scores) highest[number][q].add(score, first + r, wanted);
+                if (bottom.scores) lowest[number][q].add(-score, first + r, wanted);
+            }
+        }
+    });
+    for (int64_t q = 0; q < args.q; ++q) {
+        merge(highest, q, k, 1.0f, top);
+        merge(lowest, q, k, -1.0f, bottom);
+    }
+}
+
+// ---- packing ----
+
+void pack_rows(const PackArgs& args, int threads) {
+    const Kernels& set = kernels();
+    std::vector<std::vector<float>> scratch(static_cast<size_t>(threads), std::vector<float>(kPackTile));
+    const int64_t rows = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(args.width, 1));  // worth a thread's while
+    parallel((args.n + rows - 1) / rows, threads, [&](int64_t i, int worker) {
+        set.pack(args, i * rows, std::min(args.n, (i + 1) * rows), scratch[worker].data());
+    });
+}
+
+void unpack_rows(const ScanPart& part, int64_t n, float* out, int threads) {
+    const Kernels& set = kernels();
+    parallel(n, threads, [&](int64_t row, int) { set.unpack(part, row, out + row * part.width); });
+}
+
+}  // namespace rapidin

@@ -1,0 +1,111 @@
+// Products of unsigned and signed bytes, summed in 32-bit integers: AVX-512 VNNI, AVX2, or plain loops.
+// A vector holds kBytes bytes. Sums are exact, so the bits are the same for every instruction set.
+#pragma once
+
+#include "vec8.h"
+
+namespace rapidin {
+namespace {
+
+#if defined(RAPIDIN_AVX2) && defined(__AVX512BW__) && defined(__AVX512VNNI__)
+
+constexpr int kBytes = 64;
+using Bytes = __m512i;
+using ByteSums = __m512i;
+
+inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+inline Bytes and_bytes(Bytes x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
+inline Bytes xor_bytes(Bytes x, uint8_t mask) { return _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
+inline Bytes high_nibbles(Bytes x) { return and_bytes(_mm512_srli_epi16(x, 4), 15); }
+inline ByteSums no_sums() { return _mm512_setzero_si512(); }
+inline ByteSums add_products(ByteSums sums, Bytes x, Bytes y) { return _mm512_dpbusd_epi32(sums, x, y); }
+inline ByteSums add_sums(ByteSums x, ByteSums y) { return _mm512_add_epi32(x, y); }
+template <int Bits>
+inline ByteSums shift_sums(ByteSums x) {  // left; right where Bits < 0
+    if constexpr (Bits < 0) return _mm512_srai_epi32(x, -Bits);
+    else return _mm512_slli_epi32(x, Bits);
+}
+inline int32_t total(ByteSums x) { return _mm512_reduce_add_epi32(x); }
+
+#elif defined(RAPIDIN_AVX2)
+
+constexpr int kBytes = 32;
+using Bytes = __m256i;
+using ByteSums = __m256i;
+
+inline Bytes load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline Bytes and_bytes(Bytes x, uint8_t mask) { return _mm256_and_si256(x, _mm256_set1_epi8(static_cast<char>(mask))); }
+inline Bytes xor_bytes(Bytes x, uint8_t mask) { return _mm256_xor_si256(x, _mm256_set1_epi8(static_cast<char>(mask))); }
+inline Bytes high_nibbles(Bytes x) { return and_bytes(_mm256_srli_epi16(x, 4), 15); }
+inline ByteSums no_sums() { return _mm256_setzero_si256(); }
+// Pairs are summed in 16 bits, which the largest operands in use just fit: 128 * 127, 15 * 127 and 255 * 64.
+inline ByteSums add_products(ByteSums sums, Bytes x, Bytes y) {
+    return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), _mm256_set1_epi16(1)));
+}
+inline ByteSums add_sums(ByteSums x, ByteSums y) { return _mm256_add_epi32(x, y); }
+template <int Bits>
+inline ByteSums shift_sums(ByteSums x) {
+    if constexpr (Bits < 0) return _mm256_srai_epi32(x, -Bits);
+    else return _mm256_slli_epi32(x, Bits);
+}
+inline int32_t total(ByteSums x) {
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1));
+    const __m128i two = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
+}
+
+#else
+
+constexpr int kBytes = 16;
+struct Bytes {
+    uint8_t lane[kBytes];
+};
+struct ByteSums {
+    int32_t lane[kBytes];
+};
+
+inline Bytes load_bytes(const void* p) {
+    Bytes x;
+    memcpy(x.lane, p, sizeof x.lane);
+    return x;
+}
+inline Bytes and_bytes(Bytes x, uint8_t mask) {
+    for (uint8_t& lane : x.lane) lane &= mask;
+    return x;
+}
+inline Bytes xor_bytes(Bytes x, uint8_t mask) {
+    for (uint8_t& lane : x.lane) lane ^= mask;
+    return x;
+}
+inline Bytes high_nibbles(Bytes x) {
+    for (uint8_t& lane : x.lane) lane >>= 4;
+    return x;
+}
+inline ByteSums no_sums() { return ByteSums{}; }
+inline ByteSums add_products(ByteSums sums, Bytes x, Bytes y) {
+    for (int i = 0; i < kBytes; ++i)
+        sums.lane[i] += static_cast<int16_t>(x.lane[i]) * static_cast<int16_t>(static_cast<int8_t>(y.lane[i]));
+    return sums;
+}
+inline ByteSums add_sums(ByteSums x, ByteSums y) {
+    for (int i = 0; i < kBytes; ++i) x.lane[i] += y.lane[i];
+    return x;
+}
+template <int Bits>
+inline ByteSums shift_sums(ByteSums x) {
+    for (int32_t& lane : x.lane) {
+        if constexpr (Bits < 0) lane >>= -Bits;
+        else lane = static_cast<int32_t>(static_cast<uint32_t>(lane) << Bits);
+    }
+    return x;
+}
+inline int32_t total(ByteSums x) {
+    int32_t sum = 0;
+    for (int32_t lane : x.lane) sum += lane;
+    return sum;
+}
+
+#endif
+
+}  // namespace
+}  // namespace rapidin
