@@ -125,7 +125,8 @@ def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
         "(prompt form)",
         "13 with a sketch, 1 empty",
         "taken at 0.5 of the way",
-        "8 blocks of 512: 4,096 numbers in float16, tensor projection, seed 0",
+        "8 blocks of 512: 4,096 numbers, tensor projection, seed 0",
+        "kept in float16",
         "end-of-text token added",
     ):
         assert words in text

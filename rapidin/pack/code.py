@@ -284,7 +284,8 @@ class PackedCode:
         if "rest" in parts:
             turned = torch.zeros(n, self.blocks * self.width)
             turned[:, self._kept] = ops.unpack(parts["rest"]) * self._rest_size * self._whole
-            out += turn_back(turned.view_as(out), self.seed)
+            rest = turn_back(turned.view_as(out), self.seed)
+            out += rest - basis.back(basis.along(rest))
         return torch.where((self.lengths(fields) > 0)[:, :, None], out, 0.0)
 
     @cached_property
@@ -389,11 +390,13 @@ class Basis:
         """The basis of a code of this shape; lengths: [m, blocks] of the sample."""
         generator = torch.Generator().manual_seed(seed % 2**63)
         tail, sizes = [], []
+        # Where the sample says that nothing is left, another example may still leave much: scales are float16.
+        least = 0.01 / learnt.mean.shape[1] ** 0.5
         for axes, energy, p in zip(learnt.tail, learnt.energy, shape.tail, strict=True):
             # Turned among themselves, so that each bit tells as much as any other.
             mixed = torch.linalg.qr(torch.randn(p, p, generator=generator))[0] if p else torch.zeros(0, 0)
             tail.append(axes[:, :p] @ mixed)
-            sizes.append(energy[:p].mean().sqrt().clamp(min=1e-6).expand(p) if p else energy[:0])
+            sizes.append(energy[:p].mean().sqrt().clamp(min=least).expand(p) if p else energy[:0])
         left = torch.stack(
             [r + e[p:].sum() for r, e, p in zip(learnt.rest, learnt.energy, shape.tail, strict=True)]
         )
@@ -405,7 +408,7 @@ class Basis:
             learnt.head[:, : shape.head].contiguous(),
             tail,
             torch.cat(sizes),
-            (left / spare).sqrt().clamp(min=1e-6),
+            (left / spare).sqrt().clamp(min=least),
             _rest_weight(learnt, tail, left, shape),
             logs,
         )

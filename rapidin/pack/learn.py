@@ -44,17 +44,20 @@ class Learnt:
 
 
 def principal(x: Tensor, r: int) -> Tensor:
-    """The r directions that carry most of the rows of [m, D]: [D, r'], r' <= r where the rows span fewer."""
+    """The r directions that carry most of the rows of [m, D], each of length 1 at most: [D, r'].
+
+    r' <= r where the rows span fewer.
+    """
     wide = x.shape[1] > x.shape[0]
-    values, vectors = _largest((x @ x.T if wide else x.T @ x).double(), r)
+    values, vectors = _largest((x @ x.T if wide else x.T @ x).double(), r, len(x))
     return (x.T @ (vectors / values.sqrt()).float()).contiguous() if wide else vectors.float()
 
 
-def _largest(gram: Tensor, r: int) -> tuple[Tensor, Tensor]:
-    """The r largest eigenvalues and their vectors, those near zero left out."""
+def _largest(gram: Tensor, r: int, energy: float) -> tuple[Tensor, Tensor]:
+    """The r largest eigenvalues and their vectors, those that are rounding of so much energy left out."""
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0), vectors.flip(1)
-    r = min(r, int((values > 1e-6 * values[:1].clamp(min=1e-300)).sum()))
+    r = min(r, int((values > 1e-6 * energy).sum()))
     return values[:r], vectors[:, :r]
 
 
@@ -69,7 +72,7 @@ class _Head:
             x = sample[rows, b].float()
             self.mean[b] = x.mean(0)
             gram += (x - self.mean[b]) @ (x - self.mean[b]).T
-        values, vectors = _largest(gram.double(), r)
+        values, vectors = _largest(gram.double(), r, len(rows) * blocks)
         scaled = (vectors / values.sqrt()).float()
         self.directions = torch.empty(blocks, width, scaled.shape[1])
         for b in range(blocks):
