@@ -7,7 +7,8 @@
 //   kSign: 8 planes, each a bit left where it is, so that its sums are multiples of 2^p; queries in +-127
 //   kInt4: 2 planes, the nibbles; queries in +-127
 //   kInt8: the bytes + 128 twice, with the low and the high part of queries in +-4095: query = 64 * high + low
-// The integer queries of a tile of T queries lie together: [plane][group][T][64], zero where a row has no number.
+// The integer queries of a tile of T queries lie together, zero where a row has no number: for each window of a row's
+// bytes [plane][group][T][64], which is one piece of memory however long rows are.
 #pragma once
 
 #include <cstdint>
@@ -42,6 +43,12 @@ inline int64_t packed_bytes(int64_t width, int64_t numbers) {
     const int64_t whole = width / (kGroup * numbers), rest = width % (kGroup * numbers);
     return whole * kGroup + (rest + numbers - 1) / numbers;
 }
+
+// A row's bytes with the last group filled up.
+inline int64_t padded_bytes(int64_t bytes) { return (bytes + kGroup - 1) / kGroup * kGroup; }
+
+// Bytes of the window that begins at byte `begin` of a padded row.
+inline int64_t window_bytes(int64_t padded, int64_t begin) { return padded - begin < kWindow ? padded - begin : kWindow; }
 
 // As even as can be: sizes differ by one at most, and a tile begins at query q * tile / tiles.
 inline int64_t query_tiles(int64_t q) { return (q + kQueryTile - 1) / kQueryTile; }

@@ -11,122 +11,98 @@ namespace {
 // What differs between the packed dtypes: their planes, and the shift that brings sums of plane p + 1 to those of p.
 struct Sign {
     static constexpr int kPlanes = 8, kShift = -1;
-    template <int P>
-    static Bytes plane(Bytes x) {
-        return and_bytes(x, 1 << P);
-    }
+    static Bytes plane(Bytes x, int p) { return and_bytes(x, static_cast<uint8_t>(1 << p)); }
 };
 struct Int4 {
     static constexpr int kPlanes = 2, kShift = 0;
-    template <int P>
-    static Bytes plane(Bytes x) {
-        return P == 0 ? and_bytes(x, 15) : high_nibbles(x);
-    }
+    static Bytes plane(Bytes x, int p) { return nibbles(x, p); }
 };
 struct Int8 {
     static constexpr int kPlanes = 2, kShift = 6;
-    template <int P>
-    static Bytes plane(Bytes x) {
-        return xor_bytes(x, 128);
-    }
+    static Bytes plane(Bytes x, int) { return xor_bytes(x, 128); }
 };
 
-// Calls body(bytes, i) for the groups of `length` bytes at `row`; the last one padded with zeros.
-template <class Body>
-inline void for_groups(const uint8_t* row, int64_t length, Body body) {
-    int64_t i = 0;
-    for (; i + kGroup <= length; i += kGroup) body(row + i, i);
-    if (i < length) {
-        uint8_t padded[kGroup] = {};
-        memcpy(padded, row + i, static_cast<size_t>(length - i));
-        body(padded, i);
-    }
-}
-
-// sums[p][q] += products of plane p, for planes P and above.
-template <class Format, int Q, int P = 0>
-inline void add_planes(Bytes x, const int8_t* queries, int64_t plane, ByteSums (*sums)[Q]) {
-    if constexpr (P < Format::kPlanes) {
-        const Bytes y = Format::template plane<P>(x);
-        for (int q = 0; q < Q; ++q) sums[P][q] = add_products(sums[P][q], y, load_bytes(queries + P * plane + q * kGroup));
-        add_planes<Format, Q, P + 1>(x, queries, plane, sums);
-    }
-}
-
-// One row, all planes at once: each byte of the row is loaded once. sums[q] += products over at most kWindow bytes.
-template <class Format, int Q>
-inline void multiply_row(const uint8_t* row, int64_t length, const int8_t* queries, int64_t plane, int64_t* sums) {
-    ByteSums of_plane[Format::kPlanes][Q];
-    for (auto& each : of_plane)
-        for (ByteSums& sum : each) sum = no_sums();
-    for_groups(row, length, [&](const uint8_t* group, int64_t i) {
-        for (int j = 0; j < kGroup; j += kBytes)
-            add_planes<Format, Q>(load_bytes(group + j), queries + i * Q + j, plane, of_plane);
-    });
-    for (int q = 0; q < Q; ++q) {
-        ByteSums sum = of_plane[Format::kPlanes - 1][q];
-        for (int p = Format::kPlanes - 2; p >= 0; --p) sum = add_sums(shift_sums<Format::kShift>(sum), of_plane[p][q]);
-        sums[q] += total(sum);
-    }
-}
-
-// sum[r][q], shifted, += products of plane P
-template <class Format, int R, int Q, int P>
-inline void add_plane(const uint8_t* rows, int64_t stride_row, int64_t length, const int8_t* queries, ByteSums (*sum)[Q]) {
-    const auto add = [&](const uint8_t* const* group, int64_t i) {
-        for (int j = 0; j < kGroup; j += kBytes) {
-            Bytes x[R];
-            for (int r = 0; r < R; ++r) x[r] = Format::template plane<P>(load_bytes(group[r] + j));
+// All planes at once, for few queries: each byte of a row is loaded once, and what lies `ahead` bytes on is asked for.
+// sums[r * Q + q] += products over whole groups.
+template <class Format, int R, int Q>
+inline void multiply_few(const uint8_t* rows, int64_t stride_row, int64_t length, const int8_t* queries, int64_t plane,
+                         int64_t ahead, int64_t* sums) {
+    ByteSums sum[R][Format::kPlanes][Q];
+    for (int r = 0; r < R; ++r)
+        for (int p = 0; p < Format::kPlanes; ++p)
+            for (int q = 0; q < Q; ++q) sum[r][p][q] = no_sums();
+    for (int64_t i = 0; i < length; i += kBytes) {
+        const int8_t* at = queries + i / kGroup * kGroup * Q + i % kGroup;
+        Bytes x[R];
+        for (int r = 0; r < R; ++r) {
+            prefetch(rows + r * stride_row + i + ahead);
+            x[r] = load_bytes(rows + r * stride_row + i);
+        }
+        for (int p = 0; p < Format::kPlanes; ++p) {
             for (int q = 0; q < Q; ++q) {
-                const Bytes y = load_bytes(queries + i * Q + q * kGroup + j);
-                for (int r = 0; r < R; ++r) sum[r][q] = add_products(sum[r][q], x[r], y);
+                const Bytes y = load_bytes(at + p * plane + q * kGroup);
+                for (int r = 0; r < R; ++r) sum[r][p][q] = add_products(sum[r][p][q], Format::plane(x[r], p), y);
             }
         }
-    };
-    const uint8_t* group[R];
-    int64_t i = 0;
-    for (; i + kGroup <= length; i += kGroup) {
-        for (int r = 0; r < R; ++r) group[r] = rows + r * stride_row + i;
-        add(group, i);
     }
-    if (i < length) {
-        uint8_t padded[R][kGroup] = {};
-        for (int r = 0; r < R; ++r) {
-            memcpy(padded[r], rows + r * stride_row + i, static_cast<size_t>(length - i));
-            group[r] = padded[r];
+    for (int r = 0; r < R; ++r) {
+        for (int q = 0; q < Q; ++q) {
+            ByteSums all = sum[r][Format::kPlanes - 1][q];
+            for (int p = Format::kPlanes - 2; p >= 0; --p) all = add_sums(shift_sums<Format::kShift>(all), sum[r][p][q]);
+            sums[r * Q + q] += total(all);
         }
-        add(group, i);
     }
 }
 
-template <class Format, int R, int Q, int P = Format::kPlanes - 1>
-inline void add_planes_down(const uint8_t* rows, int64_t stride_row, int64_t length, const int8_t* queries, int64_t plane,
-                            ByteSums (*sum)[Q]) {
-    add_plane<Format, R, Q, P>(rows, stride_row, length, queries + P * plane, sum);
-    if constexpr (P > 0) {
-        for (int r = 0; r < R; ++r)
-            for (int q = 0; q < Q; ++q) sum[r][q] = shift_sums<Format::kShift>(sum[r][q]);
-        add_planes_down<Format, R, Q, P - 1>(rows, stride_row, length, queries, plane, sum);
-    }
+template <class Format, int Q>
+inline void multiply_few_rows(const uint8_t* rows, int64_t count, int64_t stride_row, int64_t length, const int8_t* queries,
+                              int64_t plane, int64_t next, int64_t* sums) {
+    constexpr int kSums = kBytes == 64 ? 16 : 8;  // of the registers, the rest is for rows and masks
+    constexpr int R = Format::kPlanes * Q < kSums ? kSums / (Format::kPlanes * Q) : 1;
+    const int64_t ahead = next ? next : R * stride_row;
+    int64_t r = 0;
+    for (; r + R <= count; r += R)
+        multiply_few<Format, R, Q>(rows + r * stride_row, stride_row, length, queries, plane, ahead, sums + r * Q);
+    for (; r < count; ++r)
+        multiply_few<Format, 1, Q>(rows + r * stride_row, stride_row, length, queries, plane, ahead, sums + r * Q);
 }
 
-// sums[r * stride_sums + q] += products of R rows and Q queries over at most kWindow bytes. A plane at a time, so that
-// one register a row and query is enough: sums of higher planes are shifted to those of the next.
+// sums[r * stride_sums + q] += products of R rows and Q queries over whole groups. A plane at a time, so that one
+// register a row and query is enough: sums of higher planes are shifted to those of the next.
 template <class Format, int R, int Q>
 inline void multiply_tile(const uint8_t* rows, int64_t stride_row, int64_t length, const int8_t* queries, int64_t plane,
                           int64_t* sums, int64_t stride_sums) {
     ByteSums sum[R][Q];
-    for (auto& each : sum)
-        for (ByteSums& one : each) one = no_sums();
-    add_planes_down<Format, R, Q>(rows, stride_row, length, queries, plane, sum);
     for (int r = 0; r < R; ++r)
-        for (int q = 0; q < Q; ++q) sums[r * stride_sums + q] += total(sum[r][q]);
+        for (int q = 0; q < Q; ++q) sum[r][q] = no_sums();
+    for (int p = Format::kPlanes - 1; p >= 0; --p) {
+        for (int r = 0; r < R; ++r)
+            for (int q = 0; q < Q; ++q) sum[r][q] = shift_sums<Format::kShift>(sum[r][q]);
+        for (int64_t i = 0; i < length; i += kBytes) {
+            const int8_t* at = queries + p * plane + i / kGroup * kGroup * Q + i % kGroup;
+            Bytes x[R];
+            for (int r = 0; r < R; ++r) x[r] = Format::plane(load_bytes(rows + r * stride_row + i), p);
+            for (int q = 0; q < Q; ++q) {
+                const Bytes y = load_bytes(at + q * kGroup);
+                for (int r = 0; r < R; ++r) sum[r][q] = add_products(sum[r][q], x[r], y);
+            }
+        }
+    }
+    for (int q = 0; q < Q; ++q) {
+        int32_t of_row[R];
+        if constexpr (R == 4) {
+            totals(sum[0][q], sum[1][q], sum[2][q], sum[3][q], of_row);
+        } else {
+            for (int r = 0; r < R; ++r) of_row[r] = total(sum[r][q]);
+        }
+        for (int r = 0; r < R; ++r) sums[r * stride_sums + q] += of_row[r];
+    }
 }
 
 template <class Format, int Q>
 inline void multiply_rows(const uint8_t* rows, int64_t count, int64_t stride_row, int64_t length, const int8_t* queries,
                           int64_t plane, int64_t* sums, int64_t stride_sums) {
-    constexpr int R = kBytes == 64 ? 4 : 2;  // sums that fit the registers: 32 with AVX-512, 16 before
+    constexpr int R = kBytes == 64 ? 24 / kQueryTile : 2;  // sums that fit the registers: 32 with AVX-512, 16 before
     int64_t r = 0;
     for (; r + R <= count; r += R)
         multiply_tile<Format, R, Q>(rows + r * stride_row, stride_row, length, queries, plane, sums + r * stride_sums, stride_sums);
@@ -134,41 +110,53 @@ inline void multiply_rows(const uint8_t* rows, int64_t count, int64_t stride_row
         multiply_tile<Format, 1, Q>(rows + r * stride_row, stride_row, length, queries, plane, sums + r * stride_sums, stride_sums);
 }
 
-// sums [count, q] of products over the whole rows
+// Packed rows and the integer queries that they are multiplied with.
+struct Product {
+    int64_t count;
+    const int8_t* queries;  // of all tiles
+    int64_t q, padded;      // bytes of one plane of one query
+    int64_t* sums;          // [count, q]
+};
+
+// Whole groups of the rows that begin at byte `begin`, and lie in one window.
 template <class Format>
-inline void multiply(const ScanPart& part, int64_t first, int64_t count, int64_t q, int64_t* sums) {
-    const int64_t bytes = packed_bytes(part.width, packed_layout(part.dtype).numbers);
-    const int64_t plane_bytes = (bytes + kGroup - 1) / kGroup * kGroup;
-    const uint8_t* rows = static_cast<const uint8_t*>(part.rows) + first * part.stride_row;
-    for (int64_t i = 0; i < count * q; ++i) sums[i] = 0;
-    if (q <= 2) {
-        for (int64_t r = 0; r < count; ++r) {
-            for (int64_t begin = 0; begin < bytes; begin += kWindow) {
-                const int64_t length = bytes - begin < kWindow ? bytes - begin : kWindow;
-                const uint8_t* row = rows + r * part.stride_row + begin;
-                const int8_t* queries = part.queries.planes + begin * q;
-                if (q == 1) multiply_row<Format, 1>(row, length, queries, plane_bytes, sums + r);
-                else multiply_row<Format, 2>(row, length, queries, 2 * plane_bytes, sums + 2 * r);
-            }
-        }
+inline void multiply_groups(const Product& at, const uint8_t* rows, int64_t stride_row, int64_t begin, int64_t length) {
+    const int64_t window = begin / kWindow * kWindow, plane = window_bytes(at.padded, window);
+    const int64_t offset = window * Format::kPlanes + (begin - window);  // of a single query
+    if (at.q <= 2) {
+        const int8_t* queries = at.queries + offset * at.q;
+        const int64_t next = at.padded > kWindow ? kWindow : 0;  // short rows: the next ones
+        if (at.q == 1) multiply_few_rows<Format, 1>(rows, at.count, stride_row, length, queries, plane, next, at.sums);
+        else if (at.q == 2) multiply_few_rows<Format, 2>(rows, at.count, stride_row, length, queries, 2 * plane, next, at.sums);
         return;
     }
-    const int64_t tiles = query_tiles(q);
-    for (int64_t begin = 0; begin < bytes; begin += kWindow) {
-        const int64_t length = bytes - begin < kWindow ? bytes - begin : kWindow;
-        for (int64_t tile = 0; tile < tiles; ++tile) {
-            const int64_t j = q * tile / tiles, size = q * (tile + 1) / tiles - j, plane = size * plane_bytes;
-            const int8_t* queries = part.queries.planes + j * Format::kPlanes * plane_bytes + begin * size;
-            switch (size) {
-                case 1: multiply_rows<Format, 1>(rows + begin, count, part.stride_row, length, queries, plane, sums + j, q); break;
-                case 2: multiply_rows<Format, 2>(rows + begin, count, part.stride_row, length, queries, plane, sums + j, q); break;
-                case 3: multiply_rows<Format, 3>(rows + begin, count, part.stride_row, length, queries, plane, sums + j, q); break;
-                case 4: multiply_rows<Format, 4>(rows + begin, count, part.stride_row, length, queries, plane, sums + j, q); break;
-                case 5: multiply_rows<Format, 5>(rows + begin, count, part.stride_row, length, queries, plane, sums + j, q); break;
-                default: multiply_rows<Format, 6>(rows + begin, count, part.stride_row, length, queries, plane, sums + j, q);
-            }
-        }
+    const int64_t tiles = query_tiles(at.q);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+        const int64_t j = at.q * tile / tiles, size = at.q * (tile + 1) / tiles - j;
+        const int8_t* queries = at.queries + j * Format::kPlanes * at.padded + offset * size;
+        const auto run = [&](auto multiply_some) {
+            multiply_some(rows, at.count, stride_row, length, queries, plane * size, at.sums + j, at.q);
+        };
+        if (size == 1) run(multiply_rows<Format, 1>);
+        else if (size == 2) run(multiply_rows<Format, 2>);
+        else if (size == 3) run(multiply_rows<Format, 3>);
+        else if (size == 4) run(multiply_rows<Format, 4>);
+        else if (size == 5) run(multiply_rows<Format, 5>);
+        else run(multiply_rows<Format, 6>);
     }
+}
+
+template <class Format>
+inline void multiply(const Product& at, const uint8_t* rows, int64_t stride_row, int64_t bytes) {
+    for (int64_t i = 0; i < at.count * at.q; ++i) at.sums[i] = 0;
+    const int64_t whole = bytes / kGroup * kGroup, rest = bytes - whole;
+    for (int64_t begin = 0; begin < whole; begin += kWindow)
+        multiply_groups<Format>(at, rows + begin, stride_row, begin, window_bytes(whole, begin));
+    if (rest == 0) return;
+    uint8_t padded[kScanRows * kGroup];  // the last, shorter groups
+    memset(padded, 0, static_cast<size_t>(at.count * kGroup));
+    for (int64_t r = 0; r < at.count; ++r) memcpy(padded + r * kGroup, rows + r * stride_row + whole, static_cast<size_t>(rest));
+    multiply_groups<Format>(at, padded, kGroup, whole, kGroup);
 }
 
 inline double row_scale(const ScanPart& part, int64_t row) {
@@ -179,10 +167,13 @@ inline double row_scale(const ScanPart& part, int64_t row) {
 
 // scores[r * q + j] += row scale * <rows[r], queries[j]>
 inline void scan_packed(const ScanPart& part, int64_t first, int64_t count, int64_t q, int64_t* sums, double* scores) {
-    if (part.dtype == kSign) multiply<Sign>(part, first, count, q, sums);
-    else if (part.dtype == kInt4) multiply<Int4>(part, first, count, q, sums);
-    else multiply<Int8>(part, first, count, q, sums);
     const PackedLayout layout = packed_layout(part.dtype);
+    const int64_t bytes = packed_bytes(part.width, layout.numbers);
+    const Product at{count, part.queries.planes, q, padded_bytes(bytes), sums};
+    const uint8_t* rows = static_cast<const uint8_t*>(part.rows) + first * part.stride_row;
+    if (part.dtype == kSign) multiply<Sign>(at, rows, part.stride_row, bytes);
+    else if (part.dtype == kInt4) multiply<Int4>(at, rows, part.stride_row, bytes);
+    else multiply<Int8>(at, rows, part.stride_row, bytes);
     for (int64_t r = 0; r < count; ++r) {
         const double scale = row_scale(part, first + r) * layout.unit;
         for (int64_t j = 0; j < q; ++j) {

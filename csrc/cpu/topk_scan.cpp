@@ -17,20 +17,26 @@ class QueriesOfPart {
   public:
     QueriesOfPart(const ScanArgs& args, const ScanPart& part, int threads)
         : layout_(packed_layout(part.dtype)), width_(part.width), bytes_(packed_bytes(part.width, layout_.numbers)),
-          plane_((bytes_ + kGroup - 1) / kGroup * kGroup), planes_(static_cast<size_t>(args.q * layout_.planes * plane_)),
+          padded_(padded_bytes(bytes_)), memory_(static_cast<size_t>(args.q * layout_.planes * padded_ + kGroup)),
           sums_(static_cast<size_t>(args.q)), scales_(static_cast<size_t>(args.q)) {
         const int64_t tiles = query_tiles(args.q);
         parallel(tiles, threads, [&](int64_t tile, int) {
             const int64_t begin = args.q * tile / tiles, size = args.q * (tile + 1) / tiles - begin;
             for (int64_t j = 0; j < size; ++j)
                 fill(args.queries + (begin + j) * args.d + part.first, begin + j, j, size,
-                     planes_.data() + begin * layout_.planes * plane_);
+                     planes() + begin * layout_.planes * padded_);
         });
     }
 
-    ByteQueries view() const { return {planes_.data(), sums_.data(), scales_.data()}; }
+    ByteQueries view() const { return {planes(), sums_.data(), scales_.data()}; }
 
   private:
+    // Aligned to a vector: one that crosses cache lines takes two loads.
+    int8_t* planes() const {
+        const uintptr_t at = reinterpret_cast<uintptr_t>(memory_.data());
+        return reinterpret_cast<int8_t*>((at + kGroup - 1) / kGroup * kGroup);
+    }
+
     // Query q, which is number `place` of a tile of `size` queries, whose planes begin at `to`.
     void fill(const float* query, int64_t q, int64_t place, int64_t size, int8_t* to) {
         float largest = 0.0f;
@@ -45,23 +51,23 @@ class QueriesOfPart {
         for (int64_t i = 0; i < width_; ++i) {
             const int value = static_cast<int>(std::lrint(static_cast<double>(query[i]) * inverse));
             sums_[q] += value;
-            const int64_t of_group = kGroup * layout_.numbers, group = i / of_group, in_group = i % of_group;
-            const int64_t bytes = std::min(kGroup, bytes_ - group * kGroup);
-            const int64_t plane = in_group / bytes, byte = in_group % bytes;
-            int8_t* at = to + (plane * plane_ + group * kGroup) * size + place * kGroup + byte;
+            const int64_t of_group = kGroup * layout_.numbers, group = i / of_group * kGroup, in_group = i % of_group;
+            const int64_t bytes = std::min(kGroup, bytes_ - group), plane = in_group / bytes, byte = in_group % bytes;
+            const int64_t window = group / kWindow * kWindow, next_plane = window_bytes(padded_, window) * size;
+            int8_t* at = to + (window * layout_.planes + group - window) * size + plane * next_plane + place * kGroup + byte;
             if (layout_.numbers > 1) {
                 *at = static_cast<int8_t>(value);
             } else {  // low and high part
                 const int high = (value + 32) >> 6;
-                at[plane_ * size] = static_cast<int8_t>(high);
+                at[next_plane] = static_cast<int8_t>(high);
                 *at = static_cast<int8_t>(value - 64 * high);
             }
         }
     }
 
     PackedLayout layout_;
-    int64_t width_, bytes_, plane_;
-    std::vector<int8_t> planes_;
+    int64_t width_, bytes_, padded_;
+    std::vector<int8_t> memory_;
     std::vector<int64_t> sums_;
     std::vector<double> scales_;
 };

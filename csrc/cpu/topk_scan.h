@@ -20,17 +20,26 @@ inline Wide load_tail(const T* p, int64_t n) {
     return load_wide(padded);
 }
 
+inline void widen(const Half* from, int64_t n, float* to) {
+    int64_t i = 0;
+    for (; i + kWide <= n; i += kWide) store_wide(to + i, load_wide(from + i));
+    for (; i < n; ++i) to[i] = to_float(from[i]);
+}
+
 // out[r * stride_out + q] += scale[r] * <rows[r], queries[q]> over `length` elements
 template <int R, int Q, class T>
 inline void dot_tile(const T* rows, int64_t stride_row, const float* queries, int64_t stride_query, int64_t length,
-                     const double* scale, double* out, int64_t stride_out) {
+                     int64_t ahead, const double* scale, double* out, int64_t stride_out) {
     Wide sum[R][Q];
     for (int r = 0; r < R; ++r)
         for (int q = 0; q < Q; ++q) sum[r][q] = zero_wide();
     int64_t i = 0;
     for (; i + kWide <= length; i += kWide) {
         Wide x[R];
-        for (int r = 0; r < R; ++r) x[r] = load_wide(rows + r * stride_row + i);
+        for (int r = 0; r < R; ++r) {
+            if (Q <= 2) prefetch(rows + r * stride_row + i + ahead);  // with more, memory is not what counts
+            x[r] = load_wide(rows + r * stride_row + i);
+        }
         for (int q = 0; q < Q; ++q) {
             const Wide y = load_wide(queries + q * stride_query + i);
             for (int r = 0; r < R; ++r) sum[r][q] = fma_wide(x[r], y, sum[r][q]);
@@ -50,22 +59,32 @@ inline void dot_tile(const T* rows, int64_t stride_row, const float* queries, in
 template <int R, int Q, class T>
 inline void dot_rows(const T* rows, int64_t count, int64_t stride_row, const float* queries, int64_t stride_query, int64_t length,
                      const double* scale, double* out, int64_t stride_out) {
+    // What is read next: these rows' next tile, or the next rows.
+    const int64_t ahead = stride_row > 2 * kScanTile ? kScanTile : R * stride_row;
     int64_t r = 0;
     for (; r + R <= count; r += R)
-        dot_tile<R, Q>(rows + r * stride_row, stride_row, queries, stride_query, length, scale + r, out + r * stride_out, stride_out);
+        dot_tile<R, Q>(rows + r * stride_row, stride_row, queries, stride_query, length, ahead, scale + r, out + r * stride_out, stride_out);
     for (; r < count; ++r)
-        dot_tile<1, Q>(rows + r * stride_row, stride_row, queries, stride_query, length, scale + r, out + r * stride_out, stride_out);
+        dot_tile<1, Q>(rows + r * stride_row, stride_row, queries, stride_query, length, ahead, scale + r, out + r * stride_out, stride_out);
 }
 
 template <class T>
 inline void dot_all(const T* rows, int64_t count, int64_t stride_row, const float* queries, int64_t q, int64_t stride_query,
                     int64_t length, const double* scale, double* out) {
+    const auto run = [&](auto dot_some, int64_t j) {
+        dot_some(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
+    };
+    // R * Q sums fit the registers: 32 with AVX-512, 16 before.
+    constexpr int Q = kWide == 16 ? 6 : 4, R = kWide == 16 ? 4 : 3;
     int64_t j = 0;
-    for (; j + 4 <= q; j += 4)
-        dot_rows<3, 4>(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
-    if (q - j == 3) dot_rows<3, 3>(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
-    if (q - j == 2) dot_rows<4, 2>(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
-    if (q - j == 1) dot_rows<8, 1>(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
+    for (; j + Q <= q; j += Q) run(dot_rows<R, Q, T>, j);
+    if (Q > 4 && q - j >= 4) {
+        run(dot_rows<R, 4, T>, j);
+        j += 4;
+    }
+    if (q - j == 3) run(dot_rows<R, 3, T>, j);
+    if (q - j == 2) run(dot_rows<4, 2, T>, j);
+    if (q - j == 1) run(dot_rows<8, 1, T>, j);
 }
 
 // scores += scale * <rows, queries> over elements [begin, end) of the part, which are at `rows` already
@@ -79,7 +98,7 @@ inline void scan_tile(const ScanArgs& args, const ScanPart& part, int64_t first,
         dot_all(static_cast<const Half*>(part.rows) + offset, count, part.stride_row, queries, args.q, args.d, length, scale, scores);
     } else {  // converted once for all, where each query's tile would do it again
         for (int64_t r = 0; r < count; ++r)
-            copy_floats(static_cast<const Half*>(part.rows) + offset + r * part.stride_row, 1, length, scratch + r * kScanTile);
+            widen(static_cast<const Half*>(part.rows) + offset + r * part.stride_row, length, scratch + r * kScanTile);
         dot_all(scratch, count, kScanTile, queries, args.q, args.d, length, scale, scores);
     }
 }

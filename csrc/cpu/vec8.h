@@ -135,6 +135,13 @@ struct XorLanes {
 
 #endif
 
+// Asks for the memory at `p`, which need not be the program's own.
+inline void prefetch(const void* p) {
+#ifdef __GNUC__
+    __builtin_prefetch(p, 0, 2);  // not into L1, where rows at the same places of pages would push each other out
+#endif
+}
+
 // to[i] = from[i * stride], i < n
 template <class T>
 void copy_floats(const T* from, int64_t stride, int64_t n, float* to) {

@@ -16,7 +16,7 @@ using ByteSums = __m512i;
 inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
 inline Bytes and_bytes(Bytes x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
 inline Bytes xor_bytes(Bytes x, uint8_t mask) { return _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
-inline Bytes high_nibbles(Bytes x) { return and_bytes(_mm512_srli_epi16(x, 4), 15); }
+inline Bytes nibbles(Bytes x, int p) { return and_bytes(_mm512_srl_epi16(x, _mm_cvtsi32_si128(4 * p)), 15); }
 inline ByteSums no_sums() { return _mm512_setzero_si512(); }
 inline ByteSums add_products(ByteSums sums, Bytes x, Bytes y) { return _mm512_dpbusd_epi32(sums, x, y); }
 inline ByteSums add_sums(ByteSums x, ByteSums y) { return _mm512_add_epi32(x, y); }
@@ -26,6 +26,15 @@ inline ByteSums shift_sums(ByteSums x) {  // left; right where Bits < 0
     else return _mm512_slli_epi32(x, Bits);
 }
 inline int32_t total(ByteSums x) { return _mm512_reduce_add_epi32(x); }
+// Four totals for little more than the price of one.
+inline void totals(ByteSums a, ByteSums b, ByteSums c, ByteSums d, int32_t* out) {
+    const __m512i ab = _mm512_add_epi32(_mm512_unpacklo_epi32(a, b), _mm512_unpackhi_epi32(a, b));
+    const __m512i cd = _mm512_add_epi32(_mm512_unpacklo_epi32(c, d), _mm512_unpackhi_epi32(c, d));
+    const __m512i all = _mm512_add_epi32(_mm512_unpacklo_epi64(ab, cd), _mm512_unpackhi_epi64(ab, cd));
+    const __m256i half = _mm256_add_epi32(_mm512_castsi512_si256(all), _mm512_extracti64x4_epi64(all, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out),
+                     _mm_add_epi32(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1)));
+}
 
 #elif defined(RAPIDIN_AVX2)
 
@@ -36,7 +45,7 @@ using ByteSums = __m256i;
 inline Bytes load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline Bytes and_bytes(Bytes x, uint8_t mask) { return _mm256_and_si256(x, _mm256_set1_epi8(static_cast<char>(mask))); }
 inline Bytes xor_bytes(Bytes x, uint8_t mask) { return _mm256_xor_si256(x, _mm256_set1_epi8(static_cast<char>(mask))); }
-inline Bytes high_nibbles(Bytes x) { return and_bytes(_mm256_srli_epi16(x, 4), 15); }
+inline Bytes nibbles(Bytes x, int p) { return and_bytes(_mm256_srl_epi16(x, _mm_cvtsi32_si128(4 * p)), 15); }
 inline ByteSums no_sums() { return _mm256_setzero_si256(); }
 // Pairs are summed in 16 bits, which the largest operands in use just fit: 128 * 127, 15 * 127 and 255 * 64.
 inline ByteSums add_products(ByteSums sums, Bytes x, Bytes y) {
@@ -77,8 +86,8 @@ inline Bytes xor_bytes(Bytes x, uint8_t mask) {
     for (uint8_t& lane : x.lane) lane ^= mask;
     return x;
 }
-inline Bytes high_nibbles(Bytes x) {
-    for (uint8_t& lane : x.lane) lane >>= 4;
+inline Bytes nibbles(Bytes x, int p) {
+    for (uint8_t& lane : x.lane) lane = lane >> 4 * p & 15;
     return x;
 }
 inline ByteSums no_sums() { return ByteSums{}; }
@@ -105,6 +114,12 @@ inline int32_t total(ByteSums x) {
     return sum;
 }
 
+#endif
+
+#if !defined(__AVX512VNNI__)
+inline void totals(ByteSums a, ByteSums b, ByteSums c, ByteSums d, int32_t* out) {
+    out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
+}
 #endif
 
 }  // namespace
