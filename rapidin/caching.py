@@ -140,7 +140,9 @@ class CachingLoop:
                     f"only {len(good)} of {len(self.sample)} sampled examples have a gradient: too few",
                     "leave --bytes out, or say --sample 0",
                 )
-            units = self._sampled.sketches(good).view(len(good), blocks, width)
+            kept = torch.cat([rows.code["sketch"] for _, rows in self._sampled.shards()])  # float16 still
+            units = kept[good].view(len(good), blocks, width)
+            del kept
             learnt = pack.learn(units, pack.HEAD)
         shape = pack.fit(manifest.code, blocks, width, learnt)
         if learnt is not None and self._sampled is not None:

@@ -311,6 +311,62 @@ def info_command(cache: str) -> None:
     report.console(sys.stdout).print(report.info_report(Cache(cache).info()))
 
 
+def plan_command(
+    model: str,
+    *,
+    examples: int | None = None,
+    data: str | None = None,
+    tokens: int | None = None,
+    adapter: str | None = None,
+    base: str | None = None,
+    at: str | None = None,
+    width: int | None = None,
+    include: Sequence[str] = (),
+    exclude: Sequence[str] = (),
+    max_length: int | None = None,
+    batch_tokens: int = 1024,
+    device: str | None = None,
+    model_dtype: ModelDtype | None = None,
+    trust_remote_code: bool = False,
+    quiet: bool = False,
+) -> None:
+    """Print what a cache would take with each code: bytes, time and memory."""
+    from rapidin import report
+    from rapidin.examples import open_examples
+
+    if examples is None and data is None:
+        raise UserError("nothing to plan for", "say how many --examples, or name the --data")
+    points, console = _points(at), _messages(quiet)
+    opened = open_examples(data) if data is not None else None
+    with _quiet_libraries():
+        from rapidin.attributor import Attributor
+        from rapidin.model import load_model
+        from rapidin.plan import make_plan
+
+        with _loading(console, model):
+            loaded = load_model(
+                model,
+                adapter=adapter,
+                base=base,
+                device=device,
+                dtype=model_dtype.value if model_dtype else None,
+                trust_remote_code=trust_remote_code,
+            )
+        attributor = Attributor(
+            loaded,
+            width=width if width is not None else "auto",
+            include=include,
+            exclude=exclude,
+            at=points,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+        )
+        with console.status("measuring a batch"):
+            count = examples if examples is not None else len(opened or ())
+            plan = make_plan(attributor, count, opened, tokens)
+    report.console(sys.stdout).print(report.plan_report(plan))
+
+
 def verify_command(cache: str, *, quiet: bool = False) -> None:
     """Read every byte of a cache and compare checksums; UserError where something is not as written."""
     from rapidin import report
@@ -655,6 +711,84 @@ def _query(
         train_data=train_data,
         text=not no_text,
         device=device,
+        trust_remote_code=trust_remote_code,
+        quiet=quiet,
+    )
+
+
+@app.command("plan")
+def _plan(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As for 'rapidin cache'.")],
+    examples: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, help="How many.  [default: as in --data]", show_default=False),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="Whose texts' mean length counts.", show_default=False),
+    ] = None,
+    tokens: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=2,
+            help="Tokens of an example.  [default: as in --data, or 256]",
+            show_default=False,
+        ),
+    ] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="ADAPTER", help="PEFT adapter on MODEL.", show_default=False)
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(metavar="MODEL", help="What MODEL was tuned from.", show_default=False)
+    ] = None,
+    at: Annotated[
+        str | None, typer.Option(metavar="A[,A...]", help="As for 'rapidin cache'.", show_default=False)
+    ] = None,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Bins of each layer's sketch.  [default: as many as pay]",
+            show_default=False,
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="As for 'rapidin cache'.", show_default=False)
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="As for 'rapidin cache'.", show_default=False)
+    ] = None,
+    max_length: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=2, help="Tokens of an example, at most.", show_default=False),
+    ] = None,
+    batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a batch.")] = 1024,
+    device: Device = None,
+    model_dtype: Annotated[
+        ModelDtype | None, typer.Option(help="Of the weights.", show_default=False)
+    ] = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+) -> Command:
+    """Say what a cache would take: bytes, time and memory with each code, from a short measurement."""
+    return partial(
+        plan_command,
+        model,
+        examples=examples,
+        data=data,
+        tokens=tokens,
+        adapter=adapter,
+        base=base,
+        at=at,
+        width=width,
+        include=include or (),
+        exclude=exclude or (),
+        max_length=max_length,
+        batch_tokens=batch_tokens,
+        device=device,
+        model_dtype=model_dtype,
         trust_remote_code=trust_remote_code,
         quiet=quiet,
     )

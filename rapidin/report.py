@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from rapidin.attributor import Progress
     from rapidin.hits import Hit, QueryResult
+    from rapidin.plan import Plan
 
 MEANING = (
     "Positive: training on the example made this generation more likely (helpful). "
@@ -274,6 +275,24 @@ _COUNTS = {
     "too_long": "skipped as too long",
     "nonfinite": "with NaN or Inf gradients",
 }
+
+
+def plan_report(plan: Plan) -> RenderableType:
+    """What caching would take, a line a code."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("kept as", no_wrap=True)
+    for name in ("an example", "all", "a scan", "memory to learn"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in plan.rows:
+        learning = bytes_text(row.learnt) if row.learnt else ""
+        table.add_row(row.name, bytes_text(row.example), bytes_text(row.all), time_text(row.scan), learning)
+    head = (
+        f"{plan.examples:,} examples of {plan.tokens:,.0f} tokens, "
+        f"{plan.layers:,} blocks of {plan.width:,} bins: "
+        f"about {time_text(plan.seconds)} to cache, {bytes_text(plan.memory)} of memory"
+    )
+    note = "A scan: one query over all examples in memory. How true each code is: docs/fidelity.md"
+    return Group(Text(head), Text(), table, Text(), Text(note, style="dim"))
 
 
 def kept_text(info: Mapping[str, Any]) -> str:

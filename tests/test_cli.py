@@ -171,6 +171,35 @@ def test_query_as_json(place: Place, run: Any, which: str) -> None:
     assert max(lows) < scores[0]
 
 
+def test_plan_says_what_each_code_takes(place: Place, run: Any) -> None:
+    ran = run("plan", place.model, "--examples", "1000000", "--tokens", "20")
+    assert ran.code == 0, ran.err
+    text = " ".join(ran.out.split())
+    assert "1,000,000 examples of 20 tokens" in text
+    assert re.search(r"--bytes 2048 2\.0 KB 2\.\d GB", text)
+    assert re.search(r"--dtype float32 .*--dtype sign ", text)
+    by_data = run("plan", place.model, "--data", place.data)
+    assert by_data.code == 0
+    assert f"{len(ROWS)} examples of" in by_data.out
+    nothing = run("plan", place.model)
+    assert nothing.code == 2
+    assert "nothing to plan for" in nothing.err
+
+
+def test_a_budget_from_the_command_line(place: Place, run: Any, tmp_path: Path) -> None:
+    out = str(tmp_path / "out")
+    ran = run("cache", place.model, "--data", place.data, "--out", out, "--bytes", "600", "--width", "64")
+    assert ran.code == 0, ran.err
+    info = " ".join(run("info", out).out.split())
+    assert "directions of all layers in int8" in info
+    assert "learnt from" in info
+    found = json.loads(
+        run("query", out, "--prompt", "Give 7 tips.", "--completion", " One, two, 7.", "--json", "-").out
+    )
+    assert found["queries"][0]["top"][0]["index"] == 11
+    assert run("verify", out).code == 0
+
+
 def test_query_as_a_table(place: Place, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "90")
     ran = run(
@@ -390,7 +419,9 @@ def cache_arguments(place: Place, out: Path, **changes: str) -> list[str]:
         ({"seed": str(2**64)}, "'--seed'"),
         ({"dtype": "int3"}, "'--dtype'.*'float16', 'float32'"),
         ({"too_long": "drop"}, "'--too-long'.*truncate"),
-        ({"bytes": "100"}, "No such option.*--bytes"),
+        ({"bytes": "40"}, "--bytes 40 leaves no room; say at least"),
+        ({"bytes": "400", "dtype": "float16"}, "float16 rows keep every number"),
+        ({"sample": "64", "dtype": "sign"}, "needs a budget"),
     ],
 )
 def test_refused_options(

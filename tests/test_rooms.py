@@ -28,7 +28,7 @@ ALLOWED = {
     "methods": {"pack"},
     "hits": set(),
     "scan": {"cache", "examples", "hits", "methods", "ops"},
-    "report": {"hits", "attributor"},
+    "report": {"hits", "attributor", "plan"},
     "caching": {"_cpu", "cache", "encoding", "examples", "methods", "pack"},
     "attributor": {
         "cache",
@@ -42,8 +42,9 @@ ALLOWED = {
         "pack",
         "scan",
     },
+    "plan": {"attributor", "caching", "encoding", "examples", "methods", "pack"},
     "demo": {"cli", "encoding", "report", "examples", "model"},
-    "cli": {"attributor", "cache", "demo", "examples", "model", "report", "scan"},
+    "cli": {"attributor", "cache", "demo", "examples", "model", "plan", "report", "scan"},
     "__main__": {"cli"},
     "__init__": {"attributor", "cache", "model", "ops"},
 }
@@ -54,7 +55,7 @@ LIGHT = {
     "examples": set(),
     "encoding": set(),
     "hits": set(),
-    "cli": {"typer"},
+    "cli": {"attributor", "cache", "demo", "examples", "model", "plan", "report", "scan"},
     "reference": {"torch"},
 }
 

@@ -390,7 +390,8 @@ class Basis:
         """The basis of a code of this shape; lengths: [m, blocks] of the sample."""
         generator = torch.Generator().manual_seed(seed % 2**63)
         tail, sizes = [], []
-        # Where the sample says that nothing is left, another example may still leave much: scales are float16.
+        # Where the sample says that nothing is left, another example may still leave much: scales are
+        # float16.
         least = 0.01 / learnt.mean.shape[1] ** 0.5
         for axes, energy, p in zip(learnt.tail, learnt.energy, shape.tail, strict=True):
             # Turned among themselves, so that each bit tells as much as any other.
