@@ -24,8 +24,8 @@ TOKENS = 256  # of an example, where no data says
 class Row:
     """One way to keep N examples.
 
-    name: as on the command line; example: bytes of one; all: bytes of the cache, with what its code has learnt;
-    scan: seconds of one query's scan from memory; learnt: bytes of memory that learning takes.
+    name: as on the command line; example: bytes of one; all: bytes of the cache, with what its code has
+    learnt; scan: seconds of one query's scan from memory; learnt: bytes of memory that learning takes.
     """
 
     name: str
@@ -37,7 +37,7 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """tokens: of an example; seconds: to cache all; memory: bytes at the highest, while caching; rows: codes."""
+    """tokens: of an example; seconds: to cache all; memory: bytes at the highest while caching."""
 
     examples: int
     layers: int
