@@ -1,40 +1,132 @@
-"""topk_scan, both ends, against reading the cache once, and beside torch in chunks.
+"""topk_scan against reading the cache once, and beside what else scans one: torch in chunks, numpy, faiss.
 
 pytest bench/bench_topk_scan.py --benchmark-json=topk_scan.json
+
+One group for each dtype of the cache and number of queries, the cache several times the size of the
+processor's last cache. faiss (pip install faiss-cpu) is left out where it is not installed. With
+RAPIDIN_BENCH_QUICK=1 everything is small, for a run of seconds that shows no more than that the file works.
 """
 
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import numpy as np
 import pytest
 import torch
 from limits import note, read_seconds
 from torch import Tensor
 
 from rapidin import ops
+from rapidin.ops import Packed
 
-ROWS, WIDTH, K = 4096, 32768, 10
+QUICK = os.environ.get("RAPIDIN_BENCH_QUICK") == "1"
+CACHE_BYTES = (1 << 20) if QUICK else (512 << 20)
+ROW_BYTES = 2048
+NUMBERS = {"float16": 0.5, "int8": 1, "int4": 2, "sign": 8}  # a byte
+K, CHUNK = 10, 1024
+
+Rows = Tensor | Packed
+Search = Callable[[np.ndarray], Any]
 
 
-def torch_in_chunks(cache: Tensor, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+@cache
+def rows_of(dtype: str) -> Rows:
+    """Random codes: what they are does not matter to the time."""
+    generator = torch.Generator().manual_seed(0)
+    n, width = CACHE_BYTES // ROW_BYTES, int(ROW_BYTES * NUMBERS[dtype])
+    if dtype == "float16":
+        return torch.randn(n, width, generator=generator).half()
+    codes = torch.randint(0, 256, (n, ROW_BYTES), generator=generator, dtype=torch.uint8)
+    return Packed(codes.view(torch.int8) if dtype == "int8" else codes, dtype, width, torch.ones(n))
+
+
+def chunk_of(rows: Rows, begin: int) -> Tensor:
+    """Some rows as float32."""
+    if isinstance(rows, Tensor):
+        return rows[begin : begin + CHUNK].float()
+    few = slice(begin, begin + CHUNK)
+    return ops.unpack(Packed(rows.codes[few], rows.dtype, rows.width, rows.scale[few]))
+
+
+def rapidin_search(rows: Rows) -> Search:
+    return lambda q: ops.topk_scan(rows, torch.from_numpy(q), K)
+
+
+def torch_search(rows: Rows) -> Search:
     """What a user would write: the scores of some rows at a time, then topk of all."""
-    scores = torch.cat([queries @ chunk.float().T for chunk in cache.split(256)], dim=1)
-    return torch.topk(scores, k)
+    n = CACHE_BYTES // ROW_BYTES
+
+    def search(q: np.ndarray) -> Any:
+        query = torch.from_numpy(q)
+        scores = [query @ chunk_of(rows, begin).T for begin in range(0, n, CHUNK)]
+        return torch.topk(torch.cat(scores, dim=1), K)
+
+    return search
 
 
-@pytest.fixture(scope="module")
-def cache() -> Tensor:
-    return torch.randn(ROWS, WIDTH, generator=torch.Generator().manual_seed(0)).half()
+def numpy_search(rows: Rows) -> Search:
+    n = CACHE_BYTES // ROW_BYTES
+
+    def search(q: np.ndarray) -> Any:
+        scores = np.concatenate([q @ chunk_of(rows, begin).numpy().T for begin in range(0, n, CHUNK)], axis=1)
+        found = np.argpartition(-scores, K, axis=1)[:, :K]
+        return np.take_along_axis(scores, found, 1), found
+
+    return search
 
 
-@pytest.mark.parametrize("queries", [1, 2, 4, 8, 64])
-@pytest.mark.parametrize("way", [ops.topk_scan_both_ends, torch_in_chunks], ids=["rapidin", "torch"])
-def bench_topk_scan(benchmark, cache, way, queries):
-    q = torch.randn(queries, WIDTH, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(way(cache[:300], q, K)[1], ops.topk_scan(cache[:300], q, K, backend="reference")[1])
-    limit = read_seconds(cache)
-    benchmark(way, cache, q, K)
+def faiss_search(rows: Rows) -> Search:
+    faiss = pytest.importorskip("faiss")
+    width = rows.width if isinstance(rows, Packed) else rows.shape[1]
+    kind = rows.dtype if isinstance(rows, Packed) else "float16"
+    types = faiss.ScalarQuantizer
+    if kind == "sign":
+        if not hasattr(faiss, "IndexRaBitQ"):
+            pytest.skip("this faiss has no RaBitQ")
+        index = faiss.IndexRaBitQ(width, faiss.METRIC_INNER_PRODUCT)
+    else:
+        quantizer = {"float16": types.QT_fp16, "int8": types.QT_8bit, "int4": types.QT_4bit}[kind]
+        index = faiss.IndexScalarQuantizer(width, quantizer, faiss.METRIC_INNER_PRODUCT)
+    some = chunk_of(rows, 0).numpy()  # again and again: adding is slow, and not what is measured
+    index.train(some)
+    while index.ntotal < CACHE_BYTES // ROW_BYTES:
+        index.add(some)
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    return lambda q: index.search(q, K)
+
+
+WAYS = {"rapidin": rapidin_search, "torch": torch_search, "numpy": numpy_search, "faiss": faiss_search}
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("queries", [1, 8, 64])
+@pytest.mark.parametrize("dtype", NUMBERS)
+def bench_topk_scan(benchmark, dtype, queries, way):
+    benchmark.group = f"{dtype}, queries: {queries}"
+    rows = rows_of(dtype)
+    stored = rows.codes if isinstance(rows, Packed) else rows
+    width = int(ROW_BYTES * NUMBERS[dtype])
+    q = torch.randn(queries, width, generator=torch.Generator().manual_seed(1)).numpy()
+    search = WAYS[way](rows)
+    limit = read_seconds(stored, 0.1 if QUICK else 1.0)
+    benchmark.pedantic(search, (q,), rounds=2 if QUICK else 7, warmup_rounds=1)
     best = benchmark.stats.stats.min
     note(
         benchmark,
-        gb_per_s=cache.nbytes / best / 1e9,
+        gb_per_s=stored.nbytes / best / 1e9,
         of_read_loop=limit / best,
-        gflop_per_s=2 * queries * cache.numel() / best / 1e9,
+        gflop_per_s=2 * queries * len(stored) * width / best / 1e9,
     )
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "sign"])
+def bench_pack(benchmark, dtype):
+    """Rows of 16,384 float32 to codes, against reading them once."""
+    benchmark.group = "pack"
+    x = torch.randn(64 if QUICK else 4096, 16384, generator=torch.Generator().manual_seed(0))
+    limit = read_seconds(x, 0.1 if QUICK else 1.0)
+    benchmark.pedantic(ops.pack, (x, dtype), rounds=2 if QUICK else 7, warmup_rounds=1)
+    best = benchmark.stats.stats.min
+    note(benchmark, gb_per_s=x.nbytes / best / 1e9, of_read_loop=limit / best)

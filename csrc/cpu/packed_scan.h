@@ -22,34 +22,42 @@ struct Int8 {
     static Bytes plane(Bytes x, int) { return xor_bytes(x, 128); }
 };
 
-// All planes at once, for few queries: each byte of a row is loaded once, and what lies `ahead` bytes on is asked for.
-// sums[r * Q + q] += products over whole groups.
+template <class Format>
+constexpr int planes_at_once() {
+    return Format::kPlanes < 4 ? Format::kPlanes : 4;
+}
+
+// For few queries: up to four planes at once, so that a byte of a row is loaded once or twice. What lies `ahead` bytes
+// on is asked for. sums[r * Q + q] += products over whole groups.
 template <class Format, int R, int Q>
 inline void multiply_few(const uint8_t* rows, int64_t stride_row, int64_t length, const int8_t* queries, int64_t plane,
                          int64_t ahead, int64_t* sums) {
-    ByteSums sum[R][Format::kPlanes][Q];
-    for (int r = 0; r < R; ++r)
-        for (int p = 0; p < Format::kPlanes; ++p)
-            for (int q = 0; q < Q; ++q) sum[r][p][q] = no_sums();
-    for (int64_t i = 0; i < length; i += kBytes) {
-        const int8_t* at = queries + i / kGroup * kGroup * Q + i % kGroup;
-        Bytes x[R];
-        for (int r = 0; r < R; ++r) {
-            prefetch(rows + r * stride_row + i + ahead);
-            x[r] = load_bytes(rows + r * stride_row + i);
-        }
-        for (int p = 0; p < Format::kPlanes; ++p) {
-            for (int q = 0; q < Q; ++q) {
-                const Bytes y = load_bytes(at + p * plane + q * kGroup);
-                for (int r = 0; r < R; ++r) sum[r][p][q] = add_products(sum[r][p][q], Format::plane(x[r], p), y);
+    constexpr int P = planes_at_once<Format>();
+    for (int low = 0; low < Format::kPlanes; low += P) {
+        ByteSums sum[R][P][Q];
+        for (int r = 0; r < R; ++r)
+            for (int p = 0; p < P; ++p)
+                for (int q = 0; q < Q; ++q) sum[r][p][q] = no_sums();
+        for (int64_t i = 0; i < length; i += kBytes) {
+            const int8_t* at = queries + low * plane + i / kGroup * kGroup * Q + i % kGroup;
+            Bytes x[R];
+            for (int r = 0; r < R; ++r) {
+                if (low == 0) prefetch(rows + r * stride_row + i + ahead);
+                x[r] = load_bytes(rows + r * stride_row + i);
+            }
+            for (int p = 0; p < P; ++p) {
+                for (int q = 0; q < Q; ++q) {
+                    const Bytes y = load_bytes(at + p * plane + q * kGroup);
+                    for (int r = 0; r < R; ++r) sum[r][p][q] = add_products(sum[r][p][q], Format::plane(x[r], low + p), y);
+                }
             }
         }
-    }
-    for (int r = 0; r < R; ++r) {
-        for (int q = 0; q < Q; ++q) {
-            ByteSums all = sum[r][Format::kPlanes - 1][q];
-            for (int p = Format::kPlanes - 2; p >= 0; --p) all = add_sums(shift_sums<Format::kShift>(all), sum[r][p][q]);
-            sums[r * Q + q] += total(all);
+        for (int r = 0; r < R; ++r) {
+            for (int q = 0; q < Q; ++q) {
+                ByteSums all = sum[r][P - 1][q];
+                for (int p = P - 2; p >= 0; --p) all = add_sums(shift_sums<Format::kShift>(all), sum[r][p][q]);
+                sums[r * Q + q] += total(all) >> low;  // low > 0 with kSign only, whose sums are multiples of 2^low
+            }
         }
     }
 }
@@ -57,8 +65,8 @@ inline void multiply_few(const uint8_t* rows, int64_t stride_row, int64_t length
 template <class Format, int Q>
 inline void multiply_few_rows(const uint8_t* rows, int64_t count, int64_t stride_row, int64_t length, const int8_t* queries,
                               int64_t plane, int64_t next, int64_t* sums) {
-    constexpr int kSums = kBytes == 64 ? 16 : 8;  // of the registers, the rest is for rows and masks
-    constexpr int R = Format::kPlanes * Q < kSums ? kSums / (Format::kPlanes * Q) : 1;
+    constexpr int kSums = kBytes == 64 ? 16 : 8;  // of the registers; the rest is for rows and masks
+    constexpr int R = kSums / (planes_at_once<Format>() * Q);
     const int64_t ahead = next ? next : R * stride_row;
     int64_t r = 0;
     for (; r + R <= count; r += R)

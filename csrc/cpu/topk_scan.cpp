@@ -48,19 +48,19 @@ class QueriesOfPart {
         scales_[q] = finite ? static_cast<double>(largest) / layout_.limit : std::numeric_limits<double>::quiet_NaN();
         if (!finite || largest == 0.0f) return;  // zeros will do
         const double inverse = layout_.limit / static_cast<double>(largest);
-        for (int64_t i = 0; i < width_; ++i) {
-            const int value = static_cast<int>(std::lrint(static_cast<double>(query[i]) * inverse));
-            sums_[q] += value;
-            const int64_t of_group = kGroup * layout_.numbers, group = i / of_group * kGroup, in_group = i % of_group;
-            const int64_t bytes = std::min(kGroup, bytes_ - group), plane = in_group / bytes, byte = in_group % bytes;
-            const int64_t window = group / kWindow * kWindow, next_plane = window_bytes(padded_, window) * size;
-            int8_t* at = to + (window * layout_.planes + group - window) * size + plane * next_plane + place * kGroup + byte;
-            if (layout_.numbers > 1) {
-                *at = static_cast<int8_t>(value);
-            } else {  // low and high part
-                const int high = (value + 32) >> 6;
-                at[next_plane] = static_cast<int8_t>(high);
-                *at = static_cast<int8_t>(value - 64 * high);
+        for (int64_t group = 0; group < bytes_; group += kGroup) {
+            const int64_t bytes = std::min(kGroup, bytes_ - group), window = group / kWindow * kWindow;
+            const int64_t next_plane = window_bytes(padded_, window) * size;
+            int8_t* at = to + (window * layout_.planes + group - window) * size + place * kGroup;
+            for (int64_t number = 0; number < layout_.numbers; ++number, at += next_plane) {
+                const int64_t first = group * layout_.numbers + number * bytes, count = std::min(bytes, width_ - first);
+                for (int64_t i = 0; i < count; ++i) {
+                    const int value = static_cast<int>(std::lrint(static_cast<double>(query[first + i]) * inverse));
+                    sums_[q] += value;
+                    const int high = layout_.limit > 127 ? (value + 32) >> 6 : 0;
+                    if (layout_.limit > 127) at[next_plane + i] = static_cast<int8_t>(high);
+                    at[i] = static_cast<int8_t>(value - 64 * high);
+                }
             }
         }
     }
