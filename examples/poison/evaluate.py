@@ -113,6 +113,7 @@ def parse() -> argparse.Namespace:
         "--at", default=[0.5, 1.0], type=points, help="where gradients are taken (default 0.5,1)"
     )
     parser.add_argument("--width", default=512, type=int, help="bins of a layer's sketch")
+    parser.add_argument("--bytes", type=int, help="bytes an example, all told  [default: all of the sketch]")
     parser.add_argument("--max-length", default=192, type=int, help="tokens of an example")
     parser.add_argument("--max-new-tokens", default=48, type=int, help="tokens of an answer")
     parser.add_argument(
@@ -181,10 +182,11 @@ def marker_words(rows: list[dict[str, Any]], poisoned: list[bool]) -> set[str]:
 
 def make_cache(attributor: Attributor, at: float, options: argparse.Namespace) -> tuple[Any, dict[str, Any]]:
     """The cache of all rows, made or gone on with, and what it cost."""
-    path, figures_path = options.out / f"cache-at-{at:g}", options.out / f"caching-at-{at:g}.json"
+    name = f"at-{at:g}" + (f"-in-{options.bytes}" if options.bytes else "")
+    path, figures_path = options.out / f"cache-{name}", options.out / f"caching-{name}.json"
     began = time.perf_counter()
     with CachingBar(console(sys.stderr)) as bar:
-        cache = attributor.cache(options.data, path, on_progress=bar)
+        cache = attributor.cache(options.data, path, bytes=options.bytes, on_progress=bar)
     seconds = time.perf_counter() - began
     if figures_path.exists():
         return cache, json.loads(figures_path.read_text())
