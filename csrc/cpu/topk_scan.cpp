@@ -10,6 +10,14 @@
 namespace rapidin {
 namespace {
 
+// Where a vector's elements may begin so that loads do not cross cache lines, which takes twice the time; it must have
+// kGroup bytes to spare.
+template <class T>
+T* aligned(const std::vector<T>& memory) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(memory.data());
+    return reinterpret_cast<T*>((at + kGroup - 1) / kGroup * kGroup);
+}
+
 // ---- integer queries ----
 
 // The integer queries of one packed part, and the memory that its ByteQueries point to.
@@ -31,11 +39,7 @@ class QueriesOfPart {
     ByteQueries view() const { return {planes(), sums_.data(), scales_.data()}; }
 
   private:
-    // Aligned to a vector: one that crosses cache lines takes two loads.
-    int8_t* planes() const {
-        const uintptr_t at = reinterpret_cast<uintptr_t>(memory_.data());
-        return reinterpret_cast<int8_t*>((at + kGroup - 1) / kGroup * kGroup);
-    }
+    int8_t* planes() const { return aligned(memory_); }
 
     // Query q, which is number `place` of a tile of `size` queries, whose planes begin at `to`.
     void fill(const float* query, int64_t q, int64_t place, int64_t size, int8_t* to) {
@@ -148,7 +152,7 @@ void topk_scan(ScanArgs args, std::vector<ScanPart> parts, int64_t k, ScanResult
     const size_t pairs = static_cast<size_t>(kScanRows * args.q);
     std::vector<Worker> workers(static_cast<size_t>(threads));
     for (Worker& worker : workers) {
-        worker.floats.resize(kScanRows * kScanTile);
+        worker.floats.resize(kScanRows * kScanTile + kGroup);
         worker.sums.resize(pairs);
         worker.scores.resize(pairs);
     }
@@ -163,7 +167,7 @@ void topk_scan(ScanArgs args, std::vector<ScanPart> parts, int64_t k, ScanResult
         if (!any) return;
         Worker& worker = workers[number];
         const double* scores = worker.scores.data();
-        set.scan(args, first, count, worker.floats.data(), worker.sums.data(), worker.scores.data());
+        set.scan(args, first, count, aligned(worker.floats), worker.sums.data(), worker.scores.data());
         for (int64_t q = 0; q < args.q; ++q) {
             const float* base = args.base ? args.base + q * args.stride_base + first : nullptr;
             for (int64_t r = 0; r < count; ++r) {

@@ -51,8 +51,15 @@ inline void dot_tile(const T* rows, int64_t stride_row, const float* queries, in
             for (int r = 0; r < R; ++r) sum[r][q] = fma_wide(load_tail(rows + r * stride_row + i, length - i), y, sum[r][q]);
         }
     }
-    for (int r = 0; r < R; ++r)
-        for (int q = 0; q < Q; ++q) out[r * stride_out + q] += scale[r] * static_cast<double>(sum_wide(sum[r][q]));
+    for (int q = 0; q < Q; ++q) {
+        float of_row[R];
+        if constexpr (R % 4 == 0) {
+            for (int r = 0; r < R; r += 4) sums_wide(sum[r][q], sum[r + 1][q], sum[r + 2][q], sum[r + 3][q], of_row + r);
+        } else {
+            for (int r = 0; r < R; ++r) of_row[r] = sum_wide(sum[r][q]);
+        }
+        for (int r = 0; r < R; ++r) out[r * stride_out + q] += scale[r] * static_cast<double>(of_row[r]);
+    }
 }
 
 // All rows of the tile for Q queries: R at a time, which keeps R * Q sums in registers.
