@@ -466,6 +466,7 @@ def normalized_table(study: dict[str, Any]) -> str:
     rows = []
     for name, entries in shown_codes(study):
         if name.startswith(("learnt", "float16", "double-sided, f")):
+            name += f", {entries[0]['width']} bins" if name.startswith("float16") else ""
             figures = [
                 f"{mean(entries, 'all', key, normalized):.{digits}f}"
                 for normalized in NORMALIZED
@@ -483,7 +484,8 @@ def unlike_table(study: dict[str, Any]) -> str:
             figures = [f"{mean(entries, g, 'spearman'):.3f}" for g in GROUPS]
             figures += [f"{mean(entries, g, 'top10'):.1f}" for g in GROUPS]
             name = "all kinds" if code == "learnt" else "Alpaca alone"
-            rows.append([name, f"{entries[0]['bytes']:,}", *figures])
+            row = [name, f"{entries[0]['bytes']:,}", *figures]
+            rows += [row] if row not in rows else []  # a budget beyond one bit a number changes nothing
     head = ["learnt from", "bytes", *(f"Spearman, {g}" for g in GROUPS), *(f"top 10, {g}" for g in GROUPS)]
     return table(head, rows)
 
@@ -513,8 +515,8 @@ def lds_settings(results: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any
     for e in results:
         about = {"code": e["code"], "budget": e.get("budget"), "width": e.get("width")}
         seen.setdefault(tuple(about.values()), (e["code"], about))
-    order = {"exact": 0, "float16": 1}
-    return sorted(seen.values(), key=lambda x: order.get(x[0], 2))
+    order = list(dict.fromkeys(code for code, _ in seen.values()))
+    return sorted(seen.values(), key=lambda x: order.index(x[0]))
 
 
 def lds_table(results: list[dict[str, Any]]) -> str:
@@ -669,10 +671,10 @@ def report(args: argparse.Namespace) -> None:
     page = args.out / "fidelity.md"
     text = page.read_text()
     for name, make in made.items():
-        start, end = f"<!-- table {name} -->\n", f"\n<!-- end {name} -->"
+        start, end = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
         if start in text and end in text:
             before, rest = text.split(start, 1)
-            text = before + start + make() + end + rest.split(end, 1)[1]
+            text = before + start + make() + "\n" + end + rest.split(end, 1)[1]
     page.write_text(text)
 
 
