@@ -617,8 +617,8 @@ def plot_lds(results: list[dict[str, Any]], out: Path) -> None:
     from matplotlib import pyplot as plt
 
     names = sorted({e["set"] for e in results})
-    figure, axes = plt.subplots(2, len(names), figsize=(4 * len(names), 7), squeeze=False)
-    for row, key in zip(axes, LDS_SCORES[:2], strict=True):
+    figure, axes = plt.subplots(2, len(names), figsize=(3.6 * len(names), 6), squeeze=False)
+    for row, key in zip(axes, ("layer", "fisher 1.0"), strict=True):
         for ax, name in zip(row, names, strict=True):
             lines: dict[str, list[tuple[float, float]]] = {}
             for code, about in lds_settings(results):
@@ -641,7 +641,7 @@ def plot_lds(results: list[dict[str, Any]], out: Path) -> None:
         row[0].set_ylabel("LDS (line: exact gradients)")
     axes[0][0].legend(fontsize=7)
     figure.tight_layout()
-    figure.savefig(out, dpi=75)
+    figure.savefig(out, dpi=58)
     plt.close(figure)
 
 
