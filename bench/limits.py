@@ -19,10 +19,10 @@ def best_seconds(run: Callable[[], Any], seconds: float = 1.0) -> float:
     return best
 
 
-def read_seconds(x: Tensor) -> float:
+def read_seconds(x: Tensor, seconds: float = 1.0) -> float:
     """Time to read a contiguous tensor once: torch's sum over its bytes as float32."""
     words = x.reshape(-1).view(torch.float32)
-    return best_seconds(lambda: words.sum())
+    return best_seconds(lambda: words.sum(), seconds)
 
 
 def note(benchmark: Any, **row: Any) -> None:
