@@ -6,10 +6,11 @@ pytest bench/bench_flat_sketch.py --benchmark-json=flat_sketch.json
 import pytest
 import torch
 from limits import note, read_seconds
+from turns import LIMIT_SECONDS, measure, sized
 
 from rapidin import ops
 
-ELEMENTS = 32 << 20
+ELEMENTS = sized(32 << 20, 1 << 17)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -21,7 +22,7 @@ def bench_flat_sketch(benchmark, dim, tensors, dtype):
     small = [p[:3000] for p in parts[:3]]
     wanted = ops.flat_sketch(small, dim, seed=1, backend="reference")
     torch.testing.assert_close(ops.flat_sketch(small, dim, seed=1), wanted, rtol=1e-4, atol=1e-4)
-    limit = read_seconds(x)
-    benchmark(ops.flat_sketch, parts, dim, seed=1)
+    limit = read_seconds(x, LIMIT_SECONDS)
+    measure(benchmark, ops.flat_sketch, parts, dim, seed=1)
     best = benchmark.stats.stats.min
     note(benchmark, gb_per_s=x.nbytes / best / 1e9, of_read_loop=limit / best)

@@ -8,12 +8,16 @@ Run with one thread (OMP_NUM_THREADS=1) for the cost constants in rapidin/ops/cp
 import pytest
 import torch
 from limits import best_seconds, note, read_seconds
+from turns import LIMIT_SECONDS, measure, sized
 
 from rapidin import ops
 from rapidin.ops import cpu
 
-BATCH, TOKENS = 4, 128
-LAYERS = ((576, 576), (576, 192), (576, 1536), (1536, 576), (2048, 2048), (576, 8), (8, 192), (4096, 8))
+BATCH, TOKENS = sized((4, 128), (1, 16))
+LAYERS = sized(
+    ((576, 576), (576, 192), (576, 1536), (1536, 576), (2048, 2048), (576, 8), (8, 192), (4096, 8)),
+    ((576, 576), (576, 8)),
+)
 
 WAYS = {
     "chosen": lambda a, g, k, seed: ops.linear_sketch(a, g, k, seed=seed),
@@ -25,7 +29,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("k", [64, 256, 512, 1024])
+@pytest.mark.parametrize("k", sized([64, 256, 512, 1024], [256]))
 @pytest.mark.parametrize("way", WAYS)
 def bench_linear_sketch(benchmark, way, k, layer):
     n_in, n_out = layer
@@ -33,9 +37,9 @@ def bench_linear_sketch(benchmark, way, k, layer):
     wanted = ops.linear_sketch(inputs[:1, :9], grads[:1, :9], k, seed=1, backend="reference")
     torch.testing.assert_close(WAYS[way](inputs[:1, :9], grads[:1, :9], k, 1), wanted, rtol=1e-3, atol=1e-2)
     weight = torch.randn(n_in, n_out)
-    limit = read_seconds(inputs) + read_seconds(grads)
-    forward = best_seconds(lambda: inputs @ weight)
-    benchmark(WAYS[way], inputs, grads, k, 1)
+    limit = read_seconds(inputs, LIMIT_SECONDS) + read_seconds(grads, LIMIT_SECONDS)
+    forward = best_seconds(lambda: inputs @ weight, LIMIT_SECONDS)
+    measure(benchmark, WAYS[way], inputs, grads, k, 1)
     best = benchmark.stats.stats.min
     note(
         benchmark,

@@ -1,0 +1,173 @@
+"""Caching a model's examples, against a bare forward and backward pass over the same batches.
+
+pytest bench/bench_caching.py --benchmark-json=caching.json
+
+The bare loop takes the same batches to the same losses with all parameters frozen, so that only input
+gradients are computed; it has no hooks but the one that begins the graph at the embeddings. The caching loop
+is `Attributor`'s: hooks, sketches, unit blocks and their code, all but the writing of the shards. The two
+take turns batch by batch.
+
+The model is a Llama of SmolLM2-135M's shape with random weights; RAPIDIN_BENCH_MODEL=FOLDER takes a real one.
+Peaks are of the whole process, so "above the bare loop" holds the code's basis too.
+"""
+
+import os
+import time
+from collections.abc import Callable
+
+import pytest
+import torch
+from limits import note
+from torch import nn
+from turns import clear_peak, peak_mb, sized
+
+from rapidin import Attributor, load_model, methods, pack
+from rapidin.attributor import _by_length
+from rapidin.demo.tokenizer import train_tokenizer
+from rapidin.encoding import Encoded, Status
+from rapidin.hooks import Batch, example_losses
+from rapidin.model import LoadedModel
+from rapidin.pack import Basis, Code, FloatCode, PackedCode
+
+EXAMPLES = sized(48, 12)
+LENGTHS = sized((64, 192), (12, 24))  # tokens, of which the second half count
+BATCH_TOKENS = sized(1024, 64)
+SAMPLE = sized(512, 24)  # that the code learns from: enough for all directions that it may have
+BYTES = 2048
+
+
+def random_llama() -> LoadedModel:
+    """SmolLM2-135M's shape, or a tiny one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, intermediate, layers, heads, kv_heads = sized((576, 1536, 30, 9, 3), (48, 64, 2, 4, 2))
+    config = LlamaConfig(
+        vocab_size=sized(49152, 512),
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=2048,
+        tie_word_embeddings=True,
+        initializer_range=0.04,
+    )
+    torch.manual_seed(0)
+    return LoadedModel.of(LlamaForCausalLM(config).eval(), train_tokenizer(["a few words"]))
+
+
+def with_lora(loaded: LoadedModel) -> LoadedModel:
+    """The model with an adapter as if it had been trained: lora_B is not zero."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(1)
+    tuned = get_peft_model(
+        loaded.model,
+        LoraConfig(task_type="CAUSAL_LM", r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"]),
+    )
+    for name, parameter in tuned.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    return LoadedModel.of(tuned.eval(), loaded.tokenizer)
+
+
+def make_model(kind: str) -> LoadedModel:
+    folder = os.environ.get("RAPIDIN_BENCH_MODEL")
+    loaded = load_model(folder, device="cpu") if folder else random_llama()
+    return with_lora(loaded) if kind == "LoRA" else loaded
+
+
+def make_examples(vocabulary: int) -> list[Encoded]:
+    generator = torch.Generator().manual_seed(2)
+    lengths = torch.randint(*LENGTHS, (EXAMPLES,), generator=generator).tolist()
+    texts = (torch.randint(vocabulary, (n,), generator=generator).tolist() for n in lengths)
+    return [Encoded(ids, [t >= len(ids) // 2 for t in range(len(ids))], Status.OK) for ids in texts]
+
+
+def bare_loop(model: nn.Module) -> Callable[[list[Encoded]], None]:
+    """A forward and a backward pass that computes input gradients alone."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+
+    def run(texts: list[Encoded]) -> None:
+        batch = Batch.of([(e.ids, e.target) for e in texts])
+        hook = model.get_input_embeddings().register_forward_hook(lambda *args: args[2].requires_grad_())
+        with torch.enable_grad():
+            example_losses(model, batch).sum().backward()
+        hook.remove()
+
+    return run
+
+
+def make_code(attributor: Attributor, texts: list[Encoded], dtype: str) -> Code:
+    """A code as the caching loop learns it. The sample is mixed from a few sketches: how long packing takes
+    depends on the sizes alone."""
+    blocks, width = len(attributor.layers), attributor.width
+    if dtype == "float16":
+        return FloatCode(dtype, blocks, width)
+    few = methods.unit_blocks(attributor._sketch(texts)[0])[0]
+    weights = torch.randn(SAMPLE, len(few))
+    mixed = torch.einsum("sn,nbw->sbw", weights, few) + 0.5 * torch.randn(SAMPLE, blocks, width)
+    units, lengths = methods.unit_blocks(mixed)
+    learnt = pack.learn(units, pack.HEAD)
+    shape = pack.fit(attributor.format(bytes=BYTES), blocks, width, learnt)
+    return PackedCode(
+        shape, width, attributor.seed, Basis.of(learnt, shape, lengths, attributor.seed).rounded()
+    )
+
+
+@pytest.mark.parametrize("dtype", ["sign", "float16"])
+@pytest.mark.parametrize("kind", ["linear layers", "LoRA"])
+def bench_caching(benchmark, kind, dtype):
+    name = os.environ.get("RAPIDIN_BENCH_MODEL", "random Llama")
+    benchmark.group = f"caching, {name}, {kind}"
+    loaded = make_model(kind)
+    texts = make_examples(loaded.model.get_input_embeddings().num_embeddings)
+    batches = [[texts[n] for n in chosen] for chosen in _by_length(range(EXAMPLES), texts, BATCH_TOKENS)]
+
+    bare = bare_loop(loaded.model)
+    bare(batches[-1])
+    counted = clear_peak()
+    bare(batches[-1])  # the longest texts
+    bare_peak = peak_mb() if counted else 0.0
+
+    attributor = Attributor(loaded, batch_tokens=BATCH_TOKENS)
+    code = make_code(attributor, batches[0], dtype)
+
+    sketches: list[torch.Tensor] = []
+
+    def cache_batch(number: int) -> None:
+        """Sketch one batch; the last one ends a group of them, which is packed as a whole."""
+        sketches.append(attributor._sketch(batches[number])[0])
+        if number == len(batches) - 1:
+            code.encode(*methods.unit_blocks(torch.cat(sketches)))
+            sketches.clear()
+
+    cache_batch(0)
+    counted = counted and clear_peak()
+    cache_batch(len(batches) - 1)  # the longest texts, and packing
+    peak = peak_mb() if counted else 0.0
+
+    taken: list[float] = []
+    order = iter(range(len(batches)))
+
+    def bare_first() -> tuple[tuple[int], dict[str, int]]:
+        number = next(order)
+        start = time.perf_counter()
+        bare(batches[number])
+        taken.append(time.perf_counter() - start)
+        return (number,), {}
+
+    benchmark.pedantic(cache_batch, setup=bare_first, rounds=len(batches))
+    seconds = sum(benchmark.stats.stats.data)
+    benchmark.extra_info["beside"] = {"bare loop, a batch": sum(taken) / len(taken)}
+    tokens = sum(len(e.ids) for e in texts)
+    note(
+        benchmark,
+        of_bare_loop=sum(taken) / seconds,
+        examples_per_s=EXAMPLES / seconds,
+        tokens_per_s=tokens / seconds,
+        bare_examples_per_s=EXAMPLES / sum(taken),
+        bytes_an_example=code.row_bytes,
+        **({"mb_above_bare_loop": peak - bare_peak, "peak_mb": peak} if counted else {}),
+    )
