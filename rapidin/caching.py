@@ -24,7 +24,7 @@ from rapidin.examples import Examples, record_hash
 from rapidin.pack import Basis, Code, PackedCode
 
 SHARD_BYTES = 16 << 20  # a killed run loses at most this much, and a file this large is read at full speed
-GROUP_BYTES = 64 << 20  # sketches held in float32 at a time
+GROUP_BYTES = 32 << 20  # sketches held in float32 at a time
 
 # Sketches [n, blocks, width] of texts, their status [n] uint8; reports examples, tokens and skipped ones as
 # it goes.

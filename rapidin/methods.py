@@ -48,8 +48,9 @@ def unit_blocks(sketch: Tensor) -> tuple[Tensor, Tensor]:
 
     A block of zeros stays zero, with length 0.
     """
-    length = sketch.double().norm(dim=-1)
-    unit = sketch / torch.where(length > 0, length, 1.0)[..., None]
+    # In float64, for the squares of small gradients leave float32's range; but no copy of the sketch in it.
+    length = torch.linalg.vector_norm(sketch, dim=-1, dtype=torch.float64)
+    unit = sketch / torch.where(length > 0, length, 1.0).to(sketch.dtype)[..., None]
     return unit.float(), length.float()
 
 
