@@ -50,9 +50,9 @@ class Attributor:
     """Caches training examples as gradient sketches, and finds those behind a generation.
 
     model: a `LoadedModel`, or a transformers or peft causal model with its tokenizer.
-    width: bins of each layer's sketch; "auto": 512 for a model of hundreds of layers, more where there are
-    fewer. projection: "tensor" (from the factors), "flat" (from the formed gradient), or "rapidgrad" (one
-    block of
+    width: bins of each layer's sketch; "auto": 512 for hundreds of layers, more where there are fewer, or where
+        `budget`, the bytes an example that a code is to take, is large.
+    projection: "tensor" (from the factors), "flat" (from the formed gradient), or "rapidgrad" (one block of
         `width` numbers for the whole layer-normalised gradient, say 65,536: the paper's setting).
     seed: of bins and signs.
     include, exclude: patterns of parameter names (`rapidin.layers.matches`).
@@ -75,6 +75,7 @@ class Attributor:
         tokenizer: Any = None,
         *,
         width: int | Literal["auto"] = 512,
+        budget: int | None = None,
         projection: Projection = "tensor",
         seed: int = 0,
         include: Sequence[str] = (),
@@ -115,7 +116,7 @@ class Attributor:
             self.loaded.model, trained=self.loaded.trained, include=include, exclude=exclude
         )
         if width == "auto":
-            width = 65536 if projection == "rapidgrad" else pack.width_for(len(self.targets))
+            width = 65536 if projection == "rapidgrad" else pack.width_for(len(self.targets), budget)
         self.width = width
         self.layers = layer_table(self.targets, self.points, width, whole=projection == "rapidgrad")
         self.sketcher = GradientSketcher(

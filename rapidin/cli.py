@@ -126,6 +126,7 @@ def cache_command(
         attributor = Attributor(
             loaded,
             width=width if width is not None else 512 if bytes is None else "auto",
+            budget=bytes,
             seed=seed,
             include=include,
             exclude=exclude,

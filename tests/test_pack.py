@@ -227,6 +227,7 @@ def test_directions_are_judged_on_examples_that_they_were_not_learnt_from() -> N
 
 def test_few_layers_get_wider_sketches() -> None:
     assert [width_for(n) for n in (1, 12, 120, 210, 1000)] == [8192, 8192, 1024, 512, 512]
+    assert [width_for(n, 16384) for n in (12, 120, 210)] == [8192, 2048, 1024]
 
 
 def test_no_room_is_said() -> None:
