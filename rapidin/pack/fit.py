@@ -99,8 +99,11 @@ def length_bits(budget: int | None, blocks: int, learnt: bool) -> int:
 
 
 def width_for(blocks: int, budget: int | None = None) -> int:
-    """Bins of a block that pay: about 2^17 numbers in all, 512 bins at 210 layers, 8,192 at 12; twice that from
-    8,192 bytes an example on, where 512 bins would be what limits the code (docs/fidelity.md)."""
+    """Bins of a block that pay: about 2^17 numbers in all, 512 bins at 210 layers, 8,192 at 12.
+
+    From a budget of 8,192 bytes an example on twice that: fewer would be what limits the code
+    (docs/fidelity.md).
+    """
     numbers = 3 << (16 if budget is None or budget < 8192 else 17)
     width = 512
     while width < 8192 and width * 2 * blocks <= numbers:
