@@ -505,7 +505,7 @@ def test_no_example_with_a_sketch(place: Place, tmp_path: Path, run: Any) -> Non
         ({"loss": "sum"}, r"other gradients \(loss: mean there, sum here\)"),
         ({"exclude": "v_proj"}, "other gradients"),
         ({"max_length": "64"}, "another treatment of the texts"),
-        ({"dtype": "float32"}, "another dtype"),
+        ({"dtype": "float32"}, "another code"),
         ({"limit": "3"}, "other data"),
     ],
 )
