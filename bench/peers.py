@@ -1,6 +1,6 @@
 """Caching by rapidin beside other packages that keep projected gradients: Bergson and dattri's LoGra.
 
-    python bench/peers.py setup FOLDER                      # a virtual environment for them, outside the checkout
+    python bench/peers.py setup FOLDER       # a virtual environment for them, outside the checkout
     python bench/peers.py run FOLDER [--model MODEL --data TEXTS.jsonl] [--examples 64]
 
 Each reads the same texts (one "text" a line) with the same model on the CPU, keeps about 256 numbers for each
@@ -174,7 +174,10 @@ def run(folder: Path, model: Path | None, data: Path | None, examples: int) -> N
 
 
 def dattri(model_folder: str, data: str, out: str) -> None:
-    """dattri's LoGra attributor, no Hessian, caching to disk: runs in the peers' environment."""
+    """dattri's LoGra attributor without a Hessian: runs in the peers' environment.
+
+    Its own writing to disk needs pinned memory, so a GPU; here what it holds is saved by torch at the end.
+    """
     import json
 
     import torch
@@ -212,11 +215,14 @@ def dattri(model_folder: str, data: str, out: str) -> None:
         layer_names=linear,
         hessian="Identity",
         proj_dim=SIDE**2,
-        offload="disk",
-        cache_dir=out,
+        offload="cpu",
     )
     encoded.sort(key=len)
-    attributor.cache(DataLoader(encoded, batch_size=DATTRI_BATCH, collate_fn=collate, shuffle=False))
+    loader = DataLoader(encoded, batch_size=DATTRI_BATCH, collate_fn=collate, shuffle=False)
+    attributor.cache(loader)
+    Path(out).mkdir()
+    kept = [attributor.offload_manager.retrieve_gradients(n) for n in range(len(loader))]
+    torch.save(kept, Path(out) / "gradients.pt")
 
 
 def main() -> None:
