@@ -29,7 +29,7 @@ from rapidin.hooks import Batch, example_losses
 from rapidin.model import LoadedModel
 from rapidin.pack import Basis, Code, FloatCode, PackedCode
 
-EXAMPLES = sized(48, 12)
+EXAMPLES = sized(32, 12)
 LENGTHS = sized((64, 192), (12, 24))  # tokens, of which the second half count
 BATCH_TOKENS = sized(1024, 64)
 SAMPLE = sized(512, 24)  # that the code learns from: enough for all directions that it may have

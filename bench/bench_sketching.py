@@ -118,7 +118,8 @@ def bench_layer(benchmark, layer, side):
             f"double-sided projection, {side} x {side}": double_sided,
             "gradient formed, then sketched": formed,
         },
-        rounds=25,
+        rounds=100,
+        seconds=5.0,
     )
     best = benchmark.stats.stats.min
     note(

@@ -55,7 +55,7 @@ LIGHT = {
     "examples": set(),
     "encoding": set(),
     "hits": set(),
-    "cli": {"attributor", "cache", "demo", "examples", "model", "plan", "report", "scan"},
+    "cli": {"typer"},
     "reference": {"torch"},
 }
 
