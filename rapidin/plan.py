@@ -71,7 +71,7 @@ def make_plan(
         size = _row_bytes(Format(dtype), blocks, width)
         rows.append(Row(f"--dtype {dtype}", size, size * examples, size * examples / speed, 0))
     for budget in BUDGETS if not width & (width - 1) else ():
-        if budget >= rows[1].example:  # float16 takes no more
+        if budget >= rows[0].example:  # float16 takes no more
             continue
         bits = max(0, budget - pack.row_bytes_besides) * 8
         basis = (
