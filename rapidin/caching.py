@@ -188,8 +188,10 @@ class CachingLoop:
     def _unit_blocks(self, rows: Sequence[int], encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
         """Unit blocks, their lengths and status: from the sample where it has them, else made."""
         layers, width = len(self.writer.manifest.layers), self.writer.manifest.width
-        known = [i for i, row in enumerate(rows) if self._sampled is not None and row in self._place]
-        new = [i for i in range(len(rows)) if i not in set(known)]
+        known: list[int] = []
+        new: list[int] = []
+        for i, row in enumerate(rows):
+            (known if self._sampled is not None and row in self._place else new).append(i)
         unit, length = torch.zeros(len(rows), layers, width), torch.zeros(len(rows), layers)
         status = torch.zeros(len(rows), dtype=torch.uint8)
         if new:

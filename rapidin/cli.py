@@ -27,6 +27,8 @@ from rapidin.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from rapidin.model import LoadedModel
+
 
 Command = Callable[[], int | None]  # None is success
 
@@ -112,17 +114,8 @@ def cache_command(
         console.print(f"{len(examples):,} examples in {report.one_line(data)}")
     with _quiet_libraries():
         from rapidin.attributor import Attributor
-        from rapidin.model import load_model
 
-        with _loading(console, model):
-            loaded = load_model(
-                model,
-                adapter=adapter,
-                base=base,
-                device=device,
-                dtype=model_dtype.value if model_dtype else None,
-                trust_remote_code=trust_remote_code,
-            )
+        loaded = _load(console, model, adapter, base, device, model_dtype, trust_remote_code)
         attributor = Attributor(
             loaded,
             width=width if width is not None else 512 if bytes is None else "auto",
@@ -172,6 +165,28 @@ def cache_command(
     else:
         did = f"all {len(examples):,} examples were there already"
     _line(f"{did}: {report.counts_text(info['counts'])}; {report.bytes_text(info['bytes'])} in {out}")
+
+
+def _load(
+    console: "Console",
+    model: str,
+    adapter: str | None,
+    base: str | None,
+    device: str | None,
+    model_dtype: ModelDtype | None,
+    trust_remote_code: bool,
+) -> "LoadedModel":
+    from rapidin.model import load_model
+
+    with _loading(console, model):
+        return load_model(
+            model,
+            adapter=adapter,
+            base=base,
+            device=device,
+            dtype=model_dtype.value if model_dtype else None,
+            trust_remote_code=trust_remote_code,
+        )
 
 
 def _how_to_go_on(out: str, wanted: int) -> str:
@@ -341,18 +356,9 @@ def plan_command(
     opened = open_examples(data) if data is not None else None
     with _quiet_libraries():
         from rapidin.attributor import Attributor
-        from rapidin.model import load_model
         from rapidin.plan import make_plan
 
-        with _loading(console, model):
-            loaded = load_model(
-                model,
-                adapter=adapter,
-                base=base,
-                device=device,
-                dtype=model_dtype.value if model_dtype else None,
-                trust_remote_code=trust_remote_code,
-            )
+        loaded = _load(console, model, adapter, base, device, model_dtype, trust_remote_code)
         attributor = Attributor(
             loaded,
             width=width if width is not None else "auto",

@@ -14,7 +14,7 @@ from rapidin.attributor import Attributor
 from rapidin.caching import GROUP_BYTES
 from rapidin.encoding import Encoded, Status
 from rapidin.examples import Examples
-from rapidin.pack import Format, Shape
+from rapidin.pack import Format
 
 BUDGETS = (256, 1024, 2048, 8192, 16384)
 TOKENS = 256  # of an example, where no data says
@@ -68,7 +68,7 @@ def make_plan(
     for dtype in (*pack.FLOATS, *pack.PACKED):
         if dtype in pack.PACKED and width & (width - 1):
             continue
-        size = _row_bytes(Format(dtype), blocks, width)
+        size = Format(dtype).row_bytes(blocks, width)
         rows.append(Row(f"--dtype {dtype}", size, size * examples, size * examples / speed, 0))
     for budget in BUDGETS if not width & (width - 1) else ():
         if budget >= rows[0].example:  # float16 takes no more
@@ -83,13 +83,6 @@ def make_plan(
             Row(f"--bytes {budget}", budget, budget * examples + basis, budget * examples / speed, learning)
         )
     return Plan(examples, blocks, width, length, each * examples, memory, rows)
-
-
-def _row_bytes(wanted: Format, blocks: int, width: int) -> int:
-    if wanted.dtype in pack.FLOATS:
-        return pack.FloatCode(wanted.dtype, blocks, width).row_bytes + pack.row_bytes_besides
-    shape: Shape = wanted.shape(blocks, width)
-    return shape.row_bytes
 
 
 def _mean_length(attributor: Attributor, data: Examples, most: int = 200) -> float:

@@ -11,7 +11,7 @@ from typing import Any
 
 from rapidin.errors import UserError, short
 from rapidin.layers import Block
-from rapidin.pack import FLOATS, Format, Shape, row_bytes_besides
+from rapidin.pack import Format, Shape
 
 FORMAT = "rapidin-cache"
 VERSION = 2
@@ -122,12 +122,9 @@ class Manifest:
     @property
     def row_bytes(self) -> int:
         """Bytes that an example takes in a shard, all told."""
-        if self.code.dtype in FLOATS:
-            numbers = self.dim * (2 if self.code.dtype == "float16" else 4)
-            return numbers + 4 * len(self.layers) + row_bytes_besides
         if self.packing is not None:
             return self.packing.shape.row_bytes
-        return self.code.bytes or self.code.shape(len(self.layers), self.width).row_bytes
+        return self.code.row_bytes(len(self.layers), self.width)
 
     @property
     def counts(self) -> dict[str, int]:

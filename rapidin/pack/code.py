@@ -128,8 +128,8 @@ class _FloatQuery:
 class PackedCode:
     """Head, tail and rest of a row in few bits; see the top of this file.
 
-    shape: sizes of the parts; width: of a block, a power of two; seed: of the turn; learnt: None where the
-    head and the tail are empty.
+    shape: sizes of the parts; width: of a block, a power of two; seed: of the turn; basis: None where
+    nothing is learnt.
     """
 
     def __init__(
@@ -137,11 +137,11 @@ class PackedCode:
         shape: Shape,
         width: int,
         seed: int,
-        learnt: Basis | None = None,
+        basis: Basis | None = None,
     ) -> None:
         self.shape, self.width, self.seed = shape, width, seed
         self.blocks = len(shape.tail)
-        self.basis = learnt if learnt is not None else Basis.empty(self.blocks, width)
+        self.basis = basis if basis is not None else Basis.empty(self.blocks, width)
 
     @cached_property
     def row_bytes(self) -> int:
@@ -239,24 +239,21 @@ class PackedCode:
         bits = self.shape.length_bits
         if not bits:
             return size * self.basis.length_mean.exp()
-        codes = fields["length"]
-        if bits == 4:
-            codes = torch.stack((codes & 15, codes >> 4), 2).flatten(1)[:, : self.blocks]
+        codes = self._length_codes(fields)
         step, middle = (_STEP8, 128) if bits == 8 else (_STEP4, 8)
         value = ((codes.float() - middle) * step + self.basis.length_mean).exp() * size
         return torch.where(codes > 0, value, 0.0)
 
     def some_dead(self, fields: Mapping[str, Tensor]) -> bool:
         """Whether some row has a block without gradient."""
-        codes = fields.get("length")
-        if codes is None:
-            return False
+        return self.shape.length_bits > 0 and bool((self._length_codes(fields) == 0).any())
+
+    def _length_codes(self, fields: Mapping[str, Tensor]) -> Tensor:
+        """[n, blocks] uint8, 0 where a block has no gradient."""
+        codes = fields["length"]
         if self.shape.length_bits == 8:
-            return bool((codes == 0).any())
-        low, high = codes & 15, codes >> 4
-        if self.blocks % 2:
-            high = high[:, :-1]
-        return bool((low == 0).any()) or bool((high == 0).any())
+            return codes
+        return torch.stack((codes & 15, codes >> 4), 2).flatten(1)[:, : self.blocks]
 
     def parts(self, fields: Mapping[str, Tensor]) -> dict[str, ops.Packed]:
         """The packed parts that the code has, of "head", "tail" and "rest"."""

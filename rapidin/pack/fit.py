@@ -42,6 +42,12 @@ class Format:
         """The shape of a row where nothing is learnt."""
         return fit(self, blocks, width, None)
 
+    def row_bytes(self, blocks: int, width: int) -> int:
+        """Bytes of a row, all told, or at most, where a code is yet to be fitted to a budget."""
+        if self.dtype in FLOATS:
+            return blocks * (width * (2 if self.dtype == "float16" else 4) + 4) + row_bytes_besides
+        return self.bytes or self.shape(blocks, width).row_bytes
+
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Format:
         """What `to_json` wrote; ValueError where it is none."""
