@@ -1,6 +1,15 @@
-"""Builds `rapidin._cpu`. Everything else about the package is in pyproject.toml."""
+"""Builds `rapidin._cpu` and, where nvcc is found, `rapidin._cuda`. The rest is in pyproject.toml.
 
+RAPIDIN_CUDA=auto (where nvcc is found) | on (or fail) | off
+RAPIDIN_CUDA_ARCHS="80 90 100": machine code for these; the last also as PTX, for what comes after it
+nvcc is looked for at CUDACXX, in CUDA_HOME/bin and on the PATH.
+"""
+
+import os
 import platform
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 from pybind11.setup_helpers import Pybind11Extension, build_ext
@@ -15,14 +24,48 @@ AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 finds suc
 FLAGS = {CPU + "isa_avx2.cpp": AVX2, CPU + "isa_avx512.cpp": AVX512} if X86 else {}
 
 
+CUDA = "csrc/cuda/"
+ARCHS = os.environ.get("RAPIDIN_CUDA_ARCHS", "80 90 100").split()
+NVCC_FLAGS = ["-O3", "-std=c++17", "--threads=0", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
+NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
+NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS[-1:]]
+
+
+def find_nvcc() -> str | None:
+    """nvcc, or None where CUDA kernels are not to be built."""
+    wanted = os.environ.get("RAPIDIN_CUDA", "auto")
+    if wanted not in ("auto", "on", "off"):
+        sys.exit(f"RAPIDIN_CUDA must be auto, on or off, got {wanted!r}")
+    if wanted == "off":
+        return None
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    named = os.environ.get("CUDACXX") or (home and f"{home}/bin/nvcc")
+    found = shutil.which(named or "nvcc")
+    if found is None and wanted == "on":
+        sys.exit("RAPIDIN_CUDA=on, but there is no nvcc: put it on the PATH, or say where with CUDACXX")
+    return found
+
+
+def cuda_libraries(nvcc: str) -> list[str]:
+    """Folders that may hold cudart_static, by what nvcc itself would link with."""
+    shown = subprocess.run([nvcc, "-dryrun", "x.cu"], capture_output=True, text=True).stderr
+    top = next((line.split("TOP=")[1] for line in shown.splitlines() if line.startswith("#$ TOP=")), "")
+    folders = (Path(top) / name for name in ("lib64", "lib", "targets/x86_64-linux/lib"))
+    return [str(folder.resolve()) for folder in folders if folder.is_dir()]
+
+
 class BuildWithFlags(build_ext):
-    """build_ext that adds FLAGS[source] to the compilation of that source."""
+    """build_ext that adds FLAGS[source] to the compilation of that source, and takes .cu to nvcc."""
 
     def build_extensions(self) -> None:
         compile_one = self.compiler._compile
+        self.compiler.src_extensions.append(".cu")
 
         def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):  # type: ignore[no-untyped-def]
-            compile_one(obj, src, ext, cc_args, extra_postargs + FLAGS.get(src, []), pp_opts)
+            if src.endswith(".cu"):
+                self.spawn([nvcc, *NVCC_FLAGS, "-c", src, "-o", obj])
+            else:
+                compile_one(obj, src, ext, cc_args, extra_postargs + FLAGS.get(src, []), pp_opts)
 
         self.compiler._compile = compile_with_flags
         super().build_extensions()
@@ -30,15 +73,33 @@ class BuildWithFlags(build_ext):
 
 sources = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp", "tensor_sketch.cpp", "topk_scan.cpp"]
 sources += ["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else []
-extension = Pybind11Extension(
-    "rapidin._cpu",
-    sources=sorted(CPU + name for name in sources),
-    depends=sorted(str(path) for path in Path("csrc").rglob("*.h")),
-    define_macros=[("RAPIDIN_X86", "1")] if X86 else [],
-    cxx_std=17,
-    # No contraction: how a loop was unrolled must not decide how a product and a sum are rounded.
-    extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread"],
-    extra_link_args=["-pthread"],
-)
+headers = sorted(str(path) for path in Path("csrc").rglob("*.*h"))
+extensions = [
+    Pybind11Extension(
+        "rapidin._cpu",
+        sources=sorted(CPU + name for name in sources),
+        depends=headers,
+        define_macros=[("RAPIDIN_X86", "1")] if X86 else [],
+        cxx_std=17,
+        # No contraction: how a loop was unrolled must not decide how a product and a sum are rounded.
+        extra_compile_args=["-O3", "-ffp-contract=off", "-fno-math-errno", "-pthread"],
+        extra_link_args=["-pthread"],
+    )
+]
 
-setup(ext_modules=[extension], cmdclass={"build_ext": BuildWithFlags})
+nvcc = find_nvcc()
+if nvcc is not None:
+    extensions.append(
+        Pybind11Extension(
+            "rapidin._cuda",
+            sources=[CUDA + "bind.cpp", *sorted(str(path) for path in Path(CUDA).glob("*.cu"))],
+            depends=headers,
+            define_macros=[("RAPIDIN_MODULE", "_cuda")],
+            cxx_std=17,
+            # The runtime is linked in: whichever torch brings, and without a GPU it loads.
+            library_dirs=cuda_libraries(nvcc),
+            libraries=["cudart_static", "dl", "rt", "pthread"],
+        )
+    )
+
+setup(ext_modules=extensions, cmdclass={"build_ext": BuildWithFlags})

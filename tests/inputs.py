@@ -9,6 +9,8 @@ from torch import Tensor
 from rapidin import _cpu
 
 SEED = 0x9E3779B97F4A7C15  # both halves of the 64 bits matter
+# Where the backends "triton" and "cuda" take their tensors: on the CPU they are interpreted and emulated.
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 INSTRUCTION_SETS = tuple(_cpu.supported_sets())
 

@@ -18,7 +18,8 @@ ALLOWED = {
     "errors": set(),
     "layers": set(),
     "reference": set(),
-    "ops": {"reference", "_cpu"},
+    "kernels": set(),
+    "ops": {"reference", "kernels", "_cpu", "_cuda"},
     "examples": set(),
     "encoding": {"examples"},
     "model": set(),
@@ -84,7 +85,7 @@ def imports(tree: ast.AST) -> set[str]:
     return found
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(PACKAGE)) for p in FILES])
@@ -94,7 +95,7 @@ def test_no_arrow_points_the_wrong_way(path: Path) -> None:
     rooms = {
         name.split(".")[1] for name in imports(ast.parse(path.read_text())) if name.startswith("rapidin.")
     }
-    rooms &= {*ALLOWED, "_cpu"}
+    rooms &= {*ALLOWED, "_cpu", "_cuda"}
     assert rooms - {room, "errors", "layers"} <= ALLOWED[room]
 
 

@@ -1,7 +1,10 @@
 """Which function runs an op: the one table of (op, backend), or a clear reason why none does."""
 
+import os
 from collections.abc import Callable
+from functools import cache
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -9,26 +12,70 @@ import torch
 KNOWN = ("reference", "cpu", "triton", "cuda")
 
 # A backend's module is imported when it is first used. All of its functions take the op's checked arguments.
-_MODULES = {"reference": "rapidin.reference", "cpu": "rapidin.ops.cpu"}
-_BY_DEVICE = {"cpu": "cpu"}
+_MODULES = {
+    "reference": "rapidin.reference",
+    "cpu": "rapidin.ops.cpu",
+    "triton": "rapidin.ops.triton",
+    "cuda": "rapidin.ops.cuda",
+}
+# The ops that CUDA C++ has kernels for; on a GPU these are the default where the extension was built.
+# docs/kernels.md says why.
+CUDA_OPS = frozenset({"linear_sketch", "flat_sketch", "topk_scan", "topk_scan_both_ends"})
 
 
 def find(op: str, backend: str | None, device: torch.device) -> Callable[..., Any]:
     """The function that runs `op` on tensors of `device`.
 
-    Raises ValueError where the backend is unknown, not built yet, or not for this device.
+    Raises ValueError where the backend is unknown, lacks the op, or is not for this device, ImportError where
+    it was not built or installed.
     """
     if backend is not None and backend not in KNOWN:
         raise ValueError(f"{op}: unknown backend {backend!r}; known are {', '.join(KNOWN)}")
-    name = backend if backend is not None else _BY_DEVICE.get(device.type)
-    if name is None or name not in _MODULES:
-        wanted = f"backend {name!r}" if name else f"kernel for device '{device}'"
-        raise ValueError(
-            f"{op}: this version has no {wanted}; move the tensors to the CPU, or ask for backend='reference'"
-        )
+    name = backend if backend is not None else _default(op, device)
     if name == "cpu" and device.type != "cpu":
         raise ValueError(
             f"{op}: backend 'cpu' takes tensors on the CPU, got device '{device}'; call .cpu() first"
         )
+    if name == "cuda" and op not in CUDA_OPS:
+        raise ValueError(f"{op}: backend 'cuda' has no kernel for it; ask for backend='triton'")
+    if name in ("triton", "cuda") and device.type != "cuda" and not simulated(name):
+        raise ValueError(
+            f"{op}: backend {name!r} takes tensors on a GPU, got device '{device}'; call .cuda() first"
+        )
     function: Callable[..., Any] = getattr(import_module(_MODULES[name]), op)
     return function
+
+
+def simulated(backend: str) -> bool:
+    """Whether a GPU backend runs on the CPU, as in tests: Triton's interpreter, emulated CUDA."""
+    if backend == "triton":
+        return os.environ.get("TRITON_INTERPRET") == "1"
+    return bool(import_module(_MODULES["cuda"]).emulated())
+
+
+def _default(op: str, device: torch.device) -> str:
+    if device.type == "cpu":
+        return "cpu"
+    if device.type == "cuda":
+        if op in CUDA_OPS and _has_cuda_extension():
+            return "cuda"
+        if _has_triton():
+            return "triton"
+        raise ValueError(
+            f"{op}: no kernels for device '{device}' are installed; pip install 'rapidin[gpu]', "
+            "or build from source where nvcc is found"
+        )
+    raise ValueError(
+        f"{op}: there is no kernel for device '{device}'; move the tensors to the CPU, "
+        "or ask for backend='reference'"
+    )
+
+
+@cache
+def _has_triton() -> bool:
+    return find_spec("triton") is not None
+
+
+@cache
+def _has_cuda_extension() -> bool:
+    return find_spec("rapidin._cuda") is not None

@@ -1,4 +1,4 @@
-"""Bins and signs as the CPU kernels read them, kept between calls."""
+"""Bins and signs as the kernels read them, kept between calls on each device."""
 
 from collections import OrderedDict
 from threading import Lock
@@ -14,24 +14,26 @@ LIMIT_BYTES = 256 << 20
 
 OUT, IN = (0, 1), (2, 3)  # streams of (bins, signs) of a matrix's two sides
 
-_tables: OrderedDict[tuple[str, int, tuple[int, int], int, int], Tensor] = OrderedDict()
+CPU = torch.device("cpu")
+
+_tables: OrderedDict[tuple[str, int, tuple[int, int], int, int, torch.device], Tensor] = OrderedDict()
 _bytes = 0
 _lock = Lock()
 
 
-def rows(seed: int, side: tuple[int, int], n: int, k: int) -> Tensor:
+def rows(seed: int, side: tuple[int, int], n: int, k: int, device: torch.device = CPU) -> Tensor:
     """-> [n] int32: each index's bin, and its sign in the top bit."""
-    return _get("rows", seed, side, n, k)
+    return _get("rows", seed, side, n, k, device)
 
 
-def columns(seed: int, side: tuple[int, int], n: int, k: int) -> Tensor:
+def columns(seed: int, side: tuple[int, int], n: int, k: int, device: torch.device = CPU) -> Tensor:
     """-> [ceil(n / k) * k] int32: by chunk and bin, the index in the chunk, and its sign in the top bit."""
-    return _get("columns", seed, side, n, k)
+    return _get("columns", seed, side, n, k, device)
 
 
-def _get(kind: str, seed: int, side: tuple[int, int], n: int, k: int) -> Tensor:
+def _get(kind: str, seed: int, side: tuple[int, int], n: int, k: int, device: torch.device) -> Tensor:
     global _bytes
-    key = (kind, seed, side, n, k)
+    key = (kind, seed, side, n, k, device)
     with _lock:
         if key in _tables:
             _tables.move_to_end(key)
@@ -39,6 +41,7 @@ def _get(kind: str, seed: int, side: tuple[int, int], n: int, k: int) -> Tensor:
     build = _cpu.row_table if kind == "rows" else _cpu.column_table
     table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32)
     build(seed, *side, n, k, table.data_ptr())
+    table = table.to(device)
     with _lock:
         if key not in _tables:
             _tables[key] = table

@@ -1,0 +1,136 @@
+// What the CUDA kernels use of CUDA, and a few names for it. A host compiler gets the same names from
+// tests/emulator/emulator.h, so that a kernel's body, its launcher and the binding run on the CPU in tests.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "../args.h"
+#include "../sketch_hash.h"
+
+#if defined(__CUDACC__)
+#include <cuda_runtime.h>
+#else
+#include "emulator.h"
+#endif
+
+#include <stdexcept>
+#include <string>
+
+namespace rapidin {
+
+// ------------------------------------------------------------------------------------------------- numbers
+
+// 16 bytes, the widest load there is.
+struct alignas(16) Words4 {
+    uint32_t w[4];
+};
+
+__device__ __forceinline__ float half_bits_to_float(uint16_t bits);
+
+// The two bfloat16 of a word, and the two float16 of one.
+__device__ __forceinline__ float bf16_low(uint32_t word) { return __uint_as_float(word << 16); }
+__device__ __forceinline__ float bf16_high(uint32_t word) { return __uint_as_float(word & 0xffff0000u); }
+__device__ __forceinline__ float half_low(uint32_t word) { return half_bits_to_float(static_cast<uint16_t>(word)); }
+__device__ __forceinline__ float half_high(uint32_t word) { return half_bits_to_float(static_cast<uint16_t>(word >> 16)); }
+
+// One element of any dtype that is sketched; `dtype` is the same for a whole warp.
+__device__ __forceinline__ float load_element(const void* data, int dtype, int64_t i) {
+    if (dtype == kFloat32) return static_cast<const float*>(data)[i];
+    const uint16_t bits = static_cast<const uint16_t*>(data)[i];
+    return dtype == kFloat16 ? half_bits_to_float(bits) : __uint_as_float(static_cast<uint32_t>(bits) << 16);
+}
+
+__host__ __device__ __forceinline__ int dtype_bytes(int dtype) { return dtype == kFloat32 ? 4 : 2; }
+
+// The word with its sign turned where `sign` (0 or 1 << 31) says so.
+__device__ __forceinline__ float flip_sign(float x, uint32_t sign) { return __uint_as_float(__float_as_uint(x) ^ sign); }
+
+// Two floats as a word of two bfloat16, nearest even; `low` in the lower half.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high);
+
+// ---------------------------------------------------------------------------------------------- tensor cores
+
+// d += a b for the 16 x 16 by 16 x 8 tile that a warp holds (PTX mma.sync.m16n8k16, bfloat16, sums in float32).
+// With lane = 4 g + t: a[0] = A[g][2t, 2t+1], a[1] = A[g+8][2t, ..], a[2] = A[g][2t+8, ..], a[3] = A[g+8][2t+8, ..];
+// b[0] = B[2t, 2t+1][g], b[1] = B[2t+8, ..][g]; d[0, 1] = D[g][2t, 2t+1], d[2, 3] = D[g+8][2t, 2t+1].
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
+
+#if defined(__CUDACC__)
+
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+    uint32_t word;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
+    return word;
+}
+
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
+    float x;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(x) : "h"(bits));
+    return x;
+}
+
+// The block's dynamic shared memory, 16-byte aligned. Kernels take all of theirs from here.
+__device__ __forceinline__ unsigned char* shared_memory() {
+    extern __shared__ __align__(16) unsigned char rapidin_shared[];
+    return rapidin_shared;
+}
+
+#endif
+
+// ------------------------------------------------------------------------------------------------- launching
+
+inline void check(cudaError_t code, const char* what) {
+    if (code != cudaSuccess) throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(code));
+}
+
+// Makes `device` current while it lives; the caller's tensors and stream are on it.
+class OnDevice {
+  public:
+    explicit OnDevice(int device) {
+        check(cudaGetDevice(&before_), "cudaGetDevice");
+        if (before_ != device) check(cudaSetDevice(device), "cudaSetDevice");
+        changed_ = before_ != device;
+    }
+    ~OnDevice() {
+        if (changed_) cudaSetDevice(before_);
+    }
+    OnDevice(const OnDevice&) = delete;
+
+  private:
+    int before_ = 0;
+    bool changed_ = false;
+};
+
+inline int multiprocessors() {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    return count;
+}
+
+// Starts a kernel on a stream (as an integer, the way Python hands it over) and says so if that failed. It does not
+// wait, so it may be called while a graph is captured.
+template <class... Params, class... Args>
+void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, uint64_t stream,
+            Args... args) {
+    if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
+#if defined(__CUDACC__)
+    if (shared_bytes > 48 * 1024)
+        check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), name);
+    kernel<<<grid, threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
+    check(cudaGetLastError(), name);
+#else
+    static_cast<void>(stream);
+    emulate(name, grid, threads, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
+#endif
+}
+
+}  // namespace rapidin

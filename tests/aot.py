@@ -1,0 +1,138 @@
+"""Compiles for GPUs what the launchers launch, with no GPU: `python tests/aot.py [NAME ...]`.
+
+Each call of `launches` is made with tensors such as users have, but of the "meta" device, and the kernel that
+would have run is compiled for sm_80, sm_90 and sm_100 with the arguments' types and divisibility as Triton
+specialises them. Run without TRITON_INTERPRET.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
+
+ARCHS = (80, 90, 100)
+TYPES = {
+    torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.int8: "i8", torch.uint8: "u8",
+    torch.int16: "i16", torch.int32: "i32", torch.int64: "i64", torch.bool: "i1", torch.float64: "fp64",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel as it would have been launched."""
+
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    divisible: list[int]
+    warps: int
+    stages: int
+    grid: tuple[int, ...]
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor without memory, as far as a launcher can see on the GPU."""
+    return torch.empty(*shape, dtype=dtype, device="meta")
+
+
+def recorded(run: Callable[[], Any]) -> list[Launch]:
+    """The launches that `run` would make."""
+    launches: list[Launch] = []
+
+    def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
+        def launch(*args: Any, num_warps: int = 4, num_stages: int = 3, **named: Any) -> None:
+            values = dict(zip(kernel.arg_names, args, strict=False)) | named
+            signature, constants, divisible = {}, {}, []
+            for number, parameter in enumerate(kernel.params):
+                value = values[parameter.name]
+                if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                    signature[parameter.name] = "constexpr"
+                    constants[parameter.name] = getattr(value, "value", value)
+                elif isinstance(value, Tensor):
+                    signature[parameter.name] = "*" + TYPES[value.dtype]
+                    divisible.append(number)
+                elif isinstance(value, float):
+                    signature[parameter.name] = "fp32"
+                else:
+                    wide = "u32" if 2**31 <= value < 2**32 else "i64" if value >= 2**31 else "i32"
+                    signature[parameter.name] = wide
+                    if value % 16 == 0:
+                        divisible.append(number)
+            blocks = grid(constants) if callable(grid) else grid
+            launches.append(
+                Launch(kernel, signature, constants, divisible, num_warps, num_stages, tuple(blocks))
+            )
+
+        return launch
+
+    before = JITFunction.__getitem__
+    JITFunction.__getitem__ = launcher
+    try:
+        run()
+    finally:
+        JITFunction.__getitem__ = before
+    return launches
+
+
+def compiled(launch: Launch, arch: int) -> dict[str, Any]:
+    """Registers, shared memory and spills of a kernel on an architecture."""
+    indices = {(number,): [["tt.divisibility", 16]] for number in launch.divisible}
+    constants = {(launch.kernel.arg_names.index(name),): value for name, value in launch.constants.items()}
+    source = ASTSource(launch.kernel, launch.signature, constants, indices)
+    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    usage = resources(made.asm["cubin"])
+    return {**usage, "shared": made.metadata.shared, "warps": launch.warps, "ptx": made.asm["ptx"]}
+
+
+def resources(cubin: bytes) -> dict[str, int]:
+    """What cuobjdump reads from a cubin: registers a thread, bytes of stack (which is where spills go)."""
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        shown = subprocess.run(
+            [tool, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    found = re.findall(r"REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", shown)
+    registers, stack, _, local = map(int, found[-1])
+    return {"registers": registers, "stack": stack, "local": local}
+
+
+def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, call) of each launch that is compiled: the sizes and dtypes that users have most."""
+    from rapidin.kernels.sketch_hash import hash_words
+
+    yield "hash_words", lambda: hash_words(meta(600, dtype=torch.int32), 1, 2, 3)
+
+
+def main() -> None:
+    wanted = sys.argv[1:]
+    for name, run in launches():
+        if wanted and not any(part in name for part in wanted):
+            continue
+        for launch in recorded(run):
+            for arch in ARCHS:
+                row = compiled(launch, arch)
+                ptx = row.pop("ptx")
+                row |= {"mma": len(re.findall(r"mma\.sync|wgmma\.mma", ptx))}
+                kernel = launch.kernel.__name__.strip("_")
+                print(json.dumps({"launch": name, "kernel": kernel, "arch": arch, **row}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,31 @@
+"""Without a GPU, the GPU's kernels run on the CPU: Triton's in its interpreter, CUDA's in tests/emulator."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
+
+
+@pytest.fixture(scope="session")
+def emulated_cuda():
+    """The CUDA kernels on the CPU, where there is no GPU to run them."""
+    from emulator.build import emulated
+
+    from rapidin.ops import cuda
+
+    if not torch.cuda.is_available():
+        cuda.use(emulated())
+    return cuda.extension()
+
+
+@pytest.fixture(params=["triton", "cuda"])
+def gpu(request):
+    """The name of each backend for GPUs; its tensors belong on inputs.DEVICE."""
+    if request.param == "cuda":
+        request.getfixturevalue("emulated_cuda")
+    else:
+        pytest.importorskip("triton")
+    return request.param
