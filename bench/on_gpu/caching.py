@@ -113,7 +113,8 @@ def make_model(bench: Bench, kind: str) -> LoadedModel:
 def make_records(bench: Bench) -> list[dict[str, str]]:
     size = size_of(bench.mode)
     generator = torch.Generator().manual_seed(2)
-    lengths = torch.randint(*size["words"], (size["examples"],), generator=generator).tolist()
+    low, high = size["words"]
+    lengths = torch.randint(low, high, (size["examples"],), generator=generator).tolist()
     records = []
     for n in lengths:
         words = [f"w{i}" for i in torch.randint(1, size["vocabulary"], (n,), generator=generator).tolist()]

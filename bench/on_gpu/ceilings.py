@@ -35,8 +35,8 @@ def read_by_torch(bench: Bench) -> Facts:
 def read_by_triton(bench: Bench) -> Facts:
     try:
         from on_gpu.read_kernel import read_sums
-    except ImportError as error:
-        raise MissingError(f"triton: {error}") from None
+    except ImportError as why:
+        raise MissingError(f"triton: {why}") from None
     x = _buffer(bench)
     out = torch.full((bench.machine.units * 8,), torch.nan, device=bench.device)
     read_sums(x, out)

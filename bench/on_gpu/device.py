@@ -104,14 +104,16 @@ class Machine:
             return 2
         return max(1, min(16, -(-4 * self.l2 // max(size, 1)), self.memory // 4 // max(size, 1)))
 
-    def poison(self, *outputs: Tensor) -> None:
-        """Leave NaN (or -1) in the memory that outputs of these sizes will be given next."""
+    def poison(self, outputs: Sequence[Tensor]) -> None:
+        """Leave NaN (or -1) in the memory of these outputs, and in what other outputs and scratch of a run
+        will be given next: what a kernel does not write is then seen."""
         held = []
         for x in outputs:
-            value = torch.nan if x.is_floating_point() else -1
+            value = torch.nan if x.is_floating_point() else 255 if x.dtype == torch.uint8 else -1
+            x.fill_(value)
             held += [torch.full_like(x, value) for _ in range(3)]
         if not self.dry:
-            held.append(torch.full((64 << 18,), torch.nan, device=self.device))  # 64 MiB of scratch
+            held.append(torch.full((64 << 18,), torch.nan, device=self.device))  # 64 MiB
         self.wait()
 
     def clear_peak(self) -> None:
@@ -125,7 +127,8 @@ class Machine:
 
     def pinned(self, size: int) -> Tensor:
         x = torch.empty(size, dtype=torch.uint8, pin_memory=not self.dry)
-        return x.random_(0, 256) if size < 1 << 20 else x.fill_(7)
+        some = torch.randint(0, 256, (min(size, 1 << 20),), dtype=torch.uint8)
+        return x.copy_(some.repeat(size // len(some)))
 
     def is_lost(self) -> bool:
         """Whether an error has left the device unusable for this process."""

@@ -127,12 +127,13 @@ def turning(size: dict[str, Any], way: str) -> Case:
         if way not in BACKENDS:
             signs = _signs(size["blocks"], size["width"], SEED).to(bench.device)
             return bench.measured([lambda: peers.torch_turn(x, signs)], cost)
-        if not hasattr(ops, "turn"):
+        made: Any = getattr(ops, "turn", None)
+        if made is None:
             raise MissingError("turn is no op yet: rapidin.pack.turn turns on the CPU")
         bench.kernel("turn", way)
         wanted = turn(x[:64].cpu(), SEED)
         return bench.measured(
-            [lambda: ops.turn(x, SEED, backend=way)],
+            [lambda: made(x, SEED, backend=way)],
             cost,
             lambda got: relative_error(got[:64].cpu().flatten(1), wanted.flatten(1)),
             TOLERANCE,

@@ -46,7 +46,9 @@ def goals(row: Facts, rows: Sequence[Facts]) -> list[tuple[str, float, float | N
 def goal_text(name: str, goal: float) -> str:
     if goal < SHARE_OF_TIME:
         return f"{name} at most {goal:g}"
-    return f"{goal:g} of {name}" if goal <= 1 else f"{goal:g} times {name.removeprefix('torch: ')}"
+    if goal > 1:
+        return f"{goal:g} times {name.removeprefix('torch: ')}"
+    return f"{goal:g} of the {dict(floor='limit', read='read limit').get(name, name)}"
 
 
 def time_text(seconds: float) -> str:
@@ -57,10 +59,9 @@ def time_text(seconds: float) -> str:
 
 
 def rate_text(row: Facts) -> str:
-    unit = "T operations/s" if str(row.get("ceiling", "")).endswith("_per_s") and "bytes" not in str(
-        row.get("ceiling")
-    ) else "GB/s"  # fmt: skip
-    return f"{row['rate'] / (1e12 if unit[0] == 'T' else 1e9):.4g} {unit}"
+    if "bytes" in row.get("ceiling", "bytes"):
+        return f"{row['rate'] / 1e9:.4g} GB/s"
+    return f"{row['rate'] / 1e12:.4g} T operations/s"
 
 
 def size_text(size: dict[str, Any]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -88,16 +88,13 @@ def linear(size: dict[str, Any], way: str) -> Case:
             calls = [peers.double_sided(a, g, size["k"]) for a, g in sets]
             return bench.measured(calls, _linear_cost(size))
 
-        def call(a: Tensor, g: Tensor) -> Callable[[], Tensor]:
-            return lambda: ops.linear_sketch(a, g, size["k"], seed=SEED, backend=way)
-
         wanted = bench.once(
             "wanted",
             ("linear", *size.items()),
             lambda: ops.linear_sketch(*sets[0], size["k"], seed=SEED, backend="reference"),
         )
         return bench.measured(
-            [call(a, g) for a, g in sets],
+            [partial(ops.linear_sketch, a, g, size["k"], seed=SEED, backend=way) for a, g in sets],
             _linear_cost(size),
             lambda got: relative_error(got, wanted),
             LINEAR_TOLERANCE,
@@ -155,10 +152,10 @@ def flat(size: dict[str, Any], way: str) -> Case:
 
         def wanted() -> Tensor:
             # The reference hashes on the CPU, in int64: for a whole model the CPU's kernel stands in for it.
-            at_once = "reference" if bench.mode == "dry" else "cpu"
-            return ops.flat_sketch(
-                [x.cpu() for x in tensors], dim, seed=SEED, batched=batched, backend=at_once
-            )
+            quick = "reference" if bench.mode == "dry" else "cpu"
+            key = size["dtype"], size["batch"]
+            host = bench.once("host", key, lambda: [x.cpu() for x in tensors])
+            return ops.flat_sketch(host, dim, seed=SEED, batched=batched, backend=quick)
 
         right = bench.once("wanted", ("flat", *size.items()), wanted)
         return bench.measured(
@@ -223,7 +220,7 @@ def formed(mode: Mode, way: str) -> Case:
 
         wanted = bench.once("wanted", ("matrix", *size.items()), lambda: call(sets[0], "reference"))
         return bench.measured(
-            [lambda x=x: call(x, way) for x in sets],
+            [partial(call, x, way) for x in sets],
             Cost(read=2 * elements, written=4 * size["batch"] * size["k"]),
             lambda got: relative_error(got, wanted),
             FLAT_TOLERANCE,
@@ -263,7 +260,7 @@ def embedded(mode: Mode, way: str) -> Case:
 
         right = bench.once("wanted", ("embedding", *size.items()), wanted)
         return bench.measured(
-            [lambda pair=pair: call(*pair, way) for pair in sets],
+            [partial(call, ids, grads, way) for ids, grads in sets],
             Cost(read=read, written=4 * size["batch"] * size["k"]),
             lambda got: relative_error(got[:2], right),
             FLAT_TOLERANCE,
