@@ -77,13 +77,16 @@ def work(args: argparse.Namespace) -> int:
     machine = Machine(args.dry_run)
     bench = Bench(machine, mode, {**NOMINAL, **json.loads(args.ceilings)})
     write_row(args.worker, {"about": machine.describe()})
+    passed = 0  # cases of the stages before: they are numbered through
     for stage in (s for s in STAGES if s.name in args.only):
+        cases = stage.cases(mode)
         deadline = time.monotonic() + min(stage.seconds, args.seconds)
-        for number, row in rows_of(bench, stage.cases(mode), args.begin, deadline):
-            row |= {"stage": stage.name, "number": number if number >= 0 else row["number"]}
-            write_row(args.worker, row | ({"begun": True} if number < 0 else {}))
+        for number, row in rows_of(bench, cases, max(0, args.begin - passed), deadline):
+            row |= {"stage": stage.name, "number": passed + number}
+            write_row(args.worker, row)
             if row.get("state") == "failed" and machine.is_lost():
                 os._exit(LOST)  # without tearing down what no longer answers
+        passed += len(cases)
         bench.forget()
     return 0
 
@@ -123,12 +126,13 @@ def run_worker(
                     process.kill()
                     process.wait()
                     why = f"it did not end in {silent:.0f} s"
-        told = [json.loads(line) for line in lines.read_text().splitlines()] if lines.exists() else []
+        # What comes after the last line's end was cut off with the process.
+        whole = lines.read_text().rpartition("\n")[0] if lines.exists() else ""
+        told = [json.loads(line) for line in whole.splitlines()]
         about = next((row["about"] for row in told if "about" in row), None)
         rows = [row for row in told if "state" in row]
-        begun = [row for row in told if "begun" in row]
-        done = {(row["stage"], row["number"]) for row in rows}
-        at = next((row for row in begun if (row["stage"], row["number"]) not in done), None)
+        done = {row["number"] for row in rows}
+        at = next((row for row in told if "begun" in row and row["number"] not in done), None)
         if process.returncode not in (0, LOST) and why is None:
             why = f"the process ended with {process.returncode}: {log.read_text()[-1500:]}"
         return {"about": about, "rows": rows, "at": at, "why": why, "status": process.returncode}

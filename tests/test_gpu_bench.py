@@ -138,10 +138,10 @@ def test_an_error_is_a_row_and_not_the_end():
         cases.Case("op", "cuda", {}, raises),
         cases.Case("op", "triton", {}, lambda own: {"seconds": 1.0}),
     ]
-    rows = [row for number, row in cases.rows_of(own, listed, 0, float("inf")) if number >= 0]
+    rows = [row for _, row in cases.rows_of(own, listed, 0, float("inf")) if "state" in row]
     assert [row["state"] for row in rows] == ["failed", "measured"]
     assert "out of luck" in rows[0]["why"]
-    late = [row for number, row in cases.rows_of(own, listed, 0, 0.0) if number >= 0]
+    late = [row for _, row in cases.rows_of(own, listed, 0, 0.0) if "state" in row]
     assert [row["state"] for row in late] == ["left out", "left out"]
 
 
@@ -167,6 +167,57 @@ def test_a_lost_device_costs_one_row(monkeypatch):
     made = gpu.measure_stage(SimpleNamespace(), ["pack"], {}, float("inf"))
     assert begins == [0, 2]
     assert [row["state"] for row in made["rows"]] == ["measured", "failed", "measured"]
+
+
+def test_the_clock_reads_the_devices_events(monkeypatch):
+    """The lines that only a GPU reaches, with a device made up in its place."""
+    now = [0.0]
+
+    class Event:
+        def __init__(self, enable_timing):
+            self.at = 0.0
+
+        def record(self):
+            self.at = now[0]
+
+        def elapsed_time(self, later):
+            return later.at - self.at  # milliseconds
+
+    slept: list[int] = []
+    made_up = {
+        "Event": Event,
+        "_sleep": slept.append,
+        "synchronize": lambda: None,
+        "get_device_properties": lambda n: SimpleNamespace(total_memory=1 << 36, multi_processor_count=100),
+        "get_device_name": lambda n: "NVIDIA Thing",
+        "get_device_capability": lambda n: (9, 0),
+        "reset_peak_memory_stats": lambda: None,
+        "max_memory_allocated": lambda: 5,
+    }
+    for name, value in made_up.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    machine = bench("on_gpu.device").Machine(dry=False)
+    machine.device = torch.device("cpu")
+    order: list[int] = []
+
+    def run(number):
+        order.append(number)
+        now[0] += 2.0
+
+    times = machine.time([lambda: run(0), lambda: run(1)], most=6)
+    assert (times.median, times.low, times.called, times.runs) == (2e-3, 2e-3, 2e-3, 6)
+    assert order[-6:] == [0, 1] * 3
+    assert slept == [cycles for cycles in slept if cycles > 0]
+    assert len(slept) == 1
+    assert machine.sets(1 << 20) == 16
+    assert machine.sets(1 << 30) == 1
+    x = torch.ones(3)
+    machine.poison([x])
+    assert bool(x.isnan().all())
+    machine.clear_peak()
+    assert machine.peak_bytes() == 5
+    assert not machine.is_lost()
+    assert machine.describe()["capability"] == [9, 0]
 
 
 def test_a_scan_that_misses_a_row_is_seen():

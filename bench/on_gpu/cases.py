@@ -157,12 +157,12 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
 def rows_of(bench: Bench, cases: Sequence[Case], begin: int, deadline: float) -> Iterator[tuple[int, Facts]]:
     """(number, row) of each case from `begin` on; past the deadline they are left out.
 
-    A row of number -1 is told before a case is begun, for whoever must say which one ended the process.
+    A row that has but `begun` comes before its case is run, for whoever must say which one ended the process.
     """
     for number in range(begin, len(cases)):
         case = cases[number]
         row: Facts = case.row()
-        yield -1, row | {"number": number}
+        yield number, row | {"begun": True}
         if time.monotonic() > deadline:
             yield number, row | {"state": "left out", "why": "the stage's time was used up"}
             continue

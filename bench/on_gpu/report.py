@@ -48,7 +48,8 @@ def goal_text(name: str, goal: float) -> str:
         return f"{name} at most {goal:g}"
     if goal > 1:
         return f"{goal:g} times {name.removeprefix('torch: ')}"
-    return f"{goal:g} of the {dict(floor='limit', read='read limit').get(name, name)}"
+    words = {"floor": "limit", "read": "read limit"}
+    return f"{goal:g} of the {words.get(name, name)}"
 
 
 def time_text(seconds: float) -> str:
