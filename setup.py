@@ -97,7 +97,7 @@ if nvcc is not None:
             depends=headers,
             define_macros=[("RAPIDIN_MODULE", "_cuda")],
             cxx_std=17,
-            # The runtime is linked in: whichever torch brings, and without a GPU it loads.
+            # The runtime is linked in: whichever else there is, and without a GPU it loads.
             library_dirs=cuda_libraries(nvcc),
             libraries=["cudart_static", "dl", "rt", "pthread"],
         )

@@ -24,7 +24,7 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-SILENT_SECONDS = 60  # after which a process that tells no row is ended: the first row of a stage compiles
+SILENT_SECONDS = 90  # after which a process that tells no row is ended: the first row of a stage compiles
 START_SECONDS = 15  # of a process: imports, the first use of the device
 GRACE_SECONDS = 20  # for the row that is being measured when a stage's time is up
 RESTARTS = 4
@@ -77,10 +77,10 @@ def work(args: argparse.Namespace) -> int:
     machine = Machine(args.dry_run)
     bench = Bench(machine, mode, {**NOMINAL, **json.loads(args.ceilings)})
     write_row(args.worker, {"about": machine.describe()})
+    deadline = time.monotonic() + args.seconds
     passed = 0  # cases of the stages before: they are numbered through
     for stage in (s for s in STAGES if s.name in args.only):
         cases = stage.cases(mode)
-        deadline = time.monotonic() + min(stage.seconds, args.seconds)
         for number, row in rows_of(bench, cases, max(0, args.begin - passed), deadline):
             row |= {"stage": stage.name, "number": passed + number}
             write_row(args.worker, row)
@@ -197,10 +197,13 @@ def main() -> int:
         "rows": [],
     }
     out: Path | None = args.out
-    for stages in groups:
+    for number, stages in enumerate(groups):
         start = time.monotonic()
-        own = sum(stage.seconds for stage in STAGES if stage.name in stages) + START_SECONDS
-        made = measure_stage(args, stages, result["ceilings"], min(end, start + own))
+        # What the stages before have not used, or were never to run for, is shared among those that are left.
+        later = [name for group in groups[number:] for name in group]
+        shares = {stage.name: stage.seconds + START_SECONDS for stage in STAGES if stage.name in later}
+        share = sum(shares[name] for name in stages) / sum(shares.values())
+        made = measure_stage(args, stages, result["ceilings"], start + share * (end - start))
         result["about"] = result["about"] or made["about"]
         result["rows"] += made["rows"]
         if "ceilings" in stages:
@@ -237,7 +240,10 @@ def write(out: Path, result: Facts) -> None:
 
 
 def commit() -> str | None:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        return None
     return done.stdout.strip() or None
 
 

@@ -201,7 +201,9 @@ def section(result: Facts | None) -> list[str]:
         about = result["about"]
         versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if v)
         lines += [f"## {about['name']}", ""]
-        lines += [f"{result['date']}, commit {str(result['commit'])[:12]}, {result['mode']} run; driver "]
+        lines += [
+            f"{result['date']}, commit {(result['commit'] or 'not known')[:12]}, {result['mode']} run; driver "
+        ]
         lines[-1] += f"{about['driver']}, {versions}; {about['memory_bytes'] / 2**30:.0f} GiB."
         lines.append("")
     special = {"ceiling": ceilings, "caching": caching, "stream": stream}

@@ -1,4 +1,4 @@
-"""The stages in the order in which they are measured, with their cases and the seconds that each may take."""
+"""The stages in the order in which they are measured, with their cases and their shares of the time."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from on_gpu.cases import Case, Mode
 
 @dataclass(frozen=True)
 class Stage:
-    """seconds: after which what is left of it is left out; what matters most comes first in `cases`."""
+    """seconds: that it should take, of some 400 for all; more where others leave some. What it has no time
+    for is left out, so what matters most comes first in `cases`."""
 
     name: str
     seconds: float
