@@ -13,7 +13,7 @@ cd "$(dirname "$0")/.."
 
 python=${PYTHON:-python3}
 out=${RAPIDIN_BENCH_OUT:-}
-build=1 tests=1 dry=0
+build=1 built=1 tests=1 dry=0
 declare -a options=()
 while (($#)); do
     case $1 in
@@ -50,15 +50,21 @@ if ((build)); then
             exit 2
         }
         export RAPIDIN_CUDA=on RAPIDIN_CUDA_ARCHS=${RAPIDIN_CUDA_ARCHS:-$arch}
-        export CUDA_HOME=${CUDA_HOME:-/usr/local/cuda}
+        if [[ -z ${CUDACXX:-}${CUDA_HOME:-}${CUDA_PATH:-} ]] && ! command -v nvcc >/dev/null; then
+            export CUDA_HOME=/usr/local/cuda
+        fi
     fi
     export RAPIDIN_BUILD_JOBS=${RAPIDIN_BUILD_JOBS:-$(nproc)}
+    # What is there may have been compiled for another GPU, which its date does not show.
+    stamp="build/for-$RAPIDIN_CUDA-${RAPIDIN_CUDA_ARCHS:-}"
+    declare -a how=(build_ext --inplace)
+    [[ -e $stamp ]] || how+=(--force)
     log=$(mktemp)
-    if ((build)) && ! timeout 200 "$python" setup.py build_ext --inplace >"$log" 2>&1; then
+    if ((build)) && ! timeout 200 "$python" setup.py "${how[@]}" >"$log" 2>&1; then
         tail -n 40 "$log" >&2
-        # Without CUDA C++ there is still Triton to measure, and that failed rows say what is missing.
+        # Without CUDA C++ there is still Triton to measure.
         echo "build: failed with RAPIDIN_CUDA=$RAPIDIN_CUDA; going on without rapidin._cuda" >&2
-        status=1
+        status=1 built=0
         rm -f rapidin/_cuda*.so
         RAPIDIN_CUDA=off timeout 200 "$python" setup.py build_ext --inplace >"$log" 2>&1 || {
             tail -n 40 "$log" >&2
@@ -66,6 +72,10 @@ if ((build)); then
         }
     fi
     rm -f "$log"
+    if ((build && built)); then
+        rm -f build/for-*
+        touch "$stamp"
+    fi
     echo "build: $SECONDS s"
 fi
 

@@ -201,10 +201,11 @@ def section(result: Facts | None) -> list[str]:
         about = result["about"]
         versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if v)
         lines += [f"## {about['name']}", ""]
-        lines += [
-            f"{result['date']}, commit {(result['commit'] or 'not known')[:12]}, {result['mode']} run; driver "
-        ]
-        lines[-1] += f"{about['driver']}, {versions}; {about['memory_bytes'] / 2**30:.0f} GiB."
+        commit = str(result["commit"] or "not known")[:12]
+        made = (
+            f"{result['date']}, commit {commit}, {result['mode']} run; driver {about['driver']}, {versions}; "
+        )
+        lines.append(f"{made}{about['memory_bytes'] / 2**30:.0f} GiB.")
         lines.append("")
     special = {"ceiling": ceilings, "caching": caching, "stream": stream}
     for op in dict.fromkeys(case.op for case in expected()):
