@@ -46,9 +46,9 @@ void bind(py::module_& m) {
         "linear_sketch_tile",
         [](int64_t k, bool split) {
             const LinearTile tile = linear_sketch_tile(k, split);
-            return std::make_pair(tile.tokens, tile.shared_bytes);
+            return std::make_tuple(tile.tokens, tile.parts, tile.shared_bytes);
         },
-        "Tokens of which a block's share is a multiple, and its shared memory.");
+        "Of a block: tokens of which its share is a multiple, blocks that share planes, bytes of shared memory.");
     m.def(
         "linear_sketch_table",
         [](uint64_t columns, int64_t n, uint64_t table) {

@@ -40,7 +40,7 @@ bool is_split(const TokenRows& grads, const TokenRows& inputs) { return grads.dt
 template <int K, bool Split>
 void launch_sketch(const LinearArgs& args, int64_t splits, int64_t batch, Queue on) {
     launch("linear_sketch", linear_sketch_kernel<K, Split>,
-           dim3(static_cast<unsigned>(splits), static_cast<unsigned>(batch)), LinearSizes<K>::kThreads,
+           dim3(static_cast<unsigned>(splits), static_cast<unsigned>(batch), LinearSizes<K>::kParts), LinearSizes<K>::kThreads,
            LinearSketch<K, Split>::kSharedBytes, on.handle, args);
 }
 
@@ -50,7 +50,7 @@ LinearTile linear_sketch_tile(int64_t k, bool split) {
     LinearTile tile = {};
     with_width(k, split, [&](auto width, auto is_split) {
         constexpr int K = decltype(width)::value;
-        tile = {LinearSizes<K>::kTokens, static_cast<int64_t>(LinearSketch<K, decltype(is_split)::value>::kSharedBytes)};
+        tile = {LinearSizes<K>::kTokens, LinearSizes<K>::kParts, static_cast<int64_t>(LinearSketch<K, decltype(is_split)::value>::kSharedBytes)};
     });
     return tile;
 }
@@ -62,21 +62,22 @@ void linear_sketch_table(const uint32_t* columns, int64_t n, uint32_t* table) {
 void linear_sketch(const TokenRows& grads, const uint32_t* grads_table, const TokenRows& inputs, const uint32_t* inputs_table,
                    int64_t batch, int64_t k, int64_t splits, int64_t block_tokens, float* partial, float* out, Queue on) {
     const OnDevice guard(on.device);
+    const int64_t parts = splits * linear_sketch_tile(k, is_split(grads, inputs)).parts;
     // A grid's second axis ends at 65,535.
     for (int64_t first = 0; first < batch; first += 65535) {
         const int64_t some = batch - first < 65535 ? batch - first : 65535;
         LinearArgs args = {{side_of(grads, grads_table), side_of(inputs, inputs_table)}, static_cast<int>(grads.tokens),
                            static_cast<int>(block_tokens),
-                           splits > 1 ? partial : out + first * k};
+                           parts > 1 ? partial : out + first * k};
         for (LinearSide& side : args.sides)
             side.data = static_cast<const char*>(side.data) + first * side.stride_batch * dtype_bytes(side.dtype);
         with_width(k, is_split(grads, inputs), [&](auto width, auto split) {
             launch_sketch<decltype(width)::value, decltype(split)::value>(args, splits, some, on);
         });
-        if (splits > 1) {
+        if (parts > 1) {
             const int64_t n = some * k;
             launch("linear_sketch", sum_parts_kernel, dim3(static_cast<unsigned>((n + 255) / 256)), 256, 0, on.handle, partial,
-                   splits, n, out + first * k);
+                   parts, n, out + first * k);
         }
     }
 }

@@ -21,10 +21,11 @@ constexpr int kResidues = 32;  // coefficients of a polynomial modulo x^32 - w; 
 
 template <int K>
 struct LinearSizes {
-    static constexpr int kPlanes = K / kResidues;  // R
+    static constexpr int kRoots = K / kResidues;  // R
+    static constexpr int kParts = K > 512 ? K / 512 : 1;  // blocks that share an example's planes, and read the same
+    static constexpr int kPlanes = kRoots / kParts;       // of a block
     static constexpr int kWarps = K >= 512 ? 16 : 8;
     static constexpr int kThreads = kWarps * 32;
-    static constexpr int kWarpPlanes = kPlanes > kWarps ? kPlanes / kWarps : 1;
     static constexpr int kSteps = kPlanes < kWarps ? kWarps / kPlanes : 1;  // of 16 tokens in a tile, each for other warps
     static constexpr int kTokens = 16 * kSteps;                              // of a tile
     static constexpr int kStageBytes = kThreads * 64;                        // of a stage: 4 loads of 16 bytes a thread
@@ -180,34 +181,35 @@ __device__ __forceinline__ Words4 load_row(const LinearSide& side, int64_t offse
 template <int K, bool Split>
 struct LinearSketch {
     using Sizes = LinearSizes<K>;
-    static constexpr int R = Sizes::kPlanes, W = Sizes::kWarps;
+    static constexpr int R = Sizes::kRoots, P = Sizes::kPlanes, W = Sizes::kWarps;
+    static_assert(W == P * Sizes::kSteps);
     static constexpr int kOperandWords = 2 * Sizes::kSideWords * (Split ? 2 : 1);
     static constexpr size_t kSharedBytes = 2 * Sizes::kStageBytes + kOperandWords * 4;
 
     const LinearArgs& args;
     int64_t batch;
     int first, end;  // tokens of the example that are this block's
+    int first_plane;
     int tid, warp, lane;
     unsigned char* stages;
     uint32_t* operands;  // [side][high, low][polynomial][token pair][coefficient]
     // Whether the next stage's rows are asked for before this one is gathered: 16 registers, where there are as many.
     static constexpr bool kAhead = K * (Split ? 2 : 1) < 1024;
     Words4 rows[4];                           // of the stage that comes next, on their way
-    float sums[Sizes::kWarpPlanes][2][4][4];  // of a plane: row tiles of 16, column tiles of 8, a fragment
+    float sums[2][4][4];                      // of the warp's plane: row tiles of 16, column tiles of 8, a fragment
 
     __device__ __forceinline__ LinearSketch(const LinearArgs& a) : args(a) {
         tid = static_cast<int>(threadIdx.x);
         warp = tid / 32;
         lane = tid % 32;
         batch = blockIdx.y;
+        first_plane = static_cast<int>(blockIdx.z) * P;
         first = static_cast<int>(blockIdx.x) * args.block_tokens;
         end = args.tokens - first < args.block_tokens ? args.tokens : first + args.block_tokens;
         stages = shared_memory();
         operands = reinterpret_cast<uint32_t*>(stages + 2 * Sizes::kStageBytes);
 #pragma unroll
-        for (int p = 0; p < Sizes::kWarpPlanes; ++p)
-#pragma unroll
-            for (int i = 0; i < 32; ++i) sums[p][i / 16][i / 4 % 4][i % 4] = 0.0f;
+        for (int i = 0; i < 32; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0.0f;
     }
 
     template <int Bytes>
@@ -346,7 +348,9 @@ struct LinearSketch {
                                                      token / 2 * Sizes::kPairStride + lane) + token % 2;
         const float* at = board + t * kResidues + lane;
         RealDft<R>::run([&](int m) { return at[m * Sizes::kRoundTokens * kResidues]; },
-                        [&](int r, float y) {
+                        [&](int number_of_root, float y) {
+                            const int r = number_of_root - first_plane;
+                            if (P < R && (r < 0 || r >= P)) return;  // another block's
                             const uint32_t rounded = pack_bf16(y, 0.0f) & 0xffffu;
                             high[2 * r * Sizes::kPolynomialWords] = static_cast<uint16_t>(rounded);
                             if constexpr (Split) {
@@ -375,44 +379,40 @@ struct LinearSketch {
             for (int i = 0; i < 2; ++i) b[tile][i] = at[i * 4 * Sizes::kPairStride + tile * 8];
     }
 
-    // plane += rows' polynomial r times columns' polynomial c, over the tokens of a step; minus: sign bits to turn
-    __device__ __forceinline__ void multiply(int r, int c, int step, uint32_t minus, float (&plane)[2][4][4]) const {
+    // sums += rows' polynomial r times columns' polynomial c, over the tokens of a step; minus: sign bits to turn
+    __device__ __forceinline__ void multiply(int r, int c, int step, uint32_t minus) {
         const int offset = step * 8 * Sizes::kPairStride;
         const uint32_t* of_rows = operands + r * Sizes::kPolynomialWords + offset;
         const uint32_t* of_columns = operands + Sizes::kSideWords * (Split ? 2 : 1) + c * Sizes::kPolynomialWords + offset;
         uint32_t a[2][4], b[4][2];
         rows_of(of_rows, minus, a);
         columns_of(of_columns, b);
-        add(a, b, plane);
+        add(a, b);
         if constexpr (Split) {
             uint32_t low[4][2];
             columns_of(of_columns + Sizes::kSideWords, low);
-            add(a, low, plane);
+            add(a, low);
             rows_of(of_rows + Sizes::kSideWords, minus, a);
-            add(a, b, plane);
+            add(a, b);
         }
     }
 
-    static __device__ __forceinline__ void add(const uint32_t (&a)[2][4], const uint32_t (&b)[4][2], float (&plane)[2][4][4]) {
+    __device__ __forceinline__ void add(const uint32_t (&a)[2][4], const uint32_t (&b)[4][2]) {
 #pragma unroll
         for (int i = 0; i < 2; ++i)
 #pragma unroll
-            for (int j = 0; j < 4; ++j) mma_bf16(plane[i][j], a[i], b[j]);
+            for (int j = 0; j < 4; ++j) mma_bf16(sums[i][j], a[i], b[j]);
     }
 
     __device__ __forceinline__ void multiply_planes() {
-        const int step = warp / R;  // 0 where planes are as many as warps, or more
-#pragma unroll
-        for (int p = 0; p < Sizes::kWarpPlanes; ++p) {
-            const int plane = (warp + p * W) % R, real = plane & ~1;
-            if (plane < 2) {
-                multiply(plane, plane, step, 0, sums[p]);
-                continue;
-            }
-            // re: re re - im im; im: re im + im re
-            multiply(real, plane, step, 0, sums[p]);
-            multiply(real + 1, plane ^ 1, step, plane == real ? 0x80008000u : 0, sums[p]);
+        const int step = warp / P, plane = warp % P, re = plane & ~1;
+        if (first_plane + plane < 2) {
+            multiply(plane, plane, step, 0);
+            return;
         }
+        // re: re re - im im; im: re im + im re
+        multiply(re, plane, step, 0);
+        multiply(re + 1, plane ^ 1, step, plane == re ? 0x80008000u : 0);
     }
 
     // Diagonals of a plane, not wrapped and wrapped, summed by a lane each: [plane][2][n], of each step's warps.
@@ -423,24 +423,20 @@ struct LinearSketch {
         float* diagonals = reinterpret_cast<float*>(stages) + W * kResidues * kStride;
         __syncthreads();
 #pragma unroll
-        for (int p = 0; p < Sizes::kWarpPlanes; ++p) {
-            __syncwarp();
-#pragma unroll
-            for (int i = 0; i < 32; ++i) {
-                const int row = i / 16 * 16 + i % 4 / 2 * 8 + lane / 4, column = i / 4 % 4 * 8 + lane % 4 * 2 + i % 2;
-                matrix[row * kStride + column] = sums[p][i / 16][i / 4 % 4][i % 4];
-            }
-            __syncwarp();
-            float straight = 0.0f, wrapped = 0.0f;
-            for (int row = 0; row < kResidues; ++row) {
-                const float x = matrix[row * kStride + ((lane - row) & (kResidues - 1))];
-                if (row <= lane) straight += x;
-                else wrapped += x;
-            }
-            float* at = diagonals + (warp + p * W) * 2 * kResidues;
-            at[lane] = straight;
-            at[kResidues + lane] = wrapped;
+        for (int i = 0; i < 32; ++i) {
+            const int row = i / 16 * 16 + i % 4 / 2 * 8 + lane / 4, column = i / 4 % 4 * 8 + lane % 4 * 2 + i % 2;
+            matrix[row * kStride + column] = sums[i / 16][i / 4 % 4][i % 4];
         }
+        __syncwarp();
+        float straight = 0.0f, wrapped = 0.0f;
+        for (int row = 0; row < kResidues; ++row) {
+            const float x = matrix[row * kStride + ((lane - row) & (kResidues - 1))];
+            if (row <= lane) straight += x;
+            else wrapped += x;
+        }
+        float* at = diagonals + warp * 2 * kResidues;
+        at[lane] = straight;
+        at[kResidues + lane] = wrapped;
         __syncthreads();
         return diagonals;
     }
@@ -451,9 +447,9 @@ struct LinearSketch {
         float* cosines = reinterpret_cast<float*>(stages);
         if (tid < R) cosines[tid] = cospif(2.0f * static_cast<float>(tid) / R);
         if constexpr (Sizes::kSteps > 1) {
-            for (int i = tid; i < R * 2 * kResidues; i += Sizes::kThreads) {
+            for (int i = tid; i < P * 2 * kResidues; i += Sizes::kThreads) {
                 float sum = diagonals[i];
-                for (int step = 1; step < Sizes::kSteps; ++step) sum += diagonals[step * R * 2 * kResidues + i];
+                for (int step = 1; step < Sizes::kSteps; ++step) sum += diagonals[step * P * 2 * kResidues + i];
                 diagonals[i] = sum;
             }
         }
@@ -461,29 +457,33 @@ struct LinearSketch {
         // Modulo x^32 - w: the wrapped diagonals count w times. In place, by the thread that reads them.
         const auto cosine = [&](int i) { return cosines[i % R]; };
         const auto sine = [&](int i) { return cosines[(i + 3 * R / 4) % R]; };  // R = 1, 2: never asked for
-        for (int i = tid; i < (R + 1) / 2 * kResidues; i += Sizes::kThreads) {
-            const int j = i / kResidues, n = i % kResidues;
-            float* re = diagonals + 2 * j * 2 * kResidues + n;
+        const int first_root = first_plane / 2;  // of the complex ones; root 0 stands for the two real ones
+        for (int i = tid; i < (P + 1) / 2 * kResidues; i += Sizes::kThreads) {
+            const int j = first_root + i / kResidues;
+            float* re = diagonals + i / kResidues * 4 * kResidues + i % kResidues;
+            float* im = re + 2 * kResidues;
             if (j == 0) {
                 re[0] += re[kResidues];
-                if (R > 1) re[2 * kResidues] -= re[3 * kResidues];
+                if (R > 1) im[0] -= im[kResidues];
             } else {
                 const float c = cosine(j), s = -sine(j);  // w = exp(-2 pi i j / R)
-                const float wrapped_re = re[kResidues], wrapped_im = re[3 * kResidues];
+                const float wrapped_re = re[kResidues], wrapped_im = im[kResidues];
                 re[0] += c * wrapped_re - s * wrapped_im;
-                re[2 * kResidues] += c * wrapped_im + s * wrapped_re;
+                im[0] += c * wrapped_im + s * wrapped_re;
             }
         }
         __syncthreads();
-        float* out = args.partial + (static_cast<int64_t>(blockIdx.x) * gridDim.y + batch) * K;
+        const int64_t part = static_cast<int64_t>(blockIdx.x) * gridDim.z + blockIdx.z;
+        float* out = args.partial + (part * gridDim.y + batch) * K;
         for (int b = tid; b < K; b += Sizes::kThreads) {
             const int m = b / kResidues;
             const float* at = diagonals + b % kResidues;
-            float sum = at[0];
-            if (R > 1) sum += m % 2 ? -at[2 * kResidues] : at[2 * kResidues];
-            for (int j = 1; j < R / 2; ++j) {
-                const float re = at[2 * j * 2 * kResidues], im = at[(2 * j + 1) * 2 * kResidues];
-                sum += 2.0f * (re * cosine(j * m) - im * sine(j * m));
+            float sum = 0.0f;
+            for (int i = 0; i < (P + 1) / 2; ++i, at += 4 * kResidues) {
+                const int j = first_root + i;
+                if (j > 0) sum += 2.0f * (at[0] * cosine(j * m) - at[2 * kResidues] * sine(j * m));
+                else if (R > 1) sum += m % 2 ? at[0] - at[2 * kResidues] : at[0] + at[2 * kResidues];
+                else sum += at[0];
             }
             out[b] = sum / R;
         }
