@@ -1,10 +1,10 @@
 """linear_sketch: TensorSketch of sum_t g_t a_t^T from the factors, summed on tensor cores.
 
-docs/kernels.md derives the method. A program takes a share of one example's tokens, 16 at a time. Chunk by chunk
-it loads both sides' elements in the order of their bins (a chunk of a row is one or two kilobytes, in the L1
+docs/kernels.md derives the method. A program takes a share of one example's tokens, 16 at a time. Chunk by
+chunk it loads both sides' elements in the order of their bins (a chunk of a row is a few kilobytes, in the L1
 cache from its first element on), takes the K numbers of a token modulo x^L - w for each R-th root of unity w,
-K = R L, which is an R-point DFT, and adds the outer products of the two sides' polynomials, [R, L, L] sums. At
-the end these are folded along their diagonals and transformed back. R = 1: whole count sketches' product.
+K = R L, which is an R-point DFT, and adds the outer products of both sides' polynomials, [R, L, L] sums. At the
+end these are folded along their diagonals and transformed back. R = 1: whole count sketches' product.
 """
 
 from __future__ import annotations
@@ -145,7 +145,7 @@ def roots(dim: int) -> int:
 
 
 def _sizes(dim: int, r: int, exact: bool) -> tuple[int, int]:
-    """Planes of a program and its warps: what fits the registers. Programs that share planes read the same."""
+    """Planes of a program and its warps: what fits the registers. Programs of one example read alike."""
     if dim <= 256:
         return r, 8
     if exact:
@@ -157,9 +157,9 @@ def _sizes(dim: int, r: int, exact: bool) -> tuple[int, int]:
 def matrices(r: int, device: torch.device) -> Tensor:
     """[6, R, R] float32: what makes polynomials' parts of R numbers, and the R numbers of the planes' sums.
 
-    Planes: 0 and 1 are the real roots 1 and -1, then the real and imaginary part of root exp(-2 pi i j / R), j =
-    1 .. R/2 - 1. 0, 1: the grads' part of each plane's first and second product; 2, 3: the inputs'. 4, 5: from the
-    planes' straight and wrapped diagonals to the numbers at n, n + L, ..; as [out, plane].
+    Planes: 0 and 1 are the real roots 1 and -1, then the real and imaginary part of root exp(-2 pi i j / R),
+    j = 1 .. R/2 - 1. 0, 1: the grads' part of each plane's first and second product; 2, 3: the inputs'. 4, 5:
+    from the planes' straight and wrapped diagonals to the numbers at n, n + L, ..; as [out, plane].
     """
     angle = 2 * math.pi * torch.arange(r, dtype=torch.float64)
     dft = torch.zeros(r, r, dtype=torch.float64)  # [number, plane]
@@ -190,8 +190,8 @@ def linear_sketch(
 ) -> Tensor:
     """inputs: [B, T, I], grads: [B, T, O] -> [B, dim] float32; tables: rapidin.ops.tables.columns.
 
-    dim: one of DIMS. Rounds to bfloat16 once, before the products, where both sides are bfloat16. blocks: about
-    as many programs share the tokens; the sums' order depends on the sizes alone.
+    dim: one of DIMS. Rounds to bfloat16 once, before the products, where both sides are bfloat16. blocks:
+    about as many programs share the tokens; the sums' order depends on the sizes alone.
     """
     batch, tokens, n_in = inputs.shape
     tiles = triton.cdiv(tokens, 16)

@@ -42,6 +42,7 @@ void bind(py::module_& m) {
                           batch, k, splits, block_tokens, at<float>(partial), at<float>(out), queue(place));
         },
         "TensorSketches [batch, k] float32 of sum_t grads_t inputs_t^T.");
+    m.def("shared_bytes", &shared_memory_limit, "Bytes of shared memory that a block of a device may have.");
     m.def(
         "linear_sketch_tile",
         [](int64_t k, bool split) {

@@ -139,6 +139,13 @@ inline int multiprocessors() {
     return count;
 }
 
+// Bytes that a block may have once its kernel asks for more than 48 KB.
+inline int shared_bytes(int device) {
+    int bytes = 0;
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+    return bytes;
+}
+
 // Starts a kernel on a stream (as an integer, the way Python hands it over) and says so if that failed. It does not
 // wait, so it may be called while a graph is captured.
 template <class... Params, class... Args>

@@ -13,6 +13,8 @@ struct Queue {
     uint64_t handle;
 };
 
+int shared_memory_limit(int device);  // bytes that a block may ask for
+
 void hash_words(uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint32_t* words, Queue on);
 
 // Widths 32, 64, .. 1024 (512 where a side is not bfloat16). Each block takes block_tokens of an example, a multiple of the

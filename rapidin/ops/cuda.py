@@ -65,11 +65,8 @@ def supports_linear_sketch(inputs: Tensor, grads: Tensor, dim: int) -> bool:
     split = _split(inputs, grads)
     if dim not in LINEAR_DIMS or (split and dim > 512):
         return False
-    if inputs.device.type != "cuda":
-        return True
     _, _, shared = extension().linear_sketch_tile(dim, split)
-    limit = torch.cuda.get_device_properties(inputs.device).shared_memory_per_block_optin
-    return bool(shared <= limit)
+    return bool(shared <= extension().shared_bytes(place(inputs)[0]))
 
 
 def _split(inputs: Tensor, grads: Tensor) -> bool:

@@ -15,8 +15,9 @@ def linear_sketch(
     inputs: [B, T, I], grads: [B, T, O], float32, float16 or bfloat16, any strides
     -> [B, dim] float32: what matrix_sketch gives for the formed [O, I] gradients, up to rounding
 
-    On a GPU, two bfloat16 sides are rounded to bfloat16 once more before they are multiplied: a relative error of
-    0.002 in a sketch (docs/kernels.md). NaN or infinite values of an example make its sketch not finite; which numbers of it is not defined.
+    On a GPU, two bfloat16 sides are rounded to bfloat16 once more before they are multiplied: a relative
+    error of 0.002 in a sketch (docs/kernels.md). NaN or infinite values of an example make its sketch not
+    finite; which numbers of it is not defined.
     Raises TypeError or ValueError on arguments that are not as above.
     """
     op = "linear_sketch"

@@ -29,7 +29,8 @@ def by_torch_fft(inputs: Tensor, grads: Tensor, k: int, table_in: Tensor, table_
     for first in range(0, tokens, step):
         a = torch.fft.rfft(_count_sketch(inputs[:, first : first + step], table_in, k))
         total += (a * torch.fft.rfft(_count_sketch(grads[:, first : first + step], table_out, k))).sum(1)
-    return torch.fft.irfft(total, n=k)
+    out: Tensor = torch.fft.irfft(total, n=k)
+    return out
 
 
 def _count_sketch(x: Tensor, table: Tensor, k: int) -> Tensor:

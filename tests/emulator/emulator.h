@@ -29,11 +29,14 @@ struct dim3 {
 
 using cudaError_t = int;
 constexpr cudaError_t cudaSuccess = 0;
-enum { cudaDevAttrMultiProcessorCount = 0 };
+enum { cudaDevAttrMultiProcessorCount = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 1 };
 inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
 inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
 inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int, int) { return *value = 3, cudaSuccess; }
+inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
+    *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 227 << 10;
+    return cudaSuccess;
+}
 
 namespace emulator {
 
