@@ -78,6 +78,15 @@ def _whole(x):
     return torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
 
 
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dim", DIMS)
+def test_cuda_at_every_width(emulated_cuda, dim):
+    for dtype in (torch.bfloat16, torch.float32)[: 1 if dim > 512 else 2]:
+        for shape in ((2, 17, 33, 70), (1, 3, 2 * dim + 5, 8)):
+            inputs, grads = factors(shape, dtype)
+            assert_close(sketch(inputs, grads, dim, "cuda"), reference(inputs, grads, dim), tolerance(dtype))
+
+
 def test_rows_that_lie_apart(gpu):
     """Rows with a stride of whole vectors, so that wide loads stay in use, but must not run over."""
     inputs, grads = factors((3, 20, 96, 40), torch.bfloat16)
