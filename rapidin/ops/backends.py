@@ -43,7 +43,17 @@ def find(op: str, backend: str | None, device: torch.device, *arguments: Any) ->
             f"{op}: backend {name!r} takes tensors on a GPU, got device '{device}'; call .cuda() first"
         )
     function: Callable[..., Any] = getattr(import_module(_MODULES[name]), op)
-    return function
+    return _on(device, function) if device.type == "cuda" else function
+
+
+def _on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its tensors' GPU as the current one: that is where Triton launches."""
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        with torch.cuda.device(device):
+            return function(*arguments, **named)
+
+    return run
 
 
 def simulated(backend: str) -> bool:
