@@ -46,6 +46,9 @@ __host__ __device__ __forceinline__ int dtype_bytes(int dtype) { return dtype ==
 // The word with its sign turned where `sign` (0 or 1 << 31) says so.
 __device__ __forceinline__ float flip_sign(float x, uint32_t sign) { return __uint_as_float(__float_as_uint(x) ^ sign); }
 
+// Four bytes of the eight of (high, low), by the nibbles of `selector`, whose upper half does not count.
+__device__ __forceinline__ uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector);
+
 // Two floats as a word of two bfloat16, nearest even; `low` in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high);
 
@@ -69,6 +72,12 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+    uint32_t word;  // __byte_perm clears the nibbles' top bits first, which costs an instruction
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(low), "r"(high), "r"(selector));
+    return word;
 }
 
 __device__ __forceinline__ float half_bits_to_float(uint16_t bits) {

@@ -13,6 +13,24 @@ struct Queue {
     uint64_t handle;
 };
 
+// The tensors of a flat sketch, [batch, numel] each, and how their rows are cut into parts: at[5 tensors + parts + 2], as
+// FlatLaunch in flat_sketch.cuh names its pieces.
+struct FlatTable {
+    const int64_t* at;
+    int64_t tensors, batch, rows, parts, chunks_of_part;
+};
+
+// Where squared lengths go: of_rows [batch, rows], partial [slices, batch, tensors], of_tensors [batch, tensors]; null and 0
+// where none are wanted.
+struct FlatSquares {
+    float *of_rows, *partial, *of_tensors;
+    int64_t slices;
+};
+
 void hash_words(uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint32_t* words, Queue on);
+
+// places: [16, groups]; scales: [tensors] or null; partial: [parts, batch, dim], unused for one part; sketch: [batch, dim].
+void flat_sketch(const FlatTable& table, uint64_t seed, int64_t dim, const uint32_t* places, const float* scales, float* partial,
+                 float* sketch, const FlatSquares& squares, Queue on);
 
 }  // namespace rapidin
