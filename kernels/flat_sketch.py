@@ -26,11 +26,17 @@ def _words(index, key_a, key_b):
 
 
 @triton.jit
-def _elements(address, offset, mask, dtype, ELEMENT: tl.constexpr, NUMBER: tl.constexpr):
+def _elements(address, offset, element, length, dtype, ELEMENT: tl.constexpr, NUMBER: tl.constexpr):
     """Those of one dtype, zeros in place of the others."""
-    row = address.to(tl.pointer_type(ELEMENT))
-    mine = mask & (dtype == NUMBER)[:, None]
-    return tl.load(row[:, None] + offset, mask=mine, other=0.0).to(tl.float32)
+    row = address.to(tl.pointer_type(ELEMENT)) + offset
+    mine = element < tl.where(dtype == NUMBER, length, 0)[:, None]
+    return tl.load(row[:, None] + element, mask=mine, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _column(words, COLUMN: tl.constexpr, COLUMNS: tl.constexpr):
+    """words: [ROWS, COLUMNS] uint32 -> [ROWS]"""
+    return tl.sum(tl.where((tl.arange(0, COLUMNS) == COLUMN)[None, :], words, 0), axis=1)
 
 
 @triton.jit(do_not_specialize=[*_SIZES, *_KEYS])
@@ -49,6 +55,12 @@ def _flat_sketch_kernel(
     part_tensors_ptr = table_ptr + 5 * tensors + 1 + part
     lowest, highest = tl.load(part_tensors_ptr), tl.load(part_tensors_ptr + 1)
     bins = tl.arange(0, WIDTH)
+    COLUMNS: tl.constexpr = 2 if WIDTH <= 32 else 4 if WIDTH <= 64 else 8  # lane bits, one to four of signs
+    column = tl.arange(0, COLUMNS)
+    keys_a = tl.where(column == 0, lane_a, tl.where(column == 1, s0_a, s1_a))
+    keys_a = tl.where(column == 3, s2_a, tl.where(column == 4, s3_a, keys_a))[None, :]
+    keys_b = tl.where(column == 0, lane_b, tl.where(column == 1, s0_b, s1_b))
+    keys_b = tl.where(column == 3, s2_b, tl.where(column == 4, s3_b, keys_b))[None, :]
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     for begin in range(0, chunks_of_part, ROWS):
         step = begin + tl.arange(0, ROWS)
@@ -77,26 +89,23 @@ def _flat_sketch_kernel(
         if scales_ptr is not None:
             scale = tl.load(scales_ptr + low, mask=there, other=0.0)
 
-        index = row.to(tl.uint32)
-        turn = _words(index, lane_a, lane_b).to(tl.int32, bitcast=True) & (WIDTH - 1)
-        sign0 = _words(index, s0_a, s0_b)
+        # A row's words side by side, so that each is made once: taken apart by sums, which the compiler does
+        # not move past, as it would move their making to each of the row's elements.
+        words = _words(row.to(tl.uint32)[:, None], keys_a, keys_b)
+        turn = _column(words, 0, COLUMNS).to(tl.int32, bitcast=True) & (WIDTH - 1)
         element = bins[None, :] ^ turn[:, None]
-        signs = tl.broadcast_to(sign0[:, None], [ROWS, WIDTH])
-        if WIDTH > 32:
-            signs = tl.where(element >= 32, _words(index, s1_a, s1_b)[:, None], signs)
-        if WIDTH > 64:
-            signs = tl.where(element >= 64, _words(index, s2_a, s2_b)[:, None], signs)
-            signs = tl.where(element >= 96, _words(index, s3_a, s3_b)[:, None], signs)
+        signs = tl.broadcast_to(_column(words, 1, COLUMNS)[:, None], [ROWS, WIDTH])
+        for j in tl.static_range(1, (WIDTH + 31) // 32):
+            signs = tl.where(element >= 32 * j, _column(words, 1 + j, COLUMNS)[:, None], signs)
 
-        mask = there[:, None] & (element < left[:, None])
-        offsets = offset[:, None] + element
+        length = tl.where(there, tl.minimum(left, WIDTH), 0).to(tl.int32)
         values = tl.zeros([ROWS, WIDTH], tl.float32)
         if HAS_FLOAT32:
-            values += _elements(address, offsets, mask, dtype, tl.float32, 0)
+            values += _elements(address, offset, element, length, dtype, tl.float32, 0)
         if HAS_FLOAT16:
-            values += _elements(address, offsets, mask, dtype, tl.float16, 1)
+            values += _elements(address, offset, element, length, dtype, tl.float16, 1)
         if HAS_BFLOAT16:
-            values += _elements(address, offsets, mask, dtype, tl.bfloat16, 2)
+            values += _elements(address, offset, element, length, dtype, tl.bfloat16, 2)
         if squares_ptr is not None:
             tl.store(squares_ptr + example * rows + row, tl.sum(values * values, axis=1), mask=there)
         minus = (signs >> (element & 31).to(tl.uint32)) << 31

@@ -26,6 +26,9 @@ struct alignas(16) Words4 {
     uint32_t w[4];
 };
 
+// Read from an address in a table: of global memory, which the compiler could not know, and never written by the kernel.
+__device__ __forceinline__ Words4 load_words4(uint64_t address);
+
 __device__ __forceinline__ float half_bits_to_float(uint16_t bits);
 
 // The two bfloat16 of a word, and the two float16 of one.
@@ -74,6 +77,12 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
+__device__ __forceinline__ Words4 load_words4(uint64_t address) {
+    Words4 x;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3]) : "l"(address));
+    return x;
+}
+
 __device__ __forceinline__ uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
     uint32_t word;  // __byte_perm clears the nibbles' top bits first, which costs an instruction
     asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(low), "r"(high), "r"(selector));
@@ -91,6 +100,10 @@ __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char rapidin_shared[];
     return rapidin_shared;
 }
+
+#else
+
+inline Words4 load_words4(uint64_t address) { return *reinterpret_cast<const Words4*>(address); }
 
 #endif
 

@@ -3,14 +3,15 @@
 // atomically; each element is read once, from where it lies.
 //
 // What limits it: memory wants 2.1e12 bfloat16 a second of an H200 (4.3 TB/s), which leaves its 132 multiprocessors 14
-// instructions an element, of which 7 may be the integer unit's. In whole rows of bfloat16 an element costs about 7:
-//   the row's place, tensor, address, lanes and signs, worked out once a row by one lane     1.5   integer, some multiplies
-//   its 8 elements' address and signs, read from shared memory, and the load                 1.3
-//   sign: a shift and a LOP3 on a word of two elements                                       1
-//   lanes: a select a word, a byte_perm a word                                               1
-//   to float: a shift or an and                                                              1
+// instructions an element, of which 7 may be the integer unit's. In whole rows of bfloat16 an element costs 7.8 (counted in
+// the machine code for sm_90), 4.1 of them the integer unit's:
+//   the row's place, tensor, address, lanes and signs, worked out once a row by one lane     2.5
+//   8 elements' address and signs, read from shared memory, and the load                     1.3
+//   sign: a multiplication and a LOP3 on a word of two elements                              1
+//   lanes: a select and a byte_perm on such a word                                           1
+//   to float: a multiplication or an and                                                     1
 //   into the sum: a fused multiply-add (the tensor's scale is free)                          1
-// and of float32 about 8.5, at half as many elements a second. Shifts go to the multiplier where it has room.
+// and of float32 10.7, at half as many elements a second.
 #pragma once
 
 #include "device.h"
@@ -91,14 +92,13 @@ struct FlatRaw {
 template <int kDtype>
 __device__ __forceinline__ FlatRaw<kDtype> load_eighth(const FlatRowPlan& plan, uint32_t lane) {
     const uint32_t eighth = plan_eighth(plan.bits, lane);
-    const Words4* const row = reinterpret_cast<const Words4*>(plan.address);
     FlatRaw<kDtype> raw;
     if constexpr (kDtype == kFloat32) {
         const uint32_t turned = plan.bits >> 31;  // lane bit 2 turns the address too
-        raw.part[0] = row[2 * eighth + turned];
-        raw.part[1] = row[2 * eighth + (turned ^ 1u)];
+        raw.part[0] = load_words4(plan.address + 16 * (2 * eighth + turned));
+        raw.part[1] = load_words4(plan.address + 16 * (2 * eighth + (turned ^ 1u)));
     } else {
-        raw.part[0] = row[eighth];
+        raw.part[0] = load_words4(plan.address + 16 * eighth);
     }
     return raw;
 }
@@ -213,7 +213,7 @@ constexpr size_t kFlatPlanBytes = 32 * sizeof(FlatRowPlan), kFlatNumberBytes = 3
 constexpr size_t flat_shared_bytes(bool squares) { return kFlatWarps * (kFlatPlanBytes + (squares ? kFlatNumberBytes : 0)); }
 
 template <bool kSquares>
-__global__ void __launch_bounds__(kFlatThreads, 3) flat_sketch_kernel(const FlatLaunch launch) {
+__global__ void __launch_bounds__(kFlatThreads, kSquares ? 3 : 4) flat_sketch_kernel(const FlatLaunch launch) {
     const uint32_t group = blockIdx.x % launch.groups;
     const int64_t part = blockIdx.x / launch.groups % launch.parts, example = blockIdx.x / launch.groups / launch.parts;
     const int warp = static_cast<int>(threadIdx.x / 32), lane = static_cast<int>(threadIdx.x % 32);

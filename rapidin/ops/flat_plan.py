@@ -27,8 +27,8 @@ class FlatPlan:
     """Tensors [B, numel], and how their rows are cut into parts.
 
     table: [5 n + parts + 2] int64 on the tensors' device: addresses; strides of the batch, in elements;
-        numels; dtypes as in DTYPES; first rows, and how many rows there are; the tensor of each part's first row, and
-        the last tensor
+        numels; dtypes as in DTYPES; first rows, and how many rows there are; each part's first
+        tensor, and the last tensor
     tensors: what the addresses point to
     slices: in how many the rows' squares are summed
     steps: halvings that find a row's tensor among those of its part
