@@ -26,3 +26,19 @@ def linear_sketch(
 def shared_bytes(device: int) -> int: ...
 def linear_sketch_tile(k: int, split: bool) -> tuple[int, int, int]: ...
 def linear_sketch_table(columns: int, n: int, table: int) -> None: ...
+def flat_sketch(
+    table: int,
+    tensors: int,
+    batch: int,
+    rows: int,
+    parts: int,
+    chunks_of_part: int,
+    seed: int,
+    dim: int,
+    places: int,
+    scales: int,
+    partial: int,
+    sketch: int,
+    squares: tuple[int, int, int, int],
+    place: tuple[int, int],
+) -> None: ...

@@ -59,7 +59,8 @@ def recorded(run: Callable[[], Any]) -> list[Launch]:
             signature, constants, divisible = {}, {}, []
             for number, parameter in enumerate(kernel.params):
                 value = values[parameter.name]
-                if parameter.is_constexpr or value is None or (isinstance(value, int) and value == 1):
+                whole = isinstance(value, int) and not parameter.do_not_specialize
+                if parameter.is_constexpr or value is None or (whole and value == 1):
                     signature[parameter.name] = "constexpr"
                     constants[parameter.name] = getattr(value, "value", value)
                 elif isinstance(value, Tensor):
@@ -70,7 +71,7 @@ def recorded(run: Callable[[], Any]) -> list[Launch]:
                 else:
                     wide = "u32" if 2**31 <= value < 2**32 else "i64" if value >= 2**31 else "i32"
                     signature[parameter.name] = wide
-                    if value % 16 == 0:
+                    if whole and value % 16 == 0:
                         divisible.append(number)
             blocks = grid(constants) if callable(grid) else grid
             launches.append(
@@ -117,7 +118,17 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, call) of each launch that is compiled: the sizes and dtypes that users have most."""
     from rapidin.kernels import linear_sketch as linear
     from rapidin.kernels.sketch_hash import hash_words
+    from rapidin.ops import triton as gpu
 
+    def flat(dtype: torch.dtype, *, squares: bool = False, scales: bool = False, dim: int = 65536) -> None:
+        tensors = [meta(4096, 4096, dtype=dtype), meta(4096, dtype=dtype)] * 4
+        factors = meta(8) if scales else None
+        gpu.flat_sketch(tensors, dim, seed=1, batched=False, scales=factors, squares=squares)
+
+    yield "flat_sketch bfloat16", lambda: flat(torch.bfloat16)
+    yield "flat_sketch float32", lambda: flat(torch.float32)
+    yield "flat_sketch bfloat16 squares", lambda: flat(torch.bfloat16, squares=True, scales=True)
+    yield "flat_sketch bfloat16 narrow", lambda: flat(torch.bfloat16, dim=16)
     yield "hash_words", lambda: hash_words(meta(600, dtype=torch.int32), 1, 2, 3)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for dim in (64, 256, 512, 1024) if dtype == torch.bfloat16 else (512,):

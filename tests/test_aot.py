@@ -1,4 +1,4 @@
-"""Triton's kernels, compiled for GPUs without one, fit the registers; so do the CUDA kernels that were built."""
+"""Triton kernels compiled for GPUs without one fit the registers; so do the CUDA kernels that were built."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_sketches_are_summed_on_tensor_cores(compiled):
 
 @pytest.fixture(scope="module")
 def built():
-    """Resources of each kernel in the extension, by architecture: {arch: {kernel: (registers, stack, shared)}}."""
+    """Resources of the kernels in the extension: {arch: {kernel: (registers, stack, shared)}}."""
     triton = pytest.importorskip("triton")
     try:
         from rapidin import _cuda

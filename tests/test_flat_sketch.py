@@ -104,6 +104,22 @@ def test_not_finite_elements_show(bad, backend, at):
     assert (~ops.flat_sketch([x], 256, seed=0, backend=backend).isfinite()).sum() == 1
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+def test_scales_and_squares(backend):
+    tensors = [integers(3, 200, seed=i) for i in range(3)]
+    scales = torch.tensor([2.0, 0.0, -1.0])
+    named = {"seed": SEED, "batched": True, "backend": backend}
+    sketch, squares = ops.flat_sketch(tensors, 128, scales=scales, squares=True, **named)
+    scaled = [x * scale for x, scale in zip(tensors, scales, strict=True)]
+    assert torch.equal(sketch, ops.flat_sketch(scaled, 128, **named))
+    assert torch.equal(squares, torch.stack([x.square().sum(1) for x in tensors], 1))
+    one, squares_of_one = ops.flat_sketch(
+        [x[1] for x in tensors], 128, seed=SEED, scales=scales, squares=True, backend=backend
+    )
+    assert torch.equal(one, sketch[1])
+    assert torch.equal(squares_of_one, squares[1])
+
+
 def test_an_empty_tensor_takes_no_row():
     x, y = normal(200), normal(300, seed=1)
     apart = ops.flat_sketch([x, torch.zeros(0), y], 512, seed=0)
@@ -156,5 +172,9 @@ def test_mistakes_are_named():
         ops.flat_sketch([torch.zeros(2, 4), torch.zeros(3, 4)], 128, seed=0, batched=True)
     with pytest.raises(ValueError, match="at least one tensor"):
         ops.flat_sketch([], 128, seed=0, batched=True)
-    with pytest.raises(ValueError, match="no backend 'cuda'"):
-        ops.flat_sketch([torch.zeros(4)], 128, seed=0, backend="cuda")
+    with pytest.raises(ValueError, match="unknown backend 'gpu'"):
+        ops.flat_sketch([torch.zeros(4)], 128, seed=0, backend="gpu")
+    with pytest.raises(ValueError, match="one entry for each of the 1 tensors, got 2"):
+        ops.flat_sketch([torch.zeros(4)], 128, seed=0, scales=torch.ones(2))
+    with pytest.raises(TypeError, match="scales must be float32"):
+        ops.flat_sketch([torch.zeros(4)], 128, seed=0, scales=torch.ones(1, dtype=torch.float64))

@@ -1,4 +1,4 @@
-"""The emulated CUDA kernels under the address and undefined-behaviour sanitizers: tests marked `sanitized`."""
+"""The emulated CUDA kernels under the address and undefined-behaviour sanitizers: what is marked for it."""
 
 import os
 import shutil

@@ -33,6 +33,9 @@ struct alignas(8) Words2 {
 // A load of what is read once: it leaves the L1 cache to what is read again.
 __device__ __forceinline__ Words4 load_streamed(const Words4* p);
 
+// Read from an address in a table: of global memory, which the compiler could not know, and never written by the kernel.
+__device__ __forceinline__ Words4 load_words4(uint64_t address);
+
 __device__ __forceinline__ float half_bits_to_float(uint16_t bits);
 
 // The two bfloat16 of a word, and the two float16 of one.
@@ -52,6 +55,9 @@ __host__ __device__ __forceinline__ int dtype_bytes(int dtype) { return dtype ==
 
 // The word with its sign turned where `sign` (0 or 1 << 31) says so.
 __device__ __forceinline__ float flip_sign(float x, uint32_t sign) { return __uint_as_float(__float_as_uint(x) ^ sign); }
+
+// Four bytes of the eight of (high, low), by the nibbles of `selector`, whose upper half does not count.
+__device__ __forceinline__ uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector);
 
 // Two floats as a word of two bfloat16, nearest even; `low` in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high);
@@ -76,6 +82,18 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+}
+
+__device__ __forceinline__ Words4 load_words4(uint64_t address) {
+    Words4 x;
+    asm("ld.global.nc.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3]) : "l"(address));
+    return x;
+}
+
+__device__ __forceinline__ uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) {
+    uint32_t word;  // __byte_perm clears the nibbles' top bits first, which costs an instruction
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(word) : "r"(low), "r"(high), "r"(selector));
+    return word;
 }
 
 __device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
@@ -105,6 +123,8 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 
 __device__ __forceinline__ Words4 load_streamed(const Words4* p) { return *p; }
 __device__ __forceinline__ void keep_order() {}
+
+inline Words4 load_words4(uint64_t address) { return *reinterpret_cast<const Words4*>(address); }
 
 #endif
 

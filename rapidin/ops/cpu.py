@@ -26,12 +26,25 @@ _FFT_BUFFER_BYTES = 1 << 18
 _PRODUCT_BYTES = 64 << 20  # matrices held at a time
 
 
-def flat_sketch(tensors: Sequence[Tensor], dim: int, *, seed: int, batched: bool) -> Tensor:
+def flat_sketch(
+    tensors: Sequence[Tensor],
+    dim: int,
+    *,
+    seed: int,
+    batched: bool,
+    scales: Tensor | None = None,
+    squares: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     if not batched:
         if not tensors:
-            return torch.zeros(dim)
-        return flat_sketch([x[None] for x in tensors], dim, seed=seed, batched=True)[0]
+            return torch.zeros(dim), torch.zeros(0) if squares else None
+        apart = [x[None] for x in tensors]
+        sketch, found = flat_sketch(apart, dim, seed=seed, batched=True, scales=scales, squares=squares)
+        return sketch[0], None if found is None else found[0]
     batch = len(tensors[0])
+    lengths = _square_lengths(tensors) if squares else None
+    if scales is not None:
+        tensors = [x.float() * scale for x, scale in zip(tensors, scales, strict=True)]
     out = torch.empty(batch, dim)
     width = min(dim, 128)
     flat = [x.reshape(batch, x[:1].numel()) for x in tensors if x.numel()]
@@ -41,7 +54,14 @@ def flat_sketch(tensors: Sequence[Tensor], dim: int, *, seed: int, batched: bool
         listed.append((x.data_ptr(), _DTYPES[x.dtype], x.shape[1], x.stride(0), row))
         row += -(-x.shape[1] // width)
     _cpu.flat_sketch(listed, batch, seed, dim, out.data_ptr(), torch.get_num_threads())
-    return out
+    return out, lengths
+
+
+def _square_lengths(tensors: Sequence[Tensor]) -> Tensor:
+    """tensors: [B, ...] each -> [B, n]"""
+    return torch.stack(
+        [x.float().square().flatten(1).sum(1) if x.ndim > 1 else x.float().square() for x in tensors], 1
+    )
 
 
 def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from rapidin.ops import tables
+from rapidin.ops.flat_plan import flat_plan
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PACKED_DTYPES = {"int8": 3, "int4": 4, "sign": 5}
@@ -106,3 +108,49 @@ def _staged(columns: Tensor) -> Tensor:
     table = torch.empty_like(columns)
     extension().linear_sketch_table(columns.data_ptr(), len(columns), table.data_ptr())
     return table
+
+
+def flat_sketch(
+    tensors: Sequence[Tensor],
+    dim: int,
+    *,
+    seed: int,
+    batched: bool,
+    scales: Tensor | None = None,
+    squares: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    if not batched:
+        if not tensors:
+            return torch.zeros(dim), torch.zeros(0) if squares else None
+        listed = [x[None] for x in tensors]
+        sketch, lengths = flat_sketch(listed, dim, seed=seed, batched=True, scales=scales, squares=squares)
+        return sketch[0], None if lengths is None else lengths[0]
+    device, n = tensors[0].device, len(tensors)
+    plan = flat_plan(tensors, dim)
+    if not plan.rows or not plan.batch:
+        return (
+            torch.zeros(plan.batch, dim, device=device),
+            torch.zeros(plan.batch, n, device=device) if squares else None,
+        )
+
+    def room(*shape: int) -> Tensor:
+        return torch.empty(shape, device=device)
+
+    out = room(plan.batch, dim)
+    partial = room(plan.parts, plan.batch, dim) if plan.parts > 1 else None
+    found = (
+        (room(plan.batch, plan.rows), room(plan.slices, plan.batch, n), room(plan.batch, n))
+        if squares
+        else None
+    )
+    scales = scales.contiguous() if scales is not None else None
+    extension().flat_sketch(
+        plan.table.data_ptr(), n, plan.batch, plan.rows, plan.parts, plan.chunks_of_part, seed, dim,
+        tables.places(seed, plan.groups, device).data_ptr(),
+        scales.data_ptr() if scales is not None else 0,
+        partial.data_ptr() if partial is not None else 0,
+        out.data_ptr(),
+        (*(x.data_ptr() for x in found), plan.slices) if found is not None else (0, 0, 0, 0),
+        place(out),
+    )  # fmt: skip
+    return out, found[2] if found is not None else None

@@ -1,24 +1,60 @@
 """flat_sketch: one small vector from a list of gradient tensors, each element read once."""
 
 from collections.abc import Sequence
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
 from rapidin.ops.backends import find
-from rapidin.ops.checks import SKETCHED, check_sketch, check_tensor
+from rapidin.ops.checks import SKETCHED, check_same_device, check_sketch, check_tensor
 
 ROW = 128
 
 
+@overload
 def flat_sketch(
-    tensors: Sequence[Tensor], dim: int, *, seed: int, batched: bool = False, backend: str | None = None
-) -> Tensor:
+    tensors: Sequence[Tensor],
+    dim: int,
+    *,
+    seed: int,
+    batched: bool = False,
+    scales: Tensor | None = None,
+    squares: Literal[False] = False,
+    backend: str | None = None,
+) -> Tensor: ...
+
+
+@overload
+def flat_sketch(
+    tensors: Sequence[Tensor],
+    dim: int,
+    *,
+    seed: int,
+    batched: bool = False,
+    scales: Tensor | None = None,
+    squares: Literal[True],
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]: ...
+
+
+def flat_sketch(
+    tensors: Sequence[Tensor],
+    dim: int,
+    *,
+    seed: int,
+    batched: bool = False,
+    scales: Tensor | None = None,
+    squares: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Sketches the concatenation of `tensors` (each starts a new row of 128) to `dim` numbers.
 
     tensors: any shapes, float32, float16 or bfloat16; batched: axis 0 of each is the batch, of one size B
     dim: a multiple of 128, or a power of two below 128
-    -> [dim] float32, or [B, dim] when batched
+    scales: [n] float32, one for each tensor, which is sketched as if multiplied by it
+    -> [dim] float32, or [B, dim] when batched; with squares=True that and the squared length of each tensor
+    without its scale, [n] float32, or [B, n] when batched
 
     The sketch is linear, and the dot product of two sketches estimates that of the two lists without bias.
     Tensors that are not contiguous within an example are copied. Raises TypeError or ValueError on arguments
@@ -53,6 +89,15 @@ def flat_sketch(
             f"{op}: at most 2**32 rows of {ROW} elements, got {rows}; sketch the tensors in two lists"
         )
     device = tensors[0].device if tensors else torch.device("cpu")
+    if scales is not None:
+        check_tensor(op, "scales", scales, (torch.float32,), ndim=1)
+        if len(scales) != len(tensors):
+            raise ValueError(
+                f"{op}: scales must have one entry for each of the {len(tensors)} tensors, got {len(scales)}"
+            )
+        check_same_device(op, {"scales": scales, "tensors": tensors[0] if tensors else None})
+        scales = scales.detach()
     run = find(op, backend, device)
-    result: Tensor = run([x.detach() for x in tensors], dim, seed=seed, batched=batched)
-    return result.float()
+    listed = [x.detach() for x in tensors]
+    sketch, lengths = run(listed, dim, seed=seed, batched=batched, scales=scales, squares=squares)
+    return (sketch.float(), lengths.float()) if squares else sketch.float()

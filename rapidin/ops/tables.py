@@ -14,6 +14,7 @@ from rapidin import _cpu
 LIMIT_BYTES = 256 << 20
 
 OUT, IN = (0, 1), (2, 3)  # streams of (bins, signs) of a matrix's two sides
+FLAT = (8, 8)  # the stream of a flat sketch's permutations
 
 CPU = torch.device("cpu")
 
@@ -44,6 +45,11 @@ def columns(
     return _get("columns", seed, side, n, k, device, change)
 
 
+def places(seed: int, groups: int, device: torch.device = CPU) -> Tensor:
+    """-> [16, groups] int32: a flat sketch's 16 permutations inverted: by group, the place in the chunk."""
+    return _get("places", seed, FLAT, 16 * groups, groups, device).view(16, groups)
+
+
 def _get(
     kind: str,
     seed: int,
@@ -59,9 +65,12 @@ def _get(
         if key in _tables:
             _tables.move_to_end(key)
             return _tables[key]
-    build = _cpu.row_table if kind == "rows" else _cpu.column_table
-    table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32)
-    build(seed, *side, n, k, table.data_ptr())
+    if kind == "places":
+        table = _places(seed, n // k, k)
+    else:
+        build = _cpu.row_table if kind == "rows" else _cpu.column_table
+        table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32)
+        build(seed, *side, n, k, table.data_ptr())
     table = (change(table) if change is not None else table).to(device)
     with _lock:
         if key not in _tables:
@@ -69,4 +78,14 @@ def _get(
             _bytes += table.nbytes
         while _bytes > LIMIT_BYTES and len(_tables) > 1:
             _bytes -= _tables.popitem(last=False)[1].nbytes
+    return table
+
+
+def _places(seed: int, count: int, groups: int) -> Tensor:
+    """The inverses of the permutations that begin at t * groups, t = 0 .. count - 1, one after another."""
+    table = torch.empty(count * groups, dtype=torch.int32)
+    ranks = torch.empty(groups, dtype=torch.int32)
+    for t in range(count):
+        _cpu.permutation(seed, FLAT[0], t * groups & 0xFFFFFFFF, groups, ranks.data_ptr())
+        table[t * groups : (t + 1) * groups][ranks.long()] = torch.arange(groups, dtype=torch.int32)
     return table

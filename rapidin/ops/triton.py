@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from rapidin.kernels import linear_sketch as linear_sketch_kernel
+from rapidin.kernels import flat_sketch as flat_kernels
+from rapidin.kernels import linear_sketch as linear_kernels
 from rapidin.ops import tables
+from rapidin.ops.flat_plan import flat_plan
 
 _TOKEN_BYTES = 256 << 20  # of tokens' spectra held at a time, where the kernel has not the width
 
@@ -16,9 +20,9 @@ def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
         return torch.zeros(len(inputs), dim, device=inputs.device)
     table_in = tables.columns(seed, tables.IN, inputs.shape[2], dim, inputs.device)
     table_out = tables.columns(seed, tables.OUT, grads.shape[2], dim, inputs.device)
-    if dim not in linear_sketch_kernel.DIMS:
+    if dim not in linear_kernels.DIMS:
         return by_torch_fft(inputs, grads, dim, table_in, table_out)
-    return linear_sketch_kernel.linear_sketch(inputs, grads, dim, table_in, table_out)
+    return linear_kernels.linear_sketch(inputs, grads, dim, table_in, table_out)
 
 
 def by_torch_fft(inputs: Tensor, grads: Tensor, k: int, table_in: Tensor, table_out: Tensor) -> Tensor:
@@ -45,3 +49,28 @@ def _count_sketch(x: Tensor, table: Tensor, k: int) -> Tensor:
             part = torch.nn.functional.pad(part, (0, k - part.shape[2]))
         out += part[:, :, index[chunk]] * sign[chunk]
     return out
+
+
+def flat_sketch(
+    tensors: Sequence[Tensor],
+    dim: int,
+    *,
+    seed: int,
+    batched: bool,
+    scales: Tensor | None = None,
+    squares: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    if not batched:
+        if not tensors:
+            return torch.zeros(dim), torch.zeros(0) if squares else None
+        listed = [x[None] for x in tensors]
+        sketch, lengths = flat_sketch(listed, dim, seed=seed, batched=True, scales=scales, squares=squares)
+        return sketch[0], None if lengths is None else lengths[0]
+    device = tensors[0].device
+    plan = flat_plan(tensors, dim)
+    if not plan.rows or not plan.batch:
+        none = torch.zeros(plan.batch, len(tensors), device=device) if squares else None
+        return torch.zeros(plan.batch, dim, device=device), none
+    places = tables.places(seed, plan.groups, device)
+    scales = scales.contiguous() if scales is not None else None
+    return flat_kernels.flat_sketch(plan, places, seed, scales, squares)

@@ -11,21 +11,39 @@ ROW = 128
 POOL = 16
 
 
-def flat_sketch(tensors: Sequence[Tensor], dim: int, *, seed: int, batched: bool = False) -> Tensor:
-    """tensors: any shapes -> [dim] float64; batched: [B, ...] each -> [B, dim] float64."""
+def flat_sketch(
+    tensors: Sequence[Tensor],
+    dim: int,
+    *,
+    seed: int,
+    batched: bool = False,
+    scales: Tensor | None = None,
+    squares: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """tensors: any shapes -> [dim] float64 and, with squares, [n]; batched: [B, ...] -> [B, dim] and [B, n].
+
+    scales: [n], each tensor's factor in the sketch, not in its squared length
+    """
     if not batched:
         if not tensors:
-            return torch.zeros(dim, dtype=torch.float64)
-        return flat_sketch([x[None] for x in tensors], dim, seed=seed, batched=True)[0]
+            empty = torch.zeros(dim, dtype=torch.float64)
+            return empty, empty[:0] if squares else None
+        listed = [x[None] for x in tensors]
+        sketch, lengths = flat_sketch(listed, dim, seed=seed, batched=True, scales=scales, squares=squares)
+        return sketch[0], None if lengths is None else lengths[0]
 
     width = ROW if dim % ROW == 0 else dim
     groups = dim // width
     pool = torch.stack([h.permutation(seed, h.FLAT_POOL, t * groups, groups) for t in range(POOL)])
     batch = len(tensors[0])
     out = torch.zeros(batch, dim, dtype=torch.float64, device=tensors[0].device)
+    lengths = torch.zeros(batch, len(tensors), dtype=torch.float64, device=out.device)
     first_row = 0
-    for x in tensors:
+    for n, x in enumerate(tensors):
         values = x.reshape(batch, x[:1].numel()).double()
+        lengths[:, n] = values.square().sum(1)
+        if scales is not None:
+            values = values * scales[n].double()
         element = torch.arange(values.shape[1])
         row, e = first_row + element // width, element % width
 
@@ -41,4 +59,4 @@ def flat_sketch(tensors: Sequence[Tensor], dim: int, *, seed: int, batched: bool
 
         out.index_add_(1, (group * width + lane).to(x.device), values * signs.to(x.device))
         first_row += -(-values.shape[1] // width)
-    return out
+    return out, lengths if squares else None

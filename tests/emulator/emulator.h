@@ -155,6 +155,7 @@ void emulate(const char* name, dim3 grid, int threads, size_t shared_bytes, cons
 uint32_t emulated_pack_bf16(float low, float high);
 void emulated_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 inline float half_bits_to_float(uint16_t bits) { return emulated_half(bits); }
+inline uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) { return __byte_perm(low, high, selector); }
 inline uint32_t pack_bf16(float low, float high) { return emulated_pack_bf16(low, high); }
 inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { emulated_mma_bf16(d, a, b); }
 
