@@ -15,7 +15,7 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from rapidin import methods, pack
+from rapidin import ops, pack
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.shards import Rows
 from rapidin.encoding import Encoded, Encoder, Status
@@ -196,7 +196,7 @@ class CachingLoop:
         status = torch.zeros(len(rows), dtype=torch.uint8)
         if new:
             sketch, status[new] = self.sketch([encoded[i] for i in new])
-            unit[new], length[new] = methods.unit_blocks(sketch)
+            unit[new], length[new] = ops.unit_blocks(sketch)
         if known and self._sampled is not None:
             places = [self._place[rows[i]] for i in known]
             unit[known] = self._sampled.sketches(places).view(-1, layers, width)

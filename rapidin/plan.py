@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rapidin import methods, pack
+from rapidin import ops, pack
 from rapidin.attributor import Attributor
 from rapidin.caching import GROUP_BYTES
 from rapidin.encoding import Encoded, Status
@@ -107,7 +107,7 @@ def _calibrate(attributor: Attributor, length: int) -> tuple[float, int]:
     attributor._sketch(texts[:1])
     start = time.perf_counter()
     sketch, _ = attributor._sketch(texts)
-    methods.unit_blocks(sketch)
+    ops.unit_blocks(sketch)
     seconds = (time.perf_counter() - start) / count
     if attributor.loaded.device.type == "cuda":
         return seconds, torch.cuda.max_memory_allocated(attributor.loaded.device)

@@ -39,7 +39,7 @@ def _get(kind: str, seed: int, side: tuple[int, int], n: int, k: int, device: to
             _tables.move_to_end(key)
             return _tables[key]
     build = _cpu.row_table if kind == "rows" else _cpu.column_table
-    table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32)
+    table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32, device=CPU)
     build(seed, *side, n, k, table.data_ptr())
     table = table.to(device)
     with _lock:
