@@ -5,40 +5,36 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from rapidin.kernels import pack as pack_kernel
+from rapidin.kernels import turn as turn_kernel
 from rapidin.ops.packed import Packed, PackedDtype, packed_bytes
 from rapidin.ops.turn import WIDEST, Cut
 
 
 def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
-    from rapidin.kernels import pack as kernels
-
     n, width = x.shape
     code = torch.int8 if dtype == "int8" else torch.uint8
     codes = torch.empty(n, packed_bytes(width, dtype), dtype=code, device=x.device)
     scale = torch.empty(n, device=x.device, dtype=torch.float32)
-    kernels.pack(_rows(x), codes, scale, dtype)
+    pack_kernel.pack(_rows(x), codes, scale, dtype)
     return codes, scale
 
 
 def unpack(packed: Packed) -> Tensor:
-    from rapidin.kernels import pack as kernels
-
     codes = _rows(packed.codes)
     x = torch.empty(len(codes), packed.width, device=codes.device, dtype=torch.float32)
-    kernels.unpack(codes, packed.scale, x, packed.dtype)
+    pack_kernel.unpack(codes, packed.scale, x, packed.dtype)
     return x
 
 
 def turn(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
-    from rapidin.kernels import turn as kernels
-
     n, blocks, width = x.shape
     if width > WIDEST:
         raise ValueError(
             f"turn: blocks on a GPU have at most {WIDEST} numbers, got {width}; call .cpu() first"
         )
     out = torch.empty(n, blocks * width if cut is None else cut.kept, device=x.device, dtype=torch.float32)
-    kernels.turn(
+    turn_kernel.turn(
         _rows(x),
         out,
         seed=seed,
@@ -51,13 +47,11 @@ def turn(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | No
 
 
 def unit_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
-    from rapidin.kernels import turn as kernels
-
     unit = torch.empty(x.shape, device=x.device, dtype=torch.float32)
     length = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
     if unit.numel():
         width = x.shape[-1]
-        kernels.unit_blocks(_rows(x.reshape(-1, width)), unit.view(-1, width), length.view(-1))
+        turn_kernel.unit_blocks(_rows(x.reshape(-1, width)), unit.view(-1, width), length.view(-1))
     else:
         length.zero_()
     return unit, length

@@ -415,7 +415,7 @@ class Basis:
 
     @staticmethod
     def of(learnt: Learnt, shape: Shape, lengths: Tensor, seed: int) -> Basis:
-        """The basis of a code of this shape, on the CPU as `learnt` is; lengths: [m, blocks] of the sample."""
+        """The basis of a code of this shape; lengths: [m, blocks] of the sample; all of it on the CPU."""
         generator = torch.Generator("cpu").manual_seed(seed % 2**63)
         tail, sizes = [], []
         # Where the sample says that nothing is left, another example may still leave much: scales are
@@ -451,6 +451,10 @@ class Basis:
         """Each block along its own directions: [n, blocks, width] -> [n, sum p_b]."""
         if x.device.type == "cpu":
             return torch.cat([x[:, b] @ axes for b, axes in enumerate(self.tail)], 1)
+        return self.along_at_once(x)
+
+    def along_at_once(self, x: Tensor) -> Tensor:
+        """The same by few large products, as a GPU wants it."""
         found = [
             torch.bmm(x[:, group.blocks].transpose(0, 1), group.axes).transpose(0, 1).flatten(1)
             for group in self.groups
@@ -462,6 +466,10 @@ class Basis:
         if along.device.type == "cpu":
             pieces = torch.split(along, [axes.shape[1] for axes in self.tail], 1)
             return torch.stack([piece @ axes.T for piece, axes in zip(pieces, self.tail, strict=True)], 1)
+        return self.back_at_once(along)
+
+    def back_at_once(self, along: Tensor) -> Tensor:
+        """The same by few large products, as a GPU wants it."""
         padded = torch.nn.functional.pad(
             along, (0, 1)
         )  # a zero for the directions that a block does not have
@@ -480,11 +488,11 @@ class Basis:
         for size in sorted({_padded(p) for p in counts if p}):
             chosen = [b for b, p in enumerate(counts) if p and _padded(p) == size]
             axes = self.mean.new_zeros(len(chosen), self.mean.shape[1], size)
-            columns = torch.full((len(chosen), size), begin[-1], dtype=torch.int64)
+            columns = torch.full((len(chosen), size), begin[-1], dtype=torch.int64, device="cpu")
             for place, b in enumerate(chosen):
                 axes[place, :, : counts[b]] = self.tail[b]
-                columns[place, : counts[b]] = torch.arange(begin[b], begin[b + 1])
-            found.append(_Group(torch.tensor(chosen).to(device), axes, columns.to(device)))
+                columns[place, : counts[b]] = torch.arange(begin[b], begin[b + 1], device="cpu")
+            found.append(_Group(torch.tensor(chosen, device=device), axes, columns.to(device)))
         return found
 
     @cached_property
@@ -539,8 +547,11 @@ class Basis:
 
 @dataclass(frozen=True)
 class _Group:
-    """Blocks with at most P directions. blocks: [g] int64; axes: [g, width, P], zeros for those that a block does
-    not have; columns: [g, P] int64, where its directions are among all, past the last one for those."""
+    """Blocks with at most P directions.
+
+    blocks: [g] int64; axes: [g, width, P], zeros for those that a block does not have; columns: [g, P] int64,
+    where its directions are among all, past the last one for those.
+    """
 
     blocks: Tensor
     axes: Tensor

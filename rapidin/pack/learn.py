@@ -101,6 +101,14 @@ class _Head:
         return found, square
 
 
+def learning_bytes(sample: Tensor) -> int:
+    """About the most bytes of a GPU that `learn` takes with a sample on it, the sample counted in."""
+    m, blocks, width = sample.shape
+    directions = 4 * blocks * width * (3 * min(m, 192) + min(width, m // 2))
+    one_block = 8 * 4 * m * width + 8 * 6 * min(m, width) ** 2  # float32 copies; float64 for eigenvectors
+    return sample.nbytes + directions + one_block + (256 << 20)  # and the libraries' own
+
+
 def learn(sample: Tensor, head: int) -> Learnt:
     """Learn from unit blocks [m, blocks, width], float16 or float32; head: how many joint directions, at
     most. What is learnt is on the sample's device."""
