@@ -163,9 +163,10 @@ def turn(
         return
     a, c, skip, b = _passes(width)
     tile = max(width, a * b)
-    rows = max(1, min(_TILE // tile, power_of_two(n)))
-    if a == 1:
-        rows = 16 if tile == 128 else min(64, max(16, rows))  # tensor cores take 16 columns or more
+    if a == 1:  # tensor cores take 16 columns or more; one large matrix leaves fewer registers for rows
+        rows = min(64, max(16, min(_TILE // 2 // tile, power_of_two(n))))
+    else:
+        rows = max(1, min(_TILE // tile, power_of_two(n)))
     tiles = max(1, min(_ROWS // rows, triton.cdiv(n, rows)))
     _turn_kernel[(blocks, triton.cdiv(n, rows * tiles))](
         x, x if mean is None else mean, x if begin is None else begin, x if size is None else size, out,
