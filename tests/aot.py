@@ -116,9 +116,18 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, call) of each launch that is compiled: the sizes and dtypes that users have most."""
+    from rapidin.kernels import linear_sketch as linear
     from rapidin.kernels.sketch_hash import hash_words
 
     yield "hash_words", lambda: hash_words(meta(600, dtype=torch.int32), 1, 2, 3)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dim in (64, 256, 512, 1024) if dtype == torch.bfloat16 else (512,):
+            inputs, grads = meta(8, 512, 4096, dtype=dtype), meta(8, 512, 11008, dtype=dtype)
+            table = meta(dim, dtype=torch.int32)
+            yield (
+                f"linear_sketch {TYPES[dtype]} {dim}",
+                lambda a=inputs, g=grads, d=dim, t=table: linear.linear_sketch(a, g, d, t, t),
+            )
     yield from pack_launches()
 
 

@@ -1,6 +1,7 @@
 """Bins and signs as the kernels read them, kept between calls on each device."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from threading import Lock
 
 import torch
@@ -16,7 +17,9 @@ OUT, IN = (0, 1), (2, 3)  # streams of (bins, signs) of a matrix's two sides
 
 CPU = torch.device("cpu")
 
-_tables: OrderedDict[tuple[str, int, tuple[int, int], int, int, torch.device], Tensor] = OrderedDict()
+Change = Callable[[Tensor], Tensor]
+
+_tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 _bytes = 0
 _lock = Lock()
 
@@ -26,14 +29,32 @@ def rows(seed: int, side: tuple[int, int], n: int, k: int, device: torch.device 
     return _get("rows", seed, side, n, k, device)
 
 
-def columns(seed: int, side: tuple[int, int], n: int, k: int, device: torch.device = CPU) -> Tensor:
-    """-> [ceil(n / k) * k] int32: by chunk and bin, the index in the chunk, and its sign in the top bit."""
-    return _get("columns", seed, side, n, k, device)
+def columns(
+    seed: int,
+    side: tuple[int, int],
+    n: int,
+    k: int,
+    device: torch.device = CPU,
+    change: Change | None = None,
+) -> Tensor:
+    """-> [ceil(n / k) * k] int32: by chunk and bin, the index in the chunk, and its sign in the top bit.
+
+    change: what a kernel wants made of the table, on the CPU; a function of a module, for it is kept by name.
+    """
+    return _get("columns", seed, side, n, k, device, change)
 
 
-def _get(kind: str, seed: int, side: tuple[int, int], n: int, k: int, device: torch.device) -> Tensor:
+def _get(
+    kind: str,
+    seed: int,
+    side: tuple[int, int],
+    n: int,
+    k: int,
+    device: torch.device,
+    change: Change | None = None,
+) -> Tensor:
     global _bytes
-    key = (kind, seed, side, n, k, device)
+    key = (kind, seed, side, n, k, device, change)
     with _lock:
         if key in _tables:
             _tables.move_to_end(key)
@@ -41,7 +62,7 @@ def _get(kind: str, seed: int, side: tuple[int, int], n: int, k: int, device: to
     build = _cpu.row_table if kind == "rows" else _cpu.column_table
     table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32, device=CPU)
     build(seed, *side, n, k, table.data_ptr())
-    table = table.to(device)
+    table = (change(table) if change is not None else table).to(device)
     with _lock:
         if key not in _tables:
             _tables[key] = table
