@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,37 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
                 f"linear_sketch {TYPES[dtype]} {dim}",
                 lambda a=inputs, g=grads, d=dim, t=table: linear.linear_sketch(a, g, d, t, t),
             )
+    yield from pack_launches()
+
+
+def pack_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Heads of 192 numbers, tails and rests of thousands, whole sketches; blocks of 512 and 8,192."""
+    from rapidin.kernels.pack import pack, unpack
+    from rapidin.kernels.turn import turn, unit_blocks
+
+    for dtype, numbers in (("int8", 1), ("int4", 2), ("sign", 8)):
+        code = torch.int8 if dtype == "int8" else torch.uint8
+        for width in (192, 13443, 107520):
+            for of in (torch.float32, torch.bfloat16) if width == 107520 else (torch.float32,):
+                x, codes, scale = (
+                    meta(600, width, dtype=of),
+                    meta(600, -(-width // numbers), dtype=code),
+                    meta(600, dtype=torch.float32),
+                )
+                yield f"pack {dtype} {width} {TYPES[of]}", partial(pack, x, codes, scale, dtype)
+            out, half = meta(600, width), meta(600, dtype=torch.float16)
+            yield f"unpack {dtype} {width}", partial(unpack, codes, half, out, dtype)
+    for blocks, width in ((210, 512), (12, 8192), (40, 2048), (30, 128), (30, 64), (5, 8)):
+        x, kept = meta(600, blocks, width), meta(600, blocks * width // 8)
+        parts = {"mean": meta(blocks, width), "size": meta(blocks)}
+        begin = meta(blocks + 1, dtype=torch.int64)
+        whole: dict[str, Any] = {"mean": None, "begin": None, "size": None}
+        yield f"pack turn {width} cut", partial(turn, x, kept, seed=7, back=False, begin=begin, **parts)
+        yield f"pack turn {width} whole", partial(turn, x, x.flatten(1), seed=7, back=False, **whole)
+        yield f"pack turn {width} back", partial(turn, x, x.flatten(1), seed=7, back=True, **whole)
+    for width in (512, 8192, 65536):
+        x = meta(600, width)
+        yield f"pack unit_blocks {width}", partial(unit_blocks, x, x, meta(600))
 
 
 def main() -> None:

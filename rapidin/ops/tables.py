@@ -69,7 +69,7 @@ def _get(
         table = _places(seed, n // k, k)
     else:
         build = _cpu.row_table if kind == "rows" else _cpu.column_table
-        table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32)
+        table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32, device=CPU)
         build(seed, *side, n, k, table.data_ptr())
     table = (change(table) if change is not None else table).to(device)
     with _lock:
