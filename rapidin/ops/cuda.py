@@ -79,7 +79,7 @@ def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
     if not inputs.numel() or not grads.numel():
-        return torch.zeros(batch, dim, device=inputs.device)
+        return torch.zeros(batch, dim, device=inputs.device, dtype=torch.float32)
     if not supports_linear_sketch(inputs, grads, dim):
         raise ValueError(
             f"linear_sketch: backend 'cuda' has no kernel for dim {dim} of {inputs.dtype} and {grads.dtype} "
@@ -93,9 +93,9 @@ def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
     splits = -(-tokens // share)
     table_in = tables.columns(seed, tables.IN, n_in, dim, device, _staged)
     table_out = tables.columns(seed, tables.OUT, n_out, dim, device, _staged)
-    out = torch.empty(batch, dim, device=device)
+    out = torch.empty(batch, dim, device=device, dtype=torch.float32)
     parts *= splits
-    partial = torch.empty(parts, min(batch, 65535), dim, device=device) if parts > 1 else out
+    partial = out.new_empty(parts, min(batch, 65535), dim) if parts > 1 else out
     extension().linear_sketch(
         inputs.data_ptr(), _DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
         grads.data_ptr(), _DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),

@@ -21,7 +21,7 @@ _TOKEN_BYTES = 256 << 20  # of tokens' spectra held at a time, where the kernel 
 
 def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
     if not inputs.numel() or not grads.numel():
-        return torch.zeros(len(inputs), dim, device=inputs.device)
+        return torch.zeros(len(inputs), dim, device=inputs.device, dtype=torch.float32)
     table_in = tables.columns(seed, tables.IN, inputs.shape[2], dim, inputs.device)
     table_out = tables.columns(seed, tables.OUT, grads.shape[2], dim, inputs.device)
     if dim not in linear_kernels.DIMS:
@@ -46,7 +46,7 @@ def _count_sketch(x: Tensor, table: Tensor, k: int) -> Tensor:
     entries = table.view(-1, k)
     index = (entries & 0x7FFFFFFF).long()
     sign = torch.where(entries < 0, -1.0, 1.0)
-    out = torch.zeros(*x.shape[:2], k, device=x.device)
+    out = torch.zeros(*x.shape[:2], k, device=x.device, dtype=torch.float32)
     for chunk in range(len(entries)):
         part = x[:, :, chunk * k : (chunk + 1) * k].float()
         if part.shape[2] < k:
