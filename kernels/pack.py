@@ -40,7 +40,7 @@ def _places(first, bytes_in_row, width, P: tl.constexpr, BYTES: tl.constexpr, EV
 @triton.jit
 def _pack_kernel(
     x_ptr, codes_ptr, scale_ptr, n, width, bytes_in_row, stride_row,
-    P: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr,
+    P: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = row < n
@@ -49,7 +49,8 @@ def _pack_kernel(
     squares = tl.zeros((ROWS, P, BYTES), tl.float64)
     sizes = tl.zeros((ROWS, P, BYTES), tl.float64)
     largest = tl.zeros((ROWS, P, BYTES), tl.float32)
-    for first in range(0, bytes_in_row, BYTES):
+    for tile in range(TILES):
+        first = tile * BYTES
         number, there = _places(first, bytes_in_row, width, P, BYTES, EVEN)
         mask = live[:, None, None] & there[None]
         x = tl.load(x_rows + number[None], mask=mask, other=0.0).to(tl.float32)
@@ -76,7 +77,8 @@ def _pack_kernel(
             # Codes were written before it was known that the row cannot be scored; whose thread wrote a byte
             # is the compiler's choice.
             tl.debug_barrier()
-            for first in range(0, bytes_in_row, BYTES):
+            for tile in range(TILES):
+                first = tile * BYTES
                 at = first + tl.arange(0, BYTES)
                 tl.store(
                     out_rows + at[None, :],
@@ -95,7 +97,8 @@ def _pack_kernel(
         lift = tl.where(tiny, 1.2676506002282294e30, 1.0).to(tl.float32)
         inverse = tl.where(good, one / tl.where(good, step * lift.to(tl.float64), one), zero).to(tl.float32)
         dots = tl.zeros((ROWS, P, BYTES), tl.float64)
-        for first in range(0, bytes_in_row, BYTES):
+        for tile in range(TILES):
+            first = tile * BYTES
             number, there = _places(first, bytes_in_row, width, P, BYTES, EVEN)
             mask = (live & (broken == 0))[:, None, None] & there[None]
             x = tl.load(x_rows + number[None], mask=mask, other=0.0).to(tl.float32)
@@ -165,7 +168,7 @@ def pack(x: Tensor, codes: Tensor, scale: Tensor, dtype: str) -> None:
     rows, bytes_ = _tile(n, size, planes)
     _pack_kernel[(triton.cdiv(n, rows),)](
         x, codes, scale, n, width, size, x.stride(0), P=planes, ROWS=rows, BYTES=bytes_,
-        EVEN=width % (64 * planes) == 0, num_warps=4,
+        TILES=triton.cdiv(size, bytes_), EVEN=width % (64 * planes) == 0, num_warps=4,
     )  # fmt: skip
 
 

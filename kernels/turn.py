@@ -181,29 +181,31 @@ def turn(
 @triton.jit
 def _unit_kernel(
     x_ptr, unit_ptr, length_ptr, n, width, stride_row,
-    ROWS: tl.constexpr, BLOCK: tl.constexpr, WHOLE: tl.constexpr,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     live = (row < n)[:, None]
     x_rows = x_ptr + row.to(tl.int64)[:, None] * stride_row
     out_rows = unit_ptr + row.to(tl.int64)[:, None] * width
     at = tl.arange(0, BLOCK)[None, :]
-    if WHOLE:  # held on chip between the sum and the division
+    if TILES == 1:  # held on chip between the sum and the division
         x = tl.load(x_rows + at, mask=live & (at < width), other=0.0).to(tl.float32)
         wide = x.to(tl.float64)
         square = tl.sum(wide * wide, 1)
     else:
         squares = tl.zeros((ROWS, BLOCK), tl.float64)
-        for first in range(0, width, BLOCK):
+        for tile in range(TILES):
+            first = tile * BLOCK
             wide = tl.load(x_rows + first + at, mask=live & (first + at < width), other=0.0).to(tl.float64)
             squares += wide * wide
         square = tl.sum(squares, 1)
     length = tl.sqrt(square).to(tl.float32)
     by = tl.where(length > 0, length, 1.0)[:, None]
-    if WHOLE:
+    if TILES == 1:
         tl.store(out_rows + at, x / by, mask=live & (at < width))
     else:
-        for first in range(0, width, BLOCK):
+        for tile in range(TILES):
+            first = tile * BLOCK
             mask = live & (first + at < width)
             x = tl.load(x_rows + first + at, mask=mask, other=0.0).to(tl.float32)
             tl.store(out_rows + first + at, x / by, mask=mask)
@@ -223,5 +225,5 @@ def unit_blocks(x: Tensor, unit: Tensor, length: Tensor) -> None:
     rows = min(max(1, 2048 // block), power_of_two(n))
     _unit_kernel[(triton.cdiv(n, rows),)](
         x, unit, length, n, width, x.stride(0),
-        ROWS=rows, BLOCK=block, WHOLE=width <= block, num_warps=4 if block <= 2048 else 8,
+        ROWS=rows, BLOCK=block, TILES=triton.cdiv(width, block), num_warps=4 if block <= 2048 else 8,
     )  # fmt: skip

@@ -202,7 +202,7 @@ def test_a_code_packs_alike_by_the_kernels_of_a_gpu(wanted: Format, monkeypatch:
     here = code.encode(x, length)
     known = code.decode(here)
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(backends, "_default", lambda op, device, arguments: "triton")
+        monkeypatch.setattr(backends, "_default", lambda *_: "triton")
         monkeypatch.setattr(Basis, "along", Basis.along_at_once)
         monkeypatch.setattr(Basis, "back", Basis.back_at_once)
     moved = code.to(DEVICE)

@@ -85,7 +85,8 @@ def _places(seed: int, count: int, groups: int) -> Tensor:
     """The inverses of the permutations that begin at t * groups, t = 0 .. count - 1, one after another."""
     table = torch.empty(count * groups, dtype=torch.int32, device=CPU)
     ranks = torch.empty(groups, dtype=torch.int32, device=CPU)
+    place = torch.arange(groups, dtype=torch.int32, device=CPU)
     for t in range(count):
         _cpu.permutation(seed, FLAT[0], t * groups & 0xFFFFFFFF, groups, ranks.data_ptr())
-        table[t * groups : (t + 1) * groups][ranks.long()] = torch.arange(groups, dtype=torch.int32, device=CPU)
+        table[t * groups : (t + 1) * groups][ranks.long()] = place
     return table
