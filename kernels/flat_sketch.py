@@ -5,6 +5,8 @@ As in csrc/cuda/flat_sketch.cuh, with each element loaded by itself from its tur
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from rapidin.kernels.sketch_hash import hash_word, stream_key
 from rapidin.kernels.sum_parts import sum_parts
-from rapidin.ops.flat_plan import FlatPlan
+
+if TYPE_CHECKING:
+    from rapidin.ops.flat_plan import FlatPlan
 
 TURN, ROTATION, LANE, SIGNS = 9, 10, 11, 12  # streams of the hash
 _TILE = 4096  # elements of the rows that a program takes at a time
