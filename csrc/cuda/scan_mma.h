@@ -14,7 +14,7 @@ namespace {
 
 #define RAPIDIN_MMA(name, sum, constraint, shape, types)                                                                     \
     __device__ __forceinline__ void name(sum(&d)[4], const uint32_t(&a)[4], const uint32_t(&b)[2]) {                         \
-        asm("mma.sync.aligned." shape ".row.col." types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "           \
+        asm volatile("mma.sync.aligned." shape ".row.col." types " {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "           \
                      "{%0, %1, %2, %3};"                                                                                     \
                      : "+" constraint(d[0]), "+" constraint(d[1]), "+" constraint(d[2]), "+" constraint(d[3])                \
                      : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));                                    \
@@ -30,7 +30,7 @@ RAPIDIN_MMA(scan_mma_u8, int32_t, "r", "m16n8k32", "s32.u8.s8.s32")
 // Rows are read once: they shall not push the queries out of the first cache.
 __device__ __forceinline__ Words4 load_once(const void* at) {
     Words4 x;
-    asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])
                  : "l"(at));
     return x;

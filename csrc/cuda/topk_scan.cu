@@ -21,7 +21,7 @@ void topk_scan(const DeviceScan& args, Queue on) {
     if (args.width * 4 > INT32_MAX || args.n > INT32_MAX) throw std::runtime_error("topk_scan: a row, or the cache, is too long");
     const OnDevice guard(on.device);
     const bool one = args.tiles == 1;
-    if (args.format == kFloat32) one ? start<ScanFloat, 1>(args, on) : start<ScanFloat, 4>(args, on);
+    if (args.format == kFloat32) one ? start<ScanFloat, 1>(args, on) : start<ScanFloat, 2>(args, on);
     else if (args.format == kFloat16) one ? start<ScanHalf, 1>(args, on) : start<ScanHalf, 4>(args, on);
     else if (args.format == kBFloat16) one ? start<ScanBFloat, 1>(args, on) : start<ScanBFloat, 4>(args, on);
     else if (args.format == kInt8) one ? start<ScanInt8, 1>(args, on) : start<ScanInt8, 4>(args, on);

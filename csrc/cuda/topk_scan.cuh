@@ -263,21 +263,20 @@ struct WarpTile {
 #pragma unroll 1
         for (int planes = 0; planes < Format::kPlanes; planes += kAtOnce)
 #pragma unroll
-            for (int p = 0; p < kAtOnce; ++p) {
-                Words4 y[NT] = {};
+            for (int i = 0; i < kAtOnce * NT; ++i) {
+                const int j = i % NT, p = i / NT;
+                Words4 y = {};
+                if (NT > 1) y = *reinterpret_cast<const Words4*>(fragments + (planes * NT + i) * 512 + lane() * 16);
+                else if (lane() < held * 4) y = *reinterpret_cast<const Words4*>(fragments + (planes + p) * held * 64 + lane() * 16);
 #pragma unroll
-                for (int j = 0; j < NT; ++j) {
-                    if (NT > 1) y[j] = *reinterpret_cast<const Words4*>(fragments + ((planes + p) * NT + j) * 512 + lane() * 16);
-                    else if (lane() < held * 4)
-                        y[j] = *reinterpret_cast<const Words4*>(fragments + (planes + p) * held * 64 + lane() * 16);
-                }
+                for (int half = 0; half < 2; ++half) {
+                    const uint32_t b[2] = {y.w[2 * half], y.w[2 * half + 1]};
 #pragma unroll
-                for (int i = 0; i < 2 * kMTiles * NT; ++i) {
-                    const int half = i / (kMTiles * NT), m = i / NT % kMTiles, j = i % NT;
-                    const uint32_t b[2] = {y[j].w[2 * half], y[j].w[2 * half + 1]};
-                    const uint32_t a[4] = {x[m][0].w[2 * half], x[m][1].w[2 * half], x[m][0].w[2 * half + 1],
-                                           x[m][1].w[2 * half + 1]};
-                    Format::multiply(sums[m][j], a, b, p, planes);
+                    for (int m = 0; m < kMTiles; ++m) {
+                        const uint32_t a[4] = {x[m][0].w[2 * half], x[m][1].w[2 * half], x[m][0].w[2 * half + 1],
+                                               x[m][1].w[2 * half + 1]};
+                        Format::multiply(sums[m][j], a, b, p, planes);
+                    }
                 }
             }
     }
