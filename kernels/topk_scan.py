@@ -33,6 +33,24 @@ def _keys(score, row, SMALLEST: tl.constexpr):
 
 
 @triton.jit
+def _sorted(keys, SIZE: tl.constexpr):
+    """keys: [SIZE], a power of two -> the same, descending. A bitonic sort whose loops are not unrolled, which
+    tl.sort's are: it compiles in a moment, and has one exchange through shared memory a step."""
+    place = tl.arange(0, SIZE)
+    run = 2
+    while run <= SIZE:
+        step = run // 2
+        while step > 0:
+            other = tl.gather(keys, place ^ step, 0)
+            descending = (place & run) == 0
+            first = (place & step) == 0
+            keys = tl.where(descending == first, tl.maximum(keys, other), tl.minimum(keys, other))
+            step = step // 2
+        run = run * 2
+    return keys
+
+
+@triton.jit
 def _cut(counts, least, lists_ptr, stride, least_ptr, limit, k, CAPACITY: tl.constexpr, Q: tl.constexpr):
     """Leave the best k of the lists with more than `limit` keys. counts, least: [Q]; lists_ptr, least_ptr: [Q]
     addresses of the program's list and of what all programs share, `stride` lists apart."""
@@ -43,7 +61,7 @@ def _cut(counts, least, lists_ptr, stride, least_ptr, limit, k, CAPACITY: tl.con
         count = tl.sum(tl.where(number == q, counts, 0))
         if count > limit:
             list_ptr = lists_ptr + q * stride
-            keys = tl.sort(tl.load(list_ptr + place, mask=place < count, other=0), descending=True)
+            keys = _sorted(tl.load(list_ptr + place, mask=place < count, other=0), CAPACITY)
             tl.debug_barrier()  # all have read
             tl.store(list_ptr + place, keys, mask=place < k)
             if count >= k:
@@ -112,6 +130,8 @@ def _float_products(
                     y = tl.load(at, mask=(column < stop)[:, None], other=0.0)
                     if x.dtype == tl.float32:
                         sums = tl.dot(x, y, sums, input_precision="tf32x3")
+                    elif x.dtype == tl.bfloat16:  # exact in tf32 too; the interpreter has no dot of bfloat16
+                        sums = tl.dot(x.to(tl.float32), y.to(tl.float32), sums, input_precision="tf32")
                     else:
                         sums = tl.dot(x, y, sums)
             total += sums.to(tl.float64)
@@ -339,7 +359,7 @@ def _topk_merge_kernel(
     tl.debug_barrier()
     place = tl.arange(0, 2 * R)
     found = tl.sum(counts)
-    keys = tl.sort(tl.load(merged + place, mask=place < found, other=0), descending=True)
+    keys = _sorted(tl.load(merged + place, mask=place < found, other=0), 2 * R)
     ascending = keys >> 31
     if ENDS == 2 or END == 1:
         ascending = ascending ^ 0xFFFFFFFF
@@ -386,11 +406,11 @@ def tile_of(dtype: torch.dtype, planes: int, q: int) -> dict[str, int]:
     """How many rows, columns and queries a program takes at a time, and its warps and stages."""
     if q <= FEW:
         few = triton.next_power_of_2(q)
-        columns = 512 // dtype.itemsize // few if planes == 0 else 256 // few
-        return {"R": 16, "D": columns, "Q": few, "num_warps": 4, "num_stages": 3}
+        columns = (512 // dtype.itemsize if planes == 0 else 256 if planes == 1 else 128) // few
+        return {"R": 16, "D": max(columns, 32), "Q": few, "num_warps": 4, "num_stages": 3}
     queries = 16 if q <= 16 else 32 if q <= 32 or planes else 64
     columns = 32 if dtype == torch.float32 else 64 if planes == 0 else 128 if planes == 1 else 64
-    return {"R": 64, "D": columns, "Q": queries, "num_warps": 4, "num_stages": 3}
+    return {"R": 64, "D": columns, "Q": queries, "num_warps": 8, "num_stages": 3}
 
 
 def topk_scan(
@@ -460,5 +480,5 @@ def topk_merge(
         options: dict[str, Any] = {"ENDS": ends, "END": end, "CAPACITY": capacity, "R": MERGED}
         _topk_merge_kernel[(q,)](
             keys, counts, least, merged, last, programs, q, k, scores, indices, scores.stride(0),
-            **options, P=triton.next_power_of_2(programs), num_warps=8,
+            **options, P=triton.next_power_of_2(programs), num_warps=4,
         )  # fmt: skip
