@@ -1,9 +1,9 @@
 """topk_scan in Triton: products of rows and queries, and the best of them.
 
-A key is better if it is larger, whichever end is wanted: the score's bits in ascending order above 31 bits of the
-row's index descending; 0 is none. A program appends keys that beat its k-th to a list of its own and cuts the list
-to the best k when it is full, so a row that is no hit costs a comparison. Two keys are never equal, so in which
-order they came does not count.
+A key is better if it is larger, whichever end is wanted: the score's bits in ascending order above 31 bits
+of the row's index descending; 0 is none. A program appends keys that beat its k-th to a list of its own and
+cuts the list to the best k when it is full, so a row that is no hit costs a comparison. Two keys are never
+equal, so in which order they came does not count.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-FLUSH = tl.constexpr(2048)  # numbers or bytes summed in 32 bits: 128 * 4095 * 2048 fits, and floats lose little
+# Numbers or bytes summed in 32 bits: 128 * 4095 * 2048 fits, and floats lose little
+FLUSH = tl.constexpr(2048)
 FEW = 4  # queries that are multiplied without tensor cores
 SEGMENT = 3  # ints: first and last number, block
 MERGED = 1024  # keys that the merge takes at a time
@@ -34,8 +35,11 @@ def _keys(score, row, SMALLEST: tl.constexpr):
 
 @triton.jit
 def _sorted(keys, SIZE: tl.constexpr):
-    """keys: [SIZE], a power of two -> the same, descending. A bitonic sort whose loops are not unrolled, which
-    tl.sort's are: it compiles in a moment, and has one exchange through shared memory a step."""
+    """keys: [SIZE], a power of two -> the same, descending.
+
+    A bitonic sort whose loops are not unrolled, which tl.sort's are: it compiles in a moment, and has one
+    exchange through shared memory a step.
+    """
     place = tl.arange(0, SIZE)
     run = 2
     while run <= SIZE:
@@ -52,8 +56,8 @@ def _sorted(keys, SIZE: tl.constexpr):
 
 @triton.jit
 def _cut(counts, least, lists_ptr, stride, least_ptr, limit, k, CAPACITY: tl.constexpr, Q: tl.constexpr):
-    """Leave the best k of the lists with more than `limit` keys. counts, least: [Q]; lists_ptr, least_ptr: [Q]
-    addresses of the program's list and of what all programs share, `stride` lists apart."""
+    """Leave the best k of the lists with more than `limit` keys. counts, least: [Q]; lists_ptr: the program's
+    lists, `stride` keys apart; least_ptr: what all programs share."""
     number = tl.arange(0, Q)
     place = tl.arange(0, CAPACITY)
     tl.debug_barrier()  # what other threads have appended
@@ -105,8 +109,11 @@ def _float_products(
     rows_ptr, row, stride_row, queries_ptr, first_query, begin, end, width, padded,
     R: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
-    """<row, query> over numbers [begin, end) -> [R, Q] float64. Queries are [padded, width] float32 where TERMS
-    is 0; else [TERMS, padded, width] of the cache's dtype, which add up to them."""
+    """<row, query> over numbers [begin, end) -> [R, Q] float64.
+
+    Queries are [padded, width] float32 where TERMS is 0; else [TERMS, padded, width] of the cache's dtype,
+    which add up to them.
+    """
     query = first_query + tl.arange(0, Q)
     total = tl.zeros([R, Q], tl.float64)
     for flush in range(begin, end, FLUSH):
@@ -145,9 +152,10 @@ def _integer_products(
 ):  # fmt: skip
     """Sums of codes times integers over the `width` bytes of a row -> [R, Q] float64, exact.
 
-    Queries are [planes, padded, width]: of "sign" (PLANES 8) and "int4" (2) what each byte's plane is multiplied
-    with; of "int8" (1) the integers, or with DOT their low and high parts.
+    Queries are [planes, padded, width]: of "sign" (PLANES 8) and "int4" (2) what each byte's plane is
+    multiplied with; of "int8" (1) the integers, or with DOT their low and high parts.
     """
+    MASK: tl.constexpr = (1 << (8 // PLANES)) - 1
     query = first_query + tl.arange(0, Q)
     total = tl.zeros([R, Q], tl.float64)
     for flush in range(0, width, FLUSH):
@@ -161,19 +169,17 @@ def _integer_products(
             column = d + tl.arange(0, D)
             x = _load_rows(rows_ptr, row, stride_row, column, stop)
             for plane in tl.static_range(2 if DOT and PLANES == 1 else PLANES):
-                if PLANES == 1:
-                    codes = x
-                else:
-                    codes = ((x >> (plane * (8 // PLANES))) & (256 // (1 << (8 - 8 // PLANES)) - 1)).to(tl.int8)
+                of_plane = queries_ptr + (plane * padded + query).to(tl.int64) * width
+                codes = x if PLANES == 1 else ((x >> (plane * (8 // PLANES))) & MASK).to(tl.int8)
                 if DOT:
-                    at = queries_ptr + (plane * padded + query)[None, :].to(tl.int64) * width + column[:, None]
+                    at = of_plane[None, :] + column[:, None]
                     y = tl.load(at, mask=(column < stop)[:, None], other=0)
                     if PLANES == 1 and plane == 1:
                         high = tl.dot(codes, y, high, out_dtype=tl.int32)
                     else:
                         sums = tl.dot(codes, y, sums, out_dtype=tl.int32)
                 else:
-                    at = queries_ptr + (plane * padded + query)[:, None].to(tl.int64) * width + column[None, :]
+                    at = of_plane[:, None] + column[None, :]
                     inside = (column < stop)[None, :] & (query < padded)[:, None]
                     y = tl.load(at, mask=inside, other=0).to(tl.int32)
                     products += codes.to(tl.int32)[None, :, :] * y[:, None, :]
@@ -201,7 +207,8 @@ def _exact_products(
 
 @triton.jit
 def _topk_scan_kernel(
-    rows_ptr, stride_row, n, width, first, queries_ptr, padded, units_ptr, sums_ptr, exact_ptr, stride_exact, q,
+    rows_ptr, stride_row, n, width, first,
+    queries_ptr, padded, units_ptr, sums_ptr, exact_ptr, stride_exact, q,
     scale_ptr, stride_scale, segments_ptr, segment_count, scales_ptr, stride_scales, valid_ptr,
     base_ptr, stride_base, partial_ptr, stride_partial, kept_ptr, counts_ptr, least_ptr, after_ptr, k,
     R: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, PLANES: tl.constexpr, TERMS: tl.constexpr,
@@ -226,8 +233,9 @@ def _topk_scan_kernel(
     least_b = tl.where(real, least_b, none)
     if LAST:
         counts_a, least_a = _cut(
-            counts_a, least_a, lists_ptr, LISTS * CAPACITY, shared_ptr, CAPACITY - R, k, CAPACITY=CAPACITY, Q=Q
-        )
+            counts_a, least_a, lists_ptr, LISTS * CAPACITY, shared_ptr, CAPACITY - R, k,
+            CAPACITY=CAPACITY, Q=Q,
+        )  # fmt: skip
         if ENDS == 3:
             counts_b, least_b = _cut(
                 counts_b, least_b, lists_ptr + CAPACITY, LISTS * CAPACITY, shared_ptr + 1, CAPACITY - R, k,
@@ -247,16 +255,17 @@ def _topk_scan_kernel(
             total = tl.zeros([R, Q], tl.float64)
             if segments_ptr is None:
                 total += _float_products(
-                    rows_ptr, row, stride_row, queries_ptr, first_query, 0, width, width, padded, R, D, Q, TERMS
-                )
+                    rows_ptr, row, stride_row, queries_ptr, first_query, 0, width, width, padded,
+                    R, D, Q, TERMS,
+                )  # fmt: skip
             else:
                 for s in range(segment_count):
                     begin = tl.load(segments_ptr + 3 * s)
                     end = tl.load(segments_ptr + 3 * s + 1)
                     column = tl.load(segments_ptr + 3 * s + 2)
                     piece = _float_products(
-                        rows_ptr, row, stride_row, queries_ptr, first_query, begin, end, width, padded, R, D, Q,
-                        TERMS,
+                        rows_ptr, row, stride_row, queries_ptr, first_query, begin, end, width, padded,
+                        R, D, Q, TERMS,
                     )  # fmt: skip
                     of_block = tl.load(scales_ptr + row * stride_scales + column).to(tl.float64)
                     total += of_block[:, None] * piece
@@ -268,8 +277,9 @@ def _topk_scan_kernel(
                     exact = tl.zeros([R], tl.float64)
                     if segments_ptr is None:
                         exact += _exact_products(
-                            rows_ptr, row, stride_row, exact_ptr, stride_exact, first_query + j, 0, width, R, D
-                        )
+                            rows_ptr, row, stride_row, exact_ptr, stride_exact, first_query + j, 0, width,
+                            R, D,
+                        )  # fmt: skip
                     else:
                         for s in range(segment_count):
                             begin = tl.load(segments_ptr + 3 * s)
@@ -277,8 +287,8 @@ def _topk_scan_kernel(
                             column = tl.load(segments_ptr + 3 * s + 2)
                             of_block = tl.load(scales_ptr + row * stride_scales + column).to(tl.float64)
                             exact += of_block * _exact_products(
-                                rows_ptr, row, stride_row, exact_ptr, stride_exact, first_query + j, begin, end,
-                                R, D,
+                                rows_ptr, row, stride_row, exact_ptr, stride_exact, first_query + j,
+                                begin, end, R, D,
                             )  # fmt: skip
                     total = tl.where((number == j)[None, :] & (broken != 0), exact[:, None], total)
             total *= scale[:, None]
@@ -314,8 +324,9 @@ def _topk_scan_kernel(
                 after = tl.load(after_ptr + query * LISTS, mask=real, other=0)
                 keys = tl.where(keys < after[None, :], keys, 0)
             counts_a, least_a = _keep(
-                keys, counts_a, least_a, lists_ptr, LISTS * CAPACITY, shared_ptr, k, CAPACITY=CAPACITY, R=R, Q=Q
-            )
+                keys, counts_a, least_a, lists_ptr, LISTS * CAPACITY, shared_ptr, k,
+                CAPACITY=CAPACITY, R=R, Q=Q,
+            )  # fmt: skip
             if ENDS == 3:
                 keys = tl.where(wanted[:, None], _keys(score, at + first, SMALLEST=True), 0)
                 if after_ptr is not None:
@@ -333,7 +344,8 @@ def _topk_scan_kernel(
 
 @triton.jit
 def _topk_merge_kernel(
-    kept_ptr, counts_ptr, least_ptr, merged_ptr, last_ptr, programs, q, k, scores_ptr, indices_ptr, stride_out,
+    kept_ptr, counts_ptr, least_ptr, merged_ptr, last_ptr, programs, q, k,
+    scores_ptr, indices_ptr, stride_out,
     ENDS: tl.constexpr, END: tl.constexpr, CAPACITY: tl.constexpr, R: tl.constexpr, P: tl.constexpr,
 ):  # fmt: skip
     """One query's list of one end: the best k of all programs, in order. P: programs, rounded up."""
@@ -406,11 +418,11 @@ def tile_of(dtype: torch.dtype, planes: int, q: int) -> dict[str, int]:
     """How many rows, columns and queries a program takes at a time, and its warps and stages."""
     if q <= FEW:
         few = triton.next_power_of_2(q)
-        columns = (512 // dtype.itemsize if planes == 0 else 256 if planes == 1 else 128) // few
-        return {"R": 16, "D": max(columns, 32), "Q": few, "num_warps": 4, "num_stages": 3}
-    queries = 16 if q <= 16 else 32 if q <= 32 or planes else 64
-    columns = 32 if dtype == torch.float32 else 64 if planes == 0 else 128 if planes == 1 else 64
-    return {"R": 64, "D": columns, "Q": queries, "num_warps": 8, "num_stages": 3}
+        columns = 512 // dtype.itemsize if planes == 0 else 128 if planes == 2 else 256
+        rows = 16 if few == 1 else 8
+        return {"R": rows, "D": max(columns // few, 32), "Q": few, "num_warps": 4, "num_stages": 3}
+    columns = 16 if dtype == torch.float32 else 128 if planes == 1 else 32
+    return {"R": 64, "D": columns, "Q": 16 if q <= 16 else 32, "num_warps": 8, "num_stages": 3}
 
 
 def topk_scan(
@@ -444,13 +456,15 @@ def topk_scan(
 
     rows: [N, width] floats (planes 0), or packed bytes with as many planes a byte
     queries: [max(terms, 1) or planes, padded Q, width], see _float_products and _integer_products; units: [Q]
-        float64, what 1 of them stands for; sums: [Q] int64 of integers; exact: [Q, numbers] float32 as they came
+        float64, what 1 of them stands for; sums: [Q] int64 of integers; exact: [Q, numbers] float32 as they
+        came
     keys: [programs, Q, ends, capacity] int64, counts: [programs, Q, ends] int32, least: [Q, ends] int64
     """
     n, q = len(rows), len(exact)
     grid = (triton.cdiv(q, tile["Q"]), keys.shape[0])
     _topk_scan_kernel[grid](
-        rows, rows.stride(0), n, width, first, queries, queries.shape[-2], units, sums, exact, exact.stride(0), q,
+        rows, rows.stride(0), n, width, first,
+        queries, queries.shape[-2], units, sums, exact, exact.stride(0), q,
         scale, 0 if scale is None else scale.stride(0),
         segments, 0 if segments is None else len(segments),
         scales, 0 if scales is None else scales.stride(0),
@@ -471,8 +485,8 @@ def topk_merge(
     ends: int,
     outs: list[tuple[Tensor, Tensor]],
 ) -> None:
-    """The best k <= 1,024 of what all programs kept, to (scores, indices) [Q, k] of each end, in order; the last
-    keys to last [Q, ends]."""
+    """The best k <= 1,024 of what all programs kept, in order, to (scores, indices) [Q, k] of each end; the
+    last keys to last [Q, ends]."""
     programs, q, lists, capacity = keys.shape
     merged = torch.empty(q, lists, 2 * MERGED, dtype=torch.int64, device=keys.device)
     last.zero_()
@@ -480,5 +494,5 @@ def topk_merge(
         options: dict[str, Any] = {"ENDS": ends, "END": end, "CAPACITY": capacity, "R": MERGED}
         _topk_merge_kernel[(q,)](
             keys, counts, least, merged, last, programs, q, k, scores, indices, scores.stride(0),
-            **options, P=triton.next_power_of_2(programs), num_warps=4,
+            **options, P=triton.next_power_of_2(programs), num_warps=16,
         )  # fmt: skip

@@ -1,5 +1,6 @@
-"""What both backends for GPUs do alike in topk_scan: queries in the form that rows are multiplied with, and which
-kernels run on which rows. No step waits for the device, except that a table made for the first time is copied there.
+"""What both backends for GPUs do alike in topk_scan: queries in the form that rows are multiplied with, and
+which kernels run on which rows. No step waits for the device, except that a table made for the first time is
+copied there: before a CUDA graph is captured, the same scan must have run once.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ Segment = tuple[int, int, int]  # the first number of a part's piece of a block,
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the cache; dtype is the name of what it holds, a row [first, first + width) of the cache's."""
+    """One part of the cache, numbers [first, first + width) of a row; dtype names what it holds."""
 
     rows: Tensor  # [N, numbers or bytes], neighbours in memory
     dtype: str
@@ -93,7 +94,7 @@ class Kernels(Protocol):
         """Adds the part to `partial`, or with the last part to `base`, and keeps the best k of each end."""
 
     def merge(self, kept: Kept, outs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        """The best k of all programs, in order, to scores and indices [Q, k] of each end; the last to kept.last."""
+        """The best k of all, in order, to scores and indices [Q, k] of each end; the last to kept.last."""
 
 
 def scan(

@@ -27,9 +27,9 @@ def topk_scan(
 ) -> tuple[Tensor, Tensor]:
     """The k rows with the largest scores for each query (largest=False: the smallest), best first.
 
-    cache: N rows of D numbers: a tensor [N, D] float32, float16 or (not with backend "cpu") bfloat16, a Packed,
-        or a sequence of such parts, which lie side by side and whose widths add up to D; views of memory maps will do, and rows may lie
-        further apart than they are long
+    cache: N rows of D numbers: a tensor [N, D] float32, float16 or (not with backend "cpu") bfloat16, a
+        Packed, or a sequence of such parts, which lie side by side and whose widths add up to D; views of
+        memory maps will do, and rows may lie further apart than they are long
     queries: [Q, D] float32
     offsets: nb + 1 ascending ints from 0 to D that cut D into blocks; scales: [N, nb] float32
     valid: [N] bool

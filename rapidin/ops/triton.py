@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -100,9 +99,7 @@ class _Kernels:
         )
 
     def merge(self, kept: Kept, outs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        scan_kernels.topk_merge(
-            kept.keys, kept.counts, kept.least, kept.last, kept.k, kept.ends, list(outs)
-        )
+        scan_kernels.topk_merge(kept.keys, kept.counts, kept.least, kept.last, kept.k, kept.ends, list(outs))
 
 
 def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> _Prepared:
@@ -110,8 +107,7 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
     dtype, q = part.dtype, len(queries)
     exact = queries if queries.stride(1) == 1 else queries.contiguous()
     planes = NUMBERS.get(dtype, 0)
-    kind = torch.float16 if planes == 0 and dtype != part.rows.dtype else part.rows.dtype
-    tile = scan_kernels.tile_of(_KINDS.get(dtype, kind), planes, q)
+    tile = scan_kernels.tile_of(_KINDS.get(dtype, part.rows.dtype), planes, q)
     few = q <= scan_kernels.FEW
     sums = None
     if planes:
@@ -160,9 +156,8 @@ def topk_scan(
     valid: Tensor | None,
     base: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    kernels: Any = _Kernels()
     end = gpu_scan.TOP if largest else gpu_scan.BOTTOM
-    (found,) = gpu_scan.scan(kernels, cache, queries, k, end, scales, offsets, valid, base)
+    (found,) = gpu_scan.scan(_Kernels(), cache, queries, k, end, scales, offsets, valid, base)
     return found
 
 
@@ -176,7 +171,6 @@ def topk_scan_both_ends(
     valid: Tensor | None,
     base: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    kernels: Any = _Kernels()
     ends = gpu_scan.TOP | gpu_scan.BOTTOM
-    top, bottom = gpu_scan.scan(kernels, cache, queries, k, ends, scales, offsets, valid, base)
+    top, bottom = gpu_scan.scan(_Kernels(), cache, queries, k, ends, scales, offsets, valid, base)
     return (*top, *bottom)
