@@ -88,7 +88,10 @@ def _keep(
     better = keys > least[None, :]
     found = better.to(tl.int32)
     if tl.max(found) > 0:
-        place = tl.cumsum(found, 0) - 1 + counts[None, :]
+        # A scan of one axis: Triton 3.6 cannot compile one down the columns of a narrow tile.
+        flat = tl.reshape(tl.trans(found), [Q * R])
+        before = tl.reshape(tl.cumsum(flat, 0) - flat, [Q, R])
+        place = tl.trans(before - tl.min(before, 1)[:, None]) + counts[None, :]
         tl.store(lists_ptr + tl.arange(0, Q)[None, :] * stride + place, keys, mask=better)
         counts += tl.sum(found, 0)
         if tl.max(counts) > CAPACITY - R:
@@ -422,7 +425,7 @@ def tile_of(dtype: torch.dtype, planes: int, q: int) -> dict[str, int]:
         rows = 16 if few == 1 else 8
         return {"R": rows, "D": max(columns // few, 32), "Q": few, "num_warps": 4, "num_stages": 3}
     columns = 16 if dtype == torch.float32 else 128 if planes == 1 else 32
-    return {"R": 64, "D": columns, "Q": 16 if q <= 16 else 32, "num_warps": 8, "num_stages": 3}
+    return {"R": 64, "D": columns, "Q": 16, "num_warps": 8, "num_stages": 3}
 
 
 def topk_scan(
@@ -494,5 +497,5 @@ def topk_merge(
         options: dict[str, Any] = {"ENDS": ends, "END": end, "CAPACITY": capacity, "R": MERGED}
         _topk_merge_kernel[(q,)](
             keys, counts, least, merged, last, programs, q, k, scores, indices, scores.stride(0),
-            **options, P=triton.next_power_of_2(programs), num_warps=16,
+            **options, P=triton.next_power_of_2(programs), num_warps=8,
         )  # fmt: skip
