@@ -53,7 +53,7 @@ def _flat_sketch_kernel(
     example = (tl.program_id(0) // groups // parts).to(tl.int64)
     firsts_ptr = table_ptr + 4 * tensors
     part_tensors_ptr = table_ptr + 5 * tensors + 1 + part
-    lowest, highest = tl.load(part_tensors_ptr), tl.load(part_tensors_ptr + 1)
+    lowest, highest = tl.load(part_tensors_ptr).to(tl.int32), tl.load(part_tensors_ptr + 1).to(tl.int32)
     bins = tl.arange(0, WIDTH)
     COLUMNS: tl.constexpr = 2 if WIDTH <= 32 else 4 if WIDTH <= 64 else 8  # lane bits, one to four of signs
     column = tl.arange(0, COLUMNS)
@@ -73,10 +73,10 @@ def _flat_sketch_kernel(
         row = chunk * groups + place
         there = (step < chunks_of_part) & (chunk < chunks) & (row < rows)
 
-        low = tl.zeros([ROWS], tl.int64) + lowest
-        high = tl.zeros([ROWS], tl.int64) + highest
+        low = tl.zeros([ROWS], tl.int32) + lowest
+        high = tl.zeros([ROWS], tl.int32) + highest
         for _ in range(steps):
-            middle = (low + high + 1) // 2
+            middle = (low + high + 1) >> 1
             after = tl.load(firsts_ptr + middle, mask=there, other=0) > row
             high = tl.where(after, middle - 1, high)
             low = tl.where(after, low, middle)

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rapidin.kernels import flat_sketch as flat_kernels
+from rapidin.kernels import flat_sketch as flat_sketch_kernel
+from rapidin.kernels.fold import fold
 from rapidin.ops import tables
 from rapidin.ops.flat_plan import flat_plan
 
@@ -34,4 +35,28 @@ def flat_sketch(
         return torch.zeros(plan.batch, dim, device=device), none
     places = tables.places(seed, plan.groups, device)
     scales = scales.contiguous() if scales is not None else None
-    return flat_kernels.flat_sketch(plan, places, seed, scales, squares)
+    return flat_sketch_kernel.flat_sketch(plan, places, seed, scales, squares)
+
+
+def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:
+    *leading, n_out, n_in = grad.shape
+    if not grad.numel():
+        return torch.zeros(*leading, dim, device=grad.device)
+    matrices = grad.reshape(-1, n_out, n_in)
+    sides = (tables.OUT, tables.IN)
+    if (
+        n_out > n_in
+    ):  # columns are gathered in whole chunks: the longer side, which of a bias [B, n, 1] is the first
+        matrices, sides = matrices.transpose(1, 2), (tables.IN, tables.OUT)
+    rows, cols = matrices.shape[1:]
+    row_table = tables.rows(seed, sides[0], rows, dim, grad.device)
+    column_table = tables.columns(seed, sides[1], cols, dim, grad.device)
+    return fold(matrices, row_table, column_table, dim).reshape(*leading, dim)
+
+
+def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
+    if not grads.numel():
+        return torch.zeros(len(ids), dim, device=grads.device)
+    vocabulary = 1 << int(ids.max()).bit_length()  # rounded up, so that few tables serve all batches
+    row_table = tables.rows(seed, tables.OUT, vocabulary, dim, grads.device)[ids]
+    return fold(grads, row_table, tables.columns(seed, tables.IN, grads.shape[-1], dim, grads.device), dim)
