@@ -2,6 +2,7 @@
 
 RAPIDIN_CUDA=auto (where nvcc is found) | on (or fail) | off
 RAPIDIN_CUDA_ARCHS="80 90 100": machine code for these; the last also as PTX, for what comes after it
+RAPIDIN_BUILD_JOBS=N: files compiled at a time, by default one
 nvcc is looked for at CUDACXX, in CUDA_HOME/bin and on the PATH.
 """
 
@@ -12,7 +13,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from pybind11.setup_helpers import Pybind11Extension, build_ext
+from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, build_ext
 from setuptools import setup
 
 X86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -96,10 +97,11 @@ if nvcc is not None:
             depends=headers,
             define_macros=[("RAPIDIN_MODULE", "_cuda")],
             cxx_std=17,
-            # The runtime is linked in: whichever torch brings, and without a GPU it loads.
+            # The runtime is linked in: whichever else there is, and without a GPU it loads.
             library_dirs=cuda_libraries(nvcc),
             libraries=["cudart_static", "dl", "rt", "pthread"],
         )
     )
 
+ParallelCompile("RAPIDIN_BUILD_JOBS", default=1).install()
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildWithFlags})

@@ -3,6 +3,29 @@
 emulated: bool
 
 def hash_words(seed: int, stream: int, first: int, n: int, words: int, place: tuple[int, int]) -> None: ...
+def linear_sketch(
+    inputs: int,
+    inputs_dtype: int,
+    n_in: int,
+    inputs_strides: tuple[int, ...],
+    inputs_table: int,
+    grads: int,
+    grads_dtype: int,
+    n_out: int,
+    grads_strides: tuple[int, ...],
+    grads_table: int,
+    batch: int,
+    tokens: int,
+    k: int,
+    splits: int,
+    block_tokens: int,
+    partial: int,
+    out: int,
+    place: tuple[int, int],
+) -> None: ...
+def shared_bytes(device: int) -> int: ...
+def linear_sketch_tile(k: int, split: bool) -> tuple[int, int, int]: ...
+def linear_sketch_table(columns: int, n: int, table: int) -> None: ...
 def flat_sketch(
     table: int,
     tensors: int,

@@ -116,6 +116,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 
 def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, call) of each launch that is compiled: the sizes and dtypes that users have most."""
+    from rapidin.kernels import linear_sketch as linear
     from rapidin.kernels.fold import fold
     from rapidin.kernels.sketch_hash import hash_words
     from rapidin.ops import triton as gpu
@@ -133,6 +134,14 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "matrix_sketch bias", lambda: gpu.matrix_sketch(meta(8, 2048, 1), 64, seed=1)
     yield "fold of a product", lambda: fold(meta(8, 512, 512), None, None, 512)
     yield "hash_words", lambda: hash_words(meta(600, dtype=torch.int32), 1, 2, 3)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        for dim in (64, 256, 512, 1024) if dtype == torch.bfloat16 else (512,):
+            inputs, grads = meta(8, 512, 4096, dtype=dtype), meta(8, 512, 11008, dtype=dtype)
+            table = meta(dim, dtype=torch.int32)
+            yield (
+                f"linear_sketch {TYPES[dtype]} {dim}",
+                lambda a=inputs, g=grads, d=dim, t=table: linear.linear_sketch(a, g, d, t, t),
+            )
 
 
 def main() -> None:

@@ -26,6 +26,13 @@ struct alignas(16) Words4 {
     uint32_t w[4];
 };
 
+struct alignas(8) Words2 {
+    uint32_t w[2];
+};
+
+// A load of what is read once: it leaves the L1 cache to what is read again.
+__device__ __forceinline__ Words4 load_streamed(const Words4* p);
+
 // Read from an address in a table: of global memory, which the compiler could not know, and never written by the kernel.
 __device__ __forceinline__ Words4 load_words4(uint64_t address);
 
@@ -95,6 +102,17 @@ __device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
     return x;
 }
 
+__device__ __forceinline__ Words4 load_streamed(const Words4* p) {
+    Words4 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])
+                 : "l"(p));
+    return x;
+}
+
+// The compiler moves no access to memory across it.
+__device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
+
 // The block's dynamic shared memory, 16-byte aligned. Kernels take all of theirs from here.
 __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char rapidin_shared[];
@@ -102,6 +120,9 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 }
 
 #else
+
+__device__ __forceinline__ Words4 load_streamed(const Words4* p) { return *p; }
+__device__ __forceinline__ void keep_order() {}
 
 inline Words4 load_words4(uint64_t address) { return *reinterpret_cast<const Words4*>(address); }
 
@@ -136,6 +157,13 @@ inline int multiprocessors() {
     check(cudaGetDevice(&device), "cudaGetDevice");
     check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
     return count;
+}
+
+// Bytes that a block may have once its kernel asks for more than 48 KB.
+inline int shared_bytes(int device) {
+    int bytes = 0;
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+    return bytes;
 }
 
 // Starts a kernel on a stream (as an integer, the way Python hands it over) and says so if that failed. It does not

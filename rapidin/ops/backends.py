@@ -23,15 +23,15 @@ _MODULES = {
 CUDA_OPS = frozenset({"linear_sketch", "flat_sketch", "topk_scan", "topk_scan_both_ends"})
 
 
-def find(op: str, backend: str | None, device: torch.device) -> Callable[..., Any]:
-    """The function that runs `op` on tensors of `device`.
+def find(op: str, backend: str | None, device: torch.device, *arguments: Any) -> Callable[..., Any]:
+    """The function that runs `op` on tensors of `device`; arguments: what decides whether CUDA has a kernel.
 
     Raises ValueError where the backend is unknown, lacks the op, or is not for this device, ImportError where
     it was not built or installed.
     """
     if backend is not None and backend not in KNOWN:
         raise ValueError(f"{op}: unknown backend {backend!r}; known are {', '.join(KNOWN)}")
-    name = backend if backend is not None else _default(op, device)
+    name = backend if backend is not None else _default(op, device, arguments)
     if name == "cpu" and device.type != "cpu":
         raise ValueError(
             f"{op}: backend 'cpu' takes tensors on the CPU, got device '{device}'; call .cpu() first"
@@ -43,7 +43,17 @@ def find(op: str, backend: str | None, device: torch.device) -> Callable[..., An
             f"{op}: backend {name!r} takes tensors on a GPU, got device '{device}'; call .cuda() first"
         )
     function: Callable[..., Any] = getattr(import_module(_MODULES[name]), op)
-    return function
+    return _on(device, function) if device.type == "cuda" else function
+
+
+def _on(device: torch.device, function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with its tensors' GPU as the current one: that is where Triton launches."""
+
+    def run(*arguments: Any, **named: Any) -> Any:
+        with torch.cuda.device(device):
+            return function(*arguments, **named)
+
+    return run
 
 
 def simulated(backend: str) -> bool:
@@ -53,11 +63,11 @@ def simulated(backend: str) -> bool:
     return bool(import_module(_MODULES["cuda"]).emulated())
 
 
-def _default(op: str, device: torch.device) -> str:
+def _default(op: str, device: torch.device, arguments: tuple[Any, ...]) -> str:
     if device.type == "cpu":
         return "cpu"
     if device.type == "cuda":
-        if op in CUDA_OPS and _has_cuda_extension():
+        if op in CUDA_OPS and _has_cuda_extension() and _cuda_supports(op, arguments):
             return "cuda"
         if _has_triton():
             return "triton"
@@ -69,6 +79,10 @@ def _default(op: str, device: torch.device) -> str:
         f"{op}: there is no kernel for device '{device}'; move the tensors to the CPU, "
         "or ask for backend='reference'"
     )
+
+
+def _cuda_supports(op: str, arguments: tuple[Any, ...]) -> bool:
+    return bool(import_module(_MODULES["cuda"]).supports(op, *arguments))
 
 
 @cache

@@ -51,6 +51,65 @@ def place(x: Tensor) -> tuple[int, int]:
     return index, torch.cuda.current_stream(index).cuda_stream
 
 
+# Blocks that share the tokens of a batch, whatever the device has room for: how sums are cut, and so their
+# bits, is the same on every GPU.
+_BLOCKS = 256
+LINEAR_DIMS = (32, 64, 128, 256, 512, 1024)
+
+
+def supports(op: str, *arguments: Any) -> bool:
+    """Whether the extension has a kernel for these arguments of an op, so that it is the default for them."""
+    return op != "linear_sketch" or supports_linear_sketch(*arguments)
+
+
+def supports_linear_sketch(inputs: Tensor, grads: Tensor, dim: int) -> bool:
+    """Whether the kernel takes these: powers of two from 32 to 1,024, to 512 unless all is bfloat16."""
+    split = _split(inputs, grads)
+    if dim not in LINEAR_DIMS or (split and dim > 512):
+        return False
+    _, _, shared = extension().linear_sketch_tile(dim, split)
+    return bool(shared <= extension().shared_bytes(place(inputs)[0]))
+
+
+def _split(inputs: Tensor, grads: Tensor) -> bool:
+    return not inputs.dtype == grads.dtype == torch.bfloat16
+
+
+def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
+    batch, tokens, n_in = inputs.shape
+    n_out = grads.shape[2]
+    if not inputs.numel() or not grads.numel():
+        return torch.zeros(batch, dim, device=inputs.device)
+    if not supports_linear_sketch(inputs, grads, dim):
+        raise ValueError(
+            f"linear_sketch: backend 'cuda' has no kernel for dim {dim} of {inputs.dtype} and {grads.dtype} "
+            "on this device; ask for backend='triton'"
+        )
+    device = inputs.device
+    tile, parts, _ = extension().linear_sketch_tile(dim, _split(inputs, grads))
+    tiles = -(-tokens // tile)
+    splits = min(tiles, max(1, _BLOCKS // batch))
+    share = -(-tiles // splits) * tile
+    splits = -(-tokens // share)
+    table_in = tables.columns(seed, tables.IN, n_in, dim, device, _staged)
+    table_out = tables.columns(seed, tables.OUT, n_out, dim, device, _staged)
+    out = torch.empty(batch, dim, device=device)
+    parts *= splits
+    partial = torch.empty(parts, min(batch, 65535), dim, device=device) if parts > 1 else out
+    extension().linear_sketch(
+        inputs.data_ptr(), _DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
+        grads.data_ptr(), _DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
+        batch, tokens, dim, splits, share, partial.data_ptr(), out.data_ptr(), place(out),
+    )  # fmt: skip
+    return out
+
+
+def _staged(columns: Tensor) -> Tensor:
+    table = torch.empty_like(columns)
+    extension().linear_sketch_table(columns.data_ptr(), len(columns), table.data_ptr())
+    return table
+
+
 def flat_sketch(
     tensors: Sequence[Tensor],
     dim: int,

@@ -1,6 +1,7 @@
 """Bins and signs as the kernels read them, kept between calls on each device."""
 
 from collections import OrderedDict
+from collections.abc import Callable
 from threading import Lock
 
 import torch
@@ -17,7 +18,9 @@ FLAT = (8, 8)  # the stream of a flat sketch's permutations
 
 CPU = torch.device("cpu")
 
-_tables: OrderedDict[tuple[str, int, tuple[int, int], int, int, torch.device], Tensor] = OrderedDict()
+Change = Callable[[Tensor], Tensor]
+
+_tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
 _bytes = 0
 _lock = Lock()
 
@@ -27,9 +30,19 @@ def rows(seed: int, side: tuple[int, int], n: int, k: int, device: torch.device 
     return _get("rows", seed, side, n, k, device)
 
 
-def columns(seed: int, side: tuple[int, int], n: int, k: int, device: torch.device = CPU) -> Tensor:
-    """-> [ceil(n / k) * k] int32: by chunk and bin, the index in the chunk, and its sign in the top bit."""
-    return _get("columns", seed, side, n, k, device)
+def columns(
+    seed: int,
+    side: tuple[int, int],
+    n: int,
+    k: int,
+    device: torch.device = CPU,
+    change: Change | None = None,
+) -> Tensor:
+    """-> [ceil(n / k) * k] int32: by chunk and bin, the index in the chunk, and its sign in the top bit.
+
+    change: what a kernel wants made of the table, on the CPU; a function of a module, for it is kept by name.
+    """
+    return _get("columns", seed, side, n, k, device, change)
 
 
 def places(seed: int, groups: int, device: torch.device = CPU) -> Tensor:
@@ -37,9 +50,17 @@ def places(seed: int, groups: int, device: torch.device = CPU) -> Tensor:
     return _get("places", seed, FLAT, 16 * groups, groups, device).view(16, groups)
 
 
-def _get(kind: str, seed: int, side: tuple[int, int], n: int, k: int, device: torch.device) -> Tensor:
+def _get(
+    kind: str,
+    seed: int,
+    side: tuple[int, int],
+    n: int,
+    k: int,
+    device: torch.device,
+    change: Change | None = None,
+) -> Tensor:
     global _bytes
-    key = (kind, seed, side, n, k, device)
+    key = (kind, seed, side, n, k, device, change)
     with _lock:
         if key in _tables:
             _tables.move_to_end(key)
@@ -50,7 +71,7 @@ def _get(kind: str, seed: int, side: tuple[int, int], n: int, k: int, device: to
         build = _cpu.row_table if kind == "rows" else _cpu.column_table
         table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32)
         build(seed, *side, n, k, table.data_ptr())
-    table = table.to(device)
+    table = (change(table) if change is not None else table).to(device)
     with _lock:
         if key not in _tables:
             _tables[key] = table

@@ -7,10 +7,49 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from rapidin.kernels import flat_sketch as flat_sketch_kernel
+from rapidin.kernels import flat_sketch as flat_kernels
+from rapidin.kernels import linear_sketch as linear_kernels
 from rapidin.kernels.fold import fold
 from rapidin.ops import tables
 from rapidin.ops.flat_plan import flat_plan
+
+_TOKEN_BYTES = 256 << 20  # of tokens' spectra held at a time, where the kernel has not the width
+
+
+def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
+    if not inputs.numel() or not grads.numel():
+        return torch.zeros(len(inputs), dim, device=inputs.device)
+    table_in = tables.columns(seed, tables.IN, inputs.shape[2], dim, inputs.device)
+    table_out = tables.columns(seed, tables.OUT, grads.shape[2], dim, inputs.device)
+    if dim not in linear_kernels.DIMS:
+        return by_torch_fft(inputs, grads, dim, table_in, table_out)
+    return linear_kernels.linear_sketch(inputs, grads, dim, table_in, table_out)
+
+
+def by_torch_fft(inputs: Tensor, grads: Tensor, k: int, table_in: Tensor, table_out: Tensor) -> Tensor:
+    """The sketch for any width, in torch: the sum of FFT(cs(a)) FFT(cs(g)) over tokens, transformed back."""
+    batch, tokens = inputs.shape[:2]
+    total = torch.zeros(batch, k // 2 + 1, dtype=torch.complex64, device=inputs.device)
+    step = max(1, _TOKEN_BYTES // (16 * k * batch))
+    for first in range(0, tokens, step):
+        a = torch.fft.rfft(_count_sketch(inputs[:, first : first + step], table_in, k))
+        total += (a * torch.fft.rfft(_count_sketch(grads[:, first : first + step], table_out, k))).sum(1)
+    out: Tensor = torch.fft.irfft(total, n=k)
+    return out
+
+
+def _count_sketch(x: Tensor, table: Tensor, k: int) -> Tensor:
+    """[B, T, n] -> [B, T, k] float32"""
+    entries = table.view(-1, k)
+    index = (entries & 0x7FFFFFFF).long()
+    sign = torch.where(entries < 0, -1.0, 1.0)
+    out = torch.zeros(*x.shape[:2], k, device=x.device)
+    for chunk in range(len(entries)):
+        part = x[:, :, chunk * k : (chunk + 1) * k].float()
+        if part.shape[2] < k:
+            part = torch.nn.functional.pad(part, (0, k - part.shape[2]))
+        out += part[:, :, index[chunk]] * sign[chunk]
+    return out
 
 
 def flat_sketch(
@@ -35,7 +74,7 @@ def flat_sketch(
         return torch.zeros(plan.batch, dim, device=device), none
     places = tables.places(seed, plan.groups, device)
     scales = scales.contiguous() if scales is not None else None
-    return flat_sketch_kernel.flat_sketch(plan, places, seed, scales, squares)
+    return flat_kernels.flat_sketch(plan, places, seed, scales, squares)
 
 
 def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:

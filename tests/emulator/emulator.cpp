@@ -99,6 +99,15 @@ void resume(Thread& thread) {
     current = nullptr;
 }
 
+// Apart from its caller, whose variables must not be held in registers that getcontext saves.
+__attribute__((noinline)) void begin(Thread& thread) {
+    getcontext(&thread.context);
+    thread.context.uc_stack.ss_sp = thread.stack.get();
+    thread.context.uc_stack.ss_size = kStackBytes;
+    thread.context.uc_link = nullptr;
+    makecontext(&thread.context, entry, 0);
+}
+
 // Runs the block until all threads have ended.
 void run_block(int threads) {
     std::mt19937 random(7);
@@ -284,11 +293,7 @@ void emulate(const char* name, dim3 grid, int threads, size_t shared_bytes, cons
                     thread.open.clear();
                     thread.place = {dim3(static_cast<unsigned>(i), 0, 0), dim3(x, y, z),
                                     dim3(static_cast<unsigned>(threads)), grid};
-                    getcontext(&thread.context);
-                    thread.context.uc_stack.ss_sp = thread.stack.get();
-                    thread.context.uc_stack.ss_size = kStackBytes;
-                    thread.context.uc_link = nullptr;
-                    makecontext(&thread.context, entry, 0);
+                    begin(thread);
                 }
                 run_block(threads);
             }

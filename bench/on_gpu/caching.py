@@ -1,0 +1,303 @@
+"""Caching from end to end on a Llama of 1 billion random weights, beside what the model itself takes.
+
+The bare loop is a forward and a backward pass over the same texts with all parameters frozen, so that only
+input gradients are computed. Caching is `Attributor.cache`: texts to tokens, hooks, sketches, code and shards
+on disk. The two take turns. The training step is transformers' and AdamW's on the same batches.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from on_gpu.cases import Bench, Case, Facts, Mode
+from rapidin import Attributor
+from rapidin.attributor import _by_length
+from rapidin.encoding import Encoded
+from rapidin.hooks import Batch, example_losses
+from rapidin.model import LoadedModel, WeightPath
+from rapidin.pack import FloatCode, PackedCode
+
+CACHING_GOAL, PACK_GOAL = 0.93, 0.02
+KINDS = ("linear layers", "LoRA")
+DTYPES = ("float16", "sign")
+RANK = 16
+
+
+def size_of(mode: Mode) -> dict[str, Any]:
+    size: dict[str, Any] = {"hidden": 2048, "inner": 8192, "layers": 16, "heads": 32, "kv_heads": 8}
+    size |= {"vocabulary": 128256, "examples": 128, "words": (256, 768), "batch_tokens": 8192, "width": 512}
+    if mode == "quick":
+        size |= {"examples": 48}
+    if mode == "dry":
+        size |= {"hidden": 32, "inner": 48, "layers": 1, "heads": 2, "kv_heads": 1, "vocabulary": 128}
+        size |= {"examples": 6, "words": (6, 12), "batch_tokens": 32, "width": 64}
+    return size
+
+
+class LoRA(nn.Module):
+    """A linear layer with a trained product of rank RANK beside it, as peft has it: for where peft is not."""
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.base_layer = layer
+        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
+        self.lora_A = nn.Linear(layer.in_features, RANK, bias=False, **like)
+        self.lora_B = nn.Linear(RANK, layer.out_features, bias=False, **like)
+        nn.init.normal_(self.lora_B.weight, std=0.02)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = self.base_layer(x) + 2.0 * self.lora_B(self.lora_A(x))
+        return y
+
+
+def _tokenizer(vocabulary: int) -> Any:
+    """A word is a token, so that texts of so many words have so many tokens."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = {"</s>": 0} | {f"w{n}": n for n in range(1, vocabulary)}
+    made = Tokenizer(models.WordLevel(words, unk_token="</s>"))
+    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token="</s>", pad_token="</s>", model_max_length=4096
+    )
+
+
+def make_model(bench: Bench, kind: str) -> LoadedModel:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    size = size_of(bench.mode)
+    config = LlamaConfig(
+        vocab_size=size["vocabulary"],
+        hidden_size=size["hidden"],
+        intermediate_size=size["inner"],
+        num_hidden_layers=size["layers"],
+        num_attention_heads=size["heads"],
+        num_key_value_heads=size["kv_heads"],
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+        initializer_range=0.03,
+        eos_token_id=0,
+        pad_token_id=0,
+        bos_token_id=None,
+    )
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with bench.device:
+            model = LlamaForCausalLM(config).eval()
+    finally:
+        torch.set_default_dtype(before)
+    tokenizer = _tokenizer(size["vocabulary"])
+    if kind != "LoRA":
+        return LoadedModel.of(model, tokenizer)
+    for layer in model.model.layers:
+        for name in ("q_proj", "v_proj"):
+            setattr(layer.self_attn, name, LoRA(getattr(layer.self_attn, name)))
+    named = dict(model.named_parameters())
+    ends = [(p, None, p.data) for name, p in named.items() if ".lora_B." in name]
+    return LoadedModel(model, tokenizer, WeightPath(ends), [name for name in named if ".lora_" in name])
+
+
+def make_records(bench: Bench) -> list[dict[str, str]]:
+    size = size_of(bench.mode)
+    generator = torch.Generator().manual_seed(2)
+    low, high = size["words"]
+    lengths = torch.randint(low, high, (size["examples"],), generator=generator).tolist()
+    records = []
+    for n in lengths:
+        words = [f"w{i}" for i in torch.randint(1, size["vocabulary"], (n,), generator=generator).tolist()]
+        records.append({"prompt": " ".join(words[: n // 2]), "completion": " ".join(["", *words[n // 2 :]])})
+    return records
+
+
+@dataclass
+class Setting:
+    """A model with its texts in batches, as the caching loop makes them."""
+
+    attributor: Attributor
+    records: list[dict[str, str]]
+    batches: list[list[Encoded]]
+
+    @property
+    def model(self) -> nn.Module:
+        model: nn.Module = self.attributor.loaded.model
+        return model
+
+    @property
+    def tokens(self) -> int:
+        return sum(len(e.ids) for batch in self.batches for e in batch)
+
+
+def _setting(bench: Bench, kind: str) -> Setting:
+    def make() -> Setting:
+        loaded = make_model(bench, kind)
+        _ = loaded.identity  # hashing the weights is done once for a cache, however many examples it has
+        size = size_of(bench.mode)
+        attributor = Attributor(loaded, width=size["width"], batch_tokens=size["batch_tokens"])
+        records = make_records(bench)
+        encoded = [attributor.encoder(record) for record in records]
+        chosen = _by_length(range(len(encoded)), encoded, size["batch_tokens"])
+        return Setting(attributor, records, [[encoded[n] for n in batch] for batch in reversed(chosen)])
+
+    return bench.once("setting", kind, make)
+
+
+def _batch(texts: list[Encoded], device: torch.device) -> Batch:
+    return Batch.of([(e.ids, e.target) for e in texts], device)
+
+
+def bare(bench: Bench, setting: Setting) -> float:
+    """Seconds of a forward and an input-only backward pass over all batches."""
+    model = setting.model
+    for parameter in model.parameters():
+        parameter.requires_grad_(False)
+    embeddings: Any = model.get_input_embeddings()  # type: ignore[operator]
+    hook = embeddings.register_forward_hook(lambda *args: args[2].requires_grad_())
+    bench.machine.wait()
+    start = time.perf_counter()
+    for texts in setting.batches:
+        with torch.enable_grad():
+            example_losses(model, _batch(texts, bench.device)).sum().backward()
+    bench.machine.wait()
+    seconds = time.perf_counter() - start
+    hook.remove()
+    return seconds
+
+
+@contextlib.contextmanager
+def _timed_packing(bench: Bench) -> Iterator[list[float]]:
+    """The seconds that each call of a code's `encode` takes meanwhile, with the device's work awaited."""
+    taken: list[float] = []
+    before = {kind: kind.encode for kind in (FloatCode, PackedCode)}
+
+    def timed(encode: Any) -> Any:
+        def run(*args: Any, **named: Any) -> Any:
+            bench.machine.wait()
+            start = time.perf_counter()
+            result = encode(*args, **named)
+            bench.machine.wait()
+            taken.append(time.perf_counter() - start)
+            return result
+
+        return run
+
+    try:
+        for kind, encode in before.items():
+            setattr(kind, "encode", timed(encode))  # noqa: B010
+        yield taken
+    finally:
+        for kind, encode in before.items():
+            setattr(kind, "encode", encode)  # noqa: B010
+
+
+def cached(bench: Bench, setting: Setting, dtype: str) -> tuple[float, float]:
+    """(seconds of caching all texts, of these for packing)."""
+    with tempfile.TemporaryDirectory() as folder, _timed_packing(bench) as packing:
+        bench.machine.wait()
+        start = time.perf_counter()
+        setting.attributor.cache(setting.records, Path(folder) / "cache", dtype=dtype)  # type: ignore[arg-type]
+        bench.machine.wait()
+        return time.perf_counter() - start, sum(packing)
+
+
+def caching(kind: str, dtype: str, size: dict[str, Any]) -> Case:
+    def run(bench: Bench) -> Facts:
+        setting = _setting(bench, kind)
+        bare(bench, setting)
+        bench.machine.clear_peak()
+        bare(bench, setting)
+        bare_peak = bench.machine.peak_bytes()
+        cached(bench, setting, dtype)  # compiles kernels, makes tables
+        bench.machine.clear_peak()
+        cached(bench, setting, dtype)
+        peak = bench.machine.peak_bytes()
+        pairs = [(bare(bench, setting), *cached(bench, setting, dtype)) for _ in range(3)]
+        alone, whole, packing = (statistics.median(column) for column in zip(*pairs, strict=True))
+        facts: Facts = {
+            "seconds": whole,
+            "floor_seconds": alone,
+            "bound": "bare loop",
+            "of": {"bare loop": alone / whole, "packing": packing / whole},
+            "tokens": setting.tokens,
+            "tokens_per_s": setting.tokens / whole,
+            "packing_seconds": packing,
+            "all_seconds": [list(pair) for pair in pairs],
+        }
+        if peak is not None and bare_peak is not None:
+            facts |= {"peak_bytes": peak, "bytes_above_bare": peak - bare_peak}
+        return facts
+
+    goals = {"bare loop": CACHING_GOAL, "packing": PACK_GOAL}
+    return Case("caching", f"rapidin, {dtype} rows", {"kind": kind} | size, run, goals)
+
+
+def bare_case(kind: str, size: dict[str, Any]) -> Case:
+    def run(bench: Bench) -> Facts:
+        setting = _setting(bench, kind)
+        bare(bench, setting)
+        bench.machine.clear_peak()
+        seconds = statistics.median(bare(bench, setting) for _ in range(3))
+        rate = setting.tokens / seconds
+        facts: Facts = {"seconds": seconds, "tokens": setting.tokens, "tokens_per_s": rate, "of": {}}
+        return facts | {"peak_bytes": bench.machine.peak_bytes()}
+
+    return Case("caching", "bare loop", {"kind": kind} | size, run)
+
+
+def training(kind: str, size: dict[str, Any]) -> Case:
+    """One pass over the batches as a step each: forward, backward with weight gradients, AdamW."""
+
+    def run(bench: Bench) -> Facts:
+        setting = _setting(bench, kind)
+        model = setting.model
+        trained = set(setting.attributor.loaded.trained or ())
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(name in trained or not trained)
+        chosen = [p for p in model.parameters() if p.requires_grad]
+        # No step size and no decay: the other cases are to find the weights as they were.
+        optimizer = torch.optim.AdamW(chosen, lr=0.0, weight_decay=0.0, fused=not bench.machine.dry)
+        batches = [_batch(texts, bench.device) for texts in setting.batches]
+
+        def step(batch: Batch) -> None:
+            labels = batch.ids.masked_fill(~batch.target, -100)
+            model(input_ids=batch.ids, attention_mask=batch.mask.long(), labels=labels).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        taken = []
+        bench.machine.clear_peak()
+        for _ in range(3):  # the first one warms up
+            bench.machine.wait()
+            start = time.perf_counter()
+            for batch in batches:
+                step(batch)
+            bench.machine.wait()
+            taken.append(time.perf_counter() - start)
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+        seconds = statistics.median(taken[1:])
+        facts: Facts = {"seconds": seconds, "tokens": setting.tokens, "of": {}}
+        return facts | {"tokens_per_s": setting.tokens / seconds, "peak_bytes": bench.machine.peak_bytes()}
+
+    return Case("caching", "training step, AdamW", {"kind": kind} | size, run)
+
+
+def cases(mode: Mode) -> list[Case]:
+    size = size_of(mode)
+    listed: list[Case] = []
+    for kind in KINDS:
+        listed += [bare_case(kind, size), *(caching(kind, dtype, size) for dtype in DTYPES)]
+        listed.append(training(kind, size))
+    return listed

@@ -1,0 +1,150 @@
+"""pack, unpack and the random turn: what becomes of sketches before they are kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from on_gpu import peers
+from on_gpu.cases import BACKENDS, Bench, Case, Cost, Facts, MissingError, Mode, relative_error
+from on_gpu.sketches import DTYPES
+from rapidin import ops
+from rapidin.ops import Packed
+
+SEED = 7
+TOLERANCE = 1e-4  # of the scales; codes must be equal but where a number lies on the edge of two steps
+EDGE = 1e-5  # share of bytes that may differ for that
+
+
+def pack_sizes(mode: Mode) -> list[dict[str, Any]]:
+    rows, width = (5, 144) if mode == "dry" else (16384, 16384)
+    listed = [("int8", "float32"), ("int4", "float32"), ("sign", "float32"), ("sign", "bfloat16")]
+    return [{"to": to, "from": x, "rows": rows, "numbers": width} for to, x in listed]
+
+
+def _rows(bench: Bench, size: dict[str, Any]) -> Tensor:
+    shape = size["rows"], size["numbers"]
+    return bench.once(
+        "rows", (size["from"], *shape), lambda: bench.normal(*shape, dtype=DTYPES[size["from"]])
+    )
+
+
+def _cost(size: dict[str, Any]) -> Cost:
+    kept = ops.packed_bytes(size["numbers"], size["to"]) + 4
+    read = size["rows"] * size["numbers"] * DTYPES[size["from"]].itemsize
+    return Cost(read=read, written=size["rows"] * kept)
+
+
+def _pack_error(wanted: Packed, got: tuple[Tensor, Tensor]) -> float:
+    codes, scale = got
+    if codes.shape != wanted.codes.shape:
+        return float("nan")
+    if float((codes != wanted.codes).float().mean()) > EDGE:
+        return float("inf")
+    assert wanted.scale is not None
+    return relative_error(scale[None], wanted.scale[None])
+
+
+def packing(size: dict[str, Any], way: str) -> Case:
+    few = 64  # rows that the reference packs: it is slow, and rows are packed one by one
+
+    def run(bench: Bench) -> Facts:
+        if way not in BACKENDS:
+            x = _rows(bench, size)
+            return bench.measured([lambda: peers.torch_pack(x, size["to"])], _cost(size))
+        bench.kernel("pack", way)
+        x = _rows(bench, size)
+
+        def call() -> tuple[Tensor, Tensor]:
+            made = ops.pack(x, size["to"], backend=way)
+            assert made.scale is not None
+            return made.codes, made.scale
+
+        chosen = torch.linspace(0, len(x) - 1, min(few, len(x)), device=x.device).long()
+        wanted = bench.once(
+            "wanted", ("pack", *size.items()), lambda: ops.pack(x[chosen], size["to"], backend="reference")
+        )
+        return bench.measured(
+            [call], _cost(size), lambda got: _pack_error(wanted, (got[0][chosen], got[1][chosen])), TOLERANCE
+        )
+
+    return Case("pack", way, size, run)
+
+
+def unpacking(size: dict[str, Any], way: str) -> Case:
+    cost = _cost(size)
+    turned_round = Cost(read=cost.written, written=4 * size["rows"] * size["numbers"])
+
+    def run(bench: Bench) -> Facts:
+        if way in BACKENDS:
+            bench.kernel("unpack", way)
+        bytes_kept = ops.packed_bytes(size["numbers"], size["to"])
+
+        def make() -> Packed:
+            codes = torch.empty(size["rows"], bytes_kept, dtype=torch.uint8, device=bench.device).random_(
+                0, 256
+            )
+            kind = codes.view(torch.int8) if size["to"] == "int8" else codes
+            return Packed(
+                kind, size["to"], size["numbers"], torch.rand(len(codes), device=bench.device) + 0.5
+            )
+
+        packed = bench.once("packed", tuple(size.items()), make)
+        assert packed.scale is not None
+        scale = packed.scale
+        if way not in BACKENDS:
+            return bench.measured(
+                [lambda: peers.unpacked(packed, 0, size["rows"]).float() * scale[:, None]], turned_round
+            )
+        few = Packed(packed.codes[:64], packed.dtype, packed.width, scale[:64])
+        wanted = ops.unpack(few, backend="reference")
+        return bench.measured(
+            [lambda: ops.unpack(packed, backend=way)],
+            turned_round,
+            lambda got: relative_error(got[:64], wanted),
+            TOLERANCE,
+        )
+
+    return Case("unpack", way, size, run)
+
+
+def turn_size(mode: Mode) -> dict[str, Any]:
+    rows, blocks, width = (3, 2, 64) if mode == "dry" else (2048, 112, 512)
+    return {"rows": rows, "blocks": blocks, "width": width}
+
+
+def turning(size: dict[str, Any], way: str) -> Case:
+    """The turn of rapidin.pack.turn on the device, and the same in torch."""
+
+    def run(bench: Bench) -> Facts:
+        from rapidin.pack.turn import _signs, turn
+
+        shape = size["rows"], size["blocks"], size["width"]
+        x = bench.once("unturned", shape, lambda: bench.normal(*shape))
+        cost = Cost(read=x.nbytes, written=x.nbytes)
+        if way not in BACKENDS:
+            signs = _signs(size["blocks"], size["width"], SEED).to(bench.device)
+            return bench.measured([lambda: peers.torch_turn(x, signs)], cost)
+        made: Any = getattr(ops, "turn", None)
+        if made is None:
+            raise MissingError("turn is no op yet: rapidin.pack.turn turns on the CPU")
+        bench.kernel("turn", way)
+        wanted = turn(x[:64].cpu(), SEED)
+        return bench.measured(
+            [lambda: made(x, SEED, backend=way)],
+            cost,
+            lambda got: relative_error(got[:64].cpu().flatten(1), wanted.flatten(1)),
+            TOLERANCE,
+        )
+
+    return Case("turn", way, size, run)
+
+
+def cases(mode: Mode) -> list[Case]:
+    ways = (*BACKENDS, "torch")
+    listed = [packing(size, way) for size in pack_sizes(mode) for way in ways]
+    listed += [turning(turn_size(mode), way) for way in ways]
+    sizes = [size for size in pack_sizes(mode) if size["from"] == "float32"]
+    return [*listed, *(unpacking(size, way) for size in sizes for way in ways)]

@@ -1,0 +1,196 @@
+"""linear_sketch on GPUs: both backends against the reference."""
+
+import pytest
+import torch
+from inputs import DEVICE, DTYPES, LINEAR_SHAPES, SEED, layouts, normal
+
+from rapidin import ops
+
+DIMS = (32, 64, 128, 256, 512, 1024)
+TRITON_ONLY = (7, 100, 2048)  # widths without a kernel: torch's FFT
+
+
+def factors(shape, dtype=torch.float32, other=None):
+    batch, tokens, n_in, n_out = shape
+    inputs = normal(batch, tokens, n_in, seed=1, dtype=dtype)
+    return inputs, normal(batch, tokens, n_out, seed=2, dtype=other or dtype)
+
+
+def sketch(inputs, grads, dim, backend, seed=SEED):
+    found = ops.linear_sketch(inputs.to(DEVICE), grads.to(DEVICE), dim, seed=seed, backend=backend)
+    assert found.dtype == torch.float32
+    assert found.shape == (len(inputs), dim)
+    return found.cpu()
+
+
+def reference(inputs, grads, dim, seed=SEED):
+    return ops.linear_sketch(inputs, grads, dim, seed=seed, backend="reference")
+
+
+def tolerance(*dtypes):
+    """Relative error of an example's sketch. Both sides bfloat16: one rounding more of either, 2^-9 at most;
+    the interpreter cuts digits off where a GPU rounds."""
+    if any(dtype != torch.bfloat16 for dtype in dtypes):
+        return 1e-5
+    return 4e-3 if DEVICE.type == "cuda" else 1e-2
+
+
+def assert_close(got, wanted, within):
+    error = (got.double() - wanted.double()).norm(dim=1)
+    size = wanted.double().norm(dim=1)
+    assert bool((error <= within * size + 1e-30).all()), f"{float((error / size.clamp_min(1e-30)).max()):.1e}"
+
+
+def takes(backend, dim, dtype):
+    return backend == "triton" or (dim in DIMS and (dim <= 512 or dtype == torch.bfloat16))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dim", [*DIMS, *TRITON_ONLY])
+def test_shapes_widths_and_dtypes(gpu, dim, dtype):
+    if not takes(gpu, dim, dtype):
+        pytest.skip("no kernel: Triton's is the default there")
+    for shape in LINEAR_SHAPES:
+        inputs, grads = factors(shape, dtype)
+        assert_close(sketch(inputs, grads, dim, gpu), reference(inputs, grads, dim), tolerance(dtype))
+
+
+@pytest.mark.parametrize("dim", [64, 512])
+def test_rows_longer_than_a_stage_and_many_tiles(gpu, dim):
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in ((2, 37, 1200, 2100), (1, 150, 70, 40)):
+            inputs, grads = factors(shape, dtype)
+            assert_close(sketch(inputs, grads, dim, gpu), reference(inputs, grads, dim), tolerance(dtype))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layouts(gpu, dtype):
+    inputs, grads = factors((2, 9, 150, 36), dtype)
+    wanted = reference(inputs, grads, 64)
+    for a, g in zip(layouts(inputs).values(), layouts(grads).values(), strict=True):
+        # as strided views on the device too
+        a = torch.as_strided(_whole(a).to(DEVICE), a.shape, a.stride(), a.storage_offset())
+        g = torch.as_strided(_whole(g).to(DEVICE), g.shape, g.stride(), g.storage_offset())
+        assert_close(sketch(a, g, 64, gpu), wanted, tolerance(dtype))
+
+
+def _whole(x):
+    return torch.as_strided(x, (x.untyped_storage().nbytes() // x.element_size(),), (1,), 0)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dim", DIMS)
+def test_cuda_at_every_width(emulated_cuda, dim):
+    for dtype in (torch.bfloat16, torch.float32)[: 1 if dim > 512 else 2]:
+        for shape in ((2, 17, 33, 70), (1, 3, 2 * dim + 5, 8)):
+            inputs, grads = factors(shape, dtype)
+            assert_close(sketch(inputs, grads, dim, "cuda"), reference(inputs, grads, dim), tolerance(dtype))
+
+
+def test_rows_that_lie_apart(gpu):
+    """Rows with a stride of whole vectors, so that wide loads stay in use, but must not run over."""
+    inputs, grads = factors((3, 20, 96, 40), torch.bfloat16)
+    wide = torch.full((3, 20, 160), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    wide[:, :, 8:104] = inputs.to(DEVICE)
+    found = sketch(wide[:, :, 8:104], grads, 128, gpu)
+    assert_close(found, reference(inputs, grads, 128), tolerance(torch.bfloat16))
+
+
+def test_two_dtypes(gpu):
+    for one in DTYPES:
+        for other in DTYPES:
+            inputs, grads = factors((2, 9, 150, 37), one, other)
+            assert_close(sketch(inputs, grads, 64, gpu), reference(inputs, grads, 64), tolerance(one, other))
+
+
+def test_the_rounding_of_bfloat16_is_what_is_said(emulated_cuda):
+    """0.002 of a sketch's length, far below its own noise of 1 / sqrt(512) = 0.044."""
+    inputs, grads = factors((4, 100, 512, 512), torch.bfloat16)
+    got, wanted = sketch(inputs, grads, 512, "cuda").double(), reference(inputs, grads, 512).double()
+    error = (got - wanted).norm(dim=1) / wanted.norm(dim=1)
+    assert float(error.max()) < 3e-3
+
+
+@pytest.mark.parametrize("scale", [1e-12, 1e-6, 1e6])
+def test_factors_of_very_different_sizes(gpu, scale):
+    inputs, grads = factors((2, 20, 200, 100))
+    inputs[:, :, 3] *= 1000  # an outlier feature, as language models have them
+    grads *= scale * torch.logspace(-3, 3, 20)[:, None]
+    assert_close(sketch(inputs, grads, 64, gpu), reference(inputs, grads, 64), 1e-5)
+    inputs, grads = inputs.bfloat16(), grads.bfloat16()
+    found, wanted = sketch(inputs, grads, 64, gpu), reference(inputs, grads, 64)
+    assert_close(found, wanted, tolerance(torch.bfloat16))
+
+
+@pytest.mark.parametrize("dim", [32, 512])
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_not_finite_examples_stay_apart(gpu, bad, dim):
+    inputs, grads = factors((4, 5, 60, 40), torch.bfloat16)
+    clean = sketch(inputs, grads, dim, gpu)
+    inputs[1, 2, 3], grads[2, 0, 0] = bad, bad
+    found = sketch(inputs, grads, dim, gpu)
+    assert not found[1].isfinite().all()
+    assert not found[2].isfinite().all()
+    assert torch.equal(found[[0, 3]], clean[[0, 3]])
+
+
+def test_padding_adds_nothing(gpu):
+    inputs, grads = factors((2, 19, 90, 50))
+    padded_inputs = torch.cat([inputs, normal(2, 30, 90)], dim=1)
+    padded_grads = torch.cat([grads, torch.zeros(2, 30, 50)], dim=1)
+    assert_close(sketch(padded_inputs, padded_grads, 64, gpu), sketch(inputs, grads, 64, gpu), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 4, 5), (2, 0, 4, 5), (2, 3, 0, 5), (2, 3, 4, 0)])
+def test_nothing_to_sketch(gpu, shape):
+    inputs, grads = factors(shape)
+    assert torch.equal(sketch(inputs, grads, 64, gpu), torch.zeros(shape[0], 64))
+
+
+def test_the_same_bits_again(gpu):
+    inputs, grads = factors((3, 40, 130, 70), torch.bfloat16)
+    first = sketch(inputs, grads, 256, gpu)
+    assert torch.equal(sketch(inputs, grads, 256, gpu), first)
+
+
+@pytest.mark.parametrize("dim", [32, 128, 512, 1024])
+def test_no_order_of_threads_changes_a_bit(emulated_cuda, dim):
+    if not emulated_cuda.emulated:
+        pytest.skip("a GPU orders its threads itself")
+    inputs, grads = factors((1, 35, 70, 1100), torch.bfloat16)
+    found = []
+    for order in (0, 1, 2):
+        emulated_cuda.set_order(order)
+        try:
+            found.append(sketch(inputs, grads, dim, "cuda"))
+        finally:
+            emulated_cuda.set_order(0)
+    assert torch.equal(found[1], found[0])
+    assert torch.equal(found[2], found[0])
+
+
+def test_how_blocks_share_an_example_changes_little(gpu):
+    """Many examples leave a block each, one is cut in as many parts as it has tiles."""
+    inputs, grads = factors((1, 70, 60, 40))
+    alone = sketch(inputs, grads, 64, gpu)
+    among = sketch(inputs.expand(300, -1, -1), grads.expand(300, -1, -1), 64, gpu)[7:8]
+    assert_close(among, alone, 1e-5)
+
+
+def test_a_width_without_a_kernel_is_refused_by_name(emulated_cuda):
+    inputs, grads = factors((1, 2, 8, 8))
+    with pytest.raises(ValueError, match="no kernel for dim 100"):
+        sketch(inputs, grads, 100, "cuda")
+
+
+@pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_graph_replays_it(backend):
+    inputs, grads = (x.to(DEVICE) for x in factors((2, 64, 256, 512), torch.bfloat16))
+    wanted = ops.linear_sketch(inputs, grads, 512, seed=1, backend=backend)  # tables come before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = ops.linear_sketch(inputs, grads, 512, seed=1, backend=backend)
+    out.fill_(torch.nan)
+    graph.replay()
+    assert torch.equal(out, wanted)
