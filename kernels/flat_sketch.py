@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from rapidin.ops.flat_plan import FlatPlan
 
 TURN, ROTATION, LANE, SIGNS = 9, 10, 11, 12  # streams of the hash
-_TILE = 4096  # elements of the rows that a program takes at a time
+_TILE = 2048  # elements of the rows that a program takes at a time
 _SIZES = ["tensors", "rows", "chunks", "chunks_of_part", "parts", "groups", "batch", "steps"]
 _KEYS = [f"{name}_{half}" for name in ("turn", "rotation", "lane", "s0", "s1", "s2", "s3") for half in "ab"]
 
@@ -57,7 +57,7 @@ def _flat_sketch_kernel(
     example = (tl.program_id(0) // groups // parts).to(tl.int64)
     firsts_ptr = table_ptr + 4 * tensors
     part_tensors_ptr = table_ptr + 5 * tensors + 1 + part
-    lowest, highest = tl.load(part_tensors_ptr), tl.load(part_tensors_ptr + 1)
+    lowest, highest = tl.load(part_tensors_ptr).to(tl.int32), tl.load(part_tensors_ptr + 1).to(tl.int32)
     bins = tl.arange(0, WIDTH)
     COLUMNS: tl.constexpr = 2 if WIDTH <= 32 else 4 if WIDTH <= 64 else 8  # lane bits, one to four of signs
     column = tl.arange(0, COLUMNS)
@@ -66,21 +66,23 @@ def _flat_sketch_kernel(
     keys_b = tl.where(column == 0, lane_b, tl.where(column == 1, s0_b, s1_b))
     keys_b = tl.where(column == 3, s2_b, tl.where(column == 4, s3_b, keys_b))[None, :]
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
-    for begin in range(0, chunks_of_part, ROWS):
+    first = part.to(tl.int64) * chunks_of_part
+    count = tl.minimum(first + chunks_of_part, chunks) - first
+    for begin in range(0, count.to(tl.int32), ROWS):
         step = begin + tl.arange(0, ROWS)
-        chunk = part.to(tl.int64) * chunks_of_part + step
+        chunk = first + step
         index = chunk.to(tl.uint32)
         permutation = (_words(index, turn_a, turn_b) & 15).to(tl.int64)
         rotation = (_words(index, rotation_a, rotation_b) % groups.to(tl.uint32)).to(tl.int32)
         at = tl.where(group >= rotation, group - rotation, group + groups - rotation)
         place = tl.load(places_ptr + permutation * groups + at)
         row = chunk * groups + place
-        there = (step < chunks_of_part) & (chunk < chunks) & (row < rows)
+        there = (step < count) & (row < rows)
 
-        low = tl.zeros([ROWS], tl.int64) + lowest
-        high = tl.zeros([ROWS], tl.int64) + highest
+        low = tl.zeros([ROWS], tl.int32) + lowest
+        high = tl.zeros([ROWS], tl.int32) + highest
         for _ in range(steps):
-            middle = (low + high + 1) // 2
+            middle = (low + high + 1) >> 1
             after = tl.load(firsts_ptr + middle, mask=there, other=0) > row
             high = tl.where(after, middle - 1, high)
             low = tl.where(after, low, middle)
@@ -161,7 +163,7 @@ def flat_sketch(
         *keys,
         WIDTH=plan.width, ROWS=min(_TILE // plan.width, 1024),
         HAS_FLOAT32=torch.float32 in known, HAS_FLOAT16=torch.float16 in known,
-        HAS_BFLOAT16=torch.bfloat16 in known, num_warps=8,
+        HAS_BFLOAT16=torch.bfloat16 in known,
     )  # fmt: skip
     sketch = _added(sums)
     if row_squares is None:

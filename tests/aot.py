@@ -118,6 +118,7 @@ def resources(cubin: bytes) -> dict[str, int]:
 def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, call) of each launch that is compiled: the sizes and dtypes that users have most."""
     from rapidin.kernels import linear_sketch as linear
+    from rapidin.kernels.fold import fold
     from rapidin.kernels.sketch_hash import hash_words
     from rapidin.ops import triton as gpu
 
@@ -130,6 +131,9 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     yield "flat_sketch float32", lambda: flat(torch.float32)
     yield "flat_sketch bfloat16 squares", lambda: flat(torch.bfloat16, squares=True, scales=True)
     yield "flat_sketch bfloat16 narrow", lambda: flat(torch.bfloat16, dim=16)
+    yield "matrix_sketch 576", lambda: gpu.matrix_sketch(meta(8, 576, 576, dtype=torch.bfloat16), 512, seed=1)
+    yield "matrix_sketch bias", lambda: gpu.matrix_sketch(meta(8, 2048, 1), 64, seed=1)
+    yield "fold of a product", lambda: fold(meta(8, 512, 512), None, None, 512)
     yield "hash_words", lambda: hash_words(meta(600, dtype=torch.int32), 1, 2, 3)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for dim in (64, 256, 512, 1024) if dtype == torch.bfloat16 else (512,):

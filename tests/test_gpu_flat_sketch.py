@@ -39,14 +39,14 @@ def test_agrees_with_the_reference(gpu, dim):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_long_tensors_of_one_dtype(gpu, dtype):
     """Whole rows that are aligned go another way than the rest."""
-    for dim, sizes in ((128, (128 * 70,)), (256, (128 * 130, 128 * 9 + 5)), (1024, (128 * 600,))):
+    for dim, sizes in ((128, (128 * 40 + 5,)), (256, (128 * 60, 128 * 9))):
         check(gpu, mixed(sizes=sizes, dtypes=(dtype,)), dim, squares=True)
         check(gpu, mixed(integers, sizes, dtypes=(dtype,)), dim, tolerance=0)
 
 
-@pytest.mark.parametrize("dim", [16, 128, 640])
+@pytest.mark.parametrize("dim", [16, 128, 384])
 def test_integers_are_exact_over_many_parts(gpu, dim):
-    sizes = (20_000, 3, 40_001) if dim < 128 else (120_001, 7, 60_000)
+    sizes = (200 * dim + 1, 7, 100 * dim)
     tensors = mixed(integers, sizes)
     assert flat_plan([x[None] for x in tensors], dim).parts > 1
     scales = torch.tensor([2.0, -1.0, 4.0], device=DEVICE)
@@ -128,7 +128,7 @@ def test_outputs_are_written_whole(gpu, monkeypatch):
             poisoned.append(x)
         return x
 
-    tensors = mixed(integers, (70_000, 0, 100))
+    tensors = mixed(integers, (36_000, 0, 100))
     wanted = ops.flat_sketch(tensors, 128, seed=1, squares=True, backend="reference")
     monkeypatch.setattr(torch, "empty", poison)
     got = ops.flat_sketch(tensors, 128, seed=1, squares=True, backend=gpu)
@@ -150,18 +150,18 @@ def test_nothing_to_sketch(gpu):
 
 
 def test_hundreds_of_small_tensors(gpu):
-    sizes = [(37 * i) % 300 for i in range(400)]
+    sizes = [(37 * i) % 300 for i in range(300)]
     check(gpu, mixed(integers, sizes), 256, tolerance=0, squares=True)
     check(gpu, mixed(integers, sizes[:60]), 32, tolerance=0, squares=True)
 
 
 def test_wide_sketches(gpu):
-    dim = 1 << 17 if gpu == "cuda" and DEVICE.type == "cuda" else 128 * 40
+    dim = 1 << 17 if gpu == "cuda" and DEVICE.type == "cuda" else 128 * 24
     check(gpu, mixed(sizes=(60_000, 1)), dim)
 
 
 def test_the_same_bits_each_time(gpu):
-    tensors = mixed(sizes=(40_000, 3, 3000))
+    tensors = mixed(sizes=(36_000, 3, 3000))
     first = ops.flat_sketch(tensors, 128, seed=1, squares=True, backend=gpu)
     again = ops.flat_sketch(tensors, 128, seed=1, squares=True, backend=gpu)
     assert torch.equal(first[0], again[0])
