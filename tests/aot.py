@@ -42,6 +42,7 @@ class Launch:
     divisible: list[int]
     warps: int
     stages: int
+    most_registers: int | None
     grid: tuple[int, ...]
 
 
@@ -55,7 +56,9 @@ def recorded(run: Callable[[], Any]) -> list[Launch]:
     launches: list[Launch] = []
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int = 4, num_stages: int = 3, **named: Any) -> None:
+        def launch(
+            *args: Any, num_warps: int = 4, num_stages: int = 3, maxnreg: int | None = None, **named: Any
+        ) -> None:
             values = dict(zip(kernel.arg_names, args, strict=False)) | named
             signature, constants, divisible = {}, {}, []
             for number, parameter in enumerate(kernel.params):
@@ -76,7 +79,7 @@ def recorded(run: Callable[[], Any]) -> list[Launch]:
                         divisible.append(number)
             blocks = grid(constants) if callable(grid) else grid
             launches.append(
-                Launch(kernel, signature, constants, divisible, num_warps, num_stages, tuple(blocks))
+                Launch(kernel, signature, constants, divisible, num_warps, num_stages, maxnreg, tuple(blocks))
             )
 
         return launch
@@ -95,7 +98,7 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
     indices = {(number,): [["tt.divisibility", 16]] for number in launch.divisible}
     constants = {(launch.kernel.arg_names.index(name),): value for name, value in launch.constants.items()}
     source = ASTSource(launch.kernel, launch.signature, constants, indices)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.most_registers}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = resources(made.asm["cubin"])
     return {**usage, "shared": made.metadata.shared, "warps": launch.warps, "ptx": made.asm["ptx"]}
@@ -153,17 +156,12 @@ def pack_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
 
     for dtype, numbers in (("int8", 1), ("int4", 2), ("sign", 8)):
         code = torch.int8 if dtype == "int8" else torch.uint8
-        for width in (192, 13443, 107520):
-            for of in (torch.float32, torch.bfloat16) if width == 107520 else (torch.float32,):
-                x, codes, scale = (
-                    meta(600, width, dtype=of),
-                    meta(600, -(-width // numbers), dtype=code),
-                    meta(600, dtype=torch.float32),
-                )
-                yield f"pack {dtype} {width} {TYPES[of]}", partial(pack, x, codes, scale, dtype)
+        for width in (192, 13443):
+            x, codes, scale = meta(600, width), meta(600, -(-width // numbers), dtype=code), meta(600)
+            yield f"pack {dtype} {width}", partial(pack, x, codes, scale, dtype)
             out, half = meta(600, width), meta(600, dtype=torch.float16)
             yield f"unpack {dtype} {width}", partial(unpack, codes, half, out, dtype)
-    for blocks, width in ((210, 512), (12, 8192), (40, 2048), (30, 128), (30, 64), (5, 8)):
+    for blocks, width in ((210, 512), (12, 8192)):
         x, kept = meta(600, blocks, width), meta(600, blocks * width // 8)
         parts = {"mean": meta(blocks, width), "size": meta(blocks)}
         begin = meta(blocks + 1, dtype=torch.int64)

@@ -12,8 +12,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 ARCHS = (80, 90, 100)
 
-# Bytes of stack a thread, which is where spilled registers go, of launches that need any.
+# Bytes of stack a thread, which is where spilled registers go, of launches and kernels that need any.
 STACK = {
+    "flat_sketch bfloat16 squares": 16,  # on sm_100 alone
+    "topk_merge_kernel": 24,  # runs once a scan
     "linear_sketch bf16 64": 24,  # these two on sm_80 alone
     "linear_sketch bf16 512": 96,
     "linear_sketch bf16 1024": 200,
@@ -50,7 +52,8 @@ def test_kernels_fit_the_chip(compiled):
     for row in compiled:
         where = f"{row['launch']} ({row['kernel']}) on sm_{row['arch']}"
         assert row["local"] == 0, where
-        assert row["stack"] <= STACK.get(row["launch"], 0), f"{where}: {row['stack']} bytes of stack"
+        allowed = max(STACK.get(row["launch"], 0), STACK.get(row["kernel"], 0))
+        assert row["stack"] <= allowed, f"{where}: {row['stack']} bytes of stack"
         assert row["registers"] * row["warps"] * 32 <= 65536, where
         assert row["shared"] <= SHARED, where
 

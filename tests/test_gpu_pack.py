@@ -7,7 +7,7 @@ from test_packed import away_from_ties
 
 from rapidin import ops
 from rapidin.ops import Cut, Packed, pack, packed_bytes, unpack
-from rapidin.ops import triton as triton_ops
+from rapidin.ops.triton import packing
 
 pytest.importorskip("triton")
 
@@ -27,7 +27,7 @@ def poisoned(monkeypatch):
         made = empty(*shape, **options)
         return made.fill_(torch.nan if made.is_floating_point() else 0x55)
 
-    monkeypatch.setattr(triton_ops.torch, "empty", full)
+    monkeypatch.setattr(packing.torch, "empty", full)
 
 
 def assert_same(got, wanted, x):

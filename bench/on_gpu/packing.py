@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from on_gpu import peers
-from on_gpu.cases import BACKENDS, Bench, Case, Cost, Facts, MissingError, Mode, relative_error
+from on_gpu.cases import BACKENDS, Bench, Case, Cost, Facts, Mode, relative_error
 from on_gpu.sketches import DTYPES
 from rapidin import ops
 from rapidin.ops import Packed
@@ -116,24 +116,19 @@ def turn_size(mode: Mode) -> dict[str, Any]:
 
 
 def turning(size: dict[str, Any], way: str) -> Case:
-    """The turn of rapidin.pack.turn on the device, and the same in torch."""
+    """The random orthogonal turn on the device, and the same in torch."""
 
     def run(bench: Bench) -> Facts:
-        from rapidin.pack.turn import _signs, turn
-
         shape = size["rows"], size["blocks"], size["width"]
         x = bench.once("unturned", shape, lambda: bench.normal(*shape))
         cost = Cost(read=x.nbytes, written=x.nbytes)
         if way not in BACKENDS:
-            signs = _signs(size["blocks"], size["width"], SEED).to(bench.device)
+            signs = bench.normal(size["blocks"], size["width"]).sign()
             return bench.measured([lambda: peers.torch_turn(x, signs)], cost)
-        made: Any = getattr(ops, "turn", None)
-        if made is None:
-            raise MissingError("turn is no op yet: rapidin.pack.turn turns on the CPU")
         bench.kernel("turn", way)
-        wanted = turn(x[:64].cpu(), SEED)
+        wanted = ops.turn(x[:64].cpu(), seed=SEED)
         return bench.measured(
-            [lambda: made(x, SEED, backend=way)],
+            [lambda: ops.turn(x, seed=SEED, backend=way)],
             cost,
             lambda got: relative_error(got[:64].cpu().flatten(1), wanted.flatten(1)),
             TOLERANCE,
