@@ -21,7 +21,7 @@ demo: .venv/installed
 	$(BIN)/rapidin demo
 
 clean:
-	rm -rf .venv build *.egg-info rapidin/_cpu*.so
+	rm -rf .venv build *.egg-info rapidin/_cpu*.so rapidin/_cuda*.so
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -35,6 +35,10 @@ clean:
 	$(PIP) $$($(BIN)/python -c "$$LIST_DEPENDENCIES")
 	touch $@
 
+# Warnings of nvcc are errors here, not where a user builds with a version that warns of more.
+.venv/installed: export RAPIDIN_CUDA ?= $(shell command -v nvcc >/dev/null 2>&1 && echo on || echo off)
+.venv/installed: export RAPIDIN_CUDA_FLAGS = -Werror all-warnings
+.venv/installed: export RAPIDIN_BUILD_JOBS = $(shell nproc 2>/dev/null || echo 1)
 .venv/installed: .venv/dependencies setup.py $(SOURCES)
 	$(PIP) --no-build-isolation --no-deps --force-reinstall --editable .
 	touch $@

@@ -1,7 +1,9 @@
 """Builds `rapidin._cpu` and, where nvcc is found, `rapidin._cuda`. The rest is in pyproject.toml.
 
 RAPIDIN_CUDA=auto (where nvcc is found) | on (or fail) | off
-RAPIDIN_CUDA_ARCHS="80 90 100": machine code for these; the last also as PTX, for what comes after it
+RAPIDIN_CUDA_ARCHS="80 90": machine code for these; the last also as PTX, for what comes after it. By default those
+    of 80, 90 and 100 that nvcc knows
+RAPIDIN_CUDA_FLAGS: more flags for nvcc
 RAPIDIN_BUILD_JOBS=N: files compiled at a time, by default one
 nvcc is looked for at CUDACXX, in CUDA_HOME/bin and on the PATH.
 """
@@ -26,10 +28,9 @@ FLAGS = {CPU + "isa_avx2.cpp": AVX2, CPU + "isa_avx512.cpp": AVX512} if X86 else
 
 
 CUDA = "csrc/cuda/"
-ARCHS = os.environ.get("RAPIDIN_CUDA_ARCHS", "80 90 100").split()
+ARCHS = ("80", "90", "100")
 NVCC_FLAGS = ["-O3", "-std=c++17", "--threads=0", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
-NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-NVCC_FLAGS += [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in ARCHS[-1:]]
+NVCC_FLAGS += os.environ.get("RAPIDIN_CUDA_FLAGS", "").split()
 
 
 def find_nvcc() -> str | None:
@@ -45,6 +46,15 @@ def find_nvcc() -> str | None:
     if found is None and wanted == "on":
         sys.exit("RAPIDIN_CUDA=on, but there is no nvcc: put it on the PATH, or say where with CUDACXX")
     return found
+
+
+def arch_flags(nvcc: str) -> list[str]:
+    """For the architectures asked for, or those of ARCHS that this nvcc knows."""
+    asked = os.environ.get("RAPIDIN_CUDA_ARCHS", "").split()
+    known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
+    archs = asked or [arch for arch in ARCHS if f"sm_{arch}" in known]
+    newest = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs[-1:]]
+    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs] + newest
 
 
 def cuda_libraries(nvcc: str) -> list[str]:
@@ -64,7 +74,7 @@ class BuildWithFlags(build_ext):
 
         def compile_with_flags(obj, src, ext, cc_args, extra_postargs, pp_opts):  # type: ignore[no-untyped-def]
             if src.endswith(".cu"):
-                self.spawn([nvcc, *NVCC_FLAGS, "-c", src, "-o", obj])
+                self.spawn([nvcc, *NVCC_FLAGS, *gpu_flags, "-c", src, "-o", obj])
             else:
                 compile_one(obj, src, ext, cc_args, extra_postargs + FLAGS.get(src, []), pp_opts)
 
@@ -90,12 +100,15 @@ extensions = [
 
 nvcc = find_nvcc()
 if nvcc is not None:
+    gpu_flags = arch_flags(nvcc)
     extensions.append(
         Pybind11Extension(
             "rapidin._cuda",
             sources=[CUDA + "bind.cpp", *sorted(str(path) for path in Path(CUDA).glob("*.cu"))],
             depends=headers,
             define_macros=[("RAPIDIN_MODULE", "_cuda")],
+            # With auto, an nvcc too old for the sources leaves a package without the extension, and says so.
+            optional=os.environ.get("RAPIDIN_CUDA", "auto") == "auto",
             cxx_std=17,
             # The runtime is linked in: whichever else there is, and without a GPU it loads.
             library_dirs=cuda_libraries(nvcc),

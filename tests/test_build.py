@@ -1,5 +1,6 @@
 """The extension knows nothing of torch, and no unit lends code for one instruction set to another."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,8 @@ def built(tmp_path_factory):
     left_out = shutil.ignore_patterns(".*", "build", "*.egg-info", "*.so", "__pycache__")
     shutil.copytree(ROOT, copy, ignore=left_out)
     options = ["--no-build-isolation", "--no-deps", "--quiet", "--wheel-dir", copy / "wheels"]
-    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, copy], check=True)
+    environment = {**os.environ, "RAPIDIN_CUDA": "off", "RAPIDIN_BUILD_JOBS": str(os.cpu_count() or 1)}
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, copy], env=environment, check=True)
     return copy
 
 

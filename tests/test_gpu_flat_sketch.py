@@ -53,6 +53,7 @@ def test_integers_are_exact_over_many_parts(gpu, dim):
     check(gpu, tensors, dim, tolerance=0, scales=scales, squares=True)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dim", [8, 128, 384])
 def test_scales_and_squares(gpu, dim):
     tensors = mixed(batch=(2,), sizes=(5, 0, 300, 2000))
@@ -88,6 +89,7 @@ def test_layouts_change_nothing(gpu):
     assert torch.equal(got, wanted[:1].expand(4, 256))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_unaligned_views(gpu, dtype):
     x = integers(128 * 20 + 9, dtype=dtype).to(DEVICE)
@@ -149,6 +151,7 @@ def test_nothing_to_sketch(gpu):
         assert torch.equal(ops.flat_sketch([], 128, seed=0, backend=gpu), torch.zeros(128))
 
 
+@pytest.mark.sanitized
 def test_hundreds_of_small_tensors(gpu):
     sizes = [(37 * i) % 300 for i in range(300)]
     check(gpu, mixed(integers, sizes), 256, tolerance=0, squares=True)

@@ -121,6 +121,7 @@ def test_packed_rows_have_the_bits_of_the_cpu(gpu, queries, dtype):
     assert_same(got, ops.topk_scan_both_ends(packed, q, 80, base=base, backend="cpu"))
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("queries", [1, 6])
 def test_parts_side_by_side(gpu, queries):
     widths = (70, 130, 33, 100, 64, 0)
@@ -137,6 +138,7 @@ def test_parts_side_by_side(gpu, queries):
         torch.testing.assert_close(got[scores], wanted[scores], rtol=1e-5, atol=1e-4, equal_nan=True)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("kind", [*FLOATS, "parts"])
 def test_blocks_with_scales(gpu, kind):
     x = normal(60, 300)
@@ -177,6 +179,7 @@ def test_sums_that_float32_does_not_hold(gpu):
         assert_same(got[1::2], ops.topk_scan_both_ends(cache, q, 3, backend="reference")[1::2])
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("dtype", [torch.float16, "sign"])
 @pytest.mark.parametrize(("rows", "queries"), [(0, 2), (2, 0), (0, 0), (1, 2)])
 def test_nothing_to_scan(gpu, rows, queries, dtype):
@@ -191,6 +194,7 @@ def test_no_width(gpu):
     assert_same(both_ends(gpu, cache, q, 3, base=base), wanted)
 
 
+@pytest.mark.sanitized
 @pytest.mark.parametrize("k", [100, 1024, 1200])
 def test_many_hits_of_rising_falling_and_equal_scores(gpu, k):
     """Lists that fill, and more hits than one pass finds."""
