@@ -21,7 +21,7 @@ from limits import note
 from torch import nn
 from turns import clear_peak, peak_mb, sized
 
-from rapidin import Attributor, load_model, methods, pack
+from rapidin import Attributor, load_model, ops, pack
 from rapidin.attributor import _by_length
 from rapidin.demo.tokenizer import train_tokenizer
 from rapidin.encoding import Encoded, Status
@@ -105,10 +105,10 @@ def make_code(attributor: Attributor, texts: list[Encoded], dtype: str) -> Code:
     blocks, width = len(attributor.layers), attributor.width
     if dtype == "float16":
         return FloatCode(dtype, blocks, width)
-    few = methods.unit_blocks(attributor._sketch(texts)[0])[0]
+    few = ops.unit_blocks(attributor._sketch(texts)[0])[0]
     weights = torch.randn(SAMPLE, len(few))
     mixed = torch.einsum("sn,nbw->sbw", weights, few) + 0.5 * torch.randn(SAMPLE, blocks, width)
-    units, lengths = methods.unit_blocks(mixed)
+    units, lengths = ops.unit_blocks(mixed)
     learnt = pack.learn(units, pack.HEAD)
     shape = pack.fit(attributor.format(bytes=BYTES), blocks, width, learnt)
     return PackedCode(
@@ -140,7 +140,7 @@ def bench_caching(benchmark, kind, dtype):
         """Sketch one batch; the last one ends a group of them, which is packed as a whole."""
         sketches.append(attributor._sketch(batches[number])[0])
         if number == len(batches) - 1:
-            code.encode(*methods.unit_blocks(torch.cat(sketches)))
+            code.encode(*ops.unit_blocks(torch.cat(sketches)))
             sketches.clear()
 
     cache_batch(0)

@@ -39,8 +39,8 @@ from rapidin.encoding import Encoded, Status
 from rapidin.examples import open_examples
 from rapidin.hooks import Batch
 from rapidin.layers import block_seed
-from rapidin.methods import unit_blocks
 from rapidin.model import load_model
+from rapidin.ops import unit_blocks
 
 
 def change_a_word(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:

@@ -5,6 +5,8 @@ As in csrc/cuda/flat_sketch.cuh, with each element loaded by itself from its tur
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import triton
 import triton.language as tl
@@ -12,10 +14,12 @@ from torch import Tensor
 
 from rapidin.kernels.sketch_hash import hash_word, stream_key
 from rapidin.kernels.sum_parts import sum_parts
-from rapidin.ops.flat_plan import FlatPlan
+
+if TYPE_CHECKING:
+    from rapidin.ops.flat_plan import FlatPlan
 
 TURN, ROTATION, LANE, SIGNS = 9, 10, 11, 12  # streams of the hash
-_TILE = 2048  # elements of the rows that a program takes at a time
+_TILE = 1024  # elements of the rows that a program takes at a time
 _SIZES = ["tensors", "rows", "chunks", "chunks_of_part", "parts", "groups", "batch", "steps"]
 _KEYS = [f"{name}_{half}" for name in ("turn", "rotation", "lane", "s0", "s1", "s2", "s3") for half in "ab"]
 
@@ -26,9 +30,9 @@ def _words(index, key_a, key_b):
 
 
 @triton.jit
-def _elements(address, offset, element, length, dtype, ELEMENT: tl.constexpr, NUMBER: tl.constexpr):
+def _elements(address, element, length, dtype, ELEMENT: tl.constexpr, NUMBER: tl.constexpr):
     """Those of one dtype, zeros in place of the others."""
-    row = address.to(tl.pointer_type(ELEMENT)) + offset
+    row = address.to(tl.pointer_type(ELEMENT))
     mine = element < tl.where(dtype == NUMBER, length, 0)[:, None]
     return tl.load(row[:, None] + element, mask=mine, other=0.0).to(tl.float32)
 
@@ -63,8 +67,9 @@ def _flat_sketch_kernel(
     keys_b = tl.where(column == 3, s2_b, tl.where(column == 4, s3_b, keys_b))[None, :]
     sums = tl.zeros([ROWS, WIDTH], tl.float32)
     first = part.to(tl.int64) * chunks_of_part
-    count = tl.minimum(first + chunks_of_part, chunks) - first
-    for begin in range(0, count.to(tl.int32), ROWS):
+    count = (tl.minimum(first + chunks_of_part, chunks) - first).to(tl.int32)
+    begin = 0
+    while begin < count:  # older interpreters take no bounds of range() that are known only now
         step = begin + tl.arange(0, ROWS)
         chunk = first + step
         index = chunk.to(tl.uint32)
@@ -77,19 +82,22 @@ def _flat_sketch_kernel(
 
         low = tl.zeros([ROWS], tl.int32) + lowest
         high = tl.zeros([ROWS], tl.int32) + highest
-        for _ in range(steps):
+        halving = 0
+        while halving < steps:
             middle = (low + high + 1) >> 1
-            after = tl.load(firsts_ptr + middle, mask=there, other=0) > row
+            after = tl.load(firsts_ptr + middle) > row
             high = tl.where(after, middle - 1, high)
             low = tl.where(after, low, middle)
+            halving += 1
         entry_ptr = table_ptr + low
-        start = (row - tl.load(firsts_ptr + low, mask=there, other=0)) * WIDTH
-        address = tl.load(entry_ptr, mask=there, other=0)
-        offset = start + example * tl.load(entry_ptr + tensors, mask=there, other=0)
-        left = tl.load(entry_ptr + 2 * tensors, mask=there, other=0) - start
-        dtype = tl.load(entry_ptr + 3 * tensors, mask=there, other=-1).to(tl.int32)
+        start = (row - tl.load(firsts_ptr + low)) * WIDTH
+        address = tl.load(entry_ptr)
+        offset = start + example * tl.load(entry_ptr + tensors)
+        left = tl.load(entry_ptr + 2 * tensors) - start
+        dtype = tl.load(entry_ptr + 3 * tensors).to(tl.int32)
+        address += offset * tl.where(dtype == 0, 4, 2)
         if scales_ptr is not None:
-            scale = tl.load(scales_ptr + low, mask=there, other=0.0)
+            scale = tl.load(scales_ptr + low)
 
         # A row's words side by side, so that each is made once: taken apart by sums, which the compiler does
         # not move past, as it would move their making to each of the row's elements.
@@ -99,22 +107,23 @@ def _flat_sketch_kernel(
         signs = tl.broadcast_to(_column(words, 1, COLUMNS)[:, None], [ROWS, WIDTH])
         for j in tl.static_range(1, (WIDTH + 31) // 32):
             signs = tl.where(element >= 32 * j, _column(words, 1 + j, COLUMNS)[:, None], signs)
+        minus = (signs >> (element & 31).to(tl.uint32)) << 31
 
         length = tl.where(there, tl.minimum(left, WIDTH), 0).to(tl.int32)
         values = tl.zeros([ROWS, WIDTH], tl.float32)
         if HAS_FLOAT32:
-            values += _elements(address, offset, element, length, dtype, tl.float32, 0)
+            values += _elements(address, element, length, dtype, tl.float32, 0)
         if HAS_FLOAT16:
-            values += _elements(address, offset, element, length, dtype, tl.float16, 1)
+            values += _elements(address, element, length, dtype, tl.float16, 1)
         if HAS_BFLOAT16:
-            values += _elements(address, offset, element, length, dtype, tl.bfloat16, 2)
+            values += _elements(address, element, length, dtype, tl.bfloat16, 2)
         if squares_ptr is not None:
             tl.store(squares_ptr + example * rows + row, tl.sum(values * values, axis=1), mask=there)
-        minus = (signs >> (element & 31).to(tl.uint32)) << 31
         signed = (values.to(tl.uint32, bitcast=True) ^ minus).to(tl.float32, bitcast=True)
         if scales_ptr is not None:
             signed *= scale[:, None]
         sums += signed
+        begin += ROWS
     place_of_sums = (part * batch + example) * groups + group
     tl.store(sums_ptr + place_of_sums * WIDTH + bins, tl.sum(sums, axis=0))
 
@@ -130,9 +139,10 @@ def _flat_squares_kernel(
     count = tl.load(firsts_ptr + tensor + 1) - first
     begin, end = first + count * slice_ // slices, first + count * (slice_ + 1) // slices
     sums = tl.zeros([BLOCK], tl.float32)
-    for step in range(0, tl.cdiv(end - begin, BLOCK)):
-        row = begin + step * BLOCK + tl.arange(0, BLOCK)
+    while begin < end:
+        row = begin + tl.arange(0, BLOCK)
         sums += tl.load(row_squares_ptr + example * rows + row, mask=row < end, other=0.0)
+        begin += BLOCK
     tl.store(squares_ptr + (slice_ * batch + example) * tensors + tensor, tl.sum(sums, axis=0))
 
 
@@ -145,8 +155,8 @@ def flat_sketch(
     """
     device, n = plan.table.device, len(plan.tensors)
     dim = plan.groups * plan.width
-    sums = torch.empty(plan.parts, plan.batch, dim, device=device)
-    row_squares = torch.empty(plan.batch, plan.rows, device=device) if squares else None
+    sums = torch.empty(plan.parts, plan.batch, dim, dtype=torch.float32, device=device)
+    row_squares = torch.empty(plan.batch, plan.rows, dtype=torch.float32, device=device) if squares else None
     keys = [
         _signed(half)
         for s in (TURN, ROTATION, LANE, *range(SIGNS, SIGNS + 4))
@@ -159,12 +169,12 @@ def flat_sketch(
         *keys,
         WIDTH=plan.width, ROWS=min(_TILE // plan.width, 1024),
         HAS_FLOAT32=torch.float32 in known, HAS_FLOAT16=torch.float16 in known,
-        HAS_BFLOAT16=torch.bfloat16 in known,
+        HAS_BFLOAT16=torch.bfloat16 in known, num_warps=2, maxnreg=160 if squares or len(known) > 1 else 128,
     )  # fmt: skip
     sketch = _added(sums)
     if row_squares is None:
         return sketch, None
-    found = torch.empty(plan.slices, plan.batch, n, device=device)
+    found = torch.empty(plan.slices, plan.batch, n, dtype=torch.float32, device=device)
     _flat_squares_kernel[(plan.slices * n * plan.batch,)](
         plan.table[4 * n :], row_squares, found, n, plan.batch, plan.rows, plan.slices, BLOCK=1024
     )
@@ -174,7 +184,7 @@ def flat_sketch(
 def _added(parts: Tensor) -> Tensor:
     if len(parts) == 1:
         return parts[0]
-    sums = torch.empty(parts.shape[1:], device=parts.device)
+    sums = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
     sum_parts(parts, sums)
     return sums
 

@@ -41,7 +41,8 @@ def _fold_kernel(
     part, b = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     items = rows.to(INDEX) * chunks  # an item is a row's chunk of columns
     sums = tl.zeros([ITEMS, BINS], tl.float32)
-    for begin in range(0, items_of_part, ITEMS):
+    begin = 0
+    while begin < items_of_part:  # older interpreters take no bounds of range() that are known only now
         step = begin + tl.arange(0, ITEMS)
         item = (part * items_of_part + step).to(INDEX)
         there = (step < items_of_part) & (item < items)
@@ -66,6 +67,7 @@ def _fold_kernel(
         place = b * stride_batch + (row * stride_row)[:, None] + column * stride_col
         values = tl.load(matrix_ptr + place, mask=mask & (column < cols), other=0.0).to(tl.float32)
         sums += tl.where(minus, -values, values)
+        begin += ITEMS
     total = tl.sum(sums, axis=0)
     tl.store(out_ptr + (part * batch + b) * k + bins, total, mask=bins < k)
 
@@ -78,7 +80,7 @@ def fold(matrices: Tensor, row_table: Tensor | None, column_table: Tensor | None
     """
     batch, rows, cols = matrices.shape
     if not matrices.numel():
-        return torch.zeros(batch, k, device=matrices.device)
+        return torch.zeros(batch, k, dtype=torch.float32, device=matrices.device)
     width = min(triton.next_power_of_2(k), 256)
     tile = max(_TILE // width, 1)
     chunks = -(-cols // k)
@@ -90,14 +92,16 @@ def fold(matrices: Tensor, row_table: Tensor | None, column_table: Tensor | None
     row_table = row_table.contiguous() if row_table is not None else None
     row_table_stride = rows if row_table is not None and row_table.ndim == 2 else 0
     per_launch = 65535  # examples: the limit of a grid's last axis
-    out = torch.empty(batch, k, device=matrices.device)
+    out = torch.empty(batch, k, dtype=torch.float32, device=matrices.device)
     for first in range(0, batch, per_launch):
         some = matrices[first : first + per_launch]
         table = (
             row_table[first : first + per_launch] if row_table_stride and row_table is not None else row_table
         )
         sums = out[first : first + per_launch]
-        partial = torch.empty(parts, *sums.shape, device=out.device) if parts > 1 else sums
+        partial = (
+            torch.empty(parts, *sums.shape, dtype=torch.float32, device=out.device) if parts > 1 else sums
+        )
         _fold_kernel[(blocks, parts, len(some))](
             some, table, column_table, partial,
             len(some), rows, cols, chunks, k, *some.stride(), row_table_stride, items_of_part,

@@ -201,7 +201,7 @@ def linear_sketch(
     exact = not inputs.dtype == grads.dtype == torch.bfloat16
     planes, warps = _sizes(dim, r, exact)
     parts = r // planes
-    partial = torch.empty(splits * parts, batch, dim, device=inputs.device)
+    partial = torch.empty(splits * parts, batch, dim, device=inputs.device, dtype=torch.float32)
     _linear_sketch_kernel[(splits, batch, parts)](
         inputs, inputs_table, n_in, *inputs.stride(),
         grads, grads_table, grads.shape[2], *grads.stride(),

@@ -11,10 +11,12 @@ from torch import Tensor
 def _sum_parts_kernel(parts_ptr, sums_ptr, count, n, SLICES: tl.constexpr, BLOCK: tl.constexpr):
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     sums = tl.zeros([SLICES, BLOCK], tl.float32)
-    for begin in range(0, count, SLICES):
+    begin = 0
+    while begin < count:  # older interpreters take no bounds of range() that are known only now
         part = begin + tl.arange(0, SLICES)
         mask = (part < count)[:, None] & (i < n)[None, :]
         sums += tl.load(parts_ptr + part.to(tl.int64)[:, None] * n + i[None, :], mask=mask, other=0.0)
+        begin += SLICES
     tl.store(sums_ptr + i, tl.sum(sums, axis=0), mask=i < n)
 
 

@@ -23,6 +23,7 @@ from rapidin.layers import coverage, find_targets, layer_table
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 from rapidin.pack import Format
 from rapidin.scan import hits_of, scan_cache, training_data
+from rapidin.transfer import Download, upload
 
 PROJECTIONS = get_args(Projection)
 HASH = "lowbias32-1"  # the definition of bins and signs in docs/sketch.md
@@ -262,12 +263,14 @@ class Attributor:
                 examples,
                 self.encoder,
                 lambda encoded: self._sketch(encoded, meter),
+                self.loaded.device,
                 lambda message: meter.tell(message),
             )
             meter = _Meter(on_progress, writer.manifest, loop.sampled_rows())
             if self.sketcher.one_by_one:
                 meter.tell(self._one_by_one())
             loop.run()
+            meter.settle(wait=True)
         return Cache(path)
 
     def format(
@@ -301,9 +304,11 @@ class Attributor:
         return f"examples go one at a time: no batched way for {len(names)} parameters, as '{names[0]}'"
 
     def _sketch(self, encoded: Sequence[Encoded], meter: _Meter | None = None) -> tuple[Tensor, Tensor]:
-        """Raw sketches [n, blocks, width] float32 on the CPU, zeros where there is none; status [n] uint8."""
-        status = torch.tensor([int(e.status) for e in encoded], dtype=torch.uint8)
-        out = torch.zeros(len(encoded), len(self.layers), self.width)
+        """Raw sketches [n, blocks, width] float32, zeros where there is none, and status [n] uint8, both on
+        the model's device."""
+        device = self.loaded.device
+        status = _on(device, [int(e.status) for e in encoded], torch.uint8)
+        out = torch.zeros(len(encoded), len(self.layers), self.width, device=device)
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
         told = self.sketcher.one_by_one
         if meter:
@@ -326,14 +331,15 @@ class Attributor:
                         told = True
                         queue.extend([n] for n in reversed(chosen))
                         continue
-                    sketch = sketch.cpu()
                     bad = ~sketch.isfinite().flatten(1).all(1)
-                    out[chosen, blocks] = sketch
-                    status[torch.tensor(chosen)[bad]] = int(Status.NONFINITE)
+                    at = _on(device, chosen, torch.int64)
+                    out[at, blocks] = sketch
+                    status[at] = status[at].masked_fill(bad, int(Status.NONFINITE))
                     if meter:
                         tokens = sum(len(encoded[n].ids) for n in chosen)
-                        meter.add(len(chosen) if last else 0, tokens, skipped=int(bad.sum()) if last else 0)
-        out[status == int(Status.NONFINITE)] = 0.0
+                        skipped = Download([bad.sum()]) if last else None
+                        meter.sketched(len(chosen) if last else 0, tokens, skipped)
+        out.masked_fill_((status == int(Status.NONFINITE))[:, None, None], 0.0)
         return out, status
 
     # ----------------------------------------------------------------------------------------- query
@@ -457,6 +463,10 @@ def _by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: 
     return batches
 
 
+def _on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return upload(torch.tensor(numbers, dtype=dtype, device="cpu"), device)
+
+
 class _Clock:
     """Seconds by stage."""
 
@@ -479,7 +489,22 @@ class _Meter:
         self._resumed = manifest.rows_done + sampled
         self._total = manifest.rows
         self._done, self._tokens, self._skipped = self._resumed, 0, 0
+        self._under_way: list[tuple[int, int, Download | None]] = []
         self.tell(None)
+
+    def sketched(self, done: int, tokens: int, skipped: Download | None) -> None:
+        """Counts a batch when the device has made it: `add`, with skipped on its way to the CPU."""
+        self._under_way.append((done, tokens, skipped))
+        self.settle(wait=False)
+
+    def settle(self, *, wait: bool) -> None:
+        """Counts batches that are made; wait: all of them."""
+        while self._under_way:
+            done, tokens, skipped = self._under_way[0]
+            if not (wait or skipped is None or skipped.ready()):
+                return
+            del self._under_way[0]
+            self.add(done, tokens, skipped=0 if skipped is None else int(skipped.wait()[0]))
 
     def add(self, done: int, tokens: int, *, skipped: int) -> None:
         self._done += done

@@ -15,20 +15,24 @@ from types import TracebackType
 import torch
 from torch import Tensor
 
-from rapidin import methods, pack
+from rapidin import ops, pack
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.shards import Rows
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
 from rapidin.examples import Examples, record_hash
 from rapidin.pack import Basis, Code, PackedCode
+from rapidin.transfer import Download, upload
 
 SHARD_BYTES = 16 << 20  # a killed run loses at most this much, and a file this large is read at full speed
 GROUP_BYTES = 32 << 20  # sketches held in float32 at a time
+GPU_GROUP_BYTES = 128 << 20  # the same on a GPU, whose kernels want more rows than a CPU's caches
 
-# Sketches [n, blocks, width] of texts, their status [n] uint8; reports examples, tokens and skipped ones as
-# it goes.
+# Sketches [n, blocks, width] of texts, their status [n] uint8, both on the model's device; reports examples,
+# tokens and skipped ones as it goes.
 Sketch = Callable[[Sequence[Encoded]], tuple[Tensor, Tensor]]
+# Gives a shard's rows and counts, once their last bytes have come from the device.
+Finish = Callable[[], tuple[Rows, dict[str, int]]]
 
 
 def shard_rows(manifest: Manifest) -> int:
@@ -43,7 +47,7 @@ def sample_rows(rows: int, size: int, seed: int) -> list[int]:
         return list(range(rows))
     from rapidin import _cpu
 
-    words = torch.empty(rows, dtype=torch.int32)
+    words = torch.empty(rows, dtype=torch.int32, device="cpu")
     _cpu.hash_words(seed, _SAMPLE_STREAM, 0, rows, words.data_ptr())
     return sorted(torch.argsort(words, stable=True)[:size].tolist())
 
@@ -52,7 +56,7 @@ _SAMPLE_STREAM = 17  # of the keyed hash in docs/sketch.md
 
 
 class CachingLoop:
-    """Fills a cache. tell: something to say to the user, once."""
+    """Fills a cache. device: where sketches are made and packed; tell: something to say to the user, once."""
 
     def __init__(
         self,
@@ -60,15 +64,11 @@ class CachingLoop:
         examples: Examples,
         encoder: Encoder,
         sketch: Sketch,
+        device: torch.device,
         tell: Callable[[str], None],
     ) -> None:
-        self.writer, self.examples, self.encoder, self.sketch, self.tell = (
-            writer,
-            examples,
-            encoder,
-            sketch,
-            tell,
-        )
+        self.writer, self.examples, self.encoder = writer, examples, encoder
+        self.sketch, self.device, self.tell = sketch, device, tell
         manifest = writer.manifest
         wanted = manifest.code.sample
         self.sample = sample_rows(manifest.rows, wanted, manifest.sketch["seed"]) if wanted else []
@@ -85,12 +85,11 @@ class CachingLoop:
             self._sketch_sample()
         if manifest.code.dtype in pack.PACKED and manifest.packing is None:
             self._fit()
-        code = self.writer.code
+        code = self.writer.code.to(self.device)
         with _WriterThread(self.writer) as thread:
             for n in self.writer.missing:
                 first = n * manifest.shard_rows
-                rows, counts = self._shard(range(first, first + manifest.rows_of(n)), code)
-                thread.write(n, rows, counts)
+                thread.write(n, self._shard(range(first, first + manifest.rows_of(n)), code))
         self._sampled = None
         shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
 
@@ -120,13 +119,12 @@ class CachingLoop:
             rows=len(self.sample), shard_rows=32, layers=whole.layers,
         )  # fmt: skip
         folder = self.writer.sample_folder
-        with CacheWriter(folder, manifest) as writer:
+        with CacheWriter(folder, manifest) as writer, _WriterThread(writer) as thread:
             if writer.missing:
                 self.tell(f"learning the code from a sample of {len(self.sample):,} examples first")
             for n in writer.missing:
                 chosen = self.sample[n * manifest.shard_rows :][: manifest.rows_of(n)]
-                rows, counts = self._shard(chosen, writer.code)
-                writer.write(n, rows, counts)
+                thread.write(n, self._shard(chosen, writer.code))
         self._sampled = Cache(folder)
 
     def _fit(self) -> None:
@@ -143,7 +141,9 @@ class CachingLoop:
             kept = torch.cat([rows.code["sketch"] for _, rows in self._sampled.shards()])  # float16 still
             units = kept[good].view(len(good), blocks, width)
             del kept
-            learnt = pack.learn(units, pack.HEAD)
+            if self.device.type == "cuda" and pack.learning_bytes(units) < _free(self.device):
+                units = units.to(self.device)
+            learnt = pack.learn(units, pack.HEAD).cpu()
         shape = pack.fit(manifest.code, blocks, width, learnt)
         if learnt is not None and self._sampled is not None:
             basis = Basis.of(learnt, shape, self._sampled.lengths(good), seed).rounded()
@@ -152,36 +152,50 @@ class CachingLoop:
 
     # ----------------------------------------------------------------------------------------------- shards
 
-    def _shard(self, wanted: Sequence[int], code: Code) -> tuple[Rows, dict[str, int]]:
+    def _shard(self, wanted: Sequence[int], code: Code) -> Finish:
+        """Make the sketches of these rows and pack them, on a GPU without waiting for it."""
         records = [self.examples[row] for row in wanted]
         encoded = [self.encoder(record) for record in records]
-        n = len(wanted)
-        fields = {name: torch.zeros(n, *shape, dtype=dtype) for name, (dtype, shape) in code.fields().items()}
-        status = torch.zeros(n, dtype=torch.uint8)
-        unlike = 0
+        names = list(code.fields())
+        under_way: list[tuple[list[int], Download]] = []
         for group in self._groups(encoded):
-            unit, length, status[group] = self._unit_blocks(
-                [wanted[i] for i in group], [encoded[i] for i in group]
+            unit, length, status = self._unit_blocks([wanted[i] for i in group], [encoded[i] for i in group])
+            fields = code.encode(unit, length)
+            unlike = self._unlike(code, unit, status)
+            under_way.append((group, Download([*(fields[name] for name in names), status, unlike])))
+
+        def finish() -> tuple[Rows, dict[str, int]]:
+            cpu, n = torch.device("cpu"), len(wanted)
+            fields = {
+                name: torch.zeros(n, *shape, dtype=dtype, device=cpu)
+                for name, (dtype, shape) in code.fields().items()
+            }
+            status, unlike = torch.zeros(n, dtype=torch.uint8, device=cpu), 0
+            for group, download in under_way:
+                *values, status[group], found = download.wait()
+                for name, value in zip(names, values, strict=True):
+                    fields[name][group] = value
+                unlike += int(found)
+            counts = {s.name.lower(): int((status == s).sum()) for s in Status}
+            counts["truncated"] = sum(e.truncated for e in encoded)
+            if isinstance(code, PackedCode) and code.shape.head:
+                counts["unlike_sample"] = unlike
+            index = [self.examples.index(row) for row in wanted]
+            rows = Rows(
+                code=fields,
+                index=torch.tensor(index, dtype=torch.int64, device=cpu),
+                status=status,
+                truncated=torch.tensor([e.truncated for e in encoded], dtype=torch.uint8, device=cpu),
+                record=torch.tensor([record_hash(r) for r in records], dtype=torch.int64, device=cpu),
             )
-            for name, value in code.encode(unit, length).items():
-                fields[name][group] = value
-            unlike += self._unlike(code, unit[status[group] == 0])
-        counts = {s.name.lower(): int((status == s).sum()) for s in Status}
-        counts["truncated"] = sum(e.truncated for e in encoded)
-        if isinstance(code, PackedCode) and code.shape.head:
-            counts["unlike_sample"] = unlike
-        rows = Rows(
-            code=fields,
-            index=torch.tensor([self.examples.index(row) for row in wanted], dtype=torch.int64),
-            status=status,
-            truncated=torch.tensor([e.truncated for e in encoded], dtype=torch.uint8),
-            record=torch.tensor([record_hash(record) for record in records], dtype=torch.int64),
-        )
-        return rows, counts
+            return rows, counts
+
+        return finish
 
     def _groups(self, encoded: Sequence[Encoded]) -> list[list[int]]:
         """Examples of like length together, as many as may be held at a time."""
-        size = max(16, GROUP_BYTES // (4 * self.writer.manifest.dim))
+        held = GPU_GROUP_BYTES if self.device.type == "cuda" else GROUP_BYTES
+        size = max(16, held // (4 * self.writer.manifest.dim))
         order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].ids), i))
         return [order[at : at + size] for at in range(0, len(order), size)]
 
@@ -192,24 +206,41 @@ class CachingLoop:
         new: list[int] = []
         for i, row in enumerate(rows):
             (known if self._sampled is not None and row in self._place else new).append(i)
-        unit, length = torch.zeros(len(rows), layers, width), torch.zeros(len(rows), layers)
-        status = torch.zeros(len(rows), dtype=torch.uint8)
         if new:
-            sketch, status[new] = self.sketch([encoded[i] for i in new])
-            unit[new], length[new] = methods.unit_blocks(sketch)
+            sketch, made_status = self.sketch([encoded[i] for i in new])
+            made_unit, made_length = ops.unit_blocks(sketch)
+            if not known:
+                return made_unit, made_length, made_status
+        unit = torch.zeros(len(rows), layers, width, device=self.device)
+        length = unit.new_zeros(len(rows), layers)
+        status = torch.zeros(len(rows), dtype=torch.uint8, device=self.device)
+        if new:
+            at = self._places(new)
+            unit[at], length[at], status[at] = made_unit, made_length, made_status
         if known and self._sampled is not None:
-            places = [self._place[rows[i]] for i in known]
-            unit[known] = self._sampled.sketches(places).view(-1, layers, width)
-            length[known], status[known] = self._sampled.lengths(places), self._sampled.status(places)
+            at, places = self._places(known), [self._place[rows[i]] for i in known]
+            sampled = self._sampled.sketches(places).view(-1, layers, width)
+            unit[at] = upload(sampled, self.device)
+            length[at] = upload(self._sampled.lengths(places), self.device)
+            status[at] = upload(self._sampled.status(places), self.device)
         return unit, length, status
 
-    def _unlike(self, code: Code, unit: Tensor) -> int:
+    def _places(self, chosen: Sequence[int]) -> Tensor:
+        return upload(torch.tensor(chosen, dtype=torch.int64, device="cpu"), self.device)
+
+    def _unlike(self, code: Code, unit: Tensor, status: Tensor) -> Tensor:
         """Examples of which the learnt directions hold less than of all but one in a hundred sampled ones."""
-        if not isinstance(code, PackedCode) or not code.shape.head or not len(unit):
-            return 0
+        if not isinstance(code, PackedCode) or not code.shape.head:
+            return torch.zeros((), dtype=torch.int64, device="cpu")
         assert self.writer.manifest.packing is not None
         limit = self.writer.manifest.packing.statistics["outside_99"]
-        return int((code.basis.outside(unit) > limit).sum())
+        return ((code.basis.outside(unit) > limit) & (status == 0)).sum()
+
+
+def _free(device: torch.device) -> int:
+    """Bytes of a GPU's memory that can be had."""
+    kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + kept
 
 
 class _WriterThread:
@@ -220,10 +251,10 @@ class _WriterThread:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rapidin-shards")
         self._pending: Future[None] | None = None
 
-    def write(self, n: int, rows: Rows, counts: dict[str, int]) -> None:
+    def write(self, n: int, finish: Finish) -> None:
         """Hand a shard over; waits for the one before, and raises what became of it."""
         self._wait()
-        self._pending = self._pool.submit(self._writer.write, n, rows, counts)
+        self._pending = self._pool.submit(lambda: self._writer.write(n, *finish()))
 
     def _wait(self) -> None:
         pending, self._pending = self._pending, None

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from rapidin import ops
 from rapidin.errors import UserError
 from rapidin.layers import Target, Use, block_seed
+from rapidin.transfer import upload
 
 LossKind = Literal["mean", "sum"]
 Projection = Literal["tensor", "flat", "rapidgrad"]
@@ -33,11 +34,13 @@ class NotBatchedError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Texts padded on the right. ids: [B, T] int64; mask: [B, T] bool, real tokens; target: [B, T] bool."""
+    """Texts padded on the right. ids: [B, T] int64; mask: [B, T] bool, real tokens; target: [B, T] bool;
+    first: the first position from which some text's target token is predicted, 0 where there is none."""
 
     ids: Tensor
     mask: Tensor
     target: Tensor
+    first: int
 
     @staticmethod
     def of(
@@ -45,14 +48,18 @@ class Batch:
     ) -> Batch:
         """The batch of (token ids, target flags) pairs."""
         length = max(len(ids) for ids, _ in texts)
-        ids = torch.zeros(len(texts), length, dtype=torch.int64)
-        mask = torch.zeros(len(texts), length, dtype=torch.bool)
-        target = torch.zeros(len(texts), length, dtype=torch.bool)
+        cpu, device = torch.device("cpu"), torch.device(device)
+        ids = torch.zeros(len(texts), length, dtype=torch.int64, device=cpu)
+        mask = torch.zeros(len(texts), length, dtype=torch.bool, device=cpu)
+        target = torch.zeros(len(texts), length, dtype=torch.bool, device=cpu)
         for row, (tokens, flags) in enumerate(texts):
-            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64)
+            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device=cpu)
             mask[row, : len(tokens)] = True
-            target[row, : len(flags)] = torch.tensor(flags, dtype=torch.bool)
-        return Batch(ids.to(device), mask.to(device), target.to(device))
+            target[row, : len(flags)] = torch.tensor(flags, dtype=torch.bool, device=cpu)
+        # Here, for to ask a GPU is to wait for it.
+        predicted = target[:, 1:].any(0).nonzero()
+        first = int(predicted[0]) if len(predicted) else 0
+        return Batch(upload(ids, device), upload(mask, device), upload(target, device), first)
 
 
 def example_losses(model: nn.Module, batch: Batch, kind: LossKind = "mean") -> Tensor:
@@ -60,15 +67,14 @@ def example_losses(model: nn.Module, batch: Batch, kind: LossKind = "mean") -> T
 
     Position t's logits predict token t + 1; ``mean`` divides by the example's own number of target tokens.
     """
-    target = batch.target[:, 1:]
     # Logits before the first target token are never needed, and the output head is a large part of a small
     # model.
-    first = int(target.any(0).nonzero()[0]) if bool(target.any()) else 0
+    first = batch.first
     kept = batch.ids.shape[1] - first
     extra: dict[str, Any] = {"logits_to_keep": kept} if _takes(model, "logits_to_keep") else {}
     logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False, **extra).logits
     logits = logits[:, -kept:-1] if kept > 1 else logits[:, :0]
-    target = target[:, first:]
+    target = batch.target[:, 1 + first :]
     token_loss = F.cross_entropy(
         logits.float().flatten(0, 1), batch.ids[:, first + 1 :].flatten(), reduction="none"
     ).view(target.shape)

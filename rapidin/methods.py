@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rapidin import ops
 from rapidin.errors import UserError
 from rapidin.pack import Code
 
@@ -43,24 +44,13 @@ class ScanQuery:
         return torch.where(total > 0, lengths / total, 0.0).float()
 
 
-def unit_blocks(sketch: Tensor) -> tuple[Tensor, Tensor]:
-    """Blocks scaled to length 1, and their lengths: [..., blocks, width] -> the same shape, [..., blocks].
-
-    A block of zeros stays zero, with length 0.
-    """
-    # In float64, for the squares of small gradients leave float32's range; but no copy of the sketch in it.
-    length = torch.linalg.vector_norm(sketch, dim=-1, dtype=torch.float64)
-    unit = sketch / torch.where(length > 0, length, 1.0).to(sketch.dtype)[..., None]
-    return unit.float(), length.float()
-
-
 def prepare(sketch: Tensor, *, method: str = "dot", normalize: str = "layer") -> ScanQuery:
     """Turn query sketches [Q, blocks, width] into what is scanned for. UserError for an unknown name."""
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'", f"known: {', '.join(METHODS)}")
     if normalize not in NORMALIZE:
         raise UserError(f"unknown normalize '{normalize}'", f"known: {', '.join(NORMALIZE)}")
-    unit, length = unit_blocks(sketch)
+    unit, length = ops.unit_blocks(sketch)
     if normalize == "layer":
         vectors = unit / sketch.shape[1]
     elif normalize == "cosine":

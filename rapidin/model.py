@@ -147,7 +147,8 @@ def load_model(
 
     adapter: a PEFT adapter folder or name on it. base: the model that it was tuned from in full.
     device: default the GPU where there is one. dtype: "float32", "bfloat16", "float16" or "auto"; default
-    float32 on the CPU, the checkpoint's own on a GPU.
+    float32 on the CPU; on a GPU the checkpoint's own, but bfloat16 for one in float16, in whose range small
+    gradients vanish.
 
     Raises UserError where something is not there or does not fit.
     """
@@ -159,10 +160,12 @@ def load_model(
         on_cpu = torch.device(device).type == "cpu"
     except RuntimeError:
         raise UserError(f"unknown device '{device}'", "say cpu, cuda or cuda:N") from None
-    if dtype is None:
-        dtype = "float32" if on_cpu else "auto"
-    source = {"model": _absolute(name), "adapter": None, "base": None, "dtype": dtype}
-    model = _load_causal(name, dtype, trust_remote_code, "model")
+    asked = dtype or ("float32" if on_cpu else "auto")
+    model = _load_causal(name, asked, trust_remote_code, "model")
+    if dtype is None and model.dtype == torch.float16:
+        asked = "bfloat16"
+        model.to(torch.bfloat16)
+    source = {"model": _absolute(name), "adapter": None, "base": None, "dtype": asked}
     tokenizer = _load_tokenizer(name, trust_remote_code)
     if adapter is not None:
         model = _load_adapter(model, adapter)
@@ -176,7 +179,7 @@ def load_model(
     loaded.source = source
     if base is not None:
         loaded.path = _full_path(
-            model, _load_causal(base, dtype, trust_remote_code, "base model"), name, base
+            model, _load_causal(base, asked, trust_remote_code, "base model"), name, base
         )
         source["base"] = _absolute(base)
     return loaded

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from rapidin import methods, pack
+from rapidin import ops, pack
 from rapidin.attributor import Attributor
 from rapidin.caching import GROUP_BYTES
 from rapidin.encoding import Encoded, Status
@@ -104,10 +104,10 @@ def _calibrate(attributor: Attributor, length: int) -> tuple[float, int]:
         )
         for _ in range(count)
     ]
-    attributor._sketch(texts[:1])
+    attributor._sketch(texts[:1])[1].cpu()  # until it is made
     start = time.perf_counter()
     sketch, _ = attributor._sketch(texts)
-    methods.unit_blocks(sketch)
+    ops.unit_blocks(sketch)[1].cpu()
     seconds = (time.perf_counter() - start) / count
     if attributor.loaded.device.type == "cuda":
         return seconds, torch.cuda.max_memory_allocated(attributor.loaded.device)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +14,53 @@ from rapidin.cache import Cache
 from rapidin.errors import UserError
 from rapidin.examples import Examples, open_examples, record_hash
 from rapidin.hits import Hit
+from rapidin.transfer import Conveyor, GpuOrder
 
 Ends = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def scan_cache(cache: Cache, query: methods.ScanQuery, top_k: int) -> Ends:
-    """((scores, rows) of the top, (scores, rows) of the bottom), each [Q, k], over all shards."""
-    prepared = cache.code.prepare(query.vectors)
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+def scan_cache(
+    cache: Cache, query: methods.ScanQuery, top_k: int, device: torch.device | None = None
+) -> Ends:
+    """((scores, rows) of the top, (scores, rows) of the bottom), each [Q, k] on the CPU, over all shards.
+
+    device: where the rows are scanned, by default where the query's vectors are. To a GPU the shards are
+    copied while those before them are scanned, so that the cache may be larger than its memory.
+    """
+    device = query.vectors.device if device is None else torch.empty(0, device=device).device
+    shards = _shards(cache, query)
+    if device.type == "cuda":
+        shards = Conveyor[_Label](GpuOrder(device)).carry(shards)
+    return scan_shards(cache, query, top_k, device, shards)
+
+
+# A shard's first row, and whether one of its blocks is without gradient, where that matters.
+_Label = tuple[int, bool | None]
+
+
+def _shards(cache: Cache, query: methods.ScanQuery) -> Iterator[tuple[_Label, dict[str, Tensor]]]:
+    """What a scan reads of each shard, on the CPU."""
     for first, rows in cache.shards(ahead=True):
-        plan = prepared.plan(rows.code, query.scales(cache.code, rows.code))
+        dead = cache.code.some_dead(rows.code) if query.normalize == "layer" else None
+        yield (first, dead), rows.code | {_STATUS: rows.status}
+
+
+_STATUS = "status"
+
+
+def scan_shards(
+    cache: Cache,
+    query: methods.ScanQuery,
+    top_k: int,
+    device: torch.device,
+    shards: Iterable[tuple[_Label, dict[str, Tensor]]],
+) -> Ends:
+    """`scan_cache` of shards that are on `device`, in the order of their rows."""
+    code = cache.code.to(device)
+    prepared = code.prepare(query.vectors.to(device))
+    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
+    for (first, dead), fields in shards:
+        plan = prepared.plan(fields, query.scales(code, fields), dead)
         top, top_rows, bottom, bottom_rows = ops.topk_scan_both_ends(
             plan.parts,
             plan.queries,
@@ -30,7 +68,7 @@ def scan_cache(cache: Cache, query: methods.ScanQuery, top_k: int) -> Ends:
             scales=plan.scales,
             offsets=plan.offsets,
             base=plan.base,
-            valid=rows.status == 0,
+            valid=fields[_STATUS] == 0,
         )
         shift = [torch.where(i >= 0, i + first, i) for i in (top_rows, bottom_rows)]
         constant = plan.constant[:, None]
@@ -40,7 +78,9 @@ def scan_cache(cache: Cache, query: methods.ScanQuery, top_k: int) -> Ends:
             f"the cache in '{cache.path}' holds no examples yet", "run the same 'rapidin cache' again"
         )
     joined = [torch.cat(column, dim=1) for column in zip(*parts, strict=True)]
-    return _best(joined[0], joined[1], top_k, True), _best(joined[2], joined[3], top_k, False)
+    top, top_rows = (x.cpu() for x in _best(joined[0], joined[1], top_k, True))
+    bottom, bottom_rows = (x.cpu() for x in _best(joined[2], joined[3], top_k, False))
+    return (top, top_rows), (bottom, bottom_rows)
 
 
 def _best(scores: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:

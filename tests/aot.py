@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ class Launch:
     divisible: list[int]
     warps: int
     stages: int
+    most_registers: int | None
     grid: tuple[int, ...]
 
 
@@ -54,7 +56,9 @@ def recorded(run: Callable[[], Any]) -> list[Launch]:
     launches: list[Launch] = []
 
     def launcher(kernel: Any, grid: Any) -> Callable[..., None]:
-        def launch(*args: Any, num_warps: int = 4, num_stages: int = 3, **named: Any) -> None:
+        def launch(
+            *args: Any, num_warps: int = 4, num_stages: int = 3, maxnreg: int | None = None, **named: Any
+        ) -> None:
             values = dict(zip(kernel.arg_names, args, strict=False)) | named
             signature, constants, divisible = {}, {}, []
             for number, parameter in enumerate(kernel.params):
@@ -75,7 +79,7 @@ def recorded(run: Callable[[], Any]) -> list[Launch]:
                         divisible.append(number)
             blocks = grid(constants) if callable(grid) else grid
             launches.append(
-                Launch(kernel, signature, constants, divisible, num_warps, num_stages, tuple(blocks))
+                Launch(kernel, signature, constants, divisible, num_warps, num_stages, maxnreg, tuple(blocks))
             )
 
         return launch
@@ -94,7 +98,7 @@ def compiled(launch: Launch, arch: int) -> dict[str, Any]:
     indices = {(number,): [["tt.divisibility", 16]] for number in launch.divisible}
     constants = {(launch.kernel.arg_names.index(name),): value for name, value in launch.constants.items()}
     source = ASTSource(launch.kernel, launch.signature, constants, indices)
-    options = {"num_warps": launch.warps, "num_stages": launch.stages}
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.most_registers}
     made = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     usage = resources(made.asm["cubin"])
     return {**usage, "shared": made.metadata.shared, "warps": launch.warps, "ptx": made.asm["ptx"]}
@@ -121,12 +125,20 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     from rapidin.kernels.sketch_hash import hash_words
     from rapidin.ops import triton as gpu
 
-    def flat(dtype: torch.dtype, *, squares: bool = False, scales: bool = False, dim: int = 65536) -> None:
-        tensors = [meta(4096, 4096, dtype=dtype), meta(4096, dtype=dtype)] * 4
+    def flat(
+        dtype: torch.dtype,
+        *,
+        norms: torch.dtype | None = None,
+        squares: bool = False,
+        scales: bool = False,
+        dim: int = 65536,
+    ) -> None:
+        tensors = [meta(4096, 4096, dtype=dtype), meta(4096, dtype=norms or dtype)] * 4
         factors = meta(8) if scales else None
         gpu.flat_sketch(tensors, dim, seed=1, batched=False, scales=factors, squares=squares)
 
     yield "flat_sketch bfloat16", lambda: flat(torch.bfloat16)
+    yield "flat_sketch bfloat16 and float32", lambda: flat(torch.bfloat16, norms=torch.float32)
     yield "flat_sketch float32", lambda: flat(torch.float32)
     yield "flat_sketch bfloat16 squares", lambda: flat(torch.bfloat16, squares=True, scales=True)
     yield "flat_sketch bfloat16 narrow", lambda: flat(torch.bfloat16, dim=16)
@@ -142,6 +154,37 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
                 f"linear_sketch {TYPES[dtype]} {dim}",
                 lambda a=inputs, g=grads, d=dim, t=table: linear.linear_sketch(a, g, d, t, t),
             )
+    yield from pack_launches()
+
+
+def pack_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Heads of 192 numbers, tails and rests of thousands, whole sketches; blocks of 512 and 8,192."""
+    from rapidin.kernels.pack import pack, unpack
+    from rapidin.kernels.turn import turn, unit_blocks
+
+    for dtype, numbers in (("int8", 1), ("int4", 2), ("sign", 8)):
+        code = torch.int8 if dtype == "int8" else torch.uint8
+        for width in (192, 13443, 107520):
+            for of in (torch.float32, torch.bfloat16) if width == 107520 else (torch.float32,):
+                x, codes, scale = (
+                    meta(600, width, dtype=of),
+                    meta(600, -(-width // numbers), dtype=code),
+                    meta(600, dtype=torch.float32),
+                )
+                yield f"pack {dtype} {width} {TYPES[of]}", partial(pack, x, codes, scale, dtype)
+            out, half = meta(600, width), meta(600, dtype=torch.float16)
+            yield f"unpack {dtype} {width}", partial(unpack, codes, half, out, dtype)
+    for blocks, width in ((210, 512), (12, 8192), (40, 2048), (30, 128), (30, 64), (5, 8)):
+        x, kept = meta(600, blocks, width), meta(600, blocks * width // 8)
+        parts = {"mean": meta(blocks, width), "size": meta(blocks)}
+        begin = meta(blocks + 1, dtype=torch.int64)
+        whole: dict[str, Any] = {"mean": None, "begin": None, "size": None}
+        yield f"pack turn {width} cut", partial(turn, x, kept, seed=7, back=False, begin=begin, **parts)
+        yield f"pack turn {width} whole", partial(turn, x, x.flatten(1), seed=7, back=False, **whole)
+        yield f"pack turn {width} back", partial(turn, x, x.flatten(1), seed=7, back=True, **whole)
+    for width in (512, 8192, 65536):
+        x = meta(600, width)
+        yield f"pack unit_blocks {width}", partial(unit_blocks, x, x, meta(600))
 
 
 def main() -> None:

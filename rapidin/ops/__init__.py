@@ -8,8 +8,10 @@ from rapidin.ops.linear_sketch import embedding_sketch, linear_sketch
 from rapidin.ops.matrix_sketch import matrix_sketch
 from rapidin.ops.packed import Packed, pack, packed_bytes, unpack
 from rapidin.ops.topk_scan import topk_scan, topk_scan_both_ends
+from rapidin.ops.turn import Cut, turn, unit_blocks
 
 __all__ = [
+    "Cut",
     "Packed",
     "embedding_sketch",
     "flat_sketch",
@@ -19,5 +21,7 @@ __all__ = [
     "packed_bytes",
     "topk_scan",
     "topk_scan_both_ends",
+    "turn",
+    "unit_blocks",
     "unpack",
 ]

@@ -1,5 +1,6 @@
 """The ops on the C++ kernels of rapidin._cpu. Arguments have been checked; each function is one op."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from rapidin import _cpu
 from rapidin.ops import tables
 from rapidin.ops.packed import Packed, PackedDtype, packed_bytes
+from rapidin.ops.tables import CPU
+from rapidin.ops.turn import TURN, Cut
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PACKED_DTYPES = {"int8": 3, "int4": 4, "sign": 5}
@@ -37,7 +40,7 @@ def flat_sketch(
 ) -> tuple[Tensor, Tensor | None]:
     if not batched:
         if not tensors:
-            return torch.zeros(dim), torch.zeros(0) if squares else None
+            return torch.zeros(dim, device=CPU), torch.zeros(0, device=CPU) if squares else None
         apart = [x[None] for x in tensors]
         sketch, found = flat_sketch(apart, dim, seed=seed, batched=True, scales=scales, squares=squares)
         return sketch[0], None if found is None else found[0]
@@ -45,7 +48,7 @@ def flat_sketch(
     lengths = _square_lengths(tensors) if squares else None
     if scales is not None:
         tensors = [x.float() * scale for x, scale in zip(tensors, scales, strict=True)]
-    out = torch.empty(batch, dim)
+    out = torch.empty(batch, dim, device=CPU)
     width = min(dim, 128)
     flat = [x.reshape(batch, x[:1].numel()) for x in tensors if x.numel()]
     flat = [x if x.stride(1) == 1 else x.contiguous() for x in flat]
@@ -68,14 +71,14 @@ def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:
     *leading, n_out, n_in = grad.shape
     matrices = grad.reshape(-1, n_out, n_in) if grad.numel() else grad.new_empty(0, n_out, n_in)
     if not matrices.numel():
-        return torch.zeros(*leading, dim)
+        return torch.zeros(*leading, dim, device=CPU)
     row_table = tables.rows(seed, tables.OUT, n_out, dim)
     return _fold(matrices, row_table, tables.columns(seed, tables.IN, n_in, dim), dim).reshape(*leading, dim)
 
 
 def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
     if not grads.numel():
-        return torch.zeros(len(ids), dim)
+        return torch.zeros(len(ids), dim, device=CPU)
     vocabulary = 1 << int(ids.max()).bit_length()  # rounded up, so that few tables serve all batches
     row_table = tables.rows(seed, tables.OUT, vocabulary, dim)[ids]
     return _fold(grads, row_table, tables.columns(seed, tables.IN, grads.shape[-1], dim), dim)
@@ -83,7 +86,7 @@ def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
 
 def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
     if not inputs.numel() or not grads.numel():
-        return torch.zeros(len(inputs), dim)
+        return torch.zeros(len(inputs), dim, device=CPU)
     way = choose_way(inputs.shape[1], inputs.shape[2], grads.shape[2], dim)
     return by_fft(inputs, grads, dim, seed) if way is None else by_product(inputs, grads, dim, seed, *way)
 
@@ -122,7 +125,7 @@ def by_fft(inputs: Tensor, grads: Tensor, k: int, seed: int) -> Tensor:
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
     table_in, table_out = tables.rows(seed, tables.IN, n_in, k), tables.rows(seed, tables.OUT, n_out, k)
-    out = torch.empty(batch, k)
+    out = torch.empty(batch, k, device=CPU)
     _cpu.tensor_sketch(
         inputs.data_ptr(), _DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
         grads.data_ptr(), _DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
@@ -139,8 +142,8 @@ def by_torch_fft(inputs: Tensor, grads: Tensor, k: int, seed: int) -> Tensor:
     table_in = tables.columns(seed, tables.IN, n_in, k)
     table_out = tables.columns(seed, tables.OUT, n_out, k)
     step = max(16, min(batch * tokens, threads * _FFT_BUFFER_BYTES // (8 * k)))
-    sketches, spectra = torch.empty(2, step, k, dtype=torch.complex64)
-    total = torch.zeros(batch, k, dtype=torch.complex64)
+    sketches, spectra = torch.empty(2, step, k, dtype=torch.complex64, device=CPU)
+    total = torch.zeros(batch, k, dtype=torch.complex64, device=CPU)
     for first in range(0, batch * tokens, step):
         count = min(step, batch * tokens - first)
         z = sketches[:count]
@@ -168,7 +171,7 @@ def by_product(inputs: Tensor, grads: Tensor, k: int, seed: int, sketch_in: bool
     row_side, col_side = (tables.OUT, tables.IN) if a_in_columns else (tables.IN, tables.OUT)
     row_table = None if sketch_in and sketch_out else tables.rows(seed, row_side, rows.shape[2], k)
     col_table = None if sketch_in or sketch_out else tables.columns(seed, col_side, cols.shape[2], k)
-    out = torch.empty(batch, k)
+    out = torch.empty(batch, k, device=CPU)
     step = max(1, _PRODUCT_BYTES // (4 * rows.shape[2] * cols.shape[2]))
     for b in range(0, batch, step):
         matrices = torch.bmm(rows[b : b + step].transpose(1, 2), cols[b : b + step])
@@ -178,7 +181,7 @@ def by_product(inputs: Tensor, grads: Tensor, k: int, seed: int, sketch_in: bool
 
 def _count_sketch(x: Tensor, table: Tensor, k: int) -> Tensor:
     batch, tokens, n = x.shape
-    out = torch.empty(batch, tokens, k)
+    out = torch.empty(batch, tokens, k, device=CPU)
     _cpu.count_sketch(
         x.data_ptr(), _DTYPES[x.dtype], batch, tokens, n, x.stride(), table.data_ptr(), k,
         out.data_ptr(), torch.get_num_threads(),
@@ -189,7 +192,7 @@ def _count_sketch(x: Tensor, table: Tensor, k: int) -> Tensor:
 def _fold(matrices: Tensor, row_table: Tensor | None, col_table: Tensor | None, k: int) -> Tensor:
     """matrices: [B, R, C]; row_table: [R] or [B, R] (None: row r has bin r); col_table likewise -> [B, k]."""
     batch, rows, cols = matrices.shape
-    out = torch.empty(batch, k)
+    out = torch.empty(batch, k, device=CPU)
     _cpu.fold(
         matrices.data_ptr(), _DTYPES[matrices.dtype], batch, rows, cols, matrices.stride(),
         0 if row_table is None else row_table.data_ptr(),
@@ -204,8 +207,9 @@ def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
     n, width = x.shape
     if x.stride(1) != 1 and width > 1:
         x = x.contiguous()
-    codes = torch.empty(n, packed_bytes(width, dtype), dtype=torch.int8 if dtype == "int8" else torch.uint8)
-    scale = torch.empty(n)
+    code = torch.int8 if dtype == "int8" else torch.uint8
+    codes = torch.empty(n, packed_bytes(width, dtype), dtype=code, device=CPU)
+    scale = torch.empty(n, device=CPU)
     _cpu.pack(
         x.data_ptr(), _DTYPES[x.dtype], n, width, x.stride(0), _PACKED_DTYPES[dtype],
         codes.data_ptr(), scale.data_ptr(), torch.get_num_threads(),
@@ -215,9 +219,38 @@ def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
 
 def unpack(packed: Packed) -> Tensor:
     part, held = _part(packed)
-    x = torch.empty(len(held), packed.width)
+    x = torch.empty(len(held), packed.width, device=CPU)
     _cpu.unpack(part, len(x), x.data_ptr(), torch.get_num_threads())
     return x
+
+
+def turn(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
+    if mean is not None:
+        x = x - mean
+    words = torch.empty(x.shape[1] * x.shape[2], dtype=torch.int32, device=CPU)
+    _cpu.hash_words(seed, TURN, 0, len(words), words.data_ptr())
+    signs = torch.where(words < 0, -1.0, 1.0).view(x.shape[1:])
+    x = _hadamard(x) * signs if back else _hadamard(x * signs)
+    return x if cut is None else cut.of(x)
+
+
+def _hadamard(x: Tensor) -> Tensor:
+    """The normalised Hadamard transform of the last axis: its own inverse."""
+    shape, width = x.shape, x.shape[-1]
+    x = x.reshape(-1, width) / math.sqrt(width)
+    half = 1
+    while half < width:
+        pairs = x.view(len(x), -1, 2, half)
+        x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).view(-1, width)
+        half *= 2
+    return x.view(shape)
+
+
+def unit_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    # In float64, for the squares of small gradients leave float32's range; but no copy of the sketch in it.
+    length = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+    unit = x / torch.where(length > 0, length, 1.0).to(x.dtype)[..., None]
+    return unit.float(), length.float()
 
 
 def topk_scan(
@@ -303,4 +336,4 @@ def _part(rows: Tensor | Packed) -> tuple[tuple[int, int, int, int, int, int, in
 
 def _places(queries: int, k: int, wanted: bool) -> tuple[Tensor, Tensor]:
     size = (queries, k) if wanted else (0, 0)
-    return torch.empty(size), torch.empty(size, dtype=torch.int64)
+    return torch.empty(size, device=CPU), torch.empty(size, dtype=torch.int64, device=CPU)

@@ -79,7 +79,7 @@ def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
     if not inputs.numel() or not grads.numel():
-        return torch.zeros(batch, dim, device=inputs.device)
+        return torch.zeros(batch, dim, device=inputs.device, dtype=torch.float32)
     if not supports_linear_sketch(inputs, grads, dim):
         raise ValueError(
             f"linear_sketch: backend 'cuda' has no kernel for dim {dim} of {inputs.dtype} and {grads.dtype} "
@@ -93,9 +93,9 @@ def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
     splits = -(-tokens // share)
     table_in = tables.columns(seed, tables.IN, n_in, dim, device, _staged)
     table_out = tables.columns(seed, tables.OUT, n_out, dim, device, _staged)
-    out = torch.empty(batch, dim, device=device)
+    out = torch.empty(batch, dim, device=device, dtype=torch.float32)
     parts *= splits
-    partial = torch.empty(parts, min(batch, 65535), dim, device=device) if parts > 1 else out
+    partial = out.new_empty(parts, min(batch, 65535), dim) if parts > 1 else out
     extension().linear_sketch(
         inputs.data_ptr(), _DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
         grads.data_ptr(), _DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
@@ -121,7 +121,9 @@ def flat_sketch(
 ) -> tuple[Tensor, Tensor | None]:
     if not batched:
         if not tensors:
-            return torch.zeros(dim), torch.zeros(0) if squares else None
+            return torch.zeros(dim, dtype=torch.float32), torch.zeros(
+                0, dtype=torch.float32
+            ) if squares else None
         listed = [x[None] for x in tensors]
         sketch, lengths = flat_sketch(listed, dim, seed=seed, batched=True, scales=scales, squares=squares)
         return sketch[0], None if lengths is None else lengths[0]
@@ -129,12 +131,12 @@ def flat_sketch(
     plan = flat_plan(tensors, dim)
     if not plan.rows or not plan.batch:
         return (
-            torch.zeros(plan.batch, dim, device=device),
-            torch.zeros(plan.batch, n, device=device) if squares else None,
+            torch.zeros(plan.batch, dim, dtype=torch.float32, device=device),
+            torch.zeros(plan.batch, n, dtype=torch.float32, device=device) if squares else None,
         )
 
     def room(*shape: int) -> Tensor:
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
     out = room(plan.batch, dim)
     partial = room(plan.parts, plan.batch, dim) if plan.parts > 1 else None

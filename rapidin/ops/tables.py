@@ -69,7 +69,7 @@ def _get(
         table = _places(seed, n // k, k)
     else:
         build = _cpu.row_table if kind == "rows" else _cpu.column_table
-        table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32)
+        table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32, device=CPU)
         build(seed, *side, n, k, table.data_ptr())
     table = (change(table) if change is not None else table).to(device)
     with _lock:
@@ -83,9 +83,10 @@ def _get(
 
 def _places(seed: int, count: int, groups: int) -> Tensor:
     """The inverses of the permutations that begin at t * groups, t = 0 .. count - 1, one after another."""
-    table = torch.empty(count * groups, dtype=torch.int32)
-    ranks = torch.empty(groups, dtype=torch.int32)
+    table = torch.empty(count * groups, dtype=torch.int32, device=CPU)
+    ranks = torch.empty(groups, dtype=torch.int32, device=CPU)
+    place = torch.arange(groups, dtype=torch.int32, device=CPU)
     for t in range(count):
         _cpu.permutation(seed, FLAT[0], t * groups & 0xFFFFFFFF, groups, ranks.data_ptr())
-        table[t * groups : (t + 1) * groups][ranks.long()] = torch.arange(groups, dtype=torch.int32)
+        table[t * groups : (t + 1) * groups][ranks.long()] = place
     return table

@@ -9,16 +9,20 @@ from torch import Tensor
 
 from rapidin.kernels import flat_sketch as flat_kernels
 from rapidin.kernels import linear_sketch as linear_kernels
+from rapidin.kernels import pack as pack_kernels
+from rapidin.kernels import turn as turn_kernels
 from rapidin.kernels.fold import fold
 from rapidin.ops import tables
 from rapidin.ops.flat_plan import flat_plan
+from rapidin.ops.packed import Packed, PackedDtype, packed_bytes
+from rapidin.ops.turn import WIDEST, Cut
 
 _TOKEN_BYTES = 256 << 20  # of tokens' spectra held at a time, where the kernel has not the width
 
 
 def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
     if not inputs.numel() or not grads.numel():
-        return torch.zeros(len(inputs), dim, device=inputs.device)
+        return torch.zeros(len(inputs), dim, device=inputs.device, dtype=torch.float32)
     table_in = tables.columns(seed, tables.IN, inputs.shape[2], dim, inputs.device)
     table_out = tables.columns(seed, tables.OUT, grads.shape[2], dim, inputs.device)
     if dim not in linear_kernels.DIMS:
@@ -43,7 +47,7 @@ def _count_sketch(x: Tensor, table: Tensor, k: int) -> Tensor:
     entries = table.view(-1, k)
     index = (entries & 0x7FFFFFFF).long()
     sign = torch.where(entries < 0, -1.0, 1.0)
-    out = torch.zeros(*x.shape[:2], k, device=x.device)
+    out = torch.zeros(*x.shape[:2], k, device=x.device, dtype=torch.float32)
     for chunk in range(len(entries)):
         part = x[:, :, chunk * k : (chunk + 1) * k].float()
         if part.shape[2] < k:
@@ -63,15 +67,17 @@ def flat_sketch(
 ) -> tuple[Tensor, Tensor | None]:
     if not batched:
         if not tensors:
-            return torch.zeros(dim), torch.zeros(0) if squares else None
+            return torch.zeros(dim, dtype=torch.float32), torch.zeros(
+                0, dtype=torch.float32
+            ) if squares else None
         listed = [x[None] for x in tensors]
         sketch, lengths = flat_sketch(listed, dim, seed=seed, batched=True, scales=scales, squares=squares)
         return sketch[0], None if lengths is None else lengths[0]
     device = tensors[0].device
     plan = flat_plan(tensors, dim)
     if not plan.rows or not plan.batch:
-        none = torch.zeros(plan.batch, len(tensors), device=device) if squares else None
-        return torch.zeros(plan.batch, dim, device=device), none
+        none = torch.zeros(plan.batch, len(tensors), dtype=torch.float32, device=device) if squares else None
+        return torch.zeros(plan.batch, dim, dtype=torch.float32, device=device), none
     places = tables.places(seed, plan.groups, device)
     scales = scales.contiguous() if scales is not None else None
     return flat_kernels.flat_sketch(plan, places, seed, scales, squares)
@@ -80,12 +86,10 @@ def flat_sketch(
 def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:
     *leading, n_out, n_in = grad.shape
     if not grad.numel():
-        return torch.zeros(*leading, dim, device=grad.device)
+        return torch.zeros(*leading, dim, dtype=torch.float32, device=grad.device)
     matrices = grad.reshape(-1, n_out, n_in)
     sides = (tables.OUT, tables.IN)
-    if (
-        n_out > n_in
-    ):  # columns are gathered in whole chunks: the longer side, which of a bias [B, n, 1] is the first
+    if n_out > n_in:  # columns are gathered in whole chunks: they are the longer side, of a bias the first
         matrices, sides = matrices.transpose(1, 2), (tables.IN, tables.OUT)
     rows, cols = matrices.shape[1:]
     row_table = tables.rows(seed, sides[0], rows, dim, grad.device)
@@ -95,7 +99,58 @@ def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:
 
 def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
     if not grads.numel():
-        return torch.zeros(len(ids), dim, device=grads.device)
+        return torch.zeros(len(ids), dim, dtype=torch.float32, device=grads.device)
     vocabulary = 1 << int(ids.max()).bit_length()  # rounded up, so that few tables serve all batches
     row_table = tables.rows(seed, tables.OUT, vocabulary, dim, grads.device)[ids]
     return fold(grads, row_table, tables.columns(seed, tables.IN, grads.shape[-1], dim, grads.device), dim)
+
+
+def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
+    n, width = x.shape
+    code = torch.int8 if dtype == "int8" else torch.uint8
+    codes = torch.empty(n, packed_bytes(width, dtype), dtype=code, device=x.device)
+    scale = torch.empty(n, device=x.device, dtype=torch.float32)
+    pack_kernels.pack(_rows(x), codes, scale, dtype)
+    return codes, scale
+
+
+def unpack(packed: Packed) -> Tensor:
+    codes = _rows(packed.codes)
+    x = torch.empty(len(codes), packed.width, device=codes.device, dtype=torch.float32)
+    pack_kernels.unpack(codes, packed.scale, x, packed.dtype)
+    return x
+
+
+def turn(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
+    n, blocks, width = x.shape
+    if width > WIDEST:
+        raise ValueError(
+            f"turn: blocks on a GPU have at most {WIDEST} numbers, got {width}; call .cpu() first"
+        )
+    out = torch.empty(n, blocks * width if cut is None else cut.kept, device=x.device, dtype=torch.float32)
+    turn_kernels.turn(
+        _rows(x),
+        out,
+        seed=seed,
+        back=back,
+        mean=None if mean is None else mean.contiguous(),
+        begin=None if cut is None else cut.begin,
+        size=None if cut is None or cut.size is None else cut.size.contiguous(),
+    )
+    return out.view(x.shape) if cut is None else out
+
+
+def unit_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
+    unit = torch.empty(x.shape, device=x.device, dtype=torch.float32)
+    length = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
+    if unit.numel():
+        width = x.shape[-1]
+        turn_kernels.unit_blocks(_rows(x.reshape(-1, width)), unit.view(-1, width), length.view(-1))
+    else:
+        length.zero_()
+    return unit, length
+
+
+def _rows(x: Tensor) -> Tensor:
+    """With neighbours in memory along the last axis, as the kernels read."""
+    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

@@ -13,7 +13,7 @@ from rapidin.pack.fit import (
     row_bytes_besides,
     width_for,
 )
-from rapidin.pack.learn import Learnt, learn
+from rapidin.pack.learn import Learnt, learn, learning_bytes
 
 __all__ = [
     "FLOATS",
@@ -30,6 +30,7 @@ __all__ = [
     "Shape",
     "fit",
     "learn",
+    "learning_bytes",
     "least_bytes",
     "row_bytes_besides",
     "width_for",

@@ -17,8 +17,9 @@ SIGMOD 2024, section 3.2). Without a sample there is the rest alone. Lengths are
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
+from itertools import accumulate
 from typing import Literal, Protocol
 
 import torch
@@ -27,7 +28,6 @@ from torch import Tensor
 from rapidin import ops
 from rapidin.pack.fit import Shape
 from rapidin.pack.learn import Learnt
-from rapidin.pack.turn import turn, turn_back
 
 Fields = dict[str, Tensor]
 _PackedDtype = Literal["int8", "int4", "sign"]
@@ -67,6 +67,12 @@ class Code(Protocol):
     def lengths(self, fields: Mapping[str, Tensor]) -> Tensor:
         """Lengths of the blocks: [n, blocks] float32."""
 
+    def to(self, device: torch.device) -> Code:
+        """The same code with what it knows on `device`, where the tensors given to it then have to be."""
+
+    def some_dead(self, fields: Mapping[str, Tensor]) -> bool:
+        """Whether a plan without scales needs some all the same, since a row has a block without gradient."""
+
     def prepare(self, vectors: Tensor) -> PreparedQuery:
         """Query vectors [Q, blocks, width] -> what is put to each shard."""
 
@@ -74,8 +80,13 @@ class Code(Protocol):
 class PreparedQuery(Protocol):
     """Queries put into the terms of a code."""
 
-    def plan(self, fields: Mapping[str, Tensor], scales: Tensor | None) -> ScanPlan:
-        """The scan of a shard's rows, their blocks scaled by `scales` [n, blocks], or not."""
+    def plan(
+        self, fields: Mapping[str, Tensor], scales: Tensor | None, some_dead: bool | None = None
+    ) -> ScanPlan:
+        """The scan of a shard's rows, their blocks scaled by `scales` [n, blocks], or not.
+
+        some_dead: what the code's `some_dead` says of these rows, where it is known: to ask a GPU is to wait.
+        """
 
 
 # -------------------------------------------------------------------------------- float16, float32
@@ -106,6 +117,12 @@ class FloatCode:
     def lengths(self, fields: Mapping[str, Tensor]) -> Tensor:
         return fields["length"]
 
+    def to(self, device: torch.device) -> FloatCode:
+        return self
+
+    def some_dead(self, fields: Mapping[str, Tensor]) -> bool:
+        return False  # such blocks are zeros
+
     def prepare(self, vectors: Tensor) -> PreparedQuery:
         return _FloatQuery(vectors.flatten(1).contiguous(), self.width)
 
@@ -115,10 +132,12 @@ class _FloatQuery:
     vectors: Tensor
     width: int
 
-    def plan(self, fields: Mapping[str, Tensor], scales: Tensor | None) -> ScanPlan:
+    def plan(
+        self, fields: Mapping[str, Tensor], scales: Tensor | None, some_dead: bool | None = None
+    ) -> ScanPlan:
         dim = self.vectors.shape[1]
         offsets = None if scales is None else list(range(0, dim + 1, self.width))
-        constant = torch.zeros(len(self.vectors))
+        constant = self.vectors.new_zeros(len(self.vectors))
         return ScanPlan([fields["sketch"]], self.vectors, constant, scales=scales, offsets=offsets)
 
 
@@ -142,6 +161,14 @@ class PackedCode:
         self.shape, self.width, self.seed = shape, width, seed
         self.blocks = len(shape.tail)
         self.basis = basis if basis is not None else Basis.empty(self.blocks, width)
+        self._elsewhere: dict[torch.device, PackedCode] = {}
+
+    def to(self, device: torch.device) -> PackedCode:
+        if device == self.basis.mean.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = PackedCode(self.shape, self.width, self.seed, self.basis.to(device))
+        return self._elsewhere[device]
 
     @cached_property
     def row_bytes(self) -> int:
@@ -172,8 +199,10 @@ class PackedCode:
     def encode(self, unit: Tensor, length: Tensor) -> Fields:
         n, basis, shape = len(unit), self.basis, self.shape
         fields: Fields = {}
-        scales = torch.zeros(n, 3)
-        left = unit - basis.mean
+        scales = unit.new_zeros(n, 3)
+        # Where something is learnt, what is left of the blocks is needed before the turn.
+        learnt = shape.head or sum(shape.tail)
+        left = unit - basis.mean if learnt else unit
         if shape.head:
             head = ops.pack(left.flatten(1) @ basis.head, "int8")
             fields["head"], scales[:, 0] = head.codes, _scale(head)
@@ -184,36 +213,31 @@ class PackedCode:
             fields["tail"], scales[:, 1] = tail.codes, _scale(tail)
             left = left - basis.back(along)
         if sum(shape.rest):
-            rest = ops.pack(self._cut(turn(left, self.seed)) / self._rest_size, self._rest_dtype)
+            mean = None if learnt else basis.mean
+            rest = ops.pack(ops.turn(left, seed=self.seed, mean=mean, cut=self._sized), self._rest_dtype)
             fields["rest"], scales[:, 2] = rest.codes, _scale(rest)
         dead = (length == 0).all(1)
-        scales[dead] = 0.0  # no gradient, no code: not the bits of zeros
+        scales.masked_fill_(dead[:, None], 0.0)  # no gradient, no code: not the bits of zeros
         fields["scale"] = scales.half()
         fields["size"], codes = self._encode_lengths(length)
         if codes is not None:
             fields["length"] = codes
         return fields
 
-    def _cut(self, turned: Tensor) -> Tensor:
-        """The first numbers of each block, as many as are kept: [n, sum of rest]."""
-        kept = set(self.shape.rest)
-        if len(kept) == 1:
-            return turned[:, :, : kept.pop()].flatten(1)
-        return turned.flatten(1)[:, self._kept]
+    @cached_property
+    def cut(self) -> ops.Cut:
+        """The numbers of a turned remainder that the rest keeps."""
+        return ops.Cut(self.shape.rest, self.width, self.basis.mean.device)
 
     @cached_property
-    def _kept(self) -> Tensor:
-        return torch.cat([torch.arange(m) + b * self.width for b, m in enumerate(self.shape.rest)])
+    def _sized(self) -> ops.Cut:
+        """The same, each divided by the size of a number of its block, so that one scale a row serves all."""
+        return ops.Cut(self.shape.rest, self.width, self.basis.mean.device, self.basis.rest_size)
 
     @cached_property
-    def _owner(self) -> Tensor:
-        """The block of each number of the rest."""
-        return torch.repeat_interleave(torch.arange(self.blocks), torch.tensor(self.shape.rest))
-
-    @cached_property
-    def _rest_size(self) -> Tensor:
-        """Size of a number of the rest, by its block, so that one scale a row serves all: [sum of rest]."""
-        return self.basis.rest_size[self._owner]
+    def rest_size(self) -> Tensor:
+        """Size of a number of the rest, by its block: [sum of rest]."""
+        return self.basis.rest_size[self.cut.owner]
 
     def _encode_lengths(self, length: Tensor) -> tuple[Tensor, Tensor | None]:
         live = length > 0
@@ -279,18 +303,19 @@ class PackedCode:
         if "tail" in parts:
             out += basis.back(ops.unpack(parts["tail"]) * basis.tail_size)
         if "rest" in parts:
-            turned = torch.zeros(n, self.blocks * self.width)
-            turned[:, self._kept] = ops.unpack(parts["rest"]) * self._rest_size * self._whole
-            rest = turn_back(turned.view_as(out), self.seed)
+            turned = out.new_zeros(n, self.blocks * self.width)
+            turned[:, self.cut.places] = ops.unpack(parts["rest"]) * self.rest_size * self.whole
+            rest = ops.turn(turned.view_as(out), seed=self.seed, back=True)
             out += rest - basis.back(basis.along(rest))
         return torch.where((self.lengths(fields) > 0)[:, :, None], out, 0.0)
 
     @cached_property
-    def _whole(self) -> Tensor:
+    def whole(self) -> Tensor:
         """Each kept number of a remainder stands for so many, as far as it is believed: [sum of rest]."""
-        kept = torch.tensor(self.shape.rest).double()
-        whole = self.width - torch.tensor(self.shape.tail).double()
-        return (whole / kept.clamp(min=1)).float()[self._owner] * self.basis.rest_weight
+        device = self.basis.mean.device
+        kept = torch.tensor(self.shape.rest, device=device).double()
+        whole = self.width - torch.tensor(self.shape.tail, device=device).double()
+        return (whole / kept.clamp(min=1)).float()[self.cut.owner] * self.basis.rest_weight
 
     # ------------------------------------------------------------------------------------- queries
 
@@ -311,12 +336,15 @@ class _PackedQuery:
             left = left - basis.back(along)
             found["tail"] = along * basis.tail_size
         if sum(shape.rest):
-            found["rest"] = code._cut(turn(left, code.seed)) * code._rest_size * code._whole
+            turned = ops.turn(left, seed=code.seed, cut=code.cut)
+            found["rest"] = turned * code.rest_size * code.whole
         self.found = found
 
-    def plan(self, fields: Mapping[str, Tensor], scales: Tensor | None) -> ScanPlan:
+    def plan(
+        self, fields: Mapping[str, Tensor], scales: Tensor | None, some_dead: bool | None = None
+    ) -> ScanPlan:
         code, parts = self.code, self.code.parts(fields)
-        if scales is None and code.some_dead(fields):
+        if scales is None and (code.some_dead(fields) if some_dead is None else some_dead):
             scales = (code.lengths(fields) > 0).float()
         if scales is None:
             queries = torch.cat([self.found[name] for name in parts], 1)
@@ -327,19 +355,21 @@ class _PackedQuery:
             # sum_b scales[n, b] <q_b, (P head_n)_b>: the blocks of the head are not kept apart in a row
             base += torch.stack([((scales @ by_block) * head).sum(1) for by_block in self._head_by_block], 1)
         if not parts:
-            empty = torch.zeros(len(base), 0)
             return ScanPlan(
-                [empty],
+                [base.new_zeros(len(base), 0)],
                 self.vectors.new_zeros(len(self.vectors), 0),
-                torch.zeros(len(self.vectors)),
+                self.vectors.new_zeros(len(self.vectors)),
                 base.T.contiguous(),
             )
         widths = [w for name in parts for w in (code.shape.tail if name == "tail" else code.shape.rest)]
-        offsets = [0, *torch.tensor(widths).cumsum(0).tolist()]
         queries = torch.cat([self.found[name] for name in parts], 1)
-        repeated = scales.repeat(1, len(parts))
         return ScanPlan(
-            list(parts.values()), queries, torch.zeros(len(queries)), base.T.contiguous(), repeated, offsets
+            list(parts.values()),
+            queries,
+            queries.new_zeros(len(queries)),
+            base.T.contiguous(),
+            scales.repeat(1, len(parts)),
+            [0, *accumulate(widths)],
         )
 
     @cached_property
@@ -371,34 +401,35 @@ class Basis:
 
     @staticmethod
     def empty(blocks: int, width: int) -> Basis:
-        """Nothing learnt."""
+        """Nothing learnt; on the CPU."""
+        empty = torch.zeros(0, device="cpu")
         return Basis(
-            torch.zeros(blocks, width),
-            torch.zeros(blocks * width, 0),
-            [torch.zeros(width, 0)] * blocks,
-            torch.zeros(0),
-            torch.ones(blocks),
-            torch.ones(()),
-            torch.zeros(blocks),
+            empty.new_zeros(blocks, width),
+            empty.new_zeros(blocks * width, 0),
+            [empty.new_zeros(width, 0)] * blocks,
+            empty,
+            empty.new_ones(blocks),
+            empty.new_ones(()),
+            empty.new_zeros(blocks),
         )
 
     @staticmethod
     def of(learnt: Learnt, shape: Shape, lengths: Tensor, seed: int) -> Basis:
-        """The basis of a code of this shape; lengths: [m, blocks] of the sample."""
-        generator = torch.Generator().manual_seed(seed % 2**63)
+        """The basis of a code of this shape; lengths: [m, blocks] of the sample; all of it on the CPU."""
+        generator = torch.Generator("cpu").manual_seed(seed % 2**63)
         tail, sizes = [], []
         # Where the sample says that nothing is left, another example may still leave much: scales are
         # float16.
         least = 0.01 / learnt.mean.shape[1] ** 0.5
         for axes, energy, p in zip(learnt.tail, learnt.energy, shape.tail, strict=True):
             # Turned among themselves, so that each bit tells as much as any other.
-            mixed = torch.linalg.qr(torch.randn(p, p, generator=generator))[0] if p else torch.zeros(0, 0)
-            tail.append(axes[:, :p] @ mixed)
+            random = torch.randn(p, p, generator=generator, device=axes.device)
+            tail.append(axes[:, :p] @ (torch.linalg.qr(random)[0] if p else random))
             sizes.append(energy[:p].mean().sqrt().clamp(min=least).expand(p) if p else energy[:0])
         left = torch.stack(
             [r + e[p:].sum() for r, e, p in zip(learnt.rest, learnt.energy, shape.tail, strict=True)]
         )
-        spare = torch.tensor([max(1, learnt.mean.shape[1] - p) for p in shape.tail])
+        spare = torch.tensor([max(1, learnt.mean.shape[1] - p) for p in shape.tail], device=left.device)
         live = lengths > 0
         logs = torch.where(live, lengths.clamp(min=1e-38).log(), 0.0).sum(0) / live.sum(0).clamp(min=1)
         return Basis(
@@ -411,14 +442,64 @@ class Basis:
             logs,
         )
 
+    def to(self, device: torch.device) -> Basis:
+        """The same on a device."""
+        named = {f.name: getattr(self, f.name).to(device) for f in fields(self) if f.name != "tail"}
+        return Basis(tail=[axes.to(device) for axes in self.tail], **named)
+
     def along(self, x: Tensor) -> Tensor:
         """Each block along its own directions: [n, blocks, width] -> [n, sum p_b]."""
-        return torch.cat([x[:, b] @ axes for b, axes in enumerate(self.tail)], 1)
+        if x.device.type == "cpu":
+            return torch.cat([x[:, b] @ axes for b, axes in enumerate(self.tail)], 1)
+        return self.along_at_once(x)
+
+    def along_at_once(self, x: Tensor) -> Tensor:
+        """The same by few large products, as a GPU wants it."""
+        found = [
+            torch.bmm(x[:, group.blocks].transpose(0, 1), group.axes).transpose(0, 1).flatten(1)
+            for group in self.groups
+        ]
+        return torch.cat(found, 1)[:, self._order] if found else x.new_zeros(len(x), 0)
 
     def back(self, along: Tensor) -> Tensor:
         """The inverse of `along` on what the directions span."""
-        pieces = torch.split(along, [axes.shape[1] for axes in self.tail], 1)
-        return torch.stack([piece @ axes.T for piece, axes in zip(pieces, self.tail, strict=True)], 1)
+        if along.device.type == "cpu":
+            pieces = torch.split(along, [axes.shape[1] for axes in self.tail], 1)
+            return torch.stack([piece @ axes.T for piece, axes in zip(pieces, self.tail, strict=True)], 1)
+        return self.back_at_once(along)
+
+    def back_at_once(self, along: Tensor) -> Tensor:
+        """The same by few large products, as a GPU wants it."""
+        padded = torch.nn.functional.pad(
+            along, (0, 1)
+        )  # a zero for the directions that a block does not have
+        out = along.new_zeros(len(along), *self.mean.shape)
+        for group in self.groups:
+            along_group = padded[:, group.columns].transpose(0, 1)
+            out[:, group.blocks] = torch.bmm(along_group, group.axes.transpose(1, 2)).transpose(0, 1)
+        return out
+
+    @cached_property
+    def groups(self) -> list[_Group]:
+        """Blocks of like numbers of directions, for products that a GPU does at once."""
+        device, counts = self.mean.device, [axes.shape[1] for axes in self.tail]
+        begin = [0, *accumulate(counts)]
+        found = []
+        for size in sorted({_padded(p) for p in counts if p}):
+            chosen = [b for b, p in enumerate(counts) if p and _padded(p) == size]
+            axes = self.mean.new_zeros(len(chosen), self.mean.shape[1], size)
+            columns = torch.full((len(chosen), size), begin[-1], dtype=torch.int64, device="cpu")
+            for place, b in enumerate(chosen):
+                axes[place, :, : counts[b]] = self.tail[b]
+                columns[place, : counts[b]] = torch.arange(begin[b], begin[b + 1], device="cpu")
+            found.append(_Group(torch.tensor(chosen, device=device), axes, columns.to(device)))
+        return found
+
+    @cached_property
+    def _order(self) -> Tensor:
+        """Where each direction is in the groups' products, side by side: [sum p_b]."""
+        columns = torch.cat([group.columns.flatten() for group in self.groups])
+        return torch.argsort(columns, stable=True)[: len(self.tail_size)]
 
     def outside(self, unit: Tensor) -> Tensor:
         """Share of each example's energy about the mean that the head does not hold: [n], 0 .. 1."""
@@ -464,17 +545,36 @@ class Basis:
         return Basis(tail=tail, **rest)
 
 
+@dataclass(frozen=True)
+class _Group:
+    """Blocks with at most P directions.
+
+    blocks: [g] int64; axes: [g, width, P], zeros for those that a block does not have; columns: [g, P] int64,
+    where its directions are among all, past the last one for those.
+    """
+
+    blocks: Tensor
+    axes: Tensor
+    columns: Tensor
+
+
+def _padded(directions: int) -> int:
+    """A power of two, so that few products serve all blocks and at most half of each is zeros."""
+    return max(16, 1 << (directions - 1).bit_length())
+
+
 def _rest_weight(learnt: Learnt, tail: list[Tensor], left: Tensor, shape: Shape) -> Tensor:
     """How far the product of two remainders may be believed: signal / (signal + noise) (Wiener).
 
     signal: the mean square of such products between the sample's examples, less what the sketch's own error
     of 1 / width a block puts there. noise: that of `rest` codes, 1.57 = pi / 2 for one bit a number.
     """
-    kept = torch.tensor(shape.rest).double()
+    device = learnt.mean.device
+    kept = torch.tensor(shape.rest, device=device).double()
     if not float(kept.sum()):
-        return torch.ones(())
+        return torch.ones((), device=device)
     m, width = len(learnt.held), learnt.mean.shape[1]
-    gram, own = torch.zeros(m, m), torch.zeros(())
+    gram, own = learnt.mean.new_zeros(m, m), learnt.mean.new_zeros(())
     for b, axes in enumerate(tail):
         x = learnt.unseen(b)
         x = x - (x @ axes) @ axes.T

@@ -157,8 +157,9 @@ def _share(learnt: Learnt, bits: int, rest_bits: int) -> tuple[tuple[int, ...], 
 
     blocks, width = learnt.mean.shape
     flat = torch.cat(learnt.energy)
-    owner = torch.cat([torch.full((len(e),), b) for b, e in enumerate(learnt.energy)])
-    spare = torch.tensor([max(1, width - len(e)) for e in learnt.energy])
+    device = flat.device
+    owner = torch.cat([torch.full((len(e),), b, device=device) for b, e in enumerate(learnt.energy)])
+    spare = torch.tensor([max(1, width - len(e)) for e in learnt.energy], device=device)
     worth = flat > (learnt.rest / spare)[owner]
     order = torch.argsort(torch.where(worth, flat, -1.0), descending=True, stable=True)
     most = int(bits * (1 - REST_SHARE)) // 8 * 8
@@ -168,8 +169,8 @@ def _share(learnt: Learnt, bits: int, rest_bits: int) -> tuple[tuple[int, ...], 
     remaining = torch.stack(
         [learnt.rest[b] + learnt.energy[b][int(tail[b]) :].sum() for b in range(blocks)]
     ).double()
-    rest = torch.zeros(blocks, dtype=torch.int64)
-    numbers, open_ = left // rest_bits // 8 * 8, torch.ones(blocks, dtype=torch.bool)
+    rest = torch.zeros(blocks, dtype=torch.int64, device=device)
+    numbers, open_ = left // rest_bits // 8 * 8, torch.ones(blocks, dtype=torch.bool, device=device)
     limit = width - tail
     while numbers > int(rest.sum()) and bool(open_.any()):  # blocks that are full leave their share to others
         share = torch.where(open_, remaining, 0.0)

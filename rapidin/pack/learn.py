@@ -36,6 +36,18 @@ class Learnt:
     unseen: Callable[[int], Tensor]
     held: Tensor
 
+    def cpu(self) -> Learnt:
+        """The same on the CPU, but for `unseen`, which works where it did and gives what is on the CPU."""
+        return Learnt(
+            self.mean.cpu(),
+            self.head.cpu(),
+            [axes.cpu() for axes in self.tail],
+            [energy.cpu() for energy in self.energy],
+            self.rest.cpu(),
+            lambda b: self.unseen(b).cpu(),
+            self.held.cpu(),
+        )
+
     def outside(self) -> dict[str, float]:
         """Shares of an unseen example's energy about the mean that the head does not hold: the mean, and what
         one example in a hundred exceeds."""
@@ -66,21 +78,22 @@ class _Head:
 
     def __init__(self, sample: Tensor, rows: Tensor, r: int) -> None:
         _, blocks, width = sample.shape
-        self.mean = torch.empty(blocks, width)
-        gram = torch.zeros(len(rows), len(rows))
+        self.mean = torch.empty(blocks, width, device=sample.device)
+        gram = torch.zeros(len(rows), len(rows), device=sample.device)
         for b in range(blocks):
             x = sample[rows, b].float()
             self.mean[b] = x.mean(0)
             gram += (x - self.mean[b]) @ (x - self.mean[b]).T
         values, vectors = _largest(gram.double(), r, len(rows) * blocks)
         scaled = (vectors / values.sqrt()).float()
-        self.directions = torch.empty(blocks, width, scaled.shape[1])
+        self.directions = torch.empty(blocks, width, scaled.shape[1], device=sample.device)
         for b in range(blocks):
             self.directions[b] = (sample[rows, b].float() - self.mean[b]).T @ scaled
 
     def along(self, sample: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """These examples about the mean: [n, r] along the directions, and their squared lengths [n]."""
-        found, square = torch.zeros(len(rows), self.directions.shape[2]), torch.zeros(len(rows))
+        found = self.mean.new_zeros(len(rows), self.directions.shape[2])
+        square = self.mean.new_zeros(len(rows))
         for b in range(sample.shape[1]):
             x = sample[rows, b].float() - self.mean[b]
             found += x @ self.directions[b]
@@ -88,33 +101,42 @@ class _Head:
         return found, square
 
 
+def learning_bytes(sample: Tensor) -> int:
+    """About the most bytes of a GPU that `learn` takes with a sample on it, the sample counted in."""
+    m, blocks, width = sample.shape
+    directions = 4 * blocks * width * (3 * min(m, 192) + min(width, m // 2))
+    one_block = 8 * 4 * m * width + 8 * 6 * min(m, width) ** 2  # float32 copies; float64 for eigenvectors
+    return sample.nbytes + directions + one_block + (256 << 20)  # and the libraries' own
+
+
 def learn(sample: Tensor, head: int) -> Learnt:
     """Learn from unit blocks [m, blocks, width], float16 or float32; head: how many joint directions, at
-    most."""
+    most. What is learnt is on the sample's device."""
     m, blocks, width = sample.shape
-    halves = (torch.arange(0, m, 2), torch.arange(1, m, 2))
+    device = sample.device
+    halves = (torch.arange(0, m, 2, device=device), torch.arange(1, m, 2, device=device))
     eyes = [_Head(sample, rows, head) for rows in halves[::-1]]  # each half's: learnt from the other
-    held, along = torch.zeros(m), []
+    held, along = torch.zeros(m, device=device), []
     for rows, eye in zip(halves, eyes, strict=True):
         found, square = eye.along(sample, rows)
         along.append(found)
         held[rows] = found.square().sum(1) / square.clamp(min=_TINY)
 
     def unseen(b: int) -> Tensor:
-        left = torch.empty(m, width)
+        left = torch.empty(m, width, device=device)
         for rows, eye, found in zip(halves, eyes, along, strict=True):
             left[rows] = sample[rows, b].float() - eye.mean[b] - found @ eye.directions[b].T
         return left
 
     p = min(width, m // 2)
-    tail, energy, rest = [], [], torch.empty(blocks)
+    tail, energy, rest = [], [], torch.empty(blocks, device=device)
     for b in range(blocks):
-        left, carried = unseen(b), torch.zeros(p)
+        left, carried = unseen(b), torch.zeros(p, device=device)
         for own, other in (halves, halves[::-1]):
             seen = principal(left[other], p)
             carried[: seen.shape[1]] += (left[own] @ seen).square().mean(0) / 2
         tail.append(principal(left, p))
         energy.append(carried[: tail[-1].shape[1]])
         rest[b] = (left.square().sum(1).mean() - energy[-1].sum()).clamp(min=0)
-    final = _Head(sample, torch.arange(m), head)
+    final = _Head(sample, torch.arange(m, device=device), head)
     return Learnt(final.mean, final.directions.flatten(0, 1), tail, energy, rest, unseen, held)

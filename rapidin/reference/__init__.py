@@ -4,6 +4,7 @@ from rapidin.reference.flat_sketch import flat_sketch
 from rapidin.reference.linear_sketch import embedding_sketch, linear_sketch, matrix_sketch
 from rapidin.reference.packed import pack, unpack
 from rapidin.reference.topk_scan import topk_scan, topk_scan_both_ends
+from rapidin.reference.turn import turn, unit_blocks
 
 __all__ = [
     "embedding_sketch",
@@ -13,5 +14,7 @@ __all__ = [
     "pack",
     "topk_scan",
     "topk_scan_both_ends",
+    "turn",
+    "unit_blocks",
     "unpack",
 ]

@@ -15,9 +15,9 @@ NUMBERS = {"int8": 1, "int4": 2, "sign": 8}  # a byte
 INT4_STEP = 0.3352  # of the root mean square: where 16 uniform levels lose least of normal numbers
 
 
-def places(width: int, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
+def places(width: int, dtype: PackedDtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each number of a row is: its byte and its plane, [width] int64 each."""
-    number = torch.arange(width)
+    number = torch.arange(width, device=device)
     group = number // (GROUP * NUMBERS[dtype])
     begin = group * GROUP * NUMBERS[dtype]
     in_group = (width - begin).clamp_max(GROUP * NUMBERS[dtype])
@@ -36,8 +36,7 @@ def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
     levels = levels.where(~broken[:, None], 0)
     if dtype == "int8":
         return levels.to(torch.int8), scale
-    byte, plane = places(x.shape[1], dtype)
-    byte, plane = byte.to(x.device), plane.to(x.device)
+    byte, plane = places(x.shape[1], dtype, x.device)
     codes = torch.zeros(len(x), int(byte.max()) + 1 if len(byte) else 0, dtype=torch.int64, device=x.device)
     codes.index_add_(1, byte, levels << plane * (8 // NUMBERS[dtype]))
     return codes.to(torch.uint8), scale
@@ -60,10 +59,9 @@ def decoded(packed: Packed) -> Tensor:
     """The numbers of packed rows, [N, W] float64."""
     values = packed.codes.double()
     if packed.dtype != "int8":
-        byte, plane = places(packed.width, packed.dtype)
+        byte, plane = places(packed.width, packed.dtype, values.device)
         bits = 8 // NUMBERS[packed.dtype]
-        codes = packed.codes.long()[:, byte.to(packed.codes.device)]
-        levels = codes >> (plane * bits).to(codes.device) & (1 << bits) - 1
+        levels = packed.codes.long()[:, byte] >> plane * bits & (1 << bits) - 1
         values = levels * 2.0 - 1.0 if packed.dtype == "sign" else levels - 7.5
     return values.double() if packed.scale is None else values.double() * packed.scale.double()[:, None]
 

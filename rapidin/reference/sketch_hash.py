@@ -5,6 +5,7 @@ from torch import Tensor
 
 OUT_BINS, OUT_SIGNS, IN_BINS, IN_SIGNS = 0, 1, 2, 3
 FLAT_POOL, FLAT_TURN, FLAT_ROTATION, FLAT_LANE, FLAT_SIGNS = 8, 9, 10, 11, 12
+TURN = 16
 
 _MASK = 0xFFFFFFFF
 
@@ -21,8 +22,8 @@ def mix32(x: Tensor) -> Tensor:
 def words(seed: int, stream: int, index: Tensor) -> Tensor:
     """index: int64 (any shape), taken mod 2**32 -> the 32-bit words as int64, same shape."""
     s0, s1 = seed & _MASK, seed >> 32
-    a = int(mix32(torch.tensor((s0 + 0x9E3779B9 * (2 * stream + 1)) & _MASK)))
-    b = int(mix32(torch.tensor(((s1 ^ a) + 0x85EBCA6B) & _MASK)))
+    a = int(mix32(torch.tensor((s0 + 0x9E3779B9 * (2 * stream + 1)) & _MASK, device="cpu")))
+    b = int(mix32(torch.tensor(((s1 ^ a) + 0x85EBCA6B) & _MASK, device="cpu")))
     return mix32((mix32((index & _MASK) ^ a) + b) & _MASK)
 
 

@@ -1,0 +1,179 @@
+"""Between the CPU and a GPU: copies that are made while both go on working.
+
+On a device that is the CPU the same calls copy nothing, or at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Generic, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+
+LANES = 3  # shards under way: one read from disk, one copied, one scanned
+
+_side: dict[torch.device, torch.cuda.Stream] = {}
+
+
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on `device`, for what its current stream does next; the CPU does not wait."""
+    if device.type != "cuda":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
+class Download:
+    """Tensors on their way to the CPU: in pinned memory, by a stream of its own, after the work so far.
+
+    Any thread may wait for them. Tensors of the CPU are there at once, and are not copied.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._event: torch.cuda.Event | None = None
+        device = next((x.device for x in tensors if x.device.type == "cuda"), None)
+        if device is None:
+            self._tensors = list(tensors)
+            return
+        if device not in _side:
+            _side[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = _side[device]
+        stream.wait_stream(torch.cuda.current_stream(device))
+        self._tensors = []
+        with torch.cuda.stream(stream):
+            for x in tensors:
+                host = torch.empty(x.shape, dtype=x.dtype, device="cpu", pin_memory=True)
+                self._tensors.append(host.copy_(x, non_blocking=True))
+                x.record_stream(stream)  # its memory is not given to others before the copy is made
+        self._event = stream.record_event()
+
+    def ready(self) -> bool:
+        """Whether `wait` would not wait."""
+        return self._event is None or bool(self._event.query())  # type: ignore[no-untyped-call]
+
+    def wait(self) -> list[Tensor]:
+        """The tensors on the CPU, in their order."""
+        if self._event is not None:
+            self._event.synchronize()
+        return self._tensors
+
+
+# ---------------------------------------------------------------------------------------- conveyor
+
+
+class Order(Protocol):
+    """What comes after what, on a device and the CPU. A mark is a point in the order, None: long past."""
+
+    def buffers(self, like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        """Memory for `rows` rows as of `like`: on the CPU, where the device reads it, and on the device."""
+
+    def send(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any) -> Any:
+        """Copy each pair's first, of the CPU, to its second, once the mark `after` is reached; a mark."""
+
+    def before(self, mark: Any) -> None:
+        """What the device is told to do from now on comes after the mark."""
+
+    def now(self) -> Any:
+        """The mark of all that the device was told to do so far, copies apart."""
+
+    def wait(self, mark: Any) -> None:
+        """The CPU waits for the mark."""
+
+
+class GpuOrder:
+    """Copies by a stream of their own, beside the current stream of a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._copies = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+
+    def buffers(self, like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        shape = (rows, *like.shape[1:])
+        host = torch.empty(shape, dtype=like.dtype, device="cpu", pin_memory=True)
+        there = torch.empty(shape, dtype=like.dtype, device=self.device)
+        # The allocator knows this memory as the current stream's, whose older work may still use it.
+        self._copies.wait_stream(torch.cuda.current_stream(self.device))
+        there.record_stream(self._copies)
+        return host, there
+
+    def send(
+        self, pairs: Sequence[tuple[Tensor, Tensor]], after: torch.cuda.Event | None
+    ) -> torch.cuda.Event:
+        if after is not None:
+            self._copies.wait_event(after)
+        with torch.cuda.stream(self._copies):
+            for host, there in pairs:
+                there.copy_(host, non_blocking=True)
+        made: torch.cuda.Event = self._copies.record_event()
+        return made
+
+    def before(self, mark: torch.cuda.Event | None) -> None:
+        if mark is not None:
+            torch.cuda.current_stream(self.device).wait_event(mark)
+
+    def now(self) -> torch.cuda.Event:
+        made: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event()
+        return made
+
+    def wait(self, mark: torch.cuda.Event | None) -> None:
+        if mark is not None:
+            mark.synchronize()
+
+
+Label = TypeVar("Label")
+
+
+class Conveyor(Generic[Label]):
+    """Tensors of the CPU on a device, some batches of them ahead, in `lanes` times the memory of the largest.
+
+    >>> for label, tensors in Conveyor(GpuOrder(device)).carry(batches):
+    ...     # tensors are on the device until the next is asked for
+    """
+
+    def __init__(self, order: Order, lanes: int = LANES) -> None:
+        self._order = order
+        self._lanes = [_Lane(order) for _ in range(lanes)]
+
+    def carry(
+        self, batches: Iterable[tuple[Label, Mapping[str, Tensor]]]
+    ) -> Iterator[tuple[Label, dict[str, Tensor]]]:
+        """The batches in their order, each with its tensors on the device; axis 0 may differ in length."""
+        under_way: list[tuple[Label, _Lane, dict[str, Tensor]]] = []
+        for number, (label, tensors) in enumerate(batches):
+            lane = self._lanes[number % len(self._lanes)]
+            under_way.append((label, lane, lane.send(tensors)))
+            if len(under_way) == len(self._lanes):
+                yield from self._arrive(under_way)
+        while under_way:
+            yield from self._arrive(under_way)
+
+    def _arrive(
+        self, under_way: list[tuple[Label, _Lane, dict[str, Tensor]]]
+    ) -> Iterator[tuple[Label, dict[str, Tensor]]]:
+        label, lane, tensors = under_way.pop(0)
+        self._order.before(lane.sent)
+        yield label, tensors
+        lane.used = self._order.now()
+
+
+class _Lane:
+    """Memory for one batch on both sides. sent: the mark of the last copy; used: of what last read it."""
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._memory: dict[str, tuple[Tensor, Tensor]] = {}
+        self.sent: Any = None
+        self.used: Any = None
+
+    def send(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        self._order.wait(self.sent)  # until then the copy before reads the memory on the CPU
+        pairs, found = [], {}
+        for name, x in tensors.items():
+            if name not in self._memory or len(self._memory[name][0]) < len(x):
+                self._memory[name] = self._order.buffers(x, len(x))
+            host, there = (memory[: len(x)] for memory in self._memory[name])
+            host.copy_(x)
+            pairs.append((host, there))
+            found[name] = there
+        self.sent = self._order.send(pairs, self.used)
+        return found
