@@ -186,6 +186,31 @@ def pack_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         x = meta(600, width)
         yield f"pack unit_blocks {width}", partial(unit_blocks, x, x, meta(600))
 
+    yield from topk_scan_launches()
+
+
+def topk_scan_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
+    from rapidin.ops import Packed, packed_bytes
+    from rapidin.ops import triton as backend
+
+    def scan(cache: Any, queries: int, k: int = 100, **more: Any) -> Callable[[], Any]:
+        given = {"scales": None, "offsets": None, "valid": None, "base": None} | more
+        return lambda: backend.topk_scan_both_ends([cache], meta(queries, 4096), k, **given)
+
+    n = 1_000_000
+    yield "topk_scan float16 1 query", scan(meta(n, 4096, dtype=torch.float16), 1)
+    yield "topk_scan float16 64 queries", scan(meta(n, 4096, dtype=torch.float16), 64)
+    yield "topk_scan float16 16 queries, k 1024", scan(meta(n, 4096, dtype=torch.float16), 16, 1024)
+    blocks = {"scales": meta(n, 7), "offsets": [0, 500, 1000, 1500, 2000, 2500, 3000, 4096]}
+    yield "topk_scan float16 4 queries, blocks", scan(meta(n, 4096, dtype=torch.float16), 4, **blocks)
+    yield "topk_scan float32 1 query", scan(meta(n, 4096), 1)
+    yield "topk_scan float32 64 queries", scan(meta(n, 4096), 64)
+    yield "topk_scan bfloat16 16 queries", scan(meta(n, 4096, dtype=torch.bfloat16), 16)
+    for dtype, queries in (("int8", 1), ("int8", 32), ("int4", 1), ("int4", 32), ("sign", 1), ("sign", 32)):
+        code = torch.int8 if dtype == "int8" else torch.uint8
+        packed = Packed(meta(n, packed_bytes(4096, dtype), dtype=code), dtype, 4096, meta(n))
+        yield f"topk_scan {dtype} {queries} queries", scan(packed, queries)
+
 
 def main() -> None:
     wanted = sys.argv[1:]

@@ -183,7 +183,8 @@ CACHE, QUERIES = torch.zeros(4, 6), torch.zeros(2, 6)
     [
         ({"queries": QUERIES[:, :5]}, ValueError, "cache's width"),
         ({"queries": QUERIES.half()}, TypeError, "queries must be float32"),
-        ({"cache": CACHE.bfloat16()}, TypeError, "cache must be float32, float16"),
+        ({"cache": CACHE.double()}, TypeError, "cache must be float32, float16, bfloat16"),
+        ({"cache": CACHE.bfloat16()}, TypeError, "backend 'cpu' takes float32 and float16"),
         ({"k": -1}, ValueError, "k must not be negative"),
         ({"k": 1.5}, TypeError, "k must be an int"),
         ({"offsets": [0, 6]}, ValueError, "go together, got only offsets"),

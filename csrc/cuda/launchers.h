@@ -15,6 +15,58 @@ struct Queue {
 
 int shared_memory_limit(int device);  // bytes that a block may ask for
 
+// One part's rows and the queries that they are multiplied with; see rapidin/ops/gpu_scan.py, which prepares them.
+struct DeviceScan {
+    // rows
+    const uint8_t* rows;
+    int format;          // any DType
+    int64_t n, width;    // rows, numbers of one
+    int64_t stride_row;  // bytes
+    int64_t first;       // the first row's index in the cache
+    const void* scale;   // [n] or null: 1
+    int scale_dtype;     // kFloat32 or kFloat16
+    int64_t stride_scale;
+    // blocks of a row: null = one
+    const int32_t* segments;  // [segment_count, 5]: first and last number, first unit of 64 bytes, units before, column of scales
+    int64_t segment_count, units;
+    const float* scales;
+    int64_t stride_scales;
+    // queries
+    const uint8_t* fragments;  // [query tiles, units, planes, tiles of 8 columns, columns held * 4, 16 bytes]
+    int tiles;                 // of 8 columns, of one block
+    int columns_held;          // of each tile of 8: fewer only where there is one tile
+    const float* queries;      // as they came, of this part: [q, stride_query]
+    int64_t q, stride_query;
+    const double* units_of;    // [q]: a number of the fragments stands for so much; NaN with NaN or Inf in the query
+    const int64_t* sums;       // [q] of integer queries
+    // what is added
+    double* partial;  // [q, stride_partial]: the sum over the parts before, and where this one is added
+    int64_t stride_partial;
+    bool first_part, last_part;
+    const uint8_t* valid;  // [n] or null
+    const float* base;     // [q, n] or null
+    int64_t stride_base;
+    // what is kept: keys, 0 for none, see topk_scan.cuh
+    int64_t* kept;       // [row_blocks, q, ends, capacity]
+    int32_t* counts;     // [row_blocks, q, ends]
+    int64_t* least;      // [q, ends]: what is no better than this need not be kept
+    const int64_t* after;  // [q, ends] or null: only what is worse counts
+    int64_t k, capacity, row_blocks;
+    int ends;  // 1: the largest, 2: the smallest, 3: both
+};
+
+// Adds one part's products to `partial`, or with the last part to `base`, and keeps the best.
+void topk_scan(const DeviceScan& args, Queue on);
+
+// The best k of what all blocks kept, in order: scores[e], indices[e] [q, stride_out] of each end, and the last key of each.
+void topk_merge(const DeviceScan& args, float* const (&scores)[2], int64_t* const (&indices)[2], int64_t stride_out, int64_t* last,
+                Queue on);
+
+int multiprocessors_of(int device);
+
+// Codes of packed rows as float16: [n, width].
+void unpack_codes(const uint8_t* rows, int format, int64_t n, int64_t width, int64_t stride_row, uint16_t* out, Queue on);
+
 void hash_words(uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint32_t* words, Queue on);
 
 // Widths 32, 64, .. 1024 (512 where a side is not bfloat16). Each block takes block_tokens of an example, a multiple of the

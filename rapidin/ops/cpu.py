@@ -327,6 +327,11 @@ def _part(rows: Tensor | Packed) -> tuple[tuple[int, int, int, int, int, int, in
     x = rows if isinstance(rows, Tensor) else rows.codes
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
+    if x.dtype == torch.bfloat16:
+        raise TypeError(
+            "topk_scan: backend 'cpu' takes float32 and float16, got bfloat16; "
+            "convert the cache with .float(), or ask for backend='reference'"
+        )
     if isinstance(rows, Tensor):
         return (x.data_ptr(), _DTYPES[x.dtype], x.shape[1], x.stride(0), 0, 0, 0), x
     scale = rows.scale

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rapidin.ops.backends import find
-from rapidin.ops.checks import check_same_device, check_tensor
+from rapidin.ops.checks import SKETCHED, check_same_device, check_tensor
 from rapidin.ops.packed import Packed
 
 Rows = Tensor | Packed
@@ -27,9 +27,9 @@ def topk_scan(
 ) -> tuple[Tensor, Tensor]:
     """The k rows with the largest scores for each query (largest=False: the smallest), best first.
 
-    cache: N rows of D numbers: a tensor [N, D] float32 or float16, a Packed, or a sequence of such parts,
-        which lie side by side and whose widths add up to D; views of memory maps will do, and rows may lie
-        further apart than they are long
+    cache: N rows of D numbers: a tensor [N, D] float32, float16 or (not with backend "cpu") bfloat16, a
+        Packed, or a sequence of such parts, which lie side by side and whose widths add up to D; views of
+        memory maps will do, and rows may lie further apart than they are long
     queries: [Q, D] float32
     offsets: nb + 1 ascending ints from 0 to D that cut D into blocks; scales: [N, nb] float32
     valid: [N] bool
@@ -124,7 +124,7 @@ def _checked_parts(op: str, cache: Rows | Sequence[Rows]) -> tuple[list[Rows], i
         if isinstance(part, Packed):
             checked.append(part)
             continue
-        check_tensor(op, "cache", part, (torch.float32, torch.float16), ndim=2)
+        check_tensor(op, "cache", part, SKETCHED, ndim=2)
         checked.append(part.detach())
     lengths = [len(part.codes if isinstance(part, Packed) else part) for part in checked]
     if len(set(lengths)) > 1:

@@ -228,6 +228,17 @@ uint32_t __ballot_sync(uint32_t, int predicate) {
     return votes;
 }
 
+int __syncthreads_or(int predicate) {
+    static int votes = 0;
+    emulator::barrier();
+    votes |= predicate != 0;
+    emulator::barrier();
+    const int found = votes;
+    emulator::barrier();
+    votes = 0;  // nobody votes before all have left the next call's first barrier
+    return found;
+}
+
 namespace rapidin {
 
 unsigned char* shared_memory() { return emulator::block.shared.get(); }
@@ -269,6 +280,48 @@ void emulated_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b
         }
         d[i] = static_cast<float>(static_cast<double>(d[i]) + sum);
     }
+}
+
+// The 16 x 8 products of rows and columns of 8 words each; `dot` multiplies two words.
+template <class T, class Dot>
+static void emulated_mma_words(T (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Dot dot) {
+    emulator::Deposit own = {}, all[32];
+    std::copy(std::begin(a), std::end(a), own.words);
+    std::copy(std::begin(b), std::end(b), own.words + 4);
+    uint32_t present;
+    emulator::exchange(own, all, present);
+    const int lane = emulated_lane(), g = lane / 4, t = lane % 4;
+    for (int i = 0; i < 4; ++i) {
+        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
+        decltype(dot(0u, 0u)) sum = 0;
+        for (int word = 0; word < 8; ++word)
+            sum += dot(all[row % 8 * 4 + word % 4].words[row / 8 + word / 4 * 2], all[column * 4 + word % 4].words[4 + word / 4]);
+        d[i] = static_cast<T>(d[i] + sum);
+    }
+}
+
+void emulated_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MmaNumbers numbers) {
+    emulated_mma_words(d, a, b, [numbers](uint32_t x, uint32_t y) {
+        const auto number = [numbers](uint32_t word, int half) {
+            if (numbers == kMmaTF32) return static_cast<double>(__uint_as_float(word & 0xffffe000u));
+            if (numbers == kMmaBF16) return static_cast<double>(__uint_as_float(half ? word & 0xffff0000u : word << 16));
+            return static_cast<double>(emulated_half(static_cast<uint16_t>(half ? word >> 16 : word)));
+        };
+        const double low = number(x, 0) * number(y, 0);
+        return numbers == kMmaTF32 ? low : low + number(x, 1) * number(y, 1);
+    });
+}
+
+void emulated_mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool unsigned_a) {
+    emulated_mma_words(d, a, b, [unsigned_a](uint32_t x, uint32_t y) {
+        int32_t sum = 0;
+        for (int i = 0; i < 4; ++i) {
+            const uint8_t byte = static_cast<uint8_t>(x >> (8 * i));
+            sum += (unsigned_a ? static_cast<int>(byte) : static_cast<int>(static_cast<int8_t>(byte))) *
+                   static_cast<int>(static_cast<int8_t>(y >> (8 * i)));
+        }
+        return sum;
+    });
 }
 
 void emulate(const char* name, dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body) {

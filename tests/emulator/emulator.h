@@ -68,6 +68,7 @@ void wait_async(int groups_left);
 
 inline void __syncthreads() { emulator::barrier(); }
 inline void __threadfence() {}
+int __syncthreads_or(int predicate);
 
 inline float __uint_as_float(uint32_t bits) {
     float x;
@@ -81,6 +82,8 @@ inline uint32_t __float_as_uint(float x) {
 }
 inline float __int_as_float(int32_t bits) { return __uint_as_float(static_cast<uint32_t>(bits)); }
 inline int32_t __float_as_int(float x) { return static_cast<int32_t>(__float_as_uint(x)); }
+inline double __dmul_rn(double a, double b) { return a * b; }
+inline double __dadd_rn(double a, double b) { return a + b; }
 inline float __fmaf_rn(float a, float b, float c) { return std::fma(a, b, c); }
 inline float cospif(float x) { return static_cast<float>(std::cos(3.14159265358979323846 * static_cast<double>(x))); }
 inline int __popc(uint32_t x) { return __builtin_popcount(x); }
@@ -152,6 +155,9 @@ float emulated_half(uint16_t bits);
 unsigned char* shared_memory();
 void emulate(const char* name, dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body);
 
+enum MmaNumbers { kMmaF16, kMmaBF16, kMmaTF32 };
+void emulated_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MmaNumbers numbers);
+void emulated_mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool unsigned_a);
 uint32_t emulated_pack_bf16(float low, float high);
 void emulated_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 inline float half_bits_to_float(uint16_t bits) { return emulated_half(bits); }

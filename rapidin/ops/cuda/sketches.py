@@ -1,4 +1,4 @@
-"""The ops on the CUDA C++ kernels of rapidin._cuda. Arguments have been checked; each function is one op."""
+"""linear_sketch and flat_sketch."""
 
 from __future__ import annotations
 
@@ -9,47 +9,8 @@ import torch
 from torch import Tensor
 
 from rapidin.ops import tables
+from rapidin.ops.cuda.extension import DTYPES, extension, place
 from rapidin.ops.flat_plan import flat_plan
-
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-_PACKED_DTYPES = {"int8": 3, "int4": 4, "sign": 5}
-
-_extension: Any = None
-
-
-def extension() -> Any:
-    """rapidin._cuda, imported when first needed. Raises ImportError where it was not built."""
-    global _extension
-    if _extension is None:
-        try:
-            from rapidin import _cuda
-        except ImportError as error:
-            raise ImportError(
-                "rapidin's CUDA kernels were not built: install from source where nvcc is found "
-                "(RAPIDIN_CUDA=on says why if it fails), or ask for backend='triton'"
-            ) from error
-        _extension = _cuda
-    return _extension
-
-
-def use(module: Any) -> None:
-    """Run on another build of the extension: the emulated one, in tests."""
-    global _extension
-    _extension = module
-
-
-def emulated() -> bool:
-    """Whether the kernels run on the CPU."""
-    return _extension is not None and bool(_extension.emulated)
-
-
-def place(x: Tensor) -> tuple[int, int]:
-    """(device index, current stream) of a tensor's device, as the extension takes them."""
-    if x.device.type != "cuda":
-        return 0, 0
-    index = x.get_device()
-    return index, torch.cuda.current_stream(index).cuda_stream
-
 
 # Blocks that share the tokens of a batch, whatever the device has room for: how sums are cut, and so their
 # bits, is the same on every GPU.
@@ -97,8 +58,8 @@ def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
     parts *= splits
     partial = out.new_empty(parts, min(batch, 65535), dim) if parts > 1 else out
     extension().linear_sketch(
-        inputs.data_ptr(), _DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
-        grads.data_ptr(), _DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
+        inputs.data_ptr(), DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
+        grads.data_ptr(), DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
         batch, tokens, dim, splits, share, partial.data_ptr(), out.data_ptr(), place(out),
     )  # fmt: skip
     return out

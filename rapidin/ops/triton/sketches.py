@@ -1,4 +1,4 @@
-"""The ops on the Triton kernels of rapidin.kernels. Arguments have been checked; each function is one op."""
+"""linear_sketch, flat_sketch, matrix_sketch and embedding_sketch."""
 
 from __future__ import annotations
 
@@ -9,13 +9,9 @@ from torch import Tensor
 
 from rapidin.kernels import flat_sketch as flat_kernels
 from rapidin.kernels import linear_sketch as linear_kernels
-from rapidin.kernels import pack as pack_kernels
-from rapidin.kernels import turn as turn_kernels
 from rapidin.kernels.fold import fold
 from rapidin.ops import tables
 from rapidin.ops.flat_plan import flat_plan
-from rapidin.ops.packed import Packed, PackedDtype, packed_bytes
-from rapidin.ops.turn import WIDEST, Cut
 
 _TOKEN_BYTES = 256 << 20  # of tokens' spectra held at a time, where the kernel has not the width
 
@@ -103,54 +99,3 @@ def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
     vocabulary = 1 << int(ids.max()).bit_length()  # rounded up, so that few tables serve all batches
     row_table = tables.rows(seed, tables.OUT, vocabulary, dim, grads.device)[ids]
     return fold(grads, row_table, tables.columns(seed, tables.IN, grads.shape[-1], dim, grads.device), dim)
-
-
-def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
-    n, width = x.shape
-    code = torch.int8 if dtype == "int8" else torch.uint8
-    codes = torch.empty(n, packed_bytes(width, dtype), dtype=code, device=x.device)
-    scale = torch.empty(n, device=x.device, dtype=torch.float32)
-    pack_kernels.pack(_rows(x), codes, scale, dtype)
-    return codes, scale
-
-
-def unpack(packed: Packed) -> Tensor:
-    codes = _rows(packed.codes)
-    x = torch.empty(len(codes), packed.width, device=codes.device, dtype=torch.float32)
-    pack_kernels.unpack(codes, packed.scale, x, packed.dtype)
-    return x
-
-
-def turn(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
-    n, blocks, width = x.shape
-    if width > WIDEST:
-        raise ValueError(
-            f"turn: blocks on a GPU have at most {WIDEST} numbers, got {width}; call .cpu() first"
-        )
-    out = torch.empty(n, blocks * width if cut is None else cut.kept, device=x.device, dtype=torch.float32)
-    turn_kernels.turn(
-        _rows(x),
-        out,
-        seed=seed,
-        back=back,
-        mean=None if mean is None else mean.contiguous(),
-        begin=None if cut is None else cut.begin,
-        size=None if cut is None or cut.size is None else cut.size.contiguous(),
-    )
-    return out.view(x.shape) if cut is None else out
-
-
-def unit_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
-    unit = torch.empty(x.shape, device=x.device, dtype=torch.float32)
-    length = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
-    if unit.numel():
-        width = x.shape[-1]
-        turn_kernels.unit_blocks(_rows(x.reshape(-1, width)), unit.view(-1, width), length.view(-1))
-    else:
-        length.zero_()
-    return unit, length
-
-
-def _rows(x: Tensor) -> Tensor:
-    """With neighbours in memory along the last axis, as the kernels read."""
-    return x if x.stride(-1) == 1 or x.shape[-1] <= 1 else x.contiguous()

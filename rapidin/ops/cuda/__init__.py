@@ -1,0 +1,17 @@
+"""The ops on the CUDA C++ kernels of rapidin._cuda. Arguments have been checked; each function is one op."""
+
+from rapidin.ops.cuda.extension import emulated, extension, place, use
+from rapidin.ops.cuda.scan import topk_scan, topk_scan_both_ends
+from rapidin.ops.cuda.sketches import flat_sketch, linear_sketch, supports
+
+__all__ = [
+    "emulated",
+    "extension",
+    "flat_sketch",
+    "linear_sketch",
+    "place",
+    "supports",
+    "topk_scan",
+    "topk_scan_both_ends",
+    "use",
+]

@@ -1,0 +1,278 @@
+"""What both backends for GPUs do alike in topk_scan: queries in the form that rows are multiplied with, and
+which kernels run on which rows. No step waits for the device, except that a table made for the first time is
+copied there: before a CUDA graph is captured, the same scan must have run once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from rapidin.ops.packed import Packed, packed_bytes
+
+TOP, BOTTOM = 1, 2  # which ends are wanted, as bits
+LONGEST = 1024  # places of a ranking that one pass over the rows fills
+QUERIES = 256  # that one pass takes
+CHUNK_BYTES = 64 << 20  # of what is held a chunk of rows: sums over several parts, codes as numbers
+MAX_ROWS = 2**31 - 1  # a key has 31 bits for the row's index
+
+NUMBERS = {"int8": 1, "int4": 2, "sign": 8}  # a byte
+LIMITS = {"int8": 4095, "int4": 127, "sign": 127}  # of an integer query
+_GROUP = 64  # bytes
+_FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+
+Segment = tuple[int, int, int]  # the first number of a part's piece of a block, the one past it, the block
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of the cache, numbers [first, first + width) of a row; dtype names what it holds."""
+
+    rows: Tensor  # [N, numbers or bytes], neighbours in memory
+    dtype: str
+    width: int
+    first: int
+    scale: Tensor | None  # [N]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """The best keys so far, each program's own: an int64 is better if it is larger, 0 is none."""
+
+    keys: Tensor  # [programs, Q, ends, capacity] int64
+    counts: Tensor  # [programs, Q, ends] int32
+    least: Tensor  # [Q, ends] int64: what is not better need not be kept
+    last: Tensor  # [Q, ends] int64: the last key that the merge found
+    k: int
+    ends: int
+
+    @property
+    def capacity(self) -> int:
+        return self.keys.shape[3]
+
+    @property
+    def programs(self) -> int:
+        return self.keys.shape[0]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One part's products with rows [first, first + n) of the cache."""
+
+    part: Part  # these rows of it
+    prepared: Any  # the queries, as the backend's `prepare` made them
+    first: int
+    scales: Tensor | None  # [n, blocks]
+    valid: Tensor | None  # [n]
+    base: Tensor | None  # [Q, n]
+    partial: Tensor | None  # [Q, n] float64: sums over the parts before this one
+    first_part: bool
+    last_part: bool
+    kept: Kept
+    after: Tensor | None  # [Q, ends] int64: only keys below count
+
+
+class Kernels(Protocol):
+    """What a backend brings."""
+
+    def prepare(self, part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> Any:
+        """queries: [Q, width] float32 of this part -> what `scan` takes"""
+
+    def unpack(self, part: Part, out: Tensor) -> None:
+        """Codes of packed rows as numbers, without their scale: [n, width] float16."""
+
+    def keep(self, prepared: Any, q: int, k: int, ends: int, rows: int, device: torch.device) -> Kept:
+        """Room for what `scan` keeps, empty; `prepared` of the last part."""
+
+    def scan(self, step: Step) -> None:
+        """Adds the part to `partial`, or with the last part to `base`, and keeps the best k of each end."""
+
+    def merge(self, kept: Kept, outs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """The best k of all, in order, to scores and indices [Q, k] of each end; the last to kept.last."""
+
+
+def scan(
+    kernels: Kernels,
+    cache: Sequence[Tensor | Packed],
+    queries: Tensor,
+    k: int,
+    ends: int,
+    scales: Tensor | None,
+    offsets: Sequence[int] | None,
+    valid: Tensor | None,
+    base: Tensor | None,
+) -> list[tuple[Tensor, Tensor]]:
+    """Scores and indices of each end that is wanted. Raises ValueError on a cache of too many rows."""
+    parts = list(_parts(cache))
+    n = len(parts[0].rows)
+    if n > MAX_ROWS:
+        raise ValueError(f"topk_scan: a GPU scans {MAX_ROWS} rows at most, got {n}; scan them in pieces")
+    k = min(k, n)
+    outs = [_places(len(queries), k, queries.device) for end in (TOP, BOTTOM) if ends & end]
+    if k == 0 or len(queries) == 0:
+        return outs
+    scales, base = _rows_in_memory(scales), _rows_in_memory(base)
+    valid = valid.contiguous() if valid is not None else None
+    for q in range(0, len(queries), QUERIES):
+        some = slice(q, q + QUERIES)
+        _scan_some(
+            kernels, parts, queries[some], k, ends, scales, offsets, valid,
+            None if base is None else base[some], [(x[some], y[some]) for x, y in outs],
+        )  # fmt: skip
+    return outs
+
+
+def _scan_some(
+    kernels: Kernels,
+    parts: list[Part],
+    queries: Tensor,
+    k: int,
+    ends: int,
+    scales: Tensor | None,
+    offsets: Sequence[int] | None,
+    valid: Tensor | None,
+    base: Tensor | None,
+    outs: list[tuple[Tensor, Tensor]],
+) -> None:
+    n, q = len(parts[0].rows), len(queries)
+    unpacked = [offsets is not None and part.dtype in NUMBERS for part in parts]
+    prepared = [
+        kernels.prepare(
+            Part(part.rows, "float16", part.width, part.first, part.scale) if decode else part,
+            queries[:, part.first : part.first + part.width],
+            None if offsets is None else list(_segments(part, offsets)),
+        )
+        for part, decode in zip(parts, unpacked, strict=True)
+    ]
+    # What a row needs besides itself decides how many are taken at a time.
+    row_bytes = (8 * q if len(parts) > 1 else 0) + max(
+        2 * part.width if decode else 0 for part, decode in zip(parts, unpacked, strict=True)
+    )
+    chunk = n if row_bytes == 0 else min(n, max(1024, CHUNK_BYTES // row_bytes // 1024 * 1024))
+    partial = queries.new_empty(q, chunk, dtype=torch.float64) if len(parts) > 1 else None
+    numbers = queries.new_empty(
+        chunk * max((part.width for part, decode in zip(parts, unpacked, strict=True) if decode), default=0),
+        dtype=torch.float16,
+    )
+    after = None
+    for done in range(0, k, LONGEST):
+        kept = kernels.keep(prepared[-1], q, min(LONGEST, k - done), ends, min(chunk, n), queries.device)
+        for begin in range(0, n, chunk):
+            rows = slice(begin, min(n, begin + chunk))
+            count = rows.stop - begin
+            for i, part in enumerate(parts):
+                scale = None if part.scale is None else part.scale[rows]
+                these = Part(part.rows[rows], part.dtype, part.width, part.first, scale)
+                if unpacked[i]:
+                    out = numbers[: count * part.width].view(count, part.width)
+                    kernels.unpack(these, out)
+                    these = Part(out, "float16", part.width, part.first, scale)
+                kernels.scan(
+                    Step(
+                        part=these,
+                        prepared=prepared[i],
+                        first=begin,
+                        scales=None if scales is None else scales[rows],
+                        valid=None if valid is None else valid[rows],
+                        base=None if base is None else base[:, rows],
+                        partial=partial,
+                        first_part=i == 0,
+                        last_part=i == len(parts) - 1,
+                        kept=kept,
+                        after=after,
+                    )
+                )
+        kernels.merge(kept, [(x[:, done : done + kept.k], y[:, done : done + kept.k]) for x, y in outs])
+        after = kept.last
+
+
+def _parts(cache: Sequence[Tensor | Packed]) -> Iterator[Part]:
+    first = 0
+    for rows in cache:
+        codes = rows if isinstance(rows, Tensor) else rows.codes
+        dtype = _FLOATS[rows.dtype] if isinstance(rows, Tensor) else rows.dtype
+        width = rows.shape[1] if isinstance(rows, Tensor) else rows.width
+        scale = None if isinstance(rows, Tensor) else rows.scale
+        yield Part(_rows_in_memory(codes), dtype, width, first, scale)
+        first += width
+
+
+def _rows_in_memory(x: Any) -> Any:
+    """The same, each row's numbers neighbours in memory."""
+    return x if x is None or x.stride(1) == 1 or x.shape[1] <= 1 else x.contiguous()
+
+
+def _segments(part: Part, offsets: Sequence[int]) -> Iterator[Segment]:
+    for block, (begin, end) in enumerate(pairwise(offsets)):
+        begin, end = max(begin - part.first, 0), min(end - part.first, part.width)
+        if begin < end:
+            yield begin, end, block
+
+
+def _places(queries: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    size = (queries, k)
+    return torch.empty(size, device=device), torch.empty(size, dtype=torch.int64, device=device)
+
+
+# ---- queries ----
+
+
+def scaled_queries(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """queries: [Q, W] -> the same with a largest magnitude in [2^13, 2^14), [Q, W] float32, and what 1 of it
+    stands for, a power of two, [Q] float64; zeros and NaN for a query with NaN or Inf."""
+    largest, finite = _largest(queries)
+    step = torch.exp2((torch.frexp(largest).exponent - 14).double())
+    step = step.where(largest > 0, 1.0)
+    scaled = (queries.where(finite[:, None], 0.0).double() / step[:, None]).float()
+    return scaled, step.where(finite, torch.nan)
+
+
+def integer_queries(queries: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
+    """queries: [Q, W] of a packed part -> integers [Q, W] int16, what 1 of them stands for [Q] float64, their
+    sums [Q] int64: the integers of csrc/cpu/topk_scan.cpp, by the same operations in float64."""
+    limit = LIMITS[dtype]
+    largest, finite = _largest(queries)
+    largest = largest.double()
+    inverse = (limit / largest).where(largest > 0, 0.0)
+    integers = (queries.where(finite[:, None], 0.0).double() * inverse[:, None]).round().to(torch.int16)
+    return integers, (largest / limit).where(finite, torch.nan), integers.sum(1, dtype=torch.int64)
+
+
+def integer_planes(integers: Tensor, dtype: str) -> Tensor:
+    """integers: [Q, W] int16 -> [Q, planes, bytes of a row] int8: what each byte's plane is multiplied with.
+
+    "int8" has no planes of its own, but integers of two parts: low + 64 * high.
+    """
+    if dtype == "int8":
+        high = (integers + 32) >> 6
+        return torch.stack([integers - 64 * high, high], 1).to(torch.int8)
+    padded = torch.nn.functional.pad(integers.to(torch.int8), (0, 1))
+    width = integers.shape[1]
+    places = _numbers_of_bytes(width, dtype, integers.device)
+    return padded[:, places.flatten()].view(len(integers), *places.shape)
+
+
+@lru_cache(maxsize=64)
+def _numbers_of_bytes(width: int, dtype: str, device: torch.device) -> Tensor:
+    """-> [planes, bytes]: which number of a row each byte's plane holds, `width` for none."""
+    planes = NUMBERS[dtype]
+    byte = torch.arange(packed_bytes(width, dtype))  # type: ignore[arg-type]
+    begin = byte // _GROUP * _GROUP * planes
+    in_group = (width - begin).clamp_max(_GROUP * planes)
+    size = (in_group + planes - 1) // planes
+    place = torch.arange(planes)[:, None] * size + byte % _GROUP
+    return (begin + place).where(place < in_group, width).to(device)
+
+
+def _largest(queries: Tensor) -> tuple[Tensor, Tensor]:
+    """-> the largest magnitude [Q] float32, 0 where the query has NaN or Inf, and whether it has none [Q]."""
+    if queries.shape[1] == 0:
+        return queries.new_zeros(len(queries)), queries.new_ones(len(queries), dtype=torch.bool)
+    finite = queries.isfinite().all(1)
+    return queries.abs().amax(1).where(finite, 0.0), finite

@@ -1,0 +1,174 @@
+"""topk_scan and topk_scan_both_ends."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from rapidin.kernels import topk_scan as scan_kernels
+from rapidin.ops import gpu_scan
+from rapidin.ops.gpu_scan import (
+    NUMBERS,
+    Kept,
+    Part,
+    Segment,
+    Step,
+    integer_planes,
+    integer_queries,
+    scaled_queries,
+)
+from rapidin.ops.packed import Packed
+
+_PROGRAMS_A_MULTIPROCESSOR = 4
+_SIMULATED = 3  # multiprocessors where there is no GPU
+_TERMS = {"float32": 1, "float16": 2, "bfloat16": 3}
+_KINDS = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class _Prepared:
+    """Queries as rapidin.kernels.topk_scan takes them."""
+
+    queries: Tensor
+    units: Tensor  # [Q] float64
+    sums: Tensor | None  # [Q] int64
+    exact: Tensor  # [Q, width] float32, as they came
+    planes: int
+    terms: int
+    segments: Tensor | None
+    tile: dict[str, int]
+
+
+class _Kernels:
+    """gpu_scan.Kernels by Triton."""
+
+    def prepare(self, part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> _Prepared:
+        return prepare(part, queries, segments)
+
+    def unpack(self, part: Part, out: Tensor) -> None:
+        scan_kernels.unpack_codes(part.rows, NUMBERS[part.dtype], part.width, out)
+
+    def keep(self, prepared: _Prepared, q: int, k: int, ends: int, rows: int, device: torch.device) -> Kept:
+        tile = prepared.tile
+        running = _PROGRAMS_A_MULTIPROCESSOR * _multiprocessors(device)
+        programs = max(1, min(-(-rows // tile["R"]), running // -(-q // tile["Q"])))
+        capacity = 1 << (max(2 * k, k + 2 * tile["R"]) - 1).bit_length()
+        lists = (q, ends.bit_count())
+        return Kept(
+            keys=torch.empty(programs, *lists, capacity, dtype=torch.int64, device=device),
+            counts=torch.zeros(programs, *lists, dtype=torch.int32, device=device),
+            least=torch.zeros(*lists, dtype=torch.int64, device=device),
+            last=torch.empty(*lists, dtype=torch.int64, device=device),
+            k=k,
+            ends=ends,
+        )
+
+    def scan(self, step: Step) -> None:
+        part, prepared, kept = step.part, step.prepared, step.kept
+        scan_kernels.topk_scan(
+            part.rows,
+            part.rows.shape[1],
+            prepared.queries,
+            prepared.units,
+            prepared.sums,
+            prepared.exact,
+            planes=prepared.planes,
+            terms=prepared.terms,
+            tile=prepared.tile,
+            first=step.first,
+            scale=part.scale,
+            segments=prepared.segments,
+            scales=step.scales,
+            valid=None if step.valid is None else step.valid.view(torch.uint8),
+            base=step.base,
+            partial=step.partial,
+            first_part=step.first_part,
+            last_part=step.last_part,
+            keys=kept.keys,
+            counts=kept.counts,
+            least=kept.least,
+            after=step.after,
+            k=kept.k,
+            ends=kept.ends,
+        )
+
+    def merge(self, kept: Kept, outs: Sequence[tuple[Tensor, Tensor]]) -> None:
+        scan_kernels.topk_merge(kept.keys, kept.counts, kept.least, kept.last, kept.k, kept.ends, list(outs))
+
+
+def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> _Prepared:
+    """queries: [Q, width] float32 of one part."""
+    dtype, q = part.dtype, len(queries)
+    exact = queries if queries.stride(1) == 1 else queries.contiguous()
+    planes = NUMBERS.get(dtype, 0)
+    tile = scan_kernels.tile_of(_KINDS.get(dtype, part.rows.dtype), planes, q)
+    few = q <= scan_kernels.FEW
+    sums = None
+    if planes:
+        integers, units, sums = integer_queries(queries, dtype)
+        whole = few and dtype == "int8"
+        columns = integers[None] if whole else integer_planes(integers, dtype).transpose(0, 1)
+        terms = 0 if few else 1
+    else:
+        scaled, units = scaled_queries(queries)
+        terms = 0 if few else _TERMS[dtype]
+        columns = scaled[None] if few else _split(scaled, _KINDS[dtype], terms)
+    missing = 0 if few else -q % tile["Q"]
+    columns = torch.nn.functional.pad(columns, (0, 0, 0, missing)).contiguous()
+    table = None if segments is None else _segment_table(tuple(segments), queries.device)
+    return _Prepared(columns, units, sums, exact, planes, terms, table, tile)
+
+
+def _split(x: Tensor, kind: torch.dtype, terms: int) -> Tensor:
+    """x: [Q, W] float32 -> [terms, Q, W] of a kind that add up to x."""
+    found = []
+    for _ in range(terms):
+        found.append(x.to(kind))
+        x = x - found[-1].float()
+    return torch.stack(found)
+
+
+@lru_cache(maxsize=64)
+def _segment_table(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
+    return torch.tensor(segments, dtype=torch.int32).reshape(-1, scan_kernels.SEGMENT).to(device)
+
+
+def _multiprocessors(device: torch.device) -> int:
+    if device.type != "cuda":
+        return _SIMULATED
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def topk_scan(
+    cache: Sequence[Tensor | Packed],
+    queries: Tensor,
+    k: int,
+    *,
+    largest: bool,
+    scales: Tensor | None,
+    offsets: Sequence[int] | None,
+    valid: Tensor | None,
+    base: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    end = gpu_scan.TOP if largest else gpu_scan.BOTTOM
+    (found,) = gpu_scan.scan(_Kernels(), cache, queries, k, end, scales, offsets, valid, base)
+    return found
+
+
+def topk_scan_both_ends(
+    cache: Sequence[Tensor | Packed],
+    queries: Tensor,
+    k: int,
+    *,
+    scales: Tensor | None,
+    offsets: Sequence[int] | None,
+    valid: Tensor | None,
+    base: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    ends = gpu_scan.TOP | gpu_scan.BOTTOM
+    top, bottom = gpu_scan.scan(_Kernels(), cache, queries, k, ends, scales, offsets, valid, base)
+    return (*top, *bottom)

@@ -1,0 +1,257 @@
+"""topk_scan on GPUs against the reference, and against the CPU for the bits of packed rows.
+
+Interpreted and emulated kernels are slow, so sizes are just beyond those at which something changes: a
+tile, a group, a unit, a list that is full.
+"""
+
+import pytest
+import torch
+from inputs import DEVICE, integers, normal
+
+from rapidin import ops
+from rapidin.ops import Packed, gpu_scan, pack, packed_bytes
+
+FLOATS = (torch.float32, torch.float16, torch.bfloat16)
+PACKED = ("sign", "int4", "int8")
+EVERY = (*FLOATS, *PACKED)
+LIMIT = {"sign": 127, "int4": 127, "int8": 4095}
+
+
+def on_device(x):
+    if isinstance(x, Packed):
+        scale = None if x.scale is None else x.scale.to(DEVICE)
+        return Packed(spread(x.codes), x.dtype, x.width, scale)
+    if isinstance(x, list):
+        return [on_device(each) for each in x]
+    return spread(x) if isinstance(x, torch.Tensor) and x.ndim == 2 else x.to(DEVICE)
+
+
+def spread(x):
+    """The same there, and rows as far apart as here."""
+    there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
+    return there.copy_(x)
+
+
+def both_ends(backend, cache, queries, k, **more):
+    more = {name: on_device(x) if isinstance(x, torch.Tensor) else x for name, x in more.items()}
+    found = ops.topk_scan_both_ends(on_device(cache), on_device(queries), k, backend=backend, **more)
+    return [x.cpu() for x in found]
+
+
+def assert_same(got, wanted):
+    for x, y in zip(got, wanted, strict=True):
+        assert x.dtype == y.dtype
+        assert x.shape == y.shape
+        assert torch.equal(x.isnan(), y.isnan())
+        assert torch.equal(x.nan_to_num(0.0, 1e38, -1e38), y.nan_to_num(0.0, 1e38, -1e38))
+
+
+def assert_near(got, wanted, cache, queries, more=None):
+    """Scores near the reference's, places taken by rows whose own score is near too."""
+    assert torch.equal(got[0].isnan(), wanted[0].isnan())
+    assert torch.equal(got[2].isnan(), wanted[2].isnan())
+    size = float(wanted[0].nan_to_num(0.0).abs().max())
+    n = len(cache[0] if isinstance(cache, list) else cache)
+    every = ops.topk_scan(cache, queries, n, backend="reference", **(more or {}))
+    for j in range(len(queries)):
+        of_row = dict(zip(every[1][j].tolist(), every[0][j].tolist(), strict=True))
+        for scores, indices, right in ((got[0], got[1], wanted[0]), (got[2], got[3], wanted[2])):
+            there = indices[j] >= 0
+            own = torch.tensor([of_row[i] for i in indices[j][there].tolist()])
+            torch.testing.assert_close(scores[j][there], own, rtol=1e-5, atol=2e-6 * size)
+            torch.testing.assert_close(scores[j][there], right[j][there], rtol=1e-5, atol=2e-6 * size)
+            assert len(set(indices[j][there].tolist())) == int(there.sum())
+
+
+def codes(rows, width, dtype, seed=0, gap=3):
+    generator = torch.Generator().manual_seed(seed)
+    size = packed_bytes(width, dtype)
+    wide = torch.randint(0, 256, (rows, size + gap), generator=generator, dtype=torch.uint8)
+    return (wide.view(torch.int8) if dtype == "int8" else wide)[:, gap // 2 : gap // 2 + size]
+
+
+def case(rows, width, queries, dtype, seed=0, gap=0):
+    """A cache and queries whose scores are exact, many of them equal."""
+    if dtype in PACKED:
+        limit = LIMIT[dtype]
+        generator = torch.Generator().manual_seed(seed)
+        q = torch.randint(-limit, limit + 1, (queries, width), generator=generator).float()
+        q[:, seed % width] = limit
+        return Packed(codes(rows, width, dtype, seed, gap), dtype, width, None), q
+    cache = integers(rows, width + gap, seed=seed, size=2).to(dtype)[:, gap // 2 : gap // 2 + width]
+    return cache, integers(queries, width, seed=seed + 1, size=2)
+
+
+@pytest.mark.parametrize("dtype", EVERY)
+@pytest.mark.parametrize(
+    ("rows", "width", "queries", "k", "gap"),
+    [(1, 1, 1, 1, 0), (7, 3, 3, 9, 1), (300, 72, 1, 12, 0), (70, 129, 17, 5, 5), (270, 513, 2, 300, 4)],
+)
+def test_exact_scores_and_ties(gpu, rows, width, queries, k, gap, dtype):
+    cache, q = case(rows, width, queries, dtype, gap=gap)
+    wanted = ops.topk_scan_both_ends(cache, q, k, backend="reference")
+    assert_same(both_ends(gpu, cache, q, k), wanted)
+
+
+@pytest.mark.parametrize("dtype", EVERY)
+def test_both_ends_are_two_scans(gpu, dtype):
+    cache, q = case(90, 40, 5, dtype, seed=3)
+    got = both_ends(gpu, cache, q, 7)
+    for largest, wanted in ((True, got[:2]), (False, got[2:])):
+        found = ops.topk_scan(on_device(cache), q.to(DEVICE), 7, largest=largest, backend=gpu)
+        assert_same([x.cpu() for x in found], wanted)
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("queries", [1, 6])
+def test_scores_are_near(gpu, queries, dtype):
+    cache, q = normal(120, 1100).to(dtype), normal(queries, 1100, seed=1) * 1e-3
+    wanted = ops.topk_scan_both_ends(cache, q, 11, backend="reference")
+    assert_near(both_ends(gpu, cache, q, 11), wanted, cache, q)
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("queries", [1, 9])
+def test_packed_rows_have_the_bits_of_the_cpu(gpu, queries, dtype):
+    packed, q = pack(normal(80, 700), dtype), normal(queries, 700, seed=1)
+    packed = Packed(packed.codes, dtype, 700, packed.scale.half() if queries == 1 else packed.scale)
+    base = normal(queries, 80, seed=2)
+    q[0, 3] = torch.nan if queries > 1 else 0.5
+    got = both_ends(gpu, packed, q, 80, base=base)
+    assert_same(got, ops.topk_scan_both_ends(packed, q, 80, base=base, backend="cpu"))
+
+
+@pytest.mark.parametrize("queries", [1, 6])
+def test_parts_side_by_side(gpu, queries):
+    widths = (70, 130, 33, 100, 64, 0)
+    x = [normal(70, width, seed=i) for i, width in enumerate(widths)]
+    parts = [pack(x[1], "sign"), x[0], x[2].half(), pack(x[3], "int4"), pack(x[4], "int8"), x[5]]
+    q, base = normal(queries, sum(widths), seed=9), normal(queries, 70, seed=10)
+    base[0, 3] = torch.nan
+    more = {"base": base, "valid": torch.arange(70) % 7 != 0}
+    got = both_ends(gpu, parts, q, 80, **more)
+    wanted = ops.topk_scan_both_ends(parts, q, 80, **more, backend="cpu")
+    assert 3 not in got[1][0].tolist()
+    for scores in (0, 2):
+        assert torch.equal(got[scores].isnan(), wanted[scores].isnan())
+        torch.testing.assert_close(got[scores], wanted[scores], rtol=1e-5, atol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("kind", [*FLOATS, "parts"])
+def test_blocks_with_scales(gpu, kind):
+    x = normal(60, 300)
+    cache = [pack(x[:, :150], "int4"), pack(x[:, 150:], "sign")] if kind == "parts" else x.to(kind)
+    q = normal(3, 300, seed=1)
+    offsets = [0, 10, 10, 170, 300]  # one of them empty
+    scales = normal(60, 9, seed=2)[:, 1:9:2]
+    more = {"scales": scales, "offsets": offsets}
+    got = both_ends(gpu, cache, q, 60, **more)
+    wanted = ops.topk_scan_both_ends(cache, q, 60, **more, backend="reference")
+    for scores in (0, 2):
+        torch.testing.assert_close(got[scores], wanted[scores], rtol=1e-5, atol=1e-4)
+    if kind != "parts":
+        assert_near(got, wanted, cache, q, more)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_must_not_be_returned(gpu, dtype, queries):
+    cache, q = case(80, 40, queries, dtype)
+    cache[3, 7] = torch.nan
+    cache[30:50] = torch.nan
+    cache[70, 0], cache[71, 0], q[:, 0] = torch.inf, -torch.inf, 1.0
+    q[queries - 1, 5] = torch.inf if queries > 1 else 1.0
+    valid = torch.arange(80) % 3 != 0
+    got = both_ends(gpu, cache, q, 80, valid=valid)
+    assert_same(got, ops.topk_scan_both_ends(cache, q, 80, valid=valid, backend="reference"))
+    assert got[1][0, 0] == 70
+    assert got[0][0, 0] == torch.inf
+    assert torch.equal(got[0].isnan(), got[1] == -1)
+
+
+def test_sums_that_float32_does_not_hold(gpu):
+    cache = torch.tensor([[3e38, 3e38, -3e38], [1.0, 2.0, 3.0], [3e38, 3e38, 3e38]])
+    for queries in (1, 5):
+        q = torch.tensor([[1.0, 1.0, 1.5]]).repeat(queries, 1)
+        got = both_ends(gpu, cache, q, 3)
+        assert_same(got[1::2], ops.topk_scan_both_ends(cache, q, 3, backend="reference")[1::2])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "sign"])
+@pytest.mark.parametrize(("rows", "queries"), [(0, 2), (2, 0), (0, 0), (1, 2)])
+def test_nothing_to_scan(gpu, rows, queries, dtype):
+    cache, q = case(rows, 9, queries, dtype)
+    for k in (0, 2):
+        assert_same(both_ends(gpu, cache, q, k), ops.topk_scan_both_ends(cache, q, k, backend="reference"))
+
+
+def test_no_width(gpu):
+    cache, q, base = torch.zeros(5, 0), torch.zeros(2, 0), integers(2, 5)
+    wanted = ops.topk_scan_both_ends(cache, q, 3, base=base, backend="reference")
+    assert_same(both_ends(gpu, cache, q, 3, base=base), wanted)
+
+
+@pytest.mark.parametrize("k", [100, 1024, 1200])
+def test_many_hits_of_rising_falling_and_equal_scores(gpu, k):
+    """Lists that fill, and more hits than one pass finds."""
+    rising = torch.arange(1300).float()
+    cache, q = torch.stack([rising, rising % 7], 1), torch.eye(2)
+    wanted = ops.topk_scan_both_ends(cache, q, k, backend="reference")
+    assert_same(both_ends(gpu, cache, q, k), wanted)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "int8"])
+def test_the_same_bits_again(gpu, request, dtype):
+    """Again, in any order of a block's threads, and for a query by itself."""
+    x, q = normal(300, 90), normal(6, 90, seed=1)
+    cache = pack(x, dtype) if dtype in PACKED else x.to(dtype)
+    wanted = both_ends(gpu, cache, q, 20)
+    extension = request.getfixturevalue("emulated_cuda") if gpu == "cuda" else None
+    for order in (1, 2) if extension is not None and extension.emulated else (0, 0):
+        try:
+            if extension is not None and extension.emulated:
+                extension.set_order(order)
+            assert_same(both_ends(gpu, cache, q, 20), wanted)
+        finally:
+            if extension is not None and extension.emulated:
+                extension.set_order(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, "int4"])
+def test_chunks_of_rows(gpu, dtype, monkeypatch):
+    """What is kept goes on from chunk to chunk, with numbers unpacked and sums over parts held for one."""
+    monkeypatch.setattr(gpu_scan, "CHUNK_BYTES", 1)
+    x, q = normal(1100, 20), normal(1, 20, seed=1)
+    cache = [pack(x[:, :12], dtype) if dtype in PACKED else x[:, :12].to(dtype), x[:, 12:]]
+    more = {"scales": normal(1100, 2, seed=4), "offsets": [0, 5, 20]}
+    got = both_ends(gpu, cache, q, 30, **more)
+    wanted = ops.topk_scan_both_ends(cache, q, 30, **more, backend="reference")
+    assert torch.equal(got[1], wanted[1])
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(got[2], wanted[2], rtol=1e-5, atol=1e-5)
+
+
+def test_outputs_are_written_whole(gpu, monkeypatch):
+    """Places without a hit are filled too: the buffers are poisoned first."""
+    poisoned = []
+
+    def places(queries, k, device):
+        size = (queries, k)
+        poisoned.append(
+            (torch.full(size, 123.0, device=device), torch.full(size, 123, device=device, dtype=torch.int64))
+        )
+        return poisoned[-1]
+
+    monkeypatch.setattr(gpu_scan, "_places", places)
+    scores, indices = ops.topk_scan(
+        torch.full((5, 3), torch.nan, device=DEVICE), torch.ones(2, 3, device=DEVICE), 4, backend=gpu
+    )
+    assert bool(scores.isnan().all())
+    assert bool((indices == -1).all())
+    assert len(poisoned) == 1
+
+
+def test_more_rows_than_a_key_can_name(gpu):
+    cache = torch.zeros(1, 1, device=DEVICE).expand(2**31, 1)
+    with pytest.raises(ValueError, match="2147483647 rows at most"):
+        ops.topk_scan(cache, torch.ones(1, 1, device=DEVICE), 1, backend=gpu)
