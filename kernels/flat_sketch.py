@@ -169,7 +169,7 @@ def flat_sketch(
         *keys,
         WIDTH=plan.width, ROWS=min(_TILE // plan.width, 1024),
         HAS_FLOAT32=torch.float32 in known, HAS_FLOAT16=torch.float16 in known,
-        HAS_BFLOAT16=torch.bfloat16 in known, num_warps=2, maxnreg=128,
+        HAS_BFLOAT16=torch.bfloat16 in known, num_warps=2, maxnreg=160 if squares or len(known) > 1 else 128,
     )  # fmt: skip
     sketch = _added(sums)
     if row_squares is None:

@@ -125,12 +125,20 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     from rapidin.kernels.sketch_hash import hash_words
     from rapidin.ops import triton as gpu
 
-    def flat(dtype: torch.dtype, *, squares: bool = False, scales: bool = False, dim: int = 65536) -> None:
-        tensors = [meta(4096, 4096, dtype=dtype), meta(4096, dtype=dtype)] * 4
+    def flat(
+        dtype: torch.dtype,
+        *,
+        norms: torch.dtype | None = None,
+        squares: bool = False,
+        scales: bool = False,
+        dim: int = 65536,
+    ) -> None:
+        tensors = [meta(4096, 4096, dtype=dtype), meta(4096, dtype=norms or dtype)] * 4
         factors = meta(8) if scales else None
         gpu.flat_sketch(tensors, dim, seed=1, batched=False, scales=factors, squares=squares)
 
     yield "flat_sketch bfloat16", lambda: flat(torch.bfloat16)
+    yield "flat_sketch bfloat16 and float32", lambda: flat(torch.bfloat16, norms=torch.float32)
     yield "flat_sketch float32", lambda: flat(torch.float32)
     yield "flat_sketch bfloat16 squares", lambda: flat(torch.bfloat16, squares=True, scales=True)
     yield "flat_sketch bfloat16 narrow", lambda: flat(torch.bfloat16, dim=16)

@@ -14,7 +14,6 @@ ARCHS = (80, 90, 100)
 
 # Bytes of stack a thread, which is where spilled registers go, of launches and kernels that need any.
 STACK = {
-    "flat_sketch bfloat16 squares": 16,  # on sm_100 alone
     "topk_merge_kernel": 24,  # runs once a scan
     "linear_sketch bf16 64": 24,  # these two on sm_80 alone
     "linear_sketch bf16 512": 96,

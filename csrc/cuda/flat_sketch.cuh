@@ -3,15 +3,15 @@
 // atomically; each element is read once, from where it lies.
 //
 // What limits it: memory wants 2.1e12 bfloat16 a second of an H200 (4.3 TB/s), which leaves its 132 multiprocessors 14
-// instructions an element, of which 7 may be the integer unit's. In whole rows of bfloat16 an element costs 7.8 (counted in
-// the machine code for sm_90), 4.1 of them the integer unit's:
-//   the row's place, tensor, address, lanes and signs, worked out once a row by one lane     2.5
-//   8 elements' address and signs, read from shared memory, and the load                     1.3
+// instructions an element, of which 7 may be the integer unit's. In whole rows of bfloat16 an element costs 8.5 (counted in
+// the machine code for sm_90), 4.4 of them the integer unit's:
+//   the row's place, tensor, address, lanes and signs, worked out once a row by one lane     2.6
+//   8 elements' address and signs, read from shared memory, and the load                     1.9
 //   sign: a multiplication and a LOP3 on a word of two elements                              1
 //   lanes: a select and a byte_perm on such a word                                           1
 //   to float: a multiplication or an and                                                     1
 //   into the sum: a fused multiply-add (the tensor's scale is free)                          1
-// and of float32 10.7, at half as many elements a second.
+// and of float32 11.3, at half as many elements a second.
 #pragma once
 
 #include "device.h"

@@ -82,7 +82,9 @@ def flat_sketch(
 ) -> tuple[Tensor, Tensor | None]:
     if not batched:
         if not tensors:
-            return torch.zeros(dim), torch.zeros(0) if squares else None
+            return torch.zeros(dim, dtype=torch.float32), torch.zeros(
+                0, dtype=torch.float32
+            ) if squares else None
         listed = [x[None] for x in tensors]
         sketch, lengths = flat_sketch(listed, dim, seed=seed, batched=True, scales=scales, squares=squares)
         return sketch[0], None if lengths is None else lengths[0]
@@ -90,12 +92,12 @@ def flat_sketch(
     plan = flat_plan(tensors, dim)
     if not plan.rows or not plan.batch:
         return (
-            torch.zeros(plan.batch, dim, device=device),
-            torch.zeros(plan.batch, n, device=device) if squares else None,
+            torch.zeros(plan.batch, dim, dtype=torch.float32, device=device),
+            torch.zeros(plan.batch, n, dtype=torch.float32, device=device) if squares else None,
         )
 
     def room(*shape: int) -> Tensor:
-        return torch.empty(shape, device=device)
+        return torch.empty(shape, dtype=torch.float32, device=device)
 
     out = room(plan.batch, dim)
     partial = room(plan.parts, plan.batch, dim) if plan.parts > 1 else None
