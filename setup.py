@@ -1,8 +1,8 @@
 """Builds `rapidin._cpu` and, where nvcc is found, `rapidin._cuda`. The rest is in pyproject.toml.
 
 RAPIDIN_CUDA=auto (where nvcc is found) | on (or fail) | off
-RAPIDIN_CUDA_ARCHS="80 90": machine code for these; the last also as PTX, for what comes after it. By default those
-    of 80, 90 and 100 that nvcc knows
+RAPIDIN_CUDA_ARCHS="80 90": machine code for these; the last also as PTX, for what comes after it. By default
+    those of 80, 90 and 100 that nvcc knows
 RAPIDIN_CUDA_FLAGS: more flags for nvcc
 RAPIDIN_BUILD_JOBS=N: files compiled at a time, by default one
 nvcc is looked for at CUDACXX, in CUDA_HOME/bin and on the PATH.
