@@ -90,7 +90,11 @@ if ((tests)); then
         [[ $file == */test_gpu_bench.py ]] || keep+=("$file")  # which runs this script
     done
     declare -a how=(-q -p no:cacheprovider)
-    ((dry)) && how+=(--collect-only)
+    if ((dry)); then
+        how+=(--collect-only)
+    elif "$python" -c "import xdist" 2>/dev/null; then
+        how+=(-n 8)  # most of the time is Triton's, compiling for each shape
+    fi
     log=$(mktemp)
     code=0
     timeout 120 "$python" -m pytest "${how[@]}" ${keep[@]+"${keep[@]}"} >"$log" 2>&1 || code=$?

@@ -115,7 +115,7 @@ def summary(result: Facts) -> str:
     if result["dry"]:
         lines.append("A dry run: no figure here means anything.")
     lines += [f"  {name}: {rate:.4g}" for name, rate in result["ceilings"].items()]
-    lines.append(f"{'op':<17}{'way':<32}{'rows':>5}{'worst':>8}{'median':>8}{'best':>8}  goal, met")
+    lines.append(f"{'op':<17}{'way':<32}{'rows':>5}{'worst':>9}{'median':>9}{'best':>9}  goal, met")
     for op, way in dict.fromkeys((row["op"], row["way"]) for row in rows if row["op"] != "ceiling"):
         mine = [row for row in rows if (row["op"], row["way"]) == (op, way)]
         measured = [row for row in mine if row["state"] == "measured"]
@@ -126,7 +126,7 @@ def summary(result: Facts) -> str:
             if not wanted:
                 known = [row["of"][name] for row in measured if name in row.get("of", {})]
             shares = [min(known), statistics.median(known), max(known)] if known else []
-            text = "".join(f"{value:>8.3g}" for value in shares) or " " * 24
+            text = "".join(f" {value:>8.2g}" for value in shares) or " " * 27
             goal = ""
             if wanted:
                 met = sum(1 for *_, is_met in wanted if is_met)
