@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rapidin.kernels.sketch_hash import hash_word, stream_key
-from rapidin.kernels.sum_parts import sum_parts
+from rapidin.kernels.sum_parts import added
 
 if TYPE_CHECKING:
     from rapidin.ops.flat_plan import FlatPlan
@@ -171,22 +171,14 @@ def flat_sketch(
         HAS_FLOAT32=torch.float32 in known, HAS_FLOAT16=torch.float16 in known,
         HAS_BFLOAT16=torch.bfloat16 in known, num_warps=2, maxnreg=160 if squares or len(known) > 1 else 128,
     )  # fmt: skip
-    sketch = _added(sums)
+    sketch = added(sums)
     if row_squares is None:
         return sketch, None
     found = torch.empty(plan.slices, plan.batch, n, dtype=torch.float32, device=device)
     _flat_squares_kernel[(plan.slices * n * plan.batch,)](
         plan.table[4 * n :], row_squares, found, n, plan.batch, plan.rows, plan.slices, BLOCK=1024
     )
-    return sketch, _added(found)
-
-
-def _added(parts: Tensor) -> Tensor:
-    if len(parts) == 1:
-        return parts[0]
-    sums = torch.empty(parts.shape[1:], dtype=torch.float32, device=parts.device)
-    sum_parts(parts, sums)
-    return sums
+    return sketch, added(found)
 
 
 def _signed(word: int) -> int:

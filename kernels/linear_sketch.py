@@ -18,6 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rapidin.kernels.sum_parts import added
+
 TOKENS = tl.constexpr(16)  # of a tile: what the tensor cores sum over at a time
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 DIMS = (32, 64, 128, 256, 512, 1024)
@@ -209,4 +211,4 @@ def linear_sketch(
         K=dim, R=r, P=planes, EXACT=exact,
         num_warps=warps, num_stages=1,
     )  # fmt: skip
-    return partial[0] if len(partial) == 1 else partial.sum(0)
+    return added(partial)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -26,3 +27,12 @@ def sum_parts(parts: Tensor, sums: Tensor) -> None:
     if n:
         slices = min(16, triton.next_power_of_2(len(parts)))
         _sum_parts_kernel[(triton.cdiv(n, 128),)](parts, sums, len(parts), n, SLICES=slices, BLOCK=128)
+
+
+def added(parts: Tensor) -> Tensor:
+    """The sum of parts [P, ...] float32, contiguous; itself where there is one."""
+    if len(parts) == 1:
+        return parts[0]
+    sums = torch.empty_like(parts[0])
+    sum_parts(parts, sums)
+    return sums

@@ -135,7 +135,7 @@ def launches() -> Iterator[tuple[str, Callable[[], Any]]]:
     ) -> None:
         tensors = [meta(4096, 4096, dtype=dtype), meta(4096, dtype=norms or dtype)] * 4
         factors = meta(8) if scales else None
-        gpu.flat_sketch(tensors, dim, seed=1, batched=False, scales=factors, squares=squares)
+        gpu.flat_sketch([x[None] for x in tensors], dim, seed=1, scales=factors, squares=squares)
 
     yield "flat_sketch bfloat16", lambda: flat(torch.bfloat16)
     yield "flat_sketch bfloat16 and float32", lambda: flat(torch.bfloat16, norms=torch.float32)

@@ -36,10 +36,25 @@ TokenRows token_rows(uint64_t data, int dtype, int64_t tokens, int64_t n, const 
 // What a scan takes, by name.
 using ScanFields = std::unordered_map<std::string, int64_t>;
 
+// The lists of what is kept: all that merging them needs.
+DeviceScan kept_lists(const ScanFields& fields) {
+    const auto address = [&fields](const char* name) { return static_cast<uint64_t>(fields.at(name)); };
+    DeviceScan scan = {};
+    scan.q = fields.at("q");
+    scan.kept = at<int64_t>(address("kept"));
+    scan.counts = at<int32_t>(address("counts"));
+    scan.least = at<int64_t>(address("least"));
+    scan.k = fields.at("k");
+    scan.capacity = fields.at("capacity");
+    scan.row_blocks = fields.at("row_blocks");
+    scan.ends = static_cast<int>(fields.at("ends"));
+    return scan;
+}
+
 DeviceScan device_scan(const ScanFields& fields) {
     const auto number = [&fields](const char* name) { return fields.at(name); };
     const auto address = [&fields](const char* name) { return static_cast<uint64_t>(fields.at(name)); };
-    DeviceScan scan = {};
+    DeviceScan scan = kept_lists(fields);
     scan.rows = at<const uint8_t>(address("rows"));
     scan.format = static_cast<int>(number("format"));
     scan.n = number("n");
@@ -58,7 +73,6 @@ DeviceScan device_scan(const ScanFields& fields) {
     scan.tiles = static_cast<int>(number("tiles"));
     scan.columns_held = static_cast<int>(number("columns_held"));
     scan.queries = at<const float>(address("queries"));
-    scan.q = number("q");
     scan.stride_query = number("stride_query");
     scan.units_of = at<const double>(address("units_of"));
     scan.sums = at<const int64_t>(address("sums"));
@@ -69,14 +83,7 @@ DeviceScan device_scan(const ScanFields& fields) {
     scan.valid = at<const uint8_t>(address("valid"));
     scan.base = at<const float>(address("base"));
     scan.stride_base = number("stride_base");
-    scan.kept = at<int64_t>(address("kept"));
-    scan.counts = at<int32_t>(address("counts"));
-    scan.least = at<int64_t>(address("least"));
     scan.after = at<const int64_t>(address("after"));
-    scan.k = number("k");
-    scan.capacity = number("capacity");
-    scan.row_blocks = number("row_blocks");
-    scan.ends = static_cast<int>(number("ends"));
     return scan;
 }
 
@@ -112,7 +119,7 @@ void bind(py::module_& m) {
         "topk_merge",
         [](const ScanFields& fields, uint64_t scores, uint64_t indices, uint64_t low_scores, uint64_t low_indices, int64_t stride,
            uint64_t last, Place place) {
-            topk_merge(device_scan(fields), {at<float>(scores), at<float>(low_scores)}, {at<int64_t>(indices), at<int64_t>(low_indices)},
+            topk_merge(kept_lists(fields), {at<float>(scores), at<float>(low_scores)}, {at<int64_t>(indices), at<int64_t>(low_indices)},
                        stride, at<int64_t>(last), queue(place));
         },
         "The best of what the blocks of a scan kept.");

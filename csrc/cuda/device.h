@@ -31,7 +31,7 @@ struct alignas(8) Words2 {
 };
 
 // A load of what is read once: it leaves the L1 cache to what is read again.
-__device__ __forceinline__ Words4 load_streamed(const Words4* p);
+__device__ __forceinline__ Words4 load_streamed(const void* at);
 
 // Read from an address in a table: of global memory, which the compiler could not know, and never written by the kernel.
 __device__ __forceinline__ Words4 load_words4(uint64_t address);
@@ -62,26 +62,12 @@ __device__ __forceinline__ uint32_t select_bytes(uint32_t low, uint32_t high, ui
 // Two floats as a word of two bfloat16, nearest even; `low` in the lower half.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high);
 
-// ---------------------------------------------------------------------------------------------- tensor cores
-
-// d += a b for the 16 x 16 by 16 x 8 tile that a warp holds (PTX mma.sync.m16n8k16, bfloat16, sums in float32).
-// With lane = 4 g + t: a[0] = A[g][2t, 2t+1], a[1] = A[g+8][2t, ..], a[2] = A[g][2t+8, ..], a[3] = A[g+8][2t+8, ..];
-// b[0] = B[2t, 2t+1][g], b[1] = B[2t+8, ..][g]; d[0, 1] = D[g][2t, 2t+1], d[2, 3] = D[g+8][2t, 2t+1].
-__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
-
 #if defined(__CUDACC__)
 
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
     uint32_t word;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(word) : "f"(high), "f"(low));
     return word;
-}
-
-__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    asm volatile(
-        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
 }
 
 __device__ __forceinline__ Words4 load_words4(uint64_t address) {
@@ -102,11 +88,11 @@ __device__ __forceinline__ float half_bits_to_float(uint16_t bits) {
     return x;
 }
 
-__device__ __forceinline__ Words4 load_streamed(const Words4* p) {
+__device__ __forceinline__ Words4 load_streamed(const void* at) {
     Words4 x;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(x.w[0]), "=r"(x.w[1]), "=r"(x.w[2]), "=r"(x.w[3])
-                 : "l"(p));
+                 : "l"(at));
     return x;
 }
 
@@ -121,7 +107,7 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 
 #else
 
-__device__ __forceinline__ Words4 load_streamed(const Words4* p) { return *p; }
+__device__ __forceinline__ Words4 load_streamed(const void* at) { return *static_cast<const Words4*>(at); }
 __device__ __forceinline__ void keep_order() {}
 
 inline Words4 load_words4(uint64_t address) { return *reinterpret_cast<const Words4*>(address); }

@@ -11,14 +11,6 @@ unsigned blocks(int64_t count) {
     return static_cast<unsigned>(count);
 }
 
-void sum_parts(const float* parts, int64_t count, int64_t n, float* sums, Queue on) {
-    int slices = 1;
-    while (slices < 32 && 4 * slices <= count) slices *= 2;
-    const int threads = 32 * slices;
-    launch("sum_parts", sum_parts_kernel, dim3(blocks((n + 31) / 32)), threads, sizeof(float) * static_cast<size_t>(threads),
-           on.handle, parts, count, n, sums);
-}
-
 }  // namespace
 
 void flat_sketch(const FlatTable& table, uint64_t seed, int64_t dim, const uint32_t* places, const float* scales, float* partial,

@@ -69,6 +69,9 @@ void unpack_codes(const uint8_t* rows, int format, int64_t n, int64_t width, int
 
 void hash_words(uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint32_t* words, Queue on);
 
+// sums: [n] of parts [count, n], on the current device, which is `on`'s.
+void sum_parts(const float* parts, int64_t count, int64_t n, float* sums, Queue on);
+
 // Widths 32, 64, .. 1024 (512 where a side is not bfloat16). Each block takes block_tokens of an example, a multiple of the
 // tile's. `partial` is [splits * parts, min(batch, 65535), k] where these are more than one. Tables are what
 // linear_sketch_table makes of column tables (args.h: FoldArgs).

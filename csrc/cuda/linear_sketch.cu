@@ -76,11 +76,7 @@ void linear_sketch(const TokenRows& grads, const uint32_t* grads_table, const To
         with_width(k, is_split(grads, inputs), [&](auto width, auto split) {
             launch_sketch<decltype(width)::value, decltype(split)::value>(args, splits, some, on);
         });
-        if (parts > 1) {
-            const int64_t n = some * k;
-            launch("linear_sketch", sum_parts_kernel, dim3(static_cast<unsigned>((n + 255) / 256)), 256, 0, on.handle, partial,
-                   parts, n, out + first * k);
-        }
+        if (parts > 1) sum_parts(partial, parts, some * k, out + first * k, on);
     }
 }
 

@@ -14,6 +14,7 @@
 #pragma once
 
 #include "device.h"
+#include "mma.h"
 
 namespace rapidin {
 
@@ -166,7 +167,7 @@ __device__ __forceinline__ Words4 load_row(const LinearSide& side, int64_t offse
     if (!live || element >= side.n) return words;
     if (side.aligned && element + kElements <= side.n) {
         const char* at = static_cast<const char*>(side.data) + (offset + element) * Bytes;
-        return load_streamed(reinterpret_cast<const Words4*>(at));
+        return load_streamed(at);
     }
 #pragma unroll
     for (int i = 0; i < kElements; ++i) {
@@ -512,15 +513,6 @@ struct LinearSketch {
 template <int K, bool Split>
 __global__ void __launch_bounds__(LinearSizes<K>::kThreads, Split || K >= 512 ? 1 : 2) linear_sketch_kernel(LinearArgs args) {
     LinearSketch<K, Split>(args).run();
-}
-
-// out[i] = sum over parts of partial[part][i], in order
-static __global__ void sum_parts_kernel(const float* partial, int64_t parts, int64_t n, float* out) {
-    const int64_t i = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
-    if (i >= n) return;
-    float sum = partial[i];
-    for (int64_t part = 1; part < parts; ++part) sum += partial[part * n + i];
-    out[i] = sum;
 }
 
 }  // namespace rapidin

@@ -18,7 +18,7 @@
 #pragma once
 
 #include "launchers.h"
-#include "scan_mma.h"
+#include "mma.h"
 
 namespace rapidin {
 namespace {
@@ -43,7 +43,7 @@ struct ScanHalf {
     static constexpr bool kPair = true, kFloats = true;
     __device__ static __forceinline__ void multiply(Sum (&d)[kSums][4], const uint32_t (&a)[4], const uint32_t (&b)[2], int,
                                                     int) {
-        scan_mma_f16(d[0], a, b);
+        mma_f16(d[0], a, b);
     }
 };
 
@@ -53,7 +53,7 @@ struct ScanBFloat {
     static constexpr bool kPair = true, kFloats = true;
     __device__ static __forceinline__ void multiply(Sum (&d)[kSums][4], const uint32_t (&a)[4], const uint32_t (&b)[2], int,
                                                     int) {
-        scan_mma_bf16(d[0], a, b);
+        mma_bf16(d[0], a, b);
     }
 };
 
@@ -69,8 +69,8 @@ struct ScanFloat {
             high[i] = (a[i] + 0x1000u) & 0xffffe000u;  // the nearest tf32; the rest is exact, and rounded in its turn
             low[i] = __float_as_uint(__uint_as_float(a[i]) - __uint_as_float(high[i])) + 0x1000u;
         }
-        scan_mma_tf32(d[0], high, b);
-        scan_mma_tf32(d[0], low, b);
+        mma_tf32(d[0], high, b);
+        mma_tf32(d[0], low, b);
     }
 };
 
@@ -82,7 +82,7 @@ struct ScanInt8 {
     static constexpr int kTimes = 1, kMinus = 0;
     __device__ static __forceinline__ void multiply(Sum (&d)[kSums][4], const uint32_t (&a)[4], const uint32_t (&b)[2], int,
                                                     int) {
-        scan_mma_s8(d[0], a, b);
+        mma_s8(d[0], a, b);
     }
 };
 
@@ -97,7 +97,7 @@ struct ScanInt4 {
         uint32_t nibbles[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) nibbles[i] = a[i] >> (4 * plane) & 0x0f0f0f0fu;
-        scan_mma_u8(d[0], nibbles, b);
+        mma_u8(d[0], nibbles, b);
     }
 };
 
@@ -113,7 +113,7 @@ struct ScanSign {
         uint32_t bits[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) bits[i] = a[i] >> planes & 0x01010101u << plane;
-        scan_mma_u8(d[plane], bits, b);
+        mma_u8(d[plane], bits, b);
     }
 };
 
@@ -305,7 +305,7 @@ struct WarpTile {
 #pragma unroll
                     for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
-                        for (int h = 0; h < 2; ++h) x[u][m][h] = load_once(rows[m][h] + at + (i + u) * kUnit);
+                        for (int h = 0; h < 2; ++h) x[u][m][h] = load_streamed(rows[m][h] + at + (i + u) * kUnit);
 #pragma unroll
                 for (int u = 0; u < kAhead; ++u) multiply(x[u], fragments + (i + u) * unit_bytes, held, sums);
             }
@@ -318,7 +318,7 @@ struct WarpTile {
             for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
-                    if (wide && left >= 16) x[m][h] = load_once(rows[m][h] + offset);
+                    if (wide && left >= 16) x[m][h] = load_streamed(rows[m][h] + offset);
                     else x[m][h] = load_narrow<Format>(rows[m][h] + offset, left);
                 }
             multiply(x, fragments + i * unit_bytes, held, sums);

@@ -42,3 +42,8 @@ def check_sketch(op: str, dim: int, seed: int) -> None:
         if not (0 if name == "seed" else 1) <= value < end:
             least = 0 if name == "seed" else 1
             raise ValueError(f"{op}: {name} must be at least {least} and below {end}, got {value}")
+
+
+def nothing(*shape: int, device: torch.device) -> Tensor:
+    """The sketch of nothing: zeros, float32. Backends are asked only where there is something to sketch."""
+    return torch.zeros(shape, dtype=torch.float32, device=device)

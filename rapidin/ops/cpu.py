@@ -34,16 +34,9 @@ def flat_sketch(
     dim: int,
     *,
     seed: int,
-    batched: bool,
     scales: Tensor | None = None,
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    if not batched:
-        if not tensors:
-            return torch.zeros(dim, device=CPU), torch.zeros(0, device=CPU) if squares else None
-        apart = [x[None] for x in tensors]
-        sketch, found = flat_sketch(apart, dim, seed=seed, batched=True, scales=scales, squares=squares)
-        return sketch[0], None if found is None else found[0]
     batch = len(tensors[0])
     lengths = _square_lengths(tensors) if squares else None
     if scales is not None:
@@ -69,24 +62,18 @@ def _square_lengths(tensors: Sequence[Tensor]) -> Tensor:
 
 def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:
     *leading, n_out, n_in = grad.shape
-    matrices = grad.reshape(-1, n_out, n_in) if grad.numel() else grad.new_empty(0, n_out, n_in)
-    if not matrices.numel():
-        return torch.zeros(*leading, dim, device=CPU)
+    matrices = grad.reshape(-1, n_out, n_in)
     row_table = tables.rows(seed, tables.OUT, n_out, dim)
     return _fold(matrices, row_table, tables.columns(seed, tables.IN, n_in, dim), dim).reshape(*leading, dim)
 
 
 def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
-    if not grads.numel():
-        return torch.zeros(len(ids), dim, device=CPU)
     vocabulary = 1 << int(ids.max()).bit_length()  # rounded up, so that few tables serve all batches
     row_table = tables.rows(seed, tables.OUT, vocabulary, dim)[ids]
     return _fold(grads, row_table, tables.columns(seed, tables.IN, grads.shape[-1], dim), dim)
 
 
 def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
-    if not inputs.numel() or not grads.numel():
-        return torch.zeros(len(inputs), dim, device=CPU)
     way = choose_way(inputs.shape[1], inputs.shape[2], grads.shape[2], dim)
     return by_fft(inputs, grads, dim, seed) if way is None else by_product(inputs, grads, dim, seed, *way)
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from rapidin.ops.backends import find
-from rapidin.ops.checks import SKETCHED, check_same_device, check_sketch, check_tensor
+from rapidin.ops.checks import SKETCHED, check_same_device, check_sketch, check_tensor, nothing
 
 ROW = 128
 
@@ -98,6 +98,13 @@ def flat_sketch(
         check_same_device(op, {"scales": scales, "tensors": tensors[0] if tensors else None})
         scales = scales.detach()
     run = find(op, backend, device)
-    listed = [x.detach() for x in tensors]
-    sketch, lengths = run(listed, dim, seed=seed, batched=batched, scales=scales, squares=squares)
+    # Backends take a batch of lists in which something is to be sketched.
+    listed = [x.detach() if batched else x.detach()[None] for x in tensors]
+    batch = len(listed[0]) if listed else 1
+    if any(x.numel() for x in listed):
+        sketch, lengths = run(listed, dim, seed=seed, scales=scales, squares=squares)
+    else:
+        sketch, lengths = nothing(batch, dim, device=device), nothing(batch, len(listed), device=device)
+    if not batched:
+        sketch, lengths = sketch[0], lengths[0] if squares else None
     return (sketch.float(), lengths.float()) if squares else sketch.float()

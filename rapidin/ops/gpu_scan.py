@@ -5,7 +5,7 @@ copied there: before a CUDA graph is captured, the same scan must have run once.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import pairwise
@@ -27,6 +27,7 @@ LIMITS = {"int8": 4095, "int4": 127, "sign": 127}  # of an integer query
 _GROUP = 64  # bytes
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
+Found = tuple[Tensor, Tensor]  # scores [Q, k] float32, indices [Q, k] int64
 Segment = tuple[int, int, int]  # the first number of a part's piece of a block, the one past it, the block
 
 
@@ -51,6 +52,19 @@ class Kept:
     last: Tensor  # [Q, ends] int64: the last key that the merge found
     k: int
     ends: int
+
+    @staticmethod
+    def none(programs: int, q: int, k: int, ends: int, capacity: int, device: torch.device) -> Kept:
+        """Empty lists of `capacity` keys each."""
+        lists = (q, ends.bit_count())
+        return Kept(
+            keys=torch.empty(programs, *lists, capacity, dtype=torch.int64, device=device),
+            counts=torch.zeros(programs, *lists, dtype=torch.int32, device=device),
+            least=torch.zeros(*lists, dtype=torch.int64, device=device),
+            last=torch.empty(*lists, dtype=torch.int64, device=device),
+            k=k,
+            ends=ends,
+        )
 
     @property
     def capacity(self) -> int:
@@ -97,17 +111,35 @@ class Kernels(Protocol):
         """The best k of all, in order, to scores and indices [Q, k] of each end; the last to kept.last."""
 
 
+def ops(kernels: Kernels) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """topk_scan and topk_scan_both_ends by a backend's kernels, as the table of backends wants them."""
+
+    def topk_scan(
+        cache: Sequence[Tensor | Packed], queries: Tensor, k: int, *, largest: bool, **more: Any
+    ) -> Found:
+        return scan(kernels, cache, queries, k, TOP if largest else BOTTOM, **more)[0]
+
+    def topk_scan_both_ends(
+        cache: Sequence[Tensor | Packed], queries: Tensor, k: int, **more: Any
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        top, bottom = scan(kernels, cache, queries, k, TOP | BOTTOM, **more)
+        return (*top, *bottom)
+
+    return topk_scan, topk_scan_both_ends
+
+
 def scan(
     kernels: Kernels,
     cache: Sequence[Tensor | Packed],
     queries: Tensor,
     k: int,
     ends: int,
+    *,
     scales: Tensor | None,
     offsets: Sequence[int] | None,
     valid: Tensor | None,
     base: Tensor | None,
-) -> list[tuple[Tensor, Tensor]]:
+) -> list[Found]:
     """Scores and indices of each end that is wanted. Raises ValueError on a cache of too many rows."""
     parts = list(_parts(cache))
     n = len(parts[0].rows)
@@ -231,6 +263,15 @@ def scaled_queries(queries: Tensor) -> tuple[Tensor, Tensor]:
     step = step.where(largest > 0, 1.0)
     scaled = (queries.where(finite[:, None], 0.0).double() / step[:, None]).float()
     return scaled, step.where(finite, torch.nan)
+
+
+def float_terms(x: Tensor, kind: torch.dtype, terms: int) -> Tensor:
+    """x: [Q, W] float32 -> [terms, Q, W] of a kind that add up to x."""
+    found = []
+    for _ in range(terms):
+        found.append(x.to(kind))
+        x = x - found[-1].float()
+    return torch.stack(found)
 
 
 def integer_queries(queries: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from rapidin.ops.backends import find
-from rapidin.ops.checks import SKETCHED, check_same_device, check_sketch, check_tensor
+from rapidin.ops.checks import SKETCHED, check_same_device, check_sketch, check_tensor, nothing
 
 
 def linear_sketch(
@@ -27,6 +27,8 @@ def linear_sketch(
     _check_tokens(op, "inputs", inputs, grads)
     device = check_same_device(op, {"inputs": inputs, "grads": grads})
     run = find(op, backend, device, inputs, grads, dim)
+    if not inputs.numel() or not grads.numel():
+        return nothing(len(inputs), dim, device=device)
     result: Tensor = run(inputs.detach(), grads.detach(), dim, seed=seed)
     return result.float()
 
@@ -51,7 +53,10 @@ def embedding_sketch(
             f"{op}: ids must be at least 0 and below 2**31, got {int(ids.min())} to {int(ids.max())}; "
             "give padded positions any valid id and zero grads"
         )
-    run = find(op, backend, check_same_device(op, {"ids": ids, "grads": grads}))
+    device = check_same_device(op, {"ids": ids, "grads": grads})
+    run = find(op, backend, device)
+    if not grads.numel():
+        return nothing(len(ids), dim, device=device)
     result: Tensor = run(ids, grads.detach(), dim, seed=seed)
     return result.float()
 

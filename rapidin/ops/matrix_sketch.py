@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from rapidin.ops.backends import find
-from rapidin.ops.checks import SKETCHED, check_sketch, check_tensor
+from rapidin.ops.checks import SKETCHED, check_sketch, check_tensor, nothing
 
 
 def matrix_sketch(grad: Tensor, dim: int, *, seed: int, backend: str | None = None) -> Tensor:
@@ -20,5 +20,7 @@ def matrix_sketch(grad: Tensor, dim: int, *, seed: int, backend: str | None = No
     if grad.ndim < 2:
         raise ValueError(f"{op}: grad must have at least 2 axes (out, in), got shape {tuple(grad.shape)}")
     run = find(op, backend, grad.device)
+    if not grad.numel():
+        return nothing(*grad.shape[:-2], dim, device=grad.device)
     result: Tensor = run(grad.detach(), dim, seed=seed)
     return result.float()

@@ -16,22 +16,13 @@ def flat_sketch(
     dim: int,
     *,
     seed: int,
-    batched: bool = False,
     scales: Tensor | None = None,
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """tensors: any shapes -> [dim] float64 and, with squares, [n]; batched: [B, ...] -> [B, dim] and [B, n].
+    """tensors: [B, ...] each, at least one -> [B, dim] float64 and, with squares, [B, n].
 
     scales: [n], each tensor's factor in the sketch, not in its squared length
     """
-    if not batched:
-        if not tensors:
-            empty = torch.zeros(dim, dtype=torch.float64)
-            return empty, empty[:0] if squares else None
-        listed = [x[None] for x in tensors]
-        sketch, lengths = flat_sketch(listed, dim, seed=seed, batched=True, scales=scales, squares=squares)
-        return sketch[0], None if lengths is None else lengths[0]
-
     width = ROW if dim % ROW == 0 else dim
     groups = dim // width
     pool = torch.stack([h.permutation(seed, h.FLAT_POOL, t * groups, groups) for t in range(POOL)])

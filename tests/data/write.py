@@ -59,7 +59,7 @@ flat = []
 for seed in SEEDS:
     for dim in (8, 64, 384):
         tensors = [integers(3, 5, seed=3), integers(150, seed=4), integers(300, seed=5)]
-        sketch, _ = reference.flat_sketch(tensors, dim, seed=seed)
+        (sketch,), _ = reference.flat_sketch([x[None] for x in tensors], dim, seed=seed)
         flat.append(
             {"seed": seed, "dim": dim, "tensors": [x.tolist() for x in tensors], "sketch": sketch.tolist()}
         )

@@ -260,28 +260,6 @@ uint32_t emulated_pack_bf16(float low, float high) {
     return round(low) | round(high) << 16;
 }
 
-void emulated_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
-    emulator::Deposit own = {}, all[32];
-    std::copy(std::begin(a), std::end(a), own.words);
-    std::copy(std::begin(b), std::end(b), own.words + 4);
-    uint32_t present;
-    emulator::exchange(own, all, present);
-    const auto number = [](uint32_t word, int half) {
-        return __uint_as_float(half ? word & 0xffff0000u : word << 16);
-    };
-    const int lane = emulated_lane(), g = lane / 4, t = lane % 4;
-    for (int i = 0; i < 4; ++i) {
-        const int row = g + i / 2 * 8, column = 2 * t + i % 2;
-        double sum = 0.0;
-        for (int k = 0; k < 16; ++k) {
-            const uint32_t left = all[row % 8 * 4 + k % 8 / 2].words[row / 8 + k / 8 * 2];
-            const uint32_t right = all[column * 4 + k % 8 / 2].words[4 + k / 8];
-            sum += static_cast<double>(number(left, k % 2)) * static_cast<double>(number(right, k % 2));
-        }
-        d[i] = static_cast<float>(static_cast<double>(d[i]) + sum);
-    }
-}
-
 // The 16 x 8 products of rows and columns of 8 words each; `dot` multiplies two words.
 template <class T, class Dot>
 static void emulated_mma_words(T (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Dot dot) {

@@ -159,10 +159,8 @@ enum MmaNumbers { kMmaF16, kMmaBF16, kMmaTF32 };
 void emulated_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MmaNumbers numbers);
 void emulated_mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], bool unsigned_a);
 uint32_t emulated_pack_bf16(float low, float high);
-void emulated_mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]);
 inline float half_bits_to_float(uint16_t bits) { return emulated_half(bits); }
 inline uint32_t select_bytes(uint32_t low, uint32_t high, uint32_t selector) { return __byte_perm(low, high, selector); }
 inline uint32_t pack_bf16(float low, float high) { return emulated_pack_bf16(low, high); }
-inline void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) { emulated_mma_bf16(d, a, b); }
 
 }  // namespace rapidin

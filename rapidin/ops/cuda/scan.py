@@ -11,8 +11,16 @@ from torch import Tensor
 
 from rapidin.ops import gpu_scan
 from rapidin.ops.cuda.extension import DTYPES, PACKED_DTYPES, extension, place
-from rapidin.ops.gpu_scan import Kept, Part, Segment, Step, integer_planes, integer_queries, scaled_queries
-from rapidin.ops.packed import Packed
+from rapidin.ops.gpu_scan import (
+    Kept,
+    Part,
+    Segment,
+    Step,
+    float_terms,
+    integer_planes,
+    integer_queries,
+    scaled_queries,
+)
 
 _FORMATS = {"float32": 0, "float16": 1, "bfloat16": 2, **PACKED_DTYPES}
 _UNIT = 64  # bytes of a row that a warp takes at a time
@@ -55,16 +63,8 @@ class _Kernels:
     def keep(self, prepared: _Prepared, q: int, k: int, ends: int, rows: int, device: torch.device) -> Kept:
         running = _BLOCKS_A_MULTIPROCESSOR * extension().multiprocessors(place(prepared.queries)[0])
         blocks = max(1, min(-(-rows // _SCAN_ROWS), running // prepared.query_tiles))
-        lists = (q, ends.bit_count())
         capacity = 1024 if k <= _SCAN_ROWS else 2048  # a multiple of k, and of what a tile of rows may add
-        return Kept(
-            keys=torch.empty(blocks, *lists, capacity, dtype=torch.int64, device=device),
-            counts=torch.zeros(blocks, *lists, dtype=torch.int32, device=device),
-            least=torch.zeros(*lists, dtype=torch.int64, device=device),
-            last=torch.empty(*lists, dtype=torch.int64, device=device),
-            k=k,
-            ends=ends,
-        )
+        return Kept.none(blocks, q, k, ends, capacity, device)
 
     def scan(self, step: Step) -> None:
         part, prepared, kept, base = step.part, step.prepared, step.kept, step.base
@@ -104,23 +104,12 @@ class _Kernels:
         extension().topk_scan(fields, place(part.rows))
 
     def merge(self, kept: Kept, outs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        fields = _NO_FIELDS | _kept_fields(kept, kept.keys.shape[1])
+        fields = _kept_fields(kept, kept.keys.shape[1])
         (scores, indices), (low_scores, low_indices) = outs[0], outs[-1]
         extension().topk_merge(
             fields, scores.data_ptr(), indices.data_ptr(), low_scores.data_ptr(), low_indices.data_ptr(),
             scores.stride(0), kept.last.data_ptr(), place(scores),
         )  # fmt: skip
-
-
-_NO_FIELDS = dict.fromkeys(
-    (
-        *("rows", "format", "n", "width", "stride_row", "first", "scale", "scale_dtype", "stride_scale"),
-        *("segments", "segment_count", "units", "scales", "stride_scales", "fragments", "tiles"),
-        *("columns_held", "queries", "stride_query", "units_of", "sums", "partial", "stride_partial"),
-        *("first_part", "last_part", "valid", "base", "stride_base", "after"),
-    ),
-    0,
-)
 
 
 def _kept_fields(kept: Kept, q: int) -> dict[str, int]:
@@ -179,14 +168,10 @@ def _split(x: Tensor, dtype: str) -> Tensor:
         high = ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
         low = ((x - high).view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
         return torch.stack([high, low], 1)[:, :, None]
-    kind = torch.float16 if dtype == "float16" else torch.bfloat16
-    terms = []
-    for _ in range(2 if dtype == "float16" else 3):
-        terms.append(x.to(kind))
-        x = x - terms[-1].float()
     if dtype == "float16":
-        return torch.stack(terms, 1)[:, :, None]
-    columns = torch.stack([terms[0], terms[1], terms[2], torch.zeros_like(terms[0])], 1)
+        return float_terms(x, torch.float16, 2).transpose(0, 1)[:, :, None]
+    terms = float_terms(x, torch.bfloat16, 3)
+    columns = torch.stack([*terms, torch.zeros_like(terms[0])], 1)
     return columns.view(len(x), 2, 2, x.shape[1]).transpose(1, 2)
 
 
@@ -212,32 +197,4 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-def topk_scan(
-    cache: Sequence[Tensor | Packed],
-    queries: Tensor,
-    k: int,
-    *,
-    largest: bool,
-    scales: Tensor | None,
-    offsets: Sequence[int] | None,
-    valid: Tensor | None,
-    base: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    end = gpu_scan.TOP if largest else gpu_scan.BOTTOM
-    (found,) = gpu_scan.scan(_Kernels(), cache, queries, k, end, scales, offsets, valid, base)
-    return found
-
-
-def topk_scan_both_ends(
-    cache: Sequence[Tensor | Packed],
-    queries: Tensor,
-    k: int,
-    *,
-    scales: Tensor | None,
-    offsets: Sequence[int] | None,
-    valid: Tensor | None,
-    base: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ends = gpu_scan.TOP | gpu_scan.BOTTOM
-    top, bottom = gpu_scan.scan(_Kernels(), cache, queries, k, ends, scales, offsets, valid, base)
-    return (*top, *bottom)
+topk_scan, topk_scan_both_ends = gpu_scan.ops(_Kernels())

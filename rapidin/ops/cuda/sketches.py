@@ -39,8 +39,6 @@ def _split(inputs: Tensor, grads: Tensor) -> bool:
 def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
-    if not inputs.numel() or not grads.numel():
-        return torch.zeros(batch, dim, device=inputs.device, dtype=torch.float32)
     if not supports_linear_sketch(inputs, grads, dim):
         raise ValueError(
             f"linear_sketch: backend 'cuda' has no kernel for dim {dim} of {inputs.dtype} and {grads.dtype} "
@@ -76,25 +74,11 @@ def flat_sketch(
     dim: int,
     *,
     seed: int,
-    batched: bool,
     scales: Tensor | None = None,
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    if not batched:
-        if not tensors:
-            return torch.zeros(dim, dtype=torch.float32), torch.zeros(
-                0, dtype=torch.float32
-            ) if squares else None
-        listed = [x[None] for x in tensors]
-        sketch, lengths = flat_sketch(listed, dim, seed=seed, batched=True, scales=scales, squares=squares)
-        return sketch[0], None if lengths is None else lengths[0]
     device, n = tensors[0].device, len(tensors)
     plan = flat_plan(tensors, dim)
-    if not plan.rows or not plan.batch:
-        return (
-            torch.zeros(plan.batch, dim, dtype=torch.float32, device=device),
-            torch.zeros(plan.batch, n, dtype=torch.float32, device=device) if squares else None,
-        )
 
     def room(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=device)

@@ -17,11 +17,11 @@ from rapidin.ops.gpu_scan import (
     Part,
     Segment,
     Step,
+    float_terms,
     integer_planes,
     integer_queries,
     scaled_queries,
 )
-from rapidin.ops.packed import Packed
 
 _PROGRAMS_A_MULTIPROCESSOR = 4
 _SIMULATED = 3  # multiprocessors where there is no GPU
@@ -57,15 +57,7 @@ class _Kernels:
         running = _PROGRAMS_A_MULTIPROCESSOR * _multiprocessors(device)
         programs = max(1, min(-(-rows // tile["R"]), running // -(-q // tile["Q"])))
         capacity = 1 << (max(2 * k, k + 2 * tile["R"]) - 1).bit_length()
-        lists = (q, ends.bit_count())
-        return Kept(
-            keys=torch.empty(programs, *lists, capacity, dtype=torch.int64, device=device),
-            counts=torch.zeros(programs, *lists, dtype=torch.int32, device=device),
-            least=torch.zeros(*lists, dtype=torch.int64, device=device),
-            last=torch.empty(*lists, dtype=torch.int64, device=device),
-            k=k,
-            ends=ends,
-        )
+        return Kept.none(programs, q, k, ends, capacity, device)
 
     def scan(self, step: Step) -> None:
         part, prepared, kept = step.part, step.prepared, step.kept
@@ -116,20 +108,11 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
     else:
         scaled, units = scaled_queries(queries)
         terms = 0 if few else _TERMS[dtype]
-        columns = scaled[None] if few else _split(scaled, _KINDS[dtype], terms)
+        columns = scaled[None] if few else float_terms(scaled, _KINDS[dtype], terms)
     missing = 0 if few else -q % tile["Q"]
     columns = torch.nn.functional.pad(columns, (0, 0, 0, missing)).contiguous()
     table = None if segments is None else _segment_table(tuple(segments), queries.device)
     return _Prepared(columns, units, sums, exact, planes, terms, table, tile)
-
-
-def _split(x: Tensor, kind: torch.dtype, terms: int) -> Tensor:
-    """x: [Q, W] float32 -> [terms, Q, W] of a kind that add up to x."""
-    found = []
-    for _ in range(terms):
-        found.append(x.to(kind))
-        x = x - found[-1].float()
-    return torch.stack(found)
 
 
 @lru_cache(maxsize=64)
@@ -143,32 +126,4 @@ def _multiprocessors(device: torch.device) -> int:
     return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
-def topk_scan(
-    cache: Sequence[Tensor | Packed],
-    queries: Tensor,
-    k: int,
-    *,
-    largest: bool,
-    scales: Tensor | None,
-    offsets: Sequence[int] | None,
-    valid: Tensor | None,
-    base: Tensor | None,
-) -> tuple[Tensor, Tensor]:
-    end = gpu_scan.TOP if largest else gpu_scan.BOTTOM
-    (found,) = gpu_scan.scan(_Kernels(), cache, queries, k, end, scales, offsets, valid, base)
-    return found
-
-
-def topk_scan_both_ends(
-    cache: Sequence[Tensor | Packed],
-    queries: Tensor,
-    k: int,
-    *,
-    scales: Tensor | None,
-    offsets: Sequence[int] | None,
-    valid: Tensor | None,
-    base: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    ends = gpu_scan.TOP | gpu_scan.BOTTOM
-    top, bottom = gpu_scan.scan(_Kernels(), cache, queries, k, ends, scales, offsets, valid, base)
-    return (*top, *bottom)
+topk_scan, topk_scan_both_ends = gpu_scan.ops(_Kernels())

@@ -17,8 +17,6 @@ _TOKEN_BYTES = 256 << 20  # of tokens' spectra held at a time, where the kernel 
 
 
 def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
-    if not inputs.numel() or not grads.numel():
-        return torch.zeros(len(inputs), dim, device=inputs.device, dtype=torch.float32)
     table_in = tables.columns(seed, tables.IN, inputs.shape[2], dim, inputs.device)
     table_out = tables.columns(seed, tables.OUT, grads.shape[2], dim, inputs.device)
     if dim not in linear_kernels.DIMS:
@@ -57,32 +55,17 @@ def flat_sketch(
     dim: int,
     *,
     seed: int,
-    batched: bool,
     scales: Tensor | None = None,
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    if not batched:
-        if not tensors:
-            return torch.zeros(dim, dtype=torch.float32), torch.zeros(
-                0, dtype=torch.float32
-            ) if squares else None
-        listed = [x[None] for x in tensors]
-        sketch, lengths = flat_sketch(listed, dim, seed=seed, batched=True, scales=scales, squares=squares)
-        return sketch[0], None if lengths is None else lengths[0]
-    device = tensors[0].device
     plan = flat_plan(tensors, dim)
-    if not plan.rows or not plan.batch:
-        none = torch.zeros(plan.batch, len(tensors), dtype=torch.float32, device=device) if squares else None
-        return torch.zeros(plan.batch, dim, dtype=torch.float32, device=device), none
-    places = tables.places(seed, plan.groups, device)
+    places = tables.places(seed, plan.groups, tensors[0].device)
     scales = scales.contiguous() if scales is not None else None
     return flat_kernels.flat_sketch(plan, places, seed, scales, squares)
 
 
 def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:
     *leading, n_out, n_in = grad.shape
-    if not grad.numel():
-        return torch.zeros(*leading, dim, dtype=torch.float32, device=grad.device)
     matrices = grad.reshape(-1, n_out, n_in)
     sides = (tables.OUT, tables.IN)
     if n_out > n_in:  # columns are gathered in whole chunks: they are the longer side, of a bias the first
@@ -94,8 +77,6 @@ def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:
 
 
 def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
-    if not grads.numel():
-        return torch.zeros(len(ids), dim, dtype=torch.float32, device=grads.device)
     vocabulary = 1 << int(ids.max()).bit_length()  # rounded up, so that few tables serve all batches
     row_table = tables.rows(seed, tables.OUT, vocabulary, dim, grads.device)[ids]
     return fold(grads, row_table, tables.columns(seed, tables.IN, grads.shape[-1], dim, grads.device), dim)
