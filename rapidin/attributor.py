@@ -335,10 +335,16 @@ class Attributor:
         elif made is not None:
             writer.set_geometry(made.data)
             self._take_up(made)
-        elif record["sha256"] is not None:
+        elif record["sha256"] is not None and (writer.folder / record["file"]).exists():
             self._take_up(Geometry.read(manifest))
         else:
             made = self._sample_geometry(examples, meter)
+            if record["sha256"] not in (None, made.sha256):
+                raise UserError(
+                    f"the geometry '{writer.folder / record['file']}' is missing, and does not come out the "
+                    "same here",
+                    "restore it, or cache into another folder",
+                )
             writer.set_geometry(made.data)
             self._take_up(made)
 

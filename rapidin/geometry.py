@@ -1,9 +1,10 @@
 """The optimizer's geometry: gradients scaled by a root of their second moment, as Adam's steps are.
 
-A model tuned with Adam moves along the gradient over the root of its second moment V, elementwise. A product
-of two gradients says what such a step does if it holds ``V^-1/2``, so each side is scaled by ``V^-p`` with
-``p = 1/4``. V is kept as Adafactor keeps it (Shazeer & Stern, 2018, section 3): for a parameter's gradient
-[O, I], with r and c the row and column means of the second moment,
+A model tuned with Adam moves along the gradient over the root of its second moment V, elementwise. So the
+gradients of both sides, training and query alike, are brought into the units of such steps: scaled by
+``V^-p``, p = 1/2 (1/4 would put one step's root into a product of two; 1/2 predicts retrainings better,
+docs/how-it-works.md). V is kept as Adafactor keeps it (Shazeer & Stern, 2018, section 3): for a parameter's
+gradient [O, I], with r and c the row and column means of the second moment,
 
     V_oi ~ r_o c_i / mean(r)
 
@@ -29,8 +30,8 @@ from rapidin.errors import UserError
 from rapidin.layers import Target
 from rapidin.squares import Squares
 
-EXPONENT = 0.25  # of V, on each of the two sides of a product
-FLOOR = 1e-6  # r and c are at least this share of their own means
+EXPONENT = 0.5  # of V, on each of the two sides of a product
+FLOOR = 0.01  # r and c are at least this share of their own means
 SAMPLE = 256  # examples
 STREAM = 18  # of the keyed hash in docs/sketch.md, that draws them
 
@@ -128,6 +129,11 @@ class Geometry:
         data: bytes = save(tensors)
         return data
 
+    @property
+    def sha256(self) -> str:
+        """Checksum of `data`."""
+        return hashlib.sha256(self.data).hexdigest()
+
     @staticmethod
     def of_tensors(tensors: Mapping[str, Tensor]) -> Geometry:
         """What `data` holds; ValueError or KeyError where it is something else."""
@@ -216,15 +222,14 @@ class GeometryChoice:
         """What the manifest of a new cache says of it."""
         if self.kind == "off":
             return "off"
-        data = None if self.made is None else self.made.data
         return {
             "kind": self.kind,
             "exponent": self.exponent,
             "floor": self.floor,
             "sample": self.sample,
             "file": GEOMETRY,
-            "bytes": 0 if data is None else len(data),
-            "sha256": None if data is None else hashlib.sha256(data).hexdigest(),
+            "bytes": 0 if self.made is None else len(self.made.data),
+            "sha256": None if self.made is None else self.made.sha256,
         }
 
 

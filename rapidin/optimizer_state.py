@@ -42,18 +42,23 @@ def second_moments(
     default those that require a gradient, or all where none does. Raises UserError where the file cannot be
     read, holds more than tensors and numbers, or is not the state of these parameters.
     """
-    if path.is_dir():
-        path = path / "optimizer.pt"
-    if not path.is_file():
-        raise UserError(
-            f"no optimizer's state at '{path}'", "give a file, or a checkpoint-... folder with one"
-        )
+    path = state_file(path)
     kept = (
         _of_safetensors(path, targets)
         if path.suffix == ".safetensors"
         else _of_torch(path, model, targets, trained)
     )
     return {t.name: _means(kept[t.name], t, path) for t in targets}
+
+
+def state_file(path: Path) -> Path:
+    """The file with the state: `path`, or optimizer.pt in it; UserError where there is none."""
+    file = path / "optimizer.pt" if path.is_dir() else path
+    if not file.is_file():
+        raise UserError(
+            f"no optimizer's state at '{file}'", "give a file, or a checkpoint folder with optimizer.pt"
+        )
+    return file
 
 
 def _means(kept: Mapping[str, Tensor], target: Target, path: Path) -> Means:

@@ -219,6 +219,8 @@ def _finite(value: Any) -> Any:
 
 def info_report(info: Mapping[str, Any]) -> RenderableType:
     """What `Cache.info()` says, in a few lines."""
+    from rapidin.cache.manifest import geometry_words
+
     model, sketch, gradient = info["model"]["source"], info["sketch"], info["gradient"]
     data, text = info["data"], info["text"]
     points = " and ".join(f"{point:g}" for point in gradient["at"])
@@ -239,6 +241,7 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         ("data", f"{data.get('path') or 'in memory'} ({data.get('form')} form)" if data else None),
         ("examples", counts_text(info["counts"])),
         ("gradients", f"taken {where}, {gradient['loss']} loss over the tokens"),
+        ("geometry", geometry_words(gradient.get("geometry", "off"))),
         ("included", ", ".join(gradient["include"])),
         ("excluded", ", ".join(gradient["exclude"])),
         (

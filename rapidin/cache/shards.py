@@ -111,11 +111,12 @@ def read_geometry(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
     from safetensors.torch import load
 
     path = folder / record["file"]
-    remedy = "without it queries cannot follow: restore it, or cache again into another folder"
+    again = "run the same 'rapidin cache' again: it is made anew"
+    remedy = f"delete that file and {again}"
     try:
         data = path.read_bytes()
     except FileNotFoundError:
-        raise UserError(f"the geometry '{path}' is missing", remedy) from None
+        raise UserError(f"the geometry '{path}' is missing", again) from None
     except OSError as error:
         raise UserError(f"cannot read '{path}': {error.strerror}") from None
     if hashlib.sha256(data).hexdigest() != record["sha256"]:
