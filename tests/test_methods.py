@@ -72,7 +72,8 @@ def by_formula(
         elif method == "fisher":
             moment = y.T @ y / n
             inverse = torch.linalg.inv(
-                moment + (damping or methods.DAMPING["fisher"]) * moment.trace() / min(n, d) * eye
+                moment
+                + (damping or methods.DAMPING["fisher"]) * (moment @ moment).trace() / moment.trace() * eye
             )
         else:
             lam = (damping or methods.DAMPING["datainf"]) * y.square().sum(1).mean() / d
@@ -91,9 +92,7 @@ def error(got: Tensor, want: Tensor) -> float:
 def test_with_an_exact_sketch_a_method_is_its_formula(
     attributor: Attributor, cache: Cache, method: str, normalize: str
 ) -> None:
-    want = by_formula(
-        gradients(attributor, records()), gradients(attributor, QUERIES), method, normalize
-    )
+    want = by_formula(gradients(attributor, records()), gradients(attributor, QUERIES), method, normalize)
     got = attributor.scores(cache, QUERIES, method=method, normalize=normalize)  # type: ignore[arg-type]
     # DataInf takes away nearly all of a gradient that others share, and float32 gradients keep 7 digits.
     assert error(got, want) < (1e-3 if method == "datainf" else 1e-4)
@@ -131,7 +130,9 @@ def test_with_any_sketch_a_method_is_its_formula_on_the_sketches(
     assert error(got, want) < 1e-4
 
 
-@pytest.mark.parametrize(("method", "normalize"), [pair for pair in ALL if pair[0] != "dot"] + [("dot", "none")])
+@pytest.mark.parametrize(
+    ("method", "normalize"), [pair for pair in ALL if pair[0] != "dot"] + [("dot", "none")]
+)
 def test_self_influence_is_the_diagonal(
     attributor: Attributor, cache: Cache, method: str, normalize: str
 ) -> None:
@@ -149,7 +150,9 @@ def test_several_points_are_blocks_of_their_own(tmp_path: Path) -> None:
     want = torch.zeros_like(got, dtype=torch.float64)
     for point in (0.25, 0.75):
         attributor.points = [point]
-        want += by_formula(gradients(attributor, records()), gradients(attributor, QUERIES), "fisher", "layer")
+        want += by_formula(
+            gradients(attributor, records()), gradients(attributor, QUERIES), "fisher", "layer"
+        )
     assert error(got, want / 2) < 1e-4
 
 
@@ -193,7 +196,9 @@ def test_a_moment_of_some_rows_is_near_that_of_all(tmp_path: Path, monkeypatch: 
     assert 0 < error(half, whole.double()) < 0.5
 
 
-def test_rows_that_do_not_count_are_in_no_moment(attributor: Attributor, cache: Cache, tmp_path: Path) -> None:
+def test_rows_that_do_not_count_are_in_no_moment(
+    attributor: Attributor, cache: Cache, tmp_path: Path
+) -> None:
     rows = records()
     mixed = [*rows[:9], {"prompt": "nothing: ", "completion": ""}, *rows[9:]]
     other = attributor.cache(mixed, tmp_path, dtype="float32", shard_rows=5)
@@ -203,7 +208,9 @@ def test_rows_that_do_not_count_are_in_no_moment(attributor: Attributor, cache: 
         kept = torch.cat([got[:, :9], got[:, 10:]], 1)
         want = attributor.scores(cache, QUERIES, method=method)  # type: ignore[arg-type]
         assert error(kept, want.double()) < 1e-5
-    assert rapidin.self_influence(other, method="fisher", normalize="layer").isnan().nonzero().tolist() == [[9]]
+    assert rapidin.self_influence(other, method="fisher", normalize="layer").isnan().nonzero().tolist() == [
+        [9]
+    ]
 
 
 @pytest.mark.parametrize("method", ["datainf", "fisher"])
@@ -239,7 +246,9 @@ def test_a_layer_without_gradient_adds_nothing(attributor: Attributor, cache: Ca
         for n, (_, part) in enumerate(cache.shards()):
             sketch, length = part.code["sketch"].clone(), part.code["length"].clone()
             sketch[:, :128], length[:, 0] = 0, 0
-            rows = Rows({"sketch": sketch, "length": length}, part.index, part.status, part.truncated, part.record)
+            rows = Rows(
+                {"sketch": sketch, "length": length}, part.index, part.status, part.truncated, part.record
+            )
             writer.write(n, rows, {"ok": len(part.index)})
     dead = Cache(tmp_path)
     for method, normalize in ALL:
