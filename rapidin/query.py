@@ -89,7 +89,7 @@ def sources(parts: Sequence[Part], generations: Sequence[Generation], scoring: S
 
 def _mean(vectors: Tensor, generations: Sequence[Generation], chosen: Sequence[int]) -> Tensor:
     """The weighted mean of chosen query vectors [Q, blocks, width]: [blocks, width]."""
-    weights = torch.tensor([generations[n].weight for n in chosen], dtype=torch.float64)
+    weights = torch.tensor([generations[n].weight for n in chosen], dtype=torch.float64, device="cpu")
     total = float(weights.abs().sum())
     if not 0 < total < float("inf"):
         raise UserError("the weights of a target set are all zero, or not finite", "mend its column 'weight'")

@@ -86,7 +86,7 @@ class Moment:
 
 def squares(cache: Cache, normalize: str, device: torch.device) -> tuple[int, Tensor]:
     """How many rows count, and the mean over them of |y_nb|^2, from their lengths: [blocks] float64."""
-    total = torch.zeros(len(cache.layers), dtype=torch.float64)
+    total = torch.zeros(len(cache.layers), dtype=torch.float64, device="cpu")
     n = 0
     for _, part in cache.shards():
         live = (cache.code.lengths(part.code) > 0) & (part.status == 0)[:, None]
