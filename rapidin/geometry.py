@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from rapidin.cache.manifest import GEOMETRY, Manifest
 from rapidin.cache.shards import read_geometry
 from rapidin.errors import UserError
-from rapidin.layers import Target
+from rapidin.layers import Target, matrix_shape
 from rapidin.squares import Squares
 
 EXPONENT = 0.5  # of V, on each of the two sides of a product
@@ -265,11 +265,3 @@ class Moments:
             rows, columns = r.cpu() / (len(c) * self.examples), c.cpu() / (len(r) * self.examples)
             table[target.name] = Scale.of(rows, columns, exponent, floor)
         return table
-
-
-def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """(O, I) of a parameter's gradient read as a matrix: the first axis, and the product of the rest."""
-    columns = 1
-    for n in shape[1:]:
-        columns *= n
-    return (shape[0] if shape else 1), columns

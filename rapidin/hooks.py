@@ -22,8 +22,8 @@ from torch.nn import functional as F
 
 from rapidin import ops
 from rapidin.errors import UserError
-from rapidin.geometry import Geometry, Scale, matrix_shape
-from rapidin.layers import Target, Use, block_seed
+from rapidin.geometry import Geometry, Scale
+from rapidin.layers import Target, Use, block_seed, matrix_shape
 from rapidin.squares import Squares, as_factors, embedding_squares, factor_squares, formed_squares, joined
 from rapidin.transfer import upload
 

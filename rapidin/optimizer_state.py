@@ -25,8 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from rapidin.errors import UserError, short
-from rapidin.geometry import matrix_shape
-from rapidin.layers import Target
+from rapidin.layers import Target, matrix_shape
 
 Means = tuple[Tensor, Tensor]  # of rows [O] and columns [I], float64
 _KEYS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")

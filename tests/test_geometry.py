@@ -19,9 +19,9 @@ from rapidin.attributor import Attributor, Progress
 from rapidin.cache import Cache, Manifest
 from rapidin.cli import main
 from rapidin.errors import UserError
-from rapidin.geometry import EXPONENT, FLOOR, Geometry, GeometryChoice, Moments, Scale, matrix_shape
+from rapidin.geometry import EXPONENT, FLOOR, Geometry, GeometryChoice, Moments, Scale
 from rapidin.hooks import Batch, GradientSketcher
-from rapidin.layers import Target, block_seed, find_targets
+from rapidin.layers import Target, block_seed, find_targets, matrix_shape
 from rapidin.model import LoadedModel
 from rapidin.optimizer_state import second_moments
 from rapidin.squares import embedding_squares, factor_squares, formed_squares

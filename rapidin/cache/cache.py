@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidin.cache.manifest import NAME, Manifest, Packing, Shard, shard_name
+from rapidin.cache.manifest import NAME, Manifest, Packing, Shard, geometry_words, shard_name
 from rapidin.cache.shards import (
     Rows,
     checksum,
@@ -152,6 +152,7 @@ class Cache:
             "dtype": m.code.dtype,
             "code": m.code.to_json(),
             "packing": None if m.packing is None else m.packing.to_json(),
+            "geometry": geometry_words(m.gradient.get("geometry", "off")),
             "bytes": self.bytes,
             "bytes_per_example": self.bytes / len(self) if len(self) else None,
             "shards": len(m.shards),
