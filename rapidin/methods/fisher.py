@@ -10,8 +10,8 @@ mean it depends neither on how many rows there are nor on the width of the sketc
 all settings measured in docs/results.md.
 
 Each row is left out of the moment that it is compared by. With h_nb = <y_nb, (F_b + damping)^-1 y_nb> / n,
-its leverage, that is a factor of 1 / (1 - h_nb) on its block (Sherman & Morrison, 1950). With whole sketches it
-changes next to nothing; with few bits a row the noise of its code would stand in its own way, and more so in
+its leverage, that is a factor of 1 / (1 - h_nb) on its block (Sherman & Morrison, 1950). With whole sketches
+it changes next to nothing; with few bits a row the noise of its code would stand in its own way, more so in
 rows that the code has not learnt from.
 """
 
