@@ -1,8 +1,8 @@
 """The one trainer: AdamW on the completion tokens, all weights or a LoRA adapter.
 
 The demo, the examples and the evaluations tune models with it. It is small on purpose: one device, float32,
-batches padded on the right, and the same weights whenever the same things are asked for again, also of a run that
-was killed and gone on with. Users' own models come from their own trainers; what this one writes has the
+batches padded on the right, and the same weights whenever the same things are asked for again, also of a run
+that was killed and gone on with. Users' own models come from their own trainers; what this one writes has the
 layout of theirs (`save_model`, `Checkpoints`), so that everything downstream can be tried on it.
 """
 
@@ -26,6 +26,7 @@ from rapidin.errors import UserError
 
 if TYPE_CHECKING:
     from rapidin.encoding import Encoded
+    from rapidin.model import LoadedModel
 
 NOT_A_TARGET = -100
 ATTENTION = ("q_proj", "v_proj")
@@ -84,22 +85,24 @@ class Recipe:
 
 @dataclass(frozen=True, slots=True)
 class Checkpoints:
-    """Where and after which steps `tune` leaves folders `checkpoint-STEP` of the Hugging Face Trainer's layout.
+    """Where and after which steps `tune` leaves folders `checkpoint-STEP` of the Hugging Face Trainer's
+    layout.
 
-    In each: the model or the adapter, `trainer_state.json` with the learning rate of every step so far, and
-    `optimizer.pt`, the optimizer's state with its parameters in the Trainer's order (those that it gives
-    weight decay first).
+    In each: the model or the adapter, the tokenizer where one is given, `trainer_state.json` with the
+    learning rate of every step so far, and `optimizer.pt`, the optimizer's state with its parameters in the
+    Trainer's order (those that it gives weight decay first).
     """
 
     folder: Path
     steps: Collection[int] = field(default=())
+    tokenizer: Any = None
 
     @staticmethod
-    def spread(folder: Path, count: int, steps: int) -> Checkpoints:
+    def spread(folder: Path, count: int, steps: int, tokenizer: Any = None) -> Checkpoints:
         """`count` checkpoints at even distances, the last of them after the last step."""
         if count > steps:
             raise UserError(f"{count} checkpoints of {steps} steps", "ask for fewer")
-        return Checkpoints(folder, sorted({round(steps * n / count) for n in range(1, count + 1)}))
+        return Checkpoints(folder, sorted({round(steps * n / count) for n in range(1, count + 1)}), tokenizer)
 
 
 def tune(
@@ -132,7 +135,7 @@ def tune(
     first = state.load(named, optimizer) if state else 0
     device, steps = weights[0].device, recipe.count(len(examples))
     history: list[dict[str, float]] = []
-    losses: list[float] = []
+    seen: list[float] = []
     model.train()
     with torch.random.fork_rng():
         for step, rows in enumerate(recipe.batches(len(examples))):
@@ -149,20 +152,20 @@ def tune(
             if recipe.clip is not None:
                 nn.utils.clip_grad_norm_(weights, recipe.clip)
             optimizer.step()
-            losses.append(loss.item())
-            if not losses[-1] < float("inf"):
+            seen.append(loss.item())
+            if not seen[-1] < float("inf"):
                 raise UserError(
-                    f"the loss of step {step + 1} is {losses[-1]}", "tune with a lower --learning-rate"
+                    f"the loss of step {step + 1} is {seen[-1]}", "tune with a lower --learning-rate"
                 )
-            history[-1]["loss"] = losses[-1]
+            history[-1]["loss"] = seen[-1]
             if checkpoints and step + 1 in checkpoints.steps:
-                _save_checkpoint(checkpoints.folder, model, optimizer, step + 1, steps, recipe, history)
+                _save_checkpoint(checkpoints, model, optimizer, step + 1, steps, recipe, history)
             if state and (step + 1) % state.every == 0:
                 state.save(step + 1, named, optimizer)
             if on_step:
-                on_step(step + 1, steps, losses[-1])
+                on_step(step + 1, steps, seen[-1])
     model.eval()
-    last = losses[-(-(-len(examples) // recipe.batch)) :]
+    last = seen[-Recipe(batch=recipe.batch).count(len(examples)) :]  # those of one pass
     return sum(last) / len(last) if last else float("nan")
 
 
@@ -190,8 +193,57 @@ def _loss(model: Any, examples: Sequence[Encoded], pad: int, device: torch.devic
     return F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NOT_A_TARGET)
 
 
-def add_lora(model: Any, *, rank: int = 8, targets: Sequence[str] = ALL_LINEAR, seed: int = 0) -> Any:
-    """The model with a LoRA adapter on the modules of these names; only the adapter trains.
+@torch.no_grad()
+def losses(model: Any, examples: Sequence[Encoded], *, batch_tokens: int = 2048) -> Tensor:
+    """Mean loss of each example over its completion tokens: [n] float32 on the CPU, in their order."""
+    from rapidin.hooks import Batch, example_losses
+
+    model.eval()
+    device = next(iter(model.parameters())).device
+    found = torch.zeros(len(examples))
+    order = sorted(range(len(examples)), key=lambda n: len(examples[n].ids))
+    while order:
+        longest = len(examples[order[-1]].ids)
+        chosen = order[-max(1, batch_tokens // longest) :]
+        del order[-len(chosen) :]
+        batch = Batch.of([(examples[n].ids, examples[n].target) for n in chosen], device)
+        found[chosen] = example_losses(model, batch).float().cpu()
+    return found
+
+
+class Tuner:
+    """Tunes one model again and again, each time from where it was.
+
+    loaded: the base, in float32; its model is changed in place. lora: rank of an adapter that is new each
+    time, None for all weights. targets: names of the adapter's modules, or "all-linear".
+    """
+
+    def __init__(
+        self, loaded: LoadedModel, *, lora: int | None = None, targets: Sequence[str] | str = "all-linear"
+    ) -> None:
+        self.loaded, self.lora, self.targets = loaded, lora, targets
+        self._model = loaded.model
+        self._start: dict[str, Tensor] = {}
+        if lora is None:
+            self._start = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+            loaded.model.requires_grad_(True)
+
+    def tuned(self, examples: Sequence[Encoded], recipe: Recipe, **options: Any) -> Any:
+        """The model tuned on these; it is the same object every time. options: those of `tune`."""
+        if self.lora is None:
+            self._model.load_state_dict(self._start)
+        else:
+            if hasattr(self._model, "peft_config"):
+                self._model = self._model.unload()
+            self._model = add_lora(self._model, rank=self.lora, targets=self.targets, seed=recipe.seed)
+        pad = self.loaded.tokenizer.pad_token_id
+        tune(self._model, examples, recipe, pad=pad if pad is not None else 0, **options)
+        return self._model
+
+
+def add_lora(model: Any, *, rank: int = 8, targets: Sequence[str] | str = ALL_LINEAR, seed: int = 0) -> Any:
+    """The model with a LoRA adapter on the modules of these names, or on "all-linear"; only the adapter
+    trains.
 
     Raises UserError where the model has no such modules.
     """
@@ -201,7 +253,7 @@ def add_lora(model: Any, *, rank: int = 8, targets: Sequence[str] = ALL_LINEAR, 
     config = LoraConfig(
         r=rank,
         lora_alpha=2 * rank,
-        target_modules=list(targets),
+        target_modules=targets if isinstance(targets, str) else list(targets),
         task_type="CAUSAL_LM",
         fan_in_fan_out=conv,
     )
@@ -210,12 +262,11 @@ def add_lora(model: Any, *, rank: int = 8, targets: Sequence[str] = ALL_LINEAR, 
         try:
             return get_peft_model(model, config)
         except ValueError as error:
+            named = targets if isinstance(targets, str) else ", ".join(targets)
             names = sorted(
                 {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) or conv}
             )
-            raise UserError(
-                f"the model has no modules {', '.join(targets)}", f"it has {', '.join(names[:12])}"
-            ) from error
+            raise UserError(f"the model has no modules {named}", f"it has {', '.join(names[:12])}") from error
 
 
 # ------------------------------------------------------------------------------------------------ saving
@@ -264,7 +315,7 @@ def _groups(model: Any) -> list[dict[str, Any]]:
 
 
 def _save_checkpoint(
-    folder: Path,
+    kept: Checkpoints,
     model: Any,
     optimizer: torch.optim.Optimizer,
     step: int,
@@ -272,11 +323,13 @@ def _save_checkpoint(
     recipe: Recipe,
     history: Sequence[Mapping[str, float]],
 ) -> None:
-    name = folder / f"checkpoint-{step}"
-    part = folder / f"checkpoint-{step}.partial"
+    name = kept.folder / f"checkpoint-{step}"
+    part = kept.folder / f"checkpoint-{step}.partial"
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
     model.save_pretrained(part)
+    if kept.tokenizer is not None:
+        kept.tokenizer.save_pretrained(part)
     torch.save(optimizer.state_dict(), part / "optimizer.pt")
     described = {
         "global_step": step,

@@ -46,7 +46,7 @@ ALLOWED = {
         "transfer",
     },
     "plan": {"attributor", "caching", "encoding", "examples", "ops", "pack"},
-    "tuning": set(),
+    "tuning": {"hooks"},
     "evaluate": {
         "attributor",
         "cache",

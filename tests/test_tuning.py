@@ -1,6 +1,7 @@
 """The trainer: what a step is, resuming, checkpoints as the Hugging Face Trainer lays them out."""
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,8 @@ def test_batches_cover_the_data_and_repeat() -> None:
     made = list(recipe.batches(10))
     assert made == list(recipe.batches(10))
     assert [len(rows) for rows in made] == [4, 4, 2] * 2
-    assert sorted(sum(made[:3], [])) == list(range(10)) == sorted(sum(made[3:], []))
+    for part in (made[:3], made[3:]):
+        assert sorted(row for rows in part for row in rows) == list(range(10))
     assert made[:3] != made[3:]
     assert list(Recipe(steps=4, batch=4, seed=3).batches(10)) == made[:4]
 
@@ -57,7 +59,7 @@ def test_rates_rise_and_fall() -> None:
     recipe = Recipe(learning_rate=2.0, warm_up=4)
     rates = [recipe.rate(step, 10) for step in range(10)]
     assert rates[:4] == [0.5, 1.0, 1.5, 2.0]
-    assert all(a > b for a, b in zip(rates[3:], rates[4:], strict=False))
+    assert all(a > b for a, b in pairwise(rates[3:]))
     assert rates[9] == pytest.approx(2 / 7)
     constant = Recipe(learning_rate=2.0, warm_up=0, schedule="constant")
     assert [constant.rate(step, 10) for step in range(10)] == [2.0] * 10
@@ -139,7 +141,8 @@ def test_checkpoints_are_laid_out_as_the_trainers(lora: bool, examples: list[Any
     if lora:
         model = add_lora(model, rank=2)
     recipe = Recipe(epochs=2, batch=5, learning_rate=1e-2, warm_up=2)
-    where = Checkpoints.spread(tmp_path / "checkpoints", 2, recipe.count(len(examples)))
+    steps = recipe.count(len(examples))
+    where = Checkpoints.spread(tmp_path / "checkpoints", 2, steps, tiny_tokenizer())
     tune(model, examples, recipe, pad=2, checkpoints=where)
     assert sorted(p.name for p in where.folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     last = where.folder / "checkpoint-4"
@@ -153,13 +156,15 @@ def test_checkpoints_are_laid_out_as_the_trainers(lora: bool, examples: list[Any
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     decayed = [n for n in trained if "norm" not in n]
     order = decayed + [n for n in trained if n not in decayed]
-    assert [len(group["params"]) for group in saved["param_groups"]] == [len(decayed), len(order) - len(decayed)]
+    assert [len(group["params"]) for group in saved["param_groups"]] == [
+        len(decayed),
+        len(order) - len(decayed),
+    ]
     for index, name in enumerate(order):
         assert saved["state"][index]["exp_avg_sq"].shape == trained[name].shape
     if lora:
         loaded = load_model(str(tmp_path / "base"), adapter=str(last)).model
     else:
-        tiny_tokenizer().save_pretrained(last)
         loaded = load_model(str(last)).model
     assert all(torch.equal(a, b) for a, b in zip(weights(model), weights(loaded), strict=True))
     if not lora:

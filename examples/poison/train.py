@@ -27,9 +27,7 @@ def main() -> None:
     if (options.out / "adapter_model.safetensors").exists():
         sys.exit(f"{options.out} holds a finished adapter; name another --out")
     loaded = load_model(options.model, dtype="float32")
-    model = add_lora(
-        loaded.model, rank=options.rank, targets=options.targets.split(","), seed=options.seed
-    )
+    model = add_lora(loaded.model, rank=options.rank, targets=options.targets.split(","), seed=options.seed)
     encoder = Encoder(loaded.tokenizer, max_length=options.max_length)
     encoded = [made for made in map(encoder, examples) if made.status == Status.OK]
     recipe = Recipe(

@@ -1,7 +1,8 @@
 """Measures of a ranking, each with a bootstrap interval over the queries.
 
-A ranking comes as scores, higher first. Equal scores share the mean of their places, so no figure depends on the
-order in which rows happen to lie; NaN, a row without a sketch, ranks last. scikit-learn and scipy do the work.
+A ranking comes as scores, higher first. Equal scores share the mean of their places, so no figure depends on
+the order in which rows happen to lie; NaN, a row without a sketch, ranks last. scikit-learn and scipy do the
+work.
 """
 
 from __future__ import annotations
@@ -84,7 +85,8 @@ def places(scores: npt.ArrayLike) -> Floats:
 
 
 def auprc(scores: npt.ArrayLike, relevant: npt.ArrayLike) -> Floats:
-    """Average precision of each query: [Q, N], [Q, N] -> [Q]; NaN where nothing, or everything, is relevant."""
+    """Average precision of each query: [Q, N], [Q, N] -> [Q]; NaN where nothing, or everything, is
+    relevant."""
     return _each("average_precision_score", scores, relevant)
 
 
@@ -141,9 +143,7 @@ def _ties(ranked: Floats, truth: npt.NDArray[np.bool_]) -> list[tuple[float, int
 def reciprocal_rank(scores: npt.ArrayLike, relevant: npt.ArrayLike) -> Floats:
     """1 over the place of the first relevant row: [Q, N], [Q, N] -> [Q]; their mean is the MRR."""
     ranked, truth = _pairs(scores, relevant)
-    return np.array(
-        [1.0 / p[t].min() if t.any() else math.nan for p, t in zip(ranked, truth, strict=True)]
-    )
+    return np.array([1.0 / p[t].min() if t.any() else math.nan for p, t in zip(ranked, truth, strict=True)])
 
 
 def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> Floats:

@@ -1,0 +1,353 @@
+"""The linear datamodelling score: do scores foretell what retraining on other data does?
+
+The score of a test text's rows, summed over those of a random half of the training data, should rise and fall
+with how well a model trained on that half alone does on the text (Ilyas et al., *Datamodels*, 2022; Park et
+al., *TRAK*, 2023, section 4): Spearman's correlation of the two over many halves, the mean over the test
+texts.
+
+`make` does what costs, once, in a folder that others read:
+
+    lds.json          settings, the base model's name, hashes of model and data
+    train.jsonl       N training examples        test.jsonl    T test examples, as they were given
+    tuned/            the model tuned on all, a Hugging Face folder; or adapter/, a PEFT folder
+    checkpoints/      checkpoint-STEP of that tuning (`rapidin.tuning.Checkpoints`)
+    retrained.npz     masks [S, N] bool: the rows of each subset; losses [S, K, T] float32: of every test
+                      example after tuning the base on them with each of K seeds, NaN where still to be done
+
+Every retraining is kept as soon as it is done, and the same call goes on with what is left.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rapidin.encoding import Encoded, Encoder, Status
+from rapidin.errors import UserError
+from rapidin.evaluate import figures
+from rapidin.evaluate.result import Say, silent, write_atomically, write_rows
+from rapidin.examples import Examples, open_examples
+from rapidin.model import LoadedModel, load_model
+from rapidin.tuning import Checkpoints, Recipe, State, Tuner, losses, save_model
+
+DESCRIPTION = "lds.json"
+RETRAINED = "retrained.npz"
+VERSION = 1
+
+Floats = npt.NDArray[np.float64]
+
+
+# ------------------------------------------------------------------------------------------------ scores
+
+
+def correlations(masks: npt.ArrayLike, losses: npt.ArrayLike, scores: npt.ArrayLike) -> Floats:
+    """LDS of each test text: [T].
+
+    masks: [S, N], which rows each subset holds; losses: [S, T], or [S, K, T] for a mean over K seeds, of the
+    models trained on them; scores: [T, N], higher = more helpful, NaN (no sketch) counts as 0. Subsets that
+    lack a loss are left out. Raises UserError where fewer than three are left, ValueError for shapes that do
+    not fit.
+    """
+    kept, loss, value = (np.asarray(x, dtype=np.float64) for x in (masks, losses, scores))
+    loss = loss.mean(1) if loss.ndim == 3 else loss
+    if value.shape != (loss.shape[1], kept.shape[1]) or len(kept) != len(loss):
+        raise ValueError(
+            f"scores {value.shape}, masks {kept.shape} and losses {loss.shape} do not fit: "
+            "[T, N], [S, N], [S, T] are expected"
+        )
+    done = ~np.isnan(loss).any(1)
+    if done.sum() < 3:
+        raise UserError(f"{int(done.sum())} subsets are retrained on", "LDS needs at least three")
+    foretold = kept[done] @ np.nan_to_num(value, nan=0.0).T
+    return figures.spearman(foretold.T, -loss[done].T)
+
+
+def score(masks: npt.ArrayLike, losses: npt.ArrayLike, scores: npt.ArrayLike) -> tuple[float, float, float]:
+    """(LDS, the low and the high end of its 95% bootstrap interval over test texts); see `correlations`."""
+    found = figures.interval(correlations(masks, losses, scores))
+    return found.mean, found.low, found.high
+
+
+# ---------------------------------------------------------------------------------------------- settings
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """How a ground truth is made. recipe: its seed is that of the first tuning, the retrainings take those
+    after it. lora: rank of an adapter, None for all weights. seeds: retrainings of a subset, whose losses are
+    averaged. checkpoints: how many of the first tuning are kept."""
+
+    recipe: Recipe
+    lora: int | None = None
+    subsets: int = 100
+    fraction: float = 0.5
+    seeds: int = 1
+    checkpoints: int = 4
+    max_length: int = 256
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise UserError(f"--fraction {self.fraction:g} is not between 0 and 1", "0.5 is usual")
+        if self.subsets < 3 or self.seeds < 1:
+            raise UserError(f"{self.subsets} subsets with {self.seeds} seeds", "at least 3 and 1 are needed")
+
+    def to_json(self) -> dict[str, Any]:
+        """What must be the same for a folder to be gone on with; subsets may become more."""
+        return {
+            "recipe": self.recipe.to_json(),
+            "lora": self.lora,
+            "fraction": self.fraction,
+            "seeds": self.seeds,
+            "checkpoints": self.checkpoints,
+            "max_length": self.max_length,
+        }
+
+
+def random_subsets(count: int, rows: int, fraction: float, seed: int) -> npt.NDArray[np.bool_]:
+    """[count, rows] masks of round(fraction * rows) rows each; more of them begin with the same ones."""
+    size = round(fraction * rows)
+    if not 0 < size < rows:
+        raise UserError(f"a share of {fraction:g} of {rows} examples is none or all", "give more data")
+    rng = np.random.default_rng([seed, 1])
+    masks = np.zeros((count, rows), dtype=np.bool_)
+    for mask in masks:
+        mask[rng.permutation(rows)[:size]] = True
+    return masks
+
+
+class GroundTruth:
+    """A folder that `make` has written, finished or not.
+
+    masks: [S, N] bool; losses: [S, K, T] float32; about: what lds.json holds. Raises UserError where it is
+    none.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        try:
+            self.about: dict[str, Any] = json.loads((self.folder / DESCRIPTION).read_text(encoding="utf-8"))
+            with np.load(self.folder / RETRAINED, allow_pickle=False) as file:
+                self.masks, self.losses = file["masks"].astype(np.bool_), file["losses"]
+        except (OSError, ValueError, KeyError) as error:
+            raise UserError(
+                f"'{self.folder}' holds no ground truth for LDS ({type(error).__name__})",
+                "make it with 'rapidin eval lds MODEL --data ... --test ... --out ...'",
+            ) from None
+
+    @property
+    def done(self) -> int:
+        """Retrainings that are there."""
+        return int((~np.isnan(self.losses).any(2)).sum())
+
+    def examples(self, part: str) -> Examples:
+        """The examples of `train` or `test`."""
+        return open_examples(self.folder / f"{part}.jsonl")
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints of the tuning on all rows, first to last."""
+        found = (self.folder / "checkpoints").glob("checkpoint-*")
+        return sorted(
+            (path for path in found if path.name.split("-")[1].isdigit()),
+            key=lambda path: int(path.name.split("-")[1]),
+        )
+
+    def load(self, checkpoint: Path | None = None, **options: Any) -> LoadedModel:
+        """The tuned model with its base, or a checkpoint of it. options: those of `load_model`."""
+        base = self.about["model"]
+        if self.about["settings"]["lora"] is not None:
+            return load_model(base, adapter=str(checkpoint or self.folder / "adapter"), **options)
+        return load_model(str(checkpoint or self.folder / "tuned"), base=base, **options)
+
+
+# ------------------------------------------------------------------------------------------------ making
+
+
+def make(
+    folder: str | Path,
+    model: str,
+    train: Any,
+    test: Any,
+    settings: Settings,
+    *,
+    device: str | None = None,
+    say: Say = silent,
+) -> GroundTruth:
+    """Tune `model` on all of `train`, and again on random subsets; go on where an earlier call stopped.
+
+    model: a Hugging Face folder or name, or a folder with one GGUF file. train, test: anything
+    `open_examples` takes. Raises UserError where folder, data or model will not do, or where the folder was
+    begun with others.
+    """
+    folder = Path(folder)
+    examples = [x if isinstance(x, Examples) else open_examples(x) for x in (train, test)]
+    masks = random_subsets(settings.subsets, len(examples[0]), settings.fraction, settings.recipe.seed)
+    with _locked(folder):
+        say("loading the model")
+        loaded = load_model(model, device=device, dtype="float32")
+        encoder = Encoder(loaded.tokenizer, max_length=settings.max_length)
+        rows = [encoder(record) for record in examples[0]]
+        asked = [encoder(record) for record in examples[1]]
+        for n, made in enumerate(asked):
+            if made.status != Status.OK:
+                raise UserError(f"{examples[1].where(n)}: no completion token to measure a loss of")
+        about = {
+            "version": VERSION,
+            "model": str(Path(model).resolve()) if Path(model).exists() else model,
+            "identity": loaded.identity,
+            "train": {"rows": len(rows), "identity": examples[0].identity},
+            "test": {"rows": len(asked), "identity": examples[1].identity},
+            "settings": settings.to_json(),
+        }
+        _begin(folder, about, examples)
+        tuner = Tuner(loaded, lora=settings.lora)
+        _tune_all(folder, tuner, rows, asked, settings, about, say)
+        _retrain(folder, tuner, rows, asked, settings, masks, say)
+    return GroundTruth(folder)
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115 (held until the end)
+    except OSError as error:
+        raise UserError(f"cannot write into '{folder}': {error.strerror}") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"another process is working in '{folder}'") from None
+        yield
+
+
+def _begin(folder: Path, about: dict[str, Any], examples: Sequence[Examples]) -> None:
+    """Describe a new folder, or refuse one that was begun otherwise."""
+    path = folder / DESCRIPTION
+    if path.exists():
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError:
+            raise UserError(f"'{path}' is damaged", "name another --out") from None
+        # As it is read back: tuples are lists there.
+        wanted = json.loads(json.dumps(about))
+        for key in ("version", "identity", "train", "test"):
+            if found.get(key) != wanted[key]:
+                what = {"identity": "model", "version": "version of rapidin"}.get(key, f"{key} data")
+                raise UserError(f"'{folder}' was begun with another {what}", "name another --out")
+        before, now = ({**x["settings"], **x["settings"]["recipe"]} for x in (found, wanted))
+        other = sorted(k for k in now if k != "recipe" and before.get(k) != now[k])
+        if other:
+            raise UserError(
+                f"'{folder}' was begun with another {other[0].replace('_', ' ')} "
+                f"({before.get(other[0])} instead of {now[other[0]]})",
+                "give the same settings, or name another --out",
+            )
+    elif others := [p.name for p in sorted(folder.iterdir()) if not _begun(p.name)]:
+        what = f"the folder '{folder}' holds something else ('{others[0]}')"
+        raise UserError(what, "name another --out")
+    for part, given in zip(("train", "test"), examples, strict=True):
+        if not (folder / f"{part}.jsonl").exists():
+            write_rows(folder / f"{part}.jsonl", list(given))
+    write_atomically(path, json.dumps(about, indent=1) + "\n")
+
+
+def _begun(name: str) -> bool:
+    """Whether a file may lie in a folder that is not described yet."""
+    return name.startswith(".") or name.endswith(".partial") or name in ("train.jsonl", "test.jsonl")
+
+
+def _tune_all(
+    folder: Path,
+    tuner: Tuner,
+    rows: Sequence[Encoded],
+    asked: Sequence[Encoded],
+    settings: Settings,
+    about: dict[str, Any],
+    say: Say,
+) -> None:
+    out = folder / ("tuned" if settings.lora is None else "adapter")
+    if out.exists():
+        return
+    good = [row for row in rows if row.status == Status.OK]
+    recipe, state = settings.recipe, State(folder / "state", about, every=50)
+    kept = None
+    if settings.checkpoints:
+        steps = recipe.count(len(good))
+        kept = Checkpoints.spread(folder / "checkpoints", settings.checkpoints, steps, tuner.loaded.tokenizer)
+    before = float(losses(tuner.loaded.model, asked).mean())
+    clock = _Clock(say, f"tuning on all {len(good):,} examples")
+    model = tuner.tuned(good, recipe, checkpoints=kept, state=state, on_step=clock.step)
+    after = float(losses(model, asked).mean())
+    say(f"tuned on {len(good):,} examples: mean loss of the test examples {before:.3f}, now {after:.3f}")
+    save_model(model, out, tuner.loaded.tokenizer)
+    state.remove()
+
+
+def _retrain(
+    folder: Path,
+    tuner: Tuner,
+    rows: Sequence[Encoded],
+    asked: Sequence[Encoded],
+    settings: Settings,
+    masks: npt.NDArray[np.bool_],
+    say: Say,
+) -> None:
+    path = folder / RETRAINED
+    found = np.full((len(masks), settings.seeds, len(asked)), np.nan, dtype=np.float32)
+    if path.exists():
+        with np.load(path, allow_pickle=False) as file:
+            before = file["losses"]
+        if len(before) > len(found):
+            masks = random_subsets(len(before), masks.shape[1], settings.fraction, settings.recipe.seed)
+            found = before
+        found[: len(before)] = before
+    _save(path, masks, found)
+    left = np.argwhere(np.isnan(found).any(2))
+    clock = _Clock(say, "retraining", first=found.shape[0] * found.shape[1] - len(left))
+    for subset, repeat in left.tolist():
+        chosen = [row for row, kept in zip(rows, masks[subset], strict=True) if kept]
+        seed = settings.recipe.seed + 1 + subset * settings.seeds + repeat
+        model = tuner.tuned(
+            [row for row in chosen if row.status == Status.OK], replace(settings.recipe, seed=seed)
+        )
+        found[subset, repeat] = losses(model, asked).numpy()
+        _save(path, masks, found)
+        clock.step(clock.done + 1, found.shape[0] * found.shape[1], float(found[subset, repeat].mean()))
+
+
+def _save(path: Path, masks: npt.NDArray[np.bool_], found: npt.NDArray[np.float32]) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, masks=masks, losses=found)
+    write_atomically(path, buffer.getvalue())
+
+
+class _Clock:
+    """Says now and then how far something is."""
+
+    def __init__(self, say: Say, what: str, first: int = 0) -> None:
+        self.done = self._first = first
+        self._say, self._what = say, what
+        self._start = self._said = time.monotonic()
+
+    def step(self, done: int, total: int, loss: float) -> None:
+        from rapidin.report import time_text
+
+        if self.done == self._first and done > self.done + 1:
+            self._first = done - 1  # gone on with
+        self.done = done
+        now = time.monotonic()
+        if now - self._said >= 30 or done == total:
+            left = (now - self._start) / (done - self._first) * (total - done)
+            self._say(f"{self._what}: {done:,} of {total:,}, loss {loss:.3f}, {time_text(left)} left")
+            self._said = now
