@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rapidin.attributor import Attributor as Attributor
     from rapidin.cache import Cache as Cache
     from rapidin.errors import UserError as UserError
+    from rapidin.methods import self_influence as self_influence
     from rapidin.model import load_model as load_model
 
 __version__ = "0.1.0"
@@ -21,9 +22,10 @@ _HOMES = {
     "Attributor": "rapidin.attributor",
     "Cache": "rapidin.cache",
     "UserError": "rapidin.errors",
+    "self_influence": "rapidin.methods",
     "load_model": "rapidin.model",
 }
-__all__ = ["Attributor", "Cache", "UserError", "__version__", "load_model", "ops"]
+__all__ = ["Attributor", "Cache", "UserError", "__version__", "load_model", "ops", "self_influence"]
 
 
 def __getattr__(name: str) -> Any:

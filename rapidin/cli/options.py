@@ -72,6 +72,8 @@ class Normalize(str, Enum):
 
 class Method(str, Enum):
     dot = "dot"
+    datainf = "datainf"
+    fisher = "fisher"
 
 
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
