@@ -74,10 +74,26 @@ def test_intervals_hold_the_mean_repeat_and_narrow() -> None:
 def test_over_rows() -> None:
     rng = np.random.default_rng(1)
     truth = rng.random(300) < 0.3
-    found = figures.over_rows(truth + rng.normal(size=300), truth, figures.auroc)
-    assert found.low < found.mean < found.high
-    assert found.mean == pytest.approx(0.76, abs=0.06)  # P(N(1, 2) > 0)
-    assert found.high - found.low < 0.15
+    scores = np.round(truth + rng.normal(size=300), 1)  # with ties
+    roc, prc = figures.over_rows(scores, truth)
+    assert roc.low < roc.mean < roc.high
+    assert roc.mean == pytest.approx(0.76, abs=0.06)  # P(N(1, 2) > 0)
+    assert roc.high - roc.low < 0.15
+    assert prc.low < prc.mean < prc.high
+    assert figures.over_rows(scores, truth) == (roc, prc)
+    assert math.isnan(figures.over_rows(scores, truth & False)[0].mean)
+
+
+def test_weighted_rankings_are_scikit_learns_on_repeated_rows() -> None:
+    rng = np.random.default_rng(2)
+    scores, truth = rng.integers(6, size=20).astype(float), rng.random(20) < 0.4
+    scores[3] = NAN
+    times = rng.integers(4, size=(5, 20))
+    roc, prc = figures._weighted(scores, truth, times)
+    for n, each in enumerate(times):
+        rows = np.repeat(np.arange(20), each)
+        assert roc[n] == pytest.approx(figures.auroc(scores[rows], truth[rows])[0])
+        assert prc[n] == pytest.approx(figures.auprc(scores[rows], truth[rows])[0])
 
 
 def test_missing_packages_are_named() -> None:

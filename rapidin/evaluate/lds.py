@@ -34,8 +34,9 @@ import numpy.typing as npt
 
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
-from rapidin.evaluate import figures
-from rapidin.evaluate.result import Say, silent, write_atomically, write_rows
+from rapidin.evaluate import baselines, figures
+from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
+from rapidin.evaluate.result import Result, Say, silent, write_atomically, write_rows
 from rapidin.examples import Examples, open_examples
 from rapidin.model import LoadedModel, load_model
 from rapidin.tuning import Checkpoints, Recipe, State, Tuner, losses, save_model
@@ -286,7 +287,7 @@ def _tune_all(
         steps = recipe.count(len(good))
         kept = Checkpoints.spread(folder / "checkpoints", settings.checkpoints, steps, tuner.loaded.tokenizer)
     before = float(losses(tuner.loaded.model, asked).mean())
-    clock = _Clock(say, f"tuning on all {len(good):,} examples")
+    clock = Clock(say, f"tuning on all {len(good):,} examples")
     model = tuner.tuned(good, recipe, checkpoints=kept, state=state, on_step=clock.step)
     after = float(losses(model, asked).mean())
     say(f"tuned on {len(good):,} examples: mean loss of the test examples {before:.3f}, now {after:.3f}")
@@ -314,7 +315,7 @@ def _retrain(
         found[: len(before)] = before
     _save(path, masks, found)
     left = np.argwhere(np.isnan(found).any(2))
-    clock = _Clock(say, "retraining", first=found.shape[0] * found.shape[1] - len(left))
+    clock = Clock(say, "retraining", first=found.shape[0] * found.shape[1] - len(left))
     for subset, repeat in left.tolist():
         chosen = [row for row, kept in zip(rows, masks[subset], strict=True) if kept]
         seed = settings.recipe.seed + 1 + subset * settings.seeds + repeat
@@ -332,7 +333,82 @@ def _save(path: Path, masks: npt.NDArray[np.bool_], found: npt.NDArray[np.float3
     write_atomically(path, buffer.getvalue())
 
 
-class _Clock:
+# ------------------------------------------------------------------------------------------------ scoring
+
+
+def evaluate(
+    truth: GroundTruth,
+    methods: Sequence[Method],
+    places: Sequence[Place],
+    *,
+    width: Any = "auto",
+    with_baselines: bool = False,
+    device: str | None = None,
+    say: Say = silent,
+) -> Result:
+    """LDS of every method at every place, from caches that are kept in the ground truth's folder.
+
+    width: bins of a block, "auto" for as many as pay. Raises UserError where too little is retrained, or no
+    checkpoints were kept.
+    """
+    columns = {str(place): str(place) for place in places}
+    result = Result("lds", _setting(truth), columns)
+    rows = Rows(
+        truth.folder / "caches",
+        truth.examples("train"),
+        truth.about["settings"]["max_length"],
+        width,
+        say,
+    )
+    asked = list(truth.examples("test"))
+
+    def load(checkpoint: Path | None = None) -> LoadedModel:
+        return truth.load(checkpoint, device=device, dtype="float32")
+
+    def figure(scores: Floats) -> figures.Figure:
+        return figures.interval(correlations(truth.masks, truth.losses, scores))
+
+    found: dict[str, dict[str, figures.Figure]] = {}
+    for place in places:
+        parts, texts = parts_at(place, rows, load, truth.checkpoints, asked)
+        for method, scores, _ in each_score(parts, texts, methods):
+            found.setdefault(str(method), {})[str(place)] = figure(scores)
+            say(f"{method}, {place}: LDS {found[str(method)][str(place)].mean:.3f}")
+    if with_baselines:
+        ours, theirs = (
+            [baselines.plain_text(record) for record in records] for records in (rows.examples, asked)
+        )
+        for name, scores in baselines.both(load(), ours, theirs).items():
+            found[name] = dict.fromkeys(columns, figure(scores))
+    for method_name, values in found.items():
+        result.add(method_name, values)
+    subsets, seeds, tests = truth.losses.shape
+    result.notes.append(
+        f"{len(rows.examples):,} training and {tests:,} test examples; {truth.done:,} of {subsets * seeds:,} "
+        "retrainings. Intervals: over the test examples."
+    )
+    if (agree := result.setting["seeds_agree"]) is not None:
+        result.notes.append(
+            f"Two seeds of a retraining agree by {agree:.3f} (Spearman): what the noise of training leaves."
+        )
+    return result
+
+
+def _setting(truth: GroundTruth) -> dict[str, Any]:
+    """What a result was measured on; seeds_agree: Spearman's correlation between the first two seeds."""
+    agree = None
+    if truth.losses.shape[1] > 1:
+        both = truth.losses[~np.isnan(truth.losses).any((1, 2)), :2].astype(np.float64)
+        agree = float(figures.spearman(both[:, 0].T, both[:, 1].T).mean()) if len(both) > 2 else None
+    return {
+        "folder": str(truth.folder),
+        **{key: truth.about[key] for key in ("model", "settings", "train", "test")},
+        "retrainings": truth.done,
+        "seeds_agree": agree,
+    }
+
+
+class Clock:
     """Says now and then how far something is."""
 
     def __init__(self, say: Say, what: str, first: int = 0) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -51,32 +53,55 @@ class Result:
         ]
         return {"evaluation": self.name, "setting": self.setting, "results": rows, "notes": self.notes}
 
-    def table(self) -> RenderableType:
-        """The best of each column in bold; after each mean its 95% interval, or its standard deviation."""
+    def table(self, width: int = 80) -> RenderableType:
+        """The figures, the best of each column in bold.
+
+        After each mean the 95% interval; where `width` has no room for that, half of its length; with `sd` the
+        standard deviation.
+        """
+        spreads = ("sd",) if self.sd else ("interval", "half", "none")
+        for spread in spreads:
+            table = self._table(spread)
+            if spread == spreads[-1] or Measurement.get(_WIDE, _WIDE.options, table).maximum <= width:
+                break
+        notes = [*self.notes, *([] if self.sd else [_SPREAD[spread]])]
+        lines = [Text(one_line(note), style="dim") for note in notes]
+        return Group(table, Text(), *lines)
+
+    def _table(self, spread: str) -> Table:
         table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
         table.add_column("method", no_wrap=True)
         for heading in self.columns.values():
-            table.add_column(heading, justify="right", no_wrap=True)
+            table.add_column(heading, justify="right", overflow="fold")
         best = {
             key: max((f[key].mean for f in self.rows.values() if _known(f.get(key))), default=math.nan)
             for key in self.columns
         }
         for method, figures in self.rows.items():
-            cells = [self._cell(figures.get(key), best[key]) for key in self.columns]
+            cells = [self._cell(figures.get(key), best[key], spread) for key in self.columns]
             table.add_row(one_line(method), *cells)
-        lines = [Text(one_line(note), style="dim") for note in self.notes]
-        return Group(table, *([Text()] if lines else []), *lines)
+        return table
 
-    def _cell(self, figure: Figure | None, best: float) -> Text:
+    def _cell(self, figure: Figure | None, best: float, spread: str) -> Text:
         if figure is None or not _known(figure):
             return Text("")
         style = "bold" if len(self.rows) > 1 and figure.mean == best else ""
-        spread = ""
-        if self.sd and math.isfinite(figure.sd):
-            spread = f" ± {figure.sd:.3f}"
-        elif not self.sd and math.isfinite(figure.low):
-            spread = f" ({figure.low:.3f} to {figure.high:.3f})"
-        return Text.assemble((f"{figure.mean:.3f}", style), (spread, "dim"))
+        after = ""
+        if spread == "sd" and math.isfinite(figure.sd):
+            after = f" ± {figure.sd:.3f}"
+        elif spread == "interval" and math.isfinite(figure.low):
+            after = f" ({figure.low:.3f} to {figure.high:.3f})"
+        elif spread == "half" and math.isfinite(figure.low):
+            after = f" ± {(figure.high - figure.low) / 2:.3f}"
+        return Text.assemble((f"{figure.mean:.3f}", style), (after, "dim"))
+
+
+_WIDE = Console(width=10_000, file=io.StringIO())
+_SPREAD = {
+    "interval": "In brackets: 95% bootstrap interval.",
+    "half": "±: half of the 95% bootstrap interval; a wider terminal or --json shows its ends.",
+    "none": "The 95% bootstrap intervals are in --json.",
+}
 
 
 def _known(figure: Figure | None) -> bool:

@@ -1,0 +1,486 @@
+"""rapidin eval."""
+
+import json as json_module
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from rapidin.cli.console import line, loading, messages, quiet_libraries
+from rapidin.cli.options import CacheFolder, Device, Quiet, TrustRemoteCode, app, command
+from rapidin.errors import UserError
+
+if TYPE_CHECKING:
+    from rapidin.evaluate.result import Result, Say
+    from rapidin.evaluate.subject import Subject
+    from rapidin.tuning import Recipe
+
+group = typer.Typer(
+    name="eval",
+    help="Measure methods against a known truth: what was planted, labelled, or retrained.\n\n"
+    "docs/evaluation.md says what each measures and how to read it.",
+    rich_markup_mode=None,
+    no_args_is_help=True,
+)
+app.add_typer(group)
+
+Methods = Annotated[
+    str | None,
+    typer.Option(
+        metavar="M:N,...",
+        help="METHOD:NORMALIZE[:DAMPING] between commas, as dot:layer,fisher:layer,datainf:none:0.1.  "
+        "[default: all that make sense]",
+        show_default=False,
+    ),
+]
+Json = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Write all figures as JSON; with - to standard output, and no table."),
+]
+Baselines = Annotated[
+    bool, typer.Option("--baselines", help="BM25 of the words and the model's hidden states besides.")
+]
+Model = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Where the model has moved.", show_default=False)
+]
+Adapter = Annotated[
+    str | None, typer.Option(metavar="ADAPTER", help="Where the adapter has moved.", show_default=False)
+]
+Base = Annotated[
+    str | None, typer.Option(metavar="MODEL", help="Where the base model has moved.", show_default=False)
+]
+TrainData = Annotated[
+    str | None,
+    typer.Option(metavar="FILE", help="Where the training examples have moved.", show_default=False),
+]
+At = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="A[,A...]",
+        help="Where gradients are taken, as in 'rapidin cache', or 'checkpoints' for the sum over those that "
+        "were kept; may be repeated, to compare.  [default: 0.5]",
+        show_default=False,
+    ),
+]
+Bytes = Annotated[
+    list[int] | None,
+    typer.Option(
+        metavar="N",
+        min=0,
+        help="Bytes of a row, as in 'rapidin cache'; 0 for every number of the sketch; may be repeated.  "
+        "[default: 0]",
+        show_default=False,
+    ),
+]
+Lora = Annotated[
+    int | None,
+    typer.Option(
+        metavar="R",
+        min=1,
+        help="Tune a LoRA adapter of this rank.  [default: all weights]",
+        show_default=False,
+    ),
+]
+Out = Annotated[
+    str, typer.Option(metavar="DIR", help="Folder for all that is made; what is there is gone on with.")
+]
+Epochs = Annotated[int, typer.Option(metavar="N", min=1, help="Passes over the training examples.")]
+BatchSize = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples a step.")]
+Rate = Annotated[float, typer.Option(metavar="X", help="The highest learning rate.")]
+WarmUp = Annotated[int, typer.Option(metavar="N", min=0, help="Steps in which the learning rate rises.")]
+Checkpoints = Annotated[
+    int, typer.Option(metavar="N", min=0, help="Checkpoints of the tuning to keep, for --at checkpoints.")
+]
+Seed = Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of data and training.")]
+
+
+# ------------------------------------------------------------------------------------------- on a cache
+
+
+@command("backdoor", group)
+def backdoor(
+    cache: CacheFolder,
+    data: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE",
+            help="What the model says, or prompts to which it is to answer: the queries.",
+            show_default=False,
+        ),
+    ],
+    column: Annotated[
+        str, typer.Option(metavar="NAME", help="Field of the training data that marks what was planted.")
+    ] = "poisoned",
+    methods: Methods = None,
+    baselines: Baselines = False,
+    max_new_tokens: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Of a completion that the model writes.")
+    ] = 64,
+    json: Json = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    base: Base = None,
+    train_data: TrainData = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+) -> None:
+    """Are planted examples found? Precision, auPRC and auROC of the marked ones.
+
+    For each query of --data all training examples are ranked by helpfulness.
+    """
+    with _evaluation(json, quiet) as (say, show):
+        from rapidin.evaluate import backdoor as room
+        from rapidin.evaluate.methods import parse_methods
+        from rapidin.examples import open_examples
+
+        chosen = parse_methods(methods)
+        records = list(open_examples(data, generations=True))
+        subject = _subject(
+            cache, column, model, adapter, base, train_data, device, trust_remote_code, quiet, say
+        )
+        show(
+            room.evaluate(
+                subject,
+                column,
+                records,
+                chosen,
+                with_baselines=baselines,
+                max_new_tokens=max_new_tokens,
+            )
+        )
+
+
+@command("classes", group)
+def classes(
+    cache: CacheFolder,
+    data: Annotated[
+        str, typer.Option(metavar="FILE", help="Test examples, with the same field.", show_default=False)
+    ],
+    column: Annotated[
+        str, typer.Option(metavar="NAME", help="Field of training and test data that holds the class.")
+    ] = "label",
+    methods: Methods = None,
+    baselines: Baselines = False,
+    json: Json = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    base: Base = None,
+    train_data: TrainData = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+) -> None:
+    """Do hits come from the query's own class? AUC and recall as in the DataInf paper.
+
+    Kwon et al., ICLR 2024, section 4.2: mean and standard deviation over the test examples.
+    """
+    with _evaluation(json, quiet) as (say, show):
+        from rapidin.evaluate import classes as room
+        from rapidin.evaluate.methods import parse_methods
+        from rapidin.examples import open_examples
+
+        chosen, asked = parse_methods(methods), open_examples(data)
+        subject = _subject(
+            cache, column, model, adapter, base, train_data, device, trust_remote_code, quiet, say
+        )
+        show(room.evaluate(subject, column, asked, chosen, with_baselines=baselines))
+
+
+@command("mislabel", group)
+def mislabel(
+    cache: CacheFolder,
+    column: Annotated[
+        str, typer.Option(metavar="NAME", help="Field of the training data that marks wrong labels.")
+    ] = "flipped",
+    methods: Methods = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="The loss of each example besides; loads the model.")
+    ] = False,
+    json: Json = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    base: Base = None,
+    train_data: TrainData = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+) -> None:
+    """Does self-influence find wrong labels? auROC and auPRC of the marked examples."""
+    with _evaluation(json, quiet) as (say, show):
+        from rapidin.evaluate import mislabel as room
+        from rapidin.evaluate.methods import parse_methods
+        from rapidin.evaluate.subject import flags, open_cache
+
+        chosen = parse_methods(methods, room.DEFAULT)
+        opened, examples = open_cache(cache, train_data)
+        flags(examples, column)
+        attributor = None
+        if baselines:
+            subject = _subject(
+                cache, column, model, adapter, base, train_data, device, trust_remote_code, quiet, say
+            )
+            attributor = subject.attributor
+        show(room.evaluate(opened, examples, column, chosen, attributor=attributor, say=say))
+
+
+@command("fidelity", group)
+def fidelity(
+    cache: CacheFolder,
+    data: Annotated[
+        str, typer.Option(metavar="FILE", help="Generations to explain: the queries.", show_default=False)
+    ],
+    rows: Annotated[
+        int, typer.Option(metavar="N", min=3, help="Training examples to compare with, chosen at random.")
+    ] = 100,
+    seed: Seed = 0,
+    json: Json = None,
+    model: Model = None,
+    adapter: Adapter = None,
+    base: Base = None,
+    train_data: TrainData = None,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+) -> None:
+    """Do scores from the cache rank as exact gradients do? Spearman's correlation, and the top 10."""
+    with _evaluation(json, quiet) as (say, show):
+        from rapidin.evaluate import fidelity as room
+        from rapidin.examples import open_examples
+
+        records = list(open_examples(data, generations=True))
+        subject = _subject(
+            cache, None, model, adapter, base, train_data, device, trust_remote_code, quiet, say
+        )
+        show(room.evaluate(subject, records, rows, seed=seed))
+
+
+# -------------------------------------------------------------------------------------------- from a model
+
+
+@command("lds", group)
+def lds(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="The base to tune: a folder, a name, or a folder with one GGUF."
+        ),
+    ],
+    out: Out,
+    data: Annotated[str, typer.Option(metavar="FILE", help="Training examples.", show_default=False)],
+    test: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Test examples, whose losses are foretold.", show_default=False),
+    ],
+    lora: Lora = None,
+    subsets: Annotated[int, typer.Option(metavar="S", min=3, help="Random subsets to retrain on.")] = 100,
+    fraction: Annotated[float, typer.Option(metavar="X", help="Share of the examples in a subset.")] = 0.5,
+    seeds: Annotated[int, typer.Option(metavar="K", min=1, help="Retrainings of a subset, averaged.")] = 1,
+    epochs: Epochs = 3,
+    batch: BatchSize = 16,
+    learning_rate: Rate = 5e-4,
+    warm_up: WarmUp = 10,
+    constant: Annotated[
+        bool, typer.Option("--constant", help="Keep the learning rate; else it falls to zero.")
+    ] = False,
+    checkpoints: Checkpoints = 4,
+    seed: Seed = 0,
+    max_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of an example.")] = 256,
+    at: At = None,
+    bytes: Bytes = None,
+    width: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Bins of a layer's sketch.  [default: as many as pay]",
+            show_default=False,
+        ),
+    ] = None,
+    methods: Methods = None,
+    baselines: Baselines = False,
+    only_truth: Annotated[
+        bool, typer.Option("--only-truth", help="Tune and retrain, and score nothing.")
+    ] = False,
+    json: Json = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Do scores foretell retraining? The linear datamodelling score, with intervals.
+
+    MODEL is tuned on all examples, and again on random subsets of them; stopped at any moment, the same
+    command goes on with the retraining that was in hand.
+    """
+    with _evaluation(json, quiet) as (say, show):
+        from rapidin.evaluate import lds as room
+        from rapidin.evaluate.methods import parse_methods, parse_places
+
+        chosen, places = parse_methods(methods), parse_places(at or ["0.5"], bytes or [])
+        settings = room.Settings(
+            _recipe(epochs, batch, learning_rate, warm_up, constant, seed),
+            lora=lora,
+            subsets=subsets,
+            fraction=fraction,
+            seeds=seeds,
+            checkpoints=checkpoints,
+            max_length=max_length,
+        )
+        truth = room.make(out, model, data, test, settings, device=device, say=say)
+        if only_truth:
+            say(f"{truth.done:,} retrainings are in {out}")
+            return
+        show(
+            room.evaluate(
+                truth,
+                chosen,
+                places,
+                width=width or "auto",
+                with_baselines=baselines,
+                device=device,
+                say=say,
+            )
+        )
+
+
+@command("facts", group)
+def facts(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="The base to tune: a folder, a name, or a folder with one GGUF."
+        ),
+    ],
+    out: Out,
+    count: Annotated[int, typer.Option("--facts", metavar="N", min=2, help="Facts to make up.")] = 60,
+    lora: Annotated[
+        int, typer.Option(metavar="R", min=0, help="Rank of the LoRA adapter; 0: all weights are tuned.")
+    ] = 8,
+    epochs: Epochs = 10,
+    batch: BatchSize = 8,
+    learning_rate: Rate = 2e-3,
+    warm_up: WarmUp = 20,
+    checkpoints: Checkpoints = 0,
+    seed: Seed = 0,
+    at: At = None,
+    bytes: Bytes = None,
+    methods: Methods = None,
+    baselines: Annotated[
+        bool, typer.Option("--baselines", help="The model's hidden states besides BM25.")
+    ] = False,
+    json: Json = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Is the sentence found that taught a fact, asked for in other words? MRR and recall at 10.
+
+    Made-up facts among examples that share more words with the question than the sentence does; BM25 stands
+    beside.
+    """
+    with _evaluation(json, quiet) as (say, show):
+        from rapidin.evaluate import facts as room
+        from rapidin.evaluate.methods import parse_methods, parse_places
+
+        chosen, places = parse_methods(methods), parse_places(at or ["0.5"], bytes or [])
+        show(
+            room.evaluate(
+                model,
+                out,
+                chosen,
+                places,
+                count=count,
+                lora=lora or None,
+                recipe=_recipe(epochs, batch, learning_rate, warm_up, False, seed),
+                checkpoints=checkpoints,
+                with_baselines=baselines,
+                device=device,
+                say=say,
+            )
+        )
+
+
+# ------------------------------------------------------------------------------------------------ helpers
+
+
+def _recipe(
+    epochs: int, batch: int, learning_rate: float, warm_up: int, constant: bool, seed: int
+) -> "Recipe":
+    from rapidin.tuning import Recipe
+
+    if not 0 < learning_rate < float("inf"):
+        raise UserError(f"--learning-rate {learning_rate:g} is not above 0")
+    return Recipe(
+        epochs=epochs,
+        batch=batch,
+        learning_rate=learning_rate,
+        warm_up=warm_up,
+        schedule="constant" if constant else "linear",
+        seed=seed,
+    )
+
+
+def _subject(
+    cache: str,
+    column: str | None,
+    model: str | None,
+    adapter: str | None,
+    base: str | None,
+    train_data: str | None,
+    device: str | None,
+    trust_remote_code: bool,
+    quiet: bool,
+    say: "Say",
+) -> "Subject":
+    """The cache with its model; the column is looked for before the model is loaded."""
+    from rapidin.attributor import Attributor
+    from rapidin.evaluate import subject as room
+
+    opened, examples = room.open_cache(cache, train_data)
+    if column is not None:
+        room.column(examples, column)
+    with loading(messages(quiet), model or opened.manifest.model["source"].get("model") or ""):
+        attributor = Attributor.from_cache(
+            cache,
+            model=model,
+            adapter=adapter,
+            base=base,
+            device=device,
+            trust_remote_code=trust_remote_code,
+        )
+    return room.Subject(opened, examples, attributor, say)
+
+
+@contextmanager
+def _evaluation(json: str | None, quiet: bool) -> "Iterator[tuple[Say, Any]]":
+    """(what says a line, what shows a result), with quiet libraries; checks first that JSON can be
+    written."""
+    if json is not None and json != "-":
+        folder = os.path.dirname(json) or "."
+        if os.path.isdir(json) or not os.path.isdir(folder):
+            what = "is a folder" if os.path.isdir(json) else "lies in no folder that exists"
+            raise UserError(f"cannot write {json}: it {what}", "name a file, or - for standard output")
+    with quiet_libraries():
+        from rapidin import report
+        from rapidin.evaluate import figures
+        from rapidin.evaluate.result import silent
+
+        for package in ("sklearn", "scipy", "rank_bm25"):  # before hours of work
+            figures.needs(package)
+
+        def show(result: "Result") -> None:
+            text = json_module.dumps(result.to_json(), indent=1)
+            if json == "-":
+                print(text)
+                return
+            if json is not None:
+                try:
+                    Path(json).write_text(text + "\n", encoding="utf-8")
+                except OSError as error:
+                    raise UserError(f"cannot write {json}: {error.strerror}") from error
+            out = report.console(sys.stdout)
+            out.print(result.table(out.width))
+
+        yield (silent if quiet else line), show
