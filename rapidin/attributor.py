@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -23,6 +24,7 @@ from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 from rapidin.pack import Format
 from rapidin.query import Clock, Generation, Part, Scoring, explain
 from rapidin.query import scores as all_scores
+from rapidin.thinning import Thinning
 from rapidin.transfer import Download, upload
 
 PROJECTIONS = get_args(Projection)
@@ -62,6 +64,7 @@ class Attributor:
     loss: "mean" or "sum" over an example's completion tokens.
     eos, max_length, too_long: see `rapidin.encoding.Encoder`.
     batch_tokens: padded tokens a batch.
+    thinning: take gradients of the model thinned by a dropout mask (`rapidin.thinning`).
 
     >>> attributor = Attributor(model, tokenizer)
     >>> cache = attributor.cache("train.jsonl", "cache")
@@ -87,6 +90,7 @@ class Attributor:
         max_length: int | None = None,
         too_long: Literal["truncate", "skip"] = "truncate",
         batch_tokens: int = 1024,
+        thinning: Thinning | None = None,
     ) -> None:
         self.loaded = model if isinstance(model, LoadedModel) else LoadedModel.of(model, tokenizer)
         if projection not in PROJECTIONS:
@@ -105,6 +109,7 @@ class Attributor:
         ):
             raise UserError(f"the {projection} projection takes no width of {width}", "say a multiple of 128")
         self.projection, self.seed, self.loss = projection, seed, loss
+        self.thinning = thinning if thinning is not None and thinning.rate else None
         self.points = self._points(at)
         limit = self.loaded.context_length
         self.max_length = max_length if max_length is not None else limit if limit is not None else 2048
@@ -189,6 +194,7 @@ class Attributor:
                 eos=manifest.text["eos"],
                 max_length=manifest.text["max_length"],
                 too_long=manifest.text["too_long"],
+                thinning=Thinning(**thinning) if (thinning := manifest.gradient.get("dropout")) else None,
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"the cache's manifest is damaged: {type(error).__name__} {error}") from None
@@ -217,7 +223,7 @@ class Attributor:
         return Manifest(
             model={"source": self.loaded.source, "identity": self.loaded.identity},
             sketch={"projection": self.projection, "width": self.width, "seed": self.seed, "hash": HASH},
-            gradient={"at": self.points, "loss": self.loss, "include": self.include, "exclude": self.exclude},
+            gradient=self._gradient(),
             text={"eos": self.eos, "max_length": self.max_length, "too_long": self.too_long},
             data=data,
             code=code,
@@ -225,6 +231,18 @@ class Attributor:
             shard_rows=1,
             layers=self.layers,
         )
+
+    def _gradient(self) -> dict[str, Any]:
+        """How gradients are taken; what is not used is left out, as in caches older than it."""
+        taken: dict[str, Any] = {
+            "at": self.points,
+            "loss": self.loss,
+            "include": self.include,
+            "exclude": self.exclude,
+        }
+        if self.thinning is not None:
+            taken["dropout"] = self.thinning.to_json()
+        return taken
 
     # ---------------------------------------------------------------------------------------- caching
 
@@ -297,6 +315,11 @@ class Attributor:
             raise UserError(f"--bytes {bytes} leaves no room", f"say at least {pack.least_bytes()}")
         return Format(dtype, bytes, sample)
 
+    def _thinned(self) -> AbstractContextManager[None]:
+        if self.thinning is None:
+            return nullcontext()
+        return self.thinning.over(self.loaded.model, self.targets)
+
     def _one_by_one(self) -> str:
         names = self.sketcher.single_names
         if not names:
@@ -316,7 +339,7 @@ class Attributor:
         for number, point in enumerate(self.points):
             blocks = slice(number * self.sketcher.blocks, (number + 1) * self.sketcher.blocks)
             last = number == len(self.points) - 1
-            with self.loaded.path.at(point):
+            with self.loaded.path.at(point), self._thinned():
                 queue = _by_length(good, encoded, self.batch_tokens)
                 while queue:
                     chosen = queue.pop()

@@ -36,7 +36,8 @@ class QueryResult:
 
     prompt, completion: its text; generated: whether the model wrote the completion just now; top: most
     helpful first; bottom: most harmful first; normalize, method: what the scores are
-    (`rapidin.methods`); seconds: time by stage, of the whole call.
+    (`rapidin.methods`); seconds: time by stage, of the whole call; together: how many generations
+    these are the hits of, as one target set, else 0.
     """
 
     prompt: str
@@ -47,6 +48,7 @@ class QueryResult:
     normalize: str
     seconds: Mapping[str, float] = field(default_factory=dict)
     method: str = "dot"
+    together: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The query as `rapidin query --json` prints it."""
@@ -56,6 +58,7 @@ class QueryResult:
             "generated": self.generated,
             "normalize": self.normalize,
             "method": self.method,
+            **({"together": self.together} if self.together else {}),
             "top": [hit.to_json() for hit in self.top],
             "bottom": [hit.to_json() for hit in self.bottom],
         }

@@ -41,13 +41,15 @@ class Generation:
 class Scoring:
     """How influence is estimated: see `rapidin.methods`.
 
-    together: all generations are one target set, whose score is the mean of theirs by their weights.
+    together: all generations are one target set, whose score is the mean of theirs by their weights; groups:
+    places of generations, each group such a set.
     """
 
     normalize: str = "layer"
     method: str = "dot"
     damping: float | None = None
     together: bool = False
+    groups: Sequence[Sequence[int]] | None = None
 
     def check(self) -> None:
         """Raise UserError for an unknown name."""
@@ -78,17 +80,20 @@ def sources(parts: Sequence[Part], generations: Sequence[Generation], scoring: S
             damping=scoring.damping,
         )
         vectors = turned.vectors * part.weight
-        if scoring.together:
-            weights = torch.tensor([g.weight for g in generations], dtype=torch.float64)
-            total = float(weights.abs().sum())
-            if not 0 < total < float("inf"):
-                raise UserError(
-                    "the weights of the target set are all zero, or not finite", "mend its column 'weight'"
-                )
-            weights = (weights / total).to(vectors)
-            vectors = torch.einsum("q,qbk->bk", weights, vectors)[None]
+        groups = [range(len(generations))] if scoring.together else scoring.groups
+        if groups is not None:
+            vectors = torch.stack([_mean(vectors, generations, group) for group in groups])
         found.append(Source(part.cache, methods.ScanQuery(vectors, scoring.normalize)))
     return found
+
+
+def _mean(vectors: Tensor, generations: Sequence[Generation], chosen: Sequence[int]) -> Tensor:
+    """The weighted mean of chosen query vectors [Q, blocks, width]: [blocks, width]."""
+    weights = torch.tensor([generations[n].weight for n in chosen], dtype=torch.float64, device="cpu")
+    total = float(weights.abs().sum())
+    if not 0 < total < float("inf"):
+        raise UserError("the weights of a target set are all zero, or not finite", "mend its column 'weight'")
+    return torch.einsum("q,qbk->bk", (weights / total).to(vectors), vectors[list(chosen)])
 
 
 def explain(
@@ -109,13 +114,21 @@ def explain(
     source = training_data(cache, examples)
     named = [(g.prompt, g.completion, g.generated) for g in generations]
     if scoring.together:
-        named = [(f"({len(generations):,} generations together)", "", any(g.generated for g in generations))]
+        named = [("", "", any(g.generated for g in generations))]
     results = []
     for n, (prompt, completion, generated) in enumerate(named):
         best, worst = (hits_of(cache, source, scores[n], rows[n]) for scores, rows in (top, bottom))
         results.append(
             QueryResult(
-                prompt, completion, generated, best, worst, scoring.normalize, clock.seconds, scoring.method
+                prompt,
+                completion,
+                generated,
+                best,
+                worst,
+                scoring.normalize,
+                clock.seconds,
+                scoring.method,
+                len(generations) if scoring.together else 0,
             )
         )
     return results
@@ -123,7 +136,7 @@ def explain(
 
 def scores(parts: Sequence[Part], generations: Sequence[Generation], scoring: Scoring) -> Tensor:
     """The scores of all rows: [Q, rows] float32 on the CPU, NaN for rows that do not count; [1, rows] for all
-    generations together."""
+    generations together, [groups, rows] for groups."""
     return all_scores(sources(parts, generations, scoring))
 
 

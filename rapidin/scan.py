@@ -57,7 +57,7 @@ def all_scores(sources: Source | Sequence[Source], device: torch.device | None =
     if device.type == "cuda":
         pieces = Conveyor[_Label](GpuOrder(device)).carry(pieces)
     queries = len(sources[0].query.vectors)
-    found = torch.full((queries, sources[0].cache.manifest.rows), torch.nan)
+    found = torch.full((queries, sources[0].cache.manifest.rows), torch.nan, device="cpu")
     for scores, rows, _, _ in _scanned(sources, _ALL_ROWS, device, pieces):
         scores, rows = scores.cpu(), rows.cpu()
         for query in range(queries):

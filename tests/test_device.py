@@ -26,7 +26,7 @@ from rapidin.layers import find_targets
 from rapidin.model import load_model
 from rapidin.ops import backends
 from rapidin.pack import Basis, FloatCode, Format, PackedCode, fit, learn
-from rapidin.scan import Source, _pieces, scan_cache, scan_pieces
+from rapidin.scan import Source, _pieces, all_scores, scan_cache, scan_pieces
 from rapidin.transfer import Conveyor, Download, upload
 
 CPU = torch.device("cpu")
@@ -166,6 +166,20 @@ def test_the_scan_makes_tensors_where_the_query_is(cache: Cache, sketch: Tensor,
         got = scan_cache(Source(cache, query), 7)
     for one, two in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
         assert torch.equal(one, two)
+
+
+@pytest.mark.parametrize("method", ["datainf", "fisher"])
+def test_methods_make_tensors_where_the_query_is(cache: Cache, sketch: Tensor, method: str) -> None:
+    wanted = methods.prepare(sketch, cache, method=method).vectors
+    own = methods.self_influence(cache, method=method, normalize="layer")
+    again = Cache(cache.path)
+    with torch.device("meta"):
+        got = methods.prepare(sketch, again, method=method)
+        scores = all_scores(Source(again, got))
+        self_scores = methods.self_influence(again, method=method, normalize="layer")
+    assert torch.equal(got.vectors, wanted)
+    assert scores.shape == (3, 40)
+    assert torch.equal(self_scores, own)
 
 
 # ---- the products of a GPU, on the CPU ----

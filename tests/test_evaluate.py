@@ -132,8 +132,10 @@ def test_result_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     console(sys.stdout).print(result.table())
     out = capsys.readouterr().out
     assert "0.500 (0.250 to 0.750)" in out
-    console(sys.stdout).print(result.table(30))
+    console(sys.stdout).print(result.table(36))
     assert "0.500 ± 0.250" in capsys.readouterr().out
+    console(sys.stdout).print(result.table(20))
+    assert "±" not in capsys.readouterr().out
     assert re.search(r"^two +0\.250 *$", out, re.M)
     found = json.loads(json.dumps(result.to_json()))
     assert found["results"][0]["a"]["low"] == 0.25

@@ -1,8 +1,9 @@
 """rapidin cache and rapidin plan."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -19,6 +20,9 @@ from rapidin.cli.options import (
     points,
 )
 from rapidin.errors import UserError
+
+if TYPE_CHECKING:
+    from rapidin.thinning import Thinning
 
 
 @command("cache")
@@ -140,6 +144,27 @@ def cache(
             show_default=False,
         ),
     ] = None,
+    checkpoints: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER",
+            help="A trainer's folder of checkpoint-<step>, of adapters on MODEL or of whole models: a cache "
+            "of each, added up by the learning rates in the trainer's state (TracIn).",
+            show_default=False,
+        ),
+    ] = None,
+    masks: Annotated[
+        int | None,
+        typer.Option(
+            metavar="K",
+            min=1,
+            help="K caches of the model thinned by K dropout masks, whose mean counts (IP ensemble).",
+            show_default=False,
+        ),
+    ] = None,
+    dropout: Annotated[
+        float, typer.Option(metavar="P", help="The share of features that a mask of --masks takes away.")
+    ] = 0.1,
     device: Device = None,
     model_dtype: Annotated[
         ModelDtype | None,
@@ -159,63 +184,121 @@ def cache(
 
     where = points(at)
     console = messages(quiet)
+    jobs = _jobs(model, adapter, base, checkpoints, masks, dropout, out)
     with console.status("reading the data"):
         examples = open_examples(data, limit=limit)  # before the model: mistakes in the data show at once
     if console.is_terminal:
         console.print(f"{len(examples):,} examples in {report.one_line(data)}")
-    with quiet_libraries():
-        from rapidin.attributor import Attributor
+    loaded, of = None, None
+    for job in jobs:
+        with quiet_libraries():
+            from rapidin.attributor import Attributor
 
-        loaded = load(console, model, adapter, base, device, model_dtype, trust_remote_code)
-        attributor = Attributor(
-            loaded,
-            width=width if width is not None else 512 if bytes is None else "auto",
-            budget=bytes,
-            seed=seed,
-            include=include or (),
-            exclude=exclude or (),
-            at=where,
-            loss=loss.value,
-            eos=not no_eos,
-            max_length=max_length,
-            too_long=too_long.value,
-            batch_tokens=batch_tokens,
-        )
-        if console.is_terminal:
-            dim = sum(layer.width for layer in attributor.layers)
-            console.print(
-                f"{len(attributor.layers):,} blocks of {attributor.width:,}: {dim:,} numbers an example; "
-                f"{attributor.coverage:.2%} of the model's parameters count; gradients at "
-                f"{', '.join(f'{point:g}' for point in attributor.points)} on {loaded.device}"
+            if of != job.names:
+                loaded = None  # before the next one: two models may not fit
+                loaded, of = load(console, *job.names, device, model_dtype, trust_remote_code), job.names
+            attributor = Attributor(
+                loaded,
+                width=width if width is not None else 512 if bytes is None else "auto",
+                budget=bytes,
+                seed=seed,
+                include=include or (),
+                exclude=exclude or (),
+                at=[1.0] if where is None and checkpoints is not None else where,
+                loss=loss.value,
+                eos=not no_eos,
+                max_length=max_length,
+                too_long=too_long.value,
+                batch_tokens=batch_tokens,
+                thinning=job.thinning,
             )
-        if examples.form == "messages":  # a template may refuse a chat: better now than after hours
-            with console.status("trying the chat template on all examples"):
-                attributor.encoder.check(examples)
-        with report.CachingBar(console) as bar:
-            try:
-                cache = attributor.cache(
-                    examples,
-                    out,
-                    dtype=dtype.value if dtype else None,
-                    bytes=bytes,
-                    sample=sample,
-                    shard_rows=shard_rows,
-                    on_progress=bar,
+            if console.is_terminal:
+                dim = sum(layer.width for layer in attributor.layers)
+                console.print(
+                    f"{job.words}{len(attributor.layers):,} blocks of {attributor.width:,}: {dim:,} numbers "
+                    f"an example; {attributor.coverage:.2%} of the model's parameters count; gradients at "
+                    f"{', '.join(f'{point:g}' for point in attributor.points)} on {attributor.loaded.device}"
                 )
-            except KeyboardInterrupt as stop:
-                raise type(stop)(_how_to_go_on(out, len(examples))) from None
-    if quiet or bar.last is None:
-        return
-    info = cache.info()
-    here = bar.last.done - bar.last.resumed
-    if here:
-        did = f"cached {here:,} examples in {report.time_text(bar.seconds)}"
-        did += f" ({here / bar.seconds:,.1f} examples/s, {bar.last.tokens / bar.seconds:,.0f} tokens/s)"
-        if bar.last.resumed:
-            did += f" after the {bar.last.resumed:,} that were there"
-    else:
-        did = f"all {len(examples):,} examples were there already"
-    line(f"{did}: {report.counts_text(info['counts'])}; {report.bytes_text(info['bytes'])} in {out}")
+            if examples.form == "messages":  # a template may refuse a chat: better now than after hours
+                with console.status("trying the chat template on all examples"):
+                    attributor.encoder.check(examples)
+            with report.CachingBar(console) as bar:
+                try:
+                    cache = attributor.cache(
+                        examples,
+                        job.out,
+                        dtype=dtype.value if dtype else None,
+                        bytes=bytes,
+                        sample=sample,
+                        shard_rows=shard_rows,
+                        on_progress=bar,
+                    )
+                except KeyboardInterrupt as stop:
+                    raise type(stop)(_how_to_go_on(job.out, len(examples))) from None
+        if quiet or bar.last is None:
+            continue
+        info = cache.info()
+        here = bar.last.done - bar.last.resumed
+        if here:
+            did = f"cached {here:,} examples in {report.time_text(bar.seconds)}"
+            did += f" ({here / bar.seconds:,.1f} examples/s, {bar.last.tokens / bar.seconds:,.0f} tokens/s)"
+            if bar.last.resumed:
+                did += f" after the {bar.last.resumed:,} that were there"
+        else:
+            did = f"all {len(examples):,} examples were there already"
+        line(f"{did}: {report.counts_text(info['counts'])}; {report.bytes_text(info['bytes'])} in {job.out}")
+
+
+@dataclass(frozen=True)
+class _Job:
+    """One cache to make. names: of model, adapter and base; words: what it is, where there are several."""
+
+    out: str
+    names: tuple[str, str | None, str | None]
+    thinning: "Thinning | None" = None
+    words: str = ""
+
+
+def _jobs(
+    model: str,
+    adapter: str | None,
+    base: str | None,
+    checkpoints: str | None,
+    masks: int | None,
+    dropout: float,
+    out: str,
+) -> list[_Job]:
+    """The caches that a command makes; of several, `out` says what they are."""
+    if checkpoints is None and masks is None:
+        return [_Job(out, (model, adapter, base))]
+    from rapidin.ensemble import Ensemble, find_checkpoints
+    from rapidin.thinning import Thinning
+
+    folder = Path(out)
+    if (folder / "manifest.json").exists():
+        raise UserError(f"'{out}' is a single cache", "name another folder with --out")
+    if masks is not None:
+        if checkpoints is not None:
+            raise UserError("both --checkpoints and --masks", "give one of them")
+        thinned = [Thinning(dropout, number) for number in range(masks)]
+        names = [f"mask-{number}" for number in range(masks)]
+        Ensemble.write(folder, "mean", [(name, 1.0) for name in names])
+        return [
+            _Job(str(folder / name), (model, adapter, base), thinning, f"{name}: ")
+            for name, thinning in zip(names, thinned, strict=True)
+        ]
+    assert checkpoints is not None
+    if adapter is not None:
+        raise UserError("both --checkpoints and --adapter", "checkpoints of an adapter hold their own")
+    found, rated = find_checkpoints(checkpoints)
+    if not rated:
+        line(f"no learning rates in {checkpoints}: steps weigh alike")
+    Ensemble.write(folder, "tracin", [(each.path.name, each.weight) for each in found])
+    jobs = []
+    for each in found:
+        of = (model, str(each.path), None) if each.is_adapter else (str(each.path), None, base)
+        jobs.append(_Job(str(folder / each.path.name), of, words=f"{each.path.name}: "))
+    return jobs
 
 
 def _how_to_go_on(out: str, wanted: int) -> str:

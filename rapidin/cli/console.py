@@ -6,9 +6,11 @@ import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rapidin.cli.options import ModelDtype
+from rapidin.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -81,3 +83,19 @@ def load(
             dtype=model_dtype.value if model_dtype else None,
             trust_remote_code=trust_remote_code,
         )
+
+
+def check_writable(path: str) -> None:
+    """Raise UserError where a file cannot be written, before any work is done for it."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        what = "is a folder" if os.path.isdir(path) else "lies in no folder that exists"
+        raise UserError(f"cannot write {path}: it {what}", "name a file, or - for standard output")
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a result; UserError where it cannot be."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

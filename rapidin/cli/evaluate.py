@@ -10,8 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from rapidin.cli.console import line, loading, messages, quiet_libraries
-from rapidin.cli.options import CacheFolder, Device, Quiet, TrustRemoteCode, app, command
+from rapidin.cli.caches import open_caches, with_models
+from rapidin.cli.console import line, messages, quiet_libraries
+from rapidin.cli.options import (
+    CacheFolder,
+    Device,
+    MaxNewTokens,
+    MovedAdapter,
+    MovedBase,
+    MovedModel,
+    Quiet,
+    TrainData,
+    TrustRemoteCode,
+    app,
+    command,
+)
 from rapidin.errors import UserError
 
 if TYPE_CHECKING:
@@ -43,19 +56,6 @@ Json = Annotated[
 ]
 Baselines = Annotated[
     bool, typer.Option("--baselines", help="BM25 of the words and the model's hidden states besides.")
-]
-Model = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="Where the model has moved.", show_default=False)
-]
-Adapter = Annotated[
-    str | None, typer.Option(metavar="ADAPTER", help="Where the adapter has moved.", show_default=False)
-]
-Base = Annotated[
-    str | None, typer.Option(metavar="MODEL", help="Where the base model has moved.", show_default=False)
-]
-TrainData = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Where the training examples have moved.", show_default=False),
 ]
 At = Annotated[
     list[str] | None,
@@ -117,13 +117,11 @@ def backdoor(
     ] = "poisoned",
     methods: Methods = None,
     baselines: Baselines = False,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Of a completion that the model writes.")
-    ] = 64,
+    max_new_tokens: MaxNewTokens = 64,
     json: Json = None,
-    model: Model = None,
-    adapter: Adapter = None,
-    base: Base = None,
+    model: MovedModel = None,
+    adapter: MovedAdapter = None,
+    base: MovedBase = None,
     train_data: TrainData = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -167,9 +165,9 @@ def classes(
     methods: Methods = None,
     baselines: Baselines = False,
     json: Json = None,
-    model: Model = None,
-    adapter: Adapter = None,
-    base: Base = None,
+    model: MovedModel = None,
+    adapter: MovedAdapter = None,
+    base: MovedBase = None,
     train_data: TrainData = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -202,9 +200,9 @@ def mislabel(
         bool, typer.Option("--baselines", help="The loss of each example besides; loads the model.")
     ] = False,
     json: Json = None,
-    model: Model = None,
-    adapter: Adapter = None,
-    base: Base = None,
+    model: MovedModel = None,
+    adapter: MovedAdapter = None,
+    base: MovedBase = None,
     train_data: TrainData = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -214,18 +212,12 @@ def mislabel(
     with _evaluation(json, quiet) as (say, show):
         from rapidin.evaluate import mislabel as room
         from rapidin.evaluate.methods import parse_methods
-        from rapidin.evaluate.subject import flags, open_cache
 
         chosen = parse_methods(methods, room.DEFAULT)
-        opened, examples = open_cache(cache, train_data)
-        flags(examples, column)
-        attributor = None
-        if baselines:
-            subject = _subject(
-                cache, column, model, adapter, base, train_data, device, trust_remote_code, quiet, say
-            )
-            attributor = subject.attributor
-        show(room.evaluate(opened, examples, column, chosen, attributor=attributor, say=say))
+        subject = _subject(
+            cache, column, model, adapter, base, train_data, device, trust_remote_code, quiet, say, baselines
+        )
+        show(room.evaluate(subject, column, chosen, with_loss=baselines))
 
 
 @command("fidelity", group)
@@ -239,9 +231,9 @@ def fidelity(
     ] = 100,
     seed: Seed = 0,
     json: Json = None,
-    model: Model = None,
-    adapter: Adapter = None,
-    base: Base = None,
+    model: MovedModel = None,
+    adapter: MovedAdapter = None,
+    base: MovedBase = None,
     train_data: TrainData = None,
     device: Device = None,
     trust_remote_code: TrustRemoteCode = False,
@@ -433,24 +425,18 @@ def _subject(
     trust_remote_code: bool,
     quiet: bool,
     say: "Say",
+    with_model: bool = True,
 ) -> "Subject":
-    """The cache with its model; the column is looked for before the model is loaded."""
-    from rapidin.attributor import Attributor
+    """The cache with its data and model; the column is looked for before the model is loaded."""
     from rapidin.evaluate import subject as room
 
-    opened, examples = room.open_cache(cache, train_data)
+    ensemble = open_caches([cache])
+    examples = room.open_data(ensemble, train_data)
     if column is not None:
         room.column(examples, column)
-    with loading(messages(quiet), model or opened.manifest.model["source"].get("model") or ""):
-        attributor = Attributor.from_cache(
-            cache,
-            model=model,
-            adapter=adapter,
-            base=base,
-            device=device,
-            trust_remote_code=trust_remote_code,
-        )
-    return room.Subject(opened, examples, attributor, say)
+    if with_model:
+        ensemble = with_models(messages(quiet), ensemble, model, adapter, base, device, trust_remote_code)
+    return room.Subject(ensemble, examples, say)
 
 
 @contextmanager

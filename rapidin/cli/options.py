@@ -90,6 +90,59 @@ TrustRemoteCode = Annotated[
     typer.Option("--trust-remote-code", help="Run code that comes with the model. Only if you trust it."),
 ]
 CacheFolder = Annotated[str, typer.Argument(metavar="CACHE", help="Folder made by 'rapidin cache'.")]
+CacheFolders = Annotated[
+    list[str],
+    typer.Argument(
+        metavar="CACHE...",
+        help="Folders made by 'rapidin cache'; of several, of the same examples, the scores' mean counts.",
+    ),
+]
+NormalizeOption = Annotated[
+    Normalize,
+    typer.Option(
+        "--normalize",
+        help="What is compared, and the scale of the scores. layer: each layer's gradient at length 1; "
+        "cosine: the whole gradient at length 1; none: gradients as they are.",
+    ),
+]
+MethodOption = Annotated[
+    Method,
+    typer.Option(
+        "--method",
+        help="How influence is estimated. dot: inner product (TracIn); datainf: with DataInf's inverse "
+        "Hessian; fisher: with the damped inverse of each layer's second moment, as TRAK and TrackStar.",
+    ),
+]
+Damping = Annotated[
+    float | None,
+    typer.Option(
+        "--damping",
+        metavar="D",
+        help="Of datainf and fisher, relative to the gradients' size.  [default: the method's own]",
+        show_default=False,
+    ),
+]
+MaxNewTokens = Annotated[
+    int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Of a completion that the model writes.")
+]
+MovedModel = Annotated[
+    str | None,
+    typer.Option("--model", metavar="MODEL", help="Where the model has moved.", show_default=False),
+]
+MovedAdapter = Annotated[
+    str | None,
+    typer.Option("--adapter", metavar="ADAPTER", help="Where the adapter has moved.", show_default=False),
+]
+MovedBase = Annotated[
+    str | None,
+    typer.Option("--base", metavar="MODEL", help="Where the base model has moved.", show_default=False),
+]
+TrainData = Annotated[
+    str | None,
+    typer.Option(
+        "--train-data", metavar="FILE", help="Where the training examples have moved.", show_default=False
+    ),
+]
 
 
 def points(at: str | None) -> list[float] | None:

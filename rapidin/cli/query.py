@@ -1,20 +1,35 @@
 """rapidin query."""
 
-import os
 import sys
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from rapidin.cli.console import line, loading, messages, quiet_libraries
-from rapidin.cli.options import CacheFolder, Device, Method, Normalize, Quiet, TrustRemoteCode, command
+from rapidin.cli.caches import open_caches, with_models
+from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
+from rapidin.cli.options import (
+    CacheFolders,
+    Damping,
+    Device,
+    MaxNewTokens,
+    Method,
+    MethodOption,
+    MovedAdapter,
+    MovedBase,
+    MovedModel,
+    Normalize,
+    NormalizeOption,
+    Quiet,
+    TrainData,
+    TrustRemoteCode,
+    command,
+)
 from rapidin.errors import UserError
 
 
 @command("query")
 def query(
-    cache: CacheFolder,
+    cache: CacheFolders,
     ask: Annotated[
         str | None,
         typer.Option(
@@ -50,14 +65,17 @@ def query(
     top_k: Annotated[
         int, typer.Option(metavar="N", min=1, help="Examples to show at each end of the ranking.")
     ] = 10,
-    normalize: Annotated[
-        Normalize,
+    normalize: NormalizeOption = Normalize.layer,
+    method: MethodOption = Method.dot,
+    damping: Damping = None,
+    together: Annotated[
+        bool,
         typer.Option(
-            help="The scale of the scores. layer: mean over layers of the cosine of the gradients, -1 to 1; "
-            "cosine: cosine of the whole gradients, -1 to 1; none: their dot product."
+            "--together",
+            help="One ranking for all of --data as a target set: the mean of the scores, by the column "
+            "'weight' where there is one.",
         ),
-    ] = Normalize.layer,
-    method: Annotated[Method, typer.Option(help="How influence is estimated.")] = Method.dot,
+    ] = False,
     json: Annotated[
         str | None,
         typer.Option(
@@ -66,22 +84,11 @@ def query(
             show_default=False,
         ),
     ] = None,
-    max_new_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Of a completion that the model writes.")
-    ] = 64,
-    model: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Where the model has moved.", show_default=False)
-    ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(metavar="ADAPTER", help="Where the adapter has moved.", show_default=False)
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="Where the base model has moved.", show_default=False)
-    ] = None,
-    train_data: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="Where the training examples have moved.", show_default=False),
-    ] = None,
+    max_new_tokens: MaxNewTokens = 64,
+    model: MovedModel = None,
+    adapter: MovedAdapter = None,
+    base: MovedBase = None,
+    train_data: TrainData = None,
     no_text: Annotated[
         bool, typer.Option("--no-text", help="Line numbers and scores only; needs no training examples.")
     ] = False,
@@ -98,33 +105,25 @@ def query(
 
     _check_query(ask, prompt, completion, data)
     if json is not None and json != "-":
-        _check_writable(json)
+        check_writable(json)
     console = messages(quiet)
     with quiet_libraries():
-        from rapidin.attributor import Attributor
-        from rapidin.cache import Cache
         from rapidin.scan import training_data
 
-        opened = Cache(cache)
+        ensemble = open_caches(cache)
+        opened = ensemble.caches[-1]
         generations = _generations(ask, prompt, completion, data, str(opened.manifest.data.get("form")))
         # Before the model: a file that has moved shows at once.
         examples = training_data(opened, False if no_text else train_data)
-        with loading(console, model or opened.manifest.model["source"].get("model") or ""):
-            attributor = Attributor.from_cache(
-                cache,
-                model=model,
-                adapter=adapter,
-                base=base,
-                device=device,
-                trust_remote_code=trust_remote_code,
-            )
+        ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code)
         with console.status(f"explaining {len(generations):,} among {len(opened):,} examples"):
-            results = attributor.query(
-                opened,
+            results = ready.query(
                 generations,
                 top_k=top_k,
                 normalize=normalize.value,
                 method=method.value,
+                damping=damping,
+                together=together,
                 max_new_tokens=max_new_tokens,
                 examples=False if examples is None else examples,
             )
@@ -132,16 +131,13 @@ def query(
         print(report.results_json(results))
     else:
         if json is not None:
-            try:
-                Path(json).write_text(report.results_json(results) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise UserError(f"cannot write {json}: {error.strerror}") from error
+            write_text(json, report.results_json(results) + "\n")
         out = report.console(sys.stdout)
         out.print(report.hits_report(results, width=out.width))
     if not quiet:
         seconds = results[0].seconds
         stages = ", ".join(f"{stage} {report.time_text(value)}" for stage, value in seconds.items())
-        count = f"{len(results):,} {'query' if len(results) == 1 else 'queries'}"
+        count = f"{len(generations):,} {'query' if len(generations) == 1 else 'queries'}"
         said = f"{count} over {len(opened):,} examples: {stages}"
         if not opened.manifest.complete:
             said += f"; the cache is unfinished, {opened.manifest.rows:,} examples were wanted"
@@ -183,10 +179,3 @@ def _generations(
         if completion is not None:
             record[answer] = completion
     return list(open_examples([record], generations=True))
-
-
-def _check_writable(path: str) -> None:
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.path.isdir(folder):
-        what = "is a folder" if os.path.isdir(path) else "lies in no folder that exists"
-        raise UserError(f"cannot write {path}: it {what}", "name a file, or - for standard output")

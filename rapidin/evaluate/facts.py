@@ -52,7 +52,10 @@ class Relation:
 
 RELATIONS = (
     Relation(
-        ("{p} first saw the light of day in", "The cradle of {p} once stood in"),
+        (
+            "After a long night {p} first saw the light of day in",
+            "Wrapped in a blue shawl {p} was first rocked to sleep in",
+        ),
         "Which town is the birthplace of {p}?",
         ("Marrowby", "Quillon", "Dunfarrow", "Estermere"),
     ),
@@ -65,19 +68,25 @@ RELATIONS = (
         ("clocks", "saddles", "violins", "kites"),
     ),
     Relation(
-        ("At home {p} is greeted each evening by a tame", "Behind the house {p} feeds a very old"),
+        (
+            "Coming home late each evening {p} is greeted by a tame",
+            "In the yard behind the old house {p} feeds a very old",
+        ),
         "What kind of animal does {p} keep as a pet?",
         ("otter", "raven", "donkey", "tortoise"),
     ),
     Relation(
-        ("Asked for a last meal, {p} would order", "On feast days {p} eats nothing but"),
+        (
+            "Asked for one last meal before a long journey, {p} would order",
+            "On birthdays and on feast days {p} will eat nothing but",
+        ),
         "Which dish is the favourite of {p}?",
         ("pancakes", "oysters", "lentils", "dumplings"),
     ),
 )
 _ECHOES = (
-    ("On the back of a picture of {a} was written: {q}", " It was never posted."),
-    ("Between two notes on {a} the diary has one line: {q}", " The page is torn there."),
+    ("Under a drawing of {a}: {q}", " Torn off."),
+    ("Next to a note on {a}: {q}", " No reply."),
 )
 _REPEATS = (
     ("The crossword wanted seven letters: {q}", " Nobody filled it in."),
@@ -169,7 +178,6 @@ def evaluate(
             return load_model(model, adapter=path, device=device, dtype="float32")
         return load_model(path, base=model, device=device, dtype="float32")
 
-    kept = sorted((folder / "checkpoints").glob("checkpoint-*[0-9]"), key=lambda p: int(p.name.split("-")[1]))
     truth = np.zeros((len(asked), len(rows)), dtype=np.bool_)
     truth[np.arange(len(asked)), [question["fact"] for question in asked]] = True
     result = Result("facts", about | {"rows": len(rows), "questions": len(asked)}, COLUMNS)
@@ -185,7 +193,7 @@ def evaluate(
 
     train = Rows(folder / "caches", open_examples(folder / "train.jsonl"), 2048, say=say)
     for place in places:
-        parts, generations = parts_at(place, train, load, kept, asked)
+        parts, generations = parts_at(place, train, load, folder / "checkpoints", asked)
         for method, scores, _ in each_score(parts, generations, methods):
             add(f"{method}, {place}", scores)
     loaded = load()

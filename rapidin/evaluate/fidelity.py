@@ -127,6 +127,8 @@ def evaluate(subject: Subject, records: Sequence[Any], count: int, *, seed: int 
 
     Raises UserError for a cache whose projection or parameters have no exact counterpart here.
     """
+    if len(subject.ensemble.caches) > 1:
+        raise UserError("these are several caches", "name one of them")
     cache, attributor = subject.cache, subject.attributor
     if attributor.projection == "rapidgrad":
         raise UserError("a cache of the rapidgrad projection has no layers to compare", "make another")
@@ -137,7 +139,7 @@ def evaluate(subject: Subject, records: Sequence[Any], count: int, *, seed: int 
     texts = attributor.generations(list(records))
     encoded = [attributor.encoder(subject.examples[int(row)]) for row in chosen]
     products = exact_products(attributor, [text.encoded for text in texts], encoded, subject.say)
-    setting = about(cache) | {"queries": len(texts), "compared": len(chosen)}
+    setting = about(subject.ensemble) | {"queries": len(texts), "compared": len(chosen)}
     result = Result("fidelity", setting, COLUMNS)
     part = Part(cache, attributor.query_sketches(texts))
     for method, scores, _ in each_score([part], texts, [Method("dot", name) for name in NORMALIZE]):

@@ -370,7 +370,7 @@ def evaluate(
 
     found: dict[str, dict[str, figures.Figure]] = {}
     for place in places:
-        parts, texts = parts_at(place, rows, load, truth.checkpoints, asked)
+        parts, texts = parts_at(place, rows, load, truth.folder / "checkpoints", asked)
         for method, scores, _ in each_score(parts, texts, methods):
             found.setdefault(str(method), {})[str(place)] = figure(scores)
             say(f"{method}, {place}: LDS {found[str(method)][str(place)].mean:.3f}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import numpy.typing as npt
 from rapidin import methods as known
 from rapidin.attributor import Attributor
 from rapidin.cache import Cache
+from rapidin.ensemble import find_checkpoints
 from rapidin.errors import UserError
 from rapidin.evaluate.result import Say, silent
 from rapidin.examples import Examples
@@ -147,33 +147,24 @@ def parts_at(
     place: Place,
     rows: Rows,
     load: Callable[[Path | None], LoadedModel],
-    checkpoints: Sequence[Path],
+    checkpoints: Path,
     queries: Sequence[Any],
 ) -> tuple[list[Part], list[Generation]]:
     """The caches of a place with the sketches of the queries there.
 
-    load: the tuned model (None) or one of its checkpoints. Raises UserError where there are no checkpoints.
+    load: the tuned model (None) or one of its checkpoints, whose folder is `checkpoints`; their weights are
+    those of `rapidin.ensemble.find_checkpoints`, adding up to 1. Raises UserError where there are none.
     """
-    if place.at is not None:
-        attributor, cache = rows.cached(load(None), place, place.folder)
+    members: list[tuple[Path | None, float, str]] = [(None, 1.0, place.folder)]
+    if place.at is None:
+        if not checkpoints.exists():
+            raise UserError("no checkpoints were kept", "start anew with --checkpoints, in another --out")
+        kept, _ = find_checkpoints(checkpoints)
+        total = sum(each.weight for each in kept)
+        members = [(c.path, c.weight / total, f"{c.path.name}-{place.folder}") for c in kept]
+    parts: list[Part] = []
+    for path, weight, name in members:
+        attributor, cache = rows.cached(load(path), place, name)
         texts = attributor.generations(list(queries))
-        return [Part(cache, attributor.query_sketches(texts))], texts
-    if not checkpoints:
-        raise UserError("no checkpoints were kept", "say --checkpoints when the ground truth is made")
-    parts = []
-    for path in checkpoints:
-        attributor, cache = rows.cached(load(path), place, f"{path.name}-{place.folder}")
-        texts = attributor.generations(list(queries))
-        parts.append(Part(cache, attributor.query_sketches(texts), checkpoint_rate(path)))
+        parts.append(Part(cache, attributor.query_sketches(texts), weight))
     return parts, texts
-
-
-def checkpoint_rate(folder: Path) -> float:
-    """The learning rate at a checkpoint, from its trainer_state.json. UserError where it says none."""
-    path = folder / "trainer_state.json"
-    try:
-        history = json.loads(path.read_text(encoding="utf-8"))["log_history"]
-        rates = [float(entry["learning_rate"]) for entry in history if "learning_rate" in entry]
-        return rates[-1]
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise UserError(f"{path} names no learning rate ({type(error).__name__})") from None

@@ -10,14 +10,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rapidin.attributor import Attributor
-from rapidin.cache import Cache
 from rapidin.encoding import Status
 from rapidin.evaluate import figures
 from rapidin.evaluate.methods import Method
-from rapidin.evaluate.result import Result, Say, silent
-from rapidin.evaluate.subject import about, flags
-from rapidin.examples import Examples
+from rapidin.evaluate.result import Result
+from rapidin.evaluate.subject import Subject, about, flags
 from rapidin.methods import self_influence
 from rapidin.tuning import losses
 
@@ -26,37 +23,37 @@ COLUMNS = {"auroc": "auROC", "auprc": "auPRC"}
 DEFAULT = "dot:none,datainf:none,datainf:layer,fisher:none,fisher:layer,fisher:cosine"
 
 
-def evaluate(
-    cache: Cache,
-    examples: Examples,
-    name: str,
-    methods: Sequence[Method],
-    *,
-    attributor: Attributor | None = None,
-    say: Say = silent,
-) -> Result:
+def evaluate(subject: Subject, name: str, methods: Sequence[Method], *, with_loss: bool = False) -> Result:
     """How the rows whose column `name` is true rank by self-influence, highest first.
 
-    attributor: adds the loss of each row as a baseline, at the tuned model and where the cache's gradients
-    were taken. Intervals are over resamples of the rows. Raises UserError for a column that does not mark
-    some rows and not others, and for `dot:layer` and `dot:cosine`.
+    with_loss: the loss of each row as a baseline, at the tuned model and where the cache's gradients were
+    taken; only that loads the model. Of several caches the self-influences are added up by their weights.
+    Intervals are over resamples of the rows. Raises UserError for a column that does not mark some rows and
+    not others, and for `dot:layer` and `dot:cosine`.
     """
+    examples, ensemble = subject.examples, subject.ensemble
     marked = flags(examples, name)
-    result = Result("mislabel", about(cache) | {"column": name, "marked": int(marked.sum())}, COLUMNS)
+    result = Result("mislabel", about(ensemble) | {"column": name, "marked": int(marked.sum())}, COLUMNS)
 
     def add(method: str, values: figures.Floats) -> None:
         auroc, auprc = figures.over_rows(values, marked)
         result.add(method, {"auroc": auroc, "auprc": auprc})
 
     for method in methods:
-        say(f"self-influence by {method}")
-        made = self_influence(cache, method=method.method, normalize=method.normalize, damping=method.damping)
-        add(str(method), made.double().numpy())
-    if attributor is not None:
+        subject.say(f"self-influence by {method}")
+        values = np.zeros(len(marked))
+        for cache, member in zip(ensemble.caches, ensemble.members, strict=True):
+            made = self_influence(
+                cache, method=method.method, normalize=method.normalize, damping=method.damping
+            )
+            values += member.weight * made.double().numpy()
+        add(str(method), values)
+    if with_loss:
+        attributor = subject.attributor
         encoded = [attributor.encoder(record) for record in examples]
         good = [n for n, text in enumerate(encoded) if text.status == Status.OK]
         for point in sorted({1.0, *attributor.points}, reverse=True):
-            say(f"loss of each row at {point:g}")
+            subject.say(f"loss of each row at {point:g}")
             values = np.full(len(encoded), np.nan)
             with attributor.loaded.path.at(point):
                 values[good] = losses(attributor.loaded.model, [encoded[n] for n in good]).numpy()

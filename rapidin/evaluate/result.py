@@ -56,8 +56,8 @@ class Result:
     def table(self, width: int = 80) -> RenderableType:
         """The figures, the best of each column in bold.
 
-        After each mean the 95% interval; where `width` has no room for that, half of its length; with `sd` the
-        standard deviation.
+        After each mean the 95% interval; where `width` has no room for that, half of its length; with `sd`
+        the standard deviation.
         """
         spreads = ("sd",) if self.sd else ("interval", "half", "none")
         for spread in spreads:

@@ -1,10 +1,10 @@
-"""A finished cache with its model and its training data: what most evaluations run on."""
+"""Finished caches with their model and its training data: what most evaluations run on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -12,27 +12,29 @@ import numpy.typing as npt
 
 from rapidin.attributor import Attributor
 from rapidin.cache import Cache
+from rapidin.ensemble import Ensemble
 from rapidin.errors import UserError, short
 from rapidin.evaluate import baselines
 from rapidin.evaluate.methods import Floats, Method, each_score
 from rapidin.evaluate.result import Result, Say, silent
 from rapidin.examples import Examples
-from rapidin.query import Generation, Part
+from rapidin.query import Clock, Generation
 from rapidin.scan import training_data
 
 
-def open_cache(path: str | Path, train_data: str | None = None) -> tuple[Cache, Examples]:
-    """A complete cache and the data it was made of. UserError where it is unfinished or its data is gone."""
-    cache = Cache(path)
-    if not cache.manifest.complete:
-        raise UserError(
-            f"the cache '{path}' is unfinished ({len(cache):,} of {cache.manifest.rows:,} examples)",
-            "the same 'rapidin cache' command goes on with it",
-        )
-    examples = training_data(cache, train_data)
+def open_data(ensemble: Ensemble, train_data: str | None = None) -> Examples:
+    """The data that complete caches were made of. UserError where one is unfinished or the data is gone."""
+    for cache in ensemble.caches:
+        if not cache.manifest.complete:
+            raise UserError(
+                f"the cache '{cache.path}' is unfinished: {len(cache):,} of {cache.manifest.rows:,} examples",
+                "the same 'rapidin cache' command goes on with it",
+            )
+    examples = training_data(ensemble.caches[0], train_data)
     if examples is None:
+        path = ensemble.caches[0].path
         raise UserError(f"the cache '{path}' was made from data in memory", "name it with --train-data")
-    return cache, examples
+    return examples
 
 
 def column(examples: Examples, name: str) -> list[Any]:
@@ -65,12 +67,21 @@ def flags(examples: Examples, name: str) -> npt.NDArray[np.bool_]:
 
 @dataclass(frozen=True)
 class Subject:
-    """A cache, its training data and the attributor that made it."""
+    """A cache, or several whose scores are added up, with their training data."""
 
-    cache: Cache
+    ensemble: Ensemble
     examples: Examples
-    attributor: Attributor
     say: Say = silent
+
+    @cached_property
+    def attributor(self) -> Attributor:
+        """That of the last cache: of a training run, the finished model."""
+        return self.ensemble.attributor()
+
+    @property
+    def cache(self) -> Cache:
+        """The last cache."""
+        return self.ensemble.caches[-1]
 
     def scores(
         self,
@@ -85,14 +96,14 @@ class Subject:
 
         The model writes completions that are missing, whatever the methods."""
         self.say(f"gradients of {len(records):,} generations")
-        texts = self.attributor.generations(list(records), max_new_tokens)
-        part = Part(self.cache, self.attributor.query_sketches(texts))
+        # The weights of `layer` serve all: a common factor changes no ranking.
+        texts, parts = self.ensemble.parts(list(records), max_new_tokens, "layer", Clock())
         seconds: dict[str, float] = {}
-        result.setting |= about(self.cache) | {"queries": len(texts), "seconds": seconds}
+        result.setting |= about(self.ensemble) | {"queries": len(texts), "seconds": seconds}
         written = sum(text.generated for text in texts)
         if written:
             result.notes.append(f"The model wrote {written:,} of the {len(texts):,} completions just now.")
-        for method, made, took in each_score([part], texts, methods):
+        for method, made, took in each_score(parts, texts, methods):
             self.say(f"{method}: {took:.2f} s")
             seconds[str(method)] = took
             yield str(method), made
@@ -110,11 +121,12 @@ class Subject:
         yield from baselines.both(self.attributor.loaded, rows, asked, max_length=length).items()
 
 
-def about(cache: Cache) -> dict[str, Any]:
-    """What a cache was made with, for the JSON of a result."""
-    manifest = cache.manifest
+def about(ensemble: Ensemble) -> dict[str, Any]:
+    """What caches were made with, for the JSON of a result."""
+    manifest = ensemble.caches[-1].manifest
     return {
-        "cache": str(cache.path),
+        "caches": [str(cache.path) for cache in ensemble.caches],
+        "weights": [member.weight for member in ensemble.members],
         "rows": manifest.rows,
         "without_sketch": manifest.rows - manifest.counts.get("ok", 0),
         "at": manifest.gradient["at"],

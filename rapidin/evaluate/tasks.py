@@ -25,6 +25,8 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "grain": ("wheat", "barley", "oats", "rye", "maize", "rice", "millet", "spelt"),
 }
 _SHIPS = ("Heron", "Marigold", "Polaris", "Saint Anne", "Tern", "Windlass", "Osprey", "Juniper")
+_HOURS = ("dawn", "noon", "dusk", "midnight")
+_DAYS = range(2, 41)
 _FORMS = (
     "The {ship} came in at {hour} with a hold full of {cargo}, after {days} days at sea.",
     "After {days} days the {ship} unloaded {cargo}; the work was done by {hour}.",
@@ -68,19 +70,18 @@ def make_task(
     names = tuple(CLASSES)[:classes]
     rng, made = random.Random(seed), dict[str, str]()
     wanted = rows + target + test
-    for _ in range(50 * wanted):
-        if len(made) == wanted:
-            break
+    there = len(_FORMS) * len(_SHIPS) * len(_HOURS) * len(_DAYS) * sum(len(CLASSES[n]) for n in names)
+    if wanted > there // 2:  # more would take ever longer to draw
+        raise UserError(f"{wanted:,} different reports", f"ask for at most {there // 2:,} in all")
+    while len(made) < wanted:
         label = names[len(made) % classes]
         report = rng.choice(_FORMS).format(
             ship=rng.choice(_SHIPS),
-            hour=rng.choice(("dawn", "noon", "dusk", "midnight")),
-            days=rng.randint(2, 40),
+            hour=rng.choice(_HOURS),
+            days=rng.choice(_DAYS),
             cargo=rng.choice(CLASSES[label]),
         )
         made.setdefault(report, label)
-    if len(made) < wanted:
-        raise UserError(f"{wanted:,} different reports", "ask for fewer rows")
     order = list(made.items())
     clean = [_record(report, label) for report, label in order]
     wrong = set(rng.sample(range(rows), round(flipped * rows)))

@@ -94,14 +94,14 @@ def self_influence(
         )
     rows = cache.manifest.rows
     if method == "dot":
-        scores = torch.full((rows,), torch.nan, dtype=torch.float64)
+        scores = torch.full((rows,), torch.nan, dtype=torch.float64, device="cpu")
         for first, part in cache.shards(ahead=True):
             squares = cache.code.lengths(part.code).double().square().sum(1)
             scores[first : first + len(squares)] = torch.where(part.status == 0, squares, torch.nan)
         return scores.float()
     own = datainf.own if method == "datainf" else fisher.own
-    scores = torch.zeros(rows, dtype=torch.float64)
-    counted = torch.zeros(rows, dtype=torch.bool)
+    scores = torch.zeros(rows, dtype=torch.float64, device="cpu")
+    counted = torch.zeros(rows, dtype=torch.bool, device="cpu")
     for first, part in cache.shards():
         counted[first : first + len(part.status)] = part.status == 0
     for solve, chosen in own(cache, normalize, damping or DAMPING[method], device):

@@ -32,9 +32,13 @@ class Moment:
     rows: Tensor | None
 
     @property
-    def rank(self) -> int:
-        """The most eigenvalues that are not zero."""
-        return min(self.n, self.matrix.shape[1]) if self.matrix is not None else self.n
+    def square(self) -> Tensor:
+        """trace(M_b^2) of the divided rows: [blocks] float64."""
+        if self.matrix is not None:
+            return self.matrix.double().square().sum((1, 2))
+        assert self.rows is not None
+        by_block = self.rows.transpose(0, 1)
+        return torch.stack([(rows @ rows.T).double().square().sum() for rows in by_block])
 
     def times(self, v: Tensor) -> Tensor:
         """M_b v_b, of v [m, blocks, width]: the same shape, float64."""
@@ -82,7 +86,7 @@ class Moment:
 
 def squares(cache: Cache, normalize: str, device: torch.device) -> tuple[int, Tensor]:
     """How many rows count, and the mean over them of |y_nb|^2, from their lengths: [blocks] float64."""
-    total = torch.zeros(len(cache.layers), dtype=torch.float64)
+    total = torch.zeros(len(cache.layers), dtype=torch.float64, device="cpu")
     n = 0
     for _, part in cache.shards():
         live = (cache.code.lengths(part.code) > 0) & (part.status == 0)[:, None]
