@@ -27,11 +27,11 @@ import torch
 
 from rapidin.encoding import Encoder, Status
 from rapidin.errors import UserError
-from rapidin.evaluate import baselines, figures
+from rapidin.evaluate import baselines, figures, loading
 from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_atomically, write_rows
 from rapidin.examples import open_examples
-from rapidin.model import LoadedModel, load_model
+from rapidin.model import LoadedModel
 from rapidin.tuning import Checkpoints, Recipe, State, Tuner, losses, save_model
 
 COLUMNS = {"mrr": "MRR", "recall": "recall at 10"}
@@ -175,8 +175,8 @@ def evaluate(
     def load(checkpoint: Path | None = None) -> LoadedModel:
         path = str(checkpoint or tuned)
         if lora is not None:
-            return load_model(model, adapter=path, device=device, dtype="float32")
-        return load_model(path, base=model, device=device, dtype="float32")
+            return loading.load(model, adapter=path, device=device)
+        return loading.load(path, base=model, device=device)
 
     truth = np.zeros((len(asked), len(rows)), dtype=np.bool_)
     truth[np.arange(len(asked)), [question["fact"] for question in asked]] = True
@@ -247,7 +247,7 @@ def _tune(
     from rapidin.evaluate.lds import Clock
 
     say("loading the model")
-    loaded = load_model(model, device=device, dtype="float32")
+    loaded = loading.load(model, device=device)
     encoder = Encoder(loaded.tokenizer, max_length=loaded.context_length or 2048)
     encoded = [text for text in map(encoder, rows) if text.status == Status.OK]
     state = State(out.parent / "state", about, every=50)

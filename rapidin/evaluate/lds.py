@@ -34,11 +34,11 @@ import numpy.typing as npt
 
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
-from rapidin.evaluate import baselines, figures
+from rapidin.evaluate import baselines, figures, loading
 from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_atomically, write_rows
 from rapidin.examples import Examples, open_examples
-from rapidin.model import LoadedModel, load_model
+from rapidin.model import LoadedModel
 from rapidin.tuning import Checkpoints, Recipe, State, Tuner, losses, save_model
 
 DESCRIPTION = "lds.json"
@@ -164,11 +164,11 @@ class GroundTruth:
         )
 
     def load(self, checkpoint: Path | None = None, **options: Any) -> LoadedModel:
-        """The tuned model with its base, or a checkpoint of it. options: those of `load_model`."""
+        """The tuned model with its base, or a checkpoint of it, in float32. options: those of `load_model`."""
         base = self.about["model"]
         if self.about["settings"]["lora"] is not None:
-            return load_model(base, adapter=str(checkpoint or self.folder / "adapter"), **options)
-        return load_model(str(checkpoint or self.folder / "tuned"), base=base, **options)
+            return loading.load(base, adapter=str(checkpoint or self.folder / "adapter"), **options)
+        return loading.load(str(checkpoint or self.folder / "tuned"), base=base, **options)
 
 
 # ------------------------------------------------------------------------------------------------ making
@@ -195,7 +195,7 @@ def make(
     masks = random_subsets(settings.subsets, len(examples[0]), settings.fraction, settings.recipe.seed)
     with _locked(folder):
         say("loading the model")
-        loaded = load_model(model, device=device, dtype="float32")
+        loaded = loading.load(model, device=device)
         encoder = Encoder(loaded.tokenizer, max_length=settings.max_length)
         rows = [encoder(record) for record in examples[0]]
         asked = [encoder(record) for record in examples[1]]
@@ -363,7 +363,7 @@ def evaluate(
     asked = list(truth.examples("test"))
 
     def load(checkpoint: Path | None = None) -> LoadedModel:
-        return truth.load(checkpoint, device=device, dtype="float32")
+        return truth.load(checkpoint, device=device)
 
     def figure(scores: Floats) -> figures.Figure:
         return figures.interval(correlations(truth.masks, truth.losses, scores))
