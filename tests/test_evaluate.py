@@ -353,11 +353,38 @@ def test_facts_command(place: Made, tmp_path: Path, run: Any) -> None:
     again = run(*command)
     assert json.loads(again.out) == found
     assert "tuning" not in again.err
-    refused(run(*command, "--epochs", 3), "begun with another recipe")
+    refused(run(*command, "--epochs", 3), "begun with another epochs .2 instead of 3")
     refused(run("eval", "facts", place.model, "--out", place.folder), "holds something else")
 
 
-# ------------------------------------------------------------------------------------------------- tasks
+# ---------------------------------------------------------------------------------------- select and tasks
+
+
+def test_select_command(place: Made, tmp_path: Path, run: Any) -> None:
+    out = tmp_path / "select"
+    command = [
+        "eval", "select", place.model, "--out", out, "--rows", 24, "--seeds", 2, "--epochs", 1, "--lora", 2,
+        "--methods", "dot:none", "--json", "-",
+    ]  # fmt: skip
+    ran = run(*command)
+    assert ran.code == 0, ran.err
+    found = {row["method"]: row for row in json.loads(ran.out)["results"]}
+    assert list(found) == ["dot:none", "random", "all"]
+    train = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
+    chosen = [json.loads(line) for line in (out / "chosen-dot-none.jsonl").read_text().splitlines()]
+    assert len(chosen) == 12
+    assert all(row in train for row in chosen)
+    assert found["dot:none"]["flipped"]["mean"] == pytest.approx(np.mean([r["flipped"] for r in chosen]))
+    assert found["all"]["flipped"]["mean"] == pytest.approx(5 / 24)
+    cache = next(path for path in (out / "caches").iterdir())
+    chooses = ["select", cache, "--target", out / "target.jsonl", "--out", tmp_path / "c", "--top", "50%"]
+    assert run(*chooses, "--normalize", "none", "--quiet").code == 0
+    assert (tmp_path / "c").read_text() == (out / "chosen-dot-none.jsonl").read_text()
+    again = run(*command)
+    assert json.loads(again.out)["results"] == json.loads(ran.out)["results"]
+    assert "trained on" not in again.err
+    refused(run(*command, "--flipped", 0.4), "another flipped")
+    refused(run(*command, "--share", 2), "a share of 2")
 
 
 def test_task_is_as_it_says() -> None:

@@ -188,7 +188,7 @@ def test_mistakes(made: Made, tmp_path: Path, run: Any) -> None:
     refused("another epochs .3 instead of 4", *command(made, out, "--lora", 2, "--epochs", 4))
     refused("another lora .2 instead of None", *command(made, out))
     other = write(tmp_path / "other.jsonl", ROWS[:8])
-    refused("another train data", *command(made, out, "--lora", 2, "--data", other))
+    refused("another training data", *command(made, out, "--lora", 2, "--data", other))
     refused("no such data", *command(made, out, "--test", tmp_path / "none.jsonl"))
     empty = write(tmp_path / "empty.jsonl", [{"prompt": "a", "completion": ""}])
     refused("line 1: no completion token", *command(made, tmp_path / "new", "--test", empty))

@@ -1,17 +1,15 @@
 """rapidin eval."""
 
 import json as json_module
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from rapidin.cli.caches import open_caches, with_models
-from rapidin.cli.console import line, messages, quiet_libraries
+from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
 from rapidin.cli.options import (
     CacheFolder,
     Device,
@@ -394,6 +392,66 @@ def facts(
         )
 
 
+@command("select", group)
+def select(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL", help="The base to tune: a folder, a name, or a folder with one GGUF."
+        ),
+    ],
+    out: Out,
+    rows: Annotated[int, typer.Option(metavar="N", min=8, help="Training rows to make up.")] = 400,
+    flipped: Annotated[float, typer.Option(metavar="X", help="Share of them with a wrong label.")] = 0.2,
+    share: Annotated[float, typer.Option(metavar="X", help="Share of them to choose.")] = 0.5,
+    seeds: Annotated[int, typer.Option(metavar="K", min=1, help="Trainings of each choice.")] = 3,
+    lora: Annotated[
+        int, typer.Option(metavar="R", min=0, help="Rank of the LoRA adapter; 0: all weights are tuned.")
+    ] = 8,
+    epochs: Epochs = 3,
+    batch: BatchSize = 8,
+    learning_rate: Rate = 1e-3,
+    warm_up: WarmUp = 10,
+    seed: Seed = 0,
+    at: Annotated[
+        str, typer.Option(metavar="A[,A...]", help="Where gradients are taken, as in 'rapidin cache'.")
+    ] = "0.5",
+    bytes: Annotated[
+        int,
+        typer.Option(metavar="N", min=0, help="Bytes of a row, as in 'rapidin cache'; 0: all of the sketch."),
+    ] = 0,
+    methods: Methods = None,
+    json: Json = None,
+    device: Device = None,
+    quiet: Quiet = False,
+) -> None:
+    """Does choosing training data leave wrong labels out, and a better model behind?
+
+    A made-up task with flipped labels: the rows that 'rapidin select' chooses, beside random ones and all.
+    """
+    with _evaluation(json, quiet) as (say, show):
+        from rapidin.evaluate import selection as room
+        from rapidin.evaluate.methods import parse_methods, parse_places
+
+        chosen, (place,) = parse_methods(methods, "dot:layer,fisher:layer"), parse_places([at], [bytes])
+        show(
+            room.evaluate(
+                model,
+                out,
+                chosen,
+                place,
+                rows=rows,
+                flipped=flipped,
+                share=share,
+                seeds=seeds,
+                lora=lora or None,
+                recipe=_recipe(epochs, batch, learning_rate, warm_up, False, seed),
+                device=device,
+                say=say,
+            )
+        )
+
+
 # ------------------------------------------------------------------------------------------------ helpers
 
 
@@ -444,10 +502,7 @@ def _evaluation(json: str | None, quiet: bool) -> "Iterator[tuple[Say, Any]]":
     """(what says a line, what shows a result), with quiet libraries; checks first that JSON can be
     written."""
     if json is not None and json != "-":
-        folder = os.path.dirname(json) or "."
-        if os.path.isdir(json) or not os.path.isdir(folder):
-            what = "is a folder" if os.path.isdir(json) else "lies in no folder that exists"
-            raise UserError(f"cannot write {json}: it {what}", "name a file, or - for standard output")
+        check_writable(json)
     with quiet_libraries():
         from rapidin import report
         from rapidin.evaluate import figures
@@ -462,10 +517,7 @@ def _evaluation(json: str | None, quiet: bool) -> "Iterator[tuple[Say, Any]]":
                 print(text)
                 return
             if json is not None:
-                try:
-                    Path(json).write_text(text + "\n", encoding="utf-8")
-                except OSError as error:
-                    raise UserError(f"cannot write {json}: {error.strerror}") from error
+                write_text(json, text + "\n")
             out = report.console(sys.stdout)
             out.print(result.table(out.width))
 

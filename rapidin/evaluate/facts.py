@@ -15,7 +15,6 @@ tell either.
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,9 +26,9 @@ import torch
 
 from rapidin.encoding import Encoder, Status
 from rapidin.errors import UserError
-from rapidin.evaluate import baselines, figures, loading
+from rapidin.evaluate import baselines, figures, folders, loading
 from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
-from rapidin.evaluate.result import Result, Say, silent, write_atomically, write_rows
+from rapidin.evaluate.result import Result, Say, silent, write_rows
 from rapidin.examples import open_examples
 from rapidin.model import LoadedModel
 from rapidin.tuning import Checkpoints, Recipe, State, Tuner, losses, save_model
@@ -165,7 +164,27 @@ def evaluate(
         "recipe": recipe.to_json(),
         "checkpoints": checkpoints,
     }
-    _begin(folder, about)
+    with folders.locked(folder):
+        folders.begin(folder, DESCRIPTION, about)
+        return _evaluate(
+            folder, about, rows, asked, methods, places, recipe, checkpoints, with_baselines, device, say
+        )
+
+
+def _evaluate(
+    folder: Path,
+    about: Record,
+    rows: list[Record],
+    asked: list[Record],
+    methods: Sequence[Method],
+    places: Sequence[Place],
+    recipe: Recipe,
+    checkpoints: int,
+    with_baselines: bool,
+    device: str | None,
+    say: Say,
+) -> Result:
+    model, lora = about["model"], about["lora"]
     write_rows(folder / "train.jsonl", rows)
     write_rows(folder / "questions.jsonl", asked)
     tuned = folder / ("adapter" if lora is not None else "tuned")
@@ -212,25 +231,6 @@ def evaluate(
         "right answer likelier than the others of its kind. Intervals: over the questions."
     )
     return result
-
-
-def _begin(folder: Path, about: Record) -> None:
-    path = folder / DESCRIPTION
-    wanted = json.loads(json.dumps(about))
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            found = json.loads(path.read_text(encoding="utf-8"))
-            other = sorted(key for key in wanted if found.get(key) != wanted[key])
-            if other:
-                raise UserError(f"'{folder}' was begun with another {other[0]}", "name another --out")
-        elif others := sorted(p.name for p in folder.iterdir() if not p.name.endswith(".partial")):
-            raise UserError(f"'{folder}' holds something else ('{others[0]}')", "name another --out")
-        write_atomically(path, json.dumps(about, indent=1) + "\n")
-    except OSError as error:
-        raise UserError(f"cannot write into '{folder}': {error.strerror}") from None
-    except ValueError:
-        raise UserError(f"'{path}' is damaged", "name another --out") from None
 
 
 def _tune(

@@ -19,12 +19,10 @@ Every retraining is kept as soon as it is done, and the same call goes on with w
 
 from __future__ import annotations
 
-import fcntl
 import io
 import json
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -34,7 +32,7 @@ import numpy.typing as npt
 
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
-from rapidin.evaluate import baselines, figures, loading
+from rapidin.evaluate import baselines, figures, folders, loading
 from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_atomically, write_rows
 from rapidin.examples import Examples, open_examples
@@ -44,6 +42,14 @@ from rapidin.tuning import Checkpoints, Recipe, State, Tuner, losses, save_model
 DESCRIPTION = "lds.json"
 RETRAINED = "retrained.npz"
 VERSION = 1
+# What tells one ground truth from another, in words.
+_NAMES = {
+    "version": "version of rapidin",
+    "model": "model",
+    "identity": "model",
+    "train": "training data",
+    "test": "test data",
+}
 
 Floats = npt.NDArray[np.float64]
 
@@ -164,7 +170,7 @@ class GroundTruth:
         )
 
     def load(self, checkpoint: Path | None = None, **options: Any) -> LoadedModel:
-        """The tuned model with its base, or a checkpoint of it, in float32. options: those of `load_model`."""
+        """The tuned model with its base, or a checkpoint of it, in float32. options: `load_model`'s."""
         base = self.about["model"]
         if self.about["settings"]["lora"] is not None:
             return loading.load(base, adapter=str(checkpoint or self.folder / "adapter"), **options)
@@ -193,7 +199,7 @@ def make(
     folder = Path(folder)
     examples = [x if isinstance(x, Examples) else open_examples(x) for x in (train, test)]
     masks = random_subsets(settings.subsets, len(examples[0]), settings.fraction, settings.recipe.seed)
-    with _locked(folder):
+    with folders.locked(folder):
         say("loading the model")
         loaded = loading.load(model, device=device)
         encoder = Encoder(loaded.tokenizer, max_length=settings.max_length)
@@ -210,62 +216,14 @@ def make(
             "test": {"rows": len(asked), "identity": examples[1].identity},
             "settings": settings.to_json(),
         }
-        _begin(folder, about, examples)
+        folders.begin(folder, DESCRIPTION, about, names=_NAMES)
+        for part, given in zip(("train", "test"), examples, strict=True):
+            if not (folder / f"{part}.jsonl").exists():
+                write_rows(folder / f"{part}.jsonl", list(given))
         tuner = Tuner(loaded, lora=settings.lora)
         _tune_all(folder, tuner, rows, asked, settings, about, say)
         _retrain(folder, tuner, rows, asked, settings, masks, say)
     return GroundTruth(folder)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 (held until the end)
-    except OSError as error:
-        raise UserError(f"cannot write into '{folder}': {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is working in '{folder}'") from None
-        yield
-
-
-def _begin(folder: Path, about: dict[str, Any], examples: Sequence[Examples]) -> None:
-    """Describe a new folder, or refuse one that was begun otherwise."""
-    path = folder / DESCRIPTION
-    if path.exists():
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except ValueError:
-            raise UserError(f"'{path}' is damaged", "name another --out") from None
-        # As it is read back: tuples are lists there.
-        wanted = json.loads(json.dumps(about))
-        for key in ("version", "identity", "train", "test"):
-            if found.get(key) != wanted[key]:
-                what = {"identity": "model", "version": "version of rapidin"}.get(key, f"{key} data")
-                raise UserError(f"'{folder}' was begun with another {what}", "name another --out")
-        before, now = ({**x["settings"], **x["settings"]["recipe"]} for x in (found, wanted))
-        other = sorted(k for k in now if k != "recipe" and before.get(k) != now[k])
-        if other:
-            raise UserError(
-                f"'{folder}' was begun with another {other[0].replace('_', ' ')} "
-                f"({before.get(other[0])} instead of {now[other[0]]})",
-                "give the same settings, or name another --out",
-            )
-    elif others := [p.name for p in sorted(folder.iterdir()) if not _begun(p.name)]:
-        what = f"the folder '{folder}' holds something else ('{others[0]}')"
-        raise UserError(what, "name another --out")
-    for part, given in zip(("train", "test"), examples, strict=True):
-        if not (folder / f"{part}.jsonl").exists():
-            write_rows(folder / f"{part}.jsonl", list(given))
-    write_atomically(path, json.dumps(about, indent=1) + "\n")
-
-
-def _begun(name: str) -> bool:
-    """Whether a file may lie in a folder that is not described yet."""
-    return name.startswith(".") or name.endswith(".partial") or name in ("train.jsonl", "test.jsonl")
 
 
 def _tune_all(

@@ -31,7 +31,8 @@ class Result:
 
     name: of the evaluation; setting: what it was run on, values that JSON has; columns: names of the figures
     and their headings; rows: method -> its figures, in the order they are shown; sd: show standard deviations
-    over the queries instead of intervals; notes: lines below the table.
+    over the queries instead of intervals; lower: figures of which less is
+    better; notes: lines below the table.
     """
 
     name: str
@@ -39,6 +40,7 @@ class Result:
     columns: dict[str, str]
     rows: dict[str, dict[str, Figure]] = field(default_factory=dict)
     sd: bool = False
+    lower: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
 
     def add(self, method: str, figures: Mapping[str, Figure]) -> None:
@@ -74,7 +76,9 @@ class Result:
         for heading in self.columns.values():
             table.add_column(heading, justify="right", overflow="fold")
         best = {
-            key: max((f[key].mean for f in self.rows.values() if _known(f.get(key))), default=math.nan)
+            key: (min if key in self.lower else max)(
+                (f[key].mean for f in self.rows.values() if _known(f.get(key))), default=math.nan
+            )
             for key in self.columns
         }
         for method, figures in self.rows.items():
