@@ -19,12 +19,13 @@ import pytest
 import torch
 from limits import note
 from torch import nn
-from turns import clear_peak, peak_mb, sized
+from turns import clear_peak, in_turns, peak_mb, sized
 
 from rapidin import Attributor, load_model, ops, pack
 from rapidin.attributor import _by_length
 from rapidin.demo.tokenizer import train_tokenizer
 from rapidin.encoding import Encoded, Status
+from rapidin.geometry import EXPONENT, FLOOR, Geometry, Moments
 from rapidin.hooks import Batch, example_losses
 from rapidin.model import LoadedModel
 from rapidin.pack import Basis, Code, FloatCode, PackedCode
@@ -170,4 +171,36 @@ def bench_caching(benchmark, kind, dtype):
         bare_examples_per_s=EXAMPLES / sum(taken),
         bytes_an_example=code.row_bytes,
         **({"mb_above_bare_loop": peak - bare_peak, "peak_mb": peak} if counted else {}),
+    )
+
+
+@pytest.mark.parametrize("kind", ["linear layers", "LoRA"])
+def bench_geometry(benchmark, kind):
+    """Sketching a batch with the factors scaled by a geometry, against the same without."""
+    name = os.environ.get("RAPIDIN_BENCH_MODEL", "random Llama")
+    benchmark.group = f"geometry, {name}, {kind}"
+    loaded = make_model(kind)
+    texts = make_examples(loaded.model.get_input_embeddings().num_embeddings)
+    chosen = _by_length(range(EXAMPLES), texts, BATCH_TOKENS)[-1]
+    batch = Batch.of([(texts[n].ids, texts[n].target) for n in chosen])
+    sketcher = Attributor(loaded, batch_tokens=BATCH_TOKENS).sketcher
+    moments = Moments(sketcher.targets)
+    moments.add(sketcher.squares(batch))
+    geometry = Geometry([moments.scales(EXPONENT, FLOOR)])
+
+    def sketch(with_geometry: Geometry | None) -> None:
+        sketcher.geometry = with_geometry
+        sketcher(batch)
+
+    others = {
+        "without": lambda: sketch(None),
+        "squares for a geometry": lambda: sketcher.squares(batch),
+    }
+    best = in_turns(benchmark, lambda: sketch(geometry), others, seconds=60.0)
+    ours = benchmark.stats.stats.min
+    note(
+        benchmark,
+        tokens=int(batch.mask.sum()),
+        of_without=best["without"] / ours,
+        squares_over_sketch=best["squares for a geometry"] / best["without"],
     )

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
 
 from rapidin import caching, pack
 from rapidin.cache import Cache, CacheWriter, Manifest, other_model
+from rapidin.cache.manifest import gradient_settings
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError, short
 from rapidin.examples import Examples, open_examples
+from rapidin.geometry import STREAM, Geometry, GeometryChoice, Moments
 from rapidin.hits import QueryResult
 from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Projection
 from rapidin.layers import coverage, find_targets, layer_table
@@ -47,6 +50,7 @@ class Progress:
 
 
 OnProgress = Callable[[Progress], None]
+_T = TypeVar("_T")
 
 
 class Attributor:
@@ -62,6 +66,9 @@ class Attributor:
     at: points between base (0) and tuned model (1) where gradients are taken, one number or several, which
         are summed; default 0.5 where the untuned state is known, else 1.
     loss: "mean" or "sum" over an example's completion tokens.
+    geometry: scales gradients as the optimizer's steps are scaled (`rapidin.geometry`): None or "off" for
+        not, "sample" from a sample of the data, or the path of the optimizer's state (optimizer.pt, or the
+        checkpoint folder with it).
     eos, max_length, too_long: see `rapidin.encoding.Encoder`.
     batch_tokens: padded tokens a batch.
     thinning: take gradients of the model thinned by a dropout mask (`rapidin.thinning`).
@@ -86,6 +93,7 @@ class Attributor:
         exclude: Sequence[str] = (),
         at: float | Sequence[float] | None = None,
         loss: LossKind = "mean",
+        geometry: GeometryChoice | str | Path | None = None,
         eos: bool = True,
         max_length: int | None = None,
         too_long: Literal["truncate", "skip"] = "truncate",
@@ -128,6 +136,15 @@ class Attributor:
         self.sketcher = GradientSketcher(
             self.loaded.model, self.targets, width=width, seed=seed, projection=projection, loss=loss
         )
+        self.geometry = GeometryChoice.of(geometry, self.loaded.model, self.targets, self.loaded.trained)
+        self._take_up(self.geometry.made)
+
+    def _take_up(self, geometry: Geometry | None) -> None:
+        """Scale gradients by this geometry from now on."""
+        if geometry is not None:
+            geometry.check(self.targets, len(self.points))
+            geometry = geometry.to(self.loaded.device)
+        self.sketcher.geometry = geometry
 
     def _points(self, at: float | Sequence[float] | None) -> list[float]:
         path = self.loaded.path
@@ -191,6 +208,7 @@ class Attributor:
                 exclude=manifest.gradient["exclude"],
                 at=manifest.gradient["at"],
                 loss=manifest.gradient["loss"],
+                geometry=GeometryChoice.recorded(manifest),
                 eos=manifest.text["eos"],
                 max_length=manifest.text["max_length"],
                 too_long=manifest.text["too_long"],
@@ -202,7 +220,10 @@ class Attributor:
         return made
 
     def check(self, manifest: Manifest) -> None:
-        """Raise UserError where a cache was not made with this model and these settings."""
+        """Raise UserError where a cache was not made with this model and these settings.
+
+        Gradients taken after this are scaled by the geometry of that cache, which is read from its folder.
+        """
         made, here = manifest.model["identity"], self.loaded.identity
         if made != here:
             raise UserError(
@@ -211,10 +232,14 @@ class Attributor:
             )
         mine = self._manifest(None, manifest.code, manifest.rows)
         for part in ("sketch", "gradient", "layers"):
-            if getattr(manifest, part) != getattr(mine, part):
+            there, wanted = getattr(manifest, part), getattr(mine, part)
+            if part == "gradient":
+                there, wanted = gradient_settings(there), gradient_settings(wanted)
+            if there != wanted:
                 raise UserError(
                     f"the cache was made with other settings ({part})", "use those of its manifest"
                 )
+        self._take_up(Geometry.read(manifest))
 
     def _manifest(self, examples: Examples | None, code: Format, rows: int) -> Manifest:
         data: dict[str, Any] = {}
@@ -239,6 +264,7 @@ class Attributor:
             "loss": self.loss,
             "include": self.include,
             "exclude": self.exclude,
+            "geometry": self.geometry.to_json(),
         }
         if self.thinning is not None:
             taken["dropout"] = self.thinning.to_json()
@@ -287,6 +313,7 @@ class Attributor:
             meter = _Meter(on_progress, writer.manifest, loop.sampled_rows())
             if self.sketcher.one_by_one:
                 meter.tell(self._one_by_one())
+            self._settle_geometry(writer, examples, meter)
             loop.run()
             meter.settle(wait=True)
         return Cache(path)
@@ -315,6 +342,66 @@ class Attributor:
             raise UserError(f"--bytes {bytes} leaves no room", f"say at least {pack.least_bytes()}")
         return Format(dtype, bytes, sample)
 
+    def _settle_geometry(self, writer: CacheWriter, examples: Examples, meter: _Meter) -> None:
+        """Take up the geometry of a cache that is being made; first make it where it is not there."""
+        made, manifest = self.geometry.made, writer.manifest
+        record = manifest.geometry
+        if record is None:
+            self._take_up(None)
+        elif made is not None:
+            writer.set_geometry(made.data)
+            self._take_up(made)
+        elif record["sha256"] is not None and (writer.folder / record["file"]).exists():
+            self._take_up(Geometry.read(manifest))
+        else:
+            made = self._sample_geometry(examples, meter)
+            if record["sha256"] not in (None, made.sha256):
+                raise UserError(
+                    f"the geometry '{writer.folder / record['file']}' is missing, and does not come out the "
+                    "same here",
+                    "restore it, or cache into another folder",
+                )
+            writer.set_geometry(made.data)
+            self._take_up(made)
+
+    def _sample_geometry(self, examples: Examples, meter: _Meter) -> Geometry:
+        """The geometry of each point, from the gradients of a sample of the examples."""
+        rows = caching.sample_rows(len(examples), self.geometry.sample, self.seed, STREAM)
+        meter.tell(f"taking the geometry of gradients from a sample of {len(rows):,} examples first")
+        encoded = [self.encoder(examples[row]) for row in rows]
+        good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
+        points = []
+        for point in self.points:
+            moments = Moments(self.targets)
+            with self.loaded.path.at(point), self._thinned():
+                for _, squares in self._in_batches(good, encoded, self.sketcher.squares, meter):
+                    moments.add(squares)
+            points.append(moments.scales(self.geometry.exponent, self.geometry.floor))
+        return Geometry(points)
+
+    def _in_batches(
+        self,
+        good: Sequence[int],
+        encoded: Sequence[Encoded],
+        run: Callable[[Batch], _T],
+        meter: _Meter | None,
+    ) -> Iterator[tuple[list[int], _T]]:
+        """Batches of like length and what `run` gives for them; one at a time where a layer mixes them."""
+        told = self.sketcher.one_by_one
+        queue = _by_length(good, encoded, self.batch_tokens)
+        while queue:
+            chosen = queue.pop()
+            batch = Batch.of([(encoded[n].ids, encoded[n].target) for n in chosen], self.loaded.device)
+            try:
+                result = run(batch)
+            except NotBatchedError:
+                if meter and not told:
+                    meter.tell(self._one_by_one())
+                told = True
+                queue.extend([n] for n in reversed(chosen))
+                continue
+            yield chosen, result
+
     def _thinned(self) -> AbstractContextManager[None]:
         if self.thinning is None:
             return nullcontext()
@@ -333,27 +420,14 @@ class Attributor:
         status = _on(device, [int(e.status) for e in encoded], torch.uint8)
         out = torch.zeros(len(encoded), len(self.layers), self.width, device=device)
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
-        told = self.sketcher.one_by_one
         if meter:
             meter.add(len(encoded) - len(good), 0, skipped=len(encoded) - len(good))
         for number, point in enumerate(self.points):
             blocks = slice(number * self.sketcher.blocks, (number + 1) * self.sketcher.blocks)
             last = number == len(self.points) - 1
             with self.loaded.path.at(point), self._thinned():
-                queue = _by_length(good, encoded, self.batch_tokens)
-                while queue:
-                    chosen = queue.pop()
-                    batch = Batch.of(
-                        [(encoded[n].ids, encoded[n].target) for n in chosen], self.loaded.device
-                    )
-                    try:
-                        sketch, _ = self.sketcher(batch)
-                    except NotBatchedError:
-                        if meter and not told:
-                            meter.tell(self._one_by_one())
-                        told = True
-                        queue.extend([n] for n in reversed(chosen))
-                        continue
+                run = partial(self.sketcher, point=number)
+                for chosen, (sketch, _) in self._in_batches(good, encoded, run, meter):
                     bad = ~sketch.isfinite().flatten(1).all(1)
                     at = _on(device, chosen, torch.int64)
                     out[at, blocks] = sketch

@@ -41,18 +41,18 @@ def shard_rows(manifest: Manifest) -> int:
     return min(8192, by_bytes, max(1024, manifest.rows // 128))
 
 
-def sample_rows(rows: int, size: int, seed: int) -> list[int]:
-    """`size` of the rows 0 .. rows - 1, drawn by the seed, ascending; all where there are no more."""
+def sample_rows(rows: int, size: int, seed: int, stream: int = 17) -> list[int]:
+    """`size` of the rows 0 .. rows - 1, drawn by the seed, ascending; all where there are no more.
+
+    stream: of the keyed hash in docs/sketch.md, one for each purpose.
+    """
     if size >= rows:
         return list(range(rows))
     from rapidin import _cpu
 
     words = torch.empty(rows, dtype=torch.int32, device="cpu")
-    _cpu.hash_words(seed, _SAMPLE_STREAM, 0, rows, words.data_ptr())
+    _cpu.hash_words(seed, stream, 0, rows, words.data_ptr())
     return sorted(torch.argsort(words, stable=True)[:size].tolist())
-
-
-_SAMPLE_STREAM = 17  # of the keyed hash in docs/sketch.md
 
 
 class CachingLoop:

@@ -4,13 +4,14 @@ The gradient of a linear layer for one example is ``sum_t g_t a_t^T`` (output gr
 hooks keep the inputs, tensor hooks see the output gradients on their way down, and `ops.linear_sketch` makes
 the sketch of one from the other on the spot, so at most one layer's factors beyond the saved inputs are
 held. The parameters themselves need no gradient, so autograd computes input gradients only, and only down to
-the lowest layer that counts.
+the lowest layer that counts. With a geometry (`rapidin.geometry`) the factors are scaled on the way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NoReturn
@@ -21,7 +22,9 @@ from torch.nn import functional as F
 
 from rapidin import ops
 from rapidin.errors import UserError
-from rapidin.layers import Target, Use, block_seed
+from rapidin.geometry import Geometry, Scale
+from rapidin.layers import Target, Use, block_seed, matrix_shape
+from rapidin.squares import Squares, as_factors, embedding_squares, factor_squares, formed_squares, joined
 from rapidin.transfer import upload
 
 LossKind = Literal["mean", "sum"]
@@ -100,6 +103,9 @@ class GradientSketcher:
     - "rapidgrad": one block for all, the sum of the flat sketches, each scaled to length 1 first: the whole
       layer-normalised gradient in `width` numbers (Lin et al., ACL 2024, section 3).
 
+    geometry: scales of the gradients, or None; it may be set between calls. Where it differs between the
+    points of a path, calls name the point by its number.
+
     >>> sketcher = GradientSketcher(model, targets, width=512, seed=0)
     >>> sketch, loss = sketcher(batch)          # [B, blocks, width] float32, [B] float32
     """
@@ -113,6 +119,7 @@ class GradientSketcher:
         seed: int,
         projection: Projection = "tensor",
         loss: LossKind = "mean",
+        geometry: Geometry | None = None,
     ) -> None:
         self.model = model
         self.targets = list(targets)
@@ -120,6 +127,7 @@ class GradientSketcher:
         self.projection: Projection = projection
         self.blocks = 1 if projection == "rapidgrad" else len(self.targets)
         self.loss: LossKind = loss
+        self.geometry = geometry
         self.seeds = [block_seed(seed, target.name) for target in self.targets]
         self._modules = dict(model.named_modules())
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -138,28 +146,47 @@ class GradientSketcher:
         """Parameters for which no batched way is known: examples come one at a time because of them."""
         return [self.targets[n].name for n in self._single]
 
-    def __call__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: Batch, point: int | None = None) -> tuple[Tensor, Tensor]:
         """(sketches [B, blocks, width] float32, losses [B] float32), both on the model's device.
 
-        Raises NotBatchedError where a layer mixes the examples of a batch of more than one (then
-        `one_by_one` is set, and batches of one will do), and UserError where a parameter takes no part in
-        the loss.
+        point: the number of the point where the model stands, for the geometry. Raises NotBatchedError where
+        a layer mixes the examples of a batch of more than one (then `one_by_one` is set, and batches of one
+        will do), UserError where a parameter takes no part in the loss, and TypeError where the geometry
+        needs a point and none is named.
         """
-        state = _Pass(self, batch) if self.projection == "tensor" else _FormedPass(self, batch)
+        kind = _Pass if self.projection == "tensor" else _FormedPass
+        state = kind(self, batch, self._scales(point))
         losses = self._run(batch, state)
         if self.projection == "rapidgrad":
             return F.normalize(state.out, dim=-1, eps=1e-30).sum(1, keepdim=True), losses
         return state.out, losses
 
-    def factors(self, batch: Batch) -> list[tuple[Tensor, Tensor]]:
-        """(columns [B, T, I], rows [B, T, O]) of each target: its gradients are ``sum_t rows_t columns_t^T``.
+    def factors(self, batch: Batch, point: int | None = None) -> list[tuple[Tensor, Tensor]]:
+        """(columns [B, T, I], rows [B, T, O]) of each target: its gradients are ``sum_t rows_t columns_t^T``,
+        scaled where there is a geometry.
 
         For exact gradients and for what single tokens bring. Raises as a call does, and TypeError for
         targets that are not the weights of linear layers.
         """
-        state = _FactorPass(self, batch)
+        state = _FactorPass(self, batch, self._scales(point))
         self._run(batch, state)
         return [state.factors[n] for n in range(len(self.targets))]
+
+    def squares(self, batch: Batch) -> list[Squares]:
+        """Of each target the sums of squares of the examples' gradients over rows [B, O] and columns [B, I].
+
+        Float64, of the gradients as they are, whatever the geometry: one is made from these. Raises as a
+        call does.
+        """
+        state = _SquaresPass(self, batch, None)
+        self._run(batch, state)
+        return state.finish()
+
+    def _scales(self, point: int | None) -> list[Scale] | None:
+        if self.geometry is None:
+            return None
+        table = self.geometry.at(point)
+        return [table[target.name] for target in self.targets]
 
     def _run(self, batch: Batch, state: _Pass) -> Tensor:
         """One forward and backward pass that fills `state`; the losses [B]."""
@@ -175,7 +202,7 @@ class GradientSketcher:
             for n in self._single:
                 grad = self.parameters[self.targets[n].name].grad
                 if grad is not None:
-                    state.add_formed(n, grad.reshape(1, grad.shape[0] if grad.ndim else 1, -1))
+                    state.add_own(n, grad.reshape(1, grad.shape[0] if grad.ndim else 1, -1))
         missing = [self.targets[n].name for n in range(len(self.targets)) if n not in state.seen]
         if missing:
             raise UserError(
@@ -220,12 +247,17 @@ class GradientSketcher:
 class _Pass:
     """One forward and backward pass over a batch: what the hooks write to."""
 
-    def __init__(self, sketcher: GradientSketcher, batch: Batch) -> None:
+    def __init__(self, sketcher: GradientSketcher, batch: Batch, scales: Sequence[Scale] | None) -> None:
         self.sketcher = sketcher
+        self.scales = scales
         self.rows, self.length = batch.ids.shape
-        self.out = torch.zeros(self.rows, len(sketcher.targets), sketcher.width, device=batch.ids.device)
+        self.out = self._space(batch.ids.device)
         self.seen: set[int] = set()
+        self.calls: Counter[int] = Counter()  # of a target's modules in the forward pass
         self._again = False  # a module run a second time for its own parameters must not be hooked again
+
+    def _space(self, device: torch.device) -> Tensor:
+        return torch.zeros(self.rows, len(self.sketcher.targets), self.sketcher.width, device=device)
 
     def spread_ids(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """Position ids come once for the whole batch; an embedding row for each example keeps them apart."""
@@ -253,6 +285,7 @@ class _Pass:
 
             output.register_hook(on_gradient)
             self.seen.update(n for n, _ in parts)
+            self.calls.update(n for n, _ in parts)
             return changed
 
         return hook
@@ -272,13 +305,23 @@ class _Pass:
                 padding = getattr(module, "padding_idx", None)
                 if padding is not None:
                     g = g.masked_fill((ids == padding)[..., None], 0.0)
-                self._add_embedding(n, ids, g)
+                self._add_embedding(n, ids, self.scales[n].embedding(ids, g) if self.scales else g)
             elif use.kind == "bias":
-                self.add_formed(n, g.float().sum(1)[:, :, None])
-            elif use.kind == "linear":
-                self._add_factors(n, self._by_example(inputs, 1), g)
-            else:  # a Conv1D weight is stored [in, out]: the input is the row factor
-                self._add_factors(n, g, self._by_example(inputs, 1))
+                self.add_own(n, g.float().sum(1)[:, :, None])
+            else:
+                columns, rows = self._by_example(inputs, 1), g
+                if use.kind == "conv1d":  # its weight is stored [in, out]: the input is the row factor
+                    columns, rows = rows, columns
+                self._add_factors(
+                    n, *(self.scales[n].factors(columns, rows) if self.scales else (columns, rows))
+                )
+
+    def add_own(self, n: int, grad: Tensor) -> None:
+        """Add a gradient [B, O, I] that came formed and is not scaled yet."""
+        self.seen.add(n)
+        self._add_formed(n, self.scales[n].formed(grad) if self.scales else grad)
+
+    # What follows takes gradients that are scaled already.
 
     def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
         """Add ``sum_t rows_t columns_t^T``; columns: [B, T, I], rows: [B, T, O]."""
@@ -306,11 +349,10 @@ class _Pass:
                     torch.autograd.grad(again, [copies[role] for role in roles], grad[row : row + 1])
                 )
         for n, parts in zip(roles.values(), zip(*grads, strict=True), strict=True):
-            self.add_formed(n, torch.stack(parts)[:, :, None])
+            self.add_own(n, torch.stack(parts)[:, :, None])
 
-    def add_formed(self, n: int, grad: Tensor) -> None:
+    def _add_formed(self, n: int, grad: Tensor) -> None:
         """Add a formed gradient [B, O, I]."""
-        self.seen.add(n)
         self.out[:, n] += ops.matrix_sketch(grad.float(), self.sketcher.width, seed=self.sketcher.seeds[n])
 
     def _by_example(self, x: Tensor, features: int) -> Tensor:
@@ -331,15 +373,14 @@ class _FormedPass(_Pass):
     """A pass that forms each gradient and makes the flat sketch of it."""
 
     def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
-        self.add_formed(n, torch.bmm(rows.float().mT, columns.float()))
+        self._add_formed(n, torch.bmm(rows.float().mT, columns.float()))
 
     def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         vocabulary, size = self.sketcher.targets[n].shape
         formed = grad.new_zeros(self.rows, vocabulary, size, dtype=torch.float32)
-        self.add_formed(n, formed.scatter_add_(1, ids[..., None].expand(-1, -1, size), grad.float()))
+        self._add_formed(n, formed.scatter_add_(1, ids[..., None].expand(-1, -1, size), grad.float()))
 
-    def add_formed(self, n: int, grad: Tensor) -> None:
-        self.seen.add(n)
+    def _add_formed(self, n: int, grad: Tensor) -> None:
         width, seed = self.sketcher.width, self.sketcher.seeds[n]
         self.out[:, n] += ops.flat_sketch([grad.float().flatten(1)], width, seed=seed, batched=True)
 
@@ -347,8 +388,8 @@ class _FormedPass(_Pass):
 class _FactorPass(_Pass):
     """A pass that keeps the factors instead of sketching them."""
 
-    def __init__(self, sketcher: GradientSketcher, batch: Batch) -> None:
-        super().__init__(sketcher, batch)
+    def __init__(self, sketcher: GradientSketcher, batch: Batch, scales: Sequence[Scale] | None) -> None:
+        super().__init__(sketcher, batch, scales)
         self.factors: dict[int, tuple[Tensor, Tensor]] = {}
 
     def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
@@ -359,9 +400,70 @@ class _FactorPass(_Pass):
         self.factors[n] = (columns, rows)
 
     def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
-        self.add_formed(n, grad)
+        self._add_formed(n, grad)
 
-    def add_formed(self, n: int, grad: Tensor) -> None:
+    def _add_formed(self, n: int, grad: Tensor) -> None:
         raise TypeError(
             f"'{self.sketcher.targets[n].name}' is not the weight of a linear layer: it has no factors"
         )
+
+
+class _SquaresPass(_Pass):
+    """A pass that sums the squares of gradients' rows and columns.
+
+    Squares are taken of a parameter's whole gradient, so what each of its uses brings is held until the last
+    one has come; with a single use that is at once.
+    """
+
+    def __init__(self, sketcher: GradientSketcher, batch: Batch, scales: Sequence[Scale] | None) -> None:
+        super().__init__(sketcher, batch, scales)
+        self._factors: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._embedded: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        self._formed: dict[int, Tensor] = {}
+        self._squares: dict[int, Squares] = {}
+
+    def _space(self, device: torch.device) -> Tensor:
+        return torch.zeros(0, device=device)
+
+    def finish(self) -> list[Squares]:
+        """(row sums [B, O], column sums [B, I]) of each target, float64; zeros where no gradient came."""
+        for n in {*self._factors, *self._embedded, *self._formed}:
+            self._settle(n)  # a call whose output took no part in the loss brought nothing
+        none = self.out.new_zeros(self.rows, 1, dtype=torch.float64)
+        shapes = [matrix_shape(target.shape) for target in self.sketcher.targets]
+        return [
+            self._squares.get(n, (none.expand(-1, o), none.expand(-1, i))) for n, (o, i) in enumerate(shapes)
+        ]
+
+    def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
+        self._factors.setdefault(n, []).append((columns, rows))
+        self._arrived(n)
+
+    def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
+        self._embedded.setdefault(n, []).append((ids, grad))
+        self._arrived(n)
+
+    def _add_formed(self, n: int, grad: Tensor) -> None:
+        self._formed[n] = self._formed[n] + grad if n in self._formed else grad
+        self._arrived(n)
+
+    def _arrived(self, n: int) -> None:
+        self.calls[n] -= 1
+        if self.calls[n] <= 0:
+            self._settle(n)
+
+    def _settle(self, n: int) -> None:
+        factors, embedded = self._factors.pop(n, []), self._embedded.pop(n, [])
+        formed = self._formed.pop(n, None)
+        rows = self.sketcher.targets[n].shape[0] if embedded else 0
+        if embedded and not factors and formed is None:
+            self._squares[n] = embedding_squares(*joined(embedded), rows)
+            return
+        factors += [as_factors(ids, grad, rows) for ids, grad in embedded]
+        if formed is None:
+            self._squares[n] = factor_squares(*joined(factors))
+            return
+        if factors:
+            columns, outputs = joined(factors)
+            formed = formed + torch.bmm(outputs.float().mT, columns.float())
+        self._squares[n] = formed_squares(formed)

@@ -79,6 +79,11 @@ def block_seed(seed: int, name: str) -> int:
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
+def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
+    """(O, I) of a parameter's gradient read as a matrix: the first axis, and the product of the rest."""
+    return (shape[0] if shape else 1), _numel(shape[1:])
+
+
 def layer_table(
     targets: Sequence[Target], points: Sequence[float], width: int, *, whole: bool = False
 ) -> list[Block]:

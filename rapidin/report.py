@@ -261,6 +261,7 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         ("data", f"{data.get('path') or 'in memory'} ({data.get('form')} form)" if data else None),
         ("examples", counts_text(info["counts"])),
         ("gradients", f"taken {where}, {gradient['loss']} loss over the tokens"),
+        ("geometry", info.get("geometry")),
         ("included", ", ".join(gradient["include"])),
         ("excluded", ", ".join(gradient["exclude"])),
         (

@@ -16,8 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidin.cache.manifest import NAME, Manifest, Packing, Shard, shard_name
-from rapidin.cache.shards import Rows, checksum, read_basis, read_shard, write_basis, write_shard
+from rapidin.cache.manifest import NAME, Manifest, Packing, Shard, geometry_words, shard_name
+from rapidin.cache.shards import (
+    Rows,
+    checksum,
+    read_basis,
+    read_geometry,
+    read_shard,
+    write_basis,
+    write_geometry,
+    write_shard,
+)
 from rapidin.errors import UserError
 from rapidin.layers import Block
 from rapidin.pack import FLOATS, Basis, Code, FloatCode, PackedCode, Shape
@@ -143,6 +152,7 @@ class Cache:
             "dtype": m.code.dtype,
             "code": m.code.to_json(),
             "packing": None if m.packing is None else m.packing.to_json(),
+            "geometry": geometry_words(m.gradient.get("geometry", "off")),
             "bytes": self.bytes,
             "bytes_per_example": self.bytes / len(self) if len(self) else None,
             "shards": len(m.shards),
@@ -158,13 +168,19 @@ class Cache:
         folder = Path(path)
         manifest = Manifest.read(folder)
         problems = []
+        record = manifest.geometry
+        if record is not None and record["sha256"] is not None:
+            try:
+                read_geometry(folder, record)
+            except UserError as error:
+                problems.append(error.what)
         try:
             code = code_of(manifest, folder)
             basis = manifest.packing and manifest.packing.file
             if manifest.packing and basis and checksum(folder / basis) != manifest.packing.sha256:
                 problems.append(f"the basis '{folder / basis}' is altered")
         except UserError as error:
-            return [error.what]
+            return [*problems, error.what]
         done, total = 0, sum(shard.bytes for shard in manifest.shards)
         for shard in manifest.shards:
             problem = _size_problem(folder, shard)
@@ -288,6 +304,13 @@ class CacheWriter:
     def code(self) -> Code:
         """How rows are packed, with what it has learnt."""
         return code_of(self.manifest, self.folder)
+
+    def set_geometry(self, data: bytes) -> None:
+        """Write the geometry's file, before any sketch is made with it."""
+        record = self.manifest.geometry
+        assert record is not None
+        self.manifest.gradient["geometry"] = record | write_geometry(self.folder, data)
+        self.manifest.write(self.folder)
 
     def set_packing(self, shape: Shape, basis: Basis | None, statistics: dict[str, float]) -> None:
         """Write what the code has learnt and how it was fitted, before any shard that it packs."""

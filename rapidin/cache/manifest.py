@@ -16,6 +16,7 @@ from rapidin.pack import Format, Shape
 FORMAT = "rapidin-cache"
 VERSION = 2
 NAME = "manifest.json"
+GEOMETRY = "geometry.safetensors"
 
 # How a difference between a cache and what is asked of it is told to the user.
 _WORDS = {
@@ -73,8 +74,8 @@ class Manifest:
     """What a cache holds.
 
     model: names and hashes of model, adapter and tokenizer; sketch: projection, width, seed, hash; gradient:
-    points, loss; text: how texts became tokens; data: where the examples came from; code: how rows are
-    packed; rows: examples in all; shard_rows: rows of each shard but the last; layers: the layer table;
+    points, loss, geometry; text: how texts became tokens; data: where the examples came from; code: how rows
+    are packed; rows: examples in all; shard_rows: rows of each shard but the last; layers: the layer table;
     packing: what became of the code once it was fitted, None before; shards: those that are done.
     """
 
@@ -89,6 +90,13 @@ class Manifest:
     layers: list[Block]
     packing: Packing | None = None
     shards: list[Shard] = field(default_factory=list)
+    folder: Path | None = field(default=None, compare=False, repr=False)  # where it was read
+
+    @property
+    def geometry(self) -> dict[str, Any] | None:
+        """What the manifest says of the geometry, None for none."""
+        value = self.gradient.get("geometry", "off")
+        return None if value == "off" else dict(value)
 
     @property
     def dim(self) -> int:
@@ -146,7 +154,11 @@ class Manifest:
                 words = other_model(mine[key], theirs[key])
             elif isinstance(mine[key], dict):
                 part = next(k for k in {**mine[key], **theirs[key]} if mine[key].get(k) != theirs[key].get(k))
-                detail = f" ({part}: {short(mine[key].get(part))} there, {short(theirs[key].get(part))} here)"
+                there, here = (
+                    geometry_words(whole[key][part]) if part == "geometry" else short(whole[key].get(part))
+                    for whole in (mine, theirs)
+                )
+                detail = f" ({part}: {there} there, {here} here)"
             elif not isinstance(mine[key], list):
                 detail = f" ({mine[key]} there, {theirs[key]} here)"
             raise UserError(
@@ -158,6 +170,7 @@ class Manifest:
         whole = self.to_json()
         whole["model"] = whole["model"]["identity"]
         whole["data"] = {k: v for k, v in whole["data"].items() if k != "path"}
+        whole["gradient"] = gradient_settings(whole["gradient"])
         del whole["packing"]
         return whole
 
@@ -201,7 +214,9 @@ class Manifest:
                     f"this rapidin reads {VERSION}",
                     "use the rapidin that wrote it, or cache again",
                 )
-            return Manifest._of_json(value)
+            manifest = Manifest._of_json(value)
+            manifest.folder = folder
+            return manifest
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(
                 f"'{path}' is damaged: {type(error).__name__} {short(error)}", "cache again"
@@ -216,6 +231,8 @@ class Manifest:
             raise ValueError("a part is not an object")
         if not isinstance(parts["model"]["identity"], dict):
             raise ValueError("the model has no identity")
+        if "geometry" in parts["gradient"]:  # older caches do not say: they have none
+            parts["gradient"]["geometry"] = _geometry(parts["gradient"]["geometry"])
         manifest = Manifest(
             **parts,
             code=Format.from_json(value["code"]),
@@ -245,6 +262,30 @@ class Manifest:
                 raise ValueError(f"the shard {short(shard.file)} has the wrong number of rows")
             next_first = shard.first + shard.rows
         return manifest
+
+
+def gradient_settings(gradient: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's `gradient` as it was asked for, so that two of them can be compared.
+
+    What a sample's geometry came to is no part of that: data, model and seed say it. A state's is.
+    """
+    geometry = gradient.get("geometry", "off")
+    if geometry != "off":
+        left_out = {"file", "bytes", "sha256"} if geometry["kind"] == "sample" else {"file", "bytes"}
+        geometry = {k: v for k, v in geometry.items() if k not in left_out}
+    return {**gradient, "geometry": geometry}
+
+
+def geometry_words(value: str | Mapping[str, Any]) -> str:
+    """A manifest's geometry in words."""
+    if isinstance(value, str):
+        return value
+    source = (
+        f"from a sample of {value['sample']} examples"
+        if value["kind"] == "sample"
+        else f"from the optimizer's state {str(value['sha256'])[:8]}"
+    )
+    return f"{source}, exponent {value['exponent']:g}, floor {value['floor']:g}"
 
 
 def other_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
@@ -284,6 +325,24 @@ def replace_file(path: Path, data: bytes) -> None:
         raise UserError(
             f"cannot write '{path}': {error.strerror}", "what was written before is kept"
         ) from None
+
+
+def _geometry(value: Any) -> str | dict[str, Any]:
+    if value == "off":
+        return "off"
+    if not isinstance(value, dict) or value["kind"] not in ("sample", "optimizer"):
+        raise ValueError(f"{short(value)} is no geometry")
+    if value["sha256"] is None and value["kind"] != "sample":
+        raise ValueError("the geometry has no checksum")
+    return {
+        "kind": value["kind"],
+        "exponent": float(value["exponent"]),
+        "floor": float(value["floor"]),
+        "sample": _count(value["sample"]),
+        "file": str(value["file"]),
+        "bytes": _count(value["bytes"]),
+        "sha256": None if value["sha256"] is None else str(value["sha256"]),
+    }
 
 
 def _count(value: Any) -> int:

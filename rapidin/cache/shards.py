@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rapidin.cache.manifest import Packing, Shard, replace_file
+from rapidin.cache.manifest import GEOMETRY, Packing, Shard, replace_file
 from rapidin.errors import UserError
 from rapidin.pack import Basis, Code, Shape
 
@@ -101,6 +103,35 @@ def write_basis(folder: Path, basis: Basis, shape: Shape, statistics: dict[str, 
     data = save({name: value.contiguous() for name, value in basis.tensors().items()})
     replace_file(folder / BASIS, data)
     return Packing(shape, BASIS, len(data), hashlib.sha256(data).hexdigest(), statistics)
+
+
+def read_geometry(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of a cache's geometry; UserError where the file is not as the manifest's record says."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    path = folder / record["file"]
+    again = "run the same 'rapidin cache' again: it is made anew"
+    remedy = f"delete that file and {again}"
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"the geometry '{path}' is missing", again) from None
+    except OSError as error:
+        raise UserError(f"cannot read '{path}': {error.strerror}") from None
+    if hashlib.sha256(data).hexdigest() != record["sha256"]:
+        raise UserError(f"the geometry '{path}' is altered: its checksum is not the manifest's", remedy)
+    try:
+        tensors: dict[str, Tensor] = load(data)
+        return tensors
+    except (SafetensorError, ValueError) as error:
+        raise UserError(f"the geometry '{path}' is damaged: {error}", remedy) from None
+
+
+def write_geometry(folder: Path, data: bytes) -> dict[str, Any]:
+    """Write a geometry's file; it is on disk when this returns. What the manifest says of the file."""
+    replace_file(folder / GEOMETRY, data)
+    return {"file": GEOMETRY, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 _REMEDY = "delete that file and run the same 'rapidin cache' again: only it is made anew"

@@ -118,6 +118,14 @@ def cache(
             metavar="PATTERN", help="No parameters whose name fits; may be repeated.", show_default=False
         ),
     ] = None,
+    geometry: Annotated[
+        str,
+        typer.Option(
+            metavar="off|sample|FILE",
+            help="Scale gradients as Adam scales its steps: by their second moments in a sample of the data, "
+            "or in the optimizer's state (optimizer.pt, or the checkpoint folder with it).",
+        ),
+    ] = "off",
     loss: Annotated[Loss, typer.Option(help="Over the tokens of a completion.")] = Loss.mean,
     no_eos: Annotated[
         bool, typer.Option("--no-eos", help="Do not end completions with the end-of-text token.")
@@ -193,7 +201,10 @@ def cache(
     for job in jobs:
         with quiet_libraries():
             from rapidin.attributor import Attributor
+            from rapidin.optimizer_state import state_file
 
+            if geometry not in ("off", "sample"):
+                state_file(Path(geometry))  # before the model: a mistake in its name shows at once
             if of != job.names:
                 loaded = None  # before the next one: two models may not fit
                 loaded, of = load(console, *job.names, device, model_dtype, trust_remote_code), job.names
@@ -206,6 +217,7 @@ def cache(
                 exclude=exclude or (),
                 at=[1.0] if where is None and checkpoints is not None else where,
                 loss=loss.value,
+                geometry=geometry,
                 eos=not no_eos,
                 max_length=max_length,
                 too_long=too_long.value,
