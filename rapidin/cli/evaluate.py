@@ -74,6 +74,15 @@ Bytes = Annotated[
         show_default=False,
     ),
 ]
+Geometry = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="off|sample|optimizer",
+        help="How gradients are scaled, as in 'rapidin cache'; optimizer: by the last checkpoint's state; "
+        "may be repeated.  [default: off]",
+        show_default=False,
+    ),
+]
 Lora = Annotated[
     int | None,
     typer.Option(
@@ -282,6 +291,7 @@ def lds(
     max_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of an example.")] = 256,
     at: At = None,
     bytes: Bytes = None,
+    geometry: Geometry = None,
     width: Annotated[
         int | None,
         typer.Option(
@@ -309,7 +319,7 @@ def lds(
         from rapidin.evaluate import lds as room
         from rapidin.evaluate.methods import parse_methods, parse_places
 
-        chosen, places = parse_methods(methods), parse_places(at or ["0.5"], bytes or [])
+        chosen, places = parse_methods(methods), parse_places(at or ["0.5"], bytes or [], geometry or [])
         settings = room.Settings(
             _recipe(epochs, batch, learning_rate, warm_up, constant, seed),
             lora=lora,
@@ -357,6 +367,7 @@ def facts(
     seed: Seed = 0,
     at: At = None,
     bytes: Bytes = None,
+    geometry: Geometry = None,
     methods: Methods = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="The model's hidden states besides BM25.")
@@ -374,7 +385,7 @@ def facts(
         from rapidin.evaluate import facts as room
         from rapidin.evaluate.methods import parse_methods, parse_places
 
-        chosen, places = parse_methods(methods), parse_places(at or ["0.5"], bytes or [])
+        chosen, places = parse_methods(methods), parse_places(at or ["0.5"], bytes or [], geometry or [])
         show(
             room.evaluate(
                 model,

@@ -1,4 +1,4 @@
-"""Do scores from a cache rank as exact gradients do?
+"""Do scores from a cache rank as exact gradients, in the cache's geometry, do?
 
 Exact gradients are formed from the factors, ``sum_t g_t a_t^T``, a layer at a time, and compared with the
 queries', whose gradients are kept in bfloat16: its rounding, 2^-9 a number, averages out over a layer's
@@ -99,19 +99,18 @@ def exact_products(
     cosines = torch.zeros(len(queries), len(rows), layers * len(attributor.points))
     ours, theirs = (torch.zeros(len(texts), cosines.shape[2]) for texts in (queries, rows))
 
-    def factors(texts: Sequence[Encoded]) -> Factors:
-        return attributor.sketcher.factors(
-            Batch.of([(text.ids, text.target) for text in texts], attributor.loaded.device)
-        )
+    def factors(texts: Sequence[Encoded], number: int) -> Factors:
+        batch = Batch.of([(text.ids, text.target) for text in texts], attributor.loaded.device)
+        return attributor.sketcher.factors(batch, number)
 
     try:
         for number, point in enumerate(attributor.points):
             block = slice(number * layers, (number + 1) * layers)
             with attributor.loaded.path.at(point):
-                exact = ExactQueries(factors([text]) for text in queries)
+                exact = ExactQueries(factors([text], number) for text in queries)
                 ours[:, block] = exact.lengths.cpu()
                 for n, text in enumerate(rows):
-                    for layer, (columns, out) in enumerate(factors([text])):
+                    for layer, (columns, out) in enumerate(factors([text], number)):
                         product, length = exact.compare(layer, columns, out)
                         cosines[:, n, number * layers + layer] = product[:, 0].cpu()
                         theirs[n, number * layers + layer] = length[0].cpu()

@@ -27,6 +27,7 @@ Floats = npt.NDArray[np.float64]
 
 DEFAULT = "dot:layer,dot:cosine,dot:none,datainf:layer,datainf:none,fisher:layer,fisher:none"
 CHECKPOINTS = "checkpoints"
+GEOMETRIES = ("off", "sample", "optimizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,25 +82,32 @@ class Place:
     """Where gradients are taken, and in how many bytes a row is kept (None: every number of the sketch).
 
     at: points between base and tuned model, summed; None for the checkpoints of the tuning, summed with their
-    learning rates.
+    learning rates. geometry: "off", "sample", or "optimizer": the state in the last checkpoint, or in each.
     """
 
     at: tuple[float, ...] | None
     bytes: int | None = None
+    geometry: str = "off"
 
     def __str__(self) -> str:
         where = CHECKPOINTS if self.at is None else "at " + "+".join(f"{a:g}" for a in self.at)
-        return where + ("" if self.bytes is None else f", {self.bytes:,} bytes")
+        where += "" if self.bytes is None else f", {self.bytes:,} bytes"
+        return where + ("" if self.geometry == "off" else f", geometry {self.geometry}")
 
     @property
     def folder(self) -> str:
         """A name for its cache."""
         where = CHECKPOINTS if self.at is None else "at-" + "-".join(f"{a:g}" for a in self.at)
-        return where + ("" if self.bytes is None else f"-bytes-{self.bytes}")
+        where += "" if self.bytes is None else f"-bytes-{self.bytes}"
+        return where + ("" if self.geometry == "off" else f"-{self.geometry}")
 
 
-def parse_places(at: Sequence[str], sizes: Sequence[int]) -> list[Place]:
-    """Every `--at` (numbers between commas, or "checkpoints") with every `--bytes` (0: all of the sketch)."""
+def parse_places(at: Sequence[str], sizes: Sequence[int], geometries: Sequence[str] = ()) -> list[Place]:
+    """Every `--at` (numbers between commas, or "checkpoints") with every `--bytes` (0: all of the sketch)
+    and every `--geometry`."""
+    for name in geometries:
+        if name not in GEOMETRIES:
+            raise UserError(f"unknown --geometry '{name}'", f"known: {', '.join(GEOMETRIES)}")
     found = []
     for text in at:
         points: tuple[float, ...] | None = None
@@ -111,7 +119,9 @@ def parse_places(at: Sequence[str], sizes: Sequence[int]) -> list[Place]:
                     f"--at {text} is not a number, numbers between commas, or '{CHECKPOINTS}'",
                     "as in --at 0.5 --at 0.1,0.5,0.9",
                 ) from None
-        found += [Place(points, size or None) for size in sizes or [0]]
+        found += [
+            Place(points, size or None, name) for size in sizes or [0] for name in geometries or ["off"]
+        ]
     return list(dict.fromkeys(found))
 
 
@@ -125,14 +135,24 @@ class Rows:
     width: Any = "auto"
     say: Say = silent
 
-    def cached(self, loaded: LoadedModel, place: Place, name: str) -> tuple[Attributor, Cache]:
-        """The cache of a place, made or gone on with, and its attributor."""
+    def cached(
+        self, loaded: LoadedModel, place: Place, name: str, checkpoint: Path | None
+    ) -> tuple[Attributor, Cache]:
+        """The cache of a place, made or gone on with, and its attributor.
+
+        checkpoint: whose optimizer's state a geometry is made from."""
+        geometry: str | Path | None = place.geometry
+        if geometry == "optimizer":
+            if checkpoint is None:
+                raise UserError("no checkpoint was kept whose optimizer's state could be read", _AGAIN)
+            geometry = checkpoint / "optimizer.pt"
         limit = loaded.context_length
         attributor = Attributor(
             loaded,
             at=list(place.at or (1.0,)),
             width=self.width,
             budget=place.bytes,
+            geometry=geometry,
             max_length=min(self.max_length, limit) if limit else self.max_length,
         )
         path = self.folder / f"{name}-width-{attributor.width}"
@@ -141,6 +161,9 @@ class Rows:
         took = time.perf_counter() - began
         self.say(f"{place}: {len(cache):,} examples cached in {path} ({time_text(took)})")
         return attributor, cache
+
+
+_AGAIN = "start anew with --checkpoints, in another --out"
 
 
 def parts_at(
@@ -155,16 +178,17 @@ def parts_at(
     load: the tuned model (None) or one of its checkpoints, whose folder is `checkpoints`; their weights are
     those of `rapidin.ensemble.find_checkpoints`, adding up to 1. Raises UserError where there are none.
     """
+    kept = find_checkpoints(checkpoints)[0] if checkpoints.exists() else []
+    last = kept[-1].path if kept else None
     members: list[tuple[Path | None, float, str]] = [(None, 1.0, place.folder)]
     if place.at is None:
-        if not checkpoints.exists():
-            raise UserError("no checkpoints were kept", "start anew with --checkpoints, in another --out")
-        kept, _ = find_checkpoints(checkpoints)
+        if not kept:
+            raise UserError("no checkpoints were kept", _AGAIN)
         total = sum(each.weight for each in kept)
         members = [(c.path, c.weight / total, f"{c.path.name}-{place.folder}") for c in kept]
     parts: list[Part] = []
     for path, weight, name in members:
-        attributor, cache = rows.cached(load(path), place, name)
+        attributor, cache = rows.cached(load(path), place, name, path or last)
         texts = attributor.generations(list(queries))
         parts.append(Part(cache, attributor.query_sketches(texts), weight))
     return parts, texts
