@@ -54,7 +54,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 def command(made: Made, out: Path, *more: object) -> list[str]:
     return [
         "eval", "lds", made.model, "--data", made.train, "--test", made.test, "--out", str(out),
-        "--subsets", "5", "--seeds", "2", "--epochs", "3", "--batch", "8", "--learning-rate", "1e-2",
+        "--subsets", "5", "--seeds", "2", "--epochs", "2", "--batch", "6", "--learning-rate", "1e-2",
         "--checkpoints", "2", "--max-length", "32", "--warm-up", "2", *map(str, more),
     ]  # fmt: skip
 
@@ -122,6 +122,7 @@ def test_killed_and_gone_on_with_and_scored(made: Made, tmp_path: Path, run: Any
     assert 3 <= done < 10
 
     places = ("--at", "0.5", "--at", "checkpoints", "--bytes", "0", "--baselines")
+    places += ("--methods", "dot:layer,datainf:none,fisher:layer")
     ran = run(*command(made, killed, *places, "--json", "-"))
     assert ran.code == 0, ran.err
     first, second = lds.GroundTruth(whole), lds.GroundTruth(killed)
