@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -83,7 +83,7 @@ def sources(parts: Sequence[Part], generations: Sequence[Generation], scoring: S
         groups = [range(len(generations))] if scoring.together else scoring.groups
         if groups is not None:
             vectors = torch.stack([_mean(vectors, generations, group) for group in groups])
-        found.append(Source(part.cache, methods.ScanQuery(vectors, scoring.normalize)))
+        found.append(Source(part.cache, replace(turned, vectors=vectors)))
     return found
 
 

@@ -92,6 +92,8 @@ def _pieces(sources: Sequence[Source], most: int | None = None) -> Iterator[tupl
                 layered = source.query.normalize == "layer"
                 dead.append(source.cache.code.some_dead(mine) if layered else None)
                 fields |= {f"{number}.{name}": value for name, value in mine.items()}
+                if source.query.factors is not None:
+                    fields[f"{number}.{_FACTORS}"] = source.query.factors[start:stop]
                 own = rows.status[start - at : stop - at]
                 status = own if status is None else torch.maximum(status, own)
             assert status is not None
@@ -103,7 +105,7 @@ def _pieces(sources: Sequence[Source], most: int | None = None) -> Iterator[tupl
         ]
 
 
-_STATUS = "status"
+_STATUS, _FACTORS = "status", "factors"
 _NOTHING = Rows({}, *(torch.zeros(0, dtype=torch.int64, device="cpu") for _ in range(4)))
 
 
@@ -152,7 +154,8 @@ def _scanned(
                 for name, value in fields.items()
                 if name.startswith(f"{number}.")
             }
-            plans.append(query.plan(mine, source.query.scales(code, mine), dead[number]))
+            factors = mine.pop(_FACTORS, None)
+            plans.append(query.plan(mine, source.query.scales(code, mine, factors), dead[number]))
         plan = side_by_side(plans)
         top, top_rows, bottom, bottom_rows = ops.topk_scan_both_ends(
             plan.parts,

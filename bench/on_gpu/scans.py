@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from made_cache import write_cache
 from torch import Tensor
 
 from on_gpu import peers
@@ -181,35 +182,6 @@ def to_device(bench: Bench) -> Facts:
     there = torch.empty(size, dtype=torch.uint8, device=bench.device)
     times = bench.machine.time([lambda: there.copy_(host, non_blocking=True)], seconds=0.4)
     return {"seconds": times.median, "bytes": size, "rate": size / times.median}
-
-
-def write_cache(folder: Path, blocks: int, width: int, rows: int) -> None:
-    """A cache folder of random float16 rows."""
-    from rapidin import pack
-    from rapidin.cache import CacheWriter, Manifest
-    from rapidin.cache.shards import Rows
-    from rapidin.layers import Block
-
-    layers = [Block(f"layer{n}", (width, width), 1.0, n * width, width) for n in range(blocks)]
-    manifest = Manifest(
-        model={"source": {}, "identity": {}},
-        sketch={"projection": "tensor", "width": width, "seed": 0, "hash": "lowbias32-1"},
-        gradient={},
-        text={},
-        data={},
-        code=pack.Format("float16"),
-        rows=rows,
-        shard_rows=max(1, rows // 8),
-        layers=layers,
-    )
-    with CacheWriter(folder, manifest) as writer:
-        for n in writer.missing:
-            count = manifest.rows_of(n)
-            unit = torch.nn.functional.normalize(torch.randn(count, blocks, width), dim=-1)
-            index = torch.arange(count) + n * manifest.shard_rows
-            zeros = torch.zeros(count, dtype=torch.uint8)
-            code = writer.code.encode(unit, torch.ones(count, blocks))
-            writer.write(n, Rows(code, index, zeros, zeros.clone(), index.clone()), {"ok": count})
 
 
 def from_disk(bench: Bench) -> Facts:

@@ -11,9 +11,10 @@ and the query v likewise; with `layer` the score is the mean over the B blocks, 
 
     dot      sum_b <v_b, y_nb>                    TracIn at one checkpoint (Pruthi et al., 2020, eq. 1)
     datainf  sum_b <H_b^-1 v_b, y_nb>             `rapidin.methods.datainf` (Kwon et al., ICLR 2024)
-    fisher   sum_b <(F_b + d m_b)^-1 v_b, y_nb>   `rapidin.methods.fisher`: F_b the second moment of the y_nb
+    fisher   sum_b <(F_b + d m_b)^-1 v_b, y_nb>   `rapidin.methods.fisher`: F_b the second moment of the
+    others' y
 
-A method turns the query alone, so one scan of one cache serves all of them.
+A method turns the query, so one scan of one cache serves all of them.
 """
 
 from __future__ import annotations
@@ -60,15 +61,15 @@ def prepare(
     UserError for an unknown name.
     """
     check(method, normalize, damping)
-    vectors = query_vectors(sketch, normalize)
+    vectors, factors = query_vectors(sketch, normalize), None
     if cache is None:
         if method != "dot":
             raise TypeError(f"the method '{method}' needs the cache")
     elif method == "datainf":
         vectors = datainf.turn(cache, vectors, normalize, damping or datainf.DAMPING)
     elif method == "fisher":
-        vectors = fisher.turn(cache, vectors, normalize, damping or fisher.DAMPING)
-    return ScanQuery(vectors.float().contiguous(), normalize)
+        vectors, factors = fisher.turn(cache, vectors, normalize, damping or fisher.DAMPING)
+    return ScanQuery(vectors.float().contiguous(), normalize, factors)
 
 
 def self_influence(
@@ -105,7 +106,7 @@ def self_influence(
     for first, part in cache.shards():
         counted[first : first + len(part.status)] = part.status == 0
     for solve, chosen in own(cache, normalize, damping or DAMPING[method], device):
-        for places, y in vectors_of(cache, normalize, device, blocks=chosen):
+        for places, y, _ in vectors_of(cache, normalize, device, blocks=chosen):
             scores[places] += (y.double() * solve(y)).sum((1, 2)).cpu()
     scale = len(cache.layers) if normalize == "layer" else 1
     return torch.where(counted, scores / scale, torch.nan).float()

@@ -28,7 +28,7 @@ def turn(cache: Cache, vectors: Tensor, normalize: str, damping: float) -> Tenso
     for the lengths and one for the products."""
     n, damped, _ = _damped(cache, normalize, damping, vectors.device)
     v, taken = vectors.double(), torch.zeros_like(vectors, dtype=torch.float64)
-    for _, y in vectors_of(cache, normalize, vectors.device):
+    for _, y, _ in vectors_of(cache, normalize, vectors.device):
         y = y.double()
         weight = torch.einsum("qbk,nbk->qnb", v, y) * _weights(damped)(y.square().sum(2))
         taken += torch.einsum("qnb,nbk->qbk", weight, y)

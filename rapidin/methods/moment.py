@@ -21,24 +21,35 @@ Weights = Callable[[Tensor], Tensor]
 
 @dataclass
 class Moment:
-    """M_b of some blocks. n: rows it was made of; matrix: [blocks, width, width] float32 or None; rows: [n,
-    blocks, width] float32 or None; trace: [blocks] float64, all of them of rows divided by `size` [blocks],
-    the root mean square length of a row, so that tiny gradients stay in float32's range."""
+    """M_b of some blocks.
+
+    n: rows it was made of; size: [blocks] float64, the root mean square length of a row, by which rows are
+    divided first, so that tiny gradients stay in float32's range. Of the divided rows: matrix [blocks, width,
+    width] float32 or None, rows [n, blocks, width] float32 or None; in float64 [blocks]: trace and fourth,
+    the sums of |y|^2 and |y|^4 as the lengths say, and noisy, that of |y|^4 as the code tells it.
+    """
 
     n: int
     size: Tensor
     trace: Tensor
+    fourth: Tensor
+    noisy: Tensor
     matrix: Tensor | None
     rows: Tensor | None
 
     @property
     def square(self) -> Tensor:
-        """trace(M_b^2) of the divided rows: [blocks] float64."""
+        """trace(M_b^2) of the divided rows, each of them as long as it was: [blocks] float64.
+
+        That is sum_ij <y_i, y_j>^2, in which the code's noise stands where i = j.
+        """
         if self.matrix is not None:
-            return self.matrix.double().square().sum((1, 2))
-        assert self.rows is not None
-        by_block = self.rows.transpose(0, 1)
-        return torch.stack([(rows @ rows.T).double().square().sum() for rows in by_block])
+            found = self.matrix.double().square().sum((1, 2))
+        else:
+            assert self.rows is not None
+            by_block = self.rows.transpose(0, 1)
+            found = torch.stack([(rows @ rows.T).double().square().sum() for rows in by_block])
+        return (found - self.noisy).clamp(min=0) + self.fourth
 
     def times(self, v: Tensor) -> Tensor:
         """M_b v_b, of v [m, blocks, width]: the same shape, float64."""
@@ -49,39 +60,56 @@ class Moment:
         rows = self.rows.double()
         return torch.einsum("mbn,nbk->mbk", torch.einsum("mbk,nbk->mbn", v, rows), rows)
 
-    def inverse(self, damping: Tensor) -> Callable[[Tensor], Tensor]:
-        """The map v [m, blocks, width] -> (M_b / n + damping_b)^-1 v_b, float64; damping: [blocks], in the
-        units of M. A block in which no row has a gradient gives zeros."""
-        live = (self.trace > 0) & (damping > 0)
-        scale = torch.where(live, 1 / torch.where(live, self.size, 1.0) ** 2, 0.0)
-        relative = torch.where(live, damping * scale, 1.0)
-        if self.matrix is not None:
-            eye = torch.eye(self.matrix.shape[1], dtype=torch.float64, device=self.matrix.device)
-            factors = [
-                torch.linalg.cholesky(m.double() / self.n + d * eye)
-                for m, d in zip(self.matrix, relative, strict=True)
+
+class Inverse:
+    """The map v [m, blocks, width] -> (M_b / n + damping_b)^-1 v_b, float64.
+
+    damping: [blocks] float64, in the units of M. A block in which no row has a gradient gives zeros.
+    """
+
+    def __init__(self, moment: Moment, damping: Tensor) -> None:
+        live = (moment.trace > 0) & (damping > 0)
+        self._n = moment.n
+        self._scale = torch.where(live, 1 / torch.where(live, moment.size, 1.0) ** 2, 0.0)
+        self._damping = torch.where(live, damping * self._scale, 1.0)
+        if moment.matrix is not None:
+            self._rows = None
+            eye = torch.eye(moment.matrix.shape[1], dtype=torch.float64, device=damping.device)
+            matrices = [m.double() / self._n for m in moment.matrix]
+        else:
+            assert moment.rows is not None
+            self._rows = moment.rows.transpose(0, 1)  # [blocks, n, width]
+            eye = torch.eye(self._n, dtype=torch.float64, device=damping.device)
+            matrices = [rows @ rows.T / self._n for rows in map(Tensor.double, self._rows)]
+        self._factors = [
+            torch.linalg.cholesky(m + d * eye) for m, d in zip(matrices, self._damping, strict=True)
+        ]
+
+    def __call__(self, v: Tensor) -> Tensor:
+        solved = []
+        for b, factor in enumerate(self._factors):
+            x = v[:, b].double()
+            if self._rows is None:
+                solved.append(torch.cholesky_solve(x.T, factor).T)
+            else:
+                rows = self._rows[b].double()
+                within = torch.cholesky_solve(rows @ x.T, factor) / self._n
+                solved.append((x - within.T @ rows) / self._damping[b])
+        return torch.stack(solved, 1) * self._scale[:, None]
+
+    def leverage(self, y: Tensor) -> Tensor:
+        """<y_b, (M_b / n + damping_b)^-1 y_b> / n of rows that M was made of [m, blocks, width]: [m, blocks]
+        float64, from 0 to below 1: the part of a row in what it is compared by."""
+        if self._rows is not None:
+            found = (y.double() * self(y)).sum(2)
+        else:
+            # In float32, which is quicker and true enough for a factor.
+            parts = [
+                torch.linalg.solve_triangular(factor.float(), y[:, b].float().T, upper=False).square().sum(0)
+                for b, factor in enumerate(self._factors)
             ]
-
-            def by_matrix(v: Tensor) -> Tensor:
-                solved = [torch.cholesky_solve(v[:, b].double().T, f).T for b, f in enumerate(factors)]
-                return torch.stack(solved, 1) * scale[:, None]
-
-            return by_matrix
-        assert self.rows is not None
-        by_block = self.rows.transpose(0, 1).double()  # [blocks, n, width]
-        gram = by_block @ by_block.mT
-        eye = torch.eye(self.n, dtype=torch.float64, device=gram.device)
-        factors = [torch.linalg.cholesky(g + self.n * d * eye) for g, d in zip(gram, relative, strict=True)]
-
-        def by_rows(v: Tensor) -> Tensor:
-            solved = []
-            for b, factor in enumerate(factors):
-                x = v[:, b].double()
-                within = torch.cholesky_solve(by_block[b] @ x.T, factor)
-                solved.append((x - within.T @ by_block[b]) / relative[b])
-            return torch.stack(solved, 1) * scale[:, None]
-
-        return by_rows
+            found = torch.stack(parts, 1).double() * self._scale
+        return (found / self._n).clamp(0, 1 - 1e-6)
 
 
 def squares(cache: Cache, normalize: str, device: torch.device) -> tuple[int, Tensor]:
@@ -114,17 +142,18 @@ def moment(
     size = torch.where(mean_square > 0, mean_square, 1.0).sqrt()
     matrix = torch.zeros(len(size), width, width, device=device) if expected >= width else None
     kept: list[Tensor] = []
-    trace, n = torch.zeros_like(size), 0
-    for _, y in vectors_of(cache, normalize, device, blocks=blocks, most=most):
-        square = y.double().square().sum(2)
+    trace, fourth, noisy, n = torch.zeros_like(size), torch.zeros_like(size), torch.zeros_like(size), 0
+    for _, y, true in vectors_of(cache, normalize, device, blocks=blocks, most=most):
+        if weights is not None:
+            y = y * weights(y.double().square().sum(2)).sqrt()[:, :, None]
         y = (y / size[:, None]).float()
-        weight = torch.ones_like(square) if weights is None else weights(square)
-        trace += (weight * square / size**2).sum(0)
-        y = y * weight.sqrt().float()[:, :, None]
         n += len(y)
+        trace += (true / size**2).sum(0)
+        fourth += (true / size**2).square().sum(0)
+        noisy += y.double().square().sum(2).square().sum(0)
         if matrix is None:
             kept.append(y)
         else:
             by_block = y.transpose(0, 1)
             matrix.baddbmm_(by_block.mT, by_block)
-    return Moment(n, size, trace, matrix, torch.cat(kept) if matrix is None else None)
+    return Moment(n, size, trace, fourth, noisy, matrix, torch.cat(kept) if matrix is None else None)

@@ -19,14 +19,21 @@ _CHUNK_BYTES = 64 << 20  # of decoded rows that are held at a time
 
 @dataclass(frozen=True, slots=True)
 class ScanQuery:
-    """What the scan needs. vectors: [Q, blocks, width] float32; normalize: how rows are scaled."""
+    """What the scan needs. vectors: [Q, blocks, width] float32; normalize: how rows are scaled; factors:
+    [rows, blocks] float32 on the CPU, by which each row's blocks are multiplied besides, or None."""
 
     vectors: Tensor
     normalize: str
+    factors: Tensor | None = None
 
-    def scales(self, code: Code, fields: Mapping[str, Tensor]) -> Tensor | None:
-        """Scale of each row's blocks: [n, blocks] float32, or None for none."""
-        return row_scales(code, fields, self.normalize)
+    def scales(
+        self, code: Code, fields: Mapping[str, Tensor], factors: Tensor | None = None
+    ) -> Tensor | None:
+        """Scale of each row's blocks: [n, blocks] float32, or None for none; factors: those of these rows."""
+        scales = row_scales(code, fields, self.normalize)
+        if factors is None:
+            return scales
+        return factors * ((code.lengths(fields) > 0) if scales is None else scales)
 
 
 def row_scales(code: Code, fields: Mapping[str, Tensor], normalize: str) -> Tensor | None:
@@ -65,11 +72,12 @@ def vectors_of(
     *,
     blocks: slice = slice(None),
     most: int | None = None,
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """(rows [n] int64 on the CPU, y [n, blocks, width] float32 on `device`) of the rows that count, some at
-    a time.
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """(rows [n] int64 on the CPU, y [n, blocks, width] float32 and what |y|^2 should be [n, blocks] float64,
+    both on `device`) of the rows that count, some at a time.
 
-    blocks: which of them. most: no more than so many rows, evenly spaced.
+    blocks: which of them. most: no more than so many rows, evenly spaced. y is what the code tells of a row;
+    few bits make it longer than the row was, whose length is kept apart.
     """
     code = cache.code.to(device)
     size = max(1, _CHUNK_BYTES // (4 * cache.manifest.dim))
@@ -85,7 +93,11 @@ def vectors_of(
             fields = {name: value[places].to(device) for name, value in part.code.items()}
             y = code.decode(fields)[:, blocks]
             scales = row_scales(code, fields, normalize)
-            yield places + first, y if scales is None else y * scales[:, blocks, None]
+            if scales is None:
+                yield places + first, y, (code.lengths(fields)[:, blocks] > 0).double()
+            else:
+                scales = scales[:, blocks]
+                yield places + first, y * scales[:, :, None], scales.double().square()
 
 
 def block_groups(blocks: int, bytes_each: int, budget: int = 1 << 30) -> list[slice]:
