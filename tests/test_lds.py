@@ -192,7 +192,7 @@ def test_mistakes(made: Made, tmp_path: Path, run: Any) -> None:
 
     out = tmp_path / "out"
     assert run(*command(made, out, "--only-truth", "--lora", 2)).code == 0
-    refused("another epochs .3 instead of 4", *command(made, out, "--lora", 2, "--epochs", 4))
+    refused("another epochs .2 instead of 4", *command(made, out, "--lora", 2, "--epochs", 4))
     refused("another lora .2 instead of None", *command(made, out))
     other = write(tmp_path / "other.jsonl", ROWS[:8])
     refused("another training data", *command(made, out, "--lora", 2, "--data", other))
