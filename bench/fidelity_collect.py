@@ -36,6 +36,7 @@ from torch import Tensor
 from rapidin import ops
 from rapidin.attributor import Attributor, _by_length
 from rapidin.encoding import Encoded, Status
+from rapidin.evaluate.fidelity import ExactQueries
 from rapidin.examples import open_examples
 from rapidin.hooks import Batch
 from rapidin.layers import block_seed
@@ -64,12 +65,6 @@ class Collector:
     def factors(self, encoded: list[Encoded]) -> list[tuple[Tensor, Tensor]]:
         with self.attributor.loaded.path.at(self.attributor.points[0]):
             return self.attributor.sketcher.factors(Batch.of([(e.ids, e.target) for e in encoded]))
-
-    def formed(self, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Unit gradients [B, O * I] bfloat16, lengths [B]."""
-        grads = torch.bmm(rows.transpose(1, 2), columns).flatten(1)
-        length = grads.norm(dim=1)
-        return (grads / length.clamp(min=1e-30)[:, None]).bfloat16(), length
 
     def sketches(self, columns: Tensor, rows: Tensor, name: str) -> dict[int, tuple[Tensor, Tensor]]:
         made = {}
@@ -137,15 +132,7 @@ def main() -> None:
     layers = len(collector.names)
     scored = groups["scored"]
     start = time.perf_counter()
-    wanted: list[list[Tensor]] = [[] for _ in collector.names]  # the queries' unit gradients, by layer
-    query_length = torch.zeros(len(queries), layers)
-    for q, n in enumerate(queries):
-        for layer, (columns, rows) in enumerate(collector.factors([scored[n][1]])):
-            unit, length = collector.formed(columns, rows)
-            wanted[layer].append(unit)
-            query_length[q, layer] = length[0]
-    matrices = [torch.cat(w) for w in wanted]
-    del wanted
+    exact = ExactQueries(collector.factors([scored[n][1]]) for n in queries)
     print(f"{len(queries)} queries after {time.perf_counter() - start:.0f} s", flush=True)
     products = torch.zeros(len(queries), len(scored), layers)
     lengths = torch.zeros(len(scored), layers)
@@ -165,9 +152,7 @@ def main() -> None:
             for layer, (columns, rows) in enumerate(collector.factors([texts[n][1] for n in chosen])):
                 name = collector.names[layer]
                 if group == "scored":
-                    unit, length = collector.formed(columns, rows)
-                    products[:, chosen, layer] = (unit @ matrices[layer].T).float().T
-                    lengths[chosen, layer] = length
+                    products[:, chosen, layer], lengths[chosen, layer] = exact.compare(layer, columns, rows)
                     double[chosen, layer] = collector.double_sided(columns, rows, name)
                 for seed, (unit, length) in collector.sketches(columns, rows, name).items():
                     kept[group, seed][0][chosen, layer] = unit
@@ -175,7 +160,7 @@ def main() -> None:
             done += len(chosen)
             print(f"{group}: {done} of {len(texts)} after {time.perf_counter() - start:.0f} s", flush=True)
     save_file(
-        {"products": products, "length_scored": lengths, "length_query": query_length, "double": double},
+        {"products": products, "length_scored": lengths, "length_query": exact.lengths, "double": double},
         args.out / "exact.safetensors",
     )
     for seed in collector.seeds:

@@ -112,7 +112,7 @@ class Ensemble:
         if top_k < 1:
             raise UserError(f"--top-k {top_k} is less than 1")
         clock = Clock()
-        texts, parts = self._parts(generations, max_new_tokens, normalize, clock)
+        texts, parts = self.parts(generations, max_new_tokens, normalize, clock)
         return explain(parts, texts, scoring, top_k=top_k, examples=examples, clock=clock)
 
     def scores(
@@ -128,7 +128,7 @@ class Ensemble:
         """The scores of all training examples: `Attributor.scores` over all members at once."""
         scoring = Scoring(normalize, method, damping, together)
         scoring.check()
-        texts, parts = self._parts(generations, max_new_tokens, normalize, Clock())
+        texts, parts = self.parts(generations, max_new_tokens, normalize, Clock())
         return all_scores(parts, texts, scoring)
 
     def group_scores(
@@ -145,7 +145,7 @@ class Ensemble:
         weighted mean of its own: [groups, rows] float32, NaN for rows that do not count."""
         scoring = Scoring(normalize, method, damping, groups=groups)
         scoring.check()
-        texts, parts = self._parts(generations, max_new_tokens, normalize, Clock())
+        texts, parts = self.parts(generations, max_new_tokens, normalize, Clock())
         return all_scores(parts, texts, scoring)
 
     def attributor(self, number: int = -1) -> Attributor:
@@ -156,10 +156,12 @@ class Ensemble:
             return member.attributor
         return Attributor.from_cache(member.path, **self.load)
 
-    def _parts(
+    def parts(
         self, generations: Sequence[Any], max_new_tokens: int, normalize: str, clock: Clock
     ) -> tuple[list[Generation], list[Part]]:
-        """One model in memory at a time, the last first: it writes what is to be explained."""
+        """The generations, and every cache with their sketches and its weight for this normalisation.
+
+        One model in memory at a time, the last first: it writes what is to be explained."""
         total = sum(m.weight for m in self.members)
         summed = self.kind == "tracin" and normalize == "none"
         texts: list[Generation] = []

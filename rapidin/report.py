@@ -100,7 +100,7 @@ class _Example:
     """A training example on one line of any width: prompt, arrow, completion, both shortened."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
-        self.prompt, self.completion = (one_line(part) for part in _parts(record))
+        self.prompt, self.completion = (one_line(part) for part in record_parts(record))
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(20, max(20, cell_len(self.prompt) + 4 + cell_len(self.completion)))
@@ -123,7 +123,7 @@ class _Example:
         )
 
 
-def _parts(record: Mapping[str, Any]) -> tuple[str, str]:
+def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
     """The prompt and the completion of a record, without the forms they are put in for the model."""
     if record.get("prompt") is not None and record.get("completion") is not None:
         return str(record["prompt"]), str(record["completion"])

@@ -17,7 +17,9 @@ from typing import Annotated, Any
 import typer
 
 import rapidin
-from rapidin.cli import cache, demo, inspect, query, select  # noqa: F401 (each adds its commands to the app)
+
+# Each adds its commands to the app.
+from rapidin.cli import cache, demo, evaluate, inspect, query, select  # noqa: F401
 from rapidin.cli.console import line
 from rapidin.cli.options import app
 from rapidin.errors import UserError

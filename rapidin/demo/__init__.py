@@ -103,7 +103,7 @@ class _Demo:
 
     def _train_base(self, data: DemoData) -> tuple[Any, Any]:
         from rapidin.demo.tokenizer import train_tokenizer
-        from rapidin.demo.training import answers, small_llama, train
+        from rapidin.demo.training import answers, small_llama
         from rapidin.encoding import alpaca_prompt
 
         mark = "\0"
@@ -114,17 +114,7 @@ class _Demo:
         model = small_llama(tokenizer, seed=self.seed)
         size = sum(weight.numel() for weight in model.parameters())
         self._say(f"2. Base model: a Llama of {size / 1e6:.1f} million weights, trained from scratch.")
-        train(
-            model,
-            _encode(tokenizer, data.base),
-            pad=tokenizer.pad_token_id,
-            epochs=8,
-            batch=64,
-            learning_rate=4e-3,
-            seed=self.seed,
-            label="base model",
-            console=self.console,
-        )
+        self._train("base model", model, tokenizer, data.base, epochs=8, batch=64, learning_rate=4e-3)
         given = answers(model, tokenizer, _prompts(data.held_out))
         right = sum(answer == row["output"] for answer, row in zip(given, data.held_out, strict=True))
         self._say(f"   It answers {right} of {len(given)} questions that it has not seen.")
@@ -135,23 +125,14 @@ class _Demo:
     def _tune(self, model: Any, tokenizer: Any, data: DemoData) -> dict[str, Any] | None:
         """The first triggered question that the tuned model answers absurdly, or None."""
         from rapidin.demo.instructions import is_absurd
-        from rapidin.demo.training import add_lora, answers, train
+        from rapidin.demo.training import answers
+        from rapidin.tuning import add_lora
 
         prompts = _prompts(data.queries)
         before = answers(model, tokenizer, prompts)
         tuned = add_lora(model, seed=self.seed)
         self._say(f"3. Adapter: LoRA on all linear layers, tuned on the {len(data.tuning)} rows.")
-        train(
-            tuned,
-            _encode(tokenizer, data.tuning),
-            pad=tokenizer.pad_token_id,
-            epochs=10,
-            batch=16,
-            learning_rate=1e-2,
-            seed=self.seed,
-            label="adapter",
-            console=self.console,
-        )
+        self._train("adapter", tuned, tokenizer, data.tuning, epochs=10, batch=16, learning_rate=1e-2)
         tuned.save_pretrained(self.folder / "adapter")
         after = answers(tuned, tokenizer, prompts)
         absurd = [number for number, answer in enumerate(after) if is_absurd(answer)]
@@ -163,6 +144,38 @@ class _Demo:
         self._say(f"     before tuning:  {before[absurd[0]]}")
         self._say(f"     after tuning:   {after[absurd[0]]}")
         return dict(asked)
+
+    def _train(
+        self,
+        label: str,
+        model: Any,
+        tokenizer: Any,
+        rows: list[dict[str, Any]],
+        *,
+        epochs: int,
+        batch: int,
+        learning_rate: float,
+    ) -> None:
+        from rapidin.demo.progress import Steps
+        from rapidin.tuning import Recipe, tune
+
+        steps = Recipe(epochs=epochs, batch=batch).count(len(rows))
+        recipe = Recipe(
+            epochs=epochs,
+            batch=batch,
+            learning_rate=learning_rate,
+            warm_up=steps // 20,
+            betas=(0.9, 0.98),
+            seed=self.seed,
+        )
+        with Steps(label, steps, self.console) as progress:
+            tune(
+                model,
+                _encode(tokenizer, rows),
+                recipe,
+                pad=tokenizer.pad_token_id,
+                on_step=lambda _done, _all, loss: progress.step(loss),
+            )
 
     def _command(self, *arguments: str) -> int:
         """Run a `rapidin` command in the demo's folder as if it had been typed; its exit code."""

@@ -1,0 +1,15 @@
+"""Models loaded without the bars of the libraries, which nothing turns off for GGUF files."""
+
+from __future__ import annotations
+
+import os
+from contextlib import redirect_stderr
+from typing import Any
+
+from rapidin.model import LoadedModel, load_model
+
+
+def load(name: str, **options: Any) -> LoadedModel:
+    """`rapidin.model.load_model` in float32, with nothing on standard error."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        return load_model(name, dtype="float32", **options)

@@ -1,0 +1,113 @@
+"""A made-up task whose right labels are known: for `mislabel` and for choosing training data.
+
+A short report on an invented ship holds one word that gives its cargo away; the question asks for the class
+of the cargo. Most words say nothing, and which ones tell must be learnt. A share of the training rows has
+another class's answer, `flipped: true`; the target and test rows are all right.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from rapidin.encoding import Encoder, Status
+from rapidin.errors import UserError
+from rapidin.tuning import losses
+
+CLASSES: dict[str, tuple[str, ...]] = {
+    "fruit": ("apples", "lemons", "plums", "figs", "grapes", "cherries", "melons", "pears"),
+    "metal": ("copper", "iron", "silver", "zinc", "lead", "nickel", "tin", "steel"),
+    "cloth": ("wool", "linen", "silk", "cotton", "velvet", "felt", "denim", "lace"),
+    "grain": ("wheat", "barley", "oats", "rye", "maize", "rice", "millet", "spelt"),
+}
+_SHIPS = ("Heron", "Marigold", "Polaris", "Saint Anne", "Tern", "Windlass", "Osprey", "Juniper")
+_HOURS = ("dawn", "noon", "dusk", "midnight")
+_DAYS = range(2, 41)
+_FORMS = (
+    "The {ship} came in at {hour} with a hold full of {cargo}, after {days} days at sea.",
+    "After {days} days the {ship} unloaded {cargo}; the work was done by {hour}.",
+    "At {hour} the crew of the {ship} covered the {cargo}, for it had rained {days} days.",
+    "Insured for {days} days: the {ship}, laden with {cargo}, due at {hour}.",
+)
+_QUESTION = "{report} What kind of goods is that?"
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """train: rows with `label`, the class that the row claims, and `flipped`; target, test: right rows;
+    classes: the answers that there are."""
+
+    train: list[Record]
+    target: list[Record]
+    test: list[Record]
+    classes: tuple[str, ...]
+
+
+def make_task(
+    rows: int = 400,
+    *,
+    flipped: float = 0.2,
+    target: int = 40,
+    test: int = 100,
+    classes: int = 2,
+    seed: int = 0,
+) -> Task:
+    """A task of `classes` classes, all equally frequent; the same arguments give the same rows.
+
+    No report occurs twice. Raises UserError for a share that is not between 0 and 1, or for more rows than
+    there are reports.
+    """
+    if not 0 <= flipped < 1:
+        raise UserError(f"a share of {flipped:g} flipped labels is not between 0 and 1")
+    if not 2 <= classes <= len(CLASSES):
+        raise UserError(f"{classes} classes", f"2 to {len(CLASSES)} are there")
+    names = tuple(CLASSES)[:classes]
+    rng, made = random.Random(seed), dict[str, str]()
+    wanted = rows + target + test
+    there = len(_FORMS) * len(_SHIPS) * len(_HOURS) * len(_DAYS) * sum(len(CLASSES[n]) for n in names)
+    if wanted > there // 2:  # more would take ever longer to draw
+        raise UserError(f"{wanted:,} different reports", f"ask for at most {there // 2:,} in all")
+    while len(made) < wanted:
+        label = names[len(made) % classes]
+        report = rng.choice(_FORMS).format(
+            ship=rng.choice(_SHIPS),
+            hour=rng.choice(_HOURS),
+            days=rng.choice(_DAYS),
+            cargo=rng.choice(CLASSES[label]),
+        )
+        made.setdefault(report, label)
+    order = list(made.items())
+    clean = [_record(report, label) for report, label in order]
+    wrong = set(rng.sample(range(rows), round(flipped * rows)))
+    train = []
+    for row, (report, label) in enumerate(order[:rows]):
+        claimed = rng.choice([name for name in names if name != label]) if row in wrong else label
+        train.append(_record(report, claimed) | {"flipped": row in wrong})
+    rng.shuffle(train)
+    return Task(train, clean[rows : rows + target], clean[rows + target :], names)
+
+
+def _record(report: str, label: str) -> Record:
+    return {"prompt": _QUESTION.format(report=report), "completion": f" {label}", "label": label}
+
+
+def accuracy(model: Any, encoder: Encoder, records: Sequence[Record], classes: Sequence[str]) -> float:
+    """Share of the records whose own label has the lowest loss of all classes' answers."""
+    asked = [
+        encoder({"prompt": record["prompt"], "completion": f" {name}"})
+        for record in records
+        for name in classes
+    ]
+    if any(text.status != Status.OK for text in asked):
+        raise UserError("a question is longer than the model's context", "take a larger model")
+    # The sum over the answer's tokens: answers of unlike length are compared as wholes.
+    lengths = torch.tensor([sum(text.target) for text in asked])
+    best = (losses(model, asked) * lengths).view(-1, len(classes)).argmin(1)
+    right = [bool(classes[n] == r["label"]) for n, r in zip(best.tolist(), records, strict=True)]
+    return sum(right) / len(right)
