@@ -15,8 +15,9 @@ means r and column means c, each plus a hundredth of its mean:
     elements 1/4 the same as 1/4 with V itself
     adam 1/2     V from the optimizer's state (exp_avg_sq) at the end of tuning
 
-`codes`: the recommended methods from sketches in floats, by width, and from codes of 2,048 bytes with what
-they learn from no row, from half of the rows or from all; three seeds. One code holds all blocks.
+`codes`: the recommended methods from sketches in floats, by width, and from codes of 2,048 bytes that have
+learnt from all rows, at one point also from half of them or from none; three seeds. One code holds all
+blocks.
 
 `peers`: one point, half-way, at the same bytes: a double-sided projection in float16 (as LoGra and Bergson
 keep it), its TrackStar score (rows and query under the inverse root of the second moment, then of length 1
@@ -56,7 +57,7 @@ DAMPINGS = {"energy": (0.03, 0.1, 0.2, 0.3, 1.0, 3.0), "count": (0.01, 0.03, 0.1
 BEST = (0.1, 0.2, 0.3)  # of those, counted in energy
 EPS = 0.01
 WIDTH = 8192
-WIDTHS = (512, 2048, 4096, 8192)
+WIDTHS = (512, 4096, 8192)
 BUDGET, LARGE = 2048, 16384
 SEEDS = (0, 1, 2)
 RANKS = (1, 2, 4)
@@ -307,7 +308,9 @@ def codes_part(study: Study, case: Case, name: str) -> None:
                 # as wide as a cache has it that is told no width
                 width = WIDTH if len(which) == 1 else WIDTH // 2
                 of = folded(train, width), folded(test, width)
-                for learnt, _, grams in codes_of(*of, seed, BUDGET, ("nothing", "half", "all")):
+                few = points == "0.5" and geometry == "none"
+                learn_from = ("nothing", "half", "all") if few else ("all",)
+                for learnt, _, grams in codes_of(*of, seed, BUDGET, learn_from):
                     what = {"code": f"learnt from {learnt}", "budget": BUDGET, "width": width}
                     gathered.add(main_methods(grams), **about, **what)
                 print(f"{name}: codes, {about}, seed {seed}", flush=True)
@@ -360,18 +363,16 @@ def peers_part(study: Study, case: Case, name: str) -> None:
                     flat = [x.flatten(1) for x in kept], [x.flatten(1) for x in test]
                     scores = {("cosine", "trackstar", damping): trackstar(*flat, damping)}
                     gathered.add(scores, **about, code="double-sided", side=side)
+                if geometry != "none":
+                    continue
                 for rank in RANKS:
                     side = numbers // rank // 2
-                    if side <= rank or side > 2 * min(min(shape) for shape in case.shapes):
+                    if side > min(min(shape) for shape in case.shapes):
                         continue
                     train, test = two_sides(groups, case.shapes, side, seed)
                     kept = [truncated(F.normalize(x.flatten(1)).view_as(x), rank) for x in train]
                     found = main_methods(of_rows(as_units(kept), as_units(test)))
                     gathered.add(found, **about, code=f"LoRIF, rank {rank}", side=side)
-                sketched = [sketches(x, case.layers, WIDTH, seed) for x in groups]
-                for learnt, _, grams in codes_of(sketched[0], sketched[1], seed, budget, ("nothing", "all")):
-                    found = main_methods(grams)
-                    gathered.add(found, **about, code=f"rapidin, learnt from {learnt}")
             if geometry == "none":  # a dense matrix for more bytes takes minutes to draw
                 both = torch.cat([torch.cat(group, 1) for group in groups])
                 drawn = F.normalize(dense(both, (BUDGET - floats(0, 1)) // 2, seed))
@@ -380,8 +381,100 @@ def peers_part(study: Study, case: Case, name: str) -> None:
                 found = main_methods(of_rows(rows.half().float(), queries))
                 found = {("cosine", *key[1:]): scores for key, scores in found.items()}
                 gathered.add(found, **about, code="TRAK, dense projection")
+                sketched = [sketches(x, case.layers, WIDTH, seed) for x in groups]
+                about["budget"] = LARGE  # with 2,048 bytes it is among the codes
+                for learnt, _, grams in codes_of(sketched[0], sketched[1], seed, LARGE, ("all",)):
+                    gathered.add(main_methods(grams), **about, code=f"learnt from {learnt}")
             print(f"{name}: peers, geometry {geometry}, seed {seed}", flush=True)
     gathered.hand_over(study, lambda about: about["geometry"], set=name, part="peers")
+
+
+# ------------------------------------------------------------------------------------------- tables
+
+DAMPING = 0.2  # of the tables
+EXACT_ROWS: list[dict[str, Any]] = [
+    {"normalize": "none", "method": "dot"},
+    {"normalize": "cosine", "method": "dot"},
+    {"normalize": "layer", "method": "dot"},
+    {"normalize": "none", "method": "datainf", "damping": 0.1},
+    {"normalize": "layer", "method": "datainf", "damping": 0.1},
+    {"normalize": "none", "method": "fisher, energy", "damping": DAMPING},
+    {"normalize": "cosine", "method": "fisher, energy", "damping": DAMPING},
+    *({"normalize": "layer", "method": "fisher, energy", "damping": d} for d in DAMPINGS["energy"][:-1]),
+    {"normalize": "layer", "method": "fisher, left out", "damping": DAMPING},
+    *({"normalize": "layer", "method": "fisher, count", "damping": d} for d in (0.03, 0.3, 1.0)),
+]
+GEOMETRY_ROWS: list[dict[str, Any]] = [
+    {"normalize": "none", "method": "dot"},
+    {"normalize": "layer", "method": "dot"},
+    {"normalize": "layer", "method": "datainf", "damping": 0.1},
+    {"normalize": "layer", "method": "fisher, energy", "damping": DAMPING},
+]
+CODE_COLUMNS = ("dot", "fisher, energy", "fisher, left out")
+
+
+class Tables:
+    """Markdown of what a study found; a cell has the LDS of every set, in their order."""
+
+    def __init__(self, study: Study) -> None:
+        self.rows = study.rows
+        self.sets = list(dict.fromkeys(row["set"] for row in study.rows))
+
+    def found(self, **wanted: Any) -> list[dict[str, Any]]:
+        """The rows, one a set, that are so; a field that is None in `wanted` is to be missing."""
+        return [row for row in self.rows if all(row.get(key) == value for key, value in wanted.items())]
+
+    def cell(self, key: str = "lds", **wanted: Any) -> str:
+        rows = self.found(**wanted)
+        values = [row[key] if key == "lds" else row[key][0] for row in rows]
+        return " ".join(f"{value:.3f}" for value in values) if values else ""
+
+    def exact(self) -> Iterator[str]:
+        points = list(dict.fromkeys(row["points"] for row in self.rows if row["part"] == "exact"))
+        yield f"| normalize | method | damping | {' | '.join(points)} |"
+        yield "| --- " * (3 + len(points)) + "|"
+        for row in EXACT_ROWS:
+            cells = [self.cell(part="exact", points=p, geometry=None, **row) for p in points]
+            yield f"| {row['normalize']} | {row['method']} | {row.get('damping', '')} | {' | '.join(cells)} |"
+
+    def geometry(self) -> Iterator[str]:
+        ways = list(dict.fromkeys(row.get("geometry") for row in self.rows if row["part"] == "exact"))
+        yield f"| geometry | {' | '.join(' '.join(list(row.values())[:2]) for row in GEOMETRY_ROWS)} |"
+        yield "| --- " * (1 + len(GEOMETRY_ROWS)) + "|"
+        for way in ways:
+            cells = [
+                self.cell(part="exact", points="0.1+0.5+0.9", geometry=way, **row) for row in GEOMETRY_ROWS
+            ]
+            yield f"| {way or 'none'} | {' | '.join(cells)} |"
+
+    def codes(self) -> Iterator[str]:
+        """Sketches and codes, with what is lost against exact gradients."""
+        yield f"| points | geometry | code | bins | {' | '.join(CODE_COLUMNS)} | lost, left out |"
+        yield "| --- " * (5 + len(CODE_COLUMNS)) + "|"
+        chosen = {
+            (row["points"], row["geometry"], row["code"], row["width"])
+            for row in self.rows
+            if row["part"] == "codes"
+        }
+        for points, geometry, code, width in sorted(chosen):
+            at = {"part": "codes", "points": points, "geometry": geometry, "code": code, "width": width}
+            cells = [self.cell(**at, method=m, damping=DAMPING if m != "dot" else 0.0) for m in CODE_COLUMNS]
+            cells.append(self.cell("loss", **at, method="fisher, left out", damping=DAMPING))
+            yield f"| {points} | {geometry} | {code} | {width} | {' | '.join(cells)} |"
+
+    def peers(self) -> Iterator[str]:
+        yield f"| bytes | geometry | code | numbers a side | {' | '.join(CODE_COLUMNS)} | trackstar |"
+        yield "| --- " * (5 + len(CODE_COLUMNS)) + "|"
+        chosen = dict.fromkeys(
+            (row["budget"], row["geometry"], row["code"], row.get("side"))
+            for row in self.rows
+            if row["part"] != "exact" and row["points"] == "0.5" and "budget" in row
+        )
+        for budget, geometry, code, side in sorted(chosen, key=lambda c: (c[0], c[1], c[2], c[3] or 0)):
+            at = {"points": "0.5", "budget": budget, "geometry": geometry, "code": code, "side": side}
+            methods = (*CODE_COLUMNS, "trackstar")
+            cells = [self.cell(**at, method=m, damping=DAMPING if m != "dot" else 0.0) for m in methods]
+            yield f"| {budget:,} | {geometry} | {code} | {side or ''} | {' | '.join(cells)} |"
 
 
 PARTS: dict[str, Callable[[Study, Case, str], None]] = {
@@ -398,10 +491,16 @@ def main() -> None:
     parser.add_argument("--extra", type=Path, help="one more set, a folder like those beside this file")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tables", action="store_true", help="only print the tables of what FILE has")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     study = Study(args.out)
+    if args.tables:
+        tables = Tables(study)
+        for table in (tables.exact, tables.geometry, tables.codes, tables.peers):
+            print("\n".join(table()), end="\n\n")
+        return
     for part in args.parts.split(","):
         for folder in [*sets(), *([args.extra] if args.extra else [])]:
             if not study.has(folder.name, part):
