@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ import torch
 import torch.nn.functional as F
 from exact import gradients
 from lds import GroundTruth, block_matrices, sets
-from torch import Tensor
+from scoring import Grams, dot, fisher
+from torch import Tensor, nn
 
 from rapidin import ops
 from rapidin.errors import UserError
 from rapidin.layers import block_seed
-from rapidin.pack import HEAD, Format, PackedCode, fit, learn, row_bytes_besides
+from rapidin.pack import HEAD, Format, Learnt, PackedCode, fit, learn, row_bytes_besides
 from rapidin.pack.code import Basis
 
 AT = 0.5
@@ -40,15 +42,12 @@ DAMPINGS = (0.1, 1.0)
 SHUFFLES = 20  # rounds of shuffle-and-sum
 
 
-def fisher(rows: Tensor, queries: Tensor, damping: float) -> Tensor:
-    """[test, training] from rows [n, blocks, width] as they were decoded."""
-    total = torch.zeros(len(queries), len(rows), dtype=torch.float64)
-    for b in range(rows.shape[1]):
-        x, q = rows[:, b].double(), queries[:, b].double()
-        gram = x @ x.T
-        damped = gram + damping * gram.trace() / len(x) * torch.eye(len(x))
-        total += torch.linalg.solve(damped, x @ q.T).T
-    return total
+def judged(truth: GroundTruth, grams: Grams) -> dict[str, float]:
+    """LDS of the three scores."""
+    found = {"layer": truth.lds(dot(grams))}
+    for damping in DAMPINGS:
+        found[f"fisher {damping}"] = truth.lds(fisher(grams, damping, "count"))
+    return {key: round(value, 4) for key, value in found.items()}
 
 
 class Judge:
@@ -58,10 +57,7 @@ class Judge:
     def keep(
         self, truth: GroundTruth, code: str, size: int, rows: Tensor, queries: Tensor, **about: Any
     ) -> None:
-        found = {"layer": truth.lds(queries.flatten(1) @ rows.flatten(1).T)}
-        for damping in DAMPINGS:
-            found[f"fisher {damping}"] = truth.lds(fisher(rows, queries, damping))
-        found = {key: round(value, 4) for key, value in found.items()}
+        found = judged(truth, Grams.of(rows.unbind(1), queries.unbind(1)))
         self.results.append({"set": truth.folder.name, "code": code, "bytes": size, **about, **found})
         print(truth.folder.name, code, size, about, found, flush=True)
 
@@ -69,6 +65,32 @@ class Judge:
 def floats(numbers: int, lengths: int) -> int:
     """Bytes of a row in float16, its lengths in float32."""
     return 2 * numbers + 4 * lengths + row_bytes_besides
+
+
+def sketches(group: list[Tensor], layers: Mapping[str, nn.Linear], width: int, seed: int) -> Tensor:
+    """Gradients [n, numbers] of each matrix -> [n, blocks, width]."""
+    blocks = [
+        ops.matrix_sketch(g.view(-1, *layer.weight.shape), width, seed=block_seed(seed, name))
+        for (name, layer), g in zip(layers.items(), group, strict=True)
+    ]
+    return torch.stack(blocks, 1)
+
+
+def folded(sketch: Tensor, width: int) -> Tensor:
+    """The sketch of fewer bins."""
+    return sketch.unflatten(2, (-1, width)).sum(2)
+
+
+def coded(
+    learnt: Learnt | None, lengths: Tensor, rows: Tensor | None, wanted: Format, width: int, seed: int
+) -> PackedCode:
+    """The code of a cache of blocks with these lengths [n, blocks], with what was learnt from some of its
+    rows, or without."""
+    shape = fit(wanted, lengths.shape[1], width, learnt)
+    basis = None
+    if learnt is not None and rows is not None:
+        basis = Basis.of(learnt, shape, lengths[rows], seed).rounded()
+    return PackedCode(shape, width, seed, basis)
 
 
 def packed(judge: Judge, truth: GroundTruth, train: Tensor, lengths: Tensor, test: Tensor, seed: int) -> None:
@@ -81,15 +103,12 @@ def packed(judge: Judge, truth: GroundTruth, train: Tensor, lengths: Tensor, tes
         last = None
         for budget in BUDGETS:
             try:
-                shape = fit(Format("sign", budget), train.shape[1], WIDTH, learnt)
+                code = coded(learnt, lengths, rows, Format("sign", budget), WIDTH, seed)
             except UserError:
                 continue
-            if shape == last:  # the budget is more than one bit for each number
+            if code.shape == last:  # the budget is more than one bit for each number
                 continue
-            basis, last = None, shape
-            if learnt is not None and rows is not None:
-                basis = Basis.of(learnt, shape, lengths[rows], seed).rounded()
-            code = PackedCode(shape, WIDTH, seed, basis)
+            last = code.shape
             decoded = code.decode(code.encode(train, lengths))
             judge.keep(
                 truth, name, code.row_bytes + row_bytes_besides, decoded, test, seed=seed, budget=budget
@@ -155,6 +174,19 @@ def whole_projections(judge: Judge, truth: GroundTruth, train: Tensor, test: Ten
             keep(name, size, made[:n], made[n:], budget)
 
 
+def two_sides(
+    groups: Sequence[list[Tensor]], shapes: list[torch.Size], side: int, seed: int
+) -> list[list[Tensor]]:
+    """P_out G P_in^T of each matrix of each group, [n, side, side], with Gaussian matrices."""
+    generator = torch.Generator().manual_seed(seed)
+    made: list[list[Tensor]] = [[] for _ in groups]
+    for number, (o, i) in enumerate(shapes):
+        left, right = (torch.randn(k, side, generator=generator) for k in (o, i))
+        for group, out in zip(groups, made, strict=True):
+            out.append(left.T @ group[number].view(-1, o, i) @ right)
+    return made
+
+
 def double_sided(
     judge: Judge,
     truth: GroundTruth,
@@ -164,13 +196,8 @@ def double_sided(
     seed: int,
 ) -> None:
     """P_out G P_in^T of each matrix, as many numbers a side as the budget has room for."""
-    generator = torch.Generator().manual_seed(seed)
     room = [int(((budget - floats(0, len(shapes))) / 2 / len(shapes)) ** 0.5) for budget in BUDGETS]
-    made: list[list[Tensor]] = [[], []]
-    for number, (o, i) in enumerate(shapes):
-        left, right = (torch.randn(k, max(room), generator=generator) for k in (o, i))
-        for group, out in zip((train, test), made, strict=True):
-            out.append(left.T @ group[number].view(-1, o, i) @ right)
+    made = two_sides((train, test), shapes, max(room), seed)
     for budget, side in zip(BUDGETS, room, strict=True):
         rows, queries = (
             torch.stack([F.normalize(x[:, :side, :side].flatten(1)) for x in group], 1) for group in made
@@ -196,28 +223,15 @@ def main() -> None:
         layers = block_matrices(model)
         shapes = [layer.weight.shape for layer in layers.values()]
         train, test = (gradients(truth, model, ids) for ids in truth.texts())
-        unit = [[F.normalize(g) for g in group] for group in (train, test)]
-        whole = [torch.cat(group, 1) for group in unit]
-        exact = [sum(q @ g.T for g, q in zip(*unit, strict=True))]
-        exact += [
-            sum(fisher(g[:, None], q[:, None], damping) for g, q in zip(*unit, strict=True))
-            for damping in DAMPINGS
-        ]
-        values = [round(truth.lds(scores), 4) for scores in exact]
+        whole = [torch.cat([F.normalize(g) for g in group], 1) for group in (train, test)]
+        named = judged(truth, Grams.of(train, test).normalized("layer"))
         size = 4 * whole[0].shape[1] + row_bytes_besides
-        named = dict(zip(("layer", *(f"fisher {d}" for d in DAMPINGS)), values, strict=True))
         judge.results.append({"set": folder.name, "code": "exact", "bytes": size, **named})
         print(folder.name, "exact", named, flush=True)
         for seed in map(int, args.seeds.split(",")):
-            sketched, lengths = [], []
-            for group in (train, test):
-                blocks = [
-                    ops.matrix_sketch(g.view(-1, *layer.weight.shape), WIDTH, seed=block_seed(seed, name))
-                    for (name, layer), g in zip(layers.items(), group, strict=True)
-                ]
-                sketched.append(torch.stack(blocks, 1))
+            sketched = [sketches(group, layers, WIDTH, seed) for group in (train, test)]
             for width in (4096, 1024, 512):
-                rows, queries = (F.normalize(x.unflatten(2, (-1, width)).sum(2), dim=2) for x in sketched)
+                rows, queries = (F.normalize(folded(x, width), dim=2) for x in sketched)
                 size = floats(width * len(layers), len(layers))
                 judge.keep(truth, "float16", size, rows.half().float(), queries, seed=seed, width=width)
             lengths = sketched[0].norm(dim=2)

@@ -12,32 +12,40 @@ a half, the mean over the test texts: how much noise the ground truth itself has
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from lds import CharGPT, GroundTruth, block_matrices, sets, spearman
-from torch import Tensor
+from scoring import Grams, dot, fisher
+from torch import Tensor, nn
 
 DAMPING = 0.03
+BATCH = 48
 RUN = 4
 
 
 def gradients(truth: GroundTruth, model: CharGPT, ids: Tensor) -> list[Tensor]:
-    """The gradient of each text's loss for each matrix of the blocks: a tensor [texts, numbers] a matrix."""
-    weights = [layer.weight for layer in block_matrices(model).values()]
-    rows = [torch.autograd.grad(truth.loss(model, text[None]).sum(), weights) for text in ids]
-    return [torch.stack([g.flatten() for g in layer]) for layer in zip(*rows, strict=True)]
+    """The gradient of each text's loss for each matrix of the blocks: a tensor [texts, numbers] a matrix.
 
-
-def fisher_scores(train: Tensor, test: Tensor) -> Tensor:
-    """Products [test, train] of unit gradients under the inverse of (F + damping x mean eigenvalue of F).
-
-    F, the second moment of the n rows of `train`, is far too large to form, but by the Woodbury identity
-    train (F + d)^-1 = (K / n + d)^-1 train, where K is the Gram matrix of the rows. The mean is that of the n
-    eigenvalues that F and K / n share: the many others of F are zero and would make the damping nothing.
+    Of all texts at once, from the two factors of each: the sum over the characters of output gradient times
+    input.
     """
-    n = len(train)
-    moment = (train @ train.T).double() / n
-    damped = moment + DAMPING * moment.trace() / n * torch.eye(n)
-    return torch.linalg.solve(damped, (train @ test.T).double()).T
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def keep(layer: nn.Module, given: tuple[Tensor, ...], out: Tensor) -> None:
+        inputs.append(given[0].detach())
+        outputs.append(out)
+
+    layers = list(block_matrices(model).values())
+    hooks = [layer.register_forward_hook(keep) for layer in layers]
+    found: list[list[Tensor]] = [[] for _ in layers]
+    for texts in ids.split(BATCH):
+        inputs.clear()
+        outputs.clear()
+        loss = truth.loss(model, texts).sum()
+        for out, x, g in zip(found, inputs, torch.autograd.grad(loss, outputs), strict=True):
+            out.append((g.transpose(1, 2) @ x).flatten(1))
+    for hook in hooks:
+        hook.remove()
+    return [torch.cat(parts) for parts in found]
 
 
 def shared_runs(train: list[str], test: list[str]) -> Tensor:
@@ -55,11 +63,10 @@ def main() -> None:
         for at in (1.0, 0.5):
             model = truth.model(at)
             train, test = (gradients(truth, model, ids) for ids in truth.texts())
-            unit = [(F.normalize(g), F.normalize(q)) for g, q in zip(train, test, strict=True)]
-            raw = sum(q @ g.T for g, q in zip(train, test, strict=True))
-            layer = sum(q @ g.T for g, q in unit)
-            fisher = sum(fisher_scores(g, q) for g, q in unit)
-            values = "  ".join(f"{truth.lds(scores):.3f}" for scores in (raw, layer, fisher))
+            raw = Grams.of(train, test)
+            unit = raw.normalized("layer")
+            scores = (dot(raw), dot(unit), fisher(unit, DAMPING, "count"))
+            values = "  ".join(f"{truth.lds(found):.3f}" for found in scores)
             print(f"{folder.name:9s} {at:3.1f}  {values}   {shared:.3f}   {seeds:.3f}")
 
 

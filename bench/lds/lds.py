@@ -131,11 +131,19 @@ class GroundTruth:
         train, test = (encode(self.description[part], self.characters) for part in ("train", "test"))
         return train, test
 
-    def model(self, at: float = 1.0) -> CharGPT:
-        """The base (0), the tuned model (1), or a point on the line through both, in float32."""
-        base, tuned = (load_file(self.folder / name) for name in (BASE, TUNED))
+    def weights(self, name: str) -> dict[str, Tensor]:
+        """The weights in a file of the set, BASE or TUNED, in float32."""
+        return {k: v.float() for k, v in load_file(self.folder / name).items()}
+
+    def model(self, at: float | dict[str, Tensor] = 1.0) -> CharGPT:
+        """The base (0), the tuned model (1), or a point on the line through both; or a model of these
+        weights. In float32."""
         model = CharGPT(len(self.characters))
-        model.load_state_dict({k: torch.lerp(base[k].float(), tuned[k].float(), at) for k in base})
+        if isinstance(at, dict):
+            model.load_state_dict(at)
+        else:
+            base, tuned = self.weights(BASE), self.weights(TUNED)
+            model.load_state_dict({k: torch.lerp(base[k], tuned[k], at) for k in base})
         return model.eval()
 
     def loss(self, model: CharGPT, ids: Tensor) -> Tensor:
@@ -145,11 +153,15 @@ class GroundTruth:
     def lds(self, scores: Tensor | npt.ArrayLike) -> float:
         """How well `scores` [test, training], larger = more helpful, foretell the retrainings: 1 is perfect.
 
-        The mean over the test texts of Spearman's correlation, over the retrainings, between the sum of the
-        scores of the texts trained on and minus the measured loss.
+        The mean of `by_text`.
         """
+        return float(self.by_text(scores).mean())
+
+    def by_text(self, scores: Tensor | npt.ArrayLike) -> npt.NDArray[np.float64]:
+        """For each test text Spearman's correlation, over the retrainings, between the sum of the scores of
+        the texts trained on and minus the measured loss: [test]."""
         values = np.asarray(scores.detach().cpu() if isinstance(scores, Tensor) else scores, dtype=np.float64)
         wanted = (self.losses.shape[1], self.masks.shape[1])
         if values.shape != wanted:
             raise ValueError(f"scores have shape {values.shape}, not {wanted} (test texts, training texts)")
-        return float(spearman(self.masks @ values.T, -self.losses).mean())
+        return spearman(self.masks @ values.T, -self.losses)

@@ -13,13 +13,26 @@ import argparse
 import json
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from lds import BASE, CONTEXT, DESCRIPTION, HERE, RETRAINED, TUNED, CharGPT, encode, text_losses
+from lds import (
+    BASE,
+    CONTEXT,
+    DESCRIPTION,
+    HERE,
+    RETRAINED,
+    TUNED,
+    CharGPT,
+    GroundTruth,
+    block_matrices,
+    encode,
+    text_losses,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -87,16 +100,69 @@ def batches(count: int, epochs: int, seed: int) -> Iterator[Tensor]:
         yield from torch.randperm(count, generator=generator).split(BATCH)
 
 
-def tune(base: dict[str, Tensor], ids: Tensor, characters: str, epochs: int, seed: int) -> CharGPT:
-    """The base model tuned on `ids`."""
+def tune(
+    base: dict[str, Tensor],
+    ids: Tensor,
+    characters: str,
+    epochs: int,
+    seed: int,
+    visit: Callable[[int, CharGPT, torch.optim.Optimizer], None] | None = None,
+) -> CharGPT:
+    """The base model tuned on `ids`. visit: called after each step with its number, from 1, the model and the
+    optimizer."""
     model = CharGPT(len(characters))
     model.load_state_dict(base)
     optimizer = torch.optim.AdamW(model.parameters(), lr=RATE, fused=True)
-    for batch in batches(len(ids), epochs, seed):
+    for step, batch in enumerate(batches(len(ids), epochs, seed), 1):
         optimizer.zero_grad()
         text_losses(model, ids[batch]).mean().backward()
         optimizer.step()
+        if visit is not None:
+            visit(step, model, optimizer)
     return model
+
+
+@dataclass(frozen=True)
+class Retuned:
+    """A set's tuning on all its texts, done again.
+
+    states: the weights by share of the training done; moments: the optimizer's second moment (`exp_avg_sq`)
+    of the blocks' matrices at the end, in the order of `block_matrices`; apart: the root mean square distance
+    of the end, in float16, from the stored tuned model, over that of the base.
+    """
+
+    states: dict[float, dict[str, Tensor]]
+    moments: list[Tensor]
+    apart: float
+
+
+def tune_again(truth: GroundTruth, shares: Sequence[float]) -> Retuned:
+    """Tune a set's base on all its texts with the seed that made the set, and keep states on the way.
+
+    shares: of the training, 1 is the end. The end, in float16, is the stored tuned model to the bit where
+    this script made the set with the same torch on a like processor; of another set it is a model like it.
+    """
+    epochs, seed = truth.description["epochs"], truth.description["seed"]
+    base, tuned = truth.weights(BASE), truth.weights(TUNED)
+    ids = truth.texts()[0]
+    steps = epochs * -(-len(ids) // BATCH)
+    wanted = {round(share * steps): share for share in shares}
+    states: dict[float, dict[str, Tensor]] = {}
+    moments: list[Tensor] = []
+
+    def visit(step: int, model: CharGPT, optimizer: torch.optim.Optimizer) -> None:
+        if step in wanted:
+            states[wanted[step]] = {k: v.detach().clone() for k, v in model.state_dict().items()}
+        if step == steps:
+            layers = block_matrices(model).values()
+            moments.extend(optimizer.state[layer.weight]["exp_avg_sq"].clone() for layer in layers)
+
+    end = tune(base, ids, truth.characters, epochs, seed * 1_000_000, visit).state_dict()
+    moved, missed = (
+        sum(float((tuned[k] - other[k].half().float()).square().sum()) for k in tuned)
+        for other in (base, end)
+    )
+    return Retuned(states, moments, (missed / moved) ** 0.5)
 
 
 def save_half(model: CharGPT, path: Path) -> None:
