@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from rapidin import caching, methods, pack
+from rapidin import caching, pack
 from rapidin.cache import Cache, CacheWriter, Manifest, other_model
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError, short
@@ -22,7 +22,9 @@ from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Pr
 from rapidin.layers import coverage, find_targets, layer_table
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 from rapidin.pack import Format
-from rapidin.scan import hits_of, scan_cache, training_data
+from rapidin.query import Clock, Generation, Part, Scoring, explain
+from rapidin.query import scores as all_scores
+from rapidin.thinning import Thinning
 from rapidin.transfer import Download, upload
 
 PROJECTIONS = get_args(Projection)
@@ -62,6 +64,7 @@ class Attributor:
     loss: "mean" or "sum" over an example's completion tokens.
     eos, max_length, too_long: see `rapidin.encoding.Encoder`.
     batch_tokens: padded tokens a batch.
+    thinning: take gradients of the model thinned by a dropout mask (`rapidin.thinning`).
 
     >>> attributor = Attributor(model, tokenizer)
     >>> cache = attributor.cache("train.jsonl", "cache")
@@ -87,6 +90,7 @@ class Attributor:
         max_length: int | None = None,
         too_long: Literal["truncate", "skip"] = "truncate",
         batch_tokens: int = 1024,
+        thinning: Thinning | None = None,
     ) -> None:
         self.loaded = model if isinstance(model, LoadedModel) else LoadedModel.of(model, tokenizer)
         if projection not in PROJECTIONS:
@@ -105,6 +109,7 @@ class Attributor:
         ):
             raise UserError(f"the {projection} projection takes no width of {width}", "say a multiple of 128")
         self.projection, self.seed, self.loss = projection, seed, loss
+        self.thinning = thinning if thinning is not None and thinning.rate else None
         self.points = self._points(at)
         limit = self.loaded.context_length
         self.max_length = max_length if max_length is not None else limit if limit is not None else 2048
@@ -189,6 +194,7 @@ class Attributor:
                 eos=manifest.text["eos"],
                 max_length=manifest.text["max_length"],
                 too_long=manifest.text["too_long"],
+                thinning=Thinning(**thinning) if (thinning := manifest.gradient.get("dropout")) else None,
             )
         except (KeyError, TypeError) as error:
             raise UserError(f"the cache's manifest is damaged: {type(error).__name__} {error}") from None
@@ -217,7 +223,7 @@ class Attributor:
         return Manifest(
             model={"source": self.loaded.source, "identity": self.loaded.identity},
             sketch={"projection": self.projection, "width": self.width, "seed": self.seed, "hash": HASH},
-            gradient={"at": self.points, "loss": self.loss, "include": self.include, "exclude": self.exclude},
+            gradient=self._gradient(),
             text={"eos": self.eos, "max_length": self.max_length, "too_long": self.too_long},
             data=data,
             code=code,
@@ -225,6 +231,18 @@ class Attributor:
             shard_rows=1,
             layers=self.layers,
         )
+
+    def _gradient(self) -> dict[str, Any]:
+        """How gradients are taken; what is not used is left out, as in caches older than it."""
+        taken: dict[str, Any] = {
+            "at": self.points,
+            "loss": self.loss,
+            "include": self.include,
+            "exclude": self.exclude,
+        }
+        if self.thinning is not None:
+            taken["dropout"] = self.thinning.to_json()
+        return taken
 
     # ---------------------------------------------------------------------------------------- caching
 
@@ -297,6 +315,11 @@ class Attributor:
             raise UserError(f"--bytes {bytes} leaves no room", f"say at least {pack.least_bytes()}")
         return Format(dtype, bytes, sample)
 
+    def _thinned(self) -> AbstractContextManager[None]:
+        if self.thinning is None:
+            return nullcontext()
+        return self.thinning.over(self.loaded.model, self.targets)
+
     def _one_by_one(self) -> str:
         names = self.sketcher.single_names
         if not names:
@@ -316,7 +339,7 @@ class Attributor:
         for number, point in enumerate(self.points):
             blocks = slice(number * self.sketcher.blocks, (number + 1) * self.sketcher.blocks)
             last = number == len(self.points) - 1
-            with self.loaded.path.at(point):
+            with self.loaded.path.at(point), self._thinned():
                 queue = _by_length(good, encoded, self.batch_tokens)
                 while queue:
                     chosen = queue.pop()
@@ -348,7 +371,7 @@ class Attributor:
         """What the tuned model says to a prompt, greedily; special tokens left out."""
         return self._generate(prompt, max_new_tokens).completion
 
-    def _generate(self, prompt: str, max_new_tokens: int) -> _Generation:
+    def _generate(self, prompt: str, max_new_tokens: int) -> Generation:
         tokenizer, model = self.loaded.tokenizer, self.loaded.model
         ids = self.encoder.prompt_ids(prompt)
         if not ids:
@@ -376,7 +399,7 @@ class Attributor:
         kept = answer if self.eos else [i for i in answer if i != tokenizer.eos_token_id]
         target = [False] * len(ids) + [True] * len(kept)
         encoded = Encoded(ids + kept, target, Status.OK if kept else Status.NO_TARGET)
-        return _Generation(prompt, str(tokenizer.decode(answer, skip_special_tokens=True)), True, encoded)
+        return Generation(prompt, str(tokenizer.decode(answer, skip_special_tokens=True)), True, encoded)
 
     def query(
         self,
@@ -385,70 +408,90 @@ class Attributor:
         *,
         top_k: int = 10,
         normalize: Literal["layer", "none", "cosine"] = "layer",
-        method: Literal["dot"] = "dot",
+        method: Literal["dot", "datainf", "fisher"] = "dot",
+        damping: float | None = None,
+        together: bool = False,
         max_new_tokens: int = 64,
         examples: Any = None,
     ) -> list[QueryResult]:
         """The most helpful and most harmful training examples of each generation.
 
         generations: (prompt, completion) pairs or records as in training data; where the completion is
-        missing the tuned model writes one. top_k: hits at each end, all where the cache has fewer. examples:
-        the training data, to show with the hits, by default from where the cache was made; False for none.
-        Scores: see `rapidin.methods`. Raises UserError where a generation has no token to explain.
+        missing the tuned model writes one. top_k: hits at each end, all where the cache has fewer. normalize,
+        method, damping: see `rapidin.methods`. together: one ranking for all generations as a target set, the
+        mean of their scores by the records' field `weight` (1 where it is missing; negative: less of it).
+        examples: the training data, to show with the hits, by default from where the cache was made; False
+        for none. Raises UserError where a generation has no token to explain.
         """
-        cache = cache if isinstance(cache, Cache) else Cache(cache)
-        self.check(cache.manifest)
+        scoring = Scoring(normalize, method, damping, together)
+        scoring.check()
         if top_k < 1:
             raise UserError(f"--top-k {top_k} is less than 1")
-        if not generations:
-            raise UserError("there is no generation to explain")
-        clock = _Clock()
-        texts = [self._generation(g, max_new_tokens) for g in generations]
+        cache, clock = self._checked(cache), Clock()
+        texts = self.generations(generations, max_new_tokens)
         clock.lap("generate")
-        for text in texts:
-            if text.encoded.status != Status.OK:
-                words = {Status.EMPTY: "has no text", Status.TOO_LONG: "is longer than the context"}
-                why = words.get(text.encoded.status, "has no completion token")
-                raise UserError(f"the generation for '{short(text.prompt)}' {why}")
+        part = Part(cache, self.query_sketches(texts))
+        clock.lap("sketch")
+        return explain([part], texts, scoring, top_k=top_k, examples=examples, clock=clock)
+
+    def scores(
+        self,
+        cache: Cache | str | Path,
+        generations: Sequence[Any],
+        *,
+        normalize: Literal["layer", "none", "cosine"] = "layer",
+        method: Literal["dot", "datainf", "fisher"] = "dot",
+        damping: float | None = None,
+        together: bool = False,
+        max_new_tokens: int = 64,
+    ) -> Tensor:
+        """The scores of all training examples: [Q, rows] float32 on the CPU, NaN for rows that do not count.
+
+        Arguments as `query`; [1, rows] with `together`.
+        """
+        scoring = Scoring(normalize, method, damping, together)
+        scoring.check()
+        cache = self._checked(cache)
+        texts = self.generations(generations, max_new_tokens)
+        return all_scores([Part(cache, self.query_sketches(texts))], texts, scoring)
+
+    def _checked(self, cache: Cache | str | Path) -> Cache:
+        cache = cache if isinstance(cache, Cache) else Cache(cache)
+        self.check(cache.manifest)
+        return cache
+
+    def query_sketches(self, texts: Sequence[Generation]) -> Tensor:
+        """Sketches of generations: [Q, blocks, width] float32. Raises UserError for one with NaN or Inf."""
         sketch, status = self._sketch([text.encoded for text in texts])
         if bool((status != 0).any()):
             bad = texts[int(status.nonzero()[0])]
             raise UserError(f"the gradient of the generation for '{short(bad.prompt)}' holds NaN or Inf")
-        prepared = methods.prepare(sketch, method=method, normalize=normalize)
-        clock.lap("sketch")
-        top, bottom = scan_cache(cache, prepared, top_k)
-        clock.lap("scan")
-        source = training_data(cache, examples)
-        results = []
-        for n, text in enumerate(texts):
-            best, worst = (hits_of(cache, source, scores[n], rows[n]) for scores, rows in (top, bottom))
-            results.append(
-                QueryResult(
-                    text.prompt, text.completion, text.generated, best, worst, normalize, clock.seconds
-                )
-            )
-        return results
+        return sketch
 
-    def _generation(self, value: Any, max_new_tokens: int) -> _Generation:
+    def generations(self, values: Sequence[Any], max_new_tokens: int = 64) -> list[Generation]:
+        """What is to be explained, with completions written where they are missing; see `query`.
+
+        Raises UserError where there is none, or one has no token to explain."""
+        if not values:
+            raise UserError("there is no generation to explain")
+        texts = [self._generation(value, max_new_tokens) for value in values]
+        for text in texts:
+            text.check()
+        return texts
+
+    def _generation(self, value: Any, max_new_tokens: int) -> Generation:
         if not isinstance(value, Mapping):
             prompt, completion = value
             value = {"prompt": prompt, "completion": completion}
         record = dict(value)
+        weight = record.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, int | float):
+            raise UserError(f"the weight {short(weight)} is not a number", "mend the column 'weight'")
         prompt = self.encoder.prompt_text(record)
         completion = self.encoder.completion_text(record)
         if completion:
-            return _Generation(prompt, completion, False, self.encoder(record))
-        return self._generate(prompt, max_new_tokens)
-
-
-@dataclass(frozen=True, slots=True)
-class _Generation:
-    """A generation to explain; generated: the model wrote the completion."""
-
-    prompt: str
-    completion: str
-    generated: bool
-    encoded: Encoded
+            return Generation(prompt, completion, False, self.encoder(record), float(weight))
+        return replace(self._generate(prompt, max_new_tokens), weight=float(weight))
 
 
 def _by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
@@ -465,19 +508,6 @@ def _by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: 
 
 def _on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
     return upload(torch.tensor(numbers, dtype=dtype, device="cpu"), device)
-
-
-class _Clock:
-    """Seconds by stage."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-        self._last = time.perf_counter()
-
-    def lap(self, stage: str) -> None:
-        now = time.perf_counter()
-        self.seconds[stage] = now - self._last
-        self._last = now
 
 
 class _Meter:

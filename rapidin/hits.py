@@ -35,8 +35,9 @@ class QueryResult:
     """The hits of one generation.
 
     prompt, completion: its text; generated: whether the model wrote the completion just now; top: most
-    helpful first; bottom: most harmful first; normalize: the scale of the scores; seconds: time by stage, of
-    the whole call.
+    helpful first; bottom: most harmful first; normalize, method: what the scores are
+    (`rapidin.methods`); seconds: time by stage, of the whole call; together: how many generations
+    these are the hits of, as one target set, else 0.
     """
 
     prompt: str
@@ -46,6 +47,8 @@ class QueryResult:
     bottom: list[Hit]
     normalize: str
     seconds: Mapping[str, float] = field(default_factory=dict)
+    method: str = "dot"
+    together: int = 0
 
     def to_json(self) -> dict[str, Any]:
         """The query as `rapidin query --json` prints it."""
@@ -54,6 +57,8 @@ class QueryResult:
             "completion": self.completion,
             "generated": self.generated,
             "normalize": self.normalize,
+            "method": self.method,
+            **({"together": self.together} if self.together else {}),
             "top": [hit.to_json() for hit in self.top],
             "bottom": [hit.to_json() for hit in self.bottom],
         }

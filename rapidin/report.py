@@ -44,6 +44,11 @@ SCALES = {
     ),
 }
 
+METHODS = {
+    "datainf": "the inner product, under DataInf's inverse Hessian,",
+    "fisher": "the inner product, under the damped inverse of each layer's second moment,",
+}
+
 # Control characters, half characters, line separators, and the marks and overrides that reorder text.
 _STEERING = re.compile(
     "[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
@@ -150,10 +155,13 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
         if not result.top:
             parts.append(Text("\nNo example in the cache has a sketch, so there are no hits.\n"))
             continue
-        parts.append(_hits("Most helpful", result.top, result.normalize))
-        parts.append(_hits("Most harmful", result.bottom, result.normalize))
+        bounded = result.method == "dot" and result.normalize != "none"
+        parts.append(hits_table("Most helpful", result.top, bounded=bounded))
+        parts.append(hits_table("Most harmful", result.bottom, bounded=bounded))
     if results:
-        parts.append(Text(f"\n{MEANING}\nThe score is {SCALES[results[0].normalize]}.", style="dim"))
+        first = results[0]
+        scale = SCALES[first.normalize] if first.method == "dot" else _method_text(first)
+        parts.append(Text(f"\n{MEANING}\nThe score is {scale}.", style="dim"))
     return Group(*parts)
 
 
@@ -162,6 +170,9 @@ def _generation(result: QueryResult, width: int) -> RenderableType:
     grid.add_column(style="bold", no_wrap=True)
     grid.add_column(overflow="fold")
     room = max(20, width - 12)
+    if result.together:
+        grid.add_row("Target", Text(f"{result.together:,} generations, the mean of their scores"))
+        return grid
     if result.prompt:
         grid.add_row("Prompt", Text(shorten_middle(one_line(result.prompt), room * _PROMPT_LINES)))
     completion = Text(shorten_middle(one_line(result.completion), room * _COMPLETION_LINES), style="cyan")
@@ -171,9 +182,20 @@ def _generation(result: QueryResult, width: int) -> RenderableType:
     return grid
 
 
-def _hits(title: str, hits: Sequence[Hit], normalize: str) -> RenderableType:
+def _method_text(result: QueryResult) -> str:
+    vectors = {
+        "layer": "gradients of length 1 in each layer",
+        "cosine": "gradients of length 1",
+        "none": "gradients",
+    }
+    of = f"of the two loss {vectors[result.normalize]}"
+    return f"{METHODS[result.method]} {of}: only the order means something"
+
+
+def hits_table(title: str, hits: Sequence[Hit], *, bounded: bool) -> RenderableType:
+    """Hits with their scores and examples; bounded: scores lie between -1 and 1."""
     shown = any(hit.example is not None for hit in hits)
-    numbers = [(str(hit.rank), score_text(hit.score, normalize), str(hit.index)) for hit in hits]
+    numbers = [(str(hit.rank), score_text(hit.score, bounded), str(hit.index)) for hit in hits]
     table = Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -196,9 +218,9 @@ def _hits(title: str, hits: Sequence[Hit], normalize: str) -> RenderableType:
     return Padding(table, (1, 0, 0, 0))
 
 
-def score_text(score: float, normalize: str) -> str:
+def score_text(score: float, bounded: bool) -> str:
     """A score with its sign: four decimals where the scale is -1 to 1, else four digits."""
-    return f"{score:+.4f}" if normalize != "none" else f"{score:+.3e}"
+    return f"{score:+.4f}" if bounded else f"{score:+.3e}"
 
 
 def results_json(results: Iterable[QueryResult]) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,56 +12,148 @@ from torch import Tensor
 
 from rapidin import methods, ops
 from rapidin.cache import Cache
+from rapidin.cache.shards import Rows
 from rapidin.errors import UserError
 from rapidin.examples import Examples, open_examples, record_hash
 from rapidin.hits import Hit
+from rapidin.pack import side_by_side
 from rapidin.transfer import Conveyor, GpuOrder
 
 Ends = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
-def scan_cache(
-    cache: Cache, query: methods.ScanQuery, top_k: int, device: torch.device | None = None
-) -> Ends:
+@dataclass(frozen=True)
+class Source:
+    """A cache and what it is scanned for; the scores of several sources are added up."""
+
+    cache: Cache
+    query: methods.ScanQuery
+
+
+def scan_cache(sources: Source | Sequence[Source], top_k: int, device: torch.device | None = None) -> Ends:
     """((scores, rows) of the top, (scores, rows) of the bottom), each [Q, k] on the CPU, over all shards.
 
-    device: where the rows are scanned, by default where the query's vectors are. To a GPU the shards are
-    copied while those before them are scanned, so that the cache may be larger than its memory.
+    sources: caches of the same examples; rows that are not in all of them, or do not count in one, are left
+    out. device: where the rows are scanned, by default where the query's vectors are. To a GPU the shards are
+    copied while those before them are scanned, so that the cache may be larger than its memory. Raises
+    UserError where the caches are of other examples.
     """
-    device = query.vectors.device if device is None else torch.empty(0, device=device).device
-    shards = _shards(cache, query)
+    sources = [sources] if isinstance(sources, Source) else list(sources)
+    device = sources[0].query.vectors.device if device is None else torch.empty(0, device=device).device
+    pieces: Iterable[tuple[_Label, dict[str, Tensor]]] = _pieces(sources)
     if device.type == "cuda":
-        shards = Conveyor[_Label](GpuOrder(device)).carry(shards)
-    return scan_shards(cache, query, top_k, device, shards)
+        pieces = Conveyor[_Label](GpuOrder(device)).carry(pieces)
+    return scan_pieces(sources, top_k, device, pieces)
 
 
-# A shard's first row, and whether one of its blocks is without gradient, where that matters.
-_Label = tuple[int, bool | None]
+def all_scores(sources: Source | Sequence[Source], device: torch.device | None = None) -> Tensor:
+    """The scores of all rows: [Q, rows] float32 on the CPU, NaN for rows that do not count.
+
+    Arguments as `scan_cache`.
+    """
+    sources = [sources] if isinstance(sources, Source) else list(sources)
+    device = sources[0].query.vectors.device if device is None else torch.empty(0, device=device).device
+    pieces: Iterable[tuple[_Label, dict[str, Tensor]]] = _pieces(sources, _ALL_ROWS)
+    if device.type == "cuda":
+        pieces = Conveyor[_Label](GpuOrder(device)).carry(pieces)
+    queries = len(sources[0].query.vectors)
+    found = torch.full((queries, sources[0].cache.manifest.rows), torch.nan)
+    for scores, rows, _, _ in _scanned(sources, _ALL_ROWS, device, pieces):
+        scores, rows = scores.cpu(), rows.cpu()
+        for query in range(queries):
+            real = rows[query] >= 0
+            found[query, rows[query][real]] = scores[query][real]
+    return found
 
 
-def _shards(cache: Cache, query: methods.ScanQuery) -> Iterator[tuple[_Label, dict[str, Tensor]]]:
-    """What a scan reads of each shard, on the CPU."""
-    for first, rows in cache.shards(ahead=True):
-        dead = cache.code.some_dead(rows.code) if query.normalize == "layer" else None
-        yield (first, dead), rows.code | {_STATUS: rows.status}
+_ALL_ROWS = 256  # that are scanned at a time where all scores are wanted
+
+# A piece's first row, and for each source whether one of its blocks is without gradient, where that matters.
+_Label = tuple[int, tuple[bool | None, ...]]
+
+
+def _pieces(sources: Sequence[Source], most: int | None = None) -> Iterator[tuple[_Label, dict[str, Tensor]]]:
+    """What a scan reads, on the CPU: rows that all sources hold, a shard or at most so many at a time."""
+    _check_same_examples([source.cache for source in sources])
+    shards = [source.cache.shards(ahead=True) for source in sources]
+    held: list[tuple[int, Rows]] = []
+    for each in shards:
+        held.append(next(each, (-1, _NOTHING)))
+    while all(rows is not _NOTHING for _, rows in held):
+        first = max(at for at, _ in held)
+        end = min(at + len(rows.index) for at, rows in held)
+        for start in range(first, end, most or max(1, end - first)):
+            stop = min(end, start + (most or end))
+            dead: list[bool | None] = []
+            fields: dict[str, Tensor] = {}
+            status: Tensor | None = None
+            for number, (source, (at, rows)) in enumerate(zip(sources, held, strict=True)):
+                mine = {name: value[start - at : stop - at] for name, value in rows.code.items()}
+                layered = source.query.normalize == "layer"
+                dead.append(source.cache.code.some_dead(mine) if layered else None)
+                fields |= {f"{number}.{name}": value for name, value in mine.items()}
+                own = rows.status[start - at : stop - at]
+                status = own if status is None else torch.maximum(status, own)
+            assert status is not None
+            yield (start, tuple(dead)), fields | {_STATUS: status}
+        last = min(at + len(rows.index) for at, rows in held)
+        held = [
+            (at, rows) if at + len(rows.index) > last else next(each, (-1, _NOTHING))
+            for (at, rows), each in zip(held, shards, strict=True)
+        ]
 
 
 _STATUS = "status"
+_NOTHING = Rows({}, *(torch.zeros(0, dtype=torch.int64, device="cpu") for _ in range(4)))
 
 
-def scan_shards(
-    cache: Cache,
-    query: methods.ScanQuery,
+def _check_same_examples(caches: Sequence[Cache]) -> None:
+    first = caches[0]
+    for other in caches[1:]:
+        same = other.manifest.rows == first.manifest.rows
+        if not same or other.manifest.data.get("identity") != first.manifest.data.get("identity"):
+            raise UserError(
+                f"the caches {first.path} and {other.path} are not of the same examples",
+                "cache the same --data for all of them",
+            )
+
+
+def scan_pieces(
+    sources: Sequence[Source],
     top_k: int,
     device: torch.device,
-    shards: Iterable[tuple[_Label, dict[str, Tensor]]],
+    pieces: Iterable[tuple[_Label, dict[str, Tensor]]],
 ) -> Ends:
-    """`scan_cache` of shards that are on `device`, in the order of their rows."""
-    code = cache.code.to(device)
-    prepared = code.prepare(query.vectors.to(device))
-    parts: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-    for (first, dead), fields in shards:
-        plan = prepared.plan(fields, query.scales(code, fields), dead)
+    """`scan_cache` of pieces that are on `device`, in the order of their rows."""
+    parts = list(_scanned(sources, top_k, device, pieces))
+    joined = [torch.cat(column, dim=1) for column in zip(*parts, strict=True)]
+    top, top_rows = (x.cpu() for x in _best(joined[0], joined[1], top_k, True))
+    bottom, bottom_rows = (x.cpu() for x in _best(joined[2], joined[3], top_k, False))
+    return (top, top_rows), (bottom, bottom_rows)
+
+
+def _scanned(
+    sources: Sequence[Source],
+    top_k: int,
+    device: torch.device,
+    pieces: Iterable[tuple[_Label, dict[str, Tensor]]],
+) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    """Of each piece the top's scores and rows, and the bottom's."""
+    codes = [source.cache.code.to(device) for source in sources]
+    prepared = [
+        code.prepare(source.query.vectors.to(device)) for code, source in zip(codes, sources, strict=True)
+    ]
+    some = False
+    for (first, dead), fields in pieces:
+        plans = []
+        for number, (source, code, query) in enumerate(zip(sources, codes, prepared, strict=True)):
+            mine = {
+                name.partition(".")[2]: value
+                for name, value in fields.items()
+                if name.startswith(f"{number}.")
+            }
+            plans.append(query.plan(mine, source.query.scales(code, mine), dead[number]))
+        plan = side_by_side(plans)
         top, top_rows, bottom, bottom_rows = ops.topk_scan_both_ends(
             plan.parts,
             plan.queries,
@@ -72,15 +165,13 @@ def scan_shards(
         )
         shift = [torch.where(i >= 0, i + first, i) for i in (top_rows, bottom_rows)]
         constant = plan.constant[:, None]
-        parts.append((top + constant, shift[0], bottom + constant, shift[1]))
-    if not parts:
+        some = True
+        yield top + constant, shift[0], bottom + constant, shift[1]
+    if not some:
         raise UserError(
-            f"the cache in '{cache.path}' holds no examples yet", "run the same 'rapidin cache' again"
+            f"the cache in '{sources[0].cache.path}' holds no examples yet",
+            "run the same 'rapidin cache' again",
         )
-    joined = [torch.cat(column, dim=1) for column in zip(*parts, strict=True)]
-    top, top_rows = (x.cpu() for x in _best(joined[0], joined[1], top_k, True))
-    bottom, bottom_rows = (x.cpu() for x in _best(joined[2], joined[3], top_k, False))
-    return (top, top_rows), (bottom, bottom_rows)
 
 
 def _best(scores: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:

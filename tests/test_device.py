@@ -26,7 +26,7 @@ from rapidin.layers import find_targets
 from rapidin.model import load_model
 from rapidin.ops import backends
 from rapidin.pack import Basis, FloatCode, Format, PackedCode, fit, learn
-from rapidin.scan import _shards, scan_cache, scan_shards
+from rapidin.scan import Source, _pieces, scan_cache, scan_pieces
 from rapidin.transfer import Conveyor, Download, upload
 
 CPU = torch.device("cpu")
@@ -160,10 +160,10 @@ def test_the_first_position_of_a_batch() -> None:
 @pytest.mark.parametrize("normalize", ["layer", "none"])
 def test_the_scan_makes_tensors_where_the_query_is(cache: Cache, sketch: Tensor, normalize: str) -> None:
     query = methods.prepare(sketch, normalize=normalize)
-    wanted = scan_cache(cache, query, 7)
+    wanted = scan_cache(Source(cache, query), 7)
     list(Cache(cache.path).shards())
     with torch.device("meta"):
-        got = scan_cache(cache, query, 7)
+        got = scan_cache(Source(cache, query), 7)
     for one, two in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
         assert torch.equal(one, two)
 
@@ -284,9 +284,9 @@ def test_batches_arrive_whole_and_in_order(lanes: int, count: int) -> None:
 @pytest.mark.parametrize("normalize", ["layer", "none", "cosine"])
 def test_a_scan_of_carried_shards_finds_the_same(cache: Cache, sketch: Tensor, normalize: str) -> None:
     query = methods.prepare(sketch, normalize=normalize)
-    wanted = scan_cache(cache, query, 6)
-    carried = Conveyor[Any](LateOrder(), 2).carry(_shards(cache, query))
-    got = scan_shards(cache, query, 6, CPU, carried)
+    wanted = scan_cache(Source(cache, query), 6)
+    carried = Conveyor[Any](LateOrder(), 2).carry(_pieces([Source(cache, query)]))
+    got = scan_pieces([Source(cache, query)], 6, CPU, carried)
     for one, two in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
         assert torch.equal(one, two)
 
@@ -348,8 +348,8 @@ def test_a_cache_of_a_gpu_is_that_of_the_cpu(tmp_path: Path, settings: dict[str,
 def test_a_scan_on_a_gpu_finds_what_the_cpu_finds(cache: Cache, sketch: Tensor) -> None:
     for normalize in ("layer", "none", "cosine"):
         query = methods.prepare(sketch, normalize=normalize)
-        (top, rows), (bottom, others) = scan_cache(cache, query, 6)
-        (top2, rows2), (bottom2, others2) = scan_cache(cache, query, 6, torch.device("cuda"))
+        (top, rows), (bottom, others) = scan_cache(Source(cache, query), 6)
+        (top2, rows2), (bottom2, others2) = scan_cache(Source(cache, query), 6, torch.device("cuda"))
         torch.testing.assert_close(top2, top, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(bottom2, bottom, rtol=1e-3, atol=1e-5)
         assert float((rows == rows2).float().mean()) > 0.9

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from on_gpu import peers
-from on_gpu.cases import BACKENDS, Bench, Case, Cost, Facts, MissingError, Mode
+from on_gpu.cases import BACKENDS, Bench, Case, Cost, Facts, Mode
 from rapidin import ops
 from rapidin.ops import Packed
 from rapidin.reference.packed import decoded
@@ -214,21 +213,18 @@ def write_cache(folder: Path, blocks: int, width: int, rows: int) -> None:
 
 
 def from_disk(bench: Bench) -> Facts:
-    """A whole cache folder scanned shard by shard: `rapidin.scan.scan_cache`, once it takes a device."""
-    from rapidin.scan import scan_cache
-
-    if "device" not in inspect.signature(scan_cache).parameters and not bench.machine.dry:
-        raise MissingError("scan_cache takes no device yet: shards are scanned on the CPU")
+    """A whole cache folder scanned by `rapidin.scan.scan_cache`, with its copies to the device."""
     from rapidin import methods
     from rapidin.cache import Cache
+    from rapidin.scan import Source, scan_cache
 
     blocks, width, rows = (2, 64, 40) if bench.mode == "dry" else (112, 512, 8192)
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder) / "cache", blocks, width, rows)
         cache = Cache(Path(folder) / "cache")
-        query = methods.prepare(torch.randn(1, blocks, width))
+        source = Source(cache, methods.prepare(torch.randn(1, blocks, width)))
         settings: dict[str, Any] = {} if bench.machine.dry else {"device": bench.device}
-        times = bench.machine.time([lambda: scan_cache(cache, query, 10, **settings)], seconds=1.0, most=5)
+        times = bench.machine.time([lambda: scan_cache(source, 10, **settings)], seconds=1.0, most=5)
         stored = cache.manifest.row_bytes * rows
     return {"seconds": times.called, "bytes": stored, "rate": stored / times.called, "rows": rows}
 

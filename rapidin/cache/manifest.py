@@ -187,6 +187,9 @@ class Manifest:
         if not folder.is_dir():
             raise UserError(f"no such cache: '{folder}'")
         if not path.is_file():
+            members = sorted(found.parent.name for found in folder.glob(f"*/{NAME}"))
+            if members:
+                raise UserError(f"'{folder}' holds several caches", f"name one of them: {', '.join(members)}")
             raise UserError(f"'{folder}' is no cache: it has no {NAME}")
         try:
             value = json.loads(path.read_bytes())

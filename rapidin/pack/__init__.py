@@ -1,6 +1,6 @@
 """Pack: from sketches to the few bytes that a cache keeps of each, and back to what a scan needs."""
 
-from rapidin.pack.code import Basis, Code, FloatCode, PackedCode, ScanPlan
+from rapidin.pack.code import Basis, Code, FloatCode, PackedCode, ScanPlan, side_by_side
 from rapidin.pack.fit import (
     FLOATS,
     HEAD,
@@ -33,5 +33,6 @@ __all__ = [
     "learning_bytes",
     "least_bytes",
     "row_bytes_besides",
+    "side_by_side",
     "width_for",
 ]

@@ -48,6 +48,46 @@ class ScanPlan:
     offsets: list[int] | None = None
 
 
+def side_by_side(plans: Sequence[ScanPlan]) -> ScanPlan:
+    """One scan whose scores are the sums of these plans' scores, all of the same rows and queries."""
+    if len(plans) == 1:
+        return plans[0]
+    widths = [plan.queries.shape[1] for plan in plans]
+    # A plan without numbers has them all in its base; the one part that it needs when alone is not needed.
+    parts = [part for plan, width in zip(plans, widths, strict=True) if width for part in plan.parts]
+    scales, offsets = None, None
+    if any(plan.scales is not None for plan in plans):
+        columns, offsets = [], [0]
+        for plan, width in zip(plans, widths, strict=True):
+            if not width:
+                continue
+            start = offsets[-1]
+            if plan.scales is None or plan.offsets is None:
+                columns.append(plan.queries.new_ones(_rows(plan.parts[0]), 1))
+                offsets.append(start + width)
+            else:
+                columns.append(plan.scales)
+                offsets += [start + at for at in plan.offsets[1:]]
+        scales = torch.cat(columns, 1) if columns else None
+    bases = [plan.base for plan in plans if plan.base is not None]
+    if not parts:
+        parts, scales, offsets = [plans[0].parts[0]], None, None
+    elif scales is None:
+        offsets = None
+    return ScanPlan(
+        parts,
+        torch.cat([plan.queries for plan in plans], 1),
+        torch.stack([plan.constant for plan in plans]).sum(0),
+        torch.stack(bases).sum(0) if bases else None,
+        scales,
+        offsets,
+    )
+
+
+def _rows(part: Tensor | ops.Packed) -> int:
+    return len(part.codes if isinstance(part, ops.Packed) else part)
+
+
 class Code(Protocol):
     """What a cache keeps of sketches."""
 

@@ -1,0 +1,101 @@
+"""Lines and progress on standard error, and libraries that keep quiet."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stderr
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rapidin.cli.options import ModelDtype
+from rapidin.errors import UserError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rapidin.model import LoadedModel
+
+
+def line(text: str) -> None:
+    """A line of rapidin's own on standard error."""
+    from rapidin.report import one_line
+
+    print(f"rapidin: {one_line(text)}", file=sys.stderr)
+
+
+def messages(quiet: bool) -> "Console":
+    """Where progress goes: standard error, and nowhere when quiet."""
+    from rapidin import report
+
+    console = report.console(sys.stderr)
+    return report.console(open(os.devnull, "w")) if quiet else console
+
+
+@contextmanager
+def quiet_libraries() -> Iterator[None]:
+    """transformers, peft and torch print no bars and warnings; a download keeps its bar on a terminal."""
+    from huggingface_hub.utils import logging as hub_logging
+    from huggingface_hub.utils.tqdm import enable_progress_bars
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    hub_logging.set_verbosity(logging.ERROR)
+    if sys.stderr.isatty():
+        enable_progress_bars()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+@contextmanager
+def loading(console: "Console", model: str) -> Iterator[None]:
+    """Say that a model is loaded; from disk without bars (nothing turns those of GGUF files off)."""
+    if not os.path.exists(model):
+        if console.is_terminal:
+            console.print("loading the model")
+        yield
+        return
+    with console.status("loading the model"), open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        yield
+
+
+def load(
+    console: "Console",
+    model: str,
+    adapter: str | None,
+    base: str | None,
+    device: str | None,
+    model_dtype: ModelDtype | None,
+    trust_remote_code: bool,
+) -> "LoadedModel":
+    """`rapidin.model.load_model`, with something to look at meanwhile."""
+    from rapidin.model import load_model
+
+    with loading(console, model):
+        return load_model(
+            model,
+            adapter=adapter,
+            base=base,
+            device=device,
+            dtype=model_dtype.value if model_dtype else None,
+            trust_remote_code=trust_remote_code,
+        )
+
+
+def check_writable(path: str) -> None:
+    """Raise UserError where a file cannot be written, before any work is done for it."""
+    folder = os.path.dirname(path) or "."
+    if os.path.isdir(path) or not os.path.isdir(folder):
+        what = "is a folder" if os.path.isdir(path) else "lies in no folder that exists"
+        raise UserError(f"cannot write {path}: it {what}", "name a file, or - for standard output")
+
+
+def write_text(path: str, text: str) -> None:
+    """Write a result; UserError where it cannot be."""
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error

@@ -1,0 +1,181 @@
+"""rapidin query."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from rapidin.cli.caches import open_caches, with_models
+from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
+from rapidin.cli.options import (
+    CacheFolders,
+    Damping,
+    Device,
+    MaxNewTokens,
+    Method,
+    MethodOption,
+    MovedAdapter,
+    MovedBase,
+    MovedModel,
+    Normalize,
+    NormalizeOption,
+    Quiet,
+    TrainData,
+    TrustRemoteCode,
+    command,
+)
+from rapidin.errors import UserError
+
+
+@command("query")
+def query(
+    cache: CacheFolders,
+    ask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="A question or instruction, put in the form of the training data: the Alpaca form, the "
+            "chat template, or as it stands.",
+            show_default=False,
+        ),
+    ] = None,
+    prompt: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT",
+            help="All that the model read, to the letter: nothing is put around it.",
+            show_default=False,
+        ),
+    ] = None,
+    completion: Annotated[
+        str | None,
+        typer.Option(
+            metavar="TEXT", help="What it answered.  [default: the model writes it now]", show_default=False
+        ),
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Several to explain, in the forms of 'rapidin cache'; where a completion is missing, the "
+            "model writes it.",
+            show_default=False,
+        ),
+    ] = None,
+    top_k: Annotated[
+        int, typer.Option(metavar="N", min=1, help="Examples to show at each end of the ranking.")
+    ] = 10,
+    normalize: NormalizeOption = Normalize.layer,
+    method: MethodOption = Method.dot,
+    damping: Damping = None,
+    together: Annotated[
+        bool,
+        typer.Option(
+            "--together",
+            help="One ranking for all of --data as a target set: the mean of the scores, by the column "
+            "'weight' where there is one.",
+        ),
+    ] = False,
+    json: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Write the hits as JSON; with - to standard output, and no table.",
+            show_default=False,
+        ),
+    ] = None,
+    max_new_tokens: MaxNewTokens = 64,
+    model: MovedModel = None,
+    adapter: MovedAdapter = None,
+    base: MovedBase = None,
+    train_data: TrainData = None,
+    no_text: Annotated[
+        bool, typer.Option("--no-text", help="Line numbers and scores only; needs no training examples.")
+    ] = False,
+    device: Device = None,
+    trust_remote_code: TrustRemoteCode = False,
+    quiet: Quiet = False,
+) -> None:
+    """Find the training examples behind a generation.
+
+    A positive score: training on the example made the generation more likely (helpful). A negative score: it
+    made it less likely (harmful).
+    """
+    from rapidin import report
+
+    _check_query(ask, prompt, completion, data)
+    if json is not None and json != "-":
+        check_writable(json)
+    console = messages(quiet)
+    with quiet_libraries():
+        from rapidin.scan import training_data
+
+        ensemble = open_caches(cache)
+        opened = ensemble.caches[-1]
+        generations = _generations(ask, prompt, completion, data, str(opened.manifest.data.get("form")))
+        # Before the model: a file that has moved shows at once.
+        examples = training_data(opened, False if no_text else train_data)
+        ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code)
+        with console.status(f"explaining {len(generations):,} among {len(opened):,} examples"):
+            results = ready.query(
+                generations,
+                top_k=top_k,
+                normalize=normalize.value,
+                method=method.value,
+                damping=damping,
+                together=together,
+                max_new_tokens=max_new_tokens,
+                examples=False if examples is None else examples,
+            )
+    if json == "-":
+        print(report.results_json(results))
+    else:
+        if json is not None:
+            write_text(json, report.results_json(results) + "\n")
+        out = report.console(sys.stdout)
+        out.print(report.hits_report(results, width=out.width))
+    if not quiet:
+        seconds = results[0].seconds
+        stages = ", ".join(f"{stage} {report.time_text(value)}" for stage, value in seconds.items())
+        count = f"{len(generations):,} {'query' if len(generations) == 1 else 'queries'}"
+        said = f"{count} over {len(opened):,} examples: {stages}"
+        if not opened.manifest.complete:
+            said += f"; the cache is unfinished, {opened.manifest.rows:,} examples were wanted"
+        line(said)
+
+
+_PLAIN = ("prompt", "completion")
+
+
+def _check_query(ask: str | None, prompt: str | None, completion: str | None, data: str | None) -> None:
+    given = [f"--{n}" for n, v in (("ask", ask), ("prompt", prompt), ("data", data)) if v is not None]
+    if len(given) != 1:
+        what = f"both {' and '.join(given)}" if given else "nothing to explain"
+        raise UserError(what, "give --ask or --prompt (and --completion), or --data with a file of them")
+    if data is not None and completion is not None:
+        raise UserError(
+            "--completion goes with --ask or --prompt", "in --data, a completion is part of its line"
+        )
+    if completion == "":
+        raise UserError("the completion is empty", "leave --completion out and the model writes one")
+
+
+def _generations(
+    ask: str | None, prompt: str | None, completion: str | None, data: str | None, form: str
+) -> list[dict[str, Any]]:
+    """What is to be explained, as records whose completion may be missing; form: of the training data."""
+    from rapidin.examples import open_examples
+
+    if data is not None:
+        return list(open_examples(data, generations=True))
+    record: dict[str, Any]
+    if ask is not None and form == "messages":
+        record = {"messages": [{"role": "user", "content": ask}]}
+        if completion is not None:
+            record["messages"].append({"role": "assistant", "content": completion})
+    else:
+        asked, answer = ("instruction", "output") if ask is not None and form == "instruction" else _PLAIN
+        record = {asked: prompt if ask is None else ask}
+        if completion is not None:
+            record[answer] = completion
+    return list(open_examples([record], generations=True))

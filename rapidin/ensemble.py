@@ -1,0 +1,286 @@
+"""Several caches of the same examples whose scores are added up: checkpoints, seeds, models, dropout masks.
+
+    tracin   checkpoints of one training run, weighted by learning rate (TracInCP, Pruthi et al., NeurIPS
+             2020, section 3.3)
+    mean     any others, weighted alike (IP ensemble, Yang et al., TMLR 2026: models, or one model thinned by
+             several dropout masks)
+
+A folder with `ensemble.json` names the caches inside it; a list of folders does as well.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from torch import Tensor
+
+from rapidin.attributor import Attributor
+from rapidin.cache import Cache
+from rapidin.cache.manifest import replace_file
+from rapidin.errors import UserError, short
+from rapidin.hits import QueryResult
+from rapidin.query import Clock, Generation, Part, Scoring, explain
+from rapidin.query import scores as all_scores
+
+NAME = "ensemble.json"
+FORMAT, VERSION = "rapidin-ensemble", 1
+
+Kind = Literal["tracin", "mean"]
+_KINDS: tuple[Kind, ...] = ("tracin", "mean")
+
+
+@dataclass(frozen=True)
+class Member:
+    """One cache of an ensemble. path: its folder; weight: of its scores; attributor: what made it, loaded by
+    what its manifest names when it is needed, where it is None."""
+
+    path: Path
+    weight: float = 1.0
+    attributor: Attributor | None = None
+
+
+class Ensemble:
+    """Caches of the same examples, queried as one.
+
+    members: folders, or `Member`s, in the order of training: the last one's model writes missing completions.
+    kind: "tracin": weights are learning rates, and with `normalize="none"` scores are their weighted sum;
+    "mean", and with the other normalisations: the weighted mean. load: arguments of `Attributor.from_cache`.
+
+    >>> Ensemble(["seed-0", "seed-1"]).query([(prompt, completion)])
+    >>> Ensemble.read("checkpoints-cache").query([(prompt, completion)])
+
+    Raises UserError for no members, or weights that do not add up to anything.
+    """
+
+    def __init__(
+        self,
+        members: Sequence[str | Path | Member],
+        *,
+        kind: Kind = "mean",
+        load: dict[str, Any] | None = None,
+    ) -> None:
+        self.members = [m if isinstance(m, Member) else Member(Path(m)) for m in members]
+        self.kind, self.load = kind, dict(load or {})
+        if not self.members:
+            raise UserError("an ensemble of no caches")
+        total = sum(m.weight for m in self.members)
+        if any(not 0 <= m.weight < float("inf") for m in self.members) or not total > 0:
+            raise UserError("the weights of an ensemble must be 0 or more, and not all 0")
+        self.caches = [Cache(m.path) for m in self.members]
+
+    @staticmethod
+    def read(folder: str | Path, *, load: dict[str, Any] | None = None) -> Ensemble:
+        """The ensemble of a folder: its `ensemble.json`, or the folder itself where it is a cache."""
+        kind, members = read_members(Path(folder))
+        return Ensemble(members, kind=kind, load=load)
+
+    @staticmethod
+    def write(folder: Path, kind: Kind, members: Sequence[tuple[str, float]]) -> None:
+        """Write the `ensemble.json` of caches (name inside the folder, weight)."""
+        value = {
+            "format": FORMAT,
+            "version": VERSION,
+            "kind": kind,
+            "members": [{"cache": name, "weight": weight} for name, weight in members],
+        }
+        folder.mkdir(parents=True, exist_ok=True)
+        replace_file(folder / NAME, (json.dumps(value, indent=1) + "\n").encode())
+
+    def query(
+        self,
+        generations: Sequence[Any],
+        *,
+        top_k: int = 10,
+        normalize: str = "layer",
+        method: str = "dot",
+        damping: float | None = None,
+        together: bool = False,
+        max_new_tokens: int = 64,
+        examples: Any = None,
+    ) -> list[QueryResult]:
+        """The most helpful and most harmful training examples of each generation: `Attributor.query` over
+        all members at once."""
+        scoring = Scoring(normalize, method, damping, together)
+        scoring.check()
+        if top_k < 1:
+            raise UserError(f"--top-k {top_k} is less than 1")
+        clock = Clock()
+        texts, parts = self._parts(generations, max_new_tokens, normalize, clock)
+        return explain(parts, texts, scoring, top_k=top_k, examples=examples, clock=clock)
+
+    def scores(
+        self,
+        generations: Sequence[Any],
+        *,
+        normalize: str = "layer",
+        method: str = "dot",
+        damping: float | None = None,
+        together: bool = False,
+        max_new_tokens: int = 64,
+    ) -> Tensor:
+        """The scores of all training examples: `Attributor.scores` over all members at once."""
+        scoring = Scoring(normalize, method, damping, together)
+        scoring.check()
+        texts, parts = self._parts(generations, max_new_tokens, normalize, Clock())
+        return all_scores(parts, texts, scoring)
+
+    def group_scores(
+        self,
+        generations: Sequence[Any],
+        groups: Sequence[Sequence[int]],
+        *,
+        normalize: str = "layer",
+        method: str = "dot",
+        damping: float | None = None,
+        max_new_tokens: int = 64,
+    ) -> Tensor:
+        """The scores of all training examples for groups of generations (places in the list), each the
+        weighted mean of its own: [groups, rows] float32, NaN for rows that do not count."""
+        scoring = Scoring(normalize, method, damping, groups=groups)
+        scoring.check()
+        texts, parts = self._parts(generations, max_new_tokens, normalize, Clock())
+        return all_scores(parts, texts, scoring)
+
+    def attributor(self, number: int = -1) -> Attributor:
+        """The attributor of a member, loaded where it is not in memory."""
+        member = self.members[number]
+        if member.attributor is not None:
+            member.attributor.check(self.caches[number].manifest)
+            return member.attributor
+        return Attributor.from_cache(member.path, **self.load)
+
+    def _parts(
+        self, generations: Sequence[Any], max_new_tokens: int, normalize: str, clock: Clock
+    ) -> tuple[list[Generation], list[Part]]:
+        """One model in memory at a time, the last first: it writes what is to be explained."""
+        total = sum(m.weight for m in self.members)
+        summed = self.kind == "tracin" and normalize == "none"
+        texts: list[Generation] = []
+        parts: list[Part] = []
+        for number in reversed(range(len(self.members))):
+            member = self.members[number]
+            if not member.weight and texts:
+                continue
+            attributor = self.attributor(number)
+            clock.lap("load")
+            if not texts:
+                texts = attributor.generations(generations, max_new_tokens)
+                clock.lap("generate")
+            sketch = attributor.query_sketches(texts)
+            weight = member.weight if summed else member.weight / total
+            if member.weight:
+                parts.append(Part(self.caches[number], sketch, weight))
+            clock.lap("sketch")
+            del attributor
+        return texts, parts[::-1]
+
+
+def read_members(folder: Path) -> tuple[Kind, list[Member]]:
+    """Kind and members in the `ensemble.json` of a folder; the folder itself where it has none. UserError
+    where the file is damaged."""
+    path = folder / NAME
+    if not path.is_file():
+        return "mean", [Member(folder)]
+    try:
+        value = json.loads(path.read_bytes())
+        if value.get("format") != FORMAT:
+            raise ValueError("it is not rapidin's")
+        if value.get("version") != VERSION:
+            raise UserError(
+                f"'{path}' has format version {short(value.get('version'))}, this rapidin reads {VERSION}",
+                "use the rapidin that wrote it, or cache again",
+            )
+        kind = value["kind"]
+        if kind not in _KINDS:
+            raise ValueError(f"unknown kind {short(kind)}")
+        members = []
+        for entry in value["members"]:
+            name = str(entry["cache"])
+            if name != Path(name).name or name in ("", ".", ".."):
+                raise ValueError(f"{short(name)} is not a folder beside it")
+            members.append(Member(folder / name, float(entry["weight"])))
+        return kind, members
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise UserError(
+            f"'{path}' is damaged: {type(error).__name__} {short(error)}", "cache again"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------------- checkpoints
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A `checkpoint-<step>` folder of a Hugging Face training run. weight: the sum of the learning rates of
+    the steps since the checkpoint before; is_adapter: it holds an adapter, not a whole model."""
+
+    path: Path
+    step: int
+    weight: float
+    is_adapter: bool
+
+
+def find_checkpoints(folder: str | Path) -> tuple[list[Checkpoint], bool]:
+    """The checkpoints of a training run by step, and whether their learning rates were found.
+
+    The rates are those in the last checkpoint's `trainer_state.json`, as far as they were logged; where none
+    was, all steps weigh alike. Raises UserError where there are no checkpoints, or adapters and whole models
+    are mixed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no such folder of checkpoints: '{folder}'")
+    steps: dict[int, Path] = {}
+    for path in folder.iterdir():
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            steps[int(match[1])] = path
+    if not steps:
+        raise UserError(f"'{folder}' holds no checkpoint-<step> folders", "name the trainer's output folder")
+    adapters = {step: (path / "adapter_config.json").exists() for step, path in steps.items()}
+    if len(set(adapters.values())) > 1:
+        raise UserError(f"the checkpoints in '{folder}' are adapters and whole models", "keep one kind")
+    order = sorted(steps)
+    rates = _learning_rates(steps[order[-1]])
+    found = [
+        Checkpoint(steps[step], step, _weight(rates, before, step), adapters[step])
+        for before, step in pairwise([0, *order])
+    ]
+    if rates and not sum(c.weight for c in found) > 0:
+        raise UserError(f"the learning rates in '{steps[order[-1]]}' are all 0", "mend trainer_state.json")
+    return found, bool(rates)
+
+
+def _learning_rates(checkpoint: Path) -> list[tuple[int, float]]:
+    """(step, learning rate) pairs that the trainer logged, by step."""
+    path = checkpoint / "trainer_state.json"
+    if not path.is_file():
+        return []
+    try:
+        history = json.loads(path.read_bytes())["log_history"]
+        pairs = [
+            (int(entry["step"]), float(entry["learning_rate"]))
+            for entry in history
+            if "learning_rate" in entry and "step" in entry
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"'{path}' cannot be read: {type(error).__name__} {short(error)}",
+            "delete it, and all steps weigh alike",
+        ) from None
+    return sorted(pairs)
+
+
+def _weight(rates: Sequence[tuple[int, float]], before: int, step: int) -> float:
+    """The sum of the learning rates of steps before + 1 .. step, on straight lines between the logs."""
+    if not rates:
+        return float(step - before)
+    numbers, values = zip(*rates, strict=True)
+    return float(np.interp(np.arange(before + 1, step + 1), numbers, values).sum())
