@@ -126,7 +126,7 @@ def test_only_the_packages_asked_for_run_again(
     out.write_text(json.dumps({"rows": [row("bergson", 0.125), row("traker", 0.5)]}))
     judge.lds(tmp_path, truth_folder, out, only=["traker", "rapidin"], seeds=1, work=tmp_path / "work")
     assert [name for name, _ in started] == ["traker", "traker", "rapidin"]
-    assert [model for _, model in started] == [*map(str, models.values()), str(truth_folder)]
+    assert [model for _, model in started] == [*map(str, models.values()), str(models[1.0])]
     written = json.loads(out.read_text())
     assert written["retrainings"] == 40
     found = [(r["package"], r["lds"]) for r in written["rows"]]
@@ -141,7 +141,7 @@ def test_a_case_that_fails_is_a_row_that_says_why(tmp_path: Path) -> None:
     texts = setting.Texts.of(
         [{"ids": [1, 2, 3], "labels": [-100, 2, 3]}, {"ids": [4, 5], "labels": [-100, 5]}], 0
     )
-    here = setting.Setting(tmp_path, tmp_path, "0.5", (0,), texts, texts, {})
+    here = setting.Setting(tmp_path, tmp_path, tmp_path, "0.5", (0,), texts, texts, {})
 
     def broken(folder: Path) -> tuple[torch.Tensor, float | None]:
         raise RuntimeError("no such thing")

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import rankdata
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
@@ -28,21 +29,9 @@ Scores = npt.NDArray[np.float64]
 # ------------------------------------------------------------------------------------------ arithmetic
 
 
-def ranks(values: Scores) -> Scores:
-    """Ranks down each column of [n, columns], equal values sharing their mean rank."""
-    order = np.argsort(values, axis=0, kind="stable")
-    out = np.empty_like(values)
-    for column in range(values.shape[1]):
-        sorted_values = values[order[:, column], column]
-        starts = np.flatnonzero(np.r_[True, sorted_values[1:] != sorted_values[:-1]])
-        ends = np.r_[starts[1:], len(sorted_values)]
-        out[order[:, column], column] = np.repeat((starts + ends - 1) / 2, ends - starts)
-    return out
-
-
 def spearman(a: Scores, b: Scores) -> Scores:
     """Spearman's correlation of each column of `a` [n, columns] with that of `b`; 0 where one is constant."""
-    a, b = (ranks(x) for x in (a, b))
+    a, b = (rankdata(x, axis=0) for x in (a, b))
     a, b = a - a.mean(0), b - b.mean(0)
     scale = np.sqrt((a**2).sum(0) * (b**2).sum(0))
     return np.divide((a * b).sum(0), scale, out=np.zeros_like(scale), where=scale > 0)
@@ -156,6 +145,7 @@ def start(package: str, python: str, arguments: list[str], work: Path) -> list[d
     environment = {**os.environ, "TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1"}
     environment["PYTHONPATH"] = str(ROOT) if package == "rapidin" else ""
     environment["CUDA_VISIBLE_DEVICES"] = ""
+    environment["TORCHDYNAMO_DISABLE"] = "1"  # dattri compiles for minutes what then runs for a second
     began = time.perf_counter()
     with (work / "log").open("wb") as log:
         done = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=work)
@@ -236,14 +226,13 @@ def lds(folder: Path, truth_folder: Path, out: Path, *, only: list[str], seeds: 
     for package in only:
         found: list[dict[str, Any]] = []
         if package == "rapidin":
-            places = {"all": [str(truth_folder.resolve())]}
-            python = sys.executable
+            places, python = {"all": models[1.0]}, sys.executable
         else:
-            places = {str(at): [str(models[at])] for at in PLACES}
-            python = str(folder / "bin/python")
+            places, python = {str(at): models[at] for at in PLACES}, str(folder / "bin/python")
         for at, model in places.items():
             place = work / f"{package}-{at}"
-            arguments = [str(texts), *model, str(place), "--at", at, "--seeds", str(seeds)]
+            arguments = [str(texts), str(model), str(place), "--truth", str(truth_folder.resolve())]
+            arguments += ["--at", at, "--seeds", str(seeds)]
             found += judged(truth, start(package, python, arguments, place), place)
         kept += found
         about = {

@@ -98,16 +98,20 @@ def dot(setting: Setting, side: int, seed: int, unit: bool, folder: Path) -> tup
 
 
 def trackstar(
-    setting: Setting, side: int, seed: int, unit: bool, mixed: bool, damping: float, _: Path
+    setting: Setting, side: int, seed: int, unit: bool, mixed: bool, damping: float, adam: bool, _: Path
 ) -> tuple[Tensor, float]:
-    """The pipeline; its second moments are those of an earlier case of the same side and seed, if any."""
+    """The pipeline; its second moments are those of an earlier case of the same side, seed and adam, if any.
+
+    adam: gradients are divided by the roots of AdamW's second moments first, elementwise.
+    """
     from bergson.cli.commands import Trackstar
     from bergson.config.config import InversionConfig, PreprocessConfig, TrackstarConfig
 
     folder = setting.work / "trackstar"
-    if not (folder / f"{side}-{seed}").exists():
+    same = folder / f"{side}-{seed}-{adam}"
+    if not same.exists():
         shutil.rmtree(folder, ignore_errors=True)
-        (folder / f"{side}-{seed}").mkdir(parents=True)
+        same.mkdir(parents=True)
     for step in ("query", "scores"):
         shutil.rmtree(folder / "run" / step, ignore_errors=True)
     config = TrackstarConfig(
@@ -118,7 +122,9 @@ def trackstar(
         mix_hessians=mixed,
         resume=True,
     )
-    options = {"projection_dim": side, "projection_seed": seed}
+    options: dict[str, Any] = {"projection_dim": side, "projection_seed": seed}
+    if adam:
+        options["optimizer_state"] = str(setting.optimizer)
     execute(Trackstar(index_config(setting, folder, "run", "train", **options), config))
     return read(folder / "run/scores"), row_bytes(folder / "run/query")
 
@@ -162,7 +168,11 @@ def cases(setting: Setting) -> Iterator[Case]:
             about: dict[str, Any] = {"side": side, "seed": seed}
             for unit, mixed, damping in TRACKSTAR if side else ():
                 options = {"unit_normalize": unit, "mix_hessians": mixed, "damping": damping}
-                score = partial(trackstar, setting, side, seed, unit, mixed, damping)
+                score = partial(trackstar, setting, side, seed, unit, mixed, damping, False)
+                yield Case("TrackStar", options | about, score)
+            if side and setting.optimizer:
+                options = {"unit_normalize": True, "mix_hessians": False, "damping": 0.1, "AdamW": True}
+                score = partial(trackstar, setting, side, seed, True, False, 0.1, True)
                 yield Case("TrackStar", options | about, score)
             for unit in (False, True):
                 yield Case("dot", {"unit_normalize": unit, **about}, partial(dot, setting, side, seed, unit))

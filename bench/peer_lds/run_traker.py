@@ -22,7 +22,7 @@ from setting import NOT_A_TARGET, Case, Setting, losses, main
 from torch import Tensor
 
 DIMENSIONS = (512, 1024, 2048)
-LAMBDAS = (0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+LAMBDAS = (0.0, 1e-5, 1e-3, 1e-1, 1.0, 10.0, 100.0)
 
 
 def model_output(kind: str) -> Any:

@@ -1,10 +1,11 @@
 """What every `run_<package>.py` reads and writes.
 
-    python run_<package>.py TEXTS.json MODEL WORK --at 1 [--seeds 3]
+    python run_<package>.py TEXTS.json MODEL WORK --truth TRUTH --at 1 [--seeds 3]
 
 TEXTS.json holds token ids and labels, made once, so that all packages see the same tokens and count the same
-ones; MODEL is a Hugging Face folder; WORK gets `rows.json`, a row a case, and the scores beside it as .npy.
-A case that fails is a row that says why.
+ones; MODEL is a Hugging Face folder, of the place that --at names; TRUTH is what `rapidin eval lds` made.
+WORK gets `rows.json`, a row a case, and the scores beside it as .npy; a case that fails is a row that says
+why.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class Setting:
     """at: the place between base and tuned model that MODEL stands at; seeds: of projections and sketches."""
 
     model_folder: Path
+    truth: Path
     work: Path
     at: str
     seeds: tuple[int, ...]
@@ -92,6 +94,12 @@ class Setting:
         loaded = AutoModelForCausalLM.from_pretrained(self.model_folder, dtype=torch.float32, **options)
         loaded.config.use_cache = False
         return loaded.eval()
+
+    @property
+    def optimizer(self) -> Path | None:
+        """The last checkpoint of the tuning, where its optimizer's state was kept."""
+        found = [file.parent for file in (self.truth / "checkpoints").glob("checkpoint-*/optimizer.pt")]
+        return max(found, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
     def linear_layers(self, model: Any) -> list[str]:
         """The linear layers of the blocks, by module name."""
@@ -157,6 +165,7 @@ def main(package: str, cases: Callable[[Setting], Iterable[Case]]) -> None:
     parser.add_argument("texts", type=Path)
     parser.add_argument("model", type=Path)
     parser.add_argument("work", type=Path)
+    parser.add_argument("--truth", type=Path, required=True)
     parser.add_argument("--at", default="1")
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
@@ -164,5 +173,5 @@ def main(package: str, cases: Callable[[Setting], Iterable[Case]]) -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     rows = json.loads(args.texts.read_text())
     train, test = (Texts.of(rows[part], rows["pad"]) for part in ("train", "test"))
-    setting = Setting(args.model, args.work, args.at, tuple(range(args.seeds)), train, test, rows)
+    setting = Setting(args.model, args.truth, args.work, args.at, tuple(range(args.seeds)), train, test, rows)
     run_cases(setting, package, cases(setting))
