@@ -97,6 +97,28 @@ def dot(setting: Setting, side: int, seed: int, unit: bool, folder: Path) -> tup
     return read(folder / "scores"), row_bytes(folder / "index")
 
 
+def one_group(setting: Setting, folder: Path) -> Path:
+    """The optimizer's state in one group of parameters, in the model's order.
+
+    The Trainer has two, first those with weight decay; Bergson 2.5.1 sorts them by the parameters that need
+    gradients, after it has frozen all but one, and so refuses.
+    """
+    assert setting.optimizer is not None
+    saved = torch.load(setting.optimizer / "optimizer.pt", weights_only=True)
+    named = dict(setting.model().named_parameters())
+    order = sorted(named, key=lambda name: named[name].dim() < 2)  # stable: norms behind the matrices
+    if [len(group["params"]) for group in saved["param_groups"]] != [
+        sum(p.dim() >= 2 for p in named.values()),
+        sum(p.dim() < 2 for p in named.values()),
+    ]:
+        raise ValueError("the optimizer's groups are not the matrices and the rest")
+    at = {name: number for number, name in enumerate(named)}
+    state = {at[name]: saved["state"][number] for number, name in enumerate(order)}
+    file = folder / "optimizer.pt"
+    torch.save({"state": state, "param_groups": [{"params": list(range(len(named)))}]}, file)
+    return file
+
+
 def trackstar(
     setting: Setting, side: int, seed: int, unit: bool, mixed: bool, damping: float, adam: bool, _: Path
 ) -> tuple[Tensor, float]:
@@ -124,7 +146,7 @@ def trackstar(
     )
     options: dict[str, Any] = {"projection_dim": side, "projection_seed": seed}
     if adam:
-        options["optimizer_state"] = str(setting.optimizer)
+        options["optimizer_state"] = str(one_group(setting, folder))
     execute(Trackstar(index_config(setting, folder, "run", "train", **options), config))
     return read(folder / "run/scores"), row_bytes(folder / "run/query")
 
