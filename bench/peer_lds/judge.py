@@ -22,6 +22,7 @@ ROOT = HERE.parent.parent
 PACKAGES = ("bergson", "dattri", "traker", "kronfluence", "rapidin")
 PLACES = (1.0, 0.5)
 BUDGET = 2048  # bytes an example
+CONTEXT = 1 << 15  # tokens
 DRAWS = 2000  # of the bootstrap
 Scores = npt.NDArray[np.float64]
 
@@ -100,7 +101,8 @@ def prepare(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
     """(the texts as token ids and labels, a model folder for each place), made with rapidin's own encoder.
 
     What an earlier call left in `work` is removed where it was of another model or other texts.
-    The model folders say a context of at least 1,024 tokens, the largest batch that Bergson then makes.
+    Where positions are rotary, so that no weight depends on it, the model folders say a long context: Bergson
+    makes no batch of more tokens than that, and TRAK's random numbers are drawn anew for every batch.
     """
     import torch
 
@@ -135,6 +137,13 @@ def prepare(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
         shutil.copytree(truth / "tuned", folders[at])
         with loaded.path.at(at), torch.no_grad():
             loaded.model.save_pretrained(folders[at])
+        for name, key in (
+            ("config.json", "max_position_embeddings"),
+            ("tokenizer_config.json", "model_max_length"),
+        ):
+            said = json.loads((folders[at] / name).read_text())
+            if hasattr(loaded.model.config, "rope_parameters") and key in said:
+                (folders[at] / name).write_text(json.dumps(said | {key: CONTEXT}, indent=1))
     return file, folders
 
 

@@ -113,7 +113,8 @@ class Setting:
 @dataclass(frozen=True)
 class Case:
     """score: given an empty folder, (scores [test, train], larger = more helpful; bytes it keeps of an
-    example, None where it keeps nothing of single examples)."""
+    example, None where it keeps nothing of single examples). about: more for the row; `score` may add to it.
+    """
 
     method: str
     settings: dict[str, Any]
@@ -153,6 +154,7 @@ def run_cases(setting: Setting, package: str, cases: Iterable[Case]) -> None:
         except Exception as error:  # a package may raise anything, and the others are to go on
             traceback.print_exc()
             row["failed"] = f"{type(error).__name__}: {error}"[:400]
+        row |= case.about
         row["seconds"] = round(time.perf_counter() - start, 2)
         done.append(row)
         file.write_text(json.dumps(done, indent=1))
