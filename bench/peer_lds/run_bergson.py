@@ -26,12 +26,14 @@ from torch import Tensor
 
 SIDES = (5, 7, 16, 32, 0)
 FEW = (5, 7)  # sides that keep about 2,048 bytes: these with several seeds
+# (unit_normalize, mix_hessians, damping); the last is its default
 TRACKSTAR = (
-    (True, False, 0.1),
     (True, False, 1.0),
+    (True, False, 0.1),
+    (True, False, 10.0),
     (True, True, 0.1),
     (False, True, 0.1),
-)  # the last: default
+)
 GLOBAL = (512, 1024)  # numbers of TRAK's one vector for all modules
 
 
@@ -185,10 +187,10 @@ def ekfac(setting: Setting, corrected: bool, damping: float, folder: Path) -> tu
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    for numbers, damping in product(GLOBAL, (0.0, 0.1, 1.0)):
+    for numbers, damping in product(GLOBAL, (0.0, 0.1, 1.0, 10.0)):
         options = {"numbers": numbers, "damping": damping, "seed": 0}
         yield Case("TRAK", options, partial(trak, setting, numbers, 0, damping))
-    for damping in (0.1, 1.0):
+    for damping in (0.1, 1.0, 10.0):
         yield Case("EK-FAC", {"damping": damping}, partial(ekfac, setting, True, damping))
     yield Case("K-FAC", {"damping": 0.1}, partial(ekfac, setting, False, 0.1))
     for seed in setting.seeds:
