@@ -19,7 +19,7 @@ import torch
 from setting import BATCH, Case, Setting, Texts, losses, main
 from torch import Tensor
 
-DIMENSIONS = (512, 1024)
+DIMENSIONS = (512,)
 DAMPINGS = (1e-7, 1e-5, 1e-3, 1e-1)
 SIDES = (5, 7, 16, 64)  # of LoGra's projections; 64 is its default
 Batch = tuple[Tensor, Tensor, Tensor]
