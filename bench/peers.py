@@ -1,19 +1,26 @@
-"""Caching by rapidin beside other packages that keep projected gradients: Bergson and dattri's LoGra.
+"""rapidin beside other packages for the same end: Bergson, dattri, traker (TRAK) and kronfluence.
 
     python bench/peers.py setup FOLDER       # a virtual environment for them, outside the checkout
     python bench/peers.py run FOLDER [--model MODEL --data TEXTS.jsonl] [--examples 64]
+    python bench/peers.py lds FOLDER --truth TRUTH --out bench/results/peers-lds.json [--only PACKAGE ...]
 
-Each reads the same texts (one "text" a line) with the same model on the CPU, keeps about 256 numbers for each
-linear layer of the blocks, and writes them to disk, in batches of about 1,024 tokens. rapidin runs a second
-time with 2,048 bytes an example, its code learnt from the smaller run's examples, at the width that suits it.
-Without --model a random Llama of 36 million parameters is made, and random texts. Each is run twice, on an
-eighth of the examples and on all: speed and bytes are of the examples that the second run has more, so that
-imports, loading and learning do not count (on a busy machine the difference may come out as nan: more
-examples). Peak memory is the whole process's.
+`lds` scores a ground truth that `rapidin eval lds` made with every package, at the tuned model and half-way
+from the base to it: see `peer_lds/`. It needs no network and takes an hour on a core; `--only` runs some of
+them again.
 
-They bring their own torch and more, so they have an environment of their own. Bergson 2.5.1 and dattri 0.3.0
-were tried. Bergson asks for torchvision and torchaudio, which it never imports; where they were built for
-another torch, transformers cannot be imported, so `setup` takes them away again.
+`run` compares caching with Bergson and dattri's LoGra, which keep projected gradients. Each reads the same
+texts (one "text" a line) with the same model on the CPU, keeps about 256 numbers for each linear layer of the
+blocks, and writes them to disk, in batches of about 1,024 tokens. rapidin runs a second time with 2,048 bytes
+an example, its code learnt from the smaller run's examples, at the width that suits it. Without --model a
+random Llama of 36 million parameters is made, and random texts. Each is run twice, on an eighth of the
+examples and on all: speed and bytes are of the examples that the second run has more, so that imports,
+loading and learning do not count (on a busy machine the difference may come out as nan: more examples). Peak
+memory is the whole process's.
+
+They bring their own torch and more, so they have an environment of their own. Bergson 2.5.1, dattri 0.3.0,
+traker 0.3.2 and kronfluence 1.0.1 were tried, together in one. Bergson asks for torchvision and torchaudio,
+which it never imports; where they were built for another torch, transformers cannot be imported, so `setup`
+takes them away again.
 """
 
 from __future__ import annotations
@@ -29,6 +36,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from peer_lds import judge
+
 ROOT = Path(__file__).resolve().parent.parent
 SIDE = 16  # of the double-sided projections: SIDE * SIDE numbers a layer
 BATCH_TOKENS = 1024
@@ -42,7 +51,7 @@ def setup(folder: Path) -> None:
     subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
     pip = [str(folder / "bin/python"), "-m", "pip", "--disable-pip-version-check"]
     subprocess.run([*pip, "install", "-q", "torch==2.13.0", "transformers", "numpy"], check=True)
-    for name in ("dattri", "bergson"):
+    for name in ("dattri", "bergson", "traker", "kronfluence"):
         done = subprocess.run([*pip, "install", "-q", "torch==2.13.0", name])
         print(f"{name}: {'installed' if done.returncode == 0 else 'does not install'}")
     subprocess.run([*pip, "uninstall", "-q", "-y", "torchvision", "torchaudio"])
@@ -237,6 +246,13 @@ def main() -> None:
             command.add_argument("--model", type=Path)
             command.add_argument("--data", type=Path)
             command.add_argument("--examples", type=int, default=64)
+    command = commands.add_parser("lds", help="how well the packages' scores foretell retraining")
+    command.add_argument("folder", type=Path)
+    command.add_argument("--truth", type=Path, required=True, help="a folder that `rapidin eval lds` made")
+    command.add_argument("--out", type=Path, required=True)
+    command.add_argument("--only", nargs="+", choices=judge.PACKAGES, default=list(judge.PACKAGES))
+    command.add_argument("--seeds", type=int, default=3, help="of projections and sketches")
+    command.add_argument("--work", type=Path, help="where logs and scores stay; by default they do not")
     command = commands.add_parser("dattri", help="what `run` starts in the peers' environment")
     for name in ("model", "data", "out"):
         command.add_argument(name)
@@ -245,6 +261,12 @@ def main() -> None:
         setup(args.folder)
     elif args.command == "run":
         run(args.folder, args.model, args.data, args.examples)
+    elif args.command == "lds":
+        with tempfile.TemporaryDirectory() as work_name:
+            work = (args.work or Path(work_name)).resolve()
+            judge.lds(
+                args.folder.absolute(), args.truth, args.out, only=args.only, seeds=args.seeds, work=work
+            )
     else:
         dattri(args.model, args.data, args.out)
 

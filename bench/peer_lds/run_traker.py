@@ -1,0 +1,140 @@
+"""traker (TRAK of Park et al., 2023): runs in its own environment.
+
+It has no causal language models; the model output given here is what its paper takes for text, the log odds
+log(p / (1 - p)) of each counted token, their mean over the text, and the loss's derivative by it, 1 - p,
+likewise. `loss`: minus the loss itself instead. The gradients are of the linear layers of the blocks. On a
+CPU it draws its matrix of normal numbers anew for every batch, so all texts are one batch.
+
+What is kept of an example is the `features` row, in float16 by default; the gradients it was made from are on
+disk too, but not needed for scores. More dimensions than texts make the matrix that it inverts singular; its
+default adds nothing, so other values of `lambda_reg` are tried as well.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from setting import NOT_A_TARGET, Case, Setting, losses, main
+from torch import Tensor
+
+DIMENSIONS = (512, 1024, 2048)
+LAMBDAS = (0.0, 1e-5, 1e-3, 1e-1, 1.0, 10.0, 100.0)
+
+
+def model_output(kind: str) -> Any:
+    from trak.modelout_functions import AbstractModelOutput
+
+    def token_probabilities(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """(log p of each wanted token, 1 where it counts), each [n, T - 1]."""
+        wanted = labels[:, 1:]
+        counted = wanted != NOT_A_TARGET
+        log_p = logits[:, :-1].log_softmax(-1)
+        return log_p.gather(2, wanted.clamp(min=0)[..., None])[..., 0], counted
+
+    class Output(AbstractModelOutput):
+        def __init__(self) -> None:
+            super().__init__()
+
+        @staticmethod
+        def get_output(
+            model: Any, weights: Any, buffers: Any, ids: Tensor, mask: Tensor, labels: Tensor
+        ) -> Tensor:
+            given = {"input_ids": ids[None], "attention_mask": mask[None]}
+            logits = torch.func.functional_call(model, (weights, buffers), (), given).logits
+            if kind == "loss":
+                return -losses(logits, labels[None])[0]
+            log_p, counted = token_probabilities(logits, labels[None])
+            odds = log_p - torch.log1p(-log_p.exp().clamp(max=1 - 1e-6))
+            return (odds * counted).sum() / counted.sum()
+
+        @staticmethod
+        def get_out_to_loss_grad(model: Any, weights: Any, buffers: Any, batch: Any) -> Tensor:
+            ids, mask, labels = batch
+            if kind == "loss":
+                return torch.ones(len(ids), 1)
+            with torch.no_grad():
+                logits = torch.func.functional_call(
+                    model, (weights, buffers), (), {"input_ids": ids, "attention_mask": mask}
+                ).logits
+                log_p, counted = token_probabilities(logits, labels)
+            return (((1 - log_p.exp()) * counted).sum(1) / counted.sum(1))[:, None]
+
+    return Output()
+
+
+Projected = tuple[Tensor, Tensor, Tensor]
+
+
+def projected(
+    setting: Setting, kind: str, dimension: int, seed: int, half: bool, folder: Path
+) -> tuple[Tensor, Projected]:
+    """(the scores that TRAKer itself ends with, [train, test]; the projected gradients of the training texts
+    and of the test texts, and the weights of the training texts, as TRAKer keeps them)."""
+    from trak import TRAKer
+
+    model = setting.model(attn_implementation="eager")
+    traker = TRAKer(
+        model=model,
+        task=model_output(kind),
+        train_set_size=len(setting.train),
+        save_dir=str(folder),
+        device="cpu",
+        proj_dim=dimension,
+        projector_seed=seed,
+        use_half_precision=half,
+        grad_wrt=[f"{name}.weight" for name in setting.linear_layers(model)],
+    )
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    traker.load_checkpoint(state, model_id=0)
+    traker.featurize(batch=setting.train.columns, num_samples=len(setting.train))
+    traker.finalize_features()
+    traker.start_scoring_checkpoint("lds", state, model_id=0, num_targets=len(setting.test))
+    traker.score(batch=setting.test.columns, num_samples=len(setting.test))
+    found = torch.as_tensor(traker.finalize_scores("lds")).float()
+    store = traker.saver.current_store
+    kept = (torch.tensor(store[name]).float() for name in ("grads", "lds_grads", "out_to_loss"))
+    return found, tuple(kept)  # type: ignore[return-value]
+
+
+class Projections:
+    """What is projected once for all values of `lambda_reg`: a tenth of a billion random numbers a text."""
+
+    def __init__(self, setting: Setting, kind: str, dimension: int, seed: int, half: bool = False) -> None:
+        self.options = (setting, kind, dimension, seed, half)
+        self.dimension = dimension
+        self.made: tuple[Tensor, Projected] | None = None
+
+    def scores(self, ridge: float, folder: Path) -> tuple[Tensor, float]:
+        from trak.score_computers import BasicScoreComputer
+
+        if self.made is None:
+            self.made = projected(*self.options, folder)
+        found, (train, test, weights) = self.made
+        if ridge:
+            computer = BasicScoreComputer(dtype=torch.float32, device="cpu", lambda_reg=ridge)
+            features = computer.get_x_xtx_inv(train, computer.get_xtx(train))
+            found = features @ test.T * weights
+        return found.T, 2.0 * self.dimension
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    note = "computed in float32; bytes as in float16, its default"
+    for seed in setting.seeds:
+        for kind, dimension in (*(("log odds", d) for d in DIMENSIONS), ("loss", 1024)):
+            if seed and dimension != 1024:
+                continue
+            made = Projections(setting, kind, dimension, seed)
+            for ridge in LAMBDAS:
+                about = {"output": kind, "dimension": dimension, "lambda_reg": ridge, "seed": seed}
+                yield Case("TRAK", about, partial(made.scores, ridge), note)
+    about = {"output": "log odds", "dimension": 1024, "lambda_reg": 0.0, "seed": 0, "half": True}
+    half = Projections(setting, "log odds", 1024, 0, True)
+    yield Case("TRAK", about, partial(half.scores, 0.0), "all its defaults but for the dimension")
+
+
+if __name__ == "__main__":
+    main("traker", cases)
