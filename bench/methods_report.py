@@ -119,8 +119,8 @@ def geometry(rows: list[Row]) -> list[str]:
         "## The optimizer's geometry, exact gradients",
         "",
         "Gradients times a power of their second moment V on each side (`1/4`: V^-1/4; `--geometry` takes "
-        "1/2); `train`: on the training side alone; `elements`: V itself in place of its row and column means; "
-        "`adam`: from AdamW's state. Fisher here with all rows in the moment.",
+        "1/2); `train`: on the training side alone; `elements`: V itself in place of its row and column "
+        "means; `adam`: from AdamW's state. Fisher here with all rows in the moment.",
         *table(["", "off", *names], lines),
     ]
 
@@ -208,8 +208,8 @@ def beside(peers: dict[str, Any]) -> list[str]:
         "",
         f"{peers['truth'][0].upper()}{peers['truth'][1:]}, {peers['training texts']} training and "
         f"{peers['test texts']} test texts, {peers['retrainings']} retrainings of two seeds each (the seeds "
-        f"agree to {peers['agreement of the seeds']:.3f}). Of each method the best of the settings tried, which "
-        "favours those with many; first those of at most 2.1 KB an example. The others take gradients at the "
+        f"agree to {peers['agreement of the seeds']:.3f}). Of each method the best of the settings tried, "
+        "which favours those with many; first those of at most 2.1 KB an example. The others take gradients at the "
         "tuned model (`at` 1); rapidin there too.",
         *table(["", "at", "bytes an example", "LDS", "seeds"], lines),
     ]
