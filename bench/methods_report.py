@@ -209,8 +209,8 @@ def beside(peers: dict[str, Any]) -> list[str]:
         f"{peers['truth'][0].upper()}{peers['truth'][1:]}, {peers['training texts']} training and "
         f"{peers['test texts']} test texts, {peers['retrainings']} retrainings of two seeds each (the seeds "
         f"agree to {peers['agreement of the seeds']:.3f}). Of each method the best of the settings tried, "
-        "which favours those with many; first those of at most 2.1 KB an example. The others take gradients at "
-        "the tuned model (`at` 1); rapidin there too.",
+        "which favours those with many; first those of at most 2.1 KB an example. The others take gradients "
+        "at the tuned model (`at` 1); rapidin there too.",
         *table(["", "at", "bytes an example", "LDS", "seeds"], lines),
     ]
 
