@@ -130,6 +130,7 @@ def logra(setting: Setting, hessian: str, side: int, folder: Path) -> tuple[Tens
         hessian=hessian,
         proj_dim=side * side,
         offload="cpu",
+        cache_dir=str(folder),  # it writes a file there even so
     )
     attributor.cache(loader(setting.train))
     scores = attributor.attribute(loader(setting.train), loader(setting.test))

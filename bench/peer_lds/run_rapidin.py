@@ -19,6 +19,7 @@ from judge import base_of
 from setting import Case, Setting, main
 from torch import Tensor
 
+CODES = ("2048 bytes", "float16")
 PLACES = ("1", "0.5", "0.1,0.5,0.9")
 BUDGET = 2048
 WIDTH = 4096  # of the floats
@@ -29,7 +30,7 @@ METHODS = ("dot", "datainf", "fisher")
 class Cached:
     """A cache, and the sketches of the test texts, made when first asked for.
 
-    code: "2048 bytes" or "float16"; at: points as on the command line.
+    code: "2048 bytes" or "float16"; at: points as on the command line; geometry: "sample" or "off".
     """
 
     loaded: Any
@@ -37,6 +38,7 @@ class Cached:
     folder: Path
     code: str
     at: str
+    geometry: str
     seed: int
     seconds: float = 0.0
     made: tuple[Any, Tensor, float] | None = None
@@ -53,6 +55,7 @@ class Cached:
                 at=[float(a) for a in self.at.split(",")],
                 width="auto" if budget else WIDTH,
                 budget=budget,
+                geometry=self.geometry,
                 seed=self.seed,
             )
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -80,13 +83,15 @@ def cases(setting: Setting) -> Iterator[Case]:
     from rapidin.model import load_model
 
     loaded = load_model(str(setting.truth / "tuned"), base=base_of(setting.truth), device="cpu")
-    for seed, code, at in product(setting.seeds, ("2048 bytes", "float16"), PLACES):
-        if code == "float16" and seed:
+    for geometry, seed, code, at in product(("off", "sample"), setting.seeds, CODES, PLACES):
+        if code == "float16" and (seed or geometry != "off"):
             continue
-        cached = Cached(loaded, setting.truth, setting.work / "cache", code, at, seed)
+        cached = Cached(loaded, setting.truth, setting.work / "cache", code, at, geometry, seed)
         for method, normalize in product(METHODS, ("layer", "none")):
             about = {"at": at}
             settings = {"normalize": normalize, "code": code, "seed": seed}
+            if geometry != "off":
+                settings["geometry"] = geometry
             yield Case(method, settings, partial(cached.scores, method, normalize, about), about=about)
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import resource
 import shutil
 import time
 import traceback
@@ -29,6 +30,7 @@ from torch import Tensor
 
 NOT_A_TARGET = -100
 BATCH = 16
+MEMORY = 12 << 30  # bytes of addresses: who wants more fails alone, and does not take the machine with it
 
 
 @dataclass(frozen=True)
@@ -172,6 +174,7 @@ def main(package: str, cases: Callable[[Setting], Iterable[Case]]) -> None:
     parser.add_argument("--seeds", type=int, default=3)
     args = parser.parse_args()
     torch.set_num_threads(1)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     args.work.mkdir(parents=True, exist_ok=True)
     rows = json.loads(args.texts.read_text())
     train, test = (Texts.of(rows[part], rows["pad"]) for part in ("train", "test"))
