@@ -191,17 +191,19 @@ def beside(peers: dict[str, Any]) -> list[str]:
         groups.setdefault(json.dumps([row["package"], row["method"], row["at"], about]), []).append(row)
     for same in groups.values():
         row = dict(same[0], lds=sum(r["lds"] for r in same) / len(same), runs=len(same))
-        size = "at most 2.1 KB" if row["bytes"] <= 2150 else "more"
+        kept = row["bytes"]
+        size = "none" if kept is None else "at most 2.1 KB" if kept <= 2150 else "more"
         key = (row["package"], row["method"], row["at"], size)
         if key not in best or row["lds"] > best[key]["lds"]:
             best[key] = row
     lines = []
-    for size in ("at most 2.1 KB", "more"):
+    for size in ("at most 2.1 KB", "more", "none"):
         for key, row in sorted(best.items(), key=lambda pair: -pair[1]["lds"]):
             if key[3] == size:
                 said = ", ".join(f"{k} {v}" for k, v in row["settings"].items() if k != "seed")
-                name = f"{row['package']} {row['version']} {row['method']} ({said})"
-                lines.append([name, row["at"], f"{row['bytes']:,.0f}", f"{row['lds']:.3f}", str(row["runs"])])
+                name = f"{row['package']} {row['version']} {row['method']}" + (f" ({said})" if said else "")
+                kept = "none kept" if row["bytes"] is None else f"{row['bytes']:,.0f}"
+                lines.append([name, row["at"], kept, f"{row['lds']:.3f}", str(row["runs"])])
     return [
         "",
         "## Beside other packages, on one model and data",
@@ -209,8 +211,9 @@ def beside(peers: dict[str, Any]) -> list[str]:
         f"{peers['truth'][0].upper()}{peers['truth'][1:]}, {peers['training texts']} training and "
         f"{peers['test texts']} test texts, {peers['retrainings']} retrainings of two seeds each (the seeds "
         f"agree to {peers['agreement of the seeds']:.3f}). Of each method the best of the settings tried, "
-        "which favours those with many; first those of at most 2.1 KB an example. The others take gradients "
-        "at the tuned model (`at` 1); rapidin there too.",
+        "which favours those with many; first those of at most 2.1 KB an example, last those that keep "
+        "nothing of an example and take every training gradient anew for each set of queries. The others "
+        "take gradients at the tuned model (`at` 1); rapidin there too.",
         *table(["", "at", "bytes an example", "LDS", "seeds"], lines),
     ]
 
