@@ -123,27 +123,15 @@ class Ensemble:
         method: str = "dot",
         damping: float | None = None,
         together: bool = False,
+        groups: Sequence[Sequence[int]] | None = None,
         max_new_tokens: int = 64,
     ) -> Tensor:
-        """The scores of all training examples: `Attributor.scores` over all members at once."""
-        scoring = Scoring(normalize, method, damping, together)
-        scoring.check()
-        texts, parts = self.parts(generations, max_new_tokens, normalize, Clock())
-        return all_scores(parts, texts, scoring)
+        """The scores of all training examples: `Attributor.scores` over all members at once.
 
-    def group_scores(
-        self,
-        generations: Sequence[Any],
-        groups: Sequence[Sequence[int]],
-        *,
-        normalize: str = "layer",
-        method: str = "dot",
-        damping: float | None = None,
-        max_new_tokens: int = 64,
-    ) -> Tensor:
-        """The scores of all training examples for groups of generations (places in the list), each the
-        weighted mean of its own: [groups, rows] float32, NaN for rows that do not count."""
-        scoring = Scoring(normalize, method, damping, groups=groups)
+        groups: places in the list of generations; the scores are then those of groups, [groups, rows], each
+        the weighted mean of its own.
+        """
+        scoring = Scoring(normalize, method, damping, together, groups)
         scoring.check()
         texts, parts = self.parts(generations, max_new_tokens, normalize, Clock())
         return all_scores(parts, texts, scoring)

@@ -38,12 +38,7 @@ def scan_cache(sources: Source | Sequence[Source], top_k: int, device: torch.dev
     copied while those before them are scanned, so that the cache may be larger than its memory. Raises
     UserError where the caches are of other examples.
     """
-    sources = [sources] if isinstance(sources, Source) else list(sources)
-    device = sources[0].query.vectors.device if device is None else torch.empty(0, device=device).device
-    pieces: Iterable[tuple[_Label, dict[str, Tensor]]] = _pieces(sources)
-    if device.type == "cuda":
-        pieces = Conveyor[_Label](GpuOrder(device)).carry(pieces)
-    return scan_pieces(sources, top_k, device, pieces)
+    return scan_pieces(*_begin(sources, device), top_k=top_k)
 
 
 def all_scores(sources: Source | Sequence[Source], device: torch.device | None = None) -> Tensor:
@@ -51,14 +46,11 @@ def all_scores(sources: Source | Sequence[Source], device: torch.device | None =
 
     Arguments as `scan_cache`.
     """
-    sources = [sources] if isinstance(sources, Source) else list(sources)
-    device = sources[0].query.vectors.device if device is None else torch.empty(0, device=device).device
-    pieces: Iterable[tuple[_Label, dict[str, Tensor]]] = _pieces(sources, _ALL_ROWS)
-    if device.type == "cuda":
-        pieces = Conveyor[_Label](GpuOrder(device)).carry(pieces)
-    queries = len(sources[0].query.vectors)
-    found = torch.full((queries, sources[0].cache.manifest.rows), torch.nan, device="cpu")
-    for scores, rows, _, _ in _scanned(sources, _ALL_ROWS, device, pieces):
+    begun = _begin(sources, device, _ALL_ROWS)
+    first = begun[0][0]
+    queries = len(first.query.vectors)
+    found = torch.full((queries, first.cache.manifest.rows), torch.nan, device="cpu")
+    for scores, rows, _, _ in _scanned(*begun, top_k=_ALL_ROWS):
         scores, rows = scores.cpu(), rows.cpu()
         for query in range(queries):
             real = rows[query] >= 0
@@ -70,9 +62,22 @@ _ALL_ROWS = 256  # that are scanned at a time where all scores are wanted
 
 # A piece's first row, and for each source whether one of its blocks is without gradient, where that matters.
 _Label = tuple[int, tuple[bool | None, ...]]
+_Piece = tuple[_Label, dict[str, Tensor]]
 
 
-def _pieces(sources: Sequence[Source], most: int | None = None) -> Iterator[tuple[_Label, dict[str, Tensor]]]:
+def _begin(
+    sources: Source | Sequence[Source], device: torch.device | None, most: int | None = None
+) -> tuple[list[Source], torch.device, Iterable[_Piece]]:
+    """Sources, the device, and the pieces on it, of at most so many rows each."""
+    sources = [sources] if isinstance(sources, Source) else list(sources)
+    device = sources[0].query.vectors.device if device is None else torch.empty(0, device=device).device
+    pieces: Iterable[_Piece] = _pieces(sources, most)
+    if device.type == "cuda":
+        pieces = Conveyor[_Label](GpuOrder(device)).carry(pieces)
+    return sources, device, pieces
+
+
+def _pieces(sources: Sequence[Source], most: int | None = None) -> Iterator[_Piece]:
     """What a scan reads, on the CPU: rows that all sources hold, a shard or at most so many at a time."""
     _check_same_examples([source.cache for source in sources])
     shards = [source.cache.shards(ahead=True) for source in sources]
@@ -121,13 +126,10 @@ def _check_same_examples(caches: Sequence[Cache]) -> None:
 
 
 def scan_pieces(
-    sources: Sequence[Source],
-    top_k: int,
-    device: torch.device,
-    pieces: Iterable[tuple[_Label, dict[str, Tensor]]],
+    sources: Sequence[Source], device: torch.device, pieces: Iterable[_Piece], *, top_k: int
 ) -> Ends:
     """`scan_cache` of pieces that are on `device`, in the order of their rows."""
-    parts = list(_scanned(sources, top_k, device, pieces))
+    parts = list(_scanned(sources, device, pieces, top_k=top_k))
     joined = [torch.cat(column, dim=1) for column in zip(*parts, strict=True)]
     top, top_rows = (x.cpu() for x in _best(joined[0], joined[1], top_k, True))
     bottom, bottom_rows = (x.cpu() for x in _best(joined[2], joined[3], top_k, False))
@@ -135,10 +137,7 @@ def scan_pieces(
 
 
 def _scanned(
-    sources: Sequence[Source],
-    top_k: int,
-    device: torch.device,
-    pieces: Iterable[tuple[_Label, dict[str, Tensor]]],
+    sources: Sequence[Source], device: torch.device, pieces: Iterable[_Piece], *, top_k: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Of each piece the top's scores and rows, and the bottom's."""
     codes = [source.cache.code.to(device) for source in sources]

@@ -300,7 +300,7 @@ def test_a_scan_of_carried_shards_finds_the_same(cache: Cache, sketch: Tensor, n
     query = methods.prepare(sketch, normalize=normalize)
     wanted = scan_cache(Source(cache, query), 6)
     carried = Conveyor[Any](LateOrder(), 2).carry(_pieces([Source(cache, query)]))
-    got = scan_pieces([Source(cache, query)], 6, CPU, carried)
+    got = scan_pieces([Source(cache, query)], CPU, carried, top_k=6)
     for one, two in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
         assert torch.equal(one, two)
 

@@ -92,6 +92,14 @@ Lora = Annotated[
         show_default=False,
     ),
 ]
+Rank = Annotated[
+    int,
+    typer.Option("--lora", metavar="R", min=0, help="Rank of the LoRA adapter; 0: all weights are tuned."),
+]
+BaseModel = Annotated[
+    str,
+    typer.Argument(metavar="MODEL", help="The base to tune: a folder, a name, or a folder with one GGUF."),
+]
 Out = Annotated[
     str, typer.Option(metavar="DIR", help="Folder for all that is made; what is there is gone on with.")
 ]
@@ -263,12 +271,7 @@ def fidelity(
 
 @command("lds", group)
 def lds(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="The base to tune: a folder, a name, or a folder with one GGUF."
-        ),
-    ],
+    model: BaseModel,
     out: Out,
     data: Annotated[str, typer.Option(metavar="FILE", help="Training examples.", show_default=False)],
     test: Annotated[
@@ -348,17 +351,10 @@ def lds(
 
 @command("facts", group)
 def facts(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="The base to tune: a folder, a name, or a folder with one GGUF."
-        ),
-    ],
+    model: BaseModel,
     out: Out,
     count: Annotated[int, typer.Option("--facts", metavar="N", min=2, help="Facts to make up.")] = 60,
-    lora: Annotated[
-        int, typer.Option(metavar="R", min=0, help="Rank of the LoRA adapter; 0: all weights are tuned.")
-    ] = 8,
+    lora: Rank = 8,
     epochs: Epochs = 10,
     batch: BatchSize = 8,
     learning_rate: Rate = 2e-3,
@@ -405,20 +401,13 @@ def facts(
 
 @command("select", group)
 def select(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="The base to tune: a folder, a name, or a folder with one GGUF."
-        ),
-    ],
+    model: BaseModel,
     out: Out,
     rows: Annotated[int, typer.Option(metavar="N", min=8, help="Training rows to make up.")] = 400,
     flipped: Annotated[float, typer.Option(metavar="X", help="Share of them with a wrong label.")] = 0.2,
     share: Annotated[float, typer.Option(metavar="X", help="Share of them to choose.")] = 0.5,
     seeds: Annotated[int, typer.Option(metavar="K", min=1, help="Trainings of each choice.")] = 3,
-    lora: Annotated[
-        int, typer.Option(metavar="R", min=0, help="Rank of the LoRA adapter; 0: all weights are tuned.")
-    ] = 8,
+    lora: Rank = 8,
     epochs: Epochs = 3,
     batch: BatchSize = 8,
     learning_rate: Rate = 1e-3,

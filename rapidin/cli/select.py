@@ -96,9 +96,9 @@ def select(
             raise UserError("the cache was not made from a file", "name the examples with --train-data")
         ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code)
         with console.status(f"scoring {len(opened):,} examples for {len(targets):,} of the target set"):
-            of_groups = ready.group_scores(
+            of_groups = ready.scores(
                 targets,
-                list(groups.values()),
+                groups=list(groups.values()),
                 normalize=normalize.value,
                 method=method.value,
                 damping=damping,

@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from rapidin.cache.manifest import replace_file
 from rapidin.errors import UserError, short
-from rapidin.evaluate.result import write_atomically
 
 
 @contextmanager
@@ -61,7 +61,7 @@ def begin(
     others = [p.name for p in sorted(folder.iterdir()) if not _begun(p.name)]
     if others:
         raise UserError(f"the folder '{folder}' holds something else ('{others[0]}')", "name another --out")
-    write_atomically(path, json.dumps(dict(about), indent=1) + "\n")
+    replace_file(path, (json.dumps(dict(about), indent=1) + "\n").encode())
 
 
 def _begun(name: str) -> bool:

@@ -30,11 +30,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rapidin.cache.manifest import replace_file
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
 from rapidin.evaluate import baselines, figures, folders, loading
 from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
-from rapidin.evaluate.result import Result, Say, silent, write_atomically, write_rows
+from rapidin.evaluate.result import Result, Say, silent, write_rows
 from rapidin.examples import Examples, open_examples
 from rapidin.model import LoadedModel
 from rapidin.tuning import Checkpoints, Recipe, State, Tuner, losses, save_model
@@ -288,7 +289,7 @@ def _retrain(
 def _save(path: Path, masks: npt.NDArray[np.bool_], found: npt.NDArray[np.float32]) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, masks=masks, losses=found)
-    write_atomically(path, buffer.getvalue())
+    replace_file(path, buffer.getvalue())
 
 
 # ------------------------------------------------------------------------------------------------ scoring

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,8 +14,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from rapidin.cache.manifest import replace_file
 from rapidin.evaluate.figures import Figure
 from rapidin.report import one_line
+from rapidin.select import jsonl
 
 Say = Callable[[str], None]  # a line about what goes on
 
@@ -112,13 +113,6 @@ def _known(figure: Figure | None) -> bool:
     return figure is not None and math.isfinite(figure.mean)
 
 
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """The whole file or nothing: written beside it, and put in its place."""
-    part = path.with_name(path.name + ".partial")
-    part.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
-    part.replace(path)
-
-
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """A jsonl file, whole or not at all."""
-    write_atomically(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    replace_file(path, jsonl(rows).encode())

@@ -17,11 +17,12 @@ from typing import Any
 
 import numpy as np
 
+from rapidin.cache.manifest import replace_file
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
 from rapidin.evaluate import figures, folders, loading
 from rapidin.evaluate.methods import Method, Place, Rows, parts_at
-from rapidin.evaluate.result import Result, Say, silent, write_atomically, write_rows
+from rapidin.evaluate.result import Result, Say, silent, write_rows
 from rapidin.evaluate.tasks import Task, accuracy, make_task
 from rapidin.examples import open_examples
 from rapidin.model import LoadedModel
@@ -179,7 +180,7 @@ class _Trainer:
             right = accuracy(model, encoder, self._task.test, self._task.classes)
             loss = float(losses(model, [encoder(row) for row in self._task.test]).mean())
             self._known[key] = [right, loss]
-            write_atomically(self._path, json.dumps(self._known) + "\n")
+            replace_file(self._path, (json.dumps(self._known) + "\n").encode())
             self._say(f"trained on {len(rows):,} rows: test accuracy {right:.3f}, loss {loss:.3f}")
         right, loss = self._known[key]
         return right, loss
