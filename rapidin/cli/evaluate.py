@@ -77,7 +77,7 @@ Bytes = Annotated[
 Geometry = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="off|sample|optimizer",
+        metavar="off|kfac|sample|optimizer",
         help="How gradients are scaled, as in 'rapidin cache'; optimizer: by the last checkpoint's state; "
         "may be repeated.  [default: off]",
         show_default=False,
