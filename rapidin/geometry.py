@@ -42,7 +42,8 @@ from rapidin.squares import Squares
 
 EXPONENT = 0.5  # of V, on each of the two sides of a product
 FLOOR = 0.01  # r and c are at least this share of their own means
-SAMPLE = 256  # examples
+SAMPLE = 256  # examples, for Adam's
+KFAC_SAMPLE = 128  # for K-FAC's, which every token tells something of
 STREAM = 18  # of the keyed hash in docs/sketch.md, that draws them
 RANK = 64  # directions of a side that K-FAC's geometry knows
 DAMPING = 0.1  # of a side, in units of its mean eigenvalue
@@ -329,8 +330,10 @@ class GeometryChoice:
             return value
         if value is None or value == "off":
             return GeometryChoice()
-        if value in ("sample", "kfac"):
-            return GeometryChoice("sample" if value == "sample" else "kfac")
+        if value == "sample":
+            return GeometryChoice("sample")
+        if value == "kfac":
+            return GeometryChoice("kfac", sample=KFAC_SAMPLE)
         from rapidin.optimizer_state import second_moments
 
         moments = second_moments(Path(value), model, targets, trained)
