@@ -23,8 +23,8 @@ from torch import Tensor
 
 from rapidin.attributor import Attributor
 from rapidin.cache import Cache
-from rapidin.cache.manifest import replace_file
 from rapidin.errors import UserError, short
+from rapidin.files import replace_file
 from rapidin.hits import QueryResult
 from rapidin.query import Clock, Generation, Part, Scoring, explain
 from rapidin.query import scores as all_scores

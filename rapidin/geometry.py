@@ -141,8 +141,10 @@ class Geometry:
         for key, value in tensors.items():
             number, rest = key.split("/", 1)
             name, side = rest.rsplit("/", 1)
-            if value.dtype != torch.float32 or value.ndim != 1:
-                raise ValueError(f"'{key}' is no list of float32 numbers")
+            if value.dtype != torch.float32 or value.ndim != 1 or not bool((value > 0).all()):
+                raise ValueError(f"'{key}' is no list of float32 numbers above 0")
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"'{key}' holds NaN or Inf")
             sides.setdefault(int(number), {}).setdefault(name, {})[side] = value
         if sorted(sides) != list(range(len(sides))) or not sides:
             raise ValueError("a point is missing")
@@ -159,12 +161,7 @@ class Geometry:
             return None
         if manifest.folder is None or record["sha256"] is None:
             raise UserError("the cache's geometry is not made yet", "run the same 'rapidin cache' again")
-        tensors = read_geometry(manifest.folder, record)
-        try:
-            return Geometry.of_tensors(tensors)
-        except (ValueError, KeyError, TypeError) as error:
-            path = manifest.folder / record["file"]
-            raise UserError(f"the geometry '{path}' is damaged: {error}", _AGAIN) from None
+        return read_geometry(manifest.folder, record, Geometry.of_tensors)
 
 
 _AGAIN = "cache again"

@@ -49,7 +49,7 @@ def all_scores(sources: Source | Sequence[Source], device: torch.device | None =
     begun = _begin(sources, device, _ALL_ROWS)
     first = begun[0][0]
     queries = len(first.query.vectors)
-    found = torch.full((queries, first.cache.manifest.rows), torch.nan, device="cpu")
+    found = torch.full((queries, first.cache.table_rows(4 * queries)), torch.nan, device="cpu")
     for scores, rows, _, _ in _scanned(*begun, top_k=_ALL_ROWS):
         scores, rows = scores.cpu(), rows.cpu()
         for query in range(queries):
