@@ -24,13 +24,14 @@ from torch import Tensor
 from rapidin.attributor import Attributor
 from rapidin.cache import Cache
 from rapidin.errors import UserError, short
-from rapidin.files import replace_file
+from rapidin.files import read_own, reason, replace_file
 from rapidin.hits import QueryResult
 from rapidin.query import Clock, Generation, Part, Scoring, explain
 from rapidin.query import scores as all_scores
 
 NAME = "ensemble.json"
 FORMAT, VERSION = "rapidin-ensemble", 1
+_MOST_BYTES = 1 << 20
 
 Kind = Literal["tracin", "mean"]
 _KINDS: tuple[Kind, ...] = ("tracin", "mean")
@@ -90,7 +91,10 @@ class Ensemble:
             "kind": kind,
             "members": [{"cache": name, "weight": weight} for name, weight in members],
         }
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write into '{folder}': {reason(error)}") from None
         replace_file(folder / NAME, (json.dumps(value, indent=1) + "\n").encode())
 
     def query(
@@ -176,10 +180,11 @@ def read_members(folder: Path) -> tuple[Kind, list[Member]]:
     """Kind and members in the `ensemble.json` of a folder; the folder itself where it has none. UserError
     where the file is damaged."""
     path = folder / NAME
-    if not path.is_file():
+    if not path.exists() and not path.is_symlink():
         return "mean", [Member(folder)]
+    text = read_own(path, "ensemble", "cache again", most=_MOST_BYTES)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(text)
         if value.get("format") != FORMAT:
             raise ValueError("it is not rapidin's")
         if value.get("version") != VERSION:
@@ -193,8 +198,10 @@ def read_members(folder: Path) -> tuple[Kind, list[Member]]:
         members = []
         for entry in value["members"]:
             name = str(entry["cache"])
-            if name != Path(name).name or name in ("", ".", ".."):
+            if name != Path(name).name or name in ("", ".", "..") or "\0" in name:
                 raise ValueError(f"{short(name)} is not a folder beside it")
+            if (folder / name).is_symlink():
+                raise ValueError(f"{short(name)} is a link, and links are not followed")
             members.append(Member(folder / name, float(entry["weight"])))
         return kind, members
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:

@@ -14,7 +14,7 @@ from rapidin import methods, ops
 from rapidin.cache import Cache
 from rapidin.cache.shards import Rows
 from rapidin.errors import UserError
-from rapidin.examples import Examples, open_examples, record_hash
+from rapidin.examples import Examples, Files, files, open_examples, record_hash
 from rapidin.hits import Hit
 from rapidin.pack import side_by_side
 from rapidin.transfer import Conveyor, GpuOrder
@@ -200,8 +200,9 @@ def hits_of(cache: Cache, source: Examples | None, scores: Tensor, rows: Tensor)
         if source is not None:
             example = source[row] if row < len(source) else None
             if example is None or record_hash(example) != hashes[n]:
+                named = ", ".join(source.path) if isinstance(source.path, list) else source.path
                 raise UserError(
-                    f"the training data '{source.path}' is not what was cached: see example {index[n]}",
+                    f"the training data '{named}' is not what was cached: see example {index[n]}",
                     "name the right file with --train-data, or say --no-text",
                 )
         hits.append(Hit(n + 1, index[n], row, score, example))
@@ -222,13 +223,17 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
     if source is None:
         return None
     remedy = "name it with --train-data, or say --no-text to see line numbers only"
-    in_file = isinstance(source, str | Path)
-    if in_file and not Path(source).exists():
-        raise UserError(f"the training data of the cache {cache.path} is not at {source}", remedy)
+    if examples is None:
+        source = files([source] if isinstance(source, str) else source)
+    paths = list(source.paths) if isinstance(source, Files) else [source]
+    for path in paths:
+        if isinstance(path, str | Path) and not Path(path).exists():
+            raise UserError(f"the training data of the cache {cache.path} is not at {path}", remedy)
     found = open_examples(source, limit=cache.manifest.rows, checked=False)
     if len(found) != cache.manifest.rows:
+        named = ", ".join(map(str, paths)) if found.path is not None else "the data"
         raise UserError(
-            f"{source if in_file else 'the data'} has {len(found):,} examples, "
+            f"{named} has {len(found):,} examples, "
             f"the cache {cache.path} was made from {cache.manifest.rows:,}",
             remedy,
         )

@@ -377,7 +377,13 @@ def shard_name(n: int) -> str:
 _PARTS: dict[str, dict[str, str]] = {
     "model": {"source": "names", "identity": "names"},
     "sketch": {"projection": "text", "width": "count", "seed": "count", "hash": "text"},
-    "gradient": {"at": "numbers", "loss": "text", "include": "texts", "exclude": "texts", "dropout": "plain"},
+    "gradient": {
+        "at": "numbers",
+        "loss": "text",
+        "include": "texts",
+        "exclude": "texts",
+        "dropout": "thinning",
+    },
     "text": {"eos": "flag", "max_length": "count", "too_long": "text"},
     "data": {"path": "paths", "form": "text", "identity": "text", "begun": "count"},
 }
@@ -389,7 +395,7 @@ _KINDS: dict[str, Any] = {
     "names": lambda v: (
         isinstance(v, dict) and all(each is None or isinstance(each, str) for each in v.values())
     ),
-    "plain": lambda v: isinstance(v, dict) and all(isinstance(each, int | float) for each in v.values()),
+    "thinning": lambda v: _KINDS["count"](dict(v)["seed"]) and _is_number(v["rate"]) and len(v) == 2,
     "numbers": lambda v: isinstance(v, list) and all(_is_number(each) for each in v),
     "count": lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
     "flag": lambda v: isinstance(v, bool),
