@@ -198,13 +198,13 @@ def read_members(folder: Path) -> tuple[Kind, list[Member]]:
         members = []
         for entry in value["members"]:
             name = str(entry["cache"])
-            if name != Path(name).name or name in ("", ".", "..") or "\0" in name:
+            if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
                 raise ValueError(f"{short(name)} is not a folder beside it")
             if (folder / name).is_symlink():
                 raise ValueError(f"{short(name)} is a link, and links are not followed")
             members.append(Member(folder / name, float(entry["weight"])))
         return kind, members
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
         raise UserError(
             f"'{path}' is damaged: {type(error).__name__} {short(error)}", "cache again"
         ) from None

@@ -1,7 +1,6 @@
 """The command line, from end to end on a tiny model: what is printed where, and every mistake of a user."""
 
 import json
-import os
 import re
 import shutil
 import signal

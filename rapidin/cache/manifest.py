@@ -179,7 +179,9 @@ class Manifest:
             elif isinstance(mine[key], dict):
                 part = next(k for k in {**mine[key], **theirs[key]} if mine[key].get(k) != theirs[key].get(k))
                 there, here = (
-                    geometry_words(whole[key][part]) if part == "geometry" else short(whole[key].get(part))
+                    geometry_words(whole[key][part])
+                    if (key, part) == ("gradient", "geometry")
+                    else short(whole[key].get(part))
                     for whole in (mine, theirs)
                 )
                 detail = f" ({part}: {there} there, {here} here)"
@@ -384,10 +386,16 @@ _PARTS: dict[str, dict[str, str]] = {
         "exclude": "texts",
         "dropout": "thinning",
     },
-    "text": {"eos": "flag", "max_length": "count", "too_long": "text"},
+    "text": {"eos": "flag", "max_length": "count", "too_long": "too_long"},
     "data": {"path": "paths", "form": "text", "identity": "text", "begun": "count"},
 }
-_NEEDED = {"model": ("identity",), "sketch": ("width", "seed")}
+_NEEDED = {
+    "model": ("source", "identity"),
+    "sketch": ("projection", "width", "seed"),
+    "gradient": ("at", "loss", "include", "exclude"),
+    "text": ("eos", "max_length", "too_long"),
+    "data": (),
+}
 _KINDS: dict[str, Any] = {
     "text": lambda v: isinstance(v, str),
     "texts": lambda v: isinstance(v, list) and all(isinstance(each, str) for each in v),
@@ -399,6 +407,7 @@ _KINDS: dict[str, Any] = {
     "numbers": lambda v: isinstance(v, list) and all(_is_number(each) for each in v),
     "count": lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
     "flag": lambda v: isinstance(v, bool),
+    "too_long": lambda v: v in ("truncate", "skip"),
 }
 
 
@@ -408,7 +417,7 @@ def _is_number(value: Any) -> bool:
 
 def _part(name: str, value: Any) -> dict[str, Any]:
     """A part of a manifest; ValueError where it holds something else than it must."""
-    if not isinstance(value, dict) or not all(key in value for key in _NEEDED.get(name, ())):
+    if not isinstance(value, dict) or not all(key in value for key in _NEEDED[name]):
         raise ValueError(f"'{name}' is not what it must be")
     for key, each in value.items():
         kind = _PARTS[name].get(key)
