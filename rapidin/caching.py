@@ -136,8 +136,9 @@ class CachingLoop:
 
     def _sketch_sample(self, stop: Stop) -> None:
         whole = self.writer.manifest
+        data = {key: value for key, value in whole.data.items() if key != "begun"}
         manifest = Manifest(
-            whole.model, whole.sketch, whole.gradient, whole.text, whole.data, pack.Format("float16"),
+            whole.model, whole.sketch, whole.gradient, whole.text, data, pack.Format("float16"),
             rows=len(self.sample), shard_rows=32, layers=whole.layers,
         )  # fmt: skip
         folder = self.writer.sample_folder

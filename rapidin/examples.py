@@ -364,10 +364,11 @@ class Examples:
             self._identity = digest.hexdigest()
         else:
             self._length = source.skim(limit)
-            for row in range(self._length):
+            for row in range(self._length):  # the first that is not malformed says the form
                 entry = source.read(row)
-                if not isinstance(entry, _Malformed):
-                    self.form = _check(entry, "", generations, source.where(row))
+                found = None if isinstance(entry, _Malformed) else form_of(entry, generations=generations)
+                if found is not None:
+                    self.form = found
                     break
         if not self._length:
             where = ", ".join(self.path) if isinstance(self.path, list) else self.path

@@ -44,7 +44,7 @@ def scan_cache(sources: Source | Sequence[Source], top_k: int, device: torch.dev
 def all_scores(sources: Source | Sequence[Source], device: torch.device | None = None) -> Tensor:
     """The scores of all rows: [Q, rows] float32 on the CPU, NaN for rows that do not count.
 
-    Arguments as `scan_cache`.
+    Of an unfinished cache the rows up to the last that is cached. Arguments as `scan_cache`.
     """
     begun = _begin(sources, device, _ALL_ROWS)
     first = begun[0][0]

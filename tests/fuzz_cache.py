@@ -55,6 +55,7 @@ from rapidin.scan import Source, all_scores, scan_cache, training_data
 WIDTH, ROWS, SHARD_ROWS = 8, 7, 3
 LAYERS = [Block("a.weight", (3, 4), 0.5, 0, WIDTH), Block("b.weight", (5, 2), 0.5, WIDTH, WIDTH)]
 MEMORY = 1 << 30  # bytes that an input may take beyond what the process has
+DECOY = Path(tempfile.gettempdir()) / f"rapidin-decoy-{os.getpid()}"  # links lead there, nobody follows them
 SECONDS = 10.0  # of wall time, for machines that do other things too
 
 # ------------------------------------------------------------------------------------------- valid caches
@@ -290,8 +291,10 @@ def change(folder: Path, rng: random.Random) -> None:
         elif kind == 4:
             path.mkdir()
         elif kind == 5:
-            (folder / rng.choice((".lock", "sample", "manifest.json.partial"))).unlink(missing_ok=True)
-            (folder / "sample").symlink_to("/etc")
+            (folder / ".lock").unlink(missing_ok=True)
+            (folder / rng.choice((".lock", "sample", "manifest.json.partial"))).symlink_to(
+                rng.choice((DECOY, DECOY / "file"))
+            )
 
 
 def _write(path: Path, value: Any) -> None:
@@ -377,6 +380,8 @@ class _Place:
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
         self.folder = folder
+        DECOY.mkdir(exist_ok=True)
+        (DECOY / "file").write_bytes(b"kept")
         self.loaded = LoadedModel.of(tiny_llama(num_hidden_layers=1), tiny_tokenizer())
         valid = make_valid(folder / "valid", self.loaded)
         self.names = list(valid)
@@ -423,6 +428,8 @@ def _work(place: _Place, numbers: range, now: mmap.mmap, out: int, make: Callabl
         try:
             wanted = place.wanted[number % len(place.wanted)]
             counted[read_all(folder, wanted, place.loaded, report=number % 4 == 0)] += 1
+            if (DECOY / "file").read_bytes() != b"kept" or len(os.listdir(DECOY)) != 1:
+                raise ValueError("a file outside of the folder was changed")
             if time.process_time() - began > 1.0:
                 raise TimeoutError(f"{time.process_time() - began:.1f} s")
         except BaseException as error:
@@ -523,6 +530,7 @@ def main() -> int:
             if arguments.keep is not None:
                 root = place.make(arguments.seed, found["number"])
                 shutil.copytree(root, arguments.keep / f"{arguments.seed}-{found['number']}", symlinks=True)
+    shutil.rmtree(DECOY)
     seconds = time.perf_counter() - began
     print(f"{sum(counted.values()):,} inputs in {seconds:.0f} s: {dict(counted)}, {len(findings)} findings")
     return 1 if findings else 0

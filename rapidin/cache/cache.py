@@ -77,11 +77,13 @@ class Cache:
         return self.manifest.layers
 
     def table_rows(self, bytes_each: int) -> int:
-        """Rows of a table with `bytes_each` bytes for each example, those to come included.
+        """Rows of a table with `bytes_each` bytes for each example up to the last that is cached.
 
         Raises UserError where this machine has no room for it.
         """
-        rows, has = self.manifest.rows, os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        last = self.manifest.shards[-1] if self.manifest.shards else None
+        rows = 0 if last is None else last.first + last.rows
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if rows * bytes_each > has:
             raise UserError(
                 f"a table of {rows:,} examples takes {rows * bytes_each / 1e9:,.1f} GB, "

@@ -33,9 +33,9 @@ _WORDS = {
     "sketch": "with another sketch",
     "gradient": "with other gradients",
     "text": "with another treatment of the texts",
+    "rows": "for another number of examples",
     "data": "from other data",
     "code": "with another code",
-    "rows": "for another number of examples",
     "shard_rows": "with another number of rows a shard",
     "layers": "for other layers",
 }
@@ -177,7 +177,12 @@ class Manifest:
             if key == "model":
                 words = other_model(mine[key], theirs[key])
             elif isinstance(mine[key], dict):
-                part = next(k for k in {**mine[key], **theirs[key]} if mine[key].get(k) != theirs[key].get(k))
+                missing = object()
+                part = next(
+                    k
+                    for k in {**mine[key], **theirs[key]}
+                    if mine[key].get(k, missing) != theirs[key].get(k, missing)
+                )
                 there, here = (
                     geometry_words(whole[key][part])
                     if (key, part) == ("gradient", "geometry")
@@ -187,9 +192,10 @@ class Manifest:
                 detail = f" ({part}: {there} there, {here} here)"
             elif not isinstance(mine[key], list):
                 detail = f" ({mine[key]} there, {theirs[key]} here)"
-            raise UserError(
-                f"the cache in '{folder}' was made {words}{detail}", "name another folder with --out"
-            )
+            remedy = "name another folder with --out"
+            if key == "rows" and self.rows < wanted.rows:
+                remedy += ", or add those that are new with --append"
+            raise UserError(f"the cache in '{folder}' was made {words}{detail}", remedy)
 
     def _definition(self) -> dict[str, Any]:
         """What makes two caches the same; where files lie is no part of it."""
