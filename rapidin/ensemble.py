@@ -11,6 +11,7 @@ A folder with `ensemble.json` names the caches inside it; a list of folders does
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ def read_members(folder: Path) -> tuple[Kind, list[Member]]:
     """Kind and members in the `ensemble.json` of a folder; the folder itself where it has none. UserError
     where the file is damaged."""
     path = folder / NAME
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         return "mean", [Member(folder)]
     text = read_own(path, "ensemble", "cache again", most=_MOST_BYTES)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,7 +228,7 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
         source = files([source] if isinstance(source, str) else source)
     paths = list(source.paths) if isinstance(source, Files) else [source]
     for path in paths:
-        if isinstance(path, str | Path) and not Path(path).exists():
+        if isinstance(path, str | Path) and not os.path.exists(path):
             raise UserError(f"the training data of the cache {cache.path} is not at {path}", remedy)
     found = open_examples(source, limit=cache.manifest.rows, checked=False)
     if len(found) != cache.manifest.rows:

@@ -406,6 +406,9 @@ def cache_arguments(place: Place, out: Path, **changes: str) -> list[str]:
         ({"adapter": "./none"}, "no such adapter: './none'"),
         ({"base": "./none"}, "give --adapter or --base, not both"),
         ({"data": "none.jsonl"}, "no such data: none.jsonl; give a .jsonl file"),
+        ({"data": "x" * 300}, "no such data: xxx"),
+        ({"model": "x" * 300}, "'xxx.*no folder here"),
+        ({"adapter": "x" * 300}, "no such adapter: 'xxx"),
         ({"data": "."}, "the folder . is no HF dataset"),
         ({"at": "0.5,x"}, "--at 0.5,x is not a number"),
         ({"at": "2"}, "--at 2 is not between 0"),
@@ -505,7 +508,7 @@ def test_no_example_with_a_sketch(place: Place, tmp_path: Path, run: Any) -> Non
         ({"exclude": "v_proj"}, "other gradients"),
         ({"max_length": "64"}, "another treatment of the texts"),
         ({"dtype": "float32"}, "another code"),
-        ({"limit": "3"}, "other data"),
+        ({"limit": "3"}, "another number of examples"),
     ],
 )
 def test_a_cache_made_otherwise(
@@ -549,6 +552,7 @@ def test_an_output_folder_that_holds_something_else(place: Place, tmp_path: Path
         "name another folder",
     )
     refused(run(*cache_arguments(place, tmp_path / "thesis.tex")), "cannot write into .*thesis.tex")
+    refused(run(*cache_arguments(place, tmp_path / ("x" * 300))), "cannot write into .*name too long")
     assert (tmp_path / "thesis.tex").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -564,6 +568,7 @@ def test_not_enough_disk_space(
 def test_no_such_cache(tmp_path: Path, run: Any) -> None:
     for command in (["info"], ["verify"], ["query", "--prompt", "a"]):
         refused(run(*command, str(tmp_path / "none")), "no such cache: .*none")
+        refused(run(*command, str(tmp_path / "none" / ("x" * 300))), "no such cache: .*none")
         refused(run(*command, str(tmp_path)), "is no cache: it has no manifest.json")
 
 

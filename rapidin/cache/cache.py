@@ -286,7 +286,7 @@ class CacheWriter:
         self.manifest = manifest
         manifest.check_size()
         with _writing(self.folder):
-            if self.folder.is_dir():
+            if os.path.isdir(self.folder):
                 self._refuse_others()
         self._lock = lock_folder(self.folder)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -241,9 +242,9 @@ class Manifest:
     def read(folder: Path) -> Manifest:
         """The manifest of a cache; UserError where there is none or it is damaged."""
         path = folder / NAME
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"no such cache: '{folder}'")
-        if not path.exists() and not path.is_symlink():
+        if not os.path.lexists(path):
             members = sorted(found.parent.name for found in folder.glob(f"*/{NAME}"))
             if members:
                 raise UserError(f"'{folder}' holds several caches", f"name one of them: {', '.join(members)}")

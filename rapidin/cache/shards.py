@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -214,7 +215,7 @@ def read_geometry(folder: Path, record: Mapping[str, Any], make: Callable[[dict[
     manifest's record says, or `make` raises ValueError, KeyError or TypeError."""
     path = folder / record["file"]
     again = "run the same 'rapidin cache' again: it is made anew"
-    if not path.exists() and not path.is_symlink():
+    if not os.path.lexists(path):
         raise UserError(f"the geometry '{path}' is missing", again)
     return _read_tensors(
         path, "geometry", f"delete that file and {again}", record["bytes"], record["sha256"], make

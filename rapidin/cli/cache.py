@@ -1,5 +1,6 @@
 """rapidin cache and rapidin plan."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -305,7 +306,7 @@ def _jobs(
     from rapidin.thinning import Thinning
 
     folder = Path(out)
-    if (folder / "manifest.json").exists():
+    if os.path.exists(folder / "manifest.json"):
         raise UserError(f"'{out}' is a single cache", "name another folder with --out")
     if masks is not None:
         if checkpoints is not None:
