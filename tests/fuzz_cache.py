@@ -1,7 +1,7 @@
 """Caches that nobody vouches for: valid ones are changed at random, and all that reads a cache reads them.
 
     python tests/fuzz_cache.py --inputs 100000          # minutes; --seed, --first, --keep FOLDER
-    python tests/fuzz_cache.py --corpus tests/data/hostile
+    python tests/fuzz_cache.py --corpus tests/data/hostile --inputs 1500
 
 Each input is one valid cache or ensemble with something changed: values and keys of the manifest, bytes and
 headers of shards, basis and geometry (mostly with sizes and checksums made right again, as an attacker
@@ -380,8 +380,7 @@ class _Place:
     def __init__(self, folder: Path) -> None:
         torch.manual_seed(0)
         self.folder = folder
-        DECOY.mkdir(exist_ok=True)
-        (DECOY / "file").write_bytes(b"kept")
+        _decoy()
         self.loaded = LoadedModel.of(tiny_llama(num_hidden_layers=1), tiny_tokenizer())
         valid = make_valid(folder / "valid", self.loaded)
         self.names = list(valid)
@@ -410,6 +409,21 @@ class _Place:
         return root
 
 
+def _decoy() -> None:
+    """Make the folder anew that links lead to."""
+    shutil.rmtree(DECOY, ignore_errors=True)
+    DECOY.mkdir()
+    (DECOY / "file").write_bytes(b"kept")
+
+
+def _changed_outside() -> bool:
+    """Whether something was done to that folder; it is put right."""
+    if os.listdir(DECOY) == ["file"] and (DECOY / "file").read_bytes() == b"kept":
+        return False
+    _decoy()
+    return True
+
+
 def _limit() -> None:
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
@@ -428,7 +442,7 @@ def _work(place: _Place, numbers: range, now: mmap.mmap, out: int, make: Callabl
         try:
             wanted = place.wanted[number % len(place.wanted)]
             counted[read_all(folder, wanted, place.loaded, report=number % 4 == 0)] += 1
-            if (DECOY / "file").read_bytes() != b"kept" or len(os.listdir(DECOY)) != 1:
+            if _changed_outside():
                 raise ValueError("a file outside of the folder was changed")
             if time.process_time() - began > 1.0:
                 raise TimeoutError(f"{time.process_time() - began:.1f} s")
@@ -501,7 +515,12 @@ def corpus(folder: Path, place: _Place) -> tuple[Counter[str], list[dict[str, An
     def make(number: int) -> Path:
         root = place.folder / "now" / "kept"
         shutil.rmtree(root, ignore_errors=True)
-        return Path(shutil.copytree(kept[number], root, symlinks=True))
+        shutil.copytree(kept[number], root, symlinks=True)
+        for link in [path for path in root.rglob("*") if path.is_symlink()]:
+            if os.readlink(link).startswith("decoy"):
+                link.unlink()
+                link.symlink_to(DECOY / "file")
+        return root
 
     return run(range(len(kept)), place, make)
 
@@ -514,26 +533,30 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--first", type=int, default=0, help="number of the first input")
     parser.add_argument("--keep", type=Path, help="folder for the inputs that are findings")
-    parser.add_argument("--corpus", type=Path, help="run the inputs kept in this folder instead")
+    parser.add_argument("--corpus", type=Path, help="run the inputs kept in this folder first")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
     began = time.perf_counter()
     shared = Path("/dev/shm")
     with tempfile.TemporaryDirectory(dir=shared if os.access(shared, os.W_OK) else None) as folder:
         place = _Place(Path(folder))
+        kept = []
         if arguments.corpus is not None:
-            counted, findings = corpus(arguments.corpus, place)
-        else:
-            numbers = range(arguments.first, arguments.first + arguments.inputs)
-            counted, findings = run(numbers, place, lambda n: place.make(arguments.seed, n))
+            counted, kept = corpus(arguments.corpus, place)
+            print(f"{sum(counted.values()):,} kept inputs: {dict(counted)}, {len(kept)} findings")
+        numbers = range(arguments.first, arguments.first + arguments.inputs)
+        counted, findings = run(numbers, place, lambda n: place.make(arguments.seed, n))
         for found in findings:
             if arguments.keep is not None:
                 root = place.make(arguments.seed, found["number"])
-                shutil.copytree(root, arguments.keep / f"{arguments.seed}-{found['number']}", symlinks=True)
+                kept = arguments.keep / f"{arguments.seed}-{found['number']}"
+                for pipe in [path for path in root.rglob("*") if path.is_fifo()]:
+                    pipe.unlink()  # cannot be copied
+                shutil.copytree(root, kept, symlinks=True)
     shutil.rmtree(DECOY)
     seconds = time.perf_counter() - began
     print(f"{sum(counted.values()):,} inputs in {seconds:.0f} s: {dict(counted)}, {len(findings)} findings")
-    return 1 if findings else 0
+    return 1 if findings or kept else 0
 
 
 if __name__ == "__main__":

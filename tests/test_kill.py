@@ -47,8 +47,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         ("float16", "float16", KILLS),
         ("learnt", "learnt", KILLS),
         ("geometry", "geometry", 4),
-        ("append float16", "float16", 10),
-        ("append learnt", "learnt", 6),
+        ("append float16", "float16", 8),
+        ("append learnt", "learnt", 4),
     ):
         append = name.startswith("append")
         cases[name] = {
@@ -76,11 +76,14 @@ def test_killed_at_random_moments_it_goes_on_and_loses_nothing(results: dict[str
     assert len(set(found["reached"])) > 2, found["reached"]
 
 
-@pytest.mark.parametrize("kind", ["float16", "learnt"])
+WHOLE = int(os.environ.get("RAPIDIN_KILLS", "0"))
+
+
+@pytest.mark.parametrize("kind", ["float16", "learnt"] if WHOLE else ["learnt"])
 def test_whole_processes_are_killed(tmp_path: Path, kind: str) -> None:
     """A process started anew for each kill, one after another on one cache: few, for each takes seconds;
     RAPIDIN_KILLS=20 for more."""
-    kills = int(os.environ.get("RAPIDIN_KILLS", "1"))
+    kills = WHOLE or 1
     save_tiny(tmp_path, lora=True)
     rows, rng = 200, random.Random(kind)
     killed, whole = tmp_path / "killed", tmp_path / "whole"
