@@ -19,9 +19,10 @@ from rapidin.cache.manifest import gradient_settings
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError, is_out_of_memory, short
 from rapidin.examples import Examples, open_examples
-from rapidin.geometry import STREAM, Geometry, GeometryChoice, Moments
+from rapidin.geometry import STREAM, Geometry, GeometryChoice, Moments, kfac_scales
 from rapidin.hits import QueryResult
 from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Projection
+from rapidin.kronecker import FactorMoments
 from rapidin.layers import coverage, find_targets, layer_table
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 from rapidin.pack import Format
@@ -66,9 +67,10 @@ class Attributor:
     at: points between base (0) and tuned model (1) where gradients are taken, one number or several, which
         are summed; default 0.5 where the untuned state is known, else 1.
     loss: "mean" or "sum" over an example's completion tokens.
-    geometry: scales gradients as the optimizer's steps are scaled (`rapidin.geometry`): None or "off" for
-        not, "sample" from a sample of the data, or the path of the optimizer's state (optimizer.pt, or the
-        checkpoint folder with it).
+    geometry: turns gradients by a root of their inverse second moment (`rapidin.geometry`): "kfac" K-FAC's,
+        from a sample of the data; Adam's, "sample" from a sample of the data, or the path of the optimizer's
+        state (optimizer.pt, or the checkpoint folder with it); None or "off" for not. "auto": "kfac", but
+        "off" for the projection "rapidgrad", as the paper has it.
     eos, max_length, too_long: see `rapidin.encoding.Encoder`.
     batch_tokens: padded tokens a batch.
     thinning: take gradients of the model thinned by a dropout mask (`rapidin.thinning`).
@@ -93,7 +95,7 @@ class Attributor:
         exclude: Sequence[str] = (),
         at: float | Sequence[float] | None = None,
         loss: LossKind = "mean",
-        geometry: GeometryChoice | str | Path | None = None,
+        geometry: GeometryChoice | str | Path | None = "auto",
         eos: bool = True,
         max_length: int | None = None,
         too_long: Literal["truncate", "skip"] = "truncate",
@@ -136,6 +138,8 @@ class Attributor:
         self.sketcher = GradientSketcher(
             self.loaded.model, self.targets, width=width, seed=seed, projection=projection, loss=loss
         )
+        if geometry == "auto":
+            geometry = "off" if projection == "rapidgrad" else "kfac"
         self.geometry = GeometryChoice.of(geometry, self.loaded.model, self.targets, self.loaded.trained)
         self._take_up(self.geometry.made)
 
@@ -376,13 +380,42 @@ class Attributor:
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
         points = []
         for point in self.points:
-            moments = Moments(self.targets)
             with self.loaded.path.at(point), self._thinned():
-                for _, squares in self._in_batches(good, encoded, self.sketcher.squares, meter):
-                    if squares is not None:
-                        moments.add(squares)
-            points.append(moments.scales(self.geometry.exponent, self.geometry.floor))
+                if self.geometry.kind == "kfac":
+                    factors = self._factor_moments(good, encoded, meter)
+                    if not factors.examples:
+                        meter.tell("no example of the sample has a gradient: gradients are left as they are")
+                    points.append(kfac_scales(factors, self.geometry.exponent, self.geometry.damping))
+                else:
+                    moments = Moments(self.targets)
+                    for _, squares in self._in_batches(good, encoded, self.sketcher.squares, meter):
+                        if squares is not None:
+                            moments.add(squares)
+                    points.append(moments.scales(self.geometry.exponent, self.geometry.floor))
         return Geometry(points)
+
+    def _factor_moments(
+        self, good: Sequence[int], encoded: Sequence[Encoded], meter: _Meter
+    ) -> FactorMoments:
+        """The moments of the factors of these examples' gradients, where the model stands.
+
+        A pass that found no memory may have added a part of its batch: then all of them are made again, in
+        smaller batches, without the examples that do not fit.
+        """
+        while True:
+            factors = FactorMoments(self.targets, self.geometry.rank, self.seed, self.loaded.device)
+
+            def add(batch: Batch, factors: FactorMoments = factors) -> bool:
+                self.sketcher.add_moments(batch, factors)
+                return True
+
+            before, left = self.batch_tokens, list(good)
+            for chosen, added in self._in_batches(good, encoded, add, meter):
+                if added is None:
+                    left = [n for n in left if n not in chosen]
+            if (self.batch_tokens, left) == (before, list(good)):
+                return factors
+            good = left
 
     def _in_batches(
         self,

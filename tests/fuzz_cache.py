@@ -129,7 +129,7 @@ def make_valid(folder: Path, loaded: LoadedModel) -> dict[str, Path]:
     Ensemble.write(folder / "ensemble", "tracin", [("one", 0.5), ("two", 0.25)])
     for name in ("one", "two"):
         shutil.copytree(folder / "float16", folder / "ensemble" / name)
-    made = Attributor(loaded, width=WIDTH, geometry="sample", include=["q_proj", "norm"])
+    made = Attributor(loaded, width=WIDTH, geometry="kfac", include=["q_proj", "norm"])
     made.cache([f"Give {n} tips." for n in range(ROWS)], folder / "model", shard_rows=SHARD_ROWS)
     return {name: folder / name for name in ("float16", "learnt", "int4", "model", "ensemble")}
 

@@ -80,15 +80,16 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 def cache(place: Place, out: Path, *data: Path, more: tuple[str, ...] = ()) -> list[str | Path]:
     named = [part for path in data for part in ("--data", path)]
-    return ["cache", place.model, *named, "--out", out, "--width", "32", "--shard-rows", "4", *more]
+    return ["cache", place.model, *named, "--out", out, *PLAIN, *more]
 
 
 def ask(out: Path, row: dict[str, str], *more: str) -> list[str | Path]:
     return ["query", out, "--prompt", row["prompt"], "--completion", row["completion"], *more]
 
 
+PLAIN = ("--width", "32", "--shard-rows", "4", "--geometry", "off")  # what is said later counts
 LEARNT = ("--bytes", "160", "--sample", "12")
-GEOMETRY = ("--geometry", "sample")
+ADAM, KFAC = ("--geometry", "sample"), ("--geometry", "kfac")
 
 
 # ---------------------------------------------------------------------------------------------- --append
@@ -127,7 +128,7 @@ def test_examples_added_to_full_shards_give_the_bytes_of_caching_all_at_once(
         refused(run(*query, "--train-data", moved[1], "--train-data", moved[0]), "is not what was cached")
 
 
-@pytest.mark.parametrize("kind", [(), LEARNT, GEOMETRY, ("--dtype", "int4")])
+@pytest.mark.parametrize("kind", [(), LEARNT, ADAM, KFAC, ("--dtype", "int4")])
 def test_rows_that_were_there_are_kept_as_they_were(
     place: Place, tmp_path: Path, run: Any, kind: tuple[str, ...]
 ) -> None:
@@ -295,14 +296,14 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Any) -> list[int]:
 
         return call
 
-    for name in ("__call__", "squares"):
+    for name in ("__call__", "squares", "add_moments"):
         monkeypatch.setattr(GradientSketcher, name, limited(getattr(GradientSketcher, name)))
     return tried
 
 
-@pytest.mark.parametrize("geometry", [None, "sample"])
+@pytest.mark.parametrize("geometry", ["off", "sample", "kfac"])
 def test_a_batch_that_does_not_fit_is_halved(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, geometry: str | None
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, geometry: str
 ) -> None:
     def made(out: str) -> Cache:
         return Attributor(place.loaded, width=32, geometry=geometry).cache(ROWS[:24], tmp_path / out)
@@ -352,7 +353,9 @@ def test_no_memory_elsewhere_is_one_line(
 def test_bytes_do_not_depend_on_what_was_cached_before(place: Place, tmp_path: Path) -> None:
     """On the CPU a shard's bytes follow from its own examples alone: runs that go on make the same ones."""
     for rows in (6, 12):
-        Attributor(place.loaded, width=32).cache(ROWS[:rows], tmp_path / str(rows), shard_rows=6)
+        Attributor(place.loaded, width=32, geometry="off").cache(
+            ROWS[:rows], tmp_path / str(rows), shard_rows=6
+        )
     name = "shard-000000.safetensors"
     assert (tmp_path / "6" / name).read_bytes() == (tmp_path / "12" / name).read_bytes()
 
@@ -443,7 +446,7 @@ def test_a_folder_that_vanishes(
     refused(run(*cache(place, out, data)), "its folder is gone")
 
 
-@pytest.mark.parametrize("kind", [(), LEARNT, GEOMETRY])
+@pytest.mark.parametrize("kind", [(), LEARNT, KFAC])
 def test_any_call_that_fails_is_one_line_and_loses_nothing(
     place: Place, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch, kind: tuple[str, ...]
 ) -> None:

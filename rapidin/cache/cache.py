@@ -348,7 +348,7 @@ class CacheWriter:
                 f"the cache in '{self.folder}' is unfinished: {found.rows_done:,} of {found.rows:,} examples",
                 f"finish it first, with --limit {found.rows} instead of --append",
             )
-        if found.code.sample or found.geometry is not None:
+        if found.code.sample or (found.geometry or {}).get("sample"):
             found.data["begun"] = found.rows_begun
         found.rows, found.data["identity"] = self.manifest.rows, self.manifest.data["identity"]
         shutil.rmtree(self.sample_folder, ignore_errors=True)  # of the examples before
