@@ -18,8 +18,8 @@ from tiny import save_tiny
 RUN = "import sys; from rapidin.cli import main; sys.exit(main(sys.argv[1:]))"
 KINDS = {
     "float16": ["--width", "32", "--geometry", "off"],
-    "learnt": ["--width", "32", "--bytes", "160", "--sample", "24"],
-    "geometry": ["--width", "32", "--geometry", "sample"],
+    "learnt": ["--width", "32", "--geometry", "off", "--bytes", "160", "--sample", "24"],
+    "geometry": ["--width", "32", "--geometry", "kfac"],
 }
 KILLS = 20
 
