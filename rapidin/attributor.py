@@ -376,14 +376,17 @@ class Attributor:
         """The geometry of each point, from the gradients of a sample of the first `begun` examples."""
         rows = caching.sample_rows(begun, self.geometry.sample, self.seed, STREAM)
         meter.tell(f"taking the geometry of gradients from a sample of {len(rows):,} examples first")
-        encoded = [self.encoder.example(examples.get(row)) for row in rows]
+        return self.geometry_of([self.encoder.example(examples.get(row)) for row in rows], meter)
+
+    def geometry_of(self, encoded: Sequence[Encoded], meter: _Meter | None = None) -> Geometry:
+        """The geometry of each point, of the kind that is wanted, from the gradients of these texts."""
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
         points = []
         for point in self.points:
             with self.loaded.path.at(point), self._thinned():
                 if self.geometry.kind == "kfac":
                     factors = self._factor_moments(good, encoded, meter)
-                    if not factors.examples:
+                    if not factors.examples and meter:
                         meter.tell("no example of the sample has a gradient: gradients are left as they are")
                     points.append(kfac_scales(factors, self.geometry.exponent, self.geometry.damping))
                 else:
@@ -395,7 +398,7 @@ class Attributor:
         return Geometry(points)
 
     def _factor_moments(
-        self, good: Sequence[int], encoded: Sequence[Encoded], meter: _Meter
+        self, good: Sequence[int], encoded: Sequence[Encoded], meter: _Meter | None
     ) -> FactorMoments:
         """The moments of the factors of these examples' gradients, where the model stands.
 
