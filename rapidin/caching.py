@@ -108,12 +108,13 @@ class CachingLoop:
     def _rows(self, n: int) -> range:
         """The rows of shard n that are still to be made."""
         manifest = self.writer.manifest
-        first = n * manifest.shard_rows
-        return range(first + manifest.rows_there(n), first + manifest.rows_of(n))
+        first, there = n * manifest.shard_rows, manifest.shard_at(n)
+        return range(first + (there.rows if there else 0), first + manifest.rows_of(n))
 
     def _needs_sample(self) -> bool:
         """Whether a row that is still to be made is one of the sample."""
-        return any(row in self._place for n in self.writer.missing for row in self._rows(n))
+        missing, each = set(self.writer.missing), self.writer.manifest.shard_rows
+        return any(row // each in missing and row in self._rows(row // each) for row in self.sample)
 
     def sampled_rows(self) -> int:
         """Rows whose sketches wait in the sample's folder, while no shard holds them."""

@@ -400,7 +400,7 @@ class CacheWriter:
         """Write the rows of shard n that are not there and record it in the manifest; both are on disk when
         this returns. Raises UserError where they cannot be, or the rows that are there are altered."""
         first, folder = n * self.manifest.shard_rows, self.folder
-        before = next((shard for shard in self.manifest.shards if shard.first == first), None)
+        before = self.manifest.shard_at(n)
         if before is not None:
             problem = _altered(folder, before)
             if problem:
