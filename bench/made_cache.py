@@ -16,8 +16,8 @@ def write_cache(folder: Path, blocks: int, width: int, rows: int) -> None:
     manifest = Manifest(
         model={"source": {}, "identity": {}},
         sketch={"projection": "tensor", "width": width, "seed": 0, "hash": "lowbias32-1"},
-        gradient={},
-        text={},
+        gradient={"at": [1.0], "loss": "mean", "include": [], "exclude": []},
+        text={"eos": True, "max_length": 1, "too_long": "truncate"},
         data={},
         code=pack.Format("float16"),
         rows=rows,

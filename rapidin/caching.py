@@ -7,9 +7,11 @@ them again.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 
 import torch
@@ -22,6 +24,7 @@ from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
 from rapidin.examples import Examples, record_hash
 from rapidin.pack import Basis, Code, PackedCode
+from rapidin.stopping import Stop
 from rapidin.transfer import Download, upload
 
 SHARD_BYTES = 16 << 20  # a killed run loses at most this much, and a file this large is read at full speed
@@ -35,8 +38,11 @@ Sketch = Callable[[Sequence[Encoded]], tuple[Tensor, Tensor]]
 Finish = Callable[[], tuple[Rows, dict[str, int]]]
 
 
-def shard_rows(manifest: Manifest) -> int:
-    """Rows of a shard: 16 MiB, but no more work than a killed run may lose, and few enough files."""
+def shard_rows(manifest: Manifest, folder: Path) -> int:
+    """Rows of a shard: as in the cache that is there, else 16 MiB, but no more work than a killed run may
+    lose, and few enough files."""
+    with contextlib.suppress(UserError):
+        return Manifest.read(folder).shard_rows
     by_bytes = max(32, SHARD_BYTES // manifest.row_bytes)
     return min(8192, by_bytes, max(1024, manifest.rows // 128))
 
@@ -71,27 +77,44 @@ class CachingLoop:
         self.sketch, self.device, self.tell = sketch, device, tell
         manifest = writer.manifest
         wanted = manifest.code.sample
-        self.sample = sample_rows(manifest.rows, wanted, manifest.sketch["seed"]) if wanted else []
+        # Where examples were added since, the code keeps what it has learnt from those before.
+        self.sample = sample_rows(manifest.rows_begun, wanted, manifest.sketch["seed"]) if wanted else []
         self._place = {row: n for n, row in enumerate(self.sample)}
         self._sampled: Cache | None = None
 
     def run(self) -> None:
-        """Learn what is to be learnt, and write every missing shard."""
+        """Learn what is to be learnt, and write every missing shard.
+
+        SIGINT and SIGTERM wait until the shard in hand is written.
+        """
         manifest = self.writer.manifest
         if not self.writer.missing:
             shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
             return
-        if self.sample:
-            self._sketch_sample()
-        if manifest.code.dtype in pack.PACKED and manifest.packing is None:
-            self._fit()
-        code = self.writer.code.to(self.device)
-        with _WriterThread(self.writer) as thread:
-            for n in self.writer.missing:
-                first = n * manifest.shard_rows
-                thread.write(n, self._shard(range(first, first + manifest.rows_of(n)), code))
-        self._sampled = None
-        shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
+        with Stop(self.tell) as stop:
+            if self.sample and (manifest.packing is None or self._needs_sample()):
+                self._sketch_sample(stop)
+            stop.check()
+            if manifest.code.dtype in pack.PACKED and manifest.packing is None:
+                self._fit()
+            code = self.writer.code.to(self.device)
+            with _WriterThread(self.writer) as thread:
+                for n in self.writer.missing:
+                    stop.check()
+                    thread.write(n, self._shard(self._rows(n), code))
+            self._sampled = None
+            shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
+
+    def _rows(self, n: int) -> range:
+        """The rows of shard n that are still to be made."""
+        manifest = self.writer.manifest
+        first, there = n * manifest.shard_rows, manifest.shard_at(n)
+        return range(first + (there.rows if there else 0), first + manifest.rows_of(n))
+
+    def _needs_sample(self) -> bool:
+        """Whether a row that is still to be made is one of the sample."""
+        missing, each = set(self.writer.missing), self.writer.manifest.shard_rows
+        return any(row // each in missing and row in self._rows(row // each) for row in self.sample)
 
     def sampled_rows(self) -> int:
         """Rows whose sketches wait in the sample's folder, while no shard holds them."""
@@ -112,10 +135,11 @@ class CachingLoop:
 
     # ------------------------------------------------------------------------------------ learning
 
-    def _sketch_sample(self) -> None:
+    def _sketch_sample(self, stop: Stop) -> None:
         whole = self.writer.manifest
+        data = {key: value for key, value in whole.data.items() if key != "begun"}
         manifest = Manifest(
-            whole.model, whole.sketch, whole.gradient, whole.text, whole.data, pack.Format("float16"),
+            whole.model, whole.sketch, whole.gradient, whole.text, data, pack.Format("float16"),
             rows=len(self.sample), shard_rows=32, layers=whole.layers,
         )  # fmt: skip
         folder = self.writer.sample_folder
@@ -123,6 +147,7 @@ class CachingLoop:
             if writer.missing:
                 self.tell(f"learning the code from a sample of {len(self.sample):,} examples first")
             for n in writer.missing:
+                stop.check()
                 chosen = self.sample[n * manifest.shard_rows :][: manifest.rows_of(n)]
                 thread.write(n, self._shard(chosen, writer.code))
         self._sampled = Cache(folder)
@@ -154,8 +179,8 @@ class CachingLoop:
 
     def _shard(self, wanted: Sequence[int], code: Code) -> Finish:
         """Make the sketches of these rows and pack them, on a GPU without waiting for it."""
-        records = [self.examples[row] for row in wanted]
-        encoded = [self.encoder(record) for record in records]
+        records = [self.examples.get(row) for row in wanted]
+        encoded = [self.encoder.example(record) for record in records]
         names = list(code.fields())
         under_way: list[tuple[list[int], Download]] = []
         for group in self._groups(encoded):

@@ -108,13 +108,14 @@ def query(
         check_writable(json)
     console = messages(quiet)
     with quiet_libraries():
+        from rapidin.examples import files
         from rapidin.scan import training_data
 
         ensemble = open_caches(cache)
         opened = ensemble.caches[-1]
         generations = _generations(ask, prompt, completion, data, str(opened.manifest.data.get("form")))
         # Before the model: a file that has moved shows at once.
-        examples = training_data(opened, False if no_text else train_data)
+        examples = training_data(opened, False if no_text else files(train_data))
         ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code)
         with console.status(f"explaining {len(generations):,} among {len(opened):,} examples"):
             results = ready.query(
