@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from rapidin import caching, pack
-from rapidin.cache import Cache, CacheWriter, Manifest, other_model
+from rapidin import caching, distributed, pack
+from rapidin.cache import Cache, CacheWriter, Manifest, ShardWriter, other_model
 from rapidin.cache.manifest import gradient_settings
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError, short
@@ -39,7 +39,8 @@ class Progress:
     """How far caching is.
 
     done of total examples, of which `resumed` were there already; tokens: read by this run;
-    skipped: examples without a sketch in this run; message: something to tell the user, once."""
+    skipped: examples without a sketch in this run; message: something to tell the user, once. Of several
+    processes, all count."""
 
     done: int
     total: int
@@ -282,6 +283,7 @@ class Attributor:
         sample: int | None = None,
         limit: int | None = None,
         shard_rows: int | None = None,
+        part: tuple[int, int] | None = None,
         on_progress: OnProgress | None = None,
     ) -> Cache:
         """Sketch every example's gradient into the cache at `path`, going on where an earlier run stopped.
@@ -289,8 +291,11 @@ class Attributor:
         examples: anything `rapidin.examples.open_examples` takes. dtype: of the numbers kept, by default
         float16, or with a budget sign. bytes: a budget an example, all told, that a code is fitted to.
         sample: examples that the code learns from, 0 for none; by default 1,024 with a budget, none without.
-        limit: the first so many. shard_rows: rows of a shard, by default what fills 16 MiB. Raises UserError
-        where the data, the folder or the disk will not do.
+        limit: the first so many. shard_rows: rows of a shard, by default what fills 16 MiB. part: (i, n) for
+        the i-th of n parts (every n-th shard), that `rapidin.cache.merge` puts together; (0, n) for what all
+        parts have in common, geometry and code. on_progress is called in the leading process alone. Raises
+        UserError where the data, the folder or the disk will not do, and PeerError where another process of
+        the run is gone.
         """
         code = self.format(dtype=dtype, bytes=bytes, sample=sample)
         if not isinstance(examples, Examples):
@@ -301,21 +306,39 @@ class Attributor:
         manifest.shard_rows = shard_rows or caching.shard_rows(manifest)
         if manifest.shard_rows < 1:
             raise UserError(f"--shard-rows {shard_rows} is less than 1")
-        with CacheWriter(path, manifest) as writer:
+        number, parts = part or (1, 1)
+        if not 0 <= number <= parts or parts < 1:
+            raise UserError(f"--part {number}/{parts} is none of {parts} parts", "as in --part 1/4")
+        world = distributed.world()
+        with caching.open_writer(Path(path), manifest, world, (max(0, number - 1), parts)) as writer:
             loop = caching.CachingLoop(
                 writer,
+                world,
                 examples,
                 self.encoder,
                 lambda encoded: self._sketch(encoded, meter),
                 self.loaded.device,
                 lambda message: meter.tell(message),
+                learn_only=not number,
             )
-            meter = _Meter(on_progress, writer.manifest, loop.sampled_rows())
+            meter = _Meter(on_progress if world.leads else None, writer, world, loop.sampled_rows())
             if self.sketcher.one_by_one:
                 meter.tell(self._one_by_one())
-            self._settle_geometry(writer, examples, meter)
+            idle = world.size * 2 > len(writer.missing) > 0 and not world.alone
+            if idle:
+                meter.tell(
+                    f"{len(writer.missing)} shards for {world.size} processes: a smaller --shard-rows would "
+                    "keep all of them busy to the end"
+                )
+            if isinstance(writer, CacheWriter):
+                self._settle_geometry(writer, examples, meter)
+            caching.agree(writer, world)
+            if not world.leads:
+                self._take_up(Geometry.read(writer.manifest))
             loop.run()
             meter.settle(wait=True)
+            world.meet()
+            meter.tell(None, now=True)
         return Cache(path)
 
     def format(
@@ -587,12 +610,15 @@ def _on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> Ten
 class _Meter:
     """Counts what caching does and tells the caller."""
 
-    def __init__(self, on_progress: OnProgress | None, manifest: Manifest, sampled: int) -> None:
+    def __init__(
+        self, on_progress: OnProgress | None, writer: ShardWriter, world: distributed.World, sampled: int
+    ) -> None:
         """sampled: examples sketched by an earlier run that wait for their shards."""
         self._tell = on_progress
-        self._resumed = manifest.rows_done + sampled
-        self._total = manifest.rows
-        self._done, self._tokens, self._skipped = self._resumed, 0, 0
+        rows_of = writer.manifest.rows_of
+        self._total = sum(map(rows_of, writer.wanted))
+        self._resumed = self._total - sum(map(rows_of, writer.missing)) + sampled
+        self._tally = world.tally(3)  # done, tokens, skipped
         self._under_way: list[tuple[int, int, Download | None]] = []
         self.tell(None)
 
@@ -609,13 +635,15 @@ class _Meter:
                 return
             del self._under_way[0]
             self.add(done, tokens, skipped=0 if skipped is None else int(skipped.wait()[0]))
+        if wait:
+            self._tally.total(now=True)
 
     def add(self, done: int, tokens: int, *, skipped: int) -> None:
-        self._done += done
-        self._tokens += tokens
-        self._skipped += skipped
+        self._tally.add(done, tokens, skipped)
         self.tell(None)
 
-    def tell(self, message: str | None) -> None:
+    def tell(self, message: str | None, *, now: bool = False) -> None:
+        done, tokens, skipped = self._tally.total(now=now)
         if self._tell:
-            self._tell(Progress(self._done, self._total, self._tokens, self._skipped, self._resumed, message))
+            done += self._resumed
+            self._tell(Progress(done, self._total, tokens, skipped, self._resumed, message))

@@ -2,22 +2,26 @@
 
 Where the code learns from a sample, that comes first: the sample's sketches go into a small float16 cache
 inside the folder, so that a killed run goes on there too, and the shards take them from it instead of making
-them again.
+them again. Several processes share the sample and the shards: each takes the next that nobody has taken, one of
+them keeps the manifest and fits the code.
 """
 
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
 from rapidin import ops, pack
-from rapidin.cache import Cache, CacheWriter, Manifest
+from rapidin.cache import Cache, CacheWriter, Manifest, ShardWriter
 from rapidin.cache.shards import Rows
+from rapidin.distributed import World
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
 from rapidin.examples import Examples, record_hash
@@ -26,6 +30,7 @@ from rapidin.transfer import Download, upload
 
 SHARD_BYTES = 16 << 20  # a killed run loses at most this much, and a file this large is read at full speed
 GROUP_BYTES = 32 << 20  # sketches held in float32 at a time
+MOST_SHARDS = 16384  # the manifest names each, and is written anew after each
 GPU_GROUP_BYTES = 128 << 20  # the same on a GPU, whose kernels want more rows than a CPU's caches
 
 # Sketches [n, blocks, width] of texts, their status [n] uint8, both on the model's device; reports examples,
@@ -38,7 +43,28 @@ Finish = Callable[[], tuple[Rows, dict[str, int]]]
 def shard_rows(manifest: Manifest) -> int:
     """Rows of a shard: 16 MiB, but no more work than a killed run may lose, and few enough files."""
     by_bytes = max(32, SHARD_BYTES // manifest.row_bytes)
-    return min(8192, by_bytes, max(1024, manifest.rows // 128))
+    return max(min(8192, by_bytes, max(1024, manifest.rows // 128)), manifest.rows // MOST_SHARDS)
+
+
+def open_writer(
+    folder: Path, manifest: Manifest, world: World, part: tuple[int, int] | None = None
+) -> ShardWriter:
+    """The writer of this process: the leader's keeps the manifest. UserError as `CacheWriter`'s, and where what
+    another process would cache is not what the leader would."""
+    if world.leads:
+        writer = CacheWriter(folder, manifest, part)
+        world.share(lambda: writer.manifest.data_bytes)
+        return writer
+    theirs = Manifest.of_bytes(world.share(lambda: b""), folder)
+    theirs.refuse_unless_same(manifest, folder)
+    return ShardWriter(folder, theirs, part)
+
+
+def agree(writer: ShardWriter, world: World) -> None:
+    """The leader's manifest counts for all, once it has come this far."""
+    if not world.alone:
+        data = world.share(lambda: writer.manifest.data_bytes)
+        writer.manifest = Manifest.of_bytes(data, writer.folder)
 
 
 def sample_rows(rows: int, size: int, seed: int, stream: int = 17) -> list[int]:
@@ -56,18 +82,23 @@ def sample_rows(rows: int, size: int, seed: int, stream: int = 17) -> list[int]:
 
 
 class CachingLoop:
-    """Fills a cache. device: where sketches are made and packed; tell: something to say to the user, once."""
+    """Fills a cache. device: where sketches are made and packed; tell: something to say to the user, once;
+    learn_only: stop when the code has learnt."""
 
     def __init__(
         self,
-        writer: CacheWriter,
+        writer: ShardWriter,
+        world: World,
         examples: Examples,
         encoder: Encoder,
         sketch: Sketch,
         device: torch.device,
         tell: Callable[[str], None],
+        *,
+        learn_only: bool = False,
     ) -> None:
-        self.writer, self.examples, self.encoder = writer, examples, encoder
+        self.writer, self.world, self.examples, self.encoder = writer, world, examples, encoder
+        self.learn_only = learn_only
         self.sketch, self.device, self.tell = sketch, device, tell
         manifest = writer.manifest
         wanted = manifest.code.sample
@@ -78,25 +109,46 @@ class CachingLoop:
     def run(self) -> None:
         """Learn what is to be learnt, and write every missing shard."""
         manifest = self.writer.manifest
-        if not self.writer.missing:
-            shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
-            return
-        if self.sample:
-            self._sketch_sample()
-        if manifest.code.dtype in pack.PACKED and manifest.packing is None:
-            self._fit()
-        code = self.writer.code.to(self.device)
-        with _WriterThread(self.writer) as thread:
-            for n in self.writer.missing:
-                first = n * manifest.shard_rows
-                thread.write(n, self._shard(range(first, first + manifest.rows_of(n)), code))
+        if self.writer.missing:
+            if self.sample:
+                self._sketch_sample()
+            if manifest.code.dtype in pack.PACKED and manifest.packing is None:
+                if self.world.leads:
+                    self._fit()
+                agree(self.writer, self.world)
+        if self.writer.missing and not self.learn_only:
+            code = self.writer.code.to(self.device)
+            rows, rows_of = manifest.shard_rows, manifest.rows_of
+            self._fill(self.writer, lambda n: self._shard(range(n * rows, n * rows + rows_of(n)), code))
         self._sampled = None
-        shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
+        if self.world.leads and not self.learn_only:
+            shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
+
+    def _fill(self, writer: ShardWriter, make: Callable[[int], Finish]) -> None:
+        """Write the missing shards, all processes together; all are in the manifest when this returns."""
+        with _WriterThread(writer) as thread:
+            for n in self.world.take(writer.missing):
+                thread.write(n, make(n))
+        if isinstance(writer, CacheWriter):
+            self.world.meet(writer.take_up)
+            writer.take_up()
+            patience = time.monotonic() + self.world.patience
+            while writer.missing and time.monotonic() < patience:  # a network's folder may show files late
+                time.sleep(0.2)
+                writer.take_up()
+            if writer.missing:
+                raise UserError(
+                    f"{len(writer.missing)} shards that other processes wrote are not in '{writer.folder}'",
+                    "name a folder with --out that all machines share, or see --part",
+                )
+        else:
+            self.world.meet()
+        agree(writer, self.world)
 
     def sampled_rows(self) -> int:
         """Rows whose sketches wait in the sample's folder, while no shard holds them."""
         folder = self.writer.sample_folder
-        if not self.sample or not folder.exists():
+        if not self.sample or not self.world.leads or not folder.exists():
             return 0
         try:
             done = Manifest.read(folder)
@@ -119,12 +171,15 @@ class CachingLoop:
             rows=len(self.sample), shard_rows=32, layers=whole.layers,
         )  # fmt: skip
         folder = self.writer.sample_folder
-        with CacheWriter(folder, manifest) as writer, _WriterThread(writer) as thread:
+        with open_writer(folder, manifest, self.world) as writer:
             if writer.missing:
                 self.tell(f"learning the code from a sample of {len(self.sample):,} examples first")
-            for n in writer.missing:
+
+            def make(n: int) -> Finish:
                 chosen = self.sample[n * manifest.shard_rows :][: manifest.rows_of(n)]
-                thread.write(n, self._shard(chosen, writer.code))
+                return self._shard(chosen, writer.code)
+
+            self._fill(writer, make)
         self._sampled = Cache(folder)
 
     def _fit(self) -> None:
@@ -144,6 +199,7 @@ class CachingLoop:
             if self.device.type == "cuda" and pack.learning_bytes(units) < _free(self.device):
                 units = units.to(self.device)
             learnt = pack.learn(units, pack.HEAD).cpu()
+        assert isinstance(self.writer, CacheWriter)
         shape = pack.fit(manifest.code, blocks, width, learnt)
         if learnt is not None and self._sampled is not None:
             basis = Basis.of(learnt, shape, self._sampled.lengths(good), seed).rounded()
@@ -246,7 +302,7 @@ def _free(device: torch.device) -> int:
 class _WriterThread:
     """Shards go to disk while the next one is made; one at a time, in order, none lost when this ends."""
 
-    def __init__(self, writer: CacheWriter) -> None:
+    def __init__(self, writer: ShardWriter) -> None:
         self._writer = writer
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rapidin-shards")
         self._pending: Future[None] | None = None

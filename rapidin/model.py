@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rapidin.distributed import world
 from rapidin.errors import UserError
 
 DEFAULT_AT = (
@@ -154,8 +155,7 @@ def load_model(
     """
     if adapter is not None and base is not None:
         raise UserError("an adapter knows its base model", "give --adapter or --base, not both")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = world().device(device)
     try:
         on_cpu = torch.device(device).type == "cpu"
     except RuntimeError:

@@ -11,11 +11,12 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rapidin.cache import receipts
 from rapidin.cache.manifest import NAME, Manifest, Packing, Shard, geometry_words, shard_name
 from rapidin.cache.shards import (
     Rows,
@@ -30,6 +31,9 @@ from rapidin.cache.shards import (
 from rapidin.errors import UserError
 from rapidin.layers import Block
 from rapidin.pack import FLOATS, Basis, Code, FloatCode, PackedCode, Shape
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _LOCK = ".lock"
 _SAMPLE = "sample"
@@ -231,8 +235,61 @@ def _size_problem(folder: Path, shard: Shard) -> str | None:
     )
 
 
-class CacheWriter:
-    """Writes shards into a folder, one writer at a time; goes on where an earlier one stopped.
+class ShardWriter:
+    """Writes shards of a cache whose manifest another process keeps, and leaves a receipt of each.
+
+    part: (i, n) for every n-th shard from number i on, None for all.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest, part: tuple[int, int] | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest = manifest
+        self.part = part
+
+    @property
+    def wanted(self) -> list[int]:
+        """Numbers of the shards that are this writer's to write, done or not."""
+        start, step = self.part or (0, 1)
+        return list(range(start, self.manifest.shards_in_all, step))
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of those still to be written."""
+        done = {shard.first // self.manifest.shard_rows for shard in self.manifest.shards}
+        return [n for n in self.wanted if n not in done]
+
+    @property
+    def sample_folder(self) -> Path:
+        """Where the sketches of the sample wait until the cache is complete."""
+        return self.folder / _SAMPLE
+
+    @property
+    def code(self) -> Code:
+        """How rows are packed, with what it has learnt."""
+        return code_of(self.manifest, self.folder)
+
+    def write(self, n: int, rows: Rows, counts: dict[str, int]) -> None:
+        """Write shard n and its receipt; both are on disk when this returns."""
+        receipts.leave(self.folder, self._write(n, rows, counts))
+
+    def _write(self, n: int, rows: Rows, counts: dict[str, int]) -> Shard:
+        return write_shard(self.folder, shard_name(n), n * self.manifest.shard_rows, rows, counts)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class CacheWriter(ShardWriter):
+    """Writes shards into a folder and keeps its manifest, one such writer at a time; goes on where an earlier
+    one stopped, and takes up what `ShardWriter`s wrote beside it.
 
     >>> with CacheWriter(folder, manifest) as writer:
     ...     for n in writer.missing:
@@ -242,9 +299,8 @@ class CacheWriter:
     describes, where another process writes it, or where the disk is too small.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest) -> None:
-        self.folder = Path(folder)
-        self.manifest = manifest
+    def __init__(self, folder: str | Path, manifest: Manifest, part: tuple[int, int] | None = None) -> None:
+        super().__init__(folder, manifest, part)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             others = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(_LOCK))
@@ -280,6 +336,8 @@ class CacheWriter:
                 )
             found.shards = [shard for shard in found.shards if _size_problem(self.folder, shard) is None]
             self.manifest = found
+            self.record(receipts.found(self.folder, found, checked=True))
+            receipts.forget_all(self.folder)
         needed = sum(self.manifest.rows_of(n) for n in self.missing) * self.manifest.row_bytes
         free = shutil.disk_usage(self.folder).free
         if needed > free:
@@ -288,22 +346,6 @@ class CacheWriter:
                 "name a folder on a larger disk, or lower --width",
             )
         self.manifest.write(self.folder)
-
-    @property
-    def missing(self) -> list[int]:
-        """Numbers of the shards still to be written."""
-        done = {shard.first // self.manifest.shard_rows for shard in self.manifest.shards}
-        return [n for n in range(self.manifest.shards_in_all) if n not in done]
-
-    @property
-    def sample_folder(self) -> Path:
-        """Where the sketches of the sample wait until the cache is complete."""
-        return self.folder / _SAMPLE
-
-    @property
-    def code(self) -> Code:
-        """How rows are packed, with what it has learnt."""
-        return code_of(self.manifest, self.folder)
 
     def set_geometry(self, data: bytes) -> None:
         """Write the geometry's file, before any sketch is made with it."""
@@ -321,18 +363,27 @@ class CacheWriter:
 
     def write(self, n: int, rows: Rows, counts: dict[str, int]) -> None:
         """Write shard n and record it in the manifest; both are on disk when this returns."""
-        shard = write_shard(self.folder, shard_name(n), n * self.manifest.shard_rows, rows, counts)
-        self.manifest.shards = sorted([*self.manifest.shards, shard], key=lambda s: s.first)
-        self.manifest.write(self.folder)
+        self._take_up([self._write(n, rows, counts)])
+
+    def take_up(self) -> None:
+        """Record the shards that other processes wrote; when none is missing, no receipt is left."""
+        self._take_up([])
+        if not self.missing:
+            receipts.forget_all(self.folder)
+
+    def _take_up(self, shards: list[Shard]) -> None:
+        """Record these shards and, with them, those that there are receipts of."""
+        own = {shard.first for shard in shards}
+        written = [s for s in receipts.found(self.folder, self.manifest) if s.first not in own]
+        self.record([*shards, *written])
+        receipts.forget(self.folder, written)
+
+    def record(self, shards: list[Shard]) -> None:
+        """Put shards that are on disk into the manifest, which is on disk when this returns."""
+        if shards:
+            self.manifest.shards = sorted([*self.manifest.shards, *shards], key=lambda s: s.first)
+            self.manifest.write(self.folder)
 
     def close(self) -> None:
-        """Let another writer in."""
+        """Let another writer in; receipts that are left come to it as well."""
         self._lock.close()
-
-    def __enter__(self) -> CacheWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

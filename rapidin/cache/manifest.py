@@ -122,6 +122,11 @@ class Manifest:
         """Rows of shard n."""
         return max(0, min(self.shard_rows, self.rows - n * self.shard_rows))
 
+    def has(self, shard: Shard) -> bool:
+        """Whether such a shard is one of this cache's."""
+        n, rest = divmod(shard.first, self.shard_rows)
+        return not rest and shard.file == shard_name(n) and shard.rows == self.rows_of(n) > 0
+
     @property
     def width(self) -> int:
         """Bins of a block."""
@@ -188,10 +193,14 @@ class Manifest:
             "shards": [asdict(shard) for shard in self.shards],
         }
 
+    @property
+    def data_bytes(self) -> bytes:
+        """The bytes of the manifest's file."""
+        return (json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n").encode()
+
     def write(self, folder: Path) -> None:
         """Replace the folder's manifest, atomically and on disk when this returns."""
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
-        replace_file(folder / NAME, text.encode())
+        replace_file(folder / NAME, self.data_bytes)
 
     @staticmethod
     def read(folder: Path) -> Manifest:
@@ -205,7 +214,15 @@ class Manifest:
                 raise UserError(f"'{folder}' holds several caches", f"name one of them: {', '.join(members)}")
             raise UserError(f"'{folder}' is no cache: it has no {NAME}")
         try:
-            value = json.loads(path.read_bytes())
+            return Manifest.of_bytes(path.read_bytes(), folder)
+        except OSError as error:
+            raise UserError(f"cannot read '{path}': {error.strerror}") from None
+
+    @staticmethod
+    def of_bytes(data: bytes, folder: Path) -> Manifest:
+        """The manifest of the cache in `folder` from the bytes of its file; UserError where it is damaged."""
+        try:
+            value = json.loads(data)
             if not isinstance(value, dict) or value.get("format") != FORMAT:
                 raise ValueError("it is not a rapidin manifest")
             if value.get("version") != VERSION:
@@ -219,10 +236,8 @@ class Manifest:
             return manifest
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(
-                f"'{path}' is damaged: {type(error).__name__} {short(error)}", "cache again"
+                f"'{folder / NAME}' is damaged: {type(error).__name__} {short(error)}", "cache again"
             ) from None
-        except OSError as error:
-            raise UserError(f"cannot read '{path}': {error.strerror}") from None
 
     @staticmethod
     def _of_json(value: Mapping[str, Any]) -> Manifest:
@@ -240,7 +255,7 @@ class Manifest:
             shard_rows=_count(value["shard_rows"]),
             layers=[Block.from_json(block) for block in value["layers"]],
             packing=None if value["packing"] is None else Packing.from_json(value["packing"]),
-            shards=[_shard(shard) for shard in value["shards"]],
+            shards=[shard_of_json(shard) for shard in value["shards"]],
         )
         if not manifest.layers:
             raise ValueError("no layers")
@@ -255,11 +270,8 @@ class Manifest:
             raise ValueError("no rows a shard")
         next_first = 0
         for shard in manifest.shards:
-            n, rest = divmod(shard.first, manifest.shard_rows)
-            if rest or shard.first < next_first or shard.file != shard_name(n):
-                raise ValueError(f"the shard {short(shard.file)} is out of order")
-            if shard.rows != manifest.rows_of(n) or shard.rows < 1:
-                raise ValueError(f"the shard {short(shard.file)} has the wrong number of rows")
+            if shard.first < next_first or not manifest.has(shard):
+                raise ValueError(f"the shard {short(shard.file)} is out of order, or has the wrong rows")
             next_first = shard.first + shard.rows
         return manifest
 
@@ -351,7 +363,8 @@ def _count(value: Any) -> int:
     return value
 
 
-def _shard(value: Mapping[str, Any]) -> Shard:
+def shard_of_json(value: Any) -> Shard:
+    """The shard that `asdict` gave; KeyError, TypeError or ValueError where it is none."""
     if not isinstance(value, dict) or not isinstance(value["counts"], dict):
         raise ValueError(f"{short(value)} is no shard")
     counts = {str(k): _count(n) for k, n in value["counts"].items()}

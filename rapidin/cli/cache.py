@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from rapidin.thinning import Thinning
 
 
-@command("cache")
+@command("cache", several=True)
 def cache(
     model: Annotated[
         str,
@@ -152,6 +152,15 @@ def cache(
             show_default=False,
         ),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only the I-th of N parts, for machines without a common folder: 'rapidin merge' puts them "
+            "together. 0/N: only what all parts share.",
+            show_default=False,
+        ),
+    ] = None,
     checkpoints: Annotated[
         str | None,
         typer.Option(
@@ -190,7 +199,7 @@ def cache(
     from rapidin import report
     from rapidin.examples import open_examples
 
-    where = points(at)
+    where, of_parts = points(at), _part(part)
     console = messages(quiet)
     jobs = _jobs(model, adapter, base, checkpoints, masks, dropout, out)
     with console.status("reading the data"):
@@ -243,11 +252,15 @@ def cache(
                         bytes=bytes,
                         sample=sample,
                         shard_rows=shard_rows,
+                        part=of_parts,
                         on_progress=bar,
                     )
                 except KeyboardInterrupt as stop:
                     raise type(stop)(_how_to_go_on(job.out, len(examples))) from None
         if quiet or bar.last is None:
+            continue
+        if of_parts and not of_parts[0]:
+            line(f"what all parts share is in {job.out}; copy it to each machine, and go on with --part 1/N")
             continue
         info = cache.info()
         here = bar.last.done - bar.last.resumed
@@ -257,7 +270,7 @@ def cache(
             if bar.last.resumed:
                 did += f" after the {bar.last.resumed:,} that were there"
         else:
-            did = f"all {len(examples):,} examples were there already"
+            did = f"all {bar.last.total:,} examples were there already"
         line(f"{did}: {report.counts_text(info['counts'])}; {report.bytes_text(info['bytes'])} in {job.out}")
 
 
@@ -283,6 +296,7 @@ def _jobs(
     """The caches that a command makes; of several, `out` says what they are."""
     if checkpoints is None and masks is None:
         return [_Job(out, (model, adapter, base))]
+    from rapidin.distributed import world
     from rapidin.ensemble import Ensemble, find_checkpoints
     from rapidin.thinning import Thinning
 
@@ -294,7 +308,8 @@ def _jobs(
             raise UserError("both --checkpoints and --masks", "give one of them")
         thinned = [Thinning(dropout, number) for number in range(masks)]
         names = [f"mask-{number}" for number in range(masks)]
-        Ensemble.write(folder, "mean", [(name, 1.0) for name in names])
+        if world().leads:
+            Ensemble.write(folder, "mean", [(name, 1.0) for name in names])
         return [
             _Job(str(folder / name), (model, adapter, base), thinning, f"{name}: ")
             for name, thinning in zip(names, thinned, strict=True)
@@ -303,14 +318,26 @@ def _jobs(
     if adapter is not None:
         raise UserError("both --checkpoints and --adapter", "checkpoints of an adapter hold their own")
     found, rated = find_checkpoints(checkpoints)
-    if not rated:
+    leads = world().leads
+    if not rated and leads:
         line(f"no learning rates in {checkpoints}: steps weigh alike")
-    Ensemble.write(folder, "tracin", [(each.path.name, each.weight) for each in found])
+    if leads:
+        Ensemble.write(folder, "tracin", [(each.path.name, each.weight) for each in found])
     jobs = []
     for each in found:
         of = (model, str(each.path), None) if each.is_adapter else (str(each.path), None, base)
         jobs.append(_Job(str(folder / each.path.name), of, words=f"{each.path.name}: "))
     return jobs
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    """The numbers of --part; UserError where they are none."""
+    if text is None:
+        return None
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal()):
+        raise UserError(f"--part {text} is not two numbers", "as in --part 1/4")
+    return int(number), int(parts)
 
 
 def _how_to_go_on(out: str, wanted: int) -> str:

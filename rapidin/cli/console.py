@@ -26,11 +26,12 @@ def line(text: str) -> None:
 
 
 def messages(quiet: bool) -> "Console":
-    """Where progress goes: standard error, and nowhere when quiet."""
+    """Where progress goes: standard error, and nowhere when quiet or another process speaks."""
     from rapidin import report
+    from rapidin.distributed import world
 
     console = report.console(sys.stderr)
-    return report.console(open(os.devnull, "w")) if quiet else console
+    return report.console(open(os.devnull, "w")) if quiet or not world().leads else console
 
 
 @contextmanager
