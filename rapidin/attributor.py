@@ -25,7 +25,7 @@ from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Pr
 from rapidin.layers import coverage, find_targets, layer_table
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 from rapidin.pack import Format
-from rapidin.query import Clock, Generation, Part, Scoring, explain
+from rapidin.query import Clock, Generation, Part, Scoring, explain, leaders
 from rapidin.query import scores as all_scores
 from rapidin.thinning import Thinning
 from rapidin.transfer import Download, upload
@@ -518,18 +518,16 @@ class Attributor:
         method, damping: see `rapidin.methods`. together: one ranking for all generations as a target set, the
         mean of their scores by the records' field `weight` (1 where it is missing; negative: less of it).
         examples: the training data, to show with the hits, by default from where the cache was made; False
-        for none. Raises UserError where a generation has no token to explain.
+        for none. Of several processes (`rapidin.distributed`) each scans its part, and the leading one gets
+        the hits, the others none. Raises UserError where a generation has no token to explain.
         """
         scoring = Scoring(normalize, method, damping, together)
         scoring.check()
         if top_k < 1:
             raise UserError(f"--top-k {top_k} is less than 1")
         cache, clock = self._checked(cache), Clock()
-        texts = self.generations(generations, max_new_tokens)
-        clock.lap("generate")
-        part = Part(cache, self.query_sketches(texts))
-        clock.lap("sketch")
-        return explain([part], texts, scoring, top_k=top_k, examples=examples, clock=clock)
+        texts, parts = self._parts(cache, generations, max_new_tokens, clock)
+        return explain(parts, texts, scoring, top_k=top_k, examples=examples, clock=clock)
 
     def scores(
         self,
@@ -548,9 +546,20 @@ class Attributor:
         """
         scoring = Scoring(normalize, method, damping, together)
         scoring.check()
-        cache = self._checked(cache)
-        texts = self.generations(generations, max_new_tokens)
-        return all_scores([Part(cache, self.query_sketches(texts))], texts, scoring)
+        texts, parts = self._parts(self._checked(cache), generations, max_new_tokens, Clock())
+        return all_scores(parts, texts, scoring)
+
+    def _parts(
+        self, cache: Cache, generations: Sequence[Any], max_new_tokens: int, clock: Clock
+    ) -> tuple[list[Generation], list[Part]]:
+        def make() -> tuple[list[Generation], list[Part]]:
+            texts = self.generations(generations, max_new_tokens)
+            clock.lap("generate")
+            sketch = self.query_sketches(texts)
+            clock.lap("sketch")
+            return texts, [Part(cache, sketch)]
+
+        return leaders([cache], make, device=str(self.loaded.device), everywhere=self.loaded.sharded)
 
     def _checked(self, cache: Cache | str | Path) -> Cache:
         cache = cache if isinstance(cache, Cache) else Cache(cache)

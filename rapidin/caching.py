@@ -141,6 +141,7 @@ class CachingLoop:
                     f"{len(writer.missing)} shards that other processes wrote are not in '{writer.folder}'",
                     "name a folder with --out that all machines share, or see --part",
                 )
+            writer.finish()
         else:
             self.world.meet()
         agree(writer, self.world)

@@ -26,7 +26,7 @@ from rapidin.cache import Cache
 from rapidin.cache.manifest import replace_file
 from rapidin.errors import UserError, short
 from rapidin.hits import QueryResult
-from rapidin.query import Clock, Generation, Part, Scoring, explain
+from rapidin.query import Clock, Generation, Part, Scoring, explain, leaders
 from rapidin.query import scores as all_scores
 
 NAME = "ensemble.json"
@@ -149,7 +149,18 @@ class Ensemble:
     ) -> tuple[list[Generation], list[Part]]:
         """The generations, and every cache with their sketches and its weight for this normalisation.
 
-        One model in memory at a time, the last first: it writes what is to be explained."""
+        One model in memory at a time, the last first: it writes what is to be explained. Of several processes
+        only the leading one loads models, but for those that are spread over all."""
+        return leaders(
+            self.caches,
+            lambda: self._parts(generations, max_new_tokens, normalize, clock),
+            device=self.load.get("device"),
+            everywhere=bool(self.load.get("shard_model")),
+        )
+
+    def _parts(
+        self, generations: Sequence[Any], max_new_tokens: int, normalize: str, clock: Clock
+    ) -> tuple[list[Generation], list[Part]]:
         total = sum(m.weight for m in self.members)
         summed = self.kind == "tracin" and normalize == "none"
         texts: list[Generation] = []

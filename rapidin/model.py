@@ -72,7 +72,8 @@ class LoadedModel:
 
     model: transformers or peft model; tokenizer: its tokenizer; path: from the untuned to the tuned weights;
     trained: names of the parameters an adapter trains (None without one); source: names it was loaded by
-    (model, adapter, base, dtype); identity: hashes of weights and tokenizer.
+    (model, adapter, base, dtype); sharded: each process of a run has a part of every weight
+    (`rapidin.sharding`), so that all make the same passes; identity: hashes of weights and tokenizer.
     """
 
     model: Any
@@ -80,6 +81,7 @@ class LoadedModel:
     path: WeightPath = field(default_factory=WeightPath)
     trained: list[str] | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    sharded: bool = False
     _identity: dict[str, str] | None = None
 
     @property

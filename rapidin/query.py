@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rapidin import methods
 from rapidin.cache import Cache
+from rapidin.distributed import world
 from rapidin.encoding import Encoded, Status
 from rapidin.errors import UserError, short
 from rapidin.hits import QueryResult
@@ -68,6 +69,49 @@ class Part:
     weight: float = 1.0
 
 
+def leaders(
+    caches: Sequence[Cache],
+    make: Callable[[], tuple[list[Generation], list[Part]]],
+    *,
+    device: str | None = None,
+    everywhere: bool = False,
+) -> tuple[list[Generation], list[Part]]:
+    """What `make` gives in the leading process, for all: the others need no model, and all scan for the same bits.
+
+    caches: of which the parts are; device: where the others have their sketches. everywhere: all processes call
+    `make`, since the model is spread over them. The others' generations have their weights and no text.
+    """
+    from safetensors.torch import load, save
+
+    here = world()
+    if here.alone:
+        return make()
+    made = make() if everywhere and not here.leads else None
+
+    def data() -> bytes:
+        nonlocal made
+        texts, parts = made = make()
+        found = {f"sketch {n}": part.sketch.cpu().contiguous() for n, part in enumerate(parts)}
+        found["caches"] = torch.tensor([caches.index(part.cache) for part in parts])
+        found["weights"] = torch.tensor([part.weight for part in parts], dtype=torch.float64)
+        found["texts"] = torch.tensor([text.weight for text in texts], dtype=torch.float64)
+        shared: bytes = save(found)
+        return shared
+
+    found = load(here.share(data))
+    if here.leads:
+        assert made is not None
+        return made
+    nothing = Encoded([], [], Status.EMPTY)
+    texts = [Generation("", "", False, nothing, weight) for weight in found["texts"].tolist()]
+    columns = zip(found["caches"].tolist(), found["weights"].tolist(), strict=True)
+    where = here.device(device)
+    return texts, [
+        Part(caches[cache], found[f"sketch {n}"].to(where), weight)
+        for n, (cache, weight) in enumerate(columns)
+    ]
+
+
 def sources(parts: Sequence[Part], generations: Sequence[Generation], scoring: Scoring) -> list[Source]:
     """What to scan for. Raises UserError where weights are not usable."""
     found = []
@@ -105,11 +149,13 @@ def explain(
     examples: Any,
     clock: Clock,
 ) -> list[QueryResult]:
-    """The hits of each generation, or of all of them together."""
+    """The hits of each generation, or of all of them together; of several processes, for the leader alone."""
     wanted = sources(parts, generations, scoring)
     clock.lap("method")
     top, bottom = scan_cache(wanted, top_k)
     clock.lap("scan")
+    if not world().leads:
+        return []
     cache = parts[0].cache
     source = training_data(cache, examples)
     named = [(g.prompt, g.completion, g.generated) for g in generations]

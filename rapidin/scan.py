@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidin import methods, ops
+from rapidin import distributed, methods, ops
 from rapidin.cache import Cache
 from rapidin.cache.shards import Rows
 from rapidin.errors import UserError
@@ -35,10 +35,19 @@ def scan_cache(sources: Source | Sequence[Source], top_k: int, device: torch.dev
 
     sources: caches of the same examples; rows that are not in all of them, or do not count in one, are left
     out. device: where the rows are scanned, by default where the query's vectors are. To a GPU the shards are
-    copied while those before them are scanned, so that the cache may be larger than its memory. Raises
-    UserError where the caches are of other examples.
+    copied while those before them are scanned, so that the cache may be larger than its memory. Of several
+    processes each scans its part of the shards, and all get the same, which is what one alone would find.
+    Raises UserError where the caches are of other examples.
     """
-    return scan_pieces(*_begin(sources, device), top_k=top_k)
+    world = distributed.world()
+    found = world.gather(scan_pieces(*_begin(sources, device, _part(sources, world)), top_k=top_k))
+    ends = []
+    for end, largest in ((0, True), (1, False)):  # parts are in the order of their rows
+        scores, rows = (torch.cat([part[end][n] for part in found], 1) for n in (0, 1))
+        ends.append(_best(scores, rows, top_k, largest))
+    if not ends[0][0].shape[1]:
+        raise _nothing(sources)
+    return ends[0], ends[1]
 
 
 def all_scores(sources: Source | Sequence[Source], device: torch.device | None = None) -> Tensor:
@@ -46,15 +55,23 @@ def all_scores(sources: Source | Sequence[Source], device: torch.device | None =
 
     Arguments as `scan_cache`.
     """
-    begun = _begin(sources, device, _ALL_ROWS)
+    world = distributed.world()
+    part = _part(sources, world)
+    begun = _begin(sources, device, part, _ALL_ROWS)
     first = begun[0][0]
-    queries = len(first.query.vectors)
+    queries, pieces = len(first.query.vectors), 0
     found = torch.full((queries, first.cache.manifest.rows), torch.nan, device="cpu")
     for scores, rows, _, _ in _scanned(*begun, top_k=_ALL_ROWS):
-        scores, rows = scores.cpu(), rows.cpu()
+        scores, rows, pieces = scores.cpu(), rows.cpu(), pieces + 1
         for query in range(queries):
             real = rows[query] >= 0
             found[query, rows[query][real]] = scores[query][real]
+    low, high = part
+    gathered = world.gather((part, pieces, found[:, low:high].clone()))
+    if not any(pieces for _, pieces, _ in gathered):
+        raise _nothing(sources)
+    for (low, high), _, scores in gathered:
+        found[:, low:high] = scores
     return found
 
 
@@ -65,28 +82,52 @@ _Label = tuple[int, tuple[bool | None, ...]]
 _Piece = tuple[_Label, dict[str, Tensor]]
 
 
+def _listed(sources: Source | Sequence[Source]) -> list[Source]:
+    return [sources] if isinstance(sources, Source) else list(sources)
+
+
+def _nothing(sources: Source | Sequence[Source]) -> UserError:
+    return UserError(
+        f"the cache in '{_listed(sources)[0].cache.path}' holds no examples yet",
+        "run the same 'rapidin cache' again",
+    )
+
+
+def _part(sources: Source | Sequence[Source], world: distributed.World) -> tuple[int, int]:
+    """The rows, from one to before another, that this process scans: whole pieces of what one alone would."""
+    shards = [shard for source in _listed(sources) for shard in source.cache.manifest.shards]
+    edges = sorted({s.first for s in shards} | {s.first + s.rows for s in shards}) or [0]
+    last = len(edges) - 1
+    return edges[last * world.rank // world.size], edges[last * (world.rank + 1) // world.size]
+
+
 def _begin(
-    sources: Source | Sequence[Source], device: torch.device | None, most: int | None = None
+    sources: Source | Sequence[Source],
+    device: torch.device | None,
+    within: tuple[int, int],
+    most: int | None = None,
 ) -> tuple[list[Source], torch.device, Iterable[_Piece]]:
-    """Sources, the device, and the pieces on it, of at most so many rows each."""
-    sources = [sources] if isinstance(sources, Source) else list(sources)
+    """Sources, the device, and the pieces on it, of these rows and of at most so many rows each."""
+    sources = _listed(sources)
     device = sources[0].query.vectors.device if device is None else torch.empty(0, device=device).device
-    pieces: Iterable[_Piece] = _pieces(sources, most)
+    pieces: Iterable[_Piece] = _pieces(sources, within, most)
     if device.type == "cuda":
         pieces = Conveyor[_Label](GpuOrder(device)).carry(pieces)
     return sources, device, pieces
 
 
-def _pieces(sources: Sequence[Source], most: int | None = None) -> Iterator[_Piece]:
+def _pieces(
+    sources: Sequence[Source], within: tuple[int, int], most: int | None = None
+) -> Iterator[_Piece]:
     """What a scan reads, on the CPU: rows that all sources hold, a shard or at most so many at a time."""
     _check_same_examples([source.cache for source in sources])
-    shards = [source.cache.shards(ahead=True) for source in sources]
+    shards = [source.cache.shards(ahead=True, within=within) for source in sources]
     held: list[tuple[int, Rows]] = []
     for each in shards:
         held.append(next(each, (-1, _NOTHING)))
     while all(rows is not _NOTHING for _, rows in held):
-        first = max(at for at, _ in held)
-        end = min(at + len(rows.index) for at, rows in held)
+        first = max(within[0], *(at for at, _ in held))
+        end = min(within[1], *(at + len(rows.index) for at, rows in held))
         for start in range(first, end, most or max(1, end - first)):
             stop = min(end, start + (most or end))
             dead: list[bool | None] = []
@@ -130,6 +171,10 @@ def scan_pieces(
 ) -> Ends:
     """`scan_cache` of pieces that are on `device`, in the order of their rows."""
     parts = list(_scanned(sources, device, pieces, top_k=top_k))
+    if not parts:
+        queries = len(sources[0].query.vectors)
+        none = torch.zeros(queries, 0, device="cpu"), torch.zeros(queries, 0, dtype=torch.int64, device="cpu")
+        return none, none
     joined = [torch.cat(column, dim=1) for column in zip(*parts, strict=True)]
     top, top_rows = (x.cpu() for x in _best(joined[0], joined[1], top_k, True))
     bottom, bottom_rows = (x.cpu() for x in _best(joined[2], joined[3], top_k, False))
@@ -144,7 +189,6 @@ def _scanned(
     prepared = [
         code.prepare(source.query.vectors.to(device)) for code, source in zip(codes, sources, strict=True)
     ]
-    some = False
     for (first, dead), fields in pieces:
         plans = []
         for number, (source, code, query) in enumerate(zip(sources, codes, prepared, strict=True)):
@@ -167,13 +211,7 @@ def _scanned(
         )
         shift = [torch.where(i >= 0, i + first, i) for i in (top_rows, bottom_rows)]
         constant = plan.constant[:, None]
-        some = True
         yield top + constant, shift[0], bottom + constant, shift[1]
-    if not some:
-        raise UserError(
-            f"the cache in '{sources[0].cache.path}' holds no examples yet",
-            "run the same 'rapidin cache' again",
-        )
 
 
 def _best(scores: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:

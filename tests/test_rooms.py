@@ -33,8 +33,8 @@ ALLOWED = {
     "cache": {"pack"},
     "methods": {"cache", "ops", "pack"},
     "hits": set(),
-    "scan": {"cache", "examples", "hits", "methods", "ops", "pack", "transfer"},
-    "query": {"cache", "encoding", "hits", "methods", "scan"},
+    "scan": {"cache", "distributed", "examples", "hits", "methods", "ops", "pack", "transfer"},
+    "query": {"cache", "distributed", "encoding", "hits", "methods", "scan"},
     "report": {"hits", "attributor", "plan"},
     "caching": {"_cpu", "cache", "distributed", "encoding", "examples", "ops", "pack", "transfer"},
     "attributor": {

@@ -75,15 +75,22 @@ class Cache:
         """The layer table."""
         return self.manifest.layers
 
-    def shards(self, *, ahead: bool = False) -> Iterator[tuple[int, Rows]]:
+    def shards(
+        self, *, ahead: bool = False, within: tuple[int, int] | None = None
+    ) -> Iterator[tuple[int, Rows]]:
         """(first row, rows) of each finished shard, as views of the memory map.
 
         Rows are counted through the whole data: an unfinished cache may have gaps. ahead: the system is asked
-        to read the shards to come while one is in hand, for caches that are not in memory.
+        to read the shards to come while one is in hand, for caches that are not in memory. within: only shards
+        with a row that is not below the first number and below the second.
         """
-        for n, shard in enumerate(self.manifest.shards):
+        chosen = list(enumerate(self.manifest.shards))
+        if within is not None:
+            low, high = within
+            chosen = [(n, s) for n, s in chosen if s.first < high and s.first + s.rows > low]
+        for place, (n, shard) in enumerate(chosen):
             if ahead:
-                for later in self.manifest.shards[n + 1 : n + 3] if n else self.manifest.shards[:3]:
+                for _, later in chosen[place + 1 : place + 3] if place else chosen[:3]:
                     _read_ahead(self.path / later.file)
             if n not in self._rows:
                 self._rows[n] = read_shard(self.path, shard, self.code)
@@ -366,10 +373,12 @@ class CacheWriter(ShardWriter):
         self._take_up([self._write(n, rows, counts)])
 
     def take_up(self) -> None:
-        """Record the shards that other processes wrote; when none is missing, no receipt is left."""
+        """Record the shards that other processes wrote."""
         self._take_up([])
-        if not self.missing:
-            receipts.forget_all(self.folder)
+
+    def finish(self) -> None:
+        """Leave no receipts, now that no other process writes."""
+        receipts.forget_all(self.folder)
 
     def _take_up(self, shards: list[Shard]) -> None:
         """Record these shards and, with them, those that there are receipts of."""

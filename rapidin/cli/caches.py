@@ -39,6 +39,7 @@ def with_models(
     trust_remote_code: bool,
 ) -> Ensemble:
     """The ensemble with its model in memory, or, of several, told how to load each when its turn comes."""
+    from rapidin.distributed import world
     from rapidin.ensemble import Ensemble, Member
 
     load = {"device": device, "trust_remote_code": trust_remote_code, "model": model}
@@ -54,6 +55,8 @@ def with_models(
         return Ensemble(ensemble.members, kind=ensemble.kind, load=load)
     manifest = ensemble.caches[0].manifest
     single = Ensemble(ensemble.members, kind=ensemble.kind, load=load | {"adapter": adapter, "base": base})
+    if not world().leads:  # who scans along needs no model
+        return single
     with loading(console, model or manifest.model["source"].get("model") or ""):
         member = ensemble.members[0]
         return Ensemble([Member(member.path, member.weight, single.attributor())], kind=ensemble.kind)

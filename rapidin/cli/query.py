@@ -24,10 +24,11 @@ from rapidin.cli.options import (
     TrustRemoteCode,
     command,
 )
+from rapidin.distributed import world
 from rapidin.errors import UserError
 
 
-@command("query")
+@command("query", several=True)
 def query(
     cache: CacheFolders,
     ask: Annotated[
@@ -104,6 +105,7 @@ def query(
     from rapidin import report
 
     _check_query(ask, prompt, completion, data)
+    leads = world().leads
     if json is not None and json != "-":
         check_writable(json)
     console = messages(quiet)
@@ -114,7 +116,7 @@ def query(
         opened = ensemble.caches[-1]
         generations = _generations(ask, prompt, completion, data, str(opened.manifest.data.get("form")))
         # Before the model: a file that has moved shows at once.
-        examples = training_data(opened, False if no_text else train_data)
+        examples = training_data(opened, False if no_text or not leads else train_data)
         ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code)
         with console.status(f"explaining {len(generations):,} among {len(opened):,} examples"):
             results = ready.query(
@@ -127,6 +129,8 @@ def query(
                 max_new_tokens=max_new_tokens,
                 examples=False if examples is None else examples,
             )
+    if not leads:
+        return
     if json == "-":
         print(report.results_json(results))
     else:

@@ -25,10 +25,11 @@ from rapidin.cli.options import (
     TrustRemoteCode,
     command,
 )
+from rapidin.distributed import world
 from rapidin.errors import UserError
 
 
-@command("select")
+@command("select", several=True)
 def select(
     cache: CacheFolders,
     target: Annotated[
@@ -104,6 +105,8 @@ def select(
                 damping=damping,
                 max_new_tokens=max_new_tokens,
             )
+        if not world().leads:
+            return
         rows = best_rows(of_groups, wanted)
     write_text(out, jsonl([examples[row] for row in rows]))
     if scores is not None:
