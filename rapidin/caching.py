@@ -2,8 +2,8 @@
 
 Where the code learns from a sample, that comes first: the sample's sketches go into a small float16 cache
 inside the folder, so that a killed run goes on there too, and the shards take them from it instead of making
-them again. Several processes share the sample and the shards: each takes the next that nobody has taken, one of
-them keeps the manifest and fits the code.
+them again. Several processes share the sample and the shards: each takes the next that nobody has taken, one
+of them keeps the manifest and fits the code.
 """
 
 from __future__ import annotations
@@ -49,8 +49,8 @@ def shard_rows(manifest: Manifest) -> int:
 def open_writer(
     folder: Path, manifest: Manifest, world: World, part: tuple[int, int] | None = None
 ) -> ShardWriter:
-    """The writer of this process: the leader's keeps the manifest. UserError as `CacheWriter`'s, and where what
-    another process would cache is not what the leader would."""
+    """The writer of this process: the leader's keeps the manifest. UserError as `CacheWriter`'s, and where
+    what another process would cache is not what the leader would."""
     if world.leads:
         writer = CacheWriter(folder, manifest, part)
         world.share(lambda: writer.manifest.data_bytes)

@@ -2,8 +2,8 @@
 
 `join` finds out whether that is so. What they have to agree on is little, and goes through the store that
 torch.distributed meets by: who makes which shard, what the leader decided, who waits, who failed. Each tells
-the store that it lives, so that none waits for one that is gone. Collectives are kept for what needs them: hits
-of a scan, and the parts of a model that is larger than one GPU.
+the store that it lives, so that none waits for one that is gone. Collectives are kept for what needs them:
+hits of a scan, and the parts of a model that is larger than one GPU.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ class PeerError(Exception):
 class World:
     """The processes of a run, of which this is number `rank` of `size`; one alone without a launcher.
 
-    All of them make the same calls of `share`, `take`, `meet`, `gather` and `tally` in the same order. Each call
-    raises PeerError where another process failed, or has given no sign of life for `patience` seconds
+    All of them make the same calls of `share`, `take`, `meet`, `gather` and `tally` in the same order. Each
+    call raises PeerError where another process failed, or has given no sign of life for `patience` seconds
     (`RAPIDIN_PATIENCE`).
 
     >>> for n in world.take(missing):                 # each n goes to one process, the next to who is free
@@ -79,20 +79,20 @@ class World:
         key = self._key("share")
         if self.leads:
             value = make()
-            self._ask(lambda: self._store.set(key, value))
+            self._ask("set", key, value)
             return value
-        self._wait(lambda: bool(self._store.check([key])))
-        found: bytes = self._ask(lambda: self._store.get(key))
+        self._wait(lambda: bool(self._ask("check", [key])))
+        found: bytes = self._ask("get", key)
         return found
 
     def take(self, jobs: Sequence[_T]) -> Iterator[_T]:
-        """The jobs that fall to this process, in order: whoever is free takes the next. `jobs` is the same for
-        all."""
+        """The jobs that fall to this process, in order: whoever is free takes the next. `jobs` is the same
+        for all."""
         if self.alone:
             yield from jobs
             return
         key = self._key("take")
-        while (n := self._ask(lambda: self._store.add(key, 1)) - 1) < len(jobs):
+        while (n := self._ask("add", key, 1) - 1) < len(jobs):
             self.check()
             yield jobs[n]
 
@@ -101,12 +101,12 @@ class World:
         if self.alone:
             return
         key = self._key("meet")
-        self._ask(lambda: self._store.add(f"{key}/here", 1))
+        self._ask("add", f"{key}/here", 1)
         if not self.leads:
-            self._wait(lambda: bool(self._store.check([f"{key}/go"])))
+            self._wait(lambda: bool(self._ask("check", [f"{key}/go"])))
             return
-        self._wait(lambda: self._store.add(f"{key}/here", 0) == self.size, meanwhile)
-        self._ask(lambda: self._store.set(f"{key}/go", "1"))
+        self._wait(lambda: bool(self._ask("add", f"{key}/here", 0) == self.size), meanwhile)
+        self._ask("set", f"{key}/go", "1")
 
     def gather(self, value: _T) -> list[_T]:
         """The values of all processes by rank, each a thing that can be pickled; tensors on the CPU."""
@@ -127,8 +127,8 @@ class World:
         """Raise PeerError where another process failed or is gone."""
         if self.alone:
             return
-        if self._ask(lambda: self._store.check(["failed"])):
-            code, _, what = self._ask(lambda: self._store.get("failed")).decode().partition(" ")
+        if self._ask("check", ["failed"]):
+            code, _, what = self._ask("get", "failed").decode().partition(" ")
             raise PeerError(what, int(code), said=True)
         now = time.monotonic()
         if now - self._looked < BEAT:
@@ -136,8 +136,8 @@ class World:
         self._looked = now
         # The leader looks at all, the others at the leader: when it stops, so do they.
         for rank in range(1, self.size) if self.leads else (0,):
-            there = self._ask(lambda rank=rank: self._store.check([f"alive/{rank}"]))  # type: ignore[misc]
-            sign = self._ask(lambda rank=rank: self._store.get(f"alive/{rank}")) if there else b""  # type: ignore[misc]
+            there = self._ask("check", [f"alive/{rank}"])
+            sign = self._ask("get", f"alive/{rank}") if there else b""
             if rank not in self._seen or self._seen[rank][0] != sign:
                 self._seen[rank] = (sign, now)
             elif now - self._seen[rank][1] > (self.patience if there else JOINING):
@@ -151,7 +151,7 @@ class World:
         if self.alone:
             return True
         try:
-            first = self._store.add("failures", 1) == 1
+            first: bool = self._store.add("failures", 1) == 1
             if first:
                 self._store.set("failed", f"{code} {what}")
             return first
@@ -162,15 +162,16 @@ class World:
         self._step += 1
         return f"{kind}/{self._step}"
 
-    def _ask(self, question: Callable[[], Any]) -> Any:
+    def _ask(self, question: str, *values: Any) -> Any:
+        """What the store answers to one of its methods."""
         try:
-            return question()
+            return getattr(self._store, question)(*values)
         except RuntimeError:
             raise PeerError("the process that all others meet at is gone") from None
 
     def _wait(self, reached: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:
         pause = 0.002
-        while not self._ask(reached):
+        while not reached():
             self.check()
             meanwhile()
             time.sleep(pause)
@@ -187,8 +188,8 @@ class World:
 
     @property
     def group(self) -> Any:
-        """The process group of all, made when it is first asked for, by all at once: NCCL for tensors on GPUs,
-        gloo for those of the CPU."""
+        """The process group of all, made when it is first asked for, by all at once: NCCL for tensors on
+        GPUs, gloo for those of the CPU."""
         import torch
         import torch.distributed as dist
 
@@ -199,7 +200,7 @@ class World:
                 self.collective(
                     lambda: dist.init_process_group(
                         "cpu:gloo,cuda:nccl" if gpus else "gloo",
-                        store=dist.PrefixStore("group", self._store),
+                        store=dist.PrefixStore("group", self._store),  # type: ignore[attr-defined]
                         rank=self.rank,
                         world_size=self.size,
                         timeout=timedelta(seconds=self.patience),
@@ -220,7 +221,8 @@ class World:
         return self._small
 
     def collective(self, run: Callable[[], _T]) -> _T:
-        """Run what all processes run together; PeerError where that fails, since it does so when one is gone."""
+        """Run what all processes run together; PeerError where that fails, since it does so when one is
+        gone."""
         try:
             return run()
         except RuntimeError as error:
@@ -235,8 +237,8 @@ class World:
     # ------------------------------------------------------------------------------------- the end
 
     def device(self, name: str | None) -> str:
-        """The device of this process: by its number on this machine where there are GPUs. UserError where there
-        are fewer GPUs than processes."""
+        """The device of this process: by its number on this machine where there are GPUs. UserError where
+        there are fewer GPUs than processes."""
         import torch
 
         if name is None:
@@ -283,16 +285,14 @@ class Tally:
         self._own = [a + b for a, b in zip(self._own, numbers, strict=True)]
 
     def total(self, *, now: bool = False) -> list[int]:
-        """What all processes have counted, at most half a second old; now: this moment's, once all have called
-        this so."""
+        """What all processes have counted, at most half a second old; now: this moment's, once all have
+        called this so."""
         if self._world.alone:
             return self._own
         if now or time.monotonic() - self._at > 0.5:
             self._at = time.monotonic()
             for n, (own, sent) in enumerate(zip(self._own, self._sent, strict=True)):
-                self._total[n] = self._world._ask(
-                    lambda n=n, more=own - sent: self._world._store.add(f"{self._key}/{n}", more)  # type: ignore[misc]
-                )
+                self._total[n] = self._world._ask("add", f"{self._key}/{n}", own - sent)
             self._sent = self._own
         return self._total
 
@@ -321,13 +321,14 @@ def join() -> World:
     import torch.distributed as dist
 
     try:
-        store, rank, size = next(dist.rendezvous("env://", timeout=timedelta(seconds=JOINING)))
+        meeting = dist.rendezvous("env://", timeout=timedelta(seconds=JOINING))  # type: ignore[attr-defined]
+        store, rank, size = next(meeting)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot meet the other processes at {os.environ['MASTER_ADDR']}: {str(error).splitlines()[0]}",
             "start all of them with torchrun",
         ) from None
-    store = dist.PrefixStore("rapidin", store)
+    store = dist.PrefixStore("rapidin", store)  # type: ignore[attr-defined]
     _world = World(rank, size, store, int(os.environ.get("LOCAL_RANK", "0")))
     return _world
 

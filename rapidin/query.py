@@ -76,10 +76,11 @@ def leaders(
     device: str | None = None,
     everywhere: bool = False,
 ) -> tuple[list[Generation], list[Part]]:
-    """What `make` gives in the leading process, for all: the others need no model, and all scan for the same bits.
+    """What `make` gives in the leading process, for all: the others need no model, and all scan for the same
+    bits.
 
-    caches: of which the parts are; device: where the others have their sketches. everywhere: all processes call
-    `make`, since the model is spread over them. The others' generations have their weights and no text.
+    caches: of which the parts are; device: where the others have their sketches. everywhere: all processes
+    call `make`, since the model is spread over them. The others' generations have their weights and no text.
     """
     from safetensors.torch import load, save
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -117,7 +118,7 @@ def _begin(
 
 
 def _pieces(
-    sources: Sequence[Source], within: tuple[int, int], most: int | None = None
+    sources: Sequence[Source], within: tuple[int, int] = (0, sys.maxsize), most: int | None = None
 ) -> Iterator[_Piece]:
     """What a scan reads, on the CPU: rows that all sources hold, a shard or at most so many at a time."""
     _check_same_examples([source.cache for source in sources])

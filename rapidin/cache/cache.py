@@ -57,7 +57,7 @@ class Cache:
         self.manifest = Manifest.read(self.path)
         self._rows: dict[int, Rows] = {}
         for shard in self.manifest.shards:
-            problem = _size_problem(self.path, shard)
+            problem = size_problem(self.path, shard)
             if problem:
                 raise UserError(problem, "'rapidin verify' checks all of it")
 
@@ -81,8 +81,8 @@ class Cache:
         """(first row, rows) of each finished shard, as views of the memory map.
 
         Rows are counted through the whole data: an unfinished cache may have gaps. ahead: the system is asked
-        to read the shards to come while one is in hand, for caches that are not in memory. within: only shards
-        with a row that is not below the first number and below the second.
+        to read the shards to come while one is in hand, for caches that are not in memory. within: only
+        shards with a row that is not below the first number and below the second.
         """
         chosen = list(enumerate(self.manifest.shards))
         if within is not None:
@@ -194,7 +194,7 @@ class Cache:
             return [*problems, error.what]
         done, total = 0, sum(shard.bytes for shard in manifest.shards)
         for shard in manifest.shards:
-            problem = _size_problem(folder, shard)
+            problem = size_problem(folder, shard)
             if problem is None and checksum(folder / shard.file) != shard.sha256:
                 problem = f"the shard '{folder / shard.file}' is altered: its checksum is not the manifest's"
             if problem is None:
@@ -232,7 +232,8 @@ def code_of(manifest: Manifest, folder: Path) -> Code:
     return PackedCode(packing.shape, width, manifest.sketch["seed"], basis)
 
 
-def _size_problem(folder: Path, shard: Shard) -> str | None:
+def size_problem(folder: Path, shard: Shard) -> str | None:
+    """In words, what is wrong with the presence or the size of a shard's file; None where nothing is."""
     path = folder / shard.file
     if not path.is_file():
         return f"the shard '{path}' is missing"
@@ -341,7 +342,7 @@ class CacheWriter(ShardWriter):
                     f"the basis '{self.folder / found.packing.file}' is missing",
                     "without it the shards cannot be read: restore it, or cache into another folder",
                 )
-            found.shards = [shard for shard in found.shards if _size_problem(self.folder, shard) is None]
+            found.shards = [shard for shard in found.shards if size_problem(self.folder, shard) is None]
             self.manifest = found
             self.record(receipts.found(self.folder, found, checked=True))
             receipts.forget_all(self.folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -318,12 +318,15 @@ def shard_name(n: int) -> str:
     return f"shard-{n:06d}.safetensors"
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file beside its place, bring it to disk, and move it there: it appears whole or not at all."""
+def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file beside its place, bring it to disk, and move it there: it appears whole or not at all.
+
+    data: all of it, or its pieces; where making one raises, nothing is left of the file."""
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "wb") as file:
-            file.write(data)
+            for piece in (data,) if isinstance(data, bytes) else data:
+                file.write(piece)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
@@ -337,6 +340,9 @@ def replace_file(path: Path, data: bytes) -> None:
         raise UserError(
             f"cannot write '{path}': {error.strerror}", "what was written before is kept"
         ) from None
+    except UserError:
+        partial.unlink(missing_ok=True)
+        raise
 
 
 def _geometry(value: Any) -> str | dict[str, Any]:

@@ -30,8 +30,8 @@ def leave(folder: Path, shard: Shard) -> None:
 def found(folder: Path, manifest: Manifest, *, checked: bool = False) -> list[Shard]:
     """The shards that there are receipts of and that the manifest lacks.
 
-    checked: read each and compare its checksum. Receipts of anything else than a whole shard of this cache are
-    left out.
+    checked: read each and compare its checksum. Receipts of anything else than a whole shard of this cache
+    are left out.
     """
     done = {shard.first for shard in manifest.shards}
     shards = []
