@@ -12,6 +12,7 @@ import contextlib
 import os
 import threading
 import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -92,9 +93,10 @@ class World:
             yield from jobs
             return
         key = self._key("take")
+        self.check()
         while (n := self._ask("add", key, 1) - 1) < len(jobs):
-            self.check()
             yield jobs[n]
+            self.check()
 
     def meet(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Wait until all processes are here. meanwhile: what the leader does again and again until then."""
@@ -136,11 +138,10 @@ class World:
         self._looked = now
         # The leader looks at all, the others at the leader: when it stops, so do they.
         for rank in range(1, self.size) if self.leads else (0,):
-            there = self._ask("check", [f"alive/{rank}"])
-            sign = self._ask("get", f"alive/{rank}") if there else b""
+            sign = self._ask("get", f"alive/{rank}") if self._ask("check", [f"alive/{rank}"]) else b""
             if rank not in self._seen or self._seen[rank][0] != sign:
                 self._seen[rank] = (sign, now)
-            elif now - self._seen[rank][1] > (self.patience if there else JOINING):
+            elif now - self._seen[rank][1] > self.patience:
                 raise PeerError(
                     f"process {rank} of {self.size} has given no sign of life for {self.patience:g} s; "
                     "the same command goes on from where it was"
@@ -167,7 +168,9 @@ class World:
         try:
             return getattr(self._store, question)(*values)
         except RuntimeError:
-            raise PeerError("the process that all others meet at is gone") from None
+            raise PeerError(
+                "the process that all others meet at is gone; the same command goes on from where it was"
+            ) from None
 
     def _wait(self, reached: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:
         pause = 0.002
@@ -318,19 +321,43 @@ def join() -> World:
     global _world
     if not launched():
         return _world
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # what a lost peer means is said in one line
     import torch.distributed as dist
 
     try:
         meeting = dist.rendezvous("env://", timeout=timedelta(seconds=JOINING))  # type: ignore[attr-defined]
         store, rank, size = next(meeting)
+        name = _name(store, rank, size)
     except (RuntimeError, ValueError) as error:
         raise UserError(
             f"cannot meet the other processes at {os.environ['MASTER_ADDR']}: {str(error).splitlines()[0]}",
             "start all of them with torchrun",
         ) from None
-    store = dist.PrefixStore("rapidin", store)  # type: ignore[attr-defined]
+    store = dist.PrefixStore(name, store)  # type: ignore[attr-defined]
     _world = World(rank, size, store, int(os.environ.get("LOCAL_RANK", "0")))
     return _world
+
+
+def _name(store: Any, rank: int, size: int) -> str:
+    """The leader's name for this run, in a store that may still hold what an earlier start left there.
+
+    Each of the others says hello by a name that no earlier process had, and the leader answers to that.
+    """
+    own, deadline = f"rapidin/{uuid.uuid4().hex}", time.monotonic() + JOINING
+    if rank:
+        store.set(f"rapidin/hello/{rank}", own)
+    while time.monotonic() < deadline:
+        if rank and store.check([own]):
+            name = str(store.get(own).decode())
+            store.add(f"{name}/here", 1)
+            return name
+        for other in () if rank else range(1, size):
+            if store.check([f"rapidin/hello/{other}"]):
+                store.set(store.get(f"rapidin/hello/{other}").decode(), own)
+        if not rank and store.add(f"{own}/here", 0) == size - 1:
+            return own
+        time.sleep(0.02)
+    raise RuntimeError(f"not all {size} processes have started within {JOINING:g} s")
 
 
 def leave() -> None:
