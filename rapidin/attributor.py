@@ -137,6 +137,11 @@ class Attributor:
         self.sketcher = GradientSketcher(
             self.loaded.model, self.targets, width=width, seed=seed, projection=projection, loss=loss
         )
+        if self.loaded.sharded and (names := self.sketcher.needs_weights):
+            raise UserError(
+                f"'{names[0]}' counts, and its gradient needs it whole in one process",
+                "leave such parameters out with --exclude, or do without --shard-model",
+            )
         self.geometry = GeometryChoice.of(geometry, self.loaded.model, self.targets, self.loaded.trained)
         self._take_up(self.geometry.made)
 
@@ -175,6 +180,7 @@ class Attributor:
         base: str | None = None,
         device: str | None = None,
         trust_remote_code: bool = False,
+        shard_model: bool = False,
     ) -> Attributor:
         """The attributor that made a cache: loads what its manifest names and checks that it is the same.
 
@@ -192,6 +198,7 @@ class Attributor:
             device=device,
             dtype=source.get("dtype"),
             trust_remote_code=trust_remote_code,
+            shard_model=shard_model,
         )
         return Attributor.like(manifest, loaded)
 
@@ -316,10 +323,11 @@ class Attributor:
                 world,
                 examples,
                 self.encoder,
-                lambda encoded: self._sketch(encoded, meter),
+                lambda encoded: self._sketch_in_step(encoded, meter),
                 self.loaded.device,
                 lambda message: meter.tell(message),
                 learn_only=not number,
+                idle=self._keep_step,
             )
             meter = _Meter(on_progress if world.leads else None, writer, world, loop.sampled_rows())
             if self.sketcher.one_by_one:
@@ -330,11 +338,7 @@ class Attributor:
                     f"{len(writer.missing)} shards for {world.size} processes: a smaller --shard-rows would "
                     "keep all of them busy to the end"
                 )
-            if isinstance(writer, CacheWriter):
-                self._settle_geometry(writer, examples, meter)
-            caching.agree(writer, world)
-            if not world.leads:
-                self._take_up(Geometry.read(writer.manifest))
+            self._settle_geometry(writer, world, examples, meter)
             loop.run()
             meter.settle(wait=True)
             world.meet()
@@ -365,27 +369,29 @@ class Attributor:
             raise UserError(f"--bytes {bytes} leaves no room", f"say at least {pack.least_bytes()}")
         return Format(dtype, bytes, sample)
 
-    def _settle_geometry(self, writer: CacheWriter, examples: Examples, meter: _Meter) -> None:
-        """Take up the geometry of a cache that is being made; first make it where it is not there."""
-        made, manifest = self.geometry.made, writer.manifest
-        record = manifest.geometry
+    def _settle_geometry(
+        self, writer: ShardWriter, world: distributed.World, examples: Examples, meter: _Meter
+    ) -> None:
+        """Take up the geometry of a cache that is being made; first make it where it is not there: the leader
+        does, and with it all that have a part of the model."""
+        record, made = writer.manifest.geometry, self.geometry.made
+        self._take_up(None)
         if record is None:
-            self._take_up(None)
-        elif made is not None:
-            writer.set_geometry(made.data)
-            self._take_up(made)
-        elif record["sha256"] is not None and (writer.folder / record["file"]).exists():
-            self._take_up(Geometry.read(manifest))
-        else:
-            made = self._sample_geometry(examples, meter)
-            if record["sha256"] not in (None, made.sha256):
+            return
+        file = writer.folder / record["file"]
+        if made is None:
+            there = record["sha256"] is not None and file.exists()
+            if not int(world.share(lambda: b"1" if there else b"0")) and (world.leads or self.loaded.sharded):
+                made = self._sample_geometry(examples, meter)
+        if made is not None and isinstance(writer, CacheWriter):
+            if self.geometry.kind == "sample" and record["sha256"] not in (None, made.sha256):
                 raise UserError(
-                    f"the geometry '{writer.folder / record['file']}' is missing, and does not come out the "
-                    "same here",
+                    f"the geometry '{file}' is missing, and does not come out the same here",
                     "restore it, or cache into another folder",
                 )
             writer.set_geometry(made.data)
-            self._take_up(made)
+        caching.agree(writer, world)
+        self._take_up(made if world.alone and made is not None else Geometry.read(writer.manifest))
 
     def _sample_geometry(self, examples: Examples, meter: _Meter) -> Geometry:
         """The geometry of each point, from the gradients of a sample of the examples."""
@@ -412,18 +418,38 @@ class Attributor:
         """Batches of like length and what `run` gives for them; one at a time where a layer mixes them."""
         told = self.sketcher.one_by_one
         queue = _by_length(good, encoded, self.batch_tokens)
+        # Of a model that is spread over processes all make the same number of passes.
+        idle = distributed.world().most(len(queue)) - len(queue) if self.loaded.sharded else 0
         while queue:
             chosen = queue.pop()
             batch = Batch.of([(encoded[n].ids, encoded[n].target) for n in chosen], self.loaded.device)
             try:
                 result = run(batch)
             except NotBatchedError:
+                if self.loaded.sharded:
+                    raise UserError(
+                        "a layer mixes the examples of a batch", "say --batch-tokens 1 with --shard-model"
+                    ) from None
                 if meter and not told:
                     meter.tell(self._one_by_one())
                 told = True
                 queue.extend([n] for n in reversed(chosen))
                 continue
             yield chosen, result
+        for _ in range(idle):
+            run(Batch.of([([0, 0], [False, True])], self.loaded.device))
+
+    def _sketch_in_step(self, encoded: Sequence[Encoded], meter: _Meter) -> tuple[Tensor, Tensor]:
+        """`_sketch`, together with all processes that have a part of the model, each with its own
+        examples."""
+        if self.loaded.sharded:
+            distributed.world().most(1)
+        return self._sketch(encoded, meter)
+
+    def _keep_step(self) -> None:
+        """Go along with the passes of the others until none has examples left."""
+        while self.loaded.sharded and distributed.world().most(0):
+            self._sketch([])
 
     def _thinned(self) -> AbstractContextManager[None]:
         if self.thinning is None:

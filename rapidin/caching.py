@@ -83,7 +83,7 @@ def sample_rows(rows: int, size: int, seed: int, stream: int = 17) -> list[int]:
 
 class CachingLoop:
     """Fills a cache. device: where sketches are made and packed; tell: something to say to the user, once;
-    learn_only: stop when the code has learnt."""
+    learn_only: stop when the code has learnt; idle: what to do when no shard is left to be taken."""
 
     def __init__(
         self,
@@ -96,9 +96,10 @@ class CachingLoop:
         tell: Callable[[str], None],
         *,
         learn_only: bool = False,
+        idle: Callable[[], None] = lambda: None,
     ) -> None:
         self.writer, self.world, self.examples, self.encoder = writer, world, examples, encoder
-        self.learn_only = learn_only
+        self.learn_only, self.idle = learn_only, idle
         self.sketch, self.device, self.tell = sketch, device, tell
         manifest = writer.manifest
         wanted = manifest.code.sample
@@ -129,6 +130,7 @@ class CachingLoop:
         with _WriterThread(writer) as thread:
             for n in self.world.take(writer.missing):
                 thread.write(n, make(n))
+            self.idle()
         if isinstance(writer, CacheWriter):
             self.world.meet(writer.take_up)
             writer.take_up()

@@ -121,6 +121,17 @@ class World:
         self.collective(lambda: dist.all_gather_object(found, value, group=self.small_group))
         return found
 
+    def most(self, number: int) -> int:
+        """The largest of all processes' numbers, for those that go in step."""
+        if self.alone:
+            return number
+        import torch
+        import torch.distributed as dist
+
+        value = torch.tensor(number, device="cpu")
+        self.collective(lambda: dist.all_reduce(value, dist.ReduceOp.MAX, group=self.small_group))
+        return int(value)
+
     def tally(self, numbers: int) -> Tally:
         """Counters that all processes add to."""
         return Tally(self, numbers, self._key("tally"))

@@ -80,6 +80,7 @@ class Scale:
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """x times a float32 scale, in one pass; float16, whose range is small, becomes float32."""
+    scale = scale.to(x.device)  # a device map may have put this layer elsewhere
     if x.dtype == torch.float16:
         return x * scale
     return torch.mul(x, scale, out=torch.empty_like(x))

@@ -87,11 +87,11 @@ def leaders(
     here = world()
     if here.alone:
         return make()
-    made = make() if everywhere and not here.leads else None
+    made = make() if everywhere or here.leads else None
 
     def data() -> bytes:
-        nonlocal made
-        texts, parts = made = make()
+        assert made is not None
+        texts, parts = made
         found = {f"sketch {n}": part.sketch.cpu().contiguous() for n, part in enumerate(parts)}
         found["caches"] = torch.tensor([caches.index(part.cache) for part in parts])
         found["weights"] = torch.tensor([part.weight for part in parts], dtype=torch.float64)

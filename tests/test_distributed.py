@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from processes import together, torchrun
 from tiny import save_tiny
 
@@ -226,3 +227,49 @@ def test_torchrun_ends_a_run_that_lost_a_process(work: Path, tmp_path: Path) -> 
     with pytest.raises(ChildFailedError):
         torchrun(2, caching(work, tmp_path / "cache", "plain"), restarts=0, dies=1)
     assert not Manifest.read(tmp_path / "cache").complete
+
+
+# ------------------------------------------------------------------------- models larger than one device
+
+
+def close(one: Path, other: Path) -> None:
+    """The sketches and lengths of two caches are those of the same gradients, to float32's rounding."""
+    a, b = Cache(one), Cache(other)
+    assert torch.equal(a.status(), b.status())
+    assert torch.allclose(a.sketches(), b.sketches(), atol=2e-5)
+    assert torch.allclose(a.lengths(), b.lengths(), rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["adapter", "base"])
+def test_a_model_spread_over_processes_gives_the_same_sketches(
+    work: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With an adapter, and tuned in full; half-way and at a second point; uneven numbers of batches."""
+    command = [
+        *caching(work, tmp_path / "one", "plain"),
+        "--dtype",
+        "float32",
+        "--at",
+        "0.25,0.75",
+        "--quiet",
+    ]
+    command += ["--geometry", "sample", "--limit", "26", "--batch-tokens", "200"]
+    if kind == "base":
+        save_tiny(tmp_path / "base", seed=5)
+        place = command.index("--adapter")
+        command[place : place + 2] = ["--base", str(tmp_path / "base" / "model")]
+    assert main(command) == 0
+    spread = [str(tmp_path / "spread") if part == str(tmp_path / "one") else part for part in command]
+    ended = together(2, [*spread, "--shard-model"], tmp_path / "said")
+    assert [(e.code, e.err) for e in ended] == [(0, ""), (0, "")]
+    close(tmp_path / "one", tmp_path / "spread")
+    # A query whose answer the spread model writes, too.
+    ask = ["query", str(tmp_path / "one"), "--prompt", "Say 7 ", "--json", "-", "--max-new-tokens", "4"]
+    assert main([*ask, "--quiet"]) == 0
+    alone = json.loads(capsys.readouterr().out)["queries"][0]
+    ended = together(2, [*ask, "--quiet", "--shard-model"], tmp_path / "asked")
+    assert [e.code for e in ended] == [0, 0], ended
+    here = json.loads(ended[0].out)["queries"][0]
+    assert here["completion"] == alone["completion"]
+    assert [hit["index"] for hit in here["top"]] == [hit["index"] for hit in alone["top"]]
+    assert [h["score"] for h in here["top"]] == pytest.approx([h["score"] for h in alone["top"]], abs=1e-5)

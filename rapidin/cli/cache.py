@@ -14,6 +14,7 @@ from rapidin.cli.options import (
     Loss,
     ModelDtype,
     Quiet,
+    ShardModel,
     TooLong,
     TrustRemoteCode,
     command,
@@ -189,6 +190,7 @@ def cache(
             help="Of the weights.  [default: float32 on a CPU, else as they are]", show_default=False
         ),
     ] = None,
+    shard_model: ShardModel = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
@@ -216,7 +218,10 @@ def cache(
                 state_file(Path(geometry))  # before the model: a mistake in its name shows at once
             if of != job.names:
                 loaded = None  # before the next one: two models may not fit
-                loaded, of = load(console, *job.names, device, model_dtype, trust_remote_code), job.names
+                loaded, of = (
+                    load(console, *job.names, device, model_dtype, trust_remote_code, shard_model),
+                    job.names,
+                )
             attributor = Attributor(
                 loaded,
                 width=width if width is not None else 512 if bytes is None else "auto",

@@ -71,6 +71,7 @@ def load(
     device: str | None,
     model_dtype: ModelDtype | None,
     trust_remote_code: bool,
+    shard_model: bool = False,
 ) -> "LoadedModel":
     """`rapidin.model.load_model`, with something to look at meanwhile."""
     from rapidin.model import load_model
@@ -83,6 +84,7 @@ def load(
             device=device,
             dtype=model_dtype.value if model_dtype else None,
             trust_remote_code=trust_remote_code,
+            shard_model=shard_model,
         )
 
 

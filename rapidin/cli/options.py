@@ -81,8 +81,14 @@ Device = Annotated[
     str | None,
     typer.Option(
         metavar="DEVICE",
-        help="Such as cpu or cuda:1.  [default: a GPU where there is one]",
+        help="Such as cpu or cuda:1; auto: layers over all GPUs.  [default: a GPU where there is one]",
         show_default=False,
+    ),
+]
+ShardModel = Annotated[
+    bool,
+    typer.Option(
+        "--shard-model", help="Under torchrun: each process holds a part of every weight, for large models."
     ),
 ]
 TrustRemoteCode = Annotated[

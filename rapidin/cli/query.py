@@ -20,6 +20,7 @@ from rapidin.cli.options import (
     Normalize,
     NormalizeOption,
     Quiet,
+    ShardModel,
     TrainData,
     TrustRemoteCode,
     command,
@@ -94,6 +95,7 @@ def query(
         bool, typer.Option("--no-text", help="Line numbers and scores only; needs no training examples.")
     ] = False,
     device: Device = None,
+    shard_model: ShardModel = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
@@ -117,7 +119,7 @@ def query(
         generations = _generations(ask, prompt, completion, data, str(opened.manifest.data.get("form")))
         # Before the model: a file that has moved shows at once.
         examples = training_data(opened, False if no_text or not leads else train_data)
-        ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code)
+        ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code, shard_model)
         with console.status(f"explaining {len(generations):,} among {len(opened):,} examples"):
             results = ready.query(
                 generations,

@@ -21,6 +21,7 @@ from rapidin.cli.options import (
     Normalize,
     NormalizeOption,
     Quiet,
+    ShardModel,
     TrainData,
     TrustRemoteCode,
     command,
@@ -71,6 +72,7 @@ def select(
     base: MovedBase = None,
     train_data: TrainData = None,
     device: Device = None,
+    shard_model: ShardModel = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
@@ -95,7 +97,7 @@ def select(
         examples = training_data(opened, train_data)
         if examples is None:
             raise UserError("the cache was not made from a file", "name the examples with --train-data")
-        ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code)
+        ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code, shard_model)
         with console.status(f"scoring {len(opened):,} examples for {len(targets):,} of the target set"):
             of_groups = ready.scores(
                 targets,
