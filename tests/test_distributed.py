@@ -12,10 +12,12 @@ import torch
 from processes import together, torchrun
 from tiny import save_tiny
 
+from rapidin.attributor import Attributor
 from rapidin.cache import Cache, Manifest
 from rapidin.cache.merge import merge
 from rapidin.cli import main
 from rapidin.errors import UserError
+from rapidin.model import LoadedModel, load_model
 
 ROWS = 72
 
@@ -273,3 +275,36 @@ def test_a_model_spread_over_processes_gives_the_same_sketches(
     assert here["completion"] == alone["completion"]
     assert [hit["index"] for hit in here["top"]] == [hit["index"] for hit in alone["top"]]
     assert [h["score"] for h in here["top"]] == pytest.approx([h["score"] for h in alone["top"]], abs=1e-5)
+
+
+def test_a_device_map_changes_neither_sketches_nor_identity(work: Path, tmp_path: Path) -> None:
+    """One layer and the output head stay on disk but for the moment that they compute."""
+    from transformers import AutoModelForCausalLM
+
+    whole = load_model(str(work / "model"), device="cpu")
+    assert load_model(str(work / "model"), device="auto").identity == whole.identity
+    places = dict.fromkeys(("model.embed_tokens", "model.layers.1", "model.norm", "model.rotary_emb"), "cpu")
+    mapped = AutoModelForCausalLM.from_pretrained(
+        work / "model",
+        device_map={**places, "model.layers.0": "disk", "lm_head": "disk"},
+        offload_folder=tmp_path / "offload",
+        dtype=torch.float32,
+    )
+    assert any(p.is_meta for p in mapped.parameters())
+    loaded = LoadedModel.of(mapped, whole.tokenizer)
+    assert loaded.identity == whole.identity
+    texts = [("Say 7 ", "it is 49 "), ("Say 2 ", "no")]
+    found = [
+        attributor.query_sketches(attributor.generations(texts))
+        for attributor in (Attributor(whole, width=64), Attributor(loaded, width=64))
+    ]
+    assert torch.equal(*found)
+
+
+def test_a_spread_model_without_processes_is_a_mistake(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*caching(work, tmp_path / "cache"), "--shard-model"]) == 2
+    said = capsys.readouterr().err
+    assert "start them with torchrun" in said
+    assert said.count("\n") == 1
