@@ -11,6 +11,7 @@ so one and two processes take turns and medians count.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import shutil
@@ -52,6 +53,7 @@ def run(processes: int, *arguments: str) -> dict[str, Any]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
     command = [sys.executable, *(launcher if processes > 1 else ()), str(HERE), "--worker", *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+    environment["PYTHONPATH"] = str(HERE.parent.parent)  # of this checkout
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(done.stderr)
@@ -106,16 +108,13 @@ def scan(folder: str) -> dict[str, float]:
 
 
 def memory(what: str) -> dict[str, float]:
-    """MB of weights that this process holds, of gradients of weights at the end, and of the peak over what
-    was there before the pass."""
+    """MB that this process holds of weights, of their gradients and of an optimizer's moments; and the most
+    that a pass, the second, allocates besides at a time."""
     import torch
 
     from rapidin import distributed, sharding
     from rapidin.hooks import Batch, GradientSketcher, example_losses
     from rapidin.layers import find_targets
-
-    sys.path.insert(0, str(HERE.parent))
-    from turns import clear_peak, peak_mb
 
     world = distributed.world()
     model = model_of(768, 12)
@@ -141,14 +140,19 @@ def memory(what: str) -> dict[str, float]:
             example_losses(model, batch).mean().backward()
             optimizer.step()
 
-    clear_peak()
-    before = peak_mb()
-    step()
-    step()
+    step()  # until buffers are made and moments are there
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as seen:
+        step()
+    events = [e for e in seen.profiler.kineto_results.events() if e.name() == "[memory]"]
+    events.sort(key=lambda e: e.start_ns())
+    held = [0, *itertools.accumulate(e.nbytes() for e in events)]
+    moments = [v for state in (optimizer.state.values() if optimizer else ()) for v in state.values()]
     return {
         "weights": sum(own(p).nbytes for p in parameters) / 1e6,
         "grads": sum(own(p.grad).nbytes for p in parameters if p.grad is not None) / 1e6,
-        "peak": peak_mb() - before,
+        "moments": sum(m.nbytes for m in moments) / 1e6,
+        "peak": max(held) / 1e6,
     }
 
 
@@ -205,9 +209,8 @@ def table_of_memory() -> None:
         ("rapidin, spread over two processes", 2, "sketch"),
     ):
         found = run(processes, "memory", what)
-        print(
-            f"| {name} | {found['weights']:,.0f} | {found['grads']:,.0f} | {found['peak']:,.0f} |", flush=True
-        )
+        mb = found["weights"], found["grads"] + found["moments"], found["peak"]
+        print(f"| {name} | {mb[0]:,.0f} | {mb[1]:,.0f} | {mb[2]:,.0f} |", flush=True)
 
 
 if __name__ == "__main__":
