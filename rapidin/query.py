@@ -16,7 +16,7 @@ from rapidin.distributed import world
 from rapidin.encoding import Encoded, Status
 from rapidin.errors import UserError, short
 from rapidin.hits import QueryResult
-from rapidin.scan import Source, all_scores, hits_of, scan_cache, training_data
+from rapidin.scan import Source, all_scores, hits_of, rescore, scan_cache, training_data
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,14 +149,23 @@ def explain(
     top_k: int,
     examples: Any,
     clock: Clock,
+    finer: Part | None = None,
+    candidates: int = 0,
 ) -> list[QueryResult]:
-    """The hits of each generation, or of all of them together; of several processes, for the leader alone."""
+    """The hits of each generation, or of all of them together; of several processes, for the leader alone.
+
+    finer: a cache of the same examples by whose scores the best of so many candidates at each end are chosen.
+    """
     wanted = sources(parts, generations, scoring)
     clock.lap("method")
-    top, bottom = scan_cache(wanted, top_k)
+    top, bottom = scan_cache(wanted, max(top_k, candidates))
     clock.lap("scan")
     if not world().leads:
         return []
+    if finer is not None:
+        (again,) = sources([finer], generations, scoring)
+        top, bottom = rescore(again, (top, bottom), top_k)
+        clock.lap("rescore")
     cache = parts[0].cache
     source = training_data(cache, examples)
     named = [(g.prompt, g.completion, g.generated) for g in generations]

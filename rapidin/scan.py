@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,52 @@ def all_scores(sources: Source | Sequence[Source], device: torch.device | None =
     return found
 
 
+def rescore(source: Source, ends: Ends, top_k: int, device: torch.device | None = None) -> Ends:
+    """The best of the rows that another scan found, by their scores here: as `scan_cache` gives them.
+
+    source: a cache of the same examples, say one that keeps more of each. Rows that it lacks, or that do not
+    count in it, are left out.
+    """
+    device = source.query.vectors.device if device is None else device
+    found = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))
+    chosen = found[found >= 0]  # ascending
+    scores = torch.full((len(source.query.vectors), len(chosen)), torch.nan, device="cpu")
+    pieces = ((label, _moved(fields, device)) for label, fields in _some_pieces(source, chosen))
+    for values, places, _, _ in _scanned([source], device, pieces, top_k=_ALL_ROWS):
+        values, places = values.cpu(), places.cpu()
+        for query in range(len(scores)):
+            real = places[query] >= 0
+            scores[query, places[query][real]] = values[query][real]
+    best = []
+    for (_, rows), largest in zip(ends, (True, False), strict=True):
+        ordered = rows.sort(dim=1).values
+        place = torch.searchsorted(chosen, ordered).clamp(0, max(0, len(chosen) - 1))
+        own = scores.gather(1, place) if len(chosen) else torch.full(rows.shape, torch.nan)
+        kept = torch.where((ordered >= 0) & ~own.isnan(), ordered, -1)
+        best.append(_best(own, kept, top_k, largest))
+    return best[0], best[1]
+
+
+def _some_pieces(source: Source, chosen: Tensor) -> Iterator[_Piece]:
+    """Pieces of these rows [n], ascending, on the CPU; labels are places among them."""
+    factors = source.query.factors
+    for shard in source.cache.manifest.shards:
+        low, high = torch.searchsorted(chosen, torch.tensor([shard.first, shard.first + shard.rows])).tolist()
+        for start in range(low, high, _ALL_ROWS):
+            (first, rows), *_ = source.cache.shards(within=(shard.first, shard.first + 1))
+            wanted = chosen[start : min(high, start + _ALL_ROWS)]
+            mine = {name: value[wanted - first] for name, value in rows.code.items()}
+            dead = source.cache.code.some_dead(mine) if source.query.normalize == "layer" else None
+            fields = {f"0.{name}": value for name, value in mine.items()}
+            if factors is not None:
+                fields[f"0.{_FACTORS}"] = factors[wanted]
+            yield (start, (dead,)), fields | {_STATUS: rows.status[wanted - first]}
+
+
+def _moved(fields: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in fields.items()}
+
+
 _ALL_ROWS = 256  # that are scanned at a time where all scores are wanted
 
 # A piece's first row, and for each source whether one of its blocks is without gradient, where that matters.
@@ -121,7 +167,7 @@ def _pieces(
     sources: Sequence[Source], within: tuple[int, int] = (0, sys.maxsize), most: int | None = None
 ) -> Iterator[_Piece]:
     """What a scan reads, on the CPU: rows that all sources hold, a shard or at most so many at a time."""
-    _check_same_examples([source.cache for source in sources])
+    check_same_examples([source.cache for source in sources])
     shards = [source.cache.shards(ahead=True, within=within) for source in sources]
     held: list[tuple[int, Rows]] = []
     for each in shards:
@@ -156,7 +202,8 @@ _STATUS, _FACTORS = "status", "factors"
 _NOTHING = Rows({}, *(torch.zeros(0, dtype=torch.int64, device="cpu") for _ in range(4)))
 
 
-def _check_same_examples(caches: Sequence[Cache]) -> None:
+def check_same_examples(caches: Sequence[Cache]) -> None:
+    """Raise UserError where these caches are not of the same examples."""
     first = caches[0]
     for other in caches[1:]:
         same = other.manifest.rows == first.manifest.rows

@@ -118,11 +118,13 @@ def asking(cache: Path, *options: str) -> list[str]:
     [
         (2, "compact", ["--method", "fisher", "--top-k", "100"]),  # more than there are
         (4, "plain", ["--normalize", "cosine", "--top-k", "7"]),
+        (2, "compact", ["--rescore", "PLAIN", "--candidates", "9", "--top-k", "4"]),
     ],
 )
 def test_processes_find_the_hits_of_one(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], size: int, kind: str, options: list[str]
 ) -> None:
+    options = [option.replace("PLAIN", str(work / "plain")) for option in options]
     assert main(asking(work / kind, *options)) == 0
     alone = capsys.readouterr().out
     ended = together(size, asking(work / kind, *options), tmp_path / "said")

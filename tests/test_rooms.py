@@ -55,7 +55,7 @@ ALLOWED = {
         "transfer",
     },
     "select": set(),
-    "ensemble": {"attributor", "cache", "hits", "query"},
+    "ensemble": {"attributor", "cache", "hits", "query", "scan"},
     "thinning": {"layers"},
     "plan": {"attributor", "caching", "encoding", "examples", "ops", "pack"},
     "tuning": {"hooks"},

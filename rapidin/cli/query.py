@@ -86,6 +86,18 @@ def query(
             show_default=False,
         ),
     ] = None,
+    rescore: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CACHE",
+            help="A cache of the same examples that keeps more of each: the best of --candidates are chosen "
+            "by its scores.",
+            show_default=False,
+        ),
+    ] = None,
+    candidates: Annotated[
+        int, typer.Option(metavar="N", min=1, help="At each end, that --rescore looks at.")
+    ] = 1000,
     max_new_tokens: MaxNewTokens = 64,
     model: MovedModel = None,
     adapter: MovedAdapter = None,
@@ -112,9 +124,11 @@ def query(
         check_writable(json)
     console = messages(quiet)
     with quiet_libraries():
+        from rapidin.cache import Cache
         from rapidin.scan import training_data
 
         ensemble = open_caches(cache)
+        finer = None if rescore is None else Cache(rescore)
         opened = ensemble.caches[-1]
         generations = _generations(ask, prompt, completion, data, str(opened.manifest.data.get("form")))
         # Before the model: a file that has moved shows at once.
@@ -130,6 +144,8 @@ def query(
                 together=together,
                 max_new_tokens=max_new_tokens,
                 examples=False if examples is None else examples,
+                rescore=finer,
+                candidates=candidates,
             )
     if not leads:
         return
