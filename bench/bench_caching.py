@@ -14,6 +14,7 @@ Peaks are of the whole process, so "above the bare loop" holds the code's basis 
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -25,8 +26,9 @@ from rapidin import Attributor, load_model, ops, pack
 from rapidin.attributor import _by_length
 from rapidin.demo.tokenizer import train_tokenizer
 from rapidin.encoding import Encoded, Status
-from rapidin.geometry import EXPONENT, FLOOR, Geometry, Moments
+from rapidin.geometry import DAMPING, EXPONENT, FLOOR, RANK, Geometry, Moments, kfac_scales
 from rapidin.hooks import Batch, example_losses
+from rapidin.kronecker import FactorMoments
 from rapidin.model import LoadedModel
 from rapidin.pack import Basis, Code, FloatCode, PackedCode
 
@@ -174,9 +176,10 @@ def bench_caching(benchmark, kind, dtype):
     )
 
 
+@pytest.mark.parametrize("form", ["sample", "kfac"])
 @pytest.mark.parametrize("kind", ["linear layers", "LoRA"])
-def bench_geometry(benchmark, kind):
-    """Sketching a batch with the factors scaled by a geometry, against the same without."""
+def bench_geometry(benchmark, kind, form):
+    """Sketching a batch with the factors turned by a geometry, against the same without."""
     name = os.environ.get("RAPIDIN_BENCH_MODEL", "random Llama")
     benchmark.group = f"geometry, {name}, {kind}"
     loaded = make_model(kind)
@@ -184,23 +187,27 @@ def bench_geometry(benchmark, kind):
     chosen = _by_length(range(EXAMPLES), texts, BATCH_TOKENS)[-1]
     batch = Batch.of([(texts[n].ids, texts[n].target) for n in chosen])
     sketcher = Attributor(loaded, batch_tokens=BATCH_TOKENS).sketcher
-    moments = Moments(sketcher.targets)
-    moments.add(sketcher.squares(batch))
-    geometry = Geometry([moments.scales(EXPONENT, FLOOR)])
+    if form == "kfac":
+        factors = FactorMoments(sketcher.targets, RANK, 0)
+        measure = partial(sketcher.add_moments, batch, factors)
+        measure()
+        geometry = Geometry([kfac_scales(factors, EXPONENT, DAMPING)])
+    else:
+        moments = Moments(sketcher.targets)
+        measure = partial(sketcher.squares, batch)
+        moments.add(measure())
+        geometry = Geometry([moments.scales(EXPONENT, FLOOR)])
 
     def sketch(with_geometry: Geometry | None) -> None:
         sketcher.geometry = with_geometry
         sketcher(batch)
 
-    others = {
-        "without": lambda: sketch(None),
-        "squares for a geometry": lambda: sketcher.squares(batch),
-    }
+    others = {"without": lambda: sketch(None), "moments for a geometry": measure}
     best = in_turns(benchmark, lambda: sketch(geometry), others, seconds=60.0)
     ours = benchmark.stats.stats.min
     note(
         benchmark,
         tokens=int(batch.mask.sum()),
         of_without=best["without"] / ours,
-        squares_over_sketch=best["squares for a geometry"] / best["without"],
+        moments_over_sketch=best["moments for a geometry"] / best["without"],
     )

@@ -19,9 +19,10 @@ from rapidin.cache.manifest import gradient_settings
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError, short
 from rapidin.examples import Examples, open_examples
-from rapidin.geometry import STREAM, Geometry, GeometryChoice, Moments
+from rapidin.geometry import STREAM, Geometry, GeometryChoice, Moments, kfac_scales
 from rapidin.hits import QueryResult
 from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Projection
+from rapidin.kronecker import FactorMoments
 from rapidin.layers import coverage, find_targets, layer_table
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 from rapidin.pack import Format
@@ -67,9 +68,9 @@ class Attributor:
     at: points between base (0) and tuned model (1) where gradients are taken, one number or several, which
         are summed; default 0.5 where the untuned state is known, else 1.
     loss: "mean" or "sum" over an example's completion tokens.
-    geometry: scales gradients as the optimizer's steps are scaled (`rapidin.geometry`): None or "off" for
-        not, "sample" from a sample of the data, or the path of the optimizer's state (optimizer.pt, or the
-        checkpoint folder with it).
+    geometry: scales gradients by a root of their second moment (`rapidin.geometry`): None or "off" for not;
+        as Adam's steps are scaled, "sample" from a sample of the data, or the path of the optimizer's state
+        (optimizer.pt, or the checkpoint folder with it); "kfac" as K-FAC's are, from a sample of the data.
     eos, max_length, too_long: see `rapidin.encoding.Encoder`.
     batch_tokens: padded tokens a batch.
     thinning: take gradients of the model thinned by a dropout mask (`rapidin.thinning`).
@@ -401,11 +402,18 @@ class Attributor:
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
         points = []
         for point in self.points:
-            moments = Moments(self.targets)
             with self.loaded.path.at(point), self._thinned():
-                for _, squares in self._in_batches(good, encoded, self.sketcher.squares, meter):
-                    moments.add(squares)
-            points.append(moments.scales(self.geometry.exponent, self.geometry.floor))
+                if self.geometry.kind == "kfac":
+                    factors = FactorMoments(self.targets, self.geometry.rank, self.seed, self.loaded.device)
+                    run = partial(self.sketcher.add_moments, moments=factors)
+                    for _ in self._in_batches(good, encoded, run, meter):
+                        pass
+                    points.append(kfac_scales(factors, self.geometry.exponent, self.geometry.damping))
+                else:
+                    moments = Moments(self.targets)
+                    for _, squares in self._in_batches(good, encoded, self.sketcher.squares, meter):
+                        moments.add(squares)
+                    points.append(moments.scales(self.geometry.exponent, self.geometry.floor))
         return Geometry(points)
 
     def _in_batches(

@@ -1,15 +1,24 @@
-"""The optimizer's geometry: gradients scaled by a root of their second moment, as Adam's steps are.
+"""The geometry of gradients: scaled by a root of their second moment, as the steps of optimizers are.
 
-A model tuned with Adam moves along the gradient over the root of its second moment V, elementwise. So the
-gradients of both sides, training and query alike, are brought into the units of such steps: scaled by
-``V^-p``, p = 1/2 (1/4 would put one step's root into a product of two; 1/2 predicts retrainings better,
-docs/how-it-works.md). V is kept as Adafactor keeps it (Shazeer & Stern, 2018, section 3): for a parameter's
-gradient [O, I], with r and c the row and column means of the second moment,
+Two forms of it, both a linear map on each of the two sides of a layer's gradient, so that the hooks turn the
+two factors and never form it.
+
+**Adam's.** A model tuned with Adam moves along the gradient over the root of its second moment V, element by
+element. So the gradients of both sides, training and query alike, are brought into the units of such steps:
+scaled by ``V^-p``, p = 1/2 (1/4 would put one step's root into a product of two; 1/2 predicts retrainings
+better, docs/how-it-works.md). V is kept as Adafactor keeps it (Shazeer & Stern, 2018, section 3): for a
+parameter's gradient [O, I], with r and c the row and column means of the second moment,
 
     V_oi ~ r_o c_i / mean(r)
 
-so that ``V^-p`` is a scale of the rows and one of the columns: the hooks scale the two factors of a gradient
-and never form it. r and c come from a sample of the data or from the optimizer's own state.
+so that ``V^-p`` is a scale of the rows and one of the columns. r and c come from a sample of the data or from
+the optimizer's own state.
+
+**K-FAC's** (`rapidin.kronecker`). Not elements but directions: with S and A the second moments of the two
+factors, from a sample, rows are turned by ``(S / m_S + d)^-p m_S^-p``, m_S the mean eigenvalue of S and d the
+damping, and columns likewise by A. With p = 1/2 a product of two gradients is one under K-FAC's inverse
+Fisher information, ``<(S (x) A)^-1 q, y>``: the influence function (Grosse et al., 2023, section 3). Of wide
+sides only the strongest directions are known, ``rest (I + U diag(gain) U^T)``.
 """
 
 from __future__ import annotations
@@ -27,23 +36,62 @@ from torch import Tensor, nn
 from rapidin.cache.manifest import GEOMETRY, Manifest
 from rapidin.cache.shards import read_geometry
 from rapidin.errors import UserError
+from rapidin.kronecker import FactorMoments, Spectrum
 from rapidin.layers import Target, matrix_shape
 from rapidin.squares import Squares
 
 EXPONENT = 0.5  # of V, on each of the two sides of a product
 FLOOR = 0.01  # r and c are at least this share of their own means
-SAMPLE = 256  # examples
+SAMPLE = 256  # examples, for Adam's
+KFAC_SAMPLE = 128  # for K-FAC's, which every token tells something of
 STREAM = 18  # of the keyed hash in docs/sketch.md, that draws them
+RANK = 64  # directions of a side that K-FAC's geometry knows
+DAMPING = 0.1  # of a side, in units of its mean eigenvalue
 
-Kind = Literal["off", "sample", "optimizer"]
+Kind = Literal["off", "sample", "kfac", "optimizer"]
+
+
+@dataclass(frozen=True)
+class Directions:
+    """``I + U diag(gain) U^T``, which takes the strong directions of a side down to the level of the others.
+
+    basis: U [n, r] float32, orthonormal; gain: [r] float32.
+    """
+
+    basis: Tensor
+    gain: Tensor
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., n] turned, in float32: of what is far larger than the rest only the rest stays, which fewer
+        digits would not hold."""
+        x = x.float()
+        if self._matrix is not None:
+            return x @ self._matrix
+        along = (x @ self.basis) * self.gain
+        return torch.addmm(x.flatten(0, -2), along.flatten(0, -2), self.basis.T).view_as(x)
+
+    @cached_property
+    def _matrix(self) -> Tensor | None:
+        """The whole matrix, where that is less work."""
+        n, r = self.basis.shape
+        if n > 2 * r:
+            return None
+        return torch.eye(n, device=self.basis.device) + (self.basis * self.gain) @ self.basis.T
+
+    def to(self, device: torch.device) -> Directions:
+        """The same on a device."""
+        return Directions(self.basis.to(device), self.gain.to(device))
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """``V^-p`` of one parameter: rows [O], columns [I], float32."""
+    """A root ``V^-p`` of one parameter: rows [O], columns [I], float32, and what is done to directions of a
+    side besides, before, where there is such a thing."""
 
     rows: Tensor
     columns: Tensor
+    row_directions: Directions | None = None
+    column_directions: Directions | None = None
 
     @staticmethod
     def of(row_means: Tensor, column_means: Tensor, exponent: float, floor: float) -> Scale:
@@ -61,21 +109,71 @@ class Scale:
         rows, columns = r.clamp(min=floor * mean), (c / mean).clamp(min=floor)
         return Scale(rows.pow(-exponent).float(), columns.pow(-exponent).float())
 
+    @staticmethod
+    def of_spectra(
+        found: tuple[Spectrum | Tensor, Spectrum] | None,
+        shape: tuple[int, int],
+        exponent: float,
+        damping: float,
+    ) -> Scale:
+        """K-FAC's, of what `FactorMoments.spectra` found for a parameter of this shape (O, I)."""
+        if found is None:
+            return Scale(torch.ones(shape[0], device="cpu"), torch.ones(shape[1], device="cpu"))
+        rows, (columns, column_directions) = found[0], _side(found[1], exponent, damping)
+        if isinstance(rows, Spectrum):
+            row_scale, row_directions = _side(rows, exponent, damping)
+            return Scale(row_scale, columns, row_directions, column_directions)
+        row_scale = (rows + damping * rows.mean()).pow(-exponent).float()
+        return Scale(row_scale, columns, None, column_directions)
+
     def factors(self, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Columns [B, T, I] and rows [B, T, O] of a gradient, scaled."""
-        return scaled(columns, self.columns), scaled(rows, self.rows)
+        return (
+            _turned(columns, self.columns, self.column_directions),
+            _turned(rows, self.rows, self.row_directions),
+        )
 
     def embedding(self, ids: Tensor, grads: Tensor) -> Tensor:
         """What the tokens ids [B, T] bring to an embedding's rows, [B, T, E], scaled."""
-        return scaled(scaled(grads, self.columns), self.rows[ids][..., None])
+        return scaled(_turned(grads, self.columns, self.column_directions), self.rows[ids][..., None])
 
     def formed(self, grads: Tensor) -> Tensor:
         """Gradients [B, O, I], scaled, in float32."""
-        return scaled(grads.float(), self.rows[:, None] * self.columns)
+        grads = grads.float()
+        if self.column_directions is not None:
+            grads = self.column_directions(grads)
+        if self.row_directions is not None:
+            grads = self.row_directions(grads.mT).mT
+        return scaled(grads, self.rows[:, None] * self.columns)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I); ValueError where the parts do not fit together."""
+        for side, directions in (
+            (self.rows, self.row_directions),
+            (self.columns, self.column_directions),
+        ):
+            if directions is not None and directions.basis.shape != (len(side), len(directions.gain)):
+                raise ValueError("a basis is of another side")
+        return len(self.rows), len(self.columns)
 
     def to(self, device: torch.device) -> Scale:
         """The same on a device."""
-        return Scale(self.rows.to(device), self.columns.to(device))
+        directions = [d and d.to(device) for d in (self.row_directions, self.column_directions)]
+        return Scale(self.rows.to(device), self.columns.to(device), *directions)
+
+
+def _side(spectrum: Spectrum, exponent: float, damping: float) -> tuple[Tensor, Directions]:
+    """``(M / mean + damping)^-p mean^-p`` of a side, as a scale [n] and directions."""
+    n = len(spectrum.basis)
+    root = (spectrum.strong / spectrum.mean + damping).pow(-exponent)
+    rest = (spectrum.rest / spectrum.mean + damping) ** -exponent
+    scale = torch.full((n,), rest * spectrum.mean**-exponent, dtype=torch.float32, device="cpu")
+    return scale, Directions(spectrum.basis.float().contiguous(), (root / rest - 1).float())
+
+
+def _turned(x: Tensor, scale: Tensor, directions: Directions | None) -> Tensor:
+    return scaled(x, scale) if directions is None else directions(x).mul_(scale)
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
@@ -113,21 +211,33 @@ class Geometry:
             for target in targets:
                 o, i = matrix_shape(target.shape)
                 s = table.get(target.name)
-                fits = fits and s is not None and s.rows.shape == (o,) and s.columns.shape == (i,)
+                fits = fits and s is not None and s.shape == (o, i)
         if not fits:
             raise UserError("the cache's geometry is for other parameters than its layer table", _AGAIN)
 
-    @cached_property
-    def data(self) -> bytes:
-        """The bytes of a safetensors file: tensors ``<point>/<parameter>/rows`` and ``.../columns``."""
-        from safetensors.torch import save
-
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name: ``<point>/<parameter>/rows`` and ``.../columns``, and of directions ``.../rows_basis``,
+        ``.../rows_gain`` and so on."""
         tensors = {}
         for n, table in enumerate(self.points):
             for name, scale in table.items():
-                tensors[f"{n}/{name}/rows"] = scale.rows.cpu().contiguous()
-                tensors[f"{n}/{name}/columns"] = scale.columns.cpu().contiguous()
-        data: bytes = save(tensors)
+                for side, numbers, directions in (
+                    ("rows", scale.rows, scale.row_directions),
+                    ("columns", scale.columns, scale.column_directions),
+                ):
+                    tensors[f"{n}/{name}/{side}"] = numbers.cpu().contiguous()
+                    if directions is not None:
+                        tensors[f"{n}/{name}/{side}_basis"] = directions.basis.cpu().contiguous()
+                        tensors[f"{n}/{name}/{side}_gain"] = directions.gain.cpu().contiguous()
+        return tensors
+
+    @cached_property
+    def data(self) -> bytes:
+        """The bytes of a safetensors file with `tensors`."""
+        from safetensors.torch import save
+
+        data: bytes = save(self.tensors)
         return data
 
     @property
@@ -137,17 +247,19 @@ class Geometry:
 
     @staticmethod
     def of_tensors(tensors: Mapping[str, Tensor]) -> Geometry:
-        """What `data` holds; ValueError or KeyError where it is something else."""
+        """Of what `tensors` gave; ValueError or KeyError where it is something else."""
         sides: dict[int, dict[str, dict[str, Tensor]]] = {}
         for key, value in tensors.items():
             number, rest = key.split("/", 1)
             name, side = rest.rsplit("/", 1)
-            if value.dtype != torch.float32 or value.ndim != 1:
+            if value.dtype != torch.float32 or value.ndim != (2 if side.endswith("_basis") else 1):
                 raise ValueError(f"'{key}' is no list of float32 numbers")
             sides.setdefault(int(number), {}).setdefault(name, {})[side] = value
         if sorted(sides) != list(range(len(sides))) or not sides:
             raise ValueError("a point is missing")
-        return Geometry([{name: Scale(**pair) for name, pair in sides[n].items()} for n in range(len(sides))])
+        return Geometry(
+            [{name: _scale(parts) for name, parts in sides[n].items()} for n in range(len(sides))]
+        )
 
     @staticmethod
     def read(manifest: Manifest) -> Geometry | None:
@@ -168,6 +280,21 @@ class Geometry:
             raise UserError(f"the geometry '{path}' is damaged: {error}", _AGAIN) from None
 
 
+def _scale(parts: dict[str, Tensor]) -> Scale:
+    """What `Geometry.data` wrote of one parameter; KeyError or ValueError where it is not that."""
+    found = [
+        Directions(parts.pop(f"{side}_basis"), parts.pop(f"{side}_gain"))
+        if f"{side}_basis" in parts
+        else None
+        for side in ("rows", "columns")
+    ]
+    scale = Scale(parts.pop("rows"), parts.pop("columns"), *found)
+    if parts:
+        raise ValueError(f"'{next(iter(parts))}' is no part of a geometry")
+    _ = scale.shape  # looks at the parts' sizes
+    return scale
+
+
 _AGAIN = "cache again"
 
 
@@ -175,14 +302,17 @@ _AGAIN = "cache again"
 class GeometryChoice:
     """Which geometry a cache is made with.
 
-    kind: "off", "sample" or "optimizer" (from its state). exponent: p above. floor: see `Scale.of`.
-    sample: examples that a sample has. made: the geometry, where it is known before the cache is made.
+    kind: "off"; Adam's, from a "sample" or the "optimizer" (its state); or "kfac", from a sample too.
+    exponent: p above. floor: see `Scale.of`. sample: examples that a sample has. rank, damping: directions of
+    a side, and d above, of "kfac". made: the geometry, where it is known before the cache is made.
     """
 
     kind: Kind = "off"
     exponent: float = EXPONENT
     floor: float = FLOOR
     sample: int = SAMPLE
+    rank: int = RANK
+    damping: float = DAMPING
     made: Geometry | None = None
 
     @staticmethod
@@ -192,7 +322,7 @@ class GeometryChoice:
         targets: Sequence[Target],
         trained: Sequence[str] | None = None,
     ) -> GeometryChoice:
-        """What `Attributor` takes: None or "off", "sample", or the path of an optimizer's state.
+        """What `Attributor` takes: None or "off", "sample", "kfac", or the path of an optimizer's state.
 
         trained: names of the parameters that were tuned, by default all. Raises UserError where the state
         cannot be read or is not that of these parameters.
@@ -203,6 +333,8 @@ class GeometryChoice:
             return GeometryChoice()
         if value == "sample":
             return GeometryChoice("sample")
+        if value == "kfac":
+            return GeometryChoice("kfac", sample=KFAC_SAMPLE)
         from rapidin.optimizer_state import second_moments
 
         moments = second_moments(Path(value), model, targets, trained)
@@ -217,16 +349,18 @@ class GeometryChoice:
             return GeometryChoice()
         # What came from an optimizer's state is in the cache; the state may be gone.
         made = Geometry.read(manifest) if record["kind"] == "optimizer" else None
-        return GeometryChoice(record["kind"], record["exponent"], record["floor"], record["sample"], made)
+        settings = {k: v for k, v in record.items() if k not in ("file", "bytes", "sha256")}
+        return GeometryChoice(**settings, made=made)
 
     def to_json(self) -> str | dict[str, Any]:
         """What the manifest of a new cache says of it."""
         if self.kind == "off":
             return "off"
+        own = {"rank": self.rank, "damping": self.damping} if self.kind == "kfac" else {"floor": self.floor}
         return {
             "kind": self.kind,
             "exponent": self.exponent,
-            "floor": self.floor,
+            **own,
             "sample": self.sample,
             "file": GEOMETRY,
             "bytes": 0 if self.made is None else len(self.made.data),
@@ -258,11 +392,22 @@ class Moments:
     def scales(self, exponent: float, floor: float) -> dict[str, Scale]:
         """The scale of each target, on the CPU; UserError where no example had a gradient."""
         if self._sums is None or not self.examples:
-            raise UserError(
-                "no example of the geometry's sample has a gradient that is finite", "say --geometry off"
-            )
+            raise UserError(_NO_GRADIENT, "say --geometry off")
         table = {}
         for target, (r, c) in zip(self.targets, self._sums, strict=True):
             rows, columns = r.cpu() / (len(c) * self.examples), c.cpu() / (len(r) * self.examples)
             table[target.name] = Scale.of(rows, columns, exponent, floor)
         return table
+
+
+def kfac_scales(moments: FactorMoments, exponent: float, damping: float) -> dict[str, Scale]:
+    """K-FAC's scale of each target, on the CPU; UserError where no example had a gradient."""
+    if not moments.examples:
+        raise UserError(_NO_GRADIENT, "say --geometry off")
+    return {
+        target.name: Scale.of_spectra(moments.spectra(n), matrix_shape(target.shape), exponent, damping)
+        for n, target in enumerate(moments.targets)
+    }
+
+
+_NO_GRADIENT = "no example of the geometry's sample has a gradient that is finite"

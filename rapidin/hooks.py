@@ -23,6 +23,7 @@ from torch.nn import functional as F
 from rapidin import ops
 from rapidin.errors import UserError
 from rapidin.geometry import Geometry, Scale
+from rapidin.kronecker import FactorMoments
 from rapidin.layers import Target, Use, block_seed, matrix_shape
 from rapidin.squares import Squares, as_factors, embedding_squares, factor_squares, formed_squares, joined
 from rapidin.transfer import upload
@@ -140,6 +141,7 @@ class GradientSketcher:
                 by_module.setdefault(use.module, []).append((n, use))
         self._by_module = by_module
         self.one_by_one = bool(self._single)
+        self._batched = False  # a batch of several examples has gone through
 
     @property
     def needs_weights(self) -> list[str]:
@@ -187,6 +189,17 @@ class GradientSketcher:
         self._run(batch, state)
         return state.finish()
 
+    def add_moments(self, batch: Batch, moments: FactorMoments) -> None:
+        """Add a batch to the second moments of the two factors of each target's gradient.
+
+        Of the gradients as they are, whatever the geometry. Raises as a call does.
+        """
+        if len(batch.ids) > 1 and not self._batched:
+            self._run(batch, _Pass(self, batch, None))  # may find that it cannot be, with nothing added yet
+        state = _MomentPass(self, batch, moments)
+        self._run(batch, state)
+        moments.examples += len(batch.ids)
+
     def _scales(self, point: int | None) -> list[Scale] | None:
         if self.geometry is None:
             return None
@@ -214,6 +227,7 @@ class GradientSketcher:
                 f"{len(missing)} parameters took no part in the model's forward pass, such as '{missing[0]}'",
                 "leave them out with --exclude",
             )
+        self._batched |= batch.ids.shape[0] > 1
         return losses.detach()
 
     @contextlib.contextmanager
@@ -415,6 +429,26 @@ class _FactorPass(_Pass):
         raise TypeError(
             f"'{self.sketcher.targets[n].name}' is not the weight of a linear layer: it has no factors"
         )
+
+
+class _MomentPass(_Pass):
+    """A pass that adds to the moments of the factors."""
+
+    def __init__(self, sketcher: GradientSketcher, batch: Batch, moments: FactorMoments) -> None:
+        super().__init__(sketcher, batch, None)
+        self._moments = moments
+
+    def _space(self, device: torch.device) -> Tensor:
+        return torch.zeros(0, device=device)
+
+    def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
+        self._moments.add_factors(n, columns, rows)
+
+    def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
+        self._moments.add_embedding(n, ids, grad)
+
+    def _add_formed(self, n: int, grad: Tensor) -> None:
+        self._moments.add_formed(n, grad)
 
 
 class _SquaresPass(_Pass):

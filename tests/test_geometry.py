@@ -19,9 +19,19 @@ from rapidin.attributor import Attributor, Progress
 from rapidin.cache import Cache, Manifest
 from rapidin.cli import main
 from rapidin.errors import UserError
-from rapidin.geometry import EXPONENT, FLOOR, Geometry, GeometryChoice, Moments, Scale
-from rapidin.hooks import Batch, GradientSketcher
-from rapidin.layers import Target, block_seed, find_targets, matrix_shape
+from rapidin.geometry import (
+    EXPONENT,
+    FLOOR,
+    Directions,
+    Geometry,
+    GeometryChoice,
+    Moments,
+    Scale,
+    kfac_scales,
+)
+from rapidin.hooks import Batch, GradientSketcher, NotBatchedError
+from rapidin.kronecker import FactorMoments, SideMoment, Spectrum
+from rapidin.layers import Target, Use, block_seed, find_targets, matrix_shape
 from rapidin.model import LoadedModel
 from rapidin.optimizer_state import second_moments
 from rapidin.squares import embedding_squares, factor_squares, formed_squares
@@ -223,6 +233,196 @@ def test_small_dtypes_are_scaled_without_leaving_their_range(dtype: torch.dtype)
     torch.testing.assert_close(got.float(), x.float() * scale, rtol=2**-8, atol=0.0)
 
 
+# ------------------------------------------------------------------------------------------ K-FAC
+
+
+def damped_root(moment: torch.Tensor, damping: float, p: float = P) -> torch.Tensor:
+    """``(M / m + d)^-p m^-p`` by its eigenvalues, m their mean."""
+    values, vectors = torch.linalg.eigh(moment)
+    mean = float(values.mean())
+    return (vectors * ((values / mean + damping) * mean).pow(-p)) @ vectors.T
+
+
+@pytest.mark.parametrize("size", [1.0, 1e-12])
+def test_a_side_is_the_damped_root_of_its_moment(size: float) -> None:
+    x = noise(200, 24) * torch.linspace(0.1, 3, 24) * size
+    side = SideMoment(24, 12, 0, torch.device("cpu"))  # twelve and twice twelve: all directions are kept
+    for part in x.split(70):
+        side.add(part)
+    spectrum = side.spectrum(200)
+    assert spectrum is not None
+    scale = Scale.of_spectra((spectrum, spectrum), (24, 24), P, 0.1)
+    want = damped_root(x.double().T @ x.double() / 200, 0.1)
+    assert scale.row_directions is not None
+    got = scale.row_directions(torch.eye(24)).double() * scale.rows
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
+
+
+def test_of_a_wide_side_the_strongest_directions_are_known_and_the_rest_is_alike() -> None:
+    n, rank, strong = 300, 16, 16
+    turn = torch.linalg.qr(noise(n, n, seed=1)).Q
+    values = torch.full((n,), 0.01)
+    values[:strong] = torch.linspace(100, 5, strong)
+    x = (noise(4000, n) * values.sqrt()) @ turn.T
+    side = SideMoment(n, rank, 5, torch.device("cpu"))
+    for part in x.split(512):
+        side.add(part)
+    spectrum = side.spectrum(len(x))
+    assert spectrum is not None
+    exact, vectors = torch.linalg.eigh(x.double().T @ x.double() / len(x))
+    exact, vectors = exact.flip(0), vectors.flip(1)
+    # One pass leaves a little of the rest in the strong ones: that is no error of floats.
+    torch.testing.assert_close(spectrum.strong, exact[:rank], rtol=0.03, atol=0.0)
+    overlap = (spectrum.basis.T @ vectors[:, :rank]).square().sum() / rank
+    assert float(overlap) > 0.999
+    assert exact[rank:].mean() < spectrum.rest < 2 * exact[rank:].mean()
+    assert spectrum.mean == pytest.approx(float(exact.mean()), rel=1e-5)
+    # and what is done to them: the low-rank form is the matrix itself
+    scale = Scale.of_spectra((spectrum, spectrum), (n, n), P, 0.1)
+    filled = torch.cat([spectrum.strong, torch.full((n - rank,), spectrum.rest, dtype=torch.float64)])
+    rest = torch.linalg.qr(torch.cat([spectrum.basis, noise(n, n - rank).double()], 1)).Q[:, rank:]
+    whole = torch.cat([spectrum.basis, rest], 1)
+    want = damped_root((whole * filled) @ whole.T, 0.1)
+    y = noise(3, 7, n)
+    got, _ = scale.factors(y, y)
+    torch.testing.assert_close(got.double(), y.double() @ want, rtol=1e-3, atol=1e-3 * float(got.std()))
+
+
+def test_what_is_far_larger_than_the_rest_does_not_drown_it_in_small_dtypes() -> None:
+    n = 200
+    x = noise(500, n)
+    x[:, 3] *= 3000.0  # as a few features of large models are
+    side = SideMoment(n, 8, 0, torch.device("cpu"))
+    side.add(x)
+    spectrum = side.spectrum(500)
+    assert spectrum is not None
+    scale = Scale.of_spectra((spectrum, spectrum), (n, n), P, 0.01)
+    y = x[:4, None].to(torch.bfloat16)
+    got, _ = scale.factors(y, y)
+    assert got.dtype == torch.float32
+    assert scale.column_directions is not None
+    basis, gain = scale.column_directions.basis.double(), scale.column_directions.gain.double()
+    want = (y.double() + (y.double() @ basis * gain) @ basis.T) * scale.columns
+    torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2 * float(want.std()))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_moments_of_every_parameter_and_sketches_turned_by_them(kind: str) -> None:
+    model = MODELS[kind]()
+    targets = all_targets(model)
+    batch = Batch.of(texts())
+    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
+    moments = FactorMoments(targets, 64, SEED)
+    sketcher.add_moments(batch, moments)
+    assert moments.examples == len(texts())
+    table = kfac_scales(moments, P, 0.1)
+    sketcher.geometry = Geometry([table])
+    got, _ = sketcher(batch)
+    for n, (target, formed) in enumerate(zip(targets, own_matrices(model, targets), strict=True)):
+        scale = table[target.name]
+        o, i = matrix_shape(target.shape)
+        assert scale.shape == (o, i)
+        left = scale.formed(torch.eye(o)[None] if o == i else torch.zeros(1, o, i))
+        assert left.isfinite().all()
+        rows = torch.eye(o) if scale.row_directions is None else scale.row_directions(torch.eye(o))
+        columns = torch.eye(i) if scale.column_directions is None else scale.column_directions(torch.eye(i))
+        rows, columns = rows.double() * scale.rows, columns.double() * scale.columns
+        want = ops.matrix_sketch(
+            (rows.T @ formed.double() @ columns).float(), WIDTH, seed=block_seed(SEED, target.name)
+        )
+        assert relative_error(got[:, n], want) < 1e-3, target.name
+    # what it is for: with its own moments the whole of a linear layer's gradients is near to white
+    linear = [t for t in targets if {u.kind for u in t.uses} <= {"linear", "conv1d"}][:3]
+    factors = GradientSketcher(model, linear, width=8, seed=0).factors(batch)
+    for target, (columns, outputs) in zip(linear, factors, strict=True):
+        a, g = columns.flatten(0, 1).double(), outputs.flatten(0, 1).double()
+        reached = (g != 0).any(1) & (a != 0).any(1)
+        scale = table[target.name]
+        want_a = damped_root(a[reached].T @ a[reached] / reached.sum(), 0.1)
+        eye = torch.eye(a.shape[1])
+        assert scale.column_directions is not None
+        got_a = scale.column_directions(eye).double() * scale.columns
+        torch.testing.assert_close(got_a, want_a, rtol=1e-3, atol=1e-3 * float(want_a.abs().max()))
+        want_g = damped_root(g[reached].T @ g[reached] / len(texts()), 0.1)
+        assert scale.row_directions is not None
+        got_g = scale.row_directions(torch.eye(g.shape[1])).double() * scale.rows
+        torch.testing.assert_close(got_g, want_g, rtol=1e-3, atol=1e-3 * float(want_g.abs().max()))
+
+
+def test_an_embedding_is_scaled_by_how_often_its_tokens_come() -> None:
+    model = tiny_llama()
+    targets = find_targets(model, include=["*embed_tokens*"])
+    moments = FactorMoments(targets, 64, 0)
+    batch = Batch.of(texts())
+    GradientSketcher(model, targets, width=8, seed=0).add_moments(batch, moments)
+    scale = kfac_scales(moments, P, 0.1)[targets[0].name]
+    assert scale.row_directions is None
+    seen = torch.unique(batch.ids[:, :-1][batch.mask[:, 1:]])  # the last one of a text predicts nothing
+    rare = torch.ones(len(scale.rows), dtype=torch.bool)
+    rare[seen] = False
+    assert float(scale.rows[seen].max()) < float(scale.rows[rare].min())
+
+
+def test_moments_of_factors_leave_out_padding_and_what_is_not_finite() -> None:
+    target = Target("w", (3, 2), (Use("w", "linear"),))
+    a, g = noise(2, 5, 2), noise(2, 5, 3, seed=1)
+    g[0, 3:] = 0.0  # padding: its inputs are there, no gradient reaches it
+    a[1, 2, 0], g[1, 4, 1] = float("nan"), float("inf")
+    moments = FactorMoments([target], 8, 0)
+    moments.add_factors(0, a, g)
+    moments.examples = 2
+    kept = torch.tensor([[True, True, True, False, False], [True, True, False, True, False]])
+    found = moments.spectra(0)
+    assert found is not None
+    assert isinstance(found[0], Spectrum)
+    want = a[kept].double().square().sum() / 6 / 2
+    assert found[1].mean == pytest.approx(float(want), rel=1e-6)
+    assert found[0].mean == pytest.approx(float(g[kept].double().square().sum() / 2 / 3), rel=1e-6)
+    with pytest.raises(UserError, match="no example of the geometry's sample has a gradient"):
+        kfac_scales(FactorMoments([target], 8, 0), P, 0.1)
+    nothing = FactorMoments([target], 8, 0)
+    nothing.examples = 1
+    scale = kfac_scales(nothing, P, 0.1)["w"]  # a layer without gradient is left as it is
+    assert scale.rows.tolist() == [1.0] * 3
+    assert scale.columns.tolist() == [1.0] * 2
+
+
+def test_a_model_that_takes_one_example_at_a_time_counts_each_once() -> None:
+    def made(model: Any, by_one: bool) -> Geometry:
+        targets = find_targets(model)
+        sketcher = GradientSketcher(model, targets, width=8, seed=0)
+        moments = FactorMoments(targets, 64, 0)
+        queue = [texts()] if not by_one else [[text] for text in texts()]
+        while queue:
+            chosen = queue.pop()
+            try:
+                sketcher.add_moments(Batch.of(chosen), moments)
+            except NotBatchedError:
+                queue.extend([text] for text in chosen)
+        return Geometry([kfac_scales(moments, P, 0.1)])
+
+    model = tiny_llama()
+    want = made(model, True)
+
+    class Mixed(torch.nn.Module):
+        """Flattens a batch of texts to one, as some layers do."""
+
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.reshape(1, -1, x.shape[-1]).transpose(0, 1)).view(*x.shape[:-1], -1)
+
+    layer = model.model.layers[0].mlp
+    layer.up_proj = Mixed(layer.up_proj)
+    mixed = made(model, False)
+    for name, scale in want.points[0].items():
+        other = mixed.points[0][name.replace("up_proj", "up_proj.inner") if "layers.0" in name else name]
+        torch.testing.assert_close(other.rows, scale.rows, rtol=1e-4, atol=0.0)
+        torch.testing.assert_close(other.columns, scale.columns, rtol=1e-4, atol=0.0)
+
+
 # ------------------------------------------------------------------------- an optimizer's state
 
 
@@ -399,6 +599,7 @@ def lora_attributor(**settings: Any) -> Attributor:
 
 
 SAMPLE_OF_12 = GeometryChoice("sample", sample=12)
+KFAC_OF_12 = GeometryChoice("kfac", sample=12, rank=5)  # of 32 features, so not all
 QUERY = {"prompt": "the fox: ", "completion": "seven lazy dogs"}
 
 
@@ -428,6 +629,67 @@ def test_a_cache_holds_sketches_scaled_by_each_points_own_sample(cached: Cache) 
             want = ops.matrix_sketch(scaled, 64, seed=block_seed(0, target.name))
             got = kept[:, number, block]
             assert float((got - want).norm() / want.norm()) < 1e-3
+
+
+def test_a_cache_of_turned_gradients_and_its_queries(tmp_path: Path) -> None:
+    attributor = lora_attributor(geometry=KFAC_OF_12, at=[0.5])
+    cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
+    record = cache.manifest.gradient["geometry"]
+    assert (record["kind"], record["rank"], record["damping"], record["sample"]) == ("kfac", 5, 0.1, 12)
+    assert cache.info()["geometry"] == "K-FAC's from a sample of 12 examples, rank 5, damping 0.1"
+    geometry = Geometry.read(cache.manifest)
+    assert geometry is not None
+    plain = lora_attributor(at=[0.5])
+    rows = [plain.encoder(record) for record in records()]
+    kept = cache.sketches().view(30, -1, 64) * cache.lengths()[:, :, None]
+    with plain.loaded.path.at(0.5):
+        formed = own_matrices(plain.loaded.model, plain.targets, [(e.ids, e.target) for e in rows])
+    for n, (target, grads) in enumerate(zip(plain.targets, formed, strict=True)):
+        want = ops.matrix_sketch(
+            geometry.points[0][target.name].formed(grads), 64, seed=block_seed(0, target.name)
+        )
+        assert float((kept[:, n] - want).norm() / want.norm()) < 1e-3
+    # A query of another process, which has nothing but the cache.
+    asked = Attributor.like(Manifest.read(tmp_path / "cache"), plain.loaded)
+    scores = asked.scores(cache, [records()[4]], normalize="none")
+    flat = kept.flatten(1)
+    torch.testing.assert_close(scores[0], flat @ flat[4], rtol=1e-3, atol=1e-3 * float(scores.std()))
+    with pytest.raises(
+        UserError, match=r"K-FAC's from a sample of 12 examples, .* there, .* rank 64, .* here"
+    ):
+        lora_attributor(geometry="kfac", at=[0.5]).cache(records(), cache.path, dtype="float32", shard_rows=7)
+    for key, value in (("rank", -1), ("rank", 2.5), ("damping", "x"), ("kind", "kfca")):
+        manifest = json.loads((cache.path / "manifest.json").read_text())
+        manifest["gradient"]["geometry"][key] = value
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        (tmp_path / "bad" / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match="damaged"):
+            Manifest.read(tmp_path / "bad")
+
+
+def test_a_geometry_of_other_parts_is_damaged() -> None:
+    scale = kfac_like(6, 4, 2)
+    whole = dict(Geometry([{"w": scale}]).tensors)
+    again = Geometry.of_tensors(whole).points[0]["w"]
+    assert again.row_directions is not None
+    assert torch.equal(again.row_directions.basis, scale.row_directions.basis)  # type: ignore[union-attr]
+    for change in (
+        {"0/w/rows_basis": torch.zeros(5, 2)},
+        {"0/w/rows_gain": torch.zeros(3)},
+        {"0/w/rows_basis": torch.zeros(6)},
+        {"0/w/other": torch.zeros(6)},
+        {"0/w/rows_basis": None},
+        {"0/w/rows": None},
+    ):
+        tensors = {k: v for k, v in (whole | change).items() if v is not None}
+        with pytest.raises((ValueError, KeyError)):
+            Geometry.of_tensors(tensors)
+
+
+def kfac_like(o: int, i: int, rank: int) -> Scale:
+    sides = [torch.linalg.qr(noise(n, rank, seed=n)).Q.contiguous() for n in (o, i)]
+    directions = [Directions(u, -torch.linspace(0.1, 0.9, rank)) for u in sides]
+    return Scale(torch.full((o,), 2.0), torch.full((i,), 3.0), *directions)
 
 
 def test_queries_follow_with_no_flag(cached: Cache, tmp_path: Path) -> None:
@@ -474,7 +736,10 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("bytes", [None, 128])
-def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(tmp_path: Path, bytes: int | None) -> None:
+@pytest.mark.parametrize("geometry", [SAMPLE_OF_12, KFAC_OF_12], ids=["sample", "kfac"])
+def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
+    tmp_path: Path, geometry: GeometryChoice, bytes: int | None
+) -> None:
     def make(folder: Path, stop_at: int | None = None) -> bool:
         seen = 0
 
@@ -484,7 +749,7 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(tmp_path: Path,
             if seen == stop_at:
                 raise Stop
 
-        attributor = lora_attributor(geometry=SAMPLE_OF_12, batch_tokens=128)
+        attributor = lora_attributor(geometry=geometry, batch_tokens=128)
         try:
             attributor.cache(
                 records(), folder, bytes=bytes, sample=bytes and 16, shard_rows=7, on_progress=progress
@@ -494,13 +759,13 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(tmp_path: Path,
         return True
 
     assert make(tmp_path / "whole")
-    geometry = (tmp_path / "whole" / "geometry.safetensors").read_bytes()
+    file = (tmp_path / "whole" / "geometry.safetensors").read_bytes()
     runs = 0
     while not make(tmp_path / "stopped", stop_at=2 + 5 * runs):
         runs += 1
         there = tmp_path / "stopped" / "geometry.safetensors"
         if there.exists():
-            assert there.read_bytes() == geometry
+            assert there.read_bytes() == file
     assert runs > 2
     assert folder_bytes(tmp_path / "stopped") == folder_bytes(tmp_path / "whole")
 

@@ -11,6 +11,8 @@ a half, the mean over the test texts: how much noise the ground truth itself has
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from lds import CharGPT, GroundTruth, block_matrices, sets, spearman
 from scoring import Grams, dot, fisher
@@ -21,12 +23,9 @@ BATCH = 48
 RUN = 4
 
 
-def gradients(truth: GroundTruth, model: CharGPT, ids: Tensor) -> list[Tensor]:
-    """The gradient of each text's loss for each matrix of the blocks: a tensor [texts, numbers] a matrix.
-
-    Of all texts at once, from the two factors of each: the sum over the characters of output gradient times
-    input.
-    """
+def factors(truth: GroundTruth, model: CharGPT, ids: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Of each batch of texts, for each matrix of the blocks, the two factors of the gradients of the texts'
+    losses: inputs [texts, characters, in] and output gradients [texts, characters, out]."""
     inputs: list[Tensor] = []
     outputs: list[Tensor] = []
 
@@ -34,18 +33,24 @@ def gradients(truth: GroundTruth, model: CharGPT, ids: Tensor) -> list[Tensor]:
         inputs.append(given[0].detach())
         outputs.append(out)
 
-    layers = list(block_matrices(model).values())
-    hooks = [layer.register_forward_hook(keep) for layer in layers]
-    found: list[list[Tensor]] = [[] for _ in layers]
+    hooks = [layer.register_forward_hook(keep) for layer in block_matrices(model).values()]
     for texts in ids.split(BATCH):
         inputs.clear()
         outputs.clear()
         loss = truth.loss(model, texts).sum()
-        for out, x, g in zip(found, inputs, torch.autograd.grad(loss, outputs), strict=True):
-            out.append((g.transpose(1, 2) @ x).flatten(1))
+        yield list(zip(inputs, torch.autograd.grad(loss, outputs), strict=True))
     for hook in hooks:
         hook.remove()
-    return [torch.cat(parts) for parts in found]
+
+
+def gradients(truth: GroundTruth, model: CharGPT, ids: Tensor) -> list[Tensor]:
+    """The gradient of each text's loss for each matrix of the blocks: a tensor [texts, numbers] a matrix.
+
+    Of all texts at once, from the two factors of each: the sum over the characters of output gradient times
+    input.
+    """
+    batches = [[(g.transpose(1, 2) @ x).flatten(1) for x, g in batch] for batch in factors(truth, model, ids)]
+    return [torch.cat(parts) for parts in zip(*batches, strict=True)]
 
 
 def shared_runs(train: list[str], test: list[str]) -> Tensor:

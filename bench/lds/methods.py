@@ -1,8 +1,8 @@
 """Which method, normalisation, points, damping and geometry foretell retraining best? From two kilobytes too?
 
-    python bench/lds/methods.py [--extra FOLDER] [--parts exact,codes,peers] --out FILE.json
+    python bench/lds/methods.py [--extra FOLDER] [--parts exact,codes,peers,kfac] --out FILE.json
 
-Three parts, each for every set; a part of a set that FILE already has is not done again.
+Parts, each for every set; a part of a set that FILE already has is not done again.
 
 `exact`: gradients of the blocks' twelve matrices, through their Gram matrices, so without approximation.
 Points of the line from the base to the tuned model, and real checkpoints of the same tuning done again; each
@@ -24,6 +24,9 @@ keep it), its TrackStar score (rows and query under the inverse root of the seco
 as a whole), LoRIF's rank-c factors of a double-sided projection (arXiv 2601.21929) and TRAK's dense
 projection of the whole gradient; three seeds. Rows are scored as they decode, queries are not truncated.
 
+`kfac`: K-FAC's geometry (`rapidin.geometry`) with exact gradients, as a cache has it (rank 64, damping 0.1),
+with fewer or all directions, and from the first 30 texts alone; then through sketches and codes.
+
 `fisher` scores a row by the moment of all rows, `fisher, left out` by that of the others (see scoring.py).
 Damping is in units of `scoring.mean_eigenvalue`. low and high: 95% bootstrap interval over the test texts;
 loss: what is lost against exact gradients with the same points, method and damping, with its paired interval.
@@ -42,12 +45,16 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from codes import coded, dense, floats, folded, sketches, two_sides
-from exact import gradients
+from exact import factors, gradients
 from lds import GroundTruth, block_matrices, sets
 from make import tune_again
 from scoring import NORMALIZE, Grams, datainf, dot, fisher
 from torch import Tensor
 
+from rapidin.geometry import DAMPING as SIDE_DAMPING
+from rapidin.geometry import EXPONENT, RANK, Scale, kfac_scales
+from rapidin.kronecker import FactorMoments
+from rapidin.layers import Target, Use
 from rapidin.pack import HEAD, Format, learn, row_bytes_besides
 
 PATH = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -55,6 +62,14 @@ THREE = (0.1, 0.5, 0.9)
 SHARES = tuple(k / 6 for k in range(1, 7))
 DAMPINGS = {"energy": (0.03, 0.1, 0.2, 0.3, 1.0, 3.0), "count": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}
 BEST = (0.1, 0.2, 0.3)  # of those, counted in energy
+WHITE = (0.2, 0.5, 1.0, 3.0)  # with K-FAC's geometry
+# texts that K-FAC's moments are taken from (None: all), directions of a side (None: all)
+KFAC = {
+    "kfac": (None, RANK),
+    "kfac, rank 16": (None, 16),
+    "kfac, whole": (None, None),
+    "kfac of 30 texts": (30, RANK),
+}
 EPS = 0.01
 WIDTH = 8192
 WIDTHS = (512, 4096, 8192)
@@ -121,10 +136,10 @@ def all_methods(grams: Grams, sizes: Tensor) -> Iterator[tuple[str, str, float, 
             yield normalize, "fisher, left out", damping, fisher(known, damping, left_out=True)
 
 
-def main_methods(grams: Grams) -> Scores:
+def main_methods(grams: Grams, dampings: Sequence[float] = BEST) -> Scores:
     """Scores of unit blocks by the methods that codes are judged by."""
     found = {("layer", "dot", 0.0): dot(grams)}
-    for damping in BEST:
+    for damping in dampings:
         found["layer", "fisher, energy", damping] = fisher(grams, damping)
         found["layer", "fisher, left out", damping] = fisher(grams, damping, left_out=True)
     return found
@@ -174,6 +189,29 @@ class Case:
 
     def values(self, scores: Tensor) -> Values:
         return self.truth.by_text(scores)
+
+    def with_kfac(self, at: float, texts: int | None, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
+        """Gradients at a point in K-FAC's geometry, its moments from the first so many training texts."""
+        model = self.truth.model(at)
+        rank = max(max(shape) for shape in self.shapes) if rank is None else rank
+        targets = [
+            Target(name, tuple(shape), (Use(name, "linear"),))
+            for name, shape in zip(self.layers, self.shapes, strict=True)
+        ]
+        moments = FactorMoments(targets, rank, seed=0)
+        for batch in factors(self.truth, model, self.ids[0][:texts]):
+            moments.examples += len(batch[0][0])
+            for n, (inputs, outputs) in enumerate(batch):
+                moments.add_factors(n, inputs, outputs)
+        scales = list(kfac_scales(moments, EXPONENT, SIDE_DAMPING).values())
+        train, test = self.gradients(at)
+        return self.turned(train, scales), self.turned(test, scales)
+
+    def turned(self, group: list[Tensor], scales: list[Scale]) -> list[Tensor]:
+        return [
+            scale.formed(g.view(-1, *shape)).flatten(1)
+            for g, shape, scale in zip(group, self.shapes, scales, strict=True)
+        ]
 
     def with_geometry(self, at: float) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients at a point times V^-1/2, V of the point."""
@@ -263,13 +301,13 @@ def codes_of(
 class Gathered:
     """Values of several seeds, until all of them are there."""
 
-    def __init__(self, case: Case) -> None:
-        self.case = case
+    def __init__(self, case: Case, dampings: Sequence[float] = BEST) -> None:
+        self.case, self.dampings = case, dampings
         self.values: dict[str, list[Values]] = {}
         self.exact: dict[tuple[str, tuple[str, str, float]], Values] = {}
 
     def add_exact(self, group: str, grams: Grams) -> None:
-        for key, scores in main_methods(grams).items():
+        for key, scores in main_methods(grams, self.dampings).items():
             self.exact[group, key] = self.case.values(scores)
 
     def add(self, scores: Scores, **about: Any) -> None:
@@ -286,35 +324,69 @@ class Gathered:
 
 def codes_part(study: Study, case: Case, name: str) -> None:
     gathered = Gathered(case)
-    group = lambda about: f"{about['points']} {about['geometry']}"  # noqa: E731
     for geometry in ("none", "1/2"):
-        made: dict[int, list[tuple[Tensor, Tensor]]] = {seed: [] for seed in SEEDS}
-        exact = []
-        for at in THREE:
-            train, test = case.gradients(at) if geometry == "none" else case.with_geometry(at)
-            exact.append(Grams.of(train, test).normalized("layer"))
-            for seed in SEEDS:
-                of = [sketches(x, case.layers, WIDTH, seed).half() for x in (train, test)]
-                made[seed].append((of[0], of[1]))
-        for points, which in (("0.5", [1]), ("0.1+0.5+0.9", [0, 1, 2])):
-            about: dict[str, Any] = {"points": points, "geometry": geometry}
-            gathered.add_exact(group(about), Grams.cat([exact[i] for i in which]))
-            for seed in SEEDS:
-                train, test = (torch.cat([made[seed][i][j].float() for i in which], 1) for j in (0, 1))
-                for width in WIDTHS:
-                    grams = of_rows(unit(folded(train, width)), unit(folded(test, width)))
-                    size = floats(width * train.shape[1], train.shape[1])
-                    gathered.add(main_methods(grams), **about, code="floats", bytes=size, width=width)
-                # as wide as a cache has it that is told no width
-                width = WIDTH if len(which) == 1 else WIDTH // 2
-                of = folded(train, width), folded(test, width)
-                few = points == "0.5" and geometry == "none"
-                learn_from = ("nothing", "half", "all") if few else ("all",)
-                for learnt, _, grams in codes_of(*of, seed, BUDGET, learn_from):
-                    what = {"code": f"learnt from {learnt}", "budget": BUDGET, "width": width}
-                    gathered.add(main_methods(grams), **about, **what)
-                print(f"{name}: codes, {about}, seed {seed}", flush=True)
-    gathered.hand_over(study, group, set=name, part="codes")
+        gather_codes(gathered, geometry, case.gradients if geometry == "none" else case.with_geometry)
+        print(f"{name}: codes, geometry {geometry}", flush=True)
+    gathered.hand_over(study, _place, set=name, part="codes")
+
+
+def _place(about: dict[str, Any]) -> str:
+    return f"{about['points']} {about['geometry']}"
+
+
+def gather_codes(
+    gathered: Gathered, geometry: str, at_point: Callable[[float], tuple[list[Tensor], list[Tensor]]]
+) -> None:
+    """Sketches and codes of gradients at one point and at three."""
+    layers, dampings = gathered.case.layers, gathered.dampings
+    made: dict[int, list[tuple[Tensor, Tensor]]] = {seed: [] for seed in SEEDS}
+    exact = []
+    for at in THREE:
+        train, test = at_point(at)
+        exact.append(Grams.of(train, test).normalized("layer"))
+        for seed in SEEDS:
+            of = [sketches(x, layers, WIDTH, seed).half() for x in (train, test)]
+            made[seed].append((of[0], of[1]))
+    for points, which in (("0.5", [1]), ("0.1+0.5+0.9", [0, 1, 2])):
+        about: dict[str, Any] = {"points": points, "geometry": geometry}
+        gathered.add_exact(_place(about), Grams.cat([exact[i] for i in which]))
+        for seed in SEEDS:
+            train, test = (torch.cat([made[seed][i][j].float() for i in which], 1) for j in (0, 1))
+            for width in WIDTHS:
+                grams = of_rows(unit(folded(train, width)), unit(folded(test, width)))
+                size = floats(width * train.shape[1], train.shape[1])
+                gathered.add(main_methods(grams, dampings), **about, code="floats", bytes=size, width=width)
+            # as wide as a cache has it that is told no width
+            width = WIDTH if len(which) == 1 else WIDTH // 2
+            of = folded(train, width), folded(test, width)
+            few = points == "0.5" and geometry != "1/2"
+            learn_from = ("nothing", "half", "all") if few else ("all",)
+            for learnt, _, grams in codes_of(*of, seed, BUDGET, learn_from):
+                what = {"code": f"learnt from {learnt}", "budget": BUDGET, "width": width}
+                gathered.add(main_methods(grams, dampings), **about, **what)
+
+
+def kfac_part(study: Study, case: Case, name: str) -> None:
+    for way, (texts, rank) in KFAC.items():
+        grams = {at: Grams.of(*case.with_kfac(at, texts, rank)) for at in (1.0, *THREE)}
+        for label, points in (("1", [1.0]), ("0.5", [0.5]), ("0.1+0.5+0.9", list(THREE))):
+            chosen = Grams.cat([grams[at] for at in points])
+            sizes = case.sizes.repeat(len(points))
+            for normalize in NORMALIZE:
+                known = chosen.normalized(normalize)
+                found = {
+                    (normalize, "dot", 0.0): dot(known),
+                    (normalize, "datainf", 0.1): datainf(known, 0.1 * known.mean_square() / sizes),
+                }
+                for damping in WHITE:
+                    found[normalize, "fisher, left out", damping] = fisher(known, damping, left_out=True)
+                for key, scores in found.items():
+                    about = {"set": name, "part": "kfac", "points": label, "geometry": way}
+                    study.add([case.values(scores)], **about, **named(key))
+        print(f"{name}: {way}", flush=True)
+    gathered = Gathered(case, WHITE)
+    gather_codes(gathered, "kfac", lambda at: case.with_kfac(at, *KFAC["kfac"]))
+    gathered.hand_over(study, _place, set=name, part="kfac")
 
 
 def trackstar(rows: Sequence[Tensor], queries: Sequence[Tensor], damping: float) -> Tensor:
@@ -481,6 +553,7 @@ PARTS: dict[str, Callable[[Study, Case, str], None]] = {
     "exact": exact_part,
     "codes": codes_part,
     "peers": peers_part,
+    "kfac": kfac_part,
 }
 
 

@@ -30,7 +30,7 @@ METHODS = ("dot", "datainf", "fisher")
 class Cached:
     """A cache, and the sketches of the test texts, made when first asked for.
 
-    code: "2048 bytes" or "float16"; at: points as on the command line; geometry: "sample" or "off".
+    code: "2048 bytes" or "float16"; at: points as on the command line; geometry: as `Attributor` takes it.
     """
 
     loaded: Any
@@ -83,8 +83,8 @@ def cases(setting: Setting) -> Iterator[Case]:
     from rapidin.model import load_model
 
     loaded = load_model(str(setting.truth / "tuned"), base=base_of(setting.truth), device="cpu")
-    for geometry, seed, code, at in product(("off", "sample"), setting.seeds, CODES, PLACES):
-        if code == "float16" and (seed or geometry != "off"):
+    for geometry, seed, code, at in product(("off", "kfac", "sample"), setting.seeds, CODES, PLACES):
+        if code == "float16" and (seed or geometry == "sample"):
             continue
         cached = Cached(loaded, setting.truth, setting.work / "cache", code, at, geometry, seed)
         for method, normalize in product(METHODS, ("layer", "none")):

@@ -283,7 +283,7 @@ def gradient_settings(gradient: Mapping[str, Any]) -> dict[str, Any]:
     """
     geometry = gradient.get("geometry", "off")
     if geometry != "off":
-        left_out = {"file", "bytes", "sha256"} if geometry["kind"] == "sample" else {"file", "bytes"}
+        left_out = {"file", "bytes"} if geometry["kind"] == "optimizer" else {"file", "bytes", "sha256"}
         geometry = {k: v for k, v in geometry.items() if k not in left_out}
     return {**gradient, "geometry": geometry}
 
@@ -292,11 +292,12 @@ def geometry_words(value: str | Mapping[str, Any]) -> str:
     """A manifest's geometry in words."""
     if isinstance(value, str):
         return value
-    source = (
-        f"from a sample of {value['sample']} examples"
-        if value["kind"] == "sample"
-        else f"from the optimizer's state {str(value['sha256'])[:8]}"
-    )
+    if value["kind"] == "optimizer":
+        source = f"from the optimizer's state {str(value['sha256'])[:8]}"
+    else:
+        source = f"from a sample of {value['sample']} examples"
+    if value["kind"] == "kfac":
+        return f"K-FAC's {source}, rank {value['rank']}, damping {value['damping']:g}"
     return f"{source}, exponent {value['exponent']:g}, floor {value['floor']:g}"
 
 
@@ -348,14 +349,18 @@ def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
 def _geometry(value: Any) -> str | dict[str, Any]:
     if value == "off":
         return "off"
-    if not isinstance(value, dict) or value["kind"] not in ("sample", "optimizer"):
+    if not isinstance(value, dict) or value["kind"] not in ("sample", "kfac", "optimizer"):
         raise ValueError(f"{short(value)} is no geometry")
-    if value["sha256"] is None and value["kind"] != "sample":
+    if value["sha256"] is None and value["kind"] == "optimizer":
         raise ValueError("the geometry has no checksum")
+    if value["kind"] == "kfac":
+        own: dict[str, Any] = {"rank": _count(value["rank"]), "damping": float(value["damping"])}
+    else:
+        own = {"floor": float(value["floor"])}
     return {
         "kind": value["kind"],
         "exponent": float(value["exponent"]),
-        "floor": float(value["floor"]),
+        **own,
         "sample": _count(value["sample"]),
         "file": str(value["file"]),
         "bytes": _count(value["bytes"]),

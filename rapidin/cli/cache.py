@@ -122,9 +122,9 @@ def cache(
     geometry: Annotated[
         str,
         typer.Option(
-            metavar="off|sample|FILE",
-            help="Scale gradients as Adam scales its steps: by their second moments in a sample of the data, "
-            "or in the optimizer's state (optimizer.pt, or the checkpoint folder with it).",
+            metavar="off|kfac|sample|FILE",
+            help="Scale gradients by a root of their second moment: K-FAC's, from a sample of the data, or "
+            "Adam's, from a sample or the optimizer's state (optimizer.pt, or the checkpoint with it).",
         ),
     ] = "off",
     loss: Annotated[Loss, typer.Option(help="Over the tokens of a completion.")] = Loss.mean,
@@ -214,7 +214,7 @@ def cache(
             from rapidin.attributor import Attributor
             from rapidin.optimizer_state import state_file
 
-            if geometry not in ("off", "sample"):
+            if geometry not in ("off", "sample", "kfac"):
                 state_file(Path(geometry))  # before the model: a mistake in its name shows at once
             if of != job.names:
                 loaded = None  # before the next one: two models may not fit

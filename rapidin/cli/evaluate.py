@@ -77,7 +77,7 @@ Bytes = Annotated[
 Geometry = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="off|sample|optimizer",
+        metavar="off|kfac|sample|optimizer",
         help="How gradients are scaled, as in 'rapidin cache'; optimizer: by the last checkpoint's state; "
         "may be repeated.  [default: off]",
         show_default=False,
@@ -420,6 +420,10 @@ def select(
         int,
         typer.Option(metavar="N", min=0, help="Bytes of a row, as in 'rapidin cache'; 0: all of the sketch."),
     ] = 0,
+    geometry: Annotated[
+        str,
+        typer.Option(metavar="off|kfac|sample", help="How gradients are scaled, as in 'rapidin cache'."),
+    ] = "off",
     methods: Methods = None,
     json: Json = None,
     device: Device = None,
@@ -433,7 +437,8 @@ def select(
         from rapidin.evaluate import selection as room
         from rapidin.evaluate.methods import parse_methods, parse_places
 
-        chosen, (place,) = parse_methods(methods, "dot:layer,fisher:layer"), parse_places([at], [bytes])
+        chosen = parse_methods(methods, "dot:layer,fisher:layer")
+        (place,) = parse_places([at], [bytes], [geometry])
         show(
             room.evaluate(
                 model,

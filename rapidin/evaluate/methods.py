@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 
 DEFAULT = "dot:layer,dot:cosine,dot:none,datainf:layer,datainf:none,fisher:layer,fisher:none"
 CHECKPOINTS = "checkpoints"
-GEOMETRIES = ("off", "sample", "optimizer")
+GEOMETRIES = ("off", "kfac", "sample", "optimizer")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +82,8 @@ class Place:
     """Where gradients are taken, and in how many bytes a row is kept (None: every number of the sketch).
 
     at: points between base and tuned model, summed; None for the checkpoints of the tuning, summed with their
-    learning rates. geometry: "off", "sample", or "optimizer": the state in the last checkpoint, or in each.
+    learning rates. geometry: "off", "kfac", "sample", or "optimizer": the state in the last checkpoint, or in
+    each.
     """
 
     at: tuple[float, ...] | None
