@@ -385,7 +385,7 @@ class Attributor:
             if not int(world.share(lambda: b"1" if there else b"0")) and (world.leads or self.loaded.sharded):
                 made = self._sample_geometry(examples, meter)
         if made is not None and isinstance(writer, CacheWriter):
-            if self.geometry.kind == "sample" and record["sha256"] not in (None, made.sha256):
+            if self.geometry.kind != "optimizer" and record["sha256"] not in (None, made.sha256):
                 raise UserError(
                     f"the geometry '{file}' is missing, and does not come out the same here",
                     "restore it, or cache into another folder",

@@ -65,6 +65,8 @@ class Directions:
         """x [..., n] turned, in float32: of what is far larger than the rest only the rest stays, which fewer
         digits would not hold."""
         x = x.float()
+        if self.basis.device != x.device:  # a device map has put this layer elsewhere
+            return self.to(x.device)(x)
         if self._matrix is not None:
             return x @ self._matrix
         along = (x @ self.basis) * self.gain
