@@ -427,12 +427,13 @@ class Attributor:
         told = self.sketcher.one_by_one
         queue = _by_length(good, encoded, self.batch_tokens)
         # Of a model that is spread over processes all make the same number of passes.
-        idle = distributed.world().most(len(queue)) - len(queue) if self.loaded.sharded else 0
+        world = distributed.world() if self.loaded.sharded else distributed.World()
+        idle = world.most(len(queue)) - len(queue)
         while queue:
             chosen = queue.pop()
             batch = Batch.of([(encoded[n].ids, encoded[n].target) for n in chosen], self.loaded.device)
             try:
-                result = run(batch)
+                result = world.collective(partial(run, batch))
             except NotBatchedError:
                 if self.loaded.sharded:
                     raise UserError(
@@ -445,7 +446,7 @@ class Attributor:
                 continue
             yield chosen, result
         for _ in range(idle):
-            run(Batch.of([([0, 0], [False, True])], self.loaded.device))
+            world.collective(partial(run, Batch.of([([0, 0], [False, True])], self.loaded.device)))
 
     def _sketch_in_step(self, encoded: Sequence[Encoded], meter: _Meter) -> tuple[Tensor, Tensor]:
         """`_sketch`, together with all processes that have a part of the model, each with its own
@@ -517,7 +518,8 @@ class Attributor:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            written = model.generate(
+            generate = partial(
+                model.generate,
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 do_sample=False,
@@ -525,6 +527,7 @@ class Attributor:
                 max_new_tokens=min(max_new_tokens, self.max_length - len(ids)),
                 pad_token_id=pad,
             )
+            written = distributed.world().collective(generate)
         answer = written[0, len(ids) :].tolist()
         # The tokens that the model wrote, not its text read again: an answer cut short has no end token.
         kept = answer if self.eos else [i for i in answer if i != tokenizer.eos_token_id]

@@ -244,9 +244,9 @@ def close(one: Path, other: Path) -> None:
     assert torch.allclose(a.lengths(), b.lengths(), rtol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["adapter", "base"])
+@pytest.mark.parametrize(("kind", "geometry"), [("adapter", "sample"), ("base", "kfac")])
 def test_a_model_spread_over_processes_gives_the_same_sketches(
-    work: Path, tmp_path: Path, kind: str, capsys: pytest.CaptureFixture[str]
+    work: Path, tmp_path: Path, kind: str, geometry: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With an adapter, and tuned in full; half-way and at a second point; uneven numbers of batches."""
     command = [
@@ -257,7 +257,7 @@ def test_a_model_spread_over_processes_gives_the_same_sketches(
         "0.25,0.75",
         "--quiet",
     ]
-    command += ["--geometry", "sample", "--limit", "26", "--batch-tokens", "200"]
+    command += ["--geometry", geometry, "--limit", "26", "--batch-tokens", "200"]
     if kind == "base":
         save_tiny(tmp_path / "base", seed=5)
         place = command.index("--adapter")
@@ -277,6 +277,15 @@ def test_a_model_spread_over_processes_gives_the_same_sketches(
     assert here["completion"] == alone["completion"]
     assert [hit["index"] for hit in here["top"]] == [hit["index"] for hit in alone["top"]]
     assert [h["score"] for h in here["top"]] == pytest.approx([h["score"] for h in alone["top"]], abs=1e-5)
+
+
+def test_a_spread_model_that_loses_a_process_says_so(work: Path, tmp_path: Path) -> None:
+    command = [*caching(work, tmp_path / "cache", "plain"), "--shard-model"]
+    ended = together(2, command, tmp_path / "said", kill={1: 2})
+    assert [e.code for e in ended] == [1, -9]
+    assert "the processes lost each other" in ended[0].err
+    assert ended[0].err.count("\n") == 1
+    assert Manifest.read(tmp_path / "cache").shards
 
 
 def test_a_device_map_changes_neither_sketches_nor_identity(work: Path, tmp_path: Path) -> None:
