@@ -39,13 +39,15 @@ def write_cache(
     with CacheWriter(folder, manifest) as writer:
         if code.dtype in pack.PACKED:
             writer.set_packing(code.shape(blocks, width), None, {})
+        few: dict[str, torch.Tensor] = {}  # packed rows, made once
         for n in writer.missing:
             count = manifest.rows_of(n)
-            made = min(count, _DISTINCT) if code.dtype in pack.PACKED else count
-            unit = torch.nn.functional.normalize(torch.randn(made, blocks, width), dim=-1)
-            fields = writer.code.encode(unit, torch.ones(made, blocks))
+            if not few or code.dtype not in pack.PACKED:
+                made = min(count, _DISTINCT) if code.dtype in pack.PACKED else count
+                unit = torch.nn.functional.normalize(torch.randn(made, blocks, width), dim=-1)
+                few = writer.code.encode(unit, torch.ones(made, blocks))
             again = torch.arange(count) % made
-            fields = {name: value[again] if made < count else value for name, value in fields.items()}
+            fields = few if made == count else {name: value[again] for name, value in few.items()}
             index = torch.arange(count) + n * manifest.shard_rows
             zeros = torch.zeros(count, dtype=torch.uint8)
             writer.write(n, Rows(fields, index, zeros, zeros.clone(), index.clone()), {"ok": count})
