@@ -68,9 +68,10 @@ class Attributor:
     at: points between base (0) and tuned model (1) where gradients are taken, one number or several, which
         are summed; default 0.5 where the untuned state is known, else 1.
     loss: "mean" or "sum" over an example's completion tokens.
-    geometry: scales gradients by a root of their second moment (`rapidin.geometry`): None or "off" for not;
-        as Adam's steps are scaled, "sample" from a sample of the data, or the path of the optimizer's state
-        (optimizer.pt, or the checkpoint folder with it); "kfac" as K-FAC's are, from a sample of the data.
+    geometry: turns gradients by a root of their inverse second moment (`rapidin.geometry`): "kfac" K-FAC's,
+        from a sample of the data; Adam's, "sample" from a sample of the data, or the path of the optimizer's
+        state (optimizer.pt, or the checkpoint folder with it); None or "off" for not. "auto": "kfac", but
+        "off" for the projection "rapidgrad", as the paper has it.
     eos, max_length, too_long: see `rapidin.encoding.Encoder`.
     batch_tokens: padded tokens a batch.
     thinning: take gradients of the model thinned by a dropout mask (`rapidin.thinning`).
@@ -95,7 +96,7 @@ class Attributor:
         exclude: Sequence[str] = (),
         at: float | Sequence[float] | None = None,
         loss: LossKind = "mean",
-        geometry: GeometryChoice | str | Path | None = None,
+        geometry: GeometryChoice | str | Path | None = "auto",
         eos: bool = True,
         max_length: int | None = None,
         too_long: Literal["truncate", "skip"] = "truncate",
@@ -143,6 +144,8 @@ class Attributor:
                 f"'{names[0]}' counts, and its gradient needs it whole in one process",
                 "leave such parameters out with --exclude, or do without --shard-model",
             )
+        if geometry == "auto":
+            geometry = "off" if projection == "rapidgrad" else "kfac"
         self.geometry = GeometryChoice.of(geometry, self.loaded.model, self.targets, self.loaded.trained)
         self._take_up(self.geometry.made)
 
@@ -408,6 +411,8 @@ class Attributor:
                     run = partial(self.sketcher.add_moments, moments=factors)
                     for _ in self._in_batches(good, encoded, run, meter):
                         pass
+                    if not factors.examples:
+                        meter.tell("no example of the sample has a gradient: gradients are left as they are")
                     points.append(kfac_scales(factors, self.geometry.exponent, self.geometry.damping))
                 else:
                     moments = Moments(self.targets)

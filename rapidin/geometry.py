@@ -394,7 +394,9 @@ class Moments:
     def scales(self, exponent: float, floor: float) -> dict[str, Scale]:
         """The scale of each target, on the CPU; UserError where no example had a gradient."""
         if self._sums is None or not self.examples:
-            raise UserError(_NO_GRADIENT, "say --geometry off")
+            raise UserError(
+                "no example of the geometry's sample has a gradient that is finite", "say --geometry off"
+            )
         table = {}
         for target, (r, c) in zip(self.targets, self._sums, strict=True):
             rows, columns = r.cpu() / (len(c) * self.examples), c.cpu() / (len(r) * self.examples)
@@ -403,13 +405,8 @@ class Moments:
 
 
 def kfac_scales(moments: FactorMoments, exponent: float, damping: float) -> dict[str, Scale]:
-    """K-FAC's scale of each target, on the CPU; UserError where no example had a gradient."""
-    if not moments.examples:
-        raise UserError(_NO_GRADIENT, "say --geometry off")
+    """K-FAC's scale of each target, on the CPU; targets that no gradient reached are left as they are."""
     return {
         target.name: Scale.of_spectra(moments.spectra(n), matrix_shape(target.shape), exponent, damping)
         for n, target in enumerate(moments.targets)
     }
-
-
-_NO_GRADIENT = "no example of the geometry's sample has a gradient that is finite"

@@ -122,11 +122,11 @@ def cache(
     geometry: Annotated[
         str,
         typer.Option(
-            metavar="off|kfac|sample|FILE",
-            help="Scale gradients by a root of their second moment: K-FAC's, from a sample of the data, or "
-            "Adam's, from a sample or the optimizer's state (optimizer.pt, or the checkpoint with it).",
+            metavar="kfac|off|sample|FILE",
+            help="Turn gradients by a root of their inverse second moment: K-FAC's, from a sample of the "
+            "data, or Adam's, from a sample or the optimizer's state (optimizer.pt or its folder).",
         ),
-    ] = "off",
+    ] = "kfac",
     loss: Annotated[Loss, typer.Option(help="Over the tokens of a completion.")] = Loss.mean,
     no_eos: Annotated[
         bool, typer.Option("--no-eos", help="Do not end completions with the end-of-text token.")
