@@ -139,7 +139,7 @@ def _time(seconds: float | None) -> str:
     for size, unit in ((86400 * 365.25, "years"), (86400, "days"), (3600, "h"), (60, "min"), (1, "s")):
         if seconds >= size:
             return f"{seconds / size:,.3g} {unit}"
-    return f"{seconds * 1e3:,.2g} ms"
+    return f"{seconds * 1e3:,.3g} ms"
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -178,11 +178,10 @@ def tables(measured: Measured, assumed: Assumed) -> str:
         ],
     )
     text += f"""
-Modelled: a model of {assumed.parameters / 1e9:g}B parameters, examples of {assumed.tokens} tokens and
-{assumed.text:,} bytes of text, {assumed.example:,} bytes of each kept. **Assumed**:
-{assumed.flops / 1e12:,.0f} Tflop/s a GPU, so {assumed.rate:,.0f} examples/s; {_bytes(assumed.memory)}/s of
-its memory, {_bytes(assumed.gpu_bytes)} of it for rows; {_bytes(assumed.disk)}/s of storage for a node of
-{assumed.gpus} GPUs. **Measured**: the text and the manifest, above.
+Modelled: {assumed.parameters / 1e9:g}B parameters, examples of {assumed.tokens} tokens and {assumed.text:,} bytes
+of text, {assumed.example:,} bytes of each kept. **Assumed**: {assumed.flops / 1e12:,.0f} Tflop/s a GPU, so
+{assumed.rate:,.0f} examples/s; {_bytes(assumed.memory)}/s of its memory, {_bytes(assumed.gpu_bytes)} of it for
+rows; {_bytes(assumed.disk)}/s of storage for a node of {assumed.gpus} GPUs. **Measured**: text and manifest, above.
 
 """
     rows = []

@@ -157,14 +157,14 @@ def explain(
     finer: a cache of the same examples by whose scores the best of so many candidates at each end are chosen.
     """
     wanted = sources(parts, generations, scoring)
+    again = [] if finer is None else sources([finer], generations, scoring)
     clock.lap("method")
     top, bottom = scan_cache(wanted, max(top_k, candidates))
     clock.lap("scan")
     if not world().leads:
         return []
-    if finer is not None:
-        (again,) = sources([finer], generations, scoring)
-        top, bottom = rescore(again, (top, bottom), top_k)
+    if again:
+        top, bottom = rescore(again[0], (top, bottom), top_k)
         clock.lap("rescore")
     cache = parts[0].cache
     source = training_data(cache, examples)

@@ -144,8 +144,8 @@ def _part(sources: Source | Sequence[Source], world: distributed.World) -> tuple
     """The rows, from one to before another, that this process scans: whole pieces of what one alone would."""
     shards = [shard for source in _listed(sources) for shard in source.cache.manifest.shards]
     edges = sorted({s.first for s in shards} | {s.first + s.rows for s in shards}) or [0]
-    last = len(edges) - 1
-    return edges[last * world.rank // world.size], edges[last * (world.rank + 1) // world.size]
+    low, high = world.part(len(edges) - 1)
+    return edges[low], edges[high]
 
 
 def _begin(
