@@ -401,7 +401,10 @@ class Attributor:
         """The geometry of each point, from the gradients of a sample of the examples."""
         rows = caching.sample_rows(len(examples), self.geometry.sample, self.seed, STREAM)
         meter.tell(f"taking the geometry of gradients from a sample of {len(rows):,} examples first")
-        encoded = [self.encoder(examples[row]) for row in rows]
+        return self.geometry_of([self.encoder(examples[row]) for row in rows], meter)
+
+    def geometry_of(self, encoded: Sequence[Encoded], meter: _Meter | None = None) -> Geometry:
+        """The geometry of each point, of the kind that is wanted, from the gradients of these texts."""
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
         points = []
         for point in self.points:
@@ -411,7 +414,7 @@ class Attributor:
                     run = partial(self.sketcher.add_moments, moments=factors)
                     for _ in self._in_batches(good, encoded, run, meter):
                         pass
-                    if not factors.examples:
+                    if not factors.examples and meter:
                         meter.tell("no example of the sample has a gradient: gradients are left as they are")
                     points.append(kfac_scales(factors, self.geometry.exponent, self.geometry.damping))
                 else:

@@ -59,7 +59,8 @@ def make_plan(
         float(tokens) if tokens else _mean_length(attributor, data) if data is not None else float(TOKENS)
     )
     length = min(length, float(attributor.max_length))
-    each, memory = _calibrate(attributor, round(length))
+    first, each, memory = _calibrate(attributor, round(length))
+    sampled = min(attributor.geometry.sample, examples)
     speed = _read_speed()
     blocks, width = len(attributor.layers), attributor.width
     dim = blocks * width
@@ -82,7 +83,7 @@ def make_plan(
         rows.append(
             Row(f"--bytes {budget}", budget, budget * examples + basis, budget * examples / speed, learning)
         )
-    return Plan(examples, blocks, width, length, each * examples, memory, rows)
+    return Plan(examples, blocks, width, length, first * sampled + each * examples, memory, rows)
 
 
 def _mean_length(attributor: Attributor, data: Examples, most: int = 200) -> float:
@@ -91,8 +92,9 @@ def _mean_length(attributor: Attributor, data: Examples, most: int = 200) -> flo
     return sum(lengths) / len(lengths) if lengths else float(TOKENS)
 
 
-def _calibrate(attributor: Attributor, length: int) -> tuple[float, int]:
-    """(seconds an example, bytes of memory at the highest) of one batch, after one to warm up."""
+def _calibrate(attributor: Attributor, length: int) -> tuple[float, float, int]:
+    """(seconds that an example of the geometry's sample takes, seconds of every example, bytes of memory at
+    the highest), of one batch, after one to warm up."""
     vocabulary = int(getattr(attributor.loaded.model.config, "vocab_size", 2))
     count = max(1, attributor.batch_tokens // max(1, length))
     generator = torch.Generator().manual_seed(0)
@@ -105,13 +107,19 @@ def _calibrate(attributor: Attributor, length: int) -> tuple[float, int]:
         for _ in range(count)
     ]
     attributor._sketch(texts[:1])[1].cpu()  # until it is made
+    first = 0.0
+    if attributor.geometry.kind in ("kfac", "sample"):
+        start = time.perf_counter()
+        geometry = attributor.geometry_of(texts)
+        first = (time.perf_counter() - start) / count
+        attributor.sketcher.geometry = geometry.to(attributor.loaded.device)
     start = time.perf_counter()
     sketch, _ = attributor._sketch(texts)
     ops.unit_blocks(sketch)[1].cpu()
     seconds = (time.perf_counter() - start) / count
     if attributor.loaded.device.type == "cuda":
-        return seconds, torch.cuda.max_memory_allocated(attributor.loaded.device)
-    return seconds, _highest_memory() + 2 * GROUP_BYTES
+        return first, seconds, torch.cuda.max_memory_allocated(attributor.loaded.device)
+    return first, seconds, _highest_memory() + 2 * GROUP_BYTES
 
 
 def _highest_memory() -> int:

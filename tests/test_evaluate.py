@@ -120,7 +120,7 @@ def test_methods_and_places() -> None:
     assert str(Place((0.1, 0.9), 2048)) == "at 0.1+0.9, 2,048 bytes"
     assert parse_places(["checkpoints"], []) == [Place(None)]
     scaled = parse_places(["0.5"], [], ["off", "sample"])
-    assert scaled == [Place((0.5,)), Place((0.5,), None, "sample")]
+    assert scaled == [Place((0.5,), None, "off"), Place((0.5,), None, "sample")]
     assert (str(scaled[1]), scaled[1].folder) == ("at 0.5, geometry sample", "at-0.5-sample")
     with pytest.raises(UserError, match="unknown --geometry 'flat'"):
         parse_places(["0.5"], [], ["flat"])

@@ -19,7 +19,7 @@ from rapidin.attributor import Attributor
 from rapidin.cache import Cache
 from rapidin.errors import UserError
 from rapidin.hooks import Batch
-from rapidin.methods import fisher
+from rapidin.methods import datainf, fisher
 
 ALL = [(m, n) for m in methods.METHODS for n in methods.NORMALIZE]
 QUERIES = records(4, seed=9)
@@ -63,7 +63,7 @@ def fisher_alone(y: Tensor, v: Tensor, n: int, damping: float | None, *, without
     """[Q]: row n's products with v by the moment of the other rows, damped by that of all."""
     moment = y.T @ y / len(y)
     eye = torch.eye(y.shape[1], dtype=torch.float64)
-    damped = (damping or methods.DAMPING["fisher"]) * (moment @ moment).trace() / moment.trace() * eye
+    damped = (damping or fisher.WHITE_DAMPING) * (moment @ moment).trace() / moment.trace() * eye
     others = moment - torch.outer(y[n], y[n]) / len(y) if without else moment
     return v @ torch.linalg.solve(others + damped, y[n])
 
@@ -83,7 +83,7 @@ def by_formula(
             total += torch.stack([fisher_alone(y, v, n, damping) for n in range(len(y))], 1)
             continue
         else:
-            lam = (damping or methods.DAMPING["datainf"]) * y.square().sum(1).mean() / d
+            lam = (damping or datainf.DAMPING) * y.square().sum(1).mean() / d
             inverse = torch.zeros(d, d, dtype=torch.float64)
             for row in y:
                 inverse += (eye - torch.outer(row, row) / (lam + row @ row)) / (n * lam)
@@ -128,7 +128,7 @@ def test_with_any_sketch_a_method_is_its_formula_on_the_sketches(
         want = torch.zeros(len(QUERIES), len(unit), dtype=torch.float64)
         per_block = zip(scaled(train, normalize), scaled(queries, normalize), numbers, strict=True)
         for y, v, d in per_block:
-            damping = methods.DAMPING["datainf"] * width / d
+            damping = datainf.DAMPING * width / d
             want += by_formula([y], [v], "datainf", "none", damping)
         want /= len(train) if normalize == "layer" else 1
     else:
@@ -168,7 +168,11 @@ def test_several_points_are_blocks_of_their_own(tmp_path: Path) -> None:
     for point in (0.25, 0.75):
         attributor.points = [point]
         want += by_formula(
-            gradients(attributor, records()), gradients(attributor, QUERIES), "fisher", "layer"
+            gradients(attributor, records()),
+            gradients(attributor, QUERIES),
+            "fisher",
+            "layer",
+            damping=fisher.DAMPING,
         )
     assert error(got, want / 2) < 1e-4
 

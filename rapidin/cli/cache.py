@@ -11,6 +11,7 @@ from rapidin.cli.console import line, load, messages, quiet_libraries
 from rapidin.cli.options import (
     Device,
     Dtype,
+    Geometry,
     Loss,
     ModelDtype,
     Quiet,
@@ -119,14 +120,7 @@ def cache(
             metavar="PATTERN", help="No parameters whose name fits; may be repeated.", show_default=False
         ),
     ] = None,
-    geometry: Annotated[
-        str,
-        typer.Option(
-            metavar="kfac|off|sample|FILE",
-            help="Turn gradients by a root of their inverse second moment: K-FAC's, from a sample of the "
-            "data, or Adam's, from a sample or the optimizer's state (optimizer.pt or its folder).",
-        ),
-    ] = "kfac",
+    geometry: Geometry = "kfac",
     loss: Annotated[Loss, typer.Option(help="Over the tokens of a completion.")] = Loss.mean,
     no_eos: Annotated[
         bool, typer.Option("--no-eos", help="Do not end completions with the end-of-text token.")
@@ -403,6 +397,7 @@ def plan(
         int | None,
         typer.Option(metavar="N", min=2, help="Tokens of an example, at most.", show_default=False),
     ] = None,
+    geometry: Geometry = "kfac",
     batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a batch.")] = 1024,
     device: Device = None,
     model_dtype: Annotated[
@@ -430,6 +425,7 @@ def plan(
             include=include or (),
             exclude=exclude or (),
             at=where,
+            geometry=geometry,
             max_length=max_length,
             batch_tokens=batch_tokens,
         )

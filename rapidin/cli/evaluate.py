@@ -77,9 +77,9 @@ Bytes = Annotated[
 Geometry = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="off|kfac|sample|optimizer",
-        help="How gradients are scaled, as in 'rapidin cache'; optimizer: by the last checkpoint's state; "
-        "may be repeated.  [default: off]",
+        metavar="kfac|off|sample|optimizer",
+        help="How gradients are turned, as in 'rapidin cache'; optimizer: by the last checkpoint's state; "
+        "may be repeated.  [default: kfac]",
         show_default=False,
     ),
 ]
@@ -422,8 +422,8 @@ def select(
     ] = 0,
     geometry: Annotated[
         str,
-        typer.Option(metavar="off|kfac|sample", help="How gradients are scaled, as in 'rapidin cache'."),
-    ] = "off",
+        typer.Option(metavar="kfac|off|sample", help="How gradients are turned, as in 'rapidin cache'."),
+    ] = "kfac",
     methods: Methods = None,
     json: Json = None,
     device: Device = None,

@@ -128,6 +128,14 @@ Damping = Annotated[
         show_default=False,
     ),
 ]
+Geometry = Annotated[
+    str,
+    typer.Option(
+        metavar="kfac|off|sample|FILE",
+        help="Turn gradients by a root of their inverse second moment: K-FAC's, from a sample of the "
+        "data, or Adam's, from a sample or the optimizer's state (optimizer.pt or its folder).",
+    ),
+]
 MaxNewTokens = Annotated[
     int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Of a completion that the model writes.")
 ]

@@ -27,7 +27,7 @@ Floats = npt.NDArray[np.float64]
 
 DEFAULT = "dot:layer,dot:cosine,dot:none,datainf:layer,datainf:none,fisher:layer,fisher:none"
 CHECKPOINTS = "checkpoints"
-GEOMETRIES = ("off", "kfac", "sample", "optimizer")
+GEOMETRIES = ("kfac", "off", "sample", "optimizer")  # the first is the default
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,25 +82,25 @@ class Place:
     """Where gradients are taken, and in how many bytes a row is kept (None: every number of the sketch).
 
     at: points between base and tuned model, summed; None for the checkpoints of the tuning, summed with their
-    learning rates. geometry: "off", "kfac", "sample", or "optimizer": the state in the last checkpoint, or in
+    learning rates. geometry: "kfac", "off", "sample", or "optimizer": the state in the last checkpoint, or in
     each.
     """
 
     at: tuple[float, ...] | None
     bytes: int | None = None
-    geometry: str = "off"
+    geometry: str = GEOMETRIES[0]
 
     def __str__(self) -> str:
         where = CHECKPOINTS if self.at is None else "at " + "+".join(f"{a:g}" for a in self.at)
         where += "" if self.bytes is None else f", {self.bytes:,} bytes"
-        return where + ("" if self.geometry == "off" else f", geometry {self.geometry}")
+        return where + ("" if self.geometry == GEOMETRIES[0] else f", geometry {self.geometry}")
 
     @property
     def folder(self) -> str:
         """A name for its cache."""
         where = CHECKPOINTS if self.at is None else "at-" + "-".join(f"{a:g}" for a in self.at)
         where += "" if self.bytes is None else f"-bytes-{self.bytes}"
-        return where + ("" if self.geometry == "off" else f"-{self.geometry}")
+        return where + ("" if self.geometry == GEOMETRIES[0] else f"-{self.geometry}")
 
 
 def parse_places(at: Sequence[str], sizes: Sequence[int], geometries: Sequence[str] = ()) -> list[Place]:
@@ -121,7 +121,9 @@ def parse_places(at: Sequence[str], sizes: Sequence[int], geometries: Sequence[s
                     "as in --at 0.5 --at 0.1,0.5,0.9",
                 ) from None
         found += [
-            Place(points, size or None, name) for size in sizes or [0] for name in geometries or ["off"]
+            Place(points, size or None, name)
+            for size in sizes or [0]
+            for name in geometries or GEOMETRIES[:1]
         ]
     return list(dict.fromkeys(found))
 

@@ -28,9 +28,18 @@ from rapidin.methods import datainf, fisher
 from rapidin.methods.vectors import NORMALIZE, ScanQuery, query_vectors, row_scales, vectors_of
 
 METHODS = ("dot", "datainf", "fisher")
-DAMPING = {"datainf": datainf.DAMPING, "fisher": fisher.DAMPING}
+DAMPED = ("datainf", "fisher")
 
-__all__ = ["DAMPING", "METHODS", "NORMALIZE", "ScanQuery", "check", "prepare", "row_scales", "self_influence"]
+__all__ = [
+    "METHODS",
+    "NORMALIZE",
+    "ScanQuery",
+    "check",
+    "default_damping",
+    "prepare",
+    "row_scales",
+    "self_influence",
+]
 
 
 def check(method: str, normalize: str, damping: float | None = None) -> None:
@@ -41,10 +50,18 @@ def check(method: str, normalize: str, damping: float | None = None) -> None:
         raise UserError(f"unknown normalize '{normalize}'", f"known: {', '.join(NORMALIZE)}")
     if damping is None:
         return
-    if method not in DAMPING:
-        raise UserError(f"the method '{method}' takes no --damping", f"{' and '.join(DAMPING)} do")
+    if method not in DAMPED:
+        raise UserError(f"the method '{method}' takes no --damping", f"{' and '.join(DAMPED)} do")
     if not 0 < damping < float("inf"):
-        raise UserError(f"--damping {damping:g} is not above 0", f"the default is {DAMPING[method]:g}")
+        raise UserError(f"--damping {damping:g} is not above 0", "leave it out for the default")
+
+
+def default_damping(method: str, cache: Cache) -> float:
+    """The damping that a method takes on this cache where none is said."""
+    if method == "datainf":
+        return datainf.DAMPING
+    kfac = (cache.manifest.geometry or {}).get("kind") == "kfac"
+    return fisher.WHITE_DAMPING if kfac else fisher.DAMPING
 
 
 def prepare(
@@ -57,7 +74,8 @@ def prepare(
 ) -> ScanQuery:
     """Turn query sketches [Q, blocks, width] into what the cache is scanned for.
 
-    cache: for all methods but `dot`. damping: of `datainf` and `fisher`, by default `DAMPING`. Raises
+    cache: for all methods but `dot`. damping: of `datainf` and `fisher`, by default `default_damping`.
+    Raises
     UserError for an unknown name.
     """
     check(method, normalize, damping)
@@ -66,9 +84,9 @@ def prepare(
         if method != "dot":
             raise TypeError(f"the method '{method}' needs the cache")
     elif method == "datainf":
-        vectors = datainf.turn(cache, vectors, normalize, damping or datainf.DAMPING)
+        vectors = datainf.turn(cache, vectors, normalize, damping or default_damping(method, cache))
     elif method == "fisher":
-        vectors, factors = fisher.turn(cache, vectors, normalize, damping or fisher.DAMPING)
+        vectors, factors = fisher.turn(cache, vectors, normalize, damping or default_damping(method, cache))
     return ScanQuery(vectors.float().contiguous(), normalize, factors)
 
 
@@ -105,7 +123,7 @@ def self_influence(
     counted = torch.zeros(rows, dtype=torch.bool, device="cpu")
     for first, part in cache.shards():
         counted[first : first + len(part.status)] = part.status == 0
-    for solve, chosen in own(cache, normalize, damping or DAMPING[method], device):
+    for solve, chosen in own(cache, normalize, damping or default_damping(method, cache), device):
         for places, y, _ in vectors_of(cache, normalize, device, blocks=chosen):
             scores[places] += (y.double() * solve(y)).sum((1, 2)).cpu()
     scale = len(cache.layers) if normalize == "layer" else 1

@@ -27,6 +27,7 @@ from rapidin.methods.moment import Inverse, Moment, moment, squares
 from rapidin.methods.vectors import block_groups, count, vectors_of
 
 DAMPING = 0.2
+WHITE_DAMPING = 1.0  # of gradients that K-FAC's geometry has made nearly white: there is less left to undo
 
 
 def most_rows(width: int) -> int:
