@@ -178,10 +178,11 @@ def tables(measured: Measured, assumed: Assumed) -> str:
         ],
     )
     text += f"""
-Modelled: {assumed.parameters / 1e9:g}B parameters, examples of {assumed.tokens} tokens and {assumed.text:,} bytes
-of text, {assumed.example:,} bytes of each kept. **Assumed**: {assumed.flops / 1e12:,.0f} Tflop/s a GPU, so
-{assumed.rate:,.0f} examples/s; {_bytes(assumed.memory)}/s of its memory, {_bytes(assumed.gpu_bytes)} of it for
-rows; {_bytes(assumed.disk)}/s of storage for a node of {assumed.gpus} GPUs. **Measured**: text and manifest, above.
+Modelled: {assumed.parameters / 1e9:g}B parameters, examples of {assumed.tokens} tokens and
+{assumed.text:,} bytes of text, {assumed.example:,} bytes of each kept. **Assumed**:
+{assumed.flops / 1e12:,.0f} Tflop/s a GPU, so {assumed.rate:,.0f} examples/s; {_bytes(assumed.memory)}/s of
+its memory, {_bytes(assumed.gpu_bytes)} of it for rows; {_bytes(assumed.disk)}/s of storage for a node of
+{assumed.gpus} GPUs. **Measured**: text and manifest, above.
 
 """
     rows = []
