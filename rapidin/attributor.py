@@ -17,7 +17,7 @@ from rapidin import caching, distributed, pack
 from rapidin.cache import Cache, CacheWriter, Manifest, ShardWriter, other_model
 from rapidin.cache.manifest import gradient_settings
 from rapidin.encoding import Encoded, Encoder, Status
-from rapidin.errors import UserError, short
+from rapidin.errors import UserError, is_out_of_memory, short
 from rapidin.examples import Examples, open_examples
 from rapidin.geometry import STREAM, Geometry, GeometryChoice, Moments, kfac_scales
 from rapidin.hits import QueryResult
@@ -295,6 +295,7 @@ class Attributor:
         limit: int | None = None,
         shard_rows: int | None = None,
         part: tuple[int, int] | None = None,
+        append: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Cache:
         """Sketch every example's gradient into the cache at `path`, going on where an earlier run stopped.
@@ -304,9 +305,11 @@ class Attributor:
         sample: examples that the code learns from, 0 for none; by default 1,024 with a budget, none without.
         limit: the first so many. shard_rows: rows of a shard, by default what fills 16 MiB. part: (i, n) for
         the i-th of n parts (every n-th shard), that `rapidin.cache.merge` puts together; (0, n) for what all
-        parts have in common, geometry and code. on_progress is called in the leading process alone. Raises
-        UserError where the data, the folder or the disk will not do, and PeerError where another process of
-        the run is gone.
+        parts have in common, geometry and code. append: the cache may hold the first of the examples alone,
+        and the others are added to it. Where a batch does not fit into memory, smaller ones follow; an
+        example that does not fit alone is recorded as such. SIGINT and SIGTERM wait until the shard in hand
+        is written. on_progress is called in the leading process alone. Raises UserError where the data, the
+        folder or the disk will not do, and PeerError where another process of the run is gone.
         """
         code = self.format(dtype=dtype, bytes=bytes, sample=sample)
         if not isinstance(examples, Examples):
@@ -314,14 +317,17 @@ class Attributor:
         elif limit is not None:
             raise TypeError("examples that are open already have their own limit")
         manifest = self._manifest(examples, code, len(examples))
-        manifest.shard_rows = shard_rows or caching.shard_rows(manifest)
+        manifest.shard_rows = shard_rows or caching.shard_rows(manifest, Path(path))
         if manifest.shard_rows < 1:
             raise UserError(f"--shard-rows {shard_rows} is less than 1")
         number, parts = part or (1, 1)
         if not 0 <= number <= parts or parts < 1:
             raise UserError(f"--part {number}/{parts} is none of {parts} parts", "as in --part 1/4")
-        world = distributed.world()
-        with caching.open_writer(Path(path), manifest, world, (max(0, number - 1), parts)) as writer:
+        if append and parts > 1:
+            raise UserError("both --append and --part", "add to the merged cache")
+        world, prefix = distributed.world(), examples.identity_of if append else None
+        part = (max(0, number - 1), parts)
+        with caching.open_writer(Path(path), manifest, world, part, prefix) as writer:
             loop = caching.CachingLoop(
                 writer,
                 world,
@@ -386,7 +392,7 @@ class Attributor:
         if made is None:
             there = record["sha256"] is not None and file.exists()
             if not int(world.share(lambda: b"1" if there else b"0")) and (world.leads or self.loaded.sharded):
-                made = self._sample_geometry(examples, meter)
+                made = self._sample_geometry(examples, writer.manifest.rows_begun, meter)
         if made is not None and isinstance(writer, CacheWriter):
             if self.geometry.kind != "optimizer" and record["sha256"] not in (None, made.sha256):
                 raise UserError(
@@ -397,11 +403,11 @@ class Attributor:
         caching.agree(writer, world)
         self._take_up(made if world.alone and made is not None else Geometry.read(writer.manifest))
 
-    def _sample_geometry(self, examples: Examples, meter: _Meter) -> Geometry:
-        """The geometry of each point, from the gradients of a sample of the examples."""
-        rows = caching.sample_rows(len(examples), self.geometry.sample, self.seed, STREAM)
+    def _sample_geometry(self, examples: Examples, begun: int, meter: _Meter) -> Geometry:
+        """The geometry of each point, from the gradients of a sample of the first `begun` examples."""
+        rows = caching.sample_rows(begun, self.geometry.sample, self.seed, STREAM)
         meter.tell(f"taking the geometry of gradients from a sample of {len(rows):,} examples first")
-        return self.geometry_of([self.encoder(examples[row]) for row in rows], meter)
+        return self.geometry_of([self.encoder.example(examples.get(row)) for row in rows], meter)
 
     def geometry_of(self, encoded: Sequence[Encoded], meter: _Meter | None = None) -> Geometry:
         """The geometry of each point, of the kind that is wanted, from the gradients of these texts."""
@@ -410,19 +416,40 @@ class Attributor:
         for point in self.points:
             with self.loaded.path.at(point), self._thinned():
                 if self.geometry.kind == "kfac":
-                    factors = FactorMoments(self.targets, self.geometry.rank, self.seed, self.loaded.device)
-                    run = partial(self.sketcher.add_moments, moments=factors)
-                    for _ in self._in_batches(good, encoded, run, meter):
-                        pass
+                    factors = self._factor_moments(good, encoded, meter)
                     if not factors.examples and meter:
                         meter.tell("no example of the sample has a gradient: gradients are left as they are")
                     points.append(kfac_scales(factors, self.geometry.exponent, self.geometry.damping))
                 else:
                     moments = Moments(self.targets)
                     for _, squares in self._in_batches(good, encoded, self.sketcher.squares, meter):
-                        moments.add(squares)
+                        if squares is not None:
+                            moments.add(squares)
                     points.append(moments.scales(self.geometry.exponent, self.geometry.floor))
         return Geometry(points)
+
+    def _factor_moments(
+        self, good: Sequence[int], encoded: Sequence[Encoded], meter: _Meter | None
+    ) -> FactorMoments:
+        """The moments of the factors of these examples' gradients, where the model stands.
+
+        A pass that found no memory may have added a part of its batch: then all of them are made again, in
+        smaller batches, without the examples that do not fit.
+        """
+        while True:
+            factors = FactorMoments(self.targets, self.geometry.rank, self.seed, self.loaded.device)
+
+            def add(batch: Batch, factors: FactorMoments = factors) -> bool:
+                self.sketcher.add_moments(batch, factors)
+                return True
+
+            before, left = self.batch_tokens, list(good)
+            for chosen, added in self._in_batches(good, encoded, add, meter):
+                if added is None:
+                    left = [n for n in left if n not in chosen]
+            if (self.batch_tokens, left) == (before, list(good)):
+                return factors
+            good = left
 
     def _in_batches(
         self,
@@ -430,8 +457,12 @@ class Attributor:
         encoded: Sequence[Encoded],
         run: Callable[[Batch], _T],
         meter: _Meter | None,
-    ) -> Iterator[tuple[list[int], _T]]:
-        """Batches of like length and what `run` gives for them; one at a time where a layer mixes them."""
+    ) -> Iterator[tuple[list[int], _T | None]]:
+        """Batches of like length and what `run` gives for them; one at a time where a layer mixes them.
+
+        A batch that does not fit into memory is halved, and later ones are as small; for an example that does
+        not fit even alone there is None.
+        """
         told = self.sketcher.one_by_one
         queue = _by_length(good, encoded, self.batch_tokens)
         # Of a model that is spread over processes all make the same number of passes.
@@ -439,8 +470,9 @@ class Attributor:
         idle = world.most(len(queue)) - len(queue)
         while queue:
             chosen = queue.pop()
-            batch = Batch.of([(encoded[n].ids, encoded[n].target) for n in chosen], self.loaded.device)
+            result: _T | None = None
             try:
+                batch = Batch.of([(encoded[n].ids, encoded[n].target) for n in chosen], self.loaded.device)
                 result = world.collective(partial(run, batch))
             except NotBatchedError:
                 if self.loaded.sharded:
@@ -452,6 +484,24 @@ class Attributor:
                 told = True
                 queue.extend([n] for n in reversed(chosen))
                 continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.loaded.sharded:  # others are in this pass, too
+                    raise UserError("a batch does not fit into memory", "lower --batch-tokens") from None
+                fits = False
+            else:
+                fits = True
+            if not fits:  # out here, where nothing holds on to what the pass had made
+                self._forget()
+                if len(chosen) > 1:
+                    longest = max(len(encoded[n].ids) for n in chosen)
+                    self.batch_tokens = longest * (len(chosen) // 2)
+                    if meter:
+                        meter.tell(f"out of memory: going on with batches of {self.batch_tokens:,} tokens")
+                    left = [n for each in (*queue, chosen) for n in each]
+                    queue = _by_length(left, encoded, self.batch_tokens)
+                    continue
             yield chosen, result
         for _ in range(idle):
             world.collective(partial(run, Batch.of([([0, 0], [False, True])], self.loaded.device)))
@@ -467,6 +517,11 @@ class Attributor:
         """Go along with the passes of the others until none has examples left."""
         while self.loaded.sharded and distributed.world().most(0):
             self._sketch([])
+
+    def _forget(self) -> None:
+        """Give back memory that a pass which failed had taken."""
+        if self.loaded.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def _thinned(self) -> AbstractContextManager[None]:
         if self.thinning is None:
@@ -493,16 +548,23 @@ class Attributor:
             last = number == len(self.points) - 1
             with self.loaded.path.at(point), self._thinned():
                 run = partial(self.sketcher, point=number)
-                for chosen, (sketch, _) in self._in_batches(good, encoded, run, meter):
-                    bad = ~sketch.isfinite().flatten(1).all(1)
+                for chosen, made in self._in_batches(good, encoded, run, meter):
                     at = _on(device, chosen, torch.int64)
+                    if made is None:
+                        status[at] = int(Status.TOO_LARGE)
+                        good = [n for n in good if n not in chosen]
+                        if meter:
+                            meter.add(len(chosen), 0, skipped=len(chosen))
+                        continue
+                    sketch = made[0]
+                    bad = ~sketch.isfinite().flatten(1).all(1)
                     out[at, blocks] = sketch
                     status[at] = status[at].masked_fill(bad, int(Status.NONFINITE))
                     if meter:
                         tokens = sum(len(encoded[n].ids) for n in chosen)
                         skipped = Download([bad.sum()]) if last else None
                         meter.sketched(len(chosen) if last else 0, tokens, skipped)
-        out.masked_fill_((status == int(Status.NONFINITE))[:, None, None], 0.0)
+        out.masked_fill_((status != int(Status.OK))[:, None, None], 0.0)
         return out, status
 
     # ----------------------------------------------------------------------------------------- query
@@ -615,8 +677,12 @@ class Attributor:
         """Sketches of generations: [Q, blocks, width] float32. Raises UserError for one with NaN or Inf."""
         sketch, status = self._sketch([text.encoded for text in texts])
         if bool((status != 0).any()):
-            bad = texts[int(status.nonzero()[0])]
-            raise UserError(f"the gradient of the generation for '{short(bad.prompt)}' holds NaN or Inf")
+            row = int(status.nonzero()[0])
+            large = int(status[row]) == Status.TOO_LARGE
+            raise UserError(
+                f"the gradient of the generation for '{short(texts[row].prompt)}' "
+                f"{'does not fit into memory' if large else 'holds NaN or Inf'}"
+            )
         return sketch
 
     def generations(self, values: Sequence[Any], max_new_tokens: int = 64) -> list[Generation]:

@@ -8,6 +8,7 @@ of them keeps the manifest and fits the code.
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -26,6 +27,7 @@ from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
 from rapidin.examples import Examples, record_hash
 from rapidin.pack import Basis, Code, PackedCode
+from rapidin.stopping import Stop
 from rapidin.transfer import Download, upload
 
 SHARD_BYTES = 16 << 20  # a killed run loses at most this much, and a file this large is read at full speed
@@ -40,19 +42,27 @@ Sketch = Callable[[Sequence[Encoded]], tuple[Tensor, Tensor]]
 Finish = Callable[[], tuple[Rows, dict[str, int]]]
 
 
-def shard_rows(manifest: Manifest) -> int:
-    """Rows of a shard: 16 MiB, but no more work than a killed run may lose, and few enough files."""
+def shard_rows(manifest: Manifest, folder: Path | None = None) -> int:
+    """Rows of a shard: as in the cache that is there, else 16 MiB, but no more work than a killed run may
+    lose, and few enough files."""
+    if folder is not None:
+        with contextlib.suppress(UserError):
+            return Manifest.read(folder).shard_rows
     by_bytes = max(32, SHARD_BYTES // manifest.row_bytes)
     return max(min(8192, by_bytes, max(1024, manifest.rows // 128)), manifest.rows // MOST_SHARDS)
 
 
 def open_writer(
-    folder: Path, manifest: Manifest, world: World, part: tuple[int, int] | None = None
+    folder: Path,
+    manifest: Manifest,
+    world: World,
+    part: tuple[int, int] | None = None,
+    prefix: Callable[[int], str] | None = None,
 ) -> ShardWriter:
     """The writer of this process: the leader's keeps the manifest. UserError as `CacheWriter`'s, and where
     what another process would cache is not what the leader would."""
     if world.leads:
-        writer = CacheWriter(folder, manifest, part)
+        writer = CacheWriter(folder, manifest, prefix, part)
         world.share(lambda: writer.manifest.data_bytes)
         return writer
     theirs = Manifest.of_bytes(world.share(lambda: b""), folder)
@@ -103,32 +113,45 @@ class CachingLoop:
         self.sketch, self.device, self.tell = sketch, device, tell
         manifest = writer.manifest
         wanted = manifest.code.sample
-        self.sample = sample_rows(manifest.rows, wanted, manifest.sketch["seed"]) if wanted else []
+        # Where examples were added since, the code keeps what it has learnt from those before.
+        self.sample = sample_rows(manifest.rows_begun, wanted, manifest.sketch["seed"]) if wanted else []
         self._place = {row: n for n, row in enumerate(self.sample)}
         self._sampled: Cache | None = None
 
     def run(self) -> None:
-        """Learn what is to be learnt, and write every missing shard."""
+        """Learn what is to be learnt, and write every missing shard.
+
+        SIGINT and SIGTERM wait until the shard in hand is written.
+        """
         manifest = self.writer.manifest
-        if self.writer.missing:
-            if self.sample:
-                self._sketch_sample()
-            if manifest.code.dtype in pack.PACKED and manifest.packing is None:
-                if self.world.leads:
-                    self._fit()
-                agree(self.writer, self.world)
-        if self.writer.missing and not self.learn_only:
-            code = self.writer.code.to(self.device)
-            rows, rows_of = manifest.shard_rows, manifest.rows_of
-            self._fill(self.writer, lambda n: self._shard(range(n * rows, n * rows + rows_of(n)), code))
+        with Stop(self.tell) as stop:
+            self.world.interrupt = stop.check
+            if self.writer.missing:
+                if self.sample and (manifest.packing is None or self._needs_sample()):
+                    self._sketch_sample(stop)
+                stop.check()
+                if manifest.code.dtype in pack.PACKED and manifest.packing is None:
+                    if self.world.leads:
+                        self._fit()
+                    agree(self.writer, self.world)
+            if self.writer.missing and not self.learn_only:
+                code = self.writer.code.to(self.device)
+                self._fill(self.writer, lambda n: self._shard(self._rows(n), code), stop)
+            self.world.interrupt = lambda: None
         self._sampled = None
         if self.world.leads and not self.learn_only:
             shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
 
-    def _fill(self, writer: ShardWriter, make: Callable[[int], Finish]) -> None:
+    def _fill(self, writer: ShardWriter, make: Callable[[int], Finish], stop: Stop) -> None:
         """Write the missing shards, all processes together; all are in the manifest when this returns."""
+        begun = [n for n in writer.missing if writer.manifest.rows_there(n)]
         with _WriterThread(writer) as thread:
-            for n in self.world.take(writer.missing):
+            # What is there of a shard is the leader's to go on with.
+            for n in begun if self.world.leads else ():
+                stop.check()
+                thread.write(n, make(n))
+            for n in self.world.take([n for n in writer.missing if n not in begun]):
+                stop.check()
                 thread.write(n, make(n))
             self.idle()
         if isinstance(writer, CacheWriter):
@@ -147,6 +170,16 @@ class CachingLoop:
         else:
             self.world.meet()
         agree(writer, self.world)
+
+    def _rows(self, n: int) -> range:
+        """The rows of shard n that are still to be made."""
+        manifest = self.writer.manifest
+        first = n * manifest.shard_rows
+        return range(first + manifest.rows_there(n), first + manifest.rows_of(n))
+
+    def _needs_sample(self) -> bool:
+        """Whether a row that is still to be made is one of the sample."""
+        return any(row in self._place for n in self.writer.missing for row in self._rows(n))
 
     def sampled_rows(self) -> int:
         """Rows whose sketches wait in the sample's folder, while no shard holds them."""
@@ -167,10 +200,11 @@ class CachingLoop:
 
     # ------------------------------------------------------------------------------------ learning
 
-    def _sketch_sample(self) -> None:
+    def _sketch_sample(self, stop: Stop) -> None:
         whole = self.writer.manifest
+        data = {key: value for key, value in whole.data.items() if key != "begun"}
         manifest = Manifest(
-            whole.model, whole.sketch, whole.gradient, whole.text, whole.data, pack.Format("float16"),
+            whole.model, whole.sketch, whole.gradient, whole.text, data, pack.Format("float16"),
             rows=len(self.sample), shard_rows=32, layers=whole.layers,
         )  # fmt: skip
         folder = self.writer.sample_folder
@@ -182,7 +216,7 @@ class CachingLoop:
                 chosen = self.sample[n * manifest.shard_rows :][: manifest.rows_of(n)]
                 return self._shard(chosen, writer.code)
 
-            self._fill(writer, make)
+            self._fill(writer, make, stop)
         self._sampled = Cache(folder)
 
     def _fit(self) -> None:
@@ -213,8 +247,8 @@ class CachingLoop:
 
     def _shard(self, wanted: Sequence[int], code: Code) -> Finish:
         """Make the sketches of these rows and pack them, on a GPU without waiting for it."""
-        records = [self.examples[row] for row in wanted]
-        encoded = [self.encoder(record) for record in records]
+        records = [self.examples.get(row) for row in wanted]
+        encoded = [self.encoder.example(record) for record in records]
         names = list(code.fields())
         under_way: list[tuple[list[int], Download]] = []
         for group in self._groups(encoded):

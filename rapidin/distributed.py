@@ -50,6 +50,7 @@ class World:
     def __init__(self, rank: int = 0, size: int = 1, store: Any = None, local_rank: int = 0) -> None:
         self.rank, self.size, self.local_rank = rank, size, local_rank
         self.patience = float(os.environ.get("RAPIDIN_PATIENCE", PATIENCE))
+        self.interrupt: Callable[[], None] = lambda: None  # called again and again by who waits
         self._store = store
         self._step = 0
         self._grouped = False
@@ -192,6 +193,7 @@ class World:
         pause = 0.002
         while not reached():
             self.check()
+            self.interrupt()
             meanwhile()
             time.sleep(pause)
             pause = min(2 * pause, 0.25)

@@ -17,6 +17,8 @@ class Status(IntEnum):
     NO_TARGET = 2  # no token whose loss counts: an empty completion, or all of it cut away
     TOO_LONG = 3  # longer than the context, and such examples are to be skipped
     NONFINITE = 4  # its gradient holds NaN or Inf
+    MALFORMED = 5  # cannot be read, and such examples are to be skipped
+    TOO_LARGE = 6  # its gradient does not fit into memory, even alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,12 +84,17 @@ class Encoder:
         return self.encode_pair(self.prompt_text(record), self.completion_text(record) or "")
 
     def check(self, examples: Examples) -> None:
-        """Encode every example once; UserError names the first that a chat template refuses."""
-        for row, record in enumerate(examples):
+        """Encode every example once; those that a chat template refuses are malformed, or UserError names
+        the first."""
+        for row, record in examples.good():
             try:
                 self(record)
             except UserError as error:
-                raise UserError(f"{examples.where(row)}: {error.what}", error.remedy) from error
+                examples.refuse(row, error)
+
+    def example(self, record: Record | None) -> Encoded:
+        """A record, or None for a malformed one."""
+        return Encoded([], [], Status.MALFORMED) if record is None else self(record)
 
     def encode_pair(self, prompt: str, completion: str) -> Encoded:
         text = prompt + completion

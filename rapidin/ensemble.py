@@ -11,6 +11,7 @@ A folder with `ensemble.json` names the caches inside it; a list of folders does
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,8 +24,8 @@ from torch import Tensor
 
 from rapidin.attributor import Attributor
 from rapidin.cache import Cache
-from rapidin.cache.manifest import replace_file
 from rapidin.errors import UserError, short
+from rapidin.files import read_own, reason, replace_file
 from rapidin.hits import QueryResult
 from rapidin.query import Clock, Generation, Part, Scoring, explain, leaders
 from rapidin.query import scores as all_scores
@@ -32,6 +33,7 @@ from rapidin.scan import check_same_examples
 
 NAME = "ensemble.json"
 FORMAT, VERSION = "rapidin-ensemble", 1
+_MOST_BYTES = 1 << 20
 
 Kind = Literal["tracin", "mean"]
 _KINDS: tuple[Kind, ...] = ("tracin", "mean")
@@ -91,7 +93,10 @@ class Ensemble:
             "kind": kind,
             "members": [{"cache": name, "weight": weight} for name, weight in members],
         }
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write into '{folder}': {reason(error)}") from None
         replace_file(folder / NAME, (json.dumps(value, indent=1) + "\n").encode())
 
     def query(
@@ -218,10 +223,11 @@ def read_members(folder: Path) -> tuple[Kind, list[Member]]:
     """Kind and members in the `ensemble.json` of a folder; the folder itself where it has none. UserError
     where the file is damaged."""
     path = folder / NAME
-    if not path.is_file():
+    if not os.path.lexists(path):
         return "mean", [Member(folder)]
+    text = read_own(path, "ensemble", "cache again", most=_MOST_BYTES)
     try:
-        value = json.loads(path.read_bytes())
+        value = json.loads(text)
         if value.get("format") != FORMAT:
             raise ValueError("it is not rapidin's")
         if value.get("version") != VERSION:
@@ -235,11 +241,13 @@ def read_members(folder: Path) -> tuple[Kind, list[Member]]:
         members = []
         for entry in value["members"]:
             name = str(entry["cache"])
-            if name != Path(name).name or name in ("", ".", ".."):
+            if name != Path(name).name or name in ("", ".", "..") or not name.isprintable():
                 raise ValueError(f"{short(name)} is not a folder beside it")
+            if (folder / name).is_symlink():
+                raise ValueError(f"{short(name)} is a link, and links are not followed")
             members.append(Member(folder / name, float(entry["weight"])))
         return kind, members
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError, OSError) as error:
         raise UserError(
             f"'{path}' is damaged: {type(error).__name__} {short(error)}", "cache again"
         ) from None

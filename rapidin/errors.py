@@ -17,3 +17,13 @@ def short(value: object) -> str:
     """A value on one line of at most 40 characters, to name it in an error."""
     text = " ".join(str(value).split())
     return text if len(text) <= 40 else text[:37] + "..."
+
+
+_NO_MEMORY = ("out of memory", "not enough memory", "can't allocate memory", "ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that memory, of the CPU or a GPU, did not suffice."""
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch is not imported
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)

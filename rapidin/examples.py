@@ -7,7 +7,8 @@ Four forms of record are read; other fields are left alone and shown with a hit.
     messages      {"messages": [{"role": ..., "content": ...}, ...]}    the tokenizer's chat template
     text          {"text": ...}                                         all of it counts
 
-`open_examples` reads and checks the whole source once, so a broken line is found before any work is done.
+`open_examples` reads and checks the whole source once, so a broken line is found before any work is done. It
+stops there, or is counted as malformed and skipped: rows and line numbers of the others stay as they are.
 """
 
 import hashlib
@@ -15,12 +16,15 @@ import json
 import os
 import sys
 from array import array
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
 
 from rapidin.errors import UserError
+from rapidin.files import reason
 
 Record = dict[str, Any]
 
@@ -39,22 +43,51 @@ _EXPECTED = (
 )
 EXPECTED_QUERY = "expected 'prompt', or 'instruction' (and 'input'), or 'messages', or 'text'"
 
+MOST_PROBLEMS = 10  # that are told one by one
+
 _UTF8_BOM = b"\xef\xbb\xbf"
 
 
 # ---------------------------------------------------------------------------------------------- sources
 
 
-class _Source(Protocol):
-    path: str | None
+@dataclass(frozen=True)
+class Files:
+    """Several files or folders of examples, read one after another as if they were one."""
 
-    def scan(self, limit: int | None) -> Iterator[Record]:
+    paths: tuple[str, ...]
+
+
+def files(paths: Sequence[str] | None) -> "str | Files | None":
+    """What `open_examples` takes for one path or several, None for none."""
+    if not paths:
+        return None
+    return paths[0] if len(paths) == 1 else Files(tuple(paths))
+
+
+@dataclass(frozen=True)
+class _Malformed:
+    """An example that cannot be read: why, and what stands there."""
+
+    error: UserError
+    found: bytes
+
+
+class _Source(Protocol):
+    @property
+    def path(self) -> str | list[str] | None: ...
+
+    @property
+    def lines(self) -> int:
+        """Lines in all, where the end was reached; for other sources rows."""
+
+    def scan(self, limit: int | None) -> Iterator[Record | _Malformed]:
         """All records in order, at most `limit` of them. This or `skim` comes before `read`, once."""
 
     def skim(self, limit: int | None) -> int:
         """Find where the records are and count them, without reading what they say."""
 
-    def read(self, row: int) -> Record: ...
+    def read(self, row: int) -> Record | _Malformed: ...
 
     def index(self, row: int) -> int: ...
 
@@ -66,18 +99,22 @@ class _JsonLines:
     """A jsonl file of any size: two integers are kept for each example, records are read when wanted."""
 
     def __init__(self, path: str) -> None:
-        self.path: str | None = os.path.abspath(path)
+        self.path = os.path.abspath(path)
+        self.lines = 0
         self._name = path
         self._offsets = array("Q")
         self._lines = array("Q")
         try:
             self._file = open(path, "rb")  # noqa: SIM115  (closed with this object)
         except OSError as error:
-            raise UserError(f"cannot read the data file {path}: {error.strerror}") from error
+            raise self._unreadable(error) from error
 
-    def scan(self, limit: int | None) -> Iterator[Record]:
+    def _unreadable(self, error: OSError) -> UserError:
+        return UserError(f"cannot read the data file {self._name}: {reason(error)}")
+
+    def scan(self, limit: int | None) -> Iterator[Record | _Malformed]:
         for row, line in enumerate(self._find(limit)):
-            yield self._parse(line, row)
+            yield self._entry(line, row)
 
     def skim(self, limit: int | None) -> int:
         return sum(1 for _ in self._find(limit))
@@ -85,27 +122,40 @@ class _JsonLines:
     def _find(self, limit: int | None) -> Iterator[bytes]:
         """Each line that is not blank, its place noted."""
         offset = 0
-        for number, line in enumerate(self._file):
-            if limit is not None and len(self._offsets) == limit:
-                return
-            start, offset = offset, offset + len(line)
-            if number == 0 and line.startswith(_UTF8_BOM):
-                line = line[len(_UTF8_BOM) :]
-                start += len(_UTF8_BOM)
-            if line.strip():
-                self._offsets.append(start)
-                self._lines.append(number)
-                yield line
+        try:
+            for number, line in enumerate(self._file):
+                if limit is not None and len(self._offsets) == limit:
+                    return
+                self.lines = number + 1
+                start, offset = offset, offset + len(line)
+                if number == 0 and line.startswith(_UTF8_BOM):
+                    line = line[len(_UTF8_BOM) :]
+                    start += len(_UTF8_BOM)
+                if line.strip():
+                    self._offsets.append(start)
+                    self._lines.append(number)
+                    yield line
+        except OSError as error:
+            raise self._unreadable(error) from error
 
-    def read(self, row: int) -> Record:
-        self._file.seek(self._offsets[row])
-        return self._parse(self._file.readline(), row)
+    def read(self, row: int) -> Record | _Malformed:
+        try:
+            self._file.seek(self._offsets[row])
+            return self._entry(self._file.readline(), row)
+        except OSError as error:
+            raise self._unreadable(error) from error
 
     def index(self, row: int) -> int:
         return self._lines[row]
 
     def where(self, row: int) -> str:
         return f"{self._name}, line {self._lines[row] + 1}"
+
+    def _entry(self, line: bytes, row: int) -> Record | _Malformed:
+        try:
+            return self._parse(line, row)
+        except UserError as error:
+            return _Malformed(error, line)
 
     def _parse(self, line: bytes, row: int) -> Record:
         try:
@@ -140,21 +190,88 @@ class _Rows:
         self._rows = rows
         self._name = name
 
-    def scan(self, limit: int | None) -> Iterator[Record]:
+    @property
+    def lines(self) -> int:
+        return len(self._rows)
+
+    def scan(self, limit: int | None) -> Iterator[Record | _Malformed]:
         return (self.read(row) for row in range(self.skim(limit)))
 
     def skim(self, limit: int | None) -> int:
         return len(self._rows) if limit is None else min(limit, len(self._rows))
 
-    def read(self, row: int) -> Record:
+    def read(self, row: int) -> Record | _Malformed:
         record = self._rows[row]
-        return _as_record({"text": record} if isinstance(record, str) else record, self.where(row))
+        try:
+            return _as_record({"text": record} if isinstance(record, str) else record, self.where(row))
+        except UserError as error:
+            return _Malformed(error, repr(record).encode("utf-8", "backslashreplace"))
 
     def index(self, row: int) -> int:
         return row
 
     def where(self, row: int) -> str:
         return f"{self._name}[{row}]"
+
+
+class _Joined:
+    """Several sources, one after another; lines are counted through."""
+
+    def __init__(self, sources: Sequence[_Source]) -> None:
+        self._sources = sources
+        self._rows: list[int] = []  # the first row of each source, and its first line
+        self._first: list[int] = []
+
+    @property
+    def path(self) -> list[str]:
+        return [str(source.path) for source in self._sources]
+
+    @property
+    def lines(self) -> int:
+        return sum(source.lines for source in self._sources)
+
+    def _each(self, limit: int | None) -> Iterator[tuple[_Source, int | None]]:
+        """Each source with the number of rows that are still wanted, while more than none are."""
+        lines = 0
+        for source in self._sources:
+            self._rows.append(self._rows[-1] if self._rows else 0)
+            self._first.append(lines)
+            left = None if limit is None else limit - self._rows[-1]
+            if left != 0:
+                yield source, left
+            lines += source.lines
+
+    def scan(self, limit: int | None) -> Iterator[Record | _Malformed]:
+        done = 0
+        for source, left in self._each(limit):
+            self._rows[-1] = done
+            for entry in source.scan(left):
+                done += 1
+                yield entry
+
+    def skim(self, limit: int | None) -> int:
+        done = 0
+        for source, left in self._each(limit):
+            self._rows[-1] = done
+            done += source.skim(left)
+        return done
+
+    def _at(self, row: int) -> tuple[int, int]:
+        """The number of a row's source, and the row there."""
+        n = bisect_right(self._rows, row) - 1
+        return n, row - self._rows[n]
+
+    def read(self, row: int) -> Record | _Malformed:
+        n, row = self._at(row)
+        return self._sources[n].read(row)
+
+    def index(self, row: int) -> int:
+        n, row = self._at(row)
+        return self._first[n] + self._sources[n].index(row)
+
+    def where(self, row: int) -> str:
+        n, row = self._at(row)
+        return self._sources[n].where(row)
 
 
 def _as_record(value: object, where: str) -> Record:
@@ -164,6 +281,8 @@ def _as_record(value: object, where: str) -> Record:
 
 
 def _open_source(source: Any) -> _Source:
+    if isinstance(source, Files):
+        return _Joined([_open_source(path) for path in source.paths])
     if isinstance(source, str | os.PathLike):
         path = os.fspath(source)
         if os.path.isdir(path):
@@ -215,38 +334,83 @@ def _load_dataset(path: str) -> Any:
 class Examples:
     """Checked examples in order: `len`, iteration, and `examples[row]` give records as they were read.
 
-    path: absolute path of the file or folder, None for data in memory.
+    path: absolute path of the file or folder, a list of several, None for data in memory.
     form: "prompt" | "instruction" | "messages" | "text", the same for every record.
+    malformed: rows that cannot be read or are of no known form, where such are skipped; problems: what is
+    wrong with the first of them, a line each.
     """
 
-    def __init__(self, source: _Source, limit: int | None, generations: bool, checked: bool) -> None:
-        self._source = source
+    def __init__(
+        self, source: _Source, limit: int | None, generations: bool, checked: bool, skip: bool
+    ) -> None:
+        self._source, self._skip = source, skip
         self._identity: str | None = None
         self.path = source.path
         self.form = ""
+        self.malformed: set[int] = set()
+        self.problems: list[str] = []
         if checked:
             self._length = 0
             digest = hashlib.sha256()
-            for row, record in enumerate(source.scan(limit)):
-                self.form = _check(record, self.form, generations, source.where(row))
-                digest.update(_canonical(record))
+            for row, entry in enumerate(source.scan(limit)):
                 self._length += 1
+                try:
+                    if isinstance(entry, _Malformed):
+                        raise entry.error
+                    self.form = _check(entry, self.form, generations, source.where(row))
+                except UserError as error:
+                    self._refuse(row, error)
+                digest.update(self._line(row, entry))
             self._identity = digest.hexdigest()
         else:
             self._length = source.skim(limit)
+            for row in range(self._length):  # the first that is not malformed says the form
+                entry = source.read(row)
+                found = None if isinstance(entry, _Malformed) else form_of(entry, generations=generations)
+                if found is not None:
+                    self.form = found
+                    break
         if not self._length:
-            raise UserError(f"no examples in {self.path or 'the data'}", "at least one is needed")
-        self.form = self.form or _check(source.read(0), "", generations, source.where(0))
+            where = ", ".join(self.path) if isinstance(self.path, list) else self.path
+            raise UserError(f"no examples in {where or 'the data'}", "at least one is needed")
+        if len(self.malformed) == self._length:
+            raise UserError(f"all {self._length:,} examples are malformed: {self.problems[0]}")
+
+    def _refuse(self, row: int, error: UserError) -> None:
+        """Raise the error, or count the row as malformed."""
+        if not self._skip:
+            raise error
+        if row not in self.malformed and len(self.problems) < MOST_PROBLEMS:
+            self.problems.append(error.what)
+        self.malformed.add(row)
+
+    def refuse(self, row: int, error: UserError) -> None:
+        """Say that a record cannot be used: it is malformed where such are skipped, else UserError says
+        where."""
+        self._refuse(row, UserError(f"{self.where(row)}: {error.what}", error.remedy))
+
+    def _line(self, row: int, entry: Record | _Malformed) -> bytes:
+        """What an example brings to the identity."""
+        if isinstance(entry, _Malformed) and row not in self.malformed:
+            raise entry.error
+        found = entry.found if isinstance(entry, _Malformed) else _canonical(entry)
+        return b"malformed " + found if row in self.malformed else found
 
     @property
     def identity(self) -> str:
         """sha256 (hex) over the canonical JSON of the records in order."""
         if self._identity is None:
-            digest = hashlib.sha256()
-            for record in self:
-                digest.update(_canonical(record))
-            self._identity = digest.hexdigest()
+            self._identity = self.identity_of(self._length)
         return self._identity
+
+    def identity_of(self, rows: int) -> str:
+        """The identity of the first so many examples."""
+        if self._identity is not None and rows == self._length:
+            return self._identity
+        digest = hashlib.sha256()
+        for row in range(min(rows, self._length)):
+            digest.update(self._line(row, self._source.read(row)))
+        return digest.hexdigest()
 
     def __len__(self) -> int:
         return self._length
@@ -254,13 +418,25 @@ class Examples:
     def __getitem__(self, row: int) -> Record:
         if not 0 <= row < self._length:
             raise IndexError(f"row {row} of {self._length} examples")
-        return self._source.read(row)
+        entry = self._source.read(row)
+        if isinstance(entry, _Malformed):
+            raise entry.error
+        return entry
 
     def __iter__(self) -> Iterator[Record]:
-        return (self._source.read(row) for row in range(self._length))
+        return (self[row] for row in range(self._length))
+
+    def good(self) -> Iterator[tuple[int, Record]]:
+        """Row and record of each example that is not malformed."""
+        return ((row, self[row]) for row in range(self._length) if row not in self.malformed)
+
+    def get(self, row: int) -> Record | None:
+        """The record of a row, None where it is malformed."""
+        return None if row in self.malformed else self[row]
 
     def index(self, row: int) -> int:
-        """The row's line number in the file, from 0, blank lines counted; for other sources the row."""
+        """The row's line number in the file, from 0, blank lines counted, through all files where there are
+        several; for other sources the row."""
         if not 0 <= row < self._length:
             raise IndexError(f"row {row} of {self._length} examples")
         return self._source.index(row)
@@ -271,28 +447,35 @@ class Examples:
 
 
 def open_examples(
-    source: Any, *, limit: int | None = None, generations: bool = False, checked: bool = True
+    source: Any,
+    *,
+    limit: int | None = None,
+    generations: bool = False,
+    checked: bool = True,
+    skip: bool = False,
 ) -> Examples:
     """Open and check training examples, or with `generations` queries, whose completion may be missing.
 
-    source: path of a .jsonl file or of a HF dataset saved to disk, a list of records (or of strings, each
-    standing for {"text": string}), or a HF dataset in memory. limit: only the first so many. checked: read
-    all of it now; else only find where the examples are, which is quick for millions, and parse each when it
-    is asked for.
+    source: path of a .jsonl file or of a HF dataset saved to disk, `Files` for several, a list of records (or
+    of strings, each standing for {"text": string}), or a HF dataset in memory. limit: only the first so many.
+    checked: read all of it now; else only find where the examples are, which is quick for millions, and parse
+    each when it is asked for. skip: examples with something wrong are counted as malformed.
     Raises UserError, naming the place, for a broken line, a record of no known form or of another form than
-    the first, and a field of the wrong type; and when there are no examples.
+    the first, and a field of the wrong type, unless they are skipped; and when there are no examples.
     """
     if limit is not None and limit < 1:
         raise UserError(f"a limit of {limit} examples leaves none", "give 1 or more")
-    return Examples(_open_source(source), limit, generations, checked)
+    return Examples(_open_source(source), limit, generations, checked, skip)
 
 
 def _canonical(record: Record) -> bytes:
     return json.dumps(record, sort_keys=True, separators=(",", ":"), default=str).encode("ascii") + b"\n"
 
 
-def record_hash(record: Record) -> int:
-    """The first 8 bytes of the SHA-256 of a record's canonical JSON, as a signed integer."""
+def record_hash(record: Record | None) -> int:
+    """The first 8 bytes of the SHA-256 of a record's canonical JSON, as a signed integer; 0 for none."""
+    if record is None:
+        return 0
     return int.from_bytes(hashlib.sha256(_canonical(record)).digest()[:8], "little", signed=True)
 
 

@@ -256,6 +256,8 @@ class Geometry:
             name, side = rest.rsplit("/", 1)
             if value.dtype != torch.float32 or value.ndim != (2 if side.endswith("_basis") else 1):
                 raise ValueError(f"'{key}' is no list of float32 numbers")
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"'{key}' holds NaN or Inf")
             sides.setdefault(int(number), {}).setdefault(name, {})[side] = value
         if sorted(sides) != list(range(len(sides))) or not sides:
             raise ValueError("a point is missing")
@@ -274,12 +276,7 @@ class Geometry:
             return None
         if manifest.folder is None or record["sha256"] is None:
             raise UserError("the cache's geometry is not made yet", "run the same 'rapidin cache' again")
-        tensors = read_geometry(manifest.folder, record)
-        try:
-            return Geometry.of_tensors(tensors)
-        except (ValueError, KeyError, TypeError) as error:
-            path = manifest.folder / record["file"]
-            raise UserError(f"the geometry '{path}' is damaged: {error}", _AGAIN) from None
+        return read_geometry(manifest.folder, record, Geometry.of_tensors)
 
 
 def _scale(parts: dict[str, Tensor]) -> Scale:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -233,7 +234,7 @@ def _spread(loaded: LoadedModel, here: World, device: torch.device) -> None:
 
 
 def _absolute(name: str) -> str:
-    return str(Path(name).resolve()) if Path(name).exists() else name
+    return str(Path(name).resolve()) if os.path.exists(name) else name
 
 
 def _inner(model: Any) -> Any:
@@ -243,9 +244,9 @@ def _inner(model: Any) -> Any:
 def _gguf(name: str) -> tuple[str, dict[str, str]]:
     """(folder or name, {"gguf_file": ...} where the model is a GGUF file)."""
     path = Path(name)
-    if path.is_file() and path.suffix == ".gguf":
+    if os.path.isfile(path) and path.suffix == ".gguf":
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir() and not (path / "config.json").exists():
+    if os.path.isdir(path) and not (path / "config.json").exists():
         files = sorted(path.glob("*.gguf"))
         if len(files) > 1:
             raise UserError(f"'{name}' holds {len(files)} GGUF files", "name one of them as the model")
@@ -280,15 +281,17 @@ def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapp
     except (
         Exception
     ) as error:  # transformers raises many kinds; each means that the name or folder is no usable model
-        where = "" if Path(name).exists() else ", which is no folder here and cannot be had by that name"
+        where = "" if os.path.exists(name) else ", which is no folder here and cannot be had by that name"
         raise UserError(f"cannot load the {what} '{name}'{where}: {_first_line(error)}") from error
 
 
 def _check_folder(name: str, what: str) -> None:
     path = Path(name)
-    if path.is_dir() and not (path / "config.json").exists() and not list(path.glob("*.gguf")):
+    if os.path.isdir(path) and not (path / "config.json").exists() and not list(path.glob("*.gguf")):
         raise UserError(f"'{name}' is no {what}: it has no config.json and no GGUF file")
-    if not path.exists() and (path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1):
+    if not os.path.exists(path) and (
+        path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
+    ):
         raise UserError(f"no such {what}: '{name}'")
 
 
@@ -306,9 +309,12 @@ def _load_adapter(model: Any, adapter: str) -> Any:
     from peft import PeftModel
 
     path = Path(adapter)
-    if path.exists() and not (path / "adapter_config.json").exists():
+    there = os.path.exists(path)
+    if there and not (path / "adapter_config.json").exists():
         raise UserError(f"'{adapter}' is no adapter: it has no adapter_config.json")
-    if not path.exists() and (path.is_absolute() or adapter.startswith(".") or adapter.count("/") != 1):
+    if not os.path.exists(path) and (
+        path.is_absolute() or adapter.startswith(".") or adapter.count("/") != 1
+    ):
         raise UserError(f"no such adapter: '{adapter}'")
     try:
         return PeftModel.from_pretrained(model, adapter, is_trainable=True)

@@ -258,7 +258,7 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         ("model", model.get("model") or "in memory"),
         ("adapter", model.get("adapter")),
         ("base", model.get("base")),
-        ("data", f"{data.get('path') or 'in memory'} ({data.get('form')} form)" if data else None),
+        ("data", f"{_named(data.get('path'))} ({data.get('form')} form)" if data else None),
         ("examples", counts_text(info["counts"])),
         ("gradients", f"taken {where}, {gradient['loss']} loss over the tokens"),
         ("geometry", info.get("geometry")),
@@ -285,6 +285,10 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
     return grid
 
 
+def _named(path: str | Sequence[str] | None) -> str:
+    return "in memory" if path is None else path if isinstance(path, str) else " and ".join(path)
+
+
 _TOO_LONG = {"truncate": "are cut", "skip": "are skipped"}
 
 
@@ -297,6 +301,8 @@ _COUNTS = {
     "no_target": "without a completion token",
     "too_long": "skipped as too long",
     "nonfinite": "with NaN or Inf gradients",
+    "malformed": "malformed",
+    "too_large": "too large for the memory",
 }
 
 

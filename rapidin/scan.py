@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from rapidin import distributed, methods, ops
 from rapidin.cache import Cache
 from rapidin.cache.shards import Rows
 from rapidin.errors import UserError
-from rapidin.examples import Examples, open_examples, record_hash
+from rapidin.examples import Examples, Files, files, open_examples, record_hash
 from rapidin.hits import Hit
 from rapidin.pack import side_by_side
 from rapidin.transfer import Conveyor, GpuOrder
@@ -54,14 +55,14 @@ def scan_cache(sources: Source | Sequence[Source], top_k: int, device: torch.dev
 def all_scores(sources: Source | Sequence[Source], device: torch.device | None = None) -> Tensor:
     """The scores of all rows: [Q, rows] float32 on the CPU, NaN for rows that do not count.
 
-    Arguments as `scan_cache`.
+    Of an unfinished cache the rows up to the last that is cached. Arguments as `scan_cache`.
     """
     world = distributed.world()
     part = _part(sources, world)
     begun = _begin(sources, device, part, _ALL_ROWS)
     first = begun[0][0]
     queries, pieces = len(first.query.vectors), 0
-    found = torch.full((queries, first.cache.manifest.rows), torch.nan, device="cpu")
+    found = torch.full((queries, first.cache.table_rows(4 * queries)), torch.nan, device="cpu")
     for scores, rows, _, _ in _scanned(*begun, top_k=_ALL_ROWS):
         scores, rows, pieces = scores.cpu(), rows.cpu(), pieces + 1
         for query in range(queries):
@@ -286,8 +287,9 @@ def hits_of(cache: Cache, source: Examples | None, scores: Tensor, rows: Tensor)
         if source is not None:
             example = source[row] if row < len(source) else None
             if example is None or record_hash(example) != hashes[n]:
+                named = ", ".join(source.path) if isinstance(source.path, list) else source.path
                 raise UserError(
-                    f"the training data '{source.path}' is not what was cached: see example {index[n]}",
+                    f"the training data '{named}' is not what was cached: see example {index[n]}",
                     "name the right file with --train-data, or say --no-text",
                 )
         hits.append(Hit(n + 1, index[n], row, score, example))
@@ -308,13 +310,17 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
     if source is None:
         return None
     remedy = "name it with --train-data, or say --no-text to see line numbers only"
-    in_file = isinstance(source, str | Path)
-    if in_file and not Path(source).exists():
-        raise UserError(f"the training data of the cache {cache.path} is not at {source}", remedy)
+    if examples is None:
+        source = files([source] if isinstance(source, str) else source)
+    paths = list(source.paths) if isinstance(source, Files) else [source]
+    for path in paths:
+        if isinstance(path, str | Path) and not os.path.exists(path):
+            raise UserError(f"the training data of the cache {cache.path} is not at {path}", remedy)
     found = open_examples(source, limit=cache.manifest.rows, checked=False)
     if len(found) != cache.manifest.rows:
+        named = ", ".join(map(str, paths)) if found.path is not None else "the data"
         raise UserError(
-            f"{source if in_file else 'the data'} has {len(found):,} examples, "
+            f"{named} has {len(found):,} examples, "
             f"the cache {cache.path} was made from {cache.manifest.rows:,}",
             remedy,
         )

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rapidin.errors import UserError
+from rapidin.files import replace_file, replacing
 
 if TYPE_CHECKING:
     from rapidin.encoding import Encoded
@@ -380,6 +381,7 @@ class State:
 
     def save(self, step: int, weights: Mapping[str, Tensor], optimizer: torch.optim.Optimizer) -> None:
         """Keep what `load` puts back."""
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -388,20 +390,16 @@ class State:
             for part, value in optimizer.state[weight].items():
                 tensors[f"{part}.{name}"] = value.contiguous()
         file = f"step-{step}.safetensors"
-        save_file(tensors, self.folder / f"{file}.part")
-        self._replace(file)
+        with replacing(self.folder / file) as partial:
+            try:
+                save_file(tensors, partial)
+            except SafetensorError as error:
+                raise UserError(f"cannot write '{self.folder / file}': {error}") from None
         described = {"step": step, "file": file, "settings": self.settings}
-        (self.folder / "step.json.part").write_text(json.dumps(described, indent=1) + "\n", encoding="utf-8")
-        self._replace("step.json")
+        replace_file(self.folder / "step.json", (json.dumps(described, indent=1) + "\n").encode())
         for old in self.folder.glob("step-*.safetensors*"):
             if old.name != file:
                 old.unlink()
-
-    def _replace(self, name: str) -> None:
-        part = self.folder / f"{name}.part"
-        with part.open("rb") as written:
-            os.fsync(written.fileno())
-        part.replace(self.folder / name)
 
     def remove(self) -> None:
         """Forget it: the run is finished."""

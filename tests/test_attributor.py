@@ -159,7 +159,8 @@ def test_examples_that_cannot_count_are_counted_and_never_hit(attributor: Attrib
     rows.append({"prompt": "one ", "completion": "two " * 300})
     made = attributor.cache(rows, tmp_path / "truncate")
     assert made.manifest.counts == {
-        "ok": 7, "empty": 1, "no_target": 1, "too_long": 0, "nonfinite": 0, "truncated": 1,
+        "ok": 7, "empty": 1, "no_target": 1, "too_long": 0, "nonfinite": 0, "malformed": 0, "too_large": 0,
+        "truncated": 1,
     }  # fmt: skip
     (result,) = attributor.query(made, [("the ", "fox")], top_k=100)
     assert sorted(h.row for h in result.top) == [0, 2, 4, 5, 6, 7, 8]

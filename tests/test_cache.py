@@ -25,9 +25,9 @@ LAYERS = [Block("a.weight", (3, 4), 0.5, 0, 8), Block("b.weight", (5, 2), 0.5, 8
 def manifest(**changes: Any) -> Manifest:
     parts: dict[str, Any] = {
         "model": {"source": {"model": "m"}, "identity": {"model": "1"}},
-        "sketch": {"width": 8, "seed": 0},
-        "gradient": {"at": [0.5]},
-        "text": {"eos": True},
+        "sketch": {"projection": "tensor", "width": 8, "seed": 0},
+        "gradient": {"at": [0.5], "loss": "mean", "include": [], "exclude": []},
+        "text": {"eos": True, "max_length": 64, "too_long": "truncate"},
         "data": {"path": "train.jsonl", "identity": "2"},
         "code": Format("float16"),
         "rows": 10,
@@ -144,7 +144,10 @@ def test_an_altered_shard_is_named_by_verify(tmp_path: Path) -> None:
             {"model": {"source": {}, "identity": {"model": "1", "adapter": "2"}}},
             "without an adapter, and one is",
         ),
-        ({"sketch": {"width": 8, "seed": 1}}, "another sketch (seed: 0 there, 1 here)"),
+        (
+            {"sketch": {"projection": "tensor", "width": 8, "seed": 1}},
+            "another sketch (seed: 0 there, 1 here)",
+        ),
         ({"gradient": {"at": [1.0]}}, "other gradients"),
         ({"data": {"path": "train.jsonl", "identity": "3"}}, "from other data"),
         ({"code": Format("float32")}, "another code"),

@@ -1,7 +1,6 @@
 """The command line, from end to end on a tiny model: what is printed where, and every mistake of a user."""
 
 import json
-import os
 import re
 import shutil
 import signal
@@ -407,6 +406,9 @@ def cache_arguments(place: Place, out: Path, **changes: str) -> list[str]:
         ({"adapter": "./none"}, "no such adapter: './none'"),
         ({"base": "./none"}, "give --adapter or --base, not both"),
         ({"data": "none.jsonl"}, "no such data: none.jsonl; give a .jsonl file"),
+        ({"data": "x" * 300}, "no such data: xxx"),
+        ({"model": "x" * 300}, "'xxx.*no folder here"),
+        ({"adapter": "x" * 300}, "no such adapter: 'xxx"),
         ({"data": "."}, "the folder . is no HF dataset"),
         ({"at": "0.5,x"}, "--at 0.5,x is not a number"),
         ({"at": "2"}, "--at 2 is not between 0"),
@@ -506,7 +508,7 @@ def test_no_example_with_a_sketch(place: Place, tmp_path: Path, run: Any) -> Non
         ({"exclude": "v_proj"}, "other gradients"),
         ({"max_length": "64"}, "another treatment of the texts"),
         ({"dtype": "float32"}, "another code"),
-        ({"limit": "3"}, "other data"),
+        ({"limit": "3"}, "another number of examples"),
     ],
 )
 def test_a_cache_made_otherwise(
@@ -550,6 +552,7 @@ def test_an_output_folder_that_holds_something_else(place: Place, tmp_path: Path
         "name another folder",
     )
     refused(run(*cache_arguments(place, tmp_path / "thesis.tex")), "cannot write into .*thesis.tex")
+    refused(run(*cache_arguments(place, tmp_path / ("x" * 300))), "cannot write into .*name too long")
     assert (tmp_path / "thesis.tex").read_text() == "mine"
     assert len(list(tmp_path.iterdir())) == 1
 
@@ -565,6 +568,7 @@ def test_not_enough_disk_space(
 def test_no_such_cache(tmp_path: Path, run: Any) -> None:
     for command in (["info"], ["verify"], ["query", "--prompt", "a"]):
         refused(run(*command, str(tmp_path / "none")), "no such cache: .*none")
+        refused(run(*command, str(tmp_path / "none" / ("x" * 300))), "no such cache: .*none")
         refused(run(*command, str(tmp_path)), "is no cache: it has no manifest.json")
 
 
@@ -650,39 +654,50 @@ def test_usage_errors(run: Any) -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("times", "kept"), [(1, 12), (2, 6)])
 def test_stopped_while_caching_goes_on(
-    place: Place, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch, number: int, code: int
+    place: Place,
+    tmp_path: Path,
+    run: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+    code: int,
+    times: int,
+    kept: int,
 ) -> None:
-    from rapidin.cache import CacheWriter
+    """A first signal finishes the shard in hand, here the second one; a second signal stops at once."""
+    from rapidin.caching import CachingLoop
 
-    finish = CacheWriter.write
+    make = CachingLoop._shard
 
-    def write_and_stop(self: CacheWriter, *rest: Any) -> None:
-        finish(self, *rest)
-        os.kill(os.getpid(), number)
+    def stop_and_make(self: CachingLoop, wanted: Any, *rest: Any) -> Any:
+        if wanted[0] == 6:
+            for _ in range(times):
+                signal.raise_signal(number)
+        return make(self, wanted, *rest)
 
     out = tmp_path / "out"
     # Started in the background, the tests inherit a Ctrl-C that is ignored; here it is not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         with monkeypatch.context() as patch:
-            patch.setattr(CacheWriter, "write", write_and_stop)
+            patch.setattr(CachingLoop, "_shard", stop_and_make)
             ran = run(*cache_arguments(place, out))
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
         signal.signal(signal.SIGINT, before)
     assert (ran.code, ran.out) == (code, "")
-    assert (
-        ran.err == f"rapidin: stopped with 6 of 15 examples in {out}; the same command goes on from there\n"
-    )
-    assert "unfinished: 6 of 15" in run("info", str(out)).out
-    assert "(6 of 15 examples" in run("verify", str(out)).out
+    said = f"rapidin: stopped with {kept} of 15 examples in {out}; the same command goes on from there\n"
+    assert ran.err == said
+    assert f"unfinished: {kept} of 15" in run("info", str(out)).out
+    assert f"({kept} of 15 examples" in run("verify", str(out)).out
     query = run("query", str(out), "--prompt", "a", "--completion", "b")
     assert query.code == 0
     assert "the cache is unfinished, 15 examples were wanted" in query.err
     ran = run(*cache_arguments(place, out))
     assert ran.code == 0
-    assert "cached 9 examples" in ran.err
-    assert "after the 6 that were there" in ran.err
+    assert f"cached {15 - kept} examples" in ran.err
+    assert f"after the {kept} that were there" in ran.err
     for shard in Path(place.cache).glob("shard*"):
         assert (out / shard.name).read_bytes() == shard.read_bytes()
 

@@ -103,6 +103,17 @@ def test_a_mistake_is_said_once_by_all(work: Path, tmp_path: Path) -> None:
     assert "runs in one process" in "".join(e.err for e in ended)
 
 
+def test_processes_add_examples_to_a_cache(work: Path, tmp_path: Path) -> None:
+    """Also to a shard that was not full, which is the leader's to write."""
+    for name, size in (("one", 1), ("two", 2)):
+        begun = [*caching(work, tmp_path / name, "plain"), "--geometry", "off", "--quiet"]
+        assert main([*begun, "--limit", "30"]) == 0
+        command = [*begun, "--append"]
+        codes = [main(command)] if size == 1 else [e.code for e in together(size, command, tmp_path / "said")]
+        assert codes == [0] * size
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+
 # ----------------------------------------------------------------------------------------------- queries
 
 

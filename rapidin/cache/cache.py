@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import shutil
 from bisect import bisect_right
@@ -19,23 +18,28 @@ from torch import Tensor
 from rapidin.cache import receipts
 from rapidin.cache.manifest import NAME, Manifest, Packing, Shard, geometry_words, shard_name
 from rapidin.cache.shards import (
+    Fields,
+    Headers,
     Rows,
     checksum,
+    grown,
     read_basis,
     read_geometry,
     read_shard,
+    shard_path,
+    size_problem,
     write_basis,
     write_geometry,
     write_shard,
 )
 from rapidin.errors import UserError
+from rapidin.files import LOCK, PARTIAL, lock_folder, own_size, reason, remove_partials
 from rapidin.layers import Block
 from rapidin.pack import FLOATS, Basis, Code, FloatCode, PackedCode, Shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-_LOCK = ".lock"
 _SAMPLE = "sample"
 
 
@@ -48,16 +52,17 @@ class Cache:
     >>> cache.lengths([3, 5])           # [2, blocks] float32
     >>> cache.code                      # how rows are kept: `rapidin.pack`
 
-    Raises UserError where the folder is no cache, its manifest is damaged, or a shard has another size than
-    it must.
+    Raises UserError where the folder is no cache, its manifest is damaged, or a shard has another size or
+    other tensors than it must; what the tensors hold is not read before it is needed.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
         self.manifest = Manifest.read(self.path)
         self._rows: dict[int, Rows] = {}
+        headers = Headers(_fields(self.manifest)) if self.manifest.shards else None
         for shard in self.manifest.shards:
-            problem = size_problem(self.path, shard)
+            problem = size_problem(self.path, shard) or (headers and headers.problem(self.path, shard))
             if problem:
                 raise UserError(problem, "'rapidin verify' checks all of it")
 
@@ -75,6 +80,21 @@ class Cache:
         """The layer table."""
         return self.manifest.layers
 
+    def table_rows(self, bytes_each: int) -> int:
+        """Rows of a table with `bytes_each` bytes for each example up to the last that is cached.
+
+        Raises UserError where this machine has no room for it.
+        """
+        last = self.manifest.shards[-1] if self.manifest.shards else None
+        rows = 0 if last is None else last.first + last.rows
+        has = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if rows * bytes_each > has:
+            raise UserError(
+                f"a table of {rows:,} examples takes {rows * bytes_each / 1e9:,.1f} GB, "
+                f"and this machine has {has / 1e9:,.1f} GB of memory"
+            )
+        return rows
+
     def shards(
         self, *, ahead: bool = False, within: tuple[int, int] | None = None
     ) -> Iterator[tuple[int, Rows]]:
@@ -91,7 +111,7 @@ class Cache:
         for place, (n, shard) in enumerate(chosen):
             if ahead:
                 for _, later in chosen[place + 1 : place + 3] if place else chosen[:3]:
-                    _read_ahead(self.path / later.file)
+                    _read_ahead(shard_path(self.path, later))
             if n not in self._rows:
                 self._rows[n] = read_shard(self.path, shard, self.code)
             yield shard.first, self._rows[n]
@@ -182,21 +202,18 @@ class Cache:
         record = manifest.geometry
         if record is not None and record["sha256"] is not None:
             try:
-                read_geometry(folder, record)
+                read_geometry(folder, record, dict)
             except UserError as error:
                 problems.append(error.what)
         try:
             code = code_of(manifest, folder)
-            basis = manifest.packing and manifest.packing.file
-            if manifest.packing and basis and checksum(folder / basis) != manifest.packing.sha256:
-                problems.append(f"the basis '{folder / basis}' is altered")
         except UserError as error:
             return [*problems, error.what]
         done, total = 0, sum(shard.bytes for shard in manifest.shards)
         for shard in manifest.shards:
             problem = size_problem(folder, shard)
-            if problem is None and checksum(folder / shard.file) != shard.sha256:
-                problem = f"the shard '{folder / shard.file}' is altered: its checksum is not the manifest's"
+            if problem is None:
+                problem = _altered(folder, shard)
             if problem is None:
                 try:
                     read_shard(folder, shard, code)
@@ -219,6 +236,23 @@ def _read_ahead(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
+def _altered(folder: Path, shard: Shard) -> str | None:
+    """In words, that a shard's checksum is not the manifest's, None where it is. Raises UserError where the
+    file cannot be read."""
+    path = shard_path(folder, shard)
+    if checksum(path) == shard.sha256:
+        return None
+    return f"the shard '{path}' is altered: its checksum is not the manifest's"
+
+
+def _fields(manifest: Manifest) -> Fields:
+    """What a shard of this cache holds."""
+    if manifest.code.dtype in FLOATS:
+        return FloatCode(manifest.code.dtype, len(manifest.layers), manifest.width).fields()
+    assert manifest.packing is not None
+    return PackedCode(manifest.packing.shape, manifest.width, manifest.sketch["seed"]).fields()
+
+
 def code_of(manifest: Manifest, folder: Path) -> Code:
     """The code of a cache; what it learnt is read from the folder."""
     blocks, width, packing = len(manifest.layers), manifest.width, manifest.packing
@@ -232,15 +266,13 @@ def code_of(manifest: Manifest, folder: Path) -> Code:
     return PackedCode(packing.shape, width, manifest.sketch["seed"], basis)
 
 
-def size_problem(folder: Path, shard: Shard) -> str | None:
-    """In words, what is wrong with the presence or the size of a shard's file; None where nothing is."""
-    path = folder / shard.file
-    if not path.is_file():
-        return f"the shard '{path}' is missing"
-    size = path.stat().st_size
-    return (
-        None if size == shard.bytes else f"the shard '{path}' has {size:,} bytes instead of {shard.bytes:,}"
-    )
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """What the system refuses inside is a UserError."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"cannot write into '{folder}': {reason(error)}") from None
 
 
 class ShardWriter:
@@ -262,8 +294,9 @@ class ShardWriter:
 
     @property
     def missing(self) -> list[int]:
-        """Numbers of those still to be written."""
-        done = {shard.first // self.manifest.shard_rows for shard in self.manifest.shards}
+        """Numbers of those still to be written, or to be written in full."""
+        rows_of, each = self.manifest.rows_of, self.manifest.shard_rows
+        done = {s.first // each for s in self.manifest.shards if s.rows == rows_of(s.first // each)}
         return [n for n in self.wanted if n not in done]
 
     @property
@@ -280,8 +313,9 @@ class ShardWriter:
         """Write shard n and its receipt; both are on disk when this returns."""
         receipts.leave(self.folder, self._write(n, rows, counts))
 
-    def _write(self, n: int, rows: Rows, counts: dict[str, int]) -> Shard:
-        return write_shard(self.folder, shard_name(n), n * self.manifest.shard_rows, rows, counts)
+    def _write(self, n: int, rows: Rows, counts: dict[str, int], *, beside: bool = False) -> Shard:
+        first = n * self.manifest.shard_rows
+        return write_shard(self.folder, shard_name(n), first, rows, counts, beside=beside)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -299,6 +333,10 @@ class CacheWriter(ShardWriter):
     """Writes shards into a folder and keeps its manifest, one such writer at a time; goes on where an earlier
     one stopped, and takes up what `ShardWriter`s wrote beside it.
 
+    prefix: the identity of the first n examples, where a complete cache of those may be added to
+    (`--append`): its rows are kept as they are. A shard that was not full is written anew beside the old
+    one, which is replaced when the manifest knows of the new one, so that no row is ever without a file.
+
     >>> with CacheWriter(folder, manifest) as writer:
     ...     for n in writer.missing:
     ...         writer.write(n, rows, counts)
@@ -307,43 +345,57 @@ class CacheWriter(ShardWriter):
     describes, where another process writes it, or where the disk is too small.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, part: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        prefix: Callable[[int], str] | None = None,
+        part: tuple[int, int] | None = None,
+    ) -> None:
         super().__init__(folder, manifest, part)
+        manifest.check_size()
+        with _writing(self.folder):
+            if os.path.isdir(self.folder):
+                self._refuse_others()
+        self._lock = lock_folder(self.folder)
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            others = sorted(p.name for p in self.folder.iterdir() if not p.name.startswith(_LOCK))
-            if others and not (self.folder / NAME).exists() and others != [NAME + ".partial"]:
-                raise UserError(
-                    f"the folder '{self.folder}' holds something else ('{others[0]}') and no cache",
-                    "name another folder",
-                )
-            self._lock = open(self.folder / _LOCK, "w")  # noqa: SIM115 (held until close)
-        except OSError as error:
-            raise UserError(f"cannot write into '{self.folder}': {error.strerror}") from None
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.close()
-            raise UserError(f"another process is writing the cache in '{self.folder}'") from None
-        try:
-            self._go_on()
+            with _writing(self.folder):
+                self._refuse_others()
+                self._go_on(prefix)
         except BaseException:
             self.close()
             raise
 
-    def _go_on(self) -> None:
+    def _refuse_others(self) -> None:
+        """Raise UserError where the folder holds no cache but something else."""
+        others = sorted(p.name for p in self.folder.iterdir() if p.name not in (LOCK, NAME + PARTIAL))
+        if others and NAME not in others:
+            raise UserError(
+                f"the folder '{self.folder}' holds something else ('{others[0]}') and no cache",
+                "name another folder",
+            )
+
+    def _go_on(self, prefix: Callable[[int], str] | None) -> None:
+        remove_partials(self.folder)
+        if self.sample_folder.is_symlink():
+            self.sample_folder.unlink()
         if (self.folder / NAME).exists():
             found = Manifest.read(self.folder)
+            if prefix is not None and found.rows < self.manifest.rows:
+                self._grow(found, prefix)
             found.refuse_unless_same(self.manifest, self.folder)
-            found.data = self.manifest.data
+            begun = {"begun": found.data["begun"]} if "begun" in found.data else {}
+            found.data = self.manifest.data | begun
             found.model = self.manifest.model
-            if found.packing and found.packing.file and not (self.folder / found.packing.file).is_file():
-                raise UserError(
-                    f"the basis '{self.folder / found.packing.file}' is missing",
-                    "without it the shards cannot be read: restore it, or cache into another folder",
-                )
+            if (
+                found.packing
+                and found.packing.file
+                and own_size(self.folder / found.packing.file) != (found.packing.bytes)
+            ):
+                read_basis(self.folder, found.packing, found.width)  # says what is wrong with it
             found.shards = [shard for shard in found.shards if size_problem(self.folder, shard) is None]
             self.manifest = found
+            self._settle_grown()
             self.record(receipts.found(self.folder, found, checked=True))
             receipts.forget_all(self.folder)
         needed = sum(self.manifest.rows_of(n) for n in self.missing) * self.manifest.row_bytes
@@ -354,6 +406,32 @@ class CacheWriter(ShardWriter):
                 "name a folder on a larger disk, or lower --width",
             )
         self.manifest.write(self.folder)
+
+    def _grow(self, found: Manifest, prefix: Callable[[int], str]) -> None:
+        """Make the manifest that was found one of more examples, whose first ones it holds."""
+        if prefix(found.rows) != found.data.get("identity"):
+            raise UserError(
+                f"the first {found.rows:,} examples are not those of the cache in '{self.folder}'",
+                "give --data as it was when they were cached, and the new examples after them",
+            )
+        if not found.complete:
+            raise UserError(
+                f"the cache in '{self.folder}' is unfinished: {found.rows_done:,} of {found.rows:,} examples",
+                f"finish it first, with --limit {found.rows} instead of --append",
+            )
+        if found.code.sample or (found.geometry or {}).get("sample"):
+            found.data["begun"] = found.rows_begun
+        found.rows, found.data["identity"] = self.manifest.rows, self.manifest.data["identity"]
+        shutil.rmtree(self.sample_folder, ignore_errors=True)  # of the examples before
+
+    def _settle_grown(self) -> None:
+        """Give grown shards that the manifest knows of their names, and remove those that it does not."""
+        for shard in self.manifest.shards:
+            path = shard_path(self.folder, shard)
+            if path.name != shard.file:
+                os.replace(path, self.folder / shard.file)
+        for path in self.folder.glob(grown(Path("*")).name):
+            path.unlink()
 
     def set_geometry(self, data: bytes) -> None:
         """Write the geometry's file, before any sketch is made with it."""
@@ -370,8 +448,22 @@ class CacheWriter(ShardWriter):
         self.manifest.write(self.folder)
 
     def write(self, n: int, rows: Rows, counts: dict[str, int]) -> None:
-        """Write shard n and record it in the manifest; both are on disk when this returns."""
-        self._take_up([self._write(n, rows, counts)])
+        """Write the rows of shard n that are not there and record it in the manifest; both are on disk when
+        this returns. Raises UserError where they cannot be, or the rows that are there are altered."""
+        folder = self.folder
+        before = next((s for s in self.manifest.shards if s.first == n * self.manifest.shard_rows), None)
+        if before is not None:
+            problem = _altered(folder, before)
+            if problem:
+                raise UserError(problem, "delete that file and run the same 'rapidin cache' again")
+            rows = read_shard(folder, before, self.code).joined(rows)
+            both = {**before.counts, **counts}
+            counts = {what: before.counts.get(what, 0) + counts.get(what, 0) for what in both}
+        shard = self._write(n, rows, counts, beside=before is not None)
+        self._take_up([shard])
+        if before is not None:
+            with _writing(folder):
+                os.replace(grown(folder / shard.file), folder / shard.file)
 
     def take_up(self) -> None:
         """Record the shards that other processes wrote."""
@@ -391,7 +483,9 @@ class CacheWriter(ShardWriter):
     def record(self, shards: list[Shard]) -> None:
         """Put shards that are on disk into the manifest, which is on disk when this returns."""
         if shards:
-            self.manifest.shards = sorted([*self.manifest.shards, *shards], key=lambda s: s.first)
+            new = {shard.first for shard in shards}
+            others = [shard for shard in self.manifest.shards if shard.first not in new]
+            self.manifest.shards = sorted([*others, *shards], key=lambda s: s.first)
             self.manifest.write(self.folder)
 
     def close(self) -> None:

@@ -4,19 +4,29 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rapidin.errors import UserError, short
+from rapidin.files import read_own, replace_file
 from rapidin.layers import Block
-from rapidin.pack import Format, Shape
+from rapidin.pack import FLOATS, PACKED, Format, Shape
 
 FORMAT = "rapidin-cache"
 VERSION = 2
 NAME = "manifest.json"
 GEOMETRY = "geometry.safetensors"
+BASIS = "basis.safetensors"
+
+# What a manifest may say at most. Whatever is believed of it is first held against these, so that no manifest
+# makes a reader ask for more than its files are worth.
+MOST_BYTES = 64 << 20  # of the manifest itself
+MOST_NUMBERS = 1 << 28  # of a sketch
+MOST_HEADER = 1 << 16  # bytes of a shard besides its rows
+_SHARD_WORDS = 400  # bytes that the manifest takes for a shard, at most
 
 # How a difference between a cache and what is asked of it is told to the user.
 _WORDS = {
@@ -24,9 +34,9 @@ _WORDS = {
     "sketch": "with another sketch",
     "gradient": "with other gradients",
     "text": "with another treatment of the texts",
+    "rows": "for another number of examples",
     "data": "from other data",
     "code": "with another code",
-    "rows": "for another number of examples",
     "shard_rows": "with another number of rows a shard",
     "layers": "for other layers",
 }
@@ -34,7 +44,10 @@ _WORDS = {
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One finished shard: rows ``first .. first + rows - 1``; counts: examples by what became of them."""
+    """One finished shard: rows ``first .. first + rows - 1``; counts: examples by what became of them.
+
+    It has fewer rows than its place has room for where examples were added to a cache and their shard is yet
+    to be written."""
 
     file: str
     first: int
@@ -62,11 +75,13 @@ class Packing:
     @staticmethod
     def from_json(value: Mapping[str, Any]) -> Packing:
         """What `to_json` wrote; KeyError, TypeError or ValueError where it is none."""
-        statistics = {str(k): float(v) for k, v in value["statistics"].items()}
-        file = None if value["file"] is None else str(value["file"])
-        return Packing(
-            Shape.from_json(value["shape"]), file, _count(value["bytes"]), str(value["sha256"]), statistics
-        )
+        statistics = {_word(k): float(v) for k, v in dict(value["statistics"]).items()}
+        file, shape, size = value["file"], Shape.from_json(value["shape"]), _count(value["bytes"])
+        if file is None:
+            return Packing(shape, statistics=statistics)
+        if file != BASIS:
+            raise ValueError(f"{short(file)} is not the basis's file")
+        return Packing(shape, file, size, _checksum(value["sha256"]), statistics)
 
 
 @dataclass
@@ -114,6 +129,11 @@ class Manifest:
         return self.rows_done == self.rows
 
     @property
+    def rows_begun(self) -> int:
+        """Examples that the cache was begun with, from which samples were drawn: later ones were added."""
+        return int(self.data.get("begun", self.rows))
+
+    @property
     def shards_in_all(self) -> int:
         """Shards of the finished cache."""
         return -(-self.rows // self.shard_rows)
@@ -126,6 +146,11 @@ class Manifest:
         """Whether such a shard is one of this cache's."""
         n, rest = divmod(shard.first, self.shard_rows)
         return not rest and shard.file == shard_name(n) and shard.rows == self.rows_of(n) > 0
+
+    def rows_there(self, n: int) -> int:
+        """Rows of shard n that are done: all, none, or the first ones where examples were added since."""
+        first = n * self.shard_rows
+        return next((shard.rows for shard in self.shards if shard.first == first), 0)
 
     @property
     def width(self) -> int:
@@ -158,23 +183,31 @@ class Manifest:
             if key == "model":
                 words = other_model(mine[key], theirs[key])
             elif isinstance(mine[key], dict):
-                part = next(k for k in {**mine[key], **theirs[key]} if mine[key].get(k) != theirs[key].get(k))
+                missing = object()
+                part = next(
+                    k
+                    for k in {**mine[key], **theirs[key]}
+                    if mine[key].get(k, missing) != theirs[key].get(k, missing)
+                )
                 there, here = (
-                    geometry_words(whole[key][part]) if part == "geometry" else short(whole[key].get(part))
+                    geometry_words(whole[key][part])
+                    if (key, part) == ("gradient", "geometry")
+                    else short(whole[key].get(part))
                     for whole in (mine, theirs)
                 )
                 detail = f" ({part}: {there} there, {here} here)"
             elif not isinstance(mine[key], list):
                 detail = f" ({mine[key]} there, {theirs[key]} here)"
-            raise UserError(
-                f"the cache in '{folder}' was made {words}{detail}", "name another folder with --out"
-            )
+            remedy = "name another folder with --out"
+            if key == "rows" and self.rows < wanted.rows:
+                remedy += ", or add those that are new with --append"
+            raise UserError(f"the cache in '{folder}' was made {words}{detail}", remedy)
 
     def _definition(self) -> dict[str, Any]:
         """What makes two caches the same; where files lie is no part of it."""
         whole = self.to_json()
         whole["model"] = whole["model"]["identity"]
-        whole["data"] = {k: v for k, v in whole["data"].items() if k != "path"}
+        whole["data"] = {k: v for k, v in whole["data"].items() if k not in ("path", "begun")}
         whole["gradient"] = gradient_settings(whole["gradient"])
         del whole["packing"]
         return whole
@@ -196,27 +229,37 @@ class Manifest:
     @property
     def data_bytes(self) -> bytes:
         """The bytes of the manifest's file."""
-        return (json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n").encode()
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
+        return text.encode("utf-8", "surrogatepass")  # names of files are any bytes
 
     def write(self, folder: Path) -> None:
         """Replace the folder's manifest, atomically and on disk when this returns."""
         replace_file(folder / NAME, self.data_bytes)
 
+    def check_size(self) -> None:
+        """Raise UserError where the cache would be larger than can be read again."""
+        if self.dim > MOST_NUMBERS:
+            raise UserError(
+                f"a sketch of {self.dim:,} numbers, at most {MOST_NUMBERS:,} are possible", "lower --width"
+            )
+        if self.shards_in_all * _SHARD_WORDS > MOST_BYTES // 2:
+            raise UserError(
+                f"the cache would have {self.shards_in_all:,} shards, too many for one manifest",
+                f"say --shard-rows {-(-self.rows * _SHARD_WORDS * 2 // MOST_BYTES)} or more",
+            )
+
     @staticmethod
     def read(folder: Path) -> Manifest:
         """The manifest of a cache; UserError where there is none or it is damaged."""
         path = folder / NAME
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise UserError(f"no such cache: '{folder}'")
-        if not path.is_file():
+        if not os.path.lexists(path):
             members = sorted(found.parent.name for found in folder.glob(f"*/{NAME}"))
             if members:
                 raise UserError(f"'{folder}' holds several caches", f"name one of them: {', '.join(members)}")
             raise UserError(f"'{folder}' is no cache: it has no {NAME}")
-        try:
-            return Manifest.of_bytes(path.read_bytes(), folder)
-        except OSError as error:
-            raise UserError(f"cannot read '{path}': {error.strerror}") from None
+        return Manifest.of_bytes(read_own(path, "manifest", "cache again", most=MOST_BYTES), folder)
 
     @staticmethod
     def of_bytes(data: bytes, folder: Path) -> Manifest:
@@ -241,11 +284,7 @@ class Manifest:
 
     @staticmethod
     def _of_json(value: Mapping[str, Any]) -> Manifest:
-        parts = {key: value[key] for key in ("model", "sketch", "gradient", "text", "data")}
-        if not all(isinstance(part, dict) for part in parts.values()):
-            raise ValueError("a part is not an object")
-        if not isinstance(parts["model"]["identity"], dict):
-            raise ValueError("the model has no identity")
+        parts: dict[str, Any] = {key: _part(key, value[key]) for key in _PARTS}
         if "geometry" in parts["gradient"]:  # older caches do not say: they have none
             parts["gradient"]["geometry"] = _geometry(parts["gradient"]["geometry"])
         manifest = Manifest(
@@ -257,23 +296,62 @@ class Manifest:
             packing=None if value["packing"] is None else Packing.from_json(value["packing"]),
             shards=[shard_of_json(shard) for shard in value["shards"]],
         )
-        if not manifest.layers:
+        manifest._check_layers()
+        manifest._check_shards()
+        return manifest
+
+    def _check_layers(self) -> None:
+        """Raise ValueError where layers, code and sketch do not go together."""
+        if not self.layers:
             raise ValueError("no layers")
-        if manifest.packing and len(manifest.packing.shape.tail) != len(manifest.layers):
-            raise ValueError("the packing is for another number of layers")
         start = 0
-        for block in manifest.layers:
-            if block.start != start or not 1 <= block.width == manifest.width:
+        for block in self.layers:
+            if block.start != start or not 1 <= block.width == self.width:
                 raise ValueError(f"the block of {short(block.name)} lies wrong")
             start += block.width
-        if manifest.shard_rows < 1:
-            raise ValueError("no rows a shard")
+        if start > MOST_NUMBERS:
+            raise ValueError(f"a sketch of {start} numbers")
+        if self.sketch["width"] != self.width:
+            raise ValueError("the layers have another width than the sketch")
+        packed = self.code.dtype in PACKED
+        if packed and (self.width & (self.width - 1) or not 0 <= self.sketch["seed"] < 2**64):
+            raise ValueError("the width is no power of two, or the seed is none")
+        if self.packing is None:
+            return
+        shape = self.packing.shape
+        if not packed or shape.dtype != self.code.dtype or len(shape.tail) != len(self.layers):
+            raise ValueError("the packing is for another code, or another number of layers")
+        if len(shape.rest) != len(shape.tail) or max(*shape.tail, *shape.rest) > self.width:
+            raise ValueError("a block has more directions than numbers")
+        learnt = self.packing.file is not None
+        if shape.head > start or bool(shape.head or sum(shape.tail)) > learnt:
+            raise ValueError("the head has more directions than numbers, or nothing was learnt")
+        if shape.head and "outside_99" not in self.packing.statistics:
+            raise ValueError("the packing lacks a statistic")
+        if learnt:
+            numbers = 4 * start + 2 * start * shape.head + 2 * self.width * sum(shape.tail)
+            numbers += 4 * (sum(shape.tail) + 2 * len(self.layers) + 1)
+            if not numbers <= self.packing.bytes <= numbers + MOST_HEADER:
+                raise ValueError("the basis has the wrong size")
+
+    def _check_shards(self) -> None:
+        """Raise ValueError where the shards are not as the rows and their code have them."""
+        if self.shard_rows < 1 or max(self.rows, self.shard_rows) >= 2**62:
+            raise ValueError("no rows a shard, or too many")
+        if not 0 <= self.rows_begun <= self.rows:
+            raise ValueError("the cache was begun with more rows than it has")
+        if self.shards and self.packing is None and self.code.dtype not in FLOATS:
+            raise ValueError("there are shards, and it is not said how they are packed")
         next_first = 0
-        for shard in manifest.shards:
-            if shard.first < next_first or not manifest.has(shard):
-                raise ValueError(f"the shard {short(shard.file)} is out of order, or has the wrong rows")
-            next_first = shard.first + shard.rows
-        return manifest
+        for shard in self.shards:
+            n, rest = divmod(shard.first, self.shard_rows)
+            if rest or shard.first < next_first or shard.file != shard_name(n):
+                raise ValueError(f"the shard {short(shard.file)} is out of order")
+            if not 1 <= shard.rows <= self.rows_of(n):
+                raise ValueError(f"the shard {short(shard.file)} has the wrong number of rows")
+            if not 0 < shard.bytes - shard.rows * self.row_bytes <= MOST_HEADER:
+                raise ValueError(f"the shard {short(shard.file)} has the wrong size")
+            next_first = shard.first + self.shard_rows
 
 
 def gradient_settings(gradient: Mapping[str, Any]) -> dict[str, Any]:
@@ -319,31 +397,59 @@ def shard_name(n: int) -> str:
     return f"shard-{n:06d}.safetensors"
 
 
-def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
-    """Write a file beside its place, bring it to disk, and move it there: it appears whole or not at all.
+# What the parts of a manifest are to hold, where they hold it.
+_PARTS: dict[str, dict[str, str]] = {
+    "model": {"source": "names", "identity": "names"},
+    "sketch": {"projection": "text", "width": "count", "seed": "count", "hash": "text"},
+    "gradient": {
+        "at": "numbers",
+        "loss": "text",
+        "include": "texts",
+        "exclude": "texts",
+        "dropout": "thinning",
+    },
+    "text": {"eos": "flag", "max_length": "count", "too_long": "too_long"},
+    "data": {"path": "paths", "form": "text", "identity": "text", "begun": "count"},
+}
+_NEEDED = {
+    "model": ("source", "identity"),
+    "sketch": ("projection", "width", "seed"),
+    "gradient": ("at", "loss", "include", "exclude"),
+    "text": ("eos", "max_length", "too_long"),
+    "data": (),
+}
+_KINDS: dict[str, Any] = {
+    "text": lambda v: isinstance(v, str),
+    "texts": lambda v: isinstance(v, list) and all(isinstance(each, str) for each in v),
+    "paths": lambda v: v is None or isinstance(v, str) or (bool(v) and _KINDS["texts"](v)),
+    "names": lambda v: (
+        isinstance(v, dict) and all(each is None or isinstance(each, str) for each in v.values())
+    ),
+    "thinning": lambda v: _KINDS["count"](dict(v)["seed"]) and _is_number(v["rate"]) and len(v) == 2,
+    "numbers": lambda v: isinstance(v, list) and all(_is_number(each) for each in v),
+    "count": lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
+    "flag": lambda v: isinstance(v, bool),
+    "too_long": lambda v: v in ("truncate", "skip"),
+}
 
-    data: all of it, or its pieces; where making one raises, nothing is left of the file."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "wb") as file:
-            for piece in (data,) if isinstance(data, bytes) else data:
-                file.write(piece)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
-    except OSError as error:
-        partial.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write '{path}': {error.strerror}", "what was written before is kept"
-        ) from None
-    except UserError:
-        partial.unlink(missing_ok=True)
-        raise
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
+def _part(name: str, value: Any) -> dict[str, Any]:
+    """A part of a manifest; ValueError where it holds something else than it must."""
+    if not isinstance(value, dict) or not all(key in value for key in _NEEDED[name]):
+        raise ValueError(f"'{name}' is not what it must be")
+    for key, each in value.items():
+        kind = _PARTS[name].get(key)
+        if kind is None and name == "gradient" and key == "geometry":
+            continue
+        # What a later rapidin of this format adds is kept, so long as it is simple.
+        fits = _KINDS[kind](each) if kind else each is None or isinstance(each, str | int | float)
+        if not fits:
+            raise ValueError(f"'{key}' of '{name}' is {short(each)}")
+    return value
 
 
 def _geometry(value: Any) -> str | dict[str, Any]:
@@ -353,6 +459,8 @@ def _geometry(value: Any) -> str | dict[str, Any]:
         raise ValueError(f"{short(value)} is no geometry")
     if value["sha256"] is None and value["kind"] == "optimizer":
         raise ValueError("the geometry has no checksum")
+    if value["file"] != GEOMETRY:
+        raise ValueError(f"{short(value['file'])} is not the geometry's file")
     if value["kind"] == "kfac":
         own: dict[str, Any] = {"rank": _count(value["rank"]), "damping": float(value["damping"])}
     else:
@@ -362,9 +470,9 @@ def _geometry(value: Any) -> str | dict[str, Any]:
         "exponent": float(value["exponent"]),
         **own,
         "sample": _count(value["sample"]),
-        "file": str(value["file"]),
+        "file": GEOMETRY,
         "bytes": _count(value["bytes"]),
-        "sha256": None if value["sha256"] is None else str(value["sha256"]),
+        "sha256": None if value["sha256"] is None else _checksum(value["sha256"]),
     }
 
 
@@ -374,10 +482,22 @@ def _count(value: Any) -> int:
     return value
 
 
+def _checksum(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+        raise ValueError(f"{short(value)} is no checksum")
+    return value
+
+
+def _word(value: Any) -> str:
+    if not isinstance(value, str) or not re.fullmatch("[a-z0-9_]{1,40}", value):
+        raise ValueError(f"{short(value)} is no name")
+    return value
+
+
 def shard_of_json(value: Any) -> Shard:
     """The shard that `asdict` gave; KeyError, TypeError or ValueError where it is none."""
     if not isinstance(value, dict) or not isinstance(value["counts"], dict):
         raise ValueError(f"{short(value)} is no shard")
-    counts = {str(k): _count(n) for k, n in value["counts"].items()}
+    counts = {_word(k): _count(n) for k, n in value["counts"].items()}
     first, rows, size = (_count(value[key]) for key in ("first", "rows", "bytes"))
-    return Shard(str(value["file"]), first, rows, size, str(value["sha256"]), counts)
+    return Shard(str(value["file"]), first, rows, size, _checksum(value["sha256"]), counts)

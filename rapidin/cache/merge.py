@@ -7,10 +7,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rapidin.cache.cache import Cache, CacheWriter, size_problem
-from rapidin.cache.manifest import Manifest, Shard, replace_file
-from rapidin.cache.shards import read_geometry
+from rapidin.cache.cache import Cache, CacheWriter
+from rapidin.cache.manifest import Manifest, Shard
+from rapidin.cache.shards import read_geometry, shard_path, size_problem
 from rapidin.errors import UserError
+from rapidin.files import reason, replace_file
 
 _PIECE = 4 << 20  # bytes copied at a time
 _RECORDED = 256 << 20  # bytes copied after which the manifest is written
@@ -32,7 +33,7 @@ def merge(
     shards = [shard for _, shard in where]
     with CacheWriter(out, replace(whole, packing=None, shards=[])) as writer:
         if whole.geometry is not None:
-            read_geometry(first, whole.geometry)
+            read_geometry(first, whole.geometry, dict)
             writer.set_geometry((first / whole.geometry["file"]).read_bytes())
         packing = whole.packing
         if packing is not None and packing.file is not None and writer.manifest.packing is None:
@@ -43,7 +44,7 @@ def merge(
         copied: list[Shard] = []
         for n, (folder, shard) in enumerate(where):
             if n in missing:
-                _copy(folder / shard.file, writer.folder / shard.file, shard.sha256)
+                _copy(shard_path(folder, shard), writer.folder / shard.file, shard.sha256)
                 copied.append(shard)
             done += shard.bytes
             if sum(s.bytes for s in copied) >= _RECORDED:
@@ -113,7 +114,7 @@ def _copy(source: Path, target: Path, sha256: str) -> None:
                     digest.update(piece)
                     yield piece
         except OSError as error:
-            raise UserError(f"cannot read '{source}': {error.strerror}") from None
+            raise UserError(f"cannot read '{source}': {reason(error)}") from None
         if digest.hexdigest() != sha256:
             raise UserError(
                 f"'{source}' is altered: its checksum is not the manifest's",

@@ -13,11 +13,13 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rapidin.cache.manifest import Manifest, Shard, replace_file, shard_of_json
-from rapidin.cache.shards import checksum
+from rapidin.cache.manifest import Manifest, Shard, shard_of_json
+from rapidin.cache.shards import checksum, size_problem
 from rapidin.errors import UserError
+from rapidin.files import read_own, replace_file
 
 FOLDER = "receipts"
+_MOST = 1 << 16  # bytes of one
 
 
 def leave(folder: Path, shard: Shard) -> None:
@@ -36,11 +38,10 @@ def found(folder: Path, manifest: Manifest, *, checked: bool = False) -> list[Sh
     done = {shard.first for shard in manifest.shards}
     shards = []
     for path in sorted((folder / FOLDER).glob("*.json")):
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, UserError):
-            shard = shard_of_json(json.loads(path.read_bytes()))
-            file = folder / shard.file
-            whole = manifest.has(shard) and shard.first not in done and file.stat().st_size == shard.bytes
-            if whole and not (checked and checksum(file) != shard.sha256):
+        with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, UserError):
+            shard = shard_of_json(json.loads(read_own(path, "receipt", "", most=_MOST)))
+            whole = manifest.has(shard) and shard.first not in done and not size_problem(folder, shard)
+            if whole and not (checked and checksum(folder / shard.file) != shard.sha256):
                 shards.append(shard)
     return shards
 

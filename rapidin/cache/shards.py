@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from rapidin.cache.manifest import GEOMETRY, Packing, Shard, replace_file
-from rapidin.errors import UserError
+from rapidin.cache.manifest import BASIS, GEOMETRY, MOST_HEADER, Packing, Shard
+from rapidin.errors import UserError, short
+from rapidin.files import own_size, read_own, reason, replace_file
 from rapidin.pack import Basis, Code, Shape
 
-BASIS = "basis.safetensors"
+_T = TypeVar("_T")
 
 
 @dataclass
@@ -33,6 +37,13 @@ class Rows:
     truncated: Tensor
     record: Tensor
 
+    def joined(self, later: Rows) -> Rows:
+        """These rows, and then the later ones."""
+        return Rows(
+            code={name: torch.cat([value, later.code[name]]) for name, value in self.code.items()},
+            **{name: torch.cat([getattr(self, name), getattr(later, name)]) for name in _BESIDES},
+        )
+
 
 _BESIDES = {
     "index": torch.int64,
@@ -41,16 +52,106 @@ _BESIDES = {
     "record": torch.int64,
 }
 
+Fields = Mapping[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of a row of each tensor
 
-def write_shard(folder: Path, name: str, first: int, rows: Rows, counts: dict[str, int]) -> Shard:
-    """Write a shard file; it is on disk under its name when this returns. UserError where it cannot be."""
+_NAMES = {
+    torch.float16: "F16",
+    torch.float32: "F32",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.int64: "I64",
+}
+
+
+def grown(path: Path) -> Path:
+    """Where a shard lies that took the place of one with fewer rows, until the manifest knows of it."""
+    return path.with_name(f"grown-{path.name}")
+
+
+def shard_path(folder: Path, shard: Shard) -> Path:
+    """The file of a shard: under its name, or where it still waits for it."""
+    path = folder / shard.file
+    later = grown(path)
+    return later if own_size(path) != shard.bytes and own_size(later) == shard.bytes else path
+
+
+def size_problem(folder: Path, shard: Shard) -> str | None:
+    """In words, why a shard's file cannot be the one that was written, None where it can, without reading
+    it."""
+    path = shard_path(folder, shard)
+    size = own_size(path)
+    if isinstance(size, str):
+        return f"the shard '{path}' {size}"
+    return (
+        None if size == shard.bytes else f"the shard '{path}' has {size:,} bytes instead of {shard.bytes:,}"
+    )
+
+
+class Headers:
+    """Holds the headers of shards against what they must say, without reading their rows."""
+
+    def __init__(self, fields: Fields) -> None:
+        self._fields = dict(fields) | {name: (dtype, ()) for name, dtype in _BESIDES.items()}
+        self._good: dict[int, bytes] = {}  # by the number of rows: shards of as many have the same header
+
+    def problem(self, folder: Path, shard: Shard) -> str | None:
+        """In words, what is wrong with a shard's header, None where nothing is."""
+        path = shard_path(folder, shard)
+        good = self._good.get(shard.rows, b"")
+        try:
+            with open(path, "rb") as file:
+                found = file.read(len(good) or 8)
+                if good and found == good:
+                    return None
+                length = int.from_bytes(found[:8], "little")
+                if length > MOST_HEADER:
+                    return f"the shard '{path}' is damaged: a header of {length:,} bytes"
+                file.seek(0)
+                found = file.read(8 + length)
+            says = json.loads(found[8:])
+            start, spans = 8 + length, []
+            for name, (dtype, shape) in self._fields.items():
+                each, wanted = says[name], [shard.rows, *shape]
+                begin, end = each["data_offsets"]
+                if each["dtype"] != _NAMES[dtype] or each["shape"] != wanted:
+                    return f"the shard '{path}' is damaged: '{name}' has another shape or dtype"
+                if end - begin != dtype.itemsize * _product(wanted):
+                    return f"the shard '{path}' is damaged: '{name}' has another size"
+                spans.append((begin, end))
+            spans.sort()
+            edges = [(0, 0), *spans, (shard.bytes - start, 0)]
+            if any(before[1] != after[0] for before, after in pairwise(edges)):
+                return f"the shard '{path}' is damaged: its tensors do not lie side by side"
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            return f"the shard '{path}' is damaged: its header, {type(error).__name__} {short(error)}"
+        except OSError as error:
+            return f"cannot read '{path}': {reason(error)}"
+        self._good[shard.rows] = found
+        return None
+
+
+def _product(sizes: list[int]) -> int:
+    total = 1
+    for size in sizes:
+        total *= size
+    return total
+
+
+def write_shard(
+    folder: Path, name: str, first: int, rows: Rows, counts: dict[str, int], *, beside: bool = False
+) -> Shard:
+    """Write a shard file; it is on disk under its name when this returns. UserError where it cannot be.
+
+    beside: under the name of `grown`, since one with fewer rows is still needed.
+    """
     from safetensors.torch import save
 
     data = save(
         {name: value.contiguous() for name, value in rows.code.items()}
         | {name: getattr(rows, name).contiguous() for name in _BESIDES}
     )
-    replace_file(folder / name, data)
+    path = folder / name
+    replace_file(grown(path) if beside else path, data)
     return Shard(name, first, len(rows.index), len(data), hashlib.sha256(data).hexdigest(), counts)
 
 
@@ -58,42 +159,46 @@ def read_shard(folder: Path, shard: Shard, code: Code) -> Rows:
     """The rows of a shard as views of the memory-mapped file; UserError where that is not as it must be."""
     from safetensors import SafetensorError, safe_open
 
-    path = folder / shard.file
-    if not path.is_file():
-        raise UserError(
-            f"the shard '{path}' is missing", "run the same 'rapidin cache' again: only it is made anew"
-        )
-    size = path.stat().st_size
-    if size != shard.bytes:
-        raise UserError(f"the shard '{path}' has {size:,} bytes instead of {shard.bytes:,}", _REMEDY)
+    problem = size_problem(folder, shard) or Headers(code.fields()).problem(folder, shard)
+    if problem:
+        raise UserError(problem, _REMEDY)
+    path = shard_path(folder, shard)
     try:
         with safe_open(path, framework="pt") as file:
             found = {name: file.get_tensor(name) for name in (*code.fields(), *_BESIDES)}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the shard '{path}' is damaged: {error}", _REMEDY) from None
-    expected = code.fields() | {name: (dtype, ()) for name, dtype in _BESIDES.items()}
-    for name, (dtype, shape) in expected.items():
-        if found[name].dtype != dtype or tuple(found[name].shape) != (shard.rows, *shape):
-            raise UserError(f"the shard '{path}' is damaged: '{name}' has another shape or dtype", _REMEDY)
     return Rows(code={name: found.pop(name) for name in code.fields()}, **found)
+
+
+def _read_tensors(
+    path: Path, name: str, remedy: str, size: int, sha256: str, make: Callable[[dict[str, Tensor]], _T]
+) -> _T:
+    """What `make` makes of a safetensors file whose size and checksum are known; UserError where it is
+    another."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    data = read_own(path, name, remedy, most=size, size=size)
+    if hashlib.sha256(data).hexdigest() != sha256:
+        raise UserError(f"the {name} '{path}' is altered: its checksum is not the manifest's", remedy)
+    try:
+        return make(load(data))
+    except (SafetensorError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise UserError(f"the {name} '{path}' is damaged: {error}", remedy) from None
 
 
 def read_basis(folder: Path, packing: Packing, width: int) -> Basis:
     """The basis that a code learnt; UserError where the file is not as the manifest says."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
     assert packing.file is not None
-    path = folder / packing.file
-    remedy = "without it the cache cannot be read: restore it, or cache again"
-    if not path.is_file():
-        raise UserError(f"the basis '{path}' is missing", remedy)
-    if path.stat().st_size != packing.bytes:
-        raise UserError(f"the basis '{path}' has another size than the manifest says", remedy)
-    try:
-        return Basis.of_tensors(load_file(path), packing.shape, width)
-    except (SafetensorError, OSError, ValueError, RuntimeError, KeyError) as error:
-        raise UserError(f"the basis '{path}' is damaged: {error}", remedy) from None
+    return _read_tensors(
+        folder / packing.file,
+        "basis",
+        "without it the cache cannot be read: restore it, or cache again",
+        packing.bytes,
+        packing.sha256,
+        lambda found: Basis.of_tensors(found, packing.shape, width),
+    )
 
 
 def write_basis(folder: Path, basis: Basis, shape: Shape, statistics: dict[str, float]) -> Packing:
@@ -105,27 +210,16 @@ def write_basis(folder: Path, basis: Basis, shape: Shape, statistics: dict[str, 
     return Packing(shape, BASIS, len(data), hashlib.sha256(data).hexdigest(), statistics)
 
 
-def read_geometry(folder: Path, record: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a cache's geometry; UserError where the file is not as the manifest's record says."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
+def read_geometry(folder: Path, record: Mapping[str, Any], make: Callable[[dict[str, Tensor]], _T]) -> _T:
+    """What `make` makes of the tensors of a cache's geometry; UserError where the file is not as the
+    manifest's record says, or `make` raises ValueError, KeyError or TypeError."""
     path = folder / record["file"]
     again = "run the same 'rapidin cache' again: it is made anew"
-    remedy = f"delete that file and {again}"
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError:
-        raise UserError(f"the geometry '{path}' is missing", again) from None
-    except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from None
-    if hashlib.sha256(data).hexdigest() != record["sha256"]:
-        raise UserError(f"the geometry '{path}' is altered: its checksum is not the manifest's", remedy)
-    try:
-        tensors: dict[str, Tensor] = load(data)
-        return tensors
-    except (SafetensorError, ValueError) as error:
-        raise UserError(f"the geometry '{path}' is damaged: {error}", remedy) from None
+    if not os.path.lexists(path):
+        raise UserError(f"the geometry '{path}' is missing", again)
+    return _read_tensors(
+        path, "geometry", f"delete that file and {again}", record["bytes"], record["sha256"], make
+    )
 
 
 def write_geometry(folder: Path, data: bytes) -> dict[str, Any]:
@@ -145,5 +239,5 @@ def checksum(path: Path) -> str:
             while piece := file.read(1 << 22):
                 digest.update(piece)
     except OSError as error:
-        raise UserError(f"cannot read '{path}': {error.strerror}") from None
+        raise UserError(f"cannot read '{path}': {reason(error)}") from None
     return digest.hexdigest()

@@ -1,5 +1,6 @@
 """rapidin cache and rapidin plan."""
 
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from rapidin.cli.options import (
     Geometry,
     Loss,
     ModelDtype,
+    OnError,
     Quiet,
     ShardModel,
     TooLong,
@@ -24,6 +26,7 @@ from rapidin.cli.options import (
 from rapidin.errors import UserError
 
 if TYPE_CHECKING:
+    from rapidin.examples import Examples
     from rapidin.thinning import Thinning
 
 
@@ -36,11 +39,11 @@ def cache(
         ),
     ],
     data: Annotated[
-        str,
+        list[str],
         typer.Option(
             metavar="FILE",
             help="Training examples: jsonl with prompt and completion, instruction, input and output, "
-            "messages, or text; or a HF dataset on disk.",
+            "messages, or text; or a HF dataset on disk. Several are read one after another.",
             show_default=False,
         ),
     ],
@@ -108,6 +111,18 @@ def cache(
         int | None,
         typer.Option(metavar="N", min=1, help="Only the first so many examples.", show_default=False),
     ] = None,
+    append: Annotated[
+        bool,
+        typer.Option(
+            "--append",
+            help="Add what is new to a cache that holds the first of the examples: --data has grown, or "
+            "another --data follows it.",
+        ),
+    ] = False,
+    on_error: Annotated[
+        OnError,
+        typer.Option(help="What to do with a malformed example: stop before any work, or count and skip it."),
+    ] = OnError.stop,
     include: Annotated[
         list[str] | None,
         typer.Option(
@@ -193,15 +208,17 @@ def cache(
     Stopped at any moment, the same command goes on where it was.
     """
     from rapidin import report
-    from rapidin.examples import open_examples
+    from rapidin.distributed import world
+    from rapidin.examples import files, open_examples
 
     where, of_parts = points(at), _part(part)
     console = messages(quiet)
     jobs = _jobs(model, adapter, base, checkpoints, masks, dropout, out)
     with console.status("reading the data"):
-        examples = open_examples(data, limit=limit)  # before the model: mistakes in the data show at once
+        # Before the model: mistakes in the data show at once.
+        examples = open_examples(files(data), limit=limit, skip=on_error == OnError.skip)
     if console.is_terminal:
-        console.print(f"{len(examples):,} examples in {report.one_line(data)}")
+        console.print(f"{len(examples):,} examples in {report.one_line(', '.join(data))}")
     loaded, of = None, None
     for job in jobs:
         with quiet_libraries():
@@ -242,6 +259,8 @@ def cache(
             if examples.form == "messages":  # a template may refuse a chat: better now than after hours
                 with console.status("trying the chat template on all examples"):
                     attributor.encoder.check(examples)
+            if job is jobs[0] and world().leads:
+                _tell_malformed(examples)
             with report.CachingBar(console) as bar:
                 try:
                     cache = attributor.cache(
@@ -252,6 +271,7 @@ def cache(
                         sample=sample,
                         shard_rows=shard_rows,
                         part=of_parts,
+                        append=append,
                         on_progress=bar,
                     )
                 except KeyboardInterrupt as stop:
@@ -300,7 +320,7 @@ def _jobs(
     from rapidin.thinning import Thinning
 
     folder = Path(out)
-    if (folder / "manifest.json").exists():
+    if os.path.exists(folder / "manifest.json"):
         raise UserError(f"'{out}' is a single cache", "name another folder with --out")
     if masks is not None:
         if checkpoints is not None:
@@ -337,6 +357,15 @@ def _part(text: str | None) -> tuple[int, int] | None:
     if not (slash and number.isdecimal() and parts.isdecimal()):
         raise UserError(f"--part {text} is not two numbers", "as in --part 1/4")
     return int(number), int(parts)
+
+
+def _tell_malformed(examples: "Examples") -> None:
+    """A line for each of the first examples that are skipped, said even when quiet: they are lost."""
+    for problem in examples.problems:
+        line(f"skipped: {problem}")
+    more = len(examples.malformed) - len(examples.problems)
+    if more:
+        line(f"skipped: {more:,} more malformed examples")
 
 
 def _how_to_go_on(out: str, wanted: int) -> str:

@@ -483,7 +483,7 @@ def _subject(
     model: str | None,
     adapter: str | None,
     base: str | None,
-    train_data: str | None,
+    train_data: list[str] | None,
     device: str | None,
     trust_remote_code: bool,
     quiet: bool,
@@ -492,9 +492,10 @@ def _subject(
 ) -> "Subject":
     """The cache with its data and model; the column is looked for before the model is loaded."""
     from rapidin.evaluate import subject as room
+    from rapidin.examples import files
 
     ensemble = open_caches([cache])
-    examples = room.open_data(ensemble, train_data)
+    examples = room.open_data(ensemble, files(train_data))
     if column is not None:
         room.column(examples, column)
     if with_model:

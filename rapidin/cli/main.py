@@ -24,7 +24,7 @@ from rapidin.cli import cache, demo, evaluate, inspect, query, select  # noqa: F
 from rapidin.cli.console import line
 from rapidin.cli.options import app
 from rapidin.distributed import PeerError, join, leave, world
-from rapidin.errors import UserError
+from rapidin.errors import UserError, is_out_of_memory
 
 
 class Terminated(KeyboardInterrupt):
@@ -53,6 +53,9 @@ def _main_options(
 _USAGE_ERROR: Any = typer.BadParameter.__mro__[2]
 
 
+_LESS_MEMORY = "give a smaller model or --model-dtype, fewer --batch-tokens, or another --device"
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return its exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -79,6 +82,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(str(stop) or "interrupted", 143 if isinstance(stop, Terminated) else 130)
     except PeerError as error:
         return error.code if error.said else _fail(str(error), error.code)
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        return _fail(f"out of memory: {str(error) or type(error).__name__}; {_LESS_MEMORY}", 2)
     except BrokenPipeError:
         # Python flushes standard output again as it ends; that must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -64,6 +64,11 @@ class TooLong(str, Enum):
     skip = "skip"
 
 
+class OnError(str, Enum):
+    stop = "stop"
+    skip = "skip"
+
+
 class Normalize(str, Enum):
     layer = "layer"
     none = "none"
@@ -152,9 +157,12 @@ MovedBase = Annotated[
     typer.Option("--base", metavar="MODEL", help="Where the base model has moved.", show_default=False),
 ]
 TrainData = Annotated[
-    str | None,
+    list[str] | None,
     typer.Option(
-        "--train-data", metavar="FILE", help="Where the training examples have moved.", show_default=False
+        "--train-data",
+        metavar="FILE",
+        help="Where the training examples have moved; several in their order.",
+        show_default=False,
     ),
 ]
 

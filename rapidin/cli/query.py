@@ -125,6 +125,7 @@ def query(
     console = messages(quiet)
     with quiet_libraries():
         from rapidin.cache import Cache
+        from rapidin.examples import files
         from rapidin.scan import training_data
 
         ensemble = open_caches(cache)
@@ -132,7 +133,7 @@ def query(
         opened = ensemble.caches[-1]
         generations = _generations(ask, prompt, completion, data, str(opened.manifest.data.get("form")))
         # Before the model: a file that has moved shows at once.
-        examples = training_data(opened, False if no_text or not leads else train_data)
+        examples = training_data(opened, False if no_text or not leads else files(train_data))
         ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code, shard_model)
         with console.status(f"explaining {len(generations):,} among {len(opened):,} examples"):
             results = ready.query(

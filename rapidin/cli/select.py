@@ -77,7 +77,7 @@ def select(
     quiet: Quiet = False,
 ) -> None:
     """Choose the training examples that help a target set most."""
-    from rapidin.examples import open_examples
+    from rapidin.examples import files, open_examples
     from rapidin.select import best_rows, groups_of, jsonl, share_of, table
 
     for path in (out, scores):
@@ -94,7 +94,7 @@ def select(
         wanted = share_of(top, opened.manifest.rows)
         targets = list(open_examples(target, generations=True))
         groups = {"": list(range(len(targets)))} if by is None else groups_of(targets, by)
-        examples = training_data(opened, train_data)
+        examples = training_data(opened, files(train_data))
         if examples is None:
             raise UserError("the cache was not made from a file", "name the examples with --train-data")
         ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code, shard_model)
@@ -158,11 +158,12 @@ def self_(
         import torch
 
         from rapidin.cache import Cache
+        from rapidin.examples import files
         from rapidin.methods import self_influence
         from rapidin.scan import hits_of, training_data
 
         opened = Cache(cache)
-        examples = training_data(opened, False if no_text else train_data)
+        examples = training_data(opened, False if no_text else files(train_data))
         with console.status(f"reading {len(opened):,} examples"):
             found = self_influence(opened, normalize=normalize.value, method=method.value, damping=damping)
         order = torch.sort(

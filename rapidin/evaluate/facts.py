@@ -30,6 +30,7 @@ from rapidin.evaluate import baselines, figures, folders, loading
 from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_rows
 from rapidin.examples import open_examples
+from rapidin.files import lock_folder
 from rapidin.model import LoadedModel
 from rapidin.tuning import Checkpoints, Recipe, State, Tuner, losses, save_model
 
@@ -164,7 +165,7 @@ def evaluate(
         "recipe": recipe.to_json(),
         "checkpoints": checkpoints,
     }
-    with folders.locked(folder):
+    with lock_folder(folder):
         folders.begin(folder, DESCRIPTION, about)
         return _evaluate(
             folder, about, rows, asked, methods, places, recipe, checkpoints, with_baselines, device, say

@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rapidin.cache.manifest import replace_file
 from rapidin.errors import UserError, short
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """The folder, made where it is missing, for one process alone. UserError where another is in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115 (held until the end)
-    except OSError as error:
-        raise UserError(f"cannot write into '{folder}': {error.strerror}") from None
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise UserError(f"another process is working in '{folder}'") from None
-        yield
+from rapidin.files import replace_file
 
 
 def begin(

@@ -30,13 +30,13 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rapidin.cache.manifest import replace_file
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
 from rapidin.evaluate import baselines, figures, folders, loading
 from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_rows
 from rapidin.examples import Examples, open_examples
+from rapidin.files import lock_folder, replace_file
 from rapidin.model import LoadedModel
 from rapidin.tuning import Checkpoints, Recipe, State, Tuner, losses, save_model
 
@@ -200,7 +200,7 @@ def make(
     folder = Path(folder)
     examples = [x if isinstance(x, Examples) else open_examples(x) for x in (train, test)]
     masks = random_subsets(settings.subsets, len(examples[0]), settings.fraction, settings.recipe.seed)
-    with folders.locked(folder):
+    with lock_folder(folder):
         say("loading the model")
         loaded = loading.load(model, device=device)
         encoder = Encoder(loaded.tokenizer, max_length=settings.max_length)

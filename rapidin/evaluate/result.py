@@ -14,8 +14,8 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from rapidin.cache.manifest import replace_file
 from rapidin.evaluate.figures import Figure
+from rapidin.files import replace_file
 from rapidin.report import one_line
 from rapidin.select import jsonl
 

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from rapidin.cache.manifest import replace_file
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
 from rapidin.evaluate import figures, folders, loading
@@ -25,6 +24,7 @@ from rapidin.evaluate.methods import Method, Place, Rows, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_rows
 from rapidin.evaluate.tasks import Task, accuracy, make_task
 from rapidin.examples import open_examples
+from rapidin.files import lock_folder, replace_file
 from rapidin.model import LoadedModel
 from rapidin.query import Scoring
 from rapidin.query import scores as part_scores
@@ -69,7 +69,7 @@ def evaluate(
     }
     if not 0 < share < 1 or seeds < 1:
         raise UserError(f"a share of {share:g} with {seeds} seeds", "say a share between 0 and 1, and seeds")
-    with folders.locked(folder):
+    with lock_folder(folder):
         folders.begin(folder, DESCRIPTION, about)
         return _evaluate(folder, about, task, methods, place, share, seeds, recipe, device, say)
 

@@ -17,12 +17,12 @@ from rapidin.errors import UserError, short
 from rapidin.evaluate import baselines
 from rapidin.evaluate.methods import Floats, Method, each_score
 from rapidin.evaluate.result import Result, Say, silent
-from rapidin.examples import Examples
+from rapidin.examples import Examples, Files
 from rapidin.query import Clock, Generation
 from rapidin.scan import training_data
 
 
-def open_data(ensemble: Ensemble, train_data: str | None = None) -> Examples:
+def open_data(ensemble: Ensemble, train_data: str | Files | None = None) -> Examples:
     """The data that complete caches were made of. UserError where one is unfinished or the data is gone."""
     for cache in ensemble.caches:
         if not cache.manifest.complete:

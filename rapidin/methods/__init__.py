@@ -111,7 +111,7 @@ def self_influence(
             f"'{normalize}' makes every gradient equally long, so all would have the same self-influence",
             "say --normalize none, or another --method",
         )
-    rows = cache.manifest.rows
+    rows = cache.table_rows(8)
     if method == "dot":
         scores = torch.full((rows,), torch.nan, dtype=torch.float64, device="cpu")
         for first, part in cache.shards(ahead=True):

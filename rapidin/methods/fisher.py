@@ -39,7 +39,7 @@ def turn(cache: Cache, vectors: Tensor, normalize: str, damping: float) -> tuple
     """((F_b + damping)^-1 v_b of query vectors [Q, blocks, width], the same shape in float64; factors of the
     cache's rows [rows, blocks] float32 on the CPU)."""
     out = torch.empty_like(vectors, dtype=torch.float64)
-    factors = torch.ones(cache.manifest.rows, len(cache.layers), device="cpu")
+    factors = torch.ones(cache.table_rows(4 * len(cache.layers)), len(cache.layers), device="cpu")
     most = most_rows(cache.manifest.width)
     for inverse, blocks in own(cache, normalize, damping, vectors.device):
         out[:, blocks] = inverse(vectors[:, blocks])

@@ -444,7 +444,7 @@ class Basis:
         """Nothing learnt; on the CPU."""
         empty = torch.zeros(0, device="cpu")
         return Basis(
-            empty.new_zeros(blocks, width),
+            empty.new_zeros(()).expand(blocks, width),  # takes no memory
             empty.new_zeros(blocks * width, 0),
             [empty.new_zeros(width, 0)] * blocks,
             empty,
@@ -579,6 +579,8 @@ class Basis:
         for name, size in wanted.items():
             if name not in found or tuple(found[name].shape) != size:
                 raise ValueError(f"'{name}' is not of shape {size}")
+            if not found[name].is_floating_point() or not bool(found[name].isfinite().all()):
+                raise ValueError(f"'{name}' holds something else than finite numbers")
         pieces = torch.split(found["tail"].float(), [width * p for p in shape.tail])
         tail = [piece.view(width, p) for piece, p in zip(pieces, shape.tail, strict=True)]
         rest = {name: found[name].float() for name in set(wanted) - {"tail"}}
