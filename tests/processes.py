@@ -94,9 +94,9 @@ def _die_after(shards: int, torn: bool) -> None:
         if run is None:
             continue
 
-        def dying(self, n, *rest, run=run):  # type: ignore[no-untyped-def]
+        def dying(self, n, *rest, run=run, **settings):  # type: ignore[no-untyped-def]
             nonlocal written
-            result = run(self, n, *rest)
+            result = run(self, n, *rest, **settings)
             written += "sample" not in str(self.folder)
             if written >= shards:
                 os.kill(os.getpid(), signal.SIGKILL)
