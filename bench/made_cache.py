@@ -27,8 +27,8 @@ def write_cache(
     manifest = Manifest(
         model={"source": {}, "identity": {}},
         sketch={"projection": "tensor", "width": width, "seed": 0, "hash": "lowbias32-1"},
-        gradient={},
-        text={},
+        gradient={"at": [1.0], "loss": "mean", "include": [], "exclude": []},
+        text={"eos": True, "max_length": 1, "too_long": "truncate"},
         data={},
         code=code,
         rows=rows,

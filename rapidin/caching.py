@@ -144,7 +144,7 @@ class CachingLoop:
 
     def _fill(self, writer: ShardWriter, make: Callable[[int], Finish], stop: Stop) -> None:
         """Write the missing shards, all processes together; all are in the manifest when this returns."""
-        begun = [n for n in writer.missing if writer.manifest.rows_there(n)]
+        begun = [n for n in writer.missing if writer.manifest.shard_at(n) is not None]
         with _WriterThread(writer) as thread:
             # What is there of a shard is the leader's to go on with.
             for n in begun if self.world.leads else ():
@@ -174,12 +174,13 @@ class CachingLoop:
     def _rows(self, n: int) -> range:
         """The rows of shard n that are still to be made."""
         manifest = self.writer.manifest
-        first = n * manifest.shard_rows
-        return range(first + manifest.rows_there(n), first + manifest.rows_of(n))
+        first, there = n * manifest.shard_rows, manifest.shard_at(n)
+        return range(first + (there.rows if there else 0), first + manifest.rows_of(n))
 
     def _needs_sample(self) -> bool:
         """Whether a row that is still to be made is one of the sample."""
-        return any(row in self._place for n in self.writer.missing for row in self._rows(n))
+        missing, each = set(self.writer.missing), self.writer.manifest.shard_rows
+        return any(row // each in missing and row in self._rows(row // each) for row in self.sample)
 
     def sampled_rows(self) -> int:
         """Rows whose sketches wait in the sample's folder, while no shard holds them."""

@@ -450,8 +450,7 @@ class CacheWriter(ShardWriter):
     def write(self, n: int, rows: Rows, counts: dict[str, int]) -> None:
         """Write the rows of shard n that are not there and record it in the manifest; both are on disk when
         this returns. Raises UserError where they cannot be, or the rows that are there are altered."""
-        folder = self.folder
-        before = next((s for s in self.manifest.shards if s.first == n * self.manifest.shard_rows), None)
+        folder, before = self.folder, self.manifest.shard_at(n)
         if before is not None:
             problem = _altered(folder, before)
             if problem:

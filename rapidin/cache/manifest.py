@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -147,10 +148,13 @@ class Manifest:
         n, rest = divmod(shard.first, self.shard_rows)
         return not rest and shard.file == shard_name(n) and shard.rows == self.rows_of(n) > 0
 
-    def rows_there(self, n: int) -> int:
-        """Rows of shard n that are done: all, none, or the first ones where examples were added since."""
+    def shard_at(self, n: int) -> Shard | None:
+        """Shard n, None where it is not done. It may have only the first of its rows, where examples were
+        added since."""
         first = n * self.shard_rows
-        return next((shard.rows for shard in self.shards if shard.first == first), 0)
+        place = bisect_left(self.shards, first, key=lambda shard: shard.first)
+        found = self.shards[place] if place < len(self.shards) else None
+        return found if found is not None and found.first == first else None
 
     @property
     def width(self) -> int:
