@@ -29,7 +29,13 @@ PEERS = {
     "pack": {"torch"},
     "unpack": {"torch"},
     "turn": {"torch"},
-    "caching": {"bare loop", "training step, AdamW", "rapidin, float16 rows", "rapidin, sign rows"},
+    "caching": {
+        "bare loop",
+        "training step, AdamW",
+        "rapidin, float16 rows",
+        "rapidin, sign rows",
+        "rapidin, float16 rows, geometry off",
+    },
     "stream": {"pinned memory to the device", "scan_cache, float16 rows of 57,344 numbers"},
 }
 ELSEWHERE = {"sjlt", "fast_jl", "faiss"}  # packages that nothing here installs

@@ -23,6 +23,7 @@ from on_gpu.cases import Bench, Case, Facts, Mode
 from rapidin import Attributor
 from rapidin.attributor import _by_length
 from rapidin.encoding import Encoded
+from rapidin.geometry import KFAC_SAMPLE, GeometryChoice
 from rapidin.hooks import Batch, example_losses
 from rapidin.model import LoadedModel, WeightPath
 from rapidin.pack import FloatCode, PackedCode
@@ -126,7 +127,8 @@ def make_records(bench: Bench) -> list[dict[str, str]]:
 class Setting:
     """A model with its texts in batches, as the caching loop makes them."""
 
-    attributor: Attributor
+    attributor: Attributor  # with K-FAC's geometry, which is made already
+    plain: Attributor  # without
     records: list[dict[str, str]]
     batches: list[list[Encoded]]
 
@@ -145,11 +147,18 @@ def _setting(bench: Bench, kind: str) -> Setting:
         loaded = make_model(bench, kind)
         _ = loaded.identity  # hashing the weights is done once for a cache, however many examples it has
         size = size_of(bench.mode)
-        attributor = Attributor(loaded, width=size["width"], batch_tokens=size["batch_tokens"])
+        settings: dict[str, Any] = {"width": size["width"], "batch_tokens": size["batch_tokens"]}
+        plain = Attributor(loaded, geometry="off", **settings)
         records = make_records(bench)
-        encoded = [attributor.encoder(record) for record in records]
+        encoded = [plain.encoder(record) for record in records]
+        # A short run is no place for the sample, which a cache takes once however many examples it has.
+        made = Attributor(loaded, geometry="kfac", **settings).geometry_of(encoded[:KFAC_SAMPLE])
+        choice = GeometryChoice("kfac", sample=KFAC_SAMPLE, made=made)
+        attributor = Attributor(loaded, geometry=choice, **settings)
         chosen = _by_length(range(len(encoded)), encoded, size["batch_tokens"])
-        return Setting(attributor, records, [[encoded[n] for n in batch] for batch in reversed(chosen)])
+        return Setting(
+            attributor, plain, records, [[encoded[n] for n in batch] for batch in reversed(chosen)]
+        )
 
     return bench.once("setting", kind, make)
 
@@ -202,28 +211,29 @@ def _timed_packing(bench: Bench) -> Iterator[list[float]]:
             setattr(kind, "encode", encode)  # noqa: B010
 
 
-def cached(bench: Bench, setting: Setting, dtype: str) -> tuple[float, float]:
+def cached(bench: Bench, setting: Setting, dtype: str, plain: bool) -> tuple[float, float]:
     """(seconds of caching all texts, of these for packing)."""
     with tempfile.TemporaryDirectory() as folder, _timed_packing(bench) as packing:
         bench.machine.wait()
         start = time.perf_counter()
-        setting.attributor.cache(setting.records, Path(folder) / "cache", dtype=dtype)  # type: ignore[arg-type]
+        attributor = setting.plain if plain else setting.attributor
+        attributor.cache(setting.records, Path(folder) / "cache", dtype=dtype)  # type: ignore[arg-type]
         bench.machine.wait()
         return time.perf_counter() - start, sum(packing)
 
 
-def caching(kind: str, dtype: str, size: dict[str, Any]) -> Case:
+def caching(kind: str, dtype: str, size: dict[str, Any], plain: bool = False) -> Case:
     def run(bench: Bench) -> Facts:
         setting = _setting(bench, kind)
         bare(bench, setting)
         bench.machine.clear_peak()
         bare(bench, setting)
         bare_peak = bench.machine.peak_bytes()
-        cached(bench, setting, dtype)  # compiles kernels, makes tables
+        cached(bench, setting, dtype, plain)  # compiles kernels, makes tables
         bench.machine.clear_peak()
-        cached(bench, setting, dtype)
+        cached(bench, setting, dtype, plain)
         peak = bench.machine.peak_bytes()
-        pairs = [(bare(bench, setting), *cached(bench, setting, dtype)) for _ in range(3)]
+        pairs = [(bare(bench, setting), *cached(bench, setting, dtype, plain)) for _ in range(3)]
         alone, whole, packing = (statistics.median(column) for column in zip(*pairs, strict=True))
         facts: Facts = {
             "seconds": whole,
@@ -240,7 +250,8 @@ def caching(kind: str, dtype: str, size: dict[str, Any]) -> Case:
         return facts
 
     goals = {"bare loop": CACHING_GOAL, "packing": PACK_GOAL}
-    return Case("caching", f"rapidin, {dtype} rows", {"kind": kind} | size, run, goals)
+    way = f"rapidin, {dtype} rows" + (", geometry off" if plain else "")
+    return Case("caching", way, {"kind": kind} | size, run, goals)
 
 
 def bare_case(kind: str, size: dict[str, Any]) -> Case:
@@ -299,5 +310,5 @@ def cases(mode: Mode) -> list[Case]:
     listed: list[Case] = []
     for kind in KINDS:
         listed += [bare_case(kind, size), *(caching(kind, dtype, size) for dtype in DTYPES)]
-        listed.append(training(kind, size))
+        listed += [caching(kind, DTYPES[0], size, plain=True), training(kind, size)]
     return listed
