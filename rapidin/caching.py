@@ -144,13 +144,14 @@ class CachingLoop:
 
     def _fill(self, writer: ShardWriter, make: Callable[[int], Finish], stop: Stop) -> None:
         """Write the missing shards, all processes together; all are in the manifest when this returns."""
-        begun = [n for n in writer.missing if writer.manifest.shard_at(n) is not None]
+        jobs = writer.missing  # now, while it is the same for all
+        begun = [n for n in jobs if writer.manifest.shard_at(n) is not None]
         with _WriterThread(writer) as thread:
             # What is there of a shard is the leader's to go on with.
             for n in begun if self.world.leads else ():
                 stop.check()
                 thread.write(n, make(n))
-            for n in self.world.take([n for n in writer.missing if n not in begun]):
+            for n in self.world.take([n for n in jobs if n not in begun]):
                 stop.check()
                 thread.write(n, make(n))
             self.idle()
