@@ -4,14 +4,25 @@ from pathlib import Path
 
 import torch
 
-from rapidin import pack
+from rapidin import caching, pack
 from rapidin.cache import CacheWriter, Manifest
 from rapidin.cache.shards import Rows
 from rapidin.layers import Block
 
+_DISTINCT = 256  # packed rows that are made; the others are the same again
 
-def write_cache(folder: Path, blocks: int, width: int, rows: int) -> None:
-    """A cache folder of random float16 rows."""
+
+def write_cache(
+    folder: Path,
+    blocks: int,
+    width: int,
+    rows: int,
+    code: pack.Format | None = None,
+    *,
+    shards: int | None = 8,
+) -> None:
+    """A cache folder of random rows, by default float16. shards: how many, None: as `rapidin cache` makes."""
+    code = code or pack.Format("float16")
     layers = [Block(f"layer{n}", (width, width), 1.0, n * width, width) for n in range(blocks)]
     manifest = Manifest(
         model={"source": {}, "identity": {}},
@@ -19,16 +30,24 @@ def write_cache(folder: Path, blocks: int, width: int, rows: int) -> None:
         gradient={"at": [1.0], "loss": "mean", "include": [], "exclude": []},
         text={"eos": True, "max_length": 1, "too_long": "truncate"},
         data={},
-        code=pack.Format("float16"),
+        code=code,
         rows=rows,
-        shard_rows=max(1, rows // 8),
+        shard_rows=1,
         layers=layers,
     )
+    manifest.shard_rows = caching.shard_rows(manifest) if shards is None else max(1, rows // shards)
     with CacheWriter(folder, manifest) as writer:
+        if code.dtype in pack.PACKED:
+            writer.set_packing(code.shape(blocks, width), None, {})
+        few: dict[str, torch.Tensor] = {}  # packed rows, made once
         for n in writer.missing:
             count = manifest.rows_of(n)
-            unit = torch.nn.functional.normalize(torch.randn(count, blocks, width), dim=-1)
+            if not few or code.dtype not in pack.PACKED:
+                made = min(count, _DISTINCT) if code.dtype in pack.PACKED else count
+                unit = torch.nn.functional.normalize(torch.randn(made, blocks, width), dim=-1)
+                few = writer.code.encode(unit, torch.ones(made, blocks))
+            again = torch.arange(count) % made
+            fields = few if made == count else {name: value[again] for name, value in few.items()}
             index = torch.arange(count) + n * manifest.shard_rows
             zeros = torch.zeros(count, dtype=torch.uint8)
-            code = writer.code.encode(unit, torch.ones(count, blocks))
-            writer.write(n, Rows(code, index, zeros, zeros.clone(), index.clone()), {"ok": count})
+            writer.write(n, Rows(fields, index, zeros, zeros.clone(), index.clone()), {"ok": count})

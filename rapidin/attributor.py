@@ -13,8 +13,8 @@ from typing import Any, Literal, TypeVar, get_args
 import torch
 from torch import Tensor
 
-from rapidin import caching, pack
-from rapidin.cache import Cache, CacheWriter, Manifest, other_model
+from rapidin import caching, distributed, pack
+from rapidin.cache import Cache, CacheWriter, Manifest, ShardWriter, other_model
 from rapidin.cache.manifest import gradient_settings
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError, is_out_of_memory, short
@@ -26,7 +26,7 @@ from rapidin.kronecker import FactorMoments
 from rapidin.layers import coverage, find_targets, layer_table
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 from rapidin.pack import Format
-from rapidin.query import Clock, Generation, Part, Scoring, explain
+from rapidin.query import Clock, Generation, Part, Scoring, explain, leaders
 from rapidin.query import scores as all_scores
 from rapidin.thinning import Thinning
 from rapidin.transfer import Download, upload
@@ -40,7 +40,8 @@ class Progress:
     """How far caching is.
 
     done of total examples, of which `resumed` were there already; tokens: read by this run;
-    skipped: examples without a sketch in this run; message: something to tell the user, once."""
+    skipped: examples without a sketch in this run; message: something to tell the user, once. Of several
+    processes, all count."""
 
     done: int
     total: int
@@ -138,6 +139,11 @@ class Attributor:
         self.sketcher = GradientSketcher(
             self.loaded.model, self.targets, width=width, seed=seed, projection=projection, loss=loss
         )
+        if self.loaded.sharded and (names := self.sketcher.needs_weights):
+            raise UserError(
+                f"'{names[0]}' counts, and its gradient needs it whole in one process",
+                "leave such parameters out with --exclude, or do without --shard-model",
+            )
         if geometry == "auto":
             geometry = "off" if projection == "rapidgrad" else "kfac"
         self.geometry = GeometryChoice.of(geometry, self.loaded.model, self.targets, self.loaded.trained)
@@ -178,6 +184,7 @@ class Attributor:
         base: str | None = None,
         device: str | None = None,
         trust_remote_code: bool = False,
+        shard_model: bool = False,
     ) -> Attributor:
         """The attributor that made a cache: loads what its manifest names and checks that it is the same.
 
@@ -195,6 +202,7 @@ class Attributor:
             device=device,
             dtype=source.get("dtype"),
             trust_remote_code=trust_remote_code,
+            shard_model=shard_model,
         )
         return Attributor.like(manifest, loaded)
 
@@ -286,6 +294,7 @@ class Attributor:
         sample: int | None = None,
         limit: int | None = None,
         shard_rows: int | None = None,
+        part: tuple[int, int] | None = None,
         append: bool = False,
         on_progress: OnProgress | None = None,
     ) -> Cache:
@@ -294,11 +303,13 @@ class Attributor:
         examples: anything `rapidin.examples.open_examples` takes. dtype: of the numbers kept, by default
         float16, or with a budget sign. bytes: a budget an example, all told, that a code is fitted to.
         sample: examples that the code learns from, 0 for none; by default 1,024 with a budget, none without.
-        limit: the first so many. shard_rows: rows of a shard, by default what fills 16 MiB. append: the cache
-        may hold the first of the examples alone, and the others are added to it. Where a batch does not fit
-        into memory, smaller ones follow; an example that does not fit alone is recorded as such. SIGINT and
-        SIGTERM wait until the shard in hand is written. Raises UserError where the data, the folder or the
-        disk will not do.
+        limit: the first so many. shard_rows: rows of a shard, by default what fills 16 MiB. part: (i, n) for
+        the i-th of n parts (every n-th shard), that `rapidin.cache.merge` puts together; (0, n) for what all
+        parts have in common, geometry and code. append: the cache may hold the first of the examples alone,
+        and the others are added to it. Where a batch does not fit into memory, smaller ones follow; an
+        example that does not fit alone is recorded as such. SIGINT and SIGTERM wait until the shard in hand
+        is written. on_progress is called in the leading process alone. Raises UserError where the data, the
+        folder or the disk will not do, and PeerError where another process of the run is gone.
         """
         code = self.format(dtype=dtype, bytes=bytes, sample=sample)
         if not isinstance(examples, Examples):
@@ -309,21 +320,39 @@ class Attributor:
         manifest.shard_rows = shard_rows or caching.shard_rows(manifest, Path(path))
         if manifest.shard_rows < 1:
             raise UserError(f"--shard-rows {shard_rows} is less than 1")
-        with CacheWriter(path, manifest, examples.identity_of if append else None) as writer:
+        number, parts = part or (1, 1)
+        if not 0 <= number <= parts or parts < 1:
+            raise UserError(f"--part {number}/{parts} is none of {parts} parts", "as in --part 1/4")
+        if append and parts > 1:
+            raise UserError("both --append and --part", "add to the merged cache")
+        world, prefix = distributed.world(), examples.identity_of if append else None
+        part = (max(0, number - 1), parts)
+        with caching.open_writer(Path(path), manifest, world, part, prefix) as writer:
             loop = caching.CachingLoop(
                 writer,
+                world,
                 examples,
                 self.encoder,
-                lambda encoded: self._sketch(encoded, meter),
+                lambda encoded: self._sketch_in_step(encoded, meter),
                 self.loaded.device,
                 lambda message: meter.tell(message),
+                learn_only=not number,
+                idle=self._keep_step,
             )
-            meter = _Meter(on_progress, writer.manifest, loop.sampled_rows())
+            meter = _Meter(on_progress if world.leads else None, writer, world, loop.sampled_rows())
             if self.sketcher.one_by_one:
                 meter.tell(self._one_by_one())
-            self._settle_geometry(writer, examples, meter)
+            idle = world.size * 2 > len(writer.missing) > 0 and not world.alone
+            if idle:
+                meter.tell(
+                    f"{len(writer.missing)} shards for {world.size} processes: a smaller --shard-rows would "
+                    "keep all of them busy to the end"
+                )
+            self._settle_geometry(writer, world, examples, meter)
             loop.run()
             meter.settle(wait=True)
+            world.meet()
+            meter.tell(None, now=True)
         return Cache(path)
 
     def format(
@@ -350,27 +379,29 @@ class Attributor:
             raise UserError(f"--bytes {bytes} leaves no room", f"say at least {pack.least_bytes()}")
         return Format(dtype, bytes, sample)
 
-    def _settle_geometry(self, writer: CacheWriter, examples: Examples, meter: _Meter) -> None:
-        """Take up the geometry of a cache that is being made; first make it where it is not there."""
-        made, manifest = self.geometry.made, writer.manifest
-        record = manifest.geometry
+    def _settle_geometry(
+        self, writer: ShardWriter, world: distributed.World, examples: Examples, meter: _Meter
+    ) -> None:
+        """Take up the geometry of a cache that is being made; first make it where it is not there: the leader
+        does, and with it all that have a part of the model."""
+        record, made = writer.manifest.geometry, self.geometry.made
+        self._take_up(None)
         if record is None:
-            self._take_up(None)
-        elif made is not None:
-            writer.set_geometry(made.data)
-            self._take_up(made)
-        elif record["sha256"] is not None and (writer.folder / record["file"]).exists():
-            self._take_up(Geometry.read(manifest))
-        else:
-            made = self._sample_geometry(examples, manifest.rows_begun, meter)
-            if record["sha256"] not in (None, made.sha256):
+            return
+        file = writer.folder / record["file"]
+        if made is None:
+            there = record["sha256"] is not None and file.exists()
+            if not int(world.share(lambda: b"1" if there else b"0")) and (world.leads or self.loaded.sharded):
+                made = self._sample_geometry(examples, writer.manifest.rows_begun, meter)
+        if made is not None and isinstance(writer, CacheWriter):
+            if self.geometry.kind != "optimizer" and record["sha256"] not in (None, made.sha256):
                 raise UserError(
-                    f"the geometry '{writer.folder / record['file']}' is missing, and does not come out the "
-                    "same here",
+                    f"the geometry '{file}' is missing, and does not come out the same here",
                     "restore it, or cache into another folder",
                 )
             writer.set_geometry(made.data)
-            self._take_up(made)
+        caching.agree(writer, world)
+        self._take_up(made if world.alone and made is not None else Geometry.read(writer.manifest))
 
     def _sample_geometry(self, examples: Examples, begun: int, meter: _Meter) -> Geometry:
         """The geometry of each point, from the gradients of a sample of the first `begun` examples."""
@@ -434,13 +465,20 @@ class Attributor:
         """
         told = self.sketcher.one_by_one
         queue = _by_length(good, encoded, self.batch_tokens)
+        # Of a model that is spread over processes all make the same number of passes.
+        world = distributed.world() if self.loaded.sharded else distributed.World()
+        idle = world.most(len(queue)) - len(queue)
         while queue:
             chosen = queue.pop()
             result: _T | None = None
             try:
                 batch = Batch.of([(encoded[n].ids, encoded[n].target) for n in chosen], self.loaded.device)
-                result = run(batch)
+                result = world.collective(partial(run, batch))
             except NotBatchedError:
+                if self.loaded.sharded:
+                    raise UserError(
+                        "a layer mixes the examples of a batch", "say --batch-tokens 1 with --shard-model"
+                    ) from None
                 if meter and not told:
                     meter.tell(self._one_by_one())
                 told = True
@@ -449,6 +487,8 @@ class Attributor:
             except (RuntimeError, MemoryError) as error:
                 if not is_out_of_memory(error):
                     raise
+                if self.loaded.sharded:  # others are in this pass, too
+                    raise UserError("a batch does not fit into memory", "lower --batch-tokens") from None
                 fits = False
             else:
                 fits = True
@@ -463,6 +503,20 @@ class Attributor:
                     queue = _by_length(left, encoded, self.batch_tokens)
                     continue
             yield chosen, result
+        for _ in range(idle):
+            world.collective(partial(run, Batch.of([([0, 0], [False, True])], self.loaded.device)))
+
+    def _sketch_in_step(self, encoded: Sequence[Encoded], meter: _Meter) -> tuple[Tensor, Tensor]:
+        """`_sketch`, together with all processes that have a part of the model, each with its own
+        examples."""
+        if self.loaded.sharded:
+            distributed.world().most(1)
+        return self._sketch(encoded, meter)
+
+    def _keep_step(self) -> None:
+        """Go along with the passes of the others until none has examples left."""
+        while self.loaded.sharded and distributed.world().most(0):
+            self._sketch([])
 
     def _forget(self) -> None:
         """Give back memory that a pass which failed had taken."""
@@ -534,7 +588,8 @@ class Attributor:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         with torch.no_grad(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            written = model.generate(
+            generate = partial(
+                model.generate,
                 input_ids=inputs,
                 attention_mask=torch.ones_like(inputs),
                 do_sample=False,
@@ -542,6 +597,7 @@ class Attributor:
                 max_new_tokens=min(max_new_tokens, self.max_length - len(ids)),
                 pad_token_id=pad,
             )
+            written = distributed.world().collective(generate)
         answer = written[0, len(ids) :].tolist()
         # The tokens that the model wrote, not its text read again: an answer cut short has no end token.
         kept = answer if self.eos else [i for i in answer if i != tokenizer.eos_token_id]
@@ -569,18 +625,16 @@ class Attributor:
         method, damping: see `rapidin.methods`. together: one ranking for all generations as a target set, the
         mean of their scores by the records' field `weight` (1 where it is missing; negative: less of it).
         examples: the training data, to show with the hits, by default from where the cache was made; False
-        for none. Raises UserError where a generation has no token to explain.
+        for none. Of several processes (`rapidin.distributed`) each scans its part, and the leading one gets
+        the hits, the others none. Raises UserError where a generation has no token to explain.
         """
         scoring = Scoring(normalize, method, damping, together)
         scoring.check()
         if top_k < 1:
             raise UserError(f"--top-k {top_k} is less than 1")
         cache, clock = self._checked(cache), Clock()
-        texts = self.generations(generations, max_new_tokens)
-        clock.lap("generate")
-        part = Part(cache, self.query_sketches(texts))
-        clock.lap("sketch")
-        return explain([part], texts, scoring, top_k=top_k, examples=examples, clock=clock)
+        texts, parts = self._parts(cache, generations, max_new_tokens, clock)
+        return explain(parts, texts, scoring, top_k=top_k, examples=examples, clock=clock)
 
     def scores(
         self,
@@ -599,9 +653,20 @@ class Attributor:
         """
         scoring = Scoring(normalize, method, damping, together)
         scoring.check()
-        cache = self._checked(cache)
-        texts = self.generations(generations, max_new_tokens)
-        return all_scores([Part(cache, self.query_sketches(texts))], texts, scoring)
+        texts, parts = self._parts(self._checked(cache), generations, max_new_tokens, Clock())
+        return all_scores(parts, texts, scoring)
+
+    def _parts(
+        self, cache: Cache, generations: Sequence[Any], max_new_tokens: int, clock: Clock
+    ) -> tuple[list[Generation], list[Part]]:
+        def make() -> tuple[list[Generation], list[Part]]:
+            texts = self.generations(generations, max_new_tokens)
+            clock.lap("generate")
+            sketch = self.query_sketches(texts)
+            clock.lap("sketch")
+            return texts, [Part(cache, sketch)]
+
+        return leaders([cache], make, device=str(self.loaded.device), everywhere=self.loaded.sharded)
 
     def _checked(self, cache: Cache | str | Path) -> Cache:
         cache = cache if isinstance(cache, Cache) else Cache(cache)
@@ -665,12 +730,15 @@ def _on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> Ten
 class _Meter:
     """Counts what caching does and tells the caller."""
 
-    def __init__(self, on_progress: OnProgress | None, manifest: Manifest, sampled: int) -> None:
+    def __init__(
+        self, on_progress: OnProgress | None, writer: ShardWriter, world: distributed.World, sampled: int
+    ) -> None:
         """sampled: examples sketched by an earlier run that wait for their shards."""
         self._tell = on_progress
-        self._resumed = manifest.rows_done + sampled
-        self._total = manifest.rows
-        self._done, self._tokens, self._skipped = self._resumed, 0, 0
+        rows_of = writer.manifest.rows_of
+        self._total = sum(map(rows_of, writer.wanted))
+        self._resumed = self._total - sum(map(rows_of, writer.missing)) + sampled
+        self._tally = world.tally(3)  # done, tokens, skipped
         self._under_way: list[tuple[int, int, Download | None]] = []
         self.tell(None)
 
@@ -687,13 +755,15 @@ class _Meter:
                 return
             del self._under_way[0]
             self.add(done, tokens, skipped=0 if skipped is None else int(skipped.wait()[0]))
+        if wait:
+            self._tally.total(now=True)
 
     def add(self, done: int, tokens: int, *, skipped: int) -> None:
-        self._done += done
-        self._tokens += tokens
-        self._skipped += skipped
+        self._tally.add(done, tokens, skipped)
         self.tell(None)
 
-    def tell(self, message: str | None) -> None:
+    def tell(self, message: str | None, *, now: bool = False) -> None:
+        done, tokens, skipped = self._tally.total(now=now)
         if self._tell:
-            self._tell(Progress(self._done, self._total, self._tokens, self._skipped, self._resumed, message))
+            done += self._resumed
+            self._tell(Progress(done, self._total, tokens, skipped, self._resumed, message))

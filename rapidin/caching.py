@@ -2,13 +2,15 @@
 
 Where the code learns from a sample, that comes first: the sample's sketches go into a small float16 cache
 inside the folder, so that a killed run goes on there too, and the shards take them from it instead of making
-them again.
+them again. Several processes share the sample and the shards: each takes the next that nobody has taken, one
+of them keeps the manifest and fits the code.
 """
 
 from __future__ import annotations
 
 import contextlib
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -18,8 +20,9 @@ import torch
 from torch import Tensor
 
 from rapidin import ops, pack
-from rapidin.cache import Cache, CacheWriter, Manifest
+from rapidin.cache import Cache, CacheWriter, Manifest, ShardWriter
 from rapidin.cache.shards import Rows
+from rapidin.distributed import World
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
 from rapidin.examples import Examples, record_hash
@@ -29,6 +32,7 @@ from rapidin.transfer import Download, upload
 
 SHARD_BYTES = 16 << 20  # a killed run loses at most this much, and a file this large is read at full speed
 GROUP_BYTES = 32 << 20  # sketches held in float32 at a time
+MOST_SHARDS = 16384  # the manifest names each, and is written anew after each
 GPU_GROUP_BYTES = 128 << 20  # the same on a GPU, whose kernels want more rows than a CPU's caches
 
 # Sketches [n, blocks, width] of texts, their status [n] uint8, both on the model's device; reports examples,
@@ -38,13 +42,39 @@ Sketch = Callable[[Sequence[Encoded]], tuple[Tensor, Tensor]]
 Finish = Callable[[], tuple[Rows, dict[str, int]]]
 
 
-def shard_rows(manifest: Manifest, folder: Path) -> int:
+def shard_rows(manifest: Manifest, folder: Path | None = None) -> int:
     """Rows of a shard: as in the cache that is there, else 16 MiB, but no more work than a killed run may
     lose, and few enough files."""
-    with contextlib.suppress(UserError):
-        return Manifest.read(folder).shard_rows
+    if folder is not None:
+        with contextlib.suppress(UserError):
+            return Manifest.read(folder).shard_rows
     by_bytes = max(32, SHARD_BYTES // manifest.row_bytes)
-    return min(8192, by_bytes, max(1024, manifest.rows // 128))
+    return max(min(8192, by_bytes, max(1024, manifest.rows // 128)), manifest.rows // MOST_SHARDS)
+
+
+def open_writer(
+    folder: Path,
+    manifest: Manifest,
+    world: World,
+    part: tuple[int, int] | None = None,
+    prefix: Callable[[int], str] | None = None,
+) -> ShardWriter:
+    """The writer of this process: the leader's keeps the manifest. UserError as `CacheWriter`'s, and where
+    what another process would cache is not what the leader would."""
+    if world.leads:
+        writer = CacheWriter(folder, manifest, prefix, part)
+        world.share(lambda: writer.manifest.data_bytes)
+        return writer
+    theirs = Manifest.of_bytes(world.share(lambda: b""), folder)
+    theirs.refuse_unless_same(manifest, folder)
+    return ShardWriter(folder, theirs, part)
+
+
+def agree(writer: ShardWriter, world: World) -> None:
+    """The leader's manifest counts for all, once it has come this far."""
+    if not world.alone:
+        data = world.share(lambda: writer.manifest.data_bytes)
+        writer.manifest = Manifest.of_bytes(data, writer.folder)
 
 
 def sample_rows(rows: int, size: int, seed: int, stream: int = 17) -> list[int]:
@@ -62,18 +92,24 @@ def sample_rows(rows: int, size: int, seed: int, stream: int = 17) -> list[int]:
 
 
 class CachingLoop:
-    """Fills a cache. device: where sketches are made and packed; tell: something to say to the user, once."""
+    """Fills a cache. device: where sketches are made and packed; tell: something to say to the user, once;
+    learn_only: stop when the code has learnt; idle: what to do when no shard is left to be taken."""
 
     def __init__(
         self,
-        writer: CacheWriter,
+        writer: ShardWriter,
+        world: World,
         examples: Examples,
         encoder: Encoder,
         sketch: Sketch,
         device: torch.device,
         tell: Callable[[str], None],
+        *,
+        learn_only: bool = False,
+        idle: Callable[[], None] = lambda: None,
     ) -> None:
-        self.writer, self.examples, self.encoder = writer, examples, encoder
+        self.writer, self.world, self.examples, self.encoder = writer, world, examples, encoder
+        self.learn_only, self.idle = learn_only, idle
         self.sketch, self.device, self.tell = sketch, device, tell
         manifest = writer.manifest
         wanted = manifest.code.sample
@@ -88,22 +124,53 @@ class CachingLoop:
         SIGINT and SIGTERM wait until the shard in hand is written.
         """
         manifest = self.writer.manifest
-        if not self.writer.missing:
-            shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
-            return
         with Stop(self.tell) as stop:
-            if self.sample and (manifest.packing is None or self._needs_sample()):
-                self._sketch_sample(stop)
-            stop.check()
-            if manifest.code.dtype in pack.PACKED and manifest.packing is None:
-                self._fit()
-            code = self.writer.code.to(self.device)
-            with _WriterThread(self.writer) as thread:
-                for n in self.writer.missing:
-                    stop.check()
-                    thread.write(n, self._shard(self._rows(n), code))
-            self._sampled = None
+            self.world.interrupt = stop.check
+            if self.writer.missing:
+                if self.sample and (manifest.packing is None or self._needs_sample()):
+                    self._sketch_sample(stop)
+                stop.check()
+                if manifest.code.dtype in pack.PACKED and manifest.packing is None:
+                    if self.world.leads:
+                        self._fit()
+                    agree(self.writer, self.world)
+            if self.writer.missing and not self.learn_only:
+                code = self.writer.code.to(self.device)
+                self._fill(self.writer, lambda n: self._shard(self._rows(n), code), stop)
+            self.world.interrupt = lambda: None
+        self._sampled = None
+        if self.world.leads and not self.learn_only:
             shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
+
+    def _fill(self, writer: ShardWriter, make: Callable[[int], Finish], stop: Stop) -> None:
+        """Write the missing shards, all processes together; all are in the manifest when this returns."""
+        jobs = writer.missing  # now, while it is the same for all
+        begun = [n for n in jobs if writer.manifest.shard_at(n) is not None]
+        with _WriterThread(writer) as thread:
+            # What is there of a shard is the leader's to go on with.
+            for n in begun if self.world.leads else ():
+                stop.check()
+                thread.write(n, make(n))
+            for n in self.world.take([n for n in jobs if n not in begun]):
+                stop.check()
+                thread.write(n, make(n))
+            self.idle()
+        if isinstance(writer, CacheWriter):
+            self.world.meet(writer.take_up)
+            writer.take_up()
+            patience = time.monotonic() + self.world.patience
+            while writer.missing and time.monotonic() < patience:  # a network's folder may show files late
+                time.sleep(0.2)
+                writer.take_up()
+            if writer.missing:
+                raise UserError(
+                    f"{len(writer.missing)} shards that other processes wrote are not in '{writer.folder}'",
+                    "name a folder with --out that all machines share, or see --part",
+                )
+            writer.finish()
+        else:
+            self.world.meet()
+        agree(writer, self.world)
 
     def _rows(self, n: int) -> range:
         """The rows of shard n that are still to be made."""
@@ -119,7 +186,7 @@ class CachingLoop:
     def sampled_rows(self) -> int:
         """Rows whose sketches wait in the sample's folder, while no shard holds them."""
         folder = self.writer.sample_folder
-        if not self.sample or not folder.exists():
+        if not self.sample or not self.world.leads or not folder.exists():
             return 0
         try:
             done = Manifest.read(folder)
@@ -143,13 +210,15 @@ class CachingLoop:
             rows=len(self.sample), shard_rows=32, layers=whole.layers,
         )  # fmt: skip
         folder = self.writer.sample_folder
-        with CacheWriter(folder, manifest) as writer, _WriterThread(writer) as thread:
+        with open_writer(folder, manifest, self.world) as writer:
             if writer.missing:
                 self.tell(f"learning the code from a sample of {len(self.sample):,} examples first")
-            for n in writer.missing:
-                stop.check()
+
+            def make(n: int) -> Finish:
                 chosen = self.sample[n * manifest.shard_rows :][: manifest.rows_of(n)]
-                thread.write(n, self._shard(chosen, writer.code))
+                return self._shard(chosen, writer.code)
+
+            self._fill(writer, make, stop)
         self._sampled = Cache(folder)
 
     def _fit(self) -> None:
@@ -169,6 +238,7 @@ class CachingLoop:
             if self.device.type == "cuda" and pack.learning_bytes(units) < _free(self.device):
                 units = units.to(self.device)
             learnt = pack.learn(units, pack.HEAD).cpu()
+        assert isinstance(self.writer, CacheWriter)
         shape = pack.fit(manifest.code, blocks, width, learnt)
         if learnt is not None and self._sampled is not None:
             basis = Basis.of(learnt, shape, self._sampled.lengths(good), seed).rounded()
@@ -271,7 +341,7 @@ def _free(device: torch.device) -> int:
 class _WriterThread:
     """Shards go to disk while the next one is made; one at a time, in order, none lost when this ends."""
 
-    def __init__(self, writer: CacheWriter) -> None:
+    def __init__(self, writer: ShardWriter) -> None:
         self._writer = writer
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="rapidin-shards")
         self._pending: Future[None] | None = None

@@ -27,8 +27,9 @@ from rapidin.cache import Cache
 from rapidin.errors import UserError, short
 from rapidin.files import read_own, reason, replace_file
 from rapidin.hits import QueryResult
-from rapidin.query import Clock, Generation, Part, Scoring, explain
+from rapidin.query import Clock, Generation, Part, Scoring, explain, leaders
 from rapidin.query import scores as all_scores
+from rapidin.scan import check_same_examples
 
 NAME = "ensemble.json"
 FORMAT, VERSION = "rapidin-ensemble", 1
@@ -109,16 +110,32 @@ class Ensemble:
         together: bool = False,
         max_new_tokens: int = 64,
         examples: Any = None,
+        rescore: Cache | None = None,
+        candidates: int = 1000,
     ) -> list[QueryResult]:
         """The most helpful and most harmful training examples of each generation: `Attributor.query` over
-        all members at once."""
+        all members at once.
+
+        rescore: a cache of the same examples and model that keeps more of each, by whose scores the best of
+        `candidates` at each end are chosen; for a single member. Raises UserError where it is another's.
+        """
         scoring = Scoring(normalize, method, damping, together)
         scoring.check()
         if top_k < 1:
             raise UserError(f"--top-k {top_k} is less than 1")
         clock = Clock()
-        texts, parts = self.parts(generations, max_new_tokens, normalize, clock)
-        return explain(parts, texts, scoring, top_k=top_k, examples=examples, clock=clock)
+        if rescore is not None:
+            if len(self.members) > 1:
+                raise UserError("--rescore goes with a single cache", "name one of them")
+            check_same_examples([self.caches[0], rescore])
+            if candidates < top_k:
+                raise UserError(f"--candidates {candidates} is less than --top-k {top_k}")
+        texts, parts = self.parts(generations, max_new_tokens, normalize, clock, rescore)
+        finer = None if rescore is None else parts.pop()
+        return explain(
+            parts, texts, scoring, top_k=top_k, examples=examples, clock=clock, finer=finer,
+            candidates=0 if finer is None else candidates,
+        )  # fmt: skip
 
     def scores(
         self,
@@ -150,11 +167,33 @@ class Ensemble:
         return Attributor.from_cache(member.path, **self.load)
 
     def parts(
-        self, generations: Sequence[Any], max_new_tokens: int, normalize: str, clock: Clock
+        self,
+        generations: Sequence[Any],
+        max_new_tokens: int,
+        normalize: str,
+        clock: Clock,
+        rescore: Cache | None = None,
     ) -> tuple[list[Generation], list[Part]]:
         """The generations, and every cache with their sketches and its weight for this normalisation.
 
-        One model in memory at a time, the last first: it writes what is to be explained."""
+        One model in memory at a time, the last first: it writes what is to be explained. Of several processes
+        only the leading one loads models, but for those that are spread over all. rescore: a cache of the
+        same model, whose part comes last."""
+        return leaders(
+            [*self.caches, *([] if rescore is None else [rescore])],
+            lambda: self._parts(generations, max_new_tokens, normalize, clock, rescore),
+            device=self.load.get("device"),
+            everywhere=bool(self.load.get("shard_model")),
+        )
+
+    def _parts(
+        self,
+        generations: Sequence[Any],
+        max_new_tokens: int,
+        normalize: str,
+        clock: Clock,
+        rescore: Cache | None,
+    ) -> tuple[list[Generation], list[Part]]:
         total = sum(m.weight for m in self.members)
         summed = self.kind == "tracin" and normalize == "none"
         texts: list[Generation] = []
@@ -172,6 +211,9 @@ class Ensemble:
             weight = member.weight if summed else member.weight / total
             if member.weight:
                 parts.append(Part(self.caches[number], sketch, weight))
+            if rescore is not None:
+                finer = Attributor.like(rescore.manifest, attributor.loaded)
+                parts.insert(0, Part(rescore, finer.query_sketches(texts)))
             clock.lap("sketch")
             del attributor
         return texts, parts[::-1]

@@ -8,7 +8,7 @@ import errno
 import fcntl
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
@@ -46,13 +46,17 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write '{path}': {why}", "what was written before is kept") from None
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Write a file; it is on disk when this returns, whole, or what was there before is. Raises UserError."""
+def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
+    """Write a file; it is on disk when this returns, whole, or what was there before is. Raises UserError.
+
+    data: all of it, or its pieces; where making one raises, nothing is written.
+    """
     with (
         replacing(path) as partial,
         os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file,
     ):
-        file.write(data)
+        for piece in (data,) if isinstance(data, bytes) else data:
+            file.write(piece)
 
 
 def _sync(path: Path) -> None:

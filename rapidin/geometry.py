@@ -65,6 +65,8 @@ class Directions:
         """x [..., n] turned, in float32: of what is far larger than the rest only the rest stays, which fewer
         digits would not hold."""
         x = x.float()
+        if self.basis.device != x.device:  # a device map has put this layer elsewhere
+            return self.to(x.device)(x)
         if self._matrix is not None:
             return x @ self._matrix
         along = (x @ self.basis) * self.gain
@@ -178,6 +180,7 @@ def _turned(x: Tensor, scale: Tensor, directions: Directions | None) -> Tensor:
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
     """x times a float32 scale, in one pass; float16, whose range is small, becomes float32."""
+    scale = scale.to(x.device)  # a device map may have put this layer elsewhere
     if x.dtype == torch.float16:
         return x * scale
     return torch.mul(x, scale, out=torch.empty_like(x))

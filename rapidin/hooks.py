@@ -144,6 +144,11 @@ class GradientSketcher:
         self._batched = False  # a batch of several examples has gone through
 
     @property
+    def needs_weights(self) -> list[str]:
+        """Parameters whose gradient takes more than inputs and output gradients: their own values."""
+        return [t.name for t in self.targets if any(use.kind in ("module", "autograd") for use in t.uses)]
+
+    @property
     def single_names(self) -> list[str]:
         """Parameters for which no batched way is known: examples come one at a time because of them."""
         return [self.targets[n].name for n in self._single]
@@ -339,11 +344,12 @@ class _Pass:
 
     def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
         """Add ``sum_t rows_t columns_t^T``; columns: [B, T, I], rows: [B, T, O]."""
-        self.out[:, n] += ops.linear_sketch(columns, rows, self.sketcher.width, seed=self.sketcher.seeds[n])
+        self._put(n, ops.linear_sketch(columns, rows, self.sketcher.width, seed=self.sketcher.seeds[n]))
 
     def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         """Add the gradient of an embedding's [V, E] weight; ids: [B, T], grad: [B, T, E]."""
-        self.out[:, n] += ops.embedding_sketch(ids, grad, self.sketcher.width, seed=self.sketcher.seeds[n])
+        ids = ids.to(grad.device)
+        self._put(n, ops.embedding_sketch(ids, grad, self.sketcher.width, seed=self.sketcher.seeds[n]))
 
     def _add_module(self, module: nn.Module, own: Sequence[int], inputs: Tensor, grad: Tensor) -> None:
         """Norms and the like: the module again, one example at a time, for its own few parameters."""
@@ -367,7 +373,10 @@ class _Pass:
 
     def _add_formed(self, n: int, grad: Tensor) -> None:
         """Add a formed gradient [B, O, I]."""
-        self.out[:, n] += ops.matrix_sketch(grad.float(), self.sketcher.width, seed=self.sketcher.seeds[n])
+        self._put(n, ops.matrix_sketch(grad.float(), self.sketcher.width, seed=self.sketcher.seeds[n]))
+
+    def _put(self, n: int, sketch: Tensor) -> None:
+        self.out[:, n] += sketch.to(self.out.device)  # a device map may have put this layer elsewhere
 
     def _by_example(self, x: Tensor, features: int) -> Tensor:
         """[B, ..., F] or [B * T, F] -> [B, T, F] (features = 0: no F)."""
@@ -396,7 +405,7 @@ class _FormedPass(_Pass):
 
     def _add_formed(self, n: int, grad: Tensor) -> None:
         width, seed = self.sketcher.width, self.sketcher.seeds[n]
-        self.out[:, n] += ops.flat_sketch([grad.float().flatten(1)], width, seed=seed, batched=True)
+        self._put(n, ops.flat_sketch([grad.float().flatten(1)], width, seed=seed, batched=True))
 
 
 class _FactorPass(_Pass):

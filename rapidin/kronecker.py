@@ -65,7 +65,7 @@ class SideMoment:
 
     def add(self, x: Tensor) -> None:
         """Add vectors [m, n] of any float dtype, all finite."""
-        x = x.float()
+        x = x.to(self._sum.device).float()
         peak = x.abs().amax() if x.numel() else x.new_ones(())
         peak = torch.where(peak == 0, 1.0, peak)
         x = x / peak  # squares of small gradients leave float32's range

@@ -20,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rapidin import sharding
+from rapidin.distributed import World, world
 from rapidin.errors import UserError
 
 DEFAULT_AT = (
@@ -57,13 +59,20 @@ class WeightPath:
         try:
             for parameter, untuned, tuned in self.ends:
                 if untuned is None:
-                    parameter.data = tuned * point
+                    _set(parameter, tuned * point)
                 else:
-                    parameter.data = torch.lerp(untuned.to(tuned.device, tuned.dtype), tuned, point)
+                    _set(parameter, torch.lerp(untuned.to(tuned.device, tuned.dtype), tuned, point))
             yield
         finally:
             for parameter, _, tuned in self.ends:
-                parameter.data = tuned
+                _set(parameter, tuned)
+
+
+def _set(parameter: Any, value: Tensor) -> None:
+    if sharding.is_spread(parameter):
+        parameter.to_local().copy_(value)  # in place: this memory is what the weight is gathered from
+    else:
+        parameter.data = value
 
 
 @dataclass
@@ -72,7 +81,8 @@ class LoadedModel:
 
     model: transformers or peft model; tokenizer: its tokenizer; path: from the untuned to the tuned weights;
     trained: names of the parameters an adapter trains (None without one); source: names it was loaded by
-    (model, adapter, base, dtype); identity: hashes of weights and tokenizer.
+    (model, adapter, base, dtype); sharded: each process of a run has a part of every weight
+    (`rapidin.sharding`), so that all make the same passes; identity: hashes of weights and tokenizer.
     """
 
     model: Any
@@ -80,13 +90,14 @@ class LoadedModel:
     path: WeightPath = field(default_factory=WeightPath)
     trained: list[str] | None = None
     source: dict[str, Any] = field(default_factory=dict)
+    sharded: bool = False
     _identity: dict[str, str] | None = None
 
     @property
     def device(self) -> torch.device:
         """The device that takes the token ids."""
-        first: nn.Parameter = next(iter(self.model.parameters()))
-        return first.device
+        parameters: Iterator[nn.Parameter] = self.model.parameters()
+        return next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
 
     @property
     def identity(self) -> dict[str, str]:
@@ -97,9 +108,10 @@ class LoadedModel:
             # A tuned parameter's data may stand elsewhere on the path while this is asked.
             tuned = {id(parameter): end for parameter, _, end in self.path.ends}
             values = {name: tuned.get(id(p), p.data) for name, p in named.items()}
+            owners = dict(self.model.named_modules())
             found = {
                 "architecture": _inner(self.model).__class__.__name__,
-                "model": _hash_tensors({n: v for n, v in values.items() if n not in trained}),
+                "model": _hash_tensors({n: v for n, v in values.items() if n not in trained}, owners),
                 "tokenizer": _hash_tokenizer(self.tokenizer),
             }
             if self.trained is not None:
@@ -143,26 +155,33 @@ def load_model(
     device: str | None = None,
     dtype: str | None = None,
     trust_remote_code: bool = False,
+    shard_model: bool = False,
 ) -> LoadedModel:
     """Load a Hugging Face model folder or name, or a folder with one GGUF file, with its tokenizer.
 
     adapter: a PEFT adapter folder or name on it. base: the model that it was tuned from in full.
-    device: default the GPU where there is one. dtype: "float32", "bfloat16", "float16" or "auto"; default
-    float32 on the CPU; on a GPU the checkpoint's own, but bfloat16 for one in float16, in whose range small
-    gradients vanish.
+    device: default the GPU where there is one; "auto": layers spread over all GPUs, and what does not fit
+    over the CPU's memory and the disk. shard_model: every weight is spread over the processes of the run.
+    dtype: "float32", "bfloat16", "float16" or "auto"; default float32 on the CPU; on a GPU the checkpoint's
+    own, but bfloat16 for one in float16, in whose range small gradients vanish.
 
     Raises UserError where something is not there or does not fit.
     """
     if adapter is not None and base is not None:
         raise UserError("an adapter knows its base model", "give --adapter or --base, not both")
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    here, mapped = world(), device == "auto"
+    if shard_model and (here.alone or mapped):
+        what = "--shard-model spreads a model over several processes"
+        raise UserError(what, "start them with torchrun, and without --device auto")
+    if mapped:
+        sharding.needs_accelerate()
+    device = here.device(None if mapped else device)
     try:
         on_cpu = torch.device(device).type == "cpu"
     except RuntimeError:
-        raise UserError(f"unknown device '{device}'", "say cpu, cuda or cuda:N") from None
+        raise UserError(f"unknown device '{device}'", "say cpu, cuda, cuda:N or auto") from None
     asked = dtype or ("float32" if on_cpu else "auto")
-    model = _load_causal(name, asked, trust_remote_code, "model")
+    model = _load_causal(name, asked, trust_remote_code, "model", mapped)
     if dtype is None and model.dtype == torch.float16:
         asked = "bfloat16"
         model.to(torch.bfloat16)
@@ -172,7 +191,8 @@ def load_model(
         model = _load_adapter(model, adapter)
         source["adapter"] = _absolute(adapter)
     try:
-        model.to(device)
+        if not (mapped or shard_model):
+            model.to(device)
     except RuntimeError as error:
         raise UserError(f"cannot use the device '{device}': {_first_line(error)}") from None
     model.eval()
@@ -183,7 +203,34 @@ def load_model(
             model, _load_causal(base, asked, trust_remote_code, "base model"), name, base
         )
         source["base"] = _absolute(base)
+    if any(tuned.is_meta for _, _, tuned in loaded.path.ends):
+        raise UserError(
+            "what tuning changed does not fit into memory and stays on disk", "say --at 1, or use more GPUs"
+        )
+    if shard_model:
+        _spread(loaded, here, torch.device(device))
     return loaded
+
+
+def _spread(loaded: LoadedModel, here: World, device: torch.device) -> None:
+    """Spread a loaded model over the processes of the run; see `rapidin.sharding`."""
+    loaded.identity  # noqa: B018  (of the whole weights, while they are here)
+    names = {id(parameter): name for name, parameter in loaded.model.named_parameters()}
+    ends = [(names[id(parameter)], untuned) for parameter, untuned, _ in loaded.path.ends]
+    sharding.spread(_inner(loaded.model), here, device)
+    after = dict(loaded.model.named_parameters())
+    loaded.path = WeightPath(
+        [
+            (
+                after[name],
+                None if untuned is None else sharding.own_part(untuned, after[name]),
+                after[name].to_local().clone(),
+            )
+            for name, untuned in ends
+        ],
+        loaded.path.unknown,
+    )
+    loaded.sharded = True
 
 
 def _absolute(name: str) -> str:
@@ -215,7 +262,7 @@ def _needs_gguf() -> None:
         raise UserError("GGUF models need the package 'gguf'", "pip install 'rapidin[gguf]'") from None
 
 
-def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str) -> Any:
+def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapped: bool = False) -> Any:
     from transformers import AutoModelForCausalLM
 
     known = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
@@ -224,6 +271,8 @@ def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str) -> A
     folder, extra = _gguf(name)
     if extra:
         _needs_gguf()
+    if mapped:
+        extra = extra | {"device_map": "auto"}
     _check_folder(name, what)
     try:
         return AutoModelForCausalLM.from_pretrained(
@@ -348,13 +397,25 @@ def _full_path(model: Any, base: Any, name: str, base_name: str) -> WeightPath:
     return WeightPath(ends)
 
 
-def _hash_tensors(tensors: dict[str, Tensor]) -> str:
+def _hash_tensors(tensors: dict[str, Tensor], owners: dict[str, nn.Module] | None = None) -> str:
+    """owners: modules by name, where a device map may keep a parameter away from memory."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+        value = tensors[name].detach()
+        if value.is_meta and owners is not None:
+            module, _, own = name.rpartition(".")
+            with sharding.present(owners[module]):
+                value = getattr(owners[module], own).detach()
+                _hash_tensor(digest, name, value)
+        else:
+            _hash_tensor(digest, name, value)
     return digest.hexdigest()
+
+
+def _hash_tensor(digest: Any, name: str, value: Tensor) -> None:
+    value = value.cpu().contiguous()
+    digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+    digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _hash_tokenizer(tokenizer: Any) -> str:

@@ -12,10 +12,11 @@ from torch import Tensor
 
 from rapidin import methods
 from rapidin.cache import Cache
+from rapidin.distributed import world
 from rapidin.encoding import Encoded, Status
 from rapidin.errors import UserError, short
 from rapidin.hits import QueryResult
-from rapidin.scan import Source, all_scores, hits_of, scan_cache, training_data
+from rapidin.scan import Source, all_scores, hits_of, rescore, scan_cache, training_data
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,50 @@ class Part:
     weight: float = 1.0
 
 
+def leaders(
+    caches: Sequence[Cache],
+    make: Callable[[], tuple[list[Generation], list[Part]]],
+    *,
+    device: str | None = None,
+    everywhere: bool = False,
+) -> tuple[list[Generation], list[Part]]:
+    """What `make` gives in the leading process, for all: the others need no model, and all scan for the same
+    bits.
+
+    caches: of which the parts are; device: where the others have their sketches. everywhere: all processes
+    call `make`, since the model is spread over them. The others' generations have their weights and no text.
+    """
+    from safetensors.torch import load, save
+
+    here = world()
+    if here.alone:
+        return make()
+    made = make() if everywhere or here.leads else None
+
+    def data() -> bytes:
+        assert made is not None
+        texts, parts = made
+        found = {f"sketch {n}": part.sketch.cpu().contiguous() for n, part in enumerate(parts)}
+        found["caches"] = torch.tensor([caches.index(part.cache) for part in parts])
+        found["weights"] = torch.tensor([part.weight for part in parts], dtype=torch.float64)
+        found["texts"] = torch.tensor([text.weight for text in texts], dtype=torch.float64)
+        shared: bytes = save(found)
+        return shared
+
+    found = load(here.share(data))
+    if here.leads:
+        assert made is not None
+        return made
+    nothing = Encoded([], [], Status.EMPTY)
+    texts = [Generation("", "", False, nothing, weight) for weight in found["texts"].tolist()]
+    columns = zip(found["caches"].tolist(), found["weights"].tolist(), strict=True)
+    where = here.device(device)
+    return texts, [
+        Part(caches[cache], found[f"sketch {n}"].to(where), weight)
+        for n, (cache, weight) in enumerate(columns)
+    ]
+
+
 def sources(parts: Sequence[Part], generations: Sequence[Generation], scoring: Scoring) -> list[Source]:
     """What to scan for. Raises UserError where weights are not usable."""
     found = []
@@ -104,12 +149,23 @@ def explain(
     top_k: int,
     examples: Any,
     clock: Clock,
+    finer: Part | None = None,
+    candidates: int = 0,
 ) -> list[QueryResult]:
-    """The hits of each generation, or of all of them together."""
+    """The hits of each generation, or of all of them together; of several processes, for the leader alone.
+
+    finer: a cache of the same examples by whose scores the best of so many candidates at each end are chosen.
+    """
     wanted = sources(parts, generations, scoring)
+    again = [] if finer is None else sources([finer], generations, scoring)
     clock.lap("method")
-    top, bottom = scan_cache(wanted, top_k)
+    top, bottom = scan_cache(wanted, max(top_k, candidates))
     clock.lap("scan")
+    if not world().leads:
+        return []
+    if again:
+        top, bottom = rescore(again[0], (top, bottom), top_k)
+        clock.lap("rescore")
     cache = parts[0].cache
     source = training_data(cache, examples)
     named = [(g.prompt, g.completion, g.generated) for g in generations]

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidin import methods, ops
+from rapidin import distributed, methods, ops
 from rapidin.cache import Cache
 from rapidin.cache.shards import Rows
 from rapidin.errors import UserError
@@ -36,10 +37,19 @@ def scan_cache(sources: Source | Sequence[Source], top_k: int, device: torch.dev
 
     sources: caches of the same examples; rows that are not in all of them, or do not count in one, are left
     out. device: where the rows are scanned, by default where the query's vectors are. To a GPU the shards are
-    copied while those before them are scanned, so that the cache may be larger than its memory. Raises
-    UserError where the caches are of other examples.
+    copied while those before them are scanned, so that the cache may be larger than its memory. Of several
+    processes each scans its part of the shards, and all get the same, which is what one alone would find.
+    Raises UserError where the caches are of other examples.
     """
-    return scan_pieces(*_begin(sources, device), top_k=top_k)
+    world = distributed.world()
+    found = world.gather(scan_pieces(*_begin(sources, device, _part(sources, world)), top_k=top_k))
+    ends = []
+    for end, largest in ((0, True), (1, False)):  # parts are in the order of their rows
+        scores, rows = (torch.cat([part[end][n] for part in found], 1) for n in (0, 1))
+        ends.append(_best(scores, rows, top_k, largest))
+    if not ends[0][0].shape[1]:
+        raise _nothing(sources)
+    return ends[0], ends[1]
 
 
 def all_scores(sources: Source | Sequence[Source], device: torch.device | None = None) -> Tensor:
@@ -47,16 +57,70 @@ def all_scores(sources: Source | Sequence[Source], device: torch.device | None =
 
     Of an unfinished cache the rows up to the last that is cached. Arguments as `scan_cache`.
     """
-    begun = _begin(sources, device, _ALL_ROWS)
+    world = distributed.world()
+    part = _part(sources, world)
+    begun = _begin(sources, device, part, _ALL_ROWS)
     first = begun[0][0]
-    queries = len(first.query.vectors)
+    queries, pieces = len(first.query.vectors), 0
     found = torch.full((queries, first.cache.table_rows(4 * queries)), torch.nan, device="cpu")
     for scores, rows, _, _ in _scanned(*begun, top_k=_ALL_ROWS):
-        scores, rows = scores.cpu(), rows.cpu()
+        scores, rows, pieces = scores.cpu(), rows.cpu(), pieces + 1
         for query in range(queries):
             real = rows[query] >= 0
             found[query, rows[query][real]] = scores[query][real]
+    low, high = part
+    gathered = world.gather((part, pieces, found[:, low:high].clone()))
+    if not any(pieces for _, pieces, _ in gathered):
+        raise _nothing(sources)
+    for (low, high), _, scores in gathered:
+        found[:, low:high] = scores
     return found
+
+
+def rescore(source: Source, ends: Ends, top_k: int, device: torch.device | None = None) -> Ends:
+    """The best of the rows that another scan found, by their scores here: as `scan_cache` gives them.
+
+    source: a cache of the same examples, say one that keeps more of each. Rows that it lacks, or that do not
+    count in it, are left out.
+    """
+    device = source.query.vectors.device if device is None else device
+    found = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))
+    chosen = found[found >= 0]  # ascending
+    scores = torch.full((len(source.query.vectors), len(chosen)), torch.nan, device="cpu")
+    pieces = ((label, _moved(fields, device)) for label, fields in _some_pieces(source, chosen))
+    for values, places, _, _ in _scanned([source], device, pieces, top_k=_ALL_ROWS):
+        values, places = values.cpu(), places.cpu()
+        for query in range(len(scores)):
+            real = places[query] >= 0
+            scores[query, places[query][real]] = values[query][real]
+    best = []
+    for (_, rows), largest in zip(ends, (True, False), strict=True):
+        ordered = rows.sort(dim=1).values
+        place = torch.searchsorted(chosen, ordered).clamp(0, max(0, len(chosen) - 1))
+        own = scores.gather(1, place) if len(chosen) else torch.full(rows.shape, torch.nan)
+        kept = torch.where((ordered >= 0) & ~own.isnan(), ordered, -1)
+        best.append(_best(own, kept, top_k, largest))
+    return best[0], best[1]
+
+
+def _some_pieces(source: Source, chosen: Tensor) -> Iterator[_Piece]:
+    """Pieces of these rows [n], ascending, on the CPU; labels are places among them."""
+    factors = source.query.factors
+    for shard in source.cache.manifest.shards:
+        low, high = torch.searchsorted(chosen, torch.tensor([shard.first, shard.first + shard.rows])).tolist()
+        for start in range(low, high, _ALL_ROWS):
+            (first, rows), *_ = source.cache.shards(within=(shard.first, shard.first + 1))
+            wanted = chosen[start : min(high, start + _ALL_ROWS)]
+            mine = {name: value[wanted - first] for name, value in rows.code.items()}
+            dead = source.cache.code.some_dead(mine) if source.query.normalize == "layer" else None
+            fields = {f"0.{name}": value for name, value in mine.items()}
+            if factors is not None:
+                fields[f"0.{_FACTORS}"] = factors[wanted]
+            yield (start, (dead,)), fields | {_STATUS: rows.status[wanted - first]}
+
+
+def _moved(fields: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    return {name: value.to(device) for name, value in fields.items()}
 
 
 _ALL_ROWS = 256  # that are scanned at a time where all scores are wanted
@@ -66,28 +130,52 @@ _Label = tuple[int, tuple[bool | None, ...]]
 _Piece = tuple[_Label, dict[str, Tensor]]
 
 
+def _listed(sources: Source | Sequence[Source]) -> list[Source]:
+    return [sources] if isinstance(sources, Source) else list(sources)
+
+
+def _nothing(sources: Source | Sequence[Source]) -> UserError:
+    return UserError(
+        f"the cache in '{_listed(sources)[0].cache.path}' holds no examples yet",
+        "run the same 'rapidin cache' again",
+    )
+
+
+def _part(sources: Source | Sequence[Source], world: distributed.World) -> tuple[int, int]:
+    """The rows, from one to before another, that this process scans: whole pieces of what one alone would."""
+    shards = [shard for source in _listed(sources) for shard in source.cache.manifest.shards]
+    edges = sorted({s.first for s in shards} | {s.first + s.rows for s in shards}) or [0]
+    low, high = world.part(len(edges) - 1)
+    return edges[low], edges[high]
+
+
 def _begin(
-    sources: Source | Sequence[Source], device: torch.device | None, most: int | None = None
+    sources: Source | Sequence[Source],
+    device: torch.device | None,
+    within: tuple[int, int],
+    most: int | None = None,
 ) -> tuple[list[Source], torch.device, Iterable[_Piece]]:
-    """Sources, the device, and the pieces on it, of at most so many rows each."""
-    sources = [sources] if isinstance(sources, Source) else list(sources)
+    """Sources, the device, and the pieces on it, of these rows and of at most so many rows each."""
+    sources = _listed(sources)
     device = sources[0].query.vectors.device if device is None else torch.empty(0, device=device).device
-    pieces: Iterable[_Piece] = _pieces(sources, most)
+    pieces: Iterable[_Piece] = _pieces(sources, within, most)
     if device.type == "cuda":
         pieces = Conveyor[_Label](GpuOrder(device)).carry(pieces)
     return sources, device, pieces
 
 
-def _pieces(sources: Sequence[Source], most: int | None = None) -> Iterator[_Piece]:
+def _pieces(
+    sources: Sequence[Source], within: tuple[int, int] = (0, sys.maxsize), most: int | None = None
+) -> Iterator[_Piece]:
     """What a scan reads, on the CPU: rows that all sources hold, a shard or at most so many at a time."""
-    _check_same_examples([source.cache for source in sources])
-    shards = [source.cache.shards(ahead=True) for source in sources]
+    check_same_examples([source.cache for source in sources])
+    shards = [source.cache.shards(ahead=True, within=within) for source in sources]
     held: list[tuple[int, Rows]] = []
     for each in shards:
         held.append(next(each, (-1, _NOTHING)))
     while all(rows is not _NOTHING for _, rows in held):
-        first = max(at for at, _ in held)
-        end = min(at + len(rows.index) for at, rows in held)
+        first = max(within[0], *(at for at, _ in held))
+        end = min(within[1], *(at + len(rows.index) for at, rows in held))
         for start in range(first, end, most or max(1, end - first)):
             stop = min(end, start + (most or end))
             dead: list[bool | None] = []
@@ -115,7 +203,8 @@ _STATUS, _FACTORS = "status", "factors"
 _NOTHING = Rows({}, *(torch.zeros(0, dtype=torch.int64, device="cpu") for _ in range(4)))
 
 
-def _check_same_examples(caches: Sequence[Cache]) -> None:
+def check_same_examples(caches: Sequence[Cache]) -> None:
+    """Raise UserError where these caches are not of the same examples."""
     first = caches[0]
     for other in caches[1:]:
         same = other.manifest.rows == first.manifest.rows
@@ -131,6 +220,10 @@ def scan_pieces(
 ) -> Ends:
     """`scan_cache` of pieces that are on `device`, in the order of their rows."""
     parts = list(_scanned(sources, device, pieces, top_k=top_k))
+    if not parts:
+        queries = len(sources[0].query.vectors)
+        none = torch.zeros(queries, 0, device="cpu"), torch.zeros(queries, 0, dtype=torch.int64, device="cpu")
+        return none, none
     joined = [torch.cat(column, dim=1) for column in zip(*parts, strict=True)]
     top, top_rows = (x.cpu() for x in _best(joined[0], joined[1], top_k, True))
     bottom, bottom_rows = (x.cpu() for x in _best(joined[2], joined[3], top_k, False))
@@ -145,7 +238,6 @@ def _scanned(
     prepared = [
         code.prepare(source.query.vectors.to(device)) for code, source in zip(codes, sources, strict=True)
     ]
-    some = False
     for (first, dead), fields in pieces:
         plans = []
         for number, (source, code, query) in enumerate(zip(sources, codes, prepared, strict=True)):
@@ -168,13 +260,7 @@ def _scanned(
         )
         shift = [torch.where(i >= 0, i + first, i) for i in (top_rows, bottom_rows)]
         constant = plan.constant[:, None]
-        some = True
         yield top + constant, shift[0], bottom + constant, shift[1]
-    if not some:
-        raise UserError(
-            f"the cache in '{sources[0].cache.path}' holds no examples yet",
-            "run the same 'rapidin cache' again",
-        )
 
 
 def _best(scores: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:

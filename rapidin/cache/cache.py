@@ -10,11 +10,12 @@ from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from rapidin.cache import receipts
 from rapidin.cache.manifest import NAME, Manifest, Packing, Shard, geometry_words, shard_name
 from rapidin.cache.shards import (
     Fields,
@@ -35,6 +36,9 @@ from rapidin.errors import UserError
 from rapidin.files import LOCK, PARTIAL, lock_folder, own_size, reason, remove_partials
 from rapidin.layers import Block
 from rapidin.pack import FLOATS, Basis, Code, FloatCode, PackedCode, Shape
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 _SAMPLE = "sample"
 
@@ -91,15 +95,22 @@ class Cache:
             )
         return rows
 
-    def shards(self, *, ahead: bool = False) -> Iterator[tuple[int, Rows]]:
+    def shards(
+        self, *, ahead: bool = False, within: tuple[int, int] | None = None
+    ) -> Iterator[tuple[int, Rows]]:
         """(first row, rows) of each finished shard, as views of the memory map.
 
         Rows are counted through the whole data: an unfinished cache may have gaps. ahead: the system is asked
-        to read the shards to come while one is in hand, for caches that are not in memory.
+        to read the shards to come while one is in hand, for caches that are not in memory. within: only
+        shards with a row that is not below the first number and below the second.
         """
-        for n, shard in enumerate(self.manifest.shards):
+        chosen = list(enumerate(self.manifest.shards))
+        if within is not None:
+            low, high = within
+            chosen = [(n, s) for n, s in chosen if s.first < high and s.first + s.rows > low]
+        for place, (n, shard) in enumerate(chosen):
             if ahead:
-                for later in self.manifest.shards[n + 1 : n + 3] if n else self.manifest.shards[:3]:
+                for _, later in chosen[place + 1 : place + 3] if place else chosen[:3]:
                     _read_ahead(shard_path(self.path, later))
             if n not in self._rows:
                 self._rows[n] = read_shard(self.path, shard, self.code)
@@ -264,8 +275,63 @@ def _writing(folder: Path) -> Iterator[None]:
         raise UserError(f"cannot write into '{folder}': {reason(error)}") from None
 
 
-class CacheWriter:
-    """Writes shards into a folder, one writer at a time; goes on where an earlier one stopped.
+class ShardWriter:
+    """Writes shards of a cache whose manifest another process keeps, and leaves a receipt of each.
+
+    part: (i, n) for every n-th shard from number i on, None for all.
+    """
+
+    def __init__(self, folder: str | Path, manifest: Manifest, part: tuple[int, int] | None = None) -> None:
+        self.folder = Path(folder)
+        self.manifest = manifest
+        self.part = part
+
+    @property
+    def wanted(self) -> list[int]:
+        """Numbers of the shards that are this writer's to write, done or not."""
+        start, step = self.part or (0, 1)
+        return list(range(start, self.manifest.shards_in_all, step))
+
+    @property
+    def missing(self) -> list[int]:
+        """Numbers of those still to be written, or to be written in full."""
+        rows_of, each = self.manifest.rows_of, self.manifest.shard_rows
+        done = {s.first // each for s in self.manifest.shards if s.rows == rows_of(s.first // each)}
+        return [n for n in self.wanted if n not in done]
+
+    @property
+    def sample_folder(self) -> Path:
+        """Where the sketches of the sample wait until the cache is complete."""
+        return self.folder / _SAMPLE
+
+    @property
+    def code(self) -> Code:
+        """How rows are packed, with what it has learnt."""
+        return code_of(self.manifest, self.folder)
+
+    def write(self, n: int, rows: Rows, counts: dict[str, int]) -> None:
+        """Write shard n and its receipt; both are on disk when this returns."""
+        receipts.leave(self.folder, self._write(n, rows, counts))
+
+    def _write(self, n: int, rows: Rows, counts: dict[str, int], *, beside: bool = False) -> Shard:
+        first = n * self.manifest.shard_rows
+        return write_shard(self.folder, shard_name(n), first, rows, counts, beside=beside)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+class CacheWriter(ShardWriter):
+    """Writes shards into a folder and keeps its manifest, one such writer at a time; goes on where an earlier
+    one stopped, and takes up what `ShardWriter`s wrote beside it.
 
     prefix: the identity of the first n examples, where a complete cache of those may be added to
     (`--append`): its rows are kept as they are. A shard that was not full is written anew beside the old
@@ -280,10 +346,13 @@ class CacheWriter:
     """
 
     def __init__(
-        self, folder: str | Path, manifest: Manifest, prefix: Callable[[int], str] | None = None
+        self,
+        folder: str | Path,
+        manifest: Manifest,
+        prefix: Callable[[int], str] | None = None,
+        part: tuple[int, int] | None = None,
     ) -> None:
-        self.folder = Path(folder)
-        self.manifest = manifest
+        super().__init__(folder, manifest, part)
         manifest.check_size()
         with _writing(self.folder):
             if os.path.isdir(self.folder):
@@ -327,6 +396,8 @@ class CacheWriter:
             found.shards = [shard for shard in found.shards if size_problem(self.folder, shard) is None]
             self.manifest = found
             self._settle_grown()
+            self.record(receipts.found(self.folder, found, checked=True))
+            receipts.forget_all(self.folder)
         needed = sum(self.manifest.rows_of(n) for n in self.missing) * self.manifest.row_bytes
         free = shutil.disk_usage(self.folder).free
         if needed > free:
@@ -362,26 +433,6 @@ class CacheWriter:
         for path in self.folder.glob(grown(Path("*")).name):
             path.unlink()
 
-    @property
-    def missing(self) -> list[int]:
-        """Numbers of the shards still to be written, or to be written in full."""
-        done = {
-            shard.first // self.manifest.shard_rows
-            for shard in self.manifest.shards
-            if shard.rows == self.manifest.rows_of(shard.first // self.manifest.shard_rows)
-        }
-        return [n for n in range(self.manifest.shards_in_all) if n not in done]
-
-    @property
-    def sample_folder(self) -> Path:
-        """Where the sketches of the sample wait until the cache is complete."""
-        return self.folder / _SAMPLE
-
-    @property
-    def code(self) -> Code:
-        """How rows are packed, with what it has learnt."""
-        return code_of(self.manifest, self.folder)
-
     def set_geometry(self, data: bytes) -> None:
         """Write the geometry's file, before any sketch is made with it."""
         record = self.manifest.geometry
@@ -399,8 +450,7 @@ class CacheWriter:
     def write(self, n: int, rows: Rows, counts: dict[str, int]) -> None:
         """Write the rows of shard n that are not there and record it in the manifest; both are on disk when
         this returns. Raises UserError where they cannot be, or the rows that are there are altered."""
-        first, folder = n * self.manifest.shard_rows, self.folder
-        before = self.manifest.shard_at(n)
+        folder, before = self.folder, self.manifest.shard_at(n)
         if before is not None:
             problem = _altered(folder, before)
             if problem:
@@ -408,22 +458,35 @@ class CacheWriter:
             rows = read_shard(folder, before, self.code).joined(rows)
             both = {**before.counts, **counts}
             counts = {what: before.counts.get(what, 0) + counts.get(what, 0) for what in both}
-        shard = write_shard(folder, shard_name(n), first, rows, counts, beside=before is not None)
-        others = [each for each in self.manifest.shards if each.first != first]
-        self.manifest.shards = sorted([*others, shard], key=lambda s: s.first)
-        self.manifest.write(folder)
+        shard = self._write(n, rows, counts, beside=before is not None)
+        self._take_up([shard])
         if before is not None:
             with _writing(folder):
                 os.replace(grown(folder / shard.file), folder / shard.file)
 
+    def take_up(self) -> None:
+        """Record the shards that other processes wrote."""
+        self._take_up([])
+
+    def finish(self) -> None:
+        """Leave no receipts, now that no other process writes."""
+        receipts.forget_all(self.folder)
+
+    def _take_up(self, shards: list[Shard]) -> None:
+        """Record these shards and, with them, those that there are receipts of."""
+        own = {shard.first for shard in shards}
+        written = [s for s in receipts.found(self.folder, self.manifest) if s.first not in own]
+        self.record([*shards, *written])
+        receipts.forget(self.folder, written)
+
+    def record(self, shards: list[Shard]) -> None:
+        """Put shards that are on disk into the manifest, which is on disk when this returns."""
+        if shards:
+            new = {shard.first for shard in shards}
+            others = [shard for shard in self.manifest.shards if shard.first not in new]
+            self.manifest.shards = sorted([*others, *shards], key=lambda s: s.first)
+            self.manifest.write(self.folder)
+
     def close(self) -> None:
-        """Let another writer in."""
+        """Let another writer in; receipts that are left come to it as well."""
         self._lock.close()
-
-    def __enter__(self) -> CacheWriter:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()

@@ -143,6 +143,11 @@ class Manifest:
         """Rows of shard n."""
         return max(0, min(self.shard_rows, self.rows - n * self.shard_rows))
 
+    def has(self, shard: Shard) -> bool:
+        """Whether such a shard is one of this cache's."""
+        n, rest = divmod(shard.first, self.shard_rows)
+        return not rest and shard.file == shard_name(n) and shard.rows == self.rows_of(n) > 0
+
     def shard_at(self, n: int) -> Shard | None:
         """Shard n, None where it is not done. It may have only the first of its rows, where examples were
         added since."""
@@ -225,10 +230,15 @@ class Manifest:
             "shards": [asdict(shard) for shard in self.shards],
         }
 
+    @property
+    def data_bytes(self) -> bytes:
+        """The bytes of the manifest's file."""
+        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
+        return text.encode("utf-8", "surrogatepass")  # names of files are any bytes
+
     def write(self, folder: Path) -> None:
         """Replace the folder's manifest, atomically and on disk when this returns."""
-        text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
-        replace_file(folder / NAME, text.encode("utf-8", "surrogatepass"))  # names of files are any bytes
+        replace_file(folder / NAME, self.data_bytes)
 
     def check_size(self) -> None:
         """Raise UserError where the cache would be larger than can be read again."""
@@ -253,9 +263,13 @@ class Manifest:
             if members:
                 raise UserError(f"'{folder}' holds several caches", f"name one of them: {', '.join(members)}")
             raise UserError(f"'{folder}' is no cache: it has no {NAME}")
-        text = read_own(path, "manifest", "cache again", most=MOST_BYTES)
+        return Manifest.of_bytes(read_own(path, "manifest", "cache again", most=MOST_BYTES), folder)
+
+    @staticmethod
+    def of_bytes(data: bytes, folder: Path) -> Manifest:
+        """The manifest of the cache in `folder` from the bytes of its file; UserError where it is damaged."""
         try:
-            value = json.loads(text)
+            value = json.loads(data)
             if not isinstance(value, dict) or value.get("format") != FORMAT:
                 raise ValueError("it is not a rapidin manifest")
             if value.get("version") != VERSION:
@@ -269,7 +283,7 @@ class Manifest:
             return manifest
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(
-                f"'{path}' is damaged: {type(error).__name__} {short(error)}", "cache again"
+                f"'{folder / NAME}' is damaged: {type(error).__name__} {short(error)}", "cache again"
             ) from None
 
     @staticmethod
@@ -284,7 +298,7 @@ class Manifest:
             shard_rows=_count(value["shard_rows"]),
             layers=[Block.from_json(block) for block in value["layers"]],
             packing=None if value["packing"] is None else Packing.from_json(value["packing"]),
-            shards=[_shard(shard) for shard in value["shards"]],
+            shards=[shard_of_json(shard) for shard in value["shards"]],
         )
         manifest._check_layers()
         manifest._check_shards()
@@ -484,7 +498,8 @@ def _word(value: Any) -> str:
     return value
 
 
-def _shard(value: Mapping[str, Any]) -> Shard:
+def shard_of_json(value: Any) -> Shard:
+    """The shard that `asdict` gave; KeyError, TypeError or ValueError where it is none."""
     if not isinstance(value, dict) or not isinstance(value["counts"], dict):
         raise ValueError(f"{short(value)} is no shard")
     counts = {_word(k): _count(n) for k, n in value["counts"].items()}

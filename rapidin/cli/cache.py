@@ -17,6 +17,7 @@ from rapidin.cli.options import (
     ModelDtype,
     OnError,
     Quiet,
+    ShardModel,
     TooLong,
     TrustRemoteCode,
     command,
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from rapidin.thinning import Thinning
 
 
-@command("cache")
+@command("cache", several=True)
 def cache(
     model: Annotated[
         str,
@@ -161,6 +162,15 @@ def cache(
             show_default=False,
         ),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Only the I-th of N parts, for machines without a common folder: 'rapidin merge' puts them "
+            "together. 0/N: only what all parts share.",
+            show_default=False,
+        ),
+    ] = None,
     checkpoints: Annotated[
         str | None,
         typer.Option(
@@ -189,6 +199,7 @@ def cache(
             help="Of the weights.  [default: float32 on a CPU, else as they are]", show_default=False
         ),
     ] = None,
+    shard_model: ShardModel = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
@@ -197,9 +208,10 @@ def cache(
     Stopped at any moment, the same command goes on where it was.
     """
     from rapidin import report
+    from rapidin.distributed import world
     from rapidin.examples import files, open_examples
 
-    where = points(at)
+    where, of_parts = points(at), _part(part)
     console = messages(quiet)
     jobs = _jobs(model, adapter, base, checkpoints, masks, dropout, out)
     with console.status("reading the data"):
@@ -217,7 +229,10 @@ def cache(
                 state_file(Path(geometry))  # before the model: a mistake in its name shows at once
             if of != job.names:
                 loaded = None  # before the next one: two models may not fit
-                loaded, of = load(console, *job.names, device, model_dtype, trust_remote_code), job.names
+                loaded, of = (
+                    load(console, *job.names, device, model_dtype, trust_remote_code, shard_model),
+                    job.names,
+                )
             attributor = Attributor(
                 loaded,
                 width=width if width is not None else 512 if bytes is None else "auto",
@@ -244,7 +259,7 @@ def cache(
             if examples.form == "messages":  # a template may refuse a chat: better now than after hours
                 with console.status("trying the chat template on all examples"):
                     attributor.encoder.check(examples)
-            if job is jobs[0]:
+            if job is jobs[0] and world().leads:
                 _tell_malformed(examples)
             with report.CachingBar(console) as bar:
                 try:
@@ -255,12 +270,16 @@ def cache(
                         bytes=bytes,
                         sample=sample,
                         shard_rows=shard_rows,
+                        part=of_parts,
                         append=append,
                         on_progress=bar,
                     )
                 except KeyboardInterrupt as stop:
                     raise type(stop)(_how_to_go_on(job.out, len(examples))) from None
         if quiet or bar.last is None:
+            continue
+        if of_parts and not of_parts[0]:
+            line(f"what all parts share is in {job.out}; copy it to each machine, and go on with --part 1/N")
             continue
         info = cache.info()
         here = bar.last.done - bar.last.resumed
@@ -270,7 +289,7 @@ def cache(
             if bar.last.resumed:
                 did += f" after the {bar.last.resumed:,} that were there"
         else:
-            did = f"all {len(examples):,} examples were there already"
+            did = f"all {bar.last.total:,} examples were there already"
         line(f"{did}: {report.counts_text(info['counts'])}; {report.bytes_text(info['bytes'])} in {job.out}")
 
 
@@ -296,6 +315,7 @@ def _jobs(
     """The caches that a command makes; of several, `out` says what they are."""
     if checkpoints is None and masks is None:
         return [_Job(out, (model, adapter, base))]
+    from rapidin.distributed import world
     from rapidin.ensemble import Ensemble, find_checkpoints
     from rapidin.thinning import Thinning
 
@@ -307,7 +327,8 @@ def _jobs(
             raise UserError("both --checkpoints and --masks", "give one of them")
         thinned = [Thinning(dropout, number) for number in range(masks)]
         names = [f"mask-{number}" for number in range(masks)]
-        Ensemble.write(folder, "mean", [(name, 1.0) for name in names])
+        if world().leads:
+            Ensemble.write(folder, "mean", [(name, 1.0) for name in names])
         return [
             _Job(str(folder / name), (model, adapter, base), thinning, f"{name}: ")
             for name, thinning in zip(names, thinned, strict=True)
@@ -316,14 +337,26 @@ def _jobs(
     if adapter is not None:
         raise UserError("both --checkpoints and --adapter", "checkpoints of an adapter hold their own")
     found, rated = find_checkpoints(checkpoints)
-    if not rated:
+    leads = world().leads
+    if not rated and leads:
         line(f"no learning rates in {checkpoints}: steps weigh alike")
-    Ensemble.write(folder, "tracin", [(each.path.name, each.weight) for each in found])
+    if leads:
+        Ensemble.write(folder, "tracin", [(each.path.name, each.weight) for each in found])
     jobs = []
     for each in found:
         of = (model, str(each.path), None) if each.is_adapter else (str(each.path), None, base)
         jobs.append(_Job(str(folder / each.path.name), of, words=f"{each.path.name}: "))
     return jobs
+
+
+def _part(text: str | None) -> tuple[int, int] | None:
+    """The numbers of --part; UserError where they are none."""
+    if text is None:
+        return None
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal()):
+        raise UserError(f"--part {text} is not two numbers", "as in --part 1/4")
+    return int(number), int(parts)
 
 
 def _tell_malformed(examples: "Examples") -> None:

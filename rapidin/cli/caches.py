@@ -37,11 +37,14 @@ def with_models(
     base: str | None,
     device: str | None,
     trust_remote_code: bool,
+    shard_model: bool = False,
 ) -> Ensemble:
     """The ensemble with its model in memory, or, of several, told how to load each when its turn comes."""
+    from rapidin.distributed import world
     from rapidin.ensemble import Ensemble, Member
 
     load = {"device": device, "trust_remote_code": trust_remote_code, "model": model}
+    load["shard_model"] = shard_model
     if len(ensemble.members) > 1:
         named = {cache.manifest.model["source"].get("model") for cache in ensemble.caches}
         if model is not None and len(named) > 1:
@@ -54,6 +57,9 @@ def with_models(
         return Ensemble(ensemble.members, kind=ensemble.kind, load=load)
     manifest = ensemble.caches[0].manifest
     single = Ensemble(ensemble.members, kind=ensemble.kind, load=load | {"adapter": adapter, "base": base})
+    if not (world().leads or shard_model):  # who scans along needs no model
+        return single
     with loading(console, model or manifest.model["source"].get("model") or ""):
         member = ensemble.members[0]
-        return Ensemble([Member(member.path, member.weight, single.attributor())], kind=ensemble.kind)
+        loaded = Member(member.path, member.weight, single.attributor())
+        return Ensemble([loaded], kind=ensemble.kind, load=single.load)

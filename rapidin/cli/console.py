@@ -26,11 +26,12 @@ def line(text: str) -> None:
 
 
 def messages(quiet: bool) -> "Console":
-    """Where progress goes: standard error, and nowhere when quiet."""
+    """Where progress goes: standard error, and nowhere when quiet or another process speaks."""
     from rapidin import report
+    from rapidin.distributed import world
 
     console = report.console(sys.stderr)
-    return report.console(open(os.devnull, "w")) if quiet else console
+    return report.console(open(os.devnull, "w")) if quiet or not world().leads else console
 
 
 @contextmanager
@@ -70,6 +71,7 @@ def load(
     device: str | None,
     model_dtype: ModelDtype | None,
     trust_remote_code: bool,
+    shard_model: bool = False,
 ) -> "LoadedModel":
     """`rapidin.model.load_model`, with something to look at meanwhile."""
     from rapidin.model import load_model
@@ -82,6 +84,7 @@ def load(
             device=device,
             dtype=model_dtype.value if model_dtype else None,
             trust_remote_code=trust_remote_code,
+            shard_model=shard_model,
         )
 
 

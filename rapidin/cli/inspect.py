@@ -1,9 +1,12 @@
-"""rapidin info and rapidin verify."""
+"""rapidin info, rapidin verify and rapidin merge."""
 
 import sys
+from typing import Annotated
+
+import typer
 
 from rapidin.cli.caches import folders_of
-from rapidin.cli.console import messages
+from rapidin.cli.console import line, messages
 from rapidin.cli.options import CacheFolder, Quiet, command
 from rapidin.errors import UserError
 
@@ -41,3 +44,25 @@ def verify(cache: CacheFolder, quiet: Quiet = False) -> None:
         size = report.size_text(sum(shard.bytes for shard in manifest.shards), None, len(manifest.shards))
         rows = f"{manifest.rows_done:,}" + ("" if manifest.complete else f" of {manifest.rows:,}")
         print(f"{report.one_line(str(folder))}: every byte is as it was written ({rows} examples, {size})")
+
+
+@command("merge")
+def merge(
+    out: Annotated[
+        str,
+        typer.Argument(metavar="OUT", help="Folder to write; an unfinished one is gone on with."),
+    ],
+    caches: Annotated[
+        list[str], typer.Argument(metavar="CACHE...", help="Parts made by 'rapidin cache --part I/N'.")
+    ],
+    quiet: Quiet = False,
+) -> None:
+    """Put the parts of one cache together, checking every byte."""
+    from rapidin import report
+    from rapidin.cache.merge import merge as merged
+
+    with report.BytesBar(messages(quiet), "copying") as bar:
+        cache = merged(out, caches, on_progress=bar)
+    if not quiet:
+        size = report.size_text(cache.bytes, None, len(cache.manifest.shards))
+        line(f"{len(cache):,} examples of {len(caches):,} parts are in {out} ({size})")

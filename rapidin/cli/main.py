@@ -2,7 +2,8 @@
 
 Results go to standard output and everything else to standard error. Exit codes: 0; 1 for an error in rapidin,
 with its traceback; 2 for a mistake of the user, with one line that says what and how to mend it; 130 and 143
-when stopped by Ctrl-C or SIGTERM; 141 when whoever reads the output has gone.
+when stopped by Ctrl-C or SIGTERM; 141 when whoever reads the output has gone. Of several processes (torchrun)
+one prints.
 """
 
 import os
@@ -22,6 +23,7 @@ import rapidin
 from rapidin.cli import cache, demo, evaluate, inspect, query, select  # noqa: F401
 from rapidin.cli.console import line
 from rapidin.cli.options import app
+from rapidin.distributed import PeerError, join, leave, world
 from rapidin.errors import UserError, is_out_of_memory
 
 
@@ -65,6 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="backslashreplace")
     try:
         with _terminable():
+            join()
             command: Any = app(arguments or ["--help"], prog_name="rapidin", standalone_mode=False)
             code = command() if callable(command) else command  # else help or version, printed already
             sys.stdout.flush()
@@ -77,6 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _fail(f"{error.format_message().rstrip('.')}; see '{where} --help'", 2)
     except KeyboardInterrupt as stop:
         return _fail(str(stop) or "interrupted", 143 if isinstance(stop, Terminated) else 130)
+    except PeerError as error:
+        return error.code if error.said else _fail(str(error), error.code)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -85,10 +90,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Python flushes standard output again as it ends; that must not fail a second time.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except BaseException:
+        world().fail("another process failed", 1)  # its traceback comes from Python
+        raise
+    finally:
+        leave()
 
 
 def _fail(text: str, code: int) -> int:
-    line(text)
+    """Of several processes the first to fail prints its line."""
+    if world().fail(text, code):
+        line(text)
     return code
 
 

@@ -24,14 +24,14 @@ app = typer.Typer(
 _Body = TypeVar("_Body", bound=Callable[..., int | None])
 
 
-def command(name: str, to: typer.Typer = app) -> Callable[[_Body], _Body]:
+def command(name: str, to: typer.Typer = app, *, several: bool = False) -> Callable[[_Body], _Body]:
     """Make a function a command. typer only parses: `main` calls what this returns to it, outside of typer's
-    own handling of errors."""
+    own handling of errors. several: it runs in several processes at once (`rapidin.distributed`)."""
 
     def register(body: _Body) -> _Body:
         @wraps(body)
         def parsed(**options: Any) -> Any:
-            return partial(body, **options)
+            return partial(body if several else partial(_in_one_process, name, body), **options)
 
         to.command(name)(parsed)
         return body
@@ -86,8 +86,14 @@ Device = Annotated[
     str | None,
     typer.Option(
         metavar="DEVICE",
-        help="Such as cpu or cuda:1.  [default: a GPU where there is one]",
+        help="Such as cpu or cuda:1; auto: layers over all GPUs.  [default: a GPU where there is one]",
         show_default=False,
+    ),
+]
+ShardModel = Annotated[
+    bool,
+    typer.Option(
+        "--shard-model", help="Under torchrun: each process holds a part of every weight, for large models."
     ),
 ]
 TrustRemoteCode = Annotated[
@@ -159,6 +165,14 @@ TrainData = Annotated[
         show_default=False,
     ),
 ]
+
+
+def _in_one_process(name: str, body: Callable[..., int | None], **options: Any) -> int | None:
+    from rapidin.distributed import world
+
+    if not world().alone:
+        raise UserError(f"'rapidin {name}' runs in one process", "start it without torchrun")
+    return body(**options)
 
 
 def points(at: str | None) -> list[float] | None:

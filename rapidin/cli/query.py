@@ -20,14 +20,16 @@ from rapidin.cli.options import (
     Normalize,
     NormalizeOption,
     Quiet,
+    ShardModel,
     TrainData,
     TrustRemoteCode,
     command,
 )
+from rapidin.distributed import world
 from rapidin.errors import UserError
 
 
-@command("query")
+@command("query", several=True)
 def query(
     cache: CacheFolders,
     ask: Annotated[
@@ -84,6 +86,18 @@ def query(
             show_default=False,
         ),
     ] = None,
+    rescore: Annotated[
+        str | None,
+        typer.Option(
+            metavar="CACHE",
+            help="A cache of the same examples that keeps more of each: the best of --candidates are chosen "
+            "by its scores.",
+            show_default=False,
+        ),
+    ] = None,
+    candidates: Annotated[
+        int, typer.Option(metavar="N", min=1, help="At each end, that --rescore looks at.")
+    ] = 1000,
     max_new_tokens: MaxNewTokens = 64,
     model: MovedModel = None,
     adapter: MovedAdapter = None,
@@ -93,6 +107,7 @@ def query(
         bool, typer.Option("--no-text", help="Line numbers and scores only; needs no training examples.")
     ] = False,
     device: Device = None,
+    shard_model: ShardModel = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
@@ -104,19 +119,22 @@ def query(
     from rapidin import report
 
     _check_query(ask, prompt, completion, data)
+    leads = world().leads
     if json is not None and json != "-":
         check_writable(json)
     console = messages(quiet)
     with quiet_libraries():
+        from rapidin.cache import Cache
         from rapidin.examples import files
         from rapidin.scan import training_data
 
         ensemble = open_caches(cache)
+        finer = None if rescore is None else Cache(rescore)
         opened = ensemble.caches[-1]
         generations = _generations(ask, prompt, completion, data, str(opened.manifest.data.get("form")))
         # Before the model: a file that has moved shows at once.
-        examples = training_data(opened, False if no_text else files(train_data))
-        ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code)
+        examples = training_data(opened, False if no_text or not leads else files(train_data))
+        ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code, shard_model)
         with console.status(f"explaining {len(generations):,} among {len(opened):,} examples"):
             results = ready.query(
                 generations,
@@ -127,7 +145,11 @@ def query(
                 together=together,
                 max_new_tokens=max_new_tokens,
                 examples=False if examples is None else examples,
+                rescore=finer,
+                candidates=candidates,
             )
+    if not leads:
+        return
     if json == "-":
         print(report.results_json(results))
     else:

@@ -21,14 +21,16 @@ from rapidin.cli.options import (
     Normalize,
     NormalizeOption,
     Quiet,
+    ShardModel,
     TrainData,
     TrustRemoteCode,
     command,
 )
+from rapidin.distributed import world
 from rapidin.errors import UserError
 
 
-@command("select")
+@command("select", several=True)
 def select(
     cache: CacheFolders,
     target: Annotated[
@@ -70,6 +72,7 @@ def select(
     base: MovedBase = None,
     train_data: TrainData = None,
     device: Device = None,
+    shard_model: ShardModel = False,
     trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
@@ -94,7 +97,7 @@ def select(
         examples = training_data(opened, files(train_data))
         if examples is None:
             raise UserError("the cache was not made from a file", "name the examples with --train-data")
-        ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code)
+        ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code, shard_model)
         with console.status(f"scoring {len(opened):,} examples for {len(targets):,} of the target set"):
             of_groups = ready.scores(
                 targets,
@@ -104,6 +107,8 @@ def select(
                 damping=damping,
                 max_new_tokens=max_new_tokens,
             )
+        if not world().leads:
+            return
         rows = best_rows(of_groups, wanted)
     write_text(out, jsonl([examples[row] for row in rows]))
     if scores is not None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rapidin import distributed
 from rapidin.cache import Cache
 from rapidin.methods.vectors import count, row_scales, vectors_of
 
@@ -113,14 +114,24 @@ class Inverse:
 
 
 def squares(cache: Cache, normalize: str, device: torch.device) -> tuple[int, Tensor]:
-    """How many rows count, and the mean over them of |y_nb|^2, from their lengths: [blocks] float64."""
-    total = torch.zeros(len(cache.layers), dtype=torch.float64, device="cpu")
-    n = 0
-    for _, part in cache.shards():
+    """How many rows count, and the mean over them of |y_nb|^2, from their lengths: [blocks] float64.
+
+    Of several processes, which all call this, each reads its part of the shards; sums are added in the order
+    of shards, so that the same comes out.
+    """
+    world, shards = distributed.world(), cache.manifest.shards
+    low, high = world.part(len(shards))
+    within = (shards[low].first, shards[high - 1].first + shards[high - 1].rows) if low < high else (0, 0)
+    sums: list[tuple[Tensor, int]] = []
+    for _, part in cache.shards(within=within):
         live = (cache.code.lengths(part.code) > 0) & (part.status == 0)[:, None]
         scales = row_scales(cache.code, part.code, normalize)
-        total += (live if scales is None else scales.double().square() * live).sum(0)
-        n += int((part.status == 0).sum())
+        found = (live if scales is None else scales.double().square() * live).sum(0)
+        sums.append((found, int((part.status == 0).sum())))
+    total, n = torch.zeros(len(cache.layers), dtype=torch.float64, device="cpu"), 0
+    for found, rows in (pair for parts in world.gather(sums) for pair in parts):
+        total += found
+        n += rows
     return n, (total / max(1, n)).to(device)
 
 
