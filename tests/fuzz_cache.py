@@ -508,6 +508,20 @@ def _words(found: dict[str, Any]) -> str:
     return f"input {found['number']}: {found['error']}  ({found['where']})"
 
 
+# What a link is kept as, with its target as text: whoever copies the tree may follow links, and one leads to
+# a file without end.
+LINK = ".link"
+
+
+def keep(root: Path, kept: Path) -> None:
+    """Copy an input to where it is kept."""
+    shutil.copytree(root, kept, symlinks=True)
+    for path in [path for path in kept.rglob("*") if path.is_symlink()]:
+        target = os.readlink(path)
+        path.unlink()
+        path.with_name(path.name + LINK).write_text(target)
+
+
 def corpus(folder: Path, place: _Place) -> tuple[Counter[str], list[dict[str, Any]]]:
     """Runs the inputs that were kept."""
     kept = sorted(path for path in folder.iterdir() if path.is_dir())
@@ -515,11 +529,13 @@ def corpus(folder: Path, place: _Place) -> tuple[Counter[str], list[dict[str, An
     def make(number: int) -> Path:
         root = place.folder / "now" / "kept"
         shutil.rmtree(root, ignore_errors=True)
-        shutil.copytree(kept[number], root, symlinks=True)
-        for link in [path for path in root.rglob("*") if path.is_symlink()]:
-            if os.readlink(link).startswith("decoy"):
-                link.unlink()
-                link.symlink_to(DECOY / "file")
+        shutil.copytree(kept[number], root)
+        for path in list(root.rglob("*" + LINK)):
+            target = path.read_text()
+            path.with_name(path.name.removesuffix(LINK)).symlink_to(
+                DECOY / "file" if target.startswith("decoy") else target
+            )
+            path.unlink()
         return root
 
     return run(range(len(kept)), place, make)
@@ -552,7 +568,7 @@ def main() -> int:
                 kept = arguments.keep / f"{arguments.seed}-{found['number']}"
                 for pipe in [path for path in root.rglob("*") if path.is_fifo()]:
                     pipe.unlink()  # cannot be copied
-                shutil.copytree(root, kept, symlinks=True)
+                keep(root, kept)
     shutil.rmtree(DECOY)
     seconds = time.perf_counter() - began
     print(f"{sum(counted.values()):,} inputs in {seconds:.0f} s: {dict(counted)}, {len(findings)} findings")
