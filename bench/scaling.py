@@ -1,8 +1,7 @@
 """How time, bytes and network grow with the data and the GPUs: measured on one machine, and modelled beyond.
 
-    python bench/scaling.py measure               # 10^4 to 10^7 rows on this machine:
-    bench/results/scaling-cpu.json python bench/scaling.py                       # docs/scaling.md's tables
-    from it; --write puts them there
+    python bench/scaling.py measure               # 10^4 to 10^7 rows: bench/results/scaling-cpu.json
+    python bench/scaling.py                       # docs/scaling.md's tables from it; --write puts them there
 
 What is measured and what is assumed is said in the tables' own words; nothing here has run on a GPU.
 """
