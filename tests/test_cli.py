@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from command import Ran, caller
 from tiny import CONTEXT, save_tiny
 
 from rapidin.cli import main
@@ -71,23 +72,10 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Any:
     """run(*arguments) -> Ran"""
-
-    def call(*arguments: str) -> Ran:
-        capsys.readouterr()
-        code = main(arguments)
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
+    return caller(capsys)
 
 
 def refused(ran: Ran, *patterns: str) -> None:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
+from command import Ran, caller
 from tiny import save_tiny
 
 from rapidin import geometry as geometry_room
 from rapidin.attributor import Attributor
 from rapidin.cache import Cache
 from rapidin.caching import CachingLoop
-from rapidin.cli import main
 from rapidin.encoding import Status
 from rapidin.errors import UserError
 from rapidin.files import lock_folder
@@ -43,24 +43,12 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return Place(folder, model, load_model(model))
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def run(place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """run(*arguments) -> Ran; the model is loaded already."""
     monkeypatch.setattr("rapidin.model.load_model", lambda *_, **__: place.loaded)
 
-    def call(*arguments: str | Path) -> Ran:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
+    return caller(capsys)
 
 
 def refused(ran: Ran, words: str) -> None:

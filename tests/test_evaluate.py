@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+from command import Ran, caller
 
 pytest.importorskip("sklearn")
 pytest.importorskip("rank_bm25")
@@ -69,21 +70,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Made:
     return made
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
 def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: object) -> Ran:
-        capsys.readouterr()
-        code = main([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
+    return caller(capsys)
 
 
 def refused(ran: Ran, pattern: str) -> None:

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
+from math import prod
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -115,7 +116,7 @@ class Headers:
                 begin, end = each["data_offsets"]
                 if each["dtype"] != _NAMES[dtype] or each["shape"] != wanted:
                     return f"the shard '{path}' is damaged: '{name}' has another shape or dtype"
-                if end - begin != dtype.itemsize * _product(wanted):
+                if end - begin != dtype.itemsize * prod(wanted):
                     return f"the shard '{path}' is damaged: '{name}' has another size"
                 spans.append((begin, end))
             spans.sort()
@@ -128,13 +129,6 @@ class Headers:
             return f"cannot read '{path}': {reason(error)}"
         self._good[shard.rows] = found
         return None
-
-
-def _product(sizes: list[int]) -> int:
-    total = 1
-    for size in sizes:
-        total *= size
-    return total
 
 
 def write_shard(
