@@ -155,7 +155,7 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
         if not result.top:
             parts.append(Text("\nNo example in the cache has a sketch, so there are no hits.\n"))
             continue
-        bounded = result.method == "dot" and result.normalize != "none"
+        bounded = result.bounded
         parts.append(hits_table("Most helpful", result.top, bounded=bounded))
         parts.append(hits_table("Most harmful", result.bottom, bounded=bounded))
     if results:
