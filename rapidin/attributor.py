@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -20,16 +20,20 @@ from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError, is_out_of_memory, short
 from rapidin.examples import Examples, open_examples
 from rapidin.geometry import STREAM, Geometry, GeometryChoice, Moments, kfac_scales
-from rapidin.hits import QueryResult
+from rapidin.hits import Results
 from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Projection
 from rapidin.kronecker import FactorMoments
 from rapidin.layers import coverage, find_targets, layer_table
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 from rapidin.pack import Format
-from rapidin.query import Clock, Generation, Part, Scoring, explain, leaders
-from rapidin.query import scores as all_scores
+from rapidin.query import Generation
+from rapidin.targets import HOTWORDS, Targets, find, split_words
+from rapidin.targets import check as check_targets
 from rapidin.thinning import Thinning
 from rapidin.transfer import Download, upload
+
+if TYPE_CHECKING:
+    from rapidin.ensemble import Ensemble
 
 PROJECTIONS = get_args(Projection)
 HASH = "lowbias32-1"  # the definition of bins and signs in docs/sketch.md
@@ -413,8 +417,8 @@ class Attributor:
         """The geometry of each point, of the kind that is wanted, from the gradients of these texts."""
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
         points = []
-        for point in self.points:
-            with self.loaded.path.at(point), self._thinned():
+        for number in range(len(self.points)):
+            with self.at(number):
                 if self.geometry.kind == "kfac":
                     factors = self._factor_moments(good, encoded, meter)
                     if not factors.examples and meter:
@@ -523,10 +527,14 @@ class Attributor:
         if self.loaded.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _thinned(self) -> AbstractContextManager[None]:
-        if self.thinning is None:
-            return nullcontext()
-        return self.thinning.over(self.loaded.model, self.targets)
+    @contextmanager
+    def at(self, number: int) -> Iterator[None]:
+        """The model at one of `points`, by its number, as gradients are taken of it."""
+        thinned = (
+            nullcontext() if self.thinning is None else self.thinning.over(self.loaded.model, self.targets)
+        )
+        with self.loaded.path.at(self.points[number]), thinned:
+            yield
 
     def _one_by_one(self) -> str:
         names = self.sketcher.single_names
@@ -543,10 +551,10 @@ class Attributor:
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
         if meter:
             meter.add(len(encoded) - len(good), 0, skipped=len(encoded) - len(good))
-        for number, point in enumerate(self.points):
+        for number in range(len(self.points)):
             blocks = slice(number * self.sketcher.blocks, (number + 1) * self.sketcher.blocks)
             last = number == len(self.points) - 1
-            with self.loaded.path.at(point), self._thinned():
+            with self.at(number):
                 run = partial(self.sketcher, point=number)
                 for chosen, made in self._in_batches(good, encoded, run, meter):
                     at = _on(device, chosen, torch.int64)
@@ -609,69 +617,30 @@ class Attributor:
         self,
         cache: Cache | str | Path,
         generations: Sequence[Any],
-        *,
-        top_k: int = 10,
-        normalize: Literal["layer", "none", "cosine"] = "layer",
-        method: Literal["dot", "datainf", "fisher"] = "dot",
-        damping: float | None = None,
-        together: bool = False,
-        max_new_tokens: int = 64,
-        examples: Any = None,
-    ) -> list[QueryResult]:
+        **options: Any,
+    ) -> Results:
         """The most helpful and most harmful training examples of each generation.
 
         generations: (prompt, completion) pairs or records as in training data; where the completion is
-        missing the tuned model writes one. top_k: hits at each end, all where the cache has fewer. normalize,
-        method, damping: see `rapidin.methods`. together: one ranking for all generations as a target set, the
-        mean of their scores by the records' field `weight` (1 where it is missing; negative: less of it).
-        examples: the training data, to show with the hits, by default from where the cache was made; False
-        for none. Of several processes (`rapidin.distributed`) each scans its part, and the leading one gets
-        the hits, the others none. Raises UserError where a generation has no token to explain.
+        missing the tuned model writes one. options: see `rapidin.Ensemble.query`, which does it. Raises
+        UserError where the cache was made with another model or other settings, and as that does.
         """
-        scoring = Scoring(normalize, method, damping, together)
-        scoring.check()
-        if top_k < 1:
-            raise UserError(f"--top-k {top_k} is less than 1")
-        cache, clock = self._checked(cache), Clock()
-        texts, parts = self._parts(cache, generations, max_new_tokens, clock)
-        return explain(parts, texts, scoring, top_k=top_k, examples=examples, clock=clock)
+        return self._alone(cache).query(generations, **options)
 
-    def scores(
-        self,
-        cache: Cache | str | Path,
-        generations: Sequence[Any],
-        *,
-        normalize: Literal["layer", "none", "cosine"] = "layer",
-        method: Literal["dot", "datainf", "fisher"] = "dot",
-        damping: float | None = None,
-        together: bool = False,
-        max_new_tokens: int = 64,
-    ) -> Tensor:
+    def scores(self, cache: Cache | str | Path, generations: Sequence[Any], **options: Any) -> Tensor:
         """The scores of all training examples: [Q, rows] float32 on the CPU, NaN for rows that do not count.
 
-        Arguments as `query`; [1, rows] with `together`.
+        options: see `rapidin.Ensemble.scores`.
         """
-        scoring = Scoring(normalize, method, damping, together)
-        scoring.check()
-        texts, parts = self._parts(self._checked(cache), generations, max_new_tokens, Clock())
-        return all_scores(parts, texts, scoring)
+        return self._alone(cache).scores(generations, **options)
 
-    def _parts(
-        self, cache: Cache, generations: Sequence[Any], max_new_tokens: int, clock: Clock
-    ) -> tuple[list[Generation], list[Part]]:
-        def make() -> tuple[list[Generation], list[Part]]:
-            texts = self.generations(generations, max_new_tokens)
-            clock.lap("generate")
-            sketch = self.query_sketches(texts)
-            clock.lap("sketch")
-            return texts, [Part(cache, sketch)]
+    def _alone(self, cache: Cache | str | Path) -> Ensemble:
+        """The ensemble of one cache, made by this attributor."""
+        from rapidin.ensemble import Ensemble, Member  # which knows attributors
 
-        return leaders([cache], make, device=str(self.loaded.device), everywhere=self.loaded.sharded)
-
-    def _checked(self, cache: Cache | str | Path) -> Cache:
-        cache = cache if isinstance(cache, Cache) else Cache(cache)
-        self.check(cache.manifest)
-        return cache
+        path = cache.path if isinstance(cache, Cache) else Path(cache)
+        load = {"device": str(self.loaded.device), "shard_model": self.loaded.sharded}
+        return Ensemble([Member(path, 1.0, self)], load=load)
 
     def query_sketches(self, texts: Sequence[Generation]) -> Tensor:
         """Sketches of generations: [Q, blocks, width] float32. Raises UserError for one with NaN or Inf."""
@@ -685,16 +654,72 @@ class Attributor:
             )
         return sketch
 
-    def generations(self, values: Sequence[Any], max_new_tokens: int = 64) -> list[Generation]:
-        """What is to be explained, with completions written where they are missing; see `query`.
+    def target_sketches(self, texts: Sequence[Generation]) -> Tensor | None:
+        """Sketches of the targets of all generations, one after the other: [targets, blocks, width] float32,
+        or None where there are none. Those of all tokens of a generation sum to the generation's.
+
+        Raises UserError for one with NaN or Inf, and for a projection that keeps no layers apart.
+        """
+        queries, weights, _ = self.target_queries(texts)
+        if not queries:
+            return None
+        if self.projection == "rapidgrad":
+            raise UserError(
+                "the rapidgrad projection scales the whole generation's gradient, so its tokens have no part",
+                "make the cache with --projection tensor",
+            )
+        sketch, status = self._sketch(queries)
+        if bool((status != 0).any()):
+            raise UserError(
+                "the gradient of a token of a generation holds NaN or Inf, or needs too much memory"
+            )
+        return sketch * torch.tensor(weights, device=sketch.device)[:, None, None]
+
+    def target_queries(self, texts: Sequence[Generation]) -> tuple[list[Encoded], list[float], list[int]]:
+        """Of the targets of all generations: the text whose loss is theirs, the weight of this loss in the
+        generation's, and the generation's place.
+
+        A text ends before the last token that is asked about: what a causal model reads after it changes
+        nothing.
+        """
+        queries: list[Encoded] = []
+        weights: list[float] = []
+        owners: list[int] = []
+        for owner, text in enumerate(texts):
+            counted = [n for n, counts in enumerate(text.encoded.target) if counts]
+            for span in text.spans:
+                chosen = {counted[place] for place in span.places}
+                end = max(chosen) + 1
+                target = [n in chosen for n in range(end)]
+                queries.append(Encoded(text.encoded.ids[:end], target, Status.OK))
+                weights.append(len(chosen) / len(counted) if self.loss == "mean" else 1.0)
+                owners.append(owner)
+        return queries, weights, owners
+
+    def generations(
+        self, values: Sequence[Any], max_new_tokens: int = 64, targets: Targets | None = None
+    ) -> list[Generation]:
+        """What is to be explained, with completions written where they are missing, and its targets; see
+        `query`.
 
         Raises UserError where there is none, or one has no token to explain."""
         if not values:
             raise UserError("there is no generation to explain")
+        check_targets(targets, len(values))
         texts = [self._generation(value, max_new_tokens) for value in values]
         for text in texts:
             text.check()
-        return texts
+        return [self._with_targets(text, values[n], targets, n) for n, text in enumerate(texts)]
+
+    def _with_targets(self, text: Generation, value: Any, targets: Targets | None, n: int) -> Generation:
+        words = split_words(value.get(HOTWORDS) or ()) if isinstance(value, Mapping) else ()
+        if targets is None or (targets == "hotwords" and not words):
+            return text
+        pieces = self.encoder.pieces(text.encoded.ids)
+        counted = [piece for piece, counts in zip(pieces, text.encoded.target, strict=True) if counts]
+        chosen = None if targets == "tokens" else words if isinstance(targets, str) else targets[n]
+        spans, missing = find(chosen, counted, text.completion)
+        return replace(text, pieces=tuple(counted), spans=tuple(spans), missing=tuple(missing))
 
     def _generation(self, value: Any, max_new_tokens: int) -> Generation:
         if not isinstance(value, Mapping):

@@ -1,5 +1,6 @@
 """Records to token ids, and which tokens count."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise, takewhile
@@ -139,6 +140,23 @@ class Encoder:
             last = record["messages"][-1] if record["messages"] else {"role": "", "content": ""}
             return (last["content"] or None) if last["role"] == "assistant" else None
         return record.get(FORMS[form][-1]) or None
+
+    def pieces(self, ids: Sequence[int]) -> list[str]:
+        """What each token says; together they are the text. Tokens that are parts of one character say
+        nothing, but for the last of them."""
+        found: list[str] = []
+        begun = read = 0  # some context is decoded again, since what a token says depends on those before
+        for end in range(1, len(ids) + 1):
+            known, text = self._decode(ids[begun:read]), self._decode(ids[begun:end])
+            if end < len(ids) and (len(text) <= len(known) or text.endswith("\ufffd")):
+                found.append("")
+                continue
+            found.append(text[len(known) :])
+            begun, read = read, end
+        return found
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""
 
     def _encode_messages(self, messages: list[Record]) -> Encoded:
         if not messages:

@@ -25,11 +25,13 @@ from torch import Tensor
 from rapidin.attributor import Attributor
 from rapidin.cache import Cache
 from rapidin.errors import UserError, short
+from rapidin.explain import OnStage, explain
 from rapidin.files import read_own, reason, replace_file
-from rapidin.hits import QueryResult
-from rapidin.query import Clock, Generation, Part, Scoring, explain, leaders
+from rapidin.hits import Results
+from rapidin.query import Clock, Generation, Part, Query, Scoring, Wanted, leaders
 from rapidin.query import scores as all_scores
 from rapidin.scan import check_same_examples
+from rapidin.targets import Targets
 
 NAME = "ensemble.json"
 FORMAT, VERSION = "rapidin-ensemble", 1
@@ -108,34 +110,62 @@ class Ensemble:
         method: str = "dot",
         damping: float | None = None,
         together: bool = False,
+        targets: Targets | None = None,
+        contributions: bool = False,
         max_new_tokens: int = 64,
         examples: Any = None,
-        rescore: Cache | None = None,
-        candidates: int = 1000,
-    ) -> list[QueryResult]:
-        """The most helpful and most harmful training examples of each generation: `Attributor.query` over
-        all members at once.
+        rescore: Cache | Literal["exact"] | None = None,
+        candidates: int | None = None,
+        on_stage: OnStage | None = None,
+    ) -> Results:
+        """The most helpful and most harmful training examples of each generation, over all members at once.
 
-        rescore: a cache of the same examples and model that keeps more of each, by whose scores the best of
-        `candidates` at each end are chosen; for a single member. Raises UserError where it is another's.
+        generations: (prompt, completion) pairs or records as in training data; where the completion is
+        missing the tuned model writes one. top_k: hits at each end, all where the cache has fewer. normalize,
+        method, damping: see `rapidin.methods`. together: one ranking for all generations as a target set, the
+        mean of their scores by the records' field `weight` (1 where it is missing; negative: less of it).
+        targets: parts of the generations that have hits of their own: "tokens" for each token, "hotwords" for
+        the words in the records' field `hotwords` ("planet|Zorgon"), or for each generation a list of words
+        and (start, end) spans of its completion (`rapidin.targets`). contributions: what each token of a hit
+        brings to its score (`rapidin.inside`). examples: the training data, to show with the hits, by default
+        from where the cache was made; False for none. rescore: by whose scores the best of `candidates` at
+        each end are chosen: a cache of the same examples and model that keeps more of each, for a single
+        member (by default of 1,000), or "exact", the gradients themselves (of twice top_k). on_stage: called
+        with what is done, how much of it, and of how much.
+
+        Of several processes (`rapidin.distributed`) each scans its part, and the leading one gets the hits,
+        the others none. Raises UserError where a generation has no token to explain, where caches are not of
+        the same examples and models, and where what is asked for is not to be had.
         """
         scoring = Scoring(normalize, method, damping, together)
         scoring.check()
-        if top_k < 1:
-            raise UserError(f"--top-k {top_k} is less than 1")
+        exact = rescore == "exact"
+        if isinstance(rescore, str) and not exact:
+            raise UserError(f"cannot rescore by '{rescore}'", "give a cache, or say exact")
+        if rescore is None and candidates is not None:
+            raise UserError("--candidates are those that --rescore looks at", "say --rescore too")
+        if together and targets is not None:
+            raise UserError("targets are parts of single generations", "leave out --together")
+        default = 0 if rescore is None else 2 * top_k if exact else max(1000, top_k)
+        wanted = Wanted(top_k, targets, exact, default if candidates is None else candidates, contributions)
+        wanted.check()
         clock = Clock()
-        if rescore is not None:
+        finer = rescore if isinstance(rescore, Cache) else None
+        if finer is not None:
             if len(self.members) > 1:
                 raise UserError("--rescore goes with a single cache", "name one of them")
-            check_same_examples([self.caches[0], rescore])
-            if candidates < top_k:
-                raise UserError(f"--candidates {candidates} is less than --top-k {top_k}")
-        texts, parts = self.parts(generations, max_new_tokens, normalize, clock, rescore)
-        finer = None if rescore is None else parts.pop()
+            check_same_examples([self.caches[0], finer])
+        query = self.parts(generations, max_new_tokens, normalize, clock, finer, targets)
+
+        def model(number: int) -> Attributor:
+            member = self.caches.index(query.parts[number].cache)
+            if finer is None:
+                return self.attributor(member)
+            return Attributor.like(finer.manifest, self.attributor(member).loaded)
+
         return explain(
-            parts, texts, scoring, top_k=top_k, examples=examples, clock=clock, finer=finer,
-            candidates=0 if finer is None else candidates,
-        )  # fmt: skip
+            query, scoring, wanted, examples=examples, clock=clock, models=model, on_stage=on_stage
+        )
 
     def scores(
         self,
@@ -155,8 +185,8 @@ class Ensemble:
         """
         scoring = Scoring(normalize, method, damping, together, groups)
         scoring.check()
-        texts, parts = self.parts(generations, max_new_tokens, normalize, Clock())
-        return all_scores(parts, texts, scoring)
+        query = self.parts(generations, max_new_tokens, normalize, Clock())
+        return all_scores(query.parts, query.texts, scoring)
 
     def attributor(self, number: int = -1) -> Attributor:
         """The attributor of a member, loaded where it is not in memory."""
@@ -173,15 +203,16 @@ class Ensemble:
         normalize: str,
         clock: Clock,
         rescore: Cache | None = None,
-    ) -> tuple[list[Generation], list[Part]]:
+        targets: Targets | None = None,
+    ) -> Query:
         """The generations, and every cache with their sketches and its weight for this normalisation.
 
         One model in memory at a time, the last first: it writes what is to be explained. Of several processes
         only the leading one loads models, but for those that are spread over all. rescore: a cache of the
-        same model, whose part comes last."""
+        same model."""
         return leaders(
             [*self.caches, *([] if rescore is None else [rescore])],
-            lambda: self._parts(generations, max_new_tokens, normalize, clock, rescore),
+            lambda: self._parts(generations, max_new_tokens, normalize, clock, rescore, targets),
             device=self.load.get("device"),
             everywhere=bool(self.load.get("shard_model")),
         )
@@ -193,11 +224,13 @@ class Ensemble:
         normalize: str,
         clock: Clock,
         rescore: Cache | None,
-    ) -> tuple[list[Generation], list[Part]]:
+        targets: Targets | None,
+    ) -> Query:
         total = sum(m.weight for m in self.members)
         summed = self.kind == "tracin" and normalize == "none"
         texts: list[Generation] = []
         parts: list[Part] = []
+        finer: Part | None = None
         for number in reversed(range(len(self.members))):
             member = self.members[number]
             if not member.weight and texts:
@@ -205,18 +238,21 @@ class Ensemble:
             attributor = self.attributor(number)
             clock.lap("load")
             if not texts:
-                texts = attributor.generations(generations, max_new_tokens)
+                texts = attributor.generations(generations, max_new_tokens, targets)
                 clock.lap("generate")
-            sketch = attributor.query_sketches(texts)
             weight = member.weight if summed else member.weight / total
             if member.weight:
-                parts.append(Part(self.caches[number], sketch, weight))
+                parts.append(_part(self.caches[number], attributor, texts, weight))
             if rescore is not None:
-                finer = Attributor.like(rescore.manifest, attributor.loaded)
-                parts.insert(0, Part(rescore, finer.query_sketches(texts)))
+                like = Attributor.like(rescore.manifest, attributor.loaded)
+                finer = _part(rescore, like, texts, 1.0)
             clock.lap("sketch")
             del attributor
-        return texts, parts[::-1]
+        return Query(texts, parts[::-1], finer)
+
+
+def _part(cache: Cache, attributor: Attributor, texts: Sequence[Generation], weight: float) -> Part:
+    return Part(cache, attributor.query_sketches(texts), weight, attributor.target_sketches(texts))
 
 
 def read_members(folder: Path) -> tuple[Kind, list[Member]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,13 +117,18 @@ class TargetResult:
     bottom: list[Hit]
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the JSON of a query."""
+        """As it stands in the JSON of a query; of its hits the places and scores alone, since there may be
+        very many."""
+
+        def brief(hits: list[Hit]) -> list[dict[str, Any]]:
+            return [{"rank": hit.rank, "index": hit.index, "score": hit.score} for hit in hits]
+
         return {
             "text": self.text,
             "places": list(self.places),
             "influence": self.influence,
-            "top": [hit.to_json() for hit in self.top],
-            "bottom": [hit.to_json() for hit in self.bottom],
+            "top": brief(self.top),
+            "bottom": brief(self.bottom),
         }
 
 
@@ -177,7 +183,8 @@ class QueryResult:
     targets: parts of the generation, each with hits of its own; layers: names of the layers that
     `Hit.layers` speaks of; histogram: of all scores; by: a column of the training data, and groups: what each
     of its values brings, largest total first; examples: how many training examples were scored; overlaps: by
-    the name of a baseline, how many of the top hits are in its own top as well.
+    the name of a baseline, how many of the top hits are in its own top as well; missing: hot words that the
+    completion does not say.
     """
 
     prompt: str
@@ -198,6 +205,7 @@ class QueryResult:
     groups: list[Group] = field(default_factory=list)
     examples: int = 0
     overlaps: Mapping[str, int] = field(default_factory=dict)
+    missing: tuple[str, ...] = ()
 
     @property
     def bounded(self) -> bool:
@@ -227,6 +235,8 @@ class QueryResult:
             value["tokens"] = list(self.pieces)
         if self.targets:
             value["targets"] = [target.to_json() for target in self.targets]
+        if self.missing:
+            value["missing"] = list(self.missing)
         if self.by is not None:
             value["by"] = {"column": self.by, "groups": [group.to_json() for group in self.groups]}
         if self.histogram is not None:

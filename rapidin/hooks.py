@@ -179,6 +179,19 @@ class GradientSketcher:
         self._run(batch, state)
         return [state.factors[n] for n in range(len(self.targets))]
 
+    def positions(self, batch: Batch, vectors: Tensor, point: int | None = None) -> tuple[Tensor, Tensor]:
+        """(products [T, Q, targets], sketches [targets, width]), float32, of a batch of one text.
+
+        products: of vectors [Q, targets, width] with what each position brings to the sketch of a target's
+        gradient: the products of ``rows_t columns_t^T`` alone; over positions they sum to those with the
+        sketches, which are those of a call ("rapidgrad": before they are scaled and summed). Raises as a call
+        does, and TypeError for targets whose gradient does not come position by position.
+        """
+        kind = _PositionPass if self.projection == "tensor" else _FormedPositionPass
+        state = kind(self, batch, self._scales(point), vectors)
+        self._run(batch, state)
+        return state.products, state.out[0]
+
     def squares(self, batch: Batch) -> list[Squares]:
         """Of each target the sums of squares of the examples' gradients over rows [B, O] and columns [B, I].
 
@@ -326,7 +339,7 @@ class _Pass:
                     g = g.masked_fill((ids == padding)[..., None], 0.0)
                 self._add_embedding(n, ids, self.scales[n].embedding(ids, g) if self.scales else g)
             elif use.kind == "bias":
-                self.add_own(n, g.float().sum(1)[:, :, None])
+                self._add_bias(n, g)
             else:
                 columns, rows = self._by_example(inputs, 1), g
                 if use.kind == "conv1d":  # its weight is stored [in, out]: the input is the row factor
@@ -340,26 +353,49 @@ class _Pass:
         self.seen.add(n)
         self._add_formed(n, self.scales[n].formed(grad) if self.scales else grad)
 
+    def _add_bias(self, n: int, grad: Tensor) -> None:
+        """Add the gradient of a bias, that of the outputs [B, T, O]."""
+        self.add_own(n, grad.float().sum(1)[:, :, None])
+
     # What follows takes gradients that are scaled already.
 
     def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
         """Add ``sum_t rows_t columns_t^T``; columns: [B, T, I], rows: [B, T, O]."""
-        self._put(n, ops.linear_sketch(columns, rows, self.sketcher.width, seed=self.sketcher.seeds[n]))
+        self._put(n, self._sketch_factors(n, columns, rows))
 
     def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         """Add the gradient of an embedding's [V, E] weight; ids: [B, T], grad: [B, T, E]."""
-        ids = ids.to(grad.device)
-        self._put(n, ops.embedding_sketch(ids, grad, self.sketcher.width, seed=self.sketcher.seeds[n]))
+        self._put(n, self._sketch_embedding(n, ids.to(grad.device), grad))
+
+    def _sketch_factors(self, n: int, columns: Tensor, rows: Tensor) -> Tensor:
+        """[B, width] of factors [B, T, I] and [B, T, O]."""
+        return ops.linear_sketch(columns, rows, self.sketcher.width, seed=self.sketcher.seeds[n])
+
+    def _sketch_embedding(self, n: int, ids: Tensor, grad: Tensor) -> Tensor:
+        """[B, width] of ids [B, T] and gradients [B, T, E]."""
+        return ops.embedding_sketch(ids, grad, self.sketcher.width, seed=self.sketcher.seeds[n])
+
+    def _sketch_formed(self, n: int, grad: Tensor) -> Tensor:
+        """[B, width] of formed gradients [B, O, I]."""
+        return ops.matrix_sketch(grad.float(), self.sketcher.width, seed=self.sketcher.seeds[n])
 
     def _add_module(self, module: nn.Module, own: Sequence[int], inputs: Tensor, grad: Tensor) -> None:
         """Norms and the like: the module again, one example at a time, for its own few parameters."""
         if inputs.shape[0] != self.rows:
             self._not_batched()
+        for n, grads in self._module_gradients(module, own, inputs, grad):
+            self.add_own(n, grads)
+
+    def _module_gradients(
+        self, module: nn.Module, own: Sequence[int], inputs: Tensor, grad: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(number, gradients [B, O, 1]) of each of its own parameters; inputs: [B, ..., I], grad of the
+        outputs: [B, ..., O]."""
         named = dict(module.named_parameters(recurse=False))
         index = {id(self.sketcher.parameters[self.sketcher.targets[n].name]): n for n in own}
         roles = {role: index[id(p)] for role, p in named.items() if id(p) in index}
         grads: list[tuple[Tensor, ...]] = []
-        for row in range(self.rows):
+        for row in range(len(inputs)):
             with torch.enable_grad():
                 copies = {role: p.detach().requires_grad_() for role, p in named.items()}
                 self._again = True
@@ -369,11 +405,11 @@ class _Pass:
                     torch.autograd.grad(again, [copies[role] for role in roles], grad[row : row + 1])
                 )
         for n, parts in zip(roles.values(), zip(*grads, strict=True), strict=True):
-            self.add_own(n, torch.stack(parts)[:, :, None])
+            yield n, torch.stack(parts)[:, :, None]
 
     def _add_formed(self, n: int, grad: Tensor) -> None:
         """Add a formed gradient [B, O, I]."""
-        self._put(n, ops.matrix_sketch(grad.float(), self.sketcher.width, seed=self.sketcher.seeds[n]))
+        self._put(n, self._sketch_formed(n, grad))
 
     def _put(self, n: int, sketch: Tensor) -> None:
         self.out[:, n] += sketch.to(self.out.device)  # a device map may have put this layer elsewhere
@@ -395,17 +431,82 @@ class _Pass:
 class _FormedPass(_Pass):
     """A pass that forms each gradient and makes the flat sketch of it."""
 
+    def _sketch_factors(self, n: int, columns: Tensor, rows: Tensor) -> Tensor:
+        return self._sketch_formed(n, torch.bmm(rows.float().mT, columns.float()))
+
+    def _sketch_embedding(self, n: int, ids: Tensor, grad: Tensor) -> Tensor:
+        vocabulary, size = self.sketcher.targets[n].shape
+        formed = grad.new_zeros(len(ids), vocabulary, size, dtype=torch.float32)
+        return self._sketch_formed(
+            n, formed.scatter_add_(1, ids[..., None].expand(-1, -1, size), grad.float())
+        )
+
+    def _sketch_formed(self, n: int, grad: Tensor) -> Tensor:
+        width, seed = self.sketcher.width, self.sketcher.seeds[n]
+        return ops.flat_sketch([grad.float().flatten(1)], width, seed=seed, batched=True)
+
+
+class _PositionPass(_Pass):
+    """A pass over one text whose positions are sketched one by one, and their products with vectors kept."""
+
+    def __init__(
+        self, sketcher: GradientSketcher, batch: Batch, scales: Sequence[Scale] | None, vectors: Tensor
+    ) -> None:
+        super().__init__(sketcher, batch, scales)
+        if self.rows != 1:
+            raise ValueError(f"a batch of {self.rows} texts, where one is wanted")
+        self._vectors = vectors
+        self.products = self.out.new_zeros(self.length, len(vectors), len(sketcher.targets))
+
     def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
-        self._add_formed(n, torch.bmm(rows.float().mT, columns.float()))
+        self._each(n, self._sketch_factors, columns[0, :, None], rows[0, :, None])
 
     def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
-        vocabulary, size = self.sketcher.targets[n].shape
-        formed = grad.new_zeros(self.rows, vocabulary, size, dtype=torch.float32)
-        self._add_formed(n, formed.scatter_add_(1, ids[..., None].expand(-1, -1, size), grad.float()))
+        self._each(n, self._sketch_embedding, ids.to(grad.device)[0, :, None], grad[0, :, None])
+
+    def _add_bias(self, n: int, grad: Tensor) -> None:
+        self._add_own_positions(n, grad.float()[0, :, :, None])
+
+    def _add_module(self, module: nn.Module, own: Sequence[int], inputs: Tensor, grad: Tensor) -> None:
+        # A norm treats each position by itself, so each may be an example of one token.
+        if inputs.shape[:2] != (1, self.length) or grad.shape[:2] != (1, self.length):
+            raise self._no_positions(own[0])
+        alone = self._module_gradients(module, own, inputs[0, :, None], grad[0, :, None])
+        together = self._module_gradients(module, own, inputs, grad)
+        for (n, grads), (_, whole) in zip(alone, together, strict=True):
+            error = (grads.float().sum(0) - whole[0].float()).norm()
+            if not bool(error <= 0.01 * whole.float().norm() + 1e-30):
+                raise self._no_positions(n)
+            self._add_own_positions(n, grads)
+
+    def _add_own_positions(self, n: int, grads: Tensor) -> None:
+        """Add what each position brings, formed and not scaled yet: [T, O, I]."""
+        self._each(n, self._sketch_formed, self.scales[n].formed(grads) if self.scales else grads)
 
     def _add_formed(self, n: int, grad: Tensor) -> None:
-        width, seed = self.sketcher.width, self.sketcher.seeds[n]
-        self._put(n, ops.flat_sketch([grad.float().flatten(1)], width, seed=seed, batched=True))
+        raise self._no_positions(n)
+
+    def _no_positions(self, n: int) -> TypeError:
+        return TypeError(f"the gradient of '{self.sketcher.targets[n].name}' does not come token by token")
+
+    def _each(self, n: int, sketch: Callable[..., Tensor], *positions: Tensor) -> None:
+        """Sketch positions [T, ...] some at a time, since the sketch of each may take a formed gradient."""
+        o, i = matrix_shape(self.sketcher.targets[n].shape)
+        size = max(1, _POSITIONS_BYTES // (4 * max(o * i, self.sketcher.width)))
+        if len(positions[0]) != self.length:  # an expert of some tokens, say
+            raise self._no_positions(n)
+        vectors = self._vectors[:, n].to(positions[0].device)
+        for at in range(0, self.length, size):
+            made = sketch(n, *(x[at : at + size] for x in positions))
+            self.products[at : at + size, :, n] += (made @ vectors.T).to(self.out.device)
+            self.out[0, n] += made.sum(0).to(self.out.device)
+
+
+_POSITIONS_BYTES = 64 << 20  # of formed gradients that are held at a time
+
+
+class _FormedPositionPass(_PositionPass, _FormedPass):
+    """The same, of flat sketches."""
 
 
 class _FactorPass(_Pass):

@@ -1,11 +1,10 @@
-"""From the sketches of generations to hits: methods turn them, one scan over all caches ranks examples."""
+"""What is asked: generations and their targets, how influence is estimated, and what is to be scanned for."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,19 +14,26 @@ from rapidin.cache import Cache
 from rapidin.distributed import world
 from rapidin.encoding import Encoded, Status
 from rapidin.errors import UserError, short
-from rapidin.hits import QueryResult
-from rapidin.scan import Source, all_scores, hits_of, rescore, scan_cache, training_data
+from rapidin.scan import Source, all_scores
+from rapidin.targets import Span, Targets
 
 
 @dataclass(frozen=True, slots=True)
 class Generation:
-    """A generation to explain. generated: the model wrote the completion; weight: its part in a set."""
+    """A generation to explain.
+
+    generated: the model wrote the completion; weight: its part in a set; pieces: texts of its tokens that
+    count, where they are wanted; spans: its targets; missing: hot words that it does not say.
+    """
 
     prompt: str
     completion: str
     generated: bool
     encoded: Encoded
     weight: float = 1.0
+    pieces: tuple[str, ...] = ()
+    spans: tuple[Span, ...] = ()
+    missing: tuple[str, ...] = ()
 
     def check(self) -> None:
         """Raise UserError where it has no token to explain."""
@@ -57,30 +63,66 @@ class Scoring:
         methods.check(self.method, self.normalize, self.damping)
 
 
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a query is to bring, see `rapidin.Ensemble.query`. candidates: at each end, that are rescored."""
+
+    top_k: int = 10
+    targets: Targets | None = None
+    exact: bool = False
+    candidates: int = 0
+    contributions: bool = False
+
+    def check(self) -> None:
+        """Raise UserError where this is not to be had."""
+        if self.top_k < 1:
+            raise UserError(f"--top-k {self.top_k} is less than 1")
+        if 0 < self.candidates < self.top_k:
+            raise UserError(f"--candidates {self.candidates} is less than --top-k {self.top_k}")
+
+    @property
+    def inside(self) -> bool:
+        """Whether gradients of training examples are to be taken again."""
+        return self.exact or self.contributions
+
+
 @dataclass(frozen=True)
 class Part:
     """A cache, and the sketches [Q, blocks, width] of the generations at the place where it was made.
 
-    weight: of its scores in the sum, such as the learning rate of a checkpoint.
+    weight: of its scores in the sum, such as the learning rate of a checkpoint; targets: sketches
+    [P, blocks, width] of the generations' targets, one generation after the other.
     """
 
     cache: Cache
     sketch: Tensor
     weight: float = 1.0
+    targets: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Query:
+    """What `parts` of `rapidin.ensemble` gives: the generations, every cache with their sketches, and, of a
+    single cache, a finer one to rescore by. In processes that do not lead the generations have no text."""
+
+    texts: list[Generation]
+    parts: list[Part]
+    finer: Part | None = None
 
 
 def leaders(
     caches: Sequence[Cache],
-    make: Callable[[], tuple[list[Generation], list[Part]]],
+    make: Callable[[], Query],
     *,
     device: str | None = None,
     everywhere: bool = False,
-) -> tuple[list[Generation], list[Part]]:
+) -> Query:
     """What `make` gives in the leading process, for all: the others need no model, and all scan for the same
     bits.
 
     caches: of which the parts are; device: where the others have their sketches. everywhere: all processes
-    call `make`, since the model is spread over them. The others' generations have their weights and no text.
+    call `make`, since the model is spread over them. The others' generations have their weights, the number
+    of their targets, and no text.
     """
     from safetensors.torch import load, save
 
@@ -91,11 +133,16 @@ def leaders(
 
     def data() -> bytes:
         assert made is not None
-        texts, parts = made
+        parts = [*made.parts, *([] if made.finer is None else [made.finer])]
         found = {f"sketch {n}": part.sketch.cpu().contiguous() for n, part in enumerate(parts)}
+        for n, part in enumerate(parts):
+            if part.targets is not None:
+                found[f"targets {n}"] = part.targets.cpu().contiguous()
         found["caches"] = torch.tensor([caches.index(part.cache) for part in parts])
         found["weights"] = torch.tensor([part.weight for part in parts], dtype=torch.float64)
-        found["texts"] = torch.tensor([text.weight for text in texts], dtype=torch.float64)
+        found["texts"] = torch.tensor([text.weight for text in made.texts], dtype=torch.float64)
+        found["spans"] = torch.tensor([len(text.spans) for text in made.texts])
+        found["finer"] = torch.tensor(made.finer is not None)
         shared: bytes = save(found)
         return shared
 
@@ -103,18 +150,29 @@ def leaders(
     if here.leads:
         assert made is not None
         return made
-    nothing = Encoded([], [], Status.EMPTY)
-    texts = [Generation("", "", False, nothing, weight) for weight in found["texts"].tolist()]
+    nothing, span = Encoded([], [], Status.EMPTY), Span("", ())
+    texts = [
+        Generation("", "", False, nothing, weight, spans=(span,) * spans)
+        for weight, spans in zip(found["texts"].tolist(), found["spans"].tolist(), strict=True)
+    ]
     columns = zip(found["caches"].tolist(), found["weights"].tolist(), strict=True)
     where = here.device(device)
-    return texts, [
-        Part(caches[cache], found[f"sketch {n}"].to(where), weight)
+    parts = [
+        Part(
+            caches[cache],
+            found[f"sketch {n}"].to(where),
+            weight,
+            targets.to(where) if (targets := found.get(f"targets {n}")) is not None else None,
+        )
         for n, (cache, weight) in enumerate(columns)
     ]
+    finer = parts.pop() if bool(found["finer"]) else None
+    return Query(texts, parts, finer)
 
 
 def sources(parts: Sequence[Part], generations: Sequence[Generation], scoring: Scoring) -> list[Source]:
-    """What to scan for. Raises UserError where weights are not usable."""
+    """What to scan for: the generations, then all their targets. UserError where weights are not usable."""
+    owners = [n for n, generation in enumerate(generations) for _ in generation.spans]
     found = []
     for part in parts:
         turned = methods.prepare(
@@ -123,6 +181,7 @@ def sources(parts: Sequence[Part], generations: Sequence[Generation], scoring: S
             method=scoring.method,
             normalize=scoring.normalize,
             damping=scoring.damping,
+            parts=None if part.targets is None else (part.targets, owners),
         )
         vectors = turned.vectors * part.weight
         groups = [range(len(generations))] if scoring.together else scoring.groups
@@ -132,62 +191,19 @@ def sources(parts: Sequence[Part], generations: Sequence[Generation], scoring: S
     return found
 
 
-def _mean(vectors: Tensor, generations: Sequence[Generation], chosen: Sequence[int]) -> Tensor:
-    """The weighted mean of chosen query vectors [Q, blocks, width]: [blocks, width]."""
+def weights_of(generations: Sequence[Generation], chosen: Sequence[int]) -> Tensor:
+    """The share of each chosen generation in their target set [chosen] float64; they sum to 1 where none is
+    negative. Raises UserError where they are not usable."""
     weights = torch.tensor([generations[n].weight for n in chosen], dtype=torch.float64, device="cpu")
     total = float(weights.abs().sum())
     if not 0 < total < float("inf"):
         raise UserError("the weights of a target set are all zero, or not finite", "mend its column 'weight'")
-    return torch.einsum("q,qbk->bk", (weights / total).to(vectors), vectors[list(chosen)])
+    return weights / total
 
 
-def explain(
-    parts: Sequence[Part],
-    generations: Sequence[Generation],
-    scoring: Scoring,
-    *,
-    top_k: int,
-    examples: Any,
-    clock: Clock,
-    finer: Part | None = None,
-    candidates: int = 0,
-) -> list[QueryResult]:
-    """The hits of each generation, or of all of them together; of several processes, for the leader alone.
-
-    finer: a cache of the same examples by whose scores the best of so many candidates at each end are chosen.
-    """
-    wanted = sources(parts, generations, scoring)
-    again = [] if finer is None else sources([finer], generations, scoring)
-    clock.lap("method")
-    top, bottom = scan_cache(wanted, max(top_k, candidates))
-    clock.lap("scan")
-    if not world().leads:
-        return []
-    if again:
-        top, bottom = rescore(again[0], (top, bottom), top_k)
-        clock.lap("rescore")
-    cache = parts[0].cache
-    source = training_data(cache, examples)
-    named = [(g.prompt, g.completion, g.generated) for g in generations]
-    if scoring.together:
-        named = [("", "", any(g.generated for g in generations))]
-    results = []
-    for n, (prompt, completion, generated) in enumerate(named):
-        best, worst = (hits_of(cache, source, scores[n], rows[n]) for scores, rows in (top, bottom))
-        results.append(
-            QueryResult(
-                prompt,
-                completion,
-                generated,
-                best,
-                worst,
-                scoring.normalize,
-                clock.seconds,
-                scoring.method,
-                len(generations) if scoring.together else 0,
-            )
-        )
-    return results
+def _mean(vectors: Tensor, generations: Sequence[Generation], chosen: Sequence[int]) -> Tensor:
+    """The weighted mean of chosen query vectors [Q, blocks, width]: [blocks, width]."""
+    return torch.einsum("q,qbk->bk", weights_of(generations, chosen).to(vectors), vectors[list(chosen)])
 
 
 def scores(parts: Sequence[Part], generations: Sequence[Generation], scoring: Scoring) -> Tensor:

@@ -83,16 +83,9 @@ def rescore(source: Source, ends: Ends, top_k: int, device: torch.device | None 
     source: a cache of the same examples, say one that keeps more of each. Rows that it lacks, or that do not
     count in it, are left out.
     """
-    device = source.query.vectors.device if device is None else device
     found = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))
     chosen = found[found >= 0]  # ascending
-    scores = torch.full((len(source.query.vectors), len(chosen)), torch.nan, device="cpu")
-    pieces = ((label, _moved(fields, device)) for label, fields in _some_pieces(source, chosen))
-    for values, places, _, _ in _scanned([source], device, pieces, top_k=_ALL_ROWS):
-        values, places = values.cpu(), places.cpu()
-        for query in range(len(scores)):
-            real = places[query] >= 0
-            scores[query, places[query][real]] = values[query][real]
+    scores = scores_of(source, chosen, device)
     best = []
     for (_, rows), largest in zip(ends, (True, False), strict=True):
         ordered = rows.sort(dim=1).values
@@ -101,6 +94,20 @@ def rescore(source: Source, ends: Ends, top_k: int, device: torch.device | None 
         kept = torch.where((ordered >= 0) & ~own.isnan(), ordered, -1)
         best.append(_best(own, kept, top_k, largest))
     return best[0], best[1]
+
+
+def scores_of(source: Source, chosen: Tensor, device: torch.device | None = None) -> Tensor:
+    """The scores of these rows [n], ascending, on the CPU: [Q, n] float32 there, NaN for rows that do not
+    count; as a scan has them."""
+    device = source.query.vectors.device if device is None else device
+    scores = torch.full((len(source.query.vectors), len(chosen)), torch.nan, device="cpu")
+    pieces = ((label, _moved(fields, device)) for label, fields in _some_pieces(source, chosen))
+    for values, places, _, _ in _scanned([source], device, pieces, top_k=_ALL_ROWS):
+        values, places = values.cpu(), places.cpu()
+        for query in range(len(scores)):
+            real = places[query] >= 0
+            scores[query, places[query][real]] = values[query][real]
+    return scores
 
 
 def _some_pieces(source: Source, chosen: Tensor) -> Iterator[_Piece]:

@@ -614,7 +614,7 @@ def test_a_damaged_manifest(run: Any, copied: Path) -> None:
         (["--prompt", "a", "--top-k", "0"], "'--top-k'"),
         (["--prompt", "a", "--normalize", "loud"], "'--normalize'"),
         (["--prompt", "a", "--method", "magic"], "'--method'"),
-        (["--prompt", "a", "--tokens"], "No such option.*--tokens"),
+        (["--prompt", "a", "--each-token"], "No such option.*--each-token"),
         (["--prompt", "a", "--json", "no/folder/hits.json"], "cannot write no/folder/hits.json"),
         (["--prompt", "a", "--json", "."], "cannot write .: it is a folder"),
         (["--prompt", "\udcff"], "half a character"),

@@ -1,7 +1,7 @@
 """rapidin query."""
 
 import sys
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -27,6 +27,7 @@ from rapidin.cli.options import (
 )
 from rapidin.distributed import world
 from rapidin.errors import UserError
+from rapidin.targets import HOTWORDS
 
 
 @command("query", several=True)
@@ -70,6 +71,26 @@ def query(
     normalize: NormalizeOption = Normalize.layer,
     method: MethodOption = Method.dot,
     damping: Damping = None,
+    tokens: Annotated[
+        bool,
+        typer.Option("--tokens", help="Hits for each token of a completion by itself, too, from one scan."),
+    ] = False,
+    hotwords: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WORDS",
+            help="Hits for words of the completion, as in 'planet|Zorgon'; in --data the column 'hotwords' "
+            "names them.",
+            show_default=False,
+        ),
+    ] = None,
+    contributions: Annotated[
+        bool,
+        typer.Option(
+            "--contributions",
+            help="Which tokens of each hit made its score: takes the gradients of the hits again.",
+        ),
+    ] = False,
     together: Annotated[
         bool,
         typer.Option(
@@ -89,15 +110,21 @@ def query(
     rescore: Annotated[
         str | None,
         typer.Option(
-            metavar="CACHE",
-            help="A cache of the same examples that keeps more of each: the best of --candidates are chosen "
-            "by its scores.",
+            metavar="CACHE|exact",
+            help="Order the best of --candidates anew: by a cache of the same examples that keeps more of "
+            "each, or by their exact gradients.",
             show_default=False,
         ),
     ] = None,
     candidates: Annotated[
-        int, typer.Option(metavar="N", min=1, help="At each end, that --rescore looks at.")
-    ] = 1000,
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="At each end, that --rescore looks at.  [default: 1000 of a cache, twice --top-k exact]",
+            show_default=False,
+        ),
+    ] = None,
     max_new_tokens: MaxNewTokens = 64,
     model: MovedModel = None,
     adapter: MovedAdapter = None,
@@ -119,6 +146,8 @@ def query(
     from rapidin import report
 
     _check_query(ask, prompt, completion, data)
+    if tokens and hotwords is not None:
+        raise UserError("both --tokens and --hotwords", "a word's tokens are among all tokens")
     leads = world().leads
     if json is not None and json != "-":
         check_writable(json)
@@ -129,13 +158,19 @@ def query(
         from rapidin.scan import training_data
 
         ensemble = open_caches(cache)
-        finer = None if rescore is None else Cache(rescore)
+        finer: Cache | Literal["exact"] | None = None
+        if rescore is not None:
+            finer = "exact" if rescore == "exact" else Cache(rescore)
         opened = ensemble.caches[-1]
         generations = _generations(ask, prompt, completion, data, str(opened.manifest.data.get("form")))
+        if hotwords is not None:
+            generations = [record | {HOTWORDS: hotwords} for record in generations]
+        named = any(record.get(HOTWORDS) for record in generations)
         # Before the model: a file that has moved shows at once.
         examples = training_data(opened, False if no_text or not leads else files(train_data))
         ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code, shard_model)
-        with console.status(f"explaining {len(generations):,} among {len(opened):,} examples"):
+        said = f"explaining {len(generations):,} among {len(opened):,} examples"
+        with console.status(said) as status:
             results = ready.query(
                 generations,
                 top_k=top_k,
@@ -145,8 +180,11 @@ def query(
                 together=together,
                 max_new_tokens=max_new_tokens,
                 examples=False if examples is None else examples,
+                targets="tokens" if tokens else "hotwords" if named and not together else None,
+                contributions=contributions,
                 rescore=finer,
                 candidates=candidates,
+                on_stage=lambda stage, done, of: status.update(f"{said}: {stage} {done:,}/{of:,}"),
             )
     if not leads:
         return
@@ -157,6 +195,10 @@ def query(
             write_text(json, report.results_json(results) + "\n")
         out = report.console(sys.stdout)
         out.print(report.hits_report(results, width=out.width))
+    for n, result in enumerate(results, 1):
+        if result.missing:
+            words = ", ".join(f"'{word}'" for word in result.missing)
+            line(f"the completion of query {n} does not say {words}")
     if not quiet:
         seconds = results[0].seconds
         stages = ", ".join(f"{stage} {report.time_text(value)}" for stage, value in seconds.items())

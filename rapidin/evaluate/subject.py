@@ -97,7 +97,8 @@ class Subject:
         The model writes completions that are missing, whatever the methods."""
         self.say(f"gradients of {len(records):,} generations")
         # The weights of `layer` serve all: a common factor changes no ranking.
-        texts, parts = self.ensemble.parts(list(records), max_new_tokens, "layer", Clock())
+        asked = self.ensemble.parts(list(records), max_new_tokens, "layer", Clock())
+        texts, parts = asked.texts, asked.parts
         seconds: dict[str, float] = {}
         result.setting |= about(self.ensemble) | {"queries": len(texts), "seconds": seconds}
         written = sum(text.generated for text in texts)

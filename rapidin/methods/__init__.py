@@ -19,13 +19,22 @@ A method turns the query, so one scan of one cache serves all of them.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from rapidin.cache import Cache
 from rapidin.errors import UserError
 from rapidin.methods import datainf, fisher
-from rapidin.methods.vectors import NORMALIZE, ScanQuery, query_vectors, row_scales, vectors_of
+from rapidin.methods.vectors import (
+    NORMALIZE,
+    ScanQuery,
+    part_vectors,
+    query_vectors,
+    row_scales,
+    vectors_of,
+)
 
 METHODS = ("dot", "datainf", "fisher")
 DAMPED = ("datainf", "fisher")
@@ -71,15 +80,19 @@ def prepare(
     method: str = "dot",
     normalize: str = "layer",
     damping: float | None = None,
+    parts: tuple[Tensor, Sequence[int]] | None = None,
 ) -> ScanQuery:
     """Turn query sketches [Q, blocks, width] into what the cache is scanned for.
 
     cache: for all methods but `dot`. damping: of `datainf` and `fisher`, by default `default_damping`.
-    Raises
-    UserError for an unknown name.
+    parts: sketches [P, blocks, width] of parts of the queries, and the query that each belongs to, whose
+    vectors come after those of the queries, and are parts of them. Raises UserError for an unknown name.
     """
     check(method, normalize, damping)
     vectors, factors = query_vectors(sketch, normalize), None
+    if parts is not None and len(parts[0]):
+        own = part_vectors(parts[0], sketch[list(parts[1])], normalize)
+        vectors = torch.cat([vectors.float(), own])
     if cache is None:
         if method != "dot":
             raise TypeError(f"the method '{method}' needs the cache")

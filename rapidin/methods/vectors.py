@@ -60,6 +60,20 @@ def query_vectors(sketch: Tensor, normalize: str) -> Tensor:
     return sketch.float()
 
 
+def part_vectors(parts: Tensor, whole: Tensor, normalize: str) -> Tensor:
+    """v of parts [Q, blocks, width] of query sketches, by the lengths of the whole ones they belong to (the
+    same shape): parts that sum to a sketch have vectors that sum to its own. Float32."""
+    if normalize == "none":
+        return parts.float()
+    length = ops.unit_blocks(whole)[1].double()
+    if normalize == "cosine":
+        length = length.norm(dim=1, keepdim=True)
+    scale = torch.where(length > 0, 1 / length, 0.0)[:, :, None]
+    if normalize == "layer":
+        scale = scale / whole.shape[1]
+    return (parts * scale).float()
+
+
 def count(cache: Cache) -> int:
     """Rows of a cache that count."""
     return sum(int((part.status == 0).sum()) for _, part in cache.shards())

@@ -1,0 +1,294 @@
+"""From sketches of generations to hits: one scan over all caches, and what is looked up about its hits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rapidin import inside
+from rapidin.attributor import Attributor
+from rapidin.distributed import world
+from rapidin.encoding import Encoded, Status
+from rapidin.errors import UserError
+from rapidin.examples import Examples
+from rapidin.hits import Hit, QueryResult, Results, TargetResult, Tokens
+from rapidin.query import Clock, Generation, Query, Scoring, Wanted, sources, weights_of
+from rapidin.scan import Ends, Source, hits_of, rescore, scan_cache, scores_of, training_data
+
+OnStage = Callable[[str, int, int], None]  # what is done, how much of it, of how much
+
+
+def explain(
+    query: Query,
+    scoring: Scoring,
+    wanted: Wanted,
+    *,
+    examples: Any,
+    clock: Clock,
+    models: Callable[[int], Attributor],
+    on_stage: OnStage | None = None,
+) -> Results:
+    """The hits of each generation, or of all of them together; of several processes, for the leader alone.
+
+    models: gives the attributor of each of the query's parts by its number, for what needs its model again.
+    """
+    texts = query.texts
+    scanned = sources(query.parts, texts, scoring)
+    again = [] if query.finer is None else sources([query.finer], texts, scoring)
+    clock.lap("method")
+    ends = scan_cache(scanned, max(wanted.top_k, wanted.candidates))
+    clock.lap("scan")
+    if not world().leads:
+        return Results()
+    if again:
+        ends = rescore(again[0], ends, wanted.top_k)
+        clock.lap("rescore")
+    cache = query.parts[0].cache
+    data = training_data(cache, examples)
+    asked = _asked(texts, scoring)
+    look = _Inside(query, again or scanned, scoring, data, models, on_stage) if wanted.inside else None
+    exact: list[dict[int, Tensor]] = []
+    if look is not None and wanted.exact:
+        exact = look.exact([_rows(ends, n) for n in range(len(asked))])
+        estimates = ends
+        ends = _by_exact(ends, exact, wanted.top_k)
+        clock.lap("exact")
+    found = [[hits_of(cache, data, s[n], r[n]) for s, r in ends] for n in range(len(ends[0][0]))]
+    parts = _target_parts(again or scanned, asked, ends)
+    results = []
+    first = len(asked)  # among all queries, of this generation's targets
+    for n, text in enumerate(asked):
+        own = slice(first, first + len(text.spans))
+        first = own.stop
+        top, bottom = ([_with_targets(hit, parts, own) for hit in hits] for hits in found[n])
+        if exact:
+            before = _estimates(estimates, n)
+            top, bottom = (
+                [replace(hit, estimate=before[hit.row], targets=_sums(exact[n][hit.row][1:])) for hit in hits]
+                for hits in (top, bottom)
+            )
+        targets = []
+        for place, (span, hits) in enumerate(zip(text.spans, found[own], strict=True)):
+            influence = sum(hit.targets[place] for hit in top) / max(1, len(top))
+            both = ([_with_targets(hit, parts, own) for hit in side] for side in hits)
+            targets.append(TargetResult(span.text, span.places, influence, *both))
+        results.append(
+            QueryResult(
+                text.prompt,
+                text.completion,
+                text.generated,
+                top,
+                bottom,
+                scoring.normalize,
+                clock.seconds,
+                scoring.method,
+                len(texts) if scoring.together else 0,
+                exact=bool(exact),
+                pieces=text.pieces,
+                targets=targets,
+                missing=text.missing,
+                examples=len(cache),
+            )
+        )
+    if look is not None and wanted.contributions:
+        results = look.with_tokens(results, exact)
+        clock.lap("tokens")
+    return Results(results)
+
+
+def _asked(texts: Sequence[Generation], scoring: Scoring) -> list[Generation]:
+    """What has hits of its own: the generations, or all of them as one."""
+    if not scoring.together:
+        return list(texts)
+    nothing = Encoded([], [], Status.EMPTY)
+    return [Generation("", "", any(text.generated for text in texts), nothing)]
+
+
+def _rows(ends: Ends, n: int) -> list[int]:
+    """The rows at both ends of a query, each once."""
+    return sorted({row for _, rows in ends for row in rows[n].tolist() if row >= 0})
+
+
+def _estimates(ends: Ends, n: int) -> dict[int, float]:
+    """The scores of a query's rows at both ends."""
+    return {
+        row: score
+        for scores, rows in ends
+        for row, score in zip(rows[n].tolist(), scores[n].tolist(), strict=True)
+    }
+
+
+def _by_exact(ends: Ends, exact: Sequence[dict[int, Tensor]], top_k: int) -> Ends:
+    """The ends in the order of exact scores, as far as those are known: of the first queries."""
+    made = []
+    for (scores, rows), sign in zip(ends, (-1, 1), strict=True):
+        scores, rows = scores[:, :top_k].clone(), rows[:, :top_k].clone()
+        for n, parts in enumerate(exact):
+            order = sorted((sign * float(parts[row][0].sum()), row) for row in parts)[:top_k]
+            rows[n] = -1
+            rows[n, : len(order)] = torch.tensor([row for _, row in order])
+            scores[n, : len(order)] = torch.tensor([sign * score for score, _ in order])
+        made.append((scores, rows))
+    return made[0], made[1]
+
+
+@dataclass(frozen=True)
+class _Parts:
+    """Scores [Q, n] of all queries for some rows, and the place of each row."""
+
+    scores: Tensor
+    places: dict[int, int]
+
+
+def _target_parts(scanned: Sequence[Source], asked: Sequence[Generation], ends: Ends) -> _Parts | None:
+    """What every target has of the scores of all rows that are a hit of anything."""
+    if not any(text.spans for text in asked):
+        return None
+    rows = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))
+    rows = rows[rows >= 0]
+    scores = sum(scores_of(source, rows) for source in scanned)
+    assert isinstance(scores, Tensor)
+    return _Parts(scores, {row: place for place, row in enumerate(rows.tolist())})
+
+
+def _with_targets(hit: Hit, parts: _Parts | None, own: slice) -> Hit:
+    if parts is None or own.start == own.stop:
+        return hit
+    return replace(hit, targets=tuple(parts.scores[own, parts.places[hit.row]].tolist()))
+
+
+def _sums(parts: Tensor) -> tuple[float, ...]:
+    return tuple(parts.sum(1).tolist())
+
+
+class _Inside:
+    """What needs the gradients of hits again: `rapidin.inside` for all models and hits of a query."""
+
+    def __init__(
+        self,
+        query: Query,
+        scanned: Sequence[Source],
+        scoring: Scoring,
+        data: Examples | None,
+        models: Callable[[int], Attributor],
+        on_stage: OnStage | None,
+    ) -> None:
+        if data is None:
+            raise UserError(
+                "what lies inside of hits needs the training examples", "name them with --train-data"
+            )
+        if scoring.together and any(text.spans for text in query.texts):
+            raise UserError("targets are parts of single generations", "leave out --together")
+        self._query, self._scanned, self._scoring = query, scanned, scoring
+        self._data, self._models, self._on_stage = data, models, on_stage
+        self._read: dict[int, tuple[Encoded, list[str]]] = {}  # hits by row, and what their tokens say
+
+    def exact(self, rows: Sequence[Sequence[int]]) -> list[dict[int, Tensor]]:
+        """By row, for each that has hits: what each position of the example brings to its exact score, and to
+        the parts of it that targets have: [1 + targets, T] float64."""
+        if self._scoring.method != "dot":
+            raise UserError(
+                f"exact gradients cannot be scored by '{self._scoring.method}', which knows sketches alone",
+                "say --method dot with --rescore exact",
+            )
+        texts = self._query.texts
+        found: list[dict[int, Tensor]] = [{} for _ in rows]
+        for number, attributor in self._each_model():
+            weight = self._query.parts[number].weight
+            queries, weights, owners = attributor.target_queries(texts)
+            total = sum(map(len, rows)) * len(attributor.points)
+            done = 0
+            for n, chosen in enumerate(rows):
+                members = range(len(texts)) if self._scoring.together else [n]
+                mine = [t for t, owner in enumerate(owners) if owner in members]
+                made = inside.exact(
+                    attributor,
+                    [texts[m].encoded for m in members] + [queries[t] for t in mine],
+                    [weight * w for w in self._shares(members)] + [weight * weights[t] for t in mine],
+                    [*range(len(members)), *(members.index(owners[t]) for t in mine)],
+                    [self._encoded(attributor, row) for row in chosen],
+                    self._scoring.normalize,
+                    self._tell("exact gradients", done, total),
+                )
+                done += len(chosen) * len(attributor.points)
+                for row, parts in zip(chosen, made, strict=True):
+                    whole = parts[: len(members)].sum(0, keepdim=True)
+                    parts = torch.cat([whole, parts[len(members) :]])
+                    found[n][row] = found[n][row] + parts if row in found[n] else parts
+        return found
+
+    def with_tokens(
+        self, results: Sequence[QueryResult], exact: Sequence[dict[int, Tensor]]
+    ) -> list[QueryResult]:
+        """The results, their hits with what each of their tokens contributes."""
+        known = list(exact) or self._sketched(results)
+        made = []
+        for result, parts in zip(results, known, strict=True):
+            top, bottom = (
+                [replace(hit, tokens=self._tokens(hit.row, parts[hit.row])) for hit in hits]
+                for hits in (result.top, result.bottom)
+            )
+            made.append(replace(result, top=top, bottom=bottom))
+        return made
+
+    def _tokens(self, row: int, parts: Tensor) -> Tokens:
+        text, pieces = self._read[row]
+        by_target = parts[1:].float().numpy() if len(parts) > 1 else None
+        return Tokens(tuple(pieces), tuple(text.target), tuple(parts[0].tolist()), by_target)
+
+    def _sketched(self, results: Sequence[QueryResult]) -> list[dict[int, Tensor]]:
+        """As `exact`, of the products of sketches."""
+        hits = [sorted({hit.row for hit in (*result.top, *result.bottom)}) for result in results]
+        rows = sorted({row for chosen in hits for row in chosen})
+        found: list[dict[int, Tensor]] = [{} for _ in results]
+        first, own = len(results), []
+        for result in results:
+            own.append(slice(first, first + len(result.targets)))
+            first = own[-1].stop
+        for number, attributor in self._each_model():
+            source = self._scanned[number]
+            tell = self._tell("tokens of hits", 0, len(rows))
+            for done, row in enumerate(rows):
+                factors = None if source.query.factors is None else source.query.factors[row]
+                made = inside.sketched(attributor, self._encoded(attributor, row), source.query, factors)
+                for n, chosen in enumerate(hits):
+                    if row in chosen:
+                        parts = torch.cat([made[n : n + 1], made[own[n]]]).double()
+                        found[n][row] = found[n][row] + parts if row in found[n] else parts
+                tell(done + 1)
+        return found
+
+    def _each_model(self) -> Iterable[tuple[int, Attributor]]:
+        for number in range(len(self._query.parts)):
+            attributor = self._models(number)
+            if attributor.loaded.sharded:
+                raise UserError(
+                    "what lies inside of hits needs the model whole in one process",
+                    "leave out --shard-model, or what asks for it",
+                )
+            yield number, attributor
+
+    def _shares(self, members: Sequence[int]) -> list[float]:
+        """Of each generation in the target set of all of them."""
+        if not self._scoring.together:
+            return [1.0]
+        return weights_of(self._query.texts, members).tolist()
+
+    def _encoded(self, attributor: Attributor, row: int) -> Encoded:
+        text = attributor.encoder.example(self._data.get(row))
+        if row not in self._read:
+            self._read[row] = text, attributor.encoder.pieces(text.ids)
+        elif self._read[row][0].ids != text.ids:
+            raise UserError("the models of these caches read a text as other tokens", "ask one of them alone")
+        return text
+
+    def _tell(self, stage: str, before: int, total: int) -> Callable[[int], None]:
+        def tell(done: int) -> None:
+            if self._on_stage is not None:
+                self._on_stage(stage, before + done, total)
+
+        return tell
