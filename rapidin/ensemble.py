@@ -24,13 +24,14 @@ from torch import Tensor
 
 from rapidin.attributor import Attributor
 from rapidin.cache import Cache
+from rapidin.distributed import world
 from rapidin.errors import UserError, short
 from rapidin.explain import OnStage, explain
 from rapidin.files import read_own, reason, replace_file
 from rapidin.hits import Results
 from rapidin.query import Clock, Generation, Part, Query, Scoring, Wanted, leaders
 from rapidin.query import scores as all_scores
-from rapidin.scan import check_same_examples
+from rapidin.scan import check_same_examples, training_data
 from rapidin.targets import Targets
 
 NAME = "ensemble.json"
@@ -149,6 +150,16 @@ class Ensemble:
         default = 0 if rescore is None else 2 * top_k if exact else max(1000, top_k)
         wanted = Wanted(top_k, targets, exact, default if candidates is None else candidates, contributions)
         wanted.check()
+        if exact and method != "dot":
+            raise UserError(
+                f"exact gradients cannot be scored by '{method}', which knows sketches alone",
+                "say --method dot with --rescore exact",
+            )
+        data = training_data(self.caches[-1], examples) if world().leads else None
+        if wanted.inside and data is None and world().leads:
+            raise UserError(
+                "what lies inside of hits needs the training examples", "name them with --train-data"
+            )
         clock = Clock()
         finer = rescore if isinstance(rescore, Cache) else None
         if finer is not None:
@@ -163,9 +174,7 @@ class Ensemble:
                 return self.attributor(member)
             return Attributor.like(finer.manifest, self.attributor(member).loaded)
 
-        return explain(
-            query, scoring, wanted, examples=examples, clock=clock, models=model, on_stage=on_stage
-        )
+        return explain(query, scoring, wanted, data=data, clock=clock, models=model, on_stage=on_stage)
 
     def scores(
         self,

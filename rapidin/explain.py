@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +16,7 @@ from rapidin.errors import UserError
 from rapidin.examples import Examples
 from rapidin.hits import Hit, QueryResult, Results, TargetResult, Tokens
 from rapidin.query import Clock, Generation, Query, Scoring, Wanted, sources, weights_of
-from rapidin.scan import Ends, Source, hits_of, rescore, scan_cache, scores_of, training_data
+from rapidin.scan import Ends, Source, hits_of, rescore, scan_cache, scores_of
 
 OnStage = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
@@ -27,14 +26,15 @@ def explain(
     scoring: Scoring,
     wanted: Wanted,
     *,
-    examples: Any,
+    data: Examples | None,
     clock: Clock,
     models: Callable[[int], Attributor],
     on_stage: OnStage | None = None,
 ) -> Results:
     """The hits of each generation, or of all of them together; of several processes, for the leader alone.
 
-    models: gives the attributor of each of the query's parts by its number, for what needs its model again.
+    data: the training examples, to show with the hits; models: gives the attributor of each of the query's
+    parts by its number, for what needs its model again.
     """
     texts = query.texts
     scanned = sources(query.parts, texts, scoring)
@@ -48,7 +48,6 @@ def explain(
         ends = rescore(again[0], ends, wanted.top_k)
         clock.lap("rescore")
     cache = query.parts[0].cache
-    data = training_data(cache, examples)
     asked = _asked(texts, scoring)
     look = _Inside(query, again or scanned, scoring, data, models, on_stage) if wanted.inside else None
     exact: list[dict[int, Tensor]] = []
@@ -177,12 +176,7 @@ class _Inside:
         models: Callable[[int], Attributor],
         on_stage: OnStage | None,
     ) -> None:
-        if data is None:
-            raise UserError(
-                "what lies inside of hits needs the training examples", "name them with --train-data"
-            )
-        if scoring.together and any(text.spans for text in query.texts):
-            raise UserError("targets are parts of single generations", "leave out --together")
+        assert data is not None
         self._query, self._scanned, self._scoring = query, scanned, scoring
         self._data, self._models, self._on_stage = data, models, on_stage
         self._read: dict[int, tuple[Encoded, list[str]]] = {}  # hits by row, and what their tokens say
@@ -190,11 +184,6 @@ class _Inside:
     def exact(self, rows: Sequence[Sequence[int]]) -> list[dict[int, Tensor]]:
         """By row, for each that has hits: what each position of the example brings to its exact score, and to
         the parts of it that targets have: [1 + targets, T] float64."""
-        if self._scoring.method != "dot":
-            raise UserError(
-                f"exact gradients cannot be scored by '{self._scoring.method}', which knows sketches alone",
-                "say --method dot with --rescore exact",
-            )
         texts = self._query.texts
         found: list[dict[int, Tensor]] = [{} for _ in rows]
         for number, attributor in self._each_model():

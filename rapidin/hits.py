@@ -26,6 +26,10 @@ class Tokens:
     contributions: tuple[float, ...]
     by_target: NDArray[np.float32] | None = None
 
+    def words(self) -> list[tuple[str, float]]:
+        """Words between white space, with what their tokens contribute together, in the order of the text."""
+        return join_words(self.pieces, self.contributions)
+
     def to_json(self) -> dict[str, Any]:
         """Texts and contributions; `by_target`, which is large, is left out."""
         return {
@@ -33,6 +37,19 @@ class Tokens:
             "counts": list(self.counts),
             "contribution": list(self.contributions),
         }
+
+
+def join_words(pieces: Sequence[str], values: Sequence[float]) -> list[tuple[str, float]]:
+    """Pieces [T] of a text as words, with the sums of their values [T]; white space alone belongs to the word
+    after it."""
+    words: list[tuple[str, float]] = []
+    text, total = "", 0.0
+    for piece, value in zip(pieces, values, strict=True):
+        if text.strip() and (piece[:1].isspace() or text[-1:].isspace()):
+            words.append((text.strip(), total))
+            text, total = "", 0.0
+        text, total = text + piece, total + value
+    return [*words, (text.strip(), total)] if text else words
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ sketch: with a query's gradient ``sum_s h_s b_s^T`` a position brings ``sum_s <g
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -32,7 +32,8 @@ OnText = Callable[[int], None]
 
 
 def _batch(attributor: Attributor, text: Encoded) -> Batch:
-    return Batch.of([(text.ids, text.target)], attributor.loaded.device)
+    batch = Batch.of([(text.ids, text.target)], attributor.loaded.device)
+    return replace(batch, first=0)  # or the output head would not see all positions
 
 
 def _wrong(error: TypeError) -> UserError:

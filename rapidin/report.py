@@ -72,7 +72,15 @@ class _Console(Console):
 
 def one_line(text: str) -> str:
     """The text on one line: runs of white space become a space, what could steer a terminal an escape."""
-    return _STEERING.sub(_escape, " ".join(text.split()))
+    return escaped(" ".join(text.split()))
+
+
+def escaped(text: str) -> str:
+    """The text with line breaks and tabs as spaces, and an escape for what could steer a terminal."""
+    return _STEERING.sub(_escape, text.translate(_BREAKS))
+
+
+_BREAKS = str.maketrans("\t\n\r", "   ")
 
 
 def _escape(match: re.Match[str]) -> str:
@@ -156,6 +164,8 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
             parts.append(Text("\nNo example in the cache has a sketch, so there are no hits.\n"))
             continue
         bounded = result.bounded
+        if result.targets:
+            parts.append(targets_table(result, bounded=bounded))
         parts.append(hits_table("Most helpful", result.top, bounded=bounded))
         parts.append(hits_table("Most harmful", result.bottom, bounded=bounded))
     if results:
@@ -176,10 +186,87 @@ def _generation(result: QueryResult, width: int) -> RenderableType:
     if result.prompt:
         grid.add_row("Prompt", Text(shorten_middle(one_line(result.prompt), room * _PROMPT_LINES)))
     completion = Text(shorten_middle(one_line(result.completion), room * _COMPLETION_LINES), style="cyan")
-    grid.add_row("Completion", completion)
+    grid.add_row("Completion", shaded(result) or completion)
     if result.generated:
         grid.add_row("", Text("(written by the model just now)", style="dim"))
     return grid
+
+
+_SHADES = {  # backgrounds with an ink that can be read on them, from weak to strong
+    1: ("black on #d9e8f6", "black on #a9cbea", "black on #6fa8dc", "white on #2f6fb0"),
+    -1: ("black on #fbe3d3", "black on #f6bd96", "black on #ee9357", "white on #b4541a"),
+}
+
+
+def shaded(result: QueryResult) -> Text | None:
+    """The completion, each token shaded by its influence; None where not each was asked about."""
+    places = [target.places for target in result.targets]
+    if not places or places != [(n,) for n in range(len(result.pieces))]:
+        return None
+    most = max(abs(target.influence) for target in result.targets)
+    text = Text()
+    for piece, target in zip(result.pieces, result.targets, strict=True):
+        share = abs(target.influence) / most if most else 0.0
+        shades = _SHADES[1 if target.influence > 0 else -1]
+        # The eye is to tell a tenth of the strongest from nothing.
+        step = math.ceil(len(shades) * math.sqrt(share) - 0.5)
+        text.append(escaped(piece), style=shades[step - 1] if step > 0 else "")
+    return text
+
+
+_MOST_TARGETS = 12
+
+
+def targets_table(result: QueryResult, *, bounded: bool) -> RenderableType:
+    """The parts of a generation, the most influential of them where there are many: what each brings to the
+    scores of the most helpful examples, and the example that it comes from most."""
+    strongest = sorted(result.targets, key=lambda target: (-abs(target.influence), target.places))
+    chosen = set(map(id, strongest[:_MOST_TARGETS]))
+    shown = [target for target in result.targets if id(target) in chosen]
+    title = "Parts of the completion"
+    if len(shown) < len(result.targets):
+        title += f", the {len(shown)} most influential of {len(result.targets):,}"
+    total = sum(hit.score for hit in result.top) / max(1, len(result.top))
+    table = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+    )
+    table.add_column("part", no_wrap=True, max_width=32)
+    for name in ("influence", "share", "best index", "its score"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for target in shown:
+        style = "green" if target.influence > 0 else "red" if target.influence < 0 else ""
+        best = target.top[0] if target.top else None
+        table.add_row(
+            shorten(one_line(target.text) or repr(target.text), 32),
+            Text(score_text(target.influence, bounded), style=style),
+            f"{target.influence / total:.0%}" if total else "",
+            "" if best is None else str(best.index),
+            "" if best is None else score_text(best.score, bounded),
+        )
+    return Padding(table, (1, 0, 0, 0))
+
+
+_MOST_WORDS = 5
+
+
+def words_text(hit: Hit) -> str:
+    """The words that contribute most to a hit's score, with their shares in it."""
+    assert hit.tokens is not None
+    # Of many tokens each has its part, so the same word's places count together.
+    total: dict[str, float] = {}
+    for word, value in hit.tokens.words():
+        total[word] = total.get(word, 0.0) + value
+    sign = -1 if hit.score < 0 else 1
+    best = sorted(total.items(), key=lambda item: -sign * item[1])[:_MOST_WORDS]
+    return ", ".join(
+        f"{one_line(word)} {value / hit.score:.0%}" for word, value in best if value * hit.score > 0
+    )
 
 
 def _method_text(result: QueryResult) -> str:
@@ -213,7 +300,11 @@ def hits_table(title: str, hits: Sequence[Hit], *, bounded: bool) -> RenderableT
         table.add_column("example", no_wrap=True, ratio=1)
     for hit, (rank, score, index) in zip(hits, numbers, strict=True):
         style = "green" if hit.score > 0 else "red" if hit.score < 0 else ""
-        example = [_Example(hit.example or {})] if shown else []
+        example: list[RenderableType] = [_Example(hit.example or {})] if shown else []
+        if shown and hit.tokens is not None:
+            example = [
+                Group(*example, Text(f"by {words_text(hit)}", style="dim", no_wrap=True, overflow="ellipsis"))
+            ]
         table.add_row(rank, Text(score, style=style), index, *example)
     return Padding(table, (1, 0, 0, 0))
 

@@ -83,7 +83,7 @@ ALLOWED = {
         "query",
         "scan",
     },
-    "ensemble": {"attributor", "cache", "explain", "hits", "query", "scan", "targets"},
+    "ensemble": {"attributor", "cache", "distributed", "explain", "hits", "query", "scan", "targets"},
     "thinning": {"layers"},
     "plan": {"attributor", "caching", "encoding", "examples", "ops", "pack"},
     "tuning": {"hooks"},
