@@ -36,9 +36,9 @@ from torch import Tensor
 from rapidin import ops
 from rapidin.attributor import Attributor, _by_length
 from rapidin.encoding import Encoded, Status
-from rapidin.evaluate.fidelity import ExactQueries
 from rapidin.examples import open_examples
 from rapidin.hooks import Batch
+from rapidin.inside import ExactQueries, factors_of
 from rapidin.layers import block_seed
 from rapidin.model import load_model
 from rapidin.ops import unit_blocks
@@ -132,7 +132,8 @@ def main() -> None:
     layers = len(collector.names)
     scored = groups["scored"]
     start = time.perf_counter()
-    exact = ExactQueries(collector.factors([scored[n][1]]) for n in queries)
+    with attributor.at(0):
+        exact = ExactQueries(factors_of(attributor, scored[n][1], 0) for n in queries)
     print(f"{len(queries)} queries after {time.perf_counter() - start:.0f} s", flush=True)
     products = torch.zeros(len(queries), len(scored), layers)
     lengths = torch.zeros(len(scored), layers)
@@ -160,7 +161,12 @@ def main() -> None:
             done += len(chosen)
             print(f"{group}: {done} of {len(texts)} after {time.perf_counter() - start:.0f} s", flush=True)
     save_file(
-        {"products": products, "length_scored": lengths, "length_query": exact.lengths, "double": double},
+        {
+            "products": products,
+            "length_scored": lengths,
+            "length_query": exact.lengths.float(),
+            "double": double,
+        },
         args.out / "exact.safetensors",
     )
     for seed in collector.seeds:

@@ -11,7 +11,7 @@ sketch: with a query's gradient ``sum_s h_s b_s^T`` a position brings ``sum_s <g
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 _BYTES = 512 << 20  # of products, or of the queries' exact gradients, that are held at a time
 
 OnText = Callable[[int], None]
+Factors = list[tuple[Tensor, Tensor]]  # columns [T, I] and rows [T, O] of each target, for one text
 
 
 def _batch(attributor: Attributor, text: Encoded) -> Batch:
@@ -141,28 +142,44 @@ def length_of(columns: Tensor, rows: Tensor) -> float:
     return float(((rows @ rows.T) * (columns @ columns.T)).double().sum().clamp(min=0).sqrt())
 
 
-def lengths_of(factors: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+def lengths_of(factors: Factors) -> Tensor:
     """`length_of` each target's: [targets] float64."""
     return torch.tensor([length_of(columns, rows) for columns, rows in factors], dtype=torch.float64)
 
 
 class ExactQueries:
-    """The exact gradients of some queries where the model stands."""
+    """The exact gradients of some queries, to compare those of other texts with.
 
-    def __init__(self, attributor: Attributor, queries: Sequence[Encoded], point: int) -> None:
-        """Raises TypeError where a parameter that counts is not the weight of a linear layer."""
-        by_target: list[list[tuple[Tensor, Tensor]]] = [[] for _ in attributor.targets]
-        for query in queries:
-            for kept, pair in zip(by_target, factors_of(attributor, query, point), strict=True):
+    lengths: [Q, targets] float64.
+    """
+
+    def __init__(self, factors: Iterable[Factors]) -> None:
+        """factors: of each query."""
+        by_target: list[Factors] = []
+        lengths = []
+        for parts in factors:
+            by_target = by_target or [[] for _ in parts]
+            for kept, pair in zip(by_target, parts, strict=True):
                 kept.append(pair)
+            lengths.append(lengths_of(parts))
         self._gradients = [_Gradients.of(kept) for kept in by_target]
+        self.lengths = torch.stack(lengths)
 
     def products(self, target: int, columns: Tensor, rows: Tensor) -> Tensor:
         """[Q, T] with each position of another text, by its factors [T, I] and [T, O] there."""
         return self._gradients[target].products(columns, rows)
 
+    def compare(self, target: int, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(cosines [Q, B], lengths [B]), float32, with the gradients of other texts, by factors [B, T, I] and
+        [B, T, O]."""
+        pairs = list(zip(columns, rows, strict=True))
+        length = torch.tensor([length_of(*pair) for pair in pairs], dtype=torch.float64)
+        products = torch.stack([self.products(target, *pair).double().sum(1).cpu() for pair in pairs], 1)
+        both = self.lengths[:, target, None] * length
+        return torch.where(both > 0, products / both, 0.0).float(), length.float()
 
-def factors_of(attributor: Attributor, text: Encoded, point: int) -> list[tuple[Tensor, Tensor]]:
+
+def factors_of(attributor: Attributor, text: Encoded, point: int) -> Factors:
     """(columns [T, I], rows [T, O]) of each target, for one text, where the model stands."""
     return [(c[0], r[0]) for c, r in attributor.sketcher.factors(_batch(attributor, text), point)]
 
@@ -214,7 +231,7 @@ def exact(
                     if owners[n] == n:
                         own[n, blocks_here] = lengths_of(factors_of(attributor, query, number))
                 for chosen in chunks(attributor, queries):
-                    held = ExactQueries(attributor, queries[chosen], number)
+                    held = ExactQueries(factors_of(attributor, query, number) for query in queries[chosen])
                     owned = own[list(owners[chosen]), blocks_here]
                     for n, text in enumerate(texts):
                         factors = factors_of(attributor, text, number)

@@ -93,7 +93,7 @@ ALLOWED = {
         "encoding",
         "ensemble",
         "examples",
-        "hooks",
+        "inside",
         "methods",
         "model",
         "query",

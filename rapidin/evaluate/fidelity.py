@@ -1,13 +1,11 @@
 """Do scores from a cache rank as exact gradients, in the cache's geometry, do?
 
-Exact gradients are formed from the factors, ``sum_t g_t a_t^T``, a layer at a time, and compared with the
-queries', whose gradients are kept in bfloat16: its rounding, 2^-9 a number, averages out over a layer's
-numbers to an error below 1e-4 of a cosine.
+Exact gradients are compared by their factors (`rapidin.inside`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,49 +21,13 @@ from rapidin.evaluate import figures
 from rapidin.evaluate.methods import Method, each_score
 from rapidin.evaluate.result import Result
 from rapidin.evaluate.subject import Subject, about
-from rapidin.hooks import Batch
+from rapidin.inside import ExactQueries, factors_of
 from rapidin.query import Part
 
 COLUMNS = {"spearman": "Spearman", "top10": "top 10 found"}
 NORMALIZE = ("layer", "cosine", "none")
 
-Factors = list[tuple[Tensor, Tensor]]
 Floats = npt.NDArray[np.float64]
-
-
-def unit_gradients(columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Gradients ``sum_t rows_t columns_t^T`` of length 1 [B, O * I] bfloat16, and their lengths [B] float32.
-
-    columns: [B, T, I]; rows: [B, T, O].
-    """
-    grads = torch.bmm(rows.float().transpose(1, 2), columns.float()).flatten(1)
-    length = grads.norm(dim=1)
-    return (grads / length.clamp(min=1e-30)[:, None]).bfloat16(), length
-
-
-class ExactQueries:
-    """The exact gradients of a few queries, one matrix a layer, to compare those of other texts with.
-
-    lengths: [Q, L] float32.
-    """
-
-    def __init__(self, factors: Iterator[Factors]) -> None:
-        """factors: of each query by itself."""
-        kept: list[list[Tensor]] = []
-        lengths = []
-        for parts in factors:
-            made = [unit_gradients(columns, rows) for columns, rows in parts]
-            kept = kept or [[] for _ in made]
-            for layer, (unit, _) in enumerate(made):
-                kept[layer].append(unit)
-            lengths.append(torch.stack([length[0] for _, length in made]))
-        self._units = [torch.cat(units) for units in kept]
-        self.lengths = torch.stack(lengths)
-
-    def compare(self, layer: int, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(cosines [Q, B], lengths [B]) of the gradients of a batch of texts for one layer, float32."""
-        unit, length = unit_gradients(columns, rows)
-        return (unit @ self._units[layer].T).float().T, length
 
 
 @dataclass(frozen=True)
@@ -99,21 +61,17 @@ def exact_products(
     cosines = torch.zeros(len(queries), len(rows), layers * len(attributor.points))
     ours, theirs = (torch.zeros(len(texts), cosines.shape[2]) for texts in (queries, rows))
 
-    def factors(texts: Sequence[Encoded], number: int) -> Factors:
-        batch = Batch.of([(text.ids, text.target) for text in texts], attributor.loaded.device)
-        return attributor.sketcher.factors(batch, number)
-
     try:
         for number, point in enumerate(attributor.points):
             block = slice(number * layers, (number + 1) * layers)
-            with attributor.loaded.path.at(point):
-                exact = ExactQueries(factors([text], number) for text in queries)
-                ours[:, block] = exact.lengths.cpu()
+            with attributor.at(number):
+                exact = ExactQueries(factors_of(attributor, text, number) for text in queries)
+                ours[:, block] = exact.lengths.float()
                 for n, text in enumerate(rows):
-                    for layer, (columns, out) in enumerate(factors([text], number)):
-                        product, length = exact.compare(layer, columns, out)
-                        cosines[:, n, number * layers + layer] = product[:, 0].cpu()
-                        theirs[n, number * layers + layer] = length[0].cpu()
+                    for layer, (columns, out) in enumerate(factors_of(attributor, text, number)):
+                        product, length = exact.compare(layer, columns[None], out[None])
+                        cosines[:, n, number * layers + layer] = product[:, 0]
+                        theirs[n, number * layers + layer] = length[0]
                     if n % 50 == 49:
                         say(f"exact gradients at {point:g}: {n + 1:,} of {len(rows):,} rows")
     except TypeError as error:
