@@ -50,9 +50,8 @@ METHODS = {
 }
 
 # Control characters, half characters, line separators, and the marks and overrides that reorder text.
-_STEERING = re.compile(
-    "[\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]"
-)
+STEERING = "\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+_STEERING = re.compile(f"[{STEERING}]")
 _PROMPT_LINES = 4
 _COMPLETION_LINES = 6
 
@@ -77,14 +76,17 @@ def one_line(text: str) -> str:
 
 def escaped(text: str) -> str:
     """The text with line breaks and tabs as spaces, and an escape for what could steer a terminal."""
-    return _STEERING.sub(_escape, text.translate(_BREAKS))
+    return _STEERING.sub(escape, text.translate(_BREAKS))
 
 
 _BREAKS = str.maketrans("\t\n\r", "   ")
 
 
-def _escape(match: re.Match[str]) -> str:
+def escape(match: re.Match[str]) -> str:
+    """A character that must not act, as the escape by which Python writes it."""
     code = ord(match[0])
+    if code > 0xFFFF:
+        return f"\\U{code:08x}"
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
@@ -169,9 +171,7 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
         parts.append(hits_table("Most helpful", result.top, bounded=bounded))
         parts.append(hits_table("Most harmful", result.bottom, bounded=bounded))
     if results:
-        first = results[0]
-        scale = SCALES[first.normalize] if first.method == "dot" else _method_text(first)
-        parts.append(Text(f"\n{MEANING}\nThe score is {scale}.", style="dim"))
+        parts.append(Text(f"\n{MEANING}\nThe score is {scale_text(results[0])}.", style="dim"))
     return Group(*parts)
 
 
@@ -269,7 +269,10 @@ def words_text(hit: Hit) -> str:
     )
 
 
-def _method_text(result: QueryResult) -> str:
+def scale_text(result: QueryResult) -> str:
+    """What its scores are, as the end of a sentence."""
+    if result.method == "dot":
+        return SCALES[result.normalize]
     vectors = {
         "layer": "gradients of length 1 in each layer",
         "cosine": "gradients of length 1",
