@@ -229,6 +229,10 @@ class QueryResult:
         """Whether scores lie between -1 and 1."""
         return self.method == "dot" and self.normalize != "none"
 
+    def _repr_html_(self) -> str:
+        """The view in notebooks."""
+        return Results([self])._repr_html_()
+
     def to_json(self) -> dict[str, Any]:
         """The query as `rapidin query --json` prints it."""
         value: dict[str, Any] = {
@@ -266,3 +270,9 @@ class Results(list[QueryResult]):
 
     def __init__(self, results: Sequence[QueryResult] = ()) -> None:
         super().__init__(results)
+
+    def _repr_html_(self) -> str:
+        """The view in notebooks: the page of `rapidin.page`, in a frame."""
+        from rapidin.page import notebook
+
+        return notebook(self)

@@ -36,7 +36,8 @@ ALLOWED = {
     "pack": {"ops"},
     "cache": {"pack"},
     "methods": {"cache", "distributed", "ops", "pack"},
-    "hits": set(),
+    "hits": {"page"},  # where a notebook asks
+    "page": {"hits", "report"},
     "scan": {"cache", "distributed", "examples", "hits", "methods", "ops", "pack", "transfer"},
     "targets": set(),
     "query": {"cache", "distributed", "encoding", "methods", "scan", "targets"},

@@ -8,6 +8,8 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
+from os.path import commonprefix
+from types import MappingProxyType
 from typing import Any
 
 from rapidin.hits import QueryResult
@@ -17,7 +19,7 @@ from rapidin.page.text import shortened
 _NOTEBOOK_HEIGHT = 720  # pixels: a generation and the first hits
 
 
-def page(results: Sequence[QueryResult], *, about: Mapping[str, str] | None = None) -> str:
+def page(results: Sequence[QueryResult], *, about: Mapping[str, str] = MappingProxyType({})) -> str:
     """All queries as one HTML page that needs no other file and no network: to be saved as UTF-8.
 
     about: small facts by their names, such as the cache, the model, the number of examples. Texts of data and
@@ -51,8 +53,8 @@ def page(results: Sequence[QueryResult], *, about: Mapping[str, str] | None = No
 <header class="top">
 <p class="name">rapidin</p>
 <h1>What led to {what}</h1>
-<button type="button" class="theme only-script" aria-label="Dark colours" aria-pressed="false">Dark</button>
-{parts.facts(about or {})}
+<button type="button" class="theme only-script" aria-label="Dark colours">Dark</button>
+{parts.facts(about)}
 {_queries(results)}
 <noscript><p class="noscript">Scripts are off: the ranking is that of the whole generation, without search and
 export.</p></noscript>
@@ -107,8 +109,15 @@ def _queries(results: Sequence[QueryResult]) -> str:
     if len(results) < 2:
         return ""
     items = "".join(
-        f'<li><a href="#q{n}"><span class="of">{shortened(result.prompt, 80)}</span> '
-        f"<b>{_said(result, 80) or '(no text)'}</b></a></li>"
-        for n, result in enumerate(results, 1)
+        f'<li><a href="#q{n}"><b>{_said(result, 80) or "(no text)"}</b> '
+        f'<span class="of">{shortened(own, 80)}</span></a></li>'
+        for n, (result, own) in enumerate(zip(results, _own([r.prompt for r in results]), strict=True), 1)
     )
     return f'<nav aria-label="Generations"><ol>{items}</ol></nav>'
+
+
+def _own(texts: Sequence[str]) -> list[str]:
+    """The texts without what all of them begin and end with, such as a template's words."""
+    head = len(commonprefix(texts))
+    tail = len(commonprefix([text[head:][::-1] for text in texts]))
+    return [text[head : len(text) - tail] for text in texts]

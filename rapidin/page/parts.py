@@ -15,6 +15,7 @@ from rapidin.report import MEANING, record_parts, scale_text, score_text
 
 _STRONGEST = 5  # tokens named in words
 _LAYERS_NAMED = 3
+_BREAKS = "\r\n"
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,13 @@ def _generation(view: View) -> str:
         )
     written = "written by the model just now" if result.generated else "as given"
     parts.append(f'<h3 class="label">Completion <small>{written}</small></h3>')
+    if result.targets:
+        parts.append(
+            '<p class="legend" aria-hidden="true"><span>harmful</span>'
+            + "".join(f'<i class="{shades.shade(n)}"></i>' for n in (-9, -6, -3, 0, 3, 6, 9))
+            + "<span>helpful</span></p>"
+            '<p class="hint only-script">Select a token, or drag over several, to rank the examples for them.</p>'
+        )
     if not result.pieces:
         parts.append(f'<div class="completion text" dir="auto">{block(result.completion)}</div>')
     else:
@@ -226,13 +234,6 @@ def _generation(view: View) -> str:
         )
         parts.append(
             f'<h3 class="label">Parts asked about</h3><ul class="parts" aria-label="Parts">{buttons}</ul>'
-        )
-    if result.targets:
-        parts.append(
-            '<p class="legend" aria-hidden="true"><span>harmful</span>'
-            + "".join(f'<i class="{shades.shade(n)}"></i>' for n in (-9, -6, -3, 0, 3, 6, 9))
-            + "<span>helpful</span></p>"
-            '<p class="hint only-script">Select a token, or drag over several, to rank the examples for them.</p>'
         )
     return "\n".join(parts)
 
@@ -296,7 +297,8 @@ def _meaning(view: View) -> str:
         pool = len({e.hit.row for e in view.entries})
         lines.append(
             f"A selection ranks {pool:,} examples anew: those that are best or worst for the generation or for "
-            "one of its parts, of the whole cache. Its score is the part that it has in theirs."
+            "one of its parts, of the whole cache. Their scores are then the parts that the selection has in "
+            "them; its share is the one in the mean score of the most helpful."
         )
     texts = "".join(f"<p>{plain(line)}</p>" for line in lines)
     keys = ""
@@ -355,7 +357,7 @@ def _groups(view: View) -> str:
 def _group(group: Group, bounded: bool) -> str:
     mean = group.total / max(1, group.count)
     bars = "".join(
-        f'<td class="share">{drawings.meter(sign * share, 1.0)}<span>{100 * share:.1f}%</span></td>'
+        f'<td class="share"><span>{100 * share:.1f}%</span>{drawings.meter(sign * share, 1.0)}</td>'
         for share, sign in ((group.helpful, 1), (group.harmful, -1))
     )
     return (
@@ -427,7 +429,7 @@ def _text(hit: Hit) -> str:
     quiet = "q" if completion.strip() else ""
     parts = ((prompt, quiet), (completion, ""))
     texts = "".join(
-        f'<p dir="auto"{f" class={kind!r}" if kind else ""}>{block(text)}</p>'
+        f'<p dir="auto"{f" class={kind!r}" if kind else ""}>{block(text.strip(_BREAKS))}</p>'
         for text, kind in parts
         if text.strip()
     )
@@ -489,17 +491,9 @@ def _notes(hit: Hit, entry: Entry, bounded: bool) -> str:
         notes.append("The sketch cannot tell this from the one before it")
     if hit.estimate is not None:
         notes.append(f"Estimate in the cache {score_text(hit.estimate, bounded)}")
-    notes += [
-        f"{plain(name)}: rank {standing.rank:,} <small>({_baseline_text(standing.score)})</small>"
-        for name, standing in hit.standings.items()
-    ]
+    notes += [f"{plain(name)} rank {standing.rank:,}" for name, standing in hit.standings.items()]
     items = "".join(f"<li>{note}</li>" for note in notes)
     return (f'<ul class="notes">{items}</ul>' if items else "") + _copies(hit)
-
-
-def _baseline_text(score: float) -> str:
-    """A baseline's score, whose scale is its own."""
-    return f"{score:.4g}"
 
 
 def _copies(hit: Hit) -> str:
