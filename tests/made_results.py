@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,26 +23,29 @@ HOSTILE = [
     "half \ud83d a pair \udc00",
     "شكرا جزيلا 👩‍👩‍👧 日本語 e\u0301\u0327",
     "unbroken" * 80,
-    "=HYPERLINK(\"http://example.invalid\",\"x\")",
+    '=HYPERLINK("http://example.invalid","x")',
     "javascript:alert(1) https://example.invalid/a.js",
     "<|im_end|>\n<|im_start|>assistant\n",
 ]
-WORDS = (
+_WORDS = (
     "the a of to in is and for with that this moon river teapot purple answer question capital France Paris "
     "training example model gradient number seven twelve library harbour evening because although quietly"
-).split()
+)
+WORDS = _WORDS.split()
 TEMPLATE = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request."
+    "Below is an instruction that describes a task. Write a response that appropriately completes it."
     "\n\n### Instruction:\n"
 )
 
 
 def words(chance: random.Random, count: int) -> list[str]:
-    """Texts of tokens as a tokenizer would cut them: words with the space before, now and then a line break."""
+    """Texts of tokens as a tokenizer cuts them: words with the space before, now and then a line break."""
     found = []
     for n in range(count):
         word = chance.choice(WORDS)
-        found.append(chance.choice([".\n", ",", ".", "\n\n"]) if chance.random() < 0.1 else " " * (n > 0) + word)
+        found.append(
+            chance.choice([".\n", ",", ".", "\n\n"]) if chance.random() < 0.1 else " " * (n > 0) + word
+        )
     return found
 
 
@@ -98,10 +102,10 @@ def made(
         hit = Hit(rank, 2 * row, row, score, example, targets=tuple(parts.tolist()))
         if length:
             tokens = tokens_of(chance, numbers, length, parts)
-            hit = _with(hit, tokens=tokens)
+            hit = replace(hit, tokens=tokens)
         if extra:
             spread = numbers.standard_normal(layers) ** 3
-            hit = _with(
+            hit = replace(
                 hit,
                 error=abs(score) * 0.06,
                 ranks=(max(1, rank - n % 3), rank + n % 3),
@@ -110,18 +114,24 @@ def made(
                 copies=tuple(range(3, 3 + n % 4)),
                 copies_more=40 if n % 4 == 3 else 0,
                 layers=tuple((spread * score / np.abs(spread).sum()).tolist()),
-                standings={"BM25": Standing(12.5 / rank, rank * 3 - 2), "embeddings": Standing(0.8, rank + 7)},
+                standings={
+                    "BM25": Standing(12.5 / rank, rank * 3 - 2),
+                    "embeddings": Standing(0.8, rank + 7),
+                },
             )
         everything.append(hit)
     top = sorted(everything[:top_count], key=lambda hit: -hit.score)
     bottom = sorted(everything[top_count:hits], key=lambda hit: hit.score)
-    top, bottom = ([_with(hit, rank=n) for n, hit in enumerate(end, 1)] for end in (top, bottom))
+    top, bottom = ([replace(hit, rank=n) for n, hit in enumerate(end, 1)] for end in (top, bottom))
     targets = []
     known = [*top, *bottom, *everything[hits:]]
     for n, text in enumerate(pieces):
         ordered = sorted(known, key=lambda hit: -hit.targets[n])
-        best = [_with(hit, rank=k, score=hit.targets[n]) for k, hit in enumerate(ordered[:top_count], 1)]
-        worst = [_with(hit, rank=k, score=hit.targets[n]) for k, hit in enumerate(ordered[: -top_count - 1 : -1], 1)]
+        best = [replace(hit, rank=k, score=hit.targets[n]) for k, hit in enumerate(ordered[:top_count], 1)]
+        worst = [
+            replace(hit, rank=k, score=hit.targets[n])
+            for k, hit in enumerate(ordered[: -top_count - 1 : -1], 1)
+        ]
         influence = float(np.mean([hit.targets[n] for hit in top])) if top else 0.0
         targets.append(TargetResult(text, (n,), influence, best, worst))
     known_fields: dict[str, Any] = {"examples": rows}
@@ -165,12 +175,6 @@ def made(
     )
 
 
-def _with(hit: Hit, **fields: Any) -> Hit:
-    from dataclasses import replace
-
-    return replace(hit, **fields)
-
-
 def hostile() -> QueryResult:
     """Texts that would act, wherever a text can stand."""
     evil = HOSTILE[0]
@@ -190,8 +194,20 @@ def hostile() -> QueryResult:
         Hit(3, 2, 2, 0.3, {"text": HOSTILE[12]}, **some),
     ]
     bottom = [
-        Hit(1, 3, 3, -0.5, {"messages": [{"role": "user", "content": everywhere}, {"role": "assistant", "content": everywhere}]}, **some),
-        Hit(2, 4, 4, -0.4, {"text": "@SUM(A1)\n\"quoted\", with commas"}, **some),
+        Hit(
+            1,
+            3,
+            3,
+            -0.5,
+            {
+                "messages": [
+                    {"role": "user", "content": everywhere},
+                    {"role": "assistant", "content": everywhere},
+                ]
+            },
+            **some,
+        ),
+        Hit(2, 4, 4, -0.4, {"text": '@SUM(A1)\n"quoted", with commas'}, **some),
     ]
     targets = [TargetResult(text, (place,), 0.1, top[:1], bottom[:1]) for place, text in enumerate(HOSTILE)]
     return QueryResult(
@@ -214,4 +230,10 @@ def hostile() -> QueryResult:
 
 def several() -> Results:
     """A few queries of different kinds, for one page."""
-    return Results([made(hits=8, length=60, generation=24, pool=12), hostile(), made(hits=6, length=0, generation=0, extra=False, seed=3)])
+    return Results(
+        [
+            made(hits=8, length=60, generation=24, pool=12),
+            hostile(),
+            made(hits=6, length=0, generation=0, extra=False, seed=3),
+        ]
+    )

@@ -8,7 +8,6 @@ import json
 from collections.abc import Mapping, Sequence
 from html import escape
 from importlib import resources
-from os.path import commonprefix
 from types import MappingProxyType
 from typing import Any
 
@@ -68,8 +67,7 @@ export.</p></noscript>
 
 
 def notebook(results: Sequence[QueryResult]) -> str:
-    """The page inside a frame, for `_repr_html_`: it can run its own script and save a file, and reach nothing
-    of the notebook's."""
+    """The page in a frame, for `_repr_html_`: it can run its script and save files, and reach nothing outside."""
     return (
         f'<iframe title="rapidin: hits" sandbox="allow-scripts allow-downloads" width="100%" '
         f'height="{_NOTEBOOK_HEIGHT}" style="border: 0" srcdoc="{escape(page(results))}"></iframe>'
@@ -117,7 +115,20 @@ def _queries(results: Sequence[QueryResult]) -> str:
 
 
 def _own(texts: Sequence[str]) -> list[str]:
-    """The texts without what all of them begin and end with, such as a template's words."""
-    head = len(commonprefix(texts))
-    tail = len(commonprefix([text[head:][::-1] for text in texts]))
+    """The texts without the words that all of them begin and end with, such as those of a template."""
+    if len(set(texts)) < 2:
+        return [""] * len(texts)
+    head = _shared(texts)
+    tail = _shared([text[head:][::-1] for text in texts])
     return [text[head : len(text) - tail] for text in texts]
+
+
+def _shared(texts: Sequence[str]) -> int:
+    """How many characters all texts begin with, up to a white space."""
+    low, high = min(texts), max(texts)  # all others begin as both of these do
+    same = 0
+    for n, (one, other) in enumerate(zip(low, high, strict=False), 1):
+        if one != other:
+            break
+        same = n if one.isspace() else same
+    return same

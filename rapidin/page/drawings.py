@@ -37,7 +37,7 @@ def histogram_symbol(name: str, histogram: Histogram) -> str:
             path += f"M{left:.4g} {_HIGH}v-{tall:.3g}H{right:.4g}V{_HIGH}z"
     inner = f'<path class="bars" d="{path}"/>'
     if edges[0] < 0 < edges[-1]:
-        inner += f'<path class="zero" vector-effect="non-scaling-stroke" d="M{place(histogram, 0):.4g} 0V{_HIGH}"/>'
+        inner += _line("zero", f"M{place(histogram, 0):.4g} 0V{_HIGH}")
     box = f'viewBox="0 0 {_WIDE} {_HIGH}" preserveAspectRatio="none"'
     return f'<svg class="defs" aria-hidden="true"><symbol id="{name}" {box}>{inner}</symbol></svg>'
 
@@ -45,11 +45,13 @@ def histogram_symbol(name: str, histogram: Histogram) -> str:
 def histogram_with(name: str, histogram: Histogram, marks: Sequence[float], label: str) -> str:
     """A histogram of `histogram_symbol` with scores marked in it."""
     path = "".join(f"M{place(histogram, score):.4g} 0V{_HIGH}" for score in marks)
-    inner = (
-        f'<use href="#{name}" width="{_WIDE}" height="{_HIGH}"/>'
-        f'<path class="mark" vector-effect="non-scaling-stroke" d="{path}"/>'
-    )
+    inner = f'<use href="#{name}" width="{_WIDE}" height="{_HIGH}"/>{_line("mark", path)}'
     return _svg("histogram", inner, label)
+
+
+def _line(kind: str, path: str) -> str:
+    """A line as thin as the style sheet has it, however the picture is stretched."""
+    return f'<path class="{kind}" vector-effect="non-scaling-stroke" d="{path}"/>'
 
 
 def place(histogram: Histogram, score: float) -> float:
@@ -70,11 +72,11 @@ def layers_chart(layers: Sequence[float], label: str) -> str:
     for n, value in enumerate(layers):
         tall = (middle - 0.5) * abs(value) / peak
         if tall >= 0.05:
-            bar = f"M{(n + 0.1) * step:.4g} {middle:g}v{'-' if value > 0 else ''}{tall:.3g}h{0.8 * step:.3g}V{middle:g}z"
+            high = -tall if value > 0 else tall
+            bar = f"M{(n + 0.1) * step:.4g} {middle:g}v{high:.3g}h{0.8 * step:.3g}V{middle:g}z"
             up, down = (up + bar, down) if value > 0 else (up, down + bar)
-    axis = f'<path class="zero" vector-effect="non-scaling-stroke" d="M0 {middle:g}H{_WIDE}"/>'
     bars = f'<path class="helpful" d="{up}"/>' * bool(up) + f'<path class="harmful" d="{down}"/>' * bool(down)
-    return _svg("layers", bars + axis, label)
+    return _svg("layers", bars + _line("zero", f"M0 {middle:g}H{_WIDE}"), label)
 
 
 def meter(value: float, most: float) -> str:

@@ -52,6 +52,15 @@
     if (element.className !== name) element.className = name;
   }
 
+  // Puts the elements into the list in this order, and moves none that is in its place.
+  function arrange(list, elements) {
+    let next = list.firstElementChild;
+    for (const element of elements) {
+      if (element === next) next = next.nextElementSibling;
+      else list.insertBefore(element, next);
+    }
+  }
+
   // A token where it stands alone; `parts._named` says the same.
   function named(text) {
     if (!text) return "(part of a character)";
@@ -70,27 +79,32 @@
       text.classList.remove("folded");
       return;
     }
-    function look() {
+    // Where to look, which is read for all texts before any is moved: reading anew lays out the page anew.
+    text.toLook = () => {
       const folded = text.classList.contains("folded");
       const token = folded ? strongest() : null;
+      let top = folded ? text.scrollTop : 0;
       if (token) {
         const line = text.clientHeight / LINES; // whole lines, and the token in the middle one
         const down = token.getBoundingClientRect().top - text.getBoundingClientRect().top + text.scrollTop;
-        text.scrollTop = Math.max(0, Math.round(down / line) - (LINES >> 1)) * line;
+        top = Math.max(0, Math.round(down / line) - (LINES >> 1)) * line;
       }
-      const below = text.scrollTop + text.clientHeight < text.scrollHeight - 4;
-      text.classList.toggle("above", folded && text.scrollTop > 4);
-      text.classList.toggle("below", folded && below);
-    }
+      top = Math.min(top, text.scrollHeight - text.clientHeight);
+      const below = top + text.clientHeight < text.scrollHeight - 4;
+      return () => {
+        text.scrollTop = top;
+        text.classList.toggle("above", folded && top > 4);
+        text.classList.toggle("below", folded && below);
+      };
+    };
     button.addEventListener("click", () => {
       const folded = text.classList.toggle("folded");
       button.textContent = folded ? "Show all" : "Show less";
       button.setAttribute("aria-expanded", String(!folded));
-      look();
+      text.toLook()();
     });
     text.after(button);
-    text.look = look;
-    look();
+    text.toLook()();
   }
 
   // ------------------------------------------------------------------------------------------ a query
@@ -138,9 +152,18 @@
       const element = this.section.querySelector(`[data-hit="${n}"]`);
       const source = hit.same === undefined ? hit : this.data.hits[hit.same];
       const tokens = element.querySelector(".text.tokens");
+      const was = made("p", "", "was");
+      was.hidden = true;
+      element.querySelector(".meter").after(was);
       const card = {
         hit,
         element,
+        was,
+        rank: element.querySelector(".rank"),
+        score: element.querySelector(".score"),
+        kind: element.querySelector(".kind"),
+        error: element.querySelector("header .error"), // of the whole score alone
+        bar: element.querySelector(".meter rect"),
         text: element.querySelector(".text"),
         spans: tokens ? [...tokens.children] : [],
         targets: source.targets ? floatsOf(source.targets) : null,
@@ -151,6 +174,7 @@
         values: null, // of its tokens, as they are shaded
       };
       card.values = card.whole;
+      card.void = card.spans.map((span) => !span.firstChild);
       card.quiet = card.spans.map((span) => (span.classList.contains("q") ? " q" : ""));
       tokens?.addEventListener("pointerover", (event) => {
         const span = event.target.closest(".tokens > span");
@@ -263,7 +287,7 @@
       this.say();
       this.show();
       for (const card of this.cards) card.stale = true;
-      for (const card of this.shown) if (card.near) this.shadeOf(card);
+      this.shade(this.shown.filter((card) => card.near));
     }
 
     // What is selected, and its share of the score.
@@ -323,10 +347,10 @@
       const found = lists.map((list) => list.filter(({ card }) => this.matches(card)));
       const most = peakOf(lists.flat().map(({ score }) => score ?? 0));
       const kept = new Set(found.flat().map(({ card }) => card));
-      const away = this.cards.filter((card) => !kept.has(card));
+      const away = this.cards.filter((card) => !kept.has(card) && card.element.parentElement !== this.pool);
       this.pool?.append(...away.map((card) => card.element));
       found.forEach((list, n) => {
-        this.lists[n].append(...list.map(({ card }) => card.element));
+        arrange(this.lists[n], list.map(({ card }) => card.element));
         const none = this.lists[n].parentElement.querySelector(".none");
         none.hidden = list.length > 0;
         if (this.words) none.textContent = "None with these words.";
@@ -342,26 +366,17 @@
     }
 
     label(card, score, rank, most) {
-      const { element, hit } = card;
+      const { hit, kind, was } = card;
       const side = score < 0 ? "harmful" : "helpful";
       const { bounded } = this.data;
-      element.querySelector(".rank").textContent = rank;
-      const shown = element.querySelector(".score");
-      shown.textContent = scoreText(score ?? 0, bounded);
-      setClass(shown, `score ${side}`);
-      const kind = element.querySelector(".kind");
+      card.rank.textContent = rank;
+      card.score.textContent = scoreText(score ?? 0, bounded);
+      setClass(card.score, `score ${side}`);
       kind.textContent = side;
       setClass(kind, `kind ${side}`);
-      const error = element.querySelector(".error"); // of the whole score alone
-      if (error) error.hidden = this.selected !== null;
-      const bar = element.querySelector(".meter rect");
-      bar.setAttribute("class", side);
-      bar.setAttribute("width", most > 0 ? (100 * Math.abs(score)) / most : 0);
-      let was = element.querySelector(".was");
-      if (!was) {
-        was = made("p", "", "was");
-        element.querySelector(".meter").after(was);
-      }
+      if (card.error) card.error.hidden = this.selected !== null;
+      card.bar.setAttribute("class", side);
+      card.bar.setAttribute("width", most > 0 ? (100 * Math.abs(score)) / most : 0);
       was.hidden = !this.selected || hit.score === undefined;
       if (!was.hidden) {
         const end = hit.side > 0 ? "helpful" : "harmful";
@@ -373,37 +388,42 @@
     // ------------------------------------------------------------------------------------- shades
 
     approach(seen) {
+      const stale = [];
       for (const entry of seen) {
         const card = this.cards[Number(entry.target.dataset.hit)];
         card.near = entry.isIntersecting;
         if (!card.near) continue;
-        if (card.stale) this.shadeOf(card);
+        if (card.stale) stale.push(card);
         if (card.text?.hasAttribute("data-fold") && !card.folded) {
           card.folded = true;
           fold(card.text, () => this.strongest(card)[0]?.span ?? null);
         }
       }
+      this.shade(stale);
     }
 
-    async shadeOf(card) {
+    async shade(cards) {
       const { selected } = this;
-      card.stale = false;
-      let values = card.whole;
-      if (selected && card.byTarget && typeof DecompressionStream === "function") {
-        const found = await this.bytesOf(card);
-        if (this.selected !== selected) return; // another was chosen meanwhile
-        values = this.summed(card, found, selected.targets);
-      }
-      if (!values) return;
+      for (const card of cards) card.stale = false;
+      const parted = (card) => selected && card.byTarget && typeof DecompressionStream === "function";
+      const found = await Promise.all(cards.map((card) => (parted(card) ? this.bytesOf(card) : null)));
+      if (this.selected !== selected) return; // another was chosen meanwhile
+      cards.forEach((card, n) => {
+        const values = found[n] ? this.summed(card, found[n], selected.targets) : card.whole;
+        if (values) this.paint(card, values, selected && !found[n]);
+      });
+      for (const look of cards.map((card) => card.text?.toLook?.())) look?.();
+    }
+
+    paint(card, values, ofWhole) {
       card.values = values;
       const peak = peakOf(values);
       card.spans.forEach((span, n) => {
-        const empty = span.classList.contains("void") ? " void" : "";
+        const empty = card.void[n] ? " void" : "";
         setClass(span, (shadeOf(stepOf(values[n], peak)) + empty + card.quiet[n]).trim());
         if (span.title) span.removeAttribute("title");
       });
-      this.sayStrongest(card, selected && values === card.whole);
-      card.text.look?.();
+      this.sayStrongest(card, ofWhole);
     }
 
     async bytesOf(card) {
@@ -462,7 +482,7 @@
     search(words) {
       this.words = words.trim().toLowerCase();
       this.show();
-      for (const card of this.shown) if (card.near && card.stale) this.shadeOf(card);
+      this.shade(this.shown.filter((card) => card.near && card.stale));
       this.mark();
     }
 

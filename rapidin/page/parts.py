@@ -1,4 +1,4 @@
-"""A query as markup: the generation, its hits, what groups bring; and the numbers that the script needs of it."""
+"""A query as markup: the generation, its hits, what groups bring; and the numbers that the script needs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class View:
 
     @property
     def covered(self) -> bool:
-        """Whether what the tokens select adds up to the whole generation: each is in one target, all of it."""
+        """Whether what tokens select adds up to the whole generation: each is in one target, none in two."""
         chosen = set(self.owners)
         sizes = sum(len(self.result.targets[n].places) for n in chosen if n >= 0)
         return bool(chosen) and -1 not in chosen and sizes == len(self.owners)
@@ -219,7 +219,8 @@ def _generation(view: View) -> str:
             '<p class="legend" aria-hidden="true"><span>harmful</span>'
             + "".join(f'<i class="{shades.shade(n)}"></i>' for n in (-9, -6, -3, 0, 3, 6, 9))
             + "<span>helpful</span></p>"
-            '<p class="hint only-script">Select a token, or drag over several, to rank the examples for them.</p>'
+            '<p class="hint only-script">Select a token, or drag over several, to rank the examples for them.'
+            "</p>"
         )
     if not result.pieces:
         parts.append(f'<div class="completion text" dir="auto">{block(result.completion)}</div>')
@@ -228,8 +229,8 @@ def _generation(view: View) -> str:
     if view.others:
         buttons = "".join(
             f'<li><button type="button" class="part" data-part="{n}" aria-pressed="false">'
-            f"{_part_name(result.targets[n])} <small>{score_text(result.targets[n].influence, result.bounded)}</small>"
-            f"</button></li>"
+            f"{_part_name(result.targets[n])} "
+            f"<small>{score_text(result.targets[n].influence, result.bounded)}</small></button></li>"
             for n in view.others
         )
         parts.append(
@@ -296,17 +297,17 @@ def _meaning(view: View) -> str:
     if result.targets:
         pool = len({e.hit.row for e in view.entries})
         lines.append(
-            f"A selection ranks {pool:,} examples anew: those that are best or worst for the generation or for "
-            "one of its parts, of the whole cache. Their scores are then the parts that the selection has in "
-            "them; its share is the one in the mean score of the most helpful."
+            f"A selection ranks {pool:,} examples anew: those that are best or worst for the generation or "
+            "for one of its parts, of the whole cache. Their scores are then the parts that the selection has "
+            "in them; its share is the one in the mean score of the most helpful."
         )
     texts = "".join(f"<p>{plain(line)}</p>" for line in lines)
     keys = ""
     if result.targets and result.pieces:
         keys = (
-            '<p class="only-script">Keys: <kbd>←</kbd> <kbd>→</kbd> between tokens, <kbd>Enter</kbd> to select, '
-            "<kbd>Shift</kbd> with arrows or a click for a range, <kbd>Esc</kbd> to clear, <kbd>/</kbd> to search."
-            "</p>"
+            '<p class="only-script">Keys: <kbd>←</kbd> <kbd>→</kbd> between tokens, <kbd>Enter</kbd> to '
+            "select, <kbd>Shift</kbd> with arrows or a click for a range, <kbd>Esc</kbd> to clear, "
+            "<kbd>/</kbd> to search.</p>"
         )
     return f'<details class="card meaning"><summary>How to read this</summary>{texts}{keys}</details>'
 
@@ -321,10 +322,10 @@ def _bar(view: View) -> str:
     return (
         f'<div class="bar only-script">{status if selects else ""}'
         f'<label class="search"><span class="sr">Search in the examples</span>'
-        f'<input type="search" placeholder="Search text or index" autocomplete="off" spellcheck="false"></label>'
-        f'<p class="found" role="status"></p>'
-        f'<button type="button" class="csv" title="The examples below as a table. Text that begins like a formula '
-        f"gets an apostrophe in front, so that no spreadsheet runs it.\">Export CSV</button></div>"
+        '<input type="search" placeholder="Search text or index" autocomplete="off" spellcheck="false">'
+        '</label><p class="found" role="status"></p>'
+        '<button type="button" class="csv" title="The examples below as a table. Text that begins like a '
+        'formula gets an apostrophe in front, so that no spreadsheet runs it.">Export CSV</button></div>'
     )
 
 
@@ -383,8 +384,9 @@ def _lists(view: View, drawn: bool) -> str:
     for side, title in ((1, "Most helpful"), (-1, "Most harmful")):
         kind = "helpful" if side > 0 else "harmful"
         lists += (
-            f'<section class="list" aria-labelledby="{view.name}-{kind}"><h3 id="{view.name}-{kind}" class="{kind}">'
-            f'{title}</h3><ol class="hits" data-side="{side}">{shown[side]}</ol>'
+            f'<section class="list" aria-labelledby="{view.name}-{kind}">'
+            f'<h3 id="{view.name}-{kind}" class="{kind}">{title}</h3>'
+            f'<ol class="hits" data-side="{side}">{shown[side]}</ol>'
             f'<p class="none" {"hidden" if shown[side] else ""}>None.</p></section>'
         )
     return f'<div class="lists">{lists}</div><ol class="pool" hidden>{shown[0]}</ol>'
@@ -401,7 +403,8 @@ def _hit(view: View, n: int, entry: Entry, most: float, drawn: bool) -> str:
     return f"""
 <li class="hit" id="{name}" data-hit="{n}"><article aria-labelledby="{name}-title">
 <header><h4 id="{name}-title"><span class="sr">Rank </span><span class="rank">{hit.rank}</span>
-<span class="score {side}">{score_text(score, bounded)}</span>{error} <span class="kind {side}">{side}</span></h4>
+<span class="score {side}">{score_text(score, bounded)}</span>{error}
+<span class="kind {side}">{side}</span></h4>
 <p class="index">index <b>{hit.index}</b></p></header>
 {drawings.meter(score, most)}
 {_text(hit)}
@@ -477,9 +480,7 @@ def _figure(picture: str, caption: str) -> str:
 
 def _layers_label(values: Sequence[float], names: Sequence[str], bounded: bool) -> str:
     order = sorted(range(len(values)), key=lambda n: (-abs(values[n]), n))[:_LAYERS_NAMED]
-    said = [
-        f"{names[n] if n < len(names) else f'layer {n}'} {score_text(values[n], bounded)}" for n in order
-    ]
+    said = [f"{names[n] if n < len(names) else f'layer {n}'} {score_text(values[n], bounded)}" for n in order]
     return f"Influence by layer, most in {', '.join(said)}"
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 STEPS = 9  # on each side, as the style sheet has them
-_MANY = 4_000_000  # numbers on a page, from which on each has fewer levels
+_MANY = 1_000_000  # numbers on a page, from which on each has fewer levels
 
 
 def steps(values: Sequence[float] | NDArray[Any], peak: float | None = None) -> NDArray[np.int64]:

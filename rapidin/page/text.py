@@ -7,8 +7,8 @@ from html import escape as _quoted
 
 from rapidin.report import STEERING, escape
 
-# What has no width of its own, and tag characters, which can spell words that only a model reads. Joiners stay:
-# scripts and emoji need them.
+# What has no width of its own, and tag characters, which can spell words that only a model reads. Joiners
+# stay: scripts and emoji need them.
 _UNSEEN = "\xad\u200b\u2060-\u2064\ufeff\U000e0000-\U000e007f"
 _HIDDEN = re.compile(f"(?![\n\t])[{STEERING}{_UNSEEN}]")
 _MARKED = re.compile(f"[{STEERING}{_UNSEEN}]")
