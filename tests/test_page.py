@@ -24,8 +24,8 @@ from rapidin.report import score_text
 VOID = {"meta", "input", "br", "link"}
 _TAGS = (
     "html head meta title style body a header p h1 h2 h3 h4 button dl div dt dd nav ol ul li b i q small "
-    "span noscript main section details summary figure figcaption svg symbol path use rect article label input "
-    "table thead tbody tr th td kbd script"
+    "span noscript main section details summary figure figcaption svg symbol path use rect article label "
+    "input table thead tbody tr th td kbd script"
 )
 TAGS = set(_TAGS.split())
 _ATTRIBUTES = (

@@ -67,7 +67,7 @@ export.</p></noscript>
 
 
 def notebook(results: Sequence[QueryResult]) -> str:
-    """The page in a frame, for `_repr_html_`: it can run its script and save files, and reach nothing outside."""
+    """The page in a frame, for `_repr_html_`: it can run its script and save files, and reaches nothing."""
     return (
         f'<iframe title="rapidin: hits" sandbox="allow-scripts allow-downloads" width="100%" '
         f'height="{_NOTEBOOK_HEIGHT}" style="border: 0" srcdoc="{escape(page(results))}"></iframe>'

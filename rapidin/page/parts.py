@@ -297,9 +297,9 @@ def _meaning(view: View) -> str:
     if result.targets:
         pool = len({e.hit.row for e in view.entries})
         lines.append(
-            f"A selection ranks {pool:,} examples anew: those that are best or worst for the generation or "
-            "for one of its parts, of the whole cache. Their scores are then the parts that the selection has "
-            "in them; its share is the one in the mean score of the most helpful."
+            f"A selection ranks {pool:,} examples anew: those that are best or worst for the generation "
+            "or for one of its parts, of the whole cache. Their scores are then the parts that the selection "
+            "has in them; its share is the one in the mean score of the most helpful."
         )
     texts = "".join(f"<p>{plain(line)}</p>" for line in lines)
     keys = ""
