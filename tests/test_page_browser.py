@@ -308,7 +308,7 @@ def test_tokens_of_hits_are_shaded_for_the_selection(shown: Shown) -> None:
     best = int(np.argmax(np.abs(values)))
     card = shown.one("[data-hit='0']")
     listed = card.find_element(By.CSS_SELECTOR, ".strongest li").text
-    assert listed.endswith(score_text(float(values[best]), True))
+    assert listed.endswith(f"≈ {float(f'{values[best]:.0e}'):+}")
     shown.press(Keys.ESCAPE)
     shown.until(lambda: shown.classes(0) == expected_classes(hit, hit.tokens.contributions))
 
@@ -360,6 +360,19 @@ def test_parts_that_no_token_selects_have_buttons(shown: Shown) -> None:
     assert "all of it" in shown.status()
     button.click()
     assert button.get_attribute("aria-pressed") == "false"
+    assert shown.hits() == whole(RESULT)
+
+
+def test_where_parts_of_hits_are_not_known_nothing_can_be_selected(shown: Shown) -> None:
+    bare = [[replace(hit, targets=()) for hit in end] for end in (RESULT.top, RESULT.bottom)]
+    targets = [replace(target, top=[], bottom=[]) for target in RESULT.targets]
+    targets.append(replace(targets[0], text="all of it", places=tuple(range(24))))
+    shown.open([replace(RESULT, top=bare[0], bottom=bare[1], targets=targets)])
+    assert {token.get_attribute("role") for token in shown.tokens()} == {None}
+    assert shown.all(".status, .hint, button.part") == []
+    assert "all of it" in shown.one(".parts").text
+    shown.tokens()[2].click()
+    shown.press(Keys.ESCAPE)
     assert shown.hits() == whole(RESULT)
 
 

@@ -25,6 +25,12 @@
     return sign + digits + "e" + power[0] + power.slice(1).padStart(2, "0");
   }
 
+  // Of `shades.levels`, which are known to about a digit.
+  function roughText(score, bounded) {
+    const sign = score < 0 ? "" : "+";
+    return "≈ " + sign + (bounded ? String(Number(score.toPrecision(1))) : score.toExponential(0));
+  }
+
   // As `shades.steps` has it.
   function stepOf(value, peak) {
     if (!(peak > 0)) return 0;
@@ -69,7 +75,7 @@
     return line.length > 30 ? line.slice(0, 29) + "…" : line;
   }
 
-  // A folded text, opened at what matters in it, and the button that shows all of it.
+  // A folded text, opened at what matters in it, by default its end, and the button that shows all of it.
   function fold(text, strongest) {
     const button = made("button", "Show all", "more");
     button.type = "button";
@@ -82,8 +88,8 @@
     // Where to look, which is read for all texts before any is moved: reading anew lays out the page anew.
     text.toLook = () => {
       const folded = text.classList.contains("folded");
-      const token = folded ? strongest() : null;
-      let top = folded ? text.scrollTop : 0;
+      const token = folded ? strongest?.() : null;
+      let top = folded && !strongest ? Infinity : 0;
       if (token) {
         const line = text.clientHeight / LINES; // whole lines, and the token in the middle one
         const down = token.getBoundingClientRect().top - text.getBoundingClientRect().top + text.scrollTop;
@@ -123,8 +129,10 @@
       this.near = new IntersectionObserver((seen) => this.approach(seen), { rootMargin: "400px 0px" });
       for (const card of this.cards) this.near.observe(card.element);
       this.tokens = [...section.querySelectorAll(".completion > span")];
-      if (this.tokens.length && data.owners.some((owner) => owner >= 0)) this.listen();
-      for (const button of section.querySelectorAll(".part")) {
+      if (this.first.size && data.owners.some((owner) => owner >= 0)) this.listen();
+      for (const button of section.querySelectorAll("button.part")) {
+        button.type = "button";
+        button.setAttribute("aria-pressed", "false");
         button.addEventListener("click", () => {
           const part = Number(button.dataset.part);
           this.select(this.selected?.part === part ? null : { targets: new Set([part]), part });
@@ -135,7 +143,7 @@
       section.querySelector(".csv")?.addEventListener("click", () => this.save());
       section.querySelector(".clear")?.addEventListener("click", () => this.clear());
       const prompt = section.querySelector(".prompt");
-      if (prompt) this.onceSeen(prompt, () => fold(prompt, () => null));
+      if (prompt) this.onceSeen(prompt, () => fold(prompt, null));
     }
 
     // Sizes are known only of what is on the screen: sections of other queries are hidden.
@@ -178,7 +186,7 @@
       card.quiet = card.spans.map((span) => (span.classList.contains("q") ? " q" : ""));
       tokens?.addEventListener("pointerover", (event) => {
         const span = event.target.closest(".tokens > span");
-        if (span && card.values) span.title = scoreText(card.values[card.spans.indexOf(span)], this.data.bounded);
+        if (span && card.values) span.title = this.partText(card, card.values[card.spans.indexOf(span)]);
       });
       return card;
     }
@@ -281,7 +289,7 @@
           token.setAttribute("aria-selected", String(on));
         }
       });
-      for (const button of this.section.querySelectorAll(".part")) {
+      for (const button of this.section.querySelectorAll("button.part")) {
         button.setAttribute("aria-pressed", String(selected?.part === Number(button.dataset.part)));
       }
       this.say();
@@ -354,7 +362,7 @@
         const none = this.lists[n].parentElement.querySelector(".none");
         none.hidden = list.length > 0;
         if (this.words) none.textContent = "None with these words.";
-        else none.textContent = n ? "None makes it less likely." : "None makes it more likely.";
+        else none.textContent = n ? "None here makes it less likely." : "None here makes it more likely.";
         for (const { card, score, rank } of list) this.label(card, score, rank, most);
       });
       this.rows = found;
@@ -446,6 +454,11 @@
       return values;
     }
 
+    // What a token brings, as exactly as it is known.
+    partText(card, value) {
+      return (card.values === card.whole ? scoreText : roughText)(value, this.data.bounded);
+    }
+
     strongest(card) {
       if (!card.values) return [];
       const order = card.spans.map((span, n) => ({ span, n, value: card.values[n] }));
@@ -458,7 +471,7 @@
       if (!list) return;
       const items = this.strongest(card).map(({ span, value }) => {
         const item = made("li");
-        item.append(made("q", named(span.textContent)), ` ${scoreText(value, this.data.bounded)}`);
+        item.append(made("q", named(span.textContent)), ` ${this.partText(card, value)}`);
         return item;
       });
       list.replaceChildren(...items);

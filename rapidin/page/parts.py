@@ -87,6 +87,12 @@ class View:
                 found.append(Entry(hit, 0, None, whole))
         return found
 
+    @cached_property
+    def selects(self) -> bool:
+        """Whether a part of the generation can be selected: the parts that hits have in targets are known."""
+        count = len(self.result.targets)
+        return count > 0 and any(len(entry.hit.targets) == count for entry in self.entries)
+
     @property
     def numbers(self) -> int:
         """How many numbers `Tokens.by_target` has in all entries."""
@@ -208,7 +214,7 @@ def _generation(view: View) -> str:
         return f'<p class="lead">{result.together:,} generations; scores are the mean of theirs.</p>'
     parts = []
     if result.prompt:
-        text = block(result.prompt)
+        text = block(result.prompt.strip(_BREAKS))
         parts.append(
             f'<h3 class="label">Prompt</h3><div class="prompt text" dir="auto" data-fold>{text}</div>'
         )
@@ -219,6 +225,9 @@ def _generation(view: View) -> str:
             '<p class="legend" aria-hidden="true"><span>harmful</span>'
             + "".join(f'<i class="{shades.shade(n)}"></i>' for n in (-9, -6, -3, 0, 3, 6, 9))
             + "<span>helpful</span></p>"
+        )
+    if view.selects and result.pieces:
+        parts.append(
             '<p class="hint only-script">Select a token, or drag over several, to rank the examples for them.'
             "</p>"
         )
@@ -227,10 +236,10 @@ def _generation(view: View) -> str:
     else:
         parts.append(f'<div class="completion text" dir="auto">{_pieces(view)}</div>')
     if view.others:
+        kind = "button" if view.selects else "span"
         buttons = "".join(
-            f'<li><button type="button" class="part" data-part="{n}" aria-pressed="false">'
-            f"{_part_name(result.targets[n])} "
-            f"<small>{score_text(result.targets[n].influence, result.bounded)}</small></button></li>"
+            f'<li><{kind} class="part" data-part="{n}">{_part_name(result.targets[n])} '
+            f"<small>{score_text(result.targets[n].influence, result.bounded)}</small></{kind}></li>"
             for n in view.others
         )
         parts.append(
@@ -294,16 +303,17 @@ def _meaning(view: View) -> str:
             "Shades in an example say what its tokens bring to the score, from the strongest down, by the "
             "square root of their size. Tokens in quieter ink were read, but not learnt to predict."
         )
-    if result.targets:
+    if view.selects:
         pool = len({e.hit.row for e in view.entries})
         lines.append(
             f"A selection ranks {pool:,} examples anew: those that are best or worst for the generation "
             "or for one of its parts, of the whole cache. Their scores are then the parts that the selection "
-            "has in them; its share is the one in the mean score of the most helpful."
+            "has in them; its share is the one in the mean score of the most helpful. What a token brings to "
+            "it is kept in a few steps only, to keep the page small: ≈ stands before such a number."
         )
     texts = "".join(f"<p>{plain(line)}</p>" for line in lines)
     keys = ""
-    if result.targets and result.pieces:
+    if view.selects and result.pieces:
         keys = (
             '<p class="only-script">Keys: <kbd>←</kbd> <kbd>→</kbd> between tokens, <kbd>Enter</kbd> to '
             "select, <kbd>Shift</kbd> with arrows or a click for a range, <kbd>Esc</kbd> to clear, "
@@ -314,13 +324,12 @@ def _meaning(view: View) -> str:
 
 def _bar(view: View) -> str:
     name = view.name
-    selects = bool(view.result.targets)
     status = (
         f'<div class="selection"><p class="status" id="{name}-status" role="status">Ranked for the whole '
         'generation</p><button type="button" class="clear" hidden>Clear <kbd>Esc</kbd></button></div>'
     )
     return (
-        f'<div class="bar only-script">{status if selects else ""}'
+        f'<div class="bar only-script">{status if view.selects else ""}'
         f'<label class="search"><span class="sr">Search in the examples</span>'
         '<input type="search" placeholder="Search text or index" autocomplete="off" spellcheck="false">'
         '</label><p class="found" role="status"></p>'
