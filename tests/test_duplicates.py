@@ -91,12 +91,7 @@ def test_forms_are_compared_by_what_they_say() -> None:
     same: list[Any] = [
         {"prompt": "Add one and two.", "completion": "Three."},
         {"instruction": "Add one", "input": "and two", "output": "three", "source": "b"},
-        {
-            "messages": [
-                {"role": "user", "content": "add one and two"},
-                {"role": "assistant", "content": "Three"},
-            ]
-        },
+        {"messages": [{"role": role, "content": text} for role, text in said]},
     ]
     found = [Hit(n + 1, n, n, 0.5, record) for n, record in enumerate(same)]
     assert leads(fold(found, {})) == [(0, (1, 2))]
