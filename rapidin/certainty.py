@@ -7,15 +7,18 @@ and ``s = sum_j v_j y_j`` the score of a block:
     none            e_j = v_j y_j
     layer           e_j = v_j y_j - s (a_j^2 + z_j^2) / 2     a, z: v and y, at length 1 in the block
     cosine          the same with s the whole score, and a, z at length 1 in all blocks together
-    SE^2          = k / (k - 1) sum_b sum_j (e_bj - mean_j e_bj)^2              k: bins of a block
+    SE^2          = sum_b c_b / (c_b + 1) k / (k - 1) sum_j (e_bj - mean_j e_bj)^2
+
+with k the bins of a block and c_b the others that a number of its gradient shares its bin with, on average
+over hashes: the spread of the e holds each number's own product, which no hash changes, and is too large by a
+part in c. It matters for small parameters alone; where no two numbers meet there is no error.
 
 The second term is the delta method (Cramér, 1946, section 28.4): lengths are estimates from the same bins,
 and their errors are the score's. An example compared with itself has no error then. Blocks have hashes of
 their own, but for those of one parameter at several points or in several caches of one seed: their e are
 added up before they are squared.
 
-What is taken for granted: bins are exchangeable, and a bin holds numbers enough that none is all of it. Of a
-part of a generation, v is divided by the length of the whole, which is then a. The methods `datainf` and
+What is taken for granted: bins are exchangeable, and no few numbers are nearly all of a gradient. Of a part of a generation, v is divided by the length of the whole, which is then a. The methods `datainf` and
 `fisher` have v = M q; M counts as known, and a is the direction of v. The same holds for the mean of several
 generations. Codes of few bits add noise, which spreads over all bins and so is in the SE; that they pull
 scores towards zero is not. Measured in docs/reading.md.
@@ -25,10 +28,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 
 import torch
 from torch import Tensor
 
+from rapidin.cache import Cache
+from rapidin.layers import matrix_shape
+from rapidin.pack import FloatCode
 from rapidin.scan import Source, some_rows
 
 SURE = 1.96  # standard errors between two scores from which their order is told: wrong in 5% of equal pairs
@@ -40,7 +47,7 @@ class Details:
     """What scores are made of. On the CPU.
 
     scores, errors: [Q, m] float32, NaN where there is no row; parts: [Q, m, layers] float32, which sum to the
-    scores, of `layers`, parameters by name. An error is infinite where a block has one bin.
+    scores, of `layers`, parameters by name. No error is known where a block has one bin: NaN.
     """
 
     scores: Tensor
@@ -97,7 +104,7 @@ def _some(
     parts = torch.zeros(len(rows), layers, dtype=torch.float64, device=device)
     # Gradients may be tiny, and products of four of their numbers leave float32's range: all in these units.
     size = max(float(source.query.vectors[query].abs().max()) for source in sources) or 1.0
-    spread: dict[object, Tensor] = {}
+    spread: dict[object, tuple[Tensor, Tensor]] = {}  # by hash
     units = []
     loaded = []
     for source in sources:
@@ -123,15 +130,47 @@ def _some(
         blocks = source.cache.layers
         points = len({b.at for b in blocks})
         e = e.view(len(rows), points, len(blocks) // points, -1).sum(1)
-        hashed = (*source.cache.manifest.sketch.values(), *(b.name for b in blocks))
-        spread[hashed] = spread[hashed] + e if hashed in spread else e
+        sketch = source.cache.manifest.sketch
+        hashed = (*sketch.values(), *(b.name for b in blocks))
+        if hashed in spread:
+            e += spread[hashed][0]
+        spread[hashed] = e, _meeting(source.cache)
     square = torch.zeros(len(rows), dtype=torch.float64, device=device)
-    for e in spread.values():
+    for e, meeting in spread.values():
         k = e.shape[2]
         e -= e.mean(2, keepdim=True)
-        square += e.square().sum((1, 2)).double() * (k / (k - 1) if k > 1 else torch.inf)
+        by_block = e.square().sum(2).double() * meeting.to(device)
+        square += by_block.sum(1) * (k / (k - 1) if k > 1 else torch.nan)
     scale = size * row_size
     return tuple(x.float().cpu() for x in (parts.sum(1) * scale, square.sqrt() * scale, parts * scale))  # type: ignore[return-value]
+
+
+def _meeting(cache: Cache) -> Tensor:
+    """c / (c + 1) of each parameter [layers] float64. 1 for codes of few bits: most of their error is not the
+    hash's."""
+    blocks = {b.name: b.shape for b in cache.layers}
+    if not isinstance(cache.code, FloatCode):
+        return torch.ones(len(blocks), dtype=torch.float64, device="cpu")
+    tensor, k = cache.manifest.sketch["projection"] == "tensor", cache.manifest.width
+    shapes = [matrix_shape(shape) if tensor else (1, prod(shape)) for shape in blocks.values()]
+    meeting = torch.tensor([partners(*shape, k) for shape in shapes], dtype=torch.float64, device="cpu")
+    return meeting / (meeting + 1)
+
+
+def partners(rows: int, columns: int, k: int) -> float:
+    """How many numbers of a matrix [rows, columns] share the bin of a number of it, on average over numbers
+    and hashes (docs/sketch.md, section 2; a flat sketch is that of one row)."""
+    same_bin, near, far = zip(*(_side(n, k) for n in (rows, columns)), strict=True)
+    # Within a chunk bins differ, each other difference is as likely; between chunks all are.
+    both = near[0] * near[1] / max(1, k - 1) + (near[0] * far[1] + far[0] * near[1] + far[0] * far[1]) / k
+    return float(sum(same_bin) + both)
+
+
+def _side(n: int, k: int) -> tuple[float, float, float]:
+    """Of an index below n: the others that have its bin, the others in its chunk, and those that are not."""
+    whole, left = divmod(n, k)
+    near = (whole * k**2 + left**2) / n
+    return (n - near) / k, near - 1, n - near
 
 
 def _rows(source: Source, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:

@@ -16,11 +16,6 @@ from rapidin.model import LoadedModel
 
 FOX = "The quick brown fox jumps over the lazy dog. "
 TEXTS = ["", "a", *(FOX * n for n in (1, 2, 9, 40)), "One, two."] * 3
-    "",
-    "a",
-    *("The quick brown fox jumps over the lazy dog. " * n for n in (1, 2, 9, 40)),
-    "One, two.",
-] * 3
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "lora"])
