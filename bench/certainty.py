@@ -1,7 +1,8 @@
 """How true the standard errors of scores are: against exact gradients, and between seeds.
 
     python bench/certainty.py MODEL --data FILE [--include layers.0. layers.14.] [--width 64 512]
-        [--code float16 sign:1024] [--method dot] [--geometry kfac] [--seeds 4] [--json FILE]
+        [--code float16 sign:1024] [--normalize layer] [--method dot] [--geometry kfac] [--seeds 4]
+        [--json FILE]
 
 z = (score - exact) / SE of every pair of a query (the last texts) and a row (the others). Its standard
 deviation is 1 where the errors are true; its mean tells a bias. between: (score - score') / sqrt(SE^2 +
@@ -20,54 +21,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rapidin import inside
 from rapidin.attributor import Attributor
 from rapidin.certainty import details
 from rapidin.encoding import Encoded
-from rapidin.hooks import Batch
 from rapidin.model import load_model
 from rapidin.query import Part, Scoring, sources
 
 
-def factors_of(attributor: Attributor, text: Encoded, point: int) -> list[tuple[Tensor, Tensor]]:
-    """(columns [T, I], rows [T, O]) of each layer's gradient."""
-    batch = Batch.of([(text.ids, text.target)], attributor.loaded.device)
-    return [(columns[0], rows[0]) for columns, rows in attributor.sketcher.factors(batch, point)]
-
-
-def exact_products(attributor: Attributor, queries: int, encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
-    """Inner products of gradients, block by block: of the last `queries` texts with the others
-    [queries, rows, blocks], and of each text with itself [texts, blocks]; float64."""
-    layers = len(attributor.targets)
-    blocks = len(attributor.points) * layers
-    rows = len(encoded) - queries
-    out = torch.zeros(queries, rows, blocks, dtype=torch.float64)
-    own = torch.zeros(len(encoded), blocks, dtype=torch.float64)
-    for number, point in enumerate(attributor.points):
-        with attributor.loaded.path.at(point):
-            asked = [factors_of(attributor, text, number) for text in encoded[rows:]]
-            for n in range(len(encoded)):
-                mine = factors_of(attributor, encoded[n], number)
-                for b, (columns, grads) in enumerate(mine):
-                    at = number * layers + b
-                    own[n, at] = ((columns @ columns.T).double() * (grads @ grads.T).double()).sum()
-                    for q in range(queries if n < rows else 0):
-                        theirs = asked[q][b]
-                        product = (columns @ theirs[0].T).double() * (grads @ theirs[1].T).double()
-                        out[q, n, at] = product.sum()
-    return out, own
-
-
-def exact_scores(products: Tensor, own: Tensor, normalize: str) -> Tensor:
-    """[queries, rows]."""
-    rows = products.shape[1]
-    length = own.sqrt()
-    asked, others = length[rows:], length[:rows]
-    if normalize == "layer":
-        both = asked[:, None] * others[None]
-        return torch.where(both > 0, products / both.clamp(min=1e-300), 0.0).mean(2)
-    if normalize == "cosine":
-        return products.sum(2) / (asked.norm(dim=1)[:, None] * others.norm(dim=1)[None])
-    return products.sum(2)
+def exact_scores(attributor: Attributor, queries: int, encoded: list[Encoded], normalize: str) -> Tensor:
+    """Of the last `queries` texts with the others: [queries, rows] float64."""
+    asked, rows = encoded[-queries:], encoded[:-queries]
+    found = inside.exact(attributor, asked, [1.0] * queries, range(queries), rows, normalize)
+    return torch.stack([positions.sum(1) for positions in found], 1)
 
 
 def figures(z: Tensor) -> dict[str, float]:
@@ -92,6 +58,7 @@ def main() -> None:
     parser.add_argument("--max-length", type=int, default=96)
     parser.add_argument("--width", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--code", nargs="+", default=["float16"])
+    parser.add_argument("--normalize", nargs="+", default=["layer", "cosine", "none"])
     parser.add_argument("--method", default="dot")
     parser.add_argument("--geometry", default="kfac")
     parser.add_argument("--seeds", type=int, default=4)
@@ -102,7 +69,7 @@ def main() -> None:
     found = []
     rows = len(records) - args.queries
     every = torch.arange(rows).expand(args.queries, rows)
-    truth: dict[int, tuple[Tensor, Tensor]] = {}
+    truth: dict[tuple[int, str], Tensor] = {}
     for width, code in itertools.product(args.width, args.code):
         dtype, _, size = code.partition(":")
         made: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -125,18 +92,20 @@ def main() -> None:
                     sample=rows if size else 0,
                 )
                 attributor.check(cache.manifest)
-                here = seed if args.geometry == "kfac" else 0  # K-FAC's finds its directions by the seed
-                if here not in truth and args.method == "dot":
-                    encoded = [attributor.encoder(record) for record in records]
-                    truth[here] = exact_products(attributor, args.queries, encoded)
                 texts = attributor.generations(records[rows:])
                 sketch = attributor.query_sketches(texts)
-                for normalize in ("layer", "cosine", "none"):
+                for normalize in args.normalize:
                     scoring = Scoring(normalize, args.method)
                     got = details(sources([Part(cache, sketch)], texts, scoring), every)
                     made.setdefault(normalize, []).append((got.scores.double(), got.errors.double()))
-                    if here in truth:
-                        known.setdefault(normalize, []).append(exact_scores(*truth[here], normalize))
+                    here = seed if args.geometry == "kfac" else 0  # K-FAC's finds its directions by the seed
+                    if args.method == "dot":
+                        if (here, normalize) not in truth:
+                            encoded = [attributor.encoder(record) for record in records]
+                            truth[here, normalize] = exact_scores(
+                                attributor, args.queries, encoded, normalize
+                            )
+                        known.setdefault(normalize, []).append(truth[here, normalize])
         for normalize, seeds in made.items():
             row: dict[str, Any] = {"width": width, "code": code, "normalize": normalize}
             row["error"] = float(torch.stack([e for _, e in seeds]).square().mean().sqrt())

@@ -18,8 +18,9 @@ and their errors are the score's. An example compared with itself has no error t
 their own, but for those of one parameter at several points or in several caches of one seed: their e are
 added up before they are squared.
 
-What is taken for granted: bins are exchangeable, and no few numbers are nearly all of a gradient. Of a part of a generation, v is divided by the length of the whole, which is then a. The methods `datainf` and
-`fisher` have v = M q; M counts as known, and a is the direction of v. The same holds for the mean of several
+What is taken for granted: bins are exchangeable, and no few numbers are nearly all of a gradient. Of a part
+of a generation, v is divided by the length of the whole, which is then a. The methods `datainf` and `fisher`
+have v = M q; M counts as known, and a is the direction of v. The same holds for the mean of several
 generations. Codes of few bits add noise, which spreads over all bins and so is in the SE; that they pull
 scores towards zero is not. Measured in docs/reading.md.
 """
@@ -169,7 +170,7 @@ def partners(rows: int, columns: int, k: int) -> float:
 def _side(n: int, k: int) -> tuple[float, float, float]:
     """Of an index below n: the others that have its bin, the others in its chunk, and those that are not."""
     whole, left = divmod(n, k)
-    near = (whole * k**2 + left**2) / n
+    near = (whole * k**2 + left**2) / max(1, n)
     return (n - near) / k, near - 1, n - near
 
 

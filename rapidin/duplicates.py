@@ -29,7 +29,7 @@ _ALONE = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _WORD = re.compile(rf"[{_ALONE}]|[^\W{_ALONE}]+")
 
 
-def wanted(top_k: int) -> int:
+def wanted_for(top_k: int) -> int:
     """Candidates to ask a scan for, so that as a rule `top_k` are left when they are folded."""
     return 4 * top_k + 32
 
@@ -85,7 +85,7 @@ def fold(hits: Sequence[Hit], exact: Mapping[int, Sequence[int]]) -> list[Hit]:
     folded: dict[int, set[int]] = defaultdict(set)
     for n, hit in enumerate(hits):
         folded[lead(n)] |= {hit.index, *exact.get(hit.row, ())}
-    found = []
+    found: list[Hit] = []
     for n, hit in enumerate(hits):
         if lead(n) != n:
             continue
