@@ -22,7 +22,8 @@ from rapidin.query import Part, Scoring, sources
 from rapidin.reference import sketch_hash
 from rapidin.scan import all_scores
 
-WORDS = "the cat sat on a mat while rain fell over far hills and nobody saw it go home again".split()
+TEXT = "the cat sat on a mat while rain fell over far hills and nobody saw it go home again"
+WORDS = TEXT.split()
 QUERIES = 4
 
 
@@ -147,7 +148,7 @@ def test_an_example_is_certain_of_itself(tmp_path: Path) -> None:
 
 def test_targets_are_measured_by_their_generation(tmp_path: Path) -> None:
     """The error of a part that is all of a generation is the generation's."""
-    attributor, cache, part = queried(tmp_path)
+    attributor, cache, _ = queried(tmp_path)
     (text,) = attributor.generations(ASKED[:1], targets=[[ASKED[0]["completion"].strip()]])
     assert len(text.spans) == 1
     sketch = attributor.query_sketches([text])
