@@ -126,7 +126,8 @@ class Sureness:
         self, sources: Sequence[Source], found: Candidates, generations: int, wanted: Wanted
     ) -> None:
         """generations: how many of the queries come first that are no targets: this is of them."""
-        self._found, self._layers = found.best(wanted.top_k + MARGIN), wanted.layers
+        shown = max(wanted.top_k + MARGIN, wanted.candidates if wanted.exact else 0)
+        self._found, self._layers = found.best(shown), wanted.layers
         rows = torch.cat([rows[:generations] for _, rows in self._found], 1)
         self._details: Details = details(sources, rows)
         self.layers = self._details.layers if wanted.layers else ()
