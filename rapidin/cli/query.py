@@ -110,9 +110,7 @@ def query(
     ] = None,
     fold: Annotated[
         bool,
-        typer.Option(
-            "--fold", help="Show hits that say the same, to the letter or nearly, once, with a count."
-        ),
+        typer.Option("--fold", help="Show hits that say the same, or nearly, once, with a count."),
     ] = False,
     baselines: Annotated[
         bool,
