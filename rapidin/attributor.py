@@ -26,7 +26,7 @@ from rapidin.kronecker import FactorMoments
 from rapidin.layers import coverage, find_targets, layer_table
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 from rapidin.pack import Format
-from rapidin.query import Generation
+from rapidin.query import Generation, as_record
 from rapidin.targets import HOTWORDS, Targets, find, split_words
 from rapidin.targets import check as check_targets
 from rapidin.thinning import Thinning
@@ -722,10 +722,7 @@ class Attributor:
         return replace(text, pieces=tuple(counted), spans=tuple(spans), missing=tuple(missing))
 
     def _generation(self, value: Any, max_new_tokens: int) -> Generation:
-        if not isinstance(value, Mapping):
-            prompt, completion = value
-            value = {"prompt": prompt, "completion": completion}
-        record = dict(value)
+        record = as_record(value)
         weight = record.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise UserError(f"the weight {short(weight)} is not a number", "mend the column 'weight'")

@@ -23,6 +23,7 @@ import numpy as np
 from torch import Tensor
 
 from rapidin.attributor import Attributor
+from rapidin.baselines import check as check_baselines
 from rapidin.cache import Cache
 from rapidin.distributed import world
 from rapidin.errors import UserError, short
@@ -113,6 +114,12 @@ class Ensemble:
         together: bool = False,
         targets: Targets | None = None,
         contributions: bool = False,
+        fold: bool = False,
+        errors: bool = True,
+        layers: bool = False,
+        histogram: bool = False,
+        by: str | None = None,
+        baselines: bool = False,
         max_new_tokens: int = 64,
         examples: Any = None,
         rescore: Cache | Literal["exact"] | None = None,
@@ -128,7 +135,12 @@ class Ensemble:
         targets: parts of the generations that have hits of their own: "tokens" for each token, "hotwords" for
         the words in the records' field `hotwords` ("planet|Zorgon"), or for each generation a list of words
         and (start, end) spans of its completion (`rapidin.targets`). contributions: what each token of a hit
-        brings to its score (`rapidin.inside`). examples: the training data, to show with the hits, by default
+        brings to its score (`rapidin.inside`). fold: hits that say the same are one (`rapidin.duplicates`).
+        errors: the standard errors of scores, and the ranks that hits could have (`rapidin.certainty`); none
+        with exact gradients. layers: what each layer brings to a hit's score. histogram, by: of all scores,
+        and their sums by a column of the training data (`rapidin.overview`). baselines: where BM25 and the
+        model's hidden states rank the hits (`rapidin.baselines`), from all training texts and a forward pass
+        over each. examples: the training data, to show with the hits, by default
         from where the cache was made; False for none. rescore: by whose scores the best of `candidates` at
         each end are chosen: a cache of the same examples and model that keeps more of each, for a single
         member (by default of 1,000), or "exact", the gradients themselves (of twice top_k). on_stage: called
@@ -148,18 +160,22 @@ class Ensemble:
         if together and targets is not None:
             raise UserError("targets are parts of single generations", "leave out --together")
         default = 0 if rescore is None else 2 * top_k if exact else max(1000, top_k)
-        wanted = Wanted(top_k, targets, exact, default if candidates is None else candidates, contributions)
+        wanted = Wanted(
+            top_k=top_k, targets=targets, exact=exact,
+            candidates=default if candidates is None else candidates, contributions=contributions, fold=fold,
+            errors=errors, layers=layers, histogram=histogram, by=by, baselines=baselines,
+        )  # fmt: skip
         wanted.check()
         if exact and method != "dot":
             raise UserError(
                 f"exact gradients cannot be scored by '{method}', which knows sketches alone",
                 "say --method dot with --rescore exact",
             )
+        if baselines:
+            check_baselines()
         data = training_data(self.caches[-1], examples) if world().leads else None
-        if wanted.inside and data is None and world().leads:
-            raise UserError(
-                "what lies inside of hits needs the training examples", "name them with --train-data"
-            )
+        if wanted.texts and data is None and world().leads:
+            raise UserError(f"{wanted.texts} needs the training examples", "name them with --train-data")
         clock = Clock()
         finer = rescore if isinstance(rescore, Cache) else None
         if finer is not None:
@@ -174,7 +190,10 @@ class Ensemble:
                 return self.attributor(member)
             return Attributor.like(finer.manifest, self.attributor(member).loaded)
 
-        return explain(query, scoring, wanted, data=data, clock=clock, models=model, on_stage=on_stage)
+        return explain(
+            query, scoring, wanted, records=generations, data=data, clock=clock, models=model,
+            on_stage=on_stage,
+        )  # fmt: skip
 
     def scores(
         self,

@@ -1,5 +1,8 @@
 """The one error that is the user's to mend."""
 
+from importlib import import_module
+from typing import Any
+
 
 class UserError(Exception):
     """A mistake that the user can mend: what is wrong, and how to mend it, on one line.
@@ -11,6 +14,21 @@ class UserError(Exception):
         self.what = " ".join(what.split())
         self.remedy = " ".join(remedy.split())
         super().__init__(f"{self.what}; {self.remedy}" if self.remedy else self.what)
+
+
+_PACKAGES = {"sklearn": "scikit-learn", "rank_bm25": "rank-bm25"}
+
+
+def needs(module: str, what: str, extra: str) -> Any:
+    """A module of an optional package; UserError, which names the extra of rapidin that brings it, where it
+    is not installed. what: that needs it."""
+    try:
+        return import_module(module)
+    except ImportError:
+        package = module.split(".")[0]
+        raise UserError(
+            f"{what} needs the package {_PACKAGES.get(package, package)}", f"pip install 'rapidin[{extra}]'"
+        ) from None
 
 
 def short(value: object) -> str:

@@ -94,6 +94,9 @@ class _Source(Protocol):
     def where(self, row: int) -> str:
         """The place of a row in words, as a person would look it up."""
 
+    def file(self, row: int) -> str | None:
+        """The file or folder that a row is in, None for data in memory."""
+
 
 class _JsonLines:
     """A jsonl file of any size: two integers are kept for each example, records are read when wanted."""
@@ -150,6 +153,9 @@ class _JsonLines:
 
     def where(self, row: int) -> str:
         return f"{self._name}, line {self._lines[row] + 1}"
+
+    def file(self, row: int) -> str:
+        return self._name
 
     def _entry(self, line: bytes, row: int) -> Record | _Malformed:
         try:
@@ -213,6 +219,9 @@ class _Rows:
     def where(self, row: int) -> str:
         return f"{self._name}[{row}]"
 
+    def file(self, row: int) -> str | None:
+        return None if self.path is None else self._name
+
 
 class _Joined:
     """Several sources, one after another; lines are counted through."""
@@ -272,6 +281,10 @@ class _Joined:
     def where(self, row: int) -> str:
         n, row = self._at(row)
         return self._sources[n].where(row)
+
+    def file(self, row: int) -> str | None:
+        n, row = self._at(row)
+        return self._sources[n].file(row)
 
 
 def _as_record(value: object, where: str) -> Record:
@@ -444,6 +457,10 @@ class Examples:
     def where(self, row: int) -> str:
         """The place of a row in words: file and line, from 1 as editors count."""
         return self._source.where(row)
+
+    def file(self, row: int) -> str | None:
+        """The file or folder that a row is in, as it was named; None for data in memory."""
+        return self._source.file(row)
 
 
 def open_examples(

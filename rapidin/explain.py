@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rapidin import inside
+from rapidin import baselines, inside
 from rapidin.attributor import Attributor
-from rapidin.distributed import world
+from rapidin.cache import Cache
+from rapidin.candidates import Sureness, find
 from rapidin.encoding import Encoded, Status
 from rapidin.errors import UserError
 from rapidin.examples import Examples
-from rapidin.hits import Hit, QueryResult, Results, TargetResult, Tokens
-from rapidin.query import Clock, Generation, Query, Scoring, Wanted, sources, weights_of
-from rapidin.scan import Ends, Source, hits_of, rescore, scan_cache, scores_of
+from rapidin.hits import Group, Hit, QueryResult, Results, TargetResult, Tokens
+from rapidin.overview import groups, histogram
+from rapidin.query import Clock, Generation, Query, Scoring, Wanted, as_record, sources, weights_of
+from rapidin.scan import Ends, Source, all_scores, hits_of, scores_of
 
 OnStage = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 
@@ -26,6 +30,7 @@ def explain(
     scoring: Scoring,
     wanted: Wanted,
     *,
+    records: Sequence[Any],
     data: Examples | None,
     clock: Clock,
     models: Callable[[int], Attributor],
@@ -33,26 +38,30 @@ def explain(
 ) -> Results:
     """The hits of each generation, or of all of them together; of several processes, for the leader alone.
 
-    data: the training examples, to show with the hits; models: gives the attributor of each of the query's
-    parts by its number, for what needs its model again.
+    records: the generations as they were given; data: the training examples, to show with the hits; models:
+    gives the attributor of each of the query's parts by its number, for what needs its model again.
     """
     texts = query.texts
     scanned = sources(query.parts, texts, scoring)
     again = [] if query.finer is None else sources([query.finer], texts, scoring)
     clock.lap("method")
-    ends = scan_cache(scanned, max(wanted.top_k, wanted.candidates))
-    clock.lap("scan")
-    if not world().leads:
+    cache, asked = query.parts[0].cache, _asked(texts, scoring)
+    candidates = find(scanned, again[0] if again else None, wanted, len(asked), data, clock)
+    everything = None
+    if wanted.overview:
+        everything = all_scores([_first(source, len(asked)) for source in scanned])
+        clock.lap("all scores")
+    if candidates is None:  # another process leads
         return Results()
-    if again:
-        ends = rescore(again[0], ends, wanted.top_k)
-        clock.lap("rescore")
-    cache = query.parts[0].cache
-    asked = _asked(texts, scoring)
+    sure = None
+    if (wanted.errors and not wanted.exact) or wanted.layers:
+        sure = Sureness(again or scanned, candidates, len(asked), wanted)
+        clock.lap("errors")
+    ends = candidates.best(wanted.candidates if wanted.exact else wanted.top_k)
     look = _Inside(query, again or scanned, scoring, data, models, on_stage) if wanted.inside else None
     exact: list[dict[int, Tensor]] = []
     if look is not None and wanted.exact:
-        exact = look.exact([_rows(ends, n) for n in range(len(asked))])
+        exact = look.exact([candidates.rows(n, wanted.candidates) for n in range(len(asked))])
         estimates = ends
         ends = _by_exact(ends, exact, wanted.top_k)
         clock.lap("exact")
@@ -63,7 +72,14 @@ def explain(
     for n, text in enumerate(asked):
         own = slice(first, first + len(text.spans))
         first = own.stop
-        top, bottom = ([_with_targets(hit, parts, own) for hit in hits] for hits in found[n])
+        top, bottom = (
+            candidates.with_copies(n, end, [_with_targets(hit, parts, own) for hit in hits])
+            for end, hits in enumerate(found[n])
+        )
+        if sure is not None:
+            top, bottom = (
+                sure.told(n, end, hits, exact=bool(exact)) for end, hits in enumerate((top, bottom))
+            )
         if exact:
             before = _estimates(estimates, n)
             top, bottom = (
@@ -73,7 +89,12 @@ def explain(
         targets = []
         for place, (span, hits) in enumerate(zip(text.spans, found[own], strict=True)):
             influence = sum(hit.targets[place] for hit in top) / max(1, len(top))
-            both = ([_with_targets(hit, parts, own) for hit in side] for side in hits)
+            both = (
+                candidates.with_copies(
+                    own.start + place, end, [_with_targets(hit, parts, own) for hit in side]
+                )
+                for end, side in enumerate(hits)
+            )
             targets.append(TargetResult(span.text, span.places, influence, *both))
         results.append(
             QueryResult(
@@ -91,12 +112,78 @@ def explain(
                 targets=targets,
                 missing=text.missing,
                 examples=len(cache),
+                layers=() if sure is None else sure.layers,
             )
         )
+    if everything is not None:
+        results = _with_overview(results, cache, data, wanted, everything)
+        clock.lap("all scores")
+    if wanted.baselines:
+        results = _with_baselines(results, query, scoring, data, records, models, on_stage)
+        clock.lap("baselines")
     if look is not None and wanted.contributions:
         results = look.with_tokens(results, exact)
         clock.lap("tokens")
     return Results(results)
+
+
+def _first(source: Source, queries: int) -> Source:
+    """A source with the first queries alone."""
+    return replace(source, query=replace(source.query, vectors=source.query.vectors[:queries]))
+
+
+def _with_overview(
+    results: Sequence[QueryResult], cache: Cache, data: Examples | None, wanted: Wanted, scores: Tensor
+) -> list[QueryResult]:
+    """The results with the histogram of all scores [Q, rows], and their sums by a column."""
+    by: list[list[Group]] = [[] for _ in results]
+    if wanted.by is not None:
+        assert data is not None
+        by = groups(cache, data, wanted.by, scores)
+    return [
+        replace(
+            result,
+            histogram=histogram(own) if wanted.histogram else None,
+            by=wanted.by,
+            groups=found,
+            examples=int((~own.isnan()).sum()),
+        )
+        for result, own, found in zip(results, scores, by, strict=True)
+    ]
+
+
+def _with_baselines(
+    results: Sequence[QueryResult],
+    query: Query,
+    scoring: Scoring,
+    data: Examples | None,
+    records: Sequence[Any],
+    models: Callable[[int], Attributor],
+    on_stage: OnStage | None,
+) -> list[QueryResult]:
+    """The results, their hits with where the baselines rank them."""
+    assert data is not None
+    attributor = models(len(query.parts) - 1)
+    if attributor.loaded.sharded:
+        raise UserError("--baselines need the model whole in one process", "leave out --shard-model")
+    cache = query.parts[0].cache
+    counted = torch.zeros(cache.table_rows(1), dtype=torch.bool, device="cpu")
+    for first, part in cache.shards():
+        counted[first : first + len(part.status)] = part.status == 0
+    rows = [baselines.plain_text(data[row]) if counts else "" for row, counts in enumerate(counted.tolist())]
+    asked = [
+        baselines.asked_text(record, text.completion)
+        for record, text in zip(map(as_record, records), query.texts, strict=True)
+    ]
+    tell = None if on_stage is None else partial(on_stage, "hidden states")
+    made = baselines.both(attributor.loaded, rows, asked, max_length=attributor.max_length, on_progress=tell)
+    if scoring.together:
+        shares = weights_of(query.texts, range(len(query.texts))).numpy()
+        made = {name: shares[None] @ scores for name, scores in made.items()}
+    return [
+        baselines.beside(result, {name: scores[n] for name, scores in made.items()}, counted)
+        for n, result in enumerate(results)
+    ]
 
 
 def _asked(texts: Sequence[Generation], scoring: Scoring) -> list[Generation]:
@@ -105,11 +192,6 @@ def _asked(texts: Sequence[Generation], scoring: Scoring) -> list[Generation]:
         return list(texts)
     nothing = Encoded([], [], Status.EMPTY)
     return [Generation("", "", any(text.generated for text in texts), nothing)]
-
-
-def _rows(ends: Ends, n: int) -> list[int]:
-    """The rows at both ends of a query, each once."""
-    return sorted({row for _, rows in ends for row in rows[n].tolist() if row >= 0})
 
 
 def _estimates(ends: Ends, n: int) -> dict[int, float]:

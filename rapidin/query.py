@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -44,6 +45,14 @@ class Generation:
         raise UserError(f"the generation for '{short(self.prompt)}' {why}")
 
 
+def as_record(value: Any) -> dict[str, Any]:
+    """A generation as a record, where it may be a (prompt, completion) pair."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    prompt, completion = value
+    return {"prompt": prompt, "completion": completion}
+
+
 @dataclass(frozen=True, slots=True)
 class Scoring:
     """How influence is estimated: see `rapidin.methods`.
@@ -72,6 +81,12 @@ class Wanted:
     exact: bool = False
     candidates: int = 0
     contributions: bool = False
+    fold: bool = False
+    errors: bool = True
+    layers: bool = False
+    histogram: bool = False
+    by: str | None = None
+    baselines: bool = False
 
     def check(self) -> None:
         """Raise UserError where this is not to be had."""
@@ -79,6 +94,17 @@ class Wanted:
             raise UserError(f"--top-k {self.top_k} is less than 1")
         if 0 < self.candidates < self.top_k:
             raise UserError(f"--candidates {self.candidates} is less than --top-k {self.top_k}")
+
+    @property
+    def overview(self) -> bool:
+        """Whether all scores are to be looked at."""
+        return self.histogram or self.by is not None
+
+    @property
+    def texts(self) -> str:
+        """What of this needs the training examples, in words; "" for none."""
+        inside = "what lies inside of hits" if self.inside else ""
+        return inside or ("--by" if self.by is not None else "--baselines" if self.baselines else "")
 
     @property
     def inside(self) -> bool:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
     from rapidin.attributor import Progress
+    from rapidin.hits import Group as ByColumn
     from rapidin.hits import Hit, QueryResult
     from rapidin.plan import Plan
 
@@ -170,8 +171,11 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
             parts.append(targets_table(result, bounded=bounded))
         parts.append(hits_table("Most helpful", result.top, bounded=bounded))
         parts.append(hits_table("Most harmful", result.bottom, bounded=bounded))
+        if result.by is not None:
+            parts.append(_Groups(result.by, result.groups))
     if results:
         parts.append(Text(f"\n{MEANING}\nThe score is {scale_text(results[0])}.", style="dim"))
+        parts.append(_Notes(results))
     return Group(*parts)
 
 
@@ -284,32 +288,153 @@ def scale_text(result: QueryResult) -> str:
 
 def hits_table(title: str, hits: Sequence[Hit], *, bounded: bool) -> RenderableType:
     """Hits with their scores and examples; bounded: scores lie between -1 and 1."""
-    shown = any(hit.example is not None for hit in hits)
-    numbers = [(str(hit.rank), score_text(hit.score, bounded), str(hit.index)) for hit in hits]
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        expand=shown,
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        header_style="dim",
-    )
-    for name, cells in zip(("rank", "score", "index"), zip(*numbers, strict=True), strict=False):
-        width = max(map(len, (name, *cells)))
-        table.add_column(name, justify="right", no_wrap=True, width=width)
-    if shown:
-        table.add_column("example", no_wrap=True, ratio=1)
-    for hit, (rank, score, index) in zip(hits, numbers, strict=True):
-        style = "green" if hit.score > 0 else "red" if hit.score < 0 else ""
-        example: list[RenderableType] = [_Example(hit.example or {})] if shown else []
-        if shown and hit.tokens is not None:
-            example = [
-                Group(*example, Text(f"by {words_text(hit)}", style="dim", no_wrap=True, overflow="ellipsis"))
+    return Padding(_Hits(title, hits, bounded), (1, 0, 0, 0))
+
+
+_ROOM_FOR_ERRORS = 60  # cells of a terminal
+
+
+class _Hits:
+    """A table of hits on a terminal of any width and encoding."""
+
+    def __init__(self, title: str, hits: Sequence[Hit], bounded: bool) -> None:
+        self._title, self._hits, self._bounded = title, hits, bounded
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        hits, signs = self._hits, _signs(options)
+        wide = options.max_width >= _ROOM_FOR_ERRORS
+        columns: dict[str, list[str]] = {
+            "rank": [f"{signs['tied'] if hit.tied else ''}{hit.rank}" for hit in hits],
+            "score": [score_text(hit.score, self._bounded) for hit in hits],
+        }
+        if wide and any(hit.error is not None for hit in hits):
+            errors = [error_text(hit.error, self._bounded) for hit in hits]
+            longest = max(map(len, errors))
+            columns["score"] = [
+                f"{score} {signs['error']} {error.rjust(longest)}" if error else f"{score}{'':{longest + 3}}"
+                for score, error in zip(columns["score"], errors, strict=True)
             ]
-        table.add_row(rank, Text(score, style=style), index, *example)
-    return Padding(table, (1, 0, 0, 0))
+        columns["index"] = [str(hit.index) for hit in hits]
+        if any(hit.copies for hit in hits):
+            counts = [1 + len(hit.copies) + hit.copies_more for hit in hits]
+            columns["alike"] = [f"{signs['times']}{count:,}" if count > 1 else "" for count in counts]
+        for name in dict.fromkeys(name for hit in hits for name in hit.standings) if wide else ():
+            ranks = [hit.standings[name].rank if name in hit.standings else None for hit in hits]
+            columns["\n".join(one_line(name).split())] = ["" if r is None else f"#{r:,}" for r in ranks]
+        yield self._table(columns)
+
+    def _table(self, columns: Mapping[str, Sequence[str]]) -> Table:
+        shown = any(hit.example is not None for hit in self._hits)
+        table = Table(
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            show_edge=False,
+            expand=shown,
+            title=self._title,
+            title_justify="left",
+            title_style="bold",
+            header_style="dim",
+        )
+        for name, cells in columns.items():
+            width = max(map(len, (*name.split("\n"), *cells)))
+            table.add_column(name, justify="right", no_wrap=True, width=width)
+        if shown:
+            table.add_column("example", no_wrap=True, ratio=1)
+        for hit, cells in zip(self._hits, zip(*columns.values(), strict=True), strict=True):
+            style = "green" if hit.score > 0 else "red" if hit.score < 0 else ""
+            example: list[RenderableType] = [_Example(hit.example or {})] if shown else []
+            if shown and hit.tokens is not None:
+                words = Text(f"by {words_text(hit)}", style="dim", no_wrap=True, overflow="ellipsis")
+                example = [Group(*example, words)]
+            rank, score, *others = cells
+            table.add_row(rank, Text(score, style=style), *others, *example)
+        return table
+
+
+def _signs(options: ConsoleOptions) -> dict[str, str]:
+    """What stands for a few words in a table."""
+    if options.ascii_only:
+        return {"tied": "~", "error": "+/-", "times": "x", "bar": "#"}
+    return {"tied": "≈", "error": "±", "times": "×", "bar": "█"}
+
+
+class _Notes:
+    """What the signs in the tables of these results mean."""
+
+    def __init__(self, results: Sequence[QueryResult]) -> None:
+        self._results = results
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        hits = [hit for result in self._results for hit in (*result.top, *result.bottom)]
+        signs, notes = _signs(options), []
+        if any(hit.error is not None for hit in hits) and options.max_width >= _ROOM_FOR_ERRORS:
+            notes.append(f"{signs['error']} is the standard error of the sketch's estimate.")
+        if any(hit.tied for hit in hits):
+            notes.append(f"{signs['tied']}: the sketch cannot tell this one from the one before it.")
+        if any(hit.copies for hit in hits):
+            notes.append(f"{signs['times']}3: three examples that say the same, the first of them shown.")
+        for number, result in enumerate(self._results, 1):
+            where = f"Query {number}: of" if len(self._results) > 1 else "Of"
+            for name, count in result.overlaps.items():
+                best = len(result.top)
+                notes.append(f"{where} the top {best}, {one_line(name)} has {count} among its own {best}.")
+        if notes:
+            yield Text("\n".join(notes), style="dim")
+
+
+_MOST_GROUPS = 12
+
+
+class _Groups:
+    """The values of a column with the sums of their scores, and bars for their shares."""
+
+    def __init__(self, by: str, groups: Sequence[ByColumn]) -> None:
+        self._by, self._groups = by, groups
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        largest = sorted(self._groups, key=lambda g: (-max(g.helpful, g.harmful), g.value))[:_MOST_GROUPS]
+        chosen = set(map(id, largest))
+        title = f"By {shorten(one_line(self._by), 24)}"
+        if len(chosen) < len(self._groups):
+            title += f", the {len(chosen)} with the largest shares of {len(self._groups):,}"
+        bar = _signs(options)["bar"]
+        cells = 6 if options.max_width >= 76 else 0
+
+        def share(part: float) -> str:
+            return f"{bar * round(part * cells):>{cells}} {part:>4.0%}".lstrip() if part else ""
+
+        table = Table(
+            box=SIMPLE_HEAD,
+            pad_edge=False,
+            show_edge=False,
+            title=title,
+            title_justify="left",
+            title_style="bold",
+            header_style="dim",
+        )
+        room = max(8, min(24, options.max_width - 55 - 2 * cells))
+        table.add_column("value", no_wrap=True, max_width=room)
+        for name in ("examples", "sum", "mean", "helpful", "harmful"):
+            table.add_column(name, justify="right", no_wrap=True)
+        for group in self._groups:
+            if id(group) not in chosen:
+                continue
+            table.add_row(
+                shorten(one_line(group.value) or repr(group.value), room, "..." if bar == "#" else "…"),
+                f"{group.count:,}",
+                f"{group.total:+.3g}",
+                f"{group.total / max(1, group.count):+.2g}",
+                Text(share(group.helpful), style="green"),
+                Text(share(group.harmful), style="red"),
+            )
+        yield Padding(table, (1, 0, 0, 0))
+
+
+def error_text(error: float | None, bounded: bool) -> str:
+    """A standard error; "" for none: three or four decimals where the scale is -1 to 1, else two digits."""
+    if error is None:
+        return ""
+    return (f"{error:.3f}" if error >= 0.01 else f"{error:.4f}") if bounded else f"{error:.1e}"
 
 
 def score_text(score: float, bounded: bool) -> str:

@@ -110,6 +110,16 @@ def scores_of(source: Source, chosen: Tensor, device: torch.device | None = None
     return scores
 
 
+def some_rows(source: Source, chosen: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+    """The code's fields of these rows [n], ascending, on the CPU, some at a time, and the query's factors of
+    them; rows that the cache does not hold are left out."""
+    for (_, _), fields in _some_pieces(source, chosen):
+        del fields[_STATUS]
+        mine = {name.partition(".")[2]: value for name, value in fields.items()}
+        factors = mine.pop(_FACTORS, None)
+        yield mine, factors
+
+
 def _some_pieces(source: Source, chosen: Tensor) -> Iterator[_Piece]:
     """Pieces of these rows [n], ascending, on the CPU; labels are places among them."""
     factors = source.query.factors

@@ -16,11 +16,11 @@ pytest.importorskip("rank_bm25")
 
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
-from rapidin import Attributor
+from rapidin import Attributor, baselines
 from rapidin.cli import main
 from rapidin.encoding import Encoder
 from rapidin.errors import UserError
-from rapidin.evaluate import baselines, classes, facts, fidelity, tasks
+from rapidin.evaluate import classes, facts, fidelity, tasks
 from rapidin.evaluate.figures import Figure
 from rapidin.evaluate.methods import Method, Place, parse_methods, parse_places
 from rapidin.evaluate.result import Result
@@ -299,12 +299,12 @@ def test_facts_are_stated_once_and_asked_otherwise() -> None:
     assert (rows, asked) != facts.make_facts(40, seed=1)
     assert len(rows) == 40 + 2 * 20 + 2 * 40
     assert len({row["prompt"] for row in rows}) == len(rows)
-    words = [set(baselines._words(baselines.plain_text(row))) for row in rows]
+    words = [set(baselines.words(baselines.plain_text(row))) for row in rows]
     for question in asked:
         fact = rows[question["fact"]]
         assert fact["kind"] == "stated"
         assert fact["completion"] == question["completion"]
-        own = set(baselines._words(baselines.plain_text(question)))
+        own = set(baselines.words(baselines.plain_text(question)))
         shared = own & words[question["fact"]] - {"the", "of", "a", "is"}
         assert len(shared) == 3, shared  # two names and the answer
         # Another row holds every word of question and answer, and one all of the question.

@@ -99,6 +99,27 @@ def query(
             "'weight' where there is one.",
         ),
     ] = False,
+    by: Annotated[
+        str | None,
+        typer.Option(
+            metavar="COLUMN",
+            help="Sum the scores of all examples by a column of the training data, such as their source; "
+            "'file' for the files they are from.",
+            show_default=False,
+        ),
+    ] = None,
+    fold: Annotated[
+        bool,
+        typer.Option("--fold", help="Show hits that say the same, or nearly, once, with a count."),
+    ] = False,
+    baselines: Annotated[
+        bool,
+        typer.Option(
+            "--baselines",
+            help="Where BM25 and the model's own hidden states rank the hits. Reads all training texts, and "
+            "takes a forward pass over each.",
+        ),
+    ] = False,
     json: Annotated[
         str | None,
         typer.Option(
@@ -182,6 +203,9 @@ def query(
                 examples=False if examples is None else examples,
                 targets="tokens" if tokens else "hotwords" if named and not together else None,
                 contributions=contributions,
+                fold=fold,
+                by=by,
+                baselines=baselines,
                 rescore=finer,
                 candidates=candidates,
                 on_stage=lambda stage, done, of: status.update(f"{said}: {stage} {done:,}/{of:,}"),

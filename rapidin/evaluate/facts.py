@@ -24,9 +24,10 @@ from typing import Any
 import numpy as np
 import torch
 
+from rapidin import baselines
 from rapidin.encoding import Encoder, Status
 from rapidin.errors import UserError
-from rapidin.evaluate import baselines, figures, folders, loading
+from rapidin.evaluate import figures, folders, loading
 from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_rows
 from rapidin.examples import open_examples

@@ -10,13 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
-from importlib import import_module
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from rapidin.errors import UserError
+from rapidin import errors
 
 Array = npt.NDArray[Any]
 Floats = npt.NDArray[np.float64]
@@ -27,16 +26,7 @@ LEVEL = 0.95
 
 def needs(module: str) -> Any:
     """A module of the extra `eval`; UserError where it is not installed."""
-    try:
-        return import_module(module)
-    except ImportError:
-        raise UserError(
-            f"'rapidin eval' needs the package {_PACKAGES.get(module.split('.')[0], module)}",
-            "pip install 'rapidin[eval]'",
-        ) from None
-
-
-_PACKAGES = {"sklearn": "scikit-learn", "rank_bm25": "rank-bm25"}
+    return errors.needs(module, "'rapidin eval'", "eval")
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,9 +30,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rapidin import baselines
 from rapidin.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
-from rapidin.evaluate import baselines, figures, folders, loading
+from rapidin.evaluate import figures, folders, loading
 from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_rows
 from rapidin.examples import Examples, open_examples

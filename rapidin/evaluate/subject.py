@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from rapidin import baselines
 from rapidin.attributor import Attributor
 from rapidin.cache import Cache
 from rapidin.ensemble import Ensemble
 from rapidin.errors import UserError, short
-from rapidin.evaluate import baselines
 from rapidin.evaluate.methods import Floats, Method, each_score
 from rapidin.evaluate.result import Result, Say, silent
 from rapidin.examples import Examples, Files
