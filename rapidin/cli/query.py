@@ -1,7 +1,8 @@
 """rapidin query."""
 
 import sys
-from typing import Annotated, Any, Literal
+from datetime import datetime
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -28,6 +29,9 @@ from rapidin.cli.options import (
 from rapidin.distributed import world
 from rapidin.errors import UserError
 from rapidin.targets import HOTWORDS
+
+if TYPE_CHECKING:
+    from rapidin.ensemble import Ensemble
 
 
 @command("query", several=True)
@@ -128,6 +132,15 @@ def query(
             show_default=False,
         ),
     ] = None,
+    report: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="Write a page to look at: a click on a token ranks the hits for it, and shows which of "
+            "their words did it. Says --tokens (but with --hotwords or --together), --contributions and --fold.",
+            show_default=False,
+        ),
+    ] = None,
     rescore: Annotated[
         str | None,
         typer.Option(
@@ -164,14 +177,18 @@ def query(
     A positive score: training on the example made the generation more likely (helpful). A negative score: it
     made it less likely (harmful).
     """
-    from rapidin import report
+    from rapidin import report as terminal
 
     _check_query(ask, prompt, completion, data)
     if tokens and hotwords is not None:
         raise UserError("both --tokens and --hotwords", "a word's tokens are among all tokens")
     leads = world().leads
-    if json is not None and json != "-":
-        check_writable(json)
+    for path in (json, report):
+        if path is not None and path != "-":
+            check_writable(path)
+    if report is not None:
+        tokens = tokens or not (together or hotwords)
+        contributions = fold = True
     console = messages(quiet)
     with quiet_libraries():
         from rapidin.cache import Cache
@@ -206,6 +223,8 @@ def query(
                 fold=fold,
                 by=by,
                 baselines=baselines,
+                layers=report is not None,
+                histogram=report is not None,
                 rescore=finer,
                 candidates=candidates,
                 on_stage=lambda stage, done, of: status.update(f"{said}: {stage} {done:,}/{of:,}"),
@@ -213,24 +232,48 @@ def query(
     if not leads:
         return
     if json == "-":
-        print(report.results_json(results))
+        print(terminal.results_json(results))
     else:
         if json is not None:
-            write_text(json, report.results_json(results) + "\n")
-        out = report.console(sys.stdout)
-        out.print(report.hits_report(results, width=out.width))
+            write_text(json, terminal.results_json(results) + "\n")
+        out = terminal.console(sys.stdout)
+        out.print(terminal.hits_report(results, width=out.width))
+    if report is not None:
+        from rapidin.page import page
+
+        text = page(results, about=_about(ensemble))
+        write_text(report, text)
+        if not quiet:
+            line(f"the page is in {report} ({terminal.bytes_text(len(text.encode()))})")
     for n, result in enumerate(results, 1):
         if result.missing:
             words = ", ".join(f"'{word}'" for word in result.missing)
             line(f"the completion of query {n} does not say {words}")
     if not quiet:
         seconds = results[0].seconds
-        stages = ", ".join(f"{stage} {report.time_text(value)}" for stage, value in seconds.items())
+        stages = ", ".join(f"{stage} {terminal.time_text(value)}" for stage, value in seconds.items())
         count = f"{len(generations):,} {'query' if len(generations) == 1 else 'queries'}"
         said = f"{count} over {len(opened):,} examples: {stages}"
         if not opened.manifest.complete:
             said += f"; the cache is unfinished, {opened.manifest.rows:,} examples were wanted"
         line(said)
+
+
+def _about(ensemble: "Ensemble") -> dict[str, str]:
+    """What a page says of where its hits come from."""
+    from rapidin import __version__
+
+    cache = ensemble.caches[-1]
+    source = cache.manifest.model.get("source", {})
+    facts = {
+        "model": source.get("model"),
+        "adapter": source.get("adapter"),
+        "base": source.get("base"),
+        "caches": ", ".join(str(cache.path) for cache in ensemble.caches),
+        "examples": f"{len(cache):,}",
+        "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M} by rapidin {__version__}",
+    }
+    return {name: value for name, value in facts.items() if value}
 
 
 _PLAIN = ("prompt", "completion")
