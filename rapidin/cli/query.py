@@ -137,7 +137,8 @@ def query(
         typer.Option(
             metavar="FILE.html",
             help="Write a page to look at: a click on a token ranks the hits for it, and shows which of "
-            "their words did it. Says --tokens (but with --hotwords or --together), --contributions and --fold.",
+            "their words did it. Implies --tokens, but with --hotwords or --together, and --contributions "
+            "and --fold.",
             show_default=False,
         ),
     ] = None,
