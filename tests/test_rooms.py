@@ -134,6 +134,7 @@ ALLOWED = {
         "methods",
         "model",
         "optimizer_state",
+        "page",
         "plan",
         "report",
         "scan",
