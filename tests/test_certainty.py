@@ -175,7 +175,7 @@ def test_tiny_gradients_have_errors(tmp_path: Path) -> None:
     small = Part(cache, part.sketch * 1e-18)
     plain, tiny = measured(part, "none"), measured(small, "none")
     for a, b in zip(plain, tiny, strict=True):
-        torch.testing.assert_close(b * 1e18, a, rtol=1e-4, atol=0)
+        torch.testing.assert_close(b * 1e18, a, rtol=1e-3, atol=0)
 
 
 def test_one_bin_has_no_error_that_is_known(tmp_path: Path) -> None:
