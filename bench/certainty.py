@@ -5,8 +5,9 @@
         [--json FILE]
 
 z = (score - exact) / SE of every pair of a query (the last texts) and a row (the others). Its standard
-deviation is 1 where the errors are true; its mean tells a bias. between: (score - score') / sqrt(SE^2 +
-SE'^2) of two seeds, which needs nothing exact. A code is a dtype, or a dtype and the bytes of an example.
+deviation is 1 where the errors are true; its mean tells a bias. differences: of the scores of two rows.
+between: (score - score') / sqrt(SE^2 + SE'^2) of two seeds, which needs nothing exact. A code is a dtype, or
+a dtype and the bytes of an example.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import argparse
 import itertools
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,15 @@ def exact_scores(attributor: Attributor, queries: int, encoded: list[Encoded], n
     asked, rows = encoded[-queries:], encoded[:-queries]
     found = inside.exact(attributor, asked, [1.0] * queries, range(queries), rows, normalize)
     return torch.stack([positions.sum(1) for positions in found], 1)
+
+
+def differences(seeds: list[tuple[Tensor, Tensor]], true: Tensor) -> Iterator[Tensor]:
+    """z of the differences of scores, whose errors count as independent, between the rows that score best."""
+    for (scores, errors), exact in zip(seeds, true, strict=True):
+        best = exact.topk(max(2, exact.shape[1] // 10)).indices
+        off, error = (scores - exact).gather(1, best), errors.gather(1, best)
+        n, m = torch.triu_indices(best.shape[1], best.shape[1], 1)
+        yield ((off[:, n] - off[:, m]) / torch.hypot(error[:, n], error[:, m])).flatten()
 
 
 def figures(z: Tensor) -> dict[str, float]:
@@ -121,7 +132,7 @@ def main() -> None:
                 row["between"] = figures(torch.stack(pairs))
             found.append(row)
             words = [f"{width:5} {code:10} {normalize:6}  SE {row['error']:.2e}"]
-            for name in ("exact", "exact, best tenth", "between"):
+            for name in ("exact", "exact, best tenth", "differences, best tenth", "between"):
                 if name in row:
                     z = row[name]
                     words.append(f"{name}: z {z['mean']:+.2f} rms {z['rms']:.2f} in {z['within 1.96']:.1%}")

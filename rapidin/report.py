@@ -291,7 +291,7 @@ def hits_table(title: str, hits: Sequence[Hit], *, bounded: bool) -> RenderableT
     return Padding(_Hits(title, hits, bounded), (1, 0, 0, 0))
 
 
-_ROOM_FOR_ERRORS = 60  # cells of a terminal
+_ROOM_FOR_ERRORS, _ROOM_FOR_MORE = 60, 80  # cells of a terminal
 
 
 class _Hits:
@@ -302,12 +302,13 @@ class _Hits:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         hits, signs = self._hits, _signs(options)
-        wide = options.max_width >= _ROOM_FOR_ERRORS
+        wide = options.max_width >= _ROOM_FOR_MORE
+        sure = options.max_width >= _ROOM_FOR_ERRORS and any(hit.error is not None for hit in hits)
         columns: dict[str, list[str]] = {
             "rank": [f"{signs['tied'] if hit.tied else ''}{hit.rank}" for hit in hits],
             "score": [score_text(hit.score, self._bounded) for hit in hits],
         }
-        if wide and any(hit.error is not None for hit in hits):
+        if sure:
             errors = [error_text(hit.error, self._bounded) for hit in hits]
             longest = max(map(len, errors))
             columns["score"] = [
@@ -315,7 +316,7 @@ class _Hits:
                 for score, error in zip(columns["score"], errors, strict=True)
             ]
         columns["index"] = [str(hit.index) for hit in hits]
-        if any(hit.copies for hit in hits):
+        if wide and any(hit.copies for hit in hits):
             counts = [1 + len(hit.copies) + hit.copies_more for hit in hits]
             columns["alike"] = [f"{signs['times']}{count:,}" if count > 1 else "" for count in counts]
         for name in dict.fromkeys(name for hit in hits for name in hit.standings) if wide else ():
@@ -367,11 +368,12 @@ class _Notes:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         hits = [hit for result in self._results for hit in (*result.top, *result.bottom)]
         signs, notes = _signs(options), []
-        if any(hit.error is not None for hit in hits) and options.max_width >= _ROOM_FOR_ERRORS:
+        wide = options.max_width >= _ROOM_FOR_MORE
+        if options.max_width >= _ROOM_FOR_ERRORS and any(hit.error is not None for hit in hits):
             notes.append(f"{signs['error']} is the standard error of the sketch's estimate.")
         if any(hit.tied for hit in hits):
             notes.append(f"{signs['tied']}: the sketch cannot tell this one from the one before it.")
-        if any(hit.copies for hit in hits):
+        if wide and any(hit.copies for hit in hits):
             notes.append(f"{signs['times']}3: three examples that say the same, the first of them shown.")
         for number, result in enumerate(self._results, 1):
             where = f"Query {number}: of" if len(self._results) > 1 else "Of"
@@ -394,11 +396,13 @@ class _Groups:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         largest = sorted(self._groups, key=lambda g: (-max(g.helpful, g.harmful), g.value))[:_MOST_GROUPS]
         chosen = set(map(id, largest))
-        title = f"By {shorten(one_line(self._by), 24)}"
+        ellipsis = "..." if options.ascii_only else "…"
+        title = f"By {shorten(one_line(self._by), 24, ellipsis)}"
         if len(chosen) < len(self._groups):
             title += f", the {len(chosen)} with the largest shares of {len(self._groups):,}"
         bar = _signs(options)["bar"]
-        cells = 6 if options.max_width >= 76 else 0
+        wide = options.max_width >= _ROOM_FOR_MORE
+        cells = 6 if wide else 0
 
         def share(part: float) -> str:
             return f"{bar * round(part * cells):>{cells}} {part:>4.0%}".lstrip() if part else ""
@@ -412,18 +416,17 @@ class _Groups:
             title_style="bold",
             header_style="dim",
         )
-        room = max(8, min(24, options.max_width - 55 - 2 * cells))
+        room = 20 if wide else 10
         table.add_column("value", no_wrap=True, max_width=room)
-        for name in ("examples", "sum", "mean", "helpful", "harmful"):
-            table.add_column(name, justify="right", no_wrap=True)
+        for name in ("examples", *(("sum", "mean") if wide else ()), "helpful", "harmful"):
+            table.add_column(name, justify="right", no_wrap=True, overflow="crop")
         for group in self._groups:
             if id(group) not in chosen:
                 continue
             table.add_row(
-                shorten(one_line(group.value) or repr(group.value), room, "..." if bar == "#" else "…"),
+                shorten(one_line(group.value) or repr(group.value), room, ellipsis),
                 f"{group.count:,}",
-                f"{group.total:+.3g}",
-                f"{group.total / max(1, group.count):+.2g}",
+                *((f"{group.total:+.3g}", f"{group.total / max(1, group.count):+.2g}") if wide else ()),
                 Text(share(group.helpful), style="green"),
                 Text(share(group.harmful), style="red"),
             )
@@ -431,10 +434,10 @@ class _Groups:
 
 
 def error_text(error: float | None, bounded: bool) -> str:
-    """A standard error; "" for none: three or four decimals where the scale is -1 to 1, else two digits."""
+    """A standard error, "" for none: four decimals where the scale is -1 to 1, else two digits."""
     if error is None:
         return ""
-    return (f"{error:.3f}" if error >= 0.01 else f"{error:.4f}") if bounded else f"{error:.1e}"
+    return f"{error:.4f}" if bounded else f"{error:.1e}"
 
 
 def score_text(score: float, bounded: bool) -> str:

@@ -140,6 +140,7 @@ def asking(cache: Path, *options: str) -> list[str]:
         (2, "compact", ["--method", "fisher", "--top-k", "100"]),  # more than there are
         (4, "plain", ["--normalize", "cosine", "--top-k", "7"]),
         (2, "compact", ["--rescore", "PLAIN", "--candidates", "9", "--top-k", "4", "--method", "fisher"]),
+        (3, "plain", ["--fold", "--by", "prompt", "--baselines", "--top-k", "12"]),
     ],
 )
 def test_processes_find_the_hits_of_one(

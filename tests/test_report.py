@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,7 +10,8 @@ from rich.console import Console
 
 from rapidin import report
 from rapidin.attributor import Progress
-from rapidin.hits import Hit, QueryResult
+from rapidin.hits import Group as ByColumn
+from rapidin.hits import Hit, QueryResult, Standing
 
 RECORDS = [
     {"instruction": "Add the numbers.", "input": "1, 2", "output": "3"},
@@ -141,6 +143,86 @@ def test_hits_without_examples() -> None:
     assert "example  " not in text
     assert "+0.2500" in text
     assert "No example in the cache has a sketch" in shown(report.hits_report([result()]))
+
+
+EVIL = "a\x1b[31m\u202e\n[bold]" + "long " * 40
+
+
+def told(best: float = 0.5) -> QueryResult:
+    """A result of which everything is known."""
+    made = result(*RECORDS)
+    hits = [
+        replace(
+            hit,
+            score=best - n / 4,
+            error=0.0213 / (1 + 9 * n),
+            ranks=(1, 3),
+            tied=n == 1,
+            copies=(7, 8) if n == 1 else (),
+            copies_more=1200 if n == 1 else 0,
+            standings={"BM25": Standing(1.5, 4 + 1000 * n), "hidden states": Standing(0.5, 123_456)},
+        )
+        for n, hit in enumerate(made.top)
+    ]
+    groups = [ByColumn(EVIL if n == 3 else f"v{n}", 1000 * n, 1.0 - n, n / 200, n / 100) for n in range(30)]
+    return replace(
+        made, top=hits, bottom=hits[::-1], by=EVIL, groups=groups, overlaps={"BM25": 3, "hidden states": 0}
+    )
+
+
+def test_errors_ties_copies_and_baselines() -> None:
+    text = shown(report.hits_report([told()]))
+    first, second = (next(line for line in text.splitlines() if words in line) for words in ("#4 ", "#1,004"))
+    assert first.split()[:6] == ["1", "+0.5000", "±", "0.0213", "0", "#4"]
+    assert second.split()[:7] == ["≈2", "+0.2500", "±", "0.0021", "10", "×1,203", "#1,004"]
+    words = " ".join(text.split())
+    for note in (
+        "± is the standard error of the sketch's estimate.",
+        "≈: the sketch cannot tell this one from the one before it.",
+        "×3: three examples that say the same, the first of them shown.",
+        "Of the top 4, BM25 has 3 among its own 4.",
+        "Of the top 4, hidden states has 0 among its own 4.",
+    ):
+        assert note in words
+    plain = shown(report.hits_report([result(*RECORDS)]))
+    assert not set(plain) & set("±≈×█")
+    assert "Query 2: of the top 4, BM25" in shown(report.hits_report([told(), told()]), width=200)
+
+
+def test_scores_without_a_scale_have_errors_in_their_own_units() -> None:
+    text = shown(report.hits_report([replace(told(3e-9), normalize="none")]))
+    assert "+3.000e-09 ± 2.1e-02" in text
+
+
+def test_groups_are_shown_with_bars_and_shares() -> None:
+    text = shown(report.hits_report([replace(told(), by="source")]))
+    lines = text[text.index("By source") :].splitlines()
+    assert "By source, the 12 with the largest shares of 30" in " ".join(text.split())
+    rows = [line for line in lines if line.startswith("v") and "%" in line]
+    assert [line.split()[0] for line in rows] == [f"v{n}" for n in range(18, 30)]
+    assert rows[-1].split() == ["v29", "29,000", "-28", "-0.00097", "█", "14%", "██", "29%"]
+    few = replace(told(), groups=told().groups[:4])
+    lines = shown(report.hits_report([few])).splitlines()
+    assert any(line.startswith("v0") for line in lines)
+    assert not any("largest shares" in line for line in lines)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+@pytest.mark.parametrize("width", [40, 59, 60, 79, 80, 140])
+def test_all_that_is_known_fits_any_terminal(width: int, encoding: str) -> None:
+    from rich.cells import cell_len
+
+    for made in (told(), replace(told(1e-9), normalize="none")):
+        text = shown(report.hits_report([made], width=width), width=width, encoding=encoding)
+        assert not set(text) & set("\x1b\u202e")
+        assert max(cell_len(line) for line in text.splitlines()) <= width
+        if encoding == "ascii":
+            assert text.isascii()
+            assert "\\xb1" not in text
+            if width >= 80:
+                assert "+/-" in text
+                assert "~2" in text
+                assert "x1,203" in text
 
 
 def test_json_is_ascii_and_valid_for_scores_that_are_no_numbers() -> None:
