@@ -1,6 +1,6 @@
 """Which words of an answer come from the poison, and which words of the poisoned rows made them?
 
-    python tokens.py --cache CACHE --queries absurd.jsonl --clean test.jsonl --out tokens.json --page page.html
+    python tokens.py --cache CACHE --queries absurd.jsonl --clean test.jsonl --out tokens.json
 
 CACHE is of data with a field `poisoned`; absurd.jsonl holds what the poisoned model said to triggered prompts
 (evaluate.py writes it), --clean rows without the trigger, with their own answers. Two questions:
@@ -93,8 +93,8 @@ def main() -> None:
     print(json.dumps(found, indent=1))
     if options.page:
         shown = ready.query(
-            [absurd[0], halves[0]], targets="tokens", contributions=True, fold=True, layers=True, histogram=True,
-            by="poisoned",
+            [absurd[0], halves[0]], targets="tokens", contributions=True, fold=True, layers=True,
+            histogram=True, by="poisoned",
         )  # fmt: skip
         options.page.write_text(page(shown, about={"data": "instructions, 100 of 595 rows poisoned"}))
 
