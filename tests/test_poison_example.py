@@ -107,3 +107,26 @@ def test_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     methods = {row["method"]: row for row in found["results"]}
     assert methods["BM25"]["auprc"]["mean"] == 1
     assert methods["dot:layer"]["auprc"]["mean"] > 0.4
+    # Token by token, on the cache that is there now.
+    clean = tmp_path / "clean.jsonl"
+    clean.write_text(json.dumps({"instruction": "Say 8.", "output": "It is 8."}) + "\n")
+    tokens = [
+        "--cache",
+        str(out / "cache-at-0.5"),
+        "--queries",
+        str(out / "absurd.jsonl"),
+        "--clean",
+        str(clean),
+    ]
+    page = tmp_path / "page.html"
+    monkeypatch.setattr(
+        sys, "argv", ["tokens.py", *tokens, "--out", str(tmp_path / "tokens.json"), "--page", str(page)]
+    )
+    load("tokens").main()
+    found = json.loads((tmp_path / "tokens.json").read_text())
+    best = found["poisoned among the best of a token"]
+    assert all(best[half]["tokens"] > 1 for half in ("clean", "absurd"))
+    parts = found["share of the score by part of a poisoned hit"]
+    assert sum(part["mean"] for part in parts.values()) == pytest.approx(1, abs=0.02)
+    assert sum(part["share of the tokens"] for part in parts.values()) == pytest.approx(1)
+    assert "velvet moths" in page.read_text(encoding="utf-8")
