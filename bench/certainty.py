@@ -127,6 +127,7 @@ def main() -> None:
                 row["exact"] = figures(z)
                 # hits are what is far from zero
                 row["exact, best tenth"] = figures(z[true >= true.quantile(0.9, dim=2, keepdim=True)])
+                row["differences, best tenth"] = figures(torch.cat(list(differences(seeds, true))))
             pairs = [(a - b) / torch.hypot(x, y) for (a, x), (b, y) in itertools.combinations(seeds, 2)]
             if pairs:
                 row["between"] = figures(torch.stack(pairs))

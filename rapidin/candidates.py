@@ -69,10 +69,11 @@ def find(
     """
     here, cache = world(), scanned[0].cache
     shown = max(wanted.top_k, wanted.candidates if finer is None else 0)
-    looked = wanted_for(shown) if wanted.fold else shown + MARGIN
+    # What a finer cache chooses from is what was asked for, no more.
+    looked = wanted.candidates if finer is not None else wanted_for(shown) if wanted.fold else shown + MARGIN
     found: Candidates | None = None
     while True:
-        ends = scan_cache(scanned, max(looked, wanted.candidates))
+        ends = scan_cache(scanned, looked)
         clock.lap("scan")
         if here.leads and finer is not None:
             ends = rescore(finer, ends, looked)

@@ -71,7 +71,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "float16": {},
     "wide": {"width": 256},
     "flat": {"projection": "flat", "width": 128},
-    "one bit": {"bytes": 448, "sample": 0},
+    "one bit": {"dtype": "sign", "sample": 0},
     "two points": {"at": [0.4, 0.6], "model": "lora", "include": ["lora"]},
 }
 
