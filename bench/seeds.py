@@ -1,7 +1,7 @@
 """Do the figures of `rapidin eval backdoor` and `classes` hold for other seeds of training?
 
-    python bench/seeds.py backdoor NAME --model MODEL --data train.jsonl --test asked.jsonl --seed 1 --work DIR
-    python bench/seeds.py classes NAME --model MODEL --data train.jsonl --test test.jsonl --seed 0 --seed 1 ...
+    python bench/seeds.py backdoor NAME --model MODEL --data train.jsonl --test ask.jsonl --work DIR --seed 1
+    python bench/seeds.py classes NAME --model MODEL --data train.jsonl --test test.jsonl --work DIR --seed 1
     python bench/seeds.py table
 
 For each seed (of the adapter's first weights and of the order of the rows) a LoRA adapter of rank 8 on q_proj
