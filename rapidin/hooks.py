@@ -385,8 +385,8 @@ class _Pass:
     def _module_gradients(
         self, module: nn.Module, own: Sequence[int], inputs: Tensor, grad: Tensor, examples: int
     ) -> Iterator[tuple[int, Tensor]]:
-        """(number, gradients [examples, O, 1]) of each of its own parameters; inputs: [B, ..., I], grad of the
-        outputs: [B, ..., O], B as large, or of one example whatever it is where the layer has no batch axis.
+        """(number, gradients [examples, O, 1]) of each of its own parameters; inputs: [B, ..., I], grad of
+        the outputs: [B, ..., O], where B is as many, or anything for a single example.
         """
         each = len(inputs) // examples
         named = dict(module.named_parameters(recurse=False))
