@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -119,20 +118,22 @@ def write(path: Path, rows: list[Row]) -> None:
 
 
 def tables(rows: list[Row]) -> list[str]:
-    """A table a kind of evaluation, its sets side by side: means over the seeds and, in brackets, the least
-    and the largest."""
+    """A table a kind of evaluation, its sets side by side: the figures of each seed, in the order that the
+    heading names."""
     lines: list[str] = []
     for kind, figures in (("backdoor", ("auprc",)), ("classes", RECIPES["classes"].figures)):
         of_kind = [row for row in rows if row["evaluation"] == kind]
-        sets = list(dict.fromkeys(row["set"] for row in of_kind))
-        if not sets:
+        columns = [(name, f) for name in dict.fromkeys(row["set"] for row in of_kind) for f in figures]
+        if not columns:
             continue
-        columns = [(name, figure) for name in sets for figure in figures]
-        titles = [f"{name}, {LABELS[figure]}" for name, figure in columns]
+        titles = []
+        for name, figure in columns:
+            seeds = [row["seed"] for row in of_kind if row["set"] == name]
+            titles.append(f"{name}, {LABELS[figure]}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}")
         lines += ["", "| | " + " | ".join(titles) + " |", "|" + " --- |" * (len(titles) + 1)]
         baselines = ("BM25", "hidden states") if kind == "backdoor" else ()
         for method in (*SHOWN, *baselines):
-            cells = [spread(of_kind, name, method, figure) for name, figure in columns]
+            cells = [" / ".join(values(of_kind, name, method, figure)) for name, figure in columns]
             lines.append(f"| {method} | " + " | ".join(cells) + " |")
     return lines[1:]
 
@@ -140,9 +141,8 @@ def tables(rows: list[Row]) -> list[str]:
 LABELS = {"auprc": "auPRC", "auc": "AUC", "recall": "recall"}
 
 
-def spread(rows: list[Row], name: str, method: str, figure: str) -> str:
-    values = [row["methods"][method][figure] for row in rows if row["set"] == name]
-    return f"{statistics.mean(values):.3f} ({min(values):.3f} to {max(values):.3f})"
+def values(rows: list[Row], name: str, method: str, figure: str) -> list[str]:
+    return [f"{row['methods'][method][figure]:.3f}" for row in rows if row["set"] == name]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:

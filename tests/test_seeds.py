@@ -90,9 +90,18 @@ def test_seeds_of_both_kinds_are_tuned_judged_and_not_done_again(
     rows = seeds.read(out)
     assert rows[3]["methods"] == rows[2]["methods"]
     table = seeds.tables(rows)
-    aucs = [row["methods"]["dot:layer"]["auc"] for row in rows[1:]]
-    (line,) = [line for line in table if line.startswith("| dot:layer") and line.count("|") == 4]
-    assert f"{sum(aucs) / 3:.3f} ({min(aucs):.3f} to {max(aucs):.3f})" in line
+    assert "| | letters, AUC, seeds 0, 7, ready | letters, recall, seeds 0, 7, ready |" in table
+    aucs, recalls = (
+        " / ".join(f"{row['methods']['dot:layer'][name]:.3f}" for row in rows[1:])
+        for name in ("auc", "recall")
+    )
+    assert f"| dot:layer | {aucs} | {recalls} |" in table
+
+
+def test_the_page_has_the_table_of_the_results(seeds: ModuleType) -> None:
+    rows = seeds.read(seeds.RESULTS)
+    assert rows
+    assert "\n".join(seeds.tables(rows)) in (ROOT / "docs" / "results.md").read_text()
 
 
 def _made(folder: Path) -> Path:
