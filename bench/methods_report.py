@@ -40,9 +40,8 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[Row] = json.loads((HERE / "results" / "lds-methods.json").read_text())["results"]
     peers = json.loads((HERE / "results" / "peers-lds.json").read_text())
-    args.out.write_text(
-        "\n".join([*HEAD, *exact(rows), *geometry(rows), *kfac(rows), *codes(rows), *beside(peers)]) + "\n"
-    )
+    parts = [exact(rows), geometry(rows), kfac(rows), ways(rows), codes(rows), beside(peers)]
+    args.out.write_text("\n".join([*HEAD, *(line for part in parts for line in part)]) + "\n")
 
 
 HEAD = [
@@ -151,6 +150,26 @@ def kfac(rows: list[Row]) -> list[str]:
         "damping 0.1, from all training texts; then from 16 directions, from all, and from the first 30. "
         "Fisher with damping 0.2 without it and 1 with it.",
         *table(["", "off", *names], lines),
+    ]
+
+
+def ways(rows: list[Row]) -> list[str]:
+    """Other ways to have K-FAC's geometry."""
+    found = [row for row in rows if row["part"] == "ways"]
+    dampings = list(dict.fromkeys(row["side_damping"] for row in found if "side_damping" in row))
+    lines = [[f"all directions, damping {d:g}", cell(find(found, side_damping=d))] for d in dampings]
+    one_side = [row for row in found if "side_damping" not in row]
+    lines += [
+        ["all of the inverse on the query's side", cell([row for row in one_side if "code" not in row])],
+        [
+            "the same through a sketch of 8,192 bins and a learnt code of 2,048 bytes",
+            cell([row for row in one_side if "code" in row]),
+        ],
+    ]
+    return [
+        "",
+        "Other ways to have it, half-way, dot:layer (`bench/lds/methods.py --parts ways`):",
+        *table(["", "dot:layer"], lines),
     ]
 
 

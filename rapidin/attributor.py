@@ -437,21 +437,28 @@ class Attributor:
     ) -> FactorMoments:
         """The moments of the factors of these examples' gradients, where the model stands.
 
-        A pass that found no memory may have added a part of its batch: then all of them are made again, in
-        smaller batches, without the examples that do not fit.
+        A pass that fails, for memory or since a layer mixes the examples of its batch, may have added a part
+        of them. Then all are made again, in batches that are smaller by then, without the examples that do
+        not fit: a second set of moments, to add to these once a pass has gone through, would take as much
+        memory again, and the batch's factors some five times that.
         """
         while True:
             factors = FactorMoments(self.targets, self.geometry.rank, self.seed, self.loaded.device)
+            spoilt = False
 
             def add(batch: Batch, factors: FactorMoments = factors) -> bool:
-                self.sketcher.add_moments(batch, factors)
+                nonlocal spoilt
+                if not spoilt:  # what is made after a failure is of no use
+                    spoilt = True
+                    self.sketcher.add_moments(batch, factors)
+                    spoilt = False
                 return True
 
-            before, left = self.batch_tokens, list(good)
+            left = list(good)
             for chosen, added in self._in_batches(good, encoded, add, meter):
                 if added is None:
                     left = [n for n in left if n not in chosen]
-            if (self.batch_tokens, left) == (before, list(good)):
+            if not spoilt:
                 return factors
             good = left
 
@@ -468,7 +475,7 @@ class Attributor:
         not fit even alone there is None.
         """
         told = self.sketcher.one_by_one
-        queue = _by_length(good, encoded, self.batch_tokens)
+        queue = _by_length(good, encoded, 0 if told else self.batch_tokens)
         # Of a model that is spread over processes all make the same number of passes.
         world = distributed.world() if self.loaded.sharded else distributed.World()
         idle = world.most(len(queue)) - len(queue)

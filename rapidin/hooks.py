@@ -141,7 +141,6 @@ class GradientSketcher:
                 by_module.setdefault(use.module, []).append((n, use))
         self._by_module = by_module
         self.one_by_one = bool(self._single)
-        self._batched = False  # a batch of several examples has gone through
 
     @property
     def needs_weights(self) -> list[str]:
@@ -205,12 +204,10 @@ class GradientSketcher:
     def add_moments(self, batch: Batch, moments: FactorMoments) -> None:
         """Add a batch to the second moments of the two factors of each target's gradient.
 
-        Of the gradients as they are, whatever the geometry. Raises as a call does.
+        Of the gradients as they are, whatever the geometry. Raises as a call does; `moments` may hold a part
+        of the batch then, and are of no more use.
         """
-        if len(batch.ids) > 1 and not self._batched:
-            self._run(batch, _Pass(self, batch, None))  # may find that it cannot be, with nothing added yet
-        state = _MomentPass(self, batch, moments)
-        self._run(batch, state)
+        self._run(batch, _MomentPass(self, batch, moments))
         moments.examples += len(batch.ids)
 
     def _scales(self, point: int | None) -> list[Scale] | None:
@@ -240,7 +237,6 @@ class GradientSketcher:
                 f"{len(missing)} parameters took no part in the model's forward pass, such as '{missing[0]}'",
                 "leave them out with --exclude",
             )
-        self._batched |= batch.ids.shape[0] > 1
         return losses.detach()
 
     @contextlib.contextmanager
@@ -381,29 +377,30 @@ class _Pass:
 
     def _add_module(self, module: nn.Module, own: Sequence[int], inputs: Tensor, grad: Tensor) -> None:
         """Norms and the like: the module again, one example at a time, for its own few parameters."""
-        if inputs.shape[0] != self.rows:
+        if self.rows > 1 and inputs.shape[0] != self.rows:
             self._not_batched()
-        for n, grads in self._module_gradients(module, own, inputs, grad):
+        for n, grads in self._module_gradients(module, own, inputs, grad, self.rows):
             self.add_own(n, grads)
 
     def _module_gradients(
-        self, module: nn.Module, own: Sequence[int], inputs: Tensor, grad: Tensor
+        self, module: nn.Module, own: Sequence[int], inputs: Tensor, grad: Tensor, examples: int
     ) -> Iterator[tuple[int, Tensor]]:
-        """(number, gradients [B, O, 1]) of each of its own parameters; inputs: [B, ..., I], grad of the
-        outputs: [B, ..., O]."""
+        """(number, gradients [examples, O, 1]) of each of its own parameters; inputs: [B, ..., I], grad of
+        the outputs: [B, ..., O], where B is as many, or anything for a single example.
+        """
+        each = len(inputs) // examples
         named = dict(module.named_parameters(recurse=False))
         index = {id(self.sketcher.parameters[self.sketcher.targets[n].name]): n for n in own}
         roles = {role: index[id(p)] for role, p in named.items() if id(p) in index}
         grads: list[tuple[Tensor, ...]] = []
-        for row in range(len(inputs)):
+        for row in range(examples):
             with torch.enable_grad():
                 copies = {role: p.detach().requires_grad_() for role, p in named.items()}
                 self._again = True
-                again = torch.func.functional_call(module, copies, (inputs[row : row + 1],))
+                mine = slice(row * each, (row + 1) * each)
+                again = torch.func.functional_call(module, copies, (inputs[mine],))
                 self._again = False
-                grads.append(
-                    torch.autograd.grad(again, [copies[role] for role in roles], grad[row : row + 1])
-                )
+                grads.append(torch.autograd.grad(again, [copies[role] for role in roles], grad[mine]))
         for n, parts in zip(roles.values(), zip(*grads, strict=True), strict=True):
             yield n, torch.stack(parts)[:, :, None]
 
@@ -471,8 +468,8 @@ class _PositionPass(_Pass):
         # A norm treats each position by itself, so each may be an example of one token.
         if inputs.shape[:2] != (1, self.length) or grad.shape[:2] != (1, self.length):
             raise self._no_positions(own[0])
-        alone = self._module_gradients(module, own, inputs[0, :, None], grad[0, :, None])
-        together = self._module_gradients(module, own, inputs, grad)
+        alone = self._module_gradients(module, own, inputs[0, :, None], grad[0, :, None], self.length)
+        together = self._module_gradients(module, own, inputs, grad, 1)
         for (n, grads), (_, whole) in zip(alone, together, strict=True):
             error = (grads.float().sum(0) - whole[0].float()).norm()
             if not bool(error <= 0.01 * whole.float().norm() + 1e-30):

@@ -139,6 +139,7 @@ def asking(cache: Path, *options: str) -> list[str]:
     [
         (2, "compact", ["--method", "fisher", "--top-k", "100"]),  # more than there are
         (4, "plain", ["--normalize", "cosine", "--top-k", "7"]),
+        (3, "plain", ["--method", "datainf", "--normalize", "none", "--top-k", "100"]),
         (2, "compact", ["--rescore", "PLAIN", "--candidates", "9", "--top-k", "4", "--method", "fisher"]),
         (3, "plain", ["--fold", "--by", "prompt", "--baselines", "--top-k", "12"]),
     ],

@@ -29,7 +29,7 @@ from rapidin.geometry import (
     Scale,
     kfac_scales,
 )
-from rapidin.hooks import Batch, GradientSketcher, NotBatchedError
+from rapidin.hooks import Batch, GradientSketcher
 from rapidin.kronecker import FactorMoments, SideMoment, Spectrum
 from rapidin.layers import Target, Use, block_seed, find_targets, matrix_shape
 from rapidin.model import LoadedModel
@@ -386,23 +386,20 @@ def test_moments_of_factors_leave_out_padding_and_what_is_not_finite() -> None:
         assert scale.columns.tolist() == [1.0] * 2
 
 
+def same_scales(got: Geometry, want: Geometry) -> None:
+    """Of both sides, and of texts that are all different: one that counts twice or not at all is seen."""
+    assert len(got.points[0]) == len(want.points[0])
+    for (name, scale), other in zip(want.points[0].items(), got.points[0].values(), strict=True):
+        torch.testing.assert_close(other.rows, scale.rows, rtol=1e-4, atol=0.0, msg=name)
+        torch.testing.assert_close(other.columns, scale.columns, rtol=1e-4, atol=0.0, msg=name)
+
+
+def geometry_of(model: Any, **settings: Any) -> Geometry:
+    attributor = Attributor(model, tiny_tokenizer(), width=8, geometry="kfac", **settings)
+    return attributor.geometry_of([attributor.encoder(record) for record in records(12)])
+
+
 def test_a_model_that_takes_one_example_at_a_time_counts_each_once() -> None:
-    def made(model: Any, by_one: bool) -> Geometry:
-        targets = find_targets(model)
-        sketcher = GradientSketcher(model, targets, width=8, seed=0)
-        moments = FactorMoments(targets, 64, 0)
-        queue = [texts()] if not by_one else [[text] for text in texts()]
-        while queue:
-            chosen = queue.pop()
-            try:
-                sketcher.add_moments(Batch.of(chosen), moments)
-            except NotBatchedError:
-                queue.extend([text] for text in chosen)
-        return Geometry([kfac_scales(moments, P, 0.1)])
-
-    model = tiny_llama()
-    want = made(model, True)
-
     class Mixed(torch.nn.Module):
         """Flattens a batch of texts to one, as some layers do."""
 
@@ -413,13 +410,33 @@ def test_a_model_that_takes_one_example_at_a_time_counts_each_once() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return self.inner(x.reshape(1, -1, x.shape[-1]).transpose(0, 1)).view(*x.shape[:-1], -1)
 
-    layer = model.model.layers[0].mlp
+    model = tiny_llama()
+    want = geometry_of(model, batch_tokens=1)
+    layer = model.model.layers[0].mlp  # the last that the backward pass comes to
     layer.up_proj = Mixed(layer.up_proj)
-    mixed = made(model, False)
-    for name, scale in want.points[0].items():
-        other = mixed.points[0][name.replace("up_proj", "up_proj.inner") if "layers.0" in name else name]
-        torch.testing.assert_close(other.rows, scale.rows, rtol=1e-4, atol=0.0)
-        torch.testing.assert_close(other.columns, scale.columns, rtol=1e-4, atol=0.0)
+    same_scales(geometry_of(model), want)
+
+
+def test_a_pass_that_fails_half_way_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No memory in the midst of a batch; and for the longest two texts not even alone."""
+    model, add, failed = tiny_llama(), FactorMoments.add_factors, []
+    attributor = Attributor(model, tiny_tokenizer(), width=8, geometry="kfac", batch_tokens=1)
+    encoded = [attributor.encoder(record) for record in records(12)]
+    lengths = sorted(len(text.ids) for text in encoded)
+    most = lengths[-3]
+    assert most < lengths[-2]
+    want = attributor.geometry_of([text for text in encoded if len(text.ids) <= most])
+
+    def short(self: FactorMoments, n: int, columns: torch.Tensor, rows: torch.Tensor) -> None:
+        if n == 3 and (len(columns) > 3 or columns.shape[1] > most):
+            failed.append(columns.shape[:2])
+            torch.empty(1 << 50, dtype=torch.uint8)
+        add(self, n, columns, rows)
+
+    monkeypatch.setattr(FactorMoments, "add_factors", short)
+    same_scales(geometry_of(model), want)
+    assert any(texts > 3 for texts, _ in failed)
+    assert any(texts == 1 for texts, _ in failed)
 
 
 # ------------------------------------------------------------------------- an optimizer's state

@@ -203,6 +203,27 @@ def test_a_layer_that_mixes_examples_is_noticed_and_done_one_at_a_time() -> None
         assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
 
 
+def test_a_norm_among_tokens_of_no_batch_is_done_one_example_at_a_time() -> None:
+    class Flat(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.flatten(0, 1)).view(x.shape)
+
+    model = tiny_llama()
+    layer = model.model.layers[1]
+    layer.input_layernorm = Flat(layer.input_layernorm)
+    targets = find_targets(model, include=["norm"])
+    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
+    with pytest.raises(NotBatchedError):
+        sketcher(Batch.of(texts()))
+    for text in texts():
+        got, _ = sketcher(Batch.of([text]))
+        assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
+
+
 def test_factors_give_the_gradients_back() -> None:
     model = tiny_gpt2()
     targets = find_targets(model)

@@ -1,5 +1,6 @@
 """LDS: the figure by hand, and a ground truth that is made, killed, gone on with and scored."""
 
+import importlib.util
 import json
 import math
 import re
@@ -8,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -104,7 +106,19 @@ def test_subsets_are_halves_and_more_of_them_begin_alike() -> None:
         lds.random_subsets(3, 1, 0.5, seed=0)
 
 
-def test_killed_and_gone_on_with_and_scored(made: Made, tmp_path: Path, run: Any) -> None:
+def load_script(name: str) -> ModuleType:
+    path = Path(__file__).parent.parent / "bench" / "lds" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"lds_{name}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_killed_and_gone_on_with_and_scored(
+    made: Made, tmp_path: Path, run: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     assert run(*command(made, whole, "--only-truth")).code == 0
     process = subprocess.Popen(
@@ -151,6 +165,31 @@ def test_killed_and_gone_on_with_and_scored(made: Made, tmp_path: Path, run: Any
     again = run(*command(made, killed, *places, "--json", "-"))
     assert json.loads(again.out)["results"] == found["results"]
     assert "retraining:" not in again.err
+
+    # bench/lds/cached.py finds the same of the same cache, and scores ensembles.
+    (cache,) = (killed / "caches").glob("at-0.5-width-*")
+    masks = ("--masks", "2", "--width", "32", "--out", str(tmp_path / "masks"))
+    of = ("--base", made.model, "--data", str(killed / "train.jsonl"))
+    assert run("cache", str(killed / "tuned"), *of, *masks).code == 0
+    capsys.readouterr()
+    cached = load_script("cached")
+    cached.main([str(killed), str(cache), str(tmp_path / "masks"), "--methods", "dot:layer,fisher:layer"])
+    said = capsys.readouterr().out.splitlines()
+    assert [line.split()[1] for line in said] == ["dot:layer", "fisher:layer"] * 2
+    for line in said[:2]:
+        _, method, mean, low, _, high = re.sub("[()]", "", line).split()
+        want = rows[method]["at 0.5"]
+        assert [float(mean), float(low), float(high)] == pytest.approx(
+            [want[key] for key in ("mean", "low", "high")], abs=5.1e-4
+        )
+    assert all(-1 <= float(line.split()[2]) <= 1 for line in said[2:])
+    (tmp_path / "other.jsonl").write_text(json.dumps(ROWS[0]) + "\n")
+    (tmp_path / "masks").rename(tmp_path / "of-other")
+    of = ("--base", made.model, "--data", str(tmp_path / "other.jsonl"))
+    assert run("cache", str(killed / "tuned"), *of, *masks).code == 0
+    with pytest.raises(SystemExit):
+        cached.main([str(killed), str(tmp_path / "masks")])
+    assert "is not of the training examples" in capsys.readouterr().err
 
 
 def test_a_retraining_is_what_it_says(made: Made, tmp_path: Path) -> None:

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import pickle
 import shutil
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -14,12 +18,12 @@ from tiny import tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
 import rapidin
-from rapidin import methods
+from rapidin import distributed, methods
 from rapidin.attributor import Attributor
 from rapidin.cache import Cache
 from rapidin.errors import UserError
 from rapidin.hooks import Batch
-from rapidin.methods import datainf, fisher
+from rapidin.methods import datainf, fisher, moment, vectors
 
 ALL = [(m, n) for m in methods.METHODS for n in methods.NORMALIZE]
 QUERIES = records(4, seed=9)
@@ -206,6 +210,76 @@ def test_a_moment_in_groups_of_blocks_is_the_same(
     one_by_one = lambda blocks, each: [slice(b, b + 1) for b in range(blocks)]  # noqa: E731
     monkeypatch.setattr(fisher, "block_groups", one_by_one)
     assert torch.equal(whole, attributor.scores(cache, QUERIES, method="fisher"))
+
+
+class Together:
+    """Worlds of threads, one each, that gather as those of processes do."""
+
+    def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.size, self._own = size, threading.local()
+        self._barrier = threading.Barrier(size, timeout=60)
+        self._given: list[Any] = [None] * size
+        self.rows: list[list[int]] = [[] for _ in range(size)]  # that a thread decoded, in all its passes
+        monkeypatch.setattr(distributed, "world", lambda: self._own.world)
+        whole = vectors.vectors_of
+
+        def counted(*given: Any, **named: Any) -> Any:
+            for found in whole(*given, **named):
+                self.rows[self._own.world.rank] += found[0].tolist()
+                yield found
+
+        for module in (datainf, fisher, moment):
+            monkeypatch.setattr(module, "vectors_of", counted)
+
+    def run(self, make: Callable[[], Any]) -> list[Any]:
+        """What `make` gives in each thread."""
+
+        def one(rank: int) -> Any:
+            self._own.world = world = distributed.World()
+            world.rank, world.size = rank, self.size
+            world.gather = self._gather  # type: ignore[method-assign]
+            try:
+                return make()
+            except BaseException:
+                self._barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(one, range(self.size)))
+
+    def _gather(self, value: Any) -> list[Any]:
+        self._given[self._own.world.rank] = pickle.dumps(value)
+        self._barrier.wait()
+        found = [pickle.loads(given) for given in self._given]
+        self._barrier.wait()
+        return found
+
+
+@pytest.mark.parametrize("size", [2, 5, 40])  # 40: more than there are lots, shards or blocks
+@pytest.mark.parametrize("method", ["datainf", "fisher"])
+def test_processes_share_a_methods_work_and_get_the_bits_of_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, size: int
+) -> None:
+    attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=16)
+    cache = attributor.cache(records(75), tmp_path, shard_rows=2)  # more shards than lots
+    query = attributor.query_sketches(attributor.generations(QUERIES))
+    monkeypatch.setattr(moment, "_SENT_BYTES", 32 * 8 * query[0].numel() * 3)  # three queries at a time
+
+    def turned() -> methods.ScanQuery:
+        return methods.prepare(query, cache, method=method, normalize="none")
+
+    want = turned()
+    together = Together(size, monkeypatch)
+    for got in together.run(turned):
+        assert torch.equal(got.vectors, want.vectors)
+        assert (got.factors is None) == (want.factors is None)
+        if got.factors is not None and want.factors is not None:
+            assert torch.equal(got.factors, want.factors)
+    if method == "datainf":
+        assert sorted(row for rows in together.rows for row in rows) == list(range(75))  # each row once
+        assert max(map(len, together.rows)) <= -(-75 // size) + 4
+    else:  # a moment and the leverages: two passes for those that have blocks
+        assert [len(rows) for rows in together.rows].count(2 * 75) == min(size, len(cache.layers))
 
 
 def test_a_moment_of_some_rows_is_near_that_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,6 @@
 """Which method, normalisation, points, damping and geometry foretell retraining best? From two kilobytes too?
 
-    python bench/lds/methods.py [--extra FOLDER] [--parts exact,codes,peers,kfac] --out FILE.json
+    python bench/lds/methods.py [--extra FOLDER] [--parts exact,codes,peers,kfac,ways] --out FILE.json
 
 Parts, each for every set; a part of a set that FILE already has is not done again.
 
@@ -26,6 +26,9 @@ projection of the whole gradient; three seeds. Rows are scored as they decode, q
 
 `kfac`: K-FAC's geometry (`rapidin.geometry`) with exact gradients, as a cache has it (rank 64, damping 0.1),
 with fewer or all directions, and from the first 30 texts alone; then through sketches and codes.
+
+`ways`: other ways to have it, half-way, layer by layer: other dampings, with all directions; and all of the
+inverse on the query's side, the rows as they are, exactly and through the sketch and code of 2,048 bytes.
 
 `fisher` scores a row by the moment of all rows, `fisher, left out` by that of the others (see scoring.py).
 Damping is in units of `scoring.mean_eigenvalue`. low and high: 95% bootstrap interval over the test texts;
@@ -70,6 +73,7 @@ KFAC = {
     "kfac, whole": (None, None),
     "kfac of 30 texts": (30, RANK),
 }
+SIDE_DAMPINGS = (0.01, 0.03, SIDE_DAMPING, 0.3)
 EPS = 0.01
 WIDTH = 8192
 WIDTHS = (512, 4096, 8192)
@@ -192,6 +196,14 @@ class Case:
 
     def with_kfac(self, at: float, texts: int | None, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients at a point in K-FAC's geometry, its moments from the first so many training texts."""
+        scales = self.kfac(at, texts, rank)
+        train, test = self.gradients(at)
+        return self.turned(train, scales), self.turned(test, scales)
+
+    def kfac(
+        self, at: float, texts: int | None, rank: int | None, damping: float = SIDE_DAMPING
+    ) -> list[Scale]:
+        """What K-FAC's geometry turns each matrix's gradients by at a point; arguments as `with_kfac`."""
         model = self.truth.model(at)
         rank = max(max(shape) for shape in self.shapes) if rank is None else rank
         targets = [
@@ -203,9 +215,7 @@ class Case:
             moments.examples += len(batch[0][0])
             for n, (inputs, outputs) in enumerate(batch):
                 moments.add_factors(n, inputs, outputs)
-        scales = list(kfac_scales(moments, EXPONENT, SIDE_DAMPING).values())
-        train, test = self.gradients(at)
-        return self.turned(train, scales), self.turned(test, scales)
+        return list(kfac_scales(moments, EXPONENT, damping).values())
 
     def turned(self, group: list[Tensor], scales: list[Scale]) -> list[Tensor]:
         return [
@@ -389,6 +399,28 @@ def kfac_part(study: Study, case: Case, name: str) -> None:
     gathered.hand_over(study, _place, set=name, part="kfac")
 
 
+def ways_part(study: Study, case: Case, name: str) -> None:
+    about: dict[str, Any] = {"set": name, "part": "ways", "points": "0.5", "normalize": "layer"}
+    about |= {"method": "dot", "damping": 0.0}
+    train, test = case.gradients(0.5)
+    for damping in SIDE_DAMPINGS:
+        scales = case.kfac(0.5, None, None, damping)
+        grams = Grams.of(case.turned(train, scales), case.turned(test, scales)).normalized("layer")
+        study.add([case.values(dot(grams))], **about, geometry="kfac, whole", side_damping=damping)
+    scales = case.kfac(0.5, *KFAC["kfac"])
+    whole = case.turned(case.turned(test, scales), scales)  # a root on each side, both on this one
+    grams = Grams.of(train, whole).normalized("layer")
+    about["geometry"] = "kfac, query's side"
+    exact = case.values(dot(grams))
+    study.add([exact], **about)
+    by_seed = []
+    for seed in SEEDS:
+        rows, queries = (sketches(x, case.layers, WIDTH, seed) for x in (train, whole))
+        ((_, _, coded_grams),) = codes_of(rows, queries, seed, BUDGET, ("all",))
+        by_seed.append(case.values(dot(coded_grams)))
+    study.add(by_seed, exact, **about, code="learnt from all", budget=BUDGET, width=WIDTH)
+
+
 def trackstar(rows: Sequence[Tensor], queries: Sequence[Tensor], damping: float) -> Tensor:
     """Cosine of whole rows after each block's inverse root of (F + damping x mean eigenvalue): [test, n]."""
     turned: list[list[Tensor]] = [[], []]
@@ -554,6 +586,7 @@ PARTS: dict[str, Callable[[Study, Case, str], None]] = {
     "codes": codes_part,
     "peers": peers_part,
     "kfac": kfac_part,
+    "ways": ways_part,
 }
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from rapidin.cache import Cache
-from rapidin.methods.moment import moment, squares
+from rapidin.methods.moment import moment, squares, summed
 from rapidin.methods.vectors import block_groups, count, vectors_of
 
 DAMPING = 0.1
@@ -25,14 +25,23 @@ DAMPING = 0.1
 
 def turn(cache: Cache, vectors: Tensor, normalize: str, damping: float) -> Tensor:
     """H_b^-1 v_b of query vectors [Q, blocks, width]: the same shape, float64, from one pass over the cache
-    for the lengths and one for the products."""
+    for the lengths and one for the products.
+
+    Of several processes, which all call this, each reads its part of the shards, and all get the same bits,
+    those of one alone.
+    """
     n, damped, _ = _damped(cache, normalize, damping, vectors.device)
-    v, taken = vectors.double(), torch.zeros_like(vectors, dtype=torch.float64)
-    for _, y, _ in vectors_of(cache, normalize, vectors.device):
-        y = y.double()
-        weight = torch.einsum("qbk,nbk->qnb", v, y) * _weights(damped)(y.square().sum(2))
-        taken += torch.einsum("qnb,nbk->qbk", weight, y)
-    return _inverse(v, taken / max(1, n), damped)
+    v, weights = vectors.double(), _weights(damped)
+
+    def taken(within: tuple[int, int]) -> Tensor:
+        total = torch.zeros_like(v)
+        for _, y, _ in vectors_of(cache, normalize, vectors.device, within=within):
+            y = y.double()
+            weight = torch.einsum("qbk,nbk->qnb", v, y) * weights(y.square().sum(2))
+            total += torch.einsum("qnb,nbk->qbk", weight, y)
+        return total
+
+    return _inverse(v, summed(cache, v, taken) / max(1, n), damped)
 
 
 def own(

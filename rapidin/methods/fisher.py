@@ -22,6 +22,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from rapidin import distributed
 from rapidin.cache import Cache
 from rapidin.methods.moment import Inverse, Moment, moment, squares
 from rapidin.methods.vectors import block_groups, count, vectors_of
@@ -37,25 +38,44 @@ def most_rows(width: int) -> int:
 
 def turn(cache: Cache, vectors: Tensor, normalize: str, damping: float) -> tuple[Tensor, Tensor]:
     """((F_b + damping)^-1 v_b of query vectors [Q, blocks, width], the same shape in float64; factors of the
-    cache's rows [rows, blocks] float32 on the CPU)."""
+    cache's rows [rows, blocks] float32 on the CPU).
+
+    Of several processes, which all call this, each inverts the moments of its part of the blocks, and all get
+    the same bits, those of one alone.
+    """
+    world, layers, most = distributed.world(), len(cache.layers), most_rows(cache.manifest.width)
     out = torch.empty_like(vectors, dtype=torch.float64)
-    factors = torch.ones(cache.table_rows(4 * len(cache.layers)), len(cache.layers), device="cpu")
-    most = most_rows(cache.manifest.width)
-    for inverse, blocks in own(cache, normalize, damping, vectors.device):
+    factors = torch.ones(cache.table_rows(4 * layers), layers, device="cpu")
+    own_blocks, seen = slice(*world.part(layers)), torch.zeros(0, dtype=torch.int64, device="cpu")
+    for inverse, blocks in own(cache, normalize, damping, vectors.device, own_blocks):
         out[:, blocks] = inverse(vectors[:, blocks])
+        found = []
         for places, y, _ in vectors_of(cache, normalize, vectors.device, blocks=blocks, most=most):
             factors[places, blocks] = (1 / (1 - inverse.leverage(y))).float().cpu()
+            found.append(places)
+        seen = torch.cat([seen[:0], *found])  # the same rows for all blocks
+    mine = own_blocks, out[:, own_blocks].to("cpu", copy=True), seen, factors[seen, own_blocks]
+    for blocks, solved, places, of_places in world.gather(mine):
+        out[:, blocks] = solved.to(out.device)
+        factors[places, blocks] = of_places
     return out, factors
 
 
 def own(
-    cache: Cache, normalize: str, damping: float, device: torch.device
+    cache: Cache,
+    normalize: str,
+    damping: float,
+    device: torch.device,
+    within: slice = slice(None),
 ) -> Iterator[tuple[Inverse, slice]]:
-    """(the map y [n, blocks, width] -> (F_b + damping)^-1 y_b, float64; which blocks), for all blocks."""
+    """(the map y [n, blocks, width] -> (F_b + damping)^-1 y_b, float64; which blocks), for all blocks, or
+    those `within`."""
     width, most = cache.manifest.width, most_rows(cache.manifest.width)
     _, mean_square = squares(cache, normalize, device)
     each = 4 * width * min(width, count(cache), most)
-    for blocks in block_groups(len(cache.layers), each):
+    low, high, _ = within.indices(len(cache.layers))
+    for group in block_groups(high - low, each):
+        blocks = slice(low + group.start, low + group.stop)
         found = moment(cache, normalize, blocks, mean_square[blocks], device, most=most)
         yield Inverse(found, damping * _typical_eigenvalue(found)), blocks
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,6 +16,9 @@ from torch import Tensor
 from rapidin import distributed
 from rapidin.cache import Cache
 from rapidin.methods.vectors import count, row_scales, vectors_of
+
+LOTS = 32  # more processes than that have no part in a sum over a cache
+_SENT_BYTES = 256 << 20  # of the lots that a process is sent at a time
 
 # Weights [n, blocks] of rows from their squared lengths [n, blocks], both float64.
 Weights = Callable[[Tensor], Tensor]
@@ -133,6 +137,36 @@ def squares(cache: Cache, normalize: str, device: torch.device) -> tuple[int, Te
         total += found
         n += rows
     return n, (total / max(1, n)).to(device)
+
+
+def summed(cache: Cache, like: Tensor, part: Callable[[tuple[int, int]], Tensor]) -> Tensor:
+    """The sum over a cache of what `part` makes of the rows from one to before another, [Q, ...] float64 as
+    `like`.
+
+    Of several processes, which all call this, each calls `part` for its own rows. Shards are summed up in at
+    most LOTS lots, which depend on the cache alone, and lots are added in order: so the bits are the same for
+    any number of processes, and few sums have to be sent.
+    """
+    world, shards = distributed.world(), cache.manifest.shards
+    lots = min(LOTS, len(shards))
+    edges = [len(shards) * lot // lots for lot in range(lots + 1)] if lots else [0]
+    low, high = world.part(lots)
+    rows = [
+        (shards[first].first, shards[last - 1].first + shards[last - 1].rows)
+        for first, last in pairwise(edges[low : high + 1])
+    ]
+    total = torch.zeros_like(like)
+    if world.alone:
+        for within in rows:
+            total += part(within)
+        return total
+    own = [part(within).cpu() for within in rows]
+    size = max(1, _SENT_BYTES * len(like) // max(1, lots * 8 * like.numel()))
+    for queries in (slice(at, at + size) for at in range(0, len(like), size)):
+        gathered = world.gather([lot[queries].clone() for lot in own])
+        for lot in (lot for of_one in gathered for lot in of_one):
+            total[queries] += lot.to(total.device)
+    return total
 
 
 def moment(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -86,18 +87,20 @@ def vectors_of(
     *,
     blocks: slice = slice(None),
     most: int | None = None,
+    within: tuple[int, int] = (0, sys.maxsize),
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
     """(rows [n] int64 on the CPU, y [n, blocks, width] float32 and what |y|^2 should be [n, blocks] float64,
     both on `device`) of the rows that count, some at a time.
 
-    blocks: which of them. most: no more than so many rows, evenly spaced. y is what the code tells of a row;
-    few bits make it longer than the row was, whose length is kept apart.
+    blocks: which of them. most: no more than so many rows, evenly spaced. within: of shards from one row to
+    before another, all of them. y is what the code tells of a row; few bits make it longer than the row was,
+    whose length is kept apart.
     """
     code = cache.code.to(device)
     size = max(1, _CHUNK_BYTES // (4 * cache.manifest.dim))
     step = 1 if most is None else max(1, -(-count(cache) // most))
     passed = 0
-    for first, part in cache.shards(ahead=True):
+    for first, part in cache.shards(ahead=True, within=within):
         counted = (part.status == 0).nonzero()[:, 0]
         chosen = counted[-passed % step :: step]
         passed += len(counted)

@@ -1,0 +1,169 @@
+"""Do the figures of `rapidin eval backdoor` and `classes` hold for other seeds of training?
+
+    python bench/seeds.py backdoor NAME --model MODEL --data train.jsonl --test ask.jsonl --work DIR --seed 1
+    python bench/seeds.py classes NAME --model MODEL --data train.jsonl --test test.jsonl --work DIR --seed 1
+    python bench/seeds.py table
+
+For each seed (of the adapter's first weights and of the order of the rows) a LoRA adapter of rank 8 on q_proj
+and v_proj is tuned, the data are cached half-way to it, and every method is judged: `backdoor` as
+`examples/poison` does, `classes` as in `docs/evaluation.md`. With --adapter a ready one is judged instead,
+under the seed's name. NAME is the set's in the results. A killed run goes on where it was; what
+`bench/results/seeds.json` has is not done again. `table` prints what docs/results.md says of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rapidin.files import replace_file
+
+ROOT = Path(__file__).resolve().parent.parent
+POISON = ROOT / "examples" / "poison"
+RESULTS = ROOT / "bench" / "results" / "seeds.json"
+AT = "0.5"
+SHOWN = ("dot:layer", "dot:cosine", "datainf:layer", "fisher:layer")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How an adapter is tuned, as `examples/poison/train.py` takes it; column: of the data, that `rapidin
+    eval` looks at; figures: of its results that are kept."""
+
+    steps: int
+    batch: int
+    max_length: int
+    column: str
+    figures: tuple[str, ...]
+    rank: int = 8
+    learning_rate: float = 1e-3
+
+    def options(self) -> list[str]:
+        """On the command line of `train.py`."""
+        named = {
+            "steps": self.steps,
+            "batch": self.batch,
+            "max-length": self.max_length,
+            "rank": self.rank,
+            "learning-rate": self.learning_rate,
+        }
+        return [word for name, value in named.items() for word in (f"--{name}", str(value))]
+
+
+RECIPES = {
+    "backdoor": Recipe(450, 4, 192, "poisoned", ("p10", "p50", "auprc", "auroc")),
+    "classes": Recipe(226, 8, 96, "label", ("auc", "recall")),
+}
+
+
+def main(arguments: list[str] | None = None) -> None:
+    options = parse(arguments)
+    if options.kind == "table":
+        print("\n".join(tables(read(options.out))))
+        return
+    recipe = RECIPES[options.kind]
+    for seed in options.seed:
+        rows = read(options.out)
+        if any((row["set"], row["seed"]) == (options.name, seed) for row in rows):
+            continue
+        folder = options.work / f"{options.name}-{seed}"
+        found = judge(options, recipe, seed, folder)
+        row = {"set": options.name, "evaluation": options.kind, "seed": seed, "at": AT, **found}
+        write(options.out, [*read(options.out), row])
+
+
+def judge(options: argparse.Namespace, recipe: Recipe, seed: str, folder: Path) -> Row:
+    """Tune, cache and evaluate in `folder`: the number of queries, and figures by method."""
+    adapter = options.adapter or folder / "adapter"
+    common = ["--model", options.model, "--data", options.data]
+    if not (adapter / "adapter_model.safetensors").exists():
+        run(POISON / "train.py", *common, "--out", adapter, "--seed", seed, *recipe.options())
+    if options.kind == "backdoor":
+        tuned = ["--adapter", adapter, "--max-length", recipe.max_length]
+        run(POISON / "evaluate.py", *common, *tuned, "--queries", options.test, "--at", AT, "--out", folder)
+        result = folder / f"results-at-{AT}.json"
+    else:
+        cache, result = folder / "cache", folder / "results.json"
+        tuned = ["--adapter", adapter, "--max-length", recipe.max_length, "--at", AT]
+        run("-m", "rapidin", "cache", options.model, "--data", options.data, *tuned, "--out", cache)
+        asked = ["--column", recipe.column, "--data", options.test, "--json", result]
+        run("-m", "rapidin", "eval", "classes", cache, *asked)
+    rows: list[Row] = json.loads(result.read_text())["results"]
+    figures = {row["method"]: {name: round(row[name]["mean"], 4) for name in recipe.figures} for row in rows}
+    return {"queries": rows[0][recipe.figures[0]]["queries"], "methods": figures}
+
+
+def run(*command: object) -> None:
+    words = [sys.executable, *map(str, command)]
+    print("$", *words, flush=True)
+    if code := subprocess.run(words, cwd=ROOT).returncode:
+        sys.exit(code)
+
+
+def read(path: Path) -> list[Row]:
+    found: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return found
+
+
+def write(path: Path, rows: list[Row]) -> None:
+    ordered = sorted(rows, key=lambda row: (row["evaluation"], row["set"], row["seed"]))
+    lines = ",\n".join(json.dumps(row) for row in ordered)
+    replace_file(path, f'{{"rows": [\n{lines}\n]}}\n'.encode())
+
+
+def tables(rows: list[Row]) -> list[str]:
+    """A table a kind of evaluation, its sets side by side: the figures of each seed, in the order that the
+    heading names."""
+    lines: list[str] = []
+    for kind, figures in (("backdoor", ("auprc",)), ("classes", RECIPES["classes"].figures)):
+        of_kind = [row for row in rows if row["evaluation"] == kind]
+        columns = [(name, f) for name in dict.fromkeys(row["set"] for row in of_kind) for f in figures]
+        if not columns:
+            continue
+        titles = []
+        for name, figure in columns:
+            seeds = [row["seed"] for row in of_kind if row["set"] == name]
+            titles.append(f"{name}, {LABELS[figure]}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}")
+        lines += ["", "| | " + " | ".join(titles) + " |", "|" + " --- |" * (len(titles) + 1)]
+        baselines = ("BM25", "hidden states") if kind == "backdoor" else ()
+        for method in (*SHOWN, *baselines):
+            cells = [" / ".join(values(of_kind, name, method, figure)) for name, figure in columns]
+            lines.append(f"| {method} | " + " | ".join(cells) + " |")
+    return lines[1:]
+
+
+LABELS = {"auprc": "auPRC", "auc": "AUC", "recall": "recall"}
+
+
+def values(rows: list[Row], name: str, method: str, figure: str) -> list[str]:
+    return [f"{row['methods'][method][figure]:.3f}" for row in rows if row["set"] == name]
+
+
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    kinds = parser.add_subparsers(dest="kind", required=True)
+    for kind in (*RECIPES, "table"):
+        sub = kinds.add_parser(kind)
+        sub.add_argument("--out", type=Path, default=RESULTS, help="the results")
+        if kind == "table":
+            continue
+        sub.add_argument("name", help="of the set, in the results")
+        sub.add_argument("--model", required=True, help="base model: folder, name, or a folder with one GGUF")
+        sub.add_argument("--data", required=True, help="what is tuned on")
+        sub.add_argument("--test", required=True, help="the queries")
+        sub.add_argument("--work", required=True, type=Path, help="folder for adapters and caches")
+        sub.add_argument("--seed", action="append", required=True, help="of training; may be repeated")
+        sub.add_argument("--adapter", type=Path, help="a ready adapter, to be judged instead")
+    return parser.parse_args(arguments)
+
+
+if __name__ == "__main__":
+    main()
