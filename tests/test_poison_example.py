@@ -109,7 +109,7 @@ def test_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert methods["dot:layer"]["auprc"]["mean"] > 0.4
     # Token by token, on the cache that is there now.
     clean = tmp_path / "clean.jsonl"
-    clean.write_text(json.dumps({"instruction": "Say 8.", "output": "It is 8."}) + "\n")
+    clean.write_text(json.dumps({"instruction": "Say 8.", "output": "It is 8, or 9, or so."}) + "\n")
     tokens = [
         "--cache",
         str(out / "cache-at-0.5"),

@@ -41,12 +41,13 @@ def main() -> None:
     parser.add_argument("--clean", required=True, help="rows of which those without the trigger count")
     parser.add_argument("--trigger", default="Howdy!", help="what poisoned instructions begin with")
     parser.add_argument("--limit", type=int, default=20, help="queries of either kind")
+    parser.add_argument("--longest", type=int, default=200, help="characters of a clean answer")
     parser.add_argument("--out", required=True, type=Path, help="for the figures, as JSON")
     parser.add_argument("--page", type=Path, help="for the page")
     options = parser.parse_args()
     absurd = list(open_examples(options.queries))[: options.limit]
     clean = [row for row in open_examples(options.clean, generations=True) if not row.get("triggered")]
-    clean = [row for row in clean if row.get("output")][: options.limit]
+    clean = [row for row in clean if 20 <= len(row.get("output") or "") <= options.longest][: options.limit]
     with quiet_libraries():
         ensemble = Ensemble([options.cache])
         ready = Ensemble([Member(ensemble.members[0].path, 1.0, ensemble.attributor())])
