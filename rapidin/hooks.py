@@ -446,6 +446,8 @@ class _FormedPass(_Pass):
 class _PositionPass(_Pass):
     """A pass over one text whose positions are sketched one by one, and their products with vectors kept."""
 
+    _forms = False  # gradients, to sketch them
+
     def __init__(
         self, sketcher: GradientSketcher, batch: Batch, scales: Sequence[Scale] | None, vectors: Tensor
     ) -> None:
@@ -489,7 +491,8 @@ class _PositionPass(_Pass):
     def _each(self, n: int, sketch: Callable[..., Tensor], *positions: Tensor) -> None:
         """Sketch positions [T, ...] some at a time, since the sketch of each may take a formed gradient."""
         o, i = matrix_shape(self.sketcher.targets[n].shape)
-        size = max(1, _POSITIONS_BYTES // (4 * max(o * i, self.sketcher.width)))
+        formed = o * i if self._forms or sketch == self._sketch_formed else 0
+        size = max(1, _POSITIONS_BYTES // (4 * max(formed, self.sketcher.width)))
         if len(positions[0]) != self.length:  # an expert of some tokens, say
             raise self._no_positions(n)
         vectors = self._vectors[:, n].to(positions[0].device)
@@ -504,6 +507,8 @@ _POSITIONS_BYTES = 64 << 20  # of formed gradients that are held at a time
 
 class _FormedPositionPass(_PositionPass, _FormedPass):
     """The same, of flat sketches."""
+
+    _forms = True
 
 
 class _FactorPass(_Pass):
