@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 import re
 import zlib
 from dataclasses import replace
@@ -19,6 +20,7 @@ from made_results import HOSTILE, hostile, made, several
 
 from rapidin.hits import Group, Histogram, Hit, QueryResult, Results, Standing, TargetResult, Tokens
 from rapidin.page import notebook, page, shades, text
+from rapidin.page.parts import View
 from rapidin.report import score_text
 
 VOID = {"meta", "input", "br", "link"}
@@ -433,3 +435,26 @@ def test_made_results_keep_the_contract() -> None:
         assert sum(hit.targets) == pytest.approx(hit.score, rel=1e-6)
         assert hit.tokens.by_target.sum(1) == pytest.approx(hit.targets, abs=1e-5)
         assert sum(hit.tokens.contributions) == pytest.approx(hit.score, abs=1e-5)
+
+
+def test_hits_of_single_tokens_have_the_room_that_is_left() -> None:
+    """The best of all tokens come first, and however many there are, the page stays small."""
+    result = made(hits=20, length=200, generation=200, pool=3000)
+    assert len(page([result]).encode()) < 1_000_000
+    views = [View(result, 0, room) for room in (0, 50_000, math.inf)]
+    counts = [len(view.entries) for view in views]
+    assert counts[0] == 20 < counts[1] < counts[2]
+    ranks = {hit.row: hit.rank for target in result.targets for hit in (*target.top, *target.bottom)}
+    for target in result.targets:
+        for hit in (*target.top, *target.bottom):
+            ranks[hit.row] = min(ranks[hit.row], hit.rank)
+    kept = {entry.hit.row for entry in views[1].entries}
+    others = [rank for row, rank in ranks.items() if row not in kept]
+    assert max(ranks[entry.hit.row] for entry in views[1].entries[20:]) <= min(others)
+
+
+def test_the_first_token_does_not_outshine_the_others() -> None:
+    values = [5.0, 0.1, -0.2, 0.05]
+    assert shades.peak_of(values) == 0.2
+    assert shades.steps(values, shades.peak_of(values)).tolist() == [9, 6, -9, 5]
+    assert [shades.peak_of(some) for some in ([], [3.0], [3.0, 0.0], [0.0, float("nan")])] == [0, 3, 3, 0]

@@ -287,7 +287,7 @@ def expected_classes(hit: Hit, values: Any) -> list[str]:
     assert hit.tokens is not None
     return [
         f"{shades.shade(int(step))}{'' if counts else ' q'}".strip()
-        for step, counts in zip(shades.steps(values), hit.tokens.counts, strict=True)
+        for step, counts in zip(shades.steps(values, shades.peak_of(values)), hit.tokens.counts, strict=True)
     ]
 
 
@@ -303,8 +303,9 @@ def test_tokens_of_hits_are_shaded_for_the_selection(shown: Shown) -> None:
     shown.tokens()[place].click()
     values = decoded(hit)[place]
     shown.until(lambda: shown.classes(0) == expected_classes(hit, values))
-    true = shades.steps(hit.tokens.by_target[place])
-    assert np.abs(true - shades.steps(values)).max() <= 1
+    exact = hit.tokens.by_target[place]
+    true, rounded = (shades.steps(each, shades.peak_of(each)) for each in (exact, values))
+    assert np.abs(true - rounded).max() <= 1
     best = int(np.argmax(np.abs(values)))
     card = shown.one("[data-hit='0']")
     listed = card.find_element(By.CSS_SELECTOR, ".strongest li").text

@@ -9,7 +9,7 @@ CACHE is of data with a field `poisoned`; absurd.jsonl holds what the poisoned m
    answer holds both. Every token is asked about by itself: what share of its ten most helpful training
    examples are poisoned, for tokens of either half?
 2. *The words inside.* Of the poisoned rows among the ten most helpful to an absurd answer, what share of the
-   score do the trigger, the rest of the prompt, and the absurd answer bring?
+   score do the first token, the trigger, the rest of the prompt, and the absurd answer bring?
 
 --page: the report page of the first query of either kind.
 """
@@ -30,6 +30,7 @@ from rapidin.hits import Hit
 from rapidin.page import page
 
 TOP = 10
+PARTS = ("first token", "trigger", "rest of the prompt", "answer")
 
 
 def main() -> None:
@@ -73,7 +74,7 @@ def main() -> None:
     print(json.dumps(found, indent=1), flush=True)
 
     explained = ready.query(absurd, contributions=True, targets="tokens", top_k=TOP, errors=False)
-    parts: dict[str, list[float]] = {"trigger": [], "rest of the prompt": [], "answer": []}
+    parts: dict[str, list[float]] = {name: [] for name in PARTS}
     share_of_tokens: dict[str, list[float]] = {name: [] for name in parts}
     for result in explained:
         for hit in result.top:
@@ -113,11 +114,12 @@ def _parts(hit: Hit, trigger: str) -> dict[str, tuple[float, float]]:
     text = "".join(hit.tokens.pieces)
     begin = text.index(trigger)
     end = begin + len(trigger)
-    found = {"trigger": (0.0, 0.0), "rest of the prompt": (0.0, 0.0), "answer": (0.0, 0.0)}
+    found = dict.fromkeys(PARTS, (0.0, 0.0))
     at = 0
     for n, (piece, value) in enumerate(zip(hit.tokens.pieces, hit.tokens.contributions, strict=True)):
         inside = at < end and at + len(piece) > begin
         name = "answer" if n >= first else "trigger" if inside else "rest of the prompt"
+        name = name if n else "first token"  # every other looks at it, whatever it is
         share, count = found[name]
         found[name] = share + value / hit.score, count + 1 / len(hit.tokens.pieces)
         at += len(piece)

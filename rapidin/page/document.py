@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from html import escape
 from importlib import resources
 from types import MappingProxyType
@@ -15,6 +16,7 @@ from rapidin.hits import QueryResult
 from rapidin.page import parts, shades
 from rapidin.page.text import shortened
 
+_BYTES, _LEAST_BYTES = 900_000, 100_000
 _NOTEBOOK_HEIGHT = 720  # pixels: a generation and the first hits
 
 
@@ -26,6 +28,9 @@ def page(results: Sequence[QueryResult], *, about: Mapping[str, str] = MappingPr
     hashes. Without a script the page shows everything but what a selection would change.
     """
     views = [parts.View(result, number) for number, result in enumerate(results)]
+    # A page that can be mailed: what is left of a megabyte is for hits of single tokens, a little at least.
+    left = (_BYTES - sum(view.size for view in views)) / max(1, len(views))
+    views = [replace(view, room=max(_LEAST_BYTES, left)) for view in views]
     most = shades.levels_for(sum(view.numbers for view in views))
     style, script = (_asset(name) for name in ("page.css", "page.js"))
     policy = (

@@ -38,7 +38,9 @@
   }
 
   const shadeOf = (step) => (step > 0 ? "p" + step : step < 0 ? "n" + -step : "");
-  const peakOf = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  const largestOf = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
+  // As `shades.peak_of` has it: without the first token, where much gathers in all examples.
+  const peakOf = (values) => largestOf(values.slice(1)) || largestOf(values);
 
   async function inflated(text) {
     const stream = new Blob([bytesOf(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -353,7 +355,7 @@
     show() {
       const lists = this.ranked();
       const found = lists.map((list) => list.filter(({ card }) => this.matches(card)));
-      const most = peakOf(lists.flat().map(({ score }) => score ?? 0));
+      const most = largestOf(lists.flat().map(({ score }) => score ?? 0));
       const kept = new Set(found.flat().map(({ card }) => card));
       const away = this.cards.filter((card) => !kept.has(card) && card.element.parentElement !== this.pool);
       this.pool?.append(...away.map((card) => card.element));
@@ -404,7 +406,10 @@
         if (card.stale) stale.push(card);
         if (card.text?.hasAttribute("data-fold") && !card.folded) {
           card.folded = true;
-          fold(card.text, () => this.strongest(card)[0]?.span ?? null);
+          fold(card.text, () => {
+            const strongest = this.strongest(card);
+            return (strongest.find(({ n }) => n > 0) ?? strongest[0])?.span ?? null;
+          });
         }
       }
       this.shade(stale);

@@ -16,6 +16,7 @@ from rapidin.report import MEANING, record_parts, scale_text, score_text
 _STRONGEST = 5  # tokens named in words
 _LAYERS_NAMED = 3
 _BREAKS = "\r\n"
+_HIT_BYTES, _TOKEN_BYTES = 1600, 32  # about what a page takes for a hit besides its text, and for a token
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class View:
-    """A query as the page shows it. number: its place among the queries."""
+    """A query as the page shows it.
+
+    number: its place among the queries; room: bytes for hits that are hits of a part of the generation alone,
+    of which those are left out that have no room, the best of each part last.
+    """
 
     result: QueryResult
     number: int
+    room: float = math.inf
 
     @property
     def name(self) -> str:
@@ -79,13 +85,24 @@ class View:
         for hit, side in ends:
             found.append(Entry(_richest(hit, known[hit.row]), side, first.get(hit.row), hit.score))
             first.setdefault(hit.row, len(found) - 1)
-        covered, owners = self.covered, sorted(set(self.owners))
-        for row, hits in known.items():
+        covered, owners, room = self.covered, sorted(set(self.owners)), self.room
+        # The best of all parts first, then the second best of all.
+        best = {row: min(hit.rank for hit in hits) for row, hits in known.items()}
+        for row in sorted(known, key=lambda row: best[row]):
+            hits = known[row]
             hit = _richest(hits[0], hits)
             if row not in first and len(hit.targets) == len(result.targets):
+                room -= _bytes(result, hit)
+                if room < 0:
+                    break
                 whole = math.fsum(hit.targets[n] for n in owners) if covered else None
                 found.append(Entry(hit, 0, None, whole))
         return found
+
+    @property
+    def size(self) -> int:
+        """About how many bytes the hits of the whole generation take on the page."""
+        return sum(_bytes(self.result, hit) for hit in (*self.result.top, *self.result.bottom))
 
     @cached_property
     def selects(self) -> bool:
@@ -95,8 +112,9 @@ class View:
 
     @property
     def numbers(self) -> int:
-        """How many numbers `Tokens.by_target` has in all entries."""
-        return sum(0 if e.same is not None else _by_target(self.result, e.hit).size for e in self.entries)
+        """How many numbers `Tokens.by_target` has in all hits of the whole generation, each row once."""
+        hits = {hit.row: hit for hit in (*self.result.top, *self.result.bottom)}
+        return sum(_by_target(self.result, hit).size for hit in hits.values())
 
     def script(self, most: int) -> dict[str, Any]:
         """What the script reads: see `page.js`. most: levels of `shades.levels`."""
@@ -111,6 +129,14 @@ class View:
             "levels": most,
             "hits": [_entry_data(result, entry, most) for entry in self.entries],
         }
+
+
+def _bytes(result: QueryResult, hit: Hit) -> int:
+    """About what a page takes for a hit."""
+    text = sum(map(len, record_parts(hit.example or {})))
+    if hit.tokens is not None:
+        text = _TOKEN_BYTES * len(hit.tokens.pieces) + _by_target(result, hit).size
+    return _HIT_BYTES + 6 * len(hit.targets) + 12 * len(hit.layers) + text
 
 
 def _richest(hit: Hit, same: Sequence[Hit]) -> Hit:
@@ -301,15 +327,18 @@ def _meaning(view: View) -> str:
     if any(e.hit.tokens is not None for e in view.entries):
         lines.append(
             "Shades in an example say what its tokens bring to the score, from the strongest down, by the "
-            "square root of their size. Tokens in quieter ink were read, but not learnt to predict."
+            "square root of their size. The first token is left out of that measure: every other looks at "
+            "it, so much gathers there in all examples. Tokens in quieter ink were read, but not learnt to "
+            "predict."
         )
     if view.selects:
         pool = len({e.hit.row for e in view.entries})
         lines.append(
-            f"A selection ranks {pool:,} examples anew: those that are best or worst for the generation "
-            "or for one of its parts, of the whole cache. Their scores are then the parts that the selection "
-            "has in them; its share is the one in the mean score of the most helpful. What a token brings to "
-            "it is kept in a few steps only, to keep the page small: ≈ stands before such a number."
+            f"A selection ranks {pool:,} examples anew: those of the whole cache that are best or worst for "
+            "the generation, and for its parts as far as this page has room. Their scores are then the parts "
+            "that the selection has in them; its share is the one in the mean score of the most helpful. "
+            "What a token brings to it is kept in a few steps only, to keep the page small: ≈ stands before "
+            "such a number."
         )
     texts = "".join(f"<p>{plain(line)}</p>" for line in lines)
     keys = ""
@@ -367,7 +396,7 @@ def _groups(view: View) -> str:
 def _group(group: Group, bounded: bool) -> str:
     mean = group.total / max(1, group.count)
     bars = "".join(
-        f'<td class="share"><span>{100 * share:.1f}%</span>{drawings.meter(sign * share, 1.0)}</td>'
+        f'<td class="share"><span>{100 * abs(share):.1f}%</span>{drawings.meter(sign * share, 1.0)}</td>'
         for share, sign in ((group.helpful, 1), (group.harmful, -1))
     )
     return (
@@ -429,7 +458,8 @@ def _size_text(size: float, bounded: bool) -> str:
 
 def _text(hit: Hit) -> str:
     if hit.tokens is not None:
-        marks = shades.steps(hit.tokens.contributions)
+        contributions = hit.tokens.contributions
+        marks = shades.steps(contributions, shades.peak_of(contributions))
         tokens = "".join(
             _token(text, f"{shades.shade(int(step))}{'' if counts else ' q'}".strip())
             for text, counts, step in zip(hit.tokens.pieces, hit.tokens.counts, marks, strict=True)

@@ -29,6 +29,14 @@ def steps(values: Sequence[float] | NDArray[Any], peak: float | None = None) -> 
     return (np.sign(found) * tall).astype(np.int64)
 
 
+def peak_of(contributions: Sequence[float] | NDArray[Any]) -> float:
+    """The largest size of what tokens of an example bring, but for the first of several: every token looks at
+    that one (an attention sink), and beside what then gathers there the others would have no shade. The
+    script does the same (`peakOf`)."""
+    size = np.abs(np.nan_to_num(np.asarray(contributions, np.float64)))
+    return float(size[1:].max() if len(size) > 1 and size[1:].any() else size.max(initial=0.0))
+
+
 def shade(step: int) -> str:
     """The class of a step in the style sheet; none for 0."""
     return f"{'p' if step > 0 else 'n'}{abs(step)}" if step else ""
