@@ -62,7 +62,7 @@ def bench_tokens(benchmark, kind):
             "bare, cut": lambda: [bare([cut[n] for n in chosen]) for chosen in batches],
             "the completion as one": lambda: attributor.query_sketches([text]),
         },
-        rounds=3,
+        rounds=2,
         seconds=240.0,
     )
     best = benchmark.stats.stats.min
