@@ -19,7 +19,7 @@ def test_every_benchmark_runs_and_notes_its_ratio(tmp_path: Path) -> None:
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=900,  # of a busy machine
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     rows = json.loads(noted.read_text())["benchmarks"]

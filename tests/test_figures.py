@@ -99,9 +99,10 @@ def test_weighted_rankings_are_scikit_learns_on_repeated_rows() -> None:
 def test_missing_packages_are_named() -> None:
     code = (
         "import sys; sys.modules['sklearn.metrics'] = None\n"
+        "from rapidin.errors import UserError\n"
         "from rapidin.evaluate import figures\n"
         "try: figures.auroc([[1.0, 2.0]], [[True, False]])\n"
-        "except figures.UserError as error: print(error)"
+        "except UserError as error: print(error)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out == "'rapidin eval' needs the package scikit-learn; pip install 'rapidin[eval]'\n"
