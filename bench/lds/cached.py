@@ -34,8 +34,8 @@ def main(arguments: list[str] | None = None) -> None:
         ensemble = Ensemble.read(folder)
         if open_data(ensemble).identity != train.identity:
             parser.error(f"'{folder}' is not of the training examples of '{options.truth}'")
-        texts, parts = ensemble.parts(asked, 1, "layer", Clock())
-        for method, scores, _ in each_score(parts, texts, parse_methods(options.methods)):
+        query = ensemble.parts(asked, 1, "layer", Clock())
+        for method, scores, _ in each_score(query.parts, query.texts, parse_methods(options.methods)):
             value, low, high = lds.score(truth.masks, truth.losses, scores)
             print(f"{folder}  {method}  {value:.3f} ({low:.3f} to {high:.3f})", flush=True)
 
