@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rapidin.certainty import Details, details, places
 from rapidin.distributed import world
-from rapidin.duplicates import exact_copies, fold, wanted_for
+from rapidin.duplicates import exact_copies, fold, shingles_of, wanted_for
 from rapidin.examples import Examples
 from rapidin.hits import Hit
 from rapidin.query import Clock, Wanted
@@ -104,12 +104,19 @@ def _enough(found: Candidates, full: Sequence[bool], generations: int, shown: in
 def _folded(scanned: Sequence[Source], ends: Ends, data: Examples | None) -> Candidates:
     cache = scanned[0].cache
     every = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))
-    exact = exact_copies(cache, every[every >= 0].tolist())
+    # Queries have hits in common, whose records are read once.
+    known = {hit.row: hit for hit in hits_of(cache, data, torch.zeros(len(every)), every)}
+    exact, said = exact_copies(cache, list(known)), shingles_of(list(known.values()))
     made, copies = [], []
     for scores, rows in ends:
-        hits = [
-            fold(hits_of(cache, data, score, row), exact) for score, row in zip(scores, rows, strict=True)
-        ]
+        hits = []
+        for own_scores, own_rows in zip(scores.tolist(), rows.tolist(), strict=True):
+            found = [
+                replace(known[row], score=score)
+                for score, row in zip(own_scores, own_rows, strict=True)
+                if row >= 0
+            ]
+            hits.append(fold(found, exact, said))
         longest = max(map(len, hits), default=0)
         kept, where = scores.new_zeros(len(hits), longest), rows.new_full((len(hits), longest), -1)
         for n, own in enumerate(hits):

@@ -12,7 +12,6 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 
@@ -34,7 +33,10 @@ def wanted_for(top_k: int) -> int:
     return 4 * top_k + 32
 
 
-def shingles(text: str) -> frozenset[tuple[str, ...]]:
+Shingles = frozenset[tuple[str, ...]]
+
+
+def shingles(text: str) -> Shingles:
     """Runs of `SHINGLE` words in a text, or all of its words where it has fewer; where it has none, the text
     itself without spaces."""
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
@@ -63,13 +65,22 @@ def exact_copies(cache: Cache, rows: Sequence[int]) -> dict[int, list[int]]:
     }
 
 
-def fold(hits: Sequence[Hit], exact: Mapping[int, Sequence[int]]) -> list[Hit]:
+def shingles_of(hits: Sequence[Hit]) -> dict[int, Shingles]:
+    """By row, the shingles of hits whose example is at hand."""
+    return {hit.row: shingles(" ".join(record_parts(hit.example))) for hit in hits if hit.example is not None}
+
+
+def fold(
+    hits: Sequence[Hit],
+    exact: Mapping[int, Sequence[int]],
+    said: Mapping[int, Shingles] | None = None,
+) -> list[Hit]:
     """Hits of one end, best first, without those that say the same as one before them; ranks are given anew.
 
-    exact: by row, the line numbers of other rows with the same record, as `exact_copies` gives them. A hit
-    that has folded others names their line numbers, and those of the exact copies of all of them, in
-    `copies`. Hits without their example are folded by `exact` alone. A helpful and a harmful hit are never
-    one.
+    exact: by row, the line numbers of other rows with the same record, as `exact_copies` gives them. said:
+    `shingles_of` these hits, and of any others. A hit that has folded others names their line numbers, and
+    those of the exact copies of all of them, in `copies`. Hits without their example are folded by `exact`
+    alone. A helpful and a harmful hit are never one.
     """
     leader = list(range(len(hits)))
 
@@ -79,7 +90,7 @@ def fold(hits: Sequence[Hit], exact: Mapping[int, Sequence[int]]) -> list[Hit]:
             n = leader[n]
         return n
 
-    for a, b in _pairs(hits, exact):
+    for a, b in _pairs(hits, exact, shingles_of(hits) if said is None else said):
         first, second = sorted((lead(a), lead(b)))
         leader[second] = first
     folded: dict[int, set[int]] = defaultdict(set)
@@ -95,7 +106,9 @@ def fold(hits: Sequence[Hit], exact: Mapping[int, Sequence[int]]) -> list[Hit]:
     return found
 
 
-def _pairs(hits: Sequence[Hit], exact: Mapping[int, Sequence[int]]) -> list[tuple[int, int]]:
+def _pairs(
+    hits: Sequence[Hit], exact: Mapping[int, Sequence[int]], said: Mapping[int, Shingles]
+) -> list[tuple[int, int]]:
     """Places of hits of one side that say the same."""
     found: list[tuple[int, int]] = []
     by_index = {hit.index: n for n, hit in enumerate(hits)}
@@ -103,7 +116,7 @@ def _pairs(hits: Sequence[Hit], exact: Mapping[int, Sequence[int]]) -> list[tupl
     for n, hit in enumerate(hits):
         others = (by_index[index] for index in exact.get(hit.row, ()) if index in by_index)
         found += [(n, other) for other in others if side[n] == side[other]]
-    sets = [None if hit.example is None else shingles(_text(hit.example)) for hit in hits]
+    sets = [said.get(hit.row) for hit in hits]
     holders: dict[tuple[str, ...], list[int]] = defaultdict(list)  # of a shingle, among the hits before
     for n, mine in enumerate(sets):
         if mine is None:
@@ -117,7 +130,3 @@ def _pairs(hits: Sequence[Hit], exact: Mapping[int, Sequence[int]]) -> list[tupl
         for shingle in mine:
             holders[shingle].append(n)
     return found
-
-
-def _text(example: Mapping[str, Any]) -> str:
-    return " ".join(record_parts(example))
