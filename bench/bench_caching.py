@@ -23,9 +23,8 @@ from torch import nn
 from turns import clear_peak, in_turns, peak_mb, sized
 
 from rapidin import Attributor, load_model, ops, pack
-from rapidin.attributor import _by_length
 from rapidin.demo.tokenizer import train_tokenizer
-from rapidin.encoding import Encoded, Status
+from rapidin.encoding import Encoded, Status, by_length
 from rapidin.geometry import DAMPING, EXPONENT, FLOOR, RANK, Geometry, Moments, kfac_scales
 from rapidin.hooks import Batch, example_losses
 from rapidin.kronecker import FactorMoments
@@ -126,7 +125,7 @@ def bench_caching(benchmark, kind, dtype):
     benchmark.group = f"caching, {name}, {kind}"
     loaded = make_model(kind)
     texts = make_examples(loaded.model.get_input_embeddings().num_embeddings)
-    batches = [[texts[n] for n in chosen] for chosen in _by_length(range(EXAMPLES), texts, BATCH_TOKENS)]
+    batches = [[texts[n] for n in chosen] for chosen in by_length(range(EXAMPLES), texts, BATCH_TOKENS)]
 
     bare = bare_loop(loaded.model)
     bare(batches[-1])
@@ -185,7 +184,7 @@ def bench_geometry(benchmark, kind, form):
     benchmark.group = f"geometry, {name}, {kind}"
     loaded = make_model(kind)
     texts = make_examples(loaded.model.get_input_embeddings().num_embeddings)
-    chosen = _by_length(range(EXAMPLES), texts, BATCH_TOKENS)[-1]
+    chosen = by_length(range(EXAMPLES), texts, BATCH_TOKENS)[-1]
     batch = Batch.of([(texts[n].ids, texts[n].target) for n in chosen])
     sketcher = Attributor(loaded, batch_tokens=BATCH_TOKENS).sketcher
     if form == "kfac":

@@ -21,8 +21,7 @@ from limits import note
 from turns import clear_peak, in_turns, peak_mb, sized
 
 from rapidin import Attributor, methods
-from rapidin.attributor import _by_length
-from rapidin.encoding import Encoded, Status
+from rapidin.encoding import Encoded, Status, by_length
 from rapidin.query import Generation
 from rapidin.scan import Source, scan_cache
 from rapidin.targets import Span
@@ -49,7 +48,7 @@ def bench_tokens(benchmark, kind):
     attributor.sketcher.geometry = attributor.geometry_of([text.encoded])  # as a cache has it
     whole = [Encoded(ids, [n == t for n in range(len(ids))], Status.OK) for t in range(PROMPT, len(ids))]
     cut, _, _ = attributor.target_queries([text])
-    batches = _by_length(range(len(cut)), cut, attributor.batch_tokens)
+    batches = by_length(range(len(cut)), cut, attributor.batch_tokens)
 
     counted_memory = clear_peak()
     attributor.target_sketches([text])

@@ -34,8 +34,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rapidin import ops
-from rapidin.attributor import Attributor, _by_length
-from rapidin.encoding import Encoded, Status
+from rapidin.attributor import Attributor
+from rapidin.encoding import Encoded, Status, by_length
 from rapidin.examples import open_examples
 from rapidin.hooks import Batch
 from rapidin.inside import ExactQueries, factors_of
@@ -147,7 +147,7 @@ def main() -> None:
         for seed, width in collector.seeds.items()
     }
     for group, texts in groups.items():
-        batches = _by_length(range(len(texts)), [e for _, e in texts], args.batch_tokens)
+        batches = by_length(range(len(texts)), [e for _, e in texts], args.batch_tokens)
         done = 0
         for chosen in batches:
             for layer, (columns, rows) in enumerate(collector.factors([texts[n][1] for n in chosen])):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,7 +16,7 @@ from torch import Tensor
 from rapidin import caching, distributed, pack
 from rapidin.cache import Cache, CacheWriter, Manifest, ShardWriter, other_model
 from rapidin.cache.manifest import gradient_settings
-from rapidin.encoding import Encoded, Encoder, Status
+from rapidin.encoding import Encoded, Encoder, Status, by_length
 from rapidin.errors import UserError, is_out_of_memory, short
 from rapidin.examples import Examples, open_examples
 from rapidin.geometry import STREAM, Geometry, GeometryChoice, Moments, kfac_scales
@@ -475,7 +475,7 @@ class Attributor:
         not fit even alone there is None.
         """
         told = self.sketcher.one_by_one
-        queue = _by_length(good, encoded, 0 if told else self.batch_tokens)
+        queue = by_length(good, encoded, 0 if told else self.batch_tokens)
         # Of a model that is spread over processes all make the same number of passes.
         world = distributed.world() if self.loaded.sharded else distributed.World()
         idle = world.most(len(queue)) - len(queue)
@@ -511,7 +511,7 @@ class Attributor:
                     if meter:
                         meter.tell(f"out of memory: going on with batches of {self.batch_tokens:,} tokens")
                     left = [n for each in (*queue, chosen) for n in each]
-                    queue = _by_length(left, encoded, self.batch_tokens)
+                    queue = by_length(left, encoded, self.batch_tokens)
                     continue
             yield chosen, result
         for _ in range(idle):
@@ -645,9 +645,9 @@ class Attributor:
         """The ensemble of one cache, made by this attributor."""
         from rapidin.ensemble import Ensemble, Member  # which knows attributors
 
-        path = cache.path if isinstance(cache, Cache) else Path(cache)
+        opened = cache if isinstance(cache, Cache) else Cache(cache)
         load = {"device": str(self.loaded.device), "shard_model": self.loaded.sharded}
-        return Ensemble([Member(path, 1.0, self)], load=load)
+        return Ensemble([Member(opened.path, 1.0, self, opened)], load=load)
 
     def query_sketches(self, texts: Sequence[Generation]) -> Tensor:
         """Sketches of generations: [Q, blocks, width] float32. Raises UserError for one with NaN or Inf."""
@@ -719,8 +719,10 @@ class Attributor:
         return [self._with_targets(text, values[n], targets, n) for n, text in enumerate(texts)]
 
     def _with_targets(self, text: Generation, value: Any, targets: Targets | None, n: int) -> Generation:
-        words = split_words(value.get(HOTWORDS) or ()) if isinstance(value, Mapping) else ()
-        if targets is None or (targets == "hotwords" and not words):
+        if targets is None:
+            return text
+        words = split_words(as_record(value).get(HOTWORDS) or ())
+        if targets == "hotwords" and not words:
             return text
         pieces = self.encoder.pieces(text.encoded.ids)
         counted = [piece for piece, counts in zip(pieces, text.encoded.target, strict=True) if counts]
@@ -738,18 +740,6 @@ class Attributor:
         if completion:
             return Generation(prompt, completion, False, self.encoder(record), float(weight))
         return replace(self._generate(prompt, max_new_tokens), weight=float(weight))
-
-
-def _by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
-    """Batches of at most batch_tokens padded tokens, of examples of like length; the longest are last."""
-    batches: list[list[int]] = []
-    for n in sorted(chosen, key=lambda n: (len(encoded[n].ids), n)):
-        longest = len(encoded[n].ids)
-        if batches and (len(batches[-1]) + 1) * longest <= batch_tokens:
-            batches[-1].append(n)
-        else:
-            batches.append([n])
-    return batches
 
 
 def _on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -13,9 +12,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from rapidin.encoding import Encoded, Status, by_length
 from rapidin.errors import needs
 from rapidin.examples import FORMS, form_of
 from rapidin.hits import Hit, QueryResult, Standing
+from rapidin.hooks import Batch, takes
 from rapidin.model import LoadedModel
 from rapidin.report import record_parts
 
@@ -85,32 +86,28 @@ def _mean_states(
     """[texts, hidden size] float32 on the CPU, from batches of texts of like length."""
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
-    batches: list[list[int]] = []
-    for n in sorted((n for n in range(len(ids)) if ids[n]), key=lambda n: (-len(ids[n]), n)):
-        longest = len(ids[batches[-1][0]]) if batches else 0
-        if batches and (len(batches[-1]) + 1) * longest <= _BATCH_TOKENS:
-            batches[-1].append(n)
-        else:
-            batches.append([n])
-    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    read = [Encoded(tokens, [False] * len(tokens), Status.NO_TARGET) for tokens in ids]
+    some = [n for n in range(len(read)) if read[n].ids]
     # Logits are not needed, and are the largest of what is made.
-    extra = {"logits_to_keep": 1} if "logits_to_keep" in inspect.signature(inner.forward).parameters else {}
+    extra = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     states: Tensor | None = None
-    done = sum(not tokens for tokens in ids)
-    for batch in batches:
-        longest = len(ids[batch[0]])
-        padded = torch.tensor([ids[n] + [0] * (longest - len(ids[n])) for n in batch], device=loaded.device)
-        length = torch.tensor([len(ids[n]) for n in batch], device=loaded.device)[:, None]
-        mask = torch.arange(longest, device=loaded.device) < length
+    done = len(read) - len(some)
+    for chosen in reversed(by_length(some, read, _BATCH_TOKENS)):
+        batch = Batch.of([(read[n].ids, read[n].target) for n in chosen], loaded.device)
         out = model(
-            input_ids=padded, attention_mask=mask.long(), output_hidden_states=True, use_cache=False, **extra
+            input_ids=batch.ids,
+            attention_mask=batch.mask.long(),
+            output_hidden_states=True,
+            use_cache=False,
+            **extra,
         )
         state = out.hidden_states[-1].float()
-        mean = state.masked_fill(~mask[:, :, None], 0.0).sum(1) / length.to(state.device)
+        mask = batch.mask.to(state.device)[:, :, None]
+        mean = state.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
         if states is None:
             states = torch.zeros(len(texts), mean.shape[1], device="cpu")
-        states[batch] = mean.cpu()
-        done += len(batch)
+        states[chosen] = mean.cpu()
+        done += len(chosen)
         if on_progress:
             on_progress(done, len(texts))
     return torch.zeros(len(texts), 1, device="cpu") if states is None else states

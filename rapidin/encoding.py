@@ -245,3 +245,15 @@ class Encoder:
                 return Encoded(ids, target, Status.TOO_LONG)
             ids, target, truncated = ids[: self.max_length], target[: self.max_length], True
         return Encoded(ids, target, Status.OK if any(target) else Status.NO_TARGET, truncated)
+
+
+def by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
+    """Batches of at most batch_tokens padded tokens, of examples of like length; the longest are last."""
+    batches: list[list[int]] = []
+    for n in sorted(chosen, key=lambda n: (len(encoded[n].ids), n)):
+        longest = len(encoded[n].ids)
+        if batches and (len(batches[-1]) + 1) * longest <= batch_tokens:
+            batches[-1].append(n)
+        else:
+            batches.append([n])
+    return batches

@@ -46,11 +46,12 @@ _KINDS: tuple[Kind, ...] = ("tracin", "mean")
 @dataclass(frozen=True)
 class Member:
     """One cache of an ensemble. path: its folder; weight: of its scores; attributor: what made it, loaded by
-    what its manifest names when it is needed, where it is None."""
+    what its manifest names when it is needed, where it is None; cache: the folder's, where it is open."""
 
     path: Path
     weight: float = 1.0
     attributor: Attributor | None = None
+    cache: Cache | None = None
 
 
 class Ensemble:
@@ -80,7 +81,7 @@ class Ensemble:
         total = sum(m.weight for m in self.members)
         if any(not 0 <= m.weight < float("inf") for m in self.members) or not total > 0:
             raise UserError("the weights of an ensemble must be 0 or more, and not all 0")
-        self.caches = [Cache(m.path) for m in self.members]
+        self.caches = [Cache(m.path) if m.cache is None else m.cache for m in self.members]
 
     @staticmethod
     def read(folder: str | Path, *, load: dict[str, Any] | None = None) -> Ensemble:
@@ -140,11 +141,11 @@ class Ensemble:
         with exact gradients. layers: what each layer brings to a hit's score. histogram, by: of all scores,
         and their sums by a column of the training data (`rapidin.overview`). baselines: where BM25 and the
         model's hidden states rank the hits (`rapidin.baselines`), from all training texts and a forward pass
-        over each. examples: the training data, to show with the hits, by default
-        from where the cache was made; False for none. rescore: by whose scores the best of `candidates` at
-        each end are chosen: a cache of the same examples and model that keeps more of each, for a single
-        member (by default of 1,000), or "exact", the gradients themselves (of twice top_k). on_stage: called
-        with what is done, how much of it, and of how much.
+        over each. examples: the training data, to show with the hits, by default from where the cache was
+        made; False for none. rescore: by whose scores the best of `candidates` at each end are chosen: a
+        cache of the same examples and model that keeps more of each, for a single member (by default of
+        1,000), or "exact", the gradients themselves (of twice top_k). on_stage: called with what is done, how
+        much of it, and of how much.
 
         Of several processes (`rapidin.distributed`) each scans its part, and the leading one gets the hits,
         the others none. Raises UserError where a generation has no token to explain, where caches are not of

@@ -75,7 +75,7 @@ def example_losses(model: nn.Module, batch: Batch, kind: LossKind = "mean") -> T
     # model.
     first = batch.first
     kept = batch.ids.shape[1] - first
-    extra: dict[str, Any] = {"logits_to_keep": kept} if _takes(model, "logits_to_keep") else {}
+    extra: dict[str, Any] = {"logits_to_keep": kept} if takes(model, "logits_to_keep") else {}
     logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False, **extra).logits
     logits = logits[:, -kept:-1] if kept > 1 else logits[:, :0]
     target = batch.target[:, 1 + first :]
@@ -87,7 +87,8 @@ def example_losses(model: nn.Module, batch: Batch, kind: LossKind = "mean") -> T
     return loss / target.sum(1).clamp(min=1) if kind == "mean" else loss
 
 
-def _takes(model: nn.Module, name: str) -> bool:
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward pass, below an adapter, has an argument of this name."""
     inner: Any = model
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
@@ -446,8 +447,6 @@ class _FormedPass(_Pass):
 class _PositionPass(_Pass):
     """A pass over one text whose positions are sketched one by one, and their products with vectors kept."""
 
-    _forms = False  # gradients, to sketch them
-
     def __init__(
         self, sketcher: GradientSketcher, batch: Batch, scales: Sequence[Scale] | None, vectors: Tensor
     ) -> None:
@@ -491,7 +490,7 @@ class _PositionPass(_Pass):
     def _each(self, n: int, sketch: Callable[..., Tensor], *positions: Tensor) -> None:
         """Sketch positions [T, ...] some at a time, since the sketch of each may take a formed gradient."""
         o, i = matrix_shape(self.sketcher.targets[n].shape)
-        formed = o * i if self._forms or sketch == self._sketch_formed else 0
+        formed = o * i if isinstance(self, _FormedPass) else 0
         size = max(1, _POSITIONS_BYTES // (4 * max(formed, self.sketcher.width)))
         if len(positions[0]) != self.length:  # an expert of some tokens, say
             raise self._no_positions(n)
@@ -507,8 +506,6 @@ _POSITIONS_BYTES = 64 << 20  # of formed gradients that are held at a time
 
 class _FormedPositionPass(_PositionPass, _FormedPass):
     """The same, of flat sketches."""
-
-    _forms = True
 
 
 class _FactorPass(_Pass):

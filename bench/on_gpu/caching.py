@@ -21,8 +21,7 @@ from torch import Tensor, nn
 
 from on_gpu.cases import Bench, Case, Facts, Mode
 from rapidin import Attributor
-from rapidin.attributor import _by_length
-from rapidin.encoding import Encoded
+from rapidin.encoding import Encoded, by_length
 from rapidin.geometry import KFAC_SAMPLE, GeometryChoice
 from rapidin.hooks import Batch, example_losses
 from rapidin.model import LoadedModel, WeightPath
@@ -155,7 +154,7 @@ def _setting(bench: Bench, kind: str) -> Setting:
         made = Attributor(loaded, geometry="kfac", **settings).geometry_of(encoded[:KFAC_SAMPLE])
         choice = GeometryChoice("kfac", sample=KFAC_SAMPLE, made=made)
         attributor = Attributor(loaded, geometry=choice, **settings)
-        chosen = _by_length(range(len(encoded)), encoded, size["batch_tokens"])
+        chosen = by_length(range(len(encoded)), encoded, size["batch_tokens"])
         return Setting(
             attributor, plain, records, [[encoded[n] for n in batch] for batch in reversed(chosen)]
         )
