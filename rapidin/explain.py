@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
+from itertools import accumulate, pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rapidin import baselines, inside
+from rapidin import baselines, inside, methods
 from rapidin.attributor import Attributor
 from rapidin.cache import Cache
 from rapidin.candidates import Sureness, find
@@ -66,12 +67,9 @@ def explain(
         ends = _by_exact(ends, exact, wanted.top_k)
         clock.lap("exact")
     found = [[hits_of(cache, data, s[n], r[n]) for s, r in ends] for n in range(len(ends[0][0]))]
-    parts = _target_parts(again or scanned, asked, ends)
+    parts = _all_parts(again or scanned, asked, ends)
     results = []
-    first = len(asked)  # among all queries, of this generation's targets
-    for n, text in enumerate(asked):
-        own = slice(first, first + len(text.spans))
-        first = own.stop
+    for n, (text, own) in enumerate(zip(asked, _of_targets([len(t.spans) for t in asked]), strict=True)):
         top, bottom = (
             candidates.with_copies(n, end, [_with_targets(hit, parts, own) for hit in hits])
             for end, hits in enumerate(found[n])
@@ -167,9 +165,7 @@ def _with_baselines(
     if attributor.loaded.sharded:
         raise UserError("--baselines need the model whole in one process", "leave out --shard-model")
     cache = query.parts[0].cache
-    counted = torch.zeros(cache.table_rows(1), dtype=torch.bool, device="cpu")
-    for first, part in cache.shards():
-        counted[first : first + len(part.status)] = part.status == 0
+    counted = methods.counted(cache)
     rows = [baselines.plain_text(data[row]) if counts else "" for row, counts in enumerate(counted.tolist())]
     asked = [
         baselines.asked_text(record, text.completion)
@@ -217,29 +213,26 @@ def _by_exact(ends: Ends, exact: Sequence[dict[int, Tensor]], top_k: int) -> End
     return made[0], made[1]
 
 
-@dataclass(frozen=True)
-class _Parts:
-    """Scores [Q, n] of all queries for some rows, and the place of each row."""
-
-    scores: Tensor
-    places: dict[int, int]
+def _of_targets(spans: Sequence[int]) -> list[slice]:
+    """Of generations with so many targets each, where theirs are among all queries."""
+    edges = list(accumulate(spans, initial=len(spans)))
+    return [slice(*pair) for pair in pairwise(edges)]
 
 
-def _target_parts(scanned: Sequence[Source], asked: Sequence[Generation], ends: Ends) -> _Parts | None:
-    """What every target has of the scores of all rows that are a hit of anything."""
+def _all_parts(scanned: Sequence[Source], asked: Sequence[Generation], ends: Ends) -> dict[int, Tensor]:
+    """The scores [Q] of all queries for each row that is a hit of anything; nothing where there are no
+    targets."""
     if not any(text.spans for text in asked):
-        return None
+        return {}
     rows = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))
     rows = rows[rows >= 0]
     scores = sum(scores_of(source, rows) for source in scanned)
     assert isinstance(scores, Tensor)
-    return _Parts(scores, {row: place for place, row in enumerate(rows.tolist())})
+    return dict(zip(rows.tolist(), scores.T, strict=True))
 
 
-def _with_targets(hit: Hit, parts: _Parts | None, own: slice) -> Hit:
-    if parts is None or own.start == own.stop:
-        return hit
-    return replace(hit, targets=tuple(parts.scores[own, parts.places[hit.row]].tolist()))
+def _with_targets(hit: Hit, parts: dict[int, Tensor], own: slice) -> Hit:
+    return replace(hit, targets=tuple(parts[hit.row][own].tolist())) if parts else hit
 
 
 def _sums(parts: Tensor) -> tuple[float, ...]:
@@ -316,10 +309,7 @@ class _Inside:
         hits = [sorted({hit.row for hit in (*result.top, *result.bottom)}) for result in results]
         rows = sorted({row for chosen in hits for row in chosen})
         found: list[dict[int, Tensor]] = [{} for _ in results]
-        first, own = len(results), []
-        for result in results:
-            own.append(slice(first, first + len(result.targets)))
-            first = own[-1].stop
+        own = _of_targets([len(result.targets) for result in results])
         for number, attributor in self._each_model():
             source = self._scanned[number]
             tell = self._tell("tokens of hits", 0, len(rows))

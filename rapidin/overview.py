@@ -12,8 +12,9 @@ from torch import Tensor
 
 from rapidin.cache import Cache
 from rapidin.errors import UserError, short
-from rapidin.examples import Examples, record_hash
+from rapidin.examples import Examples
 from rapidin.hits import Group, Histogram
+from rapidin.scan import cached_record
 
 BINS = 60
 LEAST_BINS = 6  # of them that the middle 98% of the scores are spread over, at least
@@ -65,12 +66,7 @@ def groups(cache: Cache, examples: Examples, column: str, scores: Tensor) -> lis
             row = first + place
             if not has_score[row]:
                 continue
-            record = examples[row] if row < len(examples) else None
-            if record is None or record_hash(record) != wanted:
-                raise UserError(
-                    f"the training data is not what was cached: see example {int(part.index[place])}",
-                    "name the right file with --train-data",
-                )
+            record = cached_record(examples, row, int(part.index[place]), wanted)
             known = known or column in record
             columns.update(dict.fromkeys(record))
             which[row] = names.setdefault(_value(record, column), len(names))

@@ -196,6 +196,25 @@ def _generation(result: QueryResult, width: int) -> RenderableType:
     return grid
 
 
+def _titled(title: str, *, expand: bool = False) -> Table:
+    """A table without columns yet, as all below a title are."""
+    return Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        show_edge=False,
+        expand=expand,
+        title=title,
+        title_justify="left",
+        title_style="bold",
+        header_style="dim",
+    )
+
+
+def _ink(score: float) -> str:
+    """The style of a helpful score, or of a harmful one."""
+    return "green" if score > 0 else "red" if score < 0 else ""
+
+
 _SHADES = {  # backgrounds with an ink that can be read on them, from weak to strong
     1: ("black on #d9e8f6", "black on #a9cbea", "black on #6fa8dc", "white on #2f6fb0"),
     -1: ("black on #fbe3d3", "black on #f6bd96", "black on #ee9357", "white on #b4541a"),
@@ -231,24 +250,15 @@ def targets_table(result: QueryResult, *, bounded: bool) -> RenderableType:
     if len(shown) < len(result.targets):
         title += f", the {len(shown)} most influential of {len(result.targets):,}"
     total = sum(hit.score for hit in result.top) / max(1, len(result.top))
-    table = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        show_edge=False,
-        title=title,
-        title_justify="left",
-        title_style="bold",
-        header_style="dim",
-    )
+    table = _titled(title)
     table.add_column("part", no_wrap=True, max_width=32)
     for name in ("influence", "share", "best index", "its score"):
         table.add_column(name, justify="right", no_wrap=True)
     for target in shown:
-        style = "green" if target.influence > 0 else "red" if target.influence < 0 else ""
         best = target.top[0] if target.top else None
         table.add_row(
             shorten(one_line(target.text) or repr(target.text), 32),
-            Text(score_text(target.influence, bounded), style=style),
+            Text(score_text(target.influence, bounded), style=_ink(target.influence)),
             f"{target.influence / total:.0%}" if total else "",
             "" if best is None else str(best.index),
             "" if best is None else score_text(best.score, bounded),
@@ -326,29 +336,19 @@ class _Hits:
 
     def _table(self, columns: Mapping[str, Sequence[str]]) -> Table:
         shown = any(hit.example is not None for hit in self._hits)
-        table = Table(
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-            show_edge=False,
-            expand=shown,
-            title=self._title,
-            title_justify="left",
-            title_style="bold",
-            header_style="dim",
-        )
+        table = _titled(self._title, expand=shown)
         for name, cells in columns.items():
             width = max(map(len, (*name.split("\n"), *cells)))
             table.add_column(name, justify="right", no_wrap=True, width=width)
         if shown:
             table.add_column("example", no_wrap=True, ratio=1)
         for hit, cells in zip(self._hits, zip(*columns.values(), strict=True), strict=True):
-            style = "green" if hit.score > 0 else "red" if hit.score < 0 else ""
             example: list[RenderableType] = [_Example(hit.example or {})] if shown else []
             if shown and hit.tokens is not None:
                 words = Text(f"by {words_text(hit)}", style="dim", no_wrap=True, overflow="ellipsis")
                 example = [Group(*example, words)]
             rank, score, *others = cells
-            table.add_row(rank, Text(score, style=style), *others, *example)
+            table.add_row(rank, Text(score, style=_ink(hit.score)), *others, *example)
         return table
 
 
@@ -407,15 +407,7 @@ class _Groups:
         def share(part: float) -> str:
             return f"{bar * round(part * cells):>{cells}} {part:>4.0%}".lstrip() if part else ""
 
-        table = Table(
-            box=SIMPLE_HEAD,
-            pad_edge=False,
-            show_edge=False,
-            title=title,
-            title_justify="left",
-            title_style="bold",
-            header_style="dim",
-        )
+        table = _titled(title)
         room = 20 if wide else 10
         table.add_column("value", no_wrap=True, max_width=room)
         for name in ("examples", *(("sum", "mean") if wide else ()), "helpful", "harmful"):

@@ -16,7 +16,7 @@ from rapidin import distributed, methods, ops
 from rapidin.cache import Cache
 from rapidin.cache.shards import Rows
 from rapidin.errors import UserError
-from rapidin.examples import Examples, Files, files, open_examples, record_hash
+from rapidin.examples import Examples, Files, Record, files, open_examples, record_hash
 from rapidin.hits import Hit
 from rapidin.pack import side_by_side
 from rapidin.transfer import Conveyor, GpuOrder
@@ -302,15 +302,24 @@ def hits_of(cache: Cache, source: Examples | None, scores: Tensor, rows: Tensor)
     for n, (score, row) in enumerate(found):
         example = None
         if source is not None:
-            example = source[row] if row < len(source) else None
-            if example is None or record_hash(example) != hashes[n]:
-                named = ", ".join(source.path) if isinstance(source.path, list) else source.path
-                raise UserError(
-                    f"the training data '{named}' is not what was cached: see example {index[n]}",
-                    "name the right file with --train-data, or say --no-text",
-                )
+            example = cached_record(source, row, index[n], hashes[n], ", or say --no-text")
         hits.append(Hit(n + 1, index[n], row, score, example))
     return hits
+
+
+def cached_record(source: Examples, row: int, index: int, wanted: int, otherwise: str = "") -> Record:
+    """The record of a row, whose line has this index, if it has the hash of the one that was cached.
+
+    otherwise: what else the user may do. Raises UserError where it is another.
+    """
+    record = source[row] if row < len(source) else None
+    if record is None or record_hash(record) != wanted:
+        named = ", ".join(source.path) if isinstance(source.path, list) else source.path
+        raise UserError(
+            f"the training data '{named}' is not what was cached: see example {index}",
+            f"name the right file with --train-data{otherwise}",
+        )
+    return record
 
 
 def training_data(cache: Cache, examples: Any) -> Examples | None:

@@ -76,8 +76,8 @@ ALLOWED = {
     "inside": {"encoding", "hooks"},
     "certainty": {"cache", "pack", "scan"},
     "duplicates": {"cache", "hits", "report"},
-    "overview": {"cache", "examples", "hits"},
-    "baselines": {"examples", "hits", "model", "report"},
+    "overview": {"cache", "examples", "hits", "scan"},
+    "baselines": {"encoding", "examples", "hits", "hooks", "model", "report"},
     "candidates": {"certainty", "distributed", "duplicates", "examples", "hits", "query", "scan"},
     "explain": {
         "attributor",
@@ -88,6 +88,7 @@ ALLOWED = {
         "examples",
         "hits",
         "inside",
+        "methods",
         "overview",
         "query",
         "scan",

@@ -30,6 +30,7 @@ from rapidin.methods import datainf, fisher
 from rapidin.methods.vectors import (
     NORMALIZE,
     ScanQuery,
+    counted,
     part_vectors,
     query_vectors,
     row_scales,
@@ -44,6 +45,7 @@ __all__ = [
     "NORMALIZE",
     "ScanQuery",
     "check",
+    "counted",
     "default_damping",
     "prepare",
     "row_scales",
@@ -133,11 +135,8 @@ def self_influence(
         return scores.float()
     own = datainf.own if method == "datainf" else fisher.own
     scores = torch.zeros(rows, dtype=torch.float64, device="cpu")
-    counted = torch.zeros(rows, dtype=torch.bool, device="cpu")
-    for first, part in cache.shards():
-        counted[first : first + len(part.status)] = part.status == 0
     for solve, chosen in own(cache, normalize, damping or default_damping(method, cache), device):
         for places, y, _ in vectors_of(cache, normalize, device, blocks=chosen):
             scores[places] += (y.double() * solve(y)).sum((1, 2)).cpu()
     scale = len(cache.layers) if normalize == "layer" else 1
-    return torch.where(counted, scores / scale, torch.nan).float()
+    return torch.where(counted(cache), scores / scale, torch.nan).float()

@@ -80,6 +80,15 @@ def count(cache: Cache) -> int:
     return sum(int((part.status == 0).sum()) for _, part in cache.shards())
 
 
+def counted(cache: Cache) -> Tensor:
+    """Which rows of a cache count: [rows] bool on the CPU; of an unfinished one up to the last that is
+    cached."""
+    found = torch.zeros(cache.table_rows(1), dtype=torch.bool, device="cpu")
+    for first, part in cache.shards():
+        found[first : first + len(part.status)] = part.status == 0
+    return found
+
+
 def vectors_of(
     cache: Cache,
     normalize: str,

@@ -11,7 +11,7 @@ from typing import Any
 from rapidin.hits import Group, Hit, QueryResult, TargetResult, Tokens
 from rapidin.page import drawings, shades
 from rapidin.page.text import block, piece, plain, shortened
-from rapidin.report import MEANING, record_parts, scale_text, score_text
+from rapidin.report import MEANING, error_text, record_parts, scale_text, score_text
 
 _STRONGEST = 5  # tokens named in words
 _LAYERS_NAMED = 3
@@ -437,7 +437,7 @@ def _hit(view: View, n: int, entry: Entry, most: float, drawn: bool) -> str:
     side = "harmful" if score < 0 else "helpful"
     error = ""
     if hit.error is not None and entry.side:
-        error = f' <span class="error">± {_size_text(hit.error, bounded)}</span>'
+        error = f' <span class="error">± {error_text(hit.error, bounded)}</span>'
     return f"""
 <li class="hit" id="{name}" data-hit="{n}"><article aria-labelledby="{name}-title">
 <header><h4 id="{name}-title"><span class="sr">Rank </span><span class="rank">{hit.rank}</span>
@@ -450,10 +450,6 @@ def _hit(view: View, n: int, entry: Entry, most: float, drawn: bool) -> str:
 {_evidence(view, hit, entry.whole, drawn)}
 {_notes(hit, entry, bounded)}
 </article></li>"""
-
-
-def _size_text(size: float, bounded: bool) -> str:
-    return f"{size:.4f}" if bounded else f"{size:.1e}"
 
 
 def _text(hit: Hit) -> str:
