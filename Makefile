@@ -11,6 +11,9 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-com
 # Installed in place: Python started in this folder finds the checkout first, so that is where the extension must be.
 SOURCES := $(shell find csrc -type f)
 
+# The libraries are compiled by the first process that imports them, since pip does not: else by each anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: test demo clean
 
 test: .venv/installed
