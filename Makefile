@@ -14,6 +14,8 @@ SOURCES := $(shell find csrc -type f)
 # The libraries are compiled by the first process that imports them, since pip does not: else by each anew.
 unexport PYTHONDONTWRITEBYTECODE
 
+MAKEFLAGS += --jobs=2
+
 .PHONY: test demo clean
 
 test: .venv/installed
@@ -32,20 +34,28 @@ clean:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }
 	$(PYTHON) -m venv .venv
 
-# The dependencies alone, named by pyproject.toml: this is the long part, and changes seldom.
-.venv/dependencies: .venv/bin/python constraints.txt pyproject.toml
-	@echo "installing dependencies into .venv (the first time takes minutes)"
+.venv/builders: .venv/bin/python constraints.txt
 	$(PIP) setuptools pybind11
 	$(BIN)/python -c "import tomllib" 2>/dev/null || $(PIP) tomli
+	touch $@
+
+# The dependencies alone, named by pyproject.toml: this is the long part, and changes seldom.
+.venv/dependencies: .venv/builders pyproject.toml
+	@echo "installing dependencies into .venv (the first time takes minutes)"
 	$(PIP) $$($(BIN)/python -c "$$LIST_DEPENDENCIES")
 	touch $@
 
+# Compiled while pip unpacks the dependencies, each of which takes minutes.
 # Warnings of nvcc are errors here, not where a user builds with a version that warns of more.
-.venv/installed: export RAPIDIN_CUDA ?= $(shell command -v nvcc >/dev/null 2>&1 && echo on || echo off)
-.venv/installed: export RAPIDIN_CUDA_FLAGS = -Werror all-warnings
-.venv/installed: export RAPIDIN_BUILD_JOBS = $(shell nproc 2>/dev/null || echo 1)
-.venv/installed: .venv/dependencies setup.py $(SOURCES)
-	$(PIP) --no-build-isolation --no-deps --force-reinstall --editable .
+.venv/extensions: export RAPIDIN_CUDA ?= $(shell command -v nvcc >/dev/null 2>&1 && echo on || echo off)
+.venv/extensions: export RAPIDIN_CUDA_FLAGS = -Werror all-warnings
+.venv/extensions: export RAPIDIN_BUILD_JOBS = $(shell nproc 2>/dev/null || echo 1)
+.venv/extensions: .venv/builders setup.py $(SOURCES)
+	$(BIN)/python setup.py --quiet build_ext --inplace --force
+	touch $@
+
+.venv/installed: .venv/dependencies .venv/extensions
+	RAPIDIN_EXTENSIONS=built $(PIP) --no-build-isolation --no-deps --force-reinstall --editable .
 	touch $@
 
 define LIST_DEPENDENCIES

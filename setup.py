@@ -5,6 +5,7 @@ RAPIDIN_CUDA_ARCHS="80 90": machine code for these; the last also as PTX, for wh
     those of 80, 90 and 100 that nvcc knows
 RAPIDIN_CUDA_FLAGS: more flags for nvcc
 RAPIDIN_BUILD_JOBS=N: files compiled at a time, by default one
+RAPIDIN_EXTENSIONS=built: nothing is compiled; `build_ext --inplace` has done it
 nvcc is looked for at CUDACXX, in CUDA_HOME/bin and on the PATH.
 """
 
@@ -117,4 +118,6 @@ if nvcc is not None:
     )
 
 ParallelCompile("RAPIDIN_BUILD_JOBS", default=1).install()
+if os.environ.get("RAPIDIN_EXTENSIONS") == "built":
+    extensions = []
 setup(ext_modules=extensions, cmdclass={"build_ext": BuildWithFlags})

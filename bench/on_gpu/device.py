@@ -56,6 +56,9 @@ class Machine:
         """
         for run in runs:
             run()
+        if self.dry:  # kernels are interpreted, which is slow, and there is nothing to be learnt of launches
+            (once,) = self._taken(runs, 1, 0.0)
+            return Times(once, once, once, once, 1)
         self.wait()
         start = time.perf_counter()
         for run in runs[:3]:
@@ -63,12 +66,10 @@ class Machine:
         queued = (time.perf_counter() - start) / min(3, len(runs))
         self.wait()
         once = (time.perf_counter() - start) / min(3, len(runs))
-        count = 2 if self.dry else max(least, min(most, int(seconds / max(once, 1e-7))))
+        count = max(least, min(most, int(seconds / max(once, 1e-7))))
         called = self._taken(runs, count, 0.0)
         # A run that takes far longer than its launch needs no head start.
-        taken = (
-            called if self.dry or once > 2e-3 else self._taken(runs, count, min(0.1, 1.5 * queued * count))
-        )
+        taken = called if once > 2e-3 else self._taken(runs, count, min(0.1, 1.5 * queued * count))
         return Times(
             statistics.median(taken),
             taken[len(taken) // 10],
