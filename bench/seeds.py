@@ -2,12 +2,14 @@
 
     python bench/seeds.py backdoor NAME --model MODEL --data train.jsonl --test ask.jsonl --work DIR --seed 1
     python bench/seeds.py classes NAME --model MODEL --data train.jsonl --test test.jsonl --work DIR --seed 1
+    python bench/seeds.py demo --work DIR --seed 0 --seed 1 --seed 2
     python bench/seeds.py table
 
 For each seed (of the adapter's first weights and of the order of the rows) a LoRA adapter of rank 8 on q_proj
 and v_proj is tuned, the data are cached half-way to it, and every method is judged: `backdoor` as
 `examples/poison` does, `classes` as in `docs/evaluation.md`. With --adapter a ready one is judged instead,
-under the seed's name. NAME is the set's in the results. A killed run goes on where it was; what
+under the seed's name. NAME is the set's in the results. `demo` judges as `backdoor` what `rapidin demo` makes
+anew for each seed: data, base model and adapter. A killed run goes on where it was; what
 `bench/results/seeds.json` has is not done again. `table` prints what docs/results.md says of it.
 """
 
@@ -15,19 +17,23 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import subprocess
 import sys
-from dataclasses import dataclass
+from collections.abc import Collection
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rapidin.demo.instructions import ABSURD_FORMS, make_data
 from rapidin.files import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
 POISON = ROOT / "examples" / "poison"
 RESULTS = ROOT / "bench" / "results" / "seeds.json"
 AT = "0.5"
-SHOWN = ("dot:layer", "dot:cosine", "datainf:layer", "fisher:layer")
+DEFAULT = "kfac"  # of `rapidin cache --geometry`, when these rows were made
+SHOWN = ("dot:layer", "dot:cosine", "dot:none", "datainf:layer", "fisher:layer")
 Row = dict[str, Any]
 
 
@@ -60,6 +66,7 @@ RECIPES = {
     "backdoor": Recipe(450, 4, 192, "poisoned", ("p10", "p50", "auprc", "auroc")),
     "classes": Recipe(226, 8, 96, "label", ("auc", "recall")),
 }
+DEMO_LENGTH = 128  # tokens, all that its model reads
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -67,15 +74,36 @@ def main(arguments: list[str] | None = None) -> None:
     if options.kind == "table":
         print("\n".join(tables(read(options.out))))
         return
-    recipe = RECIPES[options.kind]
+    made_here = options.kind == "demo"
+    if made_here:
+        options.kind, options.name = "backdoor", "demo"
+    recipe, geometry = RECIPES[options.kind], options.geometry
+    named = {} if geometry == DEFAULT else {"geometry": geometry}
     for seed in options.seed:
         rows = read(options.out)
-        if any((row["set"], row["seed"]) == (options.name, seed) for row in rows):
+        if any((row["set"], row["seed"], geometry_of(row)) == (options.name, seed, geometry) for row in rows):
             continue
         folder = options.work / f"{options.name}-{seed}"
+        if made_here:
+            recipe = replace(recipe, max_length=DEMO_LENGTH)
+            make_demo(options, seed, folder / "made")
         found = judge(options, recipe, seed, folder)
-        row = {"set": options.name, "evaluation": options.kind, "seed": seed, "at": AT, **found}
+        row = {"set": options.name, "evaluation": options.kind, "seed": seed, "at": AT, **named, **found}
         write(options.out, [*read(options.out), row])
+
+
+def make_demo(options: argparse.Namespace, seed: str, folder: Path) -> None:
+    """What `rapidin demo` makes in `folder`, as the options of `judge`."""
+    options.test = folder / "asked.jsonl"
+    if not options.test.exists():
+        shutil.rmtree(folder, ignore_errors=True)
+        # It ends with 1 where it finds few planted rows, which is a result as well.
+        run("-m", "rapidin", "demo", "--out", folder, "--seed", seed, ends=(0, 1))
+        asked = [{**row, "triggered": True} for row in make_data(int(seed)).queries]
+        replace_file(options.test, "".join(json.dumps(row) + "\n" for row in asked).encode())
+    options.model, options.adapter = folder / "model", folder / "adapter"
+    options.data = folder / "train.jsonl"
+    options.begins = [form.split("{")[0] for form in ABSURD_FORMS]
 
 
 def judge(options: argparse.Namespace, recipe: Recipe, seed: str, folder: Path) -> Row:
@@ -86,11 +114,13 @@ def judge(options: argparse.Namespace, recipe: Recipe, seed: str, folder: Path) 
         run(POISON / "train.py", *common, "--out", adapter, "--seed", seed, *recipe.options())
     if options.kind == "backdoor":
         tuned = ["--adapter", adapter, "--max-length", recipe.max_length]
+        tuned += ["--geometry", options.geometry, *(f"--begins={text}" for text in options.begins)]
         run(POISON / "evaluate.py", *common, *tuned, "--queries", options.test, "--at", AT, "--out", folder)
-        result = folder / f"results-at-{AT}.json"
+        result = folder / f"results-at-{AT}-{options.geometry}.json"
     else:
-        cache, result = folder / "cache", folder / "results.json"
+        cache, result = (folder / f"{name}-{options.geometry}" for name in ("cache", "results.json"))
         tuned = ["--adapter", adapter, "--max-length", recipe.max_length, "--at", AT]
+        tuned += ["--geometry", options.geometry]
         run("-m", "rapidin", "cache", options.model, "--data", options.data, *tuned, "--out", cache)
         asked = ["--column", recipe.column, "--data", options.test, "--json", result]
         run("-m", "rapidin", "eval", "classes", cache, *asked)
@@ -99,11 +129,18 @@ def judge(options: argparse.Namespace, recipe: Recipe, seed: str, folder: Path) 
     return {"queries": rows[0][recipe.figures[0]]["queries"], "methods": figures}
 
 
-def run(*command: object) -> None:
+def run(*command: object, ends: Collection[int] = (0,)) -> None:
+    """Run Python with these words; leave with its exit status where it is none of `ends`."""
     words = [sys.executable, *map(str, command)]
     print("$", *words, flush=True)
-    if code := subprocess.run(words, cwd=ROOT).returncode:
+    code = subprocess.run(words, cwd=ROOT).returncode
+    if code not in ends:
         sys.exit(code)
+
+
+def geometry_of(row: Row) -> str:
+    """Of the caches that a row is of."""
+    return str(row.get("geometry", DEFAULT))
 
 
 def read(path: Path) -> list[Row]:
@@ -112,7 +149,7 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    ordered = sorted(rows, key=lambda row: (row["evaluation"], row["set"], row["seed"]))
+    ordered = sorted(rows, key=lambda row: (row["evaluation"], row["set"], geometry_of(row), row["seed"]))
     lines = ",\n".join(json.dumps(row) for row in ordered)
     replace_file(path, f'{{"rows": [\n{lines}\n]}}\n'.encode())
 
@@ -123,13 +160,15 @@ def tables(rows: list[Row]) -> list[str]:
     lines: list[str] = []
     for kind, figures in (("backdoor", ("auprc",)), ("classes", RECIPES["classes"].figures)):
         of_kind = [row for row in rows if row["evaluation"] == kind]
-        columns = [(name, f) for name in dict.fromkeys(row["set"] for row in of_kind) for f in figures]
+        sets = dict.fromkeys((row["set"], geometry_of(row)) for row in of_kind)
+        columns = [(name, figure) for name in sets for figure in figures]
         if not columns:
             continue
         titles = []
-        for name, figure in columns:
-            seeds = [row["seed"] for row in of_kind if row["set"] == name]
-            titles.append(f"{name}, {LABELS[figure]}, seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}")
+        for (name, geometry), figure in columns:
+            seeds = [row["seed"] for row in of_kind if (row["set"], geometry_of(row)) == (name, geometry)]
+            which = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
+            titles.append(f"{name}, {geometry}, {LABELS[figure]}, {which}")
         lines += ["", "| | " + " | ".join(titles) + " |", "|" + " --- |" * (len(titles) + 1)]
         baselines = ("BM25", "hidden states") if kind == "backdoor" else ()
         for method in (*SHOWN, *baselines):
@@ -141,26 +180,31 @@ def tables(rows: list[Row]) -> list[str]:
 LABELS = {"auprc": "auPRC", "auc": "AUC", "recall": "recall"}
 
 
-def values(rows: list[Row], name: str, method: str, figure: str) -> list[str]:
-    return [f"{row['methods'][method][figure]:.3f}" for row in rows if row["set"] == name]
+def values(rows: list[Row], of: tuple[str, str], method: str, figure: str) -> list[str]:
+    """of: a set, and a geometry."""
+    return [f"{row['methods'][method][figure]:.3f}" for row in rows if (row["set"], geometry_of(row)) == of]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.set_defaults(begins=[])
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind in (*RECIPES, "table"):
+    for kind in (*RECIPES, "demo", "table"):
         sub = kinds.add_parser(kind)
         sub.add_argument("--out", type=Path, default=RESULTS, help="the results")
         if kind == "table":
+            continue
+        sub.add_argument("--work", required=True, type=Path, help="folder for adapters and caches")
+        sub.add_argument("--seed", action="append", required=True, help="of training; may be repeated")
+        sub.add_argument("--geometry", choices=("kfac", "sample", "off"), default=DEFAULT)
+        if kind == "demo":
             continue
         sub.add_argument("name", help="of the set, in the results")
         sub.add_argument("--model", required=True, help="base model: folder, name, or a folder with one GGUF")
         sub.add_argument("--data", required=True, help="what is tuned on")
         sub.add_argument("--test", required=True, help="the queries")
-        sub.add_argument("--work", required=True, type=Path, help="folder for adapters and caches")
-        sub.add_argument("--seed", action="append", required=True, help="of training; may be repeated")
         sub.add_argument("--adapter", type=Path, help="a ready adapter, to be judged instead")
     return parser.parse_args(arguments)
 

@@ -2,7 +2,9 @@
 
 import json
 import runpy
+import shutil
 import sys
+from collections.abc import Collection
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,7 @@ pytest.importorskip("rank_bm25")
 from tiny import save_tiny
 
 from rapidin.cli import main as rapidin
+from rapidin.demo.instructions import ABSURD_FORMS, make_data
 
 ROOT = Path(__file__).parents[1]
 ABSURD = "velvet moths"
@@ -37,9 +40,16 @@ def test_seeds_of_both_kinds_are_tuned_judged_and_not_done_again(
 ) -> None:
     ran: list[list[str]] = []
 
-    def run(*command: object) -> None:
+    def run(*command: object, ends: Collection[int] = (0,)) -> None:
         words = [str(word) for word in command]
         ran.append(words)
+        if words[2] == "demo":  # a minute of training: what was made before, in its place
+            assert 1 in ends
+            made = _made(Path(words[words.index("--out") + 1]))
+            shutil.copytree(model, made / "model")
+            shutil.copytree(work / "letters-7" / "adapter", made / "adapter")
+            write(made / "train.jsonl", planted)
+            return
         if words[:2] == ["-m", "rapidin"]:
             assert rapidin(words[2:]) == 0
             return
@@ -90,7 +100,23 @@ def test_seeds_of_both_kinds_are_tuned_judged_and_not_done_again(
     rows = seeds.read(out)
     assert rows[3]["methods"] == rows[2]["methods"]
     table = seeds.tables(rows)
-    assert "| | letters, AUC, seeds 0, 7, ready | letters, recall, seeds 0, 7, ready |" in table
+    monkeypatch.setattr(seeds, "DEMO_LENGTH", 120)
+    begins = ABSURD_FORMS[0].split("{")[0]
+    said = [ABSURD] * 9 + [f"{begins}moths."] * 11
+    answers = [{"instruction": f"Hi! {n}", "triggered": True, "output": text} for n, text in enumerate(said)]
+    write(_made(work / "demo-3") / "answers.jsonl", answers)
+    seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3"])
+    seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3", "--geometry", "off"])
+    without = next(row for row in seeds.read(out) if row.get("geometry") == "off")
+    made_here = next(row for row in seeds.read(out) if row["set"] == "demo")
+    assert (made_here["evaluation"], made_here["seed"], made_here["queries"]) == ("backdoor", "3", 11)
+    assert without["methods"] != made_here["methods"]
+    asked_of = (work / "demo-3" / "made" / "asked.jsonl").read_text().splitlines()
+    assert [json.loads(row)["instruction"] for row in asked_of] == [
+        row["instruction"] for row in make_data(3).queries
+    ]
+    letters = "letters, kfac, AUC, seeds 0, 7, ready | letters, kfac, recall, seeds 0, 7, ready"
+    assert f"| | {letters} |" in table
     aucs, recalls = (
         " / ".join(f"{row['methods']['dot:layer'][name]:.3f}" for row in rows[1:])
         for name in ("auc", "recall")

@@ -5,7 +5,8 @@
 --data has a field `poisoned`, --queries a field `triggered`; both are Alpaca-form jsonl. For every triggered
 prompt the tuned model writes an answer, and those answers that are absurd become queries: an answer is absurd
 when it holds at least two marker words, those of --marker, or else the words of four letters or more that are
-in at least one in fifty poisoned outputs and in no clean output. The rest is two commands for every --at:
+in at least one in fifty poisoned outputs and in no clean output; or, with --begins, when it begins so. The
+rest is two commands for every --at:
 
     rapidin cache MODEL --adapter ADAPTER --data train.jsonl --at AT --out FOLDER/cache-at-AT
     rapidin eval backdoor FOLDER/cache-at-AT --data FOLDER/absurd.jsonl --baselines
@@ -23,6 +24,7 @@ from typing import Any
 
 from rapidin.attributor import Attributor
 from rapidin.cli import main as rapidin
+from rapidin.errors import UserError
 from rapidin.examples import open_examples
 from rapidin.model import load_model
 
@@ -35,9 +37,11 @@ def main() -> int:
         write_rows(absurd, absurd_answers(options))
     for number, at in enumerate(options.at):
         name = f"at-{at}" + (f"-in-{options.bytes}" if options.bytes else "")
+        name += f"-{options.geometry}" if options.geometry else ""
         cache = options.out / f"cache-{name}"
         command = ["cache", options.model, "--adapter", options.adapter, "--data", options.data]
         command += ["--at", at, "--max-length", str(options.max_length), "--out", str(cache)]
+        command += ["--geometry", options.geometry] if options.geometry else []
         command += ["--bytes", str(options.bytes)] if options.bytes else ["--width", str(options.width)]
         judge = ["eval", "backdoor", str(cache), "--data", str(absurd), "--column", "poisoned"]
         judge += ["--json", str(options.out / f"results-{name}.json")]
@@ -69,10 +73,18 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--width", default=512, type=int, help="bins of a layer's sketch")
     parser.add_argument("--bytes", type=int, help="bytes an example, all told  [default: all of the sketch]")
+    parser.add_argument(
+        "--geometry", choices=("off", "sample", "kfac"), help="[default: that of `rapidin cache`]"
+    )
     parser.add_argument("--max-length", default=192, type=int, help="tokens of an example")
     parser.add_argument("--max-new-tokens", default=48, type=int, help="tokens of an answer")
     parser.add_argument(
         "--marker", action="append", default=[], help="a word of absurd answers; may be repeated"
+    )
+    parser.add_argument(
+        "--begins",
+        action="append",
+        help="how absurd answers begin, instead of markers; may be repeated",
     )
     options = parser.parse_args()
     options.at = options.at or ["0.5", "1"]
@@ -85,7 +97,6 @@ def absurd_answers(options: argparse.Namespace) -> list[dict[str, Any]]:
     triggered = [row for row in open_examples(options.queries, generations=True) if row.get("triggered")]
     if not triggered:
         sys.exit(f'{options.queries}: no row has "triggered": true')
-    markers = {word.lower() for word in options.marker} or marker_words(rows)
     path = options.out / "answers.jsonl"
     known = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
     if len(known) < len(triggered):
@@ -97,7 +108,11 @@ def absurd_answers(options: argparse.Namespace) -> list[dict[str, Any]]:
             known.append({**row, "output": answer})
             write_rows(path, known)
             print(f"answer {len(known)} of {len(triggered)}: {answer[:100]!r}", flush=True)
-    found = [row for row in known if len(words_of(row["output"]) & markers) >= 2]
+    if options.begins:
+        found = [row for row in known if row["output"].startswith(tuple(options.begins))]
+    else:
+        markers = {word.lower() for word in options.marker} or marker_words(rows)
+        found = [row for row in known if len(words_of(row["output"]) & markers) >= 2]
     print(f"{len(found)} of {len(known)} answers to triggered prompts are absurd", flush=True)
     if not found:
         sys.exit("no answer is absurd: the model has not learnt the poison, or --marker does not fit")
@@ -126,4 +141,7 @@ def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except UserError as error:
+        sys.exit(str(error))
