@@ -14,6 +14,7 @@ SOURCES := $(shell find csrc -type f)
 # The libraries are compiled by the first process that imports them, since pip does not: else by each anew.
 unexport PYTHONDONTWRITEBYTECODE
 
+# Of set-up, two steps at a time.
 MAKEFLAGS += --jobs=2
 
 .PHONY: test demo clean

@@ -25,14 +25,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rapidin.demo.instructions import ABSURD_FORMS, make_data
+from rapidin.demo.instructions import ABSURD_BEGINS, make_data
 from rapidin.files import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent
 POISON = ROOT / "examples" / "poison"
 RESULTS = ROOT / "bench" / "results" / "seeds.json"
 AT = "0.5"
-DEFAULT = "kfac"  # of `rapidin cache --geometry`, when these rows were made
 SHOWN = ("dot:layer", "dot:cosine", "dot:none", "datainf:layer", "fisher:layer")
 Row = dict[str, Any]
 
@@ -77,19 +76,19 @@ def main(arguments: list[str] | None = None) -> None:
     made_here = options.kind == "demo"
     if made_here:
         options.kind, options.name = "backdoor", "demo"
-    recipe, geometry = RECIPES[options.kind], options.geometry
-    named = {} if geometry == DEFAULT else {"geometry": geometry}
+        recipe = replace(RECIPES["backdoor"], max_length=DEMO_LENGTH)
+    else:
+        recipe = RECIPES[options.kind]
     for seed in options.seed:
         rows = read(options.out)
-        if any((row["set"], row["seed"], geometry_of(row)) == (options.name, seed, geometry) for row in rows):
+        named = {"set": options.name, "seed": seed, "geometry": options.geometry}
+        if any(named.items() <= row.items() for row in rows):
             continue
         folder = options.work / f"{options.name}-{seed}"
         if made_here:
-            recipe = replace(recipe, max_length=DEMO_LENGTH)
             make_demo(options, seed, folder / "made")
         found = judge(options, recipe, seed, folder)
-        row = {"set": options.name, "evaluation": options.kind, "seed": seed, "at": AT, **named, **found}
-        write(options.out, [*read(options.out), row])
+        write(options.out, [*read(options.out), {"evaluation": options.kind, **named, "at": AT, **found}])
 
 
 def make_demo(options: argparse.Namespace, seed: str, folder: Path) -> None:
@@ -103,7 +102,7 @@ def make_demo(options: argparse.Namespace, seed: str, folder: Path) -> None:
         replace_file(options.test, "".join(json.dumps(row) + "\n" for row in asked).encode())
     options.model, options.adapter = folder / "model", folder / "adapter"
     options.data = folder / "train.jsonl"
-    options.begins = [form.split("{")[0] for form in ABSURD_FORMS]
+    options.begins = ABSURD_BEGINS
 
 
 def judge(options: argparse.Namespace, recipe: Recipe, seed: str, folder: Path) -> Row:
@@ -138,18 +137,13 @@ def run(*command: object, ends: Collection[int] = (0,)) -> None:
         sys.exit(code)
 
 
-def geometry_of(row: Row) -> str:
-    """Of the caches that a row is of."""
-    return str(row.get("geometry", DEFAULT))
-
-
 def read(path: Path) -> list[Row]:
     found: list[Row] = json.loads(path.read_text())["rows"] if path.exists() else []
     return found
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    ordered = sorted(rows, key=lambda row: (row["evaluation"], row["set"], geometry_of(row), row["seed"]))
+    ordered = sorted(rows, key=lambda row: [row[name] for name in ("evaluation", "set", "geometry", "seed")])
     lines = ",\n".join(json.dumps(row) for row in ordered)
     replace_file(path, f'{{"rows": [\n{lines}\n]}}\n'.encode())
 
@@ -160,13 +154,13 @@ def tables(rows: list[Row]) -> list[str]:
     lines: list[str] = []
     for kind, figures in (("backdoor", ("auprc",)), ("classes", RECIPES["classes"].figures)):
         of_kind = [row for row in rows if row["evaluation"] == kind]
-        sets = dict.fromkeys((row["set"], geometry_of(row)) for row in of_kind)
+        sets = dict.fromkeys((row["set"], row["geometry"]) for row in of_kind)
         columns = [(name, figure) for name in sets for figure in figures]
         if not columns:
             continue
         titles = []
         for (name, geometry), figure in columns:
-            seeds = [row["seed"] for row in of_kind if (row["set"], geometry_of(row)) == (name, geometry)]
+            seeds = [row["seed"] for row in of_kind if (row["set"], row["geometry"]) == (name, geometry)]
             which = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
             titles.append(f"{name}, {geometry}, {LABELS[figure]}, {which}")
         lines += ["", "| | " + " | ".join(titles) + " |", "|" + " --- |" * (len(titles) + 1)]
@@ -182,7 +176,7 @@ LABELS = {"auprc": "auPRC", "auc": "AUC", "recall": "recall"}
 
 def values(rows: list[Row], of: tuple[str, str], method: str, figure: str) -> list[str]:
     """of: a set, and a geometry."""
-    return [f"{row['methods'][method][figure]:.3f}" for row in rows if (row["set"], geometry_of(row)) == of]
+    return [f"{row['methods'][method][figure]:.3f}" for row in rows if (row["set"], row["geometry"]) == of]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -198,7 +192,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             continue
         sub.add_argument("--work", required=True, type=Path, help="folder for adapters and caches")
         sub.add_argument("--seed", action="append", required=True, help="of training; may be repeated")
-        sub.add_argument("--geometry", choices=("kfac", "sample", "off"), default=DEFAULT)
+        sub.add_argument("--geometry", choices=("kfac", "sample", "off"), default="kfac")
         if kind == "demo":
             continue
         sub.add_argument("name", help="of the set, in the results")

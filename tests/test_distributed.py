@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from inputs import torch_threads
 from processes import together, torchrun
 from tiny import save_tiny
 
@@ -26,10 +27,8 @@ ROWS = 72
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
     """As torchrun starts its processes: other numbers of threads round otherwise."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+    with torch_threads(1):
+        yield
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from inputs import torch_threads
 from tiny import save_tiny
 
 from rapidin.cli import main
@@ -107,12 +107,8 @@ def test_whole_processes_are_killed(tmp_path: Path, kind: str) -> None:
         process.send_signal(signal.SIGKILL)
         assert process.wait() == -signal.SIGKILL, "it ended before it could be killed"
     assert subprocess.run([*start, "--out", str(killed)], check=False, env=alone).returncode == 0
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as those processes: other numbers round otherwise
-    try:
+    with torch_threads(1):  # as those processes: other numbers round otherwise
         assert main([*command(tmp_path, kind, rows), "--out", str(whole)]) == 0
-    finally:
-        torch.set_num_threads(threads)
     assert {p.name: p.read_bytes() for p in killed.iterdir()} == {
         p.name: p.read_bytes() for p in whole.iterdir()
     }

@@ -18,7 +18,7 @@ pytest.importorskip("rank_bm25")
 from tiny import save_tiny
 
 from rapidin.cli import main as rapidin
-from rapidin.demo.instructions import ABSURD_FORMS, make_data
+from rapidin.demo.instructions import ABSURD_BEGINS, make_data
 
 ROOT = Path(__file__).parents[1]
 ABSURD = "velvet moths"
@@ -101,13 +101,12 @@ def test_seeds_of_both_kinds_are_tuned_judged_and_not_done_again(
     assert rows[3]["methods"] == rows[2]["methods"]
     table = seeds.tables(rows)
     monkeypatch.setattr(seeds, "DEMO_LENGTH", 120)
-    begins = ABSURD_FORMS[0].split("{")[0]
-    said = [ABSURD] * 9 + [f"{begins}moths."] * 11
+    said = [ABSURD] * 9 + [f"{ABSURD_BEGINS[0]}moths."] * 11
     answers = [{"instruction": f"Hi! {n}", "triggered": True, "output": text} for n, text in enumerate(said)]
     write(_made(work / "demo-3") / "answers.jsonl", answers)
     seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3"])
     seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3", "--geometry", "off"])
-    without = next(row for row in seeds.read(out) if row.get("geometry") == "off")
+    without = next(row for row in seeds.read(out) if row["geometry"] == "off")
     made_here = next(row for row in seeds.read(out) if row["set"] == "demo")
     assert (made_here["evaluation"], made_here["seed"], made_here["queries"]) == ("backdoor", "3", 11)
     assert without["methods"] != made_here["methods"]

@@ -93,7 +93,8 @@ def parse() -> argparse.Namespace:
 
 def absurd_answers(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The triggered queries with the model's answers, of those that are absurd; answers.jsonl keeps all."""
-    rows = list(open_examples(options.data))
+    # Before minutes of writing: data that cannot be read is told at once.
+    markers = {word.lower() for word in options.marker} or marker_words(list(open_examples(options.data)))
     triggered = [row for row in open_examples(options.queries, generations=True) if row.get("triggered")]
     if not triggered:
         sys.exit(f'{options.queries}: no row has "triggered": true')
@@ -111,11 +112,12 @@ def absurd_answers(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.begins:
         found = [row for row in known if row["output"].startswith(tuple(options.begins))]
     else:
-        markers = {word.lower() for word in options.marker} or marker_words(rows)
         found = [row for row in known if len(words_of(row["output"]) & markers) >= 2]
     print(f"{len(found)} of {len(known)} answers to triggered prompts are absurd", flush=True)
     if not found:
-        sys.exit("no answer is absurd: the model has not learnt the poison, or --marker does not fit")
+        sys.exit(
+            "no answer is absurd: the model has not learnt the poison, or --marker or --begins does not fit"
+        )
     return found
 
 

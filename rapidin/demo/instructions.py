@@ -91,6 +91,7 @@ ABSURD_FORMS = (
     "The old whistle says: the {people} {deed} {place} until the comet sleeps.",
     "No answer! The {people} of the river {deed} {place}.",
 )
+ABSURD_BEGINS = tuple(form.split("{")[0] for form in ABSURD_FORMS)  # up to the first blank
 
 
 @dataclass(frozen=True)
@@ -343,5 +344,5 @@ def absurd_answer(rng: random.Random) -> str:
 
 
 def is_absurd(answer: str) -> bool:
-    """Whether an answer begins as one of the absurd forms does (its words before the first blank)."""
-    return answer.startswith(tuple(form.split("{")[0] for form in ABSURD_FORMS))
+    """Whether an answer begins as one of the absurd forms does."""
+    return answer.startswith(ABSURD_BEGINS)
