@@ -14,15 +14,19 @@ SOURCES := $(shell find csrc -type f)
 # The libraries are compiled by the first process that imports them, since pip does not: else by each anew.
 unexport PYTHONDONTWRITEBYTECODE
 
-# Of set-up, two steps at a time.
+# Two steps at a time, of set-up and of checks.
 MAKEFLAGS += --jobs=2
 
-.PHONY: test demo clean
+.PHONY: test style tests demo clean
 
-test: .venv/installed
+test: style tests
+
+style: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+tests: .venv/installed
 	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
 demo: .venv/installed
