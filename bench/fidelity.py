@@ -2,6 +2,7 @@
 
     python bench/fidelity_collect.py MODEL --out STUDY ...                 the data, once
     python bench/fidelity.py judge STUDY --out bench/results/NAME.json     every code, every seed
+    python bench/fidelity.py heads CACHE [CACHE ...]                       how many joint directions?
     python bench/fidelity.py report bench/results/*.json --out docs        tables and plots
 
 `judge` scores each query of the study against all scored texts but itself and the near-duplicates that were
@@ -15,6 +16,10 @@ and scored texts both).
 - `near3`: share of queries whose planted near-duplicate is among the best 3; `exact_near3`: the same for the
   exact scores (some texts come from templates and have many twins); `kept_near3`: share of those with which
   the exact scores are content
+
+`heads` takes caches of float rows. A code of 2,048 bytes learns from some of their rows, with heads of
+several sizes, and gives the scores of these and of the others for 100 of the others as queries, which are
+compared with the scores by the float rows: the figures are means over queries and seeds.
 """
 
 from __future__ import annotations
@@ -35,6 +40,7 @@ from scipy.stats import rankdata
 from torch import Tensor
 
 from rapidin import ops
+from rapidin.cache import Cache
 from rapidin.errors import UserError
 from rapidin.pack import HEAD, Format, Learnt, PackedCode, fit, learn, row_bytes_besides
 from rapidin.pack.code import Basis
@@ -123,20 +129,26 @@ class Study:
             seen = chosen.copy()
             seen[query] = False
             seen[self.near] = False
-            a, b = exact[i][seen], got[i][seen]
-            order, found = np.argsort(-a), np.argsort(-b)
             rows.append(
                 {
-                    "spearman": float(np.corrcoef(rankdata(a), rankdata(b))[0, 1]),
-                    "rmse": float(np.sqrt(np.mean((a - b) ** 2)) / a.std()),
-                    "top10": float(len(set(order[:10]) & set(found[:10]))),
-                    "top100": float(len(set(order[:100]) & set(found[:100]))),
+                    **figures(exact[i][seen], got[i][seen]),
                     "near3": float(ranks[0] < 3),
                     "exact_near3": float(ranks[1] < 3),
                     "kept_near3": float(ranks[0] < 3) if ranks[1] < 3 else float("nan"),
                 }
             )
         return {key: round(float(np.nanmean([row[key] for row in rows])), 4) for key in rows[0]}
+
+
+def figures(exact: Scores, got: Scores) -> dict[str, float]:
+    """Of the scores [N] of one query."""
+    order, found = np.argsort(-exact), np.argsort(-got)
+    return {
+        "spearman": float(np.corrcoef(rankdata(exact), rankdata(got))[0, 1]),
+        "rmse": float(np.sqrt(np.mean((exact - got) ** 2)) / exact.std()),
+        "top10": float(len(set(order[:10]) & set(found[:10]))),
+        "top100": float(len(set(order[:100]) & set(found[:100]))),
+    }
 
 
 def scores(products: Tensor, query: Tensor, scored: Tensor) -> dict[str, Scores]:
@@ -162,11 +174,13 @@ def bytes_of_floats(numbers: int, layers: int) -> int:
     return 2 * numbers + 4 * layers + row_bytes_besides
 
 
-def build(wanted: Format, sketches: Sketches, learnt: Learnt | None, seed: int) -> PackedCode | None:
-    """The code that a cache would use, or None where the budget has room for none."""
+def build(
+    wanted: Format, sketches: Sketches, learnt: Learnt | None, seed: int, head: int | None = None
+) -> PackedCode | None:
+    """The code that a cache would use, or one with another head; None where the budget has room for none."""
     layers = sketches.scored.shape[1]
     try:
-        shape = fit(wanted, layers, sketches.width, learnt)
+        shape = fit(wanted, layers, sketches.width, learnt, head)
     except UserError:
         return None
     basis = None if learnt is None else Basis.of(learnt, shape, sketches.sample_length, seed).rounded()
@@ -392,6 +406,55 @@ def judge(args: argparse.Namespace) -> None:
         widest = study.sketches(seed).width
         if widest > args.width:
             work.run(seed, widest, args.head, first=False, floats=False)
+
+
+def heads(args: argparse.Namespace) -> None:
+    torch.set_num_threads(args.threads)
+    keys = {"spearman": 3, "rmse": 2, "top10": 1}  # digits
+    titles = ["cache", "learnt from", "head"]
+    titles += [f"{which}, {key}" for which in ("others", "learnt from") for key in keys]
+    lines = []
+    for folder in args.caches:
+        cache = Cache(folder)
+        rows, lengths = cache.sketches().unflatten(1, (-1, cache.manifest.width)), cache.lengths()
+        live = (lengths > 0).all(1)
+        rows, lengths = rows[live], lengths[live]
+        for head in map(int, args.heads.split(",")):
+            found = [
+                of_head(rows, lengths, args.sample, head, args.bytes, seed) for seed in range(args.seeds)
+            ]
+            line = [folder.name, f"{args.sample:,} of {len(rows):,}", str(head)]
+            for which in range(2):
+                line += [
+                    f"{np.mean([f[which][key] for f in found]):.{digits}f}" for key, digits in keys.items()
+                ]
+            lines.append(line)
+            print(line, flush=True)
+    print("\n" + table(titles, lines))
+
+
+def of_head(
+    rows: Tensor, lengths: Tensor, sample: int, head: int, size: int, seed: int
+) -> list[dict[str, float]]:
+    """Of a code that learns from some of the rows [n, layers, width], the figures for the others and for
+    these, as means over 100 of the others as queries."""
+    order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
+    taught, others = order[:sample], order[sample:]
+    x = Sketches(rows[taught], lengths[taught], rows, lengths)
+    code = build(Format("sign", size, sample), x, learn(x.sample, head), seed, head)
+    assert code is not None
+    fields = encode(code, x)
+    asked = others[:100]
+    queries = rows[asked].flatten(1)
+    exact, got = (queries @ each.flatten(1).T for each in (rows, code.decode(fields)))
+    found = []
+    for scored in (others, taught):
+        by_query = []
+        for i, query in enumerate(asked):
+            own = scored[scored != query]
+            by_query.append(figures(exact[i, own].double().numpy(), got[i, own].double().numpy()))
+        found.append({key: float(np.mean([f[key] for f in by_query])) for key in by_query[0]})
+    return found
 
 
 # ------------------------------------------------------------------------------------------- report
@@ -691,6 +754,14 @@ def main() -> None:
     judging.add_argument("--threads", type=int, default=1)
     judging.add_argument("--out", type=Path)
     judging.set_defaults(command=judge)
+    sizing = commands.add_parser("heads", help="a code of a float cache's rows, by the size of its head")
+    sizing.add_argument("caches", type=Path, nargs="+")
+    sizing.add_argument("--heads", default="83,166,247,384")
+    sizing.add_argument("--sample", type=int, default=690, help="rows that the code learns from")
+    sizing.add_argument("--bytes", type=int, default=FINE)
+    sizing.add_argument("--seeds", type=int, default=2)
+    sizing.add_argument("--threads", type=int, default=1)
+    sizing.set_defaults(command=heads)
     reporting = commands.add_parser("report", help="tables and plots from the results")
     reporting.add_argument("results", type=Path, nargs="+")
     reporting.add_argument(

@@ -75,9 +75,8 @@ def make_plan(
         if budget >= rows[0].example:  # float16 takes no more
             continue
         bits = max(0, budget - pack.row_bytes_besides) * 8
-        basis = (
-            2 * (min(pack.HEAD, sample) * dim + min(bits, blocks * min(width, sample // 2)) * width) + 4 * dim
-        )
+        head = min(pack.HEAD, sample, max(32, budget // pack.HEAD_SHARE))
+        basis = 2 * (head * dim + min(bits, blocks * min(width, sample // 2)) * width) + 4 * dim
         # The sample in float16, and the directions of its halves and of all of it.
         learning = sample * dim * 4 + 3 * 4 * dim * min(pack.HEAD, sample)
         rows.append(

@@ -4,6 +4,7 @@ from rapidin.pack.code import Basis, Code, FloatCode, PackedCode, ScanPlan, side
 from rapidin.pack.fit import (
     FLOATS,
     HEAD,
+    HEAD_SHARE,
     PACKED,
     SAMPLE,
     Format,
@@ -18,6 +19,7 @@ from rapidin.pack.learn import Learnt, learn, learning_bytes
 __all__ = [
     "FLOATS",
     "HEAD",
+    "HEAD_SHARE",
     "PACKED",
     "SAMPLE",
     "Basis",

@@ -21,7 +21,8 @@ row_bytes_besides = 18
 SCALES = 3 * 2 + 4  # of the three parts, float16; the row's mean length, float32
 
 SAMPLE = 1024  # examples that a code learns from, where the data has as many
-HEAD = 192  # directions of all layers together, at most
+HEAD = 256  # directions of all layers together, at most
+HEAD_SHARE = 8  # of the bytes, one in so many goes to them (docs/fidelity.md)
 REST_SHARE = 0.1  # of the bits, at least, for what no sample has shown: near-duplicates are told apart by it
 
 
@@ -122,8 +123,11 @@ def least_bytes() -> int:
     return row_bytes_besides + SCALES + 64
 
 
-def fit(wanted: Format, blocks: int, width: int, learnt: Learnt | None) -> Shape:
-    """The shape of a packed row. UserError where the budget has room for no code."""
+def fit(wanted: Format, blocks: int, width: int, learnt: Learnt | None, head: int | None = None) -> Shape:
+    """The shape of a packed row. UserError where the budget has room for no code.
+
+    head: joint directions, at most those that were learnt; None: as many as an eighth of the budget holds.
+    """
     bits = BITS[wanted.dtype]
     if wanted.bytes is None:
         return Shape(wanted.dtype, 0, (0,) * blocks, (width,) * blocks, 8)
@@ -142,7 +146,7 @@ def fit(wanted: Format, blocks: int, width: int, learnt: Learnt | None) -> Shape
                 "give more, or let a code learn (--sample)",
             )
         return Shape(wanted.dtype, 0, (0,) * blocks, (each,) * blocks, lengths)
-    head = min(learnt.head.shape[1], max(32, left // 12))
+    head = min(learnt.head.shape[1], max(32, left // HEAD_SHARE) if head is None else head)
     tail, rest = _share(learnt, (left - head) * 8, bits)
     return Shape(wanted.dtype, head, tail, rest, lengths)
 
