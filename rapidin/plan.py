@@ -75,7 +75,7 @@ def make_plan(
         if budget >= rows[0].example:  # float16 takes no more
             continue
         bits = max(0, budget - pack.row_bytes_besides) * 8
-        head = min(pack.HEAD, sample, max(32, budget // pack.HEAD_SHARE))
+        head = pack.head_for(budget, min(pack.HEAD, sample))
         basis = 2 * (head * dim + min(bits, blocks * min(width, sample // 2)) * width) + 4 * dim
         # The sample in float16, and the directions of its halves and of all of it.
         learning = sample * dim * 4 + 3 * 4 * dim * min(pack.HEAD, sample)

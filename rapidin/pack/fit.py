@@ -22,7 +22,7 @@ SCALES = 3 * 2 + 4  # of the three parts, float16; the row's mean length, float3
 
 SAMPLE = 1024  # examples that a code learns from, where the data has as many
 HEAD = 256  # directions of all layers together, at most
-HEAD_SHARE = 8  # of the bytes, one in so many goes to them (docs/fidelity.md)
+_HEAD_SHARE = 8  # of the bytes, one in so many goes to them (docs/fidelity.md)
 REST_SHARE = 0.1  # of the bits, at least, for what no sample has shown: near-duplicates are told apart by it
 
 
@@ -123,6 +123,11 @@ def least_bytes() -> int:
     return row_bytes_besides + SCALES + 64
 
 
+def head_for(size: int, most: int) -> int:
+    """Joint directions that pay in so many bytes, of `most` that there are."""
+    return min(most, max(32, size // _HEAD_SHARE))
+
+
 def fit(wanted: Format, blocks: int, width: int, learnt: Learnt | None, head: int | None = None) -> Shape:
     """The shape of a packed row. UserError where the budget has room for no code.
 
@@ -146,7 +151,7 @@ def fit(wanted: Format, blocks: int, width: int, learnt: Learnt | None, head: in
                 "give more, or let a code learn (--sample)",
             )
         return Shape(wanted.dtype, 0, (0,) * blocks, (each,) * blocks, lengths)
-    head = min(learnt.head.shape[1], max(32, left // HEAD_SHARE) if head is None else head)
+    head = head_for(left, learnt.head.shape[1]) if head is None else min(learnt.head.shape[1], head)
     tail, rest = _share(learnt, (left - head) * 8, bits)
     return Shape(wanted.dtype, head, tail, rest, lengths)
 
