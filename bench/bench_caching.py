@@ -111,8 +111,9 @@ def make_code(attributor: Attributor, texts: list[Encoded], dtype: str) -> Code:
     weights = torch.randn(SAMPLE, len(few))
     mixed = torch.einsum("sn,nbw->sbw", weights, few) + 0.5 * torch.randn(SAMPLE, blocks, width)
     units, lengths = ops.unit_blocks(mixed)
-    learnt = pack.learn(units, pack.HEAD)
-    shape = pack.fit(attributor.format(bytes=BYTES), blocks, width, learnt)
+    wanted = attributor.format(bytes=BYTES)
+    learnt = pack.learn(units, pack.head_for(wanted, blocks))
+    shape = pack.fit(wanted, blocks, width, learnt)
     return PackedCode(
         shape, width, attributor.seed, Basis.of(learnt, shape, lengths, attributor.seed).rounded()
     )

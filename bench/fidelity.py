@@ -42,7 +42,7 @@ from torch import Tensor
 from rapidin import ops
 from rapidin.cache import Cache
 from rapidin.errors import UserError
-from rapidin.pack import HEAD, Format, Learnt, PackedCode, fit, learn, row_bytes_besides
+from rapidin.pack import Format, PackedCode, fit, head_for, learn, row_bytes_besides
 from rapidin.pack.code import Basis
 
 Scores = npt.NDArray[np.float64]
@@ -174,13 +174,13 @@ def bytes_of_floats(numbers: int, layers: int) -> int:
     return 2 * numbers + 4 * layers + row_bytes_besides
 
 
-def build(
-    wanted: Format, sketches: Sketches, learnt: Learnt | None, seed: int, head: int | None = None
-) -> PackedCode | None:
+def build(wanted: Format, sketches: Sketches, seed: int, head: int | None = None) -> PackedCode | None:
     """The code that a cache would use, or one with another head; None where the budget has room for none."""
     layers = sketches.scored.shape[1]
     try:
-        shape = fit(wanted, layers, sketches.width, learnt, head)
+        head = head_for(wanted, layers) if head is None else head
+        learnt = learn(sketches.sample, head) if wanted.sample else None
+        shape = fit(wanted, layers, sketches.width, learnt)
     except UserError:
         return None
     basis = None if learnt is None else Basis.of(learnt, shape, sketches.sample_length, seed).rounded()
@@ -256,10 +256,8 @@ class Judge:
             found.append(by_layer(asked, code.decode({k: v[i : i + CHUNK] for k, v in fields.items()})))
         return scores(torch.cat(found, 1), x.scored_length[queries], code.lengths(fields))
 
-    def packed(
-        self, name: str, wanted: Format, x: Sketches, learnt: Learnt | None, seed: int
-    ) -> PackedCode | None:
-        code = build(wanted, x, learnt, seed)
+    def packed(self, name: str, wanted: Format, x: Sketches, seed: int) -> PackedCode | None:
+        code = build(wanted, x, seed)
         if code is None:
             return None
         fields = encode(code, x)
@@ -279,11 +277,8 @@ class Judge:
             self.keep("head alone", size, {"layer": got["layer"]}, seed=seed, width=x.width, head=shape.head)
         return code
 
-    def two_passes(self, x: Sketches, learnt: Learnt, seed: int) -> None:
+    def two_passes(self, x: Sketches, coarse: PackedCode, fine: PackedCode, seed: int) -> None:
         """Is the best 10 of the fine code among what a coarse one puts first?"""
-        coarse, fine = (build(Format("sign", size, 1), x, learnt, seed) for size in (COARSE, FINE))
-        if coarse is None or fine is None:
-            return
         vectors = x.scored[self.study.queries] / self.study.layers
         whole = parts(fine, vectors, x)
         short = parts(coarse, vectors, x)
@@ -344,7 +339,7 @@ class Judge:
                 self.keep("double-sided, 1 bit", size, got, side=kept)
             kept *= 2
 
-    def run(self, seed: int, width: int, head: int, first: bool, floats: bool = True) -> None:
+    def run(self, seed: int, width: int, first: bool, floats: bool = True) -> None:
         """Everything at one seed, codes at one width; what hardly depends on the seed at the first alone."""
         whole = self.study.sketches(seed)
         if floats:
@@ -353,26 +348,28 @@ class Judge:
         del whole
         if first:
             for budget in self.budgets:
-                self.packed("nothing learnt", Format("sign", budget), x, None, seed)
+                self.packed("nothing learnt", Format("sign", budget), x, seed)
             for dtype in ("int8", "int4", "sign"):
-                self.packed("all numbers", Format(dtype), x, None, seed)
+                self.packed("all numbers", Format(dtype), x, seed)
             self.save()
-        learnt = learn(x.sample, head)
-        for budget in self.budgets:
-            self.packed("learnt", Format("sign", budget, len(x.sample)), x, learnt, seed)
-        self.two_passes(x, learnt, seed)
+        codes = {
+            budget: self.packed("learnt", Format("sign", budget, len(x.sample)), x, seed)
+            for budget in self.budgets
+        }
+        coarse, fine = codes.get(COARSE), codes.get(FINE)
+        if coarse is not None and fine is not None:
+            self.two_passes(x, coarse, fine, seed)
         self.save()
 
-    def unlike(self, seed: int, width: int, head: int) -> None:
+    def unlike(self, seed: int, width: int) -> None:
         """Learnt from instructions alone, all kinds scored."""
         whole = self.study.sketches(seed)
         chosen = torch.from_numpy(self.study.sample_kinds == "alpaca")
         part = Sketches(
             whole.sample[chosen], whole.sample_length[chosen], whole.scored, whole.scored_length
         ).folded(width)
-        learnt = learn(part.sample, head)
         for budget in self.budgets:
-            self.packed("learnt from Alpaca", Format("sign", budget, len(part.sample)), part, learnt, seed)
+            self.packed("learnt from Alpaca", Format("sign", budget, len(part.sample)), part, seed)
         self.save()
 
 
@@ -400,12 +397,12 @@ def judge(args: argparse.Namespace) -> None:
     work = Judge(study, [int(b) for b in args.budgets.split(",")], args.out)
     work.double_sided()
     for seed in study.seeds():
-        work.run(seed, args.width, args.head, first=seed == study.seeds()[0])
-    work.unlike(study.seeds()[0], args.width, args.head)
+        work.run(seed, args.width, first=seed == study.seeds()[0])
+    work.unlike(study.seeds()[0], args.width)
     for seed in study.seeds():
         widest = study.sketches(seed).width
         if widest > args.width:
-            work.run(seed, widest, args.head, first=False, floats=False)
+            work.run(seed, widest, first=False, floats=False)
 
 
 def heads(args: argparse.Namespace) -> None:
@@ -441,7 +438,7 @@ def of_head(
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     taught, others = order[:sample], order[sample:]
     x = Sketches(rows[taught], lengths[taught], rows, lengths)
-    code = build(Format("sign", size, sample), x, learn(x.sample, head), seed, head)
+    code = build(Format("sign", size, sample), x, seed, head)
     assert code is not None
     fields = encode(code, x)
     asked = others[:100]
@@ -750,7 +747,6 @@ def main() -> None:
     judging.add_argument("study", type=Path)
     judging.add_argument("--budgets", default="256,1024,2048,8192,16384", help="bytes an example")
     judging.add_argument("--width", type=int, default=512, help="of the sketches that are packed")
-    judging.add_argument("--head", type=int, default=HEAD, help="joint directions, at most")
     judging.add_argument("--threads", type=int, default=1)
     judging.add_argument("--out", type=Path)
     judging.set_defaults(command=judge)

@@ -235,9 +235,10 @@ class CachingLoop:
             kept = torch.cat([rows.code["sketch"] for _, rows in self._sampled.shards()])  # float16 still
             units = kept[good].view(len(good), blocks, width)
             del kept
-            if self.device.type == "cuda" and pack.learning_bytes(units) < _free(self.device):
+            head = pack.head_for(manifest.code, blocks)
+            if self.device.type == "cuda" and pack.learning_bytes(units, head) < _free(self.device):
                 units = units.to(self.device)
-            learnt = pack.learn(units, pack.HEAD).cpu()
+            learnt = pack.learn(units, head).cpu()
         assert isinstance(self.writer, CacheWriter)
         shape = pack.fit(manifest.code, blocks, width, learnt)
         if learnt is not None and self._sampled is not None:

@@ -75,10 +75,10 @@ def make_plan(
         if budget >= rows[0].example:  # float16 takes no more
             continue
         bits = max(0, budget - pack.row_bytes_besides) * 8
-        head = pack.head_for(budget, min(pack.HEAD, sample))
+        head = min(pack.head_for(Format("sign", budget), blocks), sample)
         basis = 2 * (head * dim + min(bits, blocks * min(width, sample // 2)) * width) + 4 * dim
         # The sample in float16, and the directions of its halves and of all of it.
-        learning = sample * dim * 4 + 3 * 4 * dim * min(pack.HEAD, sample)
+        learning = sample * dim * 4 + 3 * 4 * dim * head
         rows.append(
             Row(f"--bytes {budget}", budget, budget * examples + basis, budget * examples / speed, learning)
         )

@@ -14,13 +14,13 @@ from rapidin import ops
 from rapidin.errors import UserError
 from rapidin.ops import turn
 from rapidin.pack import (
-    HEAD,
     Basis,
     FloatCode,
     Format,
     PackedCode,
     Shape,
     fit,
+    head_for,
     learn,
     least_bytes,
     row_bytes_besides,
@@ -231,10 +231,17 @@ def test_a_head_with_room_for_all_that_it_learnt_from_keeps_them_nearly_whole() 
     rows = unit(torch.randn(200, BLOCKS, 256, generator=torch.Generator().manual_seed(1)))
     error = {}
     for budget in (1024, 2048):
-        code = packed(Format("sign", budget, 200), rows, HEAD, 256)
+        wanted = Format("sign", budget, 200)
+        code = packed(wanted, rows, head_for(wanted, BLOCKS), 256)
         kept = code.decode(code.encode(rows, lengths(200)))
         error[budget] = float((kept - rows).norm() / rows.norm())
     assert error[2048] < 0.02 < 0.3 < error[1024]
+
+
+def test_a_head_takes_an_eighth_of_the_bytes_and_256_at_most() -> None:
+    wanted = {budget: head_for(Format("sign", budget), 210) for budget in (256, 512, 1024, 2048, 8192)}
+    assert wanted == {256: 32, 512: 60, 1024: 111, 2048: 226, 8192: 256}
+    assert head_for(Format("int8"), 210) == 0
 
 
 def test_few_layers_get_wider_sketches() -> None:
@@ -245,5 +252,9 @@ def test_few_layers_get_wider_sketches() -> None:
 def test_no_room_is_said() -> None:
     with pytest.raises(UserError, match="at least"):
         fit(Format("sign", 60), 4, 64, None)
+    with pytest.raises(UserError, match="at least"):
+        head_for(Format("sign", 60), 4)
+    with pytest.raises(ValueError, match="90 joint directions do not fit"):
+        fit(Format("sign", 110), BLOCKS, WIDTH, learn(examples(200, 5), 90))
     with pytest.raises(UserError, match="layers"):
         fit(Format("int8", 100), 400, 64, None)

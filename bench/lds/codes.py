@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from rapidin import ops
 from rapidin.errors import UserError
 from rapidin.layers import block_seed
-from rapidin.pack import HEAD, Format, Learnt, PackedCode, fit, learn, row_bytes_besides
+from rapidin.pack import Format, PackedCode, fit, head_for, learn, row_bytes_besides
 from rapidin.pack.code import Basis
 
 AT = 0.5
@@ -81,15 +81,13 @@ def folded(sketch: Tensor, width: int) -> Tensor:
     return sketch.unflatten(2, (-1, width)).sum(2)
 
 
-def coded(
-    learnt: Learnt | None, lengths: Tensor, rows: Tensor | None, wanted: Format, width: int, seed: int
-) -> PackedCode:
-    """The code of a cache of blocks with these lengths [n, blocks], with what was learnt from some of its
-    rows, or without."""
-    shape = fit(wanted, lengths.shape[1], width, learnt)
-    basis = None
-    if learnt is not None and rows is not None:
-        basis = Basis.of(learnt, shape, lengths[rows], seed).rounded()
+def coded(units: Tensor, lengths: Tensor, rows: Tensor | None, wanted: Format, seed: int) -> PackedCode:
+    """The code of a cache of blocks [n, blocks, width] with these lengths [n, blocks], which learns from some
+    of its rows, or from none."""
+    blocks, width = units.shape[1:]
+    learnt = None if rows is None else learn(units[rows], head_for(wanted, blocks))
+    shape = fit(wanted, blocks, width, learnt)
+    basis = None if learnt is None else Basis.of(learnt, shape, lengths[rows], seed).rounded()
     return PackedCode(shape, width, seed, basis)
 
 
@@ -99,11 +97,10 @@ def packed(judge: Judge, truth: GroundTruth, train: Tensor, lengths: Tensor, tes
     for name, rows in (
         ("nothing learnt", None), ("learnt from half", half), ("learnt from all", torch.arange(len(train)))
     ):  # fmt: skip
-        learnt = None if rows is None else learn(train[rows], HEAD)
         last = None
         for budget in BUDGETS:
             try:
-                code = coded(learnt, lengths, rows, Format("sign", budget), WIDTH, seed)
+                code = coded(train, lengths, rows, Format("sign", budget), seed)
             except UserError:
                 continue
             if code.shape == last:  # the budget is more than one bit for each number

@@ -58,7 +58,7 @@ from rapidin.geometry import DAMPING as SIDE_DAMPING
 from rapidin.geometry import EXPONENT, RANK, Scale, kfac_scales
 from rapidin.kronecker import FactorMoments
 from rapidin.layers import Target, Use
-from rapidin.pack import HEAD, Format, learn, row_bytes_besides
+from rapidin.pack import Format, row_bytes_besides
 
 PATH = (0.1, 0.3, 0.5, 0.7, 0.9)
 THREE = (0.1, 0.5, 0.9)
@@ -302,8 +302,7 @@ def codes_of(
     chosen = {"nothing": None, "half": half, "all": torch.arange(len(rows))}
     for name in learn_from:
         sample = chosen[name]
-        learnt = None if sample is None else learn(rows[sample], HEAD)
-        code = coded(learnt, lengths, sample, Format("sign", budget), rows.shape[2], seed)
+        code = coded(rows, lengths, sample, Format("sign", budget), seed)
         decoded = code.decode(code.encode(rows, lengths))
         yield name, code.row_bytes + row_bytes_besides, of_rows(decoded, unit(test))
 

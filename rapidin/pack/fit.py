@@ -123,26 +123,38 @@ def least_bytes() -> int:
     return row_bytes_besides + SCALES + 64
 
 
-def head_for(size: int, most: int) -> int:
-    """Joint directions that pay in so many bytes, of `most` that there are."""
-    return min(most, max(32, size // _HEAD_SHARE))
+def head_for(wanted: Format, blocks: int) -> int:
+    """Joint directions that pay in the budget: how many a code is to learn.
+
+    No more than these: what the tail holds is learnt from what all of them leave. 0 where there is no budget;
+    UserError where it has room for no code.
+    """
+    if wanted.bytes is None:
+        return 0
+    return min(HEAD, max(32, _room(wanted.bytes, blocks, learnt=True)[0] // _HEAD_SHARE))
 
 
-def fit(wanted: Format, blocks: int, width: int, learnt: Learnt | None, head: int | None = None) -> Shape:
-    """The shape of a packed row. UserError where the budget has room for no code.
+def _room(budget: int, blocks: int, learnt: bool) -> tuple[int, int]:
+    """(bytes that a budget leaves for a sketch, bits of a block's length). UserError where too few."""
+    lengths = length_bits(budget, blocks, learnt)
+    left = budget - row_bytes_besides - SCALES - -(-blocks * lengths // 8)
+    if left < 64:
+        raise UserError(
+            f"{budget} bytes an example leave no room for a sketch",
+            f"say at least {least_bytes()}",
+        )
+    return left, lengths
 
-    head: joint directions, at most those that were learnt; None: as many as an eighth of the budget holds.
+
+def fit(wanted: Format, blocks: int, width: int, learnt: Learnt | None) -> Shape:
+    """The shape of a packed row: all joint directions that were learnt, and what else the budget holds.
+
+    UserError where the budget has room for no code; ValueError where it has none for the joint directions.
     """
     bits = BITS[wanted.dtype]
     if wanted.bytes is None:
         return Shape(wanted.dtype, 0, (0,) * blocks, (width,) * blocks, 8)
-    lengths = length_bits(wanted.bytes, blocks, learnt is not None)
-    left = wanted.bytes - row_bytes_besides - SCALES - -(-blocks * lengths // 8)
-    if left < 64:
-        raise UserError(
-            f"{wanted.bytes} bytes an example leave no room for a sketch",
-            f"say at least {least_bytes()}",
-        )
+    left, lengths = _room(wanted.bytes, blocks, learnt is not None)
     if learnt is None:
         each = min(width, left * 8 // bits // blocks)
         if not each:
@@ -151,7 +163,9 @@ def fit(wanted: Format, blocks: int, width: int, learnt: Learnt | None, head: in
                 "give more, or let a code learn (--sample)",
             )
         return Shape(wanted.dtype, 0, (0,) * blocks, (each,) * blocks, lengths)
-    head = head_for(left, learnt.head.shape[1]) if head is None else min(learnt.head.shape[1], head)
+    head = learnt.head.shape[1]
+    if head > left:
+        raise ValueError(f"{head} joint directions do not fit in {left} bytes")
     tail, rest = _share(learnt, (left - head) * 8, bits)
     return Shape(wanted.dtype, head, tail, rest, lengths)
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rapidin.pack.fit import HEAD
-
 _TINY = 1e-30
 
 
@@ -103,10 +101,10 @@ class _Head:
         return found, square
 
 
-def learning_bytes(sample: Tensor) -> int:
+def learning_bytes(sample: Tensor, head: int) -> int:
     """About the most bytes of a GPU that `learn` takes with a sample on it, the sample counted in."""
     m, blocks, width = sample.shape
-    directions = 4 * blocks * width * (3 * min(m, HEAD) + min(width, m // 2))
+    directions = 4 * blocks * width * (3 * min(m, head) + min(width, m // 2))
     one_block = 8 * 4 * m * width + 8 * 6 * min(m, width) ** 2  # float32 copies; float64 for eigenvectors
     return sample.nbytes + directions + one_block + (256 << 20)  # and the libraries' own
 
