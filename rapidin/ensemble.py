@@ -30,6 +30,7 @@ from rapidin.errors import UserError, short
 from rapidin.explain import OnStage, explain
 from rapidin.files import read_own, reason, replace_file
 from rapidin.hits import Results
+from rapidin.overview import check_column
 from rapidin.query import Clock, Generation, Part, Query, Scoring, Wanted, leaders
 from rapidin.query import scores as all_scores
 from rapidin.scan import check_same_examples, training_data
@@ -177,6 +178,8 @@ class Ensemble:
         data = training_data(self.caches[-1], examples) if world().leads else None
         if wanted.texts and data is None and world().leads:
             raise UserError(f"{wanted.texts} needs the training examples", "name them with --train-data")
+        if by is not None and data is not None:
+            check_column(data, by)
         clock = Clock()
         finer = rescore if isinstance(rescore, Cache) else None
         if finer is not None:

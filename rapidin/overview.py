@@ -49,15 +49,34 @@ def histogram(scores: Tensor) -> Histogram:
     return Histogram(tuple(edges.tolist()), tuple(counts.tolist()))
 
 
+def check_column(examples: Examples, column: str) -> None:
+    """Raise UserError where no training example has the column; reads as far as the first that has it."""
+    if column == FILE:
+        return
+    there: dict[str, None] = {}
+    for row in range(len(examples)):
+        try:
+            record = examples[row]
+        except UserError:  # malformed, so without a score; the column may be in the others
+            continue
+        if column in record:
+            return
+        there.update(dict.fromkeys(record))
+    names = ", ".join(f"'{short(name)}'" for name in list(there)[:20])
+    raise UserError(
+        f"no training example has a column '{short(column)}'",
+        f"there are {names}" + ("" if FILE in there else f", and '{FILE}'"),
+    )
+
+
 def groups(cache: Cache, examples: Examples, column: str, scores: Tensor) -> list[list[Group]]:
     """Of each query the training examples by what they have in a column, largest sum of scores first.
 
     scores: [Q, rows] as `rapidin.scan.all_scores` gives them; rows without a score are left out. column: a
     field of the records, or "file", for the file that they are from. The data is read once, a record at a
-    time. Raises UserError where no record has the column, and where the data is not what was cached.
+    time. Raises UserError where the data is not what was cached.
     """
     names: dict[str, int] = {}
-    columns: dict[str, None] = {}
     known = False
     which = torch.full((scores.shape[1],), -1, dtype=torch.int64, device="cpu")
     has_score = (~scores.isnan()).any(0)
@@ -68,16 +87,9 @@ def groups(cache: Cache, examples: Examples, column: str, scores: Tensor) -> lis
                 continue
             record = cached_record(examples, row, int(part.index[place]), wanted)
             known = known or column in record
-            columns.update(dict.fromkeys(record))
             which[row] = names.setdefault(_value(record, column), len(names))
     if not known and column == FILE:
         return groups_of(scores, *_files(examples, which))
-    if not known and len(columns):
-        there = ", ".join(f"'{short(name)}'" for name in list(columns)[:20])
-        raise UserError(
-            f"no training example has a column '{short(column)}'",
-            f"there are {there}, and '{FILE}'" if FILE not in columns else f"there are {there}",
-        )
     return groups_of(scores, which, list(names))
 
 

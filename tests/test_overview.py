@@ -16,7 +16,7 @@ from rapidin.attributor import Attributor
 from rapidin.cache import Cache
 from rapidin.errors import UserError
 from rapidin.examples import Files, open_examples
-from rapidin.overview import BINS, groups, groups_of, histogram
+from rapidin.overview import BINS, check_column, groups, groups_of, histogram
 
 
 @given(st.lists(st.floats(width=32), max_size=200))
@@ -135,9 +135,15 @@ def test_values_of_all_kinds_and_none(cached: tuple[Cache, Path]) -> None:
 def test_an_unknown_column_and_other_data_are_refused(cached: tuple[Cache, Path], tmp_path: Path) -> None:
     cache, path = cached
     with pytest.raises(
-        UserError, match=r"no training example has a column 'sorce'; .*'completion', 'source'"
+        UserError, match=r"no training example has a column 'sorce'; .*'completion', 'source', .*'file'"
     ):
-        groups(cache, open_examples(str(path)), "sorce", scores_of(cache))
+        check_column(open_examples(str(path)), "sorce")
+    check_column(open_examples(str(path)), "file")
+    late = tmp_path / "late.jsonl"
+    late.write_text(
+        '{"prompt": "a", "completion": "b"}\nno record\n{"prompt": "a", "completion": "b", "of": 1}\n'
+    )
+    check_column(open_examples(str(late), checked=False), "of")
     other = [dict(record, completion="another") for record in RECORDS]
     for wrong in (other, RECORDS[:3]):
         with pytest.raises(UserError, match="not what was cached: see example"):

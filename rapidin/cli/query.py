@@ -194,6 +194,7 @@ def query(
     with quiet_libraries():
         from rapidin.cache import Cache
         from rapidin.examples import files
+        from rapidin.overview import check_column
         from rapidin.scan import training_data
 
         ensemble = open_caches(cache)
@@ -205,8 +206,10 @@ def query(
         if hotwords is not None:
             generations = [record | {HOTWORDS: hotwords} for record in generations]
         named = any(record.get(HOTWORDS) for record in generations)
-        # Before the model: a file that has moved shows at once.
+        # Before the model: a file that has moved, or lacks a column, shows at once.
         examples = training_data(opened, False if no_text or not leads else files(train_data))
+        if by is not None and examples is not None:
+            check_column(examples, by)
         ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code, shard_model)
         said = f"explaining {len(generations):,} among {len(opened):,} examples"
         with console.status(said) as status:
