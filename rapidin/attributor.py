@@ -33,7 +33,9 @@ from rapidin.thinning import Thinning
 from rapidin.transfer import Download, upload
 
 if TYPE_CHECKING:
-    from rapidin.ensemble import Ensemble
+    from typing_extensions import Unpack
+
+    from rapidin.ensemble import Ensemble, QueryOptions, ScoreOptions
 
 PROJECTIONS = get_args(Projection)
 HASH = "lowbias32-1"  # the definition of bins and signs in docs/sketch.md
@@ -624,7 +626,7 @@ class Attributor:
         self,
         cache: Cache | str | Path,
         generations: Sequence[Any],
-        **options: Any,
+        **options: Unpack[QueryOptions],
     ) -> Results:
         """The most helpful and most harmful training examples of each generation.
 
@@ -634,7 +636,9 @@ class Attributor:
         """
         return self._alone(cache).query(generations, **options)
 
-    def scores(self, cache: Cache | str | Path, generations: Sequence[Any], **options: Any) -> Tensor:
+    def scores(
+        self, cache: Cache | str | Path, generations: Sequence[Any], **options: Unpack[ScoreOptions]
+    ) -> Tensor:
         """The scores of all training examples: [Q, rows] float32 on the CPU, NaN for rows that do not count.
 
         options: see `rapidin.Ensemble.scores`.

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypedDict
 
 import numpy as np
 from torch import Tensor
@@ -53,6 +53,38 @@ class Member:
     weight: float = 1.0
     attributor: Attributor | None = None
     cache: Cache | None = None
+
+
+class _Options(TypedDict, total=False):
+    normalize: str
+    method: str
+    damping: float | None
+    together: bool
+    max_new_tokens: int
+
+
+class ScoreOptions(_Options, total=False):
+    """What `Ensemble.scores` takes by name."""
+
+    groups: Sequence[Sequence[int]] | None
+
+
+class QueryOptions(_Options, total=False):
+    """What `Ensemble.query` takes by name."""
+
+    top_k: int
+    targets: Targets | None
+    contributions: bool
+    fold: bool
+    errors: bool
+    layers: bool
+    histogram: bool
+    by: str | None
+    baselines: bool
+    examples: Any
+    rescore: Cache | Literal["exact"] | None
+    candidates: int | None
+    on_stage: OnStage | None
 
 
 class Ensemble:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from tiny import save_tiny, tiny_llama, tiny_lora, tiny_tokenizer
 from rapidin.attributor import Attributor
 from rapidin.cache import Cache, Manifest
 from rapidin.cli import main
-from rapidin.ensemble import Ensemble, Member, find_checkpoints, read_members
+from rapidin.ensemble import Ensemble, Member, QueryOptions, ScoreOptions, find_checkpoints, read_members
 from rapidin.errors import UserError
 from rapidin.thinning import Thinning
 
@@ -60,6 +62,17 @@ def test_scores_of_several_caches_add_up(members: list[Member], normalize: str, 
             ranked = torch.full((30,), torch.nan, dtype=torch.float64)
             ranked[[hit.row for hit in result.top]] = torch.tensor([h.score for h in result.top]).double()
             assert torch.allclose(ranked, row, atol=1e-6 * float(row.abs().max()))
+
+
+@pytest.mark.parametrize(("options", "of"), [(QueryOptions, Ensemble.query), (ScoreOptions, Ensemble.scores)])
+def test_an_attributor_takes_what_an_ensemble_takes(options: Any, of: Callable[..., Any]) -> None:
+    named = {
+        name: parameter.annotation
+        for name, parameter in inspect.signature(of).parameters.items()
+        if parameter.kind is parameter.KEYWORD_ONLY
+    }
+    own = options.__annotations__
+    assert {name: getattr(kind, "__forward_arg__", kind) for name, kind in own.items()} == named
 
 
 def test_an_ensemble_of_one_is_that_cache(members: list[Member]) -> None:
