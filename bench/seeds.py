@@ -82,13 +82,15 @@ def main(arguments: list[str] | None = None) -> None:
     for seed in options.seed:
         rows = read(options.out)
         named = {"set": options.name, "seed": seed, "geometry": options.geometry}
+        named |= {"width": options.width} if options.width else {}
         if any(named.items() <= row.items() for row in rows):
             continue
         folder = options.work / f"{options.name}-{seed}"
         if made_here:
             make_demo(options, seed, folder / "made")
         found = judge(options, recipe, seed, folder)
-        write(options.out, [*read(options.out), {"evaluation": options.kind, **named, "at": AT, **found}])
+        row = {"evaluation": options.kind, **named, "at": AT, **found}
+        write(options.out, [*read(options.out), row])
 
 
 def make_demo(options: argparse.Namespace, seed: str, folder: Path) -> None:
@@ -111,21 +113,23 @@ def judge(options: argparse.Namespace, recipe: Recipe, seed: str, folder: Path) 
     common = ["--model", options.model, "--data", options.data]
     if not (adapter / "adapter_model.safetensors").exists():
         run(POISON / "train.py", *common, "--out", adapter, "--seed", seed, *recipe.options())
+    tuned = ["--adapter", adapter, "--max-length", recipe.max_length, "--at", AT]
+    tuned += ["--geometry", options.geometry, *(["--width", options.width] if options.width else [])]
+    name = options.geometry + (f"-width-{options.width}" if options.width else "")
     if options.kind == "backdoor":
-        tuned = ["--adapter", adapter, "--max-length", recipe.max_length]
-        tuned += ["--geometry", options.geometry, *(f"--begins={text}" for text in options.begins)]
-        run(POISON / "evaluate.py", *common, *tuned, "--queries", options.test, "--at", AT, "--out", folder)
-        result = folder / f"results-at-{AT}-{options.geometry}.json"
+        tuned += (f"--begins={text}" for text in options.begins)
+        run(POISON / "evaluate.py", *common, *tuned, "--queries", options.test, "--out", folder)
+        result = folder / f"results-at-{AT}-{name}.json"
     else:
-        cache, result = (folder / f"{name}-{options.geometry}" for name in ("cache", "results.json"))
-        tuned = ["--adapter", adapter, "--max-length", recipe.max_length, "--at", AT]
-        tuned += ["--geometry", options.geometry]
+        cache, result = (folder / f"{what}-{name}" for what in ("cache", "results.json"))
         run("-m", "rapidin", "cache", options.model, "--data", options.data, *tuned, "--out", cache)
         asked = ["--column", recipe.column, "--data", options.test, "--json", result]
         run("-m", "rapidin", "eval", "classes", cache, *asked)
-    rows: list[Row] = json.loads(result.read_text())["results"]
+    found = json.loads(result.read_text())
+    rows: list[Row] = found["results"]
     figures = {row["method"]: {name: round(row[name]["mean"], 4) for name in recipe.figures} for row in rows}
-    return {"queries": rows[0][recipe.figures[0]]["queries"], "methods": figures}
+    queries = rows[0][recipe.figures[0]]["queries"]
+    return {"width": found["setting"]["width"], "queries": queries, "methods": figures}
 
 
 def run(*command: object, ends: Collection[int] = (0,)) -> None:
@@ -143,7 +147,9 @@ def read(path: Path) -> list[Row]:
 
 
 def write(path: Path, rows: list[Row]) -> None:
-    ordered = sorted(rows, key=lambda row: [row[name] for name in ("evaluation", "set", "geometry", "seed")])
+    ordered = sorted(
+        rows, key=lambda row: [row[name] for name in ("evaluation", "set", "geometry", "width", "seed")]
+    )
     lines = ",\n".join(json.dumps(row) for row in ordered)
     replace_file(path, f'{{"rows": [\n{lines}\n]}}\n'.encode())
 
@@ -154,15 +160,16 @@ def tables(rows: list[Row]) -> list[str]:
     lines: list[str] = []
     for kind, figures in (("backdoor", ("auprc",)), ("classes", RECIPES["classes"].figures)):
         of_kind = [row for row in rows if row["evaluation"] == kind]
-        sets = dict.fromkeys((row["set"], row["geometry"]) for row in of_kind)
+        sets = dict.fromkeys(map(column, of_kind))
         columns = [(name, figure) for name in sets for figure in figures]
         if not columns:
             continue
         titles = []
-        for (name, geometry), figure in columns:
-            seeds = [row["seed"] for row in of_kind if (row["set"], row["geometry"]) == (name, geometry)]
+        for of, figure in columns:
+            name, geometry, width = of
+            seeds = [row["seed"] for row in of_kind if column(row) == of]
             which = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
-            titles.append(f"{name}, {geometry}, {LABELS[figure]}, {which}")
+            titles.append(f"{name}, {geometry}, {width:,} bins, {LABELS[figure]}, {which}")
         lines += ["", "| | " + " | ".join(titles) + " |", "|" + " --- |" * (len(titles) + 1)]
         baselines = ("BM25", "hidden states") if kind == "backdoor" else ()
         for method in (*SHOWN, *baselines):
@@ -174,9 +181,13 @@ def tables(rows: list[Row]) -> list[str]:
 LABELS = {"auprc": "auPRC", "auc": "AUC", "recall": "recall"}
 
 
-def values(rows: list[Row], of: tuple[str, str], method: str, figure: str) -> list[str]:
-    """of: a set, and a geometry."""
-    return [f"{row['methods'][method][figure]:.3f}" for row in rows if (row["set"], row["geometry"]) == of]
+def column(row: Row) -> tuple[str, str, int]:
+    """The set, the geometry and the bins of a row: rows that differ in their seeds alone share a column."""
+    return row["set"], row["geometry"], row["width"]
+
+
+def values(rows: list[Row], of: tuple[str, str, int], method: str, figure: str) -> list[str]:
+    return [f"{row['methods'][method][figure]:.3f}" for row in rows if column(row) == of]
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -193,6 +204,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         sub.add_argument("--work", required=True, type=Path, help="folder for adapters and caches")
         sub.add_argument("--seed", action="append", required=True, help="of training; may be repeated")
         sub.add_argument("--geometry", choices=("kfac", "sample", "off"), default="kfac")
+        sub.add_argument("--width", type=int, help="bins of a layer's sketch  [default: as many as pay]")
         if kind == "demo":
             continue
         sub.add_argument("name", help="of the set, in the results")

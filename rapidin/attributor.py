@@ -65,8 +65,8 @@ class Attributor:
     """Caches training examples as gradient sketches, and finds those behind a generation.
 
     model: a `LoadedModel`, or a transformers or peft causal model with its tokenizer.
-    width: bins of each layer's sketch; "auto": 512 for hundreds of layers, more where there are fewer, or
-        where `budget`, the bytes an example that a code is to take, is large.
+    width: bins of each layer's sketch; "auto": as many as pay, 512 for hundreds of layers, more for fewer
+        (`rapidin.pack.width_for`), or where `budget`, the bytes an example that a code is to take, is large.
     projection: "tensor" (from the factors), "flat" (from the formed gradient), or "rapidgrad" (one block of
         `width` numbers for the whole layer-normalised gradient, say 65,536: the paper's setting).
     seed: of bins and signs.
@@ -94,7 +94,7 @@ class Attributor:
         model: Any,
         tokenizer: Any = None,
         *,
-        width: int | Literal["auto"] = 512,
+        width: int | Literal["auto"] = "auto",
         budget: int | None = None,
         projection: Projection = "tensor",
         seed: int = 0,

@@ -97,7 +97,7 @@ def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
     assert re.match(
         r"rapidin: cached 15 examples in .* examples/s, [\d,]+ tokens/s\): 13 with a sketch,", ran.err
     )
-    for words in ("1 empty", "1 without a completion token", "1 cut to fit", "KB in " + out):
+    for words in ("1 empty", "1 without a completion token", "1 cut to fit", "MB in " + out):
         assert words in ran.err
 
     again = run(*command)
@@ -112,7 +112,7 @@ def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
         "(prompt form)",
         "13 with a sketch, 1 empty",
         "taken at 0.5 of the way",
-        "8 blocks of 512: 4,096 numbers, tensor projection, seed 0",
+        "8 blocks of 8,192: 65,536 numbers, tensor projection, seed 0",
         "kept in float16",
         "end-of-text token added",
     ):

@@ -103,7 +103,7 @@ def test_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     )
     for _ in range(2):
         assert load("evaluate").main() == 0
-    found = json.loads((out / "results-at-0.5.json").read_text())
+    found = json.loads((out / "results-at-0.5-width-64.json").read_text())
     methods = {row["method"]: row for row in found["results"]}
     assert methods["BM25"]["auprc"]["mean"] == 1
     assert methods["dot:layer"]["auprc"]["mean"] > 0.4
@@ -112,7 +112,7 @@ def test_train_and_evaluate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     clean.write_text(json.dumps({"instruction": "Say 8.", "output": "It is 8, or 9, or so."}) + "\n")
     tokens = [
         "--cache",
-        str(out / "cache-at-0.5"),
+        str(out / "cache-at-0.5-width-64"),
         "--queries",
         str(out / "absurd.jsonl"),
         "--clean",

@@ -106,15 +106,20 @@ def test_seeds_of_both_kinds_are_tuned_judged_and_not_done_again(
     write(_made(work / "demo-3") / "answers.jsonl", answers)
     seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3"])
     seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3", "--geometry", "off"])
-    without = next(row for row in seeds.read(out) if row["geometry"] == "off")
-    made_here = next(row for row in seeds.read(out) if row["set"] == "demo")
+    for _ in range(2):
+        seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3", "--width", "64"])
+    demos = [row for row in seeds.read(out) if row["set"] == "demo"]
+    assert [(row["geometry"], row["width"]) for row in demos] == [("kfac", 64), ("kfac", 8192), ("off", 8192)]
+    _, made_here, without = demos
     assert (made_here["evaluation"], made_here["seed"], made_here["queries"]) == ("backdoor", "3", 11)
     assert without["methods"] != made_here["methods"]
     asked_of = (work / "demo-3" / "made" / "asked.jsonl").read_text().splitlines()
     assert [json.loads(row)["instruction"] for row in asked_of] == [
         row["instruction"] for row in make_data(3).queries
     ]
-    letters = "letters, kfac, AUC, seeds 0, 7, ready | letters, kfac, recall, seeds 0, 7, ready"
+    letters = " | ".join(
+        f"letters, kfac, 8,192 bins, {name}, seeds 0, 7, ready" for name in ("AUC", "recall")
+    )
     assert f"| | {letters} |" in table
     aucs, recalls = (
         " / ".join(f"{row['methods']['dot:layer'][name]:.3f}" for row in rows[1:])

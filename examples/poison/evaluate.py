@@ -38,11 +38,13 @@ def main() -> int:
     for number, at in enumerate(options.at):
         name = f"at-{at}" + (f"-in-{options.bytes}" if options.bytes else "")
         name += f"-{options.geometry}" if options.geometry else ""
+        name += f"-width-{options.width}" if options.width else ""
         cache = options.out / f"cache-{name}"
         command = ["cache", options.model, "--adapter", options.adapter, "--data", options.data]
         command += ["--at", at, "--max-length", str(options.max_length), "--out", str(cache)]
         command += ["--geometry", options.geometry] if options.geometry else []
-        command += ["--bytes", str(options.bytes)] if options.bytes else ["--width", str(options.width)]
+        command += ["--bytes", str(options.bytes)] if options.bytes else []
+        command += ["--width", str(options.width)] if options.width else []
         judge = ["eval", "backdoor", str(cache), "--data", str(absurd), "--column", "poisoned"]
         judge += ["--json", str(options.out / f"results-{name}.json")]
         judge += ["--baselines"] if number == 0 else []  # they are the same at every point
@@ -71,7 +73,9 @@ def parse() -> argparse.Namespace:
         metavar="A[,A...]",
         help="where gradients are taken; may be repeated (default 0.5 and 1)",
     )
-    parser.add_argument("--width", default=512, type=int, help="bins of a layer's sketch")
+    parser.add_argument(
+        "--width", type=int, help="bins of a layer's sketch  [default: that of `rapidin cache`]"
+    )
     parser.add_argument("--bytes", type=int, help="bytes an example, all told  [default: all of the sketch]")
     parser.add_argument(
         "--geometry", choices=("off", "sample", "kfac"), help="[default: that of `rapidin cache`]"

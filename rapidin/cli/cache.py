@@ -101,8 +101,8 @@ def cache(
         typer.Option(
             metavar="N",
             min=1,
-            help="Bins of each layer's sketch: more is truer and slower.  [default: 512, or with --bytes as "
-            "many as pay]",
+            help="Bins of each layer's sketch: more is truer, and larger.  [default: as many as pay, 512 for "
+            "hundreds of layers, more for fewer]",
             show_default=False,
         ),
     ] = None,
@@ -235,7 +235,7 @@ def cache(
                 )
             attributor = Attributor(
                 loaded,
-                width=width if width is not None else 512 if bytes is None else "auto",
+                width=width if width is not None else "auto",
                 budget=bytes,
                 seed=seed,
                 include=include or (),
