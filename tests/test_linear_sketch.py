@@ -146,7 +146,7 @@ def test_threads_change_nothing(way):
     assert_close(sketches[2], sketches[0])
 
 
-FUSED = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+FUSED = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)

@@ -8,8 +8,8 @@ namespace rapidin {
 // The first pass takes points k / radix[0] apart and leaves radix[0] transforms of k / radix[0] neighbours, and so on.
 // Nothing is put back in order: frequency w comes out at order[w].
 struct FftPlan {
-    static constexpr int64_t kMin = 16, kMax = 4096;
-    static constexpr int kMaxPasses = 4;
+    static constexpr int64_t kMin = 16, kMax = 8192;
+    static constexpr int kMaxPasses = 5;
     int64_t k;
     int passes;
     int radix[kMaxPasses];              // 8 or 4
