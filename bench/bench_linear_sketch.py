@@ -29,7 +29,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("layer", LAYERS, ids=str)
-@pytest.mark.parametrize("k", sized([64, 256, 512, 1024], [256]))
+@pytest.mark.parametrize("k", sized([64, 256, 512, 1024, 4096, 8192], [256]))
 @pytest.mark.parametrize("way", WAYS)
 def bench_linear_sketch(benchmark, way, k, layer):
     n_in, n_out = layer

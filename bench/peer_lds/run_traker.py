@@ -4,7 +4,7 @@ It has no causal language models; the model output given here is what its paper 
 log(p / (1 - p)) of each counted token, their mean over the text, and the loss's derivative by it, 1 - p,
 likewise. `loss`: minus the loss itself instead. The gradients are of the linear layers of the blocks. On a
 CPU it draws its matrix of normal numbers anew for every batch, so all texts are one batch; and in half
-precision, its default, one projection is not done after a quarter of an hour, so float32 it is.
+precision, its default, one projection is not done after twelve minutes, so float32 it is.
 
 What is kept of an example is the `features` row, in float16 by default; the gradients it was made from are on
 disk too, but not needed for scores. More dimensions than texts make the matrix that it inverts singular; its

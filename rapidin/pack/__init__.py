@@ -3,7 +3,6 @@
 from rapidin.pack.code import Basis, Code, FloatCode, PackedCode, ScanPlan, side_by_side
 from rapidin.pack.fit import (
     FLOATS,
-    HEAD,
     PACKED,
     SAMPLE,
     Format,
@@ -18,7 +17,6 @@ from rapidin.pack.learn import Learnt, learn, learning_bytes
 
 __all__ = [
     "FLOATS",
-    "HEAD",
     "PACKED",
     "SAMPLE",
     "Basis",
