@@ -12,7 +12,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -194,7 +194,7 @@ def load_model(
         if not (mapped or shard_model):
             model.to(device)
     except RuntimeError as error:
-        raise UserError(f"cannot use the device '{device}': {_first_line(error)}") from None
+        raise UserError(f"cannot use the device '{device}': {_reason(error)}") from None
     model.eval()
     loaded = LoadedModel.of(model, tokenizer)
     loaded.source = source
@@ -275,14 +275,48 @@ def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapp
         extra = extra | {"device_map": "auto"}
     _check_folder(name, what)
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=known[dtype], trust_remote_code=trust_remote_code, **extra
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=known[dtype],
+            trust_remote_code=trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # refused below, with their names
+            **extra,
         )
     except (
         Exception
     ) as error:  # transformers raises many kinds; each means that the name or folder is no usable model
         where = "" if os.path.exists(name) else ", which is no folder here and cannot be had by that name"
-        raise UserError(f"cannot load the {what} '{name}'{where}: {_first_line(error)}") from error
+        raise UserError(f"cannot load the {what} '{name}'{where}: {_reason(error)}") from error
+    shapes = [f"'{key}' as {list(file)}, not {list(own)}" for key, file, own in info["mismatched_keys"]]
+    wrong = _wrong_weights(info["missing_keys"], info["unexpected_keys"], shapes)
+    if wrong:
+        saved_as = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
+        other = f"; it was saved as {saved_as}, not as {type(model).__name__}"
+        raise UserError(
+            f"the weights of the {what} '{name}' do not fit its config: {wrong}"
+            + (other if saved_as != type(model).__name__ else ""),
+            _RENAME if any(mark in key for key in info["unexpected_keys"] for mark in _WRAPPED) else "",
+        )
+    return model
+
+
+_WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
+_RENAME = "the names carry the prefix of a wrapper: save the unwrapped model, or rename its weights"
+
+
+def _wrong_weights(
+    missing: Collection[str], unexpected: Collection[str], shapes: Collection[str] = ()
+) -> str:
+    """What is wrong where a file lacks weights, which would be random, or holds some that nothing takes; ""
+    where nothing is. shapes: of weights that have others than the config says."""
+    lacked, held = ([f"'{name}'" for name in names] for names in (missing, unexpected))
+    said = []
+    for named, what in ((shapes, "holds"), (lacked, "lacks"), (held, "also holds")):
+        if named:
+            more = f" and {len(named) - 3} more" if len(named) > 3 else ""
+            said.append(f"the file {what} {', '.join(sorted(named)[:3])}{more}")
+    return "; ".join(said)
 
 
 def _check_folder(name: str, what: str) -> None:
@@ -302,7 +336,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
     except Exception as error:
-        raise UserError(f"cannot load the tokenizer of '{name}': {_first_line(error)}") from error
+        raise UserError(f"cannot load the tokenizer of '{name}': {_reason(error)}") from error
 
 
 def _load_adapter(model: Any, adapter: str) -> Any:
@@ -317,14 +351,48 @@ def _load_adapter(model: Any, adapter: str) -> Any:
     ):
         raise UserError(f"no such adapter: '{adapter}'")
     try:
-        return PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        loaded = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+        wrong = _wrong_adapter_weights(loaded, adapter)
     except Exception as error:
-        raise UserError(f"cannot load the adapter '{adapter}' on this model: {_first_line(error)}") from error
+        raise UserError(f"cannot load the adapter '{adapter}' on this model: {_reason(error)}") from error
+    if wrong:
+        raise UserError(
+            f"the weights of the adapter '{adapter}' do not fit this model: {wrong}",
+            "give the model that the adapter was made for, or save the adapter again",
+        )
+    return loaded
 
 
-def _first_line(error: Exception) -> str:
+def _wrong_adapter_weights(model: Any, adapter: str) -> str:
+    """As `_wrong_weights`, of an adapter that has just been loaded."""
+    from peft import load_peft_weights, set_peft_model_state_dict
+
+    active = model.active_adapter
+    if model.peft_config[active].is_prompt_learning:
+        return ""  # peft itself loads its few tensors by name, and raises where one is missing
+    # peft only warns, and of tuner weights alone, so the weights are set once more to see what it found.
+    found = set_peft_model_state_dict(model, load_peft_weights(adapter, device="cpu"), adapter_name=active)
+    trained, missing = set(_trained_names(model)), set(found.missing_keys)
+    names: dict[int, list[str]] = {}  # a parameter that layers share is in the file under one of its names
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    lacking = [own[0] for own in names.values() if trained.intersection(own) and missing.issuperset(own)]
+    return _wrong_weights(lacking, found.unexpected_keys)
+
+
+def _reason(error: Exception) -> str:
+    """What an error says, on one line: its first line, and more where that only announces the rest."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, KeyError):
+        return f"nothing has the name {lines[0]}"
+    said = lines[0]
+    for line in lines[1:]:
+        if len(said) > 300 or not (said.endswith(":") or len(said) < 20):
+            break
+        said = f"{said} {line}"
+    return said
 
 
 def _trained_names(model: Any) -> list[str]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -185,3 +188,110 @@ def test_an_adapter_for_another_model_is_one_line(tmp_path: Path) -> None:
         load_model(str(other.model), adapter=str(saved.adapter))
     assert "cannot load the adapter" in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def changed(
+    folder: Path, to: Path, change: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+) -> str:
+    """A copy of a saved model or adapter whose weights are changed."""
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(folder, to)
+    (file,) = to.glob("*.safetensors")
+    save_file(change(load_file(file)), file, metadata={"format": "pt"})
+    return str(to)
+
+
+def without(words: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda weights: {name: value for name, value in weights.items() if words not in name}
+
+
+def renamed(old: str, new: str) -> Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]:
+    return lambda weights: {name.replace(old, new, 1): value for name, value in weights.items()}
+
+
+WEIGHTS = {
+    "a norm is missing": (
+        without("layers.1.input_layernorm"),
+        {},
+        r"lacks 'model\.layers\.1\.input_layernorm",
+    ),
+    "no output head": (without("lm_head"), {}, r"lacks 'lm_head\.weight'"),
+    "a compiled model": (renamed("", "_orig_mod."), {}, r"also holds '_orig_mod\..* unwrapped"),
+    "more layers than the config says": (
+        {},
+        {"num_hidden_layers": 1},
+        r"also holds 'model\.layers\.1\..* 6 more",
+    ),
+    "fewer layers than the config says": (
+        {},
+        {"num_hidden_layers": 3},
+        r"lacks 'model\.layers\.2\..* 6 more",
+    ),
+    "another width": ({}, {"intermediate_size": 40}, r"down_proj\.weight' as \[32, 48\], not \[32, 40\]"),
+}
+
+
+@pytest.mark.parametrize("case", WEIGHTS)
+def test_weights_that_do_not_fit_the_config_are_refused(tmp_path: Path, case: str) -> None:
+    saved = save_tiny(tmp_path / "a")
+    change, settings, words = WEIGHTS[case]
+    name = changed(saved.model, tmp_path / "b", change or dict)
+    config = tmp_path / "b" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | settings))
+    for given in ({"name": name}, {"name": str(saved.model), "base": name}):
+        with pytest.raises(UserError, match=words) as error:
+            load_model(**given)
+        assert "\n" not in str(error.value)
+
+
+def test_a_classifier_and_a_headless_model_are_no_language_models(tmp_path: Path) -> None:
+    from transformers import LlamaForSequenceClassification
+
+    for model in (LlamaForSequenceClassification(tiny_llama().config), tiny_llama().model):
+        model.save_pretrained(tmp_path)
+        tiny_tokenizer().save_pretrained(tmp_path)
+        with pytest.raises(UserError, match=rf"lm_head.* saved as {type(model).__name__}"):
+            load_model(str(tmp_path))
+
+
+ADAPTERS = {
+    "another wrapping's names": (
+        renamed(".model.model.", ".language_model."),
+        "also holds 'base_model.language",
+    ),
+    "a layer is missing": (without("layers.1."), r"lacks 'base_model.*layers\.1\."),
+    "a saved module is missing": (without("lm_head"), "lm_head"),
+    "weights of a layer that is not there": (
+        lambda weights: (
+            weights | {"base_model.model.model.layers.7.self_attn.q_proj.lora_A.weight": torch.ones(4, 32)}
+        ),
+        r"also holds 'base_model.*layers\.7\.",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ADAPTERS)
+def test_weights_that_do_not_fit_the_adapter_are_refused(tmp_path: Path, case: str) -> None:
+    saved = save_tiny(tmp_path / "a")
+    settings = {"modules_to_save": ["lm_head"]} if "saved module" in case else {}
+    tiny_lora(tiny_llama(), **settings).save_pretrained(tmp_path / "adapter")
+    assert load_model(str(saved.model), adapter=str(tmp_path / "adapter")).trained
+    change, words = ADAPTERS[case]
+    with pytest.raises(UserError, match=words) as error:
+        load_model(str(saved.model), adapter=changed(tmp_path / "adapter", tmp_path / "b", change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("kind", ["AdaLoraConfig", "IA3Config", "LoHaConfig", "VBLoRAConfig", "VeraConfig"])
+def test_adapters_of_other_kinds_fit_their_own_files(tmp_path: Path, kind: str) -> None:
+    """Some share weights between layers, or keep fewer in the file than there are in the model."""
+    import peft
+
+    saved = save_tiny(tmp_path / "a")
+    more = {"AdaLoraConfig": {"total_step": 10}, "VBLoRAConfig": {"vector_length": 4}}.get(kind, {})
+    if kind != "IA3Config":
+        more = {"target_modules": ["q_proj"], **more}
+    config = getattr(peft, kind)(task_type="CAUSAL_LM", **more)
+    peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "adapter")
+    assert load_model(str(saved.model), adapter=str(tmp_path / "adapter")).trained
