@@ -18,15 +18,22 @@ from rapidin.cache import Cache, CacheWriter, Manifest, ShardWriter, other_model
 from rapidin.cache.manifest import gradient_settings
 from rapidin.encoding import Encoded, Encoder, Status, by_length
 from rapidin.errors import UserError, is_out_of_memory, short
-from rapidin.examples import Examples, open_examples
+from rapidin.examples import Examples, Record, open_examples
 from rapidin.geometry import STREAM, Geometry, GeometryChoice, Moments, kfac_scales
 from rapidin.hits import Results
-from rapidin.hooks import Batch, GradientSketcher, LossKind, NotBatchedError, Projection
+from rapidin.hooks import (
+    Batch,
+    GradientSketcher,
+    LossKind,
+    NotBatchedError,
+    Projection,
+    evaluation_mode,
+)
 from rapidin.kronecker import FactorMoments
 from rapidin.layers import coverage, find_targets, layer_table
 from rapidin.model import DEFAULT_AT, LoadedModel, load_model
 from rapidin.pack import Format
-from rapidin.query import Generation, as_record
+from rapidin.query import Generation, as_records
 from rapidin.targets import HOTWORDS, Targets, find, split_words
 from rapidin.targets import check as check_targets
 from rapidin.thinning import Thinning
@@ -603,7 +610,7 @@ class Attributor:
             )
         inputs = torch.tensor([ids], device=self.loaded.device)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        with torch.no_grad(), warnings.catch_warnings():
+        with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             generate = partial(
                 model.generate,
@@ -625,20 +632,19 @@ class Attributor:
     def query(
         self,
         cache: Cache | str | Path,
-        generations: Sequence[Any],
+        generations: Any,
         **options: Unpack[QueryOptions],
     ) -> Results:
         """The most helpful and most harmful training examples of each generation.
 
-        generations: (prompt, completion) pairs or records as in training data; where the completion is
-        missing the tuned model writes one. options: see `rapidin.Ensemble.query`, which does it. Raises
-        UserError where the cache was made with another model or other settings, and as that does.
+        generations: (prompt, completion) pairs, prompts, or records as in training data, or a data frame of
+        such, or one of them alone; where the completion is missing the tuned model writes one. options: see
+        `rapidin.Ensemble.query`, which does it. Raises UserError where the cache was made with another model
+        or other settings, and as that does.
         """
         return self._alone(cache).query(generations, **options)
 
-    def scores(
-        self, cache: Cache | str | Path, generations: Sequence[Any], **options: Unpack[ScoreOptions]
-    ) -> Tensor:
+    def scores(self, cache: Cache | str | Path, generations: Any, **options: Unpack[ScoreOptions]) -> Tensor:
         """The scores of all training examples: [Q, rows] float32 on the CPU, NaN for rows that do not count.
 
         options: see `rapidin.Ensemble.scores`.
@@ -708,24 +714,25 @@ class Attributor:
         return queries, weights, owners
 
     def generations(
-        self, values: Sequence[Any], max_new_tokens: int = 64, targets: Targets | None = None
+        self, values: Any, max_new_tokens: int = 64, targets: Targets | None = None
     ) -> list[Generation]:
         """What is to be explained, with completions written where they are missing, and its targets; see
         `query`.
 
         Raises UserError where there is none, or one has no token to explain."""
-        if not values:
+        records = as_records(values)
+        if not records:
             raise UserError("there is no generation to explain")
-        check_targets(targets, len(values))
-        texts = [self._generation(value, max_new_tokens) for value in values]
+        check_targets(targets, len(records))
+        texts = [self._generation(record, max_new_tokens) for record in records]
         for text in texts:
             text.check()
-        return [self._with_targets(text, values[n], targets, n) for n, text in enumerate(texts)]
+        return [self._with_targets(text, records[n], targets, n) for n, text in enumerate(texts)]
 
-    def _with_targets(self, text: Generation, value: Any, targets: Targets | None, n: int) -> Generation:
+    def _with_targets(self, text: Generation, record: Record, targets: Targets | None, n: int) -> Generation:
         if targets is None:
             return text
-        words = split_words(as_record(value).get(HOTWORDS) or ())
+        words = split_words(record.get(HOTWORDS) or ())
         if targets == "hotwords" and not words:
             return text
         pieces = self.encoder.pieces(text.encoded.ids)
@@ -734,8 +741,7 @@ class Attributor:
         spans, missing = find(chosen, counted, text.completion)
         return replace(text, pieces=tuple(counted), spans=tuple(spans), missing=tuple(missing))
 
-    def _generation(self, value: Any, max_new_tokens: int) -> Generation:
-        record = as_record(value)
+    def _generation(self, record: Record, max_new_tokens: int) -> Generation:
         weight = record.get("weight", 1.0)
         if isinstance(weight, bool) or not isinstance(weight, int | float):
             raise UserError(f"the weight {short(weight)} is not a number", "mend the column 'weight'")

@@ -16,7 +16,7 @@ from rapidin.encoding import Encoded, Status, by_length
 from rapidin.errors import needs
 from rapidin.examples import FORMS, form_of
 from rapidin.hits import Hit, QueryResult, Standing
-from rapidin.hooks import Batch, takes
+from rapidin.hooks import Batch, evaluation_mode, takes
 from rapidin.model import LoadedModel
 from rapidin.report import record_parts
 
@@ -73,7 +73,8 @@ def hidden_states(
 
     max_length: tokens of a text that are read; a text without any has a cosine of 0 with all others.
     """
-    made = _mean_states(loaded, [*queries, *texts], max_length, on_progress).double()
+    with evaluation_mode(loaded.model):
+        made = _mean_states(loaded, [*queries, *texts], max_length, on_progress).double()
     made = torch.nn.functional.normalize(made, dim=1)
     scores: Floats = (made[: len(queries)] @ made[len(queries) :].T).numpy()
     return scores

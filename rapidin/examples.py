@@ -17,7 +17,7 @@ import os
 import sys
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -185,6 +185,10 @@ class _JsonLines:
             raise UserError(
                 f"{self.where(row)}: JSON nested too deeply", "mend or remove that line"
             ) from error
+        except ValueError as error:  # Python reads integers of some thousand digits at most
+            raise UserError(
+                f"{self.where(row)}: a number of too many digits", "fix or remove that line"
+            ) from error
         return _as_record(record, self.where(row))
 
 
@@ -312,11 +316,65 @@ def _open_source(source: Any) -> _Source:
         return _Rows(source.with_format(None), None, "dataset")
     if datasets is not None and isinstance(source, datasets.DatasetDict):
         raise UserError(f"the data is a set of splits: {', '.join(source)}", "choose one: data['train']")
-    if isinstance(source, Mapping) or not isinstance(source, Iterable):
-        raise UserError(
-            f"the data is {_kind(source)}", "give a path, a list of records or strings, or a HF dataset"
-        )
-    return _Rows(list(source), None, "examples")
+    frame = frame_records(source)
+    if frame is not None:
+        return _Rows(frame, None, "data frame")
+    if hasattr(source, "read"):  # an open file: its path is what can be read again
+        name = getattr(source, "name", None)
+        if isinstance(name, str) and os.path.isfile(name):
+            return _open_source(name)
+        raise UserError("the data is an open stream without a file", "give its path, or a list of records")
+    if isinstance(source, Mapping):
+        raise UserError("the data is a single record", "put it into a list: [record]")
+    if not isinstance(source, Iterable):
+        raise UserError(f"the data is {_kind(source)}", _GIVE)
+    rows = list(source)
+    paths = [row for row in rows if _is_path(row)]
+    if not paths:
+        return _Rows(rows, None, "examples")
+    if len(paths) < len(rows):
+        raise UserError(f"the data mixes files, such as '{paths[0]}', with other things", _GIVE)
+    return _Joined([_open_source(path) for path in paths])
+
+
+_GIVE = "give a path, a list of paths, a list of records or texts, a data frame or a HF dataset"
+
+
+def _is_path(value: object) -> bool:
+    """Whether an entry of a list is a file or folder rather than a text: a path object, or a name that is
+    there or looks like a data file's."""
+    if isinstance(value, os.PathLike):
+        return True
+    if not isinstance(value, str) or not value or len(value) > 4096 or "\n" in value or "\0" in value:
+        return False
+    named = value.endswith((".jsonl", ".json", ".csv", ".parquet")) and not any(map(str.isspace, value))
+    return named or (os.sep in value and os.path.exists(value))
+
+
+def frame_records(source: Any) -> list[Record] | None:
+    """The rows of a pandas or polars data frame or an Arrow table as records, missing values as None; None
+    for anything else."""
+    for module, kind, convert in _FRAMES:
+        known = getattr(
+            sys.modules.get(module), kind, None
+        )  # whoever hands one over has imported the package
+        if known is not None and isinstance(source, known):
+            rows: list[Record] = convert(source)
+            return rows
+    return None
+
+
+def _pandas_records(frame: Any) -> list[Record]:
+    whole = frame.astype(object)
+    records: list[Record] = whole.where(frame.notna(), None).to_dict("records")
+    return records
+
+
+_FRAMES: tuple[tuple[str, str, Callable[[Any], list[Record]]], ...] = (
+    ("pandas", "DataFrame", _pandas_records),
+    ("polars", "DataFrame", lambda frame: frame.to_dicts()),
+    ("pyarrow", "Table", lambda table: table.to_pylist()),
+)
 
 
 def _load_dataset(path: str) -> Any:
@@ -473,8 +531,9 @@ def open_examples(
 ) -> Examples:
     """Open and check training examples, or with `generations` queries, whose completion may be missing.
 
-    source: path of a .jsonl file or of a HF dataset saved to disk, `Files` for several, a list of records (or
-    of strings, each standing for {"text": string}), or a HF dataset in memory. limit: only the first so many.
+    source: path of a .jsonl file or of a HF dataset saved to disk, several of them (a list of paths, or
+    `Files`), an open file, a list of records (or of strings, each standing for {"text": string}), a pandas or
+    polars data frame, an Arrow table, or a HF dataset in memory. limit: only the first so many.
     checked: read all of it now; else only find where the examples are, which is quick for millions, and parse
     each when it is asked for. skip: examples with something wrong are counted as malformed.
     Raises UserError, naming the place, for a broken line, a record of no known form or of another form than

@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import accumulate, pairwise
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,10 +16,10 @@ from rapidin.cache import Cache
 from rapidin.candidates import Sureness, find
 from rapidin.encoding import Encoded, Status
 from rapidin.errors import UserError
-from rapidin.examples import Examples
+from rapidin.examples import Examples, Record
 from rapidin.hits import Group, Hit, QueryResult, Results, TargetResult, Tokens
 from rapidin.overview import groups, histogram
-from rapidin.query import Clock, Generation, Query, Scoring, Wanted, as_record, sources, weights_of
+from rapidin.query import Clock, Generation, Query, Scoring, Wanted, sources, weights_of
 from rapidin.scan import Ends, Source, all_scores, hits_of, scores_of
 
 OnStage = Callable[[str, int, int], None]  # what is done, how much of it, of how much
@@ -31,7 +30,7 @@ def explain(
     scoring: Scoring,
     wanted: Wanted,
     *,
-    records: Sequence[Any],
+    records: Sequence[Record],
     data: Examples | None,
     clock: Clock,
     models: Callable[[int], Attributor],
@@ -39,7 +38,7 @@ def explain(
 ) -> Results:
     """The hits of each generation, or of all of them together; of several processes, for the leader alone.
 
-    records: the generations as they were given; data: the training examples, to show with the hits; models:
+    records: the generations as records; data: the training examples, to show with the hits; models:
     gives the attributor of each of the query's parts by its number, for what needs its model again.
     """
     texts = query.texts
@@ -155,7 +154,7 @@ def _with_baselines(
     query: Query,
     scoring: Scoring,
     data: Examples | None,
-    records: Sequence[Any],
+    records: Sequence[Record],
     models: Callable[[int], Attributor],
     on_stage: OnStage | None,
 ) -> list[QueryResult]:
@@ -169,7 +168,7 @@ def _with_baselines(
     rows = [baselines.plain_text(data[row]) if counts else "" for row, counts in enumerate(counted.tolist())]
     asked = [
         baselines.asked_text(record, text.completion)
-        for record, text in zip(map(as_record, records), query.texts, strict=True)
+        for record, text in zip(records, query.texts, strict=True)
     ]
     tell = None if on_stage is None else partial(on_stage, "hidden states")
     made = baselines.both(attributor.loaded, rows, asked, max_length=attributor.max_length, on_progress=tell)

@@ -95,6 +95,18 @@ def takes(model: nn.Module, name: str) -> bool:
     return name in inspect.signature(inner.forward).parameters
 
 
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """No dropout inside the block; after it every module is in the mode that it had, training or not."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
 class GradientSketcher:
     """Sketches of the per-example gradients of `targets`.
 
@@ -245,18 +257,16 @@ class GradientSketcher:
         """No parameter needs a gradient, but those that have no other way."""
         before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
         single = {id(self.parameters[self.targets[n].name]) for n in self._single}
-        training = self.model.training
-        self.model.eval()
-        try:
-            for p, _, _ in before:
-                p.requires_grad_(id(p) in single)
-                p.grad = None
-            yield
-        finally:
-            for p, needed, grad in before:
-                p.requires_grad_(needed)
-                p.grad = grad
-            self.model.train(training)
+        with evaluation_mode(self.model):
+            try:
+                for p, _, _ in before:
+                    p.requires_grad_(id(p) in single)
+                    p.grad = None
+                yield
+            finally:
+                for p, needed, grad in before:
+                    p.requires_grad_(needed)
+                    p.grad = grad
 
     @contextlib.contextmanager
     def _hooked(self, state: _Pass) -> Iterator[None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from rapidin.cache import Cache
 from rapidin.distributed import world
 from rapidin.encoding import Encoded, Status
 from rapidin.errors import UserError, short
+from rapidin.examples import frame_records
 from rapidin.scan import Source, all_scores
 from rapidin.targets import Span, Targets
 
@@ -45,12 +46,34 @@ class Generation:
         raise UserError(f"the generation for '{short(self.prompt)}' {why}")
 
 
-def as_record(value: Any) -> dict[str, Any]:
-    """A generation as a record, where it may be a (prompt, completion) pair."""
+def as_records(generations: Any) -> list[dict[str, Any]]:
+    """What is to be explained as records, from a sequence of (prompt, completion) pairs, prompts and records,
+    a data frame, or a single pair, prompt or record. Raises UserError for anything else."""
+    if isinstance(generations, str | Mapping) or _is_pair(generations):
+        generations = [generations]
+    frame = frame_records(generations)
+    if frame is not None:
+        return frame
+    if not isinstance(generations, Iterable):
+        raise UserError(f"a {type(generations).__name__} is no list of generations", _GENERATION)
+    return [_as_record(value, n) for n, value in enumerate(generations)]
+
+
+_GENERATION = "give (prompt, completion) pairs, prompts, or records as in training data"
+
+
+def _is_pair(value: Any) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, str) for x in value)
+
+
+def _as_record(value: Any, n: int) -> dict[str, Any]:
     if isinstance(value, Mapping):
         return dict(value)
-    prompt, completion = value
-    return {"prompt": prompt, "completion": completion}
+    if isinstance(value, str):
+        return {"prompt": value}
+    if isinstance(value, list | tuple) and len(value) == 2:
+        return {"prompt": value[0], "completion": value[1]}
+    raise UserError(f"generation {n + 1} is {short(repr(value))}", _GENERATION)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,6 +112,40 @@ def test_many_queries_at_once_are_each_alone(attributor: Attributor, cache: Cach
         assert [h.score for h in alone.top] == pytest.approx([h.score for h in result.top], abs=1e-5)
 
 
+def test_one_pair_record_or_prompt_and_a_data_frame_are_asked_as_they_are_meant(
+    attributor: Attributor, cache: Cache
+) -> None:
+    import pandas as pd
+
+    pair = ("one two: ", "three")
+    record = dict(zip(("prompt", "completion"), pair, strict=True))
+    (wanted,) = attributor.query(cache, [pair], top_k=3)
+    for given in (pair, record, [record], [list(pair)], pd.DataFrame([record]), iter([pair])):
+        (found,) = attributor.query(cache, given, top_k=3)
+        assert (found.prompt, found.completion, found.top) == (*pair, wanted.top)
+    for given in ("one two: ", ["one two: "], {"prompt": "one two: "}):
+        (found,) = attributor.query(cache, given, top_k=3, max_new_tokens=3)
+        assert found.generated
+        assert found.prompt == "one two: "
+    for given in (7, [("a", "b", "c")], [None]):
+        with pytest.raises(UserError, match=r"give .* pairs, prompts, or records"):
+            attributor.query(cache, given)
+
+
+def test_answers_are_written_without_dropout_and_the_model_is_left_as_it_was(
+    attributor: Attributor, cache: Cache
+) -> None:
+    model = attributor.loaded.model
+    wanted = attributor.generations([{"prompt": "one two: "}], 8)[0].completion
+    model.train()
+    try:
+        found = [attributor.generations([{"prompt": "one two: "}], 8)[0].completion for _ in range(5)]
+        assert model.training
+    finally:
+        model.eval()
+    assert found == [wanted] * 5
+
+
 def test_shards_change_no_hit(attributor: Attributor, cache: Cache, tmp_path: Path) -> None:
     whole = attributor.cache(records(), tmp_path / "one", shard_rows=1000)
     queries = records(3, seed=4)

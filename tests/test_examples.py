@@ -1,5 +1,6 @@
 """Reading data: what is accepted, what is refused and in which words, and which tokens count."""
 
+import io
 import json
 from pathlib import Path
 from typing import Any
@@ -223,7 +224,7 @@ def test_refused_sources(tmp_path: Path) -> None:
         (Path("/dev/null"), "not a regular file"),
         ([], "no examples in the data"),
         ([TEXT, 7], r"examples\[1\]: found a number \(7\)"),
-        ({"text": "a"}, "the data is an object; give a path"),
+        ({"text": "a"}, "the data is a single record; put it"),
         (7, "the data is a number"),
     ]:
         with pytest.raises(UserError, match=message):
@@ -447,3 +448,63 @@ def test_refused_chats() -> None:
 def test_a_record_of_no_form() -> None:
     with pytest.raises(UserError, match="a record with the fields 'question'; expected 'prompt'"):
         encoder()({"question": "?"})
+
+
+RECORDS = [{"prompt": "a", "completion": "b", "n": 1}, {"prompt": "c", "completion": "d", "n": None}]
+
+
+def frames() -> dict[str, object]:
+    import pandas as pd
+    import pyarrow as pa
+
+    return {"pandas": pd.DataFrame(RECORDS), "arrow": pa.Table.from_pylist(RECORDS)}
+
+
+@pytest.mark.parametrize("kind", ["pandas", "arrow"])
+def test_a_data_frame_is_its_rows(kind: str) -> None:
+    found = open_examples(frames()[kind])
+    assert [dict(record) for record in found] == RECORDS
+    assert found.form == "prompt"
+    assert found.where(1) == "data frame[1]"
+
+
+def test_paths_and_open_files_are_what_lies_there(tmp_path: Path) -> None:
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    for path, record in zip((first, second), RECORDS, strict=True):
+        path.write_text(json.dumps(record) + "\n")
+    for source in ([first, second], [str(first), str(second)], (str(first), second)):
+        found = open_examples(source)
+        assert list(found) == RECORDS
+        assert found.path == [str(first), str(second)]
+    with open(first) as text, open(first, "rb") as data:
+        for file in (text, data):
+            assert list(open_examples(file)) == RECORDS[:1]
+    assert list(open_examples(iter(RECORDS))) == RECORDS
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        (RECORDS[0], "a single record"),
+        (io.StringIO("{}"), "an open stream"),
+        (["gone.jsonl"], "no such data: gone"),
+        (["gone.jsonl", "a text"], "mixes files"),
+        ([Path("gone")], "no such data: gone"),
+    ],
+)
+def test_data_that_cannot_be_meant_is_refused(source: object, words: str) -> None:
+    with pytest.raises(UserError, match=words):
+        open_examples(source)
+
+
+def test_texts_may_look_a_little_like_paths() -> None:
+    texts = ["Write to config.json", "and/or", "a.b"]
+    assert [record["text"] for record in open_examples(texts)] == texts
+
+
+def test_an_integer_of_thousands_of_digits_is_one_malformed_line(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "a", "n": ' + "9" * 5000 + '}\n{"text": "b"}\n')
+    with pytest.raises(UserError, match="line 1: a number of too many digits"):
+        open_examples(str(path))
+    assert open_examples(str(path), skip=True).malformed == {0}

@@ -40,7 +40,7 @@ ALLOWED = {
     "page": {"hits", "report"},
     "scan": {"cache", "distributed", "examples", "hits", "methods", "ops", "pack", "transfer"},
     "targets": set(),
-    "query": {"cache", "distributed", "encoding", "methods", "scan", "targets"},
+    "query": {"cache", "distributed", "encoding", "examples", "methods", "scan", "targets"},
     "report": {"hits", "attributor", "plan"},
     "caching": {
         "_cpu",
