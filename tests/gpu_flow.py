@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import sys
 import threading
 import weakref
@@ -32,8 +33,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import CodeType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -253,6 +255,7 @@ class Gpu:
         self.calls: Counter[str] = Counter()  # of ops of rapidin
         self.clocks: dict[int, Clock] = {}
         self.capturing: Graph | None = None
+        self.live_bytes = self.most_bytes = 0  # of the GPU's memory, now and at most
         self._hosts: dict[int, Clock] = {}
         self._memory: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
         self._pinned: weakref.WeakValueDictionary[int, Memory] = weakref.WeakValueDictionary()
@@ -283,6 +286,8 @@ class Gpu:
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
         import gpu_kernels
 
+        from rapidin import transfer
+
         cuda = torch.cuda
         for name, value in {
             "Stream": Stream,
@@ -311,6 +316,7 @@ class Gpu:
             "_lazy_init": lambda: None,
         }.items():
             patch.setattr(cuda, name, value)
+        patch.setattr(transfer, "_side", {})
         submit, result = ThreadPoolExecutor.submit, Future.result
 
         def in_thread(pool: Any, task: Any, *args: Any, **named: Any) -> Any:
@@ -415,6 +421,7 @@ class Gpu:
 
     def freed(self, memory: Memory) -> None:
         """Nothing holds this memory any longer: the allocator may give it to its stream's next work."""
+        self.live_bytes -= memory.size
         if _the is not self or self.capturing is not None and memory.of_graph is self.capturing:
             return
         home, known = self.clocks[memory.stream], self.host()
@@ -441,6 +448,8 @@ class Gpu:
             clock[stream] = clock.get(stream, 0) + 1
             memory.writes[stream] = clock[stream]
             self._memory[begin] = memory
+            self.live_bytes += memory.size
+            self.most_bytes = max(self.most_bytes, self.live_bytes)
         return GpuTensor(held, memory)
 
     def pin(self, like: Tensor) -> Tensor:
@@ -487,8 +496,8 @@ class Gpu:
             return type(x)(self.held(each) for each in x)
         if isinstance(x, dict):
             return {name: self.held(each) for name, each in x.items()}
-        own = getattr(x, "__dict__", None)
-        if own and type(x).__module__.startswith("rapidin"):
+        own = _fields(x)
+        if own:
             again = copy.copy(x)
             for name, value in own.items():
                 object.__setattr__(again, name, CPU if value == CUDA else self.held(value))
@@ -504,8 +513,8 @@ class Gpu:
             inner = x
         elif isinstance(x, dict):
             inner = x.values()
-        elif type(x).__module__.startswith("rapidin"):
-            inner = getattr(x, "__dict__", {}).values()
+        else:
+            inner = _fields(x).values()
         return [memory for each in inner for memory in self.all_memory(each)]
 
     # -- copies --
@@ -551,11 +560,11 @@ class Gpu:
 
     def dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
         """One operation of torch."""
-        with torch.utils._python_dispatch._disable_current_modes():
+        with torch._C.DisableTorchFunction():
             return self._dispatch(func, args, kwargs)
 
     def _dispatch(self, func: Any, args: Any, kwargs: Any) -> Any:
-        name = func._schema.name.partition("::")[2]
+        name = _name(func)
         gpu: list[GpuTensor] = []
         cpu: list[Tensor] = []
         for each in (*args, *kwargs.values()):
@@ -631,27 +640,59 @@ class _Owned(np.ndarray):
 
 
 def _written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    found = []
-    for n, argument in enumerate(func._schema.arguments):
-        if argument.alias_info is not None and argument.alias_info.is_write:
-            value = args[n] if n < len(args) and not argument.kwarg_only else kwargs.get(argument.name)
-            found += [x for x in (value if isinstance(value, list | tuple) else [value]) if x is not None]
+    """The tensors that an operation writes to, of its arguments."""
+    found: list[Tensor] = []
+    for n, name in _outputs(func):
+        value = args[n] if n is not None and n < len(args) else kwargs.get(name)
+        found += [x for x in (value if isinstance(value, list | tuple) else [value]) if x is not None]
     return found
+
+
+@cache
+def _outputs(func: Any) -> list[tuple[int | None, str]]:
+    return [
+        (None if argument.kwarg_only else n, argument.name)
+        for n, argument in enumerate(func._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    ]
+
+
+@cache
+def _name(func: Any) -> str:
+    return str(func._schema.name.partition("::")[2])
+
+
+def _fields(x: Any) -> dict[str, Any]:
+    """What an object of rapidin's consists of."""
+    if not type(x).__module__.startswith("rapidin."):
+        return {}
+    if dataclasses.is_dataclass(x):
+        return {each.name: getattr(x, each.name) for each in dataclasses.fields(x)} | getattr(x, "__dict__", {})
+    return getattr(x, "__dict__", {})
 
 
 def _asker() -> str:
     """Who asked: the innermost function that is neither torch's nor of these helpers."""
     frame = sys._getframe(1)
     while frame is not None:
-        name = frame.f_code.co_filename
-        if "/torch/" not in name and not name.startswith("<") and Path(name).name not in _HELPERS:
-            path = Path(name)
-            if path.is_relative_to(ROOT):
-                return f"{path.relative_to(ROOT)}:{frame.f_code.co_name}"
-            if "site-packages" in path.parts:
-                return "/".join(path.parts[path.parts.index("site-packages") + 1 :]) + f":{frame.f_code.co_name}"
+        name = _named(frame.f_code)
+        if name:
+            return name
         frame = frame.f_back
     return "?"
+
+
+@cache
+def _named(code: CodeType) -> str:
+    """File and function, "" for torch's and the helpers'."""
+    path = Path(code.co_filename)
+    if "torch" in path.parts or code.co_filename.startswith("<") or path.name in _HELPERS:
+        return ""
+    if path.is_relative_to(ROOT):
+        return f"{path.relative_to(ROOT)}:{code.co_name}"
+    if "site-packages" in path.parts:
+        return "/".join(path.parts[path.parts.index("site-packages") + 1 :]) + f":{code.co_name}"
+    return ""
 
 
 _HELPERS = {"gpu_flow.py", "gpu_kernels.py", "contextlib.py"}
