@@ -388,9 +388,7 @@ class Moments:
         finite = torch.stack([(r.isfinite().all(1) & c.isfinite().all(1)) for r, c in squares]).all(0)
         self._examples = self._examples + finite.sum()
         counts = finite[:, None]
-        kept = [
-            (torch.where(counts, r, 0.0).sum(0), torch.where(counts, c, 0.0).sum(0)) for r, c in squares
-        ]
+        kept = [(torch.where(counts, r, 0.0).sum(0), torch.where(counts, c, 0.0).sum(0)) for r, c in squares]
         before = self._sums
         self._sums = (
             kept if before is None else [(r + s, c + d) for (r, c), (s, d) in zip(before, kept, strict=True)]

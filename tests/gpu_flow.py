@@ -452,6 +452,12 @@ class Gpu:
             self.most_bytes = max(self.most_bytes, self.live_bytes)
         return GpuTensor(held, memory)
 
+    def wrapped(self, x: Any, known: dict[int, GpuTensor]) -> Any:
+        """Each tensor in x as one of the GPU; known: by the identities of their numbers."""
+        if isinstance(x, Tensor):
+            return known[id(x)] if id(x) in known else self.wrap(x)
+        return type(x)(self.wrapped(each, known) for each in x) if isinstance(x, list | tuple) else x
+
     def pin(self, like: Tensor) -> Tensor:
         """A pinned tensor with the numbers of one of the CPU."""
         if self.capturing is not None:
@@ -586,8 +592,14 @@ class Gpu:
             if kwargs.get("pin_memory"):
                 return self.pin(func(*args, **{**kwargs, "pin_memory": False}))
             return func(*args, **kwargs)
-        if name == "copy_" and cpu and not (len(cpu) == 1 and cpu[0].ndim == 0 and isinstance(args[0], GpuTensor)):
-            return self.copy(args[0], args[1], kwargs.get("non_blocking", args[2] if len(args) > 2 else False))
+        if (
+            name == "copy_"
+            and cpu
+            and not (len(cpu) == 1 and cpu[0].ndim == 0 and isinstance(args[0], GpuTensor))
+        ):
+            return self.copy(
+                args[0], args[1], kwargs.get("non_blocking", args[2] if len(args) > 2 else False)
+            )
         if gpu and any(x.ndim for x in cpu):
             if name not in _MIXED:
                 raise RuntimeError(
@@ -607,15 +619,8 @@ class Gpu:
         named = {key: self.held(value) for key, value in kwargs.items()}
         if "device" in named:
             named["device"] = CPU
-        of_held = {id(x.held): x for x in gpu}
         found = func(*(self.held(each) for each in args), **named)
-
-        def wrapped(x: Any) -> Any:
-            if isinstance(x, Tensor):
-                return of_held[id(x)] if id(x) in of_held else self.wrap(x)
-            return type(x)(wrapped(each) for each in x) if isinstance(x, list | tuple) else x
-
-        made = wrapped(found)
+        made = self.wrapped(found, {id(x.held): x for x in gpu})
         reads = [x.memory for x in gpu if x.memory is not None]
         if not (func.is_view or name == "detach"):
             written = [x for x in _written(func, args, kwargs) if isinstance(x, GpuTensor)]
@@ -667,7 +672,9 @@ def _fields(x: Any) -> dict[str, Any]:
     if not type(x).__module__.startswith("rapidin."):
         return {}
     if dataclasses.is_dataclass(x):
-        return {each.name: getattr(x, each.name) for each in dataclasses.fields(x)} | getattr(x, "__dict__", {})
+        return {each.name: getattr(x, each.name) for each in dataclasses.fields(x)} | getattr(
+            x, "__dict__", {}
+        )
     return getattr(x, "__dict__", {})
 
 
@@ -743,9 +750,13 @@ def _to(gpu: Gpu, x: Tensor, *args: Any, copy: bool = False, **kwargs: Any) -> T
     return gpu.move(x, device, dtype, non_blocking, copy)
 
 
-def _tensor(gpu: Gpu, data: Any, *, dtype: Any = None, device: Any = None, pin_memory: bool = False, **_: Any) -> Tensor:
+def _tensor(
+    gpu: Gpu, data: Any, *, dtype: Any = None, device: Any = None, pin_memory: bool = False, **_: Any
+) -> Tensor:
     if isinstance(data, GpuTensor):
         raise NotImplementedError("torch.tensor of a tensor of the GPU")
+    if device is not None and torch.device(device).type == "meta":
+        return torch.tensor(data, dtype=dtype, device=device)
     made = torch.tensor(data, dtype=dtype, device=CPU)
     if pin_memory:
         return gpu.pin(made)

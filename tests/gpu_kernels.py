@@ -21,7 +21,9 @@ def install(gpu: Gpu, patch: pytest.MonkeyPatch) -> None:
     patch.setitem(globals(), "_the", gpu)
     default = backends._default
     patch.setattr(
-        backends, "_default", lambda op, device, given: "gpu" if device.type == "cuda" else default(op, device, given)
+        backends,
+        "_default",
+        lambda op, device, given: "gpu" if device.type == "cuda" else default(op, device, given),
     )
     patch.setitem(backends._MODULES, "gpu", __name__)
 
@@ -42,11 +44,6 @@ def _rule(gpu: Gpu, op: str, args: Any, named: Any) -> Any:
     with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
         found = function(*gpu.held(args), **gpu.held(named))
 
-    def wrapped(x: Any) -> Any:
-        if isinstance(x, torch.Tensor):
-            return gpu.wrap(x)
-        return type(x)(wrapped(each) for each in x) if isinstance(x, list | tuple) else x
-
-    made = wrapped(found)
+    made = gpu.wrapped(found, {})
     gpu.use(op, reads, gpu.all_memory(made))
     return made
