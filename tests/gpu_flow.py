@@ -25,7 +25,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import ctypes
 import dataclasses
+import itertools
 import sys
 import threading
 import weakref
@@ -50,6 +52,7 @@ CPU = torch.device("cpu")
 ROOT = Path(__file__).parents[1]
 
 Clock = dict[int, int]
+_numbers = itertools.count()
 
 _the: Gpu | None = None  # the one in use
 _state = threading.local()
@@ -218,15 +221,15 @@ class Graph:
     """A captured graph: what its kernels read that is not its own, and what its copies read of the CPU's."""
 
     memory: list[tuple[weakref.ref[Memory], str]] = field(default_factory=list)
-    pinned: list[tuple[weakref.ref[Memory], Tensor, bytes]] = field(default_factory=list)
+    pinned: list[tuple[weakref.ref[Memory], int, bytes]] = field(default_factory=list)
 
     def lost(self) -> list[str]:
         """What is no longer there, or no longer what it was."""
         found = [f"a captured kernel reads {what}, which is freed" for ref, what in self.memory if not ref()]
-        for ref, host, before in self.pinned:
+        for ref, address, before in self.pinned:
             if ref() is None:
                 found.append("a captured copy reads pinned memory that is freed")
-            elif bytes(host.numpy().tobytes()) != before:
+            elif ctypes.string_at(address, len(before)) != before:
                 found.append("a captured copy reads pinned memory that was written anew")
         return found
 
@@ -249,7 +252,7 @@ class Gpu:
     """kernels: "rule" or "cuda", see the top of this file; memory_bytes: what `mem_get_info` says is free."""
 
     def __init__(self, kernels: str = "rule", memory_bytes: int = 1 << 30) -> None:
-        self.kernels, self.memory_bytes = kernels, memory_bytes
+        self.kernels, self.memory_bytes, self.number = kernels, memory_bytes, next(_numbers)
         self.problems: list[str] = []
         self.waits: Counter[str] = Counter()
         self.calls: Counter[str] = Counter()  # of ops of rapidin
@@ -271,12 +274,12 @@ class Gpu:
         assert _the is None
         _the = self
         self.default = Stream()
-        with pytest.MonkeyPatch.context() as patch, self.modes():
-            self._patch(patch)
-            try:
+        try:
+            with pytest.MonkeyPatch.context() as patch, self.modes():
+                self._patch(patch)
                 yield self
-            finally:
-                _the = None
+        finally:
+            _the = None
 
     @contextlib.contextmanager
     def modes(self) -> Iterator[None]:
@@ -287,6 +290,7 @@ class Gpu:
         import gpu_kernels
 
         from rapidin import transfer
+        from rapidin.ops.lifetimes import Kept
 
         cuda = torch.cuda
         for name, value in {
@@ -317,6 +321,9 @@ class Gpu:
         }.items():
             patch.setattr(cuda, name, value)
         patch.setattr(transfer, "_side", {})
+        get = Kept.get
+        # What is kept is kept for this GPU.
+        patch.setattr(Kept, "get", lambda kept, key, *given: get(kept, (self.number, key), *given))
         submit, result = ThreadPoolExecutor.submit, Future.result
 
         def in_thread(pool: Any, task: Any, *args: Any, **named: Any) -> Any:
@@ -475,10 +482,17 @@ class Gpu:
 
     def at(self, address: int) -> Memory | None:
         """The memory of the GPU that an address is in."""
+        known = self._memory.get(address)
+        if known is not None:
+            return known
         for memory in list(self._memory.values()):
             if memory.begin <= address < memory.begin + memory.size:
                 return memory
         return None
+
+    def words(self, address: int, count: int) -> list[int]:
+        """64-bit integers of the GPU's memory."""
+        return list((ctypes.c_int64 * count).from_address(address))
 
     def pointer(self, x: GpuTensor) -> int:
         if not self._pointers_allowed:
@@ -549,11 +563,12 @@ class Gpu:
         pinned = None if host is None else self.pinned(host)
         if pinned is not None:
             self.use_by_host("copy_", host, writes=host is to)
-            if non_blocking:
+            if self.capturing is not None:  # read at each replay, not now
+                address = host.data_ptr()
+                numbers = ctypes.string_at(address, host.nbytes)
+                self.capturing.pinned.append((weakref.ref(pinned), address, numbers))
+            elif non_blocking:
                 (writes if host is to else reads).append(pinned)
-        if self.capturing is not None and host is x and pinned is not None:
-            numbers = x.detach().contiguous()
-            self.capturing.pinned.append((weakref.ref(pinned), x.detach(), numbers.numpy().tobytes()))
         self.use("copy_", reads, writes)
         with torch.utils._python_dispatch._disable_current_modes():
             self.held(to).copy_(self.held(x))
