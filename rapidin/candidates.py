@@ -105,7 +105,7 @@ def _folded(scanned: Sequence[Source], ends: Ends, data: Examples | None) -> Can
     cache = scanned[0].cache
     every = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))
     # Queries have hits in common, whose records are read once.
-    known = {hit.row: hit for hit in hits_of(cache, data, torch.zeros(len(every)), every)}
+    known = {hit.row: hit for hit in hits_of(cache, data, torch.zeros(len(every), device="cpu"), every)}
     exact, said = exact_copies(cache, list(known)), shingles_of(list(known.values()))
     made, copies = [], []
     for scores, rows in ends:
@@ -120,8 +120,8 @@ def _folded(scanned: Sequence[Source], ends: Ends, data: Examples | None) -> Can
         longest = max(map(len, hits), default=0)
         kept, where = scores.new_zeros(len(hits), longest), rows.new_full((len(hits), longest), -1)
         for n, own in enumerate(hits):
-            kept[n, : len(own)] = torch.tensor([hit.score for hit in own])
-            where[n, : len(own)] = torch.tensor([hit.row for hit in own], dtype=torch.int64)
+            kept[n, : len(own)] = torch.tensor([hit.score for hit in own], device="cpu")
+            where[n, : len(own)] = torch.tensor([hit.row for hit in own], dtype=torch.int64, device="cpu")
         made.append((kept, where))
         copies.append([{hit.row: replace(hit, example=None) for hit in own} for own in hits])
     return Candidates((made[0], made[1]), (copies[0], copies[1]))

@@ -184,7 +184,7 @@ def _rows(source: Source, rows: Tensor, device: torch.device) -> tuple[Tensor, T
         factors = None if factors is None else factors.to(device)
         decoded.append(code.decode(fields))
         scaled.append(source.query.scales(code, fields, factors))
-    unit = torch.cat(decoded) if decoded else torch.zeros(0)
+    unit = torch.cat(decoded) if decoded else torch.zeros(0, device=device)
     if len(unit) != len(rows):
         raise IndexError(f"some of the rows {rows.tolist()[:3]}... are not in the cache {source.cache.path}")
     scales = [scale for scale in scaled if scale is not None]

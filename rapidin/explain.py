@@ -206,8 +206,8 @@ def _by_exact(ends: Ends, exact: Sequence[dict[int, Tensor]], top_k: int) -> End
         for n, parts in enumerate(exact):
             order = sorted((sign * float(parts[row][0].sum()), row) for row in parts)[:top_k]
             rows[n] = -1
-            rows[n, : len(order)] = torch.tensor([row for _, row in order])
-            scores[n, : len(order)] = torch.tensor([sign * score for score, _ in order])
+            rows[n, : len(order)] = torch.tensor([row for _, row in order], device="cpu")
+            scores[n, : len(order)] = torch.tensor([sign * score for score, _ in order], device="cpu")
         made.append((scores, rows))
     return made[0], made[1]
 

@@ -372,17 +372,23 @@ class Moments:
 
     def __init__(self, targets: Sequence[Target]) -> None:
         self.targets = list(targets)
-        self.examples = 0  # whose gradients are finite
         self._sums: list[Squares] | None = None
+        self._examples: Tensor | int = 0
+
+    @property
+    def examples(self) -> int:
+        """Whose gradients are finite. To ask is to wait for a GPU."""
+        return int(self._examples)
 
     def add(self, squares: Sequence[Squares]) -> None:
         """Add a batch: for each target the sums of squares of each example's rows and columns.
 
-        Examples with a value that is not finite are left out.
+        Examples with a value that is not finite are left out. Does not wait for a GPU.
         """
         finite = torch.stack([(r.isfinite().all(1) & c.isfinite().all(1)) for r, c in squares]).all(0)
-        self.examples += int(finite.sum())
-        kept = [(r[finite].sum(0), c[finite].sum(0)) for r, c in squares]
+        self._examples = self._examples + finite.sum()
+        counts = finite[:, None]
+        kept = [(torch.where(counts, r, 0.0).sum(0), torch.where(counts, c, 0.0).sum(0)) for r, c in squares]
         before = self._sums
         self._sums = (
             kept if before is None else [(r + s, c + d) for (r, c), (s, d) in zip(before, kept, strict=True)]
@@ -390,13 +396,14 @@ class Moments:
 
     def scales(self, exponent: float, floor: float) -> dict[str, Scale]:
         """The scale of each target, on the CPU; UserError where no example had a gradient."""
-        if self._sums is None or not self.examples:
+        examples = self.examples
+        if self._sums is None or not examples:
             raise UserError(
                 "no example of the geometry's sample has a gradient that is finite", "say --geometry off"
             )
         table = {}
         for target, (r, c) in zip(self.targets, self._sums, strict=True):
-            rows, columns = r.cpu() / (len(c) * self.examples), c.cpu() / (len(r) * self.examples)
+            rows, columns = r.cpu() / (len(c) * examples), c.cpu() / (len(r) * examples)
             table[target.name] = Scale.of(rows, columns, exponent, floor)
         return table
 

@@ -380,7 +380,9 @@ class _Pass:
 
     def _sketch_embedding(self, n: int, ids: Tensor, grad: Tensor) -> Tensor:
         """[B, width] of ids [B, T] and gradients [B, T, E]."""
-        return ops.embedding_sketch(ids, grad, self.sketcher.width, seed=self.sketcher.seeds[n])
+        # Ids that the model has looked up are in its vocabulary: to look at them here is to wait for a GPU.
+        width, vocabulary = self.sketcher.width, self.sketcher.targets[n].shape[0]
+        return ops.embedding_sketch(ids, grad, width, seed=self.sketcher.seeds[n], vocabulary=vocabulary)
 
     def _sketch_formed(self, n: int, grad: Tensor) -> Tensor:
         """[B, width] of formed gradients [B, O, I]."""

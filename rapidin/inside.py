@@ -144,7 +144,9 @@ def length_of(columns: Tensor, rows: Tensor) -> float:
 
 def lengths_of(factors: Factors) -> Tensor:
     """`length_of` each target's: [targets] float64."""
-    return torch.tensor([length_of(columns, rows) for columns, rows in factors], dtype=torch.float64)
+    return torch.tensor(
+        [length_of(columns, rows) for columns, rows in factors], dtype=torch.float64, device="cpu"
+    )
 
 
 class ExactQueries:
@@ -173,7 +175,7 @@ class ExactQueries:
         """(cosines [Q, B], lengths [B]), float32, with the gradients of other texts, by factors [B, T, I] and
         [B, T, O]."""
         pairs = list(zip(columns, rows, strict=True))
-        length = torch.tensor([length_of(*pair) for pair in pairs], dtype=torch.float64)
+        length = torch.tensor([length_of(*pair) for pair in pairs], dtype=torch.float64, device="cpu")
         products = torch.stack([self.products(target, *pair).double().sum(1).cpu() for pair in pairs], 1)
         both = self.lengths[:, target, None] * length
         return torch.where(both > 0, products / both, 0.0).float(), length.float()
@@ -220,8 +222,11 @@ def exact(
     """
     layers = len(attributor.targets)
     blocks = layers * len(attributor.points)
-    sums = [torch.zeros(len(queries), len(text.ids), dtype=torch.float64) for text in texts]
-    own, theirs = torch.zeros(len(queries), blocks).double(), torch.zeros(len(texts), blocks).double()
+    sums = [torch.zeros(len(queries), len(text.ids), dtype=torch.float64, device="cpu") for text in texts]
+    own, theirs = (
+        torch.zeros(len(queries), blocks, device="cpu").double(),
+        torch.zeros(len(texts), blocks, device="cpu").double(),
+    )
     done = 0
     try:
         for number in range(len(attributor.points)):
@@ -247,7 +252,7 @@ def exact(
                         on_text(done)
     except TypeError as error:
         raise _wrong(error) from None
-    scale = torch.tensor(list(weights), dtype=torch.float64)
+    scale = torch.tensor(list(weights), dtype=torch.float64, device="cpu")
     if normalize == "cosine":
         scale = scale / own[list(owners)].norm(dim=1).clamp(min=1e-300)
     for n in range(len(texts)):

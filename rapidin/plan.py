@@ -136,7 +136,7 @@ def _highest_memory() -> int:
 
 def _read_speed(size: int = 256 << 20) -> float:
     """Bytes a second that this machine reads from memory."""
-    words = torch.ones(size // 4)
+    words = torch.ones(size // 4, device="cpu")
     best = float("inf")
     for _ in range(4):
         start = time.perf_counter()

@@ -187,11 +187,11 @@ def leaders(
         for n, part in enumerate(parts):
             if part.targets is not None:
                 found[f"targets {n}"] = part.targets.cpu().contiguous()
-        found["caches"] = torch.tensor([caches.index(part.cache) for part in parts])
-        found["weights"] = torch.tensor([part.weight for part in parts], dtype=torch.float64)
-        found["texts"] = torch.tensor([text.weight for text in made.texts], dtype=torch.float64)
-        found["spans"] = torch.tensor([len(text.spans) for text in made.texts])
-        found["finer"] = torch.tensor(made.finer is not None)
+        found["caches"] = torch.tensor([caches.index(part.cache) for part in parts], device="cpu")
+        found["weights"] = torch.tensor([part.weight for part in parts], dtype=torch.float64, device="cpu")
+        found["texts"] = torch.tensor([text.weight for text in made.texts], dtype=torch.float64, device="cpu")
+        found["spans"] = torch.tensor([len(text.spans) for text in made.texts], device="cpu")
+        found["finer"] = torch.tensor(made.finer is not None, device="cpu")
         shared: bytes = save(found)
         return shared
 

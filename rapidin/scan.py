@@ -90,7 +90,7 @@ def rescore(source: Source, ends: Ends, top_k: int, device: torch.device | None 
     for (_, rows), largest in zip(ends, (True, False), strict=True):
         ordered = rows.sort(dim=1).values
         place = torch.searchsorted(chosen, ordered).clamp(0, max(0, len(chosen) - 1))
-        own = scores.gather(1, place) if len(chosen) else torch.full(rows.shape, torch.nan)
+        own = scores.gather(1, place) if len(chosen) else torch.full(rows.shape, torch.nan, device="cpu")
         kept = torch.where((ordered >= 0) & ~own.isnan(), ordered, -1)
         best.append(_best(own, kept, top_k, largest))
     return best[0], best[1]
@@ -124,7 +124,9 @@ def _some_pieces(source: Source, chosen: Tensor) -> Iterator[_Piece]:
     """Pieces of these rows [n], ascending, on the CPU; labels are places among them."""
     factors = source.query.factors
     for shard in source.cache.manifest.shards:
-        low, high = torch.searchsorted(chosen, torch.tensor([shard.first, shard.first + shard.rows])).tolist()
+        low, high = torch.searchsorted(
+            chosen, torch.tensor([shard.first, shard.first + shard.rows], device="cpu")
+        ).tolist()
         for start in range(low, high, _ALL_ROWS):
             (first, rows), *_ = source.cache.shards(within=(shard.first, shard.first + 1))
             wanted = chosen[start : min(high, start + _ALL_ROWS)]

@@ -26,15 +26,22 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
 class Download:
     """Tensors on their way to the CPU: in pinned memory, by a stream of its own, after the work so far.
 
-    Any thread may wait for them. Tensors of the CPU are there at once, and are not copied.
+    Any thread may wait for them. Tensors of the CPU are there at once, and are not copied. All are of one
+    device: ValueError where they are not, since one was then made in the wrong place.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
         self._event: torch.cuda.Event | None = None
-        device = next((x.device for x in tensors if x.device.type == "cuda"), None)
-        if device is None:
+        devices = list(dict.fromkeys(x.device for x in tensors))
+        if len(devices) > 1:
+            raise ValueError(
+                f"Download: all tensors must be on one device, got {', '.join(map(repr, map(str, devices)))}; "
+                "move those that are elsewhere with .to()"
+            )
+        if not devices or devices[0].type != "cuda":
             self._tensors = list(tensors)
             return
+        device = devices[0]
         if device not in _side:
             _side[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         stream = _side[device]

@@ -9,6 +9,7 @@ from inputs import SEED
 
 from rapidin import _cpu
 from rapidin.ops import tables
+from rapidin.ops.lifetimes import Kept
 from rapidin.reference import sketch_hash
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "hash.json").read_text())
@@ -79,8 +80,8 @@ def test_signs_and_bits_are_fair():
 
 
 def test_tables_are_bounded(monkeypatch):
-    monkeypatch.setattr(tables, "LIMIT_BYTES", 10_000)
+    monkeypatch.setattr(tables, "_tables", Kept(10_000))
     for seed in range(20):
         tables.rows(seed, tables.OUT, 500, 10)
-    assert sum(t.nbytes for t in tables._tables.values()) <= 10_000
-    assert tables._bytes == sum(t.nbytes for t in tables._tables.values())
+    kept = tables._tables._entries.values()
+    assert 0 < sum(entry.bytes for entry in kept) == tables._tables._bytes <= 10_000

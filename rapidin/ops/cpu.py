@@ -67,9 +67,9 @@ def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:
     return _fold(matrices, row_table, tables.columns(seed, tables.IN, n_in, dim), dim).reshape(*leading, dim)
 
 
-def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
-    vocabulary = 1 << int(ids.max()).bit_length()  # rounded up, so that few tables serve all batches
-    row_table = tables.rows(seed, tables.OUT, vocabulary, dim)[ids]
+def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int, vocabulary: int) -> Tensor:
+    rows = 1 << (vocabulary - 1).bit_length()  # rounded up, so that few tables serve all batches
+    row_table = tables.rows(seed, tables.OUT, rows, dim)[ids]
     return _fold(grads, row_table, tables.columns(seed, tables.IN, grads.shape[-1], dim), dim)
 
 

@@ -5,11 +5,12 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from rapidin.ops.lifetimes import Kept
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 ROW = 128
@@ -21,6 +22,9 @@ _CHUNK_STEP = 32
 
 _SQUARE_ROWS = 16384  # of the longest tensor that one block sums
 _SQUARE_SLICES = 32
+
+# Kept, because gradients often lie where they lay before. Those of a captured call may lie where none lay.
+_tables = Kept(1 << 20, reserve=True)
 
 
 @dataclass(frozen=True)
@@ -74,7 +78,9 @@ def flat_plan(tensors: Sequence[Tensor], dim: int) -> FlatPlan:
     listed += part_tensors
     most = max(part_tensors[part + 1] - part_tensors[part] for part in range(parts))
     return FlatPlan(
-        table=_on_device(tuple(listed), device),
+        table=_tables.get(
+            tuple(listed), device, lambda: torch.tensor(listed, dtype=torch.int64, device="cpu")
+        ),
         tensors=flat,
         batch=batch,
         width=width,
@@ -86,26 +92,3 @@ def flat_plan(tensors: Sequence[Tensor], dim: int) -> FlatPlan:
         slices=min(max(-(-max(counts) // _SQUARE_ROWS), 1), _SQUARE_SLICES),
         steps=most.bit_length(),
     )
-
-
-def _on_device(numbers: tuple[int, ...], device: torch.device) -> Tensor:
-    table, copied = _copied(numbers, device)
-    # Another stream may have asked for the copy. A capture comes after all that was there before it.
-    if copied is not None and not torch.cuda.is_current_stream_capturing():
-        torch.cuda.current_stream(device).wait_event(copied)
-    return table
-
-
-@lru_cache(maxsize=32)
-def _copied(numbers: tuple[int, ...], device: torch.device) -> tuple[Tensor, torch.cuda.Event | None]:
-    """One copy that the host does not wait for; torch keeps the pinned memory until it has been made.
-
-    Kept, because gradients often lie where they lay before; a call for such may be captured in a graph.
-    """
-    if device.type != "cuda":
-        return torch.tensor(numbers, dtype=torch.int64, device="cpu").to(device), None
-    pinned = torch.tensor(numbers, dtype=torch.int64, device="cpu", pin_memory=True)
-    table = pinned.to(device, non_blocking=True)
-    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
-    copied.record(torch.cuda.current_stream(device))
-    return table, copied

@@ -1,19 +1,19 @@
 """What both backends for GPUs do alike in topk_scan: queries in the form that rows are multiplied with, and
-which kernels run on which rows. No step waits for the device, except that a table made for the first time is
-copied there: before a CUDA graph is captured, the same scan must have run once.
+which kernels run on which rows. No step waits for the device. Before a CUDA graph is captured, the same scan
+must have run once, since tables are made then (rapidin.ops.lifetimes).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import pairwise
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from rapidin.ops.lifetimes import kept
 from rapidin.ops.packed import Packed, packed_bytes
 
 TOP, BOTTOM = 1, 2  # which ends are wanted, as bits
@@ -299,16 +299,16 @@ def integer_planes(integers: Tensor, dtype: str) -> Tensor:
     return padded[:, places.flatten()].view(len(integers), *places.shape)
 
 
-@lru_cache(maxsize=64)
-def _numbers_of_bytes(width: int, dtype: str, device: torch.device) -> Tensor:
-    """-> [planes, bytes]: which number of a row each byte's plane holds, `width` for none."""
+@kept(1 << 20)
+def _numbers_of_bytes(width: int, dtype: str) -> Tensor:
+    """-> [planes, bytes] on the device that is named last: which number of a row each byte's plane holds, `width` for none."""
     planes = NUMBERS[dtype]
-    byte = torch.arange(packed_bytes(width, dtype))  # type: ignore[arg-type]
+    byte = torch.arange(packed_bytes(width, dtype), device="cpu")  # type: ignore[arg-type]
     begin = byte // _GROUP * _GROUP * planes
     in_group = (width - begin).clamp_max(_GROUP * planes)
     size = (in_group + planes - 1) // planes
-    place = torch.arange(planes)[:, None] * size + byte % _GROUP
-    return (begin + place).where(place < in_group, width).to(device)
+    place = torch.arange(planes, device="cpu")[:, None] * size + byte % _GROUP
+    return (begin + place).where(place < in_group, width)
 
 
 def _largest(queries: Tensor) -> tuple[Tensor, Tensor]:

@@ -34,11 +34,19 @@ def linear_sketch(
 
 
 def embedding_sketch(
-    ids: Tensor, grads: Tensor, dim: int, *, seed: int, backend: str | None = None
+    ids: Tensor,
+    grads: Tensor,
+    dim: int,
+    *,
+    seed: int,
+    vocabulary: int | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Sketches each example's gradient of an embedding's weight [V, E]: row ids[b, t] gets grads[b, t].
 
     ids: [B, T] int64, none negative; grads: [B, T, E] float32, float16 or bfloat16, zero where padded
+    vocabulary: V, which all ids are below: then they are not looked at, which on a GPU is to wait for it;
+        where an id is not, the sketch is not defined
     -> [B, dim] float32: what matrix_sketch gives for the formed [V, E] gradients, up to rounding
 
     Raises TypeError or ValueError on arguments that are not as above.
@@ -48,16 +56,21 @@ def embedding_sketch(
     check_tensor(op, "ids", ids, (torch.int64,), ndim=2)
     check_tensor(op, "grads", grads, SKETCHED, ndim=3)
     _check_tokens(op, "ids", ids, grads)
-    if ids.numel() and (int(ids.min()) < 0 or int(ids.max()) >= 2**31):
-        raise ValueError(
-            f"{op}: ids must be at least 0 and below 2**31, got {int(ids.min())} to {int(ids.max())}; "
-            "give padded positions any valid id and zero grads"
-        )
+    if vocabulary is not None and not 1 <= vocabulary <= 2**31:
+        raise ValueError(f"{op}: vocabulary must be from 1 to 2**31, got {vocabulary}")
+    if vocabulary is None and ids.numel():
+        least, largest = int(ids.min()), int(ids.max())
+        if least < 0 or largest >= 2**31:
+            raise ValueError(
+                f"{op}: ids must be at least 0 and below 2**31, got {least} to {largest}; "
+                "give padded positions any valid id and zero grads"
+            )
+        vocabulary = largest + 1
     device = check_same_device(op, {"ids": ids, "grads": grads})
     run = find(op, backend, device)
     if not grads.numel():
         return nothing(len(ids), dim, device=device)
-    result: Tensor = run(ids, grads.detach(), dim, seed=seed)
+    result: Tensor = run(ids, grads.detach(), dim, seed=seed, vocabulary=vocabulary)
     return result.float()
 
 

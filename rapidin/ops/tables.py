@@ -1,13 +1,12 @@
 """Bins and signs as the kernels read them, kept between calls on each device."""
 
-from collections import OrderedDict
 from collections.abc import Callable
-from threading import Lock
 
 import torch
 from torch import Tensor
 
 from rapidin import _cpu
+from rapidin.ops.lifetimes import Kept
 
 # A model of 7 billion parameters has some 450 sides of layers of 4,096 to 14,336 elements, at most two tables
 # each: 30 MB, even where each layer has a seed of its own. The rest is for vocabularies.
@@ -20,9 +19,7 @@ CPU = torch.device("cpu")
 
 Change = Callable[[Tensor], Tensor]
 
-_tables: OrderedDict[tuple[object, ...], Tensor] = OrderedDict()
-_bytes = 0
-_lock = Lock()
+_tables = Kept(LIMIT_BYTES)
 
 
 def rows(seed: int, side: tuple[int, int], n: int, k: int, device: torch.device = CPU) -> Tensor:
@@ -59,26 +56,16 @@ def _get(
     device: torch.device,
     change: Change | None = None,
 ) -> Tensor:
-    global _bytes
-    key = (kind, seed, side, n, k, device, change)
-    with _lock:
-        if key in _tables:
-            _tables.move_to_end(key)
-            return _tables[key]
-    if kind == "places":
-        table = _places(seed, n // k, k)
-    else:
+
+    def make() -> Tensor:
+        if kind == "places":
+            return _places(seed, n // k, k)
         build = _cpu.row_table if kind == "rows" else _cpu.column_table
         table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32, device=CPU)
         build(seed, *side, n, k, table.data_ptr())
-    table = (change(table) if change is not None else table).to(device)
-    with _lock:
-        if key not in _tables:
-            _tables[key] = table
-            _bytes += table.nbytes
-        while _bytes > LIMIT_BYTES and len(_tables) > 1:
-            _bytes -= _tables.popitem(last=False)[1].nbytes
-    return table
+        return table if change is None else change(table)
+
+    return _tables.get((kind, seed, side, n, k, change), device, make)
 
 
 def _places(seed: int, count: int, groups: int) -> Tensor:

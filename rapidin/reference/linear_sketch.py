@@ -27,9 +27,11 @@ def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
     return torch.stack([matrix_sketch(g, dim, seed=seed) for g in formed])
 
 
-def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
+def embedding_sketch(
+    ids: Tensor, grads: Tensor, dim: int, *, seed: int, vocabulary: int | None = None
+) -> Tensor:
     """ids: [B, T] int64, grads: [B, T, E] -> [B, dim] float64: the embedding's [V, E] gradient's sketch."""
-    rows = int(ids.max()) + 1 if ids.numel() else 0
+    rows = int(ids.max()) + 1 if ids.numel() else 0  # rows above are zero
     out = torch.zeros(len(ids), dim, dtype=torch.float64, device=grads.device)
     for b in range(len(ids)):
         formed = torch.zeros(rows, grads.shape[-1], dtype=torch.float64, device=grads.device)

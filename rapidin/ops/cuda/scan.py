@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -21,6 +20,7 @@ from rapidin.ops.gpu_scan import (
     integer_queries,
     scaled_queries,
 )
+from rapidin.ops.lifetimes import kept
 
 _FORMATS = {"float32": 0, "float16": 1, "bfloat16": 2, **PACKED_DTYPES}
 _UNIT = 64  # bytes of a row that a warp takes at a time
@@ -175,22 +175,20 @@ def _split(x: Tensor, dtype: str) -> Tensor:
     return columns.view(len(x), 2, 2, x.shape[1]).transpose(1, 2)
 
 
-@lru_cache(maxsize=64)
-def _segment_tables(
-    segments: tuple[Segment, ...], width: int, unit: int, device: torch.device
-) -> tuple[Tensor, Tensor]:
-    """-> the number at each place of the segments' units, `width` for none, and [segments, 5] int32: first
+@kept(1 << 20)
+def _segment_tables(segments: tuple[Segment, ...], width: int, unit: int) -> tuple[Tensor, Tensor]:
+    """-> on the device that is named last: the number at each place of the segments' units, `width` for none, and [segments, 5] int32: first
     and last number, first unit, units before, block."""
-    places, rows = [torch.empty(0, dtype=torch.int64)], []
+    places, rows = [torch.empty(0, dtype=torch.int64, device="cpu")], []
     before = 0
     for begin, end, block in segments:
         first, last = begin // unit, -(-end // unit)
-        place = torch.arange(first * unit, last * unit)
+        place = torch.arange(first * unit, last * unit, device="cpu")
         places.append(place.where((place >= begin) & (place < end), width))
         rows.append((begin, end, first, before, block))
         before += last - first
-    table = torch.tensor(rows, dtype=torch.int32).reshape(-1, 5)
-    return torch.cat(places).to(device), table.to(device)
+    table = torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 5)
+    return torch.cat(places), table
 
 
 def _address(x: Tensor | None) -> int:

@@ -91,9 +91,10 @@ def flat_sketch(
         else None
     )
     scales = scales.contiguous() if scales is not None else None
+    places = tables.places(seed, plan.groups, device)  # held until the launch
     extension().flat_sketch(
         plan.table.data_ptr(), n, plan.batch, plan.rows, plan.parts, plan.chunks_of_part, seed, dim,
-        tables.places(seed, plan.groups, device).data_ptr(),
+        places.data_ptr(),
         scales.data_ptr() if scales is not None else 0,
         partial.data_ptr() if partial is not None else 0,
         out.data_ptr(),

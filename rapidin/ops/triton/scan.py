@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from rapidin.ops.gpu_scan import (
     integer_queries,
     scaled_queries,
 )
+from rapidin.ops.lifetimes import kept
 
 _PROGRAMS_A_MULTIPROCESSOR = 4
 _SIMULATED = 3  # multiprocessors where there is no GPU
@@ -115,9 +115,10 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
     return _Prepared(columns, units, sums, exact, planes, terms, table, tile)
 
 
-@lru_cache(maxsize=64)
-def _segment_table(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
-    return torch.tensor(segments, dtype=torch.int32).reshape(-1, scan_kernels.SEGMENT).to(device)
+@kept(1 << 20)
+def _segment_table(segments: tuple[Segment, ...]) -> Tensor:
+    """On the device that is named last."""
+    return torch.tensor(segments, dtype=torch.int32, device="cpu").reshape(-1, scan_kernels.SEGMENT)
 
 
 def _multiprocessors(device: torch.device) -> int:

@@ -1,0 +1,187 @@
+"""How long memory lives that kernels of a GPU are given the addresses of.
+
+A launch only queues a kernel, which reads later, and in a captured graph again at each replay. Torch promises:
+
+- Freed memory is given to later work of the stream that it was made on. So what that stream was told before
+  is safe, and what other streams were told is after `record_stream`.
+- A copy from pinned memory reads it later. Torch waits for the copy before it gives the memory to others.
+- Memory that is made while a graph is captured is the graph's own, and lives as long as it does. What was
+  there before must outlive the graph, and pinned memory that a captured copy reads must do so unchanged.
+
+So there are three kinds of tensors, and each is held in one way:
+
+- What a call is given, makes for its kernels or returns: by a variable, until the last launch, on the current
+  stream.
+- What is kept between calls: by `Kept`, which looks after other streams and after graphs.
+- What is new in a call that is captured: `Kept` copies it from pinned memory that nothing else ever uses.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+from functools import wraps
+from threading import Lock
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+RESERVE_BYTES = 64 << 10  # pinned for captures, at least
+
+Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...])
+
+
+@dataclass
+class _Entry(Generic[Tensors]):
+    """What is kept. ready: when it is there, None on the CPU; streams: that may read it, by their handles."""
+
+    found: Tensors
+    ready: torch.cuda.Event | None = None
+    streams: set[int] = field(default_factory=set)
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.nbytes for x in _listed(self.found))
+
+
+def _listed(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return found if isinstance(found, tuple) else (found,)
+
+
+class Kept:
+    """Tensors, or tuples of them, by their keys, kept between calls as far as they fit into limit_bytes: the least recently used
+    one goes first.
+
+    Those that a captured graph reads are kept as long as the process, since nothing tells when the graph is
+    gone. reserve: what is asked for the first time in a capture is copied there by the graph itself.
+
+    >>> tables = Kept(1 << 20)
+    >>> table = tables.get(key, device, lambda: torch.tensor(numbers, device="cpu"))
+    """
+
+    def __init__(self, limit_bytes: int, *, reserve: bool = False) -> None:
+        self.limit_bytes = limit_bytes
+        self._entries: OrderedDict[Hashable, _Entry[Any]] = OrderedDict()
+        self._captured: dict[Hashable, _Entry[Any]] = {}
+        self._bytes = 0
+        self._reserve = _Reserve() if reserve else None
+        self._lock = Lock()
+
+    def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensors]) -> Tensors:
+        """What belongs to a key, on a device, whose current stream may read it from now on.
+
+        make: gives it on the CPU where it is not kept. The device is not waited for. To be called with the
+        device as the current one (as `rapidin.ops.backends` does) and the result held until its last launch.
+        Raises RuntimeError in a capture where it is neither kept nor fits into what is reserved.
+        """
+        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+        with self._lock:
+            entry = self._captured.get((key, device)) or self._entries.get((key, device))
+            if entry is not None and (key, device) in self._entries:
+                self._entries.move_to_end((key, device))
+                if capturing:  # never to go again
+                    self._captured[key, device] = self._entries.pop((key, device))
+                    self._bytes -= entry.bytes
+        if entry is None:
+            made = make()
+            if capturing:
+                return self._for_graph(made, device)
+            entry = self._keep((key, device), _sent(made, device))
+            if self._reserve is not None and device.type == "cuda":
+                self._reserve.provide(entry.bytes)
+        if entry.ready is not None and not capturing:  # a capture comes after all that was there before it
+            stream = torch.cuda.current_stream(device)
+            if stream.cuda_stream not in entry.streams:
+                stream.wait_event(entry.ready)
+                for x in _listed(entry.found):
+                    x.record_stream(stream)
+                entry.streams.add(stream.cuda_stream)
+        found: Tensors = entry.found
+        return found
+
+    def _keep(self, key: Hashable, made: _Entry[Tensors]) -> _Entry[Tensors]:
+        with self._lock:
+            entry = self._captured.get(key) or self._entries.setdefault(key, made)
+            if entry is made:
+                self._bytes += made.bytes
+            while self._bytes > self.limit_bytes and len(self._entries) > 1:
+                self._bytes -= self._entries.popitem(last=False)[1].bytes
+        return entry
+
+    def _for_graph(self, made: Tensors, device: torch.device) -> Tensors:
+        hosts = [None if self._reserve is None else self._reserve.take(x) for x in _listed(made)]
+        there = tuple(host.to(device, non_blocking=True) for host in hosts if host is not None)
+        if len(there) < len(hosts):
+            raise RuntimeError(
+                "a table for a kernel is made for the first time while a CUDA graph is captured; "
+                "make the same call once before the capture"
+            )
+        return there if isinstance(made, tuple) else there[0]
+
+
+Made = TypeVar("Made", bound=Callable[..., Any])
+
+
+def kept(limit_bytes: int) -> Callable[[Made], Callable[..., Any]]:
+    """A function that makes tensors of the CPU for its arguments gets one more, the last: the device where
+    they are wanted. What it gave there is kept, as far as it fits into limit_bytes.
+
+    >>> @kept(1 << 20)
+    ... def table(width: int) -> Tensor: ...
+    >>> table(64, device)
+    """
+
+    def decorated(function: Made) -> Callable[..., Any]:
+        tables = Kept(limit_bytes)
+
+        @wraps(function)
+        def run(*arguments: Any) -> Any:
+            *key, device = arguments
+            return tables.get(tuple(key), device, lambda: function(*key))
+
+        return run
+
+    return decorated
+
+
+def _sent(made: Tensors, device: torch.device) -> _Entry[Tensors]:
+    """Tensors of the CPU on a device, by copies that the CPU does not wait for."""
+    single = not isinstance(made, tuple)
+    if device.type != "cuda":
+        there: Any = tuple(x.to(device) for x in _listed(made))
+        return _Entry(there[0] if single else there)
+    stream = torch.cuda.current_stream(device)
+    there = tuple(x.pin_memory().to(device, non_blocking=True) for x in _listed(made))
+    ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    ready.record(stream)
+    return _Entry(there[0] if single else there, ready, {stream.cuda_stream})
+
+
+class _Reserve:
+    """Pinned memory for captures, in which none can be made. What is taken of it is never used again: the
+    graph's copy reads it at each replay."""
+
+    def __init__(self) -> None:
+        self._all: list[Tensor] = []  # held for good
+        self._used = 0
+        self._lock = Lock()
+
+    def provide(self, most_bytes: int) -> None:
+        """Have room for some calls whose tables take so much each. Not to be called in a capture."""
+        with self._lock:
+            left = self._all[-1].nbytes - self._used if self._all else 0
+            if left < max(RESERVE_BYTES // 2, 4 * most_bytes):
+                size = max(RESERVE_BYTES, 8 * most_bytes)
+                self._all.append(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True))
+                self._used = 0
+
+    def take(self, x: Tensor) -> Tensor | None:
+        """The same numbers in memory of their own, None where there is no room."""
+        with self._lock:
+            if not self._all or self._all[-1].nbytes - self._used < x.nbytes:
+                return None
+            begin = self._used
+            self._used += -(-x.nbytes // 16) * 16
+            return self._all[-1][begin : begin + x.nbytes].view(x.dtype).view(x.shape).copy_(x)
