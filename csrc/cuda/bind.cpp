@@ -115,6 +115,7 @@ void bind(py::module_& m) {
     m.def(
         "topk_scan", [](const ScanFields& fields, Place place) { topk_scan(device_scan(fields), queue(place)); },
         "One part of a scan; rapidin/ops/cuda/scan.py says what each field is.");
+    m.def("topk_scan_shared_bytes", &topk_scan_shared_bytes, "Bytes of shared memory of a block of a scan.");
     m.def(
         "topk_merge",
         [](const ScanFields& fields, uint64_t scores, uint64_t indices, uint64_t low_scores, uint64_t low_indices, int64_t stride,
