@@ -11,6 +11,9 @@
 
 #if defined(RAPIDIN_EMULATE)
 #include "emulator.h"
+#define RAPIDIN_ARCHS "sm_80 sm_90 sm_100 compute_100"
+#elif !defined(RAPIDIN_ARCHS)
+#error "RAPIDIN_ARCHS must say what the kernels are compiled for, as \"sm_80 sm_90 compute_90\""
 #endif
 
 namespace py = pybind11;
@@ -131,6 +134,8 @@ void bind(py::module_& m) {
         },
         "Codes of packed rows as float16.");
     m.def("multiprocessors", &multiprocessors_of, "How many of them a device has.");
+    m.def("capability", &capability_of, "A device's compute capability, 10 major + minor.");
+    m.attr("architectures") = RAPIDIN_ARCHS;
     m.def(
         "hash_words",
         [](uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint64_t words, Place place) {
@@ -152,6 +157,7 @@ void bind(py::module_& m) {
 #if defined(RAPIDIN_EMULATE)
     m.attr("emulated") = true;
     m.def("set_order", &emulator::set_order, "Order in which a block's threads run: 0, 1 or 2.");
+    m.def("set_arch", &emulator::set_arch, "The architecture whose limits launches are held to: 75, 80, 86, 89, 90 or 100.");
 #else
     m.attr("emulated") = false;
 #endif

@@ -138,18 +138,16 @@ class OnDevice {
     bool changed_ = false;
 };
 
-inline int multiprocessors() {
-    int device = 0, count = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
-    return count;
+inline int device_attribute(cudaDeviceAttr attribute, int device) {
+    int value = 0;
+    check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
+    return value;
 }
 
-// Bytes that a block may have once its kernel asks for more than 48 KB.
-inline int shared_bytes(int device) {
-    int bytes = 0;
-    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
-    return bytes;
+inline int multiprocessors() {
+    int device = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    return device_attribute(cudaDevAttrMultiProcessorCount, device);
 }
 
 // Starts a kernel on a stream (as an integer, the way Python hands it over) and says so if that failed. It does not
@@ -158,14 +156,15 @@ template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, uint64_t stream,
             Args... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-#if defined(__CUDACC__)
     if (shared_bytes > 48 * 1024)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), name);
+#if defined(__CUDACC__)
     kernel<<<grid, threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
     check(cudaGetLastError(), name);
 #else
     static_cast<void>(stream);
-    emulate(name, grid, threads, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
+    const auto body = [&] { kernel(static_cast<Params>(args)...); };
+    check(emulate(name, reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, std::cref(body)), name);
 #endif
 }
 

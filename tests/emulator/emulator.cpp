@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <stdexcept>
+#include <unordered_map>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -23,6 +25,17 @@ namespace emulator {
 namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
+
+// What a launch may ask for: CUDA C++ Programming Guide, technical specifications by compute capability.
+struct Arch {
+    int number, shared_bytes;  // of a block that opts in
+};
+constexpr Arch kArchs[] = {{75, 64 << 10}, {80, 163 << 10}, {86, 99 << 10}, {89, 99 << 10}, {90, 227 << 10}, {100, 227 << 10}};
+constexpr int kMostThreads = 1024, kSharedWithoutAsking = 48 << 10;
+constexpr unsigned kMostX = 0x7fffffffu, kMostYZ = 65535;
+constexpr int kMultiprocessors = 3;
+Arch arch = kArchs[4];
+std::unordered_map<const void*, int> allowed;  // shared memory that kernels have opted in to
 
 enum State { kReady, kAtBarrier, kAtExchange, kDone };
 
@@ -166,6 +179,22 @@ Place& here() { return current ? current->place : outside; }
 
 void set_order(int wanted) { order = wanted; }
 
+void set_arch(int wanted) {
+    for (const Arch& known : kArchs) {
+        if (known.number != wanted) continue;
+        arch = known;
+        allowed.clear();
+        return;
+    }
+    throw std::invalid_argument("set_arch: known are 75, 80, 86, 89, 90 and 100, got " + std::to_string(wanted));
+}
+
+cudaError_t allow_shared(const void* kernel, int bytes) {
+    if (bytes < 0 || bytes > arch.shared_bytes) return cudaErrorInvalidValue;
+    allowed[kernel] = bytes;
+    return cudaSuccess;
+}
+
 void barrier() { to_scheduler(kAtBarrier); }
 
 void exchange(const Deposit& own, Deposit (&all)[32], uint32_t& present) {
@@ -199,6 +228,16 @@ void wait_async(int groups_left) {
 }
 
 }  // namespace emulator
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount: *value = emulator::kMultiprocessors; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::arch.shared_bytes; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = emulator::arch.number / 10; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = emulator::arch.number % 10; break;
+    }
+    return cudaSuccess;
+}
 
 uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
     const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
@@ -302,8 +341,14 @@ void emulated_mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
     });
 }
 
-void emulate(const char* name, dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
+cudaError_t emulate(const char* name, const void* kernel, dim3 grid, int threads, size_t shared_bytes,
+                    const std::function<void()>& body) {
     using namespace emulator;
+    if (threads < 1 || threads > kMostThreads || grid.x > kMostX || grid.y > kMostYZ || grid.z > kMostYZ)
+        return cudaErrorInvalidConfiguration;
+    const auto asked = allowed.find(kernel);
+    const int most = asked == allowed.end() ? kSharedWithoutAsking : std::max(asked->second, kSharedWithoutAsking);
+    if (shared_bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
     block.name = name;
     block.body = &body;
     while (static_cast<int>(block.threads.size()) < threads) {
@@ -329,6 +374,7 @@ void emulate(const char* name, dim3 grid, int threads, size_t shared_bytes, cons
                 run_block(threads);
             }
     block.shared.reset();
+    return cudaSuccess;
 }
 
 }  // namespace rapidin

@@ -27,18 +27,29 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
-enum { cudaDevAttrMultiProcessorCount = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 1 };
-inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 227 << 10;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline const char* cudaGetErrorString(cudaError_t code) {
+    return code == cudaSuccess ? "no error" : code == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+}
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
     return cudaSuccess;
 }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
 namespace emulator {
+
+void set_arch(int arch);
+// As cudaFuncSetAttribute for dynamic shared memory.
+cudaError_t allow_shared(const void* kernel, int bytes);
 
 struct Place {
     dim3 thread, block, block_dim, grid_dim;
@@ -60,6 +71,11 @@ void commit_async();
 void wait_async(int groups_left);
 
 }  // namespace emulator
+
+template <class Kernel>
+inline cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+    return emulator::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+}
 
 #define threadIdx (emulator::here().thread)
 #define blockIdx (emulator::here().block)
@@ -153,7 +169,9 @@ namespace rapidin {
 
 float emulated_half(uint16_t bits);
 unsigned char* shared_memory();
-void emulate(const char* name, dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body);
+// Runs a launch to its end, or says as CUDA does that the architecture does not allow it.
+cudaError_t emulate(const char* name, const void* kernel, dim3 grid, int threads, size_t shared_bytes,
+                    const std::function<void()>& body);
 
 enum MmaNumbers { kMmaF16, kMmaBF16, kMmaTF32 };
 void emulated_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MmaNumbers numbers);
