@@ -27,7 +27,7 @@ pytestmark = pytest.mark.skipif(None in LIBRARIES, reason="this compiler has no 
 def sanitized(*command):
     environment = {
         **os.environ,
-        "RAPIDIN_SANITIZE": "1",
+        "RAPIDIN_EMULATED": "sanitized",
         "LD_PRELOAD": " ".join(map(str, LIBRARIES)),
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "CUDA_VISIBLE_DEVICES": "",

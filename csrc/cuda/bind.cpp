@@ -10,7 +10,9 @@
 #include "launchers.h"
 
 #if defined(RAPIDIN_EMULATE)
-#include "emulator.h"
+namespace emulator {
+void bind(pybind11::module_& m);  // tests/emulator/module.cpp
+}
 #define RAPIDIN_ARCHS "sm_80 sm_90 sm_100 compute_100"
 #elif !defined(RAPIDIN_ARCHS)
 #error "RAPIDIN_ARCHS must say what the kernels are compiled for, as \"sm_80 sm_90 compute_90\""
@@ -156,8 +158,7 @@ void bind(py::module_& m) {
 
 #if defined(RAPIDIN_EMULATE)
     m.attr("emulated") = true;
-    m.def("set_order", &emulator::set_order, "Order in which a block's threads run: 0, 1 or 2.");
-    m.def("set_arch", &emulator::set_arch, "The architecture whose limits launches are held to: 75, 80, 86, 89, 90 or 100.");
+    emulator::bind(m);
 #else
     m.attr("emulated") = false;
 #endif

@@ -48,6 +48,7 @@ struct AsyncCopy {
 struct Thread {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
+    watch::Thread watched;
     Place place;
     State state = kReady;
     int64_t exchanges = 0;
@@ -107,7 +108,9 @@ void entry() {
 void resume(Thread& thread) {
     current = &thread;
     SWITCH_BEGIN(&scheduler_fake_stack, thread.stack.get(), kStackBytes);
+    watch::run_thread(&thread.watched);
     swapcontext(&scheduler, &thread.context);
+    watch::run_thread(nullptr);
     SWITCH_END(scheduler_fake_stack, nullptr, nullptr);
     current = nullptr;
 }
@@ -156,6 +159,7 @@ void run_block(int threads) {
                     all[lane] = thread.deposit;
                     thread.state = kReady;
                 }
+                watch::at_exchange(static_cast<uint32_t>(w));
                 ran = true;
             }
         }
@@ -167,6 +171,7 @@ void run_block(int threads) {
         if (at_barrier > 0 && at_barrier + done == threads) {
             if (done > 0) die("a barrier that some threads have left behind");
             for (const auto& thread : block.threads) thread->state = kReady;
+            watch::at_barrier();
             continue;
         }
         if (!ran) die("threads that wait for each other: a barrier or a warp's exchange that not all lanes reach");
@@ -209,7 +214,13 @@ void exchange(const Deposit& own, Deposit (&all)[32], uint32_t& present) {
         if (block.threads[w * 32 + lane]->state != kDone) present |= 1u << lane;
 }
 
-void copy_async(void* to, const void* from, int bytes, int read) { current->open.push_back({to, from, bytes, read}); }
+// The running thread may neither read nor write there before it has waited; others only after a barrier besides.
+void copy_async(void* to, const void* from, int bytes, int read) {
+    const void* place = __builtin_return_address(0);
+    if (read > 0) watch::touch(from, static_cast<size_t>(read), watch::kRead, place);
+    watch::touch(to, static_cast<size_t>(bytes), watch::kWrite, place);
+    current->open.push_back({to, from, bytes, read});
+}
 
 void commit_async() {
     current->groups.push_back(std::move(current->open));
@@ -303,6 +314,7 @@ uint32_t emulated_pack_bf16(float low, float high) {
 template <class T, class Dot>
 static void emulated_mma_words(T (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Dot dot) {
     emulator::Deposit own = {}, all[32];
+    if (emulated_lane() == 0) emulator::watch::count_product();
     std::copy(std::begin(a), std::end(a), own.words);
     std::copy(std::begin(b), std::end(b), own.words + 4);
     uint32_t present;
@@ -356,6 +368,7 @@ cudaError_t emulate(const char* name, const void* kernel, dim3 grid, int threads
         block.threads.back()->stack = std::make_unique<char[]>(kStackBytes);
     }
     block.threads.resize(static_cast<size_t>(threads));
+    watch::begin_launch(name, {grid.x, grid.y, grid.z}, threads, shared_bytes);
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) {
@@ -369,10 +382,16 @@ cudaError_t emulate(const char* name, const void* kernel, dim3 grid, int threads
                     thread.open.clear();
                     thread.place = {dim3(static_cast<unsigned>(i), 0, 0), dim3(x, y, z),
                                     dim3(static_cast<unsigned>(threads)), grid};
+                    const auto* own = reinterpret_cast<const char*>(&thread);
+                    thread.watched = {static_cast<uint32_t>(i), static_cast<uint32_t>(i / 32), thread.stack.get(),
+                                      thread.stack.get() + kStackBytes, own, own + sizeof thread};
                     begin(thread);
                 }
+                watch::begin_block({x, y, z}, block.shared.get(), shared_bytes, threads);
                 run_block(threads);
+                watch::end_block();
             }
+    watch::end_launch();
     block.shared.reset();
     return cudaSuccess;
 }

@@ -12,10 +12,18 @@
 #include <cstring>
 #include <functional>
 
+#include "watch.h"
+
 #define __global__
 #define __device__
 #define __host__
+#if defined(RAPIDIN_WATCH)
+#define __forceinline__ inline __attribute__((always_inline))  // a place in the code for each call
+#define WATCHED_ELSEWHERE __attribute__((noinline, no_sanitize("thread")))
+#else
 #define __forceinline__ inline
+#define WATCHED_ELSEWHERE inline
+#endif
 #define __restrict__
 #define __launch_bounds__(...)
 #define __align__(n)
@@ -83,7 +91,7 @@ inline cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int b
 #define gridDim (emulator::here().grid_dim)
 
 inline void __syncthreads() { emulator::barrier(); }
-inline void __threadfence() {}
+inline void __threadfence() { emulator::watch::fence(); }
 int __syncthreads_or(int predicate);
 
 inline float __uint_as_float(uint32_t bits) {
@@ -153,13 +161,15 @@ inline int __all_sync(uint32_t mask, int predicate) { return __ballot_sync(mask,
 
 // Threads run one at a time.
 template <class T>
-inline T atomicAdd(T* address, T value) {
+WATCHED_ELSEWHERE T atomicAdd(T* address, T value) {
+    emulator::watch::atomic(address, sizeof(T), __builtin_return_address(0));
     const T before = *address;
     *address = static_cast<T>(before + value);
     return before;
 }
 template <class T>
-inline T atomicMax(T* address, T value) {
+WATCHED_ELSEWHERE T atomicMax(T* address, T value) {
+    emulator::watch::atomic(address, sizeof(T), __builtin_return_address(0));
     const T before = *address;
     if (value > before) *address = value;
     return before;
