@@ -434,7 +434,7 @@ __global__ __launch_bounds__(kScanThreads, 2) void topk_scan_kernel(DeviceScan a
     if (args.last_part) {
         for (int i = static_cast<int>(threadIdx.x); i < lists; i += kScanThreads) {
             shared.counts[i] = args.counts[first_list + i];
-            shared.least[i] = args.least[first_query * ends + i];
+            shared.least[i] = load_relaxed(args.least + first_query * ends + i);
         }
     }
     __syncthreads();

@@ -19,7 +19,7 @@ SANITIZERS = ["-O1", "-fno-omit-frame-pointer"]
 SANITIZERS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # Each access as the source has it: not cut up, joined, or moved to another line.
 WATCHED = ["-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fno-tree-sra", "-fno-ipa-sra"]
-WATCHED += ["-fno-store-merging", "-fno-crossjumping", "-fno-tree-tail-merge", "-Wno-psabi"]
+WATCHED += ["-fno-store-merging", "-fno-crossjumping", "-fno-tree-tail-merge", "-Wno-deprecated-copy"]
 VARIANTS = ("plain", "sanitized", "watched")
 
 

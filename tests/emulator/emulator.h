@@ -20,7 +20,15 @@
 #if defined(RAPIDIN_WATCH)
 #define __forceinline__ inline __attribute__((always_inline))  // a place in the code for each call
 #define WATCHED_ELSEWHERE __attribute__((noinline, no_sanitize("thread")))
+// Otherwise `*at = {{..}}` would be watched word by word.
+#define RAPIDIN_STORED_WHOLE(Type)                                                               \
+    __forceinline__ Type& operator=(const Type& other) {                                         \
+        typedef uint32_t Words __attribute__((vector_size(sizeof(w)), may_alias));               \
+        *reinterpret_cast<Words*>(w) = *reinterpret_cast<const Words*>(other.w);                 \
+        return *this;                                                                            \
+    }
 #else
+#define RAPIDIN_STORED_WHOLE(Type)
 #define __forceinline__ inline
 #define WATCHED_ELSEWHERE inline
 #endif
@@ -166,6 +174,11 @@ WATCHED_ELSEWHERE T atomicAdd(T* address, T value) {
     const T before = *address;
     *address = static_cast<T>(before + value);
     return before;
+}
+template <class T>
+WATCHED_ELSEWHERE T emulated_atomic_load(const T* address) {
+    emulator::watch::atomic(address, sizeof(T), __builtin_return_address(0));
+    return *address;
 }
 template <class T>
 WATCHED_ELSEWHERE T atomicMax(T* address, T value) {
