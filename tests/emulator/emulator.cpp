@@ -35,6 +35,7 @@ constexpr int kMostThreads = 1024, kSharedWithoutAsking = 48 << 10;
 constexpr unsigned kMostX = 0x7fffffffu, kMostYZ = 65535;
 constexpr int kMultiprocessors = 3;
 Arch arch = kArchs[4];
+bool checked_only = false;
 std::unordered_map<const void*, int> allowed;  // shared memory that kernels have opted in to
 
 enum State { kReady, kAtBarrier, kAtExchange, kDone };
@@ -193,6 +194,8 @@ void set_arch(int wanted) {
     }
     throw std::invalid_argument("set_arch: known are 75, 80, 86, 89, 90 and 100, got " + std::to_string(wanted));
 }
+
+void set_checked_only(bool wanted) { checked_only = wanted; }
 
 cudaError_t allow_shared(const void* kernel, int bytes) {
     if (bytes < 0 || bytes > arch.shared_bytes) return cudaErrorInvalidValue;
@@ -361,6 +364,7 @@ cudaError_t emulate(const char* name, const void* kernel, dim3 grid, int threads
     const auto asked = allowed.find(kernel);
     const int most = asked == allowed.end() ? kSharedWithoutAsking : std::max(asked->second, kSharedWithoutAsking);
     if (shared_bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
+    if (checked_only) return cudaSuccess;
     block.name = name;
     block.body = &body;
     while (static_cast<int>(block.threads.size()) < threads) {

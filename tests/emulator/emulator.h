@@ -64,6 +64,7 @@ cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int dev
 namespace emulator {
 
 void set_arch(int arch);
+void set_checked_only(bool wanted);  // launches are checked, and not run
 // As cudaFuncSetAttribute for dynamic shared memory.
 cudaError_t allow_shared(const void* kernel, int bytes);
 

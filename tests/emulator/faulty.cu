@@ -77,6 +77,8 @@ __global__ void wide_kernel(const float* in, float* out, int step) {
     out[threadIdx.x] = x.x[0] + x.x[3];
 }
 
+__global__ void empty_kernel() {}
+
 }  // namespace
 
 void faulty(Fault fault, const float* in, float* out, int option) {
@@ -90,6 +92,10 @@ void faulty(Fault fault, const float* in, float* out, int option) {
 
 void faulty_last_block(const float* in, float* parts, unsigned* tickets, float* out, int fenced) {
     launch("last_block", last_block_kernel, dim3(3), 64, 4, 0, in, parts, tickets, out, fenced);
+}
+
+void faulty_launch(unsigned x, unsigned y, unsigned z, int threads, unsigned shared_bytes) {
+    launch("empty", empty_kernel, dim3(x, y, z), threads, shared_bytes, 0);
 }
 
 }  // namespace emulator

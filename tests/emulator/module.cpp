@@ -55,6 +55,7 @@ void bind_faulty(py::module_& m) {
     bind("faulty_total", kTotal);
     bind("faulty_column", kColumn);
     bind("faulty_wide", kWide);
+    m.def("faulty_launch", &faulty_launch);
     m.def("faulty_last_block", [](uint64_t in, uint64_t parts, uint64_t tickets, uint64_t out, int fenced) {
         faulty_last_block(at<const float>(in), at<float>(parts), at<unsigned>(tickets), at<float>(out), fenced);
     });
@@ -66,6 +67,7 @@ void bind_faulty(py::module_& m) {
 void bind(py::module_& m) {
     m.def("set_order", &set_order, "Order in which a block's threads run: 0, 1 or 2.");
     m.def("set_arch", &set_arch, "The architecture whose limits launches are held to: 75, 80, 86, 89, 90 or 100.");
+    m.def("set_checked_only", &set_checked_only, "Whether launches are held to the limits and then not run.");
 #if defined(RAPIDIN_WATCH)
     bind_counts(m);
     bind_faulty(m);
