@@ -50,8 +50,9 @@ def find_nvcc() -> str | None:
 
 
 def gpu_codes(nvcc: str) -> list[str]:
-    """What is compiled for, as nvcc names it: machine code sm_80, .. and PTX compute_100, of the architectures
-    asked for, or of those of ARCHS that this nvcc knows."""
+    """What is compiled for, as nvcc names it: machine code sm_80, .. and PTX compute_100.
+
+    Of the architectures asked for, or of those of ARCHS that this nvcc knows."""
     asked = os.environ.get("RAPIDIN_CUDA_ARCHS", "").split()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     archs = asked or [arch for arch in ARCHS if f"sm_{arch}" in known]

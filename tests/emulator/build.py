@@ -18,7 +18,13 @@ FLAGS += ["-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-O1", "-fno-omit-frame-pointer"]
 SANITIZERS += ["-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 # Each access as the source has it: not cut up, joined, or moved to another line.
-WATCHED = ["-O1", "-fsanitize=thread", "--param=tsan-instrument-func-entry-exit=0", "-fno-tree-sra", "-fno-ipa-sra"]
+WATCHED = [
+    "-O1",
+    "-fsanitize=thread",
+    "--param=tsan-instrument-func-entry-exit=0",
+    "-fno-tree-sra",
+    "-fno-ipa-sra",
+]
 WATCHED += ["-fno-store-merging", "-fno-crossjumping", "-fno-tree-tail-merge", "-Wno-deprecated-copy"]
 VARIANTS = ("plain", "sanitized", "watched")
 
@@ -42,7 +48,9 @@ def emulated(variant: str | None = None) -> ModuleType:
     others = [ROOT / "csrc/cuda/bind.cpp", *sorted(HERE.glob("*.cpp"))]
     sources = [*kernels, *others]
     headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc/cuda").glob("*.*h"), *HERE.glob("*.h")]
-    flags = {"plain": FLAGS, "sanitized": [*FLAGS, *SANITIZERS], "watched": [*FLAGS, "-DRAPIDIN_WATCH"]}[variant]
+    flags = {"plain": FLAGS, "sanitized": [*FLAGS, *SANITIZERS], "watched": [*FLAGS, "-DRAPIDIN_WATCH"]}[
+        variant
+    ]
     of_kernels = [*flags, *(WATCHED if variant == "watched" else [])]
     name = f"_cuda_emulated{'' if variant == 'plain' else '_' + variant}"
     common = [f"-I{HERE}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
@@ -55,7 +63,15 @@ def emulated(variant: str | None = None) -> ModuleType:
     folder = ROOT / "build" / "emulated"
     folder.mkdir(parents=True, exist_ok=True)
     for source in sources:
-        command = [compiler, *(of_kernels if source in kernels else flags), *common, "-c", "-x", "c++", str(source)]
+        command = [
+            compiler,
+            *(of_kernels if source in kernels else flags),
+            *common,
+            "-c",
+            "-x",
+            "c++",
+            str(source),
+        ]
         of_unit = seen.copy()
         of_unit.update(repr(command).encode() + source.read_bytes())
         units.append(folder / f"{source.name}.{of_unit.hexdigest()[:16]}.o")

@@ -38,6 +38,7 @@ void bind_counts(py::module_& m) {
         .def_readonly("sites", &Launch::sites);
     m.def("count", &watch::count, "Whether launches are counted from now on; forgets what was.");
     m.def("counted", &watch::counted, "The launches since.");
+    m.def("launched", &watch::launched, "The names of the kernels launched since it was asked last.");
 }
 
 template <class T>

@@ -127,6 +127,7 @@ std::set<std::pair<uint32_t, uint32_t>> told;
 bool counting = false;
 Launch launch;
 std::vector<Launch> launches;
+std::set<std::string> names;
 std::vector<std::vector<Record>> records(kThreads);
 std::map<std::tuple<uint32_t, Kind, bool, uint32_t>, uint32_t> site_numbers;
 std::unordered_set<uintptr_t> sectors_read, sectors_written, sectors_of_block;
@@ -214,7 +215,7 @@ void add(Accesses& to, const Access& x, uint32_t floor) {
 
 void race(const Access& other, Kind other_kind, Kind kind, uint32_t place, uintptr_t at, bool shared) {
     if (races.size() >= kMostRaces || !told.insert({place, other.place}).second) return;
-    races.push_back({other, kind, other_kind, stamp_now(), place, at, shared});
+    races.push_back({other, kind, other_kind, stamp_now(), place, shared ? at - shared_at : at, shared});
 }
 
 void check(const Accesses& of, Kind their_kind, Kind kind, uint32_t place, uintptr_t at, bool shared, uint32_t floor) {
@@ -405,7 +406,7 @@ std::string told_of(const Race& race) {
                        thread_of(race.other.stamp) + ", and " + kinds[race.kind] + " at " + line_of(race.place) + " by " +
                        thread_of(race.stamp) + ": ";
     char where[64];
-    if (race.shared) std::snprintf(where, sizeof where, "byte %zu of shared memory", static_cast<size_t>(race.at - shared_at));
+    if (race.shared) std::snprintf(where, sizeof where, "byte %zu of shared memory", static_cast<size_t>(race.at));
     else std::snprintf(where, sizeof where, "global memory at 0x%zx", static_cast<size_t>(race.at));
     return text + where;
 }
@@ -432,6 +433,7 @@ void begin_launch(const char* name, const unsigned (&grid)[3], int threads, size
     sectors_written.clear();
     launch = {};
     launch.name = name;
+    names.insert(name);
     std::copy(std::begin(grid), std::end(grid), std::begin(launch.grid));
     launch.threads = threads;
     launch.shared_bytes = shared_bytes;
@@ -532,6 +534,12 @@ void count(bool wanted) {
 }
 
 std::vector<Launch> counted() { return launches; }
+
+std::vector<std::string> launched() {
+    std::vector<std::string> found(names.begin(), names.end());
+    names.clear();
+    return found;
+}
 
 }  // namespace watch
 }  // namespace emulator

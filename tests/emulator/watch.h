@@ -60,6 +60,7 @@ void atomic(const void* at, size_t bytes, const void* place);  // after a fence 
 
 void count(bool wanted);  // from now on; forgets what was counted
 std::vector<Launch> counted();
+std::vector<std::string> launched();  // names of kernels, counted or not, since the last call
 #else
 inline void begin_launch(const char*, const unsigned (&)[3], int, size_t) {}
 inline void begin_block(const unsigned (&)[3], const unsigned char*, size_t, int) {}

@@ -1,4 +1,4 @@
-"""Which devices the extension can run on: what it was compiled for is known, whatever its file says of itself."""
+"""Which devices the extension can run on: those that it was compiled for."""
 
 from __future__ import annotations
 

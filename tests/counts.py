@@ -1,10 +1,10 @@
-"""Counts what the CUDA kernels ask of shared and global memory: `python tests/emulator/counts.py [NAME ...]`.
+"""Counts what the CUDA kernels ask of shared and global memory: `python tests/counts.py [NAME ...]`.
 
-Each launch runs on the CPU with its accesses watched (watch.h), so what is printed is counted, not measured:
-for each line of a kernel the requests of its warps, the turns of the 32 banks of shared memory or the sectors
-of 32 bytes of global memory that they take, and how many times the fewest that hold the same bytes. --lines
-prints the lines, else a line a launch. tests/test_emulator.py holds the totals to tests/emulator/counts.json;
---write writes that file.
+Each launch runs on the CPU with its accesses watched (emulator/watch.h), so what is printed is counted, not
+measured: for each kernel the requests of its warps, the turns of the 32 banks of shared memory or the sectors
+of 32 bytes of global memory that they take, and how many times the fewest that hold the same bytes; --lines
+prints the same for each line of its source. tests/test_emulator.py holds totals to tests/counts.json, which
+--write writes.
 """
 
 from __future__ import annotations
@@ -18,17 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).parent
-if __name__ == "__main__":
-    sys.path[:0] = [str(HERE.parents[1]), str(HERE.parent)]
-
 import torch
-
 from emulator.build import emulated
+
 from rapidin import ops
 from rapidin.ops import cuda
 
-LIMITS = HERE / "counts.json"
+LIMITS = Path(__file__).with_name("counts.json")
 KINDS = ("read", "write", "atomic")
 # Files whose lines are helpers': what they do is counted where they were called.
 HELPERS = ("device.h", "emulator.h", "sketch_hash.h")
@@ -104,7 +100,7 @@ def counted(run: Callable[[], Any]) -> dict[str, Counts]:
 
 
 def lines(library: str, places: list[int]) -> list[str]:
-    """Of each place the line of the kernel, helpers' callers before helpers; addr2line comes with a compiler."""
+    """The kernels' line of each place, of a helper its caller's; addr2line comes with a compiler."""
     if not places:
         return []
     command = ["addr2line", "-a", "-i", "-e", library, *(hex(place - 1) for place in places)]
@@ -178,20 +174,23 @@ def main() -> None:
         for kernel, counts in kernels.items():
             shared, of_global = counts.total("shared"), counts.total("global")
             print(
-                f"  {kernel}: {counts.blocks} blocks, {counts.barriers} barriers, {counts.exchanges} warp exchanges, "
-                f"{counts.products} mma\n"
-                f"    shared: {shared.requests:,} requests, {shared.turns:,} turns, {shared.ratio:.2f} of the fewest\n"
-                f"    global: {of_global.requests:,} requests, {of_global.turns:,} sectors, {of_global.ratio:.2f} of "
-                f"the fewest; {32 * of_global.turns:,} bytes asked for, {counts.of_blocks:,} by blocks once, "
-                f"{counts.read:,} read and {counts.written:,} written in all"
+                f"  {kernel}: {counts.blocks} blocks, {counts.barriers} barriers, "
+                f"{counts.exchanges} warp exchanges, {counts.products} mma\n"
+                f"    shared: {shared.requests:,} requests, {shared.turns:,} turns, "
+                f"{shared.ratio:.2f} of the fewest\n"
+                f"    global: {of_global.requests:,} requests, {of_global.turns:,} sectors, "
+                f"{of_global.ratio:.2f} of the fewest; {32 * of_global.turns:,} bytes asked for, "
+                f"{counts.of_blocks:,} by blocks once, {counts.read:,} read and {counts.written:,} written "
+                f"in all, {(counts.read + counts.written) / floor:.2f} of the floor"
             )
             if "--lines" in sys.argv:
                 rows = sorted(counts.lines.items(), key=lambda item: -item[1].turns)
                 for (where, kind, memory), line in rows:
                     each = line.bytes / max(line.lanes, 1)
+                    what = "turns" if memory == "shared" else "sectors"
                     print(
-                        f"      {where:24} {memory:6} {kind:6} {each:4.0f} bytes a lane {line.requests:9,} requests "
-                        f"{line.turns:9,} {'turns' if memory == 'shared' else 'sectors'} {line.ratio:6.2f}"
+                        f"      {where:24} {memory:6} {kind:6} {each:4.0f} bytes a lane "
+                        f"{line.requests:9,} requests {line.turns:9,} {what:7} {line.ratio:6.2f}"
                     )
     if "--write" in sys.argv:
         LIMITS.write_text(json.dumps(limits, indent=1) + "\n")
