@@ -1,16 +1,14 @@
-// What the extension knows of a device: a choice of backend is made by it.
+// What decides whether a device can run the extension at all.
 #include "device.h"
 #include "launchers.h"
 
 namespace rapidin {
 
-int shared_memory_limit(int device) { return device_attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device); }
-
-int multiprocessors_of(int device) { return device_attribute(cudaDevAttrMultiProcessorCount, device); }
-
 int capability_of(int device) {
-    return 10 * device_attribute(cudaDevAttrComputeCapabilityMajor, device) +
-           device_attribute(cudaDevAttrComputeCapabilityMinor, device);
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, device), "cudaDeviceGetAttribute");
+    return 10 * major + minor;
 }
 
 }  // namespace rapidin

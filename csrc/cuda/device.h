@@ -151,16 +151,18 @@ class OnDevice {
     bool changed_ = false;
 };
 
-inline int device_attribute(cudaDeviceAttr attribute, int device) {
-    int value = 0;
-    check(cudaDeviceGetAttribute(&value, attribute, device), "cudaDeviceGetAttribute");
-    return value;
+inline int multiprocessors() {
+    int device = 0, count = 0;
+    check(cudaGetDevice(&device), "cudaGetDevice");
+    check(cudaDeviceGetAttribute(&count, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    return count;
 }
 
-inline int multiprocessors() {
-    int device = 0;
-    check(cudaGetDevice(&device), "cudaGetDevice");
-    return device_attribute(cudaDevAttrMultiProcessorCount, device);
+// Bytes that a block may have once its kernel asks for more than 48 KB.
+inline int shared_bytes(int device) {
+    int bytes = 0;
+    check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "cudaDeviceGetAttribute");
+    return bytes;
 }
 
 // Starts a kernel on a stream (as an integer, the way Python hands it over) and says so if that failed. It does not

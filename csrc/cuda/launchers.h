@@ -14,8 +14,7 @@ struct Queue {
 };
 
 int shared_memory_limit(int device);  // bytes that a block may ask for
-int multiprocessors_of(int device);
-int capability_of(int device);  // 90 for sm_90
+int capability_of(int device);        // 90 for sm_90
 
 // One part's rows and the queries that they are multiplied with; see rapidin/ops/gpu_scan.py, which prepares them.
 struct DeviceScan {
@@ -64,6 +63,8 @@ int64_t topk_scan_shared_bytes(int format, int tiles, int64_t units, int64_t col
 // The best k of what all blocks kept, in order: scores[e], indices[e] [q, stride_out] of each end, and the last key of each.
 void topk_merge(const DeviceScan& args, float* const (&scores)[2], int64_t* const (&indices)[2], int64_t stride_out, int64_t* last,
                 Queue on);
+
+int multiprocessors_of(int device);
 
 // Codes of packed rows as float16: [n, width].
 void unpack_codes(const uint8_t* rows, int format, int64_t n, int64_t width, int64_t stride_row, uint16_t* out, Queue on);

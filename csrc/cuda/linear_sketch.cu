@@ -55,6 +55,8 @@ LinearTile linear_sketch_tile(int64_t k, bool split) {
     return tile;
 }
 
+int shared_memory_limit(int device) { return shared_bytes(device); }
+
 void linear_sketch_table(const uint32_t* columns, int64_t n, uint32_t* table) {
     for (int64_t i = 0; i < n; ++i) table[i] = staged_at(columns[i] & ~kSignBit) | (columns[i] & kSignBit);
 }

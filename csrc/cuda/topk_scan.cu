@@ -68,6 +68,11 @@ void topk_merge(const DeviceScan& args, float* const (&scores)[2], int64_t* cons
            kMergeCapacity * 8 + 16, on.handle, args, out);
 }
 
+int multiprocessors_of(int device) {
+    const OnDevice guard(device);
+    return multiprocessors();
+}
+
 void unpack_codes(const uint8_t* rows, int format, int64_t n, int64_t width, int64_t stride_row, uint16_t* out, Queue on) {
     const OnDevice guard(on.device);
     const int64_t wanted = (n * width + kScanThreads - 1) / kScanThreads, most = 16 * multiprocessors();
