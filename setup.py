@@ -49,13 +49,18 @@ def find_nvcc() -> str | None:
     return found
 
 
-def arch_flags(nvcc: str) -> list[str]:
-    """For the architectures asked for, or those of ARCHS that this nvcc knows."""
+def gpu_codes(nvcc: str) -> list[str]:
+    """What is compiled for, as nvcc names it: machine code sm_80, .. and PTX compute_100.
+
+    Of the architectures asked for, or of those of ARCHS that this nvcc knows."""
     asked = os.environ.get("RAPIDIN_CUDA_ARCHS", "").split()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     archs = asked or [arch for arch in ARCHS if f"sm_{arch}" in known]
-    newest = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs[-1:]]
-    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs] + newest
+    return [f"sm_{arch}" for arch in archs] + [f"compute_{arch}" for arch in archs[-1:]]
+
+
+def arch_flags(codes: list[str]) -> list[str]:
+    return [f"-gencode=arch=compute_{code.split('_')[1]},code={code}" for code in codes]
 
 
 def cuda_libraries(nvcc: str) -> list[str]:
@@ -101,13 +106,14 @@ extensions = [
 
 nvcc = find_nvcc()
 if nvcc is not None:
-    gpu_flags = arch_flags(nvcc)
+    codes = gpu_codes(nvcc)
+    gpu_flags = arch_flags(codes)
     extensions.append(
         Pybind11Extension(
             "rapidin._cuda",
             sources=[CUDA + "bind.cpp", *sorted(str(path) for path in Path(CUDA).glob("*.cu"))],
             depends=headers,
-            define_macros=[("RAPIDIN_MODULE", "_cuda")],
+            define_macros=[("RAPIDIN_MODULE", "_cuda"), ("RAPIDIN_ARCHS", f'"{" ".join(codes)}"')],
             # With auto, an nvcc too old for the sources leaves a package without the extension, and says so.
             optional=os.environ.get("RAPIDIN_CUDA", "auto") == "auto",
             cxx_std=17,

@@ -1,7 +1,9 @@
 """The CUDA kernels. Addresses are ints; `place` is (device index, stream)."""
 
 emulated: bool
+architectures: str  # as nvcc names them: "sm_80 sm_90 compute_90"
 
+def capability(device: int) -> int: ...
 def multiprocessors(device: int) -> int: ...
 def topk_scan(fields: dict[str, int], place: tuple[int, int]) -> None: ...
 def topk_merge(

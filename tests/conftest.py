@@ -21,6 +21,15 @@ def emulated_cuda():
     return cuda.extension()
 
 
+@pytest.fixture
+def arch(emulated_cuda):
+    """arch(86): from here to the test's end launches of emulated kernels are held to what that one allows."""
+    if not emulated_cuda.emulated:
+        pytest.skip("a GPU is of one architecture")
+    yield emulated_cuda.set_arch
+    emulated_cuda.set_arch(90)
+
+
 @pytest.fixture(params=["triton", "cuda"])
 def gpu(request):
     """The name of each backend for GPUs; its tensors belong on inputs.DEVICE."""

@@ -7,6 +7,7 @@ import torch
 
 from rapidin import ops
 from rapidin.ops import backends, cuda
+from rapidin.ops.cuda import devices
 
 X = torch.zeros(2, 3, 4)
 GPU = torch.device("cuda", 0)
@@ -58,3 +59,62 @@ def test_a_missing_extension_is_one_line(monkeypatch):
     monkeypatch.delattr("rapidin._cuda", raising=False)
     with pytest.raises(ImportError, match="install from source where nvcc is found"):
         cuda.extension()
+
+
+@pytest.mark.parametrize(
+    ("code", "runs_on", "not_on"),
+    [
+        ("sm_80", (80, 86, 89), (75, 90)),  # machine code: within a major version
+        ("sm_86", (86, 89), (80, 90)),
+        ("compute_80", (80, 90, 120), (75,)),  # PTX: on all that came later
+        ("sm_90a", (90,), (80, 100)),
+        ("compute_90a", (90,), (100,)),
+        ("sm_100f", (100, 103), (90, 120)),
+        ("compute_120f", (120, 121), (100,)),
+    ],
+)
+def test_what_compiled_code_runs_on(code, runs_on, not_on):
+    assert [devices.runs(code, capability) for capability in runs_on] == [True] * len(runs_on)
+    assert [devices.runs(code, capability) for capability in not_on] == [False] * len(not_on)
+
+
+@pytest.mark.parametrize(
+    ("capability", "wanted"), [(75, "triton"), (80, "cuda"), (90, "cuda"), (120, "triton")]
+)
+def test_a_device_that_the_extension_was_not_built_for_takes_triton(real, emulated_cuda, capability, wanted):
+    real.setattr(backends, "_has_cuda_extension", lambda: True)
+    real.setattr(backends, "_has_triton", lambda: True)
+    real.setattr(emulated_cuda, "capability", lambda device: capability)
+    real.setattr(emulated_cuda, "architectures", "sm_80 sm_90 sm_100")
+    assert backends._default("flat_sketch", GPU, ()) == wanted
+
+
+def test_cuda_by_name_says_what_it_was_built_for(arch):
+    arch(75)
+    codes = "sm_80, sm_90, sm_100, compute_100"
+    said = f"linear_sketch: backend 'cuda' was built for {codes}, and device 'cpu' is sm_75"
+    with pytest.raises(ValueError, match=f"^{said}; ask for backend='triton'$"):
+        ops.linear_sketch(X, X, 64, seed=0, backend="cuda")
+
+
+def test_without_triton_the_reason_is_said(real, arch):
+    arch(75)
+    real.setattr(backends, "_has_cuda_extension", lambda: True)
+    real.setattr(backends, "_has_triton", lambda: False)
+    with pytest.raises(
+        ValueError, match=r"^flat_sketch: rapidin's CUDA extension was built for .* is sm_75; pip"
+    ):
+        backends._default("flat_sketch", GPU, ())
+
+
+def test_a_runtime_that_cannot_use_the_driver_is_no_default(real, emulated_cuda):
+    def fails(device):
+        raise RuntimeError(
+            "cudaDeviceGetAttribute: CUDA driver version is insufficient for CUDA runtime version"
+        )
+
+    real.setattr(backends, "_has_cuda_extension", lambda: True)
+    real.setattr(backends, "_has_triton", lambda: True)
+    real.setattr(emulated_cuda, "capability", fails)
+    assert backends._default("flat_sketch", GPU, ()) == "triton"
+    assert "cannot use device 'cuda:0': cudaDeviceGetAttribute: CUDA driver" in devices.excludes(GPU)

@@ -260,6 +260,30 @@ def test_outputs_are_written_whole(gpu, monkeypatch):
     assert len(poisoned) == 1
 
 
+LEAST_SHARED = 101_376  # bytes that a block may have on sm_86 and sm_89, the least of sm_80 to sm_100
+
+
+@pytest.mark.parametrize("dtype", EVERY, ids=str)
+def test_a_block_has_the_shared_memory_that_it_asks_for(emulated_cuda, dtype):
+    """Of every format, number of queries, k and ends, with rows from one unit to more than a stage holds."""
+    from rapidin.ops.cuda.scan import _FORMATS, capacity_of, prepare
+
+    most = 0
+    for width, q in product((1, 700, 4096, 40000), (1, 2, 3, 4, 5, 8, 9, 16, 17, 256)):
+        if width * q > 700 * 256:
+            continue
+        name = dtype if dtype in PACKED else gpu_scan._FLOATS[dtype]
+        part = gpu_scan.Part(torch.empty(1, 1), name, width, 0, None)
+        made = prepare(part, torch.ones(q, width), None)
+        for k, ends in product((1, 256, 257, gpu_scan.LONGEST), (1, 3)):
+            asked = emulated_cuda.topk_scan_shared_bytes(
+                _FORMATS[name], made.tiles, made.units, made.columns_held, capacity_of(k), ends
+            )
+            assert 0 < asked <= LEAST_SHARED, (width, q, k, ends)
+            most = max(most, asked)
+    assert most > 48 << 10  # the largest were among them
+
+
 def test_more_rows_than_a_key_can_name(gpu):
     cache = torch.zeros(1, 1, device=DEVICE).expand(2**31, 1)
     with pytest.raises(ValueError, match="2147483647 rows at most"):

@@ -1,4 +1,5 @@
-"""The emulated CUDA kernels under the address and undefined-behaviour sanitizers: what is marked for it."""
+"""Emulated CUDA kernels under the address and undefined-behaviour sanitizers, and watched for races: what is
+marked for it."""
 
 import os
 import shutil
@@ -24,11 +25,11 @@ LIBRARIES = [runtime("libasan.so"), runtime("libubsan.so")]
 pytestmark = pytest.mark.skipif(None in LIBRARIES, reason="this compiler has no sanitizers' libraries")
 
 
-def sanitized(*command):
+def emulated(variant, *command):
     environment = {
         **os.environ,
-        "RAPIDIN_SANITIZE": "1",
-        "LD_PRELOAD": " ".join(map(str, LIBRARIES)),
+        "RAPIDIN_EMULATED": variant,
+        "LD_PRELOAD": " ".join(map(str, LIBRARIES)) if variant == "sanitized" else "",
         "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0",
         "CUDA_VISIBLE_DEVICES": "",
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
@@ -38,10 +39,11 @@ def sanitized(*command):
     )
 
 
-def test_kernels_stay_in_their_memory():
+@pytest.mark.parametrize("variant", ["sanitized", "watched"])
+def test_kernels_stay_in_their_memory_and_order(variant):
     files = [str(path) for path in (ROOT / "tests").glob("test_*.py") if "mark.sanitized" in path.read_text()]
     chosen = ["-m", "sanitized", "-k", "not triton", *sorted(files)]
-    done = sanitized("-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen)
+    done = emulated(variant, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *chosen)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert " passed" in done.stdout
 
@@ -61,7 +63,7 @@ print("done")
 
 @pytest.mark.parametrize("tokens", [20, 21])
 def test_a_read_beyond_a_tensor_would_be_seen(tokens):
-    done = sanitized("-c", BEYOND.format(tokens=tokens))
+    done = emulated("sanitized", "-c", BEYOND.format(tokens=tokens))
     if tokens == 20:
         assert done.returncode == 0, done.stderr[-3000:]
         assert "done" in done.stdout

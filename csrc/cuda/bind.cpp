@@ -10,7 +10,12 @@
 #include "launchers.h"
 
 #if defined(RAPIDIN_EMULATE)
-#include "emulator.h"
+namespace emulator {
+void bind(pybind11::module_& m);  // tests/emulator/module.cpp
+}
+#define RAPIDIN_ARCHS "sm_80 sm_90 sm_100 compute_100"
+#elif !defined(RAPIDIN_ARCHS)
+#error "RAPIDIN_ARCHS must say what the kernels are compiled for, as \"sm_80 sm_90 compute_90\""
 #endif
 
 namespace py = pybind11;
@@ -115,6 +120,7 @@ void bind(py::module_& m) {
     m.def(
         "topk_scan", [](const ScanFields& fields, Place place) { topk_scan(device_scan(fields), queue(place)); },
         "One part of a scan; rapidin/ops/cuda/scan.py says what each field is.");
+    m.def("topk_scan_shared_bytes", &topk_scan_shared_bytes, "Bytes of shared memory of a block of a scan.");
     m.def(
         "topk_merge",
         [](const ScanFields& fields, uint64_t scores, uint64_t indices, uint64_t low_scores, uint64_t low_indices, int64_t stride,
@@ -130,6 +136,8 @@ void bind(py::module_& m) {
         },
         "Codes of packed rows as float16.");
     m.def("multiprocessors", &multiprocessors_of, "How many of them a device has.");
+    m.def("capability", &capability_of, "A device's compute capability, 10 major + minor.");
+    m.attr("architectures") = RAPIDIN_ARCHS;
     m.def(
         "hash_words",
         [](uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint64_t words, Place place) {
@@ -150,7 +158,7 @@ void bind(py::module_& m) {
 
 #if defined(RAPIDIN_EMULATE)
     m.attr("emulated") = true;
-    m.def("set_order", &emulator::set_order, "Order in which a block's threads run: 0, 1 or 2.");
+    emulator::bind(m);
 #else
     m.attr("emulated") = false;
 #endif

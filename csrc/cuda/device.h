@@ -10,6 +10,7 @@
 
 #if defined(__CUDACC__)
 #include <cuda_runtime.h>
+#define RAPIDIN_STORED_WHOLE(Type)
 #else
 #include "emulator.h"
 #endif
@@ -21,17 +22,22 @@ namespace rapidin {
 
 // ------------------------------------------------------------------------------------------------- numbers
 
-// 16 bytes, the widest load there is.
+// 16 bytes, the widest load there is. (Stored by one instruction; the emulator must be told to count it so.)
 struct alignas(16) Words4 {
     uint32_t w[4];
+    RAPIDIN_STORED_WHOLE(Words4)
 };
 
 struct alignas(8) Words2 {
     uint32_t w[2];
+    RAPIDIN_STORED_WHOLE(Words2)
 };
 
 // A load of what is read once: it leaves the L1 cache to what is read again.
 __device__ __forceinline__ Words4 load_streamed(const void* at);
+
+// A number that other blocks change by atomic operations meanwhile: what it was at some time, whole.
+__device__ __forceinline__ int64_t load_relaxed(const int64_t* at);
 
 // Read from an address in a table: of global memory, which the compiler could not know, and never written by the kernel.
 __device__ __forceinline__ Words4 load_words4(uint64_t address);
@@ -96,6 +102,12 @@ __device__ __forceinline__ Words4 load_streamed(const void* at) {
     return x;
 }
 
+__device__ __forceinline__ int64_t load_relaxed(const int64_t* at) {
+    int64_t x;
+    asm volatile("ld.relaxed.gpu.global.s64 %0, [%1];" : "=l"(x) : "l"(at) : "memory");
+    return x;
+}
+
 // The compiler moves no access to memory across it.
 __device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
 
@@ -108,6 +120,7 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #else
 
 __device__ __forceinline__ Words4 load_streamed(const void* at) { return *static_cast<const Words4*>(at); }
+__device__ __forceinline__ int64_t load_relaxed(const int64_t* at) { return emulated_atomic_load(at); }
 __device__ __forceinline__ void keep_order() {}
 
 inline Words4 load_words4(uint64_t address) { return *reinterpret_cast<const Words4*>(address); }
@@ -158,14 +171,15 @@ template <class... Params, class... Args>
 void launch(const char* name, void (*kernel)(Params...), dim3 grid, int threads, size_t shared_bytes, uint64_t stream,
             Args... args) {
     if (grid.x == 0 || grid.y == 0 || grid.z == 0) return;
-#if defined(__CUDACC__)
     if (shared_bytes > 48 * 1024)
         check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared_bytes)), name);
+#if defined(__CUDACC__)
     kernel<<<grid, threads, shared_bytes, reinterpret_cast<cudaStream_t>(stream)>>>(static_cast<Params>(args)...);
     check(cudaGetLastError(), name);
 #else
     static_cast<void>(stream);
-    emulate(name, grid, threads, shared_bytes, [&] { kernel(static_cast<Params>(args)...); });
+    const auto body = [&] { kernel(static_cast<Params>(args)...); };
+    check(emulate(name, reinterpret_cast<const void*>(kernel), grid, threads, shared_bytes, std::cref(body)), name);
 #endif
 }
 

@@ -14,6 +14,7 @@ struct Queue {
 };
 
 int shared_memory_limit(int device);  // bytes that a block may ask for
+int capability_of(int device);        // 90 for sm_90
 
 // One part's rows and the queries that they are multiplied with; see rapidin/ops/gpu_scan.py, which prepares them.
 struct DeviceScan {
@@ -57,6 +58,7 @@ struct DeviceScan {
 
 // Adds one part's products to `partial`, or with the last part to `base`, and keeps the best.
 void topk_scan(const DeviceScan& args, Queue on);
+int64_t topk_scan_shared_bytes(int format, int tiles, int64_t units, int64_t columns_held, int64_t capacity, int ends);
 
 // The best k of what all blocks kept, in order: scores[e], indices[e] [q, stride_out] of each end, and the last key of each.
 void topk_merge(const DeviceScan& args, float* const (&scores)[2], int64_t* const (&indices)[2], int64_t stride_out, int64_t* last,

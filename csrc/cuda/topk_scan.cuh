@@ -29,7 +29,9 @@ constexpr int kWarpRows = 16 * kMTiles, kBlockRows = kScanWarps * kWarpRows;
 constexpr int kUnit = 64;                  // bytes
 constexpr int kSumUnits = 32;              // that are summed in 32 bits: 2048 * 128 * 4095 fits, and floats lose little
 constexpr int kTotalStride = kWarpRows + 4;  // doubles: a warp's 8 rows and 4 queries fall on different banks
-constexpr int kFragmentBytes = 48 << 10;   // of queries in shared memory at a time
+constexpr int kSharedBytes = 99 << 10;     // that a block may have on sm_86 and sm_89, the least of what is supported
+constexpr int kFragmentBytes = 46 << 10;   // of queries in shared memory at a time
+constexpr int kMostCapacity = 2048;        // of a list of keys
 constexpr int kSegmentInts = 5;
 constexpr int kMergeCapacity = 2048, kMergeStep = 4;
 
@@ -171,7 +173,7 @@ struct ScanShared {
     int32_t* counts;  // [queries * ends]
 };
 
-__host__ __device__ inline size_t scan_shared_bytes(int64_t fragment_bytes, int64_t capacity, int queries, int ends) {
+__host__ __device__ constexpr size_t scan_shared_bytes(int64_t fragment_bytes, int64_t capacity, int queries, int ends) {
     return static_cast<size_t>(fragment_bytes + (kScanWarps * queries * kTotalStride + capacity) * 8 + queries * ends * 12);
 }
 
@@ -432,7 +434,7 @@ __global__ __launch_bounds__(kScanThreads, 2) void topk_scan_kernel(DeviceScan a
     if (args.last_part) {
         for (int i = static_cast<int>(threadIdx.x); i < lists; i += kScanThreads) {
             shared.counts[i] = args.counts[first_list + i];
-            shared.least[i] = args.least[first_query * ends + i];
+            shared.least[i] = load_relaxed(args.least + first_query * ends + i);
         }
     }
     __syncthreads();

@@ -18,7 +18,7 @@ _MODULES = {
     "triton": "rapidin.ops.triton",
     "cuda": "rapidin.ops.cuda",
 }
-# The ops that CUDA C++ has kernels for; on a GPU these are the default where the extension was built.
+# The ops that CUDA C++ has kernels for; on a GPU these are the default where the extension was built for it.
 # docs/kernels.md says why.
 CUDA_OPS = frozenset({"linear_sketch", "flat_sketch", "topk_scan", "topk_scan_both_ends"})
 
@@ -42,6 +42,10 @@ def find(op: str, backend: str | None, device: torch.device, *arguments: Any) ->
         raise ValueError(
             f"{op}: backend {name!r} takes tensors on a GPU, got device '{device}'; call .cuda() first"
         )
+    if backend == "cuda":
+        why = import_module(_MODULES["cuda"]).excludes(device)
+        if why is not None:
+            raise ValueError(f"{op}: backend 'cuda' {why}; ask for backend='triton'")
     function: Callable[..., Any] = getattr(import_module(_MODULES[name]), op)
     return _on(device, function) if device.type == "cuda" else function
 
@@ -67,10 +71,16 @@ def _default(op: str, device: torch.device, arguments: tuple[Any, ...]) -> str:
     if device.type == "cpu":
         return "cpu"
     if device.type == "cuda":
-        if op in CUDA_OPS and _has_cuda_extension() and _cuda_supports(op, arguments):
-            return "cuda"
+        why = None
+        if op in CUDA_OPS and _has_cuda_extension():
+            cuda = import_module(_MODULES["cuda"])
+            why = cuda.excludes(device)
+            if why is None and cuda.supports(op, *arguments):
+                return "cuda"
         if _has_triton():
             return "triton"
+        if why is not None:
+            raise ValueError(f"{op}: rapidin's CUDA extension {why}; pip install 'rapidin[gpu]' for Triton")
         raise ValueError(
             f"{op}: no kernels for device '{device}' are installed; pip install 'rapidin[gpu]', "
             "or build from source where nvcc is found"
@@ -79,10 +89,6 @@ def _default(op: str, device: torch.device, arguments: tuple[Any, ...]) -> str:
         f"{op}: there is no kernel for device '{device}'; move the tensors to the CPU, "
         "or ask for backend='reference'"
     )
-
-
-def _cuda_supports(op: str, arguments: tuple[Any, ...]) -> bool:
-    return bool(import_module(_MODULES["cuda"]).supports(op, *arguments))
 
 
 @cache

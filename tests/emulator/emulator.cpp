@@ -8,6 +8,8 @@
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <stdexcept>
+#include <unordered_map>
 #include <vector>
 
 #if defined(__SANITIZE_ADDRESS__)
@@ -24,6 +26,18 @@ namespace {
 
 constexpr size_t kStackBytes = 256 << 10;
 
+// What a launch may ask for: CUDA C++ Programming Guide, technical specifications by compute capability.
+struct Arch {
+    int number, shared_bytes;  // of a block that opts in
+};
+constexpr Arch kArchs[] = {{75, 64 << 10}, {80, 163 << 10}, {86, 99 << 10}, {89, 99 << 10}, {90, 227 << 10}, {100, 227 << 10}};
+constexpr int kMostThreads = 1024, kSharedWithoutAsking = 48 << 10;
+constexpr unsigned kMostX = 0x7fffffffu, kMostYZ = 65535;
+constexpr int kMultiprocessors = 3;
+Arch arch = kArchs[4];
+bool checked_only = false;
+std::unordered_map<const void*, int> allowed;  // shared memory that kernels have opted in to
+
 enum State { kReady, kAtBarrier, kAtExchange, kDone };
 
 struct AsyncCopy {
@@ -35,6 +49,7 @@ struct AsyncCopy {
 struct Thread {
     ucontext_t context;
     std::unique_ptr<char[]> stack;
+    watch::Thread watched;
     Place place;
     State state = kReady;
     int64_t exchanges = 0;
@@ -94,7 +109,9 @@ void entry() {
 void resume(Thread& thread) {
     current = &thread;
     SWITCH_BEGIN(&scheduler_fake_stack, thread.stack.get(), kStackBytes);
+    watch::run_thread(&thread.watched);
     swapcontext(&scheduler, &thread.context);
+    watch::run_thread(nullptr);
     SWITCH_END(scheduler_fake_stack, nullptr, nullptr);
     current = nullptr;
 }
@@ -143,6 +160,7 @@ void run_block(int threads) {
                     all[lane] = thread.deposit;
                     thread.state = kReady;
                 }
+                watch::at_exchange(static_cast<uint32_t>(w));
                 ran = true;
             }
         }
@@ -154,6 +172,7 @@ void run_block(int threads) {
         if (at_barrier > 0 && at_barrier + done == threads) {
             if (done > 0) die("a barrier that some threads have left behind");
             for (const auto& thread : block.threads) thread->state = kReady;
+            watch::at_barrier();
             continue;
         }
         if (!ran) die("threads that wait for each other: a barrier or a warp's exchange that not all lanes reach");
@@ -165,6 +184,24 @@ void run_block(int threads) {
 Place& here() { return current ? current->place : outside; }
 
 void set_order(int wanted) { order = wanted; }
+
+void set_arch(int wanted) {
+    for (const Arch& known : kArchs) {
+        if (known.number != wanted) continue;
+        arch = known;
+        allowed.clear();
+        return;
+    }
+    throw std::invalid_argument("set_arch: known are 75, 80, 86, 89, 90 and 100, got " + std::to_string(wanted));
+}
+
+void set_checked_only(bool wanted) { checked_only = wanted; }
+
+cudaError_t allow_shared(const void* kernel, int bytes) {
+    if (bytes < 0 || bytes > arch.shared_bytes) return cudaErrorInvalidValue;
+    allowed[kernel] = bytes;
+    return cudaSuccess;
+}
 
 void barrier() { to_scheduler(kAtBarrier); }
 
@@ -180,7 +217,13 @@ void exchange(const Deposit& own, Deposit (&all)[32], uint32_t& present) {
         if (block.threads[w * 32 + lane]->state != kDone) present |= 1u << lane;
 }
 
-void copy_async(void* to, const void* from, int bytes, int read) { current->open.push_back({to, from, bytes, read}); }
+// The running thread may neither read nor write there before it has waited; others only after a barrier besides.
+void copy_async(void* to, const void* from, int bytes, int read) {
+    const void* place = __builtin_return_address(0);
+    if (read > 0) watch::touch(from, static_cast<size_t>(read), watch::kRead, place);
+    watch::touch(to, static_cast<size_t>(bytes), watch::kWrite, place);
+    current->open.push_back({to, from, bytes, read});
+}
 
 void commit_async() {
     current->groups.push_back(std::move(current->open));
@@ -199,6 +242,16 @@ void wait_async(int groups_left) {
 }
 
 }  // namespace emulator
+
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
+    switch (attribute) {
+        case cudaDevAttrMultiProcessorCount: *value = emulator::kMultiprocessors; break;
+        case cudaDevAttrMaxSharedMemoryPerBlockOptin: *value = emulator::arch.shared_bytes; break;
+        case cudaDevAttrComputeCapabilityMajor: *value = emulator::arch.number / 10; break;
+        case cudaDevAttrComputeCapabilityMinor: *value = emulator::arch.number % 10; break;
+    }
+    return cudaSuccess;
+}
 
 uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
     const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
@@ -264,6 +317,7 @@ uint32_t emulated_pack_bf16(float low, float high) {
 template <class T, class Dot>
 static void emulated_mma_words(T (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], Dot dot) {
     emulator::Deposit own = {}, all[32];
+    if (emulated_lane() == 0) emulator::watch::count_product();
     std::copy(std::begin(a), std::end(a), own.words);
     std::copy(std::begin(b), std::end(b), own.words + 4);
     uint32_t present;
@@ -302,8 +356,15 @@ void emulated_mma(int32_t (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2
     });
 }
 
-void emulate(const char* name, dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body) {
+cudaError_t emulate(const char* name, const void* kernel, dim3 grid, int threads, size_t shared_bytes,
+                    const std::function<void()>& body) {
     using namespace emulator;
+    if (threads < 1 || threads > kMostThreads || grid.x > kMostX || grid.y > kMostYZ || grid.z > kMostYZ)
+        return cudaErrorInvalidConfiguration;
+    const auto asked = allowed.find(kernel);
+    const int most = asked == allowed.end() ? kSharedWithoutAsking : std::max(asked->second, kSharedWithoutAsking);
+    if (shared_bytes > static_cast<size_t>(most)) return cudaErrorInvalidValue;
+    if (checked_only) return cudaSuccess;
     block.name = name;
     block.body = &body;
     while (static_cast<int>(block.threads.size()) < threads) {
@@ -311,6 +372,7 @@ void emulate(const char* name, dim3 grid, int threads, size_t shared_bytes, cons
         block.threads.back()->stack = std::make_unique<char[]>(kStackBytes);
     }
     block.threads.resize(static_cast<size_t>(threads));
+    watch::begin_launch(name, {grid.x, grid.y, grid.z}, threads, shared_bytes);
     for (unsigned z = 0; z < grid.z; ++z)
         for (unsigned y = 0; y < grid.y; ++y)
             for (unsigned x = 0; x < grid.x; ++x) {
@@ -324,11 +386,18 @@ void emulate(const char* name, dim3 grid, int threads, size_t shared_bytes, cons
                     thread.open.clear();
                     thread.place = {dim3(static_cast<unsigned>(i), 0, 0), dim3(x, y, z),
                                     dim3(static_cast<unsigned>(threads)), grid};
+                    const auto* own = reinterpret_cast<const char*>(&thread);
+                    thread.watched = {static_cast<uint32_t>(i), static_cast<uint32_t>(i / 32), thread.stack.get(),
+                                      thread.stack.get() + kStackBytes, own, own + sizeof thread};
                     begin(thread);
                 }
+                watch::begin_block({x, y, z}, block.shared.get(), shared_bytes, threads);
                 run_block(threads);
+                watch::end_block();
             }
+    watch::end_launch();
     block.shared.reset();
+    return cudaSuccess;
 }
 
 }  // namespace rapidin

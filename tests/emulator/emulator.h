@@ -12,10 +12,26 @@
 #include <cstring>
 #include <functional>
 
+#include "watch.h"
+
 #define __global__
 #define __device__
 #define __host__
+#if defined(RAPIDIN_WATCH)
+#define __forceinline__ inline __attribute__((always_inline))  // a place in the code for each call
+#define WATCHED_ELSEWHERE __attribute__((noinline, no_sanitize("thread")))
+// Otherwise `*at = {{..}}` would be watched word by word.
+#define RAPIDIN_STORED_WHOLE(Type)                                                               \
+    __forceinline__ Type& operator=(const Type& other) {                                         \
+        typedef uint32_t Words __attribute__((vector_size(sizeof(w)), may_alias));               \
+        *reinterpret_cast<Words*>(w) = *reinterpret_cast<const Words*>(other.w);                 \
+        return *this;                                                                            \
+    }
+#else
+#define RAPIDIN_STORED_WHOLE(Type)
 #define __forceinline__ inline
+#define WATCHED_ELSEWHERE inline
+#endif
 #define __restrict__
 #define __launch_bounds__(...)
 #define __align__(n)
@@ -27,18 +43,30 @@ struct dim3 {
     constexpr dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 
-using cudaError_t = int;
-constexpr cudaError_t cudaSuccess = 0;
-enum { cudaDevAttrMultiProcessorCount = 0, cudaDevAttrMaxSharedMemoryPerBlockOptin = 1 };
-inline const char* cudaGetErrorString(cudaError_t) { return "emulated"; }
-inline cudaError_t cudaGetDevice(int* device) { return *device = 0; }
-inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
-inline cudaError_t cudaDeviceGetAttribute(int* value, int attribute, int) {
-    *value = attribute == cudaDevAttrMultiProcessorCount ? 3 : 227 << 10;
+enum cudaError_t { cudaSuccess = 0, cudaErrorInvalidValue = 1, cudaErrorInvalidConfiguration = 9 };
+enum cudaDeviceAttr {
+    cudaDevAttrMultiProcessorCount,
+    cudaDevAttrMaxSharedMemoryPerBlockOptin,
+    cudaDevAttrComputeCapabilityMajor,
+    cudaDevAttrComputeCapabilityMinor,
+};
+enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize };
+inline const char* cudaGetErrorString(cudaError_t code) {
+    return code == cudaSuccess ? "no error" : code == cudaErrorInvalidValue ? "invalid argument" : "invalid configuration argument";
+}
+inline cudaError_t cudaGetDevice(int* device) {
+    *device = 0;
     return cudaSuccess;
 }
+inline cudaError_t cudaSetDevice(int) { return cudaSuccess; }
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int device);
 
 namespace emulator {
+
+void set_arch(int arch);
+void set_checked_only(bool wanted);  // launches are checked, and not run
+// As cudaFuncSetAttribute for dynamic shared memory.
+cudaError_t allow_shared(const void* kernel, int bytes);
 
 struct Place {
     dim3 thread, block, block_dim, grid_dim;
@@ -61,13 +89,18 @@ void wait_async(int groups_left);
 
 }  // namespace emulator
 
+template <class Kernel>
+inline cudaError_t cudaFuncSetAttribute(Kernel* kernel, cudaFuncAttribute, int bytes) {
+    return emulator::allow_shared(reinterpret_cast<const void*>(kernel), bytes);
+}
+
 #define threadIdx (emulator::here().thread)
 #define blockIdx (emulator::here().block)
 #define blockDim (emulator::here().block_dim)
 #define gridDim (emulator::here().grid_dim)
 
 inline void __syncthreads() { emulator::barrier(); }
-inline void __threadfence() {}
+inline void __threadfence() { emulator::watch::fence(); }
 int __syncthreads_or(int predicate);
 
 inline float __uint_as_float(uint32_t bits) {
@@ -137,13 +170,20 @@ inline int __all_sync(uint32_t mask, int predicate) { return __ballot_sync(mask,
 
 // Threads run one at a time.
 template <class T>
-inline T atomicAdd(T* address, T value) {
+WATCHED_ELSEWHERE T atomicAdd(T* address, T value) {
+    emulator::watch::atomic(address, sizeof(T), __builtin_return_address(0));
     const T before = *address;
     *address = static_cast<T>(before + value);
     return before;
 }
 template <class T>
-inline T atomicMax(T* address, T value) {
+WATCHED_ELSEWHERE T emulated_atomic_load(const T* address) {
+    emulator::watch::atomic(address, sizeof(T), __builtin_return_address(0));
+    return *address;
+}
+template <class T>
+WATCHED_ELSEWHERE T atomicMax(T* address, T value) {
+    emulator::watch::atomic(address, sizeof(T), __builtin_return_address(0));
     const T before = *address;
     if (value > before) *address = value;
     return before;
@@ -153,7 +193,9 @@ namespace rapidin {
 
 float emulated_half(uint16_t bits);
 unsigned char* shared_memory();
-void emulate(const char* name, dim3 grid, int threads, size_t shared_bytes, const std::function<void()>& body);
+// Runs a launch to its end, or says as CUDA does that the architecture does not allow it.
+cudaError_t emulate(const char* name, const void* kernel, dim3 grid, int threads, size_t shared_bytes,
+                    const std::function<void()>& body);
 
 enum MmaNumbers { kMmaF16, kMmaBF16, kMmaTF32 };
 void emulated_mma(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], MmaNumbers numbers);

@@ -1,11 +1,13 @@
 """The ops on the CUDA C++ kernels of rapidin._cuda. Arguments have been checked; each function is one op."""
 
+from rapidin.ops.cuda.devices import excludes
 from rapidin.ops.cuda.extension import emulated, extension, place, use
 from rapidin.ops.cuda.scan import topk_scan, topk_scan_both_ends
 from rapidin.ops.cuda.sketches import flat_sketch, linear_sketch, supports
 
 __all__ = [
     "emulated",
+    "excludes",
     "extension",
     "flat_sketch",
     "linear_sketch",

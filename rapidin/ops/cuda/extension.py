@@ -28,10 +28,11 @@ def extension() -> Any:
     return _extension
 
 
-def use(module: Any) -> None:
-    """Run on another build of the extension: the emulated one, in tests."""
+def use(module: Any) -> Any:
+    """Run on another build of the extension: the emulated one, in tests. Returns the one before."""
     global _extension
-    _extension = module
+    before, _extension = _extension, module
+    return before
 
 
 def emulated() -> bool:

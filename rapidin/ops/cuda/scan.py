@@ -63,8 +63,7 @@ class _Kernels:
     def keep(self, prepared: _Prepared, q: int, k: int, ends: int, rows: int, device: torch.device) -> Kept:
         running = _BLOCKS_A_MULTIPROCESSOR * extension().multiprocessors(place(prepared.queries)[0])
         blocks = max(1, min(-(-rows // _SCAN_ROWS), running // prepared.query_tiles))
-        capacity = 1024 if k <= _SCAN_ROWS else 2048  # a multiple of k, and of what a tile of rows may add
-        return Kept.none(blocks, q, k, ends, capacity, device)
+        return Kept.none(blocks, q, k, ends, capacity_of(k), device)
 
     def scan(self, step: Step) -> None:
         part, prepared, kept, base = step.part, step.prepared, step.kept, step.base
@@ -110,6 +109,11 @@ class _Kernels:
             fields, scores.data_ptr(), indices.data_ptr(), low_scores.data_ptr(), low_indices.data_ptr(),
             scores.stride(0), kept.last.data_ptr(), place(scores),
         )  # fmt: skip
+
+
+def capacity_of(k: int) -> int:
+    """Keys of a list: a multiple of k, and of what a tile of rows may add."""
+    return 1024 if k <= _SCAN_ROWS else 2048
 
 
 def _kept_fields(kept: Kept, q: int) -> dict[str, int]:
