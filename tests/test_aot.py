@@ -24,12 +24,12 @@ STACK = {
 SHARED = 163 << 10  # of a block on sm_80; sm_90 and sm_100 have 227 KB
 
 
-@pytest.fixture(scope="module")
-def compiled():
+def run_aot(*arguments):
+    """The rows that tests/aot.py prints, in a process of its own: here Triton may be interpreted."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "aot.py")],
+        [sys.executable, str(ROOT / "tests" / "aot.py"), *arguments],
         env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
@@ -39,12 +39,28 @@ def compiled():
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def test_every_launch_is_compiled_for_every_architecture(compiled):
+@pytest.fixture(scope="module")
+def compiled():
+    return run_aot()
+
+
+@pytest.fixture(scope="module")
+def launched():
+    return run_aot("--launches")
+
+
+@pytest.fixture(scope="module")
+def extreme():
+    return run_aot("--extremes")
+
+
+def test_every_launch_is_compiled(compiled):
     launches = {row["launch"] for row in compiled}
     ops = {name.split()[0] for name in launches}
-    assert ops >= {"linear_sketch", "flat_sketch", "topk_scan", "pack", "hash_words"}
-    for name in launches:
-        assert {row["arch"] for row in compiled if row["launch"] == name} == set(ARCHS), name
+    assert ops >= {"linear_sketch", "flat_sketch", "topk_scan", "pack", "turn", "unit_blocks", "hash_words"}
+    for op in ops - {"embedding_sketch"}:
+        assert {row["arch"] for row in compiled if row["launch"].split()[0] == op} == set(ARCHS), op
+    assert {row["arch"] for row in compiled if row["launch"] == "linear_sketch fp32 1024"} == set(ARCHS)
 
 
 def test_kernels_fit_the_chip(compiled):
@@ -61,6 +77,51 @@ def test_sketches_are_summed_on_tensor_cores(compiled):
     for row in compiled:
         if row["kernel"] == "linear_sketch_kernel" and row["arch"] < 100:  # there they have other names
             assert row["mma"] > 0, row["launch"]
+
+
+def test_signatures_are_those_that_triton_announces(launched):
+    """What is compiled here is what Triton tells its hook that it would compile: types, constants, alignment,
+    options."""
+    assert len(launched) > 100
+    for row in launched:
+        assert row["recorded"] == row["announced"], row["launch"]
+
+
+def test_signatures_know_what_triton_specialises(launched):
+    """64-bit types from 2^31 on; divisibility of what is aligned, and not of what is not."""
+    told = {(row["launch"], row["kernel"]): row for row in launched}
+    integers = told["signature: integers", "hash_words_kernel"]["recorded"]["signature"]
+    assert (integers["first"], integers["n"]) == ("i64", "i32")
+    assert "words_ptr" in told["signature: an aligned view", "hash_words_kernel"]["divisible"]
+    assert "words_ptr" not in told["signature: an unaligned view", "hash_words_kernel"]["divisible"]
+    scan = told["topk_scan sign 16 queries, unaligned", "topk_scan_kernel"]
+    assert "stride_row" in scan["divisible"]  # 2,048 bytes
+    assert not {"rows_ptr", "width"} & set(scan["divisible"])  # from the 200th byte on, 1,785 of them
+
+
+def test_defaults_are_among_the_launches(launched):
+    """Each default dimension with each dtype that reaches a kernel: with K-FAC both factors are float32."""
+    from rapidin.pack import width_for
+
+    names = {row["launch"] for row in launched}
+    from rapidin.kernels.linear_sketch import DIMS
+
+    defaults = {width_for(blocks, budget) for blocks in range(1, 400) for budget in (None, 16384)}
+    assert {512, 1024} <= defaults
+    for dim in defaults & set(DIMS):
+        assert {f"linear_sketch {dtype} {dim}" for dtype in ("bf16", "fp16", "fp32")} <= names
+    for dim in defaults:
+        assert {f"unit_blocks {dim}", f"turn {dim} cut", f"matrix_sketch bias {dim}"} <= names
+
+
+def test_grids_are_within_their_limits(extreme):
+    """CUDA takes 2^31 - 1 programs on axis 0, and 65,535 on the two others."""
+    assert any(max(row["grid"]) > 65535 for row in extreme)
+    for row in extreme:
+        x, y, z = row["grid"]
+        where = f"{row['launch']} ({row['kernel']}): grid {x}, {y}, {z}"
+        assert x < 2**31, where
+        assert max(y, z) <= 65535, where
 
 
 @pytest.fixture(scope="module")
