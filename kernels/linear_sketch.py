@@ -139,8 +139,12 @@ def _linear_sketch_kernel(
         wrapped = tl.sum(tl.where((row[None, :] < row[:, None])[None], moved, 0.0), 1)
         number = tl.arange(0, R)
         at = matrices_ptr + number[:, None] * R + plane[None, :]
-        out = tl.dot(tl.load(at + 4 * R * R), straight, input_precision="tf32x3")
-        out = tl.dot(tl.load(at + 5 * R * R), wrapped, acc=out, input_precision="tf32x3")
+        if P < 16:  # older Tritons than 3.9 take no product over fewer
+            out = tl.sum(tl.load(at + 4 * R * R)[:, :, None] * straight[None], 1)
+            out += tl.sum(tl.load(at + 5 * R * R)[:, :, None] * wrapped[None], 1)
+        else:
+            out = tl.dot(tl.load(at + 4 * R * R), straight, input_precision="tf32x3")
+            out = tl.dot(tl.load(at + 5 * R * R), wrapped, acc=out, input_precision="tf32x3")
         tl.store(out_ptr + number[:, None] * L + row[None, :], out)
 
 
