@@ -20,6 +20,10 @@ STACK = {
     "linear_sketch bf16 1024": 200,
     "linear_sketch fp16 512": 368,
     "linear_sketch fp32 512": 368,
+    "linear_sketch fp16 512 unaligned": 368,
+    "linear_sketch fp32 512 unaligned": 368,
+    "linear_sketch fp16 1024": 880,
+    "linear_sketch fp32 1024": 880,
 }
 SHARED = 163 << 10  # of a block on sm_80; sm_90 and sm_100 have 227 KB
 
