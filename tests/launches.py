@@ -163,8 +163,7 @@ def _scans() -> Iterator[tuple[str, Call]]:
         for queries in (1, 32):
             yield f"topk_scan {dtype} {queries} queries", _scan(_packed(n, 4096, dtype), queries)
     code = [_packed(n, 192, "int8"), _packed(n, 3000, "sign"), _packed(n, 9911, "sign")]
-    for queries in (1, 16):
-        yield f"topk_scan of a code, {queries} queries", _scan(code, queries)
+    yield "topk_scan of a code, 16 queries", _scan(code, 16)
 
 
 def _unaligned() -> Iterator[tuple[str, Call]]:
@@ -173,7 +172,7 @@ def _unaligned() -> Iterator[tuple[str, Call]]:
     from rapidin.ops import Packed
     from rapidin.ops import triton as gpu
 
-    for dtype in FLOATS:
+    for dtype in (torch.bfloat16, torch.float32):
         rows = meta(8, 512, 4097, dtype=dtype)[:, :, 1:]
         call = partial(gpu.linear_sketch, rows, rows, 512, seed=1)
         yield f"linear_sketch {SHORT[dtype]} 512 unaligned", call

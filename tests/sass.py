@@ -135,7 +135,7 @@ class Instruction:
     conditional: bool
 
 
-def _bytes_of(opcodes: Counter[str], reads: str) -> float:
+def bytes_of(opcodes: Counter[str], reads: str) -> float:
     return sum(n * access_bytes(opcode) for opcode, n in opcodes.items() if re.match(reads, opcode))
 
 
@@ -159,7 +159,7 @@ class Mix:
 
     def bytes_of(self, reads: str) -> float:
         """Bytes of one lane's accesses by opcodes that a pattern matches."""
-        return _bytes_of(self.opcodes, reads)
+        return bytes_of(self.opcodes, reads)
 
     def pipes(self) -> dict[str, float]:
         found: Counter[str] = Counter()
@@ -210,6 +210,7 @@ class Way:
     avoid: blocks that the path does not take
     least: the smallest loop in which, loops within it included, a lane reads so many bytes; None: of the
         innermost loops that read the one that reads most, of equal ones the shortest
+    only: loops whose iteration is such
     outer: the loop around that one
     """
 
@@ -218,6 +219,7 @@ class Way:
     trips: tuple[tuple[Callable[[Opcodes], bool], float], ...] = ()
     avoid: Callable[[Opcodes], bool] | None = None
     least: float | None = None
+    only: Callable[[Opcodes], bool] | None = None
     outer: bool = False
 
 
@@ -389,31 +391,27 @@ class Function:
         if way.least is not None:
             chosen = next((x for x in known if x[1].bytes_of(way.reads) >= way.least), None)
         else:
-            reading = [(loop, path) for loop, path in known if _bytes_of(path.own, way.reads) > 0]
+            reading = [x for x in known if bytes_of(x[1].own, way.reads) > 0]
+            reading = [x for x in reading if way.only is None or way.only(x[1].opcodes)]
             innermost = [x for x in reading if not any(y.blocks < x[0].blocks for y, _ in reading)]
-            chosen = max(
-                innermost, key=lambda x: (_bytes_of(x[1].own, way.reads), -x[1].length), default=None
-            )
+            chosen = max(innermost, key=lambda x: (bytes_of(x[1].own, way.reads), -x[1].length), default=None)
         if chosen is not None and way.outer:
             within = chosen[0].blocks
             chosen = next((x for x in known if within < x[0].blocks), None)
         return None if chosen is None else chosen[1]
 
 
-def functions(cubin: bytes | Path, tools: Path) -> list[Function]:
-    """The kernels of a cubin, by nvdisasm of the folder `tools`."""
+def functions(cubin: bytes, tools: Path) -> list[Function]:
+    """The kernels of a cubin, by nvdisasm of the folder `tools`; not what these call, as for divisions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        if isinstance(cubin, bytes):
-            file.write(cubin)
-            file.flush()
-        shown = subprocess.run(
-            [tools / "nvdisasm", "-json", file.name if isinstance(cubin, bytes) else cubin],
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
+        file.write(cubin)
+        file.flush()
+        command = [tools / "nvdisasm", "-json", file.name]
+        shown = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = []
     for function in json.loads(shown)[1]:
+        if function["function-name"].startswith("$"):
+            continue
         instructions = [
             Instruction(
                 i["opcode"],
@@ -424,3 +422,9 @@ def functions(cubin: bytes | Path, tools: Path) -> list[Function]:
         ]
         found.append(Function(function["function-name"], instructions))
     return found
+
+
+def compiler_version(cubin: bytes) -> str:
+    """The release of the CUDA compiler that made a cubin, such as "13.0"."""
+    release = re.search(rb"release (\d+\.\d+)", cubin)
+    return "unknown" if release is None else release[1].decode()
