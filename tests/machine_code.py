@@ -100,17 +100,25 @@ def cuda_loops() -> Iterator[Inner]:
         ):
             way = Way(_WIDE, trips=(rounds,), avoid=_not_of(wide_loads, half), least=64.0 * wide_loads)
             yield Inner(f"flat_sketch {dtype}{suffix}", f"flat_sketch_kernel<{squares}>", way, size)
-    alone = r"LDG\.E(\.CONSTANT)?$|LDG.*U16"  # elements one by one
-    for dim in (32, 64, 128, 256, 512, 1024):
-        kernel = f"linear_sketch_kernel<{dim}, 0>"
-        yield Inner(f"linear_sketch bf16 {dim}, rows", kernel, Way(_STREAMED, avoid=has(alone)), 2)
+    alone = has(r"LDG\.E(\.CONSTANT)?$|LDG.*U16")  # elements one by one
+
+    def rows_of(element: int) -> Has:
+        """Loops that add elements of so many bytes, one multiply-add each; of two, bfloat16."""
+        return lambda x: (
+            x["FFMA"] * element == sass.bytes_of(x, _STREAMED) and (element == 4 or not has("HADD2")(x))
+        )
+
+    for dim in (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
+        kernel = f"linear_sketch_kernel<{dim}, 0>" if dim <= 512 else f"fourier_sketch_kernel<{dim}>"
+        way = Way(_STREAMED, avoid=alone, only=rows_of(2))
+        yield Inner(f"linear_sketch bf16 {dim}, rows", kernel, way, 2)
         stages = {256: 8.0, 512: 4.0}.get(dim)  # of 4,096 features
         if stages is not None:
-            way = Way(_STREAMED, trips=((has(_STREAMED), stages),), avoid=has(alone), outer=True)
+            way = Way(_STREAMED, trips=((has(_STREAMED), stages),), avoid=alone, outer=True)
             yield Inner(f"linear_sketch bf16 {dim}, tile of 4,096 x 4,096", kernel, way, 2)
-        # Two tokens at a time, where of 16 bits there are four.
-        way = Way(_STREAMED, avoid=has(alone), only=lambda x: x["FFMA"] * 4 == sass.bytes_of(x, _STREAMED))
-        yield Inner(f"linear_sketch fp32 {dim}, rows", f"linear_sketch_kernel<{dim}, 1>", way, 4)
+        kernel = f"linear_sketch_kernel<{dim}, 1>" if dim <= 512 else f"fourier_sketch_kernel<{dim}>"
+        way = Way(_STREAMED, avoid=alone, only=rows_of(4))
+        yield Inner(f"linear_sketch fp32 {dim}, rows", kernel, way, 4)
     for dtype, kind, size in (
         ("fp16", "ScanHalf", 2.0), ("bf16", "ScanBFloat", 2.0), ("fp32", "ScanFloat", 4.0),
         ("int8", "ScanInt8", 1.0), ("int4", "ScanInt4", 0.5), ("sign", "ScanSign", 0.125),
@@ -133,6 +141,12 @@ def cuda_loops() -> Iterator[Inner]:
             way = Way(_NARROW, rf"{_NARROW}|LDS", narrow, least=64)
             name = f"topk_scan {dtype}, 16 queries, rows of any stride"
             yield Inner(name, f"topk_scan_kernel<{kind}, {tiles}>", way, size, again)
+    # Packed rows with a scale for each block: of a step's bytes one plane is multiplied, three columns a query.
+    for dtype, kind, bits in (("int8", "ScanInt8", 8), ("int4", "ScanInt4", 4), ("sign", "ScanSign", 1)):
+        for tiles, queries in ((1, 2), (2, 5)):
+            kernel = f"topk_scan_kernel<ScanSteps<{kind}, {bits}>, {tiles}>"
+            way = Way(r"LDG.*\.128\.CONSTANT", avoid=has(_NARROW))
+            yield Inner(f"topk_scan {dtype} with blocks, {queries} queries", kernel, way, bits / 8, 8 // bits)
 
 
 # ---- Triton: which launches and loops ----
@@ -168,6 +182,8 @@ def triton_loops() -> Iterator[Launched]:
     yield Launched(
         "topk_scan sign 32 queries", "topk_scan", Way(r"LDG.*EF|LDGSTS.*64", avoid=has("DADD")), 0.125, scan
     )
+    odd = Way(unpiped, avoid=has("DADD"))
+    yield Launched("topk_scan sign 16 queries, unaligned", "topk_scan", odd, 0.125, scan)
     yield Launched("pack sign 13443", "pack", Way(r"LDG"), 4, lambda c: c["ROWS"] * c["P"] * c["BYTES"])
     yield Launched("turn 512 cut", "turn", Way(r"LDG"), 4, lambda c: c["ROWS"] * c["WIDTH"])
     for launch in (
@@ -184,35 +200,42 @@ def triton_loops() -> Iterator[Launched]:
 
 def demangled(name: str) -> str:
     """_ZN7rapidin16topk_scan_kernelINS0_8ScanSignELi1EEEv.. -> topk_scan_kernel<ScanSign, 1>: the last name,
-    and its template arguments as their last names or numbers."""
-    at = name.find("N") + 1 if name.startswith("_ZN") else len("_Z")
-    last, arguments = name, []
-    while (digits := re.match(r"\d+", name[at:])) is not None:
-        at += digits.end()
-        last, at = name[at : at + int(digits[0])], at + int(digits[0])
-    while at < len(name) and name[at] == "I":
-        at += 1
-        while at < len(name) and name[at] != "E":
-            if (number := re.match(r"L[a-z](n?\d+)E", name[at:])) is not None:
-                arguments.append(number[1].replace("n", "-"))
-                at += number.end()
-            elif name[at] in "NS" or name[at].isdigit():
-                nested = name[at] == "N"
-                at += nested
-                found = ""
-                while (piece := re.match(r"S\w?_|St|(\d+)", name[at:])) is not None:
-                    at += piece.end()
-                    if piece[1]:
-                        found, at = name[at : at + int(piece[1])], at + int(piece[1])
-                    if not nested and found:
-                        break
-                at += nested
-                arguments.append(found)
-            else:  # a builtin type
-                arguments.append(name[at])
+    and its template arguments alike."""
+    at = len("_Z")
+
+    def name_here() -> str:
+        """A name, of N .. E the last one, with what it is a template of."""
+        nonlocal at
+        nested = name[at] == "N"
+        at += nested
+        last = ""
+        while (piece := re.match(r"St|S\w?_|K|(\d+)", name[at:])) is not None:
+            at += piece.end()
+            if piece[1]:
+                last, at = name[at : at + int(piece[1])], at + int(piece[1])
+            if name[at : at + 1] == "I":
                 at += 1
-        break
-    return f"{last}<{', '.join(arguments)}>" if arguments else last
+                arguments = []
+                while name[at] != "E":
+                    arguments.append(argument_here())
+                at += 1
+                last += f"<{', '.join(arguments)}>"
+            if not nested:
+                break
+        at += nested
+        return last
+
+    def argument_here() -> str:
+        nonlocal at
+        if (number := re.match(r"L[a-z](n?\d+)E", name[at:])) is not None:
+            at += number.end()
+            return number[1].replace("n", "-")
+        if name[at] in "NS" or name[at].isdigit():
+            return name_here()
+        at += 1
+        return name[at - 1]  # a builtin type
+
+    return name_here() if name.startswith("_Z") else name
 
 
 def block_threads(cubin: bytes) -> dict[str, int]:
