@@ -56,7 +56,8 @@ class Inner:
     """A loop whose instructions are counted.
 
     name: of the row; kernel: its name with template arguments; way: which loop; element: bytes of one in
-    memory; again: how often rows are read for all of a launch's queries, by blocks with some of them each
+    memory; again: how often rows are read for all of a launch's queries, by blocks with some of them each;
+    twice: 2 where each byte is loaded twice; optional: not every kernel has it
     """
 
     name: str
@@ -64,6 +65,8 @@ class Inner:
     way: Way
     element: float
     again: int = 1
+    twice: int = 1
+    optional: bool = False
 
 
 # ---- CUDA: which loops ----
@@ -135,18 +138,15 @@ def cuda_loops() -> Iterator[Inner]:
         tiles = {"fp32": 2, "int4": 2, "sign": 1}.get(dtype, 4)
         way = Way(_STREAMED, trips=trips)
         yield Inner(f"topk_scan {dtype}, 16 queries", f"topk_scan_kernel<{kind}, {tiles}>", way, size, again)
+        kernel = f"topk_scan_kernel<{kind}, {tiles}>"
+        # Rows that begin anywhere: two loads for 16 bytes, or a loop over the bytes of each word.
+        way = Way(r"LDG\.E\.128\.CONSTANT", trips=trips, only=has("IMMA|HMMA"))
+        name = f"topk_scan {dtype}, 16 queries, rows of any stride"
+        yield Inner(name, kernel, way, size, again, twice=2, optional=True)
         if size <= 1:
-            # A loop over the bytes of each word.
             narrow = (*trips, (has_not(_NARROW, "IMMA"), 4.0))
             way = Way(_NARROW, rf"{_NARROW}|LDS", narrow, least=64)
-            name = f"topk_scan {dtype}, 16 queries, rows of any stride"
-            yield Inner(name, f"topk_scan_kernel<{kind}, {tiles}>", way, size, again)
-    # Packed rows with a scale for each block: of a step's bytes one plane is multiplied, three columns a query.
-    for dtype, kind, bits in (("int8", "ScanInt8", 8), ("int4", "ScanInt4", 4), ("sign", "ScanSign", 1)):
-        for tiles, queries in ((1, 2), (2, 5)):
-            kernel = f"topk_scan_kernel<ScanSteps<{kind}, {bits}>, {tiles}>"
-            way = Way(r"LDG.*\.128\.CONSTANT", avoid=has(_NARROW))
-            yield Inner(f"topk_scan {dtype} with blocks, {queries} queries", kernel, way, bits / 8, 8 // bits)
+            yield Inner(f"topk_scan {dtype}, 16 queries, byte by byte", kernel, way, size, again)
 
 
 # ---- Triton: which launches and loops ----
@@ -303,10 +303,10 @@ _SCANNED = {
 # ---- what is kept ----
 
 
-def _loop(mix: Mix, way: Way, element: float, again: int) -> dict[str, Any]:
+def _loop(mix: Mix, way: Way, element: float, again: int = 1, twice: int = 1) -> dict[str, Any]:
     """A loop's figures an element."""
     chip = CHIPS[ARCH]
-    read = mix.bytes_of(way.reads)
+    read = mix.bytes_of(way.reads) / twice
     elements = read / element
     clocks = {unit: n * again for unit, n in mix.clocks(chip).items()}
     busiest = max(clocks, key=lambda unit: clocks[unit])
@@ -384,9 +384,10 @@ def cuda() -> Found:
         if (counted := functions.get(inner.kernel)) is not None:
             mix = counted.hot(inner.way)
             if mix is None:
-                print(f"no loop of {inner.kernel} reads by {inner.way.reads}", file=sys.stderr)
+                if not inner.optional:
+                    raise SystemExit(f"no loop of {inner.kernel} reads by {inner.way.reads}: mend cuda_loops")
                 continue
-            loops[f"cuda {inner.name}"] = _loop(mix, inner.way, inner.element, inner.again)
+            loops[f"cuda {inner.name}"] = _loop(mix, inner.way, inner.element, inner.again, inner.twice)
     return Found(kernels, loops, {"nvcc": version})
 
 
@@ -420,7 +421,7 @@ def triton_kernels() -> Found:
             mix = function.hot(inner.way)
             if mix is None:
                 raise SystemExit(f"no loop of {name} reads by {inner.way.reads}: mend triton_loops")
-            figures = _loop(mix, inner.way, inner.element, 1)
+            figures = _loop(mix, inner.way, inner.element)
             tile = inner.tile(launch.constants) / (32 * warps)
             if figures["elements"] % tile:
                 lane = f"{figures['elements']} elements of a lane"
