@@ -338,7 +338,7 @@ def _cubins(extension: Path, arch: int, folder: Path) -> list[bytes]:
     return [path.read_bytes() for path in sorted(folder.glob(f"*.sm_{arch}.cubin"))]
 
 
-def _resources(path: Path) -> Iterator[tuple[int, str, int, int]]:
+def extension_resources(path: Path) -> Iterator[tuple[int, str, int, int]]:
     """(architecture, kernel, registers, bytes of stack) of each kernel in an extension."""
     shown = subprocess.run(
         [TOOLS / "cuobjdump", "-res-usage", path], capture_output=True, text=True, check=True
@@ -359,7 +359,7 @@ def cuda() -> Found:
 
     path = Path(_cuda.__file__)
     kernels: dict[str, dict[str, Any]] = {}
-    for arch, name, registers, stack in _resources(path):
+    for arch, name, registers, stack in extension_resources(path):
         row = kernels.setdefault(f"cuda {name}", {"registers": {}, "stack": {}})
         row["registers"][str(arch)] = registers
         row["stack"][str(arch)] = stack

@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -127,32 +126,18 @@ def test_grids_are_within_their_limits(extreme):
         assert max(y, z) <= 65535, where
 
 
-@pytest.fixture(scope="module")
-def built():
-    """Resources of the kernels in the extension: {arch: {kernel: (registers, stack, shared)}}."""
-    triton = pytest.importorskip("triton")
+def test_cuda_kernels_spill_nothing():
+    pytest.importorskip("triton")  # which brings the tool that reads the extension
     try:
         from rapidin import _cuda
     except ImportError:
         pytest.skip("built without nvcc")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    shown = subprocess.run([tool, "-res-usage", _cuda.__file__], capture_output=True, text=True, check=True)
-    found: dict[int, dict[str, tuple[int, ...]]] = {}
-    arch, name = 0, ""
-    for line in shown.stdout.splitlines():
-        if wanted := re.match(r"arch = sm_(\d+)", line.strip()):
-            arch = int(wanted[1])
-        elif wanted := re.match(r"Function (\S+):", line.strip()):
-            name = wanted[1]
-        elif wanted := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
-            found.setdefault(arch, {})[name] = tuple(map(int, wanted.groups()))
-    return found
+    from machine_code import extension_resources
 
-
-def test_cuda_kernels_spill_nothing(built):
-    assert built
-    for arch, kernels in built.items():
-        assert any("linear_sketch" in name for name in kernels)
-        for name, (registers, stack, _) in kernels.items():
-            assert stack == 0, f"{name} on sm_{arch}: {stack} bytes of stack"
-            assert registers <= 255
+    rows = list(extension_resources(Path(_cuda.__file__)))
+    for arch in {arch for arch, *_ in rows}:
+        assert any("linear_sketch" in name for other, name, *_ in rows if other == arch)
+    assert rows
+    for arch, name, registers, stack in rows:
+        assert stack == 0, f"{name} on sm_{arch}: {stack} bytes of stack"
+        assert registers <= 255
