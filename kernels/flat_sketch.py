@@ -12,8 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rapidin.kernels.sketch_hash import hash_word, stream_key
+from rapidin.kernels.sketch_hash import hash_word, signed_stream_key
 from rapidin.kernels.sum_parts import added
+from rapidin.kernels.tiles import grid
 
 if TYPE_CHECKING:
     from rapidin.ops.flat_plan import FlatPlan
@@ -158,12 +159,10 @@ def flat_sketch(
     sums = torch.empty(plan.parts, plan.batch, dim, dtype=torch.float32, device=device)
     row_squares = torch.empty(plan.batch, plan.rows, dtype=torch.float32, device=device) if squares else None
     keys = [
-        _signed(half)
-        for s in (TURN, ROTATION, LANE, *range(SIGNS, SIGNS + 4))
-        for half in stream_key(seed, s)
+        half for s in (TURN, ROTATION, LANE, *range(SIGNS, SIGNS + 4)) for half in signed_stream_key(seed, s)
     ]
     known = {x.dtype for x in plan.tensors}
-    _flat_sketch_kernel[(plan.groups * plan.parts * plan.batch,)](
+    _flat_sketch_kernel[grid("flat_sketch", plan.groups * plan.parts * plan.batch)](
         plan.table, places, scales, sums, row_squares,
         n, plan.rows, plan.chunks, plan.chunks_of_part, plan.parts, plan.groups, plan.batch, plan.steps,
         *keys,
@@ -175,12 +174,7 @@ def flat_sketch(
     if row_squares is None:
         return sketch, None
     found = torch.empty(plan.slices, plan.batch, n, dtype=torch.float32, device=device)
-    _flat_squares_kernel[(plan.slices * n * plan.batch,)](
+    _flat_squares_kernel[grid("flat_sketch", plan.slices * n * plan.batch)](
         plan.table[4 * n :], row_squares, found, n, plan.batch, plan.rows, plan.slices, BLOCK=1024
     )
     return sketch, added(found)
-
-
-def _signed(word: int) -> int:
-    """The same 32 bits as a signed integer: one type of argument for all keys, so one kernel."""
-    return word - (word >> 31 << 32)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .tiles import power_of_two
+from .tiles import grid, power_of_two
 
 NUMBERS = {"int8": 1, "int4": 2, "sign": 8}  # a byte
 _TILE = 2048  # numbers of a tile, at most
@@ -41,16 +41,17 @@ def _places(first, bytes_in_row, width, P: tl.constexpr, BYTES: tl.constexpr, EV
 def _pack_kernel(
     x_ptr, codes_ptr, scale_ptr, n, width, bytes_in_row, stride_row,
     P: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, TILES: tl.constexpr, EVEN: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < n
-    x_rows = x_ptr + row.to(tl.int64)[:, None, None] * stride_row
-    out_rows = codes_ptr + row.to(tl.int64)[:, None] * bytes_in_row
+    x_rows = x_ptr + row[:, None, None] * stride_row
+    out_rows = codes_ptr + row[:, None] * bytes_in_row
     squares = tl.zeros((ROWS, P, BYTES), tl.float64)
     sizes = tl.zeros((ROWS, P, BYTES), tl.float64)
     largest = tl.zeros((ROWS, P, BYTES), tl.float32)
     for tile in range(TILES):
-        first = tile * BYTES
+        first = tl.full((), BYTES, INDEX) * tile
         number, there = _places(first, bytes_in_row, width, P, BYTES, EVEN)
         mask = live[:, None, None] & there[None]
         x = tl.load(x_rows + number[None], mask=mask, other=0.0).to(tl.float32)
@@ -78,7 +79,7 @@ def _pack_kernel(
             # is the compiler's choice.
             tl.debug_barrier()
             for tile in range(TILES):
-                first = tile * BYTES
+                first = tl.full((), BYTES, INDEX) * tile
                 at = first + tl.arange(0, BYTES)
                 tl.store(
                     out_rows + at[None, :],
@@ -98,7 +99,7 @@ def _pack_kernel(
         inverse = tl.where(good, one / tl.where(good, step * lift.to(tl.float64), one), zero).to(tl.float32)
         dots = tl.zeros((ROWS, P, BYTES), tl.float64)
         for tile in range(TILES):
-            first = tile * BYTES
+            first = tl.full((), BYTES, INDEX) * tile
             number, there = _places(first, bytes_in_row, width, P, BYTES, EVEN)
             mask = (live & (broken == 0))[:, None, None] & there[None]
             x = tl.load(x_rows + number[None], mask=mask, other=0.0).to(tl.float32)
@@ -125,14 +126,16 @@ def _pack_kernel(
 def _unpack_kernel(
     codes_ptr, scale_ptr, out_ptr, n, width, bytes_in_row, stride_row, stride_scale,
     P: tl.constexpr, ROWS: tl.constexpr, BYTES: tl.constexpr, EVEN: tl.constexpr, SCALED: tl.constexpr,
+    INDEX: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    tiles = tl.cdiv(bytes_in_row, BYTES)
+    row = (tl.program_id(0) // tiles).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < n
-    first = tl.program_id(1) * BYTES
+    first = (tl.program_id(0) % tiles).to(INDEX) * BYTES
     number, there = _places(first, bytes_in_row, width, P, BYTES, EVEN)
     at = first + tl.arange(0, BYTES)
     codes = tl.load(
-        codes_ptr + row.to(tl.int64)[:, None] * stride_row + at[None, :],
+        codes_ptr + row[:, None] * stride_row + at[None, :],
         mask=live[:, None] & (at < bytes_in_row)[None, :],
         other=0,
     ).to(tl.int32)
@@ -143,9 +146,9 @@ def _unpack_kernel(
     else:
         value = codes[:, None, :].to(tl.float32)
     if SCALED:
-        scale = tl.load(scale_ptr + row.to(tl.int64) * stride_scale, mask=live, other=0.0).to(tl.float32)
+        scale = tl.load(scale_ptr + row * stride_scale, mask=live, other=0.0).to(tl.float32)
         value = value * scale[:, None, None]
-    to = out_ptr + row.to(tl.int64)[:, None, None] * width + number[None]
+    to = out_ptr + row[:, None, None] * width + number[None]
     tl.store(to, value, mask=live[:, None, None] & there[None])
 
 
@@ -154,6 +157,11 @@ def _tile(n: int, size: int, planes: int) -> tuple[int, int]:
     bytes_ = min(_TILE // planes, power_of_two(size))
     rows = min(max(1, _TILE // (planes * bytes_)), 8, power_of_two(n))
     return rows, bytes_
+
+
+def _index(width: int) -> tl.dtype:
+    """The type in which a row's numbers are counted, tiles beyond its end included."""
+    return tl.int32 if width < 2**31 - 2**16 else tl.int64
 
 
 def pack(x: Tensor, codes: Tensor, scale: Tensor, dtype: str) -> None:
@@ -166,9 +174,9 @@ def pack(x: Tensor, codes: Tensor, scale: Tensor, dtype: str) -> None:
     if not n:
         return
     rows, bytes_ = _tile(n, size, planes)
-    _pack_kernel[(triton.cdiv(n, rows),)](
+    _pack_kernel[grid("pack", triton.cdiv(n, rows))](
         x, codes, scale, n, width, size, x.stride(0), P=planes, ROWS=rows, BYTES=bytes_,
-        TILES=triton.cdiv(size, bytes_), EVEN=width % (64 * planes) == 0, num_warps=4,
+        TILES=triton.cdiv(size, bytes_), EVEN=width % (64 * planes) == 0, INDEX=_index(width), num_warps=4,
     )  # fmt: skip
 
 
@@ -182,9 +190,9 @@ def unpack(codes: Tensor, scale: Tensor | None, out: Tensor, dtype: str) -> None
     if not n or not width:
         return
     rows, bytes_ = _tile(n, size, planes)
-    _unpack_kernel[(triton.cdiv(n, rows), triton.cdiv(size, bytes_))](
+    _unpack_kernel[grid("unpack", triton.cdiv(n, rows) * triton.cdiv(size, bytes_))](
         codes, codes if scale is None else scale, out, n, width, size, codes.stride(0),
         0 if scale is None else scale.stride(0),
         P=planes, ROWS=rows, BYTES=bytes_, EVEN=width % (64 * planes) == 0, SCALED=scale is not None,
-        num_warps=4,
+        INDEX=_index(width), num_warps=4,
     )  # fmt: skip

@@ -31,6 +31,15 @@ def stream_key(seed: int, stream: int) -> tuple[int, int]:
     return a, _mix32(((seed >> 32) ^ a) + 0x85EBCA6B)
 
 
+def signed_stream_key(seed: int, stream: int) -> tuple[int, int]:
+    """The same bits as signed integers: one type of argument for all keys, so that one kernel serves them.
+
+    The kernel's arguments must be in do_not_specialize, and be cast to uint32 by bitcast.
+    """
+    a, b = stream_key(seed, stream)
+    return a - (a >> 31 << 32), b - (b >> 31 << 32)
+
+
 def _mix32(x: int) -> int:
     x &= MASK
     x ^= x >> 16
@@ -40,14 +49,15 @@ def _mix32(x: int) -> int:
     return x ^ x >> 16
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_a", "key_b", "first"])
 def _hash_words_kernel(words_ptr, key_a, key_b, first, n, BLOCK: tl.constexpr):
-    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    words = hash_word((i + first).to(tl.uint32), key_a.to(tl.uint32), key_b.to(tl.uint32))
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    key_a, key_b = key_a.to(tl.uint32, bitcast=True), key_b.to(tl.uint32, bitcast=True)
+    words = hash_word((i + first).to(tl.uint32), key_a, key_b)
     tl.store(words_ptr + i, words.to(tl.int32, bitcast=True), mask=i < n)
 
 
 def hash_words(words: Tensor, seed: int, stream: int, first: int) -> None:
     """Fill words [n] int32 with the hash's words of first, first + 1, ...: for tests."""
     n = len(words)
-    _hash_words_kernel[(triton.cdiv(n, 256),)](words, *stream_key(seed, stream), first, n, BLOCK=256)
+    _hash_words_kernel[(triton.cdiv(n, 256),)](words, *signed_stream_key(seed, stream), first, n, BLOCK=256)

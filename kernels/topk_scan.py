@@ -127,7 +127,8 @@ def _float_products(
                 column = d + tl.arange(0, D)
                 x = _load_rows(rows_ptr, row, stride_row, column, stop).to(tl.float32)
                 inside = (column < stop)[None, :] & (query < padded)[:, None]
-                y = tl.load(queries_ptr + query[:, None] * width + column[None, :], mask=inside, other=0.0)
+                at = queries_ptr + query[:, None].to(tl.int64) * width + column[None, :]
+                y = tl.load(at, mask=inside, other=0.0)
                 products += x[None, :, :] * y[:, None, :]
             total += tl.trans(tl.sum(products, 2)).to(tl.float64)
         else:
@@ -202,7 +203,8 @@ def _exact_products(
     for d in range(begin, end, D):
         column = d + tl.arange(0, D)
         x = _load_rows(rows_ptr, row, stride_row, column, end).to(tl.float64)
-        y = tl.load(exact_ptr + q * stride_exact + column, mask=column < end, other=0.0).to(tl.float64)
+        at = exact_ptr + q.to(tl.int64) * stride_exact + column
+        y = tl.load(at, mask=column < end, other=0.0).to(tl.float64)
         # Where x has no number, Inf in y must not make one.
         total += tl.sum(tl.where((column < end)[None, :], x * y[None, :], 0.0), 1)
     return total
@@ -224,7 +226,7 @@ def _topk_scan_kernel(
     query = first_query + number
     real = query < q
     # this program's lists, and what all programs share: of one query after another
-    list_number = (tl.program_id(1) * q + first_query).to(tl.int64) * LISTS
+    list_number = (tl.program_id(1).to(tl.int64) * q + first_query) * LISTS
     lists_ptr = kept_ptr + list_number * CAPACITY
     shared_ptr = least_ptr + first_query * LISTS
     none = tl.full([Q], 0x7FFFFFFFFFFFFFFF, tl.int64)  # which no key beats
@@ -246,10 +248,12 @@ def _topk_scan_kernel(
             )  # fmt: skip
     unit = tl.load(units_ptr + query, mask=real, other=0.0)
 
-    for tile in range(tl.program_id(1), tl.cdiv(n, R), tl.num_programs(1)):
+    # A cache may have 2^31 - 1 rows, and the last tile reach beyond what 32 bits hold.
+    tiles = tl.cdiv(tl.full((), 0, tl.int64) + n, R)
+    for tile in range(tl.program_id(1), tiles, tl.num_programs(1)):
         at = tile * R + tl.arange(0, R)
         there = at < n
-        row = tl.minimum(at, n - 1).to(tl.int64)
+        row = tl.minimum(at, n - 1)
         if scale_ptr is None:
             scale = tl.full([R], 1.0, tl.float64)
         else:

@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .sketch_hash import hash_word, stream_key
-from .tiles import power_of_two
+from .sketch_hash import hash_word, signed_stream_key
+from .tiles import grid, power_of_two
 
 STREAM = 16  # of the keyed hash in docs/sketch.md
 WIDEST = 8192
@@ -66,17 +66,17 @@ def _flip(x, words):
     )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_a", "key_b"])
 def _turn_kernel(
     x_ptr, mean_ptr, begin_ptr, size_ptr, out_ptr,
-    n, stride_row, stride_block, stride_out, key_a, key_b, factor,
+    n, blocks, stride_row, stride_block, stride_out, key_a, key_b, factor,
     WIDTH: tl.constexpr, A: tl.constexpr, C: tl.constexpr, SKIP: tl.constexpr, B: tl.constexpr,
     ROWS: tl.constexpr, TILES: tl.constexpr, BACK: tl.constexpr, CENTRED: tl.constexpr, CUT: tl.constexpr,
     SIZED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # Numbers of a line of the first pass; a small block is padded to what the last one takes.
     IN: tl.constexpr = B if A == 1 else WIDTH // A
-    block = tl.program_id(0)
+    block = tl.program_id(0) % blocks
     begin = block.to(tl.int64) * WIDTH
     count = WIDTH
     if CUT:
@@ -96,13 +96,14 @@ def _turn_kernel(
     number_out = tl.arange(0, B)[:, None] + (line // ROWS * IN + column % (IN // B) * B)[None, :]
     row_out = (line % ROWS)[None, :]
     word = block * WIDTH + (number_out if BACK else number_in)
-    words = hash_word(word.to(tl.uint32), key_a.to(tl.uint32), key_b.to(tl.uint32))
+    key_a, key_b = key_a.to(tl.uint32, bitcast=True), key_b.to(tl.uint32, bitcast=True)
+    words = hash_word(word.to(tl.uint32), key_a, key_b)
     in_block = number_in < WIDTH
     if CENTRED:
         mean = tl.load(mean_ptr + block.to(tl.int64) * WIDTH + number_in, mask=in_block, other=0.0)
     for tile in range(TILES):
-        first = (tl.program_id(1) * TILES + tile) * ROWS
-        from_row = (first + row_in).to(tl.int64)
+        first = ((tl.program_id(0) // blocks).to(tl.int64) * TILES + tile) * ROWS
+        from_row = first + row_in
         x = tl.load(
             x_ptr + from_row * stride_row + block.to(tl.int64) * stride_block + number_in,
             mask=in_block & (from_row < n),
@@ -123,7 +124,7 @@ def _turn_kernel(
         y = _product(_hadamard(B, 1, INTERPRETED), x, INTERPRETED) * factor
         if BACK:
             y = _flip(y, words)
-        to_row = (first + row_out).to(tl.int64)
+        to_row = first + row_out
         tl.store(
             out_ptr + to_row * stride_out + begin + number_out, y, mask=(number_out < count) & (to_row < n)
         )
@@ -168,9 +169,9 @@ def turn(
     else:
         rows = max(1, min(_TILE // tile, power_of_two(n)))
     tiles = max(1, min(_ROWS // rows, triton.cdiv(n, rows)))
-    _turn_kernel[(blocks, triton.cdiv(n, rows * tiles))](
+    _turn_kernel[grid("turn", blocks * triton.cdiv(n, rows * tiles))](
         x, x if mean is None else mean, x if begin is None else begin, x if size is None else size, out,
-        n, x.stride(0), x.stride(1), out.stride(0), *stream_key(seed, STREAM), width**-0.5,
+        n, blocks, x.stride(0), x.stride(1), out.stride(0), *signed_stream_key(seed, STREAM), width**-0.5,
         WIDTH=width, A=a, C=c, SKIP=skip, B=b, ROWS=rows, TILES=tiles,
         BACK=back, CENTRED=mean is not None, CUT=begin is not None, SIZED=size is not None,
         INTERPRETED=x.device.type == "cpu",
@@ -183,10 +184,10 @@ def _unit_kernel(
     x_ptr, unit_ptr, length_ptr, n, width, stride_row,
     ROWS: tl.constexpr, BLOCK: tl.constexpr, TILES: tl.constexpr,
 ):  # fmt: skip
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = (row < n)[:, None]
-    x_rows = x_ptr + row.to(tl.int64)[:, None] * stride_row
-    out_rows = unit_ptr + row.to(tl.int64)[:, None] * width
+    x_rows = x_ptr + row[:, None] * stride_row
+    out_rows = unit_ptr + row[:, None] * width
     at = tl.arange(0, BLOCK)[None, :]
     if TILES == 1:  # held on chip between the sum and the division
         x = tl.load(x_rows + at, mask=live & (at < width), other=0.0).to(tl.float32)
@@ -195,7 +196,7 @@ def _unit_kernel(
     else:
         squares = tl.zeros((ROWS, BLOCK), tl.float64)
         for tile in range(TILES):
-            first = tile * BLOCK
+            first = tl.full((), BLOCK, tl.int64) * tile
             wide = tl.load(x_rows + first + at, mask=live & (first + at < width), other=0.0).to(tl.float64)
             squares += wide * wide
         square = tl.sum(squares, 1)
@@ -205,7 +206,7 @@ def _unit_kernel(
         tl.store(out_rows + at, x / by, mask=live & (at < width))
     else:
         for tile in range(TILES):
-            first = tile * BLOCK
+            first = tl.full((), BLOCK, tl.int64) * tile
             mask = live & (first + at < width)
             x = tl.load(x_rows + first + at, mask=mask, other=0.0).to(tl.float32)
             tl.store(out_rows + first + at, x / by, mask=mask)
@@ -223,7 +224,7 @@ def unit_blocks(x: Tensor, unit: Tensor, length: Tensor) -> None:
         return
     block = min(power_of_two(width), WIDEST)
     rows = min(max(1, 2048 // block), power_of_two(n))
-    _unit_kernel[(triton.cdiv(n, rows),)](
+    _unit_kernel[grid("unit_blocks", triton.cdiv(n, rows))](
         x, unit, length, n, width, x.stride(0),
         ROWS=rows, BLOCK=block, TILES=triton.cdiv(width, block), num_warps=4 if block <= 2048 else 8,
     )  # fmt: skip

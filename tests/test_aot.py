@@ -2,7 +2,6 @@
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,31 +19,50 @@ STACK = {
     "linear_sketch bf16 1024": 200,
     "linear_sketch fp16 512": 368,
     "linear_sketch fp32 512": 368,
+    "linear_sketch fp32 512 unaligned": 368,
+    "linear_sketch fp16 1024": 880,
+    "linear_sketch fp32 1024": 880,
 }
 SHARED = 163 << 10  # of a block on sm_80; sm_90 and sm_100 have 227 KB
 
 
-@pytest.fixture(scope="module")
-def compiled():
+def run_aot(*arguments):
+    """The rows that tests/aot.py prints, in a process of its own: here Triton may be interpreted."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     done = subprocess.run(
-        [sys.executable, str(ROOT / "tests" / "aot.py")],
+        [sys.executable, str(ROOT / "tests" / "aot.py"), *arguments],
         env={**environment, "PYTHONPATH": str(ROOT)},
         capture_output=True,
         text=True,
-        timeout=900,
+        timeout=3600,
     )
     assert done.returncode == 0, done.stderr[-4000:]
     return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def test_every_launch_is_compiled_for_every_architecture(compiled):
+@pytest.fixture(scope="module")
+def compiled():
+    return run_aot()
+
+
+@pytest.fixture(scope="module")
+def launched():
+    return run_aot("--launches")
+
+
+@pytest.fixture(scope="module")
+def extreme():
+    return run_aot("--extremes")
+
+
+def test_every_launch_is_compiled(compiled):
     launches = {row["launch"] for row in compiled}
     ops = {name.split()[0] for name in launches}
-    assert ops >= {"linear_sketch", "flat_sketch", "topk_scan", "pack", "hash_words"}
-    for name in launches:
-        assert {row["arch"] for row in compiled if row["launch"] == name} == set(ARCHS), name
+    assert ops >= {"linear_sketch", "flat_sketch", "topk_scan", "pack", "turn", "unit_blocks", "hash_words"}
+    for op in ops - {"embedding_sketch"}:
+        assert {row["arch"] for row in compiled if row["launch"].split()[0] == op} == set(ARCHS), op
+    assert {row["arch"] for row in compiled if row["launch"] == "linear_sketch fp32 1024"} == set(ARCHS)
 
 
 def test_kernels_fit_the_chip(compiled):
@@ -63,32 +81,63 @@ def test_sketches_are_summed_on_tensor_cores(compiled):
             assert row["mma"] > 0, row["launch"]
 
 
-@pytest.fixture(scope="module")
-def built():
-    """Resources of the kernels in the extension: {arch: {kernel: (registers, stack, shared)}}."""
-    triton = pytest.importorskip("triton")
+def test_signatures_are_those_that_triton_announces(launched):
+    """What is compiled here is what Triton tells its hook that it would compile: types, constants, alignment,
+    options."""
+    assert len(launched) > 100
+    for row in launched:
+        assert row["recorded"] == row["announced"], row["launch"]
+
+
+def test_signatures_know_what_triton_specialises(launched):
+    """64-bit types from 2^31 on; divisibility of what is aligned, and not of what is not."""
+    told = {(row["launch"], row["kernel"]): row for row in launched}
+    integers = told["signature: integers", "hash_words_kernel"]["recorded"]["signature"]
+    assert (integers["first"], integers["n"]) == ("i64", "i32")
+    assert "words_ptr" in told["signature: an aligned view", "hash_words_kernel"]["divisible"]
+    assert "words_ptr" not in told["signature: an unaligned view", "hash_words_kernel"]["divisible"]
+    scan = told["topk_scan sign 16 queries, unaligned", "topk_scan_kernel"]
+    assert "stride_row" in scan["divisible"]  # 2,048 bytes
+    assert not {"rows_ptr", "width"} & set(scan["divisible"])  # from the 200th byte on, 1,785 of them
+
+
+def test_defaults_are_among_the_launches(launched):
+    """Each default dimension with each dtype that reaches a kernel: with K-FAC both factors are float32."""
+    from rapidin.pack import width_for
+
+    names = {row["launch"] for row in launched}
+    from rapidin.kernels.linear_sketch import DIMS
+
+    defaults = {width_for(blocks, budget) for blocks in range(1, 400) for budget in (None, 16384)}
+    assert {512, 1024} <= defaults
+    for dim in defaults & set(DIMS):
+        assert {f"linear_sketch {dtype} {dim}" for dtype in ("bf16", "fp16", "fp32")} <= names
+    for dim in defaults:
+        assert {f"unit_blocks {dim}", f"turn {dim} cut", f"matrix_sketch bias {dim}"} <= names
+
+
+def test_grids_are_within_their_limits(extreme):
+    """CUDA takes 2^31 - 1 programs on axis 0, and 65,535 on the two others."""
+    assert any(max(row["grid"]) > 65535 for row in extreme)
+    for row in extreme:
+        x, y, z = row["grid"]
+        where = f"{row['launch']} ({row['kernel']}): grid {x}, {y}, {z}"
+        assert x < 2**31, where
+        assert max(y, z) <= 65535, where
+
+
+def test_cuda_kernels_spill_nothing():
+    pytest.importorskip("triton")  # which brings the tool that reads the extension
     try:
         from rapidin import _cuda
     except ImportError:
         pytest.skip("built without nvcc")
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    shown = subprocess.run([tool, "-res-usage", _cuda.__file__], capture_output=True, text=True, check=True)
-    found: dict[int, dict[str, tuple[int, ...]]] = {}
-    arch, name = 0, ""
-    for line in shown.stdout.splitlines():
-        if wanted := re.match(r"arch = sm_(\d+)", line.strip()):
-            arch = int(wanted[1])
-        elif wanted := re.match(r"Function (\S+):", line.strip()):
-            name = wanted[1]
-        elif wanted := re.search(r"REG:(\d+) STACK:(\d+) SHARED:(\d+)", line):
-            found.setdefault(arch, {})[name] = tuple(map(int, wanted.groups()))
-    return found
+    from machine_code import extension_resources
 
-
-def test_cuda_kernels_spill_nothing(built):
-    assert built
-    for arch, kernels in built.items():
-        assert any("linear_sketch" in name for name in kernels)
-        for name, (registers, stack, _) in kernels.items():
-            assert stack == 0, f"{name} on sm_{arch}: {stack} bytes of stack"
-            assert registers <= 255
+    rows = list(extension_resources(Path(_cuda.__file__)))
+    for arch in {arch for arch, *_ in rows}:
+        assert any("linear_sketch" in name for other, name, *_ in rows if other == arch)
+    assert rows
+    for arch, name, registers, stack in rows:
+        assert stack == 0, f"{name} on sm_{arch}: {stack} bytes of stack"
+        assert registers <= 255
