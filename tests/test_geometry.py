@@ -22,7 +22,6 @@ from rapidin.errors import UserError
 from rapidin.geometry import (
     EXPONENT,
     FLOOR,
-    Directions,
     Geometry,
     GeometryChoice,
     Moments,
@@ -33,6 +32,7 @@ from rapidin.hooks import Batch, GradientSketcher
 from rapidin.kronecker import FactorMoments, SideMoment, Spectrum
 from rapidin.layers import Target, Use, block_seed, find_targets, matrix_shape
 from rapidin.model import LoadedModel
+from rapidin.ops import LowRank
 from rapidin.optimizer_state import second_moments
 from rapidin.squares import embedding_squares, factor_squares, formed_squares
 
@@ -229,7 +229,7 @@ def test_factors_are_scaled_and_a_point_must_be_named_where_points_differ() -> N
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_small_dtypes_are_scaled_without_leaving_their_range(dtype: torch.dtype) -> None:
     x, scale = torch.tensor([[[1e-4, 2.0, -60000.0]]]).to(dtype), torch.tensor([1e7, 1e3, 1e2])
-    got = Scale(torch.ones(2), scale).factors(x, x[..., :2])[0]
+    got = Scale(torch.ones(2), scale).factors(x, x[..., :2]).applied()[0]
     torch.testing.assert_close(got.float(), x.float() * scale, rtol=2**-8, atol=0.0)
 
 
@@ -284,7 +284,7 @@ def test_of_a_wide_side_the_strongest_directions_are_known_and_the_rest_is_alike
     whole = torch.cat([spectrum.basis, rest], 1)
     want = damped_root((whole * filled) @ whole.T, 0.1)
     y = noise(3, 7, n)
-    got, _ = scale.factors(y, y)
+    got, _ = scale.factors(y, y).applied()
     torch.testing.assert_close(got.double(), y.double() @ want, rtol=1e-3, atol=1e-3 * float(got.std()))
 
 
@@ -298,7 +298,7 @@ def test_what_is_far_larger_than_the_rest_does_not_drown_it_in_small_dtypes() ->
     assert spectrum is not None
     scale = Scale.of_spectra((spectrum, spectrum), (n, n), P, 0.01)
     y = x[:4, None].to(torch.bfloat16)
-    got, _ = scale.factors(y, y)
+    got, _ = scale.factors(y, y).applied()
     assert got.dtype == torch.float32
     assert scale.column_directions is not None
     basis, gain = scale.column_directions.basis.double(), scale.column_directions.gain.double()
@@ -706,7 +706,7 @@ def test_a_geometry_of_other_parts_is_damaged() -> None:
 
 def kfac_like(o: int, i: int, rank: int) -> Scale:
     sides = [torch.linalg.qr(noise(n, rank, seed=n)).Q.contiguous() for n in (o, i)]
-    directions = [Directions(u, -torch.linspace(0.1, 0.9, rank)) for u in sides]
+    directions = [LowRank(u, -torch.linspace(0.1, 0.9, rank)) for u in sides]
     return Scale(torch.full((o,), 2.0), torch.full((i,), 3.0), *directions)
 
 

@@ -23,7 +23,9 @@ from inputs import (
 )
 
 from rapidin import ops
-from rapidin.ops import cpu
+from rapidin.ops import cpu, tables
+from rapidin.ops import low_rank as low_rank_module
+from rapidin.ops.low_rank import coefficients
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "sketches.json").read_text())
 
@@ -314,3 +316,101 @@ def test_zero_gradients_give_exactly_zero_however_large_the_inputs() -> None:
     for way in (cpu.by_fft, cpu.by_torch_fft):
         assert torch.equal(way(inputs, torch.zeros(2, 40, 200), 64, 0), torch.zeros(2, 64))
         assert torch.equal(way(torch.zeros(2, 40, 200), inputs, 64, 0), torch.zeros(2, 64))
+
+
+# ---- a LowRank on a side ----
+
+
+def low_rank(n: int, rank: int, seed: int = 0, gain: float = -0.95) -> ops.LowRank:
+    """Directions that are nearly taken away, the strongest most."""
+    rank = min(n, rank)
+    basis = torch.linalg.qr(normal(n, rank, seed=seed)).Q
+    return ops.LowRank(basis.contiguous(), torch.linspace(gain, gain / 2, rank))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("dim", [7, 64, 256])
+def test_a_low_rank_is_applied_to_its_side(dim: int, sides: tuple[bool, bool], dtype: torch.dtype) -> None:
+    for shape in LINEAR_SHAPES:
+        inputs, grads = factors(shape, dtype)
+        ranks = [low_rank(n, 5, seed=n) if on else None for n, on in zip(shape[2:], sides, strict=True)]
+        turned = [
+            x.double() + (x.double() @ r.basis.double() * r.gain) @ r.basis.T.double() if r else x.double()
+            for x, r in zip((inputs, grads), ranks, strict=True)
+        ]
+        formed = turned[1].mT @ turned[0]
+        wanted = ops.matrix_sketch(formed.float(), dim, seed=SEED, backend="reference").double()
+        for backend in ("reference", "cpu"):
+            got = ops.linear_sketch(
+                inputs,
+                grads,
+                dim,
+                seed=SEED,
+                inputs_low_rank=ranks[0],
+                grads_low_rank=ranks[1],
+                backend=backend,
+            )
+            assert_close(got, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("side", [tables.IN, tables.OUT])
+@pytest.mark.parametrize(("n", "dim"), [(1, 1), (5, 64), (64, 64), (300, 64), (129, 7)])
+def test_the_table_of_a_low_rank_sketches_its_basis(n: int, dim: int, side: tuple[int, int]) -> None:
+    ranks = low_rank(n, 6)
+    table = ranks.table(SEED, side, dim)
+    assert table is ranks.table(SEED, side, dim)
+    entries = tables.rows(SEED, side, n, dim)
+    bins, signs = (entries & 0x7FFFFFFF).long(), torch.where(entries < 0, -1.0, 1.0)
+    wanted = (
+        torch.zeros(dim, ranks.rank).double().index_add_(0, bins, (ranks.basis * signs[:, None]).double())
+    )
+    torch.testing.assert_close(table.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_two_bfloat16_parts_of_a_basis_give_the_coefficients() -> None:
+    ranks = low_rank(500, 12)
+    high, low = ranks.parts.float().split(12, 1)
+    assert ranks.parts.dtype == torch.bfloat16
+    assert float(((high + low - ranks.basis).abs() / ranks.basis.abs()).max()) <= 2**-16
+    x = normal(3, 9, 500, dtype=torch.bfloat16)
+    x[..., 7] *= 1000
+    wanted = x.double() @ ranks.basis.double() * ranks.gain
+    length = x.double().norm(dim=-1, keepdim=True)
+    for got in (coefficients(x, ranks), low_rank_module._by_parts(x, ranks) * ranks.gain):
+        assert got.dtype == torch.float32
+        assert float(((got - wanted).abs() / length).max()) < 2**-16
+
+
+def test_a_low_rank_goes_to_a_device_once() -> None:
+    ranks = low_rank(40, 4)
+    assert ranks.to(torch.device("cpu")) is ranks
+    there = ranks.to(torch.device("meta"))
+    assert there.device.type == "meta"
+    assert ranks.to(torch.device("meta")) is there
+
+
+def test_mistakes_of_a_low_rank_are_named() -> None:
+    basis, gain = torch.zeros(4, 2), torch.zeros(2)
+    with pytest.raises(TypeError, match=r"basis must be a float32 tensor, got torch\.float64"):
+        ops.LowRank(basis.double(), gain)
+    with pytest.raises(TypeError, match="gain must be a float32 tensor, got list"):
+        ops.LowRank(basis, [0.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="gain must have 1 axes"):
+        ops.LowRank(basis, basis)
+    with pytest.raises(ValueError, match="a column for each gain"):
+        ops.LowRank(basis, torch.zeros(3))
+    with pytest.raises(ValueError, match="on one device"):
+        ops.LowRank(basis, gain.to("meta"))
+    ranks = ops.LowRank(basis, gain)
+    with pytest.raises(TypeError, match=r"inputs_low_rank must be a rapidin.ops.LowRank, got tuple"):
+        ops.linear_sketch(X, X, 8, seed=0, inputs_low_rank=(basis, gain))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="grads_low_rank must have a row for each feature of grads, got 4"):
+        ops.linear_sketch(X, X[..., :3], 8, seed=0, grads_low_rank=ranks)
+    with pytest.raises(ValueError, match=r"one device, got .* inputs_low_rank on 'meta'"):
+        ops.linear_sketch(X, X, 8, seed=0, inputs_low_rank=ranks.to(torch.device("meta")))
+    nothing = ops.LowRank(torch.zeros(4, 0), torch.zeros(0))
+    x = normal(2, 3, 4)
+    assert torch.equal(
+        ops.linear_sketch(x, x, 8, seed=0, inputs_low_rank=nothing), ops.linear_sketch(x, x, 8, seed=0)
+    )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from rapidin import _cpu
 from rapidin.ops import tables
+from rapidin.ops.low_rank import LowRank, applied
 from rapidin.ops.packed import Packed, PackedDtype, packed_bytes
 from rapidin.ops.tables import CPU
 from rapidin.ops.turn import TURN, Cut
@@ -73,7 +74,16 @@ def embedding_sketch(ids: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tens
     return _fold(grads, row_table, tables.columns(seed, tables.IN, grads.shape[-1], dim), dim)
 
 
-def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
+def linear_sketch(
+    inputs: Tensor,
+    grads: Tensor,
+    dim: int,
+    *,
+    seed: int,
+    inputs_low_rank: LowRank | None = None,
+    grads_low_rank: LowRank | None = None,
+) -> Tensor:
+    inputs, grads = applied(inputs, inputs_low_rank), applied(grads, grads_low_rank)
     way = choose_way(inputs.shape[1], inputs.shape[2], grads.shape[2], dim)
     return by_fft(inputs, grads, dim, seed) if way is None else by_product(inputs, grads, dim, seed, *way)
 
