@@ -33,11 +33,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from rapidin import ops
 from rapidin.cache.manifest import GEOMETRY, Manifest
 from rapidin.cache.shards import read_geometry
 from rapidin.errors import UserError
 from rapidin.kronecker import FactorMoments, Spectrum
 from rapidin.layers import Target, matrix_shape
+from rapidin.ops import LowRank
 from rapidin.squares import Squares
 
 EXPONENT = 0.5  # of V, on each of the two sides of a product
@@ -51,49 +53,61 @@ DAMPING = 0.1  # of a side, in units of its mean eigenvalue
 Kind = Literal["off", "sample", "kfac", "optimizer"]
 
 
-@dataclass(frozen=True)
-class Directions:
-    """``I + U diag(gain) U^T``, which takes the strong directions of a side down to the level of the others.
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """A linear layer's gradient ``sum_t rows_t columns_t^T`` with what is still to be done to it.
 
-    basis: U [n, r] float32, orthonormal; gain: [r] float32.
+    columns: [B, T, I], rows: [B, T, O], of any float dtype; column_low_rank, row_low_rank: what is done to
+    each side, by the sketch itself (`ops.linear_sketch`); column_scale, row_scale: what each side, or the
+    sketch in the end, is multiplied by.
     """
 
-    basis: Tensor
-    gain: Tensor
+    columns: Tensor
+    rows: Tensor
+    column_low_rank: LowRank | None = None
+    row_low_rank: LowRank | None = None
+    column_scale: float = 1.0
+    row_scale: float = 1.0
 
-    def __call__(self, x: Tensor) -> Tensor:
-        """x [..., n] turned, in float32: of what is far larger than the rest only the rest stays, which fewer
-        digits would not hold."""
-        x = x.float()
-        if self.basis.device != x.device:  # a device map has put this layer elsewhere
-            return self.to(x.device)(x)
-        if self._matrix is not None:
-            return x @ self._matrix
-        along = (x @ self.basis) * self.gain
-        return torch.addmm(x.flatten(0, -2), along.flatten(0, -2), self.basis.T).view_as(x)
+    def applied(self) -> tuple[Tensor, Tensor]:
+        """(columns, rows) with nothing left to do; a side with a LowRank is float32 then."""
+        columns = self.columns if self.column_low_rank is None else self.column_low_rank(self.columns)
+        rows = self.rows if self.row_low_rank is None else self.row_low_rank(self.rows)
+        return _times(columns, self.column_scale), _times(rows, self.row_scale)
 
-    @cached_property
-    def _matrix(self) -> Tensor | None:
-        """The whole matrix, where that is less work."""
-        n, r = self.basis.shape
-        if n > 2 * r:
-            return None
-        return torch.eye(n, device=self.basis.device) + (self.basis * self.gain) @ self.basis.T
-
-    def to(self, device: torch.device) -> Directions:
-        """The same on a device."""
-        return Directions(self.basis.to(device), self.gain.to(device))
+    def sketch(self, dim: int, seed: int) -> Tensor:
+        """The gradient's sketch, [B, dim] float32: `ops.linear_sketch`."""
+        sketch = ops.linear_sketch(
+            self.columns,
+            self.rows,
+            dim,
+            seed=seed,
+            inputs_low_rank=self.column_low_rank,
+            grads_low_rank=self.row_low_rank,
+        )
+        return _times(sketch, self.column_scale * self.row_scale)
 
 
 @dataclass(frozen=True, slots=True)
 class Scale:
     """A root ``V^-p`` of one parameter: rows [O], columns [I], float32, and what is done to directions of a
-    side besides, before, where there is such a thing."""
+    side besides, before, where there is such a thing.
+
+    row_constant, column_constant: the number that all of a side's scale are, None where they differ. Looked
+    for when a scale is made on the CPU: to ask a GPU would be to wait for it.
+    """
 
     rows: Tensor
     columns: Tensor
-    row_directions: Directions | None = None
-    column_directions: Directions | None = None
+    row_directions: LowRank | None = None
+    column_directions: LowRank | None = None
+    row_constant: float | None = None
+    column_constant: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, side in (("row_constant", self.rows), ("column_constant", self.columns)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, _constant(side))
 
     @staticmethod
     def of(row_means: Tensor, column_means: Tensor, exponent: float, floor: float) -> Scale:
@@ -128,12 +142,21 @@ class Scale:
         row_scale = (rows + damping * rows.mean()).pow(-exponent).float()
         return Scale(row_scale, columns, None, column_directions)
 
-    def factors(self, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Columns [B, T, I] and rows [B, T, O] of a gradient, scaled."""
-        return (
-            _turned(columns, self.columns, self.column_directions),
-            _turned(rows, self.rows, self.row_directions),
-        )
+    def factors(self, columns: Tensor, rows: Tensor) -> Factors:
+        """Columns [B, T, I] and rows [B, T, O] of a gradient, to be scaled.
+
+        A side that has one scale for all its numbers stays as it is: the sketch is linear, and does the rest.
+        """
+        column_low_rank, row_low_rank, column_scale, row_scale = None, None, 1.0, 1.0
+        if self.column_constant is None:
+            columns = _turned(columns, self.columns, self.column_directions)
+        else:
+            column_low_rank, column_scale = _there(self.column_directions, columns), self.column_constant
+        if self.row_constant is None:
+            rows = _turned(rows, self.rows, self.row_directions)
+        else:
+            row_low_rank, row_scale = _there(self.row_directions, rows), self.row_constant
+        return Factors(columns, rows, column_low_rank, row_low_rank, column_scale, row_scale)
 
     def embedding(self, ids: Tensor, grads: Tensor) -> Tensor:
         """What the tokens ids [B, T] bring to an embedding's rows, [B, T, E], scaled."""
@@ -143,9 +166,9 @@ class Scale:
         """Gradients [B, O, I], scaled, in float32."""
         grads = grads.float()
         if self.column_directions is not None:
-            grads = self.column_directions(grads)
+            grads = self.column_directions.to(grads.device)(grads)
         if self.row_directions is not None:
-            grads = self.row_directions(grads.mT).mT
+            grads = self.row_directions.to(grads.device)(grads.mT).mT
         return scaled(grads, self.rows[:, None] * self.columns)
 
     @property
@@ -161,21 +184,46 @@ class Scale:
 
     def to(self, device: torch.device) -> Scale:
         """The same on a device."""
-        directions = [d and d.to(device) for d in (self.row_directions, self.column_directions)]
-        return Scale(self.rows.to(device), self.columns.to(device), *directions)
+        return Scale(
+            self.rows.to(device),
+            self.columns.to(device),
+            self.row_directions and self.row_directions.to(device),
+            self.column_directions and self.column_directions.to(device),
+            self.row_constant,
+            self.column_constant,
+        )
 
 
-def _side(spectrum: Spectrum, exponent: float, damping: float) -> tuple[Tensor, Directions]:
+def _side(spectrum: Spectrum, exponent: float, damping: float) -> tuple[Tensor, LowRank]:
     """``(M / mean + damping)^-p mean^-p`` of a side, as a scale [n] and directions."""
     n = len(spectrum.basis)
     root = (spectrum.strong / spectrum.mean + damping).pow(-exponent)
     rest = (spectrum.rest / spectrum.mean + damping) ** -exponent
     scale = torch.full((n,), rest * spectrum.mean**-exponent, dtype=torch.float32, device="cpu")
-    return scale, Directions(spectrum.basis.float().contiguous(), (root / rest - 1).float())
+    return scale, LowRank(spectrum.basis.float().contiguous(), (root / rest - 1).float())
 
 
-def _turned(x: Tensor, scale: Tensor, directions: Directions | None) -> Tensor:
-    return scaled(x, scale) if directions is None else directions(x).mul_(scale)
+def _turned(x: Tensor, scale: Tensor, directions: LowRank | None) -> Tensor:
+    return scaled(x, scale) if directions is None else directions.to(x.device)(x).mul_(scale.to(x.device))
+
+
+def _there(low_rank: LowRank | None, x: Tensor) -> LowRank | None:
+    """On x's device: a device map may have put this layer elsewhere."""
+    return low_rank and low_rank.to(x.device)
+
+
+def _constant(scale: Tensor) -> float | None:
+    """The number that all of a scale are, None where they differ or lie on another device."""
+    if scale.device.type != "cpu" or not len(scale) or not bool((scale == scale[0]).all()):
+        return None
+    return float(scale[0])
+
+
+def _times(x: Tensor, scale: float) -> Tensor:
+    """x times a number; float16, whose range is small, becomes float32."""
+    if scale == 1.0:
+        return x
+    return (x.float() if x.dtype == torch.float16 else x) * scale
 
 
 def scaled(x: Tensor, scale: Tensor) -> Tensor:
@@ -281,13 +329,11 @@ class Geometry:
 
 def _scale(parts: dict[str, Tensor]) -> Scale:
     """What `Geometry.data` wrote of one parameter; KeyError or ValueError where it is not that."""
-    found = [
-        Directions(parts.pop(f"{side}_basis"), parts.pop(f"{side}_gain"))
-        if f"{side}_basis" in parts
-        else None
+    row_directions, column_directions = (
+        LowRank(parts.pop(f"{side}_basis"), parts.pop(f"{side}_gain")) if f"{side}_basis" in parts else None
         for side in ("rows", "columns")
-    ]
-    scale = Scale(parts.pop("rows"), parts.pop("columns"), *found)
+    )
+    scale = Scale(parts.pop("rows"), parts.pop("columns"), row_directions, column_directions)
     if parts:
         raise ValueError(f"'{next(iter(parts))}' is no part of a geometry")
     _ = scale.shape  # looks at the parts' sizes

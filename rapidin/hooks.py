@@ -13,7 +13,7 @@ import contextlib
 import inspect
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, NoReturn
 
 import torch
@@ -22,7 +22,7 @@ from torch.nn import functional as F
 
 from rapidin import ops
 from rapidin.errors import UserError
-from rapidin.geometry import Geometry, Scale
+from rapidin.geometry import Factors, Geometry, Scale
 from rapidin.kronecker import FactorMoments
 from rapidin.layers import Target, Use, block_seed, matrix_shape
 from rapidin.squares import Squares, as_factors, embedding_squares, factor_squares, formed_squares, joined
@@ -352,7 +352,7 @@ class _Pass:
                 if use.kind == "conv1d":  # its weight is stored [in, out]: the input is the row factor
                     columns, rows = rows, columns
                 self._add_factors(
-                    n, *(self.scales[n].factors(columns, rows) if self.scales else (columns, rows))
+                    n, self.scales[n].factors(columns, rows) if self.scales else Factors(columns, rows)
                 )
 
     def add_own(self, n: int, grad: Tensor) -> None:
@@ -364,19 +364,18 @@ class _Pass:
         """Add the gradient of a bias, that of the outputs [B, T, O]."""
         self.add_own(n, grad.float().sum(1)[:, :, None])
 
-    # What follows takes gradients that are scaled already.
+    # What follows takes gradients that are scaled already, or say what is left to do.
 
-    def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
-        """Add ``sum_t rows_t columns_t^T``; columns: [B, T, I], rows: [B, T, O]."""
-        self._put(n, self._sketch_factors(n, columns, rows))
+    def _add_factors(self, n: int, factors: Factors) -> None:
+        self._put(n, self._sketch_factors(n, factors))
 
     def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         """Add the gradient of an embedding's [V, E] weight; ids: [B, T], grad: [B, T, E]."""
         self._put(n, self._sketch_embedding(n, ids.to(grad.device), grad))
 
-    def _sketch_factors(self, n: int, columns: Tensor, rows: Tensor) -> Tensor:
-        """[B, width] of factors [B, T, I] and [B, T, O]."""
-        return ops.linear_sketch(columns, rows, self.sketcher.width, seed=self.sketcher.seeds[n])
+    def _sketch_factors(self, n: int, factors: Factors) -> Tensor:
+        """[B, width] of factors of B examples."""
+        return factors.sketch(self.sketcher.width, self.sketcher.seeds[n])
 
     def _sketch_embedding(self, n: int, ids: Tensor, grad: Tensor) -> Tensor:
         """[B, width] of ids [B, T] and gradients [B, T, E]."""
@@ -441,7 +440,8 @@ class _Pass:
 class _FormedPass(_Pass):
     """A pass that forms each gradient and makes the flat sketch of it."""
 
-    def _sketch_factors(self, n: int, columns: Tensor, rows: Tensor) -> Tensor:
+    def _sketch_factors(self, n: int, factors: Factors) -> Tensor:
+        columns, rows = factors.applied()
         return self._sketch_formed(n, torch.bmm(rows.float().mT, columns.float()))
 
     def _sketch_embedding(self, n: int, ids: Tensor, grad: Tensor) -> Tensor:
@@ -468,8 +468,11 @@ class _PositionPass(_Pass):
         self._vectors = vectors
         self.products = self.out.new_zeros(self.length, len(vectors), len(sketcher.targets))
 
-    def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
-        self._each(n, self._sketch_factors, columns[0, :, None], rows[0, :, None])
+    def _add_factors(self, n: int, factors: Factors) -> None:
+        def sketch(n: int, columns: Tensor, rows: Tensor) -> Tensor:
+            return self._sketch_factors(n, replace(factors, columns=columns, rows=rows))
+
+        self._each(n, sketch, factors.columns[0, :, None], factors.rows[0, :, None])
 
     def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         self._each(n, self._sketch_embedding, ids.to(grad.device)[0, :, None], grad[0, :, None])
@@ -527,7 +530,8 @@ class _FactorPass(_Pass):
         super().__init__(sketcher, batch, scales)
         self.factors: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
+    def _add_factors(self, n: int, factors: Factors) -> None:
+        columns, rows = factors.applied()
         if n in self.factors:  # used twice: the sum over both calls' tokens
             columns, rows = (
                 torch.cat(pair, dim=1) for pair in zip(self.factors[n], (columns, rows), strict=True)
@@ -553,8 +557,8 @@ class _MomentPass(_Pass):
     def _space(self, device: torch.device) -> Tensor:
         return torch.zeros(0, device=device)
 
-    def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
-        self._moments.add_factors(n, columns, rows)
+    def _add_factors(self, n: int, factors: Factors) -> None:
+        self._moments.add_factors(n, *factors.applied())
 
     def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         self._moments.add_embedding(n, ids, grad)
@@ -590,8 +594,8 @@ class _SquaresPass(_Pass):
             self._squares.get(n, (none.expand(-1, o), none.expand(-1, i))) for n, (o, i) in enumerate(shapes)
         ]
 
-    def _add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
-        self._factors.setdefault(n, []).append((columns, rows))
+    def _add_factors(self, n: int, factors: Factors) -> None:
+        self._factors.setdefault(n, []).append(factors.applied())
         self._arrived(n)
 
     def _add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:

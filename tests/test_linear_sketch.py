@@ -22,18 +22,20 @@ from inputs import (
     torch_threads,
 )
 
-from rapidin import ops
-from rapidin.ops import cpu
+from rapidin import ops, reference
+from rapidin.ops import cpu, tables
+from rapidin.ops import low_rank as low_rank_module
+from rapidin.ops.low_rank import coefficients
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "sketches.json").read_text())
 
 WAYS = {
     "fft": cpu.by_fft,
     "torch's fft": cpu.by_torch_fft,
-    "product": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, False, False),
-    "product, in": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, True, False),
-    "product, out": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, False, True),
-    "product, both": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, True, True),
+    "product": lambda a, g, k, seed, *ranks: cpu.by_product(a, g, k, seed, False, False, *ranks),
+    "product, in": lambda a, g, k, seed, *ranks: cpu.by_product(a, g, k, seed, True, False, *ranks),
+    "product, out": lambda a, g, k, seed, *ranks: cpu.by_product(a, g, k, seed, False, True, *ranks),
+    "product, both": lambda a, g, k, seed, *ranks: cpu.by_product(a, g, k, seed, True, True, *ranks),
 }
 
 
@@ -314,3 +316,208 @@ def test_zero_gradients_give_exactly_zero_however_large_the_inputs() -> None:
     for way in (cpu.by_fft, cpu.by_torch_fft):
         assert torch.equal(way(inputs, torch.zeros(2, 40, 200), 64, 0), torch.zeros(2, 64))
         assert torch.equal(way(torch.zeros(2, 40, 200), inputs, 64, 0), torch.zeros(2, 64))
+
+
+# ---- a LowRank on a side ----
+
+
+def low_rank(n: int, rank: int, seed: int = 0, gain: float = -0.95) -> ops.LowRank:
+    """Directions that are nearly taken away, the strongest most."""
+    rank = min(n, rank)
+    basis = torch.linalg.qr(normal(n, rank, seed=seed)).Q
+    return ops.LowRank(basis.contiguous(), torch.linspace(gain, gain / 2, rank))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("sides", [(True, True), (True, False), (False, True)])
+@pytest.mark.parametrize("dim", [7, 64, 256])
+def test_a_low_rank_is_applied_to_its_side(dim: int, sides: tuple[bool, bool], dtype: torch.dtype) -> None:
+    for shape in LINEAR_SHAPES:
+        inputs, grads = factors(shape, dtype)
+        ranks = [low_rank(n, 5, seed=n) if on else None for n, on in zip(shape[2:], sides, strict=True)]
+        turned = [
+            x.double() + (x.double() @ r.basis.double() * r.gain) @ r.basis.T.double() if r else x.double()
+            for x, r in zip((inputs, grads), ranks, strict=True)
+        ]
+        formed = turned[1].mT @ turned[0]
+        wanted = ops.matrix_sketch(formed.float(), dim, seed=SEED, backend="reference").double()
+        for backend in ("reference", "cpu"):
+            got = ops.linear_sketch(
+                inputs,
+                grads,
+                dim,
+                seed=SEED,
+                inputs_low_rank=ranks[0],
+                grads_low_rank=ranks[1],
+                backend=backend,
+            )
+            assert_close(got, wanted, 1e-5)
+
+
+# (batch, tokens, in, out, rank): whole matrices and not, more and fewer features than bins, odd ranks
+RANKED_SHAPES = (
+    (1, 1, 1, 1, 1),
+    (2, 3, 8, 5, 8),
+    (2, 9, 129, 40, 7),
+    (1, 40, 41, 300, 16),
+    (2, 33, 257, 130, 64),
+)
+
+
+@cache
+def ranked(shape, rank, dtype, dim):
+    """Factors, a LowRank on both sides or on one of them, and their sketch."""
+    inputs, grads = factors(shape, dtype)
+    both = [low_rank(n, rank, seed=n) for n in shape[2:]]
+    return [
+        (
+            inputs,
+            grads,
+            ranks,
+            reference.linear_sketch(
+                inputs, grads, dim, seed=SEED, inputs_low_rank=ranks[0], grads_low_rank=ranks[1]
+            ),
+        )
+        for ranks in (both, [both[0], None], [None, both[1]])
+    ]
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dim", [7, 64, 256])
+def test_every_way_applies_a_low_rank(way: str, dim: int, name: str) -> None:
+    for *shape, rank in RANKED_SHAPES:
+        for dtype in DTYPES:
+            for inputs, grads, ranks, wanted in ranked(tuple(shape), rank, dtype, dim):
+                with instruction_set(name):
+                    got = WAYS[way](inputs, grads, dim, SEED, *ranks)
+                assert_close(got, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_low_rank_of_any_layout(dtype: torch.dtype, name: str) -> None:
+    inputs, grads = factors((2, 21, 150, 37), dtype)
+    ranks = [low_rank(150, 9), low_rank(37, 9)]
+    for dim in (32, 256):
+        wanted = reference.linear_sketch(
+            inputs, grads, dim, seed=SEED, inputs_low_rank=ranks[0], grads_low_rank=ranks[1]
+        )
+        with instruction_set(name):
+            for a, g in zip(layouts(inputs).values(), layouts(grads).values(), strict=True):
+                for way in WAYS.values():
+                    assert_close(way(a, g, dim, SEED, *ranks), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dim", [32, 512])
+def test_neither_threads_nor_other_examples_change_a_bit_of_a_low_rank(dim: int, name: str) -> None:
+    inputs, grads = factors((5, 140, 190, 161))
+    ranks = [low_rank(190, 20), low_rank(161, 20)]
+    with instruction_set(name):
+        with torch_threads(1):
+            one = cpu.by_fft(inputs, grads, dim, SEED, *ranks)
+            assert torch.equal(cpu.by_fft(inputs[3:4], grads[3:4], dim, SEED, *ranks)[0], one[3])
+        with torch_threads(3):
+            assert torch.equal(cpu.by_fft(inputs, grads, dim, SEED, *ranks), one)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_not_finite_examples_stay_apart_with_a_low_rank(way: str, bad: float) -> None:
+    inputs, grads = factors((4, 5, 60, 40))
+    for dim in (16, 64):
+        ranks = [low_rank(60, 6), low_rank(40, 6)]
+        clean = WAYS[way](inputs, grads, dim, SEED, *ranks)
+        a, g = inputs.clone(), grads.clone()
+        a[1, 2, 3], g[2, 0, 0] = bad, bad
+        sketch = WAYS[way](a, g, dim, SEED, *ranks)
+        assert not sketch[1].isfinite().all()
+        assert not sketch[2].isfinite().all()
+        assert torch.equal(sketch[[0, 3]], clean[[0, 3]])
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dim", [64, 512])
+def test_what_is_far_larger_than_the_rest_is_taken_away_exactly(way: str, dim: int, name: str) -> None:
+    # One feature a thousand times the others, which its direction takes down to their level: bfloat16 sides
+    # must not be rounded again, nor what is left be transformed beside something a thousand times as large.
+    ranks = []
+    sides = factors((2, 20, 200, 140), torch.bfloat16)
+    for x in sides:
+        x[:, :, 3] *= 1000
+        basis = torch.linalg.qr(torch.cat([torch.eye(x.shape[2])[:, 3:4], normal(x.shape[2], 5)], 1)).Q
+        ranks.append(ops.LowRank(basis, torch.tensor([-0.999, -0.9, -0.8, -0.5, -0.2, 0.3])))
+    wanted = reference.linear_sketch(
+        *sides, dim, seed=SEED, inputs_low_rank=ranks[0], grads_low_rank=ranks[1]
+    )
+    with instruction_set(name):
+        assert_close(WAYS[way](*sides, dim, SEED, *ranks), wanted, 2e-5)
+
+
+def test_cheap_ways_are_chosen_with_a_low_rank() -> None:
+    assert cpu.choose_way(128, 576, 8, 1024, 64, 8) == (False, False)  # a LoRA factor
+    assert cpu.choose_way(128, 576, 576, 512, 64, 64) is None
+
+
+@pytest.mark.parametrize("side", [tables.IN, tables.OUT])
+@pytest.mark.parametrize(("n", "dim"), [(1, 1), (5, 64), (64, 64), (300, 64), (129, 7)])
+def test_the_table_of_a_low_rank_sketches_its_basis(n: int, dim: int, side: tuple[int, int]) -> None:
+    ranks = low_rank(n, 6)
+    table = ranks.table(SEED, side, dim)
+    assert table is ranks.table(SEED, side, dim)
+    entries = tables.rows(SEED, side, n, dim)
+    bins, signs = (entries & 0x7FFFFFFF).long(), torch.where(entries < 0, -1.0, 1.0)
+    wanted = (
+        torch.zeros(dim, ranks.rank).double().index_add_(0, bins, (ranks.basis * signs[:, None]).double())
+    )
+    torch.testing.assert_close(table.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+def test_two_bfloat16_parts_of_a_basis_give_the_coefficients() -> None:
+    ranks = low_rank(500, 12)
+    high, low = ranks.parts.float().split(12, 1)
+    assert ranks.parts.dtype == torch.bfloat16
+    assert float(((high + low - ranks.basis).abs() / ranks.basis.abs()).max()) <= 2**-16
+    x = normal(3, 9, 500, dtype=torch.bfloat16)
+    x[..., 7] *= 1000
+    wanted = x.double() @ ranks.basis.double() * ranks.gain
+    length = x.double().norm(dim=-1, keepdim=True)
+    for got in (coefficients(x, ranks), low_rank_module._by_parts(x, ranks) * ranks.gain):
+        assert got.dtype == torch.float32
+        assert float(((got - wanted).abs() / length).max()) < 2**-16
+
+
+def test_a_low_rank_goes_to_a_device_once() -> None:
+    ranks = low_rank(40, 4)
+    assert ranks.to(torch.device("cpu")) is ranks
+    there = ranks.to(torch.device("meta"))
+    assert there.device.type == "meta"
+    assert ranks.to(torch.device("meta")) is there
+
+
+def test_mistakes_of_a_low_rank_are_named() -> None:
+    basis, gain = torch.zeros(4, 2), torch.zeros(2)
+    with pytest.raises(TypeError, match=r"basis must be a float32 tensor, got torch\.float64"):
+        ops.LowRank(basis.double(), gain)
+    with pytest.raises(TypeError, match="gain must be a float32 tensor, got list"):
+        ops.LowRank(basis, [0.0])  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="gain must have 1 axes"):
+        ops.LowRank(basis, basis)
+    with pytest.raises(ValueError, match="a column for each gain"):
+        ops.LowRank(basis, torch.zeros(3))
+    with pytest.raises(ValueError, match="on one device"):
+        ops.LowRank(basis, gain.to("meta"))
+    ranks = ops.LowRank(basis, gain)
+    with pytest.raises(TypeError, match=r"inputs_low_rank must be a rapidin.ops.LowRank, got tuple"):
+        ops.linear_sketch(X, X, 8, seed=0, inputs_low_rank=(basis, gain))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="grads_low_rank must have a row for each feature of grads, got 4"):
+        ops.linear_sketch(X, X[..., :3], 8, seed=0, grads_low_rank=ranks)
+    with pytest.raises(ValueError, match=r"one device, got .* inputs_low_rank on 'meta'"):
+        ops.linear_sketch(X, X, 8, seed=0, inputs_low_rank=ranks.to(torch.device("meta")))
+    nothing = ops.LowRank(torch.zeros(4, 0), torch.zeros(0))
+    x = normal(2, 3, 4)
+    assert torch.equal(
+        ops.linear_sketch(x, x, 8, seed=0, inputs_low_rank=nothing), ops.linear_sketch(x, x, 8, seed=0)
+    )

@@ -31,7 +31,7 @@ ALLOWED = {
     "squares": set(),
     "kronecker": set(),
     "optimizer_state": set(),
-    "geometry": {"cache", "kronecker", "optimizer_state", "squares"},
+    "geometry": {"cache", "kronecker", "ops", "optimizer_state", "squares"},
     "hooks": {"geometry", "kronecker", "ops", "squares", "transfer"},
     "pack": {"ops"},
     "cache": {"pack"},

@@ -5,6 +5,7 @@ backend=None takes the best for the tensors' device; a backend asked for by name
 
 from rapidin.ops.flat_sketch import flat_sketch
 from rapidin.ops.linear_sketch import embedding_sketch, linear_sketch
+from rapidin.ops.low_rank import LowRank
 from rapidin.ops.matrix_sketch import matrix_sketch
 from rapidin.ops.packed import Packed, pack, packed_bytes, unpack
 from rapidin.ops.topk_scan import topk_scan, topk_scan_both_ends
@@ -12,6 +13,7 @@ from rapidin.ops.turn import Cut, turn, unit_blocks
 
 __all__ = [
     "Cut",
+    "LowRank",
     "Packed",
     "embedding_sketch",
     "flat_sketch",

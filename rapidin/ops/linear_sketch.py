@@ -5,14 +5,25 @@ from torch import Tensor
 
 from rapidin.ops.backends import find
 from rapidin.ops.checks import SKETCHED, check_same_device, check_sketch, check_tensor, nothing
+from rapidin.ops.low_rank import LowRank
 
 
 def linear_sketch(
-    inputs: Tensor, grads: Tensor, dim: int, *, seed: int, backend: str | None = None
+    inputs: Tensor,
+    grads: Tensor,
+    dim: int,
+    *,
+    seed: int,
+    inputs_low_rank: LowRank | None = None,
+    grads_low_rank: LowRank | None = None,
+    backend: str | None = None,
 ) -> Tensor:
     """Sketches each example's gradient of a linear layer's weight, sum_t grads[b, t] inputs[b, t]^T.
 
     inputs: [B, T, I], grads: [B, T, O], float32, float16 or bfloat16, any strides
+    inputs_low_rank, grads_low_rank: what a preconditioner does to a side first, of I and of O features: a
+    side's x becomes ``x + ((x @ basis) * gain) @ basis.T``, which is never rounded to less than float32
+    before it is added up
     -> [B, dim] float32: what matrix_sketch gives for the formed [O, I] gradients, up to rounding
 
     On a GPU, two bfloat16 sides are rounded to bfloat16 once more before they are multiplied: a relative
@@ -25,11 +36,25 @@ def linear_sketch(
     check_tensor(op, "inputs", inputs, SKETCHED, ndim=3)
     check_tensor(op, "grads", grads, SKETCHED, ndim=3)
     _check_tokens(op, "inputs", inputs, grads)
-    device = check_same_device(op, {"inputs": inputs, "grads": grads})
-    run = find(op, backend, device, inputs, grads, dim)
+    named: dict[str, Tensor | None] = {"inputs": inputs, "grads": grads}
+    for name, low_rank, x in (("inputs", inputs_low_rank, inputs), ("grads", grads_low_rank, grads)):
+        if low_rank is not None:
+            named[f"{name}_low_rank"] = _checked_basis(op, f"{name}_low_rank", low_rank, name, x)
+    device = check_same_device(op, named)
+    low_ranks = [
+        None if each is None or not each.rank else each for each in (inputs_low_rank, grads_low_rank)
+    ]
+    run = find(op, backend, device, inputs, grads, dim, *low_ranks)
     if not inputs.numel() or not grads.numel():
         return nothing(len(inputs), dim, device=device)
-    result: Tensor = run(inputs.detach(), grads.detach(), dim, seed=seed)
+    result: Tensor = run(
+        inputs.detach(),
+        grads.detach(),
+        dim,
+        seed=seed,
+        inputs_low_rank=low_ranks[0],
+        grads_low_rank=low_ranks[1],
+    )
     return result.float()
 
 
@@ -72,6 +97,17 @@ def embedding_sketch(
         return nothing(len(ids), dim, device=device)
     result: Tensor = run(ids, grads.detach(), dim, seed=seed, vocabulary=vocabulary)
     return result.float()
+
+
+def _checked_basis(op: str, name: str, low_rank: LowRank, side: str, x: Tensor) -> Tensor:
+    if not isinstance(low_rank, LowRank):
+        raise TypeError(f"{op}: {name} must be a rapidin.ops.LowRank, got {type(low_rank).__name__}")
+    if low_rank.features != x.shape[2]:
+        raise ValueError(
+            f"{op}: {name} must have a row for each feature of {side}, got {low_rank.features} rows "
+            f"for shape {tuple(x.shape)}"
+        )
+    return low_rank.basis
 
 
 def _check_tokens(op: str, name: str, x: Tensor, grads: Tensor) -> None:

@@ -1,5 +1,7 @@
 """TensorSketch of a matrix gradient: of the matrix, or of a linear layer's inputs and output gradients."""
 
+from typing import Protocol
+
 import torch
 from torch import Tensor
 
@@ -19,9 +21,37 @@ def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:
     return torch.zeros(*grad.shape[:-2], dim, dtype=torch.float64, device=device).index_add_(-1, bins, values)
 
 
-def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
-    """inputs: [B, T, I], grads: [B, T, O] -> [B, dim] float64: matrix_sketch of sum_t grads_t inputs_t^T."""
-    formed = [(g.double().T @ a.double()) for a, g in zip(inputs, grads, strict=True)]
+class LowRank(Protocol):
+    """I + basis diag(gain) basis^T; basis: [n, r], gain: [r]."""
+
+    @property
+    def basis(self) -> Tensor: ...
+    @property
+    def gain(self) -> Tensor: ...
+
+
+def preconditioned(x: Tensor, low_rank: LowRank | None) -> Tensor:
+    """x: [..., n] -> [..., n] float64"""
+    x = x.double()
+    if low_rank is None:
+        return x
+    basis, gain = low_rank.basis.double(), low_rank.gain.double()
+    return x + ((x @ basis) * gain) @ basis.T
+
+
+def linear_sketch(
+    inputs: Tensor,
+    grads: Tensor,
+    dim: int,
+    *,
+    seed: int,
+    inputs_low_rank: LowRank | None = None,
+    grads_low_rank: LowRank | None = None,
+) -> Tensor:
+    """inputs: [B, T, I], grads: [B, T, O] -> [B, dim] float64: matrix_sketch of sum_t grads_t inputs_t^T, of
+    preconditioned factors where there is a LowRank."""
+    inputs, grads = preconditioned(inputs, inputs_low_rank), preconditioned(grads, grads_low_rank)
+    formed = [(g.T @ a) for a, g in zip(inputs, grads, strict=True)]
     if not formed:
         return torch.zeros(0, dim, dtype=torch.float64, device=inputs.device)
     return torch.stack([matrix_sketch(g, dim, seed=seed) for g in formed])

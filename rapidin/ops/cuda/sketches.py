@@ -11,6 +11,7 @@ from torch import Tensor
 from rapidin.ops import tables
 from rapidin.ops.cuda.extension import DTYPES, extension, place
 from rapidin.ops.flat_plan import flat_plan
+from rapidin.ops.low_rank import LowRank, applied
 
 # Blocks that share the tokens of a batch, whatever the device has room for: how sums are cut, and so their
 # bits, is the same on every GPU.
@@ -23,9 +24,16 @@ def supports(op: str, *arguments: Any) -> bool:
     return op != "linear_sketch" or supports_linear_sketch(*arguments)
 
 
-def supports_linear_sketch(inputs: Tensor, grads: Tensor, dim: int) -> bool:
+def supports_linear_sketch(
+    inputs: Tensor,
+    grads: Tensor,
+    dim: int,
+    inputs_low_rank: LowRank | None = None,
+    grads_low_rank: LowRank | None = None,
+) -> bool:
     """Whether the kernel takes these: powers of two from 32 to 1,024, to 512 unless all is bfloat16."""
-    split = _split(inputs, grads)
+    # What a LowRank makes of a side is float32.
+    split = _split(inputs, grads) or inputs_low_rank is not None or grads_low_rank is not None
     if dim not in LINEAR_DIMS or (split and dim > 512):
         return False
     _, _, shared = extension().linear_sketch_tile(dim, split)
@@ -36,14 +44,23 @@ def _split(inputs: Tensor, grads: Tensor) -> bool:
     return not inputs.dtype == grads.dtype == torch.bfloat16
 
 
-def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
-    batch, tokens, n_in = inputs.shape
-    n_out = grads.shape[2]
-    if not supports_linear_sketch(inputs, grads, dim):
+def linear_sketch(
+    inputs: Tensor,
+    grads: Tensor,
+    dim: int,
+    *,
+    seed: int,
+    inputs_low_rank: LowRank | None = None,
+    grads_low_rank: LowRank | None = None,
+) -> Tensor:
+    if not supports_linear_sketch(inputs, grads, dim, inputs_low_rank, grads_low_rank):
         raise ValueError(
             f"linear_sketch: backend 'cuda' has no kernel for dim {dim} of {inputs.dtype} and {grads.dtype} "
             "on this device; ask for backend='triton'"
         )
+    inputs, grads = applied(inputs, inputs_low_rank), applied(grads, grads_low_rank)
+    batch, tokens, n_in = inputs.shape
+    n_out = grads.shape[2]
     device = inputs.device
     tile, parts, _ = extension().linear_sketch_tile(dim, _split(inputs, grads))
     tiles = -(-tokens // tile)

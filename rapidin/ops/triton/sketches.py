@@ -12,11 +12,21 @@ from rapidin.kernels import linear_sketch as linear_kernels
 from rapidin.kernels.fold import fold
 from rapidin.ops import tables
 from rapidin.ops.flat_plan import flat_plan
+from rapidin.ops.low_rank import LowRank, applied
 
 _TOKEN_BYTES = 256 << 20  # of tokens' spectra held at a time, where the kernel has not the width
 
 
-def linear_sketch(inputs: Tensor, grads: Tensor, dim: int, *, seed: int) -> Tensor:
+def linear_sketch(
+    inputs: Tensor,
+    grads: Tensor,
+    dim: int,
+    *,
+    seed: int,
+    inputs_low_rank: LowRank | None = None,
+    grads_low_rank: LowRank | None = None,
+) -> Tensor:
+    inputs, grads = applied(inputs, inputs_low_rank), applied(grads, grads_low_rank)
     table_in = tables.columns(seed, tables.IN, inputs.shape[2], dim, inputs.device)
     table_out = tables.columns(seed, tables.OUT, grads.shape[2], dim, inputs.device)
     if dim not in linear_kernels.DIMS:

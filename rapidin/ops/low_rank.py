@@ -1,0 +1,157 @@
+"""LowRank: what a preconditioner does to a side of a layer's gradient, with all that kernels need of it.
+
+`linear_sketch` takes one for each side. It is linear, and so is a count sketch CS:
+
+    CS(x + U diag(gain) U^T x) = CS(x) + CS(U) c,    c = diag(gain) U^T x
+
+A kernel that is given the coefficients c [B, T, r] and the table CS(U) [dim, r] reads the n features of x
+once, as they are.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from rapidin.ops import tables
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank:
+    """``I + U diag(gain) U^T``: takes the strong directions of a side down to the level of the others.
+
+    basis: U [n, r] float32, orthonormal; gain: [r] float32, on the same device. What is derived from them is
+    computed once and kept as long as they are. Raises TypeError or ValueError on anything else.
+    """
+
+    basis: Tensor
+    gain: Tensor
+    _elsewhere: dict[torch.device, LowRank] = field(default_factory=dict, init=False, repr=False)
+    _tables: dict[tuple[int, tuple[int, int], int], Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )
+
+    def __post_init__(self) -> None:
+        for name, x, ndim in (("basis", self.basis, 2), ("gain", self.gain, 1)):
+            if not isinstance(x, Tensor) or x.dtype != torch.float32:
+                kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
+                raise TypeError(f"LowRank: {name} must be a float32 tensor, got {kind}")
+            if x.ndim != ndim:
+                raise ValueError(f"LowRank: {name} must have {ndim} axes, got shape {tuple(x.shape)}")
+        if self.basis.shape[1] != len(self.gain):
+            raise ValueError(
+                f"LowRank: basis must have a column for each gain, got shapes {tuple(self.basis.shape)} "
+                f"and {tuple(self.gain.shape)}"
+            )
+        if self.basis.device != self.gain.device:
+            raise ValueError(
+                f"LowRank: basis and gain must be on one device, got '{self.basis.device}' "
+                f"and '{self.gain.device}'"
+            )
+
+        object.__setattr__(self, "basis", self.basis.contiguous())
+        object.__setattr__(self, "gain", self.gain.contiguous())
+
+    @property
+    def features(self) -> int:
+        """n, the numbers of a token that it is for."""
+        return self.basis.shape[0]
+
+    @property
+    def rank(self) -> int:
+        """r: how many directions are known. With few features all of them are, r = n."""
+        return self.basis.shape[1]
+
+    @property
+    def device(self) -> torch.device:
+        """Where basis and gain lie."""
+        return self.basis.device
+
+    def to(self, device: torch.device) -> LowRank:
+        """The same on a device: itself, or a copy that is made once."""
+        if device == self.device:
+            return self
+        if device not in self._elsewhere:
+            self._elsewhere[device] = LowRank(self.basis.to(device), self.gain.to(device))
+        return self._elsewhere[device]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x [..., n], of any float dtype, preconditioned, in float32: of what is far larger than the rest
+        only the rest stays, which fewer digits would not hold."""
+        if self.matrix is not None:
+            return x.float() @ self.matrix
+        x = x.float()
+        along = (x @ self.basis) * self.gain
+        return torch.addmm(x.flatten(0, -2), along.flatten(0, -2), self.basis.T).view_as(x)
+
+    @cached_property
+    def matrix(self) -> Tensor | None:
+        """[n, n] float32: the whole matrix where that is less work, n <= 2 r; else None."""
+        n, r = self.basis.shape
+        if n > 2 * r:
+            return None
+        return torch.eye(n, device=self.device) + (self.basis * self.gain) @ self.basis.T
+
+    @cached_property
+    def parts(self) -> Tensor:
+        """[n, 2 r] bfloat16: the basis as a sum of two bfloat16 matrices, high parts first, low parts after.
+
+        What the two leave is at most 2^-17 of a number.
+        """
+        high = self.basis.bfloat16()
+        return torch.cat((high, (self.basis - high.float()).bfloat16()), 1)
+
+    def table(self, seed: int, side: tuple[int, int], dim: int) -> Tensor:
+        """[dim, r] float32: the count sketches of the basis' columns; side: tables.IN or tables.OUT.
+
+        Kept, so a captured graph may read it. Each bin's numbers are added in the order of the features.
+        """
+        key = (seed, side, dim)
+        if key not in self._tables:
+            self._tables[key] = self._table(*key)
+        return self._tables[key]
+
+    def _table(self, seed: int, side: tuple[int, int], dim: int) -> Tensor:
+        # Chunk by chunk, each of which has one feature for each bin: a gather, where adding to bins by index
+        # would add in any order on a GPU.
+        total = torch.zeros(dim, self.rank, device=self.device)
+        entries = tables.columns(seed, side, self.features, dim, self.device)
+        for chunk, entry in enumerate(entries.view(-1, dim)):
+            feature = chunk * dim + (entry & 0x7FFFFFFF).long()
+            sign = torch.where(entry < 0, -1.0, 1.0) * (feature < self.features)
+            total += self.basis[feature.clamp(max=self.features - 1)] * sign[:, None]
+        return total
+
+
+def coefficients(x: Tensor, low_rank: LowRank) -> Tensor:
+    """``(x @ basis) * gain``; x: [B, T, n] float32, float16 or bfloat16 -> [B, T, r] float32.
+
+    bfloat16 on a GPU is multiplied on tensor cores by both bfloat16 parts of the basis at once, with float32
+    sums: off by less than 2^-16 of x's length. Else it is a float32 product.
+    """
+    if x.dtype == torch.bfloat16 and x.device.type == "cuda":
+        along = _by_parts(x, low_rank)
+    else:
+        along = x.float() @ low_rank.basis
+    return along * low_rank.gain
+
+
+def _by_parts(x: Tensor, low_rank: LowRank) -> Tensor:
+    """``x @ basis`` [B, T, r] float32, of bfloat16 x [B, T, n], by both parts of the basis."""
+    rows = x.reshape(1, -1, low_rank.features)
+    parts = low_rank.parts[None]
+    # As a batch of one: a product with a wider result has no shape rule in torch 2.8 unless it is batched.
+    both = (
+        torch.bmm(rows, parts, torch.float32)
+        if x.device.type == "cuda"
+        else torch.bmm(rows.float(), parts.float())
+    )
+    return (both[..., : low_rank.rank] + both[..., low_rank.rank :]).view(*x.shape[:-1], low_rank.rank)
+
+
+def applied(x: Tensor, low_rank: LowRank | None) -> Tensor:
+    """x [B, T, n] with what a backend's kernel does not do itself: float32 where there is a LowRank."""
+    return x if low_rank is None else low_rank(x)
