@@ -32,6 +32,7 @@ struct alignas(8) Words2 {
 
 // A load of what is read once: it leaves the L1 cache to what is read again.
 __device__ __forceinline__ Words4 load_streamed(const void* at);
+__device__ __forceinline__ Words2 load_streamed2(const void* at);
 
 // Read from an address in a table: of global memory, which the compiler could not know, and never written by the kernel.
 __device__ __forceinline__ Words4 load_words4(uint64_t address);
@@ -96,6 +97,12 @@ __device__ __forceinline__ Words4 load_streamed(const void* at) {
     return x;
 }
 
+__device__ __forceinline__ Words2 load_streamed2(const void* at) {
+    Words2 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.w[0]), "=r"(x.w[1]) : "l"(at));
+    return x;
+}
+
 // The compiler moves no access to memory across it.
 __device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
 
@@ -108,6 +115,7 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 #else
 
 __device__ __forceinline__ Words4 load_streamed(const void* at) { return *static_cast<const Words4*>(at); }
+__device__ __forceinline__ Words2 load_streamed2(const void* at) { return *static_cast<const Words2*>(at); }
 __device__ __forceinline__ void keep_order() {}
 
 inline Words4 load_words4(uint64_t address) { return *reinterpret_cast<const Words4*>(address); }
