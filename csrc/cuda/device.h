@@ -106,6 +106,10 @@ __device__ __forceinline__ Words2 load_streamed2(const void* at) {
 // The compiler moves no access to memory across it.
 __device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
 
+// What the compiler makes of x is made anew after this point, and not kept from before a loop, in registers that are then
+// missing in it.
+__device__ __forceinline__ void compute_again(int& x) { asm volatile("" : "+r"(x)); }
+
 // The block's dynamic shared memory, 16-byte aligned. Kernels take all of theirs from here.
 __device__ __forceinline__ unsigned char* shared_memory() {
     extern __shared__ __align__(16) unsigned char rapidin_shared[];
@@ -117,6 +121,7 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 __device__ __forceinline__ Words4 load_streamed(const void* at) { return *static_cast<const Words4*>(at); }
 __device__ __forceinline__ Words2 load_streamed2(const void* at) { return *static_cast<const Words2*>(at); }
 __device__ __forceinline__ void keep_order() {}
+__device__ __forceinline__ void compute_again(int&) {}
 
 inline Words4 load_words4(uint64_t address) { return *reinterpret_cast<const Words4*>(address); }
 

@@ -193,28 +193,23 @@ struct FourierSketch {
     // -------------------------------------------------------------------------------------------- transform
     // Input n = n1 k/16 + n2 is point n1 of thread n2; output w = k1 + 16 k21 + 256 k22.
 
-    __device__ __forceinline__ int row() const { return of_token / kLast; }   // k1 of the second and the last DFT
-    __device__ __forceinline__ int place() const { return of_token % kLast; }
-
     // Where number k21 of the second DFT of column m2 lies in its row, so that neither who writes the numbers of a column
     // nor who reads those of a number meets another on a bank.
     static __device__ __forceinline__ int crossing(int k21, int m2) {
         return k21 * kLast + (m2 ^ (kLast == 32 ? 2 * k21 : k21 & (kLast - 1)));
     }
 
-    // k1 + 16 k21 of the thread's DFT i of the last ones
-    __device__ __forceinline__ int last_number(int i) const {
-        return row() + 16 * (kLast == 32 ? place() / 2 : place() + kLast * i);
+    // k1 + 16 k21 of a thread's DFT i of the last ones
+    static __device__ __forceinline__ int last_number(int row, int place, int i) {
+        return row + 16 * (kLast == 32 ? place / 2 : place + kLast * i);
     }
 
     // The number w that register i holds after the transform.
     __device__ __forceinline__ int frequency(int i) const {
-        if constexpr (kLast == 32) {
-            const int number = reversed_bits(i & ~1, 4) + 8 * (place() & 1) + 16 * (i & 1);
-            return last_number(0) + 256 * number;
-        } else {
-            return last_number(i / kLast) + 256 * reversed_bits(i % kLast, log2_of(kLast));
-        }
+        const int row = of_token / kLast, place = of_token % kLast;
+        const int number = kLast == 32 ? reversed_bits(i & ~1, 4) + 8 * (place & 1) + 16 * (i & 1)
+                                       : reversed_bits(i % kLast, log2_of(kLast));
+        return last_number(row, place, i / kLast) + 256 * number;
     }
 
     // Where input or output number w of a token lies in its planes.
@@ -228,33 +223,36 @@ struct FourierSketch {
     __device__ __forceinline__ void transform(Complex (&x)[16]) const {
         float* re = plane(token_of_block, 0);
         float* im = plane(token_of_block, 1);
+        int thread = of_token;
+        compute_again(thread);  // from which addresses are made: they are many
+        const int row = thread / kLast, place = thread % kLast;  // row: k1 of the second and the last DFT
         dft<16, true>(x, {1.0f, 0.0f});
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
-            const int at = reversed_bits(i, 4) * kRow + of_token;
+            const int at = reversed_bits(i, 4) * kRow + thread;
             re[at] = x[i].re;
             im[at] = x[i].im;
         }
         __syncthreads();
-        re += row() * kRow;  // this row is the warp's alone from here on
-        im += row() * kRow;
+        re += row * kRow;  // this row is the warp's alone from here on
+        im += row * kRow;
 #pragma unroll
-        for (int i = 0; i < 16; ++i) x[i] = {re[i * kLast + place()], im[i * kLast + place()]};
+        for (int i = 0; i < 16; ++i) x[i] = {re[i * kLast + place], im[i * kLast + place]};
         __syncwarp();
-        dft<16, false>(x, roots[row()]);
+        dft<16, false>(x, roots[row]);
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
-            const int at = crossing(reversed_bits(i, 4), place());
+            const int at = crossing(reversed_bits(i, 4), place);
             re[at] = x[i].re;
             im[at] = x[i].im;
         }
         __syncwarp();
-        const Complex root_last = roots[16 + last_number(0)];
+        const Complex root_last = roots[16 + last_number(row, place, 0)];
         if constexpr (kLast == 32) {
-            const int odd = place() & 1;  // which of a DFT's odd or even numbers this thread has
+            const int odd = place & 1;  // which of a DFT's odd or even numbers this thread has
 #pragma unroll
             for (int i = 0; i < 16; ++i) {
-                const int at = crossing(place() / 2, 2 * i + odd);
+                const int at = crossing(place / 2, 2 * i + odd);
                 x[i] = {re[at], im[at]};
             }
             dft<16, false>(x, squared(root_last));
@@ -271,7 +269,7 @@ struct FourierSketch {
         } else {
 #pragma unroll
             for (int i = 0; i < 16; ++i) {
-                const int at = crossing(place() + i / kLast * kLast, i % kLast);
+                const int at = crossing(place + i / kLast * kLast, i % kLast);
                 x[i] = {re[at], im[at]};
             }
 #pragma unroll
