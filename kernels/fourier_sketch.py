@@ -2,7 +2,7 @@
 
 With p and q the count sketches of a token's two factors and Z the transform of p + i q, the sketch is the
 inverse transform of the cross term in the sum of Z^2 (docs/sketch.md). A program takes a share of one
-example's tokens, one or two at a time. It loads both sides' elements in the order of their bins, transforms
+example's tokens, one at a time. It loads both sides' elements in the order of their bins, transforms
 K = H R1 R2 R3 numbers, by halves where H is 2, by products with the [R, R] matrices of shorter transforms (R3
 may be 1), and adds Z^2 in the order in which the numbers come out. What is left is done once an example, in
 torch.
@@ -23,7 +23,7 @@ from rapidin.kernels.sum_parts import added
 # H, R1, R2 and R3, tokens that are transformed at a time, and warps. By dim. The matrices lie in shared memory, of
 # which some GPUs without a CUDA kernel of their own have 64 KB: so none is larger than 32 x 32.
 _SIZES = {
-    1024: (1, 32, 32, 1, 2, 8),
+    1024: (1, 32, 32, 1, 1, 4),
     2048: (2, 32, 32, 1, 1, 8),
     4096: (1, 16, 16, 16, 1, 8),
     8192: (2, 16, 16, 16, 1, 16),
