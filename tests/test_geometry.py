@@ -22,6 +22,7 @@ from rapidin.errors import UserError
 from rapidin.geometry import (
     EXPONENT,
     FLOOR,
+    Factors,
     Geometry,
     GeometryChoice,
     Moments,
@@ -347,6 +348,113 @@ def test_the_moments_of_every_parameter_and_sketches_turned_by_them(kind: str) -
         assert scale.row_directions is not None
         got_g = scale.row_directions(torch.eye(g.shape[1])).double() * scale.rows
         torch.testing.assert_close(got_g, want_g, rtol=1e-3, atol=1e-3 * float(want_g.abs().max()))
+
+
+def kfac_geometry(model: Any, targets: Sequence[Target], rank: int = 5) -> Geometry:
+    moments = FactorMoments(targets, rank, SEED)
+    GradientSketcher(model, targets, width=8, seed=0).add_moments(Batch.of(texts()), moments)
+    return Geometry([kfac_scales(moments, P, 0.1)])
+
+
+def test_factors_stay_as_they_came_where_a_side_has_one_scale() -> None:
+    scale = kfac_like(40, 30, 4)
+    columns, rows = noise(2, 3, 30).bfloat16(), noise(2, 3, 40).half()
+    left = scale.factors(columns, rows)
+    assert left.columns is columns
+    assert left.rows is rows
+    assert (left.column_low_rank, left.row_low_rank) == (scale.column_directions, scale.row_directions)
+    assert (left.column_scale, left.row_scale) == (3.0, 2.0)
+    seed, want = 7, scale.formed(torch.einsum("bto,bti->boi", rows.double(), columns.double()).float())
+    want = ops.matrix_sketch(want, 64, seed=seed)
+    assert relative_error(left.sketch(64, seed), want) < 1e-5
+    one, two = left.applied()
+    assert one.dtype == two.dtype == torch.float32
+    assert relative_error(ops.linear_sketch(one, two, 64, seed=seed), want) < 1e-5
+    # A scale that differs within a side is multiplied in at once; the other side stays as it is.
+    varied = Scale(scale.rows, torch.linspace(1, 2, 30), scale.row_directions)
+    assert (varied.row_constant, varied.column_constant) == (2.0, None)
+    left = varied.factors(columns, rows)
+    assert (left.column_low_rank, left.column_scale, left.rows is rows) == (None, 1.0, True)
+    torch.testing.assert_close(
+        left.columns, columns * varied.columns, rtol=2**-8, atol=0.0, check_dtype=False
+    )
+
+
+def test_that_a_scale_is_one_number_is_known_without_asking_a_device() -> None:
+    # A tensor of the "meta" device has no numbers: to ask it for one raises.
+    there = kfac_like(40, 30, 4).to(torch.device("meta"))
+    assert (there.row_constant, there.column_constant) == (2.0, 3.0)
+    x = torch.empty(2, 3, 30, device="meta", dtype=torch.bfloat16)
+    left = there.factors(x, torch.empty(2, 3, 40, device="meta"))
+    assert left.columns is x
+    assert left.column_low_rank is there.column_directions
+    assert Scale(there.rows, there.columns).row_constant is None  # made there: taken to differ
+
+
+@pytest.mark.parametrize("projection", ["tensor", "flat"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_factors_and_positions_are_those_of_the_preconditioned_gradient(kind: str, projection: Any) -> None:
+    model = {"llama": tiny_llama, "gpt2": tiny_gpt2}[kind]()
+    targets = find_targets(model)
+    geometry = kfac_geometry(model, targets)
+    sketcher = GradientSketcher(
+        model, targets, width=WIDTH, seed=SEED, projection=projection, geometry=geometry
+    )
+    assert any(scale.row_directions is not None for scale in geometry.points[0].values())
+    together, _ = sketcher(Batch.of(texts()))
+    vectors = noise(2, len(targets), WIDTH)
+    for n, text in enumerate(texts()):
+        batch = Batch.of([text])
+        products, sketches = sketcher.positions(batch, vectors)
+        assert relative_error(sketches[None], together[n : n + 1]) < 1e-4
+        want = torch.einsum("qbw,bw->qb", vectors, together[n])
+        torch.testing.assert_close(products.sum(0), want, rtol=1e-3, atol=1e-3 * float(want.std()))
+    # In float64 from the factors as they are: tokens may cancel, and what is left is the larger then.
+    plain = GradientSketcher(model, targets, width=WIDTH, seed=SEED).factors(Batch.of(texts()))
+    formed = []
+    for target, (a, g) in zip(targets, plain, strict=True):
+        scale = geometry.points[0][target.name]
+        want = damped(g, scale.row_directions).mT @ damped(a, scale.column_directions)
+        formed.append(want * float(scale.rows[0]) * float(scale.columns[0]))
+    for n, (target, want) in enumerate(zip(targets, formed, strict=True)):
+        seed = block_seed(SEED, target.name)
+        if projection == "tensor":
+            sketch = ops.matrix_sketch(want.float(), WIDTH, seed=seed)
+        else:
+            sketch = ops.flat_sketch([want.float().flatten(1)], WIDTH, seed=seed, batched=True)
+        assert relative_error(together[:, n], sketch) < 1e-3, target.name
+    for target, want, (columns, rows) in zip(
+        targets, formed, sketcher.factors(Batch.of(texts())), strict=True
+    ):
+        assert relative_error((rows.mT @ columns).double(), want) < 1e-3, target.name
+
+
+def damped(x: torch.Tensor, low_rank: LowRank | None) -> torch.Tensor:
+    """x [B, T, n] with a LowRank applied in float64."""
+    assert low_rank is not None
+    basis, gain = low_rank.basis.double(), low_rank.gain.double()
+    return x.double() + ((x.double() @ basis) * gain) @ basis.T
+
+
+def test_hits_are_those_of_factors_that_are_preconditioned_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = {}
+    for name in ("left to the sketch", "first"):
+        if name == "first":
+            monkeypatch.setattr(
+                Factors,
+                "sketch",
+                lambda self, dim, seed: ops.linear_sketch(*self.applied(), dim, seed=seed),
+            )
+        attributor = lora_attributor(geometry=KFAC_OF_12)
+        cache = attributor.cache(records(), tmp_path / name, dtype="float32")
+        (result,) = attributor.query(cache, [QUERY], top_k=10)
+        made[name] = [(hit.row, hit.score) for hit in (*result.top, *result.bottom)]
+    rows, scores = zip(*made["left to the sketch"], strict=True)
+    rows_first, scores_first = zip(*made["first"], strict=True)
+    assert rows == rows_first
+    assert scores == pytest.approx(scores_first, rel=1e-3)
 
 
 def test_an_embedding_is_scaled_by_how_often_its_tokens_come() -> None:

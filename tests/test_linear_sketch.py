@@ -22,7 +22,7 @@ from inputs import (
     torch_threads,
 )
 
-from rapidin import ops
+from rapidin import ops, reference
 from rapidin.ops import cpu, tables
 from rapidin.ops import low_rank as low_rank_module
 from rapidin.ops.low_rank import coefficients
@@ -32,10 +32,10 @@ GOLDEN = json.loads((Path(__file__).parent / "data" / "sketches.json").read_text
 WAYS = {
     "fft": cpu.by_fft,
     "torch's fft": cpu.by_torch_fft,
-    "product": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, False, False),
-    "product, in": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, True, False),
-    "product, out": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, False, True),
-    "product, both": lambda a, g, k, seed: cpu.by_product(a, g, k, seed, True, True),
+    "product": lambda a, g, k, seed, *ranks: cpu.by_product(a, g, k, seed, False, False, *ranks),
+    "product, in": lambda a, g, k, seed, *ranks: cpu.by_product(a, g, k, seed, True, False, *ranks),
+    "product, out": lambda a, g, k, seed, *ranks: cpu.by_product(a, g, k, seed, False, True, *ranks),
+    "product, both": lambda a, g, k, seed, *ranks: cpu.by_product(a, g, k, seed, True, True, *ranks),
 }
 
 
@@ -352,6 +352,113 @@ def test_a_low_rank_is_applied_to_its_side(dim: int, sides: tuple[bool, bool], d
                 backend=backend,
             )
             assert_close(got, wanted, 1e-5)
+
+
+# (batch, tokens, in, out, rank): whole matrices and not, more and fewer features than bins, odd ranks
+RANKED_SHAPES = (
+    (1, 1, 1, 1, 1),
+    (2, 3, 8, 5, 8),
+    (2, 9, 129, 40, 7),
+    (1, 40, 41, 300, 16),
+    (2, 33, 257, 130, 64),
+)
+
+
+@cache
+def ranked(shape, rank, dtype, dim):
+    """Factors, a LowRank on both sides or on one of them, and their sketch."""
+    inputs, grads = factors(shape, dtype)
+    both = [low_rank(n, rank, seed=n) for n in shape[2:]]
+    return [
+        (
+            inputs,
+            grads,
+            ranks,
+            reference.linear_sketch(
+                inputs, grads, dim, seed=SEED, inputs_low_rank=ranks[0], grads_low_rank=ranks[1]
+            ),
+        )
+        for ranks in (both, [both[0], None], [None, both[1]])
+    ]
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dim", [7, 64, 256])
+def test_every_way_applies_a_low_rank(way: str, dim: int, name: str) -> None:
+    for *shape, rank in RANKED_SHAPES:
+        for dtype in DTYPES:
+            for inputs, grads, ranks, wanted in ranked(tuple(shape), rank, dtype, dim):
+                with instruction_set(name):
+                    got = WAYS[way](inputs, grads, dim, SEED, *ranks)
+                assert_close(got, wanted, 1e-5)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_low_rank_of_any_layout(dtype: torch.dtype, name: str) -> None:
+    inputs, grads = factors((2, 21, 150, 37), dtype)
+    ranks = [low_rank(150, 9), low_rank(37, 9)]
+    for dim in (32, 256):
+        wanted = reference.linear_sketch(
+            inputs, grads, dim, seed=SEED, inputs_low_rank=ranks[0], grads_low_rank=ranks[1]
+        )
+        with instruction_set(name):
+            for a, g in zip(layouts(inputs).values(), layouts(grads).values(), strict=True):
+                for way in WAYS.values():
+                    assert_close(way(a, g, dim, SEED, *ranks), wanted, 1e-5)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dim", [32, 512])
+def test_neither_threads_nor_other_examples_change_a_bit_of_a_low_rank(dim: int, name: str) -> None:
+    inputs, grads = factors((5, 140, 190, 161))
+    ranks = [low_rank(190, 20), low_rank(161, 20)]
+    with instruction_set(name):
+        with torch_threads(1):
+            one = cpu.by_fft(inputs, grads, dim, SEED, *ranks)
+            assert torch.equal(cpu.by_fft(inputs[3:4], grads[3:4], dim, SEED, *ranks)[0], one[3])
+        with torch_threads(3):
+            assert torch.equal(cpu.by_fft(inputs, grads, dim, SEED, *ranks), one)
+
+
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_not_finite_examples_stay_apart_with_a_low_rank(way: str, bad: float) -> None:
+    inputs, grads = factors((4, 5, 60, 40))
+    for dim in (16, 64):
+        ranks = [low_rank(60, 6), low_rank(40, 6)]
+        clean = WAYS[way](inputs, grads, dim, SEED, *ranks)
+        a, g = inputs.clone(), grads.clone()
+        a[1, 2, 3], g[2, 0, 0] = bad, bad
+        sketch = WAYS[way](a, g, dim, SEED, *ranks)
+        assert not sketch[1].isfinite().all()
+        assert not sketch[2].isfinite().all()
+        assert torch.equal(sketch[[0, 3]], clean[[0, 3]])
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("dim", [64, 512])
+def test_what_is_far_larger_than_the_rest_is_taken_away_exactly(way: str, dim: int, name: str) -> None:
+    # One feature a thousand times the others, which its direction takes down to their level: bfloat16 sides
+    # must not be rounded again, nor what is left be transformed beside something a thousand times as large.
+    ranks = []
+    sides = factors((2, 20, 200, 140), torch.bfloat16)
+    for x in sides:
+        x[:, :, 3] *= 1000
+        basis = torch.linalg.qr(torch.cat([torch.eye(x.shape[2])[:, 3:4], normal(x.shape[2], 5)], 1)).Q
+        ranks.append(ops.LowRank(basis, torch.tensor([-0.999, -0.9, -0.8, -0.5, -0.2, 0.3])))
+    wanted = reference.linear_sketch(
+        *sides, dim, seed=SEED, inputs_low_rank=ranks[0], grads_low_rank=ranks[1]
+    )
+    with instruction_set(name):
+        assert_close(WAYS[way](*sides, dim, SEED, *ranks), wanted, 2e-5)
+
+
+def test_cheap_ways_are_chosen_with_a_low_rank() -> None:
+    assert cpu.choose_way(128, 576, 8, 1024, 64, 8) == (False, False)  # a LoRA factor
+    assert cpu.choose_way(128, 576, 576, 512, 64, 64) is None
 
 
 @pytest.mark.parametrize("side", [tables.IN, tables.OUT])

@@ -24,6 +24,14 @@ TokenRows token_rows(Address data, int dtype, int64_t tokens, int64_t n, Strides
     return {at<const void>(data), dtype, tokens, n, batch, token, element};
 }
 
+// basis, gain, table, rank
+using LowRankTuple = std::tuple<Address, Address, Address, int64_t>;
+
+LowRankArgs low_rank_args(const LowRankTuple& given) {
+    const auto& [basis, gain, table, rank] = given;
+    return {at<const float>(basis), at<const float>(gain), at<const float>(table), rank};
+}
+
 // rows, dtype, width, stride_row, scale, scale_dtype, stride_scale
 using PartTuple = std::tuple<Address, int, int64_t, int64_t, Address, int, int64_t>;
 
@@ -85,10 +93,12 @@ PYBIND11_MODULE(_cpu, m) {
     m.def("has_tensor_sketch", &has_tensor_sketch, py::arg("k"), "Whether tensor_sketch knows this width.");
     m.def(
         "tensor_sketch",
-        [](Address a, int dtype_a, int64_t n_a, Strides strides_a, Address table_a, Address g, int dtype_g, int64_t n_g,
-           Strides strides_g, Address table_g, int64_t batch, int64_t tokens, int64_t k, Address out, int threads) {
+        [](Address a, int dtype_a, int64_t n_a, Strides strides_a, Address table_a, const LowRankTuple& low_rank_a, Address g,
+           int dtype_g, int64_t n_g, Strides strides_g, Address table_g, const LowRankTuple& low_rank_g, int64_t batch,
+           int64_t tokens, int64_t k, Address out, int threads) {
             const TensorSketchArgs args{token_rows(a, dtype_a, tokens, n_a, strides_a), token_rows(g, dtype_g, tokens, n_g, strides_g),
-                                        at<const uint32_t>(table_a), at<const uint32_t>(table_g), nullptr};
+                                        at<const uint32_t>(table_a), at<const uint32_t>(table_g),
+                                        low_rank_args(low_rank_a), low_rank_args(low_rank_g), nullptr};
             tensor_sketch(args, batch, k, at<float>(out), threads);
         },
         release);

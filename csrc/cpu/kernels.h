@@ -17,10 +17,19 @@ struct FlatKeys {
     StreamKey lanes, signs[kFlatRow / 32];
 };
 
+// What is done to the tokens x of a side before they are sketched: x + basis diag(gain) basis^T x. Rank 0: nothing.
+struct LowRankArgs {
+    const float* basis;  // [n, rank]
+    const float* gain;   // [rank]
+    const float* table;  // [k, rank], count sketches of the basis' columns: added to x's; null: features are added up first
+    int64_t rank;
+};
+
 // The two factors of a linear layer's gradients, their bins and signs by element.
 struct TensorSketchArgs {
     TokenRows p, q;
     const uint32_t *table_p, *table_q;
+    LowRankArgs low_rank_p, low_rank_q;
     const FftPlan* plan;
 };
 
@@ -53,7 +62,8 @@ struct Kernels {
     void (*token_squares)(const TensorSketchArgs& args, int64_t example, int64_t begin, int64_t end, float* scratch, float* sums);
     // sums [count, k] complex of count <= lanes examples -> out [count, k], their sketches.
     void (*sketch_of_squares)(const FftPlan& plan, const float* sums, int64_t count, float* scratch, float* out);
-    int64_t (*tensor_sketch_scratch)(const FftPlan& plan);  // floats that either needs, aligned to 64 bytes
+    // Floats that either needs, aligned to 64 bytes; rank: the larger one.
+    int64_t (*tensor_sketch_scratch)(const FftPlan& plan, int64_t rank);
     int lanes;
 };
 

@@ -91,7 +91,7 @@ void tensor_sketch(TensorSketchArgs args, int64_t batch, int64_t k, float* out, 
     const FftPlan& plan = plan_of(k);
     args.plan = &plan;
     const int64_t tokens = args.p.tokens, parts = (tokens + kPartTokens - 1) / kPartTokens, size = 2 * k;
-    const int64_t memory = set.tensor_sketch_scratch(plan);
+    const int64_t memory = set.tensor_sketch_scratch(plan, std::max(args.low_rank_p.rank, args.low_rank_q.rank));
     float* sums = partial_sums.floats(batch * parts * size);
     parallel(batch * parts, threads, [&](int64_t i, int) {
         const int64_t begin = i % parts * kPartTokens, end = std::min(tokens, begin + kPartTokens);

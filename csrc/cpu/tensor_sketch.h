@@ -5,6 +5,9 @@
 #include "kernels.h"
 #include "lanes_fft.h"
 
+// Of lambdas that are called at several places, so that each call knows its count.
+#define RAPIDIN_INLINE __attribute__((always_inline))
+
 namespace rapidin {
 namespace {
 
@@ -18,51 +21,135 @@ struct RowsOf {
     }
 };
 
+constexpr uint32_t kPlain[kBlock] = {};
+
+// Calls visit(first, x, count) for blocks of neighbouring features: x[e] = feature first + e of all tokens, its sign in `table`
+// flipped in (null: as it is). Meanwhile the rows `ahead` are called for, into the L2 cache: they arrive while these are at work.
+template <class T, class Visit>
+inline void visit_features(const T* const* rows, int64_t n, int64_t stride, int64_t ahead, const uint32_t* table,
+                           const Visit& visit) {
+    const auto signs = [&](int64_t first) { return table ? table + first : kPlain; };
+    Lanes x[kBlock];
+    int64_t first = 0;
+    for (; stride == 1 && first + kBlock <= n; first += kBlock) {
+        if (first * static_cast<int64_t>(sizeof(T)) % 64 == 0)
+            for (int l = 0; l < kLanes; ++l) __builtin_prefetch(rows[l] + first + ahead, 0, 2);
+        transpose_block(rows, first, signs(first), x);
+        visit(first, x, kBlock);
+    }
+    for (; stride == 1 && first + 8 <= n; first += 8) {
+        transpose_eight(rows, first, signs(first), x);
+        visit(first, x, 8);
+    }
+    for (; first < n; first += 8) {
+        const int count = n - first < 8 ? static_cast<int>(n - first) : 8;
+        transpose_some(rows, first, stride, signs(first), count, x);
+        visit(first, x, count);
+    }
+}
+
+// Adds a block's features to their bins of one half of the points. Chunk j of k neighbours puts exactly one of them in each bin, so
+// the first one is stored, the others added.
+inline void put_in_bins(const Lanes* x, const uint32_t* entries, int count, bool store, const FftPlan& plan, float* half) {
+    uint32_t places[kBlock];
+    for (int e = 0; e < count; ++e) places[e] = fft_place(plan, entries[e] & ~kSignBit);
+    for (int e = 0; e < count; ++e) {
+        Lanes& sum = lanes_at(half + places[e]);
+        sum = store ? x[e] : sum + x[e];
+    }
+}
+
+inline void clear_bins(int64_t n, const FftPlan& plan, float* half) {
+    for (int64_t i = 0; n < plan.k && i < plan.k; ++i) lanes_at(half + fft_place(plan, static_cast<uint32_t>(i))) = Lanes{};
+}
+
 // Count sketches of a register of tokens -> one half of the points; returns each token's largest magnitude.
-// Chunk j of k neighbours puts exactly one of them in each bin, so the first one is stored, the others added.
-// Meanwhile the rows `ahead` are called for, into the L2 cache: they arrive while these are transformed.
 template <class T>
 Lanes sketch_rows(const T* const* rows, int64_t n, int64_t stride, int64_t ahead, const uint32_t* table, const FftPlan& plan,
                   float* half) {
-    if (n < plan.k)
-        for (int64_t i = 0; i < plan.k; ++i) lanes_at(half + fft_place(plan, static_cast<uint32_t>(i))) = Lanes{};
+    clear_bins(n, plan, half);
     Lanes peak = {};
-    const auto put = [&](const Lanes* x, const uint32_t* entries, int count, bool store) {
-        uint32_t places[kBlock];
-        for (int e = 0; e < count; ++e) places[e] = fft_place(plan, entries[e] & ~kSignBit);
-        for (int e = 0; e < count; ++e) {
-            Lanes& sum = lanes_at(half + places[e]);
-            sum = store ? x[e] : sum + x[e];
-            peak = max_size(peak, x[e]);
-        }
+    visit_features(rows, n, stride, ahead, table, [&](int64_t first, const Lanes* x, int count) RAPIDIN_INLINE {
+        if (first < plan.k) put_in_bins(x, table + first, count, true, plan, half);
+        else put_in_bins(x, table + first, count, false, plan, half);
+        for (int e = 0; e < count; ++e) peak = max_size(peak, x[e]);
+    });
+    return peak;
+}
+
+// c[j] += sum over e of basis[e][j] x[e]
+inline void add_coefficients(const Lanes* x, int count, const float* basis, int64_t rank, float* c) {
+    constexpr int kTogether = 4;
+    int64_t j = 0;
+    for (; j + kTogether <= rank; j += kTogether) {
+        Lanes sums[kTogether];
+        for (int i = 0; i < kTogether; ++i) sums[i] = lanes_at(c + (j + i) * kLanes);
+#pragma GCC unroll 16
+        for (int e = 0; e < count; ++e)
+            for (int i = 0; i < kTogether; ++i) sums[i] = fma(x[e], splat(basis[e * rank + j + i]), sums[i]);
+        for (int i = 0; i < kTogether; ++i) lanes_at(c + (j + i) * kLanes) = sums[i];
+    }
+    for (; j < rank; ++j) {
+        Lanes sum = lanes_at(c + j * kLanes);
+        for (int e = 0; e < count; ++e) sum = fma(x[e], splat(basis[e * rank + j]), sum);
+        lanes_at(c + j * kLanes) = sum;
+    }
+}
+
+// x[e] += sum over j of rows[e][j] c[j]
+inline void add_products(const float* rows, int64_t rank, const float* c, int count, Lanes* x) {
+    for (int64_t j = 0; j < rank; ++j) {
+        const Lanes of_direction = lanes_at(c + j * kLanes);
+        for (int e = 0; e < count; ++e) x[e] = fma(of_direction, splat(rows[e * rank + j]), x[e]);
+    }
+}
+
+// The same of tokens that go through a low rank first. c: scratch for a register of each of its directions.
+template <class T>
+Lanes sketch_low_rank(const T* const* rows, int64_t n, int64_t stride, int64_t ahead, const uint32_t* table, const FftPlan& plan,
+                      const LowRankArgs& low_rank, float* c, float* half) {
+    const int64_t rank = low_rank.rank;
+    const auto put = [&](int64_t first, Lanes* x, int count) RAPIDIN_INLINE {
+        for (int e = 0; e < count; ++e) x[e] = x[e] * splat(table[first + e] & kSignBit ? -1.0f : 1.0f);
+        if (first < plan.k) put_in_bins(x, table + first, count, true, plan, half);
+        else put_in_bins(x, table + first, count, false, plan, half);
     };
-    int64_t first = 0;
-    for (; stride == 1 && first + kBlock <= n; first += kBlock) {
-        Lanes x[kBlock];
-        if (first * static_cast<int64_t>(sizeof(T)) % 64 == 0)
-            for (int l = 0; l < kLanes; ++l) __builtin_prefetch(rows[l] + first + ahead, 0, 2);
-        transpose_block(rows, first, table + first, x);
-        if (first < plan.k) put(x, table + first, kBlock, true);
-        else put(x, table + first, kBlock, false);
+    clear_bins(n, plan, half);
+    for (int64_t j = 0; j < rank; ++j) lanes_at(c + j * kLanes) = Lanes{};
+    visit_features(rows, n, stride, ahead, nullptr, [&](int64_t first, Lanes* x, int count) RAPIDIN_INLINE {
+        add_coefficients(x, count, low_rank.basis + first * rank, rank, c);
+        if (low_rank.table) put(first, x, count);
+    });
+    for (int64_t j = 0; j < rank; ++j) lanes_at(c + j * kLanes) *= splat(low_rank.gain[j]);
+    // Of what was far larger than the rest nothing may be left, so the largest magnitude is looked for afterwards.
+    Lanes peak = {};
+    if (low_rank.table) {
+        for (int64_t b = 0; b < plan.k; b += kBlock) {
+            Lanes x[kBlock];
+            for (int e = 0; e < kBlock; ++e) x[e] = lanes_at(half + fft_place(plan, static_cast<uint32_t>(b + e)));
+            add_products(low_rank.table + b * rank, rank, c, kBlock, x);
+            for (int e = 0; e < kBlock; ++e) {
+                lanes_at(half + fft_place(plan, static_cast<uint32_t>(b + e))) = x[e];
+                peak = max_size(peak, x[e]);
+            }
+        }
+        return peak;
     }
-    for (; stride == 1 && first + 8 <= n; first += 8) {
-        Lanes x[8];
-        transpose_eight(rows, first, table + first, x);
-        put(x, table + first, 8, first < plan.k);
-    }
-    for (; first < n; first += 8) {
-        Lanes x[8];
-        const int count = n - first < 8 ? static_cast<int>(n - first) : 8;
-        transpose_some(rows, first, stride, table + first, count, x);
-        put(x, table + first, count, first < plan.k);
-    }
+    visit_features(rows, n, stride, 0, nullptr, [&](int64_t first, Lanes* x, int count) RAPIDIN_INLINE {
+        add_products(low_rank.basis + first * rank, rank, c, count, x);
+        for (int e = 0; e < count; ++e) peak = max_size(peak, x[e]);
+        put(first, x, count);
+    });
     return peak;
 }
 
 inline Lanes sketch_tokens(const TokenRows& x, int64_t example, int64_t first, int64_t count, const uint32_t* table,
-                           const FftPlan& plan, float* half) {
+                           const FftPlan& plan, const LowRankArgs& low_rank, float* c, float* half) {
     const int64_t ahead = kLanes * x.stride_token;
-    const auto sketch = [&](auto rows) { return sketch_rows(rows.row, x.n, x.stride_element, ahead, table, plan, half); };
+    const auto sketch = [&](auto rows) {
+        if (low_rank.rank) return sketch_low_rank(rows.row, x.n, x.stride_element, ahead, table, plan, low_rank, c, half);
+        return sketch_rows(rows.row, x.n, x.stride_element, ahead, table, plan, half);
+    };
     if (x.dtype == kFloat32) return sketch(RowsOf<float>(x, example, first, count));
     if (x.dtype == kFloat16) return sketch(RowsOf<Half>(x, example, first, count));
     return sketch(RowsOf<BHalf>(x, example, first, count));
@@ -101,11 +188,12 @@ void token_squares(const TensorSketchArgs& args, int64_t example, int64_t begin,
     const FftPlan& plan = *args.plan;
     float* squares = scratch;
     float* z = scratch + plan.k * kPoint;
+    float* c = z + fft_floats(plan);
     memset(squares, 0, static_cast<size_t>(plan.k * kPoint) * sizeof(float));
     for (int64_t first = begin; first < end; first += kLanes) {
         const int64_t count = end - first < kLanes ? end - first : kLanes;
-        const Lanes peak_p = sketch_tokens(args.p, example, first, count, args.table_p, plan, z);
-        const Lanes peak_q = sketch_tokens(args.q, example, first, count, args.table_q, plan, z + kLanes);
+        const Lanes peak_p = sketch_tokens(args.p, example, first, count, args.table_p, plan, args.low_rank_p, c, z);
+        const Lanes peak_q = sketch_tokens(args.q, example, first, count, args.table_q, plan, args.low_rank_q, c, z + kLanes);
         const Point scale = balance(peak_p, peak_q, count);
         const auto load = [&](const float* at) {
             const Point x = load_point(at);
@@ -145,7 +233,7 @@ void sketch_of_squares(const FftPlan& plan, const float* sums, int64_t count, fl
     }
 }
 
-int64_t tensor_sketch_scratch(const FftPlan& plan) { return plan.k * kPoint + fft_floats(plan); }
+int64_t tensor_sketch_scratch(const FftPlan& plan, int64_t rank) { return plan.k * kPoint + fft_floats(plan) + rank * kLanes; }
 
 }  // namespace
 }  // namespace rapidin

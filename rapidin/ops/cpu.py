@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rapidin import _cpu
 from rapidin.ops import tables
-from rapidin.ops.low_rank import LowRank, applied
+from rapidin.ops.low_rank import LowRank, applied, coefficients
 from rapidin.ops.packed import Packed, PackedDtype, packed_bytes
 from rapidin.ops.tables import CPU
 from rapidin.ops.turn import TURN, Cut
@@ -21,6 +21,7 @@ _COUNT_SKETCH_NS = 0.45  # an element put in its bin
 _PRODUCT_NS = 0.022  # a multiply-add of a batched matrix product
 _FUSED_SKETCH_NS = 0.1  # the same by the fused kernel, and its transform of a token:
 _FUSED_PAIR_NS, _FUSED_FFT_NS = 0.35, 0.035  # times k, times k log2(k)
+_FUSED_PRODUCT_NS = 0.018  # a multiply-add of a LowRank in it
 _PAIR_NS, _FFT_NS = 2.0, 0.15  # the same with torch's FFT
 _FOLD_NS = 0.1  # an element added to its diagonal
 
@@ -83,21 +84,33 @@ def linear_sketch(
     inputs_low_rank: LowRank | None = None,
     grads_low_rank: LowRank | None = None,
 ) -> Tensor:
-    inputs, grads = applied(inputs, inputs_low_rank), applied(grads, grads_low_rank)
-    way = choose_way(inputs.shape[1], inputs.shape[2], grads.shape[2], dim)
-    return by_fft(inputs, grads, dim, seed) if way is None else by_product(inputs, grads, dim, seed, *way)
+    low_ranks = inputs_low_rank, grads_low_rank
+    ranks = tuple(0 if each is None else each.rank for each in low_ranks)
+    way = choose_way(inputs.shape[1], inputs.shape[2], grads.shape[2], dim, *ranks)
+    if way is None:
+        return by_fft(inputs, grads, dim, seed, *low_ranks)
+    return by_product(inputs, grads, dim, seed, *way, *low_ranks)
 
 
-def choose_way(tokens: int, n_in: int, n_out: int, k: int) -> tuple[bool, bool] | None:
-    """The cheapest way for one example: None = FFT, else which of (inputs, grads) to count-sketch first."""
+def choose_way(
+    tokens: int, n_in: int, n_out: int, k: int, rank_in: int = 0, rank_out: int = 0
+) -> tuple[bool, bool] | None:
+    """The cheapest way for one example: None = FFT, else which of (inputs, grads) to count-sketch first.
+
+    rank_in, rank_out: of their LowRank, 0 where there is none.
+    """
+    # Multiply-adds of a LowRank: for a row of features, and for one that is sketched besides.
+    alone_in, alone_out = _multiply_adds(n_in, rank_in), _multiply_adds(n_out, rank_out)
+    table_in, table_out = rank_in * (n_in + min(k, n_in)), rank_out * (n_out + min(k, n_out))
     best: tuple[bool, bool] | None = None
     if _cpu.has_tensor_sketch(k):
         whole = -(-tokens // _FUSED_TOKENS) * _FUSED_TOKENS
         fft = k * (_FUSED_PAIR_NS + _FUSED_FFT_NS * k.bit_length())
-        best_cost = whole * (_FUSED_SKETCH_NS * (n_in + n_out) + fft)
+        turned = _FUSED_PRODUCT_NS * (table_in + table_out)
+        best_cost = whole * (_FUSED_SKETCH_NS * (n_in + n_out) + turned + fft)
     else:
         fft = k * (_PAIR_NS + _FFT_NS * k.bit_length())
-        best_cost = tokens * (_COUNT_SKETCH_NS * (n_in + n_out) + fft)
+        best_cost = tokens * (_COUNT_SKETCH_NS * (n_in + n_out) + _PRODUCT_NS * (alone_in + alone_out) + fft)
     for sketch_in in (False, True):
         for sketch_out in (False, True):
             cols, rows = k if sketch_in else n_in, k if sketch_out else n_out
@@ -106,6 +119,10 @@ def choose_way(tokens: int, n_in: int, n_out: int, k: int) -> tuple[bool, bool] 
             cost = tokens * (
                 _COUNT_SKETCH_NS * (sketch_in * n_in + sketch_out * n_out) + _PRODUCT_NS * rows * cols
             )
+            # Where a side is not sketched its LowRank is applied to the tokens or to the matrix.
+            turned_in = tokens * table_in if sketch_in else min(tokens, rows) * alone_in
+            turned_out = tokens * table_out if sketch_out else min(tokens, cols) * alone_out
+            cost += _PRODUCT_NS * (turned_in + turned_out)
             if sketch_in or sketch_out:
                 cost += _FOLD_NS * rows * cols
             else:
@@ -115,24 +132,60 @@ def choose_way(tokens: int, n_in: int, n_out: int, k: int) -> tuple[bool, bool] 
     return best
 
 
-def by_fft(inputs: Tensor, grads: Tensor, k: int, seed: int) -> Tensor:
+def _multiply_adds(n: int, rank: int) -> int:
+    """Of a LowRank applied to n features: as the whole matrix where that is less."""
+    return min(2 * n * rank, n * n)
+
+
+def by_fft(
+    inputs: Tensor,
+    grads: Tensor,
+    k: int,
+    seed: int,
+    inputs_low_rank: LowRank | None = None,
+    grads_low_rank: LowRank | None = None,
+) -> Tensor:
     """TensorSketch by one complex FFT a token: the sum of FFT(cs(a) + i cs(g))^2 holds the spectrum."""
     if not _cpu.has_tensor_sketch(k):
-        return by_torch_fft(inputs, grads, k, seed)
+        return by_torch_fft(inputs, grads, k, seed, inputs_low_rank, grads_low_rank)
+    if inputs_low_rank is not None and inputs_low_rank.matrix is not None:
+        inputs, inputs_low_rank = inputs_low_rank(inputs), None
+    if grads_low_rank is not None and grads_low_rank.matrix is not None:
+        grads, grads_low_rank = grads_low_rank(grads), None
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
     table_in, table_out = tables.rows(seed, tables.IN, n_in, k), tables.rows(seed, tables.OUT, n_out, k)
+    low_rank_in = _low_rank(inputs_low_rank, seed, tables.IN, k)
+    low_rank_out = _low_rank(grads_low_rank, seed, tables.OUT, k)
     out = torch.empty(batch, k, device=CPU)
     _cpu.tensor_sketch(
-        inputs.data_ptr(), _DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
-        grads.data_ptr(), _DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
+        inputs.data_ptr(), _DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(), low_rank_in,
+        grads.data_ptr(), _DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(), low_rank_out,
         batch, tokens, k, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
 
 
-def by_torch_fft(inputs: Tensor, grads: Tensor, k: int, seed: int) -> Tensor:
+def _low_rank(
+    low_rank: LowRank | None, seed: int, side: tuple[int, int], k: int
+) -> tuple[int, int, int, int]:
+    """What the fused kernel reads of a LowRank. Its table serves sides with more features than bins."""
+    if low_rank is None:
+        return 0, 0, 0, 0
+    table = low_rank.table(seed, side, k).data_ptr() if low_rank.features > k else 0
+    return low_rank.basis.data_ptr(), low_rank.gain.data_ptr(), table, low_rank.rank
+
+
+def by_torch_fft(
+    inputs: Tensor,
+    grads: Tensor,
+    k: int,
+    seed: int,
+    inputs_low_rank: LowRank | None = None,
+    grads_low_rank: LowRank | None = None,
+) -> Tensor:
     """The same with torch's FFT, for widths that are no power of two."""
+    inputs, grads = applied(inputs, inputs_low_rank), applied(grads, grads_low_rank)
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
     threads = torch.get_num_threads()
@@ -157,14 +210,31 @@ def by_torch_fft(inputs: Tensor, grads: Tensor, k: int, seed: int) -> Tensor:
     return product
 
 
-def by_product(inputs: Tensor, grads: Tensor, k: int, seed: int, sketch_in: bool, sketch_out: bool) -> Tensor:
+def by_product(
+    inputs: Tensor,
+    grads: Tensor,
+    k: int,
+    seed: int,
+    sketch_in: bool,
+    sketch_out: bool,
+    inputs_low_rank: LowRank | None = None,
+    grads_low_rank: LowRank | None = None,
+) -> Tensor:
     """TensorSketch by one matrix an example, grads^T inputs, with long sides sketched to k first."""
-    batch, n_in, n_out = len(inputs), inputs.shape[2], grads.shape[2]
-    a = _count_sketch(inputs, tables.columns(seed, tables.IN, n_in, k), k) if sketch_in else inputs.float()
-    g = _count_sketch(grads, tables.columns(seed, tables.OUT, n_out, k), k) if sketch_out else grads.float()
+    batch, tokens, n_in = inputs.shape
+    n_out = grads.shape[2]
+    # The LowRank of a side that is not sketched is applied to the matrix, where that has fewer rows.
+    if inputs_low_rank is not None and not sketch_in and (k if sketch_out else n_out) >= tokens:
+        inputs, inputs_low_rank = inputs_low_rank(inputs), None
+    if grads_low_rank is not None and not sketch_out and (k if sketch_in else n_in) >= tokens:
+        grads, grads_low_rank = grads_low_rank(grads), None
+    a = _count_sketch(inputs, seed, tables.IN, k, inputs_low_rank) if sketch_in else inputs.float()
+    g = _count_sketch(grads, seed, tables.OUT, k, grads_low_rank) if sketch_out else grads.float()
+    of_columns, of_rows = None if sketch_in else inputs_low_rank, None if sketch_out else grads_low_rank
     # Columns are what the fold adds as whole rows: a sketched side where there is one, else the longer.
     a_in_columns = sketch_in or (not sketch_out and n_in >= n_out)
     rows, cols = (g, a) if a_in_columns else (a, g)
+    of_rows, of_columns = (of_rows, of_columns) if a_in_columns else (of_columns, of_rows)
     row_side, col_side = (tables.OUT, tables.IN) if a_in_columns else (tables.IN, tables.OUT)
     row_table = None if sketch_in and sketch_out else tables.rows(seed, row_side, rows.shape[2], k)
     col_table = None if sketch_in or sketch_out else tables.columns(seed, col_side, cols.shape[2], k)
@@ -172,17 +242,23 @@ def by_product(inputs: Tensor, grads: Tensor, k: int, seed: int, sketch_in: bool
     step = max(1, _PRODUCT_BYTES // (4 * rows.shape[2] * cols.shape[2]))
     for b in range(0, batch, step):
         matrices = torch.bmm(rows[b : b + step].transpose(1, 2), cols[b : b + step])
+        matrices = applied(applied(matrices, of_columns).mT, of_rows).mT
         out[b : b + step] = _fold(matrices, row_table, col_table, k)
     return out
 
 
-def _count_sketch(x: Tensor, table: Tensor, k: int) -> Tensor:
+def _count_sketch(x: Tensor, seed: int, side: tuple[int, int], k: int, low_rank: LowRank | None) -> Tensor:
+    """[B, T, n] -> [B, T, k] float32"""
     batch, tokens, n = x.shape
+    table = tables.columns(seed, side, n, k)
     out = torch.empty(batch, tokens, k, device=CPU)
     _cpu.count_sketch(
         x.data_ptr(), _DTYPES[x.dtype], batch, tokens, n, x.stride(), table.data_ptr(), k,
         out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
+    if low_rank is not None:
+        of_basis = low_rank.table(seed, side, k)
+        out.view(-1, k).addmm_(coefficients(x, low_rank).flatten(0, 1), of_basis.T)
     return out
 
 

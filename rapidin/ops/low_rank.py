@@ -52,6 +52,9 @@ class LowRank:
                 f"and '{self.gain.device}'"
             )
 
+        object.__setattr__(self, "basis", self.basis.contiguous())
+        object.__setattr__(self, "gain", self.gain.contiguous())
+
     @property
     def features(self) -> int:
         """n, the numbers of a token that it is for."""

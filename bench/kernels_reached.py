@@ -1,0 +1,151 @@
+"""Which kernel `linear_sketch` takes by default, model by model, on three generations of GPUs.
+
+python bench/kernels_reached.py           # prints the table of docs/kernels.md; --write puts it there
+
+Nothing runs: the package itself is asked for the sketch dimension of so many layers and for the backend of
+bfloat16 factors with K-FAC's preconditioner on both sides, as if on a GPU of each compute capability. The
+extension must have been built, for what setup.py builds by default, or the emulated one is (tests/emulator).
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import marked
+import torch
+
+from rapidin import ops, pack
+from rapidin.geometry import RANK
+from rapidin.kronecker import SideMoment
+from rapidin.ops import backends, cuda
+
+ROOT = Path(__file__).parent.parent
+ARCHITECTURES = "sm_80 sm_90 sm_100 compute_100"  # what setup.py compiles for
+SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}  # that a block may have, by compute capability
+BATCH, TOKENS = 8, 512
+_EXTENSION = import_module("rapidin.ops.cuda.extension")
+LORA_RANK = 16
+
+
+class Model(NamedTuple):
+    """layers: how many blocks of layers; linear: (in, out) of each one's linear layers; adapted: those that
+    LoRA changes by default (peft)."""
+
+    name: str
+    layers: int
+    linear: tuple[tuple[int, int], ...]
+    adapted: tuple[tuple[int, int], ...]
+
+
+def llama(name: str, layers: int, hidden: int, attended: int, kv: int, intermediate: int) -> Model:
+    """attended: numbers of all heads' queries; kv: of their keys."""
+    q, k = (hidden, attended), (hidden, kv)
+    mlp = (hidden, intermediate), (hidden, intermediate), (intermediate, hidden)
+    return Model(name, layers, (q, k, k, (attended, hidden), *mlp), (q, k))
+
+
+def gpt(name: str, layers: int, hidden: int) -> Model:
+    qkv, mlp = (hidden, 3 * hidden), ((hidden, 4 * hidden), (4 * hidden, hidden))
+    return Model(name, layers, (qkv, (hidden, hidden), *mlp), (qkv,))
+
+
+MODELS = (
+    gpt("GPT-2", 12, 768),
+    llama("SmolLM2-135M", 30, 576, 576, 192, 1536),
+    llama("Qwen3-0.6B", 28, 1024, 2048, 1024, 3072),
+    gpt("Pythia-1.4B", 24, 2048),
+    llama("Llama-3.2-1B", 16, 2048, 2048, 512, 8192),
+    llama("Llama-3-8B", 32, 4096, 4096, 1024, 14336),
+)
+
+
+class Pretended:
+    """An extension that says it is on a GPU of another compute capability."""
+
+    def __init__(self, extension: Any, capability: int) -> None:
+        self._extension = extension
+        self._capability = capability
+        self.architectures = ARCHITECTURES
+        self.emulated = False
+
+    def capability(self, device: int) -> int:
+        return self._capability
+
+    def shared_bytes(self, device: int) -> int:
+        return SHARED_BYTES[self._capability]
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._extension, name)
+
+
+def sides(model: Model, kind: str) -> list[tuple[int, int]]:
+    """(in, out) of each parameter that counts in one of the model's layers: a sketch each."""
+    if kind == "linear layers":
+        return list(model.linear)
+    return [side for n_in, n_out in model.adapted for side in ((n_in, LORA_RANK), (LORA_RANK, n_out))]
+
+
+def low_rank(n: int) -> ops.LowRank:
+    rank = SideMoment(n, RANK, 0, torch.device("meta"), diagonal=True).rank
+    return ops.LowRank(torch.empty(n, rank, device="meta"), torch.empty(rank, device="meta"))
+
+
+def reached(n_in: int, n_out: int, dim: int) -> str:
+    """The kernel that factors of a layer of this shape take."""
+    factors = [torch.empty(BATCH, TOKENS, n, dtype=torch.bfloat16, device="meta") for n in (n_in, n_out)]
+    low_ranks = [low_rank(n) for n in (n_in, n_out)]
+    backend = backends._default("linear_sketch", torch.device("cuda", 0), (*factors, dim, *low_ranks))
+    module = import_module(f"rapidin.ops.{backend}.sketches")
+    kernel = backend
+    if backend == "triton":
+        kernels = [getattr(module, name, None) for name in ("linear_kernels", "fourier_kernels")]
+        if not any(dim in each.DIMS for each in kernels if each is not None):
+            kernel = "torch's FFT"
+    # A backend without this function makes float32 factors first.
+    takes = getattr(module, "takes_low_rank", lambda low_rank, dim: False)
+    read = "bfloat16" if all(takes(each, dim) for each in low_ranks) else "float32"
+    return f"{kernel}, {read}"
+
+
+def table(extension: Any) -> str:
+    """The table of the page; extension: rapidin._cuda, or the emulated one."""
+    rows = []
+    for model in MODELS:
+        for kind in ("linear layers", "LoRA"):
+            shapes = sides(model, kind)
+            blocks = model.layers * len(shapes)
+            dim = pack.width_for(blocks)
+            found = []
+            for capability in SHARED_BYTES:
+                with (
+                    mock.patch.object(_EXTENSION, "_extension", Pretended(extension, capability)),
+                    mock.patch.object(backends, "_has_cuda_extension", return_value=True),
+                    mock.patch.object(backends, "_has_triton", return_value=True),
+                ):
+                    found.append("; ".join(sorted({reached(*shape, dim) for shape in shapes})))
+            rows.append([model.name, kind, str(blocks), f"{dim:,}", *found])
+    return marked.table(
+        ["model", "what counts", "blocks", "dimension", *(f"sm_{each}" for each in SHARED_BYTES)], rows
+    )
+
+
+def built_extension() -> Any:
+    try:
+        return cuda.extension()
+    except ImportError:
+        sys.path.append(str(ROOT / "tests"))
+        return import_module("emulator.build").emulated()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--write", action="store_true", help="Put the table into docs/kernels.md.")
+    text = table(built_extension())
+    if parser.parse_args().write:
+        marked.write(marked.DOCS / "kernels.md", "kernels reached", text)
+    print(text, end="")
