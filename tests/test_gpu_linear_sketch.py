@@ -6,8 +6,11 @@ from inputs import DEVICE, DTYPES, LINEAR_SHAPES, SEED, layouts, normal
 
 from rapidin import ops
 
-DIMS = (32, 64, 128, 256, 512, 1024)
-TRITON_ONLY = (7, 100, 2048)  # widths without a kernel: torch's FFT
+FOURIER = (1024, 2048, 4096, 8192)  # by Fourier transforms, all in float32
+DIMS = (32, 64, 128, 256, 512, *FOURIER)
+TRITON_ONLY = (7, 100, 16384)  # widths without a kernel: torch's FFT
+# Few tokens, as they take long where they are emulated; more than are transformed at a time, and than a side has
+FEW_TOKENS = ((0, 3, 4, 5), (2, 0, 4, 5), (1, 1, 1, 1), (2, 5, 33, 70), (1, 2, 300, 8))
 
 
 def factors(shape, dtype=torch.float32, other=None):
@@ -27,10 +30,10 @@ def reference(inputs, grads, dim, seed=SEED):
     return ops.linear_sketch(inputs, grads, dim, seed=seed, backend="reference")
 
 
-def tolerance(*dtypes):
+def tolerance(*dtypes, dim=64):
     """Relative error of an example's sketch. Both sides bfloat16: one rounding more of either, 2^-9 at most;
     the interpreter cuts digits off where a GPU rounds."""
-    if any(dtype != torch.bfloat16 for dtype in dtypes):
+    if dim in FOURIER or any(dtype != torch.bfloat16 for dtype in dtypes):
         return 1e-5
     return 4e-3 if DEVICE.type == "cuda" else 1e-2
 
@@ -41,37 +44,41 @@ def assert_close(got, wanted, within):
     assert bool((error <= within * size + 1e-30).all()), f"{float((error / size.clamp_min(1e-30)).max()):.1e}"
 
 
-def takes(backend, dim, dtype):
-    return backend == "triton" or (dim in DIMS and (dim <= 512 or dtype == torch.bfloat16))
+def takes(backend, dim):
+    return backend == "triton" or dim in DIMS
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dim", [*DIMS, *TRITON_ONLY])
 def test_shapes_widths_and_dtypes(gpu, dim, dtype):
-    if not takes(gpu, dim, dtype):
+    if not takes(gpu, dim):
         pytest.skip("no kernel: Triton's is the default there")
-    for shape in LINEAR_SHAPES:
+    for shape in FEW_TOKENS if dim >= 1024 else LINEAR_SHAPES:
         inputs, grads = factors(shape, dtype)
-        assert_close(sketch(inputs, grads, dim, gpu), reference(inputs, grads, dim), tolerance(dtype))
+        found = sketch(inputs, grads, dim, gpu)
+        assert_close(found, reference(inputs, grads, dim), tolerance(dtype, dim=dim))
 
 
-@pytest.mark.parametrize("dim", [64, 512])
+@pytest.mark.parametrize("dim", [64, 512, 1024])
 def test_rows_longer_than_a_stage_and_many_tiles(gpu, dim):
     for dtype in (torch.bfloat16, torch.float32):
-        for shape in ((2, 37, 1200, 2100), (1, 150, 70, 40)):
+        for shape in ((2, 37, 1200, 2100), (1, 150, 70, 40)) if dim <= 512 else ((2, 13, 1200, 2100),):
             inputs, grads = factors(shape, dtype)
-            assert_close(sketch(inputs, grads, dim, gpu), reference(inputs, grads, dim), tolerance(dtype))
+            found = sketch(inputs, grads, dim, gpu)
+            assert_close(found, reference(inputs, grads, dim), tolerance(dtype, dim=dim))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_layouts(gpu, dtype):
-    inputs, grads = factors((2, 9, 150, 36), dtype)
-    wanted = reference(inputs, grads, 64)
+@pytest.mark.parametrize("dim", [64, 1024, 2048, 8192])
+def test_layouts(gpu, dtype, dim):
+    tokens = 9 if dim == 64 else 3
+    inputs, grads = factors((2, tokens, 150, 36), dtype)
+    wanted = reference(inputs, grads, dim)
     for a, g in zip(layouts(inputs).values(), layouts(grads).values(), strict=True):
         # as strided views on the device too
         a = torch.as_strided(_whole(a).to(DEVICE), a.shape, a.stride(), a.storage_offset())
         g = torch.as_strided(_whole(g).to(DEVICE), g.shape, g.stride(), g.storage_offset())
-        assert_close(sketch(a, g, 64, gpu), wanted, tolerance(dtype))
+        assert_close(sketch(a, g, dim, gpu), wanted, tolerance(dtype, dim=dim))
 
 
 def _whole(x):
@@ -81,26 +88,30 @@ def _whole(x):
 @pytest.mark.sanitized
 @pytest.mark.parametrize("dim", DIMS)
 def test_cuda_at_every_width(emulated_cuda, dim):
-    for dtype in (torch.bfloat16, torch.float32)[: 1 if dim > 512 else 2]:
-        for shape in ((2, 17, 33, 70), (1, 3, 2 * dim + 5, 8)):
+    for dtype in (torch.bfloat16, torch.float32):
+        for shape in ((2, 17 if dim <= 512 else 5, 33, 70), (1, 3, 2 * dim + 5, 8)):
             inputs, grads = factors(shape, dtype)
-            assert_close(sketch(inputs, grads, dim, "cuda"), reference(inputs, grads, dim), tolerance(dtype))
+            found = sketch(inputs, grads, dim, "cuda")
+            assert_close(found, reference(inputs, grads, dim), tolerance(dtype, dim=dim))
 
 
-def test_rows_that_lie_apart(gpu):
+@pytest.mark.parametrize("dim", [128, *FOURIER])
+def test_rows_that_lie_apart(gpu, dim):
     """Rows with a stride of whole vectors, so that wide loads stay in use, but must not run over."""
-    inputs, grads = factors((3, 20, 96, 40), torch.bfloat16)
-    wide = torch.full((3, 20, 160), torch.nan, dtype=torch.bfloat16, device=DEVICE)
+    inputs, grads = factors((2, 3, 96, 40), torch.bfloat16)
+    wide = torch.full((2, 3, 160), torch.nan, dtype=torch.bfloat16, device=DEVICE)
     wide[:, :, 8:104] = inputs.to(DEVICE)
-    found = sketch(wide[:, :, 8:104], grads, 128, gpu)
-    assert_close(found, reference(inputs, grads, 128), tolerance(torch.bfloat16))
+    found = sketch(wide[:, :, 8:104], grads, dim, gpu)
+    assert_close(found, reference(inputs, grads, dim), tolerance(torch.bfloat16, dim=dim))
 
 
-def test_two_dtypes(gpu):
+@pytest.mark.parametrize("dim", [64, 1024, 8192])
+def test_two_dtypes(gpu, dim):
     for one in DTYPES:
         for other in DTYPES:
-            inputs, grads = factors((2, 9, 150, 37), one, other)
-            assert_close(sketch(inputs, grads, 64, gpu), reference(inputs, grads, 64), tolerance(one, other))
+            inputs, grads = factors((2, 9, 150, 37) if dim == 64 else (1, 2, 150, 37), one, other)
+            found = sketch(inputs, grads, dim, gpu)
+            assert_close(found, reference(inputs, grads, dim), tolerance(one, other, dim=dim))
 
 
 def test_the_rounding_of_bfloat16_is_what_is_said(emulated_cuda):
@@ -122,7 +133,20 @@ def test_factors_of_very_different_sizes(gpu, scale):
     assert_close(found, wanted, tolerance(torch.bfloat16))
 
 
-@pytest.mark.parametrize("dim", [32, 512])
+@pytest.mark.parametrize("dim", FOURIER)
+def test_squares_of_a_side_leave_no_rounding_in_the_cross_term(gpu, dim):
+    """Only 2i P Q of (P + i Q)^2 is wanted, and grads are a 10^12th of inputs, or nothing, or far fewer."""
+    inputs, grads = factors((1, 4, 200, 100))
+    inputs[:, :, 3] *= 1000
+    grads *= 1e-12 * torch.tensor([1e-3, 1.0, 1e3, 0.0])[:, None]
+    assert_close(sketch(inputs, grads, dim, gpu), reference(inputs, grads, dim), 5e-6)
+    inputs, grads = factors((1, 2, dim, 8))
+    assert_close(sketch(inputs, grads, dim, gpu), reference(inputs, grads, dim), 5e-6)
+    grads[:, 0] = 0
+    assert_close(sketch(inputs[:, :1], grads[:, :1], dim, gpu), torch.zeros(1, dim), 0.0)
+
+
+@pytest.mark.parametrize("dim", [32, 512, 1024, 8192])
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
 def test_not_finite_examples_stay_apart(gpu, bad, dim):
     inputs, grads = factors((4, 5, 60, 40), torch.bfloat16)
@@ -153,11 +177,11 @@ def test_the_same_bits_again(gpu):
     assert torch.equal(sketch(inputs, grads, 256, gpu), first)
 
 
-@pytest.mark.parametrize("dim", [32, 128, 512, 1024])
+@pytest.mark.parametrize("dim", [32, 128, 512, *FOURIER])
 def test_no_order_of_threads_changes_a_bit(emulated_cuda, dim):
     if not emulated_cuda.emulated:
         pytest.skip("a GPU orders its threads itself")
-    inputs, grads = factors((1, 35, 70, 1100), torch.bfloat16)
+    inputs, grads = factors((1, 35 if dim <= 512 else 5, 70, 1100), torch.bfloat16)
     found = []
     for order in (0, 1, 2):
         emulated_cuda.set_order(order)
@@ -189,14 +213,31 @@ def test_a_width_without_a_kernel_is_refused_by_name(emulated_cuda):
         sketch(inputs, grads, 100, "cuda")
 
 
+def test_what_the_cuda_kernels_take_is_said_by_shared_memory(emulated_cuda, monkeypatch):
+    """sm_86 and sm_89 let a block have 99 KB: all Fourier kernels fit, but not 512 numbers of float32."""
+    from rapidin.ops import cuda
+
+    monkeypatch.setattr(emulated_cuda, "shared_bytes", lambda device: 99 << 10)
+    for dtype in DTYPES:
+        x = torch.empty(1, 1, 8, dtype=dtype, device=DEVICE)
+        for dim in (32, 256, *FOURIER):
+            assert cuda.supports("linear_sketch", x, x, dim), (dim, dtype)
+        assert not cuda.supports("linear_sketch", x, x, 512)
+        assert not cuda.supports("linear_sketch", x, x, 16384)
+    monkeypatch.setattr(emulated_cuda, "shared_bytes", lambda device: 163 << 10)
+    for dtype in DTYPES:
+        assert cuda.supports("linear_sketch", x.to(dtype), x.to(dtype), 512)
+
+
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_a_graph_replays_it(backend):
+@pytest.mark.parametrize("dim", [512, 2048])
+def test_a_graph_replays_it(backend, dim):
     inputs, grads = (x.to(DEVICE) for x in factors((2, 64, 256, 512), torch.bfloat16))
-    wanted = ops.linear_sketch(inputs, grads, 512, seed=1, backend=backend)  # tables come before the capture
+    wanted = ops.linear_sketch(inputs, grads, dim, seed=1, backend=backend)  # tables come before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        out = ops.linear_sketch(inputs, grads, 512, seed=1, backend=backend)
+        out = ops.linear_sketch(inputs, grads, dim, seed=1, backend=backend)
     out.fill_(torch.nan)
     graph.replay()
     assert torch.equal(out, wanted)

@@ -106,15 +106,15 @@ void bind(py::module_& m) {
     m.def("shared_bytes", &shared_memory_limit, "Bytes of shared memory that a block of a device may have.");
     m.def(
         "linear_sketch_tile",
-        [](int64_t k, bool split) {
-            const LinearTile tile = linear_sketch_tile(k, split);
-            return std::make_tuple(tile.tokens, tile.parts, tile.shared_bytes);
+        [](int64_t k, int dtype, int other_dtype) {
+            const LinearTile tile = linear_sketch_tile(k, dtype, other_dtype);
+            return std::make_tuple(tile.tokens, tile.shared_bytes);
         },
-        "Of a block: tokens of which its share is a multiple, blocks that share planes, bytes of shared memory.");
+        "Of a block: tokens of which its share is a multiple, bytes of shared memory.");
     m.def(
         "linear_sketch_table",
-        [](uint64_t columns, int64_t n, uint64_t table) {
-            linear_sketch_table(at<const uint32_t>(columns), n, at<uint32_t>(table));
+        [](uint64_t columns, int64_t n, int64_t k, int bytes, uint64_t table) {
+            linear_sketch_table(at<const uint32_t>(columns), n, k, bytes, at<uint32_t>(table));
         },
         "The kernel's table from a column table; both in the host's memory.");
     m.def(

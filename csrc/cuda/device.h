@@ -35,6 +35,7 @@ struct alignas(8) Words2 {
 
 // A load of what is read once: it leaves the L1 cache to what is read again.
 __device__ __forceinline__ Words4 load_streamed(const void* at);
+__device__ __forceinline__ Words2 load_streamed2(const void* at);
 
 // A number that other blocks change by atomic operations meanwhile: what it was at some time, whole.
 __device__ __forceinline__ int64_t load_relaxed(const int64_t* at);
@@ -108,8 +109,18 @@ __device__ __forceinline__ int64_t load_relaxed(const int64_t* at) {
     return x;
 }
 
+__device__ __forceinline__ Words2 load_streamed2(const void* at) {
+    Words2 x;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.u32 {%0, %1}, [%2];" : "=r"(x.w[0]), "=r"(x.w[1]) : "l"(at));
+    return x;
+}
+
 // The compiler moves no access to memory across it.
 __device__ __forceinline__ void keep_order() { asm volatile("" ::: "memory"); }
+
+// What the compiler makes of x is made anew after this point, and not kept from before a loop, in registers that are then
+// missing in it.
+__device__ __forceinline__ void compute_again(int& x) { asm volatile("" : "+r"(x)); }
 
 // The block's dynamic shared memory, 16-byte aligned. Kernels take all of theirs from here.
 __device__ __forceinline__ unsigned char* shared_memory() {
@@ -121,7 +132,9 @@ __device__ __forceinline__ unsigned char* shared_memory() {
 
 __device__ __forceinline__ Words4 load_streamed(const void* at) { return *static_cast<const Words4*>(at); }
 __device__ __forceinline__ int64_t load_relaxed(const int64_t* at) { return emulated_atomic_load(at); }
+__device__ __forceinline__ Words2 load_streamed2(const void* at) { return *static_cast<const Words2*>(at); }
 __device__ __forceinline__ void keep_order() {}
+__device__ __forceinline__ void compute_again(int&) {}
 
 inline Words4 load_words4(uint64_t address) { return *reinterpret_cast<const Words4*>(address); }
 

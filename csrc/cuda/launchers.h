@@ -74,16 +74,17 @@ void hash_words(uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint3
 // sums: [n] of parts [count, n], on the current device, which is `on`'s.
 void sum_parts(const float* parts, int64_t count, int64_t n, float* sums, Queue on);
 
-// Widths 32, 64, .. 1024 (512 where a side is not bfloat16). Each block takes block_tokens of an example, a multiple of the
-// tile's. `partial` is [splits * parts, min(batch, 65535), k] where these are more than one. Tables are what
-// linear_sketch_table makes of column tables (args.h: FoldArgs).
+// Powers of two from 32 to 8,192. Each block takes block_tokens of an example, a multiple of the tile's. `partial` is
+// [splits, min(batch, 65535), k] where these are more than one. Tables are what linear_sketch_table makes of column tables
+// (args.h: FoldArgs).
 void linear_sketch(const TokenRows& grads, const uint32_t* grads_table, const TokenRows& inputs, const uint32_t* inputs_table,
                    int64_t batch, int64_t k, int64_t splits, int64_t block_tokens, float* partial, float* out, Queue on);
 struct LinearTile {
-    int64_t tokens, parts, shared_bytes;
+    int64_t tokens, shared_bytes;
 };
-LinearTile linear_sketch_tile(int64_t k, bool split);  // split: unless both sides are bfloat16; 1,024 wide it has no kernel
-void linear_sketch_table(const uint32_t* columns, int64_t n, uint32_t* table);  // on the host
+LinearTile linear_sketch_tile(int64_t k, int dtype, int other_dtype);  // of the two sides
+// On the host; n: a multiple of k; bytes: of an element of the side.
+void linear_sketch_table(const uint32_t* columns, int64_t n, int64_t k, int bytes, uint32_t* table);
 
 // The tensors of a flat sketch, [batch, numel] each, and how their rows are cut into parts: at[5 tensors + parts + 2], as
 // FlatLaunch in flat_sketch.cuh names its pieces.

@@ -1,10 +1,10 @@
-// linear_sketch's launches; the kernel is in linear_sketch.cuh.
+// linear_sketch's launches; the kernels are in linear_sketch.cuh, and from 1,024 numbers on in fourier_sketch.cuh.
 #include "linear_sketch.cuh"
 
 #include <stdexcept>
 #include <type_traits>
 
-#include "launchers.h"
+#include "linear_launch.h"
 
 namespace rapidin {
 namespace {
@@ -12,7 +12,9 @@ namespace {
 template <int K>
 using Width = std::integral_constant<int, K>;
 
-// Calls body(Width<k>, split or not). A stage of 1,024 columns of float32 does not fit.
+constexpr int64_t kFourierFrom = 1024;
+
+// Calls body(Width<k>, split or not).
 template <class Body>
 void with_width(int64_t k, bool split, Body body) {
     const auto either = [&](auto width) {
@@ -24,7 +26,6 @@ void with_width(int64_t k, bool split, Body body) {
     else if (k == 128) either(Width<128>());
     else if (k == 256) either(Width<256>());
     else if (k == 512) either(Width<512>());
-    else if (k == 1024 && !split) body(Width<1024>(), std::false_type());
     else throw std::invalid_argument("linear_sketch: no kernel for this width");
 }
 
@@ -35,48 +36,51 @@ LinearSide side_of(const TokenRows& x, const uint32_t* table) {
     return {x.data, x.dtype, aligned, static_cast<int>(x.n), x.stride_batch, x.stride_token, x.stride_element, table};
 }
 
-bool is_split(const TokenRows& grads, const TokenRows& inputs) { return grads.dtype != kBFloat16 || inputs.dtype != kBFloat16; }
-
 template <int K, bool Split>
 void launch_sketch(const LinearArgs& args, int64_t splits, int64_t batch, Queue on) {
     launch("linear_sketch", linear_sketch_kernel<K, Split>,
-           dim3(static_cast<unsigned>(splits), static_cast<unsigned>(batch), LinearSizes<K>::kParts), LinearSizes<K>::kThreads,
+           dim3(static_cast<unsigned>(splits), static_cast<unsigned>(batch)), LinearSizes<K>::kThreads,
            LinearSketch<K, Split>::kSharedBytes, on.handle, args);
 }
 
 }  // namespace
 
-LinearTile linear_sketch_tile(int64_t k, bool split) {
+LinearTile linear_sketch_tile(int64_t k, int dtype, int other_dtype) {
+    if (k >= kFourierFrom) return fourier_sketch_tile(k, dtype == kFloat32 || other_dtype == kFloat32 ? 4 : 2);
     LinearTile tile = {};
-    with_width(k, split, [&](auto width, auto is_split) {
+    with_width(k, dtype != kBFloat16 || other_dtype != kBFloat16, [&](auto width, auto split) {
         constexpr int K = decltype(width)::value;
-        tile = {LinearSizes<K>::kTokens, LinearSizes<K>::kParts, static_cast<int64_t>(LinearSketch<K, decltype(is_split)::value>::kSharedBytes)};
+        tile = {LinearSizes<K>::kTokens, static_cast<int64_t>(LinearSketch<K, decltype(split)::value>::kSharedBytes)};
     });
     return tile;
 }
 
 int shared_memory_limit(int device) { return shared_bytes(device); }
 
-void linear_sketch_table(const uint32_t* columns, int64_t n, uint32_t* table) {
+void linear_sketch_table(const uint32_t* columns, int64_t n, int64_t k, int bytes, uint32_t* table) {
+    if (k >= kFourierFrom) return fourier_sketch_table(columns, n, k, bytes, table);
     for (int64_t i = 0; i < n; ++i) table[i] = staged_at(columns[i] & ~kSignBit) | (columns[i] & kSignBit);
 }
 
 void linear_sketch(const TokenRows& grads, const uint32_t* grads_table, const TokenRows& inputs, const uint32_t* inputs_table,
                    int64_t batch, int64_t k, int64_t splits, int64_t block_tokens, float* partial, float* out, Queue on) {
     const OnDevice guard(on.device);
-    const int64_t parts = splits * linear_sketch_tile(k, is_split(grads, inputs)).parts;
+    const bool split = grads.dtype != kBFloat16 || inputs.dtype != kBFloat16;
     // A grid's second axis ends at 65,535.
     for (int64_t first = 0; first < batch; first += 65535) {
         const int64_t some = batch - first < 65535 ? batch - first : 65535;
         LinearArgs args = {{side_of(grads, grads_table), side_of(inputs, inputs_table)}, static_cast<int>(grads.tokens),
-                           static_cast<int>(block_tokens),
-                           parts > 1 ? partial : out + first * k};
+                           static_cast<int>(block_tokens), splits > 1 ? partial : out + first * k};
         for (LinearSide& side : args.sides)
             side.data = static_cast<const char*>(side.data) + first * side.stride_batch * dtype_bytes(side.dtype);
-        with_width(k, is_split(grads, inputs), [&](auto width, auto split) {
-            launch_sketch<decltype(width)::value, decltype(split)::value>(args, splits, some, on);
-        });
-        if (parts > 1) sum_parts(partial, parts, some * k, out + first * k, on);
+        if (k >= kFourierFrom) {
+            fourier_sketch(args, k, splits, some, on);
+        } else {
+            with_width(k, split, [&](auto width, auto is_split) {
+                launch_sketch<decltype(width)::value, decltype(is_split)::value>(args, splits, some, on);
+            });
+        }
+        if (splits > 1) sum_parts(partial, splits, some * k, out + first * k, on);
     }
 }
 

@@ -1,4 +1,4 @@
-// linear_sketch: TensorSketch of sum_t g_t a_t^T from the factors, each read once, nothing of size tokens x k leaving the
+// linear_sketch of 32 to 512 numbers: TensorSketch of sum_t g_t a_t^T from the factors, each read once, nothing of size tokens x k leaving the
 // chip. docs/kernels.md derives the method; in short, with k = 32 R:
 //
 //   1. rows of a tile of tokens are staged in shared memory, tokens interleaved so that one 8-byte read gives an element
@@ -10,10 +10,11 @@
 //   4. at the end of a block's tokens the planes are folded along their diagonals, the wrapped part times w, and an
 //      inverse DFT gives the k numbers. Blocks that share an example are added in order by a second kernel.
 //
-// R = 1 is the product of whole count sketches, R = k would be the Fourier way; 32 is what a tensor core's tile wants.
+// R = 1 is the product of whole count sketches, R = k would be the Fourier way, which more than 512 numbers take
+// (fourier_sketch.cuh); 32 is what a tensor core's tile wants.
 #pragma once
 
-#include "device.h"
+#include "linear_rows.cuh"
 #include "mma.h"
 
 namespace rapidin {
@@ -22,12 +23,10 @@ constexpr int kResidues = 32;  // coefficients of a polynomial modulo x^32 - w; 
 
 template <int K>
 struct LinearSizes {
-    static constexpr int kRoots = K / kResidues;  // R
-    static constexpr int kParts = K > 512 ? K / 512 : 1;  // blocks that share an example's planes, and read the same
-    static constexpr int kPlanes = kRoots / kParts;       // of a block
+    static constexpr int kRoots = K / kResidues;  // R, and as many planes
     static constexpr int kWarps = K >= 512 ? 16 : 8;
     static constexpr int kThreads = kWarps * 32;
-    static constexpr int kSteps = kPlanes < kWarps ? kWarps / kPlanes : 1;  // of 16 tokens in a tile, each for other warps
+    static constexpr int kSteps = kRoots < kWarps ? kWarps / kRoots : 1;  // of 16 tokens in a tile, each for other warps
     static constexpr int kTokens = 16 * kSteps;                              // of a tile
     static constexpr int kStageBytes = kThreads * 64;                        // of a stage: 4 loads of 16 bytes a thread
     // Columns of a stage: rows are cut into stages of whole chunks of k.
@@ -40,24 +39,7 @@ struct LinearSizes {
     // reads over all banks.
     static constexpr int kPairStride = kResidues + 8;
     static constexpr int kPolynomialWords = kTokens / 2 * kPairStride;
-    static constexpr int kSideWords = kPlanes * kPolynomialWords;
-};
-
-// One side: rows [batch, tokens, n] and where their elements go.
-struct LinearSide {
-    const void* data;
-    int dtype;
-    int aligned;  // 16-byte loads may be used
-    int n;
-    int64_t stride_batch, stride_token, stride_element;
-    const uint32_t* table;  // [ceil(n / k) * k]: by chunk and bin, offset in the chunk's staging area | sign
-};
-
-struct LinearArgs {
-    LinearSide sides[2];  // grads (rows of a plane), inputs (its columns)
-    int tokens;
-    int block_tokens;  // a multiple of a tile's
-    float* partial;        // [splits, batch, k]
+    static constexpr int kSideWords = kRoots * kPolynomialWords;
 };
 
 // Where an element of a chunk is staged, in bytes: 8 an element, in an order that spreads neighbours' 16-byte stores over
@@ -159,38 +141,17 @@ struct Staged {
     }
 };
 
-// 16 bytes of a row from element `element` on, zeros beyond its end.
-template <int Bytes>
-__device__ __forceinline__ Words4 load_row(const LinearSide& side, int64_t offset, int element, bool live) {
-    constexpr int kElements = 16 / Bytes;
-    Words4 words = {{0, 0, 0, 0}};
-    if (!live || element >= side.n) return words;
-    if (side.aligned && element + kElements <= side.n) {
-        const char* at = static_cast<const char*>(side.data) + (offset + element) * Bytes;
-        return load_streamed(at);
-    }
-#pragma unroll
-    for (int i = 0; i < kElements; ++i) {
-        if (element + i >= side.n) break;
-        const int64_t at = offset + (element + i) * side.stride_element;
-        if constexpr (Bytes == 4) words.w[i] = static_cast<const uint32_t*>(side.data)[at];
-        else words.w[i / 2] |= static_cast<uint32_t>(static_cast<const uint16_t*>(side.data)[at]) << (i % 2 * 16);
-    }
-    return words;
-}
-
 template <int K, bool Split>
 struct LinearSketch {
     using Sizes = LinearSizes<K>;
-    static constexpr int R = Sizes::kRoots, P = Sizes::kPlanes, W = Sizes::kWarps;
-    static_assert(W == P * Sizes::kSteps);
+    static constexpr int R = Sizes::kRoots, W = Sizes::kWarps;
+    static_assert(W == R * Sizes::kSteps);
     static constexpr int kOperandWords = 2 * Sizes::kSideWords * (Split ? 2 : 1);
     static constexpr size_t kSharedBytes = 2 * Sizes::kStageBytes + kOperandWords * 4;
 
     const LinearArgs& args;
     int64_t batch;
     int first, end;  // tokens of the example that are this block's
-    int first_plane;
     int tid, warp, lane;
     unsigned char* stages;
     uint32_t* operands;  // [side][high, low][polynomial][token pair][coefficient]
@@ -204,7 +165,6 @@ struct LinearSketch {
         warp = tid / 32;
         lane = tid % 32;
         batch = blockIdx.y;
-        first_plane = static_cast<int>(blockIdx.z) * P;
         first = static_cast<int>(blockIdx.x) * args.block_tokens;
         end = args.tokens - first < args.block_tokens ? args.tokens : first + args.block_tokens;
         stages = shared_memory();
@@ -349,9 +309,7 @@ struct LinearSketch {
                                                      token / 2 * Sizes::kPairStride + lane) + token % 2;
         const float* at = board + t * kResidues + lane;
         RealDft<R>::run([&](int m) { return at[m * Sizes::kRoundTokens * kResidues]; },
-                        [&](int number_of_root, float y) {
-                            const int r = number_of_root - first_plane;
-                            if (P < R && (r < 0 || r >= P)) return;  // another block's
+                        [&](int r, float y) {
                             const uint32_t rounded = pack_bf16(y, 0.0f) & 0xffffu;
                             high[2 * r * Sizes::kPolynomialWords] = static_cast<uint16_t>(rounded);
                             if constexpr (Split) {
@@ -406,8 +364,8 @@ struct LinearSketch {
     }
 
     __device__ __forceinline__ void multiply_planes() {
-        const int step = warp / P, plane = warp % P, re = plane & ~1;
-        if (first_plane + plane < 2) {
+        const int step = warp / R, plane = warp % R, re = plane & ~1;
+        if (plane < 2) {
             multiply(plane, plane, step, 0);
             return;
         }
@@ -448,9 +406,9 @@ struct LinearSketch {
         float* cosines = reinterpret_cast<float*>(stages);
         if (tid < R) cosines[tid] = cospif(2.0f * static_cast<float>(tid) / R);
         if constexpr (Sizes::kSteps > 1) {
-            for (int i = tid; i < P * 2 * kResidues; i += Sizes::kThreads) {
+            for (int i = tid; i < R * 2 * kResidues; i += Sizes::kThreads) {
                 float sum = diagonals[i];
-                for (int step = 1; step < Sizes::kSteps; ++step) sum += diagonals[step * P * 2 * kResidues + i];
+                for (int step = 1; step < Sizes::kSteps; ++step) sum += diagonals[step * R * 2 * kResidues + i];
                 diagonals[i] = sum;
             }
         }
@@ -458,9 +416,8 @@ struct LinearSketch {
         // Modulo x^32 - w: the wrapped diagonals count w times. In place, by the thread that reads them.
         const auto cosine = [&](int i) { return cosines[i % R]; };
         const auto sine = [&](int i) { return cosines[(i + 3 * R / 4) % R]; };  // R = 1, 2: never asked for
-        const int first_root = first_plane / 2;  // of the complex ones; root 0 stands for the two real ones
-        for (int i = tid; i < (P + 1) / 2 * kResidues; i += Sizes::kThreads) {
-            const int j = first_root + i / kResidues;
+        for (int i = tid; i < (R + 1) / 2 * kResidues; i += Sizes::kThreads) {
+            const int j = i / kResidues;  // of the complex roots; 0 stands for the two real ones
             float* re = diagonals + i / kResidues * 4 * kResidues + i % kResidues;
             float* im = re + 2 * kResidues;
             if (j == 0) {
@@ -474,14 +431,12 @@ struct LinearSketch {
             }
         }
         __syncthreads();
-        const int64_t part = static_cast<int64_t>(blockIdx.x) * gridDim.z + blockIdx.z;
-        float* out = args.partial + (part * gridDim.y + batch) * K;
+        float* out = args.partial + (static_cast<int64_t>(blockIdx.x) * gridDim.y + batch) * K;
         for (int b = tid; b < K; b += Sizes::kThreads) {
             const int m = b / kResidues;
             const float* at = diagonals + b % kResidues;
             float sum = 0.0f;
-            for (int i = 0; i < (P + 1) / 2; ++i, at += 4 * kResidues) {
-                const int j = first_root + i;
+            for (int j = 0; j < (R + 1) / 2; ++j, at += 4 * kResidues) {
                 if (j > 0) sum += 2.0f * (at[0] * cosine(j * m) - at[2 * kResidues] * sine(j * m));
                 else if (R > 1) sum += m % 2 ? at[0] - at[2 * kResidues] : at[0] + at[2 * kResidues];
                 else sum += at[0];

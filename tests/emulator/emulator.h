@@ -163,6 +163,15 @@ inline T __shfl_down_sync(uint32_t, T value, unsigned delta, int = 32) {
     const int lane = emulated_lane(), from = lane + static_cast<int>(delta);
     return emulated_shuffle(value, from > 31 ? lane : from);
 }
+inline uint32_t __reduce_max_sync(uint32_t, uint32_t value) {
+    emulator::Deposit own = {}, all[32];
+    own.words[0] = value;
+    uint32_t present;
+    emulator::exchange(own, all, present);
+    for (int lane = 0; lane < 32; ++lane)
+        if (present >> lane & 1 && all[lane].words[0] > value) value = all[lane].words[0];
+    return value;
+}
 inline void __syncwarp(uint32_t = 0xffffffffu) { emulated_shuffle(0, 0); }
 uint32_t __ballot_sync(uint32_t mask, int predicate);
 inline int __any_sync(uint32_t mask, int predicate) { return __ballot_sync(mask, predicate) != 0; }

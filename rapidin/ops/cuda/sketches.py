@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from rapidin.ops.low_rank import LowRank, applied
 # Blocks that share the tokens of a batch, whatever the device has room for: how sums are cut, and so their
 # bits, is the same on every GPU.
 _BLOCKS = 256
-LINEAR_DIMS = (32, 64, 128, 256, 512, 1024)
+LINEAR_DIMS = (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
 def supports(op: str, *arguments: Any) -> bool:
@@ -31,17 +32,15 @@ def supports_linear_sketch(
     inputs_low_rank: LowRank | None = None,
     grads_low_rank: LowRank | None = None,
 ) -> bool:
-    """Whether the kernel takes these: powers of two from 32 to 1,024, to 512 unless all is bfloat16."""
-    # What a LowRank makes of a side is float32.
-    split = _split(inputs, grads) or inputs_low_rank is not None or grads_low_rank is not None
-    if dim not in LINEAR_DIMS or (split and dim > 512):
+    """Whether the kernel takes these: powers of two from 32 to 8,192, where the device has the shared memory."""
+    if dim not in LINEAR_DIMS:
         return False
-    _, _, shared = extension().linear_sketch_tile(dim, split)
+    dtypes = [
+        DTYPES[x.dtype if low_rank is None else torch.float32]
+        for x, low_rank in ((inputs, inputs_low_rank), (grads, grads_low_rank))
+    ]
+    _, shared = extension().linear_sketch_tile(dim, *dtypes)
     return bool(shared <= extension().shared_bytes(place(inputs)[0]))
-
-
-def _split(inputs: Tensor, grads: Tensor) -> bool:
-    return not inputs.dtype == grads.dtype == torch.bfloat16
 
 
 def linear_sketch(
@@ -62,16 +61,15 @@ def linear_sketch(
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
     device = inputs.device
-    tile, parts, _ = extension().linear_sketch_tile(dim, _split(inputs, grads))
+    tile, _ = extension().linear_sketch_tile(dim, DTYPES[inputs.dtype], DTYPES[grads.dtype])
     tiles = -(-tokens // tile)
     splits = min(tiles, max(1, _BLOCKS // batch))
     share = -(-tiles // splits) * tile
     splits = -(-tokens // share)
-    table_in = tables.columns(seed, tables.IN, n_in, dim, device, _staged)
-    table_out = tables.columns(seed, tables.OUT, n_out, dim, device, _staged)
+    table_in = tables.columns(seed, tables.IN, n_in, dim, device, _staged(dim, inputs.element_size()))
+    table_out = tables.columns(seed, tables.OUT, n_out, dim, device, _staged(dim, grads.element_size()))
     out = torch.empty(batch, dim, device=device, dtype=torch.float32)
-    parts *= splits
-    partial = out.new_empty(parts, min(batch, 65535), dim) if parts > 1 else out
+    partial = out.new_empty(splits, min(batch, 65535), dim) if splits > 1 else out
     extension().linear_sketch(
         inputs.data_ptr(), DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
         grads.data_ptr(), DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
@@ -80,10 +78,16 @@ def linear_sketch(
     return out
 
 
-def _staged(columns: Tensor) -> Tensor:
-    table = torch.empty_like(columns)
-    extension().linear_sketch_table(columns.data_ptr(), len(columns), table.data_ptr())
-    return table
+@cache
+def _staged(dim: int, itemsize: int) -> tables.Change:
+    """What makes the kernel's table of a column table, for elements of so many bytes."""
+
+    def change(columns: Tensor) -> Tensor:
+        table = torch.empty_like(columns)
+        extension().linear_sketch_table(columns.data_ptr(), len(columns), dim, itemsize, table.data_ptr())
+        return table
+
+    return change
 
 
 def flat_sketch(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from rapidin.kernels import flat_sketch as flat_kernels
+from rapidin.kernels import fourier_sketch as fourier_kernels
 from rapidin.kernels import linear_sketch as linear_kernels
 from rapidin.kernels.fold import fold
 from rapidin.ops import tables
@@ -29,9 +30,11 @@ def linear_sketch(
     inputs, grads = applied(inputs, inputs_low_rank), applied(grads, grads_low_rank)
     table_in = tables.columns(seed, tables.IN, inputs.shape[2], dim, inputs.device)
     table_out = tables.columns(seed, tables.OUT, grads.shape[2], dim, inputs.device)
-    if dim not in linear_kernels.DIMS:
-        return by_torch_fft(inputs, grads, dim, table_in, table_out)
-    return linear_kernels.linear_sketch(inputs, grads, dim, table_in, table_out)
+    if dim in fourier_kernels.DIMS:
+        return fourier_kernels.fourier_sketch(inputs, grads, dim, table_in, table_out)
+    if dim in linear_kernels.DIMS:
+        return linear_kernels.linear_sketch(inputs, grads, dim, table_in, table_out)
+    return by_torch_fft(inputs, grads, dim, table_in, table_out)
 
 
 def by_torch_fft(inputs: Tensor, grads: Tensor, k: int, table_in: Tensor, table_out: Tensor) -> Tensor:
