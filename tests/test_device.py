@@ -305,6 +305,24 @@ def test_a_scan_of_carried_shards_finds_the_same(cache: Cache, sketch: Tensor, n
         assert torch.equal(one, two)
 
 
+@pytest.mark.parametrize(
+    ("width", "dtype", "stride"),
+    [(1785, torch.uint8, 1792), (129, torch.int8, 144), (112, torch.uint8, 112), (113, torch.uint8, 113),
+     (3, torch.float16, 3), (100, torch.float16, 104), (1001, torch.float32, 1004), (0, torch.uint8, 0)],
+)  # fmt: skip
+def test_rows_are_carried_to_where_wide_loads_begin(width: int, dtype: torch.dtype, stride: int) -> None:
+    """By one copy of memory without gaps, and nothing else of the rows is changed."""
+    order = LateOrder()
+    copied: list[tuple[Tensor, Tensor]] = []
+    send = order.send
+    order.send = lambda pairs, after: (copied.extend(pairs), send(pairs, after))[1]  # type: ignore[method-assign]
+    x = torch.arange(7 * (width + 3)).remainder(100).to(dtype).view(7, width + 3)[:, 1 : width + 1]
+    for _, there in Conveyor[int](order, 2).carry([(0, {"a": x}), (1, {"a": x[:5]})]):
+        assert torch.equal(there["a"], x[: len(there["a"])])
+        assert there["a"].stride(0) == stride or not width
+    assert all(host.is_contiguous() and device.is_contiguous() for host, device in copied)
+
+
 def test_tensors_of_the_cpu_are_not_copied() -> None:
     x = torch.ones(3)
     assert upload(x, CPU) is x

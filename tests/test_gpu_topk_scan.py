@@ -98,6 +98,27 @@ def test_exact_scores_and_ties(gpu, shape, dtype):
     assert_same(both_ends(gpu, cache, q, k), wanted)
 
 
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dtype", EVERY, ids=str)
+@pytest.mark.parametrize("queries", [1, 9])
+def test_rows_of_any_stride(emulated_cuda, dtype, queries):
+    """Rows that begin at any byte, and padded ones with NaN or ones between them, up to the end of memory."""
+    each = dtype.itemsize if isinstance(dtype, torch.dtype) else 1
+    numbers = {"sign": 8, "int4": 2}.get(dtype, 1)
+    width = 233 * numbers // each - (numbers > 1)
+    x, q = case(37, width, queries, dtype)
+    wanted = ops.topk_scan_both_ends(x, q, 20, backend="reference")
+    rows = x.codes if isinstance(x, Packed) else x
+    for begin, stride in ((0, 233), (1, 233), (5, 238), (3, 239), (0, 240), (8, 248), (14, 257)):
+        if stride % each or begin % each:
+            continue
+        memory = torch.full((begin + 36 * stride + 233 // each * each,), 255, dtype=torch.uint8)
+        size = rows.shape[1], stride // each, begin // each
+        there = memory.view(rows.dtype).as_strided((37, size[0]), (size[1], 1), size[2]).copy_(rows)
+        cache = Packed(there, dtype, width, None) if isinstance(x, Packed) else there
+        assert_same(both_ends("cuda", cache, q, 20), wanted)
+
+
 @pytest.mark.parametrize("dtype", EVERY if DEVICE.type == "cuda" else (torch.float16, "int4"))
 def test_both_ends_are_two_scans(gpu, dtype):
     cache, q = case(90, 40, 5, dtype, seed=3)

@@ -209,6 +209,25 @@ __device__ __forceinline__ Words4 load_narrow(const uint8_t* at, int left) {
     else return load_elements<uint8_t>(at, left);
 }
 
+// 16 bytes from any address, of two aligned loads: both are of memory that the tensor's own lies in as long as 32 bytes of a
+// row are left. The second load finds in L1 what the next lane's first has asked for.
+__device__ __forceinline__ Words4 load_shifted(const uint8_t* at) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(at);
+    const uint64_t aligned = address & ~static_cast<uintptr_t>(15);
+    const Words4 low = load_words4(aligned), high = load_words4(aligned + 16);
+    const bool by_two = address & 8, by_one = address & 4;
+    const uint32_t selector = 0x3210u + 0x1111u * (static_cast<uint32_t>(address) & 3);
+    uint32_t pairs[6], words[5];
+#pragma unroll
+    for (int i = 0; i < 6; ++i) pairs[i] = by_two ? (i < 2 ? low.w[i + 2] : high.w[i - 2]) : (i < 4 ? low.w[i] : high.w[i - 4]);
+#pragma unroll
+    for (int i = 0; i < 5; ++i) words[i] = by_one ? pairs[i + 1] : pairs[i];
+    Words4 x;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x.w[i] = select_bytes(words[i], words[i + 1], selector);
+    return x;
+}
+
 __device__ __forceinline__ double scale_at(const void* scale, int dtype, int64_t i) {
     return scale ? static_cast<double>(load_element(scale, dtype, i)) : 1.0;
 }
@@ -238,6 +257,8 @@ struct WarpTile {
     static constexpr int kQueries = query_tile<Format, NT>();
     static constexpr int kValues = Format::kPair ? 1 : 2;         // of a lane, a row and 8 columns
     static constexpr int kAhead = NT * Format::kSums == 1 ? 2 : 1;  // units loaded at once
+    // Of floats, whose widths are mostly multiples of 16 bytes, only where registers are left for it.
+    static constexpr bool kShifts = !Format::kFloats || NT == 1;
     const uint8_t* rows[kMTiles][2];
     double* totals;
     int64_t first;  // row
@@ -297,8 +318,18 @@ struct WarpTile {
         Sums sums = {};
         const int held = args.columns_held;
         int i = 0;
-        if (wide) {
-            const int whole = (bytes - at) / kUnit < count ? (bytes - at) / kUnit : count;
+        const int left_here = wide ? bytes - at : bytes - at - 16, whole = left_here / kUnit < count ? left_here / kUnit : count;
+        if (!wide) {
+#pragma unroll 1
+            for (; kShifts && i < whole; ++i) {
+                Words4 x[kMTiles][2];
+#pragma unroll
+                for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) x[m][h] = load_shifted(rows[m][h] + at + i * kUnit);
+                multiply(x, fragments + i * unit_bytes, held, sums);
+            }
+        } else {
 #pragma unroll 1
             for (; i + kAhead <= whole; i += kAhead) {
                 Words4 x[kAhead][kMTiles][2];
@@ -321,6 +352,7 @@ struct WarpTile {
 #pragma unroll
                 for (int h = 0; h < 2; ++h) {
                     if (wide && left >= 16) x[m][h] = load_streamed(rows[m][h] + offset);
+                    else if (kShifts && left >= 32) x[m][h] = load_shifted(rows[m][h] + offset);
                     else x[m][h] = load_narrow<Format>(rows[m][h] + offset, left);
                 }
             multiply(x, fragments + i * unit_bytes, held, sums);
