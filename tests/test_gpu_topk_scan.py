@@ -298,7 +298,7 @@ def test_a_block_has_the_shared_memory_that_it_asks_for(emulated_cuda, dtype):
         made = prepare(part, torch.ones(q, width), None)
         for k, ends in product((1, 256, 257, gpu_scan.LONGEST), (1, 3)):
             asked = emulated_cuda.topk_scan_shared_bytes(
-                _FORMATS[name], made.tiles, made.units, made.columns_held, capacity_of(k), ends
+                _FORMATS[name], False, made.tiles, made.layout.units, made.columns_held, capacity_of(k), ends
             )
             assert 0 < asked <= LEAST_SHARED, (width, q, k, ends)
             most = max(most, asked)

@@ -98,8 +98,10 @@ class Kernels(Protocol):
     def prepare(self, part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> Any:
         """queries: [Q, width] float32 of this part -> what `scan` takes"""
 
-    def unpack(self, part: Part, out: Tensor) -> None:
-        """Codes of packed rows as numbers, without their scale: [n, width] float16."""
+    @property
+    def unpack(self) -> Callable[[Part, Tensor], None] | None:
+        """Codes of packed rows as numbers, without their scale: [n, width] float16. None where `scan` takes
+        packed rows with blocks as they are."""
 
     def keep(self, prepared: Any, q: int, k: int, ends: int, rows: int, device: torch.device) -> Kept:
         """Room for what `scan` keeps, empty; `prepared` of the last part."""
@@ -173,7 +175,8 @@ def _scan_some(
     outs: list[tuple[Tensor, Tensor]],
 ) -> None:
     n, q = len(parts[0].rows), len(queries)
-    unpacked = [offsets is not None and part.dtype in NUMBERS for part in parts]
+    unpack = kernels.unpack
+    unpacked = [unpack is not None and offsets is not None and part.dtype in NUMBERS for part in parts]
     prepared = [
         kernels.prepare(
             Part(part.rows, "float16", part.width, part.first, part.scale) if decode else part,
@@ -201,9 +204,9 @@ def _scan_some(
             for i, part in enumerate(parts):
                 scale = None if part.scale is None else part.scale[rows]
                 these = Part(part.rows[rows], part.dtype, part.width, part.first, scale)
-                if unpacked[i]:
+                if unpack is not None and unpacked[i]:
                     out = numbers[: count * part.width].view(count, part.width)
-                    kernels.unpack(these, out)
+                    unpack(these, out)
                     these = Part(out, "float16", part.width, part.first, scale)
                 kernels.scan(
                     Step(
@@ -295,20 +298,25 @@ def integer_planes(integers: Tensor, dtype: str) -> Tensor:
         return torch.stack([integers - 64 * high, high], 1).to(torch.int8)
     padded = torch.nn.functional.pad(integers.to(torch.int8), (0, 1))
     width = integers.shape[1]
-    places = _numbers_of_bytes(width, dtype, integers.device)
+    places = _places_of_bytes(width, dtype, integers.device)
     return padded[:, places.flatten()].view(len(integers), *places.shape)
 
 
 @lru_cache(maxsize=64)
-def _numbers_of_bytes(width: int, dtype: str, device: torch.device) -> Tensor:
-    """-> [planes, bytes]: which number of a row each byte's plane holds, `width` for none."""
+def _places_of_bytes(width: int, dtype: str, device: torch.device) -> Tensor:
+    places = numbers_of_bytes(width, dtype)
+    return places.where(places >= 0, width).to(device)
+
+
+def numbers_of_bytes(width: int, dtype: str) -> Tensor:
+    """-> [planes, bytes] int64: which number of a row each byte's plane holds, -1 for none."""
     planes = NUMBERS[dtype]
     byte = torch.arange(packed_bytes(width, dtype))  # type: ignore[arg-type]
     begin = byte // _GROUP * _GROUP * planes
     in_group = (width - begin).clamp_max(_GROUP * planes)
     size = (in_group + planes - 1) // planes
     place = torch.arange(planes)[:, None] * size + byte % _GROUP
-    return (begin + place).where(place < in_group, width).to(device)
+    return (begin + place).where(place < in_group, -1)
 
 
 def _largest(queries: Tensor) -> tuple[Tensor, Tensor]:
