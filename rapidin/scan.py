@@ -18,7 +18,7 @@ from rapidin.cache.shards import Rows
 from rapidin.errors import UserError
 from rapidin.examples import Examples, Files, Record, files, open_examples, record_hash
 from rapidin.hits import Hit
-from rapidin.pack import side_by_side
+from rapidin.pack import Joined, side_by_side
 from rapidin.transfer import Conveyor, GpuOrder
 
 Ends = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
@@ -255,6 +255,8 @@ def _scanned(
     prepared = [
         code.prepare(source.query.vectors.to(device)) for code, source in zip(codes, sources, strict=True)
     ]
+    joined: Joined = {}
+    asked: dict[int, ops.ScanQueries] = {}  # by identity, which they keep as long as they are here
     for (first, dead), fields in pieces:
         plans = []
         for number, (source, code, query) in enumerate(zip(sources, codes, prepared, strict=True)):
@@ -265,10 +267,11 @@ def _scanned(
             }
             factors = mine.pop(_FACTORS, None)
             plans.append(query.plan(mine, source.query.scales(code, mine, factors), dead[number]))
-        plan = side_by_side(plans)
+        plan = side_by_side(plans, joined)
+        queries = asked.setdefault(id(plan.queries), ops.ScanQueries(plan.queries))
         top, top_rows, bottom, bottom_rows = ops.topk_scan_both_ends(
             plan.parts,
-            plan.queries,
+            queries,
             top_k,
             scales=plan.scales,
             offsets=plan.offsets,

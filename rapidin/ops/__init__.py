@@ -7,12 +7,13 @@ from rapidin.ops.flat_sketch import flat_sketch
 from rapidin.ops.linear_sketch import embedding_sketch, linear_sketch
 from rapidin.ops.matrix_sketch import matrix_sketch
 from rapidin.ops.packed import Packed, pack, packed_bytes, unpack
-from rapidin.ops.topk_scan import topk_scan, topk_scan_both_ends
+from rapidin.ops.topk_scan import ScanQueries, topk_scan, topk_scan_both_ends
 from rapidin.ops.turn import Cut, turn, unit_blocks
 
 __all__ = [
     "Cut",
     "Packed",
+    "ScanQueries",
     "embedding_sketch",
     "flat_sketch",
     "linear_sketch",

@@ -57,10 +57,12 @@ class Kept:
     def none(programs: int, q: int, k: int, ends: int, capacity: int, device: torch.device) -> Kept:
         """Empty lists of `capacity` keys each."""
         lists = (q, ends.bit_count())
+        shared = 2 * lists[0] * lists[1]  # ints of `least`; one launch fills both
+        state = torch.zeros(shared + programs * shared // 2, dtype=torch.int32, device=device)
         return Kept(
             keys=torch.empty(programs, *lists, capacity, dtype=torch.int64, device=device),
-            counts=torch.zeros(programs, *lists, dtype=torch.int32, device=device),
-            least=torch.zeros(*lists, dtype=torch.int64, device=device),
+            counts=state[shared:].view(programs, *lists),
+            least=state[:shared].view(torch.int64).view(lists),
             last=torch.empty(*lists, dtype=torch.int64, device=device),
             k=k,
             ends=ends,
@@ -141,8 +143,12 @@ def scan(
     offsets: Sequence[int] | None,
     valid: Tensor | None,
     base: Tensor | None,
+    made: dict[Any, Any] | None,
 ) -> list[Found]:
-    """Scores and indices of each end that is wanted. Raises ValueError on a cache of too many rows."""
+    """Scores and indices of each end that is wanted; made: what earlier scans prepared of these queries.
+
+    Raises ValueError on a cache of too many rows.
+    """
     parts = list(_parts(cache))
     n = len(parts[0].rows)
     if n > MAX_ROWS:
@@ -153,51 +159,77 @@ def scan(
         return outs
     scales, base = _rows_in_memory(scales), _rows_in_memory(base)
     valid = valid.contiguous() if valid is not None else None
+    unpack = kernels.unpack
+    unpacked = [unpack is not None and offsets is not None and part.dtype in NUMBERS for part in parts]
     for q in range(0, len(queries), QUERIES):
         some = slice(q, q + QUERIES)
+        prepared = _prepared(kernels, parts, unpacked, queries[some], offsets, (q, made))
         _scan_some(
-            kernels, parts, queries[some], k, ends, scales, offsets, valid,
+            kernels, parts, unpacked, prepared, len(queries[some]), k, ends, scales, valid,
             None if base is None else base[some], [(x[some], y[some]) for x, y in outs],
         )  # fmt: skip
     return outs
 
 
+def _prepared(
+    kernels: Kernels,
+    parts: list[Part],
+    unpacked: list[bool],
+    queries: Tensor,
+    offsets: Sequence[int] | None,
+    kept: tuple[int, dict[Any, Any] | None],
+) -> list[Any]:
+    """These queries for each part, made now or by an earlier scan; kept: their number and what was made."""
+    number, made = kept
+    stream = None
+    if queries.device.type == "cuda":
+        stream = torch.cuda.current_stream(queries.device)
+        if torch.cuda.is_current_stream_capturing():
+            made = None  # what a graph makes is there only when it runs
+    found = []
+    for part, decode in zip(parts, unpacked, strict=True):
+        segments = None if offsets is None else tuple(_segments(part, offsets))
+        dtype = "float16" if decode else part.dtype
+        key = (type(kernels), number, part.first, part.width, dtype, segments, stream)
+        there = None if made is None else made.get(key)
+        if there is None:
+            rows = Part(part.rows, dtype, part.width, part.first, part.scale)
+            there = kernels.prepare(rows, queries[:, part.first : part.first + part.width], segments)
+            if made is not None:
+                made[key] = there
+        found.append(there)
+    return found
+
+
 def _scan_some(
     kernels: Kernels,
     parts: list[Part],
-    queries: Tensor,
+    unpacked: list[bool],
+    prepared: list[Any],
+    q: int,
     k: int,
     ends: int,
     scales: Tensor | None,
-    offsets: Sequence[int] | None,
     valid: Tensor | None,
     base: Tensor | None,
     outs: list[tuple[Tensor, Tensor]],
 ) -> None:
-    n, q = len(parts[0].rows), len(queries)
+    n, device = len(parts[0].rows), outs[0][0].device
     unpack = kernels.unpack
-    unpacked = [unpack is not None and offsets is not None and part.dtype in NUMBERS for part in parts]
-    prepared = [
-        kernels.prepare(
-            Part(part.rows, "float16", part.width, part.first, part.scale) if decode else part,
-            queries[:, part.first : part.first + part.width],
-            None if offsets is None else list(_segments(part, offsets)),
-        )
-        for part, decode in zip(parts, unpacked, strict=True)
-    ]
     # What a row needs besides itself decides how many are taken at a time.
     row_bytes = (8 * q if len(parts) > 1 else 0) + max(
         2 * part.width if decode else 0 for part, decode in zip(parts, unpacked, strict=True)
     )
     chunk = n if row_bytes == 0 else min(n, max(1024, CHUNK_BYTES // row_bytes // 1024 * 1024))
-    partial = queries.new_empty(q, chunk, dtype=torch.float64) if len(parts) > 1 else None
-    numbers = queries.new_empty(
+    partial = torch.empty(q, chunk, dtype=torch.float64, device=device) if len(parts) > 1 else None
+    numbers = torch.empty(
         chunk * max((part.width for part, decode in zip(parts, unpacked, strict=True) if decode), default=0),
         dtype=torch.float16,
+        device=device,
     )
     after = None
     for done in range(0, k, LONGEST):
-        kept = kernels.keep(prepared[-1], q, min(LONGEST, k - done), ends, min(chunk, n), queries.device)
+        kept = kernels.keep(prepared[-1], q, min(LONGEST, k - done), ends, min(chunk, n), device)
         for begin in range(0, n, chunk):
             rows = slice(begin, min(n, begin + chunk))
             count = rows.stop - begin

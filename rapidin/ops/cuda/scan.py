@@ -204,9 +204,7 @@ def _float_layout(
     return _Layout(before, found, table, len(pieces))
 
 
-def _step_layout(
-    dtype: str, places: Tensor, segments: tuple[Segment, ...], device: torch.device
-) -> _Layout:
+def _step_layout(dtype: str, places: Tensor, segments: tuple[Segment, ...], device: torch.device) -> _Layout:
     """Of packed rows with blocks: a step for each plane of a group of bytes, and each block that it has
     numbers of, in the order of the numbers."""
     pieces = [
@@ -221,7 +219,7 @@ def _step_layout(
     planes_there = torch.nonzero(first >= 0).flatten()
     begins = torch.tensor([begin for begin, _, _ in pieces], dtype=torch.int64)
     ends = torch.tensor([end for _, end, _ in pieces], dtype=torch.int64)
-    edges = torch.cat([first[planes_there], begins]).unique()
+    edges = torch.unique(torch.cat([first[planes_there], begins]))
     plane = planes_there[torch.searchsorted(first[planes_there], edges, right=True) - 1]
     piece = torch.searchsorted(begins, edges, right=True) - 1
     number = flat[plane]
