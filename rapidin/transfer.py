@@ -123,18 +123,16 @@ class GpuOrder:
 _ALIGNED = 16  # bytes, the widest load of a GPU
 
 
-def stride_there(x: Tensor) -> int:
-    """How many numbers apart rows of x [n, numbers] lie on a device: rows begin where the widest loads do,
-    unless that takes an eighth more memory."""
-    each = x.element_size()
-    bytes_of_row = x.shape[1] * each
-    padded = -(-bytes_of_row // _ALIGNED) * _ALIGNED
-    return padded // each if padded % each == 0 and 8 * padded <= 9 * bytes_of_row else x.shape[1]
+def stride_there(numbers: int, each: int) -> int:
+    """How many numbers of so many bytes each there are from row to row on a device: rows begin where the
+    widest loads do, unless that takes more than an eighth more memory."""
+    padded = -(-numbers * each // _ALIGNED) * _ALIGNED
+    return padded // each if padded % each == 0 and 8 * padded <= 9 * numbers * each else numbers
 
 
 def _padded(x: Tensor) -> Tensor:
     """No rows, each as long as x's are on a device."""
-    return x.new_empty(0, stride_there(x)) if x.ndim == 2 else x[:0]
+    return x.new_empty(0, stride_there(x.shape[1], x.element_size())) if x.ndim == 2 else x[:0]
 
 
 Label = TypeVar("Label")
