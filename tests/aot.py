@@ -205,6 +205,8 @@ def topk_scan_launches() -> Iterator[tuple[str, Callable[[], Any]]]:
         code = torch.int8 if dtype == "int8" else torch.uint8
         packed = Packed(meta(n, packed_bytes(4096, dtype), dtype=code), dtype, 4096, meta(n))
         yield f"topk_scan {dtype} {queries} queries", scan(packed, queries)
+        if dtype == "sign":
+            yield f"topk_scan {dtype} {queries} queries, blocks", scan(packed, queries, **blocks)
 
 
 def main() -> None:

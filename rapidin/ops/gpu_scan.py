@@ -19,12 +19,13 @@ from rapidin.ops.packed import Packed, packed_bytes
 TOP, BOTTOM = 1, 2  # which ends are wanted, as bits
 LONGEST = 1024  # places of a ranking that one pass over the rows fills
 QUERIES = 256  # that one pass takes
-CHUNK_BYTES = 64 << 20  # of what is held a chunk of rows: sums over several parts, codes as numbers
+CHUNK_BYTES = 64 << 20  # of what is held a chunk of rows: sums over several parts
 MAX_ROWS = 2**31 - 1  # a key has 31 bits for the row's index
 
 NUMBERS = {"int8": 1, "int4": 2, "sign": 8}  # a byte
 LIMITS = {"int8": 4095, "int4": 127, "sign": 127}  # of an integer query
 _GROUP = 64  # bytes
+_LONGEST_BLOCK = 1 << 16  # numbers whose products with queries' digits are summed in 32 bits
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 Found = tuple[Tensor, Tensor]  # scores [Q, k] float32, indices [Q, k] int64
@@ -100,11 +101,6 @@ class Kernels(Protocol):
     def prepare(self, part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> Any:
         """queries: [Q, width] float32 of this part -> what `scan` takes"""
 
-    @property
-    def unpack(self) -> Callable[[Part, Tensor], None] | None:
-        """Codes of packed rows as numbers, without their scale: [n, width] float16. None where `scan` takes
-        packed rows with blocks as they are."""
-
     def keep(self, prepared: Any, q: int, k: int, ends: int, rows: int, device: torch.device) -> Kept:
         """Room for what `scan` keeps, empty; `prepared` of the last part."""
 
@@ -143,7 +139,7 @@ def scan(
     offsets: Sequence[int] | None,
     valid: Tensor | None,
     base: Tensor | None,
-    made: dict[Any, Any] | None,
+    made: dict[Any, Any] | None = None,
 ) -> list[Found]:
     """Scores and indices of each end that is wanted; made: what earlier scans prepared of these queries.
 
@@ -159,13 +155,11 @@ def scan(
         return outs
     scales, base = _rows_in_memory(scales), _rows_in_memory(base)
     valid = valid.contiguous() if valid is not None else None
-    unpack = kernels.unpack
-    unpacked = [unpack is not None and offsets is not None and part.dtype in NUMBERS for part in parts]
     for q in range(0, len(queries), QUERIES):
         some = slice(q, q + QUERIES)
-        prepared = _prepared(kernels, parts, unpacked, queries[some], offsets, (q, made))
+        prepared = _prepared(kernels, parts, queries[some], offsets, (q, made))
         _scan_some(
-            kernels, parts, unpacked, prepared, len(queries[some]), k, ends, scales, valid,
+            kernels, parts, prepared, len(queries[some]), k, ends, scales, valid,
             None if base is None else base[some], [(x[some], y[some]) for x, y in outs],
         )  # fmt: skip
     return outs
@@ -174,7 +168,6 @@ def scan(
 def _prepared(
     kernels: Kernels,
     parts: list[Part],
-    unpacked: list[bool],
     queries: Tensor,
     offsets: Sequence[int] | None,
     kept: tuple[int, dict[Any, Any] | None],
@@ -187,14 +180,12 @@ def _prepared(
         if torch.cuda.is_current_stream_capturing():
             made = None  # what a graph makes is there only when it runs
     found = []
-    for part, decode in zip(parts, unpacked, strict=True):
+    for part in parts:
         segments = None if offsets is None else tuple(_segments(part, offsets))
-        dtype = "float16" if decode else part.dtype
-        key = (type(kernels), number, part.first, part.width, dtype, segments, stream)
+        key = (type(kernels), number, part.first, part.width, part.dtype, segments, stream)
         there = None if made is None else made.get(key)
         if there is None:
-            rows = Part(part.rows, dtype, part.width, part.first, part.scale)
-            there = kernels.prepare(rows, queries[:, part.first : part.first + part.width], segments)
+            there = kernels.prepare(part, queries[:, part.first : part.first + part.width], segments)
             if made is not None:
                 made[key] = there
         found.append(there)
@@ -204,7 +195,6 @@ def _prepared(
 def _scan_some(
     kernels: Kernels,
     parts: list[Part],
-    unpacked: list[bool],
     prepared: list[Any],
     q: int,
     k: int,
@@ -215,31 +205,18 @@ def _scan_some(
     outs: list[tuple[Tensor, Tensor]],
 ) -> None:
     n, device = len(parts[0].rows), outs[0][0].device
-    unpack = kernels.unpack
-    # What a row needs besides itself decides how many are taken at a time.
-    row_bytes = (8 * q if len(parts) > 1 else 0) + max(
-        2 * part.width if decode else 0 for part, decode in zip(parts, unpacked, strict=True)
-    )
-    chunk = n if row_bytes == 0 else min(n, max(1024, CHUNK_BYTES // row_bytes // 1024 * 1024))
-    partial = torch.empty(q, chunk, dtype=torch.float64, device=device) if len(parts) > 1 else None
-    numbers = torch.empty(
-        chunk * max((part.width for part, decode in zip(parts, unpacked, strict=True) if decode), default=0),
-        dtype=torch.float16,
-        device=device,
-    )
+    # The sums over the parts decide how many rows are taken at a time.
+    several = len(parts) > 1
+    chunk = min(n, max(1024, CHUNK_BYTES // (8 * q) // 1024 * 1024)) if several else n
+    partial = torch.empty(q, chunk, dtype=torch.float64, device=device) if several else None
     after = None
     for done in range(0, k, LONGEST):
         kept = kernels.keep(prepared[-1], q, min(LONGEST, k - done), ends, min(chunk, n), device)
         for begin in range(0, n, chunk):
             rows = slice(begin, min(n, begin + chunk))
-            count = rows.stop - begin
             for i, part in enumerate(parts):
                 scale = None if part.scale is None else part.scale[rows]
                 these = Part(part.rows[rows], part.dtype, part.width, part.first, scale)
-                if unpack is not None and unpacked[i]:
-                    out = numbers[: count * part.width].view(count, part.width)
-                    unpack(these, out)
-                    these = Part(out, "float16", part.width, part.first, scale)
                 kernels.scan(
                     Step(
                         part=these,
@@ -349,6 +326,50 @@ def numbers_of_bytes(width: int, dtype: str) -> Tensor:
     size = (in_group + planes - 1) // planes
     place = torch.arange(planes)[:, None] * size + byte % _GROUP
     return (begin + place).where(place < in_group, -1)
+
+
+NEW_GROUP, BEGINS, ENDS = (
+    1,
+    2,
+    4,
+)  # of a step: its bytes are others than the last one's; its block's first, last
+
+
+def steps_of_blocks(
+    dtype: str, width: int, segments: Sequence[Segment]
+) -> tuple[Tensor, Tensor, list[Segment]]:
+    """How packed rows with blocks are gone through: a step for each plane of a group of bytes, and each block
+    that it has numbers of, in the order of the numbers.
+
+    -> places [steps, 64] int32, the number of each byte's plane or -1 where the block has none there; steps
+    [steps, 4] int32: the group's first byte, the plane's first bit << 8 | flags, the block's column of
+    scales, the piece; pieces: the segments, in pieces of which 32 bits hold a sum.
+    """
+    pieces = [
+        (first, min(end, first + _LONGEST_BLOCK), block)
+        for begin, end, block in segments
+        for first in range(begin, end, _LONGEST_BLOCK)
+    ]
+    places = numbers_of_bytes(width, dtype)
+    places = torch.nn.functional.pad(places, (0, -places.shape[1] % _GROUP), value=-1)
+    flat = places.view(len(places), -1, _GROUP).transpose(0, 1).reshape(-1, _GROUP)  # [groups * planes, 64]
+    # Planes are numbers in a row, and so are pieces: a step begins where either does.
+    planes = torch.nonzero(flat[:, 0] >= 0).flatten()
+    first = flat[planes, 0]
+    begins, ends, blocks = torch.tensor(pieces, dtype=torch.int64).reshape(-1, 3).T.contiguous()
+    edges = torch.unique(torch.cat([first, begins]))
+    plane = planes[torch.searchsorted(first, edges, right=True) - 1]
+    piece = torch.searchsorted(begins, edges, right=True) - 1
+    number = flat[plane]
+    inside = (number >= edges[:, None]) & (number < ends[piece, None])
+    group, bit = plane // NUMBERS[dtype], plane % NUMBERS[dtype] * (8 // NUMBERS[dtype])
+    change = torch.ones(len(edges) + 1, dtype=torch.bool)
+    new_group = change[:-1].clone()
+    new_group[1:] = group[1:] != group[:-1]
+    change[1:-1] = piece[1:] != piece[:-1]
+    flags = NEW_GROUP * new_group.long() + BEGINS * change[:-1].long() + ENDS * change[1:].long()
+    steps = torch.stack([group * _GROUP, bit << 8 | flags, blocks[piece], piece], 1)
+    return number.where(inside, -1).int(), steps.int().contiguous(), pieces
 
 
 def _largest(queries: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rapidin.ops import gpu_scan
 from rapidin.ops.cuda.extension import DTYPES, PACKED_DTYPES, extension, place
-from rapidin.ops.gpu_scan import Kept, Part, Segment, Step, numbers_of_bytes
+from rapidin.ops.gpu_scan import Kept, Part, Segment, Step, numbers_of_bytes, steps_of_blocks
 
 _FORMATS = {"float32": 0, "float16": 1, "bfloat16": 2, **PACKED_DTYPES}
 _UNIT = 64  # bytes of a row that a warp takes at a time
@@ -21,7 +21,6 @@ _COLUMNS = 8  # of the tensor cores' second operand
 _TILES = {"float32": 2, "float16": 4, "bfloat16": 4, "int8": 4, "int4": 2, "sign": 1}
 _PLANES = {"bfloat16": 2, "int4": 2, "sign": 8}  # of fragments; 1 of others
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
-_LONGEST_BLOCK = 1 << 16  # numbers whose digits' products are summed in 32 bits
 _BLOCKS_A_MULTIPROCESSOR = 2
 
 
@@ -41,8 +40,6 @@ class _Prepared:
 
 class _Kernels:
     """gpu_scan.Kernels by the extension."""
-
-    unpack = None
 
     def prepare(self, part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> _Prepared:
         return prepare(part, queries, segments)
@@ -178,11 +175,14 @@ class _Layout:
 def _layout(dtype: str, width: int, segments: tuple[Segment, ...] | None, device: torch.device) -> _Layout:
     if dtype not in PACKED_DTYPES:
         return _float_layout(_UNIT // _SIZES[dtype], width, segments, device)
+    if segments is not None:
+        found, steps, pieces = steps_of_blocks(dtype, width, segments)
+        table = torch.tensor([(begin, end, 0, 0, block) for begin, end, block in pieces], dtype=torch.int32)
+        table = table.reshape(-1, 5).to(device)
+        return _Layout(len(steps), found.to(device)[:, None], table, len(pieces), steps.to(device))
     places = numbers_of_bytes(width, dtype)
     places = torch.nn.functional.pad(places, (0, -places.shape[1] % _UNIT), value=-1)
     places = places.view(len(places), -1, _UNIT).transpose(0, 1)  # [groups, planes, bytes]
-    if segments is not None:
-        return _step_layout(dtype, places, segments, device)
     return _Layout(len(places), places.int().contiguous().to(device), None, 1)
 
 
@@ -202,43 +202,6 @@ def _float_layout(
     table = None if segments is None else torch.tensor(rows, dtype=torch.int32).reshape(-1, 5).to(device)
     found = torch.cat(places).int()[:, None].contiguous().to(device)
     return _Layout(before, found, table, len(pieces))
-
-
-def _step_layout(dtype: str, places: Tensor, segments: tuple[Segment, ...], device: torch.device) -> _Layout:
-    """Of packed rows with blocks: a step for each plane of a group of bytes, and each block that it has
-    numbers of, in the order of the numbers."""
-    pieces = [
-        (first, min(end, first + _LONGEST_BLOCK), block)
-        for begin, end, block in segments
-        for first in range(begin, end, _LONGEST_BLOCK)
-    ]
-    groups, planes, _ = places.shape
-    flat = places.reshape(groups * planes, _UNIT)
-    # Planes are consecutive numbers, and pieces too: each step begins where either does.
-    first = flat[:, 0]
-    planes_there = torch.nonzero(first >= 0).flatten()
-    begins = torch.tensor([begin for begin, _, _ in pieces], dtype=torch.int64)
-    ends = torch.tensor([end for _, end, _ in pieces], dtype=torch.int64)
-    edges = torch.unique(torch.cat([first[planes_there], begins]))
-    plane = planes_there[torch.searchsorted(first[planes_there], edges, right=True) - 1]
-    piece = torch.searchsorted(begins, edges, right=True) - 1
-    number = flat[plane]
-    inside = (number >= edges[:, None]) & (number < ends[piece, None])
-    group = plane // planes
-    new_group = torch.ones_like(group, dtype=torch.bool)
-    new_group[1:] = group[1:] != group[:-1]
-    starts, stops = torch.ones_like(new_group), torch.ones_like(new_group)
-    starts[1:] = piece[1:] != piece[:-1]
-    stops[:-1] = starts[1:]
-    shift = plane % planes * (8 // planes)
-    flags = new_group.long() + 2 * starts.long() + 4 * stops.long()
-    blocks = torch.tensor([block for _, _, block in pieces], dtype=torch.int64)
-    steps = torch.stack([group * _UNIT, shift << 8 | flags, blocks[piece], piece], 1).int()
-    table = torch.tensor(
-        [(begin, end, 0, 0, block) for begin, end, block in pieces], dtype=torch.int32
-    ).reshape(-1, 5)
-    at = number.where(inside, -1).int()[:, None].contiguous()
-    return _Layout(len(steps), at.to(device), table.to(device), len(pieces), steps.contiguous().to(device))
 
 
 def _address(x: Tensor | None) -> int:
