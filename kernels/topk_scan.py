@@ -18,6 +18,7 @@ from torch import Tensor
 # Numbers or bytes summed in 32 bits: 128 * 4095 * 2048 fits, and floats lose little
 FLUSH = tl.constexpr(2048)
 FEW = 4  # queries that are multiplied without tensor cores
+STEP = 64  # bytes of packed rows with blocks that one step is a plane of
 SEGMENT = 3  # ints: first and last number, block
 MERGED = 1024  # keys that the merge takes at a time
 
@@ -194,9 +195,11 @@ def _integer_products(
 
 
 @triton.jit
-def _codes(rows_ptr, row, stride_row, steps_ptr, step, size, PLANES: tl.constexpr):
-    """The values of a plane of 64 bytes -> [R, 64] float32; past the row's `size` bytes any."""
-    byte = tl.load(steps_ptr + 2 * step) + tl.arange(0, 64)
+def _codes(rows_ptr, row, stride_row, steps_ptr, place, size, D: tl.constexpr, PLANES: tl.constexpr):
+    """The codes' values at D places from `place` on, all of one step -> [R, D] float32; past the row's `size`
+    bytes any."""
+    step = place // 64
+    byte = tl.load(steps_ptr + 2 * step) + place % 64 + tl.arange(0, D)
     bit = tl.load(steps_ptr + 2 * step + 1)
     at = rows_ptr + row[:, None] * stride_row + byte[None, :]
     code = tl.load(at, mask=(byte < size)[None, :], other=0).to(tl.int32)
@@ -211,21 +214,21 @@ def _codes(rows_ptr, row, stride_row, steps_ptr, step, size, PLANES: tl.constexp
 @triton.jit
 def _step_products(
     rows_ptr, row, stride_row, size, steps_ptr, queries_ptr, first_query, begin, end, places, padded,
-    R: tl.constexpr, Q: tl.constexpr, PLANES: tl.constexpr, TERMS: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, PLANES: tl.constexpr, TERMS: tl.constexpr,
 ):  # fmt: skip
     """<row, query> over the steps of places [begin, end) of packed rows -> [R, Q] float64; queries are as in
     _float_products, of `places` numbers, zero where a step's block has none."""
     query = first_query + tl.arange(0, Q)
-    column = tl.arange(0, 64)
+    column = tl.arange(0, D)
     total = tl.zeros([R, Q], tl.float64)
     for flush in range(begin, end, FLUSH):
         stop = tl.minimum(flush + FLUSH, end)
         if TERMS == 0:
-            products = tl.zeros([Q, R, 64], tl.float32)
+            products = tl.zeros([Q, R, D], tl.float32)
         else:
             sums = tl.zeros([R, Q], tl.float32)
-        for d in range(flush, stop, 64):
-            x = _codes(rows_ptr, row, stride_row, steps_ptr, d // 64, size, PLANES)
+        for d in range(flush, stop, D):
+            x = _codes(rows_ptr, row, stride_row, steps_ptr, d, size, D, PLANES)
             if TERMS == 0:
                 at = queries_ptr + query[:, None] * places + (d + column)[None, :]
                 y = tl.load(at, mask=(query < padded)[:, None], other=0.0)
@@ -245,13 +248,13 @@ def _step_products(
 @triton.jit
 def _exact_step_products(
     rows_ptr, row, stride_row, size, steps_ptr, exact_ptr, stride_exact, q, begin, end,
-    R: tl.constexpr, PLANES: tl.constexpr,
+    R: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr,
 ):  # fmt: skip
     """The same of one query as it came, [R] float64."""
     total = tl.zeros([R], tl.float64)
-    for d in range(begin, end, 64):
-        x = _codes(rows_ptr, row, stride_row, steps_ptr, d // 64, size, PLANES).to(tl.float64)
-        y = tl.load(exact_ptr + q * stride_exact + d + tl.arange(0, 64)).to(tl.float64)
+    for d in range(begin, end, D):
+        x = _codes(rows_ptr, row, stride_row, steps_ptr, d, size, D, PLANES).to(tl.float64)
+        y = tl.load(exact_ptr + q * stride_exact + d + tl.arange(0, D)).to(tl.float64)
         total += tl.sum(x * y[None, :], 1)
     return total
 
@@ -333,7 +336,7 @@ def _topk_scan_kernel(
                     if STEPS:
                         piece = _step_products(
                             rows_ptr, row, stride_row, width, steps_ptr, queries_ptr, first_query, begin, end,
-                            places, padded, R, Q, PLANES, TERMS,
+                            places, padded, R, D, Q, PLANES, TERMS,
                         )  # fmt: skip
                     else:
                         piece = _float_products(
@@ -362,7 +365,7 @@ def _topk_scan_kernel(
                             if STEPS:
                                 part = _exact_step_products(
                                     rows_ptr, row, stride_row, width, steps_ptr, exact_ptr, stride_exact,
-                                    first_query + j, begin, end, R, PLANES,
+                                    first_query + j, begin, end, R, D, PLANES,
                                 )  # fmt: skip
                             else:
                                 part = _exact_products(

@@ -123,6 +123,7 @@ def _prepare_steps(part: Part, queries: Tensor, segments: tuple[Segment, ...]) -
     """Of packed rows with blocks: floats, which the codes' values are multiplied with."""
     places, steps, table = _step_tables(part.dtype, part.width, segments, queries.device)
     tile = scan_kernels.tile_of(torch.float16, 0, len(queries))
+    tile["D"] = scan_kernels.STEP // 2  # more spill
     few = len(queries) <= scan_kernels.FEW
     scaled, units = scaled_queries(queries)
     scaled, exact = (torch.nn.functional.pad(x, (0, 1))[:, places] for x in (scaled, queries))
