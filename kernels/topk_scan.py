@@ -18,6 +18,7 @@ from torch import Tensor
 # Numbers or bytes summed in 32 bits: 128 * 4095 * 2048 fits, and floats lose little
 FLUSH = tl.constexpr(2048)
 FEW = 4  # queries that are multiplied without tensor cores
+STEP = 64  # bytes of packed rows with blocks that one step is a plane of
 SEGMENT = 3  # ints: first and last number, block
 MERGED = 1024  # keys that the merge takes at a time
 
@@ -195,6 +196,71 @@ def _integer_products(
 
 
 @triton.jit
+def _codes(rows_ptr, row, stride_row, steps_ptr, place, size, D: tl.constexpr, PLANES: tl.constexpr):
+    """The codes' values at D places from `place` on, all of one step -> [R, D] float32; past the row's `size`
+    bytes any."""
+    step = place // 64
+    byte = tl.load(steps_ptr + 2 * step) + place % 64 + tl.arange(0, D)
+    bit = tl.load(steps_ptr + 2 * step + 1)
+    at = rows_ptr + row[:, None] * stride_row + byte[None, :]
+    code = tl.load(at, mask=(byte < size)[None, :], other=0).to(tl.int32)
+    if PLANES == 8:
+        return ((code >> bit) & 1).to(tl.float32) * 2.0 - 1.0
+    elif PLANES == 2:
+        return ((code >> bit) & 15).to(tl.float32) - 7.5
+    else:
+        return code.to(tl.float32)
+
+
+@triton.jit
+def _step_products(
+    rows_ptr, row, stride_row, size, steps_ptr, queries_ptr, first_query, begin, end, places, padded,
+    R: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, PLANES: tl.constexpr, TERMS: tl.constexpr,
+):  # fmt: skip
+    """<row, query> over the steps of places [begin, end) of packed rows -> [R, Q] float64; queries are as in
+    _float_products, of `places` numbers, zero where a step's block has none."""
+    query = first_query + tl.arange(0, Q)
+    column = tl.arange(0, D)
+    total = tl.zeros([R, Q], tl.float64)
+    for flush in range(begin, end, FLUSH):
+        stop = tl.minimum(flush + FLUSH, end)
+        if TERMS == 0:
+            products = tl.zeros([Q, R, D], tl.float32)
+        else:
+            sums = tl.zeros([R, Q], tl.float32)
+        for d in range(flush, stop, D):
+            x = _codes(rows_ptr, row, stride_row, steps_ptr, d, size, D, PLANES)
+            if TERMS == 0:
+                at = queries_ptr + query[:, None] * places + (d + column)[None, :]
+                y = tl.load(at, mask=(query < padded)[:, None], other=0.0)
+                products += x[None, :, :] * y[:, None, :]
+            else:
+                for term in tl.static_range(TERMS):
+                    of_term = (term * padded + query)[None, :].to(tl.int64) * places
+                    y = tl.load(queries_ptr + of_term + (d + column)[:, None])
+                    sums = tl.dot(x.to(tl.float16), y, sums)
+        if TERMS == 0:
+            total += tl.trans(tl.sum(products, 2)).to(tl.float64)
+        else:
+            total += sums.to(tl.float64)
+    return total
+
+
+@triton.jit
+def _exact_step_products(
+    rows_ptr, row, stride_row, size, steps_ptr, exact_ptr, stride_exact, q, begin, end,
+    R: tl.constexpr, D: tl.constexpr, PLANES: tl.constexpr,
+):  # fmt: skip
+    """The same of one query as it came, [R] float64."""
+    total = tl.zeros([R], tl.float64)
+    for d in range(begin, end, D):
+        x = _codes(rows_ptr, row, stride_row, steps_ptr, d, size, D, PLANES).to(tl.float64)
+        y = tl.load(exact_ptr + q * stride_exact + d + tl.arange(0, D)).to(tl.float64)
+        total += tl.sum(x * y[None, :], 1)
+    return total
+
+
+@triton.jit
 def _exact_products(
     rows_ptr, row, stride_row, exact_ptr, stride_exact, q, begin, end, R: tl.constexpr, D: tl.constexpr
 ):
@@ -213,13 +279,14 @@ def _exact_products(
 @triton.jit
 def _topk_scan_kernel(
     rows_ptr, stride_row, n, width, first,
-    queries_ptr, padded, units_ptr, sums_ptr, exact_ptr, stride_exact, q,
-    scale_ptr, stride_scale, segments_ptr, segment_count, scales_ptr, stride_scales, valid_ptr,
+    queries_ptr, places, padded, units_ptr, sums_ptr, exact_ptr, stride_exact, q,
+    scale_ptr, stride_scale, segments_ptr, segment_count, steps_ptr, scales_ptr, stride_scales, valid_ptr,
     base_ptr, stride_base, partial_ptr, stride_partial, kept_ptr, counts_ptr, least_ptr, after_ptr, k,
     R: tl.constexpr, D: tl.constexpr, Q: tl.constexpr, PLANES: tl.constexpr, TERMS: tl.constexpr,
-    FIRST: tl.constexpr, LAST: tl.constexpr, ENDS: tl.constexpr, CAPACITY: tl.constexpr,
+    STEPS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, ENDS: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
-    """PLANES: 0 for floats, whose queries have TERMS terms. ENDS: 1 the largest, 2 the smallest, 3 both."""
+    """PLANES: 0 for floats, whose queries have TERMS terms; STEPS: packed rows with blocks, whose queries are
+    floats too, of `places` numbers. ENDS: 1 the largest, 2 the smallest, 3 both."""
     LISTS: tl.constexpr = 2 if ENDS == 3 else 1
     first_query = tl.program_id(0) * Q
     number = tl.arange(0, Q)
@@ -258,7 +325,7 @@ def _topk_scan_kernel(
             scale = tl.full([R], 1.0, tl.float64)
         else:
             scale = tl.load(scale_ptr + row * stride_scale).to(tl.float64)
-        if PLANES == 0:
+        if PLANES == 0 or STEPS:
             total = tl.zeros([R, Q], tl.float64)
             if segments_ptr is None:
                 total += _float_products(
@@ -270,10 +337,16 @@ def _topk_scan_kernel(
                     begin = tl.load(segments_ptr + 3 * s)
                     end = tl.load(segments_ptr + 3 * s + 1)
                     column = tl.load(segments_ptr + 3 * s + 2)
-                    piece = _float_products(
-                        rows_ptr, row, stride_row, queries_ptr, first_query, begin, end, width, padded,
-                        R, D, Q, TERMS,
-                    )  # fmt: skip
+                    if STEPS:
+                        piece = _step_products(
+                            rows_ptr, row, stride_row, width, steps_ptr, queries_ptr, first_query, begin, end,
+                            places, padded, R, D, Q, PLANES, TERMS,
+                        )  # fmt: skip
+                    else:
+                        piece = _float_products(
+                            rows_ptr, row, stride_row, queries_ptr, first_query, begin, end, width, padded,
+                            R, D, Q, TERMS,
+                        )  # fmt: skip
                     of_block = tl.load(scales_ptr + row * stride_scales + column).to(tl.float64)
                     total += of_block[:, None] * piece
             total *= unit[None, :]
@@ -293,10 +366,17 @@ def _topk_scan_kernel(
                             end = tl.load(segments_ptr + 3 * s + 1)
                             column = tl.load(segments_ptr + 3 * s + 2)
                             of_block = tl.load(scales_ptr + row * stride_scales + column).to(tl.float64)
-                            exact += of_block * _exact_products(
-                                rows_ptr, row, stride_row, exact_ptr, stride_exact, first_query + j,
-                                begin, end, R, D,
-                            )  # fmt: skip
+                            if STEPS:
+                                part = _exact_step_products(
+                                    rows_ptr, row, stride_row, width, steps_ptr, exact_ptr, stride_exact,
+                                    first_query + j, begin, end, R, D, PLANES,
+                                )  # fmt: skip
+                            else:
+                                part = _exact_products(
+                                    rows_ptr, row, stride_row, exact_ptr, stride_exact, first_query + j,
+                                    begin, end, R, D,
+                                )  # fmt: skip
+                            exact += of_block * part
                     total = tl.where((number == j)[None, :] & (broken != 0), exact[:, None], total)
             total *= scale[:, None]
         else:
@@ -395,32 +475,6 @@ def _topk_merge_kernel(
     tl.store(last_ptr + number, tl.where(found >= k, last, 1))
 
 
-@triton.jit
-def _unpack_codes_kernel(rows_ptr, stride_row, width, out_ptr, total, PLANES: tl.constexpr, B: tl.constexpr):
-    i = tl.program_id(0).to(tl.int64) * B + tl.arange(0, B)
-    row = i // width
-    at = i % width
-    begin = at // (64 * PLANES) * (64 * PLANES)
-    size = (tl.minimum(width - begin, 64 * PLANES) + PLANES - 1) // PLANES
-    plane = (at - begin) // size
-    byte = begin // PLANES + (at - begin) % size
-    code = tl.load(rows_ptr + row * stride_row + byte, mask=i < total, other=0).to(tl.int32)
-    if PLANES == 8:
-        x = ((code >> plane.to(tl.int32)) & 1).to(tl.float32) * 2.0 - 1.0
-    elif PLANES == 2:
-        x = ((code >> (4 * plane).to(tl.int32)) & 15).to(tl.float32) - 7.5
-    else:
-        x = code.to(tl.float32)
-    tl.store(out_ptr + i, x.to(tl.float16), mask=i < total)
-
-
-def unpack_codes(rows: Tensor, planes: int, width: int, out: Tensor) -> None:
-    """rows: [N, bytes] codes, out: [N, width] float16, contiguous; planes: numbers a byte"""
-    if out.numel():
-        grid = (triton.cdiv(out.numel(), 1024),)
-        _unpack_codes_kernel[grid](rows, rows.stride(0), width, out, out.numel(), PLANES=planes, B=1024)
-
-
 def tile_of(dtype: torch.dtype, planes: int, q: int) -> dict[str, int]:
     """How many rows, columns and queries a program takes at a time, and its warps and stages."""
     if q <= FEW:
@@ -446,6 +500,7 @@ def topk_scan(
     first: int,
     scale: Tensor | None,
     segments: Tensor | None,
+    steps: Tensor | None,
     scales: Tensor | None,
     valid: Tensor | None,
     base: Tensor | None,
@@ -465,21 +520,23 @@ def topk_scan(
     queries: [max(terms, 1) or planes, padded Q, width], see _float_products and _integer_products; units: [Q]
         float64, what 1 of them stands for; sums: [Q] int64 of integers; exact: [Q, numbers] float32 as they
         came
+    steps: [steps, 2] int32 of packed rows with blocks: a group's first byte, a plane's first bit; queries and
+        exact then have 64 places a step, and segments are of places
     keys: [programs, Q, ends, capacity] int64, counts: [programs, Q, ends] int32, least: [Q, ends] int64
     """
     n, q = len(rows), len(exact)
     grid = (triton.cdiv(q, tile["Q"]), keys.shape[0])
     _topk_scan_kernel[grid](
         rows, rows.stride(0), n, width, first,
-        queries, queries.shape[-2], units, sums, exact, exact.stride(0), q,
+        queries, queries.shape[-1], queries.shape[-2], units, sums, exact, exact.stride(0), q,
         scale, 0 if scale is None else scale.stride(0),
-        segments, 0 if segments is None else len(segments),
+        segments, 0 if segments is None else len(segments), steps,
         scales, 0 if scales is None else scales.stride(0),
         valid, base, 0 if base is None else base.stride(0),
         partial if partial is not None else keys, 0 if partial is None else partial.stride(0),
         keys, counts, least, after, k,
-        **tile, PLANES=planes, TERMS=terms, FIRST=first_part, LAST=last_part, ENDS=ends,
-        CAPACITY=keys.shape[3],
+        **tile, PLANES=planes, TERMS=terms, STEPS=steps is not None, FIRST=first_part, LAST=last_part,
+        ENDS=ends, CAPACITY=keys.shape[3],
     )  # fmt: skip
 
 

@@ -148,6 +148,7 @@ class Attributor:
         if width == "auto":
             width = 65536 if projection == "rapidgrad" else pack.width_for(len(self.targets), budget)
         self.width = width
+        self._last: Cache | None = None  # that was opened by its path
         self.layers = layer_table(self.targets, self.points, width, whole=projection == "rapidgrad")
         self.sketcher = GradientSketcher(
             self.loaded.model, self.targets, width=width, seed=seed, projection=projection, loss=loss
@@ -655,9 +656,17 @@ class Attributor:
         """The ensemble of one cache, made by this attributor."""
         from rapidin.ensemble import Ensemble, Member  # which knows attributors
 
-        opened = cache if isinstance(cache, Cache) else Cache(cache)
+        opened = cache if isinstance(cache, Cache) else self._opened(cache)
         load = {"device": str(self.loaded.device), "shard_model": self.loaded.sharded}
         return Ensemble([Member(opened.path, 1.0, self, opened)], load=load)
+
+    def _opened(self, path: str | Path) -> Cache:
+        """The cache of a folder: the same as before where its manifest is, so that what a scan left on a GPU
+        serves the next."""
+        opened = Cache(path)
+        if self._last is None or (self._last.path, self._last.manifest) != (opened.path, opened.manifest):
+            self._last = opened
+        return self._last
 
     def query_sketches(self, texts: Sequence[Generation]) -> Tensor:
         """Sketches of generations: [Q, blocks, width] float32. Raises UserError for one with NaN or Inf."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ from rapidin.cache.shards import Rows
 from rapidin.errors import UserError
 from rapidin.examples import Examples, Files, Record, files, open_examples, record_hash
 from rapidin.hits import Hit
-from rapidin.pack import side_by_side
-from rapidin.transfer import Conveyor, GpuOrder
+from rapidin.pack import Joined, side_by_side
+from rapidin.resident import STATUS, HeldShard, Resident, resident_on
+from rapidin.transfer import Conveyor, GpuOrder, Order
 
 Ends = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
@@ -113,9 +114,9 @@ def scores_of(source: Source, chosen: Tensor, device: torch.device | None = None
 def some_rows(source: Source, chosen: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
     """The code's fields of these rows [n], ascending, on the CPU, some at a time, and the query's factors of
     them; rows that the cache does not hold are left out."""
-    for (_, _), fields in _some_pieces(source, chosen):
-        del fields[_STATUS]
+    for _, fields in _some_pieces(source, chosen):
         mine = {name.partition(".")[2]: value for name, value in fields.items()}
+        del mine[STATUS]
         factors = mine.pop(_FACTORS, None)
         yield mine, factors
 
@@ -131,11 +132,11 @@ def _some_pieces(source: Source, chosen: Tensor) -> Iterator[_Piece]:
             (first, rows), *_ = source.cache.shards(within=(shard.first, shard.first + 1))
             wanted = chosen[start : min(high, start + _ALL_ROWS)]
             mine = {name: value[wanted - first] for name, value in rows.code.items()}
-            dead = source.cache.code.some_dead(mine) if source.query.normalize == "layer" else None
-            fields = {f"0.{name}": value for name, value in mine.items()}
+            dead = _some_dead(source, mine, None, (0, 0))
+            mine[STATUS] = rows.status[wanted - first]
             if factors is not None:
-                fields[f"0.{_FACTORS}"] = factors[wanted]
-            yield (start, (dead,)), fields | {_STATUS: rows.status[wanted - first]}
+                mine[_FACTORS] = factors[wanted]
+            yield _Label(start, (dead,)), {f"0.{name}": value for name, value in mine.items()}
 
 
 def _moved(fields: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
@@ -144,8 +145,19 @@ def _moved(fields: Mapping[str, Tensor], device: torch.device) -> dict[str, Tens
 
 _ALL_ROWS = 256  # that are scanned at a time where all scores are wanted
 
-# A piece's first row, and for each source whether one of its blocks is without gradient, where that matters.
-_Label = tuple[int, tuple[bool | None, ...]]
+
+@dataclass(frozen=True)
+class _Label:
+    """Of a piece. first: its first row; dead: for each source whether one of its blocks is without gradient,
+    where that matters; there: fields that are on the device already; stay: numbers of sources, and the shards
+    that keep the piece's fields as their rows [low, high)."""
+
+    first: int
+    dead: tuple[bool | None, ...]
+    there: Mapping[str, Tensor] = field(default_factory=dict)
+    stay: tuple[tuple[int, HeldShard, int, int], ...] = ()
+
+
 _Piece = tuple[_Label, dict[str, Tensor]]
 
 
@@ -177,18 +189,41 @@ def _begin(
     """Sources, the device, and the pieces on it, of these rows and of at most so many rows each."""
     sources = _listed(sources)
     device = sources[0].query.vectors.device if device is None else torch.empty(0, device=device).device
-    pieces: Iterable[_Piece] = _pieces(sources, within, most)
-    if device.type == "cuda":
-        pieces = Conveyor[_Label](GpuOrder(device)).carry(pieces)
-    return sources, device, pieces
+    if device.type != "cuda":
+        return sources, device, _pieces(sources, within, most)
+    return sources, device, carried(GpuOrder(device), resident_on(device), sources, within, most)
+
+
+def carried(
+    order: Order,
+    resident: Resident,
+    sources: Sequence[Source],
+    within: tuple[int, int] = (0, sys.maxsize),
+    most: int | None = None,
+) -> Iterator[_Piece]:
+    """Pieces as `_pieces` gives them, on a device; what there is room for stays there."""
+    resident.admit([source.cache for source in sources], within)
+    for label, fields in Conveyor[_Label](order).carry(_pieces(sources, within, most, resident)):
+        for number, shard, low, high in label.stay:
+            shard.fill(low, high, {name: fields[f"{number}.{name}"] for name in shard.fields})
+        yield label, {**fields, **label.there}
 
 
 def _pieces(
-    sources: Sequence[Source], within: tuple[int, int] = (0, sys.maxsize), most: int | None = None
+    sources: Sequence[Source],
+    within: tuple[int, int] = (0, sys.maxsize),
+    most: int | None = None,
+    resident: Resident | None = None,
 ) -> Iterator[_Piece]:
-    """What a scan reads, on the CPU: rows that all sources hold, a shard or at most so many at a time."""
+    """What a scan reads, on the CPU: rows that all sources hold, a shard or at most so many at a time. What
+    stays on a device is taken from there."""
     check_same_examples([source.cache for source in sources])
-    shards = [source.cache.shards(ahead=True, within=within) for source in sources]
+    shards = [
+        source.cache.shards(
+            ahead=resident is None or not resident.all_there(source.cache, within), within=within
+        )
+        for source in sources
+    ]
     held: list[tuple[int, Rows]] = []
     for each in shards:
         held.append(next(each, (-1, _NOTHING)))
@@ -199,18 +234,23 @@ def _pieces(
             stop = min(end, start + (most or end))
             dead: list[bool | None] = []
             fields: dict[str, Tensor] = {}
-            status: Tensor | None = None
+            there: dict[str, Tensor] = {}
+            stay: list[tuple[int, HeldShard, int, int]] = []
             for number, (source, (at, rows)) in enumerate(zip(sources, held, strict=True)):
-                mine = {name: value[start - at : stop - at] for name, value in rows.code.items()}
-                layered = source.query.normalize == "layer"
-                dead.append(source.cache.code.some_dead(mine) if layered else None)
-                fields |= {f"{number}.{name}": value for name, value in mine.items()}
+                low, high = start - at, stop - at
+                mine = {name: value[low:high] for name, value in rows.code.items()}
+                kept = None if resident is None else resident.shard(source.cache, at, rows)
+                dead.append(_some_dead(source, mine, kept, (low, high)))
+                if kept is not None and kept.has(low, high):
+                    there |= {f"{number}.{name}": value for name, value in kept.some(low, high).items()}
+                else:
+                    mine[STATUS] = rows.status[low:high]
+                    fields |= {f"{number}.{name}": value for name, value in mine.items()}
+                    if kept is not None:
+                        stay.append((number, kept, low, high))
                 if source.query.factors is not None:
                     fields[f"{number}.{_FACTORS}"] = source.query.factors[start:stop]
-                own = rows.status[start - at : stop - at]
-                status = own if status is None else torch.maximum(status, own)
-            assert status is not None
-            yield (start, tuple(dead)), fields | {_STATUS: status}
+            yield _Label(start, tuple(dead), there, tuple(stay)), fields
         last = min(at + len(rows.index) for at, rows in held)
         held = [
             (at, rows) if at + len(rows.index) > last else next(each, (-1, _NOTHING))
@@ -218,7 +258,20 @@ def _pieces(
         ]
 
 
-_STATUS, _FACTORS = "status", "factors"
+def _some_dead(
+    source: Source, mine: Mapping[str, Tensor], kept: HeldShard | None, rows: tuple[int, int]
+) -> bool | None:
+    """Whether one of these rows has a block without gradient, None where that does not matter."""
+    if source.query.normalize != "layer":
+        return None
+    if kept is None:
+        return source.cache.code.some_dead(mine)
+    if rows not in kept.dead:
+        kept.dead[rows] = source.cache.code.some_dead(mine)
+    return kept.dead[rows]
+
+
+_FACTORS = "factors"
 _NOTHING = Rows({}, *(torch.zeros(0, dtype=torch.int64, device="cpu") for _ in range(4)))
 
 
@@ -257,27 +310,31 @@ def _scanned(
     prepared = [
         code.prepare(source.query.vectors.to(device)) for code, source in zip(codes, sources, strict=True)
     ]
-    for (first, dead), fields in pieces:
-        plans = []
+    joined: Joined = {}
+    asked: dict[int, ops.ScanQueries] = {}  # by identity, which they keep as long as they are here
+    for label, fields in pieces:
+        plans, counts = [], None
         for number, (source, code, query) in enumerate(zip(sources, codes, prepared, strict=True)):
             mine = {
                 name.partition(".")[2]: value
                 for name, value in fields.items()
                 if name.startswith(f"{number}.")
             }
-            factors = mine.pop(_FACTORS, None)
-            plans.append(query.plan(mine, source.query.scales(code, mine, factors), dead[number]))
-        plan = side_by_side(plans)
+            factors, status = mine.pop(_FACTORS, None), mine.pop(STATUS)
+            counts = status == 0 if counts is None else counts & (status == 0)
+            plans.append(query.plan(mine, source.query.scales(code, mine, factors), label.dead[number]))
+        plan = side_by_side(plans, joined)
+        queries = asked.setdefault(id(plan.queries), ops.ScanQueries(plan.queries))
         top, top_rows, bottom, bottom_rows = ops.topk_scan_both_ends(
             plan.parts,
-            plan.queries,
+            queries,
             top_k,
             scales=plan.scales,
             offsets=plan.offsets,
             base=plan.base,
-            valid=fields[_STATUS] == 0,
+            valid=counts,
         )
-        shift = [torch.where(i >= 0, i + first, i) for i in (top_rows, bottom_rows)]
+        shift = [torch.where(i >= 0, i + label.first, i) for i in (top_rows, bottom_rows)]
         constant = plan.constant[:, None]
         yield top + constant, shift[0], bottom + constant, shift[1]
 

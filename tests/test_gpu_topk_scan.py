@@ -9,6 +9,7 @@ from itertools import product
 import pytest
 import torch
 from inputs import DEVICE, integers, normal
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from rapidin import ops
 from rapidin.ops import Packed, gpu_scan, pack, packed_bytes
@@ -98,6 +99,27 @@ def test_exact_scores_and_ties(gpu, shape, dtype):
     assert_same(both_ends(gpu, cache, q, k), wanted)
 
 
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dtype", EVERY, ids=str)
+@pytest.mark.parametrize("queries", [1, 9])
+def test_rows_of_any_stride(emulated_cuda, dtype, queries):
+    """Rows that begin at any byte, and padded ones with NaN or ones between them, up to the end of memory."""
+    each = dtype.itemsize if isinstance(dtype, torch.dtype) else 1
+    numbers = {"sign": 8, "int4": 2}.get(dtype, 1)
+    width = 233 * numbers // each - (numbers > 1)
+    x, q = case(37, width, queries, dtype)
+    wanted = ops.topk_scan_both_ends(x, q, 20, backend="reference")
+    rows = x.codes if isinstance(x, Packed) else x
+    for begin, stride in ((0, 233), (1, 233), (5, 238), (3, 239), (0, 240), (8, 248), (14, 257)):
+        if stride % each or begin % each:
+            continue
+        memory = torch.full((begin + 36 * stride + 233 // each * each,), 255, dtype=torch.uint8)
+        size = rows.shape[1], stride // each, begin // each
+        there = memory.view(rows.dtype).as_strided((37, size[0]), (size[1], 1), size[2]).copy_(rows)
+        cache = Packed(there, dtype, width, None) if isinstance(x, Packed) else there
+        assert_same(both_ends("cuda", cache, q, 20), wanted)
+
+
 @pytest.mark.parametrize("dtype", EVERY if DEVICE.type == "cuda" else (torch.float16, "int4"))
 def test_both_ends_are_two_scans(gpu, dtype):
     cache, q = case(90, 40, 5, dtype, seed=3)
@@ -158,6 +180,42 @@ def test_blocks_with_scales(gpu, kind):
         torch.testing.assert_close(got[scores], wanted[scores], rtol=1e-5, atol=1e-4)
     if kind != "parts":
         assert_near(got, wanted, cache, q, more)
+
+
+@pytest.mark.parametrize("queries", [1, 2, 7])
+@pytest.mark.parametrize("dtype", PACKED)
+def test_packed_rows_with_blocks(gpu, dtype, queries):
+    """Edges that cut through planes and bytes, blocks shorter and longer than a plane, many stages."""
+    width = 150 if gpu == "triton" else 5000 if dtype == "sign" and queries == 2 else 700
+    packed = pack(normal(41, width), dtype)
+    memory = torch.full((41, packed.codes.shape[1] + 5), 90, dtype=torch.uint8).view(packed.codes.dtype)
+    memory[:, 3:-2] = packed.codes  # rows that begin at any byte
+    packed = Packed(memory[:, 3:-2], dtype, width, packed.scale.half() if queries == 1 else packed.scale)
+    some = sorted({0, 1, 64, 65, 128, 130, width, *range(150, width, 23 if width > 700 else 90)})
+    offsets = [0, *some[1:5], *some[4:]]  # one of them empty
+    scales, q = normal(41, len(offsets) - 1, seed=2), normal(queries, width, seed=1) * 1e-3
+    scales[5, 3], scales[7, 3], scales[9, 3] = 0.0, torch.nan, torch.inf
+    more = {"scales": scales, "offsets": offsets}
+    got = both_ends(gpu, packed, q, 41, **more)
+    wanted = ops.topk_scan_both_ends(packed, q, 41, **more, backend="reference")
+    assert bool((got[1] >= 0).sum(1).eq(40).all())
+    assert bool((got[0].isinf() == wanted[0].isinf()).all())
+    finite = ~wanted[0].isinf() & ~wanted[0].isnan()
+    size = float(wanted[0][finite].abs().max())
+    for scores in (0, 2):
+        torch.testing.assert_close(got[scores], wanted[scores], rtol=1e-5, atol=2e-6 * size, equal_nan=True)
+
+
+def test_blocks_of_packed_rows_with_queries_that_are_not_numbers(gpu):
+    packed, q = pack(normal(20, 100), "sign"), normal(4, 100, seed=1)
+    q[0, 3], q[1, 50], q[2] = torch.nan, torch.inf, 0.0
+    more = {"scales": normal(20, 2, seed=2), "offsets": [0, 40, 100]}
+    got = both_ends(gpu, packed, q, 20, **more)
+    wanted = ops.topk_scan_both_ends(packed, q, 20, **more, backend="reference")
+    for scores in (0, 2):
+        torch.testing.assert_close(got[scores], wanted[scores], rtol=1e-5, atol=1e-4, equal_nan=True)
+    assert bool((got[1][0] == -1).all())
+    assert bool(got[0][1].isinf().all())
 
 
 @pytest.mark.parametrize("queries", [1, 5])
@@ -277,11 +335,125 @@ def test_a_block_has_the_shared_memory_that_it_asks_for(emulated_cuda, dtype):
         made = prepare(part, torch.ones(q, width), None)
         for k, ends in product((1, 256, 257, gpu_scan.LONGEST), (1, 3)):
             asked = emulated_cuda.topk_scan_shared_bytes(
-                _FORMATS[name], made.tiles, made.units, made.columns_held, capacity_of(k), ends
+                _FORMATS[name], False, made.tiles, made.layout.units, made.columns_held, capacity_of(k), ends
             )
             assert 0 < asked <= LEAST_SHARED, (width, q, k, ends)
             most = max(most, asked)
     assert most > 48 << 10  # the largest were among them
+
+
+def plain_fragments(dtype, queries, segments):
+    """What the kernels of scan_queries.cuh make, by plain operations; not of packed rows with blocks."""
+    sums = None
+    if dtype in PACKED:
+        integers, units_of, sums = gpu_scan.integer_queries(queries, dtype)
+        columns = gpu_scan.integer_planes(integers, dtype)
+        columns = columns[:, :, None] if dtype == "int8" else columns[:, None]
+    else:
+        scaled, units_of = gpu_scan.scaled_queries(queries)
+        if dtype == torch.float32:
+            high = ((scaled.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
+            low = ((scaled - high).view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
+            columns = torch.stack([high, low], 1)[:, :, None]
+        elif dtype == torch.float16:
+            columns = gpu_scan.float_terms(scaled, dtype, 2).transpose(0, 1)[:, :, None]
+        else:
+            terms = gpu_scan.float_terms(scaled, dtype, 3)
+            columns = torch.stack([*terms, torch.zeros_like(terms[0])], 1)
+            columns = columns.view(len(queries), 2, 2, -1).transpose(1, 2)
+    unit = 64 // columns.element_size()
+    places = [torch.empty(0, dtype=torch.int64)]
+    for begin, end, _ in segments or [(0, columns.shape[3], 0)]:
+        place = torch.arange(begin // unit * unit, -(-end // unit) * unit)
+        places.append(place.where((place >= begin) & (place < end), columns.shape[3]))
+    columns = torch.nn.functional.pad(columns, (0, 1))[..., torch.cat(places)]
+    return columns.unflatten(3, (-1, 4, unit // 4)), units_of, sums  # [Q, columns, planes, units, 4, numbers]
+
+
+@pytest.mark.parametrize("dtype", EVERY, ids=str)
+@pytest.mark.parametrize("blocks", [False, True])
+def test_queries_are_prepared_bit_for_bit(emulated_cuda, dtype, blocks):
+    from rapidin.ops.cuda.scan import prepare
+
+    if dtype in PACKED and blocks:
+        return  # what is made of these is seen in their scores
+    name = dtype if dtype in PACKED else gpu_scan._FLOATS[dtype]
+    for q, width in ((1, 1), (3, 700), (9, 130), (20, 65)):
+        queries = normal(q, width + 3, seed=q).to(DEVICE)[:, 1 : width + 1] * 10.0 ** (5 * (q % 9) - 20)
+        queries[:, : width // 3] *= 1e-6  # numbers that leave their format's normal range when scaled
+        queries[q // 2] = torch.tensor([0.0, torch.nan, 1.0])[q % 3]
+        segments = [(0, width // 2, 1), (width // 2, width - width // 5, 0)] if blocks else None
+        segments = segments and [s for s in segments if s[0] < s[1]]
+        part = gpu_scan.Part(torch.empty(1, 1), name, width, 0, None)
+        made = prepare(part, queries, segments)
+        columns, units_of, sums = plain_fragments(dtype, queries.cpu(), segments)
+        assert torch.equal(made.units_of.cpu().nan_to_num(-1.0), units_of.nan_to_num(-1.0))
+        if sums is not None:
+            assert torch.equal(made.sums.cpu(), sums)
+        _, each, planes, units = columns.shape[:4]
+        got = made.fragments.cpu().view(columns.dtype)
+        got = got.view(made.query_tiles, units, planes, made.tiles, made.columns_held, *columns.shape[4:])
+        got = got.permute(0, 3, 4, 2, 1, 5, 6).flatten(0, 2)  # [columns, planes, units, 4, numbers]
+        wanted = columns.flatten(0, 1)
+        kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[columns.element_size()]
+        assert torch.equal(got[: q * each].contiguous().view(kind), wanted.contiguous().view(kind)), (
+            q,
+            width,
+        )
+        assert not bool(got[q * each :].any())
+
+
+class Launches(TorchDispatchMode):
+    """Counts what torch launches: all operations but views and new memory."""
+
+    QUIET = ("empty", "view", "slice", "detach", "select", "alias")
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, arguments=(), named=None):
+        name = function.overloadpacket.__name__
+        if name not in self.QUIET:
+            self.names.append(name)
+        return function(*arguments, **(named or {}))
+
+
+@pytest.mark.parametrize("dtype", EVERY, ids=str)
+@pytest.mark.parametrize("blocks", [False, True])
+def test_a_scan_launches_little_besides_its_kernels(emulated_cuda, dtype, blocks, monkeypatch):
+    """Queries are prepared once for scans of several shards; torch fills one table a scan."""
+    from rapidin.ops.cuda import scan
+
+    cache, q = case(20, 70, 3, dtype)
+    more = {"scales": torch.ones(20, 2, device=DEVICE), "offsets": [0, 30, 70]} if blocks else {}
+    cache, asked = on_device(cache), ops.ScanQueries(q.to(DEVICE))
+    wanted = ops.topk_scan_both_ends(cache, asked.tensor, 5, backend="cuda", **more)
+    prepared = []
+    prepare = scan.prepare
+    monkeypatch.setattr(scan, "prepare", lambda *of: (prepared.append(1), prepare(*of))[1])
+    for _ in range(3):
+        with Launches() as launches:
+            found = ops.topk_scan_both_ends(cache, asked, 5, backend="cuda", **more)
+        assert launches.names == ["zeros"]
+        assert_same([x.cpu() for x in found], [x.cpu() for x in wanted])
+    assert len(prepared) == 1
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_prepared_queries_serve_other_rows_and_blocks(backend):
+    if backend == "triton":
+        pytest.importorskip("triton")
+    q = normal(3, 60, seed=1)
+    asked = ops.ScanQueries(q.to(DEVICE) if backend == "triton" else q)
+    for seed, offsets in ((1, None), (2, [0, 20, 60]), (3, [0, 25, 60]), (4, None)):
+        cache = [pack(normal(9, 40, seed=seed), "sign"), normal(9, 20, seed=seed + 9)]
+        more = {} if offsets is None else {"scales": normal(9, 2, seed=seed + 5), "offsets": offsets}
+        place = {n: x.to(DEVICE) if backend == "triton" and n == "scales" else x for n, x in more.items()}
+        there = on_device(cache) if backend == "triton" else cache
+        found = ops.topk_scan(there, asked, 4, backend=backend, **place)
+        wanted = ops.topk_scan(there, asked.tensor, 4, backend=backend, **place)
+        assert_same([x.cpu() for x in found], [x.cpu() for x in wanted])
 
 
 def test_more_rows_than_a_key_can_name(gpu):

@@ -38,7 +38,8 @@ ALLOWED = {
     "methods": {"cache", "distributed", "ops", "pack"},
     "hits": {"page"},  # where a notebook asks
     "page": {"hits", "report"},
-    "scan": {"cache", "distributed", "examples", "hits", "methods", "ops", "pack", "transfer"},
+    "resident": {"cache", "transfer"},
+    "scan": {"cache", "distributed", "examples", "hits", "methods", "ops", "pack", "resident", "transfer"},
     "targets": set(),
     "query": {"cache", "distributed", "encoding", "examples", "methods", "scan", "targets"},
     "report": {"hits", "attributor", "plan"},

@@ -92,6 +92,35 @@ DeviceScan device_scan(const ScanFields& fields) {
     return scan;
 }
 
+ScanQueries queries_of_scan(const ScanFields& fields) {
+    const auto number = [&fields](const char* name) { return fields.at(name); };
+    const auto address = [&fields](const char* name) { return static_cast<uint64_t>(fields.at(name)); };
+    ScanQueries made = {};
+    made.queries = at<const float>(address("queries"));
+    made.q = number("q");
+    made.stride_query = number("stride_query");
+    made.width = number("width");
+    made.format = static_cast<int>(number("format"));
+    made.blocks = number("blocks") != 0;
+    made.units = number("units");
+    made.planes = static_cast<int>(number("planes"));
+    made.tiles = static_cast<int>(number("tiles"));
+    made.columns_held = static_cast<int>(number("columns_held"));
+    made.query_tiles = number("query_tiles");
+    made.places = at<const int32_t>(address("places"));
+    made.place_planes = static_cast<int>(number("place_planes"));
+    made.steps = at<const int32_t>(address("steps"));
+    made.segments = at<const int32_t>(address("segments"));
+    made.segment_count = number("segment_count");
+    made.segment_ints = number("segment_ints");
+    made.segment_sums = at<int32_t>(address("segment_sums"));
+    made.units_of = at<double>(address("units_of"));
+    made.inverse = at<double>(address("inverse"));
+    made.sums = at<int64_t>(address("sums"));
+    made.fragments = at<uint8_t>(address("fragments"));
+    return made;
+}
+
 void bind(py::module_& m) {
     m.def(
         "linear_sketch",
@@ -130,11 +159,8 @@ void bind(py::module_& m) {
         },
         "The best of what the blocks of a scan kept.");
     m.def(
-        "unpack_codes",
-        [](uint64_t rows, int format, int64_t n, int64_t width, int64_t stride_row, uint64_t out, Place place) {
-            unpack_codes(at<const uint8_t>(rows), format, n, width, stride_row, at<uint16_t>(out), queue(place));
-        },
-        "Codes of packed rows as float16.");
+        "scan_queries", [](const ScanFields& fields, Place place) { scan_queries(queries_of_scan(fields), queue(place)); },
+        "Queries as a scan takes them; rapidin/ops/cuda/scan.py says what each field is.");
     m.def("multiprocessors", &multiprocessors_of, "How many of them a device has.");
     m.def("capability", &capability_of, "A device's compute capability, 10 major + minor.");
     m.attr("architectures") = RAPIDIN_ARCHS;

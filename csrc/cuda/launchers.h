@@ -16,6 +16,32 @@ struct Queue {
 int shared_memory_limit(int device);  // bytes that a block may ask for
 int capability_of(int device);        // 90 for sm_90
 
+// Queries as they came, and the form in which rows are multiplied with them; see scan_queries.cuh.
+struct ScanQueries {
+    const float* queries;  // [q, stride_query]
+    int64_t q, stride_query, width;
+    int format;           // the rows'
+    bool blocks;          // of packed rows
+    int64_t units;        // of 64 bytes of a row; with blocks steps: a plane of such, and one block
+    int planes, tiles, columns_held;
+    int64_t query_tiles;
+    const int32_t* places;  // [units, place_planes, numbers of 64 bytes]: which number of a row, -1 for none
+    int place_planes;
+    // with blocks
+    const int32_t* steps;     // [units, 4]: byte of the row, shift << 8 | StepFlags, column of scales, segment
+    const int32_t* segments;  // [segment_count, segment_ints]: first and last number, ...
+    int64_t segment_count, segment_ints;
+    int32_t* segment_sums;    // [segment_count, q, digits]
+    // made
+    double *units_of, *inverse;  // [q]
+    int64_t* sums;               // [q], of integers without blocks
+    uint8_t* fragments;
+};
+
+enum StepFlags : int { kNewGroup = 1, kBegins = 2, kEnds = 4 };
+
+void scan_queries(const ScanQueries& args, Queue on);
+
 // One part's rows and the queries that they are multiplied with; see rapidin/ops/gpu_scan.py, which prepares them.
 struct DeviceScan {
     // rows
@@ -28,12 +54,13 @@ struct DeviceScan {
     int scale_dtype;     // kFloat32 or kFloat16
     int64_t stride_scale;
     // blocks of a row: null = one
-    const int32_t* segments;  // [segment_count, 5]: first and last number, first unit of 64 bytes, units before, column of scales
+    const int32_t* segments;  // [segment_count, 5]: first and last number, first unit of 64 bytes, units before, column of scales;
+                              // of packed rows the first two and the column count
     int64_t segment_count, units;
     const float* scales;
     int64_t stride_scales;
     // queries
-    const uint8_t* fragments;  // [query tiles, units, planes, tiles of 8 columns, columns held * 4, 16 bytes]
+    const uint8_t* fragments;  // [query tiles, units, planes, tiles of 8 columns, columns held * 4, 16 bytes], see ScanQueries
     int tiles;                 // of 8 columns, of one block
     int columns_held;          // of each tile of 8: fewer only where there is one tile
     const float* queries;      // as they came, of this part: [q, stride_query]
@@ -58,16 +85,13 @@ struct DeviceScan {
 
 // Adds one part's products to `partial`, or with the last part to `base`, and keeps the best.
 void topk_scan(const DeviceScan& args, Queue on);
-int64_t topk_scan_shared_bytes(int format, int tiles, int64_t units, int64_t columns_held, int64_t capacity, int ends);
+int64_t topk_scan_shared_bytes(int format, bool blocks, int tiles, int64_t units, int64_t columns_held, int64_t capacity, int ends);
 
 // The best k of what all blocks kept, in order: scores[e], indices[e] [q, stride_out] of each end, and the last key of each.
 void topk_merge(const DeviceScan& args, float* const (&scores)[2], int64_t* const (&indices)[2], int64_t stride_out, int64_t* last,
                 Queue on);
 
 int multiprocessors_of(int device);
-
-// Codes of packed rows as float16: [n, width].
-void unpack_codes(const uint8_t* rows, int format, int64_t n, int64_t width, int64_t stride_row, uint16_t* out, Queue on);
 
 void hash_words(uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint32_t* words, Queue on);
 

@@ -14,7 +14,7 @@ template <class Format, int NT>
 ScanStage stage_of(int64_t units, int64_t columns_held, int64_t capacity, int ends) {
     constexpr int kQueries = query_tile<Format, NT>();
     static_assert(scan_shared_bytes(kFragmentBytes, kMostCapacity, kQueries, 2) <= kSharedBytes, "more than every device has");
-    const int64_t unit_bytes = Format::kPlanes * NT * columns_held * 64, fitting = kFragmentBytes / unit_bytes;
+    const int64_t unit_bytes = bytes_of_unit<Format, NT>(static_cast<int>(columns_held)), fitting = kFragmentBytes / unit_bytes;
     const int64_t held = fitting < units ? fitting : units > 0 ? units : 1;
     return {held, scan_shared_bytes(held * unit_bytes, capacity, kQueries, end_count(ends))};
 }
@@ -35,8 +35,11 @@ struct Scan {
 
 // Runs `run` with the kernel of a format and of so many tiles of columns.
 template <class Run>
-auto with_scan(int format, int tiles, Run run) {
+auto with_scan(int format, bool blocks, int tiles, Run run) {
     const bool one = tiles == 1;
+    if (blocks && format == kInt8) return one ? run(Scan<ScanSteps<ScanInt8, 8>, 1>()) : run(Scan<ScanSteps<ScanInt8, 8>, 2>());
+    if (blocks && format == kInt4) return one ? run(Scan<ScanSteps<ScanInt4, 4>, 1>()) : run(Scan<ScanSteps<ScanInt4, 4>, 2>());
+    if (blocks && format == kSign) return one ? run(Scan<ScanSteps<ScanSign, 1>, 1>()) : run(Scan<ScanSteps<ScanSign, 1>, 2>());
     if (format == kFloat32) return one ? run(Scan<ScanFloat, 1>()) : run(Scan<ScanFloat, 2>());
     if (format == kFloat16) return one ? run(Scan<ScanHalf, 1>()) : run(Scan<ScanHalf, 4>());
     if (format == kBFloat16) return one ? run(Scan<ScanBFloat, 1>()) : run(Scan<ScanBFloat, 4>());
@@ -52,11 +55,11 @@ void topk_scan(const DeviceScan& args, Queue on) {
     if (args.width * 4 > INT32_MAX || args.n > INT32_MAX) throw std::runtime_error("topk_scan: a row, or the cache, is too long");
     if (args.capacity > kMostCapacity) throw std::runtime_error("topk_scan: a list is too long to be sorted");
     const OnDevice guard(on.device);
-    with_scan(args.format, args.tiles, [&](auto scan) { scan.start(args, on); });
+    with_scan(args.format, args.segments != nullptr, args.tiles, [&](auto scan) { scan.start(args, on); });
 }
 
-int64_t topk_scan_shared_bytes(int format, int tiles, int64_t units, int64_t columns_held, int64_t capacity, int ends) {
-    return with_scan(format, tiles,
+int64_t topk_scan_shared_bytes(int format, bool blocks, int tiles, int64_t units, int64_t columns_held, int64_t capacity, int ends) {
+    return with_scan(format, blocks, tiles,
                      [&](auto scan) { return static_cast<int64_t>(scan.stage(units, columns_held, capacity, ends).shared_bytes); });
 }
 
@@ -71,13 +74,6 @@ void topk_merge(const DeviceScan& args, float* const (&scores)[2], int64_t* cons
 int multiprocessors_of(int device) {
     const OnDevice guard(device);
     return multiprocessors();
-}
-
-void unpack_codes(const uint8_t* rows, int format, int64_t n, int64_t width, int64_t stride_row, uint16_t* out, Queue on) {
-    const OnDevice guard(on.device);
-    const int64_t wanted = (n * width + kScanThreads - 1) / kScanThreads, most = 16 * multiprocessors();
-    launch("unpack_codes", unpack_codes_kernel, dim3(static_cast<unsigned>(wanted < most ? wanted : most)), kScanThreads, 0,
-           on.handle, rows, format, n, width, stride_row, out);
 }
 
 }  // namespace rapidin

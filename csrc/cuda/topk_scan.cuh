@@ -17,6 +17,8 @@
 // to the best k when it is full. In which order keys came does not count, since no two are equal.
 #pragma once
 
+#include <type_traits>
+
 #include "launchers.h"
 #include "mma.h"
 
@@ -37,12 +39,13 @@ constexpr int kMergeCapacity = 2048, kMergeStep = 4;
 
 // ---- formats ----
 
-// kPair: a query has two columns, low and high. kSums: kinds of sums; kPlanes: of fragments, of which `multiply` takes
-// number planes + plane.
+// kColumns: of a query; low and high where there are two. kSums: kinds of sums; kPlanes: of fragments, of which `multiply`
+// takes number planes + plane.
 struct ScanHalf {
     using Sum = float;
     static constexpr int kPlanes = 1, kSums = 1, kElement = 2;
-    static constexpr bool kPair = true, kFloats = true;
+    static constexpr int kColumns = 2;
+    static constexpr bool kFloats = true, kSteps = false;
     __device__ static __forceinline__ void multiply(Sum (&d)[kSums][4], const uint32_t (&a)[4], const uint32_t (&b)[2], int,
                                                     int) {
         mma_f16(d[0], a, b);
@@ -52,7 +55,8 @@ struct ScanHalf {
 struct ScanBFloat {
     using Sum = float;
     static constexpr int kPlanes = 2, kSums = 1, kElement = 2;
-    static constexpr bool kPair = true, kFloats = true;
+    static constexpr int kColumns = 2;
+    static constexpr bool kFloats = true, kSteps = false;
     __device__ static __forceinline__ void multiply(Sum (&d)[kSums][4], const uint32_t (&a)[4], const uint32_t (&b)[2], int,
                                                     int) {
         mma_bf16(d[0], a, b);
@@ -62,7 +66,8 @@ struct ScanBFloat {
 struct ScanFloat {
     using Sum = float;
     static constexpr int kPlanes = 1, kSums = 1, kElement = 4;
-    static constexpr bool kPair = true, kFloats = true;
+    static constexpr int kColumns = 2;
+    static constexpr bool kFloats = true, kSteps = false;
     __device__ static __forceinline__ void multiply(Sum (&d)[kSums][4], const uint32_t (&a)[4], const uint32_t (&b)[2], int,
                                                     int) {
         uint32_t high[4], low[4];
@@ -79,7 +84,8 @@ struct ScanFloat {
 struct ScanInt8 {
     using Sum = int32_t;
     static constexpr int kPlanes = 1, kSums = 1, kElement = 1;
-    static constexpr bool kPair = true, kFloats = false;
+    static constexpr int kColumns = 2;
+    static constexpr bool kFloats = false, kSteps = false;
     static constexpr double kUnitOf = 1.0;
     static constexpr int kTimes = 1, kMinus = 0;
     __device__ static __forceinline__ void multiply(Sum (&d)[kSums][4], const uint32_t (&a)[4], const uint32_t (&b)[2], int,
@@ -91,7 +97,8 @@ struct ScanInt8 {
 struct ScanInt4 {
     using Sum = int32_t;
     static constexpr int kPlanes = 2, kSums = 1, kElement = 1;
-    static constexpr bool kPair = false, kFloats = false;
+    static constexpr int kColumns = 1;
+    static constexpr bool kFloats = false, kSteps = false;
     static constexpr double kUnitOf = 0.5;
     static constexpr int kTimes = 2, kMinus = 15;
     __device__ static __forceinline__ void multiply(Sum (&d)[kSums][4], const uint32_t (&a)[4], const uint32_t (&b)[2], int plane,
@@ -107,7 +114,8 @@ struct ScanInt4 {
 struct ScanSign {
     using Sum = int32_t;
     static constexpr int kPlanes = 8, kSums = 4, kElement = 1;
-    static constexpr bool kPair = false, kFloats = false;
+    static constexpr int kColumns = 1;
+    static constexpr bool kFloats = false, kSteps = false;
     static constexpr double kUnitOf = 1.0;
     static constexpr int kTimes = 2, kMinus = 1;
     __device__ static __forceinline__ void multiply(Sum (&d)[kSums][4], const uint32_t (&a)[4], const uint32_t (&b)[2], int plane,
@@ -116,6 +124,22 @@ struct ScanSign {
 #pragma unroll
         for (int i = 0; i < 4; ++i) bits[i] = a[i] >> planes & 0x01010101u << plane;
         mma_u8(d[plane], bits, b);
+    }
+};
+
+// Packed rows with blocks: a step is a plane of 64 bytes and one block, whose query is zero outside of it and has three digits
+// of base 128 as its columns, which is as exact as float32.
+template <class Codes, int bits>
+struct ScanSteps : Codes {
+    using Sum = int32_t;
+    static constexpr int kPlanes = 1, kSums = 1, kColumns = 3;
+    static constexpr bool kSteps = true;
+    __device__ static __forceinline__ uint32_t codes(uint32_t word, int shift) {
+        return bits == 8 ? word : word >> shift & (bits == 4 ? 0x0f0f0f0fu : 0x01010101u);
+    }
+    __device__ static __forceinline__ void multiply(Sum (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2]) {
+        if constexpr (bits == 8) mma_s8(d, a, b);
+        else mma_u8(d, a, b);
     }
 };
 
@@ -161,7 +185,13 @@ __device__ __forceinline__ bool is_smallest(int ends, int end) { return ends == 
 
 template <class Format, int NT>
 __host__ __device__ constexpr int query_tile() {
-    return NT * (Format::kPair ? 4 : 8);
+    return NT * 8 / Format::kColumns;
+}
+
+// Bytes of a unit's fragments; a step has 4 ints of its own besides, and one a column.
+template <class Format, int NT>
+__host__ __device__ constexpr int bytes_of_unit(int columns_held) {
+    return Format::kPlanes * NT * columns_held * 64 + (Format::kSteps ? 16 + NT * 32 : 0);
 }
 
 // Shared memory of a block, after the fragments.
@@ -209,11 +239,43 @@ __device__ __forceinline__ Words4 load_narrow(const uint8_t* at, int left) {
     else return load_elements<uint8_t>(at, left);
 }
 
+// 16 bytes from any address, of two aligned loads: both are of memory that the tensor's own lies in as long as 32 bytes of a
+// row are left. The second load finds in L1 what the next lane's first has asked for.
+__device__ __forceinline__ Words4 load_shifted(const uint8_t* at) {
+    const uintptr_t address = reinterpret_cast<uintptr_t>(at);
+    const uint64_t aligned = address & ~static_cast<uintptr_t>(15);
+    const Words4 low = load_words4(aligned), high = load_words4(aligned + 16);
+    const bool by_two = address & 8, by_one = address & 4;
+    const uint32_t selector = 0x3210u + 0x1111u * (static_cast<uint32_t>(address) & 3);
+    uint32_t pairs[6], words[5];
+#pragma unroll
+    for (int i = 0; i < 6; ++i) pairs[i] = by_two ? (i < 2 ? low.w[i + 2] : high.w[i - 2]) : (i < 4 ? low.w[i] : high.w[i - 4]);
+#pragma unroll
+    for (int i = 0; i < 5; ++i) words[i] = by_one ? pairs[i + 1] : pairs[i];
+    Words4 x;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) x.w[i] = select_bytes(words[i], words[i + 1], selector);
+    return x;
+}
+
 __device__ __forceinline__ double scale_at(const void* scale, int dtype, int64_t i) {
     return scale ? static_cast<double>(load_element(scale, dtype, i)) : 1.0;
 }
 
+__device__ __forceinline__ int numbers_a_byte(int format) { return format == kSign ? 8 : format == kInt4 ? 2 : 1; }
+
+// Number i of a packed row, without its scale.
+__device__ __forceinline__ double number_of(const uint8_t* row, int format, int64_t width, int64_t i) {
+    if (format == kInt8) return static_cast<double>(static_cast<int8_t>(row[i]));
+    const int64_t planes = numbers_a_byte(format), begin = i / (kUnit * planes) * (kUnit * planes);
+    const int64_t left = width - begin < kUnit * planes ? width - begin : kUnit * planes, size = (left + planes - 1) / planes;
+    const int64_t plane = (i - begin) / size;
+    const int code = row[begin / planes + (i - begin) - plane * size];
+    return format == kSign ? static_cast<double>(2 * (code >> plane & 1) - 1) : static_cast<double>(code >> (4 * plane) & 15) - 7.5;
+}
+
 // A score as the reference has it, by all lanes of a warp: for rows and queries with NaN, Inf or sums beyond float32.
+template <class Format>
 __device__ __forceinline__ double exact_product(const DeviceScan& args, int64_t row, int64_t query) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     const uint8_t* numbers = args.rows + row * args.stride_row;
@@ -223,8 +285,11 @@ __device__ __forceinline__ double exact_product(const DeviceScan& args, int64_t 
         const int32_t* segment = args.segments ? args.segments + s * kSegmentInts : nullptr;
         const int64_t begin = segment ? segment[0] : 0, end = segment ? segment[1] : args.width;
         double sum = 0.0;
-        for (int64_t i = begin + lane; i < end; i += 32)
-            sum += static_cast<double>(load_element(numbers, args.format, i)) * static_cast<double>(q[i]);
+        for (int64_t i = begin + lane; i < end; i += 32) {
+            const double x = Format::kFloats ? static_cast<double>(load_element(numbers, args.format, i))
+                                             : number_of(numbers, args.format, args.width, i);
+            sum += x * static_cast<double>(q[i]);
+        }
         for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
         total += segment && args.scales ? sum * static_cast<double>(args.scales[row * args.stride_scales + segment[4]]) : sum;
     }
@@ -236,8 +301,10 @@ __device__ __forceinline__ double exact_product(const DeviceScan& args, int64_t 
 template <class Format, int NT>
 struct WarpTile {
     static constexpr int kQueries = query_tile<Format, NT>();
-    static constexpr int kValues = Format::kPair ? 1 : 2;         // of a lane, a row and 8 columns
+    static constexpr int kValues = Format::kColumns == 2 ? 1 : 2;  // of a lane, a row and 8 columns
     static constexpr int kAhead = NT * Format::kSums == 1 ? 2 : 1;  // units loaded at once
+    // Of floats, whose widths are mostly multiples of 16 bytes, only where registers are left for it.
+    static constexpr bool kShifts = !Format::kFloats || NT == 1;
     const uint8_t* rows[kMTiles][2];
     double* totals;
     int64_t first;  // row
@@ -258,6 +325,19 @@ struct WarpTile {
                 rows[m][h] = args.rows + within(args, first + 16 * m + 8 * h + lane() / 4) * args.stride_row + lane() % 4 * 16;
         for (int q = 0; q < kQueries; ++q) totals[q * kTotalStride + lane()] = 0.0;
         __syncwarp();
+    }
+
+    // The unit at byte `at` of rows of so many bytes, zeros where they end.
+    __device__ __forceinline__ void load(Words4 (&x)[kMTiles][2], int at, int bytes, bool wide) const {
+        const int left = bytes - at - lane() % 4 * 16;
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+            for (int h = 0; h < 2; ++h) {
+                if (wide && left >= 16) x[m][h] = load_streamed(rows[m][h] + at);
+                else if (kShifts && left >= 32) x[m][h] = load_shifted(rows[m][h] + at);
+                else x[m][h] = load_narrow<Format>(rows[m][h] + at, left);
+            }
     }
 
     __device__ __forceinline__ static void multiply(const Words4 (&x)[kMTiles][2], const uint8_t* fragments, int held, Sums& sums) {
@@ -285,7 +365,7 @@ struct WarpTile {
 
     __device__ __forceinline__ static double sum_of(const typename Format::Sum (&d)[Format::kSums][4], int h, int v) {
         if constexpr (Format::kFloats) return static_cast<double>(d[0][2 * h] + d[0][2 * h + 1]);
-        else if constexpr (Format::kPair) return static_cast<double>(d[0][2 * h] + 64 * d[0][2 * h + 1]);
+        else if constexpr (Format::kColumns == 2) return static_cast<double>(d[0][2 * h] + 64 * d[0][2 * h + 1]);
         else if constexpr (Format::kSums == 1) return static_cast<double>(d[0][2 * h + v]);
         else
             return static_cast<double>(d[0][2 * h + v] + (d[1][2 * h + v] >> 1) + (d[2][2 * h + v] >> 2) + (d[3][2 * h + v] >> 3));
@@ -297,8 +377,18 @@ struct WarpTile {
         Sums sums = {};
         const int held = args.columns_held;
         int i = 0;
-        if (wide) {
-            const int whole = (bytes - at) / kUnit < count ? (bytes - at) / kUnit : count;
+        const int left_here = wide ? bytes - at : bytes - at - 16, whole = left_here / kUnit < count ? left_here / kUnit : count;
+        if (!wide) {
+#pragma unroll 1
+            for (; kShifts && i < whole; ++i) {
+                Words4 x[kMTiles][2];
+#pragma unroll
+                for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) x[m][h] = load_shifted(rows[m][h] + at + i * kUnit);
+                multiply(x, fragments + i * unit_bytes, held, sums);
+            }
+        } else {
 #pragma unroll 1
             for (; i + kAhead <= whole; i += kAhead) {
                 Words4 x[kAhead][kMTiles][2];
@@ -314,15 +404,8 @@ struct WarpTile {
         }
 #pragma unroll 1
         for (; i < count; ++i) {
-            const int offset = at + i * kUnit, left = bytes - offset - lane() % 4 * 16;
             Words4 x[kMTiles][2];
-#pragma unroll
-            for (int m = 0; m < kMTiles; ++m)
-#pragma unroll
-                for (int h = 0; h < 2; ++h) {
-                    if (wide && left >= 16) x[m][h] = load_streamed(rows[m][h] + offset);
-                    else x[m][h] = load_narrow<Format>(rows[m][h] + offset, left);
-                }
+            load(x, at + i * kUnit, bytes, wide);
             multiply(x, fragments + i * unit_bytes, held, sums);
         }
 #pragma unroll
@@ -336,7 +419,7 @@ struct WarpTile {
                 for (int j = 0; j < NT; ++j)
 #pragma unroll
                     for (int v = 0; v < kValues; ++v) {
-                        const int q = Format::kPair ? 4 * j + t : 8 * j + 2 * t + v;
+                        const int q = Format::kColumns == 2 ? 4 * j + t : 8 * j + 2 * t + v;
                         double& total = totals[q * kTotalStride + row];
                         total = __dadd_rn(total, __dmul_rn(coefficient, sum_of(sums[m][j], h, v)));
                     }
@@ -357,13 +440,14 @@ struct WarpTile {
         for (int number = 0; number < queries; ++number) {
             const int64_t q = first_query + number;
             double x = totals[number * kTotalStride + lane()];
-            if constexpr (Format::kFloats) {
+            if constexpr (Format::kFloats || Format::kSteps) {
                 x *= args.units_of[q];
+                if constexpr (Format::kSteps) x *= Format::kUnitOf;
                 uint32_t broken = __ballot_sync(0xffffffffu, there && !(fabs(x) <= 1e300));
                 while (broken) {
                     const int of = __ffs(static_cast<int>(broken)) - 1;
                     broken &= broken - 1;
-                    const double exact = exact_product(args, first + of, q);
+                    const double exact = exact_product<Format>(args, first + of, q);
                     if (lane() == of) x = exact;
                 }
                 x = __dmul_rn(scale, x);
@@ -391,6 +475,100 @@ struct WarpTile {
         return full;
     }
 };
+
+// Of a warp, packed rows with blocks: their codes, and sums of the block and over blocks.
+template <class Format, int NT>
+struct StepSums {
+    using Tile = WarpTile<Format, NT>;
+    Words4 x[kMTiles][2];
+    float of_block[kMTiles][2];  // scales
+    int32_t sums[kMTiles][NT][4];
+    float totals[kMTiles][NT][4];
+
+    __device__ __forceinline__ void add(const Tile& tile, const DeviceScan& args, int bytes, bool wide, int count, const uint8_t* units,
+                                        int unit_bytes) {
+        const int held = args.columns_held, lane = Tile::lane();
+#pragma unroll 1
+        for (int i = 0; i < count; ++i, units += unit_bytes) {
+            const int32_t* step = reinterpret_cast<const int32_t*>(units + NT * held * 64);
+            const int flags = step[1];
+            if (flags & kNewGroup) tile.load(x, step[0], bytes, wide);
+            if (flags & kBegins) {
+#pragma unroll
+                for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+                    for (int h = 0; h < 2; ++h) {
+                        const int64_t row = Tile::within(args, tile.first + 16 * m + 8 * h + lane / 4);
+                        of_block[m][h] = args.scales[row * args.stride_scales + step[2]];
+#pragma unroll
+                        for (int j = 0; j < NT; ++j) sums[m][j][2 * h] = sums[m][j][2 * h + 1] = 0;
+                    }
+            }
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                uint32_t a[kMTiles][4];
+#pragma unroll
+                for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+                    for (int w = 0; w < 4; ++w) a[m][w] = Format::codes(x[m][w % 2].w[2 * half + w / 2], flags >> 8);
+#pragma unroll
+                for (int j = 0; j < NT; ++j) {
+                    Words2 y = {};
+                    if (NT > 1 || lane < held * 4)
+                        y = *reinterpret_cast<const Words2*>(units + (NT > 1 ? j * 512 : 0) + lane * 16 + 8 * half);
+                    const uint32_t b[2] = {y.w[0], y.w[1]};
+#pragma unroll
+                    for (int m = 0; m < kMTiles; ++m) Format::multiply(sums[m][j], a[m], b);
+                }
+            }
+            if (!(flags & kEnds)) continue;
+            const int32_t* minus = step + 4 + 2 * (lane % 4);
+#pragma unroll
+            for (int j = 0; j < NT; ++j) {
+                const Words2 less = *reinterpret_cast<const Words2*>(minus + 8 * j);
+#pragma unroll
+                for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+                    for (int v = 0; v < 4; ++v) {
+                        const int32_t sum = Format::kTimes * sums[m][j][v] - static_cast<int32_t>(less.w[v % 2]);
+                        totals[m][j][v] = __fmaf_rn(of_block[m][v / 2], static_cast<float>(sum), totals[m][j][v]);
+                    }
+            }
+        }
+    }
+
+    // The tile's totals += these, which begin anew. A query's digits are in different lanes.
+    __device__ __forceinline__ void flush(const Tile& tile) {
+        const int lane = Tile::lane();
+#pragma unroll 1
+        for (int digit = 0; digit < Format::kColumns; ++digit) {
+            const double weight = static_cast<double>(1 << (7 * digit));
+#pragma unroll
+            for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+                for (int j = 0; j < NT; ++j)
+#pragma unroll
+                    for (int v = 0; v < 4; ++v) {
+                        const int column = 8 * j + 2 * (lane % 4) + v % 2, row = 16 * m + 8 * (v / 2) + lane / 4;
+                        if (column % Format::kColumns == digit && column / Format::kColumns < Tile::kQueries)
+                            tile.totals[column / Format::kColumns * kTotalStride + row] += weight * static_cast<double>(totals[m][j][v]);
+                    }
+            __syncwarp();
+        }
+        clear();
+    }
+
+    __device__ __forceinline__ void clear() {
+#pragma unroll
+        for (int m = 0; m < kMTiles; ++m)
+#pragma unroll
+            for (int j = 0; j < NT; ++j)
+#pragma unroll
+                for (int v = 0; v < 4; ++v) totals[m][j][v] = 0.0f;
+    }
+};
+
+struct NoSums {};
 
 // The block's threads cut lists that are longer than `limit` to their best k. Between barriers.
 __device__ __forceinline__ void cut_lists(const DeviceScan& args, int64_t first_query, const ScanShared& shared, int64_t* kept, int lists,
@@ -425,7 +603,7 @@ __global__ __launch_bounds__(kScanThreads, 2) void topk_scan_kernel(DeviceScan a
     const int64_t first_query = static_cast<int64_t>(blockIdx.x) * query_tile<Format, NT>();
     const int64_t rest = args.q - first_query;
     const int queries = rest < query_tile<Format, NT>() ? static_cast<int>(rest) : query_tile<Format, NT>(), lists = queries * ends;
-    const int unit_bytes = Format::kPlanes * NT * args.columns_held * 64, units = static_cast<int>(args.units);
+    const int unit_bytes = bytes_of_unit<Format, NT>(args.columns_held), units = static_cast<int>(args.units);
     const ScanShared shared = scan_shared(shared_memory(), fragment_units * unit_bytes, args.capacity, query_tile<Format, NT>(), ends);
     const uint8_t* fragments = args.fragments + static_cast<int64_t>(blockIdx.x) * units * unit_bytes;
     const int64_t first_list = (static_cast<int64_t>(blockIdx.y) * args.q + first_query) * ends;
@@ -442,9 +620,9 @@ __global__ __launch_bounds__(kScanThreads, 2) void topk_scan_kernel(DeviceScan a
     __syncthreads();
 
     int bytes = static_cast<int>(args.width) * Format::kElement;
-    if constexpr (Format::kPlanes > 1 && !Format::kFloats) {
-        const int width = static_cast<int>(args.width), group = kUnit * Format::kPlanes;
-        bytes = width / group * kUnit + (width % group + Format::kPlanes - 1) / Format::kPlanes;
+    if constexpr (!Format::kFloats) {
+        const int width = static_cast<int>(args.width), numbers = numbers_a_byte(args.format), group = kUnit * numbers;
+        bytes = width / group * kUnit + (width % group + numbers - 1) / numbers;
     }
     const bool wide = ((reinterpret_cast<uintptr_t>(args.rows) | static_cast<uintptr_t>(args.stride_row)) & 15) == 0;
     const int tiles = static_cast<int>((args.n + kBlockRows - 1) / kBlockRows);
@@ -454,6 +632,9 @@ __global__ __launch_bounds__(kScanThreads, 2) void topk_scan_kernel(DeviceScan a
         tile.totals = shared.totals + warp * query_tile<Format, NT>() * kTotalStride;
         tile.begin(args, static_cast<int64_t>(number) * kBlockRows + warp * kWarpRows);
         int segment = 0;
+        using Steps = std::conditional_t<Format::kSteps, StepSums<Format, NT>, NoSums>;
+        [[maybe_unused]] Steps steps;
+        if constexpr (Format::kSteps) steps.clear();
         for (int chunk = 0; chunk < units; chunk += fragment_units) {
             const int chunk_end = chunk + fragment_units < units ? chunk + fragment_units : units;
             if (!loaded || fragment_units < units) {
@@ -465,18 +646,23 @@ __global__ __launch_bounds__(kScanThreads, 2) void topk_scan_kernel(DeviceScan a
                 __syncthreads();
                 loaded = true;
             }
-            for (int unit = chunk; unit < chunk_end;) {
-                int first = 0, before = 0, end = units, column = 0;
-                if (args.segments) {
-                    const int32_t* at = args.segments + segment * kSegmentInts;
-                    first = at[2], before = at[3], column = at[4];
-                    end = segment + 1 < args.segment_count ? at[kSegmentInts + 3] : units;
+            if constexpr (Format::kSteps) {
+                steps.add(tile, args, bytes, wide, chunk_end - chunk, shared.fragments, unit_bytes);
+                steps.flush(tile);
+            } else {
+                for (int unit = chunk; unit < chunk_end;) {
+                    int first = 0, before = 0, end = units, column = 0;
+                    if (args.segments) {
+                        const int32_t* at = args.segments + segment * kSegmentInts;
+                        first = at[2], before = at[3], column = at[4];
+                        end = segment + 1 < args.segment_count ? at[kSegmentInts + 3] : units;
+                    }
+                    const int stop = end < chunk_end ? end : chunk_end, count = stop - unit < kSumUnits ? stop - unit : kSumUnits;
+                    tile.add(args, bytes, wide, (first + unit - before) * kUnit, count, shared.fragments + (unit - chunk) * unit_bytes,
+                             unit_bytes, column);
+                    unit += count;
+                    segment += unit == end;
                 }
-                const int stop = end < chunk_end ? end : chunk_end, count = stop - unit < kSumUnits ? stop - unit : kSumUnits;
-                tile.add(args, bytes, wide, (first + unit - before) * kUnit, count, shared.fragments + (unit - chunk) * unit_bytes,
-                         unit_bytes, column);
-                unit += count;
-                segment += unit == end;
             }
         }
         const bool full = tile.finish(args, first_query, queries, shared, kept);
@@ -549,28 +735,6 @@ __global__ __launch_bounds__(kScanThreads) void topk_merge_kernel(DeviceScan arg
         indices[i] = i < count ? 0x7fffffff - (keys[i] & 0x7fffffff) : -1;
     }
     if (threadIdx.x == 0) out.last[list] = count >= args.k ? keys[args.k - 1] : 1;  // no key is as bad as 1
-}
-
-// ---- codes as numbers ----
-
-__global__ __launch_bounds__(kScanThreads) void unpack_codes_kernel(const uint8_t* rows, int format, int64_t n, int64_t width,
-                                                                    int64_t stride_row, uint16_t* out) {
-    const int64_t planes = format == kSign ? 8 : format == kInt4 ? 2 : 1, group = kUnit * planes;
-    for (int64_t i = static_cast<int64_t>(blockIdx.x) * kScanThreads + threadIdx.x; i < n * width;
-         i += static_cast<int64_t>(gridDim.x) * kScanThreads) {
-        const int64_t row = i / width, number = i - row * width, begin = number / group * group;
-        const int64_t in_group = width - begin < group ? width - begin : group, size = (in_group + planes - 1) / planes;
-        const int64_t plane = (number - begin) / size, byte = begin / planes + (number - begin) - plane * size;
-        const uint32_t code = rows[row * stride_row + byte];
-        float x;
-        if (format == kSign) x = code >> plane & 1 ? 1.0f : -1.0f;
-        else if (format == kInt4) x = static_cast<float>(code >> (4 * plane) & 15) - 7.5f;
-        else x = static_cast<float>(static_cast<int8_t>(code));
-        // All of these are exact in float16: a sign, and a few bits moved from float32's place to float16's.
-        const uint32_t bits = __float_as_uint(x), size_bits = bits & 0x7fffffffu;
-        const uint32_t half = size_bits ? (size_bits >> 13) - (112u << 10) : 0u;
-        out[i] = static_cast<uint16_t>((bits >> 16 & 0x8000u) | half);
-    }
 }
 
 }  // namespace

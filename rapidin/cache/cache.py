@@ -52,12 +52,15 @@ class Cache:
     >>> cache.lengths([3, 5])           # [2, blocks] float32
     >>> cache.code                      # how rows are kept: `rapidin.pack`
 
+    resident: whether a scan on a GPU may leave the rows there for the next, where there is room.
+
     Raises UserError where the folder is no cache, its manifest is damaged, or a shard has another size or
     other tensors than it must; what the tensors hold is not read before it is needed.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, *, resident: bool = True) -> None:
         self.path = Path(path)
+        self.resident = resident
         self.manifest = Manifest.read(self.path)
         self._rows: dict[int, Rows] = {}
         headers = Headers(_fields(self.manifest)) if self.manifest.shards else None

@@ -8,13 +8,14 @@ from rapidin.ops.linear_sketch import embedding_sketch, linear_sketch
 from rapidin.ops.low_rank import LowRank
 from rapidin.ops.matrix_sketch import matrix_sketch
 from rapidin.ops.packed import Packed, pack, packed_bytes, unpack
-from rapidin.ops.topk_scan import topk_scan, topk_scan_both_ends
+from rapidin.ops.topk_scan import ScanQueries, topk_scan, topk_scan_both_ends
 from rapidin.ops.turn import Cut, turn, unit_blocks
 
 __all__ = [
     "Cut",
     "LowRank",
     "Packed",
+    "ScanQueries",
     "embedding_sketch",
     "flat_sketch",
     "linear_sketch",

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -336,6 +337,7 @@ def topk_scan(
     offsets: Sequence[int] | None,
     valid: Tensor | None,
     base: Tensor | None,
+    made: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     top, bottom = _scan(cache, queries, k, largest, not largest, scales, offsets, valid, base)
     return top if largest else bottom
@@ -350,6 +352,7 @@ def topk_scan_both_ends(
     offsets: Sequence[int] | None,
     valid: Tensor | None,
     base: Tensor | None,
+    made: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     top, bottom = _scan(cache, queries, k, True, True, scales, offsets, valid, base)
     return (*top, *bottom)

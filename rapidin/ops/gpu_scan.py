@@ -19,12 +19,13 @@ from rapidin.ops.packed import Packed, packed_bytes
 TOP, BOTTOM = 1, 2  # which ends are wanted, as bits
 LONGEST = 1024  # places of a ranking that one pass over the rows fills
 QUERIES = 256  # that one pass takes
-CHUNK_BYTES = 64 << 20  # of what is held a chunk of rows: sums over several parts, codes as numbers
+CHUNK_BYTES = 64 << 20  # of what is held a chunk of rows: sums over several parts
 MAX_ROWS = 2**31 - 1  # a key has 31 bits for the row's index
 
 NUMBERS = {"int8": 1, "int4": 2, "sign": 8}  # a byte
 LIMITS = {"int8": 4095, "int4": 127, "sign": 127}  # of an integer query
 _GROUP = 64  # bytes
+_LONGEST_BLOCK = 1 << 16  # numbers whose products with queries' digits are summed in 32 bits
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
 Found = tuple[Tensor, Tensor]  # scores [Q, k] float32, indices [Q, k] int64
@@ -57,10 +58,12 @@ class Kept:
     def none(programs: int, q: int, k: int, ends: int, capacity: int, device: torch.device) -> Kept:
         """Empty lists of `capacity` keys each."""
         lists = (q, ends.bit_count())
+        shared = 2 * lists[0] * lists[1]  # ints of `least`; one launch fills both
+        state = torch.zeros(shared + programs * shared // 2, dtype=torch.int32, device=device)
         return Kept(
             keys=torch.empty(programs, *lists, capacity, dtype=torch.int64, device=device),
-            counts=torch.zeros(programs, *lists, dtype=torch.int32, device=device),
-            least=torch.zeros(*lists, dtype=torch.int64, device=device),
+            counts=state[shared:].view(programs, *lists),
+            least=state[:shared].view(torch.int64).view(lists),
             last=torch.empty(*lists, dtype=torch.int64, device=device),
             k=k,
             ends=ends,
@@ -97,9 +100,6 @@ class Kernels(Protocol):
 
     def prepare(self, part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> Any:
         """queries: [Q, width] float32 of this part -> what `scan` takes"""
-
-    def unpack(self, part: Part, out: Tensor) -> None:
-        """Codes of packed rows as numbers, without their scale: [n, width] float16."""
 
     def keep(self, prepared: Any, q: int, k: int, ends: int, rows: int, device: torch.device) -> Kept:
         """Room for what `scan` keeps, empty; `prepared` of the last part."""
@@ -139,8 +139,12 @@ def scan(
     offsets: Sequence[int] | None,
     valid: Tensor | None,
     base: Tensor | None,
+    made: dict[Any, Any] | None = None,
 ) -> list[Found]:
-    """Scores and indices of each end that is wanted. Raises ValueError on a cache of too many rows."""
+    """Scores and indices of each end that is wanted; made: what earlier scans prepared of these queries.
+
+    Raises ValueError on a cache of too many rows.
+    """
     parts = list(_parts(cache))
     n = len(parts[0].rows)
     if n > MAX_ROWS:
@@ -153,58 +157,66 @@ def scan(
     valid = valid.contiguous() if valid is not None else None
     for q in range(0, len(queries), QUERIES):
         some = slice(q, q + QUERIES)
+        prepared = _prepared(kernels, parts, queries[some], offsets, (q, made))
         _scan_some(
-            kernels, parts, queries[some], k, ends, scales, offsets, valid,
+            kernels, parts, prepared, len(queries[some]), k, ends, scales, valid,
             None if base is None else base[some], [(x[some], y[some]) for x, y in outs],
         )  # fmt: skip
     return outs
 
 
-def _scan_some(
+def _prepared(
     kernels: Kernels,
     parts: list[Part],
     queries: Tensor,
+    offsets: Sequence[int] | None,
+    kept: tuple[int, dict[Any, Any] | None],
+) -> list[Any]:
+    """These queries for each part, made now or by an earlier scan; kept: their number and what was made."""
+    number, made = kept
+    stream = None
+    if queries.device.type == "cuda":
+        stream = torch.cuda.current_stream(queries.device)
+        if torch.cuda.is_current_stream_capturing():
+            made = None  # what a graph makes is there only when it runs
+    found = []
+    for part in parts:
+        segments = None if offsets is None else tuple(_segments(part, offsets))
+        key = (type(kernels), number, part.first, part.width, part.dtype, segments, stream)
+        there = None if made is None else made.get(key)
+        if there is None:
+            there = kernels.prepare(part, queries[:, part.first : part.first + part.width], segments)
+            if made is not None:
+                made[key] = there
+        found.append(there)
+    return found
+
+
+def _scan_some(
+    kernels: Kernels,
+    parts: list[Part],
+    prepared: list[Any],
+    q: int,
     k: int,
     ends: int,
     scales: Tensor | None,
-    offsets: Sequence[int] | None,
     valid: Tensor | None,
     base: Tensor | None,
     outs: list[tuple[Tensor, Tensor]],
 ) -> None:
-    n, q = len(parts[0].rows), len(queries)
-    unpacked = [offsets is not None and part.dtype in NUMBERS for part in parts]
-    prepared = [
-        kernels.prepare(
-            Part(part.rows, "float16", part.width, part.first, part.scale) if decode else part,
-            queries[:, part.first : part.first + part.width],
-            None if offsets is None else list(_segments(part, offsets)),
-        )
-        for part, decode in zip(parts, unpacked, strict=True)
-    ]
-    # What a row needs besides itself decides how many are taken at a time.
-    row_bytes = (8 * q if len(parts) > 1 else 0) + max(
-        2 * part.width if decode else 0 for part, decode in zip(parts, unpacked, strict=True)
-    )
-    chunk = n if row_bytes == 0 else min(n, max(1024, CHUNK_BYTES // row_bytes // 1024 * 1024))
-    partial = queries.new_empty(q, chunk, dtype=torch.float64) if len(parts) > 1 else None
-    numbers = queries.new_empty(
-        chunk * max((part.width for part, decode in zip(parts, unpacked, strict=True) if decode), default=0),
-        dtype=torch.float16,
-    )
+    n, device = len(parts[0].rows), outs[0][0].device
+    # The sums over the parts decide how many rows are taken at a time.
+    several = len(parts) > 1
+    chunk = min(n, max(1024, CHUNK_BYTES // (8 * q) // 1024 * 1024)) if several else n
+    partial = torch.empty(q, chunk, dtype=torch.float64, device=device) if several else None
     after = None
     for done in range(0, k, LONGEST):
-        kept = kernels.keep(prepared[-1], q, min(LONGEST, k - done), ends, min(chunk, n), queries.device)
+        kept = kernels.keep(prepared[-1], q, min(LONGEST, k - done), ends, min(chunk, n), device)
         for begin in range(0, n, chunk):
             rows = slice(begin, min(n, begin + chunk))
-            count = rows.stop - begin
             for i, part in enumerate(parts):
                 scale = None if part.scale is None else part.scale[rows]
                 these = Part(part.rows[rows], part.dtype, part.width, part.first, scale)
-                if unpacked[i]:
-                    out = numbers[: count * part.width].view(count, part.width)
-                    kernels.unpack(these, out)
-                    these = Part(out, "float16", part.width, part.first, scale)
                 kernels.scan(
                     Step(
                         part=these,
@@ -295,20 +307,67 @@ def integer_planes(integers: Tensor, dtype: str) -> Tensor:
         return torch.stack([integers - 64 * high, high], 1).to(torch.int8)
     padded = torch.nn.functional.pad(integers.to(torch.int8), (0, 1))
     width = integers.shape[1]
-    places = _numbers_of_bytes(width, dtype, integers.device)
+    places = _places_of_bytes(width, dtype, integers.device)
     return padded[:, places.flatten()].view(len(integers), *places.shape)
 
 
-@kept(1 << 20)
-def _numbers_of_bytes(width: int, dtype: str) -> Tensor:
-    """-> [planes, bytes] on the device that is named last: which number of a row each byte's plane holds, `width` for none."""
+@kept(32 << 20)
+def _places_of_bytes(width: int, dtype: str) -> Tensor:
+    """`numbers_of_bytes` on the device that is named last, `width` for none."""
+    places = numbers_of_bytes(width, dtype)
+    return places.where(places >= 0, width)
+
+
+def numbers_of_bytes(width: int, dtype: str) -> Tensor:
+    """-> [planes, bytes] int64: which number of a row each byte's plane holds, -1 for none."""
     planes = NUMBERS[dtype]
     byte = torch.arange(packed_bytes(width, dtype), device="cpu")  # type: ignore[arg-type]
     begin = byte // _GROUP * _GROUP * planes
     in_group = (width - begin).clamp_max(_GROUP * planes)
     size = (in_group + planes - 1) // planes
     place = torch.arange(planes, device="cpu")[:, None] * size + byte % _GROUP
-    return (begin + place).where(place < in_group, width)
+    return (begin + place).where(place < in_group, -1)
+
+
+# Of a step: its bytes are others than the last one's; it is its block's first, its last.
+NEW_GROUP, BEGINS, ENDS = 1, 2, 4
+
+
+def steps_of_blocks(
+    dtype: str, width: int, segments: Sequence[Segment]
+) -> tuple[Tensor, Tensor, list[Segment]]:
+    """How packed rows with blocks are gone through: a step for each plane of a group of bytes, and each block
+    that it has numbers of, in the order of the numbers.
+
+    -> places [steps, 64] int32, the number of each byte's plane or -1 where the block has none there; steps
+    [steps, 4] int32: the group's first byte, the plane's first bit << 8 | flags, the block's column of
+    scales, the piece; pieces: the segments, in pieces of which 32 bits hold a sum.
+    """
+    pieces = [
+        (first, min(end, first + _LONGEST_BLOCK), block)
+        for begin, end, block in segments
+        for first in range(begin, end, _LONGEST_BLOCK)
+    ]
+    places = numbers_of_bytes(width, dtype)
+    places = torch.nn.functional.pad(places, (0, -places.shape[1] % _GROUP), value=-1)
+    flat = places.view(len(places), -1, _GROUP).transpose(0, 1).reshape(-1, _GROUP)  # [groups * planes, 64]
+    # Planes are numbers in a row, and so are pieces: a step begins where either does.
+    planes = torch.nonzero(flat[:, 0] >= 0).flatten()
+    first = flat[planes, 0]
+    begins, ends, blocks = torch.tensor(pieces, dtype=torch.int64, device="cpu").reshape(-1, 3).T.contiguous()
+    edges = torch.unique(torch.cat([first, begins]))
+    plane = planes[torch.searchsorted(first, edges, right=True) - 1]
+    piece = torch.searchsorted(begins, edges, right=True) - 1
+    number = flat[plane]
+    inside = (number >= edges[:, None]) & (number < ends[piece, None])
+    group, bit = plane // NUMBERS[dtype], plane % NUMBERS[dtype] * (8 // NUMBERS[dtype])
+    change = torch.ones(len(edges) + 1, dtype=torch.bool, device="cpu")
+    new_group = change[:-1].clone()
+    new_group[1:] = group[1:] != group[:-1]
+    change[1:-1] = piece[1:] != piece[:-1]
+    flags = NEW_GROUP * new_group.long() + BEGINS * change[:-1].long() + ENDS * change[1:].long()
+    steps = torch.stack([group * _GROUP, bit << 8 | flags, blocks[piece], piece], 1)
+    return number.where(inside, -1).int(), steps.int().contiguous(), pieces
 
 
 def _largest(queries: Tensor) -> tuple[Tensor, Tensor]:

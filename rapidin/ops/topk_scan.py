@@ -1,6 +1,7 @@
 """topk_scan: the rows of a cache with the largest (or smallest) inner products with each query."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,9 +14,21 @@ from rapidin.ops.packed import Packed
 Rows = Tensor | Packed
 
 
+class ScanQueries:
+    """Queries of several scans: the form in which a GPU multiplies rows with them is made once.
+
+    tensor: [Q, D] float32, which must not change from the first scan to the last
+    made: what backends keep of it
+    """
+
+    def __init__(self, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self.made: dict[Any, Any] = {}
+
+
 def topk_scan(
     cache: Rows | Sequence[Rows],
-    queries: Tensor,
+    queries: Tensor | ScanQueries,
     k: int,
     *,
     largest: bool = True,
@@ -30,7 +43,7 @@ def topk_scan(
     cache: N rows of D numbers: a tensor [N, D] float32, float16 or (not with backend "cpu") bfloat16, a
         Packed, or a sequence of such parts, which lie side by side and whose widths add up to D; views of
         memory maps will do, and rows may lie further apart than they are long
-    queries: [Q, D] float32
+    queries: [Q, D] float32, or `ScanQueries` of such, for several scans
     offsets: nb + 1 ascending ints from 0 to D that cut D into blocks; scales: [N, nb] float32
     valid: [N] bool
     base: [Q, N] float32, added to the scores
@@ -46,16 +59,15 @@ def topk_scan(
     instruction set. A part with NaN or Inf in it makes the query's scores NaN.
     Raises TypeError or ValueError on arguments that are not as above.
     """
-    parts, run = _checked("topk_scan", cache, queries, k, scales, offsets, valid, base, backend)
-    scores, indices = run(
-        parts, queries.detach(), k, largest=largest, scales=scales, offsets=offsets, valid=valid, base=base
-    )
+    more: dict[str, Any] = {"scales": scales, "offsets": offsets, "valid": valid, "base": base}
+    run = _checked("topk_scan", cache, queries, k, backend=backend, **more)
+    scores, indices = run(k, largest=largest, **more)
     return scores, indices
 
 
 def topk_scan_both_ends(
     cache: Rows | Sequence[Rows],
-    queries: Tensor,
+    queries: Tensor | ScanQueries,
     k: int,
     *,
     scales: Tensor | None = None,
@@ -68,26 +80,29 @@ def topk_scan_both_ends(
 
     -> top scores, top indices, bottom scores, bottom indices, [Q, k'] each; the bottom ascends
     """
-    parts, run = _checked("topk_scan_both_ends", cache, queries, k, scales, offsets, valid, base, backend)
-    top, top_indices, bottom, bottom_indices = run(
-        parts, queries.detach(), k, scales=scales, offsets=offsets, valid=valid, base=base
-    )
+    more: dict[str, Any] = {"scales": scales, "offsets": offsets, "valid": valid, "base": base}
+    run = _checked("topk_scan_both_ends", cache, queries, k, backend=backend, **more)
+    top, top_indices, bottom, bottom_indices = run(k, **more)
     return top, top_indices, bottom, bottom_indices
 
 
 def _checked(
     op: str,
     cache: Rows | Sequence[Rows],
-    queries: Tensor,
+    queries: Tensor | ScanQueries,
     k: int,
+    *,
     scales: Tensor | None,
     offsets: Sequence[int] | None,
     valid: Tensor | None,
     base: Tensor | None,
     backend: str | None,
-) -> tuple[list[Rows], Callable[..., Any]]:
-    """The parts of the cache and the function that scans them."""
+) -> Callable[..., Any]:
+    """The function that scans these parts for these queries."""
     parts, n, d = _checked_parts(op, cache)
+    made = None
+    if isinstance(queries, ScanQueries):
+        made, queries = queries.made, queries.tensor
     check_tensor(op, "queries", queries, (torch.float32,), ndim=2)
     if queries.shape[1] != d:
         raise ValueError(
@@ -111,7 +126,8 @@ def _checked(
         name = "cache" if len(parts) == 1 else f"cache[{i}]"
         named[name] = part.codes if isinstance(part, Packed) else part
         named[f"{name}.scale"] = part.scale if isinstance(part, Packed) else None
-    return parts, find(op, backend, check_same_device(op, named))
+    run = find(op, backend, check_same_device(op, named))
+    return partial(run, parts, queries.detach(), made=made)
 
 
 def _checked_parts(op: str, cache: Rows | Sequence[Rows]) -> tuple[list[Rows], int, int]:

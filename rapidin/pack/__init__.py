@@ -1,6 +1,6 @@
 """Pack: from sketches to the few bytes that a cache keeps of each, and back to what a scan needs."""
 
-from rapidin.pack.code import Basis, Code, FloatCode, PackedCode, ScanPlan, side_by_side
+from rapidin.pack.code import Basis, Code, FloatCode, Joined, PackedCode, ScanPlan, side_by_side
 from rapidin.pack.fit import (
     FLOATS,
     PACKED,
@@ -23,6 +23,7 @@ __all__ = [
     "Code",
     "FloatCode",
     "Format",
+    "Joined",
     "Learnt",
     "PackedCode",
     "ScanPlan",

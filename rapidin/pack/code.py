@@ -48,10 +48,21 @@ class ScanPlan:
     offsets: list[int] | None = None
 
 
-def side_by_side(plans: Sequence[ScanPlan]) -> ScanPlan:
-    """One scan whose scores are the sums of these plans' scores, all of the same rows and queries."""
+Joined = dict[tuple[int, ...], tuple[list[Tensor], Tensor]]
+
+
+def side_by_side(plans: Sequence[ScanPlan], joined: Joined | None = None) -> ScanPlan:
+    """One scan whose scores are the sums of these plans' scores, all of the same rows and queries.
+
+    joined: what earlier calls put side by side, so that the same tensors of queries give the same one again
+    """
     if len(plans) == 1:
         return plans[0]
+    joined = {} if joined is None else joined
+    queries = [plan.queries for plan in plans]
+    same = tuple(map(id, queries))
+    if same not in joined:
+        joined[same] = queries, torch.cat(queries, 1)
     widths = [plan.queries.shape[1] for plan in plans]
     # A plan without numbers has them all in its base; the one part that it needs when alone is not needed.
     parts = [part for plan, width in zip(plans, widths, strict=True) if width for part in plan.parts]
@@ -76,7 +87,7 @@ def side_by_side(plans: Sequence[ScanPlan]) -> ScanPlan:
         offsets = None
     return ScanPlan(
         parts,
-        torch.cat([plan.queries for plan in plans], 1),
+        joined[same][1],
         torch.stack([plan.constant for plan in plans]).sum(0),
         torch.stack(bases).sum(0) if bases else None,
         scales,
@@ -387,30 +398,41 @@ class _PackedQuery:
         if scales is None and (code.some_dead(fields) if some_dead is None else some_dead):
             scales = (code.lengths(fields) > 0).float()
         if scales is None:
-            queries = torch.cat([self.found[name] for name in parts], 1)
-            return ScanPlan(list(parts.values()), queries, self.constant)
+            return ScanPlan(list(parts.values()), self._queries, self.constant)
         base = scales @ self._mean_by_block.T
         if "head" in parts:
             head = ops.unpack(parts.pop("head"))
             # sum_b scales[n, b] <q_b, (P head_n)_b>: the blocks of the head are not kept apart in a row
             base += torch.stack([((scales @ by_block) * head).sum(1) for by_block in self._head_by_block], 1)
         if not parts:
-            return ScanPlan(
-                [base.new_zeros(len(base), 0)],
-                self.vectors.new_zeros(len(self.vectors), 0),
-                self.vectors.new_zeros(len(self.vectors)),
-                base.T.contiguous(),
-            )
+            return ScanPlan([base.new_zeros(len(base), 0)], self._nothing, self._zeros, base.T.contiguous())
         widths = [w for name in parts for w in (code.shape.tail if name == "tail" else code.shape.rest)]
-        queries = torch.cat([self.found[name] for name in parts], 1)
         return ScanPlan(
             list(parts.values()),
-            queries,
-            queries.new_zeros(len(queries)),
+            self._without_head,
+            self._zeros,
             base.T.contiguous(),
             scales.repeat(1, len(parts)),
             [0, *accumulate(widths)],
         )
+
+    # The same tensors for each shard, so that a scan prepares them once.
+
+    @cached_property
+    def _queries(self) -> Tensor:
+        return torch.cat(list(self.found.values()), 1)
+
+    @cached_property
+    def _without_head(self) -> Tensor:
+        return torch.cat([x for name, x in self.found.items() if name != "head"], 1)
+
+    @cached_property
+    def _nothing(self) -> Tensor:
+        return self.vectors.new_zeros(len(self.vectors), 0)
+
+    @cached_property
+    def _zeros(self) -> Tensor:
+        return self.vectors.new_zeros(len(self.vectors))
 
     @cached_property
     def _mean_by_block(self) -> Tensor:

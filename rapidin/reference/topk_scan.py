@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -57,6 +57,7 @@ def topk_scan(
     offsets: Sequence[int] | None = None,
     valid: Tensor | None = None,
     base: Tensor | None = None,
+    made: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> scores [Q, min(k, N)] float32, indices [Q, min(k, N)] int64; see rapidin.ops.topk_scan."""
     return select(scores(cache, queries, scales, offsets, base), valid, k, largest)
@@ -71,6 +72,7 @@ def topk_scan_both_ends(
     offsets: Sequence[int] | None = None,
     valid: Tensor | None = None,
     base: Tensor | None = None,
+    made: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> top scores, top indices, bottom scores, bottom indices; see rapidin.ops.topk_scan_both_ends."""
     score = scores(cache, queries, scales, offsets, base)

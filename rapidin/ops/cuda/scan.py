@@ -10,24 +10,18 @@ from torch import Tensor
 
 from rapidin.ops import gpu_scan
 from rapidin.ops.cuda.extension import DTYPES, PACKED_DTYPES, extension, place
-from rapidin.ops.gpu_scan import (
-    Kept,
-    Part,
-    Segment,
-    Step,
-    float_terms,
-    integer_planes,
-    integer_queries,
-    scaled_queries,
-)
+from rapidin.ops.gpu_scan import Kept, Part, Segment, Step, numbers_of_bytes, steps_of_blocks
 from rapidin.ops.lifetimes import kept
 
 _FORMATS = {"float32": 0, "float16": 1, "bfloat16": 2, **PACKED_DTYPES}
 _UNIT = 64  # bytes of a row that a warp takes at a time
+_TABLE_BYTES = 32 << 20  # of each kind that is kept: 4 bytes for each number of a row
 _SCAN_ROWS = 256  # that a block takes at a time
 _COLUMNS = 8  # of the tensor cores' second operand
 # Tiles of columns that a block holds where there are more queries than fill one
 _TILES = {"float32": 2, "float16": 4, "bfloat16": 4, "int8": 4, "int4": 2, "sign": 1}
+_PLANES = {"bfloat16": 2, "int4": 2, "sign": 8}  # of fragments; 1 of others
+_SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BLOCKS_A_MULTIPROCESSOR = 2
 
 
@@ -35,13 +29,11 @@ _BLOCKS_A_MULTIPROCESSOR = 2
 class _Prepared:
     """Queries as csrc/cuda/topk_scan.cuh takes them."""
 
-    fragments: Tensor  # [query tiles, units, planes, tiles, columns held, 4, 16 bytes]
-    units: int
+    fragments: Tensor  # bytes [query tiles, units, planes, tiles, columns held, 4, 16], with blocks more
     tiles: int
     columns_held: int
     query_tiles: int
-    segments: Tensor | None
-    segment_count: int
+    layout: _Layout
     queries: Tensor
     units_of: Tensor  # [Q] float64
     sums: Tensor | None  # [Q] int64
@@ -52,13 +44,6 @@ class _Kernels:
 
     def prepare(self, part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> _Prepared:
         return prepare(part, queries, segments)
-
-    def unpack(self, part: Part, out: Tensor) -> None:
-        rows = part.rows
-        extension().unpack_codes(
-            rows.data_ptr(), _FORMATS[part.dtype], len(rows), part.width, rows.stride(0), out.data_ptr(),
-            place(rows),
-        )  # fmt: skip
 
     def keep(self, prepared: _Prepared, q: int, k: int, ends: int, rows: int, device: torch.device) -> Kept:
         running = _BLOCKS_A_MULTIPROCESSOR * extension().multiprocessors(place(prepared.queries)[0])
@@ -79,9 +64,9 @@ class _Kernels:
             "scale": _address(part.scale),
             "scale_dtype": 0 if part.scale is None else DTYPES[part.scale.dtype],
             "stride_scale": 0 if part.scale is None else part.scale.stride(0),
-            "segments": _address(prepared.segments),
-            "segment_count": prepared.segment_count,
-            "units": prepared.units,
+            "segments": _address(prepared.layout.segments),
+            "segment_count": prepared.layout.segment_count,
+            "units": prepared.layout.units,
             "scales": _address(step.scales),
             "stride_scales": 0 if step.scales is None else step.scales.stride(0),
             "fragments": prepared.fragments.data_ptr(),
@@ -131,68 +116,111 @@ def _kept_fields(kept: Kept, q: int) -> dict[str, int]:
 
 def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> _Prepared:
     """queries: [Q, width] float32 of one part, in the order in which lanes take them."""
-    dtype, q = part.dtype, len(queries)
+    dtype, q, device = part.dtype, len(queries), queries.device
     queries = queries if queries.stride(1) == 1 else queries.contiguous()
-    sums = None
-    if dtype in PACKED_DTYPES:
-        integers, units_of, sums = integer_queries(queries, dtype)
-        columns = integer_planes(integers, dtype)
-        columns = columns[:, :, None] if dtype == "int8" else columns[:, None]
-    else:
-        scaled, units_of = scaled_queries(queries)
-        columns = _split(scaled, dtype)
-    # columns: [Q, columns a query, planes, numbers]
-    unit = _UNIT // columns.element_size()
-    table = None
-    count = 1
+    packed = dtype in PACKED_DTYPES
+    blocks = packed and segments is not None
+    layout = _layout(dtype, part.width, None if segments is None else tuple(segments), device)
+    each = 3 if blocks else 1 if dtype in ("int4", "sign") else 2
+    tiles = 1 if q * each <= _COLUMNS else 2 if blocks else _TILES[dtype]
+    held = min(q * each, _COLUMNS)
+    query_tiles = -(-q // (_COLUMNS * tiles // each))
+    planes = 1 if blocks else _PLANES.get(dtype, 1)
+    unit_bytes = planes * tiles * held * _UNIT + (16 + tiles * 4 * _COLUMNS if blocks else 0)
+    fragments = torch.empty(query_tiles * layout.units * unit_bytes, dtype=torch.uint8, device=device)
+    units_of = torch.empty(2, q, dtype=torch.float64, device=device)
+    sums = torch.empty(q, dtype=torch.int64, device=device) if packed and not blocks else None
+    segment_sums = (
+        torch.empty(layout.segment_count, q, each, dtype=torch.int32, device=device) if blocks else None
+    )
+    fields = {
+        "queries": queries.data_ptr(),
+        "q": q,
+        "stride_query": queries.stride(0),
+        "width": part.width,
+        "format": _FORMATS[dtype],
+        "blocks": blocks,
+        "units": layout.units,
+        "planes": planes,
+        "tiles": tiles,
+        "columns_held": held,
+        "query_tiles": query_tiles,
+        "places": layout.places.data_ptr(),
+        "place_planes": layout.places.shape[1],
+        "steps": _address(layout.steps),
+        "segments": _address(layout.segments),
+        "segment_count": layout.segment_count,
+        "segment_ints": 0 if layout.segments is None else layout.segments.shape[1],
+        "segment_sums": _address(segment_sums),
+        "units_of": units_of[0].data_ptr(),
+        "inverse": units_of[1].data_ptr(),
+        "sums": _address(sums),
+        "fragments": fragments.data_ptr(),
+    }
+    extension().scan_queries(fields, place(queries))
+    return _Prepared(fragments, tiles, held, query_tiles, layout, queries, units_of[0], sums)
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Which number of a row each place of its units is, and where blocks begin and end."""
+
+    units: int
+    places: Tensor  # [units, planes, numbers of 64 bytes] int32, -1 for none
+    segments: Tensor | None  # [segments, 5] int32, as csrc/cuda/launchers.h says
+    segment_count: int
+    steps: Tensor | None = None  # [units, 4] int32 of packed rows with blocks, likewise
+
+
+def _layout(dtype: str, width: int, segments: tuple[Segment, ...] | None, device: torch.device) -> _Layout:
+    if dtype not in PACKED_DTYPES:
+        places, table = _float_tables(_UNIT // _SIZES[dtype], width, segments, device)
+        return _Layout(len(places), places, None if segments is None else table, len(table))
     if segments is None:
-        units = -(-columns.shape[3] // unit)
-        columns = torch.nn.functional.pad(columns, (0, units * unit - columns.shape[3]))
-    else:
-        places, table = _segment_tables(tuple(segments), part.width, unit, queries.device)
-        count, units = len(segments), len(places) // unit
-        columns = torch.nn.functional.pad(columns, (0, 1))[..., places]
-    each = columns.shape[1]
-    tiles = 1 if q * each <= _COLUMNS else _TILES[dtype]
-    held = q * each if q * each < _COLUMNS else _COLUMNS
-    query_tiles = -(-q * each // (_COLUMNS * tiles))
-    missing = query_tiles * tiles * _COLUMNS - q * each if held == _COLUMNS else 0
-    columns = columns.transpose(1, 2).reshape(q, columns.shape[2], each, units, 4, unit // 4)
-    columns = columns.transpose(1, 2).flatten(0, 1)  # [columns, planes, units, 4, numbers of 16 bytes]
-    columns = torch.nn.functional.pad(columns, (0, 0) * 4 + (0, missing))
-    fragments = columns.view(query_tiles, tiles, held, *columns.shape[1:]).permute(0, 4, 3, 1, 2, 5, 6)
-    return _Prepared(
-        fragments.contiguous(), units, tiles, held, query_tiles, table, count, queries, units_of, sums
+        (places,) = _packed_tables(dtype, width, device)
+        return _Layout(len(places), places, None, 1)
+    places, table, steps = _step_tables(dtype, width, segments, device)
+    return _Layout(len(steps), places, table, len(table), steps)
+
+
+# Each gives what it says on the device that is named last.
+
+
+@kept(_TABLE_BYTES)
+def _step_tables(dtype: str, width: int, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """places, segments and steps of packed rows with blocks."""
+    places, steps, pieces = steps_of_blocks(dtype, width, segments)
+    rows = [(begin, end, 0, 0, block) for begin, end, block in pieces]
+    return (
+        places[:, None].contiguous(),
+        torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 5),
+        steps,
     )
 
 
-def _split(x: Tensor, dtype: str) -> Tensor:
-    """x: [Q, W] float32 -> [Q, 2, planes, W]: numbers of the cache's kind that add up to x."""
-    if dtype == "float32":  # tensor cores take the upper 19 bits of each
-        high = ((x.view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32)
-        low = ((x - high).view(torch.int32) + 0x1000 & ~0x1FFF).view(torch.float32)
-        return torch.stack([high, low], 1)[:, :, None]
-    if dtype == "float16":
-        return float_terms(x, torch.float16, 2).transpose(0, 1)[:, :, None]
-    terms = float_terms(x, torch.bfloat16, 3)
-    columns = torch.stack([*terms, torch.zeros_like(terms[0])], 1)
-    return columns.view(len(x), 2, 2, x.shape[1]).transpose(1, 2)
+@kept(_TABLE_BYTES)
+def _packed_tables(dtype: str, width: int) -> tuple[Tensor]:
+    """places of packed rows."""
+    places = numbers_of_bytes(width, dtype)
+    places = torch.nn.functional.pad(places, (0, -places.shape[1] % _UNIT), value=-1)
+    places = places.view(len(places), -1, _UNIT).transpose(0, 1)  # [groups, planes, bytes]
+    return (places.int().contiguous(),)
 
 
-@kept(1 << 20)
-def _segment_tables(segments: tuple[Segment, ...], width: int, unit: int) -> tuple[Tensor, Tensor]:
-    """-> on the device that is named last: the number at each place of the segments' units, `width` for none, and [segments, 5] int32: first
-    and last number, first unit, units before, block."""
-    places, rows = [torch.empty(0, dtype=torch.int64, device="cpu")], []
+@kept(_TABLE_BYTES)
+def _float_tables(unit: int, width: int, segments: tuple[Segment, ...] | None) -> tuple[Tensor, Tensor]:
+    """places and segments of floats: units of a block that begin or end inside of it have places without a
+    number."""
+    places, rows = [torch.empty(0, unit, dtype=torch.int64, device="cpu")], []
     before = 0
-    for begin, end, block in segments:
+    for begin, end, block in ((0, width, 0),) if segments is None else segments:
         first, last = begin // unit, -(-end // unit)
         place = torch.arange(first * unit, last * unit, device="cpu")
-        places.append(place.where((place >= begin) & (place < end), width))
+        places.append(place.where((place >= begin) & (place < end), -1).view(-1, unit))
         rows.append((begin, end, first, before, block))
         before += last - first
     table = torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 5)
-    return torch.cat(places), table
+    return torch.cat(places).int()[:, None].contiguous(), table
 
 
 def _address(x: Tensor | None) -> int:

@@ -11,6 +11,8 @@ from torch import Tensor
 from rapidin.kernels import topk_scan as scan_kernels
 from rapidin.ops import gpu_scan
 from rapidin.ops.gpu_scan import (
+    BEGINS,
+    ENDS,
     NUMBERS,
     Kept,
     Part,
@@ -20,6 +22,7 @@ from rapidin.ops.gpu_scan import (
     integer_planes,
     integer_queries,
     scaled_queries,
+    steps_of_blocks,
 )
 from rapidin.ops.lifetimes import kept
 
@@ -40,6 +43,7 @@ class _Prepared:
     planes: int
     terms: int
     segments: Tensor | None
+    steps: Tensor | None  # of packed rows with blocks, whose segments count these
     tile: dict[str, int]
 
 
@@ -48,9 +52,6 @@ class _Kernels:
 
     def prepare(self, part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> _Prepared:
         return prepare(part, queries, segments)
-
-    def unpack(self, part: Part, out: Tensor) -> None:
-        scan_kernels.unpack_codes(part.rows, NUMBERS[part.dtype], part.width, out)
 
     def keep(self, prepared: _Prepared, q: int, k: int, ends: int, rows: int, device: torch.device) -> Kept:
         tile = prepared.tile
@@ -74,6 +75,7 @@ class _Kernels:
             first=step.first,
             scale=part.scale,
             segments=prepared.segments,
+            steps=prepared.steps,
             scales=step.scales,
             valid=None if step.valid is None else step.valid.view(torch.uint8),
             base=step.base,
@@ -97,6 +99,8 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
     dtype, q = part.dtype, len(queries)
     exact = queries if queries.stride(1) == 1 else queries.contiguous()
     planes = NUMBERS.get(dtype, 0)
+    if planes and segments is not None:
+        return _prepare_steps(part, exact, tuple(segments))
     tile = scan_kernels.tile_of(_KINDS.get(dtype, part.rows.dtype), planes, q)
     few = q <= scan_kernels.FEW
     sums = None
@@ -112,7 +116,37 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
     missing = 0 if few else -q % tile["Q"]
     columns = torch.nn.functional.pad(columns, (0, 0, 0, missing)).contiguous()
     table = None if segments is None else _segment_table(tuple(segments), queries.device)
-    return _Prepared(columns, units, sums, exact, planes, terms, table, tile)
+    return _Prepared(columns, units, sums, exact, planes, terms, table, None, tile)
+
+
+def _prepare_steps(part: Part, queries: Tensor, segments: tuple[Segment, ...]) -> _Prepared:
+    """Of packed rows with blocks: floats, which the codes' values are multiplied with."""
+    places, steps, table = _step_tables(part.dtype, part.width, segments, queries.device)
+    tile = scan_kernels.tile_of(torch.float16, 0, len(queries))
+    tile["D"] = scan_kernels.STEP // 2  # more spill
+    few = len(queries) <= scan_kernels.FEW
+    scaled, units = scaled_queries(queries)
+    scaled, exact = (torch.nn.functional.pad(x, (0, 1))[:, places] for x in (scaled, queries))
+    terms = 0 if few else _TERMS["float16"]
+    columns = scaled[None] if few else float_terms(scaled, torch.float16, terms)
+    columns = torch.nn.functional.pad(columns, (0, 0, 0, 0 if few else -len(queries) % tile["Q"]))
+    planes = NUMBERS[part.dtype]
+    return _Prepared(columns.contiguous(), units, None, exact, planes, terms, table, steps, tile)
+
+
+@kept(32 << 20)
+def _step_tables(dtype: str, width: int, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor, Tensor]:
+    """On the device that is named last: the number of each place of the steps, `width` for none [64 steps]
+    int64; steps [steps, 2] int32: a group's first byte, a plane's first bit; segments [segments, 3]: first
+    and last place, block."""
+    places, steps, _ = steps_of_blocks(dtype, width, segments)
+    begins = torch.nonzero(steps[:, 1] & BEGINS).flatten()
+    ends = torch.nonzero(steps[:, 1] & ENDS).flatten() + 1
+    size = places.shape[1]
+    table = torch.stack([begins * size, ends * size, steps[begins, 2].long()], 1).int()
+    flat = places.flatten().long()
+    steps = torch.stack([steps[:, 0], steps[:, 1] >> 8], 1).contiguous()
+    return flat.where(flat >= 0, width), steps, table.contiguous()
 
 
 @kept(1 << 20)
