@@ -188,9 +188,7 @@ def _object(name: str, command: list[str], force: bool, told: bool) -> Path:
     return made
 
 
-def build(
-    extension: Extension, out: Path, *, jobs: int = 1, force: bool = False, told: bool = False
-) -> None:
+def build(extension: Extension, out: Path, *, jobs: int = 1, force: bool = False, told: bool = False) -> None:
     """Compile an extension to the file `out`. Raises BuildError with what the compiler said."""
     commands = _commands(extension)
     with ThreadPoolExecutor(max(1, jobs)) as pool:
