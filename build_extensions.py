@@ -2,9 +2,9 @@
 
 python build_extensions.py [--force]      # into rapidin/, on all cores
 
-setup.py compiles by this file as well. Here neither setuptools nor an installed pybind11 is needed: its headers
-come with torch too. Objects stay in build/objects, named by all that they were made of, so that what has not
-changed is not compiled again.
+setup.py compiles by this file as well. Here neither setuptools nor an installed pybind11 is needed: its
+headers come with torch too. Objects stay in build/objects, named by all that they were made of, so that what
+has not changed is not compiled again.
 
 RAPIDIN_CUDA=auto (where nvcc is found) | on (or fail) | off
 RAPIDIN_CUDA_ARCHS="80 90": machine code for these; the last also as PTX, for what comes after it. By default

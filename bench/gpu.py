@@ -1,10 +1,10 @@
 """What a GPU makes of rapidin, in two calls that fit the minutes for which a machine is lent.
 
-python bench/gpu.py smoke   --out FOLDER       # builds, checks each kernel and the flow, compute-sanitizer, tests
-python bench/gpu.py measure --out FOLDER       # times each kernel and caching against what the GPU can do
+python bench/gpu.py smoke   --out FOLDER     # builds; checks kernels and flow; compute-sanitizer, tests
+python bench/gpu.py measure --out FOLDER     # times each kernel and caching against what the GPU can do
 Either with --dry-run: on the CPU, tiny; shows that every line runs.
 
-`bench/gpu.sh` is how it is called. The rows go to FOLDER/smoke-<device>.jsonl and gpu-<device>.json as they come.
+`bench/gpu.sh` is how it is called. Rows go to FOLDER/smoke-<device>.jsonl and gpu-<device>.json as they come.
 """
 
 from __future__ import annotations
@@ -76,7 +76,6 @@ def work(args: argparse.Namespace) -> int:
     if args.dry_run:
         prepare_dry_run()
     import torch
-
     from on_gpu.cases import Bench, run_cases
     from on_gpu.device import Machine
     from on_gpu.stages import chosen

@@ -11,7 +11,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from on_gpu.cases import BACKENDS, Case, Facts
+from on_gpu.cases import Case
+from on_gpu.plan import BACKENDS, Facts
 from on_gpu.report import goal_text, goals, key, rate_text, time_text
 from on_gpu.stages import STAGES
 

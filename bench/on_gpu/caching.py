@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from on_gpu.cases import SMALL, Bench, Case, Facts, Mode
+from on_gpu.cases import SMALL, Bench, Case, Mode
 from on_gpu.models import KINDS, make_model, make_records
+from on_gpu.plan import Facts
 from rapidin import Attributor
 from rapidin.encoding import Encoded, by_length
 from rapidin.geometry import KFAC_SAMPLE, GeometryChoice

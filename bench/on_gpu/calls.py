@@ -1,4 +1,4 @@
-"""What both calls do alike: the machine's name, the environment of what they start, the build, and workers."""
+"""What both calls do alike: the machine's name, the environment of what they start, the build, workers."""
 
 from __future__ import annotations
 
@@ -20,11 +20,13 @@ RESTARTS = 8  # of a worker
 STAGE_RESTARTS = 3  # after which the rest of a stage is left out
 BUILD_SECONDS, COMPILE_SECONDS = 110.0, 70.0
 SILENT_SECONDS = 60.0  # after which a worker that tells no row is ended: a case may compile
+KERNELS = "linear_sketch,topk_scan,flat_sketch,pack"  # the stages whose cases launch one kernel each
 WORKER = (sys.executable, str(ROOT / "bench/gpu.py"), "worker")
 
 
 def find_gpu(dry: bool) -> Facts | None:
-    """Name, compute capability ("90") and driver of the first GPU, or None; without torch where nvidia-smi is."""
+    """Name, compute capability ("90") and driver of the first GPU, or None; without torch, if nvidia-smi is
+    there."""
     if dry:
         return {"name": "dry run", "arch": None, "driver": None}
     if shutil.which("nvidia-smi"):
@@ -33,7 +35,7 @@ def find_gpu(dry: bool) -> Facts | None:
         words = [word.strip() for word in said[0].split(",")] if said else []
         if len(words) == 3 and re.fullmatch(r"\d+\.\d+", words[1]):
             return {"name": words[0], "arch": words[1].replace(".", ""), "driver": words[2]}
-    code = "import torch; print(torch.cuda.get_device_name(0)); print('%d%d' % torch.cuda.get_device_capability())"
+    code = "import torch.cuda as c; print(c.get_device_name(0)); print('%d%d' % c.get_device_capability())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     words = done.stdout.split("\n")
     return {"name": words[0], "arch": words[1], "driver": None} if done.returncode == 0 else None
@@ -87,6 +89,17 @@ def simple_row(rows: RowFile, name: str, state: str, **facts: object) -> None:
     print(f"{name}: {state}{': ' + why[0][:200] if why else ''}", flush=True)
 
 
+def late_row(rows: RowFile) -> Callable[[Step], None]:
+    """Writes that a step could not begin."""
+    return lambda step: simple_row(rows, step.name, "left out", why="there was no time left for it")
+
+
+def missing_step(rows: RowFile, name: str, log: Path, why: str) -> Step:
+    """In the place of a step whose tool is not here."""
+    command = [sys.executable, "-c", f"print({why!r})"]
+    return Step(name, command, log, 10.0, ended=lambda was: simple_row(rows, name, "missing", why=why))
+
+
 def because(ended: Ended) -> str:
     """Why a process ended, first in one line, then with what it said."""
     said = ended.log.strip().splitlines()
@@ -133,6 +146,7 @@ def worker_step(
     after: Sequence[str] = (),
     cores: int = 1,
     under: Sequence[str] = (),
+    alone: bool = False,
     silent: float = SILENT_SECONDS,
     worker: Sequence[str] = WORKER,
     restarts: int = RESTARTS,
@@ -180,12 +194,13 @@ def worker_step(
         log,
         limit,
         tuple(after),
-        silent,
-        lambda: sum(1 for _ in mine.rows()),
-        cores,
-        environment or {},
-        again,
-        done,
+        alone=alone,
+        silent=silent,
+        heard=lambda: sum(1 for _ in mine.rows()),
+        cores=cores,
+        environment=environment or {},
+        again=again,
+        ended=done,
     )
 
 
@@ -203,6 +218,7 @@ def compile_steps(
 ) -> list[Step]:
     """Triton's kernels of all cases that are measured, each in one of so many processes."""
     statuses: list[int] = []
+    options = ["--purpose", "compile", "--mode", mode, "--stages", KERNELS, "--ways", "triton"]
 
     def ended(was: Ended) -> None:
         statuses.append(was.status if was.why is None else -1)
@@ -221,8 +237,7 @@ def compile_steps(
         worker_step(
             rows,
             f"compile {n}",
-            ["--purpose", "compile", "--mode", mode, "--stages", "linear_sketch,topk_scan,flat_sketch,pack"]
-            + ["--ways", "triton", "--share", f"{n}/{shares}"],
+            [*options, "--share", f"{n}/{shares}"],
             log,
             until=until,
             limit=COMPILE_SECONDS,

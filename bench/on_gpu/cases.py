@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from on_gpu.device import Machine, Run
-from on_gpu.plan import BACKENDS, Facts, RowFile
+from on_gpu.plan import Facts, RowFile
 from rapidin.ops.backends import CUDA_OPS, find
-
 
 # Sizes: of real models, fewer of these, tiny and even ones for a run on the CPU, tiny and odd ones to check.
 Mode = Literal["full", "quick", "dry", "smoke"]
@@ -49,8 +48,8 @@ class Cost:
     products: float = 0.0
 
     def against(self, ceilings: dict[str, float], seconds: float) -> Facts:
-        """The floor, what it is spent on, and the shares of a run of so many seconds; nothing where one of the
-        ceilings was not measured."""
+        """The floor, what it is spent on, and the shares of a run of so many seconds; nothing where a ceiling
+        was not measured."""
         if not {"read_bytes_per_s", "copy_bytes_per_s", "bf16_per_s", self.rate} <= set(ceilings):
             return {"of": {}}
         read = self.read / ceilings["read_bytes_per_s"]

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from on_gpu.cases import Bench, Case, Facts, MissingError, Mode
+from on_gpu.cases import Bench, Case, MissingError, Mode
 from on_gpu.device import Times
+from on_gpu.plan import Facts
 
 UNITS = {"read_bytes_per_s": "bytes/s", "copy_bytes_per_s": "bytes/s"}
 UNITS |= {"bf16_per_s": "operations/s", "float32_per_s": "operations/s"}

@@ -1,7 +1,7 @@
 """Triton's kernels compiled ahead: each launch of this process compiles its kernel and is not made.
 
-The launchers run as ever, on real tensors of the GPU, so that types, divisibility and constants are those of the
-launches to come, and Triton finds the kernel in its folder then. That folder is TRITON_CACHE_DIR.
+The launchers run as ever, on real tensors of the GPU, so that types, divisibility and constants are those of
+the launches to come, and Triton finds the kernel in its folder then. That folder is TRITON_CACHE_DIR.
 """
 
 from __future__ import annotations

@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from on_gpu.cases import Bench, Case, Facts, Mode
+from on_gpu.cases import Bench, Case, Mode
 from on_gpu.models import KINDS, make_model, make_records
+from on_gpu.plan import Facts
 from rapidin import Attributor
 from rapidin.cache import Cache
 
@@ -26,8 +27,8 @@ SIZE: dict[str, Any] = {
 }
 SIZE |= {"examples": 24, "words": (6, 14), "spread": 0.1}
 TOP = 3
-# How `cache` is asked to keep rows, and how far scores may be off for that, as a share of their root mean square:
-# where one bit of a number depends on the last digit of a product, two machines' rows differ.
+# How `cache` is asked to keep rows, and how far scores may be off for that, as a share of their root mean
+# square: where one bit of a number depends on the last digit of a product, two machines' rows differ.
 FORMATS: dict[str, tuple[dict[str, Any], float]] = {
     "float16": ({"dtype": "float16"}, 5e-3),
     "sign": ({"dtype": "sign"}, 0.05),

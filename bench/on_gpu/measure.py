@@ -58,6 +58,7 @@ def main(args: argparse.Namespace) -> int:
             until=until,
             limit=args.seconds,
             after=[step.name for step in steps],  # nothing beside what is timed
+            alone=True,
             silent=SILENT_SECONDS,
         )
     )
@@ -67,9 +68,7 @@ def main(args: argparse.Namespace) -> int:
             steps,
             end,
             cores=max(1, os.cpu_count() or 1),
-            late=lambda step: calls.simple_row(
-                rows, step.name, "left out", why="there was no time left for it"
-            ),
+            late=calls.late_row(rows),
             each=result.write_soon,
         )
     except CutShortError as cut:

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from on_gpu import peers
-from on_gpu.cases import BACKENDS, SMALL, Bench, Case, Cost, Facts, Mode, backends_of, relative_error
+from on_gpu.cases import SMALL, Bench, Case, Cost, Mode, backends_of, relative_error
+from on_gpu.plan import BACKENDS, Facts
 from on_gpu.sketches import DTYPES
 from rapidin import ops
 from rapidin.ops import Packed

@@ -12,6 +12,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,8 +33,8 @@ class CutShortError(Exception):
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has ended. status: as subprocess has it. why: why it was ended, or None; cut: by a limit of
-    time, so that there is no fault."""
+    """A process that has ended. status: as subprocess has it. why: why it was ended, or None; cut: by a limit
+    of time, so that there is no fault."""
 
     status: int
     seconds: float
@@ -46,9 +47,10 @@ class Ended:
 class Step:
     """A command with its place among others.
 
-    limit: seconds from its start. after: steps that must have ended first. silent: it is ended when `heard`,
-    a number that grows as it gets on, has not changed for so many seconds. cores: that it keeps busy. again:
-    given how it ended, the command to start once more (it has the limit that is left), or None. ended: is told.
+    log: what it says goes there, at once where it has the file alone, else when it has ended. limit: seconds
+    from its start. after: steps that must have ended first. silent: it is ended when `heard`, a number that
+    grows as it gets on, has not changed for so many seconds. cores: that it keeps busy. again: given how it
+    ended, the command to start once more (it has the limit that is left), or None. ended: is told how.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Step:
     log: Path
     limit: float
     after: tuple[str, ...] = ()
+    alone: bool = False
     silent: float | None = None
     heard: Callable[[], int] | None = None
     cores: int = 1
@@ -83,18 +86,32 @@ class _Running:
         self.cut = False
         self.interrupted: float | None = None
         self.number, self.last, self.looked = -1, self.start, self.start
-        with step.log.open("a") as said:
-            self.at = said.tell()
-            said.write(f"$ {' '.join(command)}\n")
-            said.flush()
-            self.process = subprocess.Popen(
-                command,
-                stdout=said,
-                stderr=said,
-                stdin=subprocess.DEVNULL,
-                env={**os.environ, **step.environment},
-                start_new_session=True,
-            )
+        self.said = step.log.open("ab") if step.alone else tempfile.TemporaryFile()  # noqa: SIM115
+        self.said.write(f"$ {' '.join(command)}\n".encode())
+        self.said.flush()
+        self.at = self.said.tell()
+        self.process = subprocess.Popen(
+            command,
+            stdout=self.said,
+            stderr=self.said,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **step.environment},
+            start_new_session=True,
+        )
+
+    def text(self) -> str:
+        """What it has said; from here on its log has it."""
+        if self.step.alone:
+            self.said.close()
+            with self.step.log.open("rb") as file:
+                file.seek(self.at)
+                return file.read().decode(errors="replace")
+        self.said.seek(0)
+        whole = self.said.read()
+        self.said.close()
+        with self.step.log.open("ab") as file:
+            file.write(whole)
+        return whole[self.at :].decode(errors="replace")
 
     def signal(self, number: int) -> None:
         with contextlib.suppress(ProcessLookupError, PermissionError):
@@ -110,10 +127,7 @@ class _Running:
         status = self.process.poll()
         if status is not None:
             self.signal(signal.SIGKILL)  # those it has left behind
-            with self.step.log.open("rb") as said:
-                said.seek(self.at)
-                log = said.read()[-3000:].decode(errors="replace")
-            return Ended(status, now - self.start, self.why, self.cut, log)
+            return Ended(status, now - self.start, self.why, self.cut, self.text()[-3000:])
         if self.step.heard is not None and self.step.silent is not None and now > self.looked + LOOK_SECONDS:
             self.looked, number = now, self.step.heard()
             if number != self.number:
@@ -137,9 +151,9 @@ def run_steps(
 ) -> None:
     """Run the steps, in this order as far as their places and the cores allow, until `end` (monotonic).
 
-    GRACE_SECONDS before it all that still run are interrupted, so that at `end` nothing runs. late: is told of
-    the steps that could not begin. each: is called again and again meanwhile. Raises CutShortError on SIGINT
-    and SIGTERM, when all have ended.
+    GRACE_SECONDS before it all that still run are interrupted, so that at `end` nothing runs. late: is told
+    of the steps that could not begin. each: is called again and again meanwhile. Raises CutShortError on
+    SIGINT and SIGTERM, when all have ended.
     """
     stop = end - GRACE_SECONDS - 1
     waiting, running, done = list(steps), list[_Running](), set[str]()

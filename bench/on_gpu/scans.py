@@ -13,7 +13,8 @@ from made_cache import write_cache
 from torch import Tensor
 
 from on_gpu import peers
-from on_gpu.cases import BACKENDS, SMALL, Bench, Case, Cost, Facts, Mode, backends_of
+from on_gpu.cases import SMALL, Bench, Case, Cost, Mode, backends_of
+from on_gpu.plan import BACKENDS, Facts
 from rapidin import methods, ops
 from rapidin.cache import Cache
 from rapidin.ops import Packed
@@ -22,8 +23,8 @@ from rapidin.scan import Source, scan_cache
 
 # dtype, numbers of a row: rows of 2,000 bytes in each dtype, and RapidIn's own 65,536 numbers
 ROWS = (("sign", 16000), ("float16", 65536), ("int8", 2000), ("float16", 1000), ("int4", 4000))
-# A code of 2,048 bytes an example has rows of so many numbers, 1,785 bytes, which only a stride of 1,792 keeps
-# on addresses that are multiples of 16.
+# A code of 2,048 bytes an example has rows of so many numbers, 1,785 bytes, which only a stride of 1,792
+# keeps on addresses that are multiples of 16.
 LEARNT, LEARNT_STRIDES = 14280, (1785, 1792)
 BLOCKS = 120  # of those rows, where each has a scale of its own, as `--normalize none` and `cosine` scan them
 NUMBERS = {"float16": 0.5, "int8": 1, "int4": 2, "sign": 8}  # a byte

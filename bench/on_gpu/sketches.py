@@ -11,7 +11,8 @@ from bench_sketching import CountSketch, Shuffles
 from torch import Tensor
 
 from on_gpu import peers
-from on_gpu.cases import BACKENDS, SMALL, Bench, Case, Cost, Facts, Mode, backends_of, relative_error
+from on_gpu.cases import SMALL, Bench, Case, Cost, Mode, backends_of, relative_error
+from on_gpu.plan import BACKENDS, Facts
 from rapidin import ops
 
 SEED = 0x9E3779B97F4A7C15

@@ -1,4 +1,4 @@
-"""The call that checks: builds, then each kernel and the whole flow beside the CPU, compute-sanitizer, the tests.
+"""The call that checks: builds; each kernel and the whole flow beside the CPU; compute-sanitizer; the tests.
 
 What can run at a time does: processes share the GPU, and each has its own context, so that one that loses it
 loses it alone. What tells most begins first; the steps that find no time are said.
@@ -17,15 +17,14 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from on_gpu import calls
+from on_gpu.calls import KERNELS
 from on_gpu.plan import ROOT, Facts, RowFile, all_rows
 from on_gpu.processes import GRACE_SECONDS, CutShortError, Ended, Step, run_steps
 
 CHECK_SECONDS, SANITIZER_SECONDS, TESTS_SECONDS = 90.0, 70.0, 60.0
-KERNELS = "linear_sketch,topk_scan,flat_sketch,pack"
 TOOLS = ("memcheck", "racecheck")
-# The last lines of compute-sanitizer's tools: "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards displayed ..."
+# The last lines of compute-sanitizer's tools: "ERROR SUMMARY: 0 errors", "RACECHECK SUMMARY: 0 hazards ..."
 SUMMARY = re.compile(r"(?:ERROR|RACECHECK) SUMMARY: (\d+) (?:error|hazard)")
-COUNTS = re.compile(r"(\d+) (passed|failed|error|errors|skipped)")
 SANITIZER_PLACES = ("/usr/local/cuda/bin", "/usr/local/cuda/compute-sanitizer")
 
 
@@ -42,7 +41,7 @@ def main(args: argparse.Namespace) -> int:
     rows.path.unlink(missing_ok=True)
     rows.about = {**calls.about(), "device": gpu["name"]}
     rows.write({"about": gpu, "seconds": args.seconds, "dry": args.dry_run})
-    for log in ("smoke.log", "pytest.log", "sanitizer.log"):
+    for log in ("smoke.log", "pytest.log", *(f"{tool}.log" for tool in TOOLS)):
         (args.out / log).unlink(missing_ok=True)
     code = 0
     try:
@@ -50,9 +49,7 @@ def main(args: argparse.Namespace) -> int:
             steps(args, rows, end),
             end,
             cores=max(1, os.cpu_count() or 1),
-            late=lambda step: calls.simple_row(
-                rows, step.name, "left out", why="there was no time left for it"
-            ),
+            late=calls.late_row(rows),
         )
     except CutShortError as cut:
         rows.write({"cut": str(cut)})
@@ -98,7 +95,7 @@ def steps(args: argparse.Namespace, rows: RowFile, end: float) -> list[Step]:
 
 def sanitizer(tool: str, args: argparse.Namespace, rows: RowFile, until: float, after: list[str]) -> Step:
     """Each CUDA kernel, at the sizes of the checks, under a tool of compute-sanitizer."""
-    log = args.out / "sanitizer.log"
+    log = args.out / f"{tool}.log"
     mode = "dry" if args.dry_run else "smoke"
     options = ["--purpose", "check", "--mode", mode, "--stages", KERNELS, "--ways", "cuda"]
     found = find_sanitizer()
@@ -106,19 +103,10 @@ def sanitizer(tool: str, args: argparse.Namespace, rows: RowFile, until: float, 
     if args.dry_run:  # every tenth: the tool is not what runs them here
         options += ["--dry-run", "--share", "0/10"]
     elif found is None:
-        return Step(
-            tool,
-            [sys.executable, "-c", "print('there is no compute-sanitizer here')"],
-            log,
-            10.0,
-            ended=lambda was: calls.simple_row(
-                rows, tool, "missing", why="there is no compute-sanitizer here"
-            ),
-        )
+        return calls.missing_step(rows, tool, log, "there is no compute-sanitizer here")
     else:
         # Kernels of other libraries are let alone, which is what makes it quick.
-        under = [found, "--tool", tool, "--kernel-name", "kernel_substring=rapidin", "--error-exitcode", "99"]
-        under += ["--print-limit", "20", "--target-processes", "all"]
+        under = [found, "--tool", tool, "--kernel-name", "kns=rapidin", "--print-limit", "20"]
 
     return calls.worker_step(
         rows,
@@ -129,7 +117,10 @@ def sanitizer(tool: str, args: argparse.Namespace, rows: RowFile, until: float, 
         limit=SANITIZER_SECONDS,
         after=after,
         under=under,
+        alone=True,
         restarts=0,
+        # Else a write past a tensor's end would land in memory that torch holds in reserve.
+        environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ended=sanitizer_row(rows, tool, log, args.dry_run),
     )
 
@@ -158,9 +149,12 @@ def sanitizer_row(rows: RowFile, tool: str, log: Path, dry: bool) -> Callable[[E
             calls.simple_row(rows, tool, "left out" if was.cut else "failed", why=why, **facts)
         else:
             found = sum(int(number) for number in said)
-            good = found == 0 and launched > 0
-            why = "" if good else f"{found} errors or hazards in {launched} cases; {log.name} has them"
-            calls.simple_row(rows, tool, "passed" if good else "failed", found=found, why=why, **facts)
+            state, why = "passed", ""
+            if found or not launched:
+                state, why = "failed", f"{found} errors or hazards in {launched} cases; {log.name} has them"
+            elif was.cut:
+                state, why = "left out", f"nothing found, then {was.why}"
+            calls.simple_row(rows, tool, state, found=found, why=why, **facts)
 
     return write
 
@@ -169,13 +163,7 @@ def pytest_step(args: argparse.Namespace, rows: RowFile, after: list[str]) -> St
     """The tests of the GPU's kernels, as many as there is time for; the log has those that were run."""
     log = args.out / "pytest.log"
     if find_spec("pytest") is None:
-        return Step(
-            "tests",
-            [sys.executable, "-c", "print('there is no pytest here')"],
-            log,
-            10.0,
-            ended=lambda was: calls.simple_row(rows, "tests", "missing", why="there is no pytest here"),
-        )
+        return calls.missing_step(rows, "tests", log, "there is no pytest here")
     files = sorted(
         path for path in (ROOT / "tests").glob("test_gpu_*.py") if path.name != "test_gpu_bench.py"
     )
@@ -198,7 +186,7 @@ def pytest_step(args: argparse.Namespace, rows: RowFile, after: list[str]) -> St
         why = "" if state == "passed" else calls.because(was)
         calls.simple_row(rows, "tests", state, why=why, seconds=round(was.seconds, 2), counts=counts)
 
-    return Step("tests", command, log, TESTS_SECONDS, tuple(after), cores=4, ended=write)
+    return Step("tests", command, log, TESTS_SECONDS, tuple(after), alone=True, cores=4, ended=write)
 
 
 def summary(path: Path) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from on_gpu import caching, ceilings, flow, packing, plan, scans, sketches
-from on_gpu.cases import BACKENDS, Case, Mode
+from on_gpu.cases import Case, Mode
 
 CASES: dict[str, Callable[[Mode], list[Case]]] = {
     "ceilings": ceilings.cases,
@@ -18,19 +18,13 @@ CASES: dict[str, Callable[[Mode], list[Case]]] = {
     "flow": flow.cases,  # checked, not measured
 }
 assert set(plan.STAGES) < set(CASES)
-KERNELS = (
-    "linear_sketch",
-    "topk_scan",
-    "flat_sketch",
-    "pack",
-)  # the stages whose cases launch one kernel each
 
 
 def chosen(
     stages: Sequence[str], mode: Mode, ways: Sequence[str] = (), share: tuple[int, int] = (0, 1)
 ) -> dict[str, list[tuple[int, Case]]]:
-    """(number, case) of each of these stages; ways: of these alone; share: (i, n), the i-th of n parts, case by
-    case. Numbers go through all stages."""
+    """(number, case) of each of these stages; ways: of these alone; share: (i, n), the i-th of n parts, case
+    by case. Numbers go through all stages."""
     found: dict[str, list[tuple[int, Case]]] = {}
     number = 0
     for stage in stages:
@@ -39,11 +33,3 @@ def chosen(
         found[stage] = [(n, case) for n, case in numbered if n % share[1] == share[0]]
         number += len(listed)
     return found
-
-
-def kernel_cases(mode: Mode, way: str) -> int:
-    """How many cases launch kernels of a backend."""
-    return sum(len(cases) for cases in chosen(KERNELS, mode, (way,)).values())
-
-
-assert set(BACKENDS) == {"triton", "cuda"}
