@@ -148,7 +148,6 @@ def worker_step(
     under: Sequence[str] = (),
     alone: bool = False,
     silent: float = SILENT_SECONDS,
-    worker: Sequence[str] = WORKER,
     restarts: int = RESTARTS,
     environment: dict[str, str] | None = None,
     ended: Callable[[Ended], None] = lambda ended: None,
@@ -163,7 +162,7 @@ def worker_step(
 
     def command() -> list[str]:
         skip = sorted({stage for stage in crashes if crashes.count(stage) >= STAGE_RESTARTS})
-        words = [*under, *worker, "--rows", str(rows.path), "--lane", name, "--until", str(until)]
+        words = [*under, *WORKER, "--rows", str(rows.path), "--lane", name, "--until", str(until)]
         words += ["--about", json.dumps(rows.about), *options]
         return [*words, "--skip", ",".join(skip)] if skip else words
 
