@@ -251,25 +251,30 @@ def test_an_error_is_a_row_and_not_the_end(tmp_path):
 
 
 def test_a_flow_that_differs_from_the_cpus_fails(tmp_path, monkeypatch):
-    """The same model on both sides here; then another one in the GPU's place."""
+    """The same on both sides passes; with one layer's sketches wrong in the GPU's place it does not."""
     flow = bench("on_gpu.flow")
     case = planned("flow", "dry")[1]
     assert [row["state"] for row in rows_of([case], tmp_path)] == ["passed"]
     made = flow._attributor
 
-    def other(own, where, size):
+    def wrong(own, where, size):
         found = made(own, where, size)
         if where == "gpu":
-            with torch.no_grad():
-                found.loaded.model.model.layers[0].mlp.up_proj.weight.mul_(1.5)
-            # as if it were the same: what is wrong on a GPU is not the weights
-            found.loaded.__dict__["identity"] = made(own, "cpu", size).loaded.identity
+            sketch = found._sketch
+
+            def other(*args, **named):
+                x, status = sketch(*args, **named)
+                x[:, 0] = x[:, 0].roll(1, 1)
+                return x, status
+
+            found._sketch = other
         return found
 
-    monkeypatch.setattr(flow, "_attributor", other)
+    monkeypatch.setattr(flow, "_attributor", wrong)
     (row,) = rows_of([case], tmp_path)
     assert row["state"] == "failed"
-    assert "off by" in row["why"]
+    assert "a query of the CPU's cache is off by" in row["why"]
+    assert "the CPU's query of the GPU's cache is off by" in row["why"]
 
 
 # ---- processes: what ends them, and what is left of them ----
@@ -497,6 +502,33 @@ def test_nothing_runs_beside_what_is_timed(tmp_path, monkeypatch):
     args.no_build = True
     measure.main(args)
     assert [step.name for step in seen] == ["measure"]
+
+
+def test_what_is_compiled_ahead_is_found_by_the_launch(tmp_path):
+    """Without a GPU: a launch compiles its kernel for the GPU that is named, and is not made."""
+    code = """
+        import sys, torch
+        from triton.backends.compiler import GPUTarget
+        from triton.runtime import driver
+
+        class NoGpu:
+            def get_current_device(self): return 0
+            def get_current_stream(self, device): return 0
+            def get_current_target(self): return GPUTarget("cuda", 90, 32)
+
+        driver.set_active(NoGpu())
+        sys.path.insert(0, sys.argv[1])
+        from on_gpu.compile_only import compile_only
+        compile_only()
+        from rapidin.ops import triton as gpu
+        codes, scale = gpu.pack(torch.randn(4, 128), "sign")
+        assert not codes.any() and not scale.any()  # nothing ran
+    """
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    environment.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, "-c", textwrap.dedent(code), str(ROOT / "bench")]
+    subprocess.run(command, env=environment, check=True, timeout=200)
+    assert [path.name for path in tmp_path.rglob("*.cubin")] == ["_pack_kernel.cubin"]
 
 
 @pytest.mark.parametrize(
