@@ -11,9 +11,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from on_gpu.cases import BACKENDS, Case, Facts
-from on_gpu.report import goal_text, goals, key, rate_text, time_text
-from on_gpu.stages import STAGES
+from on_gpu.cases import Case
+from on_gpu.plan import BACKENDS, STAGES, Facts, all_rows
+from on_gpu.report import goal_text, goals, key, rate_text, size_text, time_text
+from on_gpu.stages import chosen
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/performance.md"
@@ -31,27 +32,35 @@ whichever is longer. Bytes that are only read are held against the best reading 
 against a copy. Each result is checked against the reference first, with its output's memory filled with NaN
 before; a wrong one is no measurement. Times are the GPU's (events; the launch is not in them), on random
 data, inputs taken in turn so that none is left in the L2 cache. Other ways stand beside: how many times as
-long they take as the quicker of ours.
+long they take as the quicker of ours. The results' files have the quartiles, device, date and commit of each
+row besides.
 """
 
 WORDS = {
     "ceiling": "Ceilings",
+    "caching": "Caching from end to end",
     "linear_sketch": "`linear_sketch`: a layer's gradient from its factors",
     "matrix_sketch": "`matrix_sketch`: of a formed gradient",
     "embedding_sketch": "`embedding_sketch`",
-    "flat_sketch": "`flat_sketch`: the gradient of a whole model",
     "topk_scan": "`topk_scan`: both ends of the ranking, a cache of 4 GiB",
-    "caching": "Caching from end to end",
+    "flat_sketch": "`flat_sketch`: the gradient of a whole model",
     "pack": "`pack`",
     "turn": "The random turn",
     "unpack": "`unpack`",
-    "stream": "Caches larger than the GPU's memory",
+    "stream": "From the disk, and once more from the GPU's memory",
+}
+# What a column's values mean, where its name does not say it.
+NOTES = {
+    "linear_sketch": "`kfac`: K-FAC's preconditioner is not there, comes as a low rank of either side "
+    "(`rapidin.ops.LowRank`), or has made float32 copies of the factors first, which is timed too.",
+    "topk_scan": "`stride`: bytes from row to row; `blocks`: how many of a row have a scale of their own, as "
+    "`--normalize none` and `cosine` scan packed rows.",
 }
 
 
 def expected() -> list[Case]:
     """What a full run measures."""
-    return [case for stage in STAGES for case in stage.cases("full")]
+    return [case for cases in chosen(list(STAGES), "full").values() for _, case in cases]
 
 
 def results() -> list[Facts]:
@@ -76,7 +85,7 @@ def cell(row: Facts | None, best: float | None) -> str:
         return "failed"
     text = time_text(row["seconds"])
     if row["way"] in BACKENDS:
-        return f"{text}, {row['of']['floor']:.2f}"
+        return f"{text}, {row['of']['floor']:.2f}" if "floor" in row["of"] else text
     if best is not None and "elements_projected" not in row:
         return f"{text}, {row['seconds'] / best:.1f} times"
     return text
@@ -98,8 +107,9 @@ def verdicts(rows: list[Facts], group: list[Facts]) -> str:
 
 def by_size(op: str, rows: list[Facts]) -> list[str]:
     """A line for each size, a column for each way; what all sizes have in common stands above."""
-    wanted = [case.row() for case in expected() if case.op == op]
-    mine = [row for row in rows if row["op"] == op]
+    mine = [row for row in rows if row["op"] == op and row["state"] != "left out"]
+    there_are = {key(row) for row in mine}
+    wanted = [row for case in expected() if case.op == op and key(row := case.row()) in there_are]
     ways = list(dict.fromkeys(row["way"] for row in [*wanted, *mine]))
     sizes = {key(row): row["size"] for row in [*wanted, *mine]}
     names = list(dict.fromkeys(name for size in sizes.values() for name in size))
@@ -125,41 +135,79 @@ def by_size(op: str, rows: list[Facts]) -> list[str]:
             ]
         )
     common = ", ".join(f"{name} {number_text(*values)}" for name, values in shared.items())
+    above = " ".join([*([f"All: {common}."] if common else []), *([NOTES[op]] if op in NOTES else [])])
     made = table([*names, "limit", *ways, "goal"], lines)
-    return [f"All: {common}.", "", *made] if common else made
+    return [above, "", *made] if above else made
+
+
+def to_come(rows: list[Facts]) -> list[str]:
+    """A line for each op of which rows are not measured yet."""
+    there = {(key(row), row["way"]) for row in rows if row["state"] != "left out"}
+    lines = []
+    for op, words in WORDS.items():
+        missing = [case.row() for case in expected() if case.op == op]
+        missing = [row for row in missing if (key(row), row["way"]) not in there]
+        if not missing:
+            continue
+        sizes = len({key(row) for row in missing})
+        ways = "; ".join(dict.fromkeys(row["way"] for row in missing))
+        goals = dict.fromkeys(goal_text(name, goal) for row in missing for name, goal in row["goals"].items())
+        line = f"- {words}{f', {sizes} sizes' if sizes > 1 else ''}. Ways: {ways}."
+        lines.append(line + (f" Goal: {', '.join(goals)}." if goals else ""))
+    return lines
+
+
+def checks() -> list[str]:
+    """What `bench/gpu.sh smoke` found, a line for each device and each failure."""
+    lines = []
+    for path in sorted(RESULTS.glob("smoke-*.jsonl")):
+        if any(row.get("dry") for row in all_rows(path)):
+            continue
+        rows = [row for row in all_rows(path) if "state" in row and not row["lane"].startswith("compile ")]
+        states = [row["state"] for row in rows]
+        counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
+        if rows:
+            commit = str(rows[0]["commit"])[:12]
+            lines.append(f"Checked on {rows[0]['device']}, {rows[0]['date']}, commit {commit}: {counts}.")
+        for row in rows:
+            if row["state"] == "failed":
+                why = str(row["why"]).splitlines()[0][:200].replace("|", "\\|")
+                lines.append(f"- failed: {row['op']}, {row['way']}, {size_text(row['size'])}: {why}")
+    return [*lines, ""] if lines else []
 
 
 def number_text(value: object) -> str:
     return f"{int(str(value)):,}" if str(value).isdigit() else str(value)
 
 
-def ceilings(rows: list[Facts]) -> list[str]:
+def rates(op: str, rows: list[Facts]) -> list[str]:
+    """The rate of each way, and its share of the limit where it has one."""
     lines = []
-    for case in expected():
-        if case.op == "ceiling":
-            row = next((r for r in rows if r["op"] == "ceiling" and r["way"] == case.way), None)
-            measured = row is not None and row["state"] == "measured"
-            lines.append([case.way, rate_text(row) if row is not None and measured else NOT_YET])
-    return table(["what", "rate"], lines)
+    for row in rows:
+        if row["op"] == op and row["state"] != "left out":
+            measured = row["state"] == "measured"
+            of = f"{row['of']['read']:.2f}" if measured and row.get("of") else ""
+            lines.append([row["way"], rate_text(row) if measured else row["state"], of])
+    return table(["what", "rate", "of the limit"], lines)
 
 
 def caching(rows: list[Facts]) -> list[str]:
     lines = []
-    for case in expected():
-        if case.op != "caching":
+    size: Facts = {}
+    for row in rows:
+        if row["op"] != "caching" or row["state"] == "left out":
             continue
-        row = next((r for r in rows if (key(r), r["way"]) == (key(case.row()), case.way)), None)
-        head = [str(case.size["kind"]), case.way]
-        wanted = "; ".join(goal_text(name, goal) for name, goal in case.goals.items())
-        if row is None or row["state"] != "measured":
-            said = "failed" if row is not None and row["state"] == "failed" else NOT_YET
-            lines.append([*head, said, "", "", "", wanted])
+        size = row["size"]
+        head = [str(size["kind"]), row["way"]]
+        if row["state"] != "measured":
+            lines.append([*head, row["state"], "", "", "", "", ""])
             continue
         above = row.get("bytes_above_bare")
         of = row["of"]
         lines.append(
             [
                 *head,
+                f"{row['width']:,}" if "width" in row else "",
                 f"{row['tokens_per_s']:,.0f}",
                 f"{of['bare loop']:.3f}" if "bare loop" in of else "",
                 f"{of['packing']:.3f}" if "packing" in of else "",
@@ -170,33 +218,22 @@ def caching(rows: list[Facts]) -> list[str]:
                 ),
             ]
         )
-    size = next(case.size for case in expected() if case.op == "caching")
     about = (
         f"A Llama of random bfloat16 weights: {size['layers']} layers of {size['hidden']} features, "
         f"{size['vocabulary']:,} tokens; {size['examples']} texts of {size['words'][0]} to "
-        f"{size['words'][1]} tokens, {size['batch_tokens']:,} tokens a batch, {size['width']} bins a layer. "
+        f"{size['words'][1]} tokens, {size['batch_tokens']:,} tokens a batch. "
         "The bare loop is a forward and an input-only backward pass over the same batches; caching is all of "
         "`Attributor.cache`, shards on disk included."
     )
-    head = ["what counts", "way", "tokens/s", "of bare loop", "packing's share", "MB above bare", "goal"]
-    return [about, "", *table(head, lines)]
-
-
-def stream(rows: list[Facts]) -> list[str]:
-    lines = []
-    for case in expected():
-        if case.op == "stream":
-            row = next((r for r in rows if r["op"] == "stream" and r["way"] == case.way), None)
-            measured = row is not None and row["state"] == "measured"
-            lines.append([case.way, rate_text(row) if row is not None and measured else NOT_YET])
-    return table(["what", "rate"], lines)
+    head = ["what counts", "way", "dimension", "tokens/s", "of bare loop", "packing's share", "MB above bare"]
+    return [about, "", *table([*head, "goal"], lines)]
 
 
 def section(result: Facts | None) -> list[str]:
-    rows: list[Facts] = result["rows"] if result else []
+    rows: list[Facts] = [row for row in result["rows"] if row["op"] != "step"] if result else []
     lines = []
     if result is None:
-        lines += ["## No GPU so far", "", "Nothing here was measured yet; the tables say what will be.", ""]
+        lines += ["## No GPU so far", ""]
     else:
         about = result["about"]
         versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if v)
@@ -206,22 +243,30 @@ def section(result: Facts | None) -> list[str]:
             f"{result['date']}, commit {commit}, {result['mode']} run; driver {about['driver']}, {versions}; "
         )
         lines.append(f"{made}{about['memory_bytes'] / 2**30:.0f} GiB.")
+        if result.get("cut"):
+            lines.append(f"The run was cut short by {result['cut']}.")
         lines.append("")
-    special = {"ceiling": ceilings, "caching": caching, "stream": stream}
-    for op in dict.fromkeys(case.op for case in expected()):
-        lines += [f"### {WORDS[op]}", ""]
-        lines += special[op](rows) if op in special else by_size(op, rows)
+    for op, words in WORDS.items():
+        if not any(row["op"] == op and row["state"] != "left out" for row in rows):
+            continue
+        lines += [f"### {words}", ""]
+        if op in ("ceiling", "stream"):
+            lines += rates(op, rows)
+        else:
+            lines += caching(rows) if op == "caching" else by_size(op, rows)
     reasons: dict[str, None] = {}
     for row in rows:
         if row["state"] in ("failed", "missing"):
             said = row["why"].splitlines()[0][:200].replace("|", "\\|")
             reasons[f"- {row['op']}, {row['way']}: {row['state']}: {said}"] = None
-    return [*lines, *(["Why rows are missing:", "", *reasons, ""] if reasons else [])]
+    lines += ["Why rows are missing:", "", *reasons, ""] if reasons else []
+    waiting = to_come(rows)
+    return [*lines, *(["Not measured yet:", "", *waiting, ""] if waiting else [])]
 
 
 def page() -> str:
     found = results()
-    lines = [line for result in (found or (None,)) for line in section(result)]
+    lines = [*checks(), *(line for result in (found or (None,)) for line in section(result))]
     return HEAD + "\n" + "\n".join(lines).rstrip() + "\n"
 
 

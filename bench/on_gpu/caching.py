@@ -17,109 +17,36 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from on_gpu.cases import Bench, Case, Facts, Mode
+from on_gpu.cases import SMALL, Bench, Case, Mode
+from on_gpu.models import KINDS, make_model, make_records
+from on_gpu.plan import Facts
 from rapidin import Attributor
 from rapidin.encoding import Encoded, by_length
 from rapidin.geometry import KFAC_SAMPLE, GeometryChoice
 from rapidin.hooks import Batch, example_losses
-from rapidin.model import LoadedModel, WeightPath
 from rapidin.pack import FloatCode, PackedCode
 
 CACHING_GOAL, PACK_GOAL = 0.93, 0.02
-KINDS = ("linear layers", "LoRA")
 DTYPES = ("float16", "sign")
-RANK = 16
 
 
 def size_of(mode: Mode) -> dict[str, Any]:
     size: dict[str, Any] = {"hidden": 2048, "inner": 8192, "layers": 16, "heads": 32, "kv_heads": 8}
-    size |= {"vocabulary": 128256, "examples": 128, "words": (256, 768), "batch_tokens": 8192, "width": 512}
+    size |= {
+        "vocabulary": 128256,
+        "examples": 128,
+        "words": (256, 768),
+        "batch_tokens": 8192,
+        "width": "auto",
+    }
     if mode == "quick":
         size |= {"examples": 48}
-    if mode == "dry":
+    if mode in SMALL:
         size |= {"hidden": 32, "inner": 48, "layers": 1, "heads": 2, "kv_heads": 1, "vocabulary": 128}
         size |= {"examples": 6, "words": (6, 12), "batch_tokens": 32, "width": 64}
     return size
-
-
-class LoRA(nn.Module):
-    """A linear layer with a trained product of rank RANK beside it, as peft has it: for where peft is not."""
-
-    def __init__(self, layer: nn.Linear) -> None:
-        super().__init__()
-        self.base_layer = layer
-        like = {"device": layer.weight.device, "dtype": layer.weight.dtype}
-        self.lora_A = nn.Linear(layer.in_features, RANK, bias=False, **like)
-        self.lora_B = nn.Linear(RANK, layer.out_features, bias=False, **like)
-        nn.init.normal_(self.lora_B.weight, std=0.02)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = self.base_layer(x) + 2.0 * self.lora_B(self.lora_A(x))
-        return y
-
-
-def _tokenizer(vocabulary: int) -> Any:
-    """A word is a token, so that texts of so many words have so many tokens."""
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
-
-    words = {"</s>": 0} | {f"w{n}": n for n in range(1, vocabulary)}
-    made = Tokenizer(models.WordLevel(words, unk_token="</s>"))
-    made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=made, eos_token="</s>", pad_token="</s>", model_max_length=4096
-    )
-
-
-def make_model(bench: Bench, kind: str) -> LoadedModel:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    size = size_of(bench.mode)
-    config = LlamaConfig(
-        vocab_size=size["vocabulary"],
-        hidden_size=size["hidden"],
-        intermediate_size=size["inner"],
-        num_hidden_layers=size["layers"],
-        num_attention_heads=size["heads"],
-        num_key_value_heads=size["kv_heads"],
-        max_position_embeddings=4096,
-        tie_word_embeddings=True,
-        initializer_range=0.03,
-        eos_token_id=0,
-        pad_token_id=0,
-        bos_token_id=None,
-    )
-    torch.manual_seed(0)
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with bench.device:
-            model = LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(before)
-    tokenizer = _tokenizer(size["vocabulary"])
-    if kind != "LoRA":
-        return LoadedModel.of(model, tokenizer)
-    for layer in model.model.layers:
-        for name in ("q_proj", "v_proj"):
-            setattr(layer.self_attn, name, LoRA(getattr(layer.self_attn, name)))
-    named = dict(model.named_parameters())
-    ends = [(p, None, p.data) for name, p in named.items() if ".lora_B." in name]
-    return LoadedModel(model, tokenizer, WeightPath(ends), [name for name in named if ".lora_" in name])
-
-
-def make_records(bench: Bench) -> list[dict[str, str]]:
-    size = size_of(bench.mode)
-    generator = torch.Generator().manual_seed(2)
-    low, high = size["words"]
-    lengths = torch.randint(low, high, (size["examples"],), generator=generator).tolist()
-    records = []
-    for n in lengths:
-        words = [f"w{i}" for i in torch.randint(1, size["vocabulary"], (n,), generator=generator).tolist()]
-        records.append({"prompt": " ".join(words[: n // 2]), "completion": " ".join(["", *words[n // 2 :]])})
-    return records
 
 
 @dataclass
@@ -143,12 +70,12 @@ class Setting:
 
 def _setting(bench: Bench, kind: str) -> Setting:
     def make() -> Setting:
-        loaded = make_model(bench, kind)
-        _ = loaded.identity  # hashing the weights is done once for a cache, however many examples it has
         size = size_of(bench.mode)
+        loaded = make_model(size, kind, bench.device, torch.bfloat16)
+        _ = loaded.identity  # hashing the weights is done once for a cache, however many examples it has
         settings: dict[str, Any] = {"width": size["width"], "batch_tokens": size["batch_tokens"]}
         plain = Attributor(loaded, geometry="off", **settings)
-        records = make_records(bench)
+        records = make_records(size)
         encoded = [plain.encoder(record) for record in records]
         # A short run is no place for the sample, which a cache takes once however many examples it has.
         made = Attributor(loaded, geometry="kfac", **settings).geometry_of(encoded[:KFAC_SAMPLE])
@@ -159,7 +86,7 @@ def _setting(bench: Bench, kind: str) -> Setting:
             attributor, plain, records, [[encoded[n] for n in batch] for batch in reversed(chosen)]
         )
 
-    return bench.once("setting", kind, make)
+    return bench.once(f"setting, {kind}", kind, make)
 
 
 def _batch(texts: list[Encoded], device: torch.device) -> Batch:
@@ -224,6 +151,7 @@ def cached(bench: Bench, setting: Setting, dtype: str, plain: bool) -> tuple[flo
 def caching(kind: str, dtype: str, size: dict[str, Any], plain: bool = False) -> Case:
     def run(bench: Bench) -> Facts:
         setting = _setting(bench, kind)
+        attributor = setting.plain if plain else setting.attributor
         bare(bench, setting)
         bench.machine.clear_peak()
         bare(bench, setting)
@@ -235,7 +163,11 @@ def caching(kind: str, dtype: str, size: dict[str, Any], plain: bool = False) ->
         pairs = [(bare(bench, setting), *cached(bench, setting, dtype, plain)) for _ in range(3)]
         alone, whole, packing = (statistics.median(column) for column in zip(*pairs, strict=True))
         facts: Facts = {
+            "unit": "s",
             "seconds": whole,
+            "width": attributor.width,
+            "quartiles": [min(p[1] for p in pairs), max(p[1] for p in pairs)],
+            "runs": len(pairs),
             "floor_seconds": alone,
             "bound": "bare loop",
             "of": {"bare loop": alone / whole, "packing": packing / whole},
@@ -249,7 +181,7 @@ def caching(kind: str, dtype: str, size: dict[str, Any], plain: bool = False) ->
         return facts
 
     goals = {"bare loop": CACHING_GOAL, "packing": PACK_GOAL}
-    way = f"rapidin, {dtype} rows" + (", geometry off" if plain else "")
+    way = f"rapidin, {dtype} rows, {'geometry off' if plain else 'K-FAC'}"
     return Case("caching", way, {"kind": kind} | size, run, goals)
 
 
@@ -260,7 +192,13 @@ def bare_case(kind: str, size: dict[str, Any]) -> Case:
         bench.machine.clear_peak()
         seconds = statistics.median(bare(bench, setting) for _ in range(3))
         rate = setting.tokens / seconds
-        facts: Facts = {"seconds": seconds, "tokens": setting.tokens, "tokens_per_s": rate, "of": {}}
+        facts: Facts = {
+            "unit": "s",
+            "seconds": seconds,
+            "tokens": setting.tokens,
+            "tokens_per_s": rate,
+            "of": {},
+        }
         return facts | {"peak_bytes": bench.machine.peak_bytes()}
 
     return Case("caching", "bare loop", {"kind": kind} | size, run)
@@ -298,7 +236,7 @@ def training(kind: str, size: dict[str, Any]) -> Case:
         for parameter in model.parameters():
             parameter.requires_grad_(False)
         seconds = statistics.median(taken[1:])
-        facts: Facts = {"seconds": seconds, "tokens": setting.tokens, "of": {}}
+        facts: Facts = {"unit": "s", "seconds": seconds, "tokens": setting.tokens, "of": {}}
         return facts | {"tokens_per_s": setting.tokens / seconds, "peak_bytes": bench.machine.peak_bytes()}
 
     return Case("caching", "training step, AdamW", {"kind": kind} | size, run)
@@ -306,8 +244,9 @@ def training(kind: str, size: dict[str, Any]) -> Case:
 
 def cases(mode: Mode) -> list[Case]:
     size = size_of(mode)
-    listed: list[Case] = []
-    for kind in KINDS:
-        listed += [bare_case(kind, size), *(caching(kind, dtype, size) for dtype in DTYPES)]
-        listed += [caching(kind, DTYPES[0], size, plain=True), training(kind, size)]
-    return listed
+    # First what the defaults are, K-FAC and float16 rows.
+    listed = [caching(kind, DTYPES[0], size) for kind in KINDS]
+    listed += [bare_case(kind, size) for kind in KINDS]
+    listed += [caching(kind, DTYPES[1], size) for kind in KINDS]
+    listed += [caching(kind, DTYPES[0], size, plain=True) for kind in KINDS]
+    return [*listed, *(training(kind, size) for kind in KINDS)]

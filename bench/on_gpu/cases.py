@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import gc
-import json
+import math
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -15,15 +15,21 @@ import torch
 from torch import Tensor
 
 from on_gpu.device import Machine, Run
-from rapidin.ops.backends import find
+from on_gpu.plan import Facts, RowFile
+from rapidin.ops.backends import CUDA_OPS, find
 
-Mode = Literal["full", "quick", "dry"]
-State = Literal["measured", "failed", "missing", "left out"]
-BACKENDS = ("triton", "cuda")
-CEILINGS = ("read_bytes_per_s", "copy_bytes_per_s", "bf16_per_s", "float32_per_s")
+# Sizes: of real models, fewer of these, tiny and even ones for a run on the CPU, tiny and odd ones to check.
+Mode = Literal["full", "quick", "dry", "smoke"]
+# What is done with a case: it is timed, only checked against the reference, or its Triton kernels compiled.
+Purpose = Literal["time", "check", "compile"]
+SMALL = ("dry", "smoke")
 
 T = TypeVar("T")
-Facts = dict[str, Any]
+
+
+def backends_of(op: str) -> tuple[str, ...]:
+    """Those that have kernels for an op, the default first."""
+    return ("cuda", "triton") if op in CUDA_OPS else ("triton",)
 
 
 class MissingError(Exception):
@@ -32,18 +38,26 @@ class MissingError(Exception):
 
 @dataclass(frozen=True)
 class Cost:
-    """The least that must be done: bytes read and written, and operations at a rate named in the ceilings."""
+    """The least that must be done: bytes read and written, operations at a rate named in the ceilings, and
+    those of matrix products in bfloat16 beside them."""
 
     read: int
     written: int = 0
     operations: float = 0.0
     rate: str = "float32_per_s"
+    products: float = 0.0
 
-    def floor(self, ceilings: dict[str, float]) -> tuple[float, str]:
-        """(seconds, what they are spent on)."""
-        moved = self.read / ceilings["read_bytes_per_s"] + self.written / ceilings["copy_bytes_per_s"]
-        counted = self.operations / ceilings[self.rate]
-        return (moved, "bytes") if moved >= counted else (counted, "operations")
+    def against(self, ceilings: dict[str, float], seconds: float) -> Facts:
+        """The floor, what it is spent on, and the shares of a run of so many seconds; nothing where a ceiling
+        was not measured."""
+        if not {"read_bytes_per_s", "copy_bytes_per_s", "bf16_per_s", self.rate} <= set(ceilings):
+            return {"of": {}}
+        read = self.read / ceilings["read_bytes_per_s"]
+        moved = read + self.written / ceilings["copy_bytes_per_s"]
+        counted = max(self.operations / ceilings[self.rate], self.products / ceilings["bf16_per_s"])
+        floor, bound = (moved, "bytes") if moved >= counted else (counted, "operations")
+        of = {"floor": floor / seconds, "read": read / seconds}
+        return {"floor_seconds": floor, "bound": bound, "of": of}
 
 
 @dataclass(frozen=True)
@@ -69,11 +83,21 @@ class Bench:
     machine: Machine
     mode: Mode
     ceilings: dict[str, float]
+    purpose: Purpose = "time"
     _made: dict[str, tuple[Any, Any]] = field(default_factory=dict)
 
     @property
     def device(self) -> torch.device:
         return self.machine.device
+
+    @property
+    def small(self) -> bool:
+        """Whether sizes are tiny, as on the CPU and where only results are looked at."""
+        return self.mode in SMALL
+
+    def sets(self, size: int) -> int:
+        """How many sets of inputs of `size` bytes to go round among."""
+        return self.machine.sets(size) if self.purpose == "time" else 1
 
     def once(self, name: str, key: Any, make: Callable[[], T]) -> T:
         if name not in self._made or self._made[name][0] != key:
@@ -91,6 +115,8 @@ class Bench:
     def normal(self, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         """Random numbers, made in pieces where float32 copies of all would fill the memory."""
         out = torch.empty(*shape, dtype=dtype, device=self.device)
+        if self.purpose == "compile":
+            return out
         for piece in out.view(-1).split(1 << 28):
             piece.copy_(torch.randn(len(piece), device=self.device))
         return out
@@ -110,7 +136,13 @@ class Bench:
         tolerance: float = 0.0,
         least: int = 5,
     ) -> Facts:
-        """Times against the floor, after a check of the first run's result: a wrong one is no measurement."""
+        """Times against the floor, after a check of the first run's result: a wrong one is no measurement.
+
+        error: how far off a result is; what it compares with is made when it is called, not before.
+        """
+        if self.purpose == "compile":
+            runs[0]()
+            return {"state": "compiled"}
         facts: Facts = {}
         if error is not None:
             outputs = runs[0]()
@@ -128,21 +160,15 @@ class Bench:
                     "why": f"wrong result: error {facts['error']:.2e} above {tolerance:.0e}",
                 }
             del first, again
+        if self.purpose == "check":
+            return facts | {"state": "passed"}
         times = self.machine.time(runs, least=least)
-        floor, bound = cost.floor(self.ceilings)
-        read = cost.read / self.ceilings["read_bytes_per_s"]
-        return facts | {
-            "seconds": times.median,
-            "low": times.low,
-            "high": times.high,
-            "called_seconds": times.called,
-            "runs": times.runs,
-            "floor_seconds": floor,
-            "bound": bound,
-            "bytes": cost.read + cost.written,
-            "operations": cost.operations,
-            "of": {"floor": floor / times.median, "read": read / times.median},
-        }
+        return (
+            facts
+            | times.facts()
+            | {"bytes": cost.read + cost.written, "operations": cost.operations + cost.products}
+            | cost.against(self.ceilings, times.median)
+        )
 
 
 def relative_error(got: Tensor, wanted: Tensor) -> float:
@@ -154,18 +180,25 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return float(off.max())
 
 
-def rows_of(bench: Bench, cases: Sequence[Case], begin: int, deadline: float) -> Iterator[tuple[int, Facts]]:
-    """(number, row) of each case from `begin` on; past the deadline they are left out.
+def run_cases(
+    bench: Bench,
+    cases: Sequence[tuple[int, Case]],
+    rows: RowFile,
+    deadline: float,
+    late: str = "the stage's time was used up",
+) -> None:
+    """A row for each (number, case), written as soon as it is known; past the deadline they are left out, for
+    the reason `late`.
 
     A row that has but `begun` comes before its case is run, for whoever must say which one ended the process.
+    Raises RuntimeError where an error has left the device unusable.
     """
-    for number in range(begin, len(cases)):
-        case = cases[number]
-        row: Facts = case.row()
-        yield number, row | {"begun": True}
+    for number, case in cases:
+        row: Facts = case.row() | {"number": number}
         if time.monotonic() > deadline:
-            yield number, row | {"state": "left out", "why": "the stage's time was used up"}
+            rows.write(row | {"state": "left out", "why": late})
             continue
+        rows.write(row | {"begun": True})
         start = time.monotonic()
         try:
             row = row | {"state": "measured"} | case.run(bench)
@@ -173,16 +206,22 @@ def rows_of(bench: Bench, cases: Sequence[Case], begin: int, deadline: float) ->
             row |= {"state": "missing", "why": str(error)}
         except Exception as error:
             if isinstance(error, ValueError) and "has no kernel" in str(error):  # for this size
-                yield number, row | {"state": "missing", "why": str(error)}
-                continue
-            where = traceback.extract_tb(error.__traceback__)[-1]
-            why = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
-            row |= {"state": "failed", "why": why[:2000]}
+                row |= {"state": "missing", "why": str(error)}
+            else:
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                why = f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"
+                row |= {"state": "failed", "why": why[:2000]}
             if isinstance(error, torch.OutOfMemoryError):
                 bench.forget()
-        yield number, row | {"case_seconds": time.monotonic() - start}
+        rows.write(_finite(row) | {"case_seconds": round(time.monotonic() - start, 3)})
+        if row["state"] == "failed" and bench.machine.is_lost():
+            raise RuntimeError("the device is lost")
 
 
-def write_row(path: Path, row: Facts) -> None:
-    with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+def _finite(value: Any) -> Any:
+    """The same with what JSON has no numbers for as words."""
+    if isinstance(value, dict):
+        return {name: _finite(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(x) for x in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,31 +5,40 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from on_gpu.cases import Bench, Case, Facts, MissingError, Mode
+from on_gpu.cases import Bench, Case, MissingError, Mode
+from on_gpu.device import Times
+from on_gpu.plan import Facts
 
-# Where a dry run could not know them; never used on a GPU.
-NOMINAL = {"read_bytes_per_s": 1e9, "copy_bytes_per_s": 1e9, "bf16_per_s": 1e9, "float32_per_s": 1e9}
+UNITS = {"read_bytes_per_s": "bytes/s", "copy_bytes_per_s": "bytes/s"}
+UNITS |= {"bf16_per_s": "operations/s", "float32_per_s": "operations/s"}
 
 
 def _size(bench: Bench) -> int:
-    return 1 << 16 if bench.mode == "dry" else min(4 << 30, bench.machine.memory // 16)
+    return 1 << 16 if bench.small else min(4 << 30, bench.machine.memory // 16)
 
 
 def _buffer(bench: Bench) -> Tensor:
     return bench.once("buffer", "read", lambda: bench.normal(_size(bench) // 4))
 
 
+def _rate(ceiling: str, amount: float, times: Times) -> Facts:
+    return times.facts() | {
+        "ceiling": ceiling,
+        "rate": amount / times.median,
+        "rate_unit": UNITS[ceiling],
+    }
+
+
 def copy(bench: Bench) -> Facts:
     x = _buffer(bench)
     y = torch.empty_like(x)
     times = bench.machine.time([lambda: y.copy_(x)], seconds=0.3)
-    return {"seconds": times.median, "ceiling": "copy_bytes_per_s", "rate": 2 * x.nbytes / times.median}
+    return _rate("copy_bytes_per_s", 2 * x.nbytes, times)
 
 
 def read_by_torch(bench: Bench) -> Facts:
     x = _buffer(bench)
-    times = bench.machine.time([x.sum], seconds=0.3)
-    return {"seconds": times.median, "ceiling": "read_bytes_per_s", "rate": x.nbytes / times.median}
+    return _rate("read_bytes_per_s", x.nbytes, bench.machine.time([x.sum], seconds=0.3))
 
 
 def read_by_triton(bench: Bench) -> Facts:
@@ -44,16 +53,16 @@ def read_by_triton(bench: Bench) -> Facts:
     if not error < 1e-2:
         raise ValueError(f"the reading kernel's sum is off by {error:.1e} of the numbers' length")
     times = bench.machine.time([lambda: read_sums(x, out)], seconds=0.3)
-    return {"seconds": times.median, "ceiling": "read_bytes_per_s", "rate": x.nbytes / times.median}
+    return _rate("read_bytes_per_s", x.nbytes, times)
 
 
 def product(dtype: torch.dtype, name: str, side: int) -> Case:
     def run(bench: Bench) -> Facts:
-        n = 64 if bench.mode == "dry" else side
+        n = 64 if bench.small else side
         a, b = bench.normal(n, n, dtype=dtype), bench.normal(n, n, dtype=dtype)
         out = torch.empty_like(a)
         times = bench.machine.time([lambda: torch.mm(a, b, out=out)], seconds=0.3)
-        return {"seconds": times.median, "ceiling": name, "rate": 2 * n**3 / times.median}
+        return _rate(name, 2 * n**3, times)
 
     return Case("ceiling", f"torch: {str(dtype).removeprefix('torch.')} product", {"side": side}, run)
 
@@ -66,15 +75,3 @@ def cases(mode: Mode) -> list[Case]:
         product(torch.bfloat16, "bf16_per_s", 8192),
         product(torch.float32, "float32_per_s", 4096),
     ]
-
-
-def of_rows(rows: list[Facts], dry: bool) -> dict[str, float]:
-    """The best rate of each ceiling. Raises ValueError where one was not measured."""
-    best: dict[str, float] = {}
-    for row in rows:
-        if row["state"] == "measured" and "ceiling" in row:
-            best[row["ceiling"]] = max(best.get(row["ceiling"], 0.0), row["rate"])
-    lacking = [name for name in NOMINAL if name not in best]
-    if lacking and not dry:
-        raise ValueError(f"these ceilings were not measured: {', '.join(lacking)}")
-    return NOMINAL | best

@@ -21,13 +21,23 @@ Run = Callable[[], Any]
 
 @dataclass(frozen=True)
 class Times:
-    """Seconds of one run, on the device alone and as a caller waits for it; low, high: its tenths."""
+    """Seconds of one run, on the device alone and as a caller waits for it; low, high: its quartiles."""
 
     median: float
     low: float
     high: float
     called: float
     runs: int
+
+    def facts(self) -> dict[str, Any]:
+        """As rows have them."""
+        return {
+            "unit": "s",
+            "seconds": self.median,
+            "quartiles": [self.low, self.high],
+            "called_seconds": self.called,
+            "runs": self.runs,
+        }
 
 
 class Machine:
@@ -43,6 +53,10 @@ class Machine:
             self.units = int(found.multi_processor_count)
         else:
             self.memory, self.l2, self.units = 1 << 30, 1 << 14, 2
+
+    @property
+    def name(self) -> str:
+        return "CPU, dry run" if self.dry else torch.cuda.get_device_name(0)
 
     def wait(self) -> None:
         if not self.dry:
@@ -72,8 +86,8 @@ class Machine:
         taken = called if once > 2e-3 else self._taken(runs, count, min(0.1, 1.5 * queued * count))
         return Times(
             statistics.median(taken),
-            taken[len(taken) // 10],
-            taken[-1 - len(taken) // 10],
+            taken[len(taken) // 4],
+            taken[-1 - len(taken) // 4],
             statistics.median(called),
             count,
         )
@@ -143,7 +157,7 @@ class Machine:
     def describe(self) -> dict[str, Any]:
         """Name, driver and versions, as they stand in the results."""
         about: dict[str, Any] = {
-            "name": "CPU, dry run" if self.dry else torch.cuda.get_device_name(0),
+            "name": self.name,
             "driver": None if self.dry else driver(),
             "memory_bytes": self.memory,
             "l2_bytes": self.l2,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from on_gpu import peers
-from on_gpu.cases import BACKENDS, Bench, Case, Cost, Facts, Mode, relative_error
+from on_gpu.cases import SMALL, Bench, Case, Cost, Mode, backends_of, relative_error
+from on_gpu.plan import BACKENDS, Facts
 from on_gpu.sketches import DTYPES
 from rapidin import ops
 from rapidin.ops import Packed
@@ -19,7 +20,7 @@ EDGE = 1e-5  # share of bytes that may differ for that
 
 
 def pack_sizes(mode: Mode) -> list[dict[str, Any]]:
-    rows, width = (5, 144) if mode == "dry" else (16384, 16384)
+    rows, width = (5, 151 if mode == "smoke" else 144) if mode in SMALL else (16384, 16384)
     listed = [("int8", "float32"), ("int4", "float32"), ("sign", "float32"), ("sign", "bfloat16")]
     return [{"to": to, "from": x, "rows": rows, "numbers": width} for to, x in listed]
 
@@ -63,12 +64,13 @@ def packing(size: dict[str, Any], way: str) -> Case:
             return made.codes, made.scale
 
         chosen = torch.linspace(0, len(x) - 1, min(few, len(x)), device=x.device).long()
-        wanted = bench.once(
-            "wanted", ("pack", *size.items()), lambda: ops.pack(x[chosen], size["to"], backend="reference")
-        )
-        return bench.measured(
-            [call], _cost(size), lambda got: _pack_error(wanted, (got[0][chosen], got[1][chosen])), TOLERANCE
-        )
+        key = ("pack", *size.items())
+
+        def error(got: tuple[Tensor, Tensor]) -> float:
+            wanted = bench.once("wanted", key, lambda: ops.pack(x[chosen], size["to"], backend="reference"))
+            return _pack_error(wanted, (got[0][chosen], got[1][chosen]))
+
+        return bench.measured([call], _cost(size), error, TOLERANCE)
 
     return Case("pack", way, size, run)
 
@@ -99,11 +101,10 @@ def unpacking(size: dict[str, Any], way: str) -> Case:
                 [lambda: peers.unpacked(packed, 0, size["rows"]).float() * scale[:, None]], turned_round
             )
         few = Packed(packed.codes[:64], packed.dtype, packed.width, scale[:64])
-        wanted = ops.unpack(few, backend="reference")
         return bench.measured(
             [lambda: ops.unpack(packed, backend=way)],
             turned_round,
-            lambda got: relative_error(got[:64], wanted),
+            lambda got: relative_error(got[:64], ops.unpack(few, backend="reference")),
             TOLERANCE,
         )
 
@@ -111,7 +112,7 @@ def unpacking(size: dict[str, Any], way: str) -> Case:
 
 
 def turn_size(mode: Mode) -> dict[str, Any]:
-    rows, blocks, width = (3, 2, 64) if mode == "dry" else (2048, 112, 512)
+    rows, blocks, width = (3, 2, 64) if mode in SMALL else (2048, 112, 512)
     return {"rows": rows, "blocks": blocks, "width": width}
 
 
@@ -126,11 +127,16 @@ def turning(size: dict[str, Any], way: str) -> Case:
             signs = bench.normal(size["blocks"], size["width"]).sign()
             return bench.measured([lambda: peers.torch_turn(x, signs)], cost)
         bench.kernel("turn", way)
-        wanted = ops.turn(x[:64].cpu(), seed=SEED)
+        key = ("turn", *size.items())
+
+        def error(got: Tensor) -> float:
+            wanted = bench.once("wanted", key, lambda: ops.turn(x[:64].cpu(), seed=SEED))
+            return relative_error(got[:64].cpu().flatten(1), wanted.flatten(1))
+
         return bench.measured(
             [lambda: ops.turn(x, seed=SEED, backend=way)],
             cost,
-            lambda got: relative_error(got[:64].cpu().flatten(1), wanted.flatten(1)),
+            error,
             TOLERANCE,
         )
 
@@ -138,8 +144,10 @@ def turning(size: dict[str, Any], way: str) -> Case:
 
 
 def cases(mode: Mode) -> list[Case]:
-    ways = (*BACKENDS, "torch")
-    listed = [packing(size, way) for size in pack_sizes(mode) for way in ways]
-    listed += [turning(turn_size(mode), way) for way in ways]
+    def ways(op: str) -> tuple[str, ...]:
+        return (*backends_of(op), "torch")
+
+    listed = [packing(size, way) for size in pack_sizes(mode) for way in ways("pack")]
+    listed += [turning(turn_size(mode), way) for way in ways("turn")]
     sizes = [size for size in pack_sizes(mode) if size["from"] == "float32"]
-    return [*listed, *(unpacking(size, way) for size in sizes for way in ways)]
+    return [*listed, *(unpacking(size, way) for size in sizes for way in ways("unpack"))]

@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from on_gpu.cases import BACKENDS, Facts
+from on_gpu.plan import BACKENDS, Facts
 
 SHARE_OF_TIME = 0.05  # a goal below this is a share of time that must not be passed
 
@@ -99,7 +99,7 @@ def failures(rows: Sequence[Facts]) -> str:
     """Each reason once, with how many rows it took."""
     reasons: dict[tuple[str, str, str, str], int] = {}
     for row in rows:
-        if row["state"] != "measured":
+        if row["state"] not in ("measured", "passed"):
             reason = (row["state"], row["op"], row["way"], row["why"].splitlines()[0][:200])
             reasons[reason] = reasons.get(reason, 0) + 1
     return "\n".join(
@@ -116,7 +116,9 @@ def summary(result: Facts) -> str:
         lines.append("A dry run: no figure here means anything.")
     lines += [f"  {name}: {rate:.4g}" for name, rate in result["ceilings"].items()]
     lines.append(f"{'op':<17}{'way':<32}{'rows':>5}{'worst':>9}{'median':>9}{'best':>9}  goal, met")
-    for op, way in dict.fromkeys((row["op"], row["way"]) for row in rows if row["op"] != "ceiling"):
+    for op, way in dict.fromkeys(
+        (row["op"], row["way"]) for row in rows if row["op"] not in ("ceiling", "step")
+    ):
         mine = [row for row in rows if (row["op"], row["way"]) == (op, way)]
         measured = [row for row in mine if row["state"] == "measured"]
         names = dict.fromkeys(name for row in mine for name in row["goals"]) or {"floor": None}

@@ -7,47 +7,87 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_sketching import CountSketch, Shuffles
+from gradient_sketches import CountSketch, Shuffles
 from torch import Tensor
 
 from on_gpu import peers
-from on_gpu.cases import BACKENDS, Bench, Case, Cost, Facts, Mode, relative_error
+from on_gpu.cases import SMALL, Bench, Case, Cost, Mode, backends_of, relative_error
+from on_gpu.plan import BACKENDS, Facts
 from rapidin import ops
 
 SEED = 0x9E3779B97F4A7C15
 # bfloat16 factors may be summed as such in a matrix product; of the sketch's own error this is nothing.
-LINEAR_TOLERANCE = 1e-2
+LINEAR_TOLERANCES = {"bfloat16": 1e-2, "float16": 1e-3, "float32": 1e-3}
 FLAT_TOLERANCE = 1e-4
 LINEAR_GOAL, FLAT_GOAL, SHUFFLES_GOAL = 0.7, 0.85, 100.0
 SHUFFLES = "torch: RapidIn's shuffles"
 
 LAYERS = (  # in, out: of Llamas of 1, 7 and 8 billion parameters, and LoRA of rank 16
-    (4096, 4096),
     (2048, 2048),
+    (4096, 4096),
     (4096, 16),
     (16, 4096),
     (2048, 8192),
     (4096, 14336),
     (4096, 11008),
 )
+# What width="auto" takes for models of 12 to hundreds of layers (rapidin.pack.width_for).
+DEFAULT_DIMS = (512, 1024, 2048, 4096, 8192)
+RANK = 64  # directions of a side that K-FAC's preconditioner knows (rapidin.geometry.RANK)
 # As rapidin.hooks gives them on a GPU: a batch of some thousand tokens.
 BATCH, TOKENS = 8, 512
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+PLAIN, LOW_RANK, TURNED = "none", "low rank", "float32 copies"
+
+
+def _size(
+    layer: tuple[int, int],
+    k: int,
+    dtype: str = "bfloat16",
+    kfac: str = PLAIN,
+    batch: int = BATCH,
+    tokens: int = TOKENS,
+) -> dict[str, Any]:
+    """kfac: how the factors are preconditioned: not, by a LowRank of either side, or as float32 copies made
+    before, which is timed with them."""
+    n_in, n_out = layer
+    size = {"in": n_in, "out": n_out, "k": k, "dtype": dtype, "kfac": kfac}
+    return size | {"batch": batch, "tokens": tokens}
+
+
+def has_low_rank() -> bool:
+    """Whether linear_sketch takes K-FAC's part of the work."""
+    return hasattr(ops, "LowRank")
 
 
 def linear_sizes(mode: Mode) -> list[dict[str, Any]]:
-    def size(layer: tuple[int, int], k: int, dtype: str = "bfloat16") -> dict[str, Any]:
-        few = mode == "dry"
-        n_in, n_out = (min(n, 40) for n in layer) if few else layer
-        batch, tokens = (2, 6) if few else (BATCH, TOKENS)
-        return {"in": n_in, "out": n_out, "k": k, "dtype": dtype, "batch": batch, "tokens": tokens}
-
+    kfac = LOW_RANK if has_low_rank() else TURNED
     if mode == "dry":
-        return [size(LAYERS[0], 64), size(LAYERS[2], 64, "float32")]
-    widths = (512, 64, 256, 1024) if mode == "full" else (512,)
-    layers = LAYERS if mode == "full" else LAYERS[:4]
-    listed = [size(layer, k) for k in widths for layer in layers]
-    listed[2:2] = [size(LAYERS[0], 512, "float32"), size(LAYERS[0], 512, "float16")]
+        few: dict[str, Any] = {"batch": 2, "tokens": 6}
+        return [
+            _size((40, 40), 64, **few),
+            _size((40, 16), 64, "float32", **few),
+            _size((150, 140), 64, kfac=kfac, **few),
+        ]
+    if mode == "smoke":
+        odd: dict[str, Any] = {"batch": 3, "tokens": 37}
+        listed = [_size((257, 131), k, dtype, **odd) for dtype in DTYPES for k in DEFAULT_DIMS]
+        listed += [_size((257, 131), k, dtype, **odd) for dtype in DTYPES for k in (64, 1000)]
+        return [
+            *listed,
+            *(_size((257, 141), k, dtype, kfac, **odd) for dtype in DTYPES for k in DEFAULT_DIMS),
+        ]
+    first, second = LAYERS[:2]
+    # What the defaults reach first: K-FAC on, of models of fewer and fewer layers.
+    listed = [_size(first, k, kfac=kfac) for k in DEFAULT_DIMS]
+    listed += [_size(first, k) for k in DEFAULT_DIMS]
+    listed += [_size(first, k, "float32") for k in DEFAULT_DIMS]
+    if mode == "quick":
+        return listed[:8]
+    listed += [_size(layer, 512) for layer in LAYERS[1:]]
+    listed += [_size(second, 512, dtype) for dtype in ("float16", "float32")]
+    listed += [_size(layer, 1024, kfac=kfac) for layer in LAYERS[1:5]]
+    listed += [_size(layer, k) for k in (1024, 64, 256) for layer in LAYERS[1:]]
     return listed
 
 
@@ -56,10 +96,10 @@ def _factors(bench: Bench, size: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     dtype = DTYPES[size["dtype"]]
     rows = size["batch"], size["tokens"]
     one = math.prod(rows) * (size["in"] + size["out"]) * dtype.itemsize
-    key = tuple(size[name] for name in size if name != "k")
+    key = tuple(size[name] for name in size if name not in ("k", "kfac"))
 
     def make() -> list[tuple[Tensor, Tensor]]:
-        sets = range(bench.machine.sets(one))
+        sets = range(bench.sets(one))
         return [
             (bench.normal(*rows, size["in"], dtype=dtype), bench.normal(*rows, size["out"], dtype=dtype))
             for _ in sets
@@ -68,36 +108,79 @@ def _factors(bench: Bench, size: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
     return bench.once("factors", key, make)
 
 
+Side = tuple[Tensor, Tensor]  # basis [n, r] and gain [r] of what K-FAC does to a side
+
+
+def _sides(bench: Bench, size: dict[str, Any]) -> tuple[Side, Side]:
+    """Random orthonormal directions of both sides, which K-FAC takes down to the level of the others."""
+
+    def side(features: int) -> Side:
+        rank = min(RANK, features)
+        basis = torch.linalg.qr(torch.randn(features, rank, device=bench.device)).Q.contiguous()
+        return basis, torch.linspace(-0.99, -0.5, rank, device=bench.device)
+
+    return bench.once("sides", (size["in"], size["out"]), lambda: (side(size["in"]), side(size["out"])))
+
+
+def _turned(x: Tensor, side: Side) -> Tensor:
+    """x [B, T, n] preconditioned, in x's dtype where that is float64, else float32."""
+    basis, gain = side
+    x = x if x.dtype == torch.float64 else x.float()
+    along = (x @ basis.to(x.dtype)) * gain.to(x.dtype)
+    return torch.addmm(x.flatten(0, 1), along.flatten(0, 1), basis.T.to(x.dtype)).view_as(x)
+
+
 def _linear_cost(size: dict[str, Any]) -> Cost:
-    """Bytes of the factors; operations of the way with fewest: both sides binned, one transform a token."""
+    """Bytes of the factors; operations of the way with fewest: both sides binned, one transform a token. With
+    K-FAC the products with the known directions, and the sums with their sketches, besides."""
     tokens, k = size["batch"] * size["tokens"], size["k"]
     features = size["in"] + size["out"]
     return Cost(
         read=tokens * features * DTYPES[size["dtype"]].itemsize,
         written=4 * size["batch"] * k,
         operations=tokens * (features + 5 * k * math.log2(k) + 6 * k),
+        products=0.0 if size["kfac"] == PLAIN else tokens * 2 * RANK * (features + 2 * k),
     )
 
 
 def linear(size: dict[str, Any], way: str) -> Case:
+    k, kfac = size["k"], size["kfac"]
+
     def run(bench: Bench) -> Facts:
         if way in BACKENDS:
             bench.kernel("linear_sketch", way)
         sets = _factors(bench, size)
         if way not in BACKENDS:
-            calls = [peers.double_sided(a, g, size["k"]) for a, g in sets]
+            calls = [peers.double_sided(a, g, k) for a, g in sets]
             return bench.measured(calls, _linear_cost(size))
+        left, right = _sides(bench, size) if kfac != PLAIN else (None, None)
 
-        wanted = bench.once(
-            "wanted",
-            ("linear", *size.items()),
-            lambda: ops.linear_sketch(*sets[0], size["k"], seed=SEED, backend="reference"),
-        )
+        def call(a: Tensor, g: Tensor) -> Tensor:
+            if left is None or right is None:
+                return ops.linear_sketch(a, g, k, seed=SEED, backend=way)
+            if kfac == TURNED:
+                turned = _turned(a, left), _turned(g, right)
+                return ops.linear_sketch(*turned, k, seed=SEED, backend=way)
+            low_rank = bench.once(
+                "low rank", (size["in"], size["out"]), lambda: [ops.LowRank(*side) for side in (left, right)]
+            )
+            more: Any = {"inputs_low_rank": low_rank[0], "grads_low_rank": low_rank[1]}
+            return ops.linear_sketch(a, g, k, seed=SEED, backend=way, **more)
+
+        def exact() -> Tensor:
+            a, g = sets[0]
+            if (
+                left is not None and right is not None
+            ):  # what float32 rounds off is nothing beside the tolerance
+                a, g = (_turned(x.double(), side).float() for x, side in ((a, left), (g, right)))
+            return ops.linear_sketch(a, g, k, seed=SEED, backend="reference")
+
+        key = ("linear", *size.items())
         return bench.measured(
-            [partial(ops.linear_sketch, a, g, size["k"], seed=SEED, backend=way) for a, g in sets],
+            [partial(call, a, g) for a, g in sets],
             _linear_cost(size),
-            lambda got: relative_error(got, wanted),
-            LINEAR_TOLERANCE,
+            lambda got: relative_error(got, bench.once("wanted", key, exact)),
+            LINEAR_TOLERANCES[size["dtype"]],
         )
 
     goals = {"floor": LINEAR_GOAL} if way in BACKENDS else {}
@@ -109,7 +192,7 @@ def linear(size: dict[str, Any], way: str) -> Case:
 
 def model_shapes(mode: Mode) -> list[tuple[int, int]]:
     """The linear layers of a Llama of 1 billion parameters: 16 layers, 973 million weights."""
-    hidden, inner, key_values, layers = (2048, 8192, 512, 16) if mode != "dry" else (24, 40, 8, 1)
+    hidden, inner, key_values, layers = (2048, 8192, 512, 16) if mode not in SMALL else (24, 41, 9, 1)
     if mode == "quick":
         layers = 4
     block = [(hidden, hidden), (key_values, hidden), (key_values, hidden), (hidden, hidden)]
@@ -123,7 +206,7 @@ def flat_sizes(mode: Mode) -> list[dict[str, Any]]:
         for dtype, batch in (("bfloat16", 1), ("float32", 1), ("bfloat16", 4))
         for dim in (65536, 4096)
     ]
-    if mode == "dry":
+    if mode in SMALL:
         return [size | {"dim": 256, "batch": min(2, size["batch"])} for size in listed[::2]]
     return listed if mode == "full" else listed[:2]
 
@@ -152,16 +235,16 @@ def flat(size: dict[str, Any], way: str) -> Case:
 
         def wanted() -> Tensor:
             # The reference hashes on the CPU, in int64: for a whole model the CPU's kernel stands in for it.
-            quick = "reference" if bench.mode == "dry" else "cpu"
+            quick = "reference" if bench.small else "cpu"
             key = size["dtype"], size["batch"]
             host = bench.once("host", key, lambda: [x.cpu() for x in tensors])
             return ops.flat_sketch(host, dim, seed=SEED, batched=batched, backend=quick)
 
-        right = bench.once("wanted", ("flat", *size.items()), wanted)
+        key = ("flat", *size.items())
         return bench.measured(
             [lambda: ops.flat_sketch(tensors, dim, seed=SEED, batched=batched, backend=way)],
             cost,
-            lambda got: relative_error(got.cpu(), right),
+            lambda got: relative_error(got.cpu(), bench.once("wanted", key, wanted)),
             FLAT_TOLERANCE,
         )
 
@@ -202,8 +285,8 @@ def flat_peer(size: dict[str, Any], way: str) -> Case:
 
 def formed(mode: Mode, way: str) -> Case:
     size: dict[str, Any] = {"in": 2048, "out": 8192, "k": 512, "dtype": "bfloat16", "batch": 4}
-    if mode == "dry":
-        size |= {"in": 24, "out": 40, "k": 64, "batch": 2}
+    if mode in SMALL:
+        size |= {"in": 25, "out": 41, "k": 64, "batch": 2}
     elements = size["batch"] * size["in"] * size["out"]
 
     def run(bench: Bench) -> Facts:
@@ -212,17 +295,19 @@ def formed(mode: Mode, way: str) -> Case:
         sets = bench.once(
             "formed",
             shape,
-            lambda: [bench.normal(*shape).bfloat16() for _ in range(bench.machine.sets(2 * elements))],
+            lambda: [bench.normal(*shape).bfloat16() for _ in range(bench.sets(2 * elements))],
         )
 
         def call(x: Tensor, backend: str) -> Tensor:
             return ops.matrix_sketch(x, size["k"], seed=SEED, backend=backend)
 
-        wanted = bench.once("wanted", ("matrix", *size.items()), lambda: call(sets[0], "reference"))
+        def wanted() -> Tensor:
+            return bench.once("wanted", ("matrix", *size.items()), lambda: call(sets[0], "reference"))
+
         return bench.measured(
             [partial(call, x, way) for x in sets],
             Cost(read=2 * elements, written=4 * size["batch"] * size["k"]),
-            lambda got: relative_error(got, wanted),
+            lambda got: relative_error(got, wanted()),
             FLAT_TOLERANCE,
         )
 
@@ -232,8 +317,8 @@ def formed(mode: Mode, way: str) -> Case:
 def embedded(mode: Mode, way: str) -> Case:
     size: dict[str, Any] = {"vocabulary": 128256, "features": 2048, "k": 512, "dtype": "bfloat16"}
     size |= {"batch": BATCH, "tokens": TOKENS}
-    if mode == "dry":
-        size |= {"vocabulary": 50, "features": 24, "k": 64, "batch": 2, "tokens": 6}
+    if mode in SMALL:
+        size |= {"vocabulary": 50, "features": 25, "k": 64, "batch": 2, "tokens": 7}
     rows = size["batch"], size["tokens"]
     read = math.prod(rows) * (2 * size["features"] + 8)
 
@@ -246,7 +331,7 @@ def embedded(mode: Mode, way: str) -> Case:
                     torch.randint(size["vocabulary"], rows, device=bench.device),
                     bench.normal(*rows, size["features"], dtype=torch.bfloat16),
                 )
-                for _ in range(bench.machine.sets(read))
+                for _ in range(bench.sets(read))
             ]
 
         sets = bench.once("embedded", tuple(size.items()), make)
@@ -258,11 +343,11 @@ def embedded(mode: Mode, way: str) -> Case:
             # The reference forms the gradient of each example in float64: two will do.
             return call(sets[0][0][:2], sets[0][1][:2], "reference")
 
-        right = bench.once("wanted", ("embedding", *size.items()), wanted)
+        key = ("embedding", *size.items())
         return bench.measured(
             [partial(call, ids, grads, way) for ids, grads in sets],
             Cost(read=read, written=4 * size["batch"] * size["k"]),
-            lambda got: relative_error(got[:2], right),
+            lambda got: relative_error(got[:2], bench.once("wanted", key, wanted)),
             FLAT_TOLERANCE,
         )
 
@@ -270,15 +355,22 @@ def embedded(mode: Mode, way: str) -> Case:
 
 
 def linear_cases(mode: Mode) -> list[Case]:
-    ways = (*BACKENDS, "torch: double-sided projection")
-    listed = [linear(size, way) for size in linear_sizes(mode) for way in ways]
-    return [*listed, *(make(mode, way) for make in (formed, embedded) for way in BACKENDS)]
+    listed: list[Case] = []
+    for size in linear_sizes(mode):
+        listed += [linear(size, way) for way in backends_of("linear_sketch")]
+        if mode == "dry" or (
+            size["kfac"] == PLAIN and size["k"] in (512, 1024) and size["dtype"] == "bfloat16"
+        ):
+            listed.append(linear(size, "torch: double-sided projection"))
+    for op, make in (("matrix_sketch", formed), ("embedding_sketch", embedded)):
+        listed += [make(mode, way) for way in backends_of(op)]
+    return listed
 
 
 def flat_cases(mode: Mode) -> list[Case]:
     listed: list[Case] = []
     for size in flat_sizes(mode):
-        listed += [flat(size, way) for way in BACKENDS]
+        listed += [flat(size, way) for way in backends_of("flat_sketch")]
         if size["batch"] == 1:
             listed += [flat_peer(size, way) for way in (SHUFFLES, "torch: cat, index_add", "sjlt", "fast_jl")]
     return listed

@@ -1,30 +1,35 @@
-"""The stages in the order in which they are measured, with their cases and their shares of the time."""
+"""The cases of each stage. What a stage has no time for is left out, so what matters most comes first."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
-from on_gpu import caching, ceilings, packing, scans, sketches
+from on_gpu import caching, ceilings, flow, packing, plan, scans, sketches
 from on_gpu.cases import Case, Mode
 
+CASES: dict[str, Callable[[Mode], list[Case]]] = {
+    "ceilings": ceilings.cases,
+    "caching": caching.cases,
+    "linear_sketch": sketches.linear_cases,
+    "topk_scan": scans.scan_cases,
+    "flat_sketch": sketches.flat_cases,
+    "pack": packing.cases,
+    "stream": scans.stream_cases,
+    "flow": flow.cases,  # checked, not measured
+}
+assert set(plan.STAGES) < set(CASES)
 
-@dataclass(frozen=True)
-class Stage:
-    """seconds: that it should take, of some 400 for all; more where others leave some. What it has no time
-    for is left out, so what matters most comes first in `cases`."""
 
-    name: str
-    seconds: float
-    cases: Callable[[Mode], list[Case]]
-
-
-STAGES = (
-    Stage("ceilings", 25, ceilings.cases),
-    Stage("linear_sketch", 80, sketches.linear_cases),
-    Stage("flat_sketch", 50, sketches.flat_cases),
-    Stage("topk_scan", 80, scans.scan_cases),
-    Stage("caching", 90, caching.cases),
-    Stage("pack", 25, packing.cases),
-    Stage("stream", 20, scans.stream_cases),
-)
+def chosen(
+    stages: Sequence[str], mode: Mode, ways: Sequence[str] = (), share: tuple[int, int] = (0, 1)
+) -> dict[str, list[tuple[int, Case]]]:
+    """(number, case) of each of these stages; ways: of these alone; share: (i, n), the i-th of n parts, case
+    by case. Numbers go through all stages."""
+    found: dict[str, list[tuple[int, Case]]] = {}
+    number = 0
+    for stage in stages:
+        listed = [case for case in CASES[stage](mode) if not ways or case.way in ways]
+        numbered = list(enumerate(listed, number))
+        found[stage] = [(n, case) for n, case in numbered if n % share[1] == share[0]]
+        number += len(listed)
+    return found

@@ -1,0 +1,113 @@
+"""The call that measures: one process for all stages, caching first, each row kept as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from on_gpu import calls, report
+from on_gpu.plan import STAGES, Facts, RowFile, all_rows, ceilings_of
+from on_gpu.processes import GRACE_SECONDS, CutShortError, run_steps
+
+LAST_ROW_SECONDS = 6.0  # for the case that has been begun when the time is up
+WRITE_SECONDS = 2.0  # from one state of the results' file to the next
+SILENT_SECONDS = 90.0
+
+
+def main(args: argparse.Namespace) -> int:
+    end = time.monotonic() + args.seconds
+    gpu = calls.find_gpu(args.dry_run)
+    if gpu is None:
+        print("gpu: there is no GPU here; --dry-run goes without one", file=sys.stderr)
+        return 2
+    calls.set_environment(gpu, args.dry_run)
+    args.out.mkdir(parents=True, exist_ok=True)
+    name = calls.slug(gpu["name"])
+    rows = RowFile(args.out / f"gpu-{name}.rows.jsonl", "measure")
+    rows.path.unlink(missing_ok=True)
+    rows.about = calls.about(args.commit)
+    out, log = args.out / f"gpu-{name}.json", args.out / "measure.log"
+    log.unlink(missing_ok=True)
+    mode = "dry" if args.dry_run else "quick" if args.quick else "full"
+    result = Result(rows.path, out, {"dry": args.dry_run, "mode": mode, **rows.about})
+
+    until = end - GRACE_SECONDS - 1 - LAST_ROW_SECONDS
+    steps = []
+    if not args.no_build:
+        steps += calls.build_steps(rows, log, args.dry_run)
+        if not args.dry_run and not calls.compile_stamp().exists():
+            print(
+                "Triton's kernels have not been compiled here: that comes first, beside the build", flush=True
+            )
+            # tables come from rapidin._cpu
+            shares = max(1, min(calls.MOST_SHARES, (os.cpu_count() or 1) - 3))
+            steps += calls.compile_steps(rows, log, until=until, shares=shares, after=["build _cpu"])
+    wanted = [name for name in STAGES if not args.only or name in args.only or name == "ceilings"]
+    options = ["--purpose", "time", "--mode", mode, "--stages", ",".join(wanted)]
+    options += ["--dry-run"] * args.dry_run
+    steps.append(
+        calls.worker_step(
+            rows,
+            "measure",
+            options,
+            log,
+            until=until,
+            limit=args.seconds,
+            after=[step.name for step in steps],  # nothing beside what is timed
+            alone=True,
+            silent=SILENT_SECONDS,
+        )
+    )
+    code = 0
+    try:
+        run_steps(
+            steps,
+            end,
+            cores=max(1, os.cpu_count() or 1),
+            late=calls.late_row(rows),
+            each=result.write_soon,
+        )
+    except CutShortError as cut:
+        result.head["cut"] = str(cut)
+        code = cut.status
+    made = result.write()
+    print(report.listed([row for row in made["rows"] if row["op"] != "step"]))
+    print(report.summary(made))
+    print(f"written: {out}, {time.monotonic() - end + args.seconds:.0f} s", flush=True)
+    return code or int(any(row["state"] == "failed" for row in made["rows"]))
+
+
+class Result:
+    """The results' file, made of the rows: written anew as they come, whole each time."""
+
+    def __init__(self, rows: Path, out: Path, head: Facts) -> None:
+        self.rows, self.out, self.head = rows, out, head
+        self.size, self.last = -1, 0.0
+
+    def write_soon(self) -> None:
+        size = self.rows.stat().st_size if self.rows.exists() else 0
+        if size != self.size and time.monotonic() > self.last + WRITE_SECONDS:
+            self.write()
+            self.size, self.last = size, time.monotonic()
+
+    def write(self) -> Facts:
+        made = result_of(self.rows, self.head)
+        scratch = self.out.with_suffix(".part")
+        scratch.write_text(json.dumps(made, indent=1) + "\n")
+        scratch.replace(self.out)
+        return made
+
+
+def result_of(path: Path, head: Facts) -> Facts:
+    """What a file of rows says, as bench/performance.py takes it."""
+    rows = [
+        {key: value for key, value in row.items() if key != "lane"}
+        for row in all_rows(path)
+        if "state" in row and not row["lane"].startswith("compile ")
+    ]
+    about = next((row["about"] for row in all_rows(path) if "about" in row), None)
+    return {**head, "about": about, "ceilings": ceilings_of(rows, head["dry"]), "rows": rows}
