@@ -72,9 +72,7 @@ def _product(re, im, matrix_ptr, R: tl.constexpr):
 
 
 @triton.jit
-def _transformed(
-    re, im, roots_ptr, R1: tl.constexpr, R2: tl.constexpr, R3: tl.constexpr, T: tl.constexpr
-):
+def _transformed(re, im, roots_ptr, R1: tl.constexpr, R2: tl.constexpr, R3: tl.constexpr, T: tl.constexpr):
     """The transforms of T times R1 R2 R3 complex numbers, [T, R2 R3 R1]; roots: as `roots` lays them out."""
     M: tl.constexpr = R2 * R3
     turns = roots_ptr + 2 * R1 * R1

@@ -16,9 +16,6 @@ def topk_merge(
     last: int,
     place: tuple[int, int],
 ) -> None: ...
-def unpack_codes(
-    rows: int, format: int, n: int, width: int, stride_row: int, out: int, place: tuple[int, int]
-) -> None: ...
 def hash_words(seed: int, stream: int, first: int, n: int, words: int, place: tuple[int, int]) -> None: ...
 def linear_sketch(
     inputs: int,

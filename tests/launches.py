@@ -161,7 +161,9 @@ def _scans() -> Iterator[tuple[str, Call]]:
     yield "topk_scan fp16 16 queries, valid, base", _scan(half, 16, **valid)
     for dtype in ("int8", "int4", "sign"):
         for queries in (1, 32):
-            yield f"topk_scan {dtype} {queries} queries", _scan(_packed(n, 4096, dtype), queries)
+            packed = _packed(n, 4096, dtype)
+            yield f"topk_scan {dtype} {queries} queries", _scan(packed, queries)
+            yield f"topk_scan {dtype} {queries} queries, blocks", _scan(packed, queries, **blocks)
     code = [_packed(n, 192, "int8"), _packed(n, 3000, "sign"), _packed(n, 9911, "sign")]
     yield "topk_scan of a code, 16 queries", _scan(code, 16)
 
@@ -201,19 +203,20 @@ def signatures() -> Iterator[tuple[str, Call]]:
 
 def extremes() -> Iterator[tuple[str, Call]]:
     """The most of each thing that a GPU's memory has room for, and more: nothing is compiled or allocated."""
+    from rapidin.kernels import fourier_sketch as fourier
     from rapidin.kernels import linear_sketch as linear
     from rapidin.kernels.fold import fold
     from rapidin.kernels.pack import pack, unpack
     from rapidin.kernels.sum_parts import sum_parts
-    from rapidin.kernels.topk_scan import unpack_codes
     from rapidin.kernels.turn import turn, unit_blocks
     from rapidin.ops import packed_bytes
     from rapidin.ops import triton as gpu
 
     many, most = 70_000, 3_000_000_000
-    for dim in linear.DIMS:
+    for dim in sorted({*linear.DIMS, *fourier.DIMS}):
         x, table = meta(many, 3, 64, dtype=torch.bfloat16), meta(max(dim, 64), dtype=torch.int32)
-        yield f"linear_sketch of many examples {dim}", partial(linear.linear_sketch, x, x, dim, table, table)
+        made = fourier if dim in fourier.DIMS else linear
+        yield f"linear_sketch of many examples {dim}", partial(made.linear_sketch, x, x, dim, table, table)
     x, table = meta(2, 1 << 20, 1 << 14, dtype=torch.bfloat16), meta(1 << 14, dtype=torch.int32)
     yield "linear_sketch of many tokens", partial(linear.linear_sketch, x, x, 512, table, table)
     yield "fold of many examples", partial(fold, meta(many, 4, 4), None, None, 64)
@@ -244,7 +247,3 @@ def extremes() -> Iterator[tuple[str, Call]]:
         yield f"topk_scan fp16 {n} x {width}, {queries} queries", _scan(rows, queries)
     for dtype in ("int8", "int4", "sign"):
         yield f"topk_scan {dtype} {2**31 - 1} rows", _scan(_packed(2**31 - 1, 64, dtype), 16)
-    yield (
-        "unpack_codes",
-        partial(unpack_codes, meta(1 << 20, 1 << 13, dtype=torch.uint8), 8, 1 << 16, meta(1 << 20, 1 << 16)),
-    )

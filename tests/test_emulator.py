@@ -220,8 +220,6 @@ def all_kernels():
     parts = [ops.pack(normal(300, 130), "int4"), normal(300, 40)]
     more = {"scales": normal(300, 2), "offsets": [0, 100, 170], "base": normal(3, 300)}
     yield lambda: ops.topk_scan_both_ends(parts, normal(3, 170), 9, backend="cuda", **more)
-    codes, out = torch.zeros(70, 64, dtype=torch.uint8), torch.empty(70, 128, dtype=torch.float16)
-    yield lambda: cuda.extension().unpack_codes(codes.data_ptr(), 4, 70, 128, 64, out.data_ptr(), (0, 0))
     words = torch.empty(600, dtype=torch.int32)
     yield lambda: cuda.extension().hash_words(1, 2, 3, 600, words.data_ptr(), (0, 0))
 
