@@ -13,7 +13,8 @@ ARCHS = (80, 90, 100)
 
 # Bytes of stack a thread, which is where spilled registers go, of launches and kernels that need any.
 STACK = {
-    "topk_merge_kernel": 24,  # runs once a scan
+    "topk_merge_kernel": 32,  # runs once a scan
+    "topk_scan fp16 1 queries, unaligned": 16,
     "linear_sketch bf16 64": 24,  # these two on sm_80 alone
     "linear_sketch bf16 512": 96,
     "linear_sketch bf16 1024": 200,
