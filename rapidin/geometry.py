@@ -1,7 +1,7 @@
 """The geometry of gradients: scaled by a root of their second moment, as the steps of optimizers are.
 
-Two forms of it, both a linear map on each of the two sides of a layer's gradient, so that the hooks turn the
-two factors and never form it.
+Two forms of it, both a linear map on each of the two sides of a layer's gradient, so that it is the two
+factors that are changed, here or by the sketch itself (`ops.LowRank`), and the gradient is never formed.
 
 **Adam's.** A model tuned with Adam moves along the gradient over the root of its second moment V, element by
 element. So the gradients of both sides, training and query alike, are brought into the units of such steps:

@@ -4,7 +4,8 @@ The gradient of a linear layer for one example is ``sum_t g_t a_t^T`` (output gr
 hooks keep the inputs, tensor hooks see the output gradients on their way down, and `ops.linear_sketch` makes
 the sketch of one from the other on the spot, so at most one layer's factors beyond the saved inputs are
 held. The parameters themselves need no gradient, so autograd computes input gradients only, and only down to
-the lowest layer that counts. With a geometry (`rapidin.geometry`) the factors are scaled on the way.
+the lowest layer that counts. With a geometry (`rapidin.geometry`) the factors are scaled on the way, or the
+sketch does it.
 """
 
 from __future__ import annotations
