@@ -29,7 +29,13 @@ def test_the_extension_loads_without_torch():
 
 
 def test_the_build_needs_no_torch():
-    assert "torch" not in (ROOT / "setup.py").read_text()
+    imports = [
+        line
+        for name in ("setup.py", "build_extensions.py")
+        for line in (ROOT / name).read_text().splitlines()
+        if line.strip().startswith(("import ", "from "))
+    ]
+    assert not any("torch" in line for line in imports)
     requires = (ROOT / "pyproject.toml").read_text().split("requires = ")[1].splitlines()[0]
     assert "torch" not in requires
 
@@ -64,7 +70,7 @@ def test_the_wheel_holds_every_file_of_the_package(built):
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF symbols with nm")
 def test_units_share_no_symbols(built):
     """A weak symbol of the AVX2 unit could be the one that the portable code is linked with."""
-    units = list((built / "build").glob("temp*/csrc/cpu/isa_*.o"))
+    units = list((built / "build/objects").glob("*/csrc.cpu.isa_*.o"))
     assert units
     for unit in units:
         listed = subprocess.run(
@@ -72,6 +78,89 @@ def test_units_share_no_symbols(built):
         )
         shared = [line for line in listed.stdout.splitlines() if line.split()[1] in "WVuT"]
         assert shared == [], unit.name
+
+
+# ---- build_extensions.py, by compilers that only note how they were called ----
+
+
+@pytest.fixture
+def compilers(tmp_path, monkeypatch):
+    """A checkout with a few sources; its c++ and nvcc note what they were told, and make a file."""
+    for name in ("cpu/bind.cpp", "cpu/topk_scan.cpp", "cuda/bind.cpp", "cuda/one.cu", "cuda/two.cu", "one.h"):
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "csrc" / name).write_text(name)
+    for name in ("c++", "nvcc"):
+        tool = tmp_path / "bin" / name
+        tool.parent.mkdir(exist_ok=True)
+        tool.write_text(
+            "#!/bin/sh\n"
+            f'echo {name} "$@" >>{tmp_path}/calls\n'
+            'case "$*" in *WRONG*) echo "no such thing"; exit 1;; esac\n'
+            'while [ $# -gt 1 ]; do [ "$1" = -o ] && echo made >"$2"; shift; done\n'
+        )
+        tool.chmod(0o755)
+    monkeypatch.setenv("CXX", str(tmp_path / "bin/c++"))
+    monkeypatch.setenv("CUDACXX", str(tmp_path / "bin/nvcc"))
+    monkeypatch.setenv("RAPIDIN_CUDA", "on")
+    monkeypatch.setenv("RAPIDIN_CUDA_ARCHS", "90")
+    for name in ("CXXFLAGS", "LDFLAGS", "RAPIDIN_CUDA_FLAGS"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.syspath_prepend(str(ROOT))
+    import build_extensions
+
+    monkeypatch.setattr(build_extensions, "ROOT", tmp_path)
+    return build_extensions
+
+
+def built_by(module, tmp_path):
+    """The calls of the compilers while `_cuda` is built."""
+    (tmp_path / "calls").unlink(missing_ok=True)
+    extension = next(e for e in module.extensions() if e.name == "rapidin._cuda")
+    module.build(extension, module.in_place(extension), jobs=4)
+    assert module.in_place(extension).exists()
+    calls = (tmp_path / "calls").read_text().splitlines()
+    return [call for call in calls if "-dryrun" not in call and "--list" not in call]
+
+
+def test_only_what_has_changed_is_compiled_again(compilers, tmp_path):
+    first = built_by(compilers, tmp_path)
+    assert len(first) == 4  # bind.cpp, one.cu, two.cu, and all of them linked
+    assert sum("code=sm_90" in call for call in first) == 2
+    assert len(built_by(compilers, tmp_path)) == 1
+    (tmp_path / "csrc/cuda/two.cu").write_text("other")
+    again = built_by(compilers, tmp_path)
+    assert [call for call in again if " -c " in call] == [
+        call for call in again if "two.cu" in call and "-c" in call
+    ]
+    assert len(again) == 2
+    (tmp_path / "csrc/one.h").write_text("other")
+    assert len(built_by(compilers, tmp_path)) == 4
+
+
+def test_another_architecture_is_compiled_anew(compilers, tmp_path, monkeypatch):
+    built_by(compilers, tmp_path)
+    monkeypatch.setenv("RAPIDIN_CUDA_ARCHS", "80 90")
+    again = built_by(compilers, tmp_path)
+    assert sum("code=sm_80" in call for call in again) == 2
+
+
+def test_a_compiler_that_fails_is_heard(compilers, tmp_path, monkeypatch):
+    monkeypatch.setenv("RAPIDIN_CUDA_FLAGS", "WRONG")
+    with pytest.raises(compilers.BuildError, match="no such thing"):
+        built_by(compilers, tmp_path)
+
+
+def test_torchs_copy_of_pybind11_will_do(compilers, tmp_path, monkeypatch):
+    """Where the package pybind11 is not installed, as on machines that only have torch."""
+    find = compilers.importlib.util.find_spec
+    monkeypatch.setattr(
+        compilers.importlib.util, "find_spec", lambda name: None if name == "pybind11" else find(name)
+    )
+    assert Path(compilers.pybind11_headers()) == Path(torch.__file__).parent / "include"
+    assert len(built_by(compilers, tmp_path)) == 4
+    monkeypatch.setattr(compilers.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(compilers.BuildError, match="install pybind11"):
+        compilers.pybind11_headers()
 
 
 def test_the_best_set_is_used():

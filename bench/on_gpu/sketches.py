@@ -17,7 +17,7 @@ from rapidin import ops
 
 SEED = 0x9E3779B97F4A7C15
 # bfloat16 factors may be summed as such in a matrix product; of the sketch's own error this is nothing.
-LINEAR_TOLERANCE = 1e-2
+LINEAR_TOLERANCES = {"bfloat16": 1e-2, "float16": 1e-3, "float32": 1e-3}
 FLAT_TOLERANCE = 1e-4
 LINEAR_GOAL, FLAT_GOAL, SHUFFLES_GOAL = 0.7, 0.85, 100.0
 SHUFFLES = "torch: RapidIn's shuffles"
@@ -180,7 +180,7 @@ def linear(size: dict[str, Any], way: str) -> Case:
             [partial(call, a, g) for a, g in sets],
             _linear_cost(size),
             lambda got: relative_error(got, bench.once("wanted", key, exact)),
-            LINEAR_TOLERANCE,
+            LINEAR_TOLERANCES[size["dtype"]],
         )
 
     goals = {"floor": LINEAR_GOAL} if way in BACKENDS else {}
