@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,9 @@ from torch import Tensor
 from on_gpu.cases import Bench, Case, Mode
 from on_gpu.models import KINDS, make_model, make_records
 from on_gpu.plan import Facts
-from rapidin import Attributor
+from rapidin import Attributor, methods
 from rapidin.cache import Cache
+from rapidin.scan import Source, all_scores, scan_cache
 
 # 160 features and more: K-FAC's preconditioner knows 64 directions of them, as of a real model's.
 SIZE: dict[str, Any] = {
@@ -58,6 +60,32 @@ def _off(got: Tensor, wanted: Tensor) -> float:
     return float((got.double() - wanted.double()).abs().max() / wanted.double().square().mean().sqrt())
 
 
+Hits = list[list[tuple[int, float]]]  # (row, score) of each generation's best
+
+
+def _scores(attributor: Attributor, cache: Cache, asked: list[dict[str, str]]) -> Tensor:
+    """[generations, rows] float32 on the CPU."""
+    if find_spec("rich") is None:
+        return all_scores(_source(attributor, cache, asked))
+    return attributor.scores(cache, asked)
+
+
+def _hits(attributor: Attributor, cache: Cache, asked: list[dict[str, str]]) -> Hits:
+    """The best of each generation, as `query` has them."""
+    if find_spec("rich") is None:
+        (scores, rows), _ = scan_cache(_source(attributor, cache, asked), TOP)
+        return [list(zip(r.tolist(), s.tolist(), strict=True)) for r, s in zip(rows, scores, strict=True)]
+    found = attributor.query(cache, asked, top_k=TOP, examples=None)
+    return [[(hit.row, hit.score) for hit in result.top] for result in found]
+
+
+def _source(attributor: Attributor, cache: Cache, asked: list[dict[str, str]]) -> Source:
+    """What `query` scans for, without what it prints with, for where rich is not installed."""
+    attributor.check(cache.manifest)
+    sketch, _ = attributor._sketch([attributor.encoder(record) for record in asked])
+    return Source(cache, methods.prepare(sketch))
+
+
 def flow(size: dict[str, Any]) -> Case:
     format, tolerance = FORMATS[size["rows"]]
     if size["model"] != "float32":
@@ -66,27 +94,26 @@ def flow(size: dict[str, Any]) -> Case:
     def run(bench: Bench) -> Facts:
         cpu, gpu = (_attributor(bench, where, size) for where in ("cpu", "gpu"))
         records = make_records(SIZE)
-        asked = [(r["prompt"], r["completion"]) for r in make_records(SIZE | {"examples": 2}, seed=5)]
+        asked = make_records(SIZE | {"examples": 2}, seed=5)
         with tempfile.TemporaryDirectory() as folder:
             there = cpu.cache(records, Path(folder) / "cpu", **format)
             start = time.perf_counter()
             here = gpu.cache(records, Path(folder) / "gpu", **format)
             bench.machine.wait()
             caching = time.perf_counter() - start
-            wanted = cpu.scores(there, asked)
-            query_error = _off(gpu.scores(there, asked), wanted)
-            cache_error = _off(cpu.scores(Cache(here.path), asked), wanted)
+            wanted = _scores(cpu, there, asked)
+            query_error = _off(_scores(gpu, there, asked), wanted)
+            cache_error = _off(_scores(cpu, Cache(here.path), asked), wanted)
             seconds = []
             found = []
             for _ in range(2):  # the second on a cache that is open, and on the device where it stays there
                 start = time.perf_counter()
-                found.append(gpu.query(here, asked, top_k=TOP, examples=None))
+                found.append(_hits(gpu, here, asked))
                 bench.machine.wait()
                 seconds.append(time.perf_counter() - start)
-        hits = [[[(hit.row, hit.score) for hit in result.top] for result in each] for each in found]
         unit = float(wanted.double().square().mean().sqrt())
         worst = 0.0  # how much worse the hits are than the best, by the CPU's scores
-        for scores, result in zip(wanted.double(), hits[0], strict=True):
+        for scores, result in zip(wanted.double(), found[0], strict=True):
             best = scores.topk(TOP).values
             mine = scores[[row for row, _ in result]].sort(descending=True).values
             worst = max(worst, float((best - mine).max()) / unit)
@@ -98,7 +125,7 @@ def flow(size: dict[str, Any]) -> Case:
             wrong.append(f"the CPU's query of the GPU's cache is off by {cache_error:.1e}")
         if not worst <= tolerance:
             wrong.append(f"the hits are worse than the CPU's by {worst:.1e}")
-        if hits[0] != hits[1]:
+        if found[0] != found[1]:
             wrong.append("a second query gives other hits than the first")
         facts: Facts = {"query_error": query_error, "cache_error": cache_error, "hits_error": worst}
         facts |= {"tolerance": tolerance, "k": gpu.width, "cache_seconds": caching, "query_seconds": seconds}

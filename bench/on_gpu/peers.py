@@ -1,5 +1,5 @@
 """The other ways, as their users run them on a GPU. RapidIn's shuffles and the count sketch by index_add are
-those of `bench_sketching.py`."""
+those of `gradient_sketches.py`."""
 
 from __future__ import annotations
 

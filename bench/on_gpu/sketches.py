@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from bench_sketching import CountSketch, Shuffles
+from gradient_sketches import CountSketch, Shuffles
 from torch import Tensor
 
 from on_gpu import peers

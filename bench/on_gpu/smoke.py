@@ -143,7 +143,8 @@ def sanitizer_row(rows: RowFile, tool: str, log: Path, dry: bool) -> Callable[[E
         facts: Facts = {"seconds": round(was.seconds, 2), "cases": launched}
         if dry:
             state = "passed" if was.status == 0 else "failed"
-            calls.simple_row(rows, tool, state, why="a dry run: without the tool", **facts)
+            why = "" if state == "passed" else calls.because(was)
+            calls.simple_row(rows, tool, state, why=why, **facts)
         elif not said:
             why = f"no summary; {calls.because(was)}"
             calls.simple_row(rows, tool, "left out" if was.cut else "failed", why=why, **facts)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import shutil
 import subprocess
+import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -14,6 +15,7 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
+sys.path.append(str(ROOT))  # build_extensions.py, which finds pybind11's headers
 FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 FLAGS += ["-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 SANITIZERS = [
@@ -31,7 +33,7 @@ def emulated() -> ModuleType:
     RAPIDIN_SANITIZE=1 in the environment builds it with the address and undefined-behaviour sanitizers, for a
     process in which their library is loaded first.
     """
-    import pybind11
+    from build_extensions import pybind11_headers
 
     sanitize = os.environ.get("RAPIDIN_SANITIZE") == "1"
     sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/cuda/bind.cpp", HERE / "emulator.cpp"]
@@ -46,7 +48,7 @@ def emulated() -> ModuleType:
     if not built.exists():
         scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
         scratch.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{HERE}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+        includes = [f"-I{HERE}", f"-I{pybind11_headers()}", f"-I{sysconfig.get_paths()['include']}"]
         compiler = os.environ.get("CXX", "c++")
         compiling = []
         for source in sources:
