@@ -77,13 +77,17 @@ def find_nvcc() -> str | None:
     return found
 
 
-def arch_flags(nvcc: str) -> list[str]:
-    """For the architectures asked for, or those of ARCHS that this nvcc knows."""
+def gpu_codes(nvcc: str) -> list[str]:
+    """What is compiled for, as nvcc names it: machine code sm_80, .. and PTX compute_100, of the
+    architectures asked for, or of those of ARCHS that this nvcc knows."""
     asked = os.environ.get("RAPIDIN_CUDA_ARCHS", "").split()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     archs = asked or [arch for arch in ARCHS if f"sm_{arch}" in known]
-    newest = [f"-gencode=arch=compute_{arch},code=compute_{arch}" for arch in archs[-1:]]
-    return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs] + newest
+    return [f"sm_{arch}" for arch in archs] + [f"compute_{arch}" for arch in archs[-1:]]
+
+
+def arch_flags(codes: list[str]) -> list[str]:
+    return [f"-gencode=arch=compute_{code.split('_')[1]},code={code}" for code in codes]
 
 
 def cuda_libraries(nvcc: str) -> list[str]:
@@ -108,7 +112,7 @@ def extensions() -> list[Extension]:
         link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
         # With auto, an nvcc too old for the sources leaves a package without the extension, and says so.
         optional = os.environ.get("RAPIDIN_CUDA", "auto") == "auto"
-        macros = ["-DRAPIDIN_MODULE=_cuda"]
+        macros = ["-DRAPIDIN_MODULE=_cuda", f'-DRAPIDIN_ARCHS="{" ".join(gpu_codes(nvcc))}"']
         listed.append(Extension("rapidin._cuda", [CUDA + "bind.cpp", *kernels], macros, link, optional))
     return listed
 
@@ -143,7 +147,7 @@ def _commands(extension: Extension) -> dict[str, list[str]]:
             nvcc = find_nvcc()
             assert nvcc is not None
             asked = os.environ.get("RAPIDIN_CUDA_FLAGS", "").split()
-            commands[source] = [nvcc, *NVCC_FLAGS, *asked, *arch_flags(nvcc), "-c", source]
+            commands[source] = [nvcc, *NVCC_FLAGS, *asked, *arch_flags(gpu_codes(nvcc)), "-c", source]
         else:
             commands[source] = [*plain, *FLAGS.get(source, []), *more, "-c", source]
     return commands

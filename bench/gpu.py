@@ -14,7 +14,9 @@ import json
 import os
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
+from types import ModuleType
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from on_gpu import measure, processes, smoke
@@ -61,7 +63,12 @@ def parse() -> argparse.Namespace:
 
 def prepare_dry_run() -> None:
     """Triton's interpreter and the emulated CUDA kernels in the GPU's place."""
-    sys.path.insert(0, str(ROOT / "tests"))
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+    if find_spec("pybind11") is None:  # torch has its headers, which is all that is needed of it
+        from build_extensions import pybind11_headers
+
+        sys.modules["pybind11"] = ModuleType("pybind11")
+        sys.modules["pybind11"].get_include = pybind11_headers  # type: ignore[attr-defined]
     from emulator.build import emulated  # type: ignore[import-not-found]
 
     from rapidin.ops import cuda

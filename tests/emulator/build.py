@@ -7,7 +7,6 @@ import importlib.util
 import os
 import shutil
 import subprocess
-import sys
 import sysconfig
 from functools import cache
 from pathlib import Path
@@ -15,7 +14,6 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path.append(str(ROOT))  # build_extensions.py, which finds pybind11's headers
 FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 FLAGS += ["-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 SANITIZERS = [
@@ -33,7 +31,7 @@ def emulated() -> ModuleType:
     RAPIDIN_SANITIZE=1 in the environment builds it with the address and undefined-behaviour sanitizers, for a
     process in which their library is loaded first.
     """
-    from build_extensions import pybind11_headers
+    import pybind11
 
     sanitize = os.environ.get("RAPIDIN_SANITIZE") == "1"
     sources = [*sorted((ROOT / "csrc/cuda").glob("*.cu")), ROOT / "csrc/cuda/bind.cpp", HERE / "emulator.cpp"]
@@ -48,7 +46,7 @@ def emulated() -> ModuleType:
     if not built.exists():
         scratch = folder.with_name(f"{folder.name}.{os.getpid()}")
         scratch.mkdir(parents=True, exist_ok=True)
-        includes = [f"-I{HERE}", f"-I{pybind11_headers()}", f"-I{sysconfig.get_paths()['include']}"]
+        includes = [f"-I{HERE}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
         compiler = os.environ.get("CXX", "c++")
         compiling = []
         for source in sources:
