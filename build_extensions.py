@@ -230,6 +230,7 @@ def main() -> int:
                 future.result()
                 print(f"built {extension.name}", flush=True)
             except BuildError as error:
+                in_place(extension).unlink(missing_ok=True)  # an older one is not what was asked for
                 print(f"{extension.name} was not built: {error}", file=sys.stderr, flush=True)
                 status = 0 if extension.optional and not status else 1
     return status

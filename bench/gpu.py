@@ -37,6 +37,7 @@ def parse() -> argparse.Namespace:
         call.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder of the results")
         call.add_argument("--seconds", type=float, default=seconds, help="for all of it")
         call.add_argument("--dry-run", action="store_true", help="on the CPU, tiny sizes; measures nothing")
+        call.add_argument("--commit", help="of this checkout, where git does not know it")
         call.add_argument("--no-build", action="store_true", help="what is there is taken")
         if name == "smoke":
             call.add_argument("--no-tests", action="store_true", help="without pytest")

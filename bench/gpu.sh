@@ -4,6 +4,7 @@
 #   bench/gpu.sh smoke   [--out FOLDER] [--seconds 150] [--dry-run] [--no-build] [--no-tests]
 #   bench/gpu.sh measure [--out FOLDER] [--seconds 420] [--dry-run] [--no-build] [--quick] [--only STAGE]
 #   bench/gpu.sh [--out FOLDER] [--dry-run]      both, one after the other
+#   --commit HASH with either: of this checkout, where git does not know it
 #
 # smoke: the build, each kernel against the reference, a tiny cache and query beside the CPU's, compute-sanitizer,
 # the tests. measure: caching first, then each kernel against what the GPU can do; it builds what is not there.

@@ -337,7 +337,8 @@ def measured(tmp_path, monkeypatch):
         script.write_text(WORKER.format(bench=str(ROOT / "bench"), actions=actions, folder=str(tmp_path)))
         monkeypatch.setattr(calls, "WORKER", (sys.executable, str(script)))
         monkeypatch.setattr(measure, "SILENT_SECONDS", silent)
-        args = Namespace(out=tmp_path, seconds=seconds, dry_run=True, no_build=True, quick=False, only=None)
+        args = Namespace(out=tmp_path, seconds=seconds, dry_run=True, no_build=True)
+        args.quick, args.only, args.commit = False, None, "abc"
         start = time.monotonic()
         status = measure.main(args)
         taken = time.monotonic() - start
@@ -356,7 +357,7 @@ def test_a_process_that_dies_costs_one_row(measured):
     assert states(result) == ["measured", "failed", "measured", "failed", "measured"]
     assert result["rows"][1]["why"].startswith("it ended with -11: last words")
     assert result["rows"][3]["why"] == "the device was lost"
-    assert all(row["date"] == result["date"] for row in result["rows"])
+    assert all((row["date"], row["commit"]) == (result["date"], "abc") for row in result["rows"])
     assert status == 1
 
 
@@ -418,7 +419,7 @@ def test_a_run_killed_leaves_its_rows_and_no_process(tmp_path):
             calls.WORKER = (sys.executable, {str(script)!r})
             measure.WRITE_SECONDS = 0.1
             measure.main(Namespace(out=Path({str(tmp_path)!r}), seconds=60.0, dry_run=True, no_build=True,
-                                   quick=False, only=None))
+                                   quick=False, only=None, commit=None))
             """
         )
     )
@@ -492,10 +493,12 @@ def test_nothing_runs_beside_what_is_timed(tmp_path, monkeypatch):
     monkeypatch.setattr(calls, "compile_stamp", lambda: tmp_path / "none")
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
     monkeypatch.setattr(measure, "run_steps", lambda steps, *rest, **named: seen.extend(steps))
-    args = Namespace(out=tmp_path, seconds=420.0, dry_run=False, no_build=False, quick=False, only=None)
+    args = Namespace(out=tmp_path, seconds=420.0, dry_run=False, no_build=False)
+    args.quick, args.only, args.commit = False, None, None
+    args.commit = "abc"
     measure.main(args)
     names = [step.name for step in seen]
-    assert names == ["build _cpu", "build _cuda", *(f"compile {n}" for n in range(13)), "measure"]
+    assert names == ["build _cpu", "build _cuda", *(f"compile {n}" for n in range(8)), "measure"]
     assert seen[-1].after == tuple(names[:-1])
     assert {step.after for step in seen if step.name.startswith("compile")} == {("build _cpu",)}
     seen.clear()

@@ -86,7 +86,7 @@ def _setting(bench: Bench, kind: str) -> Setting:
             attributor, plain, records, [[encoded[n] for n in batch] for batch in reversed(chosen)]
         )
 
-    return bench.once("setting", kind, make)
+    return bench.once(f"setting, {kind}", kind, make)
 
 
 def _batch(texts: list[Encoded], device: torch.device) -> Batch:
@@ -244,9 +244,9 @@ def training(kind: str, size: dict[str, Any]) -> Case:
 
 def cases(mode: Mode) -> list[Case]:
     size = size_of(mode)
-    listed: list[Case] = []
-    for kind in KINDS:
-        # K-FAC is the default, and float16 rows are.
-        listed += [caching(kind, DTYPES[0], size), bare_case(kind, size), caching(kind, DTYPES[1], size)]
-        listed += [caching(kind, DTYPES[0], size, plain=True), training(kind, size)]
-    return listed
+    # First what the defaults are, K-FAC and float16 rows.
+    listed = [caching(kind, DTYPES[0], size) for kind in KINDS]
+    listed += [bare_case(kind, size) for kind in KINDS]
+    listed += [caching(kind, DTYPES[1], size) for kind in KINDS]
+    listed += [caching(kind, DTYPES[0], size, plain=True) for kind in KINDS]
+    return [*listed, *(training(kind, size) for kind in KINDS)]

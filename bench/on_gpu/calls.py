@@ -18,6 +18,7 @@ from on_gpu.processes import Ended, Step
 
 RESTARTS = 8  # of a worker
 STAGE_RESTARTS = 3  # after which the rest of a stage is left out
+MOST_SHARES = 8  # of compiling ahead: each holds inputs of up to 8 GB
 BUILD_SECONDS, COMPILE_SECONDS = 110.0, 70.0
 SILENT_SECONDS = 60.0  # after which a worker that tells no row is ended: a case may compile
 KERNELS = "linear_sketch,topk_scan,flat_sketch,pack"  # the stages whose cases launch one kernel each
@@ -46,22 +47,22 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def about() -> Facts:
-    """What each row says besides its device."""
+def about(commit: str | None) -> Facts:
+    """What each row says besides its device; commit: where git does not know it."""
     now = datetime.datetime.now(datetime.timezone.utc)
-    return {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "commit": commit()}
+    return {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "commit": commit or head()}
 
 
-def commit() -> str | None:
+def head() -> str | None:
     """The commit that is measured; with "+" where files differ from it."""
     try:
-        head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
+        said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         changed = subprocess.run(
             ["git", "status", "--porcelain", "--untracked-files=no"], cwd=ROOT, capture_output=True, text=True
         )
     except FileNotFoundError:
         return None
-    name = head.stdout.strip()
+    name = said.stdout.strip()
     return f"{name}+" if name and changed.stdout.strip() else name or None
 
 

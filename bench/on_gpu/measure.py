@@ -29,7 +29,7 @@ def main(args: argparse.Namespace) -> int:
     name = calls.slug(gpu["name"])
     rows = RowFile(args.out / f"gpu-{name}.rows.jsonl", "measure")
     rows.path.unlink(missing_ok=True)
-    rows.about = calls.about()
+    rows.about = calls.about(args.commit)
     out, log = args.out / f"gpu-{name}.json", args.out / "measure.log"
     log.unlink(missing_ok=True)
     mode = "dry" if args.dry_run else "quick" if args.quick else "full"
@@ -44,7 +44,7 @@ def main(args: argparse.Namespace) -> int:
                 "Triton's kernels have not been compiled here: that comes first, beside the build", flush=True
             )
             # tables come from rapidin._cpu
-            shares = max(1, (os.cpu_count() or 1) - 3)
+            shares = max(1, min(calls.MOST_SHARES, (os.cpu_count() or 1) - 3))
             steps += calls.compile_steps(rows, log, until=until, shares=shares, after=["build _cpu"])
     wanted = [name for name in STAGES if not args.only or name in args.only or name == "ceilings"]
     options = ["--purpose", "time", "--mode", mode, "--stages", ",".join(wanted)]

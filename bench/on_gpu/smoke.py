@@ -10,6 +10,7 @@ import argparse
 import os
 import re
 import shutil
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -36,10 +37,11 @@ def main(args: argparse.Namespace) -> int:
         print("gpu: there is no GPU here; --dry-run goes without one", file=sys.stderr)
         return 2
     calls.set_environment(gpu, args.dry_run)
+    os.environ.setdefault("OMP_NUM_THREADS", "2")  # a dozen processes at a time
     args.out.mkdir(parents=True, exist_ok=True)
     rows = RowFile(args.out / f"smoke-{calls.slug(gpu['name'])}.jsonl", "smoke")
     rows.path.unlink(missing_ok=True)
-    rows.about = {**calls.about(), "device": gpu["name"]}
+    rows.about = {**calls.about(args.commit), "device": gpu["name"]}
     rows.write({"about": gpu, "seconds": args.seconds, "dry": args.dry_run})
     for log in ("smoke.log", "pytest.log", *(f"{tool}.log" for tool in TOOLS)):
         (args.out / log).unlink(missing_ok=True)
@@ -106,7 +108,7 @@ def sanitizer(tool: str, args: argparse.Namespace, rows: RowFile, until: float, 
         return calls.missing_step(rows, tool, log, "there is no compute-sanitizer here")
     else:
         # Kernels of other libraries are let alone, which is what makes it quick.
-        under = [found, "--tool", tool, "--kernel-name", "kns=rapidin", "--print-limit", "20"]
+        under = [found, "--tool", tool, *kernel_filter(found), "--print-limit", "20"]
 
     return calls.worker_step(
         rows,
@@ -132,6 +134,12 @@ def find_sanitizer() -> str | None:
         if found:
             return found
     return None
+
+
+def kernel_filter(found: str) -> list[str]:
+    """What has a tool look at our kernels alone, by a part of their names, if this version has it."""
+    done = subprocess.run([found, "--help"], capture_output=True, text=True, timeout=20)
+    return ["--kernel-name", "kns=rapidin"] if "--kernel-name" in done.stdout + done.stderr else []
 
 
 def sanitizer_row(rows: RowFile, tool: str, log: Path, dry: bool) -> Callable[[Ended], None]:
