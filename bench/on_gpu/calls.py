@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -32,8 +33,10 @@ def find_gpu(dry: bool) -> Facts | None:
         return {"name": "dry run", "arch": None, "driver": None}
     if shutil.which("nvidia-smi"):
         asked = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()
-        words = [word.strip() for word in said[0].split(",")] if said else []
+        said = ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            said = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.strip()
+        words = [word.strip() for word in said.partition("\n")[0].split(",")]
         if len(words) == 3 and re.fullmatch(r"\d+\.\d+", words[1]):
             return {"name": words[0], "arch": words[1].replace(".", ""), "driver": words[2]}
     code = "import torch.cuda as c; print(c.get_device_name(0)); print('%d%d' % c.get_device_capability())"
