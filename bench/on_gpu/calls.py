@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import hashlib
 import json
@@ -18,6 +19,7 @@ from on_gpu.processes import Ended, Step
 
 RESTARTS = 8  # of a worker
 STAGE_RESTARTS = 3  # after which the rest of a stage is left out
+DRY_PATIENCE = 4  # how many times as long a dry run waits: what runs it may be busy with other things
 MOST_SHARES = 8  # of compiling ahead: each holds inputs of up to 8 GB
 BUILD_SECONDS, COMPILE_SECONDS = 110.0, 70.0
 SILENT_SECONDS = 60.0  # after which a worker that tells no row is ended: a case may compile
@@ -32,8 +34,10 @@ def find_gpu(dry: bool) -> Facts | None:
         return {"name": "dry run", "arch": None, "driver": None}
     if shutil.which("nvidia-smi"):
         asked = ["nvidia-smi", "--query-gpu=name,compute_cap,driver_version", "--format=csv,noheader"]
-        said = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.strip().splitlines()
-        words = [word.strip() for word in said[0].split(",")] if said else []
+        said = ""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            said = subprocess.run(asked, capture_output=True, text=True, timeout=30).stdout.strip()
+        words = [word.strip() for word in said.partition("\n")[0].split(",")]
         if len(words) == 3 and re.fullmatch(r"\d+\.\d+", words[1]):
             return {"name": words[0], "arch": words[1].replace(".", ""), "driver": words[2]}
     code = "import torch.cuda as c; print(c.get_device_name(0)); print('%d%d' % c.get_device_capability())"
@@ -128,7 +132,7 @@ def build_steps(rows: RowFile, log: Path, dry: bool) -> list[Step]:
             f"build {name}",
             [*command, name],
             log,
-            BUILD_SECONDS,
+            BUILD_SECONDS * (DRY_PATIENCE if dry else 1),
             cores=1 if dry else 3,
             ended=step_row(rows, f"build {name}"),
         )
@@ -160,6 +164,7 @@ def worker_step(
     mine = RowFile(rows.path, name)
     mine.about = dict(rows.about)
     crashes: list[str] = []
+    patience = DRY_PATIENCE if "--dry-run" in options else 1
 
     def command() -> list[str]:
         skip = sorted({stage for stage in crashes if crashes.count(stage) >= STAGE_RESTARTS})
@@ -192,10 +197,10 @@ def worker_step(
         name,
         command(),
         log,
-        limit,
+        limit * patience,
         tuple(after),
         alone=alone,
-        silent=silent,
+        silent=silent * patience,
         heard=lambda: sum(1 for _ in mine.rows()),
         cores=cores,
         environment=environment or {},

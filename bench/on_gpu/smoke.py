@@ -82,9 +82,10 @@ def steps(args: argparse.Namespace, rows: RowFile, end: float) -> list[Step]:
             rows, name, options, log, until=until, limit=CHECK_SECONDS, after=after, cores=cores
         )
 
-    listed = [*built, check("cuda", KERNELS, "cuda", cuda), check("flow", "flow", "gpu", cuda, cores=2)]
-    # Each of Triton's kernels is compiled first, which is most of its check.
-    shares = max(1, min(5, cores // 3))
+    listed = [*built, check("cuda", KERNELS, "cuda,triton" if dry else "cuda", cuda)]
+    listed.append(check("flow", "flow", "gpu", cuda, cores=2))
+    # Each of Triton's kernels is compiled first, which is most of its check; interpreted, it is not.
+    shares = 0 if dry else max(1, min(5, cores // 3))
     listed += [check(f"triton {n}", KERNELS, "triton", cpu, f"{n}/{shares}") for n in range(shares)]
     listed += [sanitizer(tool, args, rows, until, cuda) for tool in (TOOLS[:1] if dry else TOOLS)]
     if not dry:
