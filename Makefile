@@ -55,7 +55,7 @@ clean:
 .venv/extensions: export RAPIDIN_CUDA ?= $(shell command -v nvcc >/dev/null 2>&1 && echo on || echo off)
 .venv/extensions: export RAPIDIN_CUDA_FLAGS = -Werror all-warnings
 .venv/extensions: export RAPIDIN_BUILD_JOBS = $(shell nproc 2>/dev/null || echo 1)
-.venv/extensions: .venv/builders setup.py build_extensions.py $(SOURCES)
+.venv/extensions: .venv/builders setup.py $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace --force
 	touch $@
 

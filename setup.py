@@ -1,6 +1,6 @@
-"""Builds the extensions by build_extensions.py, which says what decides how. The rest is in pyproject.toml.
+"""Builds the extensions by csrc/build_extensions.py, which says what decides how. The rest is in pyproject.toml.
 
-RAPIDIN_EXTENSIONS=built: nothing is compiled; build_extensions.py or `build_ext --inplace` has done it
+RAPIDIN_EXTENSIONS=built: nothing is compiled; csrc/build_extensions.py or `build_ext --inplace` has done it
 """
 
 import os
@@ -11,7 +11,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 from setuptools.errors import CompileError
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))  # a build of a wheel does not start here
+sys.path.insert(0, str(Path(__file__).resolve().parent / "csrc"))
 import build_extensions
 
 

@@ -64,7 +64,7 @@ def parse() -> argparse.Namespace:
 
 def prepare_dry_run() -> None:
     """Triton's interpreter and the emulated CUDA kernels in the GPU's place."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT)]
+    sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "csrc")]
     if find_spec("pybind11") is None:  # torch has its headers, which is all that is needed of it
         from build_extensions import pybind11_headers
 

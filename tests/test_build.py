@@ -31,7 +31,7 @@ def test_the_extension_loads_without_torch():
 def test_the_build_needs_no_torch():
     imports = [
         line
-        for name in ("setup.py", "build_extensions.py")
+        for name in ("setup.py", "csrc/build_extensions.py")
         for line in (ROOT / name).read_text().splitlines()
         if line.strip().startswith(("import ", "from "))
     ]
@@ -80,7 +80,7 @@ def test_units_share_no_symbols(built):
         assert shared == [], unit.name
 
 
-# ---- build_extensions.py, by compilers that only note how they were called ----
+# ---- csrc/build_extensions.py, by compilers that only note how they were called ----
 
 
 @pytest.fixture
@@ -105,7 +105,7 @@ def compilers(tmp_path, monkeypatch):
     monkeypatch.setenv("RAPIDIN_CUDA_ARCHS", "90")
     for name in ("CXXFLAGS", "LDFLAGS", "RAPIDIN_CUDA_FLAGS"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.syspath_prepend(str(ROOT))
+    monkeypatch.syspath_prepend(str(ROOT / "csrc"))
     import build_extensions
 
     monkeypatch.setattr(build_extensions, "ROOT", tmp_path)

@@ -125,7 +125,7 @@ def step_row(rows: RowFile, name: str) -> Callable[[Ended], None]:
 
 def build_steps(rows: RowFile, log: Path, dry: bool) -> list[Step]:
     """The extensions, both at a time. What has not changed is not compiled again."""
-    command = [sys.executable, str(ROOT / "build_extensions.py"), "--only"]
+    command = [sys.executable, str(ROOT / "csrc/build_extensions.py"), "--only"]
     names = ("_cpu",) if dry else ("_cpu", "_cuda")
     return [
         Step(

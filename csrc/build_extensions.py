@@ -1,6 +1,6 @@
 """Compiles `rapidin._cpu` and, where nvcc is found, `rapidin._cuda`, with a C++ compiler and nvcc alone.
 
-python build_extensions.py [--force]      # into rapidin/, on all cores
+python csrc/build_extensions.py [--force]      # into rapidin/, on all cores
 
 setup.py compiles by this file as well. Here neither setuptools nor an installed pybind11 is needed: its
 headers come with torch too. Objects stay in build/objects, named by all that they were made of, so that what
@@ -31,7 +31,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[1]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 CPU, CUDA = "csrc/cpu/", "csrc/cuda/"
 # No contraction: how a loop was unrolled must not decide how a product and a sum are rounded.
