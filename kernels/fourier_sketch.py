@@ -20,8 +20,8 @@ from torch import Tensor
 
 from rapidin.kernels.sum_parts import added
 
-# H, R1, R2 and R3, tokens that are transformed at a time, and warps. By dim. The matrices lie in shared memory,
-# of which some GPUs without a CUDA kernel have 64 KB: so none is larger than 32 x 32.
+# H, R1, R2 and R3, tokens that are transformed at a time, and warps, by dim. The matrices lie in shared
+# memory, of which some GPUs without a CUDA kernel have 64 KB: so none is larger than 32 x 32.
 _SIZES = {
     1024: (1, 32, 32, 1, 1, 4),
     2048: (2, 32, 32, 1, 1, 8),

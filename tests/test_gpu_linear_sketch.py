@@ -199,7 +199,7 @@ def test_low_rank_beside_a_massive_activation(gpu, dtype, rank, dim):
 
 
 def test_low_rank_of_any_layout_and_size(gpu):
-    """Rows that lie apart, several tiles of tokens and of features, a side of which all directions are known."""
+    """Rows that lie apart, several tiles of tokens and features, a side of which all directions are known."""
     inputs, grads = factors((3, 50, 300, 30), torch.bfloat16)
     wide = torch.full((3, 50, 600), torch.nan, dtype=torch.bfloat16, device=DEVICE)
     wide[:, :, ::2] = inputs.to(DEVICE)

@@ -161,11 +161,16 @@ def applied(x: Tensor, low_rank: LowRank | None) -> Tensor:
     return x if low_rank is None else low_rank(x)
 
 
+def preconditioned_dtype(dtype: torch.dtype, low_rank: LowRank | None) -> torch.dtype:
+    """Of what `preconditioned` gives."""
+    return dtype if low_rank is None or dtype == torch.bfloat16 else torch.float32
+
+
 def preconditioned(x: Tensor, low_rank: LowRank | None) -> Tensor:
     """x [B, T, n] with its LowRank, as GPU kernels sketch it: bfloat16 rounded to bfloat16 once, any other
     dtype in float32. docs/kernels.md counts why features are preconditioned there, not count sketches.
     """
-    if low_rank is None or x.dtype != torch.bfloat16:
+    if low_rank is None or preconditioned_dtype(x.dtype, low_rank) == torch.float32:
         return applied(x, low_rank)
     if low_rank.matrix is None and find_spec("triton") is not None:
         from rapidin.kernels import low_rank as kernels

@@ -12,7 +12,7 @@ from torch import Tensor
 from rapidin.ops import tables
 from rapidin.ops.cuda.extension import DTYPES, extension, place
 from rapidin.ops.flat_plan import flat_plan
-from rapidin.ops.low_rank import LowRank, preconditioned
+from rapidin.ops.low_rank import LowRank, preconditioned, preconditioned_dtype
 
 # Blocks that share the tokens of a batch, whatever the device has room for: how sums are cut, and so their
 # bits, is the same on every GPU.
@@ -35,8 +35,8 @@ def supports_linear_sketch(
     """Whether the kernel takes these: powers of two from 32 to 8,192, where shared memory suffices."""
     if dim not in LINEAR_DIMS:
         return False
-    dtypes = [  # a LowRank makes float16 float32
-        DTYPES[torch.float32 if low_rank is not None and x.dtype != torch.bfloat16 else x.dtype]
+    dtypes = [
+        DTYPES[preconditioned_dtype(x.dtype, low_rank)]
         for x, low_rank in ((inputs, inputs_low_rank), (grads, grads_low_rank))
     ]
     _, shared = extension().linear_sketch_tile(dim, *dtypes)
