@@ -523,7 +523,7 @@ struct FourierSketch {
     }
 
     // Spectra of real rows have X[-w] = conj(X[w]), so F[w] = (S[w] - conj(S[-w])) / 4i is that of the sketch. The inverse
-    // transform is taken as the forward one of the conjugate, by each token's threads alike.
+    // transform is taken as the forward one of the conjugate, by the first token's threads; the others transform zeros.
     __device__ __forceinline__ void finish() {
         __syncthreads();
 #pragma unroll
@@ -539,6 +539,7 @@ struct FourierSketch {
             const int w = i * kOfToken + of_token;
             const int at = place_in_the_end(w), mirrored = place_in_the_end((K - w) % K);
             x[i] = {0.0f, 0.0f};
+            if (token_of_block > 0) continue;
 #pragma unroll
             for (int t = 0; t < kTokens; ++t) {
                 x[i].re += plane(t, 1)[at] + plane(t, 1)[mirrored];
