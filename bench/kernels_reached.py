@@ -23,6 +23,7 @@ from rapidin import ops, pack
 from rapidin.geometry import RANK
 from rapidin.kronecker import SideMoment
 from rapidin.ops import backends, cuda
+from rapidin.ops.low_rank import preconditioned_dtype
 
 ROOT = Path(__file__).parent.parent
 ARCHITECTURES = "sm_80 sm_90 sm_100 compute_100"  # what setup.py compiles for
@@ -102,14 +103,10 @@ def reached(n_in: int, n_out: int, dim: int) -> str:
     backend = backends._default("linear_sketch", torch.device("cuda", 0), (*factors, dim, *low_ranks))
     module = import_module(f"rapidin.ops.{backend}.sketches")
     kernel = backend
-    if backend == "triton":
-        kernels = [getattr(module, name, None) for name in ("linear_kernels", "fourier_kernels")]
-        if not any(dim in each.DIMS for each in kernels if each is not None):
-            kernel = "torch's FFT"
-    # A backend without this function makes float32 factors first.
-    takes = getattr(module, "takes_low_rank", lambda low_rank, dim: False)
-    read = "bfloat16" if all(takes(each, dim) for each in low_ranks) else "float32"
-    return f"{kernel}, {read}"
+    if backend == "triton" and dim not in (*module.linear_kernels.DIMS, *module.fourier_kernels.DIMS):
+        kernel = "torch's FFT"
+    read = {preconditioned_dtype(torch.bfloat16, each) for each in low_ranks}
+    return f"{kernel}, {' and '.join(sorted(str(dtype).removeprefix('torch.') for dtype in read))}"
 
 
 def table(extension: Any) -> str:

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from rapidin.kernels.sum_parts import added
 
-# H, R1, R2 and R3, tokens that are transformed at a time, and warps. By dim. The matrices lie in shared memory, of
-# which some GPUs without a CUDA kernel of their own have 64 KB: so none is larger than 32 x 32.
+# H, R1, R2 and R3, tokens that are transformed at a time, and warps, by dim. The matrices lie in shared
+# memory, of which some GPUs without a CUDA kernel have 64 KB: so none is larger than 32 x 32.
 _SIZES = {
     1024: (1, 32, 32, 1, 1, 4),
     2048: (2, 32, 32, 1, 1, 8),
@@ -105,9 +105,10 @@ def _peak(x):
 
 @triton.jit
 def _scales(peak_re, peak_im, bits):
-    """Of Z^2 = P^2 - Q^2 + 2i P Q only the cross term is wanted: both sides of a token are brought to about the
-    same length, by powers of two whose product is 1, and to nothing where one is nothing. A length is taken as
-    that of as many numbers as the side has, all as large as the largest; bits: log2 of their ratio."""
+    """Of Z^2 = P^2 - Q^2 + 2i P Q only the cross term is wanted: both sides of a token are brought to about
+    the same length, by powers of two whose product is 1, and to nothing where one is nothing. A length is
+    taken as that of as many numbers as the side has, all as large as the largest; bits: log2 of the ratio of
+    these counts."""
     some = (peak_re > 0.0) & (peak_im > 0.0)
     larger = (peak_im.to(tl.int32, bitcast=True) >> 23) - (peak_re.to(tl.int32, bitcast=True) >> 23)
     shift = tl.minimum(tl.maximum((2 * larger + bits) >> 2, -126), 126)
@@ -168,7 +169,7 @@ def _fourier_sketch_kernel(
         if H == 1:
             scale_re, scale_im = _scales(_peak(re), _peak(im), bits)
             re, im = _transformed(re * scale_re, im * scale_im, roots_ptr, R1, R2, R3, T)
-        else:  # the even numbers are the transform of the halves' sum, the odd ones of their difference, turned
+        else:  # the even numbers come of the halves' sum, the odd ones of their difference, turned
             half_re = _count_sketch(
                 inputs_ptr, inputs_table_ptr, token, end, n_in, stride_inputs_token, stride_inputs_element, N,
                 K, N, R1, T,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
-_ROWS, _COLUMNS = 128, 128  # of a tile
+MOST_RANK = 256
 _PROGRAMS = 512  # about as many share the work
 
 
@@ -79,17 +79,19 @@ def add_low_rank(x: Tensor, along: Tensor, gain: Tensor, parts: Tensor) -> Tenso
     """``x + ((along's two halves added) * gain) @ basis.T``.
 
     x: [B, T, n] bfloat16, any strides; along: [B T, 2 r] float32, x times either part of the basis; gain: [r]
-    float32; parts: [n, 2 r] bfloat16, the basis' high and low parts; the last three contiguous.
+    float32; parts: [n, 2 r] bfloat16, the basis' high and low parts; the last three contiguous. r is at most
+    MOST_RANK.
     -> [B, T, n] bfloat16, contiguous
     """
     batch, tokens, n = x.shape
     rank = len(gain)
     out = torch.empty(batch, tokens, n, device=x.device, dtype=torch.bfloat16)
-    tiles, columns = triton.cdiv(batch * tokens, _ROWS), triton.cdiv(n, _COLUMNS)
-    share = triton.cdiv(columns, min(columns, max(1, _PROGRAMS // tiles))) * _COLUMNS
+    width = max(16, triton.next_power_of_2(rank))
+    size = 128 if width <= 64 else 64 if width == 128 else 32  # of a tile: 99 KB hold it
+    tiles, columns = triton.cdiv(batch * tokens, size), triton.cdiv(n, size)
+    share = triton.cdiv(columns, min(columns, max(1, _PROGRAMS // tiles))) * size
     _add_low_rank_kernel[(tiles * triton.cdiv(n, share),)](
         x, *x.stride(), tokens, batch * tokens, n, share, along, gain, parts, out, rank,
-        RANK=max(16, triton.next_power_of_2(rank)), ROWS=_ROWS, COLUMNS=_COLUMNS,
-        num_warps=8, num_stages=2,
+        RANK=width, ROWS=size, COLUMNS=size, num_warps=8 if size == 128 else 4, num_stages=2,
     )  # fmt: skip
     return out

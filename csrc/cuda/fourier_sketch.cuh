@@ -212,8 +212,14 @@ struct FourierSketch {
         return last_number(row, place, i / kLast) + 256 * number;
     }
 
-    // Where input or output number w of a token lies in its planes.
+    // Where number w lies in a token's planes before the transform.
     static __device__ __forceinline__ int place_of(int w) { return w / kOfToken * kRow + w % kOfToken; }
+
+    // And after it, in the end: so that neither the threads that have the numbers nor those that read neighbours meet more
+    // than another one on a bank.
+    static __device__ __forceinline__ int place_in_the_end(int w) {
+        return w / 256 * 256 + w % 16 * 16 + (w / 16 % 16 ^ w % 16);
+    }
 
     __device__ __forceinline__ float* plane(int token, int imaginary) const {
         return points + (imaginary * kTokens + token) * Sizes::kPlane;
@@ -247,7 +253,7 @@ struct FourierSketch {
             im[at] = x[i].im;
         }
         __syncwarp();
-        const Complex root_last = roots[16 + last_number(row, place, 0)];
+        const Complex root_last = roots[16 + row * 16 + last_number(0, place, 0) / 16];
         if constexpr (kLast == 32) {
             const int odd = place & 1;  // which of a DFT's odd or even numbers this thread has
 #pragma unroll
@@ -517,12 +523,12 @@ struct FourierSketch {
     }
 
     // Spectra of real rows have X[-w] = conj(X[w]), so F[w] = (S[w] - conj(S[-w])) / 4i is that of the sketch. The inverse
-    // transform is taken as the forward one of the conjugate, by each token's threads alike.
+    // transform is taken as the forward one of the conjugate, by the first token's threads; the others transform zeros.
     __device__ __forceinline__ void finish() {
         __syncthreads();
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
-            const int at = place_of(frequency(i));
+            const int at = place_in_the_end(frequency(i));
             plane(token_of_block, 0)[at] = sums[i].re;
             plane(token_of_block, 1)[at] = sums[i].im;
         }
@@ -531,8 +537,9 @@ struct FourierSketch {
 #pragma unroll
         for (int i = 0; i < 16; ++i) {
             const int w = i * kOfToken + of_token;
-            const int at = place_of(w), mirrored = place_of((K - w) % K);
+            const int at = place_in_the_end(w), mirrored = place_in_the_end((K - w) % K);
             x[i] = {0.0f, 0.0f};
+            if (token_of_block > 0) continue;
 #pragma unroll
             for (int t = 0; t < kTokens; ++t) {
                 x[i].re += plane(t, 1)[at] + plane(t, 1)[mirrored];
@@ -543,17 +550,22 @@ struct FourierSketch {
         }
         __syncthreads();
         transform(x);
-        if (token_of_block > 0) return;
-        float* out = args.partial + (static_cast<int64_t>(blockIdx.x) * gridDim.y + batch) * K;
+        __syncthreads();
+        if (token_of_block == 0) {
 #pragma unroll
-        for (int i = 0; i < 16; ++i) out[frequency(i)] = x[i].re;
+            for (int i = 0; i < 16; ++i) points[place_in_the_end(frequency(i))] = x[i].re;
+        }
+        __syncthreads();
+        float* out = args.partial + (static_cast<int64_t>(blockIdx.x) * gridDim.y + batch) * K;
+        for (int w = tid; w < K; w += Sizes::kThreads) out[w] = points[place_in_the_end(w)];
     }
 
     __device__ __forceinline__ void run() {
         // A stage's barrier comes before these are used.
         if (tid < 2 * kTokens) peaks[tid] = 0;
         for (int i = tid; i < Sizes::kRoots; i += Sizes::kThreads)
-            roots[i] = i < 16 ? root_of_unity(static_cast<float>(i) / 256.0f) : root_of_unity(static_cast<float>(i - 16) / K);
+            roots[i] = i < 16 ? root_of_unity(static_cast<float>(i) / 256.0f)
+                              : root_of_unity(static_cast<float>(i / 16 - 1 + i % 16 * 16) / K);  // [k1][k21]
         load_first(0, first);
         int peak_turn = 0;
         for (int token = first; token < end; token += kTokens, peak_turn ^= 1) add_tokens(token, peak_turn);

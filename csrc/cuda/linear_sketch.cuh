@@ -376,15 +376,18 @@ struct LinearSketch {
 
     // Diagonals of a plane, not wrapped and wrapped, summed by a lane each: [plane][2][n], of each step's warps.
     __device__ __forceinline__ float* fold_planes() {
-        constexpr int kStride = kResidues + 1;
+        // Half a warp's stores, four columns' pairs of four rows, then hit all banks, and so do a diagonal's reads.
+        constexpr int kStride = kResidues + 8;
+        static_assert(W * kResidues * (kStride + 2) * 4 <= kSharedBytes);
         // After the last tile nobody reads stages or operands any more.
         float* matrix = reinterpret_cast<float*>(stages) + warp * kResidues * kStride;
         float* diagonals = reinterpret_cast<float*>(stages) + W * kResidues * kStride;
         __syncthreads();
 #pragma unroll
-        for (int i = 0; i < 32; ++i) {
-            const int row = i / 16 * 16 + i % 4 / 2 * 8 + lane / 4, column = i / 4 % 4 * 8 + lane % 4 * 2 + i % 2;
-            matrix[row * kStride + column] = sums[i / 16][i / 4 % 4][i % 4];
+        for (int i = 0; i < 32; i += 2) {
+            const int row = i / 16 * 16 + i % 4 / 2 * 8 + lane / 4, column = i / 4 % 4 * 8 + lane % 4 * 2;
+            const float* pair = sums[i / 16][i / 4 % 4] + i % 4;
+            *reinterpret_cast<Words2*>(matrix + row * kStride + column) = {{__float_as_uint(pair[0]), __float_as_uint(pair[1])}};
         }
         __syncwarp();
         float straight = 0.0f, wrapped = 0.0f;

@@ -22,8 +22,8 @@ def linear_sketch(
 
     inputs: [B, T, I], grads: [B, T, O], float32, float16 or bfloat16, any strides
     inputs_low_rank, grads_low_rank: what a preconditioner does to a side first, of I and of O features: a
-    side's x becomes ``x + ((x @ basis) * gain) @ basis.T``, which is never rounded to less than float32
-    before it is added up
+    side's x becomes ``x + ((x @ basis) * gain) @ basis.T``, float32 except of bfloat16 on a GPU, where it is
+    rounded to bfloat16 once it is added up
     -> [B, dim] float32: what matrix_sketch gives for the formed [O, I] gradients, up to rounding
 
     On a GPU, two bfloat16 sides are rounded to bfloat16 once more before they are multiplied: a relative

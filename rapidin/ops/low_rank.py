@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -139,19 +140,42 @@ def coefficients(x: Tensor, low_rank: LowRank) -> Tensor:
     return along * low_rank.gain
 
 
-def _by_parts(x: Tensor, low_rank: LowRank) -> Tensor:
-    """``x @ basis`` [B, T, r] float32, of bfloat16 x [B, T, n], by both parts of the basis."""
+def products_with_parts(x: Tensor, low_rank: LowRank) -> Tensor:
+    """bfloat16 x [B, T, n] times each part of the basis, [B T, 2 r] float32, high parts first."""
     rows = x.reshape(1, -1, low_rank.features)
     parts = low_rank.parts[None]
     # As a batch of one: a product with a wider result has no shape rule in torch 2.8 unless it is batched.
-    both = (
-        torch.bmm(rows, parts, torch.float32)
-        if x.device.type == "cuda"
-        else torch.bmm(rows.float(), parts.float())
-    )
-    return (both[..., : low_rank.rank] + both[..., low_rank.rank :]).view(*x.shape[:-1], low_rank.rank)
+    if x.device.type == "cuda":
+        return torch.bmm(rows, parts, torch.float32)[0]
+    return torch.bmm(rows.float(), parts.float())[0]
+
+
+def _by_parts(x: Tensor, low_rank: LowRank) -> Tensor:
+    """``x @ basis`` [B, T, r] float32, of bfloat16 x [B, T, n], by both parts of the basis."""
+    both = products_with_parts(x, low_rank)
+    return (both[:, : low_rank.rank] + both[:, low_rank.rank :]).view(*x.shape[:-1], low_rank.rank)
 
 
 def applied(x: Tensor, low_rank: LowRank | None) -> Tensor:
     """x [B, T, n] with what a backend's kernel does not do itself: float32 where there is a LowRank."""
     return x if low_rank is None else low_rank(x)
+
+
+def preconditioned_dtype(dtype: torch.dtype, low_rank: LowRank | None) -> torch.dtype:
+    """Of what `preconditioned` gives."""
+    return dtype if low_rank is None or dtype == torch.bfloat16 else torch.float32
+
+
+def preconditioned(x: Tensor, low_rank: LowRank | None) -> Tensor:
+    """x [B, T, n] with its LowRank, as GPU kernels sketch it: bfloat16 rounded to bfloat16 once, any other
+    dtype in float32. docs/kernels.md counts why features are preconditioned there, not count sketches.
+    """
+    if low_rank is None or preconditioned_dtype(x.dtype, low_rank) == torch.float32:
+        return applied(x, low_rank)
+    if low_rank.matrix is None and find_spec("triton") is not None:
+        from rapidin.kernels import low_rank as kernels
+
+        if low_rank.rank <= kernels.MOST_RANK:
+            along = products_with_parts(x, low_rank)
+            return kernels.add_low_rank(x, along, low_rank.gain.contiguous(), low_rank.parts)
+    return low_rank(x).bfloat16()

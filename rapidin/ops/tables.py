@@ -37,7 +37,7 @@ def columns(
 ) -> Tensor:
     """-> [ceil(n / k) * k] int32: by chunk and bin, the index in the chunk, and its sign in the top bit.
 
-    change: what a kernel wants made of the table, on the CPU; the same function each time, for tables are kept by it.
+    change: what a kernel wants made of the table, on the CPU; the same function each time, for it is a key.
     """
     return _get("columns", seed, side, n, k, device, change)
 

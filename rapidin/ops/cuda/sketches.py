@@ -12,7 +12,7 @@ from torch import Tensor
 from rapidin.ops import tables
 from rapidin.ops.cuda.extension import DTYPES, extension, place
 from rapidin.ops.flat_plan import flat_plan
-from rapidin.ops.low_rank import LowRank, applied
+from rapidin.ops.low_rank import LowRank, preconditioned, preconditioned_dtype
 
 # Blocks that share the tokens of a batch, whatever the device has room for: how sums are cut, and so their
 # bits, is the same on every GPU.
@@ -32,11 +32,11 @@ def supports_linear_sketch(
     inputs_low_rank: LowRank | None = None,
     grads_low_rank: LowRank | None = None,
 ) -> bool:
-    """Whether the kernel takes these: powers of two from 32 to 8,192, where the device has the shared memory."""
+    """Whether the kernel takes these: powers of two from 32 to 8,192, where shared memory suffices."""
     if dim not in LINEAR_DIMS:
         return False
     dtypes = [
-        DTYPES[x.dtype if low_rank is None else torch.float32]
+        DTYPES[preconditioned_dtype(x.dtype, low_rank)]
         for x, low_rank in ((inputs, inputs_low_rank), (grads, grads_low_rank))
     ]
     _, shared = extension().linear_sketch_tile(dim, *dtypes)
@@ -57,7 +57,7 @@ def linear_sketch(
             f"linear_sketch: backend 'cuda' has no kernel for dim {dim} of {inputs.dtype} and {grads.dtype} "
             "on this device; ask for backend='triton'"
         )
-    inputs, grads = applied(inputs, inputs_low_rank), applied(grads, grads_low_rank)
+    inputs, grads = preconditioned(inputs, inputs_low_rank), preconditioned(grads, grads_low_rank)
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
     device = inputs.device

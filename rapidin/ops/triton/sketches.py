@@ -13,7 +13,7 @@ from rapidin.kernels import linear_sketch as linear_kernels
 from rapidin.kernels.fold import fold
 from rapidin.ops import tables
 from rapidin.ops.flat_plan import flat_plan
-from rapidin.ops.low_rank import LowRank, applied
+from rapidin.ops.low_rank import LowRank, preconditioned
 
 _TOKEN_BYTES = 256 << 20  # of tokens' spectra held at a time, where the kernel has not the width
 
@@ -27,7 +27,7 @@ def linear_sketch(
     inputs_low_rank: LowRank | None = None,
     grads_low_rank: LowRank | None = None,
 ) -> Tensor:
-    inputs, grads = applied(inputs, inputs_low_rank), applied(grads, grads_low_rank)
+    inputs, grads = preconditioned(inputs, inputs_low_rank), preconditioned(grads, grads_low_rank)
     table_in = tables.columns(seed, tables.IN, inputs.shape[2], dim, inputs.device)
     table_out = tables.columns(seed, tables.OUT, grads.shape[2], dim, inputs.device)
     if dim in fourier_kernels.DIMS:
