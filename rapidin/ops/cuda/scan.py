@@ -18,7 +18,7 @@ _UNIT = 64  # bytes of a row that a warp takes at a time
 _SCAN_ROWS = 256  # that a block takes at a time
 _COLUMNS = 8  # of the tensor cores' second operand
 # Tiles of columns that a block holds where there are more queries than fill one
-_TILES = {"float32": 2, "float16": 4, "bfloat16": 4, "int8": 4, "int4": 2, "sign": 1}
+_TILES = {"float32": 2, "float16": 4, "bfloat16": 4, "int8": 4, "int4": 2, "sign": 2}
 _PLANES = {"bfloat16": 2, "int4": 2, "sign": 8}  # of fragments; 1 of others
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BLOCKS_A_MULTIPROCESSOR = 2
