@@ -206,6 +206,16 @@ def test_packed_rows_with_blocks(gpu, dtype, queries):
         torch.testing.assert_close(got[scores], wanted[scores], rtol=1e-5, atol=2e-6 * size, equal_nan=True)
 
 
+def test_packed_parts_without_numbers_and_blocks(gpu):
+    parts = [pack(normal(9, 0), "sign"), pack(normal(9, 50), "int4"), pack(normal(9, 0), "int8")]
+    more = {"scales": normal(9, 2, seed=2), "offsets": [0, 20, 50]}
+    q = normal(2, 50, seed=1)
+    got = both_ends(gpu, parts, q, 9, **more)
+    wanted = ops.topk_scan_both_ends(parts, q, 9, **more, backend="reference")
+    assert torch.equal(got[1], wanted[1])
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-5, atol=1e-4)
+
+
 def test_blocks_of_packed_rows_with_queries_that_are_not_numbers(gpu):
     packed, q = pack(normal(20, 100), "sign"), normal(4, 100, seed=1)
     q[0, 3], q[1, 50], q[2] = torch.nan, torch.inf, 0.0
@@ -335,7 +345,7 @@ def test_a_block_has_the_shared_memory_that_it_asks_for(emulated_cuda, dtype):
         made = prepare(part, torch.ones(q, width), None)
         for k, ends in product((1, 256, 257, gpu_scan.LONGEST), (1, 3)):
             asked = emulated_cuda.topk_scan_shared_bytes(
-                _FORMATS[name], False, made.tiles, made.layout.units, made.columns_held, capacity_of(k), ends
+                _FORMATS[name], False, made.tiles, made.units, made.columns_held, capacity_of(k), ends
             )
             assert 0 < asked <= LEAST_SHARED, (width, q, k, ends)
             most = max(most, asked)

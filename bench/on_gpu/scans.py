@@ -193,7 +193,7 @@ def from_disk(bench: Bench) -> Facts:
     blocks, width, rows = (2, 64, 40) if bench.mode == "dry" else (112, 512, 8192)
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder) / "cache", blocks, width, rows)
-        cache = Cache(Path(folder) / "cache")
+        cache = Cache(Path(folder) / "cache", resident=False)
         source = Source(cache, methods.prepare(torch.randn(1, blocks, width)))
         settings: dict[str, Any] = {} if bench.machine.dry else {"device": bench.device}
         times = bench.machine.time([lambda: scan_cache(source, 10, **settings)], seconds=1.0, most=5)

@@ -55,7 +55,7 @@ void topk_scan(const DeviceScan& args, Queue on) {
     if (args.width * 4 > INT32_MAX || args.n > INT32_MAX) throw std::runtime_error("topk_scan: a row, or the cache, is too long");
     if (args.capacity > kMostCapacity) throw std::runtime_error("topk_scan: a list is too long to be sorted");
     const OnDevice guard(on.device);
-    with_scan(args.format, args.segments != nullptr, args.tiles, [&](auto scan) { scan.start(args, on); });
+    with_scan(args.format, args.blocks, args.tiles, [&](auto scan) { scan.start(args, on); });
 }
 
 int64_t topk_scan_shared_bytes(int format, bool blocks, int tiles, int64_t units, int64_t columns_held, int64_t capacity, int ends) {

@@ -318,13 +318,13 @@ def _places_of_bytes(width: int, dtype: str, device: torch.device) -> Tensor:
 
 
 def numbers_of_bytes(width: int, dtype: str) -> Tensor:
-    """-> [planes, bytes] int64: which number of a row each byte's plane holds, -1 for none."""
+    """-> [planes, bytes] int64 on the CPU: which number of a row each byte's plane holds, -1 for none."""
     planes = NUMBERS[dtype]
-    byte = torch.arange(packed_bytes(width, dtype))  # type: ignore[arg-type]
+    byte = torch.arange(packed_bytes(width, dtype), device="cpu")  # type: ignore[arg-type]
     begin = byte // _GROUP * _GROUP * planes
     in_group = (width - begin).clamp_max(_GROUP * planes)
     size = (in_group + planes - 1) // planes
-    place = torch.arange(planes)[:, None] * size + byte % _GROUP
+    place = torch.arange(planes, device="cpu")[:, None] * size + byte % _GROUP
     return (begin + place).where(place < in_group, -1)
 
 
@@ -341,9 +341,9 @@ def steps_of_blocks(
     """How packed rows with blocks are gone through: a step for each plane of a group of bytes, and each block
     that it has numbers of, in the order of the numbers.
 
-    -> places [steps, 64] int32, the number of each byte's plane or -1 where the block has none there; steps
-    [steps, 4] int32: the group's first byte, the plane's first bit << 8 | flags, the block's column of
-    scales, the piece; pieces: the segments, in pieces of which 32 bits hold a sum.
+    -> on the CPU: places [steps, 64] int32, the number of each byte's plane or -1 where the block has none
+    there; steps [steps, 4] int32: the group's first byte, the plane's first bit << 8 | flags, the block's
+    column of scales, the piece; pieces: the segments, in pieces of which 32 bits hold a sum.
     """
     pieces = [
         (first, min(end, first + _LONGEST_BLOCK), block)
@@ -356,14 +356,14 @@ def steps_of_blocks(
     # Planes are numbers in a row, and so are pieces: a step begins where either does.
     planes = torch.nonzero(flat[:, 0] >= 0).flatten()
     first = flat[planes, 0]
-    begins, ends, blocks = torch.tensor(pieces, dtype=torch.int64).reshape(-1, 3).T.contiguous()
+    begins, ends, blocks = torch.tensor(pieces, dtype=torch.int64, device="cpu").reshape(-1, 3).T.contiguous()
     edges = torch.unique(torch.cat([first, begins]))
     plane = planes[torch.searchsorted(first, edges, right=True) - 1]
     piece = torch.searchsorted(begins, edges, right=True) - 1
     number = flat[plane]
     inside = (number >= edges[:, None]) & (number < ends[piece, None])
     group, bit = plane // NUMBERS[dtype], plane % NUMBERS[dtype] * (8 // NUMBERS[dtype])
-    change = torch.ones(len(edges) + 1, dtype=torch.bool)
+    change = torch.ones(len(edges) + 1, dtype=torch.bool, device="cpu")
     new_group = change[:-1].clone()
     new_group[1:] = group[1:] != group[:-1]
     change[1:-1] = piece[1:] != piece[:-1]

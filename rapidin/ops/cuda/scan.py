@@ -29,10 +29,13 @@ class _Prepared:
     """Queries as csrc/cuda/topk_scan.cuh takes them."""
 
     fragments: Tensor  # bytes [query tiles, units, planes, tiles, columns held, 4, 16], with blocks more
+    units: int
     tiles: int
     columns_held: int
     query_tiles: int
-    layout: _Layout
+    tables: Tables
+    segment_count: int
+    blocks: bool  # of packed rows
     queries: Tensor
     units_of: Tensor  # [Q] float64
     sums: Tensor | None  # [Q] int64
@@ -63,9 +66,10 @@ class _Kernels:
             "scale": _address(part.scale),
             "scale_dtype": 0 if part.scale is None else DTYPES[part.scale.dtype],
             "stride_scale": 0 if part.scale is None else part.scale.stride(0),
-            "segments": _address(prepared.layout.segments),
-            "segment_count": prepared.layout.segment_count,
-            "units": prepared.layout.units,
+            "blocks": prepared.blocks,
+            "segments": prepared.tables[1].data_ptr(),
+            "segment_count": prepared.segment_count,
+            "units": prepared.units,
             "scales": _address(step.scales),
             "stride_scales": 0 if step.scales is None else step.scales.stride(0),
             "fragments": prepared.fragments.data_ptr(),
@@ -119,19 +123,19 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
     queries = queries if queries.stride(1) == 1 else queries.contiguous()
     packed = dtype in PACKED_DTYPES
     blocks = packed and segments is not None
-    layout = _layout(dtype, part.width, None if segments is None else tuple(segments), device)
+    tables = _tables(dtype, part.width, None if segments is None else tuple(segments), device)
+    places, table, steps = tables
+    units, segment_count = len(places), 1 if segments is None else len(table)
     each = 3 if blocks else 1 if dtype in ("int4", "sign") else 2
     tiles = 1 if q * each <= _COLUMNS else 2 if blocks else _TILES[dtype]
     held = min(q * each, _COLUMNS)
     query_tiles = -(-q // (_COLUMNS * tiles // each))
     planes = 1 if blocks else _PLANES.get(dtype, 1)
     unit_bytes = planes * tiles * held * _UNIT + (16 + tiles * 4 * _COLUMNS if blocks else 0)
-    fragments = torch.empty(query_tiles * layout.units * unit_bytes, dtype=torch.uint8, device=device)
+    fragments = torch.empty(query_tiles * units * unit_bytes, dtype=torch.uint8, device=device)
     units_of = torch.empty(2, q, dtype=torch.float64, device=device)
     sums = torch.empty(q, dtype=torch.int64, device=device) if packed and not blocks else None
-    segment_sums = (
-        torch.empty(layout.segment_count, q, each, dtype=torch.int32, device=device) if blocks else None
-    )
+    segment_sums = torch.empty(segment_count, q, each, dtype=torch.int32, device=device) if blocks else None
     fields = {
         "queries": queries.data_ptr(),
         "q": q,
@@ -139,17 +143,17 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
         "width": part.width,
         "format": _FORMATS[dtype],
         "blocks": blocks,
-        "units": layout.units,
+        "units": units,
         "planes": planes,
         "tiles": tiles,
         "columns_held": held,
         "query_tiles": query_tiles,
-        "places": layout.places.data_ptr(),
-        "place_planes": layout.places.shape[1],
-        "steps": _address(layout.steps),
-        "segments": _address(layout.segments),
-        "segment_count": layout.segment_count,
-        "segment_ints": 0 if layout.segments is None else layout.segments.shape[1],
+        "places": places.data_ptr(),
+        "place_planes": places.shape[1],
+        "steps": steps.data_ptr(),
+        "segments": table.data_ptr(),
+        "segment_count": segment_count,
+        "segment_ints": table.shape[1],
         "segment_sums": _address(segment_sums),
         "units_of": units_of[0].data_ptr(),
         "inverse": units_of[1].data_ptr(),
@@ -157,51 +161,50 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
         "fragments": fragments.data_ptr(),
     }
     extension().scan_queries(fields, place(queries))
-    return _Prepared(fragments, tiles, held, query_tiles, layout, queries, units_of[0], sums)
+    return _Prepared(
+        fragments, units, tiles, held, query_tiles, tables, segment_count, blocks, queries, units_of[0], sums
+    )
 
 
-@dataclass(frozen=True)
-class _Layout:
-    """Which number of a row each place of its units is, and where blocks begin and end."""
-
-    units: int
-    places: Tensor  # [units, planes, numbers of 64 bytes] int32, -1 for none
-    segments: Tensor | None  # [segments, 5] int32, as csrc/cuda/launchers.h says
-    segment_count: int
-    steps: Tensor | None = None  # [units, 4] int32 of packed rows with blocks, likewise
+Tables = tuple[Tensor, Tensor, Tensor]
 
 
 @lru_cache(maxsize=64)
-def _layout(dtype: str, width: int, segments: tuple[Segment, ...] | None, device: torch.device) -> _Layout:
+def _tables(dtype: str, width: int, segments: tuple[Segment, ...] | None, device: torch.device) -> Tables:
+    places, table, steps = made_tables(dtype, width, segments)
+    return places.to(device), table.to(device), steps.to(device)
+
+
+def made_tables(dtype: str, width: int, segments: tuple[Segment, ...] | None) -> Tables:
+    """-> on the CPU, int32: places [units, planes, numbers of 64 bytes], which number of a row each place of
+    its units is, -1 for none; segments [segments, 5] and, of packed rows with blocks, steps [units, 4], as
+    csrc/cuda/launchers.h says; these two are empty where there are none."""
+    nothing = torch.empty(0, 4, dtype=torch.int32, device="cpu")
     if dtype not in PACKED_DTYPES:
-        return _float_layout(_UNIT // _SIZES[dtype], width, segments, device)
+        return *_float_tables(_UNIT // _SIZES[dtype], width, segments), nothing
     if segments is not None:
-        found, steps, pieces = steps_of_blocks(dtype, width, segments)
-        table = torch.tensor([(begin, end, 0, 0, block) for begin, end, block in pieces], dtype=torch.int32)
-        table = table.reshape(-1, 5).to(device)
-        return _Layout(len(steps), found.to(device)[:, None], table, len(pieces), steps.to(device))
+        places, steps, pieces = steps_of_blocks(dtype, width, segments)
+        rows = [(begin, end, 0, 0, block) for begin, end, block in pieces]
+        return places[:, None], torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 5), steps
     places = numbers_of_bytes(width, dtype)
     places = torch.nn.functional.pad(places, (0, -places.shape[1] % _UNIT), value=-1)
     places = places.view(len(places), -1, _UNIT).transpose(0, 1)  # [groups, planes, bytes]
-    return _Layout(len(places), places.int().contiguous().to(device), None, 1)
+    return places.int().contiguous(), nothing, nothing
 
 
-def _float_layout(
-    unit: int, width: int, segments: tuple[Segment, ...] | None, device: torch.device
-) -> _Layout:
-    """Of floats: units of a block that begin or end inside of it have places without a number."""
-    pieces = ((0, width, 0),) if segments is None else segments
-    places, rows = [torch.empty(0, unit, dtype=torch.int64)], []
+def _float_tables(unit: int, width: int, segments: tuple[Segment, ...] | None) -> tuple[Tensor, Tensor]:
+    """Of floats: a unit in which a block begins or ends has places without a number."""
+    places, rows = [torch.empty(0, unit, dtype=torch.int64, device="cpu")], []
     before = 0
-    for begin, end, block in pieces:
+    for begin, end, block in ((0, width, 0),) if segments is None else segments:
         first, last = begin // unit, -(-end // unit)
-        place = torch.arange(first * unit, last * unit)
+        place = torch.arange(first * unit, last * unit, device="cpu")
         places.append(place.where((place >= begin) & (place < end), -1).view(-1, unit))
         rows.append((begin, end, first, before, block))
         before += last - first
-    table = None if segments is None else torch.tensor(rows, dtype=torch.int32).reshape(-1, 5).to(device)
-    found = torch.cat(places).int()[:, None].contiguous().to(device)
-    return _Layout(before, found, table, len(pieces))
+    rows = [] if segments is None else rows
+    table = torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 5)
+    return torch.cat(places).int()[:, None].contiguous(), table
 
 
 def _address(x: Tensor | None) -> int:

@@ -152,7 +152,9 @@ def _step_tables(
 
 @lru_cache(maxsize=64)
 def _segment_table(segments: tuple[Segment, ...], device: torch.device) -> Tensor:
-    return torch.tensor(segments, dtype=torch.int32).reshape(-1, scan_kernels.SEGMENT).to(device)
+    return (
+        torch.tensor(segments, dtype=torch.int32, device="cpu").reshape(-1, scan_kernels.SEGMENT).to(device)
+    )
 
 
 def _multiprocessors(device: torch.device) -> int:
