@@ -110,7 +110,7 @@ def test_rows_of_any_stride(emulated_cuda, dtype, queries):
     x, q = case(37, width, queries, dtype)
     wanted = ops.topk_scan_both_ends(x, q, 20, backend="reference")
     rows = x.codes if isinstance(x, Packed) else x
-    for begin, stride in ((0, 233), (1, 233), (5, 238), (3, 239), (0, 240), (8, 248), (14, 257)):
+    for begin, stride in ((0, 233), (1, 233), (5, 238), (3, 239), (0, 240), (4, 244), (8, 248), (14, 257)):
         if stride % each or begin % each:
             continue
         memory = torch.full((begin + 36 * stride + 233 // each * each,), 255, dtype=torch.uint8)
@@ -204,6 +204,16 @@ def test_packed_rows_with_blocks(gpu, dtype, queries):
     size = float(wanted[0][finite].abs().max())
     for scores in (0, 2):
         torch.testing.assert_close(got[scores], wanted[scores], rtol=1e-5, atol=2e-6 * size, equal_nan=True)
+
+
+def test_packed_parts_without_numbers_and_blocks(gpu):
+    parts = [pack(normal(9, 0), "sign"), pack(normal(9, 50), "int4"), pack(normal(9, 0), "int8")]
+    more = {"scales": normal(9, 2, seed=2), "offsets": [0, 20, 50]}
+    q = normal(2, 50, seed=1)
+    got = both_ends(gpu, parts, q, 9, **more)
+    wanted = ops.topk_scan_both_ends(parts, q, 9, **more, backend="reference")
+    assert torch.equal(got[1], wanted[1])
+    torch.testing.assert_close(got[0], wanted[0], rtol=1e-5, atol=1e-4)
 
 
 def test_blocks_of_packed_rows_with_queries_that_are_not_numbers(gpu):
@@ -322,22 +332,25 @@ LEAST_SHARED = 101_376  # bytes that a block may have on sm_86 and sm_89, the le
 
 
 @pytest.mark.parametrize("dtype", EVERY, ids=str)
-def test_a_block_has_the_shared_memory_that_it_asks_for(emulated_cuda, dtype):
+def test_a_block_has_the_shared_memory_that_it_asks_for(emulated_cuda, dtype, monkeypatch):
     """Of every format, number of queries, k and ends, with rows from one unit to more than a stage holds."""
-    from rapidin.ops.cuda.scan import _FORMATS, capacity_of, prepare
+    from rapidin.ops.cuda import scan
 
-    most = 0
-    for width, q in product((1, 700, 4096, 40000), (1, 2, 3, 4, 5, 8, 9, 16, 17, 256)):
-        if width * q > 700 * 256:
-            continue
-        name = dtype if dtype in PACKED else gpu_scan._FLOATS[dtype]
+    class Quiet:
+        scan_queries = staticmethod(lambda *_: None)
+
+    monkeypatch.setattr(scan, "extension", Quiet)
+    name, most = dtype if dtype in PACKED else gpu_scan._FLOATS[dtype], 0
+    for width, q, blocks in product((1, 700, 40000), (1, 2, 3, 4, 5, 8, 9, 16, 17, 256), (False, True)):
         part = gpu_scan.Part(torch.empty(1, 1), name, width, 0, None)
-        made = prepare(part, torch.ones(q, width), None)
+        segments = [(0, width, 0)] if blocks else None
+        made = scan.prepare(part, torch.empty(1, width).expand(q, width), segments)
         for k, ends in product((1, 256, 257, gpu_scan.LONGEST), (1, 3)):
             asked = emulated_cuda.topk_scan_shared_bytes(
-                _FORMATS[name], False, made.tiles, made.layout.units, made.columns_held, capacity_of(k), ends
-            )
-            assert 0 < asked <= LEAST_SHARED, (width, q, k, ends)
+                scan._FORMATS[name], made.blocks, made.tiles, made.units, made.columns_held,
+                scan.capacity_of(k), ends,
+            )  # fmt: skip
+            assert 0 < asked <= LEAST_SHARED, (width, q, blocks, k, ends)
             most = max(most, asked)
     assert most > 48 << 10  # the largest were among them
 

@@ -69,6 +69,7 @@ DeviceScan device_scan(const ScanFields& fields) {
     scan.scale = at<const void>(address("scale"));
     scan.scale_dtype = static_cast<int>(number("scale_dtype"));
     scan.stride_scale = number("stride_scale");
+    scan.blocks = number("blocks") != 0;
     scan.segments = at<const int32_t>(address("segments"));
     scan.segment_count = number("segment_count");
     scan.units = number("units");

@@ -53,6 +53,7 @@ struct DeviceScan {
     const void* scale;   // [n] or null: 1
     int scale_dtype;     // kFloat32 or kFloat16
     int64_t stride_scale;
+    bool blocks;         // of packed rows, which are then gone through in steps
     // blocks of a row: null = one
     const int32_t* segments;  // [segment_count, 5]: first and last number, first unit of 64 bytes, units before, column of scales;
                               // of packed rows the first two and the column count

@@ -39,13 +39,13 @@ auto with_scan(int format, bool blocks, int tiles, Run run) {
     const bool one = tiles == 1;
     if (blocks && format == kInt8) return one ? run(Scan<ScanSteps<ScanInt8, 8>, 1>()) : run(Scan<ScanSteps<ScanInt8, 8>, 2>());
     if (blocks && format == kInt4) return one ? run(Scan<ScanSteps<ScanInt4, 4>, 1>()) : run(Scan<ScanSteps<ScanInt4, 4>, 2>());
-    if (blocks && format == kSign) return one ? run(Scan<ScanSteps<ScanSign, 1>, 1>()) : run(Scan<ScanSteps<ScanSign, 1>, 2>());
+    if (blocks && format == kSign) return one ? run(Scan<ScanSteps<ScanSign<1>, 1>, 1>()) : run(Scan<ScanSteps<ScanSign<1>, 1>, 2>());
     if (format == kFloat32) return one ? run(Scan<ScanFloat, 1>()) : run(Scan<ScanFloat, 2>());
     if (format == kFloat16) return one ? run(Scan<ScanHalf, 1>()) : run(Scan<ScanHalf, 4>());
     if (format == kBFloat16) return one ? run(Scan<ScanBFloat, 1>()) : run(Scan<ScanBFloat, 4>());
     if (format == kInt8) return one ? run(Scan<ScanInt8, 1>()) : run(Scan<ScanInt8, 4>());
     if (format == kInt4) return one ? run(Scan<ScanInt4, 1>()) : run(Scan<ScanInt4, 2>());
-    return run(Scan<ScanSign, 1>());
+    return one ? run(Scan<ScanSign<4>, 1>()) : run(Scan<ScanSign<2>, 2>());
 }
 
 }  // namespace
@@ -55,7 +55,7 @@ void topk_scan(const DeviceScan& args, Queue on) {
     if (args.width * 4 > INT32_MAX || args.n > INT32_MAX) throw std::runtime_error("topk_scan: a row, or the cache, is too long");
     if (args.capacity > kMostCapacity) throw std::runtime_error("topk_scan: a list is too long to be sorted");
     const OnDevice guard(on.device);
-    with_scan(args.format, args.segments != nullptr, args.tiles, [&](auto scan) { scan.start(args, on); });
+    with_scan(args.format, args.blocks, args.tiles, [&](auto scan) { scan.start(args, on); });
 }
 
 int64_t topk_scan_shared_bytes(int format, bool blocks, int tiles, int64_t units, int64_t columns_held, int64_t capacity, int ends) {

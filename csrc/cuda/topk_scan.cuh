@@ -110,10 +110,11 @@ struct ScanInt4 {
     }
 };
 
-// A bit stays where it is in its half byte, so that sums of kind i are multiples of 2^i.
+// A bit stays where it is among `kinds` of its byte, so that sums of kind i are multiples of 2^i: fewer shifts for more sums.
+template <int kinds>
 struct ScanSign {
     using Sum = int32_t;
-    static constexpr int kPlanes = 8, kSums = 4, kElement = 1;
+    static constexpr int kPlanes = 8, kSums = kinds, kElement = 1;
     static constexpr int kColumns = 1;
     static constexpr bool kFloats = false, kSteps = false;
     static constexpr double kUnitOf = 1.0;
@@ -341,7 +342,7 @@ struct WarpTile {
     }
 
     __device__ __forceinline__ static void multiply(const Words4 (&x)[kMTiles][2], const uint8_t* fragments, int held, Sums& sums) {
-        constexpr int kAtOnce = Format::kPlanes < 4 ? Format::kPlanes : 4;  // planes
+        constexpr int kAtOnce = Format::kSums > 1 ? Format::kSums : Format::kPlanes;  // planes
 #pragma unroll 1
         for (int planes = 0; planes < Format::kPlanes; planes += kAtOnce)
 #pragma unroll
@@ -366,9 +367,12 @@ struct WarpTile {
     __device__ __forceinline__ static double sum_of(const typename Format::Sum (&d)[Format::kSums][4], int h, int v) {
         if constexpr (Format::kFloats) return static_cast<double>(d[0][2 * h] + d[0][2 * h + 1]);
         else if constexpr (Format::kColumns == 2) return static_cast<double>(d[0][2 * h] + 64 * d[0][2 * h + 1]);
-        else if constexpr (Format::kSums == 1) return static_cast<double>(d[0][2 * h + v]);
-        else
-            return static_cast<double>(d[0][2 * h + v] + (d[1][2 * h + v] >> 1) + (d[2][2 * h + v] >> 2) + (d[3][2 * h + v] >> 3));
+        else {
+            int32_t sum = d[0][2 * h + v];
+#pragma unroll
+            for (int kind = 1; kind < Format::kSums; ++kind) sum += d[kind][2 * h + v] >> kind;
+            return static_cast<double>(sum);
+        }
     }
 
     // totals += coefficient * <row, queries> over `count` units from byte `at` of the row on

@@ -319,7 +319,7 @@ def _places_of_bytes(width: int, dtype: str) -> Tensor:
 
 
 def numbers_of_bytes(width: int, dtype: str) -> Tensor:
-    """-> [planes, bytes] int64: which number of a row each byte's plane holds, -1 for none."""
+    """-> [planes, bytes] int64 on the CPU: which number of a row each byte's plane holds, -1 for none."""
     planes = NUMBERS[dtype]
     byte = torch.arange(packed_bytes(width, dtype), device="cpu")  # type: ignore[arg-type]
     begin = byte // _GROUP * _GROUP * planes
@@ -339,9 +339,9 @@ def steps_of_blocks(
     """How packed rows with blocks are gone through: a step for each plane of a group of bytes, and each block
     that it has numbers of, in the order of the numbers.
 
-    -> places [steps, 64] int32, the number of each byte's plane or -1 where the block has none there; steps
-    [steps, 4] int32: the group's first byte, the plane's first bit << 8 | flags, the block's column of
-    scales, the piece; pieces: the segments, in pieces of which 32 bits hold a sum.
+    -> on the CPU: places [steps, 64] int32, the number of each byte's plane or -1 where the block has none
+    there; steps [steps, 4] int32: the group's first byte, the plane's first bit << 8 | flags, the block's
+    column of scales, the piece; pieces: the segments, in pieces of which 32 bits hold a sum.
     """
     pieces = [
         (first, min(end, first + _LONGEST_BLOCK), block)

@@ -56,7 +56,8 @@ def topk_scan(
 
     Without scales a Packed is scanned in integers: of each query, a part's numbers are rounded to steps of
     their largest magnitude / 127 ("sign", "int4") or / 4095 ("int8"), and the same bits come from every
-    instruction set. A part with NaN or Inf in it makes the query's scores NaN.
+    instruction set. A part with NaN or Inf in it makes the query's scores NaN. With scales the numbers of a
+    Packed count to the rounding of float32, whichever backend scans them.
     Raises TypeError or ValueError on arguments that are not as above.
     """
     more: dict[str, Any] = {"scales": scales, "offsets": offsets, "valid": valid, "base": base}

@@ -15,11 +15,10 @@ from rapidin.ops.lifetimes import kept
 
 _FORMATS = {"float32": 0, "float16": 1, "bfloat16": 2, **PACKED_DTYPES}
 _UNIT = 64  # bytes of a row that a warp takes at a time
-_TABLE_BYTES = 32 << 20  # of each kind that is kept: 4 bytes for each number of a row
 _SCAN_ROWS = 256  # that a block takes at a time
 _COLUMNS = 8  # of the tensor cores' second operand
 # Tiles of columns that a block holds where there are more queries than fill one
-_TILES = {"float32": 2, "float16": 4, "bfloat16": 4, "int8": 4, "int4": 2, "sign": 1}
+_TILES = {"float32": 2, "float16": 4, "bfloat16": 4, "int8": 4, "int4": 2, "sign": 2}
 _PLANES = {"bfloat16": 2, "int4": 2, "sign": 8}  # of fragments; 1 of others
 _SIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 _BLOCKS_A_MULTIPROCESSOR = 2
@@ -30,10 +29,13 @@ class _Prepared:
     """Queries as csrc/cuda/topk_scan.cuh takes them."""
 
     fragments: Tensor  # bytes [query tiles, units, planes, tiles, columns held, 4, 16], with blocks more
+    units: int
     tiles: int
     columns_held: int
     query_tiles: int
-    layout: _Layout
+    tables: Tables
+    segment_count: int
+    blocks: bool  # of packed rows
     queries: Tensor
     units_of: Tensor  # [Q] float64
     sums: Tensor | None  # [Q] int64
@@ -64,9 +66,10 @@ class _Kernels:
             "scale": _address(part.scale),
             "scale_dtype": 0 if part.scale is None else DTYPES[part.scale.dtype],
             "stride_scale": 0 if part.scale is None else part.scale.stride(0),
-            "segments": _address(prepared.layout.segments),
-            "segment_count": prepared.layout.segment_count,
-            "units": prepared.layout.units,
+            "blocks": prepared.blocks,
+            "segments": prepared.tables[1].data_ptr(),
+            "segment_count": prepared.segment_count,
+            "units": prepared.units,
             "scales": _address(step.scales),
             "stride_scales": 0 if step.scales is None else step.scales.stride(0),
             "fragments": prepared.fragments.data_ptr(),
@@ -120,19 +123,19 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
     queries = queries if queries.stride(1) == 1 else queries.contiguous()
     packed = dtype in PACKED_DTYPES
     blocks = packed and segments is not None
-    layout = _layout(dtype, part.width, None if segments is None else tuple(segments), device)
+    tables = _tables(dtype, part.width, None if segments is None else tuple(segments), device)
+    places, table, steps = tables
+    units, segment_count = len(places), 1 if segments is None else len(table)
     each = 3 if blocks else 1 if dtype in ("int4", "sign") else 2
     tiles = 1 if q * each <= _COLUMNS else 2 if blocks else _TILES[dtype]
     held = min(q * each, _COLUMNS)
     query_tiles = -(-q // (_COLUMNS * tiles // each))
     planes = 1 if blocks else _PLANES.get(dtype, 1)
     unit_bytes = planes * tiles * held * _UNIT + (16 + tiles * 4 * _COLUMNS if blocks else 0)
-    fragments = torch.empty(query_tiles * layout.units * unit_bytes, dtype=torch.uint8, device=device)
+    fragments = torch.empty(query_tiles * units * unit_bytes, dtype=torch.uint8, device=device)
     units_of = torch.empty(2, q, dtype=torch.float64, device=device)
     sums = torch.empty(q, dtype=torch.int64, device=device) if packed and not blocks else None
-    segment_sums = (
-        torch.empty(layout.segment_count, q, each, dtype=torch.int32, device=device) if blocks else None
-    )
+    segment_sums = torch.empty(segment_count, q, each, dtype=torch.int32, device=device) if blocks else None
     fields = {
         "queries": queries.data_ptr(),
         "q": q,
@@ -140,17 +143,17 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
         "width": part.width,
         "format": _FORMATS[dtype],
         "blocks": blocks,
-        "units": layout.units,
+        "units": units,
         "planes": planes,
         "tiles": tiles,
         "columns_held": held,
         "query_tiles": query_tiles,
-        "places": layout.places.data_ptr(),
-        "place_planes": layout.places.shape[1],
-        "steps": _address(layout.steps),
-        "segments": _address(layout.segments),
-        "segment_count": layout.segment_count,
-        "segment_ints": 0 if layout.segments is None else layout.segments.shape[1],
+        "places": places.data_ptr(),
+        "place_planes": places.shape[1],
+        "steps": steps.data_ptr(),
+        "segments": table.data_ptr(),
+        "segment_count": segment_count,
+        "segment_ints": table.shape[1],
         "segment_sums": _address(segment_sums),
         "units_of": units_of[0].data_ptr(),
         "inverse": units_of[1].data_ptr(),
@@ -158,59 +161,37 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
         "fragments": fragments.data_ptr(),
     }
     extension().scan_queries(fields, place(queries))
-    return _Prepared(fragments, tiles, held, query_tiles, layout, queries, units_of[0], sums)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """Which number of a row each place of its units is, and where blocks begin and end."""
-
-    units: int
-    places: Tensor  # [units, planes, numbers of 64 bytes] int32, -1 for none
-    segments: Tensor | None  # [segments, 5] int32, as csrc/cuda/launchers.h says
-    segment_count: int
-    steps: Tensor | None = None  # [units, 4] int32 of packed rows with blocks, likewise
-
-
-def _layout(dtype: str, width: int, segments: tuple[Segment, ...] | None, device: torch.device) -> _Layout:
-    if dtype not in PACKED_DTYPES:
-        places, table = _float_tables(_UNIT // _SIZES[dtype], width, segments, device)
-        return _Layout(len(places), places, None if segments is None else table, len(table))
-    if segments is None:
-        (places,) = _packed_tables(dtype, width, device)
-        return _Layout(len(places), places, None, 1)
-    places, table, steps = _step_tables(dtype, width, segments, device)
-    return _Layout(len(steps), places, table, len(table), steps)
-
-
-# Each gives what it says on the device that is named last.
-
-
-@kept(_TABLE_BYTES)
-def _step_tables(dtype: str, width: int, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """places, segments and steps of packed rows with blocks."""
-    places, steps, pieces = steps_of_blocks(dtype, width, segments)
-    rows = [(begin, end, 0, 0, block) for begin, end, block in pieces]
-    return (
-        places[:, None].contiguous(),
-        torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 5),
-        steps,
+    return _Prepared(
+        fragments, units, tiles, held, query_tiles, tables, segment_count, blocks, queries, units_of[0], sums
     )
 
 
-@kept(_TABLE_BYTES)
-def _packed_tables(dtype: str, width: int) -> tuple[Tensor]:
-    """places of packed rows."""
+Tables = tuple[Tensor, Tensor, Tensor]
+
+
+def made_tables(dtype: str, width: int, segments: tuple[Segment, ...] | None) -> Tables:
+    """-> on the CPU, int32: places [units, planes, numbers of 64 bytes], which number of a row each place of
+    its units is, -1 for none; segments [segments, 5] and, of packed rows with blocks, steps [units, 4], as
+    csrc/cuda/launchers.h says; these two are empty where there are none."""
+    nothing = torch.empty(0, 4, dtype=torch.int32, device="cpu")
+    if dtype not in PACKED_DTYPES:
+        return *_float_tables(_UNIT // _SIZES[dtype], width, segments), nothing
+    if segments is not None:
+        places, steps, pieces = steps_of_blocks(dtype, width, segments)
+        rows = [(begin, end, 0, 0, block) for begin, end, block in pieces]
+        return places[:, None], torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 5), steps
     places = numbers_of_bytes(width, dtype)
     places = torch.nn.functional.pad(places, (0, -places.shape[1] % _UNIT), value=-1)
     places = places.view(len(places), -1, _UNIT).transpose(0, 1)  # [groups, planes, bytes]
-    return (places.int().contiguous(),)
+    return places.int().contiguous(), nothing, nothing
 
 
-@kept(_TABLE_BYTES)
+# The same on the device that is named last: 4 bytes for each number of a row.
+_tables = kept(32 << 20)(made_tables)
+
+
 def _float_tables(unit: int, width: int, segments: tuple[Segment, ...] | None) -> tuple[Tensor, Tensor]:
-    """places and segments of floats: units of a block that begin or end inside of it have places without a
-    number."""
+    """Of floats: a unit in which a block begins or ends has places without a number."""
     places, rows = [torch.empty(0, unit, dtype=torch.int64, device="cpu")], []
     before = 0
     for begin, end, block in ((0, width, 0),) if segments is None else segments:
@@ -219,6 +200,7 @@ def _float_tables(unit: int, width: int, segments: tuple[Segment, ...] | None) -
         places.append(place.where((place >= begin) & (place < end), -1).view(-1, unit))
         rows.append((begin, end, first, before, block))
         before += last - first
+    rows = [] if segments is None else rows
     table = torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 5)
     return torch.cat(places).int()[:, None].contiguous(), table
 
