@@ -141,6 +141,7 @@ def kept(limit_bytes: int) -> Callable[[Made], Callable[..., Any]]:
             *key, device = arguments
             return tables.get(tuple(key), device, lambda: function(*key))
 
+        run.tables = tables  # type: ignore[attr-defined]
         return run
 
     return decorated
