@@ -1,12 +1,12 @@
-"""Tensors stay on the device of what they are made from; shards are carried to a GPU in order; both agree.
+"""Tensors stay on the device of what they are made from; a GPU and the CPU agree.
 
 Without a GPU what is made without saying where lands on the "meta" device, whose tensors mix with no others.
+The whole flow on a GPU that is not there: test_gpu_flow.py.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,8 +26,8 @@ from rapidin.layers import find_targets
 from rapidin.model import load_model
 from rapidin.ops import backends
 from rapidin.pack import Basis, FloatCode, Format, PackedCode, fit, learn
-from rapidin.scan import Source, _pieces, all_scores, scan_cache, scan_pieces
-from rapidin.transfer import Conveyor, Download, upload
+from rapidin.scan import Source, scan_cache
+from rapidin.transfer import Download, upload
 
 CPU = torch.device("cpu")
 FORMATS = (
@@ -157,31 +157,6 @@ def test_the_first_position_of_a_batch() -> None:
     assert Batch.of([([1, 2, 3], [False, False, True]), ([1, 2], [False, True])]).first == 0
 
 
-@pytest.mark.parametrize("normalize", ["layer", "none"])
-def test_the_scan_makes_tensors_where_the_query_is(cache: Cache, sketch: Tensor, normalize: str) -> None:
-    query = methods.prepare(sketch, normalize=normalize)
-    wanted = scan_cache(Source(cache, query), 7)
-    list(Cache(cache.path).shards())
-    with torch.device("meta"):
-        got = scan_cache(Source(cache, query), 7)
-    for one, two in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
-        assert torch.equal(one, two)
-
-
-@pytest.mark.parametrize("method", ["datainf", "fisher"])
-def test_methods_make_tensors_where_the_query_is(cache: Cache, sketch: Tensor, method: str) -> None:
-    wanted = methods.prepare(sketch, cache, method=method).vectors
-    own = methods.self_influence(cache, method=method, normalize="layer")
-    again = Cache(cache.path)
-    with torch.device("meta"):
-        got = methods.prepare(sketch, again, method=method)
-        scores = all_scores(Source(again, got))
-        self_scores = methods.self_influence(again, method=method, normalize="layer")
-    assert torch.equal(got.vectors, wanted)
-    assert scores.shape == (3, 40)
-    assert torch.equal(self_scores, own)
-
-
 # ---- the products of a GPU, on the CPU ----
 
 
@@ -231,78 +206,7 @@ def test_a_code_packs_alike_by_the_kernels_of_a_gpu(wanted: Format, monkeypatch:
     torch.testing.assert_close(moved.decode({n: v.to(DEVICE) for n, v in here.items()}).cpu(), known)
 
 
-# ---- the conveyor ----
-
-
-class LateOrder:
-    """A GPU at its slowest: copies are made only when something is told to come after them; memory that may
-    be written anew is spoilt at once."""
-
-    def __init__(self) -> None:
-        self._pending: list[tuple[int, list[tuple[Tensor, Tensor]]]] = []
-        self._sent = 0
-        self.events: list[str] = []
-
-    def buffers(self, like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        return like.new_empty(rows, *like.shape[1:]), like.new_empty(rows, *like.shape[1:])
-
-    def send(self, pairs: Any, after: Any) -> int:
-        for _, there in pairs:
-            there.zero_()  # as the copy may come at any time from now on: what reads it still was too late
-        self._sent += 1
-        self._pending.append((self._sent, list(pairs)))
-        self.events.append(f"send {self._sent} after {after}")
-        return self._sent
-
-    def before(self, mark: Any) -> None:
-        while self._pending and self._pending[0][0] <= mark:
-            for host, there in self._pending.pop(0)[1]:
-                there.copy_(host)
-        self.events.append(f"use {mark}")
-
-    def now(self) -> str:
-        used = self.events[-1]
-        return f"({used})"
-
-    def wait(self, mark: Any) -> None:
-        if mark is not None:
-            self.before(mark)
-            self.events.pop()
-
-
-def batches(count: int) -> Iterator[tuple[int, dict[str, Tensor]]]:
-    for n in range(count):
-        rows = 5 if n % 3 else 8
-        yield n, {"a": torch.full((rows, 2), float(n)), "b": torch.full((rows,), n, dtype=torch.uint8)}
-
-
-@pytest.mark.parametrize("lanes", [1, 2, 3])
-@pytest.mark.parametrize("count", [0, 1, 2, 3, 8])
-def test_batches_arrive_whole_and_in_order(lanes: int, count: int) -> None:
-    order = LateOrder()
-    seen = 0
-    for n, tensors in Conveyor[int](order, lanes).carry(batches(count)):
-        assert n == seen
-        for name, value in dict(list(batches(count))[n][1]).items():
-            assert torch.equal(tensors[name], value)
-        seen += 1
-    assert seen == count
-    if count == 8 and lanes == 2:
-        # A batch is sent before the one ahead of it is used, into memory whose last use is over.
-        assert order.events[:6] == [
-            "send 1 after None", "send 2 after None", "use 1", "send 3 after (use 1)", "use 2",
-            "send 4 after (use 2)",
-        ]  # fmt: skip
-
-
-@pytest.mark.parametrize("normalize", ["layer", "none", "cosine"])
-def test_a_scan_of_carried_shards_finds_the_same(cache: Cache, sketch: Tensor, normalize: str) -> None:
-    query = methods.prepare(sketch, normalize=normalize)
-    wanted = scan_cache(Source(cache, query), 6)
-    carried = Conveyor[Any](LateOrder(), 2).carry(_pieces([Source(cache, query)]))
-    got = scan_pieces([Source(cache, query)], CPU, carried, top_k=6)
-    for one, two in zip((*got[0], *got[1]), (*wanted[0], *wanted[1]), strict=True):
-        assert torch.equal(one, two)
+# ---- copies ----
 
 
 def test_tensors_of_the_cpu_are_not_copied() -> None:

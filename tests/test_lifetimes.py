@@ -1,4 +1,4 @@
-"""What kernels are given the addresses of is there when they read: on other streams, and in captured graphs."""
+"""What kernels are given the addresses of is there when they read it, on other streams and in graphs."""
 
 from __future__ import annotations
 
@@ -140,8 +140,10 @@ def flat(seed: int) -> list[Tensor]:
 
 
 def call(op: str, n: int, given: list[Any]) -> Any:
-    """An op on other inputs, of other sizes, by another seed, for each n; given: what holds the inputs, so that
-    none lie where others lay."""
+    """An op on other inputs, of other sizes, by another seed, for each n.
+
+    given: what holds the inputs, so that none lie where others lay.
+    """
     if op == "flat_sketch":
         given.append(flat(n))
         return ops.flat_sketch(given[-1], 128 * (1 + n % 3), seed=n % 7, squares=bool(n % 2))
@@ -222,5 +224,4 @@ def test_the_reserve_is_made_larger_before_it_is_used_up(monkeypatch: pytest.Mon
         graphs.append(graph)
     assert [graph.lost() for graph in graphs] == [[]] * 30
     with gpu.capture(), pytest.raises(RuntimeError, match="once before the capture"):
-        for n in range(30):
-            store.get(("more", n), CUDA, numbers(n))
+        [store.get(("more", n), CUDA, numbers(n)) for n in range(30)]

@@ -301,7 +301,8 @@ def integer_planes(integers: Tensor, dtype: str) -> Tensor:
 
 @kept(1 << 20)
 def _numbers_of_bytes(width: int, dtype: str) -> Tensor:
-    """-> [planes, bytes] on the device that is named last: which number of a row each byte's plane holds, `width` for none."""
+    """-> [planes, bytes] on the device that is named last: which number of a row each byte's plane holds,
+    `width` for none."""
     planes = NUMBERS[dtype]
     byte = torch.arange(packed_bytes(width, dtype), device="cpu")  # type: ignore[arg-type]
     begin = byte // _GROUP * _GROUP * planes

@@ -177,8 +177,8 @@ def _split(x: Tensor, dtype: str) -> Tensor:
 
 @kept(1 << 20)
 def _segment_tables(segments: tuple[Segment, ...], width: int, unit: int) -> tuple[Tensor, Tensor]:
-    """-> on the device that is named last: the number at each place of the segments' units, `width` for none, and [segments, 5] int32: first
-    and last number, first unit, units before, block."""
+    """-> on the device that is named last: the number at each place of the segments' units, `width` for none,
+    and [segments, 5] int32: first and last number, first unit, units before, block."""
     places, rows = [torch.empty(0, dtype=torch.int64, device="cpu")], []
     before = 0
     for begin, end, block in segments:
