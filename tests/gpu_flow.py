@@ -18,7 +18,8 @@ among the arguments are read and all results written by the current stream. `Gpu
 real Python of the CUDA backend instead, on emulated kernels, and looks every pointer up that they are given.
 
 In C++ these tensors are the CPU's, for autograd knows no others in a torch without CUDA: there the backward
-pass of `FakeTensorMode` on "cuda:0" ends the process. What C++ decides by device is decided before, in `_Calls`.
+pass of `FakeTensorMode` on "cuda:0" ends the process. What C++ decides by device is decided before it is
+asked, in `_Calls`.
 """
 
 from __future__ import annotations
