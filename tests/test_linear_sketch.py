@@ -314,3 +314,14 @@ def test_zero_gradients_give_exactly_zero_however_large_the_inputs() -> None:
     for way in (cpu.by_fft, cpu.by_torch_fft):
         assert torch.equal(way(inputs, torch.zeros(2, 40, 200), 64, 0), torch.zeros(2, 64))
         assert torch.equal(way(torch.zeros(2, 40, 200), inputs, 64, 0), torch.zeros(2, 64))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_known_vocabulary_changes_nothing(backend):
+    ids, grads = torch.tensor([[0, 5, 2], [4, 4, 1]]), normal(2, 3, 7)
+    wanted = ops.embedding_sketch(ids, grads, 64, seed=SEED, backend=backend)
+    for vocabulary in (6, 9, 1000):
+        got = ops.embedding_sketch(ids, grads, 64, seed=SEED, vocabulary=vocabulary, backend=backend)
+        assert torch.equal(got, wanted)
+    with pytest.raises(ValueError, match=r"vocabulary must be from 1 to 2\*\*31, got 0"):
+        ops.embedding_sketch(ids, grads, 64, seed=SEED, vocabulary=0, backend=backend)
