@@ -35,7 +35,7 @@ class Download:
         devices = list(dict.fromkeys(x.device for x in tensors))
         if len(devices) > 1:
             raise ValueError(
-                f"Download: all tensors must be on one device, got {', '.join(map(repr, map(str, devices)))}; "
+                f"Download: all tensors must be on one device, got {', '.join(map(str, devices))}; "
                 "move those that are elsewhere with .to()"
             )
         if not devices or devices[0].type != "cuda":

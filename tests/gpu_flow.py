@@ -1,4 +1,4 @@
-"""A GPU that is not there, for the flow of work: which device, which stream, what is waited for, what is freed.
+"""A GPU that is not there, for the flow of work: which device and stream, what is waited for, what is freed.
 
 Tensors of "cuda:0" are `GpuTensor`s. Their numbers lie in memory of the CPU and every operation is done at
 once, so that results can be held against those of the CPU. What a GPU would do with them is kept beside:
@@ -17,8 +17,9 @@ Ops of `rapidin.ops` are replaced by one rule (`_rule`): the kernels of the CPU 
 among the arguments are read and all results written by the current stream. `Gpu(kernels="cuda")` runs the
 real Python of the CUDA backend instead, on emulated kernels, and looks every pointer up that they are given.
 
-In C++ these tensors are the CPU's, for autograd knows no others here. So what C++ decides by device is decided
-before it is asked, in `_Calls`.
+In C++ these tensors are the CPU's, for autograd knows no others in a torch without CUDA: there the backward
+pass of `FakeTensorMode` on "cuda:0" ends the process. What C++ decides by device is decided before it is
+asked, in `_Calls`.
 """
 
 from __future__ import annotations
@@ -148,6 +149,13 @@ class GpuTensor(Tensor):
 
     def is_pinned(self, device: Any = None) -> bool:
         return False
+
+    def register_hook(self, hook: Any) -> Any:
+        def run(grad: Tensor) -> Any:
+            with _Calls():  # which torch leaves before it calls the autograd engine
+                return hook(grad)
+
+        return Tensor.register_hook(self, run)
 
     def record_stream(self, stream: Stream) -> None:  # type: ignore[override]
         if self.memory is not None:
@@ -303,7 +311,7 @@ class Gpu:
             "current_device": lambda: 0,
             "device_count": lambda: 1,
             "is_available": lambda: True,
-            "is_initialized": lambda: True,
+            "is_initialized": lambda: False,
             "mem_get_info": lambda device=None: (self.memory_bytes, self.memory_bytes),
             "memory_reserved": lambda device=None: 0,
             "memory_allocated": lambda device=None: 0,
@@ -429,7 +437,7 @@ class Gpu:
     def freed(self, memory: Memory) -> None:
         """Nothing holds this memory any longer: the allocator may give it to its stream's next work."""
         self.live_bytes -= memory.size
-        if _the is not self or self.capturing is not None and memory.of_graph is self.capturing:
+        if _the is not self or (self.capturing is not None and memory.of_graph is self.capturing):
             return
         home, known = self.clocks[memory.stream], self.host()
         for stream in {*memory.reads, *memory.writes} - {memory.stream} - memory.recorded:
@@ -618,8 +626,8 @@ class Gpu:
         if gpu and any(x.ndim for x in cpu):
             if name not in _MIXED:
                 raise RuntimeError(
-                    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 and "
-                    f"cpu! (aten::{name}, asked for by {_asker()})"
+                    "Expected all tensors to be on the same device, but found at least two devices, cuda:0 "
+                    f"and cpu! (aten::{name}, asked for by {_asker()})"
                 )
             if any(x.ndim for x in cpu):
                 self.wait(f"aten::{name} with an index of the CPU")
@@ -726,6 +734,10 @@ def _gpu() -> Gpu:
 
 
 class _Operations(TorchDispatchMode):
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # what is not compiled need not be kept from it: to import it takes seconds
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return _gpu().dispatch(func, args, kwargs or {})
 

@@ -63,7 +63,7 @@ def _rule(gpu: Gpu, op: str, args: Any, named: Any) -> Any:
 
 
 _ON_THE_CPU = {"linear_sketch_table"}  # functions that take addresses of the CPU
-_LEAST_ADDRESS = 1 << 32  # sizes and seeds of tests are below, addresses above
+_ADDRESSES = range(1 << 32, 1 << 48)  # sizes are below, seeds of layers nearly always above
 
 
 class _Extension:
@@ -78,7 +78,7 @@ class _Extension:
             return function
 
         def run(*args: Any) -> Any:
-            given = [self._memory(name, address) for address in _numbers(args) if address >= _LEAST_ADDRESS]
+            given = [self._memory(name, address) for address in _numbers(args) if address in _ADDRESSES]
             if name == "flat_sketch":  # a table of addresses, one for each of so many tensors
                 table, tensors = self._gpu.at(args[0]), args[1]
                 if table is not None:

@@ -65,7 +65,9 @@ CACHES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "int4, adam": ("lora", {"geometry": "sample"}, {"dtype": "int4"}),
     "sign, kfac": ("lora", {"geometry": "kfac"}, {"dtype": "sign"}),
     "sample": ("lora", {}, {"bytes": 250, "sample": 8}),
-    "sample, kfac, two points": ("lora", {"geometry": "kfac", "at": (0.0, 1.0)}, {"bytes": 400, "sample": 8, "dtype": "int4"}),
+    "sample, kfac, two points": (
+        "lora", {"geometry": "kfac", "at": (0.0, 1.0)}, {"bytes": 400, "sample": 8, "dtype": "int4"},
+    ),
     "bytes": ("lora", {}, {"bytes": 300, "sample": 0}),
     "flat": ("lora", {"projection": "flat"}, {}),
     "rapidgrad": ("lora", {"projection": "rapidgrad", "width": 256}, {}),
@@ -263,6 +265,15 @@ def test_batches_arrive_whole_and_in_order(lanes: int, size: int, gpu: Gpu) -> N
             assert torch.equal(tensors[name].cpu(), value)
 
 
+def test_what_is_carried_may_be_broken_off(gpu: Gpu) -> None:
+    def begin() -> None:
+        for _ in Conveyor[int](GpuOrder(CUDA), 3).carry(batches(8)):
+            break
+
+    begin()
+    assert gpu.live_bytes == 0  # that of copies on their way, too
+
+
 def test_memory_of_a_carried_cache_is_that_of_its_lanes(gpu: Gpu) -> None:
     given = ((n, {"a": torch.zeros(64, 128)}) for n in range(40))
     before = gpu.live_bytes
@@ -273,7 +284,7 @@ def test_memory_of_a_carried_cache_is_that_of_its_lanes(gpu: Gpu) -> None:
 
 
 def test_downloads_are_of_one_device(gpu: Gpu) -> None:
-    with pytest.raises(ValueError, match=r"one device, got 'cuda:0', 'cpu'; move those"):
+    with pytest.raises(ValueError, match=r"one device, got cuda:0, cpu; move those"):
         Download([torch.zeros(2, device=CUDA), torch.zeros(2)])
 
 
@@ -369,3 +380,27 @@ def test_mixed_devices_are_refused_and_waits_are_counted(gpu: Gpu) -> None:
         before = gpu.waits.total()
         wait()
         assert gpu.waits.total() == before + 1
+
+
+# ---- the kernels' own Python ----
+
+
+@pytest.mark.parametrize("name", ["sign, kfac", "flat"])
+def test_the_flow_on_emulated_kernels(name: str, cpu_caches: Any, tmp_path: Path) -> None:
+    """What the CUDA backend does besides its kernels: devices, waits, and each address that a kernel gets."""
+    kind, settings, _ = CACHES[name]
+    want = attributor(kind, on_gpu=False, **settings)
+    wanted = want.query(cpu_caches(name), TEXTS, top_k=3, examples=False, errors=False)
+    with Gpu("cuda")() as gpu:
+        got = make(name, tmp_path, on_gpu=True)
+        made = attributor(kind, on_gpu=True, **settings)
+        waits = Counter(gpu.waits)
+        found = made.query(got, TEXTS, top_k=3, examples=False, errors=False, normalize="layer")
+        none = made.query(got, TEXTS[:1], top_k=3, examples=False, errors=False, normalize="none")
+    assert gpu.problems == []
+    once = "rapidin/ops/turn.py:__init__"  # of a code, with which it is kept
+    assert not [each for each in gpu.waits - waits if "rapidin/ops/" in each and once not in each]
+    assert len(none[0].top) == 3
+    for one, two in zip(found, wanted, strict=True):
+        for hit, other in zip(one.top, two.top, strict=True):
+            assert hit.score == pytest.approx(other.score, abs=0.02)

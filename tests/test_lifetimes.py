@@ -1,9 +1,10 @@
-"""What kernels are given the addresses of is there when they read: on other streams, and in captured graphs."""
+"""What kernels are given the addresses of is there when they read it, on other streams and in graphs."""
 
 from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -25,7 +26,9 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     """With emulated kernels, and nothing kept from before."""
     from rapidin.ops import flat_plan
 
-    monkeypatch.setattr(tables, "_tables", Kept(40_000))
+    scan = import_module("rapidin.ops.cuda.scan")
+    monkeypatch.setattr(scan._segment_tables.tables, "limit_bytes", 2_000)
+    monkeypatch.setattr(tables, "_tables", Kept(4_000))
     monkeypatch.setattr(flat_plan, "_tables", Kept(4_000, reserve=True), raising=False)
     with Gpu("cuda")() as found:
         yield found
@@ -136,10 +139,14 @@ def flat(seed: int) -> list[Tensor]:
     return [normal(3, 50, seed=seed).to(CUDA), normal(7, seed=seed + 1).to(CUDA)]
 
 
-def call(op: str, n: int) -> Any:
-    """An op on other inputs, of other sizes, by another seed, for each n."""
+def call(op: str, n: int, given: list[Any]) -> Any:
+    """An op on other inputs, of other sizes, by another seed, for each n.
+
+    given: what holds the inputs, so that none lie where others lay.
+    """
     if op == "flat_sketch":
-        return ops.flat_sketch(flat(n), 128 * (1 + n % 3), seed=n % 7, squares=bool(n % 2))
+        given.append(flat(n))
+        return ops.flat_sketch(given[-1], 128 * (1 + n % 3), seed=n % 7, squares=bool(n % 2))
     if op == "linear_sketch":
         sides = normal(1, 2, 20 + n, seed=n), normal(1, 2, 30, seed=n + 1)
         return ops.linear_sketch(*(x.bfloat16().to(CUDA) for x in sides), 64, seed=n)
@@ -181,8 +188,9 @@ def test_all_that_a_kernel_gets_outlives_other_calls(op: str, way: str, gpu: Gpu
             given if op == "flat_sketch" else sides if op == "linear_sketch" else (codes, queries, scales)
         ):
             x.record_stream(side)
-    for n in range(OTHER_CALLS if op == "flat_sketch" else OTHER_CALLS // 4):
-        call(op, n)
+    others: list[Any] = []
+    for n in range(OTHER_CALLS):
+        call(op, n, others)
     assert graph.lost() == []
     assert way != "captured" or graph.memory
     if way != "captured":
@@ -195,8 +203,9 @@ def test_a_captured_sketch_of_a_list_that_lay_nowhere_before(gpu: Gpu) -> None:
     with gpu.capture() as graph:
         x = torch.ones(3, 50, device=CUDA)
         got = ops.flat_sketch([x, x[0]], 256, seed=3)
+    others: list[Any] = []
     for n in range(OTHER_CALLS):
-        call("flat_sketch", n)
+        call("flat_sketch", n, others)
     assert graph.pinned
     assert graph.lost() == []
     assert torch.equal(
@@ -215,5 +224,4 @@ def test_the_reserve_is_made_larger_before_it_is_used_up(monkeypatch: pytest.Mon
         graphs.append(graph)
     assert [graph.lost() for graph in graphs] == [[]] * 30
     with gpu.capture(), pytest.raises(RuntimeError, match="once before the capture"):
-        for n in range(30):
-            store.get(("more", n), CUDA, numbers(n))
+        [store.get(("more", n), CUDA, numbers(n)) for n in range(30)]

@@ -521,3 +521,14 @@ def test_mistakes_of_a_low_rank_are_named() -> None:
     assert torch.equal(
         ops.linear_sketch(x, x, 8, seed=0, inputs_low_rank=nothing), ops.linear_sketch(x, x, 8, seed=0)
     )
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_known_vocabulary_changes_nothing(backend):
+    ids, grads = torch.tensor([[0, 5, 2], [4, 4, 1]]), normal(2, 3, 7)
+    wanted = ops.embedding_sketch(ids, grads, 64, seed=SEED, backend=backend)
+    for vocabulary in (6, 9, 1000):
+        got = ops.embedding_sketch(ids, grads, 64, seed=SEED, vocabulary=vocabulary, backend=backend)
+        assert torch.equal(got, wanted)
+    with pytest.raises(ValueError, match=r"vocabulary must be from 1 to 2\*\*31, got 0"):
+        ops.embedding_sketch(ids, grads, 64, seed=SEED, vocabulary=0, backend=backend)

@@ -1,6 +1,6 @@
 """How long memory lives that kernels of a GPU are given the addresses of.
 
-A launch only queues a kernel, which reads later, and in a captured graph again at each replay. Torch promises:
+A launch only queues a kernel, which reads later, and in a captured graph at each replay. Torch promises:
 
 - Freed memory is given to later work of the stream that it was made on. So what that stream was told before
   is safe, and what other streams were told is after `record_stream`.
@@ -51,8 +51,8 @@ def _listed(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 class Kept:
-    """Tensors, or tuples of them, by their keys, kept between calls as far as they fit into limit_bytes: the least recently used
-    one goes first.
+    """Tensors, or tuples of them, by their keys, kept between calls as far as they fit into limit_bytes: the
+    least recently used one goes first.
 
     Those that a captured graph reads are kept as long as the process, since nothing tells when the graph is
     gone. reserve: what is asked for the first time in a capture is copied there by the graph itself.
@@ -141,6 +141,7 @@ def kept(limit_bytes: int) -> Callable[[Made], Callable[..., Any]]:
             *key, device = arguments
             return tables.get(tuple(key), device, lambda: function(*key))
 
+        run.tables = tables  # type: ignore[attr-defined]
         return run
 
     return decorated
