@@ -1,4 +1,4 @@
-"""Builds the extensions by csrc/build_extensions.py, which says what decides how. The rest is in pyproject.toml.
+"""Builds the extensions by csrc/build_extensions.py; the rest is in pyproject.toml.
 
 RAPIDIN_EXTENSIONS=built: nothing is compiled; csrc/build_extensions.py or `build_ext --inplace` has done it
 """

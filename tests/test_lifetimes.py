@@ -27,7 +27,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
     from rapidin.ops import flat_plan
 
     scan = import_module("rapidin.ops.cuda.scan")
-    monkeypatch.setattr(scan._segment_tables.tables, "limit_bytes", 2_000)
+    monkeypatch.setattr(scan._tables.tables, "limit_bytes", 2_000)
     monkeypatch.setattr(tables, "_tables", Kept(4_000))
     monkeypatch.setattr(flat_plan, "_tables", Kept(4_000, reserve=True), raising=False)
     with Gpu("cuda")() as found:
