@@ -22,7 +22,8 @@ MULTIPROCESSORS = 132  # of an H100 or H200
 ONE_ARCH = (90,)
 # Launches that differ little from others, which are compiled for every architecture.
 ONE_ARCH_NAMES = re.compile(
-    r"(embedding_sketch|matrix_sketch bias) .*|linear_sketch fp(16|32) (64|256)"
+    r"(embedding_sketch|matrix_sketch bias) .*|linear_sketch fp(16|32) (64|256|[1248]\d{3})"
+    r"|low_rank (?!64)\d+"
     r"|(un)?pack \w+ (?!192$|13443$)\d+|(turn|unit_blocks) (1024|2048|4096)( \w+)?"
     r"|topk_scan (of a code|bf16 (1|64)|fp(16|32) 16|.*valid).*"
 )
@@ -63,6 +64,7 @@ def launches() -> Iterator[tuple[str, Call, tuple[int, ...]]]:
 
 def _sketches() -> Iterator[tuple[str, Call]]:
     from rapidin.kernels.fold import fold
+    from rapidin.kernels.low_rank import add_low_rank
     from rapidin.kernels.sketch_hash import hash_words
     from rapidin.ops import triton as gpu
 
@@ -96,6 +98,10 @@ def _sketches() -> Iterator[tuple[str, Call]]:
             inputs, grads = meta(8, 512, 4096, dtype=dtype), meta(8, 512, 11008, dtype=dtype)
             call = partial(gpu.linear_sketch, inputs, grads, dim, seed=1)
             yield f"linear_sketch {SHORT[dtype]} {dim}", call
+    for rank in (8, 64, 256):
+        x, along = meta(8, 512, 4096, dtype=torch.bfloat16), meta(8 * 512, 2 * rank)
+        parts = meta(4096, 2 * rank, dtype=torch.bfloat16)
+        yield f"low_rank {rank}", partial(add_low_rank, x, along, meta(rank), parts)
 
 
 def _packing() -> Iterator[tuple[str, Call]]:
@@ -215,8 +221,8 @@ def extremes() -> Iterator[tuple[str, Call]]:
     many, most = 70_000, 3_000_000_000
     for dim in sorted({*linear.DIMS, *fourier.DIMS}):
         x, table = meta(many, 3, 64, dtype=torch.bfloat16), meta(max(dim, 64), dtype=torch.int32)
-        made = fourier if dim in fourier.DIMS else linear
-        yield f"linear_sketch of many examples {dim}", partial(made.linear_sketch, x, x, dim, table, table)
+        sketch = fourier.fourier_sketch if dim in fourier.DIMS else linear.linear_sketch
+        yield f"linear_sketch of many examples {dim}", partial(sketch, x, x, dim, table, table)
     x, table = meta(2, 1 << 20, 1 << 14, dtype=torch.bfloat16), meta(1 << 14, dtype=torch.int32)
     yield "linear_sketch of many tokens", partial(linear.linear_sketch, x, x, 512, table, table)
     yield "fold of many examples", partial(fold, meta(many, 4, 4), None, None, 64)
