@@ -83,7 +83,7 @@ struct ScanFloat {
 
 struct ScanInt8 {
     using Sum = int32_t;
-    static constexpr int kPlanes = 1, kSums = 1, kElement = 1;
+    static constexpr int kPlanes = 1, kSums = 1, kElement = 1, kNumbers = 1;
     static constexpr int kColumns = 2;
     static constexpr bool kFloats = false, kSteps = false;
     static constexpr double kUnitOf = 1.0;
@@ -96,7 +96,7 @@ struct ScanInt8 {
 
 struct ScanInt4 {
     using Sum = int32_t;
-    static constexpr int kPlanes = 2, kSums = 1, kElement = 1;
+    static constexpr int kPlanes = 2, kSums = 1, kElement = 1, kNumbers = 2;
     static constexpr int kColumns = 1;
     static constexpr bool kFloats = false, kSteps = false;
     static constexpr double kUnitOf = 0.5;
@@ -114,7 +114,7 @@ struct ScanInt4 {
 template <int kinds>
 struct ScanSign {
     using Sum = int32_t;
-    static constexpr int kPlanes = 8, kSums = kinds, kElement = 1;
+    static constexpr int kPlanes = 8, kSums = kinds, kElement = 1, kNumbers = 8;
     static constexpr int kColumns = 1;
     static constexpr bool kFloats = false, kSteps = false;
     static constexpr double kUnitOf = 1.0;
@@ -263,16 +263,15 @@ __device__ __forceinline__ double scale_at(const void* scale, int dtype, int64_t
     return scale ? static_cast<double>(load_element(scale, dtype, i)) : 1.0;
 }
 
-__device__ __forceinline__ int numbers_a_byte(int format) { return format == kSign ? 8 : format == kInt4 ? 2 : 1; }
-
-// Number i of a packed row, without its scale.
-__device__ __forceinline__ double number_of(const uint8_t* row, int format, int64_t width, int64_t i) {
-    if (format == kInt8) return static_cast<double>(static_cast<int8_t>(row[i]));
-    const int64_t planes = numbers_a_byte(format), begin = i / (kUnit * planes) * (kUnit * planes);
-    const int64_t left = width - begin < kUnit * planes ? width - begin : kUnit * planes, size = (left + planes - 1) / planes;
-    const int64_t plane = (i - begin) / size;
-    const int code = row[begin / planes + (i - begin) - plane * size];
-    return format == kSign ? static_cast<double>(2 * (code >> plane & 1) - 1) : static_cast<double>(code >> (4 * plane) & 15) - 7.5;
+// Number i of a packed row with so many numbers a byte, without its scale.
+template <int numbers>
+__device__ __forceinline__ double number_of(const uint8_t* row, int width, int i) {
+    if constexpr (numbers == 1) return static_cast<double>(static_cast<int8_t>(row[i]));
+    constexpr int kGroup = kUnit * numbers;
+    const int begin = i / kGroup * kGroup, left = width - begin < kGroup ? width - begin : kGroup;
+    const int size = (left + numbers - 1) / numbers, plane = (i - begin) / size;
+    const int code = row[begin / numbers + (i - begin) - plane * size];
+    return numbers == 8 ? static_cast<double>(2 * (code >> plane & 1) - 1) : static_cast<double>(code >> (4 * plane) & 15) - 7.5;
 }
 
 // A score as the reference has it, by all lanes of a warp: for rows and queries with NaN, Inf or sums beyond float32.
@@ -287,8 +286,9 @@ __device__ __forceinline__ double exact_product(const DeviceScan& args, int64_t 
         const int64_t begin = segment ? segment[0] : 0, end = segment ? segment[1] : args.width;
         double sum = 0.0;
         for (int64_t i = begin + lane; i < end; i += 32) {
-            const double x = Format::kFloats ? static_cast<double>(load_element(numbers, args.format, i))
-                                             : number_of(numbers, args.format, args.width, i);
+            double x;
+            if constexpr (Format::kFloats) x = static_cast<double>(load_element(numbers, args.format, i));
+            else x = number_of<Format::kNumbers>(numbers, static_cast<int>(args.width), static_cast<int>(i));
             sum += x * static_cast<double>(q[i]);
         }
         for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
@@ -304,8 +304,7 @@ struct WarpTile {
     static constexpr int kQueries = query_tile<Format, NT>();
     static constexpr int kValues = Format::kColumns == 2 ? 1 : 2;  // of a lane, a row and 8 columns
     static constexpr int kAhead = NT * Format::kSums == 1 ? 2 : 1;  // units loaded at once
-    // Of floats, whose widths are mostly multiples of 16 bytes, only where registers are left for it.
-    static constexpr bool kShifts = !Format::kFloats || NT == 1;
+    static constexpr bool kShifts = NT < (Format::kSteps ? 2 : 4);  // where registers are left
     const uint8_t* rows[kMTiles][2];
     double* totals;
     int64_t first;  // row
@@ -485,7 +484,6 @@ template <class Format, int NT>
 struct StepSums {
     using Tile = WarpTile<Format, NT>;
     Words4 x[kMTiles][2];
-    float of_block[kMTiles][2];  // scales
     int32_t sums[kMTiles][NT][4];
     float totals[kMTiles][NT][4];
 
@@ -501,12 +499,9 @@ struct StepSums {
 #pragma unroll
                 for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
-                    for (int h = 0; h < 2; ++h) {
-                        const int64_t row = Tile::within(args, tile.first + 16 * m + 8 * h + lane / 4);
-                        of_block[m][h] = args.scales[row * args.stride_scales + step[2]];
+                    for (int j = 0; j < NT; ++j)
 #pragma unroll
-                        for (int j = 0; j < NT; ++j) sums[m][j][2 * h] = sums[m][j][2 * h + 1] = 0;
-                    }
+                        for (int v = 0; v < 4; ++v) sums[m][j][v] = 0;
             }
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
@@ -528,16 +523,20 @@ struct StepSums {
             if (!(flags & kEnds)) continue;
             const int32_t* minus = step + 4 + 2 * (lane % 4);
 #pragma unroll
-            for (int j = 0; j < NT; ++j) {
-                const Words2 less = *reinterpret_cast<const Words2*>(minus + 8 * j);
+            for (int m = 0; m < kMTiles; ++m)
 #pragma unroll
-                for (int m = 0; m < kMTiles; ++m)
+                for (int h = 0; h < 2; ++h) {
+                    const int64_t row = Tile::within(args, tile.first + 16 * m + 8 * h + lane / 4);
+                    const float of_block = args.scales[row * args.stride_scales + step[2]];
 #pragma unroll
-                    for (int v = 0; v < 4; ++v) {
-                        const int32_t sum = Format::kTimes * sums[m][j][v] - static_cast<int32_t>(less.w[v % 2]);
-                        totals[m][j][v] = __fmaf_rn(of_block[m][v / 2], static_cast<float>(sum), totals[m][j][v]);
-                    }
-            }
+                    for (int j = 0; j < NT; ++j)
+#pragma unroll
+                        for (int v = 0; v < 2; ++v) {
+                            const int32_t sum = Format::kTimes * sums[m][j][2 * h + v] - minus[8 * j + v];
+                            float& total = totals[m][j][2 * h + v];
+                            total = __fmaf_rn(of_block, static_cast<float>(sum), total);
+                        }
+                }
         }
     }
 
@@ -625,7 +624,7 @@ __global__ __launch_bounds__(kScanThreads, 2) void topk_scan_kernel(DeviceScan a
 
     int bytes = static_cast<int>(args.width) * Format::kElement;
     if constexpr (!Format::kFloats) {
-        const int width = static_cast<int>(args.width), numbers = numbers_a_byte(args.format), group = kUnit * numbers;
+        const int width = static_cast<int>(args.width), numbers = Format::kNumbers, group = kUnit * numbers;
         bytes = width / group * kUnit + (width % group + numbers - 1) / numbers;
     }
     const bool wide = ((reinterpret_cast<uintptr_t>(args.rows) | static_cast<uintptr_t>(args.stride_row)) & 15) == 0;
