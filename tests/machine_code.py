@@ -74,7 +74,11 @@ class Inner:
 _STREAMED = r"LDG.*\.NA\."  # load_streamed: of rows, each read once
 _WIDE = r"LDG.*\.128"
 _NARROW = r"LDG.*\.[SU]8"
-_PLANES = (has_not("IMMA", "LDG"), 2.0)  # a loop of ScanSign: 4 of its 8 planes at a time
+
+
+def _planes(at_once: int) -> tuple[Has, float]:
+    """The loop over ScanSign's 8 planes, of which it takes some at a time."""
+    return has_not("IMMA", "LDG"), 8.0 / at_once
 
 
 def _wide_loads(opcodes: sass.Opcodes) -> int:
@@ -126,19 +130,16 @@ def cuda_loops() -> Iterator[Inner]:
         ("fp16", "ScanHalf", 2.0), ("bf16", "ScanBFloat", 2.0), ("fp32", "ScanFloat", 4.0),
         ("int8", "ScanInt8", 1.0), ("int4", "ScanInt4", 0.5), ("sign", "ScanSign", 0.125),
     ):  # fmt: skip
-        trips = (_PLANES,) if dtype == "sign" else ()
         few = {"int4": 8, "sign": 8}.get(dtype, 4)
-        yield Inner(
-            f"topk_scan {dtype}, {few} queries",
-            f"topk_scan_kernel<{kind}, 1>",
-            Way(_STREAMED, trips=trips),
-            size,
-        )
-        again = 2 if dtype in ("fp32", "sign") else 1
-        tiles = {"fp32": 2, "int4": 2, "sign": 1}.get(dtype, 4)
+        name, trips = (f"{kind}<4>", (_planes(4),)) if dtype == "sign" else (kind, ())
+        kernel = f"topk_scan_kernel<{name}, 1>"
+        yield Inner(f"topk_scan {dtype}, {few} queries", kernel, Way(_STREAMED, trips=trips), size)
+        again = 2 if dtype == "fp32" else 1
+        tiles = {"fp32": 2, "int4": 2, "sign": 2}.get(dtype, 4)
+        name, trips = (f"{kind}<2>", (_planes(2),)) if dtype == "sign" else (kind, ())
+        kernel = f"topk_scan_kernel<{name}, {tiles}>"
         way = Way(_STREAMED, trips=trips)
-        yield Inner(f"topk_scan {dtype}, 16 queries", f"topk_scan_kernel<{kind}, {tiles}>", way, size, again)
-        kernel = f"topk_scan_kernel<{kind}, {tiles}>"
+        yield Inner(f"topk_scan {dtype}, 16 queries", kernel, way, size, again)
         # Rows that begin anywhere: two loads for 16 bytes, or a loop over the bytes of each word.
         way = Way(r"LDG\.E\.128\.CONSTANT", trips=trips, only=has("IMMA|HMMA"))
         name = f"topk_scan {dtype}, 16 queries, rows of any stride"
@@ -262,34 +263,19 @@ def block_threads(cubin: bytes) -> dict[str, int]:
     return found
 
 
-def _first_that_fits(function: Any, *choices: tuple[Any, ...]) -> Any:
-    for arguments in choices:
-        try:
-            return function(*arguments)
-        except TypeError:  # other arguments than these
-            continue
-    return None
-
-
 def dynamic_shared(kernel: str, extension: Any) -> int | None:
     """Bytes of shared memory that a launch asks for, None where the extension does not say. Of a scan: of
     rows of 4,096 numbers, with up to 256 hits of both ends."""
     if sketch := re.fullmatch(r"(linear|fourier)_sketch_kernel<(\d+)(?:, (\d+))?>", kernel):
         dim, split = int(sketch[2]), sketch[3] == "1"
         dtype = 0 if split else 2
-        tile = _first_that_fits(extension.linear_sketch_tile, (dim, dtype, dtype), (dim, split))
-        return None if tile is None else int(tile[-1])
+        return int(extension.linear_sketch_tile(dim, dtype, dtype)[-1])
     if flat := re.fullmatch(r"flat_sketch_kernel<([01])>", kernel):
         return 8192 + 2048 * int(flat[1])  # flat_shared_bytes
-    scan = re.fullmatch(r"topk_scan_kernel<Scan(\w+), (\d+)>", kernel)
-    if scan and scan[1] in _SCANNED and hasattr(extension, "topk_scan_shared_bytes"):
+    if scan := re.fullmatch(r"topk_scan_kernel<Scan(\w+)(?:<\d>)?, (\d+)>", kernel):
         number, size = _SCANNED[scan[1]]
         tiles, units = int(scan[2]), int(4096 * size) // 64
-        return _first_that_fits(  # type: ignore[no-any-return]
-            extension.topk_scan_shared_bytes,
-            (number, False, tiles, units, 8, 1024, 3),
-            (number, tiles, units, 8, 1024, 3),
-        )
+        return int(extension.topk_scan_shared_bytes(number, False, tiles, units, 8, 1024, 3))
     return None
 
 
@@ -388,6 +374,8 @@ def cuda() -> Found:
                     raise SystemExit(f"no loop of {inner.kernel} reads by {inner.way.reads}: mend cuda_loops")
                 continue
             loops[f"cuda {inner.name}"] = _loop(mix, inner.way, inner.element, inner.again, inner.twice)
+        else:
+            raise SystemExit(f"the extension has no kernel {inner.kernel}: mend cuda_loops")
     return Found(kernels, loops, {"nvcc": version})
 
 

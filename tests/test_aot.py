@@ -142,6 +142,6 @@ def test_cuda_kernels_spill_next_to_nothing():
         assert any("linear_sketch" in name for other, name, *_ in rows if other == arch)
     assert rows
     for arch, name, registers, stack in rows:
-        allowed = 8 if "ScanSteps" in name and "ELi2E" in name else 0  # packed rows, blocks, over 2 queries
+        allowed = 16 if "ScanSteps" in name and "ELi2E" in name else 0  # packed rows, blocks, over 2 queries
         assert stack <= allowed, f"{name} on sm_{arch}: {stack} bytes of stack"
         assert registers <= 255
