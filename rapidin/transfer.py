@@ -11,16 +11,13 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from rapidin.ops.lifetimes import upload
+
+__all__ = ["LANES", "Conveyor", "Download", "GpuOrder", "Order", "stride_there", "upload"]
+
 LANES = 3  # shards under way: one read from disk, one copied, one scanned
 
 _side: dict[torch.device, torch.cuda.Stream] = {}
-
-
-def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor of the CPU on `device`, for what its current stream does next; the CPU does not wait."""
-    if device.type != "cuda":
-        return x.to(device)
-    return x.pin_memory().to(device, non_blocking=True)
 
 
 class Download:

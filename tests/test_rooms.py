@@ -27,7 +27,7 @@ ALLOWED = {
     "distributed": set(),
     "sharding": {"distributed"},
     "model": {"distributed", "sharding"},
-    "transfer": set(),
+    "transfer": {"ops"},
     "squares": set(),
     "kronecker": set(),
     "optimizer_state": set(),

@@ -50,6 +50,13 @@ def _listed(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     return found if isinstance(found, tuple) else (found,)
 
 
+def upload(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor on `device`, for what its current stream does next; from the CPU, which does not wait."""
+    if device.type != "cuda" or x.device.type != "cpu":
+        return x.to(device)
+    return x.pin_memory().to(device, non_blocking=True)
+
+
 class Kept:
     """Tensors, or tuples of them, by their keys, kept between calls as far as they fit into limit_bytes: the
     least recently used one goes first.
@@ -154,7 +161,7 @@ def _sent(made: Tensors, device: torch.device) -> _Entry[Tensors]:
         there: Any = tuple(x.to(device) for x in _listed(made))
         return _Entry(there[0] if single else there)
     stream = torch.cuda.current_stream(device)
-    there = tuple(x.pin_memory().to(device, non_blocking=True) for x in _listed(made))
+    there = tuple(upload(x, device) for x in _listed(made))
     ready = torch.cuda.Event()  # type: ignore[no-untyped-call]
     ready.record(stream)
     return _Entry(there[0] if single else there, ready, {stream.cuda_stream})

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from rapidin.ops import tables
+from rapidin.ops.lifetimes import upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +77,7 @@ class LowRank:
         if device == self.device:
             return self
         if device not in self._elsewhere:
-            self._elsewhere[device] = LowRank(self.basis.to(device), self.gain.to(device))
+            self._elsewhere[device] = LowRank(upload(self.basis, device), upload(self.gain, device))
         return self._elsewhere[device]
 
     def __call__(self, x: Tensor) -> Tensor:
