@@ -1,8 +1,9 @@
-"""What a preconditioner does to a bfloat16 side of a layer: x + c U^T, rounded to bfloat16 once.
+"""Preconditions a bfloat16 side of a layer: x + c U^T, rounded to bfloat16 once.
 
-Strong directions are taken down to the level of the others, so the two terms nearly cancel where x is large:
-U and c are each the sum of two bfloat16, three of the four products are added, to x in float32, and only
-the sum is rounded. No direction of it is far larger than the rest, so that this loses nothing that counts.
+Strong directions are scaled down to the level of the others, so the two terms nearly cancel where x is large.
+Therefore U and c are each the sum of two bfloat16 parts, three of the four products are added to x in
+float32, and only the sum is rounded. No direction of the sum is far larger than the rest, so this rounding is
+harmless.
 """
 
 from __future__ import annotations

@@ -7,10 +7,10 @@ def power_of_two(n: int) -> int:
 
 
 def grid(op: str, programs: int) -> tuple[int]:
-    """The grid of so many programs, all on axis 0: the others have at most 65,535.
+    """The grid of `programs` programs, all on axis 0: the other axes have at most 65,535.
 
-    Raises ValueError where even that axis has not as many.
+    Raises ValueError if there are too many for axis 0.
     """
     if programs >= 1 << 31:
-        raise ValueError(f"{op}: {programs} programs are more than a launch may have; call it for fewer rows")
+        raise ValueError(f"{op}: {programs} programs exceed the limit of one launch; pass fewer rows at a time")
     return (programs,)

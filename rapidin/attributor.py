@@ -148,7 +148,7 @@ class Attributor:
         if width == "auto":
             width = 65536 if projection == "rapidgrad" else pack.width_for(len(self.targets), budget)
         self.width = width
-        self._last: Cache | None = None  # that was opened by its path
+        self._last: Cache | None = None  # the cache that was last opened by its path
         self.layers = layer_table(self.targets, self.points, width, whole=projection == "rapidgrad")
         self.sketcher = GradientSketcher(
             self.loaded.model, self.targets, width=width, seed=seed, projection=projection, loss=loss
@@ -638,10 +638,10 @@ class Attributor:
     ) -> Results:
         """The most helpful and most harmful training examples of each generation.
 
-        generations: (prompt, completion) pairs, prompts, or records as in training data, or a data frame of
-        such, or one of them alone; where the completion is missing the tuned model writes one. options: see
-        `rapidin.Ensemble.query`, which does it. Raises UserError where the cache was made with another model
-        or other settings, and as that does.
+        generations: a list of (prompt, completion) pairs, prompts, or records as in training data; a data
+        frame of such records; or a single pair, prompt or record. The tuned model generates missing
+        completions. options: see `rapidin.Ensemble.query`. Raises UserError if the cache was made with
+        another model or other settings, and wherever `Ensemble.query` does.
         """
         return self._alone(cache).query(generations, **options)
 
@@ -661,8 +661,8 @@ class Attributor:
         return Ensemble([Member(opened.path, 1.0, self, opened)], load=load)
 
     def _opened(self, path: str | Path) -> Cache:
-        """The cache of a folder: the same as before where its manifest is, so that what a scan left on a GPU
-        serves the next."""
+        """The cache of a folder: the object of the last call while path and manifest are the same, so that
+        rows that a scan left on a GPU are reused."""
         opened = Cache(path)
         if self._last is None or (self._last.path, self._last.manifest) != (opened.path, opened.manifest):
             self._last = opened

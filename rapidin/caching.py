@@ -327,7 +327,7 @@ class CachingLoop:
     def _unlike(self, code: Code, unit: Tensor, status: Tensor) -> Tensor:
         """Examples of which the learnt directions hold less than of all but one in a hundred sampled ones."""
         if not isinstance(code, PackedCode) or not code.shape.head:
-            return status.new_zeros((), dtype=torch.int64)  # where the others are that come with it
+            return status.new_zeros((), dtype=torch.int64)  # downloaded with tensors of that device
         assert self.writer.manifest.packing is not None
         limit = self.writer.manifest.packing.statistics["outside_99"]
         return ((code.basis.outside(unit) > limit) & (status == 0)).sum()

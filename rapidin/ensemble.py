@@ -162,23 +162,24 @@ class Ensemble:
     ) -> Results:
         """The most helpful and most harmful training examples of each generation, over all members at once.
 
-        generations: (prompt, completion) pairs, prompts, or records as in training data, or a data frame of
-        such, or one of them alone; where the completion is missing the tuned model writes one. top_k: hits at
-        each end, all where the cache has fewer. normalize, method, damping: see `rapidin.methods`. together:
-        one ranking for all generations as a target set, the mean of their scores by the records' field
-        `weight` (1 where it is missing; negative: less of it). targets: parts of the generations that have
-        hits of their own: "tokens" for each token, "hotwords" for the words in the records' field `hotwords`
-        ("planet|Zorgon"), or for each generation a list of words and (start, end) spans of its completion
-        (`rapidin.targets`). contributions: what each token of a hit brings to its score (`rapidin.inside`).
-        fold: hits that say the same are one (`rapidin.duplicates`). errors: the standard errors of scores,
-        and the ranks that hits could have (`rapidin.certainty`); none with exact gradients. layers: what each
-        layer brings to a hit's score. histogram, by: of all scores, and their sums by a column of the
-        training data (`rapidin.overview`). baselines: where BM25 and the model's hidden states rank the hits
-        (`rapidin.baselines`), from all training texts and a forward pass over each. examples: the training
-        data, to show with the hits, by default from where the cache was made; False for none. rescore: by
-        whose scores the best of `candidates` at each end are chosen: a cache of the same examples and model
-        that keeps more of each, for a single member (by default of 1,000), or "exact", the gradients
-        themselves (of twice top_k). on_stage: called with what is done, how much of it, and of how much.
+        generations: a list of (prompt, completion) pairs, prompts, or records as in training data; a data
+        frame of such records; or a single pair, prompt or record. The tuned model generates missing
+        completions. top_k: hits at each end, all where the cache has fewer. normalize, method, damping: see
+        `rapidin.methods`. together: one ranking for all generations as a target set, the mean of their scores
+        by the records' field `weight` (1 where it is missing; negative: less of it). targets: parts of the
+        generations that have hits of their own: "tokens" for each token, "hotwords" for the words in the
+        records' field `hotwords` ("planet|Zorgon"), or for each generation a list of words and (start, end)
+        spans of its completion (`rapidin.targets`). contributions: what each token of a hit brings to its
+        score (`rapidin.inside`). fold: hits that say the same are one (`rapidin.duplicates`). errors: the
+        standard errors of scores, and the ranks that hits could have (`rapidin.certainty`); none with exact
+        gradients. layers: what each layer brings to a hit's score. histogram, by: of all scores, and their
+        sums by a column of the training data (`rapidin.overview`). baselines: where BM25 and the model's
+        hidden states rank the hits (`rapidin.baselines`), from all training texts and a forward pass over
+        each. examples: the training data, to show with the hits, by default from where the cache was made;
+        False for none. rescore: by whose scores the best of `candidates` at each end are chosen: a cache of
+        the same examples and model that keeps more of each, for a single member (by default of 1,000), or
+        "exact", the gradients themselves (of twice top_k). on_stage: called with what is done, how much of
+        it, and of how much.
 
         Of several processes (`rapidin.distributed`) each scans its part, and the leading one gets the hits,
         the others none. Raises UserError where a generation has no token to explain, where caches are not of

@@ -185,7 +185,7 @@ class _JsonLines:
             raise UserError(
                 f"{self.where(row)}: JSON nested too deeply", "mend or remove that line"
             ) from error
-        except ValueError as error:  # Python reads integers of some thousand digits at most
+        except ValueError as error:  # Python limits integers to some thousand digits
             raise UserError(
                 f"{self.where(row)}: a number of too many digits", "fix or remove that line"
             ) from error
@@ -319,11 +319,11 @@ def _open_source(source: Any) -> _Source:
     frame = frame_records(source)
     if frame is not None:
         return _Rows(frame, None, "data frame")
-    if hasattr(source, "read"):  # an open file: its path is what can be read again
+    if hasattr(source, "read"):  # an open file: only its path can be read again
         name = getattr(source, "name", None)
         if isinstance(name, str) and os.path.isfile(name):
             return _open_source(name)
-        raise UserError("the data is an open stream without a file", "give its path, or a list of records")
+        raise UserError("the data is an open stream without a file", "give a path or a list of records")
     if isinstance(source, Mapping):
         raise UserError("the data is a single record", "put it into a list: [record]")
     if not isinstance(source, Iterable):
@@ -333,7 +333,7 @@ def _open_source(source: Any) -> _Source:
     if not paths:
         return _Rows(rows, None, "examples")
     if len(paths) < len(rows):
-        raise UserError(f"the data mixes files, such as '{paths[0]}', with other things", _GIVE)
+        raise UserError(f"the data mixes files, such as '{paths[0]}', with records or texts", _GIVE)
     return _Joined([_open_source(path) for path in paths])
 
 
@@ -341,8 +341,8 @@ _GIVE = "give a path, a list of paths, a list of records or texts, a data frame 
 
 
 def _is_path(value: object) -> bool:
-    """Whether an entry of a list is a file or folder rather than a text: a path object, or a name that is
-    there or looks like a data file's."""
+    """Whether an entry of a list is a file or folder rather than a text: a path object, the path of something
+    that exists, or a name that ends as data files' names do."""
     if isinstance(value, os.PathLike):
         return True
     if not isinstance(value, str) or not value or len(value) > 4096 or "\n" in value or "\0" in value:
@@ -357,7 +357,7 @@ def frame_records(source: Any) -> list[Record] | None:
     for module, kind, convert in _FRAMES:
         known = getattr(
             sys.modules.get(module), kind, None
-        )  # whoever hands one over has imported the package
+        )  # a caller who has a frame has imported its package
         if known is not None and isinstance(source, known):
             rows: list[Record] = convert(source)
             return rows
@@ -533,7 +533,7 @@ def open_examples(
 
     source: path of a .jsonl file or of a HF dataset saved to disk, several of them (a list of paths, or
     `Files`), an open file, a list of records (or of strings, each standing for {"text": string}), a pandas or
-    polars data frame, an Arrow table, or a HF dataset in memory. limit: only the first so many.
+    polars data frame, an Arrow table, or a HF dataset in memory. limit: use only this many, from the start.
     checked: read all of it now; else only find where the examples are, which is quick for millions, and parse
     each when it is asked for. skip: examples with something wrong are counted as malformed.
     Raises UserError, naming the place, for a broken line, a record of no known form or of another form than

@@ -1,7 +1,7 @@
 """The geometry of gradients: scaled by a root of their second moment, as the steps of optimizers are.
 
-Two forms of it, both a linear map on each of the two sides of a layer's gradient, so that it is the two
-factors that are changed, here or by the sketch itself (`ops.LowRank`), and the gradient is never formed.
+It has two forms. Both are a linear map on each of the two sides of a layer's gradient, so the map is applied
+to the two factors, here or by the sketch itself (`ops.LowRank`), and the gradient is never formed.
 
 **Adam's.** A model tuned with Adam moves along the gradient over the root of its second moment V, element by
 element. So the gradients of both sides, training and query alike, are brought into the units of such steps:
@@ -55,11 +55,11 @@ Kind = Literal["off", "sample", "kfac", "optimizer"]
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """A linear layer's gradient ``sum_t rows_t columns_t^T`` with what is still to be done to it.
+    """The factors of a linear layer's gradient ``sum_t rows_t columns_t^T``, and how they are preconditioned.
 
-    columns: [B, T, I], rows: [B, T, O], of any float dtype; column_low_rank, row_low_rank: what is done to
-    each side, by the sketch itself (`ops.linear_sketch`); column_scale, row_scale: what each side, or the
-    sketch in the end, is multiplied by.
+    columns: [B, T, I], rows: [B, T, O], of any float dtype; column_low_rank, row_low_rank: applied to each
+    side, by the sketch itself (`ops.linear_sketch`); column_scale, row_scale: numbers that multiply each
+    side, or in the end the sketch.
     """
 
     columns: Tensor
@@ -70,7 +70,7 @@ class Factors:
     row_scale: float = 1.0
 
     def applied(self) -> tuple[Tensor, Tensor]:
-        """(columns, rows) with nothing left to do; a side with a LowRank is float32 then."""
+        """(columns, rows), preconditioned and scaled; a side with a LowRank becomes float32."""
         columns = self.columns if self.column_low_rank is None else self.column_low_rank(self.columns)
         rows = self.rows if self.row_low_rank is None else self.row_low_rank(self.rows)
         return _times(columns, self.column_scale), _times(rows, self.row_scale)
@@ -90,11 +90,11 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A root ``V^-p`` of one parameter: rows [O], columns [I], float32, and what is done to directions of a
-    side besides, before, where there is such a thing.
+    """A root ``V^-p`` of one parameter: rows [O] and columns [I], float32, and for K-FAC the LowRank that is
+    applied to each side before.
 
-    row_constant, column_constant: the number that all of a side's scale are, None where they differ. Looked
-    for when a scale is made on the CPU: to ask a GPU would be to wait for it.
+    row_constant, column_constant: the one value of a side's scale, None where values differ. Determined when
+    a scale is made on the CPU, since reading it from a GPU would wait for it.
     """
 
     rows: Tensor
@@ -143,9 +143,9 @@ class Scale:
         return Scale(row_scale, columns, None, column_directions)
 
     def factors(self, columns: Tensor, rows: Tensor) -> Factors:
-        """Columns [B, T, I] and rows [B, T, O] of a gradient, to be scaled.
+        """The factors of a gradient, columns [B, T, I] and rows [B, T, O], with this scale.
 
-        A side that has one scale for all its numbers stays as it is: the sketch is linear, and does the rest.
+        A side whose scale is one number is left as it is: the sketch is linear and applies the scale itself.
         """
         column_low_rank, row_low_rank, column_scale, row_scale = None, None, 1.0, 1.0
         if self.column_constant is None:
@@ -208,12 +208,12 @@ def _turned(x: Tensor, scale: Tensor, directions: LowRank | None) -> Tensor:
 
 
 def _there(low_rank: LowRank | None, x: Tensor) -> LowRank | None:
-    """On x's device: a device map may have put this layer elsewhere."""
+    """The LowRank on x's device: a device map may have put this layer elsewhere."""
     return low_rank and low_rank.to(x.device)
 
 
 def _constant(scale: Tensor) -> float | None:
-    """The number that all of a scale are, None where they differ or lie on another device."""
+    """The one value of a scale; None where values differ, or are not on the CPU."""
     if scale.device.type != "cpu" or not len(scale) or not bool((scale == scale[0]).all()):
         return None
     return float(scale[0])
@@ -423,7 +423,7 @@ class Moments:
 
     @property
     def examples(self) -> int:
-        """Whose gradients are finite. To ask is to wait for a GPU."""
+        """How many examples had finite gradients. Waits for the GPU."""
         return int(self._examples)
 
     def add(self, squares: Sequence[Squares]) -> None:

@@ -4,8 +4,8 @@ The gradient of a linear layer for one example is ``sum_t g_t a_t^T`` (output gr
 hooks keep the inputs, tensor hooks see the output gradients on their way down, and `ops.linear_sketch` makes
 the sketch of one from the other on the spot, so at most one layer's factors beyond the saved inputs are
 held. The parameters themselves need no gradient, so autograd computes input gradients only, and only down to
-the lowest layer that counts. With a geometry (`rapidin.geometry`) the factors are scaled on the way, or the
-sketch does it.
+the lowest layer that counts. With a geometry (`rapidin.geometry`) the factors are preconditioned before they
+are sketched, or by the sketch.
 """
 
 from __future__ import annotations
@@ -98,7 +98,7 @@ def takes(model: nn.Module, name: str) -> bool:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """No dropout inside the block; after it every module is in the mode that it had, training or not."""
+    """Switches dropout off inside the block, and afterwards restores the mode of every module."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -365,7 +365,7 @@ class _Pass:
         """Add the gradient of a bias, that of the outputs [B, T, O]."""
         self.add_own(n, grad.float().sum(1)[:, :, None])
 
-    # What follows takes gradients that are scaled already, or say what is left to do.
+    # The methods below take scaled gradients, or `Factors`, which say what is still to be applied.
 
     def _add_factors(self, n: int, factors: Factors) -> None:
         self._put(n, self._sketch_factors(n, factors))
@@ -380,7 +380,7 @@ class _Pass:
 
     def _sketch_embedding(self, n: int, ids: Tensor, grad: Tensor) -> Tensor:
         """[B, width] of ids [B, T] and gradients [B, T, E]."""
-        # Ids that the model has looked up are in its vocabulary: to look at them here is to wait for a GPU.
+        # The model has looked these ids up, so they are in its vocabulary; a check would wait for the GPU.
         width, vocabulary = self.sketcher.width, self.sketcher.targets[n].shape[0]
         return ops.embedding_sketch(ids, grad, width, seed=self.sketcher.seeds[n], vocabulary=vocabulary)
 

@@ -308,8 +308,8 @@ _RENAME = "the names carry the prefix of a wrapper: save the unwrapped model, or
 def _wrong_weights(
     missing: Collection[str], unexpected: Collection[str], shapes: Collection[str] = ()
 ) -> str:
-    """What is wrong where a file lacks weights, which would be random, or holds some that nothing takes; ""
-    where nothing is. shapes: of weights that have others than the config says."""
+    """Describes weights that the file lacks (they would be random), holds in excess, or holds in another
+    shape than the config says; "" if there are none. shapes: descriptions of the last kind."""
     lacked, held = ([f"'{name}'" for name in names] for names in (missing, unexpected))
     said = []
     for named, what in ((shapes, "holds"), (lacked, "lacks"), (held, "also holds")):
@@ -370,7 +370,7 @@ def _wrong_adapter_weights(model: Any, adapter: str) -> str:
     active = model.active_adapter
     if model.peft_config[active].is_prompt_learning:
         return ""  # peft itself loads its few tensors by name, and raises where one is missing
-    # peft only warns, and of tuner weights alone, so the weights are set once more to see what it found.
+    # peft only warns, and only about tuner weights, so the weights are set again to get the lists of names.
     found = set_peft_model_state_dict(model, load_peft_weights(adapter, device="cpu"), adapter_name=active)
     trained, missing = set(_trained_names(model)), set(found.missing_keys)
     names: dict[int, list[str]] = {}  # a parameter that layers share is in the file under one of its names
@@ -381,7 +381,7 @@ def _wrong_adapter_weights(model: Any, adapter: str) -> str:
 
 
 def _reason(error: Exception) -> str:
-    """What an error says, on one line: its first line, and more where that only announces the rest."""
+    """An error's message on one line: its first line, and the next ones if the first only introduces them."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -47,15 +47,15 @@ class Generation:
 
 
 def as_records(generations: Any) -> list[dict[str, Any]]:
-    """What is to be explained as records, from a sequence of (prompt, completion) pairs, prompts and records,
-    a data frame, or a single pair, prompt or record. Raises UserError for anything else."""
+    """The generations to explain, as records: from a sequence of (prompt, completion) pairs, prompts and
+    records, a data frame, or a single pair, prompt or record. Raises UserError for anything else."""
     if isinstance(generations, str | Mapping) or _is_pair(generations):
         generations = [generations]
     frame = frame_records(generations)
     if frame is not None:
         return frame
     if not isinstance(generations, Iterable):
-        raise UserError(f"a {type(generations).__name__} is no list of generations", _GENERATION)
+        raise UserError(f"generations must be a list, got {type(generations).__name__}", _GENERATION)
     return [_as_record(value, n) for n, value in enumerate(generations)]
 
 
@@ -73,7 +73,7 @@ def _as_record(value: Any, n: int) -> dict[str, Any]:
         return {"prompt": value}
     if isinstance(value, list | tuple) and len(value) == 2:
         return {"prompt": value[0], "completion": value[1]}
-    raise UserError(f"generation {n + 1} is {short(repr(value))}", _GENERATION)
+    raise UserError(f"generation {n + 1} has no prompt and completion: {short(repr(value))}", _GENERATION)
 
 
 @dataclass(frozen=True, slots=True)

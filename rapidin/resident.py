@@ -1,9 +1,9 @@
-"""Rows of caches that stay on a GPU from one query to the next, as far as its memory has room for them.
+"""Keeps rows of caches on a GPU from one query to the next, as far as its memory allows.
 
-What a scan carries to the GPU for the first time is copied there once more, to where it stays; the next scan
-of the same rows carries nothing. A cache is kept as long as the `Cache` lives, and until another needs the
-room: the one that was scanned longest ago goes first. A shard whose checksum in the manifest has changed is
-carried anew. `Cache(path, resident=False)` is carried each time.
+The first scan of a cache uploads its rows and copies them, on the GPU, to memory that is kept; the next scan
+of the same rows uploads nothing. A cache's rows are kept while its `Cache` object lives, until another cache
+needs the memory: the least recently scanned one goes first. A shard whose checksum in the manifest has
+changed is uploaded again. With `Cache(path, resident=False)` every scan uploads.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from rapidin.cache.manifest import Shard
 from rapidin.cache.shards import Rows
 from rapidin.transfer import stride_there
 
-RESERVE = 4  # a quarter of the device's memory is left to what else runs there
+RESERVE = 4  # a quarter of the device's memory is left to other work
 STATUS = "status"
 
 
 class Memory(Protocol):
-    """A device's memory."""
+    """A device's memory, as `Resident` uses it."""
 
     def free(self) -> int:
         """Bytes that may still be taken."""
 
     def rows(self, like: Tensor, count: int) -> Tensor:
-        """Memory for so many rows as of `like`, which may lie further apart; or torch.OutOfMemoryError."""
+        """Memory for `count` rows like those of `like`, perhaps with padding; or torch.OutOfMemoryError."""
 
 
 @dataclass(frozen=True)
 class GpuMemory:
-    """Of a GPU, less what is left to others."""
+    """A GPU's memory, less the part that is left to other work."""
 
     device: torch.device
 
@@ -56,8 +56,8 @@ class GpuMemory:
 
 @dataclass
 class HeldShard:
-    """A shard's fields on the device, of which rows [low, high) are there, and whether a piece of it has rows
-    with a block without gradient."""
+    """A shard's fields on the device, of which rows [low, high) are filled. dead: by range of rows, whether
+    one of them has a block without gradient."""
 
     fields: dict[str, Tensor]
     low: int = 0
@@ -73,7 +73,7 @@ class HeldShard:
         return {name: value[low:high] for name, value in self.fields.items()}
 
     def fill(self, low: int, high: int, fields: Mapping[str, Tensor]) -> None:
-        """Keep rows [low, high), where they join those that are there."""
+        """Copy rows [low, high) in, if they adjoin the rows that are filled; otherwise do nothing."""
         if self.low < self.high and not self.low <= low <= self.high:
             return
         for name, value in self.fields.items():
@@ -83,21 +83,21 @@ class HeldShard:
 
 @dataclass
 class _Held:
-    """What is held of a cache, by the shards' checksums."""
+    """The shards of one cache that are held, by checksum. may_grow: whether there is memory for more."""
 
     shards: dict[str, HeldShard] = field(default_factory=dict)
     may_grow: bool = False
 
 
 class Resident:
-    """What stays in a device's memory, see the top of this file. All is done in one stream."""
+    """The rows that stay in a device's memory (see the module's docstring). One stream does all the work."""
 
     def __init__(self, memory: Memory) -> None:
         self._memory = memory
         self._held: OrderedDict[int, _Held] = OrderedDict()  # by identity; the last scanned last
 
     def admit(self, caches: Iterable[Cache], within: tuple[int, int]) -> None:
-        """Make room for rows of these caches, which are about to be scanned, as far as there can be room."""
+        """Make room for rows of these caches, which are about to be scanned, by forgetting older caches."""
         chosen = list({id(cache): cache for cache in caches if cache.resident}.values())
         for cache in chosen:
             if id(cache) not in self._held:
@@ -117,7 +117,7 @@ class Resident:
             taken += wanted if held.may_grow else 0
 
     def _forget_oldest(self, but: Sequence[Cache]) -> bool:
-        """Let go of the cache that was scanned longest ago; False where there is none but these."""
+        """Release the least recently scanned cache; False where there is none besides these."""
         kept = {id(cache) for cache in but}
         for number, held in self._held.items():
             if number not in kept and held.shards:
@@ -126,7 +126,7 @@ class Resident:
         return False
 
     def shard(self, cache: Cache, first: int, rows: Rows) -> HeldShard | None:
-        """What is or may be held of the shard whose first row this is; None where there is no room."""
+        """The held shard whose first row this is, new and empty if there is room; None otherwise."""
         held = self._held.get(id(cache))
         if held is None or not cache.resident:
             return None
@@ -135,14 +135,14 @@ class Resident:
             fields = {**rows.code, STATUS: rows.status}
             try:
                 there = {name: self._memory.rows(value, shard.rows) for name, value in fields.items()}
-            except torch.OutOfMemoryError:  # it was free, but in pieces
+            except torch.OutOfMemoryError:  # the free memory is fragmented
                 held.may_grow = False
                 return None
             held.shards[shard.sha256] = HeldShard(there)
         return held.shards.get(shard.sha256)
 
     def all_there(self, cache: Cache, within: tuple[int, int]) -> bool:
-        """Whether a scan of these rows needs nothing from disk."""
+        """Whether all of these rows are held, so that a scan reads nothing from disk."""
         held = self._held.get(id(cache))
         return held is not None and all(
             (found := held.shards.get(shard.sha256)) is not None
@@ -151,7 +151,7 @@ class Resident:
         )
 
     def forget(self, cache: Cache | None = None) -> None:
-        """Give back the memory of this cache, or of all."""
+        """Release the memory of this cache, or of all."""
         for number, held in self._held.items():
             if cache is None or number == id(cache):
                 held.shards = {}
@@ -163,7 +163,7 @@ def _shards(cache: Cache, within: tuple[int, int]) -> Iterator[Shard]:
 
 
 def _bytes_there(shard: Shard, cache: Cache) -> int:
-    """Bytes that a shard takes on a device."""
+    """Bytes that a shard takes on a device, padding included."""
     each = 1  # of the status
     for dtype, shape in cache.code.fields().values():
         numbers = 1
@@ -177,6 +177,6 @@ _of: dict[tuple[torch.device, int], Resident] = {}
 
 
 def resident_on(device: torch.device) -> Resident:
-    """What stays on a GPU, for scans in its current stream."""
+    """The `Resident` of a GPU and its current stream."""
     stream = torch.cuda.current_stream(device).cuda_stream
     return _of.setdefault((device, stream), Resident(GpuMemory(device)))

@@ -148,9 +148,9 @@ _ALL_ROWS = 256  # that are scanned at a time where all scores are wanted
 
 @dataclass(frozen=True)
 class _Label:
-    """Of a piece. first: its first row; dead: for each source whether one of its blocks is without gradient,
-    where that matters; there: fields that are on the device already; stay: numbers of sources, and the shards
-    that keep the piece's fields as their rows [low, high)."""
+    """Describes a piece. first: its first row; dead: for each source whether one of its blocks is without
+    gradient, None where that does not matter; there: fields that are on the device already; stay: (source
+    number, held shard, low, high) where the piece's fields are kept as rows [low, high) of the shard."""
 
     first: int
     dead: tuple[bool | None, ...]
@@ -201,7 +201,7 @@ def carried(
     within: tuple[int, int] = (0, sys.maxsize),
     most: int | None = None,
 ) -> Iterator[_Piece]:
-    """Pieces as `_pieces` gives them, on a device; what there is room for stays there."""
+    """The pieces of `_pieces`, on a device; rows that fit into its memory stay there."""
     resident.admit([source.cache for source in sources], within)
     for label, fields in Conveyor[_Label](order).carry(_pieces(sources, within, most, resident)):
         for number, shard, low, high in label.stay:
@@ -215,8 +215,8 @@ def _pieces(
     most: int | None = None,
     resident: Resident | None = None,
 ) -> Iterator[_Piece]:
-    """What a scan reads, on the CPU: rows that all sources hold, a shard or at most so many at a time. What
-    stays on a device is taken from there."""
+    """What a scan reads: rows that all sources hold, a shard or at most `most` at a time, on the CPU. Rows
+    that `resident` holds are taken from the device."""
     check_same_examples([source.cache for source in sources])
     shards = [
         source.cache.shards(
@@ -311,7 +311,7 @@ def _scanned(
         code.prepare(source.query.vectors.to(device)) for code, source in zip(codes, sources, strict=True)
     ]
     joined: Joined = {}
-    asked: dict[int, ops.ScanQueries] = {}  # by identity, which they keep as long as they are here
+    asked: dict[int, ops.ScanQueries] = {}  # by id(), which is unique while they are held here
     for label, fields in pieces:
         plans, counts = [], None
         for number, (source, code, query) in enumerate(zip(sources, codes, prepared, strict=True)):

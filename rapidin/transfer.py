@@ -23,8 +23,8 @@ _side: dict[torch.device, torch.cuda.Stream] = {}
 class Download:
     """Tensors on their way to the CPU: in pinned memory, by a stream of its own, after the work so far.
 
-    Any thread may wait for them. Tensors of the CPU are there at once, and are not copied. All are of one
-    device: ValueError where they are not, since one was then made in the wrong place.
+    Any thread may wait for them. Tensors on the CPU are ready at once and not copied. Raises ValueError
+    unless all are on one device: otherwise one of them was created on the wrong device.
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
@@ -128,14 +128,14 @@ _ALIGNED = 16  # bytes, the widest load of a GPU
 
 
 def stride_there(numbers: int, each: int) -> int:
-    """How many numbers of so many bytes each there are from row to row on a device: rows begin where the
-    widest loads do, unless that takes more than an eighth more memory."""
+    """The stride of rows on a device, in numbers of `each` bytes: rows begin at multiples of 16 bytes, for
+    the widest loads, unless the padding takes more than an eighth more memory."""
     padded = -(-numbers * each // _ALIGNED) * _ALIGNED
     return padded // each if padded % each == 0 and 8 * padded <= 9 * numbers * each else numbers
 
 
 def _padded(x: Tensor) -> Tensor:
-    """No rows, each as long as x's are on a device."""
+    """An empty tensor whose rows are as long as x's on a device, padding included."""
     return x.new_empty(0, stride_there(x.shape[1], x.element_size())) if x.ndim == 2 else x[:0]
 
 
@@ -191,7 +191,7 @@ class _Lane:
             if name not in self._memory or len(self._memory[name][0]) < len(x):
                 self._memory[name] = self._order.buffers(_padded(x), len(x))
             host, there = (memory[: len(x)] for memory in self._memory[name])
-            pairs.append((host, there))  # with what pads the rows: one copy of memory without gaps
+            pairs.append((host, there))  # padding included: one copy of contiguous memory
             if x.ndim == 2:
                 host, there = (memory[:, : x.shape[1]] for memory in (host, there))
             host.copy_(x)

@@ -52,7 +52,7 @@ class Cache:
     >>> cache.lengths([3, 5])           # [2, blocks] float32
     >>> cache.code                      # how rows are kept: `rapidin.pack`
 
-    resident: whether a scan on a GPU may leave the rows there for the next, where there is room.
+    resident: whether rows may stay on the GPU after a scan, for the next one, if there is room.
 
     Raises UserError where the folder is no cache, its manifest is damaged, or a shard has another size or
     other tensors than it must; what the tensors hold is not read before it is needed.

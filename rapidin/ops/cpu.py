@@ -100,7 +100,7 @@ def choose_way(
 
     rank_in, rank_out: of their LowRank, 0 where there is none.
     """
-    # Multiply-adds of a LowRank: for a row of features, and for one that is sketched besides.
+    # Multiply-adds of a LowRank: for a row of features alone, and for one that is also sketched.
     alone_in, alone_out = _multiply_adds(n_in, rank_in), _multiply_adds(n_out, rank_out)
     table_in, table_out = rank_in * (n_in + min(k, n_in)), rank_out * (n_out + min(k, n_out))
     best: tuple[bool, bool] | None = None
@@ -134,7 +134,7 @@ def choose_way(
 
 
 def _multiply_adds(n: int, rank: int) -> int:
-    """Of a LowRank applied to n features: as the whole matrix where that is less."""
+    """Multiply-adds of a LowRank applied to n features: as the whole matrix where that is less."""
     return min(2 * n * rank, n * n)
 
 
@@ -170,7 +170,7 @@ def by_fft(
 def _low_rank(
     low_rank: LowRank | None, seed: int, side: tuple[int, int], k: int
 ) -> tuple[int, int, int, int]:
-    """What the fused kernel reads of a LowRank. Its table serves sides with more features than bins."""
+    """A LowRank as the fused kernel takes it. The table is for sides with more features than bins."""
     if low_rank is None:
         return 0, 0, 0, 0
     table = low_rank.table(seed, side, k).data_ptr() if low_rank.features > k else 0

@@ -23,7 +23,7 @@ _CHUNK_STEP = 32
 _SQUARE_ROWS = 16384  # of the longest tensor that one block sums
 _SQUARE_SLICES = 32
 
-# Kept, because gradients often lie where they lay before. Those of a captured call may lie where none lay.
+# Kept, because gradients often have the same addresses again. Those of a captured call may have new ones.
 _tables = Kept(1 << 20, reserve=True)
 
 

@@ -1,6 +1,7 @@
-"""What both backends for GPUs do alike in topk_scan: queries in the form that rows are multiplied with, and
-which kernels run on which rows. No step waits for the device. Before a CUDA graph is captured, the same scan
-must have run once, since tables are made then (rapidin.ops.lifetimes).
+"""The part of topk_scan that both GPU backends share: converting queries, and which kernels run on which rows.
+
+No step waits for the device. Before a CUDA graph is captured, the same scan must have run once, which creates
+its tables (rapidin.ops.lifetimes).
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rapidin.ops.packed import Packed, packed_bytes
 TOP, BOTTOM = 1, 2  # which ends are wanted, as bits
 LONGEST = 1024  # places of a ranking that one pass over the rows fills
 QUERIES = 256  # that one pass takes
-CHUNK_BYTES = 64 << 20  # of what is held a chunk of rows: sums over several parts
+CHUNK_BYTES = 64 << 20  # of the sums over several parts, for one chunk of rows
 MAX_ROWS = 2**31 - 1  # a key has 31 bits for the row's index
 
 NUMBERS = {"int8": 1, "int4": 2, "sign": 8}  # a byte
@@ -141,7 +142,7 @@ def scan(
     base: Tensor | None,
     made: dict[Any, Any] | None = None,
 ) -> list[Found]:
-    """Scores and indices of each end that is wanted; made: what earlier scans prepared of these queries.
+    """Scores and indices of each end that is wanted; made: these queries as earlier scans prepared them.
 
     Raises ValueError on a cache of too many rows.
     """
@@ -172,13 +173,13 @@ def _prepared(
     offsets: Sequence[int] | None,
     kept: tuple[int, dict[Any, Any] | None],
 ) -> list[Any]:
-    """These queries for each part, made now or by an earlier scan; kept: their number and what was made."""
+    """The queries prepared for each part, now or by an earlier scan; kept: their number, and `made`."""
     number, made = kept
     stream = None
     if queries.device.type == "cuda":
         stream = torch.cuda.current_stream(queries.device)
         if torch.cuda.is_current_stream_capturing():
-            made = None  # what a graph makes is there only when it runs
+            made = None  # a graph's tensors are filled only when it runs
     found = []
     for part in parts:
         segments = None if offsets is None else tuple(_segments(part, offsets))
@@ -313,7 +314,7 @@ def integer_planes(integers: Tensor, dtype: str) -> Tensor:
 
 @kept(32 << 20)
 def _places_of_bytes(width: int, dtype: str) -> Tensor:
-    """`numbers_of_bytes` on the device that is named last, `width` for none."""
+    """`numbers_of_bytes`, on the device given last, with `width` in place of -1."""
     places = numbers_of_bytes(width, dtype)
     return places.where(places >= 0, width)
 
@@ -336,8 +337,8 @@ NEW_GROUP, BEGINS, ENDS = 1, 2, 4
 def steps_of_blocks(
     dtype: str, width: int, segments: Sequence[Segment]
 ) -> tuple[Tensor, Tensor, list[Segment]]:
-    """How packed rows with blocks are gone through: a step for each plane of a group of bytes, and each block
-    that it has numbers of, in the order of the numbers.
+    """The steps of a scan of packed rows with blocks: one for each plane of a group of bytes and each block
+    that has numbers in it, in the order of the numbers.
 
     -> on the CPU: places [steps, 64] int32, the number of each byte's plane or -1 where the block has none
     there; steps [steps, 4] int32: the group's first byte, the plane's first bit << 8 | flags, the block's

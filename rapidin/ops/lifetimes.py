@@ -1,19 +1,19 @@
-"""How long memory lives that kernels of a GPU are given the addresses of.
+"""The lifetime of memory whose addresses are passed to GPU kernels.
 
-A launch only queues a kernel, which reads later, and in a captured graph at each replay. Torch promises:
+A launch only queues a kernel, which reads memory later, and in a captured graph at each replay. Torch
+guarantees:
 
-- Freed memory is given to later work of the stream that it was made on. So what that stream was told before
-  is safe, and what other streams were told is after `record_stream`.
-- A copy from pinned memory reads it later. Torch waits for the copy before it gives the memory to others.
-- Memory that is made while a graph is captured is the graph's own, and lives as long as it does. What was
-  there before must outlive the graph, and pinned memory that a captured copy reads must do so unchanged.
+- Freed memory is reused only by later work of the stream that it was allocated on. So work queued earlier on
+  that stream is safe; work on other streams is safe after `record_stream`.
+- A copy from pinned memory reads it later. Torch reuses the memory only after the copy.
+- Memory allocated while a graph is captured belongs to the graph and lives as long as it. Memory allocated
+  before must outlive the graph, and pinned memory that a captured copy reads must also stay unchanged.
 
-So there are three kinds of tensors, and each is held in one way:
+So there are three kinds of tensors, each held in one way:
 
-- What a call is given, makes for its kernels or returns: by a variable, until the last launch, on the current
-  stream.
-- What is kept between calls: by `Kept`, which looks after other streams and after graphs.
-- What is new in a call that is captured: `Kept` copies it from pinned memory that nothing else ever uses.
+- Arguments, temporaries and results of a call: by a variable, until the last launch, on the current stream.
+- Tensors kept between calls: by `Kept`, which handles other streams and graphs.
+- Tables first needed in a captured call: `Kept` copies them from pinned memory that nothing else ever uses.
 """
 
 from __future__ import annotations
@@ -28,14 +28,15 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-RESERVE_BYTES = 64 << 10  # pinned for captures, at least
+RESERVE_BYTES = 64 << 10  # the least pinned memory that is reserved for captures
 
 Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...])
 
 
 @dataclass
 class _Entry(Generic[Tensors]):
-    """What is kept. ready: when it is there, None on the CPU; streams: that may read it, by their handles."""
+    """A kept table. ready: recorded after its upload, None on the CPU; streams: handles of the streams that
+    may read it."""
 
     found: Tensors
     ready: torch.cuda.Event | None = None
@@ -51,18 +52,18 @@ def _listed(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
-    """A tensor on `device`, for what its current stream does next; from the CPU, which does not wait."""
+    """The tensor on `device`, for later work of its current stream. The CPU does not wait for the copy."""
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
 
 
 class Kept:
-    """Tensors, or tuples of them, by their keys, kept between calls as far as they fit into limit_bytes: the
-    least recently used one goes first.
+    """Tensors, or tuples of them, by key, kept between calls within limit_bytes: the least recently used one
+    is dropped first.
 
-    Those that a captured graph reads are kept as long as the process, since nothing tells when the graph is
-    gone. reserve: what is asked for the first time in a capture is copied there by the graph itself.
+    Tensors that a captured graph reads are kept for the life of the process, since the end of the graph is
+    not known. reserve: tables first requested in a capture are copied to the device by the graph itself.
 
     >>> tables = Kept(1 << 20)
     >>> table = tables.get(key, device, lambda: torch.tensor(numbers, device="cpu"))
@@ -77,18 +78,18 @@ class Kept:
         self._lock = Lock()
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensors]) -> Tensors:
-        """What belongs to a key, on a device, whose current stream may read it from now on.
+        """The value of a key on a device, whose current stream may read it from now on.
 
-        make: gives it on the CPU where it is not kept. The device is not waited for. To be called with the
-        device as the current one (as `rapidin.ops.backends` does) and the result held until its last launch.
-        Raises RuntimeError in a capture where it is neither kept nor fits into what is reserved.
+        make: creates it on the CPU if it is not kept. Does not wait for the device. Call this with the device
+        as the current one (as `rapidin.ops.backends` does), and hold the result until the last launch.
+        Raises RuntimeError in a capture if it is neither kept nor fits into the reserve.
         """
         capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
         with self._lock:
             entry = self._captured.get((key, device)) or self._entries.get((key, device))
             if entry is not None and (key, device) in self._entries:
                 self._entries.move_to_end((key, device))
-                if capturing:  # never to go again
+                if capturing:  # now kept for the life of the process
                     self._captured[key, device] = self._entries.pop((key, device))
                     self._bytes -= entry.bytes
         if entry is None:
@@ -122,7 +123,7 @@ class Kept:
         there = tuple(host.to(device, non_blocking=True) for host in hosts if host is not None)
         if len(there) < len(hosts):
             raise RuntimeError(
-                "a table for a kernel is made for the first time while a CUDA graph is captured; "
+                "a kernel's table was first needed while a CUDA graph was captured; "
                 "make the same call once before the capture"
             )
         return there if isinstance(made, tuple) else there[0]
@@ -132,8 +133,8 @@ Made = TypeVar("Made", bound=Callable[..., Any])
 
 
 def kept(limit_bytes: int) -> Callable[[Made], Callable[..., Any]]:
-    """A function that makes tensors of the CPU for its arguments gets one more, the last: the device where
-    they are wanted. What it gave there is kept, as far as it fits into limit_bytes.
+    """Decorates a function that creates tensors on the CPU: the result takes the device as one more, last
+    argument, and keeps the tensors there within limit_bytes.
 
     >>> @kept(1 << 20)
     ... def table(width: int) -> Tensor: ...
@@ -155,7 +156,7 @@ def kept(limit_bytes: int) -> Callable[[Made], Callable[..., Any]]:
 
 
 def _sent(made: Tensors, device: torch.device) -> _Entry[Tensors]:
-    """Tensors of the CPU on a device, by copies that the CPU does not wait for."""
+    """CPU tensors on a device, by copies that the CPU does not wait for."""
     single = not isinstance(made, tuple)
     if device.type != "cuda":
         there: Any = tuple(x.to(device) for x in _listed(made))
@@ -168,8 +169,8 @@ def _sent(made: Tensors, device: torch.device) -> _Entry[Tensors]:
 
 
 class _Reserve:
-    """Pinned memory for captures, in which none can be made. What is taken of it is never used again: the
-    graph's copy reads it at each replay."""
+    """Pinned memory for captures, during which none can be allocated. Memory taken from it is never reused:
+    the graph's copy reads it at each replay."""
 
     def __init__(self) -> None:
         self._all: list[Tensor] = []  # held for good
@@ -177,7 +178,7 @@ class _Reserve:
         self._lock = Lock()
 
     def provide(self, most_bytes: int) -> None:
-        """Have room for some calls whose tables take so much each. Not to be called in a capture."""
+        """Reserve room for a few calls whose tables take `most_bytes` each. Must not be called in a capture."""
         with self._lock:
             left = self._all[-1].nbytes - self._used if self._all else 0
             if left < max(RESERVE_BYTES // 2, 4 * most_bytes):
@@ -186,7 +187,7 @@ class _Reserve:
                 self._used = 0
 
     def take(self, x: Tensor) -> Tensor | None:
-        """The same numbers in memory of their own, None where there is no room."""
+        """A copy of x in reserved memory; None where there is no room."""
         with self._lock:
             if not self._all or self._all[-1].nbytes - self._used < x.nbytes:
                 return None

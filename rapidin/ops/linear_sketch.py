@@ -21,14 +21,14 @@ def linear_sketch(
     """Sketches each example's gradient of a linear layer's weight, sum_t grads[b, t] inputs[b, t]^T.
 
     inputs: [B, T, I], grads: [B, T, O], float32, float16 or bfloat16, any strides
-    inputs_low_rank, grads_low_rank: what a preconditioner does to a side first, of I and of O features: a
-    side's x becomes ``x + ((x @ basis) * gain) @ basis.T``, float32 except of bfloat16 on a GPU, where it is
-    rounded to bfloat16 once it is added up
+    inputs_low_rank, grads_low_rank: a preconditioner of each side, of I and of O features: the side's x is
+    replaced by ``x + ((x @ basis) * gain) @ basis.T``, in float32; on a GPU the sum is rounded to bfloat16
+    where x is bfloat16
     -> [B, dim] float32: what matrix_sketch gives for the formed [O, I] gradients, up to rounding
 
-    On a GPU, two bfloat16 sides are rounded to bfloat16 once more before they are multiplied: a relative
-    error of 0.002 in a sketch (docs/kernels.md). NaN or infinite values of an example make its sketch not
-    finite; which numbers of it is not defined.
+    On a GPU with dim up to 512, two bfloat16 sides are rounded to bfloat16 once more before they are
+    multiplied: a relative error of about 0.002 in a sketch (docs/kernels.md). NaN or infinite values of an
+    example make its sketch not finite; which of its numbers is not defined.
     Raises TypeError or ValueError on arguments that are not as above.
     """
     op = "linear_sketch"
@@ -70,8 +70,8 @@ def embedding_sketch(
     """Sketches each example's gradient of an embedding's weight [V, E]: row ids[b, t] gets grads[b, t].
 
     ids: [B, T] int64, none negative; grads: [B, T, E] float32, float16 or bfloat16, zero where padded
-    vocabulary: V, which all ids are below: then they are not looked at, which on a GPU is to wait for it;
-        where an id is not, the sketch is not defined
+    vocabulary: V, if known: the ids are then not checked, which would wait for a GPU; with an id of V or
+        more, the sketch is undefined
     -> [B, dim] float32: what matrix_sketch gives for the formed [V, E] gradients, up to rounding
 
     Raises TypeError or ValueError on arguments that are not as above.

@@ -1,4 +1,4 @@
-"""LowRank: what a preconditioner does to a side of a layer's gradient, with all that kernels need of it.
+"""LowRank: the preconditioner of one side of a layer's gradient, with the tables that kernels need.
 
 `linear_sketch` takes one for each side. It is linear, and so is a count sketch CS:
 
@@ -23,10 +23,10 @@ from rapidin.ops.lifetimes import upload
 
 @dataclass(frozen=True, eq=False)
 class LowRank:
-    """``I + U diag(gain) U^T``: takes the strong directions of a side down to the level of the others.
+    """``I + U diag(gain) U^T``: scales the strong directions of a side down to the level of the others.
 
-    basis: U [n, r] float32, orthonormal; gain: [r] float32, on the same device. What is derived from them is
-    computed once and kept as long as they are. Raises TypeError or ValueError on anything else.
+    basis: U [n, r] float32, orthonormal; gain: [r] float32, on the same device. Tables derived from them are
+    computed once and kept with this object. Raises TypeError or ValueError on anything else.
     """
 
     basis: Tensor
@@ -59,21 +59,21 @@ class LowRank:
 
     @property
     def features(self) -> int:
-        """n, the numbers of a token that it is for."""
+        """n, the features of a token."""
         return self.basis.shape[0]
 
     @property
     def rank(self) -> int:
-        """r: how many directions are known. With few features all of them are, r = n."""
+        """r, the number of directions; n where there are few features."""
         return self.basis.shape[1]
 
     @property
     def device(self) -> torch.device:
-        """Where basis and gain lie."""
+        """The device of basis and gain."""
         return self.basis.device
 
     def to(self, device: torch.device) -> LowRank:
-        """The same on a device: itself, or a copy that is made once."""
+        """This LowRank on a device: itself, or a copy that is made once."""
         if device == self.device:
             return self
         if device not in self._elsewhere:
@@ -81,8 +81,8 @@ class LowRank:
         return self._elsewhere[device]
 
     def __call__(self, x: Tensor) -> Tensor:
-        """x [..., n], of any float dtype, preconditioned, in float32: of what is far larger than the rest
-        only the rest stays, which fewer digits would not hold."""
+        """x [..., n], of any float dtype, preconditioned, in float32: large values nearly cancel, and with
+        fewer digits the small remainder would be lost."""
         if self.matrix is not None:
             return x.float() @ self.matrix
         x = x.float()
@@ -91,7 +91,7 @@ class LowRank:
 
     @cached_property
     def matrix(self) -> Tensor | None:
-        """[n, n] float32: the whole matrix where that is less work, n <= 2 r; else None."""
+        """[n, n] float32: the whole matrix where that takes less work, n <= 2 r; else None."""
         n, r = self.basis.shape
         if n > 2 * r:
             return None
@@ -101,7 +101,7 @@ class LowRank:
     def parts(self) -> Tensor:
         """[n, 2 r] bfloat16: the basis as a sum of two bfloat16 matrices, high parts first, low parts after.
 
-        What the two leave is at most 2^-17 of a number.
+        Their sum is off by at most 2^-17 of each number.
         """
         high = self.basis.bfloat16()
         return torch.cat((high, (self.basis - high.float()).bfloat16()), 1)
@@ -109,7 +109,7 @@ class LowRank:
     def table(self, seed: int, side: tuple[int, int], dim: int) -> Tensor:
         """[dim, r] float32: the count sketches of the basis' columns; side: tables.IN or tables.OUT.
 
-        Kept, so a captured graph may read it. Each bin's numbers are added in the order of the features.
+        Kept, so a captured graph may read it. The numbers of each bin are added in the order of features.
         """
         key = (seed, side, dim)
         if key not in self._tables:
@@ -117,8 +117,8 @@ class LowRank:
         return self._tables[key]
 
     def _table(self, seed: int, side: tuple[int, int], dim: int) -> Tensor:
-        # Chunk by chunk, each of which has one feature for each bin: a gather, where adding to bins by index
-        # would add in any order on a GPU.
+        # Each chunk has one feature for each bin, so this is a gather. index_add would add in any order on
+        # a GPU.
         total = torch.zeros(dim, self.rank, device=self.device)
         entries = tables.columns(seed, side, self.features, dim, self.device)
         for chunk, entry in enumerate(entries.view(-1, dim)):
@@ -132,7 +132,7 @@ def coefficients(x: Tensor, low_rank: LowRank) -> Tensor:
     """``(x @ basis) * gain``; x: [B, T, n] float32, float16 or bfloat16 -> [B, T, r] float32.
 
     bfloat16 on a GPU is multiplied on tensor cores by both bfloat16 parts of the basis at once, with float32
-    sums: off by less than 2^-16 of x's length. Else it is a float32 product.
+    sums: off by less than 2^-16 of x's length. Otherwise this is a float32 product.
     """
     if x.dtype == torch.bfloat16 and x.device.type == "cuda":
         along = _by_parts(x, low_rank)
@@ -145,7 +145,7 @@ def products_with_parts(x: Tensor, low_rank: LowRank) -> Tensor:
     """bfloat16 x [B, T, n] times each part of the basis, [B T, 2 r] float32, high parts first."""
     rows = x.reshape(1, -1, low_rank.features)
     parts = low_rank.parts[None]
-    # As a batch of one: a product with a wider result has no shape rule in torch 2.8 unless it is batched.
+    # As a batch of one: torch 2.8 has no shape rule for unbatched products with a wider result dtype.
     if x.device.type == "cuda":
         return torch.bmm(rows, parts, torch.float32)[0]
     return torch.bmm(rows.float(), parts.float())[0]
@@ -158,12 +158,12 @@ def _by_parts(x: Tensor, low_rank: LowRank) -> Tensor:
 
 
 def applied(x: Tensor, low_rank: LowRank | None) -> Tensor:
-    """x [B, T, n] with what a backend's kernel does not do itself: float32 where there is a LowRank."""
+    """x [B, T, n], preconditioned for kernels that do not do it themselves: float32 with a LowRank."""
     return x if low_rank is None else low_rank(x)
 
 
 def preconditioned_dtype(dtype: torch.dtype, low_rank: LowRank | None) -> torch.dtype:
-    """Of what `preconditioned` gives."""
+    """The dtype of `preconditioned`'s result."""
     return dtype if low_rank is None or dtype == torch.bfloat16 else torch.float32
 
 

@@ -37,7 +37,7 @@ def columns(
 ) -> Tensor:
     """-> [ceil(n / k) * k] int32: by chunk and bin, the index in the chunk, and its sign in the top bit.
 
-    change: what a kernel wants made of the table, on the CPU; the same function each time, for it is a key.
+    change: converts the table to a kernel's layout, on the CPU; part of the key, so pass the same function.
     """
     return _get("columns", seed, side, n, k, device, change)
 

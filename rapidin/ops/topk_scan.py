@@ -15,10 +15,10 @@ Rows = Tensor | Packed
 
 
 class ScanQueries:
-    """Queries of several scans: the form in which a GPU multiplies rows with them is made once.
+    """Queries for several scans: a GPU's backend converts them to its own form only once.
 
     tensor: [Q, D] float32, which must not change from the first scan to the last
-    made: what backends keep of it
+    made: the converted queries, by backend
     """
 
     def __init__(self, tensor: Tensor) -> None:
@@ -43,7 +43,7 @@ def topk_scan(
     cache: N rows of D numbers: a tensor [N, D] float32, float16 or (not with backend "cpu") bfloat16, a
         Packed, or a sequence of such parts, which lie side by side and whose widths add up to D; views of
         memory maps will do, and rows may lie further apart than they are long
-    queries: [Q, D] float32, or `ScanQueries` of such, for several scans
+    queries: [Q, D] float32, or a `ScanQueries` of it for several scans
     offsets: nb + 1 ascending ints from 0 to D that cut D into blocks; scales: [N, nb] float32
     valid: [N] bool
     base: [Q, N] float32, added to the scores
@@ -56,8 +56,8 @@ def topk_scan(
 
     Without scales a Packed is scanned in integers: of each query, a part's numbers are rounded to steps of
     their largest magnitude / 127 ("sign", "int4") or / 4095 ("int8"), and the same bits come from every
-    instruction set. A part with NaN or Inf in it makes the query's scores NaN. With scales the numbers of a
-    Packed count to the rounding of float32, whichever backend scans them.
+    instruction set. A part with NaN or Inf in it makes the query's scores NaN. With scales a Packed is
+    scanned with float32 precision by every backend.
     Raises TypeError or ValueError on arguments that are not as above.
     """
     more: dict[str, Any] = {"scales": scales, "offsets": offsets, "valid": valid, "base": base}
@@ -99,7 +99,7 @@ def _checked(
     base: Tensor | None,
     backend: str | None,
 ) -> Callable[..., Any]:
-    """The function that scans these parts for these queries."""
+    """Checks the arguments. -> the backend's function, with parts and queries bound."""
     parts, n, d = _checked_parts(op, cache)
     made = None
     if isinstance(queries, ScanQueries):

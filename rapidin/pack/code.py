@@ -54,7 +54,7 @@ Joined = dict[tuple[int, ...], tuple[list[Tensor], Tensor]]
 def side_by_side(plans: Sequence[ScanPlan], joined: Joined | None = None) -> ScanPlan:
     """One scan whose scores are the sums of these plans' scores, all of the same rows and queries.
 
-    joined: what earlier calls put side by side, so that the same tensors of queries give the same one again
+    joined: concatenated queries of earlier calls: the same tensors of queries give the same result tensor
     """
     if len(plans) == 1:
         return plans[0]

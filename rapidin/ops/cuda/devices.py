@@ -1,4 +1,4 @@
-"""Which devices the extension can run on: those that it was compiled for."""
+"""Which devices the extension can run on: those of the architectures that it was compiled for."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from rapidin.ops.cuda.extension import extension
 
 
 def excludes(device: torch.device) -> str | None:
-    """Why the extension cannot run on a device, as the end of a sentence about it; None where it can."""
+    """Why the extension cannot run on a device, as a predicate ("was built for ..."); None where it can."""
     index = device.index or 0 if device.type == "cuda" else 0
     try:
         capability = extension().capability(index)
-    except RuntimeError as error:  # such as a driver that is too old for the runtime that was linked in
+    except RuntimeError as error:  # for instance, a driver too old for the linked runtime
         return f"cannot use device '{device}': {error}"
     codes = extension().architectures
     if any(runs(code, capability) for code in codes.split()):
@@ -21,9 +21,9 @@ def excludes(device: torch.device) -> str | None:
 
 
 def runs(code: str, capability: int) -> bool:
-    """Whether what nvcc compiled (sm_80, sm_90a: machine code; compute_90: PTX) runs on a device of a compute
-    capability (10 major + minor). Machine code runs within its major version, PTX on all that came later;
-    with an "a" on the very one alone, with an "f" within the major version."""
+    """Whether nvcc's output (sm_80, sm_90a: machine code; compute_90: PTX) runs on a device of a compute
+    capability (10 major + minor). Machine code runs within its major version, PTX on this and all later
+    capabilities; code with the suffix "a" on this one alone, with "f" within the major version."""
     kind, number = code.split("_")
     built = int(number.rstrip("af"))
     if number.endswith("a"):

@@ -29,7 +29,7 @@ def extension() -> Any:
 
 
 def use(module: Any) -> Any:
-    """Run on another build of the extension: the emulated one, in tests. Returns the one before."""
+    """Use another build of the extension, such as the emulated one in tests. Returns the previous one."""
     global _extension
     before, _extension = _extension, module
     return before

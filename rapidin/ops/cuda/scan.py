@@ -100,7 +100,7 @@ class _Kernels:
 
 
 def capacity_of(k: int) -> int:
-    """Keys of a list: a multiple of k, and of what a tile of rows may add."""
+    """Capacity of a list of keys: room for k and for what a tile of rows may add."""
     return 1024 if k <= _SCAN_ROWS else 2048
 
 
@@ -170,9 +170,9 @@ Tables = tuple[Tensor, Tensor, Tensor]
 
 
 def made_tables(dtype: str, width: int, segments: tuple[Segment, ...] | None) -> Tables:
-    """-> on the CPU, int32: places [units, planes, numbers of 64 bytes], which number of a row each place of
-    its units is, -1 for none; segments [segments, 5] and, of packed rows with blocks, steps [units, 4], as
-    csrc/cuda/launchers.h says; these two are empty where there are none."""
+    """-> on the CPU, int32: places [units, planes, numbers of 64 bytes], the number of a row at each place of
+    its units, -1 for none; segments [segments, 5]; steps [units, 4] of packed rows with blocks. The last two
+    are described in csrc/cuda/launchers.h, and empty where there are none."""
     nothing = torch.empty(0, 4, dtype=torch.int32, device="cpu")
     if dtype not in PACKED_DTYPES:
         return *_float_tables(_UNIT // _SIZES[dtype], width, segments), nothing
@@ -186,12 +186,12 @@ def made_tables(dtype: str, width: int, segments: tuple[Segment, ...] | None) ->
     return places.int().contiguous(), nothing, nothing
 
 
-# The same on the device that is named last: 4 bytes for each number of a row.
+# The same on the device given last: 4 bytes for each number of a row.
 _tables = kept(32 << 20)(made_tables)
 
 
 def _float_tables(unit: int, width: int, segments: tuple[Segment, ...] | None) -> tuple[Tensor, Tensor]:
-    """Of floats: a unit in which a block begins or ends has places without a number."""
+    """The tables of float rows: a unit in which a block begins or ends has places without a number."""
     places, rows = [torch.empty(0, unit, dtype=torch.int64, device="cpu")], []
     before = 0
     for begin, end, block in ((0, width, 0),) if segments is None else segments:

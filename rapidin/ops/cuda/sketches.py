@@ -32,7 +32,7 @@ def supports_linear_sketch(
     inputs_low_rank: LowRank | None = None,
     grads_low_rank: LowRank | None = None,
 ) -> bool:
-    """Whether the kernel takes these: powers of two from 32 to 8,192, where shared memory suffices."""
+    """Whether there is a kernel: dim a power of two from 32 to 8,192, and enough shared memory."""
     if dim not in LINEAR_DIMS:
         return False
     dtypes = [
@@ -80,7 +80,7 @@ def linear_sketch(
 
 @cache
 def _staged(dim: int, itemsize: int) -> tables.Change:
-    """What makes the kernel's table of a column table, for elements of so many bytes."""
+    """The function that converts a column table to the kernel's, for elements of `itemsize` bytes."""
 
     def change(columns: Tensor) -> Tensor:
         table = torch.empty_like(columns)

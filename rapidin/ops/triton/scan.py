@@ -120,7 +120,7 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
 
 
 def _prepare_steps(part: Part, queries: Tensor, segments: tuple[Segment, ...]) -> _Prepared:
-    """Of packed rows with blocks: floats, which the codes' values are multiplied with."""
+    """Queries for packed rows with blocks: floats that are multiplied by the codes' values."""
     places, steps, table = _step_tables(part.dtype, part.width, segments, queries.device)
     tile = scan_kernels.tile_of(torch.float16, 0, len(queries))
     tile["D"] = scan_kernels.STEP // 2  # more spill
@@ -136,7 +136,7 @@ def _prepare_steps(part: Part, queries: Tensor, segments: tuple[Segment, ...]) -
 
 @kept(32 << 20)
 def _step_tables(dtype: str, width: int, segments: tuple[Segment, ...]) -> tuple[Tensor, Tensor, Tensor]:
-    """On the device that is named last: the number of each place of the steps, `width` for none [64 steps]
+    """On the device given last: the number of a row at each place of the steps, `width` for none, [64 steps]
     int64; steps [steps, 2] int32: a group's first byte, a plane's first bit; segments [segments, 3]: first
     and last place, block."""
     places, steps, _ = steps_of_blocks(dtype, width, segments)
@@ -151,7 +151,7 @@ def _step_tables(dtype: str, width: int, segments: tuple[Segment, ...]) -> tuple
 
 @kept(1 << 20)
 def _segment_table(segments: tuple[Segment, ...]) -> Tensor:
-    """On the device that is named last."""
+    """The segments on the device given last."""
     return torch.tensor(segments, dtype=torch.int32, device="cpu").reshape(-1, scan_kernels.SEGMENT)
 
 
