@@ -1,10 +1,10 @@
-"""What a GPU makes of rapidin, in two calls that fit the minutes for which a machine is lent.
+"""Checks and measures rapidin on a GPU, in two calls of a few minutes each.
 
 python bench/gpu.py smoke   --out FOLDER     # builds; checks kernels and flow; compute-sanitizer, tests
 python bench/gpu.py measure --out FOLDER     # times each kernel and caching against what the GPU can do
-Either with --dry-run: on the CPU, tiny; shows that every line runs.
+With --dry-run either runs on the CPU at tiny sizes, to show that every line runs.
 
-`bench/gpu.sh` is how it is called. Rows go to FOLDER/smoke-<device>.jsonl and gpu-<device>.json as they come.
+Call it by `bench/gpu.sh`. Rows are written to FOLDER/smoke-<device>.jsonl and gpu-<device>.json as they come.
 """
 
 from __future__ import annotations
@@ -35,18 +35,20 @@ def parse() -> argparse.Namespace:
         call = calls.add_parser(name)
         call.set_defaults(run=run)
         call.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder of the results")
-        call.add_argument("--seconds", type=float, default=seconds, help="for all of it")
-        call.add_argument("--dry-run", action="store_true", help="on the CPU, tiny sizes; measures nothing")
-        call.add_argument("--commit", help="of this checkout, where git does not know it")
-        call.add_argument("--no-build", action="store_true", help="what is there is taken")
+        call.add_argument("--seconds", type=float, default=seconds, help="time limit of the whole call")
+        call.add_argument(
+            "--dry-run", action="store_true", help="run on the CPU at tiny sizes; measures nothing"
+        )
+        call.add_argument("--commit", help="commit of this checkout, if git cannot tell")
+        call.add_argument("--no-build", action="store_true", help="use the extensions as they are")
         if name == "smoke":
-            call.add_argument("--no-tests", action="store_true", help="without pytest")
+            call.add_argument("--no-tests", action="store_true", help="do not run the tests")
         else:
             call.add_argument("--quick", action="store_true", help="fewer sizes")
             call.add_argument(
-                "--only", action="append", choices=list(STAGES), help="this stage, and the ceilings"
+                "--only", action="append", choices=list(STAGES), help="run this stage and the ceilings"
             )
-    worker = calls.add_parser("worker")  # what the others start
+    worker = calls.add_parser("worker")  # a process that the other two commands start
     worker.set_defaults(run=work)
     worker.add_argument("--rows", type=Path, required=True)
     worker.add_argument("--lane", required=True)
@@ -63,9 +65,9 @@ def parse() -> argparse.Namespace:
 
 
 def prepare_dry_run() -> None:
-    """Triton's interpreter and the emulated CUDA kernels in the GPU's place."""
+    """Use Triton's interpreter and the emulated CUDA kernels in place of a GPU."""
     sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "csrc")]
-    if find_spec("pybind11") is None:  # torch has its headers, which is all that is needed of it
+    if find_spec("pybind11") is None:  # only its headers are needed, and torch has them
         from build_extensions import pybind11_headers
 
         sys.modules["pybind11"] = ModuleType("pybind11")
@@ -78,7 +80,7 @@ def prepare_dry_run() -> None:
 
 
 def work(args: argparse.Namespace) -> int:
-    """Run cases, a row each; those that the lane has rows of already are not run again."""
+    """Run cases and write a row for each; cases that already have a row in this lane are skipped."""
     processes.end_with_parent()
     rows = RowFile(args.rows, args.lane)
     if args.dry_run:
@@ -104,7 +106,7 @@ def work(args: argparse.Namespace) -> int:
     skip = [stage for stage in args.skip.split(",") if stage]
     left = list(plan)
     for stage, cases in plan.items():
-        # What the stages before have not used, or were never to run for, is shared among those that are left.
+        # Time that other stages did not use is shared among those that are left.
         weights = {name: STAGES.get(name, 1) for name in left}
         now = time.monotonic()
         deadline = now + weights[stage] / sum(weights.values()) * (args.until - now)
@@ -119,7 +121,7 @@ def work(args: argparse.Namespace) -> int:
             run_cases(bench, waiting, rows, deadline, late)
         except RuntimeError as error:
             print(error, file=sys.stderr, flush=True)
-            os._exit(LOST)  # without tearing down what no longer answers
+            os._exit(LOST)  # skips the teardown, which would hang
         bench.forget()
     rows.write({"ended": True})
     return 0

@@ -1,4 +1,4 @@
-"""Other ways to make a whole gradient small, in torch, on any device."""
+"""Other methods of sketching a whole gradient, in torch, for any device."""
 
 import math
 from collections.abc import Sequence
@@ -9,13 +9,13 @@ from torch.nn import functional as F
 
 
 class Shuffles:
-    """RapidIn's way (Lin et al., ACL 2024, section 3.2): the gradient, padded, is a matrix whose rows and
-    columns are permuted in turn, `shuffles` times each; then random signs, and sums of neighbours."""
+    """RapidIn's method (Lin et al., ACL 2024, section 3.2): the padded gradient is a matrix whose rows and
+    columns are permuted in turn, `shuffles` times each; then come random signs and sums of neighbours."""
 
     def __init__(self, elements: int, dim: int, shuffles: int = 20, device: str = "cpu") -> None:
         self.dim = dim
         self.padded = -(-elements // dim) * dim
-        # As square as may be: columns are gathered fastest where a row fits the cache.
+        # As square as possible: columns are gathered fastest where a row fits the cache.
         self.rows = max(2**i for i in range(math.isqrt(self.padded).bit_length()) if self.padded % 2**i == 0)
         columns = self.padded // self.rows
         sizes = [(self.rows, columns)[n % 2] for n in range(2 * shuffles)]
@@ -31,7 +31,7 @@ class Shuffles:
 
 
 class CountSketch:
-    """Each element with a random sign into a random bin, by torch."""
+    """Adds each element with a random sign to a random bin, in torch."""
 
     def __init__(self, elements: int, dim: int, device: str = "cpu") -> None:
         self.dim = dim

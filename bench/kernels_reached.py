@@ -2,9 +2,9 @@
 
 python bench/kernels_reached.py           # prints the table of docs/kernels.md; --write puts it there
 
-Nothing runs: the package itself is asked for the sketch dimension of so many layers and for the backend of
-bfloat16 factors with K-FAC's preconditioner on both sides, as if on a GPU of each compute capability. The
-extension must have been built, for what setup.py builds by default, or the emulated one is (tests/emulator).
+No kernel runs: the package itself is asked for the default sketch dimension of each model and for the backend
+of bfloat16 factors with K-FAC's preconditioner on both sides, as if on a GPU of each compute capability. Uses
+the extension, built for setup.py's default architectures, or else builds the emulated one (tests/emulator).
 """
 
 from __future__ import annotations

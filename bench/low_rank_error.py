@@ -1,4 +1,4 @@
-"""What rounding the directions of a LowRank does to a sketch, beside massive activations.
+"""The error of a sketch when the directions of a LowRank are rounded, with massive activations.
 
 python bench/low_rank_error.py            # prints the table of docs/kernels.md; --write puts it there
 

@@ -1,4 +1,4 @@
-"""Tables that scripts write into pages of docs/, between two comments that name them."""
+"""Reads and writes the tables in docs/ that scripts make, between two comments with the table's name."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def read(page: Path, name: str) -> str:
-    """What stands between ``<!-- name -->`` and ``<!-- end of name -->``; ValueError where these are not."""
+    """The text between ``<!-- name -->`` and ``<!-- end of name -->``; ValueError if these are missing."""
     return _parts(page, name)[1]
 
 
 def write(page: Path, name: str, text: str) -> None:
-    """Put a text between them; ValueError where they are missing."""
+    """Replace this text; ValueError if the comments are missing."""
     before, _, after = _parts(page, name)
     page.write_text(before + text + after)
 

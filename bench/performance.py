@@ -141,7 +141,7 @@ def by_size(op: str, rows: list[Facts]) -> list[str]:
 
 
 def to_come(rows: list[Facts]) -> list[str]:
-    """A line for each op of which rows are not measured yet."""
+    """A line for each op that has rows that are not measured yet."""
     there = {(key(row), row["way"]) for row in rows if row["state"] != "left out"}
     lines = []
     for op, words in WORDS.items():

@@ -2,9 +2,9 @@
 
 python csrc/build_extensions.py [--force]      # into rapidin/, on all cores
 
-setup.py compiles by this file as well. Here neither setuptools nor an installed pybind11 is needed: its
-headers come with torch too. Objects stay in build/objects, named by all that they were made of, so that what
-has not changed is not compiled again.
+setup.py uses this file too. It needs neither setuptools nor an installed pybind11, whose headers also come
+with torch. Objects stay in build/objects, named by a hash of all their inputs, so that unchanged sources are
+not compiled again.
 
 RAPIDIN_CUDA=auto (where nvcc is found) | on (or fail) | off
 RAPIDIN_CUDA_ARCHS="80 90": machine code for these; the last also as PTX, for what comes after it. By default
@@ -12,7 +12,7 @@ RAPIDIN_CUDA_ARCHS="80 90": machine code for these; the last also as PTX, for wh
 RAPIDIN_CUDA_FLAGS: more flags for nvcc
 RAPIDIN_BUILD_JOBS=N: files compiled at a time, by default one under setup.py and one for each core here
 nvcc is looked for at CUDACXX, in CUDA_HOME/bin and on the PATH; the C++ compiler at CXX. CXXFLAGS and LDFLAGS
-are taken up.
+are used.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 X86 = platform.machine().lower() in ("x86_64", "amd64")
 CPU, CUDA = "csrc/cpu/", "csrc/cuda/"
-# No contraction: how a loop was unrolled must not decide how a product and a sum are rounded.
+# No contraction: the rounding of a product and a sum must not depend on how a loop was unrolled.
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fwrapv", "-fPIC", "-fvisibility=hidden", "-g0", "-pthread"]
 CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
 # One unit per instruction set, each with flags of its own: the rest must run on any machine.
@@ -73,13 +73,13 @@ def find_nvcc() -> str | None:
     named = os.environ.get("CUDACXX") or (home and f"{home}/bin/nvcc")
     found = shutil.which(named or "nvcc")
     if found is None and wanted == "on":
-        sys.exit("RAPIDIN_CUDA=on, but there is no nvcc: put it on the PATH, or say where with CUDACXX")
+        sys.exit("RAPIDIN_CUDA=on, but nvcc was not found: put it on the PATH, or set CUDACXX")
     return found
 
 
 def gpu_codes(nvcc: str) -> list[str]:
-    """What is compiled for, as nvcc names it: machine code sm_80, .. and PTX compute_100, of the
-    architectures asked for, or of those of ARCHS that this nvcc knows."""
+    """The targets in nvcc's names: machine code sm_80, .. and PTX compute_100, for the requested
+    architectures, or for those of ARCHS that this nvcc knows."""
     asked = os.environ.get("RAPIDIN_CUDA_ARCHS", "").split()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
     archs = asked or [arch for arch in ARCHS if f"sm_{arch}" in known]
@@ -128,16 +128,16 @@ def pybind11_headers() -> str:
 
 
 def cxx() -> list[str]:
-    """The C++ compiler, with what it is always called with."""
+    """The C++ compiler and its constant options."""
     for named in (os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"):
         words = (named or "").split()
         if words and shutil.which(words[0]):
             return words
-    raise BuildError("there is no C++ compiler: install one, or say where with CXX")
+    raise BuildError("no C++ compiler was found: install one, or set CXX")
 
 
 def _commands(extension: Extension) -> dict[str, list[str]]:
-    """What compiles each source, without where the object goes."""
+    """The command that compiles each source, without the object's path."""
     more = os.environ.get("CXXFLAGS", "").split()
     include = [f"-I{pybind11_headers()}", f"-I{sysconfig.get_paths()['include']}"]
     plain = [*cxx(), *CXX_FLAGS, *include, *extension.macros]
@@ -154,7 +154,7 @@ def _commands(extension: Extension) -> dict[str, list[str]]:
 
 
 def _digest(command: list[str]) -> str:
-    """Of all that decides what a command's object is, as far as this file knows."""
+    """A hash of all known inputs of a command's object."""
     digest = hashlib.sha256(repr(command).encode())
     compiler = shutil.which(command[0])
     if compiler is not None:
@@ -174,7 +174,7 @@ def _run(command: list[str]) -> None:
 
 
 def _object(name: str, command: list[str], force: bool, told: bool) -> Path:
-    """The object of a command, compiled where it is not there yet."""
+    """The object of a command, compiled if it does not exist."""
     folder = ROOT / "build/objects" / name
     stem = command[-1].replace("/", ".")
     made = folder / f"{stem}.{_digest(command)}.o"
@@ -202,11 +202,11 @@ def build(extension: Extension, out: Path, *, jobs: int = 1, force: bool = False
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
     flags = [*os.environ.get("LDFLAGS", "").split(), "-pthread"]
     _run([*cxx(), *shared, *flags, *map(str, objects), *extension.link, "-o", str(scratch)])
-    scratch.replace(out)  # at one stroke: a process may have the old one loaded
+    scratch.replace(out)  # atomic: a process may have the old one loaded
 
 
 def in_place(extension: Extension) -> Path:
-    """Where the checkout itself has an extension."""
+    """The path of an extension in this checkout."""
     return ROOT / f"{extension.name.replace('.', '/')}{sysconfig.get_config_var('EXT_SUFFIX')}"
 
 
@@ -214,8 +214,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--force", action="store_true", help="compile what is there as well")
-    parser.add_argument("--only", metavar="NAME", help="this extension, _cpu or _cuda")
+    parser.add_argument("--force", action="store_true", help="recompile unchanged sources too")
+    parser.add_argument("--only", metavar="NAME", help="build only this extension, _cpu or _cuda")
     args = parser.parse_args()
     jobs = int(os.environ.get("RAPIDIN_BUILD_JOBS") or os.cpu_count() or 1)
     chosen = [e for e in extensions() if args.only in (None, e.name.rpartition(".")[2])]
@@ -230,7 +230,7 @@ def main() -> int:
                 future.result()
                 print(f"built {extension.name}", flush=True)
             except BuildError as error:
-                in_place(extension).unlink(missing_ok=True)  # an older one is not what was asked for
+                in_place(extension).unlink(missing_ok=True)  # so that no outdated one is used
                 print(f"{extension.name} was not built: {error}", file=sys.stderr, flush=True)
                 status = 0 if extension.optional and not status else 1
     return status

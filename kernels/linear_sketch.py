@@ -150,8 +150,8 @@ def roots(dim: int) -> int:
 
 
 def _sizes(dim: int, r: int, exact: bool) -> tuple[int, int]:
-    """Planes of a program and its warps: what fits the registers, at 512 with up to 368 bytes of spills. Triton
-    before 3.9 takes no products over fewer than 16 planes.
+    """Planes of a program and its warps: what fits the registers, at 512 with up to 368 bytes of spills.
+    Triton before 3.9 takes no products over fewer than 16 planes.
     """
     if dim <= 256:
         return r, 8

@@ -12,5 +12,5 @@ def grid(op: str, programs: int) -> tuple[int]:
     Raises ValueError if there are too many for axis 0.
     """
     if programs >= 1 << 31:
-        raise ValueError(f"{op}: {programs} programs exceed the limit of one launch; pass fewer rows at a time")
+        raise ValueError(f"{op}: {programs} programs exceed the limit of a launch; pass fewer rows at a time")
     return (programs,)

@@ -1,4 +1,4 @@
-"""What both calls do alike: the machine's name, the environment of what they start, the build, workers."""
+"""The parts that both calls share: the machine's name, the environment of processes, the build, workers."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ WORKER = (sys.executable, str(ROOT / "bench/gpu.py"), "worker")
 
 
 def find_gpu(dry: bool) -> Facts | None:
-    """Name, compute capability ("90") and driver of the first GPU, or None; without torch, if nvidia-smi is
-    there."""
+    """Name, compute capability ("90") and driver of the first GPU, or None. Uses nvidia-smi if it is there,
+    otherwise torch."""
     if dry:
         return {"name": "dry run", "arch": None, "driver": None}
     if shutil.which("nvidia-smi"):
@@ -47,18 +47,18 @@ def find_gpu(dry: bool) -> Facts | None:
 
 
 def slug(name: str) -> str:
-    """The name as part of a file's."""
+    """The name in the form that file names contain."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
 def about(commit: str | None) -> Facts:
-    """What each row says besides its device; commit: where git does not know it."""
+    """Date and commit, for every row; commit: given if git cannot tell."""
     now = datetime.datetime.now(datetime.timezone.utc)
     return {"date": now.strftime("%Y-%m-%d %H:%M UTC"), "commit": commit or head()}
 
 
 def head() -> str | None:
-    """The commit that is measured; with "+" where files differ from it."""
+    """The commit that is measured, with "+" if files differ from it."""
     try:
         said = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
         changed = subprocess.run(
@@ -71,7 +71,7 @@ def head() -> str | None:
 
 
 def set_environment(gpu: Facts, dry: bool) -> None:
-    """For all that is started from here on: this checkout, no network, this GPU's machine code alone."""
+    """Set up the environment of all later processes: this checkout, no network, code for this GPU only."""
     path = [str(ROOT), str(ROOT / "bench"), *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
     os.environ["PYTHONPATH"] = os.pathsep.join(part for part in path if part)
     os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
@@ -87,7 +87,7 @@ def set_environment(gpu: Facts, dry: bool) -> None:
 
 
 def simple_row(rows: RowFile, name: str, state: str, **facts: object) -> None:
-    """A row of a step that has no cases, and a line of it."""
+    """Write a row for a step without cases, and print a line."""
     row = {"op": "step", "way": name, "size": {}, "goals": {}, "state": state, "why": ""} | facts
     rows.write({"lane": "steps"} | row)
     why = str(row["why"]).splitlines()
@@ -95,25 +95,25 @@ def simple_row(rows: RowFile, name: str, state: str, **facts: object) -> None:
 
 
 def late_row(rows: RowFile) -> Callable[[Step], None]:
-    """Writes that a step could not begin."""
+    """Writes a row that says that a step could not start."""
     return lambda step: simple_row(rows, step.name, "left out", why="there was no time left for it")
 
 
 def missing_step(rows: RowFile, name: str, log: Path, why: str) -> Step:
-    """In the place of a step whose tool is not here."""
+    """Stands in for a step whose tool is missing."""
     command = [sys.executable, "-c", f"print({why!r})"]
     return Step(name, command, log, 10.0, ended=lambda was: simple_row(rows, name, "missing", why=why))
 
 
 def because(ended: Ended) -> str:
-    """Why a process ended, first in one line, then with what it said."""
+    """Why a process ended: a summary in one line, then the end of its output."""
     said = ended.log.strip().splitlines()
     last = f": {said[-1][:300]}" if said else ""
     return f"{ended.why or f'it ended with {ended.status}'}{last}\n{ended.log[-1500:]}".strip()
 
 
 def step_row(rows: RowFile, name: str) -> Callable[[Ended], None]:
-    """Writes how a step ended."""
+    """Writes a row that says how a step ended."""
 
     def write(ended: Ended) -> None:
         good = ended.status == 0 and ended.why is None
@@ -124,7 +124,7 @@ def step_row(rows: RowFile, name: str) -> Callable[[Ended], None]:
 
 
 def build_steps(rows: RowFile, log: Path, dry: bool) -> list[Step]:
-    """The extensions, both at a time. What has not changed is not compiled again."""
+    """Build both extensions at the same time. Unchanged sources are not compiled again."""
     command = [sys.executable, str(ROOT / "csrc/build_extensions.py"), "--only"]
     names = ("_cpu",) if dry else ("_cpu", "_cuda")
     return [
@@ -157,9 +157,9 @@ def worker_step(
     environment: dict[str, str] | None = None,
     ended: Callable[[Ended], None] = lambda ended: None,
 ) -> Step:
-    """A worker: cases in a process. One that ends it costs a row, and the process goes on after it.
+    """A worker: a process that runs cases. A case that ends it gets a row; a new process continues.
 
-    until: the moment (monotonic) past which it begins no case. under: a tool that runs it.
+    until: the time (monotonic) after which it starts no case. under: a tool that runs it.
     """
     mine = RowFile(rows.path, name)
     mine.about = dict(rows.about)
@@ -210,7 +210,7 @@ def worker_step(
 
 
 def compile_stamp() -> Path:
-    """A file that is there when Triton's kernels, as they are now, were compiled ahead on this machine."""
+    """A file that exists if Triton's kernels in their present form were compiled ahead on this machine."""
     digest = hashlib.sha256(os.environ.get("TRITON_CACHE_DIR", "").encode())
     for folder in ("kernels", "rapidin/ops", "bench/on_gpu"):
         for path in sorted((ROOT / folder).rglob("*.py")):
@@ -221,7 +221,7 @@ def compile_stamp() -> Path:
 def compile_steps(
     rows: RowFile, log: Path, *, until: float, shares: int, after: Sequence[str] = (), mode: str = "full"
 ) -> list[Step]:
-    """Triton's kernels of all cases that are measured, each in one of so many processes."""
+    """Compile Triton's kernels of all measured cases, divided among several processes."""
     statuses: list[int] = []
     options = ["--purpose", "compile", "--mode", mode, "--stages", KERNELS, "--ways", "triton"]
 

@@ -18,9 +18,9 @@ from on_gpu.device import Machine, Run
 from on_gpu.plan import Facts, RowFile
 from rapidin.ops.backends import CUDA_OPS, find
 
-# Sizes: of real models, fewer of these, tiny and even ones for a run on the CPU, tiny and odd ones to check.
+# Sizes: those of real models; fewer of these; tiny even ones for runs on the CPU; tiny odd ones for checks.
 Mode = Literal["full", "quick", "dry", "smoke"]
-# What is done with a case: it is timed, only checked against the reference, or its Triton kernels compiled.
+# A case is timed, only checked against the reference, or only has its Triton kernels compiled.
 Purpose = Literal["time", "check", "compile"]
 SMALL = ("dry", "smoke")
 
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def backends_of(op: str) -> tuple[str, ...]:
-    """Those that have kernels for an op, the default first."""
+    """The GPU backends that have kernels for an op, the default first."""
     return ("cuda", "triton") if op in CUDA_OPS else ("triton",)
 
 
@@ -219,7 +219,7 @@ def run_cases(
 
 
 def _finite(value: Any) -> Any:
-    """The same with what JSON has no numbers for as words."""
+    """The same value with NaN and infinities as strings, which JSON cannot hold as numbers."""
     if isinstance(value, dict):
         return {name: _finite(x) for name, x in value.items()}
     if isinstance(value, list | tuple):

@@ -1,7 +1,7 @@
-"""Triton's kernels compiled ahead: each launch of this process compiles its kernel and is not made.
+"""Compiles Triton's kernels ahead: a launch in this process only compiles its kernel.
 
-The launchers run as ever, on real tensors of the GPU, so that types, divisibility and constants are those of
-the launches to come, and Triton finds the kernel in its folder then. That folder is TRITON_CACHE_DIR.
+The launchers run as usual, on real GPU tensors, so that types, divisibility and constants are those of later
+launches, which then find the kernel in Triton's cache (TRITON_CACHE_DIR).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 
 def compile_only() -> None:
-    """From now on, for the whole process."""
+    """Make all later launches of this process compile only."""
     from triton.runtime.jit import JITFunction
 
     launch = JITFunction.run
@@ -22,6 +22,6 @@ def compile_only() -> None:
         return launch(self, *args, grid=grid, warmup=True, **named)
 
     JITFunction.run = run
-    # What no kernel has written may be an index to the torch operations after it.
+    # Kernels do not write their outputs now, and torch may use these as indices: so they must be zero.
     torch.empty, torch.empty_like = torch.zeros, torch.zeros_like
     Tensor.new_empty = Tensor.new_zeros  # type: ignore[method-assign]

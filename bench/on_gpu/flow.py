@@ -1,4 +1,4 @@
-"""A tiny model's `cache` and `query`, end to end on the GPU, beside the same on the CPU."""
+"""Compares a tiny model's `cache` and `query`, end to end on the GPU, with the same on the CPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from rapidin import Attributor, methods
 from rapidin.cache import Cache
 from rapidin.scan import Source, all_scores, scan_cache
 
-# 160 features and more: K-FAC's preconditioner knows 64 directions of them, as of a real model's.
+# At least 160 features, so that K-FAC's preconditioner has 64 directions, as with a real model.
 SIZE: dict[str, Any] = {
     "hidden": 160,
     "inner": 224,
@@ -29,8 +29,8 @@ SIZE: dict[str, Any] = {
 }
 SIZE |= {"examples": 24, "words": (6, 14), "spread": 0.1}
 TOP = 3
-# How `cache` is asked to keep rows, and how far scores may be off for that, as a share of their root mean
-# square: where one bit of a number depends on the last digit of a product, two machines' rows differ.
+# Options of `cache`, and the tolerance of scores as a share of their root mean square. A code may change
+# where a product differs in its last digit, so rows of two devices differ.
 FORMATS: dict[str, tuple[dict[str, Any], float]] = {
     "float16": ({"dtype": "float16"}, 5e-3),
     "sign": ({"dtype": "sign"}, 0.05),

@@ -1,4 +1,4 @@
-"""The call that measures: one process for all stages, caching first, each row kept as it comes."""
+"""The call that measures: one process for all stages, caching first. Rows are written as they come."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from on_gpu import calls, report
 from on_gpu.plan import STAGES, Facts, RowFile, all_rows, ceilings_of
 from on_gpu.processes import GRACE_SECONDS, CutShortError, run_steps
 
-LAST_ROW_SECONDS = 6.0  # for the case that has been begun when the time is up
-WRITE_SECONDS = 2.0  # from one state of the results' file to the next
+LAST_ROW_SECONDS = 6.0  # for the case that is running when the time is up
+WRITE_SECONDS = 2.0  # between two updates of the results' file
 SILENT_SECONDS = 90.0
 
 
@@ -57,7 +57,7 @@ def main(args: argparse.Namespace) -> int:
             log,
             until=until,
             limit=args.seconds,
-            after=[step.name for step in steps],  # nothing beside what is timed
+            after=[step.name for step in steps],  # nothing else runs while it measures
             alone=True,
             silent=SILENT_SECONDS,
         )
@@ -82,7 +82,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 class Result:
-    """The results' file, made of the rows: written anew as they come, whole each time."""
+    """The results' file, made of the rows and rewritten as a whole as they come."""
 
     def __init__(self, rows: Path, out: Path, head: Facts) -> None:
         self.rows, self.out, self.head = rows, out, head
@@ -103,7 +103,7 @@ class Result:
 
 
 def result_of(path: Path, head: Facts) -> Facts:
-    """What a file of rows says, as bench/performance.py takes it."""
+    """The contents of a file of rows in the form that bench/performance.py takes."""
     rows = [
         {key: value for key, value in row.items() if key != "lane"}
         for row in all_rows(path)

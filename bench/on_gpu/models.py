@@ -1,4 +1,4 @@
-"""Llamas of random weights and texts for them, made on the spot: nothing is downloaded."""
+"""Llamas with random weights, and texts for them, without any download."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ KINDS = ("linear layers", "LoRA")
 
 
 class LoRA(nn.Module):
-    """A linear layer with a trained product of rank RANK beside it, as peft has it: for where peft is not."""
+    """A linear layer with a trained product of rank RANK beside it, as in peft, for machines without peft."""
 
     def __init__(self, layer: nn.Linear) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ class LoRA(nn.Module):
 
 
 def make_tokenizer(vocabulary: int) -> Any:
-    """A word is a token, so that texts of so many words have so many tokens."""
+    """A tokenizer in which each word is one token."""
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 

@@ -1,4 +1,4 @@
-"""What the runs on a GPU agree on: names, times, and the file of rows. Without torch, which takes seconds."""
+"""Names, time limits and the file of rows that all runs on a GPU share. Imports no torch, which is slow."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ Facts = dict[str, Any]
 BACKENDS = ("triton", "cuda")
 ROOT = Path(__file__).resolve().parents[2]
 
-# Seconds of a call, all in: a machine is lent for 15 minutes, of which each start takes one or two.
+# Seconds of a whole call: both fit into 15 minutes of GPU time, including one or two to start a machine.
 SMOKE_SECONDS, MEASURE_SECONDS = 150.0, 420.0
-# Stages in the order in which they are measured, with what each should take, of some 370 s for all. One that
-# needs less leaves the rest to those after it.
+# Stages in the order in which they are measured, and seconds for each, of some 370 s in all. Time that a
+# stage does not need goes to those after it.
 STAGES = {
     "ceilings": 15,
     "caching": 110,
@@ -26,16 +26,16 @@ STAGES = {
     "pack": 20,
     "stream": 20,
 }
-# Where a dry run could not know them; never used on a GPU.
+# Ceilings for dry runs; never used on a GPU.
 NOMINAL = {"read_bytes_per_s": 1e9, "copy_bytes_per_s": 1e9, "bf16_per_s": 1e9, "float32_per_s": 1e9}
 LOST = 3  # exit status of a worker whose device no longer answers
 
 
 class RowFile:
-    """Rows as JSON lines, each written at one stroke as it is known: a run that is killed leaves all it had.
+    """Rows as JSON lines, each written in one call at once, so that a killed run keeps its results.
 
-    Several processes may write to one file; `lane` names whose a row is. about: what each row says besides,
-    device, date and commit.
+    Several processes may write to one file; `lane` says which one wrote a row. about: fields of every row,
+    such as device, date and commit.
     """
 
     def __init__(self, path: Path, lane: str) -> None:
@@ -51,11 +51,11 @@ class RowFile:
             os.close(file)
 
     def rows(self) -> Iterator[Facts]:
-        """The lane's rows; a line that was cut off is none."""
+        """The lane's rows; a truncated line is ignored."""
         return (row for row in all_rows(self.path) if row["lane"] == self.lane)
 
     def open_case(self) -> Facts | None:
-        """The case that was begun and has no row yet: the one at which a process ended."""
+        """The case that was started and has no row yet, at which the process ended; None if there is none."""
         begun: Facts | None = None
         for row in self.rows():
             if "begun" in row:
@@ -70,7 +70,7 @@ def all_rows(path: Path) -> Iterator[Facts]:
     if not path.exists():
         return
     for line in path.read_bytes().split(b"\n"):
-        with contextlib.suppress(ValueError):  # one that was cut off with its process
+        with contextlib.suppress(ValueError):  # a line that was truncated when its process ended
             yield json.loads(line)
 
 

@@ -1,7 +1,7 @@
-"""Processes that end in time: each has a limit, is interrupted at it, and killed when that does not help.
+"""Runs processes with time limits: each is interrupted at its limit, and killed if that does not help.
 
-A step that fails, hangs or takes the device with it ends alone; the others go on, and what could not begin in
-time is said. Nothing here needs torch.
+A step that fails, hangs or loses the device ends alone and the others continue; steps that could not start in
+time are reported. Does not need torch.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ CUT = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit status of a run that was
 
 
 class CutShortError(Exception):
-    """The run got a signal: it is to end, with what it has."""
+    """The run got a signal and must end with the results so far."""
 
     def __init__(self, number: int) -> None:
         super().__init__(signal.Signals(number).name)
@@ -33,24 +33,25 @@ class CutShortError(Exception):
 
 @dataclass(frozen=True)
 class Ended:
-    """A process that has ended. status: as subprocess has it. why: why it was ended, or None; cut: by a limit
-    of time, so that there is no fault."""
+    """A process that has ended. status: its return code as in subprocess. why: why it was stopped, or None;
+    cut: whether a time limit stopped it, which is no failure."""
 
     status: int
     seconds: float
     why: str | None
     cut: bool
-    log: str  # the end of what it said
+    log: str  # the end of its output
 
 
 @dataclass
 class Step:
-    """A command with its place among others.
+    """A command, its limits and its dependencies.
 
-    log: what it says goes there, at once where it has the file alone, else when it has ended. limit: seconds
-    from its start. after: steps that must have ended first. silent: it is ended when `heard`, a number that
-    grows as it gets on, has not changed for so many seconds. cores: that it keeps busy. again: given how it
-    ended, the command to start once more (it has the limit that is left), or None. ended: is told how.
+    log: gets its output, at once if `alone`, otherwise when it has ended. limit: seconds from its start.
+    after: steps that must have ended first. silent: it is stopped when `heard`, a number that grows with its
+    progress, has not changed for this many seconds. cores: how many it keeps busy. again: called when it has
+    ended; the command to restart it with (within the time that is left), or None. ended: called with how it
+    ended.
     """
 
     name: str
@@ -68,7 +69,7 @@ class Step:
 
 
 def end_with_parent() -> None:
-    """From now on this process is killed when the one that started it ends, however that does."""
+    """Have this process killed when its parent ends, for whatever reason."""
     parent = os.getppid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -77,7 +78,7 @@ def end_with_parent() -> None:
 
 
 class _Running:
-    """A started step. A process group of its own: what it has started ends with it."""
+    """A started step, in a process group of its own, so that its children end with it."""
 
     def __init__(self, step: Step, command: Sequence[str], end: float) -> None:
         self.step, self.start = step, time.monotonic()
@@ -100,7 +101,7 @@ class _Running:
         )
 
     def text(self) -> str:
-        """What it has said; from here on its log has it."""
+        """Its output, which is also written to its log."""
         if self.step.alone:
             self.said.close()
             with self.step.log.open("rb") as file:
@@ -126,7 +127,7 @@ class _Running:
         now = time.monotonic()
         status = self.process.poll()
         if status is not None:
-            self.signal(signal.SIGKILL)  # those it has left behind
+            self.signal(signal.SIGKILL)  # children that it left behind
             return Ended(status, now - self.start, self.why, self.cut, self.text()[-3000:])
         if self.step.heard is not None and self.step.silent is not None and now > self.looked + LOOK_SECONDS:
             self.looked, number = now, self.step.heard()
@@ -149,11 +150,11 @@ def run_steps(
     late: Callable[[Step], None],
     each: Callable[[], None] = lambda: None,
 ) -> None:
-    """Run the steps, in this order as far as their places and the cores allow, until `end` (monotonic).
+    """Run the steps, in this order as far as dependencies and cores allow, until `end` (monotonic).
 
-    GRACE_SECONDS before it all that still run are interrupted, so that at `end` nothing runs. late: is told
-    of the steps that could not begin. each: is called again and again meanwhile. Raises CutShortError on
-    SIGINT and SIGTERM, when all have ended.
+    A little more than GRACE_SECONDS before `end` all running steps are interrupted, so that none runs at
+    `end`. late: called with each step that could not start. each: called repeatedly meanwhile. Raises
+    CutShortError on SIGINT and SIGTERM, when all have ended.
     """
     stop = end - GRACE_SECONDS - 1
     waiting, running, done = list(steps), list[_Running](), set[str]()

@@ -93,7 +93,7 @@ def _cache(bench: Bench, size: dict[str, Any]) -> Tensor | Packed:
         if dtype == "int8":
             held.clamp_(-127, 127)
         codes = held[:, : _row_bytes(dtype, width)]
-        if bench.small:  # the bits behind an odd row's last number are to be 0
+        if bench.small:  # the bits after an odd row's last number must be 0
             codes.copy_(ops.pack(bench.normal(len(held), width), dtype, backend="reference").codes)
         return Packed(codes, dtype, width, torch.rand(len(codes), device=bench.device) + 0.5)
 
@@ -101,7 +101,7 @@ def _cache(bench: Bench, size: dict[str, Any]) -> Tensor | Packed:
 
 
 def _scales(bench: Bench, size: dict[str, Any], rows: int) -> dict[str, Any]:
-    """What a scan that scales blocks takes besides: their edges and each row's scales."""
+    """The additional arguments of a scan that scales blocks: their edges and each row's scales."""
     if size["blocks"] == 1:
         return {}
     edges = torch.linspace(0, size["numbers"], size["blocks"] + 1).long().tolist()
@@ -241,7 +241,7 @@ def to_device(bench: Bench) -> Facts:
 
 
 def _scanned_cache(bench: Bench, folder: Path) -> tuple[Cache, Source]:
-    """A float16 cache of half a GB, and what it is scanned for; in pieces as `rapidin cache` makes them."""
+    """A float16 cache of half a GB with shards like those of `rapidin cache`, and queries for it."""
     blocks, width, rows = (2, 64, 40) if bench.small else (112, 512, 8192)
     write_cache(folder / "cache", blocks, width, rows)
     cache = Cache(folder / "cache")
@@ -254,7 +254,7 @@ def from_disk(bench: Bench) -> Facts:
         cache, source = _scanned_cache(bench, Path(folder))
         stored = cache.manifest.row_bytes * cache.manifest.rows
 
-        # Where rows may stay on the device from scan to scan, these do not.
+        # These rows must not stay on the device between scans.
         stays = "resident" in inspect.signature(Cache).parameters
         again = Source(Cache(cache.path, **({"resident": False} if stays else {})), source.query)
 
@@ -268,7 +268,7 @@ def from_disk(bench: Bench) -> Facts:
 
 
 def second_scan(bench: Bench) -> Facts:
-    """The same once more, on the rows that the first one left on the device: no upload, a scan alone."""
+    """The second scan, of the rows that the first one left on the device: nothing is uploaded."""
     with tempfile.TemporaryDirectory() as folder:
         cache, source = _scanned_cache(bench, Path(folder))
         stored = cache.manifest.row_bytes * cache.manifest.rows

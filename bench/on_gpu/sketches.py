@@ -48,15 +48,15 @@ def _size(
     batch: int = BATCH,
     tokens: int = TOKENS,
 ) -> dict[str, Any]:
-    """kfac: how the factors are preconditioned: not, by a LowRank of either side, or as float32 copies made
-    before, which is timed with them."""
+    """kfac: how the factors are preconditioned: not at all, by a LowRank of each side, or by float32 copies
+    made before, whose time counts."""
     n_in, n_out = layer
     size = {"in": n_in, "out": n_out, "k": k, "dtype": dtype, "kfac": kfac}
     return size | {"batch": batch, "tokens": tokens}
 
 
 def has_low_rank() -> bool:
-    """Whether linear_sketch takes K-FAC's part of the work."""
+    """Whether linear_sketch can precondition its factors."""
     return hasattr(ops, "LowRank")
 
 
@@ -78,7 +78,7 @@ def linear_sizes(mode: Mode) -> list[dict[str, Any]]:
             *(_size((257, 141), k, dtype, kfac, **odd) for dtype in DTYPES for k in DEFAULT_DIMS),
         ]
     first, second = LAYERS[:2]
-    # What the defaults reach first: K-FAC on, of models of fewer and fewer layers.
+    # The defaults first: with K-FAC, for models of fewer and fewer layers.
     listed = [_size(first, k, kfac=kfac) for k in DEFAULT_DIMS]
     listed += [_size(first, k) for k in DEFAULT_DIMS]
     listed += [_size(first, k, "float32") for k in DEFAULT_DIMS]
@@ -171,7 +171,7 @@ def linear(size: dict[str, Any], way: str) -> Case:
             a, g = sets[0]
             if (
                 left is not None and right is not None
-            ):  # what float32 rounds off is nothing beside the tolerance
+            ):  # rounding to float32 is negligible beside the tolerance
                 a, g = (_turned(x.double(), side).float() for x, side in ((a, left), (g, right)))
             return ops.linear_sketch(a, g, k, seed=SEED, backend="reference")
 

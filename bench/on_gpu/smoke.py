@@ -1,7 +1,8 @@
-"""The call that checks: builds; each kernel and the whole flow beside the CPU; compute-sanitizer; the tests.
+"""The call that checks: builds, compares kernels and flow with the CPU, runs compute-sanitizer and the tests.
 
-What can run at a time does: processes share the GPU, and each has its own context, so that one that loses it
-loses it alone. What tells most begins first; the steps that find no time are said.
+Independent steps run at the same time. Processes share the GPU, each with its own context, so that one that
+loses the device does not affect the others. The most informative steps start first; steps that find no time
+are reported.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def main(args: argparse.Namespace) -> int:
 
 
 def steps(args: argparse.Namespace, rows: RowFile, end: float) -> list[Step]:
-    """In the order in which they begin."""
+    """The steps, in the order in which they start."""
     dry, cores = args.dry_run, os.cpu_count() or 1
     log = args.out / "smoke.log"
     until = end - GRACE_SECONDS - 3
@@ -103,12 +104,12 @@ def sanitizer(tool: str, args: argparse.Namespace, rows: RowFile, until: float, 
     options = ["--purpose", "check", "--mode", mode, "--stages", KERNELS, "--ways", "cuda"]
     found = find_sanitizer()
     under: list[str] = []
-    if args.dry_run:  # every tenth: the tool is not what runs them here
+    if args.dry_run:  # every tenth: here the cases run without the tool
         options += ["--dry-run", "--share", "0/10"]
     elif found is None:
         return calls.missing_step(rows, tool, log, "there is no compute-sanitizer here")
     else:
-        # Kernels of other libraries are let alone, which is what makes it quick.
+        # Kernels of other libraries are not checked, which makes it fast.
         under = [found, "--tool", tool, *kernel_filter(found), "--print-limit", "20"]
 
     return calls.worker_step(
@@ -122,7 +123,7 @@ def sanitizer(tool: str, args: argparse.Namespace, rows: RowFile, until: float, 
         under=under,
         alone=True,
         restarts=0,
-        # Else a write past a tensor's end would land in memory that torch holds in reserve.
+        # Otherwise a write past a tensor's end could hit other memory of torch's allocator unnoticed.
         environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         ended=sanitizer_row(rows, tool, log, args.dry_run),
     )

@@ -1,4 +1,4 @@
-"""The cases of each stage. What a stage has no time for is left out, so what matters most comes first."""
+"""The cases of each stage, the most important first: cases for which there is no time are left out."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ assert set(plan.STAGES) < set(CASES)
 def chosen(
     stages: Sequence[str], mode: Mode, ways: Sequence[str] = (), share: tuple[int, int] = (0, 1)
 ) -> dict[str, list[tuple[int, Case]]]:
-    """(number, case) of each of these stages; ways: of these alone; share: (i, n), the i-th of n parts, case
-    by case. Numbers go through all stages."""
+    """(number, case) of each of these stages; ways: only cases of these; share: (i, n), every n-th case from
+    the i-th on. Numbers continue through all stages."""
     found: dict[str, list[tuple[int, Case]]] = {}
     number = 0
     for stage in stages:

@@ -1,4 +1,4 @@
-"""The part of topk_scan that both GPU backends share: converting queries, and which kernels run on which rows.
+"""The part of topk_scan that both GPU backends share: converts queries, and picks kernels for rows.
 
 No step waits for the device. Before a CUDA graph is captured, the same scan must have run once, which creates
 its tables (rapidin.ops.lifetimes).

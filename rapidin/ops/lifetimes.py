@@ -178,7 +178,7 @@ class _Reserve:
         self._lock = Lock()
 
     def provide(self, most_bytes: int) -> None:
-        """Reserve room for a few calls whose tables take `most_bytes` each. Must not be called in a capture."""
+        """Reserve room for a few calls with tables of `most_bytes` each. Not to be called in a capture."""
         with self._lock:
             left = self._all[-1].nbytes - self._used if self._all else 0
             if left < max(RESERVE_BYTES // 2, 4 * most_bytes):
