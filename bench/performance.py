@@ -28,12 +28,11 @@ Made by `python bench/performance.py` from the results of `bench/gpu.sh`; not wr
 
 A cell holds the median time and, after it, the share of the limit: the time that the bytes of inputs and
 outputs take at the bandwidth measured in the same run, or the operations at the rate of a matrix product,
-whichever is longer. Bytes that are only read are held against the best reading kernel, those written
-against a copy. Each result is checked against the reference first, with its output's memory filled with NaN
-before; a wrong one is no measurement. Times are the GPU's (events; the launch is not in them), on random
-data, inputs taken in turn so that none is left in the L2 cache. Other ways stand beside: how many times as
-long they take as the quicker of ours. The results' files have the quartiles, device, date and commit of each
-row besides.
+whichever is longer. The limit of reads is the rate of the fastest reading kernel, that of writes the rate of
+a copy. Each result is first checked against the reference, with its output's memory filled with NaN before; a
+wrong result is not measured. Times are GPU times (by events, without the launch), on random data; several
+inputs are used in turn so that none stays in the L2 cache. Other methods are given as multiples of the time
+of our faster kernel. The results' files also have the quartiles, device, date and commit of each row.
 """
 
 WORDS = {
@@ -51,10 +50,10 @@ WORDS = {
 }
 # What a column's values mean, where its name does not say it.
 NOTES = {
-    "linear_sketch": "`kfac`: K-FAC's preconditioner is not there, comes as a low rank of either side "
-    "(`rapidin.ops.LowRank`), or has made float32 copies of the factors first, which is timed too.",
-    "topk_scan": "`stride`: bytes from row to row; `blocks`: how many of a row have a scale of their own, as "
-    "`--normalize none` and `cosine` scan packed rows.",
+    "linear_sketch": "`kfac`: there is no preconditioner, the op applies K-FAC's to each side "
+    "(`rapidin.ops.LowRank`), or float32 copies of the factors are preconditioned first, which is timed too.",
+    "topk_scan": "`stride`: bytes from row to row; `blocks`: how many parts of a row have a scale of their own, "
+    "as in scans of packed rows with `--normalize none` and `cosine`.",
 }
 
 
