@@ -52,8 +52,8 @@ WORDS = {
 NOTES = {
     "linear_sketch": "`kfac`: there is no preconditioner, the op applies K-FAC's to each side "
     "(`rapidin.ops.LowRank`), or float32 copies of the factors are preconditioned first, which is timed too.",
-    "topk_scan": "`stride`: bytes from row to row; `blocks`: how many parts of a row have a scale of their own, "
-    "as in scans of packed rows with `--normalize none` and `cosine`.",
+    "topk_scan": "`stride`: bytes from row to row; `blocks`: how many parts of a row have a scale of their "
+    "own, as in scans of packed rows with `--normalize none` and `cosine`.",
 }
 
 
