@@ -23,6 +23,7 @@ from rapidin.kernels.sum_parts import added
 # H, R1, R2 and R3, tokens that are transformed at a time, and warps, by dim. The matrices lie in shared
 # memory, of which some GPUs without a CUDA kernel have 64 KB: so none is larger than 32 x 32.
 _SIZES = {
+    512: (1, 32, 16, 1, 1, 4),
     1024: (1, 32, 32, 1, 1, 4),
     2048: (2, 32, 32, 1, 1, 8),
     4096: (1, 16, 16, 16, 1, 8),

@@ -149,13 +149,11 @@ def roots(dim: int) -> int:
     return 1 if dim < 256 else max(16, dim // 32)
 
 
-def _sizes(dim: int, r: int, exact: bool) -> tuple[int, int]:
-    """Planes of a program and its warps: what fits the registers, at 512 with up to 368 bytes of spills.
-    Triton before 3.9 takes no products over fewer than 16 planes.
+def _sizes(dim: int, r: int) -> tuple[int, int]:
+    """Planes of a program and its warps: what fits the registers. Triton before 3.9 takes no products over
+    fewer than 16 planes.
     """
-    if dim <= 256:
-        return r, 8
-    return 16, 8 if exact and dim == 512 else 16
+    return (r, 8) if dim <= 256 else (16, 16)
 
 
 @cache
@@ -204,7 +202,7 @@ def linear_sketch(
     splits = triton.cdiv(tokens, share)
     r = roots(dim)
     exact = not inputs.dtype == grads.dtype == torch.bfloat16
-    planes, warps = _sizes(dim, r, exact)
+    planes, warps = _sizes(dim, r)
     parts = r // planes
     partial = torch.empty(splits * parts, batch, dim, device=inputs.device, dtype=torch.float32)
     # Examples share axis 0 with the splits: the other axes of a grid have at most 65,535 programs.

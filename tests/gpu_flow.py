@@ -718,10 +718,10 @@ def _named(code: CodeType) -> str:
     path = Path(code.co_filename)
     if "torch" in path.parts or code.co_filename.startswith("<") or path.name in _HELPERS:
         return ""
+    if "site-packages" in path.parts:  # which may lie in the checkout's own environment
+        return "/".join(path.parts[path.parts.index("site-packages") + 1 :]) + f":{code.co_name}"
     if path.is_relative_to(ROOT):
         return f"{path.relative_to(ROOT)}:{code.co_name}"
-    if "site-packages" in path.parts:
-        return "/".join(path.parts[path.parts.index("site-packages") + 1 :]) + f":{code.co_name}"
     return ""
 
 

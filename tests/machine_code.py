@@ -174,8 +174,7 @@ def triton_loops() -> Iterator[Launched]:
     half = Way(r"LDG.*U16")
     gathered = lambda c: 16 * c["K"]  # noqa: E731
     yield Launched("flat_sketch bfloat16", "flat_sketch", half, 2, lambda c: c["ROWS"] * c["WIDTH"])
-    for dim in (512, 1024):
-        yield Launched(f"linear_sketch bf16 {dim}", "linear_sketch", half, 2, gathered)
+    yield Launched("linear_sketch bf16 512", "linear_sketch", half, 2, gathered)
     yield Launched("matrix_sketch 576", "fold", half, 2, lambda c: c["ITEMS"] * c["BINS"])
     yield Launched("topk_scan fp16 1 queries", "topk_scan", Way(unpiped, avoid=has("DADD")), 2, scan)
     yield Launched("topk_scan fp16 16 queries", "topk_scan", Way(r"LDGSTS.*128"), 2, scan)
@@ -188,12 +187,13 @@ def triton_loops() -> Iterator[Launched]:
     yield Launched("pack sign 13443", "pack", Way(r"LDG"), 4, lambda c: c["ROWS"] * c["P"] * c["BYTES"])
     yield Launched("turn 512 cut", "turn", Way(r"LDG"), 4, lambda c: c["ROWS"] * c["WIDTH"])
     for launch in (
-        "linear_sketch fp32 512", "linear_sketch fp32 1024", "topk_scan fp32 16 queries",
-        "topk_scan bf16 16 queries", "topk_scan int4 32 queries", "turn 8192 cut", "unpack sign 13443",
-        "unit_blocks 512", "unit_blocks 8192",
+        "topk_scan fp32 16 queries", "topk_scan bf16 16 queries", "topk_scan int4 32 queries",
+        "turn 8192 cut", "unpack sign 13443", "unit_blocks 512", "unit_blocks 8192", "low_rank 64",
     ):  # fmt: skip
         name = launch.split()[0]
-        yield Launched(launch, {"unit_blocks": "unit"}.get(name, name))
+        yield Launched(launch, {"unit_blocks": "unit", "low_rank": "add_low_rank"}.get(name, name))
+    for launch in ("fp32 512", "bf16 1024", "bf16 2048", "bf16 4096", "bf16 8192"):
+        yield Launched(f"linear_sketch {launch}", "fourier_sketch")
 
 
 # ---- CUDA: names, threads, shared memory ----
@@ -384,7 +384,7 @@ def triton_kernels() -> Found:
     from launches import launches
 
     wanted = {(x.launch, x.kernel): x for x in triton_loops()}
-    kernels, loops = {}, {}
+    kernels, loops, missing = {}, {}, set(wanted)
     for name, run, _ in launches():
         if not any(name == launch for launch, _ in wanted):
             continue
@@ -392,6 +392,7 @@ def triton_kernels() -> Found:
             inner = wanted.get((name, launch.kernel.removesuffix("_kernel")))
             if inner is None:
                 continue
+            missing.discard((inner.launch, inner.kernel))
             made = compiled(launch, ARCH)
             (function,) = sass.functions(made.asm["cubin"], TOOLS)
             usage = resources(made.asm["cubin"])
@@ -415,6 +416,8 @@ def triton_kernels() -> Found:
                 lane = f"{figures['elements']} elements of a lane"
                 raise SystemExit(f"{name}: an iteration reads {lane}, a tile has {tile}")
             loops[f"triton {name}"] = figures
+    if missing:
+        raise SystemExit(f"no launch has the kernel of {sorted(missing)}: mend triton_loops")
     return Found(kernels, loops, {"triton": ".".join(triton.__version__.split(".")[:2])})
 
 

@@ -17,9 +17,6 @@ STACK = {
     "topk_scan fp16 1 queries, unaligned": 16,
     "linear_sketch bf16 64": 24,  # these two on sm_80 alone
     "linear_sketch bf16 512": 96,
-    "linear_sketch fp16 512": 368,
-    "linear_sketch fp32 512": 368,
-    "linear_sketch fp32 512 unaligned": 368,
     "low_rank 64": 192,  # on sm_80 alone
     "fourier_sketch_kernel": 3800,  # at 2,048; less at the others
 }
@@ -142,6 +139,8 @@ def test_cuda_kernels_spill_next_to_nothing():
         assert any("linear_sketch" in name for other, name, *_ in rows if other == arch)
     assert rows
     for arch, name, registers, stack in rows:
-        allowed = 16 if "ScanSteps" in name and "ELi2E" in name else 0  # packed rows, blocks, over 2 queries
+        allowed = (
+            16 if "ScanSteps" in name and name.endswith(", 2>") else 0
+        )  # packed rows, blocks, over 2 queries
         assert stack <= allowed, f"{name} on sm_{arch}: {stack} bytes of stack"
         assert registers <= 255

@@ -180,7 +180,8 @@ def linear(size: dict[str, Any], way: str) -> Case:
             [partial(call, a, g) for a, g in sets],
             _linear_cost(size),
             lambda got: relative_error(got, bench.once("wanted", key, exact)),
-            LINEAR_TOLERANCES[size["dtype"]],
+            # Triton's interpreter cuts off what a GPU rounds to bfloat16: twice the error.
+            LINEAR_TOLERANCES[size["dtype"]] * (2 if bench.mode == "dry" and kfac else 1),
         )
 
     goals = {"floor": LINEAR_GOAL} if way in BACKENDS else {}

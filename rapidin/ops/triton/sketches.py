@@ -30,9 +30,12 @@ def linear_sketch(
     inputs, grads = preconditioned(inputs, inputs_low_rank), preconditioned(grads, grads_low_rank)
     table_in = tables.columns(seed, tables.IN, inputs.shape[2], dim, inputs.device)
     table_out = tables.columns(seed, tables.OUT, grads.shape[2], dim, inputs.device)
-    if dim in fourier_kernels.DIMS:
+    # The planes' kernel takes 512 in bfloat16 alone: other dtypes would need more shared memory than most
+    # GPUs have.
+    planes = dim in linear_kernels.DIMS and (dim < 512 or inputs.dtype == grads.dtype == torch.bfloat16)
+    if dim in fourier_kernels.DIMS and not planes:
         return fourier_kernels.fourier_sketch(inputs, grads, dim, table_in, table_out)
-    if dim in linear_kernels.DIMS:
+    if planes:
         return linear_kernels.linear_sketch(inputs, grads, dim, table_in, table_out)
     return by_torch_fft(inputs, grads, dim, table_in, table_out)
 
