@@ -244,6 +244,18 @@ def test_what_must_not_be_returned(gpu, dtype, queries):
     assert torch.equal(got[0].isnan(), got[1] == -1)
 
 
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_a_gpu_makes_of_nan(gpu, dtype, queries):
+    """All of its bits are set, of either sign: rounded as a number it would become zero."""
+    cache, q = case(40, 70, queries, dtype)
+    bits = cache.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    bits[5, 3], bits[6, 69] = torch.iinfo(bits.dtype).max, -1
+    got = both_ends(gpu, cache, q, 40)
+    assert not torch.isin(got[1], torch.tensor([5, 6])).any()
+    assert_same(got, ops.topk_scan_both_ends(cache, q, 40, backend="reference"))
+
+
 def test_sums_that_float32_does_not_hold(gpu):
     cache = torch.tensor([[3e38, 3e38, -3e38], [1.0, 2.0, 3.0], [3e38, 3e38, 3e38]])
     for queries in (1, 5):
