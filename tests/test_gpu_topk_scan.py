@@ -148,6 +148,14 @@ def test_packed_rows_have_the_bits_of_the_cpu(gpu, queries, dtype):
     assert_same(got, ops.topk_scan_both_ends(packed, q, 40, base=base, backend="cpu"))
 
 
+@pytest.mark.parametrize("dtype", PACKED)
+def test_queries_halfway_between_integers_have_the_bits_of_the_cpu(gpu, dtype):
+    """73 of 146 is 63.5 of 127: by a reciprocal of 146 it would be less. So is 2,052 of 4,104."""
+    packed, q = Packed(codes(20, 200, dtype), dtype, 200, None), normal(2, 200, seed=1).round()
+    q[0, :3], q[1, :3] = torch.tensor([146.0, 73.0, -73.0]), torch.tensor([4104.0, 2052.0, -2052.0])
+    assert_same(both_ends(gpu, packed, q, 20), ops.topk_scan_both_ends(packed, q, 20, backend="cpu"))
+
+
 @pytest.mark.sanitized
 @pytest.mark.parametrize("queries", [1, 6])
 def test_parts_side_by_side(gpu, queries):
