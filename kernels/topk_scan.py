@@ -537,6 +537,8 @@ def topk_scan(
         keys, counts, least, after, k,
         **tile, PLANES=planes, TERMS=terms, STEPS=steps is not None, FIRST=first_part, LAST=last_part,
         ENDS=ends, CAPACITY=keys.shape[3],
+        # Of packed rows the bits are the CPU's: a product is rounded before anything is added to it.
+        enable_fp_fusion=planes == 0 or steps is not None,
     )  # fmt: skip
 
 
