@@ -29,6 +29,10 @@ import torch
 from torch import Tensor
 
 RESERVE_BYTES = 64 << 10  # pinned for captures, at least
+_ONCE_BEFORE = (
+    "a table for a kernel is made for the first time while a CUDA graph is captured; "
+    "make the same call once before the capture"
+)
 
 Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...])
 
@@ -55,6 +59,13 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def not_captured(device: torch.device) -> None:
+    """To be called where something is made that stays: a graph's own memory holds nothing before its replay,
+    and goes with it. Raises RuntimeError while a graph is captured."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(_ONCE_BEFORE)
 
 
 class Kept:
@@ -121,10 +132,7 @@ class Kept:
         hosts = [None if self._reserve is None else self._reserve.take(x) for x in _listed(made)]
         there = tuple(host.to(device, non_blocking=True) for host in hosts if host is not None)
         if len(there) < len(hosts):
-            raise RuntimeError(
-                "a table for a kernel is made for the first time while a CUDA graph is captured; "
-                "make the same call once before the capture"
-            )
+            raise RuntimeError(_ONCE_BEFORE)
         return there if isinstance(made, tuple) else there[0]
 
 
