@@ -255,7 +255,8 @@ def _exact_step_products(
     total = tl.zeros([R], tl.float64)
     for d in range(begin, end, D):
         x = _codes(rows_ptr, row, stride_row, steps_ptr, d, size, D, PLANES).to(tl.float64)
-        y = tl.load(exact_ptr + q * stride_exact + d + tl.arange(0, D)).to(tl.float64)
+        at = exact_ptr + q.to(tl.int64) * stride_exact + d + tl.arange(0, D)
+        y = tl.load(at).to(tl.float64)
         total += tl.sum(x * y[None, :], 1)
     return total
 
