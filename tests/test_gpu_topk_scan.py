@@ -34,9 +34,14 @@ def on_device(x):
 
 
 def spread(x):
-    """The same there, and rows as far apart as here."""
-    there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
-    return there.copy_(x)
+    """The same there, rows as far apart and as far from where memory begins as here, and none behind them."""
+    if not x.numel():
+        return x.to(DEVICE)
+    numbers = (
+        x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    )
+    memory = torch.empty(numbers, dtype=x.dtype, device=DEVICE)
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
 
 
 def both_ends(backend, cache, queries, k, **more):
