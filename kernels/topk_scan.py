@@ -255,7 +255,8 @@ def _exact_step_products(
     total = tl.zeros([R], tl.float64)
     for d in range(begin, end, D):
         x = _codes(rows_ptr, row, stride_row, steps_ptr, d, size, D, PLANES).to(tl.float64)
-        y = tl.load(exact_ptr + q * stride_exact + d + tl.arange(0, D)).to(tl.float64)
+        at = exact_ptr + q.to(tl.int64) * stride_exact + d + tl.arange(0, D)
+        y = tl.load(at).to(tl.float64)
         total += tl.sum(x * y[None, :], 1)
     return total
 
@@ -537,6 +538,8 @@ def topk_scan(
         keys, counts, least, after, k,
         **tile, PLANES=planes, TERMS=terms, STEPS=steps is not None, FIRST=first_part, LAST=last_part,
         ENDS=ends, CAPACITY=keys.shape[3],
+        # Of packed rows the bits are the CPU's: a product is rounded before anything is added to it.
+        enable_fp_fusion=planes == 0 or steps is not None,
     )  # fmt: skip
 
 

@@ -229,6 +229,7 @@ def _print_compiled(wanted: list[str]) -> None:
                 row |= resources(made.asm["cubin"])
                 row |= {"shared": made.metadata.shared, "warps": made.metadata.num_warps}
                 row |= {"mma": len(re.findall(r"mma\.sync|wgmma\.mma", made.asm["ptx"]))}
+                row |= {"fused doubles": made.asm["ptx"].count("fma.rn.f64")}
                 print(json.dumps(row), flush=True)
 
 

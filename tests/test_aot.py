@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -79,6 +80,17 @@ def test_sketches_are_summed_on_tensor_cores(compiled):
     for row in compiled:
         if row["kernel"] in SUMMED and row["arch"] < 100:  # there they have other names
             assert row["mma"] > 0, row["launch"]
+
+
+def test_scores_of_packed_rows_are_rounded_as_on_the_cpu(compiled):
+    """A product that is not rounded before it is added has other bits; of blocks nobody promises them."""
+    packed = re.compile(r"topk_scan (of a code|int8|int4|sign)(?!.*blocks).*")
+    found = [
+        row for row in compiled if packed.fullmatch(row["launch"]) and row["kernel"] == "topk_scan_kernel"
+    ]
+    assert len(found) > 6
+    for row in found:
+        assert row["fused doubles"] == 0, row["launch"]
 
 
 def test_signatures_are_those_that_triton_announces(launched):

@@ -34,9 +34,14 @@ def on_device(x):
 
 
 def spread(x):
-    """The same there, and rows as far apart as here."""
-    there = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device=DEVICE)
-    return there.copy_(x)
+    """The same there, rows as far apart and as far from where memory begins as here, and none behind them."""
+    if not x.numel():
+        return x.to(DEVICE)
+    numbers = (
+        x.storage_offset() + sum((n - 1) * stride for n, stride in zip(x.shape, x.stride(), strict=True)) + 1
+    )
+    memory = torch.empty(numbers, dtype=x.dtype, device=DEVICE)
+    return memory.as_strided(x.shape, x.stride(), x.storage_offset()).copy_(x)
 
 
 def both_ends(backend, cache, queries, k, **more):
@@ -148,6 +153,14 @@ def test_packed_rows_have_the_bits_of_the_cpu(gpu, queries, dtype):
     assert_same(got, ops.topk_scan_both_ends(packed, q, 40, base=base, backend="cpu"))
 
 
+@pytest.mark.parametrize("dtype", PACKED)
+def test_queries_halfway_between_integers_have_the_bits_of_the_cpu(gpu, dtype):
+    """73 of 146 is 63.5 of 127: by a reciprocal of 146 it would be less. So is 2,052 of 4,104."""
+    packed, q = Packed(codes(20, 200, dtype), dtype, 200, None), normal(2, 200, seed=1).round()
+    q[0, :3], q[1, :3] = torch.tensor([146.0, 73.0, -73.0]), torch.tensor([4104.0, 2052.0, -2052.0])
+    assert_same(both_ends(gpu, packed, q, 20), ops.topk_scan_both_ends(packed, q, 20, backend="cpu"))
+
+
 @pytest.mark.sanitized
 @pytest.mark.parametrize("queries", [1, 6])
 def test_parts_side_by_side(gpu, queries):
@@ -242,6 +255,18 @@ def test_what_must_not_be_returned(gpu, dtype, queries):
     assert got[1][0, 0] == 70
     assert got[0][0, 0] == torch.inf
     assert torch.equal(got[0].isnan(), got[1] == -1)
+
+
+@pytest.mark.parametrize("queries", [1, 5])
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_what_a_gpu_makes_of_nan(gpu, dtype, queries):
+    """All of its bits are set, of either sign: rounded as a number it would become zero."""
+    cache, q = case(40, 70, queries, dtype)
+    bits = cache.view(torch.int32 if dtype == torch.float32 else torch.int16)
+    bits[5, 3], bits[6, 69] = torch.iinfo(bits.dtype).max, -1
+    got = both_ends(gpu, cache, q, 40)
+    assert not torch.isin(got[1], torch.tensor([5, 6])).any()
+    assert_same(got, ops.topk_scan_both_ends(cache, q, 40, backend="reference"))
 
 
 def test_sums_that_float32_does_not_hold(gpu):

@@ -198,6 +198,25 @@ def test_all_that_a_kernel_gets_outlives_other_calls(op: str, way: str, gpu: Gpu
     assert torch.equal(got.cpu(), wanted)
 
 
+@pytest.mark.parametrize("made", ["parts", "matrix", "table", "to"])
+def test_a_graph_makes_nothing_that_a_preconditioner_keeps(made: str, gpu: Gpu) -> None:
+    """It would lie in memory of the graph: without numbers until the replay, and gone with the graph."""
+    basis = torch.linalg.qr(normal(4 if made == "matrix" else 40, 2)).Q
+    low_rank = ops.LowRank(*(x if made == "to" else x.to(CUDA) for x in (basis, torch.full((2,), -0.5))))
+    run: Callable[[], Any] = {
+        "parts": lambda: low_rank.parts,
+        "matrix": lambda: low_rank.matrix,
+        "table": lambda: low_rank.table(3, tables.IN, 64),
+        "to": lambda: low_rank.to(CUDA),
+    }[made]
+    with gpu.capture(), pytest.raises(RuntimeError, match="once before the capture"):
+        run()
+    found = run()
+    assert found is not None
+    with gpu.capture():
+        assert run() is found
+
+
 def test_a_captured_sketch_of_a_list_that_lay_nowhere_before(gpu: Gpu) -> None:
     ops.flat_sketch(flat(0), 256, seed=3)
     with gpu.capture() as graph:

@@ -73,8 +73,10 @@ struct ScanFloat {
         uint32_t high[4], low[4];
 #pragma unroll
         for (int i = 0; i < 4; ++i) {
-            high[i] = (a[i] + 0x1000u) & 0xffffe000u;  // the nearest tf32; the rest is exact, and rounded in its turn
-            low[i] = __float_as_uint(__uint_as_float(a[i]) - __uint_as_float(high[i])) + 0x1000u;
+            high[i] = (a[i] + 0x1000u) & 0xffffe000u;  // the nearest tf32; the rest is exact
+            // Of its 12 bits the product takes 11: to round the last one is no nearer than to cut it off, and would carry
+            // into the sign what a GPU makes of NaN, 0x7fffffff. Where `high` loses a NaN so, this still has it.
+            low[i] = __float_as_uint(__uint_as_float(a[i]) - __uint_as_float(high[i]));
         }
         mma_tf32(d[0], high, b);
         mma_tf32(d[0], low, b);

@@ -290,9 +290,10 @@ def float_terms(x: Tensor, kind: torch.dtype, terms: int) -> Tensor:
 def integer_queries(queries: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     """queries: [Q, W] of a packed part -> integers [Q, W] int16, what 1 of them stands for [Q] float64, their
     sums [Q] int64: the integers of csrc/cpu/topk_scan.cpp, by the same operations in float64."""
-    limit = LIMITS[dtype]
     largest, finite = _largest(queries)
     largest = largest.double()
+    # By tensors, as torch divides: for a plain number it would take a reciprocal, on a GPU on either side.
+    limit = torch.full_like(largest, LIMITS[dtype])
     inverse = (limit / largest).where(largest > 0, 0.0)
     integers = (queries.where(finite[:, None], 0.0).double() * inverse[:, None]).round().to(torch.int16)
     return integers, (largest / limit).where(finite, torch.nan), integers.sum(1, dtype=torch.int64)

@@ -29,6 +29,10 @@ import torch
 from torch import Tensor
 
 RESERVE_BYTES = 64 << 10  # the least pinned memory that is reserved for captures
+_ONCE_BEFORE = (
+    "a kernel's table was first needed while a CUDA graph was captured; "
+    "make the same call once before the capture"
+)
 
 Tensors = TypeVar("Tensors", Tensor, tuple[Tensor, ...])
 
@@ -56,6 +60,13 @@ def upload(x: Tensor, device: torch.device) -> Tensor:
     if device.type != "cuda" or x.device.type != "cpu":
         return x.to(device)
     return x.pin_memory().to(device, non_blocking=True)
+
+
+def not_captured(device: torch.device) -> None:
+    """To be called where something is made that stays: a graph's own memory holds nothing before its replay,
+    and goes with it. Raises RuntimeError while a graph is captured."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(_ONCE_BEFORE)
 
 
 class Kept:
@@ -122,10 +133,7 @@ class Kept:
         hosts = [None if self._reserve is None else self._reserve.take(x) for x in _listed(made)]
         there = tuple(host.to(device, non_blocking=True) for host in hosts if host is not None)
         if len(there) < len(hosts):
-            raise RuntimeError(
-                "a kernel's table was first needed while a CUDA graph was captured; "
-                "make the same call once before the capture"
-            )
+            raise RuntimeError(_ONCE_BEFORE)
         return there if isinstance(made, tuple) else there[0]
 
 

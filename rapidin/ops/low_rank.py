@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from rapidin.ops import tables
-from rapidin.ops.lifetimes import upload
+from rapidin.ops.lifetimes import not_captured, upload
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,7 +26,8 @@ class LowRank:
     """``I + U diag(gain) U^T``: scales the strong directions of a side down to the level of the others.
 
     basis: U [n, r] float32, orthonormal; gain: [r] float32, on the same device. Tables derived from them are
-    computed once and kept with this object. Raises TypeError or ValueError on anything else.
+    computed once and kept with this object, so the first call comes before any capture of a CUDA graph.
+    Raises TypeError or ValueError on anything else.
     """
 
     basis: Tensor
@@ -77,6 +78,7 @@ class LowRank:
         if device == self.device:
             return self
         if device not in self._elsewhere:
+            not_captured(device)
             self._elsewhere[device] = LowRank(upload(self.basis, device), upload(self.gain, device))
         return self._elsewhere[device]
 
@@ -95,6 +97,7 @@ class LowRank:
         n, r = self.basis.shape
         if n > 2 * r:
             return None
+        not_captured(self.device)
         return torch.eye(n, device=self.device) + (self.basis * self.gain) @ self.basis.T
 
     @cached_property
@@ -103,6 +106,7 @@ class LowRank:
 
         Their sum is off by at most 2^-17 of each number.
         """
+        not_captured(self.device)
         high = self.basis.bfloat16()
         return torch.cat((high, (self.basis - high.float()).bfloat16()), 1)
 
@@ -113,6 +117,7 @@ class LowRank:
         """
         key = (seed, side, dim)
         if key not in self._tables:
+            not_captured(self.device)
             self._tables[key] = self._table(*key)
         return self._tables[key]
 
