@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rapidin.kernels.count_sketch import count_sketch
 from rapidin.kernels.sum_parts import added
 
 # H, R1, R2 and R3, tokens that are transformed at a time, and warps, by dim. The matrices lie in shared
@@ -30,27 +31,6 @@ _SIZES = {
     8192: (2, 16, 16, 16, 1, 16),
 }
 DIMS = tuple(_SIZES)
-
-
-@triton.jit
-def _count_sketch(
-    x_ptr, table_ptr, token, tokens, n, stride_token, stride_element, first_bin,
-    K: tl.constexpr, N: tl.constexpr, R: tl.constexpr, T: tl.constexpr,
-):  # fmt: skip
-    """N of the K bins of T tokens' count sketches, [T, N] float32: p holds bin p // R + p % R * (N // R)."""
-    position = tl.arange(0, N)
-    bins = first_bin + position // R + position % R * (N // R)
-    rows = token + tl.arange(0, T)
-    live = (rows < tokens)[:, None]
-    at = x_ptr + rows.to(tl.int64)[:, None] * stride_token
-    sums = tl.zeros([T, N], tl.float32)
-    for chunk in range(0, n, K):
-        entry = tl.load(table_ptr + chunk + bins)
-        element = chunk + (entry & 0x7FFFFFFF)
-        mask = live & (element < n)[None, :]
-        x = tl.load(at + element.to(tl.int64)[None, :] * stride_element, mask=mask, other=0.0)
-        sums += tl.where(entry < 0, -1.0, 1.0)[None, :] * x.to(tl.float32)
-    return sums
 
 
 @triton.jit
@@ -159,11 +139,11 @@ def _fourier_sketch_kernel(
     odd_re = tl.zeros([T * N // LAST, LAST], tl.float32)
     odd_im = tl.zeros([T * N // LAST, LAST], tl.float32)
     for token in range(first, end, T):
-        re = _count_sketch(
+        re = count_sketch(
             inputs_ptr, inputs_table_ptr, token, end, n_in, stride_inputs_token, stride_inputs_element, 0,
             K, N, R1, T,
         )  # fmt: skip
-        im = _count_sketch(
+        im = count_sketch(
             grads_ptr, grads_table_ptr, token, end, n_out, stride_grads_token, stride_grads_element, 0,
             K, N, R1, T,
         )  # fmt: skip
@@ -171,11 +151,11 @@ def _fourier_sketch_kernel(
             scale_re, scale_im = _scales(_peak(re), _peak(im), bits)
             re, im = _transformed(re * scale_re, im * scale_im, roots_ptr, R1, R2, R3, T)
         else:  # the even numbers come of the halves' sum, the odd ones of their difference, turned
-            half_re = _count_sketch(
+            half_re = count_sketch(
                 inputs_ptr, inputs_table_ptr, token, end, n_in, stride_inputs_token, stride_inputs_element, N,
                 K, N, R1, T,
             )  # fmt: skip
-            half_im = _count_sketch(
+            half_im = count_sketch(
                 grads_ptr, grads_table_ptr, token, end, n_out, stride_grads_token, stride_grads_element, N,
                 K, N, R1, T,
             )  # fmt: skip

@@ -18,31 +18,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rapidin.kernels.count_sketch import count_sketch
 from rapidin.kernels.sum_parts import added
 
 TOKENS = tl.constexpr(16)  # of a tile: what the tensor cores sum over at a time
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 DIMS = (32, 64, 128, 256, 512)  # more: fourier_sketch.py
-
-
-@triton.jit
-def _count_sketch(
-    x_ptr, table_ptr, token, tokens, n, stride_token, stride_element, K: tl.constexpr, R: tl.constexpr
-):
-    """The count sketches of 16 tokens, [16, K] float32; position p holds bin p // R + p % R * (K // R)."""
-    position = tl.arange(0, K)
-    bins = position // R + position % R * (K // R)
-    rows = token + tl.arange(0, TOKENS)
-    live = (rows < tokens)[:, None]
-    at = x_ptr + rows.to(tl.int64)[:, None] * stride_token
-    sums = tl.zeros([TOKENS, K], tl.float32)
-    for chunk in range(0, n, K):
-        entry = tl.load(table_ptr + chunk + bins)
-        element = chunk + (entry & 0x7FFFFFFF)
-        mask = live & (element < n)[None, :]
-        x = tl.load(at + element.to(tl.int64)[None, :] * stride_element, mask=mask, other=0.0)
-        sums += tl.where(entry < 0, -1.0, 1.0)[None, :] * x.to(tl.float32)
-    return sums
 
 
 @triton.jit
@@ -101,9 +82,9 @@ def _linear_sketch_kernel(
     end = tl.minimum(first + share, tokens)
     sums = tl.zeros([L, L], tl.float32) if R == 1 else tl.zeros([P, L, L], tl.float32)
     for token in range(first, end, TOKENS):
-        a = _count_sketch(
-            inputs_ptr, inputs_table_ptr, token, end, n_in, stride_inputs_token, stride_inputs_element,
-            K, R,
+        a = count_sketch(
+            inputs_ptr, inputs_table_ptr, token, end, n_in, stride_inputs_token, stride_inputs_element, 0,
+            K, K, R, TOKENS,
         )  # fmt: skip
         if R > 1:
             # A plane is the real or imaginary part of a product: the sum of two products of parts.
@@ -111,9 +92,9 @@ def _linear_sketch_kernel(
             right1 = _polynomials(a, matrices_ptr + 3 * R * R, plane, K, R, P, precision)
             right0 = _rounded(tl.permute(right0, [2, 0, 1]), EXACT)  # [P, 16, L]
             right1 = _rounded(tl.permute(right1, [2, 0, 1]), EXACT)
-        g = _count_sketch(
-            grads_ptr, grads_table_ptr, token, end, n_out, stride_grads_token, stride_grads_element,
-            K, R,
+        g = count_sketch(
+            grads_ptr, grads_table_ptr, token, end, n_out, stride_grads_token, stride_grads_element, 0,
+            K, K, R, TOKENS,
         )  # fmt: skip
         if R == 1:
             left = _rounded(tl.trans(g), EXACT)
