@@ -85,7 +85,7 @@ def test_a_killed_run_loses_only_shards_in_hand_and_goes_on_with_another_number(
     assert 0 < len(missing) < 16  # at least the torn one, and not what it had left receipts of
     # The leader dies with all that the others did since: their receipts are taken up by whoever comes next.
     for n in range(6):
-        (out / f"shard-{n:06d}.safetensors").unlink()
+        (out / f"shard-{n:06d}.safetensors").unlink(missing_ok=True)  # the torn one may be among them
     ended = together(3, caching(work, out), tmp_path / "b", kill={0: 1}, torn=True)
     assert ended[0].code == -9
     assert [e.code for e in ended[1:]] == [1, 1]
