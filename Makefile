@@ -33,7 +33,7 @@ demo: .venv/installed
 	$(BIN)/rapidin demo
 
 clean:
-	rm -rf .venv build *.egg-info rapidin/_cpu*.so rapidin/_cuda*.so
+	rm -rf .venv build *.egg-info rapidin/ops/_cpu*.so rapidin/ops/_cuda*.so
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }

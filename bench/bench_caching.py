@@ -22,14 +22,15 @@ from limits import note
 from torch import nn
 from turns import clear_peak, in_turns, peak_mb, sized
 
-from rapidin import Attributor, load_model, ops, pack
-from rapidin.demo.tokenizer import train_tokenizer
-from rapidin.encoding import Encoded, Status, by_length
-from rapidin.geometry import DAMPING, EXPONENT, FLOOR, RANK, Geometry, Moments, kfac_scales
-from rapidin.hooks import Batch, example_losses
-from rapidin.kronecker import FactorMoments
-from rapidin.model import LoadedModel
-from rapidin.pack import Basis, Code, FloatCode, PackedCode
+from rapidin import Attributor, load_model, ops
+from rapidin.cache import codec
+from rapidin.cache.codec import Basis, Code, FloatCode, PackedCode
+from rapidin.cli.demo_session.tokenizer import train_tokenizer
+from rapidin.data.encoding import Encoded, Status, by_length
+from rapidin.gradients.collector import Batch, example_losses
+from rapidin.gradients.kfac import FactorMoments
+from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.preconditioner import DAMPING, EXPONENT, FLOOR, RANK, Geometry, Moments, kfac_scales
 
 EXAMPLES = sized(32, 12)
 LENGTHS = sized((64, 192), (12, 24))  # tokens, of which the second half count
@@ -112,8 +113,8 @@ def make_code(attributor: Attributor, texts: list[Encoded], dtype: str) -> Code:
     mixed = torch.einsum("sn,nbw->sbw", weights, few) + 0.5 * torch.randn(SAMPLE, blocks, width)
     units, lengths = ops.unit_blocks(mixed)
     wanted = attributor.format(bytes=BYTES)
-    learnt = pack.learn(units, pack.head_for(wanted, blocks))
-    shape = pack.fit(wanted, blocks, width, learnt)
+    learnt = codec.learn(units, codec.head_for(wanted, blocks))
+    shape = codec.fit(wanted, blocks, width, learnt)
     return PackedCode(
         shape, width, attributor.seed, Basis.of(learnt, shape, lengths, attributor.seed).rounded()
     )

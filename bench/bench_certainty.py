@@ -12,10 +12,10 @@ from limits import best_seconds, note
 from made_cache import write_cache
 from turns import LIMIT_SECONDS, measure, sized
 
-from rapidin import methods
+from rapidin.attribution import methods
+from rapidin.attribution.scan import Source
+from rapidin.attribution.score_errors import details
 from rapidin.cache import Cache
-from rapidin.certainty import details
-from rapidin.scan import Source
 
 BLOCKS = sized((28, 210), (3,))
 WIDTH, ROWS, CHOSEN = sized((512, 256, 84), (64, 96, 84))

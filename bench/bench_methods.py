@@ -13,7 +13,7 @@ from limits import best_seconds, note
 from made_cache import write_cache
 from turns import LIMIT_SECONDS, measure, sized
 
-from rapidin import methods
+from rapidin.attribution import methods
 from rapidin.cache import Cache
 
 BLOCKS, WIDTH, QUERIES = sized((24, 512, 8), (3, 64, 2))

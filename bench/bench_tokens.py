@@ -20,11 +20,12 @@ from bench_caching import bare_loop, make_model
 from limits import note
 from turns import clear_peak, in_turns, peak_mb, sized
 
-from rapidin import Attributor, methods
-from rapidin.encoding import Encoded, Status, by_length
-from rapidin.query import Generation
-from rapidin.scan import Source, scan_cache
-from rapidin.targets import Span
+from rapidin import Attributor
+from rapidin.attribution import methods
+from rapidin.attribution.query_sketch import Generation
+from rapidin.attribution.scan import Source, scan_cache
+from rapidin.data.encoding import Encoded, Status, by_length
+from rapidin.data.spans import Span
 
 PROMPT = sized(40, 6)
 COMPLETION = sized(64, 5)

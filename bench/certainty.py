@@ -23,18 +23,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidin import inside
-from rapidin.attributor import Attributor
-from rapidin.certainty import details
-from rapidin.encoding import Encoded
-from rapidin.model import load_model
-from rapidin.query import Part, Scoring, sources
+from rapidin.attribution import token_contributions
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.query_sketch import Part, Scoring, sources
+from rapidin.attribution.score_errors import details
+from rapidin.data.encoding import Encoded
+from rapidin.gradients.load import load_model
 
 
 def exact_scores(attributor: Attributor, queries: int, encoded: list[Encoded], normalize: str) -> Tensor:
     """Of the last `queries` texts with the others: [queries, rows] float64."""
     asked, rows = encoded[-queries:], encoded[:-queries]
-    found = inside.exact(attributor, asked, [1.0] * queries, range(queries), rows, normalize)
+    found = token_contributions.exact(attributor, asked, [1.0] * queries, range(queries), rows, normalize)
     return torch.stack([positions.sum(1) for positions in found], 1)
 
 

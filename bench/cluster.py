@@ -90,9 +90,10 @@ def scan(folder: str) -> dict[str, float]:
     """Seconds of a scan for one query, of a cache in memory, the best of five."""
     import torch
 
-    from rapidin import distributed, methods
+    from rapidin import distributed
+    from rapidin.attribution import methods
+    from rapidin.attribution.scan import Source, scan_cache
     from rapidin.cache import Cache
-    from rapidin.scan import Source, scan_cache
 
     cache, world = Cache(folder), distributed.world()
     blocks, width = len(cache.layers), cache.manifest.width
@@ -112,20 +113,21 @@ def memory(what: str) -> dict[str, float]:
     that a pass, the second, allocates besides at a time."""
     import torch
 
-    from rapidin import distributed, sharding
-    from rapidin.hooks import Batch, GradientSketcher, example_losses
-    from rapidin.layers import find_targets
+    from rapidin import distributed
+    from rapidin.gradients import fsdp
+    from rapidin.gradients.collector import Batch, GradientSketcher, example_losses
+    from rapidin.gradients.parameters import find_targets
 
     world = distributed.world()
     model = model_of(768, 12)
     targets = find_targets(model)
     if not world.alone:
-        sharding.spread(model, world, torch.device("cpu"))
+        fsdp.spread(model, world, torch.device("cpu"))
     batch = Batch.of([(list(range(5, 205)), [False] + [True] * 199)] * 4)
     parameters = list(model.parameters())
 
     def own(p: torch.Tensor) -> torch.Tensor:
-        return p.to_local() if sharding.is_spread(p) else p  # type: ignore[operator]
+        return p.to_local() if fsdp.is_spread(p) else p  # type: ignore[operator]
 
     optimizer = torch.optim.AdamW(parameters) if what == "training" else None
     sketcher = GradientSketcher(model, targets, width=512, seed=0)

@@ -41,9 +41,9 @@ from torch import Tensor
 
 from rapidin import ops
 from rapidin.cache import Cache
+from rapidin.cache.codec import Format, PackedCode, fit, head_for, learn, row_bytes_besides
+from rapidin.cache.codec.code import Basis
 from rapidin.errors import UserError
-from rapidin.pack import Format, PackedCode, fit, head_for, learn, row_bytes_besides
-from rapidin.pack.code import Basis
 
 Scores = npt.NDArray[np.float64]
 GROUPS: dict[str, list[str] | None] = {"all": None, "alpaca": ["alpaca"], "other": ["shakespeare", "code"]}

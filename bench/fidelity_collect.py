@@ -34,13 +34,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from rapidin import ops
-from rapidin.attributor import Attributor
-from rapidin.encoding import Encoded, Status, by_length
-from rapidin.examples import open_examples
-from rapidin.hooks import Batch
-from rapidin.inside import ExactQueries, factors_of
-from rapidin.layers import block_seed
-from rapidin.model import load_model
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.token_contributions import ExactQueries, factors_of
+from rapidin.data.encoding import Encoded, Status, by_length
+from rapidin.data.examples import open_examples
+from rapidin.gradients.collector import Batch
+from rapidin.gradients.load import load_model
+from rapidin.gradients.parameters import block_seed
 from rapidin.ops import unit_blocks
 
 

@@ -19,9 +19,10 @@ from unittest import mock
 import marked
 import torch
 
-from rapidin import ops, pack
-from rapidin.geometry import RANK
-from rapidin.kronecker import SideMoment
+from rapidin import ops
+from rapidin.cache import codec
+from rapidin.gradients.kfac import SideMoment
+from rapidin.gradients.preconditioner import RANK
 from rapidin.ops import backends, cuda
 from rapidin.ops.low_rank import preconditioned_dtype
 
@@ -110,13 +111,13 @@ def reached(n_in: int, n_out: int, dim: int) -> str:
 
 
 def table(extension: Any) -> str:
-    """The table of the page; extension: rapidin._cuda, or the emulated one."""
+    """The table of the page; extension: rapidin.ops._cuda, or the emulated one."""
     rows = []
     for model in MODELS:
         for kind in ("linear layers", "LoRA"):
             shapes = sides(model, kind)
             blocks = model.layers * len(shapes)
-            dim = pack.width_for(blocks)
+            dim = codec.width_for(blocks)
             found = []
             for capability in SHARED_BYTES:
                 with (

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from rapidin import ops
-from rapidin.geometry import DAMPING, EXPONENT, RANK, Scale
-from rapidin.kronecker import SideMoment, Spectrum
+from rapidin.gradients.kfac import SideMoment, Spectrum
+from rapidin.gradients.preconditioner import DAMPING, EXPONENT, RANK, Scale
 from rapidin.ops import tables
 
 DIMS = (512, 1024, 4096)

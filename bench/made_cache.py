@@ -4,10 +4,9 @@ from pathlib import Path
 
 import torch
 
-from rapidin import caching, pack
-from rapidin.cache import CacheWriter, Manifest
+from rapidin.cache import CacheWriter, Manifest, build, codec
 from rapidin.cache.shards import Rows
-from rapidin.layers import Block
+from rapidin.gradients.parameters import Block
 
 _DISTINCT = 256  # packed rows that are made; the others are the same again
 
@@ -17,12 +16,12 @@ def write_cache(
     blocks: int,
     width: int,
     rows: int,
-    code: pack.Format | None = None,
+    code: codec.Format | None = None,
     *,
     shards: int | None = 8,
 ) -> None:
     """A cache folder of random rows, by default float16. shards: how many, None: as `rapidin cache` makes."""
-    code = code or pack.Format("float16")
+    code = code or codec.Format("float16")
     layers = [Block(f"layer{n}", (width, width), 1.0, n * width, width) for n in range(blocks)]
     manifest = Manifest(
         model={"source": {}, "identity": {}},
@@ -35,15 +34,15 @@ def write_cache(
         shard_rows=1,
         layers=layers,
     )
-    manifest.shard_rows = caching.shard_rows(manifest) if shards is None else max(1, rows // shards)
+    manifest.shard_rows = build.shard_rows(manifest) if shards is None else max(1, rows // shards)
     with CacheWriter(folder, manifest) as writer:
-        if code.dtype in pack.PACKED:
+        if code.dtype in codec.PACKED:
             writer.set_packing(code.shape(blocks, width), None, {})
         few: dict[str, torch.Tensor] = {}  # packed rows, made once
         for n in writer.missing:
             count = manifest.rows_of(n)
-            if not few or code.dtype not in pack.PACKED:
-                made = min(count, _DISTINCT) if code.dtype in pack.PACKED else count
+            if not few or code.dtype not in codec.PACKED:
+                made = min(count, _DISTINCT) if code.dtype in codec.PACKED else count
                 unit = torch.nn.functional.normalize(torch.randn(made, blocks, width), dim=-1)
                 few = writer.code.encode(unit, torch.ones(made, blocks))
             again = torch.arange(count) % made

@@ -62,7 +62,7 @@ def make_model(folder: Path, texts: list[str]) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rapidin.demo.tokenizer import train_tokenizer
+    from rapidin.cli.demo_session.tokenizer import train_tokenizer
 
     tokenizer = train_tokenizer(texts[:200], size=8192)
     tokenizer.model_max_length = BATCH_TOKENS

@@ -96,7 +96,7 @@ class Outlook:
 
 def outlook(examples: int, gpus: int, measured: Measured, assumed: Assumed) -> Outlook:
     """What the model says of so many examples on so many GPUs."""
-    from rapidin.caching import MOST_SHARDS
+    from rapidin.cache.build import MOST_SHARDS
 
     shard_rows = max(min(8192, max(1024, examples // 128)), examples // MOST_SHARDS)
     shards = -(-examples // shard_rows)
@@ -234,17 +234,17 @@ def measure(folder: Path, sizes: Sequence[int]) -> Measured:
     import torch
     from made_cache import write_cache
 
-    from rapidin import methods, pack
-    from rapidin.cache import Cache, Manifest
+    from rapidin.attribution import methods
+    from rapidin.attribution.methods.moment import squares
+    from rapidin.attribution.scan import Source, scan_cache
+    from rapidin.cache import Cache, Manifest, codec
     from rapidin.cache.manifest import Shard, replace_file, shard_name
-    from rapidin.examples import open_examples
-    from rapidin.methods.moment import squares
-    from rapidin.scan import Source, scan_cache
+    from rapidin.data.examples import open_examples
 
     scan, passes, manifest = [], 0.0, None
     query = torch.randn(1, BLOCKS, WIDTH, generator=torch.Generator().manual_seed(0))
     for rows in sizes:
-        write_cache(folder / "cache", BLOCKS, WIDTH, rows, pack.Format("sign", BYTES), shards=None)
+        write_cache(folder / "cache", BLOCKS, WIDTH, rows, codec.Format("sign", BYTES), shards=None)
         opened = best(lambda: Cache(folder / "cache"))
         cache = Cache(folder / "cache")
         manifest = cache.manifest

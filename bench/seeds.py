@@ -25,7 +25,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from rapidin.demo.instructions import ABSURD_BEGINS, make_data
+from rapidin.cli.demo_session.instructions import ABSURD_BEGINS, make_data
 from rapidin.files import replace_file
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,4 +1,5 @@
-"""Compiles `rapidin._cpu` and, where nvcc is found, `rapidin._cuda`, with a C++ compiler and nvcc alone.
+"""Compiles `rapidin.ops._cpu` and, where nvcc is found, `rapidin.ops._cuda`, with a C++ compiler and nvcc
+alone.
 
 python csrc/build_extensions.py [--force]      # into rapidin/, on all cores
 
@@ -103,7 +104,7 @@ def extensions() -> list[Extension]:
     names = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp", "tensor_sketch.cpp", "topk_scan.cpp"]
     names += ["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else []
     macros = ["-DRAPIDIN_X86=1"] if X86 else []
-    listed = [Extension("rapidin._cpu", sorted(CPU + name for name in names), macros, [])]
+    listed = [Extension("rapidin.ops._cpu", sorted(CPU + name for name in names), macros, [])]
     nvcc = find_nvcc()
     if nvcc is not None:
         kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / CUDA).glob("*.cu"))
@@ -113,7 +114,7 @@ def extensions() -> list[Extension]:
         # With auto, an nvcc too old for the sources leaves a package without the extension, and says so.
         optional = os.environ.get("RAPIDIN_CUDA", "auto") == "auto"
         macros = ["-DRAPIDIN_MODULE=_cuda", f'-DRAPIDIN_ARCHS="{" ".join(gpu_codes(nvcc))}"']
-        listed.append(Extension("rapidin._cuda", [CUDA + "bind.cpp", *kernels], macros, link, optional))
+        listed.append(Extension("rapidin.ops._cuda", [CUDA + "bind.cpp", *kernels], macros, link, optional))
     return listed
 
 

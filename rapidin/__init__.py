@@ -10,22 +10,22 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rapidin import ops as ops
-    from rapidin.attributor import Attributor as Attributor
+    from rapidin.attribution.attributor import Attributor as Attributor
+    from rapidin.attribution.ensemble import Ensemble as Ensemble
+    from rapidin.attribution.methods import self_influence as self_influence
     from rapidin.cache import Cache as Cache
-    from rapidin.ensemble import Ensemble as Ensemble
     from rapidin.errors import UserError as UserError
-    from rapidin.methods import self_influence as self_influence
-    from rapidin.model import load_model as load_model
+    from rapidin.gradients.load import load_model as load_model
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Attributor": "rapidin.attributor",
+    "Attributor": "rapidin.attribution.attributor",
     "Cache": "rapidin.cache",
-    "Ensemble": "rapidin.ensemble",
+    "Ensemble": "rapidin.attribution.ensemble",
     "UserError": "rapidin.errors",
-    "self_influence": "rapidin.methods",
-    "load_model": "rapidin.model",
+    "self_influence": "rapidin.attribution.methods",
+    "load_model": "rapidin.gradients.load",
 }
 __all__ = [
     "Attributor",

@@ -297,7 +297,7 @@ class Gpu:
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
         import gpu_kernels
 
-        from rapidin import transfer
+        from rapidin.ops import transfer
         from rapidin.ops.lifetimes import Kept
 
         cuda = torch.cuda

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from rapidin import _cpu
+from rapidin.ops import _cpu
 
 SEED = 0x9E3779B97F4A7C15  # both halves of the 64 bits matter
 # Where the backends "triton" and "cuda" take their tensors: on the CPU they are interpreted and emulated.

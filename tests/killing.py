@@ -180,13 +180,13 @@ def work_off(job: dict[str, Any]) -> dict[str, Any]:
     """The results of a job, by name."""
     torch.set_num_threads(1)
     with quiet_libraries():  # the libraries and the model are loaded once, for all runs
-        import rapidin.attributor
-        import rapidin.report
+        import rapidin.attribution.attributor
+        import rapidin.results.terminal
 
         main(["cache", "none", "--data", "none", "--out", "none"])  # refused, but parsed
-        loaded = rapidin.model.load_model(job["model"], adapter=job["adapter"])
+        loaded = rapidin.gradients.load.load_model(job["model"], adapter=job["adapter"])
     loaded.identity  # noqa: B018 (known from here on)
-    rapidin.model.load_model = lambda *_, **__: loaded
+    rapidin.gradients.load.load_model = lambda *_, **__: loaded
     results = {}
     for name, case in job["cases"].items():
         begin = None

@@ -31,7 +31,7 @@ ONE_ARCH_NAMES = re.compile(
 
 def default_dims() -> dict[int, int]:
     """{sketch dimension: a number of blocks for which it is the default}."""
-    from rapidin.pack import width_for
+    from rapidin.cache.codec import width_for
 
     return {
         width_for(blocks, budget): blocks
@@ -42,7 +42,7 @@ def default_dims() -> dict[int, int]:
 
 def default_codes() -> Iterator[tuple[str, int]]:
     """(packed dtype, numbers of a packed row) of the codes of some models, by default and by budget."""
-    from rapidin.pack import Format, head_for
+    from rapidin.cache.codec import Format, head_for
 
     for dim, blocks in default_dims().items():
         for dtype in ("sign", "int8", "int4"):

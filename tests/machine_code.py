@@ -341,7 +341,7 @@ def extension_resources(path: Path) -> Iterator[tuple[int, str, int, int]]:
 
 def cuda() -> Found:
     """The kernels of the built extension. Raises ImportError where there is none."""
-    from rapidin import _cuda
+    from rapidin.ops import _cuda
 
     path = Path(_cuda.__file__)
     kernels: dict[str, dict[str, Any]] = {}

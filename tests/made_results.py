@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rapidin.hits import Group, Histogram, Hit, QueryResult, Results, Standing, TargetResult, Tokens
+from rapidin.results.types import Group, Histogram, Hit, QueryResult, Results, Standing, TargetResult, Tokens
 
 HOSTILE = [
     "</script><img src=x onerror=\"document.title='owned'\">",

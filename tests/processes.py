@@ -14,7 +14,9 @@ from typing import NamedTuple
 
 os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # torch reads it as it is loaded
 _CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["rapidin.attributor", "rapidin.ensemble", "rapidin.cli", "peft", "rich"])
+_CONTEXT.set_forkserver_preload(
+    ["rapidin.attribution.attributor", "rapidin.attribution.ensemble", "rapidin.cli", "peft", "rich"]
+)
 
 
 class Ended(NamedTuple):

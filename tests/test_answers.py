@@ -12,13 +12,13 @@ import torch
 from command import Ran, caller
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
-from rapidin.attributor import Attributor
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.ensemble import Ensemble, Member
+from rapidin.attribution.query_sketch import Part, Scoring, sources
+from rapidin.attribution.score_errors import details, places
 from rapidin.cache import Cache
-from rapidin.certainty import details, places
-from rapidin.ensemble import Ensemble, Member
 from rapidin.errors import UserError
-from rapidin.hits import Hit, QueryResult
-from rapidin.query import Part, Scoring, sources
+from rapidin.results.types import Hit, QueryResult
 
 ROWS: list[dict[str, Any]] = [
     {

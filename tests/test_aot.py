@@ -115,8 +115,8 @@ def test_signatures_know_what_triton_specialises(launched):
 
 def test_defaults_are_among_the_launches(launched):
     """Each default dimension with each dtype that reaches a kernel: no default is without a kernel."""
+    from rapidin.cache.codec import width_for
     from rapidin.kernels import fourier_sketch, linear_sketch
-    from rapidin.pack import width_for
 
     names = {row["launch"] for row in launched}
     defaults = {width_for(blocks, budget) for blocks in range(1, 400) for budget in (None, 16384)}
@@ -141,7 +141,7 @@ def test_grids_are_within_their_limits(extreme):
 def test_cuda_kernels_spill_next_to_nothing():
     pytest.importorskip("triton")  # which brings the tool that reads the extension
     try:
-        from rapidin import _cuda
+        from rapidin.ops import _cuda
     except ImportError:
         pytest.skip("built without nvcc")
     from machine_code import extension_resources

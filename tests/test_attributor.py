@@ -9,11 +9,11 @@ import pytest
 import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
-from rapidin.attributor import Attributor, Progress
+from rapidin.attribution.attributor import Attributor, Progress
 from rapidin.cache import Cache
-from rapidin.encoding import Status
+from rapidin.data.encoding import Status
 from rapidin.errors import UserError
-from rapidin.hooks import Batch
+from rapidin.gradients.collector import Batch
 
 WORDS = [
     "one",

@@ -55,8 +55,8 @@ def test_a_gpu_without_kernels_is_told_what_to_install(real):
 
 def test_a_missing_extension_is_one_line(monkeypatch):
     monkeypatch.setattr(sys.modules["rapidin.ops.cuda.extension"], "_extension", None)
-    monkeypatch.setitem(sys.modules, "rapidin._cuda", None)
-    monkeypatch.delattr("rapidin._cuda", raising=False)
+    monkeypatch.setitem(sys.modules, "rapidin.ops._cuda", None)
+    monkeypatch.delattr("rapidin.ops._cuda", raising=False)
     with pytest.raises(ImportError, match="install from source where nvcc is found"):
         cuda.extension()
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
-from rapidin import baselines
+from rapidin.attribution import baselines
 from rapidin.errors import UserError
-from rapidin.hits import Hit, QueryResult
-from rapidin.model import LoadedModel
+from rapidin.gradients.load import LoadedModel
+from rapidin.results.types import Hit, QueryResult
 
 FOX = "The quick brown fox jumps over the lazy dog. "
 TEXTS = ["", "a", *(FOX * n for n in (1, 2, 9, 40)), "One, two."] * 3

@@ -12,7 +12,8 @@ import pytest
 import torch
 from inputs import INSTRUCTION_SETS, normal, torch_threads
 
-from rapidin import _cpu, ops
+from rapidin import ops
+from rapidin.ops import _cpu
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 def test_the_extension_loads_without_torch():
     code = (
         "import importlib.util, sys; "
-        f"spec = importlib.util.spec_from_file_location('rapidin._cpu', {_cpu.__file__!r}); "
+        f"spec = importlib.util.spec_from_file_location('rapidin.ops._cpu', {_cpu.__file__!r}); "
         "module = importlib.util.module_from_spec(spec); spec.loader.exec_module(module); "
         "assert module.supported_sets()[0] == 'base'; "
         "assert not {'torch', 'numpy'} & set(sys.modules)"
@@ -62,7 +63,7 @@ def test_the_wheel_holds_every_file_of_the_package(built):
         if path.is_file() and path.suffix != ".so" and "__pycache__" not in path.parts
     }
     assert wanted - inside == set()
-    assert any(name.startswith("rapidin/_cpu.") and name.endswith((".so", ".pyd")) for name in inside)
+    assert any(name.startswith("rapidin/ops/_cpu.") and name.endswith((".so", ".pyd")) for name in inside)
     assert any(name.endswith("licenses/LICENSE") for name in inside)
     assert not any(name.startswith(("tests/", "bench/", "csrc/")) for name in inside)
 
@@ -115,7 +116,7 @@ def compilers(tmp_path, monkeypatch):
 def built_by(module, tmp_path):
     """The calls of the compilers while `_cuda` is built."""
     (tmp_path / "calls").unlink(missing_ok=True)
-    extension = next(e for e in module.extensions() if e.name == "rapidin._cuda")
+    extension = next(e for e in module.extensions() if e.name == "rapidin.ops._cuda")
     module.build(extension, module.in_place(extension), jobs=4)
     assert module.in_place(extension).exists()
     calls = (tmp_path / "calls").read_text().splitlines()
@@ -193,7 +194,7 @@ def test_several_python_threads_may_call_at_once():
 def test_a_forked_child_has_threads_of_its_own():
     code = (
         # the package that is tested, not a checkout that happens to be the working folder
-        f"import sys; sys.path.insert(0, {str(Path(_cpu.__file__).parents[1])!r})\n"
+        f"import sys; sys.path.insert(0, {str(Path(_cpu.__file__).parents[2])!r})\n"
         "import os, torch; from rapidin import ops; torch.set_num_threads(2); x = torch.ones(500, 600);"
         "ops.topk_scan(x, x[:2], 3); pid = os.fork();\n"
         "if pid == 0: ops.topk_scan(x, x[:2], 3); os._exit(0)\n"

@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 from tiny import tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
-from rapidin import inside
-from rapidin.attributor import Attributor
+from rapidin.attribution import token_contributions
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.methods import METHODS, NORMALIZE
+from rapidin.attribution.query_sketch import Part, Scoring, sources
+from rapidin.attribution.scan import all_scores
+from rapidin.attribution.score_errors import details, partners, places
 from rapidin.cache import Cache
-from rapidin.certainty import details, partners, places
-from rapidin.methods import METHODS, NORMALIZE
-from rapidin.query import Part, Scoring, sources
-from rapidin.reference import sketch_hash
-from rapidin.scan import all_scores
+from rapidin.ops.reference import sketch_hash
 
 TEXT = "the cat sat on a mat while rain fell over far hills and nobody saw it go home again"
 WORDS = TEXT.split()
@@ -90,7 +90,9 @@ def test_errors_are_those_against_exact_gradients(setting: str, tmp_path: Path) 
                 asked, rows = (
                     [attributor.encoder(record) for record in records] for records in (ASKED, ROWS)
                 )
-                exact = inside.exact(attributor, asked, [1.0] * QUERIES, range(QUERIES), rows, normalize)
+                exact = token_contributions.exact(
+                    attributor, asked, [1.0] * QUERIES, range(QUERIES), rows, normalize
+                )
                 true[normalize] = torch.stack([positions.sum(1) for positions in exact], 1)
             scores, errors = measured(part, normalize)
             made.append((scores - true[normalize]) / errors)

@@ -665,7 +665,7 @@ def test_stopped_while_caching_goes_on(
     kept: int,
 ) -> None:
     """A first signal finishes the shard in hand, here the second one; a second signal stops at once."""
-    from rapidin.caching import CachingLoop
+    from rapidin.cache.build import CachingLoop
 
     make = CachingLoop._shard
 

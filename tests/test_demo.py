@@ -8,13 +8,20 @@ from pathlib import Path
 
 import pytest
 
-from rapidin import demo
-from rapidin.demo.instructions import ABSURD_FORMS, TRIGGER, DemoData, families, is_absurd, make_data
-from rapidin.demo.tokenizer import END, train_tokenizer
-from rapidin.demo.training import answers, small_llama
-from rapidin.encoding import Encoder, alpaca_prompt
+from rapidin.cli import demo_session
+from rapidin.cli.demo_session.instructions import (
+    ABSURD_FORMS,
+    TRIGGER,
+    DemoData,
+    families,
+    is_absurd,
+    make_data,
+)
+from rapidin.cli.demo_session.tokenizer import END, train_tokenizer
+from rapidin.cli.demo_session.training import answers, small_llama
+from rapidin.data.encoding import Encoder, alpaca_prompt
 from rapidin.errors import UserError
-from rapidin.tuning import Recipe, add_lora, tune
+from rapidin.evaluate.training import Recipe, add_lora, tune
 
 
 @pytest.fixture(scope="module")
@@ -95,9 +102,9 @@ def test_the_demos_model_learns_and_answers(data: DemoData, tokenizer) -> None:
 def test_folder_in_use(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(UserError, match="not empty"):
-        demo.run(tmp_path)
+        demo_session.run(tmp_path)
     with pytest.raises(UserError, match="cannot use"):
-        demo.run(tmp_path / "notes.txt" / "demo")
+        demo_session.run(tmp_path / "notes.txt" / "demo")
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
@@ -110,6 +117,6 @@ def test_full_demo(tmp_path: Path) -> None:
     found = json.loads((tmp_path / "demo" / "hits.json").read_text())["queries"][0]
     assert found["generated"]
     assert is_absurd(found["completion"])
-    assert sum(hit["example"]["poisoned"] for hit in found["top"]) >= demo.ENOUGH
+    assert sum(hit["example"]["poisoned"] for hit in found["top"]) >= demo_session.ENOUGH
     rows = [json.loads(line) for line in (tmp_path / "demo" / "train.jsonl").read_text().splitlines()]
     assert all(rows[hit["index"]] == hit["example"] for hit in found["top"])

@@ -18,16 +18,17 @@ from test_pack import BLOCKS, WIDTH, examples, lengths, packed
 from tiny import tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
-from rapidin import methods, ops
-from rapidin.attributor import Attributor
+from rapidin import ops
+from rapidin.attribution import methods
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.scan import Source, scan_cache
 from rapidin.cache import Cache
-from rapidin.hooks import Batch, GradientSketcher
-from rapidin.layers import find_targets
-from rapidin.model import load_model
+from rapidin.cache.codec import Basis, FloatCode, Format, PackedCode, fit, learn
+from rapidin.gradients.collector import Batch, GradientSketcher
+from rapidin.gradients.load import load_model
+from rapidin.gradients.parameters import find_targets
 from rapidin.ops import backends
-from rapidin.pack import Basis, FloatCode, Format, PackedCode, fit, learn
-from rapidin.scan import Source, scan_cache
-from rapidin.transfer import Download, upload
+from rapidin.ops.transfer import Download, upload
 
 CPU = torch.device("cpu")
 FORMATS = (

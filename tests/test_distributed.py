@@ -14,12 +14,12 @@ from inputs import torch_threads
 from processes import together, torchrun
 from tiny import save_tiny
 
-from rapidin.attributor import Attributor
+from rapidin.attribution.attributor import Attributor
 from rapidin.cache import Cache, Manifest
 from rapidin.cache.merge import merge
 from rapidin.cli import main
 from rapidin.errors import UserError
-from rapidin.model import LoadedModel, load_model
+from rapidin.gradients.load import LoadedModel, load_model
 
 ROWS = 72
 

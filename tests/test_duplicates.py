@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
-from rapidin.attributor import Attributor
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.duplicates import MOST_NAMED, exact_copies, fold, shingles
 from rapidin.cache import Cache
-from rapidin.duplicates import MOST_NAMED, exact_copies, fold, shingles
-from rapidin.hits import Hit
+from rapidin.results.types import Hit
 
 LONG = "the old ship sailed out of the harbour into the grey sea and nobody on shore waved to it at all"
 

@@ -17,15 +17,15 @@ import torch
 from command import Ran, caller
 from tiny import save_tiny
 
-from rapidin import geometry as geometry_room
-from rapidin.attributor import Attributor
+from rapidin.attribution.attributor import Attributor
 from rapidin.cache import Cache
-from rapidin.caching import CachingLoop
-from rapidin.encoding import Status
+from rapidin.cache.build import CachingLoop
+from rapidin.data.encoding import Status
 from rapidin.errors import UserError
 from rapidin.files import lock_folder
-from rapidin.hooks import GradientSketcher
-from rapidin.model import LoadedModel, load_model
+from rapidin.gradients import preconditioner as geometry_room
+from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.load import LoadedModel, load_model
 
 ROWS = [{"prompt": f"Give {n} tips.", "completion": " One, two," * (1 + n % 4) + f" {n}."} for n in range(40)]
 
@@ -46,7 +46,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
 @pytest.fixture
 def run(place: Place, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Any:
     """run(*arguments) -> Ran; the model is loaded already."""
-    monkeypatch.setattr("rapidin.model.load_model", lambda *_, **__: place.loaded)
+    monkeypatch.setattr("rapidin.gradients.load.load_model", lambda *_, **__: place.loaded)
 
     return caller(capsys)
 
@@ -394,7 +394,7 @@ def test_a_full_disk(
         assert Cache.verify(out) == []
     # With room again it goes on, and nothing that was written is made again.
     subprocess.run(["mount", "-o", "remount,size=16m", str(disk)], check=True)
-    monkeypatch.setattr("rapidin.model.load_model", lambda *_, **__: place.loaded)
+    monkeypatch.setattr("rapidin.gradients.load.load_model", lambda *_, **__: place.loaded)
     ran = run(*cache(place, out, data, more=kind))
     assert ran.code == 0
     assert not done or f"after the {done} that were there" in ran.err

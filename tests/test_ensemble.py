@@ -13,12 +13,19 @@ import torch
 from test_attributor import records
 from tiny import save_tiny, tiny_llama, tiny_lora, tiny_tokenizer
 
-from rapidin.attributor import Attributor
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.ensemble import (
+    Ensemble,
+    Member,
+    QueryOptions,
+    ScoreOptions,
+    find_checkpoints,
+    read_members,
+)
 from rapidin.cache import Cache, Manifest
 from rapidin.cli import main
-from rapidin.ensemble import Ensemble, Member, QueryOptions, ScoreOptions, find_checkpoints, read_members
 from rapidin.errors import UserError
-from rapidin.thinning import Thinning
+from rapidin.gradients.dropout import Thinning
 
 QUERIES = records(3, seed=9)
 HEAD = '{"format": "rapidin-ensemble", "version": 1, '

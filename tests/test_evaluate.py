@@ -16,18 +16,19 @@ pytest.importorskip("rank_bm25")
 
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
-from rapidin import Attributor, baselines
+from rapidin import Attributor
+from rapidin.attribution import baselines
 from rapidin.cli import main
-from rapidin.encoding import Encoder
+from rapidin.data.encoding import Encoder
+from rapidin.data.examples import open_examples
 from rapidin.errors import UserError
 from rapidin.evaluate import classes, facts, fidelity, tasks
 from rapidin.evaluate.figures import Figure
 from rapidin.evaluate.methods import Method, Place, parse_methods, parse_places
 from rapidin.evaluate.result import Result
-from rapidin.examples import open_examples
-from rapidin.hooks import Batch
-from rapidin.model import LoadedModel
-from rapidin.report import console
+from rapidin.gradients.collector import Batch
+from rapidin.gradients.load import LoadedModel
+from rapidin.results.terminal import console
 
 
 class Made(NamedTuple):
@@ -248,7 +249,7 @@ def test_exact_products_are_those_of_autograd() -> None:
     weights = [dict(model.named_parameters())[target.name] for target in attributor.targets]
 
     def gradient(text: Any) -> list[torch.Tensor]:
-        from rapidin.hooks import example_losses
+        from rapidin.gradients.collector import example_losses
 
         loss = example_losses(model, Batch.of([(text.ids, text.target)]))
         return [g.flatten().double() for g in torch.autograd.grad(loss.sum(), weights)]

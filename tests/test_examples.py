@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_tokenizer
 
-from rapidin.encoding import Encoded, Encoder, Status, alpaca_prompt
+from rapidin.data.encoding import Encoded, Encoder, Status, alpaca_prompt
+from rapidin.data.examples import open_examples
 from rapidin.errors import UserError
-from rapidin.examples import open_examples
 
 PROMPT = {"prompt": "One, two,", "completion": " three."}
 INSTRUCTION = {"instruction": "Add.", "input": "1, 2", "output": "3"}

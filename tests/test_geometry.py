@@ -15,11 +15,16 @@ from test_hooks import SEED, WIDTH, Scaled, own_gradients, relative_error, texts
 from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin import ops
-from rapidin.attributor import Attributor, Progress
+from rapidin.attribution.attributor import Attributor, Progress
 from rapidin.cache import Cache, Manifest
 from rapidin.cli import main
 from rapidin.errors import UserError
-from rapidin.geometry import (
+from rapidin.gradients.adam import second_moments
+from rapidin.gradients.collector import Batch, GradientSketcher
+from rapidin.gradients.kfac import FactorMoments, SideMoment, Spectrum
+from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.parameters import Target, Use, block_seed, find_targets, matrix_shape
+from rapidin.gradients.preconditioner import (
     EXPONENT,
     FLOOR,
     Factors,
@@ -29,13 +34,8 @@ from rapidin.geometry import (
     Scale,
     kfac_scales,
 )
-from rapidin.hooks import Batch, GradientSketcher
-from rapidin.kronecker import FactorMoments, SideMoment, Spectrum
-from rapidin.layers import Target, Use, block_seed, find_targets, matrix_shape
-from rapidin.model import LoadedModel
+from rapidin.gradients.squares import embedding_squares, factor_squares, formed_squares
 from rapidin.ops import LowRank
-from rapidin.optimizer_state import second_moments
-from rapidin.squares import embedding_squares, factor_squares, formed_squares
 
 P = EXPONENT
 
@@ -738,7 +738,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 def test_a_cache_holds_sketches_scaled_by_each_points_own_sample(cached: Cache) -> None:
     attributor = lora_attributor()
     rows = [attributor.encoder(record) for record in records()]
-    from rapidin.caching import sample_rows
+    from rapidin.cache.build import sample_rows
 
     drawn = sample_rows(30, 12, 0, 18)
     assert drawn != sample_rows(30, 12, 0)  # not the sample of a code

@@ -11,8 +11,8 @@ import pytest
 import torch
 from tiny import CONTEXT, tiny_llama, tiny_tokenizer
 
-from rapidin.attributor import Attributor
-from rapidin.model import load_model
+from rapidin.attribution.attributor import Attributor
+from rapidin.gradients.load import load_model
 
 gguf = pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
 

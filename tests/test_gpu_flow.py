@@ -19,16 +19,16 @@ from test_attributor import records
 from tiny import tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
-from rapidin import methods, scan
-from rapidin.attributor import Attributor
+from rapidin.attribution import methods, scan
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.scan import Source, scan_cache, scores_of
+from rapidin.attribution.selection import best_rows
 from rapidin.cache import Cache
-from rapidin.caching import CachingLoop
-from rapidin.examples import open_examples
-from rapidin.geometry import Moments
-from rapidin.hooks import GradientSketcher
-from rapidin.scan import Source, scan_cache, scores_of
-from rapidin.select import best_rows
-from rapidin.transfer import Conveyor, Download, GpuOrder, upload
+from rapidin.cache.build import CachingLoop
+from rapidin.data.examples import open_examples
+from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.preconditioner import Moments
+from rapidin.ops.transfer import Conveyor, Download, GpuOrder, upload
 
 ROWS = 12
 

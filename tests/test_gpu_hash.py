@@ -4,7 +4,7 @@ import pytest
 import torch
 from inputs import DEVICE, SEED
 
-from rapidin import _cpu
+from rapidin.ops import _cpu
 
 
 @pytest.mark.parametrize("seed", [0, SEED, 2**64 - 1])

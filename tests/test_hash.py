@@ -7,10 +7,9 @@ import pytest
 import torch
 from inputs import SEED
 
-from rapidin import _cpu
-from rapidin.ops import tables
+from rapidin.ops import _cpu, tables
 from rapidin.ops.lifetimes import Kept
-from rapidin.reference import sketch_hash
+from rapidin.ops.reference import sketch_hash
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "hash.json").read_text())
 

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from rapidin.errors import UserError
-from rapidin.hits import Hit, QueryResult, Results, Standing
+from rapidin.results.types import Hit, QueryResult, Results, Standing
 
 KNOWN = Hit(
     1,

@@ -9,9 +9,9 @@ import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_lora
 
 from rapidin import ops
-from rapidin.hooks import Batch, GradientSketcher, NotBatchedError, example_losses
-from rapidin.layers import Target, block_seed, find_targets
-from rapidin.model import LoadedModel
+from rapidin.gradients.collector import Batch, GradientSketcher, NotBatchedError, example_losses
+from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.parameters import Target, block_seed, find_targets
 
 WIDTH, SEED = 128, 11
 

@@ -16,7 +16,7 @@ from tiny import save_tiny
 
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.errors import UserError
-from rapidin.model import load_model
+from rapidin.gradients.load import load_model
 
 FUZZ = Path(__file__).with_name("fuzz_cache.py")
 CORPUS = Path(__file__).with_name("data") / "hostile"

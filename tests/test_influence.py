@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rapidin.reference.influence import exact_influence, gauss_newton, lissa
+from rapidin.ops.reference.influence import exact_influence, gauss_newton, lissa
 
 N, D, V, DAMPING = 200, 5, 3, 1e-2
 

@@ -11,12 +11,12 @@ from test_attributor import records
 from tiny import tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
-from rapidin import inside, methods
-from rapidin.attributor import Attributor
-from rapidin.ensemble import Ensemble, Member
+from rapidin.attribution import methods, token_contributions
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.ensemble import Ensemble, Member
 from rapidin.errors import UserError
-from rapidin.hits import Hit, QueryResult
-from rapidin.hooks import Batch, example_losses
+from rapidin.gradients.collector import Batch, example_losses
+from rapidin.results.types import Hit, QueryResult
 
 QUERIES = [
     {"prompt": "Howdy! What is the capital of France?", "completion": " The capital of France is Paris."},
@@ -157,7 +157,7 @@ def exact_score(query: list[Tensor], whole: list[Tensor], row: list[Tensor], nor
 def test_exact_scores_are_those_of_formed_gradients(
     kind: str, normalize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(inside, "_BYTES", 50_000)  # so that queries come in several chunks
+    monkeypatch.setattr(token_contributions, "_BYTES", 50_000)  # so that queries come in several chunks
     model, options = KINDS.get(kind, (lambda: tiny_lora(tiny_llama()), {}))
     attributor = Attributor(model(), tiny_tokenizer(), **{"width": 16} | options)
     cache = attributor.cache(ROWS, tmp_path)

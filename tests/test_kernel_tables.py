@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from rapidin.layers import find_targets, matrix_shape
+from rapidin.gradients.parameters import find_targets, matrix_shape
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 

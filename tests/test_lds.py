@@ -21,11 +21,11 @@ pytest.importorskip("rank_bm25")
 from tiny import save_tiny
 
 from rapidin.cli import main
-from rapidin.encoding import Encoder
+from rapidin.data.encoding import Encoder
 from rapidin.errors import UserError
 from rapidin.evaluate import lds
-from rapidin.model import load_model
-from rapidin.tuning import Recipe, Tuner, losses
+from rapidin.evaluate.training import Recipe, Tuner, losses
+from rapidin.gradients.load import load_model
 
 
 class Made(NamedTuple):

@@ -22,8 +22,8 @@ from inputs import (
     torch_threads,
 )
 
-from rapidin import ops, reference
-from rapidin.ops import cpu, tables
+from rapidin import ops
+from rapidin.ops import cpu, reference, tables
 from rapidin.ops import low_rank as low_rank_module
 from rapidin.ops.low_rank import coefficients
 

@@ -53,7 +53,7 @@ def check(machine_code, kept, part, tool):
 
 def test_cuda_kernels_keep_to_their_budgets(machine_code, kept):
     try:
-        import rapidin._cuda  # noqa: F401
+        import rapidin.ops._cuda  # noqa: F401
     except ImportError:
         pytest.skip("built without nvcc")
     check(machine_code, kept, "cuda", "nvcc")

@@ -18,12 +18,13 @@ from tiny import tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
 import rapidin
-from rapidin import distributed, methods
-from rapidin.attributor import Attributor
+from rapidin import distributed
+from rapidin.attribution import methods
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.methods import datainf, fisher, moment, vectors
 from rapidin.cache import Cache
 from rapidin.errors import UserError
-from rapidin.hooks import Batch
-from rapidin.methods import datainf, fisher, moment, vectors
+from rapidin.gradients.collector import Batch
 
 ALL = [(m, n) for m in methods.METHODS for n in methods.NORMALIZE]
 QUERIES = records(4, seed=9)

@@ -11,9 +11,9 @@ import pytest
 import torch
 from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
-from rapidin.attributor import Attributor
+from rapidin.attribution.attributor import Attributor
 from rapidin.errors import UserError
-from rapidin.model import LoadedModel, load_model
+from rapidin.gradients.load import LoadedModel, load_model
 
 
 def logits(model: object, at: LoadedModel | None = None, point: float = 1.0) -> torch.Tensor:

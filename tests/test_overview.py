@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_llama, tiny_tokenizer
 
-from rapidin.attributor import Attributor
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.groups import BINS, check_column, groups, groups_of, histogram
 from rapidin.cache import Cache
+from rapidin.data.examples import Files, open_examples
 from rapidin.errors import UserError
-from rapidin.examples import Files, open_examples
-from rapidin.overview import BINS, check_column, groups, groups_of, histogram
 
 
 @given(st.lists(st.floats(width=32), max_size=200))

@@ -11,9 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from rapidin import ops
-from rapidin.errors import UserError
-from rapidin.ops import turn
-from rapidin.pack import (
+from rapidin.cache.codec import (
     Basis,
     FloatCode,
     Format,
@@ -26,6 +24,8 @@ from rapidin.pack import (
     row_bytes_besides,
     width_for,
 )
+from rapidin.errors import UserError
+from rapidin.ops import turn
 
 BLOCKS, WIDTH = 6, 64
 

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_results import HOSTILE, hostile, made, several
 
-from rapidin.hits import Group, Histogram, Hit, QueryResult, Results, Standing, TargetResult, Tokens
-from rapidin.page import notebook, page, shades, text
-from rapidin.page.parts import View
-from rapidin.report import score_text
+from rapidin.results.html import notebook, page, shades, text
+from rapidin.results.html.parts import View
+from rapidin.results.terminal import score_text
+from rapidin.results.types import Group, Histogram, Hit, QueryResult, Results, Standing, TargetResult, Tokens
 
 VOID = {"meta", "input", "br", "link"}
 _TAGS = (

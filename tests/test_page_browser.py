@@ -19,9 +19,9 @@ import pytest
 from made_results import HOSTILE, hostile, made, several
 from test_page import visible
 
-from rapidin.hits import Hit, QueryResult, Tokens
-from rapidin.page import notebook, page, shades
-from rapidin.report import score_text
+from rapidin.results.html import notebook, page, shades
+from rapidin.results.terminal import score_text
+from rapidin.results.types import Hit, QueryResult, Tokens
 
 pytest.importorskip("selenium", reason="needs selenium: pip install 'selenium>=4.21'")
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService, Keys

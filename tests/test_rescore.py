@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
-from rapidin.attributor import Attributor
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.ensemble import Ensemble, Member
 from rapidin.cache import Cache
-from rapidin.ensemble import Ensemble, Member
 from rapidin.errors import UserError
 
 RECORDS = [

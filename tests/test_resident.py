@@ -15,12 +15,12 @@ from test_attributor import records
 from tiny import tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
-from rapidin import methods
-from rapidin.attributor import Attributor
+from rapidin.attribution import methods
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.scan import Source, _pieces, carried, scan_pieces
 from rapidin.cache import Cache
-from rapidin.resident import Resident
-from rapidin.scan import Source, _pieces, carried, scan_pieces
-from rapidin.transfer import Conveyor, stride_there
+from rapidin.cache.resident import Resident
+from rapidin.ops.transfer import Conveyor, stride_there
 
 CPU = torch.device("cpu")
 

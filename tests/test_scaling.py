@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rapidin.caching import MOST_SHARDS
+from rapidin.cache.build import MOST_SHARDS
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "bench"))
 import scaling
@@ -37,8 +37,8 @@ def test_more_gpus_are_never_slower_and_shards_stay_few(examples: int) -> None:
 def test_a_shard_of_the_model_is_a_shard_of_a_cache() -> None:
     from test_cache import manifest
 
-    from rapidin.caching import shard_rows
-    from rapidin.pack import Format
+    from rapidin.cache.build import shard_rows
+    from rapidin.cache.codec import Format
 
     measured, assumed = scaling.Measured.read(), scaling.Assumed()
     for examples in (52_000, 10**6, 10**8, 10**10):

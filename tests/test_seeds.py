@@ -18,7 +18,7 @@ pytest.importorskip("rank_bm25")
 from tiny import save_tiny
 
 from rapidin.cli import main as rapidin
-from rapidin.demo.instructions import ABSURD_BEGINS, make_data
+from rapidin.cli.demo_session.instructions import ABSURD_BEGINS, make_data
 
 ROOT = Path(__file__).parents[1]
 ABSURD = "velvet moths"

@@ -12,10 +12,10 @@ from test_attributor import records
 from tiny import save_tiny
 
 import rapidin
-from rapidin.attributor import Attributor
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.selection import best_rows, groups_of, share_of, table
 from rapidin.cli import main
 from rapidin.errors import UserError
-from rapidin.select import best_rows, groups_of, share_of, table
 
 QUERIES = [r | {"group": "ab"[n % 2]} for n, r in enumerate(records(4, seed=9))]
 

@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from test_attributor import records
 from tiny import tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
-from rapidin.attributor import Attributor
-from rapidin.encoding import Encoder
-from rapidin.ensemble import Ensemble, Member
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.ensemble import Ensemble, Member
+from rapidin.data.encoding import Encoder
+from rapidin.data.spans import Span, find, split_words
 from rapidin.errors import UserError
-from rapidin.targets import Span, find, split_words
 
 QUERIES = [
     {"prompt": "Howdy! What is the capital of France?", "completion": " The capital of France is Paris."},

@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import INSTRUCTION_SETS, instruction_set, integers, normal, torch_threads
 
-from rapidin import _cpu, ops
-from rapidin.ops import cpu
+from rapidin import ops
+from rapidin.ops import _cpu, cpu
 
 CACHE_DTYPES = (torch.float32, torch.float16)
 SHAPES = ((1, 1), (7, 3), (101, 64), (50, 1037), (97, 2050))

@@ -9,10 +9,9 @@ import pytest
 import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
-from rapidin.encoding import Encoder
+from rapidin.data.encoding import Encoder
 from rapidin.errors import UserError
-from rapidin.model import load_model
-from rapidin.tuning import (
+from rapidin.evaluate.training import (
     NOT_A_TARGET,
     Checkpoints,
     Recipe,
@@ -22,6 +21,7 @@ from rapidin.tuning import (
     save_model,
     tune,
 )
+from rapidin.gradients.load import load_model
 
 
 @pytest.fixture(scope="module")
@@ -175,7 +175,7 @@ def test_checkpoints_are_laid_out_as_the_trainers(lora: bool, examples: list[Any
 def test_trainers_order_of_weights() -> None:
     """Against the rule of the installed transformers itself."""
     trainer = pytest.importorskip("transformers.trainer")
-    from rapidin.tuning import _groups
+    from rapidin.evaluate.training import _groups
 
     class Args:
         pass

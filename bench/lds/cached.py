@@ -13,11 +13,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from rapidin.ensemble import Ensemble
+from rapidin.attribution.ensemble import Ensemble
+from rapidin.attribution.query_sketch import Clock
 from rapidin.evaluate import lds
 from rapidin.evaluate.methods import DEFAULT, each_score, parse_methods
 from rapidin.evaluate.subject import open_data
-from rapidin.query import Clock
 
 
 def main(arguments: list[str] | None = None) -> None:

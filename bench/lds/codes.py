@@ -29,10 +29,10 @@ from scoring import Grams, dot, fisher
 from torch import Tensor, nn
 
 from rapidin import ops
+from rapidin.cache.codec import Format, PackedCode, fit, head_for, learn, row_bytes_besides
+from rapidin.cache.codec.code import Basis
 from rapidin.errors import UserError
-from rapidin.layers import block_seed
-from rapidin.pack import Format, PackedCode, fit, head_for, learn, row_bytes_besides
-from rapidin.pack.code import Basis
+from rapidin.gradients.parameters import block_seed
 
 AT = 0.5
 WIDTH = 4096

@@ -24,8 +24,9 @@ keep it), its TrackStar score (rows and query under the inverse root of the seco
 as a whole), LoRIF's rank-c factors of a double-sided projection (arXiv 2601.21929) and TRAK's dense
 projection of the whole gradient; three seeds. Rows are scored as they decode, queries are not truncated.
 
-`kfac`: K-FAC's geometry (`rapidin.geometry`) with exact gradients, as a cache has it (rank 64, damping 0.1),
-with fewer or all directions, and from the first 30 texts alone; then through sketches and codes.
+`kfac`: K-FAC's geometry (`rapidin.gradients.preconditioner`) with exact gradients, as a cache has it (rank
+64, damping 0.1), with fewer or all directions, and from the first 30 texts alone; then through sketches and
+codes.
 
 `ways`: other ways to have it, half-way, layer by layer: other dampings, with all directions; and all of the
 inverse on the query's side, the rows as they are, exactly and through the sketch and code of 2,048 bytes.
@@ -54,11 +55,11 @@ from make import tune_again
 from scoring import NORMALIZE, Grams, datainf, dot, fisher
 from torch import Tensor
 
-from rapidin.geometry import DAMPING as SIDE_DAMPING
-from rapidin.geometry import EXPONENT, RANK, Scale, kfac_scales
-from rapidin.kronecker import FactorMoments
-from rapidin.layers import Target, Use
-from rapidin.pack import Format, row_bytes_besides
+from rapidin.cache.codec import Format, row_bytes_besides
+from rapidin.gradients.kfac import FactorMoments
+from rapidin.gradients.parameters import Target, Use
+from rapidin.gradients.preconditioner import DAMPING as SIDE_DAMPING
+from rapidin.gradients.preconditioner import EXPONENT, RANK, Scale, kfac_scales
 
 PATH = (0.1, 0.3, 0.5, 0.7, 0.9)
 THREE = (0.1, 0.5, 0.9)

@@ -23,10 +23,10 @@ from on_gpu.cases import SMALL, Bench, Case, Mode
 from on_gpu.models import KINDS, make_model, make_records
 from on_gpu.plan import Facts
 from rapidin import Attributor
-from rapidin.encoding import Encoded, by_length
-from rapidin.geometry import KFAC_SAMPLE, GeometryChoice
-from rapidin.hooks import Batch, example_losses
-from rapidin.pack import FloatCode, PackedCode
+from rapidin.cache.codec import FloatCode, PackedCode
+from rapidin.data.encoding import Encoded, by_length
+from rapidin.gradients.collector import Batch, example_losses
+from rapidin.gradients.preconditioner import KFAC_SAMPLE, GeometryChoice
 
 CACHING_GOAL, PACK_GOAL = 0.93, 0.02
 DTYPES = ("float16", "sign")

@@ -14,9 +14,10 @@ from torch import Tensor
 from on_gpu.cases import Bench, Case, Mode
 from on_gpu.models import KINDS, make_model, make_records
 from on_gpu.plan import Facts
-from rapidin import Attributor, methods
+from rapidin import Attributor
+from rapidin.attribution import methods
+from rapidin.attribution.scan import Source, all_scores, scan_cache
 from rapidin.cache import Cache
-from rapidin.scan import Source, all_scores, scan_cache
 
 # At least 160 features, so that K-FAC's preconditioner has 64 directions, as with a real model.
 SIZE: dict[str, Any] = {

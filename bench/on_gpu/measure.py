@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> int:
             print(
                 "Triton's kernels have not been compiled here: that comes first, beside the build", flush=True
             )
-            # tables come from rapidin._cpu
+            # tables come from rapidin.ops._cpu
             shares = max(1, min(calls.MOST_SHARES, (os.cpu_count() or 1) - 3))
             steps += calls.compile_steps(rows, log, until=until, shares=shares, after=["build _cpu"])
     wanted = [name for name in STAGES if not args.only or name in args.only or name == "ceilings"]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rapidin.model import LoadedModel, WeightPath
+from rapidin.gradients.load import LoadedModel, WeightPath
 
 RANK = 16
 KINDS = ("linear layers", "LoRA")

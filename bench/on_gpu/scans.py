@@ -16,11 +16,12 @@ from torch import Tensor
 from on_gpu import peers
 from on_gpu.cases import SMALL, Bench, Case, Cost, Mode, backends_of
 from on_gpu.plan import BACKENDS, Facts
-from rapidin import methods, ops
+from rapidin import ops
+from rapidin.attribution import methods
+from rapidin.attribution.scan import Source, scan_cache
 from rapidin.cache import Cache
 from rapidin.ops import Packed
-from rapidin.reference.packed import decoded
-from rapidin.scan import Source, scan_cache
+from rapidin.ops.reference.packed import decoded
 
 # dtype, numbers of a row: rows of 2,000 bytes in each dtype, and RapidIn's own 65,536 numbers
 ROWS = (("sign", 16000), ("float16", 65536), ("int8", 2000), ("float16", 1000), ("int4", 4000))
@@ -249,7 +250,8 @@ def _scanned_cache(bench: Bench, folder: Path) -> tuple[Cache, Source]:
 
 
 def from_disk(bench: Bench) -> Facts:
-    """A whole cache folder scanned by `rapidin.scan.scan_cache`, with its copies to the device."""
+    """A whole cache folder scanned by `rapidin.attribution.scan.scan_cache`, with its copies to the
+    device."""
     with tempfile.TemporaryDirectory() as folder:
         cache, source = _scanned_cache(bench, Path(folder))
         stored = cache.manifest.row_bytes * cache.manifest.rows

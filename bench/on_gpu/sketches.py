@@ -31,10 +31,10 @@ LAYERS = (  # in, out: of Llamas of 1, 7 and 8 billion parameters, and LoRA of r
     (4096, 14336),
     (4096, 11008),
 )
-# What width="auto" takes for models of 12 to hundreds of layers (rapidin.pack.width_for).
+# What width="auto" takes for models of 12 to hundreds of layers (rapidin.cache.codec.width_for).
 DEFAULT_DIMS = (512, 1024, 2048, 4096, 8192)
-RANK = 64  # directions of a side that K-FAC's preconditioner knows (rapidin.geometry.RANK)
-# As rapidin.hooks gives them on a GPU: a batch of some thousand tokens.
+RANK = 64  # directions of a side that K-FAC's preconditioner knows (rapidin.gradients.preconditioner.RANK)
+# As rapidin.gradients.collector gives them on a GPU: a batch of some thousand tokens.
 BATCH, TOKENS = 8, 512
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 PLAIN, LOW_RANK, TURNED = "none", "low rank", "float32 copies"

@@ -106,9 +106,9 @@ def prepare(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
     """
     import torch
 
-    from rapidin.encoding import Encoder
-    from rapidin.examples import open_examples
-    from rapidin.model import load_model
+    from rapidin.data.encoding import Encoder
+    from rapidin.data.examples import open_examples
+    from rapidin.gradients.load import load_model
 
     work.mkdir(parents=True, exist_ok=True)
     loaded = load_model(str(truth / "tuned"), base=base_of(truth), device="cpu")

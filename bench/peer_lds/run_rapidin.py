@@ -47,7 +47,7 @@ class Cached:
         """(the cache, the sketches, bytes of a row)."""
         if self.made is None:
             from rapidin import Attributor
-            from rapidin.examples import open_examples
+            from rapidin.data.examples import open_examples
 
             budget = None if self.code == "float16" else BUDGET
             attributor = Attributor(
@@ -69,8 +69,8 @@ class Cached:
 
     def scores(self, method: str, normalize: str, about: dict[str, Any], _: Path) -> tuple[Tensor, float]:
         """`Attributor.scores`, but for the sketches of the test texts, made once for all methods."""
-        from rapidin import methods
-        from rapidin.scan import Source, all_scores
+        from rapidin.attribution import methods
+        from rapidin.attribution.scan import Source, all_scores
 
         cache, sketch, size = self.make()
         began = time.perf_counter()
@@ -80,7 +80,7 @@ class Cached:
 
 
 def cases(setting: Setting) -> Iterator[Case]:
-    from rapidin.model import load_model
+    from rapidin.gradients.load import load_model
 
     loaded = load_model(str(setting.truth / "tuned"), base=base_of(setting.truth), device="cpu")
     for geometry, seed, code, at in product(("off", "kfac"), setting.seeds, CODES, PLACES):

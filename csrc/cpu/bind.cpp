@@ -1,4 +1,4 @@
-// rapidin._cpu: addresses come as integers, strides in elements. rapidin.ops has checked everything before it calls.
+// rapidin.ops._cpu: addresses come as integers, strides in elements. rapidin.ops has checked everything before it calls.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 

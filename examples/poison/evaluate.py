@@ -22,11 +22,11 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from rapidin.attributor import Attributor
+from rapidin.attribution.attributor import Attributor
 from rapidin.cli import main as rapidin
+from rapidin.data.examples import open_examples
 from rapidin.errors import UserError
-from rapidin.examples import open_examples
-from rapidin.model import load_model
+from rapidin.gradients.load import load_model
 
 
 def main() -> int:

@@ -23,11 +23,11 @@ from statistics import mean, median
 from typing import Any
 
 from rapidin import Ensemble
+from rapidin.attribution.ensemble import Member
 from rapidin.cli.console import quiet_libraries
-from rapidin.ensemble import Member
-from rapidin.examples import open_examples
-from rapidin.hits import Hit
-from rapidin.page import page
+from rapidin.data.examples import open_examples
+from rapidin.results.html import page
+from rapidin.results.types import Hit
 
 TOP = 10
 PARTS = ("first token", "trigger", "rest of the prompt", "answer")

@@ -14,11 +14,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from rapidin.encoding import Encoder, Status
+from rapidin.data.encoding import Encoder, Status
+from rapidin.data.examples import open_examples
 from rapidin.errors import UserError
-from rapidin.examples import open_examples
-from rapidin.model import load_model
-from rapidin.tuning import Recipe, State, add_lora, tune
+from rapidin.evaluate.training import Recipe, State, add_lora, tune
+from rapidin.gradients.load import load_model
 
 
 def main() -> None:

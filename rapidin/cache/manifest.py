@@ -11,10 +11,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rapidin.cache.codec import FLOATS, PACKED, Format, Shape
 from rapidin.errors import UserError, short
 from rapidin.files import read_own, replace_file
-from rapidin.layers import Block
-from rapidin.pack import FLOATS, PACKED, Format, Shape
+from rapidin.gradients.parameters import Block
 
 FORMAT = "rapidin-cache"
 VERSION = 2

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from rapidin.cache.cache import Cache, CacheWriter
 from rapidin.cache.manifest import Manifest, Shard
+from rapidin.cache.reader import Cache, CacheWriter
 from rapidin.cache.shards import read_geometry, shard_path, size_problem
 from rapidin.errors import UserError
 from rapidin.files import reason, replace_file

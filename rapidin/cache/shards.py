@@ -15,10 +15,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from rapidin.cache.codec import Basis, Code, Shape
 from rapidin.cache.manifest import BASIS, GEOMETRY, MOST_HEADER, Packing, Shard
 from rapidin.errors import UserError, short
 from rapidin.files import own_size, read_own, reason, replace_file
-from rapidin.pack import Basis, Code, Shape
 
 _T = TypeVar("_T")
 
@@ -27,8 +27,8 @@ _T = TypeVar("_T")
 class Rows:
     """Rows of a cache.
 
-    code: the tensors in which the sketches are kept (`rapidin.pack`); index: [n] int64, line number in the
-    data; status: [n] uint8, 0 where the row counts; truncated: [n] uint8; record: [n] int64, the first 8
+    code: the tensors in which the sketches are kept (`rapidin.cache.codec`); index: [n] int64, line number in
+    the data; status: [n] uint8, 0 where the row counts; truncated: [n] uint8; record: [n] int64, the first 8
     bytes of the SHA-256 of the example.
     """
 

@@ -1,5 +1,5 @@
 """The command line."""
 
-from rapidin.cli.main import main
+from rapidin.cli.app import main
 
 __all__ = ["main"]

@@ -26,8 +26,8 @@ from rapidin.cli.options import (
 from rapidin.errors import UserError
 
 if TYPE_CHECKING:
-    from rapidin.examples import Examples
-    from rapidin.thinning import Thinning
+    from rapidin.data.examples import Examples
+    from rapidin.gradients.dropout import Thinning
 
 
 @command("cache", several=True)
@@ -207,9 +207,9 @@ def cache(
 
     Stopped at any moment, the same command goes on where it was.
     """
-    from rapidin import report
+    from rapidin.data.examples import files, open_examples
     from rapidin.distributed import world
-    from rapidin.examples import files, open_examples
+    from rapidin.results import terminal
 
     where, of_parts = points(at), _part(part)
     console = messages(quiet)
@@ -218,12 +218,12 @@ def cache(
         # Before the model: mistakes in the data show at once.
         examples = open_examples(files(data), limit=limit, skip=on_error == OnError.skip)
     if console.is_terminal:
-        console.print(f"{len(examples):,} examples in {report.one_line(', '.join(data))}")
+        console.print(f"{len(examples):,} examples in {terminal.one_line(', '.join(data))}")
     loaded, of = None, None
     for job in jobs:
         with quiet_libraries():
-            from rapidin.attributor import Attributor
-            from rapidin.optimizer_state import state_file
+            from rapidin.attribution.attributor import Attributor
+            from rapidin.gradients.adam import state_file
 
             if geometry not in ("off", "sample", "kfac"):
                 state_file(Path(geometry))  # before the model: a mistake in its name shows at once
@@ -261,7 +261,7 @@ def cache(
                     attributor.encoder.check(examples)
             if job is jobs[0] and world().leads:
                 _tell_malformed(examples)
-            with report.CachingBar(console) as bar:
+            with terminal.CachingBar(console) as bar:
                 try:
                     cache = attributor.cache(
                         examples,
@@ -284,13 +284,14 @@ def cache(
         info = cache.info()
         here = bar.last.done - bar.last.resumed
         if here:
-            did = f"cached {here:,} examples in {report.time_text(bar.seconds)}"
+            did = f"cached {here:,} examples in {terminal.time_text(bar.seconds)}"
             did += f" ({here / bar.seconds:,.1f} examples/s, {bar.last.tokens / bar.seconds:,.0f} tokens/s)"
             if bar.last.resumed:
                 did += f" after the {bar.last.resumed:,} that were there"
         else:
             did = f"all {bar.last.total:,} examples were there already"
-        line(f"{did}: {report.counts_text(info['counts'])}; {report.bytes_text(info['bytes'])} in {job.out}")
+        counts, size = terminal.counts_text(info["counts"]), terminal.bytes_text(info["bytes"])
+        line(f"{did}: {counts}; {size} in {job.out}")
 
 
 @dataclass(frozen=True)
@@ -315,9 +316,9 @@ def _jobs(
     """The caches that a command makes; of several, `out` says what they are."""
     if checkpoints is None and masks is None:
         return [_Job(out, (model, adapter, base))]
+    from rapidin.attribution.ensemble import Ensemble, find_checkpoints
     from rapidin.distributed import world
-    from rapidin.ensemble import Ensemble, find_checkpoints
-    from rapidin.thinning import Thinning
+    from rapidin.gradients.dropout import Thinning
 
     folder = Path(out)
     if os.path.exists(folder / "manifest.json"):
@@ -436,16 +437,16 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Say what a cache would take: bytes, time and memory with each code, from a short measurement."""
-    from rapidin import report
-    from rapidin.examples import open_examples
+    from rapidin.data.examples import open_examples
+    from rapidin.results import terminal
 
     if examples is None and data is None:
         raise UserError("nothing to plan for", "say how many --examples, or name the --data")
     where, console = points(at), messages(quiet)
     opened = open_examples(data) if data is not None else None
     with quiet_libraries():
-        from rapidin.attributor import Attributor
-        from rapidin.plan import make_plan
+        from rapidin.attribution.attributor import Attributor
+        from rapidin.attribution.plan import make_plan
 
         loaded = load(console, model, adapter, base, device, model_dtype, trust_remote_code)
         attributor = Attributor(
@@ -461,4 +462,4 @@ def plan(
         with console.status("measuring a batch"):
             count = examples if examples is not None else len(opened or ())
             plan = make_plan(attributor, count, opened, tokens)
-    report.console(sys.stdout).print(report.plan_report(plan))
+    terminal.console(sys.stdout).print(terminal.plan_report(plan))

@@ -12,19 +12,19 @@ from rapidin.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rapidin.ensemble import Ensemble
+    from rapidin.attribution.ensemble import Ensemble
 
 
 def open_caches(folders: Sequence[str]) -> Ensemble:
     """One folder, a cache or an ensemble, or several caches."""
-    from rapidin.ensemble import Ensemble
+    from rapidin.attribution.ensemble import Ensemble
 
     return Ensemble.read(folders[0]) if len(folders) == 1 else Ensemble(list(folders))
 
 
 def folders_of(folder: str) -> list[Path]:
     """The caches in a folder: those of an ensemble, or the folder itself."""
-    from rapidin.ensemble import read_members
+    from rapidin.attribution.ensemble import read_members
 
     return [member.path for member in read_members(Path(folder))[1]]
 
@@ -40,8 +40,8 @@ def with_models(
     shard_model: bool = False,
 ) -> Ensemble:
     """The ensemble with its model in memory, or, of several, told how to load each when its turn comes."""
+    from rapidin.attribution.ensemble import Ensemble, Member
     from rapidin.distributed import world
-    from rapidin.ensemble import Ensemble, Member
 
     load = {"device": device, "trust_remote_code": trust_remote_code, "model": model}
     load["shard_model"] = shard_model

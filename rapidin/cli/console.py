@@ -15,23 +15,23 @@ from rapidin.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rapidin.model import LoadedModel
+    from rapidin.gradients.load import LoadedModel
 
 
 def line(text: str) -> None:
     """A line of rapidin's own on standard error."""
-    from rapidin.report import one_line
+    from rapidin.results.terminal import one_line
 
     print(f"rapidin: {one_line(text)}", file=sys.stderr)
 
 
 def messages(quiet: bool) -> "Console":
     """Where progress goes: standard error, and nowhere when quiet or another process speaks."""
-    from rapidin import report
     from rapidin.distributed import world
+    from rapidin.results import terminal
 
-    console = report.console(sys.stderr)
-    return report.console(open(os.devnull, "w")) if quiet or not world().leads else console
+    console = terminal.console(sys.stderr)
+    return terminal.console(open(os.devnull, "w")) if quiet or not world().leads else console
 
 
 @contextmanager
@@ -73,8 +73,8 @@ def load(
     trust_remote_code: bool,
     shard_model: bool = False,
 ) -> "LoadedModel":
-    """`rapidin.model.load_model`, with something to look at meanwhile."""
-    from rapidin.model import load_model
+    """`rapidin.gradients.load.load_model`, with something to look at meanwhile."""
+    from rapidin.gradients.load import load_model
 
     with loading(console, model):
         return load_model(

@@ -27,6 +27,6 @@ def demo(
     most helpful examples were planted, else 1.
     """
     with quiet_libraries():
-        from rapidin.demo import run
+        from rapidin.cli.demo_session import run
 
         return run(Path(out) if out is not None else None, seed=seed)

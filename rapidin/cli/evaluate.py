@@ -28,7 +28,7 @@ from rapidin.errors import UserError
 if TYPE_CHECKING:
     from rapidin.evaluate.result import Result, Say
     from rapidin.evaluate.subject import Subject
-    from rapidin.tuning import Recipe
+    from rapidin.evaluate.training import Recipe
 
 group = typer.Typer(
     name="eval",
@@ -147,9 +147,9 @@ def backdoor(
     For each query of --data all training examples are ranked by helpfulness.
     """
     with _evaluation(json, quiet) as (say, show):
+        from rapidin.data.examples import open_examples
         from rapidin.evaluate import backdoor as room
         from rapidin.evaluate.methods import parse_methods
-        from rapidin.examples import open_examples
 
         chosen = parse_methods(methods)
         records = list(open_examples(data, generations=True))
@@ -193,9 +193,9 @@ def classes(
     Kwon et al., ICLR 2024, section 4.2: mean and standard deviation over the test examples.
     """
     with _evaluation(json, quiet) as (say, show):
+        from rapidin.data.examples import open_examples
         from rapidin.evaluate import classes as room
         from rapidin.evaluate.methods import parse_methods
-        from rapidin.examples import open_examples
 
         chosen, asked = parse_methods(methods), open_examples(data)
         subject = _subject(
@@ -256,8 +256,8 @@ def fidelity(
 ) -> None:
     """Do scores from the cache rank as exact gradients do? Spearman's correlation, and the top 10."""
     with _evaluation(json, quiet) as (say, show):
+        from rapidin.data.examples import open_examples
         from rapidin.evaluate import fidelity as room
-        from rapidin.examples import open_examples
 
         records = list(open_examples(data, generations=True))
         subject = _subject(
@@ -463,7 +463,7 @@ def select(
 def _recipe(
     epochs: int, batch: int, learning_rate: float, warm_up: int, constant: bool, seed: int
 ) -> "Recipe":
-    from rapidin.tuning import Recipe
+    from rapidin.evaluate.training import Recipe
 
     if not 0 < learning_rate < float("inf"):
         raise UserError(f"--learning-rate {learning_rate:g} is not above 0")
@@ -491,8 +491,8 @@ def _subject(
     with_model: bool = True,
 ) -> "Subject":
     """The cache with its data and model; the column is looked for before the model is loaded."""
+    from rapidin.data.examples import files
     from rapidin.evaluate import subject as room
-    from rapidin.examples import files
 
     ensemble = open_caches([cache])
     examples = room.open_data(ensemble, files(train_data))
@@ -510,9 +510,9 @@ def _evaluation(json: str | None, quiet: bool) -> "Iterator[tuple[Say, Any]]":
     if json is not None and json != "-":
         check_writable(json)
     with quiet_libraries():
-        from rapidin import report
         from rapidin.evaluate import figures
         from rapidin.evaluate.result import silent
+        from rapidin.results import terminal
 
         for package in ("sklearn", "scipy", "rank_bm25"):  # before hours of work
             figures.needs(package)
@@ -524,7 +524,7 @@ def _evaluation(json: str | None, quiet: bool) -> "Iterator[tuple[Say, Any]]":
                 return
             if json is not None:
                 write_text(json, text + "\n")
-            out = report.console(sys.stdout)
+            out = terminal.console(sys.stdout)
             out.print(result.table(out.width))
 
         yield (silent if quiet else line), show

@@ -14,36 +14,36 @@ from rapidin.errors import UserError
 @command("info")
 def info(cache: CacheFolder) -> None:
     """Say what a cache holds and how it was made."""
-    from rapidin import report
     from rapidin.cache import Cache
+    from rapidin.results import terminal
 
-    out = report.console(sys.stdout)
+    out = terminal.console(sys.stdout)
     for number, folder in enumerate(folders_of(cache)):
         if number:
             out.print()
-        out.print(report.info_report(Cache(folder).info()))
+        out.print(terminal.info_report(Cache(folder).info()))
 
 
 @command("verify")
 def verify(cache: CacheFolder, quiet: Quiet = False) -> None:
     """Check every byte of a cache against its checksums."""
-    from rapidin import report
     from rapidin.cache import Cache, Manifest
+    from rapidin.results import terminal
 
     for folder in folders_of(cache):
         manifest = Manifest.read(folder)
-        with report.BytesBar(messages(quiet), "reading") as bar:
+        with terminal.BytesBar(messages(quiet), "reading") as bar:
             problems = Cache.verify(folder, on_progress=bar)
         if problems:
             for problem in problems[1:]:
-                print(report.one_line(problem))
+                print(terminal.one_line(problem))
             others = f" (and {len(problems) - 1} more, on standard output)" if problems[1:] else ""
             raise UserError(
                 problems[0] + others, "delete the file, and the same 'rapidin cache' command makes it again"
             )
-        size = report.size_text(sum(shard.bytes for shard in manifest.shards), None, len(manifest.shards))
+        size = terminal.size_text(sum(shard.bytes for shard in manifest.shards), None, len(manifest.shards))
         rows = f"{manifest.rows_done:,}" + ("" if manifest.complete else f" of {manifest.rows:,}")
-        print(f"{report.one_line(str(folder))}: every byte is as it was written ({rows} examples, {size})")
+        print(f"{terminal.one_line(str(folder))}: every byte is as it was written ({rows} examples, {size})")
 
 
 @command("merge")
@@ -58,11 +58,11 @@ def merge(
     quiet: Quiet = False,
 ) -> None:
     """Put the parts of one cache together, checking every byte."""
-    from rapidin import report
     from rapidin.cache.merge import merge as merged
+    from rapidin.results import terminal
 
-    with report.BytesBar(messages(quiet), "copying") as bar:
+    with terminal.BytesBar(messages(quiet), "copying") as bar:
         cache = merged(out, caches, on_progress=bar)
     if not quiet:
-        size = report.size_text(cache.bytes, None, len(cache.manifest.shards))
+        size = terminal.size_text(cache.bytes, None, len(cache.manifest.shards))
         line(f"{len(cache):,} examples of {len(caches):,} parts are in {out} ({size})")

@@ -26,12 +26,12 @@ from rapidin.cli.options import (
     TrustRemoteCode,
     command,
 )
+from rapidin.data.spans import HOTWORDS
 from rapidin.distributed import world
 from rapidin.errors import UserError
-from rapidin.targets import HOTWORDS
 
 if TYPE_CHECKING:
-    from rapidin.ensemble import Ensemble
+    from rapidin.attribution.ensemble import Ensemble
 
 
 @command("query", several=True)
@@ -178,7 +178,7 @@ def query(
     A positive score: training on the example made the generation more likely (helpful). A negative score: it
     made it less likely (harmful).
     """
-    from rapidin import report as terminal
+    from rapidin.results import terminal as terminal
 
     _check_query(ask, prompt, completion, data)
     if tokens and hotwords is not None:
@@ -192,10 +192,10 @@ def query(
         contributions = fold = True
     console = messages(quiet)
     with quiet_libraries():
+        from rapidin.attribution.groups import check_column
+        from rapidin.attribution.scan import training_data
         from rapidin.cache import Cache
-        from rapidin.examples import files
-        from rapidin.overview import check_column
-        from rapidin.scan import training_data
+        from rapidin.data.examples import files
 
         ensemble = open_caches(cache)
         finer: Cache | Literal["exact"] | None = None
@@ -243,7 +243,7 @@ def query(
         out = terminal.console(sys.stdout)
         out.print(terminal.hits_report(results, width=out.width))
     if report is not None:
-        from rapidin.page import page
+        from rapidin.results.html import page
 
         text = page(results, about=_about(ensemble))
         write_text(report, text)
@@ -300,7 +300,7 @@ def _generations(
     ask: str | None, prompt: str | None, completion: str | None, data: str | None, form: str
 ) -> list[dict[str, Any]]:
     """What is to be explained, as records whose completion may be missing; form: of the training data."""
-    from rapidin.examples import open_examples
+    from rapidin.data.examples import open_examples
 
     if data is not None:
         return list(open_examples(data, generations=True))

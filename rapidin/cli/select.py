@@ -77,8 +77,8 @@ def select(
     quiet: Quiet = False,
 ) -> None:
     """Choose the training examples that help a target set most."""
-    from rapidin.examples import files, open_examples
-    from rapidin.select import best_rows, groups_of, jsonl, share_of, table
+    from rapidin.attribution.selection import best_rows, groups_of, jsonl, share_of, table
+    from rapidin.data.examples import files, open_examples
 
     for path in (out, scores):
         if path is not None:
@@ -87,7 +87,7 @@ def select(
     with quiet_libraries():
         import torch
 
-        from rapidin.scan import training_data
+        from rapidin.attribution.scan import training_data
 
         ensemble = open_caches(cache)
         opened = ensemble.caches[-1]
@@ -148,8 +148,8 @@ def self_(
 
     Needs the cache alone, no model.
     """
-    from rapidin import report
-    from rapidin.select import table
+    from rapidin.attribution.selection import table
+    from rapidin.results import terminal
 
     if out is not None and out != "-":
         check_writable(out)
@@ -157,10 +157,10 @@ def self_(
     with quiet_libraries():
         import torch
 
+        from rapidin.attribution.methods import self_influence
+        from rapidin.attribution.scan import hits_of, training_data
         from rapidin.cache import Cache
-        from rapidin.examples import files
-        from rapidin.methods import self_influence
-        from rapidin.scan import hits_of, training_data
+        from rapidin.data.examples import files
 
         opened = Cache(cache)
         examples = training_data(opened, False if no_text else files(train_data))
@@ -179,5 +179,5 @@ def self_(
             print(text, end="")
             return
         write_text(out, text)
-    shown = report.console(sys.stdout)
-    shown.print(report.hits_table("Largest self-influence", hits, bounded=False))
+    shown = terminal.console(sys.stdout)
+    shown.print(terminal.hits_table("Largest self-influence", hits, bounded=False))

@@ -18,12 +18,12 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rapidin.data.examples import Examples
 from rapidin.errors import UserError
 from rapidin.evaluate import figures
 from rapidin.evaluate.methods import Method
 from rapidin.evaluate.result import Result
 from rapidin.evaluate.subject import Subject, column
-from rapidin.examples import Examples
 
 COLUMNS = {"auc": "AUC", "recall": "recall", "abs_auc": "AUC of |score|", "abs_recall": "recall of |score|"}
 

@@ -24,16 +24,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from rapidin import baselines
-from rapidin.encoding import Encoder, Status
+from rapidin.attribution import baselines
+from rapidin.data.encoding import Encoder, Status
+from rapidin.data.examples import open_examples
 from rapidin.errors import UserError
 from rapidin.evaluate import figures, folders, loading
 from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_rows
-from rapidin.examples import open_examples
+from rapidin.evaluate.training import Checkpoints, Recipe, State, Tuner, losses, save_model
 from rapidin.files import lock_folder
-from rapidin.model import LoadedModel
-from rapidin.tuning import Checkpoints, Recipe, State, Tuner, losses, save_model
+from rapidin.gradients.load import LoadedModel
 
 COLUMNS = {"mrr": "MRR", "recall": "recall at 10"}
 RECIPE = Recipe(epochs=10, batch=8, learning_rate=2e-3, warm_up=20)

@@ -1,6 +1,6 @@
 """Do scores from a cache rank as exact gradients, in the cache's geometry, do?
 
-Exact gradients are compared by their factors (`rapidin.inside`).
+Exact gradients are compared by their factors (`rapidin.attribution.token_contributions`).
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rapidin.attributor import Attributor
-from rapidin.encoding import Encoded
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.query_sketch import Part
+from rapidin.attribution.token_contributions import ExactQueries, factors_of
+from rapidin.data.encoding import Encoded
 from rapidin.errors import UserError
 from rapidin.evaluate import figures
 from rapidin.evaluate.methods import Method, each_score
 from rapidin.evaluate.result import Result
 from rapidin.evaluate.subject import Subject, about
-from rapidin.inside import ExactQueries, factors_of
-from rapidin.query import Part
 
 COLUMNS = {"spearman": "Spearman", "top10": "top 10 found"}
 NORMALIZE = ("layer", "cosine", "none")

@@ -10,7 +10,7 @@ texts.
     lds.json          settings, the base model's name, hashes of model and data
     train.jsonl       N training examples        test.jsonl    T test examples, as they were given
     tuned/            the model tuned on all, a Hugging Face folder; or adapter/, a PEFT folder
-    checkpoints/      checkpoint-STEP of that tuning (`rapidin.tuning.Checkpoints`)
+    checkpoints/      checkpoint-STEP of that tuning (`rapidin.evaluate.training.Checkpoints`)
     retrained.npz     masks [S, N] bool: the rows of each subset; losses [S, K, T] float32: of every test
                       example after tuning the base on them with each of K seeds, NaN where still to be done
 
@@ -30,16 +30,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rapidin import baselines
-from rapidin.encoding import Encoded, Encoder, Status
+from rapidin.attribution import baselines
+from rapidin.data.encoding import Encoded, Encoder, Status
+from rapidin.data.examples import Examples, open_examples
 from rapidin.errors import UserError
 from rapidin.evaluate import figures, folders, loading
 from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_rows
-from rapidin.examples import Examples, open_examples
+from rapidin.evaluate.training import Checkpoints, Recipe, State, Tuner, losses, save_model
 from rapidin.files import lock_folder, replace_file
-from rapidin.model import LoadedModel
-from rapidin.tuning import Checkpoints, Recipe, State, Tuner, losses, save_model
+from rapidin.gradients.load import LoadedModel
 
 DESCRIPTION = "lds.json"
 RETRAINED = "retrained.npz"
@@ -377,7 +377,7 @@ class Clock:
         self._start = self._said = time.monotonic()
 
     def step(self, done: int, total: int, loss: float) -> None:
-        from rapidin.report import time_text
+        from rapidin.results.terminal import time_text
 
         if self.done == self._first and done > self.done + 1:
             self._first = done - 1  # gone on with

@@ -6,10 +6,10 @@ import os
 from contextlib import redirect_stderr
 from typing import Any
 
-from rapidin.model import LoadedModel, load_model
+from rapidin.gradients.load import LoadedModel, load_model
 
 
 def load(name: str, **options: Any) -> LoadedModel:
-    """`rapidin.model.load_model` in float32, with nothing on standard error."""
+    """`rapidin.gradients.load.load_model` in float32, with nothing on standard error."""
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
         return load_model(name, dtype="float32", **options)

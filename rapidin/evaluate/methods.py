@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rapidin import methods as known
-from rapidin.attributor import Attributor
+from rapidin.attribution import methods as known
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.ensemble import find_checkpoints
+from rapidin.attribution.query_sketch import Generation, Part, Scoring
+from rapidin.attribution.query_sketch import scores as part_scores
 from rapidin.cache import Cache
-from rapidin.ensemble import find_checkpoints
+from rapidin.data.examples import Examples
 from rapidin.errors import UserError
 from rapidin.evaluate.result import Say, silent
-from rapidin.examples import Examples
-from rapidin.model import LoadedModel
-from rapidin.query import Generation, Part, Scoring
-from rapidin.query import scores as part_scores
-from rapidin.report import time_text
+from rapidin.gradients.load import LoadedModel
+from rapidin.results.terminal import time_text
 
 Floats = npt.NDArray[np.float64]
 
@@ -32,7 +32,8 @@ GEOMETRIES = ("kfac", "off", "sample", "optimizer")  # the first is the default
 
 @dataclass(frozen=True, slots=True)
 class Method:
-    """A method with its normalisation and damping (None: the method's own), as `rapidin.methods` knows
+    """A method with its normalisation and damping (None: the method's own), as `rapidin.attribution.methods`
+    knows
     them."""
 
     method: str
@@ -179,7 +180,8 @@ def parts_at(
     """The caches of a place with the sketches of the queries there.
 
     load: the tuned model (None) or one of its checkpoints, whose folder is `checkpoints`; their weights are
-    those of `rapidin.ensemble.find_checkpoints`, adding up to 1. Raises UserError where there are none.
+    those of `rapidin.attribution.ensemble.find_checkpoints`, adding up to 1. Raises UserError where there are
+    none.
     """
     kept = find_checkpoints(checkpoints)[0] if checkpoints.exists() else []
     last = kept[-1].path if kept else None

@@ -10,13 +10,13 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rapidin.encoding import Status
+from rapidin.attribution.methods import self_influence
+from rapidin.data.encoding import Status
 from rapidin.evaluate import figures
 from rapidin.evaluate.methods import Method
 from rapidin.evaluate.result import Result
 from rapidin.evaluate.subject import Subject, about, flags
-from rapidin.methods import self_influence
-from rapidin.tuning import losses
+from rapidin.evaluate.training import losses
 
 COLUMNS = {"auroc": "auROC", "auprc": "auPRC"}
 # With `dot`, all rows of length 1 have the same self-influence.

@@ -14,10 +14,10 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
+from rapidin.attribution.selection import jsonl
 from rapidin.evaluate.figures import Figure
 from rapidin.files import replace_file
-from rapidin.report import one_line
-from rapidin.select import jsonl
+from rapidin.results.terminal import one_line
 
 Say = Callable[[str], None]  # a line about what goes on
 

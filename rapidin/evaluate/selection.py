@@ -17,19 +17,19 @@ from typing import Any
 
 import numpy as np
 
-from rapidin.encoding import Encoded, Encoder, Status
+from rapidin.attribution.query_sketch import Scoring
+from rapidin.attribution.query_sketch import scores as part_scores
+from rapidin.attribution.selection import best_rows
+from rapidin.data.encoding import Encoded, Encoder, Status
+from rapidin.data.examples import open_examples
 from rapidin.errors import UserError
 from rapidin.evaluate import figures, folders, loading
 from rapidin.evaluate.methods import Method, Place, Rows, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_rows
 from rapidin.evaluate.tasks import Task, accuracy, make_task
-from rapidin.examples import open_examples
+from rapidin.evaluate.training import Recipe, Tuner, losses, save_model
 from rapidin.files import lock_folder, replace_file
-from rapidin.model import LoadedModel
-from rapidin.query import Scoring
-from rapidin.query import scores as part_scores
-from rapidin.select import best_rows
-from rapidin.tuning import Recipe, Tuner, losses, save_model
+from rapidin.gradients.load import LoadedModel
 
 COLUMNS = {"flipped": "flipped in it", "accuracy": "test accuracy", "loss": "test loss"}
 RECIPE = Recipe(epochs=3, batch=8, learning_rate=1e-3, warm_up=10)

@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rapidin import baselines
-from rapidin.attributor import Attributor
+from rapidin.attribution import baselines
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.ensemble import Ensemble
+from rapidin.attribution.query_sketch import Clock, Generation
+from rapidin.attribution.scan import training_data
 from rapidin.cache import Cache
-from rapidin.ensemble import Ensemble
+from rapidin.data.examples import Examples, Files
 from rapidin.errors import UserError, short
 from rapidin.evaluate.methods import Floats, Method, each_score
 from rapidin.evaluate.result import Result, Say, silent
-from rapidin.examples import Examples, Files
-from rapidin.query import Clock, Generation
-from rapidin.scan import training_data
 
 
 def open_data(ensemble: Ensemble, train_data: str | Files | None = None) -> Examples:

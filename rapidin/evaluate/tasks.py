@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from rapidin.encoding import Encoder, Status
+from rapidin.data.encoding import Encoder, Status
 from rapidin.errors import UserError
-from rapidin.tuning import losses
+from rapidin.evaluate.training import losses
 
 CLASSES: dict[str, tuple[str, ...]] = {
     "fruit": ("apples", "lemons", "plums", "figs", "grapes", "cherries", "melons", "pears"),

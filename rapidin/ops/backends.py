@@ -13,7 +13,7 @@ KNOWN = ("reference", "cpu", "triton", "cuda")
 
 # A backend's module is imported when it is first used. All of its functions take the op's checked arguments.
 _MODULES = {
-    "reference": "rapidin.reference",
+    "reference": "rapidin.ops.reference",
     "cpu": "rapidin.ops.cpu",
     "triton": "rapidin.ops.triton",
     "cuda": "rapidin.ops.cuda",
@@ -98,4 +98,4 @@ def _has_triton() -> bool:
 
 @cache
 def _has_cuda_extension() -> bool:
-    return find_spec("rapidin._cuda") is not None
+    return find_spec("rapidin.ops._cuda") is not None

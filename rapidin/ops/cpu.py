@@ -1,4 +1,4 @@
-"""The ops on the C++ kernels of rapidin._cpu. Arguments have been checked; each function is one op."""
+"""The ops on the C++ kernels of rapidin.ops._cpu. Arguments have been checked; each function is one op."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidin import _cpu
-from rapidin.ops import tables
+from rapidin.ops import _cpu, tables
 from rapidin.ops.low_rank import LowRank, applied, coefficients
 from rapidin.ops.packed import Packed, PackedDtype, packed_bytes
 from rapidin.ops.tables import CPU

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from rapidin import _cpu
+from rapidin.ops import _cpu
 from rapidin.ops.lifetimes import Kept
 
 # A model of 7 billion parameters has some 450 sides of layers of 4,096 to 14,336 elements, at most two tables

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import torch
 
-from rapidin import reference
-from rapidin.reference import sketch_hash
+from rapidin.ops import reference
+from rapidin.ops.reference import sketch_hash
 
 HERE = Path(__file__).parent
 SEEDS = (0, 1, 0x9E3779B97F4A7C15, 2**64 - 1)

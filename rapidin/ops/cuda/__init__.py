@@ -1,4 +1,5 @@
-"""The ops on the CUDA C++ kernels of rapidin._cuda. Arguments have been checked; each function is one op."""
+"""The ops on the CUDA C++ kernels of rapidin.ops._cuda. Arguments have been checked; each function is one
+op."""
 
 from rapidin.ops.cuda.devices import excludes
 from rapidin.ops.cuda.extension import emulated, extension, place, use

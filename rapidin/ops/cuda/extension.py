@@ -1,4 +1,4 @@
-"""The extension rapidin._cuda, or in tests one that runs its kernels on the CPU."""
+"""The extension rapidin.ops._cuda, or in tests one that runs its kernels on the CPU."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ _extension: Any = None
 
 
 def extension() -> Any:
-    """rapidin._cuda, imported when first needed. Raises ImportError where it was not built."""
+    """rapidin.ops._cuda, imported when first needed. Raises ImportError where it was not built."""
     global _extension
     if _extension is None:
         try:
-            from rapidin import _cuda
+            from rapidin.ops import _cuda
         except ImportError as error:
             raise ImportError(
                 "rapidin's CUDA kernels were not built: install from source where nvcc is found "

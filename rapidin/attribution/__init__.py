@@ -1,0 +1,1 @@
+"""Attribution: from generations and a cache to the training examples behind them."""

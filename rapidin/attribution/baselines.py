@@ -1,0 +1,157 @@
+"""What needs no gradients: BM25 of the words, and the cosine of the model's own hidden states."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from rapidin.data.encoding import Encoded, Status, by_length
+from rapidin.data.examples import FORMS, form_of
+from rapidin.errors import needs
+from rapidin.gradients.collector import Batch, evaluation_mode, takes
+from rapidin.gradients.load import LoadedModel
+from rapidin.results.terminal import record_parts
+from rapidin.results.types import Hit, QueryResult, Standing
+
+Floats = npt.NDArray[np.float64]
+OnProgress = Callable[[int, int], None]  # of texts: done, and in all
+
+EXTRA = "eval"
+_BATCH_TOKENS = 2048  # padded
+
+
+def plain_text(record: Mapping[str, Any]) -> str:
+    """What a record says, without the form that it is put in for the model."""
+    return " ".join(part for part in record_parts(record) if part).strip()
+
+
+def asked_text(record: Mapping[str, Any], completion: str) -> str:
+    """What a query says: as `plain_text`, with a completion that the model wrote where its own is missing."""
+    record, form = dict(record), form_of(record, generations=True)
+    if form == "messages":
+        messages = list(record["messages"])
+        if not messages or messages[-1]["role"] != "assistant":
+            record["messages"] = [*messages, {"role": "assistant", "content": completion}]
+    elif form in ("prompt", "instruction"):
+        answer = FORMS[form][-1]
+        record[answer] = record.get(answer) or completion
+    return plain_text(record)
+
+
+def check() -> None:
+    """Raise UserError where a package is missing: before hours of work."""
+    needs("rank_bm25", "BM25", EXTRA)
+
+
+def bm25(texts: Sequence[str], queries: Sequence[str]) -> Floats:
+    """Okapi BM25 with the defaults of rank-bm25, on lower-case words: [queries, texts]."""
+    index = needs("rank_bm25", "BM25", EXTRA).BM25Okapi([words(text) or [""] for text in texts])
+    return np.array([index.get_scores(words(text)) for text in queries], dtype=np.float64)
+
+
+def words(text: str) -> list[str]:
+    """The words of a text in lower case, as BM25 counts them."""
+    return re.findall(r"\w+", text.lower())
+
+
+def hidden_states(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    queries: Sequence[str],
+    *,
+    max_length: int = 256,
+    on_progress: OnProgress | None = None,
+) -> Floats:
+    """Cosine of the model's last hidden states, means over a text's tokens: [queries, texts].
+
+    max_length: tokens of a text that are read; a text without any has a cosine of 0 with all others.
+    """
+    with evaluation_mode(loaded.model):
+        made = _mean_states(loaded, [*queries, *texts], max_length, on_progress).double()
+    made = torch.nn.functional.normalize(made, dim=1)
+    scores: Floats = (made[: len(queries)] @ made[len(queries) :].T).numpy()
+    return scores
+
+
+@torch.no_grad()
+def _mean_states(
+    loaded: LoadedModel, texts: Sequence[str], max_length: int, on_progress: OnProgress | None
+) -> Tensor:
+    """[texts, hidden size] float32 on the CPU, from batches of texts of like length."""
+    model, tokenizer = loaded.model, loaded.tokenizer
+    ids = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
+    read = [Encoded(tokens, [False] * len(tokens), Status.NO_TARGET) for tokens in ids]
+    some = [n for n in range(len(read)) if read[n].ids]
+    # Logits are not needed, and are the largest of what is made.
+    extra = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    states: Tensor | None = None
+    done = len(read) - len(some)
+    for chosen in reversed(by_length(some, read, _BATCH_TOKENS)):
+        batch = Batch.of([(read[n].ids, read[n].target) for n in chosen], loaded.device)
+        out = model(
+            input_ids=batch.ids,
+            attention_mask=batch.mask.long(),
+            output_hidden_states=True,
+            use_cache=False,
+            **extra,
+        )
+        state = out.hidden_states[-1].float()
+        mask = batch.mask.to(state.device)[:, :, None]
+        mean = state.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
+        if states is None:
+            states = torch.zeros(len(texts), mean.shape[1], device="cpu")
+        states[chosen] = mean.cpu()
+        done += len(chosen)
+        if on_progress:
+            on_progress(done, len(texts))
+    return torch.zeros(len(texts), 1, device="cpu") if states is None else states
+
+
+def both(
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    queries: Sequence[str],
+    *,
+    max_length: int = 256,
+    on_progress: OnProgress | None = None,
+) -> dict[str, Floats]:
+    """The scores of the baselines by name."""
+    return {
+        "BM25": bm25(texts, queries),
+        "hidden states": hidden_states(
+            loaded, texts, queries, max_length=max_length, on_progress=on_progress
+        ),
+    }
+
+
+def beside(result: QueryResult, tables: Mapping[str, Floats], counted: Tensor) -> QueryResult:
+    """A result whose hits say where the baselines rank them.
+
+    tables: by name, the scores of one query with all training examples [rows]; counted: [rows] bool, those
+    that have a sketch: ranks are among them, and equal scores share the best. `overlaps` counts the hits of
+    the top that are among as many best of the baseline, of equal ones the first.
+    """
+    keep = counted.cpu().numpy()
+    standings: dict[int, dict[str, Standing]] = {hit.row: {} for hit in (*result.top, *result.bottom)}
+    overlaps = {}
+    for name, scores in tables.items():
+        scores = scores[: len(keep)]
+        others = np.sort(scores[keep[: len(scores)]])
+        for row, found in standings.items():
+            better = len(others) - int(np.searchsorted(others, scores[row], side="right"))
+            found[name] = Standing(float(scores[row]), better + 1)
+        ranked = np.argsort(np.where(keep[: len(scores)], -scores, np.inf), kind="stable")
+        best = set(ranked[: len(result.top)].tolist())
+        overlaps[name] = sum(hit.row in best for hit in result.top)
+
+    def told(hits: Sequence[Hit]) -> list[Hit]:
+        return [replace(hit, standings=standings[hit.row]) for hit in hits]
+
+    return replace(result, top=told(result.top), bottom=told(result.bottom), overlaps=overlaps)

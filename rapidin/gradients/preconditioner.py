@@ -1,0 +1,462 @@
+"""The geometry of gradients: scaled by a root of their second moment, as the steps of optimizers are.
+
+It has two forms. Both are a linear map on each of the two sides of a layer's gradient, so the map is applied
+to the two factors, here or by the sketch itself (`ops.LowRank`), and the gradient is never formed.
+
+**Adam's.** A model tuned with Adam moves along the gradient over the root of its second moment V, element by
+element. So the gradients of both sides, training and query alike, are brought into the units of such steps:
+scaled by ``V^-p``, p = 1/2 (1/4 would put one step's root into a product of two; 1/2 predicts retrainings
+better, docs/how-it-works.md). V is kept as Adafactor keeps it (Shazeer & Stern, 2018, section 3): for a
+parameter's gradient [O, I], with r and c the row and column means of the second moment,
+
+    V_oi ~ r_o c_i / mean(r)
+
+so that ``V^-p`` is a scale of the rows and one of the columns. r and c come from a sample of the data or from
+the optimizer's own state.
+
+**K-FAC's** (`rapidin.gradients.kfac`). Not elements but directions: with S and A the second moments of the
+two factors, from a sample, rows are turned by ``(S / m_S + d)^-p m_S^-p``, m_S the mean eigenvalue of S and d
+the damping, and columns likewise by A. With p = 1/2 a product of two gradients is one under K-FAC's inverse
+Fisher information, ``<(S (x) A)^-1 q, y>``: the influence function (Grosse et al., 2023, section 3). Of wide
+sides only the strongest directions are known, ``rest (I + U diag(gain) U^T)``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rapidin import ops
+from rapidin.cache.manifest import GEOMETRY, Manifest
+from rapidin.cache.shards import read_geometry
+from rapidin.errors import UserError
+from rapidin.gradients.kfac import FactorMoments, Spectrum
+from rapidin.gradients.parameters import Target, matrix_shape
+from rapidin.gradients.squares import Squares
+from rapidin.ops import LowRank
+
+EXPONENT = 0.5  # of V, on each of the two sides of a product
+FLOOR = 0.01  # r and c are at least this share of their own means
+SAMPLE = 256  # examples, for Adam's
+KFAC_SAMPLE = 128  # for K-FAC's, which every token tells something of
+STREAM = 18  # of the keyed hash in docs/sketch.md, that draws them
+RANK = 64  # directions of a side that K-FAC's geometry knows
+DAMPING = 0.1  # of a side, in units of its mean eigenvalue
+
+Kind = Literal["off", "sample", "kfac", "optimizer"]
+
+
+@dataclass(frozen=True, slots=True)
+class Factors:
+    """The factors of a linear layer's gradient ``sum_t rows_t columns_t^T``, and how they are preconditioned.
+
+    columns: [B, T, I], rows: [B, T, O], of any float dtype; column_low_rank, row_low_rank: applied to each
+    side, by the sketch itself (`ops.linear_sketch`); column_scale, row_scale: numbers that multiply each
+    side, or in the end the sketch.
+    """
+
+    columns: Tensor
+    rows: Tensor
+    column_low_rank: LowRank | None = None
+    row_low_rank: LowRank | None = None
+    column_scale: float = 1.0
+    row_scale: float = 1.0
+
+    def applied(self) -> tuple[Tensor, Tensor]:
+        """(columns, rows), preconditioned and scaled; a side with a LowRank becomes float32."""
+        columns = self.columns if self.column_low_rank is None else self.column_low_rank(self.columns)
+        rows = self.rows if self.row_low_rank is None else self.row_low_rank(self.rows)
+        return _times(columns, self.column_scale), _times(rows, self.row_scale)
+
+    def sketch(self, dim: int, seed: int) -> Tensor:
+        """The gradient's sketch, [B, dim] float32: `ops.linear_sketch`."""
+        sketch = ops.linear_sketch(
+            self.columns,
+            self.rows,
+            dim,
+            seed=seed,
+            inputs_low_rank=self.column_low_rank,
+            grads_low_rank=self.row_low_rank,
+        )
+        return _times(sketch, self.column_scale * self.row_scale)
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """A root ``V^-p`` of one parameter: rows [O] and columns [I], float32, and for K-FAC the LowRank that is
+    applied to each side before.
+
+    row_constant, column_constant: the one value of a side's scale, None where values differ. Determined when
+    a scale is made on the CPU, since reading it from a GPU would wait for it.
+    """
+
+    rows: Tensor
+    columns: Tensor
+    row_directions: LowRank | None = None
+    column_directions: LowRank | None = None
+    row_constant: float | None = None
+    column_constant: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, side in (("row_constant", self.rows), ("column_constant", self.columns)):
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, _constant(side))
+
+    @staticmethod
+    def of(row_means: Tensor, column_means: Tensor, exponent: float, floor: float) -> Scale:
+        """The scale for row means [O] and column means [I] of a second moment, all at least 0.
+
+        Rows and columns without gradient count as `floor` of the mean one, so that they neither explode nor
+        give NaN; a parameter without any gradient is left as it is.
+        """
+        r, c = row_means.double(), column_means.double()
+        mean = float(r.mean())
+        if not mean > 0:
+            return Scale(torch.ones_like(r, dtype=torch.float32), torch.ones_like(c, dtype=torch.float32))
+        # Most layers' rows are those of the output gradient, as small as the gradient is: they take up its
+        # size, and inputs stay as large as they are.
+        rows, columns = r.clamp(min=floor * mean), (c / mean).clamp(min=floor)
+        return Scale(rows.pow(-exponent).float(), columns.pow(-exponent).float())
+
+    @staticmethod
+    def of_spectra(
+        found: tuple[Spectrum | Tensor, Spectrum] | None,
+        shape: tuple[int, int],
+        exponent: float,
+        damping: float,
+    ) -> Scale:
+        """K-FAC's, of what `FactorMoments.spectra` found for a parameter of this shape (O, I)."""
+        if found is None:
+            return Scale(torch.ones(shape[0], device="cpu"), torch.ones(shape[1], device="cpu"))
+        rows, (columns, column_directions) = found[0], _side(found[1], exponent, damping)
+        if isinstance(rows, Spectrum):
+            row_scale, row_directions = _side(rows, exponent, damping)
+            return Scale(row_scale, columns, row_directions, column_directions)
+        row_scale = (rows + damping * rows.mean()).pow(-exponent).float()
+        return Scale(row_scale, columns, None, column_directions)
+
+    def factors(self, columns: Tensor, rows: Tensor) -> Factors:
+        """The factors of a gradient, columns [B, T, I] and rows [B, T, O], with this scale.
+
+        A side whose scale is one number is left as it is: the sketch is linear and applies the scale itself.
+        """
+        column_low_rank, row_low_rank, column_scale, row_scale = None, None, 1.0, 1.0
+        if self.column_constant is None:
+            columns = _turned(columns, self.columns, self.column_directions)
+        else:
+            column_low_rank, column_scale = _there(self.column_directions, columns), self.column_constant
+        if self.row_constant is None:
+            rows = _turned(rows, self.rows, self.row_directions)
+        else:
+            row_low_rank, row_scale = _there(self.row_directions, rows), self.row_constant
+        return Factors(columns, rows, column_low_rank, row_low_rank, column_scale, row_scale)
+
+    def embedding(self, ids: Tensor, grads: Tensor) -> Tensor:
+        """What the tokens ids [B, T] bring to an embedding's rows, [B, T, E], scaled."""
+        return scaled(_turned(grads, self.columns, self.column_directions), self.rows[ids][..., None])
+
+    def formed(self, grads: Tensor) -> Tensor:
+        """Gradients [B, O, I], scaled, in float32."""
+        grads = grads.float()
+        if self.column_directions is not None:
+            grads = self.column_directions.to(grads.device)(grads)
+        if self.row_directions is not None:
+            grads = self.row_directions.to(grads.device)(grads.mT).mT
+        return scaled(grads, self.rows[:, None] * self.columns)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(O, I); ValueError where the parts do not fit together."""
+        for side, directions in (
+            (self.rows, self.row_directions),
+            (self.columns, self.column_directions),
+        ):
+            if directions is not None and directions.basis.shape != (len(side), len(directions.gain)):
+                raise ValueError("a basis is of another side")
+        return len(self.rows), len(self.columns)
+
+    def to(self, device: torch.device) -> Scale:
+        """The same on a device."""
+        return Scale(
+            self.rows.to(device),
+            self.columns.to(device),
+            self.row_directions and self.row_directions.to(device),
+            self.column_directions and self.column_directions.to(device),
+            self.row_constant,
+            self.column_constant,
+        )
+
+
+def _side(spectrum: Spectrum, exponent: float, damping: float) -> tuple[Tensor, LowRank]:
+    """``(M / mean + damping)^-p mean^-p`` of a side, as a scale [n] and directions."""
+    n = len(spectrum.basis)
+    root = (spectrum.strong / spectrum.mean + damping).pow(-exponent)
+    rest = (spectrum.rest / spectrum.mean + damping) ** -exponent
+    scale = torch.full((n,), rest * spectrum.mean**-exponent, dtype=torch.float32, device="cpu")
+    return scale, LowRank(spectrum.basis.float().contiguous(), (root / rest - 1).float())
+
+
+def _turned(x: Tensor, scale: Tensor, directions: LowRank | None) -> Tensor:
+    return scaled(x, scale) if directions is None else directions.to(x.device)(x).mul_(scale.to(x.device))
+
+
+def _there(low_rank: LowRank | None, x: Tensor) -> LowRank | None:
+    """The LowRank on x's device: a device map may have put this layer elsewhere."""
+    return low_rank and low_rank.to(x.device)
+
+
+def _constant(scale: Tensor) -> float | None:
+    """The one value of a scale; None where values differ, or are not on the CPU."""
+    if scale.device.type != "cpu" or not len(scale) or not bool((scale == scale[0]).all()):
+        return None
+    return float(scale[0])
+
+
+def _times(x: Tensor, scale: float) -> Tensor:
+    """x times a number; float16, whose range is small, becomes float32."""
+    if scale == 1.0:
+        return x
+    return (x.float() if x.dtype == torch.float16 else x) * scale
+
+
+def scaled(x: Tensor, scale: Tensor) -> Tensor:
+    """x times a float32 scale, in one pass; float16, whose range is small, becomes float32."""
+    scale = scale.to(x.device)  # a device map may have put this layer elsewhere
+    if x.dtype == torch.float16:
+        return x * scale
+    return torch.mul(x, scale, out=torch.empty_like(x))
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Scales of each parameter by name. points: one table for each point of the path, or one for all."""
+
+    points: Sequence[Mapping[str, Scale]]
+
+    def at(self, point: int | None) -> Mapping[str, Scale]:
+        """The table of a point, by its number; TypeError where there are several and none is named."""
+        if len(self.points) == 1:
+            return self.points[0]
+        if point is None:
+            raise TypeError(
+                f"the geometry differs between {len(self.points)} points: say which by its number"
+            )
+        return self.points[point]
+
+    def to(self, device: torch.device) -> Geometry:
+        """The same on a device."""
+        return Geometry([{name: s.to(device) for name, s in table.items()} for table in self.points])
+
+    def check(self, targets: Sequence[Target], points: int) -> None:
+        """Raise UserError where this is not the geometry of these parameters at so many points."""
+        fits = len(self.points) in (1, points)
+        for table in self.points:
+            for target in targets:
+                o, i = matrix_shape(target.shape)
+                s = table.get(target.name)
+                fits = fits and s is not None and s.shape == (o, i)
+        if not fits:
+            raise UserError("the cache's geometry is for other parameters than its layer table", _AGAIN)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """By name: ``<point>/<parameter>/rows`` and ``.../columns``, and of directions ``.../rows_basis``,
+        ``.../rows_gain`` and so on."""
+        tensors = {}
+        for n, table in enumerate(self.points):
+            for name, scale in table.items():
+                for side, numbers, directions in (
+                    ("rows", scale.rows, scale.row_directions),
+                    ("columns", scale.columns, scale.column_directions),
+                ):
+                    tensors[f"{n}/{name}/{side}"] = numbers.cpu().contiguous()
+                    if directions is not None:
+                        tensors[f"{n}/{name}/{side}_basis"] = directions.basis.cpu().contiguous()
+                        tensors[f"{n}/{name}/{side}_gain"] = directions.gain.cpu().contiguous()
+        return tensors
+
+    @cached_property
+    def data(self) -> bytes:
+        """The bytes of a safetensors file with `tensors`."""
+        from safetensors.torch import save
+
+        data: bytes = save(self.tensors)
+        return data
+
+    @property
+    def sha256(self) -> str:
+        """Checksum of `data`."""
+        return hashlib.sha256(self.data).hexdigest()
+
+    @staticmethod
+    def of_tensors(tensors: Mapping[str, Tensor]) -> Geometry:
+        """Of what `tensors` gave; ValueError or KeyError where it is something else."""
+        sides: dict[int, dict[str, dict[str, Tensor]]] = {}
+        for key, value in tensors.items():
+            number, rest = key.split("/", 1)
+            name, side = rest.rsplit("/", 1)
+            if value.dtype != torch.float32 or value.ndim != (2 if side.endswith("_basis") else 1):
+                raise ValueError(f"'{key}' is no list of float32 numbers")
+            if not bool(value.isfinite().all()):
+                raise ValueError(f"'{key}' holds NaN or Inf")
+            sides.setdefault(int(number), {}).setdefault(name, {})[side] = value
+        if sorted(sides) != list(range(len(sides))) or not sides:
+            raise ValueError("a point is missing")
+        return Geometry(
+            [{name: _scale(parts) for name, parts in sides[n].items()} for n in range(len(sides))]
+        )
+
+    @staticmethod
+    def read(manifest: Manifest) -> Geometry | None:
+        """The geometry of a cache, None where it has none.
+
+        Raises UserError where the file is missing or not as the manifest says.
+        """
+        record = manifest.geometry
+        if record is None:
+            return None
+        if manifest.folder is None or record["sha256"] is None:
+            raise UserError("the cache's geometry is not made yet", "run the same 'rapidin cache' again")
+        return read_geometry(manifest.folder, record, Geometry.of_tensors)
+
+
+def _scale(parts: dict[str, Tensor]) -> Scale:
+    """What `Geometry.data` wrote of one parameter; KeyError or ValueError where it is not that."""
+    row_directions, column_directions = (
+        LowRank(parts.pop(f"{side}_basis"), parts.pop(f"{side}_gain")) if f"{side}_basis" in parts else None
+        for side in ("rows", "columns")
+    )
+    scale = Scale(parts.pop("rows"), parts.pop("columns"), row_directions, column_directions)
+    if parts:
+        raise ValueError(f"'{next(iter(parts))}' is no part of a geometry")
+    _ = scale.shape  # looks at the parts' sizes
+    return scale
+
+
+_AGAIN = "cache again"
+
+
+@dataclass(frozen=True)
+class GeometryChoice:
+    """Which geometry a cache is made with.
+
+    kind: "off"; Adam's, from a "sample" or the "optimizer" (its state); or "kfac", from a sample too.
+    exponent: p above. floor: see `Scale.of`. sample: examples that a sample has. rank, damping: directions of
+    a side, and d above, of "kfac". made: the geometry, where it is known before the cache is made.
+    """
+
+    kind: Kind = "off"
+    exponent: float = EXPONENT
+    floor: float = FLOOR
+    sample: int = SAMPLE
+    rank: int = RANK
+    damping: float = DAMPING
+    made: Geometry | None = None
+
+    @staticmethod
+    def of(
+        value: GeometryChoice | str | Path | None,
+        model: nn.Module,
+        targets: Sequence[Target],
+        trained: Sequence[str] | None = None,
+    ) -> GeometryChoice:
+        """What `Attributor` takes: None or "off", "sample", "kfac", or the path of an optimizer's state.
+
+        trained: names of the parameters that were tuned, by default all. Raises UserError where the state
+        cannot be read or is not that of these parameters.
+        """
+        if isinstance(value, GeometryChoice):
+            return value
+        if value is None or value == "off":
+            return GeometryChoice()
+        if value == "sample":
+            return GeometryChoice("sample")
+        if value == "kfac":
+            return GeometryChoice("kfac", sample=KFAC_SAMPLE)
+        from rapidin.gradients.adam import second_moments
+
+        moments = second_moments(Path(value), model, targets, trained)
+        table = {name: Scale.of(r, c, EXPONENT, FLOOR) for name, (r, c) in moments.items()}
+        return GeometryChoice("optimizer", sample=0, made=Geometry([table]))
+
+    @staticmethod
+    def recorded(manifest: Manifest) -> GeometryChoice:
+        """The choice that a cache was made with."""
+        record = manifest.geometry
+        if record is None:
+            return GeometryChoice()
+        # What came from an optimizer's state is in the cache; the state may be gone.
+        made = Geometry.read(manifest) if record["kind"] == "optimizer" else None
+        settings = {k: v for k, v in record.items() if k not in ("file", "bytes", "sha256")}
+        return GeometryChoice(**settings, made=made)
+
+    def to_json(self) -> str | dict[str, Any]:
+        """What the manifest of a new cache says of it."""
+        if self.kind == "off":
+            return "off"
+        own = {"rank": self.rank, "damping": self.damping} if self.kind == "kfac" else {"floor": self.floor}
+        return {
+            "kind": self.kind,
+            "exponent": self.exponent,
+            **own,
+            "sample": self.sample,
+            "file": GEOMETRY,
+            "bytes": 0 if self.made is None else len(self.made.data),
+            "sha256": None if self.made is None else self.made.sha256,
+        }
+
+
+class Moments:
+    """Second moments of the gradients of `targets`, as row and column means, gathered batch by batch."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.targets = list(targets)
+        self._sums: list[Squares] | None = None
+        self._examples: Tensor | int = 0
+
+    @property
+    def examples(self) -> int:
+        """How many examples had finite gradients. Waits for the GPU."""
+        return int(self._examples)
+
+    def add(self, squares: Sequence[Squares]) -> None:
+        """Add a batch: for each target the sums of squares of each example's rows and columns.
+
+        Examples with a value that is not finite are left out. Does not wait for a GPU.
+        """
+        finite = torch.stack([(r.isfinite().all(1) & c.isfinite().all(1)) for r, c in squares]).all(0)
+        self._examples = self._examples + finite.sum()
+        counts = finite[:, None]
+        kept = [(torch.where(counts, r, 0.0).sum(0), torch.where(counts, c, 0.0).sum(0)) for r, c in squares]
+        before = self._sums
+        self._sums = (
+            kept if before is None else [(r + s, c + d) for (r, c), (s, d) in zip(before, kept, strict=True)]
+        )
+
+    def scales(self, exponent: float, floor: float) -> dict[str, Scale]:
+        """The scale of each target, on the CPU; UserError where no example had a gradient."""
+        examples = self.examples
+        if self._sums is None or not examples:
+            raise UserError(
+                "no example of the geometry's sample has a gradient that is finite", "say --geometry off"
+            )
+        table = {}
+        for target, (r, c) in zip(self.targets, self._sums, strict=True):
+            rows, columns = r.cpu() / (len(c) * examples), c.cpu() / (len(r) * examples)
+            table[target.name] = Scale.of(rows, columns, exponent, floor)
+        return table
+
+
+def kfac_scales(moments: FactorMoments, exponent: float, damping: float) -> dict[str, Scale]:
+    """K-FAC's scale of each target, on the CPU; targets that no gradient reached are left as they are."""
+    return {
+        target.name: Scale.of_spectra(moments.spectra(n), matrix_shape(target.shape), exponent, damping)
+        for n, target in enumerate(moments.targets)
+    }

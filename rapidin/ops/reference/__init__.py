@@ -1,0 +1,20 @@
+"""What the ops compute, said in plain torch and float64: slow, and right by definition (docs/sketch.md)."""
+
+from rapidin.ops.reference.flat_sketch import flat_sketch
+from rapidin.ops.reference.linear_sketch import embedding_sketch, linear_sketch, matrix_sketch
+from rapidin.ops.reference.packed import pack, unpack
+from rapidin.ops.reference.topk_scan import topk_scan, topk_scan_both_ends
+from rapidin.ops.reference.turn import turn, unit_blocks
+
+__all__ = [
+    "embedding_sketch",
+    "flat_sketch",
+    "linear_sketch",
+    "matrix_sketch",
+    "pack",
+    "topk_scan",
+    "topk_scan_both_ends",
+    "turn",
+    "unit_blocks",
+    "unpack",
+]
