@@ -185,10 +185,11 @@ class Ensemble:
         brings to a hit's score. histogram, by: of all scores, and their sums by a column of the training data
         (`rapidin.attribution.groups`). baselines: where BM25 and the model's hidden states rank the hits
         (`rapidin.attribution.baselines`), from all training texts and a forward pass over each. examples: the
-        training data, to show with the hits, by default from where the cache was made; False for none. rescore: by whose scores the best of
-        `candidates` at each end are chosen: a cache of the same examples and model that keeps more of each, for a single member (by
-        default of 1,000), or "exact", the gradients themselves (of twice top_k). on_stage: called with what
-        is done, how much of it, and of how much.
+        training data, to show with the hits, by default from where the cache was made; False for none.
+        rescore: by whose scores the best of `candidates` at each end are chosen: a cache of the same examples
+        and model that keeps more of each, for a single member (by default of 1,000), or "exact", the
+        gradients themselves (of twice top_k). on_stage: called with what is done, how much of it, and of how
+        much.
 
         Of several processes (`rapidin.distributed`) each scans its part, and the leading one gets the hits,
         the others none. Raises UserError where a generation has no token to explain, where caches are not of
