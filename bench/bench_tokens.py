@@ -22,9 +22,9 @@ from turns import clear_peak, in_turns, peak_mb, sized
 
 from rapidin import Attributor
 from rapidin.attribution import methods
-from rapidin.attribution.query_sketch import Generation
 from rapidin.attribution.scan import Source, scan_cache
 from rapidin.data.encoding import Encoded, Status, by_length
+from rapidin.data.generations import Generation
 from rapidin.data.spans import Span
 
 PROMPT = sized(40, 6)

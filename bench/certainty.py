@@ -25,7 +25,8 @@ from torch import Tensor
 
 from rapidin.attribution import token_contributions
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.query_sketch import Part, Scoring, sources
+from rapidin.attribution.options import Scoring
+from rapidin.attribution.query_sketch import Part, sources
 from rapidin.attribution.score_errors import details
 from rapidin.data.encoding import Encoded
 from rapidin.gradients.load import load_model

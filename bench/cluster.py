@@ -115,7 +115,8 @@ def memory(what: str) -> dict[str, float]:
 
     from rapidin import distributed
     from rapidin.gradients import fsdp
-    from rapidin.gradients.collector import Batch, GradientSketcher, example_losses
+    from rapidin.gradients.batch import Batch, example_losses
+    from rapidin.gradients.collector import GradientSketcher
     from rapidin.gradients.parameters import find_targets
 
     world = distributed.world()

@@ -38,7 +38,7 @@ from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.token_contributions import ExactQueries, factors_of
 from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.data.examples import open_examples
-from rapidin.gradients.collector import Batch
+from rapidin.gradients.batch import Batch
 from rapidin.gradients.load import load_model
 from rapidin.gradients.parameters import block_seed
 from rapidin.ops import unit_blocks

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from rapidin import ops
 from rapidin.gradients.kfac import SideMoment, Spectrum
-from rapidin.gradients.preconditioner import DAMPING, EXPONENT, RANK, Scale
+from rapidin.gradients.preconditioner import DAMPING, EXPONENT, RANK
+from rapidin.gradients.scale import Scale
 from rapidin.ops import tables
 
 DIMS = (512, 1024, 4096)

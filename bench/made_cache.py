@@ -5,8 +5,8 @@ from pathlib import Path
 import torch
 
 from rapidin.cache import CacheWriter, Manifest, build, codec
+from rapidin.cache.layout import Block
 from rapidin.cache.shards import Rows
-from rapidin.gradients.parameters import Block
 
 _DISTINCT = 256  # packed rows that are made; the others are the same again
 

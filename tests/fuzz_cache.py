@@ -41,16 +41,18 @@ from tiny import tiny_llama, tiny_tokenizer
 from rapidin.attribution.attributor import HASH, Attributor
 from rapidin.attribution.ensemble import Ensemble, read_members
 from rapidin.attribution.methods import prepare, self_influence
-from rapidin.attribution.scan import Source, all_scores, scan_cache, training_data
+from rapidin.attribution.scan import Source, all_scores, scan_cache
+from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.codec import Basis, Format, Shape
+from rapidin.cache.layout import Block
 from rapidin.cache.shards import Rows
+from rapidin.cli.tables import info_report
 from rapidin.errors import UserError
 from rapidin.gradients.load import LoadedModel
-from rapidin.gradients.parameters import Block
-from rapidin.gradients.preconditioner import Geometry, Scale
-from rapidin.results.terminal import console as rich_console
-from rapidin.results.terminal import info_report
+from rapidin.gradients.preconditioner import Geometry
+from rapidin.gradients.scale import Scale
+from rapidin.results.terminal import make_console as rich_console
 
 WIDTH, ROWS, SHARD_ROWS = 8, 7, 3
 LAYERS = [Block("a.weight", (3, 4), 0.5, 0, WIDTH), Block("b.weight", (5, 2), 0.5, WIDTH, WIDTH)]

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from rapidin.results.types import Group, Histogram, Hit, QueryResult, Results, Standing, TargetResult, Tokens
+from rapidin.results.collection import Results
+from rapidin.results.types import Group, Histogram, Hit, QueryResult, Standing, TargetResult, Tokens
 
 HOSTILE = [
     "</script><img src=x onerror=\"document.title='owned'\">",

@@ -14,7 +14,8 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble, Member
-from rapidin.attribution.query_sketch import Part, Scoring, sources
+from rapidin.attribution.options import Scoring
+from rapidin.attribution.query_sketch import Part, sources
 from rapidin.attribution.score_errors import details, places
 from rapidin.cache import Cache
 from rapidin.errors import UserError

@@ -9,11 +9,12 @@ import pytest
 import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
-from rapidin.attribution.attributor import Attributor, Progress
+from rapidin.attribution.attributor import Attributor
 from rapidin.cache import Cache
+from rapidin.cache.build import Progress
 from rapidin.data.encoding import Status
 from rapidin.errors import UserError
-from rapidin.gradients.collector import Batch
+from rapidin.gradients.batch import Batch
 
 WORDS = [
     "one",

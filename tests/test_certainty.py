@@ -16,7 +16,8 @@ from torch import Tensor
 from rapidin.attribution import token_contributions
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.methods import METHODS, NORMALIZE
-from rapidin.attribution.query_sketch import Part, Scoring, sources
+from rapidin.attribution.options import Scoring
+from rapidin.attribution.query_sketch import Part, sources
 from rapidin.attribution.scan import all_scores
 from rapidin.attribution.score_errors import details, partners, places
 from rapidin.cache import Cache

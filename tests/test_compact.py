@@ -11,9 +11,9 @@ import torch
 from test_attributor import records
 from tiny import tiny_llama, tiny_lora, tiny_tokenizer
 
-from rapidin.attribution.attributor import Attributor, Progress
+from rapidin.attribution.attributor import Attributor
 from rapidin.cache import Cache
-from rapidin.cache.build import sample_rows, shard_rows
+from rapidin.cache.build import Progress, sample_rows, shard_rows
 from rapidin.errors import UserError
 
 ROWS = 60

@@ -24,7 +24,8 @@ from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.scan import Source, scan_cache
 from rapidin.cache import Cache
 from rapidin.cache.codec import Basis, FloatCode, Format, PackedCode, fit, learn
-from rapidin.gradients.collector import Batch, GradientSketcher
+from rapidin.gradients.batch import Batch
+from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.load import load_model
 from rapidin.gradients.parameters import find_targets
 from rapidin.ops import backends

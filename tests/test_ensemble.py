@@ -14,14 +14,8 @@ from test_attributor import records
 from tiny import save_tiny, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.ensemble import (
-    Ensemble,
-    Member,
-    QueryOptions,
-    ScoreOptions,
-    find_checkpoints,
-    read_members,
-)
+from rapidin.attribution.checkpoints import find_checkpoints
+from rapidin.attribution.ensemble import Ensemble, Member, QueryOptions, ScoreOptions, read_members
 from rapidin.cache import Cache, Manifest
 from rapidin.cli import main
 from rapidin.errors import UserError

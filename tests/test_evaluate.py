@@ -26,9 +26,9 @@ from rapidin.evaluate import classes, facts, fidelity, tasks
 from rapidin.evaluate.figures import Figure
 from rapidin.evaluate.methods import Method, Place, parse_methods, parse_places
 from rapidin.evaluate.result import Result
-from rapidin.gradients.collector import Batch
+from rapidin.gradients.batch import Batch
 from rapidin.gradients.load import LoadedModel
-from rapidin.results.terminal import console
+from rapidin.results.terminal import make_console
 
 
 class Made(NamedTuple):
@@ -124,19 +124,19 @@ def test_result_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     result = Result("demo", {"rows": 3}, {"a": "first", "b": "second"})
     result.add("one", {"a": Figure(0.5, 0.25, 0.75, 0.1, 9), "b": Figure(math.nan, math.nan, math.nan, 0, 0)})
     result.add("two", {"a": Figure(0.25, math.nan, math.nan, math.nan, 1)})
-    console(sys.stdout).print(result.table())
+    make_console(sys.stdout).print(result.table())
     out = capsys.readouterr().out
     assert "0.500 (0.250 to 0.750)" in out
-    console(sys.stdout).print(result.table(36))
+    make_console(sys.stdout).print(result.table(36))
     assert "0.500 ± 0.250" in capsys.readouterr().out
-    console(sys.stdout).print(result.table(20))
+    make_console(sys.stdout).print(result.table(20))
     assert "±" not in capsys.readouterr().out
     assert re.search(r"^two +0\.250 *$", out, re.M)
     found = json.loads(json.dumps(result.to_json()))
     assert found["results"][0]["a"]["low"] == 0.25
     assert found["results"][0]["b"]["mean"] is None
     result.sd = True
-    console(sys.stdout).print(result.table())
+    make_console(sys.stdout).print(result.table())
     assert "0.500 ± 0.100" in capsys.readouterr().out
 
 
@@ -249,7 +249,7 @@ def test_exact_products_are_those_of_autograd() -> None:
     weights = [dict(model.named_parameters())[target.name] for target in attributor.targets]
 
     def gradient(text: Any) -> list[torch.Tensor]:
-        from rapidin.gradients.collector import example_losses
+        from rapidin.gradients.batch import example_losses
 
         loss = example_losses(model, Batch.of([(text.ids, text.target)]))
         return [g.flatten().double() for g in torch.autograd.grad(loss.sum(), weights)]

@@ -15,25 +15,19 @@ from test_hooks import SEED, WIDTH, Scaled, own_gradients, relative_error, texts
 from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin import ops
-from rapidin.attribution.attributor import Attributor, Progress
+from rapidin.attribution.attributor import Attributor
 from rapidin.cache import Cache, Manifest
+from rapidin.cache.build import Progress
 from rapidin.cli import main
 from rapidin.errors import UserError
 from rapidin.gradients.adam import second_moments
-from rapidin.gradients.collector import Batch, GradientSketcher
+from rapidin.gradients.batch import Batch
+from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.kfac import FactorMoments, SideMoment, Spectrum
 from rapidin.gradients.load import LoadedModel
 from rapidin.gradients.parameters import Target, Use, block_seed, find_targets, matrix_shape
-from rapidin.gradients.preconditioner import (
-    EXPONENT,
-    FLOOR,
-    Factors,
-    Geometry,
-    GeometryChoice,
-    Moments,
-    Scale,
-    kfac_scales,
-)
+from rapidin.gradients.preconditioner import EXPONENT, FLOOR, Geometry, GeometryChoice, Moments, kfac_scales
+from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.squares import embedding_squares, factor_squares, formed_squares
 from rapidin.ops import LowRank
 

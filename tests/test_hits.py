@@ -8,7 +8,8 @@ import sys
 import pytest
 
 from rapidin.errors import UserError
-from rapidin.results.types import Hit, QueryResult, Results, Standing
+from rapidin.results.collection import Results
+from rapidin.results.types import Hit, QueryResult, Standing
 
 KNOWN = Hit(
     1,

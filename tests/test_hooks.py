@@ -9,7 +9,8 @@ import torch
 from tiny import tiny_gpt2, tiny_llama, tiny_lora
 
 from rapidin import ops
-from rapidin.gradients.collector import Batch, GradientSketcher, NotBatchedError, example_losses
+from rapidin.gradients.batch import Batch, example_losses
+from rapidin.gradients.collector import GradientSketcher, NotBatchedError
 from rapidin.gradients.load import LoadedModel
 from rapidin.gradients.parameters import Target, block_seed, find_targets
 

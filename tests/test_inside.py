@@ -15,7 +15,7 @@ from rapidin.attribution import methods, token_contributions
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble, Member
 from rapidin.errors import UserError
-from rapidin.gradients.collector import Batch, example_losses
+from rapidin.gradients.batch import Batch, example_losses
 from rapidin.results.types import Hit, QueryResult
 
 QUERIES = [

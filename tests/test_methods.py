@@ -24,7 +24,7 @@ from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.methods import datainf, fisher, moment, vectors
 from rapidin.cache import Cache
 from rapidin.errors import UserError
-from rapidin.gradients.collector import Batch
+from rapidin.gradients.batch import Batch
 
 ALL = [(m, n) for m in methods.METHODS for n in methods.NORMALIZE]
 QUERIES = records(4, seed=9)

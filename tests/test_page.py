@@ -18,10 +18,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from made_results import HOSTILE, hostile, made, several
 
+from rapidin.results.collection import Results
 from rapidin.results.html import notebook, page, shades, text
 from rapidin.results.html.parts import View
-from rapidin.results.terminal import score_text
-from rapidin.results.types import Group, Histogram, Hit, QueryResult, Results, Standing, TargetResult, Tokens
+from rapidin.results.text import score_text
+from rapidin.results.types import Group, Histogram, Hit, QueryResult, Standing, TargetResult, Tokens
 
 VOID = {"meta", "input", "br", "link"}
 _TAGS = (

@@ -20,7 +20,7 @@ from made_results import HOSTILE, hostile, made, several
 from test_page import visible
 
 from rapidin.results.html import notebook, page, shades
-from rapidin.results.terminal import score_text
+from rapidin.results.text import score_text
 from rapidin.results.types import Hit, QueryResult, Tokens
 
 pytest.importorskip("selenium", reason="needs selenium: pip install 'selenium>=4.21'")

@@ -8,8 +8,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rapidin.attribution.attributor import Progress
-from rapidin.results import terminal
+from rapidin.cache.build import Progress
+from rapidin.cli.progress import BytesBar, CachingBar
+from rapidin.results.json import results_json
+from rapidin.results.terminal import hits_report, make_console
+from rapidin.results.text import bytes_text, one_line, time_text
 from rapidin.results.types import Group as ByColumn
 from rapidin.results.types import Hit, QueryResult, Standing
 
@@ -37,7 +40,7 @@ def shown(renderable: Any, *, width: int = 80, encoding: str = "utf-8", terminal
 
 
 def test_each_form_is_shown_with_what_was_asked_and_answered() -> None:
-    text = shown(terminal.hits_report([result(*RECORDS)]))
+    text = shown(hits_report([result(*RECORDS)]))
     for line in ("Add the numbers. 1, 2 → 3", "Add one and two. → Three.", "One and two? → Three."):
         assert line in text
     assert "One and two is three." in text
@@ -51,7 +54,7 @@ def test_tables_fit_the_terminal(width: int, word: str) -> None:
     for prompt, completion in [(word * 500, word * 500), (word, word * 500), (word * 500, word), (word, "")]:
         record = {"prompt": prompt, "completion": completion}
         text = shown(
-            terminal.hits_report([result(record, prompt=prompt, completion=completion)], width=width),
+            hits_report([result(record, prompt=prompt, completion=completion)], width=width),
             width=width,
         )
         assert max(cell_len(line) for line in text.splitlines()) <= width
@@ -62,7 +65,7 @@ def test_tables_fit_the_terminal(width: int, word: str) -> None:
 def test_markup_and_escapes_in_texts_are_data() -> None:
     evil = "[bold red]x[/] \x1b[31mred \x1b]0;title\x07 a\rb \x9b31m \u202egnp.exe :smile: \x00 \ud83d"
     record = {"prompt": evil, "completion": evil}
-    text = shown(terminal.hits_report([result(record, prompt=evil, completion=evil)], width=400), width=400)
+    text = shown(hits_report([result(record, prompt=evil, completion=evil)], width=400), width=400)
     assert not set(text) & set("\x1b\x07\r\x9b\u202e\x00")
     for words in (
         "[bold red]x[/]",
@@ -73,11 +76,11 @@ def test_markup_and_escapes_in_texts_are_data() -> None:
         r"\ud83d",
     ):
         assert text.count(words) == 6, words  # in the generation and in the two tables, twice each
-    assert terminal.one_line("one\r\n\ttwo\x0bthree \u2028four") == "one two three four"
+    assert one_line("one\r\n\ttwo\x0bthree \u2028four") == "one two three four"
 
 
 def test_scores_are_lined_up_and_coloured_by_sign_on_a_terminal_only() -> None:
-    hits = terminal.hits_report([result(*RECORDS)])
+    hits = hits_report([result(*RECORDS)])
     plain, coloured = shown(hits), shown(hits, terminal=True)
     assert "\x1b" not in plain
     assert "\x1b[32m+0.5000" in coloured
@@ -102,14 +105,12 @@ def test_console_is_plain_without_a_terminal_and_with_no_color(monkeypatch: pyte
         with monkeypatch.context() as patch:
             for name, value in environment.items():
                 patch.setenv(name, value)
-            terminal.console(file).print(terminal.hits_report([result(*RECORDS)]))
+            make_console(file).print(hits_report([result(*RECORDS)]))
         assert ("\x1b" in file.getvalue()) == coloured, environment
 
 
 def test_ascii_terminals() -> None:
-    text = shown(
-        terminal.hits_report([result({"prompt": "a" * 99, "completion": "b" * 99})]), encoding="ascii"
-    )
+    text = shown(hits_report([result({"prompt": "a" * 99, "completion": "b" * 99})]), encoding="ascii")
     assert "a... -> b" in text
     assert text.isascii()
 
@@ -123,7 +124,7 @@ def test_ascii_terminals() -> None:
     ],
 )
 def test_the_scale_is_said(normalize: str, words: str, score: str) -> None:
-    text = " ".join(shown(terminal.hits_report([result(*RECORDS, normalize=normalize)])).split())
+    text = " ".join(shown(hits_report([result(*RECORDS, normalize=normalize)])).split())
     assert words in text
     assert score in text
     assert "Positive: training on the example made this generation more likely (helpful). Negative:" in text
@@ -131,7 +132,7 @@ def test_the_scale_is_said(normalize: str, words: str, score: str) -> None:
 
 def test_long_prompts_lose_their_middle() -> None:
     prompt = "start " + "and so on " * 200 + "end"
-    lines = shown(terminal.hits_report([result(prompt=prompt)])).splitlines()
+    lines = shown(hits_report([result(prompt=prompt)])).splitlines()
     end = next(number for number, line in enumerate(lines) if line.startswith("Completion"))
     shown_prompt = " ".join(" ".join(lines[:end]).split())
     assert end <= 5
@@ -141,10 +142,10 @@ def test_long_prompts_lose_their_middle() -> None:
 
 
 def test_hits_without_examples() -> None:
-    text = shown(terminal.hits_report([result(None, None)]))
+    text = shown(hits_report([result(None, None)]))
     assert "example  " not in text
     assert "+0.2500" in text
-    assert "No example in the cache has a sketch" in shown(terminal.hits_report([result()]))
+    assert "No example in the cache has a sketch" in shown(hits_report([result()]))
 
 
 EVIL = "a\x1b[31m\u202e\n[bold]" + "long " * 40
@@ -173,7 +174,7 @@ def told(best: float = 0.5) -> QueryResult:
 
 
 def test_errors_ties_copies_and_baselines() -> None:
-    text = shown(terminal.hits_report([told()]))
+    text = shown(hits_report([told()]))
     first, second = (next(line for line in text.splitlines() if words in line) for words in ("#4 ", "#1,004"))
     assert first.split()[:6] == ["1", "+0.5000", "±", "0.0213", "0", "#4"]
     assert second.split()[:7] == ["≈2", "+0.2500", "±", "0.0021", "10", "×1,203", "#1,004"]
@@ -186,25 +187,25 @@ def test_errors_ties_copies_and_baselines() -> None:
         "Of the top 4, hidden states has 0 among its own 4.",
     ):
         assert note in words
-    plain = shown(terminal.hits_report([result(*RECORDS)]))
+    plain = shown(hits_report([result(*RECORDS)]))
     assert not set(plain) & set("±≈×█")
-    assert "Query 2: of the top 4, BM25" in shown(terminal.hits_report([told(), told()]), width=200)
+    assert "Query 2: of the top 4, BM25" in shown(hits_report([told(), told()]), width=200)
 
 
 def test_scores_without_a_scale_have_errors_in_their_own_units() -> None:
-    text = shown(terminal.hits_report([replace(told(3e-9), normalize="none")]))
+    text = shown(hits_report([replace(told(3e-9), normalize="none")]))
     assert "+3.000e-09 ± 2.1e-02" in text
 
 
 def test_groups_are_shown_with_bars_and_shares() -> None:
-    text = shown(terminal.hits_report([replace(told(), by="source")]))
+    text = shown(hits_report([replace(told(), by="source")]))
     lines = text[text.index("By source") :].splitlines()
     assert "By source, the 12 with the largest shares of 30" in " ".join(text.split())
     rows = [line for line in lines if line.startswith("v") and "%" in line]
     assert [line.split()[0] for line in rows] == [f"v{n}" for n in range(18, 30)]
     assert rows[-1].split() == ["v29", "29,000", "-28", "-0.00097", "█", "14%", "██", "29%"]
     few = replace(told(), groups=told().groups[:4])
-    lines = shown(terminal.hits_report([few])).splitlines()
+    lines = shown(hits_report([few])).splitlines()
     assert any(line.startswith("v0") for line in lines)
     assert not any("largest shares" in line for line in lines)
 
@@ -215,7 +216,7 @@ def test_all_that_is_known_fits_any_terminal(width: int, encoding: str) -> None:
     from rich.cells import cell_len
 
     for made in (told(), replace(told(1e-9), normalize="none")):
-        text = shown(terminal.hits_report([made], width=width), width=width, encoding=encoding)
+        text = shown(hits_report([made], width=width), width=width, encoding=encoding)
         assert not set(text) & set("\x1b\u202e")
         assert max(cell_len(line) for line in text.splitlines()) <= width
         if encoding == "ascii":
@@ -229,7 +230,7 @@ def test_all_that_is_known_fits_any_terminal(width: int, encoding: str) -> None:
 
 def test_json_is_ascii_and_valid_for_scores_that_are_no_numbers() -> None:
     hits = [Hit(1, 0, 0, float("inf"), {"text": "é\x9b", "label": float("nan")}), Hit(2, 1, 1, 0.5)]
-    text = terminal.results_json([QueryResult("é", "ü", False, hits, [], "none")])
+    text = results_json([QueryResult("é", "ü", False, hits, [], "none")])
     assert text.isascii()
     (query,) = json.loads(text, parse_constant=pytest.fail)["queries"]
     assert query["top"][0] == {
@@ -244,7 +245,7 @@ def test_json_is_ascii_and_valid_for_scores_that_are_no_numbers() -> None:
 def test_caching_bar() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=100, highlight=False, markup=False)
-    with terminal.CachingBar(console) as bar:
+    with CachingBar(console) as bar:
         bar(Progress(200, 1000, 0, 0, 200, "one [bold]thing[/] to say"))
         bar._started -= 10.0
         bar(Progress(300, 1000, 5000, 1, 200))
@@ -259,7 +260,7 @@ def test_caching_bar() -> None:
 def test_bars_are_silent_without_a_terminal() -> None:
     file = io.StringIO()
     console = Console(file=file)
-    with terminal.CachingBar(console) as bar, terminal.BytesBar(console, "reading") as read:
+    with CachingBar(console) as bar, BytesBar(console, "reading") as read:
         bar(Progress(0, 10, 0, 0, 5, "a message"))
         bar(Progress(10, 10, 100, 0, 5))
         read(5, 10)
@@ -281,7 +282,7 @@ def test_bars_are_silent_without_a_terminal() -> None:
     ],
 )
 def test_time_text(seconds: float, text: str) -> None:
-    assert terminal.time_text(seconds) == text
+    assert time_text(seconds) == text
 
 
 @pytest.mark.parametrize(
@@ -289,4 +290,4 @@ def test_time_text(seconds: float, text: str) -> None:
     [(0, "0 B"), (999, "999 B"), (8_256, "8.3 KB"), (36.4e6, "36.4 MB"), (2e15, "2000.0 TB")],
 )
 def test_bytes_text(number: float, text: str) -> None:
-    assert terminal.bytes_text(number) == text
+    assert bytes_text(number) == text

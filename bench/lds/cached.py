@@ -13,8 +13,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from rapidin.attribution.clock import Clock
 from rapidin.attribution.ensemble import Ensemble
-from rapidin.attribution.query_sketch import Clock
 from rapidin.evaluate import lds
 from rapidin.evaluate.methods import DEFAULT, each_score, parse_methods
 from rapidin.evaluate.subject import open_data

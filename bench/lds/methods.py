@@ -59,7 +59,8 @@ from rapidin.cache.codec import Format, row_bytes_besides
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, Use
 from rapidin.gradients.preconditioner import DAMPING as SIDE_DAMPING
-from rapidin.gradients.preconditioner import EXPONENT, RANK, Scale, kfac_scales
+from rapidin.gradients.preconditioner import EXPONENT, RANK, kfac_scales
+from rapidin.gradients.scale import Scale
 
 PATH = (0.1, 0.3, 0.5, 0.7, 0.9)
 THREE = (0.1, 0.5, 0.9)

@@ -25,7 +25,7 @@ from on_gpu.plan import Facts
 from rapidin import Attributor
 from rapidin.cache.codec import FloatCode, PackedCode
 from rapidin.data.encoding import Encoded, by_length
-from rapidin.gradients.collector import Batch, example_losses
+from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.preconditioner import KFAC_SAMPLE, GeometryChoice
 
 CACHING_GOAL, PACK_GOAL = 0.93, 0.02

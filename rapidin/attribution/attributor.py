@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, get_args
@@ -14,30 +14,26 @@ import torch
 from torch import Tensor
 
 from rapidin import distributed
-from rapidin.attribution.query_sketch import Generation, as_records
 from rapidin.cache import Cache, CacheWriter, Manifest, ShardWriter, build, codec, other_model
+from rapidin.cache.build import OnProgress, _Meter
 from rapidin.cache.codec import Format
+from rapidin.cache.layout import layer_table
 from rapidin.cache.manifest import gradient_settings
 from rapidin.data.encoding import Encoded, Encoder, Status, by_length
 from rapidin.data.examples import Examples, Record, open_examples
+from rapidin.data.generations import Generation, as_records
 from rapidin.data.spans import HOTWORDS, Targets, find, split_words
 from rapidin.data.spans import check as check_targets
 from rapidin.errors import UserError, is_out_of_memory, short
-from rapidin.gradients.collector import (
-    Batch,
-    GradientSketcher,
-    LossKind,
-    NotBatchedError,
-    Projection,
-    evaluation_mode,
-)
+from rapidin.gradients.batch import Batch, LossKind, evaluation_mode
+from rapidin.gradients.collector import GradientSketcher, NotBatchedError, Projection
 from rapidin.gradients.dropout import Thinning
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.load import DEFAULT_AT, LoadedModel, load_model
-from rapidin.gradients.parameters import coverage, find_targets, layer_table
+from rapidin.gradients.parameters import coverage, find_targets
 from rapidin.gradients.preconditioner import STREAM, Geometry, GeometryChoice, Moments, kfac_scales
 from rapidin.ops.transfer import Download, upload
-from rapidin.results.types import Results
+from rapidin.results.collection import Results
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -48,23 +44,6 @@ PROJECTIONS = get_args(Projection)
 HASH = "lowbias32-1"  # the definition of bins and signs in docs/sketch.md
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
-    """How far caching is.
-
-    done of total examples, of which `resumed` were there already; tokens: read by this run;
-    skipped: examples without a sketch in this run; message: something to tell the user, once. Of several
-    processes, all count."""
-
-    done: int
-    total: int
-    tokens: int
-    skipped: int
-    resumed: int
-    message: str | None = None
-
-
-OnProgress = Callable[[Progress], None]
 _T = TypeVar("_T")
 
 
@@ -151,7 +130,12 @@ class Attributor:
             width = 65536 if projection == "rapidgrad" else codec.width_for(len(self.targets), budget)
         self.width = width
         self._last: Cache | None = None  # the cache that was last opened by its path
-        self.layers = layer_table(self.targets, self.points, width, whole=projection == "rapidgrad")
+        self.layers = layer_table(
+            [(target.name, target.shape) for target in self.targets],
+            self.points,
+            width,
+            whole=projection == "rapidgrad",
+        )
         self.sketcher = GradientSketcher(
             self.loaded.model, self.targets, width=width, seed=seed, projection=projection, loss=loss
         )
@@ -765,45 +749,3 @@ class Attributor:
 
 def _on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
     return upload(torch.tensor(numbers, dtype=dtype, device="cpu"), device)
-
-
-class _Meter:
-    """Counts what caching does and tells the caller."""
-
-    def __init__(
-        self, on_progress: OnProgress | None, writer: ShardWriter, world: distributed.World, sampled: int
-    ) -> None:
-        """sampled: examples sketched by an earlier run that wait for their shards."""
-        self._tell = on_progress
-        rows_of = writer.manifest.rows_of
-        self._total = sum(map(rows_of, writer.wanted))
-        self._resumed = self._total - sum(map(rows_of, writer.missing)) + sampled
-        self._tally = world.tally(3)  # done, tokens, skipped
-        self._under_way: list[tuple[int, int, Download | None]] = []
-        self.tell(None)
-
-    def sketched(self, done: int, tokens: int, skipped: Download | None) -> None:
-        """Counts a batch when the device has made it: `add`, with skipped on its way to the CPU."""
-        self._under_way.append((done, tokens, skipped))
-        self.settle(wait=False)
-
-    def settle(self, *, wait: bool) -> None:
-        """Counts batches that are made; wait: all of them."""
-        while self._under_way:
-            done, tokens, skipped = self._under_way[0]
-            if not (wait or skipped is None or skipped.ready()):
-                return
-            del self._under_way[0]
-            self.add(done, tokens, skipped=0 if skipped is None else int(skipped.wait()[0]))
-        if wait:
-            self._tally.total(now=True)
-
-    def add(self, done: int, tokens: int, *, skipped: int) -> None:
-        self._tally.add(done, tokens, skipped)
-        self.tell(None)
-
-    def tell(self, message: str | None, *, now: bool = False) -> None:
-        done, tokens, skipped = self._tally.total(now=now)
-        if self._tell:
-            done += self._resumed
-            self._tell(Progress(done, self._total, tokens, skipped, self._resumed, message))

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.data.examples import FORMS, form_of
+from rapidin.data.records import record_parts
 from rapidin.errors import needs
-from rapidin.gradients.collector import Batch, evaluation_mode, takes
+from rapidin.gradients.batch import Batch, evaluation_mode, takes
 from rapidin.gradients.load import LoadedModel
-from rapidin.results.terminal import record_parts
 from rapidin.results.types import Hit, QueryResult, Standing
 
 Floats = npt.NDArray[np.float64]

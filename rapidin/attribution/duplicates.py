@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 
 from rapidin.cache import Cache
-from rapidin.results.terminal import record_parts
+from rapidin.data.records import record_parts
 from rapidin.results.types import Hit
 
 NEAR = 0.8

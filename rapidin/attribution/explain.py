@@ -12,15 +12,19 @@ from torch import Tensor
 
 from rapidin.attribution import baselines, methods, token_contributions
 from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.clock import Clock
 from rapidin.attribution.groups import groups, histogram
-from rapidin.attribution.query_sketch import Clock, Generation, Query, Scoring, Wanted, sources, weights_of
+from rapidin.attribution.options import Scoring, Wanted
+from rapidin.attribution.query_sketch import Query, sources, weights_of
 from rapidin.attribution.rerank import Sureness, find
 from rapidin.attribution.scan import Ends, Source, all_scores, hits_of, scores_of
 from rapidin.cache import Cache
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.examples import Examples, Record
+from rapidin.data.generations import Generation
 from rapidin.errors import UserError
-from rapidin.results.types import Group, Hit, QueryResult, Results, TargetResult, Tokens
+from rapidin.results.collection import Results
+from rapidin.results.types import Group, Hit, QueryResult, TargetResult, Tokens
 
 OnStage = Callable[[str, int, int], None]  # what is done, how much of it, of how much
 

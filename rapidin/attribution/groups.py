@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rapidin.attribution.scan import cached_record
+from rapidin.attribution.training_data import cached_record
 from rapidin.cache import Cache
 from rapidin.data.examples import Examples
 from rapidin.errors import UserError, short

@@ -9,8 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rapidin.attribution.clock import Clock
 from rapidin.attribution.duplicates import exact_copies, fold, shingles_of, wanted_for
-from rapidin.attribution.query_sketch import Clock, Wanted
+from rapidin.attribution.options import Wanted
 from rapidin.attribution.scan import Ends, Source, hits_of, rescore, scan_cache
 from rapidin.attribution.score_errors import Details, details, places
 from rapidin.data.examples import Examples

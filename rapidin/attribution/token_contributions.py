@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rapidin.data.encoding import Encoded
 from rapidin.errors import UserError
-from rapidin.gradients.collector import Batch
+from rapidin.gradients.batch import Batch
 
 if TYPE_CHECKING:
     from rapidin.attribution.attributor import Attributor

@@ -13,13 +13,14 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
 import torch
 from torch import Tensor
 
-from rapidin import ops
+from rapidin import distributed, ops
 from rapidin.cache import Cache, CacheWriter, Manifest, ShardWriter, codec
 from rapidin.cache.codec import Basis, Code, PackedCode
 from rapidin.cache.shards import Rows
@@ -367,3 +368,64 @@ class _WriterThread:
             self._wait()
         finally:
             self._pool.shutdown()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far caching is.
+
+    done of total examples, of which `resumed` were there already; tokens: read by this run;
+    skipped: examples without a sketch in this run; message: something to tell the user, once. Of several
+    processes, all count."""
+
+    done: int
+    total: int
+    tokens: int
+    skipped: int
+    resumed: int
+    message: str | None = None
+
+
+OnProgress = Callable[[Progress], None]
+
+
+class _Meter:
+    """Counts what caching does and tells the caller."""
+
+    def __init__(
+        self, on_progress: OnProgress | None, writer: ShardWriter, world: distributed.World, sampled: int
+    ) -> None:
+        """sampled: examples sketched by an earlier run that wait for their shards."""
+        self._tell = on_progress
+        rows_of = writer.manifest.rows_of
+        self._total = sum(map(rows_of, writer.wanted))
+        self._resumed = self._total - sum(map(rows_of, writer.missing)) + sampled
+        self._tally = world.tally(3)  # done, tokens, skipped
+        self._under_way: list[tuple[int, int, Download | None]] = []
+        self.tell(None)
+
+    def sketched(self, done: int, tokens: int, skipped: Download | None) -> None:
+        """Counts a batch when the device has made it: `add`, with skipped on its way to the CPU."""
+        self._under_way.append((done, tokens, skipped))
+        self.settle(wait=False)
+
+    def settle(self, *, wait: bool) -> None:
+        """Counts batches that are made; wait: all of them."""
+        while self._under_way:
+            done, tokens, skipped = self._under_way[0]
+            if not (wait or skipped is None or skipped.ready()):
+                return
+            del self._under_way[0]
+            self.add(done, tokens, skipped=0 if skipped is None else int(skipped.wait()[0]))
+        if wait:
+            self._tally.total(now=True)
+
+    def add(self, done: int, tokens: int, *, skipped: int) -> None:
+        self._tally.add(done, tokens, skipped)
+        self.tell(None)
+
+    def tell(self, message: str | None, *, now: bool = False) -> None:
+        done, tokens, skipped = self._tally.total(now=now)
+        if self._tell:
+            done += self._resumed
+            self._tell(Progress(done, self._total, tokens, skipped, self._resumed, message))

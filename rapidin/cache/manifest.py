@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from rapidin.cache.codec import FLOATS, PACKED, Format, Shape
+from rapidin.cache.layout import Block
 from rapidin.errors import UserError, short
 from rapidin.files import read_own, replace_file
-from rapidin.gradients.parameters import Block
 
 FORMAT = "rapidin-cache"
 VERSION = 2

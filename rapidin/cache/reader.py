@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rapidin.cache import receipts
 from rapidin.cache.codec import FLOATS, Basis, Code, FloatCode, PackedCode, Shape
+from rapidin.cache.layout import Block
 from rapidin.cache.manifest import NAME, Manifest, Packing, Shard, geometry_words, shard_name
 from rapidin.cache.shards import (
     Fields,
@@ -35,7 +36,6 @@ from rapidin.cache.shards import (
 )
 from rapidin.errors import UserError
 from rapidin.files import LOCK, PARTIAL, lock_folder, own_size, reason, remove_partials
-from rapidin.gradients.parameters import Block
 
 if TYPE_CHECKING:
     from typing_extensions import Self

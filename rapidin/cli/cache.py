@@ -207,9 +207,11 @@ def cache(
 
     Stopped at any moment, the same command goes on where it was.
     """
+    from rapidin.cli.progress import CachingBar
+    from rapidin.cli.tables import counts_text
     from rapidin.data.examples import files, open_examples
     from rapidin.distributed import world
-    from rapidin.results import terminal
+    from rapidin.results.text import bytes_text, one_line, time_text
 
     where, of_parts = points(at), _part(part)
     console = messages(quiet)
@@ -218,7 +220,7 @@ def cache(
         # Before the model: mistakes in the data show at once.
         examples = open_examples(files(data), limit=limit, skip=on_error == OnError.skip)
     if console.is_terminal:
-        console.print(f"{len(examples):,} examples in {terminal.one_line(', '.join(data))}")
+        console.print(f"{len(examples):,} examples in {one_line(', '.join(data))}")
     loaded, of = None, None
     for job in jobs:
         with quiet_libraries():
@@ -261,7 +263,7 @@ def cache(
                     attributor.encoder.check(examples)
             if job is jobs[0] and world().leads:
                 _tell_malformed(examples)
-            with terminal.CachingBar(console) as bar:
+            with CachingBar(console) as bar:
                 try:
                     cache = attributor.cache(
                         examples,
@@ -284,13 +286,13 @@ def cache(
         info = cache.info()
         here = bar.last.done - bar.last.resumed
         if here:
-            did = f"cached {here:,} examples in {terminal.time_text(bar.seconds)}"
+            did = f"cached {here:,} examples in {time_text(bar.seconds)}"
             did += f" ({here / bar.seconds:,.1f} examples/s, {bar.last.tokens / bar.seconds:,.0f} tokens/s)"
             if bar.last.resumed:
                 did += f" after the {bar.last.resumed:,} that were there"
         else:
             did = f"all {bar.last.total:,} examples were there already"
-        counts, size = terminal.counts_text(info["counts"]), terminal.bytes_text(info["bytes"])
+        counts, size = counts_text(info["counts"]), bytes_text(info["bytes"])
         line(f"{did}: {counts}; {size} in {job.out}")
 
 
@@ -316,7 +318,8 @@ def _jobs(
     """The caches that a command makes; of several, `out` says what they are."""
     if checkpoints is None and masks is None:
         return [_Job(out, (model, adapter, base))]
-    from rapidin.attribution.ensemble import Ensemble, find_checkpoints
+    from rapidin.attribution.checkpoints import find_checkpoints
+    from rapidin.attribution.ensemble import Ensemble
     from rapidin.distributed import world
     from rapidin.gradients.dropout import Thinning
 
@@ -437,8 +440,9 @@ def plan(
     quiet: Quiet = False,
 ) -> None:
     """Say what a cache would take: bytes, time and memory with each code, from a short measurement."""
+    from rapidin.cli.tables import plan_report
     from rapidin.data.examples import open_examples
-    from rapidin.results import terminal
+    from rapidin.results.terminal import make_console
 
     if examples is None and data is None:
         raise UserError("nothing to plan for", "say how many --examples, or name the --data")
@@ -462,4 +466,4 @@ def plan(
         with console.status("measuring a batch"):
             count = examples if examples is not None else len(opened or ())
             plan = make_plan(attributor, count, opened, tokens)
-    terminal.console(sys.stdout).print(terminal.plan_report(plan))
+    make_console(sys.stdout).print(plan_report(plan))

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def line(text: str) -> None:
     """A line of rapidin's own on standard error."""
-    from rapidin.results.terminal import one_line
+    from rapidin.results.text import one_line
 
     print(f"rapidin: {one_line(text)}", file=sys.stderr)
 
@@ -28,10 +28,10 @@ def line(text: str) -> None:
 def messages(quiet: bool) -> "Console":
     """Where progress goes: standard error, and nowhere when quiet or another process speaks."""
     from rapidin.distributed import world
-    from rapidin.results import terminal
+    from rapidin.results.terminal import make_console
 
-    console = terminal.console(sys.stderr)
-    return terminal.console(open(os.devnull, "w")) if quiet or not world().leads else console
+    console = make_console(sys.stderr)
+    return make_console(open(os.devnull, "w")) if quiet or not world().leads else console
 
 
 @contextmanager

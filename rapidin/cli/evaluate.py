@@ -512,7 +512,7 @@ def _evaluation(json: str | None, quiet: bool) -> "Iterator[tuple[Say, Any]]":
     with quiet_libraries():
         from rapidin.evaluate import figures
         from rapidin.evaluate.result import silent
-        from rapidin.results import terminal
+        from rapidin.results.terminal import make_console
 
         for package in ("sklearn", "scipy", "rank_bm25"):  # before hours of work
             figures.needs(package)
@@ -524,7 +524,7 @@ def _evaluation(json: str | None, quiet: bool) -> "Iterator[tuple[Say, Any]]":
                 return
             if json is not None:
                 write_text(json, text + "\n")
-            out = terminal.console(sys.stdout)
+            out = make_console(sys.stdout)
             out.print(result.table(out.width))
 
         yield (silent if quiet else line), show

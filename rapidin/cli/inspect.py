@@ -15,35 +15,38 @@ from rapidin.errors import UserError
 def info(cache: CacheFolder) -> None:
     """Say what a cache holds and how it was made."""
     from rapidin.cache import Cache
-    from rapidin.results import terminal
+    from rapidin.cli.tables import info_report
+    from rapidin.results.terminal import make_console
 
-    out = terminal.console(sys.stdout)
+    out = make_console(sys.stdout)
     for number, folder in enumerate(folders_of(cache)):
         if number:
             out.print()
-        out.print(terminal.info_report(Cache(folder).info()))
+        out.print(info_report(Cache(folder).info()))
 
 
 @command("verify")
 def verify(cache: CacheFolder, quiet: Quiet = False) -> None:
     """Check every byte of a cache against its checksums."""
     from rapidin.cache import Cache, Manifest
-    from rapidin.results import terminal
+    from rapidin.cli.progress import BytesBar
+    from rapidin.cli.tables import size_text
+    from rapidin.results.text import one_line
 
     for folder in folders_of(cache):
         manifest = Manifest.read(folder)
-        with terminal.BytesBar(messages(quiet), "reading") as bar:
+        with BytesBar(messages(quiet), "reading") as bar:
             problems = Cache.verify(folder, on_progress=bar)
         if problems:
             for problem in problems[1:]:
-                print(terminal.one_line(problem))
+                print(one_line(problem))
             others = f" (and {len(problems) - 1} more, on standard output)" if problems[1:] else ""
             raise UserError(
                 problems[0] + others, "delete the file, and the same 'rapidin cache' command makes it again"
             )
-        size = terminal.size_text(sum(shard.bytes for shard in manifest.shards), None, len(manifest.shards))
+        size = size_text(sum(shard.bytes for shard in manifest.shards), None, len(manifest.shards))
         rows = f"{manifest.rows_done:,}" + ("" if manifest.complete else f" of {manifest.rows:,}")
-        print(f"{terminal.one_line(str(folder))}: every byte is as it was written ({rows} examples, {size})")
+        print(f"{one_line(str(folder))}: every byte is as it was written ({rows} examples, {size})")
 
 
 @command("merge")
@@ -59,10 +62,11 @@ def merge(
 ) -> None:
     """Put the parts of one cache together, checking every byte."""
     from rapidin.cache.merge import merge as merged
-    from rapidin.results import terminal
+    from rapidin.cli.progress import BytesBar
+    from rapidin.cli.tables import size_text
 
-    with terminal.BytesBar(messages(quiet), "copying") as bar:
+    with BytesBar(messages(quiet), "copying") as bar:
         cache = merged(out, caches, on_progress=bar)
     if not quiet:
-        size = terminal.size_text(cache.bytes, None, len(cache.manifest.shards))
+        size = size_text(cache.bytes, None, len(cache.manifest.shards))
         line(f"{len(cache):,} examples of {len(caches):,} parts are in {out} ({size})")

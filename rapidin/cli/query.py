@@ -178,7 +178,9 @@ def query(
     A positive score: training on the example made the generation more likely (helpful). A negative score: it
     made it less likely (harmful).
     """
-    from rapidin.results import terminal as terminal
+    from rapidin.results.json import results_json
+    from rapidin.results.terminal import hits_report, make_console
+    from rapidin.results.text import bytes_text, time_text
 
     _check_query(ask, prompt, completion, data)
     if tokens and hotwords is not None:
@@ -193,7 +195,7 @@ def query(
     console = messages(quiet)
     with quiet_libraries():
         from rapidin.attribution.groups import check_column
-        from rapidin.attribution.scan import training_data
+        from rapidin.attribution.training_data import training_data
         from rapidin.cache import Cache
         from rapidin.data.examples import files
 
@@ -236,26 +238,26 @@ def query(
     if not leads:
         return
     if json == "-":
-        print(terminal.results_json(results))
+        print(results_json(results))
     else:
         if json is not None:
-            write_text(json, terminal.results_json(results) + "\n")
-        out = terminal.console(sys.stdout)
-        out.print(terminal.hits_report(results, width=out.width))
+            write_text(json, results_json(results) + "\n")
+        out = make_console(sys.stdout)
+        out.print(hits_report(results, width=out.width))
     if report is not None:
         from rapidin.results.html import page
 
         text = page(results, about=_about(ensemble))
         write_text(report, text)
         if not quiet:
-            line(f"the page is in {report} ({terminal.bytes_text(len(text.encode()))})")
+            line(f"the page is in {report} ({bytes_text(len(text.encode()))})")
     for n, result in enumerate(results, 1):
         if result.missing:
             words = ", ".join(f"'{word}'" for word in result.missing)
             line(f"the completion of query {n} does not say {words}")
     if not quiet:
         seconds = results[0].seconds
-        stages = ", ".join(f"{stage} {terminal.time_text(value)}" for stage, value in seconds.items())
+        stages = ", ".join(f"{stage} {time_text(value)}" for stage, value in seconds.items())
         count = f"{len(generations):,} {'query' if len(generations) == 1 else 'queries'}"
         said = f"{count} over {len(opened):,} examples: {stages}"
         if not opened.manifest.complete:

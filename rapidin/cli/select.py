@@ -87,7 +87,7 @@ def select(
     with quiet_libraries():
         import torch
 
-        from rapidin.attribution.scan import training_data
+        from rapidin.attribution.training_data import training_data
 
         ensemble = open_caches(cache)
         opened = ensemble.caches[-1]
@@ -149,7 +149,7 @@ def self_(
     Needs the cache alone, no model.
     """
     from rapidin.attribution.selection import table
-    from rapidin.results import terminal
+    from rapidin.results.terminal import hits_table, make_console
 
     if out is not None and out != "-":
         check_writable(out)
@@ -158,7 +158,8 @@ def self_(
         import torch
 
         from rapidin.attribution.methods import self_influence
-        from rapidin.attribution.scan import hits_of, training_data
+        from rapidin.attribution.scan import hits_of
+        from rapidin.attribution.training_data import training_data
         from rapidin.cache import Cache
         from rapidin.data.examples import files
 
@@ -179,5 +180,5 @@ def self_(
             print(text, end="")
             return
         write_text(out, text)
-    shown = terminal.console(sys.stdout)
-    shown.print(terminal.hits_table("Largest self-influence", hits, bounded=False))
+    shown = make_console(sys.stdout)
+    shown.print(hits_table("Largest self-influence", hits, bounded=False))

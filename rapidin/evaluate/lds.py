@@ -377,7 +377,7 @@ class Clock:
         self._start = self._said = time.monotonic()
 
     def step(self, done: int, total: int, loss: float) -> None:
-        from rapidin.results.terminal import time_text
+        from rapidin.results.text import time_text
 
         if self.done == self._first and done > self.done + 1:
             self._first = done - 1  # gone on with

@@ -13,15 +13,17 @@ import numpy.typing as npt
 
 from rapidin.attribution import methods as known
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.ensemble import find_checkpoints
-from rapidin.attribution.query_sketch import Generation, Part, Scoring
+from rapidin.attribution.checkpoints import find_checkpoints
+from rapidin.attribution.options import Scoring
+from rapidin.attribution.query_sketch import Part
 from rapidin.attribution.query_sketch import scores as part_scores
 from rapidin.cache import Cache
 from rapidin.data.examples import Examples
+from rapidin.data.generations import Generation
 from rapidin.errors import UserError
 from rapidin.evaluate.result import Say, silent
 from rapidin.gradients.load import LoadedModel
-from rapidin.results.terminal import time_text
+from rapidin.results.text import time_text
 
 Floats = npt.NDArray[np.float64]
 
@@ -180,8 +182,8 @@ def parts_at(
     """The caches of a place with the sketches of the queries there.
 
     load: the tuned model (None) or one of its checkpoints, whose folder is `checkpoints`; their weights are
-    those of `rapidin.attribution.ensemble.find_checkpoints`, adding up to 1. Raises UserError where there are
-    none.
+    those of `rapidin.attribution.checkpoints.find_checkpoints`, adding up to 1. Raises UserError where there
+    are none.
     """
     kept = find_checkpoints(checkpoints)[0] if checkpoints.exists() else []
     last = kept[-1].path if kept else None

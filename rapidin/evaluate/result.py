@@ -17,7 +17,7 @@ from rich.text import Text
 from rapidin.attribution.selection import jsonl
 from rapidin.evaluate.figures import Figure
 from rapidin.files import replace_file
-from rapidin.results.terminal import one_line
+from rapidin.results.text import one_line
 
 Say = Callable[[str], None]  # a line about what goes on
 

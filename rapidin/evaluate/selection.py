@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rapidin.attribution.query_sketch import Scoring
+from rapidin.attribution.options import Scoring
 from rapidin.attribution.query_sketch import scores as part_scores
 from rapidin.attribution.selection import best_rows
 from rapidin.data.encoding import Encoded, Encoder, Status

@@ -12,11 +12,12 @@ import numpy.typing as npt
 
 from rapidin.attribution import baselines
 from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.clock import Clock
 from rapidin.attribution.ensemble import Ensemble
-from rapidin.attribution.query_sketch import Clock, Generation
-from rapidin.attribution.scan import training_data
+from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache
 from rapidin.data.examples import Examples, Files
+from rapidin.data.generations import Generation
 from rapidin.errors import UserError, short
 from rapidin.evaluate.methods import Floats, Method, each_score
 from rapidin.evaluate.result import Result, Say, silent

@@ -197,7 +197,7 @@ def _loss(model: Any, examples: Sequence[Encoded], pad: int, device: torch.devic
 @torch.no_grad()
 def losses(model: Any, examples: Sequence[Encoded], *, batch_tokens: int = 2048) -> Tensor:
     """Mean loss of each example over its completion tokens: [n] float32 on the CPU, in their order."""
-    from rapidin.gradients.collector import Batch, example_losses
+    from rapidin.gradients.batch import Batch, example_losses
 
     model.eval()
     device = next(iter(model.parameters())).device

@@ -8,10 +8,11 @@ computed.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import TYPE_CHECKING, Any, Literal
+from math import prod
+from typing import TYPE_CHECKING, Literal
 
 from rapidin.errors import UserError
 
@@ -19,36 +20,6 @@ if TYPE_CHECKING:
     from torch import nn
 
 Kind = Literal["linear", "conv1d", "bias", "embedding", "module", "autograd"]
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """One parameter's part of a sketch, at one point of the path from base to tuned model.
-
-    name: the parameter's name in the model; shape: its shape; at: the point (0 = base, 1 = tuned);
-    start, width: the block is ``sketch[start : start + width]``.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    at: float
-    start: int
-    width: int
-
-    def to_json(self) -> dict[str, Any]:
-        """The block as the manifest keeps it."""
-        return asdict(self) | {"shape": list(self.shape)}
-
-    @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Block:
-        """The block that `to_json` wrote; KeyError, TypeError or ValueError where it is none."""
-        return Block(
-            name=str(value["name"]),
-            shape=tuple(int(n) for n in value["shape"]),
-            at=float(value["at"]),
-            start=int(value["start"]),
-            width=int(value["width"]),
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +52,7 @@ def block_seed(seed: int, name: str) -> int:
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
     """(O, I) of a parameter's gradient read as a matrix: the first axis, and the product of the rest."""
-    return (shape[0] if shape else 1), _numel(shape[1:])
-
-
-def layer_table(
-    targets: Sequence[Target], points: Sequence[float], width: int, *, whole: bool = False
-) -> list[Block]:
-    """Blocks of `width` numbers, points outermost, in the order of `targets`; `whole`: one for all."""
-    named = (
-        [("*", (sum(_numel(t.shape) for t in targets),))] if whole else [(t.name, t.shape) for t in targets]
-    )
-    pairs = [(at, name, shape) for at in points for name, shape in named]
-    return [Block(name, shape, at, n * width, width) for n, (at, name, shape) in enumerate(pairs)]
+    return (shape[0] if shape else 1), prod(shape[1:])
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
@@ -144,15 +104,8 @@ def find_targets(
 
 def coverage(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int]:
     """(numbers in the parameters that count, numbers in all parameters of the model)."""
-    counted = sum(_numel(t.shape) for t in targets)
-    return counted, sum(_numel(shape) for shape in _uses(model)[0].values())
-
-
-def _numel(shape: Sequence[int]) -> int:
-    total = 1
-    for n in shape:
-        total *= n
-    return total
+    counted = sum(prod(t.shape) for t in targets)
+    return counted, sum(prod(shape) for shape in _uses(model)[0].values())
 
 
 def _output_head(model: nn.Module) -> str | None:

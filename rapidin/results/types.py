@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
-
-from rapidin.errors import needs
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import numpy as np
@@ -226,14 +224,17 @@ class QueryResult:
     overlaps: Mapping[str, int] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
 
+    # Set by `rapidin.results.collection`, which knows the page; this module does not.
+    notebook: ClassVar[Callable[[Sequence[QueryResult]], str] | None] = None
+
     @property
     def bounded(self) -> bool:
         """Whether scores lie between -1 and 1."""
         return self.method == "dot" and self.normalize != "none"
 
-    def _repr_html_(self) -> str:
-        """The view in notebooks."""
-        return Results([self])._repr_html_()
+    def _repr_html_(self) -> str | None:
+        """The view in notebooks; None, for the plain text, where nothing has set `notebook`."""
+        return None if QueryResult.notebook is None else QueryResult.notebook([self])
 
     def to_json(self) -> dict[str, Any]:
         """The query as `rapidin query --json` prints it."""
@@ -265,63 +266,3 @@ class QueryResult:
         if self.histogram is not None:
             value["histogram"] = self.histogram.to_json()
         return value
-
-
-class Results(list[QueryResult]):
-    """What a query gives: the hits of each generation, as a list with a view in notebooks."""
-
-    def __init__(self, results: Sequence[QueryResult] = ()) -> None:
-        super().__init__(results)
-
-    def _repr_html_(self) -> str:
-        """The view in notebooks: the page of `rapidin.results.html`, in a frame."""
-        from rapidin.results.html import notebook
-
-        return notebook(self)
-
-    def to_list(self) -> list[dict[str, Any]]:
-        """All hits, a flat dict each, of the same keys for all.
-
-        query: number of the generation, from 0; side: "helpful" for the top of a ranking, "harmful" for its
-        bottom; rank, index, row, score, error, first_rank, last_rank, tied, estimate, copies (how many
-        others are folded into it) as in `Hit`; for each baseline its "<name> score" and "<name> rank";
-        asked, answered: the generation; and the example's fields, as "example.<field>". None where something
-        is not known.
-        """
-        hits = [
-            (number, result, side, hit)
-            for number, result in enumerate(self)
-            for side, found in (("helpful", result.top), ("harmful", result.bottom))
-            for hit in found
-        ]
-        baselines = dict.fromkeys(name for *_, hit in hits for name in hit.standings)
-        fields = dict.fromkeys(name for *_, hit in hits for name in hit.example or {})
-        return [
-            {
-                "query": number,
-                "side": side,
-                "rank": hit.rank,
-                "index": hit.index,
-                "row": hit.row,
-                "score": hit.score,
-                "error": hit.error,
-                "first_rank": None if hit.ranks is None else hit.ranks[0],
-                "last_rank": None if hit.ranks is None else hit.ranks[1],
-                "tied": None if hit.ranks is None else hit.tied,
-                "estimate": hit.estimate,
-                "copies": len(hit.copies) + hit.copies_more,
-                **{
-                    f"{name} {what}": getattr(hit.standings[name], what) if name in hit.standings else None
-                    for name in baselines
-                    for what in ("score", "rank")
-                },
-                "asked": result.prompt,
-                "answered": result.completion,
-                **{f"example.{name}": (hit.example or {}).get(name) for name in fields},
-            }
-            for number, result, side, hit in hits
-        ]
-
-    def to_pandas(self) -> Any:
-        """`to_list` as a pandas DataFrame, a row a hit. UserError where pandas is not installed."""
-        return needs("pandas", "to_pandas()", "notebook").DataFrame(self.to_list())

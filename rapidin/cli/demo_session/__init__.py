@@ -54,11 +54,11 @@ class _Demo:
     """The stages, in the order of `run`, with the files they leave in `folder`."""
 
     def __init__(self, folder: Path, seed: int) -> None:
-        from rapidin.results.terminal import console
+        from rapidin.results.terminal import make_console
 
         self.folder = folder
         self.seed = seed
-        self.console: Console = console(sys.stdout)
+        self.console: Console = make_console(sys.stdout)
         self.seconds: dict[str, float] = {}
 
     def run(self, kept: bool) -> int:
@@ -179,7 +179,7 @@ class _Demo:
 
     def _command(self, *arguments: str) -> int:
         """Run a `rapidin` command in the demo's folder as if it had been typed; its exit code."""
-        from rapidin.cli import main
+        from rapidin.cli.run import main
 
         number = 4 if arguments[0] == "cache" else 5
         what = "sketch each row's gradient" if number == 4 else "the rows behind what the tuned model says"

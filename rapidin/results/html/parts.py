@@ -8,9 +8,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from rapidin.data.records import record_parts
 from rapidin.results.html import drawings, shades
 from rapidin.results.html.text import block, piece, plain, shortened
-from rapidin.results.terminal import MEANING, error_text, record_parts, scale_text, score_text
+from rapidin.results.text import MEANING, error_text, scale_text, score_text
 from rapidin.results.types import Group, Hit, QueryResult, TargetResult, Tokens
 
 _STRONGEST = 5  # tokens named in words

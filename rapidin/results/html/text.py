@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from html import escape as _quoted
 
-from rapidin.results.terminal import STEERING, escape
+from rapidin.results.text import STEERING, escape
 
 # What has no width of its own, and tag characters, which can spell words that only a model reads. Joiners
 # stay: scripts and emoji need them.

@@ -1,0 +1,84 @@
+"""The checkpoints of a training run and their weights."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+
+from rapidin.errors import UserError, short
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """A `checkpoint-<step>` folder of a Hugging Face training run. weight: the sum of the learning rates of
+    the steps since the checkpoint before; is_adapter: it holds an adapter, not a whole model."""
+
+    path: Path
+    step: int
+    weight: float
+    is_adapter: bool
+
+
+def find_checkpoints(folder: str | Path) -> tuple[list[Checkpoint], bool]:
+    """The checkpoints of a training run by step, and whether their learning rates were found.
+
+    The rates are those in the last checkpoint's `trainer_state.json`, as far as they were logged; where none
+    was, all steps weigh alike. Raises UserError where there are no checkpoints, or adapters and whole models
+    are mixed.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"no such folder of checkpoints: '{folder}'")
+    steps: dict[int, Path] = {}
+    for path in folder.iterdir():
+        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
+        if match and path.is_dir():
+            steps[int(match[1])] = path
+    if not steps:
+        raise UserError(f"'{folder}' holds no checkpoint-<step> folders", "name the trainer's output folder")
+    adapters = {step: (path / "adapter_config.json").exists() for step, path in steps.items()}
+    if len(set(adapters.values())) > 1:
+        raise UserError(f"the checkpoints in '{folder}' are adapters and whole models", "keep one kind")
+    order = sorted(steps)
+    rates = _learning_rates(steps[order[-1]])
+    found = [
+        Checkpoint(steps[step], step, _weight(rates, before, step), adapters[step])
+        for before, step in pairwise([0, *order])
+    ]
+    if rates and not sum(c.weight for c in found) > 0:
+        raise UserError(f"the learning rates in '{steps[order[-1]]}' are all 0", "mend trainer_state.json")
+    return found, bool(rates)
+
+
+def _learning_rates(checkpoint: Path) -> list[tuple[int, float]]:
+    """(step, learning rate) pairs that the trainer logged, by step."""
+    path = checkpoint / "trainer_state.json"
+    if not path.is_file():
+        return []
+    try:
+        history = json.loads(path.read_bytes())["log_history"]
+        pairs = [
+            (int(entry["step"]), float(entry["learning_rate"]))
+            for entry in history
+            if "learning_rate" in entry and "step" in entry
+        ]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"'{path}' cannot be read: {type(error).__name__} {short(error)}",
+            "delete it, and all steps weigh alike",
+        ) from None
+    return sorted(pairs)
+
+
+def _weight(rates: Sequence[tuple[int, float]], before: int, step: int) -> float:
+    """The sum of the learning rates of steps before + 1 .. step, on straight lines between the logs."""
+    if not rates:
+        return float(step - before)
+    numbers, values = zip(*rates, strict=True)
+    return float(np.interp(np.arange(before + 1, step + 1), numbers, values).sum())

@@ -1,0 +1,100 @@
+"""Progress bars of the command line."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+from rich.table import Column
+
+from rapidin.results.text import (
+    one_line,
+    time_text,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+    from rapidin.cache.build import Progress
+
+
+class _Shown:
+    """A bar that is on the terminal inside a `with` block."""
+
+    _bar: Bar
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+
+class CachingBar(_Shown):
+    """Shows how far caching is: examples/s, tokens/s and time left; call it with each `Progress`.
+
+    Silent where the console is no terminal. last: the latest progress; seconds: time since the first.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self.last: Progress | None = None
+        self._started = time.perf_counter()
+        self._console = console
+        self._bar = Bar(
+            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
+            TextColumn("{task.fields[rates]}", table_column=Column(no_wrap=True)),
+            console=console,
+            expand=True,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task: TaskID = self._bar.add_task("caching", total=None, rates="")
+
+    @property
+    def seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def __call__(self, progress: Progress) -> None:
+        if self.last is None:
+            self._started = time.perf_counter()
+            if self._console.is_terminal and progress.resumed:
+                self._bar.console.print(
+                    f"{progress.resumed:,} of {progress.total:,} examples were cached before; going on"
+                )
+        self.last = progress
+        if progress.message and self._console.is_terminal:
+            self._bar.console.print(one_line(progress.message))
+        rates = f"{progress.done:,}/{progress.total:,}"
+        here = progress.done - progress.resumed
+        if here and self.seconds > 0:
+            each = self.seconds / here
+            rates += f" · {1 / each:,.1f} examples/s · {progress.tokens / self.seconds:,.0f} tokens/s"
+            rates += f" · {time_text(each * (progress.total - progress.done))} left"
+        self._bar.update(self._task, completed=progress.done, total=progress.total, rates=rates)
+
+
+class BytesBar(_Shown):
+    """Shows how many bytes have been read; call it with (done, total). Silent where there is no terminal."""
+
+    def __init__(self, console: Console, label: str) -> None:
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+            disable=not console.is_terminal,
+        )
+        self._task = self._bar.add_task(label, total=None)
+
+    def __call__(self, done: int, total: int) -> None:
+        self._bar.update(self._task, completed=done, total=total)

@@ -1,0 +1,143 @@
+"""A cache and a plan in a few lines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from rapidin.results.text import (
+    bytes_text,
+    one_line,
+    time_text,
+)
+
+if TYPE_CHECKING:
+    from rapidin.attribution.plan import Plan
+
+
+def info_report(info: Mapping[str, Any]) -> RenderableType:
+    """What `Cache.info()` says, in a few lines."""
+    model, sketch, gradient = info["model"]["source"], info["sketch"], info["gradient"]
+    data, text = info["data"], info["text"]
+    points = " and ".join(f"{point:g}" for point in gradient["at"])
+    where = f"at {points} of the way from the base (0) to the tuned model (1)"
+    if gradient["at"] == [1.0]:
+        where = "at the model itself"
+    progress = "all examples are there"
+    if not info["complete"]:
+        progress = (
+            f"unfinished: {info['rows']:,} of {info['rows_wanted']:,}; the same 'rapidin cache' goes on"
+        )
+    lines = [
+        ("cache", info["path"]),
+        ("", progress),
+        ("model", model.get("model") or "in memory"),
+        ("adapter", model.get("adapter")),
+        ("base", model.get("base")),
+        ("data", f"{_named(data.get('path'))} ({data.get('form')} form)" if data else None),
+        ("examples", counts_text(info["counts"])),
+        ("gradients", f"taken {where}, {gradient['loss']} loss over the tokens"),
+        ("geometry", info.get("geometry")),
+        ("included", ", ".join(gradient["include"])),
+        ("excluded", ", ".join(gradient["exclude"])),
+        (
+            "texts",
+            f"at most {text['max_length']:,} tokens, longer ones {_TOO_LONG[text['too_long']]}{_eos(text)}",
+        ),
+        (
+            "sketch",
+            f"{info['layers']:,} blocks of {sketch['width']:,}: {info['dim']:,} numbers, "
+            f"{sketch['projection']} projection, seed {sketch['seed']}",
+        ),
+        ("kept", kept_text(info)),
+        ("size", size_text(info["bytes"], info["bytes_per_example"], info["shards"])),
+    ]
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for name, value in lines:
+        if value:
+            grid.add_row(name, Text(one_line(str(value))))
+    return grid
+
+
+def _named(path: str | Sequence[str] | None) -> str:
+    return "in memory" if path is None else path if isinstance(path, str) else " and ".join(path)
+
+
+_TOO_LONG = {"truncate": "are cut", "skip": "are skipped"}
+
+
+def _eos(text: Mapping[str, Any]) -> str:
+    return ", end-of-text token added" if text["eos"] else ", no end-of-text token added"
+
+
+_COUNTS = {
+    "empty": "empty",
+    "no_target": "without a completion token",
+    "too_long": "skipped as too long",
+    "nonfinite": "with NaN or Inf gradients",
+    "malformed": "malformed",
+    "too_large": "too large for the memory",
+}
+
+
+def plan_report(plan: Plan) -> RenderableType:
+    """What caching would take, a line a code."""
+    table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
+    table.add_column("kept as", no_wrap=True)
+    for name in ("an example", "all", "a scan", "memory to learn"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for row in plan.rows:
+        learning = bytes_text(row.learnt) if row.learnt else ""
+        table.add_row(row.name, bytes_text(row.example), bytes_text(row.all), time_text(row.scan), learning)
+    head = (
+        f"{plan.examples:,} examples of {plan.tokens:,.0f} tokens, "
+        f"{plan.layers:,} blocks of {plan.width:,} bins: "
+        f"about {time_text(plan.seconds)} to cache, {bytes_text(plan.memory)} of memory"
+    )
+    note = "A scan: one query over all examples in memory. How true each code is: docs/fidelity.md"
+    return Group(Text(head), Text(), table, Text(), Text(note, style="dim"))
+
+
+def kept_text(info: Mapping[str, Any]) -> str:
+    """How a cache keeps its sketches."""
+    code, packing = info["code"], info["packing"]
+    if packing is None:
+        return f"in {code['dtype']}" + (f", {code['bytes']:,} bytes an example" if code["bytes"] else "")
+    shape, parts = packing["shape"], []
+    if shape["head"]:
+        parts.append(f"{shape['head']:,} directions of all layers in int8")
+    if sum(shape["tail"]):
+        parts.append(f"{sum(shape['tail']):,} of single layers in one bit")
+    if sum(shape["rest"]):
+        rest = "other numbers" if parts else "numbers"
+        parts.append(
+            f"{sum(shape['rest']):,} {rest} in {'one bit' if shape['dtype'] == 'sign' else shape['dtype']}"
+        )
+    text = ", ".join(parts)
+    if packing["file"]:
+        sample = f"{packing['statistics'].get('sample', 0):,.0f}"
+        text += f"; learnt from {sample} examples ({bytes_text(packing['bytes'])} for all)"
+    return text
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """How many examples have a sketch, and why the others have none."""
+    parts = [f"{counts.get('ok', 0):,} with a sketch"]
+    parts += [f"{counts[key]:,} {words}" for key, words in _COUNTS.items() if counts.get(key)]
+    if counts.get("truncated"):
+        parts.append(f"{counts['truncated']:,} cut to fit")
+    if counts.get("unlike_sample"):
+        parts.append(f"{counts['unlike_sample']:,} unlike the sample that the code learnt from")
+    return ", ".join(parts)
+
+
+def size_text(total: int, each: float | None, shards: int) -> str:
+    """Bytes of a cache and of an example."""
+    what = f"{bytes_text(total)} in {shards:,} shard{'s' * (shards != 1)}"
+    return what if each is None else f"{what}, {bytes_text(each)} an example"

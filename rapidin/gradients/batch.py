@@ -1,0 +1,88 @@
+"""Batches of texts and the loss of each example."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from rapidin.ops.transfer import upload
+
+LossKind = Literal["mean", "sum"]
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Texts padded on the right. ids: [B, T] int64; mask: [B, T] bool, real tokens; target: [B, T] bool;
+    first: the first position from which some text's target token is predicted, 0 where there is none."""
+
+    ids: Tensor
+    mask: Tensor
+    target: Tensor
+    first: int
+
+    @staticmethod
+    def of(
+        texts: Sequence[tuple[Sequence[int], Sequence[bool]]], device: torch.device | str = "cpu"
+    ) -> Batch:
+        """The batch of (token ids, target flags) pairs."""
+        length = max(len(ids) for ids, _ in texts)
+        cpu, device = torch.device("cpu"), torch.device(device)
+        ids = torch.zeros(len(texts), length, dtype=torch.int64, device=cpu)
+        mask = torch.zeros(len(texts), length, dtype=torch.bool, device=cpu)
+        target = torch.zeros(len(texts), length, dtype=torch.bool, device=cpu)
+        for row, (tokens, flags) in enumerate(texts):
+            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device=cpu)
+            mask[row, : len(tokens)] = True
+            target[row, : len(flags)] = torch.tensor(flags, dtype=torch.bool, device=cpu)
+        # Here, for to ask a GPU is to wait for it.
+        predicted = target[:, 1:].any(0).nonzero()
+        first = int(predicted[0]) if len(predicted) else 0
+        return Batch(upload(ids, device), upload(mask, device), upload(target, device), first)
+
+
+def example_losses(model: nn.Module, batch: Batch, kind: LossKind = "mean") -> Tensor:
+    """Each example's loss over its target tokens: [B] float32.
+
+    Position t's logits predict token t + 1; ``mean`` divides by the example's own number of target tokens.
+    """
+    # Logits before the first target token are never needed, and the output head is a large part of a small
+    # model.
+    first = batch.first
+    kept = batch.ids.shape[1] - first
+    extra: dict[str, Any] = {"logits_to_keep": kept} if takes(model, "logits_to_keep") else {}
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False, **extra).logits
+    logits = logits[:, -kept:-1] if kept > 1 else logits[:, :0]
+    target = batch.target[:, 1 + first :]
+    token_loss = F.cross_entropy(
+        logits.float().flatten(0, 1), batch.ids[:, first + 1 :].flatten(), reduction="none"
+    ).view(target.shape)
+    # where, not a product: a token that does not count must not bring its NaN along.
+    loss = torch.where(target, token_loss, token_loss.new_zeros(())).sum(1)
+    return loss / target.sum(1).clamp(min=1) if kind == "mean" else loss
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether a model's forward pass, below an adapter, has an argument of this name."""
+    inner: Any = model
+    if hasattr(model, "get_base_model"):
+        inner = inner.get_base_model()
+    return name in inspect.signature(inner.forward).parameters
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switches dropout off inside the block, and afterwards restores the mode of every module."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training

@@ -1,0 +1,24 @@
+"""Query results as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rapidin.results.types import QueryResult
+
+
+def results_json(results: Iterable[QueryResult]) -> str:
+    """All queries as one JSON object, in ASCII; a score that is no finite number becomes null."""
+    return json.dumps({"queries": [_finite(result.to_json()) for result in results]}, indent=1, default=str)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(part) for key, part in value.items()}
+    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
