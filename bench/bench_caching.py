@@ -30,7 +30,15 @@ from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.load import LoadedModel
-from rapidin.gradients.preconditioner import DAMPING, EXPONENT, FLOOR, RANK, Geometry, Moments, kfac_scales
+from rapidin.gradients.preconditioner import (
+    DAMPING,
+    EXPONENT,
+    FLOOR,
+    RANK,
+    Moments,
+    Preconditioner,
+    kfac_scales,
+)
 
 EXAMPLES = sized(32, 12)
 LENGTHS = sized((64, 192), (12, 24))  # tokens, of which the second half count
@@ -136,7 +144,9 @@ def bench_caching(benchmark, kind, dtype):
     bare_peak = peak_mb() if counted else 0.0
 
     attributor = Attributor(loaded, batch_tokens=BATCH_TOKENS)
-    attributor.sketcher.geometry = attributor.geometry_of(batches[0])  # the time of the sample is not counted
+    attributor.sketcher.preconditioner = attributor.fit_preconditioner(
+        batches[0]
+    )  # the time of the sample is not counted
     code = make_code(attributor, batches[0], dtype)
 
     sketches: list[torch.Tensor] = []
@@ -180,10 +190,10 @@ def bench_caching(benchmark, kind, dtype):
 
 @pytest.mark.parametrize("form", ["sample", "kfac"])
 @pytest.mark.parametrize("kind", ["linear layers", "LoRA"])
-def bench_geometry(benchmark, kind, form):
-    """Sketching a batch with the factors turned by a geometry, against the same without."""
+def bench_preconditioner(benchmark, kind, form):
+    """Sketching a batch with the factors turned by a preconditioner, against the same without."""
     name = os.environ.get("RAPIDIN_BENCH_MODEL", "random Llama")
-    benchmark.group = f"geometry, {name}, {kind}"
+    benchmark.group = f"preconditioner, {name}, {kind}"
     loaded = make_model(kind)
     texts = make_examples(loaded.model.get_input_embeddings().num_embeddings)
     chosen = by_length(range(EXAMPLES), texts, BATCH_TOKENS)[-1]
@@ -193,23 +203,23 @@ def bench_geometry(benchmark, kind, form):
         factors = FactorMoments(sketcher.targets, RANK, 0)
         measure = partial(sketcher.add_moments, batch, factors)
         measure()
-        geometry = Geometry([kfac_scales(factors, EXPONENT, DAMPING)])
+        preconditioner = Preconditioner([kfac_scales(factors, EXPONENT, DAMPING)])
     else:
         moments = Moments(sketcher.targets)
         measure = partial(sketcher.squares, batch)
         moments.add(measure())
-        geometry = Geometry([moments.scales(EXPONENT, FLOOR)])
+        preconditioner = Preconditioner([moments.scales(EXPONENT, FLOOR)])
 
-    def sketch(with_geometry: Geometry | None) -> None:
-        sketcher.geometry = with_geometry
+    def sketch(with_preconditioner: Preconditioner | None) -> None:
+        sketcher.preconditioner = with_preconditioner
         sketcher(batch)
 
-    others = {"without": lambda: sketch(None), "moments for a geometry": measure}
-    best = in_turns(benchmark, lambda: sketch(geometry), others, seconds=60.0)
+    others = {"without": lambda: sketch(None), "moments for a preconditioner": measure}
+    best = in_turns(benchmark, lambda: sketch(preconditioner), others, seconds=60.0)
     ours = benchmark.stats.stats.min
     note(
         benchmark,
         tokens=int(batch.mask.sum()),
         of_without=best["without"] / ours,
-        moments_over_sketch=best["moments for a geometry"] / best["without"],
+        moments_over_sketch=best["moments for a preconditioner"] / best["without"],
     )

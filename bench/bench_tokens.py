@@ -46,7 +46,7 @@ def bench_tokens(benchmark, kind):
     spans = tuple(Span("", (place,)) for place in range(COMPLETION))
     text = Generation("", "", False, Encoded(ids, counted, Status.OK), spans=spans)
     attributor = Attributor(loaded)
-    attributor.sketcher.geometry = attributor.geometry_of([text.encoded])  # as a cache has it
+    attributor.sketcher.preconditioner = attributor.fit_preconditioner([text.encoded])  # as a cache has it
     whole = [Encoded(ids, [n == t for n in range(len(ids))], Status.OK) for t in range(PROMPT, len(ids))]
     cut, _, _ = attributor.target_queries([text])
     batches = by_length(range(len(cut)), cut, attributor.batch_tokens)
@@ -79,7 +79,7 @@ def bench_scan_for_tokens(benchmark):
     """One scan for a completion and its tokens, against a scan for each of them."""
     benchmark.group = f"a scan for {COMPLETION} tokens and their completion"
     loaded = make_model("LoRA")
-    attributor = Attributor(loaded, geometry="off")
+    attributor = Attributor(loaded, preconditioner="off")
     rows = [{"text": f"{n} is {n * n} or so"} for n in range(ROWS)]
     with tempfile.TemporaryDirectory() as folder:
         cache = attributor.cache(rows, folder)

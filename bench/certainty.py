@@ -1,7 +1,7 @@
 """How true the standard errors of scores are: against exact gradients, and between seeds.
 
     python bench/certainty.py MODEL --data FILE [--include layers.0. layers.14.] [--width 64 512]
-        [--code float16 sign:1024] [--normalize layer] [--method dot] [--geometry kfac] [--seeds 4]
+        [--code float16 sign:1024] [--normalize layer] [--method dot] [--precondition kfac] [--seeds 4]
         [--json FILE]
 
 z = (score - exact) / SE of every pair of a query (the last texts) and a row (the others). Its standard
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--code", nargs="+", default=["float16"])
     parser.add_argument("--normalize", nargs="+", default=["layer", "cosine", "none"])
     parser.add_argument("--method", default="dot")
-    parser.add_argument("--geometry", default="kfac")
+    parser.add_argument("--precondition", default="kfac")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -92,7 +92,7 @@ def main() -> None:
                 width=width,
                 seed=seed,
                 include=args.include,
-                geometry=args.geometry,
+                preconditioner=args.preconditioner,
                 max_length=args.max_length,
             )
             with tempfile.TemporaryDirectory() as folder:
@@ -110,7 +110,9 @@ def main() -> None:
                     scoring = Scoring(normalize, args.method)
                     got = details(sources([Part(cache, sketch)], texts, scoring), every)
                     made.setdefault(normalize, []).append((got.scores.double(), got.errors.double()))
-                    here = seed if args.geometry == "kfac" else 0  # K-FAC's finds its directions by the seed
+                    here = (
+                        seed if args.preconditioner == "kfac" else 0
+                    )  # K-FAC's finds its directions by the seed
                     if args.method == "dot":
                         if (here, normalize) not in truth:
                             encoded = [attributor.encoder(record) for record in records]

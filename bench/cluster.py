@@ -74,7 +74,7 @@ def caching(folder: str) -> dict[str, float]:
     from tiny import tiny_tokenizer
 
     world = distributed.world()
-    attributor = Attributor(model_of(256, 6), tiny_tokenizer(), width=512, at=1.0, geometry=None)
+    attributor = Attributor(model_of(256, 6), tiny_tokenizer(), width=512, at=1.0, preconditioner=None)
     generator = torch.Generator().manual_seed(1)
     lengths = torch.randint(20, 240, (EXAMPLES,), generator=generator).tolist()
     records = [{"prompt": "a" * (n // 2), "completion": "b" * (n - n // 2)} for n in lengths]

@@ -105,7 +105,10 @@ def main() -> None:
     )
     args = parser.parse_args()
     attributor = Attributor(
-        load_model(args.model, adapter=args.adapter), max_length=args.max_length, at=args.at, geometry="off"
+        load_model(args.model, adapter=args.adapter),
+        max_length=args.max_length,
+        at=args.at,
+        preconditioner="off",
     )
     rng = random.Random(0)
     groups: dict[str, list[tuple[str, Encoded]]] = {"sample": [], "scored": []}

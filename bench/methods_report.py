@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[Row] = json.loads((HERE / "results" / "lds-methods.json").read_text())["results"]
     peers = json.loads((HERE / "results" / "peers-lds.json").read_text())
-    parts = [exact(rows), geometry(rows), kfac(rows), ways(rows), codes(rows), beside(peers)]
+    parts = [exact(rows), preconditioner(rows), kfac(rows), ways(rows), codes(rows), beside(peers)]
     args.out.write_text("\n".join([*HEAD, *(line for part in parts for line in part)]) + "\n")
 
 
@@ -82,7 +82,7 @@ def label(method: str, normalize: str, damping: float) -> str:
 
 
 def exact(rows: list[Row]) -> list[str]:
-    plain = [row for row in rows if row["part"] == "exact" and "geometry" not in row]
+    plain = [row for row in rows if row["part"] == "exact" and "preconditioner" not in row]
     lines = [
         [label(m, n, d), *(cell(find(plain, method=m, normalize=n, damping=d, points=p)) for p in POINTS)]
         for m, n, d in METHODS
@@ -99,9 +99,9 @@ def exact(rows: list[Row]) -> list[str]:
     ]
 
 
-def geometry(rows: list[Row]) -> list[str]:
+def preconditioner(rows: list[Row]) -> list[str]:
     bent = [row for row in rows if row["part"] == "exact"]
-    names = list(dict.fromkeys(row["geometry"] for row in bent if "geometry" in row))
+    names = list(dict.fromkeys(row["preconditioner"] for row in bent if "preconditioner" in row))
     chosen = [
         m for m in METHODS if (m[1], m[2]) in (("none", 0.0), ("layer", 0.0), ("layer", 0.1), ("layer", 0.2))
     ]
@@ -111,13 +111,16 @@ def geometry(rows: list[Row]) -> list[str]:
             # Six ways to bend: the plain Fisher was run with all of them, the left-out one without.
             method = "fisher, energy" if m.startswith("fisher") else m
             of = find(bent, method=method, normalize=n, damping=d, points=points)
-            cells = [cell([row for row in of if row.get("geometry") == name]) for name in (None, *names)]
+            cells = [
+                cell([row for row in of if row.get("preconditioner") == name]) for name in (None, *names)
+            ]
             lines.append([f"{label(m, n, d)} at {points.replace('+', ', ')}", *cells])
     return [
         "",
-        "## The optimizer's geometry, exact gradients",
+        "## The optimizer's preconditioner, exact gradients",
         "",
-        "Gradients times a power of their second moment V on each side (`1/4`: V^-1/4; `--geometry` takes "
+        "Gradients times a power of their second moment V on each side (`1/4`: V^-1/4; `--precondition` takes"
+        " "
         "1/2); `train`: on the training side alone; `elements`: V itself in place of its row and column "
         "means; `adam`: from AdamW's state. Fisher here with all rows in the moment.",
         *table(["", "off", *names], lines),
@@ -125,10 +128,10 @@ def geometry(rows: list[Row]) -> list[str]:
 
 
 def kfac(rows: list[Row]) -> list[str]:
-    """K-FAC's geometry beside none: the same methods, Fisher with the damping that suits each."""
+    """K-FAC's preconditioner beside none: the same methods, Fisher with the damping that suits each."""
     white = [row for row in rows if row["part"] == "kfac" and "code" not in row]
-    plain = [row for row in rows if row["part"] == "exact" and "geometry" not in row]
-    names = list(dict.fromkeys(row["geometry"] for row in white))
+    plain = [row for row in rows if row["part"] == "exact" and "preconditioner" not in row]
+    names = list(dict.fromkeys(row["preconditioner"] for row in white))
     lines = []
     for points in ("1", *PATHS):
         for m, n, d, bent in (
@@ -140,11 +143,11 @@ def kfac(rows: list[Row]) -> list[str]:
         ):
             of = {"method": m, "normalize": n, "points": points}
             cells = [cell(find(plain, damping=d, **of))]
-            cells += [cell(find(white, damping=bent, geometry=name, **of)) for name in names]
+            cells += [cell(find(white, damping=bent, preconditioner=name, **of)) for name in names]
             lines.append([f"{m.split(',')[0]}:{n} at {points.replace('+', ', ')}", *cells])
     return [
         "",
-        "## K-FAC's geometry, exact gradients",
+        "## K-FAC's preconditioner, exact gradients",
         "",
         "As a cache takes it: half of the damped inverse on each side, 64 directions of a side of up to 384, "
         "damping 0.1, from all training texts; then from 16 directions, from all, and from the first 30. "
@@ -154,7 +157,7 @@ def kfac(rows: list[Row]) -> list[str]:
 
 
 def ways(rows: list[Row]) -> list[str]:
-    """Other ways to have K-FAC's geometry."""
+    """Other ways to have K-FAC's preconditioner."""
     found = [row for row in rows if row["part"] == "ways"]
     dampings = list(dict.fromkeys(row["side_damping"] for row in found if "side_damping" in row))
     lines = [[f"all directions, damping {d:g}", cell(find(found, side_damping=d))] for d in dampings]
@@ -181,7 +184,7 @@ def codes(rows: list[Row]) -> list[str]:
     ]
     kinds: dict[str, Row] = {}
     for row in kept:
-        about = {k: row[k] for k in ("points", "geometry", "code", "width") if k in row}
+        about = {k: row[k] for k in ("points", "preconditioner", "code", "width") if k in row}
         about |= {"budget": row["budget"]} if "budget" in row else {}
         kinds.setdefault(json.dumps(about), about)
     lines = []
@@ -194,18 +197,19 @@ def codes(rows: list[Row]) -> list[str]:
         if "budget" not in about:
             found = [row for row in found if "budget" not in row]
         cells = []
-        damping_of = 1.0 if about["geometry"] == "kfac" else 0.2
+        damping_of = 1.0 if about["preconditioner"] == "kfac" else 0.2
         for method, damping in (("dot", 0.0), ("fisher, left out", damping_of)):
             some = find(found, method=method, damping=damping)
             lost = [row["loss"][0] for row in some if row.get("loss")]
             cells.append(cell(some))
             cells.append(" ".join(f"{x:+.3f}" for x in lost) if len(lost) == 3 else "")
-        lines.append([f"{name}; at {place}; geometry {about.get('geometry', 'none')}", *cells])
+        lines.append([f"{name}; at {place}; preconditioner {about.get('preconditioner', 'none')}", *cells])
     return [
         "",
         "## From sketches and from two kilobytes",
         "",
-        "Means of three seeds; *lost*: against exact gradients with the same method, points and geometry.",
+        "Means of three seeds; *lost*: against exact gradients with the same method, points and "
+        "preconditioner.",
         *table(["", "dot:layer", "lost", "fisher:layer, damping 0.2 (1 with kfac)", "lost"], lines),
         "",
         "### Other codes at 2,048 bytes, half-way, in the same study",
@@ -214,7 +218,7 @@ def codes(rows: list[Row]) -> list[str]:
 
 
 def other_codes(rows: list[Row]) -> list[str]:
-    kept = [row for row in rows if row["part"] == "peers" and row.get("geometry", "none") == "none"]
+    kept = [row for row in rows if row["part"] == "peers" and row.get("preconditioner", "none") == "none"]
     kept = [row for row in kept if row.get("budget") == 2048]
     best: dict[tuple[str, str], tuple[float, str]] = {}
     for code in dict.fromkeys(row["code"] for row in kept):
@@ -246,7 +250,7 @@ def beside(peers: dict[str, Any]) -> list[str]:
         row = dict(same[0], lds=sum(r["lds"] for r in same) / len(same), runs=len(same))
         kept = row["bytes"]
         size = "none" if kept is None else "at most 2.1 KB" if kept <= 2150 else "more"
-        key = (row["package"], row["method"], row["at"], size, row["settings"].get("geometry"))
+        key = (row["package"], row["method"], row["at"], size, row["settings"].get("preconditioner"))
         if key not in best or row["lds"] > best[key]["lds"]:
             best[key] = row
     lines = []
@@ -266,7 +270,7 @@ def beside(peers: dict[str, Any]) -> list[str]:
         f"agree to {peers['agreement of the seeds']:.3f}). Of each method the best of the settings tried, "
         "which favours those with many; first those of at most 2.1 KB an example, last those that keep "
         "nothing of an example and take every training gradient anew for each set of queries. `at`: where "
-        "gradients are taken; rapidin's geometry is off where it is not named.",
+        "gradients are taken; rapidin's preconditioner is off where it is not named.",
         *table(["", "at", "bytes an example", "LDS", "seeds"], lines),
     ]
 

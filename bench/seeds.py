@@ -81,7 +81,7 @@ def main(arguments: list[str] | None = None) -> None:
         recipe = RECIPES[options.kind]
     for seed in options.seed:
         rows = read(options.out)
-        named = {"set": options.name, "seed": seed, "geometry": options.geometry}
+        named = {"set": options.name, "seed": seed, "preconditioner": options.preconditioner}
         named |= {"width": options.width} if options.width else {}
         if any(named.items() <= row.items() for row in rows):
             continue
@@ -114,8 +114,12 @@ def judge(options: argparse.Namespace, recipe: Recipe, seed: str, folder: Path) 
     if not (adapter / "adapter_model.safetensors").exists():
         run(POISON / "train.py", *common, "--out", adapter, "--seed", seed, *recipe.options())
     tuned = ["--adapter", adapter, "--max-length", recipe.max_length, "--at", AT]
-    tuned += ["--geometry", options.geometry, *(["--width", options.width] if options.width else [])]
-    name = options.geometry + (f"-width-{options.width}" if options.width else "")
+    tuned += [
+        "--precondition",
+        options.preconditioner,
+        *(["--width", options.width] if options.width else []),
+    ]
+    name = options.preconditioner + (f"-width-{options.width}" if options.width else "")
     if options.kind == "backdoor":
         tuned += (f"--begins={text}" for text in options.begins)
         run(POISON / "evaluate.py", *common, *tuned, "--queries", options.test, "--out", folder)
@@ -148,7 +152,7 @@ def read(path: Path) -> list[Row]:
 
 def write(path: Path, rows: list[Row]) -> None:
     ordered = sorted(
-        rows, key=lambda row: [row[name] for name in ("evaluation", "set", "geometry", "width", "seed")]
+        rows, key=lambda row: [row[name] for name in ("evaluation", "set", "preconditioner", "width", "seed")]
     )
     lines = ",\n".join(json.dumps(row) for row in ordered)
     replace_file(path, f'{{"rows": [\n{lines}\n]}}\n'.encode())
@@ -166,10 +170,10 @@ def tables(rows: list[Row]) -> list[str]:
             continue
         titles = []
         for of, figure in columns:
-            name, geometry, width = of
+            name, preconditioner, width = of
             seeds = [row["seed"] for row in of_kind if column(row) == of]
             which = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
-            titles.append(f"{name}, {geometry}, {width:,} bins, {LABELS[figure]}, {which}")
+            titles.append(f"{name}, {preconditioner}, {width:,} bins, {LABELS[figure]}, {which}")
         lines += ["", "| | " + " | ".join(titles) + " |", "|" + " --- |" * (len(titles) + 1)]
         baselines = ("BM25", "hidden states") if kind == "backdoor" else ()
         for method in (*SHOWN, *baselines):
@@ -182,8 +186,9 @@ LABELS = {"auprc": "auPRC", "auc": "AUC", "recall": "recall"}
 
 
 def column(row: Row) -> tuple[str, str, int]:
-    """The set, the geometry and the bins of a row: rows that differ in their seeds alone share a column."""
-    return row["set"], row["geometry"], row["width"]
+    """The set, the preconditioner and the bins of a row: rows that differ in their seeds alone share a
+    column."""
+    return row["set"], row["preconditioner"], row["width"]
 
 
 def values(rows: list[Row], of: tuple[str, str, int], method: str, figure: str) -> list[str]:
@@ -203,7 +208,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             continue
         sub.add_argument("--work", required=True, type=Path, help="folder for adapters and caches")
         sub.add_argument("--seed", action="append", required=True, help="of training; may be repeated")
-        sub.add_argument("--geometry", choices=("kfac", "sample", "off"), default="kfac")
+        sub.add_argument("--precondition", choices=("kfac", "sample", "off"), default="kfac")
         sub.add_argument("--width", type=int, help="bins of a layer's sketch  [default: as many as pay]")
         if kind == "demo":
             continue

@@ -4,7 +4,7 @@
     python tests/fuzz_cache.py --corpus tests/data/hostile --inputs 1500
 
 Each input is one valid cache or ensemble with something changed: values and keys of the manifest, bytes and
-headers of shards, basis and geometry (mostly with sizes and checksums made right again, as an attacker
+headers of shards, basis and preconditioner (mostly with sizes and checksums made right again, as an attacker
 would), or files that became links, pipes or folders. All of it must be read or refused with a UserError: any
 other exception, a crash, more than a second of processor time, or memory beyond the limit is a finding.
 Inputs run in a process of their own, so that a crash names its input, and depend on seed and number alone.
@@ -50,7 +50,7 @@ from rapidin.cache.shards import Rows
 from rapidin.cli.tables import info_report
 from rapidin.errors import UserError
 from rapidin.gradients.load import LoadedModel
-from rapidin.gradients.preconditioner import Geometry
+from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Scale
 from rapidin.results.terminal import make_console as rich_console
 
@@ -63,14 +63,20 @@ SECONDS = 10.0  # of wall time, for machines that do other things too
 # ------------------------------------------------------------------------------------------- valid caches
 
 
-def _manifest(code: Format, geometry: Any = "off") -> Manifest:
+def _manifest(code: Format, preconditioner: Any = "off") -> Manifest:
     return Manifest(
         model={
             "source": {"model": "m", "adapter": None, "base": None, "dtype": "float32"},
             "identity": {"architecture": "A", "model": "1", "tokenizer": "2"},
         },
         sketch={"projection": "tensor", "width": WIDTH, "seed": 3, "hash": HASH},
-        gradient={"at": [0.5], "loss": "mean", "include": [], "exclude": [], "geometry": geometry},
+        gradient={
+            "at": [0.5],
+            "loss": "mean",
+            "include": [],
+            "exclude": [],
+            "preconditioner": preconditioner,
+        },
         text={"eos": True, "max_length": 128, "too_long": "truncate"},
         data={"path": None, "form": "text", "identity": "0" * 64},
         code=code,
@@ -95,11 +101,11 @@ def _basis(shape: Shape, generator: torch.Generator) -> Basis:
     ).rounded()
 
 
-def _fill(folder: Path, manifest: Manifest, geometry: bytes | None, shape: Shape | None) -> None:
+def _fill(folder: Path, manifest: Manifest, preconditioner: bytes | None, shape: Shape | None) -> None:
     generator = torch.Generator().manual_seed(1)
     with CacheWriter(folder, manifest) as writer:
-        if geometry is not None:
-            writer.set_geometry(geometry)
+        if preconditioner is not None:
+            writer.set_preconditioner(preconditioner)
         if shape is not None:
             basis = _basis(shape, generator) if shape.head or sum(shape.tail) else None
             writer.set_packing(shape, basis, {"sample": 7.0, "outside_99": 0.5} if basis else {})
@@ -121,17 +127,23 @@ def make_valid(folder: Path, loaded: LoadedModel) -> dict[str, Path]:
     table = {
         block.name: Scale(torch.rand(block.shape[0]) + 1, torch.rand(block.shape[1]) + 1) for block in LAYERS
     }
-    geometry = Geometry([table])
-    record = {"kind": "sample", "exponent": 0.5, "floor": 0.01, "sample": 4, "file": "geometry.safetensors"}
+    preconditioner = Preconditioner([table])
+    record = {
+        "kind": "sample",
+        "exponent": 0.5,
+        "floor": 0.01,
+        "sample": 4,
+        "file": "preconditioner.safetensors",
+    }
     record |= {"bytes": 0, "sha256": None}
-    _fill(folder / "float16", _manifest(Format("float16"), record), geometry.data, None)
+    _fill(folder / "float16", _manifest(Format("float16"), record), preconditioner.data, None)
     shape = Shape("sign", 4, (3, 2), (5, 4), 4)
     _fill(folder / "learnt", _manifest(Format("sign", 200, 8), "off"), None, shape)
     _fill(folder / "int4", _manifest(Format("int4")), None, Format("int4").shape(2, WIDTH))
     Ensemble.write(folder / "ensemble", "tracin", [("one", 0.5), ("two", 0.25)])
     for name in ("one", "two"):
         shutil.copytree(folder / "float16", folder / "ensemble" / name)
-    made = Attributor(loaded, width=WIDTH, geometry="kfac", include=["q_proj", "norm"])
+    made = Attributor(loaded, width=WIDTH, preconditioner="kfac", include=["q_proj", "norm"])
     made.cache([f"Give {n} tips." for n in range(ROWS)], folder / "model", shard_rows=SHARD_ROWS)
     return {name: folder / name for name in ("float16", "learnt", "int4", "model", "ensemble")}
 
@@ -194,8 +206,8 @@ def change_json(value: Any, rng: random.Random) -> Any:
             outer.insert(rng.randrange(len(outer) + 1), copy.deepcopy(old))
             continue
         else:
-            outer[rng.choice(("x", "", "\ud800", "geometry", "dropout", "begun", "path"))] = copy.deepcopy(
-                old
+            outer[rng.choice(("x", "", "\ud800", "preconditioner", "dropout", "begun", "path"))] = (
+                copy.deepcopy(old)
             )
             continue
         outer[key] = new
@@ -257,7 +269,7 @@ def _sign(folder: Path, value: Any, name: str, data: bytes) -> None:
     elif name.startswith("basis"):
         value["packing"].update(says)
     else:
-        value["gradient"]["geometry"].update(says)
+        value["gradient"]["preconditioner"].update(says)
 
 
 def change(folder: Path, rng: random.Random) -> None:
@@ -356,8 +368,8 @@ def _read_cache(cache: Cache, report: bool) -> bool:
         rich_console(io.StringIO()).print(info_report(info))
     training_data(cache, None)
     manifest = cache.manifest
-    if manifest.geometry is not None and manifest.geometry["sha256"] is not None:
-        Geometry.read(manifest)
+    if manifest.preconditioner is not None and manifest.preconditioner["sha256"] is not None:
+        Preconditioner.read(manifest)
     if not manifest.shards:
         return False
     for read in (cache.sketches, cache.lengths, cache.index, cache.status, cache.records):

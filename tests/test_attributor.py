@@ -307,7 +307,7 @@ def test_rapidgrad_estimates_the_layer_normalised_score(tmp_path: Path) -> None:
     model, rows, queries = tiny_llama(), records(40), records(3, seed=8)
     scores = []
     for projection, width in (("tensor", 2048), ("rapidgrad", 16384)):
-        made = Attributor(model, tiny_tokenizer(), width=width, projection=projection, geometry="off")  # type: ignore[arg-type]
+        made = Attributor(model, tiny_tokenizer(), width=width, projection=projection, preconditioner="off")  # type: ignore[arg-type]
         results = made.query(made.cache(rows, tmp_path / projection), queries, top_k=40)
         ordered = [[h.score for h in sorted(r.top, key=lambda h: h.row)] for r in results]
         scores.append(torch.tensor(ordered))
@@ -349,7 +349,7 @@ def test_queries_that_do_not_fit(attributor: Attributor, cache: Cache) -> None:
 
 def test_a_layer_that_mixes_examples_is_told_once_and_changes_nothing(tmp_path: Path) -> None:
     model = tiny_llama()
-    settings: dict[str, Any] = {"width": 32, "geometry": "off"}
+    settings: dict[str, Any] = {"width": 32, "preconditioner": "off"}
     plain = Attributor(model, tiny_tokenizer(), **settings).cache(records(12), tmp_path / "plain")
     inner = model.model.layers[1].mlp.forward
 

@@ -49,7 +49,7 @@ EVERY = torch.arange(36).expand(QUERIES, 36)
 
 def queried(folder: Path, seed: int = 0, **settings: Any) -> tuple[Attributor, Cache, Part]:
     options = {key: settings.pop(key) for key in ("dtype", "bytes", "sample") if key in settings}
-    settings = {"width": 64, "geometry": "off", "include": ["proj"]} | settings
+    settings = {"width": 64, "preconditioner": "off", "include": ["proj"]} | settings
     model = settings.pop("model", None) or tiny_llama(hidden_size=64, intermediate_size=96)
     attributor = Attributor(model, tiny_tokenizer(), seed=seed, **settings)
     cache = attributor.cache(ROWS, folder / f"cache-{seed}", shard_rows=11, **options)
@@ -106,7 +106,7 @@ def test_errors_are_those_against_exact_gradients(setting: str, tmp_path: Path) 
 
 def test_errors_are_those_between_seeds(tmp_path: Path) -> None:
     """For the methods whose truth no exact gradient tells, too."""
-    parts = [queried(tmp_path, seed, geometry="kfac")[2] for seed in range(4)]
+    parts = [queried(tmp_path, seed, preconditioner="kfac")[2] for seed in range(4)]
     for method in METHODS:
         made = [measured(part, "layer", method) for part in parts]
         z = [(a - b) / torch.hypot(x, y) for n, (a, x) in enumerate(made) for b, y in made[:n]]

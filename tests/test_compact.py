@@ -22,7 +22,7 @@ LEARNT = {"bytes": 250, "sample": 24}
 
 @pytest.fixture(scope="module")
 def attributor() -> Attributor:
-    return Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=64, geometry="off")
+    return Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=64, preconditioner="off")
 
 
 @pytest.fixture(scope="module")

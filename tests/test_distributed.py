@@ -48,7 +48,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def caching(work: Path, out: Path, kind: str = "compact") -> list[str]:
     """The command line that makes a cache: everything that is learnt, or nothing."""
-    learnt = ["--bytes", "256", "--sample", "32", "--geometry", "sample"] if kind == "compact" else []
+    learnt = ["--bytes", "256", "--sample", "32", "--precondition", "sample"] if kind == "compact" else []
     return [
         *("cache", str(work / "model"), "--adapter", str(work / "adapter")),
         *("--data", str(work / "train.jsonl"), "--out", str(out)),
@@ -115,7 +115,7 @@ def test_a_mistake_is_said_once_by_all(work: Path, tmp_path: Path) -> None:
 def test_processes_add_examples_to_a_cache(work: Path, tmp_path: Path) -> None:
     """Also to a shard that was not full, which is the leader's to write."""
     for name, size in (("one", 1), ("two", 2)):
-        begun = [*caching(work, tmp_path / name, "plain"), "--geometry", "off", "--quiet"]
+        begun = [*caching(work, tmp_path / name, "plain"), "--precondition", "off", "--quiet"]
         assert main([*begun, "--limit", "30"]) == 0
         command = [*begun, "--append"]
         codes = [main(command)] if size == 1 else [e.code for e in together(size, command, tmp_path / "said")]
@@ -266,9 +266,9 @@ def close(one: Path, other: Path) -> None:
     assert torch.allclose(a.lengths(), b.lengths(), rtol=1e-4)
 
 
-@pytest.mark.parametrize(("kind", "geometry"), [("adapter", "sample"), ("base", "kfac")])
+@pytest.mark.parametrize(("kind", "preconditioner"), [("adapter", "sample"), ("base", "kfac")])
 def test_a_model_spread_over_processes_gives_the_same_sketches(
-    work: Path, tmp_path: Path, kind: str, geometry: str, capsys: pytest.CaptureFixture[str]
+    work: Path, tmp_path: Path, kind: str, preconditioner: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """With an adapter, and tuned in full; half-way and at a second point; uneven numbers of batches."""
     command = [
@@ -279,7 +279,7 @@ def test_a_model_spread_over_processes_gives_the_same_sketches(
         "0.25,0.75",
         "--quiet",
     ]
-    command += ["--geometry", geometry, "--limit", "26", "--batch-tokens", "200"]
+    command += ["--precondition", preconditioner, "--limit", "26", "--batch-tokens", "200"]
     if kind == "base":
         save_tiny(tmp_path / "base", seed=5)
         place = command.index("--adapter")

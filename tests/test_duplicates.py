@@ -101,7 +101,7 @@ def test_exact_copies_are_found_over_the_whole_cache(tmp_path: Path) -> None:
     records: list[Any] = [{"prompt": f"Say {n % 4} ", "completion": f"it is {n % 4}"} for n in range(11)]
     records[6] = {"prompt": "Say 2 ", "completion": ""}
     records[10] = {"prompt": "Say 2 ", "completion": ""}  # no token to learn from: it does not count
-    attributor = Attributor(tiny_llama(), tiny_tokenizer(), width=16, at=1.0, geometry="off")
+    attributor = Attributor(tiny_llama(), tiny_tokenizer(), width=16, at=1.0, preconditioner="off")
     cache: Cache = attributor.cache(records, tmp_path / "cache", shard_rows=3)
     assert exact_copies(cache, [1, 2, 3, 9]) == {1: [5, 9], 2: [], 3: [7], 9: [1, 5]}
     assert exact_copies(cache, []) == {}

@@ -23,7 +23,7 @@ from rapidin.cache.build import CachingLoop
 from rapidin.data.encoding import Status
 from rapidin.errors import UserError
 from rapidin.files import lock_folder
-from rapidin.gradients import preconditioner as geometry_room
+from rapidin.gradients import preconditioner as preconditioner_room
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.load import LoadedModel, load_model
 
@@ -75,9 +75,9 @@ def ask(out: Path, row: dict[str, str], *more: str) -> list[str | Path]:
     return ["query", out, "--prompt", row["prompt"], "--completion", row["completion"], *more]
 
 
-PLAIN = ("--width", "32", "--shard-rows", "4", "--geometry", "off")  # what is said later counts
+PLAIN = ("--width", "32", "--shard-rows", "4", "--precondition", "off")  # what is said later counts
 LEARNT = ("--bytes", "160", "--sample", "12")
-ADAM, KFAC = ("--geometry", "sample"), ("--geometry", "kfac")
+ADAM, KFAC = ("--precondition", "sample"), ("--precondition", "kfac")
 
 
 # ---------------------------------------------------------------------------------------------- --append
@@ -120,7 +120,7 @@ def test_examples_added_to_full_shards_give_the_bytes_of_caching_all_at_once(
 def test_rows_that_were_there_are_kept_as_they_were(
     place: Place, tmp_path: Path, run: Any, kind: tuple[str, ...]
 ) -> None:
-    """Also where the last shard is not full, and where a code or a geometry was learnt."""
+    """Also where the last shard is not full, and where a code or a preconditioner was learnt."""
     data, out = write(tmp_path / "a.jsonl", ROWS[:18]), tmp_path / "out"
     assert run(*cache(place, out, data, more=kind)).code == 0
     before, rows = contents(out), list(range(18))
@@ -289,17 +289,19 @@ def short_of_memory(monkeypatch: pytest.MonkeyPatch, fits: Any) -> list[int]:
     return tried
 
 
-@pytest.mark.parametrize("geometry", ["off", "sample", "kfac"])
+@pytest.mark.parametrize("preconditioner", ["off", "sample", "kfac"])
 def test_a_batch_that_does_not_fit_is_halved(
-    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, geometry: str
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, preconditioner: str
 ) -> None:
     def made(out: str) -> Cache:
-        return Attributor(place.loaded, width=32, geometry=geometry).cache(ROWS[:24], tmp_path / out)
+        return Attributor(place.loaded, width=32, preconditioner=preconditioner).cache(
+            ROWS[:24], tmp_path / out
+        )
 
     whole = made("whole")
     tried = short_of_memory(monkeypatch, lambda batch: len(batch.ids) <= 3)
     told: list[str] = []
-    attributor = Attributor(place.loaded, width=32, geometry=geometry)
+    attributor = Attributor(place.loaded, width=32, preconditioner=preconditioner)
     small = attributor.cache(
         ROWS[:24], tmp_path / "small", on_progress=lambda p: told.append(p.message) if p.message else None
     )
@@ -341,7 +343,7 @@ def test_no_memory_elsewhere_is_one_line(
 def test_bytes_do_not_depend_on_what_was_cached_before(place: Place, tmp_path: Path) -> None:
     """On the CPU a shard's bytes follow from its own examples alone: runs that go on make the same ones."""
     for rows in (6, 12):
-        Attributor(place.loaded, width=32, geometry="off").cache(
+        Attributor(place.loaded, width=32, preconditioner="off").cache(
             ROWS[:rows], tmp_path / str(rows), shard_rows=6
         )
     name = "shard-000000.safetensors"
@@ -494,11 +496,14 @@ def test_a_lock_that_is_a_link_is_not_followed(tmp_path: Path) -> None:
 
 
 def test_samples_of_added_examples_come_from_those_before(place: Place, tmp_path: Path) -> None:
-    """A geometry that is lost after examples were added comes out the same."""
-    options: dict[str, Any] = {"width": 32, "geometry": geometry_room.GeometryChoice("sample", sample=8)}
+    """A preconditioner that is lost after examples were added comes out the same."""
+    options: dict[str, Any] = {
+        "width": 32,
+        "preconditioner": preconditioner_room.PreconditionerConfig("sample", sample=8),
+    }
     Attributor(place.loaded, **options).cache(ROWS[:20], tmp_path / "out")
-    before = (tmp_path / "out" / "geometry.safetensors").read_bytes()
-    (tmp_path / "out" / "geometry.safetensors").unlink()
+    before = (tmp_path / "out" / "preconditioner.safetensors").read_bytes()
+    (tmp_path / "out" / "preconditioner.safetensors").unlink()
     Attributor(place.loaded, **options).cache(ROWS, tmp_path / "out", append=True)
-    assert (tmp_path / "out" / "geometry.safetensors").read_bytes() == before
+    assert (tmp_path / "out" / "preconditioner.safetensors").read_bytes() == before
     assert len(Cache(tmp_path / "out")) == 40

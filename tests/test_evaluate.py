@@ -111,8 +111,8 @@ def test_methods_and_places() -> None:
     assert parse_places(["checkpoints"], []) == [Place(None)]
     scaled = parse_places(["0.5"], [], ["off", "sample"])
     assert scaled == [Place((0.5,), None, "off"), Place((0.5,), None, "sample")]
-    assert (str(scaled[1]), scaled[1].folder) == ("at 0.5, geometry sample", "at-0.5-sample")
-    with pytest.raises(UserError, match="unknown --geometry 'flat'"):
+    assert (str(scaled[1]), scaled[1].folder) == ("at 0.5, preconditioner sample", "at-0.5-sample")
+    with pytest.raises(UserError, match="unknown --precondition 'flat'"):
         parse_places(["0.5"], [], ["flat"])
     with pytest.raises(UserError, match="--at half"):
         parse_places(["half"], [])

@@ -1,4 +1,5 @@
-"""The optimizer's geometry: its scales, sketches made with it, where it comes from, what a cache keeps."""
+"""The optimizer's preconditioner: its scales, sketches made with it, where it comes from, what a cache
+keeps."""
 
 from __future__ import annotations
 
@@ -26,7 +27,14 @@ from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.kfac import FactorMoments, SideMoment, Spectrum
 from rapidin.gradients.load import LoadedModel
 from rapidin.gradients.parameters import Target, Use, block_seed, find_targets, matrix_shape
-from rapidin.gradients.preconditioner import EXPONENT, FLOOR, Geometry, GeometryChoice, Moments, kfac_scales
+from rapidin.gradients.preconditioner import (
+    EXPONENT,
+    FLOOR,
+    Moments,
+    Preconditioner,
+    PreconditionerConfig,
+    kfac_scales,
+)
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.squares import embedding_squares, factor_squares, formed_squares
 from rapidin.ops import LowRank
@@ -146,14 +154,14 @@ def test_moments_leave_out_what_is_not_finite() -> None:
     want, got = Scale.of(second.mean(1), second.mean(0), P, FLOOR), moments.scales(P, FLOOR)["w"]
     torch.testing.assert_close(got.rows, want.rows)
     torch.testing.assert_close(got.columns, want.columns)
-    with pytest.raises(UserError, match="no example of the geometry's sample has a gradient"):
+    with pytest.raises(UserError, match="no example of the preconditioner's sample has a gradient"):
         Moments([target]).scales(P, FLOOR)
 
 
 # ------------------------------------------------------------------------------------------ sketches
 
 
-def some_geometry(targets: Sequence[Target], points: int = 1) -> Geometry:
+def some_preconditioner(targets: Sequence[Target], points: int = 1) -> Preconditioner:
     tables = []
     for point in range(points):
         table = {}
@@ -162,22 +170,22 @@ def some_geometry(targets: Sequence[Target], points: int = 1) -> Geometry:
             seed = 1000 * point + n
             table[target.name] = Scale(noise(o, seed=seed).exp(), noise(i, seed=seed + 500).exp())
         tables.append(table)
-    return Geometry(tables)
+    return Preconditioner(tables)
 
 
 @pytest.mark.parametrize("projection", ["tensor", "flat", "rapidgrad"])
 @pytest.mark.parametrize("kind", MODELS)
-def test_a_sketch_with_geometry_is_that_of_the_scaled_gradient(kind: str, projection: Any) -> None:
+def test_a_sketch_with_preconditioner_is_that_of_the_scaled_gradient(kind: str, projection: Any) -> None:
     model = MODELS[kind]()
     targets = all_targets(model)
-    geometry = some_geometry(targets)
+    preconditioner = some_preconditioner(targets)
     sketcher = GradientSketcher(
-        model, targets, width=WIDTH, seed=SEED, projection=projection, geometry=geometry
+        model, targets, width=WIDTH, seed=SEED, projection=projection, preconditioner=preconditioner
     )
     got, _ = sketcher(Batch.of(texts()))
     blocks = []
     for target, formed in zip(targets, own_matrices(model, targets), strict=True):
-        scale, seed = geometry.at(None)[target.name], block_seed(SEED, target.name)
+        scale, seed = preconditioner.at(None)[target.name], block_seed(SEED, target.name)
         scaled = formed * scale.rows[:, None] * scale.columns
         if projection == "tensor":
             blocks.append(ops.matrix_sketch(scaled, WIDTH, seed=seed, backend="reference"))
@@ -194,12 +202,12 @@ def test_a_parameter_that_comes_by_autograd_is_scaled_and_measured_too() -> None
     model = tiny_llama()
     model.model.layers[0].mlp = Scaled(model.model.layers[0].mlp)
     targets = find_targets(model, include=["gain"])
-    geometry = some_geometry(targets)
-    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, geometry=geometry)
+    preconditioner = some_preconditioner(targets)
+    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, preconditioner=preconditioner)
     text = texts()[1]
     (formed,) = own_matrices(model, targets, [text])
     assert formed.shape == (1, 2, 12)
-    scale = geometry.at(None)[targets[0].name]
+    scale = preconditioner.at(None)[targets[0].name]
     want = ops.matrix_sketch(
         formed * scale.rows[:, None] * scale.columns, WIDTH, seed=block_seed(SEED, targets[0].name)
     )
@@ -210,14 +218,14 @@ def test_a_parameter_that_comes_by_autograd_is_scaled_and_measured_too() -> None
 def test_factors_are_scaled_and_a_point_must_be_named_where_points_differ() -> None:
     model = tiny_gpt2()
     targets = find_targets(model)
-    geometry = some_geometry(targets, points=2)
-    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, geometry=geometry)
+    preconditioner = some_preconditioner(targets, points=2)
+    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, preconditioner=preconditioner)
     factors = sketcher.factors(Batch.of(texts()), 1)
     for target, (columns, rows), formed in zip(targets, factors, own_matrices(model, targets), strict=True):
-        scale = geometry.points[1][target.name]
+        scale = preconditioner.points[1][target.name]
         want = formed * scale.rows[:, None] * scale.columns
         torch.testing.assert_close(rows.mT @ columns, want, rtol=1e-3, atol=1e-5)
-    with pytest.raises(TypeError, match="the geometry differs between 2 points"):
+    with pytest.raises(TypeError, match="the preconditioner differs between 2 points"):
         sketcher(Batch.of(texts()))
 
 
@@ -311,7 +319,7 @@ def test_the_moments_of_every_parameter_and_sketches_turned_by_them(kind: str) -
     sketcher.add_moments(batch, moments)
     assert moments.examples == len(texts())
     table = kfac_scales(moments, P, 0.1)
-    sketcher.geometry = Geometry([table])
+    sketcher.preconditioner = Preconditioner([table])
     got, _ = sketcher(batch)
     for n, (target, formed) in enumerate(zip(targets, own_matrices(model, targets), strict=True)):
         scale = table[target.name]
@@ -344,10 +352,10 @@ def test_the_moments_of_every_parameter_and_sketches_turned_by_them(kind: str) -
         torch.testing.assert_close(got_g, want_g, rtol=1e-3, atol=1e-3 * float(want_g.abs().max()))
 
 
-def kfac_geometry(model: Any, targets: Sequence[Target], rank: int = 5) -> Geometry:
+def kfac_preconditioner(model: Any, targets: Sequence[Target], rank: int = 5) -> Preconditioner:
     moments = FactorMoments(targets, rank, SEED)
     GradientSketcher(model, targets, width=8, seed=0).add_moments(Batch.of(texts()), moments)
-    return Geometry([kfac_scales(moments, P, 0.1)])
+    return Preconditioner([kfac_scales(moments, P, 0.1)])
 
 
 def test_factors_stay_as_they_came_where_a_side_has_one_scale() -> None:
@@ -390,11 +398,11 @@ def test_that_a_scale_is_one_number_is_known_without_asking_a_device() -> None:
 def test_factors_and_positions_are_those_of_the_preconditioned_gradient(kind: str, projection: Any) -> None:
     model = {"llama": tiny_llama, "gpt2": tiny_gpt2}[kind]()
     targets = find_targets(model)
-    geometry = kfac_geometry(model, targets)
+    preconditioner = kfac_preconditioner(model, targets)
     sketcher = GradientSketcher(
-        model, targets, width=WIDTH, seed=SEED, projection=projection, geometry=geometry
+        model, targets, width=WIDTH, seed=SEED, projection=projection, preconditioner=preconditioner
     )
-    assert any(scale.row_directions is not None for scale in geometry.points[0].values())
+    assert any(scale.row_directions is not None for scale in preconditioner.points[0].values())
     together, _ = sketcher(Batch.of(texts()))
     vectors = noise(2, len(targets), WIDTH)
     for n, text in enumerate(texts()):
@@ -407,7 +415,7 @@ def test_factors_and_positions_are_those_of_the_preconditioned_gradient(kind: st
     plain = GradientSketcher(model, targets, width=WIDTH, seed=SEED).factors(Batch.of(texts()))
     formed = []
     for target, (a, g) in zip(targets, plain, strict=True):
-        scale = geometry.points[0][target.name]
+        scale = preconditioner.points[0][target.name]
         want = damped(g, scale.row_directions).mT @ damped(a, scale.column_directions)
         formed.append(want * float(scale.rows[0]) * float(scale.columns[0]))
     for n, (target, want) in enumerate(zip(targets, formed, strict=True)):
@@ -441,7 +449,7 @@ def test_hits_are_those_of_factors_that_are_preconditioned_first(
                 "sketch",
                 lambda self, dim, seed: ops.linear_sketch(*self.applied(), dim, seed=seed),
             )
-        attributor = lora_attributor(geometry=KFAC_OF_12)
+        attributor = lora_attributor(preconditioner=KFAC_OF_12)
         cache = attributor.cache(records(), tmp_path / name, dtype="float32")
         (result,) = attributor.query(cache, [QUERY], top_k=10)
         made[name] = [(hit.row, hit.score) for hit in (*result.top, *result.bottom)]
@@ -488,7 +496,7 @@ def test_moments_of_factors_leave_out_padding_and_what_is_not_finite() -> None:
         assert scale.columns.tolist() == [1.0] * 2
 
 
-def same_scales(got: Geometry, want: Geometry) -> None:
+def same_scales(got: Preconditioner, want: Preconditioner) -> None:
     """Of both sides, and of texts that are all different: one that counts twice or not at all is seen."""
     assert len(got.points[0]) == len(want.points[0])
     for (name, scale), other in zip(want.points[0].items(), got.points[0].values(), strict=True):
@@ -496,9 +504,9 @@ def same_scales(got: Geometry, want: Geometry) -> None:
         torch.testing.assert_close(other.columns, scale.columns, rtol=1e-4, atol=0.0, msg=name)
 
 
-def geometry_of(model: Any, **settings: Any) -> Geometry:
-    attributor = Attributor(model, tiny_tokenizer(), width=8, geometry="kfac", **settings)
-    return attributor.geometry_of([attributor.encoder(record) for record in records(12)])
+def fit_preconditioner(model: Any, **settings: Any) -> Preconditioner:
+    attributor = Attributor(model, tiny_tokenizer(), width=8, preconditioner="kfac", **settings)
+    return attributor.fit_preconditioner([attributor.encoder(record) for record in records(12)])
 
 
 def test_a_model_that_takes_one_example_at_a_time_counts_each_once() -> None:
@@ -513,21 +521,21 @@ def test_a_model_that_takes_one_example_at_a_time_counts_each_once() -> None:
             return self.inner(x.reshape(1, -1, x.shape[-1]).transpose(0, 1)).view(*x.shape[:-1], -1)
 
     model = tiny_llama()
-    want = geometry_of(model, batch_tokens=1)
+    want = fit_preconditioner(model, batch_tokens=1)
     layer = model.model.layers[0].mlp  # the last that the backward pass comes to
     layer.up_proj = Mixed(layer.up_proj)
-    same_scales(geometry_of(model), want)
+    same_scales(fit_preconditioner(model), want)
 
 
 def test_a_pass_that_fails_half_way_adds_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     """No memory in the midst of a batch; and for the longest two texts not even alone."""
     model, add, failed = tiny_llama(), FactorMoments.add_factors, []
-    attributor = Attributor(model, tiny_tokenizer(), width=8, geometry="kfac", batch_tokens=1)
+    attributor = Attributor(model, tiny_tokenizer(), width=8, preconditioner="kfac", batch_tokens=1)
     encoded = [attributor.encoder(record) for record in records(12)]
     lengths = sorted(len(text.ids) for text in encoded)
     most = lengths[-3]
     assert most < lengths[-2]
-    want = attributor.geometry_of([text for text in encoded if len(text.ids) <= most])
+    want = attributor.fit_preconditioner([text for text in encoded if len(text.ids) <= most])
 
     def short(self: FactorMoments, n: int, columns: torch.Tensor, rows: torch.Tensor) -> None:
         if n == 3 and (len(columns) > 3 or columns.shape[1] > most):
@@ -536,7 +544,7 @@ def test_a_pass_that_fails_half_way_adds_nothing(monkeypatch: pytest.MonkeyPatch
         add(self, n, columns, rows)
 
     monkeypatch.setattr(FactorMoments, "add_factors", short)
-    same_scales(geometry_of(model), want)
+    same_scales(fit_preconditioner(model), want)
     assert any(texts > 3 for texts, _ in failed)
     assert any(texts == 1 for texts, _ in failed)
 
@@ -714,18 +722,18 @@ def lora_attributor(**settings: Any) -> Attributor:
     return Attributor(
         tiny_lora(tiny_llama()),
         tiny_tokenizer(),
-        **{"width": 64, "at": [0.5, 0.9], "geometry": "off", **settings},
+        **{"width": 64, "at": [0.5, 0.9], "preconditioner": "off", **settings},
     )
 
 
-SAMPLE_OF_12 = GeometryChoice("sample", sample=12)
-KFAC_OF_12 = GeometryChoice("kfac", sample=12, rank=5)  # of 32 features, so not all
+SAMPLE_OF_12 = PreconditionerConfig("sample", sample=12)
+KFAC_OF_12 = PreconditionerConfig("kfac", sample=12, rank=5)  # of 32 features, so not all
 QUERY = {"prompt": "the fox: ", "completion": "seven lazy dogs"}
 
 
 @pytest.fixture(scope="module")
 def cached(tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    attributor = lora_attributor(geometry=SAMPLE_OF_12)
+    attributor = lora_attributor(preconditioner=SAMPLE_OF_12)
     return attributor.cache(records(), tmp_path_factory.mktemp("cache"), dtype="float32", shard_rows=7)
 
 
@@ -752,13 +760,13 @@ def test_a_cache_holds_sketches_scaled_by_each_points_own_sample(cached: Cache) 
 
 
 def test_a_cache_of_turned_gradients_and_its_queries(tmp_path: Path) -> None:
-    attributor = lora_attributor(geometry=KFAC_OF_12, at=[0.5])
+    attributor = lora_attributor(preconditioner=KFAC_OF_12, at=[0.5])
     cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
-    record = cache.manifest.gradient["geometry"]
+    record = cache.manifest.gradient["preconditioner"]
     assert (record["kind"], record["rank"], record["damping"], record["sample"]) == ("kfac", 5, 0.1, 12)
-    assert cache.info()["geometry"] == "K-FAC's from a sample of 12 examples, rank 5, damping 0.1"
-    geometry = Geometry.read(cache.manifest)
-    assert geometry is not None
+    assert cache.info()["preconditioner"] == "K-FAC's from a sample of 12 examples, rank 5, damping 0.1"
+    preconditioner = Preconditioner.read(cache.manifest)
+    assert preconditioner is not None
     plain = lora_attributor(at=[0.5])
     rows = [plain.encoder(record) for record in records()]
     kept = cache.sketches().view(30, -1, 64) * cache.lengths()[:, :, None]
@@ -766,7 +774,7 @@ def test_a_cache_of_turned_gradients_and_its_queries(tmp_path: Path) -> None:
         formed = own_matrices(plain.loaded.model, plain.targets, [(e.ids, e.target) for e in rows])
     for n, (target, grads) in enumerate(zip(plain.targets, formed, strict=True)):
         want = ops.matrix_sketch(
-            geometry.points[0][target.name].formed(grads), 64, seed=block_seed(0, target.name)
+            preconditioner.points[0][target.name].formed(grads), 64, seed=block_seed(0, target.name)
         )
         assert float((kept[:, n] - want).norm() / want.norm()) < 1e-3
     # A query of another process, which has nothing but the cache.
@@ -777,20 +785,22 @@ def test_a_cache_of_turned_gradients_and_its_queries(tmp_path: Path) -> None:
     with pytest.raises(
         UserError, match=r"K-FAC's from a sample of 12 examples, .* there, .* rank 64, .* here"
     ):
-        lora_attributor(geometry="kfac", at=[0.5]).cache(records(), cache.path, dtype="float32", shard_rows=7)
+        lora_attributor(preconditioner="kfac", at=[0.5]).cache(
+            records(), cache.path, dtype="float32", shard_rows=7
+        )
     for key, value in (("rank", -1), ("rank", 2.5), ("damping", "x"), ("kind", "kfca")):
         manifest = json.loads((cache.path / "manifest.json").read_text())
-        manifest["gradient"]["geometry"][key] = value
+        manifest["gradient"]["preconditioner"][key] = value
         (tmp_path / "bad").mkdir(exist_ok=True)
         (tmp_path / "bad" / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(UserError, match="damaged"):
             Manifest.read(tmp_path / "bad")
 
 
-def test_a_geometry_of_other_parts_is_damaged() -> None:
+def test_a_fit_preconditioner_other_parts_is_damaged() -> None:
     scale = kfac_like(6, 4, 2)
-    whole = dict(Geometry([{"w": scale}]).tensors)
-    again = Geometry.of_tensors(whole).points[0]["w"]
+    whole = dict(Preconditioner([{"w": scale}]).tensors)
+    again = Preconditioner.of_tensors(whole).points[0]["w"]
     assert again.row_directions is not None
     assert torch.equal(again.row_directions.basis, scale.row_directions.basis)  # type: ignore[union-attr]
     for change in (
@@ -803,7 +813,7 @@ def test_a_geometry_of_other_parts_is_damaged() -> None:
     ):
         tensors = {k: v for k, v in (whole | change).items() if v is not None}
         with pytest.raises((ValueError, KeyError)):
-            Geometry.of_tensors(tensors)
+            Preconditioner.of_tensors(tensors)
 
 
 def kfac_like(o: int, i: int, rank: int) -> Scale:
@@ -818,11 +828,11 @@ def test_queries_follow_with_no_flag(cached: Cache, tmp_path: Path) -> None:
     scores = attributor.scores(cached, [QUERY, records()[4]], normalize="none")
     kept = (cached.sketches().view(30, -1, 64) * cached.lengths()[:, :, None]).flatten(1)
     torch.testing.assert_close(scores[1], kept @ kept[4], rtol=1e-3, atol=1e-4)
-    again = lora_attributor(geometry=SAMPLE_OF_12).scores(cached, [QUERY], normalize="none")
+    again = lora_attributor(preconditioner=SAMPLE_OF_12).scores(cached, [QUERY], normalize="none")
     torch.testing.assert_close(again[0], scores[0], rtol=1e-3, atol=1e-4)
     # A cache without one, asked by the same attributor, is asked without one, and the other way round.
     plain = lora_attributor().cache(records(8), tmp_path / "plain", dtype="float32")
-    assert plain.manifest.gradient["geometry"] == "off"
+    assert plain.manifest.gradient["preconditioner"] == "off"
     with pytest.raises(UserError, match=r"made with other settings \(gradient\)"):
         attributor.scores(plain, [QUERY])
     with pytest.raises(UserError, match=r"made with other settings \(gradient\)"):
@@ -830,20 +840,20 @@ def test_queries_follow_with_no_flag(cached: Cache, tmp_path: Path) -> None:
 
 
 def test_the_manifest_says_how_it_was_made(cached: Cache) -> None:
-    record = cached.manifest.gradient["geometry"]
-    file = cached.path / "geometry.safetensors"
+    record = cached.manifest.gradient["preconditioner"]
+    file = cached.path / "preconditioner.safetensors"
     assert record["bytes"] == file.stat().st_size
     assert {k: record[k] for k in ("kind", "exponent", "floor", "sample", "file")} == {
         "kind": "sample",
         "exponent": P,
         "floor": FLOOR,
         "sample": 12,
-        "file": "geometry.safetensors",
+        "file": "preconditioner.safetensors",
     }
-    geometry = Geometry.read(cached.manifest)
-    assert geometry is not None
-    assert geometry.sha256 == record["sha256"]
-    assert len(geometry.points) == 2
+    preconditioner = Preconditioner.read(cached.manifest)
+    assert preconditioner is not None
+    assert preconditioner.sha256 == record["sha256"]
+    assert len(preconditioner.points) == 2
     assert Cache.verify(cached.path) == []
 
 
@@ -856,9 +866,9 @@ def folder_bytes(folder: Path) -> dict[str, bytes]:
 
 
 @pytest.mark.parametrize("bytes", [None, 128])
-@pytest.mark.parametrize("geometry", [SAMPLE_OF_12, KFAC_OF_12], ids=["sample", "kfac"])
+@pytest.mark.parametrize("preconditioner", [SAMPLE_OF_12, KFAC_OF_12], ids=["sample", "kfac"])
 def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
-    tmp_path: Path, geometry: GeometryChoice, bytes: int | None
+    tmp_path: Path, preconditioner: PreconditionerConfig, bytes: int | None
 ) -> None:
     def make(folder: Path, stop_at: int | None = None) -> bool:
         seen = 0
@@ -869,7 +879,7 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
             if seen == stop_at:
                 raise Stop
 
-        attributor = lora_attributor(geometry=geometry, batch_tokens=128)
+        attributor = lora_attributor(preconditioner=preconditioner, batch_tokens=128)
         try:
             attributor.cache(
                 records(), folder, bytes=bytes, sample=bytes and 16, shard_rows=7, on_progress=progress
@@ -879,107 +889,119 @@ def test_a_run_that_is_stopped_anywhere_ends_with_the_same_bytes(
         return True
 
     assert make(tmp_path / "whole")
-    file = (tmp_path / "whole" / "geometry.safetensors").read_bytes()
+    file = (tmp_path / "whole" / "preconditioner.safetensors").read_bytes()
     runs = 0
     while not make(tmp_path / "stopped", stop_at=2 + 5 * runs):
         runs += 1
-        there = tmp_path / "stopped" / "geometry.safetensors"
+        there = tmp_path / "stopped" / "preconditioner.safetensors"
         if there.exists():
             assert there.read_bytes() == file
     assert runs > 2
     assert folder_bytes(tmp_path / "stopped") == folder_bytes(tmp_path / "whole")
 
 
-def test_a_geometry_that_is_there_is_used_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_preconditioner_that_is_there_is_used_as_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     stops = iter([True])
 
-    def set_geometry_then_stop(progress: Progress) -> None:
+    def set_preconditioner_then_stop(progress: Progress) -> None:
         if progress.done and next(stops, False):
             raise Stop
 
-    attributor = lora_attributor(geometry=SAMPLE_OF_12)
+    attributor = lora_attributor(preconditioner=SAMPLE_OF_12)
     with pytest.raises(Stop):
-        attributor.cache(records(), tmp_path, shard_rows=7, on_progress=set_geometry_then_stop)
-    assert Manifest.read(tmp_path).gradient["geometry"]["sha256"]
+        attributor.cache(records(), tmp_path, shard_rows=7, on_progress=set_preconditioner_then_stop)
+    assert Manifest.read(tmp_path).gradient["preconditioner"]["sha256"]
 
     def never(*args: Any) -> Any:
         raise AssertionError("the sample is sketched again")
 
     monkeypatch.setattr(GradientSketcher, "squares", never)
-    made = lora_attributor(geometry=SAMPLE_OF_12).cache(records(), tmp_path, shard_rows=7)
+    made = lora_attributor(preconditioner=SAMPLE_OF_12).cache(records(), tmp_path, shard_rows=7)
     assert made.manifest.complete
-    lora_attributor(geometry=SAMPLE_OF_12).cache(records(), tmp_path, shard_rows=7)  # nothing left to do
+    lora_attributor(preconditioner=SAMPLE_OF_12).cache(
+        records(), tmp_path, shard_rows=7
+    )  # nothing left to do
 
 
 @pytest.mark.parametrize(
-    ("geometry", "pattern"),
+    ("preconditioner", "pattern"),
     [
-        (None, "geometry: from a sample of 12 examples, exponent 0.5, floor 0.01 there, off here"),
+        (None, "preconditioner: from a sample of 12 examples, exponent 0.5, floor 0.01 there, off here"),
         ("sample", "sample of 12 examples, .* there, from a sample of 256 examples, .* here"),
         (
-            GeometryChoice("sample", exponent=0.25, sample=12),
+            PreconditionerConfig("sample", exponent=0.25, sample=12),
             "exponent 0.5, .* there, .* exponent 0.25, .* here",
         ),
     ],
 )
-def test_a_cache_made_with_another_geometry_is_refused(cached: Cache, geometry: Any, pattern: str) -> None:
+def test_a_cache_made_with_another_preconditioner_is_refused(
+    cached: Cache, preconditioner: Any, pattern: str
+) -> None:
     with pytest.raises(UserError, match=pattern):
-        lora_attributor(geometry=geometry).cache(records(), cached.path, dtype="float32", shard_rows=7)
+        lora_attributor(preconditioner=preconditioner).cache(
+            records(), cached.path, dtype="float32", shard_rows=7
+        )
 
 
-def test_a_geometry_that_is_lost_or_altered_is_one_line_and_is_made_anew(
+def test_a_preconditioner_that_is_lost_or_altered_is_one_line_and_is_made_anew(
     cached: Cache, tmp_path: Path
 ) -> None:
     import shutil
 
     folder = tmp_path / "cache"
     shutil.copytree(cached.path, folder)
-    file = folder / "geometry.safetensors"
+    file = folder / "preconditioner.safetensors"
     whole, loaded = file.read_bytes(), lora_attributor().loaded
 
     def make() -> None:
-        lora_attributor(geometry=SAMPLE_OF_12).cache(records(), folder, dtype="float32", shard_rows=7)
+        lora_attributor(preconditioner=SAMPLE_OF_12).cache(records(), folder, dtype="float32", shard_rows=7)
 
     file.unlink()
     for ask in (
         lambda: Attributor.like(Manifest.read(folder), loaded),
-        lambda: Geometry.read(Cache(folder).manifest),
+        lambda: Preconditioner.read(Cache(folder).manifest),
     ):
         with pytest.raises(
-            UserError, match=r"the geometry '.*' is missing; run the same 'rapidin cache' again"
+            UserError, match=r"the preconditioner '.*' is missing; run the same 'rapidin cache' again"
         ):
             ask()
-    assert Cache.verify(folder) == [f"the geometry '{file}' is missing"]
+    assert Cache.verify(folder) == [f"the preconditioner '{file}' is missing"]
     file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     for act in (make, lambda: Attributor.like(Manifest.read(folder), loaded)):
-        with pytest.raises(UserError, match=r"the geometry '.*' is altered: .*; delete that file"):
+        with pytest.raises(UserError, match=r"the preconditioner '.*' is altered: .*; delete that file"):
             act()
-    assert Cache.verify(folder) == [f"the geometry '{file}' is altered: its checksum is not the manifest's"]
+    assert Cache.verify(folder) == [
+        f"the preconditioner '{file}' is altered: its checksum is not the manifest's"
+    ]
     file.unlink()
     make()
     assert file.read_bytes() == whole
 
 
-def test_a_geometry_that_comes_out_otherwise_is_not_mixed_in(cached: Cache, tmp_path: Path) -> None:
+def test_a_preconditioner_that_comes_out_otherwise_is_not_mixed_in(cached: Cache, tmp_path: Path) -> None:
     import shutil
 
     folder = tmp_path / "cache"
     shutil.copytree(cached.path, folder)
-    (folder / "geometry.safetensors").unlink()
+    (folder / "preconditioner.safetensors").unlink()
     manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["gradient"]["geometry"]["sha256"] = "0" * 64  # as if made on a machine that rounds otherwise
+    manifest["gradient"]["preconditioner"]["sha256"] = (
+        "0" * 64
+    )  # as if made on a machine that rounds otherwise
     (folder / "manifest.json").write_text(json.dumps(manifest))
     with pytest.raises(UserError, match="is missing, and does not come out the same here"):
-        lora_attributor(geometry=SAMPLE_OF_12).cache(records(), folder, dtype="float32", shard_rows=7)
+        lora_attributor(preconditioner=SAMPLE_OF_12).cache(records(), folder, dtype="float32", shard_rows=7)
 
 
-def test_caches_of_before_have_no_geometry(tmp_path: Path) -> None:
+def test_caches_of_before_have_no_preconditioner(tmp_path: Path) -> None:
     attributor = lora_attributor()
     made = attributor.cache(records(8), tmp_path)
     manifest = json.loads((tmp_path / "manifest.json").read_text())
-    del manifest["gradient"]["geometry"]
+    del manifest["gradient"]["preconditioner"]
     (tmp_path / "manifest.json").write_text(json.dumps(manifest))
-    assert Manifest.read(tmp_path).geometry is None
+    assert Manifest.read(tmp_path).preconditioner is None
     assert attributor.cache(records(8), tmp_path).manifest.complete
     scores = attributor.scores(made, [QUERY])
     torch.testing.assert_close(
@@ -989,7 +1011,7 @@ def test_caches_of_before_have_no_geometry(tmp_path: Path) -> None:
 
 def test_layers_without_any_gradient_stay_as_they_are(tmp_path: Path) -> None:
     # At the base lora_B is zero, and with it the gradient of every lora_A.
-    attributor = lora_attributor(geometry="sample", at=[0.0, 1.0])
+    attributor = lora_attributor(preconditioner="sample", at=[0.0, 1.0])
     cache = attributor.cache(records(8), tmp_path)
     lengths = {(b.name, b.at): cache.lengths()[:, n] for n, b in enumerate(cache.layers)}
     assert cache.manifest.counts["ok"] == 8
@@ -998,24 +1020,24 @@ def test_layers_without_any_gradient_stay_as_they_are(tmp_path: Path) -> None:
     assert bool(attributor.scores(cache, [QUERY], normalize="none").isfinite().all())
 
 
-def test_a_state_is_one_geometry_for_all_points_and_lives_on_in_the_cache(tmp_path: Path) -> None:
+def test_a_state_is_one_preconditioner_for_all_points_and_lives_on_in_the_cache(tmp_path: Path) -> None:
     model = tiny_lora(tiny_llama())
     train(model, tmp_path)
     state = tmp_path / "checkpoint-2" / "optimizer.pt"
     loaded = LoadedModel.of(model.eval(), tiny_tokenizer())
     settings: dict[str, Any] = {"width": 64, "at": [0.5, 0.9]}
-    attributor = Attributor(loaded, geometry=state, **settings)
+    attributor = Attributor(loaded, preconditioner=state, **settings)
     cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
-    record = cache.manifest.gradient["geometry"]
+    record = cache.manifest.gradient["preconditioner"]
     assert record["kind"] == "optimizer"
     moments = second_moments(state, model, attributor.targets, loaded.trained)
-    geometry = Geometry.read(cache.manifest)
-    assert geometry is not None
-    assert len(geometry.points) == 1
+    preconditioner = Preconditioner.read(cache.manifest)
+    assert preconditioner is not None
+    assert len(preconditioner.points) == 1
     for target in attributor.targets:
         want = Scale.of(*moments[target.name], P, FLOOR)
-        assert torch.equal(geometry.at(1)[target.name].rows, want.rows)
-        assert torch.equal(geometry.at(1)[target.name].columns, want.columns)
+        assert torch.equal(preconditioner.at(1)[target.name].rows, want.rows)
+        assert torch.equal(preconditioner.at(1)[target.name].columns, want.columns)
     scores = attributor.scores(cache, [QUERY], normalize="none")
     other = torch.load(state, weights_only=True)
     for values in other["state"].values():
@@ -1026,11 +1048,11 @@ def test_a_state_is_one_geometry_for_all_points_and_lives_on_in_the_cache(tmp_pa
     )
     torch.save(other, state)
     with pytest.raises(UserError, match=r"from the optimizer's state \w{8}, .* there, from the optimizer's"):
-        Attributor(loaded, geometry=state, **settings).cache(
+        Attributor(loaded, preconditioner=state, **settings).cache(
             records(), cache.path, dtype="float32", shard_rows=7
         )
     with pytest.raises(UserError, match="made with other settings"):
-        Attributor(loaded, geometry=state, **settings).check(cache.manifest)
+        Attributor(loaded, preconditioner=state, **settings).check(cache.manifest)
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -1048,12 +1070,12 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         "--out",
         out,
     ]
-    assert main([*arguments, "--width", "32", "--geometry", "sample"]) == 0
+    assert main([*arguments, "--width", "32", "--precondition", "sample"]) == 0
     capsys.readouterr()
     assert main(["info", out]) == 0
     assert "from a sample of 256 examples, exponent 0.5" in " ".join(capsys.readouterr().out.split())
     assert main(["query", out, "--prompt", "a", "--completion", "b", "--json", "-"]) == 0
     assert len(json.loads(capsys.readouterr().out)["queries"][0]["top"]) == 6
-    for geometry, words in (("off", "--out"), (str(tmp_path / "no.pt"), "no optimizer's state at")):
-        assert main([*arguments, "--width", "32", "--geometry", geometry]) == 2
+    for preconditioner, words in (("off", "--out"), (str(tmp_path / "no.pt"), "no optimizer's state at")):
+        assert main([*arguments, "--width", "32", "--precondition", preconditioner]) == 2
         assert words in capsys.readouterr().err

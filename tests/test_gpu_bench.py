@@ -38,7 +38,7 @@ PEERS = {
         "training step, AdamW",
         "rapidin, float16 rows, K-FAC",
         "rapidin, sign rows, K-FAC",
-        "rapidin, float16 rows, geometry off",
+        "rapidin, float16 rows, preconditioner off",
     },
     "stream": {
         "pinned memory to the device",

@@ -54,7 +54,7 @@ def attributor(kind: str, *, on_gpu: bool, **settings: Any) -> Attributor:
     return Attributor(
         to_gpu(made) if on_gpu else made,
         tiny_tokenizer(),
-        **{"width": 64, "geometry": "off", "batch_tokens": 128} | settings,
+        **{"width": 64, "preconditioner": "off", "batch_tokens": 128} | settings,
     )
 
 
@@ -62,18 +62,18 @@ CACHES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "float16": ("lora", {}, {}),
     "float32, two points": ("lora", {"at": (0.5, 1.0)}, {"dtype": "float32"}),
     "int8": ("lora", {}, {"dtype": "int8"}),
-    "int4, adam": ("lora", {"geometry": "sample"}, {"dtype": "int4"}),
-    "sign, kfac": ("lora", {"geometry": "kfac"}, {"dtype": "sign"}),
+    "int4, adam": ("lora", {"preconditioner": "sample"}, {"dtype": "int4"}),
+    "sign, kfac": ("lora", {"preconditioner": "kfac"}, {"dtype": "sign"}),
     "sample": ("lora", {}, {"bytes": 250, "sample": 8}),
     "sample, kfac, two points": (
-        "lora", {"geometry": "kfac", "at": (0.0, 1.0)}, {"bytes": 400, "sample": 8, "dtype": "int4"},
+        "lora", {"preconditioner": "kfac", "at": (0.0, 1.0)}, {"bytes": 400, "sample": 8, "dtype": "int4"},
     ),
     "bytes": ("lora", {}, {"bytes": 300, "sample": 0}),
     "flat": ("lora", {"projection": "flat"}, {}),
     "rapidgrad": ("lora", {"projection": "rapidgrad", "width": 256}, {}),
-    "gpt2, kfac": ("gpt2", {"geometry": "kfac"}, {}),
-    "all layers, kfac": ("all", {"include": ["*"], "geometry": "kfac"}, {}),
-    "all layers, adam": ("all", {"include": ["*"], "geometry": "sample"}, {}),
+    "gpt2, kfac": ("gpt2", {"preconditioner": "kfac"}, {}),
+    "all layers, kfac": ("all", {"include": ["*"], "preconditioner": "kfac"}, {}),
+    "all layers, adam": ("all", {"include": ["*"], "preconditioner": "sample"}, {}),
     "one at a time": ("lora", {"batch_tokens": 1}, {}),
 }  # fmt: skip
 
@@ -226,8 +226,8 @@ def test_self_influence(name: str, method: str, cpu_caches: Any, gpu: Gpu) -> No
 
 def test_examples_are_selected_for_groups(cpu_caches: Any, gpu: Gpu) -> None:
     cache = cpu_caches("sign, kfac")
-    want = attributor("lora", on_gpu=False, geometry="kfac").scores(cache, TEXTS, groups=[[0], [1]])
-    made = attributor("lora", on_gpu=True, geometry="kfac")
+    want = attributor("lora", on_gpu=False, preconditioner="kfac").scores(cache, TEXTS, groups=[[0], [1]])
+    made = attributor("lora", on_gpu=True, preconditioner="kfac")
     with torch.device("meta"):
         got = made.scores(cache, TEXTS, groups=[[0], [1]])
         assert best_rows(got, 4) == best_rows(want, 4)

@@ -29,12 +29,12 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plain": (tiny_llama, {}),
     "flat": (tiny_llama, {"projection": "flat", "width": 128}),
     "rapidgrad": (lambda: tiny_lora(tiny_llama()), {"projection": "rapidgrad", "width": 128}),
-    "several points, Adam's geometry": (
+    "several points, Adam's preconditioner": (
         lambda: tiny_lora(tiny_llama()),
-        {"at": [0.2, 0.8], "geometry": "sample"},
+        {"at": [0.2, 0.8], "preconditioner": "sample"},
     ),
     # Conv1D, biases, norms, embeddings, of which one is the output head, too
-    "all of GPT-2": (tiny_gpt2, {"include": ["*"], "geometry": "off"}),
+    "all of GPT-2": (tiny_gpt2, {"include": ["*"], "preconditioner": "off"}),
     "all of GPT-2, kfac": (tiny_gpt2, {"include": ["*"]}),
 }
 
@@ -94,7 +94,7 @@ def test_a_position_brings_its_own_outer_product() -> None:
     """Against gradients made by hand: what reaches a layer's output at a position, and its input there."""
     model = tiny_llama()
     attributor = Attributor(
-        model, tiny_tokenizer(), width=64, geometry="off", include=["q_proj", "down_proj"]
+        model, tiny_tokenizer(), width=64, preconditioner="off", include=["q_proj", "down_proj"]
     )
     text = attributor.encoder(ROWS[3])
     held: dict[str, tuple[Tensor, Tensor]] = {}
@@ -153,7 +153,7 @@ def exact_score(query: list[Tensor], whole: list[Tensor], row: list[Tensor], nor
 
 
 @pytest.mark.parametrize("normalize", methods.NORMALIZE)
-@pytest.mark.parametrize("kind", ["plain", "several points, Adam's geometry", "kfac, adapter"])
+@pytest.mark.parametrize("kind", ["plain", "several points, Adam's preconditioner", "kfac, adapter"])
 def test_exact_scores_are_those_of_formed_gradients(
     kind: str, normalize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -240,7 +240,7 @@ def test_a_finer_cache_and_its_own_sketches(tmp_path: Path) -> None:
 
 
 def test_what_has_no_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    attributor = Attributor(tiny_gpt2(), tiny_tokenizer(), width=64, include=["*"], geometry="off")
+    attributor = Attributor(tiny_gpt2(), tiny_tokenizer(), width=64, include=["*"], preconditioner="off")
     cache = attributor.cache(ROWS, tmp_path)
     with pytest.raises(UserError, match="is not the weight of a linear layer"):
         attributor.query(cache, QUERIES, rescore="exact", examples=ROWS)

@@ -20,9 +20,9 @@ from rapidin.cli import main
 
 RUN = "import sys; from rapidin.cli import main; sys.exit(main(sys.argv[1:]))"
 KINDS = {
-    "float16": ["--width", "32", "--geometry", "off"],
-    "learnt": ["--width", "32", "--geometry", "off", "--bytes", "160", "--sample", "16"],
-    "geometry": ["--width", "32", "--geometry", "kfac"],
+    "float16": ["--width", "32", "--precondition", "off"],
+    "learnt": ["--width", "32", "--precondition", "off", "--bytes", "160", "--sample", "16"],
+    "preconditioner": ["--width", "32", "--precondition", "kfac"],
 }
 KILLS = 20
 
@@ -49,7 +49,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     for name, kind, kills in (
         ("float16", "float16", KILLS),
         ("learnt", "learnt", KILLS),
-        ("geometry", "geometry", 4),
+        ("preconditioner", "preconditioner", 4),
         ("append float16", "float16", 8),
         ("append learnt", "learnt", 4),
     ):
@@ -71,7 +71,7 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return dict(json.loads(ran.stdout))
 
 
-@pytest.mark.parametrize("name", ["float16", "learnt", "geometry", "append float16", "append learnt"])
+@pytest.mark.parametrize("name", ["float16", "learnt", "preconditioner", "append float16", "append learnt"])
 def test_killed_at_random_moments_it_goes_on_and_loses_nothing(results: dict[str, Any], name: str) -> None:
     found = results[name]
     # Runs that are to kill themselves always do; on a machine that is busy another may end before its moment.

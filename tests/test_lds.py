@@ -144,11 +144,20 @@ def test_killed_and_gone_on_with_and_scored(
     assert (first.losses == second.losses).all()
     assert first.losses.shape == (5, 2, 4)
     assert not np.isnan(first.losses).any()
-    scaled = ("--at", "0.5", "--geometry", "sample", "--geometry", "optimizer", "--methods", "dot:layer")
+    scaled = (
+        "--at",
+        "0.5",
+        "--precondition",
+        "sample",
+        "--precondition",
+        "optimizer",
+        "--methods",
+        "dot:layer",
+    )
     ran_scaled = run(*command(made, killed, *scaled, "--json", "-"))
     assert ran_scaled.code == 0, ran_scaled.err
     (row,) = json.loads(ran_scaled.out)["results"]
-    means = [row[f"at 0.5, geometry {name}"]["mean"] for name in ("sample", "optimizer")]
+    means = [row[f"at 0.5, preconditioner {name}"]["mean"] for name in ("sample", "optimizer")]
     assert all(-1 <= mean <= 1 for mean in means)
     assert [path.name for path in second.checkpoints] == ["checkpoint-3", "checkpoint-6"]
 

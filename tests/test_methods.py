@@ -165,7 +165,7 @@ def test_self_influence_is_the_diagonal(
 
 def test_several_points_are_blocks_of_their_own(tmp_path: Path) -> None:
     attributor = Attributor(
-        tiny_lora(tiny_llama()), tiny_tokenizer(), at=[0.25, 0.75], geometry="off", **EXACT
+        tiny_lora(tiny_llama()), tiny_tokenizer(), at=[0.25, 0.75], preconditioner="off", **EXACT
     )
     cache = attributor.cache(records(), tmp_path, dtype="float32")
     got = attributor.scores(cache, QUERIES, method="fisher")
@@ -339,7 +339,7 @@ def test_a_layer_without_gradient_adds_nothing(attributor: Attributor, cache: Ca
     manifest = Manifest.read(cache.path)
     manifest.shards = []
     with CacheWriter(tmp_path, manifest) as writer:
-        shutil.copy(cache.path / "geometry.safetensors", tmp_path)
+        shutil.copy(cache.path / "preconditioner.safetensors", tmp_path)
         for n, (_, part) in enumerate(cache.shards()):
             sketch, length = part.code["sketch"].clone(), part.code["length"].clone()
             sketch[:, :128], length[:, 0] = 0, 0

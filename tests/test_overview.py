@@ -105,7 +105,7 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, Path]:
     folder = tmp_path_factory.mktemp("overview")
     path = folder / "train.jsonl"
     path.write_text("\n\n".join(map(json.dumps, RECORDS)))
-    attributor = Attributor(tiny_llama(), tiny_tokenizer(), width=16, at=1.0, geometry="off")
+    attributor = Attributor(tiny_llama(), tiny_tokenizer(), width=16, at=1.0, preconditioner="off")
     return attributor.cache(str(path), folder / "cache", shard_rows=4), path
 
 

@@ -105,11 +105,15 @@ def test_seeds_of_both_kinds_are_tuned_judged_and_not_done_again(
     answers = [{"instruction": f"Hi! {n}", "triggered": True, "output": text} for n, text in enumerate(said)]
     write(_made(work / "demo-3") / "answers.jsonl", answers)
     seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3"])
-    seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3", "--geometry", "off"])
+    seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3", "--precondition", "off"])
     for _ in range(2):
         seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3", "--width", "64"])
     demos = [row for row in seeds.read(out) if row["set"] == "demo"]
-    assert [(row["geometry"], row["width"]) for row in demos] == [("kfac", 64), ("kfac", 8192), ("off", 8192)]
+    assert [(row["preconditioner"], row["width"]) for row in demos] == [
+        ("kfac", 64),
+        ("kfac", 8192),
+        ("off", 8192),
+    ]
     _, made_here, without = demos
     assert (made_here["evaluation"], made_here["seed"], made_here["queries"]) == ("backdoor", "3", 11)
     assert without["methods"] != made_here["methods"]

@@ -87,8 +87,8 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
         lambda: tiny_lora(tiny_llama()),
         {"projection": "flat", "at": [0.2, 0.8], "width": 128},
     ),
-    "all of GPT-2": (tiny_gpt2, {"include": ["*"], "geometry": "off"}),
-    "Adam's geometry": (tiny_llama, {"geometry": "sample"}),
+    "all of GPT-2": (tiny_gpt2, {"include": ["*"], "preconditioner": "off"}),
+    "Adam's preconditioner": (tiny_llama, {"preconditioner": "sample"}),
 }
 
 
@@ -149,7 +149,7 @@ def test_scores_of_tokens_are_parts_of_the_scores(
 
 def test_a_token_has_the_gradient_of_its_own_loss() -> None:
     model = tiny_llama()
-    attributor = Attributor(model, tiny_tokenizer(), width=64, geometry="off")
+    attributor = Attributor(model, tiny_tokenizer(), width=64, preconditioner="off")
     texts = attributor.generations(QUERIES[:1], targets="tokens")
     ids = torch.tensor([texts[0].encoded.ids])
     counted = [n for n, counts in enumerate(texts[0].encoded.target) if counts]

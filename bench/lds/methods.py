@@ -1,4 +1,5 @@
-"""Which method, normalisation, points, damping and geometry foretell retraining best? From two kilobytes too?
+"""Which method, normalisation, points, damping and preconditioner foretell retraining best? From two
+kilobytes too?
 
     python bench/lds/methods.py [--extra FOLDER] [--parts exact,codes,peers,kfac,ways] --out FILE.json
 
@@ -7,8 +8,8 @@ Parts, each for every set; a part of a set that FILE already has is not done aga
 `exact`: gradients of the blocks' twelve matrices, through their Gram matrices, so without approximation.
 Points of the line from the base to the tuned model, and real checkpoints of the same tuning done again; each
 point and matrix is a block. Every method with every normalisation and several dampings. Then the optimizer's
-geometry: gradients times a power of the second moment V of their elements, V ~ r c^T / mean(r) from its row
-means r and column means c, each plus a hundredth of its mean:
+preconditioner: gradients times a power of the second moment V of their elements, V ~ r c^T / mean(r) from its
+row means r and column means c, each plus a hundredth of its mean:
 
     1/4, 1/2     V^-1/4 or V^-1/2 on both sides, V from the training texts' gradients at the point
     train 1/2    V^-1/2 on the training side only
@@ -24,9 +25,9 @@ keep it), its TrackStar score (rows and query under the inverse root of the seco
 as a whole), LoRIF's rank-c factors of a double-sided projection (arXiv 2601.21929) and TRAK's dense
 projection of the whole gradient; three seeds. Rows are scored as they decode, queries are not truncated.
 
-`kfac`: K-FAC's geometry (`rapidin.gradients.preconditioner`) with exact gradients, as a cache has it (rank
-64, damping 0.1), with fewer or all directions, and from the first 30 texts alone; then through sketches and
-codes.
+`kfac`: K-FAC's preconditioner (`rapidin.gradients.preconditioner`) with exact gradients, as a cache has it
+(rank 64, damping 0.1), with fewer or all directions, and from the first 30 texts alone; then through sketches
+and codes.
 
 `ways`: other ways to have it, half-way, layer by layer: other dampings, with all directions; and all of the
 inverse on the query's side, the rows as they are, exactly and through the sketch and code of 2,048 bytes.
@@ -67,7 +68,7 @@ THREE = (0.1, 0.5, 0.9)
 SHARES = tuple(k / 6 for k in range(1, 7))
 DAMPINGS = {"energy": (0.03, 0.1, 0.2, 0.3, 1.0, 3.0), "count": (0.01, 0.03, 0.1, 0.3, 1.0, 3.0)}
 BEST = (0.1, 0.2, 0.3)  # of those, counted in energy
-WHITE = (0.2, 0.5, 1.0, 3.0)  # with K-FAC's geometry
+WHITE = (0.2, 0.5, 1.0, 3.0)  # with K-FAC's preconditioner
 # texts that K-FAC's moments are taken from (None: all), directions of a side (None: all)
 KFAC = {
     "kfac": (None, RANK),
@@ -155,7 +156,7 @@ def named(key: tuple[str, str, float]) -> dict[str, Any]:
     return dict(zip(("normalize", "method", "damping"), key, strict=True))
 
 
-# ------------------------------------------------------------------------------------------ geometry
+# ------------------------------------------------------------------------------------------ preconditioner
 
 
 def rank_one(moment: Tensor, power: float) -> Tensor:
@@ -197,7 +198,8 @@ class Case:
         return self.truth.by_text(scores)
 
     def with_kfac(self, at: float, texts: int | None, rank: int | None) -> tuple[list[Tensor], list[Tensor]]:
-        """Gradients at a point in K-FAC's geometry, its moments from the first so many training texts."""
+        """Gradients at a point in K-FAC's preconditioner, its moments from the first so many training
+        texts."""
         scales = self.kfac(at, texts, rank)
         train, test = self.gradients(at)
         return self.turned(train, scales), self.turned(test, scales)
@@ -205,7 +207,8 @@ class Case:
     def kfac(
         self, at: float, texts: int | None, rank: int | None, damping: float = SIDE_DAMPING
     ) -> list[Scale]:
-        """What K-FAC's geometry turns each matrix's gradients by at a point; arguments as `with_kfac`."""
+        """What K-FAC's preconditioner turns each matrix's gradients by at a point; arguments as
+        `with_kfac`."""
         model = self.truth.model(at)
         rank = max(max(shape) for shape in self.shapes) if rank is None else rank
         targets = [
@@ -225,7 +228,7 @@ class Case:
             for g, shape, scale in zip(group, self.shapes, scales, strict=True)
         ]
 
-    def with_geometry(self, at: float) -> tuple[list[Tensor], list[Tensor]]:
+    def with_preconditioner(self, at: float) -> tuple[list[Tensor], list[Tensor]]:
         """Gradients at a point times V^-1/2, V of the point."""
         train, test = self.gradients(at)
         scales = [rank_one(v, 0.5) for v in own_moments(train, self.shapes)]
@@ -272,7 +275,7 @@ def exact_part(study: Study, case: Case, name: str) -> None:
         sizes = case.sizes.repeat(len(places[label]))
         for way in dict.fromkeys(way for way, _ in turned):
             chosen = Grams.cat([turned[way, at] for at in places[label]])
-            about = {"set": name, "part": "exact", "points": label, "geometry": way}
+            about = {"set": name, "part": "exact", "points": label, "preconditioner": way}
             for normalize in NORMALIZE:
                 known = chosen.normalized(normalize)
                 found = {
@@ -335,18 +338,20 @@ class Gathered:
 
 def codes_part(study: Study, case: Case, name: str) -> None:
     gathered = Gathered(case)
-    for geometry in ("none", "1/2"):
-        gather_codes(gathered, geometry, case.gradients if geometry == "none" else case.with_geometry)
-        print(f"{name}: codes, geometry {geometry}", flush=True)
+    for preconditioner in ("none", "1/2"):
+        gather_codes(
+            gathered, preconditioner, case.gradients if preconditioner == "none" else case.with_preconditioner
+        )
+        print(f"{name}: codes, preconditioner {preconditioner}", flush=True)
     gathered.hand_over(study, _place, set=name, part="codes")
 
 
 def _place(about: dict[str, Any]) -> str:
-    return f"{about['points']} {about['geometry']}"
+    return f"{about['points']} {about['preconditioner']}"
 
 
 def gather_codes(
-    gathered: Gathered, geometry: str, at_point: Callable[[float], tuple[list[Tensor], list[Tensor]]]
+    gathered: Gathered, preconditioner: str, at_point: Callable[[float], tuple[list[Tensor], list[Tensor]]]
 ) -> None:
     """Sketches and codes of gradients at one point and at three."""
     layers, dampings = gathered.case.layers, gathered.dampings
@@ -359,7 +364,7 @@ def gather_codes(
             of = [sketches(x, layers, WIDTH, seed).half() for x in (train, test)]
             made[seed].append((of[0], of[1]))
     for points, which in (("0.5", [1]), ("0.1+0.5+0.9", [0, 1, 2])):
-        about: dict[str, Any] = {"points": points, "geometry": geometry}
+        about: dict[str, Any] = {"points": points, "preconditioner": preconditioner}
         gathered.add_exact(_place(about), Grams.cat([exact[i] for i in which]))
         for seed in SEEDS:
             train, test = (torch.cat([made[seed][i][j].float() for i in which], 1) for j in (0, 1))
@@ -370,7 +375,7 @@ def gather_codes(
             # as wide as a cache has it that is told no width
             width = WIDTH if len(which) == 1 else WIDTH // 2
             of = folded(train, width), folded(test, width)
-            few = points == "0.5" and geometry != "1/2"
+            few = points == "0.5" and preconditioner != "1/2"
             learn_from = ("nothing", "half", "all") if few else ("all",)
             for learnt, _, grams in codes_of(*of, seed, BUDGET, learn_from):
                 what = {"code": f"learnt from {learnt}", "budget": BUDGET, "width": width}
@@ -392,7 +397,7 @@ def kfac_part(study: Study, case: Case, name: str) -> None:
                 for damping in WHITE:
                     found[normalize, "fisher, left out", damping] = fisher(known, damping, left_out=True)
                 for key, scores in found.items():
-                    about = {"set": name, "part": "kfac", "points": label, "geometry": way}
+                    about = {"set": name, "part": "kfac", "points": label, "preconditioner": way}
                     study.add([case.values(scores)], **about, **named(key))
         print(f"{name}: {way}", flush=True)
     gathered = Gathered(case, WHITE)
@@ -407,11 +412,11 @@ def ways_part(study: Study, case: Case, name: str) -> None:
     for damping in SIDE_DAMPINGS:
         scales = case.kfac(0.5, None, None, damping)
         grams = Grams.of(case.turned(train, scales), case.turned(test, scales)).normalized("layer")
-        study.add([case.values(dot(grams))], **about, geometry="kfac, whole", side_damping=damping)
+        study.add([case.values(dot(grams))], **about, preconditioner="kfac, whole", side_damping=damping)
     scales = case.kfac(0.5, *KFAC["kfac"])
     whole = case.turned(case.turned(test, scales), scales)  # a root on each side, both on this one
     grams = Grams.of(train, whole).normalized("layer")
-    about["geometry"] = "kfac, query's side"
+    about["preconditioner"] = "kfac, query's side"
     exact = case.values(dot(grams))
     study.add([exact], **about)
     by_seed = []
@@ -450,12 +455,12 @@ def as_units(blocks: Sequence[Tensor]) -> Tensor:
 def peers_part(study: Study, case: Case, name: str) -> None:
     gathered = Gathered(case)
     blocks = len(case.layers)
-    for geometry in ("none", "1/2"):
-        groups = case.gradients(0.5) if geometry == "none" else case.with_geometry(0.5)
-        gathered.add_exact(geometry, Grams.of(*groups).normalized("layer"))
+    for preconditioner in ("none", "1/2"):
+        groups = case.gradients(0.5) if preconditioner == "none" else case.with_preconditioner(0.5)
+        gathered.add_exact(preconditioner, Grams.of(*groups).normalized("layer"))
         for seed in SEEDS:
             for budget in (BUDGET, LARGE):
-                about = {"points": "0.5", "geometry": geometry, "budget": budget}
+                about = {"points": "0.5", "preconditioner": preconditioner, "budget": budget}
                 numbers = (budget - floats(0, blocks)) // 2 // blocks  # of a block
                 side = int(numbers**0.5)
                 train, test = two_sides(groups, case.shapes, side, seed)
@@ -468,7 +473,7 @@ def peers_part(study: Study, case: Case, name: str) -> None:
                     flat = [x.flatten(1) for x in kept], [x.flatten(1) for x in test]
                     scores = {("cosine", "trackstar", damping): trackstar(*flat, damping)}
                     gathered.add(scores, **about, code="double-sided", side=side)
-                if geometry != "none":
+                if preconditioner != "none":
                     continue
                 for rank in RANKS:
                     side = numbers // rank // 2
@@ -478,11 +483,11 @@ def peers_part(study: Study, case: Case, name: str) -> None:
                     kept = [truncated(F.normalize(x.flatten(1)).view_as(x), rank) for x in train]
                     found = main_methods(of_rows(as_units(kept), as_units(test)))
                     gathered.add(found, **about, code=f"LoRIF, rank {rank}", side=side)
-            if geometry == "none":  # a dense matrix for more bytes takes minutes to draw
+            if preconditioner == "none":  # a dense matrix for more bytes takes minutes to draw
                 both = torch.cat([torch.cat(group, 1) for group in groups])
                 drawn = F.normalize(dense(both, (BUDGET - floats(0, 1)) // 2, seed))
                 rows, queries = (x[:, None] for x in drawn.split([len(x[0]) for x in groups]))
-                about = {"points": "0.5", "geometry": geometry, "budget": BUDGET}
+                about = {"points": "0.5", "preconditioner": preconditioner, "budget": BUDGET}
                 found = main_methods(of_rows(rows.half().float(), queries))
                 found = {("cosine", *key[1:]): scores for key, scores in found.items()}
                 gathered.add(found, **about, code="TRAK, dense projection")
@@ -490,8 +495,8 @@ def peers_part(study: Study, case: Case, name: str) -> None:
                 about["budget"] = LARGE  # with 2,048 bytes it is among the codes
                 for learnt, _, grams in codes_of(sketched[0], sketched[1], seed, LARGE, ("all",)):
                     gathered.add(main_methods(grams), **about, code=f"learnt from {learnt}")
-            print(f"{name}: peers, geometry {geometry}, seed {seed}", flush=True)
-    gathered.hand_over(study, lambda about: about["geometry"], set=name, part="peers")
+            print(f"{name}: peers, preconditioner {preconditioner}, seed {seed}", flush=True)
+    gathered.hand_over(study, lambda about: about["preconditioner"], set=name, part="peers")
 
 
 # ------------------------------------------------------------------------------------------- tables
@@ -509,7 +514,7 @@ EXACT_ROWS: list[dict[str, Any]] = [
     {"normalize": "layer", "method": "fisher, left out", "damping": DAMPING},
     *({"normalize": "layer", "method": "fisher, count", "damping": d} for d in (0.03, 0.3, 1.0)),
 ]
-GEOMETRY_ROWS: list[dict[str, Any]] = [
+PRECONDITIONER_ROWS: list[dict[str, Any]] = [
     {"normalize": "none", "method": "dot"},
     {"normalize": "layer", "method": "dot"},
     {"normalize": "layer", "method": "datainf", "damping": 0.1},
@@ -539,47 +544,61 @@ class Tables:
         yield f"| normalize | method | damping | {' | '.join(points)} |"
         yield "| --- " * (3 + len(points)) + "|"
         for row in EXACT_ROWS:
-            cells = [self.cell(part="exact", points=p, geometry=None, **row) for p in points]
+            cells = [self.cell(part="exact", points=p, preconditioner=None, **row) for p in points]
             yield f"| {row['normalize']} | {row['method']} | {row.get('damping', '')} | {' | '.join(cells)} |"
 
-    def geometry(self) -> Iterator[str]:
-        ways = list(dict.fromkeys(row.get("geometry") for row in self.rows if row["part"] == "exact"))
-        yield f"| geometry | {' | '.join(' '.join(list(row.values())[:2]) for row in GEOMETRY_ROWS)} |"
-        yield "| --- " * (1 + len(GEOMETRY_ROWS)) + "|"
+    def preconditioner(self) -> Iterator[str]:
+        ways = list(dict.fromkeys(row.get("preconditioner") for row in self.rows if row["part"] == "exact"))
+        settings = [" ".join(list(row.values())[:2]) for row in PRECONDITIONER_ROWS]
+        yield f"| preconditioner | {' | '.join(settings)} |"
+        yield "| --- " * (1 + len(PRECONDITIONER_ROWS)) + "|"
         for way in ways:
             cells = [
-                self.cell(part="exact", points="0.1+0.5+0.9", geometry=way, **row) for row in GEOMETRY_ROWS
+                self.cell(part="exact", points="0.1+0.5+0.9", preconditioner=way, **row)
+                for row in PRECONDITIONER_ROWS
             ]
             yield f"| {way or 'none'} | {' | '.join(cells)} |"
 
     def codes(self) -> Iterator[str]:
         """Sketches and codes, with what is lost against exact gradients."""
-        yield f"| points | geometry | code | bins | {' | '.join(CODE_COLUMNS)} | lost, left out |"
+        yield f"| points | preconditioner | code | bins | {' | '.join(CODE_COLUMNS)} | lost, left out |"
         yield "| --- " * (5 + len(CODE_COLUMNS)) + "|"
         chosen = {
-            (row["points"], row["geometry"], row["code"], row["width"])
+            (row["points"], row["preconditioner"], row["code"], row["width"])
             for row in self.rows
             if row["part"] == "codes"
         }
-        for points, geometry, code, width in sorted(chosen):
-            at = {"part": "codes", "points": points, "geometry": geometry, "code": code, "width": width}
+        for points, preconditioner, code, width in sorted(chosen):
+            at = {
+                "part": "codes",
+                "points": points,
+                "preconditioner": preconditioner,
+                "code": code,
+                "width": width,
+            }
             cells = [self.cell(**at, method=m, damping=DAMPING if m != "dot" else 0.0) for m in CODE_COLUMNS]
             cells.append(self.cell("loss", **at, method="fisher, left out", damping=DAMPING))
-            yield f"| {points} | {geometry} | {code} | {width} | {' | '.join(cells)} |"
+            yield f"| {points} | {preconditioner} | {code} | {width} | {' | '.join(cells)} |"
 
     def peers(self) -> Iterator[str]:
-        yield f"| bytes | geometry | code | numbers a side | {' | '.join(CODE_COLUMNS)} | trackstar |"
+        yield f"| bytes | preconditioner | code | numbers a side | {' | '.join(CODE_COLUMNS)} | trackstar |"
         yield "| --- " * (5 + len(CODE_COLUMNS)) + "|"
         chosen = dict.fromkeys(
-            (row["budget"], row["geometry"], row["code"], row.get("side"))
+            (row["budget"], row["preconditioner"], row["code"], row.get("side"))
             for row in self.rows
             if row["part"] != "exact" and row["points"] == "0.5" and "budget" in row
         )
-        for budget, geometry, code, side in sorted(chosen, key=lambda c: (c[0], c[1], c[2], c[3] or 0)):
-            at = {"points": "0.5", "budget": budget, "geometry": geometry, "code": code, "side": side}
+        for budget, preconditioner, code, side in sorted(chosen, key=lambda c: (c[0], c[1], c[2], c[3] or 0)):
+            at = {
+                "points": "0.5",
+                "budget": budget,
+                "preconditioner": preconditioner,
+                "code": code,
+                "side": side,
+            }
             methods = (*CODE_COLUMNS, "trackstar")
             cells = [self.cell(**at, method=m, damping=DAMPING if m != "dot" else 0.0) for m in methods]
-            yield f"| {budget:,} | {geometry} | {code} | {side or ''} | {' | '.join(cells)} |"
+            yield f"| {budget:,} | {preconditioner} | {code} | {side or ''} | {' | '.join(cells)} |"
 
 
 PARTS: dict[str, Callable[[Study, Case, str], None]] = {
@@ -605,7 +624,7 @@ def main() -> None:
     study = Study(args.out)
     if args.tables:
         tables = Tables(study)
-        for table in (tables.exact, tables.geometry, tables.codes, tables.peers):
+        for table in (tables.exact, tables.preconditioner, tables.codes, tables.peers):
             print("\n".join(table()), end="\n\n")
         return
     for part in args.parts.split(","):

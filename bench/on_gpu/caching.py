@@ -26,7 +26,7 @@ from rapidin import Attributor
 from rapidin.cache.codec import FloatCode, PackedCode
 from rapidin.data.encoding import Encoded, by_length
 from rapidin.gradients.batch import Batch, example_losses
-from rapidin.gradients.preconditioner import KFAC_SAMPLE, GeometryChoice
+from rapidin.gradients.preconditioner import KFAC_SAMPLE, PreconditionerConfig
 
 CACHING_GOAL, PACK_GOAL = 0.93, 0.02
 DTYPES = ("float16", "sign")
@@ -53,7 +53,7 @@ def size_of(mode: Mode) -> dict[str, Any]:
 class Setting:
     """A model with its texts in batches, as the caching loop makes them."""
 
-    attributor: Attributor  # with K-FAC's geometry, which is made already
+    attributor: Attributor  # with K-FAC's preconditioner, which is made already
     plain: Attributor  # without
     records: list[dict[str, str]]
     batches: list[list[Encoded]]
@@ -74,13 +74,13 @@ def _setting(bench: Bench, kind: str) -> Setting:
         loaded = make_model(size, kind, bench.device, torch.bfloat16)
         _ = loaded.identity  # hashing the weights is done once for a cache, however many examples it has
         settings: dict[str, Any] = {"width": size["width"], "batch_tokens": size["batch_tokens"]}
-        plain = Attributor(loaded, geometry="off", **settings)
+        plain = Attributor(loaded, preconditioner="off", **settings)
         records = make_records(size)
         encoded = [plain.encoder(record) for record in records]
         # A short run is no place for the sample, which a cache takes once however many examples it has.
-        made = Attributor(loaded, geometry="kfac", **settings).geometry_of(encoded[:KFAC_SAMPLE])
-        choice = GeometryChoice("kfac", sample=KFAC_SAMPLE, made=made)
-        attributor = Attributor(loaded, geometry=choice, **settings)
+        made = Attributor(loaded, preconditioner="kfac", **settings).fit_preconditioner(encoded[:KFAC_SAMPLE])
+        choice = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, made=made)
+        attributor = Attributor(loaded, preconditioner=choice, **settings)
         chosen = by_length(range(len(encoded)), encoded, size["batch_tokens"])
         return Setting(
             attributor, plain, records, [[encoded[n] for n in batch] for batch in reversed(chosen)]
@@ -181,7 +181,7 @@ def caching(kind: str, dtype: str, size: dict[str, Any], plain: bool = False) ->
         return facts
 
     goals = {"bare loop": CACHING_GOAL, "packing": PACK_GOAL}
-    way = f"rapidin, {dtype} rows, {'geometry off' if plain else 'K-FAC'}"
+    way = f"rapidin, {dtype} rows, {'preconditioner off' if plain else 'K-FAC'}"
     return Case("caching", way, {"kind": kind} | size, run, goals)
 
 

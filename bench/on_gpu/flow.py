@@ -49,7 +49,7 @@ def _attributor(bench: Bench, where: str, size: dict[str, Any]) -> Attributor:
 
     def make() -> Attributor:
         loaded = make_model(SIZE, size["kind"], device, getattr(torch, size["model"]))
-        return Attributor(loaded, width=size["k"], geometry="kfac" if size["kfac"] else "off")
+        return Attributor(loaded, width=size["k"], preconditioner="kfac" if size["kfac"] else "off")
 
     return bench.once(f"attributor, {where}", key, make)
 

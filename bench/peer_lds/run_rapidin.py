@@ -30,7 +30,8 @@ METHODS = ("dot", "datainf", "fisher")
 class Cached:
     """A cache, and the sketches of the test texts, made when first asked for.
 
-    code: "2048 bytes" or "float16"; at: points as on the command line; geometry: as `Attributor` takes it.
+    code: "2048 bytes" or "float16"; at: points as on the command line; preconditioner: as `Attributor` takes
+    it.
     """
 
     loaded: Any
@@ -38,7 +39,7 @@ class Cached:
     folder: Path
     code: str
     at: str
-    geometry: str
+    preconditioner: str
     seed: int
     seconds: float = 0.0
     made: tuple[Any, Tensor, float] | None = None
@@ -55,7 +56,7 @@ class Cached:
                 at=[float(a) for a in self.at.split(",")],
                 width="auto" if budget else WIDTH,
                 budget=budget,
-                geometry=self.geometry,
+                preconditioner=self.preconditioner,
                 seed=self.seed,
             )
             shutil.rmtree(self.folder, ignore_errors=True)
@@ -83,15 +84,15 @@ def cases(setting: Setting) -> Iterator[Case]:
     from rapidin.gradients.load import load_model
 
     loaded = load_model(str(setting.truth / "tuned"), base=base_of(setting.truth), device="cpu")
-    for geometry, seed, code, at in product(("off", "kfac"), setting.seeds, CODES, PLACES):
+    for preconditioner, seed, code, at in product(("off", "kfac"), setting.seeds, CODES, PLACES):
         if code == "float16" and seed:
             continue
-        cached = Cached(loaded, setting.truth, setting.work / "cache", code, at, geometry, seed)
+        cached = Cached(loaded, setting.truth, setting.work / "cache", code, at, preconditioner, seed)
         for method, normalize in product(METHODS, ("layer", "none")):
             about = {"at": at}
             settings = {"normalize": normalize, "code": code, "seed": seed}
-            if geometry != "off":
-                settings["geometry"] = geometry
+            if preconditioner != "off":
+                settings["preconditioner"] = preconditioner
             yield Case(method, settings, partial(cached.scores, method, normalize, about), about=about)
 
 

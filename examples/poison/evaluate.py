@@ -37,12 +37,12 @@ def main() -> int:
         write_rows(absurd, absurd_answers(options))
     for number, at in enumerate(options.at):
         name = f"at-{at}" + (f"-in-{options.bytes}" if options.bytes else "")
-        name += f"-{options.geometry}" if options.geometry else ""
+        name += f"-{options.preconditioner}" if options.preconditioner else ""
         name += f"-width-{options.width}" if options.width else ""
         cache = options.out / f"cache-{name}"
         command = ["cache", options.model, "--adapter", options.adapter, "--data", options.data]
         command += ["--at", at, "--max-length", str(options.max_length), "--out", str(cache)]
-        command += ["--geometry", options.geometry] if options.geometry else []
+        command += ["--precondition", options.preconditioner] if options.preconditioner else []
         command += ["--bytes", str(options.bytes)] if options.bytes else []
         command += ["--width", str(options.width)] if options.width else []
         judge = ["eval", "backdoor", str(cache), "--data", str(absurd), "--column", "poisoned"]
@@ -78,7 +78,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--bytes", type=int, help="bytes an example, all told  [default: all of the sketch]")
     parser.add_argument(
-        "--geometry", choices=("off", "sample", "kfac"), help="[default: that of `rapidin cache`]"
+        "--precondition", choices=("off", "sample", "kfac"), help="[default: that of `rapidin cache`]"
     )
     parser.add_argument("--max-length", default=192, type=int, help="tokens of an example")
     parser.add_argument("--max-new-tokens", default=48, type=int, help="tokens of an answer")

@@ -31,7 +31,13 @@ from rapidin.gradients.dropout import Thinning
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.load import DEFAULT_AT, LoadedModel, load_model
 from rapidin.gradients.parameters import coverage, find_targets
-from rapidin.gradients.preconditioner import STREAM, Geometry, GeometryChoice, Moments, kfac_scales
+from rapidin.gradients.preconditioner import (
+    STREAM,
+    Moments,
+    Preconditioner,
+    PreconditionerConfig,
+    kfac_scales,
+)
 from rapidin.ops.transfer import Download, upload
 from rapidin.results.collection import Results
 
@@ -61,8 +67,8 @@ class Attributor:
     at: points between base (0) and tuned model (1) where gradients are taken, one number or several, which
         are summed; default 0.5 where the untuned state is known, else 1.
     loss: "mean" or "sum" over an example's completion tokens.
-    geometry: turns gradients by a root of their inverse second moment (`rapidin.gradients.preconditioner`):
-    "kfac" K-FAC's,
+    preconditioner: turns gradients by a root of their inverse second moment
+    (`rapidin.gradients.preconditioner`): "kfac" K-FAC's,
         from a sample of the data; Adam's, "sample" from a sample of the data, or the path of the optimizer's
         state (optimizer.pt, or the checkpoint folder with it); None or "off" for not. "auto": "kfac", but
         "off" for the projection "rapidgrad", as the paper has it.
@@ -90,7 +96,7 @@ class Attributor:
         exclude: Sequence[str] = (),
         at: float | Sequence[float] | None = None,
         loss: LossKind = "mean",
-        geometry: GeometryChoice | str | Path | None = "auto",
+        preconditioner: PreconditionerConfig | str | Path | None = "auto",
         eos: bool = True,
         max_length: int | None = None,
         too_long: Literal["truncate", "skip"] = "truncate",
@@ -144,17 +150,19 @@ class Attributor:
                 f"'{names[0]}' counts, and its gradient needs it whole in one process",
                 "leave such parameters out with --exclude, or do without --shard-model",
             )
-        if geometry == "auto":
-            geometry = "off" if projection == "rapidgrad" else "kfac"
-        self.geometry = GeometryChoice.of(geometry, self.loaded.model, self.targets, self.loaded.trained)
-        self._take_up(self.geometry.made)
+        if preconditioner == "auto":
+            preconditioner = "off" if projection == "rapidgrad" else "kfac"
+        self.preconditioner = PreconditionerConfig.of(
+            preconditioner, self.loaded.model, self.targets, self.loaded.trained
+        )
+        self._take_up(self.preconditioner.made)
 
-    def _take_up(self, geometry: Geometry | None) -> None:
-        """Scale gradients by this geometry from now on."""
-        if geometry is not None:
-            geometry.check(self.targets, len(self.points))
-            geometry = geometry.to(self.loaded.device)
-        self.sketcher.geometry = geometry
+    def _take_up(self, preconditioner: Preconditioner | None) -> None:
+        """Scale gradients by this preconditioner from now on."""
+        if preconditioner is not None:
+            preconditioner.check(self.targets, len(self.points))
+            preconditioner = preconditioner.to(self.loaded.device)
+        self.sketcher.preconditioner = preconditioner
 
     def _points(self, at: float | Sequence[float] | None) -> list[float]:
         path = self.loaded.path
@@ -220,7 +228,7 @@ class Attributor:
                 exclude=manifest.gradient["exclude"],
                 at=manifest.gradient["at"],
                 loss=manifest.gradient["loss"],
-                geometry=GeometryChoice.recorded(manifest),
+                preconditioner=PreconditionerConfig.recorded(manifest),
                 eos=manifest.text["eos"],
                 max_length=manifest.text["max_length"],
                 too_long=manifest.text["too_long"],
@@ -234,7 +242,8 @@ class Attributor:
     def check(self, manifest: Manifest) -> None:
         """Raise UserError where a cache was not made with this model and these settings.
 
-        Gradients taken after this are scaled by the geometry of that cache, which is read from its folder.
+        Gradients taken after this are scaled by the preconditioner of that cache, which is read from its
+        folder.
         """
         made, here = manifest.model["identity"], self.loaded.identity
         if made != here:
@@ -251,7 +260,7 @@ class Attributor:
                 raise UserError(
                     f"the cache was made with other settings ({part})", "use those of its manifest"
                 )
-        self._take_up(Geometry.read(manifest))
+        self._take_up(Preconditioner.read(manifest))
 
     def _manifest(self, examples: Examples | None, code: Format, rows: int) -> Manifest:
         data: dict[str, Any] = {}
@@ -276,7 +285,7 @@ class Attributor:
             "loss": self.loss,
             "include": self.include,
             "exclude": self.exclude,
-            "geometry": self.geometry.to_json(),
+            "preconditioner": self.preconditioner.to_json(),
         }
         if self.thinning is not None:
             taken["dropout"] = self.thinning.to_json()
@@ -305,8 +314,8 @@ class Attributor:
         sample: examples that the code learns from, 0 for none; by default 1,024 with a budget, none without.
         limit: the first so many. shard_rows: rows of a shard, by default what fills 16 MiB. part: (i, n) for
         the i-th of n parts (every n-th shard), that `rapidin.cache.merge` puts together; (0, n) for what all
-        parts have in common, geometry and code. append: the cache may hold the first of the examples alone,
-        and the others are added to it. Where a batch does not fit into memory, smaller ones follow; an
+        parts have in common, preconditioner and code. append: the cache may hold the first of the examples
+        alone, and the others are added to it. Where a batch does not fit into memory, smaller ones follow; an
         example that does not fit alone is recorded as such. SIGINT and SIGTERM wait until the shard in hand
         is written. on_progress is called in the leading process alone. Raises UserError where the data, the
         folder or the disk will not do, and PeerError where another process of the run is gone.
@@ -348,7 +357,7 @@ class Attributor:
                     f"{len(writer.missing)} shards for {world.size} processes: a smaller --shard-rows would "
                     "keep all of them busy to the end"
                 )
-            self._settle_geometry(writer, world, examples, meter)
+            self._settle_preconditioner(writer, world, examples, meter)
             loop.run()
             meter.settle(wait=True)
             world.meet()
@@ -379,12 +388,13 @@ class Attributor:
             raise UserError(f"--bytes {bytes} leaves no room", f"say at least {codec.least_bytes()}")
         return Format(dtype, bytes, sample)
 
-    def _settle_geometry(
+    def _settle_preconditioner(
         self, writer: ShardWriter, world: distributed.World, examples: Examples, meter: _Meter
     ) -> None:
-        """Take up the geometry of a cache that is being made; first make it where it is not there: the leader
+        """Take up the preconditioner of a cache that is being made; first make it where it is not there: the
+        leader
         does, and with it all that have a part of the model."""
-        record, made = writer.manifest.geometry, self.geometry.made
+        record, made = writer.manifest.preconditioner, self.preconditioner.made
         self._take_up(None)
         if record is None:
             return
@@ -392,41 +402,43 @@ class Attributor:
         if made is None:
             there = record["sha256"] is not None and file.exists()
             if not int(world.share(lambda: b"1" if there else b"0")) and (world.leads or self.loaded.sharded):
-                made = self._sample_geometry(examples, writer.manifest.rows_begun, meter)
+                made = self._sample_preconditioner(examples, writer.manifest.rows_begun, meter)
         if made is not None and isinstance(writer, CacheWriter):
-            if self.geometry.kind != "optimizer" and record["sha256"] not in (None, made.sha256):
+            if self.preconditioner.kind != "optimizer" and record["sha256"] not in (None, made.sha256):
                 raise UserError(
-                    f"the geometry '{file}' is missing, and does not come out the same here",
+                    f"the preconditioner '{file}' is missing, and does not come out the same here",
                     "restore it, or cache into another folder",
                 )
-            writer.set_geometry(made.data)
+            writer.set_preconditioner(made.data)
         build.agree(writer, world)
-        self._take_up(made if world.alone and made is not None else Geometry.read(writer.manifest))
+        self._take_up(made if world.alone and made is not None else Preconditioner.read(writer.manifest))
 
-    def _sample_geometry(self, examples: Examples, begun: int, meter: _Meter) -> Geometry:
-        """The geometry of each point, from the gradients of a sample of the first `begun` examples."""
-        rows = build.sample_rows(begun, self.geometry.sample, self.seed, STREAM)
-        meter.tell(f"taking the geometry of gradients from a sample of {len(rows):,} examples first")
-        return self.geometry_of([self.encoder.example(examples.get(row)) for row in rows], meter)
+    def _sample_preconditioner(self, examples: Examples, begun: int, meter: _Meter) -> Preconditioner:
+        """The preconditioner of each point, from the gradients of a sample of the first `begun` examples."""
+        rows = build.sample_rows(begun, self.preconditioner.sample, self.seed, STREAM)
+        meter.tell(f"taking the preconditioner of gradients from a sample of {len(rows):,} examples first")
+        return self.fit_preconditioner([self.encoder.example(examples.get(row)) for row in rows], meter)
 
-    def geometry_of(self, encoded: Sequence[Encoded], meter: _Meter | None = None) -> Geometry:
-        """The geometry of each point, of the kind that is wanted, from the gradients of these texts."""
+    def fit_preconditioner(self, encoded: Sequence[Encoded], meter: _Meter | None = None) -> Preconditioner:
+        """The preconditioner of each point, of the kind that is wanted, from the gradients of these texts."""
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
         points = []
         for number in range(len(self.points)):
             with self.at(number):
-                if self.geometry.kind == "kfac":
+                if self.preconditioner.kind == "kfac":
                     factors = self._factor_moments(good, encoded, meter)
                     if not factors.examples and meter:
                         meter.tell("no example of the sample has a gradient: gradients are left as they are")
-                    points.append(kfac_scales(factors, self.geometry.exponent, self.geometry.damping))
+                    points.append(
+                        kfac_scales(factors, self.preconditioner.exponent, self.preconditioner.damping)
+                    )
                 else:
                     moments = Moments(self.targets)
                     for _, squares in self._in_batches(good, encoded, self.sketcher.squares, meter):
                         if squares is not None:
                             moments.add(squares)
-                    points.append(moments.scales(self.geometry.exponent, self.geometry.floor))
-        return Geometry(points)
+                    points.append(moments.scales(self.preconditioner.exponent, self.preconditioner.floor))
+        return Preconditioner(points)
 
     def _factor_moments(
         self, good: Sequence[int], encoded: Sequence[Encoded], meter: _Meter | None
@@ -439,7 +451,7 @@ class Attributor:
         memory again, and the batch's factors some five times that.
         """
         while True:
-            factors = FactorMoments(self.targets, self.geometry.rank, self.seed, self.loaded.device)
+            factors = FactorMoments(self.targets, self.preconditioner.rank, self.seed, self.loaded.device)
             spoilt = False
 
             def add(batch: Batch, factors: FactorMoments = factors) -> bool:

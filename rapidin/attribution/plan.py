@@ -61,7 +61,7 @@ def make_plan(
     )
     length = min(length, float(attributor.max_length))
     first, each, memory = _calibrate(attributor, round(length))
-    sampled = min(attributor.geometry.sample, examples)
+    sampled = min(attributor.preconditioner.sample, examples)
     speed = _read_speed()
     blocks, width = len(attributor.layers), attributor.width
     dim = blocks * width
@@ -93,7 +93,8 @@ def _mean_length(attributor: Attributor, data: Examples, most: int = 200) -> flo
 
 
 def _calibrate(attributor: Attributor, length: int) -> tuple[float, float, int]:
-    """(seconds that an example of the geometry's sample takes, seconds of every example, bytes of memory at
+    """(seconds that an example of the preconditioner's sample takes, seconds of every example, bytes of
+    memory at
     the highest), of one batch, after one to warm up."""
     vocabulary = int(getattr(attributor.loaded.model.config, "vocab_size", 2))
     count = max(1, attributor.batch_tokens // max(1, length))
@@ -108,11 +109,11 @@ def _calibrate(attributor: Attributor, length: int) -> tuple[float, float, int]:
     ]
     attributor._sketch(texts[:1])[1].cpu()  # until it is made
     first = 0.0
-    if attributor.geometry.kind in ("kfac", "sample"):
+    if attributor.preconditioner.kind in ("kfac", "sample"):
         start = time.perf_counter()
-        geometry = attributor.geometry_of(texts)
+        preconditioner = attributor.fit_preconditioner(texts)
         first = (time.perf_counter() - start) / count
-        attributor.sketcher.geometry = geometry.to(attributor.loaded.device)
+        attributor.sketcher.preconditioner = preconditioner.to(attributor.loaded.device)
     start = time.perf_counter()
     sketch, _ = attributor._sketch(texts)
     ops.unit_blocks(sketch)[1].cpu()

@@ -17,9 +17,11 @@ from rapidin.errors import UserError, short
 from rapidin.files import read_own, replace_file
 
 FORMAT = "rapidin-cache"
-VERSION = 2
+VERSION = 3
+_OLDER = 2  # read as well: `_renamed` says how its keys are called now
 NAME = "manifest.json"
-GEOMETRY = "geometry.safetensors"
+PRECONDITIONER = "preconditioner.safetensors"
+_PRECONDITIONER_FILES = (PRECONDITIONER, "geometry.safetensors")  # the latter in caches of version 2
 BASIS = "basis.safetensors"
 
 # What a manifest may say at most. Whatever is believed of it is first held against these, so that no manifest
@@ -90,9 +92,9 @@ class Manifest:
     """What a cache holds.
 
     model: names and hashes of model, adapter and tokenizer; sketch: projection, width, seed, hash; gradient:
-    points, loss, geometry; text: how texts became tokens; data: where the examples came from; code: how rows
-    are packed; rows: examples in all; shard_rows: rows of each shard but the last; layers: the layer table;
-    packing: what became of the code once it was fitted, None before; shards: those that are done.
+    points, loss, preconditioner; text: how texts became tokens; data: where the examples came from; code: how
+    rows are packed; rows: examples in all; shard_rows: rows of each shard but the last; layers: the layer
+    table; packing: what became of the code once it was fitted, None before; shards: those that are done.
     """
 
     model: dict[str, Any]
@@ -109,9 +111,9 @@ class Manifest:
     folder: Path | None = field(default=None, compare=False, repr=False)  # where it was read
 
     @property
-    def geometry(self) -> dict[str, Any] | None:
-        """What the manifest says of the geometry, None for none."""
-        value = self.gradient.get("geometry", "off")
+    def preconditioner(self) -> dict[str, Any] | None:
+        """What the manifest says of the preconditioner, None for none."""
+        value = self.gradient.get("preconditioner", "off")
         return None if value == "off" else dict(value)
 
     @property
@@ -194,8 +196,8 @@ class Manifest:
                     if mine[key].get(k, missing) != theirs[key].get(k, missing)
                 )
                 there, here = (
-                    geometry_words(whole[key][part])
-                    if (key, part) == ("gradient", "geometry")
+                    preconditioner_words(whole[key][part])
+                    if (key, part) == ("gradient", "preconditioner")
                     else short(whole[key].get(part))
                     for whole in (mine, theirs)
                 )
@@ -272,7 +274,9 @@ class Manifest:
             value = json.loads(data)
             if not isinstance(value, dict) or value.get("format") != FORMAT:
                 raise ValueError("it is not a rapidin manifest")
-            if value.get("version") != VERSION:
+            if value.get("version") == _OLDER:
+                value = _renamed(value)
+            elif value.get("version") != VERSION:
                 raise UserError(
                     f"the cache in '{folder}' has format version {short(value.get('version'))}, "
                     f"this rapidin reads {VERSION}",
@@ -289,8 +293,8 @@ class Manifest:
     @staticmethod
     def _of_json(value: Mapping[str, Any]) -> Manifest:
         parts: dict[str, Any] = {key: _part(key, value[key]) for key in _PARTS}
-        if "geometry" in parts["gradient"]:  # older caches do not say: they have none
-            parts["gradient"]["geometry"] = _geometry(parts["gradient"]["geometry"])
+        if "preconditioner" in parts["gradient"]:  # older caches do not say: they have none
+            parts["gradient"]["preconditioner"] = _preconditioner(parts["gradient"]["preconditioner"])
         manifest = Manifest(
             **parts,
             code=Format.from_json(value["code"]),
@@ -361,17 +365,17 @@ class Manifest:
 def gradient_settings(gradient: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest's `gradient` as it was asked for, so that two of them can be compared.
 
-    What a sample's geometry came to is no part of that: data, model and seed say it. A state's is.
+    What a sample's preconditioner came to is no part of that: data, model and seed say it. A state's is.
     """
-    geometry = gradient.get("geometry", "off")
-    if geometry != "off":
-        left_out = {"file", "bytes"} if geometry["kind"] == "optimizer" else {"file", "bytes", "sha256"}
-        geometry = {k: v for k, v in geometry.items() if k not in left_out}
-    return {**gradient, "geometry": geometry}
+    preconditioner = gradient.get("preconditioner", "off")
+    if preconditioner != "off":
+        left_out = {"file", "bytes"} if preconditioner["kind"] == "optimizer" else {"file", "bytes", "sha256"}
+        preconditioner = {k: v for k, v in preconditioner.items() if k not in left_out}
+    return {**gradient, "preconditioner": preconditioner}
 
 
-def geometry_words(value: str | Mapping[str, Any]) -> str:
-    """A manifest's geometry in words."""
+def preconditioner_words(value: str | Mapping[str, Any]) -> str:
+    """A manifest's preconditioner in words."""
     if isinstance(value, str):
         return value
     if value["kind"] == "optimizer":
@@ -447,7 +451,7 @@ def _part(name: str, value: Any) -> dict[str, Any]:
         raise ValueError(f"'{name}' is not what it must be")
     for key, each in value.items():
         kind = _PARTS[name].get(key)
-        if kind is None and name == "gradient" and key == "geometry":
+        if kind is None and name == "gradient" and key == "preconditioner":
             continue
         # What a later rapidin of this format adds is kept, so long as it is simple.
         fits = _KINDS[kind](each) if kind else each is None or isinstance(each, str | int | float)
@@ -456,15 +460,24 @@ def _part(name: str, value: Any) -> dict[str, Any]:
     return value
 
 
-def _geometry(value: Any) -> str | dict[str, Any]:
+def _renamed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest of format version 2 with the keys of version 3."""
+    gradient = value["gradient"]
+    if not isinstance(gradient, dict):
+        raise ValueError(f"'gradient' is {short(gradient)}")
+    gradient = {{"geometry": "preconditioner"}.get(key, key): part for key, part in gradient.items()}
+    return {**value, "version": VERSION, "gradient": gradient}
+
+
+def _preconditioner(value: Any) -> str | dict[str, Any]:
     if value == "off":
         return "off"
     if not isinstance(value, dict) or value["kind"] not in ("sample", "kfac", "optimizer"):
-        raise ValueError(f"{short(value)} is no geometry")
+        raise ValueError(f"{short(value)} is no preconditioner")
     if value["sha256"] is None and value["kind"] == "optimizer":
-        raise ValueError("the geometry has no checksum")
-    if value["file"] != GEOMETRY:
-        raise ValueError(f"{short(value['file'])} is not the geometry's file")
+        raise ValueError("the preconditioner has no checksum")
+    if value["file"] not in _PRECONDITIONER_FILES:
+        raise ValueError(f"{short(value['file'])} is not the preconditioner's file")
     if value["kind"] == "kfac":
         own: dict[str, Any] = {"rank": _count(value["rank"]), "damping": float(value["damping"])}
     else:
@@ -474,7 +487,7 @@ def _geometry(value: Any) -> str | dict[str, Any]:
         "exponent": float(value["exponent"]),
         **own,
         "sample": _count(value["sample"]),
-        "file": GEOMETRY,
+        "file": value["file"],
         "bytes": _count(value["bytes"]),
         "sha256": None if value["sha256"] is None else _checksum(value["sha256"]),
     }

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rapidin.cache.manifest import Manifest, Shard
 from rapidin.cache.reader import Cache, CacheWriter
-from rapidin.cache.shards import read_geometry, shard_path, size_problem
+from rapidin.cache.shards import read_preconditioner, shard_path, size_problem
 from rapidin.errors import UserError
 from rapidin.files import reason, replace_file
 
@@ -32,9 +32,9 @@ def merge(
     first, whole = next(iter(parts.items()))
     shards = [shard for _, shard in where]
     with CacheWriter(out, replace(whole, packing=None, shards=[])) as writer:
-        if whole.geometry is not None:
-            read_geometry(first, whole.geometry, dict)
-            writer.set_geometry((first / whole.geometry["file"]).read_bytes())
+        if whole.preconditioner is not None:
+            read_preconditioner(first, whole.preconditioner, dict)
+            writer.set_preconditioner((first / whole.preconditioner["file"]).read_bytes())
         packing = whole.packing
         if packing is not None and packing.file is not None and writer.manifest.packing is None:
             _copy(first / packing.file, writer.folder / packing.file, packing.sha256)
@@ -70,8 +70,8 @@ def _refuse_others(out: Path, parts: dict[Path, Manifest]) -> None:
             raise UserError(
                 f"{error.what}, and so not as '{first}' was", "merge parts that one command made (--part)"
             ) from None
-        learnt = (manifest.packing, whole.packing), (manifest.geometry, whole.geometry)
-        for what, (there, here) in zip(("code", "geometry"), learnt, strict=True):
+        learnt = (manifest.packing, whole.packing), (manifest.preconditioner, whole.preconditioner)
+        for what, (there, here) in zip(("code", "preconditioner"), learnt, strict=True):
             if there != here:
                 raise UserError(
                     f"the caches in '{first}' and '{folder}' learnt another {what} each",

@@ -18,7 +18,7 @@ from torch import Tensor
 from rapidin.cache import receipts
 from rapidin.cache.codec import FLOATS, Basis, Code, FloatCode, PackedCode, Shape
 from rapidin.cache.layout import Block
-from rapidin.cache.manifest import NAME, Manifest, Packing, Shard, geometry_words, shard_name
+from rapidin.cache.manifest import NAME, Manifest, Packing, Shard, preconditioner_words, shard_name
 from rapidin.cache.shards import (
     Fields,
     Headers,
@@ -26,12 +26,12 @@ from rapidin.cache.shards import (
     checksum,
     grown,
     read_basis,
-    read_geometry,
+    read_preconditioner,
     read_shard,
     shard_path,
     size_problem,
     write_basis,
-    write_geometry,
+    write_preconditioner,
     write_shard,
 )
 from rapidin.errors import UserError
@@ -186,7 +186,7 @@ class Cache:
             "dtype": m.code.dtype,
             "code": m.code.to_json(),
             "packing": None if m.packing is None else m.packing.to_json(),
-            "geometry": geometry_words(m.gradient.get("geometry", "off")),
+            "preconditioner": preconditioner_words(m.gradient.get("preconditioner", "off")),
             "bytes": self.bytes,
             "bytes_per_example": self.bytes / len(self) if len(self) else None,
             "shards": len(m.shards),
@@ -202,10 +202,10 @@ class Cache:
         folder = Path(path)
         manifest = Manifest.read(folder)
         problems = []
-        record = manifest.geometry
+        record = manifest.preconditioner
         if record is not None and record["sha256"] is not None:
             try:
-                read_geometry(folder, record, dict)
+                read_preconditioner(folder, record, dict)
             except UserError as error:
                 problems.append(error.what)
         try:
@@ -422,7 +422,7 @@ class CacheWriter(ShardWriter):
                 f"the cache in '{self.folder}' is unfinished: {found.rows_done:,} of {found.rows:,} examples",
                 f"finish it first, with --limit {found.rows} instead of --append",
             )
-        if found.code.sample or (found.geometry or {}).get("sample"):
+        if found.code.sample or (found.preconditioner or {}).get("sample"):
             found.data["begun"] = found.rows_begun
         found.rows, found.data["identity"] = self.manifest.rows, self.manifest.data["identity"]
         shutil.rmtree(self.sample_folder, ignore_errors=True)  # of the examples before
@@ -436,11 +436,11 @@ class CacheWriter(ShardWriter):
         for path in self.folder.glob(grown(Path("*")).name):
             path.unlink()
 
-    def set_geometry(self, data: bytes) -> None:
-        """Write the geometry's file, before any sketch is made with it."""
-        record = self.manifest.geometry
+    def set_preconditioner(self, data: bytes) -> None:
+        """Write the preconditioner's file, before any sketch is made with it."""
+        record = self.manifest.preconditioner
         assert record is not None
-        self.manifest.gradient["geometry"] = record | write_geometry(self.folder, data)
+        self.manifest.gradient["preconditioner"] = record | write_preconditioner(self.folder, data)
         self.manifest.write(self.folder)
 
     def set_packing(self, shape: Shape, basis: Basis | None, statistics: dict[str, float]) -> None:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rapidin.cache.codec import Basis, Code, Shape
-from rapidin.cache.manifest import BASIS, GEOMETRY, MOST_HEADER, Packing, Shard
+from rapidin.cache.manifest import BASIS, MOST_HEADER, PRECONDITIONER, Packing, Shard
 from rapidin.errors import UserError, short
 from rapidin.files import own_size, read_own, reason, replace_file
 
@@ -204,22 +204,24 @@ def write_basis(folder: Path, basis: Basis, shape: Shape, statistics: dict[str, 
     return Packing(shape, BASIS, len(data), hashlib.sha256(data).hexdigest(), statistics)
 
 
-def read_geometry(folder: Path, record: Mapping[str, Any], make: Callable[[dict[str, Tensor]], _T]) -> _T:
-    """What `make` makes of the tensors of a cache's geometry; UserError where the file is not as the
+def read_preconditioner(
+    folder: Path, record: Mapping[str, Any], make: Callable[[dict[str, Tensor]], _T]
+) -> _T:
+    """What `make` makes of the tensors of a cache's preconditioner; UserError where the file is not as the
     manifest's record says, or `make` raises ValueError, KeyError or TypeError."""
     path = folder / record["file"]
     again = "run the same 'rapidin cache' again: it is made anew"
     if not os.path.lexists(path):
-        raise UserError(f"the geometry '{path}' is missing", again)
+        raise UserError(f"the preconditioner '{path}' is missing", again)
     return _read_tensors(
-        path, "geometry", f"delete that file and {again}", record["bytes"], record["sha256"], make
+        path, "preconditioner", f"delete that file and {again}", record["bytes"], record["sha256"], make
     )
 
 
-def write_geometry(folder: Path, data: bytes) -> dict[str, Any]:
-    """Write a geometry's file; it is on disk when this returns. What the manifest says of the file."""
-    replace_file(folder / GEOMETRY, data)
-    return {"file": GEOMETRY, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+def write_preconditioner(folder: Path, data: bytes) -> dict[str, Any]:
+    """Write a preconditioner's file; it is on disk when this returns. What the manifest says of the file."""
+    replace_file(folder / PRECONDITIONER, data)
+    return {"file": PRECONDITIONER, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
 
 
 _REMEDY = "delete that file and run the same 'rapidin cache' again: only it is made anew"

@@ -12,10 +12,10 @@ from rapidin.cli.console import line, load, messages, quiet_libraries
 from rapidin.cli.options import (
     Device,
     Dtype,
-    Geometry,
     Loss,
     ModelDtype,
     OnError,
+    Preconditioner,
     Quiet,
     ShardModel,
     TooLong,
@@ -135,7 +135,7 @@ def cache(
             metavar="PATTERN", help="No parameters whose name fits; may be repeated.", show_default=False
         ),
     ] = None,
-    geometry: Geometry = "kfac",
+    preconditioner: Preconditioner = "kfac",
     loss: Annotated[Loss, typer.Option(help="Over the tokens of a completion.")] = Loss.mean,
     no_eos: Annotated[
         bool, typer.Option("--no-eos", help="Do not end completions with the end-of-text token.")
@@ -227,8 +227,8 @@ def cache(
             from rapidin.attribution.attributor import Attributor
             from rapidin.gradients.adam import state_file
 
-            if geometry not in ("off", "sample", "kfac"):
-                state_file(Path(geometry))  # before the model: a mistake in its name shows at once
+            if preconditioner not in ("off", "sample", "kfac"):
+                state_file(Path(preconditioner))  # before the model: a mistake in its name shows at once
             if of != job.names:
                 loaded = None  # before the next one: two models may not fit
                 loaded, of = (
@@ -244,7 +244,7 @@ def cache(
                 exclude=exclude or (),
                 at=[1.0] if where is None and checkpoints is not None else where,
                 loss=loss.value,
-                geometry=geometry,
+                preconditioner=preconditioner,
                 eos=not no_eos,
                 max_length=max_length,
                 too_long=too_long.value,
@@ -430,7 +430,7 @@ def plan(
         int | None,
         typer.Option(metavar="N", min=2, help="Tokens of an example, at most.", show_default=False),
     ] = None,
-    geometry: Geometry = "kfac",
+    preconditioner: Preconditioner = "kfac",
     batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a batch.")] = 1024,
     device: Device = None,
     model_dtype: Annotated[
@@ -459,7 +459,7 @@ def plan(
             include=include or (),
             exclude=exclude or (),
             at=where,
-            geometry=geometry,
+            preconditioner=preconditioner,
             max_length=max_length,
             batch_tokens=batch_tokens,
         )

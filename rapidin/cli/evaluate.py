@@ -74,9 +74,10 @@ Bytes = Annotated[
         show_default=False,
     ),
 ]
-Geometry = Annotated[
+Preconditioner = Annotated[
     list[str] | None,
     typer.Option(
+        "--precondition",
         metavar="kfac|off|sample|optimizer",
         help="How gradients are turned, as in 'rapidin cache'; optimizer: by the last checkpoint's state; "
         "may be repeated.  [default: kfac]",
@@ -294,7 +295,7 @@ def lds(
     max_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of an example.")] = 256,
     at: At = None,
     bytes: Bytes = None,
-    geometry: Geometry = None,
+    preconditioner: Preconditioner = None,
     width: Annotated[
         int | None,
         typer.Option(
@@ -322,7 +323,10 @@ def lds(
         from rapidin.evaluate import lds as room
         from rapidin.evaluate.methods import parse_methods, parse_places
 
-        chosen, places = parse_methods(methods), parse_places(at or ["0.5"], bytes or [], geometry or [])
+        chosen, places = (
+            parse_methods(methods),
+            parse_places(at or ["0.5"], bytes or [], preconditioner or []),
+        )
         settings = room.Settings(
             _recipe(epochs, batch, learning_rate, warm_up, constant, seed),
             lora=lora,
@@ -363,7 +367,7 @@ def facts(
     seed: Seed = 0,
     at: At = None,
     bytes: Bytes = None,
-    geometry: Geometry = None,
+    preconditioner: Preconditioner = None,
     methods: Methods = None,
     baselines: Annotated[
         bool, typer.Option("--baselines", help="The model's hidden states besides BM25.")
@@ -381,7 +385,10 @@ def facts(
         from rapidin.evaluate import facts as room
         from rapidin.evaluate.methods import parse_methods, parse_places
 
-        chosen, places = parse_methods(methods), parse_places(at or ["0.5"], bytes or [], geometry or [])
+        chosen, places = (
+            parse_methods(methods),
+            parse_places(at or ["0.5"], bytes or [], preconditioner or []),
+        )
         show(
             room.evaluate(
                 model,
@@ -420,9 +427,13 @@ def select(
         int,
         typer.Option(metavar="N", min=0, help="Bytes of a row, as in 'rapidin cache'; 0: all of the sketch."),
     ] = 0,
-    geometry: Annotated[
+    preconditioner: Annotated[
         str,
-        typer.Option(metavar="kfac|off|sample", help="How gradients are turned, as in 'rapidin cache'."),
+        typer.Option(
+            "--precondition",
+            metavar="kfac|off|sample",
+            help="How gradients are turned, as in 'rapidin cache'.",
+        ),
     ] = "kfac",
     methods: Methods = None,
     json: Json = None,
@@ -438,7 +449,7 @@ def select(
         from rapidin.evaluate.methods import parse_methods, parse_places
 
         chosen = parse_methods(methods, "dot:layer,fisher:layer")
-        (place,) = parse_places([at], [bytes], [geometry])
+        (place,) = parse_places([at], [bytes], [preconditioner])
         show(
             room.evaluate(
                 model,

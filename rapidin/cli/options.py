@@ -1,6 +1,6 @@
 """What options of several commands have in common, and the app that the commands belong to."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import Enum
 from functools import partial, wraps
 from typing import Annotated, Any, TypeVar
@@ -20,6 +20,20 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+# Earlier names of flags, which still work and are not shown.
+RENAMED_FLAGS = {"--geometry": "--precondition"}
+
+
+def renamed_flags(arguments: Sequence[str]) -> list[str]:
+    """The arguments of a command line, earlier names of flags replaced by today's, up to a `--`."""
+    found = list(arguments)
+    end = found.index("--") if "--" in found else len(found)
+    for n, argument in enumerate(found[:end]):
+        name, equals, value = argument.partition("=")
+        found[n] = RENAMED_FLAGS.get(name, name) + equals + value
+    return found
+
 
 _Body = TypeVar("_Body", bound=Callable[..., int | None])
 
@@ -133,9 +147,10 @@ Damping = Annotated[
         show_default=False,
     ),
 ]
-Geometry = Annotated[
+Preconditioner = Annotated[
     str,
     typer.Option(
+        "--precondition",
         metavar="kfac|off|sample|FILE",
         help="Turn gradients by a root of their inverse second moment: K-FAC's, from a sample of the "
         "data, or Adam's, from a sample or the optimizer's state (optimizer.pt or its folder).",

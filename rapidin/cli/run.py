@@ -19,7 +19,7 @@ import typer
 
 import rapidin
 from rapidin.cli.console import line
-from rapidin.cli.options import app
+from rapidin.cli.options import app, renamed_flags
 from rapidin.distributed import PeerError, join, leave, world
 from rapidin.errors import UserError, is_out_of_memory
 
@@ -55,7 +55,7 @@ _LESS_MEMORY = "give a smaller model or --model-dtype, fewer --batch-tokens, or 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return its exit code."""
-    arguments = list(sys.argv[1:] if argv is None else argv)
+    arguments = renamed_flags(sys.argv[1:] if argv is None else argv)
     for stream in (
         sys.stdout,
         sys.stderr,

@@ -41,7 +41,7 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         ("data", f"{_named(data.get('path'))} ({data.get('form')} form)" if data else None),
         ("examples", counts_text(info["counts"])),
         ("gradients", f"taken {where}, {gradient['loss']} loss over the tokens"),
-        ("geometry", info.get("geometry")),
+        ("preconditioner", info.get("preconditioner")),
         ("included", ", ".join(gradient["include"])),
         ("excluded", ", ".join(gradient["exclude"])),
         (

@@ -1,4 +1,4 @@
-"""Do scores from a cache rank as exact gradients, in the cache's geometry, do?
+"""Do scores from a cache rank as exact gradients, in the cache's preconditioner, do?
 
 Exact gradients are compared by their factors (`rapidin.attribution.token_contributions`).
 """

@@ -29,7 +29,7 @@ Floats = npt.NDArray[np.float64]
 
 DEFAULT = "dot:layer,dot:cosine,dot:none,datainf:layer,datainf:none,fisher:layer,fisher:none"
 CHECKPOINTS = "checkpoints"
-GEOMETRIES = ("kfac", "off", "sample", "optimizer")  # the first is the default
+PRECONDITIONERS = ("kfac", "off", "sample", "optimizer")  # the first is the default
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,33 +85,35 @@ class Place:
     """Where gradients are taken, and in how many bytes a row is kept (None: every number of the sketch).
 
     at: points between base and tuned model, summed; None for the checkpoints of the tuning, summed with their
-    learning rates. geometry: "kfac", "off", "sample", or "optimizer": the state in the last checkpoint, or in
-    each.
+    learning rates. preconditioner: "kfac", "off", "sample", or "optimizer": the state in the last checkpoint,
+    or in each.
     """
 
     at: tuple[float, ...] | None
     bytes: int | None = None
-    geometry: str = GEOMETRIES[0]
+    preconditioner: str = PRECONDITIONERS[0]
 
     def __str__(self) -> str:
         where = CHECKPOINTS if self.at is None else "at " + "+".join(f"{a:g}" for a in self.at)
         where += "" if self.bytes is None else f", {self.bytes:,} bytes"
-        return where + ("" if self.geometry == GEOMETRIES[0] else f", geometry {self.geometry}")
+        return where + (
+            "" if self.preconditioner == PRECONDITIONERS[0] else f", preconditioner {self.preconditioner}"
+        )
 
     @property
     def folder(self) -> str:
         """A name for its cache."""
         where = CHECKPOINTS if self.at is None else "at-" + "-".join(f"{a:g}" for a in self.at)
         where += "" if self.bytes is None else f"-bytes-{self.bytes}"
-        return where + ("" if self.geometry == GEOMETRIES[0] else f"-{self.geometry}")
+        return where + ("" if self.preconditioner == PRECONDITIONERS[0] else f"-{self.preconditioner}")
 
 
-def parse_places(at: Sequence[str], sizes: Sequence[int], geometries: Sequence[str] = ()) -> list[Place]:
+def parse_places(at: Sequence[str], sizes: Sequence[int], preconditioners: Sequence[str] = ()) -> list[Place]:
     """Every `--at` (numbers between commas, or "checkpoints") with every `--bytes` (0: all of the sketch)
-    and every `--geometry`."""
-    for name in geometries:
-        if name not in GEOMETRIES:
-            raise UserError(f"unknown --geometry '{name}'", f"known: {', '.join(GEOMETRIES)}")
+    and every `--precondition`."""
+    for name in preconditioners:
+        if name not in PRECONDITIONERS:
+            raise UserError(f"unknown --precondition '{name}'", f"known: {', '.join(PRECONDITIONERS)}")
     found = []
     for text in at:
         points: tuple[float, ...] | None = None
@@ -126,7 +128,7 @@ def parse_places(at: Sequence[str], sizes: Sequence[int], geometries: Sequence[s
         found += [
             Place(points, size or None, name)
             for size in sizes or [0]
-            for name in geometries or GEOMETRIES[:1]
+            for name in preconditioners or PRECONDITIONERS[:1]
         ]
     return list(dict.fromkeys(found))
 
@@ -146,19 +148,19 @@ class Rows:
     ) -> tuple[Attributor, Cache]:
         """The cache of a place, made or gone on with, and its attributor.
 
-        checkpoint: whose optimizer's state a geometry is made from."""
-        geometry: str | Path | None = place.geometry
-        if geometry == "optimizer":
+        checkpoint: whose optimizer's state a preconditioner is made from."""
+        preconditioner: str | Path | None = place.preconditioner
+        if preconditioner == "optimizer":
             if checkpoint is None:
                 raise UserError("no checkpoint was kept whose optimizer's state could be read", _AGAIN)
-            geometry = checkpoint / "optimizer.pt"
+            preconditioner = checkpoint / "optimizer.pt"
         limit = loaded.context_length
         attributor = Attributor(
             loaded,
             at=list(place.at or (1.0,)),
             width=self.width,
             budget=place.bytes,
-            geometry=geometry,
+            preconditioner=preconditioner,
             max_length=min(self.max_length, limit) if limit else self.max_length,
         )
         path = self.folder / f"{name}-width-{attributor.width}"

@@ -4,7 +4,7 @@ The gradient of a linear layer for one example is ``sum_t g_t a_t^T`` (output gr
 hooks keep the inputs, tensor hooks see the output gradients on their way down, and `ops.linear_sketch` makes
 the sketch of one from the other on the spot, so at most one layer's factors beyond the saved inputs are
 held. The parameters themselves need no gradient, so autograd computes input gradients only, and only down to
-the lowest layer that counts. With a geometry (`rapidin.gradients.preconditioner`) the factors are
+the lowest layer that counts. With a preconditioner (`rapidin.gradients.preconditioner`) the factors are
 preconditioned before they are sketched, or by the sketch.
 """
 
@@ -25,7 +25,7 @@ from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch, LossKind, evaluation_mode, example_losses
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, Use, block_seed, matrix_shape
-from rapidin.gradients.preconditioner import Geometry
+from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.squares import (
     Squares,
@@ -53,8 +53,8 @@ class GradientSketcher:
     - "rapidgrad": one block for all, the sum of the flat sketches, each scaled to length 1 first: the whole
       layer-normalised gradient in `width` numbers (Lin et al., ACL 2024, section 3).
 
-    geometry: scales of the gradients, or None; it may be set between calls. Where it differs between the
-    points of a path, calls name the point by its number.
+    preconditioner: scales of the gradients, or None; it may be set between calls. Where it differs between
+    the points of a path, calls name the point by its number.
 
     >>> sketcher = GradientSketcher(model, targets, width=512, seed=0)
     >>> sketch, loss = sketcher(batch)          # [B, blocks, width] float32, [B] float32
@@ -69,7 +69,7 @@ class GradientSketcher:
         seed: int,
         projection: Projection = "tensor",
         loss: LossKind = "mean",
-        geometry: Geometry | None = None,
+        preconditioner: Preconditioner | None = None,
     ) -> None:
         self.model = model
         self.targets = list(targets)
@@ -77,7 +77,7 @@ class GradientSketcher:
         self.projection: Projection = projection
         self.blocks = 1 if projection == "rapidgrad" else len(self.targets)
         self.loss: LossKind = loss
-        self.geometry = geometry
+        self.preconditioner = preconditioner
         self.seeds = [block_seed(seed, target.name) for target in self.targets]
         self._modules = dict(model.named_modules())
         self.parameters = dict(model.named_parameters(remove_duplicate=False))
@@ -104,10 +104,10 @@ class GradientSketcher:
     def __call__(self, batch: Batch, point: int | None = None) -> tuple[Tensor, Tensor]:
         """(sketches [B, blocks, width] float32, losses [B] float32), both on the model's device.
 
-        point: the number of the point where the model stands, for the geometry. Raises NotBatchedError where
-        a layer mixes the examples of a batch of more than one (then `one_by_one` is set, and batches of one
-        will do), UserError where a parameter takes no part in the loss, and TypeError where the geometry
-        needs a point and none is named.
+        point: the number of the point where the model stands, for the preconditioner. Raises NotBatchedError
+        where a layer mixes the examples of a batch of more than one (then `one_by_one` is set, and batches of
+        one will do), UserError where a parameter takes no part in the loss, and TypeError where the
+        preconditioner needs a point and none is named.
         """
         kind = _Pass if self.projection == "tensor" else _FormedPass
         state = kind(self, batch, self._scales(point))
@@ -118,7 +118,7 @@ class GradientSketcher:
 
     def factors(self, batch: Batch, point: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """(columns [B, T, I], rows [B, T, O]) of each target: its gradients are ``sum_t rows_t columns_t^T``,
-        scaled where there is a geometry.
+        scaled where there is a preconditioner.
 
         For exact gradients and for what single tokens bring. Raises as a call does, and TypeError for
         targets that are not the weights of linear layers.
@@ -143,8 +143,8 @@ class GradientSketcher:
     def squares(self, batch: Batch) -> list[Squares]:
         """Of each target the sums of squares of the examples' gradients over rows [B, O] and columns [B, I].
 
-        Float64, of the gradients as they are, whatever the geometry: one is made from these. Raises as a
-        call does.
+        Float64, of the gradients as they are, whatever the preconditioner: one is made from these. Raises as
+        a call does.
         """
         state = _SquaresPass(self, batch, None)
         self._run(batch, state)
@@ -153,16 +153,16 @@ class GradientSketcher:
     def add_moments(self, batch: Batch, moments: FactorMoments) -> None:
         """Add a batch to the second moments of the two factors of each target's gradient.
 
-        Of the gradients as they are, whatever the geometry. Raises as a call does; `moments` may hold a part
-        of the batch then, and are of no more use.
+        Of the gradients as they are, whatever the preconditioner. Raises as a call does; `moments` may hold a
+        part of the batch then, and are of no more use.
         """
         self._run(batch, _MomentPass(self, batch, moments))
         moments.examples += len(batch.ids)
 
     def _scales(self, point: int | None) -> list[Scale] | None:
-        if self.geometry is None:
+        if self.preconditioner is None:
             return None
-        table = self.geometry.at(point)
+        table = self.preconditioner.at(point)
         return [table[target.name] for target in self.targets]
 
     def _run(self, batch: Batch, state: _Pass) -> Tensor:

@@ -1,4 +1,4 @@
-"""The geometry of gradients: scaled by a root of their second moment, as the steps of optimizers are.
+"""The preconditioner of gradients: scaled by a root of their second moment, as the steps of optimizers are.
 
 It has two forms. Both are a linear map on each of the two sides of a layer's gradient, so the map is applied
 to the two factors, here or by the sketch itself (`ops.LowRank`), and the gradient is never formed.
@@ -33,8 +33,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rapidin.cache.manifest import GEOMETRY, Manifest
-from rapidin.cache.shards import read_geometry
+from rapidin.cache.manifest import PRECONDITIONER, Manifest
+from rapidin.cache.shards import read_preconditioner
 from rapidin.errors import UserError
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, matrix_shape
@@ -46,14 +46,14 @@ FLOOR = 0.01  # r and c are at least this share of their own means
 SAMPLE = 256  # examples, for Adam's
 KFAC_SAMPLE = 128  # for K-FAC's, which every token tells something of
 STREAM = 18  # of the keyed hash in docs/sketch.md, that draws them
-RANK = 64  # directions of a side that K-FAC's geometry knows
+RANK = 64  # directions of a side that K-FAC's preconditioner knows
 DAMPING = 0.1  # of a side, in units of its mean eigenvalue
 
 Kind = Literal["off", "sample", "kfac", "optimizer"]
 
 
 @dataclass(frozen=True)
-class Geometry:
+class Preconditioner:
     """Scales of each parameter by name. points: one table for each point of the path, or one for all."""
 
     points: Sequence[Mapping[str, Scale]]
@@ -64,16 +64,16 @@ class Geometry:
             return self.points[0]
         if point is None:
             raise TypeError(
-                f"the geometry differs between {len(self.points)} points: say which by its number"
+                f"the preconditioner differs between {len(self.points)} points: say which by its number"
             )
         return self.points[point]
 
-    def to(self, device: torch.device) -> Geometry:
+    def to(self, device: torch.device) -> Preconditioner:
         """The same on a device."""
-        return Geometry([{name: s.to(device) for name, s in table.items()} for table in self.points])
+        return Preconditioner([{name: s.to(device) for name, s in table.items()} for table in self.points])
 
     def check(self, targets: Sequence[Target], points: int) -> None:
-        """Raise UserError where this is not the geometry of these parameters at so many points."""
+        """Raise UserError where this is not the preconditioner of these parameters at so many points."""
         fits = len(self.points) in (1, points)
         for table in self.points:
             for target in targets:
@@ -81,7 +81,7 @@ class Geometry:
                 s = table.get(target.name)
                 fits = fits and s is not None and s.shape == (o, i)
         if not fits:
-            raise UserError("the cache's geometry is for other parameters than its layer table", _AGAIN)
+            raise UserError("the cache's preconditioner is for other parameters than its layer table", _AGAIN)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
@@ -114,7 +114,7 @@ class Geometry:
         return hashlib.sha256(self.data).hexdigest()
 
     @staticmethod
-    def of_tensors(tensors: Mapping[str, Tensor]) -> Geometry:
+    def of_tensors(tensors: Mapping[str, Tensor]) -> Preconditioner:
         """Of what `tensors` gave; ValueError or KeyError where it is something else."""
         sides: dict[int, dict[str, dict[str, Tensor]]] = {}
         for key, value in tensors.items():
@@ -127,34 +127,36 @@ class Geometry:
             sides.setdefault(int(number), {}).setdefault(name, {})[side] = value
         if sorted(sides) != list(range(len(sides))) or not sides:
             raise ValueError("a point is missing")
-        return Geometry(
+        return Preconditioner(
             [{name: _scale(parts) for name, parts in sides[n].items()} for n in range(len(sides))]
         )
 
     @staticmethod
-    def read(manifest: Manifest) -> Geometry | None:
-        """The geometry of a cache, None where it has none.
+    def read(manifest: Manifest) -> Preconditioner | None:
+        """The preconditioner of a cache, None where it has none.
 
         Raises UserError where the file is missing or not as the manifest says.
         """
-        record = manifest.geometry
+        record = manifest.preconditioner
         if record is None:
             return None
         if manifest.folder is None or record["sha256"] is None:
-            raise UserError("the cache's geometry is not made yet", "run the same 'rapidin cache' again")
-        return read_geometry(manifest.folder, record, Geometry.of_tensors)
+            raise UserError(
+                "the cache's preconditioner is not made yet", "run the same 'rapidin cache' again"
+            )
+        return read_preconditioner(manifest.folder, record, Preconditioner.of_tensors)
 
 
 _AGAIN = "cache again"
 
 
 @dataclass(frozen=True)
-class GeometryChoice:
-    """Which geometry a cache is made with.
+class PreconditionerConfig:
+    """Which preconditioner a cache is made with.
 
     kind: "off"; Adam's, from a "sample" or the "optimizer" (its state); or "kfac", from a sample too.
     exponent: p above. floor: see `Scale.of`. sample: examples that a sample has. rank, damping: directions of
-    a side, and d above, of "kfac". made: the geometry, where it is known before the cache is made.
+    a side, and d above, of "kfac". made: the preconditioner, where it is known before the cache is made.
     """
 
     kind: Kind = "off"
@@ -163,44 +165,44 @@ class GeometryChoice:
     sample: int = SAMPLE
     rank: int = RANK
     damping: float = DAMPING
-    made: Geometry | None = None
+    made: Preconditioner | None = None
 
     @staticmethod
     def of(
-        value: GeometryChoice | str | Path | None,
+        value: PreconditionerConfig | str | Path | None,
         model: nn.Module,
         targets: Sequence[Target],
         trained: Sequence[str] | None = None,
-    ) -> GeometryChoice:
+    ) -> PreconditionerConfig:
         """What `Attributor` takes: None or "off", "sample", "kfac", or the path of an optimizer's state.
 
         trained: names of the parameters that were tuned, by default all. Raises UserError where the state
         cannot be read or is not that of these parameters.
         """
-        if isinstance(value, GeometryChoice):
+        if isinstance(value, PreconditionerConfig):
             return value
         if value is None or value == "off":
-            return GeometryChoice()
+            return PreconditionerConfig()
         if value == "sample":
-            return GeometryChoice("sample")
+            return PreconditionerConfig("sample")
         if value == "kfac":
-            return GeometryChoice("kfac", sample=KFAC_SAMPLE)
+            return PreconditionerConfig("kfac", sample=KFAC_SAMPLE)
         from rapidin.gradients.adam import second_moments
 
         moments = second_moments(Path(value), model, targets, trained)
         table = {name: Scale.of(r, c, EXPONENT, FLOOR) for name, (r, c) in moments.items()}
-        return GeometryChoice("optimizer", sample=0, made=Geometry([table]))
+        return PreconditionerConfig("optimizer", sample=0, made=Preconditioner([table]))
 
     @staticmethod
-    def recorded(manifest: Manifest) -> GeometryChoice:
+    def recorded(manifest: Manifest) -> PreconditionerConfig:
         """The choice that a cache was made with."""
-        record = manifest.geometry
+        record = manifest.preconditioner
         if record is None:
-            return GeometryChoice()
+            return PreconditionerConfig()
         # What came from an optimizer's state is in the cache; the state may be gone.
-        made = Geometry.read(manifest) if record["kind"] == "optimizer" else None
+        made = Preconditioner.read(manifest) if record["kind"] == "optimizer" else None
         settings = {k: v for k, v in record.items() if k not in ("file", "bytes", "sha256")}
-        return GeometryChoice(**settings, made=made)
+        return PreconditionerConfig(**settings, made=made)
 
     def to_json(self) -> str | dict[str, Any]:
         """What the manifest of a new cache says of it."""
@@ -212,7 +214,7 @@ class GeometryChoice:
             "exponent": self.exponent,
             **own,
             "sample": self.sample,
-            "file": GEOMETRY,
+            "file": PRECONDITIONER,
             "bytes": 0 if self.made is None else len(self.made.data),
             "sha256": None if self.made is None else self.made.sha256,
         }
@@ -250,7 +252,8 @@ class Moments:
         examples = self.examples
         if self._sums is None or not examples:
             raise UserError(
-                "no example of the geometry's sample has a gradient that is finite", "say --geometry off"
+                "no example of the preconditioner's sample has a gradient that is finite",
+                "say --precondition off",
             )
         table = {}
         for target, (r, c) in zip(self.targets, self._sums, strict=True):

@@ -194,13 +194,13 @@ def scaled(x: Tensor, scale: Tensor) -> Tensor:
 
 
 def _scale(parts: dict[str, Tensor]) -> Scale:
-    """What `Geometry.data` wrote of one parameter; KeyError or ValueError where it is not that."""
+    """What `Preconditioner.data` wrote of one parameter; KeyError or ValueError where it is not that."""
     row_directions, column_directions = (
         LowRank(parts.pop(f"{side}_basis"), parts.pop(f"{side}_gain")) if f"{side}_basis" in parts else None
         for side in ("rows", "columns")
     )
     scale = Scale(parts.pop("rows"), parts.pop("columns"), row_directions, column_directions)
     if parts:
-        raise ValueError(f"'{next(iter(parts))}' is no part of a geometry")
+        raise ValueError(f"'{next(iter(parts))}' is no part of a preconditioner")
     _ = scale.shape  # looks at the parts' sizes
     return scale

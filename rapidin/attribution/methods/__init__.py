@@ -71,7 +71,7 @@ def default_damping(method: str, cache: Cache) -> float:
     """The damping that a method takes on this cache where none is said."""
     if method == "datainf":
         return datainf.DAMPING
-    kfac = (cache.manifest.geometry or {}).get("kind") == "kfac"
+    kfac = (cache.manifest.preconditioner or {}).get("kind") == "kfac"
     return fisher.WHITE_DAMPING if kfac else fisher.DAMPING
 
 

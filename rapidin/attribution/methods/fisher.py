@@ -28,7 +28,9 @@ from rapidin.attribution.methods.vectors import block_groups, count, vectors_of
 from rapidin.cache import Cache
 
 DAMPING = 0.2
-WHITE_DAMPING = 1.0  # of gradients that K-FAC's geometry has made nearly white: there is less left to undo
+WHITE_DAMPING = (
+    1.0  # of gradients that K-FAC's preconditioner has made nearly white: there is less left to undo
+)
 
 
 def most_rows(width: int) -> int:
