@@ -1,7 +1,7 @@
 // Kernels with and without what keeps their threads in order, for tests of what watch.cpp sees.
 #include "faulty.h"
 
-#include "../../csrc/cuda/device.h"
+#include "../../../csrc/cuda/device.h"
 
 namespace emulator {
 namespace {
