@@ -70,7 +70,7 @@ def caching(folder: str) -> dict[str, float]:
 
     from rapidin import Attributor, distributed
 
-    sys.path.insert(0, str(HERE.parent.parent / "tests"))
+    sys.path.insert(0, str(HERE.parent.parent / "tests" / "support"))
     from tiny import tiny_tokenizer
 
     world = distributed.world()
