@@ -1,7 +1,4 @@
-"""What bench/fidelity.py counts, and how it varies the head of a code."""
-
-import sys
-from pathlib import Path
+"""What studies/fidelity/fidelity.py counts, and how it varies the head of a code."""
 
 import numpy as np
 import pytest
@@ -9,12 +6,7 @@ import torch
 
 pytest.importorskip("scipy")
 
-BENCH = str(Path(__file__).parent.parent / "bench")
-sys.path.insert(0, BENCH)
-try:
-    from fidelity import figures, of_head
-finally:
-    sys.path.remove(BENCH)
+from fidelity import figures, of_head
 
 
 def test_figures_by_hand() -> None:

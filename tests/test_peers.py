@@ -1,7 +1,6 @@
-"""What `bench/peers.py lds` does itself, without the packages it compares: its arithmetic, rows and table."""
+"""What `peers.py lds` does itself, without the packages it compares: its arithmetic, rows and table."""
 
 import json
-import sys
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
@@ -16,8 +15,6 @@ ROOT = Path(__file__).parents[1]
 
 
 def part(name: str) -> ModuleType:
-    if str(ROOT / "bench") not in sys.path:
-        sys.path.append(str(ROOT / "bench"))
     return import_module(f"peer_lds.{name}")
 
 
