@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from made_cache import write_cache
+from random_cache import write_cache
 from torch import Tensor
 
 from on_gpu import peers
