@@ -40,7 +40,7 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[Row] = json.loads((STUDIES / "methods" / "methods.json").read_text())["results"]
     peers = json.loads((STUDIES / "peers" / "peers-lds.json").read_text())
-    parts = [exact(rows), geometry(rows), kfac(rows), ways(rows), codes(rows), beside(peers)]
+    parts = [exact(rows), preconditioner(rows), kfac(rows), ways(rows), codes(rows), beside(peers)]
     args.out.write_text("\n".join([*HEAD, *(line for part in parts for line in part)]) + "\n")
 
 
