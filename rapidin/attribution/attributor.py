@@ -48,6 +48,8 @@ class Attributor:
         **by_name: Any,
     ) -> None:
         self._last: Cache | None = None  # the cache that was last opened by its path
+        if isinstance(model, LoadedModel | GradientSource) and tokenizer is not None:
+            raise TypeError(f"a {type(model).__name__} has its tokenizer already")
         if isinstance(model, GradientSource):
             if settings is not None or by_name:
                 raise TypeError("a GradientSource has its settings already")

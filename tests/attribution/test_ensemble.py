@@ -43,8 +43,8 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
 
 
 def alone(member: Member, normalize: Any, method: Any = "dot") -> torch.Tensor:
-    assert member.attributor is not None
-    return member.attributor.scores(member.path, QUERIES, normalize=normalize, method=method).double()
+    assert member.source is not None
+    return Attributor(member.source).scores(member.path, QUERIES, normalize=normalize, method=method).double()
 
 
 @pytest.mark.parametrize("method", ["dot", "fisher"])
@@ -168,7 +168,7 @@ def test_the_manifest_says_the_mask_and_the_query_follows(tmp_path: Path) -> Non
     cache = Attributor(model, tokenizer, width=64, dropout=Thinning(0.3, 5)).cache(records(), tmp_path)
     assert cache.manifest.gradient["dropout"] == {"rate": 0.3, "seed": 5}
     again = Attributor.like(cache.manifest, model, tokenizer)
-    assert again.thinning == Thinning(0.3, 5)
+    assert again.settings.dropout == Thinning(0.3, 5)
     assert again.query(cache, records()[:1], top_k=1)[0].top[0].score == pytest.approx(1.0, abs=1e-3)
     with pytest.raises(UserError, match="other settings"):
         Attributor(model, tokenizer, width=64).query(cache, QUERIES)
@@ -297,4 +297,4 @@ def test_masks_are_caches_whose_mean_counts(run: Path, capsys: pytest.CaptureFix
     )
     assert "is a single cache" in capsys.readouterr().err
     assert main([*command, "--checkpoints", str(run / "trainer")]) == 2
-    assert "both --checkpoints and --masks" in capsys.readouterr().err
+    assert "--checkpoints and --masks do not go together" in capsys.readouterr().err

@@ -152,7 +152,7 @@ def test_with_any_sketch_a_method_is_its_formula_on_the_sketches(
 def test_self_influence_is_the_diagonal(
     attributor: Attributor, cache: Cache, method: str, normalize: str
 ) -> None:
-    train = gradients(attributor, records())
+    train = gradients(fitted(attributor, cache), records())
     # A query is divided by the number of blocks, and so is an example's influence on itself.
     if method == "fisher":
         want = torch.stack(
@@ -175,7 +175,7 @@ def test_several_points_are_blocks_of_their_own(tmp_path: Path) -> None:
     got = attributor.scores(cache, QUERIES, method="fisher")
     want = torch.zeros_like(got, dtype=torch.float64)
     for point in (0.25, 0.75):
-        alone = Attributor(attributor.loaded, attributor.settings.replaced(at=point))
+        alone = Attributor(attributor.loaded, settings=attributor.settings.replaced(at=point))
         want += by_formula(
             gradients(alone, records()),
             gradients(alone, QUERIES),
