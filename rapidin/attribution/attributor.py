@@ -26,8 +26,9 @@ from rapidin.data.spans import HOTWORDS, Targets, find, split_words
 from rapidin.data.spans import check as check_targets
 from rapidin.errors import UserError, is_out_of_memory, short
 from rapidin.gradients.batch import Batch, LossKind, evaluation_mode
-from rapidin.gradients.collector import GradientSketcher, NotBatchedError, Projection
+from rapidin.gradients.collector import GradientSketcher, Projection
 from rapidin.gradients.dropout import Thinning
+from rapidin.gradients.gradient_pass import NotBatchedError
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.load import DEFAULT_AT, LoadedModel, load_model
 from rapidin.gradients.parameters import coverage, find_targets
