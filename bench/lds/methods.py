@@ -57,10 +57,10 @@ from scoring import NORMALIZE, Grams, datainf, dot, fisher
 from torch import Tensor
 
 from rapidin.cache.codec import Format, row_bytes_besides
-from rapidin.gradients.kfac import FactorMoments
+from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.parameters import Target, Use
 from rapidin.gradients.preconditioner import DAMPING as SIDE_DAMPING
-from rapidin.gradients.preconditioner import EXPONENT, RANK, kfac_scales
+from rapidin.gradients.preconditioner import EXPONENT, RANK
 from rapidin.gradients.scale import Scale
 
 PATH = (0.1, 0.3, 0.5, 0.7, 0.9)

@@ -18,26 +18,25 @@ from rapidin.cache import Cache, CacheWriter, Manifest, ShardWriter, build, code
 from rapidin.cache.build import OnProgress, _Meter
 from rapidin.cache.codec import Format
 from rapidin.cache.layout import layer_table
-from rapidin.cache.manifest import gradient_settings
+from rapidin.cache.manifest import PRECONDITIONER, gradient_settings
 from rapidin.data.encoding import Encoded, Encoder, Status, by_length
 from rapidin.data.examples import Examples, Record, open_examples
 from rapidin.data.generations import Generation, as_records
 from rapidin.data.spans import HOTWORDS, Targets, find, split_words
 from rapidin.data.spans import check as check_targets
 from rapidin.errors import UserError, is_out_of_memory, short
+from rapidin.gradients.adam import Moments
 from rapidin.gradients.batch import Batch, LossKind, evaluation_mode
 from rapidin.gradients.collector import GradientSketcher, Projection
 from rapidin.gradients.dropout import Thinning
 from rapidin.gradients.gradient_pass import NotBatchedError
-from rapidin.gradients.kfac import FactorMoments
+from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.load import DEFAULT_AT, LoadedModel, load_model
 from rapidin.gradients.parameters import coverage, find_targets
 from rapidin.gradients.preconditioner import (
     STREAM,
-    Moments,
     Preconditioner,
     PreconditionerConfig,
-    kfac_scales,
 )
 from rapidin.ops.transfer import Download, upload
 from rapidin.results.collection import Results
@@ -156,7 +155,7 @@ class Attributor:
         self.preconditioner = PreconditionerConfig.of(
             preconditioner, self.loaded.model, self.targets, self.loaded.trained
         )
-        self._take_up(self.preconditioner.made)
+        self._take_up(self.preconditioner.fitted)
 
     def _take_up(self, preconditioner: Preconditioner | None) -> None:
         """Scale gradients by this preconditioner from now on."""
@@ -286,7 +285,7 @@ class Attributor:
             "loss": self.loss,
             "include": self.include,
             "exclude": self.exclude,
-            "preconditioner": self.preconditioner.to_json(),
+            "preconditioner": _with_file(self.preconditioner),
         }
         if self.thinning is not None:
             taken["dropout"] = self.thinning.to_json()
@@ -395,7 +394,7 @@ class Attributor:
         """Take up the preconditioner of a cache that is being made; first make it where it is not there: the
         leader
         does, and with it all that have a part of the model."""
-        record, made = writer.manifest.preconditioner, self.preconditioner.made
+        record, made = writer.manifest.preconditioner, self.preconditioner.fitted
         self._take_up(None)
         if record is None:
             return
@@ -762,3 +761,13 @@ class Attributor:
 
 def _on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
     return upload(torch.tensor(numbers, dtype=dtype, device="cpu"), device)
+
+
+def _with_file(config: PreconditionerConfig) -> str | dict[str, Any]:
+    """What the manifest of a new cache says of its preconditioner: the settings, and the file of the fitted
+    one."""
+    settings, fitted = config.to_json(), config.fitted
+    if isinstance(settings, str):
+        return settings
+    size, sha256 = (0, None) if fitted is None else (len(fitted.data), fitted.sha256)
+    return settings | {"file": PRECONDITIONER, "bytes": size, "sha256": sha256}
