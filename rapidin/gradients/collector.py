@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rapidin.errors import UserError
-from rapidin.gradients.batch import Batch, LossKind, evaluation_mode, example_losses
+from rapidin.gradients.batch import Batch, evaluation_mode, example_losses
 from rapidin.gradients.gradient_pass import GradientPass, NotBatchedError, SketchTargets
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, Use, block_seed
@@ -33,9 +33,8 @@ from rapidin.gradients.passes import (
 )
 from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Scale
+from rapidin.gradients.settings import LossKind, Projection
 from rapidin.gradients.squares import Squares
-
-Projection = Literal["tensor", "flat", "rapidgrad"]
 
 
 class GradientSketcher:

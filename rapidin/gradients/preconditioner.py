@@ -34,8 +34,6 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rapidin.cache.manifest import Manifest
-from rapidin.cache.shards import read_preconditioner
 from rapidin.errors import UserError
 from rapidin.gradients.adam import second_moments
 from rapidin.gradients.parameters import Target, matrix_shape
@@ -132,21 +130,6 @@ class Preconditioner:
             ]
         )
 
-    @staticmethod
-    def read(manifest: Manifest) -> Preconditioner | None:
-        """The preconditioner of a cache, None if it has none.
-
-        Raises UserError if the file is missing or not as the manifest says.
-        """
-        record = manifest.preconditioner
-        if record is None:
-            return None
-        if manifest.folder is None or record["sha256"] is None:
-            raise UserError(
-                "the cache's preconditioner is not made yet", "run the same 'rapidin cache' again"
-            )
-        return read_preconditioner(manifest.folder, record, Preconditioner.of_tensors)
-
 
 @dataclass(frozen=True)
 class PreconditionerConfig:
@@ -191,26 +174,16 @@ class PreconditionerConfig:
 
     @staticmethod
     def from_json(
-        record: Mapping[str, Any] | None, fitted: Preconditioner | None = None
+        settings: str | Mapping[str, Any], fitted: Preconditioner | None = None
     ) -> PreconditionerConfig:
-        """The settings that `to_json` returned, None for "off"; what a cache adds about its file is ignored.
+        """The settings that `to_json` returned.
 
         fitted: the preconditioner that came from an optimizer's state, which may be gone. Raises TypeError
         for an unknown setting.
         """
-        if record is None:
+        if isinstance(settings, str):
             return PreconditionerConfig()
-        settings = {k: v for k, v in record.items() if k not in ("file", "bytes", "sha256")}
         return PreconditionerConfig(**settings, fitted=fitted)
-
-    @staticmethod
-    def recorded(manifest: Manifest) -> PreconditionerConfig:
-        """The settings that a cache was made with."""
-        record = manifest.preconditioner
-        from_optimizer = record is not None and record["kind"] == "optimizer"
-        return PreconditionerConfig.from_json(
-            record, Preconditioner.read(manifest) if from_optimizer else None
-        )
 
     def to_json(self) -> str | dict[str, Any]:
         """The settings as JSON values; "off" for no preconditioner. What was fitted is not among them."""
