@@ -30,7 +30,7 @@ from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.gradients.adam import Moments
 from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import (
     DAMPING,
     EXPONENT,

@@ -14,7 +14,8 @@ from rapidin.cache.manifest import PRECONDITIONER, gradient_settings
 from rapidin.cache.shards import read_preconditioner
 from rapidin.data.examples import Examples
 from rapidin.errors import UserError
-from rapidin.gradients.load import LoadedModel, load_model
+from rapidin.gradients.load import load_model
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner, PreconditionerConfig
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource

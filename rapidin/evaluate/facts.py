@@ -33,7 +33,7 @@ from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_rows
 from rapidin.evaluate.training import Checkpoints, Recipe, State, Tuner, losses, save_model
 from rapidin.files import lock_folder
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 
 COLUMNS = {"mrr": "MRR", "recall": "recall at 10"}
 RECIPE = Recipe(epochs=10, batch=8, learning_rate=2e-3, warm_up=20)

@@ -39,7 +39,7 @@ from rapidin.evaluate.methods import Method, Place, Rows, each_score, parts_at
 from rapidin.evaluate.result import Result, Say, silent, write_rows
 from rapidin.evaluate.training import Checkpoints, Recipe, State, Tuner, losses, save_model
 from rapidin.files import lock_folder, replace_file
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 
 DESCRIPTION = "lds.json"
 RETRAINED = "retrained.npz"

@@ -6,7 +6,8 @@ import os
 from contextlib import redirect_stderr
 from typing import Any
 
-from rapidin.gradients.load import LoadedModel, load_model
+from rapidin.gradients.load import load_model
+from rapidin.gradients.model import LoadedModel
 
 
 def load(name: str, **options: Any) -> LoadedModel:

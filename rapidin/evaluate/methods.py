@@ -23,7 +23,7 @@ from rapidin.data.examples import Examples
 from rapidin.data.generations import Generation
 from rapidin.errors import UserError
 from rapidin.evaluate.result import Say, silent
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.results.text import time_text
 
 Floats = npt.NDArray[np.float64]

@@ -29,7 +29,7 @@ from rapidin.evaluate.result import Result, Say, silent, write_rows
 from rapidin.evaluate.tasks import Task, accuracy, make_task
 from rapidin.evaluate.training import Recipe, Tuner, losses, save_model
 from rapidin.files import lock_folder, replace_file
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 
 COLUMNS = {"flipped": "flipped in it", "accuracy": "test accuracy", "loss": "test loss"}
 RECIPE = Recipe(epochs=3, batch=8, learning_rate=1e-3, warm_up=10)

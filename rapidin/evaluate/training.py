@@ -27,7 +27,7 @@ from rapidin.files import replace_file, replacing
 
 if TYPE_CHECKING:
     from rapidin.data.encoding import Encoded
-    from rapidin.gradients.load import LoadedModel
+    from rapidin.gradients.model import LoadedModel
 
 NOT_A_TARGET = -100
 ATTENTION = ("q_proj", "v_proj")

@@ -18,8 +18,9 @@ from rapidin.gradients.batch import Batch
 from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
-from rapidin.gradients.load import DEFAULT_AT, LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import coverage, find_targets
+from rapidin.gradients.path import DEFAULT_AT
 from rapidin.gradients.preconditioner import (
     Preconditioner,
     PreconditionerConfig,
@@ -140,7 +141,7 @@ class GradientSource:
     def at(self, number: int) -> Iterator[None]:
         """The model at one of `points`, by its number, as gradients are taken of it."""
         dropout = self.settings.dropout
-        mask = nullcontext() if dropout is None else dropout.over(self.loaded.model, self.targets)
+        mask = nullcontext() if dropout is None else dropout.applied(self.loaded.model, self.targets)
         with self.loaded.path.at(self.points[number]), mask:
             yield
 

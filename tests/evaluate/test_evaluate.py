@@ -27,7 +27,7 @@ from rapidin.evaluate.figures import Figure
 from rapidin.evaluate.methods import Method, Place, parse_methods, parse_places
 from rapidin.evaluate.result import Result
 from rapidin.gradients.batch import Batch
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.results.terminal import make_console
 
 

@@ -248,7 +248,7 @@ def test_mistakes(made: Made, tmp_path: Path, run: Any) -> None:
     empty = write(tmp_path / "empty.jsonl", [{"prompt": "a", "completion": ""}])
     refused("line 1: no completion token", *command(made, tmp_path / "new", "--test", empty))
     refused("not between 0 and 1", *command(made, out, "--fraction", 1.5))
-    refused("no usable model|no such model", *command(Made("./no-model", made.train, made.test), out))
+    refused("no usable model|model not found", *command(Made("./no-model", made.train, made.test), out))
     refused("METHOD:NORMALIZE", *command(made, out, "--methods", "dot"))
     refused("--at half", *command(made, out, "--at", "half"))
     refused("learning-rate 0", *command(made, tmp_path / "new", "--learning-rate", 0))

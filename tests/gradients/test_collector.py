@@ -11,7 +11,7 @@ from rapidin import ops
 from rapidin.gradients.batch import Batch
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.gradient_pass import NotBatchedError
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import block_seed, find_targets
 
 MODELS = {

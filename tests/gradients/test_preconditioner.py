@@ -25,7 +25,7 @@ from rapidin.gradients.adam import Moments, second_moments
 from rapidin.gradients.batch import Batch
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.kfac import FactorMoments, SideMoment, Spectrum, kfac_scale, kfac_scales
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import Target, Use, block_seed, find_targets, matrix_shape
 from rapidin.gradients.preconditioner import (
     EXPONENT,

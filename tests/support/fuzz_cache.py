@@ -50,7 +50,7 @@ from rapidin.cache.layout import Block
 from rapidin.cache.shards import Rows
 from rapidin.cli.tables import info_report
 from rapidin.errors import UserError
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Scale
 from rapidin.results.terminal import make_console as rich_console
