@@ -228,7 +228,7 @@ def _orders(model: nn.Module, names: Sequence[str], groups: Sequence[Sequence[in
         return [[list(names)]]
     return [
         [[n for n in names if n not in undecayed], [n for n in names if n in undecayed]]
-        for undecayed in (_undecayed_by_name(model), _undecayed_by_class(model))
+        for undecayed in (without_weight_decay(model), _undecayed_by_class(model))
     ]
 
 
@@ -236,14 +236,14 @@ def _orders(model: nn.Module, names: Sequence[str], groups: Sequence[Sequence[in
 _UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
-def _undecayed_by_name(model: nn.Module) -> set[str]:
-    """Parameters without weight decay in current versions of transformers."""
+def without_weight_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters to which the Hugging Face Trainer gives no weight decay."""
     norms = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.LayerNorm))
     return {n for n, _ in model.named_parameters() if _UNDECAYED.search(n.lower()) or n.startswith(norms)}
 
 
 def _undecayed_by_class(model: nn.Module) -> set[str]:
-    """The same in older versions of transformers, which looked at the classes of norms."""
+    """The same for older versions of the Trainer, which look at the classes of norms."""
     norms = tuple(
         f"{name}." for name, module in model.named_modules() if type(module).__name__.endswith("Norm")
     )

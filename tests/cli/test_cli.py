@@ -406,7 +406,7 @@ def cache_arguments(place: Place, out: Path, **changes: str) -> list[str]:
         ({"at": "0.5,x"}, "--at 0.5,x is not a number"),
         ({"at": "2"}, "--at 2 is not between 0"),
         ({"at": "nan"}, "--at nan is not between 0"),
-        ({"include": "nothing-like-it"}, "no parameter's name fits the pattern 'nothing-like-it'"),
+        ({"include": "nothing-like-it"}, "no parameter's name matches the pattern 'nothing-like-it'"),
         ({"max_length": str(CONTEXT + 1)}, f"over the model's context of {CONTEXT} tokens"),
         ({"device": "abacus"}, "'abacus'"),
         ({"width": "0"}, "Invalid value for '--width'.*see 'rapidin cache --help'"),
