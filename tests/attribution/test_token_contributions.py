@@ -7,12 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+from fitted import fitted
 from tiny import records, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
 from rapidin.attribution import methods, token_contributions
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble, Member
+from rapidin.attribution.generate import generations_of
+from rapidin.attribution.query_sketch import target_texts
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch, example_losses
 from rapidin.results.types import Hit, QueryResult
@@ -60,7 +63,7 @@ def test_positions_make_up_the_score(kind: str, tmp_path: Path) -> None:
             for hit in hits(result):
                 tokens = hit.tokens
                 assert tokens is not None
-                encoded = attributor.encoder(ROWS[hit.row])
+                encoded = attributor.source.encoder(ROWS[hit.row])
                 assert len(tokens.pieces) == len(tokens.contributions) == len(encoded.ids)
                 assert list(tokens.counts) == encoded.target
                 # DataInf's turned vectors are thousands of times as large as the products they make.
@@ -95,9 +98,9 @@ def test_a_position_brings_its_own_outer_product() -> None:
     attributor = Attributor(
         model, tiny_tokenizer(), width=64, preconditioner="off", include=["q_proj", "down_proj"]
     )
-    text = attributor.encoder(ROWS[3])
+    text = attributor.source.encoder(ROWS[3])
     held: dict[str, tuple[Tensor, Tensor]] = {}
-    names = [target.name.removesuffix(".weight") for target in attributor.targets]
+    names = [target.name.removesuffix(".weight") for target in attributor.source.targets]
     modules = dict(model.named_modules())
 
     def keep(name: str) -> Any:
@@ -112,15 +115,17 @@ def test_a_position_brings_its_own_outer_product() -> None:
         handle.remove()
     model.zero_grad()
     vectors = torch.randn(3, len(names), 64)
-    products, sketches = attributor.sketcher.positions(Batch.of([(text.ids, text.target)]), vectors)
+    products, sketches = attributor.source.sketcher.positions(Batch.of([(text.ids, text.target)]), vectors)
     from rapidin import ops
 
     for n, name in enumerate(names):
         columns, rows = held[name]
         for t in range(len(text.ids)):
-            one = ops.matrix_sketch(torch.outer(rows[t], columns[t]), 64, seed=attributor.sketcher.seeds[n])
+            one = ops.matrix_sketch(
+                torch.outer(rows[t], columns[t]), 64, seed=attributor.source.sketcher.seeds[n]
+            )
             assert torch.allclose(products[t, :, n], vectors[:, n] @ one, atol=1e-5)
-        whole = ops.matrix_sketch(rows.T @ columns, 64, seed=attributor.sketcher.seeds[n])
+        whole = ops.matrix_sketch(rows.T @ columns, 64, seed=attributor.source.sketcher.seeds[n])
         assert torch.allclose(sketches[n], whole, atol=1e-5)
 
 
@@ -130,9 +135,9 @@ def test_a_position_brings_its_own_outer_product() -> None:
 def formed(attributor: Attributor, text: Any) -> list[Tensor]:
     """The gradient of each target at each point, [O, I] float64, by autograd's factors."""
     found = []
-    for number in range(len(attributor.points)):
-        with attributor.at(number):
-            for c, r in attributor.sketcher.factors(Batch.of([(text.ids, text.target)]), number):
+    for number in range(len(attributor.source.points)):
+        with attributor.source.at(number):
+            for c, r in attributor.source.sketcher.factors(Batch.of([(text.ids, text.target)]), number):
                 found.append(r[0].double().T @ c[0].double())
     return found
 
@@ -166,11 +171,12 @@ def test_exact_scores_are_those_of_formed_gradients(
         contributions=True, examples=ROWS, on_stage=lambda *told_of: told.append(told_of),
     )  # fmt: skip
     estimates = attributor.scores(cache, QUERIES, normalize=normalize)
+    attributor = fitted(attributor, cache)
     live = (~estimates[0].isnan()).nonzero()[:, 0].tolist()
-    rows = {n: formed(attributor, attributor.encoder(ROWS[n])) for n in live}
+    rows = {n: formed(attributor, attributor.source.encoder(ROWS[n])) for n in live}
     for n, (result, query) in enumerate(zip(results, QUERIES, strict=True)):
         assert result.exact
-        whole = formed(attributor, attributor.encoder(query))
+        whole = formed(attributor, attributor.source.encoder(query))
         want = {row: exact_score(whole, whole, rows[row], normalize) for row in rows}
         size = max(map(abs, want.values()))
         seen = estimates[n].nan_to_num(0)
@@ -185,8 +191,9 @@ def test_exact_scores_are_those_of_formed_gradients(
             assert hit.tokens is not None
             assert sum(hit.tokens.contributions) == pytest.approx(hit.score, abs=1e-6 * size)
             assert sum(hit.targets) == pytest.approx(hit.score, abs=1e-4 * size)
-        text = attributor.generations([query], targets=[[(2, 9)]])[0]
-        (part,), (weight,), _ = attributor.target_queries([text])
+        text = generations_of(attributor.source, [query], targets=[[(2, 9)]])[0]
+        asked = target_texts([text], attributor.settings.loss)
+        (part,), (weight,) = asked.texts, asked.weights
         spanned = [weight * g for g in formed(attributor, part)]
         hit = result.top[0]
         got = sum(hit.targets[place] for place in text.spans[0].places)
@@ -228,7 +235,7 @@ def test_a_finer_cache_and_its_own_sketches(tmp_path: Path) -> None:
     attributor = Attributor(tiny_llama(), tiny_tokenizer(), width=64)
     coarse = attributor.cache(ROWS, tmp_path / "coarse", bytes=128, sample=0)
     fine = attributor.cache(ROWS, tmp_path / "fine", dtype="float32")
-    ensemble = Ensemble([Member(coarse.path, 1.0, attributor)])
+    ensemble = Ensemble([Member(coarse.path, 1.0, attributor.source)])
     (result,) = ensemble.query(
         QUERIES[:1], rescore=fine, targets="tokens", contributions=True, examples=ROWS, top_k=5
     )
