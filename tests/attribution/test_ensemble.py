@@ -168,7 +168,7 @@ def test_the_manifest_says_the_mask_and_the_query_follows(tmp_path: Path) -> Non
     cache = Attributor(model, tokenizer, width=64, dropout=DropoutMask(0.3, 5)).cache(records(), tmp_path)
     assert cache.manifest.gradient["dropout"] == {"rate": 0.3, "seed": 5}
     again = Attributor.like(cache.manifest, model, tokenizer)
-    assert again.thinning == DropoutMask(0.3, 5)
+    assert again.settings.dropout == DropoutMask(0.3, 5)
     assert again.query(cache, records()[:1], top_k=1)[0].top[0].score == pytest.approx(1.0, abs=1e-3)
     with pytest.raises(UserError, match="other settings"):
         Attributor(model, tokenizer, width=64).query(cache, QUERIES)

@@ -816,6 +816,23 @@ def test_a_fit_preconditioner_other_parts_is_damaged() -> None:
             Preconditioner.of_tensors(tensors)
 
 
+@pytest.mark.parametrize("kind", ["off", "sample", "kfac", "optimizer"])
+def test_the_settings_of_a_preconditioner_survive_json(kind: str) -> None:
+    fitted = None
+    if kind == "optimizer":
+        fitted = Preconditioner([{"w": Scale(torch.ones(2), torch.ones(3))}])
+    config = PreconditionerConfig(kind, fitted=fitted)  # type: ignore[arg-type]
+    recorded = config.to_json()
+    again = PreconditionerConfig.from_json(recorded, fitted)
+    assert again.to_json() == recorded
+    assert (again.kind, again.fitted) == (kind, fitted)
+    if kind != "off":
+        assert isinstance(recorded, dict)
+        assert not {"file", "bytes", "sha256"} & set(recorded)  # a cache adds these
+        with pytest.raises(TypeError):
+            PreconditionerConfig.from_json({**recorded, "speed": 1})
+
+
 def kfac_like(o: int, i: int, rank: int) -> Scale:
     sides = [torch.linalg.qr(noise(n, rank, seed=n)).Q.contiguous() for n in (o, i)]
     directions = [LowRank(u, -torch.linspace(0.1, 0.9, rank)) for u in sides]
