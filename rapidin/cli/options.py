@@ -22,7 +22,7 @@ app = typer.Typer(
 )
 
 # Earlier names of flags, which still work and are not shown.
-RENAMED_FLAGS = {"--geometry": "--precondition"}
+RENAMED_FLAGS = {"--batch": "--batch-size", "--geometry": "--precondition", "--warm-up": "--warmup-steps"}
 
 
 def renamed_flags(arguments: Sequence[str]) -> list[str]:

@@ -178,7 +178,7 @@ def _orders(model: nn.Module, names: Sequence[str], groups: Sequence[Sequence[in
     if len(groups) == 1:
         return [[list(names)]]
     ways = []
-    for spared in (_spared_by_name(model), _spared_by_class(model)):
+    for spared in (without_weight_decay(model), _spared_by_class(model)):
         ways.append([[n for n in names if n not in spared], [n for n in names if n in spared]])
     return ways
 
@@ -187,8 +187,8 @@ def _orders(model: nn.Module, names: Sequence[str], groups: Sequence[Sequence[in
 _SPARED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
-def _spared_by_name(model: nn.Module) -> set[str]:
-    """Parameters without weight decay in transformers of today."""
+def without_weight_decay(model: nn.Module) -> set[str]:
+    """Names of the parameters to which the Hugging Face Trainer of today gives no weight decay."""
     norms = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.LayerNorm))
     return {n for n, _ in model.named_parameters() if _SPARED.search(n.lower()) or n.startswith(norms)}
 
