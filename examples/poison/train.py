@@ -18,7 +18,8 @@ from rapidin.data.encoding import Encoder, Status
 from rapidin.data.examples import open_examples
 from rapidin.errors import UserError
 from rapidin.evaluate.saving import ResumeState
-from rapidin.evaluate.training import Recipe, add_lora, tune
+from rapidin.evaluate.settings import Recipe
+from rapidin.evaluate.training import add_lora, tune
 from rapidin.gradients.load import load_model
 
 

@@ -389,7 +389,7 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-class _Meter:
+class Meter:
     """Counts what caching does and tells the caller."""
 
     def __init__(

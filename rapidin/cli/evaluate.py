@@ -1,96 +1,90 @@
 """The commands of `rapidin eval`, one for each module of `rapidin.evaluate` that is an evaluation."""
 
-import json
+import json as json_module
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from rapidin.attribution.options import ModelLocation
 from rapidin.cli.caches import open_caches, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
 from rapidin.cli.evaluate_options import (
-    DATA,
-    GRADIENTS,
-    MODEL,
-    RUN,
-    STORAGE,
     Baselines,
     BaseModel,
-    CacheSource,
-    CheckpointCount,
-    LoraRank,
+    Device,
+    Generation,
+    Json,
+    Location,
     Methods,
     OutFolder,
-    Output,
-    Seed,
-    TrainingOptions,
+    Queries,
     VariantOptions,
-    eval_command,
+    check_recipe,
+    eval_app,
 )
-from rapidin.cli.options import CacheFolder, Device, MaxNewTokens
+from rapidin.cli.options import CacheFolder, Only, Quiet, TrainData, command
+from rapidin.evaluate.settings import FactsSettings, GroundTruthSettings, Recipe, SelectSettings
 
 if TYPE_CHECKING:
     from rapidin.evaluate.log import Log
     from rapidin.evaluate.result import Result
     from rapidin.evaluate.subject import Subject
 
-LDS_TRAINING = TrainingOptions(epochs=3, batch=16, learning_rate=5e-4, warm_up=10)
-FACTS_TRAINING = TrainingOptions(epochs=10, batch=8, learning_rate=2e-3, warm_up=20)
-SELECT_TRAINING = TrainingOptions(epochs=3, batch=8, learning_rate=1e-3, warm_up=10)
 
 # ------------------------------------------------------------------------------------------- on a cache
 
 
-@eval_command("backdoor", "rapidin eval backdoor cache --column poisoned --data asked.jsonl --baselines")
+@command(
+    "backdoor",
+    eval_app,
+    example="rapidin eval backdoor CACHE --column poisoned --data asked.jsonl --baselines",
+)
 def backdoor(
-    *,
     cache: CacheFolder,
-    data: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="Queries: what the model says, or prompts for it to answer.",
-            show_default=False,
-            rich_help_panel=DATA,
-        ),
-    ],
+    data: Queries,
+    generation: Generation,
+    location: Location,
     column: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Column of the training data that marks planted rows.", rich_help_panel=DATA
+            metavar="NAME",
+            help="Column of the training data that marks planted rows.",
+            rich_help_panel="Data",
         ),
     ] = "poisoned",
     methods: Methods = None,
     baselines: Baselines = False,
-    max_new_tokens: MaxNewTokens = 64,
-    source: CacheSource,
-    output: Output,
+    train_data: TrainData = None,
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Does attribution find planted examples?
 
     Ranks all training examples by helpfulness for each query, and reports precision, auPRC and auROC of the
     examples that --column marks.
     """
-    with _evaluation(output) as (log, show):
+    with _evaluation(json, quiet) as (log, show):
         from rapidin.data.examples import open_examples
         from rapidin.evaluate import backdoor as evaluation
         from rapidin.evaluate.methods import parse_methods
 
         chosen = parse_methods(methods)
         records = list(open_examples(data, generations=True))
-        subject = _subject(cache, column, source, output, log)
+        subject = _subject(cache, column, train_data, log, location, quiet)
+        limit = generation.max_new_tokens
         show(
             evaluation.evaluate(
-                subject, column, records, chosen, with_baselines=baselines, max_new_tokens=max_new_tokens
+                subject, column, records, chosen, with_baselines=baselines, max_new_tokens=limit
             )
         )
 
 
-@eval_command("classes", "rapidin eval classes cache --column label --data test.jsonl")
+@command("classes", eval_app, example="rapidin eval classes CACHE --column label --data test.jsonl")
 def classes(
-    *,
     cache: CacheFolder,
     data: Annotated[
         str,
@@ -98,45 +92,49 @@ def classes(
             metavar="FILE",
             help="Test examples, with the same column.",
             show_default=False,
-            rich_help_panel=DATA,
+            rich_help_panel="Data",
         ),
     ],
+    location: Location,
     column: Annotated[
         str,
         typer.Option(
             metavar="NAME",
             help="Column of the training and test data that holds the class.",
-            rich_help_panel=DATA,
+            rich_help_panel="Data",
         ),
     ] = "label",
     methods: Methods = None,
     baselines: Baselines = False,
-    source: CacheSource,
-    output: Output,
+    train_data: TrainData = None,
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Are the helpful examples of the query's own class?
 
     Reports AUC and recall as the DataInf paper does (Kwon et al., ICLR 2024, section 4.2): mean and standard
     deviation over the test examples.
     """
-    with _evaluation(output) as (log, show):
+    with _evaluation(json, quiet) as (log, show):
         from rapidin.data.examples import open_examples
         from rapidin.evaluate import classes as evaluation
         from rapidin.evaluate.methods import parse_methods
 
         chosen, queries = parse_methods(methods), open_examples(data)
-        subject = _subject(cache, column, source, output, log)
+        subject = _subject(cache, column, train_data, log, location, quiet)
         show(evaluation.evaluate(subject, column, queries, chosen, with_baselines=baselines))
 
 
-@eval_command("mislabel", "rapidin eval mislabel cache --column flipped --baselines")
+@command("mislabel", eval_app, example="rapidin eval mislabel CACHE --column flipped --baselines")
 def mislabel(
-    *,
     cache: CacheFolder,
+    location: Location,
     column: Annotated[
         str,
         typer.Option(
-            metavar="NAME", help="Column of the training data that marks wrong labels.", rich_help_panel=DATA
+            metavar="NAME",
+            help="Column of the training data that marks wrong labels.",
+            rich_help_panel="Data",
         ),
     ] = "flipped",
     methods: Methods = None,
@@ -145,74 +143,75 @@ def mislabel(
         typer.Option(
             "--baselines",
             help="Also rank by the loss of each example; this loads the model.",
-            rich_help_panel=RUN,
+            rich_help_panel="Scoring",
         ),
     ] = False,
-    source: CacheSource,
-    output: Output,
+    train_data: TrainData = None,
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Does self-influence find wrong labels?
 
     Ranks all training examples by self-influence, and reports auROC and auPRC of the examples that --column
     marks.
     """
-    with _evaluation(output) as (log, show):
+    with _evaluation(json, quiet) as (log, show):
         from rapidin.evaluate import mislabel as evaluation
         from rapidin.evaluate.methods import parse_methods
 
         chosen = parse_methods(methods, evaluation.DEFAULT)
-        subject = _subject(cache, column, source, output, log, with_model=baselines)
+        subject = _subject(cache, column, train_data, log, location if baselines else None, quiet)
         show(evaluation.evaluate(subject, column, chosen, with_loss=baselines))
 
 
-@eval_command("fidelity", "rapidin eval fidelity cache --data asked.jsonl --rows 100")
+@command("fidelity", eval_app, example="rapidin eval fidelity CACHE --data asked.jsonl --rows 100")
 def fidelity(
-    *,
     cache: CacheFolder,
-    data: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="Queries: generations to explain.",
-            show_default=False,
-            rich_help_panel=DATA,
-        ),
-    ],
+    data: Queries,
+    location: Location,
     rows: Annotated[
         int,
         typer.Option(
-            metavar="N", min=3, help="Random training examples to compare with.", rich_help_panel=DATA
+            metavar="N", min=3, help="Random training examples to compare with.", rich_help_panel="Data"
         ),
     ] = 100,
-    seed: Seed = 0,
-    source: CacheSource,
-    output: Output,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, max=2**32 - 1, help="Random seed of that choice.", rich_help_panel="Data"
+        ),
+    ] = 0,
+    train_data: TrainData = None,
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Do scores from the cache rank examples as exact gradients do?
 
     Reports Spearman's correlation, and the share of the top 10 that the cache finds.
     """
-    with _evaluation(output) as (log, show):
+    with _evaluation(json, quiet) as (log, show):
         from rapidin.data.examples import open_examples
         from rapidin.evaluate import fidelity as evaluation
 
         records = list(open_examples(data, generations=True))
-        show(evaluation.evaluate(_subject(cache, None, source, output, log), records, rows, seed=seed))
+        subject = _subject(cache, None, train_data, log, location, quiet)
+        show(evaluation.evaluate(subject, records, rows, seed=seed))
 
 
 # -------------------------------------------------------------------------------------------- from a model
 
 
-@eval_command(
-    "lds", "rapidin eval lds MODEL --data train.jsonl --test test.jsonl --out truth --lora 8 --at 0.5 --at 1"
+@command(
+    "lds",
+    eval_app,
+    example="rapidin eval lds MODEL --data train.jsonl --test test.jsonl --out truth --at 0.5 --at 1",
 )
 def lds(
-    *,
     model: BaseModel,
     out: OutFolder,
     data: Annotated[
         str,
-        typer.Option(metavar="FILE", help="Training examples.", show_default=False, rich_help_panel=DATA),
+        typer.Option(metavar="FILE", help="Training examples.", show_default=False, rich_help_panel="Data"),
     ],
     test: Annotated[
         str,
@@ -220,45 +219,13 @@ def lds(
             metavar="FILE",
             help="Test examples, whose losses are predicted.",
             show_default=False,
-            rich_help_panel=DATA,
+            rich_help_panel="Data",
         ),
     ],
-    subsets: Annotated[
-        int, typer.Option(metavar="S", min=3, help="Random subsets to retrain on.", rich_help_panel=DATA)
-    ] = 100,
-    fraction: Annotated[
-        float, typer.Option(metavar="X", help="Share of the examples in a subset.", rich_help_panel=DATA)
-    ] = 0.5,
-    max_length: Annotated[
-        int, typer.Option(metavar="N", min=2, help="Maximum tokens per example.", rich_help_panel=DATA)
-    ] = 256,
-    lora: Annotated[
-        int | None,
-        typer.Option(
-            metavar="R",
-            min=1,
-            help="Rank of the LoRA adapter to tune.  [default: tune all weights]",
-            show_default=False,
-            rich_help_panel=MODEL,
-        ),
-    ] = None,
-    training: TrainingOptions = LDS_TRAINING,
-    constant: Annotated[
-        bool,
-        typer.Option(
-            "--constant",
-            help="Keep the learning rate at its peak instead of decaying it linearly to zero.",
-            rich_help_panel=MODEL,
-        ),
-    ] = False,
-    seeds: Annotated[
-        int,
-        typer.Option(
-            metavar="K", min=1, help="Retrainings per subset, whose losses are averaged.", rich_help_panel=RUN
-        ),
-    ] = 1,
-    seed: Seed = 0,
+    settings: GroundTruthSettings,
+    recipe: Annotated[Recipe, Only("schedule", "seed", epochs=3, batch=16, learning_rate=5e-4, warm_up=10)],
     variants: VariantOptions,
+    location: Device,
     width: Annotated[
         int | None,
         typer.Option(
@@ -266,42 +233,34 @@ def lds(
             min=1,
             help="Sketch dimension per layer.  [default: chosen from the number of layers]",
             show_default=False,
-            rich_help_panel=STORAGE,
+            rich_help_panel="Gradients",
         ),
     ] = None,
-    checkpoints: CheckpointCount = 4,
     methods: Methods = None,
     baselines: Baselines = False,
     only_truth: Annotated[
         bool,
         typer.Option(
-            "--only-truth", help="Tune and retrain without scoring any method.", rich_help_panel=RUN
+            "--only-truth", help="Tune and retrain without scoring any method.", rich_help_panel="Run"
         ),
     ] = False,
-    device: Device = None,
-    output: Output,
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Do scores predict the effect of retraining on other data? The linear datamodelling score (LDS).
 
     Tunes MODEL on all examples, and again on random subsets of them; LDS is Spearman's correlation, over the
     subsets, of summed scores and measured losses. Rerun the same command to resume after an interruption.
     """
-    with _evaluation(output) as (log, show):
-        from rapidin.evaluate import ground_truth
+    check_recipe(recipe)
+    with _evaluation(json, quiet) as (log, show):
         from rapidin.evaluate import lds as evaluation
+        from rapidin.evaluate.ground_truth import make
         from rapidin.evaluate.methods import parse_methods
 
-        chosen, compared = parse_methods(methods), variants.variants()
-        settings = ground_truth.Settings(
-            training.recipe(seed, constant=constant),
-            lora=lora,
-            subsets=subsets,
-            fraction=fraction,
-            seeds=seeds,
-            checkpoints=checkpoints,
-            max_length=max_length,
-        )
-        truth = ground_truth.make(out, model, data, test, settings, device=device, log=log)
+        chosen, compared = parse_methods(methods), variants.all()
+        settings = replace(settings, recipe=recipe)
+        truth = make(out, model, data, test, settings, device=location.device, log=log)
         if only_truth:
             log(f"{truth.done:,} retrainings are in {out}")
             return
@@ -312,127 +271,82 @@ def lds(
                 compared,
                 width=width or "auto",
                 with_baselines=baselines,
-                device=device,
+                device=location.device,
                 log=log,
             )
         )
 
 
-@eval_command("facts", "rapidin eval facts MODEL --out facts --epochs 8 --at 0.5 --at 1")
+@command("facts", eval_app, example="rapidin eval facts MODEL --out facts --epochs 8 --at 0.5 --at 1")
 def facts(
-    *,
     model: BaseModel,
     out: OutFolder,
-    count: Annotated[
-        int, typer.Option("--facts", metavar="N", min=2, help="Facts to invent.", rich_help_panel=DATA)
-    ] = 60,
-    lora: LoraRank = 8,
-    training: TrainingOptions = FACTS_TRAINING,
-    checkpoints: CheckpointCount = 0,
-    seed: Seed = 0,
+    settings: FactsSettings,
+    recipe: Annotated[Recipe, Only("seed", epochs=10, batch=8, learning_rate=2e-3, warm_up=20)],
     variants: VariantOptions,
+    location: Device,
     methods: Methods = None,
     baselines: Annotated[
         bool,
         typer.Option(
             "--baselines",
             help="Also rank by the model's hidden states; BM25 is always compared.",
-            rich_help_panel=RUN,
+            rich_help_panel="Scoring",
         ),
     ] = False,
-    device: Device = None,
-    output: Output,
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Does attribution find the sentence that taught a fact, asked for in other words?
 
     Tunes MODEL on invented facts, among examples that share more words with the question than the sentence
     does, and reports MRR and recall at 10. Rerun the same command to resume after an interruption.
     """
-    with _evaluation(output) as (log, show):
+    check_recipe(recipe)
+    with _evaluation(json, quiet) as (log, show):
         from rapidin.evaluate import facts as evaluation
         from rapidin.evaluate.methods import parse_methods
 
-        chosen, compared = parse_methods(methods), variants.variants()
-        settings = evaluation.FactsSettings(
-            training.recipe(seed), count=count, lora=lora or None, checkpoints=checkpoints
-        )
+        chosen, compared = parse_methods(methods), variants.all()
         show(
             evaluation.evaluate(
-                model, out, chosen, compared, settings, with_baselines=baselines, device=device, log=log
+                model,
+                out,
+                chosen,
+                compared,
+                replace(settings, recipe=recipe),
+                with_baselines=baselines,
+                device=location.device,
+                log=log,
             )
         )
 
 
-@eval_command("select", "rapidin eval select MODEL --out select --lora 0 --epochs 6")
+@command("select", eval_app, example="rapidin eval select MODEL --out select --lora 0 --epochs 6")
 def select(
-    *,
     model: BaseModel,
     out: OutFolder,
-    rows: Annotated[
-        int, typer.Option(metavar="N", min=8, help="Training rows to make up.", rich_help_panel=DATA)
-    ] = 400,
-    flipped: Annotated[
-        float, typer.Option(metavar="X", help="Share of the rows with a wrong label.", rich_help_panel=DATA)
-    ] = 0.2,
-    share: Annotated[
-        float, typer.Option(metavar="X", help="Share of the rows to choose.", rich_help_panel=DATA)
-    ] = 0.5,
-    lora: LoraRank = 8,
-    training: TrainingOptions = SELECT_TRAINING,
-    seeds: Annotated[
-        int, typer.Option(metavar="K", min=1, help="Trainings for each choice.", rich_help_panel=RUN)
-    ] = 3,
-    seed: Seed = 0,
-    at: Annotated[
-        str,
-        typer.Option(
-            metavar="A[,A...]",
-            help="Where gradients are taken, as in 'rapidin cache'.",
-            rich_help_panel=GRADIENTS,
-        ),
-    ] = "0.5",
-    preconditioner: Annotated[
-        str,
-        typer.Option(
-            "--precondition",
-            metavar="kfac|off|sample",
-            help="Preconditioner, as in 'rapidin cache'.",
-            rich_help_panel=GRADIENTS,
-        ),
-    ] = "kfac",
-    bytes: Annotated[
-        int,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="Bytes per example, as in 'rapidin cache'; 0 keeps the uncompressed sketch.",
-            rich_help_panel=STORAGE,
-        ),
-    ] = 0,
+    settings: SelectSettings,
+    recipe: Annotated[Recipe, Only("seed", epochs=3, batch=8, learning_rate=1e-3, warm_up=10)],
+    variants: VariantOptions,
+    location: Device,
     methods: Methods = None,
-    device: Device = None,
-    output: Output,
+    json: Json = None,
+    quiet: Quiet = False,
 ) -> None:
     """Does choosing training data leave wrong labels out and give a better model?
 
     Makes a task with wrong labels, trains MODEL on the rows that 'rapidin select' chooses, on random rows and
     on all, and compares accuracy and loss. Rerun the same command to resume after an interruption.
     """
-    with _evaluation(output) as (log, show):
+    check_recipe(recipe)
+    with _evaluation(json, quiet) as (log, show):
         from rapidin.evaluate import select as evaluation
         from rapidin.evaluate.methods import parse_methods
 
-        chosen = parse_methods(methods, evaluation.DEFAULT)
-        (variant,) = VariantOptions([at], [preconditioner], [bytes]).variants()
-        settings = evaluation.SelectSettings(
-            training.recipe(seed),
-            rows=rows,
-            flipped=flipped,
-            share=share,
-            seeds=seeds,
-            lora=lora or None,
-        )
-        show(evaluation.evaluate(model, out, chosen, variant, settings, device=device, log=log))
+        chosen, variant = parse_methods(methods, evaluation.DEFAULT), variants.single()
+        settings = replace(settings, recipe=recipe)
+        show(evaluation.evaluate(model, out, chosen, variant, settings, device=location.device, log=log))
 
 
 # ------------------------------------------------------------------------------------------------ helpers
@@ -441,58 +355,52 @@ def select(
 def _subject(
     cache: str,
     column: str | None,
-    source: CacheSource,
-    output: Output,
+    train_data: list[str] | None,
     log: "Log",
-    *,
-    with_model: bool = True,
+    location: ModelLocation | None,
+    quiet: bool,
 ) -> "Subject":
-    """The cache with its data and model; a missing column is reported before the model is loaded."""
+    """The cache with its data, and with its model if `location` is given.
+
+    A missing column is reported before the model is loaded.
+    """
     from rapidin.data.examples import files
     from rapidin.evaluate.subject import Subject, column_values, open_training_data
 
     ensemble = open_caches([cache])
-    examples = open_training_data(ensemble, files(source.train_data))
+    examples = open_training_data(ensemble, files(train_data))
     if column is not None:
         column_values(examples, column)
-    if with_model:
-        ensemble = with_models(
-            messages(output.quiet),
-            ensemble,
-            source.model,
-            source.adapter,
-            source.base,
-            source.device,
-            source.trust_remote_code,
-        )
+    if location is not None:
+        ensemble = with_models(messages(quiet), ensemble, location)
     return Subject(ensemble, examples, log)
 
 
 @contextmanager
-def _evaluation(output: Output) -> "Iterator[tuple[Log, Callable[[Result], None]]]":
+def _evaluation(json: str | None, quiet: bool) -> "Iterator[tuple[Log, Callable[[Result], None]]]":
     """(function that logs a line, function that shows a result), with quiet libraries.
 
     Raises UserError for missing packages or an unwritable --json before any work is done.
     """
-    if output.json is not None and output.json != "-":
-        check_writable(output.json)
+    if json is not None and json != "-":
+        check_writable(json)
     with quiet_libraries():
         from rapidin.evaluate import metrics
         from rapidin.evaluate.log import no_log
 
         for package in metrics.REQUIRED_PACKAGES:
             metrics.needs(package)
-        yield (no_log if output.quiet else line), lambda result: _show(result, output)
+        yield (no_log if quiet else line), lambda result: _show(result, json)
 
 
-def _show(result: "Result", output: Output) -> None:
+def _show(result: "Result", json: str | None) -> None:
     from rapidin.results.terminal import make_console
 
-    text = json.dumps(result.to_json(), indent=1)
-    if output.json == "-":
+    text = json_module.dumps(result.to_json(), indent=1)
+    if json == "-":
         print(text)
         return
-    if output.json is not None:
-        write_text(output.json, text + "\n")
+    if json is not None:
+        write_text(json, text + "\n")
     console = make_console(sys.stdout)
     console.print(result.table(console.width))

@@ -6,7 +6,6 @@ The facts, the questions and the rows that distract are those of `rapidin.evalua
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -21,8 +20,9 @@ from rapidin.evaluate.log import Log, no_log
 from rapidin.evaluate.methods import Method, each_score
 from rapidin.evaluate.metrics import Floats
 from rapidin.evaluate.result import Result
+from rapidin.evaluate.settings import FactsSettings
 from rapidin.evaluate.tasks.facts import Record, make_facts, possible_answers
-from rapidin.evaluate.training import Recipe, Tuner, losses
+from rapidin.evaluate.training import Tuner, losses
 from rapidin.evaluate.tuned import TunedModel, encoder_of, load_float32, tune_and_save
 from rapidin.evaluate.variants import Variant, VariantCaches
 from rapidin.files import lock_folder
@@ -30,20 +30,6 @@ from rapidin.gradients.load import LoadedModel
 
 COLUMNS = {"mrr": "MRR", "recall": "recall at 10"}
 DESCRIPTION = "facts.json"
-
-
-@dataclass(frozen=True, slots=True)
-class FactsSettings:
-    """What is made and how the model is tuned on it.
-
-    recipe: of the tuning, its seed is that of the facts too; count: facts to invent; lora: rank of the
-    adapter, None to tune all weights; checkpoints: how many of the tuning are kept.
-    """
-
-    recipe: Recipe
-    count: int = 60
-    lora: int | None = 8
-    checkpoints: int = 0
 
 
 def evaluate(
@@ -119,8 +105,8 @@ def _add_methods(
 ) -> None:
     caches = VariantCaches(tuned.folder / "caches", open_examples(tuned.folder / "train.jsonl"), log=log)
     for variant in variants:
-        parts, generations = caches.query(variant, tuned, questions)
-        for method, scores, _ in each_score(parts, generations, methods):
+        sketches, generations = caches.query(variant, tuned, questions)
+        for method, scores, _ in each_score(sketches, generations, methods):
             _add(result, f"{method}, {variant}", scores, questions)
 
 

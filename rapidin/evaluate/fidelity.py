@@ -15,8 +15,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.query_sketch import Part
+from rapidin.attribution.generate import generations_of
+from rapidin.attribution.query_sketch import QuerySketch, sketch_generations
 from rapidin.attribution.token_contributions import ExactQueries, factors_of
 from rapidin.data.encoding import Encoded
 from rapidin.errors import UserError
@@ -26,6 +26,7 @@ from rapidin.evaluate.methods import Method, each_score
 from rapidin.evaluate.metrics import Floats
 from rapidin.evaluate.result import Result
 from rapidin.evaluate.subject import Subject, cache_settings
+from rapidin.gradients.source import GradientSource
 
 COLUMNS = {"spearman": "Spearman", "top10": "top 10 found"}
 NORMALIZE = ("layer", "cosine", "none")
@@ -54,23 +55,23 @@ class ExactProducts:
 
 
 def exact_products(
-    attributor: Attributor, queries: Sequence[Encoded], rows: Sequence[Encoded], log: Log = no_log
+    source: GradientSource, queries: Sequence[Encoded], rows: Sequence[Encoded], log: Log = no_log
 ) -> ExactProducts:
     """Products of the exact gradients of `queries` and `rows`; each point of the path has its own layers.
 
     Raises UserError if gradients of a parameter that is not the weight of a linear layer are taken.
     """
-    layers = len(attributor.targets)
-    cosines = torch.zeros(len(queries), len(rows), layers * len(attributor.points))
+    layers = len(source.targets)
+    cosines = torch.zeros(len(queries), len(rows), layers * len(source.points))
     query_norms, row_norms = (torch.zeros(len(texts), cosines.shape[2]) for texts in (queries, rows))
     try:
-        for number, point in enumerate(attributor.points):
+        for number, point in enumerate(source.points):
             block = slice(number * layers, (number + 1) * layers)
-            with attributor.at(number):
-                exact = ExactQueries(factors_of(attributor, text, number) for text in queries)
+            with source.at(number):
+                exact = ExactQueries(factors_of(source, text, number) for text in queries)
                 query_norms[:, block] = exact.lengths.float()
                 for n, text in enumerate(rows):
-                    for layer, (columns, out) in enumerate(factors_of(attributor, text, number)):
+                    for layer, (columns, out) in enumerate(factors_of(source, text, number)):
                         cosine, norm = exact.compare(layer, columns[None], out[None])
                         cosines[:, n, number * layers + layer] = cosine[:, 0]
                         row_norms[n, number * layers + layer] = norm[0]
@@ -88,22 +89,22 @@ def evaluate(subject: Subject, records: Sequence[Any], count: int, *, seed: int 
     """
     if len(subject.ensemble.caches) > 1:
         raise UserError("fidelity is measured for a single cache", "name one of the ensemble's caches")
-    cache, attributor = subject.cache, subject.attributor
-    if attributor.projection == "rapidgrad":
+    cache, source = subject.cache, subject.source
+    if source.whole:
         raise UserError(
             "a cache of the projection 'rapidgrad' has no layers to compare",
             "make one with another projection",
         )
     chosen = _random_rows(cache.status().numpy(), count, seed)
-    generations = attributor.generations(list(records))
-    encoded = [attributor.encoder(subject.examples[int(row)]) for row in chosen]
+    generations = generations_of(source, list(records))
+    encoded = [source.encoder(subject.examples[int(row)]) for row in chosen]
     products = exact_products(
-        attributor, [generation.encoded for generation in generations], encoded, subject.log
+        source, [generation.encoded for generation in generations], encoded, subject.log
     )
     setting = cache_settings(subject.ensemble) | {"queries": len(generations), "compared": len(chosen)}
     result = Result("fidelity", setting, COLUMNS)
-    part = Part(cache, attributor.query_sketches(generations))
-    for method, scores, _ in each_score([part], generations, [Method("dot", name) for name in NORMALIZE]):
+    sketch = QuerySketch(cache, sketch_generations(source, generations))
+    for method, scores, _ in each_score([sketch], generations, [Method("dot", name) for name in NORMALIZE]):
         approximate, exact = scores[:, chosen], products.scores(method.normalize)
         result.add(
             str(method),

@@ -17,7 +17,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,8 @@ from rapidin.errors import UserError
 from rapidin.evaluate.folders import model_reference, start_or_resume, write_jsonl
 from rapidin.evaluate.log import Log, StepLog, no_log
 from rapidin.evaluate.metrics import Bools
-from rapidin.evaluate.training import Recipe, Tuner, losses
+from rapidin.evaluate.settings import GroundTruthSettings
+from rapidin.evaluate.training import Tuner, losses
 from rapidin.evaluate.tuned import TunedModel, load_float32, tune_and_save
 from rapidin.files import lock_folder, replace_file
 
@@ -45,44 +46,6 @@ _LABELS = {
     "train": "training data",
     "test": "test data",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Settings:
-    """How a ground truth is made.
-
-    recipe: of every tuning; its seed is that of the first tuning, the retrainings take the seeds after it.
-    lora: rank of the adapter, None to tune all weights. subsets: random subsets to retrain on. fraction:
-    share of the examples in each. seeds: retrainings per subset, whose losses are averaged. checkpoints: how
-    many of the first tuning are kept. max_length: tokens of an example.
-    """
-
-    recipe: Recipe
-    lora: int | None = None
-    subsets: int = 100
-    fraction: float = 0.5
-    seeds: int = 1
-    checkpoints: int = 4
-    max_length: int = 256
-
-    def __post_init__(self) -> None:
-        if not 0 < self.fraction < 1:
-            raise UserError(f"--fraction must be between 0 and 1, got {self.fraction:g}", "0.5 is usual")
-        if self.subsets < 3:
-            raise UserError(f"--subsets must be at least 3, got {self.subsets}")
-        if self.seeds < 1:
-            raise UserError(f"--seeds must be at least 1, got {self.seeds}")
-
-    def to_json(self) -> dict[str, Any]:
-        """What must be the same for a folder to be resumed; subsets may be added."""
-        return {
-            "recipe": self.recipe.to_json(),
-            "lora": self.lora,
-            "fraction": self.fraction,
-            "seeds": self.seeds,
-            "checkpoints": self.checkpoints,
-            "max_length": self.max_length,
-        }
 
 
 class GroundTruth:
@@ -146,7 +109,7 @@ def make(
     model: str,
     train: Any,
     test: Any,
-    settings: Settings,
+    settings: GroundTruthSettings,
     *,
     device: str | None = None,
     log: Log = no_log,
@@ -195,7 +158,7 @@ def _tune_on_all(
     tuner: Tuner,
     rows: Sequence[Encoded],
     queries: Sequence[Encoded],
-    settings: Settings,
+    settings: GroundTruthSettings,
     description: dict[str, Any],
     log: Log,
 ) -> None:
@@ -213,7 +176,7 @@ def _retrain(
     tuner: Tuner,
     rows: Sequence[Encoded],
     queries: Sequence[Encoded],
-    settings: Settings,
+    settings: GroundTruthSettings,
     masks: Bools,
     log: Log,
 ) -> None:

@@ -93,8 +93,8 @@ def evaluate(
 
     rows: dict[str, dict[str, Estimate]] = {}
     for variant in variants:
-        parts, generations = caches.query(variant, tuned, test)
-        for method, scores, _ in each_score(parts, generations, methods):
+        sketches, generations = caches.query(variant, tuned, test)
+        for method, scores, _ in each_score(sketches, generations, methods):
             rows.setdefault(str(method), {})[str(variant)] = value = lds(scores)
             log(f"{method}, {variant}: LDS {value.mean:.3f}")
     if with_baselines:
@@ -109,8 +109,8 @@ def evaluate(
     )
     if (agreement := result.setting["seeds_agree"]) is not None:
         result.notes.append(
-            f"Two seeds of a retraining agree by {agreement:.3f} (Spearman): the noise of training leaves "
-            "that much to predict."
+            f"Two seeds of a retraining agree by {agreement:.3f} (Spearman): noise of training limits what "
+            "scores can predict."
         )
     return result
 

@@ -7,9 +7,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from rapidin.attribution import methods
-from rapidin.attribution.options import Scoring
-from rapidin.attribution.query_sketch import Part
-from rapidin.attribution.query_sketch import scores as part_scores
+from rapidin.attribution.options import ScoringConfig
+from rapidin.attribution.query_sketch import QuerySketch
+from rapidin.attribution.query_sketch import scores as scores_of
 from rapidin.data.generations import Generation
 from rapidin.errors import UserError
 from rapidin.evaluate.metrics import Floats
@@ -31,9 +31,9 @@ class Method:
     def __str__(self) -> str:
         return f"{self.method}:{self.normalize}" + ("" if self.damping is None else f":{self.damping:g}")
 
-    def scoring(self, *, together: bool = False) -> Scoring:
+    def scoring(self, *, together: bool = False) -> ScoringConfig:
         """The settings of a scan with this method. together: score all generations as one target set."""
-        return Scoring(self.normalize, self.method, self.damping, together=together)
+        return ScoringConfig(self.normalize, self.method, self.damping, together=together)
 
 
 def parse_methods(text: str | None, default: str = DEFAULT) -> list[Method]:
@@ -63,10 +63,10 @@ def parse_methods(text: str | None, default: str = DEFAULT) -> list[Method]:
 
 
 def each_score(
-    parts: Sequence[Part], generations: Sequence[Generation], chosen: Sequence[Method]
+    sketches: Sequence[QuerySketch], generations: Sequence[Generation], chosen: Sequence[Method]
 ) -> Iterator[tuple[Method, Floats, float]]:
     """(method, scores [Q, rows], seconds) of every method; NaN where a row has no sketch."""
     for method in chosen:
         start = time.perf_counter()
-        scores = part_scores(parts, generations, method.scoring())
+        scores = scores_of(sketches, generations, method.scoring())
         yield method, scores.double().numpy(), time.perf_counter() - start

@@ -65,12 +65,12 @@ def _self_influence(subject: Subject, method: Method) -> Floats:
 
 def _losses(subject: Subject) -> Iterator[tuple[float, Floats]]:
     """(point, loss of every row [N]) at the tuned model and where the cache's gradients were taken."""
-    attributor = subject.attributor
-    encoded = [attributor.encoder(record) for record in subject.examples]
+    source = subject.source
+    encoded = [source.encoder(record) for record in subject.examples]
     usable = [n for n, example in enumerate(encoded) if example.status == Status.OK]
-    for point in sorted({1.0, *attributor.points}, reverse=True):
+    for point in sorted({1.0, *source.points}, reverse=True):
         subject.log(f"loss of each row at {point:g}")
         values = np.full(len(encoded), np.nan)
-        with attributor.loaded.path.at(point):
-            values[usable] = losses(attributor.loaded.model, [encoded[n] for n in usable]).numpy()
+        with source.loaded.path.at(point):
+            values[usable] = losses(source.loaded.model, [encoded[n] for n in usable]).numpy()
         yield point, values

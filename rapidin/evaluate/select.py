@@ -11,13 +11,13 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rapidin.attribution.query_sketch import scores as part_scores
+from rapidin.attribution.query_sketch import scores as scores_of
 from rapidin.attribution.selection import best_rows
 from rapidin.data.encoding import Encoded, Encoder, Status
 from rapidin.data.examples import open_examples
@@ -27,8 +27,9 @@ from rapidin.evaluate.folders import model_reference, start_or_resume, write_jso
 from rapidin.evaluate.log import Log, no_log
 from rapidin.evaluate.methods import Method
 from rapidin.evaluate.result import Result
+from rapidin.evaluate.settings import SelectSettings
 from rapidin.evaluate.tasks.labels import Task, accuracy, make_task
-from rapidin.evaluate.training import Recipe, Tuner, losses
+from rapidin.evaluate.training import Tuner, losses
 from rapidin.evaluate.tuned import TunedModel, encoder_of, load_float32, tune_and_save
 from rapidin.evaluate.variants import Variant, VariantCaches
 from rapidin.files import lock_folder, replace_file
@@ -37,34 +38,6 @@ COLUMNS = {"flipped": "flipped in it", "accuracy": "test accuracy", "loss": "tes
 DEFAULT = "dot:layer,fisher:layer"
 DESCRIPTION = "select.json"
 MEASURED = "measured.json"
-
-
-@dataclass(frozen=True, slots=True)
-class SelectSettings:
-    """What is made, what is chosen, and how models are trained.
-
-    recipe: of every training, its seed is that of the task too; rows: training rows of the task; flipped:
-    share of them with a wrong label; share: of the rows to choose; seeds: trainings for each choice; lora:
-    rank of the adapter, None to tune all weights.
-    """
-
-    recipe: Recipe
-    rows: int = 400
-    flipped: float = 0.2
-    share: float = 0.5
-    seeds: int = 3
-    lora: int | None = 8
-
-    def __post_init__(self) -> None:
-        if not 0 < self.share < 1:
-            raise UserError(f"--share must be between 0 and 1, got {self.share:g}")
-        if self.seeds < 1:
-            raise UserError(f"--seeds must be at least 1, got {self.seeds}")
-
-    @property
-    def count(self) -> int:
-        """Number of rows to choose."""
-        return max(1, round(self.share * self.rows))
 
 
 def evaluate(
@@ -127,10 +100,10 @@ def _choices(
 ) -> Iterator[tuple[str, list[list[int]]]]:
     """(name, the chosen rows for each seed) of every method, then of `random` and `all`."""
     caches = VariantCaches(tuned.folder / "caches", open_examples(tuned.folder / "train.jsonl"), log=log)
-    parts, generations = caches.query(variant, tuned, task.target)
+    sketches, generations = caches.query(variant, tuned, task.target)
     chosen: dict[str, list[list[int]]] = {}
     for method in methods:
-        scores = part_scores(parts, generations, method.scoring(together=True))
+        scores = scores_of(sketches, generations, method.scoring(together=True))
         best = best_rows(scores, settings.count)
         file = tuned.folder / f"chosen-{str(method).replace(':', '-')}.jsonl"
         write_jsonl(file, [task.train[n] for n in best])

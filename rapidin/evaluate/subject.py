@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rapidin.attribution import baselines
-from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.ensemble import Ensemble
+from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache
 from rapidin.data.examples import Examples, Files
@@ -23,6 +23,7 @@ from rapidin.evaluate.log import Log, no_log
 from rapidin.evaluate.methods import Method, each_score
 from rapidin.evaluate.metrics import Floats
 from rapidin.evaluate.result import Result
+from rapidin.gradients.source import GradientSource
 
 
 def open_training_data(ensemble: Ensemble, train_data: str | Files | None = None) -> Examples:
@@ -98,9 +99,9 @@ class Subject:
     log: Log = no_log
 
     @cached_property
-    def attributor(self) -> Attributor:
-        """The attributor of the last cache; of a training run's caches that is the final model's."""
-        return self.ensemble.attributor()
+    def source(self) -> GradientSource:
+        """What made the last cache; of a training run's caches that is the final model's source."""
+        return self.ensemble.source()
 
     @property
     def cache(self) -> Cache:
@@ -122,7 +123,7 @@ class Subject:
         """
         self.log(f"gradients of {len(records):,} generations")
         # The layer weights that `layer` needs serve every method: a common factor changes no ranking.
-        query = self.ensemble.parts(list(records), max_new_tokens, "layer", Clock())
+        query = self.ensemble.sketched(list(records), QueryOptions(max_new_tokens=max_new_tokens), Clock())
         generations = query.texts
         seconds: dict[str, float] = {}
         result.setting |= cache_settings(self.ensemble) | {"queries": len(generations), "seconds": seconds}
@@ -131,7 +132,7 @@ class Subject:
             result.notes.append(
                 f"The model wrote {written:,} of the {len(generations):,} completions just now."
             )
-        for method, scores, elapsed in each_score(query.parts, generations, methods):
+        for method, scores, elapsed in each_score(query.sketches, generations, methods):
             self.log(f"{method}: {elapsed:.2f} s")
             seconds[str(method)] = elapsed
             yield str(method), scores
@@ -148,5 +149,5 @@ class Subject:
             for record, generation in zip(records, generations, strict=True)
         ]
         self.log(f"hidden states of {len(rows) + len(queries):,} texts")
-        length = self.attributor.max_length
-        yield from baselines.both(self.attributor.loaded, rows, queries, max_length=length).items()
+        length = self.source.encoder.max_length
+        yield from baselines.both(self.source.loaded, rows, queries, max_length=length).items()

@@ -8,16 +8,15 @@ same layout as theirs, so that everything downstream can be tried on it.
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rapidin.errors import UserError
+from rapidin.evaluate.settings import Recipe
 from rapidin.gradients.adam import without_weight_decay
 
 if TYPE_CHECKING:
@@ -29,54 +28,6 @@ NOT_A_TARGET = -100
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 OnStep = Callable[[int, int, float], None]  # steps done, steps in total, loss of the last step
-
-
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How to tune a model.
-
-    epochs: passes over the examples, each in its own order; steps: number of batches, overrides epochs.
-    batch: examples per step; the last batch of a pass may be smaller. learning_rate: peak learning rate.
-    warm_up: steps of linear warm-up. schedule: after the warm-up, "linear" decays to zero and "constant"
-    stays at the peak. betas, weight_decay: AdamW's; the weight decay applies to all weights. clip: maximum
-    gradient norm, None for no clipping. seed: of the order of examples, and of dropout if the model has it.
-    """
-
-    epochs: int = 1
-    steps: int | None = None
-    batch: int = 16
-    learning_rate: float = 1e-3
-    warm_up: int = 1
-    schedule: Literal["linear", "constant"] = "linear"
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.01
-    clip: float | None = 1.0
-    seed: int = 0
-
-    def count(self, examples: int) -> int:
-        """Number of steps for so many examples."""
-        return self.steps if self.steps is not None else self.epochs * -(-examples // self.batch)
-
-    def rate(self, step: int, steps: int) -> float:
-        """Learning rate of a step, counted from 0, of `steps`."""
-        warm_up = min(max(1, self.warm_up), steps)
-        rising = (step + 1) / warm_up
-        falling = (steps - step) / (steps - warm_up + 1) if self.schedule == "linear" else 1.0
-        return self.learning_rate * min(1.0, rising, falling)
-
-    def batches(self, examples: int) -> Iterator[list[int]]:
-        """Indices of the examples of each step."""
-        rng, order = random.Random(self.seed), list(range(examples))
-        left = self.count(examples)
-        while left:
-            rng.shuffle(order)
-            for start in range(0, examples, self.batch)[:left]:
-                yield order[start : start + self.batch]
-                left -= 1
-
-    def to_json(self) -> dict[str, Any]:
-        """The recipe as a JSON object."""
-        return asdict(self) | {"betas": list(self.betas)}
 
 
 # ------------------------------------------------------------------------------------------ the loop

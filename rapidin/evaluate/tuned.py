@@ -12,7 +12,8 @@ from typing import Any
 from rapidin.data.encoding import Encoded, Encoder
 from rapidin.evaluate.log import Log, StepLog
 from rapidin.evaluate.saving import Checkpoints, ResumeState, save_model
-from rapidin.evaluate.training import Recipe, Tuner
+from rapidin.evaluate.settings import Recipe
+from rapidin.evaluate.training import Tuner
 from rapidin.gradients.load import LoadedModel, load_model
 
 MAX_LENGTH = 2048  # tokens of an example, for models without a context length of their own

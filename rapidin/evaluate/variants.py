@@ -11,7 +11,9 @@ from typing import Any, Literal
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.checkpoints import find_checkpoints
-from rapidin.attribution.query_sketch import Part
+from rapidin.attribution.generate import generations_of
+from rapidin.attribution.provenance import checked
+from rapidin.attribution.query_sketch import QuerySketch, sketch_query
 from rapidin.cache import Cache
 from rapidin.data.examples import Examples
 from rapidin.data.generations import Generation
@@ -19,6 +21,7 @@ from rapidin.errors import UserError
 from rapidin.evaluate.log import Log, no_log
 from rapidin.evaluate.tuned import MAX_LENGTH, TunedModel
 from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.source import GradientSource
 from rapidin.results.text import time_text
 
 CHECKPOINTS = "checkpoints"
@@ -105,7 +108,7 @@ class VariantCaches:
 
     def query(
         self, variant: Variant, tuned: TunedModel, queries: Sequence[Any]
-    ) -> tuple[list[Part], list[Generation]]:
+    ) -> tuple[list[QuerySketch], list[Generation]]:
         """The caches of a variant with the query sketches for each, and the generations of the queries.
 
         One cache, or with `checkpoints` one for each checkpoint, with weights that add up to 1
@@ -120,19 +123,20 @@ class VariantCaches:
                 raise UserError("no checkpoints were kept", _START_ANEW)
             total = sum(each.weight for each in kept)
             members = [(c.path, c.weight / total, f"{c.path.name}-{variant.folder}") for c in kept]
-        parts: list[Part] = []
+        sketches: list[QuerySketch] = []
         for checkpoint, weight, name in members:
             loaded = tuned.load(checkpoint)
-            attributor, cache = self.build(loaded, variant, name, checkpoint or last)
-            generations = attributor.generations(list(queries))
-            parts.append(Part(cache, attributor.query_sketches(generations), weight))
-        return parts, generations
+            source, cache = self.build(loaded, variant, name, checkpoint or last)
+            generations = generations_of(source, list(queries))
+            sketches.append(sketch_query(cache, source, generations, weight))
+        return sketches, generations
 
     def build(
         self, loaded: LoadedModel, variant: Variant, name: str, checkpoint: Path | None
-    ) -> tuple[Attributor, Cache]:
-        """Build the cache of a variant in a folder of this name, or resume it; return its attributor and it.
+    ) -> tuple[GradientSource, Cache]:
+        """Build the cache of a variant in a folder of this name, or resume it.
 
+        Returns the source of its gradients, with the preconditioner that the cache has, and the cache.
         checkpoint: provides the optimizer's state for the preconditioner "optimizer".
         """
         preconditioner: str | Path | None = variant.preconditioner
@@ -147,13 +151,13 @@ class VariantCaches:
             loaded,
             at=list(variant.at or (1.0,)),
             width=self.width,
-            budget=variant.bytes,
+            bytes_per_example=variant.bytes,
             preconditioner=preconditioner,
             max_length=min(self.max_length, limit) if limit else self.max_length,
         )
-        path = self.folder / f"{name}-width-{attributor.width}"
+        path = self.folder / f"{name}-width-{attributor.settings.width}"
         start = time.perf_counter()
         cache = attributor.cache(self.examples, path, bytes=variant.bytes)
         seconds = time.perf_counter() - start
         self.log(f"{variant}: {len(cache):,} examples cached in {path} ({time_text(seconds)})")
-        return attributor, cache
+        return checked(attributor.source, cache.manifest), cache
