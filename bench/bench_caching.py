@@ -29,17 +29,16 @@ from rapidin.cache import codec
 from rapidin.cache.codec import Basis, Code, FloatCode, PackedCode
 from rapidin.cli.demo_session.tokenizer import train_tokenizer
 from rapidin.data.encoding import Encoded, Status, by_length
+from rapidin.gradients.adam import Moments
 from rapidin.gradients.batch import Batch, example_losses
-from rapidin.gradients.kfac import FactorMoments
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.kfac import FactorMoments, kfac_scales
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import (
     DAMPING,
     EXPONENT,
     FLOOR,
     RANK,
-    Moments,
     Preconditioner,
-    kfac_scales,
 )
 
 EXAMPLES = sized(32, 12)

@@ -79,7 +79,7 @@ def _setting(bench: Bench, kind: str) -> Setting:
         encoded = [plain.encoder(record) for record in records]
         # A short run is no place for the sample, which a cache takes once however many examples it has.
         made = Attributor(loaded, preconditioner="kfac", **settings).fit_preconditioner(encoded[:KFAC_SAMPLE])
-        choice = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, made=made)
+        choice = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, fitted=made)
         attributor = Attributor(loaded, preconditioner=choice, **settings)
         chosen = by_length(range(len(encoded)), encoded, size["batch_tokens"])
         return Setting(

@@ -83,8 +83,8 @@ def _hits(attributor: Attributor, cache: Cache, asked: list[dict[str, str]]) -> 
 
 def _source(attributor: Attributor, cache: Cache, asked: list[dict[str, str]]) -> CacheScan:
     """What `query` scans for, without what it prints with, for where rich is not installed."""
-    checked(attributor.source, cache.manifest)
-    sketch, _ = attributor.source.sketches([attributor.source.encoder(record) for record in asked])
+    source = checked(attributor.source, cache.manifest)
+    sketch, _ = source.sketches([source.encoder(record) for record in asked])
     return CacheScan(cache, methods.prepare(sketch))
 
 

@@ -17,7 +17,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rapidin.data.encoding import Encoder, Status
 from rapidin.data.examples import open_examples
 from rapidin.errors import UserError
-from rapidin.evaluate.training import Recipe, State, add_lora, tune
+from rapidin.evaluate.saving import ResumeState
+from rapidin.evaluate.settings import Recipe
+from rapidin.evaluate.training import add_lora, tune
 from rapidin.gradients.load import load_model
 
 
@@ -44,7 +46,7 @@ def main() -> None:
         "targets": options.targets,
         "max_length": options.max_length,
     }
-    state = State(options.out / "state", settings, every=options.save_every)
+    state = ResumeState(options.out / "state", settings, every=options.save_every)
 
     console = Console()
     size = sum(weight.numel() for weight in model.parameters() if weight.requires_grad)

@@ -17,7 +17,7 @@ from rapidin.cache import Cache, Manifest
 from rapidin.cache.build import OnProgress
 from rapidin.cache.layout import Block
 from rapidin.data.examples import Examples, open_examples
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
 from rapidin.results.collection import Results

@@ -99,7 +99,7 @@ class _Fitting:
         writer, record, config = self._writer, self._writer.manifest.preconditioner, self.source.config
         if record is None:
             return
-        fitted = config.made
+        fitted = config.fitted
         if fitted is None:
             exists = record["sha256"] is not None and (writer.folder / record["file"]).exists()
             known = bool(int(self._world.share(lambda: b"1" if exists else b"0")))

@@ -14,7 +14,8 @@ from rapidin.cache.manifest import PRECONDITIONER, gradient_settings
 from rapidin.cache.shards import read_preconditioner
 from rapidin.data.examples import Examples
 from rapidin.errors import UserError
-from rapidin.gradients.load import LoadedModel, load_model
+from rapidin.gradients.load import load_model
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner, PreconditionerConfig
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
@@ -53,7 +54,7 @@ def manifest_of(
     recorded = source.settings.recorded()
     gradient = recorded["gradient"]
     if gradient["preconditioner"] != "off":
-        fitted = source.config.made
+        fitted = source.config.fitted
         gradient["preconditioner"] |= {
             "file": PRECONDITIONER,
             "bytes": 0 if fitted is None else len(fitted.data),
@@ -95,8 +96,8 @@ def config_of(manifest: Manifest) -> PreconditionerConfig:
     if record is None:
         return PreconditionerConfig()
     settings = {key: value for key, value in record.items() if key not in _FILE_KEYS}
-    return PreconditionerConfig(
-        **settings, made=read_fitted(manifest) if record["kind"] == "optimizer" else None
+    return PreconditionerConfig.from_json(
+        settings, read_fitted(manifest) if record["kind"] == "optimizer" else None
     )
 
 

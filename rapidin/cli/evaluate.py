@@ -1,543 +1,406 @@
-"""rapidin eval."""
+"""The commands of `rapidin eval`, one for each module of `rapidin.evaluate` that is an evaluation."""
 
 import json as json_module
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from rapidin.attribution.options import ModelLocation
 from rapidin.cli.caches import open_caches, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
-from rapidin.cli.options import (
-    CacheFolder,
+from rapidin.cli.evaluate_options import (
+    Baselines,
+    BaseModel,
     Device,
-    MaxNewTokens,
-    MovedAdapter,
-    MovedBase,
-    MovedModel,
-    Quiet,
-    TrainData,
-    TrustRemoteCode,
-    app,
-    command,
+    Generation,
+    Json,
+    Location,
+    Methods,
+    OutFolder,
+    Queries,
+    VariantOptions,
+    check_recipe,
+    eval_app,
 )
-from rapidin.errors import UserError
+from rapidin.cli.options import CacheFolder, Only, Quiet, TrainData, command
+from rapidin.evaluate.settings import FactsSettings, GroundTruthSettings, Recipe, SelectSettings
 
 if TYPE_CHECKING:
-    from rapidin.evaluate.result import Result, Say
+    from rapidin.evaluate.log import Log
+    from rapidin.evaluate.result import Result
     from rapidin.evaluate.subject import Subject
-    from rapidin.evaluate.training import Recipe
-
-group = typer.Typer(
-    name="eval",
-    help="Measure methods against a known truth: what was planted, labelled, or retrained.\n\n"
-    "docs/evaluation.md says what each measures and how to read it.",
-    rich_markup_mode=None,
-    no_args_is_help=True,
-)
-app.add_typer(group)
-
-Methods = Annotated[
-    str | None,
-    typer.Option(
-        metavar="M:N,...",
-        help="METHOD:NORMALIZE[:DAMPING] between commas, as dot:layer,fisher:layer,datainf:none:0.1.  "
-        "[default: all that make sense]",
-        show_default=False,
-    ),
-]
-Json = Annotated[
-    str | None,
-    typer.Option(metavar="FILE", help="Write all figures as JSON; with - to standard output, and no table."),
-]
-Baselines = Annotated[
-    bool, typer.Option("--baselines", help="BM25 of the words and the model's hidden states besides.")
-]
-At = Annotated[
-    list[str] | None,
-    typer.Option(
-        metavar="A[,A...]",
-        help="Where gradients are taken, as in 'rapidin cache', or 'checkpoints' for the sum over those that "
-        "were kept; may be repeated, to compare.  [default: 0.5]",
-        show_default=False,
-    ),
-]
-Bytes = Annotated[
-    list[int] | None,
-    typer.Option(
-        metavar="N",
-        min=0,
-        help="Bytes of a row, as in 'rapidin cache'; 0 for every number of the sketch; may be repeated.  "
-        "[default: 0]",
-        show_default=False,
-    ),
-]
-Preconditioner = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--precondition",
-        metavar="kfac|off|sample|optimizer",
-        help="How gradients are turned, as in 'rapidin cache'; optimizer: by the last checkpoint's state; "
-        "may be repeated.  [default: kfac]",
-        show_default=False,
-    ),
-]
-Lora = Annotated[
-    int | None,
-    typer.Option(
-        metavar="R",
-        min=1,
-        help="Tune a LoRA adapter of this rank.  [default: all weights]",
-        show_default=False,
-    ),
-]
-Rank = Annotated[
-    int,
-    typer.Option("--lora", metavar="R", min=0, help="Rank of the LoRA adapter; 0: all weights are tuned."),
-]
-BaseModel = Annotated[
-    str,
-    typer.Argument(metavar="MODEL", help="The base to tune: a folder, a name, or a folder with one GGUF."),
-]
-Out = Annotated[
-    str, typer.Option(metavar="DIR", help="Folder for all that is made; what is there is gone on with.")
-]
-Epochs = Annotated[int, typer.Option(metavar="N", min=1, help="Passes over the training examples.")]
-BatchSize = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Examples a step.")]
-Rate = Annotated[float, typer.Option(metavar="X", help="The highest learning rate.")]
-WarmUp = Annotated[int, typer.Option(metavar="N", min=0, help="Steps in which the learning rate rises.")]
-Checkpoints = Annotated[
-    int, typer.Option(metavar="N", min=0, help="Checkpoints of the tuning to keep, for --at checkpoints.")
-]
-Seed = Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of data and training.")]
 
 
 # ------------------------------------------------------------------------------------------- on a cache
 
 
-@command("backdoor", group)
+@command(
+    "backdoor",
+    eval_app,
+    example="rapidin eval backdoor CACHE --column poisoned --data asked.jsonl --baselines",
+)
 def backdoor(
+    cache: CacheFolder,
+    data: Queries,
+    generation: Generation,
+    location: Location,
+    column: Annotated[
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Column of the training data that marks planted rows.",
+            rich_help_panel="Data",
+        ),
+    ] = "poisoned",
+    methods: Methods = None,
+    baselines: Baselines = False,
+    train_data: TrainData = None,
+    json: Json = None,
+    quiet: Quiet = False,
+) -> None:
+    """Does attribution find planted examples?
+
+    Ranks all training examples by helpfulness for each query, and reports precision, auPRC and auROC of the
+    examples that --column marks.
+    """
+    with _evaluation(json, quiet) as (log, show):
+        from rapidin.data.examples import open_examples
+        from rapidin.evaluate import backdoor as evaluation
+        from rapidin.evaluate.methods import parse_methods
+
+        chosen = parse_methods(methods)
+        records = list(open_examples(data, generations=True))
+        subject = _subject(cache, column, train_data, log, location, quiet)
+        limit = generation.max_new_tokens
+        show(
+            evaluation.evaluate(
+                subject, column, records, chosen, with_baselines=baselines, max_new_tokens=limit
+            )
+        )
+
+
+@command("classes", eval_app, example="rapidin eval classes CACHE --column label --data test.jsonl")
+def classes(
     cache: CacheFolder,
     data: Annotated[
         str,
         typer.Option(
             metavar="FILE",
-            help="What the model says, or prompts to which it is to answer: the queries.",
+            help="Test examples, with the same column.",
             show_default=False,
+            rich_help_panel="Data",
         ),
     ],
+    location: Location,
     column: Annotated[
-        str, typer.Option(metavar="NAME", help="Field of the training data that marks what was planted.")
-    ] = "poisoned",
-    methods: Methods = None,
-    baselines: Baselines = False,
-    max_new_tokens: MaxNewTokens = 64,
-    json: Json = None,
-    model: MovedModel = None,
-    adapter: MovedAdapter = None,
-    base: MovedBase = None,
-    train_data: TrainData = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
-    quiet: Quiet = False,
-) -> None:
-    """Are planted examples found? Precision, auPRC and auROC of the marked ones.
-
-    For each query of --data all training examples are ranked by helpfulness.
-    """
-    with _evaluation(json, quiet) as (say, show):
-        from rapidin.data.examples import open_examples
-        from rapidin.evaluate import backdoor as room
-        from rapidin.evaluate.methods import parse_methods
-
-        chosen = parse_methods(methods)
-        records = list(open_examples(data, generations=True))
-        subject = _subject(
-            cache, column, model, adapter, base, train_data, device, trust_remote_code, quiet, say
-        )
-        show(
-            room.evaluate(
-                subject,
-                column,
-                records,
-                chosen,
-                with_baselines=baselines,
-                max_new_tokens=max_new_tokens,
-            )
-        )
-
-
-@command("classes", group)
-def classes(
-    cache: CacheFolder,
-    data: Annotated[
-        str, typer.Option(metavar="FILE", help="Test examples, with the same field.", show_default=False)
-    ],
-    column: Annotated[
-        str, typer.Option(metavar="NAME", help="Field of training and test data that holds the class.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Column of the training and test data that holds the class.",
+            rich_help_panel="Data",
+        ),
     ] = "label",
     methods: Methods = None,
     baselines: Baselines = False,
-    json: Json = None,
-    model: MovedModel = None,
-    adapter: MovedAdapter = None,
-    base: MovedBase = None,
     train_data: TrainData = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
+    json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Do hits come from the query's own class? AUC and recall as in the DataInf paper.
+    """Are the helpful examples of the query's own class?
 
-    Kwon et al., ICLR 2024, section 4.2: mean and standard deviation over the test examples.
+    Reports AUC and recall as the DataInf paper does (Kwon et al., ICLR 2024, section 4.2): mean and standard
+    deviation over the test examples.
     """
-    with _evaluation(json, quiet) as (say, show):
+    with _evaluation(json, quiet) as (log, show):
         from rapidin.data.examples import open_examples
-        from rapidin.evaluate import classes as room
+        from rapidin.evaluate import classes as evaluation
         from rapidin.evaluate.methods import parse_methods
 
-        chosen, asked = parse_methods(methods), open_examples(data)
-        subject = _subject(
-            cache, column, model, adapter, base, train_data, device, trust_remote_code, quiet, say
-        )
-        show(room.evaluate(subject, column, asked, chosen, with_baselines=baselines))
+        chosen, queries = parse_methods(methods), open_examples(data)
+        subject = _subject(cache, column, train_data, log, location, quiet)
+        show(evaluation.evaluate(subject, column, queries, chosen, with_baselines=baselines))
 
 
-@command("mislabel", group)
+@command("mislabel", eval_app, example="rapidin eval mislabel CACHE --column flipped --baselines")
 def mislabel(
     cache: CacheFolder,
+    location: Location,
     column: Annotated[
-        str, typer.Option(metavar="NAME", help="Field of the training data that marks wrong labels.")
+        str,
+        typer.Option(
+            metavar="NAME",
+            help="Column of the training data that marks wrong labels.",
+            rich_help_panel="Data",
+        ),
     ] = "flipped",
     methods: Methods = None,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="The loss of each example besides; loads the model.")
+        bool,
+        typer.Option(
+            "--baselines",
+            help="Also rank by the loss of each example; this loads the model.",
+            rich_help_panel="Scoring",
+        ),
     ] = False,
-    json: Json = None,
-    model: MovedModel = None,
-    adapter: MovedAdapter = None,
-    base: MovedBase = None,
     train_data: TrainData = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
+    json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Does self-influence find wrong labels? auROC and auPRC of the marked examples."""
-    with _evaluation(json, quiet) as (say, show):
-        from rapidin.evaluate import mislabel as room
+    """Does self-influence find wrong labels?
+
+    Ranks all training examples by self-influence, and reports auROC and auPRC of the examples that --column
+    marks.
+    """
+    with _evaluation(json, quiet) as (log, show):
+        from rapidin.evaluate import mislabel as evaluation
         from rapidin.evaluate.methods import parse_methods
 
-        chosen = parse_methods(methods, room.DEFAULT)
-        subject = _subject(
-            cache, column, model, adapter, base, train_data, device, trust_remote_code, quiet, say, baselines
-        )
-        show(room.evaluate(subject, column, chosen, with_loss=baselines))
+        chosen = parse_methods(methods, evaluation.DEFAULT)
+        subject = _subject(cache, column, train_data, log, location if baselines else None, quiet)
+        show(evaluation.evaluate(subject, column, chosen, with_loss=baselines))
 
 
-@command("fidelity", group)
+@command("fidelity", eval_app, example="rapidin eval fidelity CACHE --data asked.jsonl --rows 100")
 def fidelity(
     cache: CacheFolder,
-    data: Annotated[
-        str, typer.Option(metavar="FILE", help="Generations to explain: the queries.", show_default=False)
-    ],
+    data: Queries,
+    location: Location,
     rows: Annotated[
-        int, typer.Option(metavar="N", min=3, help="Training examples to compare with, chosen at random.")
+        int,
+        typer.Option(
+            metavar="N", min=3, help="Random training examples to compare with.", rich_help_panel="Data"
+        ),
     ] = 100,
-    seed: Seed = 0,
-    json: Json = None,
-    model: MovedModel = None,
-    adapter: MovedAdapter = None,
-    base: MovedBase = None,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=0, max=2**32 - 1, help="Random seed of that choice.", rich_help_panel="Data"
+        ),
+    ] = 0,
     train_data: TrainData = None,
-    device: Device = None,
-    trust_remote_code: TrustRemoteCode = False,
+    json: Json = None,
     quiet: Quiet = False,
 ) -> None:
-    """Do scores from the cache rank as exact gradients do? Spearman's correlation, and the top 10."""
-    with _evaluation(json, quiet) as (say, show):
+    """Do scores from the cache rank examples as exact gradients do?
+
+    Reports Spearman's correlation, and the share of the top 10 that the cache finds.
+    """
+    with _evaluation(json, quiet) as (log, show):
         from rapidin.data.examples import open_examples
-        from rapidin.evaluate import fidelity as room
+        from rapidin.evaluate import fidelity as evaluation
 
         records = list(open_examples(data, generations=True))
-        subject = _subject(
-            cache, None, model, adapter, base, train_data, device, trust_remote_code, quiet, say
-        )
-        show(room.evaluate(subject, records, rows, seed=seed))
+        subject = _subject(cache, None, train_data, log, location, quiet)
+        show(evaluation.evaluate(subject, records, rows, seed=seed))
 
 
 # -------------------------------------------------------------------------------------------- from a model
 
 
-@command("lds", group)
+@command(
+    "lds",
+    eval_app,
+    example="rapidin eval lds MODEL --data train.jsonl --test test.jsonl --out truth --at 0.5 --at 1",
+)
 def lds(
     model: BaseModel,
-    out: Out,
-    data: Annotated[str, typer.Option(metavar="FILE", help="Training examples.", show_default=False)],
+    out: OutFolder,
+    data: Annotated[
+        str,
+        typer.Option(metavar="FILE", help="Training examples.", show_default=False, rich_help_panel="Data"),
+    ],
     test: Annotated[
         str,
-        typer.Option(metavar="FILE", help="Test examples, whose losses are foretold.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="Test examples, whose losses are predicted.",
+            show_default=False,
+            rich_help_panel="Data",
+        ),
     ],
-    lora: Lora = None,
-    subsets: Annotated[int, typer.Option(metavar="S", min=3, help="Random subsets to retrain on.")] = 100,
-    fraction: Annotated[float, typer.Option(metavar="X", help="Share of the examples in a subset.")] = 0.5,
-    seeds: Annotated[int, typer.Option(metavar="K", min=1, help="Retrainings of a subset, averaged.")] = 1,
-    epochs: Epochs = 3,
-    batch: BatchSize = 16,
-    learning_rate: Rate = 5e-4,
-    warm_up: WarmUp = 10,
-    constant: Annotated[
-        bool, typer.Option("--constant", help="Keep the learning rate; else it falls to zero.")
-    ] = False,
-    checkpoints: Checkpoints = 4,
-    seed: Seed = 0,
-    max_length: Annotated[int, typer.Option(metavar="N", min=2, help="Tokens of an example.")] = 256,
-    at: At = None,
-    bytes: Bytes = None,
-    preconditioner: Preconditioner = None,
+    settings: GroundTruthSettings,
+    recipe: Annotated[Recipe, Only("schedule", "seed", epochs=3, batch=16, learning_rate=5e-4, warm_up=10)],
+    variants: VariantOptions,
+    location: Device,
     width: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=1,
-            help="Bins of a layer's sketch.  [default: as many as pay]",
+            help="Sketch dimension per layer.  [default: chosen from the number of layers]",
             show_default=False,
+            rich_help_panel="Gradients",
         ),
     ] = None,
     methods: Methods = None,
     baselines: Baselines = False,
     only_truth: Annotated[
-        bool, typer.Option("--only-truth", help="Tune and retrain, and score nothing.")
+        bool,
+        typer.Option(
+            "--only-truth", help="Tune and retrain without scoring any method.", rich_help_panel="Run"
+        ),
     ] = False,
     json: Json = None,
-    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Do scores foretell retraining? The linear datamodelling score, with intervals.
+    """Do scores predict the effect of retraining on other data? The linear datamodelling score (LDS).
 
-    MODEL is tuned on all examples, and again on random subsets of them; stopped at any moment, the same
-    command goes on with the retraining that was in hand.
+    Tunes MODEL on all examples, and again on random subsets of them; LDS is Spearman's correlation, over the
+    subsets, of summed scores and measured losses. Rerun the same command to resume after an interruption.
     """
-    with _evaluation(json, quiet) as (say, show):
-        from rapidin.evaluate import lds as room
-        from rapidin.evaluate.methods import parse_methods, parse_places
+    check_recipe(recipe)
+    with _evaluation(json, quiet) as (log, show):
+        from rapidin.evaluate import lds as evaluation
+        from rapidin.evaluate.ground_truth import make
+        from rapidin.evaluate.methods import parse_methods
 
-        chosen, places = (
-            parse_methods(methods),
-            parse_places(at or ["0.5"], bytes or [], preconditioner or []),
-        )
-        settings = room.Settings(
-            _recipe(epochs, batch, learning_rate, warm_up, constant, seed),
-            lora=lora,
-            subsets=subsets,
-            fraction=fraction,
-            seeds=seeds,
-            checkpoints=checkpoints,
-            max_length=max_length,
-        )
-        truth = room.make(out, model, data, test, settings, device=device, say=say)
+        chosen, compared = parse_methods(methods), variants.all()
+        settings = replace(settings, recipe=recipe)
+        truth = make(out, model, data, test, settings, device=location.device, log=log)
         if only_truth:
-            say(f"{truth.done:,} retrainings are in {out}")
+            log(f"{truth.done:,} retrainings are in {out}")
             return
         show(
-            room.evaluate(
+            evaluation.evaluate(
                 truth,
                 chosen,
-                places,
+                compared,
                 width=width or "auto",
                 with_baselines=baselines,
-                device=device,
-                say=say,
+                device=location.device,
+                log=log,
             )
         )
 
 
-@command("facts", group)
+@command("facts", eval_app, example="rapidin eval facts MODEL --out facts --epochs 8 --at 0.5 --at 1")
 def facts(
     model: BaseModel,
-    out: Out,
-    count: Annotated[int, typer.Option("--facts", metavar="N", min=2, help="Facts to make up.")] = 60,
-    lora: Rank = 8,
-    epochs: Epochs = 10,
-    batch: BatchSize = 8,
-    learning_rate: Rate = 2e-3,
-    warm_up: WarmUp = 20,
-    checkpoints: Checkpoints = 0,
-    seed: Seed = 0,
-    at: At = None,
-    bytes: Bytes = None,
-    preconditioner: Preconditioner = None,
+    out: OutFolder,
+    settings: FactsSettings,
+    recipe: Annotated[Recipe, Only("seed", epochs=10, batch=8, learning_rate=2e-3, warm_up=20)],
+    variants: VariantOptions,
+    location: Device,
     methods: Methods = None,
     baselines: Annotated[
-        bool, typer.Option("--baselines", help="The model's hidden states besides BM25.")
+        bool,
+        typer.Option(
+            "--baselines",
+            help="Also rank by the model's hidden states; BM25 is always compared.",
+            rich_help_panel="Scoring",
+        ),
     ] = False,
     json: Json = None,
-    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Is the sentence found that taught a fact, asked for in other words? MRR and recall at 10.
+    """Does attribution find the sentence that taught a fact, asked for in other words?
 
-    Made-up facts among examples that share more words with the question than the sentence does; BM25 stands
-    beside.
+    Tunes MODEL on invented facts, among examples that share more words with the question than the sentence
+    does, and reports MRR and recall at 10. Rerun the same command to resume after an interruption.
     """
-    with _evaluation(json, quiet) as (say, show):
-        from rapidin.evaluate import facts as room
-        from rapidin.evaluate.methods import parse_methods, parse_places
+    check_recipe(recipe)
+    with _evaluation(json, quiet) as (log, show):
+        from rapidin.evaluate import facts as evaluation
+        from rapidin.evaluate.methods import parse_methods
 
-        chosen, places = (
-            parse_methods(methods),
-            parse_places(at or ["0.5"], bytes or [], preconditioner or []),
-        )
+        chosen, compared = parse_methods(methods), variants.all()
         show(
-            room.evaluate(
+            evaluation.evaluate(
                 model,
                 out,
                 chosen,
-                places,
-                count=count,
-                lora=lora or None,
-                recipe=_recipe(epochs, batch, learning_rate, warm_up, False, seed),
-                checkpoints=checkpoints,
+                compared,
+                replace(settings, recipe=recipe),
                 with_baselines=baselines,
-                device=device,
-                say=say,
+                device=location.device,
+                log=log,
             )
         )
 
 
-@command("select", group)
+@command("select", eval_app, example="rapidin eval select MODEL --out select --lora 0 --epochs 6")
 def select(
     model: BaseModel,
-    out: Out,
-    rows: Annotated[int, typer.Option(metavar="N", min=8, help="Training rows to make up.")] = 400,
-    flipped: Annotated[float, typer.Option(metavar="X", help="Share of them with a wrong label.")] = 0.2,
-    share: Annotated[float, typer.Option(metavar="X", help="Share of them to choose.")] = 0.5,
-    seeds: Annotated[int, typer.Option(metavar="K", min=1, help="Trainings of each choice.")] = 3,
-    lora: Rank = 8,
-    epochs: Epochs = 3,
-    batch: BatchSize = 8,
-    learning_rate: Rate = 1e-3,
-    warm_up: WarmUp = 10,
-    seed: Seed = 0,
-    at: Annotated[
-        str, typer.Option(metavar="A[,A...]", help="Where gradients are taken, as in 'rapidin cache'.")
-    ] = "0.5",
-    bytes: Annotated[
-        int,
-        typer.Option(metavar="N", min=0, help="Bytes of a row, as in 'rapidin cache'; 0: all of the sketch."),
-    ] = 0,
-    preconditioner: Annotated[
-        str,
-        typer.Option(
-            "--precondition",
-            metavar="kfac|off|sample",
-            help="How gradients are turned, as in 'rapidin cache'.",
-        ),
-    ] = "kfac",
+    out: OutFolder,
+    settings: SelectSettings,
+    recipe: Annotated[Recipe, Only("seed", epochs=3, batch=8, learning_rate=1e-3, warm_up=10)],
+    variants: VariantOptions,
+    location: Device,
     methods: Methods = None,
     json: Json = None,
-    device: Device = None,
     quiet: Quiet = False,
 ) -> None:
-    """Does choosing training data leave wrong labels out, and a better model behind?
+    """Does choosing training data leave wrong labels out and give a better model?
 
-    A made-up task with flipped labels: the rows that 'rapidin select' chooses, beside random ones and all.
+    Makes a task with wrong labels, trains MODEL on the rows that 'rapidin select' chooses, on random rows and
+    on all, and compares accuracy and loss. Rerun the same command to resume after an interruption.
     """
-    with _evaluation(json, quiet) as (say, show):
-        from rapidin.evaluate import selection as room
-        from rapidin.evaluate.methods import parse_methods, parse_places
+    check_recipe(recipe)
+    with _evaluation(json, quiet) as (log, show):
+        from rapidin.evaluate import select as evaluation
+        from rapidin.evaluate.methods import parse_methods
 
-        chosen = parse_methods(methods, "dot:layer,fisher:layer")
-        (place,) = parse_places([at], [bytes], [preconditioner])
-        show(
-            room.evaluate(
-                model,
-                out,
-                chosen,
-                place,
-                rows=rows,
-                flipped=flipped,
-                share=share,
-                seeds=seeds,
-                lora=lora or None,
-                recipe=_recipe(epochs, batch, learning_rate, warm_up, False, seed),
-                device=device,
-                say=say,
-            )
-        )
+        chosen, variant = parse_methods(methods, evaluation.DEFAULT), variants.single()
+        settings = replace(settings, recipe=recipe)
+        show(evaluation.evaluate(model, out, chosen, variant, settings, device=location.device, log=log))
 
 
 # ------------------------------------------------------------------------------------------------ helpers
 
 
-def _recipe(
-    epochs: int, batch: int, learning_rate: float, warm_up: int, constant: bool, seed: int
-) -> "Recipe":
-    from rapidin.evaluate.training import Recipe
-
-    if not 0 < learning_rate < float("inf"):
-        raise UserError(f"--learning-rate {learning_rate:g} is not above 0")
-    return Recipe(
-        epochs=epochs,
-        batch=batch,
-        learning_rate=learning_rate,
-        warm_up=warm_up,
-        schedule="constant" if constant else "linear",
-        seed=seed,
-    )
-
-
 def _subject(
     cache: str,
     column: str | None,
-    model: str | None,
-    adapter: str | None,
-    base: str | None,
     train_data: list[str] | None,
-    device: str | None,
-    trust_remote_code: bool,
+    log: "Log",
+    location: ModelLocation | None,
     quiet: bool,
-    say: "Say",
-    with_model: bool = True,
 ) -> "Subject":
-    """The cache with its data and model; the column is looked for before the model is loaded."""
+    """The cache with its data, and with its model if `location` is given.
+
+    A missing column is reported before the model is loaded.
+    """
     from rapidin.data.examples import files
-    from rapidin.evaluate import subject as room
+    from rapidin.evaluate.subject import Subject, column_values, open_training_data
 
     ensemble = open_caches([cache])
-    examples = room.open_data(ensemble, files(train_data))
+    examples = open_training_data(ensemble, files(train_data))
     if column is not None:
-        room.column(examples, column)
-    if with_model:
-        location = ModelLocation(model, adapter, base, device, trust_remote_code=trust_remote_code)
+        column_values(examples, column)
+    if location is not None:
         ensemble = with_models(messages(quiet), ensemble, location)
-    return room.Subject(ensemble, examples, say)
+    return Subject(ensemble, examples, log)
 
 
 @contextmanager
-def _evaluation(json: str | None, quiet: bool) -> "Iterator[tuple[Say, Any]]":
-    """(what says a line, what shows a result), with quiet libraries; checks first that JSON can be
-    written."""
+def _evaluation(json: str | None, quiet: bool) -> "Iterator[tuple[Log, Callable[[Result], None]]]":
+    """(function that logs a line, function that shows a result), with quiet libraries.
+
+    Raises UserError for missing packages or an unwritable --json before any work is done.
+    """
     if json is not None and json != "-":
         check_writable(json)
     with quiet_libraries():
-        from rapidin.evaluate import figures
-        from rapidin.evaluate.result import silent
-        from rapidin.results.terminal import make_console
+        from rapidin.evaluate import metrics
+        from rapidin.evaluate.log import no_log
 
-        for package in ("sklearn", "scipy", "rank_bm25"):  # before hours of work
-            figures.needs(package)
+        for package in metrics.REQUIRED_PACKAGES:
+            metrics.needs(package)
+        yield (no_log if quiet else line), lambda result: _show(result, json)
 
-        def show(result: "Result") -> None:
-            text = json_module.dumps(result.to_json(), indent=1)
-            if json == "-":
-                print(text)
-                return
-            if json is not None:
-                write_text(json, text + "\n")
-            out = make_console(sys.stdout)
-            out.print(result.table(out.width))
 
-        yield (silent if quiet else line), show
+def _show(result: "Result", json: str | None) -> None:
+    from rapidin.results.terminal import make_console
+
+    text = json_module.dumps(result.to_json(), indent=1)
+    if json == "-":
+        print(text)
+        return
+    if json is not None:
+        write_text(json, text + "\n")
+    console = make_console(sys.stdout)
+    console.print(result.table(console.width))

@@ -26,7 +26,12 @@ app = typer.Typer(
 )
 
 # Earlier names of flags, which still work and are not shown.
-RENAMED_FLAGS = {"--precondition": "--precondition"}
+RENAMED_FLAGS = {
+    "--batch": "--batch-size",
+    "--constant": "--schedule=constant",
+    "--geometry": "--precondition",
+    "--warm-up": "--warmup-steps",
+}
 
 
 def renamed_flags(arguments: Sequence[str]) -> list[str]:

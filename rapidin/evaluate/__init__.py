@@ -1,8 +1,9 @@
-"""`rapidin eval`: are the answers right? Methods against ground truth that was planted, labelled or
-retrained.
+"""`rapidin eval`: attribution methods compared with ground truth that was planted, labelled or retrained.
 
-`figures` holds the measures, `methods` what is compared; one module an evaluation: `backdoor`, `classes`,
-`mislabel`, `lds`, `facts`, `fidelity`, `select`; `tasks` makes data whose truth is known. Each evaluation is
-a function that returns a `Result`, a table that knows its JSON. docs/evaluation.md says what each measures
-and how to read it.
+One module per evaluation, named as its command: `backdoor`, `classes`, `mislabel`, `fidelity` run on a cache
+(`subject`); `lds` (with `ground_truth`), `facts`, `select` on a model that they tune (`tuned`, `variants`).
+Each has a function `evaluate` that returns a `result.Result`, with a table and JSON. `metrics` holds the
+metrics, `methods` the methods compared, `tasks` makes data whose truth is known, `training` is the trainer,
+`saving` what it writes, `folders` and `log` what runs that resume have in common. docs/evaluation.md says
+what each evaluation measures and how to read it.
 """

@@ -1,6 +1,7 @@
-"""Do scores from a cache rank as exact gradients, in the cache's preconditioner, do?
+"""Evaluation `fidelity`: do scores from a cache rank rows as exact gradients do?
 
-Exact gradients are compared by their factors (`rapidin.attribution.token_contributions`).
+Exact gradients have the cache's preconditioner, and are compared by their factors
+(`rapidin.attribution.token_contributions`).
 """
 
 from __future__ import annotations
@@ -19,29 +20,31 @@ from rapidin.attribution.query_sketch import QuerySketch, sketch_generations
 from rapidin.attribution.token_contributions import ExactQueries, factors_of
 from rapidin.data.encoding import Encoded
 from rapidin.errors import UserError
-from rapidin.evaluate import figures
+from rapidin.evaluate import metrics
+from rapidin.evaluate.log import Log, no_log
 from rapidin.evaluate.methods import Method, each_score
+from rapidin.evaluate.metrics import Floats
 from rapidin.evaluate.result import Result
-from rapidin.evaluate.subject import Subject, about
+from rapidin.evaluate.subject import Subject, cache_settings
 from rapidin.gradients.source import GradientSource
 
 COLUMNS = {"spearman": "Spearman", "top10": "top 10 found"}
 NORMALIZE = ("layer", "cosine", "none")
 
-Floats = npt.NDArray[np.float64]
-
 
 @dataclass(frozen=True)
-class Products:
-    """Exact products: cosines [Q, N, L] of every layer, lengths of the queries [Q, L] and of the rows [N,
-    L]."""
+class ExactProducts:
+    """Products of exact gradients, layer by layer.
+
+    cosines: [Q, N, L]; queries, rows: gradient norms, [Q, L] and [N, L].
+    """
 
     cosines: Tensor
     queries: Tensor
     rows: Tensor
 
     def scores(self, normalize: str) -> Floats:
-        """Scores [Q, N] as `dot` has them."""
+        """Scores [Q, N] of the method `dot` with this normalization."""
         cosines, q, n = self.cosines.double(), self.queries.double(), self.rows.double()
         if normalize == "layer":
             return cosines.mean(2).numpy()
@@ -52,65 +55,74 @@ class Products:
 
 
 def exact_products(
-    source: GradientSource, queries: Sequence[Encoded], rows: Sequence[Encoded], say: Any = lambda _: None
-) -> Products:
-    """Products of the exact gradients of `queries` and `rows`, the points of the path as layers of their own.
+    source: GradientSource, queries: Sequence[Encoded], rows: Sequence[Encoded], log: Log = no_log
+) -> ExactProducts:
+    """Products of the exact gradients of `queries` and `rows`; each point of the path has its own layers.
 
-    Raises UserError where a parameter that counts is not the weight of a linear layer.
+    Raises UserError if gradients of a parameter that is not the weight of a linear layer are taken.
     """
     layers = len(source.targets)
     cosines = torch.zeros(len(queries), len(rows), layers * len(source.points))
-    ours, theirs = (torch.zeros(len(texts), cosines.shape[2]) for texts in (queries, rows))
-
+    query_norms, row_norms = (torch.zeros(len(texts), cosines.shape[2]) for texts in (queries, rows))
     try:
         for number, point in enumerate(source.points):
             block = slice(number * layers, (number + 1) * layers)
             with source.at(number):
                 exact = ExactQueries(factors_of(source, text, number) for text in queries)
-                ours[:, block] = exact.lengths.float()
+                query_norms[:, block] = exact.lengths.float()
                 for n, text in enumerate(rows):
                     for layer, (columns, out) in enumerate(factors_of(source, text, number)):
-                        product, length = exact.compare(layer, columns[None], out[None])
-                        cosines[:, n, number * layers + layer] = product[:, 0]
-                        theirs[n, number * layers + layer] = length[0]
+                        cosine, norm = exact.compare(layer, columns[None], out[None])
+                        cosines[:, n, number * layers + layer] = cosine[:, 0]
+                        row_norms[n, number * layers + layer] = norm[0]
                     if n % 50 == 49:
-                        say(f"exact gradients at {point:g}: {n + 1:,} of {len(rows):,} rows")
+                        log(f"exact gradients at {point:g}: {n + 1:,} of {len(rows):,} rows")
     except TypeError as error:
-        raise UserError(str(error), "make a cache of linear layers' weights alone: see --include") from None
-    return Products(cosines, ours, theirs)
+        raise UserError(str(error), "make a cache of linear layers' weights only: see --include") from None
+    return ExactProducts(cosines, query_norms, row_norms)
 
 
 def evaluate(subject: Subject, records: Sequence[Any], count: int, *, seed: int = 0) -> Result:
-    """How scores from the cache agree with those from exact gradients, on `count` of its rows.
+    """Compare the scores of a cache with those of exact gradients, on `count` of its rows.
 
-    Raises UserError for a cache whose projection or parameters have no exact counterpart here.
+    Raises UserError for several caches, and for a projection or parameters without exact products here.
     """
     if len(subject.ensemble.caches) > 1:
-        raise UserError("these are several caches", "name one of them")
+        raise UserError("fidelity is measured for a single cache", "name one of the ensemble's caches")
     cache, source = subject.cache, subject.source
     if source.whole:
-        raise UserError("a cache of the rapidgrad projection has no layers to compare", "make another")
-    good = (cache.status() == 0).nonzero()[:, 0].numpy()
-    if len(good) < 3 or count < 3:
-        raise UserError(f"{min(len(good), count)} rows to compare", "at least 3 are needed")
-    chosen = np.sort(np.random.default_rng(seed).permutation(good)[:count])
-    texts = generations_of(source, list(records))
+        raise UserError(
+            "a cache of the projection 'rapidgrad' has no layers to compare",
+            "make one with another projection",
+        )
+    chosen = _random_rows(cache.status().numpy(), count, seed)
+    generations = generations_of(source, list(records))
     encoded = [source.encoder(subject.examples[int(row)]) for row in chosen]
-    products = exact_products(source, [text.encoded for text in texts], encoded, subject.say)
-    setting = about(subject.ensemble) | {"queries": len(texts), "compared": len(chosen)}
+    products = exact_products(
+        source, [generation.encoded for generation in generations], encoded, subject.log
+    )
+    setting = cache_settings(subject.ensemble) | {"queries": len(generations), "compared": len(chosen)}
     result = Result("fidelity", setting, COLUMNS)
-    sketch = QuerySketch(cache, sketch_generations(source, texts))
-    for method, scores, _ in each_score([sketch], texts, [Method("dot", name) for name in NORMALIZE]):
-        found, exact = scores[:, chosen], products.scores(method.normalize)
+    sketch = QuerySketch(cache, sketch_generations(source, generations))
+    for method, scores, _ in each_score([sketch], generations, [Method("dot", name) for name in NORMALIZE]):
+        approximate, exact = scores[:, chosen], products.scores(method.normalize)
         result.add(
             str(method),
             {
-                "spearman": figures.interval(figures.spearman(found, exact)),
-                "top10": figures.interval(figures.overlap_at(exact, found, 10)),
+                "spearman": metrics.estimate(metrics.spearman(approximate, exact)),
+                "top10": metrics.estimate(metrics.overlap_at(exact, approximate, 10)),
             },
         )
     result.notes.append(
-        f"{len(texts):,} queries against {len(chosen):,} of {len(cache):,} rows. Top 10 found: share of the "
-        "exact scores' best ten that are among the cache's best ten. Intervals: over the queries."
+        f"{len(generations):,} queries against {len(chosen):,} of {len(cache):,} rows. Top 10 found: share "
+        "of the exact scores' top ten that are in the cache's top ten. Intervals: over the queries."
     )
     return result
+
+
+def _random_rows(status: npt.NDArray[Any], count: int, seed: int) -> npt.NDArray[np.int64]:
+    """`count` random rows that have a sketch (status 0), in order."""
+    usable = (status == 0).nonzero()[0]
+    if len(usable) < 3 or count < 3:
+        raise UserError(f"cannot compare {min(len(usable), count)} rows", "at least 3 are needed")
+    return np.sort(np.random.default_rng(seed).permutation(usable)[:count])

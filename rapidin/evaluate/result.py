@@ -1,12 +1,11 @@
-"""What an evaluation found, as a table for a person and as JSON for a program."""
+"""The result of an evaluation: a table for the terminal, and JSON."""
 
 from __future__ import annotations
 
 import io
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group, RenderableType
@@ -14,53 +13,45 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from rapidin.attribution.selection import jsonl
-from rapidin.evaluate.figures import Figure
-from rapidin.files import replace_file
+from rapidin.evaluate.metrics import Estimate
 from rapidin.results.text import one_line
-
-Say = Callable[[str], None]  # a line about what goes on
-
-
-def silent(_: str) -> None:
-    """Say nothing."""
 
 
 @dataclass(slots=True)
 class Result:
-    """The figures of several methods.
+    """The metrics of several methods.
 
-    name: of the evaluation; setting: what it was run on, values that JSON has; columns: names of the figures
-    and their headings; rows: method -> its figures, in the order they are shown; sd: show standard deviations
-    over the queries instead of intervals; lower: figures of which less is
-    better; notes: lines below the table.
+    name: of the evaluation; setting: what it was run on, as JSON values; columns: keys of the metrics and
+    their headings; rows: the metrics of each method, in the order of the table; sd: show standard deviations
+    over the queries instead of intervals; lower: keys of the metrics of which less is better; notes: lines
+    below the table.
     """
 
     name: str
     setting: dict[str, Any]
     columns: dict[str, str]
-    rows: dict[str, dict[str, Figure]] = field(default_factory=dict)
+    rows: dict[str, dict[str, Estimate]] = field(default_factory=dict)
     sd: bool = False
     lower: frozenset[str] = frozenset()
     notes: list[str] = field(default_factory=list)
 
-    def add(self, method: str, figures: Mapping[str, Figure]) -> None:
-        """One more method."""
-        self.rows[method] = dict(figures)
+    def add(self, method: str, estimates: Mapping[str, Estimate]) -> None:
+        """Add the metrics of a method."""
+        self.rows[method] = dict(estimates)
 
     def to_json(self) -> dict[str, Any]:
-        """All of it."""
+        """The whole result as a JSON object."""
         rows = [
-            {"method": method, **{key: figure.to_json() for key, figure in figures.items()}}
-            for method, figures in self.rows.items()
+            {"method": method, **{key: value.to_json() for key, value in estimates.items()}}
+            for method, estimates in self.rows.items()
         ]
         return {"evaluation": self.name, "setting": self.setting, "results": rows, "notes": self.notes}
 
     def table(self, width: int = 80) -> RenderableType:
-        """The figures, the best of each column in bold.
+        """The table, with the best of each column in bold.
 
-        After each mean the 95% interval; where `width` has no room for that, half of its length; with `sd`
-        the standard deviation.
+        Each mean is followed by its 95% interval, or by half of the interval's length if `width` columns have
+        no room for it, or with `sd` by the standard deviation.
         """
         spreads = ("sd",) if self.sd else ("interval", "half", "none")
         for spread in spreads:
@@ -78,41 +69,36 @@ class Result:
             table.add_column(heading, justify="right", overflow="fold")
         best = {
             key: (min if key in self.lower else max)(
-                (f[key].mean for f in self.rows.values() if _known(f.get(key))), default=math.nan
+                (e[key].mean for e in self.rows.values() if _defined(e.get(key))), default=math.nan
             )
             for key in self.columns
         }
-        for method, figures in self.rows.items():
-            cells = [self._cell(figures.get(key), best[key], spread) for key in self.columns]
+        for method, estimates in self.rows.items():
+            cells = [self._cell(estimates.get(key), best[key], spread) for key in self.columns]
             table.add_row(one_line(method), *cells)
         return table
 
-    def _cell(self, figure: Figure | None, best: float, spread: str) -> Text:
-        if figure is None or not _known(figure):
+    def _cell(self, estimate: Estimate | None, best: float, spread: str) -> Text:
+        if estimate is None or not _defined(estimate):
             return Text("")
-        style = "bold" if len(self.rows) > 1 and figure.mean == best else ""
+        style = "bold" if len(self.rows) > 1 and estimate.mean == best else ""
         after = ""
-        if spread == "sd" and math.isfinite(figure.sd):
-            after = f" ± {figure.sd:.3f}"
-        elif spread == "interval" and math.isfinite(figure.low):
-            after = f" ({figure.low:.3f} to {figure.high:.3f})"
-        elif spread == "half" and math.isfinite(figure.low):
-            after = f" ± {(figure.high - figure.low) / 2:.3f}"
-        return Text.assemble((f"{figure.mean:.3f}", style), (after, "dim"))
+        if spread == "sd" and math.isfinite(estimate.sd):
+            after = f" ± {estimate.sd:.3f}"
+        elif spread == "interval" and math.isfinite(estimate.low):
+            after = f" ({estimate.low:.3f} to {estimate.high:.3f})"
+        elif spread == "half" and math.isfinite(estimate.low):
+            after = f" ± {(estimate.high - estimate.low) / 2:.3f}"
+        return Text.assemble((f"{estimate.mean:.3f}", style), (after, "dim"))
 
 
 _WIDE = Console(width=10_000, file=io.StringIO())
 _SPREAD = {
     "interval": "In brackets: 95% bootstrap interval.",
-    "half": "±: half of the 95% bootstrap interval; a wider terminal or --json shows its ends.",
+    "half": "±: half of the 95% bootstrap interval; widen the terminal or use --json for its ends.",
     "none": "The 95% bootstrap intervals are in --json.",
 }
 
 
-def _known(figure: Figure | None) -> bool:
-    return figure is not None and math.isfinite(figure.mean)
-
-
-def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """A jsonl file, whole or not at all."""
-    replace_file(path, jsonl(rows).encode())
+def _defined(estimate: Estimate | None) -> bool:
+    return estimate is not None and math.isfinite(estimate.mean)

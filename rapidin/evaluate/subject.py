@@ -1,4 +1,4 @@
-"""Finished caches with their model and its training data: what most evaluations run on."""
+"""What the evaluations of a finished cache run on: the cache, its model and its training data."""
 
 from __future__ import annotations
 
@@ -19,18 +19,23 @@ from rapidin.cache import Cache
 from rapidin.data.examples import Examples, Files
 from rapidin.data.generations import Generation
 from rapidin.errors import UserError, short
-from rapidin.evaluate.methods import Floats, Method, each_score
-from rapidin.evaluate.result import Result, Say, silent
+from rapidin.evaluate.log import Log, no_log
+from rapidin.evaluate.methods import Method, each_score
+from rapidin.evaluate.metrics import Floats
+from rapidin.evaluate.result import Result
 from rapidin.gradients.source import GradientSource
 
 
-def open_data(ensemble: Ensemble, train_data: str | Files | None = None) -> Examples:
-    """The data that complete caches were made of. UserError where one is unfinished or the data is gone."""
+def open_training_data(ensemble: Ensemble, train_data: str | Files | None = None) -> Examples:
+    """The training data of complete caches.
+
+    train_data: its new location. Raises UserError if a cache is unfinished or the data is not to be found.
+    """
     for cache in ensemble.caches:
         if not cache.manifest.complete:
             raise UserError(
                 f"the cache '{cache.path}' is unfinished: {len(cache):,} of {cache.manifest.rows:,} examples",
-                "the same 'rapidin cache' command goes on with it",
+                "rerun the same 'rapidin cache' command to resume it",
             )
     examples = training_data(ensemble.caches[0], train_data)
     if examples is None:
@@ -39,45 +44,63 @@ def open_data(ensemble: Ensemble, train_data: str | Files | None = None) -> Exam
     return examples
 
 
-def column(examples: Examples, name: str) -> list[Any]:
-    """A field of every example. UserError naming the first that lacks it."""
+def column_values(examples: Examples, name: str) -> list[Any]:
+    """A column of every example. Raises UserError, naming the first example that lacks it."""
     values = []
     for row, record in enumerate(examples):
         if name not in record:
-            has = ", ".join(map(repr, record))
-            raise UserError(f"{examples.where(row)}: no column '{name}'", f"it has {has}; see --column")
+            columns = ", ".join(map(repr, record))
+            raise UserError(f"{examples.where(row)}: no column '{name}'", f"it has {columns}; see --column")
         values.append(record[name])
     return values
 
 
-def flags(examples: Examples, name: str) -> npt.NDArray[np.bool_]:
-    """A field that is true or false: [N] bool. UserError where it is something else, or the same for all."""
-    values = column(examples, name)
+def boolean_column(examples: Examples, name: str) -> npt.NDArray[np.bool_]:
+    """A column that is true or false: [N] bool.
+
+    Raises UserError if it holds something else, or the same value for all examples.
+    """
+    values = column_values(examples, name)
     for row, value in enumerate(values):
         if value not in (True, False, 0, 1):
             raise UserError(
-                f"{examples.where(row)}: '{name}' holds {short(value)}", "expected true or false, 1 or 0"
+                f"{examples.where(row)}: '{name}' is {short(value)}, expected true or false, 1 or 0",
+                "name another column with --column",
             )
-    made = np.array(values, dtype=np.bool_)
-    if made.all() or not made.any():
+    marked = np.array(values, dtype=np.bool_)
+    if marked.all() or not marked.any():
         raise UserError(
-            f"'{name}' is {'true' if made.all() else 'false'} for all {len(made):,} examples",
-            "name the column that marks some of them with --column",
+            f"'{name}' is {'true' if marked.all() else 'false'} for all {len(marked):,} examples",
+            "name a column that marks some of them with --column",
         )
-    return made
+    return marked
+
+
+def cache_settings(ensemble: Ensemble) -> dict[str, Any]:
+    """What caches were made with, for the JSON of a result."""
+    manifest = ensemble.caches[-1].manifest
+    return {
+        "caches": [str(cache.path) for cache in ensemble.caches],
+        "weights": [member.weight for member in ensemble.members],
+        "rows": manifest.rows,
+        "without_sketch": manifest.rows - manifest.counts.get("ok", 0),
+        "at": manifest.gradient["at"],
+        "width": manifest.sketch["width"],
+        "code": manifest.code.to_json(),
+    }
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A cache, or several whose scores are added up, with their training data."""
+    """A cache, or an ensemble of caches whose scores are added up, with its training data."""
 
     ensemble: Ensemble
     examples: Examples
-    say: Say = silent
+    log: Log = no_log
 
     @cached_property
     def source(self) -> GradientSource:
-        """What the last cache was made with: of a training run, the finished model."""
+        """What made the last cache; of a training run's caches that is the final model's source."""
         return self.ensemble.source()
 
     @property
@@ -94,45 +117,37 @@ class Subject:
         with_baselines: bool = False,
         max_new_tokens: int = 64,
     ) -> Iterator[tuple[str, Floats]]:
-        """(name, scores [Q, rows]) of every method and baseline; notes seconds in the result's setting.
+        """(name, scores [Q, rows]) of every method and baseline, for each query in `records`.
 
-        The model writes completions that are missing, whatever the methods."""
-        self.say(f"gradients of {len(records):,} generations")
-        # The weights of `layer` serve all: a common factor changes no ranking.
-        asked = self.ensemble.sketched(list(records), QueryOptions(max_new_tokens=max_new_tokens), Clock())
-        texts, parts = asked.texts, asked.sketches
+        The model writes missing completions. The result's setting gets the seconds of each method.
+        """
+        self.log(f"gradients of {len(records):,} generations")
+        # The layer weights that `layer` needs serve every method: a common factor changes no ranking.
+        query = self.ensemble.sketched(list(records), QueryOptions(max_new_tokens=max_new_tokens), Clock())
+        generations = query.texts
         seconds: dict[str, float] = {}
-        result.setting |= about(self.ensemble) | {"queries": len(texts), "seconds": seconds}
-        written = sum(text.generated for text in texts)
+        result.setting |= cache_settings(self.ensemble) | {"queries": len(generations), "seconds": seconds}
+        written = sum(generation.generated for generation in generations)
         if written:
-            result.notes.append(f"The model wrote {written:,} of the {len(texts):,} completions just now.")
-        for method, made, took in each_score(parts, texts, methods):
-            self.say(f"{method}: {took:.2f} s")
-            seconds[str(method)] = took
-            yield str(method), made
+            result.notes.append(
+                f"The model wrote {written:,} of the {len(generations):,} completions just now."
+            )
+        for method, scores, elapsed in each_score(query.sketches, generations, methods):
+            self.log(f"{method}: {elapsed:.2f} s")
+            seconds[str(method)] = elapsed
+            yield str(method), scores
         if with_baselines:
-            yield from self.baselines(records, texts)
+            yield from self.baselines(records, generations)
 
-    def baselines(self, records: Sequence[Any], texts: Sequence[Generation]) -> Iterator[tuple[str, Floats]]:
-        """(name, scores [Q, rows]) of what needs no gradients."""
+    def baselines(
+        self, records: Sequence[Any], generations: Sequence[Generation]
+    ) -> Iterator[tuple[str, Floats]]:
+        """(name, scores [Q, rows]) of the rankings that need no gradients."""
         rows = [baselines.plain_text(record) for record in self.examples]
-        asked = [
-            baselines.asked_text(record, text.completion) for record, text in zip(records, texts, strict=True)
+        queries = [
+            baselines.asked_text(record, generation.completion)
+            for record, generation in zip(records, generations, strict=True)
         ]
-        self.say(f"hidden states of {len(rows) + len(asked):,} texts")
+        self.log(f"hidden states of {len(rows) + len(queries):,} texts")
         length = self.source.encoder.max_length
-        yield from baselines.both(self.source.loaded, rows, asked, max_length=length).items()
-
-
-def about(ensemble: Ensemble) -> dict[str, Any]:
-    """What caches were made with, for the JSON of a result."""
-    manifest = ensemble.caches[-1].manifest
-    return {
-        "caches": [str(cache.path) for cache in ensemble.caches],
-        "weights": [member.weight for member in ensemble.members],
-        "rows": manifest.rows,
-        "without_sketch": manifest.rows - manifest.counts.get("ok", 0),
-        "at": manifest.gradient["at"],
-        "width": manifest.sketch["width"],
-        "code": manifest.code.to_json(),
-    }
+        yield from baselines.both(self.source.loaded, rows, queries, max_length=length).items()

@@ -136,7 +136,7 @@ def main() -> None:
     scored = groups["scored"]
     start = time.perf_counter()
     with attributor.source.at(0):
-        exact = ExactQueries(factors_of(attributor, scored[n][1], 0) for n in queries)
+        exact = ExactQueries(factors_of(attributor.source, scored[n][1], 0) for n in queries)
     print(f"{len(queries)} queries after {time.perf_counter() - start:.0f} s", flush=True)
     products = torch.zeros(len(queries), len(scored), layers)
     lengths = torch.zeros(len(scored), layers)

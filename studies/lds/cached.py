@@ -16,8 +16,9 @@ from pathlib import Path
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.ensemble import Ensemble
 from rapidin.evaluate import lds
+from rapidin.evaluate.ground_truth import GroundTruth
 from rapidin.evaluate.methods import DEFAULT, each_score, parse_methods
-from rapidin.evaluate.subject import open_data
+from rapidin.evaluate.subject import open_training_data
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -28,11 +29,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("caches", type=Path, nargs="+", help="caches, or folders of ensembles")
     parser.add_argument("--methods", default=DEFAULT)
     options = parser.parse_args(arguments)
-    truth = lds.GroundTruth(options.truth)
+    truth = GroundTruth(options.truth)
     train, asked = truth.examples("train"), list(truth.examples("test"))
     for folder in options.caches:
         ensemble = Ensemble.read(folder)
-        if open_data(ensemble).identity != train.identity:
+        if open_training_data(ensemble).identity != train.identity:
             parser.error(f"'{folder}' is not of the training examples of '{options.truth}'")
         query = ensemble.parts(asked, 1, "layer", Clock())
         for method, scores, _ in each_score(query.parts, query.texts, parse_methods(options.methods)):

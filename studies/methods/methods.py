@@ -53,10 +53,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapidin.cache.codec import Format, row_bytes_besides
-from rapidin.gradients.kfac import FactorMoments
+from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.parameters import Target, Use
 from rapidin.gradients.preconditioner import DAMPING as SIDE_DAMPING
-from rapidin.gradients.preconditioner import EXPONENT, RANK, kfac_scales
+from rapidin.gradients.preconditioner import EXPONENT, RANK
 from rapidin.gradients.scale import Scale
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "lds"))

@@ -32,12 +32,13 @@ from rapidin.attribution.query_sketch import QuerySketch, scans_of, sketch_gener
 from rapidin.attribution.score_errors import details
 from rapidin.data.encoding import Encoded
 from rapidin.gradients.load import load_model
+from rapidin.gradients.source import GradientSource
 
 
-def exact_scores(attributor: Attributor, queries: int, encoded: list[Encoded], normalize: str) -> Tensor:
+def exact_scores(source: GradientSource, queries: int, encoded: list[Encoded], normalize: str) -> Tensor:
     """Of the last `queries` texts with the others: [queries, rows] float64."""
     asked, rows = encoded[-queries:], encoded[:-queries]
-    found = token_contributions.exact(attributor, asked, [1.0] * queries, range(queries), rows, normalize)
+    found = token_contributions.exact(source, asked, [1.0] * queries, range(queries), rows, normalize)
     return torch.stack([positions.sum(1) for positions in found], 1)
 
 
@@ -74,7 +75,7 @@ def main() -> None:
     parser.add_argument("--code", nargs="+", default=["float16"])
     parser.add_argument("--normalize", nargs="+", default=["layer", "cosine", "none"])
     parser.add_argument("--method", default="dot")
-    parser.add_argument("--precondition", default="kfac")
+    parser.add_argument("--precondition", dest="preconditioner", default="kfac")
     parser.add_argument("--seeds", type=int, default=4)
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
@@ -105,9 +106,9 @@ def main() -> None:
                     bytes=int(size) if size else None,
                     sample=rows if size else 0,
                 )
-                checked(attributor.source, cache.manifest)
-                texts = generations_of(attributor.source, records[rows:])
-                sketch = sketch_generations(attributor.source, texts)
+                source = checked(attributor.source, cache.manifest)
+                texts = generations_of(source, records[rows:])
+                sketch = sketch_generations(source, texts)
                 for normalize in args.normalize:
                     scoring = ScoringConfig(normalize, args.method)
                     got = details(scans_of([QuerySketch(cache, sketch)], texts, scoring), every)
@@ -117,10 +118,8 @@ def main() -> None:
                     )  # K-FAC's finds its directions by the seed
                     if args.method == "dot":
                         if (here, normalize) not in truth:
-                            encoded = [attributor.source.encoder(record) for record in records]
-                            truth[here, normalize] = exact_scores(
-                                attributor, args.queries, encoded, normalize
-                            )
+                            encoded = [source.encoder(record) for record in records]
+                            truth[here, normalize] = exact_scores(source, args.queries, encoded, normalize)
                         known.setdefault(normalize, []).append(truth[here, normalize])
         for normalize, seeds in made.items():
             row: dict[str, Any] = {"width": width, "code": code, "normalize": normalize}

@@ -298,7 +298,7 @@ def test_rapidgrad_estimates_the_layer_normalised_score(tmp_path: Path) -> None:
         ({"projection": "round"}, "use one of tensor, flat, rapidgrad"),
         ({"loss": "max"}, "use mean or sum"),
         ({"max_length": 4096}, "context of 128"),
-        ({"include": ["nothing_like_it"]}, "no parameter's name fits"),
+        ({"include": ["nothing_like_it"]}, "no parameter's name matches"),
         ({"exclude": ["*"]}, "no parameter is left"),
         ({"projection": "flat", "width": 100}, "multiple of 128"),
     ],

@@ -21,7 +21,8 @@ from rapidin.cli.demo_session.tokenizer import END, train_tokenizer
 from rapidin.cli.demo_session.training import answers, small_llama
 from rapidin.data.encoding import Encoder, alpaca_prompt
 from rapidin.errors import UserError
-from rapidin.evaluate.training import Recipe, add_lora, tune
+from rapidin.evaluate.settings import Recipe
+from rapidin.evaluate.training import add_lora, tune
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,8 @@ from rapidin.cache import Cache, Manifest
 from rapidin.cache.merge import merge
 from rapidin.cli import main
 from rapidin.errors import UserError
-from rapidin.gradients.load import LoadedModel, load_model
+from rapidin.gradients.load import load_model
+from rapidin.gradients.model import LoadedModel
 
 ROWS = 72
 

@@ -25,7 +25,8 @@ from rapidin.errors import UserError
 from rapidin.files import lock_folder
 from rapidin.gradients import preconditioner as preconditioner_room
 from rapidin.gradients.collector import GradientSketcher
-from rapidin.gradients.load import LoadedModel, load_model
+from rapidin.gradients.load import load_model
+from rapidin.gradients.model import LoadedModel
 
 ROWS = [{"prompt": f"Give {n} tips.", "completion": " One, two," * (1 + n % 4) + f" {n}."} for n in range(40)]
 

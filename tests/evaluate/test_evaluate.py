@@ -22,12 +22,14 @@ from rapidin.cli import main
 from rapidin.data.encoding import Encoder
 from rapidin.data.examples import open_examples
 from rapidin.errors import UserError
-from rapidin.evaluate import classes, facts, fidelity, tasks
-from rapidin.evaluate.figures import Figure
-from rapidin.evaluate.methods import Method, Place, parse_methods, parse_places
+from rapidin.evaluate import classes, fidelity
+from rapidin.evaluate.methods import Method, parse_methods
+from rapidin.evaluate.metrics import Estimate
 from rapidin.evaluate.result import Result
+from rapidin.evaluate.tasks import facts, labels
+from rapidin.evaluate.variants import Variant, parse_variants
 from rapidin.gradients.batch import Batch
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.results.terminal import make_console
 
 
@@ -96,34 +98,36 @@ def test_methods_and_places() -> None:
         ("dot", "METHOD:NORMALIZE"),
         ("dot:long", "unknown normalize"),
         ("sum:layer", "unknown method"),
-        ("fisher:layer:much", "no number"),
+        ("fisher:layer:much", "is not a number"),
         ("dot:layer:1", "takes no --damping"),
     ):
         with pytest.raises(UserError, match=wrong):
             parse_methods(text)
-    assert parse_places(["0.5", "0.1,0.9"], [0, 2048]) == [
-        Place((0.5,)),
-        Place((0.5,), 2048),
-        Place((0.1, 0.9)),
-        Place((0.1, 0.9), 2048),
+    assert parse_variants(["0.5", "0.1,0.9"], [0, 2048]) == [
+        Variant((0.5,)),
+        Variant((0.5,), 2048),
+        Variant((0.1, 0.9)),
+        Variant((0.1, 0.9), 2048),
     ]
-    assert str(Place((0.1, 0.9), 2048)) == "at 0.1+0.9, 2,048 bytes"
-    assert parse_places(["checkpoints"], []) == [Place(None)]
-    scaled = parse_places(["0.5"], [], ["off", "sample"])
-    assert scaled == [Place((0.5,), None, "off"), Place((0.5,), None, "sample")]
+    assert str(Variant((0.1, 0.9), 2048)) == "at 0.1+0.9, 2,048 bytes"
+    assert parse_variants(["checkpoints"], []) == [Variant(None)]
+    scaled = parse_variants(["0.5"], [], ["off", "sample"])
+    assert scaled == [Variant((0.5,), None, "off"), Variant((0.5,), None, "sample")]
     assert (str(scaled[1]), scaled[1].folder) == ("at 0.5, preconditioner sample", "at-0.5-sample")
     with pytest.raises(UserError, match="unknown --precondition 'flat'"):
-        parse_places(["0.5"], [], ["flat"])
+        parse_variants(["0.5"], [], ["flat"])
     with pytest.raises(UserError, match="--at half"):
-        parse_places(["half"], [])
+        parse_variants(["half"], [])
 
 
 def test_result_as_table_and_json(capsys: pytest.CaptureFixture[str]) -> None:
     import sys
 
     result = Result("demo", {"rows": 3}, {"a": "first", "b": "second"})
-    result.add("one", {"a": Figure(0.5, 0.25, 0.75, 0.1, 9), "b": Figure(math.nan, math.nan, math.nan, 0, 0)})
-    result.add("two", {"a": Figure(0.25, math.nan, math.nan, math.nan, 1)})
+    result.add(
+        "one", {"a": Estimate(0.5, 0.25, 0.75, 0.1, 9), "b": Estimate(math.nan, math.nan, math.nan, 0, 0)}
+    )
+    result.add("two", {"a": Estimate(0.25, math.nan, math.nan, math.nan, 1)})
     make_console(sys.stdout).print(result.table())
     out = capsys.readouterr().out
     assert "0.500 (0.250 to 0.750)" in out
@@ -348,7 +352,7 @@ def test_facts_command(place: Made, tmp_path: Path, run: Any) -> None:
     again = run(*command)
     assert json.loads(again.out) == found
     assert "tuning" not in again.err
-    refused(run(*command, "--epochs", 3), "begun with another epochs .2 instead of 3")
+    refused(run(*command, "--epochs", 3), "made with another epochs .2 instead of 3")
     refused(run("eval", "facts", place.model, "--out", place.folder), "holds something else")
 
 
@@ -379,30 +383,30 @@ def test_select_command(place: Made, tmp_path: Path, run: Any) -> None:
     assert json.loads(again.out)["results"] == json.loads(ran.out)["results"]
     assert "trained on" not in again.err
     refused(run(*command, "--flipped", 0.4), "another flipped")
-    refused(run(*command, "--share", 2), "a share of 2")
+    refused(run(*command, "--share", 2), "--share must be between 0 and 1, got 2")
 
 
 def test_task_is_as_it_says() -> None:
-    made = tasks.make_task(60, flipped=0.2, target=10, test=20, classes=3, seed=4)
-    assert made == tasks.make_task(60, flipped=0.2, target=10, test=20, classes=3, seed=4)
+    made = labels.make_task(60, flipped=0.2, target=10, test=20, classes=3, seed=4)
+    assert made == labels.make_task(60, flipped=0.2, target=10, test=20, classes=3, seed=4)
     assert [len(part) for part in (made.train, made.target, made.test)] == [60, 10, 20]
     assert sum(row["flipped"] for row in made.train) == 12
     prompts = [row["prompt"] for part in (made.train, made.target, made.test) for row in part]
     assert len(set(prompts)) == len(prompts)
     for row in (*made.train, *made.target, *made.test):
         assert row["completion"] == f" {row['label']}"
-        true = next(n for n, words in tasks.CLASSES.items() if any(f" {w}" in row["prompt"] for w in words))
+        true = next(n for n, words in labels.CLASSES.items() if any(f" {w}" in row["prompt"] for w in words))
         assert (true != row["label"]) == row.get("flipped", False)
     with pytest.raises(UserError, match="7 classes"):
-        tasks.make_task(classes=7)
+        labels.make_task(classes=7)
     with pytest.raises(UserError, match="different reports"):
-        tasks.make_task(10**6)
+        labels.make_task(10**6)
 
 
 def test_accuracy_compares_whole_answers() -> None:
     encoder = Encoder(tiny_tokenizer(), max_length=128)
     model = tiny_llama()
-    records = tasks.make_task(8, target=1, test=12).test
+    records = labels.make_task(8, target=1, test=12).test
 
     def total(record: Any, name: str) -> float:
         text = encoder({"prompt": record["prompt"], "completion": f" {name}"})
@@ -411,4 +415,4 @@ def test_accuracy_compares_whole_answers() -> None:
 
     names = ("fruit", "metal")
     right = [max(names, key=lambda name, r=r: total(r, name)) == r["label"] for r in records]
-    assert tasks.accuracy(model, encoder, records, names) == pytest.approx(np.mean(right))
+    assert labels.accuracy(model, encoder, records, names) == pytest.approx(np.mean(right))

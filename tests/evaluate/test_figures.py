@@ -10,7 +10,7 @@ import pytest
 pytest.importorskip("sklearn")
 
 from rapidin.errors import UserError
-from rapidin.evaluate import figures
+from rapidin.evaluate import metrics
 
 NAN = math.nan
 SCORES = [[4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0]]
@@ -19,54 +19,54 @@ RELEVANT = [[True, False, True, False]] * 2
 
 def test_figures_by_hand() -> None:
     # Ranks of the relevant rows: 1 and 3; then 2 and 4.
-    assert figures.auprc(SCORES, RELEVANT) == pytest.approx([(1 + 2 / 3) / 2, (1 / 2 + 2 / 4) / 2])
-    assert figures.auroc(SCORES, RELEVANT) == pytest.approx([3 / 4, 1 / 4])
-    assert figures.precision_at(SCORES, RELEVANT, 1) == pytest.approx([1, 0])
-    assert figures.precision_at(SCORES, RELEVANT, 3) == pytest.approx([2 / 3, 1 / 3])
-    assert figures.precision_at(SCORES, RELEVANT, 50) == pytest.approx([1 / 2, 1 / 2])
-    assert figures.recall_at(SCORES, RELEVANT, 2) == pytest.approx([1 / 2, 1 / 2])
-    assert figures.recall_at(SCORES, RELEVANT, 50) == pytest.approx([1, 1])
-    assert figures.reciprocal_rank(SCORES, RELEVANT) == pytest.approx([1, 1 / 2])
+    assert metrics.auprc(SCORES, RELEVANT) == pytest.approx([(1 + 2 / 3) / 2, (1 / 2 + 2 / 4) / 2])
+    assert metrics.auroc(SCORES, RELEVANT) == pytest.approx([3 / 4, 1 / 4])
+    assert metrics.precision_at(SCORES, RELEVANT, 1) == pytest.approx([1, 0])
+    assert metrics.precision_at(SCORES, RELEVANT, 3) == pytest.approx([2 / 3, 1 / 3])
+    assert metrics.precision_at(SCORES, RELEVANT, 50) == pytest.approx([1 / 2, 1 / 2])
+    assert metrics.recall_at(SCORES, RELEVANT, 2) == pytest.approx([1 / 2, 1 / 2])
+    assert metrics.recall_at(SCORES, RELEVANT, 50) == pytest.approx([1, 1])
+    assert metrics.reciprocal_rank(SCORES, RELEVANT) == pytest.approx([1, 1 / 2])
 
 
 def test_ties_share_their_places_and_nan_is_last() -> None:
-    assert figures.places([5.0, 1.0, 1.0, NAN]).tolist() == [1, 2.5, 2.5, 4]
+    assert metrics.ranks([5.0, 1.0, 1.0, NAN]).tolist() == [1, 2.5, 2.5, 4]
     tied = [[1.0, 1.0, 1.0, NAN]]
     first, last = [[True, False, False, False]], [[False, False, False, True]]
-    assert figures.precision_at(tied, first, 1) == pytest.approx([1 / 3])
-    assert figures.precision_at(tied, first, 2) == pytest.approx([1 / 3])
-    assert figures.recall_at(tied, first, 2) == pytest.approx([2 / 3])
-    assert figures.reciprocal_rank(tied, first) == pytest.approx([1 / 2])
-    assert figures.auroc(tied, last) == pytest.approx([0])
-    assert figures.auroc([[2.0, 2.0]], [[True, False]]) == pytest.approx([1 / 2])
+    assert metrics.precision_at(tied, first, 1) == pytest.approx([1 / 3])
+    assert metrics.precision_at(tied, first, 2) == pytest.approx([1 / 3])
+    assert metrics.recall_at(tied, first, 2) == pytest.approx([2 / 3])
+    assert metrics.reciprocal_rank(tied, first) == pytest.approx([1 / 2])
+    assert metrics.auroc(tied, last) == pytest.approx([0])
+    assert metrics.auroc([[2.0, 2.0]], [[True, False]]) == pytest.approx([1 / 2])
 
 
 def test_no_value_where_nothing_is_relevant() -> None:
-    for measure in (figures.auprc, figures.auroc, figures.reciprocal_rank):
+    for measure in (metrics.auprc, metrics.auroc, metrics.reciprocal_rank):
         assert math.isnan(measure([[1.0, 2.0]], [[False, False]])[0])
-    found = figures.interval([NAN, 1.0, 3.0])
+    found = metrics.estimate([NAN, 1.0, 3.0])
     assert (found.mean, found.queries) == (2.0, 2)
 
 
 def test_spearman_and_overlap() -> None:
     a, b = [[1.0, 2.0, 3.0, 4.0]], [[10.0, 30.0, 20.0, 40.0]]
-    assert figures.spearman(a, b) == pytest.approx([1 - 6 * 2 / (4 * 15)])
-    assert figures.spearman(a, [[1.0, 1.0, 1.0, 1.0]]) == pytest.approx([0])
-    assert figures.spearman(a, [[4.0, 3.0, 2.0, 1.0]]) == pytest.approx([-1])
-    assert figures.overlap_at(a, b, 2) == pytest.approx([1 / 2])
-    assert figures.overlap_at(a, b, 9) == pytest.approx([1])
+    assert metrics.spearman(a, b) == pytest.approx([1 - 6 * 2 / (4 * 15)])
+    assert metrics.spearman(a, [[1.0, 1.0, 1.0, 1.0]]) == pytest.approx([0])
+    assert metrics.spearman(a, [[4.0, 3.0, 2.0, 1.0]]) == pytest.approx([-1])
+    assert metrics.overlap_at(a, b, 2) == pytest.approx([1 / 2])
+    assert metrics.overlap_at(a, b, 9) == pytest.approx([1])
 
 
 def test_intervals_hold_the_mean_repeat_and_narrow() -> None:
     rng = np.random.default_rng(0)
-    few, many = figures.interval(rng.normal(size=20)), figures.interval(rng.normal(size=2000))
-    assert few == figures.interval(np.random.default_rng(0).normal(size=20))
+    few, many = metrics.estimate(rng.normal(size=20)), metrics.estimate(rng.normal(size=2000))
+    assert few == metrics.estimate(np.random.default_rng(0).normal(size=20))
     for found in (few, many):
         assert found.low < found.mean < found.high
     # About 1.96 standard errors to each side.
     assert many.high - many.low == pytest.approx(2 * 1.96 * many.sd / 2000**0.5, rel=0.1)
     assert few.high - few.low > 4 * (many.high - many.low)
-    one = figures.interval([0.5])
+    one = metrics.estimate([0.5])
     assert one.mean == 0.5
     assert one.to_json() == {"mean": 0.5, "low": None, "high": None, "sd": None, "queries": 1}
 
@@ -75,13 +75,13 @@ def test_over_rows() -> None:
     rng = np.random.default_rng(1)
     truth = rng.random(300) < 0.3
     scores = np.round(truth + rng.normal(size=300), 1)  # with ties
-    roc, prc = figures.over_rows(scores, truth)
+    roc, prc = metrics.estimate_over_rows(scores, truth)
     assert roc.low < roc.mean < roc.high
     assert roc.mean == pytest.approx(0.76, abs=0.06)  # P(N(1, 2) > 0)
     assert roc.high - roc.low < 0.15
     assert prc.low < prc.mean < prc.high
-    assert figures.over_rows(scores, truth) == (roc, prc)
-    assert math.isnan(figures.over_rows(scores, truth & False)[0].mean)
+    assert metrics.estimate_over_rows(scores, truth) == (roc, prc)
+    assert math.isnan(metrics.estimate_over_rows(scores, truth & False)[0].mean)
 
 
 def test_weighted_rankings_are_scikit_learns_on_repeated_rows() -> None:
@@ -89,22 +89,22 @@ def test_weighted_rankings_are_scikit_learns_on_repeated_rows() -> None:
     scores, truth = rng.integers(6, size=20).astype(float), rng.random(20) < 0.4
     scores[3] = NAN
     times = rng.integers(4, size=(5, 20))
-    roc, prc = figures._weighted(scores, truth, times)
+    roc, prc = metrics._resampled(scores, truth, times)
     for n, each in enumerate(times):
         rows = np.repeat(np.arange(20), each)
-        assert roc[n] == pytest.approx(figures.auroc(scores[rows], truth[rows])[0])
-        assert prc[n] == pytest.approx(figures.auprc(scores[rows], truth[rows])[0])
+        assert roc[n] == pytest.approx(metrics.auroc(scores[rows], truth[rows])[0])
+        assert prc[n] == pytest.approx(metrics.auprc(scores[rows], truth[rows])[0])
 
 
 def test_missing_packages_are_named() -> None:
     code = (
         "import sys; sys.modules['sklearn.metrics'] = None\n"
         "from rapidin.errors import UserError\n"
-        "from rapidin.evaluate import figures\n"
-        "try: figures.auroc([[1.0, 2.0]], [[True, False]])\n"
+        "from rapidin.evaluate import metrics\n"
+        "try: metrics.auroc([[1.0, 2.0]], [[True, False]])\n"
         "except UserError as error: print(error)"
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert out == "'rapidin eval' needs the package scikit-learn; pip install 'rapidin[eval]'\n"
     with pytest.raises(UserError, match="rapidin\\[eval\\]"):
-        figures.needs("no_such_module_at_all")
+        metrics.needs("no_such_module_at_all")

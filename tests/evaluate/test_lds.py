@@ -23,8 +23,9 @@ from tiny import save_tiny
 from rapidin.cli import main
 from rapidin.data.encoding import Encoder
 from rapidin.errors import UserError
-from rapidin.evaluate import lds
-from rapidin.evaluate.training import Recipe, Tuner, losses
+from rapidin.evaluate import ground_truth, lds
+from rapidin.evaluate.settings import GroundTruthSettings, Recipe
+from rapidin.evaluate.training import Tuner, losses
 from rapidin.gradients.load import load_model
 
 
@@ -98,12 +99,12 @@ def test_score_by_hand() -> None:
 
 
 def test_subsets_are_halves_and_more_of_them_begin_alike() -> None:
-    masks = lds.random_subsets(7, 11, 0.5, seed=3)
+    masks = ground_truth.random_subsets(7, 11, 0.5, seed=3)
     assert (masks.sum(1) == 6).all()
-    assert (lds.random_subsets(4, 11, 0.5, seed=3) == masks[:4]).all()
-    assert not (lds.random_subsets(4, 11, 0.5, seed=4) == masks[:4]).all()
+    assert (ground_truth.random_subsets(4, 11, 0.5, seed=3) == masks[:4]).all()
+    assert not (ground_truth.random_subsets(4, 11, 0.5, seed=4) == masks[:4]).all()
     with pytest.raises(UserError, match="none or all"):
-        lds.random_subsets(3, 1, 0.5, seed=0)
+        ground_truth.random_subsets(3, 1, 0.5, seed=0)
 
 
 def load_script(name: str) -> ModuleType:
@@ -126,12 +127,12 @@ def test_killed_and_gone_on_with_and_scored(
     )
     while process.poll() is None:
         try:
-            if lds.GroundTruth(killed).done >= 3:
+            if ground_truth.GroundTruth(killed).done >= 3:
                 process.send_signal(signal.SIGKILL)
         except UserError:
             pass
         time.sleep(0.005)
-    done = lds.GroundTruth(killed).done
+    done = ground_truth.GroundTruth(killed).done
     assert process.returncode == -signal.SIGKILL, "it ended before it could be killed"
     assert 3 <= done < 10
 
@@ -139,7 +140,7 @@ def test_killed_and_gone_on_with_and_scored(
     places += ("--methods", "dot:layer,datainf:none,fisher:layer")
     ran = run(*command(made, killed, *places, "--json", "-"))
     assert ran.code == 0, ran.err
-    first, second = lds.GroundTruth(whole), lds.GroundTruth(killed)
+    first, second = ground_truth.GroundTruth(whole), ground_truth.GroundTruth(killed)
     assert (first.masks == second.masks).all()
     assert (first.losses == second.losses).all()
     assert first.losses.shape == (5, 2, 4)
@@ -203,8 +204,8 @@ def test_killed_and_gone_on_with_and_scored(
 
 def test_a_retraining_is_what_it_says(made: Made, tmp_path: Path) -> None:
     recipe = Recipe(epochs=2, batch=4, learning_rate=1e-2, seed=5)
-    settings = lds.Settings(recipe, lora=2, subsets=3, seeds=2, checkpoints=0, max_length=32)
-    truth = lds.make(tmp_path / "out", made.model, ROWS, ASKED, settings)
+    settings = GroundTruthSettings(recipe, lora=2, subsets=3, seeds=2, checkpoints=0, max_length=32)
+    truth = ground_truth.make(tmp_path / "out", made.model, ROWS, ASKED, settings)
     assert sorted(path.name for path in truth.folder.iterdir() if path.name[0] != ".") == [
         "adapter", "lds.json", "retrained.npz", "test.jsonl", "train.jsonl",
     ]  # fmt: skip
@@ -217,18 +218,18 @@ def test_a_retraining_is_what_it_says(made: Made, tmp_path: Path) -> None:
     for n, text in enumerate(asked):
         assert losses(model, [text])[0].item() == pytest.approx(truth.losses[1, 0, n], rel=1e-5)
     # The tuned model knows the way back to the base.
-    tuned = truth.load()
+    tuned = truth.tuned().load()
     with tuned.path.at(0.0):
         base = losses(tuned.model, asked)
     assert base.numpy() == pytest.approx(losses(load_model(made.model).model, asked).numpy(), rel=1e-4)
     # More subsets: those that are there stay.
-    more = lds.make(
+    more = ground_truth.make(
         truth.folder, made.model, ROWS, ASKED,
-        lds.Settings(recipe, lora=2, subsets=5, seeds=2, checkpoints=0, max_length=32),
+        GroundTruthSettings(recipe, lora=2, subsets=5, seeds=2, checkpoints=0, max_length=32),
     )  # fmt: skip
     assert (more.losses[:3] == truth.losses).all()
     assert more.done == 10
-    fewer = lds.make(truth.folder, made.model, ROWS, ASKED, settings)
+    fewer = ground_truth.make(truth.folder, made.model, ROWS, ASKED, settings)
     assert fewer.done == 10
 
 
@@ -247,19 +248,19 @@ def test_mistakes(made: Made, tmp_path: Path, run: Any) -> None:
     refused("no such data", *command(made, out, "--test", tmp_path / "none.jsonl"))
     empty = write(tmp_path / "empty.jsonl", [{"prompt": "a", "completion": ""}])
     refused("line 1: no completion token", *command(made, tmp_path / "new", "--test", empty))
-    refused("not between 0 and 1", *command(made, out, "--fraction", 1.5))
-    refused("no usable model|no such model", *command(Made("./no-model", made.train, made.test), out))
+    refused("--fraction must be between 0 and 1, got 1.5", *command(made, out, "--fraction", 1.5))
+    refused("no usable model|model not found", *command(Made("./no-model", made.train, made.test), out))
     refused("METHOD:NORMALIZE", *command(made, out, "--methods", "dot"))
     refused("--at half", *command(made, out, "--at", "half"))
-    refused("learning-rate 0", *command(made, tmp_path / "new", "--learning-rate", 0))
+    refused("--learning-rate must be above 0, got 0", *command(made, tmp_path / "new", "--learning-rate", 0))
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "notes.txt").write_text("mine")
     refused("holds something else", *command(made, tmp_path / "mine"))
     with pytest.raises(UserError, match="holds no ground truth"):
-        lds.GroundTruth(tmp_path / "mine")
+        ground_truth.GroundTruth(tmp_path / "mine")
     (out / "retrained.npz").write_bytes(b"nothing")
     with pytest.raises(UserError, match="holds no ground truth"):
-        lds.GroundTruth(out)
+        ground_truth.GroundTruth(out)
 
 
 def test_intervals_of_one_test_text_are_unknown() -> None:

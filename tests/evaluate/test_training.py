@@ -11,16 +11,9 @@ from tiny import tiny_gpt2, tiny_llama, tiny_tokenizer
 
 from rapidin.data.encoding import Encoder
 from rapidin.errors import UserError
-from rapidin.evaluate.training import (
-    NOT_A_TARGET,
-    Checkpoints,
-    Recipe,
-    State,
-    add_lora,
-    collate,
-    save_model,
-    tune,
-)
+from rapidin.evaluate.saving import Checkpoints, ResumeState, save_model
+from rapidin.evaluate.settings import Recipe
+from rapidin.evaluate.training import NOT_A_TARGET, add_lora, collate, tune
 from rapidin.gradients.load import load_model
 
 
@@ -115,7 +108,7 @@ def test_a_killed_run_ends_with_the_same_weights(examples: list[Any], tmp_path: 
     alone, model = tiny_gpt2(resid_pdrop=0.2), tiny_gpt2(resid_pdrop=0.2)
     tune(alone, examples, recipe)
     with pytest.raises(Killed):
-        tune(model, examples, recipe, state=State(tmp_path, {"a": 1}, every=3), on_step=stop)
+        tune(model, examples, recipe, state=ResumeState(tmp_path, {"a": 1}, every=3), on_step=stop)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-6.safetensors", "step.json"]
     again = tiny_gpt2(seed=9, resid_pdrop=0.2)
     steps: list[int] = []
@@ -123,13 +116,13 @@ def test_a_killed_run_ends_with_the_same_weights(examples: list[Any], tmp_path: 
         again,
         examples,
         recipe,
-        state=State(tmp_path, {"a": 1}, every=3),
+        state=ResumeState(tmp_path, {"a": 1}, every=3),
         on_step=lambda done, _, __: steps.append(done),
     )
     assert steps == list(range(7, 13))
     assert all(torch.equal(a, b) for a, b in zip(weights(alone), weights(again), strict=True))
     with pytest.raises(UserError, match=r"other settings \(a\)"):
-        tune(tiny_gpt2(), examples, recipe, state=State(tmp_path, {"a": 2}))
+        tune(tiny_gpt2(), examples, recipe, state=ResumeState(tmp_path, {"a": 2}))
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -175,7 +168,7 @@ def test_checkpoints_are_laid_out_as_the_trainers(lora: bool, examples: list[Any
 def test_trainers_order_of_weights() -> None:
     """Against the rule of the installed transformers itself."""
     trainer = pytest.importorskip("transformers.trainer")
-    from rapidin.evaluate.training import _groups
+    from rapidin.evaluate.training import parameter_groups
 
     class Args:
         pass
@@ -184,7 +177,7 @@ def test_trainers_order_of_weights() -> None:
         decayed = set(trainer.Trainer.get_decay_parameter_names(Args(), model))
         named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
         wanted = [[p for n, p in named if (n in decayed) == side] for side in (True, False)]
-        made = [group["params"] for group in _groups(model)]
+        made = [group["params"] for group in parameter_groups(model)]
         assert [[id(p) for p in group] for group in made] == [[id(p) for p in group] for group in wanted]
 
 

@@ -41,6 +41,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from rapidin.attribution.attributor import HASH, Attributor
 from rapidin.attribution.ensemble import Ensemble, read_members
 from rapidin.attribution.methods import prepare, self_influence
+from rapidin.attribution.provenance import read_fitted
 from rapidin.attribution.scan import CacheScan, all_scores, scan_cache
 from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache, CacheWriter, Manifest
@@ -49,7 +50,7 @@ from rapidin.cache.layout import Block
 from rapidin.cache.shards import Rows
 from rapidin.cli.tables import info_report
 from rapidin.errors import UserError
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Scale
 from rapidin.results.terminal import make_console as rich_console
@@ -369,7 +370,7 @@ def _read_cache(cache: Cache, report: bool) -> bool:
     training_data(cache, None)
     manifest = cache.manifest
     if manifest.preconditioner is not None and manifest.preconditioner["sha256"] is not None:
-        Preconditioner.read(manifest)
+        read_fitted(manifest)
     if not manifest.shards:
         return False
     for read in (cache.sketches, cache.lengths, cache.index, cache.status, cache.records):

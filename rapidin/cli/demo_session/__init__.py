@@ -157,7 +157,8 @@ class _Demo:
         learning_rate: float,
     ) -> None:
         from rapidin.cli.demo_session.progress import Steps
-        from rapidin.evaluate.training import Recipe, tune
+        from rapidin.evaluate.settings import Recipe
+        from rapidin.evaluate.training import tune
 
         steps = Recipe(epochs=epochs, batch=batch).count(len(rows))
         recipe = Recipe(

@@ -22,6 +22,7 @@ from torch import Tensor
 from rapidin.attribution.caching import format_of
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.options import CacheOptions
+from rapidin.attribution.provenance import checked
 from rapidin.attribution.query_sketch import sketch_generations
 
 CODES = ("2048 bytes", "float16")
@@ -73,8 +74,9 @@ class Cached:
                     len(attributor.layers), attributor.source.width
                 )
             )
-            tests = generations_of(attributor.source, list(open_examples(str(self.truth / "test.jsonl"))))
-            self.made = cache, sketch_generations(attributor.source, tests), size
+            source = checked(attributor.source, cache.manifest)  # with the cache's preconditioner
+            tests = generations_of(source, list(open_examples(str(self.truth / "test.jsonl"))))
+            self.made = cache, sketch_generations(source, tests), size
         return self.made
 
     def scores(self, method: str, normalize: str, about: dict[str, Any], _: Path) -> tuple[Tensor, float]:

@@ -1,0 +1,203 @@
+"""The settings of the evaluations that tune a model, as dataclasses: the command line makes options of them.
+
+This module imports no torch, so that `rapidin eval --help` is quick.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from rapidin.errors import UserError
+from rapidin.settings import Settings, documented, option
+
+
+@documented
+@dataclass(frozen=True)
+class Recipe(Settings):
+    """How a model is tuned: AdamW, with a learning rate that warms up and then decays or stays.
+
+    steps: number of steps, overrides epochs. betas, weight_decay: AdamW's. clip: maximum gradient norm, None
+    for no clipping. The seed is that of the order of examples, and of dropout if the model has it.
+    """
+
+    epochs: int = option(
+        1,
+        help="Passes over the training examples, each in its own order.",
+        metavar="N",
+        panel="Training",
+        limits=(1, None),
+    )
+    steps: int | None = None
+    batch: int = option(
+        16,
+        help="Examples per training step; the last one of a pass may have fewer.",
+        flag="batch-size",
+        metavar="N",
+        panel="Training",
+        limits=(1, None),
+    )
+    learning_rate: float = option(1e-3, help="Peak learning rate.", metavar="X", panel="Training")
+    warm_up: int = option(
+        1,
+        help="Steps of linear learning-rate warm-up.",
+        flag="warmup-steps",
+        metavar="N",
+        panel="Training",
+        limits=(0, None),
+    )
+    schedule: Literal["linear", "constant"] = option(
+        "linear",
+        help="Learning rate after the warm-up. linear: decays to zero; constant: stays at the peak.",
+        panel="Training",
+        choices=("linear", "constant"),
+    )
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.01
+    clip: float | None = 1.0
+    seed: int = option(
+        0,
+        help="Random seed of the training, and of synthetic data.",
+        metavar="N",
+        panel="Training",
+        limits=(0, 2**32 - 1),
+    )
+
+    def count(self, examples: int) -> int:
+        """Number of steps for so many examples."""
+        return self.steps if self.steps is not None else self.epochs * -(-examples // self.batch)
+
+    def rate(self, step: int, steps: int) -> float:
+        """Learning rate of a step, counted from 0, of `steps`."""
+        warm_up = min(max(1, self.warm_up), steps)
+        rising = (step + 1) / warm_up
+        falling = (steps - step) / (steps - warm_up + 1) if self.schedule == "linear" else 1.0
+        return self.learning_rate * min(1.0, rising, falling)
+
+    def batches(self, examples: int) -> Iterator[list[int]]:
+        """Indices of the examples of each step."""
+        rng, order = random.Random(self.seed), list(range(examples))
+        left = self.count(examples)
+        while left:
+            rng.shuffle(order)
+            for start in range(0, examples, self.batch)[:left]:
+                yield order[start : start + self.batch]
+                left -= 1
+
+
+def _lora(default: int | None) -> Any:
+    return option(
+        default,
+        help="Rank of the LoRA adapter to tune; 0 tunes all weights.",
+        metavar="R",
+        panel="Training",
+        default="0" if default is None else str(default),
+        parse=_rank,
+    )
+
+
+def _rank(text: str) -> int | None:
+    if not text.isdecimal():
+        raise UserError(f"--lora must be a whole number of at least 0, got {text}")
+    return int(text) or None
+
+
+def _checkpoints(default: int) -> Any:
+    return option(
+        default,
+        help="Checkpoints of the tuning to keep, for --at checkpoints.",
+        metavar="N",
+        panel="Storage",
+        limits=(0, None),
+    )
+
+
+def _seeds(default: int, help: str) -> Any:
+    return option(default, help=help, metavar="K", panel="Training", limits=(1, None))
+
+
+@documented
+@dataclass(frozen=True)
+class GroundTruthSettings(Settings):
+    """How the ground truth of `rapidin eval lds` is made.
+
+    recipe: of every tuning; its seed is that of the tuning on all examples, the retrainings take the seeds
+    after it. lora: None tunes all weights. Raises UserError for settings that cannot be used.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    lora: int | None = _lora(None)
+    subsets: int = option(
+        100, help="Random subsets to retrain on.", metavar="S", panel="Data", limits=(3, None)
+    )
+    fraction: float = option(0.5, help="Share of the examples in a subset.", metavar="X", panel="Data")
+    seeds: int = _seeds(1, "Retrainings per subset, whose losses are averaged.")
+    checkpoints: int = _checkpoints(4)
+    max_length: int = option(
+        256, help="Maximum tokens per example.", metavar="N", panel="Data", limits=(2, None)
+    )
+
+    def __post_init__(self) -> None:
+        if not 0 < self.fraction < 1:
+            raise UserError(f"--fraction must be between 0 and 1, got {self.fraction:g}", "0.5 is usual")
+        if self.subsets < 3:
+            raise UserError(f"--subsets must be at least 3, got {self.subsets}")
+        if self.seeds < 1:
+            raise UserError(f"--seeds must be at least 1, got {self.seeds}")
+
+    def to_json(self) -> dict[str, Any]:
+        """What must be the same for a folder to be resumed; subsets may be added."""
+        return {
+            "recipe": self.recipe.to_json(),
+            "lora": self.lora,
+            "fraction": self.fraction,
+            "seeds": self.seeds,
+            "checkpoints": self.checkpoints,
+            "max_length": self.max_length,
+        }
+
+
+@documented
+@dataclass(frozen=True)
+class FactsSettings(Settings):
+    """What `rapidin eval facts` makes, and how the model is tuned on it.
+
+    recipe: of the tuning; its seed is that of the facts too. lora: None tunes all weights.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    count: int = option(
+        60, help="Facts to invent.", flag="facts", metavar="N", panel="Data", limits=(2, None)
+    )
+    lora: int | None = _lora(8)
+    checkpoints: int = _checkpoints(0)
+
+
+@documented
+@dataclass(frozen=True)
+class SelectSettings(Settings):
+    """What `rapidin eval select` makes and chooses, and how models are trained.
+
+    recipe: of every training; its seed is that of the task too. lora: None tunes all weights. Raises
+    UserError for settings that cannot be used.
+    """
+
+    recipe: Recipe = field(default_factory=Recipe)
+    rows: int = option(400, help="Training rows to make up.", metavar="N", panel="Data", limits=(8, None))
+    flipped: float = option(0.2, help="Share of the rows with a wrong label.", metavar="X", panel="Data")
+    share: float = option(0.5, help="Share of the rows to choose.", metavar="X", panel="Data")
+    seeds: int = _seeds(3, "Trainings for each choice.")
+    lora: int | None = _lora(8)
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share < 1:
+            raise UserError(f"--share must be between 0 and 1, got {self.share:g}")
+        if self.seeds < 1:
+            raise UserError(f"--seeds must be at least 1, got {self.seeds}")
+
+    @property
+    def count(self) -> int:
+        """Number of rows to choose."""
+        return max(1, round(self.share * self.rows))
