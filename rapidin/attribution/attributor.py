@@ -20,8 +20,9 @@ from rapidin.cache.codec import Format
 from rapidin.cache.layout import layer_table
 from rapidin.cache.manifest import gradient_settings
 from rapidin.data.encoding import Encoded, Encoder, Status, by_length
-from rapidin.data.examples import Examples, Record, open_examples
+from rapidin.data.examples import Examples, open_examples
 from rapidin.data.generations import Generation, as_records
+from rapidin.data.records import Record
 from rapidin.data.spans import HOTWORDS, Targets, find, split_words
 from rapidin.data.spans import check as check_targets
 from rapidin.errors import UserError, is_out_of_memory, short

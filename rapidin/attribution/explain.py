@@ -20,8 +20,9 @@ from rapidin.attribution.rerank import Sureness, find
 from rapidin.attribution.scan import Ends, Source, all_scores, hits_of, scores_of
 from rapidin.cache import Cache
 from rapidin.data.encoding import Encoded, Status
-from rapidin.data.examples import Examples, Record
+from rapidin.data.examples import Examples
 from rapidin.data.generations import Generation
+from rapidin.data.records import Record
 from rapidin.errors import UserError
 from rapidin.results.collection import Results
 from rapidin.results.types import Group, Hit, QueryResult, TargetResult, Tokens

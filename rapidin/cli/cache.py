@@ -209,7 +209,8 @@ def cache(
     """
     from rapidin.cli.progress import CachingBar
     from rapidin.cli.tables import counts_text
-    from rapidin.data.examples import files, open_examples
+    from rapidin.data.examples import open_examples
+    from rapidin.data.sources import join_paths
     from rapidin.distributed import world
     from rapidin.results.text import bytes_text, one_line, time_text
 
@@ -218,7 +219,7 @@ def cache(
     jobs = _jobs(model, adapter, base, checkpoints, masks, dropout, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        examples = open_examples(files(data), limit=limit, skip=on_error == OnError.skip)
+        examples = open_examples(join_paths(data), limit=limit, skip=on_error == OnError.skip)
     if console.is_terminal:
         console.print(f"{len(examples):,} examples in {one_line(', '.join(data))}")
     loaded, of = None, None

@@ -502,11 +502,11 @@ def _subject(
     with_model: bool = True,
 ) -> "Subject":
     """The cache with its data and model; the column is looked for before the model is loaded."""
-    from rapidin.data.examples import files
+    from rapidin.data.sources import join_paths
     from rapidin.evaluate import subject as room
 
     ensemble = open_caches([cache])
-    examples = room.open_data(ensemble, files(train_data))
+    examples = room.open_data(ensemble, join_paths(train_data))
     if column is not None:
         room.column(examples, column)
     if with_model:

@@ -197,7 +197,7 @@ def query(
         from rapidin.attribution.groups import check_column
         from rapidin.attribution.training_data import training_data
         from rapidin.cache import Cache
-        from rapidin.data.examples import files
+        from rapidin.data.sources import join_paths
 
         ensemble = open_caches(cache)
         finer: Cache | Literal["exact"] | None = None
@@ -209,7 +209,7 @@ def query(
             generations = [record | {HOTWORDS: hotwords} for record in generations]
         named = any(record.get(HOTWORDS) for record in generations)
         # Before the model: a file that has moved, or lacks a column, shows at once.
-        examples = training_data(opened, False if no_text or not leads else files(train_data))
+        examples = training_data(opened, False if no_text or not leads else join_paths(train_data))
         if by is not None and examples is not None:
             check_column(examples, by)
         ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code, shard_model)

@@ -6,7 +6,8 @@ from enum import IntEnum
 from itertools import pairwise, takewhile
 from typing import Any
 
-from rapidin.data.examples import EXPECTED_QUERY, FORMS, Examples, Record, form_of
+from rapidin.data.examples import Examples
+from rapidin.data.records import EXPECTED_QUERY, FORMS, Record, form_of
 from rapidin.errors import UserError
 
 

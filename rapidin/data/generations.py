@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from rapidin.data.encoding import Encoded, Status
-from rapidin.data.examples import frame_records
+from rapidin.data.sources import frame_records
 from rapidin.data.spans import Span
 from rapidin.errors import UserError, short
 

@@ -16,8 +16,9 @@ from rapidin.attribution.clock import Clock
 from rapidin.attribution.ensemble import Ensemble
 from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache
-from rapidin.data.examples import Examples, Files
+from rapidin.data.examples import Examples
 from rapidin.data.generations import Generation
+from rapidin.data.sources import Files
 from rapidin.errors import UserError, short
 from rapidin.evaluate.methods import Floats, Method, each_score
 from rapidin.evaluate.result import Result, Say, silent
