@@ -313,9 +313,9 @@ def test_statuses_and_truncation() -> None:
 
 
 def test_refused_options() -> None:
-    with pytest.raises(UserError, match="too_long is 'drop'; give 'truncate' or 'skip'"):
+    with pytest.raises(UserError, match="unknown too_long 'drop'; use 'truncate' or 'skip'"):
         encoder(too_long="drop")
-    with pytest.raises(UserError, match="max_length is 1"):
+    with pytest.raises(UserError, match="max_length must be at least 2, got 1"):
         encoder(max_length=1)
 
 
@@ -429,7 +429,7 @@ def test_check_names_the_chat_that_the_template_refuses(tmp_path: Path) -> None:
     wrong = {"messages": MESSAGES["messages"][1:]}
     encode.check(open_examples([MESSAGES, MESSAGES]))
     with pytest.raises(
-        UserError, match=r"line 3: the chat template refuses a chat with the roles .*user first"
+        UserError, match=r"line 3: the chat template rejects a chat with the roles .*user first"
     ):
         encode.check(open_examples(write(tmp_path / "chats.jsonl", MESSAGES, "", wrong)))
 
@@ -440,15 +440,17 @@ def test_refused_chats() -> None:
     tokenizer = tiny_tokenizer(chat=True)
     encode = Encoder(tokenizer, max_length=99)
     tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
-    with pytest.raises(UserError, match=r"rewrites what it has written .*messages\[1\]"):
+    with pytest.raises(UserError, match=r"changes earlier text .*messages\[1\]"):
         encode(MESSAGES)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(UserError, match="refuses a chat with the roles user: roles must alternate"):
+    with pytest.raises(UserError, match="rejects a chat with the roles user: roles must alternate"):
         encode({"messages": MESSAGES["messages"][:1]})
 
 
 def test_a_record_of_no_form() -> None:
-    with pytest.raises(UserError, match="a record with the fields 'question'; expected 'prompt'"):
+    with pytest.raises(
+        UserError, match="a record has none of the known forms; its fields are 'question'; expected 'prompt'"
+    ):
         encoder()({"question": "?"})
 
 

@@ -346,11 +346,11 @@ def test_without_inflating_the_ranking_works_and_shades_stay(shown: Shown) -> No
 
 def test_parts_that_no_token_selects_have_buttons(shown: Shown) -> None:
     targets = [
-        replace(RESULT.targets[0], text="all of it", places=tuple(range(24)), influence=0.4),
+        replace(RESULT.targets[0], text="all of it", positions=tuple(range(24)), influence=0.4),
         *RESULT.targets[1:],
     ]
     shown.open(
-        [replace(RESULT, targets=[*targets[1:], replace(targets[0], places=())], pieces=RESULT.pieces)]
+        [replace(RESULT, targets=[*targets[1:], replace(targets[0], positions=())], pieces=RESULT.pieces)]
     )
     (button,) = shown.all(".part")
     assert "all of it" in button.text
@@ -367,7 +367,7 @@ def test_parts_that_no_token_selects_have_buttons(shown: Shown) -> None:
 def test_where_parts_of_hits_are_not_known_nothing_can_be_selected(shown: Shown) -> None:
     bare = [[replace(hit, targets=()) for hit in end] for end in (RESULT.top, RESULT.bottom)]
     targets = [replace(target, top=[], bottom=[]) for target in RESULT.targets]
-    targets.append(replace(targets[0], text="all of it", places=tuple(range(24))))
+    targets.append(replace(targets[0], text="all of it", positions=tuple(range(24))))
     shown.open([replace(RESULT, top=bare[0], bottom=bare[1], targets=targets)])
     assert {token.get_attribute("role") for token in shown.tokens()} == {None}
     assert shown.all(".status, .hint, button.part") == []

@@ -23,8 +23,7 @@ from rapidin.data.encoding import Encoded, Encoder, Status, by_length
 from rapidin.data.examples import Examples, open_examples
 from rapidin.data.generations import Generation, as_records
 from rapidin.data.records import Record
-from rapidin.data.spans import HOTWORDS, Targets, find, split_words
-from rapidin.data.spans import check as check_targets
+from rapidin.data.spans import HOTWORDS, Targets, check_targets, find_spans, split_words
 from rapidin.errors import UserError, is_out_of_memory, short
 from rapidin.gradients.batch import Batch, LossKind, evaluation_mode
 from rapidin.gradients.collector import GradientSketcher, NotBatchedError, Projection
@@ -713,7 +712,7 @@ class Attributor:
         for owner, text in enumerate(texts):
             counted = [n for n, counts in enumerate(text.encoded.target) if counts]
             for span in text.spans:
-                chosen = {counted[place] for place in span.places}
+                chosen = {counted[position] for position in span.positions}
                 end = max(chosen) + 1
                 target = [n in chosen for n in range(end)]
                 queries.append(Encoded(text.encoded.ids[:end], target, Status.OK))
@@ -746,7 +745,7 @@ class Attributor:
         pieces = self.encoder.pieces(text.encoded.ids)
         counted = [piece for piece, counts in zip(pieces, text.encoded.target, strict=True) if counts]
         chosen = None if targets == "tokens" else words if isinstance(targets, str) else targets[n]
-        spans, missing = find(chosen, counted, text.completion)
+        spans, missing = find_spans(chosen, counted, text.completion)
         return replace(text, pieces=tuple(counted), spans=tuple(spans), missing=tuple(missing))
 
     def _generation(self, record: Record, max_new_tokens: int) -> Generation:

@@ -97,7 +97,7 @@ def explain(
                 )
                 for end, side in enumerate(hits)
             )
-            targets.append(TargetResult(span.text, span.places, influence, *both))
+            targets.append(TargetResult(span.text, span.positions, influence, *both))
         results.append(
             QueryResult(
                 text.prompt,

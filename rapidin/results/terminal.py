@@ -153,7 +153,7 @@ _SHADES = {  # backgrounds with an ink that can be read on them, from weak to st
 
 def shaded(result: QueryResult) -> Text | None:
     """The completion, each token shaded by its influence; None where not each was asked about."""
-    places = [target.places for target in result.targets]
+    places = [target.positions for target in result.targets]
     if not places or places != [(n,) for n in range(len(result.pieces))]:
         return None
     most = max(abs(target.influence) for target in result.targets)
@@ -173,7 +173,7 @@ _MOST_TARGETS = 12
 def targets_table(result: QueryResult, *, bounded: bool) -> RenderableType:
     """The parts of a generation, the most influential of them where there are many: what each brings to the
     scores of the most helpful examples, and the example that it comes from most."""
-    strongest = sorted(result.targets, key=lambda target: (-abs(target.influence), target.places))
+    strongest = sorted(result.targets, key=lambda target: (-abs(target.influence), target.positions))
     chosen = set(map(id, strongest[:_MOST_TARGETS]))
     shown = [target for target in result.targets if id(target) in chosen]
     title = "Parts of the completion"

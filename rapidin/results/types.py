@@ -122,13 +122,13 @@ class Hit:
 class TargetResult:
     """A part of a generation that was asked about by itself: a token, a hot word, a span.
 
-    text: what it says; places: its tokens, as places in `QueryResult.pieces`; influence: its part in the
+    text: what it says; positions: indices of its tokens in `QueryResult.pieces`; influence: its part in the
     scores of the generation's own most helpful hits, their mean; top, bottom: the hits of this part alone.
     Scores are parts of the generation's: those of all its tokens sum to the generation's score.
     """
 
     text: str
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
     influence: float
     top: list[Hit]
     bottom: list[Hit]
@@ -142,7 +142,7 @@ class TargetResult:
 
         return {
             "text": self.text,
-            "places": list(self.places),
+            "places": list(self.positions),
             "influence": self.influence,
             "top": brief(self.top),
             "bottom": brief(self.bottom),

@@ -54,8 +54,8 @@ class View:
         """For each token of the generation the smallest target that it is in, or -1."""
         found = [-1] * len(self.result.pieces)
         targets = self.result.targets
-        for n in sorted(range(len(targets)), key=lambda n: -len(targets[n].places)):
-            for place in targets[n].places:
+        for n in sorted(range(len(targets)), key=lambda n: -len(targets[n].positions)):
+            for place in targets[n].positions:
                 if 0 <= place < len(found):
                     found[place] = n
         return found
@@ -69,7 +69,7 @@ class View:
     def covered(self) -> bool:
         """Whether what tokens select adds up to the whole generation: each is in one target, none in two."""
         chosen = set(self.owners)
-        sizes = sum(len(self.result.targets[n].places) for n in chosen if n >= 0)
+        sizes = sum(len(self.result.targets[n].positions) for n in chosen if n >= 0)
         return bool(chosen) and -1 not in chosen and sizes == len(self.owners)
 
     @cached_property
