@@ -233,7 +233,7 @@ def test_query_data_the_model_writes_what_is_missing(place: Place, tmp_path: Pat
     ran = run("query", place.cache, *arguments, str(tmp_path / "hits.json"))
     assert ran.code == 0
     assert "Query 2 of 2" in ran.out
-    assert "(written by the model just now)" in ran.out
+    assert "(generated)" in ran.out
     first, second = json.loads((tmp_path / "hits.json").read_text())["queries"]
     assert first["generated"]
     assert first["completion"]

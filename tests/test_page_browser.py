@@ -528,7 +528,13 @@ def test_without_a_script_the_essentials_are_there(shown: Shown, scheme: str) ->
             assert hit.tokens is not None
             assert "".join(hit.tokens.pieces).split()[-1] in seen
             assert score_text(hit.score, True) in seen
-        for words in ("Most helpful", "Most harmful", "By source", "Scripts are off", "How to read this"):
+        for words in (
+            "Most helpful",
+            "Most harmful",
+            "By column: source",
+            "Scripts are off",
+            "How to read this",
+        ):
             assert words in seen
         tokens = shown.tokens()
         assert [token.get_attribute("class") or "" for token in tokens] == [
