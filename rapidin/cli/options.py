@@ -26,7 +26,7 @@ app = typer.Typer(
 )
 
 # Earlier names of flags, which still work and are not shown.
-RENAMED_FLAGS = {"--geometry": "--precondition"}
+RENAMED_FLAGS = {"--precondition": "--precondition"}
 
 
 def renamed_flags(arguments: Sequence[str]) -> list[str]:

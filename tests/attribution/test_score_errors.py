@@ -16,8 +16,8 @@ from torch import Tensor
 from rapidin.attribution import token_contributions
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.methods import METHODS, NORMALIZE
-from rapidin.attribution.options import Scoring
-from rapidin.attribution.query_sketch import Part, sources
+from rapidin.attribution.options import ScoringConfig
+from rapidin.attribution.query_sketch import QuerySketch, scans_of
 from rapidin.attribution.scan import all_scores
 from rapidin.attribution.score_errors import details, partners, places
 from rapidin.cache import Cache
@@ -47,20 +47,22 @@ ROWS, ASKED = RECORDS[:36], RECORDS[36:]
 EVERY = torch.arange(36).expand(QUERIES, 36)
 
 
-def queried(folder: Path, seed: int = 0, **settings: Any) -> tuple[Attributor, Cache, Part]:
+def queried(folder: Path, seed: int = 0, **settings: Any) -> tuple[Attributor, Cache, QuerySketch]:
     options = {key: settings.pop(key) for key in ("dtype", "bytes", "sample") if key in settings}
     settings = {"width": 64, "preconditioner": "off", "include": ["proj"]} | settings
     model = settings.pop("model", None) or tiny_llama(hidden_size=64, intermediate_size=96)
     attributor = Attributor(model, tiny_tokenizer(), seed=seed, **settings)
     cache = attributor.cache(ROWS, folder / f"cache-{seed}", shard_rows=11, **options)
     texts = attributor.generations(ASKED)
-    return attributor, cache, Part(cache, attributor.query_sketches(texts), 1.0)
+    return attributor, cache, QuerySketch(cache, attributor.query_sketches(texts), 1.0)
 
 
-def measured(part: Part | list[Part], normalize: str, method: str = "dot") -> tuple[Tensor, Tensor]:
+def measured(
+    part: QuerySketch | list[QuerySketch], normalize: str, method: str = "dot"
+) -> tuple[Tensor, Tensor]:
     """Scores and errors of all rows [QUERIES, 36] float64."""
     parts = part if isinstance(part, list) else [part]
-    found = details(sources(parts, [], Scoring(normalize, method)), EVERY)
+    found = details(scans_of(parts, [], ScoringConfig(normalize, method)), EVERY)
     return found.scores.double(), found.errors.double()
 
 
@@ -124,7 +126,7 @@ def test_details_are_those_of_a_scan(tmp_path: Path) -> None:
     for parts in ([part], [packed], [part, packed]):
         for method in METHODS:
             for normalize in NORMALIZE:
-                wanted = sources(parts, [], Scoring(normalize, method))
+                wanted = scans_of(parts, [], ScoringConfig(normalize, method))
                 every = all_scores(wanted).gather(1, rows.clamp(min=0))
                 found = details(wanted, rows)
                 assert bool(found.scores[:, 3].isnan().all())
@@ -143,7 +145,9 @@ def test_an_example_is_certain_of_itself(tmp_path: Path) -> None:
     attributor, cache, _ = queried(tmp_path, dtype="float32")
     texts = attributor.generations(ROWS[:2])
     for normalize in ("layer", "cosine"):
-        wanted = sources([Part(cache, attributor.query_sketches(texts))], texts, Scoring(normalize))
+        wanted = scans_of(
+            [QuerySketch(cache, attributor.query_sketches(texts))], texts, ScoringConfig(normalize)
+        )
         found = details(wanted, torch.tensor([[0, 5], [1, 5]]))
         assert found.scores[:, 0].tolist() == pytest.approx([1, 1], abs=1e-4)
         assert float(found.errors[:, 0].max()) < 1e-3 * float(found.errors[:, 1].min())
@@ -155,9 +159,9 @@ def test_targets_are_measured_by_their_generation(tmp_path: Path) -> None:
     (text,) = attributor.generations(ASKED[:1], targets=[[ASKED[0]["completion"].strip()]])
     assert len(text.spans) == 1
     sketch = attributor.query_sketches([text])
-    both = Part(cache, sketch, 1.0, sketch / 2)
+    both = QuerySketch(cache, sketch, 1.0, sketch / 2)
     for normalize in NORMALIZE:
-        found = details(sources([both], [text], Scoring(normalize)), EVERY[:2], wholes=[0, 0])
+        found = details(scans_of([both], [text], ScoringConfig(normalize)), EVERY[:2], wholes=[0, 0])
         torch.testing.assert_close(found.scores[1], found.scores[0] / 2)
         torch.testing.assert_close(found.errors[1], found.errors[0] / 2)
 
@@ -166,7 +170,7 @@ def test_several_caches(tmp_path: Path) -> None:
     """Another seed brings news, the same one does not."""
     first, same, other = (queried(tmp_path / str(n), seed=seed)[2] for n, seed in enumerate((0, 0, 1)))
     alone = measured(first, "layer")[1]
-    halves = [Part(part.cache, part.sketch, 0.5) for part in (first, same, other)]
+    halves = [QuerySketch(part.cache, part.sketch, 0.5) for part in (first, same, other)]
     torch.testing.assert_close(measured([halves[0], halves[1]], "layer")[1], alone)
     two = measured([halves[0], halves[2]], "layer")[1]
     torch.testing.assert_close(two, torch.hypot(alone, measured(other, "layer")[1]) / 2, rtol=1e-4, atol=1e-9)
@@ -175,7 +179,7 @@ def test_several_caches(tmp_path: Path) -> None:
 def test_tiny_gradients_have_errors(tmp_path: Path) -> None:
     """In float32 the squares of such products are 0."""
     _, cache, part = queried(tmp_path)
-    small = Part(cache, part.sketch * 1e-18)
+    small = QuerySketch(cache, part.sketch * 1e-18)
     plain, tiny = measured(part, "none"), measured(small, "none")
     for a, b in zip(plain, tiny, strict=True):
         torch.testing.assert_close(b * 1e18, a, rtol=1e-3, atol=0)
@@ -189,7 +193,7 @@ def test_one_bin_has_no_error_that_is_known(tmp_path: Path) -> None:
 def test_rows_that_are_not_there_are_refused(tmp_path: Path) -> None:
     _, _, part = queried(tmp_path)
     with pytest.raises(IndexError, match="not in the cache"):
-        details(sources([part], [], Scoring()), torch.tensor([[3, 36]]))
+        details(scans_of([part], [], ScoringConfig()), torch.tensor([[3, 36]]))
 
 
 @pytest.mark.parametrize(

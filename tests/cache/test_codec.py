@@ -23,9 +23,9 @@ from rapidin.cache.codec import (
     learn,
     least_bytes,
     row_bytes_besides,
-    width_for,
 )
 from rapidin.errors import UserError
+from rapidin.gradients.source import default_width
 from rapidin.ops import turn
 
 
@@ -216,8 +216,8 @@ def test_a_head_takes_an_eighth_of_the_bytes_and_256_at_most() -> None:
 
 
 def test_few_layers_get_wider_sketches() -> None:
-    assert [width_for(n) for n in (1, 12, 120, 210, 1000)] == [8192, 8192, 1024, 512, 512]
-    assert [width_for(n, 16384) for n in (12, 120, 210)] == [8192, 2048, 1024]
+    assert [default_width(n) for n in (1, 12, 120, 210, 1000)] == [8192, 8192, 1024, 512, 512]
+    assert [default_width(n, 16384) for n in (12, 120, 210)] == [8192, 2048, 1024]
 
 
 def test_no_room_is_said() -> None:

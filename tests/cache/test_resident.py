@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rapidin.attribution import methods
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.scan import Source, _pieces, carried, scan_pieces
+from rapidin.attribution.scan import CacheScan
 from rapidin.cache import Cache
 from rapidin.cache.resident import Resident
 from rapidin.ops.transfer import Conveyor, stride_there
@@ -133,7 +133,10 @@ class Sent(LateOrder):
 
 
 def scanned(
-    resident: Resident, sources: list[Source], within: tuple[int, int] = (0, 10**9), most: int | None = None
+    resident: Resident,
+    sources: list[CacheScan],
+    within: tuple[int, int] = (0, 10**9),
+    most: int | None = None,
 ) -> tuple[int, list[Tensor]]:
     """Bytes sent, and what was found."""
     order = Sent()
@@ -150,7 +153,7 @@ def same(one: list[Tensor], two: list[Tensor]) -> bool:
 def test_the_second_query_carries_nothing(
     cache: Cache, sketch: Tensor, normalize: str, most: int | None
 ) -> None:
-    source = Source(cache, methods.prepare(sketch, normalize=normalize))
+    source = CacheScan(cache, methods.prepare(sketch, normalize=normalize))
     streamed = list(scan_pieces([source], CPU, _pieces([source], most=most), top_k=6))
     wanted = [x for end in streamed for x in end]
     resident = Resident(SmallMemory(1 << 30))
@@ -172,7 +175,7 @@ def test_several_caches_stay_and_parts_of_them(cache: Cache, sketch: Tensor, tmp
     """Shards of unlike lengths, of which another process scans the rest."""
     other = Cache(cache.path)
     query = methods.prepare(sketch, normalize="none")
-    sources = [Source(cache, query), Source(other, query)]
+    sources = [CacheScan(cache, query), CacheScan(other, query)]
     wanted = [x for end in scan_pieces(sources, CPU, _pieces(sources), top_k=6) for x in end]
     resident = Resident(SmallMemory(1 << 30))
     for part in ((0, 18), (9, 18), (18, 27)):
@@ -192,29 +195,31 @@ def test_the_cache_scanned_longest_ago_makes_room(cache: Cache, sketch: Tensor) 
     memory = SmallMemory(1 << 30)
     first, second, third = (Cache(cache.path) for _ in range(3))
     resident = Resident(memory)
-    _, wanted = scanned(resident, [Source(first, query)])
+    _, wanted = scanned(resident, [CacheScan(first, query)])
     each = memory.taken
     memory.size = 2 * each + each // 2
-    assert scanned(resident, [Source(second, query)])[0] > 0
-    assert scanned(resident, [Source(first, query)])[0] == 0  # now the second is the older one
-    sent, found = scanned(resident, [Source(third, query)])
+    assert scanned(resident, [CacheScan(second, query)])[0] > 0
+    assert scanned(resident, [CacheScan(first, query)])[0] == 0  # now the second is the older one
+    sent, found = scanned(resident, [CacheScan(third, query)])
     assert sent > 0
     assert same(found, wanted)
     assert memory.taken == 2 * each
-    assert scanned(resident, [Source(first, query)])[0] == 0
-    assert scanned(resident, [Source(third, query)])[0] == 0
-    assert scanned(resident, [Source(second, query)])[0] > 0
-    assert scanned(resident, [Source(first, query)])[0] > 0
+    assert scanned(resident, [CacheScan(first, query)])[0] == 0
+    assert scanned(resident, [CacheScan(third, query)])[0] == 0
+    assert scanned(resident, [CacheScan(second, query)])[0] > 0
+    assert scanned(resident, [CacheScan(first, query)])[0] > 0
     # Two that are scanned together do not push each other out, and one too many is carried each time.
     memory.size = each + each // 2
-    together = [Source(second, query), Source(third, query)]
+    together = [CacheScan(second, query), CacheScan(third, query)]
     for _ in range(2):
         sent, _ = scanned(resident, together)
         assert sent > 0
         assert memory.taken <= memory.size
     memory.size = each // 2
     resident.forget()
-    assert scanned(resident, [Source(first, query)])[0] == scanned(resident, [Source(first, query)])[0] > 0
+    assert (
+        scanned(resident, [CacheScan(first, query)])[0] == scanned(resident, [CacheScan(first, query)])[0] > 0
+    )
     assert memory.taken == 0
 
 
@@ -224,13 +229,13 @@ def test_what_stays_goes_with_its_cache(cache: Cache, sketch: Tensor) -> None:
     memory = SmallMemory(1 << 30)
     resident = Resident(memory)
     opened = Cache(cache.path)
-    scanned(resident, [Source(opened, query)])
+    scanned(resident, [CacheScan(opened, query)])
     assert memory.taken > 0
     shards = opened.manifest.shards
     # A shard that has become another one is carried anew, and the one before let go.
     opened.manifest.shards = [replace(shards[0], sha256="0" * 64), *shards[1:]]
     taken, rows = memory.taken, shards[0].rows
-    sent, _ = scanned(resident, [Source(opened, query)])
+    sent, _ = scanned(resident, [CacheScan(opened, query)])
     assert 0 < sent <= 2 * rows * taken // sum(s.rows for s in shards)
     gc.collect()
     assert memory.taken == taken
@@ -238,7 +243,9 @@ def test_what_stays_goes_with_its_cache(cache: Cache, sketch: Tensor) -> None:
     gc.collect()
     assert memory.taken == 0
     never = Cache(cache.path, resident=False)
-    assert scanned(resident, [Source(never, query)])[0] == scanned(resident, [Source(never, query)])[0] > 0
+    assert (
+        scanned(resident, [CacheScan(never, query)])[0] == scanned(resident, [CacheScan(never, query)])[0] > 0
+    )
     assert memory.taken == 0
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 from rapidin import ops
 from rapidin.attribution import methods
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.scan import Source, scan_cache
+from rapidin.attribution.scan import CacheScan
 from rapidin.cache import Cache
 from rapidin.cache.codec import Basis, FloatCode, Format, PackedCode, fit, learn
 from rapidin.gradients.batch import Batch
@@ -267,8 +267,8 @@ def test_a_cache_of_a_gpu_is_that_of_the_cpu(tmp_path: Path, settings: dict[str,
 def test_a_scan_on_a_gpu_finds_what_the_cpu_finds(cache: Cache, sketch: Tensor) -> None:
     for normalize in ("layer", "none", "cosine"):
         query = methods.prepare(sketch, normalize=normalize)
-        (top, rows), (bottom, others) = scan_cache(Source(cache, query), 6)
-        (top2, rows2), (bottom2, others2) = scan_cache(Source(cache, query), 6, torch.device("cuda"))
+        (top, rows), (bottom, others) = scan_cache(CacheScan(cache, query), 6)
+        (top2, rows2), (bottom2, others2) = scan_cache(CacheScan(cache, query), 6, torch.device("cuda"))
         torch.testing.assert_close(top2, top, rtol=1e-3, atol=1e-5)
         torch.testing.assert_close(bottom2, bottom, rtol=1e-3, atol=1e-5)
         assert float((rows == rows2).float().mean()) > 0.9

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rapidin.attribution import methods, scan
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.scan import Source, scan_cache, scores_of
+from rapidin.attribution.scan import CacheScan
 from rapidin.attribution.selection import best_rows
 from rapidin.cache import Cache
 from rapidin.cache.build import CachingLoop
@@ -147,11 +147,13 @@ def test_a_scan_of_carried_shards_finds_the_same(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     cache = cpu_caches(name)
-    want = scan_cache(Source(cache, methods.prepare(sketches, cache, method=method, normalize=normalize)), 5)
+    want = scan_cache(
+        CacheScan(cache, methods.prepare(sketches, cache, method=method, normalize=normalize)), 5
+    )
     rest = stepped(gpu, monkeypatch)
     there = sketches.to(CUDA)
     with torch.device("meta"):
-        source = Source(cache, methods.prepare(there, cache, method=method, normalize=normalize))
+        source = CacheScan(cache, methods.prepare(there, cache, method=method, normalize=normalize))
         got, waits = scan_cache(source, 5), set(rest)
         chosen = scores_of(source, got[0][1][0].sort().values)
     assert source.query.vectors.device == CUDA

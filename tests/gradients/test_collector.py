@@ -8,7 +8,7 @@ from own_gradients import SEED, WIDTH, Scaled, own_gradients, own_sketches, rela
 from tiny import tiny_gpt2, tiny_llama, tiny_lora
 
 from rapidin import ops
-from rapidin.gradients.batch import Batch, example_losses
+from rapidin.gradients.batch import Batch
 from rapidin.gradients.collector import GradientSketcher, NotBatchedError
 from rapidin.gradients.load import LoadedModel
 from rapidin.gradients.parameters import block_seed, find_targets

@@ -41,7 +41,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from rapidin.attribution.attributor import HASH, Attributor
 from rapidin.attribution.ensemble import Ensemble, read_members
 from rapidin.attribution.methods import prepare, self_influence
-from rapidin.attribution.scan import Source, all_scores, scan_cache
+from rapidin.attribution.scan import CacheScan
 from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.codec import Basis, Format, Shape
@@ -376,7 +376,7 @@ def _read_cache(cache: Cache, report: bool) -> bool:
         assert len(read()) == len(cache)
     sketch = torch.ones(1, len(cache.layers), manifest.width)
     for normalize in ("layer", "none"):
-        source = Source(cache, prepare(sketch, cache, method="dot", normalize=normalize))
+        source = CacheScan(cache, prepare(sketch, cache, method="dot", normalize=normalize))
         (_, rows), _ = scan_cache(source, 2)
         assert int(rows.max()) < manifest.rows
     with contextlib.suppress(UserError):  # a cache may be for more examples than a table has room for

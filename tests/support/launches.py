@@ -31,10 +31,10 @@ ONE_ARCH_NAMES = re.compile(
 
 def default_dims() -> dict[int, int]:
     """{sketch dimension: a number of blocks for which it is the default}."""
-    from rapidin.cache.codec import width_for
+    from rapidin.gradients.source import default_width
 
     return {
-        width_for(blocks, budget): blocks
+        default_width(blocks, budget): blocks
         for budget in (None, 1 << 14)  # bytes an example: none asked for, and many
         for blocks in (1024, 512, *range(400, 0, -1))
     }

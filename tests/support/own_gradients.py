@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from rapidin import ops
-from rapidin.gradients.collector import Batch, example_losses
+from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.parameters import Target, block_seed
 
 WIDTH, SEED = 128, 11

@@ -9,8 +9,8 @@ import torch
 
 from rapidin.cache import CacheWriter, Manifest
 from rapidin.cache.codec import Format
+from rapidin.cache.layout import Block
 from rapidin.cache.shards import Rows
-from rapidin.gradients.parameters import Block
 
 LAYERS = [Block("a.weight", (3, 4), 0.5, 0, 8), Block("b.weight", (5, 2), 0.5, 8, 8)]
 
