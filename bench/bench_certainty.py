@@ -13,7 +13,7 @@ from made_cache import write_cache
 from turns import LIMIT_SECONDS, measure, sized
 
 from rapidin.attribution import methods
-from rapidin.attribution.scan import Source
+from rapidin.attribution.scan import CacheScan
 from rapidin.attribution.score_errors import details
 from rapidin.cache import Cache
 
@@ -30,7 +30,7 @@ def cache(request, tmp_path_factory) -> Cache:
 
 def bench_certainty(benchmark, cache):
     blocks = len(cache.layers)
-    source = Source(cache, methods.prepare(torch.randn(1, blocks, WIDTH), cache))
+    source = CacheScan(cache, methods.prepare(torch.randn(1, blocks, WIDTH), cache))
     rows = torch.randperm(ROWS)[None, :CHOSEN]
     held = torch.randn(CHOSEN, blocks, WIDTH)
 

@@ -22,7 +22,7 @@ from turns import clear_peak, in_turns, peak_mb, sized
 
 from rapidin import Attributor
 from rapidin.attribution import methods
-from rapidin.attribution.scan import Source, scan_cache
+from rapidin.attribution.scan import CacheScan
 from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.data.generations import Generation
 from rapidin.data.spans import Span
@@ -85,8 +85,8 @@ def bench_scan_for_tokens(benchmark):
         cache = attributor.cache(rows, folder)
         sketch = torch.randn(COMPLETION, len(cache.layers), cache.manifest.width)
         parts = (sketch / COMPLETION, [0] * COMPLETION)
-        one = Source(cache, methods.prepare(sketch.mean(0, keepdim=True)))
-        all_of_them = Source(cache, methods.prepare(sketch.mean(0, keepdim=True), parts=parts))
+        one = CacheScan(cache, methods.prepare(sketch.mean(0, keepdim=True)))
+        all_of_them = CacheScan(cache, methods.prepare(sketch.mean(0, keepdim=True), parts=parts))
 
         def scan(source):
             for _ in range(REPEATS):

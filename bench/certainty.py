@@ -25,8 +25,8 @@ from torch import Tensor
 
 from rapidin.attribution import token_contributions
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.options import Scoring
-from rapidin.attribution.query_sketch import Part, sources
+from rapidin.attribution.options import ScoringConfig
+from rapidin.attribution.query_sketch import QuerySketch, scans_of
 from rapidin.attribution.score_errors import details
 from rapidin.data.encoding import Encoded
 from rapidin.gradients.load import load_model
@@ -107,8 +107,8 @@ def main() -> None:
                 texts = attributor.generations(records[rows:])
                 sketch = attributor.query_sketches(texts)
                 for normalize in args.normalize:
-                    scoring = Scoring(normalize, args.method)
-                    got = details(sources([Part(cache, sketch)], texts, scoring), every)
+                    scoring = ScoringConfig(normalize, args.method)
+                    got = details(scans_of([QuerySketch(cache, sketch)], texts, scoring), every)
                     made.setdefault(normalize, []).append((got.scores.double(), got.errors.double()))
                     here = (
                         seed if args.preconditioner == "kfac" else 0

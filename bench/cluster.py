@@ -70,7 +70,7 @@ def caching(folder: str) -> dict[str, float]:
 
     from rapidin import Attributor, distributed
 
-    sys.path.insert(0, str(HERE.parent.parent / "tests"))
+    sys.path.insert(0, str(HERE.parent.parent / "tests" / "support"))
     from tiny import tiny_tokenizer
 
     world = distributed.world()
@@ -92,13 +92,13 @@ def scan(folder: str) -> dict[str, float]:
 
     from rapidin import distributed
     from rapidin.attribution import methods
-    from rapidin.attribution.scan import Source, scan_cache
+    from rapidin.attribution.scan import CacheScan
     from rapidin.cache import Cache
 
     cache, world = Cache(folder), distributed.world()
     blocks, width = len(cache.layers), cache.manifest.width
     query = torch.randn(1, blocks, width, generator=torch.Generator().manual_seed(0))
-    source = Source(cache, methods.prepare(query))
+    source = CacheScan(cache, methods.prepare(query))
     best = float("inf")
     for _ in range(6):
         world.meet()

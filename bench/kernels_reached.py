@@ -4,7 +4,8 @@ python bench/kernels_reached.py           # prints the table of docs/kernels.md;
 
 No kernel runs: the package itself is asked for the default sketch dimension of each model and for the backend
 of bfloat16 factors with K-FAC's preconditioner on both sides, as if on a GPU of each compute capability. Uses
-the extension, built for setup.py's default architectures, or else builds the emulated one (tests/emulator).
+the extension, built for setup.py's default architectures, or else builds the emulated one in
+tests/support/emulator.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def built_extension() -> Any:
     try:
         return cuda.extension()
     except ImportError:
-        sys.path.append(str(ROOT / "tests"))
+        sys.path.append(str(ROOT / "tests" / "support"))
         return import_module("emulator.build").emulated()
 
 

@@ -236,7 +236,7 @@ def measure(folder: Path, sizes: Sequence[int]) -> Measured:
 
     from rapidin.attribution import methods
     from rapidin.attribution.methods.moment import squares
-    from rapidin.attribution.scan import Source, scan_cache
+    from rapidin.attribution.scan import CacheScan
     from rapidin.cache import Cache, Manifest, codec
     from rapidin.cache.manifest import Shard, replace_file, shard_name
     from rapidin.data.examples import open_examples
@@ -248,7 +248,7 @@ def measure(folder: Path, sizes: Sequence[int]) -> Measured:
         opened = best(lambda: Cache(folder / "cache"))
         cache = Cache(folder / "cache")
         manifest = cache.manifest
-        source = Source(cache, methods.prepare(query))
+        source = CacheScan(cache, methods.prepare(query))
         scan_cache(source, 10)  # into memory
         scanned = best(lambda source=source: scan_cache(source, 10))  # type: ignore[misc]
         lengths = best(lambda c=cache: squares(c, "layer", query.device), 1)  # type: ignore[misc]

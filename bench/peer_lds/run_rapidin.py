@@ -71,11 +71,13 @@ class Cached:
     def scores(self, method: str, normalize: str, about: dict[str, Any], _: Path) -> tuple[Tensor, float]:
         """`Attributor.scores`, but for the sketches of the test texts, made once for all methods."""
         from rapidin.attribution import methods
-        from rapidin.attribution.scan import Source, all_scores
+        from rapidin.attribution.scan import CacheScan
 
         cache, sketch, size = self.make()
         began = time.perf_counter()
-        found = all_scores(Source(cache, methods.prepare(sketch, cache, method=method, normalize=normalize)))
+        found = all_scores(
+            CacheScan(cache, methods.prepare(sketch, cache, method=method, normalize=normalize))
+        )
         about |= {"cache_seconds": self.seconds, "scan_seconds": round(time.perf_counter() - began, 2)}
         return found, size
 

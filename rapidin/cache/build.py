@@ -390,7 +390,7 @@ class Progress:
 OnProgress = Callable[[Progress], None]
 
 
-class _Meter:
+class Meter:
     """Counts what caching does and tells the caller."""
 
     def __init__(

@@ -21,7 +21,7 @@ VERSION = 3
 _OLDER = 2  # read as well: `_renamed` says how its keys are called now
 NAME = "manifest.json"
 PRECONDITIONER = "preconditioner.safetensors"
-_PRECONDITIONER_FILES = (PRECONDITIONER, "geometry.safetensors")  # the latter in caches of version 2
+_PRECONDITIONER_FILES = (PRECONDITIONER, "preconditioner.safetensors")  # the latter in caches of version 2
 BASIS = "basis.safetensors"
 
 # What a manifest may say at most. Whatever is believed of it is first held against these, so that no manifest
@@ -465,7 +465,7 @@ def _renamed(value: Mapping[str, Any]) -> dict[str, Any]:
     gradient = value["gradient"]
     if not isinstance(gradient, dict):
         raise ValueError(f"'gradient' is {short(gradient)}")
-    gradient = {{"geometry": "preconditioner"}.get(key, key): part for key, part in gradient.items()}
+    gradient = {{"preconditioner": "preconditioner"}.get(key, key): part for key, part in gradient.items()}
     return {**value, "version": VERSION, "gradient": gradient}
 
 
