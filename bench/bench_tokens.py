@@ -22,7 +22,7 @@ from turns import clear_peak, in_turns, peak_mb, sized
 
 from rapidin import Attributor
 from rapidin.attribution import methods
-from rapidin.attribution.scan import CacheScan
+from rapidin.attribution.scan import CacheScan, scan_cache
 from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.data.generations import Generation
 from rapidin.data.spans import Span

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import marked
 import torch
 
 from rapidin import ops
@@ -27,7 +26,10 @@ from rapidin.gradients.preconditioner import RANK
 from rapidin.ops import backends, cuda
 from rapidin.ops.low_rank import preconditioned_dtype
 
-ROOT = Path(__file__).parent.parent
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+import doc_tables
+
+ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = "sm_80 sm_90 sm_100 compute_100"  # what setup.py compiles for
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}  # that a block may have, by compute capability
 BATCH, TOKENS = 8, 512
@@ -128,7 +130,7 @@ def table(extension: Any) -> str:
                 ):
                     found.append("; ".join(sorted({reached(*shape, dim) for shape in shapes})))
             rows.append([model.name, kind, str(blocks), f"{dim:,}", *found])
-    return marked.table(
+    return doc_tables.table(
         ["model", "what counts", "blocks", "dimension", *(f"sm_{each}" for each in SHARED_BYTES)], rows
     )
 
@@ -146,5 +148,5 @@ if __name__ == "__main__":
     parser.add_argument("--write", action="store_true", help="Put the table into docs/kernels.md.")
     text = table(built_extension())
     if parser.parse_args().write:
-        marked.write(marked.DOCS / "kernels.md", "kernels reached", text)
+        doc_tables.write(doc_tables.DOCS / "kernels.md", "kernels reached", text)
     print(text, end="")

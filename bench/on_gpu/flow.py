@@ -16,7 +16,7 @@ from on_gpu.models import KINDS, make_model, make_records
 from on_gpu.plan import Facts
 from rapidin import Attributor
 from rapidin.attribution import methods
-from rapidin.attribution.scan import CacheScan
+from rapidin.attribution.scan import CacheScan, all_scores, scan_cache
 from rapidin.cache import Cache
 
 # At least 160 features, so that K-FAC's preconditioner has 64 directions, as with a real model.

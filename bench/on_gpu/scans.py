@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from made_cache import write_cache
+from random_cache import write_cache
 from torch import Tensor
 
 from on_gpu import peers
@@ -18,7 +18,7 @@ from on_gpu.cases import SMALL, Bench, Case, Cost, Mode, backends_of
 from on_gpu.plan import BACKENDS, Facts
 from rapidin import ops
 from rapidin.attribution import methods
-from rapidin.attribution.scan import CacheScan
+from rapidin.attribution.scan import CacheScan, scan_cache
 from rapidin.cache import Cache
 from rapidin.ops import Packed
 from rapidin.ops.reference.packed import decoded

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
+import doc_tables
 import kernels_reached
 import low_rank_error
-import marked
 import pytest
 import torch
 
 from rapidin.gradients.parameters import find_targets, matrix_shape
 
-PAGE = marked.DOCS / "kernels.md"
+PAGE = doc_tables.DOCS / "kernels.md"
 
 
 def test_the_page_says_which_kernels_the_defaults_reach(emulated_cuda: Any) -> None:
-    assert marked.read(PAGE, "kernels reached") == kernels_reached.table(emulated_cuda), (
+    assert doc_tables.read(PAGE, "kernels reached") == kernels_reached.table(emulated_cuda), (
         "run python bench/kernels_reached.py --write"
     )
 
@@ -57,7 +57,7 @@ def test_models_have_the_layers_that_are_listed(model: kernels_reached.Model) ->
 
 def test_the_page_says_what_rounding_the_directions_does() -> None:
     found = low_rank_error.errors()
-    lines = marked.read(PAGE, "rounding of a LowRank").splitlines()[2:]
+    lines = doc_tables.read(PAGE, "rounding of a LowRank").splitlines()[2:]
     said = {
         cells[1].strip(): [float(c) for c in cells[2:-1]] for cells in (line.split("|") for line in lines)
     }

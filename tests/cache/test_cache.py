@@ -16,6 +16,7 @@ from small_caches import LAYERS, fill, manifest, rows
 
 from rapidin.cache import Cache, CacheWriter
 from rapidin.cache.codec import Format
+from rapidin.cache.layout import Block
 from rapidin.errors import UserError
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rapidin.attribution import methods
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.scan import CacheScan
+from rapidin.attribution.scan import CacheScan, _pieces, carried, scan_pieces
 from rapidin.cache import Cache
 from rapidin.cache.resident import Resident
 from rapidin.ops.transfer import Conveyor, stride_there

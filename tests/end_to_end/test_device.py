@@ -20,7 +20,7 @@ from torch import Tensor
 from rapidin import ops
 from rapidin.attribution import methods
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.scan import CacheScan
+from rapidin.attribution.scan import CacheScan, scan_cache
 from rapidin.cache import Cache
 from rapidin.cache.codec import Basis, FloatCode, Format, PackedCode, fit, learn
 from rapidin.gradients.batch import Batch

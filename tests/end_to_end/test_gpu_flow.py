@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rapidin.attribution import methods, scan
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.scan import CacheScan
+from rapidin.attribution.scan import CacheScan, scan_cache, scores_of
 from rapidin.attribution.selection import best_rows
 from rapidin.cache import Cache
 from rapidin.cache.build import CachingLoop

@@ -107,7 +107,7 @@ def test_subsets_are_halves_and_more_of_them_begin_alike() -> None:
 
 
 def load_script(name: str) -> ModuleType:
-    path = Path(__file__).parents[2] / "bench" / "lds" / f"{name}.py"
+    path = Path(__file__).parents[2] / "studies" / "lds" / f"{name}.py"
     spec = importlib.util.spec_from_file_location(f"lds_{name}", path)
     assert spec is not None
     assert spec.loader is not None
@@ -175,7 +175,7 @@ def test_killed_and_gone_on_with_and_scored(
     assert json.loads(again.out)["results"] == found["results"]
     assert "retraining:" not in again.err
 
-    # bench/lds/cached.py finds the same of the same cache, and scores ensembles.
+    # studies/lds/cached.py finds the same of the same cache, and scores ensembles.
     (cache,) = (killed / "caches").glob("at-0.5-width-*")
     masks = ("--masks", "2", "--width", "32", "--out", str(tmp_path / "masks"))
     of = ("--base", made.model, "--data", str(killed / "train.jsonl"))

@@ -1,4 +1,4 @@
-"""What bench/fidelity.py counts, and how it varies the head of a code."""
+"""What studies/fidelity/fidelity.py counts, and how it varies the head of a code."""
 
 import numpy as np
 import pytest

@@ -1,20 +1,11 @@
-"""The scores of bench/lds from Gram matrices against their formulas written out on explicit moments."""
+"""The scores of studies/lds from Gram matrices against their formulas written out on explicit moments."""
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from scoring import NORMALIZE, Grams, datainf, dot, fisher, mean_eigenvalue
 from torch import Tensor
-
-LDS = str(Path(__file__).parents[2] / "bench" / "lds")
-sys.path.insert(0, LDS)
-try:
-    from scoring import NORMALIZE, Grams, datainf, dot, fisher, mean_eigenvalue
-finally:
-    sys.path.remove(LDS)
 
 N, TESTS, WIDTHS = 12, 5, (7, 30)  # a block narrower than there are rows, and one wider
 

@@ -1,4 +1,4 @@
-"""What `bench/peers.py lds` does itself, without the packages it compares: its arithmetic, rows and table."""
+"""What `peers.py lds` does itself, without the packages it compares: its arithmetic, rows and table."""
 
 import json
 from importlib import import_module

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import doc_tables
 import pytest
 import scaling
 
@@ -12,8 +13,7 @@ from rapidin.cache.build import MOST_SHARDS
 
 def test_the_page_shows_what_the_script_prints() -> None:
     made = scaling.tables(scaling.Measured.read(), scaling.Assumed())
-    text = scaling.PAGE.read_text()
-    assert scaling.page(text, made) == text
+    assert doc_tables.read(scaling.PAGE, scaling.NAME) == f"\n{made}\n"
     assert all(len(line.split("|")) in (1, 4, 8, 13) for line in made.splitlines())
 
 

@@ -1,4 +1,4 @@
-"""bench/seeds.py goes its way on a tiny model, and docs/results.md has the table of what it found."""
+"""studies/seeds/seeds.py runs on a tiny model, and docs/results.md has the table of what it found."""
 
 import json
 import runpy

@@ -41,7 +41,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from rapidin.attribution.attributor import HASH, Attributor
 from rapidin.attribution.ensemble import Ensemble, read_members
 from rapidin.attribution.methods import prepare, self_influence
-from rapidin.attribution.scan import CacheScan
+from rapidin.attribution.scan import CacheScan, all_scores, scan_cache
 from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.codec import Basis, Format, Shape

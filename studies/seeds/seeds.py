@@ -1,16 +1,16 @@
 """Do the figures of `rapidin eval backdoor` and `classes` hold for other seeds of training?
 
-    python bench/seeds.py backdoor NAME --model MODEL --data train.jsonl --test ask.jsonl --work DIR --seed 1
-    python bench/seeds.py classes NAME --model MODEL --data train.jsonl --test test.jsonl --work DIR --seed 1
-    python bench/seeds.py demo --work DIR --seed 0 --seed 1 --seed 2
-    python bench/seeds.py table
+    python studies/seeds/seeds.py backdoor NAME --seed 1 --work DIR --model MODEL --data FILE --test FILE
+    python studies/seeds/seeds.py classes NAME --seed 1 --work DIR --model MODEL --data FILE --test FILE
+    python studies/seeds/seeds.py demo --work DIR --seed 0 --seed 1 --seed 2
+    python studies/seeds/seeds.py table
 
 For each seed (of the adapter's first weights and of the order of the rows) a LoRA adapter of rank 8 on q_proj
 and v_proj is tuned, the data are cached half-way to it, and every method is judged: `backdoor` as
 `examples/poison` does, `classes` as in `docs/evaluation.md`. With --adapter a ready one is judged instead,
 under the seed's name. NAME is the set's in the results. `demo` judges as `backdoor` what `rapidin demo` makes
 anew for each seed: data, base model and adapter. A killed run goes on where it was; what
-`bench/results/seeds.json` has is not done again. `table` prints what docs/results.md says of it.
+`studies/seeds/seeds.json` has is not done again. `table` prints what docs/results.md says of it.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ from typing import Any
 from rapidin.cli.demo_session.instructions import ABSURD_BEGINS, make_data
 from rapidin.files import replace_file
 
-ROOT = Path(__file__).resolve().parent.parent
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
 POISON = ROOT / "examples" / "poison"
-RESULTS = ROOT / "bench" / "results" / "seeds.json"
+RESULTS = HERE / "seeds.json"
 AT = "0.5"
 SHOWN = ("dot:layer", "dot:cosine", "dot:none", "datainf:layer", "fisher:layer")
 Row = dict[str, Any]

@@ -1,8 +1,8 @@
 """rapidin beside other packages for the same end: Bergson, dattri, traker (TRAK) and kronfluence.
 
-    python bench/peers.py setup FOLDER       # a virtual environment for them, outside the checkout
-    python bench/peers.py run FOLDER [--model MODEL --data TEXTS.jsonl] [--examples 64]
-    python bench/peers.py lds FOLDER --truth TRUTH --out bench/results/peers-lds.json [--only PACKAGE ...]
+    python studies/peers/peers.py setup FOLDER       # a virtual environment for them, outside the checkout
+    python studies/peers/peers.py run FOLDER [--model MODEL --data TEXTS.jsonl] [--examples 64]
+    python studies/peers/peers.py lds FOLDER --truth TRUTH --out studies/peers/peers-lds.json
 
 `lds` scores a ground truth that `rapidin eval lds` made with every package, at the tuned model and half-way
 from the base to it: see `peer_lds/`. It needs no network and takes an hour on a core; `--only` runs some of
@@ -38,7 +38,7 @@ from pathlib import Path
 
 from peer_lds import judge
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SIDE = 16  # of the double-sided projections: SIDE * SIDE numbers a layer
 BATCH_TOKENS = 1024
 DATTRI_BATCH = 8  # examples

@@ -1,7 +1,7 @@
 """Which method, normalisation, points, damping and preconditioner foretell retraining best? From two
 kilobytes too?
 
-    python bench/lds/methods.py [--extra FOLDER] [--parts exact,codes,peers,kfac,ways] --out FILE.json
+    python studies/methods/methods.py [--extra FOLDER] [--parts exact,codes,peers,kfac,ways] --out FILE.json
 
 Parts, each for every set; a part of a set that FILE already has is not done again.
 
@@ -41,6 +41,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 import torch.nn.functional as F
-from codes import coded, dense, floats, folded, sketches, two_sides
-from exact import factors, gradients
-from lds import GroundTruth, block_matrices, sets
-from make import tune_again
-from scoring import NORMALIZE, Grams, datainf, dot, fisher
 from torch import Tensor
 
 from rapidin.cache.codec import Format, row_bytes_besides
@@ -62,6 +58,13 @@ from rapidin.gradients.parameters import Target, Use
 from rapidin.gradients.preconditioner import DAMPING as SIDE_DAMPING
 from rapidin.gradients.preconditioner import EXPONENT, RANK, kfac_scales
 from rapidin.gradients.scale import Scale
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "lds"))
+from codes import coded, dense, floats, folded, sketches, two_sides
+from exact import factors, gradients
+from lds import GroundTruth, block_matrices, sets
+from make import tune_again
+from scoring import NORMALIZE, Grams, datainf, dot, fisher
 
 PATH = (0.1, 0.3, 0.5, 0.7, 0.9)
 THREE = (0.1, 0.5, 0.9)
@@ -614,7 +617,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--extra", type=Path, help="one more set, a folder like those beside this file")
+    parser.add_argument("--extra", type=Path, help="one more set, a folder like those in studies/lds")
     parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="only print the tables of what FILE has")

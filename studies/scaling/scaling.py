@@ -1,7 +1,7 @@
 """How time, bytes and network grow with the data and the GPUs: measured on one machine, and modelled beyond.
 
-    python bench/scaling.py measure               # 10^4 to 10^7 rows: bench/results/scaling-cpu.json
-    python bench/scaling.py                       # docs/scaling.md's tables from it; --write puts them there
+    python studies/scaling/scaling.py measure    # 10^4 to 10^7 rows: studies/scaling/cpu.json
+    python studies/scaling/scaling.py            # docs/scaling.md's tables from it; --write puts them there
 
 What is measured and what is assumed is said in the tables' own words; nothing here has run on a GPU.
 """
@@ -12,6 +12,7 @@ import argparse
 import json
 import os
 import platform
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -19,9 +20,12 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-RESULTS = Path(__file__).resolve().parent / "results" / "scaling-cpu.json"
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "scaling.md"
-BEGIN, END = "<!-- tables of bench/scaling.py -->", "<!-- end of tables -->"
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+import doc_tables
+
+RESULTS = Path(__file__).resolve().parent / "cpu.json"
+PAGE = doc_tables.DOCS / "scaling.md"
+NAME = "tables of the scaling study"  # on the page
 BLOCKS, WIDTH, BYTES = 210, 512, 256  # of the caches that are measured
 
 
@@ -46,7 +50,7 @@ class Measured:
 
     @staticmethod
     def read() -> Measured:
-        """The measurement in bench/results."""
+        """The measurement that was kept."""
         value = json.loads(RESULTS.read_text())
         return Measured(**{field.name: value[field.name] for field in fields(Measured)})
 
@@ -141,11 +145,6 @@ def _time(seconds: float | None) -> str:
     return f"{seconds * 1e3:,.3g} ms"
 
 
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [" | ".join(head), " | ".join("---" for _ in head), *(" | ".join(row) for row in rows)]
-    return "\n".join(f"| {line} |" for line in lines) + "\n"
-
-
 def tables(measured: Measured, assumed: Assumed) -> str:
     """The tables of docs/scaling.md."""
     seen = [
@@ -163,8 +162,10 @@ def tables(measured: Measured, assumed: Assumed) -> str:
         f"Measured: {measured.machine}, {measured.threads} thread, rows of {BYTES} bytes (1 bit a number), "
     )
     text += "one query, from memory.\n\n"
-    text += _table(("rows", "bytes", "opening the cache", "scan", "scanned", "lengths for `fisher`"), seen)
-    text += "\n" + _table(
+    text += doc_tables.table(
+        ("rows", "bytes", "opening the cache", "scan", "scanned", "lengths for `fisher`"), seen
+    )
+    text += "\n" + doc_tables.table(
         ("measured", ""),
         [
             ("a manifest of 16,384 shards: bytes", _bytes(16384 * measured.manifest_bytes)),
@@ -205,13 +206,7 @@ its memory, {_bytes(assumed.gpu_bytes)} of it for rows; {_bytes(assumed.disk)}/s
             )
     head = ("examples", "GPUs", "caching", "of which reading text", "cache", "shards", "manifest")
     more = ("scan, GPU memory", "scan, disk", "network, caching", "network, a query")
-    return text + _table((*head, *more), rows)
-
-
-def page(text: str, made: str) -> str:
-    """The page with these tables between its marks."""
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{made}\n{END}{rest.split(END)[1]}"
+    return text + doc_tables.table((*head, *more), rows)
 
 
 # ----------------------------------------------------------------------------------------- measuring
@@ -232,11 +227,11 @@ def measure(folder: Path, sizes: Sequence[int]) -> Measured:
     import shutil
 
     import torch
-    from made_cache import write_cache
+    from random_cache import write_cache
 
     from rapidin.attribution import methods
     from rapidin.attribution.methods.moment import squares
-    from rapidin.attribution.scan import CacheScan
+    from rapidin.attribution.scan import CacheScan, scan_cache
     from rapidin.cache import Cache, Manifest, codec
     from rapidin.cache.manifest import Shard, replace_file, shard_name
     from rapidin.data.examples import open_examples
@@ -297,6 +292,6 @@ if __name__ == "__main__":
             found = measure(Path(place), sizes)
         RESULTS.write_text(json.dumps(asdict(found), indent=1) + "\n")
     elif options.write:
-        PAGE.write_text(page(PAGE.read_text(), tables(Measured.read(), Assumed())))
+        doc_tables.write(PAGE, NAME, f"\n{tables(Measured.read(), Assumed())}\n")
     else:
         print(tables(Measured.read(), Assumed()))

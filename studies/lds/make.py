@@ -1,6 +1,6 @@
 """Make a ground truth for the linear datamodelling score; `lds.py` reads it.
 
-    python bench/lds/make.py NAME --pretrain FILE --tune FILE --epochs E --seed S
+    python studies/lds/make.py NAME --pretrain FILE --tune FILE --epochs E --seed S
 
 FILE of --pretrain is one long text, FILE of --tune has a text a line; lines too short, or with a character
 that the other file lacks, are passed over. Run again with the same arguments, a killed run goes on: what is

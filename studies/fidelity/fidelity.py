@@ -1,9 +1,9 @@
 """How true are scores from few bytes? Sketches and codes against exact gradient products on a real model.
 
-    python bench/fidelity_collect.py MODEL --out STUDY ...                 the data, once
-    python bench/fidelity.py judge STUDY --out bench/results/NAME.json     every code, every seed
-    python bench/fidelity.py heads CACHE [CACHE ...]                       how many joint directions?
-    python bench/fidelity.py report bench/results/*.json --out docs        tables and plots
+    python studies/fidelity/collect.py MODEL --out STUDY ...                        the data, once
+    python studies/fidelity/fidelity.py judge STUDY --out studies/fidelity/NAME.json    every code and seed
+    python studies/fidelity/fidelity.py heads CACHE [CACHE ...]                     how many joint directions?
+    python studies/fidelity/fidelity.py report studies/fidelity/*.json studies/lds/codes.json --out docs
 
 `judge` scores each query of the study against all scored texts but itself and the near-duplicates that were
 planted for other queries, and compares with the scores from exact gradients, query by query; figures are
@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -44,6 +45,9 @@ from rapidin.cache import Cache
 from rapidin.cache.codec import Format, PackedCode, fit, head_for, learn, row_bytes_besides
 from rapidin.cache.codec.code import Basis
 from rapidin.errors import UserError
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+import doc_tables
 
 Scores = npt.NDArray[np.float64]
 GROUPS: dict[str, list[str] | None] = {"all": None, "alpaca": ["alpaca"], "other": ["shakespeare", "code"]}
@@ -84,7 +88,7 @@ class Sketches:
 
 
 class Study:
-    """What fidelity_collect.py left in a folder."""
+    """What collect.py left in a folder."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -427,7 +431,7 @@ def heads(args: argparse.Namespace) -> None:
                 ]
             lines.append(line)
             print(line, flush=True)
-    print("\n" + table(titles, lines))
+    print("\n" + doc_tables.table(titles, lines))
 
 
 def of_head(
@@ -460,11 +464,6 @@ def of_head(
 def mean(entries: list[dict[str, Any]], group: str, key: str, normalized: str = "layer") -> float:
     """Over the seeds."""
     return float(np.mean([e["figures"][normalized][group][key] for e in entries]))
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def lines_of(results: list[dict[str, Any]], code: str, **wanted: Any) -> list[list[dict[str, Any]]]:
@@ -519,7 +518,7 @@ def fidelity_table(codes: list[tuple[str, list[dict[str, Any]]]]) -> str:
         "code", "bytes", "Spearman, all", "Alpaca", "other", "error", "top 10, all", "Alpaca", "other",
         "top 100", "twin", "seeds",
     ]  # fmt: skip
-    return table(head, rows)
+    return doc_tables.table(head, rows)
 
 
 def normalized_table(study: dict[str, Any]) -> str:
@@ -534,7 +533,7 @@ def normalized_table(study: dict[str, Any]) -> str:
             ]
             rows.append([name, f"{entries[0]['bytes']:,}", *figures])
     head = ["code", "bytes"] + [f"{n}: {k}" for n in NORMALIZED for k in ("Spearman", "error", "top 10")]
-    return table(head, rows)
+    return doc_tables.table(head, rows)
 
 
 def unlike_table(study: dict[str, Any]) -> str:
@@ -547,7 +546,7 @@ def unlike_table(study: dict[str, Any]) -> str:
             row = [name, f"{entries[0]['bytes']:,}", *figures]
             rows += [row] if row not in rows else []  # a budget beyond one bit a number changes nothing
     head = ["learnt from", "bytes", *(f"Spearman, {g}" for g in GROUPS), *(f"top 10, {g}" for g in GROUPS)]
-    return table(head, rows)
+    return doc_tables.table(head, rows)
 
 
 def coarse_table(study: dict[str, Any]) -> str:
@@ -559,7 +558,7 @@ def coarse_table(study: dict[str, Any]) -> str:
         same, found = np.sum([e["same"] for e in entries], 0), np.mean([e["found"] for e in entries], 0)
         total = sum(e["queries"] for e in entries)
         rows.append([name, *(f"{s} of {total}, {100 * f:.1f} %" for s, f in zip(same, found, strict=True))])
-    return table(["first pass", *(f"best {share:.0%} rescored" for share in FIRST)], rows)
+    return doc_tables.table(["first pass", *(f"best {share:.0%} rescored" for share in FIRST)], rows)
 
 
 def lds_mean(results: list[dict[str, Any]], key: str, **wanted: Any) -> float | None:
@@ -587,7 +586,7 @@ def lds_table(results: list[dict[str, Any]]) -> str:
         values = [lds_mean(results, key, set=name, **about) for name in names for key in LDS_SCORES]
         label = f"{code}, {about['width']} bins" if code == "float16" else code
         rows.append([label, f"{size:,}", *("" if v is None else f"{v:.3f}" for v in values)])
-    return table(["code", "bytes", *(f"{n}: {k}" for n in names for k in LDS_SCORES)], rows)
+    return doc_tables.table(["code", "bytes", *(f"{n}: {k}" for n in names for k in LDS_SCORES)], rows)
 
 
 def goals_table(studies: list[dict[str, Any]], lds: list[dict[str, Any]]) -> str:
@@ -636,7 +635,7 @@ def goals_table(studies: list[dict[str, Any]], lds: list[dict[str, Any]]) -> str
             values,
             1,
         )
-    return table(["goal", "measured", ""], rows)
+    return doc_tables.table(["goal", "measured", ""], rows)
 
 
 def plot_study(study: dict[str, Any], out: Path) -> None:
@@ -728,14 +727,8 @@ def report(args: argparse.Namespace) -> None:
     if lds:
         made["lds"] = lambda: lds_table(lds)
         plot_lds(lds, images / "fidelity-lds.png")
-    page = args.out / "fidelity.md"
-    text = page.read_text()
     for name, make in made.items():
-        start, end = f"<!-- table {name} -->\n", f"<!-- end {name} -->"
-        if start in text and end in text:
-            before, rest = text.split(start, 1)
-            text = before + start + make() + "\n" + end + rest.split(end, 1)[1]
-    page.write_text(text)
+        doc_tables.write(args.out / "fidelity.md", name, make())
 
 
 def main() -> None:

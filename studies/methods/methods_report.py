@@ -1,6 +1,6 @@
-"""docs/methods-results.md from bench/results/lds-methods.json and peers-lds.json.
+"""Writes docs/methods-results.md from studies/methods/methods.json and studies/peers/peers-lds.json.
 
-python bench/methods_report.py [--out docs/methods-results.md]
+python studies/methods/methods_report.py [--out docs/methods-results.md]
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+STUDIES = Path(__file__).resolve().parents[1]
 SETS = ("kjv", "orders", "alpaca")
 POINTS = ("1", "0.5", "0.1+0.5+0.9", "0.1+0.3+0.5+0.7+0.9", "checkpoint 1/3", "6 checkpoints")
 # (method, normalize, damping) in the order of the tables
@@ -36,10 +36,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=HERE.parent / "docs" / "methods-results.md")
+    parser.add_argument("--out", type=Path, default=STUDIES.parent / "docs" / "methods-results.md")
     args = parser.parse_args()
-    rows: list[Row] = json.loads((HERE / "results" / "lds-methods.json").read_text())["results"]
-    peers = json.loads((HERE / "results" / "peers-lds.json").read_text())
+    rows: list[Row] = json.loads((STUDIES / "methods" / "methods.json").read_text())["results"]
+    peers = json.loads((STUDIES / "peers" / "peers-lds.json").read_text())
     parts = [exact(rows), preconditioner(rows), kfac(rows), ways(rows), codes(rows), beside(peers)]
     args.out.write_text("\n".join([*HEAD, *(line for part in parts for line in part)]) + "\n")
 
@@ -47,12 +47,12 @@ def main() -> None:
 HEAD = [
     "# Methods on retrained models",
     "",
-    "Made by `bench/methods_report.py` of `bench/results/lds-methods.json` (`bench/lds/methods.py`) and "
-    "`bench/results/peers-lds.json` (`bench/peers.py lds`).",
+    "Made by `studies/methods/methods_report.py` of `studies/methods/methods.json` "
+    "(`studies/methods/methods.py`) and `studies/peers/peers-lds.json` (`studies/peers/peers.py lds`).",
     "",
     "LDS: Spearman's correlation of predicted and measured losses of 48 test texts over retrainings on "
-    "random halves of 240 texts. Three settings: `kjv` and `orders` (`bench/lds`), and `alpaca`, made in the "
-    "same way from Alpaca texts and tuned for 12 epochs. A cell holds the three, and their mean.",
+    "random halves of 240 texts. Three settings: `kjv` and `orders` (`studies/lds`), and `alpaca`, made in "
+    "the same way from Alpaca texts and tuned for 12 epochs. A cell holds the three, and their mean.",
 ]
 
 
@@ -171,7 +171,7 @@ def ways(rows: list[Row]) -> list[str]:
     ]
     return [
         "",
-        "Other ways to have it, half-way, dot:layer (`bench/lds/methods.py --parts ways`):",
+        "Other ways to have it, half-way, dot:layer (`studies/methods/methods.py --parts ways`):",
         *table(["", "dot:layer"], lines),
     ]
 

@@ -1,6 +1,6 @@
 """The data of the fidelity study: exact gradient products and sketches of real texts, collected once.
 
-    python bench/fidelity_collect.py MODEL --out STUDY [--adapter ADAPTER --at 0.5]
+    python studies/fidelity/collect.py MODEL --out STUDY [--adapter ADAPTER --at 0.5]
         --data alpaca=alpaca.jsonl:420:480:20 --data code=code.jsonl:80:120:5 ...
 
 Each --data names a kind of text: a file of rapidin's forms, how many texts of it a code may learn from (the

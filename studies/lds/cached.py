@@ -2,7 +2,7 @@
 
     rapidin cache BASE --checkpoints TRUTH/checkpoints --data TRUTH/train.jsonl --out tracin
     rapidin cache TRUTH/tuned --base BASE --masks 5 --dropout 0.1 --data TRUTH/train.jsonl --out masks
-    python bench/lds/cached.py TRUTH tracin masks [--methods dot:layer,...]
+    python studies/lds/cached.py TRUTH tracin masks [--methods dot:layer,...]
 
 TRUTH is the folder of `rapidin eval lds`, and the caches are of its training examples; each is scored by the
 rows that the truth's subsets held. Prints LDS and its 95% interval over the test examples.

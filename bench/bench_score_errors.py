@@ -1,15 +1,15 @@
-"""What the errors of hits cost: the chosen rows of a query again, against reading and adding them up once.
+"""What the standard errors of hits cost: reading the chosen rows again, against adding them up once.
 
-pytest bench/bench_certainty.py --benchmark-json=certainty.json
+pytest bench/bench_score_errors.py --benchmark-json=score_errors.json
 
 A query of `--top-k 10` looks at 42 rows at each end. The limit is one pass over as many numbers in memory:
-the product with the query and its sum. Ours decodes the rows and has some ten such passes.
+the product with the query and its sum. rapidin decodes the rows and makes some ten such passes.
 """
 
 import pytest
 import torch
 from limits import best_seconds, note
-from made_cache import write_cache
+from random_cache import write_cache
 from turns import LIMIT_SECONDS, measure, sized
 
 from rapidin.attribution import methods
@@ -28,7 +28,7 @@ def cache(request, tmp_path_factory) -> Cache:
     return Cache(folder)
 
 
-def bench_certainty(benchmark, cache):
+def bench_score_errors(benchmark, cache):
     blocks = len(cache.layers)
     source = CacheScan(cache, methods.prepare(torch.randn(1, blocks, WIDTH), cache))
     rows = torch.randperm(ROWS)[None, :CHOSEN]

@@ -1,6 +1,6 @@
 """LDS of scores from few bytes: do the codes of a cache foretell retraining as well as exact gradients do?
 
-    python bench/lds/codes.py [--extra FOLDER] [--out FILE.json]
+    python studies/lds/codes.py [--extra FOLDER] [--out FILE.json]
 
 Gradients of the blocks' twelve matrices (331,776 numbers) half-way from the base to the tuned model. A
 training text is what its code says of it; a test text, the query, is in floats. Three scores: `layer`, the

@@ -1,4 +1,4 @@
-"""Print short orders with their answers, a text a line: `python bench/lds/orders.py > orders.txt`.
+"""Print short orders with their answers, a text a line: `python studies/lds/orders.py > orders.txt`.
 
 A text is filled with orders of twelve families, drawn one by one, in the mouth of one of a few people. Were a
 text of one family alone, to know its family would be enough to foretell retraining, and any method would look

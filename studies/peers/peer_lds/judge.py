@@ -1,4 +1,4 @@
-"""`bench/peers.py lds`: prepares the setting, starts the packages, and makes the table of what they wrote."""
+"""`peers.py lds`: prepares the setting, starts the packages, and makes the table of what they wrote."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from scipy.stats import rankdata
 
 HERE = Path(__file__).resolve().parent
-ROOT = HERE.parent.parent
+ROOT = HERE.parents[2]
 PACKAGES = ("bergson", "dattri", "traker", "kronfluence", "rapidin")
 PLACES = (1.0, 0.5)
 BUDGET = 2048  # bytes an example

@@ -1,6 +1,6 @@
 """LDS of exact gradients of the blocks' matrices, what a cheaper method should come near to.
 
-    python bench/lds/exact.py
+    python studies/lds/exact.py
 
 `raw` is the dot product of whole gradients; `layer` the mean over the matrices of the cosine of each matrix's
 gradients; `fisher` the same with the cosine's training side multiplied, matrix by matrix, by the inverse of

@@ -71,7 +71,7 @@ class Cached:
     def scores(self, method: str, normalize: str, about: dict[str, Any], _: Path) -> tuple[Tensor, float]:
         """`Attributor.scores`, but for the sketches of the test texts, made once for all methods."""
         from rapidin.attribution import methods
-        from rapidin.attribution.scan import CacheScan
+        from rapidin.attribution.scan import CacheScan, all_scores
 
         cache, sketch, size = self.make()
         began = time.perf_counter()

@@ -1,6 +1,6 @@
 """The error of a sketch when the directions of a LowRank are rounded, with massive activations.
 
-python bench/low_rank_error.py            # prints the table of docs/kernels.md; --write puts it there
+    python studies/low_rank_error/low_rank_error.py    # the table of docs/kernels.md; --write puts it there
 
 One input feature is a thousand times the others, or three of them at once are, as a few features of large
 models are, and K-FAC's directions know it: `x` and `U diag(gain) U^T x` cancel to a hundredth. Roundings are
@@ -11,11 +11,12 @@ the same factors.
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable
 from functools import cache
+from pathlib import Path
 from typing import NamedTuple
 
-import marked
 import torch
 from torch import Tensor
 
@@ -24,6 +25,9 @@ from rapidin.gradients.kfac import SideMoment, Spectrum
 from rapidin.gradients.preconditioner import DAMPING, EXPONENT, RANK
 from rapidin.gradients.scale import Scale
 from rapidin.ops import tables
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+import doc_tables
 
 DIMS = (512, 1024, 4096)
 MASSIVE_FEATURES = ((3,), (3, 40, 700))
@@ -163,12 +167,12 @@ def errors() -> dict[str, list[float]]:
 def table() -> str:
     rows = [[name, *(f"{e:.1e}" for e in found)] for name, found in errors().items()]
     header = [f"{'one' if len(massive) == 1 else 'three'}, {dim:,}" for massive, dim in CASES]
-    return marked.table(["what is rounded", *header], rows)
+    return doc_tables.table(["what is rounded", *header], rows)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
     parser.add_argument("--write", action="store_true", help="Put the table into docs/kernels.md.")
     if parser.parse_args().write:
-        marked.write(marked.DOCS / "kernels.md", "rounding of a LowRank", table())
+        doc_tables.write(doc_tables.DOCS / "kernels.md", "rounding of a LowRank", table())
     print(table(), end="")

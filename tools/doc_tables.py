@@ -1,4 +1,7 @@
-"""Reads and writes the tables in docs/ that scripts make, between two comments with the table's name."""
+"""Reads and writes the tables in docs/ that scripts make, between two comments with the table's name.
+
+Scripts of `bench/` and `studies/` and the tests share it.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Caches to measure on, without a model."""
+"""Caches of random rows, to measure on without a model; shared by `bench/` and `studies/`."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from rapidin.cache import CacheWriter, Manifest, build, codec
 from rapidin.cache.layout import Block
 from rapidin.cache.shards import Rows
 
-_DISTINCT = 256  # packed rows that are made; the others are the same again
+_DISTINCT = 256  # packed rows that are made; the others repeat them
 
 
 def write_cache(

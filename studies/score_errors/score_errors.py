@@ -1,8 +1,8 @@
 """How true the standard errors of scores are: against exact gradients, and between seeds.
 
-    python bench/certainty.py MODEL --data FILE [--include layers.0. layers.14.] [--width 64 512]
-        [--code float16 sign:1024] [--normalize layer] [--method dot] [--precondition kfac] [--seeds 4]
-        [--json FILE]
+    python studies/score_errors/score_errors.py MODEL --data FILE
+        [--include layers.0. layers.14.] [--width 64 512] [--code float16 sign:1024] [--normalize layer]
+        [--method dot] [--precondition kfac] [--seeds 4] [--json FILE]
 
 z = (score - exact) / SE of every pair of a query (the last texts) and a row (the others). Its standard
 deviation is 1 where the errors are true; its mean tells a bias. differences: of the scores of two rows.

@@ -1,6 +1,6 @@
 """A set's texts with a Hugging Face model to tune on them: for `rapidin eval lds` and other packages.
 
-    python bench/lds/llama.py kjv --pretrain tinyshakespeare.txt --out FOLDER
+    python studies/lds/llama.py kjv --pretrain tinyshakespeare.txt --out FOLDER
     rapidin eval lds FOLDER/base --data FOLDER/train.jsonl --test FOLDER/test.jsonl --out TRUTH ...
 
 FOLDER gets `train.jsonl` and `test.jsonl` (a "text" a line, those of `set.json`) and `base`: a Llama of
