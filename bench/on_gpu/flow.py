@@ -16,6 +16,7 @@ from on_gpu.models import KINDS, make_model, make_records
 from on_gpu.plan import Facts
 from rapidin import Attributor
 from rapidin.attribution import methods
+from rapidin.attribution.provenance import checked
 from rapidin.attribution.scan import CacheScan, all_scores, scan_cache
 from rapidin.cache import Cache
 
@@ -82,8 +83,8 @@ def _hits(attributor: Attributor, cache: Cache, asked: list[dict[str, str]]) -> 
 
 def _source(attributor: Attributor, cache: Cache, asked: list[dict[str, str]]) -> CacheScan:
     """What `query` scans for, without what it prints with, for where rich is not installed."""
-    attributor.check(cache.manifest)
-    sketch, _ = attributor._sketch([attributor.encoder(record) for record in asked])
+    checked(attributor.source, cache.manifest)
+    sketch, _ = attributor.source.sketches([attributor.source.encoder(record) for record in asked])
     return CacheScan(cache, methods.prepare(sketch))
 
 

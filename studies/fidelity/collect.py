@@ -57,14 +57,14 @@ def change_a_word(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 class Collector:
     def __init__(self, attributor: Attributor, seeds: dict[int, int], projected: int) -> None:
         self.attributor = attributor
-        self.names = [target.name for target in attributor.targets]
+        self.names = [target.name for target in attributor.source.targets]
         self.seeds = seeds
         self.projected = projected
         self.matrices: dict[tuple[str, int], Tensor] = {}
 
     def factors(self, encoded: list[Encoded]) -> list[tuple[Tensor, Tensor]]:
-        with self.attributor.loaded.path.at(self.attributor.points[0]):
-            return self.attributor.sketcher.factors(Batch.of([(e.ids, e.target) for e in encoded]))
+        with self.attributor.loaded.path.at(self.attributor.source.points[0]):
+            return self.attributor.source.sketcher.factors(Batch.of([(e.ids, e.target) for e in encoded]))
 
     def sketches(self, columns: Tensor, rows: Tensor, name: str) -> dict[int, tuple[Tensor, Tensor]]:
         made = {}
@@ -118,16 +118,16 @@ def main() -> None:
         kind, rest = text.split("=", 1)
         file, *counts = rest.rsplit(":", 3)
         n_sample, n_scored, n_query = map(int, counts)
-        records = [r for r in open_examples(file) if attributor.encoder(r).status == Status.OK]
+        records = [r for r in open_examples(file) if attributor.source.encoder(r).status == Status.OK]
         records = records[: n_sample + n_scored]
-        groups["sample"] += [(kind, attributor.encoder(r)) for r in records[:n_sample]]
+        groups["sample"] += [(kind, attributor.source.encoder(r)) for r in records[:n_sample]]
         for number, record in enumerate(records[n_sample:]):
             if number < n_query:
                 queries.append(len(groups["scored"]))
-            groups["scored"].append((kind, attributor.encoder(record)))
+            groups["scored"].append((kind, attributor.source.encoder(record)))
             if number < n_query:
                 near.append(len(groups["scored"]))
-                groups["scored"].append((kind, attributor.encoder(change_a_word(record, rng))))
+                groups["scored"].append((kind, attributor.source.encoder(change_a_word(record, rng))))
     collector = Collector(
         attributor, {int(s): int(w) for s, w in (p.split(":") for p in args.seeds.split(","))}, args.projected
     )
@@ -135,7 +135,7 @@ def main() -> None:
     layers = len(collector.names)
     scored = groups["scored"]
     start = time.perf_counter()
-    with attributor.at(0):
+    with attributor.source.at(0):
         exact = ExactQueries(factors_of(attributor, scored[n][1], 0) for n in queries)
     print(f"{len(queries)} queries after {time.perf_counter() - start:.0f} s", flush=True)
     products = torch.zeros(len(queries), len(scored), layers)
@@ -185,7 +185,7 @@ def main() -> None:
         json.dumps(
             {
                 "layers": collector.names,
-                "shapes": [list(t.shape) for t in attributor.targets],
+                "shapes": [list(t.shape) for t in attributor.source.targets],
                 "sample": [kind for kind, _ in groups["sample"]],
                 "scored": [kind for kind, _ in scored],
                 "tokens": sum(len(e.ids) for texts in groups.values() for _, e in texts),

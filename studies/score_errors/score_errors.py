@@ -25,8 +25,10 @@ from torch import Tensor
 
 from rapidin.attribution import token_contributions
 from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.generate import generations_of
 from rapidin.attribution.options import ScoringConfig
-from rapidin.attribution.query_sketch import QuerySketch, scans_of
+from rapidin.attribution.provenance import checked
+from rapidin.attribution.query_sketch import QuerySketch, scans_of, sketch_generations
 from rapidin.attribution.score_errors import details
 from rapidin.data.encoding import Encoded
 from rapidin.gradients.load import load_model
@@ -103,9 +105,9 @@ def main() -> None:
                     bytes=int(size) if size else None,
                     sample=rows if size else 0,
                 )
-                attributor.check(cache.manifest)
-                texts = attributor.generations(records[rows:])
-                sketch = attributor.query_sketches(texts)
+                checked(attributor.source, cache.manifest)
+                texts = generations_of(attributor.source, records[rows:])
+                sketch = sketch_generations(attributor.source, texts)
                 for normalize in args.normalize:
                     scoring = ScoringConfig(normalize, args.method)
                     got = details(scans_of([QuerySketch(cache, sketch)], texts, scoring), every)
@@ -115,7 +117,7 @@ def main() -> None:
                     )  # K-FAC's finds its directions by the seed
                     if args.method == "dot":
                         if (here, normalize) not in truth:
-                            encoded = [attributor.encoder(record) for record in records]
+                            encoded = [attributor.source.encoder(record) for record in records]
                             truth[here, normalize] = exact_scores(
                                 attributor, args.queries, encoded, normalize
                             )

@@ -10,6 +10,7 @@ import torch
 from tiny import records, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.generate import generations_of
 from rapidin.cache import Cache
 from rapidin.cache.build import Progress
 from rapidin.data.encoding import Status
@@ -29,9 +30,9 @@ def cache(attributor: Attributor, tmp_path_factory: pytest.TempPathFactory) -> C
 
 def raw(attributor: Attributor, rows: list[dict[str, Any]]) -> torch.Tensor:
     """[n, blocks, width]: each record alone."""
-    encoded = [attributor.encoder(record) for record in rows]
-    with attributor.loaded.path.at(attributor.points[0]):
-        return torch.cat([attributor.sketcher(Batch.of([(e.ids, e.target)]))[0] for e in encoded])
+    encoded = [attributor.source.encoder(record) for record in rows]
+    with attributor.loaded.path.at(attributor.source.points[0]):
+        return torch.cat([attributor.source.sketcher(Batch.of([(e.ids, e.target)]))[0] for e in encoded])
 
 
 def test_rows_are_the_examples_own_sketches_in_order(attributor: Attributor, cache: Cache) -> None:
@@ -106,10 +107,12 @@ def test_answers_are_written_without_dropout_and_the_model_is_left_as_it_was(
     attributor: Attributor, cache: Cache
 ) -> None:
     model = attributor.loaded.model
-    wanted = attributor.generations([{"prompt": "one two: "}], 8)[0].completion
+    wanted = generations_of(attributor.source, [{"prompt": "one two: "}], 8)[0].completion
     model.train()
     try:
-        found = [attributor.generations([{"prompt": "one two: "}], 8)[0].completion for _ in range(5)]
+        found = [
+            generations_of(attributor.source, [{"prompt": "one two: "}], 8)[0].completion for _ in range(5)
+        ]
         assert model.training
     finally:
         model.eval()

@@ -15,6 +15,8 @@ from tiny import records, save_tiny, tiny_llama, tiny_lora, tiny_tokenizer
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.checkpoints import find_checkpoints
 from rapidin.attribution.ensemble import Ensemble, Member, QueryOptions, ScoreOptions, read_members
+from rapidin.attribution.generate import generations_of
+from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.cache import Cache, Manifest
 from rapidin.cli import main
 from rapidin.errors import UserError
@@ -139,16 +141,21 @@ def test_a_thinned_model_is_another_model_for_all_texts_alike(tmp_path: Path) ->
     model, tokenizer = tiny_lora(tiny_llama()), tiny_tokenizer()
     found = []
     for seed in (0, 0, 1):
-        attributor = Attributor(model, tokenizer, width=64, thinning=Thinning(0.3, seed))
-        found.append(attributor.query_sketches(attributor.generations(QUERIES)))
-        alone = attributor.query_sketches(attributor.generations(QUERIES[1:2]))
+        attributor = Attributor(model, tokenizer, width=64, dropout=Thinning(0.3, seed))
+        found.append(sketch_generations(attributor.source, generations_of(attributor.source, QUERIES)))
+        alone = sketch_generations(attributor.source, generations_of(attributor.source, QUERIES[1:2]))
         assert float((alone[0] - found[-1][1]).norm() / alone.norm()) < 1e-4
     assert torch.equal(found[0], found[1])
     assert float((found[0] - found[2]).norm() / found[0].norm()) > 0.1
     plain = Attributor(model, tokenizer, width=64)
-    untouched = plain.query_sketches(plain.generations(QUERIES))  # nothing of a mask is left on the model
+    untouched = sketch_generations(
+        plain.source, generations_of(plain.source, QUERIES)
+    )  # nothing of a mask is left on the model
     assert torch.equal(
-        untouched, Attributor(model, tokenizer, width=64).query_sketches(plain.generations(QUERIES))
+        untouched,
+        sketch_generations(
+            Attributor(model, tokenizer, width=64).source, generations_of(plain.source, QUERIES)
+        ),
     )
     with pytest.raises(UserError, match="dropout"):
         Thinning(1.0, 0)
@@ -156,7 +163,7 @@ def test_a_thinned_model_is_another_model_for_all_texts_alike(tmp_path: Path) ->
 
 def test_the_manifest_says_the_mask_and_the_query_follows(tmp_path: Path) -> None:
     model, tokenizer = tiny_lora(tiny_llama()), tiny_tokenizer()
-    cache = Attributor(model, tokenizer, width=64, thinning=Thinning(0.3, 5)).cache(records(), tmp_path)
+    cache = Attributor(model, tokenizer, width=64, dropout=Thinning(0.3, 5)).cache(records(), tmp_path)
     assert cache.manifest.gradient["dropout"] == {"rate": 0.3, "seed": 5}
     again = Attributor.like(cache.manifest, model, tokenizer)
     assert again.thinning == Thinning(0.3, 5)

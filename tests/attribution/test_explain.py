@@ -14,8 +14,9 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble, Member
+from rapidin.attribution.generate import generations_of
 from rapidin.attribution.options import ScoringConfig
-from rapidin.attribution.query_sketch import QuerySketch, scans_of
+from rapidin.attribution.query_sketch import QuerySketch, scans_of, sketch_generations
 from rapidin.attribution.score_errors import details, places
 from rapidin.cache import Cache
 from rapidin.errors import UserError
@@ -48,8 +49,10 @@ def hits(result: QueryResult) -> list[Hit]:
 def test_errors_and_ranks_stand_by_default(made: tuple[Attributor, Cache]) -> None:
     attributor, cache = made
     results = attributor.query(cache, ASKED, top_k=8, examples=ROWS)
-    texts = attributor.generations(ASKED)
-    source = scans_of([QuerySketch(cache, attributor.query_sketches(texts))], texts, ScoringConfig())
+    texts = generations_of(attributor.source, ASKED)
+    source = scans_of(
+        [QuerySketch(cache, sketch_generations(attributor.source, texts))], texts, ScoringConfig()
+    )
     for n, result in enumerate(results):
         for end, sign in ((result.top, 1), (result.bottom, -1)):
             rows = torch.tensor([[hit.row for hit in end]])

@@ -20,7 +20,9 @@ import rapidin
 from rapidin import distributed
 from rapidin.attribution import methods
 from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.generate import generations_of
 from rapidin.attribution.methods import datainf, fisher, moment, vectors
+from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.cache import Cache
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch
@@ -46,10 +48,10 @@ def cache(attributor: Attributor, tmp_path_factory: pytest.TempPathFactory) -> C
 def gradients(attributor: Attributor, rows: list[dict[str, Any]]) -> list[Tensor]:
     """Of each parameter [n, numbers] float64, by autograd's own factors, at the attributor's first point."""
     found = []
-    with attributor.loaded.path.at(attributor.points[0]):
+    with attributor.loaded.path.at(attributor.source.points[0]):
         for record in rows:
-            encoded = attributor.encoder(record)
-            factors = attributor.sketcher.factors(Batch.of([(encoded.ids, encoded.target)]))
+            encoded = attributor.source.encoder(record)
+            factors = attributor.source.sketcher.factors(Batch.of([(encoded.ids, encoded.target)]))
             found.append([torch.bmm(g.double().mT, a.double()).flatten() for a, g in factors])
     return [torch.stack(column) for column in zip(*found, strict=True)]
 
@@ -123,7 +125,7 @@ def test_with_any_sketch_a_method_is_its_formula_on_the_sketches(
     cache = attributor.cache(records(), tmp_path, dtype="float32", shard_rows=11)
     shape = (-1, len(cache.layers), width)
     unit, lengths = cache.sketches().view(shape).double(), cache.lengths().double()
-    query = attributor.query_sketches(attributor.generations(QUERIES)).double()
+    query = sketch_generations(attributor.source, generations_of(attributor.source, QUERIES)).double()
     # DataInf's damping counts the parameter's numbers, not the bins.
     numbers = [prod(block.shape) for block in cache.layers]
     train = [unit[:, b] * lengths[:, b, None] for b in range(shape[1])]
@@ -170,7 +172,7 @@ def test_several_points_are_blocks_of_their_own(tmp_path: Path) -> None:
     got = attributor.scores(cache, QUERIES, method="fisher")
     want = torch.zeros_like(got, dtype=torch.float64)
     for point in (0.25, 0.75):
-        attributor.points = [point]
+        attributor.source.points = [point]
         want += by_formula(
             gradients(attributor, records()),
             gradients(attributor, QUERIES),
@@ -262,7 +264,7 @@ def test_processes_share_a_methods_work_and_get_the_bits_of_one(
 ) -> None:
     attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=16)
     cache = attributor.cache(records(75), tmp_path, shard_rows=2)  # more shards than lots
-    query = attributor.query_sketches(attributor.generations(QUERIES))
+    query = sketch_generations(attributor.source, generations_of(attributor.source, QUERIES))
     monkeypatch.setattr(moment, "_SENT_BYTES", 32 * 8 * query[0].numel() * 3)  # three queries at a time
 
     def turned() -> methods.ScanQuery:
@@ -316,7 +318,7 @@ def test_tiny_and_large_gradients_change_nothing(tmp_path: Path, method: Any) ->
 
     attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=16)
     made = attributor.cache(records(), tmp_path / "made", dtype="float32")
-    query = attributor.query_sketches(attributor.generations(QUERIES))
+    query = sketch_generations(attributor.source, generations_of(attributor.source, QUERIES))
     want = methods.prepare(query, made, method=method, normalize="none").vectors.double()
     for factor in (1e-12, 1e12):
         manifest = Manifest.read(made.path)

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from rapidin.attribution import token_contributions
 from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.generate import generations_of
 from rapidin.attribution.methods import METHODS, NORMALIZE
 from rapidin.attribution.options import ScoringConfig
-from rapidin.attribution.query_sketch import QuerySketch, scans_of
+from rapidin.attribution.query_sketch import QuerySketch, scans_of, sketch_generations
 from rapidin.attribution.scan import all_scores
 from rapidin.attribution.score_errors import details, partners, places
 from rapidin.cache import Cache
@@ -53,8 +54,8 @@ def queried(folder: Path, seed: int = 0, **settings: Any) -> tuple[Attributor, C
     model = settings.pop("model", None) or tiny_llama(hidden_size=64, intermediate_size=96)
     attributor = Attributor(model, tiny_tokenizer(), seed=seed, **settings)
     cache = attributor.cache(ROWS, folder / f"cache-{seed}", shard_rows=11, **options)
-    texts = attributor.generations(ASKED)
-    return attributor, cache, QuerySketch(cache, attributor.query_sketches(texts), 1.0)
+    texts = generations_of(attributor.source, ASKED)
+    return attributor, cache, QuerySketch(cache, sketch_generations(attributor.source, texts), 1.0)
 
 
 def measured(
@@ -91,7 +92,7 @@ def test_errors_are_those_against_exact_gradients(setting: str, tmp_path: Path) 
         for normalize, made in found.items():
             if normalize not in true:
                 asked, rows = (
-                    [attributor.encoder(record) for record in records] for records in (ASKED, ROWS)
+                    [attributor.source.encoder(record) for record in records] for records in (ASKED, ROWS)
                 )
                 exact = token_contributions.exact(
                     attributor, asked, [1.0] * QUERIES, range(QUERIES), rows, normalize
@@ -143,10 +144,12 @@ def test_details_are_those_of_a_scan(tmp_path: Path) -> None:
 
 def test_an_example_is_certain_of_itself(tmp_path: Path) -> None:
     attributor, cache, _ = queried(tmp_path, dtype="float32")
-    texts = attributor.generations(ROWS[:2])
+    texts = generations_of(attributor.source, ROWS[:2])
     for normalize in ("layer", "cosine"):
         wanted = scans_of(
-            [QuerySketch(cache, attributor.query_sketches(texts))], texts, ScoringConfig(normalize)
+            [QuerySketch(cache, sketch_generations(attributor.source, texts))],
+            texts,
+            ScoringConfig(normalize),
         )
         found = details(wanted, torch.tensor([[0, 5], [1, 5]]))
         assert found.scores[:, 0].tolist() == pytest.approx([1, 1], abs=1e-4)
@@ -156,9 +159,9 @@ def test_an_example_is_certain_of_itself(tmp_path: Path) -> None:
 def test_targets_are_measured_by_their_generation(tmp_path: Path) -> None:
     """The error of a part that is all of a generation is the generation's."""
     attributor, cache, _ = queried(tmp_path)
-    (text,) = attributor.generations(ASKED[:1], targets=[[ASKED[0]["completion"].strip()]])
+    (text,) = generations_of(attributor.source, ASKED[:1], targets=[[ASKED[0]["completion"].strip()]])
     assert len(text.spans) == 1
-    sketch = attributor.query_sketches([text])
+    sketch = sketch_generations(attributor.source, [text])
     both = QuerySketch(cache, sketch, 1.0, sketch / 2)
     for normalize in NORMALIZE:
         found = details(scans_of([both], [text], ScoringConfig(normalize)), EVERY[:2], wholes=[0, 0])

@@ -13,6 +13,7 @@ from torch import Tensor
 from rapidin.attribution import methods, token_contributions
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble, Member
+from rapidin.attribution.generate import generations_of
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch, example_losses
 from rapidin.results.types import Hit, QueryResult
@@ -60,7 +61,7 @@ def test_positions_make_up_the_score(kind: str, tmp_path: Path) -> None:
             for hit in hits(result):
                 tokens = hit.tokens
                 assert tokens is not None
-                encoded = attributor.encoder(ROWS[hit.row])
+                encoded = attributor.source.encoder(ROWS[hit.row])
                 assert len(tokens.pieces) == len(tokens.contributions) == len(encoded.ids)
                 assert list(tokens.counts) == encoded.target
                 # DataInf's turned vectors are thousands of times as large as the products they make.
@@ -95,9 +96,9 @@ def test_a_position_brings_its_own_outer_product() -> None:
     attributor = Attributor(
         model, tiny_tokenizer(), width=64, preconditioner="off", include=["q_proj", "down_proj"]
     )
-    text = attributor.encoder(ROWS[3])
+    text = attributor.source.encoder(ROWS[3])
     held: dict[str, tuple[Tensor, Tensor]] = {}
-    names = [target.name.removesuffix(".weight") for target in attributor.targets]
+    names = [target.name.removesuffix(".weight") for target in attributor.source.targets]
     modules = dict(model.named_modules())
 
     def keep(name: str) -> Any:
@@ -112,15 +113,17 @@ def test_a_position_brings_its_own_outer_product() -> None:
         handle.remove()
     model.zero_grad()
     vectors = torch.randn(3, len(names), 64)
-    products, sketches = attributor.sketcher.positions(Batch.of([(text.ids, text.target)]), vectors)
+    products, sketches = attributor.source.sketcher.positions(Batch.of([(text.ids, text.target)]), vectors)
     from rapidin import ops
 
     for n, name in enumerate(names):
         columns, rows = held[name]
         for t in range(len(text.ids)):
-            one = ops.matrix_sketch(torch.outer(rows[t], columns[t]), 64, seed=attributor.sketcher.seeds[n])
+            one = ops.matrix_sketch(
+                torch.outer(rows[t], columns[t]), 64, seed=attributor.source.sketcher.seeds[n]
+            )
             assert torch.allclose(products[t, :, n], vectors[:, n] @ one, atol=1e-5)
-        whole = ops.matrix_sketch(rows.T @ columns, 64, seed=attributor.sketcher.seeds[n])
+        whole = ops.matrix_sketch(rows.T @ columns, 64, seed=attributor.source.sketcher.seeds[n])
         assert torch.allclose(sketches[n], whole, atol=1e-5)
 
 
@@ -130,9 +133,9 @@ def test_a_position_brings_its_own_outer_product() -> None:
 def formed(attributor: Attributor, text: Any) -> list[Tensor]:
     """The gradient of each target at each point, [O, I] float64, by autograd's factors."""
     found = []
-    for number in range(len(attributor.points)):
-        with attributor.at(number):
-            for c, r in attributor.sketcher.factors(Batch.of([(text.ids, text.target)]), number):
+    for number in range(len(attributor.source.points)):
+        with attributor.source.at(number):
+            for c, r in attributor.source.sketcher.factors(Batch.of([(text.ids, text.target)]), number):
                 found.append(r[0].double().T @ c[0].double())
     return found
 
@@ -167,10 +170,10 @@ def test_exact_scores_are_those_of_formed_gradients(
     )  # fmt: skip
     estimates = attributor.scores(cache, QUERIES, normalize=normalize)
     live = (~estimates[0].isnan()).nonzero()[:, 0].tolist()
-    rows = {n: formed(attributor, attributor.encoder(ROWS[n])) for n in live}
+    rows = {n: formed(attributor, attributor.source.encoder(ROWS[n])) for n in live}
     for n, (result, query) in enumerate(zip(results, QUERIES, strict=True)):
         assert result.exact
-        whole = formed(attributor, attributor.encoder(query))
+        whole = formed(attributor, attributor.source.encoder(query))
         want = {row: exact_score(whole, whole, rows[row], normalize) for row in rows}
         size = max(map(abs, want.values()))
         seen = estimates[n].nan_to_num(0)
@@ -185,7 +188,7 @@ def test_exact_scores_are_those_of_formed_gradients(
             assert hit.tokens is not None
             assert sum(hit.tokens.contributions) == pytest.approx(hit.score, abs=1e-6 * size)
             assert sum(hit.targets) == pytest.approx(hit.score, abs=1e-4 * size)
-        text = attributor.generations([query], targets=[[(2, 9)]])[0]
+        text = generations_of(attributor.source, [query], targets=[[(2, 9)]])[0]
         (part,), (weight,), _ = attributor.target_queries([text])
         spanned = [weight * g for g in formed(attributor, part)]
         hit = result.top[0]

@@ -11,6 +11,8 @@ import torch
 from tiny import records, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.caching import format_of
+from rapidin.attribution.options import CacheOptions
 from rapidin.cache import Cache
 from rapidin.cache.build import Progress, sample_rows, shard_rows
 from rapidin.errors import UserError
@@ -207,9 +209,11 @@ def test_a_hostile_packing_is_damage_not_a_crash(
 
 def test_shards_are_large_enough_and_not_more_than_may_be_lost(attributor: Attributor) -> None:
     for rows, budget, want in ((500, 2048, 1024), (10**6, 2048, 7812), (10**8, 2048, 8192)):
-        manifest = attributor._manifest(None, attributor.format(bytes=budget), rows)
+        manifest = attributor._manifest(
+            None, format_of(CacheOptions(bytes=budget), attributor.source.width), rows
+        )
         assert shard_rows(manifest) == want
 
 
 def test_width_by_the_number_of_layers() -> None:
-    assert Attributor(tiny_llama(), tiny_tokenizer(), width="auto").width == 8192
+    assert Attributor(tiny_llama(), tiny_tokenizer(), width="auto").source.width == 8192

@@ -41,8 +41,8 @@ def cache(request: Any, attributor: Attributor, tmp_path_factory: pytest.TempPat
 
 @pytest.fixture(scope="module")
 def sketch(attributor: Attributor) -> Tensor:
-    texts = [attributor.encoder(record) for record in records(3, seed=5)]
-    return attributor._sketch(texts)[0]
+    texts = [attributor.source.encoder(record) for record in records(3, seed=5)]
+    return attributor.source.sketches(texts)[0]
 
 
 class LateOrder:

@@ -14,6 +14,8 @@ from tiny import records, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble, Member
+from rapidin.attribution.generate import generations_of
+from rapidin.attribution.query_sketch import sketch_generations, sketch_targets
 from rapidin.data.encoding import Encoder
 from rapidin.data.spans import Span, find_spans, split_words
 from rapidin.errors import UserError
@@ -100,8 +102,8 @@ def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Attrib
 
 def test_tokens_sum_to_the_generation(made: tuple[Attributor, Any]) -> None:
     attributor, _ = made
-    texts = attributor.generations(QUERIES, targets="tokens")
-    tokens, whole = attributor.target_sketches(texts), attributor.query_sketches(texts)
+    texts = generations_of(attributor.source, QUERIES, targets="tokens")
+    tokens, whole = sketch_targets(attributor.source, texts), sketch_generations(attributor.source, texts)
     assert tokens is not None
     assert [len(text.spans) for text in texts] == [sum(text.encoded.target) for text in texts]
     at = 0
@@ -149,14 +151,14 @@ def test_scores_of_tokens_are_parts_of_the_scores(
 def test_a_token_has_the_gradient_of_its_own_loss() -> None:
     model = tiny_llama()
     attributor = Attributor(model, tiny_tokenizer(), width=64, preconditioner="off")
-    texts = attributor.generations(QUERIES[:1], targets="tokens")
+    texts = generations_of(attributor.source, QUERIES[:1], targets="tokens")
     ids = torch.tensor([texts[0].encoded.ids])
     counted = [n for n, counts in enumerate(texts[0].encoded.target) if counts]
-    name = attributor.targets[3].name
+    name = attributor.source.targets[3].name
     weight = dict(model.named_parameters())[name]
     weight.requires_grad_(True)
     logits = model(ids).logits[0].float().log_softmax(-1)
-    tokens = attributor.target_sketches(texts)
+    tokens = sketch_targets(attributor.source, texts)
     assert tokens is not None
     for place in (0, 2, len(counted) - 1):
         t = counted[place]
@@ -164,7 +166,7 @@ def test_a_token_has_the_gradient_of_its_own_loss() -> None:
         (grad,) = torch.autograd.grad(loss, weight, retain_graph=True)
         from rapidin import ops
 
-        want = ops.matrix_sketch(grad, 64, seed=attributor.sketcher.seeds[3])
+        want = ops.matrix_sketch(grad, 64, seed=attributor.source.sketcher.seeds[3])
         assert torch.allclose(tokens[place, 3], want, atol=1e-5 * float(want.norm()))
 
 
@@ -229,8 +231,8 @@ def test_long_completions_are_asked_in_batches_of_their_tokens() -> None:
     found = []
     for tokens in (1, 200, 4096):
         attributor = Attributor(tiny_llama(), tiny_tokenizer(), width=64, batch_tokens=tokens)
-        texts = attributor.generations(asked, targets="tokens")
-        found.append(attributor.target_sketches(texts))
+        texts = generations_of(attributor.source, asked, targets="tokens")
+        found.append(sketch_targets(attributor.source, texts))
     for sketch in found[1:]:
         assert found[0] is not None
         assert sketch is not None

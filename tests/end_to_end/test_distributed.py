@@ -15,6 +15,8 @@ from processes import together, torchrun
 from tiny import save_tiny
 
 from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.generate import generations_of
+from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.cache import Cache, Manifest
 from rapidin.cache.merge import merge
 from rapidin.cli import main
@@ -328,7 +330,7 @@ def test_a_device_map_changes_neither_sketches_nor_identity(work: Path, tmp_path
     assert loaded.identity == whole.identity
     texts = [("Say 7 ", "it is 49 "), ("Say 2 ", "no")]
     found = [
-        attributor.query_sketches(attributor.generations(texts))
+        sketch_generations(attributor.source, generations_of(attributor.source, texts))
         for attributor in (Attributor(whole, width=64), Attributor(loaded, width=64))
     ]
     assert torch.equal(*found)

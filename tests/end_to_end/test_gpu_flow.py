@@ -20,6 +20,8 @@ from torch import Tensor
 
 from rapidin.attribution import methods, scan
 from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.generate import generations_of
+from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.attribution.scan import CacheScan, scan_cache, scores_of
 from rapidin.attribution.selection import best_rows
 from rapidin.cache import Cache
@@ -136,7 +138,7 @@ TEXTS = [(r["prompt"], r["completion"]) for r in records(2, seed=5)]
 def sketches() -> Tensor:
     """Of generations, as the query has them: [2, 8, 64], on the CPU."""
     made = attributor("lora", on_gpu=False)
-    return made.query_sketches(made.generations(TEXTS))
+    return sketch_generations(made.source, generations_of(made.source, TEXTS))
 
 
 @pytest.mark.parametrize("name", SCANNED)

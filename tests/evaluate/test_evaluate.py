@@ -244,9 +244,9 @@ def test_exact_products_are_those_of_autograd() -> None:
     model = tiny_llama()
     loaded = LoadedModel.of(model, tiny_tokenizer())
     attributor = Attributor(loaded, width=64, include=["q_proj", "down_proj"])
-    rows = [attributor.encoder({"prompt": "Say", "completion": f" fox {n}"}) for n in range(3)]
+    rows = [attributor.source.encoder({"prompt": "Say", "completion": f" fox {n}"}) for n in range(3)]
     products = fidelity.exact_products(attributor, rows[:1], rows)
-    weights = [dict(model.named_parameters())[target.name] for target in attributor.targets]
+    weights = [dict(model.named_parameters())[target.name] for target in attributor.source.targets]
 
     def gradient(text: Any) -> list[torch.Tensor]:
         from rapidin.gradients.batch import example_losses

@@ -58,7 +58,7 @@ def test_a_model_tuned_in_full_goes_from_its_base(tmp_path: Path) -> None:
     loaded = load_model(str(tuned.model), base=str(base.model))
     torch.testing.assert_close(logits(loaded.model, loaded, 0.0), logits(load_model(str(base.model)).model))
     torch.testing.assert_close(logits(loaded.model, loaded, 1.0), logits(load_model(str(tuned.model)).model))
-    assert Attributor(loaded).points == [0.5]
+    assert Attributor(loaded).source.points == [0.5]
 
 
 def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_points_are_restored_after_an_error() -> None:
 
 def test_default_points() -> None:
     tokenizer = tiny_tokenizer()
-    assert Attributor(tiny_llama(), tokenizer).points == [1.0]
+    assert Attributor(tiny_llama(), tokenizer).source.points == [1.0]
     assert Attributor(tiny_lora(tiny_llama()), tokenizer).points == [0.5]
     assert Attributor(tiny_lora(tiny_llama()), tokenizer, at=[0.1, 0.9]).points == [0.1, 0.9]
 
@@ -91,7 +91,7 @@ def test_an_adapter_whose_untuned_state_is_not_known_needs_at_1(settings: dict[s
         Attributor(model, tiny_tokenizer())
     with pytest.raises(UserError, match="--at 1"):
         Attributor(model, tiny_tokenizer(), at=0.5)
-    assert Attributor(model, tiny_tokenizer(), at=1).points == [1.0]
+    assert Attributor(model, tiny_tokenizer(), at=1).source.points == [1.0]
 
 
 def test_another_kind_of_adapter_needs_at_1() -> None:
@@ -101,8 +101,8 @@ def test_another_kind_of_adapter_needs_at_1() -> None:
     with pytest.raises(UserError, match=r"IA3 .*--at 1"):
         Attributor(model, tiny_tokenizer())
     attributor = Attributor(model, tiny_tokenizer(), at=1)
-    assert attributor.targets
-    assert all("ia3" in t.name for t in attributor.targets)
+    assert attributor.source.targets
+    assert all("ia3" in t.name for t in attributor.source.targets)
 
 
 @pytest.mark.parametrize(

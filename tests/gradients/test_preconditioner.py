@@ -505,7 +505,7 @@ def same_scales(got: Preconditioner, want: Preconditioner) -> None:
 
 def fit_preconditioner(model: Any, **settings: Any) -> Preconditioner:
     attributor = Attributor(model, tiny_tokenizer(), width=8, preconditioner="kfac", **settings)
-    return attributor.fit_preconditioner([attributor.encoder(record) for record in records(12)])
+    return attributor.source.fit_preconditioner([attributor.source.encoder(record) for record in records(12)])
 
 
 def test_a_model_that_takes_one_example_at_a_time_counts_each_once() -> None:
@@ -530,11 +530,11 @@ def test_a_pass_that_fails_half_way_adds_nothing(monkeypatch: pytest.MonkeyPatch
     """No memory in the midst of a batch; and for the longest two texts not even alone."""
     model, add, failed = tiny_llama(), FactorMoments.add_factors, []
     attributor = Attributor(model, tiny_tokenizer(), width=8, preconditioner="kfac", batch_tokens=1)
-    encoded = [attributor.encoder(record) for record in records(12)]
+    encoded = [attributor.source.encoder(record) for record in records(12)]
     lengths = sorted(len(text.ids) for text in encoded)
     most = lengths[-3]
     assert most < lengths[-2]
-    want = attributor.fit_preconditioner([text for text in encoded if len(text.ids) <= most])
+    want = attributor.source.fit_preconditioner([text for text in encoded if len(text.ids) <= most])
 
     def short(self: FactorMoments, n: int, columns: torch.Tensor, rows: torch.Tensor) -> None:
         if n == 3 and (len(columns) > 3 or columns.shape[1] > most):
@@ -738,18 +738,18 @@ def cached(tmp_path_factory: pytest.TempPathFactory) -> Cache:
 
 def test_a_cache_holds_sketches_scaled_by_each_points_own_sample(cached: Cache) -> None:
     attributor = lora_attributor()
-    rows = [attributor.encoder(record) for record in records()]
+    rows = [attributor.source.encoder(record) for record in records()]
     from rapidin.cache.build import sample_rows
 
     drawn = sample_rows(30, 12, 0, 18)
     assert drawn != sample_rows(30, 12, 0)  # not the sample of a code
     kept = cached.sketches().view(30, 2, -1, 64) * cached.lengths().view(30, 2, -1, 1)
-    for number, point in enumerate(attributor.points):
+    for number, point in enumerate(attributor.source.points):
         with attributor.loaded.path.at(point):
             formed = own_matrices(
-                attributor.loaded.model, attributor.targets, [(e.ids, e.target) for e in rows]
+                attributor.loaded.model, attributor.source.targets, [(e.ids, e.target) for e in rows]
             )
-        for block, (target, grads) in enumerate(zip(attributor.targets, formed, strict=True)):
+        for block, (target, grads) in enumerate(zip(attributor.source.targets, formed, strict=True)):
             second = grads[drawn].double().square().mean(0)
             scale = Scale.of(second.mean(1), second.mean(0), P, FLOOR)
             scaled = grads * scale.rows[:, None] * scale.columns
@@ -1029,11 +1029,11 @@ def test_a_state_is_one_preconditioner_for_all_points_and_lives_on_in_the_cache(
     cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
     record = cache.manifest.gradient["preconditioner"]
     assert record["kind"] == "optimizer"
-    moments = second_moments(state, model, attributor.targets, loaded.trained)
+    moments = second_moments(state, model, attributor.source.targets, loaded.trained)
     preconditioner = Preconditioner.read(cache.manifest)
     assert preconditioner is not None
     assert len(preconditioner.points) == 1
-    for target in attributor.targets:
+    for target in attributor.source.targets:
         want = Scale.of(*moments[target.name], P, FLOOR)
         assert torch.equal(preconditioner.at(1)[target.name].rows, want.rows)
         assert torch.equal(preconditioner.at(1)[target.name].columns, want.columns)

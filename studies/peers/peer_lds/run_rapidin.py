@@ -19,6 +19,11 @@ from judge import base_of
 from setting import Case, Setting, main
 from torch import Tensor
 
+from rapidin.attribution.caching import format_of
+from rapidin.attribution.generate import generations_of
+from rapidin.attribution.options import CacheOptions
+from rapidin.attribution.query_sketch import sketch_generations
+
 CODES = ("2048 bytes", "float16")
 PLACES = ("1", "0.5", "0.1,0.5,0.9")
 BUDGET = 2048
@@ -55,7 +60,7 @@ class Cached:
                 self.loaded,
                 at=[float(a) for a in self.at.split(",")],
                 width="auto" if budget else WIDTH,
-                budget=budget,
+                bytes_per_example=budget,
                 preconditioner=self.preconditioner,
                 seed=self.seed,
             )
@@ -63,9 +68,13 @@ class Cached:
             began = time.perf_counter()
             cache = attributor.cache(str(self.truth / "train.jsonl"), self.folder, bytes=budget)
             self.seconds = round(time.perf_counter() - began, 2)
-            size = float(attributor.format(bytes=budget).row_bytes(len(attributor.layers), attributor.width))
-            tests = attributor.generations(list(open_examples(str(self.truth / "test.jsonl"))))
-            self.made = cache, attributor.query_sketches(tests), size
+            size = float(
+                format_of(CacheOptions(bytes=budget), attributor.source.width).row_bytes(
+                    len(attributor.layers), attributor.source.width
+                )
+            )
+            tests = generations_of(attributor.source, list(open_examples(str(self.truth / "test.jsonl"))))
+            self.made = cache, sketch_generations(attributor.source, tests), size
         return self.made
 
     def scores(self, method: str, normalize: str, about: dict[str, Any], _: Path) -> tuple[Tensor, float]:
