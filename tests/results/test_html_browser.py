@@ -413,7 +413,7 @@ def test_search_finds_texts_and_indices(shown: Shown) -> None:
     box.clear()
     box.send_keys("no such words anywhere")
     assert shown.hits() == [[], []]
-    assert [e.text for e in shown.all(".list .none") if e.is_displayed()] == 2 * ["None with these words."]
+    assert [e.text for e in shown.all(".list .none") if e.is_displayed()] == 2 * ["No matches."]
     box.clear()
     box.send_keys("x" + Keys.BACKSPACE)
     assert shown.hits() == whole(RESULT)
