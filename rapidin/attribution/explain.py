@@ -53,10 +53,12 @@ def explain(
     the source of each of the query's sketches by its number, for what needs its model again.
     """
     work = _Work(query, options, records, data, clock, sources, on_stage)
-    for step in STEPS:
+    for step in SCANS:
         step(work)
-        if work.candidates is None:  # another process leads, and needs this one only for the scans
-            return Results()
+    if work.candidates is None:  # another process leads, which needed this one for the scans
+        return Results()
+    for step in LOOK_UPS:
+        step(work)
     return Results(work.results)
 
 
@@ -259,10 +261,8 @@ def attribute_to_tokens(work: _Work) -> None:
     work.clock.lap("tokens")
 
 
-STEPS: tuple[Callable[[_Work], None], ...] = (
-    prepare_scans,
-    scan_caches,
-    score_all_examples,
+SCANS: tuple[Callable[[_Work], None], ...] = (prepare_scans, scan_caches, score_all_examples)
+LOOK_UPS: tuple[Callable[[_Work], None], ...] = (
     estimate_errors,
     choose_hits,
     look_up_hits,

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fitted import fitted
 from tiny import records, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
@@ -36,7 +37,7 @@ def raw(attributor: Attributor, rows: list[dict[str, Any]]) -> torch.Tensor:
 
 
 def test_rows_are_the_examples_own_sketches_in_order(attributor: Attributor, cache: Cache) -> None:
-    want = raw(attributor, records())
+    want = raw(fitted(attributor, cache), records())
     got = cache.sketches().view(want.shape) * cache.lengths()[:, :, None]
     assert float((got - want).norm() / want.norm()) < 1e-3  # float16
     assert cache.index().tolist() == list(range(30))
@@ -47,7 +48,8 @@ def test_rows_are_the_examples_own_sketches_in_order(attributor: Attributor, cac
 @pytest.mark.parametrize("normalize", ["layer", "none", "cosine"])
 def test_scores_are_what_the_formulas_say(attributor: Attributor, cache: Cache, normalize: str) -> None:
     query = {"prompt": "the fox: ", "completion": "seven lazy dogs"}
-    g, x = raw(attributor, [query])[0].double(), raw(attributor, records()).double()
+    alone = fitted(attributor, cache)
+    g, x = raw(alone, [query])[0].double(), raw(alone, records()).double()
     products = torch.einsum("bk,nbk->nb", g, x)
     lengths = x.norm(dim=-1) * g.norm(dim=-1)
     want = {
@@ -270,7 +272,7 @@ def test_every_parameter_of_gpt2_in_each_projection(tmp_path: Path, projection: 
     width = 2048 if projection == "rapidgrad" else 128
     made = Attributor(model, tiny_tokenizer(), width=width, include=["*"], projection=projection)
     cache = made.cache(rows, tmp_path)
-    assert len(cache.layers) == (1 if projection == "rapidgrad" else len(made.targets))
+    assert len(cache.layers) == (1 if projection == "rapidgrad" else len(made.source.targets))
     assert [r.top[0].index for r in made.query(cache, rows)] == list(range(12))
 
 
@@ -293,8 +295,8 @@ def test_rapidgrad_estimates_the_layer_normalised_score(tmp_path: Path) -> None:
     [
         ({"width": 0}, "width"),
         ({"seed": -1}, "seed"),
-        ({"projection": "round"}, "known: tensor, flat, rapidgrad"),
-        ({"loss": "max"}, "known: mean, sum"),
+        ({"projection": "round"}, "use one of tensor, flat, rapidgrad"),
+        ({"loss": "max"}, "use mean or sum"),
         ({"max_length": 4096}, "context of 128"),
         ({"include": ["nothing_like_it"]}, "no parameter's name fits"),
         ({"exclude": ["*"]}, "no parameter is left"),
@@ -310,7 +312,7 @@ def test_settings_that_do_not_fit(settings: dict[str, Any], words: str) -> None:
 def test_queries_that_do_not_fit(attributor: Attributor, cache: Cache) -> None:
     for call, words in (
         (lambda: attributor.query(cache, []), "no generation"),
-        (lambda: attributor.query(cache, [("a", "b")], top_k=0), "less than 1"),
+        (lambda: attributor.query(cache, [("a", "b")], top_k=0), "must be at least 1"),
         (lambda: attributor.query(cache, [("a", "b")], normalize="unit"), "known: layer"),  # type: ignore[arg-type]
         (lambda: attributor.query(cache, [("a", "b")], method="magic"), "known: dot"),  # type: ignore[arg-type]
     ):
@@ -336,7 +338,7 @@ def test_a_layer_that_mixes_examples_is_told_once_and_changes_nothing(tmp_path: 
     seen: list[Progress] = []
     mixed = attributor.cache(records(12), tmp_path / "mixed", on_progress=seen.append)
     assert [p.message for p in seen if p.message] == [
-        "examples go one at a time: a layer mixes those of a batch"
+        "examples are processed one at a time: a layer mixes those of a batch"
     ]
     torch.testing.assert_close(mixed.sketches(), plain.sketches(), atol=2e-3, rtol=0)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import inspect
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +12,9 @@ from tiny import records, save_tiny, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.checkpoints import find_checkpoints
-from rapidin.attribution.ensemble import Ensemble, Member, QueryOptions, ScoreOptions, read_members
+from rapidin.attribution.ensemble import Ensemble, Member, read_members
 from rapidin.attribution.generate import generations_of
+from rapidin.attribution.options import QueryOptions, ScoringConfig
 from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.cache import Cache, Manifest
 from rapidin.cli import main
@@ -29,7 +28,7 @@ HEAD = '{"format": "rapidin-ensemble", "version": 1, '
 def made(folder: Path, seed: int, rows: list[dict[str, Any]] | None = None, **settings: Any) -> Member:
     attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=64, seed=seed)
     attributor.cache(rows or records(), folder, **settings)
-    return Member(folder, 1.0, attributor)
+    return Member(folder, 1.0, attributor.source)
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +51,7 @@ def alone(member: Member, normalize: Any, method: Any = "dot") -> torch.Tensor:
 @pytest.mark.parametrize("normalize", ["layer", "none", "cosine"])
 def test_scores_of_several_caches_add_up(members: list[Member], normalize: str, method: str) -> None:
     weights = [0.5, 2.0, 1.5]
-    chosen = [Member(m.path, w, m.attributor) for m, w in zip(members, weights, strict=True)]
+    chosen = [Member(m.path, w, m.source) for m, w in zip(members, weights, strict=True)]
     total = sum(w * alone(m, normalize, method) for m, w in zip(members, weights, strict=True))
     for kind in ("mean", "tracin"):
         ensemble = Ensemble(chosen, kind=kind)  # type: ignore[arg-type]
@@ -66,15 +65,18 @@ def test_scores_of_several_caches_add_up(members: list[Member], normalize: str, 
             assert torch.allclose(ranked, row, atol=1e-6 * float(row.abs().max()))
 
 
-@pytest.mark.parametrize(("options", "of"), [(QueryOptions, Ensemble.query), (ScoreOptions, Ensemble.scores)])
-def test_an_attributor_takes_what_an_ensemble_takes(options: Any, of: Callable[..., Any]) -> None:
-    named = {
-        name: parameter.annotation
-        for name, parameter in inspect.signature(of).parameters.items()
-        if parameter.kind is parameter.KEYWORD_ONLY
-    }
-    own = options.__annotations__
-    assert {name: getattr(kind, "__forward_arg__", kind) for name, kind in own.items()} == named
+def test_options_come_as_an_object_or_by_name_and_unknown_names_are_refused(members: list[Member]) -> None:
+    ensemble = Ensemble(members[:1])
+    by_name = ensemble.query(QUERIES, top_k=3, normalize="none", examples=False)
+    at_once = ensemble.query(QUERIES, QueryOptions(top_k=3, normalize="none"), examples=False)
+    assert [r.to_json() for r in by_name] == [r.to_json() for r in at_once]
+    for ask in (ensemble.query, ensemble.scores):
+        with pytest.raises(TypeError, match="top_n"):
+            ask(QUERIES, top_n=3)
+    with pytest.raises(TypeError, match="got both"):
+        ensemble.query(QUERIES, QueryOptions(), top_k=3)
+    with pytest.raises(TypeError, match="got both"):
+        ensemble.scores(QUERIES, ScoringConfig(), method="dot")
 
 
 def test_an_ensemble_of_one_is_that_cache(members: list[Member]) -> None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from command import Ran, caller
+from fitted import fitted
 from tiny import save_tiny, tiny_llama, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
@@ -49,16 +50,15 @@ def hits(result: QueryResult) -> list[Hit]:
 def test_errors_and_ranks_stand_by_default(made: tuple[Attributor, Cache]) -> None:
     attributor, cache = made
     results = attributor.query(cache, ASKED, top_k=8, examples=ROWS)
-    texts = generations_of(attributor.source, ASKED)
-    source = scans_of(
-        [QuerySketch(cache, sketch_generations(attributor.source, texts))], texts, ScoringConfig()
-    )
+    source = fitted(attributor, cache).source
+    texts = generations_of(source, ASKED)
+    scans = scans_of([QuerySketch(cache, sketch_generations(source, texts))], texts, ScoringConfig())
     for n, result in enumerate(results):
         for end, sign in ((result.top, 1), (result.bottom, -1)):
             rows = torch.tensor([[hit.row for hit in end]])
             own = torch.full((len(ASKED), len(end)), -1)
             own[n] = rows
-            errors = details(source, own).errors[n].tolist()
+            errors = details(scans, own).errors[n].tolist()
             assert [hit.error for hit in end] == pytest.approx(errors)
             for hit, place in zip(end, places([sign * hit.score for hit in end], errors), strict=True):
                 assert hit.ranks is not None
@@ -157,10 +157,10 @@ def test_several_caches(made: tuple[Attributor, Cache], tmp_path: Path) -> None:
     attributor, cache = made
     other = Attributor(attributor.loaded, width=64, at=1.0, seed=1)
     second = other.cache(ROWS, tmp_path / "second")
-    ensemble = Ensemble([Member(cache.path, 1.0, attributor), Member(second.path, 1.0, other)])
+    ensemble = Ensemble([Member(cache.path, 1.0, attributor.source), Member(second.path, 1.0, other.source)])
     (alone, _), (both, _) = (
         asked.query(ASKED, top_k=20, fold=True, by="source", layers=True, examples=ROWS)
-        for asked in (Ensemble([Member(cache.path, 1.0, attributor)]), ensemble)
+        for asked in (Ensemble([Member(cache.path, 1.0, attributor.source)]), ensemble)
     )
     mean = [sum(hit.error or 0 for hit in result.top) / 20 for result in (alone, both)]
     assert 0.6 < mean[1] / mean[0] < 0.85  # two seeds: the root of a half

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fitted import fitted
 from tiny import records, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
@@ -105,7 +106,8 @@ def error(got: Tensor, want: Tensor) -> float:
 def test_with_an_exact_sketch_a_method_is_its_formula(
     attributor: Attributor, cache: Cache, method: str, normalize: str
 ) -> None:
-    want = by_formula(gradients(attributor, records()), gradients(attributor, QUERIES), method, normalize)
+    alone = fitted(attributor, cache)
+    want = by_formula(gradients(alone, records()), gradients(alone, QUERIES), method, normalize)
     got = attributor.scores(cache, QUERIES, method=method, normalize=normalize)  # type: ignore[arg-type]
     # DataInf takes away nearly all of a gradient that others share, and float32 gradients keep 7 digits.
     assert error(got, want) < (1e-3 if method == "datainf" else 1e-4)
@@ -125,7 +127,8 @@ def test_with_any_sketch_a_method_is_its_formula_on_the_sketches(
     cache = attributor.cache(records(), tmp_path, dtype="float32", shard_rows=11)
     shape = (-1, len(cache.layers), width)
     unit, lengths = cache.sketches().view(shape).double(), cache.lengths().double()
-    query = sketch_generations(attributor.source, generations_of(attributor.source, QUERIES)).double()
+    source = fitted(attributor, cache).source
+    query = sketch_generations(source, generations_of(source, QUERIES)).double()
     # DataInf's damping counts the parameter's numbers, not the bins.
     numbers = [prod(block.shape) for block in cache.layers]
     train = [unit[:, b] * lengths[:, b, None] for b in range(shape[1])]
@@ -172,10 +175,10 @@ def test_several_points_are_blocks_of_their_own(tmp_path: Path) -> None:
     got = attributor.scores(cache, QUERIES, method="fisher")
     want = torch.zeros_like(got, dtype=torch.float64)
     for point in (0.25, 0.75):
-        attributor.source.points = [point]
+        alone = Attributor(attributor.loaded, attributor.settings.replaced(at=point))
         want += by_formula(
-            gradients(attributor, records()),
-            gradients(attributor, QUERIES),
+            gradients(alone, records()),
+            gradients(alone, QUERIES),
             "fisher",
             "layer",
             damping=fisher.DAMPING,
@@ -185,9 +188,8 @@ def test_several_points_are_blocks_of_their_own(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("method", ["datainf", "fisher"])
 def test_damping_is_taken_and_said(attributor: Attributor, cache: Cache, method: Any) -> None:
-    want = by_formula(
-        gradients(attributor, records()), gradients(attributor, QUERIES), method, "layer", damping=2.0
-    )
+    alone = fitted(attributor, cache)
+    want = by_formula(gradients(alone, records()), gradients(alone, QUERIES), method, "layer", damping=2.0)
     assert error(attributor.scores(cache, QUERIES, method=method, damping=2.0), want) < 1e-3
     for wrong in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(UserError, match="not above 0"):
@@ -264,7 +266,8 @@ def test_processes_share_a_methods_work_and_get_the_bits_of_one(
 ) -> None:
     attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=16)
     cache = attributor.cache(records(75), tmp_path, shard_rows=2)  # more shards than lots
-    query = sketch_generations(attributor.source, generations_of(attributor.source, QUERIES))
+    source = fitted(attributor, cache).source
+    query = sketch_generations(source, generations_of(source, QUERIES))
     monkeypatch.setattr(moment, "_SENT_BYTES", 32 * 8 * query[0].numel() * 3)  # three queries at a time
 
     def turned() -> methods.ScanQuery:
@@ -318,7 +321,8 @@ def test_tiny_and_large_gradients_change_nothing(tmp_path: Path, method: Any) ->
 
     attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=16)
     made = attributor.cache(records(), tmp_path / "made", dtype="float32")
-    query = sketch_generations(attributor.source, generations_of(attributor.source, QUERIES))
+    source = fitted(attributor, made).source
+    query = sketch_generations(source, generations_of(source, QUERIES))
     want = methods.prepare(query, made, method=method, normalize="none").vectors.double()
     for factor in (1e-12, 1e12):
         manifest = Manifest.read(made.path)

@@ -33,7 +33,7 @@ def test_candidates_are_ranked_by_the_finer_cache(
     levels: tuple[Attributor, Cache, Cache], normalize: str, method: str
 ) -> None:
     attributor, coarse, fine = levels
-    ensemble = Ensemble([Member(coarse.path, attributor=attributor)])
+    ensemble = Ensemble([Member(coarse.path, source=attributor.source)])
     settings = {"normalize": normalize, "method": method, "examples": RECORDS}
     exact = attributor.scores(fine, ASKED, normalize=normalize, method=method)  # type: ignore[arg-type]
     for candidates, top_k in ((9, 4), (60, 60)):
@@ -52,8 +52,8 @@ def test_candidates_are_ranked_by_the_finer_cache(
 def test_what_cannot_be_rescored_is_refused(levels: tuple[Attributor, Cache, Cache], tmp_path: Path) -> None:
     attributor, coarse, fine = levels
     other = attributor.cache(RECORDS[:9], tmp_path / "other")
-    ensemble = Ensemble([Member(coarse.path, attributor=attributor)])
-    both = Ensemble([Member(path, attributor=attributor) for path in (coarse.path, fine.path)])
+    ensemble = Ensemble([Member(coarse.path, source=attributor.source)])
+    both = Ensemble([Member(path, source=attributor.source) for path in (coarse.path, fine.path)])
     for asked, settings, words in (
         (ensemble, {"rescore": other}, "not of the same examples"),
         (ensemble, {"rescore": fine, "candidates": 3}, "--candidates 3 is less than --top-k 10"),

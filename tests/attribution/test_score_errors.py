@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fitted import fitted
 from hypothesis import given
 from hypothesis import strategies as st
 from tiny import tiny_llama, tiny_lora, tiny_tokenizer
@@ -55,6 +56,7 @@ def queried(folder: Path, seed: int = 0, **settings: Any) -> tuple[Attributor, C
     attributor = Attributor(model, tiny_tokenizer(), seed=seed, **settings)
     cache = attributor.cache(ROWS, folder / f"cache-{seed}", shard_rows=11, **options)
     texts = generations_of(attributor.source, ASKED)
+    attributor = fitted(attributor, cache)
     return attributor, cache, QuerySketch(cache, sketch_generations(attributor.source, texts), 1.0)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from fitted import fitted
 from tiny import records, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
@@ -14,6 +15,7 @@ from rapidin.attribution import methods, token_contributions
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble, Member
 from rapidin.attribution.generate import generations_of
+from rapidin.attribution.query_sketch import target_texts
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch, example_losses
 from rapidin.results.types import Hit, QueryResult
@@ -169,6 +171,7 @@ def test_exact_scores_are_those_of_formed_gradients(
         contributions=True, examples=ROWS, on_stage=lambda *told_of: told.append(told_of),
     )  # fmt: skip
     estimates = attributor.scores(cache, QUERIES, normalize=normalize)
+    attributor = fitted(attributor, cache)
     live = (~estimates[0].isnan()).nonzero()[:, 0].tolist()
     rows = {n: formed(attributor, attributor.source.encoder(ROWS[n])) for n in live}
     for n, (result, query) in enumerate(zip(results, QUERIES, strict=True)):
@@ -189,7 +192,8 @@ def test_exact_scores_are_those_of_formed_gradients(
             assert sum(hit.tokens.contributions) == pytest.approx(hit.score, abs=1e-6 * size)
             assert sum(hit.targets) == pytest.approx(hit.score, abs=1e-4 * size)
         text = generations_of(attributor.source, [query], targets=[[(2, 9)]])[0]
-        (part,), (weight,), _ = attributor.target_queries([text])
+        asked = target_texts([text], attributor.settings.loss)
+        (part,), (weight,) = asked.texts, asked.weights
         spanned = [weight * g for g in formed(attributor, part)]
         hit = result.top[0]
         got = sum(hit.targets[place] for place in text.spans[0].positions)
@@ -231,7 +235,7 @@ def test_a_finer_cache_and_its_own_sketches(tmp_path: Path) -> None:
     attributor = Attributor(tiny_llama(), tiny_tokenizer(), width=64)
     coarse = attributor.cache(ROWS, tmp_path / "coarse", bytes=128, sample=0)
     fine = attributor.cache(ROWS, tmp_path / "fine", dtype="float32")
-    ensemble = Ensemble([Member(coarse.path, 1.0, attributor)])
+    ensemble = Ensemble([Member(coarse.path, 1.0, attributor.source)])
     (result,) = ensemble.query(
         QUERIES[:1], rescore=fine, targets="tokens", contributions=True, examples=ROWS, top_k=5
     )

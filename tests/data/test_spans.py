@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from fitted import fitted
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import records, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
@@ -97,7 +98,8 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
 def made(request: Any, tmp_path_factory: pytest.TempPathFactory) -> tuple[Attributor, Any]:
     model, options = KINDS[request.param]
     attributor = Attributor(model(), tiny_tokenizer(), **{"width": 64} | options)
-    return attributor, attributor.cache(records(), tmp_path_factory.mktemp("targets"), shard_rows=7)
+    cache = attributor.cache(records(), tmp_path_factory.mktemp("targets"), shard_rows=7)
+    return fitted(attributor, cache), cache
 
 
 def test_tokens_sum_to_the_generation(made: tuple[Attributor, Any]) -> None:
@@ -193,7 +195,7 @@ def test_members_of_an_ensemble_add_up_for_tokens_too(tmp_path: Path) -> None:
     for seed in (0, 1):
         attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=64, seed=seed)
         attributor.cache(records(), tmp_path / str(seed))
-        members.append(Member(tmp_path / str(seed), 1.0 + seed, attributor))
+        members.append(Member(tmp_path / str(seed), 1.0 + seed, attributor.source))
     options: dict[str, Any] = {"targets": "tokens", "contributions": True, "examples": records()}
     result = Ensemble(members).query(QUERIES, top_k=30, **options)[0]
     for hit in result.top:
