@@ -97,7 +97,7 @@ def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
     assert re.match(
         r"rapidin: cached 15 examples in .* examples/s, [\d,]+ tokens/s\): 13 with a sketch,", ran.err
     )
-    for words in ("1 empty", "1 without a completion token", "1 cut to fit", "MB in " + out):
+    for words in ("1 empty", "1 without a completion token", "1 truncated", "MB in " + out):
         assert words in ran.err
 
     again = run(*command)
@@ -108,12 +108,12 @@ def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
     assert (ran.code, ran.err) == (0, "")
     text = " ".join(ran.out.split())
     for words in (
-        "all examples are there",
+        "cache " + out + " complete",
         "(prompt form)",
         "13 with a sketch, 1 empty",
         "taken at 0.5 of the way",
-        "8 blocks of 8,192: 65,536 numbers, tensor projection, seed 0",
-        "kept in float16",
+        "8 layers x 8,192 dimensions: 65,536 numbers, tensor projection, seed 0",
+        "stored in float16",
         "end-of-text token added",
     ):
         assert words in text
@@ -179,7 +179,7 @@ def test_a_budget_from_the_command_line(place: Place, run: Any, tmp_path: Path) 
     assert ran.code == 0, ran.err
     info = " ".join(run("info", out).out.split())
     assert "directions of all layers in int8" in info
-    assert "learnt from" in info
+    assert "fitted on" in info
     found = json.loads(
         run("query", out, "--prompt", "Give 7 tips.", "--completion", " One, two, 7.", "--json", "-").out
     )
