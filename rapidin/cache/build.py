@@ -26,7 +26,8 @@ from rapidin.cache.codec import Basis, Code, PackedCode
 from rapidin.cache.shards import Rows
 from rapidin.cache.signals import Stop
 from rapidin.data.encoding import Encoded, Encoder, Status
-from rapidin.data.examples import Examples, record_hash
+from rapidin.data.examples import Examples
+from rapidin.data.records import record_hash
 from rapidin.distributed import World
 from rapidin.errors import UserError
 from rapidin.ops.transfer import Download, upload

@@ -95,7 +95,8 @@ def cache(
 
     If it is stopped, rerun the same command to resume.
     """
-    from rapidin.data.examples import files, open_examples
+    from rapidin.data.examples import open_examples
+    from rapidin.data.sources import join_paths
     from rapidin.distributed import world
     from rapidin.results.text import one_line
 
@@ -103,7 +104,7 @@ def cache(
     jobs = _jobs(model, loading, several, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        examples = open_examples(files(data), limit=options.limit, skip=on_error == OnError.skip)
+        examples = open_examples(join_paths(data), limit=options.limit, skip=on_error == OnError.skip)
     options = replace(options, limit=None)
     if several.checkpoints is not None and settings.at is None:
         settings = replace(settings, at=1.0)
