@@ -117,7 +117,7 @@ def table(extension: Any) -> str:
         for kind in ("linear layers", "LoRA"):
             shapes = sides(model, kind)
             blocks = model.layers * len(shapes)
-            dim = codec.width_for(blocks)
+            dim = codec.default_width(blocks)
             found = []
             for capability in SHARED_BYTES:
                 with (

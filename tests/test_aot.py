@@ -115,11 +115,11 @@ def test_signatures_know_what_triton_specialises(launched):
 
 def test_defaults_are_among_the_launches(launched):
     """Each default dimension with each dtype that reaches a kernel: no default is without a kernel."""
-    from rapidin.cache.codec import width_for
+    from rapidin.cache.codec import default_width
     from rapidin.kernels import fourier_sketch, linear_sketch
 
     names = {row["launch"] for row in launched}
-    defaults = {width_for(blocks, budget) for blocks in range(1, 400) for budget in (None, 16384)}
+    defaults = {default_width(blocks, budget) for blocks in range(1, 400) for budget in (None, 16384)}
     assert {512, 1024} <= defaults
     assert defaults <= {*linear_sketch.DIMS, *fourier_sketch.DIMS}
     for dim in defaults:

@@ -56,7 +56,7 @@ from make import tune_again
 from scoring import NORMALIZE, Grams, datainf, dot, fisher
 from torch import Tensor
 
-from rapidin.cache.codec import Format, row_bytes_besides
+from rapidin.cache.codec import ROW_OVERHEAD, CodecConfig
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, Use
 from rapidin.gradients.preconditioner import DAMPING as SIDE_DAMPING
@@ -307,9 +307,9 @@ def codes_of(
     chosen = {"nothing": None, "half": half, "all": torch.arange(len(rows))}
     for name in learn_from:
         sample = chosen[name]
-        code = coded(rows, lengths, sample, Format("sign", budget), seed)
+        code = coded(rows, lengths, sample, CodecConfig("sign", budget), seed)
         decoded = code.decode(code.encode(rows, lengths))
-        yield name, code.row_bytes + row_bytes_besides, of_rows(decoded, unit(test))
+        yield name, code.row_bytes + ROW_OVERHEAD, of_rows(decoded, unit(test))
 
 
 class Gathered:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from rapidin import distributed
 from rapidin.cache import Cache, CacheWriter, Manifest, ShardWriter, build, codec, other_model
-from rapidin.cache.build import OnProgress, _Meter
-from rapidin.cache.codec import Format
+from rapidin.cache.codec import CodecConfig
+from rapidin.cache.differences import gradient_settings
 from rapidin.cache.layout import layer_table
-from rapidin.cache.manifest import gradient_settings
+from rapidin.cache.progress import Meter, OnProgress
 from rapidin.data.encoding import Encoded, Encoder, Status, by_length
 from rapidin.data.examples import Examples, Record, open_examples
 from rapidin.data.generations import Generation, as_records
@@ -58,8 +58,8 @@ class Attributor:
 
     model: a `LoadedModel`, or a transformers or peft causal model with its tokenizer.
     width: bins of each layer's sketch; "auto": as many as pay, 512 for hundreds of layers, more for fewer
-        (`rapidin.cache.codec.width_for`), or where `budget`, the bytes an example that a code is to take, is
-        large.
+        (`rapidin.cache.codec.default_width`), or where `budget`, the bytes an example that a code is to take,
+        is large.
     projection: "tensor" (from the factors), "flat" (from the formed gradient), or "rapidgrad" (one block of
         `width` numbers for the whole layer-normalised gradient, say 65,536: the paper's setting).
     seed: of bins and signs.
@@ -133,7 +133,7 @@ class Attributor:
             self.loaded.model, trained=self.loaded.trained, include=include, exclude=exclude
         )
         if width == "auto":
-            width = 65536 if projection == "rapidgrad" else codec.width_for(len(self.targets), budget)
+            width = 65536 if projection == "rapidgrad" else codec.default_width(len(self.targets), budget)
         self.width = width
         self._last: Cache | None = None  # the cache that was last opened by its path
         self.layers = layer_table(
@@ -251,7 +251,7 @@ class Attributor:
                 f"the cache was made {other_model(made, here)}",
                 "name what it was made with: --model, --adapter or --base",
             )
-        mine = self._manifest(None, manifest.code, manifest.rows)
+        mine = self._manifest(None, manifest.codec, manifest.rows)
         for part in ("sketch", "gradient", "layers"):
             there, wanted = getattr(manifest, part), getattr(mine, part)
             if part == "gradient":
@@ -262,7 +262,7 @@ class Attributor:
                 )
         self._take_up(Preconditioner.read(manifest))
 
-    def _manifest(self, examples: Examples | None, code: Format, rows: int) -> Manifest:
+    def _manifest(self, examples: Examples | None, code: CodecConfig, rows: int) -> Manifest:
         data: dict[str, Any] = {}
         if examples is not None:
             data = {"path": examples.path, "form": examples.form, "identity": examples.identity}
@@ -272,7 +272,7 @@ class Attributor:
             gradient=self._gradient(),
             text={"eos": self.eos, "max_length": self.max_length, "too_long": self.too_long},
             data=data,
-            code=code,
+            codec=code,
             rows=rows,
             shard_rows=1,
             layers=self.layers,
@@ -348,7 +348,7 @@ class Attributor:
                 learn_only=not number,
                 idle=self._keep_step,
             )
-            meter = _Meter(on_progress if world.leads else None, writer, world, loop.sampled_rows())
+            meter = Meter(on_progress if world.leads else None, writer, world, loop.sampled_rows())
             if self.sketcher.one_by_one:
                 meter.tell(self._one_by_one())
             idle = world.size * 2 > len(writer.missing) > 0 and not world.alone
@@ -366,7 +366,7 @@ class Attributor:
 
     def format(
         self, *, dtype: str | None = None, bytes: int | None = None, sample: int | None = None
-    ) -> Format:
+    ) -> CodecConfig:
         """How rows are to be packed; UserError where these settings do not go together."""
         dtype = dtype or ("float16" if bytes is None else "sign")
         if dtype not in (*codec.FLOATS, *codec.PACKED):
@@ -379,17 +379,17 @@ class Attributor:
         if dtype in codec.PACKED and self.width & (self.width - 1):
             raise UserError(f"--dtype {dtype} takes no width of {self.width}", "say a power of two")
         if sample is None:
-            sample = 0 if bytes is None else codec.SAMPLE
+            sample = 0 if bytes is None else codec.DEFAULT_SAMPLE
         if sample and bytes is None:
             raise UserError("a code that learns from a sample needs a budget", "give --bytes")
         if sample < 0 or 0 < sample < 8:
             raise UserError(f"a sample of {sample} examples", "say 0, or at least 8")
-        if bytes is not None and bytes < codec.least_bytes():
-            raise UserError(f"--bytes {bytes} leaves no room", f"say at least {codec.least_bytes()}")
-        return Format(dtype, bytes, sample)
+        if bytes is not None and bytes < codec.min_row_bytes():
+            raise UserError(f"--bytes {bytes} leaves no room", f"say at least {codec.min_row_bytes()}")
+        return CodecConfig(dtype, bytes, sample)
 
     def _settle_preconditioner(
-        self, writer: ShardWriter, world: distributed.World, examples: Examples, meter: _Meter
+        self, writer: ShardWriter, world: distributed.World, examples: Examples, meter: Meter
     ) -> None:
         """Take up the preconditioner of a cache that is being made; first make it where it is not there: the
         leader
@@ -413,13 +413,13 @@ class Attributor:
         build.agree(writer, world)
         self._take_up(made if world.alone and made is not None else Preconditioner.read(writer.manifest))
 
-    def _sample_preconditioner(self, examples: Examples, begun: int, meter: _Meter) -> Preconditioner:
+    def _sample_preconditioner(self, examples: Examples, begun: int, meter: Meter) -> Preconditioner:
         """The preconditioner of each point, from the gradients of a sample of the first `begun` examples."""
         rows = build.sample_rows(begun, self.preconditioner.sample, self.seed, STREAM)
         meter.tell(f"taking the preconditioner of gradients from a sample of {len(rows):,} examples first")
         return self.fit_preconditioner([self.encoder.example(examples.get(row)) for row in rows], meter)
 
-    def fit_preconditioner(self, encoded: Sequence[Encoded], meter: _Meter | None = None) -> Preconditioner:
+    def fit_preconditioner(self, encoded: Sequence[Encoded], meter: Meter | None = None) -> Preconditioner:
         """The preconditioner of each point, of the kind that is wanted, from the gradients of these texts."""
         good = [n for n, e in enumerate(encoded) if e.status == Status.OK]
         points = []
@@ -441,7 +441,7 @@ class Attributor:
         return Preconditioner(points)
 
     def _factor_moments(
-        self, good: Sequence[int], encoded: Sequence[Encoded], meter: _Meter | None
+        self, good: Sequence[int], encoded: Sequence[Encoded], meter: Meter | None
     ) -> FactorMoments:
         """The moments of the factors of these examples' gradients, where the model stands.
 
@@ -475,7 +475,7 @@ class Attributor:
         good: Sequence[int],
         encoded: Sequence[Encoded],
         run: Callable[[Batch], _T],
-        meter: _Meter | None,
+        meter: Meter | None,
     ) -> Iterator[tuple[list[int], _T | None]]:
         """Batches of like length and what `run` gives for them; one at a time where a layer mixes them.
 
@@ -525,7 +525,7 @@ class Attributor:
         for _ in range(idle):
             world.collective(partial(run, Batch.of([([0, 0], [False, True])], self.loaded.device)))
 
-    def _sketch_in_step(self, encoded: Sequence[Encoded], meter: _Meter) -> tuple[Tensor, Tensor]:
+    def _sketch_in_step(self, encoded: Sequence[Encoded], meter: Meter) -> tuple[Tensor, Tensor]:
         """`_sketch`, together with all processes that have a part of the model, each with its own
         examples."""
         if self.loaded.sharded:
@@ -557,7 +557,7 @@ class Attributor:
             return "examples go one at a time: a layer mixes those of a batch"
         return f"examples go one at a time: no batched way for {len(names)} parameters, as '{names[0]}'"
 
-    def _sketch(self, encoded: Sequence[Encoded], meter: _Meter | None = None) -> tuple[Tensor, Tensor]:
+    def _sketch(self, encoded: Sequence[Encoded], meter: Meter | None = None) -> tuple[Tensor, Tensor]:
         """Raw sketches [n, blocks, width] float32, zeros where there is none, and status [n] uint8, both on
         the model's device."""
         device = self.loaded.device

@@ -33,8 +33,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from rapidin.cache.manifest import PRECONDITIONER, Manifest
-from rapidin.cache.shards import read_preconditioner
+from rapidin.cache.learned_files import read_preconditioner
+from rapidin.cache.manifest import Manifest
+from rapidin.cache.names import PRECONDITIONER
 from rapidin.errors import UserError
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, matrix_shape
