@@ -152,4 +152,4 @@ def _renamed(where: str, value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ValueError(f"'{where}' is {short(value)}")
     present_keys = _RENAMED[where]
-    return {present_keys[key] if key in present_keys else key: item for key, item in value.items()}
+    return {str(present_keys.get(key, key)): item for key, item in value.items()}
