@@ -23,6 +23,8 @@ from torch import nn
 from turns import clear_peak, in_turns, peak_mb, sized
 
 from rapidin import Attributor, load_model, ops
+from rapidin.attribution.caching import format_of
+from rapidin.attribution.options import CacheOptions
 from rapidin.cache import codec
 from rapidin.cache.codec import Basis, Codec, FloatCodec, PackedCodec
 from rapidin.cli.demo_session.tokenizer import train_tokenizer
@@ -113,14 +115,14 @@ def bare_loop(model: nn.Module) -> Callable[[list[Encoded]], None]:
 def make_code(attributor: Attributor, texts: list[Encoded], dtype: str) -> Codec:
     """A code as the caching loop learns it. The sample is mixed from a few sketches: how long packing takes
     depends on the sizes alone."""
-    blocks, width = len(attributor.layers), attributor.width
+    blocks, width = len(attributor.layers), attributor.source.width
     if dtype == "float16":
         return FloatCodec(dtype, blocks, width)
-    few = ops.unit_blocks(attributor._sketch(texts)[0])[0]
+    few = ops.unit_blocks(attributor.source.sketches(texts)[0])[0]
     weights = torch.randn(SAMPLE, len(few))
     mixed = torch.einsum("sn,nbw->sbw", weights, few) + 0.5 * torch.randn(SAMPLE, blocks, width)
     units, lengths = ops.unit_blocks(mixed)
-    wanted = attributor.format(bytes=BYTES)
+    wanted = format_of(CacheOptions(bytes=BYTES), attributor.source.width)
     learnt = codec.learn_basis(units, codec.shared_size(wanted, blocks))
     shape = codec.fit_shape(wanted, blocks, width, learnt)
     return PackedCodec(
@@ -144,7 +146,7 @@ def bench_caching(benchmark, kind, dtype):
     bare_peak = peak_mb() if counted else 0.0
 
     attributor = Attributor(loaded, batch_tokens=BATCH_TOKENS)
-    attributor.sketcher.preconditioner = attributor.fit_preconditioner(
+    attributor.source.sketcher.preconditioner = attributor.source.fit_preconditioner(
         batches[0]
     )  # the time of the sample is not counted
     code = make_code(attributor, batches[0], dtype)
@@ -153,7 +155,7 @@ def bench_caching(benchmark, kind, dtype):
 
     def cache_batch(number: int) -> None:
         """Sketch one batch; the last one ends a group of them, which is packed as a whole."""
-        sketches.append(attributor._sketch(batches[number])[0])
+        sketches.append(attributor.source.sketches(batches[number])[0])
         if number == len(batches) - 1:
             code.encode(*ops.unit_blocks(torch.cat(sketches)))
             sketches.clear()
@@ -198,7 +200,7 @@ def bench_preconditioner(benchmark, kind, form):
     texts = make_examples(loaded.model.get_input_embeddings().num_embeddings)
     chosen = by_length(range(EXAMPLES), texts, BATCH_TOKENS)[-1]
     batch = Batch.of([(texts[n].ids, texts[n].target) for n in chosen])
-    sketcher = Attributor(loaded, batch_tokens=BATCH_TOKENS).sketcher
+    sketcher = Attributor(loaded, batch_tokens=BATCH_TOKENS).source.sketcher
     if form == "kfac":
         factors = FactorMoments(sketcher.targets, RANK, 0)
         measure = partial(sketcher.add_moments, batch, factors)

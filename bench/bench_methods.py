@@ -10,7 +10,7 @@ memory; ours also decodes the rows and solves.
 import pytest
 import torch
 from limits import best_seconds, note
-from made_cache import write_cache
+from random_cache import write_cache
 from turns import LIMIT_SECONDS, measure, sized
 
 from rapidin.attribution import methods

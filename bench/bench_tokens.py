@@ -22,7 +22,8 @@ from turns import clear_peak, in_turns, peak_mb, sized
 
 from rapidin import Attributor
 from rapidin.attribution import methods
-from rapidin.attribution.scan import Source, scan_cache
+from rapidin.attribution.query_sketch import sketch_generations, sketch_targets
+from rapidin.attribution.scan import CacheScan, scan_cache
 from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.data.generations import Generation
 from rapidin.data.spans import Span
@@ -46,21 +47,23 @@ def bench_tokens(benchmark, kind):
     spans = tuple(Span("", (place,)) for place in range(COMPLETION))
     text = Generation("", "", False, Encoded(ids, counted, Status.OK), spans=spans)
     attributor = Attributor(loaded)
-    attributor.sketcher.preconditioner = attributor.fit_preconditioner([text.encoded])  # as a cache has it
+    attributor.source.sketcher.preconditioner = attributor.source.fit_preconditioner(
+        [text.encoded]
+    )  # as a cache has it
     whole = [Encoded(ids, [n == t for n in range(len(ids))], Status.OK) for t in range(PROMPT, len(ids))]
     cut, _, _ = attributor.target_queries([text])
-    batches = by_length(range(len(cut)), cut, attributor.batch_tokens)
+    batches = by_length(range(len(cut)), cut, attributor.source.batch_tokens)
 
     counted_memory = clear_peak()
-    attributor.target_sketches([text])
+    sketch_targets(attributor.source, [text])
     peak = peak_mb() if counted_memory else 0.0
     beside = in_turns(
         benchmark,
-        lambda: attributor.target_sketches([text]),
+        lambda: sketch_targets(attributor.source, [text]),
         {
             "bare, one batch": lambda: bare(whole),
             "bare, cut": lambda: [bare([cut[n] for n in chosen]) for chosen in batches],
-            "the completion as one": lambda: attributor.query_sketches([text]),
+            "the completion as one": lambda: sketch_generations(attributor.source, [text]),
         },
         rounds=2,
         seconds=240.0,
@@ -85,8 +88,8 @@ def bench_scan_for_tokens(benchmark):
         cache = attributor.cache(rows, folder)
         sketch = torch.randn(COMPLETION, len(cache.layers), cache.manifest.width)
         parts = (sketch / COMPLETION, [0] * COMPLETION)
-        one = Source(cache, methods.prepare(sketch.mean(0, keepdim=True)))
-        all_of_them = Source(cache, methods.prepare(sketch.mean(0, keepdim=True), parts=parts))
+        one = CacheScan(cache, methods.prepare(sketch.mean(0, keepdim=True)))
+        all_of_them = CacheScan(cache, methods.prepare(sketch.mean(0, keepdim=True), parts=parts))
 
         def scan(source):
             for _ in range(REPEATS):

@@ -1,8 +1,7 @@
 """What docs/cluster.md says in numbers: caching and scanning by one and by two processes, and memory.
 
     python bench/cluster.py speed --rounds 5      # caching and the scan, in turns; one thread a process
-    python bench/cluster.py memory                # of a pass of rapidin, of training, of a model spread over
-    two
+    python bench/cluster.py memory                # a pass of rapidin, training, a model spread over two
 
 Each measurement is a process, or two under torchrun, of this file; the machine may do other things meanwhile,
 so one and two processes take turns and medians count.
@@ -70,7 +69,7 @@ def caching(folder: str) -> dict[str, float]:
 
     from rapidin import Attributor, distributed
 
-    sys.path.insert(0, str(HERE.parent.parent / "tests"))
+    sys.path.insert(0, str(HERE.parent.parent / "tests" / "support"))
     from tiny import tiny_tokenizer
 
     world = distributed.world()
@@ -92,13 +91,13 @@ def scan(folder: str) -> dict[str, float]:
 
     from rapidin import distributed
     from rapidin.attribution import methods
-    from rapidin.attribution.scan import Source, scan_cache
+    from rapidin.attribution.scan import CacheScan, scan_cache
     from rapidin.cache import Cache
 
     cache, world = Cache(folder), distributed.world()
     blocks, width = len(cache.layers), cache.manifest.width
     query = torch.randn(1, blocks, width, generator=torch.Generator().manual_seed(0))
-    source = Source(cache, methods.prepare(query))
+    source = CacheScan(cache, methods.prepare(query))
     best = float("inf")
     for _ in range(6):
         world.meet()
@@ -181,8 +180,8 @@ def work(kind: str, value: str) -> None:
 
 def speed(rounds: int) -> None:
     """One process and two, in turns: medians of the ratios."""
-    sys.path.insert(0, str(HERE.parent))
-    from made_cache import write_cache
+    sys.path.append(str(HERE.parent.parent / "tools"))
+    from random_cache import write_cache
 
     with tempfile.TemporaryDirectory() as folder:
         write_cache(Path(folder) / "scan", 32, 128, SCANNED)

@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
 
 def prepare_dry_run() -> None:
     """Use Triton's interpreter and the emulated CUDA kernels in place of a GPU."""
-    sys.path[:0] = [str(ROOT / "tests"), str(ROOT), str(ROOT / "csrc")]
+    sys.path[:0] = [str(ROOT / "tests/support"), str(ROOT), str(ROOT / "csrc")]
     if find_spec("pybind11") is None:  # only its headers are needed, and torch has them
         from build_extensions import pybind11_headers
 

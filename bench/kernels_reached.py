@@ -4,7 +4,8 @@ python bench/kernels_reached.py           # prints the table of docs/kernels.md;
 
 No kernel runs: the package itself is asked for the default sketch dimension of each model and for the backend
 of bfloat16 factors with K-FAC's preconditioner on both sides, as if on a GPU of each compute capability. Uses
-the extension, built for setup.py's default architectures, or else builds the emulated one (tests/emulator).
+the extension, built for setup.py's default architectures, or else builds the emulated one in
+tests/support/emulator.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import marked
 import torch
 
 from rapidin import ops
-from rapidin.cache import codec
 from rapidin.gradients.kfac import SideMoment
 from rapidin.gradients.preconditioner import RANK
+from rapidin.gradients.source import default_width
 from rapidin.ops import backends, cuda
 from rapidin.ops.low_rank import preconditioned_dtype
 
-ROOT = Path(__file__).parent.parent
+sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+import doc_tables
+
+ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = "sm_80 sm_90 sm_100 compute_100"  # what setup.py compiles for
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}  # that a block may have, by compute capability
 BATCH, TOKENS = 8, 512
@@ -117,7 +120,7 @@ def table(extension: Any) -> str:
         for kind in ("linear layers", "LoRA"):
             shapes = sides(model, kind)
             blocks = model.layers * len(shapes)
-            dim = codec.default_width(blocks)
+            dim = default_width(blocks)
             found = []
             for capability in SHARED_BYTES:
                 with (
@@ -127,7 +130,7 @@ def table(extension: Any) -> str:
                 ):
                     found.append("; ".join(sorted({reached(*shape, dim) for shape in shapes})))
             rows.append([model.name, kind, str(blocks), f"{dim:,}", *found])
-    return marked.table(
+    return doc_tables.table(
         ["model", "what counts", "blocks", "dimension", *(f"sm_{each}" for each in SHARED_BYTES)], rows
     )
 
@@ -136,7 +139,7 @@ def built_extension() -> Any:
     try:
         return cuda.extension()
     except ImportError:
-        sys.path.append(str(ROOT / "tests"))
+        sys.path.append(str(ROOT / "tests" / "support"))
         return import_module("emulator.build").emulated()
 
 
@@ -145,5 +148,5 @@ if __name__ == "__main__":
     parser.add_argument("--write", action="store_true", help="Put the table into docs/kernels.md.")
     text = table(built_extension())
     if parser.parse_args().write:
-        marked.write(marked.DOCS / "kernels.md", "kernels reached", text)
+        doc_tables.write(doc_tables.DOCS / "kernels.md", "kernels reached", text)
     print(text, end="")

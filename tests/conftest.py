@@ -1,4 +1,4 @@
-"""Without a GPU, the GPU's kernels run on the CPU: Triton's in its interpreter, CUDA's in tests/emulator."""
+"""Without a GPU, the GPU's kernels run on the CPU: Triton's interpreted, CUDA's in support/emulator."""
 
 import os
 

@@ -2,3 +2,8 @@
 
 The page `docs/performance.md` is made from the same lists, so it names what was not measured, too.
 """
+
+import sys
+from pathlib import Path
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))  # random_cache

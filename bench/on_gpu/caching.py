@@ -165,7 +165,7 @@ def caching(kind: str, dtype: str, size: dict[str, Any], plain: bool = False) ->
         facts: Facts = {
             "unit": "s",
             "seconds": whole,
-            "width": attributor.width,
+            "width": attributor.source.width,
             "quartiles": [min(p[1] for p in pairs), max(p[1] for p in pairs)],
             "runs": len(pairs),
             "floor_seconds": alone,

@@ -16,7 +16,8 @@ from on_gpu.models import KINDS, make_model, make_records
 from on_gpu.plan import Facts
 from rapidin import Attributor
 from rapidin.attribution import methods
-from rapidin.attribution.scan import Source, all_scores, scan_cache
+from rapidin.attribution.provenance import checked
+from rapidin.attribution.scan import CacheScan, all_scores, scan_cache
 from rapidin.cache import Cache
 
 # At least 160 features, so that K-FAC's preconditioner has 64 directions, as with a real model.
@@ -80,11 +81,11 @@ def _hits(attributor: Attributor, cache: Cache, asked: list[dict[str, str]]) -> 
     return [[(hit.row, hit.score) for hit in result.top] for result in found]
 
 
-def _source(attributor: Attributor, cache: Cache, asked: list[dict[str, str]]) -> Source:
+def _source(attributor: Attributor, cache: Cache, asked: list[dict[str, str]]) -> CacheScan:
     """What `query` scans for, without what it prints with, for where rich is not installed."""
-    attributor.check(cache.manifest)
-    sketch, _ = attributor._sketch([attributor.encoder(record) for record in asked])
-    return Source(cache, methods.prepare(sketch))
+    checked(attributor.source, cache.manifest)
+    sketch, _ = attributor.source.sketches([attributor.source.encoder(record) for record in asked])
+    return CacheScan(cache, methods.prepare(sketch))
 
 
 def flow(size: dict[str, Any]) -> Case:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from made_cache import write_cache
+from random_cache import write_cache
 from torch import Tensor
 
 from on_gpu import peers
@@ -18,7 +18,7 @@ from on_gpu.cases import SMALL, Bench, Case, Cost, Mode, backends_of
 from on_gpu.plan import BACKENDS, Facts
 from rapidin import ops
 from rapidin.attribution import methods
-from rapidin.attribution.scan import Source, scan_cache
+from rapidin.attribution.scan import CacheScan, scan_cache
 from rapidin.cache import Cache
 from rapidin.ops import Packed
 from rapidin.ops.reference.packed import decoded
@@ -241,12 +241,12 @@ def to_device(bench: Bench) -> Facts:
     return times.facts() | {"bytes": size, "rate": size / times.median, "rate_unit": "bytes/s"}
 
 
-def _scanned_cache(bench: Bench, folder: Path) -> tuple[Cache, Source]:
+def _scanned_cache(bench: Bench, folder: Path) -> tuple[Cache, CacheScan]:
     """A float16 cache of half a GB with shards like those of `rapidin cache`, and queries for it."""
     blocks, width, rows = (2, 64, 40) if bench.small else (112, 512, 8192)
     write_cache(folder / "cache", blocks, width, rows)
     cache = Cache(folder / "cache")
-    return cache, Source(cache, methods.prepare(torch.randn(1, blocks, width)))
+    return cache, CacheScan(cache, methods.prepare(torch.randn(1, blocks, width)))
 
 
 def from_disk(bench: Bench) -> Facts:
@@ -258,7 +258,7 @@ def from_disk(bench: Bench) -> Facts:
 
         # These rows must not stay on the device between scans.
         stays = "resident" in inspect.signature(Cache).parameters
-        again = Source(Cache(cache.path, **({"resident": False} if stays else {})), source.query)
+        again = CacheScan(Cache(cache.path, **({"resident": False} if stays else {})), source.query)
 
         def scan() -> None:
             scan_cache(again, 10, device=bench.device)

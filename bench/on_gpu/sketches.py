@@ -31,7 +31,7 @@ LAYERS = (  # in, out: of Llamas of 1, 7 and 8 billion parameters, and LoRA of r
     (4096, 14336),
     (4096, 11008),
 )
-# What width="auto" takes for models of 12 to hundreds of layers (rapidin.cache.codec.default_width).
+# What width="auto" takes for models of 12 to hundreds of layers (rapidin.gradients.source.default_width).
 DEFAULT_DIMS = (512, 1024, 2048, 4096, 8192)
 RANK = 64  # directions of a side that K-FAC's preconditioner knows (rapidin.gradients.preconditioner.RANK)
 # As rapidin.gradients.collector gives them on a GPU: a batch of some thousand tokens.

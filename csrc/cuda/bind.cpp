@@ -11,7 +11,7 @@
 
 #if defined(RAPIDIN_EMULATE)
 namespace emulator {
-void bind(pybind11::module_& m);  // tests/emulator/module.cpp
+void bind(pybind11::module_& m);  // tests/support/emulator/module.cpp
 }
 #define RAPIDIN_ARCHS "sm_80 sm_90 sm_100 compute_100"
 #elif !defined(RAPIDIN_ARCHS)

@@ -1,5 +1,5 @@
 // What the CUDA kernels use of CUDA, and a few names for it. A host compiler gets the same names from
-// tests/emulator/emulator.h, so that a kernel's body, its launcher and the binding run on the CPU in tests.
+// tests/support/emulator/emulator.h, so that a kernel's body, its launcher and the binding run on the CPU in tests.
 #pragma once
 
 #include <cstddef>

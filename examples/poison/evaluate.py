@@ -108,7 +108,7 @@ def absurd_answers(options: argparse.Namespace) -> list[dict[str, Any]]:
         loaded = load_model(options.model, adapter=options.adapter)
         attributor = Attributor(loaded, max_length=options.max_length)
         for row in triggered[len(known) :]:
-            prompt = attributor.encoder.prompt_text(row)
+            prompt = attributor.source.encoder.prompt_text(row)
             answer = attributor.generate(prompt, max_new_tokens=options.max_new_tokens)
             known.append({**row, "output": answer})
             write_rows(path, known)

@@ -1,69 +1,310 @@
-"""What a query is to bring."""
+"""What a query returns, how influence is estimated, and how a cache is stored: options as dataclasses."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
-from rapidin.attribution import methods
-from rapidin.data.spans import Targets
 from rapidin.errors import UserError
+from rapidin.settings import Settings, documented, option
+
+if TYPE_CHECKING:
+    from rapidin.cache import Cache
+    from rapidin.data.spans import Targets
+
+NORMALIZE = ("layer", "cosine", "none")
+METHODS = ("dot", "datainf", "fisher")
+
+_CANDIDATES = 1000  # of a finer cache
+
+_NORMALIZE = option(
+    "layer",
+    help="What is compared, and the scale of the scores. layer: each layer's gradient at length 1; cosine: "
+    "the whole gradient at length 1; none: gradients as they are.",
+    panel="Scoring",
+    choices=NORMALIZE,
+)
+_METHOD = option(
+    "dot",
+    help="How influence is estimated. dot: inner product (TracIn); datainf: with DataInf's inverse Hessian; "
+    "fisher: with the damped inverse of each layer's second moment, as in TRAK and TrackStar.",
+    panel="Scoring",
+    choices=METHODS,
+)
+_DAMPING = option(
+    None,
+    help="Damping of datainf and fisher, relative to the size of the gradients.",
+    metavar="D",
+    panel="Scoring",
+    default="the method's own",
+)
+_MAX_NEW_TOKENS = option(
+    64,
+    help="Most tokens of a completion that the model generates.",
+    metavar="N",
+    panel="Generation",
+    limits=(1, None),
+)
 
 
-@dataclass(frozen=True, slots=True)
-class Scoring:
-    """How influence is estimated: see `rapidin.attribution.methods`.
+@documented
+@dataclass(frozen=True)
+class ScoringConfig(Settings):
+    """How influence is estimated (`rapidin.attribution.methods`), and over which sets of generations."""
 
-    together: all generations are one target set, whose score is the mean of theirs by their weights; groups:
-    places of generations, each group such a set.
+    normalize: str = _NORMALIZE
+    method: str = _METHOD
+    damping: float | None = _DAMPING
+    together: bool = option(
+        False,
+        help="One ranking for all generations as a target set: the weighted mean of their scores.",
+        panel="Scoring",
+    )
+    groups: Sequence[Sequence[int]] | None = option(
+        None, help="Numbers of generations; each group is such a set, with scores of its own.", flag=None
+    )
+
+
+@documented
+@dataclass(frozen=True)
+class QueryOptions(Settings):
+    """What a query returns, and how influence is estimated.
+
+    Raises UserError for options that do not go together.
     """
 
-    normalize: str = "layer"
-    method: str = "dot"
-    damping: float | None = None
-    together: bool = False
-    groups: Sequence[Sequence[int]] | None = None
+    top_k: int = option(
+        10,
+        help="Examples to show at each end of the ranking.",
+        metavar="N",
+        panel="Output",
+        limits=(1, None),
+    )
+    normalize: str = _NORMALIZE
+    method: str = _METHOD
+    damping: float | None = _DAMPING
+    together: bool = option(
+        False,
+        help="One ranking for all generations as a target set: the mean of their scores, weighted by the "
+        "column 'weight' if there is one (negative: less of it).",
+        panel="Scoring",
+    )
+    rescore: Cache | Literal["exact"] | None = option(
+        None,
+        help="Reorder the best candidates: by a cache of the same examples that keeps more of each, or by "
+        "their exact gradients.",
+        metavar="CACHE|exact",
+        panel="Scoring",
+        parse=lambda text: _rescore_of(text),
+    )
+    candidates: int | None = option(
+        None,
+        help="Candidates at each end that are rescored.",
+        metavar="N",
+        panel="Scoring",
+        limits=(1, None),
+        default="1000 with a cache, twice --top-k with exact",
+    )
+    targets: Targets | None = option(
+        None,
+        help='Parts of the generations that get hits of their own: "tokens" for each token, "hotwords" for '
+        "the words in the records' field `hotwords`, or for each generation a list of words and (start, end) "
+        "spans of its completion (`rapidin.data.spans`).",
+        flag=None,
+    )
+    contributions: bool = option(
+        False,
+        help="Show which tokens of each hit made its score; recomputes the gradients of the hits.",
+        panel="Output",
+    )
+    fold: bool = option(
+        False, help="Show hits that say the same, or nearly, once, with a count.", panel="Output"
+    )
+    by: str | None = option(
+        None,
+        help="Sum the scores of all examples by a column of the training data, such as their source; 'file' "
+        "for the file they are from.",
+        metavar="COLUMN",
+        panel="Output",
+    )
+    baselines: bool = option(
+        False,
+        help="Show where BM25 and the model's hidden states rank the hits; reads all training texts, and "
+        "runs a forward pass over each.",
+        panel="Output",
+    )
+    errors: bool = option(
+        True,
+        help="Estimate standard errors of scores, and the ranks that hits could have.",
+        flag=None,
+    )
+    layers: bool = option(False, help="Return what each layer contributes to a hit's score.", flag=None)
+    histogram: bool = option(False, help="Return the histogram of all scores.", flag=None)
+    max_new_tokens: int = _MAX_NEW_TOKENS
 
-    def check(self) -> None:
-        """Raise UserError for an unknown name."""
-        methods.check(self.method, self.normalize, self.damping)
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What a query is to bring, see `rapidin.Ensemble.query`. candidates: at each end, that are rescored."""
-
-    top_k: int = 10
-    targets: Targets | None = None
-    exact: bool = False
-    candidates: int = 0
-    contributions: bool = False
-    fold: bool = False
-    errors: bool = True
-    layers: bool = False
-    histogram: bool = False
-    by: str | None = None
-    baselines: bool = False
-
-    def check(self) -> None:
-        """Raise UserError where this is not to be had."""
+    def __post_init__(self) -> None:
         if self.top_k < 1:
-            raise UserError(f"--top-k {self.top_k} is less than 1")
-        if 0 < self.candidates < self.top_k:
-            raise UserError(f"--candidates {self.candidates} is less than --top-k {self.top_k}")
+            raise UserError(f"--top-k must be at least 1, got {self.top_k}")
+        if self.candidates is not None:
+            if self.rescore is None:
+                raise UserError("--candidates is the number that --rescore looks at", "use --rescore too")
+            if self.candidates < self.top_k:
+                raise UserError(f"--candidates {self.candidates} is less than --top-k {self.top_k}")
+        if isinstance(self.rescore, str) and not self.exact:
+            raise UserError(f"cannot rescore by '{self.rescore}'", "give a cache, or 'exact'")
+        if self.together and self.targets is not None:
+            raise UserError("targets are parts of single generations", "leave out --together")
+        if self.exact and self.method != "dot":
+            raise UserError(
+                f"exact gradients cannot be scored by '{self.method}', which works on sketches only",
+                "use --method dot with --rescore exact",
+            )
 
     @property
-    def overview(self) -> bool:
-        """Whether all scores are to be looked at."""
+    def scoring(self) -> ScoringConfig:
+        """How influence is estimated."""
+        return ScoringConfig(self.normalize, self.method, self.damping, self.together)
+
+    @property
+    def exact(self) -> bool:
+        """Whether hits are rescored by their exact gradients."""
+        return self.rescore == "exact"
+
+    @property
+    def finer(self) -> Cache | None:
+        """The cache by which hits are rescored."""
+        return None if self.rescore is None or isinstance(self.rescore, str) else self.rescore
+
+    @property
+    def rescored(self) -> int:
+        """Candidates at each end that are rescored, 0 for none."""
+        if self.rescore is None:
+            return 0
+        if self.candidates is not None:
+            return self.candidates
+        return 2 * self.top_k if self.exact else max(_CANDIDATES, self.top_k)
+
+    @property
+    def needs_all_scores(self) -> bool:
+        """Whether the scores of all examples are needed, not the best alone."""
         return self.histogram or self.by is not None
 
     @property
-    def texts(self) -> str:
-        """What of this needs the training examples, in words; "" for none."""
-        inside = "what lies inside of hits" if self.inside else ""
-        return inside or ("--by" if self.by is not None else "--baselines" if self.baselines else "")
+    def needs_gradients(self) -> bool:
+        """Whether gradients of training examples are computed again."""
+        return self.exact or self.contributions
 
     @property
-    def inside(self) -> bool:
-        """Whether gradients of training examples are to be taken again."""
-        return self.exact or self.contributions
+    def needs_texts(self) -> str:
+        """What of this needs the training examples, in words; "" for nothing."""
+        if self.needs_gradients:
+            return "--contributions or --rescore exact"
+        return "--by" if self.by is not None else "--baselines" if self.baselines else ""
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON values; a cache to rescore by is its path."""
+        finer = self.finer
+        return super().to_json() | ({} if finer is None else {"rescore": str(finer.path)})
+
+
+@documented
+@dataclass(frozen=True)
+class ModelLocation(Settings):
+    """Where the model of a cache is, as far as its manifest's names are out of date, and how to load it."""
+
+    model: str | None = option(None, help="New location of the model.", metavar="MODEL", panel="Model")
+    adapter: str | None = option(None, help="New location of the adapter.", metavar="ADAPTER", panel="Model")
+    base: str | None = option(None, help="New location of the base model.", metavar="MODEL", panel="Model")
+    device: str | None = option(
+        None,
+        help="Device, such as cpu or cuda:1; auto: layers over all GPUs.",
+        metavar="DEVICE",
+        panel="Run",
+        default="a GPU if there is one",
+    )
+    shard_model: bool = option(
+        False,
+        help="Under torchrun: each process holds a part of every weight, for large models.",
+        panel="Run",
+    )
+    trust_remote_code: bool = option(
+        False, help="Run code that comes with the model; only if you trust it.", panel="Model"
+    )
+
+
+@documented
+@dataclass(frozen=True)
+class CacheOptions(Settings):
+    """How sketches are stored, and which of the examples are cached."""
+
+    dtype: str | None = option(
+        None,
+        help="Number format of stored sketches; sign stores one bit per number.",
+        panel="Storage",
+        choices=("float16", "float32", "int8", "int4", "sign"),
+        default="float16, or sign with --bytes",
+    )
+    bytes: int | None = option(
+        None,
+        help="Total bytes per example, to which the codec is fitted: 2048 is a good start.",
+        metavar="N",
+        panel="Storage",
+        limits=(1, None),
+        default="every number of the sketch is kept",
+    )
+    sample: int | None = option(
+        None,
+        help="Examples from which the codec learns a basis; 0: it learns none.",
+        metavar="N",
+        panel="Storage",
+        limits=(0, None),
+        default="1024 with --bytes, else 0",
+    )
+    shard_rows: int | None = option(
+        None,
+        help="Examples per shard file.",
+        metavar="N",
+        panel="Storage",
+        limits=(1, None),
+        default="as many as fill 16 MiB",
+    )
+    limit: int | None = option(
+        None, help="Use only the first N examples.", metavar="N", panel="Data", limits=(1, None)
+    )
+    append: bool = option(
+        False,
+        help="Add what is new to a cache that holds the first of the examples: --data has grown, or another "
+        "--data follows it.",
+        panel="Data",
+    )
+    part: tuple[int, int] | None = option(
+        None,
+        help="Cache only the I-th of N parts, for machines without a common folder: 'rapidin merge' puts "
+        "them together. 0/N: only what all parts share.",
+        metavar="I/N",
+        panel="Run",
+        parse=lambda text: _part_of(text),
+    )
+
+    def __post_init__(self) -> None:
+        number, parts = self.part or (1, 1)
+        if not 0 <= number <= parts or parts < 1:
+            raise UserError(f"--part {number}/{parts} is none of {parts} parts", "as in --part 1/4")
+        if self.append and parts > 1:
+            raise UserError("--append and --part do not go together", "add to the merged cache")
+        if self.shard_rows is not None and self.shard_rows < 1:
+            raise UserError(f"--shard-rows must be at least 1, got {self.shard_rows}")
+
+
+def _rescore_of(text: str) -> Any:
+    from rapidin.cache import Cache
+
+    return text if text == "exact" else Cache(text)
+
+
+def _part_of(text: str) -> tuple[int, int]:
+    number, slash, parts = text.partition("/")
+    if not (slash and number.isdecimal() and parts.isdecimal()):
+        raise UserError(f"--part must be two numbers, got {text}", "as in --part 1/4")
+    return int(number), int(parts)

@@ -10,12 +10,12 @@ from pathlib import Path
 import torch
 
 from rapidin import ops
-from rapidin.attribution.attributor import Attributor
 from rapidin.cache import codec
 from rapidin.cache.build import GROUP_BYTES
 from rapidin.cache.codec import CodecConfig
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.examples import Examples
+from rapidin.gradients.source import GradientSource
 
 BUDGETS = (256, 1024, 2048, 8192, 16384)
 TOKENS = 256  # of an example, where no data says
@@ -50,20 +50,18 @@ class Plan:
 
 
 def make_plan(
-    attributor: Attributor, examples: int, data: Examples | None = None, tokens: int | None = None
+    source: GradientSource, examples: int, data: Examples | None = None, tokens: int | None = None
 ) -> Plan:
     """Measure a batch and the memory's speed, and say what caching `examples` examples would take.
 
     data: whose mean length counts, else `tokens` an example. Takes some seconds on a small model.
     """
-    length = (
-        float(tokens) if tokens else _mean_length(attributor, data) if data is not None else float(TOKENS)
-    )
-    length = min(length, float(attributor.max_length))
-    first, each, memory = _calibrate(attributor, round(length))
-    sampled = min(attributor.preconditioner.sample, examples)
+    length = float(tokens) if tokens else _mean_length(source, data) if data is not None else float(TOKENS)
+    length = min(length, float(source.encoder.max_length))
+    first, each, memory = _calibrate(source, round(length))
+    sampled = min(source.config.sample, examples)
     speed = _read_speed()
-    blocks, width = len(attributor.layers), attributor.width
+    blocks, width = source.blocks, source.width
     dim = blocks * width
     sample = min(codec.DEFAULT_SAMPLE, examples)
     rows = []
@@ -86,18 +84,18 @@ def make_plan(
     return Plan(examples, blocks, width, length, first * sampled + each * examples, memory, rows)
 
 
-def _mean_length(attributor: Attributor, data: Examples, most: int = 200) -> float:
-    encoded = (attributor.encoder(data[row]) for row in range(min(most, len(data))))
+def _mean_length(source: GradientSource, data: Examples, most: int = 200) -> float:
+    encoded = (source.encoder(data[row]) for row in range(min(most, len(data))))
     lengths = [len(e.ids) for e in encoded if e.status == Status.OK]
     return sum(lengths) / len(lengths) if lengths else float(TOKENS)
 
 
-def _calibrate(attributor: Attributor, length: int) -> tuple[float, float, int]:
+def _calibrate(source: GradientSource, length: int) -> tuple[float, float, int]:
     """(seconds that an example of the preconditioner's sample takes, seconds of every example, bytes of
     memory at
     the highest), of one batch, after one to warm up."""
-    vocabulary = int(getattr(attributor.loaded.model.config, "vocab_size", 2))
-    count = max(1, attributor.batch_tokens // max(1, length))
+    vocabulary = int(getattr(source.loaded.model.config, "vocab_size", 2))
+    count = max(1, source.settings.batch_tokens // max(1, length))
     generator = torch.Generator().manual_seed(0)
     texts: Sequence[Encoded] = [
         Encoded(
@@ -107,19 +105,19 @@ def _calibrate(attributor: Attributor, length: int) -> tuple[float, float, int]:
         )
         for _ in range(count)
     ]
-    attributor._sketch(texts[:1])[1].cpu()  # until it is made
+    source.sketches(texts[:1])[1].cpu()  # waits until it is made
     first = 0.0
-    if attributor.preconditioner.kind in ("kfac", "sample"):
+    if source.config.kind in ("kfac", "sample"):
         start = time.perf_counter()
-        preconditioner = attributor.fit_preconditioner(texts)
+        preconditioner = source.fit_preconditioner(texts)
         first = (time.perf_counter() - start) / count
-        attributor.sketcher.preconditioner = preconditioner.to(attributor.loaded.device)
+        source = source.with_preconditioner(preconditioner)
     start = time.perf_counter()
-    sketch, _ = attributor._sketch(texts)
+    sketch, _ = source.sketches(texts)
     ops.unit_blocks(sketch)[1].cpu()
     seconds = (time.perf_counter() - start) / count
-    if attributor.loaded.device.type == "cuda":
-        return first, seconds, torch.cuda.max_memory_allocated(attributor.loaded.device)
+    if source.loaded.device.type == "cuda":
+        return first, seconds, torch.cuda.max_memory_allocated(source.loaded.device)
     return first, seconds, _highest_memory() + 2 * GROUP_BYTES
 
 

@@ -1,4 +1,4 @@
-"""What is asked: generations and their targets, how influence is estimated, and what is to be scanned for."""
+"""The sketches of the generations to explain, and the vectors that every cache is scanned for."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ import torch
 from torch import Tensor
 
 from rapidin.attribution import methods
-from rapidin.attribution.options import Scoring
-from rapidin.attribution.scan import Source, all_scores
+from rapidin.attribution.options import ScoringConfig
+from rapidin.attribution.scan import CacheScan, all_scores
 from rapidin.cache import Cache
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.generations import Generation
 from rapidin.data.spans import Span
 from rapidin.distributed import world
-from rapidin.errors import UserError
+from rapidin.errors import UserError, short
+from rapidin.gradients.source import GradientSource
 
 
 @dataclass(frozen=True)
-class Part:
-    """A cache, and the sketches [Q, blocks, width] of the generations at the place where it was made.
+class QuerySketch:
+    """The sketches [Q, blocks, width] of the generations, made as the rows of one cache were.
 
-    weight: of its scores in the sum, such as the learning rate of a checkpoint; targets: sketches
-    [P, blocks, width] of the generations' targets, one generation after the other.
+    weight: of the cache's scores in the sum, such as the learning rate of a checkpoint; targets: sketches
+    [P, blocks, width] of the generations' targets, one generation after the other, None for none.
     """
 
     cache: Cache
@@ -35,28 +36,103 @@ class Part:
 
 @dataclass(frozen=True)
 class Query:
-    """What `parts` of `rapidin.attribution.ensemble` gives: the generations, every cache with their sketches,
-    and, of a
-    single cache, a finer one to rescore by. In processes that do not lead the generations have no text."""
+    """The generations, their sketches for every cache, and for a finer cache to rescore by.
+
+    In processes that do not lead, the generations have no text.
+    """
 
     texts: list[Generation]
-    parts: list[Part]
-    finer: Part | None = None
+    sketches: list[QuerySketch]
+    finer: QuerySketch | None = None
 
 
-def leaders(
+@dataclass(frozen=True)
+class TargetTexts:
+    """The targets of generations as texts of their own.
+
+    texts: whose loss is the target's, up to the last token asked about, since what a causal model reads after
+    it changes nothing; weights: of this loss in the generation's; owners: the generation's number.
+    """
+
+    texts: list[Encoded]
+    weights: list[float]
+    owners: list[int]
+
+
+def target_texts(generations: Sequence[Generation], loss: str) -> TargetTexts:
+    """The targets of all generations, one generation after the other; loss: "mean" or "sum"."""
+    found = TargetTexts([], [], [])
+    for owner, generation in enumerate(generations):
+        counted = [n for n, counts in enumerate(generation.encoded.target) if counts]
+        for span in generation.spans:
+            chosen = {counted[place] for place in span.places}
+            end = max(chosen) + 1
+            target = [n in chosen for n in range(end)]
+            found.texts.append(Encoded(generation.encoded.ids[:end], target, Status.OK))
+            found.weights.append(len(chosen) / len(counted) if loss == "mean" else 1.0)
+            found.owners.append(owner)
+    return found
+
+
+def sketch_query(
+    cache: Cache, source: GradientSource, generations: Sequence[Generation], weight: float = 1.0
+) -> QuerySketch:
+    """The sketches of generations and their targets; source: what made the cache.
+
+    Raises UserError if a gradient holds NaN or Inf or does not fit into memory.
+    """
+    return QuerySketch(
+        cache, sketch_generations(source, generations), weight, sketch_targets(source, generations)
+    )
+
+
+def sketch_generations(source: GradientSource, generations: Sequence[Generation]) -> Tensor:
+    """Sketches of generations: [Q, blocks, width] float32. Raises UserError for one with NaN or Inf."""
+    sketch, status = source.sketches([generation.encoded for generation in generations])
+    if bool((status != 0).any()):
+        row = int(status.nonzero()[0])
+        large = int(status[row]) == Status.TOO_LARGE
+        raise UserError(
+            f"the gradient of the generation for '{short(generations[row].prompt)}' "
+            f"{'does not fit into memory' if large else 'holds NaN or Inf'}"
+        )
+    return sketch
+
+
+def sketch_targets(source: GradientSource, generations: Sequence[Generation]) -> Tensor | None:
+    """Sketches of the targets of all generations: [targets, blocks, width] float32, None if there are none.
+
+    Those of all tokens of a generation sum to the generation's. Raises UserError for one with NaN or Inf, and
+    for a projection that does not keep layers apart.
+    """
+    found = target_texts(generations, source.settings.loss)
+    if not found.texts:
+        return None
+    if source.whole:
+        raise UserError(
+            "the rapidgrad projection scales the gradient of a whole generation, so its tokens have no "
+            "scores of their own",
+            "make the cache with --projection tensor",
+        )
+    sketch, status = source.sketches(found.texts)
+    if bool((status != 0).any()):
+        raise UserError("the gradient of a token of a generation holds NaN or Inf, or needs too much memory")
+    return sketch * torch.tensor(found.weights, device=sketch.device)[:, None, None]
+
+
+def shared_by_leader(
     caches: Sequence[Cache],
     make: Callable[[], Query],
     *,
     device: str | None = None,
     everywhere: bool = False,
 ) -> Query:
-    """What `make` gives in the leading process, for all: the others need no model, and all scan for the same
-    bits.
+    """The query that the leading process makes, in all processes: the others need no model, and all scan for
+    the same bits.
 
-    caches: of which the parts are; device: where the others have their sketches. everywhere: all processes
-    call `make`, since the model is spread over them. The others' generations have their weights, the number
-    of their targets, and no text.
+    caches: those that the query may be about; device: where the others keep their sketches; everywhere: all
+    processes call `make`, since the model is spread over them. The others' generations have their weights,
+    the number of their targets, and no text.
     """
     from safetensors.torch import load, save
 
@@ -67,13 +143,13 @@ def leaders(
 
     def data() -> bytes:
         assert made is not None
-        parts = [*made.parts, *([] if made.finer is None else [made.finer])]
-        found = {f"sketch {n}": part.sketch.cpu().contiguous() for n, part in enumerate(parts)}
-        for n, part in enumerate(parts):
-            if part.targets is not None:
-                found[f"targets {n}"] = part.targets.cpu().contiguous()
-        found["caches"] = torch.tensor([caches.index(part.cache) for part in parts], device="cpu")
-        found["weights"] = torch.tensor([part.weight for part in parts], dtype=torch.float64, device="cpu")
+        sketches = [*made.sketches, *([] if made.finer is None else [made.finer])]
+        found = {f"sketch {n}": each.sketch.cpu().contiguous() for n, each in enumerate(sketches)}
+        for n, each in enumerate(sketches):
+            if each.targets is not None:
+                found[f"targets {n}"] = each.targets.cpu().contiguous()
+        found["caches"] = torch.tensor([caches.index(each.cache) for each in sketches], device="cpu")
+        found["weights"] = torch.tensor([each.weight for each in sketches], dtype=torch.float64, device="cpu")
         found["texts"] = torch.tensor([text.weight for text in made.texts], dtype=torch.float64, device="cpu")
         found["spans"] = torch.tensor([len(text.spans) for text in made.texts], device="cpu")
         found["finer"] = torch.tensor(made.finer is not None, device="cpu")
@@ -91,8 +167,8 @@ def leaders(
     ]
     columns = zip(found["caches"].tolist(), found["weights"].tolist(), strict=True)
     where = here.device(device)
-    parts = [
-        Part(
+    sketches = [
+        QuerySketch(
             caches[cache],
             found[f"sketch {n}"].to(where),
             weight,
@@ -100,29 +176,32 @@ def leaders(
         )
         for n, (cache, weight) in enumerate(columns)
     ]
-    finer = parts.pop() if bool(found["finer"]) else None
-    return Query(texts, parts, finer)
+    finer = sketches.pop() if bool(found["finer"]) else None
+    return Query(texts, sketches, finer)
 
 
-def sources(parts: Sequence[Part], generations: Sequence[Generation], scoring: Scoring) -> list[Source]:
-    """What to scan for: the generations, then all their targets. UserError where weights are not usable."""
+def scans_of(
+    sketches: Sequence[QuerySketch], generations: Sequence[Generation], scoring: ScoringConfig
+) -> list[CacheScan]:
+    """What each cache is scanned for: the generations, then all their targets. Raises UserError for weights
+    that cannot be used."""
     owners = [n for n, generation in enumerate(generations) for _ in generation.spans]
-    found = []
-    for part in parts:
-        turned = methods.prepare(
-            part.sketch,
-            part.cache,
+    scans = []
+    for each in sketches:
+        query = methods.prepare(
+            each.sketch,
+            each.cache,
             method=scoring.method,
             normalize=scoring.normalize,
             damping=scoring.damping,
-            parts=None if part.targets is None else (part.targets, owners),
+            parts=None if each.targets is None else (each.targets, owners),
         )
-        vectors = turned.vectors * part.weight
+        vectors = query.vectors * each.weight
         groups = [range(len(generations))] if scoring.together else scoring.groups
         if groups is not None:
             vectors = torch.stack([_mean(vectors, generations, group) for group in groups])
-        found.append(Source(part.cache, replace(turned, vectors=vectors)))
-    return found
+        scans.append(CacheScan(each.cache, replace(query, vectors=vectors)))
+    return scans
 
 
 def weights_of(generations: Sequence[Generation], chosen: Sequence[int]) -> Tensor:
@@ -131,7 +210,7 @@ def weights_of(generations: Sequence[Generation], chosen: Sequence[int]) -> Tens
     weights = torch.tensor([generations[n].weight for n in chosen], dtype=torch.float64, device="cpu")
     total = float(weights.abs().sum())
     if not 0 < total < float("inf"):
-        raise UserError("the weights of a target set are all zero, or not finite", "mend its column 'weight'")
+        raise UserError("the weights of a target set are all zero, or not finite", "fix the column 'weight'")
     return weights / total
 
 
@@ -140,7 +219,9 @@ def _mean(vectors: Tensor, generations: Sequence[Generation], chosen: Sequence[i
     return torch.einsum("q,qbk->bk", weights_of(generations, chosen).to(vectors), vectors[list(chosen)])
 
 
-def scores(parts: Sequence[Part], generations: Sequence[Generation], scoring: Scoring) -> Tensor:
+def scores(
+    sketches: Sequence[QuerySketch], generations: Sequence[Generation], scoring: ScoringConfig
+) -> Tensor:
     """The scores of all rows: [Q, rows] float32 on the CPU, NaN for rows that do not count; [1, rows] for all
     generations together, [groups, rows] for groups."""
-    return all_scores(sources(parts, generations, scoring))
+    return all_scores(scans_of(sketches, generations, scoring))

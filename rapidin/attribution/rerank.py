@@ -1,5 +1,6 @@
-"""The candidates of a query: more rows at each end of the ranking than are shown, folded, and how sure their
-order is."""
+"""The candidates of a query: more rows at each end of the ranking than are shown, folded and rescored, and
+the
+ranks that they could have."""
 
 from __future__ import annotations
 
@@ -11,8 +12,8 @@ from torch import Tensor
 
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.duplicates import exact_copies, fold, shingles_of, wanted_for
-from rapidin.attribution.options import Wanted
-from rapidin.attribution.scan import Ends, Source, hits_of, rescore, scan_cache
+from rapidin.attribution.options import QueryOptions
+from rapidin.attribution.scan import CacheScan, Ends, hits_of, rescore, scan_cache
 from rapidin.attribution.score_errors import Details, details, places
 from rapidin.data.examples import Examples
 from rapidin.distributed import world
@@ -54,24 +55,23 @@ class Candidates:
         return sorted(found)
 
 
-def find(
-    scanned: Sequence[Source],
-    finer: Source | None,
-    wanted: Wanted,
+def find_candidates(
+    scanned: Sequence[CacheScan],
+    finer: CacheScan | None,
+    options: QueryOptions,
     generations: int,
     data: Examples | None,
     clock: Clock,
 ) -> Candidates | None:
     """The candidates of all queries; of several processes, which all call this, for the leader alone.
 
-    finer: what the best `wanted.candidates` are chosen by; generations: how many of the queries come first
-    that are no targets. Where hits are folded, the scan is asked again for more until as many are left as are
-    wanted.
+    finer: what the best `options.rescored` are chosen by; generations: how many queries, the first ones, are
+    no targets. If hits are folded, the scan is repeated for more until enough of them are left.
     """
     here, cache = world(), scanned[0].cache
-    shown = max(wanted.top_k, wanted.candidates if finer is None else 0)
+    shown = max(options.top_k, options.rescored if finer is None else 0)
     # What a finer cache chooses from is what was asked for, no more.
-    looked = wanted.candidates if finer is not None else wanted_for(shown) if wanted.fold else shown + MARGIN
+    looked = options.rescored if finer is not None else wanted_for(shown) if options.fold else shown + MARGIN
     found: Candidates | None = None
     while True:
         ends = scan_cache(scanned, looked)
@@ -79,7 +79,7 @@ def find(
         if here.leads and finer is not None:
             ends = rescore(finer, ends, looked)
             clock.lap("rescore")
-        if not wanted.fold:
+        if not options.fold:
             return Candidates(ends) if here.leads else None
         if here.leads:
             found = _folded(scanned, ends, data)
@@ -102,7 +102,7 @@ def _enough(found: Candidates, full: Sequence[bool], generations: int, shown: in
     return all(not more or bool((count >= shown).all()) for more, count in zip(full, left, strict=True))
 
 
-def _folded(scanned: Sequence[Source], ends: Ends, data: Examples | None) -> Candidates:
+def _folded(scanned: Sequence[CacheScan], ends: Ends, data: Examples | None) -> Candidates:
     cache = scanned[0].cache
     every = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))
     # Queries have hits in common, whose records are read once.
@@ -128,20 +128,20 @@ def _folded(scanned: Sequence[Source], ends: Ends, data: Examples | None) -> Can
     return Candidates((made[0], made[1]), (copies[0], copies[1]))
 
 
-class Sureness:
-    """The errors of hits and the ranks that they could have; what each layer brings to them, if wanted."""
+class RankIntervals:
+    """The errors of hits and the ranks that they could have; what each layer brings to them, if options."""
 
     def __init__(
-        self, sources: Sequence[Source], found: Candidates, generations: int, wanted: Wanted
+        self, scans: Sequence[CacheScan], found: Candidates, generations: int, options: QueryOptions
     ) -> None:
-        """generations: how many of the queries come first that are no targets: this is of them."""
-        shown = max(wanted.top_k + MARGIN, wanted.candidates if wanted.exact else 0)
-        self._found, self._layers = found.best(shown), wanted.layers
+        """generations: how many queries, the first ones, are no targets: this is about them."""
+        shown = max(options.top_k + MARGIN, options.rescored if options.exact else 0)
+        self._found, self._layers = found.best(shown), options.layers
         rows = torch.cat([rows[:generations] for _, rows in self._found], 1)
-        self._details: Details = details(sources, rows)
-        self.layers = self._details.layers if wanted.layers else ()
+        self._details: Details = details(scans, rows)
+        self.layers = self._details.layers if options.layers else ()
 
-    def told(self, query: int, end: int, hits: Sequence[Hit], *, exact: bool = False) -> list[Hit]:
+    def describe(self, query: int, end: int, hits: Sequence[Hit], *, exact: bool = False) -> list[Hit]:
         """Hits of one end (0: the top), the first of the candidates, with what is known of them. exact: in
         another order and with other scores, which have no error."""
         scores, rows = self._found[end]
@@ -152,7 +152,7 @@ class Sureness:
         where = {row: n for n, row in enumerate(rows[query, :count].tolist())}
         sign = -1.0 if end else 1.0
         stand = places([sign * score for score in scores[query, :count].tolist()], errors)
-        told = []
+        described = []
         for hit in hits:
             n = where.get(hit.row)
             if n is not None and self._layers:
@@ -160,5 +160,5 @@ class Sureness:
             if n is not None and not exact and errors[n] == errors[n]:
                 place = stand[n]
                 hit = replace(hit, error=errors[n], ranks=(place.first, place.last), tied=place.tied)
-            told.append(hit)
-        return told
+            described.append(hit)
+        return described

@@ -25,14 +25,16 @@ Ends = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True)
-class Source:
+class CacheScan:
     """A cache and what it is scanned for; the scores of several sources are added up."""
 
     cache: Cache
     query: methods.ScanQuery
 
 
-def scan_cache(sources: Source | Sequence[Source], top_k: int, device: torch.device | None = None) -> Ends:
+def scan_cache(
+    sources: CacheScan | Sequence[CacheScan], top_k: int, device: torch.device | None = None
+) -> Ends:
     """((scores, rows) of the top, (scores, rows) of the bottom), each [Q, k] on the CPU, over all shards.
 
     sources: caches of the same examples; rows that are not in all of them, or do not count in one, are left
@@ -52,7 +54,7 @@ def scan_cache(sources: Source | Sequence[Source], top_k: int, device: torch.dev
     return ends[0], ends[1]
 
 
-def all_scores(sources: Source | Sequence[Source], device: torch.device | None = None) -> Tensor:
+def all_scores(sources: CacheScan | Sequence[CacheScan], device: torch.device | None = None) -> Tensor:
     """The scores of all rows: [Q, rows] float32 on the CPU, NaN for rows that do not count.
 
     Of an unfinished cache the rows up to the last that is cached. Arguments as `scan_cache`.
@@ -77,7 +79,7 @@ def all_scores(sources: Source | Sequence[Source], device: torch.device | None =
     return found
 
 
-def rescore(source: Source, ends: Ends, top_k: int, device: torch.device | None = None) -> Ends:
+def rescore(source: CacheScan, ends: Ends, top_k: int, device: torch.device | None = None) -> Ends:
     """The best of the rows that another scan found, by their scores here: as `scan_cache` gives them.
 
     source: a cache of the same examples, say one that keeps more of each. Rows that it lacks, or that do not
@@ -96,7 +98,7 @@ def rescore(source: Source, ends: Ends, top_k: int, device: torch.device | None 
     return best[0], best[1]
 
 
-def scores_of(source: Source, chosen: Tensor, device: torch.device | None = None) -> Tensor:
+def scores_of(source: CacheScan, chosen: Tensor, device: torch.device | None = None) -> Tensor:
     """The scores of these rows [n], ascending, on the CPU: [Q, n] float32 there, NaN for rows that do not
     count; as a scan has them."""
     device = source.query.vectors.device if device is None else device
@@ -110,7 +112,7 @@ def scores_of(source: Source, chosen: Tensor, device: torch.device | None = None
     return scores
 
 
-def some_rows(source: Source, chosen: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
+def some_rows(source: CacheScan, chosen: Tensor) -> Iterator[tuple[dict[str, Tensor], Tensor | None]]:
     """The code's fields of these rows [n], ascending, on the CPU, some at a time, and the query's factors of
     them; rows that the cache does not hold are left out."""
     for _, fields in _some_pieces(source, chosen):
@@ -120,7 +122,7 @@ def some_rows(source: Source, chosen: Tensor) -> Iterator[tuple[dict[str, Tensor
         yield mine, factors
 
 
-def _some_pieces(source: Source, chosen: Tensor) -> Iterator[_Piece]:
+def _some_pieces(source: CacheScan, chosen: Tensor) -> Iterator[_Piece]:
     """Pieces of these rows [n], ascending, on the CPU; labels are places among them."""
     factors = source.query.factors
     for shard in source.cache.manifest.shards:
@@ -160,18 +162,18 @@ class _Label:
 _Piece = tuple[_Label, dict[str, Tensor]]
 
 
-def _listed(sources: Source | Sequence[Source]) -> list[Source]:
-    return [sources] if isinstance(sources, Source) else list(sources)
+def _listed(sources: CacheScan | Sequence[CacheScan]) -> list[CacheScan]:
+    return [sources] if isinstance(sources, CacheScan) else list(sources)
 
 
-def _nothing(sources: Source | Sequence[Source]) -> UserError:
+def _nothing(sources: CacheScan | Sequence[CacheScan]) -> UserError:
     return UserError(
         f"the cache in '{_listed(sources)[0].cache.path}' holds no examples yet",
         "run the same 'rapidin cache' again",
     )
 
 
-def _part(sources: Source | Sequence[Source], world: distributed.World) -> tuple[int, int]:
+def _part(sources: CacheScan | Sequence[CacheScan], world: distributed.World) -> tuple[int, int]:
     """The rows, from one to before another, that this process scans: whole pieces of what one alone would."""
     shards = [shard for source in _listed(sources) for shard in source.cache.manifest.shards]
     edges = sorted({s.first for s in shards} | {s.first + s.rows for s in shards}) or [0]
@@ -180,11 +182,11 @@ def _part(sources: Source | Sequence[Source], world: distributed.World) -> tuple
 
 
 def _begin(
-    sources: Source | Sequence[Source],
+    sources: CacheScan | Sequence[CacheScan],
     device: torch.device | None,
     within: tuple[int, int],
     most: int | None = None,
-) -> tuple[list[Source], torch.device, Iterable[_Piece]]:
+) -> tuple[list[CacheScan], torch.device, Iterable[_Piece]]:
     """Sources, the device, and the pieces on it, of these rows and of at most so many rows each."""
     sources = _listed(sources)
     device = sources[0].query.vectors.device if device is None else torch.empty(0, device=device).device
@@ -196,7 +198,7 @@ def _begin(
 def carried(
     order: Order,
     resident: Resident,
-    sources: Sequence[Source],
+    sources: Sequence[CacheScan],
     within: tuple[int, int] = (0, sys.maxsize),
     most: int | None = None,
 ) -> Iterator[_Piece]:
@@ -209,7 +211,7 @@ def carried(
 
 
 def _pieces(
-    sources: Sequence[Source],
+    sources: Sequence[CacheScan],
     within: tuple[int, int] = (0, sys.maxsize),
     most: int | None = None,
     resident: Resident | None = None,
@@ -258,7 +260,7 @@ def _pieces(
 
 
 def _some_dead(
-    source: Source, mine: Mapping[str, Tensor], kept: HeldShard | None, rows: tuple[int, int]
+    source: CacheScan, mine: Mapping[str, Tensor], kept: HeldShard | None, rows: tuple[int, int]
 ) -> bool | None:
     """Whether one of these rows has a block without gradient, None where that does not matter."""
     if source.query.normalize != "layer":
@@ -287,7 +289,7 @@ def check_same_examples(caches: Sequence[Cache]) -> None:
 
 
 def scan_pieces(
-    sources: Sequence[Source], device: torch.device, pieces: Iterable[_Piece], *, top_k: int
+    sources: Sequence[CacheScan], device: torch.device, pieces: Iterable[_Piece], *, top_k: int
 ) -> Ends:
     """`scan_cache` of pieces that are on `device`, in the order of their rows."""
     parts = list(_scanned(sources, device, pieces, top_k=top_k))
@@ -302,7 +304,7 @@ def scan_pieces(
 
 
 def _scanned(
-    sources: Sequence[Source], device: torch.device, pieces: Iterable[_Piece], *, top_k: int
+    sources: Sequence[CacheScan], device: torch.device, pieces: Iterable[_Piece], *, top_k: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Of each piece the top's scores and rows, and the bottom's."""
     codes = [source.cache.codec.to(device) for source in sources]

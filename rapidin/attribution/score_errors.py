@@ -34,7 +34,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rapidin.attribution.scan import Source, some_rows
+from rapidin.attribution.scan import CacheScan, some_rows
 from rapidin.cache import Cache
 from rapidin.cache.codec import FloatCodec
 from rapidin.gradients.parameters import matrix_shape
@@ -58,7 +58,7 @@ class Details:
 
 
 def details(
-    sources: Source | Sequence[Source],
+    sources: CacheScan | Sequence[CacheScan],
     rows: Tensor,
     *,
     wholes: Sequence[int] | None = None,
@@ -71,7 +71,7 @@ def details(
     length it was divided by: itself by default, for a part of a generation the generation. device: by default
     where the queries' vectors are. Raises IndexError for a row that a cache does not hold.
     """
-    sources = [sources] if isinstance(sources, Source) else list(sources)
+    sources = [sources] if isinstance(sources, CacheScan) else list(sources)
     device = sources[0].query.vectors.device if device is None else device
     names = list(dict.fromkeys(b.name for source in sources for b in source.cache.layers))
     columns = [
@@ -93,7 +93,7 @@ def details(
 
 
 def _some(
-    sources: Sequence[Source],
+    sources: Sequence[CacheScan],
     columns: Sequence[Tensor],
     layers: int,
     rows: Tensor,
@@ -174,7 +174,7 @@ def _side(n: int, k: int) -> tuple[float, float, float]:
     return (n - near) / k, near - 1, n - near
 
 
-def _rows(source: Source, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
+def _rows(source: CacheScan, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """What the code tells of rows [n], ascending: [n, blocks, width], and the scales of their blocks
     [n, blocks], or None."""
     code = source.cache.codec.to(device)

@@ -21,9 +21,9 @@ from torch import Tensor
 from rapidin.data.encoding import Encoded
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch
+from rapidin.gradients.source import GradientSource
 
 if TYPE_CHECKING:
-    from rapidin.attribution.attributor import Attributor
     from rapidin.attribution.methods import ScanQuery
 
 _BYTES = 512 << 20  # of products, or of the queries' exact gradients, that are held at a time
@@ -32,8 +32,8 @@ OnText = Callable[[int], None]
 Factors = list[tuple[Tensor, Tensor]]  # columns [T, I] and rows [T, O] of each target, for one text
 
 
-def _batch(attributor: Attributor, text: Encoded) -> Batch:
-    batch = Batch.of([(text.ids, text.target)], attributor.loaded.device)
+def _batch(source: GradientSource, text: Encoded) -> Batch:
+    batch = Batch.of([(text.ids, text.target)], source.loaded.device)
     return replace(batch, first=0)  # or the output head would not see all positions
 
 
@@ -42,7 +42,7 @@ def _wrong(error: TypeError) -> UserError:
 
 
 def sketched(
-    attributor: Attributor, text: Encoded, query: ScanQuery, factors: Tensor | None = None
+    source: GradientSource, text: Encoded, query: ScanQuery, factors: Tensor | None = None
 ) -> Tensor:
     """What each position of a training example brings to its scores: [Q, T] float32 on the CPU.
 
@@ -50,28 +50,28 @@ def sketched(
     They sum to the scores that the cache would have if it kept its sketches whole. Raises UserError where a
     gradient does not come token by token.
     """
-    vectors = query.vectors.to(attributor.loaded.device)
-    each = 4 * len(text.ids) * len(attributor.targets) * len(attributor.points)
+    vectors = query.vectors.to(source.loaded.device)
+    each = 4 * len(text.ids) * len(source.targets) * len(source.points)
     size = max(1, _BYTES // each)
     found = [
-        _sketched(attributor, text, chosen, query.normalize, factors) for chosen in torch.split(vectors, size)
+        _sketched(source, text, chosen, query.normalize, factors) for chosen in torch.split(vectors, size)
     ]
     return torch.cat(found)
 
 
 def _sketched(
-    attributor: Attributor, text: Encoded, vectors: Tensor, normalize: str, factors: Tensor | None
+    source: GradientSource, text: Encoded, vectors: Tensor, normalize: str, factors: Tensor | None
 ) -> Tensor:
-    sketcher, count = attributor.sketcher, len(attributor.targets)
+    sketcher, count = source.sketcher, len(source.targets)
     products, lengths = [], []
-    for number in range(len(attributor.points)):
+    for number in range(len(source.points)):
         if sketcher.blocks == count:
             mine = vectors[:, number * count : (number + 1) * count]
         else:  # one block: the sum of all targets' sketches, each at length 1
             mine = vectors[:, number : number + 1].expand(-1, count, -1)
         try:
-            with attributor.at(number):
-                product, sketch = sketcher.positions(_batch(attributor, text), mine, number)
+            with source.at(number):
+                product, sketch = sketcher.positions(_batch(source, text), mine, number)
         except TypeError as error:
             raise _wrong(error) from None
         if sketcher.blocks != count:
@@ -181,23 +181,23 @@ class ExactQueries:
         return torch.where(both > 0, products / both, 0.0).float(), length.float()
 
 
-def factors_of(attributor: Attributor, text: Encoded, point: int) -> Factors:
+def factors_of(source: GradientSource, text: Encoded, point: int) -> Factors:
     """(columns [T, I], rows [T, O]) of each target, for one text, where the model stands."""
-    return [(c[0], r[0]) for c, r in attributor.sketcher.factors(_batch(attributor, text), point)]
+    return [(c[0], r[0]) for c, r in source.sketcher.factors(_batch(source, text), point)]
 
 
-def query_bytes(attributor: Attributor, query: Encoded) -> int:
+def query_bytes(source: GradientSource, query: Encoded) -> int:
     """Of a query's exact gradient at one point."""
     t = len(query.ids)
-    sizes = [(target.shape[0], target.shape[1]) for target in attributor.targets if len(target.shape) == 2]
+    sizes = [(target.shape[0], target.shape[1]) for target in source.targets if len(target.shape) == 2]
     return sum(4 * min(o * i, t * (o + i)) for o, i in sizes)
 
 
-def chunks(attributor: Attributor, queries: Sequence[Encoded]) -> Iterator[slice]:
+def chunks(source: GradientSource, queries: Sequence[Encoded]) -> Iterator[slice]:
     """Queries whose exact gradients fit into memory together, at least one at a time."""
     begun, held = 0, 0
     for n, query in enumerate(queries):
-        size = query_bytes(attributor, query)
+        size = query_bytes(source, query)
         if n > begun and held + size > _BYTES:
             yield slice(begun, n)
             begun, held = n, 0
@@ -206,7 +206,7 @@ def chunks(attributor: Attributor, queries: Sequence[Encoded]) -> Iterator[slice
 
 
 def exact(
-    attributor: Attributor,
+    source: GradientSource,
     queries: Sequence[Encoded],
     weights: Sequence[float],
     owners: Sequence[int],
@@ -220,8 +220,8 @@ def exact(
     itself or the one that it is a part of. on_text: called with how many passes over texts are done. Raises
     UserError where a parameter that counts is not the weight of a linear layer.
     """
-    layers = len(attributor.targets)
-    blocks = layers * len(attributor.points)
+    layers = len(source.targets)
+    blocks = layers * len(source.points)
     sums = [torch.zeros(len(queries), len(text.ids), dtype=torch.float64, device="cpu") for text in texts]
     own, theirs = (
         torch.zeros(len(queries), blocks, device="cpu").double(),
@@ -229,17 +229,17 @@ def exact(
     )
     done = 0
     try:
-        for number in range(len(attributor.points)):
+        for number in range(len(source.points)):
             blocks_here = slice(number * layers, (number + 1) * layers)
-            with attributor.at(number):
+            with source.at(number):
                 for n, query in enumerate(queries):
                     if owners[n] == n:
-                        own[n, blocks_here] = lengths_of(factors_of(attributor, query, number))
-                for chosen in chunks(attributor, queries):
-                    held = ExactQueries(factors_of(attributor, query, number) for query in queries[chosen])
+                        own[n, blocks_here] = lengths_of(factors_of(source, query, number))
+                for chosen in chunks(source, queries):
+                    held = ExactQueries(factors_of(source, query, number) for query in queries[chosen])
                     owned = own[list(owners[chosen]), blocks_here]
                     for n, text in enumerate(texts):
-                        factors = factors_of(attributor, text, number)
+                        factors = factors_of(source, text, number)
                         theirs[n, blocks_here] = lengths_of(factors)
                         scale = torch.ones_like(owned)
                         if normalize == "layer":

@@ -2,35 +2,57 @@
 
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rapidin.attribution.options import CacheOptions
 from rapidin.cli.console import line, load, messages, quiet_libraries
-from rapidin.cli.options import (
-    Device,
-    Dtype,
-    Loss,
-    ModelDtype,
-    OnError,
-    Preconditioner,
-    Quiet,
-    ShardModel,
-    TooLong,
-    TrustRemoteCode,
-    command,
-    points,
-)
+from rapidin.cli.options import ModelOptions, OnError, Only, Quiet, command
 from rapidin.errors import UserError
+from rapidin.gradients.settings import GradientSettings
+from rapidin.settings import option
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
+    from rapidin.attribution.attributor import Attributor
+    from rapidin.cache import Cache
+    from rapidin.cli.progress import CachingBar
     from rapidin.data.examples import Examples
     from rapidin.gradients.dropout import Thinning
 
 
-@command("cache", several=True)
+@dataclass(frozen=True)
+class SeveralCaches:
+    """Several caches of the same examples, whose scores are added up by a query."""
+
+    checkpoints: str | None = option(
+        None,
+        help="A trainer's folder of checkpoint-<step>, of adapters on MODEL or of whole models: makes a "
+        "cache of each, added up by the learning rates in the trainer's state (TracIn).",
+        metavar="FOLDER",
+        panel="Model",
+    )
+    masks: int | None = option(
+        None,
+        help="Make K caches, each of the model with a fixed dropout mask; their mean counts (IP ensemble).",
+        metavar="K",
+        panel="Model",
+        limits=(1, None),
+    )
+    dropout: float = option(
+        0.1, help="Share of features that a mask of --masks drops.", metavar="P", panel="Model"
+    )
+
+
+@command(
+    "cache",
+    several=True,
+    example="rapidin cache MODEL --adapter ADAPTER --data train.jsonl --out CACHE",
+)
 def cache(
     model: Annotated[
         str,
@@ -45,277 +67,145 @@ def cache(
             help="Training examples: jsonl with prompt and completion, instruction, input and output, "
             "messages, or text; or a HF dataset on disk. Several are read one after another.",
             show_default=False,
+            rich_help_panel="Data",
         ),
     ],
     out: Annotated[
-        str, typer.Option(metavar="CACHE", help="Folder to write; an unfinished cache there is gone on with.")
+        str,
+        typer.Option(
+            metavar="CACHE",
+            help="Folder to write; resumes an unfinished cache there.",
+            rich_help_panel="Storage",
+        ),
     ],
-    adapter: Annotated[
-        str | None,
-        typer.Option(
-            metavar="ADAPTER", help="PEFT adapter on MODEL: then what it trains counts.", show_default=False
-        ),
-    ] = None,
-    base: Annotated[
-        str | None,
-        typer.Option(metavar="MODEL", help="What MODEL was tuned from, if in full.", show_default=False),
-    ] = None,
-    at: Annotated[
-        str | None,
-        typer.Option(
-            metavar="A[,A...]",
-            help="Where gradients are taken, from 0 (base) to 1 (tuned model); several points add up.  "
-            "[default: 0.5 where the base is known, else 1]",
-            show_default=False,
-        ),
-    ] = None,
-    dtype: Annotated[
-        Dtype | None,
-        typer.Option(
-            help="Of the numbers kept; sign is one bit each.  [default: float16, or with --bytes sign]",
-            show_default=False,
-        ),
-    ] = None,
-    bytes: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Bytes an example, all told, that a code is fitted to: 2048 is a good start.  "
-            "[default: every number of the sketch]",
-            show_default=False,
-        ),
-    ] = None,
-    sample: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=0,
-            help="Examples that the code learns from first; 0: nothing is learnt.  [default: 1024 "
-            "with --bytes]",
-            show_default=False,
-        ),
-    ] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Bins of each layer's sketch: more is truer, and larger.  [default: as many as pay, 512 for "
-            "hundreds of layers, more for fewer]",
-            show_default=False,
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**64 - 1, help="Of the sketch.")] = 0,
-    limit: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=1, help="Only the first so many examples.", show_default=False),
-    ] = None,
-    append: Annotated[
-        bool,
-        typer.Option(
-            "--append",
-            help="Add what is new to a cache that holds the first of the examples: --data has grown, or "
-            "another --data follows it.",
-        ),
-    ] = False,
+    options: CacheOptions,
+    loading: ModelOptions,
+    several: SeveralCaches,
+    settings: GradientSettings,
     on_error: Annotated[
         OnError,
-        typer.Option(help="What to do with a malformed example: stop before any work, or count and skip it."),
+        typer.Option(
+            help="What to do with a malformed example: stop before any work, or count and skip it.",
+            rich_help_panel="Data",
+        ),
     ] = OnError.stop,
-    include: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN", help="Only parameters whose name fits; may be repeated.", show_default=False
-        ),
-    ] = None,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option(
-            metavar="PATTERN", help="No parameters whose name fits; may be repeated.", show_default=False
-        ),
-    ] = None,
-    preconditioner: Preconditioner = "kfac",
-    loss: Annotated[Loss, typer.Option(help="Over the tokens of a completion.")] = Loss.mean,
-    no_eos: Annotated[
-        bool, typer.Option("--no-eos", help="Do not end completions with the end-of-text token.")
-    ] = False,
-    max_length: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=2,
-            help="Tokens of an example.  [default: the model's context]",
-            show_default=False,
-        ),
-    ] = None,
-    too_long: Annotated[TooLong, typer.Option(help="What to do with longer examples.")] = TooLong.truncate,
-    batch_tokens: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Tokens of a batch: more needs more memory.")
-    ] = 1024,
-    shard_rows: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Examples of a shard file.  [default: as fill 16 MiB]",
-            show_default=False,
-        ),
-    ] = None,
-    part: Annotated[
-        str | None,
-        typer.Option(
-            metavar="I/N",
-            help="Only the I-th of N parts, for machines without a common folder: 'rapidin merge' puts them "
-            "together. 0/N: only what all parts share.",
-            show_default=False,
-        ),
-    ] = None,
-    checkpoints: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FOLDER",
-            help="A trainer's folder of checkpoint-<step>, of adapters on MODEL or of whole models: a cache "
-            "of each, added up by the learning rates in the trainer's state (TracIn).",
-            show_default=False,
-        ),
-    ] = None,
-    masks: Annotated[
-        int | None,
-        typer.Option(
-            metavar="K",
-            min=1,
-            help="K caches of the model thinned by K dropout masks, whose mean counts (IP ensemble).",
-            show_default=False,
-        ),
-    ] = None,
-    dropout: Annotated[
-        float, typer.Option(metavar="P", help="The share of features that a mask of --masks takes away.")
-    ] = 0.1,
-    device: Device = None,
-    model_dtype: Annotated[
-        ModelDtype | None,
-        typer.Option(
-            help="Of the weights.  [default: float32 on a CPU, else as they are]", show_default=False
-        ),
-    ] = None,
-    shard_model: ShardModel = False,
-    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Sketch the gradient of every training example into a cache.
 
-    Stopped at any moment, the same command goes on where it was.
+    If it is stopped, rerun the same command to resume.
     """
-    from rapidin.cli.progress import CachingBar
-    from rapidin.cli.tables import counts_text
     from rapidin.data.examples import files, open_examples
     from rapidin.distributed import world
-    from rapidin.results.text import bytes_text, one_line, time_text
+    from rapidin.results.text import one_line
 
-    where, of_parts = points(at), _part(part)
     console = messages(quiet)
-    jobs = _jobs(model, adapter, base, checkpoints, masks, dropout, out)
+    jobs = _jobs(model, loading, several, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        examples = open_examples(files(data), limit=limit, skip=on_error == OnError.skip)
+        examples = open_examples(files(data), limit=options.limit, skip=on_error == OnError.skip)
+    options = replace(options, limit=None)
+    if several.checkpoints is not None and settings.at is None:
+        settings = replace(settings, at=1.0)
     if console.is_terminal:
         console.print(f"{len(examples):,} examples in {one_line(', '.join(data))}")
-    loaded, of = None, None
+    loaded, names = None, None
     for job in jobs:
         with quiet_libraries():
             from rapidin.attribution.attributor import Attributor
-            from rapidin.gradients.adam import state_file
 
-            if preconditioner not in ("off", "sample", "kfac"):
-                state_file(Path(preconditioner))  # before the model: a mistake in its name shows at once
-            if of != job.names:
+            _check_preconditioner(settings)
+            if names != job.names:
                 loaded = None  # before the next one: two models may not fit
-                loaded, of = (
-                    load(console, *job.names, device, model_dtype, trust_remote_code, shard_model),
-                    job.names,
-                )
+                loaded, names = load(console, *job.names, loading), job.names
             attributor = Attributor(
                 loaded,
-                width=width if width is not None else "auto",
-                budget=bytes,
-                seed=seed,
-                include=include or (),
-                exclude=exclude or (),
-                at=[1.0] if where is None and checkpoints is not None else where,
-                loss=loss.value,
-                preconditioner=preconditioner,
-                eos=not no_eos,
-                max_length=max_length,
-                too_long=too_long.value,
-                batch_tokens=batch_tokens,
-                thinning=job.thinning,
+                settings=replace(settings, dropout=job.dropout),
+                bytes_per_example=options.bytes,
             )
-            if console.is_terminal:
-                dim = sum(layer.width for layer in attributor.layers)
-                console.print(
-                    f"{job.words}{len(attributor.layers):,} blocks of {attributor.width:,}: {dim:,} numbers "
-                    f"an example; {attributor.coverage:.2%} of the model's parameters count; gradients at "
-                    f"{', '.join(f'{point:g}' for point in attributor.points)} on {attributor.loaded.device}"
-                )
+            _say_what_counts(console, attributor, job.label)
             if examples.form == "messages":  # a template may refuse a chat: better now than after hours
                 with console.status("trying the chat template on all examples"):
-                    attributor.encoder.check(examples)
+                    attributor.source.encoder.check(examples)
             if job is jobs[0] and world().leads:
                 _tell_malformed(examples)
-            with CachingBar(console) as bar:
-                try:
-                    cache = attributor.cache(
-                        examples,
-                        job.out,
-                        dtype=dtype.value if dtype else None,
-                        bytes=bytes,
-                        sample=sample,
-                        shard_rows=shard_rows,
-                        part=of_parts,
-                        append=append,
-                        on_progress=bar,
-                    )
-                except KeyboardInterrupt as stop:
-                    raise type(stop)(_how_to_go_on(job.out, len(examples))) from None
+            made, bar = _cached(console, attributor, examples, job.out, options)
         if quiet or bar.last is None:
             continue
-        if of_parts and not of_parts[0]:
-            line(f"what all parts share is in {job.out}; copy it to each machine, and go on with --part 1/N")
+        if options.part and not options.part[0]:
+            line(
+                f"what all parts share is in {job.out}; copy it to each machine, and continue there with "
+                "--part 1/N"
+            )
             continue
-        info = cache.info()
-        here = bar.last.done - bar.last.resumed
-        if here:
-            did = f"cached {here:,} examples in {time_text(bar.seconds)}"
-            did += f" ({here / bar.seconds:,.1f} examples/s, {bar.last.tokens / bar.seconds:,.0f} tokens/s)"
-            if bar.last.resumed:
-                did += f" after the {bar.last.resumed:,} that were there"
-        else:
-            did = f"all {bar.last.total:,} examples were there already"
-        counts, size = counts_text(info["counts"]), bytes_text(info["bytes"])
-        line(f"{did}: {counts}; {size} in {job.out}")
+        line(f"{_what_was_done(bar)}: {_what_is_there(made)} in {job.out}")
+
+
+def _check_preconditioner(settings: GradientSettings) -> None:
+    """Raise UserError for a file that is no optimizer's state, before the model is loaded."""
+    from rapidin.gradients.adam import state_file
+
+    if settings.preconditioner not in ("auto", "off", "sample", "kfac"):
+        state_file(Path(str(settings.preconditioner)))
+
+
+def _say_what_counts(console: "Console", attributor: "Attributor", label: str) -> None:
+    if not console.is_terminal:
+        return
+    source = attributor.source
+    console.print(
+        f"{label}{source.blocks:,} layers x {source.width:,} dimensions: {source.blocks * source.width:,} "
+        f"numbers per example; {attributor.coverage:.2%} of the model's parameters are used; gradients at "
+        f"{', '.join(f'{point:g}' for point in source.points)} on {source.loaded.device}"
+    )
+
+
+def _cached(
+    console: "Console", attributor: "Attributor", examples: "Examples", out: str, options: CacheOptions
+) -> "tuple[Cache, CachingBar]":
+    from rapidin.cli.progress import CachingBar
+
+    with CachingBar(console) as bar:
+        try:
+            return attributor.cache(examples, out, options, on_progress=bar), bar
+        except KeyboardInterrupt as stop:
+            raise type(stop)(_how_to_resume(out, len(examples))) from None
+
+
+def _what_was_done(bar: "CachingBar") -> str:
+    from rapidin.results.text import time_text
+
+    assert bar.last is not None
+    count = bar.last.done - bar.last.resumed
+    if not count:
+        return f"all {bar.last.total:,} examples were cached before"
+    text = f"cached {count:,} examples in {time_text(bar.seconds)}"
+    text += f" ({count / bar.seconds:,.1f} examples/s, {bar.last.tokens / bar.seconds:,.0f} tokens/s)"
+    return text + (f" after the {bar.last.resumed:,} cached before" if bar.last.resumed else "")
+
+
+def _what_is_there(made: "Cache") -> str:
+    from rapidin.cli.tables import counts_text
+    from rapidin.results.text import bytes_text
+
+    info: dict[str, Any] = made.info()
+    return f"{counts_text(info['counts'])}; {bytes_text(info['bytes'])}"
 
 
 @dataclass(frozen=True)
 class _Job:
-    """One cache to make. names: of model, adapter and base; words: what it is, where there are several."""
+    """One cache to make. names: of model, adapter and base; label: what it is, if there are several."""
 
     out: str
     names: tuple[str, str | None, str | None]
-    thinning: "Thinning | None" = None
-    words: str = ""
+    dropout: "Thinning | None" = None
+    label: str = ""
 
 
-def _jobs(
-    model: str,
-    adapter: str | None,
-    base: str | None,
-    checkpoints: str | None,
-    masks: int | None,
-    dropout: float,
-    out: str,
-) -> list[_Job]:
+def _jobs(model: str, options: ModelOptions, several: SeveralCaches, out: str) -> list[_Job]:
     """The caches that a command makes; of several, `out` says what they are."""
+    checkpoints, masks = several.checkpoints, several.masks
+    adapter, base = options.adapter, options.base
     if checkpoints is None and masks is None:
         return [_Job(out, (model, adapter, base))]
     from rapidin.attribution.checkpoints import find_checkpoints
@@ -328,18 +218,20 @@ def _jobs(
         raise UserError(f"'{out}' is a single cache", "name another folder with --out")
     if masks is not None:
         if checkpoints is not None:
-            raise UserError("both --checkpoints and --masks", "give one of them")
-        thinned = [Thinning(dropout, number) for number in range(masks)]
+            raise UserError("--checkpoints and --masks do not go together", "use one of them")
+        dropouts = [Thinning(several.dropout, number) for number in range(masks)]
         names = [f"mask-{number}" for number in range(masks)]
         if world().leads:
             Ensemble.write(folder, "mean", [(name, 1.0) for name in names])
         return [
-            _Job(str(folder / name), (model, adapter, base), thinning, f"{name}: ")
-            for name, thinning in zip(names, thinned, strict=True)
+            _Job(str(folder / name), (model, adapter, base), mask, f"{name}: ")
+            for name, mask in zip(names, dropouts, strict=True)
         ]
     assert checkpoints is not None
     if adapter is not None:
-        raise UserError("both --checkpoints and --adapter", "checkpoints of an adapter hold their own")
+        raise UserError(
+            "--checkpoints and --adapter do not go together", "checkpoints of an adapter hold their own"
+        )
     found, rated = find_checkpoints(checkpoints)
     leads = world().leads
     if not rated and leads:
@@ -349,18 +241,8 @@ def _jobs(
     jobs = []
     for each in found:
         of = (model, str(each.path), None) if each.is_adapter else (str(each.path), None, base)
-        jobs.append(_Job(str(folder / each.path.name), of, words=f"{each.path.name}: "))
+        jobs.append(_Job(str(folder / each.path.name), of, label=f"{each.path.name}: "))
     return jobs
-
-
-def _part(text: str | None) -> tuple[int, int] | None:
-    """The numbers of --part; UserError where they are none."""
-    if text is None:
-        return None
-    number, slash, parts = text.partition("/")
-    if not (slash and number.isdecimal() and parts.isdecimal()):
-        raise UserError(f"--part {text} is not two numbers", "as in --part 1/4")
-    return int(number), int(parts)
 
 
 def _tell_malformed(examples: "Examples") -> None:
@@ -372,98 +254,70 @@ def _tell_malformed(examples: "Examples") -> None:
         line(f"skipped: {more:,} more malformed examples")
 
 
-def _how_to_go_on(out: str, wanted: int) -> str:
+def _how_to_resume(out: str, wanted: int) -> str:
     from rapidin.cache import Manifest
 
     try:
         done = Manifest.read(Path(out)).rows_done
     except UserError:
         done = 0
-    return f"stopped with {done:,} of {wanted:,} examples in {out}; the same command goes on from there"
+    return f"stopped with {done:,} of {wanted:,} examples in {out}; rerun the same command to resume"
 
 
-@command("plan")
+@command("plan", example="rapidin plan MODEL --data train.jsonl")
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for 'rapidin cache'.")],
+    loading: Annotated[ModelOptions, Only("adapter", "base", "model_dtype", "device", "trust_remote_code")],
+    settings: Annotated[
+        GradientSettings,
+        Only("at", "include", "exclude", "preconditioner", "width", "max_length", "batch_tokens"),
+    ],
     examples: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, help="How many.  [default: as in --data]", show_default=False),
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Number of examples.  [default: as in --data]",
+            show_default=False,
+            rich_help_panel="Data",
+        ),
     ] = None,
     data: Annotated[
         str | None,
-        typer.Option(metavar="FILE", help="Whose texts' mean length counts.", show_default=False),
+        typer.Option(
+            metavar="FILE",
+            help="Training examples, whose mean length is used.",
+            show_default=False,
+            rich_help_panel="Data",
+        ),
     ] = None,
     tokens: Annotated[
         int | None,
         typer.Option(
             metavar="N",
             min=2,
-            help="Tokens of an example.  [default: as in --data, or 256]",
+            help="Tokens per example.  [default: as in --data, or 256]",
             show_default=False,
+            rich_help_panel="Data",
         ),
     ] = None,
-    adapter: Annotated[
-        str | None, typer.Option(metavar="ADAPTER", help="PEFT adapter on MODEL.", show_default=False)
-    ] = None,
-    base: Annotated[
-        str | None, typer.Option(metavar="MODEL", help="What MODEL was tuned from.", show_default=False)
-    ] = None,
-    at: Annotated[
-        str | None, typer.Option(metavar="A[,A...]", help="As for 'rapidin cache'.", show_default=False)
-    ] = None,
-    width: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="Bins of each layer's sketch.  [default: as many as pay]",
-            show_default=False,
-        ),
-    ] = None,
-    include: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="As for 'rapidin cache'.", show_default=False)
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(metavar="PATTERN", help="As for 'rapidin cache'.", show_default=False)
-    ] = None,
-    max_length: Annotated[
-        int | None,
-        typer.Option(metavar="N", min=2, help="Tokens of an example, at most.", show_default=False),
-    ] = None,
-    preconditioner: Preconditioner = "kfac",
-    batch_tokens: Annotated[int, typer.Option(metavar="N", min=1, help="Tokens of a batch.")] = 1024,
-    device: Device = None,
-    model_dtype: Annotated[
-        ModelDtype | None, typer.Option(help="Of the weights.", show_default=False)
-    ] = None,
-    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what a cache would take: bytes, time and memory with each code, from a short measurement."""
+    """Estimate what a cache takes: bytes, time and memory for each format, from a short measurement."""
     from rapidin.cli.tables import plan_report
     from rapidin.data.examples import open_examples
     from rapidin.results.terminal import make_console
 
     if examples is None and data is None:
-        raise UserError("nothing to plan for", "say how many --examples, or name the --data")
-    where, console = points(at), messages(quiet)
+        raise UserError("nothing to plan for", "give --examples, or name the --data")
+    console = messages(quiet)
     opened = open_examples(data) if data is not None else None
     with quiet_libraries():
-        from rapidin.attribution.attributor import Attributor
         from rapidin.attribution.plan import make_plan
+        from rapidin.gradients.source import GradientSource
 
-        loaded = load(console, model, adapter, base, device, model_dtype, trust_remote_code)
-        attributor = Attributor(
-            loaded,
-            width=width if width is not None else "auto",
-            include=include or (),
-            exclude=exclude or (),
-            at=where,
-            preconditioner=preconditioner,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-        )
+        loaded = load(console, model, loading.adapter, loading.base, loading)
         with console.status("measuring a batch"):
             count = examples if examples is not None else len(opened or ())
-            plan = make_plan(attributor, count, opened, tokens)
+            plan = make_plan(GradientSource(loaded, settings), count, opened, tokens)
     make_console(sys.stdout).print(plan_report(plan))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rapidin.attribution.options import ModelLocation
 from rapidin.cli.console import loading
 from rapidin.errors import UserError
 
@@ -29,37 +31,25 @@ def folders_of(folder: str) -> list[Path]:
     return [member.path for member in read_members(Path(folder))[1]]
 
 
-def with_models(
-    console: Console,
-    ensemble: Ensemble,
-    model: str | None,
-    adapter: str | None,
-    base: str | None,
-    device: str | None,
-    trust_remote_code: bool,
-    shard_model: bool = False,
-) -> Ensemble:
+def with_models(console: Console, ensemble: Ensemble, location: ModelLocation) -> Ensemble:
     """The ensemble with its model in memory, or, of several, told how to load each when its turn comes."""
-    from rapidin.attribution.ensemble import Ensemble, Member
+    from rapidin.attribution.ensemble import Ensemble
     from rapidin.distributed import world
 
-    load = {"device": device, "trust_remote_code": trust_remote_code, "model": model}
-    load["shard_model"] = shard_model
+    ready = Ensemble(ensemble.members, kind=ensemble.kind, location=location)
     if len(ensemble.members) > 1:
         named = {cache.manifest.model["source"].get("model") for cache in ensemble.caches}
-        if model is not None and len(named) > 1:
+        if location.model is not None and len(named) > 1:
             raise UserError("--model names one model, and these caches were made with several")
-        if adapter is not None or base is not None:
+        if location.adapter is not None or location.base is not None:
             raise UserError(
                 "--adapter and --base name one model, and these are several caches",
-                "caches name theirs; say only --model where what they share has moved",
+                "caches name theirs; use only --model, if what they share has moved",
             )
-        return Ensemble(ensemble.members, kind=ensemble.kind, load=load)
+        return ready
     manifest = ensemble.caches[0].manifest
-    single = Ensemble(ensemble.members, kind=ensemble.kind, load=load | {"adapter": adapter, "base": base})
-    if not (world().leads or shard_model):  # who scans along needs no model
-        return single
-    with loading(console, model or manifest.model["source"].get("model") or ""):
-        member = ensemble.members[0]
-        loaded = Member(member.path, member.weight, single.attributor())
-        return Ensemble([loaded], kind=ensemble.kind, load=single.load)
+    if not (world().leads or location.shard_model):  # the other processes only scan
+        return ready
+    with loading(console, location.model or manifest.model["source"].get("model") or ""):
+        loaded = replace(ensemble.members[0], source=ready.source())
+    return Ensemble([loaded], kind=ensemble.kind, location=location)

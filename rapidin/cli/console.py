@@ -9,7 +9,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rapidin.cli.options import ModelDtype
+from rapidin.cli.options import ModelOptions
 from rapidin.errors import UserError
 
 if TYPE_CHECKING:
@@ -64,16 +64,9 @@ def loading(console: "Console", model: str) -> Iterator[None]:
 
 
 def load(
-    console: "Console",
-    model: str,
-    adapter: str | None,
-    base: str | None,
-    device: str | None,
-    model_dtype: ModelDtype | None,
-    trust_remote_code: bool,
-    shard_model: bool = False,
+    console: "Console", model: str, adapter: str | None, base: str | None, options: ModelOptions
 ) -> "LoadedModel":
-    """`rapidin.gradients.load.load_model`, with something to look at meanwhile."""
+    """`rapidin.gradients.load.load_model`, with something to look at meanwhile; options: the others."""
     from rapidin.gradients.load import load_model
 
     with loading(console, model):
@@ -81,10 +74,10 @@ def load(
             model,
             adapter=adapter,
             base=base,
-            device=device,
-            dtype=model_dtype.value if model_dtype else None,
-            trust_remote_code=trust_remote_code,
-            shard_model=shard_model,
+            device=options.device,
+            dtype=options.model_dtype,
+            trust_remote_code=options.trust_remote_code,
+            shard_model=options.shard_model,
         )
 
 
@@ -92,8 +85,8 @@ def check_writable(path: str) -> None:
     """Raise UserError where a file cannot be written, before any work is done for it."""
     folder = os.path.dirname(path) or "."
     if os.path.isdir(path) or not os.path.isdir(folder):
-        what = "is a folder" if os.path.isdir(path) else "lies in no folder that exists"
-        raise UserError(f"cannot write {path}: it {what}", "name a file, or - for standard output")
+        what = "it is a directory" if os.path.isdir(path) else "the directory does not exist"
+        raise UserError(f"cannot write {path}: {what}", "name a file, or - for standard output")
 
 
 def write_text(path: str, text: str) -> None:

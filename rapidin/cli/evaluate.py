@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from rapidin.attribution.options import ModelLocation
 from rapidin.cli.caches import open_caches, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
 from rapidin.cli.options import (
@@ -510,7 +511,8 @@ def _subject(
     if column is not None:
         room.column(examples, column)
     if with_model:
-        ensemble = with_models(messages(quiet), ensemble, model, adapter, base, device, trust_remote_code)
+        location = ModelLocation(model, adapter, base, device, trust_remote_code=trust_remote_code)
+        ensemble = with_models(messages(quiet), ensemble, location)
     return room.Subject(ensemble, examples, say)
 
 

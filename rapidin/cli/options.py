@@ -1,13 +1,17 @@
-"""What options of several commands have in common, and the app that the commands belong to."""
+"""The app that the commands belong to, and how a command's options are made of dataclasses."""
 
-from collections.abc import Callable, Sequence
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, is_dataclass
 from enum import Enum
 from functools import partial, wraps
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
 from rapidin.errors import UserError
+from rapidin.settings import Option, described, option
 
 app = typer.Typer(
     name="rapidin",
@@ -22,7 +26,7 @@ app = typer.Typer(
 )
 
 # Earlier names of flags, which still work and are not shown.
-RENAMED_FLAGS = {"--geometry": "--precondition"}
+RENAMED_FLAGS = {"--precondition": "--precondition"}
 
 
 def renamed_flags(arguments: Sequence[str]) -> list[str]:
@@ -38,27 +42,162 @@ def renamed_flags(arguments: Sequence[str]) -> list[str]:
 _Body = TypeVar("_Body", bound=Callable[..., int | None])
 
 
-def command(name: str, to: typer.Typer = app, *, several: bool = False) -> Callable[[_Body], _Body]:
+class GroupedCommand(typer.core.TyperCommand):
+    """A command whose plain help lists options by their panels, in the order in which they first come."""
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        groups: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            record = parameter.get_help_record(ctx)
+            if record is not None:
+                panel = getattr(parameter, "rich_help_panel", None) or "Options"
+                is_argument = parameter.param_type_name == "argument"
+                groups.setdefault("Arguments" if is_argument else panel, []).append(record)
+        groups["Options"] = groups.pop("Options", [])  # the last, with --help
+        for name, records in groups.items():
+            if records:
+                with formatter.section(name):
+                    formatter.write_dl(records)
+
+
+def command(
+    name: str, to: typer.Typer = app, *, several: bool = False, example: str = ""
+) -> Callable[[_Body], _Body]:
     """Make a function a command. typer only parses: `main` calls what this returns to it, outside of typer's
-    own handling of errors. several: it runs in several processes at once (`rapidin.distributed`)."""
+    own handling of errors.
+
+    A parameter whose annotation is a dataclass of `rapidin.settings.option`s becomes their flags. several:
+    the command runs in several processes at once (`rapidin.distributed`); example: a command line that ends
+    the help.
+    """
 
     def register(body: _Body) -> _Body:
-        @wraps(body)
-        def parsed(**options: Any) -> Any:
-            return partial(body if several else partial(_in_one_process, name, body), **options)
+        groups = {
+            parameter.name: _Group.of(parameter.annotation)
+            for parameter in inspect.signature(body).parameters.values()
+            if _is_group(parameter.annotation)
+        }
 
-        to.command(name)(parsed)
+        @wraps(body)
+        def parsed(**values: Any) -> Any:
+            def run() -> int | None:
+                arguments = {key: group.made(values) for key, group in groups.items()}
+                own = {key: value for key, value in values.items() if key not in taken}
+                return body(**own, **arguments)
+
+            return run if several else partial(_in_one_process, name, run)
+
+        parameters: list[inspect.Parameter] = []
+        taken: set[str] = set()
+        for parameter in inspect.signature(body).parameters.values():
+            if parameter.name in groups:
+                made = groups[parameter.name].parameters()
+                taken |= {each.name for each in made}
+                parameters += made
+            else:
+                parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+        parsed.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        parsed.__annotations__ = {each.name: each.annotation for each in parameters}
+        epilog = f"Example: {example}" if example else None
+        to.command(name, cls=GroupedCommand, epilog=epilog)(parsed)
         return body
 
     return register
 
 
-class Dtype(str, Enum):
-    float16 = "float16"
-    float32 = "float32"
-    int8 = "int8"
-    int4 = "int4"
-    sign = "sign"
+@dataclass(frozen=True)
+class Only:
+    """As in `Annotated[ScoringConfig, Only("method", normalize="none")]`: which of a dataclass's fields are
+    options of a command, and their defaults if those differ."""
+
+    names: tuple[str, ...]
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+
+    def __init__(self, *names: str, **defaults: Any) -> None:
+        object.__setattr__(self, "names", (*names, *defaults))
+        object.__setattr__(self, "defaults", defaults)
+
+
+@dataclass(frozen=True)
+class _Group:
+    """A dataclass whose fields are options of a command."""
+
+    settings: type[Any]
+    only: Only | None
+
+    @staticmethod
+    def of(annotation: Any) -> "_Group":
+        if get_origin(annotation) is Annotated:
+            settings, only = get_args(annotation)
+            return _Group(settings, only)
+        return _Group(annotation, None)
+
+    @property
+    def fields(self) -> dict[str, tuple[Field[Any], Option]]:
+        """The fields that have flags, by name."""
+        return {
+            name: (each, shown)
+            for name, (each, shown) in described(self.settings).items()
+            if shown.flag is not None and (self.only is None or name in self.only.names)
+        }
+
+    def parameters(self) -> list[inspect.Parameter]:
+        """The command's parameters, one for each field."""
+        defaults = {} if self.only is None else self.only.defaults
+        return [
+            _parameter(self.settings, each, shown, defaults.get(name, each.default))
+            for name, (each, shown) in self.fields.items()
+        ]
+
+    def made(self, values: Mapping[str, Any]) -> Any:
+        """The dataclass of the values that were parsed. Raises UserError for those that cannot be used."""
+        arguments = {}
+        for name, (_, shown) in self.fields.items():
+            value = values[name]
+            arguments[name] = shown.parse(value) if shown.parse and isinstance(value, str) else value
+        return self.settings(**arguments)
+
+
+def _is_group(annotation: Any) -> bool:
+    if get_origin(annotation) is Annotated:
+        return any(isinstance(each, Only) for each in get_args(annotation))
+    return isinstance(annotation, type) and is_dataclass(annotation)
+
+
+def _parameter(settings: type[Any], each: Field[Any], shown: Option, default: Any) -> inspect.Parameter:
+    kind = str if shown.parse else _type_of(settings, each)
+    flag = "--" + (shown.flag or each.name).replace("_", "-")
+    if shown.choices:
+        kind = Literal[shown.choices]
+    if default is None:
+        kind = kind | None
+    if get_origin(kind) is tuple:
+        kind, default = list[get_args(kind)[0]] | None, None  # type: ignore[misc]
+    is_switch = kind is bool
+    help = shown.help + (f"  [default: {shown.default}]" if shown.default else "")
+    made = typer.Option(
+        f"{flag}/--no-{flag[2:]}" if is_switch and default else flag,
+        metavar=shown.metavar,
+        help=help,
+        min=shown.minimum,
+        max=shown.maximum,
+        show_default=default is not None and default is not MISSING and shown.default is None,
+        rich_help_panel=shown.panel,
+    )
+    return inspect.Parameter(
+        each.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=inspect.Parameter.empty if default is MISSING else default,
+        annotation=Annotated[kind, made],
+    )
+
+
+def _type_of(settings: type[Any], each: Field[Any]) -> Any:
+    if not isinstance(each.type, str):
+        return each.type
+    kind = eval(each.type, vars(sys.modules[settings.__module__]))
+    plain = [part for part in get_args(kind) if part is not type(None)]
+    return plain[0] if type(None) in get_args(kind) else kind
 
 
 class ModelDtype(str, Enum):
@@ -68,34 +207,14 @@ class ModelDtype(str, Enum):
     auto = "auto"
 
 
-class Loss(str, Enum):
-    mean = "mean"
-    sum = "sum"
-
-
-class TooLong(str, Enum):
-    truncate = "truncate"
-    skip = "skip"
-
-
 class OnError(str, Enum):
     stop = "stop"
     skip = "skip"
 
 
-class Normalize(str, Enum):
-    layer = "layer"
-    none = "none"
-    cosine = "cosine"
-
-
-class Method(str, Enum):
-    dot = "dot"
-    datainf = "datainf"
-    fisher = "fisher"
-
-
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print results and errors only.")]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Print results and errors only.", rich_help_panel="Run")
+]
 Device = Annotated[
     str | None,
     typer.Option(
@@ -122,38 +241,14 @@ CacheFolders = Annotated[
         help="Folders made by 'rapidin cache'; of several, of the same examples, the scores' mean counts.",
     ),
 ]
-NormalizeOption = Annotated[
-    Normalize,
+TrainData = Annotated[
+    list[str] | None,
     typer.Option(
-        "--normalize",
-        help="What is compared, and the scale of the scores. layer: each layer's gradient at length 1; "
-        "cosine: the whole gradient at length 1; none: gradients as they are.",
-    ),
-]
-MethodOption = Annotated[
-    Method,
-    typer.Option(
-        "--method",
-        help="How influence is estimated. dot: inner product (TracIn); datainf: with DataInf's inverse "
-        "Hessian; fisher: with the damped inverse of each layer's second moment, as TRAK and TrackStar.",
-    ),
-]
-Damping = Annotated[
-    float | None,
-    typer.Option(
-        "--damping",
-        metavar="D",
-        help="Of datainf and fisher, relative to the gradients' size.  [default: the method's own]",
+        "--train-data",
+        metavar="FILE",
+        help="New location of the training examples; may be repeated, in their order.",
         show_default=False,
-    ),
-]
-Preconditioner = Annotated[
-    str,
-    typer.Option(
-        "--precondition",
-        metavar="kfac|off|sample|FILE",
-        help="Turn gradients by a root of their inverse second moment: K-FAC's, from a sample of the "
-        "data, or Adam's, from a sample or the optimizer's state (optimizer.pt or its folder).",
+        rich_help_panel="Data",
     ),
 ]
 MaxNewTokens = Annotated[
@@ -171,15 +266,46 @@ MovedBase = Annotated[
     str | None,
     typer.Option("--base", metavar="MODEL", help="Where the base model has moved.", show_default=False),
 ]
-TrainData = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--train-data",
-        metavar="FILE",
-        help="Where the training examples have moved; several in their order.",
-        show_default=False,
-    ),
-]
+
+
+@dataclass(frozen=True)
+class ModelOptions:
+    """The model that gradients are taken of, besides its name."""
+
+    adapter: str | None = option(
+        None,
+        help="PEFT adapter on MODEL; only its trainable parameters are used.",
+        metavar="ADAPTER",
+        panel="Model",
+    )
+    base: str | None = option(
+        None,
+        help="Base model that MODEL was tuned from, if all of its weights were tuned.",
+        metavar="MODEL",
+        panel="Model",
+    )
+    model_dtype: str | None = option(
+        None,
+        help="Number format of the weights.",
+        panel="Model",
+        choices=("float32", "float16", "bfloat16", "auto"),
+        default="float32 on a CPU, else as stored",
+    )
+    device: str | None = option(
+        None,
+        help="Device, such as cpu or cuda:1; auto: layers over all GPUs.",
+        metavar="DEVICE",
+        panel="Run",
+        default="a GPU if there is one",
+    )
+    shard_model: bool = option(
+        False,
+        help="Under torchrun: each process holds a part of every weight, for large models.",
+        panel="Run",
+    )
+    trust_remote_code: bool = option(
+        False, help="Run code that comes with the model; only if you trust it.", panel="Model"
+    )
 
 
 def _in_one_process(name: str, body: Callable[..., int | None], **options: Any) -> int | None:
@@ -188,13 +314,3 @@ def _in_one_process(name: str, body: Callable[..., int | None], **options: Any) 
     if not world().alone:
         raise UserError(f"'rapidin {name}' runs in one process", "start it without torchrun")
     return body(**options)
-
-
-def points(at: str | None) -> list[float] | None:
-    """The numbers of --at; UserError where they are none."""
-    if at is None:
-        return None
-    try:
-        return [float(part) for part in at.split(",")]
-    except ValueError:
-        raise UserError(f"--at {at} is not a number or numbers between commas", "as in --at 0.5") from None

@@ -1,176 +1,124 @@
 """rapidin query."""
 
 import sys
+from dataclasses import dataclass, replace
 from datetime import datetime
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import typer
-
+from rapidin.attribution.options import ModelLocation, QueryOptions
 from rapidin.cli.caches import open_caches, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
-from rapidin.cli.options import (
-    CacheFolders,
-    Damping,
-    Device,
-    MaxNewTokens,
-    Method,
-    MethodOption,
-    MovedAdapter,
-    MovedBase,
-    MovedModel,
-    Normalize,
-    NormalizeOption,
-    Quiet,
-    ShardModel,
-    TrainData,
-    TrustRemoteCode,
-    command,
-)
+from rapidin.cli.options import CacheFolders, Quiet, TrainData, command
 from rapidin.data.spans import HOTWORDS
 from rapidin.distributed import world
 from rapidin.errors import UserError
+from rapidin.settings import option
 
 if TYPE_CHECKING:
     from rapidin.attribution.ensemble import Ensemble
+    from rapidin.cache import Cache
+    from rapidin.results.collection import Results
 
 
-@command("query", several=True)
+@dataclass(frozen=True)
+class Asked:
+    """The generations to explain. Raises UserError if there is none, or more than one way is used."""
+
+    ask: str | None = option(
+        None,
+        help="A question or instruction, put in the form of the training data: the Alpaca form, the chat "
+        "template, or as it is.",
+        metavar="TEXT",
+        panel="Generation",
+    )
+    prompt: str | None = option(
+        None,
+        help="The whole text that the model read; nothing is put around it.",
+        metavar="TEXT",
+        panel="Generation",
+    )
+    completion: str | None = option(
+        None,
+        help="What the model answered.",
+        metavar="TEXT",
+        panel="Generation",
+        default="the model generates it now",
+    )
+    data: str | None = option(
+        None,
+        help="Several generations to explain, in the forms of 'rapidin cache'; the model generates missing "
+        "completions.",
+        metavar="FILE",
+        panel="Generation",
+    )
+    tokens: bool = option(
+        False,
+        help="Find hits for each token of a completion too, in the same scan.",
+        panel="Generation",
+    )
+    hotwords: str | None = option(
+        None,
+        help="Find hits for words of the completion, as in 'planet|Zorgon'; in --data the column 'hotwords' "
+        "names them.",
+        metavar="WORDS",
+        panel="Generation",
+    )
+
+    def __post_init__(self) -> None:
+        given = [f"--{name}" for name in ("ask", "prompt", "data") if getattr(self, name) is not None]
+        if len(given) != 1:
+            what = f"{' and '.join(given)} do not go together" if given else "nothing to explain"
+            raise UserError(what, "use --ask or --prompt (and --completion), or --data with a file of them")
+        if self.data is not None and self.completion is not None:
+            raise UserError(
+                "--completion goes with --ask or --prompt", "in --data, a completion is part of its line"
+            )
+        if self.completion == "":
+            raise UserError("the completion is empty", "leave out --completion, and the model generates one")
+        if self.tokens and self.hotwords is not None:
+            raise UserError("--tokens and --hotwords do not go together", "all tokens include a word's")
+
+
+@dataclass(frozen=True)
+class Output:
+    """Where the results go."""
+
+    json: str | None = option(
+        None,
+        help="Write the hits as JSON; - writes to standard output, without a table.",
+        metavar="FILE",
+        panel="Output",
+    )
+    report: str | None = option(
+        None,
+        help="Write an HTML page: a click on a token ranks the hits for it and shows which of their words "
+        "contribute. Implies --tokens (unless --hotwords or --together is used), --contributions and --fold.",
+        metavar="FILE.html",
+        panel="Output",
+    )
+    no_text: bool = option(
+        False, help="Show line numbers and scores only; needs no training examples.", panel="Output"
+    )
+
+    def check(self) -> None:
+        """Raise UserError if a file cannot be written, before any work is done for it."""
+        for path in (self.json, self.report):
+            if path is not None and path != "-":
+                check_writable(path)
+
+
+@command(
+    "query",
+    several=True,
+    example="rapidin query CACHE --ask 'Which planet is the largest?' --report hits.html",
+)
 def query(
     cache: CacheFolders,
-    ask: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="A question or instruction, put in the form of the training data: the Alpaca form, the "
-            "chat template, or as it stands.",
-            show_default=False,
-        ),
-    ] = None,
-    prompt: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT",
-            help="All that the model read, to the letter: nothing is put around it.",
-            show_default=False,
-        ),
-    ] = None,
-    completion: Annotated[
-        str | None,
-        typer.Option(
-            metavar="TEXT", help="What it answered.  [default: the model writes it now]", show_default=False
-        ),
-    ] = None,
-    data: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Several to explain, in the forms of 'rapidin cache'; where a completion is missing, the "
-            "model writes it.",
-            show_default=False,
-        ),
-    ] = None,
-    top_k: Annotated[
-        int, typer.Option(metavar="N", min=1, help="Examples to show at each end of the ranking.")
-    ] = 10,
-    normalize: NormalizeOption = Normalize.layer,
-    method: MethodOption = Method.dot,
-    damping: Damping = None,
-    tokens: Annotated[
-        bool,
-        typer.Option("--tokens", help="Hits for each token of a completion by itself, too, from one scan."),
-    ] = False,
-    hotwords: Annotated[
-        str | None,
-        typer.Option(
-            metavar="WORDS",
-            help="Hits for words of the completion, as in 'planet|Zorgon'; in --data the column 'hotwords' "
-            "names them.",
-            show_default=False,
-        ),
-    ] = None,
-    contributions: Annotated[
-        bool,
-        typer.Option(
-            "--contributions",
-            help="Which tokens of each hit made its score: takes the gradients of the hits again.",
-        ),
-    ] = False,
-    together: Annotated[
-        bool,
-        typer.Option(
-            "--together",
-            help="One ranking for all of --data as a target set: the mean of the scores, by the column "
-            "'weight' where there is one.",
-        ),
-    ] = False,
-    by: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="Sum the scores of all examples by a column of the training data, such as their source; "
-            "'file' for the files they are from.",
-            show_default=False,
-        ),
-    ] = None,
-    fold: Annotated[
-        bool,
-        typer.Option("--fold", help="Show hits that say the same, or nearly, once, with a count."),
-    ] = False,
-    baselines: Annotated[
-        bool,
-        typer.Option(
-            "--baselines",
-            help="Where BM25 and the model's own hidden states rank the hits. Reads all training texts, and "
-            "takes a forward pass over each.",
-        ),
-    ] = False,
-    json: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Write the hits as JSON; with - to standard output, and no table.",
-            show_default=False,
-        ),
-    ] = None,
-    report: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE.html",
-            help="Write a page to look at: a click on a token ranks the hits for it, and shows which of "
-            "their words did it. Implies --tokens, but with --hotwords or --together, and --contributions "
-            "and --fold.",
-            show_default=False,
-        ),
-    ] = None,
-    rescore: Annotated[
-        str | None,
-        typer.Option(
-            metavar="CACHE|exact",
-            help="Order the best of --candidates anew: by a cache of the same examples that keeps more of "
-            "each, or by their exact gradients.",
-            show_default=False,
-        ),
-    ] = None,
-    candidates: Annotated[
-        int | None,
-        typer.Option(
-            metavar="N",
-            min=1,
-            help="At each end, that --rescore looks at.  [default: 1000 of a cache, twice --top-k exact]",
-            show_default=False,
-        ),
-    ] = None,
-    max_new_tokens: MaxNewTokens = 64,
-    model: MovedModel = None,
-    adapter: MovedAdapter = None,
-    base: MovedBase = None,
+    asked: Asked,
+    options: QueryOptions,
+    output: Output,
+    location: ModelLocation,
     train_data: TrainData = None,
-    no_text: Annotated[
-        bool, typer.Option("--no-text", help="Line numbers and scores only; needs no training examples.")
-    ] = False,
-    device: Device = None,
-    shard_model: ShardModel = False,
-    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Find the training examples behind a generation.
@@ -178,91 +126,84 @@ def query(
     A positive score: training on the example made the generation more likely (helpful). A negative score: it
     made it less likely (harmful).
     """
-    from rapidin.results.json import results_json
-    from rapidin.results.terminal import hits_report, make_console
-    from rapidin.results.text import bytes_text, time_text
-
-    _check_query(ask, prompt, completion, data)
-    if tokens and hotwords is not None:
-        raise UserError("both --tokens and --hotwords", "a word's tokens are among all tokens")
-    leads = world().leads
-    for path in (json, report):
-        if path is not None and path != "-":
-            check_writable(path)
-    if report is not None:
-        tokens = tokens or not (together or hotwords)
-        contributions = fold = True
+    output.check()
     console = messages(quiet)
     with quiet_libraries():
         from rapidin.attribution.groups import check_column
         from rapidin.attribution.training_data import training_data
-        from rapidin.cache import Cache
         from rapidin.data.examples import files
 
         ensemble = open_caches(cache)
-        finer: Cache | Literal["exact"] | None = None
-        if rescore is not None:
-            finer = "exact" if rescore == "exact" else Cache(rescore)
         opened = ensemble.caches[-1]
-        generations = _generations(ask, prompt, completion, data, str(opened.manifest.data.get("form")))
-        if hotwords is not None:
-            generations = [record | {HOTWORDS: hotwords} for record in generations]
-        named = any(record.get(HOTWORDS) for record in generations)
+        generations = _generations(asked, str(opened.manifest.data.get("form")))
+        options = _completed(options, asked, generations, for_page=output.report is not None)
         # Before the model: a file that has moved, or lacks a column, shows at once.
-        examples = training_data(opened, False if no_text or not leads else files(train_data))
-        if by is not None and examples is not None:
-            check_column(examples, by)
-        ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code, shard_model)
-        said = f"explaining {len(generations):,} among {len(opened):,} examples"
-        with console.status(said) as status:
+        examples = training_data(opened, False if output.no_text or not world().leads else files(train_data))
+        if options.by is not None and examples is not None:
+            check_column(examples, options.by)
+        ready = with_models(console, ensemble, location)
+        what = f"explaining {len(generations):,} among {len(opened):,} examples"
+        with console.status(what) as status:
             results = ready.query(
                 generations,
-                top_k=top_k,
-                normalize=normalize.value,
-                method=method.value,
-                damping=damping,
-                together=together,
-                max_new_tokens=max_new_tokens,
+                options,
                 examples=False if examples is None else examples,
-                targets="tokens" if tokens else "hotwords" if named and not together else None,
-                contributions=contributions,
-                fold=fold,
-                by=by,
-                baselines=baselines,
-                layers=report is not None,
-                histogram=report is not None,
-                rescore=finer,
-                candidates=candidates,
-                on_stage=lambda stage, done, of: status.update(f"{said}: {stage} {done:,}/{of:,}"),
+                on_stage=lambda stage, done, of: status.update(f"{what}: {stage} {done:,}/{of:,}"),
             )
-    if not leads:
+    if not world().leads:
         return
-    if json == "-":
+    _show(results, output, ensemble, quiet)
+    if not quiet:
+        line(_summary(results, len(generations), opened))
+
+
+def _completed(
+    options: QueryOptions, asked: Asked, generations: list[dict[str, Any]], *, for_page: bool
+) -> QueryOptions:
+    """The options with what --tokens, --hotwords and --report imply."""
+    tokens = asked.tokens
+    if for_page:
+        tokens = tokens or not (options.together or asked.hotwords)
+        options = replace(options, contributions=True, fold=True, layers=True, histogram=True)
+    if tokens:
+        return replace(options, targets="tokens")
+    named = any(record.get(HOTWORDS) for record in generations)
+    return replace(options, targets="hotwords" if named and not options.together else None)
+
+
+def _show(results: "Results", output: Output, ensemble: "Ensemble", quiet: bool) -> None:
+    from rapidin.results.json import results_json
+    from rapidin.results.terminal import hits_report, make_console
+    from rapidin.results.text import bytes_text
+
+    if output.json == "-":
         print(results_json(results))
     else:
-        if json is not None:
-            write_text(json, results_json(results) + "\n")
+        if output.json is not None:
+            write_text(output.json, results_json(results) + "\n")
         out = make_console(sys.stdout)
         out.print(hits_report(results, width=out.width))
-    if report is not None:
+    if output.report is not None:
         from rapidin.results.html import page
 
         text = page(results, about=_about(ensemble))
-        write_text(report, text)
+        write_text(output.report, text)
         if not quiet:
-            line(f"the page is in {report} ({bytes_text(len(text.encode()))})")
+            line(f"the page is in {output.report} ({bytes_text(len(text.encode()))})")
     for n, result in enumerate(results, 1):
         if result.missing:
             words = ", ".join(f"'{word}'" for word in result.missing)
-            line(f"the completion of query {n} does not say {words}")
-    if not quiet:
-        seconds = results[0].seconds
-        stages = ", ".join(f"{stage} {time_text(value)}" for stage, value in seconds.items())
-        count = f"{len(generations):,} {'query' if len(generations) == 1 else 'queries'}"
-        said = f"{count} over {len(opened):,} examples: {stages}"
-        if not opened.manifest.complete:
-            said += f"; the cache is unfinished, {opened.manifest.rows:,} examples were wanted"
-        line(said)
+            line(f"the completion of query {n} does not contain {words}")
+
+
+def _summary(results: "Results", count: int, cache: "Cache") -> str:
+    from rapidin.results.text import time_text
+
+    stages = ", ".join(f"{stage} {time_text(value)}" for stage, value in results[0].seconds.items())
+    text = f"{count:,} {'query' if count == 1 else 'queries'} over {len(cache):,} examples: {stages}"
+    if not cache.manifest.complete:
+        text += f"; the cache is unfinished: {len(cache):,} of {cache.manifest.rows:,} examples are cached"
+    return text
 
 
 def _about(ensemble: "Ensemble") -> dict[str, str]:
@@ -285,35 +226,31 @@ def _about(ensemble: "Ensemble") -> dict[str, str]:
 _PLAIN = ("prompt", "completion")
 
 
-def _check_query(ask: str | None, prompt: str | None, completion: str | None, data: str | None) -> None:
-    given = [f"--{n}" for n, v in (("ask", ask), ("prompt", prompt), ("data", data)) if v is not None]
-    if len(given) != 1:
-        what = f"both {' and '.join(given)}" if given else "nothing to explain"
-        raise UserError(what, "give --ask or --prompt (and --completion), or --data with a file of them")
-    if data is not None and completion is not None:
-        raise UserError(
-            "--completion goes with --ask or --prompt", "in --data, a completion is part of its line"
-        )
-    if completion == "":
-        raise UserError("the completion is empty", "leave --completion out and the model writes one")
-
-
-def _generations(
-    ask: str | None, prompt: str | None, completion: str | None, data: str | None, form: str
-) -> list[dict[str, Any]]:
+def _generations(asked: Asked, form: str) -> list[dict[str, Any]]:
     """What is to be explained, as records whose completion may be missing; form: of the training data."""
     from rapidin.data.examples import open_examples
 
-    if data is not None:
-        return list(open_examples(data, generations=True))
+    ask, prompt, completion = asked.ask, asked.prompt, asked.completion
+    if asked.data is not None:
+        records = list(open_examples(asked.data, generations=True))
+    else:
+        records = list(open_examples([_record(ask, prompt, completion, form)], generations=True))
+    if asked.hotwords is not None:
+        records = [record | {HOTWORDS: asked.hotwords} for record in records]
+    return records
+
+
+def _record(ask: str | None, prompt: str | None, completion: str | None, form: str) -> dict[str, Any]:
     record: dict[str, Any]
     if ask is not None and form == "messages":
         record = {"messages": [{"role": "user", "content": ask}]}
         if completion is not None:
             record["messages"].append({"role": "assistant", "content": completion})
     else:
-        asked, answer = ("instruction", "output") if ask is not None and form == "instruction" else _PLAIN
-        record = {asked: prompt if ask is None else ask}
+        question, answer = _PLAIN
+        if ask is not None and form == "instruction":
+            question, answer = "instruction", "output"
+        record = {question: prompt if ask is None else ask}
         if completion is not None:
             record[answer] = completion
-    return list(open_examples([record], generations=True))
+    return record

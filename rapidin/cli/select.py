@@ -1,48 +1,41 @@
 """rapidin select and rapidin self."""
 
 import sys
+from dataclasses import replace
 from typing import Annotated
 
 import typer
 
+from rapidin.attribution.options import ModelLocation, QueryOptions, ScoringConfig
 from rapidin.cli.caches import open_caches, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
-from rapidin.cli.options import (
-    CacheFolder,
-    CacheFolders,
-    Damping,
-    Device,
-    MaxNewTokens,
-    Method,
-    MethodOption,
-    MovedAdapter,
-    MovedBase,
-    MovedModel,
-    Normalize,
-    NormalizeOption,
-    Quiet,
-    ShardModel,
-    TrainData,
-    TrustRemoteCode,
-    command,
-)
+from rapidin.cli.options import CacheFolder, CacheFolders, Only, Quiet, TrainData, command
 from rapidin.distributed import world
 from rapidin.errors import UserError
 
 
-@command("select", several=True)
+@command("select", several=True, example="rapidin select CACHE --target target.jsonl --out chosen.jsonl")
 def select(
     cache: CacheFolders,
     target: Annotated[
         str,
         typer.Option(
             metavar="FILE",
-            help="The target set: generations that training is to make likelier, in the forms of 'rapidin "
-            "cache'; a column 'weight' weighs them (negative: less likely).",
+            help="The target set: generations that training shall make more likely, in the forms of 'rapidin "
+            "cache'; a column 'weight' weights them (negative: less likely).",
             show_default=False,
+            rich_help_panel="Data",
         ),
     ],
-    out: Annotated[str, typer.Option(metavar="FILE", help="The chosen examples, as jsonl in their order.")],
+    out: Annotated[
+        str,
+        typer.Option(
+            metavar="FILE", help="The chosen examples, as jsonl in their order.", rich_help_panel="Output"
+        ),
+    ],
+    scoring: Annotated[ScoringConfig, Only("normalize", "method", "damping")],
+    generation: Annotated[QueryOptions, Only("max_new_tokens")],
+    location: ModelLocation,
     top: Annotated[
         str, typer.Option(metavar="N|N%", help="How many of the training examples to choose.")
     ] = "5%",
@@ -63,17 +56,7 @@ def select(
             show_default=False,
         ),
     ] = None,
-    normalize: NormalizeOption = Normalize.layer,
-    method: MethodOption = Method.dot,
-    damping: Damping = None,
-    max_new_tokens: MaxNewTokens = 64,
-    model: MovedModel = None,
-    adapter: MovedAdapter = None,
-    base: MovedBase = None,
     train_data: TrainData = None,
-    device: Device = None,
-    shard_model: ShardModel = False,
-    trust_remote_code: TrustRemoteCode = False,
     quiet: Quiet = False,
 ) -> None:
     """Choose the training examples that help a target set most."""
@@ -97,15 +80,12 @@ def select(
         examples = training_data(opened, files(train_data))
         if examples is None:
             raise UserError("the cache was not made from a file", "name the examples with --train-data")
-        ready = with_models(console, ensemble, model, adapter, base, device, trust_remote_code, shard_model)
+        ready = with_models(console, ensemble, location)
         with console.status(f"scoring {len(opened):,} examples for {len(targets):,} of the target set"):
             of_groups = ready.scores(
                 targets,
-                groups=list(groups.values()),
-                normalize=normalize.value,
-                method=method.value,
-                damping=damping,
-                max_new_tokens=max_new_tokens,
+                replace(scoring, groups=list(groups.values())),
+                max_new_tokens=generation.max_new_tokens,
             )
         if not world().leads:
             return
@@ -122,12 +102,10 @@ def select(
         line(f"{len(rows):,} of {opened.manifest.rows:,} examples are in {out}")
 
 
-@command("self")
+@command("self", example="rapidin self CACHE --top-k 20")
 def self_(
     cache: CacheFolder,
-    normalize: NormalizeOption = Normalize.none,
-    method: MethodOption = Method.dot,
-    damping: Damping = None,
+    scoring: Annotated[ScoringConfig, Only("method", "damping", normalize="none")],
     out: Annotated[
         str | None,
         typer.Option(
@@ -166,7 +144,9 @@ def self_(
         opened = Cache(cache)
         examples = training_data(opened, False if no_text else files(train_data))
         with console.status(f"reading {len(opened):,} examples"):
-            found = self_influence(opened, normalize=normalize.value, method=method.value, damping=damping)
+            found = self_influence(
+                opened, method=scoring.method, normalize=scoring.normalize, damping=scoring.damping
+            )
         order = torch.sort(
             torch.where(found.isnan(), -torch.inf, found), descending=True, stable=True
         ).indices

@@ -14,8 +14,8 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.query_sketch import Part
+from rapidin.attribution.generate import generations_of
+from rapidin.attribution.query_sketch import QuerySketch, sketch_generations
 from rapidin.attribution.token_contributions import ExactQueries, factors_of
 from rapidin.data.encoding import Encoded
 from rapidin.errors import UserError
@@ -23,6 +23,7 @@ from rapidin.evaluate import figures
 from rapidin.evaluate.methods import Method, each_score
 from rapidin.evaluate.result import Result
 from rapidin.evaluate.subject import Subject, about
+from rapidin.gradients.source import GradientSource
 
 COLUMNS = {"spearman": "Spearman", "top10": "top 10 found"}
 NORMALIZE = ("layer", "cosine", "none")
@@ -51,24 +52,24 @@ class Products:
 
 
 def exact_products(
-    attributor: Attributor, queries: Sequence[Encoded], rows: Sequence[Encoded], say: Any = lambda _: None
+    source: GradientSource, queries: Sequence[Encoded], rows: Sequence[Encoded], say: Any = lambda _: None
 ) -> Products:
     """Products of the exact gradients of `queries` and `rows`, the points of the path as layers of their own.
 
     Raises UserError where a parameter that counts is not the weight of a linear layer.
     """
-    layers = len(attributor.targets)
-    cosines = torch.zeros(len(queries), len(rows), layers * len(attributor.points))
+    layers = len(source.targets)
+    cosines = torch.zeros(len(queries), len(rows), layers * len(source.points))
     ours, theirs = (torch.zeros(len(texts), cosines.shape[2]) for texts in (queries, rows))
 
     try:
-        for number, point in enumerate(attributor.points):
+        for number, point in enumerate(source.points):
             block = slice(number * layers, (number + 1) * layers)
-            with attributor.at(number):
-                exact = ExactQueries(factors_of(attributor, text, number) for text in queries)
+            with source.at(number):
+                exact = ExactQueries(factors_of(source, text, number) for text in queries)
                 ours[:, block] = exact.lengths.float()
                 for n, text in enumerate(rows):
-                    for layer, (columns, out) in enumerate(factors_of(attributor, text, number)):
+                    for layer, (columns, out) in enumerate(factors_of(source, text, number)):
                         product, length = exact.compare(layer, columns[None], out[None])
                         cosines[:, n, number * layers + layer] = product[:, 0]
                         theirs[n, number * layers + layer] = length[0]
@@ -86,20 +87,20 @@ def evaluate(subject: Subject, records: Sequence[Any], count: int, *, seed: int 
     """
     if len(subject.ensemble.caches) > 1:
         raise UserError("these are several caches", "name one of them")
-    cache, attributor = subject.cache, subject.attributor
-    if attributor.projection == "rapidgrad":
+    cache, source = subject.cache, subject.source
+    if source.whole:
         raise UserError("a cache of the rapidgrad projection has no layers to compare", "make another")
     good = (cache.status() == 0).nonzero()[:, 0].numpy()
     if len(good) < 3 or count < 3:
         raise UserError(f"{min(len(good), count)} rows to compare", "at least 3 are needed")
     chosen = np.sort(np.random.default_rng(seed).permutation(good)[:count])
-    texts = attributor.generations(list(records))
-    encoded = [attributor.encoder(subject.examples[int(row)]) for row in chosen]
-    products = exact_products(attributor, [text.encoded for text in texts], encoded, subject.say)
+    texts = generations_of(source, list(records))
+    encoded = [source.encoder(subject.examples[int(row)]) for row in chosen]
+    products = exact_products(source, [text.encoded for text in texts], encoded, subject.say)
     setting = about(subject.ensemble) | {"queries": len(texts), "compared": len(chosen)}
     result = Result("fidelity", setting, COLUMNS)
-    part = Part(cache, attributor.query_sketches(texts))
-    for method, scores, _ in each_score([part], texts, [Method("dot", name) for name in NORMALIZE]):
+    sketch = QuerySketch(cache, sketch_generations(source, texts))
+    for method, scores, _ in each_score([sketch], texts, [Method("dot", name) for name in NORMALIZE]):
         found, exact = scores[:, chosen], products.scores(method.normalize)
         result.add(
             str(method),

@@ -14,8 +14,9 @@ import numpy.typing as npt
 from rapidin.attribution import methods as known
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.checkpoints import find_checkpoints
-from rapidin.attribution.options import Scoring
-from rapidin.attribution.query_sketch import Part
+from rapidin.attribution.generate import generations_of
+from rapidin.attribution.options import ScoringConfig
+from rapidin.attribution.query_sketch import QuerySketch, sketch_generations
 from rapidin.attribution.query_sketch import scores as part_scores
 from rapidin.cache import Cache
 from rapidin.data.examples import Examples
@@ -68,12 +69,12 @@ def parse_methods(text: str | None, default: str = DEFAULT) -> list[Method]:
 
 
 def each_score(
-    parts: Sequence[Part], texts: Sequence[Generation], methods: Sequence[Method]
+    parts: Sequence[QuerySketch], texts: Sequence[Generation], methods: Sequence[Method]
 ) -> Iterator[tuple[Method, Floats, float]]:
     """(method, scores [Q, rows] with NaN for rows that do not count, seconds) of every method."""
     for method in methods:
         began = time.perf_counter()
-        made = part_scores(parts, texts, Scoring(method.normalize, method.method, method.damping))
+        made = part_scores(parts, texts, ScoringConfig(method.normalize, method.method, method.damping))
         yield method, made.double().numpy(), time.perf_counter() - began
 
 
@@ -159,11 +160,11 @@ class Rows:
             loaded,
             at=list(place.at or (1.0,)),
             width=self.width,
-            budget=place.bytes,
+            bytes_per_example=place.bytes,
             preconditioner=preconditioner,
             max_length=min(self.max_length, limit) if limit else self.max_length,
         )
-        path = self.folder / f"{name}-width-{attributor.width}"
+        path = self.folder / f"{name}-width-{attributor.settings.width}"
         began = time.perf_counter()
         cache = attributor.cache(self.examples, path, bytes=place.bytes)
         took = time.perf_counter() - began
@@ -180,7 +181,7 @@ def parts_at(
     load: Callable[[Path | None], LoadedModel],
     checkpoints: Path,
     queries: Sequence[Any],
-) -> tuple[list[Part], list[Generation]]:
+) -> tuple[list[QuerySketch], list[Generation]]:
     """The caches of a place with the sketches of the queries there.
 
     load: the tuned model (None) or one of its checkpoints, whose folder is `checkpoints`; their weights are
@@ -195,9 +196,9 @@ def parts_at(
             raise UserError("no checkpoints were kept", _AGAIN)
         total = sum(each.weight for each in kept)
         members = [(c.path, c.weight / total, f"{c.path.name}-{place.folder}") for c in kept]
-    parts: list[Part] = []
+    parts: list[QuerySketch] = []
     for path, weight, name in members:
         attributor, cache = rows.cached(load(path), place, name, path or last)
-        texts = attributor.generations(list(queries))
-        parts.append(Part(cache, attributor.query_sketches(texts), weight))
+        texts = generations_of(attributor.source, list(queries))
+        parts.append(QuerySketch(cache, sketch_generations(attributor.source, texts), weight))
     return parts, texts

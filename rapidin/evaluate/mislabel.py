@@ -49,14 +49,14 @@ def evaluate(subject: Subject, name: str, methods: Sequence[Method], *, with_los
             values += member.weight * made.double().numpy()
         add(str(method), values)
     if with_loss:
-        attributor = subject.attributor
-        encoded = [attributor.encoder(record) for record in examples]
+        source = subject.source
+        encoded = [source.encoder(record) for record in examples]
         good = [n for n, text in enumerate(encoded) if text.status == Status.OK]
-        for point in sorted({1.0, *attributor.points}, reverse=True):
+        for point in sorted({1.0, *source.points}, reverse=True):
             subject.say(f"loss of each row at {point:g}")
             values = np.full(len(encoded), np.nan)
-            with attributor.loaded.path.at(point):
-                values[good] = losses(attributor.loaded.model, [encoded[n] for n in good]).numpy()
+            with source.loaded.path.at(point):
+                values[good] = losses(source.loaded.model, [encoded[n] for n in good]).numpy()
             add(f"loss at {point:g}", values)
     result.notes.append(
         f"{int(marked.sum()):,} of {len(marked):,} rows are marked by '{name}', so chance is 0.5 for auROC, "

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from rapidin.attribution.options import Scoring
+from rapidin.attribution.options import ScoringConfig
 from rapidin.attribution.query_sketch import scores as part_scores
 from rapidin.attribution.selection import best_rows
 from rapidin.data.encoding import Encoded, Encoder, Status
@@ -104,7 +104,7 @@ def _evaluate(
     parts, texts = parts_at(place, train, load, folder / "checkpoints", task.target)
     chosen: dict[str, list[list[int]]] = {}
     for method in methods:
-        scoring = Scoring(method.normalize, method.method, method.damping, together=True)
+        scoring = ScoringConfig(method.normalize, method.method, method.damping, together=True)
         best = best_rows(part_scores(parts, texts, scoring), count)
         write_rows(folder / f"chosen-{str(method).replace(':', '-')}.jsonl", [task.train[n] for n in best])
         chosen[str(method)] = [best] * seeds

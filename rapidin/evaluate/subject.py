@@ -11,9 +11,9 @@ import numpy as np
 import numpy.typing as npt
 
 from rapidin.attribution import baselines
-from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.ensemble import Ensemble
+from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache
 from rapidin.data.examples import Examples, Files
@@ -21,6 +21,7 @@ from rapidin.data.generations import Generation
 from rapidin.errors import UserError, short
 from rapidin.evaluate.methods import Floats, Method, each_score
 from rapidin.evaluate.result import Result, Say, silent
+from rapidin.gradients.source import GradientSource
 
 
 def open_data(ensemble: Ensemble, train_data: str | Files | None = None) -> Examples:
@@ -75,9 +76,9 @@ class Subject:
     say: Say = silent
 
     @cached_property
-    def attributor(self) -> Attributor:
-        """That of the last cache: of a training run, the finished model."""
-        return self.ensemble.attributor()
+    def source(self) -> GradientSource:
+        """What the last cache was made with: of a training run, the finished model."""
+        return self.ensemble.source()
 
     @property
     def cache(self) -> Cache:
@@ -98,8 +99,8 @@ class Subject:
         The model writes completions that are missing, whatever the methods."""
         self.say(f"gradients of {len(records):,} generations")
         # The weights of `layer` serve all: a common factor changes no ranking.
-        asked = self.ensemble.parts(list(records), max_new_tokens, "layer", Clock())
-        texts, parts = asked.texts, asked.parts
+        asked = self.ensemble.sketched(list(records), QueryOptions(max_new_tokens=max_new_tokens), Clock())
+        texts, parts = asked.texts, asked.sketches
         seconds: dict[str, float] = {}
         result.setting |= about(self.ensemble) | {"queries": len(texts), "seconds": seconds}
         written = sum(text.generated for text in texts)
@@ -119,8 +120,8 @@ class Subject:
             baselines.asked_text(record, text.completion) for record, text in zip(records, texts, strict=True)
         ]
         self.say(f"hidden states of {len(rows) + len(asked):,} texts")
-        length = self.attributor.max_length
-        yield from baselines.both(self.attributor.loaded, rows, asked, max_length=length).items()
+        length = self.source.encoder.max_length
+        yield from baselines.both(self.source.loaded, rows, asked, max_length=length).items()
 
 
 def about(ensemble: Ensemble) -> dict[str, Any]:

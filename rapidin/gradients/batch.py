@@ -6,15 +6,14 @@ import contextlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rapidin.gradients.settings import LossKind
 from rapidin.ops.transfer import upload
-
-LossKind = Literal["mean", "sum"]
 
 
 @dataclass(frozen=True, slots=True)

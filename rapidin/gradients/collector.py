@@ -14,7 +14,7 @@ import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any, Literal, NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -22,11 +22,12 @@ from torch.nn import functional as F
 
 from rapidin import ops
 from rapidin.errors import UserError
-from rapidin.gradients.batch import Batch, LossKind, evaluation_mode, example_losses
+from rapidin.gradients.batch import Batch, evaluation_mode, example_losses
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, Use, block_seed, matrix_shape
 from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Factors, Scale
+from rapidin.gradients.settings import LossKind, Projection
 from rapidin.gradients.squares import (
     Squares,
     as_factors,
@@ -35,8 +36,6 @@ from rapidin.gradients.squares import (
     formed_squares,
     joined,
 )
-
-Projection = Literal["tensor", "flat", "rapidgrad"]
 
 
 class NotBatchedError(Exception):

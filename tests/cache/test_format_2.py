@@ -18,7 +18,7 @@ from tiny import tiny_llama, tiny_tokenizer
 from rapidin import Attributor
 from rapidin.attribution import methods
 from rapidin.attribution.ensemble import Ensemble
-from rapidin.attribution.scan import Source, all_scores
+from rapidin.attribution.scan import CacheScan, all_scores
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.merge import merge
 from rapidin.cache.progress import Progress
@@ -113,7 +113,7 @@ def test_scans_have_equal_results(name: str) -> None:
     cache = Cache(CACHES / name)
     for n, (method, normalize) in enumerate(METHODS):
         query = methods.prepare(TENSORS[f"{name}/queries"], cache, method=method, normalize=normalize)
-        got, want = all_scores(Source(cache, query)), TENSORS[f"{name}/scores"][n]
+        got, want = all_scores(CacheScan(cache, query)), TENSORS[f"{name}/scores"][n]
         largest = float(want.nan_to_num().abs().max())
         torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * largest, equal_nan=True)
         assert float(got.isnan().float().mean()) < 0.5

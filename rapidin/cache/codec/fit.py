@@ -107,19 +107,6 @@ class RowShape:
         )
 
 
-def default_width(blocks: int, budget: int | None = None) -> int:
-    """Default sketch dimension per block: about 2^17 numbers in all, 512 at 210 layers, 8,192 at 12.
-
-    A budget of 8,192 bytes per example or more gets twice that: the codec would be limited by a smaller
-    sketch (docs/fidelity.md).
-    """
-    numbers = 3 << (16 if budget is None or budget < 8192 else 17)
-    width = 512
-    while width < 8192 and width * 2 * blocks <= numbers:
-        width *= 2
-    return width
-
-
 def min_row_bytes() -> int:
     """The smallest budget that a codec can be fitted to."""
     return ROW_OVERHEAD + _SCALE_BYTES + _MIN_SKETCH_BYTES

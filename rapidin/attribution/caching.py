@@ -1,0 +1,127 @@
+"""Caching: the sketches of a source of gradients, for every training example, into a cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rapidin.attribution.options import CacheOptions
+from rapidin.attribution.provenance import manifest_of, read_fitted
+from rapidin.cache import Cache, CacheWriter, ShardWriter, build, codec
+from rapidin.cache.codec import CodecConfig
+from rapidin.cache.progress import Meter, OnProgress
+from rapidin.data.examples import Examples
+from rapidin.distributed import World, world
+from rapidin.errors import UserError
+from rapidin.gradients.batching import Reporter
+from rapidin.gradients.preconditioner import STREAM, Preconditioner
+from rapidin.gradients.source import GradientSource
+
+
+def format_of(options: CacheOptions, width: int) -> CodecConfig:
+    """How rows are stored; width: sketch dimension per layer. Raises UserError for options that do not go
+    together."""
+    budget, sample = options.bytes, options.sample
+    dtype = options.dtype or ("float16" if budget is None else "sign")
+    if dtype not in (*codec.FLOATS, *codec.PACKED):
+        raise UserError(f"unknown dtype '{dtype}'", f"use one of {', '.join((*codec.FLOATS, *codec.PACKED))}")
+    if dtype in codec.FLOATS and (budget is not None or sample):
+        raise UserError(
+            f"{dtype} rows keep every number of the sketch",
+            "use --bytes with --dtype sign, int4 or int8, or leave it out",
+        )
+    if dtype in codec.PACKED and width & (width - 1):
+        raise UserError(f"--width must be a power of two with --dtype {dtype}, got {width}")
+    if sample is None:
+        sample = 0 if budget is None else codec.DEFAULT_SAMPLE
+    if sample and budget is None:
+        raise UserError("a codec that learns from a sample needs a budget", "use --bytes")
+    if sample < 0 or 0 < sample < 8:
+        raise UserError(f"--sample must be 0 or at least 8, got {sample}")
+    if budget is not None and budget < codec.min_row_bytes():
+        raise UserError(f"--bytes must be at least {codec.min_row_bytes()}, got {budget}")
+    return CodecConfig(dtype, budget, sample)
+
+
+def build_cache(
+    source: GradientSource,
+    examples: Examples,
+    path: Path,
+    options: CacheOptions,
+    on_progress: OnProgress | None = None,
+) -> Cache:
+    """Sketch every example's gradient into the cache at `path`, and resume one that an earlier run left.
+
+    on_progress is called in the leading process only. Raises as `rapidin.Attributor.cache`.
+    """
+    manifest = manifest_of(source, format_of(options, source.width), len(examples), examples)
+    manifest.shard_rows = options.shard_rows or build.shard_rows(manifest, path)
+    number, parts = options.part or (1, 1)
+    here, prefix = world(), examples.identity_of if options.append else None
+    with build.open_writer(path, manifest, here, (max(0, number - 1), parts), prefix) as writer:
+        fitting = _Fitting(source, writer, here)
+        loop = build.CachingLoop(
+            writer,
+            here,
+            examples,
+            source.encoder,
+            lambda texts: fitting.source.sketches(texts, meter, announced=True),
+            source.loaded.device,
+            lambda message: meter.tell(message),
+            learn_only=not number,
+            idle=lambda: fitting.source.keep_pace(),
+        )
+        meter = Meter(on_progress if here.leads else None, writer, here, loop.sampled_rows())
+        if source.batches.one_at_a_time:
+            meter.tell(source.batches.why_one_at_a_time)
+        if here.size * 2 > len(writer.missing) > 0 and not here.alone:
+            meter.tell(
+                f"{len(writer.missing)} shards for {here.size} processes: a smaller --shard-rows would keep "
+                "all of them busy to the end"
+            )
+        fitting.settle(examples, meter)
+        loop.run()
+        meter.settle(wait=True)
+        here.meet()
+        meter.tell(None, now=True)
+    return Cache(path)
+
+
+class _Fitting:
+    """The preconditioner of a cache that is being made. source: the source with it, once `settle` is done."""
+
+    def __init__(self, source: GradientSource, writer: ShardWriter, here: World) -> None:
+        self.source = source.with_preconditioner(None)
+        self._writer, self._world = writer, here
+
+    def settle(self, examples: Examples, reporter: Reporter) -> None:
+        """Use the preconditioner that the cache has; fit it first if it has none yet: the leader does, and
+        with it all processes that share the model."""
+        writer, record, config = self._writer, self._writer.manifest.preconditioner, self.source.config
+        if record is None:
+            return
+        fitted = config.made
+        if fitted is None:
+            exists = record["sha256"] is not None and (writer.folder / record["file"]).exists()
+            known = bool(int(self._world.share(lambda: b"1" if exists else b"0")))
+            if not known and (self._world.leads or self.source.loaded.sharded):
+                fitted = self._fit(examples, reporter)
+        if fitted is not None and isinstance(writer, CacheWriter):
+            if config.kind != "optimizer" and record["sha256"] not in (None, fitted.sha256):
+                raise UserError(
+                    f"the preconditioner '{writer.folder / record['file']}' is missing, and fitting it again "
+                    "gives another one here",
+                    "restore the file, or cache into another folder",
+                )
+            writer.set_preconditioner(fitted.data)
+        build.agree(writer, self._world)
+        if fitted is None or not self._world.alone:
+            fitted = read_fitted(writer.manifest)
+        self.source = self.source.with_preconditioner(fitted)
+
+    def _fit(self, examples: Examples, reporter: Reporter) -> Preconditioner:
+        """The preconditioner of each point, from a sample of the examples that the cache was begun with."""
+        settings, config = self.source.settings, self.source.config
+        rows = build.sample_rows(self._writer.manifest.rows_begun, config.sample, settings.seed, STREAM)
+        reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")
+        texts = [self.source.encoder.example(examples.get(row)) for row in rows]
+        return self.source.fit_preconditioner(texts, reporter)

@@ -1,0 +1,135 @@
+"""What a cache was made with: its manifest from a source of gradients, and that source again from a
+manifest."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rapidin.attribution.options import ModelLocation
+from rapidin.cache import Manifest, other_model
+from rapidin.cache.codec import CodecConfig
+from rapidin.cache.differences import gradient_settings
+from rapidin.cache.layout import Block, layer_table
+from rapidin.cache.learned_files import read_preconditioner
+from rapidin.cache.names import PRECONDITIONER
+from rapidin.data.examples import Examples
+from rapidin.errors import UserError
+from rapidin.gradients.load import LoadedModel, load_model
+from rapidin.gradients.preconditioner import Preconditioner, PreconditionerConfig
+from rapidin.gradients.settings import GradientSettings
+from rapidin.gradients.source import GradientSource
+
+_FILE_KEYS = ("file", "bytes", "sha256")  # of a manifest's preconditioner
+
+
+def load_model_of(path: str | Path, location: ModelLocation | None = None) -> LoadedModel:
+    """The model of the cache at `path`, which its manifest names. Raises UserError if it is not found."""
+    source = Manifest.read(Path(path)).model.get("source", {})
+    location = location or ModelLocation()
+    name = location.model or source.get("model")
+    if name is None:
+        raise UserError(f"the cache in '{path}' does not say which model made it", "name it with --model")
+    return load_model(
+        name,
+        adapter=location.adapter or source.get("adapter"),
+        base=location.base or source.get("base"),
+        device=location.device,
+        dtype=source.get("dtype"),
+        trust_remote_code=location.trust_remote_code,
+        shard_model=location.shard_model,
+    )
+
+
+def layers_of(source: GradientSource) -> list[Block]:
+    """The layer table of a cache that is made with this source."""
+    shapes = [(target.name, target.shape) for target in source.targets]
+    return layer_table(shapes, source.points, source.width, whole=source.whole)
+
+
+def manifest_of(
+    source: GradientSource, codec: CodecConfig, rows: int, examples: Examples | None = None
+) -> Manifest:
+    """The manifest of a cache of `rows` examples that is made with this source."""
+    recorded = source.settings.recorded()
+    gradient = recorded["gradient"]
+    if gradient["preconditioner"] != "off":
+        fitted = source.config.made
+        gradient["preconditioner"] |= {
+            "file": PRECONDITIONER,
+            "bytes": 0 if fitted is None else len(fitted.data),
+            "sha256": None if fitted is None else fitted.sha256,
+        }
+    data: dict[str, Any] = {}
+    if examples is not None:
+        data = {"path": examples.path, "form": examples.form, "identity": examples.identity}
+    return Manifest(
+        model={"source": source.loaded.source, "identity": source.loaded.identity},
+        sketch=recorded["sketch"],
+        gradient=gradient,
+        text=recorded["text"],
+        data=data,
+        codec=codec,
+        rows=rows,
+        shard_rows=1,
+        layers=layers_of(source),
+    )
+
+
+def read_fitted(manifest: Manifest) -> Preconditioner | None:
+    """The fitted preconditioner of a cache, None if it has none.
+
+    Raises UserError if the file is missing or is not the one that the manifest describes.
+    """
+    record = manifest.preconditioner
+    if record is None:
+        return None
+    if manifest.folder is None or record["sha256"] is None:
+        raise UserError("the cache's preconditioner is not fitted yet", "run the same 'rapidin cache' again")
+    return read_preconditioner(manifest.folder, record, Preconditioner.of_tensors)
+
+
+def config_of(manifest: Manifest) -> PreconditionerConfig:
+    """The configuration of a cache's preconditioner; with the fitted one if it came from an optimizer's
+    state, which may be gone."""
+    record = manifest.preconditioner
+    if record is None:
+        return PreconditionerConfig()
+    settings = {key: value for key, value in record.items() if key not in _FILE_KEYS}
+    return PreconditionerConfig(
+        **settings, made=read_fitted(manifest) if record["kind"] == "optimizer" else None
+    )
+
+
+def source_of(manifest: Manifest, loaded: LoadedModel) -> GradientSource:
+    """The source that made a cache, on a model in memory. Raises UserError if the cache was made with another
+    model, or its settings do not fit this one."""
+    try:
+        settings = GradientSettings.from_record(
+            {"sketch": manifest.sketch, "gradient": manifest.gradient, "text": manifest.text},
+            config_of(manifest),
+        )
+    except (KeyError, TypeError) as error:
+        raise UserError(f"the cache's manifest is damaged: {type(error).__name__} {error}") from None
+    return checked(GradientSource(loaded, settings), manifest)
+
+
+def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
+    """The source with a cache's preconditioner. Raises UserError if the cache was made with another model or
+    other settings than the source has."""
+    made_with, here = manifest.model["identity"], source.loaded.identity
+    if made_with != here:
+        raise UserError(
+            f"the cache was made {other_model(made_with, here)}",
+            "name what it was made with: --model, --adapter or --base",
+        )
+    expected = manifest_of(source, manifest.codec, manifest.rows)
+    for part in ("sketch", "gradient", "layers"):
+        theirs, ours = getattr(manifest, part), getattr(expected, part)
+        if part == "gradient":
+            theirs, ours = gradient_settings(theirs), gradient_settings(ours)
+        if theirs != ours:
+            raise UserError(
+                f"the cache was made with other settings ({part})", "use the settings of its manifest"
+            )
+    return source.with_preconditioner(read_fitted(manifest))

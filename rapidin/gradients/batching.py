@@ -1,0 +1,168 @@
+"""Passes over texts in batches that fit into memory, at one pace in all processes that share a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Protocol, TypeVar
+
+import torch
+
+from rapidin import distributed
+from rapidin.data.encoding import Encoded, by_length
+from rapidin.errors import UserError, is_out_of_memory
+from rapidin.gradients.batch import Batch
+from rapidin.gradients.collector import NotBatchedError
+from rapidin.ops.transfer import Download
+
+_T = TypeVar("_T")
+
+_PADDING = ([0, 0], [False, True])  # the text of a pass that keeps pace for others
+
+
+class Reporter(Protocol):
+    """Is told how far sketching is."""
+
+    def add(self, done: int, tokens: int, *, skipped: int) -> None:
+        """So many examples are done; `skipped` of them have no sketch."""
+
+    def sketched(self, done: int, tokens: int, skipped: Download | None) -> None:
+        """As `add`, for a batch that the device is still working on."""
+
+    def tell(self, message: str | None) -> None:
+        """Something to tell the user."""
+
+
+class Silent:
+    """A reporter that tells nobody."""
+
+    def add(self, done: int, tokens: int, *, skipped: int) -> None: ...
+
+    def sketched(self, done: int, tokens: int, skipped: Download | None) -> None: ...
+
+    def tell(self, message: str | None) -> None: ...
+
+
+SILENT = Silent()
+
+
+class Lockstep:
+    """The processes that share one model (FSDP), all of which make the same number of passes.
+
+    shared: whether the model is spread over them; otherwise this process goes at its own pace.
+    """
+
+    def __init__(self, shared: bool) -> None:
+        self.shared = shared
+
+    @property
+    def _world(self) -> distributed.World:
+        return distributed.world() if self.shared else distributed.World()
+
+    def idle(self, passes: int) -> int:
+        """How many passes this process makes for the others, if it has so many of its own; collective."""
+        return self._world.most(passes) - passes
+
+    def run(self, step: Callable[[], _T]) -> _T:
+        """One pass, together with the others."""
+        return self._world.collective(step)
+
+    def begin(self) -> None:
+        """Announce texts to sketch; the others join in, from `until_all_are_done` if they have none left."""
+        if self.shared:
+            self._world.most(1)
+
+    def until_all_are_done(self, join: Callable[[], object]) -> None:
+        """Call `join`, which sketches no text, as often as others announce theirs."""
+        while self.shared and self._world.most(0):
+            join()
+
+
+class BatchRunner:
+    """Runs passes over texts in batches of like length, smaller ones once memory has run out.
+
+    batch_tokens: padded tokens per batch to begin with. one_at_a_time: set if a layer is found to mix the
+    examples of a batch; single_names: parameters because of which it is set from the start.
+    """
+
+    def __init__(
+        self,
+        device: torch.device,
+        batch_tokens: int,
+        lockstep: Lockstep,
+        single_names: Sequence[str] = (),
+    ) -> None:
+        self.device, self.lockstep = device, lockstep
+        self.batch_tokens = batch_tokens
+        self.single_names = list(single_names)
+        self.one_at_a_time = bool(single_names)
+
+    @property
+    def why_one_at_a_time(self) -> str:
+        """The reason in words."""
+        if not self.single_names:
+            return "examples are processed one at a time: a layer mixes those of a batch"
+        count, first = len(self.single_names), self.single_names[0]
+        return (
+            f"examples are processed one at a time: {count} parameters have no batched gradient, such as "
+            f"'{first}'"
+        )
+
+    def run(
+        self,
+        chosen: Sequence[int],
+        texts: Sequence[Encoded],
+        step: Callable[[Batch], _T],
+        reporter: Reporter = SILENT,
+    ) -> Iterator[tuple[list[int], _T | None]]:
+        """Yields the numbers of a batch's texts and what `step` returned for the batch.
+
+        chosen: numbers of the texts to take. A batch that does not fit into memory is halved, and later ones
+        are as small; for an example that does not fit even alone, None is yielded. Raises UserError for both
+        if the model is shared, since other processes are in the same pass.
+        """
+        queue = by_length(chosen, texts, 0 if self.one_at_a_time else self.batch_tokens)
+        idle = self.lockstep.idle(len(queue))
+        while queue:
+            numbers = queue.pop()
+            result: _T | None = None
+            try:
+                batch = Batch.of([(texts[n].ids, texts[n].target) for n in numbers], self.device)
+                result = self.lockstep.run(partial(step, batch))
+            except NotBatchedError:
+                self._not_batched(reporter)
+                queue.extend([n] for n in reversed(numbers))
+                continue
+            except (RuntimeError, MemoryError) as error:
+                if not is_out_of_memory(error):
+                    raise
+                if self.lockstep.shared:
+                    raise UserError("a batch does not fit into memory", "lower --batch-tokens") from None
+                fits = False
+            else:
+                fits = True
+            if not fits:  # outside of the handler, where nothing keeps the failed pass's memory
+                self._release_memory()
+                if len(numbers) > 1:
+                    longest = max(len(texts[n].ids) for n in numbers)
+                    self.batch_tokens = longest * (len(numbers) // 2)
+                    reporter.tell(f"out of memory: continuing with batches of {self.batch_tokens:,} tokens")
+                    left = [n for each in (*queue, numbers) for n in each]
+                    queue = by_length(left, texts, self.batch_tokens)
+                    continue
+            yield numbers, result
+        for _ in range(idle):
+            self.lockstep.run(partial(step, Batch.of([_PADDING], self.device)))
+
+    def _not_batched(self, reporter: Reporter) -> None:
+        if self.lockstep.shared:
+            raise UserError(
+                "a layer mixes the examples of a batch", "use --batch-tokens 1 with --shard-model"
+            ) from None
+        if not self.one_at_a_time:
+            self.one_at_a_time = True
+            reporter.tell(self.why_one_at_a_time)
+
+    def _release_memory(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()

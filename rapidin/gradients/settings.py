@@ -1,0 +1,209 @@
+"""How gradients are taken and sketched: what a cache records, and a query must repeat."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+from rapidin.errors import UserError
+from rapidin.settings import Settings, documented, option
+
+if TYPE_CHECKING:  # both import torch, which the command line's help must not wait for
+    from rapidin.gradients.dropout import Thinning
+    from rapidin.gradients.preconditioner import PreconditionerConfig
+
+LossKind = Literal["mean", "sum"]
+Projection = Literal["tensor", "flat", "rapidgrad"]
+
+HASH = "lowbias32-1"  # the definition of bins and signs in docs/sketch.md
+RAPIDGRAD_WIDTH = 65536  # the setting of the RapidIn paper
+
+_SMALL_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
+
+
+def points_of(text: str) -> tuple[float, ...]:
+    """The numbers of `--at`; raises UserError if there is none or one is not a number."""
+    try:
+        return tuple(float(each) for each in text.split(","))
+    except ValueError:
+        raise UserError(f"--at must be numbers separated by commas, got {text}", "as in --at 0.5") from None
+
+
+@documented
+@dataclass(frozen=True)
+class GradientSettings(Settings):
+    """How gradients are taken and sketched.
+
+    Raises UserError for values that do not go together; what depends on the model is checked by
+    `rapidin.gradients.source.GradientSource`.
+    """
+
+    at: tuple[float, ...] | float | None = option(
+        None,
+        help="Points between the base model (0) and the tuned model (1) where gradients are taken; "
+        "several add up.",
+        metavar="A[,A...]",
+        panel="Gradients",
+        default="0.5 if the base model is known, else 1",
+        parse=points_of,
+    )
+    include: tuple[str, ...] = option(
+        (),
+        help="Use only parameters whose name matches the pattern; may be repeated.",
+        metavar="PATTERN",
+        panel="Gradients",
+    )
+    exclude: tuple[str, ...] = option(
+        (),
+        help="Leave out parameters whose name matches the pattern; may be repeated.",
+        metavar="PATTERN",
+        panel="Gradients",
+    )
+    loss: LossKind = option(
+        "mean",
+        help="Loss of an example: mean or sum over its completion tokens.",
+        panel="Gradients",
+        choices=get_args(LossKind),
+    )
+    preconditioner: PreconditionerConfig | str | Path | None = option(
+        "auto",
+        help="Precondition gradients by an inverse root of their second moment. kfac: K-FAC, from a sample "
+        "of the data; sample: Adam's, from a sample; FILE: Adam's, from the optimizer's state (optimizer.pt "
+        "or its folder); off: none; auto: kfac, or off for the projection 'rapidgrad'.",
+        flag="precondition",
+        metavar="auto|kfac|off|sample|FILE",
+        panel="Gradients",
+        parse=str,
+    )
+    dropout: Thinning | None = option(
+        None, help="Take gradients of the model with this fixed dropout mask.", flag=None, panel="Gradients"
+    )
+    projection: Projection = option(
+        "tensor",
+        help="tensor: sketch a layer's gradient from its two factors; flat: sketch the formed gradient; "
+        "rapidgrad: one sketch for the whole layer-normalised gradient (the RapidIn paper's setting).",
+        flag=None,
+        panel="Storage",
+    )
+    width: int | None = option(
+        None,
+        help="Sketch dimension per layer: larger is more accurate and takes more disk.",
+        metavar="N",
+        panel="Storage",
+        limits=(1, None),
+        default="chosen from the number of layers: 512 for hundreds of layers, more for fewer",
+    )
+    seed: int = option(
+        0, help="Random seed of the sketch.", metavar="N", panel="Storage", limits=(0, 2**64 - 1)
+    )
+    eos: bool = option(True, help="End completions with the end-of-text token.", panel="Data")
+    max_length: int | None = option(
+        None,
+        help="Most tokens of an example.",
+        metavar="N",
+        panel="Data",
+        limits=(2, None),
+        default="the model's context",
+    )
+    too_long: Literal["truncate", "skip"] = option(
+        "truncate",
+        help="Whether longer examples are truncated or skipped.",
+        panel="Data",
+        choices=("truncate", "skip"),
+    )
+    batch_tokens: int = option(
+        1024,
+        help="Padded tokens per batch: larger is faster, up to a point, and needs more memory.",
+        metavar="N",
+        panel="Run",
+        limits=(1, None),
+    )
+
+    def __post_init__(self) -> None:
+        at = (self.at,) if isinstance(self.at, int | float) else self.at
+        object.__setattr__(self, "at", None if at is None else tuple(float(point) for point in at))
+        for name in ("include", "exclude"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+        if self.width == "auto":  # type: ignore[comparison-overlap]
+            object.__setattr__(self, "width", None)
+        if self.dropout is not None and not self.dropout.rate:
+            object.__setattr__(self, "dropout", None)
+        self._check()
+
+    def _check(self) -> None:
+        if self.projection not in get_args(Projection):
+            raise UserError(
+                f"unknown projection '{self.projection}'", f"use one of {', '.join(get_args(Projection))}"
+            )
+        if self.loss not in get_args(LossKind):
+            raise UserError(f"unknown loss '{self.loss}'", "use mean or sum")
+        if self.width is not None and self.width < 1:
+            raise UserError(f"--width must be at least 1, got {self.width}")
+        if not 0 <= self.seed < 2**64:
+            raise UserError(f"--seed must be from 0 to 2^64 - 1, got {self.seed}")
+        if self.at == ():
+            raise UserError("--at must name at least one point")
+        whole = self.width is None or self.width % 128 == 0 or self.width in _SMALL_WIDTHS
+        if self.projection != "tensor" and not whole:
+            raise UserError(
+                f"--width must be a multiple of 128 with the {self.projection} projection, got {self.width}"
+            )
+
+    def recorded(self) -> dict[str, dict[str, Any]]:
+        """The parts 'sketch', 'gradient' and 'text' of a manifest, without where the preconditioner's file
+        is.
+
+        Of settings that a `GradientSource` has completed. What is not used is left out of 'gradient', as in
+        caches that are older than it.
+        """
+        config = self.preconditioner
+        assert isinstance(self.at, tuple)
+        assert config is not None
+        assert not isinstance(config, str | Path)
+        gradient: dict[str, Any] = {
+            "at": list(self.at),
+            "loss": self.loss,
+            "include": list(self.include),
+            "exclude": list(self.exclude),
+            "preconditioner": config.to_json(),
+        }
+        if self.dropout is not None:
+            gradient["dropout"] = self.dropout.to_json()
+        return {
+            "sketch": {
+                "projection": self.projection, "width": self.width, "seed": self.seed, "hash": HASH,
+            },
+            "gradient": gradient,
+            "text": {"eos": self.eos, "max_length": self.max_length, "too_long": self.too_long},
+        }  # fmt: skip
+
+    @staticmethod
+    def from_record(
+        record: Mapping[str, Mapping[str, Any]], config: PreconditionerConfig
+    ) -> GradientSettings:
+        """The settings that `recorded` wrote. Raises KeyError or TypeError if the record is something
+        else."""
+        from rapidin.gradients.dropout import Thinning
+
+        sketch, gradient, text = record["sketch"], record["gradient"], record["text"]
+        dropout = gradient.get("dropout")
+        return GradientSettings(
+            at=tuple(gradient["at"]),
+            include=tuple(gradient["include"]),
+            exclude=tuple(gradient["exclude"]),
+            loss=gradient["loss"],
+            preconditioner=config,
+            dropout=Thinning(**dropout) if dropout else None,
+            projection=sketch["projection"],
+            width=sketch["width"],
+            seed=sketch["seed"],
+            eos=text["eos"],
+            max_length=text["max_length"],
+            too_long=text["too_long"],
+        )
+
+    def replaced(self, **changes: Any) -> GradientSettings:
+        """A copy with other values in these fields."""
+        return replace(self, **changes)

@@ -1,0 +1,287 @@
+"""The source of gradient sketches: one model, the parameters that count, and how their gradients are
+taken."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from rapidin.data.encoding import Encoded, Encoder, Status
+from rapidin.errors import UserError
+from rapidin.gradients.batch import Batch
+from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
+from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.kfac import FactorMoments
+from rapidin.gradients.load import DEFAULT_AT, LoadedModel
+from rapidin.gradients.parameters import coverage, find_targets
+from rapidin.gradients.preconditioner import (
+    Moments,
+    Preconditioner,
+    PreconditionerConfig,
+    kfac_scales,
+)
+from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
+from rapidin.ops.transfer import Download, upload
+
+_LONGEST = 2048  # tokens, if the model does not say
+
+
+class GradientSource:
+    """Sketches of the preconditioned gradients of texts.
+
+    Two sources with equal `settings`, models and preconditioners give equal sketches. A source does not
+    change: `with_preconditioner` makes another one of the same model. Only its batches become smaller once
+    memory has run out.
+
+    loaded: the model; settings: complete, without a value that is still to be chosen; points: of the path
+    from base to tuned model, where gradients are taken; targets: the parameters that count; encoder: makes
+    texts of records.
+
+    Raises UserError for settings that do not fit the model.
+    """
+
+    def __init__(
+        self,
+        loaded: LoadedModel,
+        settings: GradientSettings | None = None,
+        *,
+        bytes_per_example: int | None = None,
+    ) -> None:
+        """bytes_per_example: the budget of a cache, on which the default sketch dimension depends."""
+        settings = settings or GradientSettings()
+        self.loaded = loaded
+        self.points = _points(loaded, settings.at)
+        self.targets = find_targets(
+            loaded.model, trained=loaded.trained, include=settings.include, exclude=settings.exclude
+        )
+        config = _preconditioner_config(settings, loaded, self)
+        self.settings = settings.replaced(
+            at=tuple(self.points),
+            width=settings.width or self._default_width(settings, bytes_per_example),
+            max_length=_max_length(loaded, settings.max_length),
+            preconditioner=config,
+        )
+        self.config = config
+        assert self.settings.max_length is not None
+        self.encoder = Encoder(
+            loaded.tokenizer,
+            eos=settings.eos,
+            max_length=self.settings.max_length,
+            too_long=settings.too_long,
+        )
+        self._set_preconditioner(config.made)
+        if loaded.sharded and (names := self.sketcher.needs_weights):
+            raise UserError(
+                f"the gradient of '{names[0]}' needs the whole parameter in one process",
+                "leave such parameters out with --exclude, or do not use --shard-model",
+            )
+        self.lockstep = Lockstep(loaded.sharded)
+        self.batches = BatchRunner(
+            loaded.device, settings.batch_tokens, self.lockstep, self.sketcher.single_names
+        )
+
+    def _default_width(self, settings: GradientSettings, bytes_per_example: int | None) -> int:
+        if settings.projection == "rapidgrad":
+            return RAPIDGRAD_WIDTH
+        return default_width(len(self.targets), bytes_per_example)
+
+    def _set_preconditioner(self, preconditioner: Preconditioner | None) -> None:
+        if preconditioner is not None:
+            preconditioner.check(self.targets, len(self.points))
+            preconditioner = preconditioner.to(self.loaded.device)
+        self.sketcher = GradientSketcher(
+            self.loaded.model,
+            self.targets,
+            width=self.width,
+            seed=self.settings.seed,
+            projection=self.settings.projection,
+            loss=self.settings.loss,
+            preconditioner=preconditioner,
+        )
+
+    def with_preconditioner(self, preconditioner: Preconditioner | None) -> GradientSource:
+        """The same source with another preconditioner. Raises UserError if that is for other parameters."""
+        other = copy.copy(self)
+        other._set_preconditioner(preconditioner)
+        return other
+
+    @property
+    def preconditioner(self) -> Preconditioner | None:
+        """The preconditioner, on the model's device; None for none, or if it has not been fitted yet."""
+        return self.sketcher.preconditioner
+
+    @property
+    def width(self) -> int:
+        """Sketch dimension per layer."""
+        assert self.settings.width is not None
+        return self.settings.width
+
+    @property
+    def whole(self) -> bool:
+        """Whether one block holds all parameters, instead of one each."""
+        return self.settings.projection == "rapidgrad"
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a sketch, over all points."""
+        return self.sketcher.blocks * len(self.points)
+
+    @property
+    def coverage(self) -> float:
+        """Share of the model's parameters that count."""
+        counted, total = coverage(self.loaded.model, self.targets)
+        return counted / total
+
+    @contextmanager
+    def at(self, number: int) -> Iterator[None]:
+        """The model at one of `points`, by its number, as gradients are taken of it."""
+        dropout = self.settings.dropout
+        mask = nullcontext() if dropout is None else dropout.over(self.loaded.model, self.targets)
+        with self.loaded.path.at(self.points[number]), mask:
+            yield
+
+    # -------------------------------------------------------------------------------------- sketches
+
+    def sketches(
+        self, texts: Sequence[Encoded], reporter: Reporter = SILENT, *, announced: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Raw sketches [n, blocks, width] float32, zeros for texts without one, and status [n] uint8.
+
+        Both are on the model's device. announced: tell the processes that share the model that these texts
+        come, for those that wait in `keep_pace`.
+        """
+        if announced:
+            self.lockstep.begin()
+        device = self.loaded.device
+        status = _on(device, [int(text.status) for text in texts], torch.uint8)
+        out = torch.zeros(len(texts), self.blocks, self.width, device=device)
+        good = [n for n, text in enumerate(texts) if text.status == Status.OK]
+        reporter.add(len(texts) - len(good), 0, skipped=len(texts) - len(good))
+        for number in range(len(self.points)):
+            blocks = slice(number * self.sketcher.blocks, (number + 1) * self.sketcher.blocks)
+            last = number == len(self.points) - 1
+            with self.at(number):
+                step = partial(self.sketcher, point=number)
+                for chosen, result in self.batches.run(good, texts, step, reporter):
+                    rows = _on(device, chosen, torch.int64)
+                    if result is None:
+                        status[rows] = int(Status.TOO_LARGE)
+                        good = [n for n in good if n not in chosen]
+                        reporter.add(len(chosen), 0, skipped=len(chosen))
+                        continue
+                    sketch = result[0]
+                    bad = ~sketch.isfinite().flatten(1).all(1)
+                    out[rows, blocks] = sketch
+                    status[rows] = status[rows].masked_fill(bad, int(Status.NONFINITE))
+                    tokens = sum(len(texts[n].ids) for n in chosen)
+                    skipped = Download([bad.sum()]) if last else None
+                    reporter.sketched(len(chosen) if last else 0, tokens, skipped)
+        out.masked_fill_((status != int(Status.OK))[:, None, None], 0.0)
+        return out, status
+
+    def keep_pace(self) -> None:
+        """Run passes for the processes that share the model until none of them has texts left."""
+        self.lockstep.until_all_are_done(lambda: self.sketches([]))
+
+    # -------------------------------------------------------------------------------- preconditioner
+
+    def fit_preconditioner(self, texts: Sequence[Encoded], reporter: Reporter = SILENT) -> Preconditioner:
+        """The preconditioner of each point, of the configured kind, from the gradients of these texts."""
+        good = [n for n, text in enumerate(texts) if text.status == Status.OK]
+        points = []
+        for number in range(len(self.points)):
+            with self.at(number):
+                if self.config.kind == "kfac":
+                    moments = self._factor_moments(good, texts, reporter)
+                    if not moments.examples:
+                        reporter.tell(
+                            "no example of the sample has a gradient, so gradients are not preconditioned"
+                        )
+                    points.append(kfac_scales(moments, self.config.exponent, self.config.damping))
+                else:
+                    squares = Moments(self.targets)
+                    for _, result in self.batches.run(good, texts, self.sketcher.squares, reporter):
+                        if result is not None:
+                            squares.add(result)
+                    points.append(squares.scales(self.config.exponent, self.config.floor))
+        return Preconditioner(points)
+
+    def _factor_moments(
+        self, good: Sequence[int], texts: Sequence[Encoded], reporter: Reporter
+    ) -> FactorMoments:
+        """The moments of the factors of these texts' gradients, at the point where the model is.
+
+        A pass that fails, because memory runs out or a layer mixes the examples of its batch, may have added
+        a part of them. All are then computed again, in batches that are smaller by then, without the examples
+        that do not fit: a second set of moments, to add to these after each pass, would take as much memory
+        again, and the batch's factors some five times that.
+        """
+        while True:
+            moments = FactorMoments(self.targets, self.config.rank, self.settings.seed, self.loaded.device)
+            spoilt = False
+
+            def add(batch: Batch, moments: FactorMoments = moments) -> bool:
+                nonlocal spoilt
+                if not spoilt:  # after a failure the moments are of no use
+                    spoilt = True
+                    self.sketcher.add_moments(batch, moments)
+                    spoilt = False
+                return True
+
+            left = list(good)
+            for chosen, added in self.batches.run(good, texts, add, reporter):
+                if added is None:
+                    left = [n for n in left if n not in chosen]
+            if not spoilt:
+                return moments
+            good = left
+
+
+def default_width(blocks: int, bytes_per_example: int | None = None) -> int:
+    """The sketch dimension per layer that pays: about 2^17 numbers in all, 512 at 210 layers, 8,192 at 12.
+
+    bytes_per_example: the budget of a codec; from 8,192 on twice as many, since fewer would limit the codec's
+    accuracy (docs/fidelity.md).
+    """
+    numbers = 3 << (16 if bytes_per_example is None or bytes_per_example < 8192 else 17)
+    width = 512
+    while width < 8192 and width * 2 * blocks <= numbers:
+        width *= 2
+    return width
+
+
+def _points(loaded: LoadedModel, at: tuple[float, ...] | float | None) -> list[float]:
+    if at is None:
+        if loaded.trained is not None and not loaded.path.ends:  # an adapter whose base is unknown
+            loaded.path.check([DEFAULT_AT])
+        return [DEFAULT_AT if loaded.path.ends else 1.0]
+    points = [at] if isinstance(at, float) else list(at)
+    loaded.path.check(points)
+    return points
+
+
+def _max_length(loaded: LoadedModel, wanted: int | None) -> int:
+    limit = loaded.context_length
+    if wanted is None:
+        return _LONGEST if limit is None else limit
+    if limit is not None and wanted > limit:
+        raise UserError(f"--max-length {wanted} is over the model's context of {limit} tokens")
+    return wanted
+
+
+def _preconditioner_config(
+    settings: GradientSettings, loaded: LoadedModel, source: GradientSource
+) -> PreconditionerConfig:
+    value = settings.preconditioner
+    if value == "auto":
+        value = "off" if settings.projection == "rapidgrad" else "kfac"
+    return PreconditionerConfig.of(value, loaded.model, source.targets, loaded.trained)
+
+
+def _on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:
+    return upload(torch.tensor(numbers, dtype=dtype, device="cpu"), device)

@@ -1,0 +1,200 @@
+"""The data of the fidelity study: exact gradient products and sketches of real texts, collected once.
+
+    python studies/fidelity/collect.py MODEL --out STUDY [--adapter ADAPTER --at 0.5]
+        --data alpaca=alpaca.jsonl:420:480:20 --data code=code.jsonl:80:120:5 ...
+
+Each --data names a kind of text: a file of rapidin's forms, how many texts of it a code may learn from (the
+sample), how many are scored, and how many of the scored ones are queries. Every query also gets a
+near-duplicate among the scored texts: the same text with one word of its completion changed.
+
+STUDY/ then holds, for L layers, Q queries, S sample texts and N scored texts:
+
+    study.json                  names of the layers, kinds of the texts, which texts are queries and
+    near-duplicates exact.safetensors           products [Q, N, L] of unit gradients (cosines by layer),
+    length_scored [N, L],
+                                length_query [Q, L], double-sided projections
+    sketch-SEED.safetensors     sample [S, L, W] and scored [N, L, W] unit sketches in float16, their lengths
+
+The exact gradients are formed from the factors a layer at a time, ``sum_t g_t a_t^T``, and compared with the
+queries' own, kept in bfloat16 (whose rounding, 2^-9 an element, averages out over a layer's elements: an
+error below 1e-4 of a cosine). The sketches come from the same factors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rapidin import ops
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.token_contributions import ExactQueries, factors_of
+from rapidin.data.encoding import Encoded, Status, by_length
+from rapidin.data.examples import open_examples
+from rapidin.gradients.batch import Batch
+from rapidin.gradients.load import load_model
+from rapidin.gradients.parameters import block_seed
+from rapidin.ops import unit_blocks
+
+
+def change_a_word(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+    """The record with one word in the middle of its completion replaced by another of its words."""
+    key = next(k for k in ("output", "completion", "text") if record.get(k))
+    words = record[key].split(" ")
+    place = min(len(words) // 3, 12)
+    others = [w for w in words if w != words[place] and w.strip()] or ["another"]
+    words[place] = rng.choice(others)
+    return {**record, key: " ".join(words)}
+
+
+class Collector:
+    def __init__(self, attributor: Attributor, seeds: dict[int, int], projected: int) -> None:
+        self.attributor = attributor
+        self.names = [target.name for target in attributor.source.targets]
+        self.seeds = seeds
+        self.projected = projected
+        self.matrices: dict[tuple[str, int], Tensor] = {}
+
+    def factors(self, encoded: list[Encoded]) -> list[tuple[Tensor, Tensor]]:
+        with self.attributor.loaded.path.at(self.attributor.source.points[0]):
+            return self.attributor.source.sketcher.factors(Batch.of([(e.ids, e.target) for e in encoded]))
+
+    def sketches(self, columns: Tensor, rows: Tensor, name: str) -> dict[int, tuple[Tensor, Tensor]]:
+        made = {}
+        for seed, width in self.seeds.items():
+            unit, length = unit_blocks(
+                ops.linear_sketch(columns, rows, width, seed=block_seed(seed, name))[:, None]
+            )
+            made[seed] = (unit[:, 0].half(), length[:, 0])
+        return made
+
+    def double_sided(self, columns: Tensor, rows: Tensor, name: str) -> Tensor:
+        """The double-sided random projection (LoGra, Bergson): P_out G P_in^T, `projected` numbers a side."""
+        sides = []
+        for x, side in ((columns, 0), (rows, 1)):
+            key = (name, side)
+            if key not in self.matrices:
+                generator = torch.Generator().manual_seed(block_seed(side, name) % 2**63)
+                self.matrices[key] = torch.randn(x.shape[2], self.projected, generator=generator)
+            sides.append(x @ self.matrices[key])
+        small = torch.bmm(sides[1].transpose(1, 2), sides[0]).flatten(1)
+        return torch.nn.functional.normalize(small, dim=1, eps=1e-30).half()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("model")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--data", action="append", required=True, metavar="KIND=FILE:SAMPLE:SCORED:QUERIES")
+    parser.add_argument("--adapter")
+    parser.add_argument("--at", type=float)
+    parser.add_argument("--max-length", type=int, default=96)
+    parser.add_argument("--batch-tokens", type=int, default=2048)
+    parser.add_argument("--seeds", default="0:1024,1:512,2:512", help="seed:width, ...")
+    parser.add_argument(
+        "--projected", type=int, default=32, help="numbers a side of the double-sided projection"
+    )
+    args = parser.parse_args()
+    attributor = Attributor(
+        load_model(args.model, adapter=args.adapter),
+        max_length=args.max_length,
+        at=args.at,
+        preconditioner="off",
+    )
+    rng = random.Random(0)
+    groups: dict[str, list[tuple[str, Encoded]]] = {"sample": [], "scored": []}
+    queries: list[int] = []
+    near: list[int] = []
+    for text in args.data:
+        kind, rest = text.split("=", 1)
+        file, *counts = rest.rsplit(":", 3)
+        n_sample, n_scored, n_query = map(int, counts)
+        records = [r for r in open_examples(file) if attributor.source.encoder(r).status == Status.OK]
+        records = records[: n_sample + n_scored]
+        groups["sample"] += [(kind, attributor.source.encoder(r)) for r in records[:n_sample]]
+        for number, record in enumerate(records[n_sample:]):
+            if number < n_query:
+                queries.append(len(groups["scored"]))
+            groups["scored"].append((kind, attributor.source.encoder(record)))
+            if number < n_query:
+                near.append(len(groups["scored"]))
+                groups["scored"].append((kind, attributor.source.encoder(change_a_word(record, rng))))
+    collector = Collector(
+        attributor, {int(s): int(w) for s, w in (p.split(":") for p in args.seeds.split(","))}, args.projected
+    )
+    args.out.mkdir(parents=True, exist_ok=True)
+    layers = len(collector.names)
+    scored = groups["scored"]
+    start = time.perf_counter()
+    with attributor.source.at(0):
+        exact = ExactQueries(factors_of(attributor, scored[n][1], 0) for n in queries)
+    print(f"{len(queries)} queries after {time.perf_counter() - start:.0f} s", flush=True)
+    products = torch.zeros(len(queries), len(scored), layers)
+    lengths = torch.zeros(len(scored), layers)
+    double = torch.zeros(len(scored), layers, args.projected**2, dtype=torch.float16)
+    kept = {
+        (group, seed): (
+            torch.zeros(len(groups[group]), layers, width, dtype=torch.float16),
+            torch.zeros(len(groups[group]), layers),
+        )
+        for group in groups
+        for seed, width in collector.seeds.items()
+    }
+    for group, texts in groups.items():
+        batches = by_length(range(len(texts)), [e for _, e in texts], args.batch_tokens)
+        done = 0
+        for chosen in batches:
+            for layer, (columns, rows) in enumerate(collector.factors([texts[n][1] for n in chosen])):
+                name = collector.names[layer]
+                if group == "scored":
+                    products[:, chosen, layer], lengths[chosen, layer] = exact.compare(layer, columns, rows)
+                    double[chosen, layer] = collector.double_sided(columns, rows, name)
+                for seed, (unit, length) in collector.sketches(columns, rows, name).items():
+                    kept[group, seed][0][chosen, layer] = unit
+                    kept[group, seed][1][chosen, layer] = length
+            done += len(chosen)
+            print(f"{group}: {done} of {len(texts)} after {time.perf_counter() - start:.0f} s", flush=True)
+    save_file(
+        {
+            "products": products,
+            "length_scored": lengths,
+            "length_query": exact.lengths.float(),
+            "double": double,
+        },
+        args.out / "exact.safetensors",
+    )
+    for seed in collector.seeds:
+        save_file(
+            {
+                f"{group}{suffix}": kept[group, seed][part]
+                for group in groups
+                for part, suffix in enumerate(("", "_length"))
+            },
+            args.out / f"sketch-{seed}.safetensors",
+        )
+    (args.out / "study.json").write_text(
+        json.dumps(
+            {
+                "layers": collector.names,
+                "shapes": [list(t.shape) for t in attributor.source.targets],
+                "sample": [kind for kind, _ in groups["sample"]],
+                "scored": [kind for kind, _ in scored],
+                "tokens": sum(len(e.ids) for texts in groups.values() for _, e in texts),
+                "queries": queries,
+                "near_duplicates": near,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

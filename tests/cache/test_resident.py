@@ -1,0 +1,262 @@
+"""Rows of caches that stay on a device between queries, and how rows lie there, without a GPU."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import records, tiny_llama, tiny_lora, tiny_tokenizer
+from torch import Tensor
+
+from rapidin.attribution import methods
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.scan import CacheScan, _pieces, carried, scan_pieces
+from rapidin.cache import Cache
+from rapidin.cache.resident import Resident
+from rapidin.ops.transfer import Conveyor, stride_there
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def attributor() -> Attributor:
+    return Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=64)
+
+
+@pytest.fixture(scope="module", params=["float16", "sign", "learnt"])
+def cache(request: Any, attributor: Attributor, tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    settings: dict[str, Any] = {
+        "float16": {"dtype": "float16"},
+        "sign": {"dtype": "sign"},
+        "learnt": {"bytes": 250, "sample": 24},
+    }[request.param]
+    return attributor.cache(records(40), tmp_path_factory.mktemp("cache"), shard_rows=9, **settings)
+
+
+@pytest.fixture(scope="module")
+def sketch(attributor: Attributor) -> Tensor:
+    texts = [attributor.source.encoder(record) for record in records(3, seed=5)]
+    return attributor.source.sketches(texts)[0]
+
+
+class LateOrder:
+    """A GPU at its slowest: copies are made only when something is told to come after them; memory that may
+    be written anew is spoilt at once."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[int, list[tuple[Tensor, Tensor]]]] = []
+        self._sent = 0
+        self.events: list[str] = []
+
+    def buffers(self, like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
+        return like.new_empty(rows, *like.shape[1:]), like.new_empty(rows, *like.shape[1:])
+
+    def send(self, pairs: Any, after: Any) -> int:
+        for _, there in pairs:
+            there.zero_()  # as the copy may come at any time from now on: what reads it still was too late
+        self._sent += 1
+        self._pending.append((self._sent, list(pairs)))
+        self.events.append(f"send {self._sent} after {after}")
+        return self._sent
+
+    def before(self, mark: Any) -> None:
+        while self._pending and self._pending[0][0] <= mark:
+            for host, there in self._pending.pop(0)[1]:
+                there.copy_(host)
+        self.events.append(f"use {mark}")
+
+    def now(self) -> str:
+        used = self.events[-1]
+        return f"({used})"
+
+    def wait(self, mark: Any) -> None:
+        if mark is not None:
+            self.before(mark)
+            self.events.pop()
+
+
+@pytest.mark.parametrize(
+    ("width", "dtype", "stride"),
+    [(1785, torch.uint8, 1792), (129, torch.int8, 144), (112, torch.uint8, 112), (113, torch.uint8, 113),
+     (3, torch.float16, 3), (100, torch.float16, 104), (1001, torch.float32, 1004), (0, torch.uint8, 0)],
+)  # fmt: skip
+def test_rows_are_carried_to_where_wide_loads_begin(width: int, dtype: torch.dtype, stride: int) -> None:
+    """By one copy of memory without gaps, and nothing else of the rows is changed."""
+    order = LateOrder()
+    copied: list[tuple[Tensor, Tensor]] = []
+    send = order.send
+    order.send = lambda pairs, after: (copied.extend(pairs), send(pairs, after))[1]  # type: ignore[method-assign]
+    x = torch.arange(7 * (width + 3)).remainder(100).to(dtype).view(7, width + 3)[:, 1 : width + 1]
+    for _, there in Conveyor[int](order, 2).carry([(0, {"a": x}), (1, {"a": x[:5]})]):
+        assert torch.equal(there["a"], x[: len(there["a"])])
+        assert there["a"].stride(0) == stride or not width
+    assert all(host.is_contiguous() and device.is_contiguous() for host, device in copied)
+
+
+class SmallMemory:
+    """A device's memory of so many bytes, spoilt where nothing was written."""
+
+    def __init__(self, size: int) -> None:
+        self.size, self.taken = size, 0
+
+    def free(self) -> int:
+        return self.size - self.taken
+
+    def allocate(self, like: Tensor, count: int) -> Tensor:
+        numbers = 1 if like.ndim == 1 else like.shape[1]
+        stride = numbers if like.ndim == 1 else stride_there(numbers, like.element_size())
+        memory = torch.full((count, stride), 85).to(like.dtype)
+        self.taken += memory.nbytes
+        weakref.finalize(memory.untyped_storage(), self._give_back, memory.nbytes)
+        return memory[:, 0] if like.ndim == 1 else memory[:, : like.shape[1]]
+
+    def _give_back(self, size: int) -> None:
+        self.taken -= size
+
+
+class Sent(LateOrder):
+    """Counts the bytes that are sent."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def send(self, pairs: Any, after: Any) -> int:
+        self.bytes += sum(host.nbytes for host, _ in pairs)
+        return super().send(pairs, after)
+
+
+def scanned(
+    resident: Resident,
+    sources: list[CacheScan],
+    within: tuple[int, int] = (0, 10**9),
+    most: int | None = None,
+) -> tuple[int, list[Tensor]]:
+    """Bytes sent, and what was found."""
+    order = Sent()
+    ends = scan_pieces(sources, CPU, carried(order, resident, sources, within, most), top_k=6)
+    return order.bytes, [x for end in ends for x in end]
+
+
+def same(one: list[Tensor], two: list[Tensor]) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("normalize", ["layer", "cosine"])
+@pytest.mark.parametrize("most", [None, 4])
+def test_the_second_query_carries_nothing(
+    cache: Cache, sketch: Tensor, normalize: str, most: int | None
+) -> None:
+    source = CacheScan(cache, methods.prepare(sketch, normalize=normalize))
+    streamed = list(scan_pieces([source], CPU, _pieces([source], most=most), top_k=6))
+    wanted = [x for end in streamed for x in end]
+    resident = Resident(SmallMemory(1 << 30))
+    sent, found = scanned(resident, [source], most=most)
+    assert sent > cache.bytes // 2
+    assert same(found, wanted)
+    assert resident.holds_all(cache, (0, 10**9))
+    for piece in (most, most, 7):
+        sent, found = scanned(resident, [source], most=piece)
+        assert sent == 0
+        assert torch.equal(found[1], wanted[1])
+        assert same(found, wanted) or piece != most
+    resident.forget()
+    assert scanned(resident, [source], most=most)[0] > 0
+
+
+@pytest.mark.parametrize("cache", ["learnt"], indirect=True)
+def test_several_caches_stay_and_parts_of_them(cache: Cache, sketch: Tensor, tmp_path: Path) -> None:
+    """Shards of unlike lengths, of which another process scans the rest."""
+    other = Cache(cache.path)
+    query = methods.prepare(sketch, normalize="none")
+    sources = [CacheScan(cache, query), CacheScan(other, query)]
+    wanted = [x for end in scan_pieces(sources, CPU, _pieces(sources), top_k=6) for x in end]
+    resident = Resident(SmallMemory(1 << 30))
+    for part in ((0, 18), (9, 18), (18, 27)):
+        scanned(resident, sources, part)
+    assert scanned(resident, sources, (0, 27))[0] == 0
+    sent, found = scanned(resident, sources)
+    assert 0 < sent < cache.bytes
+    assert same(found, wanted)
+    sent, found = scanned(resident, sources)
+    assert sent == 0
+    assert same(found, wanted)
+
+
+@pytest.mark.parametrize("cache", ["learnt"], indirect=True)
+def test_the_cache_scanned_longest_ago_makes_room(cache: Cache, sketch: Tensor) -> None:
+    query = methods.prepare(sketch, normalize="layer")
+    memory = SmallMemory(1 << 30)
+    first, second, third = (Cache(cache.path) for _ in range(3))
+    resident = Resident(memory)
+    _, wanted = scanned(resident, [CacheScan(first, query)])
+    each = memory.taken
+    memory.size = 2 * each + each // 2
+    assert scanned(resident, [CacheScan(second, query)])[0] > 0
+    assert scanned(resident, [CacheScan(first, query)])[0] == 0  # now the second is the older one
+    sent, found = scanned(resident, [CacheScan(third, query)])
+    assert sent > 0
+    assert same(found, wanted)
+    assert memory.taken == 2 * each
+    assert scanned(resident, [CacheScan(first, query)])[0] == 0
+    assert scanned(resident, [CacheScan(third, query)])[0] == 0
+    assert scanned(resident, [CacheScan(second, query)])[0] > 0
+    assert scanned(resident, [CacheScan(first, query)])[0] > 0
+    # Two that are scanned together do not push each other out, and one too many is carried each time.
+    memory.size = each + each // 2
+    together = [CacheScan(second, query), CacheScan(third, query)]
+    for _ in range(2):
+        sent, _ = scanned(resident, together)
+        assert sent > 0
+        assert memory.taken <= memory.size
+    memory.size = each // 2
+    resident.forget()
+    assert (
+        scanned(resident, [CacheScan(first, query)])[0] == scanned(resident, [CacheScan(first, query)])[0] > 0
+    )
+    assert memory.taken == 0
+
+
+@pytest.mark.parametrize("cache", ["learnt"], indirect=True)
+def test_what_stays_goes_with_its_cache(cache: Cache, sketch: Tensor) -> None:
+    query = methods.prepare(sketch, normalize="layer")
+    memory = SmallMemory(1 << 30)
+    resident = Resident(memory)
+    opened = Cache(cache.path)
+    scanned(resident, [CacheScan(opened, query)])
+    assert memory.taken > 0
+    shards = opened.manifest.shards
+    # A shard that has become another one is carried anew, and the one before let go.
+    opened.manifest.shards = [replace(shards[0], sha256="0" * 64), *shards[1:]]
+    taken, rows = memory.taken, shards[0].rows
+    sent, _ = scanned(resident, [CacheScan(opened, query)])
+    assert 0 < sent <= 2 * rows * taken // sum(s.rows for s in shards)
+    gc.collect()
+    assert memory.taken == taken
+    del opened
+    gc.collect()
+    assert memory.taken == 0
+    never = Cache(cache.path, resident=False)
+    assert (
+        scanned(resident, [CacheScan(never, query)])[0] == scanned(resident, [CacheScan(never, query)])[0] > 0
+    )
+    assert memory.taken == 0
+
+
+@pytest.mark.parametrize("cache", ["learnt"], indirect=True)
+def test_an_attributor_opens_a_folder_once(cache: Cache, attributor: Attributor, tmp_path: Path) -> None:
+    """As long as its manifest is the same, so that what stays on a GPU serves the next query."""
+    folder = tmp_path / "copy"
+    shutil.copytree(cache.path, folder)
+    opened = attributor._alone(folder).caches[0]
+    assert attributor._alone(str(folder)).caches[0] is opened
+    changed = replace(opened.manifest, shards=opened.manifest.shards[:-1])
+    changed.write(folder)
+    assert attributor._alone(folder).caches[0] is not opened
+    assert len(attributor._alone(folder).caches[0]) < len(opened)

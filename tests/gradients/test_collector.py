@@ -1,0 +1,176 @@
+"""Per-example sketches by hooks against the sketch of each example's own autograd gradient."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from own_gradients import SEED, WIDTH, Scaled, own_gradients, own_sketches, relative_error, texts
+from tiny import tiny_gpt2, tiny_llama, tiny_lora
+
+from rapidin import ops
+from rapidin.gradients.batch import Batch
+from rapidin.gradients.collector import GradientSketcher, NotBatchedError
+from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.parameters import block_seed, find_targets
+
+MODELS = {
+    "llama": lambda: tiny_llama(),
+    "llama tied": lambda: tiny_llama(tie_word_embeddings=True),
+    "llama biases": lambda: tiny_llama(attention_bias=True, mlp_bias=True),
+    "gpt2": lambda: tiny_gpt2(),
+    "lora": lambda: tiny_lora(tiny_llama()),
+    "lora gpt2": lambda: tiny_lora(tiny_gpt2()),
+    "lora saved": lambda: tiny_lora(tiny_llama(), modules_to_save=["lm_head"]),
+}
+
+
+@pytest.mark.parametrize("loss", ["mean", "sum"])
+@pytest.mark.parametrize("kind", MODELS)
+def test_every_parameter_has_its_own_gradients_sketch(kind: str, loss: str) -> None:
+    model = MODELS[kind]()
+    adapter = "lora" in kind
+    trained = LoadedModel.of(model, None).trained if adapter else None
+    # An adapter's frozen originals take no part in the loss, so everything else is asked for by name.
+    targets = find_targets(model, trained=trained, include=() if adapter else ["*"])
+    if not adapter:
+        assert {t.name for t in targets} == {name for name, _ in model.named_parameters()}
+    want = torch.stack([own_sketches(model, targets, text, loss) for text in texts()])
+    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, loss=loss)  # type: ignore[arg-type]
+    assert not sketcher.one_by_one
+    got, losses = sketcher(Batch.of(texts()))
+    assert relative_error(got, want) < 1e-4
+    assert losses.shape == (5,)
+    assert bool((losses > 0).all())
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_padding_batch_and_order_change_nothing(kind: str) -> None:
+    model = MODELS[kind]()
+    trained = LoadedModel.of(model, None).trained if "lora" in kind else None
+    targets = find_targets(model, trained=trained, include=() if trained else ["*"])
+    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
+    alone = torch.cat([sketcher(Batch.of([text]))[0] for text in texts()])
+    order = [3, 0, 4, 2, 1]
+    shuffled, _ = sketcher(Batch.of([texts()[n] for n in order]))
+    padded, _ = sketcher(Batch.of([*texts(), ([5] * 60, [True] * 60)]))
+    assert relative_error(shuffled, alone[order]) < 1e-4
+    assert relative_error(padded[:5], alone) < 1e-4
+
+
+def test_default_targets_are_the_linear_layers_of_the_blocks() -> None:
+    names = {t.name for t in find_targets(tiny_llama())}
+    kinds = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    kinds += ["mlp.gate_proj", "mlp.up_proj", "mlp.down_proj"]
+    assert names == {f"model.layers.{n}.{kind}.weight" for n in range(2) for kind in kinds}
+    assert all(".h." in t.name and t.uses[0].kind == "conv1d" for t in find_targets(tiny_gpt2()))
+
+
+def test_default_targets_of_an_adapter_are_what_it_trains() -> None:
+    model = tiny_lora(tiny_llama(), modules_to_save=["lm_head"])
+    names = [t.name for t in find_targets(model, trained=LoadedModel.of(model, None).trained)]
+    assert len([n for n in names if "lora_" in n]) == 8
+    assert [n for n in names if "lora_" not in n] == [
+        "base_model.model.lm_head.modules_to_save.default.weight"
+    ]
+
+
+def test_no_parameter_gets_a_gradient_and_all_is_left_as_it_was() -> None:
+    model = tiny_llama().train()
+    before = [p.requires_grad for p in model.parameters()]
+    GradientSketcher(model, find_targets(model), width=WIDTH, seed=SEED)(Batch.of(texts()))
+    assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == before
+    assert model.training
+    assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
+
+
+def test_the_flat_projection_is_that_of_the_formed_gradient() -> None:
+    model = tiny_gpt2()
+    targets = find_targets(model, include=["*"])
+    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, projection="flat")
+    got, _ = sketcher(Batch.of(texts()))
+    for row, text in enumerate(texts()):
+        grads = own_gradients(model, text)
+        for n, target in enumerate(targets):
+            seed = block_seed(SEED, target.name)
+            want = ops.flat_sketch([grads[target.name].flatten()], WIDTH, seed=seed, backend="reference")
+            assert relative_error(got[row, n], want) < 1e-4, target.name
+
+
+def test_an_unknown_kind_of_parameter_comes_by_autograd_one_example_at_a_time() -> None:
+    model = tiny_llama()
+    model.model.layers[0].mlp = Scaled(model.model.layers[0].mlp)
+    targets = find_targets(model, include=["gain", "q_proj"])
+    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
+    assert sketcher.one_by_one
+    assert sketcher.single_names == ["model.layers.0.mlp.gain"]
+    with pytest.raises(NotBatchedError):
+        sketcher(Batch.of(texts()))
+    for text in texts():
+        got, _ = sketcher(Batch.of([text]))
+        assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
+
+
+class Mixing(torch.nn.Module):
+    """A layer that sees only some tokens of the batch, as a routed expert does."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        flat = x.flatten(0, 1)
+        chosen = flat[:, 0] > flat[:, 1]
+        return torch.zeros_like(flat).masked_scatter(chosen[:, None], self.inner(flat[chosen])).view(x.shape)
+
+
+def test_a_layer_that_mixes_examples_is_noticed_and_done_one_at_a_time() -> None:
+    model = tiny_llama()
+    model.model.layers[1].self_attn.o_proj = Mixing(model.model.layers[1].self_attn.o_proj)
+    targets = find_targets(model)
+    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
+    with pytest.raises(NotBatchedError):
+        sketcher(Batch.of(texts()))
+    assert sketcher.one_by_one
+    for text in texts():
+        got, _ = sketcher(Batch.of([text]))
+        assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
+
+
+def test_a_norm_among_tokens_of_no_batch_is_done_one_example_at_a_time() -> None:
+    class Flat(torch.nn.Module):
+        def __init__(self, inner: torch.nn.Module) -> None:
+            super().__init__()
+            self.inner = inner
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.inner(x.flatten(0, 1)).view(x.shape)
+
+    model = tiny_llama()
+    layer = model.model.layers[1]
+    layer.input_layernorm = Flat(layer.input_layernorm)
+    targets = find_targets(model, include=["norm"])
+    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
+    with pytest.raises(NotBatchedError):
+        sketcher(Batch.of(texts()))
+    for text in texts():
+        got, _ = sketcher(Batch.of([text]))
+        assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
+
+
+def test_factors_give_the_gradients_back() -> None:
+    model = tiny_gpt2()
+    targets = find_targets(model)
+    factors = GradientSketcher(model, targets, width=WIDTH, seed=SEED).factors(Batch.of(texts()))
+    for row, text in enumerate(texts()):
+        grads = own_gradients(model, text)
+        for target, (columns, rows) in zip(targets, factors, strict=True):
+            torch.testing.assert_close(rows[row].T @ columns[row], grads[target.name], rtol=1e-4, atol=1e-6)
+
+
+def test_factors_of_what_is_no_linear_layer_are_refused() -> None:
+    model = tiny_llama()
+    for pattern in ("norm", "embed_tokens"):
+        sketcher = GradientSketcher(model, find_targets(model, include=[pattern]), width=WIDTH, seed=SEED)
+        with pytest.raises(TypeError, match="is not the weight of a linear layer"):
+            sketcher.factors(Batch.of(texts()))

@@ -1,0 +1,83 @@
+"""The scores of studies/lds from Gram matrices against their formulas written out on explicit moments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from scoring import NORMALIZE, Grams, datainf, dot, fisher, mean_eigenvalue
+from torch import Tensor
+
+N, TESTS, WIDTHS = 12, 5, (7, 30)  # a block narrower than there are rows, and one wider
+
+
+@pytest.fixture
+def rows() -> tuple[list[Tensor], list[Tensor]]:
+    generator = torch.Generator().manual_seed(0)
+    made = [
+        [torch.randn(n, w, generator=generator, dtype=torch.float64) * (w + 1) for w in WIDTHS]
+        for n in (N, TESTS)
+    ]
+    return made[0], made[1]
+
+
+def inverse(x: Tensor, added: Tensor) -> Tensor:
+    """(second moment of x + added)^-1."""
+    return torch.linalg.inv(x.T @ x / len(x) + added * torch.eye(x.shape[1], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("how", NORMALIZE)
+def test_normalized(rows: tuple[list[Tensor], list[Tensor]], how: str) -> None:
+    known = [[x.clone() for x in group] for group in rows]
+    for group in known:
+        whole = torch.cat(group, 1).norm(dim=1, keepdim=True)
+        for x in group:
+            x /= {"none": torch.ones_like(whole), "cosine": whole, "layer": x.norm(dim=1, keepdim=True)}[how]
+    wanted = sum(q @ x.T for x, q in zip(*known, strict=True))
+    torch.testing.assert_close(dot(Grams.of(*rows).normalized(how)), wanted)
+
+
+def test_mean_eigenvalue(rows: tuple[list[Tensor], list[Tensor]]) -> None:
+    values = [torch.linalg.eigvalsh(x.T @ x / N) for x in rows[0]]
+    grams = Grams.of(*rows)
+    energy = torch.stack([v.square().sum() / v.sum() for v in values])
+    torch.testing.assert_close(mean_eigenvalue(grams, "energy"), energy)
+    count = torch.stack([v.sum() / N for v in values])
+    torch.testing.assert_close(mean_eigenvalue(grams, "count"), count)
+
+
+def test_noise_of_codes_is_not_counted(rows: tuple[list[Tensor], list[Tensor]]) -> None:
+    grams = Grams.of(*rows)
+    noisy = grams.train + 3 * torch.eye(N, dtype=torch.float64)
+    found = mean_eigenvalue(Grams(noisy, grams.cross, grams.lengths, grams.true), "energy")
+    torch.testing.assert_close(found, mean_eigenvalue(grams, "energy"))
+
+
+def test_fisher(rows: tuple[list[Tensor], list[Tensor]]) -> None:
+    grams = Grams.of(*rows)
+    added = 0.2 * mean_eigenvalue(grams, "energy")
+    wanted = sum(q @ inverse(x, d) @ x.T for x, q, d in zip(*rows, added, strict=True))
+    torch.testing.assert_close(fisher(grams, 0.2), wanted)
+
+
+def test_left_out_is_the_moment_of_the_others(rows: tuple[list[Tensor], list[Tensor]]) -> None:
+    grams = Grams.of(*rows)
+    added = 0.2 * mean_eigenvalue(grams, "energy")
+    wanted = torch.zeros(TESTS, N, dtype=torch.float64)
+    for x, q, d in zip(*rows, added, strict=True):
+        for j in range(N):
+            others = x.clone()
+            others[j] = 0  # the moment is still a mean over n
+            wanted[:, j] += q @ inverse(others, d) @ x[j]
+    torch.testing.assert_close(fisher(grams, 0.2, left_out=True), wanted)
+
+
+def test_datainf(rows: tuple[list[Tensor], list[Tensor]]) -> None:
+    damping = torch.tensor([0.5, 3.0], dtype=torch.float64)
+    wanted = torch.zeros(TESTS, N, dtype=torch.float64)
+    for x, q, d in zip(*rows, damping, strict=True):
+        # the mean over the rows of (y y^T + d)^-1, each by the Sherman-Morrison formula
+        swapped = (
+            sum(torch.linalg.inv(torch.outer(y, y) + d * torch.eye(len(y), dtype=y.dtype)) for y in x) / N
+        )
+        wanted += q @ swapped @ x.T
+    torch.testing.assert_close(datainf(Grams.of(*rows), damping), wanted)
