@@ -14,8 +14,8 @@ from rapidin.attribution.generate import generate
 from rapidin.attribution.options import CacheOptions, ModelLocation, QueryOptions
 from rapidin.attribution.provenance import layers_of, load_model_of, source_of
 from rapidin.cache import Cache, Manifest
-from rapidin.cache.build import OnProgress
 from rapidin.cache.layout import Block
+from rapidin.cache.progress import OnProgress
 from rapidin.data.examples import Examples, open_examples
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.settings import GradientSettings

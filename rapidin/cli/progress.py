@@ -19,7 +19,7 @@ from rapidin.results.text import (
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from rapidin.cache.build import Progress
+    from rapidin.cache.progress import Progress
 
 
 class _Shown:

@@ -116,23 +116,22 @@ def plan_report(plan: Plan) -> RenderableType:
 
 def kept_text(info: Mapping[str, Any]) -> str:
     """How a cache stores its sketches."""
-    code, packing = info["code"], info["packing"]
-    if packing is None:
-        return f"in {code['dtype']}" + (f", {code['bytes']:,} bytes per example" if code["bytes"] else "")
-    shape, parts = packing["shape"], []
-    if shape["head"]:
-        parts.append(f"{shape['head']:,} directions of all layers in int8")
-    if sum(shape["tail"]):
-        parts.append(f"{sum(shape['tail']):,} of single layers in one bit")
-    if sum(shape["rest"]):
-        rest = "other numbers" if parts else "numbers"
-        parts.append(
-            f"{sum(shape['rest']):,} {rest} in {'one bit' if shape['dtype'] == 'sign' else shape['dtype']}"
-        )
+    codec, fitted = info["codec"], info["fitted_codec"]
+    if fitted is None:
+        return f"in {codec['dtype']}" + (f", {codec['bytes']:,} bytes per example" if codec["bytes"] else "")
+    shape, parts = fitted["shape"], []
+    if shape["shared"]:
+        parts.append(f"{shape['shared']:,} directions of all layers in int8")
+    if sum(shape["per_layer"]):
+        parts.append(f"{sum(shape['per_layer']):,} of single layers in one bit")
+    if sum(shape["residual"]):
+        numbers = "other numbers" if parts else "numbers"
+        bits = "one bit" if shape["dtype"] == "sign" else shape["dtype"]
+        parts.append(f"{sum(shape['residual']):,} {numbers} in {bits}")
     text = ", ".join(parts)
-    if packing["file"]:
-        sample = f"{packing['statistics'].get('sample', 0):,.0f}"
-        text += f"; fitted on {sample} examples ({bytes_text(packing['bytes'])} for all)"
+    if fitted["file"]:
+        sample = f"{fitted['statistics'].get('sample', 0):,.0f}"
+        text += f"; fitted on {sample} examples ({bytes_text(fitted['bytes'])} for all)"
     return text
 
 

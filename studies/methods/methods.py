@@ -52,7 +52,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapidin.cache.codec import Format, row_bytes_besides
+from rapidin.cache.codec import ROW_OVERHEAD, CodecConfig
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.parameters import Target, Use
 from rapidin.gradients.preconditioner import DAMPING as SIDE_DAMPING
@@ -310,9 +310,9 @@ def codes_of(
     chosen = {"nothing": None, "half": half, "all": torch.arange(len(rows))}
     for name in learn_from:
         sample = chosen[name]
-        code = coded(rows, lengths, sample, Format("sign", budget), seed)
+        code = coded(rows, lengths, sample, CodecConfig("sign", budget), seed)
         decoded = code.decode(code.encode(rows, lengths))
-        yield name, code.row_bytes + row_bytes_besides, of_rows(decoded, unit(test))
+        yield name, code.row_bytes + ROW_OVERHEAD, of_rows(decoded, unit(test))
 
 
 class Gathered:

@@ -100,9 +100,9 @@ class Outlook:
 
 def outlook(examples: int, gpus: int, measured: Measured, assumed: Assumed) -> Outlook:
     """What the model says of so many examples on so many GPUs."""
-    from rapidin.cache.build import MOST_SHARDS
+    from rapidin.cache.build import MAX_SHARDS
 
-    shard_rows = max(min(8192, max(1024, examples // 128)), examples // MOST_SHARDS)
+    shard_rows = max(min(8192, max(1024, examples // 128)), examples // MAX_SHARDS)
     shards = -(-examples // shard_rows)
     rounds = -(-shards // gpus)  # whoever takes the last shard is waited for
     making = rounds * min(shard_rows, examples) / assumed.rate
@@ -233,13 +233,15 @@ def measure(folder: Path, sizes: Sequence[int]) -> Measured:
     from rapidin.attribution.methods.moment import squares
     from rapidin.attribution.scan import CacheScan, scan_cache
     from rapidin.cache import Cache, Manifest, codec
-    from rapidin.cache.manifest import Shard, replace_file, shard_name
+    from rapidin.cache.manifest import Shard
+    from rapidin.cache.names import shard_name
     from rapidin.data.examples import open_examples
+    from rapidin.files import replace_file
 
     scan, passes, manifest = [], 0.0, None
     query = torch.randn(1, BLOCKS, WIDTH, generator=torch.Generator().manual_seed(0))
     for rows in sizes:
-        write_cache(folder / "cache", BLOCKS, WIDTH, rows, codec.Format("sign", BYTES), shards=None)
+        write_cache(folder / "cache", BLOCKS, WIDTH, rows, codec.CodecConfig("sign", BYTES), shards=None)
         opened = best(lambda: Cache(folder / "cache"))
         cache = Cache(folder / "cache")
         manifest = cache.manifest

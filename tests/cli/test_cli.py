@@ -329,7 +329,7 @@ def test_options_of_cache_reach_the_manifest(place: Place, tmp_path: Path, run: 
     assert manifest["sketch"]["seed"] == 2**64 - 1
     assert manifest["sketch"]["width"] == 32
     assert manifest["text"] == {"eos": False, "max_length": 16, "too_long": "skip"}
-    assert (manifest["rows"], manifest["shard_rows"], manifest["code"]["dtype"]) == (4, 3, "float32")
+    assert (manifest["rows"], manifest["shard_rows"], manifest["codec"]["dtype"]) == (4, 3, "float32")
     assert all("q_proj" in layer["name"] for layer in manifest["layers"])
     assert run("query", str(out), "--prompt", "Give", "--completion", " tips.", "--json", "-").code == 0
 
@@ -492,10 +492,10 @@ def test_no_example_with_a_sketch(place: Place, tmp_path: Path, run: Any) -> Non
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
-        ({"seed": "1"}, r"another sketch \(seed: 0 there, 1 here\)"),
-        ({"width": "32"}, r"another sketch \(width: 64 there, 32 here\)"),
+        ({"seed": "1"}, r"another sketch \(seed: 0 in the cache, 1 requested\)"),
+        ({"width": "32"}, r"another sketch \(width: 64 in the cache, 32 requested\)"),
         ({"at": "1"}, r"other gradients \(at"),
-        ({"loss": "sum"}, r"other gradients \(loss: mean there, sum here\)"),
+        ({"loss": "sum"}, r"other gradients \(loss: mean in the cache, sum requested\)"),
         ({"exclude": "v_proj"}, "other gradients"),
         ({"max_length": "64"}, "another treatment of the texts"),
         ({"dtype": "float32"}, "another code"),
@@ -558,9 +558,9 @@ def test_not_enough_disk_space(
 
 def test_no_such_cache(tmp_path: Path, run: Any) -> None:
     for command in (["info"], ["verify"], ["query", "--prompt", "a"]):
-        refused(run(*command, str(tmp_path / "none")), "no such cache: .*none")
-        refused(run(*command, str(tmp_path / "none" / ("x" * 300))), "no such cache: .*none")
-        refused(run(*command, str(tmp_path)), "is no cache: it has no manifest.json")
+        refused(run(*command, str(tmp_path / "none")), "cache not found: .*none")
+        refused(run(*command, str(tmp_path / "none" / ("x" * 300))), "cache not found: .*none")
+        refused(run(*command, str(tmp_path)), "is not a rapidin cache: it has no manifest.json")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])

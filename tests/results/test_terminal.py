@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rapidin.cache.build import Progress
+from rapidin.cache.progress import Progress
 from rapidin.cli.progress import BytesBar, CachingBar
 from rapidin.results.json import results_json
 from rapidin.results.terminal import hits_report, make_console
