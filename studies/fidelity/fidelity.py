@@ -1,4 +1,4 @@
-"""How true are scores from few bytes? Sketches and codes against exact gradient products on a real model.
+"""How accurate are scores from few bytes? Sketches and codes against exact gradients on a real model.
 
     python studies/fidelity/collect.py MODEL --out STUDY ...                        the data, once
     python studies/fidelity/fidelity.py judge STUDY --out studies/fidelity/NAME.json    every code and seed
@@ -453,7 +453,7 @@ def of_head(
     code = build(CodecConfig("sign", size, sample), x, seed, head)
     assert code is not None
     fields = encode(code, x)
-    asked = others[:100]
+    asked = others[:100]  # as queries
     queries = rows[asked].flatten(1)
     exact, got = (queries @ each.flatten(1).T for each in (rows, code.decode(fields)))
     found = []
@@ -747,14 +747,14 @@ def main() -> None:
     judging = commands.add_parser("judge", help="every code on the data of a study")
     judging.add_argument("study", type=Path)
     judging.add_argument("--budgets", default="256,1024,2048,8192,16384", help="bytes an example")
-    judging.add_argument("--width", type=int, default=512, help="of the sketches that are packed")
+    judging.add_argument("--width", type=int, default=512, help="dimension of the sketches that are packed")
     judging.add_argument("--threads", type=int, default=1)
     judging.add_argument("--out", type=Path)
     judging.set_defaults(command=judge)
     sizing = commands.add_parser("heads", help="a code of a float cache's rows, by the size of its head")
     sizing.add_argument("caches", type=Path, nargs="+")
     sizing.add_argument("--heads", default="83,166,247,384")
-    sizing.add_argument("--sample", type=int, default=690, help="rows that the code learns from")
+    sizing.add_argument("--sample", type=int, default=690, help="number of rows that the code learns from")
     sizing.add_argument("--bytes", type=int, default=FINE)
     sizing.add_argument("--seeds", type=int, default=2)
     sizing.add_argument("--threads", type=int, default=1)
@@ -762,7 +762,7 @@ def main() -> None:
     reporting = commands.add_parser("report", help="tables and plots from the results")
     reporting.add_argument("results", type=Path, nargs="+")
     reporting.add_argument(
-        "--out", type=Path, required=True, help="folder of fidelity.md, whose tables are made anew"
+        "--out", type=Path, required=True, help="folder of fidelity.md, whose tables are rewritten"
     )
     reporting.set_defaults(command=report)
     args = parser.parse_args()
