@@ -180,7 +180,7 @@ def work(kind: str, value: str) -> None:
 
 def speed(rounds: int) -> None:
     """One process and two, in turns: medians of the ratios."""
-    sys.path.append(str(HERE.parent.parent / "tools"))
+    sys.path.append(str(HERE.parent.parent / "studies" / "common"))
     from random_cache import write_cache
 
     with tempfile.TemporaryDirectory() as folder:

@@ -26,7 +26,7 @@ from rapidin.gradients.source import default_width
 from rapidin.ops import backends, cuda
 from rapidin.ops.low_rank import preconditioned_dtype
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "studies" / "common"))
 import doc_tables
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -20,7 +20,7 @@ def kept(name: str) -> list[dict[str, Any]]:
 def test_a_row_of_the_result_is_found_again(tmp_path: Path) -> None:
     tiny_llama(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    options = ["--include", "*proj*", "--queries", "4", "--geometry", "off", "--width", "64"]
+    options = ["--include", "*proj*", "--queries", "4", "--precondition", "off", "--width", "64"]
     written = tmp_path / "found.json"
     data = ["--data", str(STUDY / "texts.jsonl"), "--normalize", "layer", "--json", str(written)]
     score_errors.main([str(tmp_path / "model"), *data, *options])

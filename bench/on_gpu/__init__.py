@@ -6,4 +6,4 @@ The page `docs/performance.md` is made from the same lists, so it names what was
 import sys
 from pathlib import Path
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))  # random_cache
+sys.path.append(str(Path(__file__).resolve().parents[2] / "studies" / "common"))  # random_cache

@@ -53,7 +53,7 @@ from rapidin.cache.codec import (
 )
 from rapidin.errors import UserError
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
 import doc_tables
 
 Scores = npt.NDArray[np.float64]

@@ -25,7 +25,7 @@ from rapidin.gradients.kfac import SideMoment, Spectrum, kfac_scale
 from rapidin.gradients.preconditioner import DAMPING, EXPONENT, RANK
 from rapidin.ops import tables
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
 import doc_tables
 
 DIMS = (512, 1024, 4096)
