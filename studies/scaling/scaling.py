@@ -1,7 +1,8 @@
 """How time, bytes and network grow with the data and the GPUs: measured on one machine, and modelled beyond.
 
     python studies/scaling/scaling.py measure    # 10^4 to 10^7 rows: studies/scaling/cpu.json
-    python studies/scaling/scaling.py            # docs/measured/scaling.md's tables from it; --write puts them there
+    python studies/scaling/scaling.py            # docs/measured/scaling.md's tables from it; --write puts
+    them there
 
 The tables say what is measured and what is assumed; nothing here has run on a GPU.
 """
@@ -231,7 +232,8 @@ def measure(folder: Path, sizes: Sequence[int]) -> Measured:
 
     from rapidin.attribution import methods
     from rapidin.attribution.methods.moment import squares
-    from rapidin.attribution.scan import CacheScan, scan_cache
+    from rapidin.attribution.scan import scan_cache
+    from rapidin.attribution.scan_pieces import CacheScan
     from rapidin.cache import Cache, Manifest, codec
     from rapidin.cache.manifest import Shard
     from rapidin.cache.names import shard_name
