@@ -39,4 +39,4 @@ def test_the_page_shows_the_results() -> None:
     made = fidelity.tables([*sorted(study.glob("*.json")), study.parent / "lds" / "codes.json"])
     assert len(made) == 12
     for name, table in made.items():
-        assert read(DOCS / "fidelity.md", name) == table, name
+        assert read(DOCS / "measured" / "fidelity.md", name) == table, name

@@ -7,7 +7,9 @@ import doc_tables
 import pytest
 
 ROOT = doc_tables.DOCS.parent
-STUDIES = sorted(path for path in (ROOT / "studies").iterdir() if any(path.glob("*.py")))
+STUDIES = sorted(
+    path for path in (ROOT / "studies").iterdir() if any(path.glob("*.py")) and path.name != "common"
+)
 
 
 def imported(folder: Path) -> set[str]:
