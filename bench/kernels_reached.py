@@ -1,6 +1,6 @@
 """Which kernel `linear_sketch` takes by default, model by model, on three generations of GPUs.
 
-python bench/kernels_reached.py           # prints the table of docs/kernels.md; --write puts it there
+python bench/kernels_reached.py           # prints the table of docs/reference/kernels.md; --write puts it there
 
 No kernel runs: the package itself is asked for the default sketch dimension of each model and for the backend
 of bfloat16 factors with K-FAC's preconditioner on both sides, as if on a GPU of each compute capability. Uses
@@ -20,13 +20,13 @@ from unittest import mock
 import torch
 
 from rapidin import ops
-from rapidin.cache import codec
 from rapidin.gradients.kfac import SideMoment
 from rapidin.gradients.preconditioner import RANK
+from rapidin.gradients.source import default_width
 from rapidin.ops import backends, cuda
 from rapidin.ops.low_rank import preconditioned_dtype
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "studies" / "common"))
 import doc_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -120,7 +120,7 @@ def table(extension: Any) -> str:
         for kind in ("linear layers", "LoRA"):
             shapes = sides(model, kind)
             blocks = model.layers * len(shapes)
-            dim = codec.width_for(blocks)
+            dim = default_width(blocks)
             found = []
             for capability in SHARED_BYTES:
                 with (
@@ -145,8 +145,8 @@ def built_extension() -> Any:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--write", action="store_true", help="Put the table into docs/kernels.md.")
+    parser.add_argument("--write", action="store_true", help="Put the table into docs/reference/kernels.md.")
     text = table(built_extension())
     if parser.parse_args().write:
-        doc_tables.write(doc_tables.DOCS / "kernels.md", "kernels reached", text)
+        doc_tables.write(doc_tables.DOCS / "reference" / "kernels.md", "kernels reached", text)
     print(text, end="")

@@ -22,7 +22,7 @@ What is taken for granted: bins are exchangeable, and no few numbers are nearly 
 of a generation, v is divided by the length of the whole, which is then a. The methods `datainf` and `fisher`
 have v = M q; M counts as known, and a is the direction of v. The same holds for the mean of several
 generations. Codes of few bits add noise, which spreads over all bins and so is in the SE; that they pull
-scores towards zero is not. Measured in docs/reading.md.
+scores towards zero is not. Measured in docs/guide/reading.md.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from torch import Tensor
 
 from rapidin.attribution.scan import CacheScan, some_rows
 from rapidin.cache import Cache
-from rapidin.cache.codec import FloatCode
+from rapidin.cache.codec import FloatCodec
 from rapidin.gradients.parameters import matrix_shape
 
 SURE = 1.96  # standard errors between two scores from which their order is told: wrong in 5% of equal pairs
@@ -150,7 +150,7 @@ def _meeting(cache: Cache) -> Tensor:
     """c / (c + 1) of each parameter [layers] float64. 1 for codes of few bits: most of their error is not the
     hash's."""
     blocks = {b.name: b.shape for b in cache.layers}
-    if not isinstance(cache.code, FloatCode):
+    if not isinstance(cache.codec, FloatCodec):
         return torch.ones(len(blocks), dtype=torch.float64, device="cpu")
     tensor, k = cache.manifest.sketch["projection"] == "tensor", cache.manifest.width
     shapes = [matrix_shape(shape) if tensor else (1, prod(shape)) for shape in blocks.values()]
@@ -160,7 +160,7 @@ def _meeting(cache: Cache) -> Tensor:
 
 def partners(rows: int, columns: int, k: int) -> float:
     """How many numbers of a matrix [rows, columns] share the bin of a number of it, on average over numbers
-    and hashes (docs/sketch.md, section 2; a flat sketch is that of one row)."""
+    and hashes (docs/reference/sketch.md, section 2; a flat sketch is that of one row)."""
     same_bin, near, far = zip(*(_side(n, k) for n in (rows, columns)), strict=True)
     # Within a chunk bins differ, each other difference is as likely; between chunks all are.
     both = near[0] * near[1] / max(1, k - 1) + (near[0] * far[1] + far[0] * near[1] + far[0] * far[1]) / k
@@ -177,7 +177,7 @@ def _side(n: int, k: int) -> tuple[float, float, float]:
 def _rows(source: CacheScan, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """What the code tells of rows [n], ascending: [n, blocks, width], and the scales of their blocks
     [n, blocks], or None."""
-    code = source.cache.code.to(device)
+    code = source.cache.codec.to(device)
     decoded, scaled = [], []
     for fields, factors in some_rows(source, rows):
         fields = {name: value.to(device) for name, value in fields.items()}

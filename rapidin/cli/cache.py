@@ -48,36 +48,41 @@ class SeveralCaches:
     )
 
 
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Hugging Face model: a folder, a name, or a folder with one GGUF file."
+    ),
+]
+DataFiles = Annotated[
+    list[str],
+    typer.Option(
+        metavar="FILE",
+        help="Training examples: jsonl with prompt and completion, instruction, input and output, messages, "
+        "or text; or a HF dataset on disk. Several are read one after another.",
+        show_default=False,
+        rich_help_panel="Data",
+    ),
+]
+CacheOut = Annotated[
+    str,
+    typer.Option(
+        metavar="CACHE",
+        help="Folder to write; resumes an unfinished cache there.",
+        rich_help_panel="Storage",
+    ),
+]
+
+
 @command(
     "cache",
     several=True,
     example="rapidin cache MODEL --adapter ADAPTER --data train.jsonl --out CACHE",
 )
 def cache(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Hugging Face model: a folder, a name, or a folder with one GGUF file."
-        ),
-    ],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            metavar="FILE",
-            help="Training examples: jsonl with prompt and completion, instruction, input and output, "
-            "messages, or text; or a HF dataset on disk. Several are read one after another.",
-            show_default=False,
-            rich_help_panel="Data",
-        ),
-    ],
-    out: Annotated[
-        str,
-        typer.Option(
-            metavar="CACHE",
-            help="Folder to write; resumes an unfinished cache there.",
-            rich_help_panel="Storage",
-        ),
-    ],
+    model: ModelName,
+    data: DataFiles,
+    out: CacheOut,
     options: CacheOptions,
     loading: ModelOptions,
     several: SeveralCaches,
@@ -95,7 +100,8 @@ def cache(
 
     If it is stopped, rerun the same command to resume.
     """
-    from rapidin.data.examples import files, open_examples
+    from rapidin.data.examples import open_examples
+    from rapidin.data.sources import join_paths
     from rapidin.distributed import world
     from rapidin.results.text import one_line
 
@@ -103,7 +109,7 @@ def cache(
     jobs = _jobs(model, loading, several, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        examples = open_examples(files(data), limit=options.limit, skip=on_error == OnError.skip)
+        examples = open_examples(join_paths(data), limit=options.limit, skip=on_error == OnError.skip)
     options = replace(options, limit=None)
     if several.checkpoints is not None and settings.at is None:
         settings = replace(settings, at=1.0)

@@ -43,8 +43,8 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
 
 
 def alone(member: Member, normalize: Any, method: Any = "dot") -> torch.Tensor:
-    assert member.attributor is not None
-    return member.attributor.scores(member.path, QUERIES, normalize=normalize, method=method).double()
+    assert member.source is not None
+    return Attributor(member.source).scores(member.path, QUERIES, normalize=normalize, method=method).double()
 
 
 @pytest.mark.parametrize("method", ["dot", "fisher"])
@@ -297,4 +297,4 @@ def test_masks_are_caches_whose_mean_counts(run: Path, capsys: pytest.CaptureFix
     )
     assert "is a single cache" in capsys.readouterr().err
     assert main([*command, "--checkpoints", str(run / "trainer")]) == 2
-    assert "both --checkpoints and --masks" in capsys.readouterr().err
+    assert "--checkpoints and --masks do not go together" in capsys.readouterr().err

@@ -245,7 +245,7 @@ def test_mistakes(made: Made, tmp_path: Path, run: Any) -> None:
     refused("another lora .2 instead of None", *command(made, out))
     other = write(tmp_path / "other.jsonl", ROWS[:8])
     refused("another training data", *command(made, out, "--lora", 2, "--data", other))
-    refused("no such data", *command(made, out, "--test", tmp_path / "none.jsonl"))
+    refused("data not found", *command(made, out, "--test", tmp_path / "none.jsonl"))
     empty = write(tmp_path / "empty.jsonl", [{"prompt": "a", "completion": ""}])
     refused("line 1: no completion token", *command(made, tmp_path / "new", "--test", empty))
     refused("--fraction must be between 0 and 1, got 1.5", *command(made, out, "--fraction", 1.5))

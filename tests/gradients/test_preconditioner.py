@@ -18,7 +18,7 @@ from rapidin import ops
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.provenance import read_fitted
 from rapidin.cache import Cache, Manifest
-from rapidin.cache.build import Progress
+from rapidin.cache.progress import Progress
 from rapidin.cli import main
 from rapidin.errors import UserError
 from rapidin.gradients.adam import Moments, second_moments
@@ -783,7 +783,7 @@ def test_a_cache_of_turned_gradients_and_its_queries(tmp_path: Path) -> None:
     flat = kept.flatten(1)
     torch.testing.assert_close(scores[0], flat @ flat[4], rtol=1e-3, atol=1e-3 * float(scores.std()))
     with pytest.raises(
-        UserError, match=r"K-FAC's from a sample of 12 examples, .* there, .* rank 64, .* here"
+        UserError, match=r"K-FAC's from a sample of 12 examples, .* in the cache, .* rank 64, .* requested"
     ):
         lora_attributor(preconditioner="kfac", at=[0.5]).cache(
             records(), cache.path, dtype="float32", shard_rows=7
@@ -945,11 +945,14 @@ def test_a_preconditioner_that_is_there_is_used_as_it_is(
 @pytest.mark.parametrize(
     ("preconditioner", "pattern"),
     [
-        (None, "preconditioner: from a sample of 12 examples, exponent 0.5, floor 0.01 there, off here"),
-        ("sample", "sample of 12 examples, .* there, from a sample of 256 examples, .* here"),
+        (
+            None,
+            "from a sample of 12 examples, exponent 0.5, floor 0.01 in the cache, off requested",
+        ),
+        ("sample", "sample of 12 examples, .* in the cache, from a sample of 256 examples, .* requested"),
         (
             PreconditionerConfig("sample", exponent=0.25, sample=12),
-            "exponent 0.5, .* there, .* exponent 0.25, .* here",
+            "exponent 0.5, .* in the cache, .* exponent 0.25, .* requested",
         ),
     ],
 )
@@ -1064,7 +1067,9 @@ def test_a_state_is_one_preconditioner_for_all_points_and_lives_on_in_the_cache(
         Attributor.like(cache.manifest, loaded).scores(cache, [QUERY], normalize="none"), scores
     )
     torch.save(other, state)
-    with pytest.raises(UserError, match=r"from the optimizer's state \w{8}, .* there, from the optimizer's"):
+    with pytest.raises(
+        UserError, match=r"from the optimizer's state \w{8}, .* in the cache, from the optimizer's"
+    ):
         Attributor(loaded, preconditioner=state, **settings).cache(
             records(), cache.path, dtype="float32", shard_rows=7
         )
