@@ -1,6 +1,6 @@
 """What `bench/gpu.py` measures on a GPU, one module a subject; each lists its cases and runs none by itself.
 
-The page `docs/performance.md` is made from the same lists, so it names what was not measured, too.
+The page `docs/measured/performance.md` is made from the same lists, so it names what was not measured, too.
 """
 
 import sys

@@ -18,7 +18,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from rapidin import Attributor
 from rapidin.attribution import methods
 from rapidin.attribution.ensemble import Ensemble
-from rapidin.attribution.scan import CacheScan, all_scores
+from rapidin.attribution.scan import all_scores
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.merge import merge
 from rapidin.cache.progress import Progress

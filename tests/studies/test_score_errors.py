@@ -1,4 +1,4 @@
-"""The study of standard errors finds again what it kept, and docs/reading.md shows it."""
+"""The study of standard errors finds again what it kept, and docs/guide/reading.md shows it."""
 
 import json
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_a_row_of_the_result_is_found_again(tmp_path: Path) -> None:
 
 
 def test_the_page_shows_the_results() -> None:
-    lines = (DOCS / "reading.md").read_text().splitlines()
+    lines = (DOCS / "guide" / "reading.md").read_text().splitlines()
     shown = [line.split(" | ", 1)[1] for line in lines if line.count("|") == 7]
     for name in ("off", "kfac"):
         for row in kept(name):
