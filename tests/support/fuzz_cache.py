@@ -38,7 +38,7 @@ from typing import Any
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
-from rapidin.attribution.attributor import HASH, Attributor
+from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble, read_members
 from rapidin.attribution.methods import prepare, self_influence
 from rapidin.attribution.provenance import read_fitted
@@ -54,6 +54,7 @@ from rapidin.errors import UserError
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Scale
+from rapidin.gradients.settings import HASH
 from rapidin.results.terminal import make_console as rich_console
 
 WIDTH, ROWS, SHARD_ROWS = 8, 7, 3
