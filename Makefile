@@ -1,5 +1,6 @@
 # make test    all checks, after all set-up
 # make demo    a planted poison found, start to end
+# make docs    docs/example-report.html: the report of a query of the demo
 # Set-up makes .venv (PYTHON=... picks the interpreter, 3.10 or newer) and is skipped while nothing has changed.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -17,7 +18,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two steps at a time, of set-up and of checks.
 MAKEFLAGS += --jobs=2
 
-.PHONY: test style tests demo clean
+.PHONY: test style tests demo docs clean
 
 test: style tests
 
@@ -32,8 +33,15 @@ tests: .venv/installed
 demo: .venv/installed
 	$(BIN)/rapidin demo
 
+# The demo keeps its model, data and cache in build/demo.
+docs: .venv/installed
+	rm -rf build/demo
+	$(BIN)/rapidin demo --out build/demo
+	cd build/demo && ../../$(BIN)/rapidin query cache --data query.jsonl --by poisoned \
+		--report ../../docs/example-report.html
+
 clean:
-	rm -rf .venv build *.egg-info rapidin/ops/_cpu*.so rapidin/ops/_cuda*.so
+	rm -rf .venv build docs/example-report.html *.egg-info rapidin/ops/_cpu*.so rapidin/ops/_cuda*.so
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }

@@ -26,20 +26,19 @@ from rapidin import Attributor, load_model, ops
 from rapidin.attribution.caching import format_of
 from rapidin.attribution.options import CacheOptions
 from rapidin.cache import codec
-from rapidin.cache.codec import Basis, Code, FloatCode, PackedCode
+from rapidin.cache.codec import Basis, Codec, FloatCodec, PackedCodec
 from rapidin.cli.demo_session.tokenizer import train_tokenizer
 from rapidin.data.encoding import Encoded, Status, by_length
+from rapidin.gradients.adam import Moments
 from rapidin.gradients.batch import Batch, example_losses
-from rapidin.gradients.kfac import FactorMoments
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.kfac import FactorMoments, kfac_scales
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import (
     DAMPING,
     EXPONENT,
     FLOOR,
     RANK,
-    Moments,
     Preconditioner,
-    kfac_scales,
 )
 
 EXAMPLES = sized(32, 12)
@@ -112,20 +111,20 @@ def bare_loop(model: nn.Module) -> Callable[[list[Encoded]], None]:
     return run
 
 
-def make_code(attributor: Attributor, texts: list[Encoded], dtype: str) -> Code:
+def make_code(attributor: Attributor, texts: list[Encoded], dtype: str) -> Codec:
     """A code as the caching loop learns it. The sample is mixed from a few sketches: how long packing takes
     depends on the sizes alone."""
     blocks, width = len(attributor.layers), attributor.source.width
     if dtype == "float16":
-        return FloatCode(dtype, blocks, width)
+        return FloatCodec(dtype, blocks, width)
     few = ops.unit_blocks(attributor.source.sketches(texts)[0])[0]
     weights = torch.randn(SAMPLE, len(few))
     mixed = torch.einsum("sn,nbw->sbw", weights, few) + 0.5 * torch.randn(SAMPLE, blocks, width)
     units, lengths = ops.unit_blocks(mixed)
     wanted = format_of(CacheOptions(bytes=BYTES), attributor.source.width)
-    learnt = codec.learn(units, codec.head_for(wanted, blocks))
-    shape = codec.fit(wanted, blocks, width, learnt)
-    return PackedCode(
+    learnt = codec.learn_basis(units, codec.shared_size(wanted, blocks))
+    shape = codec.fit_shape(wanted, blocks, width, learnt)
+    return PackedCodec(
         shape, width, attributor.seed, Basis.of(learnt, shape, lengths, attributor.seed).rounded()
     )
 

@@ -122,12 +122,12 @@ def memory(what: str) -> dict[str, float]:
     model = model_of(768, 12)
     targets = find_targets(model)
     if not world.alone:
-        fsdp.spread(model, world, torch.device("cpu"))
+        fsdp.shard(model, world, torch.device("cpu"))
     batch = Batch.of([(list(range(5, 205)), [False] + [True] * 199)] * 4)
     parameters = list(model.parameters())
 
     def own(p: torch.Tensor) -> torch.Tensor:
-        return p.to_local() if fsdp.is_spread(p) else p  # type: ignore[operator]
+        return p.to_local() if fsdp.is_sharded(p) else p  # type: ignore[operator]
 
     optimizer = torch.optim.AdamW(parameters) if what == "training" else None
     sketcher = GradientSketcher(model, targets, width=512, seed=0)

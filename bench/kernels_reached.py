@@ -20,9 +20,9 @@ from unittest import mock
 import torch
 
 from rapidin import ops
-from rapidin.cache import codec
 from rapidin.gradients.kfac import SideMoment
 from rapidin.gradients.preconditioner import RANK
+from rapidin.gradients.source import default_width
 from rapidin.ops import backends, cuda
 from rapidin.ops.low_rank import preconditioned_dtype
 
@@ -120,7 +120,7 @@ def table(extension: Any) -> str:
         for kind in ("linear layers", "LoRA"):
             shapes = sides(model, kind)
             blocks = model.layers * len(shapes)
-            dim = codec.width_for(blocks)
+            dim = default_width(blocks)
             found = []
             for capability in SHARED_BYTES:
                 with (

@@ -16,12 +16,12 @@ def write_cache(
     blocks: int,
     width: int,
     rows: int,
-    code: codec.Format | None = None,
+    code: codec.CodecConfig | None = None,
     *,
     shards: int | None = 8,
 ) -> None:
     """A cache folder of random rows, by default float16. shards: how many, None: as `rapidin cache` makes."""
-    code = code or codec.Format("float16")
+    code = code or codec.CodecConfig("float16")
     layers = [Block(f"layer{n}", (width, width), 1.0, n * width, width) for n in range(blocks)]
     manifest = Manifest(
         model={"source": {}, "identity": {}},
@@ -29,7 +29,7 @@ def write_cache(
         gradient={"at": [1.0], "loss": "mean", "include": [], "exclude": []},
         text={"eos": True, "max_length": 1, "too_long": "truncate"},
         data={},
-        code=code,
+        codec=code,
         rows=rows,
         shard_rows=1,
         layers=layers,
@@ -37,14 +37,14 @@ def write_cache(
     manifest.shard_rows = build.shard_rows(manifest) if shards is None else max(1, rows // shards)
     with CacheWriter(folder, manifest) as writer:
         if code.dtype in codec.PACKED:
-            writer.set_packing(code.shape(blocks, width), None, {})
+            writer.set_fitted_codec(code.shape(blocks, width), None, {})
         few: dict[str, torch.Tensor] = {}  # packed rows, made once
         for n in writer.missing:
             count = manifest.rows_of(n)
             if not few or code.dtype not in codec.PACKED:
                 made = min(count, _DISTINCT) if code.dtype in codec.PACKED else count
                 unit = torch.nn.functional.normalize(torch.randn(made, blocks, width), dim=-1)
-                few = writer.code.encode(unit, torch.ones(made, blocks))
+                few = writer.codec.encode(unit, torch.ones(made, blocks))
             again = torch.arange(count) % made
             fields = few if made == count else {name: value[again] for name, value in few.items()}
             index = torch.arange(count) + n * manifest.shard_rows

@@ -23,7 +23,7 @@ from on_gpu.cases import SMALL, Bench, Case, Mode
 from on_gpu.models import KINDS, make_model, make_records
 from on_gpu.plan import Facts
 from rapidin import Attributor
-from rapidin.cache.codec import FloatCode, PackedCode
+from rapidin.cache.codec import FloatCodec, PackedCodec
 from rapidin.data.encoding import Encoded, by_length
 from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.preconditioner import KFAC_SAMPLE, PreconditionerConfig
@@ -79,7 +79,7 @@ def _setting(bench: Bench, kind: str) -> Setting:
         encoded = [plain.encoder(record) for record in records]
         # A short run is no place for the sample, which a cache takes once however many examples it has.
         made = Attributor(loaded, preconditioner="kfac", **settings).fit_preconditioner(encoded[:KFAC_SAMPLE])
-        choice = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, made=made)
+        choice = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, fitted=made)
         attributor = Attributor(loaded, preconditioner=choice, **settings)
         chosen = by_length(range(len(encoded)), encoded, size["batch_tokens"])
         return Setting(
@@ -115,7 +115,7 @@ def bare(bench: Bench, setting: Setting) -> float:
 def _timed_packing(bench: Bench) -> Iterator[list[float]]:
     """The seconds that each call of a code's `encode` takes meanwhile, with the device's work awaited."""
     taken: list[float] = []
-    before = {kind: kind.encode for kind in (FloatCode, PackedCode)}
+    before = {kind: kind.encode for kind in (FloatCodec, PackedCodec)}
 
     def timed(encode: Any) -> Any:
         def run(*args: Any, **named: Any) -> Any:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rapidin.gradients.load import LoadedModel, WeightPath
+from rapidin.gradients.model import LoadedModel
+from rapidin.gradients.path import WeightPath
 
 RANK = 16
 KINDS = ("linear layers", "LoRA")

@@ -14,10 +14,10 @@ from rapidin.attribution.generate import generate
 from rapidin.attribution.options import CacheOptions, ModelLocation, QueryOptions
 from rapidin.attribution.provenance import layers_of, load_model_of, source_of
 from rapidin.cache import Cache, Manifest
-from rapidin.cache.build import OnProgress
 from rapidin.cache.layout import Block
+from rapidin.cache.progress import OnProgress
 from rapidin.data.examples import Examples, open_examples
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
 from rapidin.results.collection import Results
@@ -48,6 +48,8 @@ class Attributor:
         **by_name: Any,
     ) -> None:
         self._last: Cache | None = None  # the cache that was last opened by its path
+        if isinstance(model, LoadedModel | GradientSource) and tokenizer is not None:
+            raise TypeError(f"a {type(model).__name__} has its tokenizer already")
         if isinstance(model, GradientSource):
             if settings is not None or by_name:
                 raise TypeError("a GradientSource has its settings already")

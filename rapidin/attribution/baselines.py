@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from rapidin.data.encoding import Encoded, Status, by_length
-from rapidin.data.examples import FORMS, form_of
-from rapidin.data.records import record_parts
+from rapidin.data.records import FORMS, form_of, record_parts
 from rapidin.errors import needs
 from rapidin.gradients.batch import Batch, evaluation_mode, takes
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.results.types import Hit, QueryResult, Standing
 
 Floats = npt.NDArray[np.float64]

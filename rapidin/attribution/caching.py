@@ -7,8 +7,8 @@ from pathlib import Path
 from rapidin.attribution.options import CacheOptions
 from rapidin.attribution.provenance import manifest_of, read_fitted
 from rapidin.cache import Cache, CacheWriter, ShardWriter, build, codec
-from rapidin.cache.build import OnProgress
-from rapidin.cache.codec import Format
+from rapidin.cache.codec import CodecConfig
+from rapidin.cache.progress import Meter, OnProgress
 from rapidin.data.examples import Examples
 from rapidin.distributed import World, world
 from rapidin.errors import UserError
@@ -17,7 +17,7 @@ from rapidin.gradients.preconditioner import STREAM, Preconditioner
 from rapidin.gradients.source import GradientSource
 
 
-def format_of(options: CacheOptions, width: int) -> Format:
+def format_of(options: CacheOptions, width: int) -> CodecConfig:
     """How rows are stored; width: sketch dimension per layer. Raises UserError for options that do not go
     together."""
     budget, sample = options.bytes, options.sample
@@ -32,14 +32,14 @@ def format_of(options: CacheOptions, width: int) -> Format:
     if dtype in codec.PACKED and width & (width - 1):
         raise UserError(f"--width must be a power of two with --dtype {dtype}, got {width}")
     if sample is None:
-        sample = 0 if budget is None else codec.SAMPLE
+        sample = 0 if budget is None else codec.DEFAULT_SAMPLE
     if sample and budget is None:
         raise UserError("a codec that learns from a sample needs a budget", "use --bytes")
     if sample < 0 or 0 < sample < 8:
         raise UserError(f"--sample must be 0 or at least 8, got {sample}")
-    if budget is not None and budget < codec.least_bytes():
-        raise UserError(f"--bytes must be at least {codec.least_bytes()}, got {budget}")
-    return Format(dtype, budget, sample)
+    if budget is not None and budget < codec.min_row_bytes():
+        raise UserError(f"--bytes must be at least {codec.min_row_bytes()}, got {budget}")
+    return CodecConfig(dtype, budget, sample)
 
 
 def build_cache(
@@ -70,7 +70,7 @@ def build_cache(
             learn_only=not number,
             idle=lambda: fitting.source.keep_pace(),
         )
-        meter = build.Meter(on_progress if here.leads else None, writer, here, loop.sampled_rows())
+        meter = Meter(on_progress if here.leads else None, writer, here, loop.sampled_rows())
         if source.batches.one_at_a_time:
             meter.tell(source.batches.why_one_at_a_time)
         if here.size * 2 > len(writer.missing) > 0 and not here.alone:
@@ -99,7 +99,7 @@ class _Fitting:
         writer, record, config = self._writer, self._writer.manifest.preconditioner, self.source.config
         if record is None:
             return
-        fitted = config.made
+        fitted = config.fitted
         if fitted is None:
             exists = record["sha256"] is not None and (writer.folder / record["file"]).exists()
             known = bool(int(self._world.share(lambda: b"1" if exists else b"0")))

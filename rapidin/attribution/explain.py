@@ -27,8 +27,9 @@ from rapidin.attribution.rerank import Candidates, RankIntervals, find_candidate
 from rapidin.attribution.scan import CacheScan, Ends, all_scores, hits_of, scores_of
 from rapidin.cache import Cache
 from rapidin.data.encoding import Encoded, Status
-from rapidin.data.examples import Examples, Record
+from rapidin.data.examples import Examples
 from rapidin.data.generations import Generation
+from rapidin.data.records import Record
 from rapidin.errors import UserError
 from rapidin.results.collection import Results
 from rapidin.results.types import Group, Hit, QueryResult, TargetResult
@@ -175,7 +176,7 @@ def look_up_hits(work: _Work) -> None:
                 )
                 for end, side in enumerate(hits)
             )
-            targets.append(TargetResult(span.text, span.places, influence, *both))
+            targets.append(TargetResult(span.text, span.positions, influence, *both))
         work.results.append(
             QueryResult(
                 generation.prompt,

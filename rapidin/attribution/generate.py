@@ -11,10 +11,9 @@ import torch
 
 from rapidin import distributed
 from rapidin.data.encoding import Encoded, Status
-from rapidin.data.examples import Record
 from rapidin.data.generations import Generation, as_records
-from rapidin.data.spans import HOTWORDS, Targets, find, split_words
-from rapidin.data.spans import check as check_targets
+from rapidin.data.records import Record
+from rapidin.data.spans import HOTWORDS, Targets, check_targets, find_spans, split_words
 from rapidin.errors import UserError, short
 from rapidin.gradients.batch import evaluation_mode
 from rapidin.gradients.source import GradientSource
@@ -62,7 +61,7 @@ def _with_targets(source: GradientSource, generation: Generation, record: Record
     pieces = source.encoder.pieces(generation.encoded.ids)
     counted = [piece for piece, counts in zip(pieces, generation.encoded.target, strict=True) if counts]
     chosen = None if targets == "tokens" else words if targets == "hotwords" else targets
-    spans, missing = find(chosen, counted, generation.completion)
+    spans, missing = find_spans(chosen, counted, generation.completion)
     return replace(generation, pieces=tuple(counted), spans=tuple(spans), missing=tuple(missing))
 
 

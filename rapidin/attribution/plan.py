@@ -12,7 +12,7 @@ import torch
 from rapidin import ops
 from rapidin.cache import codec
 from rapidin.cache.build import GROUP_BYTES
-from rapidin.cache.codec import Format
+from rapidin.cache.codec import CodecConfig
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.examples import Examples
 from rapidin.gradients.source import GradientSource
@@ -63,18 +63,18 @@ def make_plan(
     speed = _read_speed()
     blocks, width = source.blocks, source.width
     dim = blocks * width
-    sample = min(codec.SAMPLE, examples)
+    sample = min(codec.DEFAULT_SAMPLE, examples)
     rows = []
     for dtype in (*codec.FLOATS, *codec.PACKED):
         if dtype in codec.PACKED and width & (width - 1):
             continue
-        size = Format(dtype).row_bytes(blocks, width)
+        size = CodecConfig(dtype).row_bytes(blocks, width)
         rows.append(Row(f"--dtype {dtype}", size, size * examples, size * examples / speed, 0))
     for budget in BUDGETS if not width & (width - 1) else ():
         if budget >= rows[0].example:  # float16 takes no more
             continue
-        bits = max(0, budget - codec.row_bytes_besides) * 8
-        head = min(codec.head_for(Format("sign", budget), blocks), sample)
+        bits = max(0, budget - codec.ROW_OVERHEAD) * 8
+        head = min(codec.shared_size(CodecConfig("sign", budget), blocks), sample)
         basis = 2 * (head * dim + min(bits, blocks * min(width, sample // 2)) * width) + 4 * dim
         # The sample in float16, and the directions of its halves and of all of it.
         learning = sample * dim * 4 + 3 * 4 * dim * head

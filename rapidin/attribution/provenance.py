@@ -8,13 +8,15 @@ from typing import Any
 
 from rapidin.attribution.options import ModelLocation
 from rapidin.cache import Manifest, other_model
-from rapidin.cache.codec import Format
+from rapidin.cache.codec import CodecConfig
+from rapidin.cache.differences import gradient_settings
 from rapidin.cache.layout import Block, layer_table
-from rapidin.cache.manifest import PRECONDITIONER, gradient_settings
-from rapidin.cache.shards import read_preconditioner
+from rapidin.cache.learned_files import read_preconditioner
+from rapidin.cache.names import PRECONDITIONER
 from rapidin.data.examples import Examples
 from rapidin.errors import UserError
-from rapidin.gradients.load import LoadedModel, load_model
+from rapidin.gradients.load import load_model
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner, PreconditionerConfig
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
@@ -47,13 +49,13 @@ def layers_of(source: GradientSource) -> list[Block]:
 
 
 def manifest_of(
-    source: GradientSource, codec: Format, rows: int, examples: Examples | None = None
+    source: GradientSource, codec: CodecConfig, rows: int, examples: Examples | None = None
 ) -> Manifest:
     """The manifest of a cache of `rows` examples that is made with this source."""
     recorded = source.settings.recorded()
     gradient = recorded["gradient"]
     if gradient["preconditioner"] != "off":
-        fitted = source.config.made
+        fitted = source.config.fitted
         gradient["preconditioner"] |= {
             "file": PRECONDITIONER,
             "bytes": 0 if fitted is None else len(fitted.data),
@@ -68,7 +70,7 @@ def manifest_of(
         gradient=gradient,
         text=recorded["text"],
         data=data,
-        code=codec,
+        codec=codec,
         rows=rows,
         shard_rows=1,
         layers=layers_of(source),
@@ -95,8 +97,8 @@ def config_of(manifest: Manifest) -> PreconditionerConfig:
     if record is None:
         return PreconditionerConfig()
     settings = {key: value for key, value in record.items() if key not in _FILE_KEYS}
-    return PreconditionerConfig(
-        **settings, made=read_fitted(manifest) if record["kind"] == "optimizer" else None
+    return PreconditionerConfig.from_json(
+        settings, read_fitted(manifest) if record["kind"] == "optimizer" else None
     )
 
 
@@ -122,7 +124,7 @@ def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
             f"the cache was made {other_model(made_with, here)}",
             "name what it was made with: --model, --adapter or --base",
         )
-    expected = manifest_of(source, manifest.code, manifest.rows)
+    expected = manifest_of(source, manifest.codec, manifest.rows)
     for part in ("sketch", "gradient", "layers"):
         theirs, ours = getattr(manifest, part), getattr(expected, part)
         if part == "gradient":

@@ -65,7 +65,7 @@ def target_texts(generations: Sequence[Generation], loss: str) -> TargetTexts:
     for owner, generation in enumerate(generations):
         counted = [n for n, counts in enumerate(generation.encoded.target) if counts]
         for span in generation.spans:
-            chosen = {counted[place] for place in span.places}
+            chosen = {counted[position] for position in span.positions}
             end = max(chosen) + 1
             target = [n in chosen for n in range(end)]
             found.texts.append(Encoded(generation.encoded.ids[:end], target, Status.OK))

@@ -13,7 +13,7 @@ from rapidin import distributed, ops
 from rapidin.attribution import methods
 from rapidin.attribution.training_data import cached_record
 from rapidin.cache import Cache
-from rapidin.cache.codec import Joined, side_by_side
+from rapidin.cache.codec import JoinedQueries, concatenate_plans
 from rapidin.cache.resident import STATUS, HeldShard, Resident, resident_on
 from rapidin.cache.shards import Rows
 from rapidin.data.examples import Examples
@@ -132,7 +132,7 @@ def _some_pieces(source: CacheScan, chosen: Tensor) -> Iterator[_Piece]:
         for start in range(low, high, _ALL_ROWS):
             (first, rows), *_ = source.cache.shards(within=(shard.first, shard.first + 1))
             wanted = chosen[start : min(high, start + _ALL_ROWS)]
-            mine = {name: value[wanted - first] for name, value in rows.code.items()}
+            mine = {name: value[wanted - first] for name, value in rows.tensors.items()}
             dead = _some_dead(source, mine, None, (0, 0))
             mine[STATUS] = rows.status[wanted - first]
             if factors is not None:
@@ -206,7 +206,7 @@ def carried(
     resident.admit([source.cache for source in sources], within)
     for label, fields in Conveyor[_Label](order).carry(_pieces(sources, within, most, resident)):
         for number, shard, low, high in label.stay:
-            shard.fill(low, high, {name: fields[f"{number}.{name}"] for name in shard.fields})
+            shard.fill(low, high, {name: fields[f"{number}.{name}"] for name in shard.tensors})
         yield label, {**fields, **label.there}
 
 
@@ -221,7 +221,7 @@ def _pieces(
     check_same_examples([source.cache for source in sources])
     shards = [
         source.cache.shards(
-            ahead=resident is None or not resident.all_there(source.cache, within), within=within
+            ahead=resident is None or not resident.holds_all(source.cache, within), within=within
         )
         for source in sources
     ]
@@ -239,11 +239,11 @@ def _pieces(
             stay: list[tuple[int, HeldShard, int, int]] = []
             for number, (source, (at, rows)) in enumerate(zip(sources, held, strict=True)):
                 low, high = start - at, stop - at
-                mine = {name: value[low:high] for name, value in rows.code.items()}
+                mine = {name: value[low:high] for name, value in rows.tensors.items()}
                 kept = None if resident is None else resident.shard(source.cache, at, rows)
                 dead.append(_some_dead(source, mine, kept, (low, high)))
                 if kept is not None and kept.has(low, high):
-                    there |= {f"{number}.{name}": value for name, value in kept.some(low, high).items()}
+                    there |= {f"{number}.{name}": value for name, value in kept.rows(low, high).items()}
                 else:
                     mine[STATUS] = rows.status[low:high]
                     fields |= {f"{number}.{name}": value for name, value in mine.items()}
@@ -266,10 +266,10 @@ def _some_dead(
     if source.query.normalize != "layer":
         return None
     if kept is None:
-        return source.cache.code.some_dead(mine)
-    if rows not in kept.dead:
-        kept.dead[rows] = source.cache.code.some_dead(mine)
-    return kept.dead[rows]
+        return source.cache.codec.has_zero_gradient(mine)
+    if rows not in kept.zero_gradient:
+        kept.zero_gradient[rows] = source.cache.codec.has_zero_gradient(mine)
+    return kept.zero_gradient[rows]
 
 
 _FACTORS = "factors"
@@ -307,11 +307,11 @@ def _scanned(
     sources: Sequence[CacheScan], device: torch.device, pieces: Iterable[_Piece], *, top_k: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """Of each piece the top's scores and rows, and the bottom's."""
-    codes = [source.cache.code.to(device) for source in sources]
+    codes = [source.cache.codec.to(device) for source in sources]
     prepared = [
         code.prepare(source.query.vectors.to(device)) for code, source in zip(codes, sources, strict=True)
     ]
-    joined: Joined = {}
+    joined: JoinedQueries = {}
     asked: dict[int, ops.ScanQueries] = {}  # by id(), which is unique while they are held here
     for label, fields in pieces:
         plans, counts = [], None
@@ -324,7 +324,7 @@ def _scanned(
             factors, status = mine.pop(_FACTORS, None), mine.pop(STATUS)
             counts = status == 0 if counts is None else counts & (status == 0)
             plans.append(query.plan(mine, source.query.scales(code, mine, factors), label.dead[number]))
-        plan = side_by_side(plans, joined)
+        plan = concatenate_plans(plans, joined)
         queries = asked.setdefault(id(plan.queries), ops.ScanQueries(plan.queries))
         top, top_rows, bottom, bottom_rows = ops.topk_scan_both_ends(
             plan.parts,

@@ -36,7 +36,7 @@ from torch import Tensor
 
 from rapidin.attribution.scan import CacheScan, some_rows
 from rapidin.cache import Cache
-from rapidin.cache.codec import FloatCode
+from rapidin.cache.codec import FloatCodec
 from rapidin.gradients.parameters import matrix_shape
 
 SURE = 1.96  # standard errors between two scores from which their order is told: wrong in 5% of equal pairs
@@ -150,7 +150,7 @@ def _meeting(cache: Cache) -> Tensor:
     """c / (c + 1) of each parameter [layers] float64. 1 for codes of few bits: most of their error is not the
     hash's."""
     blocks = {b.name: b.shape for b in cache.layers}
-    if not isinstance(cache.code, FloatCode):
+    if not isinstance(cache.codec, FloatCodec):
         return torch.ones(len(blocks), dtype=torch.float64, device="cpu")
     tensor, k = cache.manifest.sketch["projection"] == "tensor", cache.manifest.width
     shapes = [matrix_shape(shape) if tensor else (1, prod(shape)) for shape in blocks.values()]
@@ -177,7 +177,7 @@ def _side(n: int, k: int) -> tuple[float, float, float]:
 def _rows(source: CacheScan, rows: Tensor, device: torch.device) -> tuple[Tensor, Tensor | None]:
     """What the code tells of rows [n], ascending: [n, blocks, width], and the scales of their blocks
     [n, blocks], or None."""
-    code = source.cache.code.to(device)
+    code = source.cache.codec.to(device)
     decoded, scaled = [], []
     for fields, factors in some_rows(source, rows):
         fields = {name: value.to(device) for name, value in fields.items()}

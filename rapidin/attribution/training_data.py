@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rapidin.cache import Cache
-from rapidin.data.examples import Examples, Files, Record, files, open_examples, record_hash
+from rapidin.data.examples import Examples, open_examples
+from rapidin.data.records import Record, record_hash
+from rapidin.data.sources import Files, join_paths
 from rapidin.errors import UserError
 
 
@@ -41,7 +43,7 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
         return None
     remedy = "name it with --train-data, or say --no-text to see line numbers only"
     if examples is None:
-        source = files([source] if isinstance(source, str) else source)
+        source = join_paths([source] if isinstance(source, str) else source)
     paths = list(source.paths) if isinstance(source, Files) else [source]
     for path in paths:
         if isinstance(path, str | Path) and not os.path.exists(path):

@@ -1,56 +1,42 @@
-"""The manifest: what a cache is, which of its shards are done; written whole or not at all."""
+"""The manifest: what a cache is and which of its shards are finished; written whole or not at all."""
 
 from __future__ import annotations
 
 import json
 import os
-import re
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rapidin.cache.codec import FLOATS, PACKED, Format, Shape
+from rapidin.cache import schema
+from rapidin.cache.codec import FLOATS, PACKED, CodecConfig, RowShape
+from rapidin.cache.differences import gradient_settings, refuse_difference
 from rapidin.cache.layout import Block
+from rapidin.cache.names import BASIS, MANIFEST, shard_name
 from rapidin.errors import UserError, short
 from rapidin.files import read_own, replace_file
 
 FORMAT = "rapidin-cache"
 VERSION = 3
-_OLDER = 2  # read as well: `_renamed` says how its keys are called now
-NAME = "manifest.json"
-PRECONDITIONER = "preconditioner.safetensors"
-_PRECONDITIONER_FILES = (PRECONDITIONER, "preconditioner.safetensors")  # the latter in caches of version 2
-BASIS = "basis.safetensors"
+_UPGRADED_VERSION = 2  # read as well: `schema.upgraded` gives its keys their present names
 
-# What a manifest may say at most. Whatever is believed of it is first held against these, so that no manifest
-# makes a reader ask for more than its files are worth.
-MOST_BYTES = 64 << 20  # of the manifest itself
-MOST_NUMBERS = 1 << 28  # of a sketch
-MOST_HEADER = 1 << 16  # bytes of a shard besides its rows
-_SHARD_WORDS = 400  # bytes that the manifest takes for a shard, at most
-
-# How a difference between a cache and what is asked of it is told to the user.
-_WORDS = {
-    "model": "for another model",
-    "sketch": "with another sketch",
-    "gradient": "with other gradients",
-    "text": "with another treatment of the texts",
-    "rows": "for another number of examples",
-    "data": "from other data",
-    "code": "with another code",
-    "shard_rows": "with another number of rows a shard",
-    "layers": "for other layers",
-}
+# Limits of what a manifest may say. They are checked before anything in it is used, so that no manifest makes
+# a reader allocate more than the cache's files are worth.
+_MAX_BYTES = 64 << 20  # of the manifest itself
+_MAX_DIM = 1 << 28  # numbers of a sketch
+MAX_HEADER = 1 << 16  # bytes of a shard besides its rows
+_SHARD_BYTES = 400  # of the manifest, that a shard's entry takes at most
 
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One finished shard: rows ``first .. first + rows - 1``; counts: examples by what became of them.
+    """One finished shard, which stores rows ``first`` to ``first + rows - 1``.
 
-    It has fewer rows than its place has room for where examples were added to a cache and their shard is yet
-    to be written."""
+    It has fewer rows than its range if examples were added to the cache and it is yet to be rewritten.
+    counts: number of examples by status.
+    """
 
     file: str
     first: int
@@ -59,42 +45,55 @@ class Shard:
     sha256: str
     counts: dict[str, int]
 
+    @staticmethod
+    def from_json(value: Any) -> Shard:
+        """The shard that `asdict` gave; KeyError, TypeError or ValueError if it is not one."""
+        if not isinstance(value, dict) or not isinstance(value["counts"], dict):
+            raise ValueError(f"{short(value)} is not a shard")
+        counts = {schema.name(k): schema.count(n) for k, n in value["counts"].items()}
+        first, rows, size = (schema.count(value[key]) for key in ("first", "rows", "bytes"))
+        return Shard(str(value["file"]), first, rows, size, schema.checksum(value["sha256"]), counts)
+
 
 @dataclass(frozen=True, slots=True)
-class Packing:
-    """A fitted code. shape: what a row is made of; file, bytes, sha256: the basis it learnt, or None;
-    statistics: what the sample said of it."""
+class FittedCodec:
+    """A codec as it was fitted.
 
-    shape: Shape
+    shape: of a packed row; file, bytes, sha256: of the basis that was learned, if any; statistics: of the
+    sample.
+    """
+
+    shape: RowShape
     file: str | None = None
     bytes: int = 0
     sha256: str = ""
     statistics: dict[str, float] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """The packing as the manifest keeps it."""
+        """The fitted codec as the manifest stores it."""
         return asdict(self)
 
     @staticmethod
-    def from_json(value: Mapping[str, Any]) -> Packing:
-        """What `to_json` wrote; KeyError, TypeError or ValueError where it is none."""
-        statistics = {_word(k): float(v) for k, v in dict(value["statistics"]).items()}
-        file, shape, size = value["file"], Shape.from_json(value["shape"]), _count(value["bytes"])
+    def from_json(value: Mapping[str, Any]) -> FittedCodec:
+        """What `to_json` wrote; KeyError, TypeError or ValueError if it is not valid."""
+        statistics = {schema.name(k): float(v) for k, v in dict(value["statistics"]).items()}
+        file, shape, size = value["file"], RowShape.from_json(value["shape"]), schema.count(value["bytes"])
         if file is None:
-            return Packing(shape, statistics=statistics)
+            return FittedCodec(shape, statistics=statistics)
         if file != BASIS:
             raise ValueError(f"{short(file)} is not the basis's file")
-        return Packing(shape, file, size, _checksum(value["sha256"]), statistics)
+        return FittedCodec(shape, file, size, schema.checksum(value["sha256"]), statistics)
 
 
 @dataclass
 class Manifest:
-    """What a cache holds.
+    """The contents of a cache.
 
     model: names and hashes of model, adapter and tokenizer; sketch: projection, width, seed, hash; gradient:
-    points, loss, preconditioner; text: how texts became tokens; data: where the examples came from; code: how
-    rows are packed; rows: examples in all; shard_rows: rows of each shard but the last; layers: the layer
-    table; packing: what became of the code once it was fitted, None before; shards: those that are done.
+    points, loss, preconditioner; text: how texts became tokens; data: where the examples came from; codec:
+    how rows are to be stored; rows: number of examples; shard_rows: rows of each shard but the last; layers:
+    the layer table; fitted_codec: the packed codec once it is fitted, None before; shards: those that are
+    finished; folder: where the manifest was read.
     """
 
     model: dict[str, Any]
@@ -102,17 +101,17 @@ class Manifest:
     gradient: dict[str, Any]
     text: dict[str, Any]
     data: dict[str, Any]
-    code: Format
+    codec: CodecConfig
     rows: int
     shard_rows: int
     layers: list[Block]
-    packing: Packing | None = None
+    fitted_codec: FittedCodec | None = None
     shards: list[Shard] = field(default_factory=list)
-    folder: Path | None = field(default=None, compare=False, repr=False)  # where it was read
+    folder: Path | None = field(default=None, compare=False, repr=False)
 
     @property
     def preconditioner(self) -> dict[str, Any] | None:
-        """What the manifest says of the preconditioner, None for none."""
+        """The record of the preconditioner, None without one."""
         value = self.gradient.get("preconditioner", "off")
         return None if value == "off" else dict(value)
 
@@ -120,6 +119,18 @@ class Manifest:
     def dim(self) -> int:
         """Numbers in one example's sketch."""
         return sum(block.width for block in self.layers)
+
+    @property
+    def width(self) -> int:
+        """Sketch dimension of a block."""
+        return self.layers[0].width
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes that an example takes in a shard, in total."""
+        if self.fitted_codec is not None:
+            return self.fitted_codec.shape.row_bytes
+        return self.codec.row_bytes(len(self.layers), self.width)
 
     @property
     def rows_done(self) -> int:
@@ -133,7 +144,7 @@ class Manifest:
 
     @property
     def rows_begun(self) -> int:
-        """Examples that the cache was begun with, from which samples were drawn: later ones were added."""
+        """Examples before any were added, from which samples were drawn."""
         return int(self.data.get("begun", self.rows))
 
     @property
@@ -145,89 +156,56 @@ class Manifest:
         """Rows of shard n."""
         return max(0, min(self.shard_rows, self.rows - n * self.shard_rows))
 
-    def has(self, shard: Shard) -> bool:
-        """Whether such a shard is one of this cache's."""
+    def fits(self, shard: Shard) -> bool:
+        """Whether a shard could be a whole one of this cache, by its name, range and number of rows."""
         n, rest = divmod(shard.first, self.shard_rows)
         return not rest and shard.file == shard_name(n) and shard.rows == self.rows_of(n) > 0
 
     def shard_at(self, n: int) -> Shard | None:
-        """Shard n, None where it is not done. It may have only the first of its rows, where examples were
-        added since."""
+        """Shard n, None if it is not finished. It may have fewer rows than `rows_of` if examples were added
+        since."""
         first = n * self.shard_rows
-        place = bisect_left(self.shards, first, key=lambda shard: shard.first)
-        found = self.shards[place] if place < len(self.shards) else None
-        return found if found is not None and found.first == first else None
-
-    @property
-    def width(self) -> int:
-        """Bins of a block."""
-        return self.layers[0].width
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes that an example takes in a shard, all told."""
-        if self.packing is not None:
-            return self.packing.shape.row_bytes
-        return self.code.row_bytes(len(self.layers), self.width)
+        i = bisect_left(self.shards, first, key=lambda shard: shard.first)
+        shard = self.shards[i] if i < len(self.shards) else None
+        return shard if shard is not None and shard.first == first else None
 
     @property
     def counts(self) -> dict[str, int]:
-        """Examples by what became of them, over the finished shards."""
+        """Number of examples by status, over the finished shards."""
         total: dict[str, int] = {}
         for shard in self.shards:
-            for what, n in shard.counts.items():
-                total[what] = total.get(what, 0) + n
+            for status, n in shard.counts.items():
+                total[status] = total.get(status, 0) + n
         return total
 
-    def refuse_unless_same(self, wanted: Manifest, folder: Path) -> None:
-        """Raise UserError naming the first thing in which the cache in `folder` is not the one wanted."""
-        mine, theirs = self._definition(), wanted._definition()
-        for key, words in _WORDS.items():
-            if mine[key] == theirs[key]:
-                continue
-            detail = ""
-            if key == "model":
-                words = other_model(mine[key], theirs[key])
-            elif isinstance(mine[key], dict):
-                missing = object()
-                part = next(
-                    k
-                    for k in {**mine[key], **theirs[key]}
-                    if mine[key].get(k, missing) != theirs[key].get(k, missing)
-                )
-                there, here = (
-                    preconditioner_words(whole[key][part])
-                    if (key, part) == ("gradient", "preconditioner")
-                    else short(whole[key].get(part))
-                    for whole in (mine, theirs)
-                )
-                detail = f" ({part}: {there} there, {here} here)"
-            elif not isinstance(mine[key], list):
-                detail = f" ({mine[key]} there, {theirs[key]} here)"
-            remedy = "name another folder with --out"
-            if key == "rows" and self.rows < wanted.rows:
-                remedy += ", or add those that are new with --append"
-            raise UserError(f"the cache in '{folder}' was made {words}{detail}", remedy)
+    # ---------------------------------------------------------------------------------- comparing
+
+    def refuse_unless_same(self, requested: Manifest, folder: Path) -> None:
+        """Raise UserError naming the first difference between the cache in `folder` and the requested one."""
+        append = self.rows < requested.rows
+        refuse_difference(self._definition(), requested._definition(), folder, may_append=append)
 
     def _definition(self) -> dict[str, Any]:
-        """What makes two caches the same; where files lie is no part of it."""
-        whole = self.to_json()
-        whole["model"] = whole["model"]["identity"]
-        whole["data"] = {k: v for k, v in whole["data"].items() if k not in ("path", "begun")}
-        whole["gradient"] = gradient_settings(whole["gradient"])
-        del whole["packing"]
-        return whole
+        """What makes two caches the same, without where files are."""
+        value = self.to_json()
+        value["model"] = value["model"]["identity"]
+        value["data"] = {k: v for k, v in value["data"].items() if k not in ("path", "begun")}
+        value["gradient"] = gradient_settings(value["gradient"])
+        del value["fitted_codec"]
+        return value
+
+    # ------------------------------------------------------------------------------------ writing
 
     def to_json(self) -> dict[str, Any]:
         """The manifest as JSON values."""
         return {
             "format": FORMAT,
             "version": VERSION,
-            **{k: getattr(self, k) for k in ("model", "sketch", "gradient", "text", "data")},
-            "code": self.code.to_json(),
+            **{section: getattr(self, section) for section in schema.SECTIONS},
+            "codec": self.codec.to_json(),
             "rows": self.rows,
             "shard_rows": self.shard_rows,
-            "packing": None if self.packing is None else self.packing.to_json(),
+            "fitted_codec": None if self.fitted_codec is None else self.fitted_codec.to_json(),
             "layers": [block.to_json() for block in self.layers],
             "shards": [asdict(shard) for shard in self.shards],
         }
@@ -236,46 +214,50 @@ class Manifest:
     def data_bytes(self) -> bytes:
         """The bytes of the manifest's file."""
         text = json.dumps(self.to_json(), indent=1, ensure_ascii=False) + "\n"
-        return text.encode("utf-8", "surrogatepass")  # names of files are any bytes
+        return text.encode("utf-8", "surrogatepass")  # names of files may be any bytes
 
     def write(self, folder: Path) -> None:
-        """Replace the folder's manifest, atomically and on disk when this returns."""
-        replace_file(folder / NAME, self.data_bytes)
+        """Replace the folder's manifest, atomically; it is on disk when this returns."""
+        replace_file(folder / MANIFEST, self.data_bytes)
 
     def check_size(self) -> None:
-        """Raise UserError where the cache would be larger than can be read again."""
-        if self.dim > MOST_NUMBERS:
+        """Raise UserError if the cache would be larger than can be read again."""
+        if self.dim > _MAX_DIM:
             raise UserError(
-                f"a sketch of {self.dim:,} numbers, at most {MOST_NUMBERS:,} are possible", "lower --width"
+                f"the sketch would have {self.dim:,} numbers, at most {_MAX_DIM:,} are possible",
+                "lower --width",
             )
-        if self.shards_in_all * _SHARD_WORDS > MOST_BYTES // 2:
+        if self.shards_in_all * _SHARD_BYTES > _MAX_BYTES // 2:
+            least = -(-self.rows * _SHARD_BYTES * 2 // _MAX_BYTES)
             raise UserError(
                 f"the cache would have {self.shards_in_all:,} shards, too many for one manifest",
-                f"say --shard-rows {-(-self.rows * _SHARD_WORDS * 2 // MOST_BYTES)} or more",
+                f"--shard-rows must be at least {least}",
             )
+
+    # ------------------------------------------------------------------------------------ reading
 
     @staticmethod
     def read(folder: Path) -> Manifest:
-        """The manifest of a cache; UserError where there is none or it is damaged."""
-        path = folder / NAME
+        """The manifest of a cache. Raises UserError if there is none or it is damaged."""
+        path = folder / MANIFEST
         if not os.path.isdir(folder):
-            raise UserError(f"no such cache: '{folder}'")
+            raise UserError(f"cache not found: '{folder}'")
         if not os.path.lexists(path):
-            members = sorted(found.parent.name for found in folder.glob(f"*/{NAME}"))
+            members = sorted(member.parent.name for member in folder.glob(f"*/{MANIFEST}"))
             if members:
                 raise UserError(f"'{folder}' holds several caches", f"name one of them: {', '.join(members)}")
-            raise UserError(f"'{folder}' is no cache: it has no {NAME}")
-        return Manifest.of_bytes(read_own(path, "manifest", "cache again", most=MOST_BYTES), folder)
+            raise UserError(f"'{folder}' is not a rapidin cache: it has no {MANIFEST}")
+        return Manifest.of_bytes(read_own(path, "manifest", "cache again", most=_MAX_BYTES), folder)
 
     @staticmethod
     def of_bytes(data: bytes, folder: Path) -> Manifest:
-        """The manifest of the cache in `folder` from the bytes of its file; UserError where it is damaged."""
+        """The manifest of the cache in `folder` from the bytes of its file. Raises UserError if damaged."""
         try:
             value = json.loads(data)
             if not isinstance(value, dict) or value.get("format") != FORMAT:
                 raise ValueError("it is not a rapidin manifest")
-            if value.get("version") == _OLDER:
-                value = _renamed(value)
+            if value.get("version") == _UPGRADED_VERSION:
+                value = schema.upgraded(value, VERSION)
             elif value.get("version") != VERSION:
                 raise UserError(
                     f"the cache in '{folder}' has format version {short(value.get('version'))}, "
@@ -287,69 +269,79 @@ class Manifest:
             return manifest
         except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(
-                f"'{folder / NAME}' is damaged: {type(error).__name__} {short(error)}", "cache again"
+                f"'{folder / MANIFEST}' is damaged: {type(error).__name__} {short(error)}", "cache again"
             ) from None
 
     @staticmethod
     def _of_json(value: Mapping[str, Any]) -> Manifest:
-        parts: dict[str, Any] = {key: _part(key, value[key]) for key in _PARTS}
-        if "preconditioner" in parts["gradient"]:  # older caches do not say: they have none
-            parts["gradient"]["preconditioner"] = _preconditioner(parts["gradient"]["preconditioner"])
+        sections: dict[str, Any] = {
+            section: schema.checked_section(section, value[section]) for section in schema.SECTIONS
+        }
+        gradient = sections["gradient"]
+        if "preconditioner" in gradient:  # caches of early versions do not say: they have none
+            gradient["preconditioner"] = schema.checked_preconditioner(gradient["preconditioner"])
+        fitted = value["fitted_codec"]
         manifest = Manifest(
-            **parts,
-            code=Format.from_json(value["code"]),
-            rows=_count(value["rows"]),
-            shard_rows=_count(value["shard_rows"]),
+            **sections,
+            codec=CodecConfig.from_json(value["codec"]),
+            rows=schema.count(value["rows"]),
+            shard_rows=schema.count(value["shard_rows"]),
             layers=[Block.from_json(block) for block in value["layers"]],
-            packing=None if value["packing"] is None else Packing.from_json(value["packing"]),
-            shards=[shard_of_json(shard) for shard in value["shards"]],
+            fitted_codec=None if fitted is None else FittedCodec.from_json(fitted),
+            shards=[Shard.from_json(shard) for shard in value["shards"]],
         )
         manifest._check_layers()
+        if manifest.fitted_codec is not None:
+            manifest._check_fitted_codec(manifest.fitted_codec)
         manifest._check_shards()
         return manifest
 
     def _check_layers(self) -> None:
-        """Raise ValueError where layers, code and sketch do not go together."""
+        """Raise ValueError if layers, codec and sketch do not agree."""
         if not self.layers:
-            raise ValueError("no layers")
+            raise ValueError("there are no layers")
         start = 0
         for block in self.layers:
             if block.start != start or not 1 <= block.width == self.width:
-                raise ValueError(f"the block of {short(block.name)} lies wrong")
+                raise ValueError(f"the block of {short(block.name)} has the wrong range")
             start += block.width
-        if start > MOST_NUMBERS:
-            raise ValueError(f"a sketch of {start} numbers")
+        if start > _MAX_DIM:
+            raise ValueError(f"the sketch has {start} numbers")
         if self.sketch["width"] != self.width:
             raise ValueError("the layers have another width than the sketch")
-        packed = self.code.dtype in PACKED
-        if packed and (self.width & (self.width - 1) or not 0 <= self.sketch["seed"] < 2**64):
-            raise ValueError("the width is no power of two, or the seed is none")
-        if self.packing is None:
+        seed_is_valid = 0 <= self.sketch["seed"] < 2**64
+        if self.codec.dtype in PACKED and (self.width & (self.width - 1) or not seed_is_valid):
+            raise ValueError("the width is not a power of two, or the seed is out of range")
+
+    def _check_fitted_codec(self, fitted: FittedCodec) -> None:
+        """Raise ValueError if the fitted codec does not agree with codec, layers and the basis's size."""
+        shape, dim = fitted.shape, self.dim
+        if shape.dtype != self.codec.dtype or len(shape.per_layer) != len(self.layers):
+            raise ValueError("the fitted codec is for another dtype or another number of layers")
+        if len(shape.residual) != len(shape.per_layer):
+            raise ValueError("the fitted codec has residuals of another number of layers")
+        if max(*shape.per_layer, *shape.residual) > self.width or shape.shared > dim:
+            raise ValueError("a basis has more directions than dimensions")
+        directions = sum(shape.per_layer)
+        if fitted.file is None:
+            if shape.shared or directions:
+                raise ValueError("the fitted codec has directions but no basis file")
             return
-        shape = self.packing.shape
-        if not packed or shape.dtype != self.code.dtype or len(shape.tail) != len(self.layers):
-            raise ValueError("the packing is for another code, or another number of layers")
-        if len(shape.rest) != len(shape.tail) or max(*shape.tail, *shape.rest) > self.width:
-            raise ValueError("a block has more directions than numbers")
-        learnt = self.packing.file is not None
-        if shape.head > start or bool(shape.head or sum(shape.tail)) > learnt:
-            raise ValueError("the head has more directions than numbers, or nothing was learnt")
-        if shape.head and "outside_99" not in self.packing.statistics:
-            raise ValueError("the packing lacks a statistic")
-        if learnt:
-            numbers = 4 * start + 2 * start * shape.head + 2 * self.width * sum(shape.tail)
-            numbers += 4 * (sum(shape.tail) + 2 * len(self.layers) + 1)
-            if not numbers <= self.packing.bytes <= numbers + MOST_HEADER:
-                raise ValueError("the basis has the wrong size")
+        if shape.shared and "unexplained_p99" not in fitted.statistics:
+            raise ValueError("the fitted codec lacks a statistic")
+        size = 4 * dim + 2 * dim * shape.shared + 2 * self.width * directions
+        size += 4 * (directions + 2 * len(self.layers) + 1)
+        if not size <= fitted.bytes <= size + MAX_HEADER:
+            raise ValueError("the basis has the wrong size")
 
     def _check_shards(self) -> None:
-        """Raise ValueError where the shards are not as the rows and their code have them."""
+        """Raise ValueError if the shards do not agree with the rows and their codec."""
         if self.shard_rows < 1 or max(self.rows, self.shard_rows) >= 2**62:
-            raise ValueError("no rows a shard, or too many")
+            raise ValueError("the number of rows, or of rows in a shard, is out of range")
         if not 0 <= self.rows_begun <= self.rows:
             raise ValueError("the cache was begun with more rows than it has")
-        if self.shards and self.packing is None and self.code.dtype not in FLOATS:
-            raise ValueError("there are shards, and it is not said how they are packed")
+        if self.shards and self.fitted_codec is None and self.codec.dtype not in FLOATS:
+            raise ValueError("there are shards, but no fitted codec")
         next_first = 0
         for shard in self.shards:
             n, rest = divmod(shard.first, self.shard_rows)
@@ -357,164 +349,6 @@ class Manifest:
                 raise ValueError(f"the shard {short(shard.file)} is out of order")
             if not 1 <= shard.rows <= self.rows_of(n):
                 raise ValueError(f"the shard {short(shard.file)} has the wrong number of rows")
-            if not 0 < shard.bytes - shard.rows * self.row_bytes <= MOST_HEADER:
+            if not 0 < shard.bytes - shard.rows * self.row_bytes <= MAX_HEADER:
                 raise ValueError(f"the shard {short(shard.file)} has the wrong size")
             next_first = shard.first + self.shard_rows
-
-
-def gradient_settings(gradient: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest's `gradient` as it was asked for, so that two of them can be compared.
-
-    What a sample's preconditioner came to is no part of that: data, model and seed say it. A state's is.
-    """
-    preconditioner = gradient.get("preconditioner", "off")
-    if preconditioner != "off":
-        left_out = {"file", "bytes"} if preconditioner["kind"] == "optimizer" else {"file", "bytes", "sha256"}
-        preconditioner = {k: v for k, v in preconditioner.items() if k not in left_out}
-    return {**gradient, "preconditioner": preconditioner}
-
-
-def preconditioner_words(value: str | Mapping[str, Any]) -> str:
-    """A manifest's preconditioner in words."""
-    if isinstance(value, str):
-        return value
-    if value["kind"] == "optimizer":
-        source = f"from the optimizer's state {str(value['sha256'])[:8]}"
-    else:
-        source = f"from a sample of {value['sample']} examples"
-    if value["kind"] == "kfac":
-        return f"K-FAC's {source}, rank {value['rank']}, damping {value['damping']:g}"
-    return f"{source}, exponent {value['exponent']:g}, floor {value['floor']:g}"
-
-
-def other_model(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
-    """In words, how the model that a cache was made with differs from another, by their identities."""
-    # First what is missing: with an adapter the model's own parameters have other names, and so another hash.
-    for part, words in (("adapter", "an adapter"), ("base", "a base model")):
-        if part in there and part not in here:
-            return f"with {words}, and none is given"
-        if part in here and part not in there:
-            return f"without {words}, and one is given"
-    parts = {"model": "model", "adapter": "adapter", "base": "base model"}
-    differs = next((words for part, words in parts.items() if there.get(part) != here.get(part)), "tokenizer")
-    return f"with another {differs}: its contents are not the same"
-
-
-def shard_name(n: int) -> str:
-    """File name of shard n."""
-    return f"shard-{n:06d}.safetensors"
-
-
-# What the parts of a manifest are to hold, where they hold it.
-_PARTS: dict[str, dict[str, str]] = {
-    "model": {"source": "names", "identity": "names"},
-    "sketch": {"projection": "text", "width": "count", "seed": "count", "hash": "text"},
-    "gradient": {
-        "at": "numbers",
-        "loss": "text",
-        "include": "texts",
-        "exclude": "texts",
-        "dropout": "thinning",
-    },
-    "text": {"eos": "flag", "max_length": "count", "too_long": "too_long"},
-    "data": {"path": "paths", "form": "text", "identity": "text", "begun": "count"},
-}
-_NEEDED = {
-    "model": ("source", "identity"),
-    "sketch": ("projection", "width", "seed"),
-    "gradient": ("at", "loss", "include", "exclude"),
-    "text": ("eos", "max_length", "too_long"),
-    "data": (),
-}
-_KINDS: dict[str, Any] = {
-    "text": lambda v: isinstance(v, str),
-    "texts": lambda v: isinstance(v, list) and all(isinstance(each, str) for each in v),
-    "paths": lambda v: v is None or isinstance(v, str) or (bool(v) and _KINDS["texts"](v)),
-    "names": lambda v: (
-        isinstance(v, dict) and all(each is None or isinstance(each, str) for each in v.values())
-    ),
-    "thinning": lambda v: _KINDS["count"](dict(v)["seed"]) and _is_number(v["rate"]) and len(v) == 2,
-    "numbers": lambda v: isinstance(v, list) and all(_is_number(each) for each in v),
-    "count": lambda v: isinstance(v, int) and not isinstance(v, bool) and v >= 0,
-    "flag": lambda v: isinstance(v, bool),
-    "too_long": lambda v: v in ("truncate", "skip"),
-}
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
-
-
-def _part(name: str, value: Any) -> dict[str, Any]:
-    """A part of a manifest; ValueError where it holds something else than it must."""
-    if not isinstance(value, dict) or not all(key in value for key in _NEEDED[name]):
-        raise ValueError(f"'{name}' is not what it must be")
-    for key, each in value.items():
-        kind = _PARTS[name].get(key)
-        if kind is None and name == "gradient" and key == "preconditioner":
-            continue
-        # What a later rapidin of this format adds is kept, so long as it is simple.
-        fits = _KINDS[kind](each) if kind else each is None or isinstance(each, str | int | float)
-        if not fits:
-            raise ValueError(f"'{key}' of '{name}' is {short(each)}")
-    return value
-
-
-def _renamed(value: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest of format version 2 with the keys of version 3."""
-    gradient = value["gradient"]
-    if not isinstance(gradient, dict):
-        raise ValueError(f"'gradient' is {short(gradient)}")
-    gradient = {{"preconditioner": "preconditioner"}.get(key, key): part for key, part in gradient.items()}
-    return {**value, "version": VERSION, "gradient": gradient}
-
-
-def _preconditioner(value: Any) -> str | dict[str, Any]:
-    if value == "off":
-        return "off"
-    if not isinstance(value, dict) or value["kind"] not in ("sample", "kfac", "optimizer"):
-        raise ValueError(f"{short(value)} is no preconditioner")
-    if value["sha256"] is None and value["kind"] == "optimizer":
-        raise ValueError("the preconditioner has no checksum")
-    if value["file"] not in _PRECONDITIONER_FILES:
-        raise ValueError(f"{short(value['file'])} is not the preconditioner's file")
-    if value["kind"] == "kfac":
-        own: dict[str, Any] = {"rank": _count(value["rank"]), "damping": float(value["damping"])}
-    else:
-        own = {"floor": float(value["floor"])}
-    return {
-        "kind": value["kind"],
-        "exponent": float(value["exponent"]),
-        **own,
-        "sample": _count(value["sample"]),
-        "file": value["file"],
-        "bytes": _count(value["bytes"]),
-        "sha256": None if value["sha256"] is None else _checksum(value["sha256"]),
-    }
-
-
-def _count(value: Any) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise ValueError(f"{short(value)} is no count")
-    return value
-
-
-def _checksum(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
-        raise ValueError(f"{short(value)} is no checksum")
-    return value
-
-
-def _word(value: Any) -> str:
-    if not isinstance(value, str) or not re.fullmatch("[a-z0-9_]{1,40}", value):
-        raise ValueError(f"{short(value)} is no name")
-    return value
-
-
-def shard_of_json(value: Any) -> Shard:
-    """The shard that `asdict` gave; KeyError, TypeError or ValueError where it is none."""
-    if not isinstance(value, dict) or not isinstance(value["counts"], dict):
-        raise ValueError(f"{short(value)} is no shard")
-    counts = {_word(k): _count(n) for k, n in value["counts"].items()}
-    first, rows, size = (_count(value[key]) for key in ("first", "rows", "bytes"))
-    return Shard(str(value["file"]), first, rows, size, _checksum(value["sha256"]), counts)

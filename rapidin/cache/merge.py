@@ -1,4 +1,4 @@
-"""Parts of one cache, made on machines without a common folder, put together."""
+"""Merges parts of one cache that were made on machines without a common folder."""
 
 from __future__ import annotations
 
@@ -7,47 +7,42 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from rapidin.cache.learned_files import read_preconditioner
 from rapidin.cache.manifest import Manifest, Shard
-from rapidin.cache.reader import Cache, CacheWriter
-from rapidin.cache.shards import read_preconditioner, shard_path, size_problem
+from rapidin.cache.reader import Cache
+from rapidin.cache.shards import shard_path, size_problem
+from rapidin.cache.writer import CacheWriter
 from rapidin.errors import UserError
 from rapidin.files import reason, replace_file
 
-_PIECE = 4 << 20  # bytes copied at a time
-_RECORDED = 256 << 20  # bytes copied after which the manifest is written
+_CHUNK = 4 << 20  # bytes copied at a time
+_RECORD_EVERY = 256 << 20  # bytes copied, after which the manifest is written
 
 
 def merge(
     out: str | Path, folders: Sequence[str | Path], on_progress: Callable[[int, int], None] | None = None
 ) -> Cache:
-    """Gather the shards of these caches into the cache `out`; goes on where an earlier call stopped.
+    """Copy the shards of these caches into the cache `out`; resumes where an earlier call stopped.
 
     Every byte is compared with its checksum on the way. on_progress(bytes copied, bytes in all). Raises
-    UserError where the folders are not parts of one cache, a shard is missing, altered or in two of them, or
-    the folder or disk will not do.
+    UserError if the folders are not parts of one cache, if a shard is missing, altered or in two of them, or
+    if `out` or its disk is not suitable.
     """
     parts = {Path(folder): Manifest.read(Path(folder)) for folder in folders}
-    _refuse_others(Path(out), parts)
-    where = _places(parts)
+    _refuse_unlike_parts(Path(out), parts)
+    located = _locate_shards(parts)
     first, whole = next(iter(parts.items()))
-    shards = [shard for _, shard in where]
-    with CacheWriter(out, replace(whole, packing=None, shards=[])) as writer:
-        if whole.preconditioner is not None:
-            read_preconditioner(first, whole.preconditioner, dict)
-            writer.set_preconditioner((first / whole.preconditioner["file"]).read_bytes())
-        packing = whole.packing
-        if packing is not None and packing.file is not None and writer.manifest.packing is None:
-            _copy(first / packing.file, writer.folder / packing.file, packing.sha256)
-        writer.manifest.packing = packing
+    with CacheWriter(out, replace(whole, fitted_codec=None, shards=[])) as writer:
+        _copy_learned(first, whole, writer)
         missing = set(writer.missing)
-        done, total = 0, sum(shard.bytes for shard in shards)
+        done, total = 0, sum(shard.bytes for _, shard in located)
         copied: list[Shard] = []
-        for n, (folder, shard) in enumerate(where):
+        for n, (folder, shard) in enumerate(located):
             if n in missing:
                 _copy(shard_path(folder, shard), writer.folder / shard.file, shard.sha256)
                 copied.append(shard)
             done += shard.bytes
-            if sum(s.bytes for s in copied) >= _RECORDED:
+            if sum(s.bytes for s in copied) >= _RECORD_EVERY:
                 writer.record(copied)
                 copied = []
             if on_progress:
@@ -56,8 +51,19 @@ def merge(
     return Cache(out)
 
 
-def _refuse_others(out: Path, parts: dict[Path, Manifest]) -> None:
-    """Raise UserError unless these are parts of one cache, and `out` is none of them."""
+def _copy_learned(folder: Path, manifest: Manifest, writer: CacheWriter) -> None:
+    """Copy the preconditioner and the basis of a cache, and take over its fitted codec."""
+    if manifest.preconditioner is not None:
+        read_preconditioner(folder, manifest.preconditioner, dict)
+        writer.set_preconditioner((folder / manifest.preconditioner["file"]).read_bytes())
+    fitted = manifest.fitted_codec
+    if fitted is not None and fitted.file is not None and writer.manifest.fitted_codec is None:
+        _copy(folder / fitted.file, writer.folder / fitted.file, fitted.sha256)
+    writer.manifest.fitted_codec = fitted
+
+
+def _refuse_unlike_parts(out: Path, parts: dict[Path, Manifest]) -> None:
+    """Raise UserError unless these are parts of one cache, and `out` is not one of them."""
     first, whole = next(iter(parts.items()))
     for folder, manifest in parts.items():
         if folder.resolve() == out.resolve():
@@ -68,57 +74,67 @@ def _refuse_others(out: Path, parts: dict[Path, Manifest]) -> None:
             manifest.refuse_unless_same(whole, folder)
         except UserError as error:
             raise UserError(
-                f"{error.what}, and so not as '{first}' was", "merge parts that one command made (--part)"
+                f"{error.what}, unlike the one in '{first}'", "merge parts that one command made (--part)"
             ) from None
-        learnt = (manifest.packing, whole.packing), (manifest.preconditioner, whole.preconditioner)
-        for what, (there, here) in zip(("code", "preconditioner"), learnt, strict=True):
-            if there != here:
-                raise UserError(
-                    f"the caches in '{first}' and '{folder}' learnt another {what} each",
-                    "make what they share once, with --part 0/N, and copy it to all machines first",
-                )
+        if manifest.fitted_codec != whole.fitted_codec:
+            _refuse_learned("bases", first, folder)
+        if _without_name(manifest.preconditioner) != _without_name(whole.preconditioner):
+            _refuse_learned("preconditioners", first, folder)
 
 
-def _places(parts: dict[Path, Manifest]) -> list[tuple[Path, Shard]]:
-    """Where each shard of the whole is, in their order; UserError where one is missing or there twice."""
-    found: dict[int, tuple[Path, Shard]] = {}
+def _refuse_learned(what: str, first: Path, folder: Path) -> None:
+    raise UserError(
+        f"the caches in '{first}' and '{folder}' have learned different {what}",
+        "learn them once, with --part 0/N, and copy them to all machines first",
+    )
+
+
+def _without_name(record: dict[str, object] | None) -> dict[str, object] | None:
+    """The record of a preconditioner without its file's name, which differs between format versions."""
+    return None if record is None else {key: value for key, value in record.items() if key != "file"}
+
+
+def _locate_shards(parts: dict[Path, Manifest]) -> list[tuple[Path, Shard]]:
+    """The folder of each shard of the whole cache, in order. Raises UserError if one is missing or is in two
+    folders."""
+    located: dict[int, tuple[Path, Shard]] = {}
     for folder, manifest in parts.items():
         for shard in manifest.shards:
             problem = size_problem(folder, shard)
             if problem:
-                raise UserError(problem, "run the same 'rapidin cache' again: only it is made anew")
+                raise UserError(problem, "run the same 'rapidin cache' again: only that shard is made again")
             n = shard.first // manifest.shard_rows
-            if n in found:
+            if n in located:
                 raise UserError(
-                    f"'{shard.file}' is in '{found[n][0]}' and in '{folder}'", "name each part once"
+                    f"'{shard.file}' is in '{located[n][0]}' and in '{folder}'", "name each part once"
                 )
-            found[n] = folder, shard
-    wanted = next(iter(parts.values())).shards_in_all
-    missing = [n for n in range(wanted) if n not in found]
+            located[n] = folder, shard
+    total = next(iter(parts.values())).shards_in_all
+    missing = [n for n in range(total) if n not in located]
     if missing:
         raise UserError(
-            f"{len(missing):,} of {wanted:,} shards are in none of the folders, such as number {missing[0]}",
+            f"{len(missing):,} of {total:,} shards are in none of the folders, such as number {missing[0]}",
             "name all parts, each of them finished",
         )
-    return [found[n] for n in range(wanted)]
+    return [located[n] for n in range(total)]
 
 
 def _copy(source: Path, target: Path, sha256: str) -> None:
-    """Copy a file, whole or not at all; UserError where its bytes are not those of the checksum."""
+    """Copy a file, whole or not at all. Raises UserError if its checksum is another one."""
 
-    def pieces() -> Iterator[bytes]:
+    def chunks() -> Iterator[bytes]:
         digest = hashlib.sha256()
         try:
             with open(source, "rb") as file:
-                while piece := file.read(_PIECE):
-                    digest.update(piece)
-                    yield piece
+                while chunk := file.read(_CHUNK):
+                    digest.update(chunk)
+                    yield chunk
         except OSError as error:
             raise UserError(f"cannot read '{source}': {reason(error)}") from None
         if digest.hexdigest() != sha256:
             raise UserError(
                 f"'{source}' is altered: its checksum is not the manifest's",
-                "delete it, make it anew with the same 'rapidin cache', and merge again",
+                "delete it, make it again with the same 'rapidin cache', and merge again",
             )
 
-    replace_file(target, pieces())
+    replace_file(target, chunks())

@@ -1,7 +1,8 @@
-"""Receipts: what a process that does not keep the manifest leaves beside a shard that it has written.
+"""Receipts: JSON files beside the shards of processes that do not keep the manifest.
 
-A file of JSON a shard, with what the manifest says of it. Whoever keeps the manifest takes receipts up and
-deletes them; one that is found at the start of a run is from an earlier one that died before that.
+Each holds what the manifest is to record of one shard. The process that keeps the manifest records receipts
+and deletes them; those that are there at the start of a run are from an earlier one that was killed before
+that.
 """
 
 from __future__ import annotations
@@ -13,45 +14,48 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rapidin.cache.manifest import Manifest, Shard, shard_of_json
+from rapidin.cache.manifest import Manifest, Shard
+from rapidin.cache.names import RECEIPTS
 from rapidin.cache.shards import checksum, size_problem
 from rapidin.errors import UserError
 from rapidin.files import read_own, replace_file
 
-FOLDER = "receipts"
-_MOST = 1 << 16  # bytes of one
+_MAX_BYTES = 1 << 16  # of one receipt
+
+
+def _path(folder: Path, shard: Shard) -> Path:
+    return folder / RECEIPTS / f"{shard.file}.json"
 
 
 def leave(folder: Path, shard: Shard) -> None:
-    """Write the receipt of a shard that is on disk; it is there when this returns."""
-    receipts = folder / FOLDER
-    receipts.mkdir(exist_ok=True)
-    replace_file(receipts / f"{shard.file}.json", (json.dumps(asdict(shard)) + "\n").encode())
+    """Write the receipt of a shard that is on disk; it is on disk too when this returns."""
+    (folder / RECEIPTS).mkdir(exist_ok=True)
+    replace_file(_path(folder, shard), (json.dumps(asdict(shard)) + "\n").encode())
 
 
-def found(folder: Path, manifest: Manifest, *, checked: bool = False) -> list[Shard]:
-    """The shards that there are receipts of and that the manifest lacks.
+def unrecorded(folder: Path, manifest: Manifest, *, check: bool = False) -> list[Shard]:
+    """The shards that have receipts and that the manifest lacks.
 
-    checked: read each and compare its checksum. Receipts of anything else than a whole shard of this cache
-    are left out.
+    check: read each shard and compare its checksum. Receipts that are not of a whole shard of this cache are
+    ignored.
     """
     done = {shard.first for shard in manifest.shards}
     shards = []
-    for path in sorted((folder / FOLDER).glob("*.json")):
+    for path in sorted((folder / RECEIPTS).glob("*.json")):
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, UserError):
-            shard = shard_of_json(json.loads(read_own(path, "receipt", "", most=_MOST)))
-            whole = manifest.has(shard) and shard.first not in done and not size_problem(folder, shard)
-            if whole and not (checked and checksum(folder / shard.file) != shard.sha256):
+            shard = Shard.from_json(json.loads(read_own(path, "receipt", "", most=_MAX_BYTES)))
+            valid = manifest.fits(shard) and shard.first not in done and not size_problem(folder, shard)
+            if valid and not (check and checksum(folder / shard.file) != shard.sha256):
                 shards.append(shard)
     return shards
 
 
 def forget(folder: Path, shards: Sequence[Shard]) -> None:
-    """Delete the receipts of shards that the manifest on disk has."""
+    """Delete the receipts of shards that the manifest on disk records."""
     for shard in shards:
-        (folder / FOLDER / f"{shard.file}.json").unlink(missing_ok=True)
+        _path(folder, shard).unlink(missing_ok=True)
 
 
 def forget_all(folder: Path) -> None:
     """Delete all receipts, when no process writes any."""
-    shutil.rmtree(folder / FOLDER, ignore_errors=True)
+    shutil.rmtree(folder / RECEIPTS, ignore_errors=True)

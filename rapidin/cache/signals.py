@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM, kept until the work in hand is done."""
+"""Holds SIGINT (Ctrl-C) and SIGTERM back until the shard that is being made is written."""
 
 from __future__ import annotations
 
@@ -8,34 +8,34 @@ from collections.abc import Callable
 from types import FrameType, TracebackType
 from typing import Any
 
-_MESSAGE = "stopping when the shard in hand is written; once more stops at once"
+_MESSAGE = "stopping after this shard is written; a second signal stops at once"
 
 
 class Stop:
     """Inside a `with` block the first SIGINT or SIGTERM waits for `check`; a second one acts at once.
 
-    Signals that are ignored, or end the process by themselves, stay as they are, and so do all of them where
-    this is not the main thread. tell: called with something to say to the user when a signal has come.
+    Signals that are ignored, or whose default action ends the process, stay as they are, and so do all of
+    them outside the main thread. tell: called with a message for the user when a signal arrives.
     """
 
     def __init__(self, tell: Callable[[str], None]) -> None:
         self._tell = tell
-        self._before: dict[int, Callable[[int, FrameType | None], Any]] = {}
-        self._kept: tuple[int, FrameType | None] | None = None
+        self._handlers: dict[int, Callable[[int, FrameType | None], Any]] = {}
+        self._pending: tuple[int, FrameType | None] | None = None
 
     def check(self) -> None:
-        """Act on a signal that has come: KeyboardInterrupt, or what else its handler raises."""
-        kept, self._kept = self._kept, None
-        if kept is not None:
-            self._before[kept[0]](*kept)
+        """Act on a signal that arrived: raise KeyboardInterrupt, or whatever its handler raises."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._handlers[pending[0]](*pending)
 
-    def _keep(self, number: int, frame: FrameType | None) -> None:
+    def _hold(self, number: int, frame: FrameType | None) -> None:
         self._restore()
-        self._kept = number, frame
+        self._pending = number, frame
         self._tell(_MESSAGE)
 
     def _restore(self) -> None:
-        for number, handler in self._before.items():
+        for number, handler in self._handlers.items():
             signal.signal(number, handler)
 
     def __enter__(self) -> Stop:
@@ -43,8 +43,8 @@ class Stop:
             for number in (signal.SIGINT, signal.SIGTERM):
                 handler = signal.getsignal(number)
                 if callable(handler):
-                    self._before[number] = handler
-                    signal.signal(number, self._keep)
+                    self._handlers[number] = handler
+                    signal.signal(number, self._hold)
         return self
 
     def __exit__(

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from rapidin.cache import Cache
     from rapidin.cli.progress import CachingBar
     from rapidin.data.examples import Examples
-    from rapidin.gradients.dropout import Thinning
+    from rapidin.gradients.dropout import DropoutMask
 
 
 @dataclass(frozen=True)
@@ -95,7 +95,8 @@ def cache(
 
     If it is stopped, rerun the same command to resume.
     """
-    from rapidin.data.examples import files, open_examples
+    from rapidin.data.examples import open_examples
+    from rapidin.data.sources import join_paths
     from rapidin.distributed import world
     from rapidin.results.text import one_line
 
@@ -103,7 +104,7 @@ def cache(
     jobs = _jobs(model, loading, several, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        examples = open_examples(files(data), limit=options.limit, skip=on_error == OnError.skip)
+        examples = open_examples(join_paths(data), limit=options.limit, skip=on_error == OnError.skip)
     options = replace(options, limit=None)
     if several.checkpoints is not None and settings.at is None:
         settings = replace(settings, at=1.0)
@@ -198,7 +199,7 @@ class _Job:
 
     out: str
     names: tuple[str, str | None, str | None]
-    dropout: "Thinning | None" = None
+    dropout: "DropoutMask | None" = None
     label: str = ""
 
 
@@ -211,7 +212,7 @@ def _jobs(model: str, options: ModelOptions, several: SeveralCaches, out: str) -
     from rapidin.attribution.checkpoints import find_checkpoints
     from rapidin.attribution.ensemble import Ensemble
     from rapidin.distributed import world
-    from rapidin.gradients.dropout import Thinning
+    from rapidin.gradients.dropout import DropoutMask
 
     folder = Path(out)
     if os.path.exists(folder / "manifest.json"):
@@ -219,7 +220,7 @@ def _jobs(model: str, options: ModelOptions, several: SeveralCaches, out: str) -
     if masks is not None:
         if checkpoints is not None:
             raise UserError("--checkpoints and --masks do not go together", "use one of them")
-        dropouts = [Thinning(several.dropout, number) for number in range(masks)]
+        dropouts = [DropoutMask(several.dropout, number) for number in range(masks)]
         names = [f"mask-{number}" for number in range(masks)]
         if world().leads:
             Ensemble.write(folder, "mean", [(name, 1.0) for name in names])

@@ -15,7 +15,7 @@ from rapidin.errors import UserError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rapidin.gradients.load import LoadedModel
+    from rapidin.gradients.model import LoadedModel
 
 
 def line(text: str) -> None:

@@ -364,11 +364,11 @@ def _subject(
 
     A missing column is reported before the model is loaded.
     """
-    from rapidin.data.examples import files
+    from rapidin.data.sources import join_paths
     from rapidin.evaluate.subject import Subject, column_values, open_training_data
 
     ensemble = open_caches([cache])
-    examples = open_training_data(ensemble, files(train_data))
+    examples = open_training_data(ensemble, join_paths(train_data))
     if column is not None:
         column_values(examples, column)
     if location is not None:

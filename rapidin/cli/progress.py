@@ -19,11 +19,11 @@ from rapidin.results.text import (
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from rapidin.cache.build import Progress
+    from rapidin.cache.progress import Progress
 
 
 class _Shown:
-    """A bar that is on the terminal inside a `with` block."""
+    """A progress bar that is shown inside a `with` block."""
 
     _bar: Bar
 
@@ -38,9 +38,9 @@ class _Shown:
 
 
 class CachingBar(_Shown):
-    """Shows how far caching is: examples/s, tokens/s and time left; call it with each `Progress`.
+    """Shows the progress of caching: examples/s, tokens/s and time left. Call it with each `Progress`.
 
-    Silent where the console is no terminal. last: the latest progress; seconds: time since the first.
+    Prints nothing if the console is not a terminal. last: the latest progress; seconds: time since the first.
     """
 
     def __init__(self, console: Console) -> None:
@@ -67,22 +67,22 @@ class CachingBar(_Shown):
             self._started = time.perf_counter()
             if self._console.is_terminal and progress.resumed:
                 self._bar.console.print(
-                    f"{progress.resumed:,} of {progress.total:,} examples were cached before; going on"
+                    f"{progress.resumed:,} of {progress.total:,} examples were cached before; resuming"
                 )
         self.last = progress
         if progress.message and self._console.is_terminal:
             self._bar.console.print(one_line(progress.message))
         rates = f"{progress.done:,}/{progress.total:,}"
-        here = progress.done - progress.resumed
-        if here and self.seconds > 0:
-            each = self.seconds / here
+        new = progress.done - progress.resumed
+        if new and self.seconds > 0:
+            each = self.seconds / new
             rates += f" · {1 / each:,.1f} examples/s · {progress.tokens / self.seconds:,.0f} tokens/s"
             rates += f" · {time_text(each * (progress.total - progress.done))} left"
         self._bar.update(self._task, completed=progress.done, total=progress.total, rates=rates)
 
 
 class BytesBar(_Shown):
-    """Shows how many bytes have been read; call it with (done, total). Silent where there is no terminal."""
+    """Shows how many bytes have been read. Call it with (done, total). Prints nothing without a terminal."""
 
     def __init__(self, console: Console, label: str) -> None:
         self._bar = Bar(

@@ -131,14 +131,16 @@ def query(
     with quiet_libraries():
         from rapidin.attribution.groups import check_column
         from rapidin.attribution.training_data import training_data
-        from rapidin.data.examples import files
+        from rapidin.data.sources import join_paths
 
         ensemble = open_caches(cache)
         opened = ensemble.caches[-1]
         generations = _generations(asked, str(opened.manifest.data.get("form")))
         options = _completed(options, asked, generations, for_page=output.report is not None)
         # Before the model: a file that has moved, or lacks a column, shows at once.
-        examples = training_data(opened, False if output.no_text or not world().leads else files(train_data))
+        examples = training_data(
+            opened, False if output.no_text or not world().leads else join_paths(train_data)
+        )
         if options.by is not None and examples is not None:
             check_column(examples, options.by)
         ready = with_models(console, ensemble, location)

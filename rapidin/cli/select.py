@@ -61,7 +61,8 @@ def select(
 ) -> None:
     """Choose the training examples that help a target set most."""
     from rapidin.attribution.selection import best_rows, groups_of, jsonl, share_of, table
-    from rapidin.data.examples import files, open_examples
+    from rapidin.data.examples import open_examples
+    from rapidin.data.sources import join_paths
 
     for path in (out, scores):
         if path is not None:
@@ -77,7 +78,7 @@ def select(
         wanted = share_of(top, opened.manifest.rows)
         targets = list(open_examples(target, generations=True))
         groups = {"": list(range(len(targets)))} if by is None else groups_of(targets, by)
-        examples = training_data(opened, files(train_data))
+        examples = training_data(opened, join_paths(train_data))
         if examples is None:
             raise UserError("the cache was not made from a file", "name the examples with --train-data")
         ready = with_models(console, ensemble, location)
@@ -139,10 +140,10 @@ def self_(
         from rapidin.attribution.scan import hits_of
         from rapidin.attribution.training_data import training_data
         from rapidin.cache import Cache
-        from rapidin.data.examples import files
+        from rapidin.data.sources import join_paths
 
         opened = Cache(cache)
-        examples = training_data(opened, False if no_text else files(train_data))
+        examples = training_data(opened, False if no_text else join_paths(train_data))
         with console.status(f"reading {len(opened):,} examples"):
             found = self_influence(
                 opened, method=scoring.method, normalize=scoring.normalize, damping=scoring.damping

@@ -1,4 +1,4 @@
-"""A cache and a plan in a few lines."""
+"""What is known about a cache, and the plan of one, in a few lines."""
 
 from __future__ import annotations
 
@@ -20,17 +20,18 @@ if TYPE_CHECKING:
 
 
 def info_report(info: Mapping[str, Any]) -> RenderableType:
-    """What `Cache.info()` says, in a few lines."""
+    """The facts of `Cache.info()`, a line each."""
     model, sketch, gradient = info["model"]["source"], info["sketch"], info["gradient"]
     data, text = info["data"], info["text"]
     points = " and ".join(f"{point:g}" for point in gradient["at"])
     where = f"at {points} of the way from the base (0) to the tuned model (1)"
     if gradient["at"] == [1.0]:
         where = "at the model itself"
-    progress = "all examples are there"
+    progress = "complete"
     if not info["complete"]:
         progress = (
-            f"unfinished: {info['rows']:,} of {info['rows_wanted']:,}; the same 'rapidin cache' goes on"
+            f"unfinished: {info['rows']:,} of {info['rows_wanted']:,} examples; "
+            "rerun the same 'rapidin cache' command to resume"
         )
     lines = [
         ("cache", info["path"]),
@@ -50,10 +51,10 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         ),
         (
             "sketch",
-            f"{info['layers']:,} blocks of {sketch['width']:,}: {info['dim']:,} numbers, "
+            f"{_shape(info)}: {info['dim']:,} numbers, "
             f"{sketch['projection']} projection, seed {sketch['seed']}",
         ),
-        ("kept", kept_text(info)),
+        ("stored", kept_text(info)),
         ("size", size_text(info["bytes"], info["bytes_per_example"], info["shards"])),
     ]
     grid = Table.grid(padding=(0, 2))
@@ -69,7 +70,16 @@ def _named(path: str | Sequence[str] | None) -> str:
     return "in memory" if path is None else path if isinstance(path, str) else " and ".join(path)
 
 
-_TOO_LONG = {"truncate": "are cut", "skip": "are skipped"}
+def _shape(info: Mapping[str, Any]) -> str:
+    """The dimensions of a sketch."""
+    width, points = info["sketch"]["width"], len(info["gradient"]["at"])
+    layers = info["layers"] // max(1, points)
+    whole = info["sketch"]["projection"] == "rapidgrad"  # one block for all layers
+    shape = f"{width:,} dimensions" if whole else f"{layers:,} layers x {width:,} dimensions"
+    return shape if points <= 1 else f"{shape} at each of {points} points"
+
+
+_TOO_LONG = {"truncate": "are truncated", "skip": "are skipped"}
 
 
 def _eos(text: Mapping[str, Any]) -> str:
@@ -82,47 +92,46 @@ _COUNTS = {
     "too_long": "skipped as too long",
     "nonfinite": "with NaN or Inf gradients",
     "malformed": "malformed",
-    "too_large": "too large for the memory",
+    "too_large": "too large for memory",
 }
 
 
 def plan_report(plan: Plan) -> RenderableType:
-    """What caching would take, a line a code."""
+    """The time, memory and size that caching would take, a line for each format."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
-    table.add_column("kept as", no_wrap=True)
-    for name in ("an example", "all", "a scan", "memory to learn"):
+    table.add_column("stored as", no_wrap=True)
+    for name in ("per example", "all", "per scan", "memory to fit"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in plan.rows:
-        learning = bytes_text(row.learnt) if row.learnt else ""
-        table.add_row(row.name, bytes_text(row.example), bytes_text(row.all), time_text(row.scan), learning)
+        fitting = bytes_text(row.learnt) if row.learnt else ""
+        table.add_row(row.name, bytes_text(row.example), bytes_text(row.all), time_text(row.scan), fitting)
     head = (
         f"{plan.examples:,} examples of {plan.tokens:,.0f} tokens, "
-        f"{plan.layers:,} blocks of {plan.width:,} bins: "
+        f"{plan.layers:,} x {plan.width:,} dimensions: "
         f"about {time_text(plan.seconds)} to cache, {bytes_text(plan.memory)} of memory"
     )
-    note = "A scan: one query over all examples in memory. How true each code is: docs/fidelity.md"
+    note = "A scan is one query over all examples in memory. Accuracy of each format: docs/fidelity.md"
     return Group(Text(head), Text(), table, Text(), Text(note, style="dim"))
 
 
 def kept_text(info: Mapping[str, Any]) -> str:
-    """How a cache keeps its sketches."""
-    code, packing = info["code"], info["packing"]
-    if packing is None:
-        return f"in {code['dtype']}" + (f", {code['bytes']:,} bytes an example" if code["bytes"] else "")
-    shape, parts = packing["shape"], []
-    if shape["head"]:
-        parts.append(f"{shape['head']:,} directions of all layers in int8")
-    if sum(shape["tail"]):
-        parts.append(f"{sum(shape['tail']):,} of single layers in one bit")
-    if sum(shape["rest"]):
-        rest = "other numbers" if parts else "numbers"
-        parts.append(
-            f"{sum(shape['rest']):,} {rest} in {'one bit' if shape['dtype'] == 'sign' else shape['dtype']}"
-        )
+    """How a cache stores its sketches."""
+    codec, fitted = info["codec"], info["fitted_codec"]
+    if fitted is None:
+        return f"in {codec['dtype']}" + (f", {codec['bytes']:,} bytes per example" if codec["bytes"] else "")
+    shape, parts = fitted["shape"], []
+    if shape["shared"]:
+        parts.append(f"{shape['shared']:,} directions of all layers in int8")
+    if sum(shape["per_layer"]):
+        parts.append(f"{sum(shape['per_layer']):,} of single layers in one bit")
+    if sum(shape["residual"]):
+        numbers = "other numbers" if parts else "numbers"
+        bits = "one bit" if shape["dtype"] == "sign" else shape["dtype"]
+        parts.append(f"{sum(shape['residual']):,} {numbers} in {bits}")
     text = ", ".join(parts)
-    if packing["file"]:
-        sample = f"{packing['statistics'].get('sample', 0):,.0f}"
-        text += f"; learnt from {sample} examples ({bytes_text(packing['bytes'])} for all)"
+    if fitted["file"]:
+        sample = f"{fitted['statistics'].get('sample', 0):,.0f}"
+        text += f"; fitted on {sample} examples ({bytes_text(fitted['bytes'])} for all)"
     return text
 
 
@@ -131,13 +140,13 @@ def counts_text(counts: Mapping[str, int]) -> str:
     parts = [f"{counts.get('ok', 0):,} with a sketch"]
     parts += [f"{counts[key]:,} {words}" for key, words in _COUNTS.items() if counts.get(key)]
     if counts.get("truncated"):
-        parts.append(f"{counts['truncated']:,} cut to fit")
+        parts.append(f"{counts['truncated']:,} truncated")
     if counts.get("unlike_sample"):
-        parts.append(f"{counts['unlike_sample']:,} unlike the sample that the code learnt from")
+        parts.append(f"{counts['unlike_sample']:,} unlike the sample that the format was fitted on")
     return ", ".join(parts)
 
 
 def size_text(total: int, each: float | None, shards: int) -> str:
-    """Bytes of a cache and of an example."""
+    """The bytes of a cache and per example."""
     what = f"{bytes_text(total)} in {shards:,} shard{'s' * (shards != 1)}"
-    return what if each is None else f"{what}, {bytes_text(each)} an example"
+    return what if each is None else f"{what}, {bytes_text(each)} per example"

@@ -1,4 +1,4 @@
-"""Records to token ids, and which tokens count."""
+"""Records as token ids, which tokens count in the loss, and batches of examples of similar length."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -6,7 +6,8 @@ from enum import IntEnum
 from itertools import pairwise, takewhile
 from typing import Any
 
-from rapidin.data.examples import EXPECTED_QUERY, FORMS, Examples, Record, form_of
+from rapidin.data.examples import Examples
+from rapidin.data.records import EXPECTED_QUERY, FORMS, Record, form_of
 from rapidin.errors import UserError
 
 
@@ -15,16 +16,16 @@ class Status(IntEnum):
 
     OK = 0
     EMPTY = 1  # no text at all
-    NO_TARGET = 2  # no token whose loss counts: an empty completion, or all of it cut away
-    TOO_LONG = 3  # longer than the context, and such examples are to be skipped
-    NONFINITE = 4  # its gradient holds NaN or Inf
-    MALFORMED = 5  # cannot be read, and such examples are to be skipped
+    NO_TARGET = 2  # no token whose loss counts: an empty completion, or one that is truncated to nothing
+    TOO_LONG = 3  # longer than the context, where such examples are skipped
+    NONFINITE = 4  # its gradient has NaN or Inf
+    MALFORMED = 5  # cannot be read, where such examples are skipped
     TOO_LARGE = 6  # its gradient does not fit into memory, even alone
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as the model sees it. ids and target have one entry a token; `target[t]` is True where the
+    """One example as the model reads it. ids and target have one entry per token; `target[t]` is True if the
     loss of predicting token t counts (never for t = 0, which nothing predicts)."""
 
     ids: list[int]
@@ -34,7 +35,7 @@ class Encoded:
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
-    """The Alpaca form with one header: it stays the same where there is an input section."""
+    """The Alpaca template, with the same header whether or not there is an input section."""
     section = f"### Input:\n{input}\n\n" if input else ""
     return (
         "Below is an instruction that describes a task. "
@@ -46,37 +47,39 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 def _known_form(record: Record) -> str:
     form = form_of(record, generations=True)
     if form is None:
-        raise UserError(f"a record with the fields {', '.join(map(repr, record)) or 'none'}", EXPECTED_QUERY)
+        fields = ", ".join(map(repr, record)) or "none"
+        raise UserError(f"a record has none of the known forms; its fields are {fields}", EXPECTED_QUERY)
     return form
 
 
 class Encoder:
-    """Records to token ids.
+    """Encodes records as token ids.
 
-    Prompt and completion are tokenised together where the tokenizer reports offsets (fast ones do): a token
-    counts when it reaches past the prompt's end. Other tokenizers take the two apart. What the tokenizer puts
-    in front of a text (BOS) is kept, what it would put behind it is not: with `eos`, its end-of-text token
-    follows a completion and counts, unless the completion is empty or ends in it. In a chat, all that the
-    template writes for the assistant's turns counts, end marks included; it adds its own special tokens.
-    Examples of more than max_length tokens are cut at the end ("truncate") or have Status.TOO_LONG ("skip").
+    Prompt and completion are tokenised together if the tokenizer reports offsets (fast ones do): a token
+    counts if it reaches past the prompt's end. Other tokenizers get the two separately. What the tokenizer
+    puts before a text (BOS) is kept, what it would put after it is not: with `eos`, its end-of-text token
+    follows a completion and counts, unless the completion is empty or ends in it. In a chat, everything that
+    the template writes for the assistant's turns counts, end marks included; the template adds its own
+    special tokens. Examples of more than max_length tokens are cut at the end ("truncate") or get
+    Status.TOO_LONG ("skip").
     """
 
     def __init__(
         self, tokenizer: Any, *, eos: bool = True, max_length: int, too_long: str = "truncate"
     ) -> None:
         if too_long not in ("truncate", "skip"):
-            raise UserError(f"too_long is {too_long!r}", "give 'truncate' or 'skip'")
+            raise UserError(f"unknown too_long {too_long!r}", "use 'truncate' or 'skip'")
         if max_length < 2:
             raise UserError(
-                f"max_length is {max_length}", "give 2 or more: the first token is never predicted"
+                f"max_length must be at least 2, got {max_length}", "the first token is never predicted"
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.too_long = too_long
         self._eos: int | None = tokenizer.eos_token_id if eos else None
         special = set(tokenizer.all_special_ids)
-        # What the tokenizer itself puts in front of any text.
-        self._lead: list[int] = list(takewhile(special.__contains__, tokenizer("a")["input_ids"]))
+        # The special tokens that the tokenizer itself puts before any text.
+        self._prefix: list[int] = list(takewhile(special.__contains__, tokenizer("a")["input_ids"]))
 
     def __call__(self, record: Record) -> Encoded:
         """A record of any of the four forms; a missing completion counts as an empty one."""
@@ -85,8 +88,9 @@ class Encoder:
         return self.encode_pair(self.prompt_text(record), self.completion_text(record) or "")
 
     def check(self, examples: Examples) -> None:
-        """Encode every example once; those that a chat template refuses are malformed, or UserError names
-        the first."""
+        """Encode every example once. Those that the chat template rejects are malformed; if `examples` does
+        not
+        skip such, raises UserError for the first."""
         for row, record in examples.good():
             try:
                 self(record)
@@ -94,23 +98,24 @@ class Encoder:
                 examples.refuse(row, error)
 
     def example(self, record: Record | None) -> Encoded:
-        """A record, or None for a malformed one."""
+        """The encoding of a record; None stands for a malformed one."""
         return Encoded([], [], Status.MALFORMED) if record is None else self(record)
 
     def encode_pair(self, prompt: str, completion: str) -> Encoded:
+        """The encoding of a prompt and its completion; the tokens of the completion count."""
         text = prompt + completion
         if not text:
             return Encoded([], [], Status.EMPTY)
-        lead = self._lead_of(text)
+        prefix = self._prefix_of(text)
         if self.tokenizer.is_fast:
             ids, spans = self._tokens_and_spans(text)
             target = [end > len(prompt) for _, end in spans]
         else:
-            head, tail = self._tokens(prompt), self._tokens(completion)
-            ids = head + tail
-            target = [False] * len(head) + [True] * len(tail)
-        ids = lead + ids
-        target = [False] * len(lead) + target
+            prompt_ids, completion_ids = self._tokens(prompt), self._tokens(completion)
+            ids = prompt_ids + completion_ids
+            target = [False] * len(prompt_ids) + [True] * len(completion_ids)
+        ids = prefix + ids
+        target = [False] * len(prefix) + target
         if completion and self._eos is not None and ids[-1:] != [self._eos]:
             ids.append(self._eos)
             target.append(True)
@@ -118,10 +123,10 @@ class Encoder:
 
     def prompt_ids(self, prompt: str) -> list[int]:
         """The token ids of a prompt that the model is to continue."""
-        return self._lead_of(prompt) + self._tokens(prompt)
+        return self._prefix_of(prompt) + self._tokens(prompt)
 
     def prompt_text(self, record: Record) -> str:
-        """The text up to where the (last) completion starts; "" for a record of the text form."""
+        """The text before the (last) completion; "" for a record of the text form."""
         form = _known_form(record)
         if form == "prompt":
             return str(record["prompt"])
@@ -134,7 +139,7 @@ class Encoder:
         return ""
 
     def completion_text(self, record: Record) -> str | None:
-        """The (last) completion, or None where it is missing or empty, so that a model is to write it."""
+        """The (last) completion, or None if it is missing or empty and the model has to generate it."""
         form = _known_form(record)
         if form == "messages":
             last = record["messages"][-1] if record["messages"] else {"role": "", "content": ""}
@@ -142,18 +147,19 @@ class Encoder:
         return record.get(FORMS[form][-1]) or None
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """What each token says; together they are the text. Tokens that are parts of one character say
-        nothing, but for the last of them."""
-        found: list[str] = []
-        begun = read = 0  # some context is decoded again, since what a token says depends on those before
+        """The text of each token; concatenated they are the whole text. Of several tokens that make up one
+        character, the last has its text and the others have none."""
+        texts: list[str] = []
+        # The text of a token depends on those before it, so the tokens since `start` are decoded again.
+        start = done = 0
         for end in range(1, len(ids) + 1):
-            known, text = self._decode(ids[begun:read]), self._decode(ids[begun:end])
-            if end < len(ids) and (len(text) <= len(known) or text.endswith("\ufffd")):
-                found.append("")
+            before, text = self._decode(ids[start:done]), self._decode(ids[start:end])
+            if end < len(ids) and (len(text) <= len(before) or text.endswith("\ufffd")):
+                texts.append("")
                 continue
-            found.append(text[len(known) :])
-            begun, read = read, end
-        return found
+            texts.append(text[len(before) :])
+            start, done = done, end
+        return texts
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""
@@ -176,7 +182,7 @@ class Encoder:
         return self._finish(ids, target)
 
     def _assistant_spans(self, messages: list[Record], text: str) -> list[tuple[int, int]]:
-        """Where the assistant's turns lie in the rendered chat, as [start, end) in characters."""
+        """The ranges of the assistant's turns in the rendered chat, as [start, end) in characters."""
         spans = []
         for number, message in enumerate(messages):
             if message["role"] != "assistant":
@@ -186,20 +192,21 @@ class Encoder:
             end = self._turn_end(text, through, len(before), message["content"])
             if end is None or not (text.startswith(before) and through.startswith(before)):
                 raise UserError(
-                    "the chat template rewrites what it has written when a message is added "
-                    f"(messages[{number}]), so the assistant's tokens cannot be told apart",
-                    "give the data as 'prompt' and 'completion', or the tokenizer a template that only adds",
+                    "the chat template changes earlier text when a message is added "
+                    f"(messages[{number}]), so the assistant's tokens cannot be located",
+                    "give the data as 'prompt' and 'completion', or use a template that only appends",
                 )
             spans.append((len(before), end))
         return spans
 
     @staticmethod
     def _turn_end(text: str, through: str, start: int, content: str) -> int | None:
-        """Where the turn that starts at `start` ends in the chat; `through`: the chat up to there."""
+        """The end of the turn that starts at `start` in the chat, or None if it cannot be located. through:
+        the chat rendered up to this turn."""
         if text.startswith(through):
             return len(through)
-        # Some templates write something before the last answer only (Qwen3: an empty thought). The answer
-        # itself and its end mark then still stand where the turn starts.
+        # Some templates write something before the last answer only (Qwen3: an empty thought). Earlier turns
+        # then still start with the answer itself and its end mark.
         answer = content.strip()
         turn = answer + through[through.rfind(answer) + len(answer) :]
         return start + len(turn) if text.startswith(turn, start) else None
@@ -207,7 +214,7 @@ class Encoder:
     def _render(self, messages: list[Record], *, generation: bool) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(
-                "the data holds chats ('messages'), but the model's tokenizer has no chat template",
+                "the data has chats ('messages'), but the model's tokenizer has no chat template",
                 "give the data as 'prompt' and 'completion', or use a model tuned for chats",
             )
         from jinja2 import TemplateError
@@ -219,14 +226,14 @@ class Encoder:
         except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
             roles = ", ".join(str(message["role"]) for message in messages) or "none"
             raise UserError(
-                f"the chat template refuses a chat with the roles {roles}: {error or type(error).__name__}",
-                "give chats as the model's template expects them",
+                f"the chat template rejects a chat with the roles {roles}: {error or type(error).__name__}",
+                "give chats in the form that the model's template expects",
             ) from error
 
-    def _lead_of(self, text: str) -> list[int]:
-        # A rendered chat may carry its own BOS; a second one would be a different text.
+    def _prefix_of(self, text: str) -> list[int]:
+        # A rendered chat may have its own BOS; a second one would make it a different text.
         bos = self.tokenizer.bos_token
-        return [] if bos and text.startswith(bos) else list(self._lead)
+        return [] if bos and text.startswith(bos) else list(self._prefix)
 
     def _tokens(self, text: str) -> list[int]:
         return (
@@ -248,7 +255,9 @@ class Encoder:
 
 
 def by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
-    """Batches of at most batch_tokens padded tokens, of examples of like length; the longest are last."""
+    """Batches of at most batch_tokens padded tokens, of examples of similar length, the longest last. A
+    single
+    example that is longer has a batch of its own."""
     batches: list[list[int]] = []
     for n in sorted(chosen, key=lambda n: (len(encoded[n].ids), n)):
         longest = len(encoded[n].ids)

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rapidin.data.encoding import Encoded, Status
-from rapidin.data.examples import frame_records
+from rapidin.data.records import Record
+from rapidin.data.sources import frame_records
 from rapidin.data.spans import Span
 from rapidin.errors import UserError, short
 
@@ -16,8 +17,9 @@ from rapidin.errors import UserError, short
 class Generation:
     """A generation to explain.
 
-    generated: the model wrote the completion; weight: its part in a set; pieces: texts of its tokens that
-    count, where they are wanted; spans: its targets; missing: hot words that it does not say.
+    generated: whether the model wrote the completion; weight: its weight in a set of generations; pieces: the
+    texts of its tokens that count, if requested; spans: the parts of it that have scores of their own;
+    missing: hot words that it does not contain.
     """
 
     prompt: str
@@ -30,15 +32,15 @@ class Generation:
     missing: tuple[str, ...] = ()
 
     def check(self) -> None:
-        """Raise UserError where it has no token to explain."""
+        """Raises UserError if it has no token to explain."""
         if self.encoded.status == Status.OK:
             return
-        words = {Status.EMPTY: "has no text", Status.TOO_LONG: "is longer than the context"}
-        why = words.get(self.encoded.status, "has no completion token")
-        raise UserError(f"the generation for '{short(self.prompt)}' {why}")
+        reasons = {Status.EMPTY: "has no text", Status.TOO_LONG: "is longer than the context"}
+        reason = reasons.get(self.encoded.status, "has no completion token")
+        raise UserError(f"the generation for '{short(self.prompt)}' {reason}")
 
 
-def as_records(generations: Any) -> list[dict[str, Any]]:
+def as_records(generations: Any) -> list[Record]:
     """The generations to explain, as records: from a sequence of (prompt, completion) pairs, prompts and
     records, a data frame, or a single pair, prompt or record. Raises UserError for anything else."""
     if isinstance(generations, str | Mapping) or _is_pair(generations):
@@ -47,22 +49,22 @@ def as_records(generations: Any) -> list[dict[str, Any]]:
     if frame is not None:
         return frame
     if not isinstance(generations, Iterable):
-        raise UserError(f"generations must be a list, got {type(generations).__name__}", _GENERATION)
+        raise UserError(f"generations must be a list, got {type(generations).__name__}", _EXPECTED)
     return [_as_record(value, n) for n, value in enumerate(generations)]
 
 
-_GENERATION = "give (prompt, completion) pairs, prompts, or records as in training data"
+_EXPECTED = "give (prompt, completion) pairs, prompts, or records as in training data"
 
 
 def _is_pair(value: Any) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, str) for x in value)
 
 
-def _as_record(value: Any, n: int) -> dict[str, Any]:
+def _as_record(value: Any, n: int) -> Record:
     if isinstance(value, Mapping):
         return dict(value)
     if isinstance(value, str):
         return {"prompt": value}
     if isinstance(value, list | tuple) and len(value) == 2:
         return {"prompt": value[0], "completion": value[1]}
-    raise UserError(f"generation {n + 1} has no prompt and completion: {short(repr(value))}", _GENERATION)
+    raise UserError(f"generation {n + 1} has no prompt and completion: {short(repr(value))}", _EXPECTED)

@@ -26,7 +26,7 @@ from rapidin.evaluate.training import Tuner, losses
 from rapidin.evaluate.tuned import TunedModel, encoder_of, load_float32, tune_and_save
 from rapidin.evaluate.variants import Variant, VariantCaches
 from rapidin.files import lock_folder
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 
 COLUMNS = {"mrr": "MRR", "recall": "recall at 10"}
 DESCRIPTION = "facts.json"

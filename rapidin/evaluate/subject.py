@@ -16,8 +16,9 @@ from rapidin.attribution.ensemble import Ensemble
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache
-from rapidin.data.examples import Examples, Files
+from rapidin.data.examples import Examples
 from rapidin.data.generations import Generation
+from rapidin.data.sources import Files
 from rapidin.errors import UserError, short
 from rapidin.evaluate.log import Log, no_log
 from rapidin.evaluate.methods import Method, each_score
@@ -86,7 +87,7 @@ def cache_settings(ensemble: Ensemble) -> dict[str, Any]:
         "without_sketch": manifest.rows - manifest.counts.get("ok", 0),
         "at": manifest.gradient["at"],
         "width": manifest.sketch["width"],
-        "code": manifest.code.to_json(),
+        "code": manifest.codec.to_json(),
     }
 
 

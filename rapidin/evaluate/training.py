@@ -22,7 +22,7 @@ from rapidin.gradients.adam import without_weight_decay
 if TYPE_CHECKING:
     from rapidin.data.encoding import Encoded
     from rapidin.evaluate.saving import Checkpoints, ResumeState
-    from rapidin.gradients.load import LoadedModel
+    from rapidin.gradients.model import LoadedModel
 
 NOT_A_TARGET = -100
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")

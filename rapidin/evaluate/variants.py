@@ -20,7 +20,7 @@ from rapidin.data.generations import Generation
 from rapidin.errors import UserError
 from rapidin.evaluate.log import Log, no_log
 from rapidin.evaluate.tuned import MAX_LENGTH, TunedModel
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.source import GradientSource
 from rapidin.results.text import time_text
 

@@ -1,6 +1,6 @@
-"""Second moments out of an optimizer's state, by parameter name; only tensors and numbers are read.
+"""Adam's second moments of gradients, from a sample of the data or from an optimizer's state.
 
-Three kinds of file:
+An optimizer's state is read from one of three kinds of file, and only its tensors and numbers are:
 
 - ``optimizer.pt`` of a Hugging Face Trainer checkpoint, or any torch optimizer's ``state_dict()``: Adam and
   AdamW keep ``exp_avg_sq``, Adafactor ``exp_avg_sq_row`` and ``exp_avg_sq_col``. Parameters are numbered
@@ -26,32 +26,79 @@ from torch import Tensor, nn
 
 from rapidin.errors import UserError, short
 from rapidin.gradients.parameters import Target, matrix_shape
+from rapidin.gradients.scale import Scale
+from rapidin.gradients.squares import Squares
 
 Means = tuple[Tensor, Tensor]  # of rows [O] and columns [I], float64
+State = Mapping[str, Tensor]  # the tensors that an optimizer keeps for one parameter, of _KEYS
 _KEYS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
 _NAMED = "or give a safetensors file with a second moment under each parameter's name"
+
+
+class Moments:
+    """Second moments of the gradients of `targets`, as row and column means, gathered batch by batch."""
+
+    def __init__(self, targets: Sequence[Target]) -> None:
+        self.targets = list(targets)
+        self._sums: list[Squares] | None = None
+        self._examples: Tensor | int = 0
+
+    @property
+    def examples(self) -> int:
+        """The number of examples with finite gradients. Waits for the GPU."""
+        return int(self._examples)
+
+    def add(self, squares: Sequence[Squares]) -> None:
+        """Add a batch, given the sums of squares of each example's rows and columns for each target.
+
+        Examples with a value that is not finite are left out. Does not wait for the GPU.
+        """
+        finite = torch.stack([(r.isfinite().all(1) & c.isfinite().all(1)) for r, c in squares]).all(0)
+        self._examples = self._examples + finite.sum()
+        counted = finite[:, None]
+        sums = [
+            (torch.where(counted, r, 0.0).sum(0), torch.where(counted, c, 0.0).sum(0)) for r, c in squares
+        ]
+        if self._sums is not None:
+            sums = [(r + s, c + d) for (r, c), (s, d) in zip(self._sums, sums, strict=True)]
+        self._sums = sums
+
+    def scales(self, exponent: float, floor: float) -> dict[str, Scale]:
+        """The scale of each target, on the CPU. Raises UserError if no example had a gradient."""
+        examples = self.examples
+        if self._sums is None or not examples:
+            raise UserError(
+                "no example of the preconditioner's sample has a gradient that is finite",
+                "use --precondition off",
+            )
+        table = {}
+        for target, (r, c) in zip(self.targets, self._sums, strict=True):
+            rows, columns = r.cpu() / (len(c) * examples), c.cpu() / (len(r) * examples)
+            table[target.name] = Scale.of(rows, columns, exponent, floor)
+        return table
 
 
 def second_moments(
     path: Path, model: nn.Module, targets: Sequence[Target], trained: Sequence[str] | None = None
 ) -> dict[str, Means]:
-    """Row and column means of the second moment of each target: ([O], [I]) float64, on the CPU.
+    """Row and column means of the second moment of each target in an optimizer's state: ([O], [I]) float64,
+    on the CPU.
 
     model: the tuned model; trained: names of its parameters that the optimizer had, in their order, by
-    default those that require a gradient, or all where none does. Raises UserError where the file cannot be
-    read, holds more than tensors and numbers, or is not the state of these parameters.
+    default those that require a gradient, or all if none does. Raises UserError if the file cannot be read,
+    holds more than tensors and numbers, or is not the state of these parameters.
     """
     path = state_file(path)
-    kept = (
-        _of_safetensors(path, targets)
+    states = (
+        _read_safetensors(path, targets)
         if path.suffix == ".safetensors"
-        else _of_torch(path, model, targets, trained)
+        else _read_torch(path, model, targets, trained)
     )
-    return {t.name: _means(kept[t.name], t, path) for t in targets}
+    return {t.name: _means(states[t.name], t, path) for t in targets}
 
 
 def state_file(path: Path) -> Path:
-    """The file with the state: `path`, or optimizer.pt in it; UserError where there is none."""
+    """The file with the state: `path`, or optimizer.pt in it. Raises UserError if it does not exist."""
     file = path / "optimizer.pt" if path.is_dir() else path
     if not file.is_file():
         raise UserError(
@@ -60,91 +107,93 @@ def state_file(path: Path) -> Path:
     return file
 
 
-def _means(kept: Mapping[str, Tensor], target: Target, path: Path) -> Means:
-    o, i = matrix_shape(target.shape)
-    whole = kept.get("exp_avg_sq")
+def _means(state: State, target: Target, path: Path) -> Means:
+    whole = state.get("exp_avg_sq")
     if whole is not None:
-        matrix = whole.reshape(o, i)
+        matrix = whole.reshape(matrix_shape(target.shape))
         means = matrix.mean(1, dtype=torch.float64), matrix.mean(0, dtype=torch.float64)
     else:
-        row, column = kept["exp_avg_sq_row"], kept["exp_avg_sq_col"]
+        row, column = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
         if len(target.shape) != 2:
             raise UserError(
-                f"'{path}' keeps rows and columns of '{target.name}', whose shape is {list(target.shape)}",
+                f"'{path}' has rows and columns for '{target.name}', whose shape is {list(target.shape)}",
                 "leave it out with --exclude",
             )
         means = row.double(), column.double()
     if not all(bool((m.isfinite() & (m >= 0)).all()) for m in means):
         raise UserError(
-            f"the second moment of '{target.name}' in '{path}' is not finite", "give another checkpoint's"
+            f"the second moment of '{target.name}' in '{path}' is not finite", "use another checkpoint"
         )
     return means
 
 
-def _expected(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+def _expected_shape(key: str, shape: tuple[int, ...]) -> tuple[int, ...]:
     """The shape of a tensor that an optimizer keeps for a parameter of this shape."""
     return {"exp_avg_sq": shape, "exp_avg_sq_row": shape[:-1], "exp_avg_sq_col": shape[:-2] + shape[-1:]}[key]
 
 
-def _problem(kept: Mapping[str, Tensor], name: str, shape: tuple[int, ...]) -> str | None:
-    """Why the tensors kept for a parameter are not a second moment of its shape, None where they are."""
-    if not ("exp_avg_sq" in kept or {"exp_avg_sq_row", "exp_avg_sq_col"} <= set(kept)):
+def _problem(state: State, name: str, shape: tuple[int, ...]) -> str | None:
+    """Why a parameter's state is not a second moment of its shape; None if it is."""
+    if not ("exp_avg_sq" in state or {"exp_avg_sq_row", "exp_avg_sq_col"} <= set(state)):
         return f"there is no second moment for '{name}'"
-    for key, value in kept.items():
+    for key, value in state.items():
         if not value.is_floating_point():
             return f"'{key}' of '{name}' is of dtype {value.dtype}, not floating point"
-        if tuple(value.shape) != _expected(key, shape):
-            return f"'{key}' has shape {list(value.shape)} where '{name}' needs {list(_expected(key, shape))}"
+        expected = _expected_shape(key, shape)
+        if tuple(value.shape) != expected:
+            return f"'{key}' has shape {list(value.shape)} where '{name}' needs {list(expected)}"
     return None
 
 
-def _of_safetensors(path: Path, targets: Sequence[Target]) -> dict[str, dict[str, Tensor]]:
+def _read_safetensors(path: Path, targets: Sequence[Target]) -> dict[str, State]:
     from safetensors import SafetensorError, safe_open
 
-    kept: dict[str, dict[str, Tensor]] = {}
+    states: dict[str, State] = {}
     try:
         with safe_open(path, framework="pt") as file:
             names = set(file.keys())
             for target in targets:
-                there = {key: f"{target.name}.{key}" for key in _KEYS if f"{target.name}.{key}" in names}
+                tensors = {key: f"{target.name}.{key}" for key in _KEYS if f"{target.name}.{key}" in names}
                 if target.name in names:
-                    there["exp_avg_sq"] = target.name
-                kept[target.name] = {key: file.get_tensor(name) for key, name in there.items()}
+                    tensors["exp_avg_sq"] = target.name
+                states[target.name] = {key: file.get_tensor(name) for key, name in tensors.items()}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"cannot read '{path}': {short(error)}") from None
     for target in targets:
-        problem = _problem(kept[target.name], target.name, target.shape)
+        problem = _problem(states[target.name], target.name, target.shape)
         if problem:
             raise UserError(f"'{path}' does not fit the model: {problem}")
-    return kept
+    return states
 
 
-def _of_torch(
+def _read_torch(
     path: Path, model: nn.Module, targets: Sequence[Target], trained: Sequence[str] | None
-) -> dict[str, dict[str, Tensor]]:
+) -> dict[str, State]:
     value = _load(path)
     try:
         groups = [[int(n) for n in group["params"]] for group in value["param_groups"]]
-        state = {int(n): dict(kept) for n, kept in value["state"].items()}
+        numbered = {int(n): dict(state) for n, state in value["state"].items()}
     except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(f"'{path}' is no optimizer's state: it has no 'state' and 'param_groups'") from None
-    kept = {
-        n: {key: v for key in _KEYS if isinstance(v := values.get(key), Tensor)}
-        for n, values in state.items()
-    }
-    if not any(kept.values()):
         raise UserError(
-            f"the optimizer in '{path}' keeps no second moment that rapidin knows",
-            "Adam, AdamW, Adafactor do",
+            f"'{path}' is not an optimizer's state: it has no 'state' and 'param_groups'"
+        ) from None
+    states: dict[int, State] = {
+        n: {key: v for key in _KEYS if isinstance(v := values.get(key), Tensor)}
+        for n, values in numbered.items()
+    }
+    if not any(states.values()):
+        raise UserError(
+            f"the optimizer in '{path}' has no second moment that rapidin can read",
+            "supported optimizers are Adam, AdamW and Adafactor",
         )
-    trainable = _trainable(model, trained)
-    problem = None
-    for ordered in _orders(model, list(trainable), groups):
-        found = _fit(ordered, groups, kept, trainable)
-        if not isinstance(found, str):
-            return _of_targets(found, targets, path)
-        problem = problem or found
-    raise UserError(f"'{path}' is not the state of this model's parameters: {problem}", _NAMED)
+    shapes = _trained_shapes(model, trained)
+    first_problem = None
+    for ordered in _orders(model, list(shapes), groups):
+        by_name = _match(ordered, groups, states, shapes)
+        if not isinstance(by_name, str):
+            return _of_targets(by_name, targets, path)
+        first_problem = first_problem or by_name
+    raise UserError(f"'{path}' is not the state of this model's parameters: {first_problem}", _NAMED)
 
 
 def _load(path: Path) -> Any:
@@ -157,7 +206,7 @@ def _load(path: Path) -> Any:
         try:
             # Mapped, since the state of a large model is larger than the model.
             return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # saved in the form before zip files, which cannot be mapped
+        except RuntimeError:  # saved in the format before zip files, which cannot be mapped
             return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise refused from None
@@ -165,7 +214,7 @@ def _load(path: Path) -> Any:
         raise UserError(f"cannot read '{path}': {short(error)}") from None
 
 
-def _trainable(model: nn.Module, trained: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
+def _trained_shapes(model: nn.Module, trained: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
     """Shapes of the parameters that an optimizer had, in their order."""
     named = dict(model.named_parameters())
     if trained is None:
@@ -174,64 +223,62 @@ def _trainable(model: nn.Module, trained: Sequence[str] | None) -> dict[str, tup
 
 
 def _orders(model: nn.Module, names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[list[list[str]]]:
-    """The names of each group's parameters, as far as is known how the groups are made: one way or more."""
+    """The ways in which an optimizer may have ordered the parameters: the names in each of its groups."""
     if len(groups) == 1:
         return [[list(names)]]
-    ways = []
-    for spared in (without_weight_decay(model), _spared_by_class(model)):
-        ways.append([[n for n in names if n not in spared], [n for n in names if n in spared]])
-    return ways
+    return [
+        [[n for n in names if n not in undecayed], [n for n in names if n in undecayed]]
+        for undecayed in (without_weight_decay(model), _undecayed_by_class(model))
+    ]
 
 
 # transformers' Trainer.get_decay_parameter_names: biases and norms get no weight decay.
-_SPARED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
+_UNDECAYED = re.compile(r"bias|layernorm|rmsnorm|(?:^|\.)norm(?:$|\.)|_norm(?:$|\.)")
 
 
 def without_weight_decay(model: nn.Module) -> set[str]:
-    """Names of the parameters to which the Hugging Face Trainer of today gives no weight decay."""
+    """Names of the parameters to which the Hugging Face Trainer gives no weight decay."""
     norms = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, nn.LayerNorm))
-    return {n for n, _ in model.named_parameters() if _SPARED.search(n.lower()) or n.startswith(norms)}
+    return {n for n, _ in model.named_parameters() if _UNDECAYED.search(n.lower()) or n.startswith(norms)}
 
 
-def _spared_by_class(model: nn.Module) -> set[str]:
-    """The same in transformers of before, which asked for the classes of norms."""
+def _undecayed_by_class(model: nn.Module) -> set[str]:
+    """The same for older versions of the Trainer, which look at the classes of norms."""
     norms = tuple(
         f"{name}." for name, module in model.named_modules() if type(module).__name__.endswith("Norm")
     )
     return {n for n, _ in model.named_parameters() if "bias" in n or n.startswith(norms)}
 
 
-def _fit(
+def _match(
     ordered: Sequence[Sequence[str]],
     groups: Sequence[Sequence[int]],
-    kept: Mapping[int, Mapping[str, Tensor]],
+    states: Mapping[int, State],
     shapes: Mapping[str, tuple[int, ...]],
-) -> dict[str, Mapping[str, Tensor]] | str:
-    """What is kept for each name, or in words what does not fit."""
+) -> dict[str, State] | str:
+    """The state of each name, given the names in each group; or in words what does not fit."""
     if len(ordered) != len(groups):
         return f"it has {len(groups)} groups of parameters, and a Trainer makes 2"
     if [len(names) for names in ordered] != [len(group) for group in groups]:
-        there, here = (" + ".join(str(len(g)) for g in whole) for whole in (groups, ordered))
-        return f"it has {there} parameters, the model {here} that are trained"
-    found: dict[str, Mapping[str, Tensor]] = {}
+        in_state, in_model = (" + ".join(str(len(g)) for g in whole) for whole in (groups, ordered))
+        return f"it has {in_state} parameters, the model has {in_model} that are trained"
+    by_name: dict[str, State] = {}
     for names, group in zip(ordered, groups, strict=True):
         for name, number in zip(names, group, strict=True):
-            values = kept.get(number, {})
-            # A parameter that never had a gradient has no state; where it counts, that is told later.
-            problem = _problem(values, name, shapes[name]) if values else None
+            state = states.get(number, {})
+            # A parameter that never had a gradient has no state; that is an error later if it counts.
+            problem = _problem(state, name, shapes[name]) if state else None
             if problem:
                 return problem
-            found[name] = values
-    return found
+            by_name[name] = state
+    return by_name
 
 
-def _of_targets(
-    found: Mapping[str, Mapping[str, Tensor]], targets: Sequence[Target], path: Path
-) -> dict[str, dict[str, Tensor]]:
+def _of_targets(by_name: Mapping[str, State], targets: Sequence[Target], path: Path) -> dict[str, State]:
     for target in targets:
-        if not found.get(target.name):
+        if not by_name.get(target.name):
             raise UserError(
                 f"'{path}' has no second moment for '{target.name}', which counts",
                 "leave it out with --exclude",
             )
-    return {target.name: dict(found[target.name]) for target in targets}
+    return {target.name: by_name[target.name] for target in targets}

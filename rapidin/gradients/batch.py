@@ -15,11 +15,14 @@ from torch.nn import functional as F
 from rapidin.gradients.settings import LossKind
 from rapidin.ops.transfer import upload
 
+_IGNORED = -100  # the label of a token whose loss does not count
+
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Texts padded on the right. ids: [B, T] int64; mask: [B, T] bool, real tokens; target: [B, T] bool;
-    first: the first position from which some text's target token is predicted, 0 where there is none."""
+    """Texts padded on the right. ids: [B, T] int64; mask: [B, T] bool, real tokens; target: [B, T] bool,
+    tokens
+    whose loss counts; first: the first position that predicts a target token of some text, 0 if none does."""
 
     ids: Tensor
     mask: Tensor
@@ -28,19 +31,22 @@ class Batch:
 
     @staticmethod
     def of(
-        texts: Sequence[tuple[Sequence[int], Sequence[bool]]], device: torch.device | str = "cpu"
+        texts: Sequence[tuple[Sequence[int], Sequence[bool]]],
+        device: torch.device | str = "cpu",
+        *,
+        pad: int = 0,
     ) -> Batch:
-        """The batch of (token ids, target flags) pairs."""
+        """The batch of (token ids, target flags) pairs. pad: the id that fills up short texts."""
         length = max(len(ids) for ids, _ in texts)
         cpu, device = torch.device("cpu"), torch.device(device)
-        ids = torch.zeros(len(texts), length, dtype=torch.int64, device=cpu)
+        ids = torch.full((len(texts), length), pad, dtype=torch.int64, device=cpu)
         mask = torch.zeros(len(texts), length, dtype=torch.bool, device=cpu)
         target = torch.zeros(len(texts), length, dtype=torch.bool, device=cpu)
         for row, (tokens, flags) in enumerate(texts):
             ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device=cpu)
             mask[row, : len(tokens)] = True
             target[row, : len(flags)] = torch.tensor(flags, dtype=torch.bool, device=cpu)
-        # Here, for to ask a GPU is to wait for it.
+        # Found on the CPU, since reading it from a GPU would wait for it.
         predicted = target[:, 1:].any(0).nonzero()
         first = int(predicted[0]) if len(predicted) else 0
         return Batch(upload(ids, device), upload(mask, device), upload(target, device), first)
@@ -53,22 +59,34 @@ def example_losses(model: nn.Module, batch: Batch, kind: LossKind = "mean") -> T
     """
     # Logits before the first target token are never needed, and the output head is a large part of a small
     # model.
-    first = batch.first
-    kept = batch.ids.shape[1] - first
-    extra: dict[str, Any] = {"logits_to_keep": kept} if takes(model, "logits_to_keep") else {}
-    logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False, **extra).logits
-    logits = logits[:, -kept:-1] if kept > 1 else logits[:, :0]
-    target = batch.target[:, 1 + first :]
-    token_loss = F.cross_entropy(
-        logits.float().flatten(0, 1), batch.ids[:, first + 1 :].flatten(), reduction="none"
-    ).view(target.shape)
-    # where, not a product: a token that does not count must not bring its NaN along.
+    logits, following, target = _predictions(model, batch, batch.first)
+    token_loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view(
+        target.shape
+    )
+    # where, not a product: a token that does not count must not contribute its NaN.
     loss = torch.where(target, token_loss, token_loss.new_zeros(())).sum(1)
     return loss / target.sum(1).clamp(min=1) if kind == "mean" else loss
 
 
+def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
+    """The mean loss over all target tokens of a batch, as trainers minimise it: a float32 scalar."""
+    logits, following, target = _predictions(model, batch, 0)
+    labels = following.masked_fill(~target, _IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED)
+
+
+def _predictions(model: nn.Module, batch: Batch, first: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of the positions from `first` to the last but one: the logits [B, P, V] float32, the id of the token
+    after each [B, P], and whether that token is a target [B, P]."""
+    kept = batch.ids.shape[1] - first
+    extra: dict[str, Any] = {"logits_to_keep": kept} if takes(model, "logits_to_keep") else {}
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False, **extra).logits
+    logits = logits[:, -kept:-1] if kept > 1 else logits[:, :0]
+    return logits.float(), batch.ids[:, first + 1 :], batch.target[:, first + 1 :]
+
+
 def takes(model: nn.Module, name: str) -> bool:
-    """Whether a model's forward pass, below an adapter, has an argument of this name."""
+    """Whether the forward method of a model, or of the model in an adapter, has an argument of this name."""
     inner: Any = model
     if hasattr(model, "get_base_model"):
         inner = inner.get_base_model()
@@ -77,7 +95,7 @@ def takes(model: nn.Module, name: str) -> bool:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switches dropout off inside the block, and afterwards restores the mode of every module."""
+    """Inside the block the model is in evaluation mode; every module's mode is restored after it."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -1,6 +1,6 @@
-"""Thinned models: a dropout mask that stays the same for all texts makes another model of the same weights.
+"""Fixed dropout masks: a mask that is the same for all texts makes another model of the same weights.
 
-Means over several are the ensemble of one model (IP ensemble, Yang et al., TMLR 2026).
+Means over several masks are the ensemble of one model (IP ensemble, Yang et al., TMLR 2026).
 """
 
 from __future__ import annotations
@@ -18,31 +18,34 @@ from rapidin.gradients.parameters import Target, block_seed
 
 
 @dataclass(frozen=True, slots=True)
-class Thinning:
-    """A share `rate` of the input features of every linear layer that counts is zero, the rest is larger by
-    1 / (1 - rate); which ones, the seed and the layer's name say. UserError for a rate not in [0, 1)."""
+class DropoutMask:
+    """A fixed mask of the input features of every linear layer that counts.
+
+    A share `rate` of a layer's features is zero and the others are multiplied by 1 / (1 - rate); the seed and
+    the layer's name determine which. Raises UserError for a rate outside [0, 1).
+    """
 
     rate: float
     seed: int
 
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:
-            raise UserError(f"a dropout of {self.rate:g} is not from 0 to below 1")
+            raise UserError(f"the dropout rate must be at least 0 and below 1, got {self.rate:g}")
 
     def to_json(self) -> dict[str, Any]:
-        """As the manifest keeps it."""
+        """The mask as a manifest records it."""
         return {"rate": self.rate, "seed": self.seed}
 
     @contextlib.contextmanager
-    def over(self, model: nn.Module, targets: Sequence[Target]) -> Iterator[None]:
-        """The model is thinned inside the block."""
+    def applied(self, model: nn.Module, targets: Sequence[Target]) -> Iterator[None]:
+        """Inside the block the model has this mask."""
         if not self.rate:
             yield
             return
         modules = dict(model.named_modules())
         names = {use.module for target in targets for use in target.uses if use.kind in ("linear", "conv1d")}
         handles = [
-            modules[name].register_forward_pre_hook(_Mask(self.rate, block_seed(self.seed, name)))
+            modules[name].register_forward_pre_hook(_MaskHook(self.rate, block_seed(self.seed, name)))
             for name in sorted(names)
         ]
         try:
@@ -52,8 +55,8 @@ class Thinning:
                 handle.remove()
 
 
-class _Mask:
-    """A forward hook that multiplies a module's input by a mask, made when the number of features is seen."""
+class _MaskHook:
+    """A forward pre-hook that multiplies a module's input by a mask, made on the first call."""
 
     def __init__(self, rate: float, seed: int) -> None:
         self.rate, self.seed = rate, seed

@@ -1,8 +1,8 @@
-"""Models larger than one GPU: weights spread over the processes of a run, or over the GPUs of one process.
+"""Models larger than one GPU: weights sharded over the processes of a run, or layers on several devices.
 
-`spread` is PyTorch's FSDP2: each process keeps a part of every weight, and a block's weights come together
-for as long as it computes. Only input gradients flow, so there are no gradients of weights to reduce, and no
-optimizer. `map_devices` is accelerate's: whole layers on this or that device of one process.
+`shard` is PyTorch's FSDP2: each process keeps a shard of every weight, and the weights of a block are
+gathered while it computes. Only input gradients flow, so there are no weight gradients to reduce, and no
+optimizer. With accelerate's device map, whole layers are on one device or another of a single process.
 """
 
 from __future__ import annotations
@@ -19,49 +19,50 @@ from rapidin.errors import UserError
 
 
 def blocks(model: nn.Module) -> list[nn.Module]:
-    """The parts whose weights come together at a time: those that the model must not be split within, or the
+    """The modules whose weights are gathered at a time: those that the model must not be split within, or the
     items of its longest list of modules."""
     kinds = set(getattr(model, "_no_split_modules", None) or ())
-    found = [module for module in model.modules() if type(module).__name__ in kinds]
-    if found:
-        return found
+    unsplit = [module for module in model.modules() if type(module).__name__ in kinds]
+    if unsplit:
+        return unsplit
     lists = [list(module) for module in model.modules() if isinstance(module, nn.ModuleList)]
     return max(lists, key=len, default=[])
 
 
-def spread(model: nn.Module, world: World, device: torch.device) -> None:
-    """Spread the weights of a model on the CPU over the processes of `world`, in place, onto `device`.
+def shard(model: nn.Module, world: World, device: torch.device) -> None:
+    """Shard the weights of a model on the CPU over the processes of `world`, in place, onto `device`.
 
-    A block at a time is whole on the device. No weight asks for a gradient after this.
+    One block at a time is whole on the device. No weight requires a gradient after this.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    assert world.group is not None  # made by all, before the mesh that stands on it
+    assert world.group is not None  # made by all processes, before the mesh that is based on it
     mesh = init_device_mesh(device.type, (world.size,))
-    model.requires_grad_(False)  # before: what is gathered takes this over
-    # Weights are given back after the forward pass, the outermost too: a point of the path may come between.
+    model.requires_grad_(False)  # before sharding: gathered weights inherit this
+    # Even the outermost weights are freed after the forward pass: the point of the path may change before
+    # the next.
     for module in (*blocks(model), model):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
 
 
-def own_part(whole: Tensor, like: Any) -> Tensor:
-    """This process's part of a tensor that is spread as the parameter `like` is."""
+def local_shard(whole: Tensor, like: Any) -> Tensor:
+    """This process's shard of a tensor, which is sharded as the parameter `like` is."""
     from torch.distributed.tensor import distribute_tensor
 
-    found: Tensor = distribute_tensor(
+    shard: Tensor = distribute_tensor(
         whole.to(like.device), like.device_mesh, like.placements, src_data_rank=None
     ).to_local()
-    return found
+    return shard
 
 
-def is_spread(parameter: Tensor) -> bool:
-    """Whether this process has only a part of it."""
+def is_sharded(parameter: Tensor) -> bool:
+    """Whether this process has only a shard of a parameter."""
     return hasattr(parameter, "to_local")
 
 
-def needs_accelerate() -> None:
-    """Raise UserError where accelerate is not installed."""
+def require_accelerate() -> None:
+    """Raises UserError if accelerate is not installed."""
     try:
         import accelerate  # noqa: F401
     except ImportError:
@@ -69,13 +70,12 @@ def needs_accelerate() -> None:
 
 
 @contextlib.contextmanager
-def present(module: nn.Module) -> Iterator[None]:
-    """The module's own weights are in memory inside the block, also where a device map keeps them
-    elsewhere."""
+def in_memory(module: nn.Module) -> Iterator[None]:
+    """Inside the block the module's own weights are in memory, even if a device map keeps them on disk."""
     if not any(p.is_meta for p in module.parameters(recurse=False)):
         yield
         return
-    needs_accelerate()
+    require_accelerate()
     from accelerate.utils import align_module_device
 
     with align_module_device(module, execution_device=torch.device("cpu")):

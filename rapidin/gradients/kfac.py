@@ -1,17 +1,18 @@
-"""Second moments of the two factors of a gradient, token by token, and the strongest directions of each.
+"""K-FAC's preconditioner: second moments of the two factors of a gradient, and the scales made of them.
 
 The gradient of a linear layer is ``sum_t g_t a_t^T``. K-FAC (Martens & Grosse, ICML 2015; for language models
-Grosse et al., 2023, section 3.1) takes its second moment to be that of the two factors apart,
+Grosse et al., 2023, section 3.1) approximates its second moment by the Kronecker product of those of the two
+factors,
 
     F ~ S (x) A,    S = E[g g^T] [O, O],    A = E[a a^T] [I, I],
 
-so that a root of its inverse is a matrix on each side. Both are known well from few examples, as every token
-is a sample of them. Of a side with many features only the strongest directions are kept, by a random sketch
-of the moment in one pass (a Nystrom approximation: Tropp et al., NeurIPS 2017, algorithm 3), so that no
-[I, I] matrix is held; what lies outside of them counts as alike in all directions.
+so that a root of its inverse is a matrix on each side. Few examples suffice to estimate both, as every token
+is a sample. Of a side with many features only the leading eigenvectors are kept, from a random sketch of the
+moment in one pass (a Nystrom approximation: Tropp et al., NeurIPS 2017, algorithm 3), so that no [I, I]
+matrix is held; the remaining eigenvalues are taken to be equal.
 
-A gradient that comes formed, without factors, has the moments of its rows and of its columns, as Shampoo has
-them (Gupta et al., ICML 2018), scaled so that their product is in the same units.
+A gradient that arrives formed, without factors, has the moments of its rows and of its columns, as in Shampoo
+(Gupta et al., ICML 2018), scaled so that their product is in the same units.
 """
 
 from __future__ import annotations
@@ -23,29 +24,31 @@ import torch
 from torch import Tensor
 
 from rapidin.gradients.parameters import Target, block_seed, matrix_shape
+from rapidin.gradients.scale import Scale
+from rapidin.ops import LowRank
 
-OVERSAMPLED = 32  # directions that the sketch has more than are kept
+OVERSAMPLING = 32  # columns of the random sketch beyond the rank that is kept
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """The eigenvalues of a side's moment, on the CPU in float64.
+    """The eigenvalues of a side's second moment, on the CPU in float64.
 
-    mean: their mean; strong: [r] the largest, descending; rest: what each of the others is taken to be;
-    basis: [n, r] the eigenvectors of the strong ones.
+    mean: of all n eigenvalues; leading: [r] the largest, descending; trailing: the value that each of the
+    others is taken to have; eigenvectors: [n, r] of the leading ones.
     """
 
     mean: float
-    strong: Tensor
-    rest: float
-    basis: Tensor
+    leading: Tensor
+    trailing: float
+    eigenvectors: Tensor
 
 
 class SideMoment:
-    """``sum x x^T`` of one side's vectors [n], or what is kept of it.
+    """``sum x x^T`` of one side's vectors [n], or a sketch of it.
 
-    rank: directions that are wanted; all are kept where that is no more work. diagonal: only the diagonal is
-    kept, which is all there is of one-hot vectors. seed: of the random sketch.
+    rank: eigenvectors to keep; all n are kept if that is no more work. diagonal: keep the diagonal alone,
+    which is all there is for one-hot vectors. seed: of the random sketch.
     """
 
     def __init__(self, n: int, rank: int, seed: int, device: torch.device, *, diagonal: bool = False) -> None:
@@ -53,12 +56,14 @@ class SideMoment:
         self.rank = n if n <= 2 * rank else rank
         self._test: Tensor | None = None
         columns = n
-        if not diagonal and n > 2 * (rank + OVERSAMPLED):
+        if not diagonal and n > 2 * (rank + OVERSAMPLING):
             # On the CPU, for the same numbers on every device.
             generator = torch.Generator().manual_seed(seed % 2**63)
-            drawn = torch.randn(n, rank + OVERSAMPLED, generator=generator, dtype=torch.float64, device="cpu")
+            drawn = torch.randn(
+                n, rank + OVERSAMPLING, generator=generator, dtype=torch.float64, device="cpu"
+            )
             self._test = torch.linalg.qr(drawn).Q.to(device)
-            columns = rank + OVERSAMPLED
+            columns = rank + OVERSAMPLING
         shape = (n,) if diagonal else (n, columns)
         self._sum = torch.zeros(shape, dtype=torch.float64, device=device)
         self._trace = torch.zeros((), dtype=torch.float64, device=device)
@@ -79,34 +84,35 @@ class SideMoment:
         self._sum += (x.T @ right).double() * scale
 
     def add_counts(self, counts: Tensor) -> None:
-        """Add one-hot vectors: how many of each, [n] float64."""
+        """Add one-hot vectors, given the number of each, [n] float64."""
         self._sum += counts
         self._trace += counts.sum()
 
     def spectrum(self, divisor: float) -> Spectrum | None:
-        """Of the sum over `divisor`; None where nothing was added, or only zeros."""
+        """The spectrum of the sum divided by `divisor`; None if nothing but zeros was added."""
         trace = float(self._trace) / divisor
         if not trace > 0:
             return None
-        found = self._sum.cpu() / divisor
+        moment = self._sum.cpu() / divisor
         if self._test is None:
-            values, vectors = torch.linalg.eigh(found)
+            values, vectors = torch.linalg.eigh(moment)
         else:
-            values, vectors = _nystrom(found, self._test.cpu())
+            values, vectors = _nystrom(moment, self._test.cpu())
         order = values.argsort(descending=True)[: self.rank]
-        strong = values[order].clamp(min=0.0)
+        leading = values[order].clamp(min=0.0)
         others = self.n - self.rank
-        rest = max(0.0, trace - float(strong.sum())) / others if others else 0.0
-        return Spectrum(trace / self.n, strong, rest, vectors[:, order])
+        trailing = max(0.0, trace - float(leading.sum())) / others if others else 0.0
+        return Spectrum(trace / self.n, leading, trailing, vectors[:, order])
 
     def diagonal_over(self, divisor: float) -> Tensor:
-        """The diagonal's elements over `divisor`: [n] float64, on the CPU."""
+        """The diagonal of the sum divided by `divisor`: [n] float64, on the CPU."""
         return self._sum.cpu() / divisor
 
 
 def _nystrom(sketch: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
-    """(eigenvalues [l], eigenvectors [n, l]) of the approximation ``Y (W^T Y)^-1 Y^T`` of a matrix of which
-    Y = A W [n, l] is given, W [n, l] with orthonormal columns."""
+    """(eigenvalues [l], eigenvectors [n, l]) of the approximation ``Y (W^T Y)^-1 Y^T`` of a matrix A, given
+    its
+    sketch Y = A W [n, l] with the test matrix W [n, l], whose columns are orthonormal."""
     shift = torch.finfo(torch.float32).eps * float(sketch.norm())
     shifted = sketch + shift * test
     core = test.T @ shifted
@@ -117,10 +123,10 @@ def _nystrom(sketch: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FactorMoments:
-    """Both sides' moments of each target, gathered batch by batch (`rapidin.gradients.collector`).
+    """The second moments of both factors of each target, gathered batch by batch.
 
-    Tokens of which a factor is not finite, and those
-    that no gradient reaches, such as padding, are left out.
+    Tokens with a factor that is not finite are left out, and so are tokens that no gradient reaches, such as
+    padding.
     """
 
     def __init__(
@@ -135,11 +141,11 @@ class FactorMoments:
         self._formed = [False] * len(self.targets)
         for target in self.targets:
             o, i = matrix_shape(target.shape)
-            # An embedding's rows come as token ids, so only they themselves can be scaled.
+            # The rows of an embedding are token ids: one-hot vectors, whose moment is diagonal.
             lookup = any(use.kind == "embedding" for use in target.uses)
-            own = block_seed(seed, target.name)
-            self.rows.append(SideMoment(o, rank, own, device, diagonal=lookup))
-            self.columns.append(SideMoment(i, rank, own + 1, device))
+            target_seed = block_seed(seed, target.name)
+            self.rows.append(SideMoment(o, rank, target_seed, device, diagonal=lookup))
+            self.columns.append(SideMoment(i, rank, target_seed + 1, device))
 
     def add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
         """Add a batch's tokens: columns [B, T, I], rows [B, T, O]."""
@@ -151,7 +157,7 @@ class FactorMoments:
         self._tokens[n] += reached.sum()
 
     def add_embedding(self, n: int, ids: Tensor, grads: Tensor) -> None:
-        """Add what tokens [B, T] bring to the rows of an embedding: grads [B, T, E]."""
+        """Add the gradients [B, T, E] of the embedding's rows for tokens ids [B, T]."""
         ids, g = ids.flatten(), grads.flatten(0, 1)
         reached = g.isfinite().all(1) & (g != 0).any(1)
         g = torch.where(reached[:, None], g, 0.0)
@@ -168,10 +174,10 @@ class FactorMoments:
         self._formed[n] = True
 
     def spectra(self, n: int) -> tuple[Spectrum | Tensor, Spectrum] | None:
-        """Of the rows' and of the columns' side of a target; of an embedding's rows the elements of the
-        diagonal [O] float64 instead of a spectrum. None where no example had a gradient."""
-        # The mean over examples of one side, over tokens of the other: their product is then, like the moment
-        # of a formed gradient, one of whole examples.
+        """The spectra of a target's rows and columns; the rows of an embedding have the elements of the
+        diagonal [O] float64 instead. None if no example had a gradient."""
+        # One side is the mean over examples and the other the mean over tokens: their product is then, like
+        # the moment of a formed gradient, that of whole examples.
         tokens = float(self._tokens[n])
         if self._formed[n]:
             # Formed gradients, and with them all tokens of a parameter that has both.
@@ -185,3 +191,37 @@ class FactorMoments:
             return self.rows[n].diagonal_over(self.examples), columns
         rows = self.rows[n].spectrum(self.examples)
         return None if rows is None else (rows, columns)
+
+
+def kfac_scales(moments: FactorMoments, exponent: float, damping: float) -> dict[str, Scale]:
+    """K-FAC's scale of each target, on the CPU; targets that no gradient reached are left as they are."""
+    return {
+        target.name: kfac_scale(moments.spectra(n), matrix_shape(target.shape), exponent, damping)
+        for n, target in enumerate(moments.targets)
+    }
+
+
+def kfac_scale(
+    spectra: tuple[Spectrum | Tensor, Spectrum] | None,
+    shape: tuple[int, int],
+    exponent: float,
+    damping: float,
+) -> Scale:
+    """K-FAC's scale of a parameter of this shape (O, I), given what `FactorMoments.spectra` returns."""
+    if spectra is None:
+        return Scale(torch.ones(shape[0], device="cpu"), torch.ones(shape[1], device="cpu"))
+    rows, (column_scale, column_low_rank) = spectra[0], _damped_root(spectra[1], exponent, damping)
+    if isinstance(rows, Spectrum):
+        row_scale, row_low_rank = _damped_root(rows, exponent, damping)
+        return Scale(row_scale, column_scale, row_low_rank, column_low_rank)
+    row_scale = (rows + damping * rows.mean()).pow(-exponent).float()
+    return Scale(row_scale, column_scale, None, column_low_rank)
+
+
+def _damped_root(spectrum: Spectrum, exponent: float, damping: float) -> tuple[Tensor, LowRank]:
+    """``(M / mean + damping)^-p mean^-p`` of a side with n features, as a scale [n] and a low-rank map."""
+    n = len(spectrum.eigenvectors)
+    leading = (spectrum.leading / spectrum.mean + damping).pow(-exponent)
+    trailing = (spectrum.trailing / spectrum.mean + damping) ** -exponent
+    scale = torch.full((n,), trailing * spectrum.mean**-exponent, dtype=torch.float32, device="cpu")
+    return scale, LowRank(spectrum.eigenvectors.float().contiguous(), (leading / trailing - 1).float())

@@ -1,8 +1,7 @@
-"""The layer table: which parameters count, and where each one's block lies in a sketch.
+"""The parameters that count, and how the gradient of each is obtained.
 
-A *block* is one parameter's part of a sketch. A parameter's gradient is read as a matrix
-``[shape[0], product of the rest]`` (a vector of n is ``[n, 1]``), as it is stored, whatever way it is
-computed.
+A parameter's gradient is treated as a matrix ``[shape[0], product of the rest]`` (a vector of n is
+``[n, 1]``), as the parameter is stored. A *block* is one parameter's part of a sketch.
 """
 
 from __future__ import annotations
@@ -19,20 +18,20 @@ from rapidin.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-Kind = Literal["linear", "conv1d", "bias", "embedding", "module", "autograd"]
+UseKind = Literal["linear", "conv1d", "bias", "embedding", "module", "autograd"]
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """A module that a parameter takes part in, and how its gradient is had there.
+    """A module that uses a parameter, and how the gradient is obtained there.
 
     linear, conv1d, bias: from the module's inputs and output gradients; embedding: from token ids and output
-    gradients; module: the module run again for one example (norms and the like); autograd: from the
+    gradients; module: the module runs again for each example (norms and the like); autograd: from the
     parameter's own gradient, one example at a time.
     """
 
     module: str
-    kind: Kind
+    kind: UseKind
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +44,19 @@ class Target:
 
 
 def block_seed(seed: int, name: str) -> int:
-    """The 64-bit seed of a parameter's bins and signs, from the sketch's seed and the parameter's name."""
+    """The 64-bit seed of a parameter's sketch, from the seed of all sketches and the parameter's name."""
     text = b"rapidin block\0" + (seed % 2**64).to_bytes(8, "little") + name.encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little")
 
 
 def matrix_shape(shape: Sequence[int]) -> tuple[int, int]:
-    """(O, I) of a parameter's gradient read as a matrix: the first axis, and the product of the rest."""
+    """(O, I) of a parameter's gradient as a matrix: the first axis, and the product of the rest."""
     return (shape[0] if shape else 1), prod(shape[1:])
 
 
 def matches(name: str, patterns: Sequence[str]) -> bool:
-    """Whether a parameter's name fits one of the patterns: globs; one without * ? [ fits anywhere in the
-    name."""
+    """Whether a parameter's name matches one of the glob patterns; a pattern without * ? [ may match anywhere
+    in the name."""
     return any(fnmatchcase(name, p if set(p) & set("*?[") else f"*{p}*") for p in patterns)
 
 
@@ -71,23 +70,23 @@ def find_targets(
     """The parameters that count.
 
     trained: names of the parameters that an adapter trains; by default exactly these count. Without an
-    adapter the weights of the linear layers count, the output head left out. `include` names others instead,
-    out of all parameters; `exclude` takes away.
+    adapter the weights of all linear layers but the output head count. include: patterns of the parameters
+    that count instead, out of all; exclude: patterns of parameters that do not count.
 
-    Raises UserError where a pattern fits no parameter, or nothing is left.
+    Raises UserError if a pattern matches no parameter, or no parameter is left.
     """
     shapes, uses = _uses(model)
     for pattern in (*include, *exclude):
         if not any(matches(name, [pattern]) for name in shapes):
             raise UserError(
-                f"no parameter's name fits the pattern '{pattern}'",
+                f"no parameter's name matches the pattern '{pattern}'",
                 f"the names look like '{next(iter(shapes), '(none)')}'",
             )
     if include:
         chosen = [name for name in shapes if matches(name, include)]
     elif trained is not None:
-        wanted = set(trained)
-        chosen = [name for name in shapes if name in wanted]
+        counting = set(trained)
+        chosen = [name for name in shapes if name in counting]
     else:
         head = _output_head(model)
         chosen = [
@@ -103,7 +102,7 @@ def find_targets(
 
 
 def coverage(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int]:
-    """(numbers in the parameters that count, numbers in all parameters of the model)."""
+    """(number of elements of the parameters that count, number of elements of all parameters)."""
     counted = sum(prod(t.shape) for t in targets)
     return counted, sum(prod(shape) for shape in _uses(model)[0].values())
 
@@ -124,10 +123,9 @@ def _uses(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, list[
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names.values(), ())
     uses: dict[str, list[Use]] = {name: [] for name in names.values()}
     for module_name, module in model.named_modules():
-        own = list(module.named_parameters(recurse=False, remove_duplicate=False))
-        for role, parameter in own:
+        for role, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = names[id(parameter)]
-            kind, shape = _kind(module, role, tuple(parameter.shape))
+            kind, shape = _use_kind(module, role, tuple(parameter.shape))
             shapes[name] = shape
             use = Use(module_name, kind)
             if use not in uses[name]:
@@ -135,7 +133,8 @@ def _uses(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, list[
     return shapes, uses
 
 
-def _kind(module: nn.Module, role: str, shape: tuple[int, ...]) -> tuple[Kind, tuple[int, ...]]:
+def _use_kind(module: nn.Module, role: str, shape: tuple[int, ...]) -> tuple[UseKind, tuple[int, ...]]:
+    """How a parameter's gradient is obtained from a module, where it is called `role`; and its shape."""
     from torch import nn
 
     if isinstance(module, nn.Linear) and role in ("weight", "bias"):
@@ -158,9 +157,9 @@ def _one_input(module: nn.Module) -> bool:
         parameters = list(inspect.signature(module.forward).parameters.values())
     except (TypeError, ValueError):
         return False
-    needed = [
+    required = [
         p
         for p in parameters
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
     ]
-    return len(needed) == 1 and not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    return len(required) == 1 and not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)

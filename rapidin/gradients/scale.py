@@ -1,24 +1,28 @@
-"""The preconditioner of one parameter's gradient: a scale for each row and column, and K-FAC's directions."""
+"""The preconditioner of one parameter's gradient: a scale for each row and column, and for K-FAC a low-rank
+map
+of each side."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rapidin import ops
-from rapidin.gradients.kfac import Spectrum
 from rapidin.ops import LowRank
 
 
 @dataclass(frozen=True, slots=True)
 class Factors:
-    """The factors of a linear layer's gradient ``sum_t rows_t columns_t^T``, and how they are preconditioned.
+    """The factors of a linear layer's gradient ``sum_t rows_t columns_t^T``, and what is still to be applied
+    to
+    them.
 
-    columns: [B, T, I], rows: [B, T, O], of any float dtype; column_low_rank, row_low_rank: applied to each
-    side, by the sketch itself (`ops.linear_sketch`); column_scale, row_scale: numbers that multiply each
-    side, or in the end the sketch.
+    columns: [B, T, I], rows: [B, T, O], of any float dtype; column_low_rank, row_low_rank: maps of each side,
+    which the sketch can apply itself (`ops.linear_sketch`); column_scale, row_scale: numbers that multiply
+    each side, or the sketch.
     """
 
     columns: Tensor
@@ -49,17 +53,18 @@ class Factors:
 
 @dataclass(frozen=True, slots=True)
 class Scale:
-    """A root ``V^-p`` of one parameter: rows [O] and columns [I], float32, and for K-FAC the LowRank that is
-    applied to each side before.
+    """A root ``V^-p`` of one parameter's second moment: rows [O] and columns [I], float32, multiply each side
+    of its gradient.
 
-    row_constant, column_constant: the one value of a side's scale, None where values differ. Determined when
-    a scale is made on the CPU, since reading it from a GPU would wait for it.
+    row_low_rank, column_low_rank: K-FAC's map of each side, which is applied before the scale; None for none.
+    row_constant, column_constant: the one value of a side's scale, None if values differ. Both are determined
+    when a scale is made on the CPU, since reading a value from a GPU would wait for it.
     """
 
     rows: Tensor
     columns: Tensor
-    row_directions: LowRank | None = None
-    column_directions: LowRank | None = None
+    row_low_rank: LowRank | None = None
+    column_low_rank: LowRank | None = None
     row_constant: float | None = None
     column_constant: float | None = None
 
@@ -70,75 +75,88 @@ class Scale:
 
     @staticmethod
     def of(row_means: Tensor, column_means: Tensor, exponent: float, floor: float) -> Scale:
-        """The scale for row means [O] and column means [I] of a second moment, all at least 0.
+        """Adam's scale for row means [O] and column means [I] of a second moment, all at least 0.
 
-        Rows and columns without gradient count as `floor` of the mean one, so that they neither explode nor
-        give NaN; a parameter without any gradient is left as it is.
+        Means below `floor` times the mean of all count as that, so that rows and columns without gradient
+        neither explode nor give NaN. A parameter without any gradient is left as it is.
         """
         r, c = row_means.double(), column_means.double()
         mean = float(r.mean())
         if not mean > 0:
             return Scale(torch.ones_like(r, dtype=torch.float32), torch.ones_like(c, dtype=torch.float32))
-        # Most layers' rows are those of the output gradient, as small as the gradient is: they take up its
-        # size, and inputs stay as large as they are.
+        # In most layers the rows are those of the output gradient, which is small. The scale of the rows
+        # takes up that size, and inputs stay as large as they are.
         rows, columns = r.clamp(min=floor * mean), (c / mean).clamp(min=floor)
         return Scale(rows.pow(-exponent).float(), columns.pow(-exponent).float())
 
     @staticmethod
-    def of_spectra(
-        found: tuple[Spectrum | Tensor, Spectrum] | None,
-        shape: tuple[int, int],
-        exponent: float,
-        damping: float,
-    ) -> Scale:
-        """K-FAC's, of what `FactorMoments.spectra` found for a parameter of this shape (O, I)."""
-        if found is None:
-            return Scale(torch.ones(shape[0], device="cpu"), torch.ones(shape[1], device="cpu"))
-        rows, (columns, column_directions) = found[0], _side(found[1], exponent, damping)
-        if isinstance(rows, Spectrum):
-            row_scale, row_directions = _side(rows, exponent, damping)
-            return Scale(row_scale, columns, row_directions, column_directions)
-        row_scale = (rows + damping * rows.mean()).pow(-exponent).float()
-        return Scale(row_scale, columns, None, column_directions)
+    def of_tensors(tensors: Mapping[str, Tensor]) -> Scale:
+        """The scale with these `tensors`; raises KeyError or ValueError if they are not those of a scale."""
+        unused = dict(tensors)
+        row_low_rank, column_low_rank = (
+            LowRank(unused.pop(f"{side}_basis"), unused.pop(f"{side}_gain"))
+            if f"{side}_basis" in unused
+            else None
+            for side in ("rows", "columns")
+        )
+        scale = Scale(unused.pop("rows"), unused.pop("columns"), row_low_rank, column_low_rank)
+        if unused:
+            raise ValueError(f"'{next(iter(unused))}' is not a tensor of a preconditioner")
+        _ = scale.shape  # checks that the sizes fit together
+        return scale
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """``rows`` and ``columns``, and with low-rank maps ``rows_basis``, ``rows_gain`` and so on, on the
+        CPU."""
+        tensors = {}
+        for side, scale, low_rank in (
+            ("rows", self.rows, self.row_low_rank),
+            ("columns", self.columns, self.column_low_rank),
+        ):
+            tensors[side] = scale.cpu().contiguous()
+            if low_rank is not None:
+                tensors[f"{side}_basis"] = low_rank.basis.cpu().contiguous()
+                tensors[f"{side}_gain"] = low_rank.gain.cpu().contiguous()
+        return tensors
 
     def factors(self, columns: Tensor, rows: Tensor) -> Factors:
-        """The factors of a gradient, columns [B, T, I] and rows [B, T, O], with this scale.
+        """The factors of a gradient, columns [B, T, I] and rows [B, T, O], to be preconditioned by this
+        scale.
 
-        A side whose scale is one number is left as it is: the sketch is linear and applies the scale itself.
+        A side whose scale varies is preconditioned here. A side whose scale is one number is left as it is:
+        the sketch is linear and applies that number itself.
         """
         column_low_rank, row_low_rank, column_scale, row_scale = None, None, 1.0, 1.0
         if self.column_constant is None:
-            columns = _turned(columns, self.columns, self.column_directions)
+            columns = _preconditioned(columns, self.columns, self.column_low_rank)
         else:
-            column_low_rank, column_scale = _there(self.column_directions, columns), self.column_constant
+            column_low_rank, column_scale = _on_device_of(self.column_low_rank, columns), self.column_constant
         if self.row_constant is None:
-            rows = _turned(rows, self.rows, self.row_directions)
+            rows = _preconditioned(rows, self.rows, self.row_low_rank)
         else:
-            row_low_rank, row_scale = _there(self.row_directions, rows), self.row_constant
+            row_low_rank, row_scale = _on_device_of(self.row_low_rank, rows), self.row_constant
         return Factors(columns, rows, column_low_rank, row_low_rank, column_scale, row_scale)
 
     def embedding(self, ids: Tensor, grads: Tensor) -> Tensor:
-        """What the tokens ids [B, T] bring to an embedding's rows, [B, T, E], scaled."""
-        return scaled(_turned(grads, self.columns, self.column_directions), self.rows[ids][..., None])
+        """The preconditioned gradients [B, T, E] of an embedding's rows ids [B, T]."""
+        return scaled(_preconditioned(grads, self.columns, self.column_low_rank), self.rows[ids][..., None])
 
     def formed(self, grads: Tensor) -> Tensor:
-        """Gradients [B, O, I], scaled, in float32."""
+        """Formed gradients [B, O, I], preconditioned, in float32."""
         grads = grads.float()
-        if self.column_directions is not None:
-            grads = self.column_directions.to(grads.device)(grads)
-        if self.row_directions is not None:
-            grads = self.row_directions.to(grads.device)(grads.mT).mT
+        if self.column_low_rank is not None:
+            grads = self.column_low_rank.to(grads.device)(grads)
+        if self.row_low_rank is not None:
+            grads = self.row_low_rank.to(grads.device)(grads.mT).mT
         return scaled(grads, self.rows[:, None] * self.columns)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(O, I); ValueError where the parts do not fit together."""
-        for side, directions in (
-            (self.rows, self.row_directions),
-            (self.columns, self.column_directions),
-        ):
-            if directions is not None and directions.basis.shape != (len(side), len(directions.gain)):
-                raise ValueError("a basis is of another side")
+        """(O, I). Raises ValueError if a low-rank map and its side's scale differ in size."""
+        for side, low_rank in ((self.rows, self.row_low_rank), (self.columns, self.column_low_rank)):
+            if low_rank is not None and len(low_rank.basis) != len(side):
+                raise ValueError(f"a basis has {len(low_rank.basis)} rows, its side's scale {len(side)}")
         return len(self.rows), len(self.columns)
 
     def to(self, device: torch.device) -> Scale:
@@ -146,33 +164,24 @@ class Scale:
         return Scale(
             self.rows.to(device),
             self.columns.to(device),
-            self.row_directions and self.row_directions.to(device),
-            self.column_directions and self.column_directions.to(device),
+            self.row_low_rank and self.row_low_rank.to(device),
+            self.column_low_rank and self.column_low_rank.to(device),
             self.row_constant,
             self.column_constant,
         )
 
 
-def _side(spectrum: Spectrum, exponent: float, damping: float) -> tuple[Tensor, LowRank]:
-    """``(M / mean + damping)^-p mean^-p`` of a side, as a scale [n] and directions."""
-    n = len(spectrum.basis)
-    root = (spectrum.strong / spectrum.mean + damping).pow(-exponent)
-    rest = (spectrum.rest / spectrum.mean + damping) ** -exponent
-    scale = torch.full((n,), rest * spectrum.mean**-exponent, dtype=torch.float32, device="cpu")
-    return scale, LowRank(spectrum.basis.float().contiguous(), (root / rest - 1).float())
+def _preconditioned(x: Tensor, scale: Tensor, low_rank: LowRank | None) -> Tensor:
+    return scaled(x, scale) if low_rank is None else low_rank.to(x.device)(x).mul_(scale.to(x.device))
 
 
-def _turned(x: Tensor, scale: Tensor, directions: LowRank | None) -> Tensor:
-    return scaled(x, scale) if directions is None else directions.to(x.device)(x).mul_(scale.to(x.device))
-
-
-def _there(low_rank: LowRank | None, x: Tensor) -> LowRank | None:
+def _on_device_of(low_rank: LowRank | None, x: Tensor) -> LowRank | None:
     """The LowRank on x's device: a device map may have put this layer elsewhere."""
     return low_rank and low_rank.to(x.device)
 
 
 def _constant(scale: Tensor) -> float | None:
-    """The one value of a scale; None where values differ, or are not on the CPU."""
+    """The one value of a scale; None if values differ, or are not on the CPU."""
     if scale.device.type != "cpu" or not len(scale) or not bool((scale == scale[0]).all()):
         return None
     return float(scale[0])
@@ -191,16 +200,3 @@ def scaled(x: Tensor, scale: Tensor) -> Tensor:
     if x.dtype == torch.float16:
         return x * scale
     return torch.mul(x, scale, out=torch.empty_like(x))
-
-
-def _scale(parts: dict[str, Tensor]) -> Scale:
-    """What `Preconditioner.data` wrote of one parameter; KeyError or ValueError where it is not that."""
-    row_directions, column_directions = (
-        LowRank(parts.pop(f"{side}_basis"), parts.pop(f"{side}_gain")) if f"{side}_basis" in parts else None
-        for side in ("rows", "columns")
-    )
-    scale = Scale(parts.pop("rows"), parts.pop("columns"), row_directions, column_directions)
-    if parts:
-        raise ValueError(f"'{next(iter(parts))}' is no part of a preconditioner")
-    _ = scale.shape  # looks at the parts' sizes
-    return scale

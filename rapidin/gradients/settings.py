@@ -11,7 +11,7 @@ from rapidin.errors import UserError
 from rapidin.settings import Settings, documented, option
 
 if TYPE_CHECKING:  # both import torch, which the command line's help must not wait for
-    from rapidin.gradients.dropout import Thinning
+    from rapidin.gradients.dropout import DropoutMask
     from rapidin.gradients.preconditioner import PreconditionerConfig
 
 LossKind = Literal["mean", "sum"]
@@ -77,7 +77,7 @@ class GradientSettings(Settings):
         panel="Gradients",
         parse=str,
     )
-    dropout: Thinning | None = option(
+    dropout: DropoutMask | None = option(
         None, help="Take gradients of the model with this fixed dropout mask.", flag=None, panel="Gradients"
     )
     projection: Projection = option(
@@ -185,7 +185,7 @@ class GradientSettings(Settings):
     ) -> GradientSettings:
         """The settings that `recorded` wrote. Raises KeyError or TypeError if the record is something
         else."""
-        from rapidin.gradients.dropout import Thinning
+        from rapidin.gradients.dropout import DropoutMask
 
         sketch, gradient, text = record["sketch"], record["gradient"], record["text"]
         dropout = gradient.get("dropout")
@@ -195,7 +195,7 @@ class GradientSettings(Settings):
             exclude=tuple(gradient["exclude"]),
             loss=gradient["loss"],
             preconditioner=config,
-            dropout=Thinning(**dropout) if dropout else None,
+            dropout=DropoutMask(**dropout) if dropout else None,
             projection=sketch["projection"],
             width=sketch["width"],
             seed=sketch["seed"],

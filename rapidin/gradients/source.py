@@ -13,17 +13,17 @@ from torch import Tensor
 
 from rapidin.data.encoding import Encoded, Encoder, Status
 from rapidin.errors import UserError
+from rapidin.gradients.adam import Moments
 from rapidin.gradients.batch import Batch
 from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
 from rapidin.gradients.collector import GradientSketcher
-from rapidin.gradients.kfac import FactorMoments
-from rapidin.gradients.load import DEFAULT_AT, LoadedModel
+from rapidin.gradients.kfac import FactorMoments, kfac_scales
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import coverage, find_targets
+from rapidin.gradients.path import DEFAULT_AT
 from rapidin.gradients.preconditioner import (
-    Moments,
     Preconditioner,
     PreconditionerConfig,
-    kfac_scales,
 )
 from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
 from rapidin.ops.transfer import Download, upload
@@ -74,7 +74,7 @@ class GradientSource:
             max_length=self.settings.max_length,
             too_long=settings.too_long,
         )
-        self._set_preconditioner(config.made)
+        self._set_preconditioner(config.fitted)
         if loaded.sharded and (names := self.sketcher.needs_weights):
             raise UserError(
                 f"the gradient of '{names[0]}' needs the whole parameter in one process",
@@ -141,7 +141,7 @@ class GradientSource:
     def at(self, number: int) -> Iterator[None]:
         """The model at one of `points`, by its number, as gradients are taken of it."""
         dropout = self.settings.dropout
-        mask = nullcontext() if dropout is None else dropout.over(self.loaded.model, self.targets)
+        mask = nullcontext() if dropout is None else dropout.applied(self.loaded.model, self.targets)
         with self.loaded.path.at(self.points[number]), mask:
             yield
 

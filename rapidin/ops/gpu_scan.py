@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rapidin.ops.lifetimes import kept
 from rapidin.ops.packed import Packed, packed_bytes
+from rapidin.ops.reference.packed import BITS, GROUP, PER_BYTE
 
 TOP, BOTTOM = 1, 2  # which ends are wanted, as bits
 LONGEST = 1024  # places of a ranking that one pass over the rows fills
@@ -23,9 +24,7 @@ QUERIES = 256  # that one pass takes
 CHUNK_BYTES = 64 << 20  # of the sums over several parts, for one chunk of rows
 MAX_ROWS = 2**31 - 1  # a key has 31 bits for the row's index
 
-NUMBERS = {"int8": 1, "int4": 2, "sign": 8}  # a byte
 LIMITS = {"int8": 4095, "int4": 127, "sign": 127}  # of an integer query
-_GROUP = 64  # bytes
 _LONGEST_BLOCK = 1 << 16  # numbers whose products with queries' digits are summed in 32 bits
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
@@ -322,17 +321,17 @@ def _places_of_bytes(width: int, dtype: str) -> Tensor:
 
 def numbers_of_bytes(width: int, dtype: str) -> Tensor:
     """-> [planes, bytes] int64 on the CPU: which number of a row each byte's plane holds, -1 for none."""
-    planes = NUMBERS[dtype]
+    planes = PER_BYTE[dtype]
     byte = torch.arange(packed_bytes(width, dtype), device="cpu")  # type: ignore[arg-type]
-    begin = byte // _GROUP * _GROUP * planes
-    in_group = (width - begin).clamp_max(_GROUP * planes)
+    begin = byte // GROUP * GROUP * planes
+    in_group = (width - begin).clamp_max(GROUP * planes)
     size = (in_group + planes - 1) // planes
-    place = torch.arange(planes, device="cpu")[:, None] * size + byte % _GROUP
+    place = torch.arange(planes, device="cpu")[:, None] * size + byte % GROUP
     return (begin + place).where(place < in_group, -1)
 
 
 # Of a step: its bytes are others than the last one's; it is its block's first, its last.
-NEW_GROUP, BEGINS, ENDS = 1, 2, 4
+NEWGROUP, BEGINS, ENDS = 1, 2, 4
 
 
 def steps_of_blocks(
@@ -351,8 +350,8 @@ def steps_of_blocks(
         for first in range(begin, end, _LONGEST_BLOCK)
     ]
     places = numbers_of_bytes(width, dtype)
-    places = torch.nn.functional.pad(places, (0, -places.shape[1] % _GROUP), value=-1)
-    flat = places.view(len(places), -1, _GROUP).transpose(0, 1).reshape(-1, _GROUP)  # [groups * planes, 64]
+    places = torch.nn.functional.pad(places, (0, -places.shape[1] % GROUP), value=-1)
+    flat = places.view(len(places), -1, GROUP).transpose(0, 1).reshape(-1, GROUP)  # [groups * planes, 64]
     # Planes are numbers in a row, and so are pieces: a step begins where either does.
     planes = torch.nonzero(flat[:, 0] >= 0).flatten()
     first = flat[planes, 0]
@@ -362,13 +361,13 @@ def steps_of_blocks(
     piece = torch.searchsorted(begins, edges, right=True) - 1
     number = flat[plane]
     inside = (number >= edges[:, None]) & (number < ends[piece, None])
-    group, bit = plane // NUMBERS[dtype], plane % NUMBERS[dtype] * (8 // NUMBERS[dtype])
+    group, bit = plane // PER_BYTE[dtype], plane % PER_BYTE[dtype] * BITS[dtype]
     change = torch.ones(len(edges) + 1, dtype=torch.bool, device="cpu")
     new_group = change[:-1].clone()
     new_group[1:] = group[1:] != group[:-1]
     change[1:-1] = piece[1:] != piece[:-1]
-    flags = NEW_GROUP * new_group.long() + BEGINS * change[:-1].long() + ENDS * change[1:].long()
-    steps = torch.stack([group * _GROUP, bit << 8 | flags, blocks[piece], piece], 1)
+    flags = NEWGROUP * new_group.long() + BEGINS * change[:-1].long() + ENDS * change[1:].long()
+    steps = torch.stack([group * GROUP, bit << 8 | flags, blocks[piece], piece], 1)
     return number.where(inside, -1).int(), steps.int().contiguous(), pieces
 
 

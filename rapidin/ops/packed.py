@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
 from rapidin.ops.backends import find
 from rapidin.ops.checks import SKETCHED, check_tensor
-
-PackedDtype = Literal["int8", "int4", "sign"]
-
-_NUMBERS = {"int8": 1, "int4": 2, "sign": 8}  # a byte
-_GROUP = 64  # bytes
+from rapidin.ops.reference.packed import BITS as BITS
+from rapidin.ops.reference.packed import GROUP, PER_BYTE
+from rapidin.ops.reference.packed import PackedDtype as PackedDtype
 
 
 @dataclass(frozen=True)
@@ -58,12 +55,12 @@ class Packed:
 
 def packed_bytes(width: int, dtype: PackedDtype) -> int:
     """The bytes of a row of `width` numbers. Raises ValueError on an unknown dtype or a negative width."""
-    if dtype not in _NUMBERS:
-        raise ValueError(f"packed dtype must be one of {', '.join(get_args(PackedDtype))}, got {dtype!r}")
+    if dtype not in BITS:
+        raise ValueError(f"packed dtype must be one of {', '.join(BITS)}, got {dtype!r}")
     if width < 0:
         raise ValueError(f"width must not be negative, got {width}")
-    groups, rest = divmod(width, _GROUP * _NUMBERS[dtype])
-    return groups * _GROUP + -(-rest // _NUMBERS[dtype])
+    groups, rest = divmod(width, GROUP * PER_BYTE[dtype])
+    return groups * GROUP + -(-rest // PER_BYTE[dtype])
 
 
 def pack(x: Tensor, dtype: PackedDtype, *, backend: str | None = None) -> Packed:

@@ -1,4 +1,4 @@
-"""What a query gives: the hits of each generation, as a list with a view in notebooks."""
+"""`Results`: the results of a query as a list, with rows for a table and a view in notebooks."""
 
 from __future__ import annotations
 
@@ -10,29 +10,29 @@ from rapidin.results.types import QueryResult
 
 
 class Results(list[QueryResult]):
-    """What a query gives: the hits of each generation, as a list with a view in notebooks."""
+    """The results of a query, one per generation: a list that notebooks show as the HTML page."""
 
     def __init__(self, results: Sequence[QueryResult] = ()) -> None:
         super().__init__(results)
 
     def _repr_html_(self) -> str:
-        """The view in notebooks: the page of `rapidin.results.html`, in a frame."""
+        """The view in notebooks: the page of `rapidin.results.html` in a frame."""
         return _notebook(self)
 
     def to_list(self) -> list[dict[str, Any]]:
-        """All hits, a flat dict each, of the same keys for all.
+        """All hits as flat dicts with the same keys.
 
         query: number of the generation, from 0; side: "helpful" for the top of a ranking, "harmful" for its
         bottom; rank, index, row, score, error, first_rank, last_rank, tied, estimate, copies (how many
         others are folded into it) as in `Hit`; for each baseline its "<name> score" and "<name> rank";
-        asked, answered: the generation; and the example's fields, as "example.<field>". None where something
-        is not known.
+        asked, answered: the generation; and the example's fields, as "example.<field>". A value that is not
+        known is None.
         """
         hits = [
             (number, result, side, hit)
             for number, result in enumerate(self)
-            for side, found in (("helpful", result.top), ("harmful", result.bottom))
-            for hit in found
+            for side, ranking in (("helpful", result.top), ("harmful", result.bottom))
+            for hit in ranking
         ]
         baselines = dict.fromkeys(name for *_, hit in hits for name in hit.standings)
         fields = dict.fromkeys(name for *_, hit in hits for name in hit.example or {})
@@ -63,7 +63,7 @@ class Results(list[QueryResult]):
         ]
 
     def to_pandas(self) -> Any:
-        """`to_list` as a pandas DataFrame, a row a hit. UserError where pandas is not installed."""
+        """`to_list` as a pandas DataFrame, one row per hit. Raises UserError if pandas is not installed."""
         return needs("pandas", "to_pandas()", "notebook").DataFrame(self.to_list())
 
 

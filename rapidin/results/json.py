@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def results_json(results: Iterable[QueryResult]) -> str:
-    """All queries as one JSON object, in ASCII; a score that is no finite number becomes null."""
+    """All queries as one JSON object, in ASCII; a number that is not finite becomes null."""
     return json.dumps({"queries": [_finite(result.to_json()) for result in results]}, indent=1, default=str)
 
 
@@ -20,5 +20,5 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(part) for key, part in value.items()}
-    return [_finite(part) for part in value] if isinstance(value, list | tuple) else value
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,7 +1,7 @@
-"""What a person sees: hits as a table, a cache in a few lines, progress; and JSON for programs.
+"""Results on a terminal: the generation, tables of hits, of parts and of groups, and notes on their signs.
 
-Texts come from data and models and are never trusted: rich markup in them is not interpreted, and control
-characters and escape sequences are shown, not sent to the terminal.
+Texts of data and models are untrusted: rich markup in them is not interpreted, and control characters and
+escape sequences are shown as text instead of sent to the terminal.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from rapidin.results.text import (
     error_text,
     escaped,
     one_line,
+    overlap_text,
     scale_text,
     score_text,
     shorten,
@@ -40,23 +41,23 @@ _COMPLETION_LINES = 6
 
 
 def make_console(file: TextIO) -> Console:
-    """A console that writes plain text where `file` is no terminal or NO_COLOR is set."""
-    made = _Console(file=file, highlight=False, markup=False, emoji=False)
-    if made.no_color or not made.is_terminal:
-        made = _Console(file=file, highlight=False, markup=False, emoji=False, color_system=None)
-    return made
+    """A console that writes plain text if `file` is not a terminal or NO_COLOR is set."""
+    console = _Console(file=file, highlight=False, markup=False, emoji=False)
+    if console.no_color or not console.is_terminal:
+        console = _Console(file=file, highlight=False, markup=False, emoji=False, color_system=None)
+    return console
 
 
 class _Console(Console):
     def on_broken_pipe(self) -> None:
-        raise  # the command line decides what a closed pipe means
+        raise  # the command line handles a closed pipe
 
 
 class _Example:
     """A training example on one line of any width: prompt, arrow, completion, both shortened."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
-        self.prompt, self.completion = (one_line(part) for part in record_parts(record))
+        self.prompt, self.completion = (one_line(text) for text in record_parts(record))
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(20, max(20, cell_len(self.prompt) + 4 + cell_len(self.completion)))
@@ -68,7 +69,7 @@ class _Example:
             yield Text(shorten(self.prompt or self.completion, width, ellipsis), no_wrap=True)
             return
         room = width - len(arrow)
-        # Each side has half of the room, and what the other leaves of its half.
+        # Each side gets half of the room, and what the other does not use of its half.
         first = max(room // 2, room - cell_len(self.completion))
         second = max(room - room // 2, room - cell_len(self.prompt))
         yield Text.assemble(
@@ -79,34 +80,31 @@ class _Example:
         )
 
 
-# ------------------------------------------------------------------------------------------------- hits
-
-
 def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> RenderableType:
     """Every query with its most helpful and most harmful training examples, and what the scores mean.
 
-    width: of the terminal, which decides how much of a long prompt or completion is shown.
+    width: of the terminal; it limits how much of a long prompt or completion is shown.
     """
-    parts: list[RenderableType] = []
+    report: list[RenderableType] = []
     for number, result in enumerate(results, 1):
         if len(results) > 1:
             title = Text(f"Query {number} of {len(results)}", style="bold underline")
-            parts.append(Padding(title, (int(number > 1), 0, 0, 0)))
-        parts.append(_generation(result, width))
+            report.append(Padding(title, (int(number > 1), 0, 0, 0)))
+        report.append(_generation(result, width))
         if not result.top:
-            parts.append(Text("\nNo example in the cache has a sketch, so there are no hits.\n"))
+            report.append(Text("\nNo example in the cache has a sketch, so there are no hits.\n"))
             continue
         bounded = result.bounded
         if result.targets:
-            parts.append(targets_table(result, bounded=bounded))
-        parts.append(hits_table("Most helpful", result.top, bounded=bounded))
-        parts.append(hits_table("Most harmful", result.bottom, bounded=bounded))
+            report.append(targets_table(result, bounded=bounded))
+        report.append(hits_table("Most helpful", result.top, bounded=bounded))
+        report.append(hits_table("Most harmful", result.bottom, bounded=bounded))
         if result.by is not None:
-            parts.append(_Groups(result.by, result.groups))
+            report.append(_Groups(result.by, result.groups))
     if results:
-        parts.append(Text(f"\n{MEANING}\nThe score is {scale_text(results[0])}.", style="dim"))
-        parts.append(_Notes(results))
-    return Group(*parts)
+        report.append(Text(f"\n{MEANING}\nThe score is {scale_text(results[0])}.", style="dim"))
+        report.append(_Notes(results))
+    return Group(*report)
 
 
 def _generation(result: QueryResult, width: int) -> RenderableType:
@@ -122,12 +120,12 @@ def _generation(result: QueryResult, width: int) -> RenderableType:
     completion = Text(shorten_middle(one_line(result.completion), room * _COMPLETION_LINES), style="cyan")
     grid.add_row("Completion", shaded(result) or completion)
     if result.generated:
-        grid.add_row("", Text("(written by the model just now)", style="dim"))
+        grid.add_row("", Text("(generated)", style="dim"))
     return grid
 
 
 def _titled(title: str, *, expand: bool = False) -> Table:
-    """A table without columns yet, as all below a title are."""
+    """A table with a title and no columns yet, in the style of all tables of a report."""
     return Table(
         box=SIMPLE_HEAD,
         pad_edge=False,
@@ -140,55 +138,56 @@ def _titled(title: str, *, expand: bool = False) -> Table:
     )
 
 
-def _ink(score: float) -> str:
-    """The style of a helpful score, or of a harmful one."""
+def _color(score: float) -> str:
+    """The style of a score: green if helpful, red if harmful."""
     return "green" if score > 0 else "red" if score < 0 else ""
 
 
-_SHADES = {  # backgrounds with an ink that can be read on them, from weak to strong
+_SHADES = {  # background colors from weak to strong, each with a readable text color
     1: ("black on #d9e8f6", "black on #a9cbea", "black on #6fa8dc", "white on #2f6fb0"),
     -1: ("black on #fbe3d3", "black on #f6bd96", "black on #ee9357", "white on #b4541a"),
 }
 
 
 def shaded(result: QueryResult) -> Text | None:
-    """The completion, each token shaded by its influence; None where not each was asked about."""
-    places = [target.places for target in result.targets]
-    if not places or places != [(n,) for n in range(len(result.pieces))]:
+    """The completion, each token shaded by its influence; None unless each token is a target."""
+    positions = [target.positions for target in result.targets]
+    if not positions or positions != [(n,) for n in range(len(result.pieces))]:
         return None
     most = max(abs(target.influence) for target in result.targets)
     text = Text()
     for piece, target in zip(result.pieces, result.targets, strict=True):
         share = abs(target.influence) / most if most else 0.0
         shades = _SHADES[1 if target.influence > 0 else -1]
-        # The eye is to tell a tenth of the strongest from nothing.
+        # The square root makes a tenth of the strongest visible.
         step = math.ceil(len(shades) * math.sqrt(share) - 0.5)
         text.append(escaped(piece), style=shades[step - 1] if step > 0 else "")
     return text
 
 
-_MOST_TARGETS = 12
+_MAX_TARGETS = 12
 
 
 def targets_table(result: QueryResult, *, bounded: bool) -> RenderableType:
-    """The parts of a generation, the most influential of them where there are many: what each brings to the
-    scores of the most helpful examples, and the example that it comes from most."""
-    strongest = sorted(result.targets, key=lambda target: (-abs(target.influence), target.places))
-    chosen = set(map(id, strongest[:_MOST_TARGETS]))
-    shown = [target for target in result.targets if id(target) in chosen]
+    """The parts of a generation, or the most influential of many: the influence of each (its part of the
+    scores
+    of the most helpful examples), and its own most helpful example."""
+    strongest = sorted(result.targets, key=lambda target: (-abs(target.influence), target.positions))
+    largest = set(map(id, strongest[:_MAX_TARGETS]))
+    shown = [target for target in result.targets if id(target) in largest]
     title = "Parts of the completion"
     if len(shown) < len(result.targets):
         title += f", the {len(shown)} most influential of {len(result.targets):,}"
     total = sum(hit.score for hit in result.top) / max(1, len(result.top))
     table = _titled(title)
     table.add_column("part", no_wrap=True, max_width=32)
-    for name in ("influence", "share", "best index", "its score"):
+    for name in ("influence", "share", "best index", "best score"):
         table.add_column(name, justify="right", no_wrap=True)
     for target in shown:
         best = target.top[0] if target.top else None
         table.add_row(
             shorten(one_line(target.text) or repr(target.text), 32),
-            Text(score_text(target.influence, bounded), style=_ink(target.influence)),
+            Text(score_text(target.influence, bounded), style=_color(target.influence)),
             f"{target.influence / total:.0%}" if total else "",
             "" if best is None else str(best.index),
             "" if best is None else score_text(best.score, bounded),
@@ -196,18 +195,18 @@ def targets_table(result: QueryResult, *, bounded: bool) -> RenderableType:
     return Padding(table, (1, 0, 0, 0))
 
 
-_MOST_WORDS = 5
+_MAX_WORDS = 5
 
 
 def words_text(hit: Hit) -> str:
-    """The words that contribute most to a hit's score, with their shares in it."""
+    """The words that contribute most to a hit's score, with their shares of it."""
     assert hit.tokens is not None
-    # Of many tokens each has its part, so the same word's places count together.
+    # The contributions of all occurrences of a word are added up.
     total: dict[str, float] = {}
     for word, value in hit.tokens.words():
         total[word] = total.get(word, 0.0) + value
     sign = -1 if hit.score < 0 else 1
-    best = sorted(total.items(), key=lambda item: -sign * item[1])[:_MOST_WORDS]
+    best = sorted(total.items(), key=lambda item: -sign * item[1])[:_MAX_WORDS]
     return ", ".join(
         f"{one_line(word)} {value / hit.score:.0%}" for word, value in best if value * hit.score > 0
     )
@@ -218,7 +217,8 @@ def hits_table(title: str, hits: Sequence[Hit], *, bounded: bool) -> RenderableT
     return Padding(_Hits(title, hits, bounded), (1, 0, 0, 0))
 
 
-_ROOM_FOR_ERRORS, _ROOM_FOR_MORE = 60, 80  # cells of a terminal
+# The terminal widths from which errors, and copies and baselines, have a column.
+_WIDTH_FOR_ERRORS, _WIDTH_FOR_MORE = 60, 80
 
 
 class _Hits:
@@ -229,27 +229,32 @@ class _Hits:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         hits, signs = self._hits, _signs(options)
-        wide = options.max_width >= _ROOM_FOR_MORE
-        sure = options.max_width >= _ROOM_FOR_ERRORS and any(hit.error is not None for hit in hits)
+        wide = options.max_width >= _WIDTH_FOR_MORE
+        with_errors = options.max_width >= _WIDTH_FOR_ERRORS and any(hit.error is not None for hit in hits)
         columns: dict[str, list[str]] = {
             "rank": [f"{signs['tied'] if hit.tied else ''}{hit.rank}" for hit in hits],
-            "score": [score_text(hit.score, self._bounded) for hit in hits],
+            "score": self._scores(signs["error"] if with_errors else None),
+            "index": [str(hit.index) for hit in hits],
         }
-        if sure:
-            errors = [error_text(hit.error, self._bounded) for hit in hits]
-            longest = max(map(len, errors))
-            columns["score"] = [
-                f"{score} {signs['error']} {error.rjust(longest)}" if error else f"{score}{'':{longest + 3}}"
-                for score, error in zip(columns["score"], errors, strict=True)
-            ]
-        columns["index"] = [str(hit.index) for hit in hits]
         if wide and any(hit.copies for hit in hits):
             counts = [1 + len(hit.copies) + hit.copies_more for hit in hits]
-            columns["alike"] = [f"{signs['times']}{count:,}" if count > 1 else "" for count in counts]
+            columns["copies"] = [f"{signs['times']}{count:,}" if count > 1 else "" for count in counts]
         for name in dict.fromkeys(name for hit in hits for name in hit.standings) if wide else ():
             ranks = [hit.standings[name].rank if name in hit.standings else None for hit in hits]
             columns["\n".join(one_line(name).split())] = ["" if r is None else f"#{r:,}" for r in ranks]
         yield self._table(columns)
+
+    def _scores(self, sign: str | None) -> list[str]:
+        """The scores of all hits, with errors after `sign` unless that is None."""
+        scores = [score_text(hit.score, self._bounded) for hit in self._hits]
+        if sign is None:
+            return scores
+        errors = [error_text(hit.error, self._bounded) for hit in self._hits]
+        longest = max(map(len, errors))
+        return [
+            f"{score} {sign} {error.rjust(longest)}" if error else f"{score}{'':{longest + 3}}"
+            for score, error in zip(scores, errors, strict=True)
+        ]
 
     def _table(self, columns: Mapping[str, Sequence[str]]) -> Table:
         shown = any(hit.example is not None for hit in self._hits)
@@ -265,19 +270,19 @@ class _Hits:
                 words = Text(f"by {words_text(hit)}", style="dim", no_wrap=True, overflow="ellipsis")
                 example = [Group(*example, words)]
             rank, score, *others = cells
-            table.add_row(rank, Text(score, style=_ink(hit.score)), *others, *example)
+            table.add_row(rank, Text(score, style=_color(hit.score)), *others, *example)
         return table
 
 
 def _signs(options: ConsoleOptions) -> dict[str, str]:
-    """What stands for a few words in a table."""
+    """The signs in tables, in ASCII if the terminal has no more."""
     if options.ascii_only:
         return {"tied": "~", "error": "+/-", "times": "x", "bar": "#"}
     return {"tied": "≈", "error": "±", "times": "×", "bar": "█"}
 
 
 class _Notes:
-    """What the signs in the tables of these results mean."""
+    """The meaning of the signs in the tables of these results, and the overlap with baselines."""
 
     def __init__(self, results: Sequence[QueryResult]) -> None:
         self._results = results
@@ -285,44 +290,43 @@ class _Notes:
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
         hits = [hit for result in self._results for hit in (*result.top, *result.bottom)]
         signs, notes = _signs(options), []
-        wide = options.max_width >= _ROOM_FOR_MORE
-        if options.max_width >= _ROOM_FOR_ERRORS and any(hit.error is not None for hit in hits):
+        wide = options.max_width >= _WIDTH_FOR_MORE
+        if options.max_width >= _WIDTH_FOR_ERRORS and any(hit.error is not None for hit in hits):
             notes.append(f"{signs['error']} is the standard error of the sketch's estimate.")
         if any(hit.tied for hit in hits):
-            notes.append(f"{signs['tied']}: the sketch cannot tell this one from the one before it.")
+            notes.append(f"{signs['tied']}: tied with the previous hit, within error.")
         if wide and any(hit.copies for hit in hits):
-            notes.append(f"{signs['times']}3: three examples that say the same, the first of them shown.")
+            notes.append(f"{signs['times']}3: three examples with the same text, of which the best is shown.")
         for number, result in enumerate(self._results, 1):
-            where = f"Query {number}: of" if len(self._results) > 1 else "Of"
+            prefix = f"Query {number}: " if len(self._results) > 1 else ""
             for name, count in result.overlaps.items():
-                best = len(result.top)
-                notes.append(f"{where} the top {best}, {one_line(name)} has {count} among its own {best}.")
+                notes.append(f"{prefix}{overlap_text(one_line(name), count, len(result.top))}.")
         if notes:
             yield Text("\n".join(notes), style="dim")
 
 
-_MOST_GROUPS = 12
+_MAX_GROUPS = 12
 
 
 class _Groups:
-    """The values of a column with the sums of their scores, and bars for their shares."""
+    """The values of a column with the sums of their scores, and bars for their shares of all scores."""
 
     def __init__(self, by: str, groups: Sequence[ByColumn]) -> None:
         self._by, self._groups = by, groups
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
-        largest = sorted(self._groups, key=lambda g: (-max(g.helpful, g.harmful), g.value))[:_MOST_GROUPS]
-        chosen = set(map(id, largest))
+        largest = sorted(self._groups, key=lambda g: (-max(g.helpful, g.harmful), g.value))[:_MAX_GROUPS]
+        shown = set(map(id, largest))
         ellipsis = "..." if options.ascii_only else "…"
-        title = f"By {shorten(one_line(self._by), 24, ellipsis)}"
-        if len(chosen) < len(self._groups):
-            title += f", the {len(chosen)} with the largest shares of {len(self._groups):,}"
+        title = f"By column: {shorten(one_line(self._by), 24, ellipsis)}"
+        if len(shown) < len(self._groups):
+            title += f", the {len(shown)} with the largest shares of {len(self._groups):,}"
         bar = _signs(options)["bar"]
-        wide = options.max_width >= _ROOM_FOR_MORE
+        wide = options.max_width >= _WIDTH_FOR_MORE
         cells = 6 if wide else 0
 
-        def share(part: float) -> str:
-            return f"{bar * round(part * cells):>{cells}} {part:>4.0%}".lstrip() if part else ""
+        def bar_of(share: float) -> str:
+            return f"{bar * round(share * cells):>{cells}} {share:>4.0%}".lstrip() if share else ""
 
         table = _titled(title)
         room = 20 if wide else 10
@@ -330,19 +334,13 @@ class _Groups:
         for name in ("examples", *(("sum", "mean") if wide else ()), "helpful", "harmful"):
             table.add_column(name, justify="right", no_wrap=True, overflow="crop")
         for group in self._groups:
-            if id(group) not in chosen:
+            if id(group) not in shown:
                 continue
             table.add_row(
                 shorten(one_line(group.value) or repr(group.value), room, ellipsis),
                 f"{group.count:,}",
                 *((f"{group.total:+.3g}", f"{group.total / max(1, group.count):+.2g}") if wide else ()),
-                Text(share(group.helpful), style="green"),
-                Text(share(group.harmful), style="red"),
+                Text(bar_of(group.helpful), style="green"),
+                Text(bar_of(group.harmful), style="red"),
             )
         yield Padding(table, (1, 0, 0, 0))
-
-
-# ------------------------------------------------------------------------------------------------ cache
-
-
-# --------------------------------------------------------------------------------------------- progress

@@ -1,5 +1,5 @@
-"""Texts that nobody vouches for, on one line and without characters that act on a terminal; scores and sizes
-as text."""
+"""Texts of data and models on one line and without characters that act on a terminal; and scores, sizes and
+times as text."""
 
 from __future__ import annotations
 
@@ -12,50 +12,31 @@ if TYPE_CHECKING:
     from rapidin.results.types import QueryResult
 
 
-MEANING = (
-    "Positive: training on the example made this generation more likely (helpful). "
-    "Negative: it made it less likely (harmful)."
-)
+# --------------------------------------------------------------------------------------- untrusted texts
 
+# Characters that never reach a terminal or page: control characters, lone surrogates, line separators, and
+# the marks and overrides that reorder text.
+CONTROL = "\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
+# Characters without a width, and tag characters, which can spell words that only a model reads: a page shows
+# them too. Joiners are not among them, since scripts and emoji need them.
+INVISIBLE = "\xad\u200b\u2060-\u2064\ufeff\U000e0000-\U000e007f"
 
-SCALES = {
-    "layer": "the mean over the layers of the cosine between the two loss gradients, from -1 to 1",
-    "cosine": "the cosine between the two loss gradients, from -1 to 1",
-    "none": (
-        "the dot product of the two loss gradients: to first order, how far one training step on the example "
-        "lowers the generation's loss, per unit of learning rate"
-    ),
-}
-
-
-METHODS = {
-    "datainf": "the inner product, under DataInf's inverse Hessian,",
-    "fisher": "the inner product, under the damped inverse of each layer's second moment,",
-}
-
-
-# Control characters, half characters, line separators, and the marks and overrides that reorder text.
-STEERING = "\x00-\x1f\x7f-\x9f\ud800-\udfff\u2028\u2029\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069"
-
-
-_STEERING = re.compile(f"[{STEERING}]")
+_CONTROL = re.compile(f"[{CONTROL}]")
+_BREAKS = str.maketrans("\t\n\r", "   ")
 
 
 def one_line(text: str) -> str:
-    """The text on one line: runs of white space become a space, what could steer a terminal an escape."""
+    """The text on one line: runs of white space become a space, control characters an escape."""
     return escaped(" ".join(text.split()))
 
 
 def escaped(text: str) -> str:
-    """The text with line breaks and tabs as spaces, and an escape for what could steer a terminal."""
-    return _STEERING.sub(escape, text.translate(_BREAKS))
-
-
-_BREAKS = str.maketrans("\t\n\r", "   ")
+    """The text with line breaks and tabs as spaces, and control characters as escapes."""
+    return _CONTROL.sub(escape, text.translate(_BREAKS))
 
 
 def escape(match: re.Match[str]) -> str:
-    """A character that must not act, as the escape by which Python writes it."""
+    """The character of a match as the escape that Python writes for it."""
     code = ord(match[0])
     if code > 0xFFFF:
         return f"\\U{code:08x}"
@@ -63,14 +44,14 @@ def escape(match: re.Match[str]) -> str:
 
 
 def shorten(text: str, cells: int, ellipsis: str = "…") -> str:
-    """The text cut at the end to at most so many terminal cells."""
+    """The text cut at the end to at most `cells` terminal cells."""
     if cell_len(text) <= cells:
         return text
     return set_cell_size(text, max(0, cells - cell_len(ellipsis))).rstrip() + ellipsis
 
 
 def shorten_middle(text: str, cells: int) -> str:
-    """The text with its middle left out, in at most so many terminal cells."""
+    """The text without its middle, in at most `cells` terminal cells."""
     if cell_len(text) <= cells:
         return text
     half = max(0, cells - len(" ... ")) // 2
@@ -78,28 +59,57 @@ def shorten_middle(text: str, cells: int) -> str:
     return f"{head.rstrip()} ... {tail.lstrip()}"
 
 
+# ---------------------------------------------------------------------------------- what the scores mean
+
+MEANING = (
+    "Positive: training on the example made this generation more likely (helpful). "
+    "Negative: it made it less likely (harmful)."
+)
+
+_SCALES = {
+    "layer": "the mean over the layers of the cosine between the two loss gradients, from -1 to 1",
+    "cosine": "the cosine between the two loss gradients, from -1 to 1",
+    "none": (
+        "the dot product of the two loss gradients: to first order, how far one training step on the example "
+        "lowers the generation's loss, per unit of learning rate"
+    ),
+}
+_METHODS = {
+    "datainf": "the inner product, under DataInf's inverse Hessian,",
+    "fisher": "the inner product, under the damped inverse of each layer's second moment,",
+}
+_VECTORS = {
+    "layer": "gradients of length 1 in each layer",
+    "cosine": "gradients of length 1",
+    "none": "gradients",
+}
+
+
 def scale_text(result: QueryResult) -> str:
-    """What its scores are, as the end of a sentence."""
+    """What the result's scores are, as the end of a sentence."""
     if result.method == "dot":
-        return SCALES[result.normalize]
-    vectors = {
-        "layer": "gradients of length 1 in each layer",
-        "cosine": "gradients of length 1",
-        "none": "gradients",
-    }
-    of = f"of the two loss {vectors[result.normalize]}"
-    return f"{METHODS[result.method]} {of}: only the order means something"
+        return _SCALES[result.normalize]
+    vectors = f"of the two loss {_VECTORS[result.normalize]}"
+    return f"{_METHODS[result.method]} {vectors}: only the order is meaningful"
+
+
+def overlap_text(name: str, count: int, hits: int) -> str:
+    """How many of the top hits a baseline has in its own top."""
+    return f"{count:,} of the {hits:,} most helpful hits are also in the top {hits:,} of {name}"
+
+
+# --------------------------------------------------------------------------------------------- numbers
 
 
 def error_text(error: float | None, bounded: bool) -> str:
-    """A standard error, "" for none: four decimals where the scale is -1 to 1, else two digits."""
+    """A standard error, "" for None: four decimals if the scale is -1 to 1, otherwise two digits."""
     if error is None:
         return ""
     return f"{error:.4f}" if bounded else f"{error:.1e}"
 
 
 def score_text(score: float, bounded: bool) -> str:
-    """A score with its sign: four decimals where the scale is -1 to 1, else four digits."""
+    """A score with its sign: four decimals if the scale is -1 to 1, otherwise four digits."""
     return f"{score:+.4f}" if bounded else f"{score:+.3e}"
 
 
@@ -113,7 +123,7 @@ def bytes_text(number: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Seconds as a person says them: 25 ms, 4.5 s, 45 s, 3:20 min, 2:05 h."""
+    """Seconds as 25 ms, 4.5 s, 45 s, 3:20 min or 2:05 h."""
     if seconds < 0.95:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 100:

@@ -1,4 +1,4 @@
-"""Hits: training examples with their scores, in order, and what is known of each."""
+"""The results of a query: hits (training examples with scores, in order) and what is known about each."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ if TYPE_CHECKING:
 class Tokens:
     """What each token of a training example contributes to a score.
 
-    pieces: the tokens' texts, which together are the text that the model read; counts: whether the loss of
-    predicting a token counts; contributions: [T], of the position where the model reads a token: what its
-    layers' gradients there bring, whichever tokens' losses they come from; they sum to the score.
-    by_target: [targets, T] float32, the same for each target of the query, where there are targets.
+    pieces: the tokens' texts, which concatenated are the text that the model read; counts: whether the loss
+    of predicting a token counts; contributions: [T], of the position where the model reads a token: the part
+    of the score from the gradients of its layers at this position, whichever tokens' losses they come from.
+    They sum to the score. by_target: [targets, T] float32, the same for each target of the query, if it has
+    any.
     """
 
     pieces: tuple[str, ...]
@@ -27,11 +28,11 @@ class Tokens:
     by_target: NDArray[np.float32] | None = None
 
     def words(self) -> list[tuple[str, float]]:
-        """Words between white space, with what their tokens contribute together, in the order of the text."""
+        """Words separated by white space, each with the sum of its tokens' contributions, in text order."""
         return join_words(self.pieces, self.contributions)
 
     def to_json(self) -> dict[str, Any]:
-        """Texts and contributions; `by_target`, which is large, is left out."""
+        """Texts and contributions, without `by_target`, which is large."""
         return {
             "text": list(self.pieces),
             "counts": list(self.counts),
@@ -40,8 +41,9 @@ class Tokens:
 
 
 def join_words(pieces: Sequence[str], values: Sequence[float]) -> list[tuple[str, float]]:
-    """Pieces [T] of a text as words, with the sums of their values [T]; white space alone belongs to the word
-    after it."""
+    """Joins the pieces [T] of a text to words, each with the sum of its values [T]. A piece of white space
+    alone
+    belongs to the word after it."""
     words: list[tuple[str, float]] = []
     text, total = "", 0.0
     for piece, value in zip(pieces, values, strict=True):
@@ -54,7 +56,7 @@ def join_words(pieces: Sequence[str], values: Sequence[float]) -> list[tuple[str
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where a hit stands in another ranking of all training examples. score: there; rank: from 1."""
+    """A hit's score and rank (from 1) in another ranking of all training examples, that of a baseline."""
 
     score: float
     rank: int
@@ -65,15 +67,15 @@ class Hit:
     """A training example with its score.
 
     rank: from 1; index: its line number in the training data, from 0; row: its row in the cache; score: its
-    influence on the generation, positive for helpful and negative for harmful; example: the record, where
-    the data is at hand.
+    influence on the generation, positive for helpful and negative for harmful; example: the record, if the
+    data is available.
 
-    Where they are known: error: the score's standard error (`rapidin.attribution.score_errors`); ranks: the
-    first and the last rank that it could have by the errors; tied: the sketch cannot tell it from the hit
-    before it; estimate: the score in the cache, where `score` is of exact gradients; copies: line numbers of
-    examples that say the same and are folded into this hit, and copies_more: how many more there are;
-    targets: the parts of the query's targets in the score; layers: what each layer brings to it; tokens: what
-    each of the example's tokens brings; standings: by name, where a baseline ranks it.
+    If known: error: the score's standard error (`rapidin.attribution.score_errors`); ranks: the lowest and
+    the highest rank that the hit could have, given the errors; tied: the score equals that of the previous
+    hit within error; estimate: the score from the cache, if `score` is from exact gradients; copies: line
+    numbers of duplicates that are folded into this hit, and copies_more: how many more there are; targets:
+    the parts of the score that come from the query's targets; layers: the part of each layer; tokens: the
+    contribution of each of the example's tokens; standings: score and rank by the name of a baseline.
     """
 
     rank: int
@@ -93,7 +95,7 @@ class Hit:
     standings: Mapping[str, Standing] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """rank, index, score, and what else is known."""
+        """Rank, index and score, and whatever else is known."""
         value: dict[str, Any] = {"rank": self.rank, "index": self.index, "score": self.score}
         if self.error is not None:
             value["error"] = self.error
@@ -120,29 +122,30 @@ class Hit:
 
 @dataclass(frozen=True, slots=True)
 class TargetResult:
-    """A part of a generation that was asked about by itself: a token, a hot word, a span.
+    """A part of a generation with scores of its own: a token, a hot word, a span.
 
-    text: what it says; places: its tokens, as places in `QueryResult.pieces`; influence: its part in the
-    scores of the generation's own most helpful hits, their mean; top, bottom: the hits of this part alone.
-    Scores are parts of the generation's: those of all its tokens sum to the generation's score.
+    text: the text of its tokens; positions: indices of its tokens in `QueryResult.pieces`; influence: its
+    part of the scores of the generation's most helpful hits, their mean; top, bottom: the hits of this part
+    alone. Scores are parts of the generation's: those of all its tokens sum to the generation's score.
     """
 
     text: str
-    places: tuple[int, ...]
+    positions: tuple[int, ...]
     influence: float
     top: list[Hit]
     bottom: list[Hit]
 
     def to_json(self) -> dict[str, Any]:
-        """As it stands in the JSON of a query; of its hits the places and scores alone, since there may be
-        very many."""
+        """The target in the JSON of a query. Its hits have rank, index and score only, since there may be
+        very
+        many."""
 
         def brief(hits: list[Hit]) -> list[dict[str, Any]]:
             return [{"rank": hit.rank, "index": hit.index, "score": hit.score} for hit in hits]
 
         return {
             "text": self.text,
-            "places": list(self.places),
+            "places": list(self.positions),
             "influence": self.influence,
             "top": brief(self.top),
             "bottom": brief(self.bottom),
@@ -151,22 +154,22 @@ class TargetResult:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How the scores of all training examples lie. edges: [bins + 1], ascending; counts: [bins]."""
+    """Histogram of the scores of all training examples. edges: [bins + 1], ascending; counts: [bins]."""
 
     edges: tuple[float, ...]
     counts: tuple[int, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """Edges and counts."""
+        """Its edges and counts."""
         return {"edges": list(self.edges), "counts": list(self.counts)}
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """The training examples that have one value in a column.
+    """The training examples with the same value in a column.
 
-    value: as text; count: how many have it; total: the sum of their scores; helpful, harmful: their share in
-    the sum of all positive scores, and of all negative ones, from 0 to 1.
+    value: as text; count: how many examples have it; total: the sum of their scores; helpful, harmful: their
+    share of the sum of all positive scores, and of all negative ones, from 0 to 1.
     """
 
     value: str
@@ -176,7 +179,7 @@ class Group:
     harmful: float
 
     def to_json(self) -> dict[str, Any]:
-        """With the mean score besides."""
+        """Its fields and the mean score."""
         return {
             "value": self.value,
             "count": self.count,
@@ -191,17 +194,17 @@ class Group:
 class QueryResult:
     """The hits of one generation.
 
-    prompt, completion: its text; generated: whether the model wrote the completion just now; top: most
-    helpful first; bottom: most harmful first; normalize, method: what the scores are
-    (`rapidin.attribution.methods`); seconds: time by stage, of the whole call; together: how many generations
-    these are the hits of, as one target set, else 0.
+    prompt, completion: its text; generated: whether the model wrote the completion for this query; top: most
+    helpful first; bottom: most harmful first; normalize, method: the scale of the scores
+    (`rapidin.attribution.methods`); seconds: time by stage, of the whole call; together: the number of
+    generations if the hits are those of several as one target set, otherwise 0.
 
-    Where they were asked for: exact: scores are of exact gradients; pieces: texts of the tokens that count;
-    targets: parts of the generation, each with hits of its own; layers: names of the layers that
-    `Hit.layers` speaks of; histogram: of all scores; by: a column of the training data, and groups: what each
-    of its values brings, largest total first; examples: how many training examples were scored; overlaps: by
-    the name of a baseline, how many of the top hits are in its own top as well; missing: hot words that the
-    completion does not say.
+    If requested: exact: whether scores are from exact gradients; pieces: texts of the tokens that count;
+    targets: parts of the generation, each with hits of its own; layers: names of the layers in `Hit.layers`;
+    histogram: of all scores; by: a column of the training data, and groups: its values with the sums of their
+    scores, largest total first; examples: how many training examples were scored; overlaps: by the name of a
+    baseline, how many of the top hits are in its top of the same length; missing: hot words that the
+    completion does not contain.
     """
 
     prompt: str
@@ -224,16 +227,16 @@ class QueryResult:
     overlaps: Mapping[str, int] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
 
-    # Set by `rapidin.results.collection`, which knows the page; this module does not.
+    # Set by `rapidin.results.collection`, since this module cannot import the page, which imports it.
     notebook: ClassVar[Callable[[Sequence[QueryResult]], str] | None] = None
 
     @property
     def bounded(self) -> bool:
-        """Whether scores lie between -1 and 1."""
+        """Whether scores are between -1 and 1."""
         return self.method == "dot" and self.normalize != "none"
 
     def _repr_html_(self) -> str | None:
-        """The view in notebooks; None, for the plain text, where nothing has set `notebook`."""
+        """The view in notebooks; None (plain text) if `notebook` is not set."""
         return None if QueryResult.notebook is None else QueryResult.notebook([self])
 
     def to_json(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How true are scores from few bytes? Sketches and codes against exact gradient products on a real model.
+"""How accurate are scores from few bytes? Sketches and codes against exact gradients on a real model.
 
     python studies/fidelity/collect.py MODEL --out STUDY ...                        the data, once
     python studies/fidelity/fidelity.py judge STUDY --out studies/fidelity/NAME.json    every code and seed
@@ -42,8 +42,15 @@ from torch import Tensor
 
 from rapidin import ops
 from rapidin.cache import Cache
-from rapidin.cache.codec import Format, PackedCode, fit, head_for, learn, row_bytes_besides
-from rapidin.cache.codec.code import Basis
+from rapidin.cache.codec import (
+    ROW_OVERHEAD,
+    Basis,
+    CodecConfig,
+    PackedCodec,
+    fit_shape,
+    learn_basis,
+    shared_size,
+)
 from rapidin.errors import UserError
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
@@ -175,23 +182,23 @@ def by_layer(queries: Tensor, rows: Tensor) -> Tensor:
 
 def bytes_of_floats(numbers: int, layers: int) -> int:
     """A row in float16, with a length a layer in float32."""
-    return 2 * numbers + 4 * layers + row_bytes_besides
+    return 2 * numbers + 4 * layers + ROW_OVERHEAD
 
 
-def build(wanted: Format, sketches: Sketches, seed: int, head: int | None = None) -> PackedCode | None:
+def build(wanted: CodecConfig, sketches: Sketches, seed: int, head: int | None = None) -> PackedCodec | None:
     """The code that a cache would use, or one with another head; None where the budget has room for none."""
     layers = sketches.scored.shape[1]
     try:
-        head = head_for(wanted, layers) if head is None else head
-        learnt = learn(sketches.sample, head) if wanted.sample else None
-        shape = fit(wanted, layers, sketches.width, learnt)
+        head = shared_size(wanted, layers) if head is None else head
+        learnt = learn_basis(sketches.sample, head) if wanted.sample else None
+        shape = fit_shape(wanted, layers, sketches.width, learnt)
     except UserError:
         return None
     basis = None if learnt is None else Basis.of(learnt, shape, sketches.sample_length, seed).rounded()
-    return PackedCode(shape, sketches.width, seed, basis)
+    return PackedCodec(shape, sketches.width, seed, basis)
 
 
-def encode(code: PackedCode, x: Sketches) -> dict[str, Tensor]:
+def encode(code: PackedCodec, x: Sketches) -> dict[str, Tensor]:
     """The fields of all scored texts."""
     pairs = zip(x.scored.split(CHUNK), x.scored_length.split(CHUNK), strict=True)
     pieces = [code.encode(*pair) for pair in pairs]
@@ -253,35 +260,38 @@ class Judge:
         queries = self.study.queries
         return scores(by_layer(x.scored[queries], rows), x.scored_length[queries], lengths)
 
-    def decoded_scores(self, code: PackedCode, fields: dict[str, Tensor], x: Sketches) -> dict[str, Scores]:
+    def decoded_scores(self, code: PackedCodec, fields: dict[str, Tensor], x: Sketches) -> dict[str, Scores]:
         queries, n = self.study.queries, len(x.scored)
         asked, found = x.scored[queries], []
         for i in range(0, n, CHUNK):
             found.append(by_layer(asked, code.decode({k: v[i : i + CHUNK] for k, v in fields.items()})))
         return scores(torch.cat(found, 1), x.scored_length[queries], code.lengths(fields))
 
-    def packed(self, name: str, wanted: Format, x: Sketches, seed: int) -> PackedCode | None:
+    def packed(self, name: str, wanted: CodecConfig, x: Sketches, seed: int) -> PackedCodec | None:
         code = build(wanted, x, seed)
         if code is None:
             return None
         fields = encode(code, x)
         got = self.decoded_scores(code, fields, x)
-        size = code.row_bytes + row_bytes_besides
+        size = code.row_bytes + ROW_OVERHEAD
         shape = code.shape
         about = {
-            "seed": seed, "width": x.width, "dtype": wanted.dtype, "budget": wanted.bytes, "head": shape.head,
-            "tail": sum(shape.tail), "rest": sum(shape.rest), "length_bits": shape.length_bits,
-            "rest_weight": round(float(code.basis.rest_weight), 4),
+            "seed": seed, "width": x.width, "dtype": wanted.dtype, "budget": wanted.bytes,
+            "head": shape.shared,
+            "tail": sum(shape.per_layer), "rest": sum(shape.residual), "length_bits": shape.length_bits,
+            "rest_weight": round(float(code.basis.residual_weight), 4),
         }  # fmt: skip
         self.keep(name, size, got, **about)
-        if shape.head and wanted.bytes == FINE and name == "learnt":
+        if shape.shared and wanted.bytes == FINE and name == "learnt":
             zeroed = {**fields, "scale": fields["scale"] * torch.tensor([1.0, 0.0, 0.0]).half()}
             got = self.decoded_scores(code, zeroed, x)
-            size = shape.head + 2 + 4 + row_bytes_besides
-            self.keep("head alone", size, {"layer": got["layer"]}, seed=seed, width=x.width, head=shape.head)
+            size = shape.shared + 2 + 4 + ROW_OVERHEAD
+            self.keep(
+                "head alone", size, {"layer": got["layer"]}, seed=seed, width=x.width, head=shape.shared
+            )
         return code
 
-    def two_passes(self, x: Sketches, coarse: PackedCode, fine: PackedCode, seed: int) -> None:
+    def two_passes(self, x: Sketches, coarse: PackedCodec, fine: PackedCodec, seed: int) -> None:
         """Is the best 10 of the fine code among what a coarse one puts first?"""
         vectors = x.scored[self.study.queries] / self.study.layers
         whole = parts(fine, vectors, x)
@@ -337,9 +347,7 @@ class Judge:
                 )  # its own product is exact, as for ours
                 bits[study.length_scored == 0] = 0
                 got = scores(by_layer(queries, bits), study.length_query, study.length_scored)
-                size = (
-                    numbers // 8 + study.layers * 3 + row_bytes_besides
-                )  # a float16 scale, a byte of length
+                size = numbers // 8 + study.layers * 3 + ROW_OVERHEAD  # a float16 scale, a byte of length
                 self.keep("double-sided, 1 bit", size, got, side=kept)
             kept *= 2
 
@@ -352,12 +360,12 @@ class Judge:
         del whole
         if first:
             for budget in self.budgets:
-                self.packed("nothing learnt", Format("sign", budget), x, seed)
+                self.packed("nothing learnt", CodecConfig("sign", budget), x, seed)
             for dtype in ("int8", "int4", "sign"):
-                self.packed("all numbers", Format(dtype), x, seed)
+                self.packed("all numbers", CodecConfig(dtype), x, seed)
             self.save()
         codes = {
-            budget: self.packed("learnt", Format("sign", budget, len(x.sample)), x, seed)
+            budget: self.packed("learnt", CodecConfig("sign", budget, len(x.sample)), x, seed)
             for budget in self.budgets
         }
         coarse, fine = codes.get(COARSE), codes.get(FINE)
@@ -373,11 +381,11 @@ class Judge:
             whole.sample[chosen], whole.sample_length[chosen], whole.scored, whole.scored_length
         ).folded(width)
         for budget in self.budgets:
-            self.packed("learnt from Alpaca", Format("sign", budget, len(part.sample)), part, seed)
+            self.packed("learnt from Alpaca", CodecConfig("sign", budget, len(part.sample)), part, seed)
         self.save()
 
 
-def parts(code: PackedCode, vectors: Tensor, x: Sketches) -> dict[str, Scores]:
+def parts(code: PackedCodec, vectors: Tensor, x: Sketches) -> dict[str, Scores]:
     """What each part of a code adds to the layer-normalised scores, as a scan would find it."""
     fields = encode(code, x)
     prepared = code.prepare(vectors)
@@ -385,7 +393,7 @@ def parts(code: PackedCode, vectors: Tensor, x: Sketches) -> dict[str, Scores]:
     assert plan.scales is None
     found: dict[str, Scores] = {}
     start = 0
-    for name, part in zip(code.parts(fields), plan.parts, strict=True):
+    for name, part in zip(code.packed_parts(fields), plan.parts, strict=True):
         assert isinstance(part, ops.Packed)
         queries, rows = plan.queries[:, start : start + part.width], ops.unpack(part)
         found[name] = (queries @ rows.T).double().numpy()
@@ -442,10 +450,10 @@ def of_head(
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     taught, others = order[:sample], order[sample:]
     x = Sketches(rows[taught], lengths[taught], rows, lengths)
-    code = build(Format("sign", size, sample), x, seed, head)
+    code = build(CodecConfig("sign", size, sample), x, seed, head)
     assert code is not None
     fields = encode(code, x)
-    asked = others[:100]
+    asked = others[:100]  # as queries
     queries = rows[asked].flatten(1)
     exact, got = (queries @ each.flatten(1).T for each in (rows, code.decode(fields)))
     found = []
@@ -739,14 +747,14 @@ def main() -> None:
     judging = commands.add_parser("judge", help="every code on the data of a study")
     judging.add_argument("study", type=Path)
     judging.add_argument("--budgets", default="256,1024,2048,8192,16384", help="bytes an example")
-    judging.add_argument("--width", type=int, default=512, help="of the sketches that are packed")
+    judging.add_argument("--width", type=int, default=512, help="dimension of the sketches that are packed")
     judging.add_argument("--threads", type=int, default=1)
     judging.add_argument("--out", type=Path)
     judging.set_defaults(command=judge)
     sizing = commands.add_parser("heads", help="a code of a float cache's rows, by the size of its head")
     sizing.add_argument("caches", type=Path, nargs="+")
     sizing.add_argument("--heads", default="83,166,247,384")
-    sizing.add_argument("--sample", type=int, default=690, help="rows that the code learns from")
+    sizing.add_argument("--sample", type=int, default=690, help="number of rows that the code learns from")
     sizing.add_argument("--bytes", type=int, default=FINE)
     sizing.add_argument("--seeds", type=int, default=2)
     sizing.add_argument("--threads", type=int, default=1)
@@ -754,7 +762,7 @@ def main() -> None:
     reporting = commands.add_parser("report", help="tables and plots from the results")
     reporting.add_argument("results", type=Path, nargs="+")
     reporting.add_argument(
-        "--out", type=Path, required=True, help="folder of fidelity.md, whose tables are made anew"
+        "--out", type=Path, required=True, help="folder of fidelity.md, whose tables are rewritten"
     )
     reporting.set_defaults(command=report)
     args = parser.parse_args()

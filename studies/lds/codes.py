@@ -1,4 +1,4 @@
-"""LDS of scores from few bytes: do the codes of a cache foretell retraining as well as exact gradients do?
+"""LDS of scores from few bytes: do a cache's stored rows predict retraining as well as exact gradients?
 
     python studies/lds/codes.py [--extra FOLDER] [--out FILE.json]
 
@@ -29,8 +29,15 @@ from scoring import Grams, dot, fisher
 from torch import Tensor, nn
 
 from rapidin import ops
-from rapidin.cache.codec import Format, PackedCode, fit, head_for, learn, row_bytes_besides
-from rapidin.cache.codec.code import Basis
+from rapidin.cache.codec import (
+    ROW_OVERHEAD,
+    Basis,
+    CodecConfig,
+    PackedCodec,
+    fit_shape,
+    learn_basis,
+    shared_size,
+)
 from rapidin.errors import UserError
 from rapidin.gradients.parameters import block_seed
 
@@ -64,7 +71,7 @@ class Judge:
 
 def floats(numbers: int, lengths: int) -> int:
     """Bytes of a row in float16, its lengths in float32."""
-    return 2 * numbers + 4 * lengths + row_bytes_besides
+    return 2 * numbers + 4 * lengths + ROW_OVERHEAD
 
 
 def sketches(group: list[Tensor], layers: Mapping[str, nn.Linear], width: int, seed: int) -> Tensor:
@@ -81,14 +88,14 @@ def folded(sketch: Tensor, width: int) -> Tensor:
     return sketch.unflatten(2, (-1, width)).sum(2)
 
 
-def coded(units: Tensor, lengths: Tensor, rows: Tensor | None, wanted: Format, seed: int) -> PackedCode:
+def coded(units: Tensor, lengths: Tensor, rows: Tensor | None, wanted: CodecConfig, seed: int) -> PackedCodec:
     """The code of a cache of blocks [n, blocks, width] with these lengths [n, blocks], which learns from some
     of its rows, or from none."""
     blocks, width = units.shape[1:]
-    learnt = None if rows is None else learn(units[rows], head_for(wanted, blocks))
-    shape = fit(wanted, blocks, width, learnt)
+    learnt = None if rows is None else learn_basis(units[rows], shared_size(wanted, blocks))
+    shape = fit_shape(wanted, blocks, width, learnt)
     basis = None if learnt is None else Basis.of(learnt, shape, lengths[rows], seed).rounded()
-    return PackedCode(shape, width, seed, basis)
+    return PackedCodec(shape, width, seed, basis)
 
 
 def packed(
@@ -102,16 +109,14 @@ def packed(
         last = None
         for budget in BUDGETS:
             try:
-                code = coded(train, lengths, rows, Format("sign", budget), seed)
+                code = coded(train, lengths, rows, CodecConfig("sign", budget), seed)
             except UserError:
                 continue
             if code.shape == last:  # the budget is more than one bit for each number
                 continue
             last = code.shape
             decoded = code.decode(code.encode(train, lengths))
-            judge.keep(
-                truth, name, code.row_bytes + row_bytes_besides, decoded, test, seed=seed, budget=budget
-            )
+            judge.keep(truth, name, code.row_bytes + ROW_OVERHEAD, decoded, test, seed=seed, budget=budget)
 
 
 def to_bins(x: Tensor, bins: Tensor, signs: Tensor, count: int) -> Tensor:
@@ -133,8 +138,8 @@ def shuffle_and_sum(x: Tensor, count: int, seed: int) -> Tensor:
     numbers = len(x)
     place = torch.arange(numbers)
     side = next(s for s in range(int(numbers**0.5), 0, -1) if numbers % s == 0)
-    for turn in range(SHUFFLES):
-        matrix = place.view(side if turn % 2 else numbers // side // 4, -1)
+    for shuffle in range(SHUFFLES):
+        matrix = place.view(side if shuffle % 2 else numbers // side // 4, -1)
         matrix = matrix[torch.randperm(matrix.shape[0], generator=generator)]
         place = matrix[:, torch.randperm(matrix.shape[1], generator=generator)].flatten()
     bins = torch.empty(numbers, dtype=torch.int64)
@@ -161,7 +166,7 @@ def whole_projections(judge: Judge, truth: RetrainedSet, train: Tensor, test: Te
 
     both = torch.cat((train, test))
     n, most = len(train), numbers(DENSE)
-    turned = both.T.contiguous()
+    columns = both.T.contiguous()
     drawn = dense(both, most, seed)
     for budget in BUDGETS:
         count = numbers(budget)
@@ -169,7 +174,7 @@ def whole_projections(judge: Judge, truth: RetrainedSet, train: Tensor, test: Te
         if count <= most:
             keep("dense projection", size, drawn[:n, :count], drawn[n:, :count], budget)
         for name, way in (("sparse JL", sparse), ("shuffle and sum", shuffle_and_sum)):
-            made = way(turned, count, seed)
+            made = way(columns, count, seed)
             keep(name, size, made[:n], made[n:], budget)
 
 
@@ -224,7 +229,7 @@ def main() -> None:
         train, test = (gradients(truth, model, ids) for ids in truth.texts())
         whole = [torch.cat([F.normalize(g) for g in group], 1) for group in (train, test)]
         named = judged(truth, Grams.of(train, test).normalized("layer"))
-        size = 4 * whole[0].shape[1] + row_bytes_besides
+        size = 4 * whole[0].shape[1] + ROW_OVERHEAD
         judge.results.append({"set": folder.name, "code": "exact", "bytes": size, **named})
         print(folder.name, "exact", named, flush=True)
         for seed in map(int, args.seeds.split(",")):

@@ -21,9 +21,8 @@ import torch
 from torch import Tensor
 
 from rapidin import ops
-from rapidin.gradients.kfac import SideMoment, Spectrum
+from rapidin.gradients.kfac import SideMoment, Spectrum, kfac_scale
 from rapidin.gradients.preconditioner import DAMPING, EXPONENT, RANK
-from rapidin.gradients.scale import Scale
 from rapidin.ops import tables
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
@@ -83,7 +82,7 @@ def factors(massive: tuple[int, ...]) -> Factors:
         moment.add(x)
         spectrum = moment.spectrum(SAMPLED)
         assert isinstance(spectrum, Spectrum)
-        low_rank = Scale.of_spectra((spectrum, spectrum), (n, n), EXPONENT, DAMPING).column_directions
+        low_rank = kfac_scale((spectrum, spectrum), (n, n), EXPONENT, DAMPING).column_low_rank
         assert low_rank is not None
         low_ranks.append(low_rank)
         sides.append(x[: BATCH * TOKENS].view(BATCH, TOKENS, n).bfloat16())

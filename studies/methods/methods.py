@@ -1,9 +1,8 @@
-"""Which method, normalisation, points, damping and preconditioner foretell retraining best? From two
-kilobytes too?
+"""Which method, normalisation, points, damping and preconditioner predict retraining best, also from 2 KB?
 
     python studies/methods/methods.py [--extra FOLDER] [--parts exact,codes,peers,kfac,ways] --out FILE.json
 
-Parts, each for every set; a part of a set that FILE already has is not done again.
+Parts, each for every set; a part of a set that FILE already has is not repeated.
 
 `exact`: gradients of the blocks' twelve matrices, through their Gram matrices, so without approximation.
 Points of the line from the base to the tuned model, and real checkpoints of the same tuning done again; each
@@ -52,11 +51,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from rapidin.cache.codec import Format, row_bytes_besides
-from rapidin.gradients.kfac import FactorMoments
+from rapidin.cache.codec import ROW_OVERHEAD, CodecConfig
+from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.parameters import Target, Use
 from rapidin.gradients.preconditioner import DAMPING as SIDE_DAMPING
-from rapidin.gradients.preconditioner import EXPONENT, RANK, kfac_scales
+from rapidin.gradients.preconditioner import EXPONENT, RANK
 from rapidin.gradients.scale import Scale
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "lds"))
@@ -310,9 +309,9 @@ def codes_of(
     chosen = {"nothing": None, "half": half, "all": torch.arange(len(rows))}
     for name in learn_from:
         sample = chosen[name]
-        code = coded(rows, lengths, sample, Format("sign", budget), seed)
+        code = coded(rows, lengths, sample, CodecConfig("sign", budget), seed)
         decoded = code.decode(code.encode(rows, lengths))
-        yield name, code.row_bytes + row_bytes_besides, of_rows(decoded, unit(test))
+        yield name, code.row_bytes + ROW_OVERHEAD, of_rows(decoded, unit(test))
 
 
 class Gathered:

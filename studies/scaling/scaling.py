@@ -3,7 +3,7 @@
     python studies/scaling/scaling.py measure    # 10^4 to 10^7 rows: studies/scaling/cpu.json
     python studies/scaling/scaling.py            # docs/scaling.md's tables from it; --write puts them there
 
-What is measured and what is assumed is said in the tables' own words; nothing here has run on a GPU.
+The tables say what is measured and what is assumed; nothing here has run on a GPU.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BLOCKS, WIDTH, BYTES = 210, 512, 256  # of the caches that are measured
 
 @dataclass(frozen=True)
 class Measured:
-    """What one machine said, one thread. scan: (rows, seconds to open the cache, of one query's scan from
+    """Measured on one thread of one machine. scan: (rows, seconds to open the cache, of one query's scan from
     memory, of reading all rows' lengths, as `fisher` does); fisher: seconds of all its passes over 10,000
     rows, from which on they read no more; manifest_bytes: of a shard's entry; the rest in seconds: to write
     and to read a manifest of 16,384 shards, to write a shard of 16 MiB to disk, to find a text's place, to
@@ -57,7 +57,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What no machine here can say. A GPU does `flops` operations a second on a model of `parameters`, four
+    """What is assumed, not measured. A GPU does `flops` operations a second on a model of `parameters`, four
     for each and token (forward, and backward to the inputs); an example has `tokens` and `text` bytes;
     `example` bytes of it are kept; a node of `gpus` reads `disk` bytes a second from where the cache is, a
     GPU `memory` from its own; `gpu_bytes` of a GPU's memory are free for rows."""
@@ -100,9 +100,9 @@ class Outlook:
 
 def outlook(examples: int, gpus: int, measured: Measured, assumed: Assumed) -> Outlook:
     """What the model says of so many examples on so many GPUs."""
-    from rapidin.cache.build import MOST_SHARDS
+    from rapidin.cache.build import MAX_SHARDS
 
-    shard_rows = max(min(8192, max(1024, examples // 128)), examples // MOST_SHARDS)
+    shard_rows = max(min(8192, max(1024, examples // 128)), examples // MAX_SHARDS)
     shards = -(-examples // shard_rows)
     rounds = -(-shards // gpus)  # whoever takes the last shard is waited for
     making = rounds * min(shard_rows, examples) / assumed.rate
@@ -213,7 +213,7 @@ its memory, {_bytes(assumed.gpu_bytes)} of it for rows; {_bytes(assumed.disk)}/s
 
 
 def best(run: Callable[[], Any], times: int = 3) -> float:
-    """Seconds of the quickest of some runs."""
+    """Seconds of the fastest of some runs."""
     taken = []
     for _ in range(times):
         start = time.perf_counter()
@@ -233,13 +233,15 @@ def measure(folder: Path, sizes: Sequence[int]) -> Measured:
     from rapidin.attribution.methods.moment import squares
     from rapidin.attribution.scan import CacheScan, scan_cache
     from rapidin.cache import Cache, Manifest, codec
-    from rapidin.cache.manifest import Shard, replace_file, shard_name
+    from rapidin.cache.manifest import Shard
+    from rapidin.cache.names import shard_name
     from rapidin.data.examples import open_examples
+    from rapidin.files import replace_file
 
     scan, passes, manifest = [], 0.0, None
     query = torch.randn(1, BLOCKS, WIDTH, generator=torch.Generator().manual_seed(0))
     for rows in sizes:
-        write_cache(folder / "cache", BLOCKS, WIDTH, rows, codec.Format("sign", BYTES), shards=None)
+        write_cache(folder / "cache", BLOCKS, WIDTH, rows, codec.CodecConfig("sign", BYTES), shards=None)
         opened = best(lambda: Cache(folder / "cache"))
         cache = Cache(folder / "cache")
         manifest = cache.manifest

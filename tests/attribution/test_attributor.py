@@ -13,7 +13,7 @@ from tiny import records, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.generate import generations_of
 from rapidin.cache import Cache
-from rapidin.cache.build import Progress
+from rapidin.cache.progress import Progress
 from rapidin.data.encoding import Status
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch
@@ -249,7 +249,7 @@ def test_a_cache_of_another_model_seed_or_tokenizer_is_refused(attributor: Attri
         with pytest.raises(UserError) as error:
             other.query(cache, [("a", "b")])
         assert words in str(error.value)
-    with pytest.raises(UserError, match=r"seed: 0 there, 1 here"):
+    with pytest.raises(UserError, match=r"seed: 0 in the cache, 1 requested"):
         Attributor(attributor.loaded, width=64, seed=1).cache(records(), cache.path)
     with pytest.raises(UserError, match="from other data"):
         attributor.cache(records(30, seed=9), cache.path, shard_rows=7)
@@ -298,7 +298,7 @@ def test_rapidgrad_estimates_the_layer_normalised_score(tmp_path: Path) -> None:
         ({"projection": "round"}, "use one of tensor, flat, rapidgrad"),
         ({"loss": "max"}, "use mean or sum"),
         ({"max_length": 4096}, "context of 128"),
-        ({"include": ["nothing_like_it"]}, "no parameter's name fits"),
+        ({"include": ["nothing_like_it"]}, "no parameter's name matches"),
         ({"exclude": ["*"]}, "no parameter is left"),
         ({"projection": "flat", "width": 100}, "multiple of 128"),
     ],

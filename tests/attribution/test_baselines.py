@@ -11,7 +11,7 @@ from tiny import tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution import baselines
 from rapidin.errors import UserError
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.results.types import Hit, QueryResult
 
 FOX = "The quick brown fox jumps over the lazy dog. "

@@ -19,7 +19,7 @@ from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.cache import Cache, Manifest
 from rapidin.cli import main
 from rapidin.errors import UserError
-from rapidin.gradients.dropout import Thinning
+from rapidin.gradients.dropout import DropoutMask
 
 QUERIES = records(3, seed=9)
 HEAD = '{"format": "rapidin-ensemble", "version": 1, '
@@ -43,8 +43,8 @@ def members(tmp_path_factory: pytest.TempPathFactory) -> list[Member]:
 
 
 def alone(member: Member, normalize: Any, method: Any = "dot") -> torch.Tensor:
-    assert member.attributor is not None
-    return member.attributor.scores(member.path, QUERIES, normalize=normalize, method=method).double()
+    assert member.source is not None
+    return Attributor(member.source).scores(member.path, QUERIES, normalize=normalize, method=method).double()
 
 
 @pytest.mark.parametrize("method", ["dot", "fisher"])
@@ -143,7 +143,7 @@ def test_a_thinned_model_is_another_model_for_all_texts_alike(tmp_path: Path) ->
     model, tokenizer = tiny_lora(tiny_llama()), tiny_tokenizer()
     found = []
     for seed in (0, 0, 1):
-        attributor = Attributor(model, tokenizer, width=64, dropout=Thinning(0.3, seed))
+        attributor = Attributor(model, tokenizer, width=64, dropout=DropoutMask(0.3, seed))
         found.append(sketch_generations(attributor.source, generations_of(attributor.source, QUERIES)))
         alone = sketch_generations(attributor.source, generations_of(attributor.source, QUERIES[1:2]))
         assert float((alone[0] - found[-1][1]).norm() / alone.norm()) < 1e-4
@@ -160,15 +160,15 @@ def test_a_thinned_model_is_another_model_for_all_texts_alike(tmp_path: Path) ->
         ),
     )
     with pytest.raises(UserError, match="dropout"):
-        Thinning(1.0, 0)
+        DropoutMask(1.0, 0)
 
 
 def test_the_manifest_says_the_mask_and_the_query_follows(tmp_path: Path) -> None:
     model, tokenizer = tiny_lora(tiny_llama()), tiny_tokenizer()
-    cache = Attributor(model, tokenizer, width=64, dropout=Thinning(0.3, 5)).cache(records(), tmp_path)
+    cache = Attributor(model, tokenizer, width=64, dropout=DropoutMask(0.3, 5)).cache(records(), tmp_path)
     assert cache.manifest.gradient["dropout"] == {"rate": 0.3, "seed": 5}
     again = Attributor.like(cache.manifest, model, tokenizer)
-    assert again.thinning == Thinning(0.3, 5)
+    assert again.settings.dropout == DropoutMask(0.3, 5)
     assert again.query(cache, records()[:1], top_k=1)[0].top[0].score == pytest.approx(1.0, abs=1e-3)
     with pytest.raises(UserError, match="other settings"):
         Attributor(model, tokenizer, width=64).query(cache, QUERIES)
@@ -297,4 +297,4 @@ def test_masks_are_caches_whose_mean_counts(run: Path, capsys: pytest.CaptureFix
     )
     assert "is a single cache" in capsys.readouterr().err
     assert main([*command, "--checkpoints", str(run / "trainer")]) == 2
-    assert "both --checkpoints and --masks" in capsys.readouterr().err
+    assert "--checkpoints and --masks do not go together" in capsys.readouterr().err

@@ -189,7 +189,13 @@ def test_the_command(
     ran = run(*ask, "--by", "source", "--fold", "--baselines", "--json", tmp_path / "hits.json")
     assert ran.code == 0, ran.err
     assert max(map(len, ran.out.splitlines())) <= 80
-    for words in ("±", "By source", "helpful", "BM25", "Of the top 4, hidden states has"):
+    for words in (
+        "±",
+        "By column: source",
+        "helpful",
+        "BM25",
+        "most helpful hits are also in the top 4 of hidden states",
+    ):
         assert words in ran.out
     (query,) = json.loads((tmp_path / "hits.json").read_text())["queries"]
     assert query["by"]["column"] == "source"

@@ -15,7 +15,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.groups import BINS, check_column, groups, groups_of, histogram
 from rapidin.cache import Cache
-from rapidin.data.examples import Files, open_examples
+from rapidin.data.examples import open_examples
+from rapidin.data.sources import Files
 from rapidin.errors import UserError
 
 

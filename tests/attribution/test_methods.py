@@ -152,7 +152,7 @@ def test_with_any_sketch_a_method_is_its_formula_on_the_sketches(
 def test_self_influence_is_the_diagonal(
     attributor: Attributor, cache: Cache, method: str, normalize: str
 ) -> None:
-    train = gradients(attributor, records())
+    train = gradients(fitted(attributor, cache), records())
     # A query is divided by the number of blocks, and so is an example's influence on itself.
     if method == "fisher":
         want = torch.stack(
@@ -175,7 +175,7 @@ def test_several_points_are_blocks_of_their_own(tmp_path: Path) -> None:
     got = attributor.scores(cache, QUERIES, method="fisher")
     want = torch.zeros_like(got, dtype=torch.float64)
     for point in (0.25, 0.75):
-        alone = Attributor(attributor.loaded, attributor.settings.replaced(at=point))
+        alone = Attributor(attributor.loaded, settings=attributor.settings.replaced(at=point))
         want += by_formula(
             gradients(alone, records()),
             gradients(alone, QUERIES),
@@ -330,7 +330,7 @@ def test_tiny_and_large_gradients_change_nothing(tmp_path: Path, method: Any) ->
         folder = tmp_path / f"times-{factor:g}"
         with CacheWriter(folder, manifest) as writer:
             for n, (_, part) in enumerate(made.shards()):
-                code = part.code | {"length": part.code["length"] * factor}
+                code = part.tensors | {"length": part.tensors["length"] * factor}
                 rows = Rows(code, part.index, part.status, part.truncated, part.record)
                 writer.write(n, rows, {"ok": len(part.index)})
         got = methods.prepare(query * factor, Cache(folder), method=method, normalize="none").vectors
@@ -346,7 +346,7 @@ def test_a_layer_without_gradient_adds_nothing(attributor: Attributor, cache: Ca
     with CacheWriter(tmp_path, manifest) as writer:
         shutil.copy(cache.path / "preconditioner.safetensors", tmp_path)
         for n, (_, part) in enumerate(cache.shards()):
-            sketch, length = part.code["sketch"].clone(), part.code["length"].clone()
+            sketch, length = part.tensors["sketch"].clone(), part.tensors["length"].clone()
             sketch[:, :128], length[:, 0] = 0, 0
             rows = Rows(
                 {"sketch": sketch, "length": length}, part.index, part.status, part.truncated, part.record

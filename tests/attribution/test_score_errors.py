@@ -97,7 +97,7 @@ def test_errors_are_those_against_exact_gradients(setting: str, tmp_path: Path) 
                     [attributor.source.encoder(record) for record in records] for records in (ASKED, ROWS)
                 )
                 exact = token_contributions.exact(
-                    attributor, asked, [1.0] * QUERIES, range(QUERIES), rows, normalize
+                    attributor.source, asked, [1.0] * QUERIES, range(QUERIES), rows, normalize
                 )
                 true[normalize] = torch.stack([positions.sum(1) for positions in exact], 1)
             scores, errors = measured(part, normalize)

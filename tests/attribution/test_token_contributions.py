@@ -196,7 +196,7 @@ def test_exact_scores_are_those_of_formed_gradients(
         (part,), (weight,) = asked.texts, asked.weights
         spanned = [weight * g for g in formed(attributor, part)]
         hit = result.top[0]
-        got = sum(hit.targets[place] for place in text.spans[0].places)
+        got = sum(hit.targets[place] for place in text.spans[0].positions)
         assert got == pytest.approx(exact_score(spanned, whole, rows[hit.row], normalize), abs=1e-4 * size)
     assert {stage for stage, _, _ in told} == {"exact gradients"}
     assert told[-1][1] >= told[-1][2] > 0

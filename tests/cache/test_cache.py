@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from small_caches import LAYERS, fill, manifest, rows
 
 from rapidin.cache import Cache, CacheWriter
-from rapidin.cache.codec import Format
+from rapidin.cache.codec import CodecConfig
 from rapidin.cache.layout import Block
 from rapidin.errors import UserError
 
@@ -31,7 +31,7 @@ def test_what_is_written_is_read(tmp_path: Path) -> None:
     assert cache.manifest.complete
     assert cache.layers == LAYERS
     assert cache.manifest.counts == {"ok": 10}
-    whole = torch.cat([rows(n, count).code["sketch"] for n, count in ((0, 4), (1, 4), (2, 2))]).float()
+    whole = torch.cat([rows(n, count).tensors["sketch"] for n, count in ((0, 4), (1, 4), (2, 2))]).float()
     assert torch.equal(cache.sketches(), whole)
     assert torch.equal(cache.sketches([9, 0, 4]), whole[[9, 0, 4]])
     assert cache.index([8]).tolist() == [8]
@@ -47,7 +47,7 @@ def test_shards_are_read_through_a_memory_map(tmp_path: Path) -> None:
     (_, part), *_ = Cache(tmp_path).shards()
     maps = Path("/proc/self/maps").read_text()
     assert "shard-000000.safetensors" in maps
-    assert part.code["sketch"].shape == (4, 16)
+    assert part.tensors["sketch"].shape == (4, 16)
 
 
 def test_a_stopped_writer_goes_on_and_ends_with_the_same_bytes(tmp_path: Path) -> None:
@@ -109,11 +109,11 @@ def test_an_altered_shard_is_named_by_verify(tmp_path: Path) -> None:
         ),
         (
             {"sketch": {"projection": "tensor", "width": 8, "seed": 1}},
-            "another sketch (seed: 0 there, 1 here)",
+            "another sketch (seed: 0 in the cache, 1 requested)",
         ),
         ({"gradient": {"at": [1.0]}}, "other gradients"),
         ({"data": {"path": "train.jsonl", "identity": "3"}}, "from other data"),
-        ({"code": Format("float32")}, "another code"),
+        ({"codec": CodecConfig("float32")}, "another codec"),
         ({"rows": 11}, "another number of examples"),
         ({"layers": [LAYERS[0], Block("c.weight", (5, 2), 0.5, 8, 8)]}, "other layers"),
     ],
@@ -187,8 +187,8 @@ def test_a_damaged_manifest_is_one_line(tmp_path: Path, text: str) -> None:
 def test_a_newer_format_is_refused(tmp_path: Path) -> None:
     fill(tmp_path)
     value = json.loads((tmp_path / "manifest.json").read_text())
-    (tmp_path / "manifest.json").write_text(json.dumps(value | {"version": 3}))
-    with pytest.raises(UserError, match="format version 3, this rapidin reads 2"):
+    (tmp_path / "manifest.json").write_text(json.dumps(value | {"version": 4}))
+    with pytest.raises(UserError, match="format version 4, this rapidin reads 3"):
         Cache(tmp_path)
 
 

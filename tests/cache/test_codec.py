@@ -13,16 +13,16 @@ from torch import Tensor
 
 from rapidin import ops
 from rapidin.cache.codec import (
+    ROW_OVERHEAD,
     Basis,
-    FloatCode,
-    Format,
-    PackedCode,
-    Shape,
-    fit,
-    head_for,
-    learn,
-    least_bytes,
-    row_bytes_besides,
+    CodecConfig,
+    FloatCodec,
+    PackedCodec,
+    RowShape,
+    fit_shape,
+    learn_basis,
+    min_row_bytes,
+    shared_size,
 )
 from rapidin.errors import UserError
 from rapidin.gradients.source import default_width
@@ -30,7 +30,7 @@ from rapidin.ops import turn
 
 
 def scores(
-    code: PackedCode | FloatCode, fields: dict[str, Tensor], y: Tensor, scales: Tensor | None = None
+    code: PackedCodec | FloatCodec, fields: dict[str, Tensor], y: Tensor, scales: Tensor | None = None
 ) -> Tensor:
     """[Q, n], by the scan."""
     plan = code.prepare(y).plan(fields, scales)
@@ -62,7 +62,7 @@ def test_the_turn_spreads_one_number_over_all() -> None:
 @pytest.mark.parametrize(("dtype", "error"), [("int8", 0.004), ("int4", 0.05), ("sign", 0.2)])
 def test_plain_codes_keep_products_within_their_error(dtype: str, error: float) -> None:
     x, y = examples(200, 1), examples(20, 2)
-    code = packed(Format(dtype))
+    code = packed(CodecConfig(dtype))
     fields = code.encode(x, lengths(200))
     exact = (y.flatten(1) @ x.flatten(1).T) / BLOCKS
     got = scores(code, fields, y / BLOCKS)
@@ -73,20 +73,21 @@ def test_plain_codes_keep_products_within_their_error(dtype: str, error: float) 
     torch.testing.assert_close(own, torch.ones(200), rtol=2e-3, atol=2e-2)
 
 
-@pytest.mark.parametrize("wanted", [Format("float16"), Format("float32")])
-def test_float_codes_keep_the_blocks(wanted: Format) -> None:
+@pytest.mark.parametrize("wanted", [CodecConfig("float16"), CodecConfig("float32")])
+def test_float_codes_keep_the_blocks(wanted: CodecConfig) -> None:
     x, length = examples(10, 1), lengths(10)
-    code = FloatCode(wanted.dtype, BLOCKS, WIDTH)
+    code = FloatCodec(wanted.dtype, BLOCKS, WIDTH)
     fields = code.encode(x, length)
     torch.testing.assert_close(code.decode(fields), x, rtol=1e-3, atol=1e-4)
     assert torch.equal(code.lengths(fields), length)
 
 
 @pytest.mark.parametrize(
-    "wanted", [Format("sign"), Format("int8"), Format("sign", 160, 64), Format("int4", 300, 64)]
+    "wanted",
+    [CodecConfig("sign"), CodecConfig("int8"), CodecConfig("sign", 160, 64), CodecConfig("int4", 300, 64)],
 )
 @pytest.mark.parametrize("normalize", ["layer", "none"])
-def test_the_scan_scores_what_the_code_decodes(wanted: Format, normalize: str) -> None:
+def test_the_scan_scores_what_the_code_decodes(wanted: CodecConfig, normalize: str) -> None:
     x, y, length = examples(60, 1), torch.randn(4, BLOCKS, WIDTH), lengths(60)
     code = packed(wanted, examples(wanted.sample, 5) if wanted.sample else None)
     fields = code.encode(x, length)
@@ -101,7 +102,7 @@ def test_lengths_in_bytes_and_in_half_bytes() -> None:
     length = lengths(50)
     length[3] = 0.0
     length[7, 2] = 0.0
-    for wanted, within in ((Format("sign"), 0.04), (Format("sign", 100, 64), 0.15)):
+    for wanted, within in ((CodecConfig("sign"), 0.04), (CodecConfig("sign", 100, 64), 0.15)):
         sample = examples(64, 5) if wanted.sample else None
         code = packed(wanted, sample)
         bits = 4 if wanted.sample else 8
@@ -115,7 +116,7 @@ def test_lengths_in_bytes_and_in_half_bytes() -> None:
 def test_a_block_without_gradient_adds_nothing() -> None:
     x, y, length = examples(20, 1), examples(3, 2), lengths(20)
     x[5, 2], length[5, 2] = 0.0, 0.0
-    code = packed(Format("sign"))
+    code = packed(CodecConfig("sign"))
     fields = code.encode(x, length)
     assert float(code.decode(fields)[5, 2].abs().max()) == 0.0
     without = y.clone()
@@ -131,20 +132,20 @@ def test_what_is_learnt_helps_and_a_stranger_is_outside() -> None:
     exact = y.flatten(1) @ x.flatten(1).T
     errors = {}
     for name, drawn in (("learnt", sample), ("plain", None)):
-        code = packed(Format("sign", 110, 256 if drawn is not None else 0), drawn)
-        assert code.row_bytes + row_bytes_besides <= 110
+        code = packed(CodecConfig("sign", 110, 256 if drawn is not None else 0), drawn)
+        assert code.row_bytes + ROW_OVERHEAD <= 110
         got = scores(code, code.encode(x, lengths(300)), y)
         errors[name] = float((got - exact).square().mean())
     assert errors["learnt"] < 0.5 * errors["plain"]
-    basis = packed(Format("sign", 110, 256), sample).basis
+    basis = packed(CodecConfig("sign", 110, 256), sample).basis
     strangers = unit(torch.randn(50, BLOCKS, WIDTH))
-    assert float(basis.outside(strangers).min()) > float(basis.outside(x).mean())
+    assert float(basis.unexplained(strangers).min()) > float(basis.unexplained(x).mean())
 
 
 def test_a_small_sample_and_one_without_variety_do_no_harm() -> None:
     x = examples(40, 1)
     for sample in (examples(4, 5), examples(1, 5).expand(16, -1, -1).clone()):
-        code = packed(Format("sign", 200, 16), sample)
+        code = packed(CodecConfig("sign", 200, 16), sample)
         got = scores(code, code.encode(x, lengths(40)), x)
         assert bool(got.isfinite().all())
 
@@ -152,49 +153,49 @@ def test_a_small_sample_and_one_without_variety_do_no_harm() -> None:
 @settings(max_examples=60, deadline=None)
 @given(
     dtype=st.sampled_from(["int8", "int4", "sign"]),
-    budget=st.integers(least_bytes(), 4000),
+    budget=st.integers(min_row_bytes(), 4000),
     blocks=st.integers(1, 20),
     width=st.sampled_from([16, 64, 256]),
 )
 def test_a_row_never_takes_more_than_its_budget(dtype: str, budget: int, blocks: int, width: int) -> None:
-    wanted = Format(dtype, budget)
+    wanted = CodecConfig(dtype, budget)
     try:
-        shape = fit(wanted, blocks, width, None)
+        shape = fit_shape(wanted, blocks, width, None)
     except UserError:
         assert budget < 200 + 12 * blocks
         return
-    code = PackedCode(shape, width, 0)
-    assert code.row_bytes + row_bytes_besides == shape.row_bytes <= budget
+    code = PackedCodec(shape, width, 0)
+    assert code.row_bytes + ROW_OVERHEAD == shape.row_bytes <= budget
     fields = code.encode(unit(torch.randn(3, blocks, width)), torch.ones(3, blocks))
-    for name, (kind, size) in code.fields().items():
+    for name, (kind, size) in code.tensor_specs().items():
         assert (fields[name].dtype, tuple(fields[name].shape)) == (kind, (3, *size))
 
 
 @pytest.mark.parametrize("budget", [110, 150, 256, 700, 3000])
 def test_a_learnt_row_keeps_to_its_budget_and_comes_back_from_disk(budget: int) -> None:
     sample = examples(64, 5)
-    learnt = learn(sample, 16)
-    shape = fit(Format("sign", budget, 64), BLOCKS, WIDTH, learnt)
+    learnt = learn_basis(sample, 16)
+    shape = fit_shape(CodecConfig("sign", budget, 64), BLOCKS, WIDTH, learnt)
     assert shape.row_bytes <= budget
-    assert all(t + r <= WIDTH for t, r in zip(shape.tail, shape.rest, strict=True))
+    assert all(t + r <= WIDTH for t, r in zip(shape.per_layer, shape.residual, strict=True))
     basis = Basis.of(learnt, shape, lengths(64), 3).rounded()
     again = Basis.of_tensors(basis.tensors(), shape, WIDTH)
     x = examples(9, 1)
-    one, two = PackedCode(shape, WIDTH, 3, basis), PackedCode(shape, WIDTH, 3, again)
+    one, two = PackedCodec(shape, WIDTH, 3, basis), PackedCodec(shape, WIDTH, 3, again)
     for name, value in one.encode(x, lengths(9)).items():
         assert torch.equal(value, two.encode(x, lengths(9))[name])
     spoilt = basis.tensors() | {"mean": torch.zeros(1)}
     with pytest.raises(ValueError, match="mean"):
         Basis.of_tensors(spoilt, shape, WIDTH)
-    assert Shape.from_json(dataclasses.asdict(shape)) == shape
+    assert RowShape.from_json(dataclasses.asdict(shape)) == shape
 
 
 def test_directions_are_judged_on_examples_that_they_were_not_learnt_from() -> None:
     noise = unit(torch.randn(256, 2, 128, generator=torch.Generator().manual_seed(0)))
-    learnt = learn(noise, 16)
+    learnt = learn_basis(noise, 16)
     # Nothing is common to these: no direction may claim more than its share of unseen energy.
-    assert float(learnt.held.mean()) < 0.2
-    assert float(max(e.max() for e in learnt.energy)) < 3 / 128
+    assert float(learnt.explained.mean()) < 0.2
+    assert float(max(e.max() for e in learnt.per_layer_energy)) < 3 / 128
 
 
 def test_a_head_with_room_for_all_that_it_learnt_from_keeps_them_nearly_whole() -> None:
@@ -202,17 +203,19 @@ def test_a_head_with_room_for_all_that_it_learnt_from_keeps_them_nearly_whole() 
     rows = unit(torch.randn(200, BLOCKS, 256, generator=torch.Generator().manual_seed(1)))
     error = {}
     for budget in (1024, 2048):
-        wanted = Format("sign", budget, 200)
-        code = packed(wanted, rows, head_for(wanted, BLOCKS), 256)
+        wanted = CodecConfig("sign", budget, 200)
+        code = packed(wanted, rows, shared_size(wanted, BLOCKS), 256)
         kept = code.decode(code.encode(rows, lengths(200)))
         error[budget] = float((kept - rows).norm() / rows.norm())
     assert error[2048] < 0.02 < 0.3 < error[1024]
 
 
 def test_a_head_takes_an_eighth_of_the_bytes_and_256_at_most() -> None:
-    wanted = {budget: head_for(Format("sign", budget), 210) for budget in (256, 512, 1024, 2048, 8192)}
+    wanted = {
+        budget: shared_size(CodecConfig("sign", budget), 210) for budget in (256, 512, 1024, 2048, 8192)
+    }
     assert wanted == {256: 32, 512: 60, 1024: 111, 2048: 226, 8192: 256}
-    assert head_for(Format("int8"), 210) == 0
+    assert shared_size(CodecConfig("int8"), 210) == 0
 
 
 def test_few_layers_get_wider_sketches() -> None:
@@ -222,10 +225,10 @@ def test_few_layers_get_wider_sketches() -> None:
 
 def test_no_room_is_said() -> None:
     with pytest.raises(UserError, match="at least"):
-        fit(Format("sign", 60), 4, 64, None)
+        fit_shape(CodecConfig("sign", 60), 4, 64, None)
     with pytest.raises(UserError, match="at least"):
-        head_for(Format("sign", 60), 4)
-    with pytest.raises(ValueError, match="90 joint directions do not fit"):
-        fit(Format("sign", 110), BLOCKS, WIDTH, learn(examples(200, 5), 90))
+        shared_size(CodecConfig("sign", 60), 4)
+    with pytest.raises(ValueError, match="90 directions of the shared basis do not fit"):
+        fit_shape(CodecConfig("sign", 110), BLOCKS, WIDTH, learn_basis(examples(200, 5), 90))
     with pytest.raises(UserError, match="layers"):
-        fit(Format("int8", 100), 400, 64, None)
+        fit_shape(CodecConfig("int8", 100), 400, 64, None)

@@ -14,7 +14,8 @@ from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.caching import format_of
 from rapidin.attribution.options import CacheOptions
 from rapidin.cache import Cache
-from rapidin.cache.build import Progress, sample_rows, shard_rows
+from rapidin.cache.build import sample_rows, shard_rows
+from rapidin.cache.progress import Progress
 from rapidin.errors import UserError
 
 ROWS = 60
@@ -99,8 +100,8 @@ def test_nothing_but_the_cache_is_left(learnt: Cache) -> None:
     names = {p.name for p in learnt.path.iterdir()}
     shards = {shard.file for shard in learnt.manifest.shards}
     assert names == {"manifest.json", "basis.safetensors", ".lock"} | shards
-    assert learnt.manifest.packing is not None
-    assert learnt.manifest.packing.statistics["sample"] == 24
+    assert learnt.manifest.fitted_codec is not None
+    assert learnt.manifest.fitted_codec.statistics["sample"] == 24
     assert "unlike_sample" in learnt.manifest.counts
 
 
@@ -196,12 +197,12 @@ def test_a_hostile_packing_is_damage_not_a_crash(
     manifest = json.loads((learnt.path / "manifest.json").read_text())
     for change in (
         {"shape": {}},
-        {"shape": {**manifest["packing"]["shape"], "tail": [1]}},
-        {"shape": {**manifest["packing"]["shape"], "head": -1}},
+        {"shape": {**manifest["fitted_codec"]["shape"], "per_layer": [1]}},
+        {"shape": {**manifest["fitted_codec"]["shape"], "shared": -1}},
         {"bytes": "many"},
         {"statistics": {"sample": "x"}},
     ):
-        broken = manifest | {"packing": manifest["packing"] | change}
+        broken = manifest | {"fitted_codec": manifest["fitted_codec"] | change}
         (tmp_path / "manifest.json").write_text(json.dumps(broken))
         with pytest.raises(UserError, match="damaged"):
             Cache(tmp_path)

@@ -108,7 +108,7 @@ class SmallMemory:
     def free(self) -> int:
         return self.size - self.taken
 
-    def rows(self, like: Tensor, count: int) -> Tensor:
+    def allocate(self, like: Tensor, count: int) -> Tensor:
         numbers = 1 if like.ndim == 1 else like.shape[1]
         stride = numbers if like.ndim == 1 else stride_there(numbers, like.element_size())
         memory = torch.full((count, stride), 85).to(like.dtype)
@@ -160,7 +160,7 @@ def test_the_second_query_carries_nothing(
     sent, found = scanned(resident, [source], most=most)
     assert sent > cache.bytes // 2
     assert same(found, wanted)
-    assert resident.all_there(cache, (0, 10**9))
+    assert resident.holds_all(cache, (0, 10**9))
     for piece in (most, most, 7):
         sent, found = scanned(resident, [source], most=piece)
         assert sent == 0

@@ -97,7 +97,7 @@ def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
     assert re.match(
         r"rapidin: cached 15 examples in .* examples/s, [\d,]+ tokens/s\): 13 with a sketch,", ran.err
     )
-    for words in ("1 empty", "1 without a completion token", "1 cut to fit", "MB in " + out):
+    for words in ("1 empty", "1 without a completion token", "1 truncated", "MB in " + out):
         assert words in ran.err
 
     again = run(*command)
@@ -108,12 +108,12 @@ def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
     assert (ran.code, ran.err) == (0, "")
     text = " ".join(ran.out.split())
     for words in (
-        "all examples are there",
+        "cache " + out + " complete",
         "(prompt form)",
         "13 with a sketch, 1 empty",
         "taken at 0.5 of the way",
-        "8 blocks of 8,192: 65,536 numbers, tensor projection, seed 0",
-        "kept in float16",
+        "8 layers x 8,192 dimensions: 65,536 numbers, tensor projection, seed 0",
+        "stored in float16",
         "end-of-text token added",
     ):
         assert words in text
@@ -179,7 +179,7 @@ def test_a_budget_from_the_command_line(place: Place, run: Any, tmp_path: Path) 
     assert ran.code == 0, ran.err
     info = " ".join(run("info", out).out.split())
     assert "directions of all layers in int8" in info
-    assert "learnt from" in info
+    assert "fitted on" in info
     found = json.loads(
         run("query", out, "--prompt", "Give 7 tips.", "--completion", " One, two, 7.", "--json", "-").out
     )
@@ -233,7 +233,7 @@ def test_query_data_the_model_writes_what_is_missing(place: Place, tmp_path: Pat
     ran = run("query", place.cache, *arguments, str(tmp_path / "hits.json"))
     assert ran.code == 0
     assert "Query 2 of 2" in ran.out
-    assert "(written by the model just now)" in ran.out
+    assert "(generated)" in ran.out
     first, second = json.loads((tmp_path / "hits.json").read_text())["queries"]
     assert first["generated"]
     assert first["completion"]
@@ -329,7 +329,7 @@ def test_options_of_cache_reach_the_manifest(place: Place, tmp_path: Path, run: 
     assert manifest["sketch"]["seed"] == 2**64 - 1
     assert manifest["sketch"]["width"] == 32
     assert manifest["text"] == {"eos": False, "max_length": 16, "too_long": "skip"}
-    assert (manifest["rows"], manifest["shard_rows"], manifest["code"]["dtype"]) == (4, 3, "float32")
+    assert (manifest["rows"], manifest["shard_rows"], manifest["codec"]["dtype"]) == (4, 3, "float32")
     assert all("q_proj" in layer["name"] for layer in manifest["layers"])
     assert run("query", str(out), "--prompt", "Give", "--completion", " tips.", "--json", "-").code == 0
 
@@ -395,18 +395,18 @@ def cache_arguments(place: Place, out: Path, **changes: str) -> list[str]:
     ("changes", "pattern"),
     [
         ({"model": "./none"}, "no such model: './none'"),
-        ({"model": "."}, "'.' is no model: it has no config.json"),
+        ({"model": "."}, "'.' is not a model: it has no config.json"),
         ({"adapter": "./none"}, "no such adapter: './none'"),
         ({"base": "./none"}, "give --adapter or --base, not both"),
-        ({"data": "none.jsonl"}, "no such data: none.jsonl; give a .jsonl file"),
-        ({"data": "x" * 300}, "no such data: xxx"),
-        ({"model": "x" * 300}, "'xxx.*no folder here"),
+        ({"data": "none.jsonl"}, "data not found: none.jsonl; give a .jsonl file"),
+        ({"data": "x" * 300}, "data not found: xxx"),
+        ({"model": "x" * 300}, "'xxx.*not a folder here"),
         ({"adapter": "x" * 300}, "no such adapter: 'xxx"),
-        ({"data": "."}, "the folder . is no HF dataset"),
+        ({"data": "."}, "the folder . is not a HF dataset"),
         ({"at": "0.5,x"}, "--at 0.5,x is not a number"),
         ({"at": "2"}, "--at 2 is not between 0"),
         ({"at": "nan"}, "--at nan is not between 0"),
-        ({"include": "nothing-like-it"}, "no parameter's name fits the pattern 'nothing-like-it'"),
+        ({"include": "nothing-like-it"}, "no parameter's name matches the pattern 'nothing-like-it'"),
         ({"max_length": str(CONTEXT + 1)}, f"over the model's context of {CONTEXT} tokens"),
         ({"device": "abacus"}, "'abacus'"),
         ({"width": "0"}, "Invalid value for '--width'.*see 'rapidin cache --help'"),
@@ -450,7 +450,7 @@ def test_a_model_name_that_nobody_has(
             [ROWS[0], {"text": "a"}],
             "line 2: found the fields 'text'; expected 'prompt' and 'completion' as in",
         ),
-        ([{"text": 3}], "line 1: 'text' holds a number"),
+        ([{"text": 3}], "line 1: 'text' is a number"),
         ([], "no examples in .*data.jsonl"),
         ([None, None], "no examples in .*data.jsonl"),
     ],
@@ -466,9 +466,7 @@ def test_chats_for_a_model_without_a_template(place: Place, tmp_path: Path, run:
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     data = write(tmp_path / "chats.jsonl", [None, chat])
     ran = run("cache", str(saved.model), "--data", data, "--out", str(tmp_path / "out"))
-    refused(
-        ran, "chats.jsonl, line 2: the data holds chats .* no chat template; give the data as 'prompt' and"
-    )
+    refused(ran, "chats.jsonl, line 2: the data has chats .* no chat template; give the data as 'prompt' and")
     assert not (tmp_path / "out").exists()
 
 
@@ -494,10 +492,10 @@ def test_no_example_with_a_sketch(place: Place, tmp_path: Path, run: Any) -> Non
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
-        ({"seed": "1"}, r"another sketch \(seed: 0 there, 1 here\)"),
-        ({"width": "32"}, r"another sketch \(width: 64 there, 32 here\)"),
+        ({"seed": "1"}, r"another sketch \(seed: 0 in the cache, 1 requested\)"),
+        ({"width": "32"}, r"another sketch \(width: 64 in the cache, 32 requested\)"),
         ({"at": "1"}, r"other gradients \(at"),
-        ({"loss": "sum"}, r"other gradients \(loss: mean there, sum here\)"),
+        ({"loss": "sum"}, r"other gradients \(loss: mean in the cache, sum requested\)"),
         ({"exclude": "v_proj"}, "other gradients"),
         ({"max_length": "64"}, "another treatment of the texts"),
         ({"dtype": "float32"}, "another code"),
@@ -560,9 +558,9 @@ def test_not_enough_disk_space(
 
 def test_no_such_cache(tmp_path: Path, run: Any) -> None:
     for command in (["info"], ["verify"], ["query", "--prompt", "a"]):
-        refused(run(*command, str(tmp_path / "none")), "no such cache: .*none")
-        refused(run(*command, str(tmp_path / "none" / ("x" * 300))), "no such cache: .*none")
-        refused(run(*command, str(tmp_path)), "is no cache: it has no manifest.json")
+        refused(run(*command, str(tmp_path / "none")), "cache not found: .*none")
+        refused(run(*command, str(tmp_path / "none" / ("x" * 300))), "cache not found: .*none")
+        refused(run(*command, str(tmp_path)), "is not a rapidin cache: it has no manifest.json")
 
 
 @pytest.mark.parametrize("damage", ["truncated", "altered", "missing"])
@@ -615,7 +613,7 @@ def test_a_damaged_manifest(run: Any, copied: Path) -> None:
         (["--prompt", "a", "--completion", ""], "the completion is empty; leave --completion out"),
         (["--prompt", ""], "empty prompt"),
         (["--prompt", "one " * CONTEXT], "tokens"),
-        (["--data", "none.jsonl"], "no such data: none.jsonl"),
+        (["--data", "none.jsonl"], "data not found: none.jsonl"),
         (["--prompt", "a", "--top-k", "0"], "'--top-k'"),
         (["--prompt", "a", "--normalize", "loud"], "'--normalize'"),
         (["--prompt", "a", "--method", "magic"], "'--method'"),

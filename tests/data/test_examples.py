@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +164,7 @@ def test_dataset_on_disk_and_in_memory(tmp_path: Path, monkeypatch: pytest.Monke
     assert open_examples(data.with_format("torch"))[0] == INSTRUCTION
 
     datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path / "splits")
-    with pytest.raises(UserError, match="several splits: test, train; name one"):
+    with pytest.raises(UserError, match="has several splits: test, train; name one"):
         open_examples(tmp_path / "splits")
     with pytest.raises(UserError, match="set of splits"):
         open_examples(datasets.DatasetDict(train=data))
@@ -183,12 +184,12 @@ def test_dataset_on_disk_and_in_memory(tmp_path: Path, monkeypatch: pytest.Monke
 @pytest.mark.parametrize(
     ("lines", "message"),
     [
-        ([TEXT, "", '{"text": "a"'], r"data.jsonl, line 3: broken JSON \(.* at column \d+\); mend"),
+        ([TEXT, "", '{"text": "a"'], r"data.jsonl, line 3: broken JSON \(.* at column \d+\); fix"),
         ([TEXT, '{"text": "a"} {"text": "b"}'], "line 2: broken JSON"),
         ([TEXT, b'{"text": "\xff\xfe"}'], r"line 2: not UTF-8 text \(byte 11 of the line\)"),
-        (["[", json.dumps(TEXT), "]"], r"line 1: the file holds one JSON list.*jq"),
+        (["[", json.dumps(TEXT), "]"], r"line 1: the file is one JSON list.*jq"),
         ([TEXT, "[1, 2]"], "line 2: found a list, expected a JSON object"),
-        ([TEXT, "null"], "line 2: found nothing, expected a JSON object"),
+        ([TEXT, "null"], "line 2: found null, expected a JSON object"),
         ([TEXT, '"text"'], "line 2: found text, expected a JSON object"),
         ([TEXT, "[" * 100_000], "line 2: JSON nested too deeply"),
         (
@@ -199,13 +200,13 @@ def test_dataset_on_disk_and_in_memory(tmp_path: Path, monkeypatch: pytest.Monke
         ([TEXT, PROMPT], "line 2: found the fields 'prompt', 'completion'; expected 'text' as"),
         ([PROMPT, {"prompt": "a"}], "line 2: found the fields 'prompt'; expected 'prompt' and 'completion'"),
         ([{"text": None}], r"line 1: found the fields 'text' \(null\)"),
-        ([{"text": 3}], r"line 1: 'text' holds a number \(3\), expected text"),
-        ([{"prompt": "a", "completion": True}], "'completion' holds true, expected text"),
-        ([INSTRUCTION | {"input": ["a"]}], "'input' holds a list, expected text"),
-        ([{"messages": "hi"}], "'messages' holds text, expected a list of messages"),
+        ([{"text": 3}], r"line 1: 'text' is a number \(3\), expected text"),
+        ([{"prompt": "a", "completion": True}], "'completion' is true, expected text"),
+        ([INSTRUCTION | {"input": ["a"]}], "'input' is a list, expected text"),
+        ([{"messages": "hi"}], "'messages' is text, expected a list of messages"),
         ([{"messages": ["hi"]}], r"messages\[0\] is text, expected an object with 'role' and 'content'"),
-        ([{"messages": [{"role": "user"}]}], r"'content' of messages\[0\] holds nothing, expected text"),
-        (['{"text": "\\ud83d"}'], "'text' holds half a character"),
+        ([{"messages": [{"role": "user"}]}], r"messages\[0\].content is null, expected text"),
+        (['{"text": "\\ud83d"}'], "'text' contains half a character"),
         ([], "no examples in .*data.jsonl"),
         (["", "  "], "no examples in .*data.jsonl"),
     ],
@@ -218,10 +219,11 @@ def test_refusals_name_the_place(tmp_path: Path, lines: list[Any], message: str)
 
 def test_refused_sources(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     for source, message in [
-        (tmp_path / "none.jsonl", r"no such data: .*none.jsonl; give a .jsonl file"),
-        (tmp_path / "folder", "no HF dataset saved to disk"),
-        (Path("/dev/null"), "not a regular file"),
+        (tmp_path / "none.jsonl", r"data not found: .*none.jsonl; give a .jsonl file"),
+        (tmp_path / "folder", "not a HF dataset saved to disk"),
+        (tmp_path / "pipe", "not a regular file"),
         ([], "no examples in the data"),
         ([TEXT, 7], r"examples\[1\]: found a number \(7\)"),
         ({"text": "a"}, "the data is a single record; put it"),
@@ -311,9 +313,9 @@ def test_statuses_and_truncation() -> None:
 
 
 def test_refused_options() -> None:
-    with pytest.raises(UserError, match="too_long is 'drop'; give 'truncate' or 'skip'"):
+    with pytest.raises(UserError, match="unknown too_long 'drop'; use 'truncate' or 'skip'"):
         encoder(too_long="drop")
-    with pytest.raises(UserError, match="max_length is 1"):
+    with pytest.raises(UserError, match="max_length must be at least 2, got 1"):
         encoder(max_length=1)
 
 
@@ -427,7 +429,7 @@ def test_check_names_the_chat_that_the_template_refuses(tmp_path: Path) -> None:
     wrong = {"messages": MESSAGES["messages"][1:]}
     encode.check(open_examples([MESSAGES, MESSAGES]))
     with pytest.raises(
-        UserError, match=r"line 3: the chat template refuses a chat with the roles .*user first"
+        UserError, match=r"line 3: the chat template rejects a chat with the roles .*user first"
     ):
         encode.check(open_examples(write(tmp_path / "chats.jsonl", MESSAGES, "", wrong)))
 
@@ -438,15 +440,17 @@ def test_refused_chats() -> None:
     tokenizer = tiny_tokenizer(chat=True)
     encode = Encoder(tokenizer, max_length=99)
     tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
-    with pytest.raises(UserError, match=r"rewrites what it has written .*messages\[1\]"):
+    with pytest.raises(UserError, match=r"changes earlier text .*messages\[1\]"):
         encode(MESSAGES)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"
-    with pytest.raises(UserError, match="refuses a chat with the roles user: roles must alternate"):
+    with pytest.raises(UserError, match="rejects a chat with the roles user: roles must alternate"):
         encode({"messages": MESSAGES["messages"][:1]})
 
 
 def test_a_record_of_no_form() -> None:
-    with pytest.raises(UserError, match="a record with the fields 'question'; expected 'prompt'"):
+    with pytest.raises(
+        UserError, match="a record has none of the known forms; its fields are 'question'; expected 'prompt'"
+    ):
         encoder()({"question": "?"})
 
 
@@ -487,9 +491,9 @@ def test_paths_and_open_files_are_what_lies_there(tmp_path: Path) -> None:
     [
         (RECORDS[0], "a single record"),
         (io.StringIO("{}"), "an open stream"),
-        (["gone.jsonl"], "no such data: gone"),
+        (["gone.jsonl"], "data not found: gone"),
         (["gone.jsonl", "a text"], "mixes files"),
-        ([Path("gone")], "no such data: gone"),
+        ([Path("gone")], "data not found: gone"),
     ],
 )
 def test_data_that_cannot_be_meant_is_refused(source: object, words: str) -> None:
@@ -505,6 +509,6 @@ def test_texts_may_look_a_little_like_paths() -> None:
 def test_an_integer_of_thousands_of_digits_is_one_malformed_line(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_text('{"text": "a", "n": ' + "9" * 5000 + '}\n{"text": "b"}\n')
-    with pytest.raises(UserError, match="line 1: a number of too many digits"):
+    with pytest.raises(UserError, match="line 1: a number with too many digits"):
         open_examples(str(path))
     assert open_examples(str(path), skip=True).malformed == {0}

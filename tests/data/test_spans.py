@@ -18,7 +18,7 @@ from rapidin.attribution.ensemble import Ensemble, Member
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.query_sketch import sketch_generations, sketch_targets
 from rapidin.data.encoding import Encoder
-from rapidin.data.spans import Span, find, split_words
+from rapidin.data.spans import Span, find_spans, split_words
 from rapidin.errors import UserError
 
 QUERIES = [
@@ -55,7 +55,7 @@ def test_a_character_of_several_tokens_is_said_by_its_last_one() -> None:
 
 def test_words_are_found_wherever_they_stand_as_words() -> None:
     pieces = [" The", " planet", "s", " and", " a", " Plan", "et", ".", " C++", " planet", "</s>"]
-    spans, missing = find(["planet", "C++", "Zorgon", "a planet."], pieces, "".join(pieces[:-1]))
+    spans, missing = find_spans(["planet", "C++", "Zorgon", "a planet."], pieces, "".join(pieces[:-1]))
     assert spans == [
         Span("planet", (5, 6, 9)),
         Span("C++", (8,)),
@@ -66,17 +66,17 @@ def test_words_are_found_wherever_they_stand_as_words() -> None:
 
 def test_spans_are_places_in_the_completion() -> None:
     pieces = ["? The", " cap", "ital", " is"]  # the first token holds the prompt's last character
-    spans, _ = find([(1, 4), (5, 6), (4, 12)], pieces, " The capital is")
+    spans, _ = find_spans([(1, 4), (5, 6), (4, 12)], pieces, " The capital is")
     assert spans == [Span("The", (0,)), Span("c", (1,)), Span(" capital", (1, 2))]
     with pytest.raises(UserError, match=r"no token .* span \(90, 95\)"):
-        find([(90, 95)], pieces, " The capital is")
+        find_spans([(90, 95)], pieces, " The capital is")
 
 
 def test_hot_words_as_they_are_written() -> None:
     assert split_words("planet| Zorgon||planet") == ["planet", "Zorgon"]
     assert split_words(["a b"]) == ["a b"]
     for wrong in (3, {"a": 1}, ["a", 2]):
-        with pytest.raises(UserError, match="are no words"):
+        with pytest.raises(UserError, match="hot words must be text"):
             split_words(wrong)
 
 
@@ -134,7 +134,7 @@ def test_scores_of_tokens_are_parts_of_the_scores(
             assert len(hit.targets) == len(result.targets) == len(result.pieces)
             assert sum(hit.targets) == pytest.approx(hit.score, abs=1e-4 * size)
         for place, target in enumerate(result.targets):
-            assert (target.places, target.text) == ((place,), result.pieces[place])
+            assert (target.positions, target.text) == ((place,), result.pieces[place])
             assert target.influence == pytest.approx(
                 sum(hit.targets[place] for hit in result.top) / 5, abs=1e-6 * size
             )
@@ -186,7 +186,7 @@ def test_hot_words_of_records_and_of_python(made: tuple[Attributor, Any]) -> Non
     word = attributor.query(cache, QUERIES, targets=chosen, top_k=30)[0].targets[0]
     rows = {hit.row: hit for hit in tokens.top}
     for hit in word.top:
-        want = sum(rows[hit.row].targets[place] for place in word.places)
+        want = sum(rows[hit.row].targets[place] for place in word.positions)
         assert hit.score == pytest.approx(want, abs=1e-5 * max(abs(h.score) for h in tokens.top))
 
 

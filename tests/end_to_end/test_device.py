@@ -22,7 +22,7 @@ from rapidin.attribution import methods
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.scan import CacheScan, scan_cache
 from rapidin.cache import Cache
-from rapidin.cache.codec import Basis, FloatCode, Format, PackedCode, fit, learn
+from rapidin.cache.codec import Basis, CodecConfig, FloatCodec, PackedCodec, fit_shape, learn_basis
 from rapidin.gradients.batch import Batch
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.load import load_model
@@ -32,14 +32,14 @@ from rapidin.ops.transfer import Download, upload
 
 CPU = torch.device("cpu")
 FORMATS = (
-    Format("sign"),
-    Format("int8"),
-    Format("int4"),
-    Format("sign", 120),
-    Format("sign", 110, 64),
-    Format("sign", 160, 64),
-    Format("int4", 300, 64),
-    Format("sign", 3000, 64),
+    CodecConfig("sign"),
+    CodecConfig("int8"),
+    CodecConfig("int4"),
+    CodecConfig("sign", 120),
+    CodecConfig("sign", 110, 64),
+    CodecConfig("sign", 160, 64),
+    CodecConfig("int4", 300, 64),
+    CodecConfig("sign", 3000, 64),
 )
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 
@@ -66,7 +66,7 @@ def sketch(attributor: Attributor) -> Tensor:
 
 
 @functools.cache
-def code_of(wanted: Format) -> PackedCode:
+def code_of(wanted: CodecConfig) -> PackedCodec:
     return packed(wanted, examples(wanted.sample, 5) if wanted.sample else None)
 
 
@@ -75,13 +75,13 @@ def code_of(wanted: Format) -> PackedCode:
 
 @pytest.mark.parametrize("wanted", FORMATS, ids=str)
 @pytest.mark.parametrize("dead", [False, True])
-def test_codes_make_tensors_where_their_inputs_are(wanted: Format, dead: bool) -> None:
+def test_codes_make_tensors_where_their_inputs_are(wanted: CodecConfig, dead: bool) -> None:
     code, x, length = code_of(wanted), examples(9, 1), lengths(9)
     if dead:
         x[3, 1], length[3, 1] = 0.0, 0.0
     vectors = normal(2, BLOCKS, WIDTH)
     with torch.device("meta"):
-        again = PackedCode(code.shape, WIDTH, code.seed, code.basis if wanted.sample else None)
+        again = PackedCodec(code.shape, WIDTH, code.seed, code.basis if wanted.sample else None)
         fields = again.encode(x, length)
         for normalize in ("layer", "none", "cosine"):
             query = methods.prepare(vectors, normalize=normalize)
@@ -98,7 +98,7 @@ def test_codes_make_tensors_where_their_inputs_are(wanted: Format, dead: bool) -
 
 def test_float_codes_make_tensors_where_their_inputs_are() -> None:
     x, length, vectors = examples(9, 1), lengths(9), normal(2, BLOCKS, WIDTH)
-    code = FloatCode("float16", BLOCKS, WIDTH)
+    code = FloatCodec("float16", BLOCKS, WIDTH)
     with torch.device("meta"):
         fields = code.encode(x, length)
         plan = code.prepare(vectors).plan(fields, code.lengths(fields))
@@ -109,11 +109,11 @@ def test_float_codes_make_tensors_where_their_inputs_are() -> None:
 def test_what_is_learnt_lies_where_the_sample_is() -> None:
     sample, length = examples(64, 5), lengths(64)
     with torch.device("meta"):
-        learnt = learn(sample, 16)
-        shape = fit(Format("sign", 160, 64), BLOCKS, WIDTH, learnt)
+        learnt = learn_basis(sample, 16)
+        shape = fit_shape(CodecConfig("sign", 160, 64), BLOCKS, WIDTH, learnt)
         basis = Basis.of(learnt, shape, length, 3).rounded()
         again = Basis.of_tensors(basis.tensors(), shape, WIDTH).to(CPU)
-    for name, value in packed(Format("sign", 160, 64), sample).basis.tensors().items():
+    for name, value in packed(CodecConfig("sign", 160, 64), sample).basis.tensors().items():
         assert torch.equal(again.tensors()[name], value), name
 
 
@@ -162,11 +162,11 @@ def test_the_first_position_of_a_batch() -> None:
 
 
 @pytest.mark.parametrize("wanted", [w for w in FORMATS if w.sample], ids=str)
-def test_blocks_along_their_directions_at_once(wanted: Format) -> None:
+def test_blocks_along_their_directions_at_once(wanted: CodecConfig) -> None:
     basis, x = code_of(wanted).basis, examples(9, 1)
-    along = basis.along(x)
-    torch.testing.assert_close(basis.along_at_once(x), along, rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(basis.back_at_once(along), basis.back(along), rtol=1e-5, atol=1e-6)
+    along = basis.project(x)
+    torch.testing.assert_close(basis.project_batched(x), along, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(basis.lift_batched(along), basis.lift(along), rtol=1e-5, atol=1e-6)
 
 
 def test_blocks_with_unlike_numbers_of_directions_at_once() -> None:
@@ -174,18 +174,20 @@ def test_blocks_with_unlike_numbers_of_directions_at_once() -> None:
     empty = Basis.empty(BLOCKS, WIDTH)
     tail = [normal(WIDTH, p, seed=p) for p in counts]
     basis = Basis(
-        empty.mean, empty.head, tail, torch.ones(sum(counts)), empty.rest_size, empty.rest_weight,
-        empty.length_mean,
+        empty.mean, empty.shared, tail, torch.ones(sum(counts)), empty.residual_rms, empty.residual_weight,
+        empty.log_length_mean,
     )  # fmt: skip
     x = normal(5, BLOCKS, WIDTH)
-    along = basis.along(x)
-    torch.testing.assert_close(basis.along_at_once(x), along, rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(basis.back_at_once(along), basis.back(along), rtol=1e-4, atol=1e-4)
-    assert empty.along_at_once(x).shape == (5, 0)
+    along = basis.project(x)
+    torch.testing.assert_close(basis.project_batched(x), along, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(basis.lift_batched(along), basis.lift(along), rtol=1e-4, atol=1e-4)
+    assert empty.project_batched(x).shape == (5, 0)
 
 
 @pytest.mark.parametrize("wanted", FORMATS, ids=str)
-def test_a_code_packs_alike_by_the_kernels_of_a_gpu(wanted: Format, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_code_packs_alike_by_the_kernels_of_a_gpu(
+    wanted: CodecConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("triton")
     code, x, length = code_of(wanted), examples(9, 1), lengths(9)
     x[3, 1], length[3, 1], x[7], length[7] = 0.0, 0.0, 0.0, 0.0
@@ -193,8 +195,8 @@ def test_a_code_packs_alike_by_the_kernels_of_a_gpu(wanted: Format, monkeypatch:
     known = code.decode(here)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(backends, "_default", lambda *_: "triton")
-        monkeypatch.setattr(Basis, "along", Basis.along_at_once)
-        monkeypatch.setattr(Basis, "back", Basis.back_at_once)
+        monkeypatch.setattr(Basis, "project", Basis.project_batched)
+        monkeypatch.setattr(Basis, "lift", Basis.lift_batched)
     moved = code.to(DEVICE)
     there = moved.encode(x.to(DEVICE), length.to(DEVICE))
     for name, value in here.items():

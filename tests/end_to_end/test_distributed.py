@@ -21,7 +21,8 @@ from rapidin.cache import Cache, Manifest
 from rapidin.cache.merge import merge
 from rapidin.cli import main
 from rapidin.errors import UserError
-from rapidin.gradients.load import LoadedModel, load_model
+from rapidin.gradients.load import load_model
+from rapidin.gradients.model import LoadedModel
 
 ROWS = 72
 
@@ -222,15 +223,15 @@ def test_what_is_no_whole_is_refused(work: Path, parts: list[Path], tmp_path: Pa
     shard.write_bytes(shard.read_bytes()[:-1] + b"?")
     shutil.copytree(parts[0], own)
     value: dict[str, Any] = json.loads((own / "manifest.json").read_text())
-    value["packing"]["sha256"] = "0" * 64
+    value["fitted_codec"]["sha256"] = "0" * 64
     (own / "manifest.json").write_text(json.dumps(value))
     for folders, words in (
         (parts[:2], "6 of 18 shards are in none of the folders, such as number 2"),
         ([parts[0], work / "compact", parts[2]], "is in"),
         ([parts[0], work / "plain"], "merge parts that one command made"),
         ([parts[0], altered, parts[2]], "is altered"),
-        ([own, *parts[1:]], "learnt another code each"),
-        ([work / "nowhere", *parts], "no such cache"),
+        ([own, *parts[1:]], "have learned different bases"),
+        ([work / "nowhere", *parts], "cache not found"),
         ([*parts, work / "shared"], "holds no examples"),
     ):
         with pytest.raises(UserError) as error:

@@ -25,7 +25,8 @@ from rapidin.errors import UserError
 from rapidin.files import lock_folder
 from rapidin.gradients import preconditioner as preconditioner_room
 from rapidin.gradients.collector import GradientSketcher
-from rapidin.gradients.load import LoadedModel, load_model
+from rapidin.gradients.load import load_model
+from rapidin.gradients.model import LoadedModel
 
 ROWS = [{"prompt": f"Give {n} tips.", "completion": " One, two," * (1 + n % 4) + f" {n}."} for n in range(40)]
 
@@ -156,9 +157,9 @@ def test_what_cannot_be_added_is_refused(place: Place, tmp_path: Path, run: Any)
     write(data, [*ROWS[1:10], *ROWS[:3]])
     refused(run(*command), "the first 9 examples are not those of the cache")
     write(data, ROWS[:14])
-    refused(run(*cache(place, out, data)), "for another number of examples (9 there, 14 here)")
+    refused(run(*cache(place, out, data)), "for another number of examples (9 in the cache, 14 requested)")
     write(data, ROWS[:5])
-    refused(run(*command), "(9 there, 5 here)")
+    refused(run(*command), "(9 in the cache, 5 requested)")
     assert contents(out) == kept
     (out / "shard-000001.safetensors").unlink()
     write(data, ROWS[:9])
@@ -335,7 +336,7 @@ def test_an_example_that_does_not_fit_alone_is_recorded(
 def test_no_memory_elsewhere_is_one_line(
     place: Place, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CachingLoop, "_fit", lambda self: torch.empty(1 << 50, dtype=torch.uint8))
+    monkeypatch.setattr(CachingLoop, "_fit_codec", lambda self: torch.empty(1 << 50, dtype=torch.uint8))
     data = write(tmp_path / "a.jsonl", ROWS)
     refused(run(*cache(place, tmp_path / "out", data, more=LEARNT)), "out of memory: ")
 

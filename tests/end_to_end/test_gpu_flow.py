@@ -27,8 +27,8 @@ from rapidin.attribution.selection import best_rows
 from rapidin.cache import Cache
 from rapidin.cache.build import CachingLoop
 from rapidin.data.examples import open_examples
+from rapidin.gradients.adam import Moments
 from rapidin.gradients.collector import GradientSketcher
-from rapidin.gradients.preconditioner import Moments
 from rapidin.ops.transfer import Conveyor, Download, GpuOrder, upload
 
 ROWS = 12

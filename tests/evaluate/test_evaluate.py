@@ -29,7 +29,7 @@ from rapidin.evaluate.result import Result
 from rapidin.evaluate.tasks import facts, labels
 from rapidin.evaluate.variants import Variant, parse_variants
 from rapidin.gradients.batch import Batch
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.results.terminal import make_console
 
 
@@ -278,7 +278,7 @@ def test_mistakes_on_a_cache(name: str, place: Made, tmp_path: Path, run: Any) -
     moved = write(tmp_path / "short.jsonl", [{"prompt": "a", "completion": "b"}])
     refused(run("eval", name, place.cache, *data, "--train-data", moved), "has 1 examples")
     if data:
-        refused(run("eval", name, place.cache, "--data", tmp_path / "none.jsonl"), "no such data")
+        refused(run("eval", name, place.cache, "--data", tmp_path / "none.jsonl"), "data not found")
     if name != "fidelity":
         refused(run("eval", name, place.cache, *data, "--column", "colour"), "line 1: no column 'colour'")
         refused(run("eval", name, place.cache, *data, "--methods", "dot"), "METHOD:NORMALIZE")

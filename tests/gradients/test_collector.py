@@ -9,8 +9,9 @@ from tiny import tiny_gpt2, tiny_llama, tiny_lora
 
 from rapidin import ops
 from rapidin.gradients.batch import Batch
-from rapidin.gradients.collector import GradientSketcher, NotBatchedError
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.gradient_pass import NotBatchedError
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import block_seed, find_targets
 
 MODELS = {

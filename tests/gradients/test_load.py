@@ -13,7 +13,8 @@ from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.errors import UserError
-from rapidin.gradients.load import LoadedModel, load_model
+from rapidin.gradients.load import load_model
+from rapidin.gradients.model import LoadedModel
 
 
 def logits(model: object, at: LoadedModel | None = None, point: float = 1.0) -> torch.Tensor:
@@ -163,13 +164,13 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "config.json").write_text("{")
     bad = {
-        "no such model": lambda: load_model(str(tmp_path / "nowhere")),
+        "model not found": lambda: load_model(str(tmp_path / "nowhere")),
         "no config.json": lambda: load_model(str(tmp_path / "empty")),
         "2 GGUF files": lambda: load_model(str(tmp_path / "two")),
         "cannot load the model": lambda: load_model(str(tmp_path / "broken")),
-        "no such adapter": lambda: load_model(str(saved.model), adapter=str(tmp_path / "nowhere")),
+        "adapter not found": lambda: load_model(str(saved.model), adapter=str(tmp_path / "nowhere")),
         "no adapter_config.json": lambda: load_model(str(saved.model), adapter=str(tmp_path / "empty")),
-        "no such base model": lambda: load_model(str(saved.model), base=str(tmp_path / "nowhere")),
+        "base model not found": lambda: load_model(str(saved.model), base=str(tmp_path / "nowhere")),
         "not both": lambda: load_model(str(saved.model), adapter="a", base="b"),
         "unknown model dtype": lambda: load_model(str(saved.model), dtype="float8"),
         "device 'abacus'": lambda: load_model(str(saved.model), device="abacus"),

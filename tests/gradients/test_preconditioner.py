@@ -16,23 +16,22 @@ from tiny import records, save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_toke
 
 from rapidin import ops
 from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.provenance import read_fitted
 from rapidin.cache import Cache, Manifest
-from rapidin.cache.build import Progress
+from rapidin.cache.progress import Progress
 from rapidin.cli import main
 from rapidin.errors import UserError
-from rapidin.gradients.adam import second_moments
+from rapidin.gradients.adam import Moments, second_moments
 from rapidin.gradients.batch import Batch
 from rapidin.gradients.collector import GradientSketcher
-from rapidin.gradients.kfac import FactorMoments, SideMoment, Spectrum
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.kfac import FactorMoments, SideMoment, Spectrum, kfac_scale, kfac_scales
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import Target, Use, block_seed, find_targets, matrix_shape
 from rapidin.gradients.preconditioner import (
     EXPONENT,
     FLOOR,
-    Moments,
     Preconditioner,
     PreconditionerConfig,
-    kfac_scales,
 )
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.squares import embedding_squares, factor_squares, formed_squares
@@ -253,10 +252,10 @@ def test_a_side_is_the_damped_root_of_its_moment(size: float) -> None:
         side.add(part)
     spectrum = side.spectrum(200)
     assert spectrum is not None
-    scale = Scale.of_spectra((spectrum, spectrum), (24, 24), P, 0.1)
+    scale = kfac_scale((spectrum, spectrum), (24, 24), P, 0.1)
     want = damped_root(x.double().T @ x.double() / 200, 0.1)
-    assert scale.row_directions is not None
-    got = scale.row_directions(torch.eye(24)).double() * scale.rows
+    assert scale.row_low_rank is not None
+    got = scale.row_low_rank(torch.eye(24)).double() * scale.rows
     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5 * float(want.abs().max()))
 
 
@@ -274,16 +273,16 @@ def test_of_a_wide_side_the_strongest_directions_are_known_and_the_rest_is_alike
     exact, vectors = torch.linalg.eigh(x.double().T @ x.double() / len(x))
     exact, vectors = exact.flip(0), vectors.flip(1)
     # One pass leaves a little of the rest in the strong ones: that is no error of floats.
-    torch.testing.assert_close(spectrum.strong, exact[:rank], rtol=0.03, atol=0.0)
-    overlap = (spectrum.basis.T @ vectors[:, :rank]).square().sum() / rank
+    torch.testing.assert_close(spectrum.leading, exact[:rank], rtol=0.03, atol=0.0)
+    overlap = (spectrum.eigenvectors.T @ vectors[:, :rank]).square().sum() / rank
     assert float(overlap) > 0.999
-    assert exact[rank:].mean() < spectrum.rest < 2 * exact[rank:].mean()
+    assert exact[rank:].mean() < spectrum.trailing < 2 * exact[rank:].mean()
     assert spectrum.mean == pytest.approx(float(exact.mean()), rel=1e-5)
     # and what is done to them: the low-rank form is the matrix itself
-    scale = Scale.of_spectra((spectrum, spectrum), (n, n), P, 0.1)
-    filled = torch.cat([spectrum.strong, torch.full((n - rank,), spectrum.rest, dtype=torch.float64)])
-    rest = torch.linalg.qr(torch.cat([spectrum.basis, noise(n, n - rank).double()], 1)).Q[:, rank:]
-    whole = torch.cat([spectrum.basis, rest], 1)
+    scale = kfac_scale((spectrum, spectrum), (n, n), P, 0.1)
+    filled = torch.cat([spectrum.leading, torch.full((n - rank,), spectrum.trailing, dtype=torch.float64)])
+    rest = torch.linalg.qr(torch.cat([spectrum.eigenvectors, noise(n, n - rank).double()], 1)).Q[:, rank:]
+    whole = torch.cat([spectrum.eigenvectors, rest], 1)
     want = damped_root((whole * filled) @ whole.T, 0.1)
     y = noise(3, 7, n)
     got, _ = scale.factors(y, y).applied()
@@ -298,12 +297,12 @@ def test_what_is_far_larger_than_the_rest_does_not_drown_it_in_small_dtypes() ->
     side.add(x)
     spectrum = side.spectrum(500)
     assert spectrum is not None
-    scale = Scale.of_spectra((spectrum, spectrum), (n, n), P, 0.01)
+    scale = kfac_scale((spectrum, spectrum), (n, n), P, 0.01)
     y = x[:4, None].to(torch.bfloat16)
     got, _ = scale.factors(y, y).applied()
     assert got.dtype == torch.float32
-    assert scale.column_directions is not None
-    basis, gain = scale.column_directions.basis.double(), scale.column_directions.gain.double()
+    assert scale.column_low_rank is not None
+    basis, gain = scale.column_low_rank.basis.double(), scale.column_low_rank.gain.double()
     want = (y.double() + (y.double() @ basis * gain) @ basis.T) * scale.columns
     torch.testing.assert_close(got.double(), want, rtol=1e-2, atol=1e-2 * float(want.std()))
 
@@ -326,8 +325,8 @@ def test_the_moments_of_every_parameter_and_sketches_turned_by_them(kind: str) -
         assert scale.shape == (o, i)
         left = scale.formed(torch.eye(o)[None] if o == i else torch.zeros(1, o, i))
         assert left.isfinite().all()
-        rows = torch.eye(o) if scale.row_directions is None else scale.row_directions(torch.eye(o))
-        columns = torch.eye(i) if scale.column_directions is None else scale.column_directions(torch.eye(i))
+        rows = torch.eye(o) if scale.row_low_rank is None else scale.row_low_rank(torch.eye(o))
+        columns = torch.eye(i) if scale.column_low_rank is None else scale.column_low_rank(torch.eye(i))
         rows, columns = rows.double() * scale.rows, columns.double() * scale.columns
         want = ops.matrix_sketch(
             (rows.T @ formed.double() @ columns).float(), WIDTH, seed=block_seed(SEED, target.name)
@@ -342,12 +341,12 @@ def test_the_moments_of_every_parameter_and_sketches_turned_by_them(kind: str) -
         scale = table[target.name]
         want_a = damped_root(a[reached].T @ a[reached] / reached.sum(), 0.1)
         eye = torch.eye(a.shape[1])
-        assert scale.column_directions is not None
-        got_a = scale.column_directions(eye).double() * scale.columns
+        assert scale.column_low_rank is not None
+        got_a = scale.column_low_rank(eye).double() * scale.columns
         torch.testing.assert_close(got_a, want_a, rtol=1e-3, atol=1e-3 * float(want_a.abs().max()))
         want_g = damped_root(g[reached].T @ g[reached] / len(texts()), 0.1)
-        assert scale.row_directions is not None
-        got_g = scale.row_directions(torch.eye(g.shape[1])).double() * scale.rows
+        assert scale.row_low_rank is not None
+        got_g = scale.row_low_rank(torch.eye(g.shape[1])).double() * scale.rows
         torch.testing.assert_close(got_g, want_g, rtol=1e-3, atol=1e-3 * float(want_g.abs().max()))
 
 
@@ -363,7 +362,7 @@ def test_factors_stay_as_they_came_where_a_side_has_one_scale() -> None:
     left = scale.factors(columns, rows)
     assert left.columns is columns
     assert left.rows is rows
-    assert (left.column_low_rank, left.row_low_rank) == (scale.column_directions, scale.row_directions)
+    assert (left.column_low_rank, left.row_low_rank) == (scale.column_low_rank, scale.row_low_rank)
     assert (left.column_scale, left.row_scale) == (3.0, 2.0)
     seed, want = 7, scale.formed(torch.einsum("bto,bti->boi", rows.double(), columns.double()).float())
     want = ops.matrix_sketch(want, 64, seed=seed)
@@ -372,7 +371,7 @@ def test_factors_stay_as_they_came_where_a_side_has_one_scale() -> None:
     assert one.dtype == two.dtype == torch.float32
     assert relative_error(ops.linear_sketch(one, two, 64, seed=seed), want) < 1e-5
     # A scale that differs within a side is multiplied in at once; the other side stays as it is.
-    varied = Scale(scale.rows, torch.linspace(1, 2, 30), scale.row_directions)
+    varied = Scale(scale.rows, torch.linspace(1, 2, 30), scale.row_low_rank)
     assert (varied.row_constant, varied.column_constant) == (2.0, None)
     left = varied.factors(columns, rows)
     assert (left.column_low_rank, left.column_scale, left.rows is rows) == (None, 1.0, True)
@@ -388,7 +387,7 @@ def test_that_a_scale_is_one_number_is_known_without_asking_a_device() -> None:
     x = torch.empty(2, 3, 30, device="meta", dtype=torch.bfloat16)
     left = there.factors(x, torch.empty(2, 3, 40, device="meta"))
     assert left.columns is x
-    assert left.column_low_rank is there.column_directions
+    assert left.column_low_rank is there.column_low_rank
     assert Scale(there.rows, there.columns).row_constant is None  # made there: taken to differ
 
 
@@ -401,7 +400,7 @@ def test_factors_and_positions_are_those_of_the_preconditioned_gradient(kind: st
     sketcher = GradientSketcher(
         model, targets, width=WIDTH, seed=SEED, projection=projection, preconditioner=preconditioner
     )
-    assert any(scale.row_directions is not None for scale in preconditioner.points[0].values())
+    assert any(scale.row_low_rank is not None for scale in preconditioner.points[0].values())
     together, _ = sketcher(Batch.of(texts()))
     vectors = noise(2, len(targets), WIDTH)
     for n, text in enumerate(texts()):
@@ -415,7 +414,7 @@ def test_factors_and_positions_are_those_of_the_preconditioned_gradient(kind: st
     formed = []
     for target, (a, g) in zip(targets, plain, strict=True):
         scale = preconditioner.points[0][target.name]
-        want = damped(g, scale.row_directions).mT @ damped(a, scale.column_directions)
+        want = damped(g, scale.row_low_rank).mT @ damped(a, scale.column_low_rank)
         formed.append(want * float(scale.rows[0]) * float(scale.columns[0]))
     for n, (target, want) in enumerate(zip(targets, formed, strict=True)):
         seed = block_seed(SEED, target.name)
@@ -465,7 +464,7 @@ def test_an_embedding_is_scaled_by_how_often_its_tokens_come() -> None:
     batch = Batch.of(texts())
     GradientSketcher(model, targets, width=8, seed=0).add_moments(batch, moments)
     scale = kfac_scales(moments, P, 0.1)[targets[0].name]
-    assert scale.row_directions is None
+    assert scale.row_low_rank is None
     seen = torch.unique(batch.ids[:, :-1][batch.mask[:, 1:]])  # the last one of a text predicts nothing
     rare = torch.ones(len(scale.rows), dtype=torch.bool)
     rare[seen] = False
@@ -686,7 +685,7 @@ def test_states_that_do_not_fit(trained: Any, tmp_path: Path) -> None:
         None,
         tiny_gpt2(n_embd=64),
     )
-    refused(r"it has 10 \+ 18 parameters, the model 6 \+ 10 that are trained", None, tiny_gpt2(n_layer=1))
+    refused(r"it has 10 \+ 18 parameters, the model has 6 \+ 10 that are trained", None, tiny_gpt2(n_layer=1))
     refused(r"it has 10 \+ 18 parameters, the model", None, tiny_llama())
     groups = [{"params": [n]} for n in state["state"]]
     refused("it has 28 groups of parameters, and a Trainer makes 2", {**state, "param_groups": groups})
@@ -696,8 +695,10 @@ def test_states_that_do_not_fit(trained: Any, tmp_path: Path) -> None:
     refused(
         "is not the state", {"state": {**rest, 0: {"exp_avg_sq": torch.zeros(3)}}, "param_groups": groups[:1]}
     )
-    refused("keeps no second moment that rapidin knows", {"state": {}, "param_groups": state["param_groups"]})
-    refused("is no optimizer's state", {"weights": torch.zeros(2)})
+    refused(
+        "has no second moment that rapidin can read", {"state": {}, "param_groups": state["param_groups"]}
+    )
+    refused("is not an optimizer's state", {"weights": torch.zeros(2)})
     four = {
         n: {"exp_avg_sq": v["exp_avg_sq"] * (float("nan") if n == 4 else 1)}
         for n, v in state["state"].items()
@@ -764,7 +765,7 @@ def test_a_cache_of_turned_gradients_and_its_queries(tmp_path: Path) -> None:
     record = cache.manifest.gradient["preconditioner"]
     assert (record["kind"], record["rank"], record["damping"], record["sample"]) == ("kfac", 5, 0.1, 12)
     assert cache.info()["preconditioner"] == "K-FAC's from a sample of 12 examples, rank 5, damping 0.1"
-    preconditioner = Preconditioner.read(cache.manifest)
+    preconditioner = read_fitted(cache.manifest)
     assert preconditioner is not None
     plain = lora_attributor(at=[0.5])
     rows = [plain.encoder(record) for record in records()]
@@ -782,7 +783,7 @@ def test_a_cache_of_turned_gradients_and_its_queries(tmp_path: Path) -> None:
     flat = kept.flatten(1)
     torch.testing.assert_close(scores[0], flat @ flat[4], rtol=1e-3, atol=1e-3 * float(scores.std()))
     with pytest.raises(
-        UserError, match=r"K-FAC's from a sample of 12 examples, .* there, .* rank 64, .* here"
+        UserError, match=r"K-FAC's from a sample of 12 examples, .* in the cache, .* rank 64, .* requested"
     ):
         lora_attributor(preconditioner="kfac", at=[0.5]).cache(
             records(), cache.path, dtype="float32", shard_rows=7
@@ -800,8 +801,8 @@ def test_a_fit_preconditioner_other_parts_is_damaged() -> None:
     scale = kfac_like(6, 4, 2)
     whole = dict(Preconditioner([{"w": scale}]).tensors)
     again = Preconditioner.of_tensors(whole).points[0]["w"]
-    assert again.row_directions is not None
-    assert torch.equal(again.row_directions.basis, scale.row_directions.basis)  # type: ignore[union-attr]
+    assert again.row_low_rank is not None
+    assert torch.equal(again.row_low_rank.basis, scale.row_low_rank.basis)  # type: ignore[union-attr]
     for change in (
         {"0/w/rows_basis": torch.zeros(5, 2)},
         {"0/w/rows_gain": torch.zeros(3)},
@@ -813,6 +814,23 @@ def test_a_fit_preconditioner_other_parts_is_damaged() -> None:
         tensors = {k: v for k, v in (whole | change).items() if v is not None}
         with pytest.raises((ValueError, KeyError)):
             Preconditioner.of_tensors(tensors)
+
+
+@pytest.mark.parametrize("kind", ["off", "sample", "kfac", "optimizer"])
+def test_the_settings_of_a_preconditioner_survive_json(kind: str) -> None:
+    fitted = None
+    if kind == "optimizer":
+        fitted = Preconditioner([{"w": Scale(torch.ones(2), torch.ones(3))}])
+    config = PreconditionerConfig(kind, fitted=fitted)  # type: ignore[arg-type]
+    recorded = config.to_json()
+    again = PreconditionerConfig.from_json(recorded, fitted)
+    assert again.to_json() == recorded
+    assert (again.kind, again.fitted) == (kind, fitted)
+    if kind != "off":
+        assert isinstance(recorded, dict)
+        assert not {"file", "bytes", "sha256"} & set(recorded)  # a cache adds these
+        with pytest.raises(TypeError):
+            PreconditionerConfig.from_json({**recorded, "speed": 1})
 
 
 def kfac_like(o: int, i: int, rank: int) -> Scale:
@@ -849,7 +867,7 @@ def test_the_manifest_says_how_it_was_made(cached: Cache) -> None:
         "sample": 12,
         "file": "preconditioner.safetensors",
     }
-    preconditioner = Preconditioner.read(cached.manifest)
+    preconditioner = read_fitted(cached.manifest)
     assert preconditioner is not None
     assert preconditioner.sha256 == record["sha256"]
     assert len(preconditioner.points) == 2
@@ -927,11 +945,14 @@ def test_a_preconditioner_that_is_there_is_used_as_it_is(
 @pytest.mark.parametrize(
     ("preconditioner", "pattern"),
     [
-        (None, "preconditioner: from a sample of 12 examples, exponent 0.5, floor 0.01 there, off here"),
-        ("sample", "sample of 12 examples, .* there, from a sample of 256 examples, .* here"),
+        (
+            None,
+            "from a sample of 12 examples, exponent 0.5, floor 0.01 in the cache, off requested",
+        ),
+        ("sample", "sample of 12 examples, .* in the cache, from a sample of 256 examples, .* requested"),
         (
             PreconditionerConfig("sample", exponent=0.25, sample=12),
-            "exponent 0.5, .* there, .* exponent 0.25, .* here",
+            "exponent 0.5, .* in the cache, .* exponent 0.25, .* requested",
         ),
     ],
 )
@@ -960,7 +981,7 @@ def test_a_preconditioner_that_is_lost_or_altered_is_one_line_and_is_made_anew(
     file.unlink()
     for ask in (
         lambda: Attributor.like(Manifest.read(folder), loaded),
-        lambda: Preconditioner.read(Cache(folder).manifest),
+        lambda: read_fitted(Cache(folder).manifest),
     ):
         with pytest.raises(
             UserError, match=r"the preconditioner '.*' is missing; run the same 'rapidin cache' again"
@@ -1030,7 +1051,7 @@ def test_a_state_is_one_preconditioner_for_all_points_and_lives_on_in_the_cache(
     record = cache.manifest.gradient["preconditioner"]
     assert record["kind"] == "optimizer"
     moments = second_moments(state, model, attributor.source.targets, loaded.trained)
-    preconditioner = Preconditioner.read(cache.manifest)
+    preconditioner = read_fitted(cache.manifest)
     assert preconditioner is not None
     assert len(preconditioner.points) == 1
     for target in attributor.source.targets:
@@ -1046,7 +1067,9 @@ def test_a_state_is_one_preconditioner_for_all_points_and_lives_on_in_the_cache(
         Attributor.like(cache.manifest, loaded).scores(cache, [QUERY], normalize="none"), scores
     )
     torch.save(other, state)
-    with pytest.raises(UserError, match=r"from the optimizer's state \w{8}, .* there, from the optimizer's"):
+    with pytest.raises(
+        UserError, match=r"from the optimizer's state \w{8}, .* in the cache, from the optimizer's"
+    ):
         Attributor(loaded, preconditioner=state, **settings).cache(
             records(), cache.path, dtype="float32", shard_rows=7
         )

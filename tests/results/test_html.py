@@ -20,7 +20,7 @@ from made_results import HOSTILE, hostile, made, several, visible
 
 from rapidin.results.collection import Results
 from rapidin.results.html import notebook, page, shades, text
-from rapidin.results.html.parts import View
+from rapidin.results.html.view import View
 from rapidin.results.text import score_text
 from rapidin.results.types import Group, Histogram, Hit, QueryResult, Standing, TargetResult, Tokens
 
@@ -334,18 +334,18 @@ def test_what_is_known_of_a_hit_is_said() -> None:
         assert f"index {hit.index}" in text_of["index"]
     joined = " ".join(" ".join(read.loose).split())
     for words in (
-        "Rank 1 to 3 by the errors",
-        "The sketch cannot tell this from the one before it",
+        "Could rank 1-3",
+        "Tied with the previous hit, within error",
         "Estimate in the cache",
         "and 43 copies",
         "at index 3, 4, 5 and 40 more",
         "BM25 rank 1",
-        "3 of the 4 most helpful are also in the top 4 of BM25",
-        "By source",
+        "3 of the 4 most helpful hits are also in the top 4 of BM25",
+        "By column: source",
         "stack exchange",
         "41.0%",
         "runs/a",
-        "written by the model just now",
+        "Completion generated",
         "the mean over the layers of the cosine",
     ):
         assert words in joined, words
@@ -353,7 +353,7 @@ def test_what_is_known_of_a_hit_is_said() -> None:
 
 def test_without_texts_there_are_line_numbers() -> None:
     joined = " ".join(Read(page(all_pages()["no texts"])).loose)
-    assert "Line 7 of the training data, whose text is not at hand." in joined
+    assert "Line 7 of the training data, whose text is not available." in joined
     assert "No example in the cache has a sketch" in " ".join(Read(page(all_pages()["no hits"])).loose)
     assert "12 generations; scores are the mean of theirs" in " ".join(
         Read(page(all_pages()["together"])).loose

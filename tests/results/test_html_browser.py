@@ -345,11 +345,11 @@ def test_without_inflating_the_ranking_works_and_shades_stay(shown: Shown) -> No
 
 def test_parts_that_no_token_selects_have_buttons(shown: Shown) -> None:
     targets = [
-        replace(RESULT.targets[0], text="all of it", places=tuple(range(24)), influence=0.4),
+        replace(RESULT.targets[0], text="all of it", positions=tuple(range(24)), influence=0.4),
         *RESULT.targets[1:],
     ]
     shown.open(
-        [replace(RESULT, targets=[*targets[1:], replace(targets[0], places=())], pieces=RESULT.pieces)]
+        [replace(RESULT, targets=[*targets[1:], replace(targets[0], positions=())], pieces=RESULT.pieces)]
     )
     (button,) = shown.all(".part")
     assert "all of it" in button.text
@@ -366,7 +366,7 @@ def test_parts_that_no_token_selects_have_buttons(shown: Shown) -> None:
 def test_where_parts_of_hits_are_not_known_nothing_can_be_selected(shown: Shown) -> None:
     bare = [[replace(hit, targets=()) for hit in end] for end in (RESULT.top, RESULT.bottom)]
     targets = [replace(target, top=[], bottom=[]) for target in RESULT.targets]
-    targets.append(replace(targets[0], text="all of it", places=tuple(range(24))))
+    targets.append(replace(targets[0], text="all of it", positions=tuple(range(24))))
     shown.open([replace(RESULT, top=bare[0], bottom=bare[1], targets=targets)])
     assert {token.get_attribute("role") for token in shown.tokens()} == {None}
     assert shown.all(".status, .hint, button.part") == []
@@ -413,7 +413,7 @@ def test_search_finds_texts_and_indices(shown: Shown) -> None:
     box.clear()
     box.send_keys("no such words anywhere")
     assert shown.hits() == [[], []]
-    assert [e.text for e in shown.all(".list .none") if e.is_displayed()] == 2 * ["None with these words."]
+    assert [e.text for e in shown.all(".list .none") if e.is_displayed()] == 2 * ["No matches."]
     box.clear()
     box.send_keys("x" + Keys.BACKSPACE)
     assert shown.hits() == whole(RESULT)
@@ -527,7 +527,13 @@ def test_without_a_script_the_essentials_are_there(shown: Shown, scheme: str) ->
             assert hit.tokens is not None
             assert "".join(hit.tokens.pieces).split()[-1] in seen
             assert score_text(hit.score, True) in seen
-        for words in ("Most helpful", "Most harmful", "By source", "Scripts are off", "How to read this"):
+        for words in (
+            "Most helpful",
+            "Most harmful",
+            "By column: source",
+            "Scripts are off",
+            "How to read this",
+        ):
             assert words in seen
         tokens = shown.tokens()
         assert [token.get_attribute("class") or "" for token in tokens] == [

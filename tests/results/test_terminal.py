@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rapidin.cache.build import Progress
+from rapidin.cache.progress import Progress
 from rapidin.cli.progress import BytesBar, CachingBar
 from rapidin.results.json import results_json
 from rapidin.results.terminal import hits_report, make_console
@@ -181,15 +181,17 @@ def test_errors_ties_copies_and_baselines() -> None:
     words = " ".join(text.split())
     for note in (
         "± is the standard error of the sketch's estimate.",
-        "≈: the sketch cannot tell this one from the one before it.",
-        "×3: three examples that say the same, the first of them shown.",
-        "Of the top 4, BM25 has 3 among its own 4.",
-        "Of the top 4, hidden states has 0 among its own 4.",
+        "≈: tied with the previous hit, within error.",
+        "×3: three examples with the same text, of which the best is shown.",
+        "3 of the 4 most helpful hits are also in the top 4 of BM25.",
+        "0 of the 4 most helpful hits are also in the top 4 of hidden states.",
     ):
         assert note in words
     plain = shown(hits_report([result(*RECORDS)]))
     assert not set(plain) & set("±≈×█")
-    assert "Query 2: of the top 4, BM25" in shown(hits_report([told(), told()]), width=200)
+    assert "Query 2: 3 of the 4 most helpful hits are also in the top 4 of BM25." in shown(
+        hits_report([told(), told()]), width=200
+    )
 
 
 def test_scores_without_a_scale_have_errors_in_their_own_units() -> None:
@@ -199,8 +201,8 @@ def test_scores_without_a_scale_have_errors_in_their_own_units() -> None:
 
 def test_groups_are_shown_with_bars_and_shares() -> None:
     text = shown(hits_report([replace(told(), by="source")]))
-    lines = text[text.index("By source") :].splitlines()
-    assert "By source, the 12 with the largest shares of 30" in " ".join(text.split())
+    lines = text[text.index("By column: source") :].splitlines()
+    assert "By column: source, the 12 with the largest shares of 30" in " ".join(text.split())
     rows = [line for line in lines if line.startswith("v") and "%" in line]
     assert [line.split()[0] for line in rows] == [f"v{n}" for n in range(18, 30)]
     assert rows[-1].split() == ["v29", "29,000", "-28", "-0.00097", "█", "14%", "██", "29%"]

@@ -8,7 +8,7 @@ import doc_tables
 import pytest
 import scaling
 
-from rapidin.cache.build import MOST_SHARDS
+from rapidin.cache.build import MAX_SHARDS
 
 
 def test_the_page_shows_what_the_script_prints() -> None:
@@ -26,7 +26,7 @@ def test_more_gpus_are_never_slower_and_shards_stay_few(examples: int) -> None:
         assert after.scan_disk <= before.scan_disk
     for row in rows:
         assert row.seconds >= examples / assumed.rate / row.gpus
-        assert 1 <= row.shards <= MOST_SHARDS + 1
+        assert 1 <= row.shards <= MAX_SHARDS + 1
         assert row.cache == examples * assumed.example
 
 
@@ -34,10 +34,10 @@ def test_a_shard_of_the_model_is_a_shard_of_a_cache() -> None:
     from small_caches import manifest
 
     from rapidin.cache.build import shard_rows
-    from rapidin.cache.codec import Format
+    from rapidin.cache.codec import CodecConfig
 
     measured, assumed = scaling.Measured.read(), scaling.Assumed()
     for examples in (52_000, 10**6, 10**8, 10**10):
-        real = manifest(rows=examples, code=Format("sign", assumed.example))
+        real = manifest(rows=examples, codec=CodecConfig("sign", assumed.example))
         real.shard_rows = shard_rows(real)
         assert scaling.outlook(examples, 8, measured, assumed).shards == real.shards_in_all

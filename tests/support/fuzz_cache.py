@@ -41,15 +41,16 @@ from tiny import tiny_llama, tiny_tokenizer
 from rapidin.attribution.attributor import HASH, Attributor
 from rapidin.attribution.ensemble import Ensemble, read_members
 from rapidin.attribution.methods import prepare, self_influence
+from rapidin.attribution.provenance import read_fitted
 from rapidin.attribution.scan import CacheScan, all_scores, scan_cache
 from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache, CacheWriter, Manifest
-from rapidin.cache.codec import Basis, Format, Shape
+from rapidin.cache.codec import Basis, CodecConfig, RowShape
 from rapidin.cache.layout import Block
 from rapidin.cache.shards import Rows
 from rapidin.cli.tables import info_report
 from rapidin.errors import UserError
-from rapidin.gradients.load import LoadedModel
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Scale
 from rapidin.results.terminal import make_console as rich_console
@@ -63,7 +64,7 @@ SECONDS = 10.0  # of wall time, for machines that do other things too
 # ------------------------------------------------------------------------------------------- valid caches
 
 
-def _manifest(code: Format, preconditioner: Any = "off") -> Manifest:
+def _manifest(code: CodecConfig, preconditioner: Any = "off") -> Manifest:
     return Manifest(
         model={
             "source": {"model": "m", "adapter": None, "base": None, "dtype": "float32"},
@@ -79,41 +80,41 @@ def _manifest(code: Format, preconditioner: Any = "off") -> Manifest:
         },
         text={"eos": True, "max_length": 128, "too_long": "truncate"},
         data={"path": None, "form": "text", "identity": "0" * 64},
-        code=code,
+        codec=code,
         rows=ROWS,
         shard_rows=SHARD_ROWS,
         layers=list(LAYERS),
     )
 
 
-def _basis(shape: Shape, generator: torch.Generator) -> Basis:
+def _basis(shape: RowShape, generator: torch.Generator) -> Basis:
     def made(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator) / 4
 
     return Basis(
         made(2, WIDTH),
-        made(2 * WIDTH, shape.head),
-        [made(WIDTH, p) for p in shape.tail],
-        made(sum(shape.tail)).abs() + 0.1,
+        made(2 * WIDTH, shape.shared),
+        [made(WIDTH, p) for p in shape.per_layer],
+        made(sum(shape.per_layer)).abs() + 0.1,
         made(2).abs() + 0.1,
         torch.ones(()),
         made(2),
     ).rounded()
 
 
-def _fill(folder: Path, manifest: Manifest, preconditioner: bytes | None, shape: Shape | None) -> None:
+def _fill(folder: Path, manifest: Manifest, preconditioner: bytes | None, shape: RowShape | None) -> None:
     generator = torch.Generator().manual_seed(1)
     with CacheWriter(folder, manifest) as writer:
         if preconditioner is not None:
             writer.set_preconditioner(preconditioner)
         if shape is not None:
-            basis = _basis(shape, generator) if shape.head or sum(shape.tail) else None
-            writer.set_packing(shape, basis, {"sample": 7.0, "outside_99": 0.5} if basis else {})
+            basis = _basis(shape, generator) if shape.shared or sum(shape.per_layer) else None
+            writer.set_fitted_codec(shape, basis, {"sample": 7.0, "unexplained_p99": 0.5} if basis else {})
         for n in writer.missing:
             count = writer.manifest.rows_of(n)
             unit = torch.nn.functional.normalize(torch.randn(count, 2, WIDTH, generator=generator), dim=2)
             rows = Rows(
-                code=writer.code.encode(unit, torch.rand(count, 2, generator=generator) + 0.1),
+                tensors=writer.codec.encode(unit, torch.rand(count, 2, generator=generator) + 0.1),
                 index=torch.arange(count) + n * SHARD_ROWS,
                 status=torch.zeros(count, dtype=torch.uint8),
                 truncated=torch.zeros(count, dtype=torch.uint8),
@@ -136,10 +137,10 @@ def make_valid(folder: Path, loaded: LoadedModel) -> dict[str, Path]:
         "file": "preconditioner.safetensors",
     }
     record |= {"bytes": 0, "sha256": None}
-    _fill(folder / "float16", _manifest(Format("float16"), record), preconditioner.data, None)
-    shape = Shape("sign", 4, (3, 2), (5, 4), 4)
-    _fill(folder / "learnt", _manifest(Format("sign", 200, 8), "off"), None, shape)
-    _fill(folder / "int4", _manifest(Format("int4")), None, Format("int4").shape(2, WIDTH))
+    _fill(folder / "float16", _manifest(CodecConfig("float16"), record), preconditioner.data, None)
+    shape = RowShape("sign", 4, (3, 2), (5, 4), 4)
+    _fill(folder / "learnt", _manifest(CodecConfig("sign", 200, 8), "off"), None, shape)
+    _fill(folder / "int4", _manifest(CodecConfig("int4")), None, CodecConfig("int4").shape(2, WIDTH))
     Ensemble.write(folder / "ensemble", "tracin", [("one", 0.5), ("two", 0.25)])
     for name in ("one", "two"):
         shutil.copytree(folder / "float16", folder / "ensemble" / name)
@@ -267,7 +268,7 @@ def _sign(folder: Path, value: Any, name: str, data: bytes) -> None:
             if shard["file"] == name:
                 shard.update(says)
     elif name.startswith("basis"):
-        value["packing"].update(says)
+        value["fitted_codec"].update(says)
     else:
         value["gradient"]["preconditioner"].update(says)
 
@@ -369,7 +370,7 @@ def _read_cache(cache: Cache, report: bool) -> bool:
     training_data(cache, None)
     manifest = cache.manifest
     if manifest.preconditioner is not None and manifest.preconditioner["sha256"] is not None:
-        Preconditioner.read(manifest)
+        read_fitted(manifest)
     if not manifest.shards:
         return False
     for read in (cache.sketches, cache.lengths, cache.index, cache.status, cache.records):

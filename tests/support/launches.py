@@ -42,15 +42,18 @@ def default_dims() -> dict[int, int]:
 
 def default_codes() -> Iterator[tuple[str, int]]:
     """(packed dtype, numbers of a packed row) of the codes of some models, by default and by budget."""
-    from rapidin.cache.codec import Format, head_for
+    from rapidin.cache.codec import CodecConfig, shared_size
 
     for dim, blocks in default_dims().items():
         for dtype in ("sign", "int8", "int4"):
-            yield dtype, sum(Format(dtype).shape(blocks, dim).rest)
+            yield dtype, sum(CodecConfig(dtype).shape(blocks, dim).residual)
     for budget in (256, 2048):
-        code = Format("sign", budget)
-        yield "int8", head_for(code, 210)
-        yield "sign", 8 * (budget - head_for(code, 210)) - 1  # as many as are left, and seldom a round number
+        code = CodecConfig("sign", budget)
+        yield "int8", shared_size(code, 210)
+        yield (
+            "sign",
+            8 * (budget - shared_size(code, 210)) - 1,
+        )  # as many as are left, and seldom a round number
 
 
 def launches() -> Iterator[tuple[str, Call, tuple[int, ...]]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from rapidin.cache.codec import Basis, Format, PackedCode, fit, learn
+from rapidin.cache.codec import Basis, CodecConfig, PackedCodec, fit_shape, learn_basis
 
 BLOCKS, WIDTH = 6, 64
 
@@ -29,10 +29,14 @@ def lengths(n: int, seed: int = 1) -> Tensor:
 
 
 def packed(
-    wanted: Format, sample: Tensor | None = None, head: int = 16, width: int = WIDTH, blocks: int = BLOCKS
-) -> PackedCode:
+    wanted: CodecConfig,
+    sample: Tensor | None = None,
+    head: int = 16,
+    width: int = WIDTH,
+    blocks: int = BLOCKS,
+) -> PackedCodec:
     if sample is None:
-        return PackedCode(fit(wanted, blocks, width, None), width, 3)
-    learnt = learn(sample, head)
-    shape = fit(wanted, blocks, width, learnt)
-    return PackedCode(shape, width, 3, Basis.of(learnt, shape, lengths(len(sample)), 3).rounded())
+        return PackedCodec(fit_shape(wanted, blocks, width, None), width, 3)
+    learnt = learn_basis(sample, head)
+    shape = fit_shape(wanted, blocks, width, learnt)
+    return PackedCodec(shape, width, 3, Basis.of(learnt, shape, lengths(len(sample)), 3).rounded())

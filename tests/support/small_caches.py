@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from rapidin.cache import CacheWriter, Manifest
-from rapidin.cache.codec import Format
+from rapidin.cache.codec import CodecConfig
 from rapidin.cache.layout import Block
 from rapidin.cache.shards import Rows
 
@@ -22,7 +22,7 @@ def manifest(**changes: Any) -> Manifest:
         "gradient": {"at": [0.5], "loss": "mean", "include": [], "exclude": []},
         "text": {"eos": True, "max_length": 64, "too_long": "truncate"},
         "data": {"path": "train.jsonl", "identity": "2"},
-        "code": Format("float16"),
+        "codec": CodecConfig("float16"),
         "rows": 10,
         "shard_rows": 4,
         "layers": list(LAYERS),
@@ -33,7 +33,7 @@ def manifest(**changes: Any) -> Manifest:
 def rows(n: int, count: int) -> Rows:
     generator = torch.Generator().manual_seed(n)
     return Rows(
-        code={
+        tensors={
             "sketch": torch.randn(count, 16, generator=generator).half(),
             "length": torch.rand(count, 2, generator=generator),
         },

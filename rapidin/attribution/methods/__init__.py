@@ -130,7 +130,7 @@ def self_influence(
     if method == "dot":
         scores = torch.full((rows,), torch.nan, dtype=torch.float64, device="cpu")
         for first, part in cache.shards(ahead=True):
-            squares = cache.code.lengths(part.code).double().square().sum(1)
+            squares = cache.codec.lengths(part.tensors).double().square().sum(1)
             scores[first : first + len(squares)] = torch.where(part.status == 0, squares, torch.nan)
         return scores.float()
     own = datainf.own if method == "datainf" else fisher.own

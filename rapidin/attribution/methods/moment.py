@@ -128,8 +128,8 @@ def squares(cache: Cache, normalize: str, device: torch.device) -> tuple[int, Te
     within = (shards[low].first, shards[high - 1].first + shards[high - 1].rows) if low < high else (0, 0)
     sums: list[tuple[Tensor, int]] = []
     for _, part in cache.shards(within=within):
-        live = (cache.code.lengths(part.code) > 0) & (part.status == 0)[:, None]
-        scales = row_scales(cache.code, part.code, normalize)
+        live = (cache.codec.lengths(part.tensors) > 0) & (part.status == 0)[:, None]
+        scales = row_scales(cache.codec, part.tensors, normalize)
         found = (live if scales is None else scales.double().square() * live).sum(0)
         sums.append((found, int((part.status == 0).sum())))
     total, n = torch.zeros(len(cache.layers), dtype=torch.float64, device="cpu"), 0

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rapidin import ops
 from rapidin.cache import Cache
-from rapidin.cache.codec import Code
+from rapidin.cache.codec import Codec
 
 NORMALIZE = ("layer", "none", "cosine")
 
@@ -28,7 +28,7 @@ class ScanQuery:
     factors: Tensor | None = None
 
     def scales(
-        self, code: Code, fields: Mapping[str, Tensor], factors: Tensor | None = None
+        self, code: Codec, fields: Mapping[str, Tensor], factors: Tensor | None = None
     ) -> Tensor | None:
         """Scale of each row's blocks: [n, blocks] float32, or None for none; factors: those of these rows."""
         scales = row_scales(code, fields, self.normalize)
@@ -37,7 +37,7 @@ class ScanQuery:
         return factors * ((code.lengths(fields) > 0) if scales is None else scales)
 
 
-def row_scales(code: Code, fields: Mapping[str, Tensor], normalize: str) -> Tensor | None:
+def row_scales(code: Codec, fields: Mapping[str, Tensor], normalize: str) -> Tensor | None:
     """s_nb of each row's blocks, from their lengths: [n, blocks] float32, or None where it is 1."""
     if normalize == "layer":
         return None
@@ -105,7 +105,7 @@ def vectors_of(
     before another, all of them. y is what the code tells of a row; few bits make it longer than the row was,
     whose length is kept apart.
     """
-    code = cache.code.to(device)
+    code = cache.codec.to(device)
     size = max(1, _CHUNK_BYTES // (4 * cache.manifest.dim))
     step = 1 if most is None else max(1, -(-count(cache) // most))
     passed = 0
@@ -116,7 +116,7 @@ def vectors_of(
         for places in torch.split(chosen, size):
             if not len(places):
                 continue
-            fields = {name: value[places].to(device) for name, value in part.code.items()}
+            fields = {name: value[places].to(device) for name, value in part.tensors.items()}
             y = code.decode(fields)[:, blocks]
             scales = row_scales(code, fields, normalize)
             if scales is None:

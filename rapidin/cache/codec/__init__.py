@@ -1,39 +1,50 @@
-"""Pack: from sketches to the few bytes that a cache keeps of each, and back to what a scan needs."""
+"""Codecs: from sketches to the few bytes that a cache stores of each, and from these to what a scan reads.
 
-from rapidin.cache.codec.code import Basis, Code, FloatCode, Joined, PackedCode, ScanPlan, side_by_side
+plan: the protocols and the plan of a scan; floats, packed: the two codecs; fit: the shape of a row for a
+budget of bytes; learn: bases from a sample; basis: the basis as a codec uses it and a file keeps it.
+"""
+
+from rapidin.cache.codec.basis import Basis
 from rapidin.cache.codec.fit import (
+    DEFAULT_SAMPLE,
+    DTYPES,
     FLOATS,
     PACKED,
-    SAMPLE,
-    Format,
-    Shape,
-    fit,
-    head_for,
-    least_bytes,
-    row_bytes_besides,
-    width_for,
+    ROW_OVERHEAD,
+    CodecConfig,
+    RowShape,
+    fit_shape,
+    min_row_bytes,
+    shared_size,
 )
-from rapidin.cache.codec.learn import Learnt, learn, learning_bytes
+from rapidin.cache.codec.floats import FloatCodec
+from rapidin.cache.codec.learn import LearnedBasis, learn_basis, learning_bytes
+from rapidin.cache.codec.packed import PER_LAYER, RESIDUAL, SHARED, PackedCodec
+from rapidin.cache.codec.plan import Codec, JoinedQueries, ScanPlan, TensorSpecs, concatenate_plans
 
 __all__ = [
+    "DEFAULT_SAMPLE",
+    "DTYPES",
     "FLOATS",
     "PACKED",
-    "SAMPLE",
+    "PER_LAYER",
+    "RESIDUAL",
+    "ROW_OVERHEAD",
+    "SHARED",
     "Basis",
-    "Code",
-    "FloatCode",
-    "Format",
-    "Joined",
-    "Learnt",
-    "PackedCode",
+    "Codec",
+    "CodecConfig",
+    "FloatCodec",
+    "JoinedQueries",
+    "LearnedBasis",
+    "PackedCodec",
+    "RowShape",
     "ScanPlan",
-    "Shape",
-    "fit",
-    "head_for",
-    "learn",
+    "TensorSpecs",
+    "concatenate_plans",
+    "fit_shape",
+    "learn_basis",
     "learning_bytes",
-    "least_bytes",
-    "row_bytes_besides",
-    "side_by_side",
-    "width_for",
+    "min_row_bytes",
+    "shared_size",
 ]

@@ -1,8 +1,7 @@
-"""What a code learns from a sample: a mean, the directions in which all layers vary together, and in which
-each varies.
+"""The bases that are learned from a sample: a mean, a shared basis of all layers, and a basis for each layer.
 
-What is learnt is judged on examples that it was not learnt from: the sample is cut in two halves, and each is
-seen with the other's eyes. One block of all examples is held in float32 at a time.
+Bases are evaluated by two-fold cross-fitting: the sample is cut in two halves, and each is scored with the
+basis fitted on the other half. One block of all examples is held in float32 at a time.
 """
 
 from __future__ import annotations
@@ -17,64 +16,64 @@ _TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class Learnt:
-    """What is known of the blocks.
+class LearnedBasis:
+    """The mean and principal directions of a sample's unit blocks, with their energies on unseen examples.
 
-    mean: [blocks, width]; head: [blocks * width, r], orthonormal columns, of the whole vector, most energy
-    first; tail: for each block [width, p], orthonormal columns of what the head leaves; energy: for each
-    block [p], the mean square along them on unseen examples; rest: [blocks], what neither head nor tail
-    holds, a block, on unseen examples; unseen: gives, for a block, [m, width], what the head leaves of each
-    example where it was learnt without that example; held: [m], the share of an example's energy about the
-    mean that the head then holds.
+    mean: [blocks, width]; shared: [blocks * width, r], orthonormal columns for the whole vector, by falling
+    energy; per_layer: [width, p] for each block, orthonormal columns for what the shared basis leaves;
+    per_layer_energy: [p] for each block, the mean square of coordinates in it; residual_energy: [blocks], the
+    energy outside both; cross_fitted: maps a block to [m, width], what a shared basis that was fitted without
+    an example leaves of it; explained: [m], the share of an example's energy about the mean that such a basis
+    explains. Energies are those of examples that the basis was not fitted on.
     """
 
     mean: Tensor
-    head: Tensor
-    tail: list[Tensor]
-    energy: list[Tensor]
-    rest: Tensor
-    unseen: Callable[[int], Tensor]
-    held: Tensor
+    shared: Tensor
+    per_layer: list[Tensor]
+    per_layer_energy: list[Tensor]
+    residual_energy: Tensor
+    cross_fitted: Callable[[int], Tensor]
+    explained: Tensor
 
-    def cpu(self) -> Learnt:
-        """The same on the CPU, but for `unseen`, which works where it did and gives what is on the CPU."""
-        return Learnt(
+    def cpu(self) -> LearnedBasis:
+        """The same on the CPU; `cross_fitted` still computes on the device, and returns CPU tensors."""
+        return LearnedBasis(
             self.mean.cpu(),
-            self.head.cpu(),
-            [axes.cpu() for axes in self.tail],
-            [energy.cpu() for energy in self.energy],
-            self.rest.cpu(),
-            lambda b: self.unseen(b).cpu(),
-            self.held.cpu(),
+            self.shared.cpu(),
+            [axes.cpu() for axes in self.per_layer],
+            [energy.cpu() for energy in self.per_layer_energy],
+            self.residual_energy.cpu(),
+            lambda b: self.cross_fitted(b).cpu(),
+            self.explained.cpu(),
         )
 
-    def outside(self) -> dict[str, float]:
-        """Shares of an unseen example's energy about the mean that the head does not hold: the mean, and what
-        one example in a hundred exceeds."""
-        share = 1 - self.held
-        return {"outside_mean": float(share.mean()), "outside_99": float(share.quantile(0.99))}
+    def unexplained(self) -> dict[str, float]:
+        """The mean and the 99th percentile of the share of an unseen example's energy about the mean that
+        lies outside the shared basis, as the manifest stores them."""
+        share = 1 - self.explained
+        return {"unexplained_mean": float(share.mean()), "unexplained_p99": float(share.quantile(0.99))}
 
 
-def principal(x: Tensor, r: int) -> Tensor:
-    """The r directions that carry most of the rows of [m, D], each of length 1 at most: [D, r'].
+def principal_directions(x: Tensor, r: int) -> Tensor:
+    """The r directions that carry most energy of the rows of [m, D], each of length 1 at most: [D, r'].
 
-    r' <= r where the rows span fewer.
+    r' < r if the rows span fewer.
     """
     wide = x.shape[1] > x.shape[0]
-    values, vectors = _largest((x @ x.T if wide else x.T @ x).double(), r, len(x))
+    values, vectors = _largest_eigenpairs((x @ x.T if wide else x.T @ x).double(), r, len(x))
     return (x.T @ (vectors / values.sqrt()).float()).contiguous() if wide else vectors.float()
 
 
-def _largest(gram: Tensor, r: int, energy: float) -> tuple[Tensor, Tensor]:
-    """The r largest eigenvalues and their vectors, those that are rounding of so much energy left out."""
+def _largest_eigenpairs(gram: Tensor, r: int, energy: float) -> tuple[Tensor, Tensor]:
+    """The r largest eigenvalues and their vectors, without those that are rounding errors of `energy`."""
     values, vectors = torch.linalg.eigh(gram)
     values, vectors = values.flip(0), vectors.flip(1)
     r = min(r, int((values > 1e-6 * energy).sum()))
     return values[:r], vectors[:, :r]
 
 
-class _Head:
-    """The directions in which all blocks of some examples vary together."""
+class _SharedBasis:
+    """The mean and the principal directions of all blocks of some examples together."""
 
     def __init__(self, sample: Tensor, rows: Tensor, r: int) -> None:
         _, blocks, width = sample.shape
@@ -84,59 +83,70 @@ class _Head:
             x = sample[rows, b].float()
             self.mean[b] = x.mean(0)
             gram += (x - self.mean[b]) @ (x - self.mean[b]).T
-        values, vectors = _largest(gram.double(), r, len(rows) * blocks)
+        values, vectors = _largest_eigenpairs(gram.double(), r, len(rows) * blocks)
         scaled = (vectors / values.sqrt()).float()
         self.directions = torch.empty(blocks, width, scaled.shape[1], device=sample.device)
         for b in range(blocks):
             self.directions[b] = (sample[rows, b].float() - self.mean[b]).T @ scaled
 
-    def along(self, sample: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """These examples about the mean: [n, r] along the directions, and their squared lengths [n]."""
-        found = self.mean.new_zeros(len(rows), self.directions.shape[2])
+    def project(self, sample: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Coordinates of these examples about the mean, [n, r], and their squared lengths, [n]."""
+        coordinates = self.mean.new_zeros(len(rows), self.directions.shape[2])
         square = self.mean.new_zeros(len(rows))
         for b in range(sample.shape[1]):
             x = sample[rows, b].float() - self.mean[b]
-            found += x @ self.directions[b]
+            coordinates += x @ self.directions[b]
             square += x.square().sum(1)
-        return found, square
+        return coordinates, square
 
 
-def learning_bytes(sample: Tensor, head: int) -> int:
-    """About the most bytes of a GPU that `learn` takes with a sample on it, the sample counted in."""
+def learning_bytes(sample: Tensor, shared: int) -> int:
+    """About the most bytes of a GPU that `learn_basis` takes with a sample on it, the sample included."""
     m, blocks, width = sample.shape
-    directions = 4 * blocks * width * (3 * min(m, head) + min(width, m // 2))
+    directions = 4 * blocks * width * (3 * min(m, shared) + min(width, m // 2))
     one_block = 8 * 4 * m * width + 8 * 6 * min(m, width) ** 2  # float32 copies; float64 for eigenvectors
     return sample.nbytes + directions + one_block + (256 << 20)  # and the libraries' own
 
 
-def learn(sample: Tensor, head: int) -> Learnt:
-    """Learn from unit blocks [m, blocks, width], float16 or float32; head: how many joint directions, at
-    most. What is learnt is on the sample's device."""
+def learn_basis(sample: Tensor, shared: int) -> LearnedBasis:
+    """Learn bases from unit blocks [m, blocks, width], float16 or float32, on the device of the sample.
+
+    shared: the most directions of the shared basis.
+    """
     m, blocks, width = sample.shape
     device = sample.device
     halves = (torch.arange(0, m, 2, device=device), torch.arange(1, m, 2, device=device))
-    eyes = [_Head(sample, rows, head) for rows in halves[::-1]]  # each half's: learnt from the other
-    held, along = torch.zeros(m, device=device), []
-    for rows, eye in zip(halves, eyes, strict=True):
-        found, square = eye.along(sample, rows)
-        along.append(found)
-        held[rows] = found.square().sum(1) / square.clamp(min=_TINY)
+    bases = [_SharedBasis(sample, rows, shared) for rows in halves[::-1]]  # each half's: of the other one
+    explained, coordinates = torch.zeros(m, device=device), []
+    for rows, basis in zip(halves, bases, strict=True):
+        projected, square = basis.project(sample, rows)
+        coordinates.append(projected)
+        explained[rows] = projected.square().sum(1) / square.clamp(min=_TINY)
 
-    def unseen(b: int) -> Tensor:
+    def cross_fitted(b: int) -> Tensor:
         left = torch.empty(m, width, device=device)
-        for rows, eye, found in zip(halves, eyes, along, strict=True):
-            left[rows] = sample[rows, b].float() - eye.mean[b] - found @ eye.directions[b].T
+        for rows, basis, projected in zip(halves, bases, coordinates, strict=True):
+            left[rows] = sample[rows, b].float() - basis.mean[b] - projected @ basis.directions[b].T
         return left
 
     p = min(width, m // 2)
-    tail, energy, rest = [], [], torch.empty(blocks, device=device)
+    per_layer, per_layer_energy = [], []
+    residual_energy = torch.empty(blocks, device=device)
     for b in range(blocks):
-        left, carried = unseen(b), torch.zeros(p, device=device)
-        for own, other in (halves, halves[::-1]):
-            seen = principal(left[other], p)
-            carried[: seen.shape[1]] += (left[own] @ seen).square().mean(0) / 2
-        tail.append(principal(left, p))
-        energy.append(carried[: tail[-1].shape[1]])
-        rest[b] = (left.square().sum(1).mean() - energy[-1].sum()).clamp(min=0)
-    final = _Head(sample, torch.arange(m, device=device), head)
-    return Learnt(final.mean, final.directions.flatten(0, 1), tail, energy, rest, unseen, held)
+        left, energy = cross_fitted(b), torch.zeros(p, device=device)
+        for scored, fitted_on in (halves, halves[::-1]):
+            directions = principal_directions(left[fitted_on], p)
+            energy[: directions.shape[1]] += (left[scored] @ directions).square().mean(0) / 2
+        per_layer.append(principal_directions(left, p))
+        per_layer_energy.append(energy[: per_layer[-1].shape[1]])
+        residual_energy[b] = (left.square().sum(1).mean() - per_layer_energy[-1].sum()).clamp(min=0)
+    whole = _SharedBasis(sample, torch.arange(m, device=device), shared)
+    return LearnedBasis(
+        whole.mean,
+        whole.directions.flatten(0, 1),
+        per_layer,
+        per_layer_energy,
+        residual_energy,
+        cross_fitted,
+        explained,
+    )

@@ -2,26 +2,39 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from rapidin.ops.packed import Packed, PackedDtype
+PackedDtype = Literal["int8", "int4", "sign"]
 
+BITS: dict[str, int] = {"int8": 8, "int4": 4, "sign": 1}  # of a number, by dtype
+PER_BYTE = {dtype: 8 // bits for dtype, bits in BITS.items()}
 GROUP = 64  # bytes
-NUMBERS = {"int8": 1, "int4": 2, "sign": 8}  # a byte
 INT4_STEP = 0.3352  # of the root mean square: where 16 uniform levels lose least of normal numbers
+
+
+class Packed(Protocol):
+    """Packed rows, as `rapidin.ops.Packed` holds them."""
+
+    @property
+    def codes(self) -> Tensor: ...
+    @property
+    def dtype(self) -> PackedDtype: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def scale(self) -> Tensor | None: ...
 
 
 def places(width: int, dtype: PackedDtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each number of a row is: its byte and its plane, [width] int64 each."""
     number = torch.arange(width, device=device)
-    group = number // (GROUP * NUMBERS[dtype])
-    begin = group * GROUP * NUMBERS[dtype]
-    in_group = (width - begin).clamp_max(GROUP * NUMBERS[dtype])
-    size = (in_group + NUMBERS[dtype] - 1) // NUMBERS[dtype]
+    group = number // (GROUP * PER_BYTE[dtype])
+    begin = group * GROUP * PER_BYTE[dtype]
+    in_group = (width - begin).clamp_max(GROUP * PER_BYTE[dtype])
+    size = (in_group + PER_BYTE[dtype] - 1) // PER_BYTE[dtype]
     return group * GROUP + (number - begin) % size, (number - begin) // size
 
 
@@ -38,7 +51,7 @@ def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
         return levels.to(torch.int8), scale
     byte, plane = places(x.shape[1], dtype, x.device)
     codes = torch.zeros(len(x), int(byte.max()) + 1 if len(byte) else 0, dtype=torch.int64, device=x.device)
-    codes.index_add_(1, byte, levels << plane * (8 // NUMBERS[dtype]))
+    codes.index_add_(1, byte, levels << plane * BITS[dtype])
     return codes.to(torch.uint8), scale
 
 
@@ -60,7 +73,7 @@ def decoded(packed: Packed) -> Tensor:
     values = packed.codes.double()
     if packed.dtype != "int8":
         byte, plane = places(packed.width, packed.dtype, values.device)
-        bits = 8 // NUMBERS[packed.dtype]
+        bits = BITS[packed.dtype]
         levels = packed.codes.long()[:, byte] >> plane * bits & (1 << bits) - 1
         values = levels * 2.0 - 1.0 if packed.dtype == "sign" else levels - 7.5
     return values.double() if packed.scale is None else values.double() * packed.scale.double()[:, None]

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rapidin.ops.reference.packed import decoded
-
-if TYPE_CHECKING:
-    from rapidin.ops.packed import Packed
+from rapidin.ops.reference.packed import Packed, decoded
 
 
 def scores(

@@ -13,7 +13,6 @@ from rapidin.ops import gpu_scan
 from rapidin.ops.gpu_scan import (
     BEGINS,
     ENDS,
-    NUMBERS,
     Kept,
     Part,
     Segment,
@@ -25,6 +24,7 @@ from rapidin.ops.gpu_scan import (
     steps_of_blocks,
 )
 from rapidin.ops.lifetimes import kept
+from rapidin.ops.reference.packed import PER_BYTE
 
 _PROGRAMS_A_MULTIPROCESSOR = 4
 _SIMULATED = 3  # multiprocessors where there is no GPU
@@ -98,7 +98,7 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
     """queries: [Q, width] float32 of one part."""
     dtype, q = part.dtype, len(queries)
     exact = queries if queries.stride(1) == 1 else queries.contiguous()
-    planes = NUMBERS.get(dtype, 0)
+    planes = PER_BYTE.get(dtype, 0)
     if planes and segments is not None:
         return _prepare_steps(part, exact, tuple(segments))
     tile = scan_kernels.tile_of(_KINDS.get(dtype, part.rows.dtype), planes, q)
@@ -130,7 +130,7 @@ def _prepare_steps(part: Part, queries: Tensor, segments: tuple[Segment, ...]) -
     terms = 0 if few else _TERMS["float16"]
     columns = scaled[None] if few else float_terms(scaled, torch.float16, terms)
     columns = torch.nn.functional.pad(columns, (0, 0, 0, 0 if few else -len(queries) % tile["Q"]))
-    planes = NUMBERS[part.dtype]
+    planes = PER_BYTE[part.dtype]
     return _Prepared(columns.contiguous(), units, None, exact, planes, terms, table, steps, tile)
 
 

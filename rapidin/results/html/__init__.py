@@ -1,7 +1,8 @@
-"""Hits as one HTML page, for a file or a notebook: it asks no other host for anything and needs no script.
+"""Results as one HTML page, for a file or a notebook, that loads nothing and can be read without its script.
 
-`text` makes markup of texts that nobody vouches for, `drawings` the small pictures, `shades` the steps in
-which tokens are shaded and the numbers that the script works with, `parts` a query's markup, `document` all.
+`text` makes markup of untrusted texts, `drawings` makes the histograms and bars, `shades` maps contributions
+to the shades of tokens and encodes numbers for the script. `view` decides what the page shows of a query,
+`query` and `hits` are its markup, and `document` is the whole page with `page.css` and `page.js`.
 """
 
 from rapidin.results.html.document import notebook, page

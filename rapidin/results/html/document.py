@@ -1,4 +1,4 @@
-"""The page as a whole: head, policy, navigation, assets."""
+"""The whole page: its head, content security policy, list of generations, style and script."""
 
 from __future__ import annotations
 
@@ -12,33 +12,35 @@ from importlib import resources
 from types import MappingProxyType
 from typing import Any
 
-from rapidin.results.html import parts, shades
-from rapidin.results.html.text import shortened
+from rapidin.results.html import shades
+from rapidin.results.html.query import query
+from rapidin.results.html.text import plain, shortened
+from rapidin.results.html.view import View
 from rapidin.results.types import QueryResult
 
-_BYTES, _LEAST_BYTES = 900_000, 100_000
+_PAGE_BYTES = 900_000  # leaves room for style and script, so that a page of a megabyte can be mailed
+_MIN_ROOM = 100_000  # bytes of each query for hits of single tokens
 _NOTEBOOK_HEIGHT = 720  # pixels: a generation and the first hits
 
 
 def page(results: Sequence[QueryResult], *, about: Mapping[str, str] = MappingProxyType({})) -> str:
-    """All queries as one HTML page that needs no other file and no network: to be saved as UTF-8.
+    """All queries as one HTML page, to be saved as UTF-8, that needs no other file and no network.
 
-    about: small facts by their names, such as the cache, the model, the number of examples. Texts of data and
-    models are escaped, and a content security policy allows the page's own script and style alone, by their
-    hashes. Without a script the page shows everything but what a selection would change.
+    about: facts by name, such as the cache, the model, the number of examples. Texts of data and models are
+    escaped, and a content security policy allows only the page's own script and style, by their hashes. If
+    scripts are off, the page shows everything except selections.
     """
-    views = [parts.View(result, number) for number, result in enumerate(results)]
-    # A page that can be mailed: what is left of a megabyte is for hits of single tokens, a little at least.
-    left = (_BYTES - sum(view.size for view in views)) / max(1, len(views))
-    views = [replace(view, room=max(_LEAST_BYTES, left)) for view in views]
+    views = [View(result, number) for number, result in enumerate(results)]
+    left = (_PAGE_BYTES - sum(view.size for view in views)) / max(1, len(views))
+    views = [replace(view, room=max(_MIN_ROOM, left)) for view in views]
     most = shades.levels_for(sum(view.numbers for view in views))
     style, script = (_asset(name) for name in ("page.css", "page.js"))
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
         "base-uri 'none'; form-action 'none'"
     )
-    what = "this generation" if len(views) == 1 else f"these {len(views):,} generations"
-    body = "".join(parts.query(view, len(views)) for view in views)
+    subject = "this generation" if len(views) == 1 else f"these {len(views):,} generations"
+    body = "".join(query(view, len(views)) for view in views)
     if not views:
         body = '<p class="card none">No query, so there are no hits.</p>'
     return f"""<!DOCTYPE html>
@@ -56,11 +58,11 @@ def page(results: Sequence[QueryResult], *, about: Mapping[str, str] = MappingPr
 <a class="skip" href="#content">Skip to the hits</a>
 <header class="top">
 <p class="name">rapidin</p>
-<h1>What led to {what}</h1>
+<h1>What led to {subject}</h1>
 <button type="button" class="theme only-script" aria-label="Dark colours">Dark</button>
-{parts.facts(about)}
+{_facts(about)}
 {_queries(results)}
-<noscript><p class="noscript">Scripts are off: the ranking is that of the whole generation, without search and
+<noscript><p class="noscript">Scripts are off: hits are ranked for the whole generation, without filter and
 export.</p></noscript>
 </header>
 <main id="content" tabindex="-1">{body}</main>
@@ -72,7 +74,8 @@ export.</p></noscript>
 
 
 def notebook(results: Sequence[QueryResult]) -> str:
-    """The page in a frame, for `_repr_html_`: it can run its script and save files, and reaches nothing."""
+    """The page in a frame, for `_repr_html_`. It can run its script and save files, but access nothing
+    else."""
     return (
         f'<iframe title="rapidin: hits" sandbox="allow-scripts allow-downloads" width="100%" '
         f'height="{_NOTEBOOK_HEIGHT}" style="border: 0" srcdoc="{escape(page(results))}"></iframe>'
@@ -84,12 +87,12 @@ def _asset(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """As a content security policy names an inline script or style."""
+    """The hash of an inline script or style for a content security policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
 def _json(value: Any) -> str:
-    """JSON in ASCII that no parser of HTML takes for markup."""
+    """JSON in ASCII without characters that are markup in HTML."""
     text = json.dumps(value, separators=(",", ":"), allow_nan=False)
     for character in "<>&":
         text = text.replace(character, f"\\u{ord(character):04x}")
@@ -97,43 +100,52 @@ def _json(value: Any) -> str:
 
 
 def _title(results: Sequence[QueryResult]) -> str:
-    said = _said(results[0], 60) if results else ""
-    return f"rapidin: {said}" if said else "rapidin: hits"
+    text = _completion(results[0], 60) if results else ""
+    return f"rapidin: {text}" if text else "rapidin: hits"
 
 
-def _said(result: QueryResult, characters: int) -> str:
+def _facts(about: Mapping[str, str]) -> str:
+    """Facts as a list of names and values."""
+    items = "".join(
+        f"<div><dt>{plain(str(name))}</dt><dd>{plain(str(value))}</dd></div>" for name, value in about.items()
+    )
+    return f'<dl class="about">{items}</dl>' if items else ""
+
+
+def _completion(result: QueryResult, characters: int) -> str:
     if result.together:
         return f"{result.together:,} generations together"
     return shortened(result.completion or "".join(result.pieces), characters)
 
 
 def _queries(results: Sequence[QueryResult]) -> str:
-    """A list to move between queries, where there are several."""
+    """A list of links to the queries, if there are several."""
     if len(results) < 2:
         return ""
+    prompts = _without_shared([result.prompt for result in results])
     items = "".join(
-        f'<li><a href="#q{n}"><b>{_said(result, 80) or "(no text)"}</b> '
-        f'<span class="of">{shortened(own, 80)}</span></a></li>'
-        for n, (result, own) in enumerate(zip(results, _own([r.prompt for r in results]), strict=True), 1)
+        f'<li><a href="#q{n}"><b>{_completion(result, 80) or "(no text)"}</b> '
+        f'<span class="of">{shortened(prompt, 80)}</span></a></li>'
+        for n, (result, prompt) in enumerate(zip(results, prompts, strict=True), 1)
     )
     return f'<nav aria-label="Generations"><ol>{items}</ol></nav>'
 
 
-def _own(texts: Sequence[str]) -> list[str]:
+def _without_shared(texts: Sequence[str]) -> list[str]:
     """The texts without the words that all of them begin and end with, such as those of a template."""
     if len(set(texts)) < 2:
         return [""] * len(texts)
-    head = _shared(texts)
-    tail = _shared([text[head:][::-1] for text in texts])
+    head = _shared_length(texts)
+    tail = _shared_length([text[head:][::-1] for text in texts])
     return [text[head : len(text) - tail] for text in texts]
 
 
-def _shared(texts: Sequence[str]) -> int:
-    """How many characters all texts begin with, up to a white space."""
-    low, high = min(texts), max(texts)  # all others begin as both of these do
-    same = 0
-    for n, (one, other) in enumerate(zip(low, high, strict=False), 1):
-        if one != other:
+def _shared_length(texts: Sequence[str]) -> int:
+    """The length of the common prefix of all texts, up to its last white space."""
+    first, last = min(texts), max(texts)  # their common prefix is that of all texts
+    length = 0
+    for n, (a, b) in enumerate(zip(first, last, strict=False), 1):
+        if a != b:
             break
-        same = n if one.isspace() else same
-    return same
+        length = n if a.isspace() else length
+    return length

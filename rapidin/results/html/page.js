@@ -1,6 +1,6 @@
 "use strict";
 // Texts of data and models stand in the document as text already; the script moves them, and reads and writes
-// `textContent` alone. The JSON in #data holds numbers, a list a query, as `parts.View.script` writes it:
+// `textContent` alone. The JSON in #data holds numbers, a list a query, as `view.View.script` writes it:
 //   bounded, ends: [top, bottom], mean of the top scores, owners: the target of each token or -1,
 //   influence of each target, baselines, levels of byTarget, and hits in the order of their elements' data-hit:
 //   row, index, side, score, rank, ..., and unless `same` names the hit that has them:
@@ -17,7 +17,7 @@
   const bytesOf = (text) => Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
   const floatsOf = (text) => new Float32Array(bytesOf(text).buffer);
 
-  // As `report.score_text` writes it.
+  // As `text.score_text` writes it.
   function scoreText(score, bounded) {
     const sign = score < 0 || Object.is(score, -0) ? "" : "+";
     if (bounded) return sign + (Object.is(score, -0) ? "-" : "") + score.toFixed(4);
@@ -69,7 +69,7 @@
     }
   }
 
-  // A token where it stands alone; `parts._named` says the same.
+  // A token where it stands alone; `hits._named` writes the same.
   function named(text) {
     if (!text) return "(part of a character)";
     if (!text.trim()) return text.includes("\n") ? "line break" : "space";
@@ -363,7 +363,7 @@
         arrange(this.lists[n], list.map(({ card }) => card.element));
         const none = this.lists[n].parentElement.querySelector(".none");
         none.hidden = list.length > 0;
-        if (this.words) none.textContent = "None with these words.";
+        if (this.words) none.textContent = "No matches.";
         else none.textContent = n ? "None here makes it less likely." : "None here makes it more likely.";
         for (const { card, score, rank } of list) this.label(card, score, rank, most);
       });

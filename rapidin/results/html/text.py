@@ -1,38 +1,51 @@
-"""Texts of data and models as markup: nothing in them acts, and nothing in them is out of sight."""
+"""Texts of data and models as markup: none of their characters act, and none are invisible."""
 
 from __future__ import annotations
 
 import re
-from html import escape as _quoted
+from html import escape as _html
 
-from rapidin.results.text import STEERING, escape
+from rapidin.results.text import CONTROL, INVISIBLE, escape
 
-# What has no width of its own, and tag characters, which can spell words that only a model reads. Joiners
-# stay: scripts and emoji need them.
-_UNSEEN = "\xad\u200b\u2060-\u2064\ufeff\U000e0000-\U000e007f"
-_HIDDEN = re.compile(f"(?![\n\t])[{STEERING}{_UNSEEN}]")
-_MARKED = re.compile(f"[{STEERING}{_UNSEEN}]")
+_UNSAFE = re.compile(f"[{CONTROL}{INVISIBLE}]")
+_UNSAFE_IN_BLOCK = re.compile(f"(?![\n\t])[{CONTROL}{INVISIBLE}]")
 
 
 def plain(text: str) -> str:
     """The text on one line, for an attribute or a label: runs of white space become a space."""
-    return _quoted(_MARKED.sub(escape, " ".join(text.split())))
+    return _html(_UNSAFE.sub(escape, " ".join(text.split())))
 
 
 def shortened(text: str, characters: int) -> str:
-    """`plain` of the text cut at the end to at most so many characters."""
+    """`plain` of the text cut at the end to at most `characters`."""
     text = " ".join(text[: 8 * characters].split())
     return plain(text if len(text) <= characters else text[: characters - 1].rstrip() + "…")
 
 
 def block(text: str) -> str:
     """The text with its line breaks, for an element that keeps white space."""
-    return _HIDDEN.sub(_shown, _quoted(text))
+    return _UNSAFE_IN_BLOCK.sub(_shown, _html(text))
+
+
+def trimmed_block(text: str) -> str:
+    """`block` of the text without line breaks at its start and end."""
+    return block(text.strip("\r\n"))
 
 
 def piece(text: str) -> str:
-    """A token's text: line breaks have a sign besides, which the style sheet draws."""
-    return _MARKED.sub(_shown, _quoted(text))
+    """A token's text: line breaks also get an element, for which the style sheet draws a sign."""
+    return _UNSAFE.sub(_shown, _html(text))
+
+
+def token(text: str, shade: str, title: str = "") -> str:
+    """A token as an element. shade: its class in the style sheet, "" for none."""
+    classes = f"{shade} void".strip() if not text else shade
+    return (
+        "<span"
+        + (f' class="{classes}"' if classes else "")
+        + (f' title="{title}"' if title else "")
+        + f">{piece(text)}</span>"
+    )
 
 
 def _shown(match: re.Match[str]) -> str:

@@ -1,0 +1,97 @@
+"""What differs between the cache in a folder and the one that is requested, in words."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rapidin.errors import UserError, short
+
+# A difference in each section of a manifest, in words.
+_WORDS = {
+    "model": "for another model",
+    "sketch": "with another sketch",
+    "gradient": "with other gradients",
+    "text": "with another treatment of the texts",
+    "rows": "for another number of examples",
+    "data": "from other data",
+    "codec": "with another codec",
+    "shard_rows": "with another number of rows a shard",
+    "layers": "for other layers",
+}
+
+
+def refuse_difference(
+    cached: Mapping[str, Any], requested: Mapping[str, Any], folder: Path, *, may_append: bool
+) -> None:
+    """Raise UserError naming the first difference between two manifests' definitions, if there is one.
+
+    may_append: whether examples could be added to the cache in `folder`, if it only has fewer.
+    """
+    for section, words in _WORDS.items():
+        if cached[section] != requested[section]:
+            append = section == "rows" and may_append
+            _refuse(section, words, cached[section], requested[section], folder, append)
+
+
+def _refuse(section: str, words: str, cached: Any, requested: Any, folder: Path, append: bool) -> NoReturn:
+    detail = ""
+    if section == "model":
+        words = other_model(cached, requested)
+    elif isinstance(cached, dict):
+        absent = object()
+        key = next(k for k in {**cached, **requested} if cached.get(k, absent) != requested.get(k, absent))
+        is_preconditioner = (section, key) == ("gradient", "preconditioner")
+        there, here = (
+            preconditioner_words(value[key]) if is_preconditioner else short(value.get(key))
+            for value in (cached, requested)
+        )
+        detail = f" ({key}: {there} in the cache, {here} requested)"
+    elif not isinstance(cached, list):
+        detail = f" ({cached} in the cache, {requested} requested)"
+    remedy = "name another folder with --out"
+    if append:
+        remedy += ", or add the new examples with --append"
+    raise UserError(f"the cache in '{folder}' was made {words}{detail}", remedy)
+
+
+def gradient_settings(gradient: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest's `gradient` as it was requested, so that two of them can be compared.
+
+    The result of fitting a preconditioner to a sample is left out: data, model and seed determine it. The
+    checksum of an optimizer's state is not.
+    """
+    preconditioner = gradient.get("preconditioner", "off")
+    if preconditioner != "off":
+        left_out = {"file", "bytes"} if preconditioner["kind"] == "optimizer" else {"file", "bytes", "sha256"}
+        preconditioner = {k: v for k, v in preconditioner.items() if k not in left_out}
+    return {**gradient, "preconditioner": preconditioner}
+
+
+def preconditioner_words(value: str | Mapping[str, Any]) -> str:
+    """A manifest's preconditioner in words."""
+    if isinstance(value, str):
+        return value
+    if value["kind"] == "optimizer":
+        source = f"from the optimizer's state {str(value['sha256'])[:8]}"
+    else:
+        source = f"from a sample of {value['sample']} examples"
+    if value["kind"] == "kfac":
+        return f"K-FAC's {source}, rank {value['rank']}, damping {value['damping']:g}"
+    return f"{source}, exponent {value['exponent']:g}, floor {value['floor']:g}"
+
+
+def other_model(cached: Mapping[str, Any], given: Mapping[str, Any]) -> str:
+    """In words, how the model that a cache was made with differs from another, by their identities."""
+    # First what is missing: with an adapter the model's own parameters have other names, and so another hash.
+    for part, words in (("adapter", "an adapter"), ("base", "a base model")):
+        if part in cached and part not in given:
+            return f"with {words}, and none is given"
+        if part in given and part not in cached:
+            return f"without {words}, and one is given"
+    parts = {"model": "model", "adapter": "adapter", "base": "base model"}
+    differs = next(
+        (words for part, words in parts.items() if cached.get(part) != given.get(part)), "tokenizer"
+    )
+    return f"with another {differs}: its contents are not the same"

@@ -1,0 +1,144 @@
+"""A loaded model with its tokenizer, its path from base to tuned, and the hashes that identify it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rapidin.errors import UserError
+from rapidin.gradients import fsdp
+from rapidin.gradients.path import WeightPath, active_adapters, adapter_path
+
+
+@dataclass
+class LoadedModel:
+    """A causal language model ready for gradients.
+
+    model: transformers or peft model; tokenizer: its tokenizer; path: from the untuned to the tuned weights;
+    trained: names of the parameters that an adapter trains (None without one); source: names it was loaded by
+    (model, adapter, base, dtype); sharded: each process of a run holds a shard of every weight
+    (`rapidin.gradients.fsdp`), so that all run the same passes.
+    """
+
+    model: Any
+    tokenizer: Any
+    path: WeightPath = field(default_factory=WeightPath)
+    trained: list[str] | None = None
+    source: dict[str, Any] = field(default_factory=dict)
+    sharded: bool = False
+    _identity: dict[str, str] | None = None
+
+    @staticmethod
+    def of(model: Any, tokenizer: Any) -> LoadedModel:
+        """Wraps a transformers or peft model that is in memory already."""
+        source = {
+            "model": getattr(inner_model(model).config, "_name_or_path", None) or None,
+            "adapter": None,
+            "base": None,
+        }
+        if not hasattr(model, "peft_config"):
+            return LoadedModel(model, tokenizer, source=source)
+        trained = trained_names(model)
+        if not trained:
+            raise UserError("the adapter has no weights in this model")
+        return LoadedModel(model, tokenizer, adapter_path(model), trained, source)
+
+    @property
+    def device(self) -> torch.device:
+        """The device that takes the token ids."""
+        parameters: Iterator[nn.Parameter] = self.model.parameters()
+        return next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
+
+    @property
+    def context_length(self) -> int | None:
+        """The longest text in tokens that the model takes; None if its config does not say."""
+        config = inner_model(self.model).config.get_text_config()
+        length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        return int(length) if length else None
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """SHA-256 of the weights (adapter and base apart) and of the tokenizer; computed once."""
+        if self._identity is None:
+            self._identity = self._hashes()
+        return self._identity
+
+    def _hashes(self) -> dict[str, str]:
+        trained = set(self.trained or ())
+        named = dict(self.model.named_parameters())
+        # The model may be at another point of the path now, which is no part of its identity.
+        tuned = {id(parameter): end for parameter, _, end in self.path.ends}
+        values = {name: tuned.get(id(p), p.data) for name, p in named.items()}
+        owners = dict(self.model.named_modules())
+        hashes = {
+            "architecture": inner_model(self.model).__class__.__name__,
+            "model": _hash_tensors({n: v for n, v in values.items() if n not in trained}, owners),
+            "tokenizer": _hash_tokenizer(self.tokenizer),
+        }
+        if self.trained is not None:
+            hashes["adapter"] = _hash_tensors({n: values[n] for n in sorted(trained)})
+        if self.source.get("base") is not None:
+            untuned = {id(parameter): start for parameter, start, _ in self.path.ends}
+            hashes["base"] = _hash_tensors(
+                {n: v for n, p in named.items() if (v := untuned.get(id(p))) is not None}
+            )
+        return hashes
+
+
+def inner_model(model: Any) -> Any:
+    """The transformers model, which an adapter may wrap."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def trained_names(model: Any) -> list[str]:
+    """Names of the parameters that a peft model's active adapters train."""
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    if trained:
+        return trained
+    # Loaded for inference, an adapter's weights are frozen like all others: their names tell them apart.
+    marks = (getattr(model.base_model, "prefix", "prompt_encoder"), "modules_to_save")
+    active = active_adapters(model)
+    return [
+        name
+        for name, _ in model.named_parameters()
+        if any(mark in name for mark in marks) and any(f".{a}." in f"{name}." for a in active)
+    ]
+
+
+def _hash_tensors(tensors: Mapping[str, Tensor], owners: Mapping[str, nn.Module] | None = None) -> str:
+    """owners: all modules by name, needed if a device map keeps parameters outside memory."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        value = tensors[name].detach()
+        if value.is_meta and owners is not None:
+            module, _, role = name.rpartition(".")
+            with fsdp.in_memory(owners[module]):
+                value = getattr(owners[module], role).detach()
+                _hash_tensor(digest, name, value)
+        else:
+            _hash_tensor(digest, name, value)
+    return digest.hexdigest()
+
+
+def _hash_tensor(digest: Any, name: str, value: Tensor) -> None:
+    value = value.cpu().contiguous()
+    digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
+    digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _hash_tokenizer(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None:
+        core: Any = tokenizer.get_vocab()
+    else:
+        core = json.loads(backend.to_str())
+        core.pop("truncation", None)  # these two say how it was last called, not what it is
+        core.pop("padding", None)
+    rest = [tokenizer.chat_template, {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}]
+    return hashlib.sha256(json.dumps([core, rest], sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,131 @@
+"""The path from the untuned to the tuned weights of a model, and points on it.
+
+A finished model has learnt its training data, so the gradients that are left show what it knows rather than
+where it learnt it. Gradients are therefore taken at ``theta(a) = base + a (tuned - base)``, 0 <= a <= 1.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rapidin.errors import UserError
+from rapidin.gradients import fsdp
+
+# The point if the untuned state is known; measured on poison and on retrained models (docs/results.md).
+DEFAULT_AT = 0.5
+
+End = tuple[nn.Parameter, Tensor | None, Tensor]
+
+
+@dataclass(frozen=True)
+class WeightPath:
+    """The straight line from the untuned to the tuned weights.
+
+    ends: for each parameter that tuning changed, the parameter, its untuned value (None for zeros) and its
+    tuned value. unknown: why the untuned state is unknown, if there are no ends.
+    """
+
+    ends: Sequence[End] = ()
+    unknown: str = "no base model is given"
+
+    def check(self, points: Sequence[float]) -> None:
+        """Raises UserError if a point is not on the path, or is named twice."""
+        for at in points:
+            if not 0.0 <= at <= 1.0:
+                raise UserError(f"--at {at:g} is not between 0 (base) and 1 (tuned)")
+            if at != 1.0 and not self.ends:
+                raise UserError(f"gradients at {at:g} need the untuned state: {self.unknown}", "use --at 1")
+        if len(set(points)) != len(points):
+            raise UserError(f"--at names a point twice: {', '.join(f'{at:g}' for at in points)}")
+
+    @contextlib.contextmanager
+    def at(self, point: float) -> Iterator[None]:
+        """Inside the block the model has the weights of `point`, and the tuned ones after it."""
+        if point == 1.0:
+            yield
+            return
+        try:
+            for parameter, untuned, tuned in self.ends:
+                if untuned is None:
+                    _set(parameter, tuned * point)
+                else:
+                    _set(parameter, torch.lerp(untuned.to(tuned.device, tuned.dtype), tuned, point))
+            yield
+        finally:
+            for parameter, _, tuned in self.ends:
+                _set(parameter, tuned)
+
+
+def _set(parameter: Any, value: Tensor) -> None:
+    if fsdp.is_sharded(parameter):
+        parameter.to_local().copy_(value)  # in place: the weight is gathered from this memory
+    else:
+        parameter.data = value
+
+
+def adapter_path(model: Any) -> WeightPath:
+    """The path of a LoRA adapter: lora_B from zero, modules_to_save from the modules they replaced."""
+    active = active_adapters(model)
+    unknown = next((why for name in active if (why := _untuned_unknown(model.peft_config[name]))), None)
+    if unknown is not None:
+        return WeightPath(unknown=unknown)
+    ends: list[End] = []
+    for name, p in model.named_parameters():
+        if ".lora_B." in name or ".lora_embedding_B." in name:
+            ends.append((p, None, p.data))
+    for module in model.modules():
+        if type(module).__name__ != "ModulesToSaveWrapper":
+            continue
+        for adapter in active:
+            if adapter in module.modules_to_save:
+                original = dict(module.original_module.named_parameters())
+                for name, p in module.modules_to_save[adapter].named_parameters():
+                    ends.append((p, original[name].data, p.data))
+    return WeightPath(ends)
+
+
+def base_path(model: Any, base: Any, name: str, base_name: str) -> WeightPath:
+    """The path from a base model to the model that was tuned from it in full.
+
+    name, base_name: of the two, for the message. Raises UserError if their parameters differ.
+    """
+    untuned = dict(base.named_parameters())
+    ends: list[End] = []
+    for key, p in model.named_parameters():
+        if key not in untuned or untuned[key].shape != p.shape:
+            in_base = "missing" if key not in untuned else f"of shape {list(untuned[key].shape)}"
+            raise UserError(
+                f"'{base_name}' is not what '{name}' was tuned from: '{key}' is {in_base} in the base, "
+                f"of shape {list(p.shape)} in the tuned model"
+            )
+        ends.append((p, untuned[key].data, p.data))
+    return WeightPath(ends)
+
+
+def active_adapters(model: Any) -> list[str]:
+    """The names of a peft model's active adapters."""
+    active = model.active_adapter
+    return [active] if isinstance(active, str) else list(active)
+
+
+def _untuned_unknown(config: Any) -> str | None:
+    """Why an adapter's state before tuning is unknown; None if it is known."""
+    kind = str(getattr(config.peft_type, "value", config.peft_type))
+    if kind != "LORA":
+        return f"that of a {kind} adapter is not known"
+    if getattr(config, "use_dora", False):
+        return "that of a DoRA adapter is not known"
+    start = getattr(config, "init_lora_weights", True)
+    if start not in (True, "gaussian", "eva"):  # these start lora_B at zero
+        return f"that of a LoRA adapter initialised by '{start}' is not known"
+    if getattr(config, "bias", "none") != "none":
+        return "this adapter trained biases, whose initial values it did not keep"
+    if getattr(config, "trainable_token_indices", None):
+        return "this adapter trained token rows, whose initial values it did not keep"
+    return None

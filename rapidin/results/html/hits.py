@@ -1,0 +1,157 @@
+"""The lists of hits as markup."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rapidin.data.records import record_parts
+from rapidin.results.html import drawings, shades
+from rapidin.results.html.text import plain, shortened, token, trimmed_block
+from rapidin.results.html.view import Entry, View
+from rapidin.results.text import error_text, score_text
+from rapidin.results.types import Hit, Tokens
+
+_STRONGEST = 5  # tokens named in words
+_LAYERS_NAMED = 3
+
+
+def lists(view: View, histogram: bool) -> str:
+    """The most helpful and the most harmful hits. histogram: whether the page has the histogram of all
+    scores."""
+    if not view.entries:
+        return '<p class="card none">No example in the cache has a sketch, so there are no hits.</p>'
+    sizes = [abs(e.hit.score) for e in view.entries if e.side and math.isfinite(e.hit.score)]
+    largest = max(sizes, default=0.0)
+    items = {1: "", -1: "", 0: ""}
+    for n, entry in enumerate(view.entries):
+        items[entry.side] += _hit(view, n, entry, largest, histogram)
+    sections = ""
+    for side, title in ((1, "Most helpful"), (-1, "Most harmful")):
+        kind = "helpful" if side > 0 else "harmful"
+        sections += (
+            f'<section class="list" aria-labelledby="{view.name}-{kind}">'
+            f'<h3 id="{view.name}-{kind}" class="{kind}">{title}</h3>'
+            f'<ol class="hits" data-side="{side}">{items[side]}</ol>'
+            f'<p class="none" {"hidden" if items[side] else ""}>None.</p></section>'
+        )
+    return f'<div class="lists">{sections}</div><ol class="pool" hidden>{items[0]}</ol>'
+
+
+def _hit(view: View, n: int, entry: Entry, largest: float, histogram: bool) -> str:
+    result, hit = view.result, entry.hit
+    bounded, name = result.bounded, f"{view.name}-h{n}"
+    score = entry.whole if entry.whole is not None else 0.0
+    side = "harmful" if score < 0 else "helpful"
+    error = ""
+    if hit.error is not None and entry.side:
+        error = f' <span class="error">± {error_text(hit.error, bounded)}</span>'
+    return f"""
+<li class="hit" id="{name}" data-hit="{n}"><article aria-labelledby="{name}-title">
+<header><h4 id="{name}-title"><span class="sr">Rank </span><span class="rank">{hit.rank}</span>
+<span class="score {side}">{score_text(score, bounded)}</span>{error}
+<span class="kind {side}">{side}</span></h4>
+<p class="index">index <b>{hit.index}</b></p></header>
+{drawings.meter(score, largest)}
+{_text(hit)}
+{_strongest(hit.tokens, bounded)}
+{_figures(view, hit, entry.whole, histogram)}
+{_notes(hit, entry, bounded)}
+</article></li>"""
+
+
+def _text(hit: Hit) -> str:
+    """The example: its tokens shaded by their contributions, or its prompt and completion."""
+    if hit.tokens is not None:
+        contributions = hit.tokens.contributions
+        steps = shades.steps(contributions, shades.peak_of(contributions))
+        tokens = "".join(
+            token(text, f"{shades.shade(int(step))}{'' if counts else ' q'}".strip())
+            for text, counts, step in zip(hit.tokens.pieces, hit.tokens.counts, steps, strict=True)
+        )
+        return f'<div class="text tokens" dir="auto" data-fold>{tokens}</div>'
+    prompt, completion = record_parts(hit.example) if hit.example else ("", "")
+    if not prompt.strip() and not completion.strip():
+        return f'<p class="missing">Line {hit.index:,} of the training data, whose text is not available.</p>'
+    grey = "q" if completion.strip() else ""
+    texts = "".join(
+        f'<p dir="auto"{f" class={kind!r}" if kind else ""}>{trimmed_block(text)}</p>'
+        for text, kind in ((prompt, grey), (completion, ""))
+        if text.strip()
+    )
+    return f'<div class="text record" data-fold>{texts}</div>'
+
+
+def _strongest(tokens: Tokens | None, bounded: bool) -> str:
+    """The tokens with the largest contributions in words, for readers who cannot see shades."""
+    if tokens is None:
+        return ""
+    order = sorted(range(len(tokens.pieces)), key=lambda n: (-abs(tokens.contributions[n]), n))
+    items = "".join(
+        f"<li><q>{_named(tokens.pieces[n])}</q> {score_text(tokens.contributions[n], bounded)}</li>"
+        for n in order[:_STRONGEST]
+        if tokens.contributions[n]
+    )
+    return f'<div class="strongest"><span>Strongest tokens</span><ul>{items}</ul></div>' if items else ""
+
+
+def _named(text: str) -> str:
+    """A token's text for a list (`named` of `page.js` writes the same)."""
+    if not text:
+        return "(part of a character)"
+    if not text.strip():
+        return "line break" if "\n" in text else "space"
+    return shortened(text, 30)
+
+
+def _figures(view: View, hit: Hit, whole: float | None, histogram: bool) -> str:
+    """The score among all scores, and the layers' parts of it."""
+    result, figures = view.result, ""
+    if histogram and result.histogram is not None and whole is not None:
+        label = f"{score_text(whole, result.bounded)} among all scores"
+        figures += _figure(
+            drawings.histogram_with(view.name + "-all", result.histogram, [whole], label), "among all scores"
+        )
+    if hit.layers:
+        chart = drawings.layers_chart(hit.layers, _layers_label(hit.layers, result.layers, result.bounded))
+        figures += _figure(chart, "by layer, first to last")
+    return f'<div class="evidence">{figures}</div>' if figures else ""
+
+
+def _figure(picture: str, caption: str) -> str:
+    return f"<figure>{picture}<figcaption>{caption}</figcaption></figure>"
+
+
+def _layers_label(values: Sequence[float], names: Sequence[str], bounded: bool) -> str:
+    order = sorted(range(len(values)), key=lambda n: (-abs(values[n]), n))[:_LAYERS_NAMED]
+    largest = [
+        f"{names[n] if n < len(names) else f'layer {n}'} {score_text(values[n], bounded)}" for n in order
+    ]
+    return f"Influence by layer, largest in {', '.join(largest)}"
+
+
+def _notes(hit: Hit, entry: Entry, bounded: bool) -> str:
+    notes = []
+    if entry.side and hit.ranks is not None and hit.ranks[0] != hit.ranks[1]:
+        notes.append(f"Could rank {hit.ranks[0]:,}-{hit.ranks[1]:,}")
+    if entry.side and hit.tied:
+        notes.append("Tied with the previous hit, within error")
+    if hit.estimate is not None:
+        notes.append(f"Estimate in the cache {score_text(hit.estimate, bounded)}")
+    notes += [f"{plain(name)} rank {standing.rank:,}" for name, standing in hit.standings.items()]
+    items = "".join(f"<li>{note}</li>" for note in notes)
+    return (f'<ul class="notes">{items}</ul>' if items else "") + _copies(hit)
+
+
+def _copies(hit: Hit) -> str:
+    count = len(hit.copies) + hit.copies_more
+    if not count:
+        return ""
+    indices = ", ".join(f"{index}" for index in hit.copies)
+    if hit.copies_more:
+        indices += f"{' and ' if indices else ''}{hit.copies_more:,} more"
+    noun = "copy" if count == 1 else "copies"
+    return (
+        f'<details class="copies"><summary>and {count:,} {noun}</summary>'
+        f"<p>The same text is at index {indices}.</p></details>"
+    )

@@ -1,0 +1,207 @@
+"""A query as the page shows it: which hits it has, what each token selects, and the numbers for the
+script."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rapidin.data.records import record_parts
+from rapidin.results.html import shades
+from rapidin.results.types import Hit, QueryResult
+
+_HIT_BYTES, _TOKEN_BYTES = 1600, 32  # approximate size on a page of a hit without its text, and of a token
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A hit on the page.
+
+    side: 1 for one of the most helpful, -1 for one of the most harmful, 0 for a hit of a part of the
+    generation alone; same: the index of an earlier entry with the same row; whole: its score for the whole
+    generation, if known.
+    """
+
+    hit: Hit
+    side: int
+    same: int | None
+    whole: float | None
+
+
+@dataclass(frozen=True)
+class View:
+    """A query as the page shows it.
+
+    number: its index among the queries; room: bytes for the hits of parts of the generation alone. Those that
+    do not fit are left out, the best hits of each part last.
+    """
+
+    result: QueryResult
+    number: int
+    room: float = math.inf
+
+    @property
+    def name(self) -> str:
+        """The prefix of the ids of its elements."""
+        return f"q{self.number + 1}"
+
+    @cached_property
+    def owners(self) -> list[int]:
+        """For each token of the generation the index of the smallest target that contains it, or -1."""
+        owners = [-1] * len(self.result.pieces)
+        targets = self.result.targets
+        for n in sorted(range(len(targets)), key=lambda n: -len(targets[n].positions)):
+            for position in targets[n].positions:
+                if 0 <= position < len(owners):
+                    owners[position] = n
+        return owners
+
+    @cached_property
+    def others(self) -> list[int]:
+        """Targets that no token selects: those larger than the targets of their tokens, or without tokens."""
+        return [n for n in range(len(self.result.targets)) if n not in self.owners]
+
+    @property
+    def covered(self) -> bool:
+        """Whether the targets that tokens select add up to the generation: each token is in exactly one."""
+        selected = set(self.owners)
+        sizes = sum(len(self.result.targets[n].positions) for n in selected if n >= 0)
+        return bool(selected) and -1 not in selected and sizes == len(self.owners)
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """The hits of both ends, then those that are hits of a part of the generation alone."""
+        result = self.result
+        ends = [(hit, side) for side, hits in ((1, result.top), (-1, result.bottom)) for hit in hits]
+        of_targets = [hit for target in result.targets for hit in (*target.top, *target.bottom)]
+        by_row: dict[int, list[Hit]] = {}
+        for hit in (*(hit for hit, _ in ends), *of_targets):
+            by_row.setdefault(hit.row, []).append(hit)
+        entries: list[Entry] = []
+        first: dict[int, int] = {}  # the index of a row's first entry
+        for hit, side in ends:
+            entries.append(Entry(_merged(hit, by_row[hit.row]), side, first.get(hit.row), hit.score))
+            first.setdefault(hit.row, len(entries) - 1)
+        others = {row: hits for row, hits in by_row.items() if row not in first}
+        return entries + self._entries_of_parts(others)
+
+    def _entries_of_parts(self, by_row: dict[int, list[Hit]]) -> list[Entry]:
+        """The hits of parts of the generation alone, as many as there is room for: the best of all parts
+        first,
+        then the second best of all parts, and so on."""
+        covered, owners, room = self.covered, sorted(set(self.owners)), self.room
+        entries: list[Entry] = []
+        for hits in sorted(by_row.values(), key=lambda hits: min(hit.rank for hit in hits)):
+            hit = _merged(hits[0], hits)
+            if len(hit.targets) != len(self.result.targets):
+                continue
+            room -= _bytes(self.result, hit)
+            if room < 0:
+                break
+            whole = math.fsum(hit.targets[n] for n in owners) if covered else None
+            entries.append(Entry(hit, 0, None, whole))
+        return entries
+
+    @property
+    def size(self) -> int:
+        """The approximate number of bytes of the hits of the whole generation on the page."""
+        return sum(_bytes(self.result, hit) for hit in (*self.result.top, *self.result.bottom))
+
+    @cached_property
+    def selects(self) -> bool:
+        """Whether a part of the generation can be selected: some hit has its parts of the score by target."""
+        count = len(self.result.targets)
+        return count > 0 and any(len(entry.hit.targets) == count for entry in self.entries)
+
+    @property
+    def numbers(self) -> int:
+        """How many numbers `Tokens.by_target` has in all hits of the whole generation, each row once."""
+        hits = {hit.row: hit for hit in (*self.result.top, *self.result.bottom)}
+        return sum(_by_target(self.result, hit).size for hit in hits.values())
+
+    def script(self, most: int) -> dict[str, Any]:
+        """The data that the script reads (see `page.js`). most: levels of `shades.levels`."""
+        result = self.result
+        return {
+            "bounded": result.bounded,
+            "ends": [len(result.top), len(result.bottom)],
+            "mean": _mean(result),
+            "owners": self.owners,
+            "influence": [_finite(target.influence) for target in result.targets],
+            "baselines": list(dict.fromkeys(n for h in (*result.top, *result.bottom) for n in h.standings)),
+            "levels": most,
+            "hits": [_entry_data(result, entry, most) for entry in self.entries],
+        }
+
+
+def _merged(hit: Hit, same: Sequence[Hit]) -> Hit:
+    """The hit with the fields that it lacks and other hits of the same row have."""
+    return replace(
+        hit,
+        example=hit.example or next((h.example for h in same if h.example), None),
+        targets=hit.targets or next((h.targets for h in same if h.targets), ()),
+        tokens=hit.tokens or next((h.tokens for h in same if h.tokens), None),
+        copies=hit.copies or next((h.copies for h in same if h.copies), ()),
+    )
+
+
+def _bytes(result: QueryResult, hit: Hit) -> int:
+    """The approximate size of a hit on the page."""
+    text = sum(map(len, record_parts(hit.example or {})))
+    if hit.tokens is not None:
+        text = _TOKEN_BYTES * len(hit.tokens.pieces) + _by_target(result, hit).size
+    return _HIT_BYTES + 6 * len(hit.targets) + 12 * len(hit.layers) + text
+
+
+def _by_target(result: QueryResult, hit: Hit) -> NDArray[np.float32]:
+    """`Tokens.by_target` of a hit; empty if it has none of the right shape."""
+    none = np.zeros((0, 0), np.float32)
+    if hit.tokens is None or hit.tokens.by_target is None:
+        return none
+    fits = hit.tokens.by_target.shape == (len(result.targets), len(hit.tokens.pieces))
+    return hit.tokens.by_target if fits else none
+
+
+def _entry_data(result: QueryResult, entry: Entry, most: int) -> dict[str, Any]:
+    hit = entry.hit
+    value: dict[str, Any] = {"row": hit.row, "index": hit.index, "side": entry.side}
+    if entry.whole is not None:
+        value["score"] = _finite(entry.whole)
+    if entry.side:
+        value["rank"] = hit.rank
+    if hit.error is not None and entry.side:
+        value["error"] = _finite(hit.error)
+    if hit.ranks is not None and entry.side:
+        value |= {"ranks": list(hit.ranks), "tied": hit.tied}
+    if hit.estimate is not None:
+        value["estimate"] = _finite(hit.estimate)
+    if hit.copies or hit.copies_more:
+        value |= {"copies": list(hit.copies), "more": hit.copies_more}
+    if hit.standings:
+        value["standings"] = {name: [_finite(s.score), s.rank] for name, s in hit.standings.items()}
+    if entry.same is not None:
+        return value | {"same": entry.same}
+    if hit.targets and len(hit.targets) == len(result.targets):
+        value["targets"] = shades.floats(hit.targets)
+    if hit.tokens is not None:
+        value["tokens"] = shades.floats(hit.tokens.contributions)
+        by_target = _by_target(result, hit)
+        if by_target.size:
+            value["byTarget"] = shades.levels(by_target, most)
+    return value
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+
+def _mean(result: QueryResult) -> float | None:
+    """The mean score of the most helpful hits, of which the influence of each target is a part."""
+    scores = [hit.score for hit in result.top if math.isfinite(hit.score)]
+    return math.fsum(scores) / len(scores) if scores else None
