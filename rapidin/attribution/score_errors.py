@@ -22,7 +22,7 @@ What is taken for granted: bins are exchangeable, and no few numbers are nearly 
 of a generation, v is divided by the length of the whole, which is then a. The methods `datainf` and `fisher`
 have v = M q; M counts as known, and a is the direction of v. The same holds for the mean of several
 generations. Codes of few bits add noise, which spreads over all bins and so is in the SE; that they pull
-scores towards zero is not. Measured in docs/reading.md.
+scores towards zero is not. Measured in docs/guide/reading.md.
 """
 
 from __future__ import annotations
@@ -160,7 +160,7 @@ def _meeting(cache: Cache) -> Tensor:
 
 def partners(rows: int, columns: int, k: int) -> float:
     """How many numbers of a matrix [rows, columns] share the bin of a number of it, on average over numbers
-    and hashes (docs/sketch.md, section 2; a flat sketch is that of one row)."""
+    and hashes (docs/reference/sketch.md, section 2; a flat sketch is that of one row)."""
     same_bin, near, far = zip(*(_side(n, k) for n in (rows, columns)), strict=True)
     # Within a chunk bins differ, each other difference is as likely; between chunks all are.
     both = near[0] * near[1] / max(1, k - 1) + (near[0] * far[1] + far[0] * near[1] + far[0] * far[1]) / k

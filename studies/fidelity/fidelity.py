@@ -3,7 +3,8 @@
     python studies/fidelity/collect.py MODEL --out STUDY ...                        the data, once
     python studies/fidelity/fidelity.py judge STUDY --out studies/fidelity/NAME.json    every code and seed
     python studies/fidelity/fidelity.py heads CACHE [CACHE ...]                     how many joint directions?
-    python studies/fidelity/fidelity.py report studies/fidelity/*.json studies/lds/codes.json --out docs
+    python studies/fidelity/fidelity.py report studies/fidelity/*.json studies/lds/codes.json --out
+    docs/measured
 
 `judge` scores each query of the study against all scored texts but itself and the near-duplicates that were
 planted for other queries, and compares with the scores from exact gradients, query by query; figures are
@@ -53,7 +54,7 @@ from rapidin.cache.codec import (
 )
 from rapidin.errors import UserError
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
 import doc_tables
 
 Scores = npt.NDArray[np.float64]
@@ -719,7 +720,7 @@ def report(args: argparse.Namespace) -> None:
     found = [json.loads(path.read_text()) for path in args.results]
     studies = [f for f in found if "study" in f]
     lds = [entry for f in found if "at" in f for entry in f["results"]]
-    images = args.out / "img"
+    images = args.out.parent / "img"
     images.mkdir(parents=True, exist_ok=True)
     made: dict[str, Callable[[], str]] = {"goals": lambda: goals_table(studies, lds)}
     for study in studies:

@@ -1,7 +1,8 @@
 """How time, bytes and network grow with the data and the GPUs: measured on one machine, and modelled beyond.
 
     python studies/scaling/scaling.py measure    # 10^4 to 10^7 rows: studies/scaling/cpu.json
-    python studies/scaling/scaling.py            # docs/scaling.md's tables from it; --write puts them there
+    python studies/scaling/scaling.py            # docs/measured/scaling.md's tables from it; --write puts
+    them there
 
 The tables say what is measured and what is assumed; nothing here has run on a GPU.
 """
@@ -20,11 +21,11 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
 import doc_tables
 
 RESULTS = Path(__file__).resolve().parent / "cpu.json"
-PAGE = doc_tables.DOCS / "scaling.md"
+PAGE = doc_tables.DOCS / "measured" / "scaling.md"
 NAME = "tables of the scaling study"  # on the page
 BLOCKS, WIDTH, BYTES = 210, 512, 256  # of the caches that are measured
 
@@ -146,7 +147,7 @@ def _time(seconds: float | None) -> str:
 
 
 def tables(measured: Measured, assumed: Assumed) -> str:
-    """The tables of docs/scaling.md."""
+    """The tables of docs/measured/scaling.md."""
     seen = [
         (
             f"{rows:,}",
@@ -286,7 +287,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("what", nargs="?", choices=["measure"])
     parser.add_argument("--most", type=int, default=10**7, help="rows of the largest cache")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/measured/scaling.md")
     options = parser.parse_args()
     if options.what == "measure":
         with tempfile.TemporaryDirectory() as place:

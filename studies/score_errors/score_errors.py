@@ -118,7 +118,9 @@ def main(arguments: list[str] | None = None) -> None:
                     scoring = ScoringConfig(normalize, args.method)
                     got = details(scans_of([QuerySketch(cache, sketch)], texts, scoring), every)
                     made.setdefault(normalize, []).append((got.scores.double(), got.errors.double()))
-                    here = seed if args.geometry == "kfac" else 0  # K-FAC's directions depend on the seed
+                    here = (
+                        seed if args.preconditioner == "kfac" else 0
+                    )  # K-FAC's directions depend on the seed
                     if args.method == "dot":
                         if (here, normalize) not in truth:
                             encoded = [source.encoder(record) for record in records]

@@ -1,4 +1,4 @@
-"""The study of standard errors finds again what it kept, and docs/reading.md shows it."""
+"""The study of standard errors finds again what it kept, and docs/guide/reading.md shows it."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def kept(name: str) -> list[dict[str, Any]]:
 def test_a_row_of_the_result_is_found_again(tmp_path: Path) -> None:
     tiny_llama(hidden_size=64, intermediate_size=96).save_pretrained(tmp_path / "model")
     tiny_tokenizer().save_pretrained(tmp_path / "model")
-    options = ["--include", "*proj*", "--queries", "4", "--geometry", "off", "--width", "64"]
+    options = ["--include", "*proj*", "--queries", "4", "--precondition", "off", "--width", "64"]
     written = tmp_path / "found.json"
     data = ["--data", str(STUDY / "texts.jsonl"), "--normalize", "layer", "--json", str(written)]
     score_errors.main([str(tmp_path / "model"), *data, *options])
@@ -36,7 +36,7 @@ def test_a_row_of_the_result_is_found_again(tmp_path: Path) -> None:
 
 
 def test_the_page_shows_the_results() -> None:
-    lines = (DOCS / "reading.md").read_text().splitlines()
+    lines = (DOCS / "guide" / "reading.md").read_text().splitlines()
     shown = [line.split(" | ", 1)[1] for line in lines if line.count("|") == 7]
     for name in ("off", "kfac"):
         for row in kept(name):
