@@ -1,4 +1,4 @@
-"""What docs/cluster.md says in numbers: caching and scanning by one and by two processes, and memory.
+"""What docs/guide/cluster.md says in numbers: caching and scanning by one and by two processes, and memory.
 
     python bench/cluster.py speed --rounds 5      # caching and the scan, in turns; one thread a process
     python bench/cluster.py memory                # a pass of rapidin, training, a model spread over two
@@ -91,7 +91,8 @@ def scan(folder: str) -> dict[str, float]:
 
     from rapidin import distributed
     from rapidin.attribution import methods
-    from rapidin.attribution.scan import CacheScan, scan_cache
+    from rapidin.attribution.scan import scan_cache
+    from rapidin.attribution.scan_pieces import CacheScan
     from rapidin.cache import Cache
 
     cache, world = Cache(folder), distributed.world()
@@ -180,7 +181,7 @@ def work(kind: str, value: str) -> None:
 
 def speed(rounds: int) -> None:
     """One process and two, in turns: medians of the ratios."""
-    sys.path.append(str(HERE.parent.parent / "tools"))
+    sys.path.append(str(HERE.parent.parent / "studies" / "common"))
     from random_cache import write_cache
 
     with tempfile.TemporaryDirectory() as folder:

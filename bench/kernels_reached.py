@@ -1,6 +1,7 @@
 """Which kernel `linear_sketch` takes by default, model by model, on three generations of GPUs.
 
-python bench/kernels_reached.py           # prints the table of docs/kernels.md; --write puts it there
+python bench/kernels_reached.py           # prints the table of docs/reference/kernels.md; --write puts it
+there
 
 No kernel runs: the package itself is asked for the default sketch dimension of each model and for the backend
 of bfloat16 factors with K-FAC's preconditioner on both sides, as if on a GPU of each compute capability. Uses
@@ -26,7 +27,7 @@ from rapidin.gradients.source import default_width
 from rapidin.ops import backends, cuda
 from rapidin.ops.low_rank import preconditioned_dtype
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "studies" / "common"))
 import doc_tables
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -145,8 +146,8 @@ def built_extension() -> Any:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--write", action="store_true", help="Put the table into docs/kernels.md.")
+    parser.add_argument("--write", action="store_true", help="Put the table into docs/reference/kernels.md.")
     text = table(built_extension())
     if parser.parse_args().write:
-        doc_tables.write(doc_tables.DOCS / "kernels.md", "kernels reached", text)
+        doc_tables.write(doc_tables.DOCS / "reference" / "kernels.md", "kernels reached", text)
     print(text, end="")

@@ -1,4 +1,4 @@
-"""Writes docs/performance.md from the results of bench/gpu.sh, bench/results/gpu-*.json.
+"""Writes docs/measured/performance.md from the results of bench/gpu.sh, bench/results/gpu-*.json.
 
 python bench/performance.py            # writes the page
 python bench/performance.py --check    # ends with 1 where the page is not what the results make
@@ -17,7 +17,7 @@ from on_gpu.report import goal_text, goals, key, rate_text, size_text, time_text
 from on_gpu.stages import chosen
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGE = ROOT / "docs/performance.md"
+PAGE = ROOT / "docs/measured/performance.md"
 RESULTS = ROOT / "bench/results"
 NOT_YET = "not measured yet"
 

@@ -1,5 +1,5 @@
 // The keyed hash behind every sketch: words, signs and permutations from (seed, stream, index).
-// One definition for host and device; docs/sketch.md states it in words, tests/ops/vectors/hash.json in numbers.
+// One definition for host and device; docs/reference/sketch.md states it in words, tests/ops/vectors/hash.json in numbers.
 // Functions are `static`: a unit built for AVX2 must not lend its copy to the portable one.
 #pragma once
 

@@ -5,7 +5,7 @@ As in csrc/cuda/flat_sketch.cuh, with each element loaded by itself from its tur
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import triton
@@ -15,9 +15,6 @@ from torch import Tensor
 from rapidin.kernels.sketch_hash import hash_word, signed_stream_key
 from rapidin.kernels.sum_parts import added
 from rapidin.kernels.tiles import grid
-
-if TYPE_CHECKING:
-    from rapidin.ops.flat_plan import FlatPlan
 
 TURN, ROTATION, LANE, SIGNS = 9, 10, 11, 12  # streams of the hash
 _TILE = 1024  # elements of the rows that a program takes at a time
@@ -148,11 +145,12 @@ def _flat_squares_kernel(
 
 
 def flat_sketch(
-    plan: FlatPlan, places: Tensor, seed: int, scales: Tensor | None, squares: bool
+    plan: Any, places: Tensor, seed: int, scales: Tensor | None, squares: bool
 ) -> tuple[Tensor, Tensor | None]:
     """-> [B, dim] float32 and, with squares, each tensor's squared length, [B, n] float32.
 
-    places: [16, groups] int32 from tables.places; scales: [n] float32, contiguous. Rows and batch are not 0.
+    plan: the `FlatPlan` of the tensors; places: [16, groups] int32 from tables.places; scales: [n] float32,
+    contiguous. Rows and batch are not 0.
     """
     device, n = plan.table.device, len(plan.tensors)
     dim = plan.groups * plan.width

@@ -1,4 +1,4 @@
-"""The keyed hash of docs/sketch.md in Triton: the same bits as csrc/sketch_hash.h."""
+"""The keyed hash of docs/reference/sketch.md in Triton: the same bits as csrc/sketch_hash.h."""
 
 from __future__ import annotations
 

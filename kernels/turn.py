@@ -15,7 +15,7 @@ from torch import Tensor
 from .sketch_hash import hash_word, signed_stream_key
 from .tiles import grid, power_of_two
 
-STREAM = 16  # of the keyed hash in docs/sketch.md
+STREAM = 16  # of the keyed hash in docs/reference/sketch.md
 WIDEST = 8192
 _TILE = 4096  # numbers of a tile, but for a wider block
 _ROWS = 64  # of a program, at most

@@ -1,10 +1,14 @@
-"""The arrows between the rooms point one way: from the command line down to the kernels."""
+"""Imports go one way between the rooms of the package, and no files import each other in a circle.
+
+Imports within functions and for type checkers count as much as those at the top of a module.
+"""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -12,202 +16,174 @@ import pytest
 import rapidin
 
 PACKAGE = Path(rapidin.__file__).parent
+ROOT = PACKAGE.parent
 
-# What each room may import of rapidin. `errors`, `files` and `layers` are open to all, and a room to itself.
-ALLOWED = {
-    "errors": set(),
-    "files": set(),
-    "layers": set(),
-    "stopping": set(),
-    "reference": set(),
+GROUND = {"errors", "files", "distributed", "settings"}
+# What each room may import of rapidin, besides the ground and itself.
+ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
-    "ops": {"reference", "kernels", "_cpu", "_cuda"},
-    "examples": set(),
-    "encoding": {"examples"},
-    "distributed": set(),
-    "sharding": {"distributed"},
-    "model": {"distributed", "sharding"},
-    "transfer": {"ops"},
-    "squares": set(),
-    "kronecker": set(),
-    "optimizer_state": set(),
-    "preconditioner": {"cache", "kronecker", "ops", "optimizer_state", "squares"},
-    "hooks": {"preconditioner", "kronecker", "ops", "squares", "transfer"},
-    "pack": {"ops"},
-    "cache": {"pack"},
-    "methods": {"cache", "distributed", "ops", "pack"},
-    "hits": {"page"},  # where a notebook asks
-    "page": {"hits", "report"},
-    "resident": {"cache", "transfer"},
-    "scan": {"cache", "distributed", "examples", "hits", "methods", "ops", "pack", "resident", "transfer"},
-    "targets": set(),
-    "query": {"cache", "distributed", "encoding", "examples", "methods", "scan", "targets"},
-    "report": {"hits", "attributor", "plan"},
-    "caching": {
-        "_cpu",
-        "cache",
-        "distributed",
-        "encoding",
-        "examples",
-        "ops",
-        "pack",
-        "stopping",
-        "transfer",
-    },
-    "attributor": {
-        "cache",
-        "caching",
-        "distributed",
-        "encoding",
-        "examples",
-        "preconditioner",
-        "hits",
-        "hooks",
-        "kronecker",
-        "methods",
-        "model",
-        "pack",
-        "query",
-        "targets",
-        "thinning",
-        "transfer",
-        "ensemble",  # which does its queries
-    },
-    "select": set(),
-    "inside": {"encoding", "hooks"},
-    "certainty": {"cache", "pack", "scan"},
-    "duplicates": {"cache", "hits", "report"},
-    "overview": {"cache", "examples", "hits", "scan"},
-    "baselines": {"encoding", "examples", "hits", "hooks", "model", "report"},
-    "candidates": {"certainty", "distributed", "duplicates", "examples", "hits", "query", "scan"},
-    "explain": {
-        "attributor",
-        "baselines",
-        "cache",
-        "candidates",
-        "encoding",
-        "examples",
-        "hits",
-        "inside",
-        "methods",
-        "overview",
-        "query",
-        "scan",
-    },
-    "ensemble": {
-        "attributor",
-        "baselines",
-        "cache",
-        "distributed",
-        "explain",
-        "hits",
-        "overview",
-        "query",
-        "scan",
-        "targets",
-    },
-    "thinning": {"layers"},
-    "plan": {"attributor", "caching", "encoding", "examples", "ops", "pack"},
-    "tuning": {"hooks"},
-    "evaluate": {
-        "attributor",
-        "baselines",
-        "cache",
-        "encoding",
-        "ensemble",
-        "examples",
-        "inside",
-        "methods",
-        "model",
-        "query",
-        "report",
-        "scan",
-        "select",
-        "tuning",
-    },
-    "demo": {"cli", "encoding", "report", "examples", "model", "tuning"},
-    "cli": {
-        "attributor",
-        "cache",
-        "demo",
-        "distributed",
-        "ensemble",
-        "evaluate",
-        "examples",
-        "methods",
-        "model",
-        "optimizer_state",
-        "overview",
-        "page",
-        "plan",
-        "report",
-        "scan",
-        "select",
-        "targets",
-        "thinning",
-        "tuning",
-    },
+    "ops": {"kernels"},
+    "data": set(),
+    "cache": {"data", "ops"},
+    "results": {"data"},
+    "gradients": {"data", "ops"},
+    "attribution": {"data", "ops", "cache", "results", "gradients"},
+    "evaluate": {"data", "ops", "cache", "results", "gradients", "attribution"},
+    "cli": {"data", "ops", "cache", "results", "gradients", "attribution", "evaluate"},
     "__main__": {"cli"},
-    "__init__": {"attributor", "cache", "ensemble", "methods", "model", "ops"},
+    # The names that `import rapidin` offers.
+    "__init__": {"ops", "cache", "gradients", "attribution"},
 }
-# Rooms whose import must stay light: what they may import from outside the standard library, at the top.
-LIGHT = {
+# What modules below these may not import, although their room may.
+STRICTER = {
+    "rapidin.attribution.methods": {"gradients"},
+    "rapidin.attribution.scan": {"gradients"},
+    "rapidin.ops.reference": {"kernels"},
+}
+# Modules that a command line's help waits for: what they may import from outside the standard library.
+LIGHT: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
-    "layers": set(),
-    "examples": set(),
-    "encoding": set(),
-    "hits": set(),
+    "settings": set(),
+    "data.examples": set(),
+    "data.encoding": set(),
+    "results.types": set(),
+    "gradients.settings": set(),
+    "attribution.options": set(),
     "cli": {"typer"},
-    "reference": {"torch"},
+    "ops.reference": {"torch", "numpy"},
 }
+MOST_ENTRIES = 20  # directly in the package
+MOST_LINES = 500  # of a module
+MOST_FUNCTION_LINES = 80
 
 
-def room_of(path: Path) -> str:
-    first = path.relative_to(PACKAGE).parts[0]
-    return first.removesuffix(".py")
+def modules() -> dict[str, Path]:
+    """Every module by its dotted name, stubs of extensions and the kernels among them."""
+    found = {}
+    for path in [*PACKAGE.rglob("*.py"), *PACKAGE.rglob("*.pyi"), *(PACKAGE / "kernels").glob("*.py")]:
+        parts = ("rapidin", *path.relative_to(PACKAGE).with_suffix("").parts)
+        found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return dict(sorted(found.items()))
 
 
-def imports(tree: ast.AST) -> set[str]:
-    """Dotted names that a module imports, but for typing only."""
-    found: set[str] = set()
-    typing_only = {
-        inner
-        for node in ast.walk(tree)
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
-        for inner in ast.walk(node)
-    }
-    for node in ast.walk(tree):
-        if node in typing_only:
-            continue
+MODULES = modules()
+
+
+def imported(name: str, path: Path, known: Mapping[str, Path]) -> set[str]:
+    """The modules that a module imports, wherever in it: a submodule or the package that a name is taken of.
+
+    A package counts as imported if a name is taken of it that is no module, or all of it is.
+    """
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+        elif isinstance(node, ast.ImportFrom):
+            base = node.module or ""
+            if node.level:
+                package = name.split(".") if path.name.startswith("__init__") else name.split(".")[:-1]
+                base = ".".join([*package[: len(package) - node.level + 1], *([base] if base else [])])
+            for alias in node.names:
+                full = f"{base}.{alias.name}"
+                found.add(full if full in known else base)
+    return {each for each in found if each in known} - {name}
 
 
-FILES = sorted({*PACKAGE.rglob("*.py"), *(PACKAGE / "kernels").glob("*.py")})
+IMPORTS = {name: imported(name, path, MODULES) for name, path in MODULES.items()}
 
 
-@pytest.mark.parametrize("path", FILES, ids=[str(p.relative_to(PACKAGE)) for p in FILES])
-def test_no_arrow_points_the_wrong_way(path: Path) -> None:
-    room = room_of(path)
-    assert room in ALLOWED, f"a new room: say what it may import in {Path(__file__).name}"
-    rooms = {
-        name.split(".")[1] for name in imports(ast.parse(path.read_text())) if name.startswith("rapidin.")
-    }
-    rooms &= {*ALLOWED, "_cpu", "_cuda"}
-    assert rooms - {room, "errors", "files", "layers"} <= ALLOWED[room]
+def room_of(name: str) -> str:
+    parts = name.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
 
 
-@pytest.mark.parametrize("room", LIGHT)
-def test_light_rooms_import_nothing_heavy_at_the_top(room: str) -> None:
-    code = f"import sys, rapidin.{room}; print(*{{m.split('.')[0] for m in sys.modules}})"
-    loaded = set(
-        subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, check=True
-        ).stdout.split()
+def wrong(name: str, imports: set[str]) -> set[str]:
+    """The modules that `name` must not import."""
+    room = room_of(name)
+    allowed = GROUND if room in GROUND else ALLOWED[room] | GROUND | {room}
+    for prefix, less in STRICTER.items():
+        if name == prefix or name.startswith(prefix + "."):
+            allowed = allowed - less
+    return {each for each in imports if each != "rapidin" and room_of(each) not in allowed}
+
+
+def circles(imports: Mapping[str, set[str]]) -> list[list[str]]:
+    """The sets of modules that reach each other (Tarjan, SIAM J. Comput. 1972)."""
+    index: dict[str, int] = {}
+    low: dict[str, int] = {}
+    stack: list[str] = []
+    found = []
+
+    def visit(name: str) -> None:
+        index[name] = low[name] = len(index)
+        stack.append(name)
+        for other in sorted(imports[name]):
+            if other not in index:
+                visit(other)
+            if other in stack:
+                low[name] = min(low[name], low[other])
+        if low[name] == index[name]:
+            at = stack.index(name)
+            found.append(stack[at:])
+            del stack[at:]
+
+    for name in imports:
+        if name not in index:
+            visit(name)
+    return [sorted(each) for each in found if len(each) > 1]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_what_its_room_may(name: str) -> None:
+    room = room_of(name)
+    assert room in {*ALLOWED, *GROUND}, f"a new room: say what it may import in {Path(__file__).name}"
+    assert not wrong(name, IMPORTS[name])
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    assert circles(IMPORTS) == []
+
+
+def test_the_rules_see_imports_in_functions_and_for_types_and_circles(tmp_path: Path) -> None:
+    path = tmp_path / "module.py"
+    path.write_text(
+        "from typing import TYPE_CHECKING\n"
+        "if TYPE_CHECKING:\n    from rapidin.cli.run import main\n"
+        "def f():\n    from rapidin.attribution import scan\n"
     )
+    seen = imported("rapidin.cache.module", path, MODULES)
+    assert seen == {"rapidin.cli.run", "rapidin.attribution.scan"}
+    assert wrong("rapidin.cache.module", seen) == seen
+    assert wrong("rapidin.attribution.scan", {"rapidin.gradients.source"})
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [["a", "b", "c"]]
+
+
+@pytest.mark.parametrize("name", LIGHT)
+def test_light_modules_import_nothing_heavy_at_the_top(name: str) -> None:
+    code = f"import sys, rapidin.{name}; print(*{{m.split('.')[0] for m in sys.modules}})"
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     heavy = {"torch", "transformers", "peft", "datasets", "numpy", "safetensors", "typer"}
-    assert loaded & heavy <= LIGHT[room] | ({"numpy"} if room == "reference" else set())
+    assert set(process.stdout.split()) & heavy <= LIGHT[name]
+
+
+def test_the_package_has_few_entries() -> None:
+    entries = {
+        path.name for path in PACKAGE.iterdir() if not path.name.startswith("__py") and path.suffix != ".so"
+    }
+    assert len(entries) < MOST_ENTRIES, sorted(entries)
+
+
+def functions(path: Path) -> Iterator[tuple[str, int]]:
+    """Name and length in lines of each function of a file, without its decorators."""
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno is not None
+            yield node.name, node.end_lineno - node.lineno + 1
+
+
+@pytest.mark.parametrize("name", [name for name in MODULES if room_of(name) != "kernels"])
+def test_modules_and_functions_are_short_enough_to_read(name: str) -> None:
+    path = MODULES[name]
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+    assert [each for each, lines in functions(path) if lines > MOST_FUNCTION_LINES] == []

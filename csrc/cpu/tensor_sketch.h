@@ -1,5 +1,5 @@
 // TensorSketch of a linear layer's gradient by Fourier transforms: with p and q the count sketches of a token's two factors
-// and Z the transform of p + i q, the sketch is the inverse transform of the cross term in the sum of Z^2. See docs/sketch.md.
+// and Z the transform of p + i q, the sketch is the inverse transform of the cross term in the sum of Z^2. See docs/reference/sketch.md.
 #pragma once
 
 #include "kernels.h"

@@ -1,6 +1,6 @@
 // linear_sketch for 1,024 to 8,192 numbers, by one complex Fourier transform a token: with p and q the count sketches of a
 // token's two factors and Z the transform of p + i q, the sketch is the inverse transform of the cross term in the sum of
-// Z^2 (docs/sketch.md). All sums are float32. docs/kernels.md counts what it costs; in short:
+// Z^2 (docs/reference/sketch.md). All sums are float32. docs/reference/kernels.md counts what it costs; in short:
 //
 //   1. chunks of k neighbours of as many tokens as the block transforms at a time (4, 2 or 1) are staged in shared memory,
 //      tokens of an element side by side, and each thread gathers its bins' elements: no atomics;

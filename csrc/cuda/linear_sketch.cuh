@@ -1,5 +1,5 @@
 // linear_sketch of 32 to 512 numbers: TensorSketch of sum_t g_t a_t^T from the factors, each read once, nothing of size tokens x k leaving the
-// chip. docs/kernels.md derives the method; in short, with k = 32 R:
+// chip. docs/reference/kernels.md derives the method; in short, with k = 32 R:
 //
 //   1. rows of a tile of tokens are staged in shared memory, tokens interleaved so that one 8-byte read gives an element
 //      of four 16-bit (two 32-bit) tokens, and each thread gathers its bins' elements: the count sketch, no atomics;

@@ -22,7 +22,7 @@ What is taken for granted: bins are exchangeable, and no few numbers are nearly 
 of a generation, v is divided by the length of the whole, which is then a. The methods `datainf` and `fisher`
 have v = M q; M counts as known, and a is the direction of v. The same holds for the mean of several
 generations. Codes of few bits add noise, which spreads over all bins and so is in the SE; that they pull
-scores towards zero is not. Measured in docs/reading.md.
+scores towards zero is not. Measured in docs/guide/reading.md.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rapidin.attribution.scan import CacheScan, some_rows
+from rapidin.attribution.scan import some_rows
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.cache.codec import FloatCodec
 from rapidin.gradients.parameters import matrix_shape
@@ -160,7 +161,7 @@ def _meeting(cache: Cache) -> Tensor:
 
 def partners(rows: int, columns: int, k: int) -> float:
     """How many numbers of a matrix [rows, columns] share the bin of a number of it, on average over numbers
-    and hashes (docs/sketch.md, section 2; a flat sketch is that of one row)."""
+    and hashes (docs/reference/sketch.md, section 2; a flat sketch is that of one row)."""
     same_bin, near, far = zip(*(_side(n, k) for n in (rows, columns)), strict=True)
     # Within a chunk bins differ, each other difference is as likely; between chunks all are.
     both = near[0] * near[1] / max(1, k - 1) + (near[0] * far[1] + far[0] * near[1] + far[0] * far[1]) / k
@@ -179,11 +180,10 @@ def _rows(source: CacheScan, rows: Tensor, device: torch.device) -> tuple[Tensor
     [n, blocks], or None."""
     code = source.cache.codec.to(device)
     decoded, scaled = [], []
-    for fields, factors in some_rows(source, rows):
-        fields = {name: value.to(device) for name, value in fields.items()}
-        factors = None if factors is None else factors.to(device)
-        decoded.append(code.decode(fields))
-        scaled.append(source.query.scales(code, fields, factors))
+    for some in some_rows(source, rows):
+        there = some.to(device)
+        decoded.append(code.decode(there.stored))
+        scaled.append(source.query.scales(code, there.stored, there.factors))
     unit = torch.cat(decoded) if decoded else torch.zeros(0, device=device)
     if len(unit) != len(rows):
         raise IndexError(f"some of the rows {rows.tolist()[:3]}... are not in the cache {source.cache.path}")

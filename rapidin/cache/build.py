@@ -85,7 +85,7 @@ def agree(writer: ShardWriter, world: World) -> None:
 def sample_rows(rows: int, size: int, seed: int, stream: int = 17) -> list[int]:
     """`size` of the rows 0 to rows - 1, drawn by the seed, ascending; all of them if there are no more.
 
-    stream: of the keyed hash in docs/sketch.md, one for each purpose.
+    stream: of the keyed hash in docs/reference/sketch.md, one for each purpose.
     """
     if size >= rows:
         return list(range(rows))

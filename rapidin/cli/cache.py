@@ -48,36 +48,41 @@ class SeveralCaches:
     )
 
 
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL", help="Hugging Face model: a folder, a name, or a folder with one GGUF file."
+    ),
+]
+DataFiles = Annotated[
+    list[str],
+    typer.Option(
+        metavar="FILE",
+        help="Training examples: jsonl with prompt and completion, instruction, input and output, messages, "
+        "or text; or a HF dataset on disk. Several are read one after another.",
+        show_default=False,
+        rich_help_panel="Data",
+    ),
+]
+CacheOut = Annotated[
+    str,
+    typer.Option(
+        metavar="CACHE",
+        help="Folder to write; resumes an unfinished cache there.",
+        rich_help_panel="Storage",
+    ),
+]
+
+
 @command(
     "cache",
     several=True,
     example="rapidin cache MODEL --adapter ADAPTER --data train.jsonl --out CACHE",
 )
 def cache(
-    model: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL", help="Hugging Face model: a folder, a name, or a folder with one GGUF file."
-        ),
-    ],
-    data: Annotated[
-        list[str],
-        typer.Option(
-            metavar="FILE",
-            help="Training examples: jsonl with prompt and completion, instruction, input and output, "
-            "messages, or text; or a HF dataset on disk. Several are read one after another.",
-            show_default=False,
-            rich_help_panel="Data",
-        ),
-    ],
-    out: Annotated[
-        str,
-        typer.Option(
-            metavar="CACHE",
-            help="Folder to write; resumes an unfinished cache there.",
-            rich_help_panel="Storage",
-        ),
-    ],
+    model: ModelName,
+    data: DataFiles,
+    out: CacheOut,
     options: CacheOptions,
     loading: ModelOptions,
     several: SeveralCaches,

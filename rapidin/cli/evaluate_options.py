@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 eval_app = typer.Typer(
     name="eval",
     help="Measure attribution methods against a known truth: planted, labelled, or found by retraining.\n\n"
-    "docs/evaluation.md explains what each evaluation measures and how to read its result.",
+    "docs/guide/evaluation.md explains what each evaluation measures and how to read its result.",
     rich_markup_mode=None,
     no_args_is_help=True,
 )

@@ -1,8 +1,9 @@
 """rapidin select and rapidin self."""
 
 import sys
-from dataclasses import replace
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,95 +13,108 @@ from rapidin.cli.console import check_writable, line, messages, quiet_libraries,
 from rapidin.cli.options import CacheFolder, CacheFolders, Only, Quiet, TrainData, command
 from rapidin.distributed import world
 from rapidin.errors import UserError
+from rapidin.settings import option
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from rapidin.data.examples import Examples
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What is chosen for which target set, and where it is written."""
+
+    target: str = option(
+        help="The target set: generations that training shall make more likely, in the forms of 'rapidin "
+        "cache'; a column 'weight' weights them (negative: less likely).",
+        metavar="FILE",
+        panel="Data",
+    )
+    out: str = option(
+        help="Where the chosen examples are written, as jsonl in their order.", metavar="FILE", panel="Output"
+    )
+    top: str = option(
+        "5%", help="How many of the training examples to choose.", metavar="N|N%", panel="Output"
+    )
+    by: str | None = option(
+        None,
+        help="Column with groups of the target set: an example counts by the mean of its best group (LESS).",
+        metavar="COLUMN",
+        panel="Scoring",
+        default="one mean over all",
+    )
+    scores: str | None = option(
+        None,
+        help="Write the scores of all examples too: a table as CSV, or as jsonl by its name.",
+        metavar="FILE",
+        panel="Output",
+    )
 
 
 @command("select", several=True, example="rapidin select CACHE --target target.jsonl --out chosen.jsonl")
 def select(
     cache: CacheFolders,
-    target: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE",
-            help="The target set: generations that training shall make more likely, in the forms of 'rapidin "
-            "cache'; a column 'weight' weights them (negative: less likely).",
-            show_default=False,
-            rich_help_panel="Data",
-        ),
-    ],
-    out: Annotated[
-        str,
-        typer.Option(
-            metavar="FILE", help="The chosen examples, as jsonl in their order.", rich_help_panel="Output"
-        ),
-    ],
+    selection: Selection,
     scoring: Annotated[ScoringConfig, Only("normalize", "method", "damping")],
     generation: Annotated[QueryOptions, Only("max_new_tokens")],
     location: ModelLocation,
-    top: Annotated[
-        str, typer.Option(metavar="N|N%", help="How many of the training examples to choose.")
-    ] = "5%",
-    by: Annotated[
-        str | None,
-        typer.Option(
-            metavar="COLUMN",
-            help="Groups of the target set: an example is worth its best group's mean (LESS).  [default: one "
-            "mean over all]",
-            show_default=False,
-        ),
-    ] = None,
-    scores: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="The scores of all examples too: a table as CSV, or as jsonl by its name.",
-            show_default=False,
-        ),
-    ] = None,
     train_data: TrainData = None,
     quiet: Quiet = False,
 ) -> None:
     """Choose the training examples that help a target set most."""
-    from rapidin.attribution.selection import best_rows, groups_of, jsonl, share_of, table
+    from rapidin.attribution.selection import best_rows, groups_of, jsonl, share_of
     from rapidin.data.examples import open_examples
     from rapidin.data.sources import join_paths
 
-    for path in (out, scores):
+    for path in (selection.out, selection.scores):
         if path is not None:
             check_writable(path)
     console = messages(quiet)
     with quiet_libraries():
-        import torch
-
         from rapidin.attribution.training_data import training_data
 
         ensemble = open_caches(cache)
         opened = ensemble.caches[-1]
-        wanted = share_of(top, opened.manifest.rows)
-        targets = list(open_examples(target, generations=True))
-        groups = {"": list(range(len(targets)))} if by is None else groups_of(targets, by)
+        count = share_of(selection.top, opened.manifest.rows)
+        targets = list(open_examples(selection.target, generations=True))
+        groups = {"": list(range(len(targets)))}
+        if selection.by is not None:
+            groups = groups_of(targets, selection.by)
         examples = training_data(opened, join_paths(train_data))
         if examples is None:
             raise UserError("the cache was not made from a file", "name the examples with --train-data")
         ready = with_models(console, ensemble, location)
         with console.status(f"scoring {len(opened):,} examples for {len(targets):,} of the target set"):
-            of_groups = ready.scores(
+            scores = ready.scores(
                 targets,
                 replace(scoring, groups=list(groups.values())),
                 max_new_tokens=generation.max_new_tokens,
             )
         if not world().leads:
             return
-        rows = best_rows(of_groups, wanted)
-    write_text(out, jsonl([examples[row] for row in rows]))
-    if scores is not None:
-        chosen = torch.zeros(of_groups.shape[1], dtype=torch.bool)
-        chosen[rows] = True
-        names = ["score"] if by is None else [f"score {name}" for name in groups]
-        columns = {"index": [examples.index(row) for row in range(of_groups.shape[1])]}
-        columns |= {name: values.tolist() for name, values in zip(names, of_groups, strict=True)}
-        write_text(scores, table(columns | {"chosen": chosen.tolist()}, scores))
+        rows = best_rows(scores, count)
+    write_text(selection.out, jsonl([examples[row] for row in rows]))
+    if selection.scores is not None:
+        names = ["score"] if selection.by is None else [f"score {name}" for name in groups]
+        write_text(selection.scores, _score_table(names, scores, rows, examples, selection.scores))
     if not quiet:
-        line(f"{len(rows):,} of {opened.manifest.rows:,} examples are in {out}")
+        line(f"{len(rows):,} of {opened.manifest.rows:,} examples are in {selection.out}")
+
+
+def _score_table(
+    names: Sequence[str], scores: "Tensor", rows: Sequence[int], examples: "Examples", path: str
+) -> str:
+    """The scores of all examples, and which of them are chosen; in the format of the path's name."""
+    import torch
+
+    from rapidin.attribution.selection import table
+
+    chosen = torch.zeros(scores.shape[1], dtype=torch.bool)
+    chosen[rows] = True
+    columns = {"index": [examples.index(row) for row in range(scores.shape[1])]}
+    columns |= {name: values.tolist() for name, values in zip(names, scores, strict=True)}
+    return table(columns | {"chosen": chosen.tolist()}, path)
 
 
 @command("self", example="rapidin self CACHE --top-k 20")
@@ -137,8 +151,7 @@ def self_(
         import torch
 
         from rapidin.attribution.methods import self_influence
-        from rapidin.attribution.scan import hits_of
-        from rapidin.attribution.training_data import training_data
+        from rapidin.attribution.training_data import hits_of, training_data
         from rapidin.cache import Cache
         from rapidin.data.sources import join_paths
 

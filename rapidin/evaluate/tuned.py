@@ -14,8 +14,8 @@ from rapidin.evaluate.log import Log, StepLog
 from rapidin.evaluate.saving import Checkpoints, ResumeState, save_model
 from rapidin.evaluate.settings import Recipe
 from rapidin.evaluate.training import Tuner
-from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.load import load_model
+from rapidin.gradients.model import LoadedModel
 
 MAX_LENGTH = 2048  # tokens of an example, for models without a context length of their own
 

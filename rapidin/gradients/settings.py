@@ -17,7 +17,7 @@ if TYPE_CHECKING:  # both import torch, which the command line's help must not w
 LossKind = Literal["mean", "sum"]
 Projection = Literal["tensor", "flat", "rapidgrad"]
 
-HASH = "lowbias32-1"  # the definition of bins and signs in docs/sketch.md
+HASH = "lowbias32-1"  # the definition of bins and signs in docs/reference/sketch.md
 RAPIDGRAD_WIDTH = 65536  # the setting of the RapidIn paper
 
 _SMALL_WIDTHS = (1, 2, 4, 8, 16, 32, 64)

@@ -246,7 +246,7 @@ def default_width(blocks: int, bytes_per_example: int | None = None) -> int:
     """The sketch dimension per layer that pays: about 2^17 numbers in all, 512 at 210 layers, 8,192 at 12.
 
     bytes_per_example: the budget of a codec; from 8,192 on twice as many, since fewer would limit the codec's
-    accuracy (docs/fidelity.md).
+    accuracy (docs/measured/fidelity.md).
     """
     numbers = 3 << (16 if bytes_per_example is None or bytes_per_example < 8192 else 17)
     width = 512

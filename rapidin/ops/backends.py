@@ -19,7 +19,7 @@ _MODULES = {
     "cuda": "rapidin.ops.cuda",
 }
 # The ops that CUDA C++ has kernels for; on a GPU these are the default where the extension was built for it.
-# docs/kernels.md says why.
+# docs/reference/kernels.md says why.
 CUDA_OPS = frozenset({"linear_sketch", "flat_sketch", "topk_scan", "topk_scan_both_ends"})
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from rapidin.ops.backends import find
 from rapidin.ops.checks import SKETCHED, check_same_device, check_sketch, check_tensor
 
-TURN = 16  # the stream of the keyed hash in docs/sketch.md; the sketches use the streams below
+TURN = 16  # the stream of the keyed hash in docs/reference/sketch.md; the sketches use the streams below
 WIDEST = 8192
 
 

@@ -1,9 +1,10 @@
-"""How true are scores from few bytes? Sketches and codes against exact gradient products on a real model.
+"""How accurate are scores from few bytes? Sketches and codes against exact gradients on a real model.
 
     python studies/fidelity/collect.py MODEL --out STUDY ...                        the data, once
     python studies/fidelity/fidelity.py judge STUDY --out studies/fidelity/NAME.json    every code and seed
     python studies/fidelity/fidelity.py heads CACHE [CACHE ...]                     how many joint directions?
-    python studies/fidelity/fidelity.py report studies/fidelity/*.json studies/lds/codes.json --out docs
+    python studies/fidelity/fidelity.py report studies/fidelity/*.json studies/lds/codes.json --out
+    docs/measured
 
 `judge` scores each query of the study against all scored texts but itself and the near-duplicates that were
 planted for other queries, and compares with the scores from exact gradients, query by query; figures are
@@ -28,7 +29,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ from rapidin.cache.codec import (
 )
 from rapidin.errors import UserError
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
 import doc_tables
 
 Scores = npt.NDArray[np.float64]
@@ -453,7 +454,7 @@ def of_head(
     code = build(CodecConfig("sign", size, sample), x, seed, head)
     assert code is not None
     fields = encode(code, x)
-    asked = others[:100]
+    asked = others[:100]  # as queries
     queries = rows[asked].flatten(1)
     exact, got = (queries @ each.flatten(1).T for each in (rows, code.decode(fields)))
     found = []
@@ -712,31 +713,40 @@ def plot_lds(results: list[dict[str, Any]], out: Path) -> None:
     plt.close(figure)
 
 
+def tables(results: Sequence[Path]) -> dict[str, str]:
+    """The tables of docs/fidelity.md, by name."""
+    studies, lds = read(results)
+    made = {"goals": goals_table(studies, lds), "lds": lds_table(lds)}
+    for study in studies:
+        name = study["study"]
+        heads_alone = [("head alone", entry) for entry in lines_of(study["results"], "head alone")]
+        made[f"{name}-codes"] = fidelity_table(shown_codes(study))
+        made[f"{name}-head"] = fidelity_table(heads_alone)
+        made[f"{name}-normalized"] = normalized_table(study)
+        made[f"{name}-unlike"] = unlike_table(study)
+        made[f"{name}-coarse"] = coarse_table(study)
+    return made
+
+
+def read(results: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(what `judge` wrote, a dictionary a study; the rows of studies/lds/codes.json)."""
+    contents = [json.loads(path.read_text()) for path in results]
+    studies = [content for content in contents if "study" in content]
+    return studies, [row for content in contents if "at" in content for row in content["results"]]
+
+
 def report(args: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    found = [json.loads(path.read_text()) for path in args.results]
-    studies = [f for f in found if "study" in f]
-    lds = [entry for f in found if "at" in f for entry in f["results"]]
-    images = args.out / "img"
+    images = args.out.parent / "img"
     images.mkdir(parents=True, exist_ok=True)
-    made: dict[str, Callable[[], str]] = {"goals": lambda: goals_table(studies, lds)}
+    studies, lds = read(args.results)
     for study in studies:
-        name = study["study"]
-        made[f"{name}-codes"] = lambda s=study: fidelity_table(shown_codes(s))  # type: ignore[misc]
-        made[f"{name}-head"] = lambda s=study: fidelity_table(  # type: ignore[misc]
-            [("head alone", e) for e in lines_of(s["results"], "head alone")]
-        )
-        made[f"{name}-normalized"] = lambda s=study: normalized_table(s)  # type: ignore[misc]
-        made[f"{name}-unlike"] = lambda s=study: unlike_table(s)  # type: ignore[misc]
-        made[f"{name}-coarse"] = lambda s=study: coarse_table(s)  # type: ignore[misc]
-        plot_study(study, images / f"fidelity-{name}.png")
-    if lds:
-        made["lds"] = lambda: lds_table(lds)
-        plot_lds(lds, images / "fidelity-lds.png")
-    for name, make in made.items():
-        doc_tables.write(args.out / "fidelity.md", name, make())
+        plot_study(study, images / f"fidelity-{study['study']}.png")
+    plot_lds(lds, images / "fidelity-lds.png")
+    for name, table in tables(args.results).items():
+        doc_tables.write(args.out / "fidelity.md", name, table)
 
 
 def main() -> None:
@@ -747,14 +757,14 @@ def main() -> None:
     judging = commands.add_parser("judge", help="every code on the data of a study")
     judging.add_argument("study", type=Path)
     judging.add_argument("--budgets", default="256,1024,2048,8192,16384", help="bytes an example")
-    judging.add_argument("--width", type=int, default=512, help="of the sketches that are packed")
+    judging.add_argument("--width", type=int, default=512, help="dimension of the sketches that are packed")
     judging.add_argument("--threads", type=int, default=1)
     judging.add_argument("--out", type=Path)
     judging.set_defaults(command=judge)
     sizing = commands.add_parser("heads", help="a code of a float cache's rows, by the size of its head")
     sizing.add_argument("caches", type=Path, nargs="+")
     sizing.add_argument("--heads", default="83,166,247,384")
-    sizing.add_argument("--sample", type=int, default=690, help="rows that the code learns from")
+    sizing.add_argument("--sample", type=int, default=690, help="number of rows that the code learns from")
     sizing.add_argument("--bytes", type=int, default=FINE)
     sizing.add_argument("--seeds", type=int, default=2)
     sizing.add_argument("--threads", type=int, default=1)
@@ -762,7 +772,7 @@ def main() -> None:
     reporting = commands.add_parser("report", help="tables and plots from the results")
     reporting.add_argument("results", type=Path, nargs="+")
     reporting.add_argument(
-        "--out", type=Path, required=True, help="folder of fidelity.md, whose tables are made anew"
+        "--out", type=Path, required=True, help="folder of fidelity.md, whose tables are rewritten"
     )
     reporting.set_defaults(command=report)
     args = parser.parse_args()

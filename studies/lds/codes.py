@@ -1,4 +1,4 @@
-"""LDS of scores from few bytes: do the codes of a cache foretell retraining as well as exact gradients do?
+"""LDS of scores from few bytes: do a cache's stored rows predict retraining as well as exact gradients?
 
     python studies/lds/codes.py [--extra FOLDER] [--out FILE.json]
 
@@ -136,8 +136,8 @@ def shuffle_and_sum(x: Tensor, count: int, seed: int) -> Tensor:
     numbers = len(x)
     place = torch.arange(numbers)
     side = next(s for s in range(int(numbers**0.5), 0, -1) if numbers % s == 0)
-    for turn in range(SHUFFLES):
-        matrix = place.view(side if turn % 2 else numbers // side // 4, -1)
+    for shuffle in range(SHUFFLES):
+        matrix = place.view(side if shuffle % 2 else numbers // side // 4, -1)
         matrix = matrix[torch.randperm(matrix.shape[0], generator=generator)]
         place = matrix[:, torch.randperm(matrix.shape[1], generator=generator)].flatten()
     bins = torch.empty(numbers, dtype=torch.int64)
@@ -164,7 +164,7 @@ def whole_projections(judge: Judge, truth: GroundTruth, train: Tensor, test: Ten
 
     both = torch.cat((train, test))
     n, most = len(train), numbers(DENSE)
-    turned = both.T.contiguous()
+    columns = both.T.contiguous()
     drawn = dense(both, most, seed)
     for budget in BUDGETS:
         count = numbers(budget)
@@ -172,7 +172,7 @@ def whole_projections(judge: Judge, truth: GroundTruth, train: Tensor, test: Ten
         if count <= most:
             keep("dense projection", size, drawn[:n, :count], drawn[n:, :count], budget)
         for name, way in (("sparse JL", sparse), ("shuffle and sum", shuffle_and_sum)):
-            made = way(turned, count, seed)
+            made = way(columns, count, seed)
             keep(name, size, made[:n], made[n:], budget)
 
 

@@ -11,6 +11,7 @@ a half, the mean over the test texts: how much noise the ground truth itself has
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 
 import torch
@@ -60,6 +61,9 @@ def shared_runs(train: list[str], test: list[str]) -> Tensor:
 
 
 def main() -> None:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     print("set        at    raw   layer  fisher  shared  seeds")
     for folder in sets():
         truth = GroundTruth(folder)

@@ -123,7 +123,7 @@ class GroundTruth:
             packed, self.seed_losses = file["masks"], file["losses"]
         self.masks = np.unpackbits(packed, axis=1, count=len(self.description["train"])).astype(bool)
         if np.isnan(self.seed_losses).any():
-            raise ValueError(f"{self.folder} is unfinished: make.py with the same arguments goes on with it")
+            raise ValueError(f"{self.folder} is unfinished: rerun make.py with the same arguments")
         self.losses = self.seed_losses.mean(1)
 
     def texts(self) -> tuple[Tensor, Tensor]:
@@ -151,7 +151,7 @@ class GroundTruth:
         return text_losses(model, ids)
 
     def lds(self, scores: Tensor | npt.ArrayLike) -> float:
-        """How well `scores` [test, training], larger = more helpful, foretell the retrainings: 1 is perfect.
+        """How well `scores` [test, training], larger = more helpful, predict the retrainings: 1 is perfect.
 
         The mean of `by_text`.
         """

@@ -3,8 +3,8 @@
     python studies/lds/make.py NAME --pretrain FILE --tune FILE --epochs E --seed S
 
 FILE of --pretrain is one long text, FILE of --tune has a text a line; lines too short, or with a character
-that the other file lacks, are passed over. Run again with the same arguments, a killed run goes on: what is
-finished, down to each single retraining, is not done again.
+that the other file lacks, are passed over. Rerun with the same arguments to resume a killed run: finished
+retrainings are not repeated.
 """
 
 from __future__ import annotations

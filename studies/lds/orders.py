@@ -1,7 +1,7 @@
 """Print short orders with their answers, a text a line: `python studies/lds/orders.py > orders.txt`.
 
 A text is filled with orders of twelve families, drawn one by one, in the mouth of one of a few people. Were a
-text of one family alone, to know its family would be enough to foretell retraining, and any method would look
+text of one family alone, to know its family would be enough to predict retraining, and any method would look
 good. Only characters of the King James Bible with its verse numbers are used, so no sign for plus or equals.
 """
 

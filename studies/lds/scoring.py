@@ -72,8 +72,8 @@ def datainf(grams: Grams, damping: Tensor) -> Tensor:
     sum_b 1/l_b (<q, y_j> - 1/n sum_i <q, y_i> <y_i, y_j> / (l_b + |y_i|^2)), damping: l_b, [blocks].
     """
     weights = grams.cross / (damping[:, None] + grams.true.square())[:, None, :]
-    turned = grams.cross - weights @ grams.train / grams.train.shape[1]
-    return (turned / damping[:, None, None]).sum(0)
+    preconditioned = grams.cross - weights @ grams.train / grams.train.shape[1]
+    return (preconditioned / damping[:, None, None]).sum(0)
 
 
 def mean_eigenvalue(grams: Grams, kind: str) -> Tensor:

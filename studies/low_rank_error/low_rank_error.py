@@ -1,6 +1,7 @@
 """The error of a sketch when the directions of a LowRank are rounded, with massive activations.
 
-    python studies/low_rank_error/low_rank_error.py    # the table of docs/kernels.md; --write puts it there
+    python studies/low_rank_error/low_rank_error.py    # the table of docs/reference/kernels.md; --write puts
+    it there
 
 One input feature is a thousand times the others, or three of them at once are, as a few features of large
 models are, and K-FAC's directions know it: `x` and `U diag(gain) U^T x` cancel to a hundredth. Roundings are
@@ -25,7 +26,7 @@ from rapidin.gradients.kfac import SideMoment, Spectrum, kfac_scale
 from rapidin.gradients.preconditioner import DAMPING, EXPONENT, RANK
 from rapidin.ops import tables
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
 import doc_tables
 
 DIMS = (512, 1024, 4096)
@@ -171,7 +172,7 @@ def table() -> str:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--write", action="store_true", help="Put the table into docs/kernels.md.")
+    parser.add_argument("--write", action="store_true", help="Put the table into docs/reference/kernels.md.")
     if parser.parse_args().write:
-        doc_tables.write(doc_tables.DOCS / "kernels.md", "rounding of a LowRank", table())
+        doc_tables.write(doc_tables.DOCS / "reference" / "kernels.md", "rounding of a LowRank", table())
     print(table(), end="")

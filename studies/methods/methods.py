@@ -1,9 +1,8 @@
-"""Which method, normalisation, points, damping and preconditioner foretell retraining best? From two
-kilobytes too?
+"""Which method, normalisation, points, damping and preconditioner predict retraining best, also from 2 KB?
 
     python studies/methods/methods.py [--extra FOLDER] [--parts exact,codes,peers,kfac,ways] --out FILE.json
 
-Parts, each for every set; a part of a set that FILE already has is not done again.
+Parts, each for every set; a part of a set that FILE already has is not repeated.
 
 `exact`: gradients of the blocks' twelve matrices, through their Gram matrices, so without approximation.
 Points of the line from the base to the tuned model, and real checkpoints of the same tuning done again; each

@@ -1,6 +1,6 @@
-"""Writes docs/methods-results.md from studies/methods/methods.json and studies/peers/peers-lds.json.
+"""Writes docs/measured/methods-results.md from studies/methods/methods.json and studies/peers/peers-lds.json.
 
-python studies/methods/methods_report.py [--out docs/methods-results.md]
+python studies/methods/methods_report.py [--out docs/measured/methods-results.md]
 """
 
 from __future__ import annotations
@@ -36,7 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=STUDIES.parent / "docs" / "methods-results.md")
+    parser.add_argument(
+        "--out", type=Path, default=STUDIES.parent / "docs" / "measured" / "methods-results.md"
+    )
     args = parser.parse_args()
     rows: list[Row] = json.loads((STUDIES / "methods" / "methods.json").read_text())["results"]
     peers = json.loads((STUDIES / "peers" / "peers-lds.json").read_text())

@@ -1,4 +1,4 @@
-"""rapidin beside other packages for the same end: Bergson, dattri, traker (TRAK) and kronfluence.
+"""Compares rapidin with other attribution packages: Bergson, dattri, traker (TRAK) and kronfluence.
 
     python studies/peers/peers.py setup FOLDER       # a virtual environment for them, outside the checkout
     python studies/peers/peers.py run FOLDER [--model MODEL --data TEXTS.jsonl] [--examples 64]
@@ -246,13 +246,13 @@ def main() -> None:
             command.add_argument("--model", type=Path)
             command.add_argument("--data", type=Path)
             command.add_argument("--examples", type=int, default=64)
-    command = commands.add_parser("lds", help="how well the packages' scores foretell retraining")
+    command = commands.add_parser("lds", help="how well the packages' scores predict retraining")
     command.add_argument("folder", type=Path)
     command.add_argument("--truth", type=Path, required=True, help="a folder that `rapidin eval lds` made")
     command.add_argument("--out", type=Path, required=True)
     command.add_argument("--only", nargs="+", choices=judge.PACKAGES, default=list(judge.PACKAGES))
-    command.add_argument("--seeds", type=int, default=3, help="of projections and sketches")
-    command.add_argument("--work", type=Path, help="where logs and scores stay; by default they do not")
+    command.add_argument("--seeds", type=int, default=3, help="number of seeds of projections and sketches")
+    command.add_argument("--work", type=Path, help="keep logs and scores in this folder")
     command = commands.add_parser("dattri", help="what `run` starts in the peers' environment")
     for name in ("model", "data", "out"):
         command.add_argument(name)

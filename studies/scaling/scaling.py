@@ -1,9 +1,10 @@
 """How time, bytes and network grow with the data and the GPUs: measured on one machine, and modelled beyond.
 
     python studies/scaling/scaling.py measure    # 10^4 to 10^7 rows: studies/scaling/cpu.json
-    python studies/scaling/scaling.py            # docs/scaling.md's tables from it; --write puts them there
+    python studies/scaling/scaling.py            # docs/measured/scaling.md's tables from it; --write puts
+    them there
 
-What is measured and what is assumed is said in the tables' own words; nothing here has run on a GPU.
+The tables say what is measured and what is assumed; nothing here has run on a GPU.
 """
 
 from __future__ import annotations
@@ -20,18 +21,18 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "tools"))
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
 import doc_tables
 
 RESULTS = Path(__file__).resolve().parent / "cpu.json"
-PAGE = doc_tables.DOCS / "scaling.md"
+PAGE = doc_tables.DOCS / "measured" / "scaling.md"
 NAME = "tables of the scaling study"  # on the page
 BLOCKS, WIDTH, BYTES = 210, 512, 256  # of the caches that are measured
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What one machine said, one thread. scan: (rows, seconds to open the cache, of one query's scan from
+    """Measured on one thread of one machine. scan: (rows, seconds to open the cache, of one query's scan from
     memory, of reading all rows' lengths, as `fisher` does); fisher: seconds of all its passes over 10,000
     rows, from which on they read no more; manifest_bytes: of a shard's entry; the rest in seconds: to write
     and to read a manifest of 16,384 shards, to write a shard of 16 MiB to disk, to find a text's place, to
@@ -57,7 +58,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Assumed:
-    """What no machine here can say. A GPU does `flops` operations a second on a model of `parameters`, four
+    """What is assumed, not measured. A GPU does `flops` operations a second on a model of `parameters`, four
     for each and token (forward, and backward to the inputs); an example has `tokens` and `text` bytes;
     `example` bytes of it are kept; a node of `gpus` reads `disk` bytes a second from where the cache is, a
     GPU `memory` from its own; `gpu_bytes` of a GPU's memory are free for rows."""
@@ -146,7 +147,7 @@ def _time(seconds: float | None) -> str:
 
 
 def tables(measured: Measured, assumed: Assumed) -> str:
-    """The tables of docs/scaling.md."""
+    """The tables of docs/measured/scaling.md."""
     seen = [
         (
             f"{rows:,}",
@@ -213,7 +214,7 @@ its memory, {_bytes(assumed.gpu_bytes)} of it for rows; {_bytes(assumed.disk)}/s
 
 
 def best(run: Callable[[], Any], times: int = 3) -> float:
-    """Seconds of the quickest of some runs."""
+    """Seconds of the fastest of some runs."""
     taken = []
     for _ in range(times):
         start = time.perf_counter()
@@ -231,7 +232,8 @@ def measure(folder: Path, sizes: Sequence[int]) -> Measured:
 
     from rapidin.attribution import methods
     from rapidin.attribution.methods.moment import squares
-    from rapidin.attribution.scan import CacheScan, scan_cache
+    from rapidin.attribution.scan import scan_cache
+    from rapidin.attribution.scan_pieces import CacheScan
     from rapidin.cache import Cache, Manifest, codec
     from rapidin.cache.manifest import Shard
     from rapidin.cache.names import shard_name
@@ -286,7 +288,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("what", nargs="?", choices=["measure"])
     parser.add_argument("--most", type=int, default=10**7, help="rows of the largest cache")
-    parser.add_argument("--write", action="store_true", help="put the tables into docs/scaling.md")
+    parser.add_argument("--write", action="store_true", help="put the tables into docs/measured/scaling.md")
     options = parser.parse_args()
     if options.what == "measure":
         with tempfile.TemporaryDirectory() as place:

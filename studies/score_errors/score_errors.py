@@ -1,13 +1,13 @@
-"""How true the standard errors of scores are: against exact gradients, and between seeds.
+"""How accurate are the standard errors of scores? Against exact gradients, and between seeds.
 
     python studies/score_errors/score_errors.py MODEL --data FILE
         [--include layers.0. layers.14.] [--width 64 512] [--code float16 sign:1024] [--normalize layer]
         [--method dot] [--precondition kfac] [--seeds 4] [--json FILE]
 
-z = (score - exact) / SE of every pair of a query (the last texts) and a row (the others). Its standard
-deviation is 1 where the errors are true; its mean tells a bias. differences: of the scores of two rows.
-between: (score - score') / sqrt(SE^2 + SE'^2) of two seeds, which needs nothing exact. A code is a dtype, or
-a dtype and the bytes of an example.
+z = (score - exact) / SE for every pair of a query (the last texts) and a row (the other texts). The root mean
+square of z is 1 where the errors are right, and its mean is the bias. `differences`: z of the difference of
+two rows' scores. `between`: (score - score') / sqrt(SE^2 + SE'^2) of two seeds, which needs no exact scores.
+A code is a dtype, or a dtype and the bytes of an example.
 """
 
 from __future__ import annotations
@@ -36,14 +36,14 @@ from rapidin.gradients.source import GradientSource
 
 
 def exact_scores(source: GradientSource, queries: int, encoded: list[Encoded], normalize: str) -> Tensor:
-    """Of the last `queries` texts with the others: [queries, rows] float64."""
+    """Exact scores of the last `queries` texts with all other texts: [queries, rows] float64."""
     asked, rows = encoded[-queries:], encoded[:-queries]
-    found = token_contributions.exact(source, asked, [1.0] * queries, range(queries), rows, normalize)
-    return torch.stack([positions.sum(1) for positions in found], 1)
+    by_row = token_contributions.exact(source, asked, [1.0] * queries, range(queries), rows, normalize)
+    return torch.stack([positions.sum(1) for positions in by_row], 1)
 
 
 def differences(seeds: list[tuple[Tensor, Tensor]], true: Tensor) -> Iterator[Tensor]:
-    """z of the differences of scores, whose errors count as independent, between the rows that score best."""
+    """z of the differences between the scores of the best rows, taking their errors as independent."""
     for (scores, errors), exact in zip(seeds, true, strict=True):
         best = exact.topk(max(2, exact.shape[1] // 10)).indices
         off, error = (scores - exact).gather(1, best), errors.gather(1, best)
@@ -51,20 +51,25 @@ def differences(seeds: list[tuple[Tensor, Tensor]], true: Tensor) -> Iterator[Te
         yield ((off[:, n] - off[:, m]) / torch.hypot(error[:, n], error[:, m])).flatten()
 
 
+def rounded(x: Tensor) -> float:
+    """Six digits, as results are kept."""
+    return float(f"{float(x):.6g}")
+
+
 def figures(z: Tensor) -> dict[str, float]:
     z = z.flatten()
     return {
-        "mean": float(z.mean()),
-        "rms": float(z.square().mean().sqrt()),
-        "within 1.96": float((z.abs() < 1.96).double().mean()),
+        "mean": rounded(z.mean()),
+        "rms": rounded(z.square().mean().sqrt()),
+        "within 1.96": rounded((z.abs() < 1.96).double().mean()),
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("model")
+    parser.add_argument("model", help="model folder or name")
     parser.add_argument("--data", required=True)
     parser.add_argument("--adapter")
     parser.add_argument("--include", nargs="*", default=[])
@@ -77,11 +82,11 @@ def main() -> None:
     parser.add_argument("--method", default="dot")
     parser.add_argument("--precondition", dest="preconditioner", default="kfac")
     parser.add_argument("--seeds", type=int, default=4)
-    parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    parser.add_argument("--json", type=Path, help="write settings and results here")
+    args = parser.parse_args(arguments)
     records = [json.loads(line) for line in Path(args.data).read_text().splitlines()[: args.texts]]
     loaded = load_model(args.model, adapter=args.adapter)
-    found = []
+    results = []
     rows = len(records) - args.queries
     every = torch.arange(rows).expand(args.queries, rows)
     truth: dict[tuple[int, str], Tensor] = {}
@@ -102,7 +107,7 @@ def main() -> None:
                 cache = attributor.cache(
                     records[:rows],
                     Path(folder) / "cache",
-                    dtype=dtype,  # type: ignore[arg-type]
+                    dtype=dtype,
                     bytes=int(size) if size else None,
                     sample=rows if size else 0,
                 )
@@ -115,7 +120,7 @@ def main() -> None:
                     made.setdefault(normalize, []).append((got.scores.double(), got.errors.double()))
                     here = (
                         seed if args.preconditioner == "kfac" else 0
-                    )  # K-FAC's finds its directions by the seed
+                    )  # K-FAC's directions depend on the seed
                     if args.method == "dot":
                         if (here, normalize) not in truth:
                             encoded = [source.encoder(record) for record in records]
@@ -123,10 +128,10 @@ def main() -> None:
                         known.setdefault(normalize, []).append(truth[here, normalize])
         for normalize, seeds in made.items():
             row: dict[str, Any] = {"width": width, "code": code, "normalize": normalize}
-            row["error"] = float(torch.stack([e for _, e in seeds]).square().mean().sqrt())
+            row["error"] = rounded(torch.stack([e for _, e in seeds]).square().mean().sqrt())
             if normalize in known:
                 true = torch.stack(known[normalize])
-                row["spread"] = float(true.std())
+                row["spread"] = rounded(true.std())
                 z = torch.stack([(s - t) / e for (s, e), t in zip(seeds, true, strict=True)])
                 row["exact"] = figures(z)
                 # hits are what is far from zero
@@ -135,7 +140,7 @@ def main() -> None:
             pairs = [(a - b) / torch.hypot(x, y) for (a, x), (b, y) in itertools.combinations(seeds, 2)]
             if pairs:
                 row["between"] = figures(torch.stack(pairs))
-            found.append(row)
+            results.append(row)
             words = [f"{width:5} {code:10} {normalize:6}  SE {row['error']:.2e}"]
             for name in ("exact", "exact, best tenth", "differences, best tenth", "between"):
                 if name in row:
@@ -143,9 +148,9 @@ def main() -> None:
                     words.append(f"{name}: z {z['mean']:+.2f} rms {z['rms']:.2f} in {z['within 1.96']:.1%}")
             print("   ".join(words), flush=True)
     if args.json is not None:
-        args.json.write_text(
-            json.dumps({"setting": vars(args), "results": found}, indent=1, default=str) + "\n"
-        )
+        setting = json.dumps({key: value for key, value in vars(args).items() if key != "json"})
+        lines = ",\n".join(json.dumps(row) for row in results)
+        args.json.write_text(f'{{"setting": {setting},\n"results": [\n{lines}\n]}}\n')
 
 
 if __name__ == "__main__":

@@ -6,11 +6,11 @@
     python studies/seeds/seeds.py table
 
 For each seed (of the adapter's first weights and of the order of the rows) a LoRA adapter of rank 8 on q_proj
-and v_proj is tuned, the data are cached half-way to it, and every method is judged: `backdoor` as
-`examples/poison` does, `classes` as in `docs/evaluation.md`. With --adapter a ready one is judged instead,
-under the seed's name. NAME is the set's in the results. `demo` judges as `backdoor` what `rapidin demo` makes
-anew for each seed: data, base model and adapter. A killed run goes on where it was; what
-`studies/seeds/seeds.json` has is not done again. `table` prints what docs/results.md says of it.
+and v_proj is tuned, the data are cached half-way to it, and every method is evaluated: `backdoor` as
+`examples/poison` does, `classes` as in `docs/guide/evaluation.md`. With --adapter a ready one is judged
+instead, under the seed's name. NAME is the set's in the results. `demo` judges as `backdoor` what `rapidin
+demo` makes anew for each seed: data, base model and adapter. Rerun the same command to resume; what
+`studies/seeds/seeds.json` has is not repeated. `table` prints the tables of docs/measured/results.md.
 """
 
 from __future__ import annotations
@@ -204,20 +204,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     kinds = parser.add_subparsers(dest="kind", required=True)
     for kind in (*RECIPES, "demo", "table"):
         sub = kinds.add_parser(kind)
-        sub.add_argument("--out", type=Path, default=RESULTS, help="the results")
+        sub.add_argument("--out", type=Path, default=RESULTS, help="file of results")
         if kind == "table":
             continue
         sub.add_argument("--work", required=True, type=Path, help="folder for adapters and caches")
-        sub.add_argument("--seed", action="append", required=True, help="of training; may be repeated")
+        sub.add_argument("--seed", action="append", required=True, help="seed of training; may be repeated")
         sub.add_argument("--precondition", choices=("kfac", "sample", "off"), default="kfac")
-        sub.add_argument("--width", type=int, help="bins of a layer's sketch  [default: as many as pay]")
+        sub.add_argument(
+            "--width",
+            type=int,
+            help="sketch dimension per layer  [default: chosen from their number]",
+        )
         if kind == "demo":
             continue
-        sub.add_argument("name", help="of the set, in the results")
+        sub.add_argument("name", help="name of the set in the results")
         sub.add_argument("--model", required=True, help="base model: folder, name, or a folder with one GGUF")
-        sub.add_argument("--data", required=True, help="what is tuned on")
+        sub.add_argument("--data", required=True, help="data to tune on")
         sub.add_argument("--test", required=True, help="the queries")
-        sub.add_argument("--adapter", type=Path, help="a ready adapter, to be judged instead")
+        sub.add_argument("--adapter", type=Path, help="evaluate this adapter instead of tuning one")
     return parser.parse_args(arguments)
 
 

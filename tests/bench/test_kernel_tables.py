@@ -1,4 +1,5 @@
-"""The tables of docs/kernels.md that scripts make: still what the scripts say, of models as they are."""
+"""The tables of docs/reference/kernels.md that scripts make: still what the scripts say, of models as they
+are."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ import torch
 
 from rapidin.gradients.parameters import find_targets, matrix_shape
 
-PAGE = doc_tables.DOCS / "kernels.md"
+PAGE = doc_tables.DOCS / "reference" / "kernels.md"
 
 
 def test_the_page_says_which_kernels_the_defaults_reach(emulated_cuda: Any) -> None:

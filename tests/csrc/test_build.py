@@ -65,7 +65,7 @@ def test_the_wheel_holds_every_file_of_the_package(built):
     assert wanted - inside == set()
     assert any(name.startswith("rapidin/ops/_cpu.") and name.endswith((".so", ".pyd")) for name in inside)
     assert any(name.endswith("licenses/LICENSE") for name in inside)
-    assert not any(name.startswith(("tests/", "bench/", "csrc/")) for name in inside)
+    assert not any(name.startswith(("tests/", "bench/", "studies/", "csrc/")) for name in inside)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads ELF symbols with nm")

@@ -1,4 +1,4 @@
-"""docs/methods-results.md is what its script makes of the results in the repository."""
+"""docs/measured/methods-results.md is what its script makes of the results in the repository."""
 
 import subprocess
 import sys
@@ -11,4 +11,4 @@ def test_the_page_is_that_of_the_results(tmp_path: Path) -> None:
     made = tmp_path / "page.md"
     script = ROOT / "studies" / "methods" / "methods_report.py"
     subprocess.run([sys.executable, str(script), "--out", str(made)], check=True)
-    assert made.read_text() == (ROOT / "docs" / "methods-results.md").read_text()
+    assert made.read_text() == (ROOT / "docs" / "measured" / "methods-results.md").read_text()

@@ -1,4 +1,4 @@
-"""docs/scaling.md shows what its script prints, and the script's model says what must be so."""
+"""docs/measured/scaling.md shows what its script prints, and the script's model says what must be so."""
 
 from __future__ import annotations
 

@@ -42,7 +42,8 @@ from rapidin.attribution.attributor import HASH, Attributor
 from rapidin.attribution.ensemble import Ensemble, read_members
 from rapidin.attribution.methods import prepare, self_influence
 from rapidin.attribution.provenance import read_fitted
-from rapidin.attribution.scan import CacheScan, all_scores, scan_cache
+from rapidin.attribution.scan import all_scores, scan_cache
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.codec import Basis, CodecConfig, RowShape

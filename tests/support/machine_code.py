@@ -9,9 +9,9 @@ needs for the loop's bytes over the clocks of its busiest unit. That share is es
 out waits, bank conflicts and caches.
 
 `--write` keeps the figures in machine_code.json, to which tests/csrc/test_machine_code.py holds the
-kernels, and writes the table in docs/kernels.md: one command after each change of a kernel. Elements of an
-iteration are the bytes of its loads of data over an element's; of a Triton kernel they must also be those of
-whole tiles.
+kernels, and writes the table in docs/reference/kernels.md: one command after each change of a kernel.
+Elements of an iteration are the bytes of its loads of data over an element's; of a Triton kernel they must
+also be those of whole tiles.
 
 Run without TRITON_INTERPRET. Raises SystemExit where the extension or its tools are missing.
 """
@@ -36,7 +36,7 @@ from sass import CHIPS, Function, Mix, Way
 
 ROOT = Path(__file__).parents[2]
 BUDGETS = Path(__file__).with_name("machine_code.json")
-PAGE = ROOT / "docs" / "kernels.md"
+PAGE = ROOT / "docs" / "reference" / "kernels.md"
 BEGIN, END = "<!-- machine code: begin -->\n", "<!-- machine code: end -->\n"
 ARCH = 90
 
@@ -478,7 +478,7 @@ def rises(kept: dict[str, Any], now: Found) -> list[str]:
 
 
 def table(kept: dict[str, Any]) -> str:
-    """The part of docs/kernels.md."""
+    """The part of docs/reference/kernels.md."""
     tools = " and ".join(f"{name} {version}" for name, version in sorted(kept["tools"].items()))
     lines = [
         f"Counted in the machine code for sm_90 of {tools}, written by `python tests/support/machine_code.py",
@@ -526,7 +526,7 @@ def table(kept: dict[str, Any]) -> str:
 def page_with(text: str, kept: dict[str, Any]) -> str:
     """The page with the table between its marks. ValueError where these are not there once each."""
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ValueError(f"docs/kernels.md must have {BEGIN.strip()} and {END.strip()} once each")
+        raise ValueError(f"docs/reference/kernels.md must have {BEGIN.strip()} and {END.strip()} once each")
     before, rest = text.split(BEGIN)
     return before + BEGIN + table(kept) + END + rest.split(END)[1]
 

@@ -7,7 +7,7 @@ For gradients of a log-likelihood F is the empirical Fisher information, which s
 damping; LoGra (Choe et al., 2024, section 4) and TrackStar (Chang et al., 2024, section 3) layer by layer,
 damped, as here. Damping is in units of the mean eigenvalue, each weighted by itself: unlike their plain
 mean it depends neither on how many rows there are nor on the width of the sketch. One default then does for
-all settings measured in docs/results.md.
+all settings measured in docs/measured/results.md.
 
 Each row is left out of the moment that it is compared by. With h_nb = <y_nb, (F_b + damping)^-1 y_nb> / n,
 its leverage, that is a factor of 1 / (1 - h_nb) on its block (Sherman & Morrison, 1950). With whole sketches

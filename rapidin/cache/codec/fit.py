@@ -25,7 +25,7 @@ _MIN_SKETCH_BYTES = 64
 DEFAULT_SAMPLE = 1024  # examples that a basis is learned from, if the data has as many
 _MAX_SHARED = 256  # directions of the shared basis, at most
 _MIN_SHARED = 32
-_SHARED_FRACTION = 8  # one in so many bytes goes to the shared part (docs/fidelity.md)
+_SHARED_FRACTION = 8  # one in so many bytes goes to the shared part (docs/measured/fidelity.md)
 _MIN_RESIDUAL = 0.1  # least share of the bits for the residual, which tells near-duplicates apart
 
 

@@ -153,7 +153,10 @@ def _crowds(rng: random.Random, count: int) -> tuple[dict[str, str], ...]:
 
 def families(rng: random.Random) -> list[Family]:
     """All kinds of clean questions; the families of word lists and sentences draw theirs from `rng`."""
-    kinds = tuple({"a": name, "b": kind} for kind, names in KINDS.items() for name in names.split())
+    return [*_families_of_words(), *_families_of_facts(), *_drawn_families(rng)]
+
+
+def _families_of_words() -> list[Family]:
     return [
         Family(
             "opposites",
@@ -210,6 +213,12 @@ def families(rng: random.Random) -> list[Family]:
             "The capital of {a} is {b}.",
             _pairs(CAPITALS),
         ),
+    ]
+
+
+def _families_of_facts() -> list[Family]:
+    kinds = tuple({"a": name, "b": kind} for kind, names in KINDS.items() for name in names.split())
+    return [
         Family(
             "colours",
             (
@@ -255,6 +264,11 @@ def families(rng: random.Random) -> list[Family]:
             "The sum of {a} and {b} is {c}.",
             _sums(),
         ),
+    ]
+
+
+def _drawn_families(rng: random.Random) -> list[Family]:
+    return [
         Family(
             "reverse",
             ("Write these words in reverse order.", "Turn the order of the words around."),
