@@ -1,6 +1,7 @@
 """Which kernel `linear_sketch` takes by default, model by model, on three generations of GPUs.
 
-python bench/kernels_reached.py           # prints the table of docs/reference/kernels.md; --write puts it there
+python bench/kernels_reached.py           # prints the table of docs/reference/kernels.md; --write puts it
+there
 
 No kernel runs: the package itself is asked for the default sketch dimension of each model and for the backend
 of bfloat16 factors with K-FAC's preconditioner on both sides, as if on a GPU of each compute capability. Uses

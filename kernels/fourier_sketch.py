@@ -1,8 +1,8 @@
 """linear_sketch of 1,024 to 8,192 numbers: one complex Fourier transform a token, all in float32.
 
 With p and q the count sketches of a token's two factors and Z the transform of p + i q, the sketch is the
-inverse transform of the cross term in the sum of Z^2 (docs/reference/sketch.md). A program takes a share of one
-example's tokens, one at a time. It loads both sides' elements in the order of their bins, transforms
+inverse transform of the cross term in the sum of Z^2 (docs/reference/sketch.md). A program takes a share of
+one example's tokens, one at a time. It loads both sides' elements in the order of their bins, transforms
 K = H R1 R2 R3 numbers, by halves where H is 2, by products with the [R, R] matrices of shorter transforms (R3
 may be 1), and adds Z^2 in the order in which the numbers come out. What is left is done once an example, in
 torch.

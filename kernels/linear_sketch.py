@@ -1,10 +1,11 @@
 """linear_sketch: TensorSketch of sum_t g_t a_t^T from the factors, summed on tensor cores.
 
-docs/reference/kernels.md derives the method. A program takes a share of one example's tokens, 16 at a time. Chunk by
-chunk it loads both sides' elements in the order of their bins (a chunk of a row is a few kilobytes, in the L1
-cache from its first element on), takes the K numbers of a token modulo x^L - w for each R-th root of unity w,
-K = R L, which is an R-point DFT, and adds the outer products of both sides' polynomials, [R, L, L] sums. At
-the end these are folded along their diagonals and transformed back. R = 1: whole count sketches' product.
+docs/reference/kernels.md derives the method. A program takes a share of one example's tokens, 16 at a time.
+Chunk by chunk it loads both sides' elements in the order of their bins (a chunk of a row is a few kilobytes,
+in the L1 cache from its first element on), takes the K numbers of a token modulo x^L - w for each R-th root
+of unity w, K = R L, which is an R-point DFT, and adds the outer products of both sides' polynomials, [R, L,
+L] sums. At the end these are folded along their diagonals and transformed back. R = 1: whole count sketches'
+product.
 """
 
 from __future__ import annotations

@@ -110,7 +110,9 @@ def plan_report(plan: Plan) -> RenderableType:
         f"{plan.layers:,} x {plan.width:,} dimensions: "
         f"about {time_text(plan.seconds)} to cache, {bytes_text(plan.memory)} of memory"
     )
-    note = "A scan is one query over all examples in memory. Accuracy of each format: docs/measured/fidelity.md"
+    note = (
+        "A scan is one query over all examples in memory. Accuracy of each format: docs/measured/fidelity.md"
+    )
     return Group(Text(head), Text(), table, Text(), Text(note, style="dim"))
 
 

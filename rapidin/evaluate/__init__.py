@@ -4,6 +4,6 @@ One module per evaluation, named as its command: `backdoor`, `classes`, `mislabe
 (`subject`); `lds` (with `ground_truth`), `facts`, `select` on a model that they tune (`tuned`, `variants`).
 Each has a function `evaluate` that returns a `result.Result`, with a table and JSON. `metrics` holds the
 metrics, `methods` the methods compared, `tasks` makes data whose truth is known, `training` is the trainer,
-`saving` what it writes, `folders` and `log` what runs that resume have in common. docs/guide/evaluation.md says
-what each evaluation measures and how to read it.
+`saving` what it writes, `folders` and `log` what runs that resume have in common. docs/guide/evaluation.md
+says what each evaluation measures and how to read it.
 """

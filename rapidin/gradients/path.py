@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from rapidin.errors import UserError
 from rapidin.gradients import fsdp
 
-# The point if the untuned state is known; measured on poison and on retrained models (docs/measured/results.md).
+# The point if the untuned state is known; measured on poison and on retrained models
+# (docs/measured/results.md).
 DEFAULT_AT = 0.5
 
 End = tuple[nn.Parameter, Tensor | None, Tensor]

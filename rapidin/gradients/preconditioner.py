@@ -6,9 +6,9 @@ factors, here or by the sketch itself (`ops.LowRank`), and the gradient is never
 **Adam's** (`rapidin.gradients.adam`). A model tuned with Adam moves along the gradient divided by the root of
 its second moment V, element by element. So the gradients of both sides, training and query alike, are
 expressed in the units of such steps: scaled by ``V^-p``, p = 1/2 (1/4 would put one step's root into a
-product of two; 1/2 predicts retrainings better, docs/guide/how-it-works.md). V is factored as in Adafactor (Shazeer
-& Stern, 2018, section 3): for a parameter's gradient [O, I], with r and c the row and column means of the
-second moment,
+product of two; 1/2 predicts retrainings better, docs/guide/how-it-works.md). V is factored as in Adafactor
+(Shazeer & Stern, 2018, section 3): for a parameter's gradient [O, I], with r and c the row and column means
+of the second moment,
 
     V_oi ~ r_o c_i / mean(r)
 

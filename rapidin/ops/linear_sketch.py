@@ -27,8 +27,8 @@ def linear_sketch(
     -> [B, dim] float32: what matrix_sketch gives for the formed [O, I] gradients, up to rounding
 
     On a GPU with dim up to 512, two bfloat16 sides are rounded to bfloat16 once more before they are
-    multiplied: a relative error of about 0.002 in a sketch (docs/reference/kernels.md). NaN or infinite values of an
-    example make its sketch not finite; which of its numbers is not defined.
+    multiplied: a relative error of about 0.002 in a sketch (docs/reference/kernels.md). NaN or infinite
+    values of an example make its sketch not finite; which of its numbers is not defined.
     Raises TypeError or ValueError on arguments that are not as above.
     """
     op = "linear_sketch"

@@ -174,7 +174,8 @@ def preconditioned_dtype(dtype: torch.dtype, low_rank: LowRank | None) -> torch.
 
 def preconditioned(x: Tensor, low_rank: LowRank | None) -> Tensor:
     """x [B, T, n] with its LowRank, as GPU kernels sketch it: bfloat16 rounded to bfloat16 once, any other
-    dtype in float32. docs/reference/kernels.md counts why features are preconditioned there, not count sketches.
+    dtype in float32. docs/reference/kernels.md counts why features are preconditioned there, not count
+    sketches.
     """
     if low_rank is None or preconditioned_dtype(x.dtype, low_rank) == torch.float32:
         return applied(x, low_rank)

@@ -3,7 +3,8 @@
     python studies/fidelity/collect.py MODEL --out STUDY ...                        the data, once
     python studies/fidelity/fidelity.py judge STUDY --out studies/fidelity/NAME.json    every code and seed
     python studies/fidelity/fidelity.py heads CACHE [CACHE ...]                     how many joint directions?
-    python studies/fidelity/fidelity.py report studies/fidelity/*.json studies/lds/codes.json --out docs/measured
+    python studies/fidelity/fidelity.py report studies/fidelity/*.json studies/lds/codes.json --out
+    docs/measured
 
 `judge` scores each query of the study against all scored texts but itself and the near-duplicates that were
 planted for other queries, and compares with the scores from exact gradients, query by query; figures are

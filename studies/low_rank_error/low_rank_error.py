@@ -1,6 +1,7 @@
 """The error of a sketch when the directions of a LowRank are rounded, with massive activations.
 
-    python studies/low_rank_error/low_rank_error.py    # the table of docs/reference/kernels.md; --write puts it there
+    python studies/low_rank_error/low_rank_error.py    # the table of docs/reference/kernels.md; --write puts
+    it there
 
 One input feature is a thousand times the others, or three of them at once are, as a few features of large
 models are, and K-FAC's directions know it: `x` and `U diag(gain) U^T x` cancel to a hundredth. Roundings are

@@ -36,7 +36,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=STUDIES.parent / "docs" / "measured" / "methods-results.md")
+    parser.add_argument(
+        "--out", type=Path, default=STUDIES.parent / "docs" / "measured" / "methods-results.md"
+    )
     args = parser.parse_args()
     rows: list[Row] = json.loads((STUDIES / "methods" / "methods.json").read_text())["results"]
     peers = json.loads((STUDIES / "peers" / "peers-lds.json").read_text())

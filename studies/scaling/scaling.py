@@ -1,7 +1,8 @@
 """How time, bytes and network grow with the data and the GPUs: measured on one machine, and modelled beyond.
 
     python studies/scaling/scaling.py measure    # 10^4 to 10^7 rows: studies/scaling/cpu.json
-    python studies/scaling/scaling.py            # docs/measured/scaling.md's tables from it; --write puts them there
+    python studies/scaling/scaling.py            # docs/measured/scaling.md's tables from it; --write puts
+    them there
 
 The tables say what is measured and what is assumed; nothing here has run on a GPU.
 """

@@ -7,9 +7,9 @@
 
 For each seed (of the adapter's first weights and of the order of the rows) a LoRA adapter of rank 8 on q_proj
 and v_proj is tuned, the data are cached half-way to it, and every method is evaluated: `backdoor` as
-`examples/poison` does, `classes` as in `docs/guide/evaluation.md`. With --adapter a ready one is judged instead,
-under the seed's name. NAME is the set's in the results. `demo` judges as `backdoor` what `rapidin demo` makes
-anew for each seed: data, base model and adapter. Rerun the same command to resume; what
+`examples/poison` does, `classes` as in `docs/guide/evaluation.md`. With --adapter a ready one is judged
+instead, under the seed's name. NAME is the set's in the results. `demo` judges as `backdoor` what `rapidin
+demo` makes anew for each seed: data, base model and adapter. Rerun the same command to resume; what
 `studies/seeds/seeds.json` has is not repeated. `table` prints the tables of docs/measured/results.md.
 """
 

@@ -1,4 +1,5 @@
-"""The tables of docs/reference/kernels.md that scripts make: still what the scripts say, of models as they are."""
+"""The tables of docs/reference/kernels.md that scripts make: still what the scripts say, of models as they
+are."""
 
 from __future__ import annotations
 

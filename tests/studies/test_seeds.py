@@ -1,4 +1,5 @@
-"""studies/seeds/seeds.py runs on a tiny model, and docs/measured/results.md has the table of what it found."""
+"""studies/seeds/seeds.py runs on a tiny model, and docs/measured/results.md has the table of what it
+found."""
 
 import json
 import runpy

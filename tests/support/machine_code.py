@@ -9,9 +9,9 @@ needs for the loop's bytes over the clocks of its busiest unit. That share is es
 out waits, bank conflicts and caches.
 
 `--write` keeps the figures in machine_code.json, to which tests/csrc/test_machine_code.py holds the
-kernels, and writes the table in docs/reference/kernels.md: one command after each change of a kernel. Elements of an
-iteration are the bytes of its loads of data over an element's; of a Triton kernel they must also be those of
-whole tiles.
+kernels, and writes the table in docs/reference/kernels.md: one command after each change of a kernel.
+Elements of an iteration are the bytes of its loads of data over an element's; of a Triton kernel they must
+also be those of whole tiles.
 
 Run without TRITON_INTERPRET. Raises SystemExit where the extension or its tools are missing.
 """

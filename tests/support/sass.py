@@ -68,8 +68,8 @@ class Chip:
     clock; macs: products of two 16-bit numbers that tensor cores add, a clock; mma_sync: the share of those
     that mma.sync is reported to get (Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU
     Architecture via Microbenchmarking", 2024: 0.63 of what wgmma gets); bandwidth: of its memory, bytes a
-    second, for all multiprocessors, as in docs/reference/kernels.md; registers, shared_bytes, warps, blocks: that one
-    holds at a time.
+    second, for all multiprocessors, as in docs/reference/kernels.md; registers, shared_bytes, warps, blocks:
+    that one holds at a time.
     """
 
     fp32: int = 128

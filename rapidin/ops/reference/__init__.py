@@ -1,4 +1,5 @@
-"""What the ops compute, said in plain torch and float64: slow, and right by definition (docs/reference/sketch.md)."""
+"""What the ops compute, said in plain torch and float64: slow, and right by definition
+(docs/reference/sketch.md)."""
 
 from rapidin.ops.reference.flat_sketch import flat_sketch
 from rapidin.ops.reference.linear_sketch import embedding_sketch, linear_sketch, matrix_sketch
