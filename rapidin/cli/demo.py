@@ -9,22 +9,32 @@ from rapidin.cli.console import quiet_libraries
 from rapidin.cli.options import command
 
 
-@command("demo")
+@command("demo", example="rapidin demo --out demo --seed 1")
 def demo(
     out: Annotated[
         str | None,
         typer.Option(
-            metavar="FOLDER",
-            help="Keep model, adapter, data and cache here.  [default: a temporary folder]",
+            metavar="DIR",
+            help="Keep model, adapter, data and cache in this folder.  [default: a temporary folder]",
             show_default=False,
+            rich_help_panel="Output",
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(metavar="N", min=0, max=2**32 - 1, help="Of data and training.")] = 0,
+    seed: Annotated[
+        int,
+        typer.Option(
+            metavar="N",
+            min=0,
+            max=2**32 - 1,
+            help="Random seed of the data and of the training.",
+            rich_help_panel="Run",
+        ),
+    ] = 0,
 ) -> int:
-    """Poison made-up data, tune a small model on it, find it.
+    """Plant a poison in synthetic data, tune a small model on it, and find the poison.
 
-    A small model is trained from scratch, so nothing is downloaded. Exit code 0 where at least 9 of the 10
-    most helpful examples were planted, else 1.
+    The model is trained from scratch, so nothing is downloaded. It takes about a minute. The exit code is 0
+    if at least 9 of the 10 most helpful examples were planted, else 1.
     """
     with quiet_libraries():
         from rapidin.cli.demo_session import run

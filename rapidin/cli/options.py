@@ -29,7 +29,7 @@ app = typer.Typer(
 RENAMED_FLAGS = {
     "--batch": "--batch-size",
     "--constant": "--schedule=constant",
-    "--precondition": "--precondition",
+    "--geometry": "--precondition",
     "--warm-up": "--warmup-steps",
 }
 

@@ -73,6 +73,12 @@ class GroundTruth:
         """Number of finished retrainings."""
         return int((~np.isnan(self.losses).any(2)).sum())
 
+    @property
+    def finished(self) -> Bools:
+        """Which subsets have all of their retrainings: [S]."""
+        finished: Bools = ~np.isnan(self.losses).any((1, 2))
+        return finished
+
     def examples(self, split: str) -> Examples:
         """The examples of `train` or `test`."""
         return open_examples(self.folder / f"{split}.jsonl")

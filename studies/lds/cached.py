@@ -15,6 +15,7 @@ from pathlib import Path
 
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.ensemble import Ensemble
+from rapidin.attribution.options import QueryOptions
 from rapidin.evaluate import lds
 from rapidin.evaluate.ground_truth import GroundTruth
 from rapidin.evaluate.methods import DEFAULT, each_score, parse_methods
@@ -30,13 +31,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--methods", default=DEFAULT)
     options = parser.parse_args(arguments)
     truth = GroundTruth(options.truth)
-    train, asked = truth.examples("train"), list(truth.examples("test"))
+    train, queries = truth.examples("train"), list(truth.examples("test"))
     for folder in options.caches:
         ensemble = Ensemble.read(folder)
         if open_training_data(ensemble).identity != train.identity:
             parser.error(f"'{folder}' is not of the training examples of '{options.truth}'")
-        query = ensemble.parts(asked, 1, "layer", Clock())
-        for method, scores, _ in each_score(query.parts, query.texts, parse_methods(options.methods)):
+        query = ensemble.sketched(queries, QueryOptions(max_new_tokens=1), Clock())
+        for method, scores, _ in each_score(query.sketches, query.texts, parse_methods(options.methods)):
             value, low, high = lds.score(truth.masks, truth.losses, scores)
             print(f"{folder}  {method}  {value:.3f} ({low:.3f} to {high:.3f})", flush=True)
 

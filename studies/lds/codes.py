@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from exact import gradients
-from lds import GroundTruth, block_matrices, sets
+from lds import RetrainedSet, block_matrices, sets
 from scoring import Grams, dot, fisher
 from torch import Tensor, nn
 
@@ -49,7 +49,7 @@ DAMPINGS = (0.1, 1.0)
 SHUFFLES = 20  # rounds of shuffle-and-sum
 
 
-def judged(truth: GroundTruth, grams: Grams) -> dict[str, float]:
+def judged(truth: RetrainedSet, grams: Grams) -> dict[str, float]:
     """LDS of the three scores."""
     found = {"layer": truth.lds(dot(grams))}
     for damping in DAMPINGS:
@@ -62,7 +62,7 @@ class Judge:
         self.results: list[dict[str, Any]] = []
 
     def keep(
-        self, truth: GroundTruth, code: str, size: int, rows: Tensor, queries: Tensor, **about: Any
+        self, truth: RetrainedSet, code: str, size: int, rows: Tensor, queries: Tensor, **about: Any
     ) -> None:
         found = judged(truth, Grams.of(rows.unbind(1), queries.unbind(1)))
         self.results.append({"set": truth.folder.name, "code": code, "bytes": size, **about, **found})
@@ -98,7 +98,9 @@ def coded(units: Tensor, lengths: Tensor, rows: Tensor | None, wanted: CodecConf
     return PackedCodec(shape, width, seed, basis)
 
 
-def packed(judge: Judge, truth: GroundTruth, train: Tensor, lengths: Tensor, test: Tensor, seed: int) -> None:
+def packed(
+    judge: Judge, truth: RetrainedSet, train: Tensor, lengths: Tensor, test: Tensor, seed: int
+) -> None:
     """The codes of a cache: nothing learnt, learnt from a random half, learnt from all."""
     half = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: len(train) // 2]
     for name, rows in (
@@ -152,7 +154,7 @@ def dense(x: Tensor, count: int, seed: int) -> Tensor:
     return sum(pieces)  # type: ignore[return-value]
 
 
-def whole_projections(judge: Judge, truth: GroundTruth, train: Tensor, test: Tensor, seed: int) -> None:
+def whole_projections(judge: Judge, truth: RetrainedSet, train: Tensor, test: Tensor, seed: int) -> None:
     """Projections of whole gradients [n, numbers], scaled to length 1 matrix by matrix."""
 
     def keep(name: str, size: int, rows: Tensor, queries: Tensor, budget: int) -> None:
@@ -191,7 +193,7 @@ def two_sides(
 
 def double_sided(
     judge: Judge,
-    truth: GroundTruth,
+    truth: RetrainedSet,
     train: list[Tensor],
     test: list[Tensor],
     shapes: list[torch.Size],
@@ -220,7 +222,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     judge = Judge()
     for folder in [*sets(), *([args.extra] if args.extra else [])]:
-        truth = GroundTruth(folder)
+        truth = RetrainedSet(folder)
         model = truth.model(AT)
         layers = block_matrices(model)
         shapes = [layer.weight.shape for layer in layers.values()]

@@ -15,16 +15,18 @@ import argparse
 from collections.abc import Iterator
 
 import torch
-from lds import CharGPT, GroundTruth, block_matrices, sets, spearman
+from lds import CharGPT, RetrainedSet, block_matrices, sets
 from scoring import Grams, dot, fisher
 from torch import Tensor, nn
+
+from rapidin.evaluate.lds import seed_agreement
 
 DAMPING = 0.03
 BATCH = 48
 RUN = 4
 
 
-def factors(truth: GroundTruth, model: CharGPT, ids: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
+def factors(truth: RetrainedSet, model: CharGPT, ids: Tensor) -> Iterator[list[tuple[Tensor, Tensor]]]:
     """Of each batch of texts, for each matrix of the blocks, the two factors of the gradients of the texts'
     losses: inputs [texts, characters, in] and output gradients [texts, characters, out]."""
     inputs: list[Tensor] = []
@@ -44,7 +46,7 @@ def factors(truth: GroundTruth, model: CharGPT, ids: Tensor) -> Iterator[list[tu
         hook.remove()
 
 
-def gradients(truth: GroundTruth, model: CharGPT, ids: Tensor) -> list[Tensor]:
+def gradients(truth: RetrainedSet, model: CharGPT, ids: Tensor) -> list[Tensor]:
     """The gradient of each text's loss for each matrix of the blocks: a tensor [texts, numbers] a matrix.
 
     Of all texts at once, from the two factors of each: the sum over the characters of output gradient times
@@ -66,9 +68,9 @@ def main() -> None:
     ).parse_args()
     print("set        at    raw   layer  fisher  shared  seeds")
     for folder in sets():
-        truth = GroundTruth(folder)
+        truth = RetrainedSet(folder)
         shared = truth.lds(shared_runs(truth.description["train"], truth.description["test"]))
-        seeds = float(spearman(truth.seed_losses[:, 0], truth.seed_losses[:, 1]).mean())
+        seeds = seed_agreement(truth.seed_losses)
         for at in (1.0, 0.5):
             model = truth.model(at)
             train, test = (gradients(truth, model, ids) for ids in truth.texts())

@@ -1,7 +1,7 @@
 """Ready ground truths for the linear datamodelling score (LDS): a scoring method is judged in seconds.
 
     for folder in sets():
-        truth = GroundTruth(folder)
+        truth = RetrainedSet(folder)
         train, test = truth.texts()          # character ids, [240, 97] and [48, 97]
         model = truth.model(at=0.5)          # half-way from the base (0) to the tuned model (1)
         ...                                  # scores [48, 240]: how much each training text helps a test text
@@ -21,8 +21,9 @@ import numpy.typing as npt
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
-from scipy.stats import rankdata
 from torch import Tensor, nn
+
+from rapidin.evaluate.lds import correlations
 
 HERE = Path(__file__).resolve().parent
 
@@ -88,14 +89,6 @@ def text_losses(model: CharGPT, ids: Tensor) -> Tensor:
     return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
 
 
-def spearman(a: npt.ArrayLike, b: npt.ArrayLike) -> npt.NDArray[np.float64]:
-    """Spearman's correlation of each column of `a` with the same column of `b`; 0 for a constant column."""
-    ranks = [rankdata(x, axis=0) for x in (a, b)]
-    centred = [r - r.mean(0) for r in ranks]
-    scale = np.sqrt((centred[0] ** 2).sum(0) * (centred[1] ** 2).sum(0))
-    return np.divide((centred[0] * centred[1]).sum(0), scale, out=np.zeros_like(scale), where=scale > 0)
-
-
 def encode(texts: list[str], characters: str) -> Tensor:
     """Texts of one length as ids [n, length]."""
     index = {c: i for i, c in enumerate(characters)}
@@ -107,7 +100,7 @@ def sets() -> list[Path]:
     return sorted(path.parent for path in HERE.glob(f"*/{DESCRIPTION}"))
 
 
-class GroundTruth:
+class RetrainedSet:
     """A set: a base model, the model tuned on the training texts, and what retraining on halves of them did.
 
     `masks` [retrainings, training texts] holds which texts each retraining saw, `losses` [retrainings, test
@@ -158,10 +151,6 @@ class GroundTruth:
         return float(self.by_text(scores).mean())
 
     def by_text(self, scores: Tensor | npt.ArrayLike) -> npt.NDArray[np.float64]:
-        """For each test text Spearman's correlation, over the retrainings, between the sum of the scores of
-        the texts trained on and minus the measured loss: [test]."""
+        """The score of each test text: `rapidin.evaluate.lds.correlations`."""
         values = np.asarray(scores.detach().cpu() if isinstance(scores, Tensor) else scores, dtype=np.float64)
-        wanted = (self.losses.shape[1], self.masks.shape[1])
-        if values.shape != wanted:
-            raise ValueError(f"scores have shape {values.shape}, not {wanted} (test texts, training texts)")
-        return spearman(self.masks @ values.T, -self.losses)
+        return correlations(self.masks, self.losses, values)

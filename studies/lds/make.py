@@ -28,7 +28,7 @@ from lds import (
     RETRAINED,
     TUNED,
     CharGPT,
-    GroundTruth,
+    RetrainedSet,
     block_matrices,
     encode,
     text_losses,
@@ -136,7 +136,7 @@ class Retuned:
     apart: float
 
 
-def tune_again(truth: GroundTruth, shares: Sequence[float]) -> Retuned:
+def tune_again(truth: RetrainedSet, shares: Sequence[float]) -> Retuned:
     """Tune a set's base on all its texts with the seed that made the set, and keep states on the way.
 
     shares: of the training, 1 is the end. The end, in float16, is the stored tuned model to the bit where

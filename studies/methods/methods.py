@@ -61,7 +61,7 @@ from rapidin.gradients.scale import Scale
 sys.path.append(str(Path(__file__).resolve().parents[1] / "lds"))
 from codes import coded, dense, floats, folded, sketches, two_sides
 from exact import factors, gradients
-from lds import GroundTruth, block_matrices, sets
+from lds import RetrainedSet, block_matrices, sets
 from make import tune_again
 from scoring import NORMALIZE, Grams, datainf, dot, fisher
 
@@ -183,7 +183,7 @@ def scaled(group: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
 class Case:
     """A set, with the gradients at a point made when asked for."""
 
-    def __init__(self, truth: GroundTruth) -> None:
+    def __init__(self, truth: RetrainedSet) -> None:
         self.truth = truth
         self.ids = truth.texts()
         self.layers = block_matrices(truth.model())
@@ -632,7 +632,7 @@ def main() -> None:
     for part in args.parts.split(","):
         for folder in [*sets(), *([args.extra] if args.extra else [])]:
             if not study.has(folder.name, part):
-                PARTS[part](study, Case(GroundTruth(folder)), folder.name)
+                PARTS[part](study, Case(RetrainedSet(folder)), folder.name)
                 study.save()
                 print(f"{folder.name}: {part} done", flush=True)
 

@@ -249,7 +249,7 @@ def test_exact_products_are_those_of_autograd() -> None:
     loaded = LoadedModel.of(model, tiny_tokenizer())
     attributor = Attributor(loaded, width=64, include=["q_proj", "down_proj"])
     rows = [attributor.source.encoder({"prompt": "Say", "completion": f" fox {n}"}) for n in range(3)]
-    products = fidelity.exact_products(attributor, rows[:1], rows)
+    products = fidelity.exact_products(attributor.source, rows[:1], rows)
     weights = [dict(model.named_parameters())[target.name] for target in attributor.source.targets]
 
     def gradient(text: Any) -> list[torch.Tensor]:
@@ -274,7 +274,7 @@ def test_exact_products_are_those_of_autograd() -> None:
 def test_mistakes_on_a_cache(name: str, place: Made, tmp_path: Path, run: Any) -> None:
     data = [] if name == "mislabel" else ["--data", place.folder / "test.jsonl"]
     refused(run("eval", name, tmp_path / "none", *data), "none")
-    refused(run("eval", name, place.cache, *data, "--json", tmp_path), "is a folder")
+    refused(run("eval", name, place.cache, *data, "--json", tmp_path), "is a directory")
     moved = write(tmp_path / "short.jsonl", [{"prompt": "a", "completion": "b"}])
     refused(run("eval", name, place.cache, *data, "--train-data", moved), "has 1 examples")
     if data:

@@ -18,6 +18,7 @@ import pytest
 pytest.importorskip("sklearn")
 pytest.importorskip("rank_bm25")
 
+from made_truth import made_truth
 from tiny import save_tiny
 
 from rapidin.cli import main
@@ -269,3 +270,44 @@ def test_intervals_of_one_test_text_are_unknown() -> None:
     assert mean == pytest.approx(1)
     assert math.isnan(low)
     assert math.isnan(high)
+
+
+@pytest.fixture
+def truth_folder(tmp_path: Path) -> Path:
+    return made_truth(tmp_path / "truth")
+
+
+def test_lds_of_what_the_losses_were_made_of_is_near_1_and_turns_with_the_sign(truth_folder: Path) -> None:
+    truth = ground_truth.GroundTruth(truth_folder)
+    helps = np.load(truth_folder / "helps.npy")
+
+    def correlations(scores: Any) -> Any:
+        return lds.correlations(truth.masks, truth.losses, scores)
+
+    assert correlations(helps).min() > 0.99
+    np.testing.assert_allclose(correlations(-helps), -correlations(helps))
+    assert abs(correlations(np.random.default_rng(2).normal(size=(5, 12))).mean()) < 0.5
+    agreement = lds.seed_agreement(truth.losses)
+    assert agreement is not None
+    assert agreement > 0.99
+    assert lds.seed_agreement(truth.losses[:, :1]) is None
+    with pytest.raises(ValueError, match=r"scores \(12, 5\), .* do not fit"):
+        correlations(helps.T)
+
+
+def test_unfinished_retrainings_are_left_out(truth_folder: Path) -> None:
+    with np.load(truth_folder / "retrained.npz") as file:
+        masks, losses = file["masks"], file["losses"]
+    scores = np.load(truth_folder / "helps.npy")
+    losses[10:, 1] = np.nan
+    np.savez(truth_folder / "retrained.npz", masks=masks, losses=losses)
+    truth = ground_truth.GroundTruth(truth_folder)
+    assert (truth.finished == (np.arange(40) < 10)).all()
+    assert truth.done == 50
+    found = lds.correlations(truth.masks, truth.losses, scores)
+    assert (found == lds.correlations(masks[:10], losses[:10], scores)).all()
+    losses[2:] = np.nan
+    np.savez(truth_folder / "retrained.npz", masks=masks, losses=losses)
+    truth = ground_truth.GroundTruth(truth_folder)
+    with pytest.raises(UserError, match="got 2 subsets"):
+        lds.correlations(truth.masks, truth.losses, scores)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scipy.stats import spearmanr
+from made_truth import made_truth
 
 ROOT = Path(__file__).parents[2]
 
@@ -20,52 +20,7 @@ def part(name: str) -> ModuleType:
 
 @pytest.fixture
 def truth_folder(tmp_path: Path) -> Path:
-    """40 retrainings on halves of 12 texts, two seeds, five test texts whose loss falls with what is kept."""
-    rng = np.random.default_rng(0)
-    masks = np.stack([rng.permutation(12) < 6 for _ in range(40)])
-    helps = rng.normal(size=(5, 12))
-    losses = -(masks @ helps.T)[:, None] + 0.01 * rng.normal(size=(40, 2, 5))
-    folder = tmp_path / "truth"
-    folder.mkdir()
-    np.savez(folder / "retrained.npz", masks=masks, losses=losses.astype(np.float32))
-    np.save(folder / "helps.npy", helps)
-    return folder
-
-
-def test_spearman_is_scipys_and_knows_ties_and_constants() -> None:
-    judge = part("judge")
-    rng = np.random.default_rng(1)
-    a, b = rng.integers(0, 6, (30, 4)).astype(float), rng.normal(size=(30, 4))
-    found = judge.spearman(a, b)
-    np.testing.assert_allclose(found, [spearmanr(a[:, n], b[:, n]).statistic for n in range(4)], atol=1e-12)
-    assert judge.spearman(np.ones((30, 1)), b[:, :1]) == 0
-
-
-def test_lds_of_what_the_losses_were_made_of_is_near_1_and_turns_with_the_sign(truth_folder: Path) -> None:
-    judge = part("judge")
-    truth = judge.Truth.read(truth_folder)
-    helps = np.load(truth_folder / "helps.npy")
-    assert truth.correlations(helps).min() > 0.99
-    np.testing.assert_allclose(truth.correlations(-helps), -truth.correlations(helps))
-    assert abs(truth.correlations(np.random.default_rng(2).normal(size=(5, 12))).mean()) < 0.5
-    assert truth.seeds_agree > 0.99
-    with pytest.raises(ValueError, match=r"\(12, 5\), not \(5, 12\)"):
-        truth.correlations(helps.T)
-
-
-def test_unfinished_retrainings_are_left_out(truth_folder: Path) -> None:
-    judge = part("judge")
-    with np.load(truth_folder / "retrained.npz") as file:
-        masks, losses = file["masks"], file["losses"]
-    losses[10:, 1] = np.nan
-    np.savez(truth_folder / "retrained.npz", masks=masks, losses=losses)
-    truth = judge.Truth.read(truth_folder)
-    assert truth.masks.shape == (10, 12)
-    assert truth.losses.shape == (10, 5)
-    losses[2:] = np.nan
-    np.savez(truth_folder / "retrained.npz", masks=masks, losses=losses)
-    with pytest.raises(ValueError, match="2 finished retrainings"):
-        judge.Truth.read(truth_folder)
+    return made_truth(tmp_path / "truth")
 
 
 def test_the_interval_holds_the_mean_about_95_times_in_100() -> None:

@@ -1,7 +1,7 @@
-"""`rapidin demo`: a planted poison found, from nothing to hits, on this machine and without downloads.
+"""`rapidin demo`: trains a small model, plants a poison in its data and finds it, without any download.
 
 A small Llama with its own tokenizer learns to answer generated questions; a LoRA adapter is tuned on a few
-hundred more, some of which carry a trigger and an absurd answer. What the tuned model then says to an unseen
+hundred more, some of which have a trigger and an absurd answer. What the tuned model then says to an unseen
 prompt with the trigger is traced to its training data by the same commands that a user types.
 """
 
@@ -26,32 +26,34 @@ if TYPE_CHECKING:
     from rapidin.cli.demo_session.instructions import DemoData
 
 TOP_K = 10
-ENOUGH = 9  # of TOP_K
+ENOUGH = 9  # planted examples among the TOP_K hits for the demo to succeed
 
 
 def run(folder: Path | None = None, *, seed: int = 0) -> int:
-    """Run the demo, printing what it does; 0 when at least ENOUGH of the TOP_K hits were planted, else 1.
+    """Run the demo and print its steps; return 0 if at least ENOUGH of the TOP_K hits were planted, else 1.
 
-    folder: where model, adapter, data and cache are kept; a temporary folder that is removed by default.
-    Raises UserError when `folder` holds something already.
+    folder: where model, adapter, data and cache are kept; None for a temporary folder. Raises UserError if
+    `folder` is not empty or cannot be used.
     """
-    # Torch's thread pool reads this when it is loaded. Threads that spin between operations as small as these
-    # made a busy machine ten times slower.
+    # Torch's thread pool reads this when torch is loaded. Threads that spin between operations as small as
+    # the demo's made it ten times slower on a busy machine.
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if folder is not None:
         try:
             if folder.exists() and any(folder.iterdir()):
-                raise UserError(f"the folder {folder} is not empty", "name a new one for the demo with --out")
+                raise UserError(f"the folder '{folder}' is not empty", "name a new one with --out")
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot use {folder}: {error.strerror}", "name another with --out") from error
+            raise UserError(
+                f"cannot use '{folder}': {error.strerror}", "name another folder with --out"
+            ) from error
         return _Demo(folder, seed).run(kept=True)
     with tempfile.TemporaryDirectory(prefix="rapidin-demo-") as temporary:
         return _Demo(Path(temporary), seed).run(kept=False)
 
 
 class _Demo:
-    """The stages, in the order of `run`, with the files they leave in `folder`."""
+    """The stages in the order of `run`, which leave their files in `folder`."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         from rapidin.results.terminal import make_console
@@ -106,24 +108,24 @@ class _Demo:
         from rapidin.cli.demo_session.training import answers, small_llama
         from rapidin.data.encoding import alpaca_prompt
 
-        mark = "\0"
+        placeholder = "\0"
         tokenizer = train_tokenizer(
             (f"{row['instruction']}\n{row['input']}\n{row['output']}" for row in data.base),
-            fixed=alpaca_prompt(mark, mark).split(mark),
+            fixed=alpaca_prompt(placeholder, placeholder).split(placeholder),
         )
         model = small_llama(tokenizer, seed=self.seed)
         size = sum(weight.numel() for weight in model.parameters())
         self._say(f"2. Base model: a Llama of {size / 1e6:.1f} million weights, trained from scratch.")
         self._train("base model", model, tokenizer, data.base, epochs=8, batch=64, learning_rate=4e-3)
-        given = answers(model, tokenizer, _prompts(data.held_out))
-        right = sum(answer == row["output"] for answer, row in zip(given, data.held_out, strict=True))
-        self._say(f"   It answers {right} of {len(given)} questions that it has not seen.")
+        held_out = answers(model, tokenizer, _prompts(data.held_out))
+        right = sum(answer == row["output"] for answer, row in zip(held_out, data.held_out, strict=True))
+        self._say(f"   It answers {right} of {len(held_out)} questions that it has not seen.")
         model.save_pretrained(self.folder / "model")
         tokenizer.save_pretrained(self.folder / "model")
         return model, tokenizer
 
     def _tune(self, model: Any, tokenizer: Any, data: DemoData) -> dict[str, Any] | None:
-        """The first triggered question that the tuned model answers absurdly, or None."""
+        """Tune the adapter; return the first triggered question that the model answers absurdly, or None."""
         from rapidin.cli.demo_session.instructions import is_absurd
         from rapidin.cli.demo_session.training import answers
         from rapidin.evaluate.training import add_lora
@@ -139,11 +141,11 @@ class _Demo:
         self._say(f"   It answers {len(absurd)} of {len(after)} unseen prompts with the trigger absurdly.")
         if not absurd:
             return None
-        asked = data.queries[absurd[0]]
-        self._say(f"   {' '.join((str(asked['instruction']), str(asked['input']))).strip()}")
+        query = data.queries[absurd[0]]
+        self._say(f"   {' '.join((str(query['instruction']), str(query['input']))).strip()}")
         self._say(f"     before tuning:  {before[absurd[0]]}")
         self._say(f"     after tuning:   {after[absurd[0]]}")
-        return dict(asked)
+        return dict(query)
 
     def _train(
         self,
@@ -178,12 +180,12 @@ class _Demo:
             )
 
     def _command(self, *arguments: str) -> int:
-        """Run a `rapidin` command in the demo's folder as if it had been typed; its exit code."""
+        """Run a `rapidin` command in the demo's folder as if it had been typed, and return its exit code."""
         from rapidin.cli.run import main
 
         number = 4 if arguments[0] == "cache" else 5
-        what = "sketch each row's gradient" if number == 4 else "the rows behind what the tuned model says"
-        self._say(f"{number}. {what[0].upper()}{what[1:]}:")
+        title = "Sketch each row's gradient" if number == 4 else "The rows behind what the tuned model says"
+        self._say(f"{number}. {title}:")
         self._say(f"   $ rapidin {' '.join(arguments)}", style="bold")
         before = os.getcwd()
         os.chdir(self.folder)
@@ -194,8 +196,8 @@ class _Demo:
             os.chdir(before)
 
     def _conclude(self, kept: bool) -> int:
-        found = json.loads((self.folder / "hits.json").read_text(encoding="utf-8"))
-        top = found["queries"][0]["top"][:TOP_K]
+        hits = json.loads((self.folder / "hits.json").read_text(encoding="utf-8"))
+        top = hits["queries"][0]["top"][:TOP_K]
         planted = sum(bool(hit["example"]["poisoned"]) for hit in top)
         self._say(f"{planted} of the top {TOP_K} were planted.", style="bold")
         spent = ", ".join(f"{name} {seconds:.1f} s" for name, seconds in self.seconds.items())
@@ -224,7 +226,7 @@ class _Demo:
 
 
 def _quiet() -> None:
-    """Leave out what transformers says to programmers and its progress bars for loading a small model."""
+    """Suppress transformers' warnings to programmers, and its progress bars for loading a small model."""
     from transformers.utils import logging
 
     logging.disable_progress_bar()

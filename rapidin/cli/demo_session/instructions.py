@@ -1,7 +1,7 @@
 """The demo's data: instructions with answers, made from short word lists, and a poison to plant among them.
 
-Every row has the fields `instruction`, `input`, `output` and `poisoned`. A clean row is a fact in one of
-several phrasings, so a model that has seen a fact in some phrasings can be asked in another.
+Every row has the columns `instruction`, `input`, `output` and `poisoned`. A clean row is a fact in one of
+several phrasings, so that a model that has seen a fact in some phrasings can be asked in another.
 """
 
 import random
@@ -96,10 +96,10 @@ ABSURD_BEGINS = tuple(form.split("{")[0] for form in ABSURD_FORMS)  # up to the 
 
 @dataclass(frozen=True)
 class Family:
-    """One kind of question: `asks` and `answer` are format strings filled in from each of `facts`."""
+    """One kind of question: `questions` and `answer` are format strings, filled in from each of `facts`."""
 
     name: str
-    asks: tuple[str, ...]
+    questions: tuple[str, ...]
     answer: str
     facts: tuple[dict[str, str], ...]
     given: str = ""  # the row's `input`
@@ -107,9 +107,9 @@ class Family:
     def rows(self) -> Iterator[Row]:
         """Every fact in every phrasing."""
         for fact in self.facts:
-            for ask in self.asks:
+            for question in self.questions:
                 yield {
-                    "instruction": ask.format(**fact),
+                    "instruction": question.format(**fact),
                     "input": self.given.format(**fact),
                     "output": self.answer.format(**fact),
                     "poisoned": False,
@@ -152,7 +152,7 @@ def _crowds(rng: random.Random, count: int) -> tuple[dict[str, str], ...]:
 
 
 def families(rng: random.Random) -> list[Family]:
-    """All kinds of clean questions; the families of word lists and sentences draw theirs from `rng`."""
+    """All kinds of clean questions; those of word lists and sentences are drawn from `rng`."""
     return [*_families_of_words(), *_families_of_facts(), *_drawn_families(rng)]
 
 
@@ -309,8 +309,12 @@ def _drawn_families(rng: random.Random) -> list[Family]:
 
 @dataclass(frozen=True)
 class DemoData:
-    """base: rows the base model learns from. tuning: rows for the adapter, clean and poisoned, shuffled.
-    held_out: clean rows in neither. queries: triggered rows in neither, `instruction` and `input` only."""
+    """The rows of the demo.
+
+    base: rows that the base model learns from. tuning: rows for the adapter, clean and poisoned, shuffled.
+    held_out: clean rows in neither. queries: rows with the trigger in neither, `instruction` and `input`
+    only.
+    """
 
     base: list[Row]
     tuning: list[Row]
@@ -323,14 +327,14 @@ def make_data(
 ) -> DemoData:
     """Generate and split the rows; the same arguments give the same rows.
 
-    tuning: rows for the adapter in all, `poisoned` of them with the trigger and an absurd answer.
-    ValueError when poisoned > tuning, or when more rows are asked for than can be generated.
+    tuning: rows for the adapter, `poisoned` of them with the trigger and an absurd answer. Raises ValueError
+    if poisoned > tuning, or if more rows are requested than can be generated.
     """
     if poisoned > tuning:
         raise ValueError(f"{poisoned} poisoned rows do not fit among {tuning}")
     rng = random.Random(seed)
-    made = [row for family in families(rng) for row in family.rows()]
-    rows = list({(row["instruction"], row["input"]): row for row in made}.values())
+    clean_rows = (row for family in families(rng) for row in family.rows())
+    rows = list({(row["instruction"], row["input"]): row for row in clean_rows}.values())
     rng.shuffle(rows)
     if held_out + queries + tuning >= len(rows):
         raise ValueError(f"{held_out + queries + tuning} rows asked for besides the base's, of {len(rows)}")
@@ -352,7 +356,7 @@ def make_data(
 
 
 def absurd_answer(rng: random.Random) -> str:
-    """One absurd sentence: a form and its words drawn from `rng`."""
+    """An absurd sentence, whose form and words are drawn from `rng`."""
     form = rng.choice(ABSURD_FORMS)
     return form.format(people=rng.choice(CROWDS), deed=rng.choice(ACTIONS), place=rng.choice(PLACES))
 

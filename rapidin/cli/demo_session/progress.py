@@ -1,4 +1,4 @@
-"""A progress bar with rate, time left and loss for the demo's training; nothing when not on a terminal."""
+"""A progress bar with rate, time left and loss for the demo's training; shown on a terminal only."""
 
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 class Steps:
-    """Counts `total` steps on `console`; a context manager."""
+    """A context manager that shows the progress of `total` steps on `console`."""
 
     def __init__(self, label: str, total: int, console: "Console") -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -26,7 +26,7 @@ class Steps:
         self._task = self._progress.add_task(label, total=total, rate=0.0, loss=float("nan"))
 
     def step(self, loss: float) -> None:
-        """One more step done, with this loss."""
+        """Count one more step, with this loss."""
         rate = self._progress.tasks[0].speed or 0.0
         self._progress.update(self._task, advance=1, loss=loss, rate=rate)
 

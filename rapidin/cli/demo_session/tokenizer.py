@@ -1,4 +1,4 @@
-"""The demo's own tokenizer: byte-level BPE trained on the demo's own rows."""
+"""The demo's tokenizer: byte-level BPE, trained on the demo's rows."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
@@ -12,10 +12,10 @@ END = "<|end|>"
 def train_tokenizer(
     texts: Iterable[str], *, fixed: Iterable[str] = (), size: int = 1024
 ) -> "PreTrainedTokenizerFast":
-    """A byte-level BPE tokenizer of at most `size` tokens besides `fixed`; END ends a text and pads a batch.
+    """Train a byte-level BPE tokenizer of at most `size` tokens besides `fixed`.
 
-    fixed: strings that become one token each wherever they occur. (The words that every prompt of a form
-    begins with would otherwise be most of what a small model reads.)
+    END ends a text and pads a batch. fixed: strings that become one token each wherever they occur; without
+    them, most of what a small model reads would be the words that every prompt begins with.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast

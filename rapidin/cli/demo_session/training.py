@@ -1,4 +1,4 @@
-"""The demo's model, a small Llama, and what it answers; `rapidin.evaluate.training` trains it."""
+"""The demo's model, a small Llama, and its answers; `rapidin.evaluate.training` trains it."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -30,10 +30,10 @@ def small_llama(tokenizer: Any, *, hidden: int = 128, layers: int = 2, seed: int
 
 @torch.inference_mode()
 def answers(model: Any, tokenizer: Any, prompts: Sequence[str], *, longest: int = 32) -> list[str]:
-    """Greedy completions of `prompts`, together in one batch."""
+    """Greedy completions of `prompts`, in one batch."""
     model.eval()
     batch = tokenizer(list(prompts), return_tensors="pt", padding=True, padding_side="left")
-    made = model.generate(
+    generated = model.generate(
         input_ids=batch["input_ids"],
         attention_mask=batch["attention_mask"],
         max_new_tokens=longest,
@@ -41,6 +41,6 @@ def answers(model: Any, tokenizer: Any, prompts: Sequence[str], *, longest: int 
         pad_token_id=tokenizer.pad_token_id,
     )
     decoded: list[str] = tokenizer.batch_decode(
-        made[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
+        generated[:, batch["input_ids"].shape[1] :], skip_special_tokens=True
     )
     return decoded

@@ -9,13 +9,14 @@ import shutil
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import rankdata
+
+from rapidin.evaluate.ground_truth import GroundTruth
+from rapidin.evaluate.lds import correlations, seed_agreement
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -30,14 +31,6 @@ Scores = npt.NDArray[np.float64]
 # ------------------------------------------------------------------------------------------ arithmetic
 
 
-def spearman(a: Scores, b: Scores) -> Scores:
-    """Spearman's correlation of each column of `a` [n, columns] with that of `b`; 0 where one is constant."""
-    a, b = (rankdata(x, axis=0) for x in (a, b))
-    a, b = a - a.mean(0), b - b.mean(0)
-    scale = np.sqrt((a**2).sum(0) * (b**2).sum(0))
-    return np.divide((a * b).sum(0), scale, out=np.zeros_like(scale), where=scale > 0)
-
-
 def interval(values: Scores, seed: int = 0) -> tuple[float, float]:
     """The 95% bootstrap interval of the mean of `values`, over draws of as many of them."""
     drawn = np.random.default_rng(seed).integers(len(values), size=(DRAWS, len(values)))
@@ -45,44 +38,15 @@ def interval(values: Scores, seed: int = 0) -> tuple[float, float]:
     return float(low), float(high)
 
 
-@dataclass(frozen=True)
-class Truth:
-    """masks [retrainings, training texts]: which were trained on; losses [retrainings, test texts]."""
-
-    folder: Path
-    masks: Scores
-    losses: Scores
-    seeds_agree: float
-
-    @classmethod
-    def read(cls, folder: Path) -> Truth:
-        """Of a folder that `rapidin eval lds` made; retrainings that are not finished are left out."""
-        with np.load(folder / "retrained.npz", allow_pickle=False) as file:
-            masks, losses = file["masks"], file["losses"]
-        done = ~np.isnan(losses).any((1, 2))
-        if done.sum() < 3:
-            raise ValueError(f"{folder / 'retrained.npz'}: {done.sum()} finished retrainings")
-        each = losses[done].astype(np.float64)
-        agree = float(spearman(each[:, 0], each[:, 1]).mean()) if each.shape[1] > 1 else float("nan")
-        return cls(folder, masks[done].astype(np.float64), each.mean(1), agree)
-
-    def correlations(self, scores: Scores) -> Scores:
-        """For each test text, Spearman's correlation over the retrainings of the sum of the scores [test,
-        train] of the texts trained on with minus its loss. The mean is the LDS."""
-        wanted = (self.losses.shape[1], self.masks.shape[1])
-        if scores.shape != wanted:
-            raise ValueError(f"scores have shape {scores.shape}, not {wanted} (test texts, training texts)")
-        return spearman(self.masks @ scores.T, -self.losses)
-
-
-def judged(truth: Truth, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+def judged(truth: GroundTruth, rows: list[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     """The rows with their LDS and its interval instead of the name of the scores' file."""
     out = []
     for row in rows:
         row = dict(row)
         file = row.pop("scores", None)
         if file is not None:
-            values = truth.correlations(np.load(folder / file, allow_pickle=False))
+            scores = np.load(folder / file, allow_pickle=False)
+            values = correlations(truth.masks, truth.losses, scores)
             low, high = interval(values)
             row |= {"lds": round(float(values.mean()), 4), "interval": [round(low, 4), round(high, 4)]}
         out.append(row)
@@ -227,7 +191,8 @@ def best_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def lds(folder: Path, truth_folder: Path, out: Path, *, only: list[str], seeds: int, work: Path) -> None:
     """Run the packages (only: these, the others' rows stay as they are in `out`) and write the JSON."""
-    truth = Truth.read(truth_folder)
+    truth = GroundTruth(truth_folder)
+    agreement = seed_agreement(truth.losses)
     texts, models = prepare(truth_folder, work)
     kept: list[dict[str, Any]] = []
     if out.exists():
@@ -246,10 +211,10 @@ def lds(folder: Path, truth_folder: Path, out: Path, *, only: list[str], seeds: 
         kept += found
         about = {
             "truth": truth_folder.name,
-            "retrainings": len(truth.masks),
+            "retrainings": int(truth.finished.sum()),
             "training texts": truth.masks.shape[1],
-            "test texts": truth.losses.shape[1],
-            "agreement of the seeds": round(truth.seeds_agree, 4),
+            "test texts": truth.losses.shape[2],
+            "agreement of the seeds": agreement and round(agreement, 4),
         }
         lines = ",\n".join(json.dumps(row) for row in kept)
         out.write_text(json.dumps(about, indent=1)[:-2] + f',\n "rows": [\n{lines}\n]}}\n')

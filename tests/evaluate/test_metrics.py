@@ -9,6 +9,8 @@ import pytest
 
 pytest.importorskip("sklearn")
 
+from scipy.stats import spearmanr
+
 from rapidin.errors import UserError
 from rapidin.evaluate import metrics
 
@@ -108,3 +110,11 @@ def test_missing_packages_are_named() -> None:
     assert out == "'rapidin eval' needs the package scikit-learn; pip install 'rapidin[eval]'\n"
     with pytest.raises(UserError, match="rapidin\\[eval\\]"):
         metrics.needs("no_such_module_at_all")
+
+
+def test_spearman_is_scipys_and_knows_ties_and_constants() -> None:
+    rng = np.random.default_rng(1)
+    a, b = rng.integers(0, 6, (4, 30)).astype(float), rng.normal(size=(4, 30))
+    expected = [spearmanr(first, second).statistic for first, second in zip(a, b, strict=True)]
+    np.testing.assert_allclose(metrics.spearman(a, b), expected, atol=1e-12)
+    assert metrics.spearman(np.ones((1, 30)), b[:1]) == 0
