@@ -79,8 +79,8 @@ def test_points_are_restored_after_an_error() -> None:
 def test_default_points() -> None:
     tokenizer = tiny_tokenizer()
     assert Attributor(tiny_llama(), tokenizer).source.points == [1.0]
-    assert Attributor(tiny_lora(tiny_llama()), tokenizer).points == [0.5]
-    assert Attributor(tiny_lora(tiny_llama()), tokenizer, at=[0.1, 0.9]).points == [0.1, 0.9]
+    assert Attributor(tiny_lora(tiny_llama()), tokenizer).source.points == [0.5]
+    assert Attributor(tiny_lora(tiny_llama()), tokenizer, at=[0.1, 0.9]).source.points == [0.1, 0.9]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,8 @@ def test_another_kind_of_adapter_needs_at_1() -> None:
 
 
 @pytest.mark.parametrize(
-    ("at", "words"), [(1.5, "not between"), (-0.1, "not between"), ([], "no point"), ([1, 1], "twice")]
+    ("at", "words"),
+    [(1.5, "not between"), (-0.1, "not between"), ([], "at least one point"), ([1, 1], "twice")],
 )
 def test_points_that_make_no_sense(at: object, words: str) -> None:
     with pytest.raises(UserError, match=words):

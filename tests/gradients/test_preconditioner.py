@@ -16,7 +16,7 @@ from tiny import records, save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_toke
 
 from rapidin import ops
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.provenance import read_fitted
+from rapidin.attribution.provenance import checked, read_fitted
 from rapidin.cache import Cache, Manifest
 from rapidin.cache.progress import Progress
 from rapidin.cli import main
@@ -768,11 +768,11 @@ def test_a_cache_of_turned_gradients_and_its_queries(tmp_path: Path) -> None:
     preconditioner = read_fitted(cache.manifest)
     assert preconditioner is not None
     plain = lora_attributor(at=[0.5])
-    rows = [plain.encoder(record) for record in records()]
+    rows = [plain.source.encoder(record) for record in records()]
     kept = cache.sketches().view(30, -1, 64) * cache.lengths()[:, :, None]
     with plain.loaded.path.at(0.5):
-        formed = own_matrices(plain.loaded.model, plain.targets, [(e.ids, e.target) for e in rows])
-    for n, (target, grads) in enumerate(zip(plain.targets, formed, strict=True)):
+        formed = own_matrices(plain.loaded.model, plain.source.targets, [(e.ids, e.target) for e in rows])
+    for n, (target, grads) in enumerate(zip(plain.source.targets, formed, strict=True)):
         want = ops.matrix_sketch(
             preconditioner.points[0][target.name].formed(grads), 64, seed=block_seed(0, target.name)
         )
@@ -1011,7 +1011,7 @@ def test_a_preconditioner_that_comes_out_otherwise_is_not_mixed_in(cached: Cache
         "0" * 64
     )  # as if made on a machine that rounds otherwise
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="is missing, and does not come out the same here"):
+    with pytest.raises(UserError, match="is missing, and fitting it again gives another one here"):
         lora_attributor(preconditioner=SAMPLE_OF_12).cache(records(), folder, dtype="float32", shard_rows=7)
 
 
@@ -1074,7 +1074,7 @@ def test_a_state_is_one_preconditioner_for_all_points_and_lives_on_in_the_cache(
             records(), cache.path, dtype="float32", shard_rows=7
         )
     with pytest.raises(UserError, match="made with other settings"):
-        Attributor(loaded, preconditioner=state, **settings).check(cache.manifest)
+        checked(Attributor(loaded, preconditioner=state, **settings).source, cache.manifest)
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
