@@ -13,7 +13,7 @@ from random_cache import write_cache
 from turns import LIMIT_SECONDS, measure, sized
 
 from rapidin.attribution import methods
-from rapidin.attribution.scan import CacheScan
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.attribution.score_errors import details
 from rapidin.cache import Cache
 

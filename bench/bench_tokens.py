@@ -23,7 +23,8 @@ from turns import clear_peak, in_turns, peak_mb, sized
 from rapidin import Attributor
 from rapidin.attribution import methods
 from rapidin.attribution.query_sketch import sketch_generations, sketch_targets
-from rapidin.attribution.scan import CacheScan, scan_cache
+from rapidin.attribution.scan import scan_cache
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.data.generations import Generation
 from rapidin.data.spans import Span

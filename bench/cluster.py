@@ -91,7 +91,8 @@ def scan(folder: str) -> dict[str, float]:
 
     from rapidin import distributed
     from rapidin.attribution import methods
-    from rapidin.attribution.scan import CacheScan, scan_cache
+    from rapidin.attribution.scan import scan_cache
+    from rapidin.attribution.scan_pieces import CacheScan
     from rapidin.cache import Cache
 
     cache, world = Cache(folder), distributed.world()

@@ -187,3 +187,19 @@ def test_modules_and_functions_are_short_enough_to_read(name: str) -> None:
     path = MODULES[name]
     assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
     assert [each for each, lines in functions(path) if lines > MOST_FUNCTION_LINES] == []
+
+
+def test_the_figure_of_the_rooms_is_what_is_imported() -> None:
+    page = ROOT / "docs" / "guide" / "architecture.md"
+    if not page.exists():
+        pytest.skip("the package is tested without its checkout")
+    lines = page.read_text(encoding="utf-8").split("```mermaid")[1].split("```")[0].splitlines()
+    figure = {tuple(line.split(" --> ")) for line in map(str.strip, lines) if " --> " in line}
+    rooms = {room for room in ALLOWED if not room.startswith("__")}
+    real = {
+        (room_of(name), room_of(other))
+        for name, imports in IMPORTS.items()
+        for other in imports
+        if {room_of(name), room_of(other)} <= rooms and room_of(name) != room_of(other)
+    }
+    assert figure == real

@@ -17,7 +17,8 @@ from on_gpu.plan import Facts
 from rapidin import Attributor
 from rapidin.attribution import methods
 from rapidin.attribution.provenance import checked
-from rapidin.attribution.scan import CacheScan, all_scores, scan_cache
+from rapidin.attribution.scan import all_scores, scan_cache
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 
 # At least 160 features, so that K-FAC's preconditioner has 64 directions, as with a real model.

@@ -18,7 +18,8 @@ from on_gpu.cases import SMALL, Bench, Case, Cost, Mode, backends_of
 from on_gpu.plan import BACKENDS, Facts
 from rapidin import ops
 from rapidin.attribution import methods
-from rapidin.attribution.scan import CacheScan, scan_cache
+from rapidin.attribution.scan import scan_cache
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.ops import Packed
 from rapidin.ops.reference.packed import decoded

@@ -29,7 +29,7 @@ from rapidin.attribution.options import ModelLocation, QueryOptions, ScoringConf
 from rapidin.attribution.provenance import checked, load_model_of, source_of
 from rapidin.attribution.query_sketch import Query, QuerySketch, shared_by_leader, sketch_query
 from rapidin.attribution.query_sketch import scores as all_scores
-from rapidin.attribution.scan import check_same_examples
+from rapidin.attribution.scan_pieces import check_same_examples
 from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache
 from rapidin.data.generations import Generation, as_records

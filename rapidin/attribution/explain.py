@@ -24,7 +24,9 @@ from rapidin.attribution.hit_gradients import (
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.query_sketch import Query, scans_of, weights_of
 from rapidin.attribution.rerank import Candidates, RankIntervals, find_candidates
-from rapidin.attribution.scan import CacheScan, Ends, all_scores, hits_of, scores_of
+from rapidin.attribution.scan import Ends, all_scores, scores_of
+from rapidin.attribution.scan_pieces import CacheScan
+from rapidin.attribution.training_data import hits_of
 from rapidin.cache import Cache
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.examples import Examples

@@ -12,7 +12,7 @@ from torch import Tensor
 from rapidin.attribution import token_contributions
 from rapidin.attribution.options import ScoringConfig
 from rapidin.attribution.query_sketch import Query, target_texts, weights_of
-from rapidin.attribution.scan import CacheScan
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.data.encoding import Encoded
 from rapidin.data.examples import Examples
 from rapidin.errors import UserError

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rapidin.attribution import methods
 from rapidin.attribution.options import ScoringConfig
-from rapidin.attribution.scan import CacheScan, all_scores
+from rapidin.attribution.scan import all_scores
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.generations import Generation

@@ -13,8 +13,10 @@ from torch import Tensor
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.duplicates import exact_copies, fold, shingles_of, wanted_for
 from rapidin.attribution.options import QueryOptions
-from rapidin.attribution.scan import CacheScan, Ends, hits_of, rescore, scan_cache
+from rapidin.attribution.scan import Ends, rescore, scan_cache
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.attribution.score_errors import Details, details, places
+from rapidin.attribution.training_data import hits_of
 from rapidin.data.examples import Examples
 from rapidin.distributed import world
 from rapidin.results.types import Hit

@@ -34,7 +34,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rapidin.attribution.scan import CacheScan, some_rows
+from rapidin.attribution.scan import some_rows
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.cache.codec import FloatCodec
 from rapidin.gradients.parameters import matrix_shape
@@ -179,11 +180,10 @@ def _rows(source: CacheScan, rows: Tensor, device: torch.device) -> tuple[Tensor
     [n, blocks], or None."""
     code = source.cache.codec.to(device)
     decoded, scaled = [], []
-    for fields, factors in some_rows(source, rows):
-        fields = {name: value.to(device) for name, value in fields.items()}
-        factors = None if factors is None else factors.to(device)
-        decoded.append(code.decode(fields))
-        scaled.append(source.query.scales(code, fields, factors))
+    for some in some_rows(source, rows):
+        there = some.to(device)
+        decoded.append(code.decode(there.stored))
+        scaled.append(source.query.scales(code, there.stored, there.factors))
     unit = torch.cat(decoded) if decoded else torch.zeros(0, device=device)
     if len(unit) != len(rows):
         raise IndexError(f"some of the rows {rows.tolist()[:3]}... are not in the cache {source.cache.path}")

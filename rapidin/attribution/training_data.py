@@ -6,11 +6,14 @@ import os
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from rapidin.cache import Cache
 from rapidin.data.examples import Examples, open_examples
 from rapidin.data.records import Record, record_hash
 from rapidin.data.sources import Files, join_paths
 from rapidin.errors import UserError
+from rapidin.results.types import Hit
 
 
 def cached_record(source: Examples, row: int, index: int, wanted: int, otherwise: str = "") -> Record:
@@ -57,3 +60,22 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
             remedy,
         )
     return found
+
+
+def hits_of(cache: Cache, source: Examples | None, scores: Tensor, rows: Tensor) -> list[Hit]:
+    """The hits of one end of one query, from scores [k] and rows [k]; rows below 0 are no hits.
+
+    Raises UserError if `source` is not the data that was cached: no hit is shown with another's text.
+    """
+    ranked = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row >= 0]
+    if not ranked:
+        return []
+    numbers = [row for _, row in ranked]
+    index, hashes = cache.index(numbers).tolist(), cache.records(numbers).tolist()
+    hits = []
+    for n, (score, row) in enumerate(ranked):
+        example = None
+        if source is not None:
+            example = cached_record(source, row, index[n], hashes[n], ", or use --no-text")
+        hits.append(Hit(n + 1, index[n], row, score, example))
+    return hits

@@ -7,10 +7,7 @@ from pathlib import Path
 MANIFEST = "manifest.json"
 BASIS = "basis.safetensors"
 PRECONDITIONER = "preconditioner.safetensors"
-PRECONDITIONER_FILES = (
-    PRECONDITIONER,
-    "preconditioner.safetensors",
-)  # the latter in caches of format version 2
+PRECONDITIONER_FILES = (PRECONDITIONER, "geometry.safetensors")  # the latter in caches of format version 2
 SAMPLE = "sample"
 RECEIPTS = "receipts"
 

@@ -131,7 +131,7 @@ def name(value: Any) -> str:
 # Keys of version 2 by those of version 3, by the object that they are in.
 _RENAMED: dict[str, dict[str, str]] = {
     "manifest": {"code": "codec", "packing": "fitted_codec"},
-    "gradient": {"preconditioner": "preconditioner"},
+    "gradient": {"geometry": "preconditioner"},
     "shape": {"head": "shared", "tail": "per_layer", "rest": "residual"},
     "statistics": {"outside_mean": "unexplained_mean", "outside_99": "unexplained_p99"},
 }

@@ -151,8 +151,7 @@ def self_(
         import torch
 
         from rapidin.attribution.methods import self_influence
-        from rapidin.attribution.scan import hits_of
-        from rapidin.attribution.training_data import training_data
+        from rapidin.attribution.training_data import hits_of, training_data
         from rapidin.cache import Cache
         from rapidin.data.sources import join_paths
 

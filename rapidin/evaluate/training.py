@@ -13,18 +13,17 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rapidin.errors import UserError
 from rapidin.evaluate.settings import Recipe
 from rapidin.gradients.adam import without_weight_decay
+from rapidin.gradients.batch import Batch, batch_loss, example_losses
 
 if TYPE_CHECKING:
     from rapidin.data.encoding import Encoded
     from rapidin.evaluate.saving import Checkpoints, ResumeState
     from rapidin.gradients.model import LoadedModel
 
-NOT_A_TARGET = -100
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 OnStep = Callable[[int, int, float], None]  # steps done, steps in total, loss of the last step
@@ -38,16 +37,14 @@ def tune(
     examples: Sequence[Encoded],
     recipe: Recipe,
     *,
-    pad: int = 0,
     on_step: OnStep | None = None,
     checkpoints: Checkpoints | None = None,
     state: ResumeState | None = None,
 ) -> float:
     """Tune the weights of `model` that require a gradient; return the mean loss of the last epoch's steps.
 
-    examples: all with target tokens (`Status.OK`). pad: token id that fills up short texts; the model does
-    not attend to it. state: saved regularly, and resumed from. Raises UserError if there are no examples or
-    no weights to tune, or if the loss diverges.
+    examples: all with target tokens (`Status.OK`). state: saved regularly, and resumed from. Raises UserError
+    if there are no examples or no weights to tune, or if the loss diverges.
     """
     if not examples:
         raise UserError("there is no example to tune on that has a completion token")
@@ -69,7 +66,7 @@ def tune(
                 continue
             # Seeded at each step, so that a resumed run draws the same dropout masks.
             torch.manual_seed(recipe.seed * 1_000_003 + step - 1)
-            loss = _step(model, optimizer, weights, [examples[n] for n in batch], rate, recipe.clip, pad)
+            loss = _step(model, optimizer, weights, [examples[n] for n in batch], rate, recipe.clip)
             if not loss < float("inf"):
                 raise UserError(f"the loss of step {step} is {loss}", "tune with a lower --learning-rate")
             step_losses.append(loss)
@@ -92,15 +89,12 @@ def _step(
     examples: Sequence[Encoded],
     rate: float,
     clip: float | None,
-    pad: int,
 ) -> float:
     """Take one optimizer step on these examples, and return their mean loss before it."""
     for group in optimizer.param_groups:
         group["lr"] = rate
     device = next(iter(weights.values())).device
-    ids, mask, labels = (tensor.to(device) for tensor in collate(examples, pad))
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1].float()
-    loss = F.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=NOT_A_TARGET)
+    loss = batch_loss(model, Batch.of([(example.ids, example.target) for example in examples], device))
     optimizer.zero_grad()
     torch.autograd.backward(loss)
     if clip is not None:
@@ -117,23 +111,6 @@ def parameter_groups(model: Any) -> list[dict[str, Any]]:
         if weight.requires_grad:
             groups[name in undecayed].append(weight)
     return [{"params": group} for group in groups]
-
-
-def collate(examples: Sequence[Encoded], pad: int) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, mask and labels, each [B, T] int64, padded on the right.
-
-    labels hold NOT_A_TARGET at the tokens whose loss does not count.
-    """
-    longest = max(len(example.ids) for example in examples)
-    ids = torch.full((len(examples), longest), pad)
-    mask = torch.zeros_like(ids)
-    labels = torch.full_like(ids, NOT_A_TARGET)
-    for row, example in enumerate(examples):
-        length = len(example.ids)
-        ids[row, :length] = torch.tensor(example.ids)
-        mask[row, :length] = 1
-        labels[row, :length] = ids[row, :length].where(torch.tensor(example.target), NOT_A_TARGET)
-    return ids, mask, labels
 
 
 # --------------------------------------------------------------------------------- models and adapters
@@ -164,8 +141,7 @@ class Tuner:
             if hasattr(self._model, "peft_config"):
                 self._model = self._model.unload()
             self._model = add_lora(self._model, rank=self.lora, targets=self.targets, seed=recipe.seed)
-        pad = self.loaded.tokenizer.pad_token_id
-        tune(self._model, examples, recipe, pad=pad if pad is not None else 0, **options)
+        tune(self._model, examples, recipe, **options)
         return self._model
 
 
@@ -201,8 +177,6 @@ def add_lora(model: Any, *, rank: int = 8, targets: Sequence[str] | str = ALL_LI
 @torch.no_grad()
 def losses(model: Any, examples: Sequence[Encoded], *, batch_tokens: int = 2048) -> Tensor:
     """Mean loss of each example over its completion tokens: [n] float32 on the CPU, in their order."""
-    from rapidin.gradients.batch import Batch, example_losses
-
     model.eval()
     device = next(iter(model.parameters())).device
     result = torch.zeros(len(examples))

@@ -20,9 +20,12 @@ _IGNORED = -100  # the label of a token whose loss does not count
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Texts padded on the right. ids: [B, T] int64; mask: [B, T] bool, real tokens; target: [B, T] bool,
-    tokens
-    whose loss counts; first: the first position that predicts a target token of some text, 0 if none does."""
+    """Texts padded on the right.
+
+    ids: [B, T] int64, 0 for padding, to which the model does not attend; mask: [B, T] bool, real tokens;
+    target: [B, T] bool, tokens whose loss counts; first: the first position that predicts a target token of
+    some text, 0 if none does.
+    """
 
     ids: Tensor
     mask: Tensor
@@ -31,15 +34,12 @@ class Batch:
 
     @staticmethod
     def of(
-        texts: Sequence[tuple[Sequence[int], Sequence[bool]]],
-        device: torch.device | str = "cpu",
-        *,
-        pad: int = 0,
+        texts: Sequence[tuple[Sequence[int], Sequence[bool]]], device: torch.device | str = "cpu"
     ) -> Batch:
-        """The batch of (token ids, target flags) pairs. pad: the id that fills up short texts."""
+        """The batch of (token ids, target flags) pairs."""
         length = max(len(ids) for ids, _ in texts)
         cpu, device = torch.device("cpu"), torch.device(device)
-        ids = torch.full((len(texts), length), pad, dtype=torch.int64, device=cpu)
+        ids = torch.zeros(len(texts), length, dtype=torch.int64, device=cpu)
         mask = torch.zeros(len(texts), length, dtype=torch.bool, device=cpu)
         target = torch.zeros(len(texts), length, dtype=torch.bool, device=cpu)
         for row, (tokens, flags) in enumerate(texts):
@@ -59,7 +59,7 @@ def example_losses(model: nn.Module, batch: Batch, kind: LossKind = "mean") -> T
     """
     # Logits before the first target token are never needed, and the output head is a large part of a small
     # model.
-    logits, following, target = _predictions(model, batch, batch.first)
+    logits, following, target = _predictions(model, batch, batch.first, use_cache=False)
     token_loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view(
         target.shape
     )
@@ -70,17 +70,20 @@ def example_losses(model: nn.Module, batch: Batch, kind: LossKind = "mean") -> T
 
 def batch_loss(model: nn.Module, batch: Batch) -> Tensor:
     """The mean loss over all target tokens of a batch, as trainers minimise it: a float32 scalar."""
-    logits, following, target = _predictions(model, batch, 0)
+    # None leaves the cache of keys to the model's config: with dropout, GPT-2's gradients depend on it.
+    logits, following, target = _predictions(model, batch, 0, use_cache=None)
     labels = following.masked_fill(~target, _IGNORED)
     return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED)
 
 
-def _predictions(model: nn.Module, batch: Batch, first: int) -> tuple[Tensor, Tensor, Tensor]:
+def _predictions(
+    model: nn.Module, batch: Batch, first: int, use_cache: bool | None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Of the positions from `first` to the last but one: the logits [B, P, V] float32, the id of the token
     after each [B, P], and whether that token is a target [B, P]."""
     kept = batch.ids.shape[1] - first
     extra: dict[str, Any] = {"logits_to_keep": kept} if takes(model, "logits_to_keep") else {}
-    logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=False, **extra).logits
+    logits = model(input_ids=batch.ids, attention_mask=batch.mask.long(), use_cache=use_cache, **extra).logits
     logits = logits[:, -kept:-1] if kept > 1 else logits[:, :0]
     return logits.float(), batch.ids[:, first + 1 :], batch.target[:, first + 1 :]
 

@@ -5,7 +5,7 @@ On a device that is the CPU the same calls copy nothing, or at once.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Generic, Protocol, TypeVar
 
 import torch
@@ -13,9 +13,9 @@ from torch import Tensor
 
 from rapidin.ops.lifetimes import upload
 
-__all__ = ["LANES", "Conveyor", "Download", "GpuOrder", "Order", "stride_there", "upload"]
+__all__ = ["BUFFERS", "CopyStream", "Download", "GpuCopyStream", "Prefetcher", "stride_there", "upload"]
 
-LANES = 3  # shards under way: one read from disk, one copied, one scanned
+BUFFERS = 3  # shards in flight: one read from disk, one copied, one scanned
 
 _side: dict[torch.device, torch.cuda.Stream] = {}
 
@@ -62,30 +62,34 @@ class Download:
         return self._tensors
 
 
-# ---------------------------------------------------------------------------------------- conveyor
+# ------------------------------------------------------------------------------------- prefetching
 
 
-class Order(Protocol):
-    """What comes after what, on a device and the CPU. A mark is a point in the order, None: long past."""
+class CopyStream(Protocol):
+    """Copies between the CPU and a device, and what they come before and after.
+
+    An event is a point in the order of the device's work; None stands for one that is long past.
+    """
 
     def buffers(self, like: Tensor, rows: int) -> tuple[Tensor, Tensor]:
-        """Memory for `rows` rows as of `like`: on the CPU, where the device reads it, and on the device."""
+        """Memory for `rows` rows like those of `like`: on the CPU, where the device reads it, and on the
+        device."""
 
     def send(self, pairs: Sequence[tuple[Tensor, Tensor]], after: Any) -> Any:
-        """Copy each pair's first, of the CPU, to its second, once the mark `after` is reached; a mark."""
+        """Copy each pair's first, on the CPU, to its second, once the event `after` is reached; an event."""
 
-    def before(self, mark: Any) -> None:
-        """What the device is told to do from now on comes after the mark."""
+    def before(self, event: Any) -> None:
+        """What the device is told to do from now on comes after the event."""
 
     def now(self) -> Any:
-        """The mark of all that the device was told to do so far, copies apart."""
+        """The event of all that the device was told to do so far, copies apart."""
 
-    def wait(self, mark: Any) -> None:
-        """The CPU waits for the mark."""
+    def wait(self, event: Any) -> None:
+        """The CPU waits for the event."""
 
 
-class GpuOrder:
-    """Copies by a stream of their own, beside the current stream of a GPU."""
+class GpuCopyStream:
+    """Copies in a stream of their own, beside the current stream of a GPU."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -108,20 +112,20 @@ class GpuOrder:
         with torch.cuda.stream(self._copies):
             for host, there in pairs:
                 there.copy_(host, non_blocking=True)
-        made: torch.cuda.Event = self._copies.record_event()
-        return made
+        event: torch.cuda.Event = self._copies.record_event()
+        return event
 
-    def before(self, mark: torch.cuda.Event | None) -> None:
-        if mark is not None:
-            torch.cuda.current_stream(self.device).wait_event(mark)
+    def before(self, event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            torch.cuda.current_stream(self.device).wait_event(event)
 
     def now(self) -> torch.cuda.Event:
-        made: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event()
-        return made
+        event: torch.cuda.Event = torch.cuda.current_stream(self.device).record_event()
+        return event
 
-    def wait(self, mark: torch.cuda.Event | None) -> None:
-        if mark is not None:
-            mark.synchronize()
+    def wait(self, event: torch.cuda.Event | None) -> None:
+        if event is not None:
+            event.synchronize()
 
 
 _ALIGNED = 16  # bytes, the widest load of a GPU
@@ -140,61 +144,62 @@ def _padded(x: Tensor) -> Tensor:
 
 
 Label = TypeVar("Label")
+Key = TypeVar("Key", bound=Hashable)
 
 
-class Conveyor(Generic[Label]):
-    """Tensors of the CPU on a device, some batches of them ahead, in `lanes` times the memory of the largest.
+class Prefetcher(Generic[Label, Key]):
+    """Copies batches of tensors to a device, some of them ahead, in `buffers` times the largest one's memory.
 
-    >>> for label, tensors in Conveyor(GpuOrder(device)).carry(batches):
+    >>> for label, tensors in Prefetcher(GpuCopyStream(device)).carry(batches):
     ...     # tensors are on the device until the next is asked for
     """
 
-    def __init__(self, order: Order, lanes: int = LANES) -> None:
-        self._order = order
-        self._lanes = [_Lane(order) for _ in range(lanes)]
+    def __init__(self, stream: CopyStream, buffers: int = BUFFERS) -> None:
+        self._stream = stream
+        self._buffers: list[_Buffer[Key]] = [_Buffer(stream) for _ in range(buffers)]
 
     def carry(
-        self, batches: Iterable[tuple[Label, Mapping[str, Tensor]]]
-    ) -> Iterator[tuple[Label, dict[str, Tensor]]]:
+        self, batches: Iterable[tuple[Label, Mapping[Key, Tensor]]]
+    ) -> Iterator[tuple[Label, dict[Key, Tensor]]]:
         """The batches in their order, each with its tensors on the device; axis 0 may differ in length."""
-        under_way: list[tuple[Label, _Lane, dict[str, Tensor]]] = []
+        in_flight: list[tuple[Label, _Buffer[Key], dict[Key, Tensor]]] = []
         for number, (label, tensors) in enumerate(batches):
-            lane = self._lanes[number % len(self._lanes)]
-            under_way.append((label, lane, lane.send(tensors)))
-            if len(under_way) == len(self._lanes):
-                yield from self._arrive(under_way)
-        while under_way:
-            yield from self._arrive(under_way)
+            buffer = self._buffers[number % len(self._buffers)]
+            in_flight.append((label, buffer, buffer.send(tensors)))
+            if len(in_flight) == len(self._buffers):
+                yield from self._arrive(in_flight)
+        while in_flight:
+            yield from self._arrive(in_flight)
 
     def _arrive(
-        self, under_way: list[tuple[Label, _Lane, dict[str, Tensor]]]
-    ) -> Iterator[tuple[Label, dict[str, Tensor]]]:
-        label, lane, tensors = under_way.pop(0)
-        self._order.before(lane.sent)
+        self, in_flight: list[tuple[Label, _Buffer[Key], dict[Key, Tensor]]]
+    ) -> Iterator[tuple[Label, dict[Key, Tensor]]]:
+        label, buffer, tensors = in_flight.pop(0)
+        self._stream.before(buffer.sent)
         yield label, tensors
-        lane.used = self._order.now()
+        buffer.used = self._stream.now()
 
 
-class _Lane:
-    """Memory for one batch on both sides. sent: the mark of the last copy; used: of what last read it."""
+class _Buffer(Generic[Key]):
+    """Memory for one batch on both sides. sent: the event of the last copy; used: of its last reader."""
 
-    def __init__(self, order: Order) -> None:
-        self._order = order
-        self._memory: dict[str, tuple[Tensor, Tensor]] = {}
+    def __init__(self, stream: CopyStream) -> None:
+        self._stream = stream
+        self._memory: dict[Key, tuple[Tensor, Tensor]] = {}
         self.sent: Any = None
         self.used: Any = None
 
-    def send(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        self._order.wait(self.sent)  # until then the copy before reads the memory on the CPU
-        pairs, found = [], {}
+    def send(self, tensors: Mapping[Key, Tensor]) -> dict[Key, Tensor]:
+        self._stream.wait(self.sent)  # until then the copy before reads the memory on the CPU
+        pairs, copies = [], {}
         for name, x in tensors.items():
             if name not in self._memory or len(self._memory[name][0]) < len(x):
-                self._memory[name] = self._order.buffers(_padded(x), len(x))
+                self._memory[name] = self._stream.buffers(_padded(x), len(x))
             host, there = (memory[: len(x)] for memory in self._memory[name])
             pairs.append((host, there))  # padding included: one copy of contiguous memory
             if x.ndim == 2:
                 host, there = (memory[:, : x.shape[1]] for memory in (host, there))
             host.copy_(x)
-            found[name] = there
-        self.sent = self._order.send(pairs, self.used)
-        return found
+            copies[name] = there
+        self.sent = self._stream.send(pairs, self.used)
+        return copies

@@ -29,7 +29,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -713,31 +713,40 @@ def plot_lds(results: list[dict[str, Any]], out: Path) -> None:
     plt.close(figure)
 
 
+def tables(results: Sequence[Path]) -> dict[str, str]:
+    """The tables of docs/fidelity.md, by name."""
+    studies, lds = read(results)
+    made = {"goals": goals_table(studies, lds), "lds": lds_table(lds)}
+    for study in studies:
+        name = study["study"]
+        heads_alone = [("head alone", entry) for entry in lines_of(study["results"], "head alone")]
+        made[f"{name}-codes"] = fidelity_table(shown_codes(study))
+        made[f"{name}-head"] = fidelity_table(heads_alone)
+        made[f"{name}-normalized"] = normalized_table(study)
+        made[f"{name}-unlike"] = unlike_table(study)
+        made[f"{name}-coarse"] = coarse_table(study)
+    return made
+
+
+def read(results: Sequence[Path]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """(what `judge` wrote, a dictionary a study; the rows of studies/lds/codes.json)."""
+    contents = [json.loads(path.read_text()) for path in results]
+    studies = [content for content in contents if "study" in content]
+    return studies, [row for content in contents if "at" in content for row in content["results"]]
+
+
 def report(args: argparse.Namespace) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    found = [json.loads(path.read_text()) for path in args.results]
-    studies = [f for f in found if "study" in f]
-    lds = [entry for f in found if "at" in f for entry in f["results"]]
     images = args.out.parent / "img"
     images.mkdir(parents=True, exist_ok=True)
-    made: dict[str, Callable[[], str]] = {"goals": lambda: goals_table(studies, lds)}
+    studies, lds = read(args.results)
     for study in studies:
-        name = study["study"]
-        made[f"{name}-codes"] = lambda s=study: fidelity_table(shown_codes(s))  # type: ignore[misc]
-        made[f"{name}-head"] = lambda s=study: fidelity_table(  # type: ignore[misc]
-            [("head alone", e) for e in lines_of(s["results"], "head alone")]
-        )
-        made[f"{name}-normalized"] = lambda s=study: normalized_table(s)  # type: ignore[misc]
-        made[f"{name}-unlike"] = lambda s=study: unlike_table(s)  # type: ignore[misc]
-        made[f"{name}-coarse"] = lambda s=study: coarse_table(s)  # type: ignore[misc]
-        plot_study(study, images / f"fidelity-{name}.png")
-    if lds:
-        made["lds"] = lambda: lds_table(lds)
-        plot_lds(lds, images / "fidelity-lds.png")
-    for name, make in made.items():
-        doc_tables.write(args.out / "fidelity.md", name, make())
+        plot_study(study, images / f"fidelity-{study['study']}.png")
+    plot_lds(lds, images / "fidelity-lds.png")
+    for name, table in tables(args.results).items():
+        doc_tables.write(args.out / "fidelity.md", name, table)
 
 
 def main() -> None:

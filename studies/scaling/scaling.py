@@ -232,7 +232,8 @@ def measure(folder: Path, sizes: Sequence[int]) -> Measured:
 
     from rapidin.attribution import methods
     from rapidin.attribution.methods.moment import squares
-    from rapidin.attribution.scan import CacheScan, scan_cache
+    from rapidin.attribution.scan import scan_cache
+    from rapidin.attribution.scan_pieces import CacheScan
     from rapidin.cache import Cache, Manifest, codec
     from rapidin.cache.manifest import Shard
     from rapidin.cache.names import shard_name

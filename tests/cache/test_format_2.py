@@ -18,7 +18,8 @@ from tiny import tiny_llama, tiny_tokenizer
 from rapidin import Attributor
 from rapidin.attribution import methods
 from rapidin.attribution.ensemble import Ensemble
-from rapidin.attribution.scan import CacheScan, all_scores
+from rapidin.attribution.scan import all_scores
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.merge import merge
 from rapidin.cache.progress import Progress
@@ -100,7 +101,7 @@ def test_a_cache_opens_and_verifies(name: str) -> None:
     assert Cache.verify(CACHES / name) == expected["verify"] == []
     info = cache.info()
     for key, value in expected["info"].items():
-        assert info["preconditioner" if key == "preconditioner" else key] == value
+        assert info["preconditioner" if key == "geometry" else key] == value
     for column in ("index", "status", "records"):
         assert torch.equal(getattr(cache, column)(), TENSORS[f"{name}/{column}"])
     torch.testing.assert_close(cache.lengths(), TENSORS[f"{name}/lengths"], rtol=1e-6, atol=0)
@@ -148,7 +149,7 @@ def test_a_killed_run_resumes_as_format_3(name: str, shards: slice, tmp_path: Pa
     value = read_json(folder)
     assert value["version"] == 3
     assert not {"code", "packing"} & value.keys()
-    assert "preconditioner" not in value["gradient"]
+    assert "geometry" not in value["gradient"]
 
 
 @pytest.mark.parametrize("name", SETTINGS)
@@ -195,7 +196,7 @@ def test_parts_are_merged_also_with_parts_of_format_3(name: str, tmp_path: Path)
     value = read_json(last)
     assert value["version"] == 3
     if value["gradient"]["preconditioner"] != "off":  # as a part has it that was made anew
-        (last / "preconditioner.safetensors").rename(last / "preconditioner.safetensors")
+        (last / "geometry.safetensors").rename(last / "preconditioner.safetensors")
         value["gradient"]["preconditioner"]["file"] = "preconditioner.safetensors"
         write_json(last, value)
     merged = merge(tmp_path / "merged-3", [first, last])

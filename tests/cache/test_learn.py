@@ -13,6 +13,7 @@ from tiny import records, tiny_llama, tiny_lora, tiny_tokenizer
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.caching import format_of
 from rapidin.attribution.options import CacheOptions
+from rapidin.attribution.provenance import manifest_of
 from rapidin.cache import Cache
 from rapidin.cache.build import sample_rows, shard_rows
 from rapidin.cache.progress import Progress
@@ -158,7 +159,7 @@ def test_settings_that_do_not_go_together_are_said(attributor: Attributor, tmp_p
         ({"dtype": "int2"}, "unknown dtype 'int2'"),
         ({"dtype": "float16", "bytes": 999}, "every number"),
         ({"dtype": "sign", "sample": 64}, "needs a budget"),
-        ({"bytes": 40}, "say at least"),
+        ({"bytes": 40}, "--bytes must be at least"),
         ({"bytes": 400, "sample": 3}, "at least 8"),
         ({"bytes": 400, "sample": -1}, "at least 8"),
     ):
@@ -210,9 +211,8 @@ def test_a_hostile_packing_is_damage_not_a_crash(
 
 def test_shards_are_large_enough_and_not_more_than_may_be_lost(attributor: Attributor) -> None:
     for rows, budget, want in ((500, 2048, 1024), (10**6, 2048, 7812), (10**8, 2048, 8192)):
-        manifest = attributor._manifest(
-            None, format_of(CacheOptions(bytes=budget), attributor.source.width), rows
-        )
+        config = format_of(CacheOptions(bytes=budget), attributor.source.width)
+        manifest = manifest_of(attributor.source, config, rows)
         assert shard_rows(manifest) == want
 
 

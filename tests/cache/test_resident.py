@@ -16,10 +16,11 @@ from torch import Tensor
 
 from rapidin.attribution import methods
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.scan import CacheScan, _pieces, carried, scan_pieces
+from rapidin.attribution.scan import scan_pieces
+from rapidin.attribution.scan_pieces import CacheScan, pieces, prefetched
 from rapidin.cache import Cache
 from rapidin.cache.resident import Resident
-from rapidin.ops.transfer import Conveyor, stride_there
+from rapidin.ops.transfer import Prefetcher, stride_there
 
 CPU = torch.device("cpu")
 
@@ -93,7 +94,7 @@ def test_rows_are_carried_to_where_wide_loads_begin(width: int, dtype: torch.dty
     send = order.send
     order.send = lambda pairs, after: (copied.extend(pairs), send(pairs, after))[1]  # type: ignore[method-assign]
     x = torch.arange(7 * (width + 3)).remainder(100).to(dtype).view(7, width + 3)[:, 1 : width + 1]
-    for _, there in Conveyor[int](order, 2).carry([(0, {"a": x}), (1, {"a": x[:5]})]):
+    for _, there in Prefetcher[int, str](order, 2).carry([(0, {"a": x}), (1, {"a": x[:5]})]):
         assert torch.equal(there["a"], x[: len(there["a"])])
         assert there["a"].stride(0) == stride or not width
     assert all(host.is_contiguous() and device.is_contiguous() for host, device in copied)
@@ -140,7 +141,7 @@ def scanned(
 ) -> tuple[int, list[Tensor]]:
     """Bytes sent, and what was found."""
     order = Sent()
-    ends = scan_pieces(sources, CPU, carried(order, resident, sources, within, most), top_k=6)
+    ends = scan_pieces(sources, CPU, prefetched(order, resident, sources, within, most), top_k=6)
     return order.bytes, [x for end in ends for x in end]
 
 
@@ -154,7 +155,7 @@ def test_the_second_query_carries_nothing(
     cache: Cache, sketch: Tensor, normalize: str, most: int | None
 ) -> None:
     source = CacheScan(cache, methods.prepare(sketch, normalize=normalize))
-    streamed = list(scan_pieces([source], CPU, _pieces([source], most=most), top_k=6))
+    streamed = list(scan_pieces([source], CPU, pieces([source], most=most), top_k=6))
     wanted = [x for end in streamed for x in end]
     resident = Resident(SmallMemory(1 << 30))
     sent, found = scanned(resident, [source], most=most)
@@ -176,7 +177,7 @@ def test_several_caches_stay_and_parts_of_them(cache: Cache, sketch: Tensor, tmp
     other = Cache(cache.path)
     query = methods.prepare(sketch, normalize="none")
     sources = [CacheScan(cache, query), CacheScan(other, query)]
-    wanted = [x for end in scan_pieces(sources, CPU, _pieces(sources), top_k=6) for x in end]
+    wanted = [x for end in scan_pieces(sources, CPU, pieces(sources), top_k=6) for x in end]
     resident = Resident(SmallMemory(1 << 30))
     for part in ((0, 18), (9, 18), (18, 27)):
         scanned(resident, sources, part)
@@ -208,7 +209,7 @@ def test_the_cache_scanned_longest_ago_makes_room(cache: Cache, sketch: Tensor) 
     assert scanned(resident, [CacheScan(third, query)])[0] == 0
     assert scanned(resident, [CacheScan(second, query)])[0] > 0
     assert scanned(resident, [CacheScan(first, query)])[0] > 0
-    # Two that are scanned together do not push each other out, and one too many is carried each time.
+    # Two that are scanned together do not push each other out, and one too many is prefetched each time.
     memory.size = each + each // 2
     together = [CacheScan(second, query), CacheScan(third, query)]
     for _ in range(2):
@@ -232,7 +233,7 @@ def test_what_stays_goes_with_its_cache(cache: Cache, sketch: Tensor) -> None:
     scanned(resident, [CacheScan(opened, query)])
     assert memory.taken > 0
     shards = opened.manifest.shards
-    # A shard that has become another one is carried anew, and the one before let go.
+    # A shard that has become another one is prefetched anew, and the one before let go.
     opened.manifest.shards = [replace(shards[0], sha256="0" * 64), *shards[1:]]
     taken, rows = memory.taken, shards[0].rows
     sent, _ = scanned(resident, [CacheScan(opened, query)])

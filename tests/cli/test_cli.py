@@ -108,7 +108,7 @@ def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
     assert (ran.code, ran.err) == (0, "")
     text = " ".join(ran.out.split())
     for words in (
-        "cache " + out + " complete",
+        "complete model ",
         "(prompt form)",
         "13 with a sketch, 1 empty",
         "taken at 0.5 of the way",

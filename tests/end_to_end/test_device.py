@@ -20,7 +20,8 @@ from torch import Tensor
 from rapidin import ops
 from rapidin.attribution import methods
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.scan import CacheScan, scan_cache
+from rapidin.attribution.scan import scan_cache
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.cache.codec import Basis, CodecConfig, FloatCodec, PackedCodec, fit_shape, learn_basis
 from rapidin.gradients.batch import Batch

@@ -22,14 +22,15 @@ from rapidin.attribution import methods, scan
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.query_sketch import sketch_generations
-from rapidin.attribution.scan import CacheScan, scan_cache, scores_of
+from rapidin.attribution.scan import scan_cache, scores_of
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.attribution.selection import best_rows
 from rapidin.cache import Cache
 from rapidin.cache.build import CachingLoop
 from rapidin.data.examples import open_examples
 from rapidin.gradients.adam import Moments
 from rapidin.gradients.collector import GradientSketcher
-from rapidin.ops.transfer import Conveyor, Download, GpuOrder, upload
+from rapidin.ops.transfer import Download, GpuCopyStream, Prefetcher, upload
 
 ROWS = 12
 
@@ -256,7 +257,7 @@ def test_batches_arrive_whole_and_in_order(lanes: int, size: int, gpu: Gpu) -> N
             given.append(n)
             yield n, tensors
 
-    for n, tensors in Conveyor[int](GpuOrder(CUDA), lanes).carry(noted()):
+    for n, tensors in Prefetcher[int, str](GpuCopyStream(CUDA), lanes).carry(noted()):
         assert len(given) == min(size, n + lanes)  # those after it are on their way
         # Copies by the GPU, which the CPU does not wait for: what is sent next must.
         seen.append((n, {name: value.clone() for name, value in tensors.items()}))
@@ -270,7 +271,7 @@ def test_batches_arrive_whole_and_in_order(lanes: int, size: int, gpu: Gpu) -> N
 
 def test_what_is_carried_may_be_broken_off(gpu: Gpu) -> None:
     def begin() -> None:
-        for _ in Conveyor[int](GpuOrder(CUDA), 3).carry(batches(8)):
+        for _ in Prefetcher[int, str](GpuCopyStream(CUDA), 3).carry(batches(8)):
             break
 
     begin()
@@ -281,7 +282,7 @@ def test_memory_of_a_carried_cache_is_that_of_its_lanes(gpu: Gpu) -> None:
     given = ((n, {"a": torch.zeros(64, 128)}) for n in range(40))
     before = gpu.live_bytes
     gpu.most_bytes = before
-    for _ in Conveyor[int](GpuOrder(CUDA), 3).carry(given):
+    for _ in Prefetcher[int, str](GpuCopyStream(CUDA), 3).carry(given):
         pass
     assert gpu.most_bytes - before == 3 * 64 * 128 * 4
 

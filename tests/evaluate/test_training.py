@@ -13,7 +13,7 @@ from rapidin.data.encoding import Encoder
 from rapidin.errors import UserError
 from rapidin.evaluate.saving import Checkpoints, ResumeState, save_model
 from rapidin.evaluate.settings import Recipe
-from rapidin.evaluate.training import NOT_A_TARGET, add_lora, collate, tune
+from rapidin.evaluate.training import add_lora, tune
 from rapidin.gradients.load import load_model
 
 
@@ -25,16 +25,6 @@ def examples() -> list[Any]:
 
 def weights(model: Any) -> list[torch.Tensor]:
     return [weight.detach().clone() for weight in model.parameters()]
-
-
-def test_collate_pads_and_masks(examples: list[Any]) -> None:
-    ids, mask, labels = collate(examples, 2)
-    assert mask.sum(1).tolist() == [len(example.ids) for example in examples]
-    for row, example in enumerate(examples):
-        counted = labels[row] != NOT_A_TARGET
-        assert counted.sum() == sum(example.target)
-        assert torch.equal(labels[row][counted], ids[row][counted])
-        assert not (counted & (mask[row] == 0)).any()
 
 
 def test_batches_cover_the_data_and_repeat() -> None:
@@ -61,7 +51,7 @@ def test_rates_rise_and_fall() -> None:
 def test_first_step_is_that_of_adamw_written_out(examples: list[Any]) -> None:
     model, other = tiny_llama(), tiny_llama()
     recipe = Recipe(epochs=1, batch=10, learning_rate=1e-2, weight_decay=0.1, clip=None)
-    loss = tune(model, examples, recipe, pad=2)
+    loss = tune(model, examples, recipe)
     total, count = torch.zeros(()), 0
     for example in examples:
         logits = other(input_ids=torch.tensor([example.ids])).logits[0, :-1]
@@ -81,7 +71,7 @@ def test_first_step_is_that_of_adamw_written_out(examples: list[Any]) -> None:
 def test_only_the_adapter_moves_and_runs_repeat(examples: list[Any]) -> None:
     def tuned() -> tuple[Any, float]:
         model = add_lora(tiny_llama(), rank=2, targets=("q_proj", "v_proj"), seed=5)
-        return model, tune(model, examples, Recipe(epochs=3, batch=4, learning_rate=1e-2, seed=1), pad=2)
+        return model, tune(model, examples, Recipe(epochs=3, batch=4, learning_rate=1e-2, seed=1))
 
     (one, first), (two, second) = tuned(), tuned()
     assert first == second
@@ -136,7 +126,7 @@ def test_checkpoints_are_laid_out_as_the_trainers(lora: bool, examples: list[Any
     recipe = Recipe(epochs=2, batch=5, learning_rate=1e-2, warm_up=2)
     steps = recipe.count(len(examples))
     where = Checkpoints.spread(tmp_path / "checkpoints", 2, steps, tiny_tokenizer())
-    tune(model, examples, recipe, pad=2, checkpoints=where)
+    tune(model, examples, recipe, checkpoints=where)
     assert sorted(p.name for p in where.folder.iterdir()) == ["checkpoint-2", "checkpoint-4"]
     last = where.folder / "checkpoint-4"
     described = json.loads((last / "trainer_state.json").read_text())

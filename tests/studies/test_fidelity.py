@@ -1,11 +1,15 @@
 """What studies/fidelity/fidelity.py counts, and how it varies the head of a code."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("scipy")
 
+import fidelity
+from doc_tables import DOCS, read
 from fidelity import figures, of_head
 
 
@@ -28,3 +32,11 @@ def test_a_head_with_room_for_the_sample_tells_its_rows_apart() -> None:
     assert taught["spearman"] > 0.99 > with_few["spearman"] + 0.05
     assert taught["rmse"] < 0.1
     assert others["spearman"] < 0.9  # of these it knows what 60 random directions of 256 hold
+
+
+def test_the_page_shows_the_results() -> None:
+    study = Path(fidelity.__file__).parent
+    made = fidelity.tables([*sorted(study.glob("*.json")), study.parent / "lds" / "codes.json"])
+    assert len(made) == 12
+    for name, table in made.items():
+        assert read(DOCS / "measured" / "fidelity.md", name) == table, name

@@ -38,11 +38,12 @@ from typing import Any
 import torch
 from tiny import tiny_llama, tiny_tokenizer
 
-from rapidin.attribution.attributor import HASH, Attributor
+from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble, read_members
 from rapidin.attribution.methods import prepare, self_influence
 from rapidin.attribution.provenance import read_fitted
-from rapidin.attribution.scan import CacheScan, all_scores, scan_cache
+from rapidin.attribution.scan import all_scores, scan_cache
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.attribution.training_data import training_data
 from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.cache.codec import Basis, CodecConfig, RowShape
@@ -53,6 +54,7 @@ from rapidin.errors import UserError
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Scale
+from rapidin.gradients.settings import HASH
 from rapidin.results.terminal import make_console as rich_console
 
 WIDTH, ROWS, SHARD_ROWS = 8, 7, 3

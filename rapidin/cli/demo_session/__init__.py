@@ -176,7 +176,6 @@ class _Demo:
                 model,
                 _encode(tokenizer, rows),
                 recipe,
-                pad=tokenizer.pad_token_id,
                 on_step=lambda _done, _all, loss: progress.step(loss),
             )
 

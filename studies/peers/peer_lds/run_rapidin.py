@@ -82,7 +82,8 @@ class Cached:
     def scores(self, method: str, normalize: str, about: dict[str, Any], _: Path) -> tuple[Tensor, float]:
         """`Attributor.scores`, but for the sketches of the test texts, made once for all methods."""
         from rapidin.attribution import methods
-        from rapidin.attribution.scan import CacheScan, all_scores
+        from rapidin.attribution.scan import all_scores
+        from rapidin.attribution.scan_pieces import CacheScan
 
         cache, sketch, size = self.make()
         began = time.perf_counter()

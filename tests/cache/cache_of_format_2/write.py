@@ -39,15 +39,9 @@ CONFIG = {
 INCLUDE = ["*self_attn.q_proj*", "*mlp.down_proj*"]
 # Name: (options of the attributor, options of the cache). Each has 12 rows in 2 shards.
 CACHES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "float16": ({"preconditioner": "off", "width": 16}, {"dtype": "float16"}),
-    "float32-lora-adam": (
-        {"preconditioner": "sample", "width": 8, "seed": 5, "include": ()},
-        {"dtype": "float32"},
-    ),
-    "int4-flat": (
-        {"preconditioner": "off", "width": 16, "projection": "flat", "eos": False},
-        {"dtype": "int4"},
-    ),
+    "float16": ({"geometry": "off", "width": 16}, {"dtype": "float16"}),
+    "float32-lora-adam": ({"geometry": "sample", "width": 8, "seed": 5, "include": ()}, {"dtype": "float32"}),
+    "int4-flat": ({"geometry": "off", "width": 16, "projection": "flat", "eos": False}, {"dtype": "int4"}),
     "sign-learnt-kfac": ({"width": 32, "loss": "sum", "include": INCLUDE[:1]}, {"bytes": 100, "sample": 12}),
 }
 TRACIN = [("float16", 0.001), ("float32-lora-adam", 0.0005)]  # an ensemble, of caches that are no checkpoints
@@ -115,7 +109,7 @@ def main() -> None:
             ]
         )
         info = cache.info()
-        kept = ("complete", "rows", "counts", "dim", "layers", "dtype", "preconditioner", "bytes", "shards")
+        kept = ("complete", "rows", "counts", "dim", "layers", "dtype", "geometry", "bytes", "shards")
         said[name] = {"verify": Cache.verify(HERE / name), "info": {key: info[key] for key in kept}}
         (HERE / name / ".lock").unlink()
 

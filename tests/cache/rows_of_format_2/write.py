@@ -46,7 +46,7 @@ def manifest(code: Format) -> Manifest:
     return Manifest(
         model={"source": {"model": "m"}, "identity": {"model": "1"}},
         sketch={"projection": "tensor", "width": WIDTH, "seed": 3, "hash": HASH},
-        gradient={"at": [0.5], "loss": "mean", "include": [], "exclude": [], "preconditioner": "off"},
+        gradient={"at": [0.5], "loss": "mean", "include": [], "exclude": [], "geometry": "off"},
         text={"eos": True, "max_length": 128, "too_long": "truncate"},
         data={"path": None, "form": "text", "identity": "0" * 64},
         code=code,
