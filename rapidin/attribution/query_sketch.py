@@ -195,7 +195,7 @@ def scans_of(
             method=scoring.method,
             normalize=scoring.normalize,
             damping=scoring.damping,
-            parts=None if each.targets is None else (each.targets, owners),
+            targets=None if each.targets is None else (each.targets, owners),
         )
         vectors = query.vectors * each.weight
         groups = [range(len(generations))] if scoring.together else scoring.groups
