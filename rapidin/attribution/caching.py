@@ -22,8 +22,8 @@ def format_of(options: CacheOptions, width: int) -> CodecConfig:
     together."""
     budget, sample = options.bytes, options.sample
     dtype = options.dtype or ("float16" if budget is None else "sign")
-    if dtype not in (*codec.FLOATS, *codec.PACKED):
-        raise UserError(f"unknown dtype '{dtype}'", f"use one of {', '.join((*codec.FLOATS, *codec.PACKED))}")
+    if dtype not in codec.DTYPES:
+        raise UserError(f"unknown dtype '{dtype}'", f"use one of {', '.join(codec.DTYPES)}")
     if dtype in codec.FLOATS and (budget is not None or sample):
         raise UserError(
             f"{dtype} rows keep every number of the sketch",

@@ -235,20 +235,20 @@ def compare_baselines(work: _Work) -> None:
         baselines.plain_text(work.data[row]) if counts else "" for row, counts in enumerate(counted.tolist())
     ]
     asked = [
-        baselines.asked_text(record, generation.completion)
+        baselines.query_text(record, generation.completion)
         for record, generation in zip(work.records, work.query.texts, strict=True)
     ]
     report: Callable[[int, int], None] | None = None
     if work.on_stage is not None:
         report = partial(work.on_stage, "hidden states")
-    tables = baselines.both(
+    tables = baselines.scores_of_baselines(
         source.loaded, texts, asked, max_length=source.encoder.max_length, on_progress=report
     )
     if work.options.together:
         shares = weights_of(work.query.texts, range(len(work.query.texts))).numpy()
         tables = {name: shares[None] @ scores for name, scores in tables.items()}
     work.results = [
-        baselines.beside(result, {name: scores[n] for name, scores in tables.items()}, counted)
+        baselines.with_standings(result, {name: scores[n] for name, scores in tables.items()}, counted)
         for n, result in enumerate(work.results)
     ]
     work.clock.lap("baselines")
