@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from rapidin import distributed
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.duplicates import candidates_for, exact_copies, fold, shingles_of
 from rapidin.attribution.options import QueryOptions
@@ -16,7 +17,6 @@ from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.attribution.score_errors import details, rank_intervals
 from rapidin.attribution.training_data import hits_of
 from rapidin.data.examples import Examples
-from rapidin.distributed import world
 from rapidin.results.types import Hit
 
 MARGIN = 32  # candidates after the last hit that is shown, for the highest ranks that hits could have
@@ -71,7 +71,7 @@ def find_candidates(
     finer: rescores the best `options.rescored`; generations: the number of queries that are no targets, which
     come first. If duplicates are folded, the scan is repeated for more rows until enough are left.
     """
-    here, cache = world(), scans[0].cache
+    world, cache = distributed.world(), scans[0].cache
     shown = max(options.top_k, options.rescored if finer is None else 0)
     if finer is not None:  # it rescores what the user asked for, without a margin
         count = options.rescored
@@ -81,12 +81,12 @@ def find_candidates(
     while True:
         ends = scan_cache(scans, count)
         clock.lap("scan")
-        if here.leads and finer is not None:
+        if world.leads and finer is not None:
             ends = rescore(finer, ends, count)
             clock.lap("rescore")
         if not options.fold:
-            return Candidates(ends) if here.leads else None
-        if here.leads:
+            return Candidates(ends) if world.leads else None
+        if world.leads:
             candidates = _folded(scans, ends, data)
             clock.lap("fold")
         full = [bool((rows[:generations, -1:] >= 0).all()) for _, rows in ends]
@@ -95,7 +95,7 @@ def find_candidates(
             assert candidates is not None
             return bytes([_enough(candidates, full, generations, shown)])
 
-        if count >= len(cache) or here.share(enough)[0]:
+        if count >= len(cache) or world.share(enough)[0]:
             return candidates
         count *= 4
 

@@ -241,9 +241,7 @@ def exact(
                         if normalize == "layer":
                             both = owner_lengths * text_lengths[n, of_point]
                             scale = divide(1.0, both * score_divisor(blocks, normalize))
-                        for layer, (columns, rows) in enumerate(factors):
-                            product = exact_queries.products(layer, columns, rows).double().cpu()
-                            sums[n][chunk] += product * scale[:, layer, None]
+                        _add_products(sums[n][chunk], exact_queries, factors, scale)
                         done += 1
                         on_text(done)
     except TypeError as error:
@@ -255,3 +253,11 @@ def exact(
     for of_text, scale in zip(sums, scales, strict=True):
         of_text *= scale[:, None]
     return sums
+
+
+def _add_products(sums: Tensor, queries: ExactQueries, factors: Factors, scale: Tensor) -> None:
+    """Adds to sums [Q, T] the products of queries with each position of a text, by its factors; scale: of
+    each
+    query and parameter, [Q, parameters]."""
+    for n, (columns, rows) in enumerate(factors):
+        sums += queries.products(n, columns, rows).double().cpu() * scale[:, n, None]

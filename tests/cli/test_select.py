@@ -67,7 +67,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
     out = ["--out", str(tmp_path / "x.jsonl")]
     for more, words in (
         ([*out, "--top", "some"], "neither a number nor a share"),
-        ([*out, "--top", "0"], "say more than 0"),
+        ([*out, "--top", "0"], "use more than 0"),
         ([*out, "--top", "31"], "at most all of them"),
         ([*out, "--top", "30"], "only 29 examples have a gradient"),
         ([*out, "--by", "kind"], "no column 'kind'"),
