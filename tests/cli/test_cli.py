@@ -394,14 +394,14 @@ def cache_arguments(place: Place, out: Path, **changes: str) -> list[str]:
 @pytest.mark.parametrize(
     ("changes", "pattern"),
     [
-        ({"model": "./none"}, "no such model: './none'"),
+        ({"model": "./none"}, "model not found: './none'"),
         ({"model": "."}, "'.' is not a model: it has no config.json"),
-        ({"adapter": "./none"}, "no such adapter: './none'"),
+        ({"adapter": "./none"}, "adapter not found: './none'"),
         ({"base": "./none"}, "give --adapter or --base, not both"),
         ({"data": "none.jsonl"}, "data not found: none.jsonl; give a .jsonl file"),
         ({"data": "x" * 300}, "data not found: xxx"),
         ({"model": "x" * 300}, "'xxx.*not a folder here"),
-        ({"adapter": "x" * 300}, "no such adapter: 'xxx"),
+        ({"adapter": "x" * 300}, "adapter not found: 'xxx"),
         ({"data": "."}, "the folder . is not a HF dataset"),
         ({"at": "0.5,x"}, "--at 0.5,x is not a number"),
         ({"at": "2"}, "--at 2 is not between 0"),
