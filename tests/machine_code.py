@@ -109,11 +109,11 @@ def cuda_loops() -> Iterator[Inner]:
             yield Inner(f"flat_sketch {dtype}{suffix}", f"flat_sketch_kernel<{squares}>", way, size)
     alone = has(r"LDG\.E(\.CONSTANT)?$|LDG.*U16")  # elements one by one
     # Of the kernel up to 512, whose table has words of four bytes too, which are loaded where rows are stored
-    narrow = has_not(r"LDG\.E(\.CONSTANT)?$|LDG.*U16", "STS")
+    element_wise = has_not(r"LDG\.E(\.CONSTANT)?$|LDG.*U16", "STS")
     term = has(_WIDE)  # a preconditioner's, added once a tile
 
     def narrow_or_term(opcodes: sass.Opcodes) -> bool:
-        return narrow(opcodes) or term(opcodes)
+        return element_wise(opcodes) or term(opcodes)
 
     def rows_of(element: int) -> Has:
         """Loops that add elements of so many bytes, one multiply-add each; of two, bfloat16."""
@@ -123,7 +123,7 @@ def cuda_loops() -> Iterator[Inner]:
 
     for dim in (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
         kernel = f"linear_sketch_kernel<{dim}, 0>" if dim <= 512 else f"fourier_sketch_kernel<{dim}>"
-        avoid = narrow if dim <= 512 else alone
+        avoid = element_wise if dim <= 512 else alone
         way = Way(_STREAMED, avoid=avoid, only=rows_of(2))
         yield Inner(f"linear_sketch bf16 {dim}, rows", kernel, way, 2)
         stages = {256: 8.0, 512: 4.0}.get(dim)  # of 4,096 features
