@@ -161,7 +161,7 @@ class World:
             elif now - self._seen[rank][1] > self.patience:
                 raise PeerError(
                     f"process {rank} of {self.size} has given no sign of life for {self.patience:g} s; "
-                    "the same command goes on from where it was"
+                    "rerun the same command to resume"
                 )
 
     def fail(self, what: str, code: int) -> bool:
@@ -186,7 +186,7 @@ class World:
             return getattr(self._store, question)(*values)
         except RuntimeError:
             raise PeerError(
-                "the process that all others meet at is gone; the same command goes on from where it was"
+                "the process that all others meet at is gone; rerun the same command to resume"
             ) from None
 
     def _wait(self, reached: Callable[[], bool], meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -256,7 +256,7 @@ class World:
             time.sleep(0.5)  # for who failed to say why
             self.check()
             raise PeerError(
-                f"the processes lost each other ({lines[0]}); the same command goes on from where it was"
+                f"the processes lost each other ({lines[0]}); rerun the same command to resume"
             ) from error
 
     # ------------------------------------------------------------------------------------- the end

@@ -78,7 +78,10 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--bytes", type=int, help="bytes an example, all told  [default: all of the sketch]")
     parser.add_argument(
-        "--precondition", choices=("off", "sample", "kfac"), help="[default: that of `rapidin cache`]"
+        "--precondition",
+        dest="preconditioner",
+        choices=("off", "sample", "kfac"),
+        help="[default: that of `rapidin cache`]",
     )
     parser.add_argument("--max-length", default=192, type=int, help="tokens of an example")
     parser.add_argument("--max-new-tokens", default=48, type=int, help="tokens of an answer")

@@ -51,7 +51,7 @@ def main() -> None:
     clean = [row for row in clean if 20 <= len(row.get("output") or "") <= options.longest][: options.limit]
     with quiet_libraries():
         ensemble = Ensemble([options.cache])
-        ready = Ensemble([Member(ensemble.members[0].path, 1.0, ensemble.attributor())])
+        ready = Ensemble([Member(ensemble.members[0].path, 1.0, ensemble.source())])
     halves = [
         row | {"output": f"{row['output'].rstrip()} {absurd[n % len(absurd)]['output'].strip()}"}
         for n, row in enumerate(clean)

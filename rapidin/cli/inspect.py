@@ -46,14 +46,14 @@ def verify(cache: CacheFolder, quiet: Quiet = False) -> None:
             )
         size = size_text(sum(shard.bytes for shard in manifest.shards), None, len(manifest.shards))
         rows = f"{manifest.rows_done:,}" + ("" if manifest.complete else f" of {manifest.rows:,}")
-        print(f"{one_line(str(folder))}: every byte is as it was written ({rows} examples, {size})")
+        print(f"{one_line(str(folder))}: OK: all checksums match ({rows} examples, {size})")
 
 
 @command("merge")
 def merge(
     out: Annotated[
         str,
-        typer.Argument(metavar="OUT", help="Folder to write; an unfinished one is gone on with."),
+        typer.Argument(metavar="OUT", help="Folder to write; resumes an unfinished one."),
     ],
     caches: Annotated[
         list[str], typer.Argument(metavar="CACHE...", help="Parts made by 'rapidin cache --part I/N'.")

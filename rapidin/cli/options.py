@@ -205,13 +205,6 @@ def _type_of(settings: type[Any], each: Field[Any]) -> Any:
     return plain[0] if type(None) in get_args(kind) else kind
 
 
-class ModelDtype(str, Enum):
-    float32 = "float32"
-    float16 = "float16"
-    bfloat16 = "bfloat16"
-    auto = "auto"
-
-
 class OnError(str, Enum):
     stop = "stop"
     skip = "skip"
@@ -219,24 +212,6 @@ class OnError(str, Enum):
 
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print results and errors only.", rich_help_panel="Run")
-]
-Device = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DEVICE",
-        help="Such as cpu or cuda:1; auto: layers over all GPUs.  [default: a GPU where there is one]",
-        show_default=False,
-    ),
-]
-ShardModel = Annotated[
-    bool,
-    typer.Option(
-        "--shard-model", help="Under torchrun: each process holds a part of every weight, for large models."
-    ),
-]
-TrustRemoteCode = Annotated[
-    bool,
-    typer.Option("--trust-remote-code", help="Run code that comes with the model. Only if you trust it."),
 ]
 CacheFolder = Annotated[str, typer.Argument(metavar="CACHE", help="Folder made by 'rapidin cache'.")]
 CacheFolders = Annotated[
@@ -255,21 +230,6 @@ TrainData = Annotated[
         show_default=False,
         rich_help_panel="Data",
     ),
-]
-MaxNewTokens = Annotated[
-    int, typer.Option("--max-new-tokens", metavar="N", min=1, help="Of a completion that the model writes.")
-]
-MovedModel = Annotated[
-    str | None,
-    typer.Option("--model", metavar="MODEL", help="Where the model has moved.", show_default=False),
-]
-MovedAdapter = Annotated[
-    str | None,
-    typer.Option("--adapter", metavar="ADAPTER", help="Where the adapter has moved.", show_default=False),
-]
-MovedBase = Annotated[
-    str | None,
-    typer.Option("--base", metavar="MODEL", help="Where the base model has moved.", show_default=False),
 ]
 
 

@@ -103,7 +103,7 @@ def _fail(text: str, code: int) -> int:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """SIGTERM raises Terminated, so that what is open is closed and the cache can be gone on with."""
+    """SIGTERM raises Terminated, so that what is open is closed and the cache can be resumed."""
 
     def terminate(number: int, frame: FrameType | None) -> None:
         raise Terminated

@@ -122,7 +122,7 @@ class Subject:
 
         The model writes missing completions. The result's setting gets the seconds of each method.
         """
-        self.log(f"gradients of {len(records):,} generations")
+        self.log(f"gradients of {len(records):,} generation{'s' if len(records) != 1 else ''}")
         # The layer weights that `layer` needs serve every method: a common factor changes no ranking.
         query = self.ensemble.sketched(list(records), QueryOptions(max_new_tokens=max_new_tokens), Clock())
         generations = query.texts

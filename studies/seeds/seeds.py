@@ -209,7 +209,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             continue
         sub.add_argument("--work", required=True, type=Path, help="folder for adapters and caches")
         sub.add_argument("--seed", action="append", required=True, help="seed of training; may be repeated")
-        sub.add_argument("--precondition", choices=("kfac", "sample", "off"), default="kfac")
+        sub.add_argument(
+            "--precondition", dest="preconditioner", choices=("kfac", "sample", "off"), default="kfac"
+        )
         sub.add_argument(
             "--width",
             type=int,

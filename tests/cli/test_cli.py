@@ -102,7 +102,7 @@ def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
 
     again = run(*command)
     assert again.code == 0
-    assert "all 15 examples were there already" in again.err
+    assert "all 15 examples were cached before" in again.err
 
     ran = run("info", out)
     assert (ran.code, ran.err) == (0, "")
@@ -122,7 +122,7 @@ def test_cache_info_and_verify(place: Place, tmp_path: Path, run: Any) -> None:
 
     ran = run("verify", out)
     assert (ran.code, ran.err) == (0, "")
-    assert "every byte is as it was written (15 examples" in ran.out
+    assert "OK: all checksums match (15 examples" in ran.out
 
 
 @pytest.mark.parametrize("which", ["cache", "plain_cache"])
@@ -403,7 +403,7 @@ def cache_arguments(place: Place, out: Path, **changes: str) -> list[str]:
         ({"model": "x" * 300}, "'xxx.*not a folder here"),
         ({"adapter": "x" * 300}, "adapter not found: 'xxx"),
         ({"data": "."}, "the folder . is not a HF dataset"),
-        ({"at": "0.5,x"}, "--at 0.5,x is not a number"),
+        ({"at": "0.5,x"}, "--at must be numbers separated by commas, got 0.5,x"),
         ({"at": "2"}, "--at 2 is not between 0"),
         ({"at": "nan"}, "--at nan is not between 0"),
         ({"include": "nothing-like-it"}, "no parameter's name matches the pattern 'nothing-like-it'"),
@@ -414,7 +414,7 @@ def cache_arguments(place: Place, out: Path, **changes: str) -> list[str]:
         ({"seed": str(2**64)}, "'--seed'"),
         ({"dtype": "int3"}, "'--dtype'.*'float16', 'float32'"),
         ({"too_long": "drop"}, "'--too-long'.*truncate"),
-        ({"bytes": "40"}, "--bytes 40 leaves no room; say at least"),
+        ({"bytes": "40"}, "--bytes must be at least 92, got 40"),
         ({"bytes": "400", "dtype": "float16"}, "float16 rows keep every number"),
         ({"sample": "64", "dtype": "sign"}, "needs a budget"),
     ],
@@ -582,7 +582,7 @@ def test_a_damaged_shard_is_named_and_made_again(place: Place, run: Any, copied:
     ran = run(*cache_arguments(place, copied))
     assert ran.code == 0
     assert "cached 6 examples" in ran.err
-    assert "after the 9 that were there" in ran.err
+    assert "after the 9 cached before" in ran.err
     assert shards[1].read_bytes() == whole
     assert run("verify", str(copied)).code == 0
 
@@ -606,26 +606,26 @@ def test_a_damaged_manifest(run: Any, copied: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "pattern"),
     [
-        ([], "nothing to explain; give --ask or --prompt"),
-        (["--ask", "a", "--prompt", "b"], "both --ask and --prompt"),
-        (["--prompt", "a", "--data", "b"], "both --prompt and --data"),
+        ([], "nothing to explain; use --ask or --prompt"),
+        (["--ask", "a", "--prompt", "b"], "--ask and --prompt do not go together"),
+        (["--prompt", "a", "--data", "b"], "--prompt and --data do not go together"),
         (["--data", "b", "--completion", "c"], "--completion goes with --ask or --prompt"),
-        (["--prompt", "a", "--completion", ""], "the completion is empty; leave --completion out"),
-        (["--prompt", ""], "empty prompt"),
+        (["--prompt", "a", "--completion", ""], "the completion is empty; leave out --completion"),
+        (["--prompt", ""], "the prompt is empty"),
         (["--prompt", "one " * CONTEXT], "tokens"),
         (["--data", "none.jsonl"], "data not found: none.jsonl"),
         (["--prompt", "a", "--top-k", "0"], "'--top-k'"),
         (["--prompt", "a", "--normalize", "loud"], "'--normalize'"),
         (["--prompt", "a", "--method", "magic"], "'--method'"),
-        (["--prompt", "a", "--tokens", "--hotwords", "b"], "both --tokens and --hotwords"),
+        (["--prompt", "a", "--tokens", "--hotwords", "b"], "--tokens and --hotwords do not go together"),
         (["--prompt", "a", "--tokens", "--together"], "targets are parts of single generations"),
-        (["--prompt", "a", "--candidates", "20"], "those that --rescore looks at"),
+        (["--prompt", "a", "--candidates", "20"], "--candidates is the number that --rescore looks at"),
         (["--prompt", "a", "--rescore", "exact", "--method", "fisher"], "--method dot with --rescore exact"),
         (["--prompt", "a", "--contributions", "--no-text"], "needs the training examples"),
         (["--prompt", "a", "--report", "no/folder/page.html"], "cannot write no/folder/page.html"),
         (["--prompt", "a", "--each-token"], "No such option.*--each-token"),
         (["--prompt", "a", "--json", "no/folder/hits.json"], "cannot write no/folder/hits.json"),
-        (["--prompt", "a", "--json", "."], "cannot write .: it is a folder"),
+        (["--prompt", "a", "--json", "."], "cannot write .: it is a directory"),
         (["--prompt", "\udcff"], "half a character"),
     ],
 )
@@ -684,13 +684,13 @@ def test_stopped_while_caching_goes_on(
     finally:
         signal.signal(signal.SIGINT, before)
     assert (ran.code, ran.out) == (code, "")
-    said = f"rapidin: stopped with {kept} of 15 examples in {out}; the same command goes on from there\n"
+    said = f"rapidin: stopped with {kept} of 15 examples in {out}; rerun the same command to resume\n"
     assert ran.err == said
     assert f"unfinished: {kept} of 15" in run("info", str(out)).out
     assert f"({kept} of 15 examples" in run("verify", str(out)).out
     query = run("query", str(out), "--prompt", "a", "--completion", "b")
     assert query.code == 0
-    assert "the cache is unfinished, 15 examples were wanted" in query.err
+    assert "of 15 examples are cached" in query.err
     ran = run(*cache_arguments(place, out))
     assert ran.code == 0
     assert f"cached {15 - kept} examples" in ran.err

@@ -71,7 +71,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
         ([*out, "--top", "31"], "at most all of them"),
         ([*out, "--top", "30"], "only 29 examples have a gradient"),
         ([*out, "--by", "kind"], "no column 'kind'"),
-        (["--out", str(tmp_path / "none" / "x.jsonl")], "no folder that exists"),
+        (["--out", str(tmp_path / "none" / "x.jsonl")], "the directory does not exist"),
         ([*out, "--method", "dot", "--damping", "1"], "takes no --damping"),
     ):
         assert main([*command, *more]) == 2
