@@ -99,8 +99,7 @@ class _Fitting:
 
     def settle(self, examples: Examples, reporter: Reporter) -> None:
         """Uses the preconditioner of the cache, and fits it first if there is none: in the leading process,
-        and
-        in all processes if they share the model."""
+        and in all processes if they share the model."""
         writer, record, config = self._writer, self._writer.manifest.preconditioner, self.source.config
         if record is None:
             return

@@ -39,8 +39,7 @@ Shingles = frozenset[tuple[str, ...]]
 
 def shingles(text: str) -> Shingles:
     """The runs of `SHINGLE` words in a text, or all of its words if it has fewer; the text without spaces if
-    it
-    has no words."""
+    it has no words."""
     words = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
     if not words:
         return frozenset({("".join(text.split()),)})

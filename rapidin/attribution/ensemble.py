@@ -237,8 +237,7 @@ class Ensemble:
 
 def read_members(folder: Path) -> tuple[Kind, list[Member]]:
     """Kind and members from the `ensemble.json` of a folder; the folder itself if it has none. Raises
-    UserError
-    if the file is damaged."""
+    UserError if the file is damaged."""
     path = folder / NAME
     if not os.path.lexists(path):
         return "mean", [Member(folder)]

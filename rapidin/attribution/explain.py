@@ -1,6 +1,5 @@
 """From the sketches of a query to its results, in named steps: one scan over all caches, then the details of
-its
-hits."""
+its hits."""
 
 from __future__ import annotations
 
@@ -115,8 +114,7 @@ def prepare_scans(work: _Work) -> None:
 
 def scan_caches(work: _Work) -> None:
     """Finds the candidates at both ends, rescored by a finer cache and without duplicates if the options say
-    so;
-    collective."""
+    so; collective."""
     finer = None if work.query.finer is None else work.scored[0]
     work.candidates = find_candidates(
         work.scans, finer, work.options, len(work.ranked), work.data, work.clock

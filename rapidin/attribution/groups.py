@@ -114,8 +114,7 @@ def _files(examples: Examples, group_of_row: Tensor) -> tuple[Tensor, list[str]]
 
 def groups_of(scores: Tensor, group_of_row: Tensor, names: list[str]) -> list[list[Group]]:
     """The groups of each query, from scores [Q, rows] and the number of each row's group among `names`
-    [rows],
-    below 0 for none."""
+    [rows], below 0 for none."""
     by_query = []
     for of_query in scores.double().cpu():
         counted = (group_of_row >= 0) & of_query.isfinite()

@@ -45,8 +45,7 @@ def score_divisor(blocks: int, normalize: str) -> int:
 
 def row_scales(lengths: Tensor, normalize: str) -> Tensor:
     """What the unit blocks of rows are multiplied by, from their lengths [n, blocks]: the same shape,
-    float32;
-    with `layer` 1, or 0 for a block with zero gradient."""
+    float32; with `layer` 1, or 0 for a block with zero gradient."""
     if normalize == "layer":
         return (lengths > 0).float()
     return divide(lengths, whole_lengths(lengths)).float() if normalize == "cosine" else lengths

@@ -99,8 +99,7 @@ def _mean_length(source: GradientSource, data: Examples, most: int = 200) -> flo
 
 def _calibrate(source: GradientSource, length: int) -> tuple[float, float, int]:
     """(seconds per example of the preconditioner's sample, seconds per example, peak bytes of memory),
-    measured
-    on one batch after a warm-up."""
+    measured on one batch after a warm-up."""
     vocabulary = int(getattr(source.loaded.model.config, "vocab_size", 2))
     count = max(1, source.settings.batch_tokens // max(1, length))
     generator = torch.Generator().manual_seed(0)

@@ -236,8 +236,7 @@ def scans_of(
 
 def weights_of(generations: Sequence[Generation], chosen: Sequence[int]) -> Tensor:
     """The share of each chosen generation in the target set of all chosen ones: [chosen] float64; shares sum
-    to
-    1 if none is negative. Raises UserError for unusable weights."""
+    to 1 if none is negative. Raises UserError for unusable weights."""
     weights = torch.tensor([generations[n].weight for n in chosen], dtype=torch.float64, device="cpu")
     total = float(weights.abs().sum())
     if not 0 < total < float("inf"):

@@ -136,8 +136,7 @@ def _folded(scans: Sequence[CacheScan], ends: Ends, data: Examples | None) -> Ca
 
 class RankIntervals:
     """The standard errors of hits, the ranks that they could have, and with `options.layers` the
-    contributions
-    of layers."""
+    contributions of layers."""
 
     def __init__(
         self, scans: Sequence[CacheScan], candidates: Candidates, generations: int, options: QueryOptions

@@ -1,6 +1,5 @@
 """Standard errors of scores: from the spread over bins, with the contribution of each layer and the ranks
-that
-a hit could have.
+that a hit could have.
 
 A sketch adds the numbers of a gradient up in bins by a random hash. A score is a sum over bins j of products,
 so their spread estimates how much the score would differ with another hash. With v the query's vector, y the
@@ -158,8 +157,7 @@ def _deviations(v: Tensor, y: Tensor, owner: Tensor, normalize: str) -> tuple[Te
 
 def _shares_of_errors(cache: Cache) -> Tensor:
     """c / (c + 1) of each parameter [layers] float64. It is 1 for codecs of few bits, whose error is mostly
-    not
-    that of the hash."""
+    not that of the hash."""
     shapes = {block.name: block.shape for block in cache.layers}
     if not isinstance(cache.codec, FloatCodec):
         return torch.ones(len(shapes), dtype=torch.float64, device="cpu")
@@ -213,8 +211,7 @@ class RankInterval:
 
 def rank_intervals(scores: Sequence[float], errors: Sequence[float]) -> list[RankInterval]:
     """The ranks that each of these scores could have; best first, as given (for the lowest scores of a
-    ranking:
-    with their signs flipped).
+    ranking: with their signs flipped).
 
     A score is ahead of another if it is more than `SURE` standard errors of their difference above it. The
     errors of two scores count as independent. Ranks are among the given scores: with more candidates than are

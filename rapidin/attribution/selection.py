@@ -63,8 +63,7 @@ def jsonl(records: Sequence[Mapping[str, Any]]) -> str:
 
 def table(columns: Mapping[str, Sequence[Any]], path: str) -> str:
     """The text of a file with these columns of equal length: jsonl if the path ends in .jsonl or .json, else
-    CSV.
-    NaN becomes null or an empty field."""
+    CSV. NaN becomes null or an empty field."""
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     rows = [{k: None if isinstance(v, float) and v != v else v for k, v in row.items()} for row in rows]
     if path.endswith((".jsonl", ".json")):

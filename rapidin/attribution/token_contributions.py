@@ -257,7 +257,6 @@ def exact(
 
 def _add_products(sums: Tensor, queries: ExactQueries, factors: Factors, scale: Tensor) -> None:
     """Adds to sums [Q, T] the products of queries with each position of a text, by its factors; scale: of
-    each
-    query and parameter, [Q, parameters]."""
+    each query and parameter, [Q, parameters]."""
     for n, (columns, rows) in enumerate(factors):
         sums += queries.products(n, columns, rows).double().cpu() * scale[:, n, None]

@@ -35,8 +35,7 @@ def by_definition(query: Tensor, row: Tensor, normalize: str) -> float:
 
 def gradients(count: int, seed: int) -> Tensor:
     """Gradients [count, 3 blocks, 16] float32 of very different lengths; block 1 of the first is zero, and
-    all of
-    the last."""
+    all of the last."""
     found = torch.randn(count, 3, 16, generator=torch.Generator().manual_seed(seed))
     found *= torch.tensor([1.0, 1e-3, 1e3])[:, None]
     found[0, 1] = 0

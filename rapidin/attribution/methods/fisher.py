@@ -3,16 +3,19 @@
     F_b = 1/n sum_n y_nb y_nb^T        (F_b + damping * trace(F_b^2) / trace(F_b))^-1 v_b
 
 For gradients of a log-likelihood F is the empirical Fisher information, which approximates the Hessian. TRAK
-(Park et al., ICML 2023, eq. 13) inverts the moment of projected gradients of the whole model without
-damping; LoGra (Choe et al., 2024, section 4) and TrackStar (Chang et al., 2024, section 3) invert it layer by
-layer with damping, as here. The unit of the damping is the mean of the eigenvalues, each weighted by itself.
-Unlike their plain mean it depends neither on the number of rows nor on the width of the sketch, so that one
-default works for all settings measured in docs/measured/results.md.
+(Park et al., ICML 2023, eq. 13) inverts the moment of projected gradients of the whole model without damping;
+LoGra (Choe et al., 2024, section 4) and TrackStar (Chang et al., 2024, section 3) invert it layer by layer
+with damping, as here. The unit of the damping is the mean of the eigenvalues, each weighted by itself. Unlike
+their plain mean it depends neither on the number of rows nor on the width of the sketch, so that one default
+works for all settings measured in docs/measured/results.md.
 
-Each row is left out of the moment that it is compared by: with its leverage
-h_nb = <y_nb, (F_b + damping)^-1 y_nb> / n, its block is multiplied by 1 / (1 - h_nb) (Sherman & Morrison,
-1950). With uncompressed sketches this changes almost nothing. With few bits a row the noise of its own codec
-would reduce its score, and more so in rows that the codec has not learnt from.
+Each row is left out of the moment that it is compared by: its block is multiplied by 1 / (1 - h_nb), where
+
+    h_nb = <y_nb, (F_b + damping)^-1 y_nb> / n
+
+is its leverage (Sherman & Morrison, 1950). With uncompressed sketches this changes almost nothing. With few
+bits a row the noise of its codec would reduce its score, and more so in rows that the codec has not learnt
+from.
 """
 
 from __future__ import annotations
@@ -73,8 +76,7 @@ def block_inverses(
     within: slice = slice(None),
 ) -> Iterator[tuple[Inverse, slice]]:
     """(the map y [n, blocks, width] -> (F_b + damping)^-1 y_b float64, its blocks), for all blocks `within`,
-    in
-    groups."""
+    in groups."""
     width, most = cache.manifest.width, most_rows(cache.manifest.width)
     _, mean_square = squares(cache, normalize, device)
     block_bytes = 4 * width * min(width, count(cache), most)
