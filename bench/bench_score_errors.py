@@ -30,14 +30,14 @@ def cache(request, tmp_path_factory) -> Cache:
 
 def bench_score_errors(benchmark, cache):
     blocks = len(cache.layers)
-    source = CacheScan(cache, methods.prepare(torch.randn(1, blocks, WIDTH), cache))
+    scan = CacheScan(cache, methods.prepare(torch.randn(1, blocks, WIDTH), cache))
     rows = torch.randperm(ROWS)[None, :CHOSEN]
     held = torch.randn(CHOSEN, blocks, WIDTH)
 
     def once() -> None:
-        (held * source.query.vectors).sum(2)
+        (held * scan.query.vectors).sum(2)
 
     limit = best_seconds(once, LIMIT_SECONDS)
-    measure(benchmark, details, source, rows)
+    measure(benchmark, details, scan, rows)
     best = benchmark.stats.stats.min
     note(benchmark, rows=CHOSEN, blocks=blocks, width=WIDTH, of_one_pass=limit / best)
