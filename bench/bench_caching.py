@@ -40,6 +40,7 @@ from rapidin.gradients.preconditioner import (
     RANK,
     Preconditioner,
 )
+from rapidin.gradients.source import GradientSource
 
 EXAMPLES = sized(32, 12)
 LENGTHS = sized((64, 192), (12, 24))  # tokens, of which the second half count
@@ -111,21 +112,21 @@ def bare_loop(model: nn.Module) -> Callable[[list[Encoded]], None]:
     return run
 
 
-def make_code(attributor: Attributor, texts: list[Encoded], dtype: str) -> Codec:
+def make_code(source: GradientSource, texts: list[Encoded], dtype: str) -> Codec:
     """A code as the caching loop learns it. The sample is mixed from a few sketches: how long packing takes
     depends on the sizes alone."""
-    blocks, width = len(attributor.layers), attributor.source.width
+    blocks, width = source.blocks, source.width
     if dtype == "float16":
         return FloatCodec(dtype, blocks, width)
-    few = ops.unit_blocks(attributor.source.sketches(texts)[0])[0]
+    few = ops.unit_blocks(source.sketches(texts)[0])[0]
     weights = torch.randn(SAMPLE, len(few))
     mixed = torch.einsum("sn,nbw->sbw", weights, few) + 0.5 * torch.randn(SAMPLE, blocks, width)
     units, lengths = ops.unit_blocks(mixed)
-    wanted = format_of(CacheOptions(bytes=BYTES), attributor.source.width)
+    wanted = format_of(CacheOptions(bytes=BYTES), source.width)
     learnt = codec.learn_basis(units, codec.shared_size(wanted, blocks))
     shape = codec.fit_shape(wanted, blocks, width, learnt)
     return PackedCodec(
-        shape, width, attributor.seed, Basis.of(learnt, shape, lengths, attributor.seed).rounded()
+        shape, width, source.settings.seed, Basis.of(learnt, shape, lengths, source.settings.seed).rounded()
     )
 
 
@@ -144,17 +145,16 @@ def bench_caching(benchmark, kind, dtype):
     bare(batches[-1])  # the longest texts
     bare_peak = peak_mb() if counted else 0.0
 
-    attributor = Attributor(loaded, batch_tokens=BATCH_TOKENS)
-    attributor.source.sketcher.preconditioner = attributor.source.fit_preconditioner(
-        batches[0]
-    )  # the time of the sample is not counted
-    code = make_code(attributor, batches[0], dtype)
+    plain = Attributor(loaded, batch_tokens=BATCH_TOKENS).source
+    # The time of the sample is not counted.
+    source = plain.with_preconditioner(plain.fit_preconditioner(batches[0]))
+    code = make_code(source, batches[0], dtype)
 
     sketches: list[torch.Tensor] = []
 
     def cache_batch(number: int) -> None:
         """Sketch one batch; the last one ends a group of them, which is packed as a whole."""
-        sketches.append(attributor.source.sketches(batches[number])[0])
+        sketches.append(source.sketches(batches[number])[0])
         if number == len(batches) - 1:
             code.encode(*ops.unit_blocks(torch.cat(sketches)))
             sketches.clear()

@@ -22,7 +22,7 @@ from turns import clear_peak, in_turns, peak_mb, sized
 
 from rapidin import Attributor
 from rapidin.attribution import methods
-from rapidin.attribution.query_sketch import sketch_generations, sketch_targets
+from rapidin.attribution.query_sketch import sketch_generations, sketch_targets, target_texts
 from rapidin.attribution.scan import scan_cache
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.data.encoding import Encoded, Status, by_length
@@ -47,24 +47,22 @@ def bench_tokens(benchmark, kind):
     counted = [n >= PROMPT for n in range(len(ids))]
     spans = tuple(Span("", (place,)) for place in range(COMPLETION))
     text = Generation("", "", False, Encoded(ids, counted, Status.OK), spans=spans)
-    attributor = Attributor(loaded)
-    attributor.source.sketcher.preconditioner = attributor.source.fit_preconditioner(
-        [text.encoded]
-    )  # as a cache has it
+    plain = Attributor(loaded).source
+    source = plain.with_preconditioner(plain.fit_preconditioner([text.encoded]))  # as a cache has it
     whole = [Encoded(ids, [n == t for n in range(len(ids))], Status.OK) for t in range(PROMPT, len(ids))]
-    cut, _, _ = attributor.target_queries([text])
-    batches = by_length(range(len(cut)), cut, attributor.source.batch_tokens)
+    cut = target_texts([text], source.settings.loss).texts
+    batches = by_length(range(len(cut)), cut, source.settings.batch_tokens)
 
     counted_memory = clear_peak()
-    sketch_targets(attributor.source, [text])
+    sketch_targets(source, [text])
     peak = peak_mb() if counted_memory else 0.0
     beside = in_turns(
         benchmark,
-        lambda: sketch_targets(attributor.source, [text]),
+        lambda: sketch_targets(source, [text]),
         {
             "bare, one batch": lambda: bare(whole),
             "bare, cut": lambda: [bare([cut[n] for n in chosen]) for chosen in batches],
-            "the completion as one": lambda: sketch_generations(attributor.source, [text]),
+            "the completion as one": lambda: sketch_generations(source, [text]),
         },
         rounds=2,
         seconds=240.0,

@@ -76,9 +76,10 @@ def _setting(bench: Bench, kind: str) -> Setting:
         settings: dict[str, Any] = {"width": size["width"], "batch_tokens": size["batch_tokens"]}
         plain = Attributor(loaded, preconditioner="off", **settings)
         records = make_records(size)
-        encoded = [plain.encoder(record) for record in records]
+        encoded = [plain.source.encoder(record) for record in records]
         # A short run is no place for the sample, which a cache takes once however many examples it has.
-        made = Attributor(loaded, preconditioner="kfac", **settings).fit_preconditioner(encoded[:KFAC_SAMPLE])
+        unfitted = Attributor(loaded, preconditioner="kfac", **settings).source
+        made = unfitted.fit_preconditioner(encoded[:KFAC_SAMPLE])
         choice = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, fitted=made)
         attributor = Attributor(loaded, preconditioner=choice, **settings)
         chosen = by_length(range(len(encoded)), encoded, size["batch_tokens"])

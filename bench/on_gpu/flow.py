@@ -131,7 +131,12 @@ def flow(size: dict[str, Any]) -> Case:
         if found[0] != found[1]:
             wrong.append("a second query gives other hits than the first")
         facts: Facts = {"query_error": query_error, "cache_error": cache_error, "hits_error": worst}
-        facts |= {"tolerance": tolerance, "k": gpu.width, "cache_seconds": caching, "query_seconds": seconds}
+        facts |= {
+            "tolerance": tolerance,
+            "k": gpu.source.width,
+            "cache_seconds": caching,
+            "query_seconds": seconds,
+        }
         if wrong:
             return facts | {"state": "failed", "why": "; ".join(wrong)}
         return facts | {"state": "passed"}

@@ -38,6 +38,13 @@ TokenRows token_rows(uint64_t data, int dtype, int64_t tokens, int64_t n, const 
     return {at<const void>(data), dtype, tokens, n, std::get<0>(strides), std::get<1>(strides), std::get<2>(strides)};
 }
 
+using Term = std::tuple<uint64_t, uint64_t, uint64_t, int64_t>;
+
+LowRankTerm low_rank_term(const Term& term) {
+    return {at<const uint32_t>(std::get<0>(term)), at<const float>(std::get<1>(term)), at<const float>(std::get<2>(term)),
+            std::get<3>(term)};
+}
+
 // What a scan takes, by name.
 using ScanFields = std::unordered_map<std::string, int64_t>;
 
@@ -126,13 +133,16 @@ void bind(py::module_& m) {
     m.def(
         "linear_sketch",
         [](uint64_t inputs, int inputs_dtype, int64_t n_in, const Strides& inputs_strides, uint64_t inputs_table,
-           uint64_t grads, int grads_dtype, int64_t n_out, const Strides& grads_strides, uint64_t grads_table, int64_t batch,
-           int64_t tokens, int64_t k, int64_t splits, int64_t block_tokens, uint64_t partial, uint64_t out, Place place) {
+           const Term& inputs_term, uint64_t grads, int grads_dtype, int64_t n_out, const Strides& grads_strides,
+           uint64_t grads_table, const Term& grads_term, int64_t batch, int64_t tokens, int64_t k, int64_t splits,
+           int64_t block_tokens, uint64_t partial, uint64_t out, Place place) {
             linear_sketch(token_rows(grads, grads_dtype, tokens, n_out, grads_strides), at<const uint32_t>(grads_table),
                           token_rows(inputs, inputs_dtype, tokens, n_in, inputs_strides), at<const uint32_t>(inputs_table),
-                          batch, k, splits, block_tokens, at<float>(partial), at<float>(out), queue(place));
+                          low_rank_term(grads_term), low_rank_term(inputs_term), batch, k, splits, block_tokens,
+                          at<float>(partial), at<float>(out), queue(place));
         },
         "TensorSketches [batch, k] float32 of sum_t grads_t inputs_t^T.");
+    m.def("linear_sketch_low_rank", &linear_sketch_low_rank, "The largest rank that it adds by itself, 0 for none.");
     m.def("shared_bytes", &shared_memory_limit, "Bytes of shared memory that a block of a device may have.");
     m.def(
         "linear_sketch_tile",

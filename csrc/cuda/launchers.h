@@ -99,11 +99,22 @@ void hash_words(uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint3
 // sums: [n] of parts [count, n], on the current device, which is `on`'s.
 void sum_parts(const float* parts, int64_t count, int64_t n, float* sums, Queue on);
 
+// CS(U) c, c = gain (x U), of one side, added to the sketches of bfloat16 sides of up to 512 numbers; of_basis null: none.
+struct LowRankTerm {
+    const uint32_t* of_basis;  // [k / 32, rank / 16, high and low parts, 2, 32 lanes, 4]: words of two bfloat16, as mma.h has them
+    const float* along;        // [batch, tokens, 2, rank]: x times U's high and low parts
+    const float* gain;         // [rank]
+    int64_t rank;              // a multiple of 16
+};
+
+int64_t linear_sketch_low_rank(int64_t k);  // the largest rank of a term; 0: none
+
 // Powers of two from 32 to 8,192. Each block takes block_tokens of an example, a multiple of the tile's. `partial` is
 // [splits, min(batch, 65535), k] where these are more than one. Tables are what linear_sketch_table makes of column tables
 // (args.h: FoldArgs).
 void linear_sketch(const TokenRows& grads, const uint32_t* grads_table, const TokenRows& inputs, const uint32_t* inputs_table,
-                   int64_t batch, int64_t k, int64_t splits, int64_t block_tokens, float* partial, float* out, Queue on);
+                   const LowRankTerm& grads_term, const LowRankTerm& inputs_term, int64_t batch, int64_t k, int64_t splits,
+                   int64_t block_tokens, float* partial, float* out, Queue on);
 struct LinearTile {
     int64_t tokens, shared_bytes;
 };

@@ -12,7 +12,11 @@ struct LinearSide {
     int aligned;  // 16-byte loads may be used
     int n;
     int64_t stride_batch, stride_token, stride_element;
-    const uint32_t* table;  // [ceil(n / k) * k]: by chunk and bin, where it is staged | sign
+    const uint32_t* table;  // where elements are staged, and whence bins read them: what linear_sketch_table made
+    // A preconditioner's term CS(U) c, which the kernel up to 512 adds: null where there is none.
+    const uint32_t* of_basis;  // CS(U) as operands, see LowRankTerm in launchers.h
+    const float *along, *gain;
+    int rank;
 };
 
 struct LinearArgs {

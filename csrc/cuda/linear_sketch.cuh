@@ -28,13 +28,7 @@ struct LinearSizes {
     static constexpr int kThreads = kWarps * 32;
     static constexpr int kSteps = kRoots < kWarps ? kWarps / kRoots : 1;  // of 16 tokens in a tile, each for other warps
     static constexpr int kTokens = 16 * kSteps;                              // of a tile
-    static constexpr int kStageBytes = kThreads * 64;                        // of a stage: 4 loads of 16 bytes a thread
-    // Columns of a stage: rows are cut into stages of whole chunks of k.
-    template <int Bytes>
-    static constexpr int kColumns = kStageBytes / (kTokens * Bytes);
-    // Sketches of one side on their way from the threads that gathered them to those that transform them
-    static constexpr int kRounds = kTokens * K * 4 > kStageBytes ? kTokens * K * 4 / kStageBytes : 1;
-    static constexpr int kRoundTokens = kTokens / kRounds;
+    static constexpr int kBoardBytes = kTokens * K * 4;  // sketches of one side, between those who gather and who transform
     // An operand's words (two tokens) of one polynomial: [token pair][coefficient]. The padding spreads a fragment's
     // reads over all banks.
     static constexpr int kPairStride = kResidues + 8;
@@ -42,12 +36,33 @@ struct LinearSizes {
     static constexpr int kSideWords = kRoots * kPolynomialWords;
 };
 
-// Where an element of a chunk is staged, in bytes: 8 an element, in an order that spreads neighbours' 16-byte stores over
-// the banks. On the host too, which makes the tables.
-__host__ __device__ __forceinline__ uint32_t staged_at(uint32_t element) {
-    const uint32_t slot = element >> 1;
-    return (slot ^ (slot >> 3 & 3)) * 16 + (element & 1) * 8;
-}
+// How a chunk of k columns is staged in shared memory: 8 bytes an element (four 16-bit or two 32-bit tokens), 16 of them a row
+// of all banks. Half a warp stores elements, or reads them, at a time: without conflicts where they lie on different pairs of
+// banks. The host chooses pairs so that this holds for all stores and all reads (place_columns in linear_sketch.cu), a row
+// for each read.
+template <int K, int Bytes>
+struct Placing {
+    using Sizes = LinearSizes<K>;
+    static constexpr int kTokens = 8 / Bytes;   // of a slot: a token group
+    static constexpr int kElements = 4;         // of a row that a thread loads at a time
+    static constexpr int kWide = K / kElements;  // loads of a row
+    static constexpr int kUnits = Sizes::kTokens / kTokens * kWide / Sizes::kThreads;  // of a thread: a group's elements each
+    static constexpr int kBins = Sizes::kTokens / kTokens * K / Sizes::kThreads;       // of a thread: neighbours
+    static constexpr int kBytes = Sizes::kTokens * K * Bytes;
+    static constexpr int kLanes = K / kBins < 16 ? K / kBins : 16;  // of half a warp that read a token group
+    static constexpr int kStoreLanes = kWide < 16 ? kWide : 16;
+    static constexpr int kGroups = 16 / kLanes;  // token groups that share rows
+    // Chunks whose rows are asked for before they are needed, in 16 registers.
+    static constexpr int kSlots = 4 / (kTokens * kUnits * Bytes / 4);
+    static_assert(Sizes::kThreads % kWide == 0 && kBins % 4 == 0 && K % kBins == 0 && kStoreLanes >= kLanes);
+
+    // The place of a token group in a chunk, in bytes; an element's is joined to it by XOR.
+    static __host__ __device__ __forceinline__ uint32_t group_at(int group) {
+        const int shared = group % kGroups;
+        return static_cast<uint32_t>(group / kGroups * kGroups * K * 8 + (shared & 1) * 64 + (shared & 2) * 16);
+    }
+    static __host__ __device__ __forceinline__ int row_of(int bin) { return bin / (kLanes * kBins) * kBins + bin % kBins; }
+};
 
 // cos(2 pi i / 32)
 template <int I>
@@ -119,13 +134,11 @@ struct RealDft<2> {
     }
 };
 
-// Elements of a dtype as they are staged: tokens to an 8-byte word, elements to a 16-byte load.
+// Elements of a dtype as they are staged: tokens to an 8-byte word.
 template <int Dtype>
 struct Staged {
     static constexpr int kBytes = Dtype == kFloat32 ? 4 : 2;
     static constexpr int kTokens = 8 / kBytes;
-    static constexpr int kElements = 16 / kBytes;
-    static constexpr int kUnits = 4 / kTokens;  // of a thread in a stage: one token group's kElements neighbours
 
     static __device__ __forceinline__ void unpack(uint32_t low, uint32_t high, float (&x)[kTokens]) {
         if constexpr (Dtype == kFloat32) {
@@ -147,7 +160,17 @@ struct LinearSketch {
     static constexpr int R = Sizes::kRoots, W = Sizes::kWarps;
     static_assert(W == R * Sizes::kSteps);
     static constexpr int kOperandWords = 2 * Sizes::kSideWords * (Split ? 2 : 1);
-    static constexpr size_t kSharedBytes = 2 * Sizes::kStageBytes + kOperandWords * 4;
+    static constexpr int kStageBytes = Placing<K, Split ? 4 : 2>::kBytes;
+    // Two stages; then the board, where there is room for it: otherwise it takes the place of stages.
+    static constexpr int kBoardAt = Split ? 0 : 2 * kStageBytes;
+    static constexpr int kOperandsAt = 2 * kStageBytes + (Split ? 0 : Sizes::kBoardBytes);
+    static constexpr size_t kSharedBytes = kOperandsAt + kOperandWords * 4;
+    static_assert(!Split || Sizes::kBoardBytes <= 2 * kStageBytes);
+    // Coefficients of a LowRankTerm lie where a side's operand will be: a token's high parts, its low parts, and padding,
+    // with which reads of a fragment hit all banks.
+    static constexpr int kPadding = 4;
+    static constexpr int kFits = (Sizes::kSideWords / Sizes::kTokens - kPadding) / 16 * 16;
+    static constexpr int kMostRank = Split || kFits < 64 ? 0 : kFits;  // below K-FAC's rank it is not worth its registers
 
     const LinearArgs& args;
     int64_t batch;
@@ -155,9 +178,9 @@ struct LinearSketch {
     int tid, warp, lane;
     unsigned char* stages;
     uint32_t* operands;  // [side][high, low][polynomial][token pair][coefficient]
-    // Whether the next stage's rows are asked for before this one is gathered: 16 registers, where there are as many.
+    // Whether rows are asked for before the chunk that lies before them is gathered: 16 registers, where there are as many.
     static constexpr bool kAhead = K * (Split ? 2 : 1) < 1024;
-    Words4 rows[4];                           // of the stage that comes next, on their way
+    uint32_t rows[16];  // of chunks that come next, on their way
     float sums[2][4][4];                      // of the warp's plane: row tiles of 16, column tiles of 8, a fragment
 
     __device__ __forceinline__ LinearSketch(const LinearArgs& a) : args(a) {
@@ -168,69 +191,98 @@ struct LinearSketch {
         first = static_cast<int>(blockIdx.x) * args.block_tokens;
         end = args.tokens - first < args.block_tokens ? args.tokens : first + args.block_tokens;
         stages = shared_memory();
-        operands = reinterpret_cast<uint32_t*>(stages + 2 * Sizes::kStageBytes);
+        operands = reinterpret_cast<uint32_t*>(stages + kOperandsAt);
 #pragma unroll
         for (int i = 0; i < 32; ++i) sums[i / 16][i / 4 % 4][i % 4] = 0.0f;
     }
 
+    // Asks for a thread's part of a chunk.
     template <int Bytes>
-    __device__ __forceinline__ void load(const LinearSide& side, int token, int column) {
-        constexpr int kGroup = 8 / Bytes, kElements = 16 / Bytes;
-        constexpr int kWide = Sizes::kStageBytes / (Sizes::kTokens * 16);  // loads of a row
-        static_assert(Sizes::kThreads % kWide == 0);
-        token += tid / kWide * kGroup;
-        column += tid % kWide * kElements;
+    __device__ __forceinline__ void load(const LinearSide& side, int token, int column, int slot) {
+        using P = Placing<K, Bytes>;
+        constexpr int kWords = Bytes;  // four elements
+        constexpr int kApart = Sizes::kThreads / P::kWide * P::kTokens;  // tokens between a thread's groups
+        token += tid / P::kWide * P::kTokens;
+        column += tid % P::kWide * P::kElements;
+        uint32_t* words = rows + slot * P::kUnits * P::kTokens * kWords;
+        if (side.aligned && column + P::kElements <= side.n && token + (P::kUnits - 1) * kApart + P::kTokens <= end) {
+            const int64_t offset = batch * side.stride_batch + token * side.stride_token + column;
+            const char* at = static_cast<const char*>(side.data) + offset * Bytes;
+#pragma unroll
+            for (int i = 0; i < P::kUnits * P::kTokens; ++i) {
+                if constexpr (Bytes == 4) {
+                    const Words4 row = load_streamed(at);
+#pragma unroll
+                    for (int w = 0; w < 4; ++w) words[i * 4 + w] = row.w[w];
+                } else {
+                    const Words2 row = load_streamed2(at);
+                    words[i * 2] = row.w[0], words[i * 2 + 1] = row.w[1];
+                }
+                at += (i % P::kTokens < P::kTokens - 1 ? 1 : kApart - P::kTokens + 1) * side.stride_token * Bytes;
+            }
+            return;
+        }
+        // Rows of this kind are rare: their addresses are not kept in registers that the others need.
+        compute_again(token);
+        compute_again(column);
         const int64_t offset = batch * side.stride_batch + token * side.stride_token;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) {
-            const int t = i / kGroup * (Sizes::kThreads / kWide * kGroup) + i % kGroup;
-            rows[i] = load_row<Bytes>(side, offset + t * side.stride_token, column, token + t < end);
+        for (int i = 0; i < P::kUnits * P::kTokens; ++i) {
+            const int t = i / P::kTokens * kApart + i % P::kTokens;
+            const Words4 row = load_row<Bytes, P::kElements>(side, offset + t * side.stride_token, column, token + t < end);
+#pragma unroll
+            for (int w = 0; w < kWords; ++w) words[i * kWords + w] = row.w[w];
         }
     }
 
-    // Asks for the first stage of a side.
-    __device__ __forceinline__ void load_first(int number, int token) {
+    // Asks for the first chunks of a side, when `slot` of the side before has been stored.
+    template <int Slots>
+    __device__ __forceinline__ void load_first(int number, int token, int slot) {
         const LinearSide& side = args.sides[number];
-        if (Split && side.dtype == kFloat32) load<4>(side, token, 0);
-        else load<2>(side, token, 0);
+        constexpr int kSlots = Placing<K, 2>::kSlots;
+        if (Split && side.dtype == kFloat32) {
+            if (slot == Slots - 1) load<4>(side, token, 0, 0);
+        } else if (Slots == kSlots) {
+            load<2>(side, token, slot * K, slot);
+        } else {
+#pragma unroll
+            for (int i = 0; i < kSlots; ++i) load<2>(side, token, i * K, i);
+        }
     }
 
-    // Puts the rows that came into a stage, tokens side by side.
+    // Puts the rows that came into a stage, tokens side by side. places: of the thread's four elements
     template <int Dtype>
-    __device__ __forceinline__ void store(unsigned char* stage) const {
+    __device__ __forceinline__ void store(int slot, int stage, const Words2& places) const {
         using S = Staged<Dtype>;
-        constexpr int kColumns = Sizes::template kColumns<S::kBytes>, kWide = kColumns / S::kElements;
+        using P = Placing<K, S::kBytes>;
 #pragma unroll
-        for (int u = 0; u < S::kUnits; ++u) {
-            const int unit = tid + u * Sizes::kThreads;
-            const uint32_t element = static_cast<uint32_t>(unit % kWide * S::kElements);
-            unsigned char* group = stage + (unit / kWide * kColumns + element / K * K) * 8;
+        for (int u = 0; u < P::kUnits; ++u) {
+            const uint32_t begin = static_cast<uint32_t>(stage * kStageBytes) +
+                                   P::group_at((tid + u * Sizes::kThreads) / P::kWide);
+            const uint32_t* of_tokens = rows + (slot * P::kUnits + u) * P::kTokens * S::kBytes;
 #pragma unroll
-            for (int pair = 0; pair < S::kElements / 2; ++pair) {
-                Words4 out;
+            for (int i = 0; i < P::kElements; ++i) {
+                Words2 out;
                 if constexpr (Dtype == kFloat32) {
-                    const Words4 &x = rows[2 * u], &y = rows[2 * u + 1];
-                    out = {{x.w[2 * pair], y.w[2 * pair], x.w[2 * pair + 1], y.w[2 * pair + 1]}};
+                    out = {{of_tokens[i], of_tokens[4 + i]}};
                 } else {
-                    out = {{__byte_perm(rows[0].w[pair], rows[1].w[pair], 0x5410),
-                            __byte_perm(rows[2].w[pair], rows[3].w[pair], 0x5410),
-                            __byte_perm(rows[0].w[pair], rows[1].w[pair], 0x7632),
-                            __byte_perm(rows[2].w[pair], rows[3].w[pair], 0x7632)}};
+                    const uint32_t halves = i % 2 ? 0x7632 : 0x5410;
+                    out = {{__byte_perm(of_tokens[i / 2], of_tokens[2 + i / 2], halves),
+                            __byte_perm(of_tokens[4 + i / 2], of_tokens[6 + i / 2], halves)}};
                 }
-                const uint32_t at = staged_at(element % K + 2 * static_cast<uint32_t>(pair));
-                *reinterpret_cast<Words4*>(group + at) = out;
+                const uint32_t place = i % 2 ? places.w[i / 2] >> 16 : places.w[i / 2] & 0xffffu;
+                *reinterpret_cast<Words2*>(stages + (begin ^ place)) = out;
             }
         }
     }
 
-    // One side of a tile of tokens: its count sketches, their DFTs, the operand in shared memory. Its first stage has
-    // been asked for, and so will be that of the side that comes next.
+    // One side of a tile of tokens: its count sketches, their DFTs, the operand in shared memory. Its first chunks have
+    // been asked for, and so will be those of the side that comes next.
     template <int Dtype>
     __device__ __forceinline__ void sketch_rows(int number, int token) {
         using S = Staged<Dtype>;
-        constexpr int kColumns = Sizes::template kColumns<S::kBytes>, kGroups = Sizes::kTokens / S::kTokens;
-        constexpr int kBins = kGroups * K / Sizes::kThreads;  // of a thread: neighbours
-        static_assert(kColumns % K == 0 && kBins % 4 == 0 && K % kBins == 0);
+        using P = Placing<K, S::kBytes>;
+        constexpr int kBins = P::kBins, kSlots = P::kSlots;
         const LinearSide& side = args.sides[number];
         const int group = tid * kBins / K;
         const int bin = tid * kBins % K;
@@ -241,74 +293,164 @@ struct LinearSketch {
 #pragma unroll
             for (int t = 0; t < S::kTokens; ++t) bins[i][t] = 0.0f;
 
+        // Two bytes for the place of each element, then one for each bin: its element's pair of banks, and its sign.
+        const int chunks = (side.n + K - 1) / K;
+        const uint32_t* places = side.table + tid % P::kWide * 2;
+        const uint32_t* entries = side.table + chunks * (K / 2) + bin / 4;
+        const uint32_t begin = P::group_at(group) + static_cast<uint32_t>(P::row_of(bin) * 128);
+        Words2 place = *reinterpret_cast<const Words2*>(places);
         int turn = 0;
-        if (!kAhead) load<S::kBytes>(side, token, 0);
-        store<Dtype>(stages);
-        __syncthreads();
-        for (int column = 0; column < side.n; column += kColumns, turn ^= 1) {
-            const bool more = column + kColumns < side.n;
-            if (kAhead && more) load<S::kBytes>(side, token, column + kColumns);
-            else if (kAhead) load_first(number ^ 1, token + number * Sizes::kTokens);
-            const unsigned char* stage = stages + turn * Sizes::kStageBytes + group * kColumns * 8;
+        for (int first = 0; first < chunks; first += kSlots) {
 #pragma unroll
-            for (int chunk = 0; chunk < kColumns; chunk += K) {
-                if (column + chunk >= side.n) break;
-                const uint32_t* entries = side.table + column + chunk + bin;
+            for (int slot = 0; slot < kSlots; ++slot) {
+                const int chunk = first + slot;
+                const auto ask = [&] {  // for what comes next in this slot
+                    if (!kAhead) return;
+                    if (first + kSlots < chunks) load<S::kBytes>(side, token, (chunk + kSlots) * K, slot);
+                    else load_first<kSlots>(number ^ 1, token + number * Sizes::kTokens, slot);
+                };
+                if (chunk >= chunks) {
+                    ask();
+                } else {
+                    if (!kAhead) load<S::kBytes>(side, token, chunk * K, slot);
+                    uint32_t four[kBins / 4];
 #pragma unroll
-                for (int i = 0; i < kBins; i += 4) {
-                    if (!kAhead) keep_order();  // loads of later bins must not take registers yet
-                    const Words4 four = *reinterpret_cast<const Words4*>(entries + i);
+                    for (int i = 0; i < kBins / 4; ++i) four[i] = entries[chunk * (K / 4) + i];
+                    store<Dtype>(slot, turn, place);
+                    if (chunk + 1 < chunks) place = *reinterpret_cast<const Words2*>(places + (chunk + 1) * (K / 2));
+                    __syncthreads();
+                    ask();
+                    const uint32_t stage = begin + static_cast<uint32_t>(turn * kStageBytes);
 #pragma unroll
-                    for (int j = 0; j < 4; ++j) {
-                        const uint32_t sign = four.w[j] & kSignBit;
-                        const Words2 word = *reinterpret_cast<const Words2*>(stage + chunk * 8 + (four.w[j] ^ sign));
-                        float x[S::kTokens];
-                        S::unpack(word.w[0], word.w[1], x);
-                        const float one = __uint_as_float(0x3f800000u | sign);
+                    for (int i = 0; i < kBins; i += 4) {
+                        if (!kAhead) keep_order();  // loads of later bins must not take registers yet
+                        Words2 words[4];
 #pragma unroll
-                        for (int t = 0; t < S::kTokens; ++t) bins[i + j][t] = __fmaf_rn(x[t], one, bins[i + j][t]);
+                        for (int j = 0; j < 4; ++j) {
+                            const uint32_t at = (four[i / 4] >> (j * 8) & 0x78u) ^ stage;
+                            words[j] = *reinterpret_cast<const Words2*>(stages + (i + j) * 128 + at);
+                        }
+#pragma unroll
+                        for (int j = 0; j < 4; ++j) {
+                            float x[S::kTokens];
+                            S::unpack(words[j].w[0], words[j].w[1], x);
+                            const float one = __uint_as_float(0x3f800000u | (four[i / 4] << (24 - j * 8) & kSignBit));
+#pragma unroll
+                            for (int t = 0; t < S::kTokens; ++t) bins[i + j][t] = __fmaf_rn(x[t], one, bins[i + j][t]);
+                        }
                     }
+                    turn ^= 1;
                 }
             }
-            if (!kAhead && more) load<S::kBytes>(side, token, column + kColumns);
-            if (more) store<Dtype>(stages + (turn ^ 1) * Sizes::kStageBytes);
+        }
+        const bool term = kMostRank > 0 && side.of_basis != nullptr;
+        if (term) put_coefficients(number, token);
+        exchange<S::kTokens, kBins>(group, bin, bins);
+        if (term) {
+            add_low_rank(number);
             __syncthreads();
         }
-        exchange<S::kTokens, kBins>(number, group, bin, bins);
+        const float* board = reinterpret_cast<const float*>(stages + kBoardAt);
+        for (int t = warp; t < Sizes::kTokens; t += W) transform(number, board, t);
+        if (Split) __syncthreads();
     }
 
     // From the threads that hold bins to warps that hold a token each: [m][token][n], bin = n + 32 m.
     template <int Tokens, int Bins>
-    __device__ __forceinline__ void exchange(int number, int group, int bin, const float (&bins)[Bins][Tokens]) {
-        float* board = reinterpret_cast<float*>(stages);  // all stages have been read
+    __device__ __forceinline__ void exchange(int group, int bin, const float (&bins)[Bins][Tokens]) {
+        float* board = reinterpret_cast<float*>(stages + kBoardAt);
+        if (Split) __syncthreads();  // all stages have been read
 #pragma unroll
-        for (int round = 0; round < Sizes::kRounds; ++round) {
-            if (round > 0) __syncthreads();
-            const int token = group * Tokens - round * Sizes::kRoundTokens;
-            if (token >= 0 && token < Sizes::kRoundTokens) {
+        for (int t = 0; t < Tokens; ++t)
 #pragma unroll
-                for (int t = 0; t < Tokens; ++t)
-#pragma unroll
-                    for (int i = 0; i < Bins; i += 4) {
-                        const int b = bin + i;
-                        const int at = (b / kResidues * Sizes::kRoundTokens + token + t) * kResidues + b % kResidues;
-                        *reinterpret_cast<Words4*>(board + at) = {{__float_as_uint(bins[i][t]), __float_as_uint(bins[i + 1][t]),
-                                                                   __float_as_uint(bins[i + 2][t]),
-                                                                   __float_as_uint(bins[i + 3][t])}};
-                    }
+            for (int i = 0; i < Bins; i += 4) {
+                const int b = bin + i;
+                const int at = board_at(b / kResidues, group * Tokens + t, b % kResidues);
+                *reinterpret_cast<Words4*>(board + at) = {{__float_as_uint(bins[i][t]), __float_as_uint(bins[i + 1][t]),
+                                                           __float_as_uint(bins[i + 2][t]), __float_as_uint(bins[i + 3][t])}};
             }
-            __syncthreads();
-            for (int t = warp; t < Sizes::kRoundTokens; t += W) transform(number, board, t, round * Sizes::kRoundTokens + t);
-        }
         __syncthreads();
     }
 
-    __device__ __forceinline__ void transform(int number, const float* board, int t, int token) {
+    // A sketch's number on the board: [m][token][n]. Neighbouring tokens' n are turned, so that an accumulator's rows
+    // lie in different banks.
+    static __device__ __forceinline__ int board_at(int m, int token, int n) {
+        return (m * Sizes::kTokens + token) * kResidues + (n ^ (token & 3) * 8);
+    }
+
+    // The coefficients c of a tile's tokens, as two bfloat16 each.
+    __device__ __forceinline__ void put_coefficients(int number, int token) {
+        const LinearSide& side = args.sides[number];
+        const int half = side.rank / 2;
+        uint32_t* words = operands + number * Sizes::kSideWords;
+        int i = tid;
+        compute_again(i);
+        for (; i < Sizes::kTokens * half; i += Sizes::kThreads) {
+            const int t = i / half, pair = i % half;
+            float c[2] = {0.0f, 0.0f};
+            if (token + t < end) {
+                const float* row = side.along + (batch * args.tokens + token + t) * 2 * side.rank + 2 * pair;
+                const Words2 high = *reinterpret_cast<const Words2*>(row);
+                const Words2 low = *reinterpret_cast<const Words2*>(row + side.rank);
+#pragma unroll
+                for (int j = 0; j < 2; ++j)
+                    c[j] = (__uint_as_float(high.w[j]) + __uint_as_float(low.w[j])) * side.gain[2 * pair + j];
+            }
+            const uint32_t rounded = pack_bf16(c[0], c[1]);
+            uint32_t* at = words + t * (side.rank + kPadding) + pair;
+            at[0] = rounded;
+            at[half] = pack_bf16(c[0] - bf16_low(rounded), c[1] - bf16_high(rounded));
+        }
+    }
+
+    // Adds CS(U) c to the sketches on the board: a warp has 16 tokens and one m.
+    __device__ __forceinline__ void add_low_rank(int number) {
+        const LinearSide& side = args.sides[number];
+        int thread = tid;
+        compute_again(thread);  // addresses, which would take registers all the time
+        const int at_lane = thread % 32, m = thread / 32 % R, first_token = thread / 32 / R * 16;
+        const int steps = side.rank / 16, stride = side.rank + kPadding;
+        const uint32_t* c = operands + number * Sizes::kSideWords + (first_token + at_lane / 4) * stride + at_lane % 4;
+        const Words4* table = reinterpret_cast<const Words4*>(side.of_basis) + m * steps * 128 + at_lane;
+        float terms[4][4];  // of tokens by columns of 8
+#pragma unroll
+        for (int i = 0; i < 16; ++i) terms[i / 4][i % 4] = 0.0f;
+        for (int step = 0; step < steps; ++step, c += 8, table += 128) {
+            const Words4 columns[2][2] = {{table[0], table[32]}, {table[64], table[96]}};  // high parts, low parts
+            uint32_t a[2][4];
+#pragma unroll
+            for (int part = 0; part < 2; ++part)
+#pragma unroll
+                for (int i = 0; i < 4; ++i) a[part][i] = c[part * side.rank / 2 + i % 2 * 8 * stride + i / 2 * 4];
+#pragma unroll
+            for (int j = 0; j < 4; ++j) {
+                const uint32_t* of_high = columns[0][j / 2].w + j % 2 * 2;
+                const uint32_t* of_low = columns[1][j / 2].w + j % 2 * 2;
+                const uint32_t high[2] = {of_high[0], of_high[1]}, low[2] = {of_low[0], of_low[1]};
+                mma_bf16(terms[j], a[1], high);
+                mma_bf16(terms[j], a[0], low);
+                mma_bf16(terms[j], a[0], high);
+            }
+        }
+        float* board = reinterpret_cast<float*>(stages + kBoardAt);
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+#pragma unroll
+            for (int i = 0; i < 4; i += 2) {
+                const int at = board_at(m, first_token + at_lane / 4 + i * 4, j * 8 + at_lane % 4 * 2);
+                Words2* pair = reinterpret_cast<Words2*>(board + at);
+                const Words2 sum = *pair;
+                *pair = {{__float_as_uint(__uint_as_float(sum.w[0]) + terms[j][i]),
+                          __float_as_uint(__uint_as_float(sum.w[1]) + terms[j][i + 1])}};
+            }
+    }
+
+    __device__ __forceinline__ void transform(int number, const float* board, int token) {
         // Two warps write the halves of a word; no two lanes of one share a word.
         uint16_t* high = reinterpret_cast<uint16_t*>(operands + number * (Split ? 2 : 1) * Sizes::kSideWords +
                                                      token / 2 * Sizes::kPairStride + lane) + token % 2;
-        const float* at = board + t * kResidues + lane;
-        RealDft<R>::run([&](int m) { return at[m * Sizes::kRoundTokens * kResidues]; },
+        const float* at = board + board_at(0, token, lane);
+        RealDft<R>::run([&](int m) { return at[m * Sizes::kTokens * kResidues]; },
                         [&](int r, float y) {
                             const uint32_t rounded = pack_bf16(y, 0.0f) & 0xffffu;
                             high[2 * r * Sizes::kPolynomialWords] = static_cast<uint16_t>(rounded);
@@ -458,10 +600,15 @@ struct LinearSketch {
     }
 
     __device__ __forceinline__ void run() {
-        if (kAhead) load_first(0, first);
+        if (kAhead) {
+            constexpr int kSlots = Placing<K, 2>::kSlots;
+#pragma unroll
+            for (int slot = 0; slot < kSlots; ++slot) load_first<kSlots>(0, first, slot);
+        }
         for (int token = first; token < end; token += Sizes::kTokens) {
             sketch_side(0, token);
             sketch_side(1, token);
+            if (!Split) __syncthreads();  // the operands are whole
             multiply_planes();
         }
         finish();

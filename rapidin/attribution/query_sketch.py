@@ -88,7 +88,12 @@ def sketch_query(
 
 
 def sketch_generations(source: GradientSource, generations: Sequence[Generation]) -> Tensor:
-    """Sketches of generations: [Q, blocks, width] float32. Raises UserError for one with NaN or Inf."""
+    """Sketches of generations: [Q, blocks, width] float32.
+
+    Raises UserError for one with NaN or Inf, and ValueError for a source whose preconditioner is not fitted:
+    take it from the cache, by `rapidin.attribution.provenance.checked`.
+    """
+    _check_fitted(source)
     sketch, status = source.sketches([generation.encoded for generation in generations])
     if bool((status != 0).any()):
         row = int(status.nonzero()[0])
@@ -106,6 +111,7 @@ def sketch_targets(source: GradientSource, generations: Sequence[Generation]) ->
     Those of all tokens of a generation sum to the generation's. Raises UserError for one with NaN or Inf, and
     for a projection that does not keep layers apart.
     """
+    _check_fitted(source)
     found = target_texts(generations, source.settings.loss)
     if not found.texts:
         return None
@@ -119,6 +125,14 @@ def sketch_targets(source: GradientSource, generations: Sequence[Generation]) ->
     if bool((status != 0).any()):
         raise UserError("the gradient of a token of a generation holds NaN or Inf, or needs too much memory")
     return sketch * torch.tensor(found.weights, device=sketch.device)[:, None, None]
+
+
+def _check_fitted(source: GradientSource) -> None:
+    if not source.fitted:
+        raise ValueError(
+            "the source's preconditioner is not fitted, so its sketches do not match a cache's rows; "
+            "use checked(source, manifest)"
+        )
 
 
 def shared_by_leader(

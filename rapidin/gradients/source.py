@@ -116,6 +116,12 @@ class GradientSource:
         return self.sketcher.preconditioner
 
     @property
+    def fitted(self) -> bool:
+        """Whether sketches are preconditioned as configured: the preconditioner is fitted, or there is
+        none."""
+        return self.config.kind == "off" or self.preconditioner is not None
+
+    @property
     def width(self) -> int:
         """Sketch dimension per layer."""
         assert self.settings.width is not None

@@ -22,8 +22,8 @@ def linear_sketch(
 
     inputs: [B, T, I], grads: [B, T, O], float32, float16 or bfloat16, any strides
     inputs_low_rank, grads_low_rank: a preconditioner of each side, of I and of O features: the side's x is
-    replaced by ``x + ((x @ basis) * gain) @ basis.T``, in float32; on a GPU the sum is rounded to bfloat16
-    where x is bfloat16
+    replaced by ``x + ((x @ basis) * gain) @ basis.T``, in float32; on a GPU the sum of a bfloat16 x
+    may be rounded to bfloat16
     -> [B, dim] float32: what matrix_sketch gives for the formed [O, I] gradients, up to rounding
 
     On a GPU with dim up to 512, two bfloat16 sides are rounded to bfloat16 once more before they are

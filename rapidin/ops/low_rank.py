@@ -36,6 +36,9 @@ class LowRank:
     _tables: dict[tuple[int, tuple[int, int], int], Tensor] = field(
         default_factory=dict, init=False, repr=False
     )
+    _operands: dict[tuple[int, tuple[int, int], int], Tensor] = field(
+        default_factory=dict, init=False, repr=False
+    )
 
     def __post_init__(self) -> None:
         for name, x, ndim in (("basis", self.basis, 2), ("gain", self.gain, 1)):
@@ -121,6 +124,14 @@ class LowRank:
             self._tables[key] = self._table(*key)
         return self._tables[key]
 
+    def operands(self, seed: int, side: tuple[int, int], dim: int) -> Tensor:
+        """`table` as the CUDA kernel multiplies it: dim a multiple of 32, the rank of 16. Kept."""
+        key = (seed, side, dim)
+        if key not in self._operands:
+            not_captured(self.device)
+            self._operands[key] = _as_operands(self._table(*key))
+        return self._operands[key]
+
     def _table(self, seed: int, side: tuple[int, int], dim: int) -> Tensor:
         # Each chunk has one feature for each bin, so this is a gather. index_add would add in any order on
         # a GPU.
@@ -133,17 +144,23 @@ class LowRank:
         return total
 
 
+def _as_operands(table: Tensor) -> Tensor:
+    """[dim, r] float32 -> [dim / 32, r / 16, 2, 2, 32, 8] bfloat16: high and low parts as the tensor cores'
+    columns (csrc/cuda/mma.h), four columns of 8 bins to 16 numbers of r, two columns to a lane's 16 bytes."""
+    dim, rank = table.shape
+    high = table.bfloat16()
+    both = torch.stack((high, (table - high.float()).bfloat16()))
+    # part, plane, column pair, column, bin of it | step, half, lane of 4, number of a word
+    cut = both.view(2, dim // 32, 2, 2, 8, rank // 16, 2, 4, 2)
+    return cut.permute(1, 5, 0, 2, 4, 7, 3, 6, 8).reshape(dim // 32, rank // 16, 2, 2, 32, 8).contiguous()
+
+
 def coefficients(x: Tensor, low_rank: LowRank) -> Tensor:
     """``(x @ basis) * gain``; x: [B, T, n] float32, float16 or bfloat16 -> [B, T, r] float32.
 
-    bfloat16 on a GPU is multiplied on tensor cores by both bfloat16 parts of the basis at once, with float32
-    sums: off by less than 2^-16 of x's length. Otherwise this is a float32 product.
+    A float32 product: on a GPU, kernels take `products_with_parts`.
     """
-    if x.dtype == torch.bfloat16 and x.device.type == "cuda":
-        along = _by_parts(x, low_rank)
-    else:
-        along = x.float() @ low_rank.basis
-    return along * low_rank.gain
+    return (x.float() @ low_rank.basis) * low_rank.gain
 
 
 def products_with_parts(x: Tensor, low_rank: LowRank) -> Tensor:
@@ -154,12 +171,6 @@ def products_with_parts(x: Tensor, low_rank: LowRank) -> Tensor:
     if x.device.type == "cuda":
         return torch.bmm(rows, parts, torch.float32)[0]
     return torch.bmm(rows.float(), parts.float())[0]
-
-
-def _by_parts(x: Tensor, low_rank: LowRank) -> Tensor:
-    """``x @ basis`` [B, T, r] float32, of bfloat16 x [B, T, n], by both parts of the basis."""
-    both = products_with_parts(x, low_rank)
-    return (both[:, : low_rank.rank] + both[:, low_rank.rank :]).view(*x.shape[:-1], low_rank.rank)
 
 
 def applied(x: Tensor, low_rank: LowRank | None) -> Tensor:
@@ -174,8 +185,8 @@ def preconditioned_dtype(dtype: torch.dtype, low_rank: LowRank | None) -> torch.
 
 def preconditioned(x: Tensor, low_rank: LowRank | None) -> Tensor:
     """x [B, T, n] with its LowRank, as GPU kernels sketch it: bfloat16 rounded to bfloat16 once, any other
-    dtype in float32. docs/reference/kernels.md counts why features are preconditioned there, not count
-    sketches.
+    dtype in float32. The CUDA kernel up to 512 preconditions count sketches instead, where it can:
+    docs/reference/kernels.md counts why.
     """
     if low_rank is None or preconditioned_dtype(x.dtype, low_rank) == torch.float32:
         return applied(x, low_rank)

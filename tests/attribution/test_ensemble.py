@@ -143,20 +143,23 @@ def test_a_thinned_model_is_another_model_for_all_texts_alike(tmp_path: Path) ->
     model, tokenizer = tiny_lora(tiny_llama()), tiny_tokenizer()
     found = []
     for seed in (0, 0, 1):
-        attributor = Attributor(model, tokenizer, width=64, dropout=DropoutMask(0.3, seed))
+        attributor = Attributor(
+            model, tokenizer, width=64, preconditioner="off", dropout=DropoutMask(0.3, seed)
+        )
         found.append(sketch_generations(attributor.source, generations_of(attributor.source, QUERIES)))
         alone = sketch_generations(attributor.source, generations_of(attributor.source, QUERIES[1:2]))
         assert float((alone[0] - found[-1][1]).norm() / alone.norm()) < 1e-4
     assert torch.equal(found[0], found[1])
     assert float((found[0] - found[2]).norm() / found[0].norm()) > 0.1
-    plain = Attributor(model, tokenizer, width=64)
+    plain = Attributor(model, tokenizer, width=64, preconditioner="off")
     untouched = sketch_generations(
         plain.source, generations_of(plain.source, QUERIES)
     )  # nothing of a mask is left on the model
     assert torch.equal(
         untouched,
         sketch_generations(
-            Attributor(model, tokenizer, width=64).source, generations_of(plain.source, QUERIES)
+            Attributor(model, tokenizer, width=64, preconditioner="off").source,
+            generations_of(plain.source, QUERIES),
         ),
     )
     with pytest.raises(UserError, match="dropout"):

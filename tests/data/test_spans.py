@@ -232,7 +232,9 @@ def test_long_completions_are_asked_in_batches_of_their_tokens() -> None:
     asked = [{"prompt": "Say", "completion": " " + " ".join(words)}]
     found = []
     for tokens in (1, 200, 4096):
-        attributor = Attributor(tiny_llama(), tiny_tokenizer(), width=64, batch_tokens=tokens)
+        attributor = Attributor(
+            tiny_llama(), tiny_tokenizer(), width=64, batch_tokens=tokens, preconditioner="off"
+        )
         texts = generations_of(attributor.source, asked, targets="tokens")
         found.append(sketch_targets(attributor.source, texts))
     for sketch in found[1:]:

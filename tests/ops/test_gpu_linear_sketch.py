@@ -5,6 +5,8 @@ import torch
 from inputs import DEVICE, DTYPES, LINEAR_SHAPES, SEED, layouts, normal
 
 from rapidin import ops
+from rapidin.ops import tables
+from rapidin.ops.cuda import sketches
 
 FOURIER = (1024, 2048, 4096, 8192)  # by Fourier transforms, all in float32
 DIMS = (32, 64, 128, 256, 512, *FOURIER)
@@ -213,6 +215,57 @@ def test_low_rank_of_any_layout_and_size(gpu):
         inputs_low_rank=of_inputs, grads_low_rank=of_grads,
     )  # fmt: skip
     assert_close(found.cpu(), wanted, 1.5 * tolerance(torch.bfloat16))
+
+
+def exactly(inputs, grads, dim, of_inputs, of_grads):
+    """The sketch in float64."""
+
+    def count_sketch(x, low_rank, side):
+        x, basis = x.double(), low_rank.basis.double()
+        x = x + (x @ basis * low_rank.gain.double()) @ basis.T
+        entries = tables.rows(SEED, side, x.shape[2], dim)
+        signs = torch.where(entries < 0, -1.0, 1.0)
+        bins = torch.zeros(*x.shape[:2], dim, dtype=torch.float64)
+        return bins.index_add_(2, (entries & 0x7FFFFFFF).long(), x * signs)
+
+    a, g = count_sketch(inputs, of_inputs, tables.IN), count_sketch(grads, of_grads, tables.OUT)
+    return torch.fft.irfft((torch.fft.rfft(a) * torch.fft.rfft(g)).sum(1), dim)
+
+
+@pytest.mark.sanitized
+@pytest.mark.parametrize("dim", [128, 256, 512])
+def test_cuda_adds_a_low_rank_to_count_sketches(emulated_cuda, dim, monkeypatch):
+    """With the rounding of the operands alone, which that of preconditioned features would add to; odd sizes,
+    more tokens than a tile, one side or both. Feature 3 is a thousand times the others."""
+    inputs, grads = factors((2, 37, 301, 197), torch.bfloat16)
+    inputs[:, :, 3] *= 1000
+    grads[:, :, 3] *= 1000
+    nothing = ops.LowRank(torch.zeros(197, 16), torch.zeros(16))
+    of_inputs, of_grads = low_rank(301, 64, 1), low_rank(197, 64, 2)
+    monkeypatch.setattr(sketches, "preconditioned", None)  # features stay as they are
+    for of_both in ((of_inputs, of_grads), (of_inputs, nothing)):
+        wanted = exactly(inputs, grads, dim, *of_both)
+        named = {"inputs_low_rank": of_both[0].to(DEVICE), "grads_low_rank": of_both[1].to(DEVICE)}
+        found = ops.linear_sketch(inputs, grads, dim, seed=SEED, backend="cuda", **named)
+        error = (found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
+        assert float(error.max()) < 3e-3
+
+
+def test_a_term_that_does_not_fit_is_refused(emulated_cuda):
+    most = emulated_cuda.linear_sketch_low_rank(512)
+    assert most >= 64
+    assert [emulated_cuda.linear_sketch_low_rank(dim) for dim in (64, 1024)] == [0, 0]
+    # beyond it, features are preconditioned
+    inputs, grads = factors((1, 3, 2 * most + 40, 50), torch.bfloat16)
+    of_inputs, of_grads = low_rank(2 * most + 40, most + 16, 1), low_rank(50, 10, 2)
+    named = {"inputs_low_rank": of_inputs, "grads_low_rank": of_grads}
+    found = ops.linear_sketch(inputs, grads, 512, seed=SEED, backend="cuda", **named)
+    assert_close(found, exactly(inputs, grads, 512, of_inputs, of_grads), 1.5 * tolerance(torch.bfloat16))
+    with pytest.raises(ValueError, match="cannot add a term of this rank"):
+        emulated_cuda.linear_sketch(
+            0, 2, 8, (8, 8, 1), 0, (1, 0, 0, most + 16), 0, 2, 8, (8, 8, 1), 0, (0, 0, 0, 0),
+            1, 1, 512, 1, 16, 0, 0, (0, 0),
+        )  # fmt: skip
 
 
 def test_one_bfloat16_of_a_basis_would_not_do(gpu):

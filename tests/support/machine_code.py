@@ -110,6 +110,12 @@ def cuda_loops() -> Iterator[Inner]:
             way = Way(_WIDE, trips=(rounds,), avoid=_not_of(wide_loads, half), least=64.0 * wide_loads)
             yield Inner(f"flat_sketch {dtype}{suffix}", f"flat_sketch_kernel<{squares}>", way, size)
     alone = has(r"LDG\.E(\.CONSTANT)?$|LDG.*U16")  # elements one by one
+    # Of the kernel up to 512, whose table has words of four bytes too, which are loaded where rows are stored
+    element_wise = has_not(r"LDG\.E(\.CONSTANT)?$|LDG.*U16", "STS")
+    term = has(_WIDE)  # a preconditioner's, added once a tile
+
+    def narrow_or_term(opcodes: sass.Opcodes) -> bool:
+        return element_wise(opcodes) or term(opcodes)
 
     def rows_of(element: int) -> Has:
         """Loops that add elements of so many bytes, one multiply-add each; of two, bfloat16."""
@@ -119,14 +125,15 @@ def cuda_loops() -> Iterator[Inner]:
 
     for dim in (32, 64, 128, 256, 512, 1024, 2048, 4096, 8192):
         kernel = f"linear_sketch_kernel<{dim}, 0>" if dim <= 512 else f"fourier_sketch_kernel<{dim}>"
-        way = Way(_STREAMED, avoid=alone, only=rows_of(2))
+        avoid = element_wise if dim <= 512 else alone
+        way = Way(_STREAMED, avoid=avoid, only=rows_of(2))
         yield Inner(f"linear_sketch bf16 {dim}, rows", kernel, way, 2)
         stages = {256: 8.0, 512: 4.0}.get(dim)  # of 4,096 features
         if stages is not None:
-            way = Way(_STREAMED, trips=((has(_STREAMED), stages),), avoid=alone, outer=True)
+            way = Way(_STREAMED, trips=((has(_STREAMED), stages),), avoid=narrow_or_term, outer=True)
             yield Inner(f"linear_sketch bf16 {dim}, tile of 4,096 x 4,096", kernel, way, 2)
         kernel = f"linear_sketch_kernel<{dim}, 1>" if dim <= 512 else f"fourier_sketch_kernel<{dim}>"
-        way = Way(_STREAMED, avoid=alone, only=rows_of(4))
+        way = Way(_STREAMED, avoid=avoid, only=rows_of(4))
         yield Inner(f"linear_sketch fp32 {dim}, rows", kernel, way, 4)
     for dtype, kind, size in (
         ("fp16", "ScanHalf", 2.0), ("bf16", "ScanBFloat", 2.0), ("fp32", "ScanFloat", 4.0),

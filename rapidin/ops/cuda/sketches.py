@@ -12,7 +12,7 @@ from torch import Tensor
 from rapidin.ops import tables
 from rapidin.ops.cuda.extension import DTYPES, extension, place
 from rapidin.ops.flat_plan import flat_plan
-from rapidin.ops.low_rank import LowRank, preconditioned, preconditioned_dtype
+from rapidin.ops.low_rank import LowRank, preconditioned, preconditioned_dtype, products_with_parts
 
 # Blocks that share the tokens of a batch, whatever the device has room for: how sums are cut, and so their
 # bits, is the same on every GPU.
@@ -57,7 +57,11 @@ def linear_sketch(
             f"linear_sketch: backend 'cuda' has no kernel for dim {dim} of {inputs.dtype} and {grads.dtype} "
             "on this device; ask for backend='triton'"
         )
-    inputs, grads = preconditioned(inputs, inputs_low_rank), preconditioned(grads, grads_low_rank)
+    both = inputs.dtype == grads.dtype == torch.bfloat16
+    if not (both and _adds(dim, inputs_low_rank)):
+        inputs, inputs_low_rank = preconditioned(inputs, inputs_low_rank), None
+    if not (both and _adds(dim, grads_low_rank)):
+        grads, grads_low_rank = preconditioned(grads, grads_low_rank), None
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
     device = inputs.device
@@ -68,14 +72,43 @@ def linear_sketch(
     splits = -(-tokens // share)
     table_in = tables.columns(seed, tables.IN, n_in, dim, device, _staged(dim, inputs.element_size()))
     table_out = tables.columns(seed, tables.OUT, n_out, dim, device, _staged(dim, grads.element_size()))
+    # Held until the launch
+    term_in = _term(inputs, inputs_low_rank, seed, tables.IN, dim)
+    term_out = _term(grads, grads_low_rank, seed, tables.OUT, dim)
     out = torch.empty(batch, dim, device=device, dtype=torch.float32)
     partial = out.new_empty(splits, min(batch, 65535), dim) if splits > 1 else out
     extension().linear_sketch(
         inputs.data_ptr(), DTYPES[inputs.dtype], n_in, inputs.stride(), table_in.data_ptr(),
+        _addresses(term_in),
         grads.data_ptr(), DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
+        _addresses(term_out),
         batch, tokens, dim, splits, share, partial.data_ptr(), out.data_ptr(), place(out),
     )  # fmt: skip
     return out
+
+
+_Term = tuple[Tensor, Tensor, Tensor]
+
+
+def _adds(dim: int, low_rank: LowRank | None) -> bool:
+    """Whether the kernel adds a preconditioner to bfloat16 sides' count sketches, without reading features
+    twice; narrow sides, whose matrix is formed, are preconditioned before."""
+    if low_rank is None or low_rank.rank % 16 or low_rank.features <= 2 * low_rank.rank:
+        return False
+    return bool(low_rank.rank <= extension().linear_sketch_low_rank(dim))
+
+
+def _term(x: Tensor, low_rank: LowRank | None, seed: int, side: tuple[int, int], dim: int) -> _Term | None:
+    """CS(U), x times U in two parts, and the gain."""
+    if low_rank is None:
+        return None
+    return low_rank.operands(seed, side, dim), products_with_parts(x, low_rank), low_rank.gain
+
+
+def _addresses(term: _Term | None) -> tuple[int, int, int, int]:
+    if term is None:
+        return 0, 0, 0, 0
+    return term[0].data_ptr(), term[1].data_ptr(), term[2].data_ptr(), len(term[2])
 
 
 @cache
