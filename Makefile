@@ -1,5 +1,7 @@
-# make test    all checks, after all set-up
-# make demo    a planted poison found, start to end
+# make test         the checks to run before each commit, after all set-up
+# make test-full    all checks: also those that are slow, or repeat others at more sizes
+# make demo         a planted poison found, start to end
+# make docs         the example report of the docs
 # make docs    docs/example-report.html: the report of a query of the demo
 # Set-up makes .venv (PYTHON=... picks the interpreter, 3.10 or newer) and is skipped while nothing has changed.
 
@@ -18,17 +20,26 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two steps at a time, of set-up and of checks.
 MAKEFLAGS += --jobs=2
 
-.PHONY: test style tests demo docs clean
+.PHONY: test test-full style tests tests-full demo docs clean
 
 test: style tests
+
+test-full: style tests-full
 
 style: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 tests: .venv/installed
-	OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
+	$(PYTEST) -m "not full"
+	@echo "make test left out the tests marked 'full': GPU kernels at more sizes and under sanitizers, processes that"
+	@echo "are killed or share work, whole trainings, and the page in a browser. make test-full runs them, too."
+
+tests-full: .venv/installed
+	$(PYTEST)
 
 demo: .venv/installed
 	$(BIN)/rapidin demo

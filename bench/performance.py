@@ -24,7 +24,7 @@ NOT_YET = "not measured yet"
 HEAD = """# Performance on GPUs
 
 Made by `python bench/performance.py` from the results of `bench/gpu.sh`; not written by hand. How to run it:
-[CONTRIBUTING.md](../CONTRIBUTING.md).
+[CONTRIBUTING.md](../../CONTRIBUTING.md).
 
 A cell holds the median time and, after it, the share of the limit: the time that the bytes of inputs and
 outputs take at the bandwidth measured in the same run, or the operations at the rate of a matrix product,

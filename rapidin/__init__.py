@@ -1,8 +1,8 @@
 """rapidin: find the training examples behind what a language model said.
 
-The flow, and the room of each step: data (`examples`), hooks (`model`, `layers`, `hooks`), sketch (`ops`),
-cache (`cache`), query and scan (`methods`, `scan`, `attributor`), report (`hits`, `report`). Public names are
-imported when they are first used, so ``import rapidin`` is quick.
+The flow, and the module of each step: examples (`data`), gradients and their sketches (`gradients`, `ops`),
+the cache (`cache`), queries (`attribution`), and how hits are shown (`results`). Public names are imported
+when they are first used, so ``import rapidin`` is quick.
 """
 
 from importlib import import_module
