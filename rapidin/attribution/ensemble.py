@@ -66,7 +66,7 @@ class Ensemble:
 
     members: folders, or `Member`s, in the order of training: the last one's model writes missing completions.
     kind: "tracin": weights are learning rates, and with `normalize="none"` scores are their weighted sum;
-    "mean", and with the other normalisations: the weighted mean. location: where the models are and how to
+    "mean", and with the other normalizations: the weighted mean. location: where the models are and how to
     load them, if not as the manifests say.
 
     >>> Ensemble(["seed-0", "seed-1"]).query([(prompt, completion)])
@@ -196,7 +196,7 @@ class Ensemble:
         return source_of(manifest, load_model_of(member.path, self.location))
 
     def sketched(self, generations: Any, options: QueryOptions, clock: Clock) -> Query:
-        """The generations with their sketches for every cache, weighted for this normalisation.
+        """The generations with their sketches for every cache, weighted for this normalization.
 
         One model is in memory at a time, the last one first: it writes missing completions. Of several
         processes only the leading one loads models, except models that are spread over all.

@@ -103,7 +103,7 @@ class _Work:
 
 
 def prepare_scans(work: _Work) -> None:
-    """Prepares the scan of each cache by the method and the normalisation."""
+    """Prepares the scan of each cache by the method and the normalization."""
     query, scoring = work.query, work.options.scoring
     work.scans = scans_of(query.sketches, query.texts, scoring)
     finer = [] if query.finer is None else scans_of([query.finer], query.texts, scoring)

@@ -1,4 +1,4 @@
-"""Normalisations: the lengths that gradients are divided by before they are compared.
+"""Normalizations: the lengths that gradients are divided by before they are compared.
 
     none     1         the gradients as they are
     layer    |g_b|     each block g_b at length 1
@@ -52,9 +52,9 @@ def row_scales(lengths: Tensor, normalize: str) -> Tensor:
 
 
 def query_vectors(sketch: Tensor, normalize: str) -> Tensor:
-    """The normalised vectors of query sketches [Q, blocks, width]: the same shape, float32.
+    """The normalized vectors of query sketches [Q, blocks, width]: the same shape, float32.
 
-    Their products with normalised rows, summed over all blocks, are the scores.
+    Their products with normalized rows, summed over all blocks, are the scores.
     """
     if normalize == "none":
         return sketch.float()
@@ -76,7 +76,7 @@ def target_vectors(targets: Tensor, whole: Tensor, normalize: str) -> Tensor:
     return (targets * (scales / score_divisor(whole.shape[1], normalize))[:, :, None]).float()
 
 
-# ------------------------------------------------------------------------------------ errors of normalised
+# ------------------------------------------------------------------------------------ errors of normalized
 # scores
 
 

@@ -73,7 +73,7 @@ def details(
 
     scans: as for `rapidin.attribution.scan.scan_cache`; the scores of several are added up. rows: [Q, m]
     int64, the rows of each query, below 0 for none. owners: for each query the number of the query by whose
-    length it is normalised: itself by default, the generation for a target. device: by default where the
+    length it is normalized: itself by default, the generation for a target. device: by default where the
     queries' vectors are. Raises IndexError for a row that a cache does not hold.
     """
     scans = [scans] if isinstance(scans, CacheScan) else list(scans)

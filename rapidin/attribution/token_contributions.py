@@ -211,7 +211,7 @@ def exact(
     """What each position of each text contributes to its exact scores by `dot`: [Q, T] float64 for each text.
 
     queries: with the weights that their losses are multiplied by; owners: the query by whose lengths each
-    query is normalised: itself, or the one that it is a target of. on_text: called with the number of passes
+    query is normalized: itself, or the one that it is a target of. on_text: called with the number of passes
     over texts that are done. Raises UserError if the gradient of a parameter that is not the weight of a
     linear layer is taken.
     """

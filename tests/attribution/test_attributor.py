@@ -276,7 +276,7 @@ def test_every_parameter_of_gpt2_in_each_projection(tmp_path: Path, projection: 
     assert [r.top[0].index for r in made.query(cache, rows)] == list(range(12))
 
 
-def test_rapidgrad_estimates_the_layer_normalised_score(tmp_path: Path) -> None:
+def test_rapidgrad_estimates_the_layer_normalized_score(tmp_path: Path) -> None:
     """One block of many numbers and a block a layer tell the same, up to the noise of both."""
     model, rows, queries = tiny_llama(), records(40), records(3, seed=8)
     scores = []

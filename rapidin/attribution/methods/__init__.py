@@ -1,6 +1,6 @@
 """Methods: how a query's sketch is preconditioned before the scan, and its scores.
 
-A normalisation (`rapidin.attribution.normalization`) says what vectors are compared, a method by which inner
+A normalization (`rapidin.attribution.normalization`) says what vectors are compared, a method by which inner
 product. With x_nb the unit block b of row n that the cache holds and l_nb its length, the vectors of rows are
 ``y_nb = s_nb x_nb``:
 

@@ -4,8 +4,8 @@
     lambda_b = damping * mean_n |y_nb|^2 / d_b,    d_b: numbers in the parameter, damping: 0.1 in the paper
 
 DataInf swaps the mean over examples with the inverse, so it needs only inner products within a layer, which
-sketches estimate. The paper uses the gradients as they are (`none`); with the other normalisations y are the
-normalised gradients.
+sketches estimate. The paper uses the gradients as they are (`none`); with the other normalizations y are the
+normalized gradients.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What a cache is scanned for, and the vectors of its rows as a normalisation compares them."""
+"""What a cache is scanned for, and the vectors of its rows as a normalization compares them."""
 
 from __future__ import annotations
 
