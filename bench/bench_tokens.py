@@ -86,9 +86,9 @@ def bench_scan_for_tokens(benchmark):
     with tempfile.TemporaryDirectory() as folder:
         cache = attributor.cache(rows, folder)
         sketch = torch.randn(COMPLETION, len(cache.layers), cache.manifest.width)
-        parts = (sketch / COMPLETION, [0] * COMPLETION)
+        targets = (sketch / COMPLETION, [0] * COMPLETION)
         one = CacheScan(cache, methods.prepare(sketch.mean(0, keepdim=True)))
-        all_of_them = CacheScan(cache, methods.prepare(sketch.mean(0, keepdim=True), parts=parts))
+        all_of_them = CacheScan(cache, methods.prepare(sketch.mean(0, keepdim=True), targets=targets))
 
         def scan(source):
             for _ in range(REPEATS):

@@ -1,4 +1,4 @@
-"""What needs no gradients: BM25 of the words, and the cosine of the model's own hidden states."""
+"""Baselines without gradients: BM25 of the words, and the cosine of the model's hidden states."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from rapidin.data.records import FORMS, form_of, record_parts
 from rapidin.errors import needs
 from rapidin.gradients.batch import Batch, evaluation_mode, takes
 from rapidin.gradients.model import LoadedModel
-from rapidin.results.types import Hit, QueryResult, Standing
+from rapidin.results.types import QueryResult, Standing
 
 Floats = npt.NDArray[np.float64]
-OnProgress = Callable[[int, int], None]  # of texts: done, and in all
+OnProgress = Callable[[int, int], None]  # the number of texts that are done, and of all
 
 EXTRA = "eval"
-_BATCH_TOKENS = 2048  # padded
+_BATCH_TOKENS = 2048  # with padding
 
 
 def plain_text(record: Mapping[str, Any]) -> str:
-    """What a record says, without the form that it is put in for the model."""
+    """The text of a record, without the template that formats it for the model."""
     return " ".join(part for part in record_parts(record) if part).strip()
 
 
-def asked_text(record: Mapping[str, Any], completion: str) -> str:
-    """What a query says: as `plain_text`, with a completion that the model wrote where its own is missing."""
+def query_text(record: Mapping[str, Any], completion: str) -> str:
+    """The `plain_text` of a query, with the completion that the model generated if the record has none."""
     record, form = dict(record), form_of(record, generations=True)
     if form == "messages":
         messages = list(record["messages"])
@@ -45,7 +45,7 @@ def asked_text(record: Mapping[str, Any], completion: str) -> str:
 
 
 def check() -> None:
-    """Raise UserError where a package is missing: before hours of work."""
+    """Raises UserError if a package is missing, before hours of work."""
     needs("rank_bm25", "BM25", EXTRA)
 
 
@@ -68,14 +68,15 @@ def hidden_states(
     max_length: int = 256,
     on_progress: OnProgress | None = None,
 ) -> Floats:
-    """Cosine of the model's last hidden states, means over a text's tokens: [queries, texts].
+    """Cosine of the model's last hidden states, averaged over a text's tokens: [queries, texts].
 
-    max_length: tokens of a text that are read; a text without any has a cosine of 0 with all others.
+    max_length: the first tokens of a text that are read; a text without tokens has a cosine of 0 with all
+    others.
     """
     with evaluation_mode(loaded.model):
-        made = _mean_states(loaded, [*queries, *texts], max_length, on_progress).double()
-    made = torch.nn.functional.normalize(made, dim=1)
-    scores: Floats = (made[: len(queries)] @ made[len(queries) :].T).numpy()
+        states = _mean_states(loaded, [*queries, *texts], max_length, on_progress).double()
+    states = torch.nn.functional.normalize(states, dim=1)
+    scores: Floats = (states[: len(queries)] @ states[len(queries) :].T).numpy()
     return scores
 
 
@@ -83,17 +84,18 @@ def hidden_states(
 def _mean_states(
     loaded: LoadedModel, texts: Sequence[str], max_length: int, on_progress: OnProgress | None
 ) -> Tensor:
-    """[texts, hidden size] float32 on the CPU, from batches of texts of like length."""
+    """The mean hidden state of each text: [texts, hidden size] float32 on the CPU, from batches of texts of
+    similar length."""
     model, tokenizer = loaded.model, loaded.tokenizer
     ids = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
-    read = [Encoded(tokens, [False] * len(tokens), Status.NO_TARGET) for tokens in ids]
-    some = [n for n in range(len(read)) if read[n].ids]
-    # Logits are not needed, and are the largest of what is made.
+    encoded = [Encoded(tokens, [False] * len(tokens), Status.NO_TARGET) for tokens in ids]
+    nonempty = [n for n in range(len(encoded)) if encoded[n].ids]
+    # Logits are not needed, and are the largest output.
     extra = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     states: Tensor | None = None
-    done = len(read) - len(some)
-    for chosen in reversed(by_length(some, read, _BATCH_TOKENS)):
-        batch = Batch.of([(read[n].ids, read[n].target) for n in chosen], loaded.device)
+    done = len(encoded) - len(nonempty)
+    for chosen in reversed(by_length(nonempty, encoded, _BATCH_TOKENS)):
+        batch = Batch.of([(encoded[n].ids, encoded[n].target) for n in chosen], loaded.device)
         out = model(
             input_ids=batch.ids,
             attention_mask=batch.mask.long(),
@@ -113,7 +115,7 @@ def _mean_states(
     return torch.zeros(len(texts), 1, device="cpu") if states is None else states
 
 
-def both(
+def scores_of_baselines(
     loaded: LoadedModel,
     texts: Sequence[str],
     queries: Sequence[str],
@@ -130,12 +132,12 @@ def both(
     }
 
 
-def beside(result: QueryResult, tables: Mapping[str, Floats], counted: Tensor) -> QueryResult:
-    """A result whose hits say where the baselines rank them.
+def with_standings(result: QueryResult, tables: Mapping[str, Floats], counted: Tensor) -> QueryResult:
+    """The result with the score and rank of its hits in each baseline.
 
-    tables: by name, the scores of one query with all training examples [rows]; counted: [rows] bool, those
-    that have a sketch: ranks are among them, and equal scores share the best. `overlaps` counts the hits of
-    the top that are among as many best of the baseline, of equal ones the first.
+    tables: by name, the scores of one query with all training examples [rows]; counted: [rows] bool, the
+    examples that have a sketch: ranks are among them, and equal scores share the best rank. `overlaps` is the
+    number of top hits that are among as many best of the baseline, of equal scores the first.
     """
     keep = counted.cpu().numpy()
     standings: dict[int, dict[str, Standing]] = {hit.row: {} for hit in (*result.top, *result.bottom)}
@@ -143,14 +145,13 @@ def beside(result: QueryResult, tables: Mapping[str, Floats], counted: Tensor) -
     for name, scores in tables.items():
         scores = scores[: len(keep)]
         others = np.sort(scores[keep[: len(scores)]])
-        for row, found in standings.items():
+        for row, by_name in standings.items():
             better = len(others) - int(np.searchsorted(others, scores[row], side="right"))
-            found[name] = Standing(float(scores[row]), better + 1)
+            by_name[name] = Standing(float(scores[row]), better + 1)
         ranked = np.argsort(np.where(keep[: len(scores)], -scores, np.inf), kind="stable")
         best = set(ranked[: len(result.top)].tolist())
         overlaps[name] = sum(hit.row in best for hit in result.top)
-
-    def told(hits: Sequence[Hit]) -> list[Hit]:
-        return [replace(hit, standings=standings[hit.row]) for hit in hits]
-
-    return replace(result, top=told(result.top), bottom=told(result.bottom), overlaps=overlaps)
+    top, bottom = (
+        [replace(hit, standings=standings[hit.row]) for hit in hits] for hits in (result.top, result.bottom)
+    )
+    return replace(result, top=top, bottom=bottom, overlaps=overlaps)

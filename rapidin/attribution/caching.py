@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from rapidin import distributed
 from rapidin.attribution.options import CacheOptions
 from rapidin.attribution.provenance import manifest_of, read_fitted
 from rapidin.cache import Cache, CacheWriter, ShardWriter, build, codec
 from rapidin.cache.codec import CodecConfig
 from rapidin.cache.progress import Meter, OnProgress
 from rapidin.data.examples import Examples
-from rapidin.distributed import World, world
+from rapidin.distributed import World
 from rapidin.errors import UserError
 from rapidin.gradients.batching import Reporter
 from rapidin.gradients.preconditioner import STREAM, Preconditioner
@@ -22,8 +23,8 @@ def format_of(options: CacheOptions, width: int) -> CodecConfig:
     together."""
     budget, sample = options.bytes, options.sample
     dtype = options.dtype or ("float16" if budget is None else "sign")
-    if dtype not in (*codec.FLOATS, *codec.PACKED):
-        raise UserError(f"unknown dtype '{dtype}'", f"use one of {', '.join((*codec.FLOATS, *codec.PACKED))}")
+    if dtype not in codec.DTYPES:
+        raise UserError(f"unknown dtype '{dtype}'", f"use one of {', '.join(codec.DTYPES)}")
     if dtype in codec.FLOATS and (budget is not None or sample):
         raise UserError(
             f"{dtype} rows keep every number of the sketch",
@@ -56,12 +57,12 @@ def build_cache(
     manifest = manifest_of(source, format_of(options, source.width), len(examples), examples)
     manifest.shard_rows = options.shard_rows or build.shard_rows(manifest, path)
     number, parts = options.part or (1, 1)
-    here, prefix = world(), examples.identity_of if options.append else None
-    with build.open_writer(path, manifest, here, (max(0, number - 1), parts), prefix) as writer:
-        fitting = _Fitting(source, writer, here)
+    world, prefix = distributed.world(), examples.identity_of if options.append else None
+    with build.open_writer(path, manifest, world, (max(0, number - 1), parts), prefix) as writer:
+        fitting = _Fitting(source, writer, world)
         loop = build.CachingLoop(
             writer,
-            here,
+            world,
             examples,
             source.encoder,
             lambda texts: fitting.source.sketches(texts, meter, announced=True),
@@ -70,32 +71,35 @@ def build_cache(
             learn_only=not number,
             idle=lambda: fitting.source.keep_pace(),
         )
-        meter = Meter(on_progress if here.leads else None, writer, here, loop.sampled_rows())
+        meter = Meter(on_progress if world.leads else None, writer, world, loop.sampled_rows())
         if source.batches.one_at_a_time:
             meter.tell(source.batches.why_one_at_a_time)
-        if here.size * 2 > len(writer.missing) > 0 and not here.alone:
+        if world.size * 2 > len(writer.missing) > 0 and not world.alone:
             meter.tell(
-                f"{len(writer.missing)} shards for {here.size} processes: a smaller --shard-rows would keep "
+                f"{len(writer.missing)} shards for {world.size} processes: a smaller --shard-rows would keep "
                 "all of them busy to the end"
             )
         fitting.settle(examples, meter)
         loop.run()
         meter.settle(wait=True)
-        here.meet()
+        world.meet()
         meter.tell(None, now=True)
     return Cache(path)
 
 
 class _Fitting:
-    """The preconditioner of a cache that is being made. source: the source with it, once `settle` is done."""
+    """The preconditioner of a cache that is being written.
 
-    def __init__(self, source: GradientSource, writer: ShardWriter, here: World) -> None:
+    source: the source of gradients, which has the preconditioner after `settle`.
+    """
+
+    def __init__(self, source: GradientSource, writer: ShardWriter, world: World) -> None:
         self.source = source.with_preconditioner(None)
-        self._writer, self._world = writer, here
+        self._writer, self._world = writer, world
 
     def settle(self, examples: Examples, reporter: Reporter) -> None:
-        """Use the preconditioner that the cache has; fit it first if it has none yet: the leader does, and
-        with it all processes that share the model."""
+        """Uses the preconditioner of the cache, and fits it first if there is none: in the leading process,
+        and in all processes if they share the model."""
         writer, record, config = self._writer, self._writer.manifest.preconditioner, self.source.config
         if record is None:
             return
@@ -109,7 +113,7 @@ class _Fitting:
             if config.kind != "optimizer" and record["sha256"] not in (None, fitted.sha256):
                 raise UserError(
                     f"the preconditioner '{writer.folder / record['file']}' is missing, and fitting it again "
-                    "gives another one here",
+                    "on this machine gives another one",
                     "restore the file, or cache into another folder",
                 )
             writer.set_preconditioner(fitted.data)
@@ -119,7 +123,7 @@ class _Fitting:
         self.source = self.source.with_preconditioner(fitted)
 
     def _fit(self, examples: Examples, reporter: Reporter) -> Preconditioner:
-        """The preconditioner of each point, from a sample of the examples that the cache was begun with."""
+        """The preconditioner of each point, from a sample of the examples that the cache was started with."""
         settings, config = self.source.settings, self.source.config
         rows = build.sample_rows(self._writer.manifest.rows_begun, config.sample, settings.seed, STREAM)
         reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")

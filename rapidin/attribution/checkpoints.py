@@ -16,8 +16,11 @@ from rapidin.errors import UserError, short
 
 @dataclass(frozen=True, slots=True)
 class Checkpoint:
-    """A `checkpoint-<step>` folder of a Hugging Face training run. weight: the sum of the learning rates of
-    the steps since the checkpoint before; is_adapter: it holds an adapter, not a whole model."""
+    """A `checkpoint-<step>` folder of a Hugging Face training run.
+
+    weight: the sum of the learning rates of the steps since the previous checkpoint; is_adapter: whether it
+    holds an adapter instead of a whole model.
+    """
 
     path: Path
     step: int
@@ -28,9 +31,8 @@ class Checkpoint:
 def find_checkpoints(folder: str | Path) -> tuple[list[Checkpoint], bool]:
     """The checkpoints of a training run by step, and whether their learning rates were found.
 
-    The rates are those in the last checkpoint's `trainer_state.json`, as far as they were logged; where none
-    was, all steps weigh alike. Raises UserError where there are no checkpoints, or adapters and whole models
-    are mixed.
+    The rates are those that the last checkpoint's `trainer_state.json` logs; if it logs none, all steps have
+    the same weight. Raises UserError if there are no checkpoints, or if adapters and whole models are mixed.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -47,13 +49,13 @@ def find_checkpoints(folder: str | Path) -> tuple[list[Checkpoint], bool]:
         raise UserError(f"the checkpoints in '{folder}' are adapters and whole models", "keep one kind")
     order = sorted(steps)
     rates = _learning_rates(steps[order[-1]])
-    found = [
+    checkpoints = [
         Checkpoint(steps[step], step, _weight(rates, before, step), adapters[step])
         for before, step in pairwise([0, *order])
     ]
-    if rates and not sum(c.weight for c in found) > 0:
-        raise UserError(f"the learning rates in '{steps[order[-1]]}' are all 0", "mend trainer_state.json")
-    return found, bool(rates)
+    if rates and not sum(c.weight for c in checkpoints) > 0:
+        raise UserError(f"the learning rates in '{steps[order[-1]]}' are all 0", "fix trainer_state.json")
+    return checkpoints, bool(rates)
 
 
 def _learning_rates(checkpoint: Path) -> list[tuple[int, float]]:
@@ -71,13 +73,13 @@ def _learning_rates(checkpoint: Path) -> list[tuple[int, float]]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"'{path}' cannot be read: {type(error).__name__} {short(error)}",
-            "delete it, and all steps weigh alike",
+            "delete it to give all steps the same weight",
         ) from None
     return sorted(pairs)
 
 
 def _weight(rates: Sequence[tuple[int, float]], before: int, step: int) -> float:
-    """The sum of the learning rates of steps before + 1 .. step, on straight lines between the logs."""
+    """The sum of the learning rates of steps before + 1 .. step, linearly interpolated between the logs."""
     if not rates:
         return float(step - before)
     numbers, values = zip(*rates, strict=True)

@@ -15,7 +15,7 @@ class Clock:
         self._last = now()
 
     def lap(self, stage: str) -> None:
-        """The time since the last lap belongs to this stage."""
+        """Adds the time since the last lap to this stage."""
         now = self._now()
         self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
         self._last = now

@@ -51,8 +51,8 @@ _KINDS: tuple[Kind, ...] = ("tracin", "mean")
 class Member:
     """One cache of an ensemble.
 
-    path: its folder; weight: of its scores; source: what made it, loaded as its manifest says when it is
-    needed if it is None; cache: the folder's, if it is open.
+    path: its folder; weight: of its scores; source: the source that made it, or None to load it by the
+    manifest when it is needed; cache: the opened cache of the folder, if there is one.
     """
 
     path: Path
@@ -93,13 +93,13 @@ class Ensemble:
 
     @staticmethod
     def read(folder: str | Path, *, location: ModelLocation | None = None) -> Ensemble:
-        """The ensemble of a folder: its `ensemble.json`, or the folder itself where it is a cache."""
+        """The ensemble in a folder: of its `ensemble.json`, or of the folder itself if it is a cache."""
         kind, members = read_members(Path(folder))
         return Ensemble(members, kind=kind, location=location)
 
     @staticmethod
     def write(folder: Path, kind: Kind, members: Sequence[tuple[str, float]]) -> None:
-        """Write the `ensemble.json` of caches (name inside the folder, weight)."""
+        """Writes the `ensemble.json` of caches (name inside the folder, weight)."""
         value = {
             "format": FORMAT,
             "version": VERSION,
@@ -128,7 +128,7 @@ class Ensemble:
         options: what is returned and how influence is estimated; fields of
         `rapidin.attribution.options.QueryOptions` can also be given by name, such as `top_k=20`. examples:
         the training data, to show with the hits, by default from where the cache was made; False for none.
-        on_stage: called with what is being done, how much of it is done, and how much there is.
+        on_stage: called with a stage's name, the number of steps that are done, and of all its steps.
 
         Of several processes (`rapidin.distributed`) each scans its share, and the leading one gets the hits,
         the others none. Raises UserError if a generation has no token to explain, if caches are not of the
@@ -228,16 +228,16 @@ class Ensemble:
             if member.weight:
                 sketches.append(sketch_query(self.caches[number], source, texts, weight))
             if options.finer is not None:
-                like = source_of(options.finer.manifest, source.loaded)
-                finer = sketch_query(options.finer, like, texts)
+                source_of_finer = source_of(options.finer.manifest, source.loaded)
+                finer = sketch_query(options.finer, source_of_finer, texts)
             clock.lap("sketch")
             del source
         return Query(texts, sketches[::-1], finer)
 
 
 def read_members(folder: Path) -> tuple[Kind, list[Member]]:
-    """Kind and members in the `ensemble.json` of a folder; the folder itself where it has none. UserError
-    where the file is damaged."""
+    """Kind and members from the `ensemble.json` of a folder; the folder itself if it has none. Raises
+    UserError if the file is damaged."""
     path = folder / NAME
     if not os.path.lexists(path):
         return "mean", [Member(folder)]

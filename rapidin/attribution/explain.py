@@ -1,6 +1,5 @@
-"""From the sketches of a query to its results, in named steps: one scan over all caches, then what is looked
-up
-about its hits."""
+"""From the sketches of a query to its results, in named steps: one scan over all caches, then the details of
+its hits."""
 
 from __future__ import annotations
 
@@ -19,6 +18,7 @@ from rapidin.attribution.hit_gradients import (
     HitGradients,
     OnStage,
     SourceOf,
+    order_by_exact,
     target_slices,
 )
 from rapidin.attribution.options import QueryOptions
@@ -49,15 +49,15 @@ def explain(
     sources: SourceOf,
     on_stage: OnStage | None = None,
 ) -> Results:
-    """The hits of each generation, or of all of them together; of several processes, for the leader alone.
+    """The hits of each generation, or of all of them together, in the leading process; empty in the others.
 
-    records: the generations as records; data: the training examples, to show with the hits; sources: gives
-    the source of each of the query's sketches by its number, for what needs its model again.
+    records: the generations as records; data: the training examples, to show with the hits; sources: returns
+    the source of one of the query's sketches by its number, for steps that need its model again.
     """
     work = _Work(query, options, records, data, clock, sources, on_stage)
     for step in SCANS:
         step(work)
-    if work.candidates is None:  # another process leads, which needed this one for the scans
+    if work.candidates is None:  # another process leads; this one helps with the scans only
         return Results()
     for step in LOOK_UPS:
         step(work)
@@ -66,11 +66,11 @@ def explain(
 
 @dataclass
 class _Work:
-    """A query on its way to results: what `explain` is given, and what its steps have found so far.
+    """The state of a query: the arguments of `explain`, and the results of its steps so far.
 
-    scans: what each cache is scanned for; scored: those whose scores are final, of a finer cache if there is
-    one; asked: the generations that have hits of their own; candidates: more rows at each end than are shown;
-    scores: of all rows [Q, rows]; ends: the hits' scores and rows; estimates: the ends before exact gradients
+    scans: the scan of each cache; scored: the scans that give the final scores, of a finer cache if there is
+    one; ranked: the generations that get rankings; candidates: more rows at each end than are shown; scores:
+    of all rows [Q, rows]; ends: the hits' scores and rows; estimates: the ends before exact gradients
     reordered them; exact: contributions to exact scores; results: of each generation.
     """
 
@@ -83,7 +83,7 @@ class _Work:
     on_stage: OnStage | None
     scans: list[CacheScan] = field(default_factory=list)
     scored: list[CacheScan] = field(default_factory=list)
-    asked: list[Generation] = field(default_factory=list)
+    ranked: list[Generation] = field(default_factory=list)
     candidates: Candidates | None = None
     scores: Tensor | None = None
     intervals: RankIntervals | None = None
@@ -103,39 +103,42 @@ class _Work:
 
 
 def prepare_scans(work: _Work) -> None:
-    """What each cache is scanned for, by the method and the normalisation."""
+    """Prepares the scan of each cache by the method and the normalisation."""
     query, scoring = work.query, work.options.scoring
     work.scans = scans_of(query.sketches, query.texts, scoring)
     finer = [] if query.finer is None else scans_of([query.finer], query.texts, scoring)
     work.scored = finer or work.scans
-    work.asked = _asked(query.texts, together=scoring.together)
+    work.ranked = _ranked(query.texts, together=scoring.together)
     work.clock.lap("method")
 
 
 def scan_caches(work: _Work) -> None:
-    """The candidates at both ends, rescored by a finer cache and folded if asked for; collective."""
+    """Finds the candidates at both ends, rescored by a finer cache and without duplicates if the options say
+    so; collective."""
     finer = None if work.query.finer is None else work.scored[0]
-    work.candidates = find_candidates(work.scans, finer, work.options, len(work.asked), work.data, work.clock)
+    work.candidates = find_candidates(
+        work.scans, finer, work.options, len(work.ranked), work.data, work.clock
+    )
 
 
 def score_all_examples(work: _Work) -> None:
-    """The scores of all rows, if the histogram or sums by a column are asked for; collective."""
+    """Computes the scores of all rows if the histogram or sums by a column need them; collective."""
     if work.options.needs_all_scores:
-        work.scores = all_scores([_first_queries(scan, len(work.asked)) for scan in work.scans])
+        work.scores = all_scores([_first_queries(scan, len(work.ranked)) for scan in work.scans])
         work.clock.lap("all scores")
 
 
 def estimate_errors(work: _Work) -> None:
-    """Standard errors of the candidates' scores, and what each layer contributes to them."""
+    """Estimates standard errors of the candidates' scores, and the contributions of layers to them."""
     options = work.options
     assert work.candidates is not None
     if (options.errors and not options.exact) or options.layers:
-        work.intervals = RankIntervals(work.scored, work.candidates, len(work.asked), options)
+        work.intervals = RankIntervals(work.scored, work.candidates, len(work.ranked), options)
         work.clock.lap("errors")
 
 
 def choose_hits(work: _Work) -> None:
-    """The rows that are shown: the best candidates, or the best by their exact gradients."""
+    """Chooses the rows that are shown: the best candidates, or the best by their exact gradients."""
     options, candidates = work.options, work.candidates
     assert candidates is not None
     work.ends = candidates.best(options.rescored if options.exact else options.top_k)
@@ -146,39 +149,28 @@ def choose_hits(work: _Work) -> None:
         work.query, work.scored, options.scoring, work.data, work.sources, work.on_stage
     )
     if options.exact:
-        rows = [candidates.rows(n, options.rescored) for n in range(len(work.asked))]
+        rows = [candidates.rows(n, options.rescored) for n in range(len(work.ranked))]
         work.exact = work.gradients.exact(rows)
         work.estimates = work.ends
-        work.ends = _by_exact(work.ends, work.exact, options.top_k)
+        work.ends = order_by_exact(work.ends, work.exact, options.top_k)
         work.clock.lap("exact")
 
 
 def look_up_hits(work: _Work) -> None:
-    """The results: hits with their examples, copies, errors, and the shares of the query's targets."""
+    """Makes the results: hits with their examples, copies and errors, and the results of targets."""
     assert work.ends is not None
-    assert work.candidates is not None
     options = work.options
-    found = [
+    hits_by_query = [
         [hits_of(work.cache, work.data, scores[n], rows[n]) for scores, rows in work.ends]
         for n in range(len(work.ends[0][0]))
     ]
-    by_row = _scores_of_hits(work.scored, work.asked, work.ends)
-    slices = target_slices([len(generation.spans) for generation in work.asked])
-    for n, (generation, own) in enumerate(zip(work.asked, slices, strict=True)):
+    by_row = _scores_of_hits(work.scored, work.ranked, work.ends)
+    slices = target_slices([len(generation.spans) for generation in work.ranked])
+    for n, (generation, targets) in enumerate(zip(work.ranked, slices, strict=True)):
         top, bottom = (
-            _known_of(work, n, end, [_with_targets(hit, by_row, own) for hit in hits])
-            for end, hits in enumerate(found[n])
+            _details_of(work, n, end, [_with_targets(hit, by_row, targets) for hit in hits])
+            for end, hits in enumerate(hits_by_query[n])
         )
-        targets = []
-        for place, (span, hits) in enumerate(zip(generation.spans, found[own], strict=True)):
-            influence = sum(hit.targets[place] for hit in top) / max(1, len(top))
-            both = (
-                work.candidates.with_copies(
-                    own.start + place, end, [_with_targets(hit, by_row, own) for hit in side]
-                )
-                for end, side in enumerate(hits)
-            )
-            targets.append(TargetResult(span.text, span.positions, influence, *both))
         work.results.append(
             QueryResult(
                 generation.prompt,
@@ -192,7 +184,7 @@ def look_up_hits(work: _Work) -> None:
                 len(work.query.texts) if options.together else 0,
                 exact=bool(work.exact),
                 pieces=generation.pieces,
-                targets=targets,
+                targets=_target_results(work, generation, targets, hits_by_query[targets], by_row, top),
                 missing=generation.missing,
                 examples=len(work.cache),
                 layers=() if work.intervals is None else work.intervals.layers,
@@ -200,8 +192,31 @@ def look_up_hits(work: _Work) -> None:
         )
 
 
+def _target_results(
+    work: _Work,
+    generation: Generation,
+    targets: slice,
+    hits_by_target: Sequence[Sequence[list[Hit]]],
+    by_row: dict[int, Tensor],
+    top: Sequence[Hit],
+) -> list[TargetResult]:
+    """The results of a generation's targets; top: the generation's most helpful hits."""
+    assert work.candidates is not None
+    results = []
+    for n, (span, ends) in enumerate(zip(generation.spans, hits_by_target, strict=True)):
+        influence = sum(hit.targets[n] for hit in top) / max(1, len(top))
+        both = (
+            work.candidates.with_copies(
+                targets.start + n, end, [_with_targets(hit, by_row, targets) for hit in hits]
+            )
+            for end, hits in enumerate(ends)
+        )
+        results.append(TargetResult(span.text, span.positions, influence, *both))
+    return results
+
+
 def summarise_scores(work: _Work) -> None:
-    """The histogram of all scores, and their sums by a column."""
+    """Adds the histogram of all scores, and their sums by a column."""
     if work.scores is None:
         return
     options = work.options
@@ -223,7 +238,7 @@ def summarise_scores(work: _Work) -> None:
 
 
 def compare_baselines(work: _Work) -> None:
-    """Where BM25 and the model's hidden states rank the hits."""
+    """Adds the ranks of the hits by BM25 and by the model's hidden states."""
     if not work.options.baselines:
         return
     assert work.data is not None
@@ -234,32 +249,32 @@ def compare_baselines(work: _Work) -> None:
     texts = [
         baselines.plain_text(work.data[row]) if counts else "" for row, counts in enumerate(counted.tolist())
     ]
-    asked = [
-        baselines.asked_text(record, generation.completion)
+    queries = [
+        baselines.query_text(record, generation.completion)
         for record, generation in zip(work.records, work.query.texts, strict=True)
     ]
     report: Callable[[int, int], None] | None = None
     if work.on_stage is not None:
         report = partial(work.on_stage, "hidden states")
-    tables = baselines.both(
-        source.loaded, texts, asked, max_length=source.encoder.max_length, on_progress=report
+    tables = baselines.scores_of_baselines(
+        source.loaded, texts, queries, max_length=source.encoder.max_length, on_progress=report
     )
     if work.options.together:
         shares = weights_of(work.query.texts, range(len(work.query.texts))).numpy()
         tables = {name: shares[None] @ scores for name, scores in tables.items()}
     work.results = [
-        baselines.beside(result, {name: scores[n] for name, scores in tables.items()}, counted)
+        baselines.with_standings(result, {name: scores[n] for name, scores in tables.items()}, counted)
         for n, result in enumerate(work.results)
     ]
     work.clock.lap("baselines")
 
 
 def attribute_to_tokens(work: _Work) -> None:
-    """What each token of a hit contributes to its score."""
+    """Adds the contribution of each token of the hits."""
     if work.gradients is None or not work.options.contributions:
         return
-    known = list(work.exact) or work.gradients.sketched(work.results)
-    work.results = work.gradients.with_tokens(work.results, known)
+    contributions = list(work.exact) or work.gradients.sketched(work.results)
+    work.results = work.gradients.with_tokens(work.results, contributions)
     work.clock.lap("tokens")
 
 
@@ -281,15 +296,15 @@ def _first_queries(scan: CacheScan, count: int) -> CacheScan:
     return replace(scan, query=replace(scan.query, vectors=scan.query.vectors[:count]))
 
 
-def _asked(texts: Sequence[Generation], *, together: bool) -> list[Generation]:
-    """What has hits of its own: the generations, or all of them as one."""
+def _ranked(texts: Sequence[Generation], *, together: bool) -> list[Generation]:
+    """What gets a ranking: each generation, or all of them as one."""
     if not together:
         return list(texts)
     nothing = Encoded([], [], Status.EMPTY)
     return [Generation("", "", any(text.generated for text in texts), nothing)]
 
 
-def _known_of(work: _Work, query: int, end: int, hits: list[Hit]) -> list[Hit]:
+def _details_of(work: _Work, query: int, end: int, hits: list[Hit]) -> list[Hit]:
     """Hits of one end (0: the top) with their copies, errors and estimates."""
     assert work.candidates is not None
     hits = work.candidates.with_copies(query, end, hits)
@@ -314,23 +329,11 @@ def _scores_by_row(ends: Ends, query: int) -> dict[int, float]:
     }
 
 
-def _by_exact(ends: Ends, exact: Sequence[Contributions], top_k: int) -> Ends:
-    """The ends in the order of exact scores, as far as those are known: of the first queries."""
-    reordered = []
-    for (scores, rows), sign in zip(ends, (-1, 1), strict=True):
-        scores, rows = scores[:, :top_k].clone(), rows[:, :top_k].clone()
-        for n, parts in enumerate(exact):
-            order = sorted((sign * float(parts[row][0].sum()), row) for row in parts)[:top_k]
-            rows[n] = -1
-            rows[n, : len(order)] = torch.tensor([row for _, row in order], device="cpu")
-            scores[n, : len(order)] = torch.tensor([sign * score for score, _ in order], device="cpu")
-        reordered.append((scores, rows))
-    return reordered[0], reordered[1]
-
-
-def _scores_of_hits(scans: Sequence[CacheScan], asked: Sequence[Generation], ends: Ends) -> dict[int, Tensor]:
+def _scores_of_hits(
+    scans: Sequence[CacheScan], ranked: Sequence[Generation], ends: Ends
+) -> dict[int, Tensor]:
     """The scores [Q] of all queries for each row that is a hit of any; empty if there are no targets."""
-    if not any(generation.spans for generation in asked):
+    if not any(generation.spans for generation in ranked):
         return {}
     rows = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))
     rows = rows[rows >= 0]
@@ -339,5 +342,5 @@ def _scores_of_hits(scans: Sequence[CacheScan], asked: Sequence[Generation], end
     return dict(zip(rows.tolist(), scores.T, strict=True))
 
 
-def _with_targets(hit: Hit, by_row: dict[int, Tensor], own: slice) -> Hit:
-    return replace(hit, targets=tuple(by_row[hit.row][own].tolist())) if by_row else hit
+def _with_targets(hit: Hit, by_row: dict[int, Tensor], targets: slice) -> Hit:
+    return replace(hit, targets=tuple(by_row[hit.row][targets].tolist())) if by_row else hit

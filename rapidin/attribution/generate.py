@@ -1,4 +1,4 @@
-"""The generations to explain: read from what the caller gave, completions written by the model if missing."""
+"""The generations to explain: the caller's records, with completions that the model generates if missing."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ def generations_of(
 ) -> list[Generation]:
     """The generations to explain, with their targets.
 
-    values: what `rapidin.Ensemble.query` takes; the model of `source` writes missing completions. Raises
-    UserError if there is none, or one has no token to explain.
+    values: as for `rapidin.Ensemble.query`; the model of `source` generates missing completions. Raises
+    UserError if there is no generation, or one has no token to explain.
     """
     records = as_records(values)
     if not records:
@@ -66,9 +66,9 @@ def _with_targets(source: GradientSource, generation: Generation, record: Record
 
 
 def generate(source: GradientSource, prompt: str, max_new_tokens: int) -> Generation:
-    """What the model of `source` says to a prompt, greedily, as a generation to explain.
+    """The model's greedy completion of a prompt, as a generation to explain.
 
-    Raises UserError for an empty prompt, or one that leaves no room in the context.
+    Raises UserError for an empty prompt, or one that fills the context.
     """
     loaded = source.loaded
     tokenizer, model = loaded.tokenizer, loaded.model
@@ -93,7 +93,7 @@ def generate(source: GradientSource, prompt: str, max_new_tokens: int) -> Genera
         )
         written = distributed.world().collective(run)
     answer = written[0, len(ids) :].tolist()
-    # The tokens that the model wrote, not its text read again: an answer cut short has no end token.
+    # The generated tokens are kept, not encoded again from text: a truncated answer has no end token.
     kept = answer if source.settings.eos else [i for i in answer if i != tokenizer.eos_token_id]
     target = [False] * len(ids) + [True] * len(kept)
     encoded = Encoded(ids + kept, target, Status.OK if kept else Status.NO_TARGET)

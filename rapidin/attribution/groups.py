@@ -1,4 +1,4 @@
-"""All scores at a glance: their histogram, and their sums by a column of the training data."""
+"""Summaries of all scores: their histogram, and their sums by a column of the training data."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from rapidin.errors import UserError, short
 from rapidin.results.types import Group, Histogram
 
 BINS = 60
-LEAST_BINS = 6  # of them that the middle 98% of the scores are spread over, at least
+LEAST_BINS = 6  # that the middle 98% of the scores are spread over, at least
 
-NONE = "(none)"  # where a record has nothing in the column
-FILE = "file"  # the column that stands for the file an example is from, where there is none of that name
+NONE = "(none)"  # the group of records that have no value in the column
+FILE = "file"  # means the file that an example is from, unless the records have a column of that name
 
 
 def histogram(scores: Tensor) -> Histogram:
-    """The histogram of the finite ones of these scores [rows]: `BINS` bins of one width.
+    """The histogram of the finite scores among scores [rows]: `BINS` bins of equal width.
 
-    Where few scores lie so far out that the middle 98% of all would share less than `LEAST_BINS` bins, the
-    first and the last bin are wider and reach out to them. One bin where all scores are the same, none where
-    there is none.
+    If a few scores are so far out that the middle 98% of all would share less than `LEAST_BINS` bins, the
+    first and the last bin are wider and include them. There is one bin if all scores are equal, and none if
+    there are no scores.
     """
     values = scores[scores.isfinite()].double().cpu().numpy()
     if not len(values):
@@ -39,58 +39,58 @@ def histogram(scores: Tensor) -> Histogram:
         return Histogram((low - half, low + half), (len(values),))
     first, last = low, high
     near, far = (float(x) for x in np.quantile(values, (0.01, 0.99)))
-    room = (BINS / LEAST_BINS - 1) / 2 * (far - near)
-    if room > 0:
-        first, last = max(low, near - room), min(high, far + room)
+    margin = (BINS / LEAST_BINS - 1) / 2 * (far - near)
+    if margin > 0:
+        first, last = max(low, near - margin), min(high, far + margin)
     edges = np.linspace(first, last, BINS + 1)
     edges[0], edges[-1] = low, high
-    edges = np.unique(edges)  # neighbours that float64 cannot tell apart
+    edges = np.unique(edges)  # float64 may round neighbours to the same number
     counts, _ = np.histogram(values, edges)
     return Histogram(tuple(edges.tolist()), tuple(counts.tolist()))
 
 
 def check_column(examples: Examples, column: str) -> None:
-    """Raise UserError where no training example has the column; reads as far as the first that has it."""
+    """Raises UserError if no training example has the column; reads as far as the first that has it."""
     if column == FILE:
         return
-    there: dict[str, None] = {}
+    columns: dict[str, None] = {}
     for row in range(len(examples)):
         try:
             record = examples[row]
-        except UserError:  # malformed, so without a score; the column may be in the others
+        except UserError:  # a malformed example has no score; others may have the column
             continue
         if column in record:
             return
-        there.update(dict.fromkeys(record))
-    names = ", ".join(f"'{short(name)}'" for name in list(there)[:20])
+        columns.update(dict.fromkeys(record))
+    names = ", ".join(f"'{short(name)}'" for name in list(columns)[:20])
     raise UserError(
         f"no training example has a column '{short(column)}'",
-        f"there are {names}" + ("" if FILE in there else f", and '{FILE}'"),
+        f"there are {names}" + ("" if FILE in columns else f", and '{FILE}'"),
     )
 
 
 def groups(cache: Cache, examples: Examples, column: str, scores: Tensor) -> list[list[Group]]:
-    """Of each query the training examples by what they have in a column, largest sum of scores first.
+    """For each query the training examples grouped by their value in a column, largest sum of scores first.
 
-    scores: [Q, rows] as `rapidin.attribution.scan.all_scores` gives them; rows without a score are left out.
-    column: a field of the records, or "file", for the file that they are from. The data is read once, a
-    record at a time. Raises UserError where the data is not what was cached.
+    scores: [Q, rows] from `rapidin.attribution.scan.all_scores`; rows without a score are left out. column: a
+    field of the records, or "file" for the file that they are from. The data is read once, a record at a
+    time. Raises UserError if the data is not what was cached.
     """
     names: dict[str, int] = {}
-    known = False
-    which = torch.full((scores.shape[1],), -1, dtype=torch.int64, device="cpu")
+    has_column = False
+    group_of_row = torch.full((scores.shape[1],), -1, dtype=torch.int64, device="cpu")
     has_score = (~scores.isnan()).any(0)
-    for first, part in cache.shards():
-        for place, wanted in enumerate(part.record.tolist()):
-            row = first + place
+    for first, shard in cache.shards():
+        pairs = zip(shard.index.tolist(), shard.record.tolist(), strict=True)
+        for row, (index, record_hash) in enumerate(pairs, first):
             if not has_score[row]:
                 continue
-            record = cached_record(examples, row, int(part.index[place]), wanted)
-            known = known or column in record
-            which[row] = names.setdefault(_value(record, column), len(names))
-    if not known and column == FILE:
-        return groups_of(scores, *_files(examples, which))
-    return groups_of(scores, which, list(names))
+            record = cached_record(examples, row, index, record_hash)
+            has_column = has_column or column in record
+            group_of_row[row] = names.setdefault(_value(record, column), len(names))
+    if not has_column and column == FILE:
+        return groups_of(scores, *_files(examples, group_of_row))
+    return groups_of(scores, group_of_row, list(names))
 
 
 def _value(record: Mapping[str, Any], column: str) -> str:
@@ -104,31 +104,38 @@ def _value(record: Mapping[str, Any], column: str) -> str:
     )
 
 
-def _files(examples: Examples, which: Tensor) -> tuple[Tensor, list[str]]:
+def _files(examples: Examples, group_of_row: Tensor) -> tuple[Tensor, list[str]]:
+    """The same rows grouped by the file that they are from: the numbers of groups, and their names."""
     names: dict[str, int] = {}
-    for row in (which >= 0).nonzero()[:, 0].tolist():
-        which[row] = names.setdefault(examples.file(row) or NONE, len(names))
-    return which, list(names)
+    for row in (group_of_row >= 0).nonzero()[:, 0].tolist():
+        group_of_row[row] = names.setdefault(examples.file(row) or NONE, len(names))
+    return group_of_row, list(names)
 
 
-def groups_of(scores: Tensor, which: Tensor, names: list[str]) -> list[list[Group]]:
-    """The groups of each query from scores [Q, rows] and the number of each row's group [rows] among
-    `names`, below 0 for none."""
-    found = []
-    for own in scores.double().cpu():
-        counted = (which >= 0) & own.isfinite()
-        group, score = which[counted], own[counted]
+def groups_of(scores: Tensor, group_of_row: Tensor, names: list[str]) -> list[list[Group]]:
+    """The groups of each query, from scores [Q, rows] and the number of each row's group among `names`
+    [rows], below 0 for none."""
+    by_query = []
+    for of_query in scores.double().cpu():
+        counted = (group_of_row >= 0) & of_query.isfinite()
+        group, score = group_of_row[counted], of_query[counted]
         size = len(names)
-        total, up, down = (
-            torch.zeros(size, dtype=torch.float64, device="cpu").index_add_(0, group, part)
-            for part in (score, score.clamp(min=0), score.clamp(max=0))
+        total, positive, negative = (
+            torch.zeros(size, dtype=torch.float64, device="cpu").index_add_(0, group, some)
+            for some in (score, score.clamp(min=0), score.clamp(max=0))
         )
         counts = torch.bincount(group, minlength=size)
-        helpful, harmful = float(up.sum()) or 1.0, float(down.sum()) or 1.0
-        made = [
-            Group(names[n], int(counts[n]), float(total[n]), float(up[n]) / helpful, float(down[n]) / harmful)
+        helpful, harmful = float(positive.sum()) or 1.0, float(negative.sum()) or 1.0
+        nonempty = [
+            Group(
+                names[n],
+                int(counts[n]),
+                float(total[n]),
+                float(positive[n]) / helpful,
+                float(negative[n]) / harmful,
+            )
             for n in range(size)
             if counts[n]
         ]
-        found.append(sorted(made, key=lambda group: (-group.total, group.value)))
-    return found
+        by_query.append(sorted(nonempty, key=lambda group: (-group.total, group.value)))
+    return by_query

@@ -12,6 +12,7 @@ from torch import Tensor
 from rapidin.attribution import token_contributions
 from rapidin.attribution.options import ScoringConfig
 from rapidin.attribution.query_sketch import Query, target_texts, weights_of
+from rapidin.attribution.scan import Ends
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.data.encoding import Encoded
 from rapidin.data.examples import Examples
@@ -19,11 +20,11 @@ from rapidin.errors import UserError
 from rapidin.gradients.source import GradientSource
 from rapidin.results.types import QueryResult, Tokens
 
-OnStage = Callable[[str, int, int], None]  # what is being done, how much of it, of how much
-SourceOf = Callable[[int], GradientSource]  # of each of a query's sketches, by its number
+OnStage = Callable[[str, int, int], None]  # called with a stage's name, the steps done, and all of its steps
+SourceOf = Callable[[int], GradientSource]  # the source of a query's sketch, by the sketch's number
 
-# By row of a hit: what each position of the example contributes to its score, and to the parts of the score
-# that targets have: [1 + targets, T] float64.
+# By row of a hit: what each position of the example contributes to its score, then to the score of each
+# target: [1 + targets, T] float64.
 Contributions = dict[int, Tensor]
 
 
@@ -48,38 +49,39 @@ class HitGradients:
         self._texts: dict[int, tuple[Encoded, list[str]]] = {}  # hits by row, and the texts of their tokens
 
     def exact(self, rows: Sequence[Sequence[int]]) -> list[Contributions]:
-        """The contributions to exact scores, of these rows for each that has hits of its own."""
+        """The contributions to exact scores of the given rows; rows: for each generation, or for all
+        together."""
         generations = self._query.texts
-        found: list[Contributions] = [{} for _ in rows]
+        contributions: list[Contributions] = [{} for _ in rows]
         for number, source in self._each_source():
             weight = self._query.sketches[number].weight
             targets = target_texts(generations, source.settings.loss)
             total = sum(map(len, rows)) * len(source.points)
             done = 0
-            for n, chosen in enumerate(rows):
+            for n, hits in enumerate(rows):
                 members = range(len(generations)) if self._scoring.together else [n]
-                own = [t for t, owner in enumerate(targets.owners) if owner in members]
+                chosen = [t for t, owner in enumerate(targets.owners) if owner in members]
                 positions = token_contributions.exact(
                     source,
-                    [generations[m].encoded for m in members] + [targets.texts[t] for t in own],
+                    [generations[m].encoded for m in members] + [targets.texts[t] for t in chosen],
                     [weight * share for share in self._shares(members)]
-                    + [weight * targets.weights[t] for t in own],
-                    [*range(len(members)), *(members.index(targets.owners[t]) for t in own)],
-                    [self._encoded(source, row) for row in chosen],
+                    + [weight * targets.weights[t] for t in chosen],
+                    [*range(len(members)), *(members.index(targets.owners[t]) for t in chosen)],
+                    [self._encoded(source, row) for row in hits],
                     self._scoring.normalize,
                     self._progress("exact gradients", done, total),
                 )
-                done += len(chosen) * len(source.points)
-                for row, parts in zip(chosen, positions, strict=True):
-                    whole = parts[: len(members)].sum(0, keepdim=True)
-                    _add(found[n], row, torch.cat([whole, parts[len(members) :]]))
-        return found
+                done += len(hits) * len(source.points)
+                for row, by_query in zip(hits, positions, strict=True):
+                    whole = by_query[: len(members)].sum(0, keepdim=True)
+                    _add(contributions[n], row, torch.cat([whole, by_query[len(members) :]]))
+        return contributions
 
     def sketched(self, results: Sequence[QueryResult]) -> list[Contributions]:
-        """The contributions to the scores that the caches would give if they kept sketches whole."""
+        """The contributions to the scores that the caches would give if they stored sketches uncompressed."""
         hits = [sorted({hit.row for hit in (*result.top, *result.bottom)}) for result in results]
         rows = sorted({row for chosen in hits for row in chosen})
-        found: list[Contributions] = [{} for _ in results]
+        contributions: list[Contributions] = [{} for _ in results]
         targets = target_slices([len(result.targets) for result in results])
         for number, source in self._each_source():
             query = self._scans[number].query
@@ -89,15 +91,15 @@ class HitGradients:
                 positions = token_contributions.sketched(source, self._encoded(source, row), query, factors)
                 for n, chosen in enumerate(hits):
                     if row in chosen:
-                        parts = torch.cat([positions[n : n + 1], positions[targets[n]]])
-                        _add(found[n], row, parts.double())
+                        of_query = torch.cat([positions[n : n + 1], positions[targets[n]]])
+                        _add(contributions[n], row, of_query.double())
                 report(done + 1)
-        return found
+        return contributions
 
     def with_tokens(
         self, results: Sequence[QueryResult], contributions: Sequence[Contributions]
     ) -> list[QueryResult]:
-        """The results, their hits with what each of their tokens contributes."""
+        """The results with the contribution of each token of their hits."""
         return [
             replace(
                 result,
@@ -107,10 +109,11 @@ class HitGradients:
             for result, known in zip(results, contributions, strict=True)
         ]
 
-    def _tokens(self, row: int, parts: Tensor) -> Tokens:
+    def _tokens(self, row: int, contributions: Tensor) -> Tokens:
+        """The tokens of a hit with their contributions [1 + targets, T]."""
         text, pieces = self._texts[row]
-        by_target = parts[1:].float().numpy() if len(parts) > 1 else None
-        return Tokens(tuple(pieces), tuple(text.target), tuple(parts[0].tolist()), by_target)
+        by_target = contributions[1:].float().numpy() if len(contributions) > 1 else None
+        return Tokens(tuple(pieces), tuple(text.target), tuple(contributions[0].tolist()), by_target)
 
     def _each_source(self) -> Iterable[tuple[int, GradientSource]]:
         for number in range(len(self._query.sketches)):
@@ -123,7 +126,7 @@ class HitGradients:
             yield number, source
 
     def _shares(self, members: Sequence[int]) -> list[float]:
-        """Of each generation in the target set of all of them."""
+        """The share of each generation in the target set of all of them."""
         if not self._scoring.together:
             return [1.0]
         return weights_of(self._query.texts, members).tolist()
@@ -147,10 +150,25 @@ class HitGradients:
 
 
 def target_slices(counts: Sequence[int]) -> list[slice]:
-    """Of generations with so many targets each, where theirs are among all queries: after the generations."""
+    """The positions of each generation's targets among all queries, which come after the generations; counts:
+    the number of targets of each generation."""
     edges = list(accumulate(counts, initial=len(counts)))
     return [slice(*pair) for pair in pairwise(edges)]
 
 
-def _add(found: Contributions, row: int, parts: Tensor) -> None:
-    found[row] = found[row] + parts if row in found else parts
+def order_by_exact(ends: Ends, exact: Sequence[Contributions], top_k: int) -> Ends:
+    """The ends with the first queries, which have exact scores, in the order of these."""
+    reordered = []
+    for (scores, rows), sign in zip(ends, (-1, 1), strict=True):
+        scores, rows = scores[:, :top_k].clone(), rows[:, :top_k].clone()
+        for n, by_row in enumerate(exact):
+            order = sorted((sign * float(by_row[row][0].sum()), row) for row in by_row)[:top_k]
+            rows[n] = -1
+            rows[n, : len(order)] = torch.tensor([row for _, row in order], device="cpu")
+            scores[n, : len(order)] = torch.tensor([sign * score for score, _ in order], device="cpu")
+        reordered.append((scores, rows))
+    return reordered[0], reordered[1]
+
+
+def _add(contributions: Contributions, row: int, more: Tensor) -> None:
+    contributions[row] = contributions[row] + more if row in contributions else more

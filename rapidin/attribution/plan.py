@@ -1,4 +1,4 @@
-"""What a cache would take: bytes from the layer table, time and memory from a short calibration."""
+"""The cost of a cache: bytes from the layer table, time and memory from a short calibration."""
 
 from __future__ import annotations
 
@@ -18,27 +18,31 @@ from rapidin.data.examples import Examples
 from rapidin.gradients.source import GradientSource
 
 BUDGETS = (256, 1024, 2048, 8192, 16384)
-TOKENS = 256  # of an example, where no data says
+TOKENS = 256  # of an example, if no data is given
 
 
 @dataclass(frozen=True, slots=True)
-class Row:
-    """One way to keep N examples.
+class FormatCost:
+    """The cost of a cache in one storage format.
 
-    name: as on the command line; example: bytes of one; all: bytes of the cache, with what its code has
-    learnt; scan: seconds of one query's scan from memory; learnt: bytes of memory that learning takes.
+    name: as on the command line; example_bytes: of one example; cache_bytes: of the cache, including what its
+    codec has learnt; scan_seconds: of one query's scan from memory; fitting_bytes: the memory that fitting
+    the codec takes.
     """
 
     name: str
-    example: int
-    all: int
-    scan: float
-    learnt: int
+    example_bytes: int
+    cache_bytes: int
+    scan_seconds: float
+    fitting_bytes: int
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """tokens: of an example; seconds: to cache all; memory: bytes at the highest while caching."""
+    """The cost of a cache in all formats.
+
+    tokens: mean per example; seconds: to cache all examples; memory: peak bytes while caching.
+    """
 
     examples: int
     layers: int
@@ -46,42 +50,45 @@ class Plan:
     tokens: float
     seconds: float
     memory: int
-    rows: list[Row]
+    formats: list[FormatCost]
 
 
 def make_plan(
     source: GradientSource, examples: int, data: Examples | None = None, tokens: int | None = None
 ) -> Plan:
-    """Measure a batch and the memory's speed, and say what caching `examples` examples would take.
+    """Measures a batch and the memory's speed, and estimates the cost of caching `examples` examples.
 
-    data: whose mean length counts, else `tokens` an example. Takes some seconds on a small model.
+    data: the mean length of its examples is used, else `tokens`. Takes some seconds on a small model.
     """
     length = float(tokens) if tokens else _mean_length(source, data) if data is not None else float(TOKENS)
     length = min(length, float(source.encoder.max_length))
-    first, each, memory = _calibrate(source, round(length))
-    sampled = min(source.config.sample, examples)
-    speed = _read_speed()
-    blocks, width = source.blocks, source.width
-    dim = blocks * width
-    sample = min(codec.DEFAULT_SAMPLE, examples)
-    rows = []
-    for dtype in (*codec.FLOATS, *codec.PACKED):
-        if dtype in codec.PACKED and width & (width - 1):
+    fit_seconds, seconds, memory = _calibrate(source, round(length))
+    total = fit_seconds * min(source.config.sample, examples) + seconds * examples
+    formats = _formats(source.blocks, source.width, examples, _read_speed())
+    return Plan(examples, source.blocks, source.width, length, total, memory, formats)
+
+
+def _formats(blocks: int, width: int, examples: int, speed: float) -> list[FormatCost]:
+    """The cost of each format; speed: bytes per second of a scan."""
+    dim, sample = blocks * width, min(codec.DEFAULT_SAMPLE, examples)
+    power_of_two = not width & (width - 1)
+    formats = []
+    for dtype in codec.DTYPES:
+        if dtype in codec.PACKED and not power_of_two:
             continue
         size = CodecConfig(dtype).row_bytes(blocks, width)
-        rows.append(Row(f"--dtype {dtype}", size, size * examples, size * examples / speed, 0))
-    for budget in BUDGETS if not width & (width - 1) else ():
-        if budget >= rows[0].example:  # float16 takes no more
+        formats.append(FormatCost(f"--dtype {dtype}", size, size * examples, size * examples / speed, 0))
+    for budget in BUDGETS if power_of_two else ():
+        if budget >= formats[0].example_bytes:  # float16 takes no more
             continue
         bits = max(0, budget - codec.ROW_OVERHEAD) * 8
-        head = min(codec.shared_size(CodecConfig("sign", budget), blocks), sample)
-        basis = 2 * (head * dim + min(bits, blocks * min(width, sample // 2)) * width) + 4 * dim
-        # The sample in float16, and the directions of its halves and of all of it.
-        learning = sample * dim * 4 + 3 * 4 * dim * head
-        rows.append(
-            Row(f"--bytes {budget}", budget, budget * examples + basis, budget * examples / speed, learning)
-        )
-    return Plan(examples, blocks, width, length, first * sampled + each * examples, memory, rows)
+        shared = min(codec.shared_size(CodecConfig("sign", budget), blocks), sample)
+        basis = 2 * (shared * dim + min(bits, blocks * min(width, sample // 2)) * width) + 4 * dim
+        # The sample in float16, and the bases of its halves and of all of it.
+        fitting = sample * dim * 4 + 3 * 4 * dim * shared
+        seconds = budget * examples / speed
+        formats.append(FormatCost(f"--bytes {budget}", budget, budget * examples + basis, seconds, fitting))
+    return formats
 
 
 def _mean_length(source: GradientSource, data: Examples, most: int = 200) -> float:
@@ -91,9 +98,8 @@ def _mean_length(source: GradientSource, data: Examples, most: int = 200) -> flo
 
 
 def _calibrate(source: GradientSource, length: int) -> tuple[float, float, int]:
-    """(seconds that an example of the preconditioner's sample takes, seconds of every example, bytes of
-    memory at
-    the highest), of one batch, after one to warm up."""
+    """(seconds per example of the preconditioner's sample, seconds per example, peak bytes of memory),
+    measured on one batch after a warm-up."""
     vocabulary = int(getattr(source.loaded.model.config, "vocab_size", 2))
     count = max(1, source.settings.batch_tokens // max(1, length))
     generator = torch.Generator().manual_seed(0)
@@ -105,24 +111,24 @@ def _calibrate(source: GradientSource, length: int) -> tuple[float, float, int]:
         )
         for _ in range(count)
     ]
-    source.sketches(texts[:1])[1].cpu()  # waits until it is made
-    first = 0.0
+    source.sketches(texts[:1])[1].cpu()  # waits for the GPU
+    fit_seconds = 0.0
     if source.config.kind in ("kfac", "sample"):
         start = time.perf_counter()
         preconditioner = source.fit_preconditioner(texts)
-        first = (time.perf_counter() - start) / count
+        fit_seconds = (time.perf_counter() - start) / count
         source = source.with_preconditioner(preconditioner)
     start = time.perf_counter()
     sketch, _ = source.sketches(texts)
     ops.unit_blocks(sketch)[1].cpu()
     seconds = (time.perf_counter() - start) / count
     if source.loaded.device.type == "cuda":
-        return first, seconds, torch.cuda.max_memory_allocated(source.loaded.device)
-    return first, seconds, _highest_memory() + 2 * GROUP_BYTES
+        return fit_seconds, seconds, torch.cuda.max_memory_allocated(source.loaded.device)
+    return fit_seconds, seconds, _peak_memory() + 2 * GROUP_BYTES
 
 
-def _highest_memory() -> int:
-    """Bytes of this process at its highest, 0 where the system does not say."""
+def _peak_memory() -> int:
+    """The peak bytes of this process."""
     try:
         for line in Path("/proc/self/status").read_text().splitlines():
             if line.startswith("VmHWM:"):
@@ -135,7 +141,7 @@ def _highest_memory() -> int:
 
 
 def _read_speed(size: int = 256 << 20) -> float:
-    """Bytes a second that this machine reads from memory."""
+    """Bytes per second that this machine reads from memory."""
     words = torch.ones(size // 4, device="cpu")
     best = float("inf")
     for _ in range(4):

@@ -1,5 +1,4 @@
-"""What a cache was made with: its manifest from a source of gradients, and that source again from a
-manifest."""
+"""The manifest of a cache from a source of gradients, and the source of gradients from a manifest."""
 
 from __future__ import annotations
 
@@ -118,19 +117,19 @@ def source_of(manifest: Manifest, loaded: LoadedModel) -> GradientSource:
 def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
     """The source with a cache's preconditioner. Raises UserError if the cache was made with another model or
     other settings than the source has."""
-    made_with, here = manifest.model["identity"], source.loaded.identity
-    if made_with != here:
+    recorded, loaded = manifest.model["identity"], source.loaded.identity
+    if recorded != loaded:
         raise UserError(
-            f"the cache was made {other_model(made_with, here)}",
+            f"the cache was made {other_model(recorded, loaded)}",
             "name what it was made with: --model, --adapter or --base",
         )
     expected = manifest_of(source, manifest.codec, manifest.rows)
-    for part in ("sketch", "gradient", "layers"):
-        theirs, ours = getattr(manifest, part), getattr(expected, part)
-        if part == "gradient":
-            theirs, ours = gradient_settings(theirs), gradient_settings(ours)
-        if theirs != ours:
+    for section in ("sketch", "gradient", "layers"):
+        of_cache, of_source = getattr(manifest, section), getattr(expected, section)
+        if section == "gradient":
+            of_cache, of_source = gradient_settings(of_cache), gradient_settings(of_source)
+        if of_cache != of_source:
             raise UserError(
-                f"the cache was made with other settings ({part})", "use the settings of its manifest"
+                f"the cache was made with other settings ({section})", "use the settings of its manifest"
             )
     return source.with_preconditioner(read_fitted(manifest))

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from rapidin import distributed
 from rapidin.attribution import methods
 from rapidin.attribution.options import ScoringConfig
 from rapidin.attribution.scan import all_scores
@@ -16,7 +17,6 @@ from rapidin.cache import Cache
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.generations import Generation
 from rapidin.data.spans import Span
-from rapidin.distributed import world
 from rapidin.errors import UserError, short
 from rapidin.gradients.source import GradientSource
 
@@ -51,8 +51,9 @@ class Query:
 class TargetTexts:
     """The targets of generations as texts of their own.
 
-    texts: whose loss is the target's, up to the last token asked about, since what a causal model reads after
-    it changes nothing; weights: of this loss in the generation's; owners: the generation's number.
+    texts: each has the loss of its target, and ends with the target's last token, since later tokens do not
+    change the loss of a causal model; weights: of this loss in the generation's loss; owners: the number of
+    the generation.
     """
 
     texts: list[Encoded]
@@ -62,23 +63,23 @@ class TargetTexts:
 
 def target_texts(generations: Sequence[Generation], loss: str) -> TargetTexts:
     """The targets of all generations, one generation after the other; loss: "mean" or "sum"."""
-    found = TargetTexts([], [], [])
+    targets = TargetTexts([], [], [])
     for owner, generation in enumerate(generations):
-        counted = [n for n, counts in enumerate(generation.encoded.target) if counts]
+        counted = [n for n, has_loss in enumerate(generation.encoded.target) if has_loss]
         for span in generation.spans:
             chosen = {counted[position] for position in span.positions}
             end = max(chosen) + 1
-            target = [n in chosen for n in range(end)]
-            found.texts.append(Encoded(generation.encoded.ids[:end], target, Status.OK))
-            found.weights.append(len(chosen) / len(counted) if loss == "mean" else 1.0)
-            found.owners.append(owner)
-    return found
+            counts = [n in chosen for n in range(end)]
+            targets.texts.append(Encoded(generation.encoded.ids[:end], counts, Status.OK))
+            targets.weights.append(len(chosen) / len(counted) if loss == "mean" else 1.0)
+            targets.owners.append(owner)
+    return targets
 
 
 def sketch_query(
     cache: Cache, source: GradientSource, generations: Sequence[Generation], weight: float = 1.0
 ) -> QuerySketch:
-    """The sketches of generations and their targets; source: what made the cache.
+    """The sketches of generations and their targets; source: the source that made the cache.
 
     Raises UserError if a gradient holds NaN or Inf or does not fit into memory.
     """
@@ -112,8 +113,8 @@ def sketch_targets(source: GradientSource, generations: Sequence[Generation]) ->
     for a projection that does not keep layers apart.
     """
     _check_fitted(source)
-    found = target_texts(generations, source.settings.loss)
-    if not found.texts:
+    targets = target_texts(generations, source.settings.loss)
+    if not targets.texts:
         return None
     if source.whole:
         raise UserError(
@@ -121,10 +122,10 @@ def sketch_targets(source: GradientSource, generations: Sequence[Generation]) ->
             "scores of their own",
             "make the cache with --projection tensor",
         )
-    sketch, status = source.sketches(found.texts)
+    sketch, status = source.sketches(targets.texts)
     if bool((status != 0).any()):
         raise UserError("the gradient of a token of a generation holds NaN or Inf, or needs too much memory")
-    return sketch * torch.tensor(found.weights, device=sketch.device)[:, None, None]
+    return sketch * torch.tensor(targets.weights, device=sketch.device)[:, None, None]
 
 
 def _check_fitted(source: GradientSource) -> None:
@@ -145,61 +146,75 @@ def shared_by_leader(
     """The query that the leading process makes, in all processes: the others need no model, and all scan for
     the same bits.
 
-    caches: those that the query may be about; device: where the others keep their sketches; everywhere: all
-    processes call `make`, since the model is spread over them. The others' generations have their weights,
-    the number of their targets, and no text.
+    caches: all caches that the query may use; device: where the other processes keep the sketches;
+    everywhere: whether all processes call `make`, because the model is sharded over them. In the other
+    processes the generations have their weights and the number of their targets, but no text.
     """
-    from safetensors.torch import load, save
 
-    here = world()
-    if here.alone:
+    world = distributed.world()
+    if world.alone:
         return make()
-    made = make() if everywhere or here.leads else None
+    query = make() if everywhere or world.leads else None
 
-    def data() -> bytes:
-        assert made is not None
-        sketches = [*made.sketches, *([] if made.finer is None else [made.finer])]
-        found = {f"sketch {n}": each.sketch.cpu().contiguous() for n, each in enumerate(sketches)}
-        for n, each in enumerate(sketches):
-            if each.targets is not None:
-                found[f"targets {n}"] = each.targets.cpu().contiguous()
-        found["caches"] = torch.tensor([caches.index(each.cache) for each in sketches], device="cpu")
-        found["weights"] = torch.tensor([each.weight for each in sketches], dtype=torch.float64, device="cpu")
-        found["texts"] = torch.tensor([text.weight for text in made.texts], dtype=torch.float64, device="cpu")
-        found["spans"] = torch.tensor([len(text.spans) for text in made.texts], device="cpu")
-        found["finer"] = torch.tensor(made.finer is not None, device="cpu")
-        shared: bytes = save(found)
-        return shared
+    def message() -> bytes:
+        assert query is not None
+        return _to_bytes(query, caches)
 
-    found = load(here.share(data))
-    if here.leads:
-        assert made is not None
-        return made
+    shared = world.share(message)
+    if world.leads:
+        assert query is not None
+        return query
+    return _from_bytes(shared, caches, world.device(device))
+
+
+def _to_bytes(query: Query, caches: Sequence[Cache]) -> bytes:
+    """A query without its texts."""
+    from safetensors.torch import save
+
+    sketches = [*query.sketches, *([] if query.finer is None else [query.finer])]
+    tensors = {f"sketch {n}": each.sketch.cpu().contiguous() for n, each in enumerate(sketches)}
+    for n, each in enumerate(sketches):
+        if each.targets is not None:
+            tensors[f"targets {n}"] = each.targets.cpu().contiguous()
+    weights, texts = [each.weight for each in sketches], query.texts
+    tensors["caches"] = torch.tensor([caches.index(each.cache) for each in sketches], device="cpu")
+    tensors["weights"] = torch.tensor(weights, dtype=torch.float64, device="cpu")
+    tensors["texts"] = torch.tensor([text.weight for text in texts], dtype=torch.float64, device="cpu")
+    tensors["spans"] = torch.tensor([len(text.spans) for text in texts], device="cpu")
+    tensors["finer"] = torch.tensor(query.finer is not None, device="cpu")
+    message: bytes = save(tensors)
+    return message
+
+
+def _from_bytes(message: bytes, caches: Sequence[Cache], device: str) -> Query:
+    """The query of `_to_bytes`, its sketches on a device."""
+    from safetensors.torch import load
+
+    tensors = load(message)
     nothing, span = Encoded([], [], Status.EMPTY), Span("", ())
     texts = [
         Generation("", "", False, nothing, weight, spans=(span,) * spans)
-        for weight, spans in zip(found["texts"].tolist(), found["spans"].tolist(), strict=True)
+        for weight, spans in zip(tensors["texts"].tolist(), tensors["spans"].tolist(), strict=True)
     ]
-    columns = zip(found["caches"].tolist(), found["weights"].tolist(), strict=True)
-    where = here.device(device)
+    columns = zip(tensors["caches"].tolist(), tensors["weights"].tolist(), strict=True)
     sketches = [
         QuerySketch(
             caches[cache],
-            found[f"sketch {n}"].to(where),
+            tensors[f"sketch {n}"].to(device),
             weight,
-            targets.to(where) if (targets := found.get(f"targets {n}")) is not None else None,
+            targets.to(device) if (targets := tensors.get(f"targets {n}")) is not None else None,
         )
         for n, (cache, weight) in enumerate(columns)
     ]
-    finer = sketches.pop() if bool(found["finer"]) else None
+    finer = sketches.pop() if bool(tensors["finer"]) else None
     return Query(texts, sketches, finer)
 
 
 def scans_of(
     sketches: Sequence[QuerySketch], generations: Sequence[Generation], scoring: ScoringConfig
 ) -> list[CacheScan]:
-    """What each cache is scanned for: the generations, then all their targets. Raises UserError for weights
-    that cannot be used."""
+    """The scan of each cache: for the generations, then for all their targets. Raises UserError for unusable
+    weights."""
     owners = [n for n, generation in enumerate(generations) for _ in generation.spans]
     scans = []
     for each in sketches:
@@ -209,7 +224,7 @@ def scans_of(
             method=scoring.method,
             normalize=scoring.normalize,
             damping=scoring.damping,
-            parts=None if each.targets is None else (each.targets, owners),
+            targets=None if each.targets is None else (each.targets, owners),
         )
         vectors = query.vectors * each.weight
         groups = [range(len(generations))] if scoring.together else scoring.groups
@@ -220,8 +235,8 @@ def scans_of(
 
 
 def weights_of(generations: Sequence[Generation], chosen: Sequence[int]) -> Tensor:
-    """The share of each chosen generation in their target set [chosen] float64; they sum to 1 where none is
-    negative. Raises UserError where they are not usable."""
+    """The share of each chosen generation in the target set of all chosen ones: [chosen] float64; shares sum
+    to 1 if none is negative. Raises UserError for unusable weights."""
     weights = torch.tensor([generations[n].weight for n in chosen], dtype=torch.float64, device="cpu")
     total = float(weights.abs().sum())
     if not 0 < total < float("inf"):

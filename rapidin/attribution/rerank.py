@@ -1,6 +1,5 @@
-"""The candidates of a query: more rows at each end of the ranking than are shown, folded and rescored, and
-the
-ranks that they could have."""
+"""The candidates of a query: more rows at each end of the ranking than are shown, rescored by a finer cache,
+without duplicates, and with the ranks that they could have."""
 
 from __future__ import annotations
 
@@ -8,37 +7,39 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
+from rapidin import distributed
 from rapidin.attribution.clock import Clock
-from rapidin.attribution.duplicates import exact_copies, fold, shingles_of, wanted_for
+from rapidin.attribution.duplicates import candidates_for, exact_copies, fold, shingles_of
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.scan import Ends, rescore, scan_cache
 from rapidin.attribution.scan_pieces import CacheScan
-from rapidin.attribution.score_errors import Details, details, places
+from rapidin.attribution.score_errors import details, rank_intervals
 from rapidin.attribution.training_data import hits_of
 from rapidin.data.examples import Examples
-from rapidin.distributed import world
 from rapidin.results.types import Hit
 
-MARGIN = 32  # candidates after the last hit shown that its last rank is counted among
+MARGIN = 32  # candidates after the last hit that is shown, for the highest ranks that hits could have
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """ends: of all queries, best first, as `scan_cache` gives them; copies: of both ends by query and row,
-    what is folded into a hit."""
+    """Candidates of all queries.
+
+    ends: best first, as `scan_cache` returns them; copies: for each end, query and row the hit with its
+    duplicates, or None if duplicates are not folded.
+    """
 
     ends: Ends
     copies: tuple[list[dict[int, Hit]], list[dict[int, Hit]]] | None = None
 
     def best(self, count: int) -> Ends:
-        """The first so many at each end."""
+        """The first `count` at each end."""
         (top, top_rows), (bottom, bottom_rows) = self.ends
         return (top[:, :count], top_rows[:, :count]), (bottom[:, :count], bottom_rows[:, :count])
 
     def with_copies(self, query: int, end: int, hits: Sequence[Hit]) -> list[Hit]:
-        """Hits of one end (0: the top) with what is folded into them."""
+        """Hits of one end (0: the top) with the duplicates that are folded into them."""
         if self.copies is None:
             return list(hits)
         known = {**self.copies[1 - end][query], **self.copies[end][query]}
@@ -47,120 +48,127 @@ class Candidates:
         ]
 
     def rows(self, query: int, count: int) -> list[int]:
-        """The rows among the first so many at both ends of a query, each once, and of those that say the same
-        one."""
-        found = {row for _, rows in self.best(count) for row in rows[query].tolist() if row >= 0}
+        """The rows among the first `count` at both ends of a query, each once, and one for each set of
+        duplicates."""
+        rows = {row for _, rows in self.best(count) for row in rows[query].tolist() if row >= 0}
         if self.copies is not None:
             top, bottom = (copies[query] for copies in self.copies)
             folded = {index for hit in top.values() for index in hit.copies}
-            found -= {row for row, hit in bottom.items() if row not in top and hit.index in folded}
-        return sorted(found)
+            rows -= {row for row, hit in bottom.items() if row not in top and hit.index in folded}
+        return sorted(rows)
 
 
 def find_candidates(
-    scanned: Sequence[CacheScan],
+    scans: Sequence[CacheScan],
     finer: CacheScan | None,
     options: QueryOptions,
     generations: int,
     data: Examples | None,
     clock: Clock,
 ) -> Candidates | None:
-    """The candidates of all queries; of several processes, which all call this, for the leader alone.
+    """The candidates of all queries in the leading process, None in the others; collective.
 
-    finer: what the best `options.rescored` are chosen by; generations: how many queries, the first ones, are
-    no targets. If hits are folded, the scan is repeated for more until enough of them are left.
+    finer: rescores the best `options.rescored`; generations: the number of queries that are no targets, which
+    come first. If duplicates are folded, the scan is repeated for more rows until enough are left.
     """
-    here, cache = world(), scanned[0].cache
+    world, cache = distributed.world(), scans[0].cache
     shown = max(options.top_k, options.rescored if finer is None else 0)
-    # What a finer cache chooses from is what was asked for, no more.
-    looked = options.rescored if finer is not None else wanted_for(shown) if options.fold else shown + MARGIN
-    found: Candidates | None = None
+    if finer is not None:  # it rescores what the user asked for, without a margin
+        count = options.rescored
+    else:
+        count = candidates_for(shown) if options.fold else shown + MARGIN
+    candidates: Candidates | None = None
     while True:
-        ends = scan_cache(scanned, looked)
+        ends = scan_cache(scans, count)
         clock.lap("scan")
-        if here.leads and finer is not None:
-            ends = rescore(finer, ends, looked)
+        if world.leads and finer is not None:
+            ends = rescore(finer, ends, count)
             clock.lap("rescore")
         if not options.fold:
-            return Candidates(ends) if here.leads else None
-        if here.leads:
-            found = _folded(scanned, ends, data)
+            return Candidates(ends) if world.leads else None
+        if world.leads:
+            candidates = _folded(scans, ends, data)
             clock.lap("fold")
         full = [bool((rows[:generations, -1:] >= 0).all()) for _, rows in ends]
 
-        def enough(found: Candidates | None = found, full: list[bool] = full) -> bytes:
-            assert found is not None
-            return bytes([_enough(found, full, generations, shown)])
+        def enough(candidates: Candidates | None = candidates, full: list[bool] = full) -> bytes:
+            assert candidates is not None
+            return bytes([_enough(candidates, full, generations, shown)])
 
-        if looked >= len(cache) or here.share(enough)[0]:
-            return found
-        looked *= 4
+        if count >= len(cache) or world.share(enough)[0]:
+            return candidates
+        count *= 4
 
 
-def _enough(found: Candidates, full: Sequence[bool], generations: int, shown: int) -> bool:
-    """Whether so many are left at each end of each generation; an end that the scan could not fill has all
-    that there are."""
-    left = ((rows[:generations] >= 0).sum(1) for _, rows in found.ends)
+def _enough(candidates: Candidates, full: Sequence[bool], generations: int, shown: int) -> bool:
+    """Whether `shown` candidates are left at each end of each generation; full: whether the scan filled the
+    end, else there are no more rows."""
+    left = ((rows[:generations] >= 0).sum(1) for _, rows in candidates.ends)
     return all(not more or bool((count >= shown).all()) for more, count in zip(full, left, strict=True))
 
 
-def _folded(scanned: Sequence[CacheScan], ends: Ends, data: Examples | None) -> Candidates:
-    cache = scanned[0].cache
+def _folded(scans: Sequence[CacheScan], ends: Ends, data: Examples | None) -> Candidates:
+    """Candidates without duplicates."""
+    cache = scans[0].cache
     every = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))
     # Queries have hits in common, whose records are read once.
-    known = {hit.row: hit for hit in hits_of(cache, data, torch.zeros(len(every), device="cpu"), every)}
-    exact, said = exact_copies(cache, list(known)), shingles_of(list(known.values()))
-    made, copies = [], []
+    by_row = {hit.row: hit for hit in hits_of(cache, data, torch.zeros(len(every), device="cpu"), every)}
+    exact, shingles = exact_copies(cache, list(by_row)), shingles_of(list(by_row.values()))
+    folded_ends, copies = [], []
     for scores, rows in ends:
-        hits = []
-        for own_scores, own_rows in zip(scores.tolist(), rows.tolist(), strict=True):
-            found = [
-                replace(known[row], score=score)
-                for score, row in zip(own_scores, own_rows, strict=True)
-                if row >= 0
-            ]
-            hits.append(fold(found, exact, said))
-        longest = max(map(len, hits), default=0)
-        kept, where = scores.new_zeros(len(hits), longest), rows.new_full((len(hits), longest), -1)
-        for n, own in enumerate(hits):
-            kept[n, : len(own)] = torch.tensor([hit.score for hit in own], device="cpu")
-            where[n, : len(own)] = torch.tensor([hit.row for hit in own], dtype=torch.int64, device="cpu")
-        made.append((kept, where))
-        copies.append([{hit.row: replace(hit, example=None) for hit in own} for own in hits])
-    return Candidates((made[0], made[1]), (copies[0], copies[1]))
+        folded = [
+            fold(
+                [replace(by_row[row], score=score) for score, row in zip(*pair, strict=True) if row >= 0],
+                exact,
+                shingles,
+            )
+            for pair in zip(scores.tolist(), rows.tolist(), strict=True)
+        ]
+        longest = max(map(len, folded), default=0)
+        left = scores.new_zeros(len(folded), longest), rows.new_full((len(folded), longest), -1)
+        for n, hits in enumerate(folded):
+            left[0][n, : len(hits)] = torch.tensor([hit.score for hit in hits], device="cpu")
+            left[1][n, : len(hits)] = torch.tensor([hit.row for hit in hits], dtype=torch.int64, device="cpu")
+        folded_ends.append(left)
+        copies.append([{hit.row: replace(hit, example=None) for hit in hits} for hits in folded])
+    return Candidates((folded_ends[0], folded_ends[1]), (copies[0], copies[1]))
 
 
 class RankIntervals:
-    """The errors of hits and the ranks that they could have; what each layer brings to them, if options."""
+    """The standard errors of hits, the ranks that they could have, and with `options.layers` the
+    contributions of layers."""
 
     def __init__(
-        self, scans: Sequence[CacheScan], found: Candidates, generations: int, options: QueryOptions
+        self, scans: Sequence[CacheScan], candidates: Candidates, generations: int, options: QueryOptions
     ) -> None:
-        """generations: how many queries, the first ones, are no targets: this is about them."""
-        shown = max(options.top_k + MARGIN, options.rescored if options.exact else 0)
-        self._found, self._layers = found.best(shown), options.layers
-        rows = torch.cat([rows[:generations] for _, rows in self._found], 1)
-        self._details: Details = details(scans, rows)
+        """generations: the number of queries that are no targets, which come first; the others are left
+        out."""
+        count = max(options.top_k + MARGIN, options.rescored if options.exact else 0)
+        self._ends, self._with_layers = candidates.best(count), options.layers
+        rows = torch.cat([rows[:generations] for _, rows in self._ends], 1)
+        self._details = details(scans, rows)
         self.layers = self._details.layers if options.layers else ()
 
     def describe(self, query: int, end: int, hits: Sequence[Hit], *, exact: bool = False) -> list[Hit]:
-        """Hits of one end (0: the top), the first of the candidates, with what is known of them. exact: in
-        another order and with other scores, which have no error."""
-        scores, rows = self._found[end]
+        """Hits of one end (0: the top), which are among the first candidates, with their errors and ranks.
+
+        exact: the hits have exact scores, and so another order and no errors.
+        """
+        scores, rows = self._ends[end]
         count = int((rows[query] >= 0).sum())
-        first = end * self._found[0][1].shape[1]
+        first = end * self._ends[0][1].shape[1]
         errors = self._details.errors[query, first : first + count].tolist()
-        parts: Tensor = self._details.parts[query, first : first + count]
-        where = {row: n for n, row in enumerate(rows[query, :count].tolist())}
+        by_layer = self._details.by_layer[query, first : first + count]
+        positions = {row: n for n, row in enumerate(rows[query, :count].tolist())}
         sign = -1.0 if end else 1.0
-        stand = places([sign * score for score in scores[query, :count].tolist()], errors)
+        intervals = rank_intervals([sign * score for score in scores[query, :count].tolist()], errors)
         described = []
         for hit in hits:
-            n = where.get(hit.row)
-            if n is not None and self._layers:
-                hit = replace(hit, layers=tuple(parts[n].tolist()))
-            if n is not None and not exact and errors[n] == errors[n]:
-                place = stand[n]
-                hit = replace(hit, error=errors[n], ranks=(place.first, place.last), tied=place.tied)
+            n = positions.get(hit.row)
+            if n is not None and self._with_layers:
+                hit = replace(hit, layers=tuple(by_layer[n].tolist()))
+            if n is not None and not exact and errors[n] == errors[n]:  # not NaN
+                ranks = intervals[n].first, intervals[n].last
+                hit = replace(hit, error=errors[n], ranks=ranks, tied=intervals[n].tied)
             described.append(hit)
         return described

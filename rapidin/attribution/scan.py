@@ -37,10 +37,10 @@ def scan_cache(
     Raises UserError if the caches are of other examples, or hold none yet.
     """
     world = distributed.world()
-    found = world.gather(scan_pieces(*_begin(scans, device, _share(scans, world)), top_k=top_k))
+    shares = world.gather(scan_pieces(*_begin(scans, device, _share(scans, world)), top_k=top_k))
     ends = []
     for end, largest in ((0, True), (1, False)):  # shares are in the order of their rows
-        scores, rows = (torch.cat([share[end][n] for share in found], 1) for n in (0, 1))
+        scores, rows = (torch.cat([share[end][n] for share in shares], 1) for n in (0, 1))
         ends.append(_best(scores, rows, top_k, largest))
     if not ends[0][0].shape[1]:
         raise _empty(scans)
@@ -56,19 +56,19 @@ def all_scores(scans: CacheScan | Sequence[CacheScan], device: torch.device | No
     share = _share(scans, world)
     listed, on, read = _begin(scans, device, share, PIECE_ROWS)
     queries, count = len(listed[0].query.vectors), 0
-    found = torch.full((queries, listed[0].cache.table_rows(4 * queries)), torch.nan, device="cpu")
+    all_rows = torch.full((queries, listed[0].cache.table_rows(4 * queries)), torch.nan, device="cpu")
     for scores, rows, _, _ in _scanned(listed, on, read, top_k=PIECE_ROWS):
         scores, rows, count = scores.cpu(), rows.cpu(), count + 1
         for query in range(queries):
             real = rows[query] >= 0
-            found[query, rows[query][real]] = scores[query][real]
+            all_rows[query, rows[query][real]] = scores[query][real]
     low, high = share
-    gathered = world.gather((share, count, found[:, low:high].clone()))
+    gathered = world.gather((share, count, all_rows[:, low:high].clone()))
     if not any(count for _, count, _ in gathered):
         raise _empty(scans)
     for (low, high), _, scores in gathered:
-        found[:, low:high] = scores
-    return found
+        all_rows[:, low:high] = scores
+    return all_rows
 
 
 def rescore(scan: CacheScan, ends: Ends, top_k: int, device: torch.device | None = None) -> Ends:
@@ -77,8 +77,8 @@ def rescore(scan: CacheScan, ends: Ends, top_k: int, device: torch.device | None
     scan: of a cache of the same examples, say one that keeps more of each. Rows that it lacks, or that do not
     count in it, are left out.
     """
-    found = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))
-    chosen = found[found >= 0]  # ascending
+    chosen = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))  # ascending
+    chosen = chosen[chosen >= 0]
     scores = scores_of(scan, chosen, device)
     best = []
     for (_, rows), largest in zip(ends, (True, False), strict=True):
@@ -137,7 +137,7 @@ def _begin(
     within: tuple[int, int],
     most: int | None = None,
 ) -> tuple[list[CacheScan], torch.device, Iterable[Piece]]:
-    """The scans, the device, and the pieces on it, of these rows and of at most so many rows each."""
+    """The scans, the device, and the pieces on it, from rows `within`, of at most `most` rows each."""
     scans = _listed(scans)
     device = scans[0].query.vectors.device if device is None else torch.empty(0, device=device).device
     if device.type != "cuda":
@@ -149,12 +149,12 @@ def scan_pieces(
     scans: Sequence[CacheScan], device: torch.device, read: Iterable[Piece], *, top_k: int
 ) -> Ends:
     """`scan_cache` of pieces that are on `device`, in the order of their rows."""
-    found = list(_scanned(scans, device, read, top_k=top_k))
-    if not found:
+    of_pieces = list(_scanned(scans, device, read, top_k=top_k))
+    if not of_pieces:
         queries = len(scans[0].query.vectors)
-        none = torch.zeros(queries, 0, device="cpu"), torch.zeros(queries, 0, dtype=torch.int64, device="cpu")
-        return none, none
-    joined = [torch.cat(column, dim=1) for column in zip(*found, strict=True)]
+        end = torch.zeros(queries, 0, device="cpu"), torch.zeros(queries, 0, dtype=torch.int64, device="cpu")
+        return end, end
+    joined = [torch.cat(column, dim=1) for column in zip(*of_pieces, strict=True)]
     top, top_rows = (x.cpu() for x in _best(joined[0], joined[1], top_k, True))
     bottom, bottom_rows = (x.cpu() for x in _best(joined[2], joined[3], top_k, False))
     return (top, top_rows), (bottom, bottom_rows)
@@ -163,13 +163,13 @@ def scan_pieces(
 def _scanned(
     scans: Sequence[CacheScan], device: torch.device, read: Iterable[Piece], *, top_k: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """Of each piece the top's scores and rows, and the bottom's."""
+    """For each piece (scores of the top, its rows, scores of the bottom, its rows)."""
     codecs = [scan.cache.codec.to(device) for scan in scans]
     prepared = [
         codec.prepare(scan.query.vectors.to(device)) for codec, scan in zip(codecs, scans, strict=True)
     ]
     joined: JoinedQueries = {}
-    known: dict[int, ops.ScanQueries] = {}  # by id(), which is unique while they are held here
+    uploaded: dict[int, ops.ScanQueries] = {}  # by id() of a plan's queries, which stay alive here
     for piece in read:
         plans, counts = [], None
         for scan, codec, query, rows in zip(scans, codecs, prepared, piece.caches, strict=True):
@@ -177,7 +177,7 @@ def _scanned(
             scales = scan.query.scales(codec, rows.stored, rows.factors)
             plans.append(query.plan(rows.stored, scales, rows.zero_gradient))
         plan = concatenate_plans(plans, joined)
-        queries = known.setdefault(id(plan.queries), ops.ScanQueries(plan.queries))
+        queries = uploaded.setdefault(id(plan.queries), ops.ScanQueries(plan.queries))
         top, top_rows, bottom, bottom_rows = ops.topk_scan_both_ends(
             plan.parts,
             queries,
@@ -193,7 +193,7 @@ def _scanned(
 
 
 def _best(scores: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:
-    # Shards come in row order and a stable sort keeps it among equal scores; empty places sort last.
+    # Shards come in row order and a stable sort keeps it among equal scores; rows below 0 sort last.
     empty = float("-inf") if largest else float("inf")
     keys = torch.where(rows >= 0, scores, empty)
     order = torch.sort(keys, dim=1, descending=largest, stable=True).indices[:, :k]

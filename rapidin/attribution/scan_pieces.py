@@ -16,7 +16,7 @@ from rapidin.cache.shards import Rows
 from rapidin.errors import UserError
 from rapidin.ops.transfer import CopyStream, Prefetcher
 
-PIECE_ROWS = 256  # that are scanned at a time when all scores are wanted
+PIECE_ROWS = 256  # rows of a piece when all scores are computed
 ALL_ROWS = (0, sys.maxsize)
 
 _FACTORS = "factors"
@@ -24,7 +24,7 @@ _FACTORS = "factors"
 
 @dataclass(frozen=True)
 class CacheScan:
-    """A cache and what it is scanned for; the scores of several are added up."""
+    """A cache and the query that it is scanned for; the scores of several scans are added up."""
 
     cache: Cache
     query: ScanQuery
@@ -32,7 +32,7 @@ class CacheScan:
 
 @dataclass(frozen=True)
 class Resting:
-    """Where the rows of a piece stay on the device: as rows [low, high) of a shard that is held there."""
+    """The rows [low, high) of a shard on the device, in which the rows of a piece are kept."""
 
     shard: HeldShard
     low: int
@@ -45,7 +45,7 @@ class CacheRows:
 
     tensors: the codec's, and the status [n]; factors: the query's factors of these rows [n, blocks], or None;
     zero_gradient: whether a block of one of them has zero gradient, None if that does not matter; resting:
-    where they stay on the device from this scan on; resident: the tensors are on the device already.
+    where they are kept on the device from this scan on; resident: whether the tensors are on the device.
     """
 
     tensors: Mapping[str, Tensor]
@@ -80,21 +80,21 @@ class Piece:
 
     def to_copy(self) -> dict[tuple[int, str], Tensor]:
         """The tensors that are not on the device yet, by number of the cache and name."""
-        found: dict[tuple[int, str], Tensor] = {}
+        tensors: dict[tuple[int, str], Tensor] = {}
         for number, rows in enumerate(self.caches):
             if not rows.resident:
-                found |= {(number, name): value for name, value in rows.tensors.items()}
+                tensors |= {(number, name): value for name, value in rows.tensors.items()}
             if rows.factors is not None:
-                found[number, _FACTORS] = rows.factors
-        return found
+                tensors[number, _FACTORS] = rows.factors
+        return tensors
 
     def copied(self, tensors: Mapping[tuple[int, str], Tensor]) -> Piece:
         """The piece with the tensors of `to_copy` on the device."""
         caches = []
         for number, rows in enumerate(self.caches):
-            mine = {name: value for (owner, name), value in tensors.items() if owner == number}
-            factors = mine.pop(_FACTORS, None)
-            caches.append(replace(rows, tensors=mine or rows.tensors, factors=factors))
+            of_cache = {name: value for (owner, name), value in tensors.items() if owner == number}
+            factors = of_cache.pop(_FACTORS, None)
+            caches.append(replace(rows, tensors=of_cache or rows.tensors, factors=factors))
         return replace(self, caches=tuple(caches))
 
 
@@ -117,22 +117,22 @@ def pieces(
     # The shard of each cache that is being read, with its first row; None once a cache has no more.
     current: list[tuple[int, Rows] | None] = [next(each, None) for each in shards]
     while all(each is not None for each in current):
-        here = [each for each in current if each is not None]
-        first = max(within[0], *(at for at, _ in here))
-        end = min(within[1], *(at + len(rows.index) for at, rows in here))
+        opened = [each for each in current if each is not None]
+        first = max(within[0], *(at for at, _ in opened))
+        end = min(within[1], *(at + len(rows.index) for at, rows in opened))
         for start in range(first, end, most or max(1, end - first)):
             stop = min(end, start + (most or end))
             yield Piece(
                 start,
                 tuple(
                     _rows_of(scan, at, rows, start, stop, resident)
-                    for scan, (at, rows) in zip(scans, here, strict=True)
+                    for scan, (at, rows) in zip(scans, opened, strict=True)
                 ),
             )
-        last = min(at + len(rows.index) for at, rows in here)
+        last = min(at + len(rows.index) for at, rows in opened)
         current = [
             (at, rows) if at + len(rows.index) > last else next(each, None)
-            for (at, rows), each in zip(here, shards, strict=True)
+            for (at, rows), each in zip(opened, shards, strict=True)
         ]
 
 
@@ -158,15 +158,15 @@ def prefetched(
     within: tuple[int, int] = ALL_ROWS,
     most: int | None = None,
 ) -> Iterator[Piece]:
-    """The same pieces on a device, copied ahead; rows that fit into its memory stay there."""
+    """The same pieces on a device, copied ahead; rows that fit into its memory are kept."""
     resident.admit([scan.cache for scan in scans], within)
     batches = ((piece, piece.to_copy()) for piece in pieces(scans, within, most, resident))
     for piece, tensors in Prefetcher[Piece, tuple[int, str]](stream).carry(batches):
-        there = piece.copied(tensors)
-        for rows in there.caches:
+        on_device = piece.copied(tensors)
+        for rows in on_device.caches:
             if rows.resting is not None:
                 rows.resting.shard.fill(rows.resting.low, rows.resting.high, rows.tensors)
-        yield there
+        yield on_device
 
 
 def pieces_of(scan: CacheScan, chosen: Tensor) -> Iterator[Piece]:

@@ -1,7 +1,7 @@
-"""Choosing training data for a target set, and the table of what examples do to themselves.
+"""Selection of training data for a target set, and the tables of `rapidin select` and `rapidin self`.
 
-As LESS does (Xia et al., ICML 2024, section 3): an example is worth its mean influence on the target set, or,
-where the set has groups, the largest of its groups' means.
+As in LESS (Xia et al., ICML 2024, section 3) an example is worth its mean influence on the target set, or, if
+the set has groups, the largest of its means over the groups.
 """
 
 from __future__ import annotations
@@ -18,46 +18,52 @@ from torch import Tensor
 from rapidin.errors import UserError, short
 
 
-def share_of(text: str, rows: int) -> int:
-    """How many of `rows` a share like "5%", or a number, names. UserError where it is none of both."""
+def count_of(text: str, rows: int) -> int:
+    """The number of `rows` that a share such as "5%", or a number, stands for. Raises UserError if it is
+    neither."""
     try:
-        wanted = float(text[:-1]) / 100 * rows if text.endswith("%") else float(int(text))
+        count = float(text[:-1]) / 100 * rows if text.endswith("%") else float(int(text))
     except ValueError:
         raise UserError(f"--top {short(text)} is neither a number nor a share", "as in --top 5%") from None
-    if not 0 < wanted <= rows:
+    if not 0 < count <= rows:
         raise UserError(
-            f"--top {short(text)} of {rows:,} examples", "say more than 0 and at most all of them"
+            f"--top {short(text)} of {rows:,} examples", "use more than 0 and at most all of them"
         )
-    return max(1, round(wanted))
+    return max(1, round(count))
 
 
-def groups_of(records: Sequence[Mapping[str, Any]], column: str) -> dict[str, list[int]]:
-    """Places of the records by their value in a column, as they appear; UserError where one lacks it."""
-    found: dict[str, list[int]] = {}
-    for place, record in enumerate(records):
+def group_by(records: Sequence[Mapping[str, Any]], column: str) -> dict[str, list[int]]:
+    """The numbers of the records by their value in a column, in order. Raises UserError if one lacks it."""
+    groups: dict[str, list[int]] = {}
+    for n, record in enumerate(records):
         if column not in record:
-            raise UserError(f"example {place} of the target set has no column '{column}'")
-        found.setdefault(str(record[column]), []).append(place)
-    return found
+            raise UserError(f"example {n} of the target set has no column '{column}'")
+        groups.setdefault(str(record[column]), []).append(n)
+    return groups
 
 
 def best_rows(scores: Tensor, count: int) -> list[int]:
-    """The rows with the largest of their scores [groups, rows], ascending; NaN: rows that do not count, which
-    are never chosen. Equal scores: the smaller row first. UserError where fewer rows count."""
+    """The `count` rows with the largest scores, ascending, a row's score being the maximum of its scores
+    [groups, rows].
+
+    Rows that do not count have NaN and are never chosen; of equal scores the smaller row comes first. Raises
+    UserError if fewer rows count.
+    """
     best = torch.where(scores.isnan(), -torch.inf, scores).amax(0)
     usable = int((best > -torch.inf).sum())
     if usable < count:
-        raise UserError(f"only {usable:,} examples have a gradient, {count:,} are wanted", "lower --top")
+        raise UserError(f"only {usable:,} examples have a gradient, --top asks for {count:,}", "lower --top")
     return sorted(torch.sort(best, descending=True, stable=True).indices[:count].tolist())
 
 
 def jsonl(records: Sequence[Mapping[str, Any]]) -> str:
-    """Records a line each."""
+    """The records as JSON, one a line."""
     return "".join(json.dumps(dict(record), ensure_ascii=False, default=str) + "\n" for record in records)
 
 
 def table(columns: Mapping[str, Sequence[Any]], path: str) -> str:
-    """Columns of like length as the text of a file: jsonl where its name says so, else CSV; NaN: nothing."""
+    """The text of a file with these columns of equal length: jsonl if the path ends in .jsonl or .json, else
+    CSV. NaN becomes null or an empty field."""
     rows = [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     rows = [{k: None if isinstance(v, float) and v != v else v for k, v in row.items()} for row in rows]
     if path.endswith((".jsonl", ".json")):

@@ -1,12 +1,12 @@
-"""Inside of texts: what each token of a training example brings to its score, and scores of exact gradients.
+"""What each token of a training example contributes to its score, and scores of exact gradients.
 
-A linear layer's gradient for an example is ``sum_t g_t a_t^T``, over the positions where the model reads its
-tokens: so is its product with a query, and a score is a sum over positions. What a position brings is what
-its activations and the gradients that arrive there make together, whichever tokens' losses they come from:
-of a prompt, too, whose own loss does not count.
+A linear layer's gradient for an example is ``sum_t g_t a_t^T`` over the positions t at which the model reads
+tokens. Its product with a query is a sum over positions too, and so is a score. The contribution of a
+position comes from its activations and the gradients that arrive there, whichever tokens' losses those come
+from: also in a prompt, which has no loss itself.
 
-*Sketched* products are those that the cache holds, taken again position by position. *Exact* ones need no
-sketch: with a query's gradient ``sum_s h_s b_s^T`` a position brings ``sum_s <g_t, h_s> <a_t, b_s>``.
+*Sketched* products are those of the cache, recomputed position by position. *Exact* ones need no sketch: with
+a query's gradient ``sum_s h_s b_s^T`` a position contributes ``sum_s <g_t, h_s> <a_t, b_s>``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rapidin.attribution.normalization import divide, divisors, score_divisor, whole_lengths
 from rapidin.data.encoding import Encoded
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch
@@ -26,37 +27,36 @@ from rapidin.gradients.source import GradientSource
 if TYPE_CHECKING:
     from rapidin.attribution.methods import ScanQuery
 
-_BYTES = 512 << 20  # of products, or of the queries' exact gradients, that are held at a time
+_BYTES = 512 << 20  # of products, or of the queries' exact gradients, in memory at a time
 
 OnText = Callable[[int], None]
-Factors = list[tuple[Tensor, Tensor]]  # columns [T, I] and rows [T, O] of each target, for one text
+Factors = list[tuple[Tensor, Tensor]]  # columns [T, I] and rows [T, O] of each parameter, for one text
 
 
 def _batch(source: GradientSource, text: Encoded) -> Batch:
     batch = Batch.of([(text.ids, text.target)], source.loaded.device)
-    return replace(batch, first=0)  # or the output head would not see all positions
+    return replace(batch, first=0)  # so that the output head sees all positions
 
 
-def _wrong(error: TypeError) -> UserError:
-    return UserError(str(error), "make a cache of linear layers' weights alone: see --include")
+def _not_linear(error: TypeError) -> UserError:
+    return UserError(str(error), "make a cache of linear layers' weights only: see --include")
 
 
 def sketched(
     source: GradientSource, text: Encoded, query: ScanQuery, factors: Tensor | None = None
 ) -> Tensor:
-    """What each position of a training example brings to its scores: [Q, T] float32 on the CPU.
+    """What each position of a training example contributes to its scores: [Q, T] float32 on the CPU.
 
     text: the example; query: what the cache is scanned for; factors: `ScanQuery.factors` of its row [blocks].
-    They sum to the scores that the cache would have if it kept its sketches whole. Raises UserError where a
-    gradient does not come token by token.
+    The sums over positions are the scores that the cache would give if it stored sketches uncompressed.
+    Raises UserError if a gradient is not a sum over tokens.
     """
     vectors = query.vectors.to(source.loaded.device)
-    each = 4 * len(text.ids) * len(source.targets) * len(source.points)
-    size = max(1, _BYTES // each)
-    found = [
-        _sketched(source, text, chosen, query.normalize, factors) for chosen in torch.split(vectors, size)
-    ]
-    return torch.cat(found)
+    bytes_per_query = 4 * len(text.ids) * len(source.targets) * len(source.points)
+    size = max(1, _BYTES // bytes_per_query)
+    return torch.cat(
+        [_sketched(source, text, some, query.normalize, factors) for some in torch.split(vectors, size)]
+    )
 
 
 def _sketched(
@@ -66,35 +66,25 @@ def _sketched(
     products, lengths = [], []
     for number in range(len(source.points)):
         if sketcher.blocks == count:
-            mine = vectors[:, number * count : (number + 1) * count]
-        else:  # one block: the sum of all targets' sketches, each at length 1
-            mine = vectors[:, number : number + 1].expand(-1, count, -1)
+            of_point = vectors[:, number * count : (number + 1) * count]
+        else:  # one block: the sum of all parameters' sketches, each at length 1
+            of_point = vectors[:, number : number + 1].expand(-1, count, -1)
         try:
             with source.at(number):
-                product, sketch = sketcher.positions(_batch(source, text), mine, number)
+                product, sketch = sketcher.positions(_batch(source, text), of_point, number)
         except TypeError as error:
-            raise _wrong(error) from None
+            raise _not_linear(error) from None
         if sketcher.blocks != count:
-            length = sketch.norm(dim=1)
-            unit = torch.where(length > 0, 1 / length, 0.0)
-            product = (product * unit).sum(2, keepdim=True)
-            sketch = (sketch * unit[:, None]).sum(0, keepdim=True)
+            scale = divide(1.0, sketch.norm(dim=1))
+            product = (product * scale).sum(2, keepdim=True)
+            sketch = (sketch * scale[:, None]).sum(0, keepdim=True)
         products.append(product)
         lengths.append(sketch.double().norm(dim=1))
-    product, length = torch.cat(products, 2).double(), torch.cat(lengths)
-    scale = _scale(length, normalize)
+    product = torch.cat(products, 2).double()
+    scale = divide(1.0, divisors(torch.cat(lengths), normalize))
     if factors is not None:
         scale = scale * factors.to(scale)
     return (product @ scale).T.float().cpu()
-
-
-def _scale(length: Tensor, normalize: str) -> Tensor:
-    """What the blocks of a row [blocks] with these lengths are multiplied by, as `methods` has it."""
-    if normalize == "none":
-        return torch.ones_like(length)
-    if normalize == "cosine":
-        length = length.norm().expand_as(length)
-    return torch.where(length > 0, 1 / length, 0.0)
 
 
 # ------------------------------------------------------------------------------------------------- exact
@@ -102,8 +92,11 @@ def _scale(length: Tensor, normalize: str) -> Tensor:
 
 @dataclass(frozen=True)
 class _Gradients:
-    """One target's gradients of some queries: formed [Q, O, I], or the factors of all their positions one
-    after another (columns [S, I], rows [S, O]) with the query of each [S]."""
+    """The gradients of some queries for one parameter.
+
+    formed: the gradients [Q, O, I], or None. Else the factors of all positions of all queries, concatenated:
+    columns [S, I], rows [S, O], and owner [S], the query of each position.
+    """
 
     formed: Tensor | None
     columns: Tensor
@@ -113,7 +106,7 @@ class _Gradients:
 
     @staticmethod
     def of(factors: Sequence[tuple[Tensor, Tensor]]) -> _Gradients:
-        """Of each query's (columns [S, I], rows [S, O])."""
+        """From the (columns [S, I], rows [S, O]) of each query."""
         columns, rows = torch.cat([c for c, _ in factors]), torch.cat([r for _, r in factors])
         sizes = torch.tensor([len(c) for c, _ in factors], device=columns.device)
         owner = torch.repeat_interleave(torch.arange(len(factors), device=columns.device), sizes)
@@ -124,7 +117,8 @@ class _Gradients:
         return _Gradients(formed, columns, rows, owner, len(factors))
 
     def products(self, columns: Tensor, rows: Tensor) -> Tensor:
-        """With ``rows_t columns_t^T`` of each position of another text, [T, I] and [T, O]: [Q, T] float32."""
+        """Inner products with ``rows_t columns_t^T`` of each position of a text, [T, I] and [T, O]: [Q, T]
+        float32."""
         columns, rows = columns.float(), rows.float()
         if self.formed is not None:
             return torch.einsum("to,qoi,ti->qt", rows, self.formed, columns)
@@ -138,71 +132,71 @@ def length_of(columns: Tensor, rows: Tensor) -> float:
     t, o, i = len(rows), rows.shape[1], columns.shape[1]
     if o * i < t * (o + i):
         return float((rows.T @ columns).double().norm())
-    # A sum of squares that may come out a little below 0.
+    # Rounding may make this sum of squares slightly negative.
     return float(((rows @ rows.T) * (columns @ columns.T)).double().sum().clamp(min=0).sqrt())
 
 
 def lengths_of(factors: Factors) -> Tensor:
-    """`length_of` each target's: [targets] float64."""
+    """The `length_of` each parameter's gradient: [parameters] float64."""
     return torch.tensor(
         [length_of(columns, rows) for columns, rows in factors], dtype=torch.float64, device="cpu"
     )
 
 
 class ExactQueries:
-    """The exact gradients of some queries, to compare those of other texts with.
+    """The exact gradients of some queries, to compare with those of other texts.
 
-    lengths: [Q, targets] float64.
+    lengths: [Q, parameters] float64.
     """
 
     def __init__(self, factors: Iterable[Factors]) -> None:
-        """factors: of each query."""
-        by_target: list[Factors] = []
+        """factors: those of each query."""
+        by_parameter: list[Factors] = []
         lengths = []
-        for parts in factors:
-            by_target = by_target or [[] for _ in parts]
-            for kept, pair in zip(by_target, parts, strict=True):
-                kept.append(pair)
-            lengths.append(lengths_of(parts))
-        self._gradients = [_Gradients.of(kept) for kept in by_target]
+        for of_query in factors:
+            by_parameter = by_parameter or [[] for _ in of_query]
+            for pairs, pair in zip(by_parameter, of_query, strict=True):
+                pairs.append(pair)
+            lengths.append(lengths_of(of_query))
+        self._gradients = [_Gradients.of(pairs) for pairs in by_parameter]
         self.lengths = torch.stack(lengths)
 
-    def products(self, target: int, columns: Tensor, rows: Tensor) -> Tensor:
-        """[Q, T] with each position of another text, by its factors [T, I] and [T, O] there."""
-        return self._gradients[target].products(columns, rows)
+    def products(self, parameter: int, columns: Tensor, rows: Tensor) -> Tensor:
+        """Inner products with each position of another text, by its factors [T, I] and [T, O] for the
+        parameter: [Q, T]."""
+        return self._gradients[parameter].products(columns, rows)
 
-    def compare(self, target: int, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """(cosines [Q, B], lengths [B]), float32, with the gradients of other texts, by factors [B, T, I] and
-        [B, T, O]."""
+    def compare(self, parameter: int, columns: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(cosines [Q, B], lengths [B]), float32, with the gradients of other texts, by their factors
+        [B, T, I] and [B, T, O] for the parameter."""
         pairs = list(zip(columns, rows, strict=True))
         length = torch.tensor([length_of(*pair) for pair in pairs], dtype=torch.float64, device="cpu")
-        products = torch.stack([self.products(target, *pair).double().sum(1).cpu() for pair in pairs], 1)
-        both = self.lengths[:, target, None] * length
-        return torch.where(both > 0, products / both, 0.0).float(), length.float()
+        products = torch.stack([self.products(parameter, *pair).double().sum(1).cpu() for pair in pairs], 1)
+        return divide(products, self.lengths[:, parameter, None] * length).float(), length.float()
 
 
 def factors_of(source: GradientSource, text: Encoded, point: int) -> Factors:
-    """(columns [T, I], rows [T, O]) of each target, for one text, where the model stands."""
+    """(columns [T, I], rows [T, O]) of each parameter for one text, at the model's present weights."""
     return [(c[0], r[0]) for c, r in source.sketcher.factors(_batch(source, text), point)]
 
 
 def query_bytes(source: GradientSource, query: Encoded) -> int:
-    """Of a query's exact gradient at one point."""
+    """The bytes of a query's exact gradient at one point."""
     t = len(query.ids)
     sizes = [(target.shape[0], target.shape[1]) for target in source.targets if len(target.shape) == 2]
     return sum(4 * min(o * i, t * (o + i)) for o, i in sizes)
 
 
 def chunks(source: GradientSource, queries: Sequence[Encoded]) -> Iterator[slice]:
-    """Queries whose exact gradients fit into memory together, at least one at a time."""
-    begun, held = 0, 0
+    """Ranges of queries whose exact gradients fit into memory together, at least one at a time."""
+    first, total = 0, 0
     for n, query in enumerate(queries):
         size = query_bytes(source, query)
-        if n > begun and held + size > _BYTES:
-            yield slice(begun, n)
-            begun, held = n, 0
-        held += size
-    yield slice(begun, len(queries))
+        if n > first and total + size > _BYTES:
+            yield slice(first, n)
+            first, total = n, 0
+        total += size
+    yield slice(first, len(queries))
 
 
 def exact(
@@ -214,48 +208,55 @@ def exact(
     normalize: str,
     on_text: OnText = lambda _: None,
 ) -> list[Tensor]:
-    """What each position of each text brings to its exact scores by `dot`: [Q, T] float64 of each text.
+    """What each position of each text contributes to its exact scores by `dot`: [Q, T] float64 for each text.
 
-    queries: with weights their losses are multiplied by; owners: the query whose lengths each is measured by,
-    itself or the one that it is a part of. on_text: called with how many passes over texts are done. Raises
-    UserError where a parameter that counts is not the weight of a linear layer.
+    queries: with the weights that their losses are multiplied by; owners: the query by whose lengths each
+    query is normalised: itself, or the one that it is a target of. on_text: called with the number of passes
+    over texts that are done. Raises UserError if the gradient of a parameter that is not the weight of a
+    linear layer is taken.
     """
     layers = len(source.targets)
     blocks = layers * len(source.points)
     sums = [torch.zeros(len(queries), len(text.ids), dtype=torch.float64, device="cpu") for text in texts]
-    own, theirs = (
-        torch.zeros(len(queries), blocks, device="cpu").double(),
-        torch.zeros(len(texts), blocks, device="cpu").double(),
+    query_lengths, text_lengths = (
+        torch.zeros(len(some), blocks, dtype=torch.float64, device="cpu") for some in (queries, texts)
     )
     done = 0
     try:
         for number in range(len(source.points)):
-            blocks_here = slice(number * layers, (number + 1) * layers)
+            of_point = slice(number * layers, (number + 1) * layers)
             with source.at(number):
                 for n, query in enumerate(queries):
                     if owners[n] == n:
-                        own[n, blocks_here] = lengths_of(factors_of(source, query, number))
-                for chosen in chunks(source, queries):
-                    held = ExactQueries(factors_of(source, query, number) for query in queries[chosen])
-                    owned = own[list(owners[chosen]), blocks_here]
+                        query_lengths[n, of_point] = lengths_of(factors_of(source, query, number))
+                for chunk in chunks(source, queries):
+                    exact_queries = ExactQueries(
+                        factors_of(source, query, number) for query in queries[chunk]
+                    )
+                    owner_lengths = query_lengths[list(owners[chunk]), of_point]
                     for n, text in enumerate(texts):
                         factors = factors_of(source, text, number)
-                        theirs[n, blocks_here] = lengths_of(factors)
-                        scale = torch.ones_like(owned)
+                        text_lengths[n, of_point] = lengths_of(factors)
+                        scale = torch.ones_like(owner_lengths)
                         if normalize == "layer":
-                            scale = owned * theirs[n, blocks_here] * blocks
-                            scale = torch.where(scale > 0, 1 / scale, 0.0)
-                        for layer, (columns, rows) in enumerate(factors):
-                            product = held.products(layer, columns, rows).double().cpu()
-                            sums[n][chosen] += product * scale[:, layer, None]
+                            both = owner_lengths * text_lengths[n, of_point]
+                            scale = divide(1.0, both * score_divisor(blocks, normalize))
+                        _add_products(sums[n][chunk], exact_queries, factors, scale)
                         done += 1
                         on_text(done)
     except TypeError as error:
-        raise _wrong(error) from None
-    scale = torch.tensor(list(weights), dtype=torch.float64, device="cpu")
+        raise _not_linear(error) from None
+    scales = torch.tensor(list(weights), dtype=torch.float64, device="cpu").expand(len(texts), -1)
     if normalize == "cosine":
-        scale = scale / own[list(owners)].norm(dim=1).clamp(min=1e-300)
-    for n in range(len(texts)):
-        length = theirs[n].norm().clamp(min=1e-300) if normalize == "cosine" else 1.0
-        sums[n] *= (scale / length)[:, None]
+        scales = divide(scales, whole_lengths(query_lengths[list(owners)]).T)
+        scales = divide(scales, whole_lengths(text_lengths))
+    for of_text, scale in zip(sums, scales, strict=True):
+        of_text *= scale[:, None]
     return sums
+
+
+def _add_products(sums: Tensor, queries: ExactQueries, factors: Factors, scale: Tensor) -> None:
+    """Adds to sums [Q, T] the products of queries with each position of a text, by its factors; scale: of
+    each query and parameter, [Q, parameters]."""
+    for n, (columns, rows) in enumerate(factors):
+        sums += queries.products(n, columns, rows).double().cpu() * scale[:, n, None]

@@ -16,26 +16,29 @@ from rapidin.errors import UserError
 from rapidin.results.types import Hit
 
 
-def cached_record(source: Examples, row: int, index: int, wanted: int, otherwise: str = "") -> Record:
-    """The record of a row, whose line has this index, if it has the hash of the one that was cached.
+def cached_record(
+    examples: Examples, row: int, index: int, cached_hash: int, alternative: str = ""
+) -> Record:
+    """The record of a row, after a check that it has the hash of the record that was cached.
 
-    otherwise: what else the user may do. Raises UserError where it is another.
+    index: its line number; alternative: what else the user may do. Raises UserError if it is another record.
     """
-    record = source[row] if row < len(source) else None
-    if record is None or record_hash(record) != wanted:
-        named = ", ".join(source.path) if isinstance(source.path, list) else source.path
+    record = examples[row] if row < len(examples) else None
+    if record is None or record_hash(record) != cached_hash:
+        named = ", ".join(examples.path) if isinstance(examples.path, list) else examples.path
         raise UserError(
             f"the training data '{named}' is not what was cached: see example {index}",
-            f"name the right file with --train-data{otherwise}",
+            f"name the right file with --train-data{alternative}",
         )
     return record
 
 
 def training_data(cache: Cache, examples: Any) -> Examples | None:
-    """The data to show with hits, opened but not read: `examples`, by default from where the cache was made.
+    """The training examples to show with hits, opened but not read; by default those that the cache was made
+    of.
 
-    None for False, and where the examples were never in a file. Raises UserError where it is not there, or
-    has another number of examples; each one that is shown is checked by `hits_of`.
+    None if `examples` is False, or if the examples were never in a file. Raises UserError if they do not
+    exist or their number is another; `hits_of` checks each example that is shown.
     """
     if examples is False:
         return None
@@ -44,28 +47,28 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
     source = cache.manifest.data.get("path") if examples is None else examples
     if source is None:
         return None
-    remedy = "name it with --train-data, or say --no-text to see line numbers only"
+    remedy = "name it with --train-data, or use --no-text to see line numbers only"
     if examples is None:
         source = join_paths([source] if isinstance(source, str) else source)
     paths = list(source.paths) if isinstance(source, Files) else [source]
     for path in paths:
         if isinstance(path, str | Path) and not os.path.exists(path):
             raise UserError(f"the training data of the cache {cache.path} is not at {path}", remedy)
-    found = open_examples(source, limit=cache.manifest.rows, checked=False)
-    if len(found) != cache.manifest.rows:
-        named = ", ".join(map(str, paths)) if found.path is not None else "the data"
+    opened = open_examples(source, limit=cache.manifest.rows, checked=False)
+    if len(opened) != cache.manifest.rows:
+        named = ", ".join(map(str, paths)) if opened.path is not None else "the data"
         raise UserError(
-            f"{named} has {len(found):,} examples, "
+            f"{named} has {len(opened):,} examples, "
             f"the cache {cache.path} was made from {cache.manifest.rows:,}",
             remedy,
         )
-    return found
+    return opened
 
 
-def hits_of(cache: Cache, source: Examples | None, scores: Tensor, rows: Tensor) -> list[Hit]:
+def hits_of(cache: Cache, examples: Examples | None, scores: Tensor, rows: Tensor) -> list[Hit]:
     """The hits of one end of one query, from scores [k] and rows [k]; rows below 0 are no hits.
 
-    Raises UserError if `source` is not the data that was cached: no hit is shown with another's text.
+    Raises UserError if `examples` are not those that were cached, so that no hit has the text of another.
     """
     ranked = [(float(score), int(row)) for score, row in zip(scores, rows, strict=True) if row >= 0]
     if not ranked:
@@ -75,7 +78,7 @@ def hits_of(cache: Cache, source: Examples | None, scores: Tensor, rows: Tensor)
     hits = []
     for n, (score, row) in enumerate(ranked):
         example = None
-        if source is not None:
-            example = cached_record(source, row, index[n], hashes[n], ", or use --no-text")
+        if examples is not None:
+            example = cached_record(examples, row, index[n], hashes[n], ", or use --no-text")
         hits.append(Hit(n + 1, index[n], row, score, example))
     return hits

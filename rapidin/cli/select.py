@@ -63,7 +63,7 @@ def select(
     quiet: Quiet = False,
 ) -> None:
     """Choose the training examples that help a target set most."""
-    from rapidin.attribution.selection import best_rows, groups_of, jsonl, share_of
+    from rapidin.attribution.selection import best_rows, count_of, group_by, jsonl
     from rapidin.data.examples import open_examples
     from rapidin.data.sources import join_paths
 
@@ -76,11 +76,11 @@ def select(
 
         ensemble = open_caches(cache)
         opened = ensemble.caches[-1]
-        count = share_of(selection.top, opened.manifest.rows)
+        count = count_of(selection.top, opened.manifest.rows)
         targets = list(open_examples(selection.target, generations=True))
         groups = {"": list(range(len(targets)))}
         if selection.by is not None:
-            groups = groups_of(targets, selection.by)
+            groups = group_by(targets, selection.by)
         examples = training_data(opened, join_paths(train_data))
         if examples is None:
             raise UserError("the cache was not made from a file", "name the examples with --train-data")

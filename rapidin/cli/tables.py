@@ -102,9 +102,15 @@ def plan_report(plan: Plan) -> RenderableType:
     table.add_column("stored as", no_wrap=True)
     for name in ("per example", "all", "per scan", "memory to fit"):
         table.add_column(name, justify="right", no_wrap=True)
-    for row in plan.rows:
-        fitting = bytes_text(row.learnt) if row.learnt else ""
-        table.add_row(row.name, bytes_text(row.example), bytes_text(row.all), time_text(row.scan), fitting)
+    for cost in plan.formats:
+        fitting = bytes_text(cost.fitting_bytes) if cost.fitting_bytes else ""
+        table.add_row(
+            cost.name,
+            bytes_text(cost.example_bytes),
+            bytes_text(cost.cache_bytes),
+            time_text(cost.scan_seconds),
+            fitting,
+        )
     head = (
         f"{plan.examples:,} examples of {plan.tokens:,.0f} tokens, "
         f"{plan.layers:,} x {plan.width:,} dimensions: "

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from rapidin.attribution.generate import generations_of
+from rapidin.attribution.normalization import NORMALIZE, divide, whole_lengths
 from rapidin.attribution.query_sketch import QuerySketch, sketch_generations
 from rapidin.attribution.token_contributions import ExactQueries, factors_of
 from rapidin.data.encoding import Encoded
@@ -29,7 +30,6 @@ from rapidin.evaluate.subject import Subject, cache_settings
 from rapidin.gradients.source import GradientSource
 
 COLUMNS = {"spearman": "Spearman", "top10": "top 10 found"}
-NORMALIZE = ("layer", "cosine", "none")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class ExactProducts:
             return cosines.mean(2).numpy()
         dots = torch.einsum("qnl,ql,nl->qn", cosines, q, n)
         if normalize == "cosine":
-            dots = dots / (q.norm(dim=1)[:, None] * n.norm(dim=1)[None]).clamp(min=1e-300)
+            dots = divide(dots, whole_lengths(q) * whole_lengths(n).T)
         return dots.numpy()
 
 

@@ -99,7 +99,7 @@ def evaluate(
             log(f"{method}, {variant}: LDS {value.mean:.3f}")
     if with_baselines:
         texts, queries = ([baselines.plain_text(record) for record in records] for records in (train, test))
-        for name, scores in baselines.both(tuned.load(), texts, queries).items():
+        for name, scores in baselines.scores_of_baselines(tuned.load(), texts, queries).items():
             rows[name] = dict.fromkeys(columns, lds(scores))
     result = Result("lds", _setting(truth), columns, rows)
     subsets, seeds, _ = truth.losses.shape

@@ -146,9 +146,9 @@ class Subject:
         """(name, scores [Q, rows]) of the rankings that need no gradients."""
         rows = [baselines.plain_text(record) for record in self.examples]
         queries = [
-            baselines.asked_text(record, generation.completion)
+            baselines.query_text(record, generation.completion)
             for record, generation in zip(records, generations, strict=True)
         ]
         self.log(f"hidden states of {len(rows) + len(queries):,} texts")
         length = self.source.encoder.max_length
-        yield from baselines.both(self.source.loaded, rows, queries, max_length=length).items()
+        yield from baselines.scores_of_baselines(self.source.loaded, rows, queries, max_length=length).items()

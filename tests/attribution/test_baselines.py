@@ -50,7 +50,7 @@ def test_nothing_to_read() -> None:
 
 def test_both_know_their_names() -> None:
     loaded = LoadedModel.of(tiny_llama(), tiny_tokenizer())
-    found = baselines.both(loaded, ["a red fox", "a blue sky", "the sea"], ["the red fox"])
+    found = baselines.scores_of_baselines(loaded, ["a red fox", "a blue sky", "the sea"], ["the red fox"])
     assert list(found) == ["BM25", "hidden states"]
     assert found["BM25"].argmax() == 0
 
@@ -73,7 +73,7 @@ def test_hits_are_placed_among_the_rows_that_count() -> None:
         k = int(rng.integers(1, len(live) + 1))
         hits = [Hit(n + 1, row, row, -n) for n, row in enumerate(live)]
         result = QueryResult("p", "c", False, hits[:k], hits[::-1][:k], "layer")
-        told = baselines.beside(result, {"BM25": scores, "other": -scores}, counted)
+        told = baselines.with_standings(result, {"BM25": scores, "other": -scores}, counted)
         for sign, name in ((1, "BM25"), (-1, "other")):
             for hit in (*told.top, *told.bottom):
                 standing = hit.standings[name]

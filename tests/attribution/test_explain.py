@@ -18,7 +18,7 @@ from rapidin.attribution.ensemble import Ensemble, Member
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.options import ScoringConfig
 from rapidin.attribution.query_sketch import QuerySketch, scans_of, sketch_generations
-from rapidin.attribution.score_errors import details, places
+from rapidin.attribution.score_errors import details, rank_intervals
 from rapidin.cache import Cache
 from rapidin.errors import UserError
 from rapidin.results.types import Hit, QueryResult
@@ -60,7 +60,9 @@ def test_errors_and_ranks_stand_by_default(made: tuple[Attributor, Cache]) -> No
             own[n] = rows
             errors = details(scans, own).errors[n].tolist()
             assert [hit.error for hit in end] == pytest.approx(errors)
-            for hit, place in zip(end, places([sign * hit.score for hit in end], errors), strict=True):
+            for hit, place in zip(
+                end, rank_intervals([sign * hit.score for hit in end], errors), strict=True
+            ):
                 assert hit.ranks is not None
                 assert hit.ranks[0] == place.first  # all that are surely ahead are among the hits
                 assert hit.ranks[1] >= place.last

@@ -192,7 +192,7 @@ def test_damping_is_taken_and_said(attributor: Attributor, cache: Cache, method:
     want = by_formula(gradients(alone, records()), gradients(alone, QUERIES), method, "layer", damping=2.0)
     assert error(attributor.scores(cache, QUERIES, method=method, damping=2.0), want) < 1e-3
     for wrong in (0.0, -1.0, float("inf"), float("nan")):
-        with pytest.raises(UserError, match="not above 0"):
+        with pytest.raises(UserError, match="above 0, got"):
             attributor.scores(cache, QUERIES, method=method, damping=wrong)
 
 

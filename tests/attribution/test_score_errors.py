@@ -21,7 +21,7 @@ from rapidin.attribution.methods import METHODS, NORMALIZE
 from rapidin.attribution.options import ScoringConfig
 from rapidin.attribution.query_sketch import QuerySketch, scans_of, sketch_generations
 from rapidin.attribution.scan import all_scores
-from rapidin.attribution.score_errors import details, partners, places
+from rapidin.attribution.score_errors import details, partners, rank_intervals
 from rapidin.cache import Cache
 from rapidin.ops.reference import sketch_hash
 
@@ -138,7 +138,7 @@ def test_details_are_those_of_a_scan(tmp_path: Path) -> None:
                 size = float(every.abs().max())
                 close = 2e-2 if method == "datainf" else 5e-3  # scans of packed rows round queries
                 torch.testing.assert_close(found.scores[kept], every[kept], rtol=0, atol=close * size)
-                summed = found.parts.double().sum(2).float()
+                summed = found.by_layer.double().sum(2).float()
                 torch.testing.assert_close(summed[kept], found.scores[kept], rtol=1e-4, atol=1e-5 * size)
                 assert found.layers == tuple(block.name for block in part.cache.layers)
                 assert float(found.errors[kept].min()) >= 0
@@ -166,7 +166,7 @@ def test_targets_are_measured_by_their_generation(tmp_path: Path) -> None:
     sketch = sketch_generations(attributor.source, [text])
     both = QuerySketch(cache, sketch, 1.0, sketch / 2)
     for normalize in NORMALIZE:
-        found = details(scans_of([both], [text], ScoringConfig(normalize)), EVERY[:2], wholes=[0, 0])
+        found = details(scans_of([both], [text], ScoringConfig(normalize)), EVERY[:2], owners=[0, 0])
         torch.testing.assert_close(found.scores[1], found.scores[0] / 2)
         torch.testing.assert_close(found.errors[1], found.errors[0] / 2)
 
@@ -217,8 +217,8 @@ def test_partners_are_counted(rows: int, columns: int, k: int) -> None:
     )
 
 
-def test_places_by_hand() -> None:
-    found = places([0.9, 0.5, 0.49, 0.48, 0.1], [0.01] * 5)
+def test_rank_intervals_by_hand() -> None:
+    found = rank_intervals([0.9, 0.5, 0.49, 0.48, 0.1], [0.01] * 5)
     assert [(place.first, place.last, place.tied) for place in found] == [
         (1, 1, False),
         (2, 4, False),
@@ -226,19 +226,19 @@ def test_places_by_hand() -> None:
         (2, 4, True),
         (5, 5, False),
     ]
-    assert [(p.first, p.last, p.tied) for p in places([0.5, 0.4], [0.0, math.nan])] == [
+    assert [(p.first, p.last, p.tied) for p in rank_intervals([0.5, 0.4], [0.0, math.nan])] == [
         (1, 2, False),
         (1, 2, True),
     ]
-    assert places([], []) == []
-    same = places([0.5, 0.5], [0.0, 0.0])
+    assert rank_intervals([], []) == []
+    same = rank_intervals([0.5, 0.5], [0.0, 0.0])
     assert [(p.first, p.last, p.tied) for p in same] == [(1, 2, False), (1, 2, True)]
 
 
 @given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 0.3)), min_size=1, max_size=20))
-def test_places_hold_the_rank_that_is_shown(pairs: list[tuple[float, float]]) -> None:
+def test_rank_intervals_hold_the_rank_that_is_shown(pairs: list[tuple[float, float]]) -> None:
     pairs.sort(key=lambda pair: -pair[0])
-    found = places([score for score, _ in pairs], [error for _, error in pairs])
+    found = rank_intervals([score for score, _ in pairs], [error for _, error in pairs])
     for n, place in enumerate(found):
         assert 1 <= place.first <= n + 1 <= place.last <= len(pairs)
     assert not found[0].tied

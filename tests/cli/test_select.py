@@ -12,7 +12,7 @@ from tiny import records, save_tiny
 
 import rapidin
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.selection import best_rows, groups_of, share_of, table
+from rapidin.attribution.selection import best_rows, count_of, group_by, table
 from rapidin.cli import main
 from rapidin.errors import UserError
 
@@ -67,7 +67,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
     out = ["--out", str(tmp_path / "x.jsonl")]
     for more, words in (
         ([*out, "--top", "some"], "neither a number nor a share"),
-        ([*out, "--top", "0"], "say more than 0"),
+        ([*out, "--top", "0"], "use more than 0"),
         ([*out, "--top", "31"], "at most all of them"),
         ([*out, "--top", "30"], "only 29 examples have a gradient"),
         ([*out, "--by", "kind"], "no column 'kind'"),
@@ -102,11 +102,11 @@ def test_self_influence_is_a_table_of_all_examples(
 
 
 def test_shares_and_groups() -> None:
-    assert [share_of(t, 1000) for t in ("5%", "12", "0.01%", "100%")] == [50, 12, 1, 1000]
+    assert [count_of(t, 1000) for t in ("5%", "12", "0.01%", "100%")] == [50, 12, 1, 1000]
     for wrong in ("", "%", "x", "-1", "101%", "nan%", "1.5"):
         with pytest.raises(UserError):
-            share_of(wrong, 1000)
-    assert groups_of([{"g": 1}, {"g": 2}, {"g": 1}], "g") == {"1": [0, 2], "2": [1]}
+            count_of(wrong, 1000)
+    assert group_by([{"g": 1}, {"g": 2}, {"g": 1}], "g") == {"1": [0, 2], "2": [1]}
     nan = float("nan")
     assert best_rows(torch.tensor([[1.0, nan, 3.0, 0.0], [2.0, nan, 0.0, 3.0]]), 2) == [2, 3]
     assert table({"a": [1, 2], "b": [nan, "x,y"]}, "t.csv") == 'a,b\n1,\n2,"x,y"\n'

@@ -150,10 +150,10 @@ def test_bm25_counts_words() -> None:
     assert (scores[0, 1:] == 0).all()
     record = {"instruction": "Say", "input": "x", "output": "y"}
     assert baselines.plain_text(record) == "Say x y"
-    assert baselines.asked_text({"instruction": "Say", "input": "x"}, "z") == "Say x z"
-    assert baselines.asked_text({"prompt": "Say", "completion": "y"}, "z") == "Say y"
+    assert baselines.query_text({"instruction": "Say", "input": "x"}, "z") == "Say x z"
+    assert baselines.query_text({"prompt": "Say", "completion": "y"}, "z") == "Say y"
     chat = {"messages": [{"role": "user", "content": "Say"}]}
-    assert baselines.asked_text(chat, "z") == "Say z"
+    assert baselines.query_text(chat, "z") == "Say z"
 
 
 # ---------------------------------------------------------------------------------------------- a cache

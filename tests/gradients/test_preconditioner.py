@@ -1011,7 +1011,7 @@ def test_a_preconditioner_that_comes_out_otherwise_is_not_mixed_in(cached: Cache
         "0" * 64
     )  # as if made on a machine that rounds otherwise
     (folder / "manifest.json").write_text(json.dumps(manifest))
-    with pytest.raises(UserError, match="is missing, and fitting it again gives another one here"):
+    with pytest.raises(UserError, match="is missing, and fitting it again on this machine gives another one"):
         lora_attributor(preconditioner=SAMPLE_OF_12).cache(records(), folder, dtype="float32", shard_rows=7)
 
 

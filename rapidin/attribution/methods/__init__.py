@@ -1,20 +1,21 @@
-"""Methods and normalisations: what becomes of a query's sketch before the scan.
+"""Methods: how a query's sketch is preconditioned before the scan, and its scores.
 
-A normalisation says which vectors are compared, a method by which inner product. With x_nb the unit block b
-of row n that the cache holds and l_nb the length that it had, the vectors are ``y_nb = s_nb x_nb``:
+A normalisation (`rapidin.attribution.normalization`) says what vectors are compared, a method by which inner
+product. With x_nb the unit block b of row n that the cache holds and l_nb its length, the vectors of rows are
+``y_nb = s_nb x_nb``:
 
-    layer    s = 1                each layer's gradient of length 1 (RapidIn, Lin et al., ACL 2024, section 3)
+    layer    s = 1                each layer's gradient at length 1 (RapidIn, Lin et al., ACL 2024, section 3)
     none     s = l_nb             the gradients themselves
-    cosine   s = l_nb / |l_n|     the whole gradient of length 1
+    cosine   s = l_nb / |l_n|     the whole gradient at length 1
 
 and the query v likewise; with `layer` the score is the mean over the B blocks, else the sum:
 
     dot      sum_b <v_b, y_nb>                    TracIn at one checkpoint (Pruthi et al., 2020, eq. 1)
-    datainf  sum_b <H_b^-1 v_b, y_nb>             `rapidin.attribution.methods.datainf` (Kwon et al., ICLR
-    2024) fisher   sum_b <(F_b + d m_b)^-1 v_b, y_nb>   `rapidin.attribution.methods.fisher`: F_b the second
-    moment of the others' y
+    datainf  sum_b <H_b^-1 v_b, y_nb>             `rapidin.attribution.methods.datainf`
+    fisher   sum_b <(F_b + d m_b)^-1 v_b, y_nb>   `rapidin.attribution.methods.fisher`
 
-A method turns the query, so one scan of one cache serves all of them.
+DataInf is of Kwon et al. (ICLR 2024); F_b is the second moment of the other rows' y. A method preconditions
+the query, so that one scan of one cache serves all methods.
 """
 
 from __future__ import annotations
@@ -25,19 +26,12 @@ import torch
 from torch import Tensor
 
 from rapidin.attribution.methods import datainf, fisher
-from rapidin.attribution.methods.vectors import (
-    NORMALIZE,
-    ScanQuery,
-    counted,
-    part_vectors,
-    query_vectors,
-    row_scales,
-    vectors_of,
-)
+from rapidin.attribution.methods.vectors import ScanQuery, counted, vectors_of
+from rapidin.attribution.normalization import NORMALIZE, query_vectors, score_divisor, target_vectors
+from rapidin.attribution.options import METHODS
 from rapidin.cache import Cache
 from rapidin.errors import UserError
 
-METHODS = ("dot", "datainf", "fisher")
 DAMPED = ("datainf", "fisher")
 
 __all__ = [
@@ -48,13 +42,12 @@ __all__ = [
     "counted",
     "default_damping",
     "prepare",
-    "row_scales",
     "self_influence",
 ]
 
 
 def check(method: str, normalize: str, damping: float | None = None) -> None:
-    """Raise UserError for an unknown name, or a damping that the method does not take."""
+    """Raises UserError for an unknown name, or a damping that the method does not take."""
     if method not in METHODS:
         raise UserError(f"unknown method '{method}'", f"known: {', '.join(METHODS)}")
     if normalize not in NORMALIZE:
@@ -64,11 +57,11 @@ def check(method: str, normalize: str, damping: float | None = None) -> None:
     if method not in DAMPED:
         raise UserError(f"the method '{method}' takes no --damping", f"{' and '.join(DAMPED)} do")
     if not 0 < damping < float("inf"):
-        raise UserError(f"--damping {damping:g} is not above 0", "leave it out for the default")
+        raise UserError(f"--damping must be above 0, got {damping:g}", "leave it out for the default")
 
 
 def default_damping(method: str, cache: Cache) -> float:
-    """The damping that a method takes on this cache where none is said."""
+    """The damping that a method uses on this cache if none is given."""
     if method == "datainf":
         return datainf.DAMPING
     kfac = (cache.manifest.preconditioner or {}).get("kind") == "kfac"
@@ -82,26 +75,28 @@ def prepare(
     method: str = "dot",
     normalize: str = "layer",
     damping: float | None = None,
-    parts: tuple[Tensor, Sequence[int]] | None = None,
+    targets: tuple[Tensor, Sequence[int]] | None = None,
 ) -> ScanQuery:
-    """Turn query sketches [Q, blocks, width] into what the cache is scanned for.
+    """What a cache is scanned for, from query sketches [Q, blocks, width].
 
-    cache: for all methods but `dot`. damping: of `datainf` and `fisher`, by default `default_damping`.
-    parts: sketches [P, blocks, width] of parts of the queries, and the query that each belongs to, whose
-    vectors come after those of the queries, and are parts of them. Raises UserError for an unknown name.
+    cache: needed by all methods but `dot`. damping: of `datainf` and `fisher`, by default `default_damping`.
+    targets: sketches [targets, blocks, width] of targets, and the number of the query that each belongs to;
+    their vectors come after those of the queries. Raises UserError for an unknown name.
     """
     check(method, normalize, damping)
     vectors, factors = query_vectors(sketch, normalize), None
-    if parts is not None and len(parts[0]):
-        own = part_vectors(parts[0], sketch[list(parts[1])], normalize)
-        vectors = torch.cat([vectors.float(), own])
+    if targets is not None and len(targets[0]):
+        of_targets = target_vectors(targets[0], sketch[list(targets[1])], normalize)
+        vectors = torch.cat([vectors.float(), of_targets])
     if cache is None:
         if method != "dot":
             raise TypeError(f"the method '{method}' needs the cache")
-    elif method == "datainf":
-        vectors = datainf.turn(cache, vectors, normalize, damping or default_damping(method, cache))
-    elif method == "fisher":
-        vectors, factors = fisher.turn(cache, vectors, normalize, damping or default_damping(method, cache))
+    elif method in DAMPED:
+        damping = damping or default_damping(method, cache)
+        if method == "datainf":
+            vectors = datainf.precondition_query(cache, vectors, normalize, damping)
+        else:
+            vectors, factors = fisher.precondition_query(cache, vectors, normalize, damping)
     return ScanQuery(vectors.float().contiguous(), normalize, factors)
 
 
@@ -116,27 +111,28 @@ def self_influence(
     """The influence of each training example on itself: [rows] float32, NaN for rows that do not count.
 
     It is large for examples that the others do not explain: mislabelled, rare or odd ones (Koh & Liang, ICML
-    2017, section 5.4; TracIn, section 3.2). Needs no model. With `dot` it is |y_n|^2, which for `layer` and
-    `cosine` is the same for all; with the other methods ``y_n^T H^-1 y_n``.
+    2017, section 5.4; TracIn, section 3.2). Needs no model. With `dot` it is |y_n|^2, which is the same for
+    all examples with `layer` and `cosine`; with the other methods it is ``y_n^T H^-1 y_n``.
     """
     check(method, normalize, damping)
     device = torch.empty(0, device=device).device
     if method == "dot" and normalize != "none":
         raise UserError(
             f"'{normalize}' makes every gradient equally long, so all would have the same self-influence",
-            "say --normalize none, or another --method",
+            "use --normalize none, or another --method",
         )
     rows = cache.table_rows(8)
     if method == "dot":
         scores = torch.full((rows,), torch.nan, dtype=torch.float64, device="cpu")
-        for first, part in cache.shards(ahead=True):
-            squares = cache.codec.lengths(part.tensors).double().square().sum(1)
-            scores[first : first + len(squares)] = torch.where(part.status == 0, squares, torch.nan)
+        for first, shard in cache.shards(ahead=True):
+            squares = cache.codec.lengths(shard.tensors).double().square().sum(1)
+            scores[first : first + len(squares)] = torch.where(shard.status == 0, squares, torch.nan)
         return scores.float()
-    own = datainf.own if method == "datainf" else fisher.own
+    block_inverses = datainf.block_inverses if method == "datainf" else fisher.block_inverses
+    damping = damping or default_damping(method, cache)
     scores = torch.zeros(rows, dtype=torch.float64, device="cpu")
-    for solve, chosen in own(cache, normalize, damping or default_damping(method, cache), device):
-        for places, y, _ in vectors_of(cache, normalize, device, blocks=chosen):
-            scores[places] += (y.double() * solve(y)).sum((1, 2)).cpu()
-    scale = len(cache.layers) if normalize == "layer" else 1
-    return torch.where(counted(cache), scores / scale, torch.nan).float()
+    for solve, blocks in block_inverses(cache, normalize, damping, device):
+        for numbers, y, _ in vectors_of(cache, normalize, device, blocks=blocks):
+            scores[numbers] += (y.double() * solve(y)).sum((1, 2)).cpu()
+    scores /= score_divisor(len(cache.layers), normalize)
+    return torch.where(counted(cache), scores, torch.nan).float()

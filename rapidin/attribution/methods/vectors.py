@@ -1,4 +1,4 @@
-"""The vectors that a normalisation compares: of queries, and of the rows of a cache."""
+"""What a cache is scanned for, and the vectors of its rows as a normalisation compares them."""
 
 from __future__ import annotations
 
@@ -9,84 +9,50 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rapidin import ops
+from rapidin.attribution.normalization import row_scales
 from rapidin.cache import Cache
 from rapidin.cache.codec import Codec
-
-NORMALIZE = ("layer", "none", "cosine")
 
 _CHUNK_BYTES = 64 << 20  # of decoded rows that are held at a time
 
 
 @dataclass(frozen=True, slots=True)
 class ScanQuery:
-    """What the scan needs. vectors: [Q, blocks, width] float32; normalize: how rows are scaled; factors:
-    [rows, blocks] float32 on the CPU, by which each row's blocks are multiplied besides, or None."""
+    """What a cache is scanned for.
+
+    vectors: [Q, blocks, width] float32; normalize: how rows are scaled; factors: [rows, blocks] float32 on
+    the CPU, by which each row's blocks are also multiplied, or None.
+    """
 
     vectors: Tensor
     normalize: str
     factors: Tensor | None = None
 
     def scales(
-        self, code: Codec, fields: Mapping[str, Tensor], factors: Tensor | None = None
+        self, codec: Codec, tensors: Mapping[str, Tensor], factors: Tensor | None = None
     ) -> Tensor | None:
-        """Scale of each row's blocks: [n, blocks] float32, or None for none; factors: those of these rows."""
-        scales = row_scales(code, fields, self.normalize)
-        if factors is None:
-            return scales
-        return factors * ((code.lengths(fields) > 0) if scales is None else scales)
+        """The scale of each row's blocks: [n, blocks] float32, or None if all are 1.
 
-
-def row_scales(code: Codec, fields: Mapping[str, Tensor], normalize: str) -> Tensor | None:
-    """s_nb of each row's blocks, from their lengths: [n, blocks] float32, or None where it is 1."""
-    if normalize == "layer":
-        return None
-    lengths = code.lengths(fields)
-    if normalize == "none":
-        return lengths
-    # In float64: the squares of small lengths leave float32's range.
-    total = lengths.double().norm(dim=1, keepdim=True)
-    return torch.where(total > 0, lengths / total, 0.0).float()
-
-
-def query_vectors(sketch: Tensor, normalize: str) -> Tensor:
-    """v of query sketches [Q, blocks, width]: the same shape, float32; for `layer` divided by the number of
-    blocks, so that the sum over them is the mean."""
-    unit, length = ops.unit_blocks(sketch)
-    if normalize == "layer":
-        return unit / sketch.shape[1]
-    if normalize == "cosine":
-        total = length.double().norm(dim=1)[:, None, None]
-        return (sketch / torch.where(total > 0, total, 1.0)).float()
-    return sketch.float()
-
-
-def part_vectors(parts: Tensor, whole: Tensor, normalize: str) -> Tensor:
-    """v of parts [Q, blocks, width] of query sketches, by the lengths of the whole ones they belong to (the
-    same shape): parts that sum to a sketch have vectors that sum to its own. Float32."""
-    if normalize == "none":
-        return parts.float()
-    length = ops.unit_blocks(whole)[1].double()
-    if normalize == "cosine":
-        length = length.norm(dim=1, keepdim=True)
-    scale = torch.where(length > 0, 1 / length, 0.0)[:, :, None]
-    if normalize == "layer":
-        scale = scale / whole.shape[1]
-    return (parts * scale).float()
+        tensors: the codec's, of these rows; factors: the query's factors of these rows.
+        """
+        if factors is None and self.normalize == "layer":
+            return None
+        scales = row_scales(codec.lengths(tensors), self.normalize)
+        return scales if factors is None else factors * scales
 
 
 def count(cache: Cache) -> int:
-    """Rows of a cache that count."""
-    return sum(int((part.status == 0).sum()) for _, part in cache.shards())
+    """The number of rows of a cache that count."""
+    return sum(int((shard.status == 0).sum()) for _, shard in cache.shards())
 
 
 def counted(cache: Cache) -> Tensor:
-    """Which rows of a cache count: [rows] bool on the CPU; of an unfinished one up to the last that is
-    cached."""
-    found = torch.zeros(cache.table_rows(1), dtype=torch.bool, device="cpu")
-    for first, part in cache.shards():
-        found[first : first + len(part.status)] = part.status == 0
-    return found
+    """Which rows of a cache count: [rows] bool on the CPU; of an unfinished cache, the rows up to the last
+    cached one."""
+    counts = torch.zeros(cache.table_rows(1), dtype=torch.bool, device="cpu")
+    for first, shard in cache.shards():
+        counts[first : first + len(shard.status)] = shard.status == 0
+    return counts
 
 
 def vectors_of(
@@ -98,35 +64,33 @@ def vectors_of(
     most: int | None = None,
     within: tuple[int, int] = (0, sys.maxsize),
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """(rows [n] int64 on the CPU, y [n, blocks, width] float32 and what |y|^2 should be [n, blocks] float64,
-    both on `device`) of the rows that count, some at a time.
+    """The rows that count, in chunks: (row numbers [n] int64 on the CPU, y [n, blocks, width] float32, |y|^2
+    [n, blocks] float64), the last two on `device`.
 
-    blocks: which of them. most: no more than so many rows, evenly spaced. within: of shards from one row to
-    before another, all of them. y is what the code tells of a row; few bits make it longer than the row was,
-    whose length is kept apart.
+    blocks: which blocks. most: at most that many rows, evenly spaced. within: only shards between these rows
+    (first, end). y is decoded; a codec of few bits makes it longer than the gradient was, so |y|^2 comes from
+    the lengths, which are stored apart.
     """
-    code = cache.codec.to(device)
+    codec = cache.codec.to(device)
     size = max(1, _CHUNK_BYTES // (4 * cache.manifest.dim))
     step = 1 if most is None else max(1, -(-count(cache) // most))
     passed = 0
-    for first, part in cache.shards(ahead=True, within=within):
-        counted = (part.status == 0).nonzero()[:, 0]
-        chosen = counted[-passed % step :: step]
-        passed += len(counted)
-        for places in torch.split(chosen, size):
-            if not len(places):
+    for first, shard in cache.shards(ahead=True, within=within):
+        usable = (shard.status == 0).nonzero()[:, 0]
+        chosen = usable[-passed % step :: step]
+        passed += len(usable)
+        for rows in torch.split(chosen, size):
+            if not len(rows):
                 continue
-            fields = {name: value[places].to(device) for name, value in part.tensors.items()}
-            y = code.decode(fields)[:, blocks]
-            scales = row_scales(code, fields, normalize)
-            if scales is None:
-                yield places + first, y, (code.lengths(fields)[:, blocks] > 0).double()
-            else:
-                scales = scales[:, blocks]
-                yield places + first, y * scales[:, :, None], scales.double().square()
+            tensors = {name: value[rows].to(device) for name, value in shard.tensors.items()}
+            y = codec.decode(tensors)[:, blocks]
+            scales = row_scales(codec.lengths(tensors), normalize)[:, blocks]
+            if normalize != "layer":  # the blocks are decoded at length 1
+                y = y * scales[:, :, None]
+            yield rows + first, y, scales.double().square()
 
 
 def block_groups(blocks: int, bytes_each: int, budget: int = 1 << 30) -> list[slice]:
-    """Blocks in groups whose matrices fit into the budget, at least one a group."""
+    """Blocks in groups whose matrices fit into the budget, with at least one block in a group."""
     size = max(1, budget // max(1, bytes_each))
     return [slice(at, min(at + size, blocks)) for at in range(0, blocks, size)]
