@@ -23,8 +23,8 @@ NOT_YET = "not measured yet"
 
 HEAD = """# Performance on GPUs
 
-Made by `python bench/performance.py` from the results of `bench/gpu.sh`; not written by hand. How to run it:
-[CONTRIBUTING.md](../../CONTRIBUTING.md).
+`python bench/performance.py` makes this page from the results of `bench/gpu.sh`.
+[CONTRIBUTING.md](../../CONTRIBUTING.md) says how to run both.
 
 A cell holds the median time and, after it, the share of the limit: the time that the bytes of inputs and
 outputs take at the bandwidth measured in the same run, or the operations at the rate of a matrix product,
@@ -44,9 +44,9 @@ WORDS = {
     "topk_scan": "`topk_scan`: both ends of the ranking, a cache of 4 GiB",
     "flat_sketch": "`flat_sketch`: the gradient of a whole model",
     "pack": "`pack`",
-    "turn": "The random turn",
+    "turn": "`turn`: the random rotation",
     "unpack": "`unpack`",
-    "stream": "From the disk, and once more from the GPU's memory",
+    "stream": "Scans from disk, and again from the GPU's memory",
 }
 # What a column's values mean, where its name does not say it.
 NOTES = {

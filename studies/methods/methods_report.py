@@ -49,12 +49,13 @@ def main() -> None:
 HEAD = [
     "# Methods on retrained models",
     "",
-    "Made by `studies/methods/methods_report.py` of `studies/methods/methods.json` "
+    "`studies/methods/methods_report.py` writes this page from `studies/methods/methods.json` "
     "(`studies/methods/methods.py`) and `studies/peers/peers-lds.json` (`studies/peers/peers.py lds`).",
     "",
-    "LDS: Spearman's correlation of predicted and measured losses of 48 test texts over retrainings on "
-    "random halves of 240 texts. Three settings: `kjv` and `orders` (`studies/lds`), and `alpaca`, made in "
-    "the same way from Alpaca texts and tuned for 12 epochs. A cell holds the three, and their mean.",
+    "LDS is Spearman's correlation of predicted and measured losses of 48 test texts over retrainings on "
+    "random halves of 240 texts. There are three settings: `kjv` and `orders` (`studies/lds`), and `alpaca`, "
+    "made in the same way from Alpaca texts and tuned for 12 epochs. A cell has the figures of the three, "
+    "and their mean.",
 ]
 
 
@@ -92,11 +93,11 @@ def exact(rows: list[Row]) -> list[str]:
     widest = max((row["high"] - row["low"]) / 2 for row in plain)
     return [
         "",
-        "## Method, damping and place, exact gradients",
+        "## Method, damping and point, exact gradients",
         "",
-        "`at` the tuned model (1), half-way, three and five points of the path, one real checkpoint after a "
-        "third of the training, and the sum of six (TracIn). 95% intervals over the test texts: at most "
-        f"±{widest:.3f}.",
+        "The columns are the tuned model (1), half-way, three and five points of the path, one real "
+        "checkpoint after a third of the training, and the sum of six checkpoints (TracIn). 95% intervals "
+        f"over the test texts are at most ±{widest:.3f}.",
         *table(["", *POINTS], lines),
     ]
 
@@ -121,10 +122,9 @@ def preconditioner(rows: list[Row]) -> list[str]:
         "",
         "## The optimizer's preconditioner, exact gradients",
         "",
-        "Gradients times a power of their second moment V on each side (`1/4`: V^-1/4; `--precondition` takes"
-        " "
-        "1/2); `train`: on the training side alone; `elements`: V itself in place of its row and column "
-        "means; `adam`: from AdamW's state. Fisher here with all rows in the moment.",
+        "Gradients are multiplied by a power of their second moment V on each side (`1/4`: V^-1/4; "
+        "`--precondition` uses 1/2). `train`: on the training side only; `elements`: V itself instead of its "
+        "row and column means; `adam`: from AdamW's state. Fisher has all rows in the moment here.",
         *table(["", "off", *names], lines),
     ]
 
@@ -151,9 +151,10 @@ def kfac(rows: list[Row]) -> list[str]:
         "",
         "## K-FAC's preconditioner, exact gradients",
         "",
-        "As a cache takes it: half of the damped inverse on each side, 64 directions of a side of up to 384, "
-        "damping 0.1, from all training texts; then from 16 directions, from all, and from the first 30. "
-        "Fisher with damping 0.2 without it and 1 with it.",
+        "`kfac` is the preconditioner of a cache: half of the damped inverse on each side, 64 directions of "
+        "a side of up to 384, damping 0.1, from all training texts. Then follow 16 directions, all "
+        "directions, and the first 30 texts alone. The damping of Fisher is 0.2 without the preconditioner "
+        "and 1 with it.",
         *table(["", "off", *names], lines),
     ]
 
@@ -165,15 +166,15 @@ def ways(rows: list[Row]) -> list[str]:
     lines = [[f"all directions, damping {d:g}", cell(find(found, side_damping=d))] for d in dampings]
     one_side = [row for row in found if "side_damping" not in row]
     lines += [
-        ["all of the inverse on the query's side", cell([row for row in one_side if "code" not in row])],
+        ["the whole inverse on the query side", cell([row for row in one_side if "code" not in row])],
         [
-            "the same through a sketch of 8,192 bins and a learnt code of 2,048 bytes",
+            "the same through a sketch of width 8,192 and a learned codec of 2,048 bytes",
             cell([row for row in one_side if "code" in row]),
         ],
     ]
     return [
         "",
-        "Other ways to have it, half-way, dot:layer (`studies/methods/methods.py --parts ways`):",
+        "Variants of it, half-way, dot:layer (`studies/methods/methods.py --parts ways`):",
         *table(["", "dot:layer"], lines),
     ]
 
@@ -210,11 +211,11 @@ def codes(rows: list[Row]) -> list[str]:
         "",
         "## From sketches and from two kilobytes",
         "",
-        "Means of three seeds; *lost*: against exact gradients with the same method, points and "
-        "preconditioner.",
+        "Means of three seeds. *lost* is the loss against exact gradients with the same method, points and "
+        "preconditioner; *learnt from* names the rows from which the codec has learned its bases.",
         *table(["", "dot:layer", "lost", "fisher:layer, damping 0.2 (1 with kfac)", "lost"], lines),
         "",
-        "### Other codes at 2,048 bytes, half-way, in the same study",
+        "### Other projections at 2,048 bytes, half-way, in the same study",
         *other_codes(rows),
     ]
 
@@ -236,7 +237,8 @@ def other_codes(rows: list[Row]) -> list[str]:
     codes = list(dict.fromkeys(code for code, _ in best))
     lines = [[code, *(best.get((code, f), (0.0, ""))[1] for f in ("dot", "inverse"))] for code in codes]
     return table(
-        ["code (best of its dampings and normalisations)", "dot", "with an inverse second moment"], lines
+        ["projection (best of its dampings and normalizations)", "dot", "with an inverse second moment"],
+        lines,
     )
 
 
@@ -265,15 +267,15 @@ def beside(peers: dict[str, Any]) -> list[str]:
                 lines.append([name, row["at"], kept, f"{row['lds']:.3f}", str(row["runs"])])
     return [
         "",
-        "## Beside other packages, on one model and data",
+        "## Compared with other packages, on one model and data",
         "",
         f"{peers['truth'][0].upper()}{peers['truth'][1:]}, {peers['training texts']} training and "
         f"{peers['test texts']} test texts, {peers['retrainings']} retrainings of two seeds each (the seeds "
-        f"agree to {peers['agreement of the seeds']:.3f}). Of each method the best of the settings tried, "
-        "which favours those with many; first those of at most 2.1 KB an example, last those that keep "
-        "nothing of an example and take every training gradient anew for each set of queries. `at`: where "
-        "gradients are taken; rapidin's preconditioner is off where it is not named.",
-        *table(["", "at", "bytes an example", "LDS", "seeds"], lines),
+        f"agree to {peers['agreement of the seeds']:.3f}). Each row is the best of the settings tried for a "
+        "method, which favours methods with many settings. First come those of at most 2.1 KB per example, "
+        "last those that store nothing per example and recompute every training gradient for each set of "
+        "queries. `at`: where gradients are taken; rapidin's preconditioner is off if it is not named.",
+        *table(["", "at", "bytes per example", "LDS", "seeds"], lines),
     ]
 
 
