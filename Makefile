@@ -1,8 +1,7 @@
 # make test         the checks to run before each commit, after all set-up
 # make test-full    all checks: also those that are slow, or repeat others at more sizes
 # make demo         a planted poison found, start to end
-# make docs         the example report of the docs
-# make docs    docs/example-report.html: the report of a query of the demo
+# make docs         docs/example-report.html: the report of a query of the demo
 # Set-up makes .venv (PYTHON=... picks the interpreter, 3.10 or newer) and is skipped while nothing has changed.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
