@@ -47,8 +47,23 @@ def renamed_flags(arguments: Sequence[str]) -> list[str]:
 _Body = TypeVar("_Body", bound=Callable[..., int | None])
 
 
+PANELS = (
+    "Arguments",
+    "Generation",
+    "Data",
+    "Model",
+    "Training",
+    "Gradients",
+    "Scoring",
+    "Storage",
+    "Output",
+    "Run",
+    "Options",
+)
+
+
 class GroupedCommand(typer.core.TyperCommand):
-    """A command whose plain help lists options by their panels, in the order in which they first come."""
+    """A command whose plain help lists options by their panels, in the order of `PANELS`."""
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}
@@ -58,11 +73,9 @@ class GroupedCommand(typer.core.TyperCommand):
                 panel = getattr(parameter, "rich_help_panel", None) or "Options"
                 is_argument = parameter.param_type_name == "argument"
                 groups.setdefault("Arguments" if is_argument else panel, []).append(record)
-        groups["Options"] = groups.pop("Options", [])  # the last, with --help
-        for name, records in groups.items():
-            if records:
-                with formatter.section(name):
-                    formatter.write_dl(records)
+        for name in sorted(groups, key=lambda name: PANELS.index(name) if name in PANELS else -1):
+            with formatter.section(name):
+                formatter.write_dl(groups[name])
 
 
 def command(
