@@ -170,9 +170,13 @@ class _Group:
     def made(self, values: Mapping[str, Any]) -> Any:
         """The dataclass of the values that were parsed. Raises UserError for those that cannot be used."""
         arguments = {}
-        for name, (_, shown) in self.fields.items():
+        for name, (each, shown) in self.fields.items():
             value = values[name]
-            arguments[name] = shown.parse(value) if shown.parse and isinstance(value, str) else value
+            if shown.parse and isinstance(value, str):
+                value = shown.parse(value)
+            elif isinstance(each.default, tuple):  # a flag that may be repeated
+                value = tuple(value or each.default)
+            arguments[name] = value
         return self.settings(**arguments)
 
 
