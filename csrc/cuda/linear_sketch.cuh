@@ -295,10 +295,11 @@ struct LinearSketch {
 
         // Two bytes for the place of each element, then one for each bin: its element's pair of banks, and its sign.
         const int chunks = (side.n + K - 1) / K;
-        const uint32_t* places = side.table + tid % P::kWide * 2;
-        const uint32_t* entries = side.table + chunks * (K / 2) + bin / 4;
+        // Offsets into the table, not pointers, which would take as many registers again.
+        const int places = tid % P::kWide * 2;
+        const int entries = chunks * (K / 2) + bin / 4;
         const uint32_t begin = P::group_at(group) + static_cast<uint32_t>(P::row_of(bin) * 128);
-        Words2 place = *reinterpret_cast<const Words2*>(places);
+        Words2 place = *reinterpret_cast<const Words2*>(side.table + places);
         int turn = 0;
         for (int first = 0; first < chunks; first += kSlots) {
 #pragma unroll
@@ -315,9 +316,9 @@ struct LinearSketch {
                     if (!kAhead) load<S::kBytes>(side, token, chunk * K, slot);
                     uint32_t four[kBins / 4];
 #pragma unroll
-                    for (int i = 0; i < kBins / 4; ++i) four[i] = entries[chunk * (K / 4) + i];
+                    for (int i = 0; i < kBins / 4; ++i) four[i] = side.table[entries + chunk * (K / 4) + i];
                     store<Dtype>(slot, turn, place);
-                    if (chunk + 1 < chunks) place = *reinterpret_cast<const Words2*>(places + (chunk + 1) * (K / 2));
+                    if (chunk + 1 < chunks) place = *reinterpret_cast<const Words2*>(side.table + places + (chunk + 1) * (K / 2));
                     __syncthreads();
                     ask();
                     const uint32_t stage = begin + static_cast<uint32_t>(turn * kStageBytes);

@@ -27,11 +27,13 @@ def linear_sketch(
     n_in: int,
     inputs_strides: tuple[int, ...],
     inputs_table: int,
+    inputs_term: tuple[int, int, int, int],
     grads: int,
     grads_dtype: int,
     n_out: int,
     grads_strides: tuple[int, ...],
     grads_table: int,
+    grads_term: tuple[int, int, int, int],
     batch: int,
     tokens: int,
     k: int,
@@ -41,6 +43,7 @@ def linear_sketch(
     out: int,
     place: tuple[int, int],
 ) -> None: ...
+def linear_sketch_low_rank(dim: int) -> int: ...
 def shared_bytes(device: int) -> int: ...
 def linear_sketch_tile(k: int, dtype: int, other_dtype: int) -> tuple[int, int]: ...
 def linear_sketch_table(columns: int, n: int, k: int, bytes: int, table: int) -> None: ...

@@ -15,6 +15,8 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 
+from rapidin.gradients.source import GradientSource
+
 ROOT = Path(__file__).parents[2]
 OPS = {  # with those that have kernels for them
     "linear_sketch": {"triton", "cuda"},
@@ -253,17 +255,17 @@ def test_a_flow_that_differs_from_the_cpus_fails(tmp_path, monkeypatch):
     assert [row["state"] for row in rows_of([case], tmp_path)] == ["passed"]
     made = flow._attributor
 
+    class Wrong(GradientSource):
+        def sketches(self, *args, **named):
+            x, status = super().sketches(*args, **named)
+            x[:, 0] = x[:, 0].roll(1, 1)
+            return x, status
+
     def wrong(own, where, size):
         found = made(own, where, size)
         if where == "gpu":
-            sketch = found._sketch
-
-            def other(*args, **named):
-                x, status = sketch(*args, **named)
-                x[:, 0] = x[:, 0].roll(1, 1)
-                return x, status
-
-            found._sketch = other
+            # The class, so that sources made of this one with another preconditioner are wrong, too.
+            found.source.__class__ = Wrong
         return found
 
     monkeypatch.setattr(flow, "_attributor", wrong)

@@ -57,7 +57,7 @@ from rapidin.ops import cuda
 cuda.use(emulated())
 inputs, out = torch.ones(1, 20, 64), torch.empty(1, 64)
 table = torch.zeros(64, dtype=torch.int32)
-side = (inputs.data_ptr(), 0, 64, inputs.stride(), table.data_ptr())
+side = (inputs.data_ptr(), 0, 64, inputs.stride(), table.data_ptr(), (0, 0, 0, 0))
 emulated().linear_sketch(*side, *side, 1, {tokens}, 64, 1, 64, 0, out.data_ptr(), (0, 0))
 print("done")
 """

@@ -332,7 +332,10 @@ def test_a_device_map_changes_neither_sketches_nor_identity(work: Path, tmp_path
     texts = [("Say 7 ", "it is 49 "), ("Say 2 ", "no")]
     found = [
         sketch_generations(attributor.source, generations_of(attributor.source, texts))
-        for attributor in (Attributor(whole, width=64), Attributor(loaded, width=64))
+        for attributor in (
+            Attributor(whole, width=64, preconditioner="off"),
+            Attributor(loaded, width=64, preconditioner="off"),
+        )
     ]
     assert torch.equal(*found)
 

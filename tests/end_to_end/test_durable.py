@@ -98,7 +98,7 @@ def test_examples_added_to_full_shards_give_the_bytes_of_caching_all_at_once(
     ran = run(*cache(place, out, *data, more=("--append",)))
     assert ran.code == 0
     assert "cached 8 examples" in ran.err
-    assert "after the 12 that were there" in ran.err
+    assert "after the 12 cached before" in ran.err
     assert run(*cache(place, whole, *data)).code == 0
     assert contents(out) == contents(whole)
     assert all(contents(out)[name] == data for name, data in before.items() if name.startswith("shard"))
@@ -108,7 +108,7 @@ def test_examples_added_to_full_shards_give_the_bytes_of_caching_all_at_once(
     best = json.loads(ran.out)["queries"][0]["top"][0]
     assert (best["index"], best["example"]) == (18, ROWS[17])
     for more in ((), ("--append",)):
-        assert "all 20 examples were there already" in run(*cache(place, out, *data, more=more)).err
+        assert "all 20 examples were cached before" in run(*cache(place, out, *data, more=more)).err
     if further:
         moved = [Path(shutil.move(path, tmp_path / f"moved-{path.name}")) for path in data]
         query = ("query", out, "--prompt", "a", "--completion", "b")
@@ -232,7 +232,7 @@ def test_malformed_examples_are_skipped_where_they_may_be(place: Place, tmp_path
     top = json.loads(ran.out)["queries"][0]["top"]
     assert (top[0]["index"], top[0]["example"]) == (10, ROWS[5])
     assert len(top) == 8
-    assert "all 13 examples were there already" in run(*command).err
+    assert "all 13 examples were cached before" in run(*command).err
 
 
 def test_many_malformed_examples_are_counted_and_none_but_malformed_ones_refused(
@@ -262,7 +262,7 @@ def test_chats_that_the_template_refuses_are_malformed(
         return {"messages": [{"role": role, "content": "a"}, {"role": "assistant", "content": "b"}]}
 
     data, out = write(tmp_path / "a.jsonl", [chat("user"), chat("system"), chat("user")]), tmp_path / "out"
-    refused(run(*cache(place, out, data)), "a.jsonl, line 2: the chat template refuses")
+    refused(run(*cache(place, out, data)), "a.jsonl, line 2: the chat template rejects")
     ran = run(*cache(place, out, data, more=("--on-error", "skip")))
     assert ran.code == 0
     assert "skipped: " in ran.err
@@ -309,7 +309,7 @@ def test_a_batch_that_does_not_fit_is_halved(
     assert max(tried) > 3
     assert small.manifest.counts == whole.manifest.counts
     assert torch.allclose(small.sketches(), whole.sketches(), atol=2e-3)
-    assert any("out of memory: going on with batches of" in message for message in told)
+    assert any("out of memory: continuing with batches of" in message for message in told)
     assert sum(n > 3 for n in tried) <= 4, "later batches are to be as small as those that fit"
 
 
@@ -322,7 +322,7 @@ def test_an_example_that_does_not_fit_alone_is_recorded(
     short_of_memory(monkeypatch, lambda batch: batch.ids.shape[1] < 60)
     ran = run(*cache(place, out, data, more=points))
     assert ran.code == 0
-    assert "9 with a sketch, 1 too large for the memory" in ran.err
+    assert "9 with a sketch, 1 too large for memory" in ran.err
     assert Cache(out).status().tolist() == [0] * 5 + [Status.TOO_LARGE] + [0] * 4
     assert not Cache(out).sketches([5]).any()
     ran = run("query", out, "--prompt", "a", "--completion", " One", "--json", "-", "--top-k", "20")
@@ -400,7 +400,7 @@ def test_a_full_disk(
     monkeypatch.setattr("rapidin.gradients.load.load_model", lambda *_, **__: place.loaded)
     ran = run(*cache(place, out, data, more=kind))
     assert ran.code == 0
-    assert not done or f"after the {done} that were there" in ran.err
+    assert not done or f"after the {done} cached before" in ran.err
     assert run(*cache(place, tmp_path / "whole", data, more=kind)).code == 0
     assert contents(out) == contents(tmp_path / "whole")
 
