@@ -17,6 +17,8 @@ import torch
 
 from rapidin.gradients.source import GradientSource
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[2]
 OPS = {  # with those that have kernels for them
     "linear_sketch": {"triton", "cuda"},

@@ -13,6 +13,8 @@ import torch
 
 from rapidin.gradients.parameters import find_targets, matrix_shape
 
+pytestmark = pytest.mark.full
+
 PAGE = doc_tables.DOCS / "reference" / "kernels.md"
 
 

@@ -15,6 +15,8 @@ from inputs import INSTRUCTION_SETS, normal, torch_threads
 from rapidin import ops
 from rapidin.ops import _cpu
 
+pytestmark = pytest.mark.full
+
 ROOT = Path(__file__).parents[2]
 
 

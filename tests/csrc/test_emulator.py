@@ -24,7 +24,10 @@ ROOT = Path(__file__).parents[2]
 # Bytes of shared memory that a block may have: CUDA C++ Programming Guide.
 SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 89: 101_376, 90: 232_448, 100: 232_448}
 PACKED = ("sign", "int4", "int8")
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run kernels on")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to run kernels on"),
+]
 
 
 @pytest.fixture(scope="module")

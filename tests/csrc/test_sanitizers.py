@@ -22,7 +22,10 @@ def runtime(name):
 
 
 LIBRARIES = [runtime("libasan.so"), runtime("libubsan.so")]
-pytestmark = pytest.mark.skipif(None in LIBRARIES, reason="this compiler has no sanitizers' libraries")
+pytestmark = [
+    pytest.mark.full,
+    pytest.mark.skipif(None in LIBRARIES, reason="this compiler has no sanitizers' libraries"),
+]
 
 
 def emulated(variant, *command):

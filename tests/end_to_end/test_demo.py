@@ -109,6 +109,7 @@ def test_folder_in_use(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.full
 def test_full_demo(tmp_path: Path) -> None:
     """The whole of it, a minute of work; `pytest -k "not full_demo"` leaves it out."""
     command = [sys.executable, "-m", "rapidin", "demo", "--out", str(tmp_path / "demo")]

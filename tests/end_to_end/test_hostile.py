@@ -18,6 +18,8 @@ from rapidin.cache import Cache, CacheWriter, Manifest
 from rapidin.errors import UserError
 from rapidin.gradients.load import load_model
 
+pytestmark = pytest.mark.full
+
 FUZZ = Path(__file__).parents[1] / "support" / "fuzz_cache.py"
 CORPUS = Path(__file__).with_name("hostile")
 

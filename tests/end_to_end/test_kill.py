@@ -18,6 +18,8 @@ from tiny import save_tiny
 
 from rapidin.cli import main
 
+pytestmark = pytest.mark.full
+
 RUN = "import sys; from rapidin.cli import main; sys.exit(main(sys.argv[1:]))"
 KINDS = {
     "float16": ["--width", "32", "--precondition", "off"],
