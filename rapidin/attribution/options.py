@@ -48,6 +48,24 @@ _MAX_NEW_TOKENS = option(
 )
 
 
+# How a model is loaded, here and by commands that name the model themselves.
+DEVICE = option(
+    None,
+    help="Device, such as cpu or cuda:1; auto: layers over all GPUs.",
+    metavar="DEVICE",
+    panel="Run",
+    default="a GPU if there is one",
+)
+SHARD_MODEL = option(
+    False,
+    help="Under torchrun: each process holds a part of every weight, for large models.",
+    panel="Run",
+)
+TRUST_REMOTE_CODE = option(
+    False, help="Run code that comes with the model; only if you trust it.", panel="Model"
+)
+
+
 @documented
 @dataclass(frozen=True)
 class ScoringConfig(Settings):
@@ -216,21 +234,9 @@ class ModelLocation(Settings):
     model: str | None = option(None, help="New location of the model.", metavar="MODEL", panel="Model")
     adapter: str | None = option(None, help="New location of the adapter.", metavar="ADAPTER", panel="Model")
     base: str | None = option(None, help="New location of the base model.", metavar="MODEL", panel="Model")
-    device: str | None = option(
-        None,
-        help="Device, such as cpu or cuda:1; auto: layers over all GPUs.",
-        metavar="DEVICE",
-        panel="Run",
-        default="a GPU if there is one",
-    )
-    shard_model: bool = option(
-        False,
-        help="Under torchrun: each process holds a part of every weight, for large models.",
-        panel="Run",
-    )
-    trust_remote_code: bool = option(
-        False, help="Run code that comes with the model; only if you trust it.", panel="Model"
-    )
+    device: str | None = DEVICE
+    shard_model: bool = SHARD_MODEL
+    trust_remote_code: bool = TRUST_REMOTE_CODE
 
 
 @documented

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
+from rapidin.attribution.options import DEVICE, SHARD_MODEL, TRUST_REMOTE_CODE
 from rapidin.errors import UserError
 from rapidin.settings import Option, described, option
 
@@ -273,21 +274,9 @@ class ModelOptions:
         choices=("float32", "float16", "bfloat16", "auto"),
         default="float32 on a CPU, else as stored",
     )
-    device: str | None = option(
-        None,
-        help="Device, such as cpu or cuda:1; auto: layers over all GPUs.",
-        metavar="DEVICE",
-        panel="Run",
-        default="a GPU if there is one",
-    )
-    shard_model: bool = option(
-        False,
-        help="Under torchrun: each process holds a part of every weight, for large models.",
-        panel="Run",
-    )
-    trust_remote_code: bool = option(
-        False, help="Run code that comes with the model; only if you trust it.", panel="Model"
-    )
+    device: str | None = DEVICE
+    shard_model: bool = SHARD_MODEL
+    trust_remote_code: bool = TRUST_REMOTE_CODE
 
 
 def _in_one_process(name: str, body: Callable[..., int | None], **options: Any) -> int | None:
