@@ -24,6 +24,8 @@ from rapidin.errors import UserError
 from rapidin.gradients.load import load_model
 from rapidin.gradients.model import LoadedModel
 
+pytestmark = pytest.mark.full
+
 ROWS = 72
 
 

@@ -5,8 +5,8 @@ Made by rapidin 0.1.0 at commit 2765471 on a CPU, with the names that its Python
     OMP_NUM_THREADS=1 PYTHONPATH=.:tests python tests/data/cache_of_format_2/write.py
 
 Each cache is of the 12 examples in examples.jsonl and of a tiny random Llama, `tiny_llama(0, **CONFIG)` and
-`tiny_tokenizer()` of tests/support/tiny.py, one with a LoRA adapter on it. Models and examples were in memory, so the
-manifests name no files. No model is needed to read the caches: expected.safetensors holds
+`tiny_tokenizer()` of tests/support/tiny.py, one with a LoRA adapter on it. Models and examples were in
+memory, so the manifests name no files. No model is needed to read the caches: expected.safetensors holds
 
     <cache>/queries                       [Q, blocks, width]   the sketches of the queries in queries.jsonl
     <cache>/lengths, index, status, records                    what `rapidin.Cache` reads
