@@ -5,7 +5,8 @@
     class QueryOptions(Settings):
         '''What a query returns.'''
 
-        top_k: int = option(10, help="Examples to show at each end of the ranking.", metavar="N", minimum=1)
+        top_k: int = option(10, help="Examples to show at each end of the ranking.", metavar="N", limits=(1,
+        None))
 
 `documented` appends the fields' help to the docstring of the class; `rapidin.cli.options` makes flags of
 them.
@@ -84,6 +85,14 @@ class Settings:
     def to_json(self) -> dict[str, Any]:
         """The fields as JSON values; tuples become lists."""
         return {each.name: _json(getattr(self, each.name)) for each in fields(self)}  # type: ignore[arg-type]
+
+    @classmethod
+    def given(cls, options: Self | None, by_name: Mapping[str, Any]) -> Self:
+        """The options of a call that takes an object or single fields by name. Raises TypeError for both, and
+        for an unknown name."""
+        if options is not None and by_name:
+            raise TypeError(f"give either options or single ones by name, got both ({', '.join(by_name)})")
+        return cls(**by_name) if options is None else options
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:

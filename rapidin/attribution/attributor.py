@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -55,9 +55,8 @@ class Attributor:
                 raise TypeError("a GradientSource has its settings already")
             self.source = model
             return
-        loaded = model if isinstance(model, LoadedModel) else LoadedModel.of(model, tokenizer)
-        settings = (settings or GradientSettings()).replaced(**by_name)
-        self.source = GradientSource(loaded, settings, bytes_per_example=bytes_per_example)
+        settings = replace(settings or GradientSettings(), **by_name)
+        self.source = GradientSource(_loaded(model, tokenizer), settings, bytes_per_example=bytes_per_example)
 
     @staticmethod
     def from_cache(path: str | Path, **location: Any) -> Attributor:
@@ -73,8 +72,7 @@ class Attributor:
     def like(manifest: Manifest, model: Any, tokenizer: Any = None) -> Attributor:
         """The attributor with a manifest's settings on a model in memory. Raises UserError if the cache was
         made with another model."""
-        loaded = model if isinstance(model, LoadedModel) else LoadedModel.of(model, tokenizer)
-        return Attributor(source_of(manifest, loaded))
+        return Attributor(source_of(manifest, _loaded(model, tokenizer)))
 
     @property
     def settings(self) -> GradientSettings:
@@ -114,7 +112,7 @@ class Attributor:
         in the leading process only. Raises UserError if data, folder or disk cannot be used, PeerError if
         another process of the run is gone, and TypeError for unknown names.
         """
-        options = _options(CacheOptions, options, by_name)
+        options = CacheOptions.given(options, by_name)
         if not isinstance(examples, Examples):
             examples = open_examples(examples, limit=options.limit)
         elif options.limit is not None:
@@ -161,9 +159,5 @@ class Attributor:
         return self._last
 
 
-def _options(
-    kind: type[CacheOptions], options: CacheOptions | None, by_name: Mapping[str, Any]
-) -> CacheOptions:
-    if options is not None and by_name:
-        raise TypeError(f"give either options or single ones by name, got both ({', '.join(by_name)})")
-    return kind(**by_name) if options is None else options
+def _loaded(model: Any, tokenizer: Any) -> LoadedModel:
+    return model if isinstance(model, LoadedModel) else LoadedModel.of(model, tokenizer)

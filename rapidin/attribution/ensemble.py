@@ -134,9 +134,7 @@ class Ensemble:
         the others none. Raises UserError if a generation has no token to explain, if caches are not of the
         same examples and models, or if the requested output is unavailable; TypeError for unknown names.
         """
-        if options is not None and by_name:
-            raise TypeError(f"give either options or single ones by name, got both ({', '.join(by_name)})")
-        options = options or QueryOptions(**by_name)
+        options = QueryOptions.given(options, by_name)
         generations = as_records(generations)
         check_method(options.method, options.normalize, options.damping)
         if options.baselines:
@@ -180,9 +178,7 @@ class Ensemble:
         mean of its own. generations: as for `query`. scoring: fields of
         `rapidin.attribution.options.ScoringConfig` can also be given by name. Raises as `query` does.
         """
-        if scoring is not None and by_name:
-            raise TypeError(f"give either scoring or fields by name, got both ({', '.join(by_name)})")
-        scoring = scoring or ScoringConfig(**by_name)
+        scoring = ScoringConfig.given(scoring, by_name)
         check_method(scoring.method, scoring.normalize, scoring.damping)
         options = QueryOptions(normalize=scoring.normalize, max_new_tokens=max_new_tokens)
         query = self.sketched(generations, options, Clock())

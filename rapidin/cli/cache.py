@@ -4,13 +4,13 @@ import os
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
 from rapidin.attribution.options import CacheOptions
 from rapidin.cli.console import line, load, messages, quiet_libraries
-from rapidin.cli.options import ModelOptions, OnError, Only, Quiet, command
+from rapidin.cli.options import ModelOptions, Only, Quiet, command
 from rapidin.errors import UserError
 from rapidin.gradients.settings import GradientSettings
 from rapidin.settings import option
@@ -88,12 +88,12 @@ def cache(
     several: SeveralCaches,
     settings: GradientSettings,
     on_error: Annotated[
-        OnError,
+        Literal["stop", "skip"],
         typer.Option(
             help="What to do with a malformed example: stop before any work, or count and skip it.",
             rich_help_panel="Data",
         ),
-    ] = OnError.stop,
+    ] = "stop",
     quiet: Quiet = False,
 ) -> None:
     """Sketch the gradient of every training example into a cache.
@@ -109,7 +109,7 @@ def cache(
     jobs = _jobs(model, loading, several, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        examples = open_examples(join_paths(data), limit=options.limit, skip=on_error == OnError.skip)
+        examples = open_examples(join_paths(data), limit=options.limit, skip=on_error == "skip")
     options = replace(options, limit=None)
     if several.checkpoints is not None and settings.at is None:
         settings = replace(settings, at=1.0)

@@ -4,7 +4,6 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, is_dataclass
-from enum import Enum
 from functools import partial, wraps
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
@@ -223,11 +222,6 @@ def _type_of(settings: type[Any], each: Field[Any]) -> Any:
     return plain[0] if type(None) in get_args(kind) else kind
 
 
-class OnError(str, Enum):
-    stop = "stop"
-    skip = "skip"
-
-
 Quiet = Annotated[
     bool, typer.Option("--quiet", "-q", help="Print results and errors only.", rich_help_panel="Run")
 ]
@@ -279,9 +273,9 @@ class ModelOptions:
     trust_remote_code: bool = TRUST_REMOTE_CODE
 
 
-def _in_one_process(name: str, body: Callable[..., int | None], **options: Any) -> int | None:
+def _in_one_process(name: str, run: Callable[[], int | None]) -> int | None:
     from rapidin.distributed import world
 
     if not world().alone:
         raise UserError(f"'rapidin {name}' runs in one process", "start it without torchrun")
-    return body(**options)
+    return run()

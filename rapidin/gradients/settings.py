@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -203,7 +203,3 @@ class GradientSettings(Settings):
             max_length=text["max_length"],
             too_long=text["too_long"],
         )
-
-    def replaced(self, **changes: Any) -> GradientSettings:
-        """A copy with other values in these fields."""
-        return replace(self, **changes)

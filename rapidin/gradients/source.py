@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -19,7 +20,7 @@ from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.model import LoadedModel
-from rapidin.gradients.parameters import coverage, find_targets
+from rapidin.gradients.parameters import Target, coverage, find_targets
 from rapidin.gradients.path import DEFAULT_AT
 from rapidin.gradients.preconditioner import (
     Preconditioner,
@@ -59,8 +60,9 @@ class GradientSource:
         self.targets = find_targets(
             loaded.model, trained=loaded.trained, include=settings.include, exclude=settings.exclude
         )
-        config = _preconditioner_config(settings, loaded, self)
-        self.settings = settings.replaced(
+        config = _preconditioner_config(settings, loaded, self.targets)
+        self.settings = replace(
+            settings,
             at=tuple(self.points),
             width=settings.width or self._default_width(settings, bytes_per_example),
             max_length=_max_length(loaded, settings.max_length),
@@ -281,12 +283,12 @@ def _max_length(loaded: LoadedModel, wanted: int | None) -> int:
 
 
 def _preconditioner_config(
-    settings: GradientSettings, loaded: LoadedModel, source: GradientSource
+    settings: GradientSettings, loaded: LoadedModel, targets: Sequence[Target]
 ) -> PreconditionerConfig:
     value = settings.preconditioner
     if value == "auto":
         value = "off" if settings.projection == "rapidgrad" else "kfac"
-    return PreconditionerConfig.of(value, loaded.model, source.targets, loaded.trained)
+    return PreconditionerConfig.of(value, loaded.model, targets, loaded.trained)
 
 
 def _on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -7,6 +7,7 @@ import shutil
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -175,7 +176,7 @@ def test_several_points_are_blocks_of_their_own(tmp_path: Path) -> None:
     got = attributor.scores(cache, QUERIES, method="fisher")
     want = torch.zeros_like(got, dtype=torch.float64)
     for point in (0.25, 0.75):
-        alone = Attributor(attributor.loaded, settings=attributor.settings.replaced(at=point))
+        alone = Attributor(attributor.loaded, settings=replace(attributor.settings, at=point))
         want += by_formula(
             gradients(alone, records()),
             gradients(alone, QUERIES),

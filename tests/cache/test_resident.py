@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import records, tiny_llama, tiny_lora, tiny_tokenizer
+from cached_records import CACHE_FORMATS, cache_of, lora_attributor, sketch_of
 from torch import Tensor
 
 from rapidin.attribution import methods
@@ -27,23 +27,17 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def attributor() -> Attributor:
-    return Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=64)
+    return lora_attributor()
 
 
-@pytest.fixture(scope="module", params=["float16", "sign", "learnt"])
+@pytest.fixture(scope="module", params=CACHE_FORMATS)
 def cache(request: Any, attributor: Attributor, tmp_path_factory: pytest.TempPathFactory) -> Cache:
-    settings: dict[str, Any] = {
-        "float16": {"dtype": "float16"},
-        "sign": {"dtype": "sign"},
-        "learnt": {"bytes": 250, "sample": 24},
-    }[request.param]
-    return attributor.cache(records(40), tmp_path_factory.mktemp("cache"), shard_rows=9, **settings)
+    return cache_of(attributor, request.param, tmp_path_factory.mktemp("cache"))
 
 
 @pytest.fixture(scope="module")
 def sketch(attributor: Attributor) -> Tensor:
-    texts = [attributor.source.encoder(record) for record in records(3, seed=5)]
-    return attributor.source.sketches(texts)[0]
+    return sketch_of(attributor)
 
 
 class LateOrder:

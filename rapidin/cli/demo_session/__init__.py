@@ -158,7 +158,7 @@ class _Demo:
         batch: int,
         learning_rate: float,
     ) -> None:
-        from rapidin.cli.demo_session.progress import Steps
+        from rapidin.cli.progress import TrainingBar
         from rapidin.evaluate.settings import Recipe
         from rapidin.evaluate.training import tune
 
@@ -171,12 +171,12 @@ class _Demo:
             betas=(0.9, 0.98),
             seed=self.seed,
         )
-        with Steps(label, steps, self.console) as progress:
+        with TrainingBar(self.console, label, steps) as progress:
             tune(
                 model,
                 _encode(tokenizer, rows),
                 recipe,
-                on_step=lambda _done, _all, loss: progress.step(loss),
+                on_step=lambda _done, _all, loss: progress(loss),
             )
 
     def _command(self, *arguments: str) -> int:
