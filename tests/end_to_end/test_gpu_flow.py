@@ -110,7 +110,7 @@ def test_a_cache_is_made_without_waiting(
     name: str, gpu: Gpu, cpu_caches: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = cpu_caches(name) if name in COMPARED else None
-    shards = watched(gpu, monkeypatch, CachingLoop, "_shard")
+    shards = watched(gpu, monkeypatch, CachingLoop, "make_shard")
     moments = watched(gpu, monkeypatch, GradientSketcher, "add_moments")
     squares = watched(gpu, monkeypatch, Moments, "add")
     got = make(name, tmp_path, on_gpu=True)
