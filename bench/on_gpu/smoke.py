@@ -21,7 +21,7 @@ from pathlib import Path
 from on_gpu import calls
 from on_gpu.calls import KERNELS
 from on_gpu.plan import ROOT, Facts, RowFile, all_rows
-from on_gpu.processes import GRACE_SECONDS, CutShortError, Ended, Step, run_steps
+from on_gpu.processes import LIMITS, CutShortError, Ended, Step, run_steps
 
 CHECK_SECONDS, SANITIZER_SECONDS, TESTS_SECONDS = 90.0, 70.0, 60.0
 TOOLS = ("memcheck", "racecheck")
@@ -67,7 +67,7 @@ def steps(args: argparse.Namespace, rows: RowFile, end: float) -> list[Step]:
     """The steps, in the order in which they start."""
     dry, cores = args.dry_run, os.cpu_count() or 1
     log = args.out / "smoke.log"
-    until = end - GRACE_SECONDS - 3
+    until = end - LIMITS.grace - 3
     built = [] if args.no_build else calls.build_steps(rows, log, dry)
     cpu = [step.name for step in built if step.name == "build _cpu"]
     cuda = [step.name for step in built]
