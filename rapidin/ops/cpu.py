@@ -10,8 +10,8 @@ from torch import Tensor
 from rapidin.ops import _cpu, tables
 from rapidin.ops.low_rank import LowRank, applied, coefficients
 from rapidin.ops.packed import Packed, PackedDtype, packed_bytes
+from rapidin.ops.rotate import ROTATION, Cut
 from rapidin.ops.tables import CPU
-from rapidin.ops.turn import TURN, Cut
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PACKED_DTYPES = {"int8": 3, "int4": 4, "sign": 5}
@@ -106,8 +106,8 @@ def choose_way(
     if _cpu.has_tensor_sketch(k):
         whole = -(-tokens // _FUSED_TOKENS) * _FUSED_TOKENS
         fft = k * (_FUSED_PAIR_NS + _FUSED_FFT_NS * k.bit_length())
-        turned = _FUSED_PRODUCT_NS * (table_in + table_out)
-        best_cost = whole * (_FUSED_SKETCH_NS * (n_in + n_out) + turned + fft)
+        products = _FUSED_PRODUCT_NS * (table_in + table_out)
+        best_cost = whole * (_FUSED_SKETCH_NS * (n_in + n_out) + products + fft)
     else:
         fft = k * (_PAIR_NS + _FFT_NS * k.bit_length())
         best_cost = tokens * (_COUNT_SKETCH_NS * (n_in + n_out) + _PRODUCT_NS * (alone_in + alone_out) + fft)
@@ -120,9 +120,9 @@ def choose_way(
                 _COUNT_SKETCH_NS * (sketch_in * n_in + sketch_out * n_out) + _PRODUCT_NS * rows * cols
             )
             # Where a side is not sketched its LowRank is applied to the tokens or to the matrix.
-            turned_in = tokens * table_in if sketch_in else min(tokens, rows) * alone_in
-            turned_out = tokens * table_out if sketch_out else min(tokens, cols) * alone_out
-            cost += _PRODUCT_NS * (turned_in + turned_out)
+            product_in = tokens * table_in if sketch_in else min(tokens, rows) * alone_in
+            product_out = tokens * table_out if sketch_out else min(tokens, cols) * alone_out
+            cost += _PRODUCT_NS * (product_in + product_out)
             if sketch_in or sketch_out:
                 cost += _FOLD_NS * rows * cols
             else:
@@ -297,11 +297,11 @@ def unpack(packed: Packed) -> Tensor:
     return x
 
 
-def turn(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
+def rotate(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
     if mean is not None:
         x = x - mean
     words = torch.empty(x.shape[1] * x.shape[2], dtype=torch.int32, device=CPU)
-    _cpu.hash_words(seed, TURN, 0, len(words), words.data_ptr())
+    _cpu.hash_words(seed, ROTATION, 0, len(words), words.data_ptr())
     signs = torch.where(words < 0, -1.0, 1.0).view(x.shape[1:])
     x = _hadamard(x) * signs if back else _hadamard(x * signs)
     return x if cut is None else cut.of(x)

@@ -104,7 +104,7 @@ def fisher(grams: Grams, damping: float, kind: str = "energy", left_out: bool = 
     n = grams.train.shape[1]
     added = damping * mean_eigenvalue(grams, kind)
     inverse = torch.linalg.inv(grams.train / n + added[:, None, None] * torch.eye(n, dtype=torch.float64))
-    turned = grams.cross @ inverse
+    preconditioned = grams.cross @ inverse
     if left_out:  # 1 - h is d times the inverse's diagonal
-        turned = turned / (added[:, None] * inverse.diagonal(dim1=1, dim2=2))[:, None, :]
-    return turned.sum(0)
+        preconditioned = preconditioned / (added[:, None] * inverse.diagonal(dim1=1, dim2=2))[:, None, :]
+    return preconditioned.sum(0)

@@ -204,7 +204,7 @@ class Case:
         texts."""
         scales = self.kfac(at, texts, rank)
         train, test = self.gradients(at)
-        return self.turned(train, scales), self.turned(test, scales)
+        return self.preconditioned(train, scales), self.preconditioned(test, scales)
 
     def kfac(
         self, at: float, texts: int | None, rank: int | None, damping: float = SIDE_DAMPING
@@ -224,7 +224,7 @@ class Case:
                 moments.add_factors(n, inputs, outputs)
         return list(kfac_scales(moments, EXPONENT, damping).values())
 
-    def turned(self, group: list[Tensor], scales: list[Scale]) -> list[Tensor]:
+    def preconditioned(self, group: list[Tensor], scales: list[Scale]) -> list[Tensor]:
         return [
             scale.formed(g.view(-1, *shape)).flatten(1)
             for g, shape, scale in zip(group, self.shapes, scales, strict=True)
@@ -249,7 +249,7 @@ def exact_part(study: Study, case: Case, name: str) -> None:
         "6 checkpoints": [again.states[share] for share in SHARES],
     }
     grams: dict[Any, Grams] = {}
-    turned: dict[tuple[str, float], Grams] = {}
+    preconditioned: dict[tuple[str, float], Grams] = {}
     for at in (*PATH, 1.0, *again.states.values()):
         train, test = case.gradients(at)
         key = at if isinstance(at, float) else id(at)
@@ -266,8 +266,8 @@ def exact_part(study: Study, case: Case, name: str) -> None:
             "adam 1/2": [rank_one(v, 0.5) for v in again.moments],
         }
         for way, scales in both.items():
-            turned[way, float(at)] = Grams.of(scaled(train, scales), scaled(test, scales))
-        turned["train 1/2", float(at)] = Grams.of(scaled(train, half), test)
+            preconditioned[way, float(at)] = Grams.of(scaled(train, scales), scaled(test, scales))
+        preconditioned["train 1/2", float(at)] = Grams.of(scaled(train, half), test)
     for label, points in places.items():
         chosen = Grams.cat([grams[at if isinstance(at, float) else id(at)] for at in points])
         sizes = case.sizes.repeat(len(points))
@@ -275,8 +275,8 @@ def exact_part(study: Study, case: Case, name: str) -> None:
             study.add([case.values(scores)], set=name, part="exact", points=label, **named(tuple(key)))
     for label in ("0.5", "0.1+0.5+0.9"):
         sizes = case.sizes.repeat(len(places[label]))
-        for way in dict.fromkeys(way for way, _ in turned):
-            chosen = Grams.cat([turned[way, at] for at in places[label]])
+        for way in dict.fromkeys(way for way, _ in preconditioned):
+            chosen = Grams.cat([preconditioned[way, at] for at in places[label]])
             about = {"set": name, "part": "exact", "points": label, "preconditioner": way}
             for normalize in NORMALIZE:
                 known = chosen.normalized(normalize)
@@ -413,10 +413,12 @@ def ways_part(study: Study, case: Case, name: str) -> None:
     train, test = case.gradients(0.5)
     for damping in SIDE_DAMPINGS:
         scales = case.kfac(0.5, None, None, damping)
-        grams = Grams.of(case.turned(train, scales), case.turned(test, scales)).normalized("layer")
+        sides = (case.preconditioned(group, scales) for group in (train, test))
+        grams = Grams.of(*sides).normalized("layer")
         study.add([case.values(dot(grams))], **about, preconditioner="kfac, whole", side_damping=damping)
     scales = case.kfac(0.5, *KFAC["kfac"])
-    whole = case.turned(case.turned(test, scales), scales)  # a root on each side, both on this one
+    # A root on each side, both on this one.
+    whole = case.preconditioned(case.preconditioned(test, scales), scales)
     grams = Grams.of(train, whole).normalized("layer")
     about["preconditioner"] = "kfac, query's side"
     exact = case.values(dot(grams))
@@ -431,14 +433,14 @@ def ways_part(study: Study, case: Case, name: str) -> None:
 
 def trackstar(rows: Sequence[Tensor], queries: Sequence[Tensor], damping: float) -> Tensor:
     """Cosine of whole rows after each block's inverse root of (F + damping x mean eigenvalue): [test, n]."""
-    turned: list[list[Tensor]] = [[], []]
+    preconditioned: list[list[Tensor]] = [[], []]
     for x, q in zip(rows, queries, strict=True):
         values, vectors = torch.linalg.eigh(x.double().T @ x.double() / len(x))
         added = damping * values.square().sum() / values.sum()
         root = (vectors / (values.clamp(min=0) + added).sqrt()) @ vectors.T
-        for out, y in zip(turned, (x, q), strict=True):
+        for out, y in zip(preconditioned, (x, q), strict=True):
             out.append(y.double() @ root)
-    whole = [F.normalize(torch.cat(parts, 1)) for parts in turned]
+    whole = [F.normalize(torch.cat(parts, 1)) for parts in preconditioned]
     return whole[1] @ whole[0].T
 
 

@@ -1,4 +1,4 @@
-"""Flat sketch of a list of tensors: rows to groups, lanes turned by XOR, a sign for each element."""
+"""Flat sketch of a list of tensors: rows to groups, lanes permuted by XOR, a sign for each element."""
 
 from collections.abc import Sequence
 

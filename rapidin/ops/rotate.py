@@ -1,4 +1,4 @@
-"""turn, unit_blocks: what is done to the blocks of sketches before they are packed."""
+"""rotate, unit_blocks: what is done to the blocks of sketches before they are packed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from rapidin.ops.backends import find
 from rapidin.ops.checks import SKETCHED, check_same_device, check_sketch, check_tensor
 
-TURN = 16  # the stream of the keyed hash in docs/reference/sketch.md; the sketches use the streams below
+ROTATION = 16  # the stream of the keyed hash in docs/reference/sketch.md; the sketches use the streams below
 WIDEST = 8192
 
 
 class Cut:
-    """The numbers of turned blocks that are kept: of block b the first counts[b], divided by size[b].
+    """The numbers of rotated blocks that are kept: of block b the first counts[b], divided by size[b].
 
     counts: of [blocks], each at most `width`; size: [blocks] float32, None: 1; device: where blocks lie that
     are cut. kept: how many in all; begin: [blocks + 1] int64, where each block's numbers begin in a row.
@@ -42,16 +42,16 @@ class Cut:
         self.places = torch.arange(self.kept, device=device) - begin[self.owner] + self.owner * width
         self.divisor = None if size is None else size[self.owner]
 
-    def of(self, turned: Tensor) -> Tensor:
+    def of(self, rotated: Tensor) -> Tensor:
         """[n, blocks, width] -> what is kept of it, [n, kept]."""
         alike = set(self.counts)
         found = (
-            turned[:, :, : alike.pop()].flatten(1) if len(alike) == 1 else turned.flatten(1)[:, self.places]
+            rotated[:, :, : alike.pop()].flatten(1) if len(alike) == 1 else rotated.flatten(1)[:, self.places]
         )
         return found if self.divisor is None else found / self.divisor
 
 
-def turn(
+def rotate(
     x: Tensor,
     *,
     seed: int,
@@ -60,16 +60,16 @@ def turn(
     cut: Cut | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Each block turned by an orthogonal matrix of its own: random signs, then the Hadamard transform.
+    """Each block rotated by an orthogonal matrix of its own: random signs, then the Hadamard transform.
 
     x: [n, blocks, width] float32, width a power of two (on a GPU at most 8,192) -> the same, float32
     back: the inverse; mean: [blocks, width] float32, subtracted first
-    cut: what is kept of the turned blocks: -> [n, kept] float32
+    cut: what is kept of the rotated blocks: -> [n, kept] float32
 
-    The turn depends on the seed, the block's number and the width alone.
+    The rotation depends on the seed, the block's number and the width alone.
     Raises TypeError or ValueError on arguments that are not as above.
     """
-    op = "turn"
+    op = "rotate"
     check_sketch(op, 1, seed)
     check_tensor(op, "x", x, (torch.float32,), ndim=3)
     blocks, width = x.shape[1:]
