@@ -308,7 +308,7 @@ def rotate(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | 
 
 
 def _hadamard(x: Tensor) -> Tensor:
-    """The normalised Hadamard transform of the last axis: its own inverse."""
+    """The normalized Hadamard transform of the last axis: its own inverse."""
     shape, width = x.shape, x.shape[-1]
     x = x.reshape(-1, width) / math.sqrt(width)
     half = 1

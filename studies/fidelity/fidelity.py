@@ -8,7 +8,7 @@
 
 `judge` scores each query of the study against all scored texts but itself and the near-duplicates that were
 planted for other queries, and compares with the scores from exact gradients, query by query; figures are
-means over the queries. Three normalisations: `layer` (mean over the layers of cosines), `none` (dot products)
+means over the queries. Three normalizations: `layer` (mean over the layers of cosines), `none` (dot products)
 and `cosine`. Three choices of texts: `all` kinds, `alpaca` alone, `other` (plays and program code: queries
 and scored texts both).
 
@@ -120,7 +120,7 @@ class Study:
         return Sketches(*(found[name] for name in names))
 
     def judged(self, got: dict[str, Scores]) -> dict[str, dict[str, dict[str, float]]]:
-        """Figures by normalisation and choice of texts."""
+        """Figures by normalization and choice of texts."""
         found: dict[str, dict[str, dict[str, float]]] = {}
         for name in got:
             groups = GROUPS if name == "layer" else ("all", "alpaca")
@@ -164,7 +164,7 @@ def figures(exact: Scores, got: Scores) -> dict[str, float]:
 
 
 def scores(products: Tensor, query: Tensor, scored: Tensor) -> dict[str, Scores]:
-    """Scores [Q, N] of each normalisation from cosines by layer [Q, N, L] and lengths [Q, L], [N, L]."""
+    """Scores [Q, N] of each normalization from cosines by layer [Q, N, L] and lengths [Q, L], [N, L]."""
     weights = {
         "layer": (torch.ones_like(query) / query.shape[1], torch.ones_like(scored)),
         "none": (query, scored),
@@ -387,7 +387,7 @@ class Judge:
 
 
 def parts(code: PackedCodec, vectors: Tensor, x: Sketches) -> dict[str, Scores]:
-    """What each part of a code adds to the layer-normalised scores, as a scan would find it."""
+    """What each part of a code adds to the layer-normalized scores, as a scan would find it."""
     fields = encode(code, x)
     prepared = code.prepare(vectors)
     plan = prepared.plan(fields, None)
@@ -675,7 +675,7 @@ def plot_study(study: dict[str, Any], out: Path) -> None:
     axes[0].axhline(0.96, color="grey", linewidth=0.8)
     axes[1].axhline(9, color="grey", linewidth=0.8)
     axes[1].legend(fontsize=8, loc="lower right")
-    figure.suptitle(f"{study['study']}: layer-normalised scores against exact gradients, all kinds of text")
+    figure.suptitle(f"{study['study']}: layer-normalized scores against exact gradients, all kinds of text")
     figure.tight_layout()
     figure.savefig(out, dpi=80)
     plt.close(figure)

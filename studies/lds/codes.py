@@ -10,7 +10,7 @@ eigenvalues that are not zero).
 
 Beside the codes, projections at the same bytes, all in float16. Those of the whole gradient (dense, sparse,
 RapidIn's shuffle-and-sum) get a gradient whose matrices are scaled to length 1 first, since they cannot be
-normalised by layer afterwards; their Fisher score has one moment for all matrices.
+normalized by layer afterwards; their Fisher score has one moment for all matrices.
 """
 
 from __future__ import annotations

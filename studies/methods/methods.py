@@ -1,4 +1,4 @@
-"""Which method, normalisation, points, damping and preconditioner predict retraining best, also from 2 KB?
+"""Which method, normalization, points, damping and preconditioner predict retraining best, also from 2 KB?
 
     python studies/methods/methods.py [--extra FOLDER] [--parts exact,codes,peers,kfac,ways] --out FILE.json
 
@@ -6,7 +6,7 @@ Parts, each for every set; a part of a set that FILE already has is not repeated
 
 `exact`: gradients of the blocks' twelve matrices, through their Gram matrices, so without approximation.
 Points of the line from the base to the tuned model, and real checkpoints of the same tuning done again; each
-point and matrix is a block. Every method with every normalisation and several dampings. Then the optimizer's
+point and matrix is a block. Every method with every normalization and several dampings. Then the optimizer's
 preconditioner: gradients times a power of the second moment V of their elements, V ~ r c^T / mean(r) from its
 row means r and column means c, each plus a hundredth of its mean:
 
