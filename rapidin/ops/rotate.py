@@ -37,18 +37,20 @@ class Cut:
         begin = torch.zeros(len(self.counts) + 1, dtype=torch.int64, device=device)
         torch.cumsum(per_block, 0, out=begin[1:])
         self.begin = begin
-        # The block of each kept number, and its place among all.
+        # The block of each kept number, and its position among all.
         self.owner = torch.repeat_interleave(per_block, output_size=self.kept)
-        self.places = torch.arange(self.kept, device=device) - begin[self.owner] + self.owner * width
+        self.positions = torch.arange(self.kept, device=device) - begin[self.owner] + self.owner * width
         self.divisor = None if size is None else size[self.owner]
 
     def of(self, rotated: Tensor) -> Tensor:
         """[n, blocks, width] -> what is kept of it, [n, kept]."""
         alike = set(self.counts)
-        found = (
-            rotated[:, :, : alike.pop()].flatten(1) if len(alike) == 1 else rotated.flatten(1)[:, self.places]
+        numbers = (
+            rotated[:, :, : alike.pop()].flatten(1)
+            if len(alike) == 1
+            else rotated.flatten(1)[:, self.positions]
         )
-        return found if self.divisor is None else found / self.divisor
+        return numbers if self.divisor is None else numbers / self.divisor
 
 
 def rotate(
@@ -84,8 +86,8 @@ def rotate(
             f"{op}: cut must be of {blocks} blocks of {width}, got {len(cut.counts)} of {cut.width}"
         )
     device = check_same_device(op, {"x": x, "mean": mean, "cut": None if cut is None else cut.begin})
-    found: Tensor = find(op, backend, device)(x.detach(), seed=seed, back=back, mean=mean, cut=cut)
-    return found
+    rotated: Tensor = find(op, backend, device)(x.detach(), seed=seed, back=back, mean=mean, cut=cut)
+    return rotated
 
 
 def unit_blocks(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:

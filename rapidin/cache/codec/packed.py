@@ -193,7 +193,8 @@ class PackedCodec:
             out += basis.lift(ops.unpack(parts[PER_LAYER]) * basis.per_layer_rms)
         if RESIDUAL in parts:
             rotated = out.new_zeros(n, self.blocks * self.width)
-            rotated[:, self.cut.places] = ops.unpack(parts[RESIDUAL]) * self.residual_rms * self.residual_gain
+            stored = ops.unpack(parts[RESIDUAL])
+            rotated[:, self.cut.positions] = stored * self.residual_rms * self.residual_gain
             residual = ops.rotate(rotated.view_as(out), seed=self.seed, back=True)
             out += residual - basis.lift(basis.project(residual))
         return torch.where((self.lengths(tensors) > 0)[:, :, None], out, 0.0)

@@ -13,8 +13,8 @@ from rapidin.ops.rotate import WIDEST, Cut
 
 def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
     n, width = x.shape
-    code = torch.int8 if dtype == "int8" else torch.uint8
-    codes = torch.empty(n, packed_bytes(width, dtype), dtype=code, device=x.device)
+    code_dtype = torch.int8 if dtype == "int8" else torch.uint8
+    codes = torch.empty(n, packed_bytes(width, dtype), dtype=code_dtype, device=x.device)
     scale = torch.empty(n, device=x.device, dtype=torch.float32)
     pack_kernels.pack(_rows(x), codes, scale, dtype)
     return codes, scale
