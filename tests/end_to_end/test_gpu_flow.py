@@ -169,7 +169,7 @@ def test_a_scan_of_carried_shards_finds_the_same(
 
 def stepped(gpu: Gpu, patch: pytest.MonkeyPatch) -> set[str]:
     """Where a scan waits for the GPU between its pieces, the first apart."""
-    function, found = scan._scanned, set()
+    function, found = scan.scored_pieces, set()
 
     def run(*args: Any, **named: Any) -> Iterator[Any]:
         pieces = function(*args, **named)
@@ -182,7 +182,7 @@ def stepped(gpu: Gpu, patch: pytest.MonkeyPatch) -> set[str]:
                 found.update(gpu.waits - before)
             yield piece
 
-    patch.setattr(scan, "_scanned", run)
+    patch.setattr(scan, "scored_pieces", run)
     return found
 
 

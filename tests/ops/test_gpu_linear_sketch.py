@@ -1,11 +1,14 @@
 """linear_sketch on GPUs: both backends against the reference."""
 
+from importlib import import_module
+
 import pytest
 import torch
+from changed import changed
 from inputs import DEVICE, DTYPES, LINEAR_SHAPES, SEED, layouts, normal
 
 from rapidin import ops
-from rapidin.ops import tables
+from rapidin.ops import cuda, tables
 from rapidin.ops.cuda import sketches
 
 FOURIER = (1024, 2048, 4096, 8192)  # by Fourier transforms, all in float32
@@ -329,18 +332,17 @@ def test_no_order_of_threads_changes_a_bit(emulated_cuda, dim):
     assert torch.equal(found[2], found[0])
 
 
-def test_how_blocks_share_an_example_changes_little(gpu, monkeypatch):
+def test_how_blocks_share_an_example_changes_little(gpu):
     """Many examples leave a block each, one is cut in as many parts as it has tiles."""
-    many = 300
-    if gpu == "triton" and DEVICE.type == "cpu":  # interpreted, 300 take half a minute
-        from rapidin.kernels.linear_sketch import linear_sketch
-
-        many = 9
-        monkeypatch.setattr(linear_sketch, "__defaults__", (many,))  # blocks
     inputs, grads = factors((1, 70, 60, 40))
     alone = sketch(inputs, grads, 64, gpu)
-    among = sketch(inputs.expand(many, -1, -1), grads.expand(many, -1, -1), 64, gpu)[7:8]
-    assert_close(among, alone, 1e-5)
+    many, run, named = 300, ops.linear_sketch, {"backend": gpu}
+    if gpu == "triton" and DEVICE.type == "cpu":  # interpreted, 300 take half a minute
+        many = 9
+        run, named = import_module("rapidin.ops.triton").linear_sketch, {"blocks": many}
+    all_inputs, all_grads = (x.to(DEVICE).expand(many, -1, -1) for x in (inputs, grads))
+    among = run(all_inputs, all_grads, 64, seed=SEED, **named)[7:8]
+    assert_close(among.cpu(), alone, 1e-5)
 
 
 def test_a_width_without_a_kernel_is_refused_by_name(emulated_cuda):
@@ -349,20 +351,22 @@ def test_a_width_without_a_kernel_is_refused_by_name(emulated_cuda):
         sketch(inputs, grads, 100, "cuda")
 
 
-def test_what_the_cuda_kernels_take_is_said_by_shared_memory(emulated_cuda, monkeypatch):
+def test_what_the_cuda_kernels_take_is_said_by_shared_memory(emulated_cuda):
     """sm_86 and sm_89 let a block have 99 KB: all Fourier kernels fit, but not 512 numbers of float32."""
-    from rapidin.ops import cuda
 
-    monkeypatch.setattr(emulated_cuda, "shared_bytes", lambda device: 99 << 10)
-    for dtype in DTYPES:
-        x = torch.empty(1, 1, 8, dtype=dtype, device=DEVICE)
-        for dim in (32, 256, *FOURIER):
-            assert cuda.supports("linear_sketch", x, x, dim), (dim, dtype)
-        assert not cuda.supports("linear_sketch", x, x, 512)
-        assert not cuda.supports("linear_sketch", x, x, 16384)
-    monkeypatch.setattr(emulated_cuda, "shared_bytes", lambda device: 163 << 10)
-    for dtype in DTYPES:
-        assert cuda.supports("linear_sketch", x.to(dtype), x.to(dtype), 512)
+    def with_shared(number):
+        return cuda.using(changed(emulated_cuda, shared_bytes=lambda device: number))
+
+    sides = [torch.empty(1, 1, 8, dtype=dtype, device=DEVICE) for dtype in DTYPES]
+    with with_shared(99 << 10):
+        for x in sides:
+            for dim in (32, 256, *FOURIER):
+                assert cuda.supports("linear_sketch", x, x, dim), (dim, x.dtype)
+            assert not cuda.supports("linear_sketch", x, x, 512)
+            assert not cuda.supports("linear_sketch", x, x, 16384)
+    with with_shared(163 << 10):
+        for x in sides:
+            assert cuda.supports("linear_sketch", x, x, 512)
 
 
 @pytest.mark.skipif(DEVICE.type != "cuda", reason="needs a GPU")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from inputs import DEVICE, DTYPES, SEED, assert_close, away_from_ties, layouts, normal
+from poison import poisoned
 
 from rapidin import ops
 from rapidin.ops import Cut, Packed, pack, packed_bytes, unpack
-from rapidin.ops.triton import packing
 
 pytest.importorskip("triton")
 
@@ -18,15 +18,11 @@ def on(x):
     return x.to(DEVICE)
 
 
-def poisoned(monkeypatch):
+@pytest.fixture
+def poison():
     """Memory that ops allocate holds what must not be left in it."""
-    empty = torch.empty
-
-    def full(*shape, **options):
-        made = empty(*shape, **options)
-        return made.fill_(torch.nan if made.is_floating_point() else 0x55)
-
-    monkeypatch.setattr(packing.torch, "empty", full)
+    with poisoned():
+        yield
 
 
 def assert_same(got, wanted, x):
@@ -38,23 +34,23 @@ def assert_same(got, wanted, x):
 # ---- pack and unpack ----
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize("width", WIDTHS)
-def test_pack_is_the_reference(width, dtype, monkeypatch):
+def test_pack_is_the_reference(width, dtype):
     x = away_from_ties(1 if width > 5000 else 5, width, dtype)
     wanted = pack(x, dtype, backend="reference")
-    poisoned(monkeypatch)
     got = pack(on(x), dtype, backend="triton")
     assert_same(got, wanted, x)
     numbers = unpack(got, backend="triton")
     torch.testing.assert_close(numbers.cpu(), unpack(wanted, backend="reference"), rtol=1e-6, atol=0)
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize("rows", [0, 1, 2, 9, 33])
-def test_any_number_of_rows(rows, dtype, monkeypatch):
+def test_any_number_of_rows(rows, dtype):
     x = away_from_ties(rows, 100, dtype)
-    poisoned(monkeypatch)
     got = pack(on(x), dtype, backend="triton")
     assert_same(got, pack(x, dtype, backend="reference"), x)
     assert unpack(got, backend="triton").shape == (rows, 100)
@@ -71,13 +67,13 @@ def test_pack_reads_halves_and_any_layout(of, dtype):
         torch.testing.assert_close(got.scale.cpu(), wanted.scale, rtol=1e-6, atol=0)
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize("width", [100, 5000])
-def test_rows_without_a_direction(dtype, width, monkeypatch):
+def test_rows_without_a_direction(dtype, width):
     x = normal(6, width)
     x[1], x[2, 3], x[3, 4], x[4] = 0.0, torch.nan, -torch.inf, 1e-42 * (1 + torch.arange(width) % 100)
     x[5] *= 1e30
-    poisoned(monkeypatch)
     packed = pack(on(x), dtype, backend="triton")
     scale, codes = packed.scale.cpu(), packed.codes.cpu()
     assert scale[1] == 0
@@ -105,27 +101,27 @@ def test_unpack_reads_any_codes(dtype, of):
 # ---- the rotation ----
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("width", [1, 2, 8, 16, 128, 256, 512, 1024, 2048, 4096, 8192])
 @pytest.mark.parametrize("back", [False, True])
-def test_rotate_is_the_reference(width, back, monkeypatch):
+def test_rotate_is_the_reference(width, back):
     n, blocks = (3, 2) if width > 1000 else (19, 3)
     x = normal(n, blocks, width)
     wanted = ops.rotate(x, seed=SEED, back=back, backend="reference")
     assert_close(ops.rotate(x, seed=SEED, back=back), wanted)
-    poisoned(monkeypatch)
     got = ops.rotate(on(x), seed=SEED, back=back, backend="triton")
     assert_close(got.cpu(), wanted)
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("counts", [(5, 0, 64, 1), (7, 7, 7, 7), (0, 0, 0, 0), (64, 64, 64, 64)])
 @pytest.mark.parametrize("sized", [False, True])
-def test_rotate_subtracts_cuts_and_divides(counts, sized, monkeypatch):
+def test_rotate_subtracts_cuts_and_divides(counts, sized):
     x, mean, size = normal(70, 4, 64), normal(4, 64, seed=1), normal(4, seed=2).abs() + 0.1
     here = Cut(counts, 64, x.device, size if sized else None)
     wanted = ops.rotate(x, seed=3, mean=mean, cut=here, backend="reference")
     assert_close(ops.rotate(x, seed=3, mean=mean, cut=here), wanted)
     there = Cut(counts, 64, DEVICE, on(size) if sized else None)
-    poisoned(monkeypatch)
     got = ops.rotate(on(x), seed=3, mean=on(mean), cut=there, backend="triton")
     assert_close(got.cpu(), wanted)
 
@@ -165,14 +161,14 @@ def test_what_rotate_does_not_take():
 # ---- blocks of length 1 ----
 
 
+@pytest.mark.usefixtures("poison")
 @pytest.mark.parametrize("of", DTYPES)
 @pytest.mark.parametrize("shape", [(0, 3, 5), (2, 0, 5), (2, 3, 1), (5, 3, 100), (2, 1, 8192), (1, 2, 20000)])
-def test_unit_blocks_are_the_reference(shape, of, monkeypatch):
+def test_unit_blocks_are_the_reference(shape, of):
     x = normal(*shape).to(of)
     if x.numel() and len(x) > 1:
         x[0, 0] = 0.0
     wanted = ops.unit_blocks(x, backend="reference")
-    poisoned(monkeypatch)
     got = ops.unit_blocks(on(x), backend="triton")
     for one, two in zip(got, wanted, strict=True):
         torch.testing.assert_close(one.cpu(), two, rtol=3e-7, atol=1e-30)

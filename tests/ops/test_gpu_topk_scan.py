@@ -4,15 +4,18 @@ Interpreted and emulated kernels are slow, so sizes are just beyond those at whi
 tile, a group, a unit, a list that is full.
 """
 
+from importlib import import_module
 from itertools import product
 
 import pytest
 import torch
+from changed import changed
 from inputs import DEVICE, integers, normal
+from poison import poisoned
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rapidin import ops
-from rapidin.ops import Packed, gpu_scan, pack, packed_bytes
+from rapidin.ops import Packed, cuda, gpu_scan, pack, packed_bytes
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)
 PACKED = ("sign", "int4", "int8")
@@ -320,56 +323,46 @@ def test_the_same_bits_again(gpu, request, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, "int4"])
-def test_chunks_of_rows(gpu, dtype, monkeypatch):
+def test_chunks_of_rows(gpu, dtype):
     """What is kept goes on from chunk to chunk, with numbers unpacked and sums over parts held for one."""
-    monkeypatch.setattr(gpu_scan, "CHUNK_BYTES", 1)
+    kernels = import_module(f"rapidin.ops.{gpu}.scan").ScanKernels()
+    _, both_ends_in_chunks = gpu_scan.ops(kernels, chunk_bytes=1)
     x, q = normal(1100, 20), normal(1, 20, seed=1)
     cache = [pack(x[:, :12], dtype) if dtype in PACKED else x[:, :12].to(dtype), x[:, 12:]]
     more = {"scales": normal(1100, 2, seed=4), "offsets": [0, 5, 20]}
-    got = both_ends(gpu, cache, q, 30, **more)
+    there = {"scales": more["scales"].to(DEVICE), "offsets": more["offsets"], "valid": None, "base": None}
+    got = [x.cpu() for x in both_ends_in_chunks(on_device(cache), q.to(DEVICE), 30, **there)]
     wanted = ops.topk_scan_both_ends(cache, q, 30, **more, backend="reference")
     assert torch.equal(got[1], wanted[1])
     torch.testing.assert_close(got[0], wanted[0], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(got[2], wanted[2], rtol=1e-5, atol=1e-5)
 
 
-def test_outputs_are_written_whole(gpu, monkeypatch):
-    """Places without a hit are filled too: the buffers are poisoned first."""
-    poisoned = []
-
-    def empty_ranking(queries, k, device):
-        size = (queries, k)
-        poisoned.append(
-            (torch.full(size, 123.0, device=device), torch.full(size, 123, device=device, dtype=torch.int64))
-        )
-        return poisoned[-1]
-
-    monkeypatch.setattr(gpu_scan, "_empty_ranking", empty_ranking)
-    scores, indices = ops.topk_scan(
-        torch.full((5, 3), torch.nan, device=DEVICE), torch.ones(2, 3, device=DEVICE), 4, backend=gpu
-    )
+def test_outputs_are_written_whole(gpu):
+    """Places without a hit are filled too."""
+    cache = torch.full((5, 3), torch.nan, device=DEVICE)
+    with poisoned() as given:
+        scores, indices = ops.topk_scan(cache, torch.ones(2, 3, device=DEVICE), 4, backend=gpu)
     assert bool(scores.isnan().all())
     assert bool((indices == -1).all())
-    assert len(poisoned) == 1
+    assert {scores.data_ptr(), indices.data_ptr()} <= {x.data_ptr() for x in given}
 
 
 LEAST_SHARED = 101_376  # bytes that a block may have on sm_86 and sm_89, the least of sm_80 to sm_100
 
 
 @pytest.mark.parametrize("dtype", EVERY, ids=str)
-def test_a_block_has_the_shared_memory_that_it_asks_for(emulated_cuda, dtype, monkeypatch):
+def test_a_block_has_the_shared_memory_that_it_asks_for(emulated_cuda, dtype):
     """Of every format, number of queries, k and ends, with rows from one unit to more than a stage holds."""
     from rapidin.ops.cuda import scan
 
-    class Quiet:
-        scan_queries = staticmethod(lambda *_: None)
-
-    monkeypatch.setattr(scan, "extension", Quiet)
+    quiet = changed(emulated_cuda, scan_queries=lambda *_: None)
     name, most = dtype if dtype in PACKED else gpu_scan._FLOATS[dtype], 0
     for width, q, blocks in product((1, 700, 40000), (1, 2, 3, 4, 5, 8, 9, 16, 17, 256), (False, True)):
         part = gpu_scan.Part(torch.empty(1, 1), name, width, 0, None)
         segments = [(0, width, 0)] if blocks else None
-        made = scan.prepare(part, torch.empty(1, width).expand(q, width), segments)
+        with cuda.using(quiet):
+            made = scan.prepare(part, torch.empty(1, width).expand(q, width), segments)
         for k, ends in product((1, 256, 257, gpu_scan.LONGEST), (1, 3)):
             asked = emulated_cuda.topk_scan_shared_bytes(
                 scan._FORMATS[name], made.blocks, made.tiles, made.units, made.columns_held,
@@ -459,19 +452,20 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("dtype", EVERY, ids=str)
 @pytest.mark.parametrize("blocks", [False, True])
-def test_a_scan_launches_little_besides_its_kernels(emulated_cuda, dtype, blocks, monkeypatch):
+def test_a_scan_launches_little_besides_its_kernels(emulated_cuda, dtype, blocks):
     """Queries are prepared once for scans of several shards; torch fills one table a scan."""
-    from rapidin.ops.cuda import scan
-
     cache, q = case(20, 70, 3, dtype)
     more = {"scales": torch.ones(20, 2, device=DEVICE), "offsets": [0, 30, 70]} if blocks else {}
     cache, asked = on_device(cache), ops.ScanQueries(q.to(DEVICE))
     wanted = ops.topk_scan_both_ends(cache, asked.tensor, 5, backend="cuda", **more)
     prepared = []
-    prepare = scan.prepare
-    monkeypatch.setattr(scan, "prepare", lambda *of: (prepared.append(1), prepare(*of))[1])
+
+    def prepare(*given):
+        prepared.append(given)
+        return emulated_cuda.scan_queries(*given)
+
     for _ in range(3):
-        with Launches() as launches:
+        with Launches() as launches, cuda.using(changed(emulated_cuda, scan_queries=prepare)):
             found = ops.topk_scan_both_ends(cache, asked, 5, backend="cuda", **more)
         assert launches.names == ["zeros"]
         assert_same([x.cpu() for x in found], [x.cpu() for x in wanted])

@@ -8,7 +8,6 @@ import torch
 from inputs import SEED
 
 from rapidin.ops import _cpu, tables
-from rapidin.ops.lifetimes import Kept
 from rapidin.ops.reference import sketch_hash
 
 GOLDEN = json.loads((Path(__file__).parent / "vectors" / "hash.json").read_text())
@@ -78,9 +77,8 @@ def test_signs_and_bits_are_fair():
         assert abs(share - 0.5) < 5 * 0.5 / 256  # five standard deviations
 
 
-def test_tables_are_bounded(monkeypatch):
-    monkeypatch.setattr(tables, "_tables", Kept(10_000))
-    for seed in range(20):
-        tables.rows(seed, tables.OUT, 500, 10)
-    kept = tables._tables._entries.values()
-    assert 0 < sum(entry.bytes for entry in kept) == tables._tables._bytes <= 10_000
+def test_tables_are_bounded():
+    with tables.kept_tables.emptied(10_000):
+        for seed in range(20):
+            tables.rows(seed, tables.OUT, 500, 10)
+        assert tables.kept_tables.sizes() == [2_000] * 5

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from inputs import INSTRUCTION_SETS, instruction_set, integers, normal, torch_threads
+from poison import poisoned
 
 from rapidin import ops
-from rapidin.ops import _cpu, cpu
+from rapidin.ops import _cpu
 
 CACHE_DTYPES = (torch.float32, torch.float16)
 SHAPES = ((1, 1), (7, 3), (101, 64), (50, 1037), (97, 2050))
@@ -159,20 +160,18 @@ def test_agrees_with_the_reference(rows, width, queries, k, seed):
     assert_same(got, ops.topk_scan_both_ends(cache, q, k, valid=valid, backend="reference"))
 
 
-def test_outputs_are_written_whole(monkeypatch):
-    """Places without a hit are filled too: the buffers are poisoned first."""
-    poisoned = []
-
-    def empty_ranking(queries, k, filled):
-        size = (queries, k) if filled else (0, 0)
-        poisoned.append((torch.full(size, 123.0), torch.full(size, 123)))
-        return poisoned[-1]
-
-    monkeypatch.setattr(cpu, "_empty_ranking", empty_ranking)
-    scores, indices = ops.topk_scan(torch.full((5, 3), torch.nan), torch.ones(2, 3), 4)
+def test_outputs_are_written_whole():
+    """Places without a hit are filled too."""
+    cache = torch.tensor([[torch.nan], [2.0], [torch.nan]]).expand(3, 3)
+    with poisoned() as given:
+        scores, indices = ops.topk_scan(cache, torch.ones(2, 3), 3)
+    assert scores.nan_to_num(-1).tolist() == [[6.0, -1.0, -1.0]] * 2
+    assert indices.tolist() == [[1, -1, -1]] * 2
+    assert any(x.data_ptr() == scores.data_ptr() for x in given)
+    with poisoned():
+        scores, indices = ops.topk_scan(torch.full((5, 3), torch.nan), torch.ones(2, 3), 4)
     assert bool(scores.isnan().all())
     assert bool((indices == -1).all())
-    assert len(poisoned) == 2
 
 
 CACHE, QUERIES = torch.zeros(4, 6), torch.zeros(2, 6)
