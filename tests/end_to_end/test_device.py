@@ -34,6 +34,8 @@ from rapidin.gradients.parameters import find_targets
 from rapidin.ops import backends
 from rapidin.ops.transfer import Download, upload
 
+pytestmark = pytest.mark.gpu
+
 CPU = torch.device("cpu")
 FORMATS = (
     CodecConfig("sign"),

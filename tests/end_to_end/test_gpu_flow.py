@@ -32,6 +32,8 @@ from rapidin.gradients.adam import Moments
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.ops.transfer import Download, GpuCopyStream, Prefetcher, upload
 
+pytestmark = pytest.mark.gpu
+
 ROWS = 12
 
 # Once a pass transformers asks whether its attention mask is full; without a mask it asks about positions.
