@@ -152,7 +152,7 @@ def rotate(
     begin: Tensor | None,
     size: Tensor | None,
 ) -> None:
-    """Blocks rotated by signs, then the normalized Hadamard transform; inverse: that, then the signs.
+    """Blocks rotated: signs, then the normalized Hadamard transform; inverse: the transform, then the signs.
 
     x: [n, blocks, width] float32, its last stride 1, width a power of two up to 8,192; mean: [blocks, width]
     float32, contiguous, subtracted first; begin: [blocks + 1] int64, block b keeps its first begin[b + 1] -
