@@ -12,7 +12,7 @@ from rapidin import distributed
 from rapidin.data.encoding import Encoded, by_length
 from rapidin.errors import UserError, is_out_of_memory
 from rapidin.gradients.batch import Batch
-from rapidin.gradients.gradient_pass import NotBatchedError
+from rapidin.gradients.passes import NotBatchedError
 from rapidin.ops.transfer import Download
 
 _T = TypeVar("_T")
@@ -65,7 +65,7 @@ class Lockstep:
 
     def run(self, step: Callable[[], _T]) -> _T:
         """One pass, together with the others."""
-        return self._world.collective(step)
+        return self._world.collective(step) if self.shared else step()
 
     def begin(self) -> None:
         """Announce texts to sketch; the others join in, from `until_all_are_done` if they have none left."""

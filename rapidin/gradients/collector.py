@@ -1,10 +1,12 @@
 """From a batch of texts to each text's gradient sketch, with no weight gradient computed or formed.
 
-A `GradientSketcher` puts hooks on the modules of a model and runs one forward and backward pass
-(`rapidin.gradients.gradient_pass`). The parameters themselves need no gradient, so autograd computes input
-gradients only, and only down to the lowest layer that counts. With a preconditioner
-(`rapidin.gradients.preconditioner`) the factors of a gradient are preconditioned before they are sketched, or
-by the sketch itself.
+A `GradientSketcher` puts hooks on the modules of a model and runs one forward and backward pass. The gradient
+of a linear layer for one example is ``sum_t g_t a_t^T`` (output gradient times input). Forward hooks keep the
+inputs, tensor hooks see the output gradients as they are computed, and a pass (`rapidin.gradients.passes`)
+receives both factors at once, so at most one layer's factors beyond the saved inputs are held. The parameters
+themselves need no gradient, so autograd computes input gradients only, and only down to the lowest layer that
+counts. With a preconditioner (`rapidin.gradients.preconditioner`) the factors of a gradient are
+preconditioned before they are sketched, or by the sketch itself.
 """
 
 from __future__ import annotations
@@ -19,20 +21,22 @@ from torch.nn import functional as F
 
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch, evaluation_mode, example_losses
-from rapidin.gradients.gradient_pass import GradientPass, NotBatchedError, SketchTargets
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, Use, block_seed
 from rapidin.gradients.passes import (
     FactorPass,
     FlatPositionPass,
     FlatSketchPass,
+    GradientPass,
     MomentPass,
+    NotBatchedError,
     PositionPass,
     SketchPass,
+    SketchTargets,
     SquaresPass,
 )
 from rapidin.gradients.preconditioner import Preconditioner
-from rapidin.gradients.scale import Scale
+from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.settings import LossKind, Projection
 from rapidin.gradients.squares import Squares
 
@@ -45,7 +49,7 @@ class GradientSketcher:
     - "tensor": one block per parameter, the TensorSketch of its gradient from the factors;
     - "flat": one block per parameter, the one-permutation sketch of its formed gradient;
     - "rapidgrad": one block for all, the sum of the flat sketches, each scaled to length 1 first: the whole
-      layer-normalised gradient in `width` numbers (Lin et al., ACL 2024, section 3).
+      layer-normalized gradient in `width` numbers (Lin et al., ACL 2024, section 3).
 
     preconditioner: scales of the gradients, or None; it may be set between calls. If it differs between the
     points of a path, calls name the point by its number.
@@ -82,7 +86,6 @@ class GradientSketcher:
         for n, target in enumerate(self.targets):
             for use in target.uses if n not in self._by_autograd else ():
                 self._uses.setdefault(use.module, []).append((n, use))
-        self.one_by_one = bool(self._by_autograd)
 
     @property
     def needs_weights(self) -> list[str]:
@@ -98,9 +101,9 @@ class GradientSketcher:
         """(sketches [B, blocks, width] float32, losses [B] float32), both on the model's device.
 
         point: the number of the point where the model stands, for the preconditioner. Raises NotBatchedError
-        if a layer mixes the examples of a batch of more than one (`one_by_one` is set then, and batches of
-        one work), UserError if a parameter takes no part in the loss, and TypeError if the preconditioner
-        needs a point and none is named.
+        if a layer mixes the examples of a batch of more than one (batches of one work), UserError if a
+        parameter takes no part in the loss, and TypeError if the preconditioner needs a point and none is
+        named.
         """
         kind = SketchPass if self.projection == "tensor" else FlatSketchPass
         sketching = kind(self._sketched, batch, self._scales(point))
@@ -160,7 +163,7 @@ class GradientSketcher:
 
     def _run(self, batch: Batch, gradient_pass: GradientPass) -> Tensor:
         """One forward and backward pass; returns the losses [B]."""
-        if batch.ids.shape[0] > 1 and self.one_by_one:
+        if batch.ids.shape[0] > 1 and self._by_autograd:
             raise NotBatchedError
         with self._frozen(), self._hooked(gradient_pass), torch.enable_grad():
             losses = example_losses(self.model, batch, self.loss)
@@ -168,11 +171,7 @@ class GradientSketcher:
                 raise UserError(
                     f"no parameter that counts takes part in the loss, such as '{self.targets[0].name}'"
                 )
-            try:
-                torch.autograd.backward(losses.sum())
-            except NotBatchedError:
-                self.one_by_one = True
-                raise
+            torch.autograd.backward(losses.sum())
             for n in self._by_autograd:
                 grad = self._parameters[self.targets[n].name].grad
                 if grad is not None:
@@ -208,10 +207,84 @@ class GradientSketcher:
         try:
             for name, uses in self._uses.items():
                 module = self._modules[name]
+                hooks = ModuleHooks(gradient_pass, uses)
                 if any(use.kind == "embedding" for _, use in uses):
-                    handles.append(module.register_forward_pre_hook(gradient_pass.expand_ids))
-                handles.append(module.register_forward_hook(gradient_pass.forward_hook(uses)))
+                    handles.append(module.register_forward_pre_hook(hooks.expand_ids))
+                handles.append(module.register_forward_hook(hooks.forward))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class ModuleHooks:
+    """The hooks of one module in one pass, which hand the gradients of its parameters to the pass.
+
+    uses: the number of each target that the module uses, and how.
+    """
+
+    def __init__(self, gradient_pass: GradientPass, uses: Sequence[tuple[int, Use]]) -> None:
+        self._pass = gradient_pass
+        self._uses = uses
+
+    def expand_ids(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """A forward pre-hook of embeddings: position ids come once for the whole batch, and become a row for
+        each example, which keeps the examples' gradients apart."""
+        ids, rows = args[0], self._pass.rows
+        return (ids.expand(rows, *ids.shape[1:]), *args[1:]) if ids.shape[0] == 1 < rows else None
+
+    def forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """A forward hook that keeps the inputs of the module and waits for its output gradient."""
+        used = isinstance(output, Tensor) and args and torch.is_grad_enabled()
+        if self._pass.recomputing or not used:
+            return None
+        changed = None
+        if not output.requires_grad:
+            # The graph begins here: nothing below needs a gradient. A copy, since a leaf allows no
+            # in-place use.
+            output = changed = output.detach().requires_grad_().clone()
+        inputs = args[0].detach()
+
+        def on_gradient(grad: Tensor) -> None:
+            with torch.no_grad():
+                self._add_call(module, inputs, grad.detach())
+
+        output.register_hook(on_gradient)
+        self._pass.seen.update(n for n, _ in self._uses)
+        self._pass.calls.update(n for n, _ in self._uses)
+        return changed
+
+    def _add_call(self, module: nn.Module, inputs: Tensor, grad: Tensor) -> None:
+        """Add the gradient of each of the module's parameters that comes of one call of it."""
+        scales = self._pass.scales
+        rerun = [n for n, use in self._uses if use.kind == "module"]
+        if rerun:
+            self._pass.add_module(module, rerun, inputs, grad)
+            return
+        for n, use in self._uses:
+            g = self._by_example(grad, 1)
+            if use.kind == "embedding":
+                ids = self._by_example(inputs, 0)
+                padding = getattr(module, "padding_idx", None)
+                if padding is not None:
+                    g = g.masked_fill((ids == padding)[..., None], 0.0)
+                self._pass.add_embedding(n, ids, scales[n].embedding(ids, g) if scales else g)
+            elif use.kind == "bias":
+                self._pass.add_bias(n, g)
+            else:
+                columns, rows = self._by_example(inputs, 1), g
+                if use.kind == "conv1d":  # its weight is stored [in, out]: the input is the row factor
+                    columns, rows = rows, columns
+                self._pass.add_factors(
+                    n, scales[n].factors(columns, rows) if scales else Factors(columns, rows)
+                )
+
+    def _by_example(self, x: Tensor, features: int) -> Tensor:
+        """[B, ..., F] or [B * T, F] -> [B, T, F] (features = 0: no F)."""
+        feature_shape = x.shape[x.ndim - features :]
+        rows, length = self._pass.rows, self._pass.length
+        if rows == 1 or (x.ndim > 1 + features and x.shape[0] == rows):
+            return x.reshape(rows, -1, *feature_shape)
+        if x.ndim == 1 + features and x.shape[0] == rows * length:
+            return x.reshape(rows, length, *feature_shape)
+        raise NotBatchedError

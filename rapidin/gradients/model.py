@@ -129,5 +129,5 @@ def _hash_tokenizer(tokenizer: Any) -> str:
         core = json.loads(backend.to_str())
         core.pop("truncation", None)  # these two say how it was last called, not what it is
         core.pop("padding", None)
-    rest = [tokenizer.chat_template, {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}]
-    return hashlib.sha256(json.dumps([core, rest], sort_keys=True).encode()).hexdigest()
+    settings = [tokenizer.chat_template, {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}]
+    return hashlib.sha256(json.dumps([core, settings], sort_keys=True).encode()).hexdigest()

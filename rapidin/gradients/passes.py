@@ -1,18 +1,19 @@
-"""The kinds of passes: what becomes of each gradient that the hooks of `GradientPass` hand on."""
+"""The kinds of passes: what becomes of each gradient that the hooks of `GradientSketcher` hand on."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from rapidin import ops
 from rapidin.gradients.batch import Batch
-from rapidin.gradients.gradient_pass import GradientPass, SketchTargets
 from rapidin.gradients.kfac import FactorMoments
-from rapidin.gradients.parameters import matrix_shape
+from rapidin.gradients.parameters import Target, matrix_shape
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.squares import (
     Squares,
@@ -24,6 +25,97 @@ from rapidin.gradients.squares import (
 )
 
 _POSITIONS_BYTES = 64 << 20  # of formed gradients that are held at a time
+
+
+class NotBatchedError(Exception):
+    """A layer mixes the examples of a batch, so each example needs a pass of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class SketchTargets:
+    """The parameters whose gradients a pass takes, each known by its number n in `targets`.
+
+    seeds: the seed of each target's sketch; width: the sketch dimension of a target; parameters: the
+    model's parameters by name.
+    """
+
+    targets: Sequence[Target]
+    seeds: Sequence[int]
+    width: int
+    parameters: Mapping[str, nn.Parameter]
+
+
+class GradientPass(ABC):
+    """What the hooks of one pass write to.
+
+    A kind of pass says what is done with a gradient that arrives as factors, from an embedding, or formed.
+    scales: the preconditioner of each target, which is applied first; None for none.
+    """
+
+    def __init__(self, sketched: SketchTargets, batch: Batch, scales: Sequence[Scale] | None = None) -> None:
+        self.sketched = sketched
+        self.targets = sketched.targets
+        self.scales = scales
+        self.rows, self.length = batch.ids.shape
+        self.device = batch.ids.device
+        self.seen: set[int] = set()  # targets that take part in the forward pass
+        self.calls: Counter[int] = Counter()  # of each target's modules, in the forward pass
+        self.recomputing = False  # a module runs again for its own parameters, and is not hooked then
+
+    # ------------------------------------------------------------------------------- kinds of passes
+
+    @abstractmethod
+    def add_factors(self, n: int, factors: Factors) -> None:
+        """Add the gradient of a linear layer's weight; `factors` may leave part of the preconditioner to be
+        applied."""
+
+    @abstractmethod
+    def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
+        """Add the preconditioned gradient of an embedding's [V, E] weight; ids: [B, T], grad: [B, T, E]."""
+
+    @abstractmethod
+    def add_formed(self, n: int, grad: Tensor) -> None:
+        """Add a formed, preconditioned gradient [B, O, I]."""
+
+    def add_bias(self, n: int, grad: Tensor) -> None:
+        """Add the gradient of a bias, given that of the layer's outputs [B, T, O]."""
+        self.add_raw(n, grad.float().sum(1)[:, :, None])
+
+    def add_module(self, module: nn.Module, numbers: Sequence[int], inputs: Tensor, grad: Tensor) -> None:
+        """Add the gradients of a norm's (or the like) own parameters, the targets `numbers`: the module runs
+        again for each example."""
+        if self.rows > 1 and inputs.shape[0] != self.rows:
+            raise NotBatchedError
+        for n, grads in self.module_gradients(module, numbers, inputs, grad, self.rows):
+            self.add_raw(n, grads)
+
+    def add_raw(self, n: int, grad: Tensor) -> None:
+        """Add a formed gradient [B, O, I] that is not preconditioned yet."""
+        self.seen.add(n)
+        self.add_formed(n, self.scales[n].formed(grad) if self.scales else grad)
+
+    def module_gradients(
+        self, module: nn.Module, numbers: Sequence[int], inputs: Tensor, grad: Tensor, examples: int
+    ) -> Iterator[tuple[int, Tensor]]:
+        """(n, gradients [examples, O, 1]) of each target among a module's own parameters.
+
+        inputs: [B, ..., I], grad of the outputs: [B, ..., O], with B = examples, or any B for one example.
+        """
+        each = len(inputs) // examples
+        named = dict(module.named_parameters(recurse=False))
+        number_of = {id(self.sketched.parameters[self.targets[n].name]): n for n in numbers}
+        roles = {role: number_of[id(p)] for role, p in named.items() if id(p) in number_of}
+        grads: list[tuple[Tensor, ...]] = []
+        for row in range(examples):
+            with torch.enable_grad():
+                copies = {role: p.detach().requires_grad_() for role, p in named.items()}
+                self.recomputing = True
+                example = slice(row * each, (row + 1) * each)
+                output = torch.func.functional_call(module, copies, (inputs[example],))
+                self.recomputing = False
+                grads.append(torch.autograd.grad(output, [copies[role] for role in roles], grad[example]))
+        for n, of_examples in zip(roles.values(), zip(*grads, strict=True), strict=True):
+            yield n, torch.stack(of_examples)[:, :, None]
 
 
 class SketchPass(GradientPass):

@@ -10,9 +10,9 @@ from tiny import tiny_gpt2, tiny_llama, tiny_lora
 from rapidin import ops
 from rapidin.gradients.batch import Batch
 from rapidin.gradients.collector import GradientSketcher
-from rapidin.gradients.gradient_pass import NotBatchedError
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import block_seed, find_targets
+from rapidin.gradients.passes import NotBatchedError
 
 MODELS = {
     "llama": lambda: tiny_llama(),
@@ -37,7 +37,7 @@ def test_every_parameter_has_its_own_gradients_sketch(kind: str, loss: str) -> N
         assert {t.name for t in targets} == {name for name, _ in model.named_parameters()}
     want = torch.stack([own_sketches(model, targets, text, loss) for text in texts()])
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, loss=loss)  # type: ignore[arg-type]
-    assert not sketcher.one_by_one
+    assert not sketcher.single_names
     got, losses = sketcher(Batch.of(texts()))
     assert relative_error(got, want) < 1e-4
     assert losses.shape == (5,)
@@ -103,7 +103,6 @@ def test_an_unknown_kind_of_parameter_comes_by_autograd_one_example_at_a_time() 
     model.model.layers[0].mlp = Scaled(model.model.layers[0].mlp)
     targets = find_targets(model, include=["gain", "q_proj"])
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
-    assert sketcher.one_by_one
     assert sketcher.single_names == ["model.layers.0.mlp.gain"]
     with pytest.raises(NotBatchedError):
         sketcher(Batch.of(texts()))
@@ -132,7 +131,6 @@ def test_a_layer_that_mixes_examples_is_noticed_and_done_one_at_a_time() -> None
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
     with pytest.raises(NotBatchedError):
         sketcher(Batch.of(texts()))
-    assert sketcher.one_by_one
     for text in texts():
         got, _ = sketcher(Batch.of([text]))
         assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
