@@ -102,15 +102,15 @@ class GradientCheck:
             )
         else:
             text += f"equal to {max(self.worst, 1e-7):.0e}"
-        if self.mixed:
-            text += f"; {self.why_single}"
         if self.unchecked:
             text += f"; {len(self.unchecked):,} not checked, such as '{self.unchecked[0]}'"
         return text
 
     @property
     def why_single(self) -> str:
-        """Why examples are processed one at a time."""
+        """Why examples are processed one at a time; "" if they need not be."""
+        if not self.mixed:
+            return ""
         if not self.mixed_error:
             return f"the layer of '{self.mixed}' has no axis of the examples"
         return (

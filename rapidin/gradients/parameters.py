@@ -96,7 +96,7 @@ def find_targets(
         counting = set(trained)
         chosen = [name for name in shapes if name in counting]
     else:
-        head = _output_head(model)
+        head = output_head(model)
         chosen = [
             name
             for name in shapes
@@ -109,13 +109,14 @@ def find_targets(
     return [Target(name, shapes[name], tuple(uses[name])) for name in chosen]
 
 
-def coverage(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int]:
-    """(number of elements of the parameters that count, number of elements of all parameters)."""
-    counted = sum(prod(t.shape) for t in targets)
-    return counted, sum(prod(shape) for shape in _uses(model)[0].values())
+def all_parameters(model: nn.Module) -> list[Target]:
+    """Every parameter of a model, as if it counted."""
+    shapes, uses = _uses(model)
+    return [Target(name, shapes[name], tuple(uses[name])) for name in shapes]
 
 
-def _output_head(model: nn.Module) -> str | None:
+def output_head(model: nn.Module) -> str | None:
+    """The name of the module that makes the logits; None if the model does not tell."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return (

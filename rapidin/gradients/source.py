@@ -7,7 +7,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -19,9 +19,10 @@ from rapidin.gradients.batch import Batch
 from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
 from rapidin.gradients.check import GradientCheck, check_gradients, check_pair
 from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.coverage import Coverage, coverage_of
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.model import LoadedModel
-from rapidin.gradients.parameters import Target, coverage, find_targets, with_autograd
+from rapidin.gradients.parameters import Target, find_targets, with_autograd
 from rapidin.gradients.path import DEFAULT_AT
 from rapidin.gradients.preconditioner import (
     Preconditioner,
@@ -112,7 +113,7 @@ class GradientSource:
         names, why = self.sketcher.single_names, ""
         if names:
             why = f"{len(names)} parameters have their gradient from autograd itself, such as '{names[0]}'"
-        elif self.check is not None and self.check.mixed:
+        elif self.check is not None:
             why = self.check.why_single
         return BatchRunner(self.loaded.device, self.settings.batch_tokens, self.lockstep, why)
 
@@ -178,11 +179,11 @@ class GradientSource:
         """Blocks of a sketch, over all points."""
         return self.sketcher.blocks * len(self.points)
 
-    @property
-    def coverage(self) -> float:
-        """Share of the model's parameters that count."""
-        counted, total = coverage(self.loaded.model, self.targets)
-        return counted / total
+    @cached_property
+    def coverage(self) -> Coverage:
+        """What of the model counts."""
+        chosen = bool(self.settings.include or self.settings.exclude)
+        return coverage_of(self.loaded.model, self.targets, trained=self.loaded.trained, chosen=chosen)
 
     @contextmanager
     def at(self, number: int) -> Iterator[None]:
