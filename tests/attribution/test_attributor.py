@@ -340,8 +340,8 @@ def test_a_layer_that_mixes_examples_is_told_once_and_changes_nothing(tmp_path: 
     messages = [p.message for p in seen if p.message]
     assert "compared with autograd's: equal to" in messages[0]
     assert messages[1:] == [
-        "examples are processed one at a time: the layer of 'model.layers.1.mlp.down_proj.weight' has no axis "
-        "of the examples"
+        "examples are processed one at a time: the layer of 'model.layers.1.mlp.down_proj.weight' has no "
+        "axis of the examples"
     ]
     unchecked = Attributor(model, tiny_tokenizer(), **settings)
     seen.clear()
