@@ -273,8 +273,8 @@ class _Check:
     def _has_gradient(self, n: int) -> bool:
         """Whether autograd can give a parameter's gradient: it is in memory and not packed."""
         parameter = self._sketcher.parameter(n)
-        plain = type(parameter.detach()) is Tensor and parameter.dtype in _FLOATS
-        return plain and not parameter.is_meta and tuple(parameter.shape) == self._sketcher.targets[n].shape
+        plain = parameter.dtype in _FLOATS and not parameter.is_meta
+        return plain and tuple(parameter.shape) == self._sketcher.targets[n].shape
 
     def _is_linear(self, n: int) -> bool:
         return all(use.kind in ("linear", "conv1d") for use in self._sketcher.targets[n].uses)
@@ -313,7 +313,7 @@ class _Check:
 
     def _check_packed(self, numbers: Sequence[int]) -> None:
         """Raise UserError for a layer with a packed weight that is not affine in each token's input."""
-        first_of = {self._kind(n): n for n in reversed(numbers)}
+        first_of = {self._kind(n): n for n in reversed(numbers) if self._is_linear(n)}
         affine = affine_errors(self._sketcher, self._alone[0], list(first_of.values()))
         self._unchecked.update(numbers)
         limit = max(self._tolerance.autograd, 0.02)  # activations may be quantised as well
