@@ -12,8 +12,9 @@ preconditioned before they are sketched, or by the sketch itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import re
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ from torch.nn import functional as F
 
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch, evaluation_mode, example_losses
+from rapidin.gradients.experts import tracked_experts
+from rapidin.gradients.fsdp import is_sharded
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, Use, block_seed
 from rapidin.gradients.passes import (
@@ -36,9 +39,17 @@ from rapidin.gradients.passes import (
     SquaresPass,
 )
 from rapidin.gradients.preconditioner import Preconditioner
+from rapidin.gradients.products import ProductTracker
+from rapidin.gradients.rows import RowFactors
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.settings import LossKind, Projection
 from rapidin.gradients.squares import Squares
+from rapidin.gradients.tokens import TokenNumbers
+from rapidin.gradients.weight_uses import UntrackedError
+
+_Way = Literal["hooks", "product", "autograd"]
+_Pass = TypeVar("_Pass", bound=GradientPass)
+_EXPERT = re.compile("Expert|M[oO]E|Moe")  # classes of modules that may see some tokens only
 
 
 class GradientSketcher:
@@ -79,23 +90,25 @@ class GradientSketcher:
         self._modules = dict(model.named_modules())
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._sketched = SketchTargets(self.targets, self.seeds, width, self._parameters)
-        self._by_autograd = [
-            n for n, t in enumerate(self.targets) if any(use.kind == "autograd" for use in t.uses)
-        ]
-        self._uses: dict[str, list[tuple[int, Use]]] = {}  # (target, use) of each module, by its name
-        for n, target in enumerate(self.targets):
-            for use in target.uses if n not in self._by_autograd else ():
-                self._uses.setdefault(use.module, []).append((n, use))
+        self._ways: list[_Way] = [_first_way(target) for target in self.targets]
+        self._settled: set[int] = set()  # targets that some example did not reach, by autograd's word
+        self._any_reached = False
+        # Whether tokens are followed to modules that see some of them, in any order.
+        self._routed = any(_EXPERT.search(type(module).__name__) for module in self._modules.values())
 
     @property
     def needs_weights(self) -> list[str]:
         """Parameters whose gradient takes more than inputs and output gradients: their own values."""
-        return [t.name for t in self.targets if any(use.kind in ("module", "autograd") for use in t.uses)]
+        return [
+            t.name
+            for t, way in zip(self.targets, self._ways, strict=True)
+            if way == "autograd" or any(use.kind == "module" for use in t.uses)
+        ]
 
     @property
     def single_names(self) -> list[str]:
         """Parameters whose gradient comes from autograd itself, so that examples come one at a time."""
-        return [self.targets[n].name for n in self._by_autograd]
+        return [t.name for t, way in zip(self.targets, self._ways, strict=True) if way == "autograd"]
 
     def __call__(self, batch: Batch, point: int | None = None) -> tuple[Tensor, Tensor]:
         """(sketches [B, blocks, width] float32, losses [B] float32), both on the model's device.
@@ -106,8 +119,8 @@ class GradientSketcher:
         named.
         """
         kind = SketchPass if self.projection == "tensor" else FlatSketchPass
-        sketching = kind(self._sketched, batch, self._scales(point))
-        losses = self._run(batch, sketching)
+        scales = self._scales(point)
+        sketching, losses = self._run(batch, lambda: kind(self._sketched, batch, scales))
         sketches = sketching.sketches
         if self.projection == "rapidgrad":
             sketches = F.normalize(sketches, dim=-1, eps=1e-30).sum(1, keepdim=True)
@@ -120,9 +133,9 @@ class GradientSketcher:
         For exact gradients and for the contributions of single tokens. Raises as a call does, and TypeError
         for targets that are not the weights of linear layers.
         """
-        keeping = FactorPass(self._sketched, batch, self._scales(point))
-        self._run(batch, keeping)
-        return [keeping.factors[n] for n in range(len(self.targets))]
+        scales = self._scales(point)
+        keeping, _ = self._run(batch, lambda: FactorPass(self._sketched, batch, scales))
+        return [keeping.finished(n) for n in range(len(self.targets))]
 
     def positions(self, batch: Batch, vectors: Tensor, point: int | None = None) -> tuple[Tensor, Tensor]:
         """(products [T, Q, targets], sketches [targets, width]), float32, of a batch of one text.
@@ -133,8 +146,8 @@ class GradientSketcher:
         TypeError for targets whose gradient does not come position by position.
         """
         kind = PositionPass if self.projection == "tensor" else FlatPositionPass
-        sketching = kind(self._sketched, batch, self._scales(point), vectors)
-        self._run(batch, sketching)
+        scales = self._scales(point)
+        sketching, _ = self._run(batch, lambda: kind(self._sketched, batch, scales, vectors))
         return sketching.products, sketching.sketches[0]
 
     def squares(self, batch: Batch) -> list[Squares]:
@@ -142,8 +155,7 @@ class GradientSketcher:
 
         The gradients are not preconditioned: a preconditioner is made from these sums. Raises as a call does.
         """
-        summing = SquaresPass(self._sketched, batch)
-        self._run(batch, summing)
+        summing, _ = self._run(batch, lambda: SquaresPass(self._sketched, batch))
         return summing.finish()
 
     def add_moments(self, batch: Batch, moments: FactorMoments) -> None:
@@ -152,7 +164,7 @@ class GradientSketcher:
         The gradients are not preconditioned. Raises as a call does; `moments` may hold some of the batch
         then, and are of no more use.
         """
-        self._run(batch, MomentPass(self._sketched, batch, moments))
+        self._run(batch, lambda: MomentPass(self._sketched, batch, moments))
         moments.examples += len(batch.ids)
 
     def _scales(self, point: int | None) -> list[Scale] | None:
@@ -161,53 +173,129 @@ class GradientSketcher:
         table = self.preconditioner.at(point)
         return [table[target.name] for target in self.targets]
 
-    def _run(self, batch: Batch, gradient_pass: GradientPass) -> Tensor:
+    def _run(self, batch: Batch, make: Callable[[], _Pass]) -> tuple[_Pass, Tensor]:
+        """One forward and backward pass with a pass that `make` makes; returns it and the losses [B].
+
+        It begins again where the forward pass shows that a gradient is to be obtained in another way.
+        """
+        while True:
+            names = self.single_names
+            if batch.ids.shape[0] > 1 and names:
+                raise NotBatchedError(names)
+            gradient_pass = make()
+            try:
+                return gradient_pass, self._passed(batch, gradient_pass)
+            except UntrackedError as error:
+                # In all layers at once: each pass finds one.
+                roles = {_role(self.targets[n].name) for n in error.numbers}
+                for n, target in enumerate(self.targets):
+                    if self._ways[n] == "product" and _role(target.name) in roles:
+                        self._ways[n] = "autograd"
+            except _FollowTokens:
+                self._routed = True
+            except _Unseen as error:
+                self._settle(batch, error.numbers)
+
+    def _passed(self, batch: Batch, gradient_pass: GradientPass) -> Tensor:
         """One forward and backward pass; returns the losses [B]."""
-        if batch.ids.shape[0] > 1 and self._by_autograd:
-            raise NotBatchedError
-        with self._frozen(), self._hooked(gradient_pass), torch.enable_grad():
-            losses = example_losses(self.model, batch, self.loss)
-            if not losses.requires_grad:
+        tracker = self._tracker(gradient_pass)
+        by_autograd = [n for n, way in enumerate(self._ways) if way == "autograd"]
+        with self._frozen(by_autograd), self._hooked(gradient_pass, tracker), torch.enable_grad():
+            with tracker or contextlib.nullcontext():
+                losses = example_losses(self.model, batch, self.loss)
+            unseen = {n for n, way in enumerate(self._ways) if way != "autograd"} - gradient_pass.seen
+            if not unseen <= self._settled:
+                raise _Unseen(sorted(unseen - self._settled))
+            if losses.requires_grad:
+                torch.autograd.backward(losses.sum())
+                self._any_reached = True
+            elif not self._any_reached:
                 raise UserError(
                     f"no parameter that counts takes part in the loss, such as '{self.targets[0].name}'"
                 )
-            torch.autograd.backward(losses.sum())
-            for n in self._by_autograd:
+            if tracker is not None:
+                with torch.no_grad():
+                    tracker.finish()
+            for n in by_autograd:
                 grad = self._parameters[self.targets[n].name].grad
                 if grad is not None:
                     gradient_pass.add_raw(n, grad.reshape(1, grad.shape[0] if grad.ndim else 1, -1))
-        unused = [t.name for n, t in enumerate(self.targets) if n not in gradient_pass.seen]
-        if unused:
-            raise UserError(
-                f"{len(unused)} parameters took no part in the model's forward pass, such as '{unused[0]}'",
-                "leave them out with --exclude",
-            )
         return losses.detach()
 
+    def _tracker(self, gradient_pass: GradientPass) -> ProductTracker | None:
+        """What sees the products with parameters that are no module's of a known kind, if there are any."""
+        tracked = [n for n, way in enumerate(self._ways) if way == "product"]
+        if not tracked and not self._routed:
+            return None
+        parameters = {n: self._parameters[self.targets[n].name] for n in tracked}
+        places = {
+            n: [
+                (self._modules[use.module], self.targets[n].name.rpartition(".")[2])
+                for use in self.targets[n].uses
+            ]
+            for n in tracked
+        }
+        return ProductTracker(gradient_pass, parameters, places)
+
+    def _settle(self, batch: Batch, unseen: Sequence[int]) -> None:
+        """Find out whether parameters that no hook saw have a gradient; if so, it is obtained in another way.
+
+        A weight may be used by another function than its module's. If it has no gradient, no token came to
+        its expert, say.
+        """
+        parameters = {n: self._parameters[self.targets[n].name] for n in unseen}
+        if any(is_sharded(p) for p in parameters.values()):
+            raise UserError(
+                f"{len(unseen)} parameters took no part in the model's forward pass, such as "
+                f"'{self.targets[unseen[0]].name}'",
+                "leave them out with --exclude, or do not use --shard-model",
+            )
+        with self._frozen(unseen), torch.enable_grad():
+            losses = example_losses(self.model, batch, self.loss)
+            if losses.requires_grad:
+                torch.autograd.backward(losses.sum())
+            reached = [n for n, p in parameters.items() if p.grad is not None]
+        self._settled |= set(unseen) - set(reached)
+        for n in reached:
+            self._ways[n] = "product" if self._ways[n] == "hooks" else "autograd"
+
     @contextlib.contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """Inside the block only the parameters whose gradient comes from autograd itself need a gradient."""
+    def _frozen(self, by_autograd: Sequence[int]) -> Iterator[None]:
+        """Inside the block only these targets need a gradient: those whose gradient is autograd's."""
         before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
-        by_autograd = {id(self._parameters[name]) for name in self.single_names}
-        with evaluation_mode(self.model):
+        needed = {id(self._parameters[self.targets[n].name]) for n in by_autograd}
+        with evaluation_mode(self.model), tracked_experts(self.model):
             try:
                 for p, _, _ in before:
-                    p.requires_grad_(id(p) in by_autograd)
+                    p.requires_grad_(id(p) in needed and p.is_floating_point())
                     p.grad = None
                 yield
             finally:
-                for p, needed, grad in before:
-                    p.requires_grad_(needed)
+                for p, wanted, grad in before:
+                    p.requires_grad_(wanted)
                     p.grad = grad
 
     @contextlib.contextmanager
-    def _hooked(self, gradient_pass: GradientPass) -> Iterator[None]:
+    def _hooked(self, gradient_pass: GradientPass, tracker: ProductTracker | None) -> Iterator[None]:
         """Inside the block the modules of all targets report to the pass."""
         handles: list[Any] = []
+        by_module: dict[str, list[tuple[int, Use]]] = {}
+        containers: set[str] = set()
+        for n, target in enumerate(self.targets):
+            for use in target.uses:
+                if self._ways[n] == "hooks":
+                    by_module.setdefault(use.module, []).append((n, use))
+                parts = use.module.split(".")
+                containers |= {".".join(parts[:depth]) for depth in range(len(parts) + 1)}
         try:
-            for name, uses in self._uses.items():
+            if tracker is not None:
+                for name in sorted(containers):
+                    handles.append(
+                        self._modules[name].register_forward_pre_hook(tracker.begin, with_kwargs=True)
+                    )
+            for name, uses in by_module.items():
                 module = self._modules[name]
-                hooks = ModuleHooks(gradient_pass, uses)
+                hooks = ModuleHooks(gradient_pass, uses, None if tracker is None else tracker.tokens)
                 if any(use.kind == "embedding" for _, use in uses):
                     handles.append(module.register_forward_pre_hook(hooks.expand_ids))
                 handles.append(module.register_forward_hook(hooks.forward))
@@ -217,15 +305,41 @@ class GradientSketcher:
                 handle.remove()
 
 
+class _Unseen(Exception):
+    """No hook saw these targets."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        super().__init__()
+        self.numbers = list(numbers)
+
+
+class _FollowTokens(Exception):
+    """A module sees some tokens of the batch, so that tokens must be followed."""
+
+
+def _first_way(target: Target) -> _Way:
+    kinds = {use.kind for use in target.uses}
+    return "autograd" if "autograd" in kinds else "product" if "product" in kinds else "hooks"
+
+
+def _role(name: str) -> str:
+    """A parameter's name without the number of its layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 class ModuleHooks:
     """The hooks of one module in one pass, which hand the gradients of its parameters to the pass.
 
-    uses: the number of each target that the module uses, and how.
+    uses: the number of each target that the module uses, and how; tokens: which tokens the module sees, or
+    None if they are not followed.
     """
 
-    def __init__(self, gradient_pass: GradientPass, uses: Sequence[tuple[int, Use]]) -> None:
+    def __init__(
+        self, gradient_pass: GradientPass, uses: Sequence[tuple[int, Use]], tokens: TokenNumbers | None
+    ) -> None:
         self._pass = gradient_pass
         self._uses = uses
+        self._tokens = tokens
 
     def expand_ids(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A forward pre-hook of embeddings: position ids come once for the whole batch, and become a row for
@@ -238,28 +352,52 @@ class ModuleHooks:
         used = isinstance(output, Tensor) and args and torch.is_grad_enabled()
         if self._pass.recomputing or not used:
             return None
+        inputs = args[0].detach()
+        tokens = self._routed_tokens(args[0])
+        self._pass.seen.update(n for n, _ in self._uses)
+        if not output.numel():
+            return None
         changed = None
         if not output.requires_grad:
             # The graph begins here: nothing below needs a gradient. A copy, since a leaf allows no
             # in-place use.
             output = changed = output.detach().requires_grad_().clone()
-        inputs = args[0].detach()
 
         def on_gradient(grad: Tensor) -> None:
             with torch.no_grad():
-                self._add_call(module, inputs, grad.detach())
+                self._add_call(module, inputs, grad.detach(), tokens)
 
         output.register_hook(on_gradient)
-        self._pass.seen.update(n for n, _ in self._uses)
         self._pass.calls.update(n for n, _ in self._uses)
         return changed
 
-    def _add_call(self, module: nn.Module, inputs: Tensor, grad: Tensor) -> None:
+    def _routed_tokens(self, x: Tensor) -> Tensor | None:
+        """The token of each row of a linear layer's inputs [N, F], if they are not the batch's in order.
+
+        Raises NotBatchedError if they are not known and matter, and _FollowTokens to follow them from now on.
+        """
+        rows, length = self._pass.rows, self._pass.length
+        linear = all(use.kind in ("linear", "conv1d", "bias") for _, use in self._uses)
+        if not linear or (x.ndim > 2 and x.shape[0] == rows):
+            return None
+        if self._tokens is None:
+            if rows > 1 and not (x.ndim == 2 and x.shape[0] == rows * length):
+                raise _FollowTokens
+            return None
+        tokens = self._tokens.of_rows(x)
+        if tokens is None and rows > 1:
+            raise NotBatchedError
+        return tokens
+
+    def _add_call(self, module: nn.Module, inputs: Tensor, grad: Tensor, tokens: Tensor | None) -> None:
         """Add the gradient of each of the module's parameters that comes of one call of it."""
         scales = self._pass.scales
         rerun = [n for n, use in self._uses if use.kind == "module"]
         if rerun:
             self._pass.add_module(module, rerun, inputs, grad)
+            return
+        if tokens is not None:
+            self._add_routed(inputs, grad, tokens)
             return
         for n, use in self._uses:
             g = self._by_example(grad, 1)
@@ -278,6 +416,13 @@ class ModuleHooks:
                 self._pass.add_factors(
                     n, scales[n].factors(columns, rows) if scales else Factors(columns, rows)
                 )
+
+    def _add_routed(self, inputs: Tensor, grad: Tensor, tokens: Tensor) -> None:
+        """Add the gradients of a linear layer that sees tokens in any order."""
+        x, g = inputs.reshape(-1, inputs.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        for n, use in self._uses:
+            columns, rows = (g, x) if use.kind == "conv1d" else (x, g)
+            self._pass.add_rows(n, RowFactors(None if use.kind == "bias" else columns, rows, tokens, None))
 
     def _by_example(self, x: Tensor, features: int) -> Tensor:
         """[B, ..., F] or [B * T, F] -> [B, T, F] (features = 0: no F)."""

@@ -8,6 +8,7 @@ from rapidin.ops.linear_sketch import embedding_sketch, linear_sketch
 from rapidin.ops.low_rank import LowRank
 from rapidin.ops.matrix_sketch import matrix_sketch
 from rapidin.ops.packed import Packed, pack, packed_bytes, unpack
+from rapidin.ops.stack_sketch import add_at, stack_sketch
 from rapidin.ops.topk_scan import ScanQueries, topk_scan, topk_scan_both_ends
 from rapidin.ops.turn import Cut, turn, unit_blocks
 
@@ -16,12 +17,14 @@ __all__ = [
     "LowRank",
     "Packed",
     "ScanQueries",
+    "add_at",
     "embedding_sketch",
     "flat_sketch",
     "linear_sketch",
     "matrix_sketch",
     "pack",
     "packed_bytes",
+    "stack_sketch",
     "topk_scan",
     "topk_scan_both_ends",
     "turn",

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 OUT_BINS, OUT_SIGNS, IN_BINS, IN_SIGNS = 0, 1, 2, 3
+STACK_BINS, STACK_SIGNS = 4, 5
 FLAT_POOL, FLAT_TURN, FLAT_ROTATION, FLAT_LANE, FLAT_SIGNS = 8, 9, 10, 11, 12
 TURN = 16
 
