@@ -82,7 +82,8 @@ class BatchRunner:
     """Runs passes over texts in batches of like length, smaller ones once memory has run out.
 
     batch_tokens: padded tokens per batch to begin with. one_at_a_time: set if a layer is found to mix the
-    examples of a batch; single_names: parameters because of which it is set from the start.
+    examples of a batch, or a parameter's gradient to be autograd's; single_names: parameters because of which
+    it is set, from the start or later.
     """
 
     def __init__(
@@ -129,8 +130,8 @@ class BatchRunner:
             try:
                 batch = Batch.of([(texts[n].ids, texts[n].target) for n in numbers], self.device)
                 result = self.lockstep.run(partial(step, batch))
-            except NotBatchedError:
-                self._not_batched(reporter)
+            except NotBatchedError as error:
+                self._not_batched(reporter, error.names)
                 queue.extend([n] for n in reversed(numbers))
                 continue
             except (RuntimeError, MemoryError) as error:
@@ -154,13 +155,14 @@ class BatchRunner:
         for _ in range(idle):
             self.lockstep.run(partial(step, Batch.of([_PADDING], self.device)))
 
-    def _not_batched(self, reporter: Reporter) -> None:
+    def _not_batched(self, reporter: Reporter, names: Sequence[str]) -> None:
         if self.lockstep.shared:
             raise UserError(
                 "a layer mixes the examples of a batch", "use --batch-tokens 1 with --shard-model"
             ) from None
         if not self.one_at_a_time:
             self.one_at_a_time = True
+            self.single_names = list(names)
             reporter.tell(self.why_one_at_a_time)
 
     def _release_memory(self) -> None:
