@@ -26,6 +26,7 @@ from rapidin.gradients.preconditioner import (
     Preconditioner,
     PreconditionerConfig,
 )
+from rapidin.gradients.probe import check_causal
 from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
 from rapidin.ops.transfer import Download, upload
 
@@ -55,6 +56,7 @@ class GradientSource:
     ) -> None:
         """bytes_per_example: the budget of a cache, on which the default sketch dimension depends."""
         settings = settings or GradientSettings()
+        check_causal(loaded)
         self.loaded = loaded
         self.points = _points(loaded, settings.at)
         self.targets = find_targets(
@@ -273,13 +275,13 @@ def _points(loaded: LoadedModel, at: tuple[float, ...] | float | None) -> list[f
     return points
 
 
-def _max_length(loaded: LoadedModel, wanted: int | None) -> int:
+def _max_length(loaded: LoadedModel, requested: int | None) -> int:
     limit = loaded.context_length
-    if wanted is None:
+    if requested is None:
         return _LONGEST if limit is None else limit
-    if limit is not None and wanted > limit:
-        raise UserError(f"--max-length {wanted} is over the model's context of {limit} tokens")
-    return wanted
+    if limit is not None and requested > limit:
+        raise UserError(f"--max-length {requested} is over the model's context of {limit} tokens")
+    return requested
 
 
 def _preconditioner_config(
