@@ -99,8 +99,9 @@ class ProductTracker(TorchFunctionMode):
 
     def finish(self) -> None:
         """Hand on what is left: uses whose output took no part in the loss brought nothing."""
-        for n in list(self._seen):
-            self._flush(n)
+        with torch.no_grad():
+            for n in list(self._seen):
+                self._flush(n)
 
     # --------------------------------------------------------------------------------------- views
 
@@ -432,6 +433,8 @@ class ProductTracker(TorchFunctionMode):
         def on_gradient(grad: Tensor) -> None:
             with torch.no_grad():
                 for n, use in uses:
+                    if use.changed:
+                        self._pass.changed.add(n)
                     use.grad = use.flat(grad.detach())
                     self._seen[n].waiting -= 1
                     if not self._seen[n].waiting:

@@ -133,6 +133,15 @@ class WeightUse:
     flat: Callable[[Tensor], Tensor]
     through: Through | None = None
     grad: Tensor | None = None
+    version: int = 0  # of the inputs when they were used
+
+    def __post_init__(self) -> None:
+        self.version = 0 if self.inputs is None else self.inputs._version
+
+    @property
+    def changed(self) -> bool:
+        """Whether the inputs have been changed in place since they were used."""
+        return self.inputs is not None and self.inputs._version != self.version
 
     def factors(self) -> RowFactors:
         """The factors of the use's gradient."""

@@ -105,7 +105,7 @@ def test_an_unknown_kind_of_parameter_comes_by_autograd_one_example_at_a_time() 
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
     with pytest.raises(NotBatchedError) as raised:
         sketcher(Batch.of(texts()))
-    assert raised.value.names == sketcher.single_names == ["model.layers.0.mlp.gain"]
+    assert [raised.value.name] == sketcher.single_names == ["model.layers.0.mlp.gain"]
     for text in texts():
         got, _ = sketcher(Batch.of([text]))
         assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
@@ -125,10 +125,7 @@ class Mixing(torch.nn.Module):
         flat = x.flatten(0, 1)
         chosen = flat[:, 0] > flat[:, 1]
         mask = chosen[:, None]
-        if self.lose:
-            seen = torch.masked_select(flat, mask).view(-1, flat.shape[1])
-        else:
-            seen = flat[chosen]
+        seen = torch.masked_select(flat, mask).view(-1, flat.shape[1]) if self.lose else flat[chosen]
         return torch.zeros_like(flat).masked_scatter(mask, self.inner(seen)).view(x.shape)
 
 

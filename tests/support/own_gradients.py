@@ -45,7 +45,7 @@ def own_gradients(
 def own_sketches(
     model: Any, targets: list[Target], text: tuple[list[int], list[bool]], loss: str = "mean"
 ) -> torch.Tensor:
-    """[targets, WIDTH]: the reference sketches of one text's own gradients, zero for those it does not have."""
+    """[targets, WIDTH]: the reference sketches of one text's own gradients, zero where there is none."""
     grads = own_gradients(model, text, loss)
     sketches = []
     for t in targets:
