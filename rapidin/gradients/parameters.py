@@ -160,7 +160,7 @@ def _other_inputs(model: Any) -> tuple[str, ...]:
     above = {id(m): name for name, m in model.named_modules()}
     prefix = above.get(id(decoder), "")
     # Each module on the way down to the decoder has its other children: towers and projectors; and the head.
-    head, others = _output_head(model), []
+    head, others = output_head(model), []
     parts = prefix.split(".") if prefix else []
     for depth in range(len(parts)):
         module = model.get_submodule(".".join(parts[:depth]))
