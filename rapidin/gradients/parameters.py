@@ -171,8 +171,12 @@ def _use_kind(module: nn.Module, role: str, shape: tuple[int, ...]) -> tuple[Use
     from torch import nn
 
     if isinstance(module, nn.Linear) and role in ("weight", "bias"):
-        # A quantised weight is packed; its gradient has the layer's own shape.
-        return ("linear", (module.out_features, module.in_features)) if role == "weight" else ("bias", shape)
+        if role == "bias":
+            return "bias", shape
+        # A quantized weight is packed: its gradient has the layer's own shape. Of a plain one the weight
+        # knows better: peft makes layers of other sizes than their weight, which it ties to another's.
+        plain = len(shape) == 2 and module.weight.is_floating_point()
+        return "linear", shape if plain else (module.out_features, module.in_features)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and role in ("weight", "bias"):
         return ("conv1d" if role == "weight" else "bias"), shape
     if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
