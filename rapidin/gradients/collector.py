@@ -455,17 +455,17 @@ class ModuleHooks:
 
         Raises NotBatchedError if they are not known and matter, and _FollowTokens to follow them from now on.
         """
-        rows = self._pass.rows
-        if not self._linear or (x.ndim > 2 and x.shape[0] == rows):
+        rows, length = self._pass.rows, self._pass.length
+        if not self._linear or (x.ndim > 2 and x.shape[:2] == (rows, length)):
             return None
+        tokens = None if self._tokens is None else self._tokens.of_rows(x)
+        if tokens is not None or rows == 1 or (x.ndim > 2 and x.shape[0] == rows):
+            return tokens
         if self._tokens is None:
-            if rows > 1 and not (x.ndim == 2 and x.shape[0] == rows * self._pass.length):
-                raise _FollowTokens
-            return None
-        tokens = self._tokens.of_rows(x)
-        if tokens is None and rows > 1:
-            raise NotBatchedError(self._pass.targets[self._uses[0][0]].name)
-        return tokens
+            if x.ndim == 2 and x.shape[0] == rows * length:
+                return None
+            raise _FollowTokens
+        raise NotBatchedError(self._pass.targets[self._uses[0][0]].name)
 
     def _add_rows(self, inputs: Tensor, grad: Tensor, tokens: Tensor) -> None:
         """Add the gradients of a linear layer that sees tokens in any order."""

@@ -219,7 +219,16 @@ def test_a_layer_with_another_gradient_goes_by_autograd(kind: str) -> None:
     assert_right(source, check)
 
 
-@pytest.mark.parametrize("kind", ["two outputs", "weight used directly", "time first", "three dense experts"])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "two outputs",
+        "weight used directly",
+        "time first",
+        "two dense experts",
+        "three dense experts",
+    ],
+)
 def test_a_layer_is_right_whose_products_or_tokens_are_followed(kind: str) -> None:
     made: dict[str, Callable[[], Any]] = {
         "two outputs": lambda: wrapped(FirstOf, TwoOutputs),
@@ -315,10 +324,10 @@ class DenseExperts(nn.Module):
 MIXED: dict[str, Callable[[], Any]] = {
     "time first, flat": lambda: wrapped(lambda inner: TimeFirst(inner, flat=True)),
     "batch norm": lambda: wrapped(BatchNorm),
-    "two dense experts": lambda: wrapped(lambda _: DenseExperts(2)),
 }
 MIXED_BUT_FOLLOWED: dict[str, Callable[[], Any]] = {
     "time first": lambda: wrapped(TimeFirst),
+    "two dense experts": lambda: wrapped(lambda _: DenseExperts(2)),
     "three dense experts": lambda: wrapped(lambda _: DenseExperts(3)),
 }
 
