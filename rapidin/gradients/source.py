@@ -28,6 +28,7 @@ from rapidin.gradients.preconditioner import (
     Preconditioner,
     PreconditionerConfig,
 )
+from rapidin.gradients.probe import check_causal
 from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
 from rapidin.ops.transfer import Download, upload
 
@@ -57,6 +58,7 @@ class GradientSource:
     ) -> None:
         """bytes_per_example: the budget of a cache, on which the default sketch dimension depends."""
         settings = settings or GradientSettings()
+        check_causal(loaded)
         self.loaded = loaded
         self.points = _points(loaded, settings.at)
         self.targets = find_targets(
