@@ -39,13 +39,14 @@ def check_of(source: GradientSource) -> GradientCheck:
 
 
 def assert_right(source: GradientSource, check: GradientCheck) -> None:
-    """After the check every text's sketches are those of plain autograd."""
-    sketches, status = source.with_check(check).sketches(encoded())
-    assert not status.any()
+    """After the check every text's sketches are those of plain autograd, in batches of any size."""
     expected = torch.stack([own_sketches(source.loaded.model, source.targets, text) for text in texts()])
-    # A gradient that is zero but for rounding is as good as any other such gradient.
-    wrong = (sketches - expected).norm(dim=-1) > 1e-4 * expected.norm(dim=-1) + 1e-6
-    assert not wrong.any(), [source.targets[n].name for n in wrong.any(0).nonzero()[:, 0]]
+    for n in (5, 4, 3, 2):
+        sketches, status = source.with_check(check).sketches(encoded()[:n])
+        assert not status.any()
+        # A gradient that is zero but for rounding is as good as any other such gradient.
+        wrong = (sketches - expected[:n]).norm(dim=-1) > 1e-4 * expected[:n].norm(dim=-1) + 1e-6
+        assert not wrong.any(), (n, [source.targets[at].name for at in wrong.any(0).nonzero()[:, 0]])
 
 
 # ------------------------------------------------------------------------------------- what is right
@@ -454,6 +455,13 @@ def test_a_parameter_that_an_example_does_not_reach_has_no_gradient_there() -> N
         assert bool(sketch[0, rare].any()) == (len(text.ids) > 12)
         columns, rows = source.sketcher.factors(Batch.of([(text.ids, text.target)]))[rare]
         assert columns.shape == rows.shape == (1, len(text.ids), 32)
+
+
+def test_a_sharded_model_is_not_checked() -> None:
+    loaded = LoadedModel.of(tiny_llama(), tiny_tokenizer())
+    loaded.sharded = True
+    settings = GradientSettings(width=WIDTH, preconditioner="off", at=1.0)
+    assert GradientSource(loaded, settings).checked(encoded()) is None
 
 
 # --------------------------------------------------------------------------------------- the texts
