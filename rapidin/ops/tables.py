@@ -13,6 +13,7 @@ from rapidin.ops.lifetimes import Kept
 LIMIT_BYTES = 256 << 20
 
 OUT, IN = (0, 1), (2, 3)  # streams of (bins, signs) of a matrix's two sides
+STACK = (4, 5)  # of the matrices of a stack
 FLAT = (8, 8)  # the stream of a flat sketch's permutations
 
 CPU = torch.device("cpu")
