@@ -79,6 +79,8 @@ class GradientSketcher:
     preconditioner: scales of the gradients, or None; it may be set between calls. If it differs between the
     points of a path, calls name the point by its number. checked: the gradients were compared with autograd's
     (`rapidin.gradients.check`), so that the gradient of a parameter that an example does not reach is zero.
+    followed: roles (names without the numbers of layers) of modules to which tokens are followed, since their
+    inputs do not begin with the axis of the examples; those that passes find are added.
 
     >>> sketcher = GradientSketcher(model, targets, width=512, seed=0)
     >>> sketch, loss = sketcher(batch)          # [B, blocks, width] float32, [B] float32
@@ -95,6 +97,7 @@ class GradientSketcher:
         loss: LossKind = "mean",
         preconditioner: Preconditioner | None = None,
         checked: bool = False,
+        followed: Collection[str] = (),
     ) -> None:
         self.model = model
         self.targets = list(targets)
@@ -111,7 +114,10 @@ class GradientSketcher:
         self._ways: list[_Way] = [_first_way(target) for target in self.targets]
         self._unreached: set[int] = set()  # targets without a gradient in some batch, as autograd confirmed
         # Whether tokens are followed to modules that see some of them, in any order.
-        self._routed = any(_EXPERT.search(type(module).__name__) for module in self._modules.values())
+        self._routed = bool(followed) or any(
+            _EXPERT.search(type(module).__name__) for module in self._modules.values()
+        )
+        self.followed = set(followed)
 
     @property
     def sketch_pass(self) -> type[SketchPass]:
@@ -333,7 +339,8 @@ class GradientSketcher:
                     handles.append(begin(tracker.begin, with_kwargs=True))
             for name, uses in by_module.items():
                 module = self._modules[name]
-                hooks = ModuleHooks(gradient_pass, uses, None if tracker is None else tracker.tokens)
+                tokens = None if tracker is None else tracker.tokens
+                hooks = ModuleHooks(gradient_pass, uses, tokens, self.followed)
                 if any(use.kind == "embedding" for _, use in uses):
                     handles.append(module.register_forward_pre_hook(hooks.expand_ids, with_kwargs=True))
                 handles.append(module.register_forward_hook(hooks.forward, with_kwargs=True))
@@ -361,23 +368,28 @@ def _first_way(target: Target) -> _Way:
 
 
 def _role(name: str) -> str:
-    """A parameter's name without the number of its layer."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+    """A name without the numbers of layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
 class ModuleHooks:
     """The hooks of one module in one pass, which hand the gradients of its parameters to the pass.
 
     uses: the number of each target that the module uses, and how; tokens: which tokens the module sees, or
-    None if they are not followed.
+    None if they are not followed; followed: roles of modules whose inputs do not begin with the axis of the
+    examples, of which more are found here.
     """
 
     def __init__(
-        self, gradient_pass: GradientPass, uses: Sequence[tuple[int, Use]], tokens: TokenNumbers | None
+        self,
+        gradient_pass: GradientPass,
+        uses: Sequence[tuple[int, Use]],
+        tokens: TokenNumbers | None,
+        followed: set[str],
     ) -> None:
         self._pass = gradient_pass
         self._uses = uses
-        self._tokens = tokens
+        self._tokens, self._followed, self._name = tokens, followed, _role(uses[0][1].module)
         self._linear = all(use.kind in ("linear", "conv1d", "bias") for _, use in uses)
         self._rerun = [n for n, use in uses if use.kind == "module"]
 
@@ -455,11 +467,19 @@ class ModuleHooks:
 
         Raises NotBatchedError if they are not known and matter, and _FollowTokens to follow them from now on.
         """
-        rows = self._pass.rows
-        if not self._linear or (x.ndim > 2 and x.shape[0] == rows):
+        rows, tokens_in_all = self._pass.rows, self._pass.rows * self._pass.length
+        # If an axis that is not the first has all tokens, the first is another one that has this size now.
+        inner = x.shape[1:-1].numel()
+        batch_first = (
+            x.ndim > 2 and x.shape[0] == rows and (rows == 1 or not inner or inner % tokens_in_all > 0)
+        )
+        if not self._linear or (batch_first and self._name not in self._followed):
             return None
+        in_order = x.ndim == 2 and x.shape[0] == tokens_in_all
+        if rows > 1 and not in_order:
+            self._followed.add(self._name)
         if self._tokens is None:
-            if rows > 1 and not (x.ndim == 2 and x.shape[0] == rows * self._pass.length):
+            if rows > 1 and not in_order:
                 raise _FollowTokens
             return None
         tokens = self._tokens.of_rows(x)
