@@ -315,6 +315,7 @@ class ChunksFirst(nn.Module):
 MIXED: dict[str, Callable[[], Any]] = {
     "time first, flat": lambda: wrapped(lambda inner: TimeFirst(inner, flat=True)),
     "batch norm": lambda: wrapped(BatchNorm),
+    "chunks first": lambda: wrapped(ChunksFirst),
 }
 
 
@@ -337,7 +338,6 @@ ELSEWHERE: dict[str, Callable[[], Any]] = {
     "time first": lambda: wrapped(TimeFirst),
     "two dense experts": lambda: wrapped(lambda _: DenseExperts(2)),
     "three dense experts": lambda: wrapped(lambda _: DenseExperts(3)),
-    "chunks first": lambda: wrapped(ChunksFirst),
 }
 
 
