@@ -37,7 +37,7 @@ from rapidin.gradients.scale import Factors, Scale
 
 TOKENS = 64  # of the longer example
 _SHORTEST = 8  # tokens
-_MOST_ELEMENTS = 1 << 30  # of parameters that are all compared; of more, some of each kind
+MOST_ELEMENTS = 1 << 30  # of parameters that are all compared; of more, some of each kind
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -240,7 +240,7 @@ class _Check:
 
     def _sample(self, numbers: Sequence[int]) -> list[int]:
         """All parameters, or the first, middle and last of each kind if they are too many."""
-        if sum(prod(self._sketcher.targets[n].shape) for n in numbers) <= _MOST_ELEMENTS:
+        if sum(prod(self._sketcher.targets[n].shape) for n in numbers) <= MOST_ELEMENTS:
             return list(numbers)
         kinds: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for n in numbers:

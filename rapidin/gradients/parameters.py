@@ -123,7 +123,10 @@ def find_targets(
             )
             and not any(use.kind == "embedding" for use in uses[name])
         ]
-    chosen = [name for name in chosen if not matches(name, exclude)]
+    others = [] if include else _other_inputs(model)
+    chosen = [
+        n for n in chosen if not matches(n, exclude) and not any(n.startswith(other) for other in others)
+    ]
     if not chosen:
         raise UserError("no parameter is left to take gradients of", "change --include or --exclude")
     return [Target(name, shapes[name], tuple(uses[name]), stacks.get(name, 0)) for name in chosen]
@@ -144,6 +147,28 @@ def output_head(model: nn.Module) -> str | None:
         if head is not None
         else None
     )
+
+
+def _other_inputs(model: Any) -> tuple[str, ...]:
+    """Of a model that reads images or sounds beside texts, how the names of the parameters start that a text
+    does not reach."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config: Any = getattr(inner, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return ()
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    above = {id(m): name for name, m in model.named_modules()}
+    prefix = above.get(id(decoder), "")
+    # Each module on the way down to the decoder has its other children: towers and projectors; and the head.
+    head, others = output_head(model), []
+    parts = prefix.split(".") if prefix else []
+    for depth in range(len(parts)):
+        module = model.get_submodule(".".join(parts[:depth]))
+        for child, _ in module.named_children():
+            name = ".".join([*parts[:depth], child])
+            if child != parts[depth] and name != head:
+                others.append(f"{name}.")
+    return tuple(others)
 
 
 def _uses(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, list[Use]]]:

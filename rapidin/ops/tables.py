@@ -20,7 +20,7 @@ CPU = torch.device("cpu")
 
 Change = Callable[[Tensor], Tensor]
 
-_tables = Kept(LIMIT_BYTES)
+kept_tables = Kept(LIMIT_BYTES)
 
 
 def rows(seed: int, side: tuple[int, int], n: int, k: int, device: torch.device = CPU) -> Tensor:
@@ -67,7 +67,7 @@ def _get(
         build(seed, *side, n, k, table.data_ptr())
         return table if change is None else change(table)
 
-    return _tables.get((kind, seed, side, n, k, change), device, make)
+    return kept_tables.get((kind, seed, side, n, k, change), device, make)
 
 
 def _inverse_permutations(seed: int, count: int, groups: int) -> Tensor:
