@@ -118,7 +118,8 @@ class ModuleHooks:
     def _tokens_of(self, x: Tensor) -> Tensor | None:
         """The token of each row of a linear layer's inputs [N, F], if they are not the batch's in order.
 
-        Raises NotBatchedError if they are not known and matter, and FollowTokensError to follow them from now on.
+        Raises NotBatchedError if they are not known and matter, and FollowTokensError to follow them from now
+        on.
         """
         rows, tokens_in_all = self._pass.rows, self._pass.rows * self._pass.length
         # If an axis that is not the first has all tokens, the first is another one that has this size now.
