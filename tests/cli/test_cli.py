@@ -208,7 +208,7 @@ def test_gradients_are_checked_unless_the_command_line_says_not_to(
 def test_a_model_of_which_little_counts_is_named_even_when_quiet(
     place: Place, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rapidin.gradients.coverage._ENOUGH", 1.1)
+    monkeypatch.setattr("rapidin.gradients.coverage.ENOUGH", 1.1)
     arguments = ["--data", place.data, "--limit", "4", "--quiet", "--out", str(tmp_path / "out")]
     ran = run("cache", place.model, *arguments)
     assert ran.code == 0
