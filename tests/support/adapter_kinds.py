@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from tiny import CONTEXT, tiny_llama
+from causal_types import tiny_causal
+from tiny import tiny_llama
 
 _LINEAR = ["q_proj", "v_proj", "down_proj"]
 _PROMPT = {"num_virtual_tokens": 4}
 
-# The name of peft's config and its settings, and those of the model beneath.
+# The name of peft's config and its settings, and those of the Llama beneath or the type of another model.
 KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "LoRA": ("LoraConfig", {"r": 4, "target_modules": _LINEAR}, {}),
     "LoRA, all linear layers": ("LoraConfig", {"r": 4, "target_modules": "all-linear"}, {}),
@@ -53,7 +54,20 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"r": 4, "target_modules": _LINEAR, "trainable_token_indices": [5, 7, 100]},
         {"tie_word_embeddings": True},
     ),
-    "LoRA, parameters named": ("LoraConfig", {"r": 4, "target_parameters": ["q_proj.weight"]}, {}),
+    "LoRA, routed experts": (
+        "LoraConfig",
+        {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
+        {"type": "mixtral"},
+    ),
+    "LoRA, all linear layers, Mixtral": (
+        "LoraConfig", {"r": 4, "target_modules": "all-linear"}, {"type": "mixtral"},
+    ),
+    "LoRA, all linear layers, Qwen3-Next": (
+        "LoraConfig", {"r": 4, "target_modules": "all-linear"}, {"type": "qwen3_next"},
+    ),
+    "LoRA, GPT-2": (
+        "LoraConfig", {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, {"type": "gpt2"},
+    ),
     "LoRA, layers repeated": (
         "LoraConfig", {"r": 4, "target_modules": _LINEAR, "layer_replication": [[0, 2], [1, 2]]}, {},
     ),
@@ -105,9 +119,8 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "Multitask prompt tuning": ("MultitaskPromptTuningConfig", {**_PROMPT, "num_tasks": 2}, {}),
     "PSOFT": ("PsoftConfig", {"r": 4, "target_modules": _LINEAR}, {}),
     "PVeRA": ("PveraConfig", {"r": 4, "target_modules": ["q_proj", "o_proj"]}, {}),
-    "RandLoRA": ("RandLoraConfig", {"r": 4, "target_modules": ["q_proj", "o_proj"]}, {}),
+    "RandLoRA": ("RandLoraConfig", {"r": 4, "randlora_alpha": 4, "target_modules": ["q_proj", "o_proj"]}, {}),
     "RoAd": ("RoadConfig", {"group_size": 8, "target_modules": ["q_proj", "o_proj"]}, {}),
-    "Shadow": ("ShadowConfig", {"r": 4, "target_modules": _LINEAR}, {}),
     "SHiRA": ("ShiraConfig", {"r": 4, "target_modules": _LINEAR}, {}),
     "Supertuning": ("SupertuningConfig", {"sparsity": 0.9, "target_modules": _LINEAR}, {}),
     "TinyLoRA": ("TinyLoraConfig", {"u": 8, "target_modules": _LINEAR}, {}),
@@ -128,12 +141,9 @@ def tiny_adapter(kind: str, seed: int = 0) -> Any:
     name, settings, of_model = KINDS[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = tiny_llama(seed, **of_model)
+        model = tiny_causal(of_model["type"], seed) if "type" in of_model else tiny_llama(seed, **of_model)
         tuned = peft.get_peft_model(model, getattr(peft, name)(task_type="CAUSAL_LM", **settings))
         for parameter in tuned.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data += 0.1 * torch.randn_like(parameter)
     return tuned.eval()
-
-
-assert CONTEXT

@@ -236,16 +236,6 @@ TYPES: dict[str, dict[str, Any]] = {
     "vaultgemma": {},
     "xglm": {},
     "xlnet": {"d_inner": 48},
-    "xlstm": {
-        "num_blocks": 2,
-        "ffn_round_up_to_multiple_of": 8,
-        "hidden_size": 64,
-        "embedding_dim": 64,
-        "num_heads": 2,
-        "mode": "train_with_padding",
-        "return_last_states": False,
-        "chunk_size": 16,
-    },
     "youtu": _LATENT,
     "zamba": _MAMBA_1
     | {

@@ -1,6 +1,7 @@
 """What a user gets of a model: its sketches against autograd's own gradients, one example at a time.
 
-The reference does not pass through rapidin: the model's own call with labels, then ``loss.backward()``.
+The reference passes through nothing of rapidin but the sketch: the model's plain call, the cross-entropy of its
+logits, ``loss.backward()``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 import torch
 from tiny import CONTEXT, VOCABULARY, tiny_tokenizer
 from torch import Tensor
+from torch.nn import functional as F
 
 from rapidin import ops
 from rapidin.data.encoding import Encoded, Status
@@ -31,6 +33,7 @@ NEGLIGIBLE = 1e-3
 _IGNORED = -100
 _tokenizer = cache(tiny_tokenizer)
 
+TRAINED_TOKENS = (5, 7)  # in every text, for adapters that train some tokens or begin at some
 LENGTHS = (23, 9, 16, 4)
 
 
@@ -41,6 +44,7 @@ def texts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Encoded]:
     made = []
     for row, length in enumerate(lengths):
         ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        ids[1:3] = TRAINED_TOKENS
         start = 1 if row == 0 else length // 2
         made.append(Encoded(ids, [t >= start for t in range(length)], Status.OK))
     return made
@@ -70,21 +74,27 @@ class Outcome:
 
 
 def own_gradients(model: Any, text: Encoded) -> dict[str, Tensor]:
-    """The gradient of each parameter of floats, by the model's own loss; zeros of one that is not reached."""
+    """The gradient of each parameter that is reached."""
     model.eval()
     before = [(p, p.requires_grad) for p in model.parameters()]
     named = {name: p for name, p in model.named_parameters() if p.is_floating_point()}
     for p in named.values():
         p.requires_grad_(True)
         p.grad = None
-    ids = torch.tensor([text.ids])
-    labels = ids.masked_fill(~torch.tensor([text.target]), _IGNORED)
-    model(input_ids=ids, labels=labels).loss.backward()
-    grads = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in named.items()}
+    own_loss(model, text).backward()
+    grads = {name: p.grad for name, p in named.items() if p.grad is not None}
     for p, needed in before:
         p.grad = None
         p.requires_grad_(needed)
     return grads
+
+
+def own_loss(model: Any, text: Encoded) -> Tensor:
+    """The mean loss over the tokens that count, with all the defaults of the model's call."""
+    ids = torch.tensor([text.ids])
+    logits = model(input_ids=ids).logits[0, -len(text.ids) :]  # after those of virtual tokens
+    labels = ids[0].masked_fill(~torch.tensor(text.target), _IGNORED)
+    return F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=_IGNORED)
 
 
 def own_sketches(model: Any, names: list[str], chosen: list[Encoded]) -> Tensor:
@@ -92,7 +102,8 @@ def own_sketches(model: Any, names: list[str], chosen: list[Encoded]) -> Tensor:
     rows = []
     for text in chosen:
         grads = own_gradients(model, text)
-        rows.append([_sketch(grads[name].float(), name) for name in names])
+        nothing = torch.zeros(WIDTH)
+        rows.append([_sketch(grads[name].float(), name) if name in grads else nothing for name in names])
     return torch.stack([torch.stack(row) for row in rows])
 
 

@@ -1,0 +1,150 @@
+"""Models with quantised weights that run on a CPU: each kind quantises a tiny Llama in memory.
+
+A kind needs its library, which the tests' environment may lack.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from tiny import tiny_llama
+from torch import nn
+
+
+def _llama() -> Any:
+    # Groups of 32 weights and kernels for multiples of 16 set the sizes.
+    return tiny_llama(hidden_size=64, intermediate_size=64)
+
+
+def _torchao(config: Callable[[Any], Any]) -> Callable[[], Any]:
+    def make() -> Any:
+        from torchao import quantization
+
+        model = _llama()
+        quantization.quantize_(model.model.layers, config(quantization))
+        return model
+
+    return make
+
+
+def _replaced(make_layer: Callable[[nn.Linear], nn.Module]) -> Callable[[], Any]:
+    """Every linear layer of the blocks is replaced."""
+
+    def make() -> Any:
+        model = _llama()
+        for name, module in list(model.model.layers.named_modules()):
+            if isinstance(module, nn.Linear):
+                model.model.layers.set_submodule(name, make_layer(module))
+        return model.eval()
+
+    return make
+
+
+def _bitsandbytes(kind: str, **settings: Any) -> Callable[[], Any]:
+    def layer(linear: nn.Linear) -> nn.Module:
+        from bitsandbytes import nn as bnb
+
+        made = getattr(bnb, kind)(linear.in_features, linear.out_features, bias=False, **settings)
+        made.load_state_dict({"weight": linear.weight.data})
+        return made.to("cpu")
+
+    return _replaced(layer)
+
+
+def _hqq(bits: int) -> Callable[[], Any]:
+    def layer(linear: nn.Linear) -> nn.Module:
+        from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
+
+        config = BaseQuantizeConfig(nbits=bits, group_size=32)
+        return HQQLinear(copy.deepcopy(linear), config, compute_dtype=torch.float32, device="cpu")
+
+    return _replaced(layer)
+
+
+def _quanto(weights: str) -> Callable[[], Any]:
+    def make() -> Any:
+        from optimum import quanto
+
+        model = _llama()
+        quanto.quantize(model, weights=getattr(quanto, weights), include="model.layers.*")
+        quanto.freeze(model)
+        return model
+
+    return make
+
+
+def _bitnet(kind: str) -> Callable[[], Any]:
+    def layer(linear: nn.Linear) -> nn.Module:
+        from transformers.integrations import bitnet
+
+        if kind == "AutoBitLinear":
+            made = bitnet.AutoBitLinear(linear.in_features, linear.out_features, bias=False, online_quant=True)
+            made.weight.data = linear.weight.data.clone()
+            return made
+        made = bitnet.BitLinear(linear.in_features, linear.out_features, bias=False, dtype=torch.float32)
+        scale = 1 / linear.weight.data.abs().mean()
+        ternary = (linear.weight.data * scale).round().clamp(-1, 1)
+        made.weight.data = bitnet.pack_weights(ternary) if hasattr(bitnet, "pack_weights") else ternary
+        made.weight_scale.data = scale.reshape(1)
+        return made
+
+    return _replaced(layer)
+
+
+KINDS: dict[str, Callable[[], Any]] = {
+    "torchao, int8 weights": _torchao(lambda q: q.Int8WeightOnlyConfig()),
+    "torchao, int8 weights and inputs": _torchao(lambda q: q.Int8DynamicActivationInt8WeightConfig()),
+    "torchao, 4-bit integers": _torchao(
+        lambda q: q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32))
+    ),
+    "torchao, float8 weights": _torchao(lambda q: q.Float8WeightOnlyConfig()),
+    "bitsandbytes, 8 bits": _bitsandbytes("Linear8bitLt", has_fp16_weights=False),
+    "bitsandbytes, NF4": _bitsandbytes("Linear4bit", quant_type="nf4", compute_dtype=torch.float32),
+    "bitsandbytes, FP4": _bitsandbytes("Linear4bit", quant_type="fp4", compute_dtype=torch.float32),
+    "HQQ, 8 bits": _hqq(8),
+    "HQQ, 4 bits": _hqq(4),
+    "quanto, 8 bits": _quanto("qint8"),
+    "quanto, 4 bits": _quanto("qint4"),
+    "quanto, float8": _quanto("qfloat8"),
+    "BitNet, quantised while it runs": _bitnet("AutoBitLinear"),
+    "BitNet, packed": _bitnet("BitLinear"),
+}
+
+
+def with_lora(model: Any) -> Any:
+    """A LoRA adapter on the quantised layers, as QLoRA trains it."""
+    from peft import LoraConfig, get_peft_model
+
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"]))
+        for name, parameter in tuned.named_parameters():
+            if "lora_B" in name:
+                nn.init.normal_(parameter, std=0.2)
+    return tuned.eval()
+
+
+class _Unpacked(nn.Module):
+    """The outputs of a quantised layer, with the gradients of a linear layer of the weight that it stands for."""
+
+    def __init__(self, layer: nn.Module, inputs: int) -> None:
+        super().__init__()
+        one = torch.eye(inputs)[None].requires_grad_()  # without a gradient some kernels are coarser
+        self.weight = nn.Parameter(layer(one)[0].T.detach().clone())
+        self._layer = [layer]  # hidden from torch: its weight is no parameter of this module
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        own = nn.functional.linear(x, self.weight)
+        return own + (self._layer[0](x) - own).detach()
+
+
+def unpack(model: Any) -> Any:
+    """The model itself, each quantised layer replaced by `_Unpacked`."""
+    for name, dense in _llama().model.layers.named_modules():
+        layer = model.model.layers.get_submodule(name)
+        if isinstance(dense, nn.Linear) and (type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter):
+            model.model.layers.set_submodule(name, _Unpacked(layer, dense.in_features))
+    return model
