@@ -134,6 +134,13 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 }  # fmt: skip
 
 
+def exists(kind: str) -> bool:
+    """Whether the installed peft has a kind."""
+    import peft
+
+    return hasattr(peft, KINDS[kind][0])
+
+
 def tiny_adapter(kind: str, seed: int = 0) -> Any:
     """A tiny Llama with an adapter; nothing that is trained is at its start."""
     import peft

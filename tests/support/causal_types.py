@@ -67,7 +67,24 @@ _DECODER: dict[str, Any] = {
 }
 _MAMBA_1 = {"mamba_d_state": 4, "mamba_dt_rank": 4, "use_mamba_kernels": False}
 _SLIDING = {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}
+_ENCODERS = [
+    "bert",
+    "bert-generation",
+    "big_bird",
+    "camembert",
+    "data2vec-text",
+    "electra",
+    "ernie",
+    "megatron-bert",
+    "rembert",
+    "roberta",
+    "roberta-prelayernorm",
+    "roformer",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+]
 
+# The settings of each type besides `_COMMON`; after a comma comes what it is used as.
 TYPES: dict[str, dict[str, Any]] = {
     "afmoe": {},
     "apertus": {},
@@ -227,7 +244,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "qwen3_moe": {},
     "qwen3_next": _DELTA,
     "recurrent_gemma": {"lru_width": 32, "block_types": ["recurrent", "attention"]},
-    "rwkv": {},
+    "rwkv": {"use_cache": False},  # its state is changed in place, which leaves no gradient
     "seed_oss": {},
     "smollm3": {},
     "solar_open": {},
@@ -274,31 +291,35 @@ TYPES: dict[str, dict[str, Any]] = {
         ],
         _DECODER,
     ),
-    **{
-        kind: {"is_decoder": True}
-        for kind in ["bert", "bert-generation", "camembert", "electra", "roberta", "megatron-bert", "xlm-roberta"]
-    },
+    # Encoders that may be decoders: as these they look at earlier tokens alone.
+    **dict.fromkeys([f"{kind}, decoder" for kind in _ENCODERS], {"is_decoder": True}),
+    **dict.fromkeys([f"{kind}, encoder" for kind in _ENCODERS], {}),
 }
+
+
+def exists(kind: str) -> bool:
+    """Whether the installed transformers has a type."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return kind.partition(",")[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
 def tiny_config(kind: str) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-    of_kind = CONFIG_MAPPING[kind]
-    known = {*of_kind().to_dict(), *getattr(of_kind, "attribute_map", {})} - {"layer_types"}
-    if "layer_types" in of_kind().to_dict():
-        known.add("layer_types")
-    settings = {name: value for name, value in _COMMON.items() if name in known}
-    return of_kind(**settings | TYPES[kind])
+    of_kind = CONFIG_MAPPING[kind.partition(",")[0]]
+    known = set(of_kind().to_dict()) | set(getattr(of_kind, "attribute_map", {})) - {"layer_types"}
+    return of_kind(**{name: value for name, value in _COMMON.items() if name in known} | TYPES[kind])
 
 
 def tiny_causal(kind: str, seed: int = 0) -> Any:
+    """A random model of a type; nothing in it is constant."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
         for parameter in model.parameters():
-            if parameter.ndim < 2 or not bool(parameter.any()):  # else constant, which would hide mistakes
+            if parameter.ndim < 2 or not bool(parameter.any()):
                 parameter.data += 0.1 * torch.randn_like(parameter)
     return model

@@ -6,12 +6,16 @@ A kind needs its library, which the tests' environment may lack.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any
+import importlib.util
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
+from measured_models import TOLERANCE, own_sketches
 from tiny import tiny_llama
 from torch import nn
+
+from rapidin.data.encoding import Encoded
 
 
 def _llama() -> Any:
@@ -94,33 +98,64 @@ def _bitnet(kind: str) -> Callable[[], Any]:
     return _replaced(layer)
 
 
-KINDS: dict[str, Callable[[], Any]] = {
-    "torchao, int8 weights": _torchao(lambda q: q.Int8WeightOnlyConfig()),
-    "torchao, int8 weights and inputs": _torchao(lambda q: q.Int8DynamicActivationInt8WeightConfig()),
-    "torchao, 4-bit integers": _torchao(
-        lambda q: q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32))
+class Quantised(NamedTuple):
+    """library: what must be installed; tolerance: what its own arithmetic allows; lora: whether peft has LoRA
+    for its layers."""
+
+    make: Callable[[], Any]
+    library: str
+    tolerance: float = TOLERANCE
+    lora: bool = True
+
+
+KINDS: dict[str, Quantised] = {
+    "torchao, int8": Quantised(_torchao(lambda q: q.Int8WeightOnlyConfig()), "torchao"),
+    "torchao, int8 with int8 inputs": Quantised(
+        _torchao(lambda q: q.Int8DynamicActivationInt8WeightConfig()), "torchao"
     ),
-    "torchao, float8 weights": _torchao(lambda q: q.Float8WeightOnlyConfig()),
-    "bitsandbytes, 8 bits": _bitsandbytes("Linear8bitLt", has_fp16_weights=False),
-    "bitsandbytes, NF4": _bitsandbytes("Linear4bit", quant_type="nf4", compute_dtype=torch.float32),
-    "bitsandbytes, FP4": _bitsandbytes("Linear4bit", quant_type="fp4", compute_dtype=torch.float32),
-    "HQQ, 8 bits": _hqq(8),
-    "HQQ, 4 bits": _hqq(4),
-    "quanto, 8 bits": _quanto("qint8"),
-    "quanto, 4 bits": _quanto("qint4"),
-    "quanto, float8": _quanto("qfloat8"),
-    "BitNet, quantised while it runs": _bitnet("AutoBitLinear"),
-    "BitNet, packed": _bitnet("BitLinear"),
+    "torchao, int4": Quantised(
+        _torchao(lambda q: q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32))),
+        "torchao",
+    ),
+    "torchao, float8": Quantised(_torchao(lambda q: q.Float8WeightOnlyConfig()), "torchao"),
+    # Its layers compute in float16.
+    "bitsandbytes, int8": Quantised(
+        _bitsandbytes("Linear8bitLt", has_fp16_weights=False), "bitsandbytes", tolerance=2e-3
+    ),
+    "bitsandbytes, NF4": Quantised(
+        _bitsandbytes("Linear4bit", quant_type="nf4", compute_dtype=torch.float32), "bitsandbytes"
+    ),
+    "bitsandbytes, FP4": Quantised(
+        _bitsandbytes("Linear4bit", quant_type="fp4", compute_dtype=torch.float32), "bitsandbytes"
+    ),
+    "HQQ, 8 bits": Quantised(_hqq(8), "hqq"),
+    "HQQ, 4 bits": Quantised(_hqq(4), "hqq"),
+    "quanto, int8": Quantised(_quanto("qint8"), "optimum.quanto"),
+    "quanto, int4": Quantised(_quanto("qint4"), "optimum.quanto"),
+    "quanto, float8": Quantised(_quanto("qfloat8"), "optimum.quanto"),
+    "BitNet, rounded while it runs": Quantised(_bitnet("AutoBitLinear"), "transformers"),
+    "BitNet, packed": Quantised(_bitnet("BitLinear"), "transformers", lora=False),
 }
 
 
-def with_lora(model: Any) -> Any:
-    """A LoRA adapter on the quantised layers, as QLoRA trains it."""
+def exists(kind: str) -> bool:
+    """Whether a kind's library is installed."""
+    try:
+        return importlib.util.find_spec(KINDS[kind].library) is not None
+    except ModuleNotFoundError:  # of the package above it
+        return False
+
+
+def with_lora(make: Callable[[], Any]) -> Any:
+    """A LoRA adapter on quantised layers, as QLoRA trains it."""
     from peft import LoraConfig, get_peft_model
 
+    model = make()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        tuned = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"]))
+        tuned = get_peft_model(
+            model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj", "down_proj"])
+        )
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.2)
@@ -141,10 +176,11 @@ class _Unpacked(nn.Module):
         return own + (self._layer[0](x) - own).detach()
 
 
-def unpack(model: Any) -> Any:
-    """The model itself, each quantised layer replaced by `_Unpacked`."""
+def unpacked_sketches(model: Any, names: Sequence[str], chosen: Sequence[Encoded]) -> torch.Tensor:
+    """`own_sketches` of the model itself, whose quantised layers are replaced by `_Unpacked`."""
     for name, dense in _llama().model.layers.named_modules():
         layer = model.model.layers.get_submodule(name)
-        if isinstance(dense, nn.Linear) and (type(layer) is not nn.Linear or type(layer.weight) is not nn.Parameter):
+        plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
+        if isinstance(dense, nn.Linear) and not plain:
             model.model.layers.set_submodule(name, _Unpacked(layer, dense.in_features))
-    return model
+    return own_sketches(model, names, chosen)
