@@ -39,7 +39,8 @@ _LATENT: dict[str, Any] = {
     "n_group": 1,
     "topk_group": 1,
 }
-_INDEXER: dict[str, Any] = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 2}
+# With eight heads no two tokens have the same score, zero, of which a batch would keep another.
+_INDEXER: dict[str, Any] = {"index_topk": 8, "index_head_dim": 8, "index_n_heads": 8}
 _STATE_SPACE: dict[str, Any] = {
     "mamba_n_heads": 8,
     "mamba_d_head": 8,
@@ -181,7 +182,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "hunyuan_v1_dense": {},
     "hunyuan_v1_moe": {},
     "hy_v3": {},
-    "hy_v4": _LATENT | _INDEXER | {"index_topk": 8},
+    "hy_v4": _LATENT | _INDEXER,
     "hyperclovax": {},
     "inkling_text": {"n_shared_experts": 1, "d_rel": 4, "rel_extent": 16},
     "internlm3": {},
