@@ -7,11 +7,11 @@ A parameter's gradient is treated as a matrix ``[shape[0], product of the rest]`
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rapidin.errors import UserError
 
@@ -41,6 +41,14 @@ class Target:
     name: str
     shape: tuple[int, ...]
     uses: tuple[Use, ...]
+
+
+def with_autograd(targets: Sequence[Target], names: Collection[str]) -> list[Target]:
+    """The targets, of which those with these names have their gradient from autograd itself."""
+    return [
+        replace(target, uses=(Use(target.uses[0].module, "autograd"),)) if target.name in names else target
+        for target in targets
+    ]
 
 
 def block_seed(seed: int, name: str) -> int:
@@ -88,7 +96,7 @@ def find_targets(
         counting = set(trained)
         chosen = [name for name in shapes if name in counting]
     else:
-        head = _output_head(model)
+        head = output_head(model)
         chosen = [
             name
             for name in shapes
@@ -101,13 +109,14 @@ def find_targets(
     return [Target(name, shapes[name], tuple(uses[name])) for name in chosen]
 
 
-def coverage(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int]:
-    """(number of elements of the parameters that count, number of elements of all parameters)."""
-    counted = sum(prod(t.shape) for t in targets)
-    return counted, sum(prod(shape) for shape in _uses(model)[0].values())
+def all_parameters(model: nn.Module) -> list[Target]:
+    """Every parameter of a model, as if it counted."""
+    shapes, uses = _uses(model)
+    return [Target(name, shapes[name], tuple(uses[name])) for name in shapes]
 
 
-def _output_head(model: nn.Module) -> str | None:
+def output_head(model: nn.Module) -> str | None:
+    """The name of the module that makes the logits; None if the model does not tell."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return (
@@ -122,10 +131,18 @@ def _uses(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, list[
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names.values(), ())
     uses: dict[str, list[Use]] = {name: [] for name in names.values()}
+    # An adapter's learnt prompts are made once for the whole batch, or read from the weight itself.
+    prompts = {
+        id(module)
+        for encoder in getattr(model, "prompt_encoder", {}).values()
+        for module in encoder.modules()
+    }
     for module_name, module in model.named_modules():
         for role, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = names[id(parameter)]
             kind, shape = _use_kind(module, role, tuple(parameter.shape))
+            if id(module) in prompts:
+                kind, shape = "autograd", tuple(parameter.shape)
             shapes[name] = shape
             use = Use(module_name, kind)
             if use not in uses[name]:
@@ -137,29 +154,25 @@ def _use_kind(module: nn.Module, role: str, shape: tuple[int, ...]) -> tuple[Use
     """How a parameter's gradient is obtained from a module, where it is called `role`; and its shape."""
     from torch import nn
 
-    if isinstance(module, nn.Linear) and role in ("weight", "bias"):
+    if _is_linear(module) and role in ("weight", "bias"):
         # A quantised weight is packed; its gradient has the layer's own shape.
-        return ("linear", (module.out_features, module.in_features)) if role == "weight" else ("bias", shape)
+        sizes: Any = (module.out_features, module.in_features)
+        return ("linear", sizes) if role == "weight" else ("bias", shape)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and role in ("weight", "bias"):
         return ("conv1d" if role == "weight" else "bias"), shape
     if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
         return "embedding", shape
-    if len(shape) == 1 and not any(True for _ in module.children()) and _one_input(module):
+    if len(shape) == 1 and not any(True for _ in module.children()):
         return "module", shape
     return "autograd", shape
 
 
-def _one_input(module: nn.Module) -> bool:
-    """Whether the module is called with one tensor, as norms are."""
-    import inspect
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, as far as its type and sizes tell; what its forward method makes of
+    the weight is for `rapidin.gradients.check` to find out."""
+    from torch import nn
 
-    try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):
-        return False
-    required = [
-        p
-        for p in parameters
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return len(required) == 1 and not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+    if isinstance(module, nn.Linear):
+        return True
+    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    return tuple(getattr(getattr(module, "weight", None), "shape", ())) == sizes

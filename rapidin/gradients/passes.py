@@ -6,6 +6,8 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +30,61 @@ _POSITIONS_BYTES = 64 << 20  # of formed gradients that are held at a time
 
 
 class NotBatchedError(Exception):
-    """A layer mixes the examples of a batch, so each example needs a pass of its own."""
+    """A layer mixes the examples of a batch, so each example needs a pass of its own.
+
+    name: a parameter of that layer, "" if it is not known.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__(name)
+        self.name = name
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All arguments that are tensors."""
+        return [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+
+    @property
+    def inputs(self) -> Tensor:
+        """The first tensor, which the module computes its output from."""
+        return self.tensors[0]
+
+    @property
+    def versions(self) -> list[int]:
+        """How often each tensor was changed in place."""
+        return [x._version for x in self.tensors]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The call with each tensor changed."""
+
+        def one(x: Any) -> Any:
+            return change(x) if isinstance(x, Tensor) else x
+
+        return Call(tuple(map(one, self.args)), {name: one(x) for name, x in self.kwargs.items()})
+
+    def of_example(self, row: int, rows: int) -> Call:
+        """The call for one example of `rows`: tensors [B, T, ...] like the inputs are sliced, others are the
+        same for all. Raises NotBatchedError for a tensor that may be either."""
+        if rows == 1:
+            return self
+        leading = self.inputs.shape[:2]
+
+        def sliced(x: Tensor) -> Tensor:
+            if x.shape[:2] == leading:
+                return x[row : row + 1]
+            if rows in x.shape:
+                raise NotBatchedError
+            return x
+
+        return self.mapped(sliced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +116,7 @@ class GradientPass(ABC):
         self.device = batch.ids.device
         self.seen: set[int] = set()  # targets that take part in the forward pass
         self.calls: Counter[int] = Counter()  # of each target's modules, in the forward pass
+        self.changed: set[int] = set()  # targets whose module's input was changed in place after the call
         self.recomputing = False  # a module runs again for its own parameters, and is not hooked then
 
     # ------------------------------------------------------------------------------- kinds of passes
@@ -81,13 +138,18 @@ class GradientPass(ABC):
         """Add the gradient of a bias, given that of the layer's outputs [B, T, O]."""
         self.add_raw(n, grad.float().sum(1)[:, :, None])
 
-    def add_module(self, module: nn.Module, numbers: Sequence[int], inputs: Tensor, grad: Tensor) -> None:
+    def add_module(self, module: nn.Module, numbers: Sequence[int], call: Call, grad: Tensor) -> None:
         """Add the gradients of a norm's (or the like) own parameters, the targets `numbers`: the module runs
         again for each example."""
-        if self.rows > 1 and inputs.shape[0] != self.rows:
-            raise NotBatchedError
-        for n, grads in self.module_gradients(module, numbers, inputs, grad, self.rows):
+        if self.rows > 1 and (call.inputs.shape[:1] != (self.rows,) or grad.shape[:1] != (self.rows,)):
+            raise NotBatchedError(self.targets[numbers[0]].name)
+        calls = [call.of_example(row, self.rows) for row in range(self.rows)]
+        for n, grads in self.module_gradients(module, numbers, calls, grad):
             self.add_raw(n, grads)
+
+    def add_parameter_gradient(self, n: int, grad: Tensor) -> None:
+        """Add the gradient of the parameter itself, of one example, as autograd gives it."""
+        self.add_raw(n, grad.reshape(1, *matrix_shape(grad.shape)))
 
     def add_raw(self, n: int, grad: Tensor) -> None:
         """Add a formed gradient [B, O, I] that is not preconditioned yet."""
@@ -95,25 +157,33 @@ class GradientPass(ABC):
         self.add_formed(n, self.scales[n].formed(grad) if self.scales else grad)
 
     def module_gradients(
-        self, module: nn.Module, numbers: Sequence[int], inputs: Tensor, grad: Tensor, examples: int
+        self, module: nn.Module, numbers: Sequence[int], calls: Sequence[Call], grad: Tensor
     ) -> Iterator[tuple[int, Tensor]]:
         """(n, gradients [examples, O, 1]) of each target among a module's own parameters.
 
-        inputs: [B, ..., I], grad of the outputs: [B, ..., O], with B = examples, or any B for one example.
+        calls: of each example; grad: of the outputs of all examples, [examples * x, ..., O].
         """
-        each = len(inputs) // examples
+        each = len(grad) // len(calls) if grad.ndim else 1
         named = dict(module.named_parameters(recurse=False))
         number_of = {id(self.sketched.parameters[self.targets[n].name]): n for n in numbers}
         roles = {role: number_of[id(p)] for role, p in named.items() if id(p) in number_of}
         grads: list[tuple[Tensor, ...]] = []
-        for row in range(examples):
+        for row, call in enumerate(calls):
             with torch.enable_grad():
                 copies = {role: p.detach().requires_grad_() for role, p in named.items()}
                 self.recomputing = True
-                example = slice(row * each, (row + 1) * each)
-                output = torch.func.functional_call(module, copies, (inputs[example],))
+                output = torch.func.functional_call(module, copies, call.args, dict(call.kwargs))
                 self.recomputing = False
-                grads.append(torch.autograd.grad(output, [copies[role] for role in roles], grad[example]))
+                of_example = grad[row * each : (row + 1) * each] if len(calls) > 1 else grad
+                found = torch.autograd.grad(
+                    output, [copies[role] for role in roles], of_example, allow_unused=True
+                )
+            grads.append(
+                tuple(
+                    torch.zeros_like(copies[role]) if g is None else g
+                    for role, g in zip(roles, found, strict=True)
+                )
+            )
         for n, of_examples in zip(roles.values(), zip(*grads, strict=True), strict=True):
             yield n, torch.stack(of_examples)[:, :, None]
 
@@ -205,17 +275,21 @@ class PositionPass(SketchPass):
     def add_bias(self, n: int, grad: Tensor) -> None:
         self._add_raw_positions(n, grad.float()[0, :, :, None])
 
-    def add_module(self, module: nn.Module, numbers: Sequence[int], inputs: Tensor, grad: Tensor) -> None:
+    def add_module(self, module: nn.Module, numbers: Sequence[int], call: Call, grad: Tensor) -> None:
         # A norm treats each position by itself, so each may be an example of one token.
-        if inputs.shape[:2] != (1, self.length) or grad.shape[:2] != (1, self.length):
+        if call.inputs.shape[:2] != (1, self.length) or grad.shape[:2] != (1, self.length):
             raise self._no_positions(numbers[0])
-        alone = self.module_gradients(module, numbers, inputs[0, :, None], grad[0, :, None], self.length)
-        together = self.module_gradients(module, numbers, inputs, grad, 1)
+        positions = [call.mapped(partial(self._at_position, t)) for t in range(self.length)]
+        alone = self.module_gradients(module, numbers, positions, grad[0, :, None])
+        together = self.module_gradients(module, numbers, [call], grad)
         for (n, grads), (_, whole) in zip(alone, together, strict=True):
             error = (grads.float().sum(0) - whole[0].float()).norm()
             if not bool(error <= 0.01 * whole.float().norm() + 1e-30):
                 raise self._no_positions(n)
             self._add_raw_positions(n, grads)
+
+    def _at_position(self, t: int, x: Tensor) -> Tensor:
+        return x[:, t : t + 1] if x.shape[:2] == (1, self.length) else x
 
     def _add_raw_positions(self, n: int, grads: Tensor) -> None:
         """Add the formed gradient of each position, [T, O, I], not preconditioned yet."""
@@ -257,6 +331,14 @@ class FactorPass(GradientPass):
         self.factors[n] = joined(
             [self.factors[n], factors.applied()] if n in self.factors else [factors.applied()]
         )
+
+    def factors_of(self, n: int) -> tuple[Tensor, Tensor]:
+        """The factors of a target's gradient, zeros if the batch does not reach it."""
+        if n in self.factors:
+            return self.factors[n]
+        o, i = matrix_shape(self.targets[n].shape)
+        zero = torch.zeros(self.rows, self.length, 1, device=self.device)
+        return zero.expand(-1, -1, i), zero.expand(-1, -1, o)
 
     def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         self.add_formed(n, grad)

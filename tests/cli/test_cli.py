@@ -173,6 +173,46 @@ def test_plan_says_what_each_code_takes(place: Place, run: Any) -> None:
     assert "nothing to plan for" in nothing.err
 
 
+def wrong_mlp(self: Any, x: Any) -> Any:
+    """Uses the weight of the last projection once more, without calling it."""
+    hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+    return self.down_proj(hidden) + 0.5 * hidden @ self.down_proj.weight.T
+
+
+def test_gradients_are_checked_unless_the_command_line_says_not_to(
+    place: Place, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    info = " ".join(run("info", place.plain_cache).out.split())
+    assert re.search(r"checked gradients of 14 parameters compared with autograd's: equal to \de-07", info)
+    assert re.search(r"used 42.\d% of the model's parameters are used; not used: embeddings \(2", info)
+    monkeypatch.setattr(LlamaMLP, "forward", wrong_mlp)
+    checked, unchecked = str(tmp_path / "checked"), str(tmp_path / "unchecked")
+    command = ["cache", place.model, "--data", place.data, "--limit", "4", "--quiet", "--out"]
+    assert run(*command, checked).code == 0
+    assert run(*command, unchecked, "--no-check").code == 0
+    info = " ".join(run("info", checked).out.split())
+    assert "2 differ, which are taken by autograd" in info
+    names = [f"model.layers.{n}.mlp.down_proj.weight" for n in range(2)]
+    assert f"by autograd: {', '.join(names)}" in info
+    assert "gradients were not compared with autograd's" in " ".join(run("info", unchecked).out.split())
+    plan = " ".join(run("plan", place.model, "--examples", "10", "--tokens", "20").out.split())
+    assert f"by autograd: {', '.join(names)}" in plan
+    assert "of the model's parameters are used; not used: embeddings" in plan
+    assert "--no-check" in run("cache", "--help").out
+
+
+def test_a_model_of_which_little_counts_is_named_even_when_quiet(
+    place: Place, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rapidin.gradients.coverage._ENOUGH", 1.1)
+    arguments = ["--data", place.data, "--limit", "4", "--quiet", "--out", str(tmp_path / "out")]
+    ran = run("cache", place.model, *arguments)
+    assert ran.code == 0
+    assert re.fullmatch("rapidin: only 100.0% of the model's weights, .* is missed .*\n", ran.err)
+
+
 def test_a_budget_from_the_command_line(place: Place, run: Any, tmp_path: Path) -> None:
     out = str(tmp_path / "out")
     ran = run("cache", place.model, "--data", place.data, "--out", out, "--bytes", "600", "--width", "64")

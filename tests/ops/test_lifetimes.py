@@ -198,13 +198,13 @@ def test_all_that_a_kernel_gets_outlives_other_calls(op: str, way: str, gpu: Gpu
     assert torch.equal(got.cpu(), wanted)
 
 
-@pytest.mark.parametrize("made", ["parts", "matrix", "table", "to"])
+@pytest.mark.parametrize("made", ["high_and_low", "matrix", "table", "to"])
 def test_a_graph_makes_nothing_that_a_preconditioner_keeps(made: str, gpu: Gpu) -> None:
     """It would lie in memory of the graph: without numbers until the replay, and gone with the graph."""
     basis = torch.linalg.qr(normal(4 if made == "matrix" else 40, 2)).Q
     low_rank = ops.LowRank(*(x if made == "to" else x.to(CUDA) for x in (basis, torch.full((2,), -0.5))))
     run: Callable[[], Any] = {
-        "parts": lambda: low_rank.parts,
+        "high_and_low": lambda: low_rank.high_and_low,
         "matrix": lambda: low_rank.matrix,
         "table": lambda: low_rank.table(3, tables.IN, 64),
         "to": lambda: low_rank.to(CUDA),
