@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -135,10 +136,11 @@ KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
 
 
 def exists(kind: str) -> bool:
-    """Whether the installed peft has a kind."""
+    """Whether the installed peft has a kind with these settings."""
     import peft
 
-    return hasattr(peft, KINDS[kind][0])
+    name, settings, _ = KINDS[kind]
+    return hasattr(peft, name) and settings.keys() <= {f.name for f in fields(getattr(peft, name))}
 
 
 def tiny_adapter(kind: str, seed: int = 0) -> Any:

@@ -175,7 +175,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "granite": {},
     "granitemoe": {},
     "granitemoehybrid": _STATE_SPACE
-    | {"layer_types": ["linear_attention", "full_attention"], "shared_intermediate_size": 16},
+    | {"layer_types": ["mamba", "attention"], "shared_intermediate_size": 16},
     "granitemoeshared": {"shared_intermediate_size": 16},
     "helium": {},
     "hrm_text": {},
@@ -260,7 +260,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4,
         "attention_head_dim": 16,
         "attention_hidden_size": 64,
-        "layers_block_type": ["linear_attention", "hybrid"] * 2,
+        "layers_block_type": ["mamba", "hybrid"] * 2,
     },
     "zamba2": {
         "mamba_d_state": 8,
@@ -273,7 +273,7 @@ TYPES: dict[str, dict[str, Any]] = {
         "adapter_rank": 4,
         "num_query_groups": 4,
         "kv_channels": 8,
-        "layers_block_type": ["linear_attention", "hybrid"],
+        "layers_block_type": ["mamba", "hybrid"],
         "use_mamba_kernels": False,
     },
     "zaya": {"num_experts_per_tok": 1, "router_hidden_size": 16},

@@ -154,10 +154,6 @@ def make_source(model: Any, include: tuple[str, ...] = ()) -> GradientSource:
     return source
 
 
-def _checked(source: GradientSource, chosen: Sequence[Encoded]) -> GradientSource:
-    return source.with_check(source.checked(chosen)) if hasattr(source, "checked") else source
-
-
 Reference = Callable[[Any, Sequence[str], Sequence[Encoded]], Tensor]
 
 
@@ -168,11 +164,12 @@ def outcome(
     reference. include: as `--include`; default: what counts by default."""
     chosen, model = texts(), make()
     try:
-        source = _checked(make_source(model, include), chosen)
+        source = make_source(model, include)
+        source = source.with_check(source.checked(chosen))
         watched = _Watched(source.sketcher)
         source.sketcher = watched  # type: ignore[assignment]
         together, status = source.sketches(chosen)
-        alone = torch.cat([_checked(make_source(model, include), chosen).sketches([text])[0] for text in chosen])
+        alone = torch.cat([source.sketches([text])[0] for text in chosen])
     except UserError as error:
         return Outcome(refused=str(error))
     except Exception as error:  # a user would see it, and so does the table

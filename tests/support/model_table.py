@@ -67,6 +67,14 @@ def exists(section: str, name: str) -> bool:
 @cache
 def measured(section: str, name: str) -> Mapping[str, Outcome]:
     """The outcome of each choice of parameters, by the column of the table."""
+    import torch
+
+    # Some quantised layers would be compiled, which takes longer than all the rest.
+    with torch.compiler.set_stance("force_eager"):
+        return _measured(section, name)
+
+
+def _measured(section: str, name: str) -> Mapping[str, Outcome]:
     kind = SECTIONS[section][0](name)
     outcomes = {
         "default": outcome(kind.make, reference=kind.reference),

@@ -177,10 +177,15 @@ class _Unpacked(nn.Module):
 
 
 def unpacked_sketches(model: Any, names: Sequence[str], chosen: Sequence[Encoded]) -> torch.Tensor:
-    """`own_sketches` of the model itself, whose quantised layers are replaced by `_Unpacked`."""
+    """`own_sketches` of the model itself, where layers whose weights get no gradient from autograd are replaced
+    by `_Unpacked`."""
     for name, dense in _llama().model.layers.named_modules():
         layer = model.model.layers.get_submodule(name)
-        plain = type(layer) is nn.Linear and type(layer.weight) is nn.Parameter
-        if isinstance(dense, nn.Linear) and not plain:
+        if isinstance(dense, nn.Linear) and not _is_plain(layer, dense.weight.shape):
             model.model.layers.set_submodule(name, _Unpacked(layer, dense.in_features))
     return own_sketches(model, names, chosen)
+
+
+def _is_plain(layer: Any, shape: torch.Size) -> bool:
+    weight = getattr(layer, "weight", None)
+    return type(weight) is nn.Parameter and weight.is_floating_point() and weight.shape == shape
