@@ -85,7 +85,9 @@ def _bitnet(kind: str) -> Callable[[], Any]:
         from transformers.integrations import bitnet
 
         if kind == "AutoBitLinear":
-            made = bitnet.AutoBitLinear(linear.in_features, linear.out_features, bias=False, online_quant=True)
+            made = bitnet.AutoBitLinear(
+                linear.in_features, linear.out_features, bias=False, online_quant=True
+            )
             made.weight.data = linear.weight.data.clone()
             return made
         made = bitnet.BitLinear(linear.in_features, linear.out_features, bias=False, dtype=torch.float32)
