@@ -86,8 +86,7 @@ def tiny_routed(kind: str, seed: int = 0, **changes: Any) -> Any:
     else:
         settings = {**_COMMON, **SETTINGS[kind], **changes}
     config = AutoConfig.for_model(kind, **settings)
-    config._attn_implementation = "eager"
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim > 1:
