@@ -30,8 +30,9 @@ from torch import Tensor, nn
 from rapidin.data.encoding import Encoded, Status
 from rapidin.gradients.autograd_sketches import AutogradSketches
 from rapidin.gradients.batch import Batch
-from rapidin.gradients.collector import ChangedInputError, GradientSketcher
-from rapidin.gradients.passes import FlatSketchPass, NotBatchedError, SketchPass, SketchTargets
+from rapidin.gradients.calls import ChangedInputError, NotBatchedError
+from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.passes import FlatSketchPass, SketchPass, SketchTargets
 from rapidin.gradients.rows import RowGroup
 from rapidin.gradients.scale import Factors, Scale
 

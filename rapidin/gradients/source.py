@@ -17,13 +17,13 @@ from rapidin.errors import UserError
 from rapidin.gradients.adam import Moments
 from rapidin.gradients.batch import Batch
 from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
+from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.check import MOST_ELEMENTS, GradientCheck, check_gradients, check_pair
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.coverage import Coverage, coverage_of
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import Target, find_targets, with_autograd
-from rapidin.gradients.passes import NotBatchedError
 from rapidin.gradients.path import DEFAULT_AT
 from rapidin.gradients.preconditioner import (
     Preconditioner,

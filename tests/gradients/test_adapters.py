@@ -17,10 +17,10 @@ from tiny import records, save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_toke
 from rapidin.attribution.attributor import Attributor
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch
+from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.load import load_model
 from rapidin.gradients.model import LoadedModel
-from rapidin.gradients.passes import NotBatchedError
 
 ON = {"target_modules": ["q_proj", "v_proj"]}
 PROMPT = {"num_virtual_tokens": 4}

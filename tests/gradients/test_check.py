@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.gradients.batch import Batch
+from rapidin.gradients.calls import ChangedInputError, NotBatchedError
 from rapidin.gradients.check import MOST_ELEMENTS, GradientCheck, Tolerance, check_pair
-from rapidin.gradients.collector import ChangedInputError, GradientSketcher
+from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.dropout import DropoutMask
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import find_targets
-from rapidin.gradients.passes import NotBatchedError
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
 
@@ -56,6 +57,8 @@ RIGHT: dict[str, Callable[[], GradientSource]] = {
     "tied": lambda: source_of(tiny_llama(tie_word_embeddings=True), include=("*",)),
     "gpt2": lambda: source_of(tiny_gpt2(), include=("*",)),
     "lora": lambda: source_of(tiny_lora(tiny_llama())),
+    "dropout": lambda: source_of(tiny_llama(), dropout=DropoutMask(0.3, 1)),
+    "several points": lambda: source_of(tiny_lora(tiny_llama()), at=(0.1, 1.0)),
     "flat": lambda: source_of(tiny_llama(), projection="flat"),
     "rapidgrad": lambda: source_of(tiny_llama(), projection="rapidgrad", width=1024),
     # The gradient of a key's bias is zero in exact arithmetic, so all of it is rounding.

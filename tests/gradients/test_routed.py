@@ -13,12 +13,12 @@ from tiny import tiny_lora, tiny_tokenizer
 
 from rapidin import ops
 from rapidin.gradients.batch import Batch, example_losses
+from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.coverage import coverage_of
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import Target, block_seed, find_targets
-from rapidin.gradients.passes import NotBatchedError
 from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Scale
 from rapidin.ops import reference
