@@ -15,10 +15,8 @@ from own_gradients import SEED, WIDTH, own_sketches, relative_error, texts
 from tiny import records, save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
+from rapidin.data.encoding import Encoded, Status
 from rapidin.errors import UserError
-from rapidin.gradients.batch import Batch
-from rapidin.gradients.calls import NotBatchedError
-from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.load import load_model
 from rapidin.gradients.model import LoadedModel
 
@@ -106,15 +104,14 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def check_gradients(loaded: LoadedModel) -> None:
-    """Sketches of texts, batched where that works, against autograd's gradients of each text by itself."""
-    targets = Attributor(loaded, tokenizer=None, at=1.0, preconditioner="off").source.targets
-    sketcher = GradientSketcher(loaded.model, targets, width=WIDTH, seed=SEED)
+    """Sketches of texts, as a cache is made of them, against autograd's gradients of each text by itself."""
+    source = Attributor(loaded, at=1.0, preconditioner="off", width=WIDTH, seed=SEED).source
     some = texts(n=3)
-    try:
-        got = sketcher(Batch.of(some))[0]
-    except NotBatchedError:
-        got = torch.cat([sketcher(Batch.of([text]))[0] for text in some])
-    want = torch.stack([own_sketches(loaded.model, targets, text) for text in some])
+    encoded = [Encoded(ids, target, Status.OK) for ids, target in some]
+    source = source.with_check(source.checked(encoded))
+    got, status = source.sketches(encoded)
+    assert status.tolist() == [int(Status.OK)] * 3
+    want = torch.stack([own_sketches(loaded.model, source.targets, text) for text in some])
     assert float(want.norm()) > 1e-3
     assert relative_error(got, want) < 1e-4
 
