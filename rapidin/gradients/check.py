@@ -100,7 +100,8 @@ class GradientCheck:
         if self.by_autograd:
             name, error = max(self.by_autograd.items(), key=lambda item: item[1])
             text += (
-                f"{len(self.by_autograd):,} differ, which are taken by autograd, one example at a time "
+                f"{len(self.by_autograd):,} differ or are used where hooks do not see it, so their gradients "
+                "are taken by autograd, one example at a time "
                 f"(such as '{name}', relative error {error:.2g})"
             )
         else:
