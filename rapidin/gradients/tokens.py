@@ -9,7 +9,6 @@ to keep rows apart, and begin again where a module is called with hidden states 
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
@@ -244,9 +243,7 @@ class TokenNumbers:
             return
         if name in ("reshape", "view", "flatten"):
             self.begin(args[0])
-        # What a rule does not foresee has no numbers, and the check before caching sees what comes of it.
-        with contextlib.suppress(RuntimeError, IndexError):
-            rule(self, name, args, kwargs, out)
+        rule(self, name, args, kwargs, out)
 
     # --------------------------------------------------------------------------------------- rules
 

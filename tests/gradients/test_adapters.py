@@ -329,3 +329,20 @@ def test_the_note_is_a_warning(tmp_path: Path) -> None:
 def test_a_tied_head_of_gpt2_has_its_own_gradient() -> None:
     tuned = tiny_lora(tiny_gpt2(), modules_to_save=["lm_head"])
     check_gradients(LoadedModel.of(tuned, tiny_tokenizer()))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("XLoraConfig", {}),
+        ("PolyConfig", ON | {"r": 4, "n_tasks": 1, "n_skills": 2}),
+        ("MultitaskPromptTuningConfig", PROMPT | {"num_tasks": 2}),
+    ],
+)
+def test_adapters_that_need_more_than_a_text_are_refused(name: str, settings: dict[str, Any]) -> None:
+    config = getattr(peft, name)(task_type="CAUSAL_LM", **settings)
+    model = tiny_llama()
+    model.config.use_cache = False
+    with pytest.raises(UserError) as error:
+        Attributor(peft.get_peft_model(model, config), tiny_tokenizer(), at=1)
+    assert "\n" not in str(error.value)
