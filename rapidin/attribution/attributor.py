@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rapidin.attribution.caching import build_cache
 from rapidin.attribution.ensemble import Ensemble, Member
-from rapidin.attribution.generate import generate
 from rapidin.attribution.options import CacheOptions, ModelLocation, QueryOptions
 from rapidin.attribution.provenance import layers_of, load_model_of, source_of
 from rapidin.cache import Cache, Manifest
@@ -121,7 +120,7 @@ class Attributor:
 
     def generate(self, prompt: str, *, max_new_tokens: int = 64) -> str:
         """What the tuned model says to a prompt, greedily, without special tokens."""
-        return generate(self.source, prompt, max_new_tokens).completion
+        return self.source.task.answer(self.source.loaded.model, prompt, max_new_tokens).completion
 
     def query(
         self,

@@ -64,7 +64,7 @@ def build_cache(
             writer,
             world,
             examples,
-            source.encoder,
+            source.example,
             lambda texts: fitting.source.sketches(texts, meter, announced=True),
             source.loaded.device,
             lambda message: meter.tell(message),
@@ -127,5 +127,5 @@ class _Fitting:
         settings, config = self.source.settings, self.source.config
         rows = build.sample_rows(self._writer.manifest.rows_begun, config.sample, settings.seed, STREAM)
         reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")
-        texts = [self.source.encoder.example(examples.get(row)) for row in rows]
+        texts = [self.source.example(examples.get(row)) for row in rows]
         return self.source.fit_preconditioner(texts, reporter)

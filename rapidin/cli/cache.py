@@ -130,9 +130,8 @@ def cache(
                 bytes_per_example=options.bytes,
             )
             _say_what_counts(console, attributor, job.label)
-            if examples.form == "messages":  # a template may refuse a chat: better now than after hours
-                with console.status("trying the chat template on all examples"):
-                    attributor.source.encoder.check(examples)
+            with console.status("checking the examples"):  # better now than after hours
+                attributor.source.check(examples)
             if job is jobs[0] and world().leads:
                 _tell_malformed(examples)
             made, bar = _cached(console, attributor, examples, job.out, options)

@@ -1,6 +1,7 @@
 """The forms of a record, the checks of its fields, its prompt and completion, and its hash.
 
-Four forms of record are read; other fields are left alone and shown with a hit.
+A causal language model reads four forms; other tasks have forms of their own (`rapidin.tasks.names`). Other
+fields are left alone and shown with a hit.
 
     prompt        {"prompt": ..., "completion": ...}                    concatenated as they are
     instruction   {"instruction": ..., "input": ..., "output": ...}     the Alpaca form; "input" is optional
@@ -12,37 +13,42 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rapidin.errors import UserError
 
 Record = dict[str, Any]
 
-# The fields of each form. A record that has the fields of two forms is read as the first of them.
-FORMS: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
-# The field that a query may lack: the model then generates it.
-_COMPLETIONS = {"prompt": "completion", "instruction": "output"}
-
-_EXPECTED = (
-    "expected 'prompt' and 'completion', or 'instruction' and 'output' (and 'input'), "
-    "or 'messages', or 'text'"
-)
-EXPECTED_QUERY = "expected 'prompt', or 'instruction' (and 'input'), or 'messages', or 'text'"
+# Raises UserError for a field's value of the wrong kind, given the value, the field's name and the location.
+Check = Callable[[object, str, str], None]
 
 
-def form_of(record: Mapping[str, Any], *, generations: bool = False) -> str | None:
-    """The form whose fields the record has, or None; with `generations` the completion may be missing."""
-    for optional in ({}, _COMPLETIONS) if generations else ({},):
-        for form, fields in FORMS.items():
-            if all(record.get(field) is not None for field in fields if optional.get(form) != field):
-                return form
-    return None
+@dataclass(frozen=True)
+class Forms:
+    """The forms of record that a task reads.
+
+    fields: those of each form, all of which a training example has; a record that has the fields of two forms
+    is read as the first of them. missing: the field of a form that a query may lack: the model then writes
+    it. expected, expected_query: the forms in words. checks: of fields that are not text; optional: texts
+    that a form may have besides.
+    """
+
+    fields: Mapping[str, tuple[str, ...]]
+    missing: Mapping[str, str]
+    expected: str
+    expected_query: str
+    checks: Mapping[str, Check] = field(default_factory=dict)
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+
+    def of(self, record: Mapping[str, Any], *, generations: bool = False) -> str | None:
+        """The form whose fields the record has, or None; with `generations` a field may be missing."""
+        for missing in ({}, self.missing) if generations else ({},):
+            for form, fields in self.fields.items():
+                if all(record.get(field) is not None for field in fields if missing.get(form) != field):
+                    return form
+        return None
 
 
 def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
@@ -83,41 +89,44 @@ def to_record(value: object, where: str) -> Record:
     return dict(value)
 
 
-def check_record(record: Record, form: str, generations: bool, where: str) -> str:
-    """The form of a record. Raises UserError if it has none, another than `form` (unless that is ""), or a
-    field of the wrong type."""
-    actual = form_of(record, generations=generations)
+def check_record(record: Record, forms: Forms, form: str, generations: bool, where: str) -> str:
+    """The form of a record. Raises UserError if it has none of `forms`, another than `form` (unless that is
+    ""), or a field of the wrong type."""
+    actual = forms.of(record, generations=generations)
     if actual is None or actual != (form or actual):
         fields = ", ".join(
             f"'{name}'" + (" (null)" if value is None else "") for name, value in record.items()
         )
-        expected = EXPECTED_QUERY if generations else _EXPECTED
+        expected = forms.expected_query if generations else forms.expected
         if form:
-            expected = f"expected {' and '.join(map(repr, FORMS[form]))} as in the examples before it"
+            expected = f"expected {' and '.join(map(repr, forms.fields[form]))} as in the examples before it"
         raise UserError(f"{where}: found {'the fields ' + fields if fields else 'no fields'}", expected)
-    if actual == "messages":
-        _check_messages(record["messages"], where)
-    else:
-        for field in (*FORMS[actual], *(("input",) if actual == "instruction" else ())):
-            if record.get(field) is not None:
-                _check_text(record[field], f"'{field}'", where)
+    for name in (*forms.fields[actual], *forms.optional.get(actual, ())):
+        if record.get(name) is not None:
+            forms.checks.get(name, check_text)(record[name], name, where)
     return actual
 
 
-def _check_messages(messages: object, where: str) -> None:
+def check_messages(messages: object, name: str, where: str) -> None:
+    """Raises UserError for a field that is not a list of messages."""
     if not isinstance(messages, list):
-        raise UserError(f"{where}: 'messages' is {describe(messages)}, expected a list of messages")
+        raise UserError(f"{where}: '{name}' is {describe(messages)}, expected a list of messages")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise UserError(
-                f"{where}: messages[{number}] is {describe(message)}, "
+                f"{where}: {name}[{number}] is {describe(message)}, "
                 "expected an object with 'role' and 'content'"
             )
-        for field in ("role", "content"):
-            _check_text(message.get(field), f"messages[{number}].{field}", where)
+        for part in ("role", "content"):
+            _check_unicode(message.get(part), f"{name}[{number}].{part}", where)
 
 
-def _check_text(value: object, name: str, where: str) -> None:
+def check_text(value: object, name: str, where: str) -> None:
+    """Raises UserError for a field that is not text."""
+    _check_unicode(value, f"'{name}'", where)
+
+
+def _check_unicode(value: object, name: str, where: str) -> None:
     if not isinstance(value, str):
         raise UserError(f"{where}: {name} is {describe(value)}, expected text")
     if not value.isascii():
@@ -142,3 +151,21 @@ def describe(value: object) -> str:
     if isinstance(value, Mapping):
         return "an object"
     return "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+
+
+# ------------------------------------------------------------------------------- forms of causal models
+
+TEXTS = Forms(
+    fields={
+        "prompt": ("prompt", "completion"),
+        "instruction": ("instruction", "output"),
+        "messages": ("messages",),
+        "text": ("text",),
+    },
+    missing={"prompt": "completion", "instruction": "output"},
+    expected="expected 'prompt' and 'completion', or 'instruction' and 'output' (and 'input'), "
+    "or 'messages', or 'text'",
+    expected_query="expected 'prompt', or 'instruction' (and 'input'), or 'messages', or 'text'",
+    checks={"messages": check_messages},
+    optional={"instruction": ("input",)},
+)

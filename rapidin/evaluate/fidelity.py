@@ -19,7 +19,7 @@ from rapidin.attribution.generate import generations_of
 from rapidin.attribution.normalization import NORMALIZE, divide, whole_lengths
 from rapidin.attribution.query_sketch import QuerySketch, sketch_generations
 from rapidin.attribution.token_contributions import ExactQueries, factors_of
-from rapidin.data.encoding import Encoded
+from rapidin.data.encoding import AnyExample
 from rapidin.errors import UserError
 from rapidin.evaluate import metrics
 from rapidin.evaluate.log import Log, no_log
@@ -55,7 +55,7 @@ class ExactProducts:
 
 
 def exact_products(
-    source: GradientSource, queries: Sequence[Encoded], rows: Sequence[Encoded], log: Log = no_log
+    source: GradientSource, queries: Sequence[AnyExample], rows: Sequence[AnyExample], log: Log = no_log
 ) -> ExactProducts:
     """Products of the exact gradients of `queries` and `rows`; each point of the path has its own layers.
 
@@ -97,7 +97,7 @@ def evaluate(subject: Subject, records: Sequence[Any], count: int, *, seed: int 
         )
     chosen = _random_rows(cache.status().numpy(), count, seed)
     generations = generations_of(source, list(records))
-    encoded = [source.encoder(subject.examples[int(row)]) for row in chosen]
+    encoded = [source.example(subject.examples[int(row)]) for row in chosen]
     products = exact_products(
         source, [generation.encoded for generation in generations], encoded, subject.log
     )

@@ -12,7 +12,7 @@ preconditioned before they are sketched, or by the sketch itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rapidin.errors import UserError
-from rapidin.gradients.batch import Batch, evaluation_mode, example_losses
+from rapidin.gradients.convolution import grouped_gradient, is_convolution, patches, positions_first
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, Use, block_seed
 from rapidin.gradients.passes import (
@@ -37,14 +37,18 @@ from rapidin.gradients.passes import (
 )
 from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Factors, Scale
-from rapidin.gradients.settings import LossKind, Projection
+from rapidin.gradients.settings import Projection
 from rapidin.gradients.squares import Squares
+from rapidin.tasks.causal import example_losses
+from rapidin.tasks.forward import evaluation_mode
+from rapidin.tasks.task import AnyBatch
 
 
 class GradientSketcher:
     """Sketches of the per-example gradients of `targets`.
 
-    width: sketch dimension of a block. loss: see `example_losses`. projection:
+    width: sketch dimension of a block. losses: the loss of each example of a batch, by default the mean loss
+    of a text's completion. projection:
 
     - "tensor": one block per parameter, the TensorSketch of its gradient from the factors;
     - "flat": one block per parameter, the one-permutation sketch of its formed gradient;
@@ -66,14 +70,14 @@ class GradientSketcher:
         width: int,
         seed: int,
         projection: Projection = "tensor",
-        loss: LossKind = "mean",
+        losses: Callable[[nn.Module, Any], Tensor] = example_losses,
         preconditioner: Preconditioner | None = None,
     ) -> None:
         self.model = model
         self.targets = list(targets)
         self.projection: Projection = projection
         self.blocks = 1 if projection == "rapidgrad" else len(self.targets)
-        self.loss: LossKind = loss
+        self._losses = losses
         self.preconditioner = preconditioner
         self.seeds = [block_seed(seed, target.name) for target in self.targets]
         self._modules = dict(model.named_modules())
@@ -97,7 +101,7 @@ class GradientSketcher:
         """Parameters whose gradient comes from autograd itself, so that examples come one at a time."""
         return [self.targets[n].name for n in self._by_autograd]
 
-    def __call__(self, batch: Batch, point: int | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: AnyBatch, point: int | None = None) -> tuple[Tensor, Tensor]:
         """(sketches [B, blocks, width] float32, losses [B] float32), both on the model's device.
 
         point: the number of the point where the model stands, for the preconditioner. Raises NotBatchedError
@@ -113,7 +117,7 @@ class GradientSketcher:
             sketches = F.normalize(sketches, dim=-1, eps=1e-30).sum(1, keepdim=True)
         return sketches, losses
 
-    def factors(self, batch: Batch, point: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def factors(self, batch: AnyBatch, point: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """(columns [B, T, I], rows [B, T, O]) of each target: its gradients are ``sum_t rows_t columns_t^T``,
         preconditioned.
 
@@ -124,7 +128,7 @@ class GradientSketcher:
         self._run(batch, keeping)
         return [keeping.factors[n] for n in range(len(self.targets))]
 
-    def positions(self, batch: Batch, vectors: Tensor, point: int | None = None) -> tuple[Tensor, Tensor]:
+    def positions(self, batch: AnyBatch, vectors: Tensor, point: int | None = None) -> tuple[Tensor, Tensor]:
         """(products [T, Q, targets], sketches [targets, width]), float32, of a batch of one text.
 
         products: of vectors [Q, targets, width] with the sketch of each position's part of a target's
@@ -137,7 +141,7 @@ class GradientSketcher:
         self._run(batch, sketching)
         return sketching.products, sketching.sketches[0]
 
-    def squares(self, batch: Batch) -> list[Squares]:
+    def squares(self, batch: AnyBatch) -> list[Squares]:
         """The sums of squares of each target's gradients over rows [B, O] and columns [B, I], float64.
 
         The gradients are not preconditioned: a preconditioner is made from these sums. Raises as a call does.
@@ -146,14 +150,14 @@ class GradientSketcher:
         self._run(batch, summing)
         return summing.finish()
 
-    def add_moments(self, batch: Batch, moments: FactorMoments) -> None:
+    def add_moments(self, batch: AnyBatch, moments: FactorMoments) -> None:
         """Add a batch to the second moments of the two factors of each target's gradient.
 
         The gradients are not preconditioned. Raises as a call does; `moments` may hold some of the batch
         then, and are of no more use.
         """
         self._run(batch, MomentPass(self._sketched, batch, moments))
-        moments.examples += len(batch.ids)
+        moments.examples += batch.rows
 
     def _scales(self, point: int | None) -> list[Scale] | None:
         if self.preconditioner is None:
@@ -161,12 +165,12 @@ class GradientSketcher:
         table = self.preconditioner.at(point)
         return [table[target.name] for target in self.targets]
 
-    def _run(self, batch: Batch, gradient_pass: GradientPass) -> Tensor:
+    def _run(self, batch: AnyBatch, gradient_pass: GradientPass) -> Tensor:
         """One forward and backward pass; returns the losses [B]."""
-        if batch.ids.shape[0] > 1 and self._by_autograd:
+        if batch.rows > 1 and self._by_autograd:
             raise NotBatchedError
         with self._frozen(), self._hooked(gradient_pass), torch.enable_grad():
-            losses = example_losses(self.model, batch, self.loss)
+            losses = self._losses(self.model, batch)
             if not losses.requires_grad:
                 raise UserError(
                     f"no parameter that counts takes part in the loss, such as '{self.targets[0].name}'"
@@ -230,7 +234,7 @@ class ModuleHooks:
     def expand_ids(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
         """A forward pre-hook of embeddings: position ids come once for the whole batch, and become a row for
         each example, which keeps the examples' gradients apart."""
-        ids, rows = args[0], self._pass.rows
+        ids, rows = args[0], self._pass.rows * self._pass.parts
         return (ids.expand(rows, *ids.shape[1:]), *args[1:]) if ids.shape[0] == 1 < rows else None
 
     def forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -261,7 +265,18 @@ class ModuleHooks:
         if rerun:
             self._pass.add_module(module, rerun, inputs, grad)
             return
-        for n, use in self._uses:
+        uses = self._uses
+        if is_convolution(module):
+            if inputs.ndim != len(module.kernel_size) + 2 or inputs.shape[0] % self._pass.rows:
+                raise NotBatchedError  # without an axis of examples
+            if module.groups > 1:
+                for n in [n for n, use in uses if use.kind == "convolution"]:
+                    self._pass.add_raw(n, grouped_gradient(module, inputs, grad, self._pass.rows))
+                uses = [(n, use) for n, use in uses if use.kind != "convolution"]
+            else:
+                inputs = patches(module, inputs)
+            grad = positions_first(grad)
+        for n, use in uses:
             g = self._by_example(grad, 1)
             if use.kind == "embedding":
                 ids = self._by_example(inputs, 0)
@@ -280,10 +295,11 @@ class ModuleHooks:
                 )
 
     def _by_example(self, x: Tensor, features: int) -> Tensor:
-        """[B, ..., F] or [B * T, F] -> [B, T, F] (features = 0: no F)."""
+        """[B * parts, ..., F] or [B * T, F] -> [B, T, F], T over all parts (features = 0: no F)."""
         feature_shape = x.shape[x.ndim - features :]
         rows, length = self._pass.rows, self._pass.length
-        if rows == 1 or (x.ndim > 1 + features and x.shape[0] == rows):
+        with_rows = x.ndim > features if self._pass.pooled else x.ndim > 1 + features
+        if rows == 1 or (with_rows and x.shape[0] == rows * self._pass.parts):
             return x.reshape(rows, -1, *feature_shape)
         if x.ndim == 1 + features and x.shape[0] == rows * length:
             return x.reshape(rows, length, *feature_shape)

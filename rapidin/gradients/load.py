@@ -15,8 +15,9 @@ import torch
 from rapidin.distributed import World, world
 from rapidin.errors import UserError
 from rapidin.gradients import fsdp
-from rapidin.gradients.model import LoadedModel, inner_model, trained_names
+from rapidin.gradients.model import LoadedModel, trained_names
 from rapidin.gradients.path import WeightPath, base_path
+from rapidin.tasks.forward import inner_model
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,16 +14,17 @@ from torch import Tensor, nn
 from rapidin.errors import UserError
 from rapidin.gradients import fsdp
 from rapidin.gradients.path import WeightPath, active_adapters, adapter_path
+from rapidin.tasks.forward import device_of, inner_model
 
 
 @dataclass
 class LoadedModel:
-    """A causal language model ready for gradients.
+    """A model ready for gradients.
 
-    model: transformers or peft model; tokenizer: its tokenizer; path: from the untuned to the tuned weights;
-    trained: names of the parameters that an adapter trains (None without one); source: names it was loaded by
-    (model, adapter, base, dtype); sharded: each process of a run holds a shard of every weight
-    (`rapidin.gradients.fsdp`), so that all run the same passes.
+    model: transformers or peft model, or any module; tokenizer: its tokenizer, None if it reads no text;
+    path: from the untuned to the tuned weights; trained: names of the parameters that an adapter trains (None
+    without one); source: names it was loaded by (model, adapter, base, dtype); sharded: each process of a run
+    holds a shard of every weight (`rapidin.gradients.fsdp`), so that all run the same passes.
     """
 
     model: Any
@@ -36,9 +37,9 @@ class LoadedModel:
 
     @staticmethod
     def of(model: Any, tokenizer: Any) -> LoadedModel:
-        """Wraps a transformers or peft model that is in memory already."""
+        """Wraps a model that is in memory already."""
         source = {
-            "model": getattr(inner_model(model).config, "_name_or_path", None) or None,
+            "model": getattr(getattr(inner_model(model), "config", None), "_name_or_path", None) or None,
             "adapter": None,
             "base": None,
         }
@@ -52,13 +53,15 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """The device that takes the token ids."""
-        parameters: Iterator[nn.Parameter] = self.model.parameters()
-        return next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
+        return device_of(self.model)
 
     @property
     def context_length(self) -> int | None:
         """The longest text in tokens that the model takes; None if its config does not say."""
-        config = inner_model(self.model).config.get_text_config()
+        config = getattr(inner_model(self.model), "config", None)
+        if config is None or not hasattr(config, "get_text_config"):
+            return None
+        config = config.get_text_config()
         length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         return int(length) if length else None
 
@@ -79,8 +82,9 @@ class LoadedModel:
         hashes = {
             "architecture": inner_model(self.model).__class__.__name__,
             "model": _hash_tensors({n: v for n, v in values.items() if n not in trained}, owners),
-            "tokenizer": _hash_tokenizer(self.tokenizer),
         }
+        if self.tokenizer is not None:
+            hashes["tokenizer"] = _hash_tokenizer(self.tokenizer)
         if self.trained is not None:
             hashes["adapter"] = _hash_tensors({n: values[n] for n in sorted(trained)})
         if self.source.get("base") is not None:
@@ -89,11 +93,6 @@ class LoadedModel:
                 {n: v for n, p in named.items() if (v := untuned.get(id(p))) is not None}
             )
         return hashes
-
-
-def inner_model(model: Any) -> Any:
-    """The transformers model, which an adapter may wrap."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def trained_names(model: Any) -> list[str]:

@@ -18,14 +18,15 @@ from rapidin.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-UseKind = Literal["linear", "conv1d", "bias", "embedding", "module", "autograd"]
+UseKind = Literal["linear", "conv1d", "convolution", "bias", "embedding", "module", "autograd"]
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
     """A module that uses a parameter, and how the gradient is obtained there.
 
-    linear, conv1d, bias: from the module's inputs and output gradients; embedding: from token ids and output
+    linear, conv1d (of transformers, which is linear), convolution, bias: from the module's inputs and output
+    gradients; embedding: from token ids and output
     gradients; module: the module runs again for each example (norms and the like); autograd: from the
     parameter's own gradient, one example at a time.
     """
@@ -66,11 +67,13 @@ def find_targets(
     trained: Sequence[str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    convolutions: bool = False,
 ) -> list[Target]:
     """The parameters that count.
 
     trained: names of the parameters that an adapter trains; by default exactly these count. Without an
-    adapter the weights of all linear layers but the output head count. include: patterns of the parameters
+    adapter the weights of all linear layers but the output head count, and with `convolutions` those of
+    convolutions. include: patterns of the parameters
     that count instead, out of all; exclude: patterns of parameters that do not count.
 
     Raises UserError if a pattern matches no parameter, or no parameter is left.
@@ -89,10 +92,11 @@ def find_targets(
         chosen = [name for name in shapes if name in counting]
     else:
         head = _output_head(model)
+        kinds = ("linear", "conv1d", *(("convolution",) if convolutions else ()))
         chosen = [
             name
             for name in shapes
-            if any(use.kind in ("linear", "conv1d") and use.module != head for use in uses[name])
+            if any(use.kind in kinds and use.module != head for use in uses[name])
             and not any(use.kind == "embedding" for use in uses[name])
         ]
     chosen = [name for name in chosen if not matches(name, exclude)]
@@ -137,11 +141,15 @@ def _use_kind(module: nn.Module, role: str, shape: tuple[int, ...]) -> tuple[Use
     """How a parameter's gradient is obtained from a module, where it is called `role`; and its shape."""
     from torch import nn
 
+    from rapidin.gradients.convolution import is_convolution
+
     if isinstance(module, nn.Linear) and role in ("weight", "bias"):
         # A quantised weight is packed; its gradient has the layer's own shape.
         return ("linear", (module.out_features, module.in_features)) if role == "weight" else ("bias", shape)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and role in ("weight", "bias"):
         return ("conv1d" if role == "weight" else "bias"), shape
+    if is_convolution(module) and role in ("weight", "bias"):
+        return ("convolution" if role == "weight" else "bias"), shape
     if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
         return "embedding", shape
     if len(shape) == 1 and not any(True for _ in module.children()) and _one_input(module):

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor, nn
 
 from rapidin import ops
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, matrix_shape
 from rapidin.gradients.scale import Factors, Scale
@@ -23,6 +22,7 @@ from rapidin.gradients.squares import (
     formed_squares,
     joined,
 )
+from rapidin.tasks.task import AnyBatch
 
 _POSITIONS_BYTES = 64 << 20  # of formed gradients that are held at a time
 
@@ -52,12 +52,15 @@ class GradientPass(ABC):
     scales: the preconditioner of each target, which is applied first; None for none.
     """
 
-    def __init__(self, sketched: SketchTargets, batch: Batch, scales: Sequence[Scale] | None = None) -> None:
+    def __init__(
+        self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None = None
+    ) -> None:
         self.sketched = sketched
         self.targets = sketched.targets
         self.scales = scales
-        self.rows, self.length = batch.ids.shape
-        self.device = batch.ids.device
+        self.rows, self.parts, self.length = batch.rows, batch.parts, batch.length
+        self.pooled = batch.pooled
+        self.device = batch.device
         self.seen: set[int] = set()  # targets that take part in the forward pass
         self.calls: Counter[int] = Counter()  # of each target's modules, in the forward pass
         self.recomputing = False  # a module runs again for its own parameters, and is not hooked then
@@ -84,7 +87,7 @@ class GradientPass(ABC):
     def add_module(self, module: nn.Module, numbers: Sequence[int], inputs: Tensor, grad: Tensor) -> None:
         """Add the gradients of a norm's (or the like) own parameters, the targets `numbers`: the module runs
         again for each example."""
-        if self.rows > 1 and inputs.shape[0] != self.rows:
+        if self.rows > 1 and inputs.shape[0] != self.rows * self.parts:
             raise NotBatchedError
         for n, grads in self.module_gradients(module, numbers, inputs, grad, self.rows):
             self.add_raw(n, grads)
@@ -124,7 +127,7 @@ class SketchPass(GradientPass):
     sketches: [B, targets, width] float32.
     """
 
-    def __init__(self, sketched: SketchTargets, batch: Batch, scales: Sequence[Scale] | None) -> None:
+    def __init__(self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None) -> None:
         super().__init__(sketched, batch, scales)
         self.sketches = torch.zeros(self.rows, len(self.targets), sketched.width, device=self.device)
 
@@ -182,7 +185,7 @@ class PositionPass(SketchPass):
     """
 
     def __init__(
-        self, sketched: SketchTargets, batch: Batch, scales: Sequence[Scale] | None, vectors: Tensor
+        self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None, vectors: Tensor
     ) -> None:
         super().__init__(sketched, batch, scales)
         if self.rows != 1:
@@ -248,7 +251,7 @@ class FactorPass(GradientPass):
     factors: (columns [B, T, I], rows [B, T, O]) by the target's number.
     """
 
-    def __init__(self, sketched: SketchTargets, batch: Batch, scales: Sequence[Scale] | None) -> None:
+    def __init__(self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None) -> None:
         super().__init__(sketched, batch, scales)
         self.factors: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -268,7 +271,7 @@ class FactorPass(GradientPass):
 class MomentPass(GradientPass):
     """Adds each gradient, as it is, to the second moments of the factors."""
 
-    def __init__(self, sketched: SketchTargets, batch: Batch, moments: FactorMoments) -> None:
+    def __init__(self, sketched: SketchTargets, batch: AnyBatch, moments: FactorMoments) -> None:
         super().__init__(sketched, batch)
         self._moments = moments
 
@@ -289,7 +292,7 @@ class SquaresPass(GradientPass):
     the last one has arrived; with a single use that is at once.
     """
 
-    def __init__(self, sketched: SketchTargets, batch: Batch) -> None:
+    def __init__(self, sketched: SketchTargets, batch: AnyBatch) -> None:
         super().__init__(sketched, batch)
         self._factors: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._embedded: dict[int, list[tuple[Tensor, Tensor]]] = {}

@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rapidin.errors import UserError
 from rapidin.settings import Settings, documented, option
+from rapidin.tasks.names import CAUSAL, LossKind, TaskName
 
 if TYPE_CHECKING:  # both import torch, which the command line's help must not wait for
     from rapidin.gradients.dropout import DropoutMask
     from rapidin.gradients.preconditioner import PreconditionerConfig
+    from rapidin.tasks.task import Task
 
-LossKind = Literal["mean", "sum"]
 Projection = Literal["tensor", "flat", "rapidgrad"]
 
 HASH = "lowbias32-1"  # the definition of bins and signs in docs/reference/sketch.md
@@ -60,6 +61,14 @@ class GradientSettings(Settings):
         help="Leave out parameters whose name matches the pattern; may be repeated.",
         metavar="PATTERN",
         panel="Gradients",
+    )
+    task: Task | str | None = option(
+        None,
+        help="What the model is for (docs/guide/tasks.md).",
+        panel="Gradients",
+        choices=get_args(TaskName),
+        default="by the model's class, causal where that is not clear",
+        parse=str,
     )
     loss: LossKind = option(
         "mean",
@@ -151,6 +160,11 @@ class GradientSettings(Settings):
                 f"--width must be a multiple of 128 with the {self.projection} projection, got {self.width}"
             )
 
+    @property
+    def task_name(self) -> str:
+        """The name of the task; "" as long as the model's class is to tell it."""
+        return self.task if isinstance(self.task, str) else "" if self.task is None else self.task.name
+
     def recorded(self) -> dict[str, dict[str, Any]]:
         """The parts 'sketch', 'gradient' and 'text' of a manifest, without where the preconditioner's file
         is.
@@ -169,6 +183,8 @@ class GradientSettings(Settings):
             "exclude": list(self.exclude),
             "preconditioner": config.to_json(),
         }
+        if self.task_name != CAUSAL:
+            gradient["task"] = self.task_name
         if self.dropout is not None:
             gradient["dropout"] = self.dropout.to_json()
         return {
@@ -193,6 +209,7 @@ class GradientSettings(Settings):
             at=tuple(gradient["at"]),
             include=tuple(gradient["include"]),
             exclude=tuple(gradient["exclude"]),
+            task=gradient.get("task", CAUSAL),
             loss=gradient["loss"],
             preconditioner=config,
             dropout=DropoutMask(**dropout) if dropout else None,

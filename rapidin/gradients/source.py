@@ -12,10 +12,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from rapidin.data.encoding import Encoded, Encoder, Status
+from rapidin.data.encoding import AnyExample, Encoder, Status
+from rapidin.data.examples import Examples
+from rapidin.data.records import Record
 from rapidin.errors import UserError
 from rapidin.gradients.adam import Moments
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
@@ -28,6 +29,10 @@ from rapidin.gradients.preconditioner import (
 )
 from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
 from rapidin.ops.transfer import Download, upload
+from rapidin.tasks.causal import Causal
+from rapidin.tasks.choose import TaskSettings, task_of
+from rapidin.tasks.names import CAUSAL
+from rapidin.tasks.task import AnyBatch, Example, Task
 
 _LONGEST = 2048  # tokens, if the model does not say
 
@@ -40,8 +45,8 @@ class GradientSource:
     memory has run out.
 
     loaded: the model; settings: complete, without a value that is still to be chosen; points: of the path
-    from base to tuned model, where gradients are taken; targets: the parameters that count; encoder: makes
-    texts of records.
+    from base to tuned model, where gradients are taken; targets: the parameters that count; task: makes
+    examples of records, batches of examples, and the losses that gradients are taken of.
 
     Raises UserError for settings that do not fit the model.
     """
@@ -57,25 +62,30 @@ class GradientSource:
         settings = settings or GradientSettings()
         self.loaded = loaded
         self.points = _points(loaded, settings.at)
+        max_length = _max_length(loaded, settings.max_length)
+        self.task: Task = task_of(
+            settings.task,
+            loaded.model,
+            loaded.tokenizer,
+            TaskSettings(max_length, settings.eos, settings.too_long, settings.loss),
+        )
         self.targets = find_targets(
-            loaded.model, trained=loaded.trained, include=settings.include, exclude=settings.exclude
+            loaded.model,
+            trained=loaded.trained,
+            include=settings.include,
+            exclude=settings.exclude,
+            convolutions=self.task.name != CAUSAL,
         )
         config = _preconditioner_config(settings, loaded, self.targets)
         self.settings = replace(
             settings,
             at=tuple(self.points),
+            task=settings.task if isinstance(settings.task, Task) else self.task.name,
             width=settings.width or self._default_width(settings, bytes_per_example),
-            max_length=_max_length(loaded, settings.max_length),
+            max_length=max_length,
             preconditioner=config,
         )
         self.config = config
-        assert self.settings.max_length is not None
-        self.encoder = Encoder(
-            loaded.tokenizer,
-            eos=settings.eos,
-            max_length=self.settings.max_length,
-            too_long=settings.too_long,
-        )
         self._set_preconditioner(config.fitted)
         if loaded.sharded and (names := self.sketcher.needs_weights):
             raise UserError(
@@ -84,7 +94,7 @@ class GradientSource:
             )
         self.lockstep = Lockstep(loaded.sharded)
         self.batches = BatchRunner(
-            loaded.device, settings.batch_tokens, self.lockstep, self.sketcher.single_names
+            self.task, loaded.device, settings.batch_tokens, self.lockstep, self.sketcher.single_names
         )
 
     def _default_width(self, settings: GradientSettings, bytes_per_example: int | None) -> int:
@@ -102,7 +112,7 @@ class GradientSource:
             width=self.width,
             seed=self.settings.seed,
             projection=self.settings.projection,
-            loss=self.settings.loss,
+            losses=self.task.losses,
             preconditioner=preconditioner,
         )
 
@@ -111,6 +121,27 @@ class GradientSource:
         other = copy.copy(self)
         other._set_preconditioner(preconditioner)
         return other
+
+    @property
+    def encoder(self) -> Encoder:
+        """What encodes the texts of a causal model. Raises UserError for another task."""
+        if not isinstance(self.task, Causal):
+            raise UserError(f"this needs a causal language model, and the task is '{self.task.name}'")
+        return self.task.encoder
+
+    def example(self, record: Record | None) -> AnyExample:
+        """The example of a record; None stands for a malformed one."""
+        if record is None:
+            return Example({}, 0, Status.MALFORMED)
+        made: AnyExample = self.task.example(record)
+        return made
+
+    def check(self, examples: Examples) -> None:
+        """Checks what of the examples depends on the model, such as its chat template or its labels. Those
+        that it rejects are malformed; if `examples` does not skip such, raises UserError for the first."""
+        if isinstance(self.task, Causal) and examples.form != "messages":
+            return  # every text can be encoded
+        examples.check(self.task.check)
 
     @property
     def preconditioner(self) -> Preconditioner | None:
@@ -156,7 +187,7 @@ class GradientSource:
     # -------------------------------------------------------------------------------------- sketches
 
     def sketches(
-        self, texts: Sequence[Encoded], reporter: Reporter = SILENT, *, announced: bool = False
+        self, texts: Sequence[AnyExample], reporter: Reporter = SILENT, *, announced: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Raw sketches [n, blocks, width] float32, zeros for texts without one, and status [n] uint8.
 
@@ -186,7 +217,7 @@ class GradientSource:
                     bad = ~sketch.isfinite().flatten(1).all(1)
                     out[rows, blocks] = sketch
                     status[rows] = status[rows].masked_fill(bad, int(Status.NONFINITE))
-                    tokens = sum(len(texts[n].ids) for n in chosen)
+                    tokens = sum(texts[n].length for n in chosen)
                     skipped = Download([bad.sum()]) if last else None
                     reporter.sketched(len(chosen) if last else 0, tokens, skipped)
         out.masked_fill_((status != int(Status.OK))[:, None, None], 0.0)
@@ -198,7 +229,7 @@ class GradientSource:
 
     # -------------------------------------------------------------------------------- preconditioner
 
-    def fit_preconditioner(self, texts: Sequence[Encoded], reporter: Reporter = SILENT) -> Preconditioner:
+    def fit_preconditioner(self, texts: Sequence[AnyExample], reporter: Reporter = SILENT) -> Preconditioner:
         """The preconditioner of each point, of the configured kind, from the gradients of these texts."""
         good = [n for n, text in enumerate(texts) if text.status == Status.OK]
         points = []
@@ -220,7 +251,7 @@ class GradientSource:
         return Preconditioner(points)
 
     def _factor_moments(
-        self, good: Sequence[int], texts: Sequence[Encoded], reporter: Reporter
+        self, good: Sequence[int], texts: Sequence[AnyExample], reporter: Reporter
     ) -> FactorMoments:
         """The moments of the factors of these texts' gradients, at the point where the model is.
 
@@ -233,7 +264,7 @@ class GradientSource:
             moments = FactorMoments(self.targets, self.config.rank, self.settings.seed, self.loaded.device)
             spoilt = False
 
-            def add(batch: Batch, moments: FactorMoments = moments) -> bool:
+            def add(batch: AnyBatch, moments: FactorMoments = moments) -> bool:
                 nonlocal spoilt
                 if not spoilt:  # after a failure the moments are of no use
                     spoilt = True

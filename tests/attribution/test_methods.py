@@ -27,7 +27,7 @@ from rapidin.attribution.methods import datainf, fisher, moment, vectors
 from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.cache import Cache
 from rapidin.errors import UserError
-from rapidin.gradients.batch import Batch
+from rapidin.tasks.causal import TokenBatch
 
 ALL = [(m, n) for m in methods.METHODS for n in methods.NORMALIZE]
 QUERIES = records(4, seed=9)
@@ -53,7 +53,7 @@ def gradients(attributor: Attributor, rows: list[dict[str, Any]]) -> list[Tensor
     with attributor.loaded.path.at(attributor.source.points[0]):
         for record in rows:
             encoded = attributor.source.encoder(record)
-            factors = attributor.source.sketcher.factors(Batch.of([(encoded.ids, encoded.target)]))
+            factors = attributor.source.sketcher.factors(TokenBatch.of([(encoded.ids, encoded.target)]))
             found.append([torch.bmm(g.double().mT, a.double()).flatten() for a, g in factors])
     return [torch.stack(column) for column in zip(*found, strict=True)]
 
