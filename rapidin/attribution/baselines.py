@@ -29,7 +29,7 @@ _BATCH_TOKENS = 2048  # with padding
 
 def plain_text(record: Mapping[str, Any]) -> str:
     """The text of a record, without the template that formats it for the model."""
-    return " ".join(part for part in record_parts(record) if part).strip()
+    return " ".join(text for text in record_parts(record) if text).strip()
 
 
 def query_text(record: Mapping[str, Any], completion: str) -> str:

@@ -127,7 +127,7 @@ def _share(scans: CacheScan | Sequence[CacheScan], world: distributed.World) -> 
     """The rows, from one to before another, that this process scans: whole pieces of what one alone would."""
     shards = [shard for scan in _listed(scans) for shard in scan.cache.manifest.shards]
     edges = sorted({s.first for s in shards} | {s.first + s.rows for s in shards}) or [0]
-    low, high = world.part(len(edges) - 1)
+    low, high = world.range_of(len(edges) - 1)
     return edges[low], edges[high]
 
 

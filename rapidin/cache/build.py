@@ -60,7 +60,7 @@ def open_writer(
     folder: Path,
     manifest: Manifest,
     world: World,
-    part: tuple[int, int] | None = None,
+    shard_slice: tuple[int, int] | None = None,
     prefix: Callable[[int], str] | None = None,
 ) -> ShardWriter:
     """The writer of this process; the leader's keeps the manifest.
@@ -68,12 +68,12 @@ def open_writer(
     Raises UserError like `CacheWriter`, and if this process would cache something else than the leader.
     """
     if world.leads:
-        writer = CacheWriter(folder, manifest, prefix, part)
+        writer = CacheWriter(folder, manifest, prefix, shard_slice)
         world.share(lambda: writer.manifest.data_bytes)
         return writer
     leaders = Manifest.of_bytes(world.share(lambda: b""), folder)
     leaders.refuse_unless_same(manifest, folder)
-    return ShardWriter(folder, leaders, part)
+    return ShardWriter(folder, leaders, shard_slice)
 
 
 def agree(writer: ShardWriter, world: World) -> None:

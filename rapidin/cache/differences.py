@@ -85,13 +85,11 @@ def preconditioner_words(value: str | Mapping[str, Any]) -> str:
 def other_model(cached: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """In words, how the model that a cache was made with differs from another, by their identities."""
     # First what is missing: with an adapter the model's own parameters have other names, and so another hash.
-    for part, words in (("adapter", "an adapter"), ("base", "a base model")):
-        if part in cached and part not in given:
+    for key, words in (("adapter", "an adapter"), ("base", "a base model")):
+        if key in cached and key not in given:
             return f"with {words}, and none is given"
-        if part in given and part not in cached:
+        if key in given and key not in cached:
             return f"without {words}, and one is given"
-    parts = {"model": "model", "adapter": "adapter", "base": "base model"}
-    differs = next(
-        (words for part, words in parts.items() if cached.get(part) != given.get(part)), "tokenizer"
-    )
+    nouns = {"model": "model", "adapter": "adapter", "base": "base model"}
+    differs = next((noun for key, noun in nouns.items() if cached.get(key) != given.get(key)), "tokenizer")
     return f"with another {differs}: its contents are not the same"

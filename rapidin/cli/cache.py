@@ -237,14 +237,14 @@ def _jobs(model: str, options: ModelOptions, several: SeveralCaches, out: str) -
         raise UserError(
             "--checkpoints and --adapter do not go together", "checkpoints of an adapter hold their own"
         )
-    found, rated = find_checkpoints(checkpoints)
+    points, rated = find_checkpoints(checkpoints)
     leads = world().leads
     if not rated and leads:
         line(f"no learning rates in {checkpoints}: steps weigh alike")
     if leads:
-        Ensemble.write(folder, "tracin", [(each.path.name, each.weight) for each in found])
+        Ensemble.write(folder, "tracin", [(each.path.name, each.weight) for each in points])
     jobs = []
-    for each in found:
+    for each in points:
         of = (model, str(each.path), None) if each.is_adapter else (str(each.path), None, base)
         jobs.append(_Job(str(folder / each.path.name), of, label=f"{each.path.name}: "))
     return jobs
@@ -259,14 +259,14 @@ def _tell_malformed(examples: "Examples") -> None:
         line(f"skipped: {more:,} more malformed examples")
 
 
-def _how_to_resume(out: str, wanted: int) -> str:
+def _how_to_resume(out: str, total: int) -> str:
     from rapidin.cache import Manifest
 
     try:
         done = Manifest.read(Path(out)).rows_done
     except UserError:
         done = 0
-    return f"stopped with {done:,} of {wanted:,} examples in {out}; rerun the same command to resume"
+    return f"stopped with {done:,} of {total:,} examples in {out}; rerun the same command to resume"
 
 
 @command("plan", example="rapidin plan MODEL --data train.jsonl")

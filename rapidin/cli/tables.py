@@ -111,7 +111,7 @@ def plan_report(plan: Plan) -> RenderableType:
             time_text(cost.scan_seconds),
             fitting,
         )
-    head = (
+    heading = (
         f"{plan.examples:,} examples of {plan.tokens:,.0f} tokens, "
         f"{plan.layers:,} x {plan.width:,} dimensions: "
         f"about {time_text(plan.seconds)} to cache, {bytes_text(plan.memory)} of memory"
@@ -119,7 +119,7 @@ def plan_report(plan: Plan) -> RenderableType:
     note = (
         "A scan is one query over all examples in memory. Accuracy of each format: docs/measured/fidelity.md"
     )
-    return Group(Text(head), Text(), table, Text(), Text(note, style="dim"))
+    return Group(Text(heading), Text(), table, Text(), Text(note, style="dim"))
 
 
 def kept_text(info: Mapping[str, Any]) -> str:

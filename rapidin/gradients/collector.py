@@ -53,7 +53,7 @@ class GradientSketcher:
     - "tensor": one block per parameter, the TensorSketch of its gradient from the factors;
     - "flat": one block per parameter, the one-permutation sketch of its formed gradient;
     - "rapidgrad": one block for all, the sum of the flat sketches, each scaled to length 1 first: the whole
-      layer-normalised gradient in `width` numbers (Lin et al., ACL 2024, section 3).
+      layer-normalized gradient in `width` numbers (Lin et al., ACL 2024, section 3).
 
     preconditioner: scales of the gradients, or None; it may be set between calls. If it differs between the
     points of a path, calls name the point by its number.

@@ -101,12 +101,12 @@ def trained_names(model: Any) -> list[str]:
     if trained:
         return trained
     # Loaded for inference, an adapter's weights are frozen like all others: their names tell them apart.
-    marks = (getattr(model.base_model, "prefix", "prompt_encoder"), "modules_to_save")
+    prefixes = (getattr(model.base_model, "prefix", "prompt_encoder"), "modules_to_save")
     active = active_adapters(model)
     return [
         name
         for name, _ in model.named_parameters()
-        if any(mark in name for mark in marks) and any(f".{a}." in f"{name}." for a in active)
+        if any(prefix in name for prefix in prefixes) and any(f".{a}." in f"{name}." for a in active)
     ]
 
 
@@ -139,5 +139,5 @@ def _hash_tokenizer(tokenizer: Any) -> str:
         core = json.loads(backend.to_str())
         core.pop("truncation", None)  # these two say how it was last called, not what it is
         core.pop("padding", None)
-    rest = [tokenizer.chat_template, {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}]
-    return hashlib.sha256(json.dumps([core, rest], sort_keys=True).encode()).hexdigest()
+    settings = [tokenizer.chat_template, {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}]
+    return hashlib.sha256(json.dumps([core, settings], sort_keys=True).encode()).hexdigest()

@@ -111,8 +111,8 @@ class Preconditioner:
         one."""
         points: dict[int, dict[str, dict[str, Tensor]]] = {}
         for key, tensor in tensors.items():
-            number, rest = key.split("/", 1)
-            parameter, name = rest.rsplit("/", 1)
+            number, tensor_name = key.split("/", 1)
+            parameter, name = tensor_name.rsplit("/", 1)
             axes = 2 if name.endswith("_basis") else 1
             if tensor.dtype != torch.float32 or tensor.ndim != axes:
                 raise ValueError(

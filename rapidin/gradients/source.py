@@ -304,13 +304,13 @@ def _points(loaded: LoadedModel, at: tuple[float, ...] | float | None) -> list[f
     return points
 
 
-def _max_length(loaded: LoadedModel, wanted: int | None) -> int:
+def _max_length(loaded: LoadedModel, requested: int | None) -> int:
     limit = loaded.context_length
-    if wanted is None:
+    if requested is None:
         return _LONGEST if limit is None else limit
-    if limit is not None and wanted > limit:
-        raise UserError(f"--max-length {wanted} is over the model's context of {limit} tokens")
-    return wanted
+    if limit is not None and requested > limit:
+        raise UserError(f"--max-length {requested} is over the model's context of {limit} tokens")
+    return requested
 
 
 def _preconditioner_config(

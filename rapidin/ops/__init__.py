@@ -8,8 +8,8 @@ from rapidin.ops.linear_sketch import embedding_sketch, linear_sketch
 from rapidin.ops.low_rank import LowRank
 from rapidin.ops.matrix_sketch import matrix_sketch
 from rapidin.ops.packed import Packed, pack, packed_bytes, unpack
+from rapidin.ops.rotate import Cut, rotate, unit_blocks
 from rapidin.ops.topk_scan import ScanQueries, topk_scan, topk_scan_both_ends
-from rapidin.ops.turn import Cut, turn, unit_blocks
 
 __all__ = [
     "Cut",
@@ -22,9 +22,9 @@ __all__ = [
     "matrix_sketch",
     "pack",
     "packed_bytes",
+    "rotate",
     "topk_scan",
     "topk_scan_both_ends",
-    "turn",
     "unit_blocks",
     "unpack",
 ]

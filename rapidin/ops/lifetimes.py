@@ -42,17 +42,17 @@ class _Entry(Generic[Tensors]):
     """A kept table. ready: recorded after its upload, None on the CPU; streams: handles of the streams that
     may read it."""
 
-    found: Tensors
+    value: Tensors
     ready: torch.cuda.Event | None = None
     streams: set[int] = field(default_factory=set)
 
     @property
     def bytes(self) -> int:
-        return sum(x.nbytes for x in _listed(self.found))
+        return sum(x.nbytes for x in _listed(self.value))
 
 
-def _listed(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return found if isinstance(found, tuple) else (found,)
+def _listed(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
@@ -114,11 +114,11 @@ class Kept:
             stream = torch.cuda.current_stream(device)
             if stream.cuda_stream not in entry.streams:
                 stream.wait_event(entry.ready)
-                for x in _listed(entry.found):
+                for x in _listed(entry.value):
                     x.record_stream(stream)
                 entry.streams.add(stream.cuda_stream)
-        found: Tensors = entry.found
-        return found
+        value: Tensors = entry.value
+        return value
 
     def _keep(self, key: Hashable, made: _Entry[Tensors]) -> _Entry[Tensors]:
         with self._lock:

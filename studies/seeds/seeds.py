@@ -174,7 +174,7 @@ def tables(rows: list[Row]) -> list[str]:
             name, preconditioner, width = of
             seeds = [row["seed"] for row in of_kind if column(row) == of]
             which = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
-            titles.append(f"{name}, {preconditioner}, {width:,} bins, {LABELS[figure]}, {which}")
+            titles.append(f"{name}, {preconditioner}, dimension {width:,}, {LABELS[figure]}, {which}")
         lines += ["", "| | " + " | ".join(titles) + " |", "|" + " --- |" * (len(titles) + 1)]
         baselines = ("BM25", "hidden states") if kind == "backdoor" else ()
         for method in (*SHOWN, *baselines):
@@ -187,8 +187,8 @@ LABELS = {"auprc": "auPRC", "auc": "AUC", "recall": "recall"}
 
 
 def column(row: Row) -> tuple[str, str, int]:
-    """The set, the preconditioner and the bins of a row: rows that differ in their seeds alone share a
-    column."""
+    """The set, the preconditioner and the sketch dimension of a row: rows that differ in their seeds alone
+    share a column."""
     return row["set"], row["preconditioner"], row["width"]
 
 

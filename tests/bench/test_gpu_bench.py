@@ -28,7 +28,7 @@ OPS = {  # with those that have kernels for them
     "topk_scan": {"triton", "cuda"},
     "pack": {"triton"},
     "unpack": {"triton"},
-    "turn": {"triton"},
+    "rotate": {"triton"},
 }
 PEERS = {
     "linear_sketch": {"torch: double-sided projection"},
@@ -36,7 +36,7 @@ PEERS = {
     "topk_scan": {"torch", "faiss"},
     "pack": {"torch"},
     "unpack": {"torch"},
-    "turn": {"torch"},
+    "rotate": {"torch"},
     "caching": {
         "bare loop",
         "training step, AdamW",

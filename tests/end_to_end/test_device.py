@@ -113,7 +113,7 @@ def test_what_is_learnt_lies_where_the_sample_is() -> None:
         assert torch.equal(again.tensors()[name], value), name
 
 
-@pytest.mark.parametrize("op", ["turn", "unit_blocks", "pack", "unpack"])
+@pytest.mark.parametrize("op", ["rotate", "unit_blocks", "pack", "unpack"])
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
 def test_ops_make_tensors_where_their_inputs_are(op: str, backend: str) -> None:
     if backend == "triton":
@@ -122,8 +122,8 @@ def test_ops_make_tensors_where_their_inputs_are(op: str, backend: str) -> None:
     rows = ops.pack(normal(3, 100), "sign")
     rows = ops.Packed(rows.codes.to(x.device), "sign", 100, rows.scale.to(x.device))
     with torch.device("meta"):
-        if op == "turn":
-            got = ops.turn(x, seed=1, cut=ops.Cut((3, 9), 64, x.device), backend=backend)
+        if op == "rotate":
+            got = ops.rotate(x, seed=1, cut=ops.Cut((3, 9), 64, x.device), backend=backend)
         elif op == "unit_blocks":
             got = ops.unit_blocks(x, backend=backend)[0]
         elif op == "pack":

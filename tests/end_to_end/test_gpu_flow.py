@@ -402,7 +402,7 @@ def test_the_flow_on_emulated_kernels(name: str, cpu_caches: Any, tmp_path: Path
         found = made.query(got, TEXTS, top_k=3, examples=False, errors=False, normalize="layer")
         none = made.query(got, TEXTS[:1], top_k=3, examples=False, errors=False, normalize="none")
     assert gpu.problems == []
-    once = "rapidin/ops/turn.py:__init__"  # of a code, with which it is kept
+    once = "rapidin/ops/rotate.py:__init__"  # of a code, with which it is kept
     assert not [each for each in gpu.waits - waits if "rapidin/ops/" in each and once not in each]
     assert len(none[0].top) == 3
     for one, two in zip(found, wanted, strict=True):

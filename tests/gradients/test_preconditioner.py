@@ -261,10 +261,10 @@ def test_a_side_is_the_damped_root_of_its_moment(size: float) -> None:
 
 def test_of_a_wide_side_the_strongest_directions_are_known_and_the_rest_is_alike() -> None:
     n, rank, strong = 300, 16, 16
-    turn = torch.linalg.qr(noise(n, n, seed=1)).Q
+    rotation = torch.linalg.qr(noise(n, n, seed=1)).Q
     values = torch.full((n,), 0.01)
     values[:strong] = torch.linspace(100, 5, strong)
-    x = (noise(4000, n) * values.sqrt()) @ turn.T
+    x = (noise(4000, n) * values.sqrt()) @ rotation.T
     side = SideMoment(n, rank, 5, torch.device("cpu"))
     for part in x.split(512):
         side.add(part)
@@ -308,7 +308,7 @@ def test_what_is_far_larger_than_the_rest_does_not_drown_it_in_small_dtypes() ->
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_moments_of_every_parameter_and_sketches_turned_by_them(kind: str) -> None:
+def test_the_moments_of_every_parameter_and_sketches_preconditioned_by_them(kind: str) -> None:
     model = MODELS[kind]()
     targets = all_targets(model)
     batch = TokenBatch.of(texts())
@@ -759,7 +759,7 @@ def test_a_cache_holds_sketches_scaled_by_each_points_own_sample(cached: Cache) 
             assert float((got - want).norm() / want.norm()) < 1e-3
 
 
-def test_a_cache_of_turned_gradients_and_its_queries(tmp_path: Path) -> None:
+def test_a_cache_of_preconditioned_gradients_and_its_queries(tmp_path: Path) -> None:
     attributor = lora_attributor(preconditioner=KFAC_OF_12, at=[0.5])
     cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
     record = cache.manifest.gradient["preconditioner"]

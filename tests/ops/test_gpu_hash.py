@@ -22,5 +22,5 @@ def test_words_have_the_same_bits(gpu, seed, stream, first):
     else:
         from rapidin.ops import cuda
 
-        cuda.extension().hash_words(seed, stream, first, n, got.data_ptr(), cuda.place(got))
+        cuda.extension().hash_words(seed, stream, first, n, got.data_ptr(), cuda.device_and_stream(got))
     assert torch.equal(got.cpu(), wanted)

@@ -271,7 +271,7 @@ def test_a_term_that_does_not_fit_is_refused(emulated_cuda):
 def test_one_bfloat16_of_a_basis_would_not_do(gpu):
     """What test_low_rank_beside_a_massive_activation would see if the low parts were left out."""
     from rapidin.kernels.low_rank import add_low_rank
-    from rapidin.ops.low_rank import products_with_parts
+    from rapidin.ops.low_rank import products_with_high_and_low
 
     if gpu == "cuda":
         pytest.skip("both backends run the same kernel")
@@ -287,9 +287,9 @@ def test_one_bfloat16_of_a_basis_would_not_do(gpu):
         found = add_low_rank(x, along, on.gain, parts).cpu().double()
         return float((found - wanted).norm() / wanted.norm())
 
-    along = products_with_parts(x, on)
-    assert error(on.parts, along) < (3e-3 if DEVICE.type == "cuda" else 8e-3)
-    high = on.parts.clone()
+    along = products_with_high_and_low(x, on)
+    assert error(on.high_and_low, along) < (3e-3 if DEVICE.type == "cuda" else 8e-3)
+    high = on.high_and_low.clone()
     high[:, 64:] = 0
     assert error(high, along) > 2e-2
 

@@ -1,4 +1,4 @@
-"""pack, unpack, turn and unit_blocks on a GPU: the reference, at the edges of shapes, dtypes and layouts."""
+"""pack, unpack, rotate and unit_blocks on a GPU: the reference, at edges of shapes, dtypes and layouts."""
 
 import pytest
 import torch
@@ -102,60 +102,60 @@ def test_unpack_reads_any_codes(dtype, of):
         assert torch.equal(unpack(moved, backend="triton").cpu(), wanted)
 
 
-# ---- the turn ----
+# ---- the rotation ----
 
 
 @pytest.mark.parametrize("width", [1, 2, 8, 16, 128, 256, 512, 1024, 2048, 4096, 8192])
 @pytest.mark.parametrize("back", [False, True])
-def test_turn_is_the_reference(width, back, monkeypatch):
+def test_rotate_is_the_reference(width, back, monkeypatch):
     n, blocks = (3, 2) if width > 1000 else (19, 3)
     x = normal(n, blocks, width)
-    wanted = ops.turn(x, seed=SEED, back=back, backend="reference")
-    assert_close(ops.turn(x, seed=SEED, back=back), wanted)
+    wanted = ops.rotate(x, seed=SEED, back=back, backend="reference")
+    assert_close(ops.rotate(x, seed=SEED, back=back), wanted)
     poisoned(monkeypatch)
-    got = ops.turn(on(x), seed=SEED, back=back, backend="triton")
+    got = ops.rotate(on(x), seed=SEED, back=back, backend="triton")
     assert_close(got.cpu(), wanted)
 
 
 @pytest.mark.parametrize("counts", [(5, 0, 64, 1), (7, 7, 7, 7), (0, 0, 0, 0), (64, 64, 64, 64)])
 @pytest.mark.parametrize("sized", [False, True])
-def test_turn_subtracts_cuts_and_divides(counts, sized, monkeypatch):
+def test_rotate_subtracts_cuts_and_divides(counts, sized, monkeypatch):
     x, mean, size = normal(70, 4, 64), normal(4, 64, seed=1), normal(4, seed=2).abs() + 0.1
     here = Cut(counts, 64, x.device, size if sized else None)
-    wanted = ops.turn(x, seed=3, mean=mean, cut=here, backend="reference")
-    assert_close(ops.turn(x, seed=3, mean=mean, cut=here), wanted)
+    wanted = ops.rotate(x, seed=3, mean=mean, cut=here, backend="reference")
+    assert_close(ops.rotate(x, seed=3, mean=mean, cut=here), wanted)
     there = Cut(counts, 64, DEVICE, on(size) if sized else None)
     poisoned(monkeypatch)
-    got = ops.turn(on(x), seed=3, mean=on(mean), cut=there, backend="triton")
+    got = ops.rotate(on(x), seed=3, mean=on(mean), cut=there, backend="triton")
     assert_close(got.cpu(), wanted)
 
 
-def test_turn_reads_any_layout_and_rows_far_apart():
+def test_rotate_reads_any_layout_and_rows_far_apart():
     x = normal(4, 3, 256)
-    wanted = ops.turn(x, seed=1, backend="reference")
+    wanted = ops.rotate(x, seed=1, backend="reference")
     for same in layouts(x).values():
-        assert_close(ops.turn(same.to(DEVICE), seed=1, backend="triton").cpu(), wanted)
-    assert_close(ops.turn(on(x)[:, 1:], seed=1, backend="triton").cpu(), ops.turn(x[:, 1:], seed=1))
+        assert_close(ops.rotate(same.to(DEVICE), seed=1, backend="triton").cpu(), wanted)
+    assert_close(ops.rotate(on(x)[:, 1:], seed=1, backend="triton").cpu(), ops.rotate(x[:, 1:], seed=1))
 
 
-def test_turn_of_small_and_large_numbers_is_as_exact():
+def test_rotate_of_small_and_large_numbers_is_as_exact():
     x = normal(6, 2, 512) * torch.tensor([1e-30, 1e-10, 1e-3, 1.0, 1e10, 1e30])[:, None, None]
     assert_close(
-        ops.turn(on(x), seed=5, backend="triton").cpu(), ops.turn(x, seed=5, backend="reference"), 1e-6
+        ops.rotate(on(x), seed=5, backend="triton").cpu(), ops.rotate(x, seed=5, backend="reference"), 1e-6
     )
 
 
-def test_what_turn_does_not_take():
+def test_what_rotate_does_not_take():
     with pytest.raises(ValueError, match="power of two"):
-        ops.turn(torch.zeros(1, 1, 48), seed=0)
+        ops.rotate(torch.zeros(1, 1, 48), seed=0)
     with pytest.raises(ValueError, match="at most 8192"):
-        ops.turn(on(torch.zeros(1, 1, 16384)), seed=0, backend="triton")
+        ops.rotate(on(torch.zeros(1, 1, 16384)), seed=0, backend="triton")
     with pytest.raises(TypeError, match="float32"):
-        ops.turn(torch.zeros(1, 1, 64).half(), seed=0)
+        ops.rotate(torch.zeros(1, 1, 64).half(), seed=0)
     with pytest.raises(ValueError, match="mean must be"):
-        ops.turn(torch.zeros(1, 1, 64), seed=0, mean=torch.zeros(2, 64))
+        ops.rotate(torch.zeros(1, 1, 64), seed=0, mean=torch.zeros(2, 64))
     with pytest.raises(ValueError, match="cut must be"):
-        ops.turn(torch.zeros(1, 1, 64), seed=0, cut=Cut((3,), 32, torch.device("cpu")))
+        ops.rotate(torch.zeros(1, 1, 64), seed=0, cut=Cut((3,), 32, torch.device("cpu")))
     with pytest.raises(ValueError, match="counts must be"):
         Cut((65,), 64, torch.device("cpu"))
     with pytest.raises(ValueError, match="size must be"):

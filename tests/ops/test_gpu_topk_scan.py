@@ -337,14 +337,14 @@ def test_outputs_are_written_whole(gpu, monkeypatch):
     """Places without a hit are filled too: the buffers are poisoned first."""
     poisoned = []
 
-    def places(queries, k, device):
+    def empty_ranking(queries, k, device):
         size = (queries, k)
         poisoned.append(
             (torch.full(size, 123.0, device=device), torch.full(size, 123, device=device, dtype=torch.int64))
         )
         return poisoned[-1]
 
-    monkeypatch.setattr(gpu_scan, "_places", places)
+    monkeypatch.setattr(gpu_scan, "_empty_ranking", empty_ranking)
     scores, indices = ops.topk_scan(
         torch.full((5, 3), torch.nan, device=DEVICE), torch.ones(2, 3, device=DEVICE), 4, backend=gpu
     )

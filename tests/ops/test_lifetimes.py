@@ -204,7 +204,7 @@ def test_a_graph_makes_nothing_that_a_preconditioner_keeps(made: str, gpu: Gpu) 
     basis = torch.linalg.qr(normal(4 if made == "matrix" else 40, 2)).Q
     low_rank = ops.LowRank(*(x if made == "to" else x.to(CUDA) for x in (basis, torch.full((2,), -0.5))))
     run: Callable[[], Any] = {
-        "parts": lambda: low_rank.parts,
+        "high_and_low": lambda: low_rank.high_and_low,
         "matrix": lambda: low_rank.matrix,
         "table": lambda: low_rank.table(3, tables.IN, 64),
         "to": lambda: low_rank.to(CUDA),

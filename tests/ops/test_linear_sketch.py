@@ -24,7 +24,7 @@ from inputs import (
 
 from rapidin import ops
 from rapidin.ops import cpu, reference, tables
-from rapidin.ops.low_rank import coefficients, products_with_parts
+from rapidin.ops.low_rank import coefficients, products_with_high_and_low
 
 GOLDEN = json.loads((Path(__file__).parent / "vectors" / "sketches.json").read_text())
 
@@ -476,15 +476,15 @@ def test_the_table_of_a_low_rank_sketches_its_basis(n: int, dim: int, side: tupl
 
 def test_two_bfloat16_parts_of_a_basis_give_the_products_with_it() -> None:
     ranks = low_rank(500, 12)
-    high, low = ranks.parts.float().split(12, 1)
-    assert ranks.parts.dtype == torch.bfloat16
+    high, low = ranks.high_and_low.float().split(12, 1)
+    assert ranks.high_and_low.dtype == torch.bfloat16
     assert float(((high + low - ranks.basis).abs() / ranks.basis.abs()).max()) <= 2**-16
     x = normal(3, 9, 500, dtype=torch.bfloat16)
     x[..., 7] *= 1000
     wanted = x.double() @ ranks.basis.double()
     length = x.double().norm(dim=-1, keepdim=True)
-    of_parts = products_with_parts(x, ranks).view(3, 9, 2, 12).sum(2)
-    for got in (coefficients(x, ranks) / ranks.gain, of_parts):
+    of_both = products_with_high_and_low(x, ranks).view(3, 9, 2, 12).sum(2)
+    for got in (coefficients(x, ranks) / ranks.gain, of_both):
         assert got.dtype == torch.float32
         assert float(((got - wanted).abs() / length).max()) < 2**-16
 

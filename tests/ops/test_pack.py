@@ -288,11 +288,11 @@ def test_many_hits_of_rising_falling_and_equal_scores(k):
 
 
 def test_outputs_are_written_whole(monkeypatch):
-    def places(queries, k, wanted):
-        size = (queries, k) if wanted else (0, 0)
+    def empty_ranking(queries, k, filled):
+        size = (queries, k) if filled else (0, 0)
         return torch.full(size, 123.0), torch.full(size, 123)
 
-    monkeypatch.setattr(cpu, "_places", places)
+    monkeypatch.setattr(cpu, "_empty_ranking", empty_ranking)
     packed = Packed(codes(5, 9, "sign"), "sign", 9, torch.full((5,), torch.nan))
     scores, indices = ops.topk_scan(packed, torch.ones(2, 9), 4)
     assert bool(scores.isnan().all())

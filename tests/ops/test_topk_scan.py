@@ -163,12 +163,12 @@ def test_outputs_are_written_whole(monkeypatch):
     """Places without a hit are filled too: the buffers are poisoned first."""
     poisoned = []
 
-    def places(queries, k, wanted):
-        size = (queries, k) if wanted else (0, 0)
+    def empty_ranking(queries, k, filled):
+        size = (queries, k) if filled else (0, 0)
         poisoned.append((torch.full(size, 123.0), torch.full(size, 123)))
         return poisoned[-1]
 
-    monkeypatch.setattr(cpu, "_places", places)
+    monkeypatch.setattr(cpu, "_empty_ranking", empty_ranking)
     scores, indices = ops.topk_scan(torch.full((5, 3), torch.nan), torch.ones(2, 3), 4)
     assert bool(scores.isnan().all())
     assert bool((indices == -1).all())

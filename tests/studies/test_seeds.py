@@ -122,7 +122,7 @@ def test_seeds_of_both_kinds_are_tuned_judged_and_not_done_again(
         row["instruction"] for row in make_data(3).queries
     ]
     letters = " | ".join(
-        f"letters, kfac, 8,192 bins, {name}, seeds 0, 7, ready" for name in ("AUC", "recall")
+        f"letters, kfac, dimension 8,192, {name}, seeds 0, 7, ready" for name in ("AUC", "recall")
     )
     assert f"| | {letters} |" in table
     aucs, recalls = (

@@ -53,7 +53,7 @@ def precondition_query(
     world, layers, most = distributed.world(), len(cache.layers), most_rows(cache.manifest.width)
     out = torch.empty_like(vectors, dtype=torch.float64)
     factors = torch.ones(cache.table_rows(4 * layers), layers, device="cpu")
-    share, used = slice(*world.part(layers)), torch.zeros(0, dtype=torch.int64, device="cpu")
+    share, used = slice(*world.range_of(layers)), torch.zeros(0, dtype=torch.int64, device="cpu")
     for inverse, blocks in block_inverses(cache, normalize, damping, vectors.device, share):
         out[:, blocks] = inverse(vectors[:, blocks])
         chunks = []

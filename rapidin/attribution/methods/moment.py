@@ -127,7 +127,7 @@ def squares(cache: Cache, normalize: str, device: torch.device) -> tuple[int, Te
     all processes get the same bits, for any number of processes.
     """
     world, shards = distributed.world(), cache.manifest.shards
-    low, high = world.part(len(shards))
+    low, high = world.range_of(len(shards))
     within = (shards[low].first, shards[high - 1].first + shards[high - 1].rows) if low < high else (0, 0)
     sums: list[tuple[Tensor, int]] = []
     for _, shard in cache.shards(within=within):
@@ -151,7 +151,7 @@ def summed(cache: Cache, like: Tensor, sum_of_rows: Callable[[tuple[int, int]], 
     world, shards = distributed.world(), cache.manifest.shards
     groups = min(GROUPS, len(shards))
     edges = [len(shards) * group // groups for group in range(groups + 1)] if groups else [0]
-    low, high = world.part(groups)
+    low, high = world.range_of(groups)
     ranges = [
         (shards[first].first, shards[last - 1].first + shards[last - 1].rows)
         for first, last in pairwise(edges[low : high + 1])

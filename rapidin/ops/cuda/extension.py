@@ -40,7 +40,7 @@ def emulated() -> bool:
     return _extension is not None and bool(_extension.emulated)
 
 
-def place(x: Tensor) -> tuple[int, int]:
+def device_and_stream(x: Tensor) -> tuple[int, int]:
     """(device index, current stream) of a tensor's device, as the extension takes them."""
     if x.device.type != "cuda":
         return 0, 0

@@ -121,12 +121,12 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
 
 def _prepare_steps(part: Part, queries: Tensor, segments: tuple[Segment, ...]) -> _Prepared:
     """Queries for packed rows with blocks: floats that are multiplied by the codes' values."""
-    places, steps, table = _step_tables(part.dtype, part.width, segments, queries.device)
+    numbers, steps, table = _step_tables(part.dtype, part.width, segments, queries.device)
     tile = scan_kernels.tile_of(torch.float16, 0, len(queries))
     tile["D"] = scan_kernels.STEP // 2  # more spill
     few = len(queries) <= scan_kernels.FEW
     scaled, units = scaled_queries(queries)
-    scaled, exact = (torch.nn.functional.pad(x, (0, 1))[:, places] for x in (scaled, queries))
+    scaled, exact = (torch.nn.functional.pad(x, (0, 1))[:, numbers] for x in (scaled, queries))
     terms = 0 if few else _TERMS["float16"]
     columns = scaled[None] if few else float_terms(scaled, torch.float16, terms)
     columns = torch.nn.functional.pad(columns, (0, 0, 0, 0 if few else -len(queries) % tile["Q"]))
@@ -139,12 +139,12 @@ def _step_tables(dtype: str, width: int, segments: tuple[Segment, ...]) -> tuple
     """On the device given last: the number of a row at each place of the steps, `width` for none, [64 steps]
     int64; steps [steps, 2] int32: a group's first byte, a plane's first bit; segments [segments, 3]: first
     and last place, block."""
-    places, steps, _ = steps_of_blocks(dtype, width, segments)
+    numbers, steps, _ = steps_of_blocks(dtype, width, segments)
     begins = torch.nonzero(steps[:, 1] & BEGINS).flatten()
     ends = torch.nonzero(steps[:, 1] & ENDS).flatten() + 1
-    size = places.shape[1]
+    size = numbers.shape[1]
     table = torch.stack([begins * size, ends * size, steps[begins, 2].long()], 1).int()
-    flat = places.flatten().long()
+    flat = numbers.flatten().long()
     steps = torch.stack([steps[:, 0], steps[:, 1] >> 8], 1).contiguous()
     return flat.where(flat >= 0, width), steps, table.contiguous()
 

@@ -59,10 +59,10 @@ def _count_sketch(x: Tensor, table: Tensor, k: int) -> Tensor:
     sign = torch.where(entries < 0, -1.0, 1.0)
     out = torch.zeros(*x.shape[:2], k, device=x.device, dtype=torch.float32)
     for chunk in range(len(entries)):
-        part = x[:, :, chunk * k : (chunk + 1) * k].float()
-        if part.shape[2] < k:
-            part = torch.nn.functional.pad(part, (0, k - part.shape[2]))
-        out += part[:, :, index[chunk]] * sign[chunk]
+        piece = x[:, :, chunk * k : (chunk + 1) * k].float()
+        if piece.shape[2] < k:
+            piece = torch.nn.functional.pad(piece, (0, k - piece.shape[2]))
+        out += piece[:, :, index[chunk]] * sign[chunk]
     return out
 
 
@@ -75,9 +75,9 @@ def flat_sketch(
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     plan = flat_plan(tensors, dim)
-    places = tables.places(seed, plan.groups, tensors[0].device)
+    permutations = tables.inverse_permutations(seed, plan.groups, tensors[0].device)
     scales = scales.contiguous() if scales is not None else None
-    return flat_kernels.flat_sketch(plan, places, seed, scales, squares)
+    return flat_kernels.flat_sketch(plan, permutations, seed, scales, squares)
 
 
 def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:

@@ -15,7 +15,7 @@ memory, so the manifests name no files. No model is needed to read the caches: e
     <cache>/self                          [9, rows]            self-influence, NaN where there is none
     ensemble/scores                       [3, Q, rows]         of ensemble.json, for "dot"
 
-in the order dot, datainf, fisher of methods and within each layer, none, cosine of normalisations;
+in the order dot, datainf, fisher of methods and within each layer, none, cosine of normalizations;
 expected.json says what `Cache.verify` and, in part, `Cache.info()` said.
 """
 

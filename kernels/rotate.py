@@ -1,4 +1,4 @@
-"""The signed Hadamard turn of blocks, and blocks scaled to length 1, in Triton.
+"""The randomized Hadamard rotation of blocks, and blocks scaled to length 1, in Triton.
 
 The Hadamard transform of a block takes two or three passes, each over four or five bits of a number's place:
 a product with a matrix of 1 and -1, on tensor cores. Those take bfloat16; a float32 is the sum of three,
@@ -60,14 +60,14 @@ def _product(matrix, x, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _flip(x, words):
-    """x with its sign turned where the top bit of the word is set."""
+    """x with its sign flipped where the top bit of the word is set."""
     return (x.to(tl.uint32, bitcast=True) ^ (words & tl.full((), 0x80000000, tl.uint32))).to(
         tl.float32, bitcast=True
     )
 
 
 @triton.jit(do_not_specialize=["key_a", "key_b"])
-def _turn_kernel(
+def _rotate_kernel(
     x_ptr, mean_ptr, begin_ptr, size_ptr, out_ptr,
     n, blocks, stride_row, stride_block, stride_out, key_a, key_b, factor,
     WIDTH: tl.constexpr, A: tl.constexpr, C: tl.constexpr, SKIP: tl.constexpr, B: tl.constexpr,
@@ -142,7 +142,7 @@ def _passes(width: int) -> tuple[int, int, int, int]:
     return known.get(width, (16, 16, 1, width // 256))
 
 
-def turn(
+def rotate(
     x: Tensor,
     out: Tensor,
     *,
@@ -152,7 +152,7 @@ def turn(
     begin: Tensor | None,
     size: Tensor | None,
 ) -> None:
-    """Blocks turned by signs and the normalised Hadamard transform; back: by the transform, then the signs.
+    """Blocks rotated by signs and the normalized Hadamard transform; back: by the transform, then the signs.
 
     x: [n, blocks, width] float32, its last stride 1, width a power of two up to 8,192; mean: [blocks, width]
     float32, contiguous, subtracted first; begin: [blocks + 1] int64, block b keeps its first begin[b + 1] -
@@ -169,7 +169,7 @@ def turn(
     else:
         rows = max(1, min(_TILE // tile, power_of_two(n)))
     tiles = max(1, min(_ROWS // rows, triton.cdiv(n, rows)))
-    _turn_kernel[grid("turn", blocks * triton.cdiv(n, rows * tiles))](
+    _rotate_kernel[grid("rotate", blocks * triton.cdiv(n, rows * tiles))](
         x, x if mean is None else mean, x if begin is None else begin, x if size is None else size, out,
         n, blocks, x.stride(0), x.stride(1), out.stride(0), *signed_stream_key(seed, STREAM), width**-0.5,
         WIDTH=width, A=a, C=c, SKIP=skip, B=b, ROWS=rows, TILES=tiles,
