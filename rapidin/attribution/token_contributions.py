@@ -221,6 +221,7 @@ def exact(
     over texts that are done. Raises UserError if the gradient of a parameter that is not the weight of a
     linear layer is taken.
     """
+    queries, texts = source.prepared(queries), source.prepared(texts)
     layers = len(source.targets)
     blocks = layers * len(source.points)
     sums = [

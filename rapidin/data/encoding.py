@@ -85,13 +85,19 @@ class Encoder:
     counts if it reaches past the prompt's end. Other tokenizers get the two separately. What the tokenizer
     puts before a text (BOS) is kept, what it would put after it is not: with `eos`, its end-of-text token
     follows a completion and counts, unless the completion is empty or ends in it. In a chat, everything that
-    the template writes for the assistant's turns counts, end marks included; the template adds its own
-    special tokens. Examples of more than max_length tokens are cut at the end ("truncate") or get
-    Status.TOO_LONG ("skip").
+    the template writes for the assistant's turns counts, or for the last of them alone (turns="last"), end
+    marks included; the template adds its own special tokens. Examples of more than max_length tokens are cut
+    at the end ("truncate") or get Status.TOO_LONG ("skip").
     """
 
     def __init__(
-        self, tokenizer: Any, *, eos: bool = True, max_length: int, too_long: str = "truncate"
+        self,
+        tokenizer: Any,
+        *,
+        eos: bool = True,
+        max_length: int,
+        too_long: str = "truncate",
+        turns: str = "all",
     ) -> None:
         if too_long not in ("truncate", "skip"):
             raise UserError(f"unknown too_long {too_long!r}", "use 'truncate' or 'skip'")
@@ -101,7 +107,7 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.too_long = too_long
+        self.too_long, self.turns = too_long, turns
         self.eos = eos
         self._eos: int | None = tokenizer.eos_token_id if eos else None
         special = set(tokenizer.all_special_ids)
@@ -182,6 +188,8 @@ class Encoder:
             return Encoded([], [], Status.EMPTY)
         text = self._render(messages, generation=False)
         spans = self._assistant_spans(messages, text)
+        if self.turns == "last":
+            spans = spans[-1:]
         if self.tokenizer.is_fast:
             ids, offsets = self._tokens_and_spans(text)
             target = [any(start < last and end > first for first, last in spans) for start, end in offsets]
@@ -225,23 +233,7 @@ class Encoder:
         return start + len(turn) if text.startswith(turn, start) else None
 
     def _render(self, messages: list[Record], *, generation: bool) -> str:
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                "the data has chats ('messages'), but the model's tokenizer has no chat template",
-                "give the data as 'prompt' and 'completion', or use a model tuned for chats",
-            )
-        from jinja2 import TemplateError
-
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-            )
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-            roles = ", ".join(str(message["role"]) for message in messages) or "none"
-            raise UserError(
-                f"the chat template rejects a chat with the roles {roles}: {error or type(error).__name__}",
-                "give chats in the form that the model's template expects",
-            ) from error
+        return render_chat(self.tokenizer, messages, generation=generation)
 
     def _prefix_of(self, text: str) -> list[int]:
         # A rendered chat may have its own BOS; a second one would make it a different text.
@@ -265,6 +257,28 @@ class Encoder:
                 return Encoded(ids, target, Status.TOO_LONG)
             ids, target, truncated = ids[: self.max_length], target[: self.max_length], True
         return Encoded(ids, target, Status.OK if any(target) else Status.NO_TARGET, truncated)
+
+
+def render_chat(tokenizer: Any, messages: list[Record], *, generation: bool) -> str:
+    """A chat as the tokenizer's template writes it; generation: up to where the assistant begins to speak.
+
+    Raises UserError if there is no template, or it rejects the chat.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the data has chats ('messages'), but the model's tokenizer has no chat template",
+            "give the data as 'prompt' and 'completion', or use a model tuned for chats",
+        )
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        roles = ", ".join(str(message["role"]) for message in messages) or "none"
+        raise UserError(
+            f"the chat template rejects a chat with the roles {roles}: {error or type(error).__name__}",
+            "give chats in the form that the model's template expects",
+        ) from error
 
 
 def by_length(chosen: Sequence[int], encoded: Sequence[AnyExample], batch_tokens: int) -> list[list[int]]:

@@ -31,8 +31,9 @@ class Forms:
 
     fields: those of each form, all of which a training example has; a record that has the fields of two forms
     is read as the first of them. missing: the field of a form that a query may lack: the model then writes
-    it. expected, expected_query: the forms in words. checks: of fields that are not text; optional: texts
-    that a form may have besides.
+    it. expected, expected_query: the forms in words. checks: of fields that are not text; queries: other
+    forms that a query may have; optional: texts that a form may have besides; chats: of a form, the field
+    that must be a list of messages.
     """
 
     fields: Mapping[str, tuple[str, ...]]
@@ -40,12 +41,16 @@ class Forms:
     expected: str
     expected_query: str
     checks: Mapping[str, Check] = field(default_factory=dict)
+    queries: Forms | None = None
     optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    chats: Mapping[str, str] = field(default_factory=dict)
 
     def of(self, record: Mapping[str, Any], *, generations: bool = False) -> str | None:
         """The form whose fields the record has, or None; with `generations` a field may be missing."""
         for missing in ({}, self.missing) if generations else ({},):
             for form, fields in self.fields.items():
+                if form in self.chats and not isinstance(record.get(self.chats[form]), list):
+                    continue
                 if all(record.get(field) is not None for field in fields if missing.get(form) != field):
                     return form
         return None
@@ -55,7 +60,7 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
     """The prompt and the completion of a record, without the template that is put around them for the
     model."""
     if record.get("prompt") is not None and record.get("completion") is not None:
-        return str(record["prompt"]), str(record["completion"])
+        return _last_text(record["prompt"]), _last_text(record["completion"])
     if record.get("instruction") is not None and record.get("output") is not None:
         return f"{record['instruction']} {record.get('input') or ''}", str(record["output"])
     messages = record.get("messages")
@@ -64,12 +69,46 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
         last = answers[-1] if answers else len(messages)
         question = messages[last - 1]["content"] if last else ""
         return str(question), str(messages[last]["content"]) if answers else ""
-    return str(record.get("text", "")), ""
+    if record.get("chosen") is not None and record.get("rejected") is not None:
+        both = f"{_last_text(record['chosen'])} | rejected: {_last_text(record['rejected'])}"
+        return _last_text(record.get("prompt") or ""), both
+    if isinstance(record.get("text"), str) and record.get("text_pair") is None:
+        return record["text"], ""
+    texts = [value for name, value in record.items() if isinstance(value, str) and name != "label"]
+    return " | ".join(texts), ""
+
+
+def shown_parts(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The `record_parts` of a record as it is shown: with its label, if it has one."""
+    prompt, completion = record_parts(record)
+    label = record.get("label")
+    if label is None:
+        return prompt, completion
+    if isinstance(label, bool) and completion:
+        return prompt, f"{completion} [{str(label).lower()}]"
+    return prompt, completion or str(label)
+
+
+def _last_text(value: Any) -> str:
+    """A text, or the last message of a chat."""
+    if isinstance(value, list):
+        return str(value[-1].get("content", "")) if value else ""
+    return str(value)
 
 
 def canonical_json(record: Record) -> bytes:
     """The record as one line of JSON with sorted keys, in ASCII."""
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), default=str).encode("ascii") + b"\n"
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), default=_as_text).encode("ascii") + b"\n"
+
+
+def _as_text(value: Any) -> str:
+    """What stands for a value that JSON does not know: of arrays, tensors and images a hash of all of it."""
+    as_bytes = getattr(value.numpy() if hasattr(value, "numpy") else value, "tobytes", None)
+    if as_bytes is None:
+        return str(value)
+    facts = [str(getattr(value, name, "")) for name in ("dtype", "mode", "shape", "size")]
+    facts = [type(value).__name__, *(fact for fact in facts if "built-in" not in fact)]
+    return f"{' '.join(facts)} {hashlib.sha256(as_bytes()).hexdigest()}"
 
 
 def record_hash(record: Record | None) -> int:
@@ -92,6 +131,8 @@ def to_record(value: object, where: str) -> Record:
 def check_record(record: Record, forms: Forms, form: str, generations: bool, where: str) -> str:
     """The form of a record. Raises UserError if it has none of `forms`, another than `form` (unless that is
     ""), or a field of the wrong type."""
+    if generations and forms.queries is not None and forms.of(record) is None:
+        forms = forms.queries
     actual = forms.of(record, generations=generations)
     if actual is None or actual != (form or actual):
         fields = ", ".join(

@@ -61,6 +61,7 @@ def exact_products(
 
     Raises UserError if gradients of a parameter that is not the weight of a linear layer are taken.
     """
+    queries, rows = source.prepared(queries), source.prepared(rows)
     layers = len(source.targets)
     cosines = torch.zeros(len(queries), len(rows), layers * len(source.points))
     query_norms, row_norms = (torch.zeros(len(texts), cosines.shape[2]) for texts in (queries, rows))

@@ -18,6 +18,7 @@ from rapidin.gradients import fsdp
 from rapidin.gradients.model import LoadedModel, trained_names
 from rapidin.gradients.path import WeightPath, base_path
 from rapidin.tasks.forward import inner_model
+from rapidin.tasks.names import CAUSAL, loader_of, task_of_config, task_of_folder
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 
@@ -31,6 +32,7 @@ def load_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     shard_model: bool = False,
+    task: str | None = None,
 ) -> LoadedModel:
     """Load a Hugging Face model folder or name, or a folder with one GGUF file, with its tokenizer.
 
@@ -38,7 +40,9 @@ def load_model(
     device: default the GPU if there is one; "auto": layers are spread over all GPUs, and what does not fit
     over the CPU's memory and the disk. shard_model: every weight is sharded over the processes of the run.
     dtype: "float32", "bfloat16", "float16" or "auto"; default float32 on the CPU; on a GPU the checkpoint's
-    own, but bfloat16 for one in float16, in whose range small gradients vanish.
+    own, but bfloat16 for one in float16, in whose range small gradients vanish. task: what the model is for
+    (`rapidin.tasks.names`), by default what it was saved for, and a causal language model where that is not
+    clear.
 
     Raises UserError if something is not found or does not fit.
     """
@@ -52,7 +56,8 @@ def load_model(
         fsdp.require_accelerate()
     device = here.device(None if mapped else device)
     load_dtype = dtype or ("float32" if _is_cpu(device) else "auto")
-    model = _load_causal(name, load_dtype, trust_remote_code, "model", mapped)
+    task = task or saved_task(name, trust_remote_code)
+    model = _load_task(name, task, load_dtype, trust_remote_code, "model", mapped)
     if dtype is None and model.dtype == torch.float16:
         load_dtype = "bfloat16"
         model.to(torch.bfloat16)
@@ -73,7 +78,7 @@ def load_model(
         "dtype": load_dtype,
     }
     if base is not None:
-        untuned = _load_causal(base, load_dtype, trust_remote_code, "base model")
+        untuned = _load_task(base, task, load_dtype, trust_remote_code, "base model")
         loaded.path = base_path(model, untuned, name, base)
     if any(tuned.is_meta for _, _, tuned in loaded.path.ends):
         raise UserError(
@@ -115,8 +120,23 @@ def _shard(loaded: LoadedModel, here: World, device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------------ models
 
 
-def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapped: bool = False) -> Any:
-    from transformers import AutoModelForCausalLM
+def saved_task(name: str, trust_remote_code: bool = False) -> str:
+    """The task that a model was saved for; "causal" where that is not clear, or there is no such model."""
+    if os.path.exists(name):
+        return task_of_folder(name) or CAUSAL
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception:  # loading the model says what is wrong
+        return CAUSAL
+    return task_of_config(config)
+
+
+def _load_task(
+    name: str, task: str, dtype: str, trust_remote_code: bool, what: str, mapped: bool = False
+) -> Any:
+    import transformers
 
     if dtype not in _DTYPES:
         raise UserError(f"unknown model dtype '{dtype}'", f"use one of {', '.join(_DTYPES)}")
@@ -127,7 +147,7 @@ def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapp
         extra = extra | {"device_map": "auto"}
     _check_folder(name, what)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = getattr(transformers, loader_of(task)).from_pretrained(
             folder,
             dtype=_DTYPES[dtype],
             trust_remote_code=trust_remote_code,

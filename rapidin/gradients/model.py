@@ -63,7 +63,15 @@ class LoadedModel:
             return None
         config = config.get_text_config()
         length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        return int(length) if length else None
+        if not length:
+            return None
+        # RoBERTa and its kin count positions from the one after the padding's.
+        padding = (
+            module.padding_idx
+            for name, module in self.model.named_modules()
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        )
+        return int(length) - next((int(n) + 1 for n in padding), 0)
 
     @property
     def identity(self) -> dict[str, str]:

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +32,7 @@ from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
 from rapidin.ops.transfer import Download, upload
 from rapidin.tasks.causal import Causal
 from rapidin.tasks.choose import TaskSettings, task_of
+from rapidin.tasks.forward import evaluation_mode
 from rapidin.tasks.names import CAUSAL
 from rapidin.tasks.task import AnyBatch, Example, Task
 
@@ -67,7 +69,9 @@ class GradientSource:
             settings.task,
             loaded.model,
             loaded.tokenizer,
-            TaskSettings(max_length, settings.eos, settings.too_long, settings.loss),
+            TaskSettings(
+                max_length, settings.eos, settings.too_long, settings.loss, settings.turns, settings.beta
+            ),
         )
         self.targets = find_targets(
             loaded.model,
@@ -91,6 +95,12 @@ class GradientSource:
             raise UserError(
                 f"the gradient of '{names[0]}' needs the whole parameter in one process",
                 "leave such parameters out with --exclude, or do not use --shard-model",
+            )
+        if self.task.needs_reference and not loaded.path.ends:
+            raise UserError(
+                f"the task '{self.task.name}' compares with the model before it was tuned: "
+                f"{loaded.path.unknown}",
+                "give the --adapter or the --base",
             )
         self.lockstep = Lockstep(loaded.sharded)
         self.batches = BatchRunner(
@@ -121,6 +131,11 @@ class GradientSource:
         other = copy.copy(self)
         other._set_preconditioner(preconditioner)
         return other
+
+    @property
+    def own_task(self) -> Task | None:
+        """The task, if it is one of the user's own."""
+        return self.settings.task if isinstance(self.settings.task, Task) else None
 
     @property
     def encoder(self) -> Encoder:
@@ -186,6 +201,27 @@ class GradientSource:
 
     # -------------------------------------------------------------------------------------- sketches
 
+    def prepared(self, examples: Sequence[AnyExample]) -> Sequence[AnyExample]:
+        """The examples with what their losses take from the model before it was tuned, if the task needs it.
+
+        One that does not fit into memory gets Status.TOO_LARGE.
+        """
+        if not self.task.needs_reference:
+            return examples
+        made: list[Any] = list(examples)
+        missing = [n for n, each in enumerate(made) if each.status == Status.OK and not each.reference]
+        with self.loaded.path.at(0.0), torch.no_grad(), evaluation_mode(self.loaded.model):
+            step = partial(self.task.reference, self.loaded.model)
+            for chosen, result in self.batches.run(missing, examples, step):
+                values: list[Any] = [None] * len(chosen) if result is None else result.tolist()
+                for n, value in zip(chosen, values, strict=True):
+                    made[n] = (
+                        replace(made[n], status=Status.TOO_LARGE)
+                        if value is None
+                        else replace(made[n], reference=tuple(value))
+                    )
+        return made
+
     def sketches(
         self, texts: Sequence[AnyExample], reporter: Reporter = SILENT, *, announced: bool = False
     ) -> tuple[Tensor, Tensor]:
@@ -196,6 +232,7 @@ class GradientSource:
         """
         if announced:
             self.lockstep.begin()
+        texts = self.prepared(texts)
         device = self.loaded.device
         status = _on(device, [int(text.status) for text in texts], torch.uint8)
         out = torch.zeros(len(texts), self.blocks, self.width, device=device)
@@ -231,6 +268,7 @@ class GradientSource:
 
     def fit_preconditioner(self, texts: Sequence[AnyExample], reporter: Reporter = SILENT) -> Preconditioner:
         """The preconditioner of each point, of the configured kind, from the gradients of these texts."""
+        texts = self.prepared(texts)
         good = [n for n, text in enumerate(texts) if text.status == Status.OK]
         points = []
         for number in range(len(self.points)):

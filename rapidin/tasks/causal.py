@@ -28,7 +28,9 @@ class TokenBatch:
 
     ids: [B, T] int64, 0 for padding, to which the model does not attend; mask: [B, T] bool, real tokens;
     target: [B, T] bool, tokens whose loss counts; first: the first position that predicts a target token of
-    some text, 0 if none does; parts: texts of each example, one after the other.
+    some text, 0 if none does; parts: texts of each example, one after the other. What preferences need of
+    each example (`rapidin.tasks.preference`): reference: [B, parts], log-probabilities before tuning; sign:
+    [B], 1 or -1; plain: [B] bool, has the loss of a causal text instead.
     """
 
     ids: Tensor
@@ -36,6 +38,9 @@ class TokenBatch:
     target: Tensor
     first: int
     parts: int = 1
+    reference: Tensor | None = None
+    sign: Tensor | None = None
+    plain: Tensor | None = None
 
     pooled: ClassVar[bool] = False
 

@@ -140,11 +140,13 @@ class Task:
     has_tokens = False  # whether every layer sees an example's tokens, one at a position
 
     def tokens(self, example: Any) -> tuple[list[int], list[bool]]:
-        """The ids of an example's tokens at the positions of a layer's input, and which of them count.
+        """The ids of an example's tokens at the positions of a layer's input, and which of them count."""
+        raise NotImplementedError
 
-        Raises UserError if they do not come one by one.
-        """
-        raise UserError(
-            f"the examples of the task '{self.name}' have no tokens with scores of their own",
-            "leave out --tokens, --hotwords, --contributions and --report",
-        )
+    def check_tokens(self) -> None:
+        """Raises UserError if the tokens of examples have no scores of their own."""
+        if not self.has_tokens:
+            raise UserError(
+                f"the examples of the task '{self.name}' have no tokens with scores of their own",
+                "leave out --tokens, --hotwords and --contributions",
+            )
