@@ -197,16 +197,8 @@ def test_a_classifier_from_the_command_line(tmp_path: Path, capsys: pytest.Captu
     assert json.loads(asked.out)["queries"][0]["generated"]
     assert page.stat().st_size > 10_000
     (tmp_path / "target.jsonl").write_text(json.dumps(records[5]) + "\n")
-    chosen = run(
-        "select",
-        cache,
-        "--target",
-        tmp_path / "target.jsonl",
-        "--top",
-        "3",
-        "--out",
-        tmp_path / "chosen.jsonl",
-    )
+    target, out = tmp_path / "target.jsonl", tmp_path / "chosen.jsonl"
+    chosen = run("select", cache, "--target", target, "--top", "3", "--out", out)
     assert chosen.code == 0, chosen.err
     assert records[5] in [json.loads(line) for line in out.read_text().splitlines()]
     own = run("self", cache, "--top-k", "3")
