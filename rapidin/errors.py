@@ -45,3 +45,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch is not imported
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def reason_of(error: Exception) -> str:
+    """An error's message on one line: its first line, and the next ones if the first only introduces them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, KeyError):
+        return f"there is no {lines[0]}"
+    message = lines[0]
+    for line in lines[1:]:
+        if len(message) > 300 or not (message.endswith(":") or len(message) < 20):
+            break
+        message = f"{message} {line}"
+    return message

@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rapidin.errors import UserError
 from rapidin.gradients import fsdp
-from rapidin.gradients.path import WeightPath, active_adapters, adapter_path
+from rapidin.gradients.adapters import has_adapter, trained_names
+from rapidin.gradients.path import WeightPath, adapter_path
+from rapidin.gradients.quantized import check_gradients, plain_tensors
 from rapidin.tasks.forward import device_of, inner_model
 
 
@@ -37,17 +38,19 @@ class LoadedModel:
 
     @staticmethod
     def of(model: Any, tokenizer: Any) -> LoadedModel:
-        """Wraps a model that is in memory already."""
+        """Wraps a model that is in memory already.
+
+        Raises UserError if an adapter takes no part in it, or quantized layers have no gradients.
+        """
+        check_gradients(model)
         source = {
             "model": getattr(getattr(inner_model(model), "config", None), "_name_or_path", None) or None,
             "adapter": None,
             "base": None,
         }
-        if not hasattr(model, "peft_config"):
+        if not has_adapter(model):
             return LoadedModel(model, tokenizer, source=source)
         trained = trained_names(model)
-        if not trained:
-            raise UserError("the adapter has no weights in this model")
         return LoadedModel(model, tokenizer, adapter_path(model), trained, source)
 
     @property
@@ -103,21 +106,6 @@ class LoadedModel:
         return hashes
 
 
-def trained_names(model: Any) -> list[str]:
-    """Names of the parameters that a peft model's active adapters train."""
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    if trained:
-        return trained
-    # Loaded for inference, an adapter's weights are frozen like all others: their names tell them apart.
-    prefixes = (getattr(model.base_model, "prefix", "prompt_encoder"), "modules_to_save")
-    active = active_adapters(model)
-    return [
-        name
-        for name, _ in model.named_parameters()
-        if any(prefix in name for prefix in prefixes) and any(f".{a}." in f"{name}." for a in active)
-    ]
-
-
 def _hash_tensors(tensors: Mapping[str, Tensor], owners: Mapping[str, nn.Module] | None = None) -> str:
     """owners: all modules by name, needed if a device map keeps parameters outside memory."""
     digest = hashlib.sha256()
@@ -134,9 +122,10 @@ def _hash_tensors(tensors: Mapping[str, Tensor], owners: Mapping[str, nn.Module]
 
 
 def _hash_tensor(digest: Any, name: str, value: Tensor) -> None:
-    value = value.cpu().contiguous()
-    digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-    digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    for part in plain_tensors(value):
+        part = part.cpu().contiguous()
+        digest.update(json.dumps([name, str(part.dtype), list(part.shape)]).encode())
+        digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _hash_tokenizer(tokenizer: Any) -> str:

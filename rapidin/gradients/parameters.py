@@ -126,10 +126,18 @@ def _uses(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, list[
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names.values(), ())
     uses: dict[str, list[Use]] = {name: [] for name in names.values()}
+    # An adapter's learnt prompts are made once for the whole batch, or read from the weight itself.
+    prompts = {
+        id(module)
+        for encoder in getattr(model, "prompt_encoder", {}).values()
+        for module in encoder.modules()
+    }
     for module_name, module in model.named_modules():
         for role, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = names[id(parameter)]
             kind, shape = _use_kind(module, role, tuple(parameter.shape))
+            if id(module) in prompts:
+                kind, shape = "autograd", tuple(parameter.shape)
             shapes[name] = shape
             use = Use(module_name, kind)
             if use not in uses[name]:
@@ -166,8 +174,6 @@ def _one_input(module: nn.Module) -> bool:
     except (TypeError, ValueError):
         return False
     required = [
-        p
-        for p in parameters
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
+        p for p in parameters if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
     return len(required) == 1 and not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)

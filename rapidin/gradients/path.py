@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rapidin.errors import UserError
 from rapidin.gradients import fsdp
+from rapidin.gradients.adapters import active_adapters
 
 # The point if the untuned state is known; measured on poison and on retrained models
 # (docs/measured/results.md).
@@ -77,8 +78,9 @@ def adapter_path(model: Any) -> WeightPath:
     if unknown is not None:
         return WeightPath(unknown=unknown)
     ends: list[End] = []
+    from_zero = [f".{kind}.{name}" for kind in ("lora_B", "lora_embedding_B") for name in active]
     for name, p in model.named_parameters():
-        if ".lora_B." in name or ".lora_embedding_B." in name:
+        if any(f"{mark}." in f"{name}." for mark in from_zero):
             ends.append((p, None, p.data))
     for module in model.modules():
         if type(module).__name__ != "ModulesToSaveWrapper":
@@ -107,12 +109,6 @@ def base_path(model: Any, base: Any, name: str, base_name: str) -> WeightPath:
             )
         ends.append((p, untuned[key].data, p.data))
     return WeightPath(ends)
-
-
-def active_adapters(model: Any) -> list[str]:
-    """The names of a peft model's active adapters."""
-    active = model.active_adapter
-    return [active] if isinstance(active, str) else list(active)
 
 
 def _untuned_unknown(config: Any) -> str | None:

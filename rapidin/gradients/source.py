@@ -28,6 +28,7 @@ from rapidin.gradients.preconditioner import (
     Preconditioner,
     PreconditionerConfig,
 )
+from rapidin.gradients.probe import check_causal
 from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
 from rapidin.ops.transfer import Download, upload
 from rapidin.tasks.causal import Causal
@@ -96,6 +97,8 @@ class GradientSource:
                 f"the gradient of '{names[0]}' needs the whole parameter in one process",
                 "leave such parameters out with --exclude, or do not use --shard-model",
             )
+        if self.task.needs_causal:
+            check_causal(loaded)
         if self.task.needs_reference and not loaded.path.ends:
             raise UserError(
                 f"the task '{self.task.name}' compares with the model before it was tuned: "

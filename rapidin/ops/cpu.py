@@ -297,13 +297,13 @@ def unpack(packed: Packed) -> Tensor:
     return x
 
 
-def rotate(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
+def rotate(x: Tensor, *, seed: int, inverse: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
     if mean is not None:
         x = x - mean
     words = torch.empty(x.shape[1] * x.shape[2], dtype=torch.int32, device=CPU)
     _cpu.hash_words(seed, ROTATION, 0, len(words), words.data_ptr())
     signs = torch.where(words < 0, -1.0, 1.0).view(x.shape[1:])
-    x = _hadamard(x) * signs if back else _hadamard(x * signs)
+    x = _hadamard(x) * signs if inverse else _hadamard(x * signs)
     return x if cut is None else cut.of(x)
 
 

@@ -91,8 +91,8 @@ class LowRank:
         if self.matrix is not None:
             return x.float() @ self.matrix
         x = x.float()
-        along = (x @ self.basis) * self.gain
-        return torch.addmm(x.flatten(0, -2), along.flatten(0, -2), self.basis.T).view_as(x)
+        projected = (x @ self.basis) * self.gain
+        return torch.addmm(x.flatten(0, -2), projected.flatten(0, -2), self.basis.T).view_as(x)
 
     @cached_property
     def matrix(self) -> Tensor | None:
@@ -194,6 +194,6 @@ def preconditioned(x: Tensor, low_rank: LowRank | None) -> Tensor:
         from rapidin.kernels import low_rank as kernels
 
         if low_rank.rank <= kernels.MOST_RANK:
-            along = products_with_high_and_low(x, low_rank)
-            return kernels.add_low_rank(x, along, low_rank.gain.contiguous(), low_rank.high_and_low)
+            projected = products_with_high_and_low(x, low_rank)
+            return kernels.add_low_rank(x, projected, low_rank.gain.contiguous(), low_rank.high_and_low)
     return low_rank(x).bfloat16()

@@ -57,7 +57,7 @@ def rotate(
     x: Tensor,
     *,
     seed: int,
-    back: bool = False,
+    inverse: bool = False,
     mean: Tensor | None = None,
     cut: Cut | None = None,
     backend: str | None = None,
@@ -65,7 +65,7 @@ def rotate(
     """Each block rotated by an orthogonal matrix of its own: random signs, then the Hadamard transform.
 
     x: [n, blocks, width] float32, width a power of two (on a GPU at most 8,192) -> the same, float32
-    back: the inverse; mean: [blocks, width] float32, subtracted first
+    inverse: whether to apply the inverse rotation; mean: [blocks, width] float32, subtracted first
     cut: what is kept of the rotated blocks: -> [n, kept] float32
 
     The rotation depends on the seed, the block's number and the width alone.
@@ -86,7 +86,7 @@ def rotate(
             f"{op}: cut must be of {blocks} blocks of {width}, got {len(cut.counts)} of {cut.width}"
         )
     device = check_same_device(op, {"x": x, "mean": mean, "cut": None if cut is None else cut.begin})
-    rotated: Tensor = find(op, backend, device)(x.detach(), seed=seed, back=back, mean=mean, cut=cut)
+    rotated: Tensor = find(op, backend, device)(x.detach(), seed=seed, inverse=inverse, mean=mean, cut=cut)
     return rotated
 
 

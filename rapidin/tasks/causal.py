@@ -15,7 +15,7 @@ from rapidin.data.generations import Generation
 from rapidin.data.records import TEXTS, Record
 from rapidin.errors import UserError
 from rapidin.ops.transfer import upload
-from rapidin.tasks.forward import device_of, greedy, takes
+from rapidin.tasks.forward import cache_use, device_of, greedy, takes
 from rapidin.tasks.names import CAUSAL, LossKind
 from rapidin.tasks.task import Task
 
@@ -88,7 +88,7 @@ def example_losses(model: nn.Module, batch: TokenBatch, kind: LossKind = "mean")
     """
     # Logits before the first target token are never needed, and the output head is a large part of a small
     # model.
-    logits, following, target = _predictions(model, batch, batch.first, use_cache=False)
+    logits, following, target = _predictions(model, batch, batch.first, use_cache=cache_use(model))
     token_loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view(
         target.shape
     )
@@ -145,6 +145,7 @@ class Causal(Task):
     def filler(self) -> Encoded:
         return Encoded([0, 0], [False, True], Status.OK)
 
+    needs_causal = True
     has_tokens = True
 
     def tokens(self, example: Encoded) -> tuple[list[int], list[bool]]:

@@ -14,14 +14,14 @@ from rapidin.data.records import Forms, Record
 from rapidin.errors import UserError, short
 from rapidin.ops.transfer import upload
 from rapidin.tasks.chats import rendered
-from rapidin.tasks.forward import evaluation_mode, takes
+from rapidin.tasks.forward import cache_use, evaluation_mode, takes
 from rapidin.tasks.names import forms_of, texts_of
 from rapidin.tasks.task import Batch, Example, Task
 from rapidin.tasks.texts import Text, TextEncoder
 
 
 def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-    extra: dict[str, Any] = {"use_cache": False} if takes(model, "use_cache") else {}
+    extra: dict[str, Any] = {"use_cache": cache_use(model)} if takes(model, "use_cache") else {}
     logits: Tensor = model(**inputs, **extra).logits
     return logits.float()
 

@@ -15,6 +15,17 @@ from torch import nn
 from rapidin import distributed
 
 
+def cache_use(model: nn.Module) -> bool | None:
+    """`use_cache` of a forward pass that needs no keys and values of an earlier one.
+
+    False, but None (as the model's config says) where layers take those of another layer (Gemma 3n):
+    transformers 4.57 leaves them out without a cache, and the loss is another.
+    """
+    text: Any = getattr(inner_model(model), "config", None)
+    text = text.get_text_config() if hasattr(text, "get_text_config") else text
+    return None if getattr(text, "num_kv_shared_layers", None) else False
+
+
 def takes(model: nn.Module, name: str) -> bool:
     """Whether the forward method of a model, or of the model in an adapter, has an argument of this name."""
     return name in inspect.signature(inner_model(model).forward).parameters

@@ -33,6 +33,7 @@ class Preferences(Task):
     text with a completion, as for a causal model, or without: its loss is that of the completion.
     """
 
+    needs_causal = True
     needs_reference = True
     parts = 1  # texts of an example
 

@@ -127,6 +127,8 @@ class Task:
         """A short example, for passes in which a process has none of its own; None if the task has none."""
         return None
 
+    needs_causal = False  # whether the model must predict each token from those before it alone
+
     # -------------------------------------------------------------------------------------- references
 
     needs_reference = False  # whether a loss depends on what the model computed before it was tuned

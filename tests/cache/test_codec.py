@@ -47,7 +47,7 @@ def test_the_rotation_is_orthogonal_and_can_be_inverted(width: int) -> None:
     x = torch.randn(5, 3, width)
     rotated = rotate(x, seed=7)
     torch.testing.assert_close(rotated.norm(dim=2), x.norm(dim=2), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(rotate(rotated, seed=7, back=True), x, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(rotate(rotated, seed=7, inverse=True), x, rtol=1e-4, atol=1e-5)
     assert width == 1 or not torch.equal(rotate(x, seed=8), rotated)
     with pytest.raises(ValueError, match="power of two"):
         rotate(torch.randn(1, 1, 48), seed=0)

@@ -254,7 +254,19 @@ def test_a_classifier_and_a_headless_model_are_no_language_models(tmp_path: Path
         model.save_pretrained(tmp_path)
         tiny_tokenizer().save_pretrained(tmp_path)
         with pytest.raises(UserError, match=rf"lm_head.* saved as {type(model).__name__}"):
-            load_model(str(tmp_path))
+            load_model(str(tmp_path), task="causal")
+
+
+def test_a_folder_says_what_its_model_is_for(tmp_path: Path) -> None:
+    from transformers import LlamaForSequenceClassification
+
+    saved = save_tiny(tmp_path / "causal")
+    assert type(load_model(str(saved.model)).model).__name__ == "LlamaForCausalLM"
+    LlamaForSequenceClassification(tiny_llama().config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert type(load_model(str(tmp_path)).model).__name__ == "LlamaForSequenceClassification"
+    with pytest.raises(UserError, match=r"score.weight.* saved as LlamaForCausalLM"):
+        load_model(str(saved.model), task="classification")
 
 
 ADAPTERS = {

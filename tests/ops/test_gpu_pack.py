@@ -106,14 +106,14 @@ def test_unpack_reads_any_codes(dtype, of):
 
 
 @pytest.mark.parametrize("width", [1, 2, 8, 16, 128, 256, 512, 1024, 2048, 4096, 8192])
-@pytest.mark.parametrize("back", [False, True])
-def test_rotate_is_the_reference(width, back, monkeypatch):
+@pytest.mark.parametrize("inverse", [False, True])
+def test_rotate_is_the_reference(width, inverse, monkeypatch):
     n, blocks = (3, 2) if width > 1000 else (19, 3)
     x = normal(n, blocks, width)
-    wanted = ops.rotate(x, seed=SEED, back=back, backend="reference")
-    assert_close(ops.rotate(x, seed=SEED, back=back), wanted)
+    wanted = ops.rotate(x, seed=SEED, inverse=inverse, backend="reference")
+    assert_close(ops.rotate(x, seed=SEED, inverse=inverse), wanted)
     poisoned(monkeypatch)
-    got = ops.rotate(on(x), seed=SEED, back=back, backend="triton")
+    got = ops.rotate(on(x), seed=SEED, inverse=inverse, backend="triton")
     assert_close(got.cpu(), wanted)
 
 

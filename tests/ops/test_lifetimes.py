@@ -198,7 +198,7 @@ def test_all_that_a_kernel_gets_outlives_other_calls(op: str, way: str, gpu: Gpu
     assert torch.equal(got.cpu(), wanted)
 
 
-@pytest.mark.parametrize("made", ["parts", "matrix", "table", "to"])
+@pytest.mark.parametrize("made", ["high_and_low", "matrix", "table", "to"])
 def test_a_graph_makes_nothing_that_a_preconditioner_keeps(made: str, gpu: Gpu) -> None:
     """It would lie in memory of the graph: without numbers until the replay, and gone with the graph."""
     basis = torch.linalg.qr(normal(4 if made == "matrix" else 40, 2)).Q

@@ -126,9 +126,9 @@ def _packing() -> Iterator[tuple[str, Call]]:
         parts = {"mean": meta(blocks, width), "size": meta(blocks)}
         begin = meta(blocks + 1, dtype=torch.int64)
         whole: dict[str, Any] = {"mean": None, "begin": None, "size": None}
-        yield f"rotate {width} cut", partial(rotate, x, kept, seed=7, back=False, begin=begin, **parts)
-        yield f"rotate {width} whole", partial(rotate, x, x.flatten(1), seed=7, back=False, **whole)
-        yield f"rotate {width} back", partial(rotate, x, x.flatten(1), seed=7, back=True, **whole)
+        yield f"rotate {width} cut", partial(rotate, x, kept, seed=7, inverse=False, begin=begin, **parts)
+        yield f"rotate {width} whole", partial(rotate, x, x.flatten(1), seed=7, inverse=False, **whole)
+        yield f"rotate {width} inverse", partial(rotate, x, x.flatten(1), seed=7, inverse=True, **whole)
     for width in sorted({65536} | default_dims().keys()):
         yield f"unit_blocks {width}", partial(unit_blocks, meta(600, width), meta(600, width), meta(600))
 
@@ -247,7 +247,7 @@ def extremes() -> Iterator[tuple[str, Call]]:
     whole: dict[str, Any] = {"mean": None, "begin": None, "size": None}
     for n, blocks, width in ((most, 1, 2), (10_000_000, 1, 16), (5_000_000, 2, 8192), (3, 1 << 20, 512)):
         x = meta(n, blocks, width)
-        call = partial(rotate, x, x.flatten(1), seed=(1 << 63) + 5, back=False, **whole)
+        call = partial(rotate, x, x.flatten(1), seed=(1 << 63) + 5, inverse=False, **whole)
         yield f"rotate {n} x {blocks} x {width}", call
     for n, width in ((most, 2), (3, most)):
         yield f"unit_blocks {n} x {width}", partial(unit_blocks, meta(n, width), meta(n, width), meta(n))

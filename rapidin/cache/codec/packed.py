@@ -195,7 +195,7 @@ class PackedCodec:
             rotated = out.new_zeros(n, self.blocks * self.width)
             stored = ops.unpack(parts[RESIDUAL])
             rotated[:, self.cut.positions] = stored * self.residual_rms * self.residual_gain
-            residual = ops.rotate(rotated.view_as(out), seed=self.seed, back=True)
+            residual = ops.rotate(rotated.view_as(out), seed=self.seed, inverse=True)
             out += residual - basis.lift(basis.project(residual))
         return torch.where((self.lengths(tensors) > 0)[:, :, None], out, 0.0)
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from rapidin.ops.rotate import Cut
 
 
-def rotate(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
+def rotate(x: Tensor, *, seed: int, inverse: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
     """-> [n, blocks, width] float32, or cut [n, kept]; see rapidin.ops.rotate."""
     blocks, width = x.shape[1:]
     y = x.double() if mean is None else x.double() - mean.double()
@@ -22,7 +22,7 @@ def rotate(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | 
     while len(hadamard) < width:
         hadamard = torch.cat((torch.cat((hadamard, hadamard), 1), torch.cat((hadamard, -hadamard), 1)))
     hadamard = hadamard / width**0.5
-    y = (y @ hadamard) * flips if back else (y * flips) @ hadamard
+    y = (y @ hadamard) * flips if inverse else (y * flips) @ hadamard
     return (y if cut is None else cut.of(y)).float()
 
 

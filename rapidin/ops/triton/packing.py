@@ -27,7 +27,7 @@ def unpack(packed: Packed) -> Tensor:
     return x
 
 
-def rotate(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
+def rotate(x: Tensor, *, seed: int, inverse: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
     n, blocks, width = x.shape
     if width > WIDEST:
         raise ValueError(
@@ -38,7 +38,7 @@ def rotate(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | 
         _rows(x),
         out,
         seed=seed,
-        back=back,
+        inverse=inverse,
         mean=None if mean is None else mean.contiguous(),
         begin=None if cut is None else cut.begin,
         size=None if cut is None or cut.size is None else cut.size.contiguous(),
