@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""The one error that is the user's to mend, and the one warning."""
 
 from importlib import import_module
 from typing import Any
@@ -14,6 +14,10 @@ class UserError(Exception):
         self.what = " ".join(what.split())
         self.remedy = " ".join(remedy.split())
         super().__init__(f"{self.what}; {self.remedy}" if self.remedy else self.what)
+
+
+class CoverageWarning(UserWarning):
+    """Much of a model does not count, and nobody asked for that."""
 
 
 _PACKAGES = {"sklearn": "scikit-learn", "rank_bm25": "rank-bm25"}

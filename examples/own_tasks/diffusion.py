@@ -4,9 +4,9 @@
 
 A small U-Net learns to remove noise from made-up pictures of two kinds, blobs and rings (the loss of Ho et
 al., NeurIPS 2020, eq. 14). The cache of its training pictures finds those behind a picture. The noise and the
-steps at which an example's loss is taken are drawn by a hash of the picture, so that the loss is the same each
-time; several steps make the loss less of an accident. They are *parts* of the example: rows of the model's
-input that belong to one loss. Takes about a minute.
+steps at which an example's loss is taken are drawn by a hash of the picture, so that the loss is the same
+each time; several steps make the loss less of an accident. They are *parts* of the example: rows of the
+model's input that belong to one loss. Takes about a minute.
 """
 
 from __future__ import annotations

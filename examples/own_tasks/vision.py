@@ -104,9 +104,7 @@ def main(arguments: list[str] | None = None) -> None:
         cache = attributor.cache(records, Path(folder) / "cache")
         result = attributor.query(cache, [{"image": tests[0]["image"]}], examples=records)[0]
         same = sum(hit.example["label"] == tests[0]["label"] for hit in result.top if hit.example)
-        print(
-            f"said '{result.completion}'; {same} of its {len(result.top)} most helpful images are of that class"
-        )
+        print(f"said '{result.completion}'; {same} of the {len(result.top)} most helpful images are of it")
 
         found = self_influence(cache, normalize="none")
         flipped = torch.tensor([record["flipped"] for record in records])

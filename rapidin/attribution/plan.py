@@ -16,6 +16,8 @@ from rapidin.cache.codec import CodecConfig
 from rapidin.data.encoding import AnyExample, Encoded, Status
 from rapidin.data.examples import Examples
 from rapidin.errors import UserError
+from rapidin.gradients.check import GradientCheck
+from rapidin.gradients.coverage import Coverage
 from rapidin.gradients.source import GradientSource
 from rapidin.tasks.causal import Causal
 
@@ -43,7 +45,8 @@ class FormatCost:
 class Plan:
     """The cost of a cache in all formats.
 
-    tokens: mean per example; seconds: to cache all examples; memory: peak bytes while caching.
+    tokens: mean per example; seconds: to cache all examples; memory: peak bytes while caching; coverage: what
+    of the model counts; check: how gradients compare with autograd's, None if that was not found out.
     """
 
     examples: int
@@ -53,6 +56,8 @@ class Plan:
     seconds: float
     memory: int
     formats: list[FormatCost]
+    coverage: Coverage
+    check: GradientCheck | None
 
 
 def make_plan(
@@ -63,19 +68,20 @@ def make_plan(
     data: the mean length of its examples is used, else `tokens`. Takes some seconds on a small model.
     """
     assert source.settings.max_length is not None
-    measured = [] if data is None else _examples(source, data)
-    length = sum(each.length for each in measured) / len(measured) if measured else float(TOKENS)
+    texts = [] if data is None else _examples(source, data)
+    length = sum(each.length for each in texts) / len(texts) if texts else float(TOKENS)
     if tokens:
         length = float(tokens)
     if isinstance(source.task, Causal):
         length = min(length, float(source.settings.max_length))
-        measured = _texts(source, round(length))
-    elif not measured or tokens:
+        texts = _texts(source, round(length))
+    elif not texts or tokens:
         raise UserError(f"the task '{source.task.name}' is measured on examples", "give --data, not --tokens")
-    fit_seconds, seconds, memory = _calibrate(source, measured)
+    check = source.checked(texts)
+    fit_seconds, seconds, memory = _calibrate(source.with_check(check), texts)
     total = fit_seconds * min(source.config.sample, examples) + seconds * examples
     formats = _formats(source.blocks, source.width, examples, _read_speed())
-    return Plan(examples, source.blocks, source.width, length, total, memory, formats)
+    return Plan(examples, source.blocks, source.width, length, total, memory, formats, source.coverage, check)
 
 
 def _formats(blocks: int, width: int, examples: int, speed: float) -> list[FormatCost]:
@@ -108,7 +114,7 @@ def _examples(source: GradientSource, data: Examples, most: int = 200) -> list[A
 
 
 def _texts(source: GradientSource, length: int) -> list[AnyExample]:
-    """A batch of random texts of this length."""
+    """A batch of random texts of so many tokens."""
     vocabulary = int(getattr(source.loaded.model.config, "vocab_size", 2))
     count = max(1, source.settings.batch_tokens // max(1, length))
     generator = torch.Generator().manual_seed(0)
@@ -124,7 +130,7 @@ def _texts(source: GradientSource, length: int) -> list[AnyExample]:
 
 def _calibrate(source: GradientSource, texts: Sequence[AnyExample]) -> tuple[float, float, int]:
     """(seconds per example of the preconditioner's sample, seconds per example, peak bytes of memory),
-    measured on these examples after a warm-up."""
+    measured on one batch after a warm-up."""
     count = len(texts)
     source.sketches(texts[:1])[1].cpu()  # waits for the GPU
     fit_seconds = 0.0

@@ -59,14 +59,16 @@ def _refuse(section: str, words: str, cached: Any, requested: Any, folder: Path,
 def gradient_settings(gradient: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest's `gradient` as it was requested, so that two of them can be compared.
 
-    The result of fitting a preconditioner to a sample is left out: data, model and seed determine it. The
-    checksum of an optimizer's state is not.
+    What was found out about the model is left out, since the model determines it, and so is the result of
+    fitting a preconditioner to a sample, which data, model and seed determine. The checksum of an optimizer's
+    state is not.
     """
     preconditioner = gradient.get("preconditioner", "off")
     if preconditioner != "off":
         left_out = {"file", "bytes"} if preconditioner["kind"] == "optimizer" else {"file", "bytes", "sha256"}
         preconditioner = {k: v for k, v in preconditioner.items() if k not in left_out}
-    return {**gradient, "preconditioner": preconditioner}
+    requested = {k: v for k, v in gradient.items() if k not in ("check", "coverage")}
+    return {**requested, "preconditioner": preconditioner}
 
 
 def preconditioner_words(value: str | Mapping[str, Any]) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rapidin.cache import receipts
 from rapidin.cache.codec import Basis, Codec, RowShape
@@ -197,6 +197,11 @@ class CacheWriter(ShardWriter):
         record = self.manifest.preconditioner
         assert record is not None
         self.manifest.gradient["preconditioner"] = record | write_preconditioner(self.folder, data)
+        self.manifest.write(self.folder)
+
+    def set_check(self, record: dict[str, Any]) -> None:
+        """Record the result of comparing gradients with autograd's, before any sketch is made."""
+        self.manifest.gradient["check"] = record
         self.manifest.write(self.folder)
 
     def set_fitted_codec(self, shape: RowShape, basis: Basis | None, statistics: dict[str, float]) -> None:

@@ -135,7 +135,7 @@ def cache(
             )
             _say_what_counts(console, attributor, job.label)
             with console.status("checking the examples"):  # better now than after hours
-                attributor.source.check(examples)
+                attributor.source.check_records(examples)
             if job is jobs[0] and world().leads:
                 _tell_malformed(examples)
             made, bar = _cached(console, attributor, examples, job.out, options)
@@ -169,13 +169,18 @@ def _check_preconditioner(settings: GradientSettings) -> None:
 
 
 def _say_what_counts(console: "Console", attributor: "Attributor", label: str) -> None:
+    """What counts on a terminal; that too little counts in any case, even when quiet."""
+    from rapidin.distributed import world
+
+    source = attributor.source
+    if source.coverage.is_low and world().leads:
+        line(f"{label}{source.coverage.warning}")
     if not console.is_terminal:
         return
-    source = attributor.source
     console.print(
         f"{label}{source.blocks:,} layers x {source.width:,} dimensions: {source.blocks * source.width:,} "
-        f"numbers per example; {attributor.coverage:.2%} of the model's parameters are used; gradients at "
-        f"{', '.join(f'{point:g}' for point in source.points)} on {source.loaded.device}"
+        f"numbers per example; gradients at {', '.join(f'{point:g}' for point in source.points)} on "
+        f"{source.loaded.device}; {source.coverage.text}"
     )
 
 

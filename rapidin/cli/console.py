@@ -75,7 +75,7 @@ def load(
     from rapidin.gradients.load import load_model
 
     with loading(console, model):
-        return load_model(
+        loaded = load_model(
             model,
             adapter=adapter,
             base=base,
@@ -85,6 +85,9 @@ def load(
             shard_model=options.shard_model,
             task=task,
         )
+    for note in loaded.notes:
+        line(note)
+    return loaded
 
 
 def check_writable(path: str) -> None:

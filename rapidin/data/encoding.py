@@ -283,8 +283,11 @@ def render_chat(tokenizer: Any, messages: list[Record], *, generation: bool) -> 
 
 def by_length(chosen: Sequence[int], encoded: Sequence[AnyExample], batch_tokens: int) -> list[list[int]]:
     """Batches of at most batch_tokens padded tokens, of examples of similar length, the longest last. A
-    single
-    example that is longer has a batch of its own."""
+    single example that is longer has a batch of its own.
+
+    No batch has as many examples as tokens in the longest of them, so that the axes of its tensors can be
+    told apart by their sizes.
+    """
     batches: list[list[int]] = []
     for n in sorted(chosen, key=lambda n: (encoded[n].length, n)):
         longest = encoded[n].length
@@ -292,4 +295,8 @@ def by_length(chosen: Sequence[int], encoded: Sequence[AnyExample], batch_tokens
             batches[-1].append(n)
         else:
             batches.append([n])
+    for at in reversed(range(len(batches))):
+        batch = batches[at]
+        if len(batch) == encoded[batch[-1]].length > 1:
+            batches[at : at + 1] = [batch[:1], batch[1:]]
     return batches

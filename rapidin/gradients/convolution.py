@@ -24,6 +24,17 @@ def is_convolution(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Co
     return False
 
 
+def as_linear(
+    module: Any, inputs: Tensor, grad: Tensor, examples: int
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(inputs [B, positions, I], gradients of the outputs [B, positions, O]) of the linear layer that a
+    convolution is, given those of the convolution; and the formed gradients [examples, O, I] of a weight with
+    groups, None without, whose inputs stay as they are."""
+    if module.groups > 1:
+        return inputs, positions_first(grad), grouped_gradient(module, inputs, grad, examples)
+    return patches(module, inputs), positions_first(grad), None
+
+
 def positions_first(x: Tensor) -> Tensor:
     """[B, C, *S] -> [B, positions, C]."""
     return x.flatten(2).mT

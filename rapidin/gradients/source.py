@@ -7,7 +7,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -19,10 +19,12 @@ from rapidin.data.records import Record
 from rapidin.errors import UserError
 from rapidin.gradients.adam import Moments
 from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
+from rapidin.gradients.check import GradientCheck, check_gradients, check_pair
 from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.coverage import Coverage, coverage_of
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.model import LoadedModel
-from rapidin.gradients.parameters import Target, coverage, find_targets
+from rapidin.gradients.parameters import Target, find_targets, with_autograd
 from rapidin.gradients.path import DEFAULT_AT
 from rapidin.gradients.preconditioner import (
     Preconditioner,
@@ -44,12 +46,13 @@ class GradientSource:
     """Sketches of the preconditioned gradients of texts.
 
     Two sources with equal `settings`, models and preconditioners give equal sketches. A source does not
-    change: `with_preconditioner` makes another one of the same model. Only its batches become smaller once
-    memory has run out.
+    change: `with_preconditioner` and `with_check` make another one of the same model. Only its batches become
+    smaller once memory has run out.
 
     loaded: the model; settings: complete, without a value that is still to be chosen; points: of the path
     from base to tuned model, where gradients are taken; targets: the parameters that count; task: makes
-    examples of records, batches of examples, and the losses that gradients are taken of.
+    examples of records, batches of examples, and the losses that gradients are taken of; check: the result of
+    comparing gradients with autograd's, None if that was not done.
 
     Raises UserError for settings that do not fit the model.
     """
@@ -64,7 +67,6 @@ class GradientSource:
         """bytes_per_example: the budget of a cache, on which the default sketch dimension depends."""
         settings = settings or GradientSettings()
         self.loaded = loaded
-        self.points = _points(loaded, settings.at)
         max_length = _max_length(loaded, settings.max_length)
         self.task: Task = task_of(
             settings.task,
@@ -74,6 +76,15 @@ class GradientSource:
                 max_length, settings.eos, settings.too_long, settings.loss, settings.turns, settings.beta
             ),
         )
+        if self.task.needs_causal:
+            check_causal(loaded)
+        self.points = _points(loaded, settings.at)
+        if self.task.needs_reference and not loaded.path.ends:
+            raise UserError(
+                f"the task '{self.task.name}' compares with the model before it was tuned: "
+                f"{loaded.path.unknown}",
+                "give the --adapter or the --base",
+            )
         self.targets = find_targets(
             loaded.model,
             trained=loaded.trained,
@@ -91,24 +102,15 @@ class GradientSource:
             preconditioner=config,
         )
         self.config = config
+        self.check: GradientCheck | None = None
         self._set_preconditioner(config.fitted)
         if loaded.sharded and (names := self.sketcher.needs_weights):
             raise UserError(
                 f"the gradient of '{names[0]}' needs the whole parameter in one process",
                 "leave such parameters out with --exclude, or do not use --shard-model",
             )
-        if self.task.needs_causal:
-            check_causal(loaded)
-        if self.task.needs_reference and not loaded.path.ends:
-            raise UserError(
-                f"the task '{self.task.name}' compares with the model before it was tuned: "
-                f"{loaded.path.unknown}",
-                "give the --adapter or the --base",
-            )
         self.lockstep = Lockstep(loaded.sharded)
-        self.batches = BatchRunner(
-            self.task, loaded.device, settings.batch_tokens, self.lockstep, self.sketcher.single_names
-        )
+        self.batches = self._batch_runner()
 
     def _default_width(self, settings: GradientSettings, bytes_per_example: int | None) -> int:
         if settings.projection == "rapidgrad":
@@ -119,15 +121,52 @@ class GradientSource:
         if preconditioner is not None:
             preconditioner.check(self.targets, len(self.points))
             preconditioner = preconditioner.to(self.loaded.device)
+        by_autograd = () if self.check is None else self.check.by_autograd
         self.sketcher = GradientSketcher(
             self.loaded.model,
-            self.targets,
+            with_autograd(self.targets, by_autograd),
             width=self.width,
             seed=self.settings.seed,
             projection=self.settings.projection,
             losses=self.task.losses,
             preconditioner=preconditioner,
+            checked=self.check is not None,
         )
+
+    def _batch_runner(self) -> BatchRunner:
+        names, why = self.sketcher.single_names, ""
+        if names:
+            why = f"{len(names)} parameters have their gradient from autograd itself, such as '{names[0]}'"
+        elif self.check is not None:
+            why = self.check.why_single
+        return BatchRunner(self.task, self.loaded.device, self.settings.batch_tokens, self.lockstep, why)
+
+    def checked(self, texts: Sequence[AnyExample]) -> GradientCheck | None:
+        """Compare the gradients of one or two of these texts with autograd's (`rapidin.gradients.check`).
+
+        None if no text has a gradient, or the model is spread over several processes. Raises UserError for a
+        gradient that cannot be taken.
+        """
+        assert self.settings.max_length is not None
+        pair = None if self.loaded.sharded else check_pair(texts, self.settings.max_length)
+        if pair is None:
+            return None
+        source = self.with_preconditioner(None).with_check(GradientCheck())
+        short, long = self.prepared(pair)
+        batched = not source.batches.one_at_a_time
+        if isinstance(self.task, Causal):
+            batched = batched and short.length < long.length
+        batches = [self.task.batch(some, self.loaded.device) for some in ([short], [long], [short, long])]
+        with source.at(len(self.points) - 1):
+            return check_gradients(source.sketcher, batches[0], batches[1], batches[2] if batched else None)
+
+    def with_check(self, check: GradientCheck | None) -> GradientSource:
+        """The same source after a check: gradients that differ from autograd's are taken by autograd."""
+        other = copy.copy(self)
+        other.check = check
+        other._set_preconditioner(self.preconditioner)
+        other.batches = other._batch_runner()
+        return other
 
     def with_preconditioner(self, preconditioner: Preconditioner | None) -> GradientSource:
         """The same source with another preconditioner. Raises UserError if that is for other parameters."""
@@ -154,7 +193,7 @@ class GradientSource:
         made: AnyExample = self.task.example(record)
         return made
 
-    def check(self, examples: Examples) -> None:
+    def check_records(self, examples: Examples) -> None:
         """Checks what of the examples depends on the model, such as its chat template or its labels. Those
         that it rejects are malformed; if `examples` does not skip such, raises UserError for the first."""
         if isinstance(self.task, Causal) and examples.form != "messages":
@@ -188,11 +227,11 @@ class GradientSource:
         """Blocks of a sketch, over all points."""
         return self.sketcher.blocks * len(self.points)
 
-    @property
-    def coverage(self) -> float:
-        """Share of the model's parameters that count."""
-        counted, total = coverage(self.loaded.model, self.targets)
-        return counted / total
+    @cached_property
+    def coverage(self) -> Coverage:
+        """What of the model counts."""
+        chosen = bool(self.settings.include or self.settings.exclude)
+        return coverage_of(self.loaded.model, self.targets, trained=self.loaded.trained, chosen=chosen)
 
     @contextmanager
     def at(self, number: int) -> Iterator[None]:

@@ -3,11 +3,12 @@
     python studies/preferences/preferences.py --seed 0 --seed 1 --seed 2
     python studies/preferences/preferences.py --table    # the table of the README
 
-A small Llama learns from scratch to answer questions on made-up reports (`rapidin.evaluate.tasks.labels`), from
-answers of which half are right and half are any class. A LoRA adapter is then tuned on pairs by DPO, of which
-a share prefers the wrong class to the right one. The pairs are cached at two points of the path from base to tuned model, and ranked: by
-self-influence, which needs the cache alone, and by their scores for a target set of correct pairs, lowest
-first. The baselines are the pair's own loss and its margin of log-probabilities. AUC: of the flipped pairs.
+A small Llama learns from scratch to answer questions on made-up reports
+(`rapidin.evaluate.tasks.labels`), from answers of which half are right and half are any class. A LoRA adapter
+is then tuned on pairs by DPO, of which a share prefers the wrong class to the right one. The pairs are cached
+at two points of the path from base to tuned model, and ranked: by self-influence, which needs the cache
+alone, and by their scores for a target set of correct pairs, lowest first. The baseline is the pair's own
+loss. AUC: of the flipped pairs.
 """
 
 from __future__ import annotations

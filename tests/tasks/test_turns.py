@@ -69,5 +69,5 @@ def test_a_cache_of_a_causal_model_says_nothing_of_tasks(tmp_path: Path) -> None
     """Manifests of the causal task are those of caches that are older than tasks."""
     attributor = Attributor(tiny_llama(), TOKENIZER, width=128)
     gradient = attributor.cache(RECORDS * 4, tmp_path / "cache").manifest.gradient
-    assert set(gradient) == {"at", "loss", "include", "exclude", "preconditioner"}
+    assert not set(gradient) & {"task", "turns", "beta"}
     assert attributor.settings.task == "causal"
