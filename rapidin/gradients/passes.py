@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from rapidin import ops
-from rapidin.errors import UserError
 from rapidin.gradients.parameters import Target, matrix_shape
 from rapidin.gradients.rows import RowFactors, RowGroup, by_example, by_expert
 from rapidin.gradients.scale import Factors, Scale
@@ -34,20 +33,6 @@ class NotBatchedError(Exception):
     def __init__(self, name: str = "") -> None:
         super().__init__(name)
         self.name = name
-
-
-class ChangedInputError(UserError):
-    """The input of a module is changed in place after the module has read it, so its gradient is unknown.
-
-    names: the module's parameters.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(
-            f"the model changes the input of '{names[0]}' in place after it is used",
-            "leave out --no-check, or leave it out with --exclude",
-        )
-        self.names = list(names)
 
 
 @dataclass(frozen=True, slots=True)

@@ -131,6 +131,7 @@ class GradientSource:
             losses=self.task.losses,
             preconditioner=preconditioner,
             checked=self.check is not None,
+            followed=() if self.check is None else self.check.followed,
         )
 
     def _batch_runner(self) -> BatchRunner:

@@ -67,6 +67,8 @@ class TokenBatch:
     ) -> TokenBatch:
         """The batch of (token ids, target flags) pairs; parts: how many of them make an example."""
         length = max(len(ids) for ids, _ in texts)
+        if parts > 1 and length == len(texts):
+            length += 1  # axes are told apart by their sizes; batches of one text each are made to be unlike
         cpu, device = torch.device("cpu"), torch.device(device)
         ids = torch.zeros(len(texts), length, dtype=torch.int64, device=cpu)
         mask = torch.zeros(len(texts), length, dtype=torch.bool, device=cpu)

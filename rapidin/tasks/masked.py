@@ -63,15 +63,17 @@ class Masked(Task):
 
     def batch(self, examples: Sequence[Example], device: torch.device) -> Batch:
         names = [name for name in examples[0].inputs if name != "group"]
-        inputs = self.encoder.padded([{k: each.inputs[k] for k in names} for each in examples], device)
-        group = upload(padded([each.inputs["group"] for each in examples], -1), device)
+        texts = [{k: each.inputs[k] for k in names} for each in examples]
+        inputs = self.encoder.padded(texts, device, GROUPS)
+        length = inputs["input_ids"].shape[1]
+        group = upload(padded([each.inputs["group"] for each in examples], -1, length), device)
         inputs = {name: value.repeat_interleave(GROUPS, 0) for name, value in inputs.items()}
         now = torch.arange(GROUPS, device=device).repeat(len(examples))
         masked = group.repeat_interleave(GROUPS, 0) == now[:, None]
         ids = inputs["input_ids"]
         labels = ids.masked_fill(~masked, _IGNORED)
         inputs["input_ids"] = ids.masked_fill(masked, self.mask)
-        return Batch(inputs | {"labels": labels}, len(examples), GROUPS, GROUPS * ids.shape[1], pooled=False)
+        return Batch(inputs | {"labels": labels}, len(examples), GROUPS, GROUPS * length, pooled=False)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         labels = batch["labels"]

@@ -64,18 +64,26 @@ class TextEncoder:
             )
         return Text({name: list(value) for name, value in encoded.items()}, Status.OK, truncated)
 
-    def padded(self, texts: Sequence[Mapping[str, Sequence[int]]], device: torch.device) -> dict[str, Tensor]:
-        """Texts padded on the right, [B, T] by the names of the model's inputs."""
+    def padded(
+        self, texts: Sequence[Mapping[str, Sequence[int]]], device: torch.device, repeats: int = 1
+    ) -> dict[str, Tensor]:
+        """Texts padded on the right, [B, T] by the names of the model's inputs.
+
+        repeats: rows of the model's inputs for each text. T is never the number of rows if there are several,
+        so that the axes can be told apart by their sizes.
+        """
+        longest = max(len(text["input_ids"]) for text in texts)
+        longest += 1 if longest == len(texts) * repeats > 1 and longest < self.max_length else 0
         fills = {"input_ids": self.pad}
         return {
-            name: upload(padded([text[name] for text in texts], fills.get(name, 0)), device)
+            name: upload(padded([text[name] for text in texts], fills.get(name, 0), longest), device)
             for name in texts[0]
         }
 
 
-def padded(rows: Sequence[Sequence[int]], fill: int) -> Tensor:
-    """Lists of numbers as one tensor on the CPU, [B, T] int64, filled up on the right."""
-    out = torch.full((len(rows), max(map(len, rows))), fill, dtype=torch.int64, device="cpu")
+def padded(rows: Sequence[Sequence[int]], fill: int, length: int = 0) -> Tensor:
+    """Lists of numbers as one tensor on the CPU, [B, T] int64, filled up on the right; length: at least T."""
+    out = torch.full((len(rows), max(length, *map(len, rows))), fill, dtype=torch.int64, device="cpu")
     for row, values in enumerate(rows):
         out[row, : len(values)] = torch.tensor(values, dtype=torch.int64, device="cpu")
     return out

@@ -174,3 +174,15 @@ def test_a_cache_of_preferences_from_the_command_line(
     )
     assert refused.code == 2
     assert "expected 'prompt' and 'completion'" in refused.err
+
+
+@pytest.mark.parametrize("rows", range(1, 12))
+def test_a_batch_has_never_as_many_rows_as_tokens(rows: int) -> None:
+    """Rows of two texts each, all of 8 tokens."""
+    source = source_of(tuned(), "preference")
+    ids = list(range(8))
+    example = source.task.filler()
+    texts = {"texts": [(ids, [False] * 4 + [True] * 4)] * 2, "sign": 1.0, "plain": False}
+    batch = source.task.batch([type(example)(texts, 16)] * rows, torch.device("cpu"))
+    assert batch.ids.shape[0] == 2 * rows != batch.ids.shape[1]
+    assert batch.length == 2 * batch.ids.shape[1]
