@@ -30,7 +30,6 @@ from rapidin.cache.codec import Basis, Codec, FloatCodec, PackedCodec
 from rapidin.cli.demo_session.tokenizer import train_tokenizer
 from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.gradients.adam import Moments
-from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import (
@@ -41,6 +40,7 @@ from rapidin.gradients.preconditioner import (
     Preconditioner,
 )
 from rapidin.gradients.source import GradientSource
+from rapidin.tasks.causal import TokenBatch, example_losses
 
 EXAMPLES = sized(32, 12)
 LENGTHS = sized((64, 192), (12, 24))  # tokens, of which the second half count
@@ -103,7 +103,7 @@ def bare_loop(model: nn.Module) -> Callable[[list[Encoded]], None]:
         parameter.requires_grad_(False)
 
     def run(texts: list[Encoded]) -> None:
-        batch = Batch.of([(e.ids, e.target) for e in texts])
+        batch = TokenBatch.of([(e.ids, e.target) for e in texts])
         hook = model.get_input_embeddings().register_forward_hook(lambda *args: args[2].requires_grad_())
         with torch.enable_grad():
             example_losses(model, batch).sum().backward()
@@ -198,7 +198,7 @@ def bench_preconditioner(benchmark, kind, form):
     loaded = make_model(kind)
     texts = make_examples(loaded.model.get_input_embeddings().num_embeddings)
     chosen = by_length(range(EXAMPLES), texts, BATCH_TOKENS)[-1]
-    batch = Batch.of([(texts[n].ids, texts[n].target) for n in chosen])
+    batch = TokenBatch.of([(texts[n].ids, texts[n].target) for n in chosen])
     sketcher = Attributor(loaded, batch_tokens=BATCH_TOKENS).source.sketcher
     if form == "kfac":
         factors = FactorMoments(sketcher.targets, RANK, 0)

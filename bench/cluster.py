@@ -115,16 +115,16 @@ def memory(what: str) -> dict[str, float]:
 
     from rapidin import distributed
     from rapidin.gradients import fsdp
-    from rapidin.gradients.batch import Batch, example_losses
     from rapidin.gradients.collector import GradientSketcher
     from rapidin.gradients.parameters import find_targets
+    from rapidin.tasks.causal import TokenBatch, example_losses
 
     world = distributed.world()
     model = model_of(768, 12)
     targets = find_targets(model)
     if not world.alone:
         fsdp.shard(model, world, torch.device("cpu"))
-    batch = Batch.of([(list(range(5, 205)), [False] + [True] * 199)] * 4)
+    batch = TokenBatch.of([(list(range(5, 205)), [False] + [True] * 199)] * 4)
     parameters = list(model.parameters())
 
     def own(p: torch.Tensor) -> torch.Tensor:

@@ -26,13 +26,14 @@ ALLOWED: dict[str, set[str]] = {
     "data": set(),
     "cache": {"data", "ops"},
     "results": {"data"},
-    "gradients": {"data", "ops"},
-    "attribution": {"data", "ops", "cache", "results", "gradients"},
-    "evaluate": {"data", "ops", "cache", "results", "gradients", "attribution"},
-    "cli": {"data", "ops", "cache", "results", "gradients", "attribution", "evaluate"},
+    "tasks": {"data", "ops"},
+    "gradients": {"data", "ops", "tasks"},
+    "attribution": {"data", "ops", "cache", "results", "tasks", "gradients"},
+    "evaluate": {"data", "ops", "cache", "results", "tasks", "gradients", "attribution"},
+    "cli": {"data", "ops", "cache", "results", "tasks", "gradients", "attribution", "evaluate"},
     "__main__": {"cli"},
     # The names that `import rapidin` offers.
-    "__init__": {"ops", "cache", "gradients", "attribution"},
+    "__init__": {"ops", "cache", "gradients", "attribution", "tasks"},
 }
 # What modules below these may not import, although their room may.
 STRICTER = {
@@ -48,6 +49,7 @@ LIGHT: dict[str, set[str]] = {
     "data.examples": set(),
     "data.encoding": set(),
     "results.types": set(),
+    "tasks.names": set(),
     "gradients.settings": set(),
     "attribution.options": set(),
     "cli": {"typer"},

@@ -25,8 +25,8 @@ from on_gpu.plan import Facts
 from rapidin import Attributor
 from rapidin.cache.codec import FloatCodec, PackedCodec
 from rapidin.data.encoding import Encoded, by_length
-from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.preconditioner import KFAC_SAMPLE, PreconditionerConfig
+from rapidin.tasks.causal import TokenBatch, example_losses
 
 CACHING_GOAL, PACK_GOAL = 0.93, 0.02
 DTYPES = ("float16", "sign")
@@ -90,8 +90,8 @@ def _setting(bench: Bench, kind: str) -> Setting:
     return bench.once(f"setting, {kind}", kind, make)
 
 
-def _batch(texts: list[Encoded], device: torch.device) -> Batch:
-    return Batch.of([(e.ids, e.target) for e in texts], device)
+def _batch(texts: list[Encoded], device: torch.device) -> TokenBatch:
+    return TokenBatch.of([(e.ids, e.target) for e in texts], device)
 
 
 def bare(bench: Bench, setting: Setting) -> float:
@@ -219,7 +219,7 @@ def training(kind: str, size: dict[str, Any]) -> Case:
         optimizer = torch.optim.AdamW(chosen, lr=0.0, weight_decay=0.0, fused=not bench.machine.dry)
         batches = [_batch(texts, bench.device) for texts in setting.batches]
 
-        def step(batch: Batch) -> None:
+        def step(batch: TokenBatch) -> None:
             labels = batch.ids.masked_fill(~batch.target, -100)
             model(input_ids=batch.ids, attention_mask=batch.mask.long(), labels=labels).loss.backward()
             optimizer.step()

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rapidin.attribution.caching import build_cache
 from rapidin.attribution.ensemble import Ensemble, Member
-from rapidin.attribution.generate import generate
 from rapidin.attribution.options import CacheOptions, ModelLocation, QueryOptions
 from rapidin.attribution.provenance import layers_of, load_model_of, source_of
 from rapidin.cache import Cache, Manifest
@@ -21,15 +20,16 @@ from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
 from rapidin.results.collection import Results
+from rapidin.tasks.task import Task
 
 
 class Attributor:
     """Caches training examples as gradient sketches, and finds those behind a generation.
 
-    model: a `LoadedModel` (see `rapidin.load_model`), a `GradientSource`, or a transformers or peft causal
-    model, which needs its tokenizer. settings: how gradients are taken and sketched; fields of
-    `rapidin.gradients.settings.GradientSettings` can also be given by name. bytes_per_example: the budget of
-    the caches to be made, on which the default sketch dimension depends.
+    model: a `LoadedModel` (see `rapidin.load_model`), a `GradientSource`, a transformers or peft model, which
+    needs its tokenizer, or any module with a task of your own (docs/guide/tasks.md). settings: how gradients
+    are taken and sketched; fields of `rapidin.gradients.settings.GradientSettings` can also be given by name.
+    bytes_per_example: the budget of the caches to be made, on which the default sketch dimension depends.
 
     >>> attributor = Attributor(model, tokenizer, at=0.5)
     >>> cache = attributor.cache("train.jsonl", "cache")
@@ -69,10 +69,12 @@ class Attributor:
         return Attributor(source_of(Manifest.read(Path(path)), load_model_of(path, where)))
 
     @staticmethod
-    def like(manifest: Manifest, model: Any, tokenizer: Any = None) -> Attributor:
-        """The attributor with a manifest's settings on a model in memory. Raises UserError if the cache was
-        made with another model."""
-        return Attributor(source_of(manifest, _loaded(model, tokenizer)))
+    def like(
+        manifest: Manifest, model: Any, tokenizer: Any = None, *, task: Task | None = None
+    ) -> Attributor:
+        """The attributor with a manifest's settings on a model in memory; task: of your own, if the cache was
+        made with one. Raises UserError if the cache was made with another model or task."""
+        return Attributor(source_of(manifest, _loaded(model, tokenizer), task))
 
     @property
     def settings(self) -> GradientSettings:
@@ -114,14 +116,14 @@ class Attributor:
         """
         options = CacheOptions.given(options, by_name)
         if not isinstance(examples, Examples):
-            examples = open_examples(examples, limit=options.limit)
+            examples = open_examples(examples, limit=options.limit, forms=self.source.task.forms)
         elif options.limit is not None:
             raise TypeError("examples that are open already have their own limit")
         return build_cache(self.source, examples, Path(path), options, on_progress)
 
     def generate(self, prompt: str, *, max_new_tokens: int = 64) -> str:
         """What the tuned model says to a prompt, greedily, without special tokens."""
-        return generate(self.source, prompt, max_new_tokens).completion
+        return self.source.task.answer(self.source.loaded.model, prompt, max_new_tokens).completion
 
     def query(
         self,

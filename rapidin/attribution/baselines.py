@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from rapidin.data.encoding import Encoded, Status, by_length
-from rapidin.data.records import FORMS, form_of, record_parts
+from rapidin.data.records import TEXTS, record_parts
 from rapidin.errors import needs
-from rapidin.gradients.batch import Batch, evaluation_mode, takes
 from rapidin.gradients.model import LoadedModel
 from rapidin.results.types import QueryResult, Standing
+from rapidin.tasks.causal import TokenBatch
+from rapidin.tasks.forward import evaluation_mode, takes
 
 Floats = npt.NDArray[np.float64]
 OnProgress = Callable[[int, int], None]  # the number of texts that are done, and of all
@@ -33,13 +34,13 @@ def plain_text(record: Mapping[str, Any]) -> str:
 
 def query_text(record: Mapping[str, Any], completion: str) -> str:
     """The `plain_text` of a query, with the completion that the model generated if the record has none."""
-    record, form = dict(record), form_of(record, generations=True)
+    record, form = dict(record), TEXTS.of(record, generations=True)
     if form == "messages":
         messages = list(record["messages"])
         if not messages or messages[-1]["role"] != "assistant":
             record["messages"] = [*messages, {"role": "assistant", "content": completion}]
     elif form in ("prompt", "instruction"):
-        answer = FORMS[form][-1]
+        answer = TEXTS.fields[form][-1]
         record[answer] = record.get(answer) or completion
     return plain_text(record)
 
@@ -100,7 +101,7 @@ def _mean_states(
     states: Tensor | None = None
     done = len(encoded) - len(nonempty)
     for chosen in reversed(by_length(nonempty, encoded, batch_tokens)):
-        batch = Batch.of([(encoded[n].ids, encoded[n].target) for n in chosen], loaded.device)
+        batch = TokenBatch.of([(encoded[n].ids, encoded[n].target) for n in chosen], loaded.device)
         out = model(
             input_ids=batch.ids,
             attention_mask=batch.mask.long(),

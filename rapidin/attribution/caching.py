@@ -70,7 +70,7 @@ def build_cache(
             writer,
             world,
             examples,
-            source.encoder,
+            source.example,
             lambda texts: fitting.source.sketches(texts, meter, announced=True),
             source.loaded.device,
             lambda message: meter.tell(message),
@@ -114,7 +114,7 @@ class _Fitting:
             and writer.missing
         ):
             rows = range(0, len(examples), max(1, len(examples) // _CHECK_TEXTS))
-            check = self.source.checked([self.source.encoder.example(examples.get(row)) for row in rows])
+            check = self.source.checked([self.source.example(examples.get(row)) for row in rows])
             if check is None:
                 why = "the model is sharded" if self.source.loaded.sharded else "no example has a gradient"
                 reporter.tell(f"gradients are not compared with autograd's: {why}")
@@ -166,5 +166,5 @@ class _Fitting:
         settings, config = self.source.settings, self.source.config
         rows = build.sample_rows(self._writer.manifest.rows_begun, config.sample, settings.seed, STREAM)
         reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")
-        texts = [self.source.encoder.example(examples.get(row)) for row in rows]
+        texts = [self.source.example(examples.get(row)) for row in rows]
         return self.source.fit_preconditioner(texts, reporter)

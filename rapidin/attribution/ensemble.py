@@ -158,7 +158,8 @@ class Ensemble:
             member = self.caches.index(query.sketches[number].cache)
             if finer is None:
                 return self.source(member)
-            return source_of(finer.manifest, self.source(member).loaded)
+            source = self.source(member)
+            return source_of(finer.manifest, source.loaded, source.own_task)
 
         return explain(
             query, options, records=generations, data=data, clock=clock, sources=source, on_stage=on_stage
@@ -217,6 +218,8 @@ class Ensemble:
                 continue
             source = self.source(number)
             clock.lap("load")
+            if options.targets is not None or options.contributions:
+                source.task.check_tokens()
             if not texts:
                 texts = generations_of(source, generations, options.max_new_tokens, options.targets)
                 clock.lap("generate")
@@ -224,7 +227,7 @@ class Ensemble:
             if member.weight:
                 sketches.append(sketch_query(self.caches[number], source, texts, weight))
             if options.finer is not None:
-                source_of_finer = source_of(options.finer.manifest, source.loaded)
+                source_of_finer = source_of(options.finer.manifest, source.loaded, source.own_task)
                 finer = sketch_query(options.finer, source_of_finer, texts)
             clock.lap("sketch")
             del source

@@ -256,8 +256,10 @@ def compare_baselines(work: _Work) -> None:
     report: Callable[[int, int], None] | None = None
     if work.on_stage is not None:
         report = partial(work.on_stage, "hidden states")
+    length = source.settings.max_length
+    assert length is not None
     tables = baselines.scores_of_baselines(
-        source.loaded, texts, queries, max_length=source.encoder.max_length, on_progress=report
+        source.loaded, texts, queries, max_length=length, on_progress=report
     )
     if work.options.together:
         shares = weights_of(work.query.texts, range(len(work.query.texts))).numpy()

@@ -14,7 +14,7 @@ from rapidin.attribution.options import ScoringConfig
 from rapidin.attribution.query_sketch import Query, target_texts, weights_of
 from rapidin.attribution.scan import Ends
 from rapidin.attribution.scan_pieces import CacheScan
-from rapidin.data.encoding import Encoded
+from rapidin.data.encoding import AnyExample
 from rapidin.data.examples import Examples
 from rapidin.errors import UserError
 from rapidin.gradients.source import GradientSource
@@ -46,7 +46,8 @@ class HitGradients:
     ) -> None:
         self._query, self._scans, self._scoring = query, scans, scoring
         self._data, self._sources, self._on_stage = data, sources, on_stage
-        self._texts: dict[int, tuple[Encoded, list[str]]] = {}  # hits by row, and the texts of their tokens
+        # Of each hit, by row: the ids of its tokens, which of them count, and their texts.
+        self._texts: dict[int, tuple[list[int], list[bool], list[str]]] = {}
 
     def exact(self, rows: Sequence[Sequence[int]]) -> list[Contributions]:
         """The contributions to exact scores of the given rows; rows: for each generation, or for all
@@ -67,7 +68,7 @@ class HitGradients:
                     [weight * share for share in self._shares(members)]
                     + [weight * targets.weights[t] for t in chosen],
                     [*range(len(members)), *(members.index(targets.owners[t]) for t in chosen)],
-                    [self._encoded(source, row) for row in hits],
+                    [self._example(source, row) for row in hits],
                     self._scoring.normalize,
                     self._progress("exact gradients", done, total),
                 )
@@ -88,7 +89,7 @@ class HitGradients:
             report = self._progress("tokens of hits", 0, len(rows))
             for done, row in enumerate(rows):
                 factors = None if query.factors is None else query.factors[row]
-                positions = token_contributions.sketched(source, self._encoded(source, row), query, factors)
+                positions = token_contributions.sketched(source, self._example(source, row), query, factors)
                 for n, chosen in enumerate(hits):
                     if row in chosen:
                         of_query = torch.cat([positions[n : n + 1], positions[targets[n]]])
@@ -111,9 +112,9 @@ class HitGradients:
 
     def _tokens(self, row: int, contributions: Tensor) -> Tokens:
         """The tokens of a hit with their contributions [1 + targets, T]."""
-        text, pieces = self._texts[row]
+        _, counts, pieces = self._texts[row]
         by_target = contributions[1:].float().numpy() if len(contributions) > 1 else None
-        return Tokens(tuple(pieces), tuple(text.target), tuple(contributions[0].tolist()), by_target)
+        return Tokens(tuple(pieces), tuple(counts), tuple(contributions[0].tolist()), by_target)
 
     def _each_source(self) -> Iterable[tuple[int, GradientSource]]:
         for number in range(len(self._query.sketches)):
@@ -131,11 +132,14 @@ class HitGradients:
             return [1.0]
         return weights_of(self._query.texts, members).tolist()
 
-    def _encoded(self, source: GradientSource, row: int) -> Encoded:
-        text = source.encoder.example(self._data.get(row))
+    def _example(self, source: GradientSource, row: int) -> AnyExample:
+        text = source.example(self._data.get(row))
+        if not source.task.has_tokens:
+            return text
+        ids, counts = source.task.tokens(text)
         if row not in self._texts:
-            self._texts[row] = text, source.encoder.pieces(text.ids)
-        elif self._texts[row][0].ids != text.ids:
+            self._texts[row] = ids, counts, source.encoder.pieces(ids)
+        elif self._texts[row][0] != ids:
             raise UserError(
                 "the models of these caches read a text as different tokens", "query one of them alone"
             )

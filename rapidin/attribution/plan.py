@@ -13,11 +13,13 @@ from rapidin import ops
 from rapidin.cache import codec
 from rapidin.cache.build import GROUP_BYTES
 from rapidin.cache.codec import CodecConfig
-from rapidin.data.encoding import Encoded, Status
+from rapidin.data.encoding import AnyExample, Encoded, Status
 from rapidin.data.examples import Examples
+from rapidin.errors import UserError
 from rapidin.gradients.check import GradientCheck
 from rapidin.gradients.coverage import Coverage
 from rapidin.gradients.source import GradientSource
+from rapidin.tasks.causal import Causal
 
 BUDGETS = (256, 1024, 2048, 8192, 16384)
 TOKENS = 256  # of an example, if no data is given
@@ -65,9 +67,16 @@ def make_plan(
 
     data: the mean length of its examples is used, else `tokens`. Takes some seconds on a small model.
     """
-    length = float(tokens) if tokens else _mean_length(source, data) if data is not None else float(TOKENS)
-    length = min(length, float(source.encoder.max_length))
-    texts = _texts(source, round(length))
+    assert source.settings.max_length is not None
+    texts = [] if data is None else _examples(source, data)
+    length = sum(each.length for each in texts) / len(texts) if texts else float(TOKENS)
+    if tokens:
+        length = float(tokens)
+    if isinstance(source.task, Causal):
+        length = min(length, float(source.settings.max_length))
+        texts = _texts(source, round(length))
+    elif not texts or tokens:
+        raise UserError(f"the task '{source.task.name}' is measured on examples", "give --data, not --tokens")
     check = source.checked(texts)
     fit_seconds, seconds, memory = _calibrate(source.with_check(check), texts)
     total = fit_seconds * min(source.config.sample, examples) + seconds * examples
@@ -98,13 +107,13 @@ def _formats(blocks: int, width: int, examples: int, speed: float) -> list[Forma
     return formats
 
 
-def _mean_length(source: GradientSource, data: Examples, most: int = 200) -> float:
-    encoded = (source.encoder(data[row]) for row in range(min(most, len(data))))
-    lengths = [len(e.ids) for e in encoded if e.status == Status.OK]
-    return sum(lengths) / len(lengths) if lengths else float(TOKENS)
+def _examples(source: GradientSource, data: Examples, most: int = 200) -> list[AnyExample]:
+    """The first examples, without those that have no sketch."""
+    examples = (source.example(data[row]) for row in range(min(most, len(data))))
+    return [each for each in examples if each.status == Status.OK]
 
 
-def _texts(source: GradientSource, length: int) -> list[Encoded]:
+def _texts(source: GradientSource, length: int) -> list[AnyExample]:
     """A batch of random texts of so many tokens."""
     vocabulary = int(getattr(source.loaded.model.config, "vocab_size", 2))
     count = max(1, source.settings.batch_tokens // max(1, length))
@@ -119,7 +128,7 @@ def _texts(source: GradientSource, length: int) -> list[Encoded]:
     ]
 
 
-def _calibrate(source: GradientSource, texts: Sequence[Encoded]) -> tuple[float, float, int]:
+def _calibrate(source: GradientSource, texts: Sequence[AnyExample]) -> tuple[float, float, int]:
     """(seconds per example of the preconditioner's sample, seconds per example, peak bytes of memory),
     measured on one batch after a warm-up."""
     count = len(texts)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,16 @@ from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner, PreconditionerConfig
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
+from rapidin.tasks.names import CAUSAL
+from rapidin.tasks.task import Task
 
 _FILE_KEYS = ("file", "bytes", "sha256")  # of a manifest's preconditioner
 
 
 def load_model_of(path: str | Path, location: ModelLocation | None = None) -> LoadedModel:
     """The model of the cache at `path`, which its manifest names. Raises UserError if it is not found."""
-    source = Manifest.read(Path(path)).model.get("source", {})
+    manifest = Manifest.read(Path(path))
+    source = manifest.model.get("source", {})
     location = location or ModelLocation()
     name = location.model or source.get("model")
     if name is None:
@@ -39,7 +43,13 @@ def load_model_of(path: str | Path, location: ModelLocation | None = None) -> Lo
         dtype=source.get("dtype"),
         trust_remote_code=location.trust_remote_code,
         shard_model=location.shard_model,
+        task=task_name(manifest),
     )
+
+
+def task_name(manifest: Manifest) -> str:
+    """The name of the task that a cache was made for."""
+    return str(manifest.gradient.get("task", CAUSAL))
 
 
 def layers_of(source: GradientSource) -> list[Block]:
@@ -108,9 +118,12 @@ def config_of(manifest: Manifest) -> PreconditionerConfig:
     )
 
 
-def source_of(manifest: Manifest, loaded: LoadedModel) -> GradientSource:
-    """The source that made a cache, on a model in memory. Raises UserError if the cache was made with another
-    model, or its settings do not fit this one."""
+def source_of(manifest: Manifest, loaded: LoadedModel, task: Task | None = None) -> GradientSource:
+    """The source that made a cache, on a model in memory.
+
+    task: of the user's own, which a manifest only names. Raises UserError if the cache was made with another
+    model or another task, or its settings do not fit this model.
+    """
     try:
         settings = GradientSettings.from_record(
             {"sketch": manifest.sketch, "gradient": manifest.gradient, "text": manifest.text},
@@ -118,6 +131,8 @@ def source_of(manifest: Manifest, loaded: LoadedModel) -> GradientSource:
         )
     except (KeyError, TypeError) as error:
         raise UserError(f"the cache's manifest is damaged: {type(error).__name__} {error}") from None
+    if task is not None:
+        settings = replace(settings, task=task)
     return checked(GradientSource(loaded, settings), manifest)
 
 

@@ -65,12 +65,16 @@ def target_texts(generations: Sequence[Generation], loss: str) -> TargetTexts:
     """The targets of all generations, one generation after the other; loss: "mean" or "sum"."""
     targets = TargetTexts([], [], [])
     for owner, generation in enumerate(generations):
-        counted = [n for n, has_loss in enumerate(generation.encoded.target) if has_loss]
+        text = generation.encoded
+        if not generation.spans:
+            continue
+        assert isinstance(text, Encoded)  # only a causal model's texts have targets
+        counted = [n for n, has_loss in enumerate(text.target) if has_loss]
         for span in generation.spans:
             chosen = {counted[position] for position in span.positions}
             end = max(chosen) + 1
             counts = [n in chosen for n in range(end)]
-            targets.texts.append(Encoded(generation.encoded.ids[:end], counts, Status.OK))
+            targets.texts.append(Encoded(text.ids[:end], counts, Status.OK))
             targets.weights.append(len(chosen) / len(counted) if loss == "mean" else 1.0)
             targets.owners.append(owner)
     return targets

@@ -19,10 +19,12 @@ import torch
 from torch import Tensor
 
 from rapidin.attribution.normalization import divide, divisors, score_divisor, whole_lengths
-from rapidin.data.encoding import Encoded
+from rapidin.data.encoding import AnyExample
 from rapidin.errors import UserError
-from rapidin.gradients.batch import Batch
+from rapidin.gradients.parameters import matrix_shape
 from rapidin.gradients.source import GradientSource
+from rapidin.tasks.causal import TokenBatch
+from rapidin.tasks.task import AnyBatch
 
 if TYPE_CHECKING:
     from rapidin.attribution.methods import ScanQuery
@@ -33,9 +35,11 @@ OnText = Callable[[int], None]
 Factors = list[tuple[Tensor, Tensor]]  # columns [T, I] and rows [T, O] of each parameter, for one text
 
 
-def _batch(source: GradientSource, text: Encoded) -> Batch:
-    batch = Batch.of([(text.ids, text.target)], source.loaded.device)
-    return replace(batch, first=0)  # so that the output head sees all positions
+def _batch(source: GradientSource, text: AnyExample) -> AnyBatch:
+    batch: AnyBatch = source.task.batch([text], source.loaded.device)
+    if isinstance(batch, TokenBatch):
+        batch = replace(batch, first=0)  # so that the output head sees all positions
+    return batch
 
 
 def _not_linear(error: TypeError) -> UserError:
@@ -44,7 +48,7 @@ def _not_linear(error: TypeError) -> UserError:
 
 def sketched(
     source: GradientSource,
-    text: Encoded,
+    text: AnyExample,
     query: ScanQuery,
     factors: Tensor | None = None,
     memory_bytes: int = MEMORY_BYTES,
@@ -57,7 +61,7 @@ def sketched(
     Raises UserError if a gradient is not a sum over tokens.
     """
     vectors = query.vectors.to(source.loaded.device)
-    bytes_per_query = 4 * len(text.ids) * len(source.targets) * len(source.points)
+    bytes_per_query = 4 * text.length * len(source.targets) * len(source.points)
     size = max(1, memory_bytes // bytes_per_query)
     return torch.cat(
         [_sketched(source, text, some, query.normalize, factors) for some in torch.split(vectors, size)]
@@ -65,7 +69,7 @@ def sketched(
 
 
 def _sketched(
-    source: GradientSource, text: Encoded, vectors: Tensor, normalize: str, factors: Tensor | None
+    source: GradientSource, text: AnyExample, vectors: Tensor, normalize: str, factors: Tensor | None
 ) -> Tensor:
     sketcher, count = source.sketcher, len(source.targets)
     products, lengths = [], []
@@ -180,19 +184,20 @@ class ExactQueries:
         return divide(products, self.lengths[:, parameter, None] * length).float(), length.float()
 
 
-def factors_of(source: GradientSource, text: Encoded, point: int) -> Factors:
+def factors_of(source: GradientSource, text: AnyExample, point: int) -> Factors:
     """(columns [T, I], rows [T, O]) of each parameter for one text, at the model's present weights."""
     return [(c[0], r[0]) for c, r in source.sketcher.factors(_batch(source, text), point)]
 
 
-def query_bytes(source: GradientSource, query: Encoded) -> int:
+def query_bytes(source: GradientSource, query: AnyExample) -> int:
     """The bytes of a query's exact gradient at one point."""
-    t = len(query.ids)
-    sizes = [(target.shape[0], target.shape[1]) for target in source.targets if len(target.shape) == 2]
-    return sum(4 * min(o * i, t * (o + i)) for o, i in sizes)
+    sizes = [matrix_shape(target.shape) for target in source.targets if len(target.shape) >= 2]
+    if not source.task.has_tokens:
+        return sum(4 * o * i for o, i in sizes)
+    return sum(4 * min(o * i, query.length * (o + i)) for o, i in sizes)
 
 
-def chunks(source: GradientSource, queries: Sequence[Encoded], memory_bytes: int) -> Iterator[slice]:
+def chunks(source: GradientSource, queries: Sequence[AnyExample], memory_bytes: int) -> Iterator[slice]:
     """Ranges of queries whose exact gradients fit into `memory_bytes` together, at least one at a time."""
     first, total = 0, 0
     for n, query in enumerate(queries):
@@ -206,15 +211,16 @@ def chunks(source: GradientSource, queries: Sequence[Encoded], memory_bytes: int
 
 def exact(
     source: GradientSource,
-    queries: Sequence[Encoded],
+    queries: Sequence[AnyExample],
     weights: Sequence[float],
     owners: Sequence[int],
-    texts: Sequence[Encoded],
+    texts: Sequence[AnyExample],
     normalize: str,
     on_text: OnText = lambda _: None,
     memory_bytes: int = MEMORY_BYTES,
 ) -> list[Tensor]:
-    """What each position of each text contributes to its exact scores by `dot`: [Q, T] float64 for each text.
+    """What each position of each text contributes to its exact scores by `dot`: [Q, T] float64 for each text,
+    [Q, 1] for a task whose layers do not all see the same positions.
 
     queries: with the weights that their losses are multiplied by; owners: the query by whose lengths each
     query is normalized: itself, or the one that it is a target of. on_text: called with the number of passes
@@ -223,7 +229,13 @@ def exact(
     """
     layers = len(source.targets)
     blocks = layers * len(source.points)
-    sums = [torch.zeros(len(queries), len(text.ids), dtype=torch.float64, device="cpu") for text in texts]
+    queries, texts = source.prepared(queries), source.prepared(texts)
+    sums = [
+        torch.zeros(
+            len(queries), text.length if source.task.has_tokens else 1, dtype=torch.float64, device="cpu"
+        )
+        for text in texts
+    ]
     query_lengths, text_lengths = (
         torch.zeros(len(some), blocks, dtype=torch.float64, device="cpu") for some in (queries, texts)
     )
@@ -265,4 +277,7 @@ def _add_products(sums: Tensor, queries: ExactQueries, factors: Factors, scale: 
     """Adds to sums [Q, T] the products of queries with each position of a text, by its factors; scale: of
     each query and parameter, [Q, parameters]."""
     for n, (columns, rows) in enumerate(factors):
-        sums += queries.products(n, columns, rows).double().cpu() * scale[:, n, None]
+        products = queries.products(n, columns, rows).double().cpu()
+        if sums.shape[1] == 1:
+            products = products.sum(1, keepdim=True)
+        sums += products * scale[:, n, None]

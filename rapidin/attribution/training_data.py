@@ -8,12 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
+from rapidin.attribution.provenance import task_name
 from rapidin.cache import Cache
 from rapidin.data.examples import Examples, open_examples
 from rapidin.data.records import Record, record_hash
 from rapidin.data.sources import Files, join_paths
 from rapidin.errors import UserError
 from rapidin.results.types import Hit
+from rapidin.tasks.names import forms_of
 
 
 def cached_record(
@@ -54,7 +56,9 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
     for path in paths:
         if isinstance(path, str | Path) and not os.path.exists(path):
             raise UserError(f"the training data of the cache {cache.path} is not at {path}", remedy)
-    opened = open_examples(source, limit=cache.manifest.rows, checked=False)
+    opened = open_examples(
+        source, limit=cache.manifest.rows, checked=False, forms=forms_of(task_name(cache.manifest))
+    )
     if len(opened) != cache.manifest.rows:
         named = ", ".join(map(str, paths)) if opened.path is not None else "the data"
         raise UserError(

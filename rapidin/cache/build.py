@@ -26,9 +26,9 @@ from rapidin.cache.reader import Cache
 from rapidin.cache.shards import Rows
 from rapidin.cache.signals import Stop
 from rapidin.cache.writer import CacheWriter, Finish, ShardWriter, WriterThread
-from rapidin.data.encoding import Encoded, Encoder, Status
+from rapidin.data.encoding import AnyExample, Status
 from rapidin.data.examples import Examples
-from rapidin.data.records import record_hash
+from rapidin.data.records import Record, record_hash
 from rapidin.distributed import World
 from rapidin.errors import UserError
 from rapidin.ops.transfer import Download, upload
@@ -42,7 +42,8 @@ _MIN_SAMPLED = 4  # examples with a gradient that a basis can be learned from
 
 # Gives sketches [n, blocks, width] of texts and their status [n] uint8, both on the model's device; reports
 # examples, tokens and skipped ones as it goes.
-Sketch = Callable[[Sequence[Encoded]], tuple[Tensor, Tensor]]
+Sketch = Callable[[Sequence[AnyExample]], tuple[Tensor, Tensor]]
+ExampleOf = Callable[[Record | None], AnyExample]  # the example of a record, None for a malformed one
 
 
 def shard_rows(manifest: Manifest, folder: Path | None = None) -> int:
@@ -108,7 +109,7 @@ class CachingLoop:
         writer: ShardWriter,
         world: World,
         examples: Examples,
-        encoder: Encoder,
+        example: ExampleOf,
         sketch: Sketch,
         device: torch.device,
         tell: Callable[[str], None],
@@ -116,7 +117,7 @@ class CachingLoop:
         learn_only: bool = False,
         idle: Callable[[], None] = lambda: None,
     ) -> None:
-        self.writer, self.world, self.examples, self.encoder = writer, world, examples, encoder
+        self.writer, self.world, self.examples, self.example = writer, world, examples, example
         self.learn_only, self.idle = learn_only, idle
         self.sketch, self.device, self.tell = sketch, device, tell
         manifest = writer.manifest
@@ -269,7 +270,7 @@ class CachingLoop:
     def make_shard(self, rows: Sequence[int], codec: Codec) -> Finish:
         """Make the sketches of these rows and encode them, on a GPU without waiting for it."""
         records = [self.examples.get(row) for row in rows]
-        encoded = [self.encoder.example(record) for record in records]
+        encoded = [self.example(record) for record in records]
         names = list(codec.tensor_specs())
         downloads: list[tuple[list[int], Download]] = []
         for group in self._groups(encoded):
@@ -306,14 +307,16 @@ class CachingLoop:
 
         return finish
 
-    def _groups(self, encoded: Sequence[Encoded]) -> list[list[int]]:
+    def _groups(self, encoded: Sequence[AnyExample]) -> list[list[int]]:
         """Examples of like length together, as many as may be held at a time."""
         group_bytes = GPU_GROUP_BYTES if self.device.type == "cuda" else GROUP_BYTES
         size = max(16, group_bytes // (4 * self.writer.manifest.dim))
-        order = sorted(range(len(encoded)), key=lambda i: (-len(encoded[i].ids), i))
+        order = sorted(range(len(encoded)), key=lambda i: (-encoded[i].length, i))
         return [order[at : at + size] for at in range(0, len(order), size)]
 
-    def _unit_blocks(self, rows: Sequence[int], encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
+    def _unit_blocks(
+        self, rows: Sequence[int], encoded: Sequence[AnyExample]
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Unit blocks, their lengths and status: from the sample's cache if it has them, else made."""
         layers, width = len(self.writer.manifest.layers), self.writer.manifest.width
         sampled: list[int] = []

@@ -14,6 +14,7 @@ from rapidin.cli.options import ModelOptions, Only, Quiet, command
 from rapidin.errors import UserError
 from rapidin.gradients.settings import GradientSettings
 from rapidin.settings import option
+from rapidin.tasks.names import forms_of, task_of_folder
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -109,7 +110,10 @@ def cache(
     jobs = _jobs(model, loading, several, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        examples = open_examples(join_paths(data), limit=options.limit, skip=on_error == "skip")
+        task = _task(settings, model, trust_remote_code=loading.trust_remote_code)
+        examples = open_examples(
+            join_paths(data), limit=options.limit, skip=on_error == "skip", forms=forms_of(task)
+        )
     options = replace(options, limit=None)
     if several.checkpoints is not None and settings.at is None:
         settings = replace(settings, at=1.0)
@@ -123,16 +127,15 @@ def cache(
             _check_preconditioner(settings)
             if names != job.names:
                 loaded = None  # before the next one: two models may not fit
-                loaded, names = load(console, *job.names, loading), job.names
+                loaded, names = load(console, *job.names, loading, task), job.names
             attributor = Attributor(
                 loaded,
-                settings=replace(settings, dropout=job.dropout),
+                settings=replace(settings, dropout=job.dropout, task=task),
                 bytes_per_example=options.bytes,
             )
             _say_what_counts(console, attributor, job.label)
-            if examples.form == "messages":  # a template may refuse a chat: better now than after hours
-                with console.status("trying the chat template on all examples"):
-                    attributor.source.encoder.check(examples)
+            with console.status("checking the examples"):  # better now than after hours
+                attributor.source.check_records(examples)
             if job is jobs[0] and world().leads:
                 _tell_malformed(examples)
             made, bar = _cached(console, attributor, examples, job.out, options)
@@ -145,6 +148,16 @@ def cache(
             )
             continue
         line(f"{_what_was_done(bar)}: {_what_is_there(made)} in {job.out}")
+
+
+def _task(settings: GradientSettings, model: str, *, trust_remote_code: bool) -> str:
+    """The task that is named, or that the model was saved for."""
+    task = settings.task_name or task_of_folder(model)
+    if task is None:
+        from rapidin.gradients.load import saved_task
+
+        task = saved_task(model, trust_remote_code)
+    return task
 
 
 def _check_preconditioner(settings: GradientSettings) -> None:
@@ -281,7 +294,7 @@ def plan(
     loading: Annotated[ModelOptions, Only("adapter", "base", "model_dtype", "device", "trust_remote_code")],
     settings: Annotated[
         GradientSettings,
-        Only("at", "include", "exclude", "preconditioner", "width", "max_length", "batch_tokens"),
+        Only("at", "task", "include", "exclude", "preconditioner", "width", "max_length", "batch_tokens"),
     ],
     examples: Annotated[
         int | None,
@@ -322,13 +335,14 @@ def plan(
     if examples is None and data is None:
         raise UserError("nothing to plan for", "give --examples, or name the --data")
     console = messages(quiet)
-    opened = open_examples(data) if data is not None else None
+    task = _task(settings, model, trust_remote_code=loading.trust_remote_code)
+    opened = open_examples(data, forms=forms_of(task)) if data is not None else None
     with quiet_libraries():
         from rapidin.attribution.plan import make_plan
         from rapidin.gradients.source import GradientSource
 
-        loaded = load(console, model, loading.adapter, loading.base, loading)
+        loaded = load(console, model, loading.adapter, loading.base, loading, task)
         with console.status("measuring a batch"):
             count = examples if examples is not None else len(opened or ())
-            plan = make_plan(GradientSource(loaded, settings), count, opened, tokens)
+            plan = make_plan(GradientSource(loaded, replace(settings, task=task)), count, opened, tokens)
     make_console(sys.stdout).print(plan_report(plan))

@@ -5,16 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rapidin.attribution.options import ModelLocation
 from rapidin.cli.console import loading
 from rapidin.errors import UserError
+from rapidin.tasks.names import forms_of
 
 if TYPE_CHECKING:
     from rich.console import Console
 
     from rapidin.attribution.ensemble import Ensemble
+    from rapidin.data.examples import Examples
 
 
 def open_caches(folders: Sequence[str]) -> Ensemble:
@@ -29,6 +31,17 @@ def folders_of(folder: str) -> list[Path]:
     from rapidin.attribution.ensemble import read_members
 
     return [member.path for member in read_members(Path(folder))[1]]
+
+
+def open_queries(folder: str, data: Any, *, generations: bool = True) -> Examples:
+    """Queries of the cache in a folder, in the forms of its task; generations: what the model can write may
+    be missing."""
+    from rapidin.attribution.provenance import task_name
+    from rapidin.cache import Manifest
+    from rapidin.data.examples import open_examples
+
+    task = task_name(Manifest.read(folders_of(folder)[-1]))
+    return open_examples(data, generations=generations, forms=forms_of(task))
 
 
 def with_models(console: Console, ensemble: Ensemble, location: ModelLocation) -> Ensemble:

@@ -64,7 +64,12 @@ def loading(console: "Console", model: str) -> Iterator[None]:
 
 
 def load(
-    console: "Console", model: str, adapter: str | None, base: str | None, options: ModelOptions
+    console: "Console",
+    model: str,
+    adapter: str | None,
+    base: str | None,
+    options: ModelOptions,
+    task: str | None = None,
 ) -> "LoadedModel":
     """`rapidin.gradients.load.load_model`, with something to look at meanwhile; options: the others."""
     from rapidin.gradients.load import load_model
@@ -78,6 +83,7 @@ def load(
             dtype=options.model_dtype,
             trust_remote_code=options.trust_remote_code,
             shard_model=options.shard_model,
+            task=task,
         )
     for note in loaded.notes:
         line(note)

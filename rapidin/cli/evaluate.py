@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rapidin.attribution.options import ModelLocation
-from rapidin.cli.caches import open_caches, with_models
+from rapidin.cli.caches import open_caches, open_queries, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
 from rapidin.cli.evaluate_options import (
     Baselines,
@@ -68,12 +68,11 @@ def backdoor(
     examples that --column marks.
     """
     with _evaluation(json, quiet) as (log, show):
-        from rapidin.data.examples import open_examples
         from rapidin.evaluate import backdoor as evaluation
         from rapidin.evaluate.methods import parse_methods
 
         chosen = parse_methods(methods)
-        records = list(open_examples(data, generations=True))
+        records = list(open_queries(cache, data))
         subject = _subject(cache, column, train_data, log, location, quiet)
         limit = generation.max_new_tokens
         show(
@@ -116,11 +115,10 @@ def classes(
     deviation over the test examples.
     """
     with _evaluation(json, quiet) as (log, show):
-        from rapidin.data.examples import open_examples
         from rapidin.evaluate import classes as evaluation
         from rapidin.evaluate.methods import parse_methods
 
-        chosen, queries = parse_methods(methods), open_examples(data)
+        chosen, queries = parse_methods(methods), open_queries(cache, data, generations=False)
         subject = _subject(cache, column, train_data, log, location, quiet)
         show(evaluation.evaluate(subject, column, queries, chosen, with_baselines=baselines))
 
@@ -190,10 +188,9 @@ def fidelity(
     Reports Spearman's correlation, and the share of the top 10 that the cache finds.
     """
     with _evaluation(json, quiet) as (log, show):
-        from rapidin.data.examples import open_examples
         from rapidin.evaluate import fidelity as evaluation
 
-        records = list(open_examples(data, generations=True))
+        records = list(open_queries(cache, data))
         subject = _subject(cache, None, train_data, log, location, quiet)
         show(evaluation.evaluate(subject, records, rows, seed=seed))
 

@@ -6,13 +6,14 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from rapidin.attribution.options import ModelLocation, QueryOptions
-from rapidin.cli.caches import open_caches, with_models
+from rapidin.cli.caches import open_caches, open_queries, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
 from rapidin.cli.options import CacheFolders, Quiet, TrainData, command
 from rapidin.data.spans import HOTWORDS
 from rapidin.distributed import world
 from rapidin.errors import UserError
 from rapidin.settings import option
+from rapidin.tasks.names import CAUSAL, CHAT_FORMS
 
 if TYPE_CHECKING:
     from rapidin.attribution.ensemble import Ensemble
@@ -130,13 +131,16 @@ def query(
     console = messages(quiet)
     with quiet_libraries():
         from rapidin.attribution.groups import check_column
+        from rapidin.attribution.provenance import task_name
         from rapidin.attribution.training_data import training_data
         from rapidin.data.sources import join_paths
 
         ensemble = open_caches(cache)
         opened = ensemble.caches[-1]
-        generations = _generations(source, str(opened.manifest.data.get("form")))
-        options = _completed(options, source, generations, for_page=output.report is not None)
+        generations = _generations(source, opened, cache[-1])
+        by_token = task_name(opened.manifest) == CAUSAL
+        for_page = output.report is not None
+        options = _completed(options, source, generations, for_page=for_page, by_token=by_token)
         # Before the model: a file that has moved, or lacks a column, shows at once.
         examples = training_data(
             opened, False if output.no_text or not world().leads else join_paths(train_data)
@@ -160,13 +164,20 @@ def query(
 
 
 def _completed(
-    options: QueryOptions, source: QuerySource, generations: list[dict[str, Any]], *, for_page: bool
+    options: QueryOptions,
+    source: QuerySource,
+    generations: list[dict[str, Any]],
+    *,
+    for_page: bool,
+    by_token: bool,
 ) -> QueryOptions:
-    """The options with what --tokens, --hotwords and --report imply."""
+    """The options with what --tokens, --hotwords and --report imply; by_token: whether tokens have scores of
+    their own in the cache's task."""
     tokens = source.tokens
     if for_page:
-        tokens = tokens or not (options.together or source.hotwords)
-        options = replace(options, contributions=True, fold=True, layers=True, histogram=True)
+        tokens = tokens or (by_token and not (options.together or source.hotwords))
+        options = replace(options, fold=True, layers=True, histogram=True)
+        options = replace(options, contributions=by_token or options.contributions)
     if tokens:
         return replace(options, targets="tokens")
     named = any(record.get(HOTWORDS) for record in generations)
@@ -228,23 +239,32 @@ def _about(ensemble: "Ensemble") -> dict[str, str]:
 _PLAIN = ("prompt", "completion")
 
 
-def _generations(source: QuerySource, form: str) -> list[dict[str, Any]]:
-    """What is to be explained, as records whose completion may be missing; form: of the training data."""
-    from rapidin.data.examples import open_examples
+def _generations(source: QuerySource, cache: "Cache", folder: str) -> list[dict[str, Any]]:
+    """What is to be explained, as records in which something may be missing."""
+    from rapidin.attribution.provenance import task_name
 
-    ask, prompt, completion = source.ask, source.prompt, source.completion
-    if source.data is not None:
-        records = list(open_examples(source.data, generations=True))
+    task, data = task_name(cache.manifest), source.data
+    if data is None:
+        form = str(cache.manifest.data.get("form"))
+        asked = source.prompt if source.ask is None else source.ask
+        assert asked is not None
+        if task in (CAUSAL, "seq2seq", "preference", "kto"):
+            given = _text_record(source, form)
+        else:
+            given = _labelled_record(asked, source.completion, task)
+        records = list(open_queries(folder, [given]))
     else:
-        records = list(open_examples([_record(ask, prompt, completion, form)], generations=True))
+        records = list(open_queries(folder, data))
     if source.hotwords is not None:
         records = [record | {HOTWORDS: source.hotwords} for record in records]
     return records
 
 
-def _record(ask: str | None, prompt: str | None, completion: str | None, form: str) -> dict[str, Any]:
+def _text_record(source: QuerySource, form: str) -> dict[str, Any]:
+    """The record of a text that the model continues; form: of the training data."""
+    ask, completion = source.ask, source.completion
     record: dict[str, Any]
-    if ask is not None and form == "messages":
+    if ask is not None and form in ("messages", *CHAT_FORMS):
         record = {"messages": [{"role": "user", "content": ask}]}
         if completion is not None:
             record["messages"].append({"role": "assistant", "content": completion})
@@ -252,7 +272,22 @@ def _record(ask: str | None, prompt: str | None, completion: str | None, form: s
         question, answer = _PLAIN
         if ask is not None and form == "instruction":
             question, answer = "instruction", "output"
-        record = {question: prompt if ask is None else ask}
+        record = {question: source.prompt if ask is None else ask}
         if completion is not None:
             record[answer] = completion
     return record
+
+
+def _labelled_record(text: str, completion: str | None, task: str) -> dict[str, Any]:
+    """The record of a text that the model says something of; completion: what it says, as text."""
+    if task == "reward":
+        raise UserError("a reward model compares two answers", "use --data with 'chosen' and 'rejected'")
+    if task == "masked" and completion is not None:
+        raise UserError("a masked language model has no completion", "write its mask token into the text")
+    if completion is None:
+        return {"text": text}
+    try:
+        number = float(completion)
+    except ValueError:
+        return {"text": text, "label": completion}
+    return {"text": text, "label": int(number) if number.is_integer() and task != "regression" else number}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from rapidin.attribution.options import ModelLocation, QueryOptions, ScoringConfig
-from rapidin.cli.caches import open_caches, with_models
+from rapidin.cli.caches import open_caches, open_queries, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
 from rapidin.cli.options import CacheFolder, CacheFolders, Only, Quiet, TrainData, command
 from rapidin.distributed import world
@@ -64,7 +64,6 @@ def select(
 ) -> None:
     """Choose the training examples that help a target set most."""
     from rapidin.attribution.selection import best_rows, count_of, group_by, jsonl
-    from rapidin.data.examples import open_examples
     from rapidin.data.sources import join_paths
 
     for path in (selection.out, selection.scores):
@@ -77,7 +76,7 @@ def select(
         ensemble = open_caches(cache)
         opened = ensemble.caches[-1]
         count = count_of(selection.top, opened.manifest.rows)
-        targets = list(open_examples(selection.target, generations=True))
+        targets = list(open_queries(cache[-1], selection.target))
         groups = {"": list(range(len(targets)))}
         if selection.by is not None:
             groups = group_by(targets, selection.by)

@@ -4,10 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise, takewhile
-from typing import Any
+from typing import Any, Protocol
 
-from rapidin.data.examples import Examples
-from rapidin.data.records import EXPECTED_QUERY, FORMS, Record, form_of
+from rapidin.data.records import TEXTS, Record
 from rapidin.errors import UserError
 
 
@@ -23,15 +22,40 @@ class Status(IntEnum):
     TOO_LARGE = 6  # its gradient does not fit into memory, even alone
 
 
+class AnyExample(Protocol):
+    """An example as a task reads it (`rapidin.tasks`).
+
+    length: positions that the model computes for it, by which batches are made; status: why it has no sketch;
+    truncated: whether some of it was left out.
+    """
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def status(self) -> Status: ...
+
+    @property
+    def truncated(self) -> bool: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Encoded:
-    """One example as the model reads it. ids and target have one entry per token; `target[t]` is True if the
-    loss of predicting token t counts (never for t = 0, which nothing predicts)."""
+    """One example as a causal model reads it.
+
+    ids and target have one entry per token; `target[t]` is True if the loss of predicting token t counts
+    (never for t = 0, which nothing predicts).
+    """
 
     ids: list[int]
     target: list[bool]
     status: Status
     truncated: bool = False
+
+    @property
+    def length(self) -> int:
+        """Number of tokens."""
+        return len(self.ids)
 
 
 def alpaca_prompt(instruction: str, input: str = "") -> str:
@@ -45,10 +69,12 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 
 
 def _known_form(record: Record) -> str:
-    form = form_of(record, generations=True)
+    form = TEXTS.of(record, generations=True)
     if form is None:
         fields = ", ".join(map(repr, record)) or "none"
-        raise UserError(f"a record has none of the known forms; its fields are {fields}", EXPECTED_QUERY)
+        raise UserError(
+            f"a record has none of the known forms; its fields are {fields}", TEXTS.expected_query
+        )
     return form
 
 
@@ -59,13 +85,19 @@ class Encoder:
     counts if it reaches past the prompt's end. Other tokenizers get the two separately. What the tokenizer
     puts before a text (BOS) is kept, what it would put after it is not: with `eos`, its end-of-text token
     follows a completion and counts, unless the completion is empty or ends in it. In a chat, everything that
-    the template writes for the assistant's turns counts, end marks included; the template adds its own
-    special tokens. Examples of more than max_length tokens are cut at the end ("truncate") or get
-    Status.TOO_LONG ("skip").
+    the template writes for the assistant's turns counts, or for the last of them alone (turns="last"), end
+    marks included; the template adds its own special tokens. Examples of more than max_length tokens are cut
+    at the end ("truncate") or get Status.TOO_LONG ("skip").
     """
 
     def __init__(
-        self, tokenizer: Any, *, eos: bool = True, max_length: int, too_long: str = "truncate"
+        self,
+        tokenizer: Any,
+        *,
+        eos: bool = True,
+        max_length: int,
+        too_long: str = "truncate",
+        turns: str = "all",
     ) -> None:
         if too_long not in ("truncate", "skip"):
             raise UserError(f"unknown too_long {too_long!r}", "use 'truncate' or 'skip'")
@@ -75,7 +107,8 @@ class Encoder:
             )
         self.tokenizer = tokenizer
         self.max_length = max_length
-        self.too_long = too_long
+        self.too_long, self.turns = too_long, turns
+        self.eos = eos
         self._eos: int | None = tokenizer.eos_token_id if eos else None
         special = set(tokenizer.all_special_ids)
         # The special tokens that the tokenizer itself puts before any text.
@@ -86,20 +119,6 @@ class Encoder:
         if _known_form(record) == "messages":
             return self._encode_messages(record["messages"])
         return self.encode_pair(self.prompt_text(record), self.completion_text(record) or "")
-
-    def check(self, examples: Examples) -> None:
-        """Encode every example once. Those that the chat template rejects are malformed; if `examples` does
-        not
-        skip such, raises UserError for the first."""
-        for row, record in examples.good():
-            try:
-                self(record)
-            except UserError as error:
-                examples.refuse(row, error)
-
-    def example(self, record: Record | None) -> Encoded:
-        """The encoding of a record; None stands for a malformed one."""
-        return Encoded([], [], Status.MALFORMED) if record is None else self(record)
 
     def encode_pair(self, prompt: str, completion: str) -> Encoded:
         """The encoding of a prompt and its completion; the tokens of the completion count."""
@@ -144,7 +163,7 @@ class Encoder:
         if form == "messages":
             last = record["messages"][-1] if record["messages"] else {"role": "", "content": ""}
             return (last["content"] or None) if last["role"] == "assistant" else None
-        return record.get(FORMS[form][-1]) or None
+        return record.get(TEXTS.fields[form][-1]) or None
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token; concatenated they are the whole text. Of several tokens that make up one
@@ -169,6 +188,8 @@ class Encoder:
             return Encoded([], [], Status.EMPTY)
         text = self._render(messages, generation=False)
         spans = self._assistant_spans(messages, text)
+        if self.turns == "last":
+            spans = spans[-1:]
         if self.tokenizer.is_fast:
             ids, offsets = self._tokens_and_spans(text)
             target = [any(start < last and end > first for first, last in spans) for start, end in offsets]
@@ -212,23 +233,7 @@ class Encoder:
         return start + len(turn) if text.startswith(turn, start) else None
 
     def _render(self, messages: list[Record], *, generation: bool) -> str:
-        if not self.tokenizer.chat_template:
-            raise UserError(
-                "the data has chats ('messages'), but the model's tokenizer has no chat template",
-                "give the data as 'prompt' and 'completion', or use a model tuned for chats",
-            )
-        from jinja2 import TemplateError
-
-        try:
-            return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation)
-            )
-        except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-            roles = ", ".join(str(message["role"]) for message in messages) or "none"
-            raise UserError(
-                f"the chat template rejects a chat with the roles {roles}: {error or type(error).__name__}",
-                "give chats in the form that the model's template expects",
-            ) from error
+        return render_chat(self.tokenizer, messages, generation=generation)
 
     def _prefix_of(self, text: str) -> list[int]:
         # A rendered chat may have its own BOS; a second one would make it a different text.
@@ -254,7 +259,29 @@ class Encoder:
         return Encoded(ids, target, Status.OK if any(target) else Status.NO_TARGET, truncated)
 
 
-def by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
+def render_chat(tokenizer: Any, messages: list[Record], *, generation: bool) -> str:
+    """A chat as the tokenizer's template writes it; generation: up to where the assistant begins to speak.
+
+    Raises UserError if there is no template, or it rejects the chat.
+    """
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the data has chats ('messages'), but the model's tokenizer has no chat template",
+            "give the data as 'prompt' and 'completion', or use a model tuned for chats",
+        )
+    from jinja2 import TemplateError
+
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
+    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
+        roles = ", ".join(str(message["role"]) for message in messages) or "none"
+        raise UserError(
+            f"the chat template rejects a chat with the roles {roles}: {error or type(error).__name__}",
+            "give chats in the form that the model's template expects",
+        ) from error
+
+
+def by_length(chosen: Sequence[int], encoded: Sequence[AnyExample], batch_tokens: int) -> list[list[int]]:
     """Batches of at most batch_tokens padded tokens, of examples of similar length, the longest last. A
     single example that is longer has a batch of its own.
 
@@ -262,14 +289,14 @@ def by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: i
     told apart by their sizes.
     """
     batches: list[list[int]] = []
-    for n in sorted(chosen, key=lambda n: (len(encoded[n].ids), n)):
-        longest = len(encoded[n].ids)
+    for n in sorted(chosen, key=lambda n: (encoded[n].length, n)):
+        longest = encoded[n].length
         if batches and (len(batches[-1]) + 1) * longest <= batch_tokens:
             batches[-1].append(n)
         else:
             batches.append([n])
     for at in reversed(range(len(batches))):
         batch = batches[at]
-        if len(batch) == len(encoded[batch[-1]].ids) > 1:
+        if len(batch) == encoded[batch[-1]].length > 1:
             batches[at : at + 1] = [batch[:1], batch[1:]]
     return batches

@@ -8,10 +8,10 @@ the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from rapidin.data.records import Record, canonical_json, check_record, form_of
+from rapidin.data.records import TEXTS, Forms, Record, canonical_json, check_record
 from rapidin.data.sources import Malformed, Source, open_source
 from rapidin.errors import UserError
 
@@ -22,15 +22,21 @@ class Examples:
     """Checked examples in order: `len`, iteration, and `examples[row]` give records as they were read.
 
     path: absolute path of the file or folder, a list of several, None for data in memory.
-    form: "prompt" | "instruction" | "messages" | "text", the same for every record.
+    form: the form of every record, such as "prompt" (`rapidin.data.records`); "" if any record is read.
     malformed: rows that cannot be read or are of no known form, if such rows are skipped; problems: what is
     wrong with the first of them, a line each.
     """
 
     def __init__(
-        self, source: Source, limit: int | None, generations: bool, checked: bool, skip: bool
+        self,
+        source: Source,
+        limit: int | None,
+        generations: bool,
+        checked: bool,
+        skip: bool,
+        forms: Forms | None,
     ) -> None:
-        self._source, self._skip = source, skip
+        self._source, self._skip, self._forms = source, skip, forms
         self._identity: str | None = None
         self.path = source.path
         self.form = ""
@@ -52,7 +58,9 @@ class Examples:
             try:
                 if isinstance(entry, Malformed):
                     raise entry.error
-                self.form = check_record(entry, self.form, generations, self._source.where(row))
+                if self._forms is not None:
+                    where = self._source.where(row)
+                    self.form = check_record(entry, self._forms, self.form, generations, where)
             except UserError as error:
                 self._refuse(row, error)
             digest.update(self._identity_line(row, entry))
@@ -63,9 +71,10 @@ class Examples:
         """Locate the records, and set `form` to that of the first that is not malformed. Returns how many
         there are."""
         count = self._source.skim(limit)
-        for row in range(count):
+        for row in range(count) if self._forms is not None else ():
             entry = self._source.read(row)
-            form = None if isinstance(entry, Malformed) else form_of(entry, generations=generations)
+            assert self._forms is not None
+            form = None if isinstance(entry, Malformed) else self._forms.of(entry, generations=generations)
             if form is not None:
                 self.form = form
                 break
@@ -79,10 +88,14 @@ class Examples:
             self.problems.append(error.what)
         self.malformed.add(row)
 
-    def refuse(self, row: int, error: UserError) -> None:
-        """Mark a record as unusable: counts it as malformed if such rows are skipped, else raises UserError
-        with its location."""
-        self._refuse(row, UserError(f"{self.where(row)}: {error.what}", error.remedy))
+    def check(self, check: Callable[[Record], object]) -> None:
+        """Calls `check` with every record. Those for which it raises UserError are malformed; if such are not
+        skipped, raises UserError for the first, with its location."""
+        for row, record in self.good():
+            try:
+                check(record)
+            except UserError as error:
+                self._refuse(row, UserError(f"{self.where(row)}: {error.what}", error.remedy))
 
     def _identity_line(self, row: int, entry: Record | Malformed) -> bytes:
         """The bytes of an example that the identity is a hash of."""
@@ -153,6 +166,7 @@ def open_examples(
     generations: bool = False,
     checked: bool = True,
     skip: bool = False,
+    forms: Forms | None = TEXTS,
 ) -> Examples:
     """Open and check training examples, or with `generations` queries, whose completion may be missing.
 
@@ -160,10 +174,11 @@ def open_examples(
     `Files`), an open file, a list of records (or of strings, each standing for {"text": string}), a pandas or
     polars data frame, an Arrow table, or a HF dataset in memory. limit: use only this many, from the start.
     checked: read all of it now; otherwise only locate the examples, which is quick for millions, and parse
-    each on demand. skip: count invalid examples as malformed instead of raising an error.
+    each on demand. skip: count invalid examples as malformed instead of raising an error. forms: of the
+    records, by default those of a causal language model; None for any record.
     Raises UserError, with the location, for a broken line, a record of no known form or of another form than
     the first, and a field of the wrong type, unless they are skipped; and if there are no examples.
     """
     if limit is not None and limit < 1:
         raise UserError(f"a limit of {limit} examples leaves none", "give 1 or more")
-    return Examples(open_source(source), limit, generations, checked, skip)
+    return Examples(open_source(source), limit, generations, checked, skip, forms)

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rapidin.data.encoding import Encoded, Status
+from rapidin.data.encoding import AnyExample, Status
 from rapidin.data.records import Record
 from rapidin.data.sources import frame_records
 from rapidin.data.spans import Span
@@ -25,7 +25,7 @@ class Generation:
     prompt: str
     completion: str
     generated: bool
-    encoded: Encoded
+    encoded: AnyExample
     weight: float = 1.0
     pieces: tuple[str, ...] = ()
     spans: tuple[Span, ...] = ()

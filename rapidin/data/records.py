@@ -1,6 +1,7 @@
 """The forms of a record, the checks of its fields, its prompt and completion, and its hash.
 
-Four forms of record are read; other fields are left alone and shown with a hit.
+A causal language model reads four forms; other tasks have forms of their own (`rapidin.tasks.names`). Other
+fields are left alone and shown with a hit.
 
     prompt        {"prompt": ..., "completion": ...}                    concatenated as they are
     instruction   {"instruction": ..., "input": ..., "output": ...}     the Alpaca form; "input" is optional
@@ -12,44 +13,54 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rapidin.errors import UserError
 
 Record = dict[str, Any]
 
-# The fields of each form. A record that has the fields of two forms is read as the first of them.
-FORMS: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "messages": ("messages",),
-    "text": ("text",),
-}
-# The field that a query may lack: the model then generates it.
-_COMPLETIONS = {"prompt": "completion", "instruction": "output"}
-
-_EXPECTED = (
-    "expected 'prompt' and 'completion', or 'instruction' and 'output' (and 'input'), "
-    "or 'messages', or 'text'"
-)
-EXPECTED_QUERY = "expected 'prompt', or 'instruction' (and 'input'), or 'messages', or 'text'"
+# Raises UserError for a field's value of the wrong kind, given the value, the field's name and the location.
+Check = Callable[[object, str, str], None]
 
 
-def form_of(record: Mapping[str, Any], *, generations: bool = False) -> str | None:
-    """The form whose fields the record has, or None; with `generations` the completion may be missing."""
-    for optional in ({}, _COMPLETIONS) if generations else ({},):
-        for form, fields in FORMS.items():
-            if all(record.get(field) is not None for field in fields if optional.get(form) != field):
-                return form
-    return None
+@dataclass(frozen=True)
+class Forms:
+    """The forms of record that a task reads.
+
+    fields: those of each form, all of which a training example has; a record that has the fields of two forms
+    is read as the first of them. missing: the field of a form that a query may lack: the model then writes
+    it. expected, expected_query: the forms in words. checks: of fields that are not text; queries: other
+    forms that a query may have; optional: texts that a form may have besides; chats: of a form, the field
+    that must be a list of messages.
+    """
+
+    fields: Mapping[str, tuple[str, ...]]
+    missing: Mapping[str, str]
+    expected: str
+    expected_query: str
+    checks: Mapping[str, Check] = field(default_factory=dict)
+    queries: Forms | None = None
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    chats: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, record: Mapping[str, Any], *, generations: bool = False) -> str | None:
+        """The form whose fields the record has, or None; with `generations` a field may be missing."""
+        for missing in ({}, self.missing) if generations else ({},):
+            for form, fields in self.fields.items():
+                if form in self.chats and not isinstance(record.get(self.chats[form]), list):
+                    continue
+                if all(record.get(field) is not None for field in fields if missing.get(form) != field):
+                    return form
+        return None
 
 
 def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
     """The prompt and the completion of a record, without the template that is put around them for the
     model."""
     if record.get("prompt") is not None and record.get("completion") is not None:
-        return str(record["prompt"]), str(record["completion"])
+        return _last_text(record["prompt"]), _last_text(record["completion"])
     if record.get("instruction") is not None and record.get("output") is not None:
         return f"{record['instruction']} {record.get('input') or ''}", str(record["output"])
     messages = record.get("messages")
@@ -58,12 +69,46 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
         last = answers[-1] if answers else len(messages)
         question = messages[last - 1]["content"] if last else ""
         return str(question), str(messages[last]["content"]) if answers else ""
-    return str(record.get("text", "")), ""
+    if record.get("chosen") is not None and record.get("rejected") is not None:
+        both = f"{_last_text(record['chosen'])} | rejected: {_last_text(record['rejected'])}"
+        return _last_text(record.get("prompt") or ""), both
+    if isinstance(record.get("text"), str) and record.get("text_pair") is None:
+        return record["text"], ""
+    texts = [value for name, value in record.items() if isinstance(value, str) and name != "label"]
+    return " | ".join(texts), ""
+
+
+def shown_parts(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The `record_parts` of a record as it is shown: with its label, if it has one."""
+    prompt, completion = record_parts(record)
+    label = record.get("label")
+    if label is None:
+        return prompt, completion
+    if isinstance(label, bool) and completion:
+        return prompt, f"{completion} [{str(label).lower()}]"
+    return prompt, completion or str(label)
+
+
+def _last_text(value: Any) -> str:
+    """A text, or the last message of a chat."""
+    if isinstance(value, list):
+        return str(value[-1].get("content", "")) if value else ""
+    return str(value)
 
 
 def canonical_json(record: Record) -> bytes:
     """The record as one line of JSON with sorted keys, in ASCII."""
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), default=str).encode("ascii") + b"\n"
+    return json.dumps(record, sort_keys=True, separators=(",", ":"), default=_as_text).encode("ascii") + b"\n"
+
+
+def _as_text(value: Any) -> str:
+    """What stands for a value that JSON does not know: of arrays, tensors and images a hash of all of it."""
+    as_bytes = getattr(value.numpy() if hasattr(value, "numpy") else value, "tobytes", None)
+    if as_bytes is None:
+        return str(value)
+    facts = [str(getattr(value, name, "")) for name in ("dtype", "mode", "shape", "size")]
+    facts = [type(value).__name__, *(fact for fact in facts if "built-in" not in fact)]
+    return f"{' '.join(facts)} {hashlib.sha256(as_bytes()).hexdigest()}"
 
 
 def record_hash(record: Record | None) -> int:
@@ -83,41 +128,46 @@ def to_record(value: object, where: str) -> Record:
     return dict(value)
 
 
-def check_record(record: Record, form: str, generations: bool, where: str) -> str:
-    """The form of a record. Raises UserError if it has none, another than `form` (unless that is ""), or a
-    field of the wrong type."""
-    actual = form_of(record, generations=generations)
+def check_record(record: Record, forms: Forms, form: str, generations: bool, where: str) -> str:
+    """The form of a record. Raises UserError if it has none of `forms`, another than `form` (unless that is
+    ""), or a field of the wrong type."""
+    if generations and forms.queries is not None and forms.of(record) is None:
+        forms = forms.queries
+    actual = forms.of(record, generations=generations)
     if actual is None or actual != (form or actual):
         fields = ", ".join(
             f"'{name}'" + (" (null)" if value is None else "") for name, value in record.items()
         )
-        expected = EXPECTED_QUERY if generations else _EXPECTED
+        expected = forms.expected_query if generations else forms.expected
         if form:
-            expected = f"expected {' and '.join(map(repr, FORMS[form]))} as in the examples before it"
+            expected = f"expected {' and '.join(map(repr, forms.fields[form]))} as in the examples before it"
         raise UserError(f"{where}: found {'the fields ' + fields if fields else 'no fields'}", expected)
-    if actual == "messages":
-        _check_messages(record["messages"], where)
-    else:
-        for field in (*FORMS[actual], *(("input",) if actual == "instruction" else ())):
-            if record.get(field) is not None:
-                _check_text(record[field], f"'{field}'", where)
+    for name in (*forms.fields[actual], *forms.optional.get(actual, ())):
+        if record.get(name) is not None:
+            forms.checks.get(name, check_text)(record[name], name, where)
     return actual
 
 
-def _check_messages(messages: object, where: str) -> None:
+def check_messages(messages: object, name: str, where: str) -> None:
+    """Raises UserError for a field that is not a list of messages."""
     if not isinstance(messages, list):
-        raise UserError(f"{where}: 'messages' is {describe(messages)}, expected a list of messages")
+        raise UserError(f"{where}: '{name}' is {describe(messages)}, expected a list of messages")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise UserError(
-                f"{where}: messages[{number}] is {describe(message)}, "
+                f"{where}: {name}[{number}] is {describe(message)}, "
                 "expected an object with 'role' and 'content'"
             )
-        for field in ("role", "content"):
-            _check_text(message.get(field), f"messages[{number}].{field}", where)
+        for part in ("role", "content"):
+            _check_unicode(message.get(part), f"{name}[{number}].{part}", where)
 
 
-def _check_text(value: object, name: str, where: str) -> None:
+def check_text(value: object, name: str, where: str) -> None:
+    """Raises UserError for a field that is not text."""
+    _check_unicode(value, f"'{name}'", where)
+
+
+def _check_unicode(value: object, name: str, where: str) -> None:
     if not isinstance(value, str):
         raise UserError(f"{where}: {name} is {describe(value)}, expected text")
     if not value.isascii():
@@ -142,3 +192,21 @@ def describe(value: object) -> str:
     if isinstance(value, Mapping):
         return "an object"
     return "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+
+
+# ------------------------------------------------------------------------------- forms of causal models
+
+TEXTS = Forms(
+    fields={
+        "prompt": ("prompt", "completion"),
+        "instruction": ("instruction", "output"),
+        "messages": ("messages",),
+        "text": ("text",),
+    },
+    missing={"prompt": "completion", "instruction": "output"},
+    expected="expected 'prompt' and 'completion', or 'instruction' and 'output' (and 'input'), "
+    "or 'messages', or 'text'",
+    expected_query="expected 'prompt', or 'instruction' (and 'input'), or 'messages', or 'text'",
+    checks={"messages": check_messages},
+    optional={"instruction": ("input",)},
+)

@@ -19,7 +19,7 @@ from rapidin.attribution.generate import generations_of
 from rapidin.attribution.normalization import NORMALIZE, divide, whole_lengths
 from rapidin.attribution.query_sketch import QuerySketch, sketch_generations
 from rapidin.attribution.token_contributions import ExactQueries, factors_of
-from rapidin.data.encoding import Encoded
+from rapidin.data.encoding import AnyExample
 from rapidin.errors import UserError
 from rapidin.evaluate import metrics
 from rapidin.evaluate.log import Log, no_log
@@ -55,12 +55,13 @@ class ExactProducts:
 
 
 def exact_products(
-    source: GradientSource, queries: Sequence[Encoded], rows: Sequence[Encoded], log: Log = no_log
+    source: GradientSource, queries: Sequence[AnyExample], rows: Sequence[AnyExample], log: Log = no_log
 ) -> ExactProducts:
     """Products of the exact gradients of `queries` and `rows`; each point of the path has its own layers.
 
     Raises UserError if gradients of a parameter that is not the weight of a linear layer are taken.
     """
+    queries, rows = source.prepared(queries), source.prepared(rows)
     layers = len(source.targets)
     cosines = torch.zeros(len(queries), len(rows), layers * len(source.points))
     query_norms, row_norms = (torch.zeros(len(texts), cosines.shape[2]) for texts in (queries, rows))
@@ -97,7 +98,7 @@ def evaluate(subject: Subject, records: Sequence[Any], count: int, *, seed: int 
         )
     chosen = _random_rows(cache.status().numpy(), count, seed)
     generations = generations_of(source, list(records))
-    encoded = [source.encoder(subject.examples[int(row)]) for row in chosen]
+    encoded = [source.example(subject.examples[int(row)]) for row in chosen]
     products = exact_products(
         source, [generation.encoded for generation in generations], encoded, subject.log
     )

@@ -66,11 +66,13 @@ def _self_influence(subject: Subject, method: Method) -> Floats:
 def _losses(subject: Subject) -> Iterator[tuple[float, Floats]]:
     """(point, loss of every row [N]) at the tuned model and where the cache's gradients were taken."""
     source = subject.source
-    encoded = [source.encoder(record) for record in subject.examples]
+    encoded = source.prepared([source.example(record) for record in subject.examples])
     usable = [n for n, example in enumerate(encoded) if example.status == Status.OK]
     for point in sorted({1.0, *source.points}, reverse=True):
         subject.log(f"loss of each row at {point:g}")
         values = np.full(len(encoded), np.nan)
         with source.loaded.path.at(point):
-            values[usable] = losses(source.loaded.model, [encoded[n] for n in usable]).numpy()
+            values[usable] = losses(
+                source.loaded.model, [encoded[n] for n in usable], task=source.task
+            ).numpy()
         yield point, values

@@ -150,5 +150,6 @@ class Subject:
             for record, generation in zip(records, generations, strict=True)
         ]
         self.log(f"hidden states of {len(rows) + len(queries):,} texts")
-        length = self.source.encoder.max_length
+        length = self.source.settings.max_length
+        assert length is not None
         yield from baselines.scores_of_baselines(self.source.loaded, rows, queries, max_length=length).items()

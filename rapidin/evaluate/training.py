@@ -17,12 +17,13 @@ from torch import Tensor, nn
 from rapidin.errors import UserError
 from rapidin.evaluate.settings import Recipe
 from rapidin.gradients.adam import without_weight_decay
-from rapidin.gradients.batch import Batch, batch_loss, example_losses
+from rapidin.tasks.causal import TokenBatch, batch_loss, example_losses
 
 if TYPE_CHECKING:
-    from rapidin.data.encoding import Encoded
+    from rapidin.data.encoding import AnyExample, Encoded
     from rapidin.evaluate.saving import Checkpoints, ResumeState
     from rapidin.gradients.model import LoadedModel
+    from rapidin.tasks.task import Task
 
 ALL_LINEAR = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -94,7 +95,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     device = next(iter(weights.values())).device
-    loss = batch_loss(model, Batch.of([(example.ids, example.target) for example in examples], device))
+    loss = batch_loss(model, TokenBatch.of([(example.ids, example.target) for example in examples], device))
     optimizer.zero_grad()
     torch.autograd.backward(loss)
     if clip is not None:
@@ -175,16 +176,22 @@ def add_lora(model: Any, *, rank: int = 8, targets: Sequence[str] | str = ALL_LI
 
 
 @torch.no_grad()
-def losses(model: Any, examples: Sequence[Encoded], *, batch_tokens: int = 2048) -> Tensor:
-    """Mean loss of each example over its completion tokens: [n] float32 on the CPU, in their order."""
+def losses(
+    model: Any, examples: Sequence[AnyExample], *, batch_tokens: int = 2048, task: Task | None = None
+) -> Tensor:
+    """Each example's loss, by default its mean over the completion tokens: [n] float32 on the CPU."""
     model.eval()
     device = next(iter(model.parameters())).device
     result = torch.zeros(len(examples))
-    order = sorted(range(len(examples)), key=lambda n: len(examples[n].ids))
+    order = sorted(range(len(examples)), key=lambda n: examples[n].length)
     while order:
-        longest = len(examples[order[-1]].ids)
+        longest = examples[order[-1]].length
         chosen = order[-max(1, batch_tokens // longest) :]
         del order[-len(chosen) :]
-        batch = Batch.of([(examples[n].ids, examples[n].target) for n in chosen], device)
-        result[chosen] = example_losses(model, batch).float().cpu()
+        some: list[Any] = [examples[n] for n in chosen]
+        if task is None:
+            found = example_losses(model, TokenBatch.of([(each.ids, each.target) for each in some], device))
+        else:
+            found = task.losses(model, task.batch(some, device))
+        result[chosen] = found.float().cpu()
     return result

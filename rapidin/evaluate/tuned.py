@@ -16,6 +16,7 @@ from rapidin.evaluate.settings import Recipe
 from rapidin.evaluate.training import Tuner
 from rapidin.gradients.load import load_model
 from rapidin.gradients.model import LoadedModel
+from rapidin.tasks.names import CAUSAL
 
 MAX_LENGTH = 2048  # tokens of an example, for models without a context length of their own
 
@@ -26,7 +27,7 @@ def load_float32(name: str, **options: Any) -> LoadedModel:
     transformers has no switch for the bar of GGUF files.
     """
     with open(os.devnull, "w") as devnull, redirect_stderr(devnull):
-        return load_model(name, dtype="float32", **options)
+        return load_model(name, dtype="float32", task=CAUSAL, **options)
 
 
 def encoder_of(loaded: LoadedModel) -> Encoder:

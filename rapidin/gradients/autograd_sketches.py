@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from rapidin.errors import is_out_of_memory
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.collector import GradientSketcher
+from rapidin.tasks.task import AnyBatch
 
 _MOST_FAILURES = 32  # of autograd, after which it is not asked for more
 
@@ -23,7 +23,7 @@ class AutogradSketches:
     whose gradients autograd cannot form, or that do not fit into memory.
     """
 
-    def __init__(self, sketcher: GradientSketcher, batch: Batch, numbers: Sequence[int]) -> None:
+    def __init__(self, sketcher: GradientSketcher, batch: AnyBatch, numbers: Sequence[int]) -> None:
         self._sketcher, self._batch = sketcher, batch
         self._pass = sketcher.new_pass(sketcher.sketch_pass, batch)
         self.arrived: set[int] = set()

@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from rapidin import distributed
-from rapidin.data.encoding import Encoded, by_length
+from rapidin.data.encoding import AnyExample, by_length
 from rapidin.errors import UserError, is_out_of_memory
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.calls import NotBatchedError
 from rapidin.ops.transfer import Download
+from rapidin.tasks.task import Task
 
 _T = TypeVar("_T")
-
-_PADDING = ([0, 0], [False, True])  # the text of a pass that keeps pace for others
 
 
 class Reporter(Protocol):
@@ -81,18 +79,20 @@ class Lockstep:
 class BatchRunner:
     """Runs passes over texts in batches of like length, smaller ones once memory has run out.
 
-    batch_tokens: padded tokens per batch to begin with. one_at_a_time: set if a layer is found to mix the
-    examples of a batch; why: the reason for which it is set from the start, "" for none.
+    task: makes the batches; batch_tokens: padded tokens per batch to begin with. one_at_a_time: set if a
+    layer is found to mix the examples of a batch; why: the reason for which it is set from the start, "" for
+    none.
     """
 
     def __init__(
         self,
+        task: Task,
         device: torch.device,
         batch_tokens: int,
         lockstep: Lockstep,
         why: str = "",
     ) -> None:
-        self.device, self.lockstep = device, lockstep
+        self.task, self.device, self.lockstep = task, device, lockstep
         self.batch_tokens = batch_tokens
         self.one_at_a_time, self._why = bool(why), why
 
@@ -104,8 +104,8 @@ class BatchRunner:
     def run(
         self,
         chosen: Sequence[int],
-        texts: Sequence[Encoded],
-        step: Callable[[Batch], _T],
+        texts: Sequence[AnyExample],
+        step: Callable[[Any], _T],
         reporter: Reporter = SILENT,
     ) -> Iterator[tuple[list[int], _T | None]]:
         """Yields the numbers of a batch's texts and what `step` returned for the batch.
@@ -120,7 +120,7 @@ class BatchRunner:
             numbers = queue.pop()
             result: _T | None = None
             try:
-                batch = Batch.of([(texts[n].ids, texts[n].target) for n in numbers], self.device)
+                batch = self.task.batch([texts[n] for n in numbers], self.device)
                 result = self.lockstep.run(partial(step, batch))
             except NotBatchedError as error:
                 self._not_batched(error.reason, reporter)
@@ -137,7 +137,7 @@ class BatchRunner:
             if not fits:  # outside of the handler, where nothing keeps the failed pass's memory
                 self._release_memory()
                 if len(numbers) > 1:
-                    longest = max(len(texts[n].ids) for n in numbers)
+                    longest = max(texts[n].length for n in numbers)
                     self.batch_tokens = longest * (len(numbers) // 2)
                     reporter.tell(f"out of memory: continuing with batches of {self.batch_tokens:,} tokens")
                     left = [n for each in (*queue, numbers) for n in each]
@@ -145,7 +145,10 @@ class BatchRunner:
                     continue
             yield numbers, result
         for _ in range(idle):
-            self.lockstep.run(partial(step, Batch.of([_PADDING], self.device)))
+            filler = self.task.filler()
+            if filler is None:
+                raise UserError(f"the task '{self.task.name}' has no use for --shard-model")
+            self.lockstep.run(partial(step, self.task.batch([filler], self.device)))
 
     def _not_batched(self, why: str, reporter: Reporter) -> None:
         if self.lockstep.shared:

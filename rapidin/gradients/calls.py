@@ -45,6 +45,14 @@ class ChangedInputError(UserError):
         self.names = list(names)
 
 
+class UnseenError(Exception):
+    """No hook saw these targets."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        super().__init__()
+        self.numbers = list(numbers)
+
+
 class FollowTokensError(Exception):
     """A module sees some tokens of the batch, so that tokens must be followed."""
 
@@ -85,11 +93,12 @@ class Call:
         if rows == 1:
             return self
         leading = self.inputs.shape[:2]
+        each = leading[0] // rows
 
         def sliced(x: Tensor) -> Tensor:
             if x.shape[:2] == leading:
-                return x[row : row + 1]
-            if rows in x.shape:
+                return x[row * each : (row + 1) * each]
+            if leading[0] in x.shape:
                 raise NotBatchedError
             return x
 

@@ -27,14 +27,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rapidin.data.encoding import Encoded, Status
+from rapidin.data.encoding import AnyExample, Encoded, Status
 from rapidin.gradients.autograd_sketches import AutogradSketches
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.calls import ChangedInputError, NotBatchedError
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.passes import FlatSketchPass, SketchPass, SketchTargets
 from rapidin.gradients.rows import RowGroup
 from rapidin.gradients.scale import Factors, Scale
+from rapidin.tasks.task import AnyBatch
 
 TOKENS = 64  # of the longer example
 _SHORTEST = 8  # tokens
@@ -150,17 +150,23 @@ class GradientCheck:
         )
 
 
-def check_pair(texts: Sequence[Encoded], max_length: int) -> tuple[Encoded, Encoded] | None:
-    """A shorter and a longer text of those that have a gradient, both cut to be short; None if none has
-    one."""
-    good = sorted((text for text in texts if text.status == Status.OK), key=lambda text: len(text.ids))
+def check_pair(examples: Sequence[AnyExample], max_length: int) -> tuple[AnyExample, AnyExample] | None:
+    """A shorter and a longer one of those that have a gradient; None if none has one.
+
+    Texts of causal models are both cut to be short. Others are taken as they are, and are of one length if
+    all are.
+    """
+    good = sorted((each for each in examples if each.status == Status.OK), key=lambda each: each.length)
     if not good:
         return None
     most = min(TOKENS, max_length)
-    at = max((n for n, text in enumerate(good) if len(text.ids) <= most), default=0)
-    longer = _cut(good[at], most, max_length)
+    at = max((n for n, each in enumerate(good) if each.length <= most), default=0)
+    longer, shorter = good[at], good[max(0, at - 1)]
+    if not isinstance(longer, Encoded) or not isinstance(shorter, Encoded):
+        return (shorter if at else good[-1]), longer
+    longer = _cut(longer, most, max_length)
     size = max(2, 2 * len(longer.ids) // 3)
-    return _cut(good[max(0, at - 1)], size, size), longer
+    return _cut(shorter, size, size), longer
 
 
 def _cut(text: Encoded, most: int, max_length: int) -> Encoded:
@@ -181,9 +187,9 @@ def _cut(text: Encoded, most: int, max_length: int) -> Encoded:
 
 def check_gradients(
     sketcher: GradientSketcher,
-    short: Batch,
-    long: Batch,
-    both: Batch | None,
+    short: AnyBatch,
+    long: AnyBatch,
+    both: AnyBatch | None,
     most_elements: int = MOST_ELEMENTS,
 ) -> GradientCheck:
     """Compare the gradients that hooks take with autograd's.
@@ -197,7 +203,12 @@ def check_gradients(
 
 class _Check:
     def __init__(
-        self, sketcher: GradientSketcher, short: Batch, long: Batch, both: Batch | None, most_elements: int
+        self,
+        sketcher: GradientSketcher,
+        short: AnyBatch,
+        long: AnyBatch,
+        both: AnyBatch | None,
+        most_elements: int,
     ) -> None:
         self._sketcher, self._both, self._most_elements = sketcher, both, most_elements
         self._alone = [long, short]
@@ -295,7 +306,7 @@ class _Check:
             self._by_hooks[number] = self._run_hooks(self._alone[number])
         return self._by_hooks[number]
 
-    def _run_hooks(self, batch: Batch) -> _MassPass:
+    def _run_hooks(self, batch: AnyBatch) -> _MassPass:
         kind = _MassPass if self._sketcher.sketch_pass is SketchPass else _FlatMassPass
         sketching = self._sketcher.new_pass(kind, batch)
         try:
@@ -321,7 +332,7 @@ class _Check:
 
     # ------------------------------------------------------------------------------------ batches
 
-    def _mixed(self, both: Batch, numbers: Sequence[int]) -> tuple[str, float]:
+    def _mixed(self, both: AnyBatch, numbers: Sequence[int]) -> tuple[str, float]:
         """(a parameter whose gradient in a batch is not that of the example alone, its error); ("", 0) if
         there is none."""
         names = [t.name for t in self._sketcher.targets]
@@ -347,7 +358,7 @@ class _MassPass(SketchPass):
     mass: [targets], of all examples; arrived: targets that have got a gradient.
     """
 
-    def __init__(self, sketched: SketchTargets, batch: Batch, scales: Sequence[Scale] | None) -> None:
+    def __init__(self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None) -> None:
         super().__init__(sketched, batch, scales)
         self.mass = torch.zeros(len(self.targets), device=self.device)
         self.arrived: set[int] = set()

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -21,9 +21,15 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from rapidin.errors import UserError
-from rapidin.gradients.batch import Batch, evaluation_mode, example_losses
-from rapidin.gradients.calls import Call, ChangedInputError, FollowTokensError, NotBatchedError
-from rapidin.gradients.experts import tracked_experts
+from rapidin.gradients.calls import (
+    Call,
+    ChangedInputError,
+    FollowTokensError,
+    NotBatchedError,
+    UnseenError,
+)
+from rapidin.gradients.convolution import as_linear, is_convolution
+from rapidin.gradients.experts import gradients_of
 from rapidin.gradients.fsdp import is_sharded
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.moment_passes import MomentPass, SquaresPass
@@ -41,10 +47,12 @@ from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.products import ProductTracker
 from rapidin.gradients.rows import RowFactors
 from rapidin.gradients.scale import Factors, Scale
-from rapidin.gradients.settings import LossKind, Projection
+from rapidin.gradients.settings import Projection
 from rapidin.gradients.squares import Squares
 from rapidin.gradients.tokens import TokenNumbers
 from rapidin.gradients.weight_uses import UntrackedError
+from rapidin.tasks.causal import example_losses
+from rapidin.tasks.task import AnyBatch
 
 _Pass = TypeVar("_Pass", bound=GradientPass)
 _Way = Literal["hooks", "product", "autograd"]  # in which a target's gradient is obtained
@@ -54,7 +62,8 @@ _EXPERT = re.compile("Expert|M[oO]E|Moe")  # classes of modules that may see som
 class GradientSketcher:
     """Sketches of the per-example gradients of `targets`.
 
-    width: sketch dimension of a block. loss: see `example_losses`. projection:
+    width: sketch dimension of a block. losses: the loss of each example of a batch, by default the mean loss
+    of a text's completion. projection:
 
     - "tensor": one block per parameter, the TensorSketch of its gradient from the factors;
     - "flat": one block per parameter, the one-permutation sketch of its formed gradient;
@@ -79,7 +88,7 @@ class GradientSketcher:
         width: int,
         seed: int,
         projection: Projection = "tensor",
-        loss: LossKind = "mean",
+        losses: Callable[[nn.Module, Any], Tensor] = example_losses,
         preconditioner: Preconditioner | None = None,
         checked: bool = False,
         followed: Collection[str] = (),
@@ -88,7 +97,7 @@ class GradientSketcher:
         self.targets = list(targets)
         self.projection: Projection = projection
         self.blocks = 1 if projection == "rapidgrad" else len(self.targets)
-        self.loss: LossKind = loss
+        self._losses = losses
         self.preconditioner = preconditioner
         self.checked = checked
         self.seeds = [block_seed(seed, target.name) for target in self.targets]
@@ -117,7 +126,7 @@ class GradientSketcher:
         """The kind of pass that makes the sketches of each target by itself."""
         return SketchPass if self.projection == "tensor" else FlatSketchPass
 
-    def new_pass(self, kind: type[_Pass], batch: Batch, point: int | None = None) -> _Pass:
+    def new_pass(self, kind: type[_Pass], batch: AnyBatch, point: int | None = None) -> _Pass:
         """A pass of this kind over a batch, for `run`; its gradients are preconditioned."""
         return kind(self._sketched, batch, self._scales(point))
 
@@ -125,9 +134,9 @@ class GradientSketcher:
         """The parameter of target n."""
         return self._parameters[self.targets[n].name]
 
-    def losses(self, batch: Batch) -> Tensor:
+    def losses(self, batch: AnyBatch) -> Tensor:
         """The loss of each example of a batch, [B] float32, with its graph if gradients are enabled."""
-        return example_losses(self.model, batch, self.loss)
+        return self._losses(self.model, batch)
 
     @property
     def needs_weights(self) -> list[str]:
@@ -143,7 +152,7 @@ class GradientSketcher:
         """Parameters whose gradient comes from autograd itself, so that examples come one at a time."""
         return [t.name for t, way in zip(self.targets, self._ways, strict=True) if way == "autograd"]
 
-    def __call__(self, batch: Batch, point: int | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, batch: AnyBatch, point: int | None = None) -> tuple[Tensor, Tensor]:
         """(sketches [B, blocks, width] float32, losses [B] float32), both on the model's device.
 
         point: the number of the point where the model stands, for the preconditioner. Raises NotBatchedError
@@ -159,7 +168,7 @@ class GradientSketcher:
             sketches = F.normalize(sketches, dim=-1, eps=1e-30).sum(1, keepdim=True)
         return sketches, losses
 
-    def factors(self, batch: Batch, point: int | None = None) -> list[tuple[Tensor, Tensor]]:
+    def factors(self, batch: AnyBatch, point: int | None = None) -> list[tuple[Tensor, Tensor]]:
         """(columns [B, T, I], rows [B, T, O]) of each target: its gradients are ``sum_t rows_t columns_t^T``,
         preconditioned.
 
@@ -170,7 +179,7 @@ class GradientSketcher:
         self.run(batch, keeping)
         return [keeping.factors_of(n) for n in range(len(self.targets))]
 
-    def positions(self, batch: Batch, vectors: Tensor, point: int | None = None) -> tuple[Tensor, Tensor]:
+    def positions(self, batch: AnyBatch, vectors: Tensor, point: int | None = None) -> tuple[Tensor, Tensor]:
         """(products [T, Q, targets], sketches [targets, width]), float32, of a batch of one text.
 
         products: of vectors [Q, targets, width] with the sketch of each position's part of a target's
@@ -183,7 +192,7 @@ class GradientSketcher:
         self.run(batch, sketching)
         return sketching.products, sketching.sketches[0]
 
-    def squares(self, batch: Batch) -> list[Squares]:
+    def squares(self, batch: AnyBatch) -> list[Squares]:
         """The sums of squares of each target's gradients over rows [B, O] and columns [B, I], float64.
 
         The gradients are not preconditioned: a preconditioner is made from these sums. Raises as a call does.
@@ -192,14 +201,14 @@ class GradientSketcher:
         self.run(batch, summing)
         return summing.finish()
 
-    def add_moments(self, batch: Batch, moments: FactorMoments) -> None:
+    def add_moments(self, batch: AnyBatch, moments: FactorMoments) -> None:
         """Add a batch to the second moments of the two factors of each target's gradient.
 
         The gradients are not preconditioned. Raises as a call does; `moments` may hold some of the batch
         then, and are of no more use.
         """
         self.run(batch, MomentPass(self._sketched, batch, moments))
-        moments.examples += len(batch.ids)
+        moments.examples += batch.rows
 
     def _scales(self, point: int | None) -> list[Scale] | None:
         if self.preconditioner is None:
@@ -207,13 +216,13 @@ class GradientSketcher:
         table = self.preconditioner.at(point)
         return [table[target.name] for target in self.targets]
 
-    def run(self, batch: Batch, gradient_pass: GradientPass) -> Tensor:
+    def run(self, batch: AnyBatch, gradient_pass: GradientPass) -> Tensor:
         """One forward and backward pass, whose gradients go to `gradient_pass`; returns the losses [B].
 
         It begins again where the forward pass shows that a gradient is to be obtained in another way.
         """
-        rows, length = gradient_pass.rows, gradient_pass.length
-        if rows == length > 1:
+        rows, inputs = gradient_pass.rows, gradient_pass.input_rows
+        if inputs == gradient_pass.length * rows // inputs > 1:
             # The axis of the examples is known by its size, which no other axis of a batch may have.
             raise NotBatchedError
         while True:
@@ -228,13 +237,13 @@ class GradientSketcher:
                 self._leave_to_autograd(error.numbers)
             except FollowTokensError:
                 self._routed = True
-            except _UnseenError as error:
+            except UnseenError as error:
                 self._settle(batch, error.numbers)
         if gradient_pass.changed:
             raise ChangedInputError([self.targets[n].name for n in sorted(gradient_pass.changed)])
         return losses.detach()
 
-    def _forward_and_backward(self, batch: Batch, gradient_pass: GradientPass) -> Tensor:
+    def _forward_and_backward(self, batch: AnyBatch, gradient_pass: GradientPass) -> Tensor:
         tracker = self._tracker(gradient_pass)
         by_autograd = [n for n, way in enumerate(self._ways) if way == "autograd"]
         with self.requiring(by_autograd), self._hooked(gradient_pass, tracker), torch.enable_grad():
@@ -242,7 +251,7 @@ class GradientSketcher:
                 losses = self.losses(batch)
             unseen = set(range(len(self.targets))) - set(by_autograd) - gradient_pass.seen - self._unreached
             if unseen:
-                raise _UnseenError(sorted(unseen))
+                raise UnseenError(sorted(unseen))
             if losses.requires_grad:
                 torch.autograd.backward(losses.sum())
             elif len(self._unreached) == len(self.targets):
@@ -273,7 +282,7 @@ class GradientSketcher:
             if self._ways[n] == "product" and role_of(target.name) in roles:
                 self._ways[n] = "autograd"
 
-    def _settle(self, batch: Batch, unseen: Sequence[int]) -> None:
+    def _settle(self, batch: AnyBatch, unseen: Sequence[int]) -> None:
         """Find out whether targets that no hook saw have a gradient; if so, it is obtained in another way.
 
         A weight may be used by another function than its module's. If it has no gradient, no token came to
@@ -297,21 +306,9 @@ class GradientSketcher:
         for n in reached:
             self._ways[n] = "product" if self._ways[n] == "hooks" else "autograd"
 
-    @contextlib.contextmanager
-    def requiring(self, numbers: Collection[int]) -> Iterator[None]:
+    def requiring(self, numbers: Collection[int]) -> contextlib.AbstractContextManager[None]:
         """Inside the block only the parameters of these targets need a gradient, and none has one yet."""
-        before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
-        needed = {id(self.parameter(n)) for n in numbers}
-        with evaluation_mode(self.model), tracked_experts(self.model):
-            try:
-                for p, _, _ in before:
-                    p.requires_grad_(id(p) in needed and p.is_floating_point())
-                    p.grad = None
-                yield
-            finally:
-                for p, required, grad in before:
-                    p.requires_grad_(required)
-                    p.grad = grad
+        return gradients_of(self.model, [self.parameter(n) for n in numbers])
 
     @contextlib.contextmanager
     def _hooked(self, gradient_pass: GradientPass, tracker: ProductTracker | None) -> Iterator[None]:
@@ -341,14 +338,6 @@ class GradientSketcher:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-class _UnseenError(Exception):
-    """No hook saw these targets."""
-
-    def __init__(self, numbers: Sequence[int]) -> None:
-        super().__init__()
-        self.numbers = list(numbers)
 
 
 def _first_way(target: Target) -> _Way:
@@ -382,7 +371,7 @@ class ModuleHooks:
     ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A forward pre-hook of embeddings: position ids come once for the whole batch, and become a row for
         each example, which keeps the examples' gradients apart."""
-        call, rows = Call(args, kwargs), self._pass.rows
+        call, rows = Call(args, kwargs), self._pass.input_rows
         if not call.tensors or not call.inputs.ndim or not call.inputs.shape[0] == 1 < rows:
             return None
         expanded = call.mapped(lambda ids: ids.expand(rows, *ids.shape[1:]) if ids is call.inputs else ids)
@@ -428,10 +417,19 @@ class ModuleHooks:
         if self._rerun:
             self._pass.add_module(module, self._rerun, call, grad)
             return
-        for n, use in self._uses:
+        inputs, uses = call.inputs, self._uses
+        if is_convolution(module):
+            if inputs.ndim != len(module.kernel_size) + 2 or inputs.shape[0] != self._pass.input_rows:
+                raise NotBatchedError(self._pass.targets[uses[0][0]].name)
+            inputs, grad, formed = as_linear(module, inputs, grad, self._pass.rows)
+            if formed is not None:
+                for n in [n for n, use in uses if use.kind == "convolution"]:
+                    self._pass.add_raw(n, formed)
+                uses = [(n, use) for n, use in uses if use.kind != "convolution"]
+        for n, use in uses:
             g = self._by_example(grad, 1)
             if use.kind == "embedding":
-                ids = self._by_example(call.inputs, 0)
+                ids = self._by_example(inputs, 0)
                 padding = getattr(module, "padding_idx", None)
                 if padding is not None:
                     g = g.masked_fill((ids == padding)[..., None], 0.0)
@@ -439,7 +437,7 @@ class ModuleHooks:
             elif use.kind == "bias":
                 self._pass.add_bias(n, g)
             else:
-                columns, rows = self._by_example(call.inputs, 1), g
+                columns, rows = self._by_example(inputs, 1), g
                 if use.kind == "conv1d":  # its weight is stored [in, out]: the input is the row factor
                     columns, rows = rows, columns
                 self._pass.add_factors(
@@ -455,8 +453,9 @@ class ModuleHooks:
         rows, tokens_in_all = self._pass.rows, self._pass.rows * self._pass.length
         # If an axis that is not the first has all tokens, the first is another one that has this size now.
         inner = x.shape[1:-1].numel()
-        batch_first = (
-            x.ndim > 2 and x.shape[0] == rows and (rows == 1 or not inner or inner % tokens_in_all > 0)
+        batch_first = x.ndim > 2 and (rows == 1 or not inner or inner % tokens_in_all > 0)
+        batch_first = (batch_first or (self._pass.pooled and x.ndim > 1)) and (
+            x.shape[0] == self._pass.input_rows
         )
         if not self._linear or (batch_first and self._name not in self._followed):
             return None
@@ -480,14 +479,15 @@ class ModuleHooks:
             self._pass.add_rows(n, RowFactors(None if use.kind == "bias" else columns, rows, tokens, None))
 
     def _by_example(self, x: Tensor, features: int) -> Tensor:
-        """[B, ..., F] or [B * T, F] -> [B, T, F] (features = 0: no F).
+        """[B * parts, ..., F] or [B * T, F] -> [B, T, F], T over all parts (features = 0: no F).
 
         The axes are told apart by their sizes, of which B and T are never the same. Whether [B * T, F] is
         [B, T, F] and not [T, B, F] is for the check to find out.
         """
         feature_shape = x.shape[x.ndim - features :]
         rows, length = self._pass.rows, self._pass.length
-        if rows == 1 or (x.ndim > 1 + features and x.shape[0] == rows):
+        with_rows = x.ndim > features + (0 if self._pass.pooled else 1)
+        if rows == 1 or (with_rows and x.shape[0] == self._pass.input_rows):
             return x.reshape(rows, -1, *feature_shape)
         if x.ndim == 1 + features and x.shape[0] == rows * length:
             return x.reshape(rows, length, *feature_shape)

@@ -1,12 +1,15 @@
-"""How transformers computes routed experts: by a function whose products can be tracked."""
+"""The state of a model while its gradients are taken: which parameters need one, and how routed experts are
+computed, by a function whose products can be tracked."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
+
+from rapidin.tasks.forward import evaluation_mode
 
 _IMPLEMENTATION = "_experts_implementation_internal"  # of transformers' configs, from version 5 on
 _TRACKED = (None, "eager", "grouped_mm")
@@ -31,3 +34,21 @@ def tracked_experts(model: nn.Module) -> Iterator[None]:
     finally:
         for config, name in before:
             setattr(config, _IMPLEMENTATION, name)
+
+
+@contextlib.contextmanager
+def gradients_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
+    """Inside the block only these parameters need a gradient, and none of the model has one yet; the model is
+    in evaluation mode, and its experts can be tracked."""
+    before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
+    needed = {id(p) for p in parameters}
+    with evaluation_mode(model), tracked_experts(model):
+        try:
+            for p, _, _ in before:
+                p.requires_grad_(id(p) in needed and p.is_floating_point())
+                p.grad = None
+            yield
+        finally:
+            for p, required, grad in before:
+                p.requires_grad_(required)
+                p.grad = grad

@@ -17,9 +17,11 @@ from rapidin.distributed import World, world
 from rapidin.errors import UserError, reason_of
 from rapidin.gradients import fsdp
 from rapidin.gradients.adapters import ADAPTER_CONFIG, check_own_adapter, load_adapter, other_base
-from rapidin.gradients.model import LoadedModel, inner_model
+from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.path import WeightPath, base_path
 from rapidin.gradients.weights import check_weights
+from rapidin.tasks.forward import inner_model
+from rapidin.tasks.names import CAUSAL, loader_of, task_of_config, task_of_folder
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 
@@ -33,6 +35,7 @@ def load_model(
     dtype: str | None = None,
     trust_remote_code: bool = False,
     shard_model: bool = False,
+    task: str | None = None,
 ) -> LoadedModel:
     """Load a Hugging Face model folder or name, or a folder with one GGUF file, with its tokenizer.
 
@@ -40,7 +43,9 @@ def load_model(
     device: default the GPU if there is one; "auto": layers are spread over all GPUs, and what does not fit
     over the CPU's memory and the disk. shard_model: every weight is sharded over the processes of the run.
     dtype: "float32", "bfloat16", "float16" or "auto"; default float32 on the CPU; on a GPU the checkpoint's
-    own, but bfloat16 for one in float16, in whose range small gradients vanish.
+    own, but bfloat16 for one in float16, in whose range small gradients vanish. task: what the model is for
+    (`rapidin.tasks.names`), by default what it was saved for, and a causal language model where that is not
+    clear.
 
     Warns of what the user should know (`LoadedModel.notes`). Raises UserError if something is not found or
     does not fit.
@@ -54,7 +59,8 @@ def load_model(
         fsdp.require_accelerate()
     device = here.device(None if mapped else device)
     load_dtype = dtype or ("float32" if _is_cpu(device) else "auto")
-    model = _load_causal(name, load_dtype, trust_remote_code, "model", mapped)
+    task = task or saved_task(name, trust_remote_code)
+    model = _load_task(name, task, load_dtype, trust_remote_code, "model", mapped)
     if dtype is None and model.dtype == torch.float16:
         load_dtype = "bfloat16"
         model.to(torch.bfloat16)
@@ -77,7 +83,7 @@ def load_model(
     if adapter is not None:
         loaded.notes.append(other_base(adapter, name))
     if base is not None:
-        untuned = _load_causal(base, load_dtype, trust_remote_code, "base model")
+        untuned = _load_task(base, task, load_dtype, trust_remote_code, "base model")
         loaded.path = base_path(model, untuned, name, base)
         loaded.notes.append(loaded.path.apart)
     if any(tuned.is_meta for _, _, tuned in loaded.path.ends):
@@ -147,7 +153,22 @@ def _shard(loaded: LoadedModel, here: World, device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------------ models
 
 
-def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapped: bool = False) -> Any:
+def saved_task(name: str, trust_remote_code: bool = False) -> str:
+    """The task that a model was saved for; "causal" where that is not clear, or there is no such model."""
+    if os.path.exists(name):
+        return task_of_folder(name) or CAUSAL
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    except Exception:  # loading the model says what is wrong
+        return CAUSAL
+    return task_of_config(config)
+
+
+def _load_task(
+    name: str, task: str, dtype: str, trust_remote_code: bool, what: str, mapped: bool = False
+) -> Any:
     if dtype not in _DTYPES:
         raise UserError(f"unknown model dtype '{dtype}'", f"use one of {', '.join(_DTYPES)}")
     folder, extra = _gguf(name)
@@ -157,7 +178,7 @@ def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapp
         extra = extra | {"device_map": "auto"}
     _check_folder(name, what)
     try:
-        model, info = _loader(folder, trust_remote_code, extra).from_pretrained(
+        model, info = _loader(folder, task, trust_remote_code, extra).from_pretrained(
             folder,
             dtype=_DTYPES[dtype],
             trust_remote_code=trust_remote_code,
@@ -174,20 +195,22 @@ def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapp
     return model
 
 
-def _loader(name: str, trust_remote_code: bool, extra: Mapping[str, Any]) -> Any:
-    """The class that loads a model to read texts with: one that reads images too is loaded as such, since
-    the class for text alone would refuse it, or leave some of its weights out."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+def _loader(name: str, task: str, trust_remote_code: bool, extra: Mapping[str, Any]) -> Any:
+    """The class that loads a model for a task: one that reads images too is loaded as such, since the class
+    for text alone would refuse it, or leave some of its weights out."""
+    import transformers
+    from transformers import AutoConfig, AutoModelForImageTextToText
     from transformers.models.auto.modeling_auto import (
         MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES,
     )
 
-    if "gguf_file" in extra:
-        return AutoModelForCausalLM
+    usual = getattr(transformers, loader_of(task))
+    if "gguf_file" in extra or loader_of(task) != loader_of(CAUSAL):
+        return usual
     config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
     saved_as = (getattr(config, "architectures", None) or [""])[0]
     with_images = saved_as == WITH_IMAGES.get(config.model_type)
-    return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
+    return AutoModelForImageTextToText if with_images else usual
 
 
 def _check_folder(name: str, what: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,13 +15,15 @@ from rapidin.gradients import fsdp
 from rapidin.gradients.adapters import has_adapter, trained_names
 from rapidin.gradients.path import WeightPath, adapter_path
 from rapidin.gradients.quantized import check_gradients, plain_tensors
+from rapidin.tasks.forward import device_of, inner_model
 
 
 @dataclass
 class LoadedModel:
-    """A causal language model ready for gradients.
+    """A model ready for gradients.
 
-    model: transformers or peft model; tokenizer: its tokenizer; path: from the untuned to the tuned weights;
+    model: transformers or peft model, or any module; tokenizer: its tokenizer, None if it reads no text;
+    path: from the untuned to the tuned weights;
     trained: names of the parameters that an adapter trains (None without one); source: names it was loaded by
     (model, adapter, base, dtype); sharded: each process of a run holds a shard of every weight
     (`rapidin.gradients.fsdp`), so that all run the same passes; notes: what the user should know of how it
@@ -39,13 +41,13 @@ class LoadedModel:
 
     @staticmethod
     def of(model: Any, tokenizer: Any) -> LoadedModel:
-        """Wraps a transformers or peft model that is in memory already.
+        """Wraps a model that is in memory already.
 
         Raises UserError if an adapter takes no part in it, or quantized layers have no gradients.
         """
         check_gradients(model)
         source = {
-            "model": getattr(inner_model(model).config, "_name_or_path", None) or None,
+            "model": getattr(getattr(inner_model(model), "config", None), "_name_or_path", None) or None,
             "adapter": None,
             "base": None,
         }
@@ -57,15 +59,25 @@ class LoadedModel:
     @property
     def device(self) -> torch.device:
         """The device that takes the token ids."""
-        parameters: Iterator[nn.Parameter] = self.model.parameters()
-        return next((p.device for p in parameters if not p.is_meta), torch.device("cpu"))
+        return device_of(self.model)
 
     @property
     def context_length(self) -> int | None:
         """The longest text in tokens that the model takes; None if its config does not say."""
-        config = inner_model(self.model).config.get_text_config()
+        config = getattr(inner_model(self.model), "config", None)
+        if config is None or not hasattr(config, "get_text_config"):
+            return None
+        config = config.get_text_config()
         length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        return int(length) if length else None
+        if not length:
+            return None
+        # RoBERTa and its kin count positions from the one after the padding's.
+        padding = (
+            module.padding_idx
+            for name, module in self.model.named_modules()
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        )
+        return int(length) - next((int(n) + 1 for n in padding), 0)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -84,8 +96,9 @@ class LoadedModel:
         hashes = {
             "architecture": inner_model(self.model).__class__.__name__,
             "model": _hash_tensors({n: v for n, v in values.items() if n not in trained}, owners),
-            "tokenizer": _hash_tokenizer(self.tokenizer),
         }
+        if self.tokenizer is not None:
+            hashes["tokenizer"] = _hash_tokenizer(self.tokenizer)
         if self.trained is not None:
             hashes["adapter"] = _hash_tensors({n: values[n] for n in sorted(trained)})
         if self.source.get("base") is not None:
@@ -94,11 +107,6 @@ class LoadedModel:
                 {n: v for n, p in named.items() if (v := untuned.get(id(p))) is not None}
             )
         return hashes
-
-
-def inner_model(model: Any) -> Any:
-    """The transformers model, which an adapter may wrap."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor], owners: Mapping[str, nn.Module] | None = None) -> str:

@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from rapidin import ops
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.passes import GradientPass, SketchTargets
 from rapidin.gradients.rows import RowFactors, RowGroup
@@ -19,12 +18,13 @@ from rapidin.gradients.squares import (
     formed_squares,
     joined,
 )
+from rapidin.tasks.task import AnyBatch
 
 
 class MomentPass(GradientPass):
     """Adds each gradient, as it is, to the second moments of the factors."""
 
-    def __init__(self, sketched: SketchTargets, batch: Batch, moments: FactorMoments) -> None:
+    def __init__(self, sketched: SketchTargets, batch: AnyBatch, moments: FactorMoments) -> None:
         super().__init__(sketched, batch)
         self._moments = moments
 
@@ -54,7 +54,7 @@ class SquaresPass(GradientPass):
     the last one has arrived; with a single use that is at once.
     """
 
-    def __init__(self, sketched: SketchTargets, batch: Batch) -> None:
+    def __init__(self, sketched: SketchTargets, batch: AnyBatch) -> None:
         super().__init__(sketched, batch)
         self._factors: dict[int, list[tuple[Tensor, Tensor]]] = {}
         self._embedded: dict[int, list[tuple[Tensor, Tensor]]] = {}

@@ -20,17 +20,17 @@ from rapidin.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
-UseKind = Literal["linear", "conv1d", "bias", "embedding", "module", "product", "autograd"]
+UseKind = Literal["linear", "conv1d", "convolution", "bias", "embedding", "module", "product", "autograd"]
 
 
 @dataclass(frozen=True, slots=True)
 class Use:
     """A module that uses a parameter, and how the gradient is obtained there.
 
-    linear, conv1d, bias: from the module's inputs and output gradients; embedding: from token ids and output
-    gradients; module: the module runs again for each example (norms and the like); product: from the inputs
-    and output gradients of each product with the parameter or a part of it, wherever that is; autograd: from
-    the parameter's own gradient, one example at a time.
+    linear, conv1d (of transformers, which is linear), convolution, bias: from the module's inputs and output
+    gradients; embedding: from token ids and output gradients; module: the module runs again for each example
+    (norms and the like); product: from the inputs and output gradients of each product with the parameter or
+    a part of it, wherever that is; autograd: from the parameter's own gradient, one example at a time.
     """
 
     module: str
@@ -93,6 +93,7 @@ def find_targets(
     trained: Sequence[str] | None = None,
     include: Sequence[str] = (),
     exclude: Sequence[str] = (),
+    convolutions: bool = False,
 ) -> list[Target]:
     """The parameters that count.
 
@@ -118,12 +119,12 @@ def find_targets(
         chosen = [name for name in shapes if name in counting]
     else:
         head = output_head(model)
+        kinds = ("linear", "conv1d", *(("convolution",) if convolutions else ()))
         chosen = [
             name
             for name in shapes
             if any(
-                (use.kind in ("linear", "conv1d") or (use.kind == "product" and name in weights))
-                and use.module != head
+                (use.kind in kinds or (use.kind == "product" and name in weights)) and use.module != head
                 for use in uses[name]
             )
             and not any(use.kind == "embedding" for use in uses[name])
@@ -203,6 +204,8 @@ def _use_kind(module: nn.Module, role: str, shape: tuple[int, ...]) -> tuple[Use
     """How a parameter's gradient is obtained from a module, where it is called `role`; and its shape."""
     from torch import nn
 
+    from rapidin.gradients.convolution import is_convolution
+
     if _is_linear(module) and role in ("weight", "bias"):
         if role == "bias":
             return "bias", shape
@@ -214,6 +217,8 @@ def _use_kind(module: nn.Module, role: str, shape: tuple[int, ...]) -> tuple[Use
         return "linear", shape if plain else sizes
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and role in ("weight", "bias"):
         return ("conv1d" if role == "weight" else "bias"), shape
+    if is_convolution(module) and role in ("weight", "bias"):
+        return ("convolution" if role == "weight" else "bias"), shape
     if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
         return "embedding", shape
     if len(shape) == 1 and not any(True for _ in module.children()):

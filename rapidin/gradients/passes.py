@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from rapidin import ops
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.calls import Call, NotBatchedError
 from rapidin.gradients.parameters import Target, matrix_shape
 from rapidin.gradients.rows import RowFactors, RowGroup, by_example, by_expert
@@ -20,6 +19,7 @@ from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.squares import (
     joined,
 )
+from rapidin.tasks.task import AnyBatch
 
 _POSITIONS_BYTES = 64 << 20  # of formed gradients that are held at a time
 
@@ -45,12 +45,15 @@ class GradientPass(ABC):
     scales: the preconditioner of each target, which is applied first; None for none.
     """
 
-    def __init__(self, sketched: SketchTargets, batch: Batch, scales: Sequence[Scale] | None = None) -> None:
+    def __init__(
+        self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None = None
+    ) -> None:
         self.sketched = sketched
         self.targets = sketched.targets
         self.scales = scales
-        self.rows, self.length = batch.ids.shape
-        self.device = batch.ids.device
+        self.rows, self.length, self.pooled = batch.rows, batch.length, batch.pooled
+        self.input_rows = batch.rows * batch.parts
+        self.device = batch.device
         self.seen: set[int] = set()  # targets that take part in the forward pass
         self.calls: Counter[int] = Counter()  # of each target's modules, in the forward pass
         self.changed: set[int] = set()  # targets whose module's input was changed in place after the call
@@ -99,7 +102,8 @@ class GradientPass(ABC):
     def add_module(self, module: nn.Module, numbers: Sequence[int], call: Call, grad: Tensor) -> None:
         """Add the gradients of a norm's (or the like) own parameters, the targets `numbers`: the module runs
         again for each example."""
-        if self.rows > 1 and (call.inputs.shape[:1] != (self.rows,) or grad.shape[:1] != (self.rows,)):
+        rows = (self.input_rows,)
+        if self.rows > 1 and (call.inputs.shape[:1] != rows or grad.shape[:1] != rows):
             raise NotBatchedError(self.targets[numbers[0]].name)
         calls = [call.of_example(row, self.rows) for row in range(self.rows)]
         for n, grads in self.module_gradients(module, numbers, calls, grad):
@@ -156,7 +160,7 @@ class SketchPass(GradientPass):
     sketches: [B, targets, width] float32.
     """
 
-    def __init__(self, sketched: SketchTargets, batch: Batch, scales: Sequence[Scale] | None) -> None:
+    def __init__(self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None) -> None:
         super().__init__(sketched, batch, scales)
         self.sketches = torch.zeros(self.rows, len(self.targets), sketched.width, device=self.device)
 
@@ -243,7 +247,7 @@ class PositionPass(SketchPass):
     """
 
     def __init__(
-        self, sketched: SketchTargets, batch: Batch, scales: Sequence[Scale] | None, vectors: Tensor
+        self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None, vectors: Tensor
     ) -> None:
         super().__init__(sketched, batch, scales)
         if self.rows != 1:
@@ -343,7 +347,7 @@ class FactorPass(GradientPass):
     factors: (columns [B, T, I], rows [B, T, O]) by the target's number.
     """
 
-    def __init__(self, sketched: SketchTargets, batch: Batch, scales: Sequence[Scale] | None) -> None:
+    def __init__(self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None) -> None:
         super().__init__(sketched, batch, scales)
         self.factors: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -16,13 +16,13 @@ from torch import Tensor
 
 from rapidin import distributed
 from rapidin.errors import UserError, reason_of
-from rapidin.gradients.batch import cache_use, evaluation_mode
-from rapidin.gradients.model import LoadedModel, inner_model
+from rapidin.gradients.model import LoadedModel
+from rapidin.tasks.forward import cache_use, evaluation_mode, inner_model
 
 _TEXT = "The quick brown fox jumps over the lazy dog"
 _LENGTH = 6  # tokens that the model sees
 _TRIES = 3
-_REMEDY = "use a model that AutoModelForCausalLM loads with all of its weights"
+_REMEDY = "use a model that AutoModelForCausalLM loads with all of its weights, or another --task"
 
 
 def check_causal(loaded: LoadedModel) -> None:

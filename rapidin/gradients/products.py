@@ -65,7 +65,11 @@ class ProductTracker(TorchFunctionMode):
         places: Mapping[int, Sequence[tuple[nn.Module, str]]],
     ) -> None:
         super().__init__()
-        self.tokens = TokenNumbers(gradient_pass.rows, gradient_pass.length, gradient_pass.device)
+        self.tokens = TokenNumbers(
+            gradient_pass.input_rows,
+            gradient_pass.length * gradient_pass.rows // gradient_pass.input_rows,
+            gradient_pass.device,
+        )
         self._pass = gradient_pass
         self._numbers: dict[int, int | None] = {id(p): n for n, p in parameters.items()}
         self._kept = list(parameters.values())  # so that no other tensor gets one of these ids

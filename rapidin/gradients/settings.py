@@ -9,17 +9,19 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rapidin.errors import UserError
 from rapidin.settings import Settings, documented, option
+from rapidin.tasks.names import CAUSAL, LossKind, TaskName, Turns
 
 if TYPE_CHECKING:  # both import torch, which the command line's help must not wait for
     from rapidin.gradients.dropout import DropoutMask
     from rapidin.gradients.preconditioner import PreconditionerConfig
+    from rapidin.tasks.task import Task
 
-LossKind = Literal["mean", "sum"]
 Projection = Literal["tensor", "flat", "rapidgrad"]
 
 HASH = "lowbias32-1"  # the definition of bins and signs in docs/reference/sketch.md
 RAPIDGRAD_WIDTH = 65536  # the setting of the RapidIn paper
 
+_WITH_BETA = ("preference", "kto")  # tasks
 _SMALL_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 
 
@@ -61,11 +63,28 @@ class GradientSettings(Settings):
         metavar="PATTERN",
         panel="Gradients",
     )
+    task: Task | str | None = option(
+        None,
+        help="What the model is for (docs/guide/tasks.md).",
+        panel="Gradients",
+        choices=get_args(TaskName),
+        default="by the model's class, causal where that is not clear",
+        parse=str,
+    )
     loss: LossKind = option(
         "mean",
         help="Loss of an example: mean or sum over its completion tokens.",
         panel="Gradients",
         choices=get_args(LossKind),
+    )
+    turns: Turns = option(
+        "all",
+        help="Which turns of the assistant count in a chat.",
+        panel="Gradients",
+        choices=get_args(Turns),
+    )
+    beta: float = option(
+        0.1, help="Beta of the losses of preferences (DPO, KTO).", metavar="B", panel="Gradients"
     )
     preconditioner: PreconditionerConfig | str | Path | None = option(
         "auto",
@@ -139,6 +158,10 @@ class GradientSettings(Settings):
             )
         if self.loss not in get_args(LossKind):
             raise UserError(f"unknown loss '{self.loss}'", "use mean or sum")
+        if self.turns not in get_args(Turns):
+            raise UserError(f"unknown turns '{self.turns}'", "use all or last")
+        if not 0 < self.beta < float("inf"):
+            raise UserError(f"--beta must be above 0, got {self.beta:g}")
         if self.width is not None and self.width < 1:
             raise UserError(f"--width must be at least 1, got {self.width}")
         if not 0 <= self.seed < 2**64:
@@ -150,6 +173,11 @@ class GradientSettings(Settings):
             raise UserError(
                 f"--width must be a multiple of 128 with the {self.projection} projection, got {self.width}"
             )
+
+    @property
+    def task_name(self) -> str:
+        """The name of the task; "" as long as the model's class is to tell it."""
+        return self.task if isinstance(self.task, str) else "" if self.task is None else self.task.name
 
     def recorded(self) -> dict[str, dict[str, Any]]:
         """The parts 'sketch', 'gradient' and 'text' of a manifest, without where the preconditioner's file
@@ -169,6 +197,12 @@ class GradientSettings(Settings):
             "exclude": list(self.exclude),
             "preconditioner": config.to_json(),
         }
+        if self.task_name != CAUSAL:
+            gradient["task"] = self.task_name
+        if self.turns != "all":
+            gradient["turns"] = self.turns
+        if self.task_name in _WITH_BETA:
+            gradient["beta"] = self.beta
         if self.dropout is not None:
             gradient["dropout"] = self.dropout.to_json()
         return {
@@ -193,6 +227,9 @@ class GradientSettings(Settings):
             at=tuple(gradient["at"]),
             include=tuple(gradient["include"]),
             exclude=tuple(gradient["exclude"]),
+            task=gradient.get("task", CAUSAL),
+            turns=gradient.get("turns", "all"),
+            beta=gradient.get("beta", 0.1),
             loss=gradient["loss"],
             preconditioner=config,
             dropout=DropoutMask(**dropout) if dropout else None,

@@ -8,14 +8,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from rapidin.data.encoding import Encoded, Encoder, Status
+from rapidin.data.encoding import AnyExample, Encoder, Status
+from rapidin.data.examples import Examples
+from rapidin.data.records import Record
 from rapidin.errors import UserError
 from rapidin.gradients.adam import Moments
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
 from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.check import MOST_ELEMENTS, GradientCheck, check_gradients, check_pair
@@ -32,6 +34,11 @@ from rapidin.gradients.preconditioner import (
 from rapidin.gradients.probe import check_causal
 from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
 from rapidin.ops.transfer import Download, upload
+from rapidin.tasks.causal import Causal
+from rapidin.tasks.choose import TaskSettings, task_of
+from rapidin.tasks.forward import evaluation_mode
+from rapidin.tasks.names import CAUSAL
+from rapidin.tasks.task import AnyBatch, Example, Task
 
 _LONGEST = 2048  # tokens, if the model does not say
 
@@ -44,8 +51,9 @@ class GradientSource:
     smaller once memory has run out.
 
     loaded: the model; settings: complete, without a value that is still to be chosen; points: of the path
-    from base to tuned model, where gradients are taken; targets: the parameters that count; encoder: makes
-    texts of records; check: the result of comparing gradients with autograd's, None if that was not done.
+    from base to tuned model, where gradients are taken; targets: the parameters that count; task: makes
+    examples of records, batches of examples, and the losses that gradients are taken of; check: the result of
+    comparing gradients with autograd's, None if that was not done.
 
     Raises UserError for settings that do not fit the model.
     """
@@ -59,29 +67,43 @@ class GradientSource:
     ) -> None:
         """bytes_per_example: the budget of a cache, on which the default sketch dimension depends."""
         settings = settings or GradientSettings()
-        check_causal(loaded)
         self.loaded = loaded
+        max_length = _max_length(loaded, settings.max_length)
+        self.task: Task = task_of(
+            settings.task,
+            loaded.model,
+            loaded.tokenizer,
+            TaskSettings(
+                max_length, settings.eos, settings.too_long, settings.loss, settings.turns, settings.beta
+            ),
+        )
+        if self.task.needs_causal:
+            check_causal(loaded)
         self.points = _points(loaded, settings.at)
+        if self.task.needs_reference and not loaded.path.ends:
+            raise UserError(
+                f"the task '{self.task.name}' compares with the model before it was tuned: "
+                f"{loaded.path.unknown}",
+                "give the --adapter or the --base",
+            )
         self.targets = find_targets(
-            loaded.model, trained=loaded.trained, include=settings.include, exclude=settings.exclude
+            loaded.model,
+            trained=loaded.trained,
+            include=settings.include,
+            exclude=settings.exclude,
+            convolutions=self.task.name != CAUSAL,
         )
         config = _preconditioner_config(settings, loaded, self.targets)
         self.settings = replace(
             settings,
             at=tuple(self.points),
+            task=settings.task if isinstance(settings.task, Task) else self.task.name,
             width=settings.width or self._default_width(settings, bytes_per_example),
-            max_length=_max_length(loaded, settings.max_length),
+            max_length=max_length,
             preconditioner=config,
         )
         self.config = config
         self.check: GradientCheck | None = None
-        assert self.settings.max_length is not None
-        self.encoder = Encoder(
-            loaded.tokenizer,
-            eos=settings.eos,
-            max_length=self.settings.max_length,
-            too_long=settings.too_long,
-        )
         self._set_preconditioner(config.fitted)
         if loaded.sharded and (names := self.sketcher.needs_weights):
             raise UserError(
@@ -110,7 +132,7 @@ class GradientSource:
             width=self.width,
             seed=self.settings.seed,
             projection=self.settings.projection,
-            loss=self.settings.loss,
+            losses=self.task.losses,
             preconditioner=preconditioner,
             checked=self.check is not None,
             followed=() if self.check is None else self.check.followed,
@@ -124,9 +146,11 @@ class GradientSource:
             why = NotBatchedError(names[0], len(names)).reason
         elif self.check is not None:
             why = self.check.why_single
-        return BatchRunner(self.loaded.device, self.settings.batch_tokens, self.lockstep, why)
+        return BatchRunner(self.task, self.loaded.device, self.settings.batch_tokens, self.lockstep, why)
 
-    def checked(self, texts: Sequence[Encoded], most_elements: int = MOST_ELEMENTS) -> GradientCheck | None:
+    def checked(
+        self, texts: Sequence[AnyExample], most_elements: int = MOST_ELEMENTS
+    ) -> GradientCheck | None:
         """Compare the gradients of one or two of these texts with autograd's (`rapidin.gradients.check`).
 
         None if no text has a gradient, or the model is spread over several processes. most_elements: of
@@ -138,15 +162,14 @@ class GradientSource:
         if pair is None:
             return None
         source = self.with_preconditioner(None).with_check(GradientCheck())
-        (short, long), device = [(text.ids, text.target) for text in pair], self.loaded.device
-        batched = len(short[0]) < len(long[0]) and not source.batches.one_at_a_time
+        short, long = self.prepared(pair)
+        batched = not source.batches.one_at_a_time
+        if isinstance(self.task, Causal):
+            batched = batched and short.length < long.length
+        batches = [self.task.batch(some, self.loaded.device) for some in ([short], [long], [short, long])]
         with source.at(len(self.points) - 1):
             check = check_gradients(
-                source.sketcher,
-                Batch.of([short], device),
-                Batch.of([long], device),
-                Batch.of([short, long], device) if batched else None,
-                most_elements,
+                source.sketcher, batches[0], batches[1], batches[2] if batched else None, most_elements
             )
         self.sketcher.learn(source.sketcher)
         return check
@@ -164,6 +187,32 @@ class GradientSource:
         other = copy.copy(self)
         other._set_preconditioner(preconditioner, self.sketcher)
         return other
+
+    @property
+    def own_task(self) -> Task | None:
+        """The task, if it is one of the user's own."""
+        return self.settings.task if isinstance(self.settings.task, Task) else None
+
+    @property
+    def encoder(self) -> Encoder:
+        """What encodes the texts of a causal model. Raises UserError for another task."""
+        if not isinstance(self.task, Causal):
+            raise UserError(f"this needs a causal language model, and the task is '{self.task.name}'")
+        return self.task.encoder
+
+    def example(self, record: Record | None) -> AnyExample:
+        """The example of a record; None stands for a malformed one."""
+        if record is None:
+            return Example({}, 0, Status.MALFORMED)
+        made: AnyExample = self.task.example(record)
+        return made
+
+    def check_records(self, examples: Examples) -> None:
+        """Checks what of the examples depends on the model, such as its chat template or its labels. Those
+        that it rejects are malformed; if `examples` does not skip such, raises UserError for the first."""
+        if isinstance(self.task, Causal) and examples.form != "messages":
+            return  # every text can be encoded
+        examples.check(self.task.check)
 
     @property
     def preconditioner(self) -> Preconditioner | None:
@@ -208,8 +257,29 @@ class GradientSource:
 
     # -------------------------------------------------------------------------------------- sketches
 
+    def prepared(self, examples: Sequence[AnyExample]) -> Sequence[AnyExample]:
+        """The examples with what their losses take from the model before it was tuned, if the task needs it.
+
+        One that does not fit into memory gets Status.TOO_LARGE.
+        """
+        if not self.task.needs_reference:
+            return examples
+        made: list[Any] = list(examples)
+        missing = [n for n, each in enumerate(made) if each.status == Status.OK and not each.reference]
+        with self.loaded.path.at(0.0), torch.no_grad(), evaluation_mode(self.loaded.model):
+            step = partial(self.task.reference, self.loaded.model)
+            for chosen, result in self.batches.run(missing, examples, step):
+                values: list[Any] = [None] * len(chosen) if result is None else result.tolist()
+                for n, value in zip(chosen, values, strict=True):
+                    made[n] = (
+                        replace(made[n], status=Status.TOO_LARGE)
+                        if value is None
+                        else replace(made[n], reference=tuple(value))
+                    )
+        return made
+
     def sketches(
-        self, texts: Sequence[Encoded], reporter: Reporter = SILENT, *, announced: bool = False
+        self, texts: Sequence[AnyExample], reporter: Reporter = SILENT, *, announced: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Raw sketches [n, blocks, width] float32, zeros for texts without one, and status [n] uint8.
 
@@ -218,6 +288,7 @@ class GradientSource:
         """
         if announced:
             self.lockstep.begin()
+        texts = self.prepared(texts)
         device = self.loaded.device
         status = _on(device, [int(text.status) for text in texts], torch.uint8)
         out = torch.zeros(len(texts), self.blocks, self.width, device=device)
@@ -239,7 +310,7 @@ class GradientSource:
                     bad = ~sketch.isfinite().flatten(1).all(1)
                     out[rows, blocks] = sketch
                     status[rows] = status[rows].masked_fill(bad, int(Status.NONFINITE))
-                    tokens = sum(len(texts[n].ids) for n in chosen)
+                    tokens = sum(texts[n].length for n in chosen)
                     skipped = Download([bad.sum()]) if last else None
                     reporter.sketched(len(chosen) if last else 0, tokens, skipped)
         out.masked_fill_((status != int(Status.OK))[:, None, None], 0.0)
@@ -251,8 +322,9 @@ class GradientSource:
 
     # -------------------------------------------------------------------------------- preconditioner
 
-    def fit_preconditioner(self, texts: Sequence[Encoded], reporter: Reporter = SILENT) -> Preconditioner:
+    def fit_preconditioner(self, texts: Sequence[AnyExample], reporter: Reporter = SILENT) -> Preconditioner:
         """The preconditioner of each point, of the configured kind, from the gradients of these texts."""
+        texts = self.prepared(texts)
         good = [n for n, text in enumerate(texts) if text.status == Status.OK]
         points = []
         for number in range(len(self.points)):
@@ -273,7 +345,7 @@ class GradientSource:
         return Preconditioner(points)
 
     def _factor_moments(
-        self, good: Sequence[int], texts: Sequence[Encoded], reporter: Reporter
+        self, good: Sequence[int], texts: Sequence[AnyExample], reporter: Reporter
     ) -> FactorMoments:
         """The moments of the factors of these texts' gradients, at the point where the model is.
 
@@ -286,7 +358,7 @@ class GradientSource:
             moments = FactorMoments(self.targets, self.config.rank, self.settings.seed, self.loaded.device)
             spoilt = False
 
-            def add(batch: Batch, moments: FactorMoments = moments) -> bool:
+            def add(batch: AnyBatch, moments: FactorMoments = moments) -> bool:
                 nonlocal spoilt
                 if not spoilt:  # after a failure the moments are of no use
                     spoilt = True

@@ -18,7 +18,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from rapidin.data.records import record_parts
+from rapidin.data.records import shown_parts
 from rapidin.results.text import (
     MEANING,
     error_text,
@@ -57,7 +57,7 @@ class _Example:
     """A training example on one line of any width: prompt, arrow, completion, both shortened."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
-        self.prompt, self.completion = (one_line(text) for text in record_parts(record))
+        self.prompt, self.completion = (one_line(text) for text in shown_parts(record))
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(20, max(20, cell_len(self.prompt) + 4 + cell_len(self.completion)))

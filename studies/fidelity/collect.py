@@ -38,10 +38,10 @@ from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.token_contributions import ExactQueries, factors_of
 from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.data.examples import open_examples
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.load import load_model
 from rapidin.gradients.parameters import block_seed
 from rapidin.ops import unit_blocks
+from rapidin.tasks.causal import TokenBatch
 
 
 def change_a_word(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
@@ -64,7 +64,9 @@ class Collector:
 
     def factors(self, encoded: list[Encoded]) -> list[tuple[Tensor, Tensor]]:
         with self.attributor.loaded.path.at(self.attributor.source.points[0]):
-            return self.attributor.source.sketcher.factors(Batch.of([(e.ids, e.target) for e in encoded]))
+            return self.attributor.source.sketcher.factors(
+                TokenBatch.of([(e.ids, e.target) for e in encoded])
+            )
 
     def sketches(self, columns: Tensor, rows: Tensor, name: str) -> dict[int, tuple[Tensor, Tensor]]:
         made = {}

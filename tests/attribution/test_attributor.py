@@ -16,7 +16,7 @@ from rapidin.cache import Cache
 from rapidin.cache.progress import Progress
 from rapidin.data.encoding import Status
 from rapidin.errors import UserError
-from rapidin.gradients.batch import Batch
+from rapidin.tasks.causal import TokenBatch
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def raw(attributor: Attributor, rows: list[dict[str, Any]]) -> torch.Tensor:
     """[n, blocks, width]: each record alone."""
     encoded = [attributor.source.encoder(record) for record in rows]
     with attributor.loaded.path.at(attributor.source.points[0]):
-        return torch.cat([attributor.source.sketcher(Batch.of([(e.ids, e.target)]))[0] for e in encoded])
+        return torch.cat([attributor.source.sketcher(TokenBatch.of([(e.ids, e.target)]))[0] for e in encoded])
 
 
 def test_rows_are_the_examples_own_sketches_in_order(attributor: Attributor, cache: Cache) -> None:

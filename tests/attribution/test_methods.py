@@ -29,7 +29,7 @@ from rapidin.attribution.scan import scores_of
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.errors import UserError
-from rapidin.gradients.batch import Batch
+from rapidin.tasks.causal import TokenBatch
 
 ALL = [(m, n) for m in methods.METHODS for n in methods.NORMALIZE]
 QUERIES = records(4, seed=9)
@@ -55,7 +55,7 @@ def gradients(attributor: Attributor, rows: list[dict[str, Any]]) -> list[Tensor
     with attributor.loaded.path.at(attributor.source.points[0]):
         for record in rows:
             encoded = attributor.source.encoder(record)
-            factors = attributor.source.sketcher.factors(Batch.of([(encoded.ids, encoded.target)]))
+            factors = attributor.source.sketcher.factors(TokenBatch.of([(encoded.ids, encoded.target)]))
             found.append([torch.bmm(g.double().mT, a.double()).flatten() for a, g in factors])
     return [torch.stack(column) for column in zip(*found, strict=True)]
 

@@ -17,8 +17,8 @@ from rapidin.attribution.ensemble import Ensemble, Member
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.query_sketch import target_texts
 from rapidin.errors import UserError
-from rapidin.gradients.batch import Batch, example_losses
 from rapidin.results.types import Hit, QueryResult
+from rapidin.tasks.causal import TokenBatch, example_losses
 
 QUERIES = [
     {"prompt": "Howdy! What is the capital of France?", "completion": " The capital of France is Paris."},
@@ -110,12 +110,14 @@ def test_a_position_brings_its_own_outer_product() -> None:
         return hook
 
     handles = [modules[name].register_forward_hook(keep(name)) for name in names]
-    example_losses(model, Batch.of([(text.ids, text.target)])).sum().backward()
+    example_losses(model, TokenBatch.of([(text.ids, text.target)])).sum().backward()
     for handle in handles:
         handle.remove()
     model.zero_grad()
     vectors = torch.randn(3, len(names), 64)
-    products, sketches = attributor.source.sketcher.positions(Batch.of([(text.ids, text.target)]), vectors)
+    products, sketches = attributor.source.sketcher.positions(
+        TokenBatch.of([(text.ids, text.target)]), vectors
+    )
     from rapidin import ops
 
     for n, name in enumerate(names):
@@ -137,7 +139,7 @@ def formed(attributor: Attributor, text: Any) -> list[Tensor]:
     found = []
     for number in range(len(attributor.source.points)):
         with attributor.source.at(number):
-            for c, r in attributor.source.sketcher.factors(Batch.of([(text.ids, text.target)]), number):
+            for c, r in attributor.source.sketcher.factors(TokenBatch.of([(text.ids, text.target)]), number):
                 found.append(r[0].double().T @ c[0].double())
     return found
 

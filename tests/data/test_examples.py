@@ -427,11 +427,11 @@ def test_check_names_the_chat_that_the_template_refuses(tmp_path: Path) -> None:
     )
     encode = Encoder(tokenizer, max_length=128)
     wrong = {"messages": MESSAGES["messages"][1:]}
-    encode.check(open_examples([MESSAGES, MESSAGES]))
+    open_examples([MESSAGES, MESSAGES]).check(encode)
     with pytest.raises(
         UserError, match=r"line 3: the chat template rejects a chat with the roles .*user first"
     ):
-        encode.check(open_examples(write(tmp_path / "chats.jsonl", MESSAGES, "", wrong)))
+        open_examples(write(tmp_path / "chats.jsonl", MESSAGES, "", wrong)).check(encode)
 
 
 def test_refused_chats() -> None:

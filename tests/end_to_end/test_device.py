@@ -27,12 +27,12 @@ from rapidin.attribution.scan import scan_cache
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.cache.codec import Basis, CodecConfig, FloatCodec, PackedCodec, fit_shape, learn_basis
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.load import load_model
 from rapidin.gradients.parameters import find_targets
 from rapidin.ops import backends
 from rapidin.ops.transfer import Download, upload
+from rapidin.tasks.causal import TokenBatch
 
 pytestmark = pytest.mark.gpu
 
@@ -143,19 +143,19 @@ def test_hooks_make_tensors_where_the_batch_is(projection: Any, include: tuple[s
     model = tiny_llama()
     targets = find_targets(model, trained=None, include=include, exclude=())
     texts = [([5, 6, 7, 8], [False, False, True, True]), ([9, 3], [False, True])]
-    wanted = GradientSketcher(model, targets, width=64, seed=0, projection=projection)(Batch.of(texts))
+    wanted = GradientSketcher(model, targets, width=64, seed=0, projection=projection)(TokenBatch.of(texts))
     with torch.device("meta"):
-        batch = Batch.of(texts)
+        batch = TokenBatch.of(texts)
         got = GradientSketcher(model, targets, width=64, seed=0, projection=projection)(batch)
     for one, two in zip(got, wanted, strict=True):
         assert torch.equal(one, two)
 
 
 def test_the_first_position_of_a_batch() -> None:
-    assert Batch.of([([1, 2, 3], [False] * 3)]).first == 0
-    assert Batch.of([([1, 2, 3], [True, False, False])]).first == 0
-    assert Batch.of([([1, 2, 3], [False, False, True]), ([1], [True])]).first == 1
-    assert Batch.of([([1, 2, 3], [False, False, True]), ([1, 2], [False, True])]).first == 0
+    assert TokenBatch.of([([1, 2, 3], [False] * 3)]).first == 0
+    assert TokenBatch.of([([1, 2, 3], [True, False, False])]).first == 0
+    assert TokenBatch.of([([1, 2, 3], [False, False, True]), ([1], [True])]).first == 1
+    assert TokenBatch.of([([1, 2, 3], [False, False, True]), ([1, 2], [False, True])]).first == 0
 
 
 # ---- the products of a GPU, on the CPU ----
@@ -233,7 +233,7 @@ def test_tensors_of_the_cpu_are_not_copied() -> None:
 def test_models_of_any_dtype_are_sketched(dtype: torch.dtype) -> None:
     model = tiny_llama().to(dtype)
     targets = find_targets(model, trained=None, include=(), exclude=())
-    batch = Batch.of([([5, 6, 7, 8], [False, True, True, True])])
+    batch = TokenBatch.of([([5, 6, 7, 8], [False, True, True, True])])
     sketch, loss = GradientSketcher(model, targets, width=64, seed=0)(batch)
     assert sketch.dtype == loss.dtype == torch.float32
     exact, _ = GradientSketcher(model.float(), targets, width=64, seed=0)(batch)

@@ -28,9 +28,9 @@ from rapidin.evaluate.metrics import Estimate
 from rapidin.evaluate.result import Result
 from rapidin.evaluate.tasks import facts, labels
 from rapidin.evaluate.variants import Variant, parse_variants
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.model import LoadedModel
 from rapidin.results.terminal import make_console
+from rapidin.tasks.causal import TokenBatch
 
 
 class Made(NamedTuple):
@@ -254,9 +254,9 @@ def test_exact_products_are_those_of_autograd() -> None:
     weights = [dict(model.named_parameters())[target.name] for target in attributor.source.targets]
 
     def gradient(text: Any) -> list[torch.Tensor]:
-        from rapidin.gradients.batch import example_losses
+        from rapidin.tasks.causal import example_losses
 
-        loss = example_losses(model, Batch.of([(text.ids, text.target)]))
+        loss = example_losses(model, TokenBatch.of([(text.ids, text.target)]))
         return [g.flatten().double() for g in torch.autograd.grad(loss.sum(), weights)]
 
     grads = [gradient(text) for text in rows]

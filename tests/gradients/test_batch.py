@@ -8,23 +8,23 @@ from own_gradients import texts
 from tiny import tiny_gpt2, tiny_llama
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from rapidin.gradients.batch import Batch, batch_loss, cache_use, example_losses
+from rapidin.tasks.causal import TokenBatch, batch_loss, cache_use, example_losses
 
 
 def test_texts_are_padded_on_the_right() -> None:
-    batch = Batch.of([([5, 6, 7, 8], [False, False, True, True]), ([9, 4], [False, True])])
+    batch = TokenBatch.of([([5, 6, 7, 8], [False, False, True, True]), ([9, 4], [False, True])])
     assert batch.ids.tolist() == [[5, 6, 7, 8], [9, 4, 0, 0]]
     assert batch.mask.tolist() == [[True] * 4, [True, True, False, False]]
     assert batch.target.tolist() == [[False, False, True, True], [False, True, False, False]]
     assert batch.first == 0  # the position before the second text's target
-    assert Batch.of([([5, 6, 7], [False, False, True])]).first == 1
-    assert Batch.of([([5, 6], [False, False])]).first == 0
+    assert TokenBatch.of([([5, 6, 7], [False, False, True])]).first == 1
+    assert TokenBatch.of([([5, 6], [False, False])]).first == 0
 
 
 @pytest.mark.parametrize("make", [tiny_llama, tiny_gpt2])
 def test_the_loss_of_a_batch_is_the_mean_over_all_target_tokens(make: type) -> None:
     model, given = make().requires_grad_(False), texts()
-    batch = Batch.of(given)
+    batch = TokenBatch.of(given)
     tokens = sum(sum(flags[1:]) for _, flags in given)
     want = example_losses(model, batch, "sum").sum() / tokens
     torch.testing.assert_close(batch_loss(model, batch), want, rtol=1e-5, atol=0.0)

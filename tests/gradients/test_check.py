@@ -12,7 +12,6 @@ from tiny import tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor, nn
 
 from rapidin.data.encoding import Encoded, Status, by_length
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.calls import ChangedInputError, NotBatchedError
 from rapidin.gradients.check import MOST_ELEMENTS, GradientCheck, Tolerance, check_pair
 from rapidin.gradients.collector import GradientSketcher
@@ -21,6 +20,7 @@ from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import find_targets
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
+from rapidin.tasks.causal import TokenBatch
 
 
 def encoded(n: int = 5) -> list[Encoded]:
@@ -358,7 +358,7 @@ def test_no_batch_has_as_many_examples_as_tokens() -> None:
     sketcher = GradientSketcher(model, find_targets(model), width=WIDTH, seed=SEED)
     square = [(list(range(5, 10)), [False] + [True] * 4)] * 5
     with pytest.raises(NotBatchedError):  # the axes could be taken for each other
-        sketcher(Batch.of(square))
+        sketcher(TokenBatch.of(square))
     alike = [Encoded(ids, target, Status.OK) for ids, target in square]
     for budget in range(1, 200):
         for n in (1, 2, 4, 5, 6, 11, 30):
@@ -474,7 +474,7 @@ def test_a_parameter_that_an_example_does_not_reach_has_no_gradient_there() -> N
     for text in encoded():
         sketch, _ = source.sketches([text])
         assert bool(sketch[0, rare].any()) == (len(text.ids) > 12)
-        columns, rows = source.sketcher.factors(Batch.of([(text.ids, text.target)]))[rare]
+        columns, rows = source.sketcher.factors(TokenBatch.of([(text.ids, text.target)]))[rare]
         assert columns.shape == rows.shape == (1, len(text.ids), 32)
 
 

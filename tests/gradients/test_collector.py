@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from own_gradients import SEED, WIDTH, Scaled, own_gradients, own_sketches, relative_error, texts
 from tiny import tiny_gpt2, tiny_llama, tiny_lora
 
 from rapidin import ops
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import block_seed, find_targets
+from rapidin.tasks.causal import TokenBatch, example_losses
 
 MODELS = {
     "llama": lambda: tiny_llama(),
@@ -36,9 +38,11 @@ def test_every_parameter_has_its_own_gradients_sketch(kind: str, loss: str) -> N
     if not adapter:
         assert {t.name for t in targets} == {name for name, _ in model.named_parameters()}
     want = torch.stack([own_sketches(model, targets, text, loss) for text in texts()])
-    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, loss=loss)  # type: ignore[arg-type]
+    sketcher = GradientSketcher(
+        model, targets, width=WIDTH, seed=SEED, losses=partial(example_losses, kind=loss)
+    )
     assert not sketcher.single_names
-    got, losses = sketcher(Batch.of(texts()))
+    got, losses = sketcher(TokenBatch.of(texts()))
     assert relative_error(got, want) < 1e-4
     assert losses.shape == (5,)
     assert bool((losses > 0).all())
@@ -50,10 +54,10 @@ def test_padding_batch_and_order_change_nothing(kind: str) -> None:
     trained = LoadedModel.of(model, None).trained if "lora" in kind else None
     targets = find_targets(model, trained=trained, include=() if trained else ["*"])
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
-    alone = torch.cat([sketcher(Batch.of([text]))[0] for text in texts()])
+    alone = torch.cat([sketcher(TokenBatch.of([text]))[0] for text in texts()])
     order = [3, 0, 4, 2, 1]
-    shuffled, _ = sketcher(Batch.of([texts()[n] for n in order]))
-    padded, _ = sketcher(Batch.of([*texts(), ([5] * 60, [True] * 60)]))
+    shuffled, _ = sketcher(TokenBatch.of([texts()[n] for n in order]))
+    padded, _ = sketcher(TokenBatch.of([*texts(), ([5] * 60, [True] * 60)]))
     assert relative_error(shuffled, alone[order]) < 1e-4
     assert relative_error(padded[:5], alone) < 1e-4
 
@@ -78,7 +82,7 @@ def test_default_targets_of_an_adapter_are_what_it_trains() -> None:
 def test_no_parameter_gets_a_gradient_and_all_is_left_as_it_was() -> None:
     model = tiny_llama().train()
     before = [p.requires_grad for p in model.parameters()]
-    GradientSketcher(model, find_targets(model), width=WIDTH, seed=SEED)(Batch.of(texts()))
+    GradientSketcher(model, find_targets(model), width=WIDTH, seed=SEED)(TokenBatch.of(texts()))
     assert all(p.grad is None for p in model.parameters())
     assert [p.requires_grad for p in model.parameters()] == before
     assert model.training
@@ -89,7 +93,7 @@ def test_the_flat_projection_is_that_of_the_formed_gradient() -> None:
     model = tiny_gpt2()
     targets = find_targets(model, include=["*"])
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, projection="flat")
-    got, _ = sketcher(Batch.of(texts()))
+    got, _ = sketcher(TokenBatch.of(texts()))
     for row, text in enumerate(texts()):
         grads = own_gradients(model, text)
         for n, target in enumerate(targets):
@@ -104,10 +108,10 @@ def test_an_unknown_kind_of_parameter_comes_by_autograd_one_example_at_a_time() 
     targets = find_targets(model, include=["gain", "q_proj"])
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
     with pytest.raises(NotBatchedError) as raised:
-        sketcher(Batch.of(texts()))
+        sketcher(TokenBatch.of(texts()))
     assert [raised.value.name] == sketcher.single_names == ["model.layers.0.mlp.gain"]
     for text in texts():
-        got, _ = sketcher(Batch.of([text]))
+        got, _ = sketcher(TokenBatch.of([text]))
         assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
 
 
@@ -134,7 +138,7 @@ def test_a_layer_that_sees_some_tokens_is_batched() -> None:
     model.model.layers[1].self_attn.o_proj = Mixing(model.model.layers[1].self_attn.o_proj)
     targets = find_targets(model)
     want = torch.stack([own_sketches(model, targets, text) for text in texts()])
-    got, _ = GradientSketcher(model, targets, width=WIDTH, seed=SEED)(Batch.of(texts()))
+    got, _ = GradientSketcher(model, targets, width=WIDTH, seed=SEED)(TokenBatch.of(texts()))
     assert relative_error(got, want) < 1e-4
 
 
@@ -144,9 +148,9 @@ def test_a_layer_that_mixes_examples_is_noticed_and_done_one_at_a_time() -> None
     targets = find_targets(model)
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
     with pytest.raises(NotBatchedError):
-        sketcher(Batch.of(texts()))
+        sketcher(TokenBatch.of(texts()))
     for text in texts():
-        got, _ = sketcher(Batch.of([text]))
+        got, _ = sketcher(TokenBatch.of([text]))
         assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
 
 
@@ -165,16 +169,16 @@ def test_a_norm_among_tokens_of_no_batch_is_done_one_example_at_a_time() -> None
     targets = find_targets(model, include=["norm"])
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
     with pytest.raises(NotBatchedError):
-        sketcher(Batch.of(texts()))
+        sketcher(TokenBatch.of(texts()))
     for text in texts():
-        got, _ = sketcher(Batch.of([text]))
+        got, _ = sketcher(TokenBatch.of([text]))
         assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
 
 
 def test_factors_give_the_gradients_back() -> None:
     model = tiny_gpt2()
     targets = find_targets(model)
-    factors = GradientSketcher(model, targets, width=WIDTH, seed=SEED).factors(Batch.of(texts()))
+    factors = GradientSketcher(model, targets, width=WIDTH, seed=SEED).factors(TokenBatch.of(texts()))
     for row, text in enumerate(texts()):
         grads = own_gradients(model, text)
         for target, (columns, rows) in zip(targets, factors, strict=True):
@@ -186,4 +190,4 @@ def test_factors_of_what_is_no_linear_layer_are_refused() -> None:
     for pattern in ("norm", "embed_tokens"):
         sketcher = GradientSketcher(model, find_targets(model, include=[pattern]), width=WIDTH, seed=SEED)
         with pytest.raises(TypeError, match="is not the weight of a linear layer"):
-            sketcher.factors(Batch.of(texts()))
+            sketcher.factors(TokenBatch.of(texts()))

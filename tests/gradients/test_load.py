@@ -15,10 +15,10 @@ from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.errors import UserError
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.load import load_model
 from rapidin.gradients.model import LoadedModel
+from rapidin.tasks.causal import TokenBatch
 
 
 def logits(model: object, at: LoadedModel | None = None, point: float = 1.0) -> torch.Tensor:
@@ -258,7 +258,19 @@ def test_a_classifier_and_a_headless_model_are_no_language_models(tmp_path: Path
         model.save_pretrained(tmp_path)
         tiny_tokenizer().save_pretrained(tmp_path)
         with pytest.raises(UserError, match=rf"lm_head.* saved as {type(model).__name__}"):
-            load_model(str(tmp_path))
+            load_model(str(tmp_path), task="causal")
+
+
+def test_a_folder_says_what_its_model_is_for(tmp_path: Path) -> None:
+    from transformers import LlamaForSequenceClassification
+
+    saved = save_tiny(tmp_path / "causal")
+    assert type(load_model(str(saved.model)).model).__name__ == "LlamaForCausalLM"
+    LlamaForSequenceClassification(tiny_llama().config).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    assert type(load_model(str(tmp_path)).model).__name__ == "LlamaForSequenceClassification"
+    with pytest.raises(UserError, match=r"score.weight.* saved as LlamaForCausalLM"):
+        load_model(str(saved.model), task="classification")
 
 
 ADAPTERS = {
@@ -437,7 +449,7 @@ def test_the_text_side_of_a_model_that_reads_images_counts(tmp_path: Path, make:
     sketcher = GradientSketcher(loaded.model, targets, width=WIDTH, seed=SEED)
     some = texts(n=3)
     want = torch.stack([own_sketches(loaded.model, targets, text) for text in some])
-    assert relative_error(sketcher(Batch.of(some))[0], want) < 1e-4
+    assert relative_error(sketcher(TokenBatch.of(some))[0], want) < 1e-4
     assert attributor.generate("one two", max_new_tokens=3) is not None
     # an adapter on the layers of both: a text reaches those of the language model alone
     names = ["q_proj", "v_proj", "qkv"]

@@ -22,7 +22,6 @@ from rapidin.cache.progress import Progress
 from rapidin.cli import main
 from rapidin.errors import UserError
 from rapidin.gradients.adam import Moments, second_moments
-from rapidin.gradients.batch import Batch
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.kfac import FactorMoments, SideMoment, Spectrum, kfac_scale, kfac_scales
 from rapidin.gradients.model import LoadedModel
@@ -36,6 +35,7 @@ from rapidin.gradients.preconditioner import (
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.squares import embedding_squares, factor_squares, formed_squares
 from rapidin.ops import LowRank
+from rapidin.tasks.causal import TokenBatch
 
 P = EXPONENT
 
@@ -110,7 +110,7 @@ def own_matrices(model: Any, targets: Sequence[Target], rows: Any = None) -> lis
 def test_squares_of_every_parameter(kind: str) -> None:
     model = MODELS[kind]()
     targets = all_targets(model)
-    found = GradientSketcher(model, targets, width=8, seed=0).squares(Batch.of(texts()))
+    found = GradientSketcher(model, targets, width=8, seed=0).squares(TokenBatch.of(texts()))
     for target, squares, formed in zip(targets, found, own_matrices(model, targets), strict=True):
         for sums, axis in zip(squares, (2, 1), strict=True):
             want = formed.double().square().sum(axis)
@@ -180,7 +180,7 @@ def test_a_sketch_with_preconditioner_is_that_of_the_scaled_gradient(kind: str, 
     sketcher = GradientSketcher(
         model, targets, width=WIDTH, seed=SEED, projection=projection, preconditioner=preconditioner
     )
-    got, _ = sketcher(Batch.of(texts()))
+    got, _ = sketcher(TokenBatch.of(texts()))
     blocks = []
     for target, formed in zip(targets, own_matrices(model, targets), strict=True):
         scale, seed = preconditioner.at(None)[target.name], block_seed(SEED, target.name)
@@ -209,8 +209,8 @@ def test_a_parameter_that_comes_by_autograd_is_scaled_and_measured_too() -> None
     want = ops.matrix_sketch(
         formed * scale.rows[:, None] * scale.columns, WIDTH, seed=block_seed(SEED, targets[0].name)
     )
-    assert relative_error(sketcher(Batch.of([text]))[0][:, 0], want) < 1e-4
-    assert_sums(sketcher.squares(Batch.of([text]))[0], formed)  # of the gradient as it is
+    assert relative_error(sketcher(TokenBatch.of([text]))[0][:, 0], want) < 1e-4
+    assert_sums(sketcher.squares(TokenBatch.of([text]))[0], formed)  # of the gradient as it is
 
 
 def test_factors_are_scaled_and_a_point_must_be_named_where_points_differ() -> None:
@@ -218,13 +218,13 @@ def test_factors_are_scaled_and_a_point_must_be_named_where_points_differ() -> N
     targets = find_targets(model)
     preconditioner = some_preconditioner(targets, points=2)
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, preconditioner=preconditioner)
-    factors = sketcher.factors(Batch.of(texts()), 1)
+    factors = sketcher.factors(TokenBatch.of(texts()), 1)
     for target, (columns, rows), formed in zip(targets, factors, own_matrices(model, targets), strict=True):
         scale = preconditioner.points[1][target.name]
         want = formed * scale.rows[:, None] * scale.columns
         torch.testing.assert_close(rows.mT @ columns, want, rtol=1e-3, atol=1e-5)
     with pytest.raises(TypeError, match="the preconditioner differs between 2 points"):
-        sketcher(Batch.of(texts()))
+        sketcher(TokenBatch.of(texts()))
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -311,7 +311,7 @@ def test_what_is_far_larger_than_the_rest_does_not_drown_it_in_small_dtypes() ->
 def test_the_moments_of_every_parameter_and_sketches_preconditioned_by_them(kind: str) -> None:
     model = MODELS[kind]()
     targets = all_targets(model)
-    batch = Batch.of(texts())
+    batch = TokenBatch.of(texts())
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
     moments = FactorMoments(targets, 64, SEED)
     sketcher.add_moments(batch, moments)
@@ -353,7 +353,7 @@ def test_the_moments_of_every_parameter_and_sketches_preconditioned_by_them(kind
 
 def kfac_preconditioner(model: Any, targets: Sequence[Target], rank: int = 5) -> Preconditioner:
     moments = FactorMoments(targets, rank, SEED)
-    GradientSketcher(model, targets, width=8, seed=0).add_moments(Batch.of(texts()), moments)
+    GradientSketcher(model, targets, width=8, seed=0).add_moments(TokenBatch.of(texts()), moments)
     return Preconditioner([kfac_scales(moments, P, 0.1)])
 
 
@@ -402,16 +402,16 @@ def test_factors_and_positions_are_those_of_the_preconditioned_gradient(kind: st
         model, targets, width=WIDTH, seed=SEED, projection=projection, preconditioner=preconditioner
     )
     assert any(scale.row_low_rank is not None for scale in preconditioner.points[0].values())
-    together, _ = sketcher(Batch.of(texts()))
+    together, _ = sketcher(TokenBatch.of(texts()))
     vectors = noise(2, len(targets), WIDTH)
     for n, text in enumerate(texts()):
-        batch = Batch.of([text])
+        batch = TokenBatch.of([text])
         products, sketches = sketcher.positions(batch, vectors)
         assert relative_error(sketches[None], together[n : n + 1]) < 1e-4
         want = torch.einsum("qbw,bw->qb", vectors, together[n])
         torch.testing.assert_close(products.sum(0), want, rtol=1e-3, atol=1e-3 * float(want.std()))
     # In float64 from the factors as they are: tokens may cancel, and what is left is the larger then.
-    plain = GradientSketcher(model, targets, width=WIDTH, seed=SEED).factors(Batch.of(texts()))
+    plain = GradientSketcher(model, targets, width=WIDTH, seed=SEED).factors(TokenBatch.of(texts()))
     formed = []
     for target, (a, g) in zip(targets, plain, strict=True):
         scale = preconditioner.points[0][target.name]
@@ -425,7 +425,7 @@ def test_factors_and_positions_are_those_of_the_preconditioned_gradient(kind: st
             sketch = ops.flat_sketch([want.float().flatten(1)], WIDTH, seed=seed, batched=True)
         assert relative_error(together[:, n], sketch) < 1e-3, target.name
     for target, want, (columns, rows) in zip(
-        targets, formed, sketcher.factors(Batch.of(texts())), strict=True
+        targets, formed, sketcher.factors(TokenBatch.of(texts())), strict=True
     ):
         assert relative_error((rows.mT @ columns).double(), want) < 1e-3, target.name
 
@@ -462,7 +462,7 @@ def test_an_embedding_is_scaled_by_how_often_its_tokens_come() -> None:
     model = tiny_llama()
     targets = find_targets(model, include=["*embed_tokens*"])
     moments = FactorMoments(targets, 64, 0)
-    batch = Batch.of(texts())
+    batch = TokenBatch.of(texts())
     GradientSketcher(model, targets, width=8, seed=0).add_moments(batch, moments)
     scale = kfac_scales(moments, P, 0.1)[targets[0].name]
     assert scale.row_low_rank is None

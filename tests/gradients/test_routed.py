@@ -12,7 +12,6 @@ from routed import SETTINGS, tiny_routed, with_linear_experts
 from tiny import tiny_lora, tiny_tokenizer
 
 from rapidin import ops
-from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.coverage import coverage_of
@@ -22,6 +21,7 @@ from rapidin.gradients.parameters import Target, block_seed, find_targets
 from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Scale
 from rapidin.ops import reference
+from rapidin.tasks.causal import TokenBatch, example_losses
 
 QUICK = {"mixtral", "gpt_oss", "llama4_text", "jetmoe", "dbrx", "mamba", "deepseek_v3"}
 TYPES = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.full) for kind in sorted(SETTINGS)]
@@ -44,10 +44,10 @@ def errors(model: Any, targets: list[Target], *, batched: bool = True) -> tuple[
         return float(((got - expected).norm(dim=-1) / size).max())
 
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
-    alone = torch.cat([sketcher(Batch.of([text]))[0] for text in texts()])
+    alone = torch.cat([sketcher(TokenBatch.of([text]))[0] for text in texts()])
     if not batched:
         return largest(alone), 0.0
-    together, _ = GradientSketcher(model, targets, width=WIDTH, seed=SEED)(Batch.of(texts()))
+    together, _ = GradientSketcher(model, targets, width=WIDTH, seed=SEED)(TokenBatch.of(texts()))
     return largest(alone), largest(together)
 
 
@@ -68,7 +68,7 @@ def test_every_parameter_is_right(kind: str) -> None:
     assert max(errors(model, targets, batched=kind not in SINGLE)) < 1e-4
     if kind in SINGLE:
         with pytest.raises(NotBatchedError) as raised:
-            GradientSketcher(model, targets, width=WIDTH, seed=SEED)(Batch.of(texts()))
+            GradientSketcher(model, targets, width=WIDTH, seed=SEED)(TokenBatch.of(texts()))
         assert raised.value.name
 
 
@@ -119,11 +119,11 @@ def test_what_one_example_does_not_reach_is_zero() -> None:
             layer.mlp.router.weight[:-1].abs_().add_(10).mul_(torch.tensor([1.0, -1.0, 1.0])[:, None])
     targets = find_targets(model)
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
-    sketches, _ = sketcher(Batch.of(texts()))
+    sketches, _ = sketcher(TokenBatch.of(texts()))
     expected = torch.stack([own_sketches(model, targets, text) for text in texts()])
     assert bool((~expected.any(-1)).any(0).any()), "every example reaches every expert"
     assert torch.equal(sketches.any(-1), expected.any(-1))
-    factors = sketcher.factors(Batch.of(texts()[:1]))
+    factors = sketcher.factors(TokenBatch.of(texts()[:1]))
     for (columns, rows), sketch in zip(factors, expected[0], strict=True):
         assert bool(rows.any()) == bool(sketch.any())
         assert columns.shape[1] == rows.shape[1] == len(texts()[0][0])
@@ -173,7 +173,7 @@ def test_preconditioned_sketches(kind: str, projection: Any) -> None:
     sketcher = GradientSketcher(
         model, targets, width=WIDTH, seed=SEED, projection=projection, preconditioner=Preconditioner([table])
     )
-    got, _ = sketcher(Batch.of(texts()))
+    got, _ = sketcher(TokenBatch.of(texts()))
     blocks = []
     for target, stack in zip(targets, stacks_of(model, targets), strict=True):
         scaled = stack * table[target.name].rows[:, None] * table[target.name].columns
@@ -192,7 +192,7 @@ def test_preconditioned_sketches(kind: str, projection: Any) -> None:
 def test_squares_are_sums_over_all_experts(kind: str) -> None:
     model = tiny_routed(kind)
     targets = experts_of(model)
-    found = GradientSketcher(model, targets, width=8, seed=0).squares(Batch.of(texts()))
+    found = GradientSketcher(model, targets, width=8, seed=0).squares(TokenBatch.of(texts()))
     for (rows, columns), stack in zip(found, stacks_of(model, targets), strict=True):
         squared = stack.double().square()
         torch.testing.assert_close(rows, squared.sum((1, 3)), rtol=1e-3, atol=1e-6 * float(rows.max()))
@@ -208,7 +208,7 @@ def test_kfac_is_the_same_in_batches_and_one_at_a_time(kind: str) -> None:
     for batches in ([texts()], [[text] for text in texts()]):
         moments = FactorMoments(targets, 64, SEED)
         for batch in batches:
-            sketcher.add_moments(Batch.of(batch), moments)
+            sketcher.add_moments(TokenBatch.of(batch), moments)
         tables.append(kfac_scales(moments, 0.5, 0.1))
     for target, stack in zip(targets, stacks_of(model, targets), strict=True):
         together, alone = (table[target.name].formed(stack.flatten(0, 1)) for table in tables)
@@ -224,7 +224,7 @@ def test_experts_share_moments_that_are_the_mean_of_each_experts() -> None:
     ]  # as if each were a parameter
     sketcher = GradientSketcher(model, experts, width=WIDTH, seed=SEED)
     shared = FactorMoments(experts, 200, SEED)
-    sketcher.add_moments(Batch.of(texts()), shared)
+    sketcher.add_moments(TokenBatch.of(texts()), shared)
     apart = FactorMoments(linear, 200, SEED)
     seen = _routed_factors(model)
     for n, (e, columns, rows) in enumerate(seen):
@@ -245,7 +245,7 @@ def _routed_factors(model: Any) -> list[tuple[int, torch.Tensor, torch.Tensor]]:
     """(expert, inputs, output gradients) of the first product of each expert, layer after layer, expert after
     expert, from the experts computed here."""
     found: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-    batch = Batch.of(texts())
+    batch = TokenBatch.of(texts())
 
     def keep(key: tuple[int, int], seen: torch.Tensor, grad: torch.Tensor) -> None:
         found.setdefault(key, []).append((seen, grad))
@@ -293,7 +293,7 @@ def test_positions_of_experts_sum_to_the_sketch(kind: str, projection: Any) -> N
     targets = find_targets(model)
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, projection=projection)
     for text in texts()[1:3]:
-        batch = Batch.of([text])
+        batch = TokenBatch.of([text])
         vectors = torch.randn(3, len(targets), WIDTH)
         products, sketches = sketcher.positions(batch, vectors)
         expected, _ = sketcher(batch)
@@ -313,7 +313,7 @@ def test_the_part_of_one_position() -> None:
     text = texts()[1]
     vectors = torch.randn(1, len(targets), WIDTH)
     products, _ = GradientSketcher(model, targets, width=WIDTH, seed=SEED).positions(
-        Batch.of([text]), vectors
+        TokenBatch.of([text]), vectors
     )
     experts = model.model.layers[1].mlp.experts
     weights = {name: getattr(experts, name) for name in ("gate_up_proj", "down_proj")}
@@ -346,7 +346,7 @@ def test_factors_of_stacked_experts_are_refused() -> None:
     model = tiny_routed("mixtral")
     sketcher = GradientSketcher(model, experts_of(model), width=WIDTH, seed=SEED)
     with pytest.raises(TypeError, match="is not the weight of a linear layer"):
-        sketcher.factors(Batch.of(texts()))
+        sketcher.factors(TokenBatch.of(texts()))
 
 
 def test_what_a_check_finds_out_about_gradients_is_kept() -> None:

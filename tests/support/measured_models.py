@@ -21,11 +21,11 @@ from torch.nn import functional as F
 from rapidin import ops
 from rapidin.data.encoding import Encoded, Status
 from rapidin.errors import UserError
-from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import block_seed, find_targets
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
+from rapidin.tasks.causal import TokenBatch, example_losses
 
 WIDTH, SEED = 128, 11
 TOLERANCE = 1e-4  # of a sketch, relative to autograd's, in float32
@@ -136,7 +136,7 @@ class _Watched:
     def __init__(self, sketcher: Any) -> None:
         self._sketcher, self.most = sketcher, 0
 
-    def __call__(self, batch: Batch, **arguments: Any) -> Any:
+    def __call__(self, batch: TokenBatch, **arguments: Any) -> Any:
         result = self._sketcher(batch, **arguments)
         self.most = max(self.most, len(batch.ids))
         return result
@@ -218,7 +218,7 @@ def speed(model: Any, seconds: float = 0.2) -> float:
     parameters without rapidin; of eight texts of 96 tokens."""
     chosen = texts((96,) * 8, seed=1)
     source = make_source(model)
-    batch = Batch.of([(text.ids, text.target) for text in chosen])
+    batch = TokenBatch.of([(text.ids, text.target) for text in chosen])
     model.requires_grad_(False)
     for target in source.targets:
         parameter = model.get_parameter(target.name)

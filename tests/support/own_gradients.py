@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.parameters import Target, block_seed
 from rapidin.ops import reference
+from rapidin.tasks.causal import TokenBatch, example_losses
 
 WIDTH, SEED = 128, 11
 
@@ -34,7 +34,7 @@ def own_gradients(
     for p in parameters.values():
         p.requires_grad_(True)
         p.grad = None
-    example_losses(model, Batch.of([text]), loss).sum().backward()  # type: ignore[arg-type]
+    example_losses(model, TokenBatch.of([text]), loss).sum().backward()  # type: ignore[arg-type]
     found = {name: p.grad for name, p in parameters.items() if p.grad is not None}
     for p in parameters.values():
         p.requires_grad_(False)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rapidin.data.records import record_parts
+from rapidin.data.records import shown_parts
 from rapidin.results.html import shades
 from rapidin.results.types import Hit, QueryResult
 
@@ -153,7 +153,7 @@ def _merged(hit: Hit, same: Sequence[Hit]) -> Hit:
 
 def _bytes(result: QueryResult, hit: Hit) -> int:
     """The approximate size of a hit on the page."""
-    text = sum(map(len, record_parts(hit.example or {})))
+    text = sum(map(len, shown_parts(hit.example or {})))
     if hit.tokens is not None:
         text = _TOKEN_BYTES * len(hit.tokens.pieces) + _by_target(result, hit).size
     return _HIT_BYTES + 6 * len(hit.targets) + 12 * len(hit.layers) + text

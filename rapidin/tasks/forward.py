@@ -1,0 +1,63 @@
+"""How a model is called: in evaluation mode, with the arguments that its forward method has."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from rapidin import distributed
+
+
+def cache_use(model: nn.Module) -> bool | None:
+    """`use_cache` of a forward pass that needs no keys and values of an earlier one.
+
+    False, but None (as the model's config says) where layers take those of another layer (Gemma 3n):
+    transformers 4.57 leaves them out without a cache, and the loss is another.
+    """
+    text: Any = getattr(inner_model(model), "config", None)
+    text = text.get_text_config() if hasattr(text, "get_text_config") else text
+    return None if getattr(text, "num_kv_shared_layers", None) else False
+
+
+def takes(model: nn.Module, name: str) -> bool:
+    """Whether the forward method of a model, or of the model in an adapter, has an argument of this name."""
+    return name in inspect.signature(inner_model(model).forward).parameters
+
+
+def inner_model(model: Any) -> Any:
+    """The model that an adapter may wrap."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Inside the block the model is in evaluation mode; every module's mode is restored after it."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in before:
+            module.training = training
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """The device that takes a model's inputs."""
+    return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
+
+
+def greedy(model: Any, tokenizer: Any, **inputs: Any) -> list[int]:
+    """The token ids that a model generates greedily, with those that it was given if it continues them."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run = partial(model.generate, do_sample=False, num_beams=1, pad_token_id=pad, **inputs)
+        written: list[int] = distributed.world().collective(run)[0].tolist()
+        return written

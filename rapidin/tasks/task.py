@@ -1,0 +1,154 @@
+"""The protocol of a task: how records become examples, examples a batch, and a batch the loss of each
+example."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rapidin.data.encoding import AnyExample, Status
+from rapidin.data.generations import Generation
+from rapidin.data.records import Forms, Record, record_parts
+from rapidin.errors import UserError
+from rapidin.ops.transfer import upload
+
+
+@dataclass(frozen=True, slots=True)
+class Example:
+    """One example as a task reads it.
+
+    inputs: what its batch is made of; length: positions that the model computes for it (the time that it
+    takes), by which batches are made; status: why it has no sketch; truncated: whether some of it was left
+    out; reference: numbers that its loss takes from the model before tuning (`Task.reference`).
+    """
+
+    inputs: Mapping[str, Any]
+    length: int = 1
+    status: Status = Status.OK
+    truncated: bool = False
+    reference: tuple[float, ...] = ()
+
+
+class AnyBatch(Protocol):
+    """Examples that the model computes together.
+
+    rows: number of examples; parts: rows of the model's inputs for each example, one after the other; length:
+    positions of an example, over all its parts, for layers that see the positions of a whole batch on one
+    axis; pooled: whether a layer may see one vector [F] of each row instead of one at each position. Axis 0
+    of every input of a layer must be the rows of the model's inputs.
+    """
+
+    @property
+    def rows(self) -> int: ...
+
+    @property
+    def parts(self) -> int: ...
+
+    @property
+    def length(self) -> int: ...
+
+    @property
+    def pooled(self) -> bool: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """A batch of tensors by name, whose first axis is that of the examples, or of their parts."""
+
+    inputs: Mapping[str, Tensor]
+    rows: int
+    parts: int = 1
+    length: int = 1
+    pooled: bool = True
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self.inputs[name]
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the tensors."""
+        return next(iter(self.inputs.values())).device
+
+
+class Task:
+    """How a record becomes an example, examples a batch, and a batch the loss of each example.
+
+    A task of your own defines `example` and `losses`, and `batch` unless the inputs of its examples are
+    tensors of equal shapes. Any `torch.nn.Module` will do as the model, as long as the first axis of what its
+    layers read is that of the examples. Gradients are taken of these losses, so nothing in `losses` may mix
+    the examples of a batch.
+
+    name: recorded in the manifests of caches; forms: of the records that it reads, None for any.
+    """
+
+    name: str = ""
+    forms: Forms | None = None
+
+    # ------------------------------------------------------------------------ what a task must define
+
+    def example(self, record: Record) -> Any:
+        """The example of a record. Raises UserError for a record that cannot be used."""
+        raise NotImplementedError
+
+    def losses(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of each example of a batch: [B] float32."""
+        raise NotImplementedError
+
+    # ---------------------------------------------------------------------------- what a task may define
+
+    def batch(self, examples: Sequence[Any], device: torch.device) -> Any:
+        """The batch of some examples on a device. By default their inputs are stacked."""
+        names = examples[0].inputs
+        inputs = {
+            name: torch.stack([torch.as_tensor(each.inputs[name]) for each in examples]) for name in names
+        }
+        return Batch({name: upload(value, device) for name, value in inputs.items()}, len(examples))
+
+    def check(self, record: Record) -> None:
+        """Raises UserError for a record that `example` would refuse, as far as a glance tells."""
+
+    def generation(self, model: nn.Module, record: Record, max_new_tokens: int) -> Generation:
+        """A record to explain as a generation; the model writes what is missing, in evaluation mode."""
+        prompt, completion = record_parts(record)
+        return Generation(prompt, completion, False, self.example(record))
+
+    def answer(self, model: nn.Module, prompt: str, max_new_tokens: int) -> Generation:
+        """What the model says to a prompt. Raises UserError for an empty prompt, or one that is too long."""
+        raise UserError(f"the task '{self.name}' generates no text")
+
+    def filler(self) -> AnyExample | None:
+        """A short example, for passes in which a process has none of its own; None if the task has none."""
+        return None
+
+    needs_causal = False  # whether the model must predict each token from those before it alone
+
+    # -------------------------------------------------------------------------------------- references
+
+    needs_reference = False  # whether a loss depends on what the model computed before it was tuned
+
+    def reference(self, model: nn.Module, batch: Any) -> Tensor:
+        """Of each example the numbers [B, R] that its loss takes from the model before it was tuned."""
+        raise NotImplementedError
+
+    # ------------------------------------------------------------------------------------------- tokens
+
+    has_tokens = False  # whether every layer sees an example's tokens, one at a position
+
+    def tokens(self, example: Any) -> tuple[list[int], list[bool]]:
+        """The ids of an example's tokens at the positions of a layer's input, and which of them count."""
+        raise NotImplementedError
+
+    def check_tokens(self) -> None:
+        """Raises UserError if the tokens of examples have no scores of their own."""
+        if not self.has_tokens:
+            raise UserError(
+                f"the examples of the task '{self.name}' have no tokens with scores of their own",
+                "leave out --tokens, --hotwords and --contributions",
+            )
