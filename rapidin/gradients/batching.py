@@ -12,7 +12,7 @@ from rapidin import distributed
 from rapidin.data.encoding import Encoded, by_length
 from rapidin.errors import UserError, is_out_of_memory
 from rapidin.gradients.batch import Batch
-from rapidin.gradients.passes import NotBatchedError
+from rapidin.gradients.calls import NotBatchedError
 from rapidin.ops.transfer import Download
 
 _T = TypeVar("_T")

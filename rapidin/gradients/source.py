@@ -17,13 +17,13 @@ from rapidin.errors import UserError
 from rapidin.gradients.adam import Moments
 from rapidin.gradients.batch import Batch
 from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
-from rapidin.gradients.check import GradientCheck, check_gradients, check_pair
+from rapidin.gradients.calls import NotBatchedError
+from rapidin.gradients.check import MOST_ELEMENTS, GradientCheck, check_gradients, check_pair
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.coverage import Coverage, coverage_of
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import Target, find_targets, with_autograd
-from rapidin.gradients.passes import NotBatchedError
 from rapidin.gradients.path import DEFAULT_AT
 from rapidin.gradients.preconditioner import (
     Preconditioner,
@@ -113,6 +113,7 @@ class GradientSource:
             loss=self.settings.loss,
             preconditioner=preconditioner,
             checked=self.check is not None,
+            followed=() if self.check is None else self.check.followed,
         )
         if known is not None:
             self.sketcher.learn(known)
@@ -125,11 +126,12 @@ class GradientSource:
             why = self.check.why_single
         return BatchRunner(self.loaded.device, self.settings.batch_tokens, self.lockstep, why)
 
-    def checked(self, texts: Sequence[Encoded]) -> GradientCheck | None:
+    def checked(self, texts: Sequence[Encoded], most_elements: int = MOST_ELEMENTS) -> GradientCheck | None:
         """Compare the gradients of one or two of these texts with autograd's (`rapidin.gradients.check`).
 
-        None if no text has a gradient, or the model is spread over several processes. Raises UserError for a
-        gradient that cannot be taken.
+        None if no text has a gradient, or the model is spread over several processes. most_elements: of
+        parameters that are all compared; of more, some of each kind. Raises UserError for a gradient that
+        cannot be taken.
         """
         assert self.settings.max_length is not None
         pair = None if self.loaded.sharded else check_pair(texts, self.settings.max_length)
@@ -144,6 +146,7 @@ class GradientSource:
                 Batch.of([short], device),
                 Batch.of([long], device),
                 Batch.of([short, long], device) if batched else None,
+                most_elements,
             )
         self.sketcher.learn(source.sketcher)
         return check
