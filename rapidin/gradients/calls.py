@@ -14,12 +14,21 @@ from rapidin.errors import UserError
 class NotBatchedError(Exception):
     """A layer mixes the examples of a batch, so each example needs a pass of its own.
 
-    name: a parameter of that layer, "" if it is not known.
+    name: a parameter of that layer, "" if it is not known; by_autograd: the number of parameters,
+    `name` among them, whose gradient is autograd's, if that is why.
     """
 
-    def __init__(self, name: str = "") -> None:
+    def __init__(self, name: str = "", by_autograd: int = 0) -> None:
         super().__init__(name)
-        self.name = name
+        self.name, self.by_autograd = name, by_autograd
+
+    @property
+    def reason(self) -> str:
+        """Why, in words."""
+        if self.by_autograd:
+            some = f"{self.by_autograd} parameters have their gradient from autograd itself"
+            return f"{some}, such as '{self.name}'"
+        return "a layer mixes those of a batch" + (f", such as that of '{self.name}'" if self.name else "")
 
 
 class ChangedInputError(UserError):

@@ -104,6 +104,14 @@ class GradientSketcher:
         )
         self.followed = set(followed)
 
+    def learn(self, other: GradientSketcher) -> None:
+        """Take over what another sketcher of the same model and targets found out in its passes."""
+        for n, way in enumerate(other._ways):
+            if way != "hooks" and self._ways[n] != "autograd":
+                self._ways[n] = way
+        self._unreached |= other._unreached
+        self._routed |= other._routed
+
     @property
     def sketch_pass(self) -> type[SketchPass]:
         """The kind of pass that makes the sketches of each target by itself."""
@@ -210,7 +218,7 @@ class GradientSketcher:
             raise NotBatchedError
         while True:
             if rows > 1 and self.single_names:
-                raise NotBatchedError(self.single_names[0])
+                raise NotBatchedError(self.single_names[0], len(self.single_names))
             gradient_pass.seen.clear()
             gradient_pass.calls.clear()
             try:
