@@ -189,6 +189,31 @@ def bench_caching(benchmark, kind, dtype):
     )
 
 
+@pytest.mark.parametrize("kind", ["linear layers", "LoRA"])
+def bench_check(benchmark, kind):
+    """The comparison of gradients with autograd's before caching, against sketching all examples."""
+    name = os.environ.get("RAPIDIN_BENCH_MODEL", "random Llama")
+    benchmark.group = f"check, {name}, {kind}"
+    loaded = make_model(kind)
+    texts = make_examples(loaded.model.get_input_embeddings().num_embeddings)
+    source = Attributor(loaded, batch_tokens=BATCH_TOKENS).source
+    counted = clear_peak()
+    start = time.perf_counter()
+    source.sketches(texts)
+    seconds = time.perf_counter() - start
+    peak = peak_mb() if counted else 0.0
+    counted = counted and clear_peak()
+    check = benchmark.pedantic(lambda: source.checked(texts), rounds=2, warmup_rounds=1)
+    assert check.compared == len(source.targets)
+    note(
+        benchmark,
+        of_caching=benchmark.stats.stats.min / seconds,
+        examples=EXAMPLES,
+        tokens=sum(len(e.ids) for e in texts),
+        **({"mb_above_caching": peak_mb() - peak} if counted else {}),
+    )
+
+
 @pytest.mark.parametrize("form", ["sample", "kfac"])
 @pytest.mark.parametrize("kind", ["linear layers", "LoRA"])
 def bench_preconditioner(benchmark, kind, form):

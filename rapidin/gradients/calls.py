@@ -37,10 +37,12 @@ class ChangedInputError(UserError):
     names: the module's parameters.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], *, checked: bool = False) -> None:
+        """checked: the check has found that autograd cannot take the gradient either."""
+        remedy = "leave it out with --exclude"
         super().__init__(
             f"the model changes the input of '{names[0]}' in place after it is used",
-            "leave out --no-check, or leave it out with --exclude",
+            remedy if checked else f"leave out --no-check, or {remedy}",
         )
         self.names = list(names)
 

@@ -328,7 +328,7 @@ class _Check:
         """Raise UserError if the input of a parameter is changed, and autograd cannot take its gradient."""
         names = {self._sketcher.targets[n].name for n in self._unchecked} & self._changed
         if names:
-            raise ChangedInputError(sorted(names))
+            raise ChangedInputError(sorted(names), checked=True)
 
     # ------------------------------------------------------------------------------------ batches
 
