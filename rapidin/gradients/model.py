@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rapidin.errors import UserError
 from rapidin.gradients import fsdp
 from rapidin.gradients.adapters import has_adapter, trained_names
 from rapidin.gradients.path import WeightPath, adapter_path
@@ -45,6 +46,11 @@ class LoadedModel:
 
         Raises UserError if an adapter takes no part in it, or quantized layers have no gradients.
         """
+        if not isinstance(model, nn.Module):
+            raise UserError(
+                f"the model is a {type(model).__name__}, not a torch module",
+                "load one by its name or folder with rapidin.load_model",
+            )
         check_gradients(model)
         source = {
             "model": getattr(getattr(inner_model(model), "config", None), "_name_or_path", None) or None,

@@ -7,6 +7,7 @@ where it learnt it. Gradients are therefore taken at ``theta(a) = base + a (tune
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -74,7 +75,8 @@ def _set(parameter: Any, value: Tensor) -> None:
 
 
 def adapter_path(model: Any) -> WeightPath:
-    """The path of a LoRA adapter: lora_B from zero, modules_to_save from the modules they replaced."""
+    """The path of a LoRA adapter: lora_B from zero, modules_to_save from the modules they replaced, DoRA's
+    magnitudes from the norms of the weights that they scale."""
     active = active_adapters(model)
     unknown = next((why for name in active if (why := _untuned_unknown(model.peft_config[name]))), None)
     if unknown is not None:
@@ -85,6 +87,11 @@ def adapter_path(model: Any) -> WeightPath:
         if any(f"{mark}." in f"{name}." for mark in from_zero):
             ends.append((p, None, p.data))
     for module in model.modules():
+        magnitudes = getattr(module, "lora_magnitude_vector", None) or {}
+        for adapter in active:
+            if adapter in magnitudes:
+                magnitude = magnitudes[adapter].weight
+                ends.append((magnitude, _untuned_magnitude(module, adapter), magnitude.data))
         if type(module).__name__ != "ModulesToSaveWrapper":
             continue
         for adapter in active:
@@ -93,6 +100,23 @@ def adapter_path(model: Any) -> WeightPath:
                 for name, p in module.modules_to_save[adapter].named_parameters():
                     ends.append((p, original[name].data, p.data))
     return WeightPath(ends)
+
+
+def _untuned_magnitude(layer: Any, adapter: str) -> Tensor:
+    """DoRA's magnitudes of a layer as peft makes them for a new adapter, whose lora_B is zero."""
+    magnitude = copy.deepcopy(layer.lora_magnitude_vector[adapter])
+    if adapter in layer.lora_A:
+        low, high = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight
+    else:
+        low, high = layer.lora_embedding_A[adapter], layer.lora_embedding_B[adapter]
+    magnitude.update_layer(
+        base_layer=layer.get_base_layer(),
+        lora_A=low.detach(),
+        lora_B=torch.zeros_like(high),
+        scaling=layer.scaling[adapter],
+    )
+    untuned: Tensor = magnitude.weight.detach()
+    return untuned
 
 
 def base_path(model: Any, base: Any, name: str, base_name: str) -> WeightPath:
@@ -135,8 +159,6 @@ def _untuned_unknown(config: Any) -> str | None:
     kind = str(getattr(config.peft_type, "value", config.peft_type))
     if kind != "LORA":
         return f"that of a {kind} adapter is not known"
-    if getattr(config, "use_dora", False):
-        return "that of a DoRA adapter is not known"
     start = getattr(config, "init_lora_weights", True)
     if start not in (True, "gaussian", "eva"):  # these start lora_B at zero
         return f"that of a LoRA adapter initialised by '{start}' is not known"
