@@ -145,13 +145,13 @@ class _Watched:
         return getattr(self._sketcher, name)
 
 
-def make_source(model: Any, include: tuple[str, ...] = ()) -> GradientSource:
-    """The source as caching makes it, without a preconditioner."""
-    loaded = model if isinstance(model, LoadedModel) else LoadedModel.of(model, _tokenizer())
+def make_source(model: Any, chosen: Sequence[Encoded], include: tuple[str, ...] = ()) -> GradientSource:
+    """The source as caching these texts makes it, without a preconditioner."""
+    loaded = LoadedModel.of(model, _tokenizer())
     settings = GradientSettings(at=1.0, include=include, width=WIDTH, seed=SEED, preconditioner="off")
     source = GradientSource(loaded, settings)
     loaded.identity  # noqa: B018  (the manifest has it)
-    return source
+    return source.with_check(source.checked(chosen))
 
 
 Reference = Callable[[Any, Sequence[str], Sequence[Encoded]], Tensor]
@@ -164,8 +164,7 @@ def outcome(
     reference. include: as `--include`; default: what counts by default."""
     chosen, model = texts(), make()
     try:
-        source = make_source(model, include)
-        source = source.with_check(source.checked(chosen))
+        source = make_source(model, chosen, include)
         watched = _Watched(source.sketcher)
         source.sketcher = watched  # type: ignore[assignment]
         together, status = source.sketches(chosen)
@@ -217,7 +216,7 @@ def speed(model: Any, seconds: float = 0.2) -> float:
     """Examples sketched per second of processor time, relative to forward and backward passes of the same
     parameters without rapidin; of eight texts of 96 tokens."""
     chosen = texts((96,) * 8, seed=1)
-    source = make_source(model)
+    source = make_source(model, chosen)
     batch = Batch.of([(text.ids, text.target) for text in chosen])
     model.requires_grad_(False)
     for target in source.targets:

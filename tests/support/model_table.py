@@ -208,11 +208,11 @@ def main(chosen: list[str]) -> None:
                 continue
             row = cells(section, name)
             if newest():
-                timed = "right" in row["default"]
+                timed = row["default"].startswith("right")
                 row["speed"] = f"{speed(kind_of(name).make()):.2f}" if timed else NOT_THERE
             rows.setdefault(section, {}).setdefault(name, {}).update(row)
-            print(section, "|", name, "|", *row.values(), file=sys.stderr, flush=True)
-    PAGE.write_text(write_page(rows, versions() if newest() else page_versions(page)))
+            print(section, name, *row.values(), sep=" | ", file=sys.stderr, flush=True)
+            PAGE.write_text(write_page(rows, versions() if newest() else page_versions(page)))
 
 
 if __name__ == "__main__":
