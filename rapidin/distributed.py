@@ -330,6 +330,17 @@ def world() -> World:
     return _world
 
 
+@contextlib.contextmanager
+def using(run: World) -> Iterator[World]:
+    """Inside the block this process is part of `run`."""
+    global _world
+    before, _world = _world, run
+    try:
+        yield run
+    finally:
+        _world = before
+
+
 def launched() -> bool:
     """Whether a launcher started this process as one of several."""
     return all(name in os.environ for name in _ENVIRONMENT) and os.environ["WORLD_SIZE"] != "1"

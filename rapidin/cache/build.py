@@ -144,7 +144,7 @@ class CachingLoop:
                     agree(self.writer, self.world)
             if self.writer.missing and not self.learn_only:
                 codec = self.writer.codec.to(self.device)
-                self._fill(self.writer, lambda n: self._shard(self._missing_rows(n), codec), stop)
+                self._fill(self.writer, lambda n: self.make_shard(self._missing_rows(n), codec), stop)
             self.world.interrupt = lambda: None
         self._sample_cache = None
         if self.world.leads and not self.learn_only:
@@ -231,7 +231,7 @@ class CachingLoop:
 
             def make(n: int) -> Finish:
                 rows = self.sample[n * manifest.shard_rows :][: manifest.rows_of(n)]
-                return self._shard(rows, writer.codec)
+                return self.make_shard(rows, writer.codec)
 
             self._fill(writer, make, stop)
         self._sample_cache = Cache(folder)
@@ -266,7 +266,7 @@ class CachingLoop:
 
     # ------------------------------------------------------------------------------------- shards
 
-    def _shard(self, rows: Sequence[int], codec: Codec) -> Finish:
+    def make_shard(self, rows: Sequence[int], codec: Codec) -> Finish:
         """Make the sketches of these rows and encode them, on a GPU without waiting for it."""
         records = [self.examples.get(row) for row in rows]
         encoded = [self.encoder.example(record) for record in records]

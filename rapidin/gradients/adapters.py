@@ -138,6 +138,55 @@ def _own_biases(model: Any, active: list[str]) -> Iterator[nn.Parameter]:
 
 # ----------------------------------------------------------------------------------------------- loading
 
+_SAMPLE = 1 << 16  # bytes of each end of a file of weights, to compare two
+
+
+def other_base(adapter: str, name: str) -> str:
+    """In words, that an adapter was made for another model than `name`; "" if it was not, or does not say.
+
+    Shapes do not tell a base model from its chat version, so names do; for two folders here their files.
+    """
+    from peft import PeftConfig
+
+    recorded = PeftConfig.from_pretrained(adapter).base_model_name_or_path
+    if not recorded or _same_model(str(recorded), name):
+        return ""
+    return (
+        f"the adapter was made for the model '{recorded}', and the model given is '{name}': its weights fit, "
+        "but the gradients mean something only if this is the same model"
+    )
+
+
+def _same_model(one: str, other: str) -> bool:
+    if _short_name(one) == _short_name(other) and not (os.path.isdir(one) and os.path.isdir(other)):
+        return True
+    if not (os.path.isdir(one) and os.path.isdir(other)):
+        return False
+    if os.path.realpath(one) == os.path.realpath(other):
+        return True
+    ends = [_ends_of_weights(Path(folder)) for folder in (one, other)]
+    return bool(ends[0]) and ends[0] == ends[1]
+
+
+def _short_name(name: str) -> str:
+    """The last word of a model's name or path; of a download's folder, the name that it came by."""
+    parts = Path(name).parts
+    cached = next((part for part in parts if part.startswith("models--")), None)
+    return (cached.rpartition("--")[2] if cached else parts[-1] if parts else "").lower()
+
+
+def _ends_of_weights(folder: Path) -> list[tuple[str, int, bytes, bytes]]:
+    """(name, size, first bytes, last bytes) of each file of weights."""
+    ends = []
+    for path in sorted([*folder.glob("*.safetensors"), *folder.glob("*.bin")]):
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            first = file.read(_SAMPLE)
+            file.seek(max(0, size - _SAMPLE))
+            ends.append((path.name, size, first, file.read(_SAMPLE)))
+    return ends
+
+
 _TEXT_TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
 
 
@@ -191,3 +240,20 @@ def _wrong_weights(model: Any, adapter: str) -> str:
     # Projections that are not trained are buffers, which the file may hold too (VeRA).
     buffers = {name.rpartition(".")[0] for name, _ in model.named_buffers()}
     return describe_weights(lacking, [key for key in result.unexpected_keys if key not in buffers])
+
+
+def check_own_adapter(model: Any, folder: str) -> None:
+    """Raises UserError unless the file of an adapter in a model's own folder holds the weights that the
+    adapter has in the model, into which transformers has put it."""
+    from peft import get_peft_model_state_dict, load_peft_weights
+
+    (active,) = active_adapters(model)
+    in_model = set(get_peft_model_state_dict(model, adapter_name=active, save_embedding_layers=False))
+    in_file = {key.removeprefix("base_model.model.") for key in load_peft_weights(folder, device="cpu")}
+    others = {name for name, _ in model.named_parameters()}
+    wrong = describe_weights(in_model - in_file, in_file - in_model - others)
+    if wrong:
+        raise UserError(
+            f"the weights of the adapter in '{folder}' do not fit the model there: {wrong}",
+            "save the adapter again",
+        )

@@ -33,6 +33,7 @@ from rapidin.gradients.autograd_sketches import AutogradSketches, affine_errors
 from rapidin.gradients.batch import Batch
 from rapidin.gradients.collector import ChangedInputError, GradientSketcher
 from rapidin.gradients.passes import FlatSketchPass, NotBatchedError, SketchPass, SketchTargets
+from rapidin.gradients.rows import RowGroup
 from rapidin.gradients.scale import Factors, Scale
 
 TOKENS = 64  # of the longer example
@@ -215,7 +216,8 @@ class _Check:
             {names[n]: round(wrong[n], 4) for n in sorted(wrong)},
             unchecked=tuple(names[n] for n in sorted(self._unchecked)),
         )
-        if single or wrong or self._both is None:
+        # A pass may have found that the gradient of a parameter is autograd's.
+        if sketcher.single_names or wrong or self._both is None:
             return check
         mixed, error = self._mixed(self._both, numbers)
         return GradientCheck(**{**vars(check), "mixed": mixed, "mixed_error": round(error, 4)})
@@ -361,6 +363,10 @@ class _MassPass(SketchPass):
     def add_factors(self, n: int, factors: Factors) -> None:
         self._weigh(n, _sizes(factors.columns) * _sizes(factors.rows))
         super().add_factors(n, factors)
+
+    def add_group(self, n: int, factors: Factors, group: RowGroup) -> None:
+        self._weigh(n, _sizes(factors.columns) * _sizes(factors.rows))
+        super().add_group(n, factors, group)
 
     def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         self._weigh(n, _sizes(grad))

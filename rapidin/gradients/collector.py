@@ -12,8 +12,9 @@ preconditioned before they are sketched, or by the sketch itself.
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,10 @@ from torch.nn import functional as F
 
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch, evaluation_mode, example_losses
+from rapidin.gradients.experts import tracked_experts
+from rapidin.gradients.fsdp import is_sharded
 from rapidin.gradients.kfac import FactorMoments
+from rapidin.gradients.moment_passes import MomentPass, SquaresPass
 from rapidin.gradients.parameters import Target, Use, block_seed
 from rapidin.gradients.passes import (
     Call,
@@ -29,19 +33,23 @@ from rapidin.gradients.passes import (
     FlatPositionPass,
     FlatSketchPass,
     GradientPass,
-    MomentPass,
     NotBatchedError,
     PositionPass,
     SketchPass,
     SketchTargets,
-    SquaresPass,
 )
 from rapidin.gradients.preconditioner import Preconditioner
+from rapidin.gradients.products import ProductTracker
+from rapidin.gradients.rows import RowFactors
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.settings import LossKind, Projection
 from rapidin.gradients.squares import Squares
+from rapidin.gradients.tokens import TokenNumbers
+from rapidin.gradients.weight_uses import UntrackedError
 
 _Pass = TypeVar("_Pass", bound=GradientPass)
+_Way = Literal["hooks", "product", "autograd"]  # in which a target's gradient is obtained
+_EXPERT = re.compile("Expert|M[oO]E|Moe")  # classes of modules that may see some tokens only
 
 
 class ChangedInputError(UserError):
@@ -99,13 +107,11 @@ class GradientSketcher:
         self._modules = dict(model.named_modules())
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._sketched = SketchTargets(self.targets, self.seeds, width, self._parameters)
-        self._by_autograd = [
-            n for n, t in enumerate(self.targets) if any(use.kind == "autograd" for use in t.uses)
-        ]
-        self._uses: dict[str, list[tuple[int, Use]]] = {}  # (target, use) of each module, by its name
-        for n, target in enumerate(self.targets):
-            for use in target.uses if n not in self._by_autograd else ():
-                self._uses.setdefault(use.module, []).append((n, use))
+        # A pass may find that a way does not work, and chooses another for all that follow.
+        self._ways: list[_Way] = [_first_way(target) for target in self.targets]
+        self._unreached: set[int] = set()  # targets without a gradient in some batch, as autograd confirmed
+        # Whether tokens are followed to modules that see some of them, in any order.
+        self._routed = any(_EXPERT.search(type(module).__name__) for module in self._modules.values())
 
     @property
     def sketch_pass(self) -> type[SketchPass]:
@@ -127,12 +133,16 @@ class GradientSketcher:
     @property
     def needs_weights(self) -> list[str]:
         """Parameters whose gradient takes more than inputs and output gradients: their own values."""
-        return [t.name for t in self.targets if any(use.kind in ("module", "autograd") for use in t.uses)]
+        return [
+            t.name
+            for t, way in zip(self.targets, self._ways, strict=True)
+            if way == "autograd" or any(use.kind == "module" for use in t.uses)
+        ]
 
     @property
     def single_names(self) -> list[str]:
         """Parameters whose gradient comes from autograd itself, so that examples come one at a time."""
-        return [self.targets[n].name for n in self._by_autograd]
+        return [t.name for t, way in zip(self.targets, self._ways, strict=True) if way == "autograd"]
 
     def __call__(self, batch: Batch, point: int | None = None) -> tuple[Tensor, Tensor]:
         """(sketches [B, blocks, width] float32, losses [B] float32), both on the model's device.
@@ -199,43 +209,104 @@ class GradientSketcher:
         return [table[target.name] for target in self.targets]
 
     def run(self, batch: Batch, gradient_pass: GradientPass) -> Tensor:
-        """One forward and backward pass, whose gradients go to `gradient_pass`; returns the losses [B]."""
+        """One forward and backward pass, whose gradients go to `gradient_pass`; returns the losses [B].
+
+        It begins again where the forward pass shows that a gradient is to be obtained in another way.
+        """
         rows, length = gradient_pass.rows, gradient_pass.length
-        if rows > 1 and self._by_autograd:
-            raise NotBatchedError(self.single_names[0])
         if rows == length > 1:
             # The axis of the examples is known by its size, which no other axis of a batch may have.
             raise NotBatchedError
-        with self.requiring(self._by_autograd), self._hooked(gradient_pass), torch.enable_grad():
-            losses = self.losses(batch)
-            if not losses.requires_grad:
+        while True:
+            if rows > 1 and self.single_names:
+                raise NotBatchedError(self.single_names[0])
+            gradient_pass.seen.clear()
+            gradient_pass.calls.clear()
+            try:
+                losses = self._forward_and_backward(batch, gradient_pass)
+                break
+            except UntrackedError as error:
+                self._leave_to_autograd(error.numbers)
+            except _FollowTokens:
+                self._routed = True
+            except _UnseenError as error:
+                self._settle(batch, error.numbers)
+        if gradient_pass.changed:
+            raise ChangedInputError([self.targets[n].name for n in sorted(gradient_pass.changed)])
+        return losses.detach()
+
+    def _forward_and_backward(self, batch: Batch, gradient_pass: GradientPass) -> Tensor:
+        tracker = self._tracker(gradient_pass)
+        by_autograd = [n for n, way in enumerate(self._ways) if way == "autograd"]
+        with self.requiring(by_autograd), self._hooked(gradient_pass, tracker), torch.enable_grad():
+            with tracker or contextlib.nullcontext():
+                losses = self.losses(batch)
+            unseen = set(range(len(self.targets))) - set(by_autograd) - gradient_pass.seen - self._unreached
+            if unseen:
+                raise _UnseenError(sorted(unseen))
+            if losses.requires_grad:
+                torch.autograd.backward(losses.sum())
+            elif len(self._unreached) == len(self.targets):
                 raise UserError(
                     f"no parameter that counts takes part in the loss, such as '{self.targets[0].name}'"
                 )
-            torch.autograd.backward(losses.sum())
-            for n in self._by_autograd:
+            if tracker is not None:
+                tracker.finish()
+            for n in by_autograd:
                 grad = self.parameter(n).grad
                 if grad is not None:
                     gradient_pass.add_parameter_gradient(n, grad)
-        if gradient_pass.changed:
-            raise ChangedInputError([self.targets[n].name for n in sorted(gradient_pass.changed)])
-        unused = [t.name for n, t in enumerate(self.targets) if n not in gradient_pass.seen]
-        if unused and not self.checked:
-            raise UserError(
-                f"{len(unused)} parameters took no part in the model's forward pass, such as '{unused[0]}'",
-                "leave out --no-check, or leave them out with --exclude",
-            )
-        return losses.detach()
+        return losses
+
+    def _tracker(self, gradient_pass: GradientPass) -> ProductTracker | None:
+        """What sees the products with parameters that are no module's of a known kind, if there are any."""
+        tracked = [n for n, way in enumerate(self._ways) if way == "product"]
+        if not tracked and not self._routed:
+            return None
+        roles = {n: self.targets[n].name.rpartition(".")[2] for n in tracked}
+        places = {n: [(self._modules[use.module], roles[n]) for use in self.targets[n].uses] for n in tracked}
+        return ProductTracker(gradient_pass, {n: self.parameter(n) for n in tracked}, places)
+
+    def _leave_to_autograd(self, numbers: Sequence[int]) -> None:
+        """Take these targets' gradients from autograd, in all layers at once: each pass finds one."""
+        roles = {_role(self.targets[n].name) for n in numbers}
+        for n, target in enumerate(self.targets):
+            if self._ways[n] == "product" and _role(target.name) in roles:
+                self._ways[n] = "autograd"
+
+    def _settle(self, batch: Batch, unseen: Sequence[int]) -> None:
+        """Find out whether targets that no hook saw have a gradient; if so, it is obtained in another way.
+
+        A weight may be used by another function than its module's. If it has no gradient, no token came to
+        its expert, say.
+        """
+        if any(is_sharded(self.parameter(n)) for n in unseen):
+            if not self.checked:
+                raise UserError(
+                    f"{len(unseen)} parameters took no part in the model's forward pass, such as "
+                    f"'{self.targets[unseen[0]].name}'",
+                    "leave out --no-check, or leave them out with --exclude",
+                )
+            self._unreached.update(unseen)
+            return
+        with self.requiring(unseen), torch.enable_grad():
+            losses = self.losses(batch)
+            if losses.requires_grad:
+                torch.autograd.backward(losses.sum())
+            reached = [n for n in unseen if self.parameter(n).grad is not None]
+        self._unreached |= set(unseen) - set(reached)
+        for n in reached:
+            self._ways[n] = "product" if self._ways[n] == "hooks" else "autograd"
 
     @contextlib.contextmanager
     def requiring(self, numbers: Collection[int]) -> Iterator[None]:
         """Inside the block only the parameters of these targets need a gradient, and none has one yet."""
         before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
         needed = {id(self.parameter(n)) for n in numbers}
-        with evaluation_mode(self.model):
+        with evaluation_mode(self.model), tracked_experts(self.model):
             try:
                 for p, _, _ in before:
-                    p.requires_grad_(id(p) in needed)
+                    p.requires_grad_(id(p) in needed and p.is_floating_point())
                     p.grad = None
                 yield
             finally:
@@ -244,13 +315,25 @@ class GradientSketcher:
                     p.grad = grad
 
     @contextlib.contextmanager
-    def _hooked(self, gradient_pass: GradientPass) -> Iterator[None]:
+    def _hooked(self, gradient_pass: GradientPass, tracker: ProductTracker | None) -> Iterator[None]:
         """Inside the block the modules of all targets report to the pass."""
         handles: list[Any] = []
+        by_module: dict[str, list[tuple[int, Use]]] = {}
+        containers: set[str] = set()
+        for n, target in enumerate(self.targets):
+            for use in target.uses:
+                if self._ways[n] == "hooks":
+                    by_module.setdefault(use.module, []).append((n, use))
+                parts = use.module.split(".")
+                containers |= {".".join(parts[:depth]) for depth in range(len(parts) + 1)}
         try:
-            for name, uses in self._uses.items():
+            if tracker is not None:
+                for name in sorted(containers):
+                    begin: Any = self._modules[name].register_forward_pre_hook
+                    handles.append(begin(tracker.begin, with_kwargs=True))
+            for name, uses in by_module.items():
                 module = self._modules[name]
-                hooks = ModuleHooks(gradient_pass, uses)
+                hooks = ModuleHooks(gradient_pass, uses, None if tracker is None else tracker.tokens)
                 if any(use.kind == "embedding" for _, use in uses):
                     handles.append(module.register_forward_pre_hook(hooks.expand_ids, with_kwargs=True))
                 handles.append(module.register_forward_hook(hooks.forward, with_kwargs=True))
@@ -260,15 +343,42 @@ class GradientSketcher:
                 handle.remove()
 
 
+class _UnseenError(Exception):
+    """No hook saw these targets."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        super().__init__()
+        self.numbers = list(numbers)
+
+
+class _FollowTokens(Exception):
+    """A module sees some tokens of the batch, so that tokens must be followed."""
+
+
+def _first_way(target: Target) -> _Way:
+    kinds = {use.kind for use in target.uses}
+    return "autograd" if "autograd" in kinds else "product" if "product" in kinds else "hooks"
+
+
+def _role(name: str) -> str:
+    """A parameter's name without the number of its layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 class ModuleHooks:
     """The hooks of one module in one pass, which hand the gradients of its parameters to the pass.
 
-    uses: the number of each target that the module uses, and how.
+    uses: the number of each target that the module uses, and how; tokens: which tokens the module sees, or
+    None if they are not followed.
     """
 
-    def __init__(self, gradient_pass: GradientPass, uses: Sequence[tuple[int, Use]]) -> None:
+    def __init__(
+        self, gradient_pass: GradientPass, uses: Sequence[tuple[int, Use]], tokens: TokenNumbers | None
+    ) -> None:
         self._pass = gradient_pass
         self._uses = uses
+        self._tokens = tokens
+        self._linear = all(use.kind in ("linear", "conv1d", "bias") for _, use in uses)
         self._rerun = [n for n, use in uses if use.kind == "module"]
 
     def expand_ids(
@@ -290,6 +400,10 @@ class ModuleHooks:
         used = isinstance(output, Tensor) and call.tensors and torch.is_grad_enabled()
         if self._pass.recomputing or not used:
             return None
+        tokens = self._tokens_of(call.inputs)
+        self._pass.seen.update(n for n, _ in self._uses)
+        if not output.numel():
+            return None  # no token came here
         changed = None
         if not output.requires_grad:
             # The graph begins here: nothing below needs a gradient. A copy, since a leaf allows no
@@ -303,10 +417,12 @@ class ModuleHooks:
                 self._pass.changed.update(n for n, _ in self._uses)
                 return
             with torch.no_grad():
-                self._add_call(module, call, grad.detach())
+                if tokens is None:
+                    self._add_call(module, call, grad.detach())
+                else:
+                    self._add_rows(call.inputs, grad.detach(), tokens)
 
         output.register_hook(on_gradient)
-        self._pass.seen.update(n for n, _ in self._uses)
         self._pass.calls.update(n for n, _ in self._uses)
         return changed
 
@@ -333,6 +449,30 @@ class ModuleHooks:
                 self._pass.add_factors(
                     n, scales[n].factors(columns, rows) if scales else Factors(columns, rows)
                 )
+
+    def _tokens_of(self, x: Tensor) -> Tensor | None:
+        """The token of each row of a linear layer's inputs [N, F], if they are not the batch's in order.
+
+        Raises NotBatchedError if they are not known and matter, and _FollowTokens to follow them from now on.
+        """
+        rows = self._pass.rows
+        if not self._linear or (x.ndim > 2 and x.shape[0] == rows):
+            return None
+        if self._tokens is None:
+            if rows > 1 and not (x.ndim == 2 and x.shape[0] == rows * self._pass.length):
+                raise _FollowTokens
+            return None
+        tokens = self._tokens.of_rows(x)
+        if tokens is None and rows > 1:
+            raise NotBatchedError(self._pass.targets[self._uses[0][0]].name)
+        return tokens
+
+    def _add_rows(self, inputs: Tensor, grad: Tensor, tokens: Tensor) -> None:
+        """Add the gradients of a linear layer that sees tokens in any order."""
+        x, g = inputs.reshape(-1, inputs.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        for n, use in self._uses:
+            columns, rows = (g, x) if use.kind == "conv1d" else (x, g)
+            self._pass.add_rows(n, RowFactors(None if use.kind == "bias" else columns, rows, tokens, None))
 
     def _by_example(self, x: Tensor, features: int) -> Tensor:
         """[B, ..., F] or [B * T, F] -> [B, T, F] (features = 0: no F).

@@ -23,7 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rapidin.gradients.parameters import Target, block_seed, matrix_shape
+from rapidin.gradients.parameters import Target, block_seed
 from rapidin.gradients.scale import Scale
 from rapidin.ops import LowRank
 
@@ -141,7 +141,7 @@ class FactorMoments:
         self._tokens = torch.zeros(len(self.targets), dtype=torch.float64, device=device)
         self._formed = [False] * len(self.targets)
         for target in self.targets:
-            o, i = matrix_shape(target.shape)
+            o, i = target.matrix
             # The rows of an embedding are token ids: one-hot vectors, whose moment is diagonal.
             lookup = any(use.kind == "embedding" for use in target.uses)
             target_seed = block_seed(seed, target.name)
@@ -188,7 +188,8 @@ class FactorMoments:
             return None
         if self.rows[n].diagonal:
             return self.rows[n].diagonal_over(self.examples), columns
-        rows = self.rows[n].spectrum(self.examples)
+        # The matrices of a stack share their moments: the mean of what each would have.
+        rows = self.rows[n].spectrum(self.examples * max(1, self.targets[n].stack))
         return None if rows is None else (rows, columns)
 
 
@@ -218,7 +219,7 @@ def _token_weights(*factors: Tensor) -> Tensor:
 def kfac_scales(moments: FactorMoments, exponent: float, damping: float) -> dict[str, Scale]:
     """K-FAC's scale of each target, on the CPU; targets that no gradient reached are left as they are."""
     return {
-        target.name: kfac_scale(moments.spectra(n), matrix_shape(target.shape), exponent, damping)
+        target.name: kfac_scale(moments.spectra(n), target.matrix, exponent, damping)
         for n, target in enumerate(moments.targets)
     }
 

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import os
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ import torch
 from rapidin.distributed import World, world
 from rapidin.errors import UserError, reason_of
 from rapidin.gradients import fsdp
-from rapidin.gradients.adapters import load_adapter
+from rapidin.gradients.adapters import ADAPTER_CONFIG, check_own_adapter, load_adapter, other_base
 from rapidin.gradients.model import LoadedModel, inner_model
 from rapidin.gradients.path import WeightPath, base_path
 from rapidin.gradients.weights import check_weights
@@ -40,10 +42,10 @@ def load_model(
     dtype: "float32", "bfloat16", "float16" or "auto"; default float32 on the CPU; on a GPU the checkpoint's
     own, but bfloat16 for one in float16, in whose range small gradients vanish.
 
-    Raises UserError if something is not found or does not fit.
+    Warns of what the user should know (`LoadedModel.notes`). Raises UserError if something is not found or
+    does not fit.
     """
-    if adapter is not None and base is not None:
-        raise UserError("an adapter knows its base model", "give --adapter or --base, not both")
+    adapter = _checked_adapter(name, adapter, base)
     here, mapped = world(), device == "auto"
     if shard_model and (here.alone or mapped):
         what = "--shard-model spreads a model over several processes"
@@ -72,16 +74,46 @@ def load_model(
         "base": None if base is None else _absolute(base),
         "dtype": load_dtype,
     }
+    if adapter is not None:
+        loaded.notes.append(other_base(adapter, name))
     if base is not None:
         untuned = _load_causal(base, load_dtype, trust_remote_code, "base model")
         loaded.path = base_path(model, untuned, name, base)
+        loaded.notes.append(loaded.path.apart)
     if any(tuned.is_meta for _, _, tuned in loaded.path.ends):
         raise UserError(
             "the parameters that tuning changed do not fit into memory", "use --at 1, or more GPUs"
         )
     if shard_model:
         _shard(loaded, here, torch.device(device))
+    loaded.notes = [note for note in loaded.notes if note]
+    for note in loaded.notes:
+        warnings.warn(note, stacklevel=2)
     return loaded
+
+
+def _checked_adapter(name: str, adapter: str | None, base: str | None) -> str | None:
+    """The adapter to load onto the model. Raises UserError if model, adapter and base do not go together."""
+    if adapter is not None and base is not None:
+        raise UserError("an adapter knows its base model", "give --adapter or --base, not both")
+    if not (Path(name) / ADAPTER_CONFIG).is_file():
+        return adapter
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"'{name}' is an adapter, not a model",
+            "name the model that it was made for, and this folder with --adapter",
+        )
+    # transformers puts the adapter in a model's own folder into the model.
+    if adapter is not None and os.path.realpath(name) != os.path.realpath(adapter):
+        raise UserError(
+            f"the model's folder '{name}' holds an adapter of its own ({ADAPTER_CONFIG})",
+            "leave --adapter out to use it, or remove it from the folder",
+        )
+    if base is not None:
+        raise UserError(
+            f"the model's folder '{name}' holds an adapter, which knows its base model", "leave --base out"
+        )
+    return None
 
 
 def _is_cpu(device: str) -> bool:
@@ -116,8 +148,6 @@ def _shard(loaded: LoadedModel, here: World, device: torch.device) -> None:
 
 
 def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapped: bool = False) -> Any:
-    from transformers import AutoModelForCausalLM
-
     if dtype not in _DTYPES:
         raise UserError(f"unknown model dtype '{dtype}'", f"use one of {', '.join(_DTYPES)}")
     folder, extra = _gguf(name)
@@ -127,7 +157,7 @@ def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapp
         extra = extra | {"device_map": "auto"}
     _check_folder(name, what)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _loader(folder, trust_remote_code, extra).from_pretrained(
             folder,
             dtype=_DTYPES[dtype],
             trust_remote_code=trust_remote_code,
@@ -139,7 +169,25 @@ def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapp
         where = "" if os.path.exists(name) else ", which is not a folder here and cannot be downloaded"
         raise UserError(f"cannot load the {what} '{name}'{where}: {reason_of(error)}") from error
     check_weights(model, info, name, what)
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        check_own_adapter(model, name)
     return model
+
+
+def _loader(name: str, trust_remote_code: bool, extra: Mapping[str, Any]) -> Any:
+    """The class that loads a model to read texts with: one that reads images too is loaded as such, since
+    the class for text alone would refuse it, or leave some of its weights out."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES,
+    )
+
+    if "gguf_file" in extra:
+        return AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    saved_as = (getattr(config, "architectures", None) or [""])[0]
+    with_images = saved_as == WITH_IMAGES.get(config.model_type)
+    return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
 
 
 def _check_folder(name: str, what: str) -> None:

@@ -24,7 +24,8 @@ class LoadedModel:
     model: transformers or peft model; tokenizer: its tokenizer; path: from the untuned to the tuned weights;
     trained: names of the parameters that an adapter trains (None without one); source: names it was loaded by
     (model, adapter, base, dtype); sharded: each process of a run holds a shard of every weight
-    (`rapidin.gradients.fsdp`), so that all run the same passes.
+    (`rapidin.gradients.fsdp`), so that all run the same passes; notes: what the user should know of how it
+    was loaded.
     """
 
     model: Any
@@ -33,6 +34,7 @@ class LoadedModel:
     trained: list[str] | None = None
     source: dict[str, Any] = field(default_factory=dict)
     sharded: bool = False
+    notes: list[str] = field(default_factory=list)
     _identity: dict[str, str] | None = None
 
     @staticmethod

@@ -14,15 +14,10 @@ from torch import Tensor, nn
 
 from rapidin import ops
 from rapidin.gradients.batch import Batch
-from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, matrix_shape
+from rapidin.gradients.rows import RowFactors, RowGroup, by_example, by_expert
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.squares import (
-    Squares,
-    as_factors,
-    embedding_squares,
-    factor_squares,
-    formed_squares,
     joined,
 )
 
@@ -132,7 +127,28 @@ class GradientPass(ABC):
 
     @abstractmethod
     def add_formed(self, n: int, grad: Tensor) -> None:
-        """Add a formed, preconditioned gradient [B, O, I]."""
+        """Add a formed, preconditioned gradient [B, O, I], or [B, E, O, I] of a stack."""
+
+    @abstractmethod
+    def add_group(self, n: int, factors: Factors, group: RowGroup) -> None:
+        """Add the gradients of some matrices of some examples' stacks; `factors` are those of the group's
+        pairs, and may leave part of the preconditioner to be applied."""
+
+    def add_rows(self, n: int, factors: RowFactors) -> None:
+        """Add a gradient whose rows come in any order, not preconditioned yet."""
+        if factors.experts is None:
+            columns, rows = by_example(factors, self.rows, self.length)
+            if columns is None:
+                self.add_bias(n, rows)
+            else:
+                self.add_factors(n, self.scaled(n, columns, rows))
+            return
+        for group in by_expert(factors, self.targets[n].stack, self.length):
+            self.add_group(n, self.scaled(n, group.columns, group.rows), group)
+
+    def scaled(self, n: int, columns: Tensor, rows: Tensor) -> Factors:
+        """Factors of a target's gradient, to be preconditioned if there is a preconditioner."""
+        return self.scales[n].factors(columns, rows) if self.scales else Factors(columns, rows)
 
     def add_bias(self, n: int, grad: Tensor) -> None:
         """Add the gradient of a bias, given that of the layer's outputs [B, T, O]."""
@@ -152,8 +168,12 @@ class GradientPass(ABC):
         self.add_raw(n, grad.reshape(1, *matrix_shape(grad.shape)))
 
     def add_raw(self, n: int, grad: Tensor) -> None:
-        """Add a formed gradient [B, O, I] that is not preconditioned yet."""
+        """Add a formed gradient [B, O, I] that is not preconditioned yet; a stack's may have any shape
+        [B, ...]."""
         self.seen.add(n)
+        target = self.targets[n]
+        if target.stack:
+            grad = grad.reshape(len(grad), target.stack, *target.matrix)
         self.add_formed(n, self.scales[n].formed(grad) if self.scales else grad)
 
     def module_gradients(
@@ -207,6 +227,16 @@ class SketchPass(GradientPass):
     def add_formed(self, n: int, grad: Tensor) -> None:
         self._accumulate(n, self.sketch_formed(n, grad))
 
+    def add_group(self, n: int, factors: Factors, group: RowGroup) -> None:
+        self._accumulate(n, self.sketch_group(n, factors, group.experts, group.examples, self.rows))
+
+    def sketch_group(self, n: int, factors: Factors, experts: Tensor, owners: Tensor, count: int) -> Tensor:
+        """[count, width] of the factors of P matrices, which are parts of the stacks of some of `count`
+        owners."""
+        sketches = self.sketch_factors(n, factors)
+        seed, stack = self.sketched.seeds[n], self.targets[n].stack
+        return ops.stack_sketch(sketches, experts, owners, seed=seed, count=stack, examples=count)
+
     def sketch_factors(self, n: int, factors: Factors) -> Tensor:
         """[B, width] of the factors of B examples."""
         return factors.sketch(self.sketched.width, self.sketched.seeds[n])
@@ -218,8 +248,15 @@ class SketchPass(GradientPass):
         return ops.embedding_sketch(ids, grad, width, seed=self.sketched.seeds[n], vocabulary=vocabulary)
 
     def sketch_formed(self, n: int, grad: Tensor) -> Tensor:
-        """[B, width] of formed gradients [B, O, I]."""
-        return ops.matrix_sketch(grad.float(), self.sketched.width, seed=self.sketched.seeds[n])
+        """[B, width] of formed gradients [B, O, I] or [B, E, O, I]."""
+        width, seed, stack = self.sketched.width, self.sketched.seeds[n], self.targets[n].stack
+        sketches = ops.matrix_sketch(grad.float(), width, seed=seed)
+        if not stack:
+            return sketches
+        pairs = torch.arange(len(grad) * stack, device=grad.device)
+        return ops.stack_sketch(
+            sketches.flatten(0, 1), pairs % stack, pairs // stack, seed=seed, count=stack, examples=len(grad)
+        )
 
     def _accumulate(self, n: int, sketch: Tensor) -> None:
         self.sketches[:, n] += sketch.to(self.device)  # a device map may have put this layer elsewhere
@@ -231,6 +268,18 @@ class FlatSketchPass(SketchPass):
     def sketch_factors(self, n: int, factors: Factors) -> Tensor:
         columns, rows = factors.applied()
         return self.sketch_formed(n, torch.bmm(rows.float().mT, columns.float()))
+
+    def sketch_group(self, n: int, factors: Factors, experts: Tensor, owners: Tensor, count: int) -> Tensor:
+        columns, rows = factors.applied()
+        formed = torch.bmm(rows.float().mT, columns.float())
+        stack = formed.new_zeros(self.targets[n].stack, *formed.shape[1:])
+        sketches = formed.new_zeros(count, self.sketched.width)
+        for owner in torch.unique(owners).tolist():
+            own = owners == owner
+            stack[experts[own]] = formed[own]
+            sketches[owner] = self.sketch_formed(n, stack[None])[0]
+            stack.zero_()
+        return sketches
 
     def sketch_embedding(self, n: int, ids: Tensor, grad: Tensor) -> Tensor:
         vocabulary, size = self.targets[n].shape
@@ -266,6 +315,28 @@ class PositionPass(SketchPass):
 
         self._add_positions(n, sketch, factors.columns[0, :, None], factors.rows[0, :, None])
 
+    def add_rows(self, n: int, factors: RowFactors) -> None:
+        tokens, experts, columns = factors.tokens, factors.experts, factors.columns
+        if tokens is None:
+            raise self._no_positions(n)
+        if columns is None:
+            grad = torch.zeros(self.length, factors.rows.shape[1], device=tokens.device)
+            self.add_bias(n, ops.add_at(grad, tokens, factors.rows.float())[None])
+            return
+
+        def sketch(n: int, columns: Tensor, rows: Tensor, experts: Tensor | None = None) -> Tensor:
+            scaled = self.scaled(n, columns, rows)
+            if experts is None:
+                return self.sketch_factors(n, scaled)
+            each = torch.arange(len(experts), device=experts.device)
+            return self.sketch_group(n, scaled, experts, each, len(experts))
+
+        parts = [columns[:, None], factors.rows[:, None], *([] if experts is None else [experts])]
+        self._add_positions(n, sketch, *parts, tokens=tokens)
+
+    def add_group(self, n: int, factors: Factors, group: RowGroup) -> None:
+        raise AssertionError("rows are not put together by expert")
+
     def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         self._add_positions(n, self.sketch_embedding, ids.to(grad.device)[0, :, None], grad[0, :, None])
 
@@ -295,17 +366,25 @@ class PositionPass(SketchPass):
         """Add the formed gradient of each position, [T, O, I], not preconditioned yet."""
         self._add_positions(n, self.sketch_formed, self.scales[n].formed(grads) if self.scales else grads)
 
-    def _add_positions(self, n: int, sketch: Callable[..., Tensor], *positions: Tensor) -> None:
-        """Sketch positions, each of `positions` [T, ...], some at a time: each may take a formed gradient."""
-        o, i = matrix_shape(self.targets[n].shape)
+    def _add_positions(
+        self, n: int, sketch: Callable[..., Tensor], *positions: Tensor, tokens: Tensor | None = None
+    ) -> None:
+        """Sketch positions, each of `positions` [T, ...], some at a time: each may take a formed gradient.
+
+        tokens: the position of each, by default all in their order.
+        """
+        o, i = self.targets[n].matrix
         formed = o * i if isinstance(self, FlatSketchPass) else 0
         size = max(1, _POSITIONS_BYTES // (4 * max(formed, self.sketched.width)))
-        if len(positions[0]) != self.length:  # an expert of some tokens, say
-            raise self._no_positions(n)
-        vectors = self._vectors[:, n].to(positions[0].device)
-        for start in range(0, self.length, size):
+        if tokens is None:
+            if len(positions[0]) != self.length:  # an expert of some tokens, say
+                raise self._no_positions(n)
+            tokens = torch.arange(self.length, device=self.device)
+        vectors, products = self._vectors[:, n].to(positions[0].device), self.products[:, :, n]
+        for start in range(0, len(tokens), size):
             sketches = sketch(n, *(x[start : start + size] for x in positions))
-            self.products[start : start + size, :, n] += (sketches @ vectors.T).to(self.device)
+            at = tokens[start : start + size].to(self.device)
+            ops.add_at(products, at, (sketches @ vectors.T).to(self.device))
             self.sketches[0, n] += sketches.sum(0).to(self.device)
 
     def _no_positions(self, n: int) -> TypeError:
@@ -336,88 +415,35 @@ class FactorPass(GradientPass):
         """The factors of a target's gradient, zeros if the batch does not reach it."""
         if n in self.factors:
             return self.factors[n]
-        o, i = matrix_shape(self.targets[n].shape)
+        o, i = self.targets[n].matrix
         zero = torch.zeros(self.rows, self.length, 1, device=self.device)
         return zero.expand(-1, -1, i), zero.expand(-1, -1, o)
 
-    def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
-        self.add_formed(n, grad)
+    def add_rows(self, n: int, factors: RowFactors) -> None:
+        # A factor for each position, in order: so a position must not have several.
+        columns, rows, tokens = factors.columns, factors.rows, factors.tokens
+        if (
+            columns is None
+            or factors.experts is not None
+            or tokens is None
+            or len(torch.unique(tokens)) < len(tokens)
+        ):
+            raise self._no_factors(n)
+        places = self.rows * self.length
+        columns, rows = (
+            x.new_zeros(places, x.shape[1]).index_copy_(0, tokens, x).view(self.rows, self.length, -1)
+            for x in (columns, rows)
+        )
+        self.add_factors(n, self.scaled(n, columns, rows))
 
-    def add_formed(self, n: int, grad: Tensor) -> None:
-        raise TypeError(f"'{self.targets[n].name}' is not the weight of a linear layer: it has no factors")
-
-
-class MomentPass(GradientPass):
-    """Adds each gradient, as it is, to the second moments of the factors."""
-
-    def __init__(self, sketched: SketchTargets, batch: Batch, moments: FactorMoments) -> None:
-        super().__init__(sketched, batch)
-        self._moments = moments
-
-    def add_factors(self, n: int, factors: Factors) -> None:
-        self._moments.add_factors(n, *factors.applied())
-
-    def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
-        self._moments.add_embedding(n, ids, grad)
-
-    def add_formed(self, n: int, grad: Tensor) -> None:
-        self._moments.add_formed(n, grad)
-
-
-class SquaresPass(GradientPass):
-    """Sums the squares of each gradient's rows and columns, of the gradient as it is.
-
-    Squares are taken of a parameter's whole gradient, so the contribution of each of its uses is held until
-    the last one has arrived; with a single use that is at once.
-    """
-
-    def __init__(self, sketched: SketchTargets, batch: Batch) -> None:
-        super().__init__(sketched, batch)
-        self._factors: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._embedded: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._formed: dict[int, Tensor] = {}
-        self._squares: dict[int, Squares] = {}
-
-    def finish(self) -> list[Squares]:
-        """(row sums [B, O], column sums [B, I]) of each target, float64; zeros if no gradient arrived."""
-        for n in {*self._factors, *self._embedded, *self._formed}:
-            self._square(n)  # a call whose output took no part in the loss brought nothing
-        zero = torch.zeros(self.rows, 1, dtype=torch.float64, device=self.device)
-        shapes = [matrix_shape(target.shape) for target in self.targets]
-        return [
-            self._squares.get(n, (zero.expand(-1, o), zero.expand(-1, i))) for n, (o, i) in enumerate(shapes)
-        ]
-
-    def add_factors(self, n: int, factors: Factors) -> None:
-        self._factors.setdefault(n, []).append(factors.applied())
-        self._call_done(n)
+    def add_group(self, n: int, factors: Factors, group: RowGroup) -> None:
+        raise self._no_factors(n)
 
     def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
-        self._embedded.setdefault(n, []).append((ids, grad))
-        self._call_done(n)
+        raise self._no_factors(n)
 
     def add_formed(self, n: int, grad: Tensor) -> None:
-        self._formed[n] = self._formed[n] + grad if n in self._formed else grad
-        self._call_done(n)
+        raise self._no_factors(n)
 
-    def _call_done(self, n: int) -> None:
-        self.calls[n] -= 1
-        if self.calls[n] <= 0:
-            self._square(n)
-
-    def _square(self, n: int) -> None:
-        """Square what has arrived of a target's gradient, and let go of it."""
-        factors, embedded = self._factors.pop(n, []), self._embedded.pop(n, [])
-        formed = self._formed.pop(n, None)
-        vocabulary = self.targets[n].shape[0] if embedded else 0
-        if embedded and not factors and formed is None:
-            self._squares[n] = embedding_squares(*joined(embedded), vocabulary)
-            return
-        factors += [as_factors(ids, grad, vocabulary) for ids, grad in embedded]
-        if formed is None:
-            self._squares[n] = factor_squares(*joined(factors))
-            return
-        if factors:
-            columns, outputs = joined(factors)
-            formed = formed + torch.bmm(outputs.float().mT, columns.float())
-        self._squares[n] = formed_squares(formed)
+    def _no_factors(self, n: int) -> TypeError:
+        return TypeError(f"'{self.targets[n].name}' is not the weight of a linear layer: it has no factors")

@@ -9,6 +9,7 @@ from rapidin.ops.low_rank import LowRank
 from rapidin.ops.matrix_sketch import matrix_sketch
 from rapidin.ops.packed import Packed, pack, packed_bytes, unpack
 from rapidin.ops.rotate import Cut, rotate, unit_blocks
+from rapidin.ops.stack_sketch import add_at, stack_sketch
 from rapidin.ops.topk_scan import ScanQueries, topk_scan, topk_scan_both_ends
 
 __all__ = [
@@ -16,6 +17,7 @@ __all__ = [
     "LowRank",
     "Packed",
     "ScanQueries",
+    "add_at",
     "embedding_sketch",
     "flat_sketch",
     "linear_sketch",
@@ -23,6 +25,7 @@ __all__ = [
     "pack",
     "packed_bytes",
     "rotate",
+    "stack_sketch",
     "topk_scan",
     "topk_scan_both_ends",
     "unit_blocks",

@@ -24,7 +24,7 @@ _SQUARE_ROWS = 16384  # of the longest tensor that one block sums
 _SQUARE_SLICES = 32
 
 # Kept, because gradients often have the same addresses again. Those of a captured call may have new ones.
-_tables = Kept(1 << 20, reserve=True)
+kept_tables = Kept(1 << 20, reserve_bytes=64 << 10)
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ def flat_plan(tensors: Sequence[Tensor], dim: int) -> FlatPlan:
     listed += part_tensors
     most_tensors = max(part_tensors[part + 1] - part_tensors[part] for part in range(parts))
     return FlatPlan(
-        table=_tables.get(
+        table=kept_tables.get(
             tuple(listed), device, lambda: torch.tensor(listed, dtype=torch.int64, device="cpu")
         ),
         tensors=flat,

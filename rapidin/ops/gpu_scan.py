@@ -21,7 +21,7 @@ from rapidin.ops.reference.packed import BITS, GROUP, PER_BYTE
 TOP, BOTTOM = 1, 2  # which ends are wanted, as bits
 LONGEST = 1024  # places of a ranking that one pass over the rows fills
 QUERIES = 256  # that one pass takes
-CHUNK_BYTES = 64 << 20  # of the sums over several parts, for one chunk of rows
+CHUNK_BYTES = 64 << 20
 MAX_ROWS = 2**31 - 1  # a key has 31 bits for the row's index
 
 LIMITS = {"int8": 4095, "int4": 127, "sign": 127}  # of an integer query
@@ -111,18 +111,22 @@ class Kernels(Protocol):
         """The best k of all, in order, to scores and indices [Q, k] of each end; the last to kept.last."""
 
 
-def ops(kernels: Kernels) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """topk_scan and topk_scan_both_ends by a backend's kernels, as the table of backends wants them."""
+def ops(kernels: Kernels, chunk_bytes: int = CHUNK_BYTES) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """topk_scan and topk_scan_both_ends by a backend's kernels, as the table of backends wants them.
+
+    chunk_bytes: of the sums over several parts, for one chunk of rows.
+    """
 
     def topk_scan(
         cache: Sequence[Tensor | Packed], queries: Tensor, k: int, *, largest: bool, **more: Any
     ) -> Ranking:
-        return scan(kernels, cache, queries, k, TOP if largest else BOTTOM, **more)[0]
+        end = TOP if largest else BOTTOM
+        return scan(kernels, cache, queries, k, end, chunk_bytes=chunk_bytes, **more)[0]
 
     def topk_scan_both_ends(
         cache: Sequence[Tensor | Packed], queries: Tensor, k: int, **more: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        top, bottom = scan(kernels, cache, queries, k, TOP | BOTTOM, **more)
+        top, bottom = scan(kernels, cache, queries, k, TOP | BOTTOM, chunk_bytes=chunk_bytes, **more)
         return (*top, *bottom)
 
     return topk_scan, topk_scan_both_ends
@@ -140,6 +144,7 @@ def scan(
     valid: Tensor | None,
     base: Tensor | None,
     made: dict[Any, Any] | None = None,
+    chunk_bytes: int = CHUNK_BYTES,
 ) -> list[Ranking]:
     """Scores and indices of each end that is wanted; made: these queries as earlier scans prepared them.
 
@@ -159,7 +164,7 @@ def scan(
         some = slice(q, q + QUERIES)
         prepared = _prepared(kernels, parts, queries[some], offsets, (q, made))
         _scan_some(
-            kernels, parts, prepared, len(queries[some]), k, ends, scales, valid,
+            kernels, chunk_bytes, parts, prepared, len(queries[some]), k, ends, scales, valid,
             None if base is None else base[some], [(x[some], y[some]) for x, y in outs],
         )  # fmt: skip
     return outs
@@ -194,6 +199,7 @@ def _prepared(
 
 def _scan_some(
     kernels: Kernels,
+    chunk_bytes: int,
     parts: list[Part],
     prepared: list[Any],
     q: int,
@@ -207,7 +213,7 @@ def _scan_some(
     n, device = len(parts[0].rows), outs[0][0].device
     # The sums over the parts decide how many rows are taken at a time.
     several = len(parts) > 1
-    chunk = min(n, max(1024, CHUNK_BYTES // (8 * q) // 1024 * 1024)) if several else n
+    chunk = min(n, max(1024, chunk_bytes // (8 * q) // 1024 * 1024)) if several else n
     partial = torch.empty(q, chunk, dtype=torch.float64, device=device) if several else None
     after = None
     for done in range(0, k, LONGEST):

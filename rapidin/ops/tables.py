@@ -13,13 +13,14 @@ from rapidin.ops.lifetimes import Kept
 LIMIT_BYTES = 256 << 20
 
 OUT, IN = (0, 1), (2, 3)  # streams of (bins, signs) of a matrix's two sides
+STACK = (4, 5)  # of the matrices of a stack
 FLAT = (8, 8)  # the stream of a flat sketch's permutations
 
 CPU = torch.device("cpu")
 
 Change = Callable[[Tensor], Tensor]
 
-_tables = Kept(LIMIT_BYTES)
+kept_tables = Kept(LIMIT_BYTES)
 
 
 def rows(seed: int, side: tuple[int, int], n: int, k: int, device: torch.device = CPU) -> Tensor:
@@ -66,7 +67,7 @@ def _get(
         build(seed, *side, n, k, table.data_ptr())
         return table if change is None else change(table)
 
-    return _tables.get((kind, seed, side, n, k, change), device, make)
+    return kept_tables.get((kind, seed, side, n, k, change), device, make)
 
 
 def _inverse_permutations(seed: int, count: int, groups: int) -> Tensor:

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from command import Ran, caller
+from passes import at_pass
 from tiny import CONTEXT, save_tiny
 
+from rapidin.cache.manifest import Manifest
 from rapidin.cli import main
 
 # 12 examples that have a sketch, and on the lines 3, 4 and 6 three that need care; line 5 is blank.
@@ -696,29 +698,25 @@ def test_stopped_while_caching_goes_on(
     place: Place,
     tmp_path: Path,
     run: Any,
-    monkeypatch: pytest.MonkeyPatch,
     number: int,
     code: int,
     times: int,
     kept: int,
 ) -> None:
     """A first signal finishes the shard in hand, here the second one; a second signal stops at once."""
-    from rapidin.cache.build import CachingLoop
 
-    make = CachingLoop._shard
-
-    def stop_and_make(self: CachingLoop, wanted: Any, *rest: Any) -> Any:
-        if wanted[0] == 6:
-            for _ in range(times):
-                signal.raise_signal(number)
-        return make(self, wanted, *rest)
+    def stop() -> None:
+        for _ in range(times):
+            signal.raise_signal(number)
 
     out = tmp_path / "out"
+    with at_pass(-1) as begun:
+        assert run(*cache_arguments(place, tmp_path / "whole")).code == 0
+    second = len(begun) - 2  # each of the three shards takes one pass, and what is fitted comes before them
     # Started in the background, the tests inherit a Ctrl-C that is ignored; here it is not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with monkeypatch.context() as patch:
-            patch.setattr(CachingLoop, "_shard", stop_and_make)
+        with at_pass(second, stop):
             ran = run(*cache_arguments(place, out))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
@@ -746,10 +744,10 @@ def test_signal_handlers_are_put_back(place: Place, run: Any) -> None:
 
 
 def test_other_errors_keep_their_traceback(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: str) -> None:
+    def fail(path: Path) -> None:
         raise RuntimeError("a mistake in rapidin")
 
-    monkeypatch.setattr("rapidin.cache.Cache.__init__", lambda self, path: fail(path))
+    monkeypatch.setattr(Manifest, "read", fail)
     with pytest.raises(RuntimeError, match="a mistake in rapidin"):
         main(["info", place.cache])
 

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from aot import ARCHS, meta
@@ -134,17 +133,17 @@ def _packing() -> Iterator[tuple[str, Call]]:
 
 
 def _scan(cache: Any, queries: int, k: int = 100, **more: Any) -> Call:
-    from rapidin.ops import triton as gpu
-    from rapidin.ops.triton import scan
+    from rapidin.ops import gpu_scan
+    from rapidin.ops.triton.scan import ScanKernels
 
+    # How many programs there are is a constant of the merging kernel.
+    _, both_ends = gpu_scan.ops(ScanKernels(lambda device: MULTIPROCESSORS))
     parts = cache if isinstance(cache, list) else [cache]
     width = sum(part.shape[1] if isinstance(part, Tensor) else part.width for part in parts)
     given: dict[str, Any] = {"scales": None, "offsets": None, "valid": None, "base": None} | more
 
     def call() -> None:
-        # How many programs there are is a constant of the merging kernel.
-        with mock.patch.object(scan, "_multiprocessors", return_value=MULTIPROCESSORS):
-            gpu.topk_scan_both_ends(parts, meta(queries, width), k, **given)
+        both_ends(parts, meta(queries, width), k, **given)
 
     return call
 

@@ -2,7 +2,7 @@
 op."""
 
 from rapidin.ops.cuda.devices import excludes
-from rapidin.ops.cuda.extension import device_and_stream, emulated, extension, use
+from rapidin.ops.cuda.extension import device_and_stream, emulated, extension, use, using
 from rapidin.ops.cuda.scan import topk_scan, topk_scan_both_ends
 from rapidin.ops.cuda.sketches import flat_sketch, linear_sketch, supports
 
@@ -17,4 +17,5 @@ __all__ = [
     "topk_scan",
     "topk_scan_both_ends",
     "use",
+    "using",
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,6 +35,16 @@ def use(module: Any) -> Any:
     global _extension
     before, _extension = _extension, module
     return before
+
+
+@contextmanager
+def using(module: Any) -> Iterator[None]:
+    """Inside the block another build of the extension is used; None: the one that is installed."""
+    before = use(module)
+    try:
+        yield
+    finally:
+        use(before)
 
 
 def emulated() -> bool:

@@ -41,7 +41,7 @@ class _Prepared:
     sums: Tensor | None  # [Q] int64
 
 
-class _Kernels:
+class ScanKernels:
     """gpu_scan.Kernels by the extension."""
 
     def prepare(self, part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> _Prepared:
@@ -124,7 +124,7 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
     queries = queries if queries.stride(1) == 1 else queries.contiguous()
     packed = dtype in PACKED_DTYPES
     blocks = packed and segments is not None
-    tables = _tables(dtype, part.width, None if segments is None else tuple(segments), device)
+    tables = unit_tables(dtype, part.width, None if segments is None else tuple(segments), device)
     numbers, table, steps = tables
     units, segment_count = len(numbers), 1 if segments is None else len(table)
     each = 3 if blocks else 1 if dtype in ("int4", "sign") else 2
@@ -188,7 +188,7 @@ def made_tables(dtype: str, width: int, segments: tuple[Segment, ...] | None) ->
 
 
 # The same on the device given last: 4 bytes for each number of a row.
-_tables = kept(32 << 20)(made_tables)
+unit_tables = kept(32 << 20)(made_tables)
 
 
 def _float_tables(unit: int, width: int, segments: tuple[Segment, ...] | None) -> tuple[Tensor, Tensor]:
@@ -210,4 +210,4 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-topk_scan, topk_scan_both_ends = gpu_scan.ops(_Kernels())
+topk_scan, topk_scan_both_ends = gpu_scan.ops(ScanKernels())

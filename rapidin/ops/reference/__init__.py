@@ -2,7 +2,7 @@
 (docs/reference/sketch.md)."""
 
 from rapidin.ops.reference.flat_sketch import flat_sketch
-from rapidin.ops.reference.linear_sketch import embedding_sketch, linear_sketch, matrix_sketch
+from rapidin.ops.reference.linear_sketch import embedding_sketch, linear_sketch, matrix_sketch, stack_sketch
 from rapidin.ops.reference.packed import pack, unpack
 from rapidin.ops.reference.rotate import rotate, unit_blocks
 from rapidin.ops.reference.topk_scan import topk_scan, topk_scan_both_ends
@@ -14,6 +14,7 @@ __all__ = [
     "matrix_sketch",
     "pack",
     "rotate",
+    "stack_sketch",
     "topk_scan",
     "topk_scan_both_ends",
     "unit_blocks",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,15 +47,25 @@ class _Prepared:
     tile: dict[str, int]
 
 
-class _Kernels:
-    """gpu_scan.Kernels by Triton."""
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; on the CPU, where kernels are interpreted, as if it were a small GPU."""
+    if device.type != "cuda":
+        return _SIMULATED
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class ScanKernels:
+    """gpu_scan.Kernels by Triton; multiprocessors: how many a device has, by which programs are counted."""
+
+    def __init__(self, multiprocessors: Callable[[torch.device], int] = multiprocessors) -> None:
+        self._multiprocessors = multiprocessors
 
     def prepare(self, part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> _Prepared:
         return prepare(part, queries, segments)
 
     def keep(self, prepared: _Prepared, q: int, k: int, ends: int, rows: int, device: torch.device) -> Kept:
         tile = prepared.tile
-        running = _PROGRAMS_A_MULTIPROCESSOR * _multiprocessors(device)
+        running = _PROGRAMS_A_MULTIPROCESSOR * self._multiprocessors(device)
         programs = max(1, min(-(-rows // tile["R"]), running // -(-q // tile["Q"])))
         capacity = 1 << (max(2 * k, k + 2 * tile["R"]) - 1).bit_length()
         return Kept.none(programs, q, k, ends, capacity, device)
@@ -155,10 +165,4 @@ def _segment_table(segments: tuple[Segment, ...]) -> Tensor:
     return torch.tensor(segments, dtype=torch.int32, device="cpu").reshape(-1, scan_kernels.SEGMENT)
 
 
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _SIMULATED
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-topk_scan, topk_scan_both_ends = gpu_scan.ops(_Kernels())
+topk_scan, topk_scan_both_ends = gpu_scan.ops(ScanKernels())

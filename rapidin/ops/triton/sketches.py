@@ -26,6 +26,7 @@ def linear_sketch(
     seed: int,
     inputs_low_rank: LowRank | None = None,
     grads_low_rank: LowRank | None = None,
+    blocks: int = linear_kernels.BLOCKS,
 ) -> Tensor:
     inputs, grads = preconditioned(inputs, inputs_low_rank), preconditioned(grads, grads_low_rank)
     table_in = tables.columns(seed, tables.IN, inputs.shape[2], dim, inputs.device)
@@ -36,7 +37,7 @@ def linear_sketch(
     if dim in fourier_kernels.DIMS and not planes:
         return fourier_kernels.fourier_sketch(inputs, grads, dim, table_in, table_out)
     if planes:
-        return linear_kernels.linear_sketch(inputs, grads, dim, table_in, table_out)
+        return linear_kernels.linear_sketch(inputs, grads, dim, table_in, table_out, blocks)
     return by_torch_fft(inputs, grads, dim, table_in, table_out)
 
 

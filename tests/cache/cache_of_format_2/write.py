@@ -117,7 +117,7 @@ def main() -> None:
         model = tiny_llama(0, **CONFIG)
         if "lora" in name:
             model = tiny_lora(model, 1, r=2, target_modules=["q_proj"])
-            model.get_base_model().config._name_or_path = ""
+            model.get_base_model().config.name_or_path = ""
             options = options | {"at": 1.0}
         attributor = Attributor(model, tiny_tokenizer(), **{"include": INCLUDE} | options)
         attributor.cache(rows, HERE / name, shard_rows=8, **kept)
