@@ -5,7 +5,17 @@ from __future__ import annotations
 import pytest
 from model_rows import check_row, rows
 
-FAST = ["llama", "gpt2", "opt", "mixtral", "qwen3_moe", "gemma3_text", "mamba", "deepseek_v3", "roberta, encoder"]
+FAST = [
+    "llama",
+    "gpt2",
+    "opt",
+    "mixtral",
+    "qwen3_moe",
+    "gemma3_text",
+    "mamba",
+    "deepseek_v3",
+    "roberta, encoder",
+]
 WRONG: dict[str, str] = {}
 
 

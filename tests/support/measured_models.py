@@ -14,20 +14,19 @@ from math import prod
 from typing import Any
 
 import torch
+from own_gradients import SEED, WIDTH, reference_sketch
 from tiny import VOCABULARY, tiny_tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from rapidin import ops
 from rapidin.data.encoding import Encoded, Status
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.model import LoadedModel
-from rapidin.gradients.parameters import block_seed, find_targets
+from rapidin.gradients.parameters import Target, find_targets
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
 
-WIDTH, SEED = 128, 11
 TOLERANCE = 1e-4  # of a sketch, relative to autograd's, in float32
 # Of the mean size of a model's gradients. A smaller one, such as that of a key's bias, is mere rounding.
 NEGLIGIBLE = 1e-3
@@ -108,19 +107,13 @@ def own_loss(model: Any, text: Encoded) -> Tensor:
     return F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=_IGNORED)
 
 
-def own_sketches(model: Any, names: Sequence[str], chosen: Sequence[Encoded]) -> Tensor:
-    """[examples, parameters, WIDTH] from `own_gradients`."""
+def own_sketches(model: Any, targets: Sequence[Target], chosen: Sequence[Encoded]) -> Tensor:
+    """[examples, targets, WIDTH] from `own_gradients`."""
     rows = []
     for text in chosen:
         grads = own_gradients(model, text)
-        nothing = torch.zeros(WIDTH)
-        rows.append([_sketch(grads[name].float(), name) if name in grads else nothing for name in names])
-    return torch.stack([torch.stack(row) for row in rows])
-
-
-def _sketch(grad: Tensor, name: str) -> Tensor:
-    grad = grad.reshape(len(grad) if grad.ndim else 1, -1)
-    return ops.matrix_sketch(grad, WIDTH, seed=block_seed(SEED, name))
+        rows.append(torch.stack([reference_sketch(target, grads.get(target.name)) for target in targets]))
+    return torch.stack(rows)
 
 
 def relative_errors(got: Tensor, want: Tensor) -> Tensor:
@@ -154,7 +147,7 @@ def make_source(model: Any, chosen: Sequence[Encoded], include: tuple[str, ...] 
     return source.with_check(source.checked(chosen))
 
 
-Reference = Callable[[Any, Sequence[str], Sequence[Encoded]], Tensor]
+Reference = Callable[[Any, Sequence[Target], Sequence[Encoded]], Tensor]
 
 
 def outcome(
@@ -176,7 +169,7 @@ def outcome(
     if bool((status != int(Status.OK)).any()):
         return Outcome(fault=f"status {status.tolist()}")
     names = [target.name for target in source.targets]
-    expected = reference(model, names, chosen)
+    expected = reference(model, source.targets, chosen)
     errors = torch.maximum(relative_errors(together, expected), relative_errors(alone, expected))
     return Outcome(
         errors=dict(zip(names, errors.tolist(), strict=True)),

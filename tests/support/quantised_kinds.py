@@ -16,6 +16,7 @@ from tiny import tiny_llama
 from torch import nn
 
 from rapidin.data.encoding import Encoded
+from rapidin.gradients.parameters import Target
 
 
 def _llama() -> Any:
@@ -85,7 +86,9 @@ def _bitnet(kind: str) -> Callable[[], Any]:
         from transformers.integrations import bitnet
 
         if kind == "AutoBitLinear":
-            made = bitnet.AutoBitLinear(linear.in_features, linear.out_features, bias=False, online_quant=True)
+            made = bitnet.AutoBitLinear(
+                linear.in_features, linear.out_features, bias=False, online_quant=True
+            )
             made.weight.data = linear.weight.data.clone()
             return made
         made = bitnet.BitLinear(linear.in_features, linear.out_features, bias=False, dtype=torch.float32)
@@ -176,14 +179,14 @@ class _Unpacked(nn.Module):
         return own + (self._layer[0](x) - own).detach()
 
 
-def unpacked_sketches(model: Any, names: Sequence[str], chosen: Sequence[Encoded]) -> torch.Tensor:
+def unpacked_sketches(model: Any, targets: Sequence[Target], chosen: Sequence[Encoded]) -> torch.Tensor:
     """`own_sketches` of the model itself, where layers whose weights get no gradient from autograd are replaced
     by `_Unpacked`."""
     for name, dense in _llama().model.layers.named_modules():
         layer = model.model.layers.get_submodule(name)
         if isinstance(dense, nn.Linear) and not _is_plain(layer, dense.weight.shape):
             model.model.layers.set_submodule(name, _Unpacked(layer, dense.in_features))
-    return own_sketches(model, names, chosen)
+    return own_sketches(model, targets, chosen)
 
 
 def _is_plain(layer: Any, shape: torch.Size) -> bool:
