@@ -1,4 +1,7 @@
-"""docs/reference/models.md lists every kind, measured with the pinned versions, and can be read back; the oldest are allowed.
+"""docs/reference/models.md lists every kind, measured with the pinned versions, and can be read back.
+
+The oldest versions are those that the package allows.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +29,9 @@ def test_the_page_is_what_its_rows_say() -> None:
 @pytest.mark.parametrize("library", ["transformers", "peft"])
 def test_the_oldest_versions_are_those_that_the_package_allows(library: str) -> None:
     allowed = re.search(rf'"{library}>=([\d.]+)"', (model_table.ROOT / "pyproject.toml").read_text())
-    tested = re.search(rf"^{library}==([\d.]+)$", (model_table.ROOT / "constraints-oldest.txt").read_text(), re.M)
+    tested = re.search(
+        rf"^{library}==([\d.]+)$", (model_table.ROOT / "constraints-oldest.txt").read_text(), re.M
+    )
     assert allowed
     assert tested
     assert f"{tested[1]}.".startswith(f"{allowed[1]}.")

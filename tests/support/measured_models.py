@@ -1,6 +1,6 @@
 """What a user gets of a model: its sketches against autograd's own gradients, one example at a time.
 
-The reference passes through nothing of rapidin but the sketch: the model's plain call, the cross-entropy of its
+The reference takes nothing of rapidin but the sketch: the model's plain call, the cross-entropy of its
 logits, ``loss.backward()``.
 """
 
@@ -54,11 +54,10 @@ def texts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Encoded]:
 class Outcome:
     """What became of one choice of parameters.
 
-    refused: the message of the UserError, "" if there was none; fault: another error, or why no
-    gradient makes sense; errors: the largest
-    relative error of each parameter's sketch, over the texts, in one call and one call each; together: whether
-    all texts shared a pass; by_autograd: parameters whose gradient autograd itself gives; share: of the
-    elements outside embeddings and head that count.
+    refused: the message of the UserError, "" if there was none; fault: another error, or why no gradient
+    makes sense; errors: the largest relative error of each parameter's sketch, over the texts, in one call
+    and one call each; together: whether all texts shared a pass; by_autograd: parameters whose gradient
+    autograd itself gives; share: of the elements outside embeddings and head that count.
     """
 
     refused: str = ""
