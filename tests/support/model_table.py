@@ -141,12 +141,13 @@ gradient is smaller: that of a key's bias, say, is nothing but rounding.
 - **wrong**: neither of the two. The tests allow it only in rows that they name.
 - **-**: these versions do not have it, or nothing was measured.
 
-*default* are the parameters that count by default: the linear layers and routed experts of the blocks, or what
-an adapter trains. *counted* is their share of all elements outside embeddings and output head. *speed* compares
-the examples that are sketched in a second of processor time, by default, with those that pass forward and
-backward without rapidin; in models as tiny as these, hooks and Python weigh most. Real models are timed in
-[performance.md](../measured/performance.md). The gradient of a packed weight is that of the weight that it
-stands for. The int8 layers of bitsandbytes compute in float16, so an error of 2e-3 counts as right there.
+*default* are the parameters that count by default: the linear layers and routed experts of the blocks, or
+what an adapter trains. *counted* is their share of all elements outside embeddings and output head. *speed*
+compares the examples that are sketched in a second of processor time, by default, with those that pass
+forward and backward without rapidin; in models as tiny as these, hooks and Python weigh most. Real models are
+timed in [performance.md](../measured/performance.md). The gradient of a packed weight is that of the weight
+that it stands for. The int8 layers of bitsandbytes compute in float16, so an error of 2e-3 counts as right
+there.
 
 The tests check every cell but the speeds (`tests/models`); `python tests/support/model_table.py` writes them.
 The columns are of {newest}; the last one is of the oldest versions that rapidin allows.
