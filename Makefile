@@ -1,5 +1,6 @@
 # make test         the checks to run before each commit, after all set-up
 # make test-full    all checks: also those that are slow, or repeat others at more sizes
+# make test-oldest  the tests of models with the oldest transformers and peft that pyproject.toml allows
 # make demo         a planted poison found, start to end
 # make docs         docs/example-report.html: the report of a query of the demo
 # Set-up makes .venv (PYTHON=... picks the interpreter, 3.10 or newer) and is skipped while nothing has changed.
@@ -19,11 +20,11 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two steps at a time, of set-up and of checks.
 MAKEFLAGS += --jobs=2
 
-.PHONY: test test-full style tests tests-full demo docs clean
+.PHONY: test test-full test-oldest style tests tests-full demo docs clean
 
 test: style tests
 
-test-full: style tests-full
+test-full: style tests-full test-oldest
 
 style: .venv/installed
 	$(BIN)/ruff check .
@@ -39,6 +40,9 @@ tests: .venv/installed
 
 tests-full: .venv/installed
 	$(PYTEST)
+
+test-oldest: .venv/oldest/installed
+	OMP_NUM_THREADS=1 .venv/oldest/bin/python -m pytest -q -m "not full" tests/models
 
 demo: .venv/installed
 	$(BIN)/rapidin demo
@@ -79,6 +83,15 @@ clean:
 
 .venv/installed: .venv/dependencies .venv/extensions
 	RAPIDIN_EXTENSIONS=built $(PIP) --no-build-isolation --no-deps --force-reinstall --editable .
+	touch $@
+
+# All packages of .venv, except those that are older here.
+.venv/oldest/installed: .venv/installed constraints-oldest.txt
+	rm -rf .venv/oldest
+	$(BIN)/python -m venv .venv/oldest
+	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
+		> $$(.venv/oldest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
+	.venv/oldest/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --requirement constraints-oldest.txt
 	touch $@
 
 define LIST_DEPENDENCIES

@@ -1,8 +1,14 @@
-"""docs/reference/models.md lists every kind, measured with the pinned versions, and can be read back."""
+"""docs/reference/models.md lists every kind, measured with the pinned versions, and can be read back.
+
+The oldest versions are those that the package allows.
+"""
 
 from __future__ import annotations
 
+import re
+
 import model_table
+import pytest
 from model_rows import page
 
 
@@ -18,3 +24,14 @@ def test_the_page_has_every_row_and_the_pinned_versions() -> None:
 def test_the_page_is_what_its_rows_say() -> None:
     text = model_table.PAGE.read_text()
     assert model_table.write_page(page(), model_table.page_versions(text)) == text
+
+
+@pytest.mark.parametrize("library", ["transformers", "peft"])
+def test_the_oldest_versions_are_those_that_the_package_allows(library: str) -> None:
+    allowed = re.search(rf'"{library}>=([\d.]+)"', (model_table.ROOT / "pyproject.toml").read_text())
+    tested = re.search(
+        rf"^{library}==([\d.]+)$", (model_table.ROOT / "constraints-oldest.txt").read_text(), re.M
+    )
+    assert allowed
+    assert tested
+    assert f"{tested[1]}.".startswith(f"{allowed[1]}.")

@@ -1,4 +1,4 @@
-"""Each kind of quantised weights: its gradients are those of the weights that it stands for, or are refused."""
+"""Quantised weights: their gradients are those of the weights that they stand for, or are refused."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Any
 
@@ -10,148 +11,130 @@ from causal_types import tiny_causal
 from tiny import tiny_llama
 
 _LINEAR = ["q_proj", "v_proj", "down_proj"]
-_PROMPT = {"num_virtual_tokens": 4}
+_BIASES = {"attention_bias": True, "mlp_bias": True}
+_TIED = {"tie_word_embeddings": True}
 
-# The name of peft's config and its settings, and those of the Llama beneath or the type of another model.
-KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "LoRA": ("LoraConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "LoRA, all linear layers": ("LoraConfig", {"r": 4, "target_modules": "all-linear"}, {}),
-    "LoRA, rank-stabilised": ("LoraConfig", {"r": 4, "target_modules": _LINEAR, "use_rslora": True}, {}),
-    "LoRA, PiSSA": ("LoraConfig", {"r": 4, "target_modules": _LINEAR, "init_lora_weights": "pissa"}, {}),
-    "LoRA, dropout": ("LoraConfig", {"r": 4, "target_modules": _LINEAR, "lora_dropout": 0.1}, {}),
-    "LoRA, ranks by pattern": (
-        "LoraConfig",
-        {"r": 4, "target_modules": _LINEAR, "rank_pattern": {"q_proj": 2}, "alpha_pattern": {"q_proj": 3}},
-        {},
+
+class Adapter:
+    """An adapter's config by its name in peft, and its settings.
+
+    on: settings of the Llama beneath, or the type of another model.
+    """
+
+    def __init__(self, config: str, *, on: Mapping[str, Any] | None = None, **settings: Any) -> None:
+        self.config, self.settings, self.on = config, settings, dict(on or {})
+
+
+def _lora(*, on: Mapping[str, Any] | None = None, **settings: Any) -> Adapter:
+    return Adapter("LoraConfig", on=on, **{"r": 4, "target_modules": _LINEAR, **settings})
+
+
+KINDS: dict[str, Adapter] = {
+    "LoRA": _lora(),
+    "LoRA, all linear layers": _lora(target_modules="all-linear"),
+    "LoRA, rank-stabilised": _lora(use_rslora=True),
+    "LoRA, PiSSA": _lora(init_lora_weights="pissa"),
+    "LoRA, dropout": _lora(lora_dropout=0.1),
+    "LoRA, ranks by pattern": _lora(rank_pattern={"q_proj": 2}, alpha_pattern={"q_proj": 3}),
+    "LoRA, some layers": _lora(layers_to_transform=[1]),
+    "LoRA, bias of its own": _lora(lora_bias=True, on=_BIASES),
+    "LoRA, its layers' biases": _lora(bias="lora_only", on=_BIASES),
+    "LoRA, all biases": _lora(bias="all", on=_BIASES),
+    "LoRA, head saved": _lora(modules_to_save=["lm_head"]),
+    "LoRA, tied head and embedding saved": _lora(modules_to_save=["lm_head", "embed_tokens"], on=_TIED),
+    "LoRA, norms saved": _lora(modules_to_save=["input_layernorm"]),
+    "LoRA, embedding": _lora(target_modules=["embed_tokens", "q_proj"]),
+    "LoRA, head": _lora(target_modules=["lm_head", "q_proj"]),
+    "LoRA, trained tokens": _lora(trainable_token_indices=[5, 7, 100]),
+    "LoRA, trained tokens, tied": _lora(trainable_token_indices=[5, 7, 100], on=_TIED),
+    "LoRA, routed experts": _lora(
+        target_modules=["q_proj"],
+        target_parameters=["experts.gate_up_proj", "experts.down_proj"],
+        on={"type": "mixtral"},
     ),
-    "LoRA, some layers": (
-        "LoraConfig", {"r": 4, "target_modules": _LINEAR, "layers_to_transform": [1]}, {},
+    "LoRA, all linear layers, Mixtral": _lora(target_modules="all-linear", on={"type": "mixtral"}),
+    "LoRA, all linear layers, Qwen3-Next": _lora(target_modules="all-linear", on={"type": "qwen3_next"}),
+    "LoRA, GPT-2": _lora(target_modules=["c_attn", "c_proj"], fan_in_fan_out=True, on={"type": "gpt2"}),
+    "LoRA, layers repeated": _lora(layer_replication=[[0, 2], [1, 2]]),
+    "DoRA": _lora(use_dora=True),
+    "DoRA, embedding": _lora(target_modules=["embed_tokens", "q_proj"], use_dora=True),
+    "QALoRA": _lora(use_qalora=True, qalora_group_size=4),
+    "aLoRA": _lora(alora_invocation_tokens=[5, 7]),
+    "AdaLoRA": Adapter("AdaLoraConfig", init_r=4, target_r=2, total_step=10, target_modules=_LINEAR),
+    "AdamSS": Adapter("AdamssConfig", r=4, num_subspaces=2, target_modules=_LINEAR),
+    "Adaption prompt": Adapter("AdaptionPromptConfig", adapter_len=4, adapter_layers=2),
+    "BEFT": Adapter("BeftConfig", target_modules=["v_proj"], on={"attention_bias": True}),
+    "BOFT": Adapter("BOFTConfig", boft_block_size=4, target_modules=_LINEAR),
+    "C3A": Adapter("C3AConfig", block_size=8, target_modules=["q_proj", "v_proj"]),
+    "Cartridge": Adapter("CartridgeConfig", num_virtual_tokens=4),
+    "CPT": Adapter(
+        "CPTConfig", cpt_token_ids=[5, 6, 7, 8], cpt_mask=[1, 1, 1, 1], cpt_tokens_type_mask=[1, 2, 3, 4]
     ),
-    "LoRA, bias of its own": (
-        "LoraConfig", {"r": 4, "target_modules": _LINEAR, "lora_bias": True}, {"attention_bias": True, "mlp_bias": True},
+    "DeFT": Adapter("DeftConfig", r=4, target_modules=_LINEAR),
+    "DeLoRA": Adapter("DeloraConfig", r=4, target_modules=_LINEAR),
+    "FourierFT": Adapter("FourierFTConfig", n_frequency=20, target_modules=_LINEAR),
+    "FRoD": Adapter("FrodConfig", target_modules=_LINEAR, progressbar=False),
+    "GLoRA": Adapter("GloraConfig", r=4, target_modules=_LINEAR),
+    "GraLoRA": Adapter("GraloraConfig", r=4, target_modules=["q_proj", "o_proj"]),
+    "HiRA": Adapter("HiraConfig", r=4, target_modules=_LINEAR),
+    "HRA": Adapter("HRAConfig", r=4, target_modules=_LINEAR),
+    "IA3": Adapter("IA3Config", target_modules=_LINEAR, feedforward_modules=["down_proj"]),
+    "Lily": Adapter("LilyConfig", r=4, target_modules=_LINEAR),
+    "LN tuning": Adapter("LNTuningConfig", target_modules=["input_layernorm", "norm"]),
+    "LoHa": Adapter("LoHaConfig", r=4, target_modules=_LINEAR),
+    "LoKr": Adapter("LoKrConfig", r=4, target_modules=_LINEAR),
+    "MiSS": Adapter("MissConfig", r=4, target_modules=_LINEAR),
+    "OFT": Adapter("OFTConfig", oft_block_size=8, target_modules=_LINEAR),
+    "OSF": Adapter("OSFConfig", target_modules=_LINEAR, effective_rank=8),
+    "PEANuT": Adapter("PeanutConfig", r=4, target_modules=_LINEAR),
+    "Poly": Adapter("PolyConfig", r=4, target_modules=_LINEAR),
+    "Prefix tuning": Adapter("PrefixTuningConfig", num_virtual_tokens=4),
+    "Prefix tuning, projected": Adapter(
+        "PrefixTuningConfig", num_virtual_tokens=4, prefix_projection=True, encoder_hidden_size=16
     ),
-    "LoRA, its layers' biases": (
-        "LoraConfig", {"r": 4, "target_modules": _LINEAR, "bias": "lora_only"}, {"attention_bias": True, "mlp_bias": True},
-    ),
-    "LoRA, all biases": (
-        "LoraConfig", {"r": 4, "target_modules": _LINEAR, "bias": "all"}, {"attention_bias": True, "mlp_bias": True},
-    ),
-    "LoRA, head saved": ("LoraConfig", {"r": 4, "target_modules": _LINEAR, "modules_to_save": ["lm_head"]}, {}),
-    "LoRA, tied head and embedding saved": (
-        "LoraConfig",
-        {"r": 4, "target_modules": _LINEAR, "modules_to_save": ["lm_head", "embed_tokens"]},
-        {"tie_word_embeddings": True},
-    ),
-    "LoRA, norms saved": (
-        "LoraConfig", {"r": 4, "target_modules": _LINEAR, "modules_to_save": ["input_layernorm"]}, {},
-    ),
-    "LoRA, embedding": ("LoraConfig", {"r": 4, "target_modules": ["embed_tokens", "q_proj"]}, {}),
-    "LoRA, head": ("LoraConfig", {"r": 4, "target_modules": ["lm_head", "q_proj"]}, {}),
-    "LoRA, trained tokens": (
-        "LoraConfig", {"r": 4, "target_modules": _LINEAR, "trainable_token_indices": [5, 7, 100]}, {},
-    ),
-    "LoRA, trained tokens, tied": (
-        "LoraConfig",
-        {"r": 4, "target_modules": _LINEAR, "trainable_token_indices": [5, 7, 100]},
-        {"tie_word_embeddings": True},
-    ),
-    "LoRA, routed experts": (
-        "LoraConfig",
-        {"r": 4, "target_modules": ["q_proj"], "target_parameters": ["experts.gate_up_proj", "experts.down_proj"]},
-        {"type": "mixtral"},
-    ),
-    "LoRA, all linear layers, Mixtral": (
-        "LoraConfig", {"r": 4, "target_modules": "all-linear"}, {"type": "mixtral"},
-    ),
-    "LoRA, all linear layers, Qwen3-Next": (
-        "LoraConfig", {"r": 4, "target_modules": "all-linear"}, {"type": "qwen3_next"},
-    ),
-    "LoRA, GPT-2": (
-        "LoraConfig", {"r": 4, "target_modules": ["c_attn", "c_proj"], "fan_in_fan_out": True}, {"type": "gpt2"},
-    ),
-    "LoRA, layers repeated": (
-        "LoraConfig", {"r": 4, "target_modules": _LINEAR, "layer_replication": [[0, 2], [1, 2]]}, {},
-    ),
-    "DoRA": ("LoraConfig", {"r": 4, "target_modules": _LINEAR, "use_dora": True}, {}),
-    "DoRA, embedding": ("LoraConfig", {"r": 4, "target_modules": ["embed_tokens", "q_proj"], "use_dora": True}, {}),
-    "QALoRA": (
-        "LoraConfig", {"r": 4, "target_modules": _LINEAR, "use_qalora": True, "qalora_group_size": 4}, {},
-    ),
-    "aLoRA": ("LoraConfig", {"r": 4, "target_modules": _LINEAR, "alora_invocation_tokens": [5, 7]}, {}),
-    "AdaLoRA": (
-        "AdaLoraConfig", {"init_r": 4, "target_r": 2, "total_step": 10, "target_modules": _LINEAR}, {},
-    ),
-    "AdamSS": ("AdamssConfig", {"r": 4, "num_subspaces": 2, "target_modules": _LINEAR}, {}),
-    "Adaption prompt": ("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}, {}),
-    "BEFT": ("BeftConfig", {"target_modules": ["v_proj"]}, {"attention_bias": True}),
-    "BOFT": ("BOFTConfig", {"boft_block_size": 4, "target_modules": _LINEAR}, {}),
-    "C3A": ("C3AConfig", {"block_size": 8, "target_modules": ["q_proj", "v_proj"]}, {}),
-    "Cartridge": ("CartridgeConfig", {"num_virtual_tokens": 4}, {}),
-    "CPT": ("CPTConfig", {"cpt_token_ids": [5, 6, 7, 8], "cpt_mask": [1] * 4, "cpt_tokens_type_mask": [1, 2, 3, 4]}, {}),
-    "DeFT": ("DeftConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "DeLoRA": ("DeloraConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "FourierFT": ("FourierFTConfig", {"n_frequency": 20, "target_modules": _LINEAR}, {}),
-    "FRoD": ("FrodConfig", {"target_modules": _LINEAR, "progressbar": False}, {}),
-    "GLoRA": ("GloraConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "GraLoRA": ("GraloraConfig", {"r": 4, "target_modules": ["q_proj", "o_proj"]}, {}),
-    "HiRA": ("HiraConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "HRA": ("HRAConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "IA3": (
-        "IA3Config", {"target_modules": _LINEAR, "feedforward_modules": ["down_proj"]}, {},
-    ),
-    "Lily": ("LilyConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "LN tuning": ("LNTuningConfig", {"target_modules": ["input_layernorm", "norm"]}, {}),
-    "LoHa": ("LoHaConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "LoKr": ("LoKrConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "MiSS": ("MissConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "OFT": ("OFTConfig", {"oft_block_size": 8, "target_modules": _LINEAR}, {}),
-    "OSF": ("OSFConfig", {"target_modules": _LINEAR, "effective_rank": 8}, {}),
-    "PEANuT": ("PeanutConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "Poly": ("PolyConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "Prefix tuning": ("PrefixTuningConfig", _PROMPT, {}),
-    "Prefix tuning, projected": ("PrefixTuningConfig", {**_PROMPT, "prefix_projection": True, "encoder_hidden_size": 16}, {}),
-    "Prompt tuning": ("PromptTuningConfig", _PROMPT, {}),
-    "P-tuning": ("PromptEncoderConfig", {**_PROMPT, "encoder_hidden_size": 16}, {}),
-    "P-tuning, LSTM": (
+    "Prompt tuning": Adapter("PromptTuningConfig", num_virtual_tokens=4),
+    "P-tuning": Adapter("PromptEncoderConfig", num_virtual_tokens=4, encoder_hidden_size=16),
+    "P-tuning, LSTM": Adapter(
         "PromptEncoderConfig",
-        {**_PROMPT, "encoder_hidden_size": 16, "encoder_reparameterization_type": "LSTM"},
-        {},
+        num_virtual_tokens=4,
+        encoder_hidden_size=16,
+        encoder_reparameterization_type="LSTM",
     ),
-    "Multitask prompt tuning": ("MultitaskPromptTuningConfig", {**_PROMPT, "num_tasks": 2}, {}),
-    "PSOFT": ("PsoftConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "PVeRA": ("PveraConfig", {"r": 4, "target_modules": ["q_proj", "o_proj"]}, {}),
-    "RandLoRA": ("RandLoraConfig", {"r": 4, "randlora_alpha": 4, "target_modules": ["q_proj", "o_proj"]}, {}),
-    "RoAd": ("RoadConfig", {"group_size": 8, "target_modules": ["q_proj", "o_proj"]}, {}),
-    "SHiRA": ("ShiraConfig", {"r": 4, "target_modules": _LINEAR}, {}),
-    "Supertuning": ("SupertuningConfig", {"sparsity": 0.9, "target_modules": _LINEAR}, {}),
-    "TinyLoRA": ("TinyLoraConfig", {"u": 8, "target_modules": _LINEAR}, {}),
-    "Trained tokens": ("TrainableTokensConfig", {"token_indices": [5, 7, 100]}, {}),
-    "UniLoRA": ("UniLoraConfig", {"theta_d_length": 16, "target_modules": _LINEAR}, {}),
-    "VB-LoRA": (
-        "VBLoRAConfig", {"num_vectors": 16, "vector_length": 8, "target_modules": _LINEAR}, {},
-    ),
-    "VeRA": ("VeraConfig", {"r": 4, "target_modules": ["q_proj", "o_proj"]}, {}),
-    "WaveFT": ("WaveFTConfig", {"n_frequency": 16, "target_modules": _LINEAR}, {}),
-}  # fmt: skip
+    "Multitask prompt tuning": Adapter("MultitaskPromptTuningConfig", num_virtual_tokens=4, num_tasks=2),
+    "PSOFT": Adapter("PsoftConfig", r=4, target_modules=_LINEAR),
+    "PVeRA": Adapter("PveraConfig", r=4, target_modules=["q_proj", "o_proj"]),
+    "RandLoRA": Adapter("RandLoraConfig", r=4, randlora_alpha=4, target_modules=["q_proj", "o_proj"]),
+    "RoAd": Adapter("RoadConfig", group_size=8, target_modules=["q_proj", "o_proj"]),
+    "SHiRA": Adapter("ShiraConfig", r=4, target_modules=_LINEAR),
+    "Supertuning": Adapter("SupertuningConfig", sparsity=0.9, target_modules=_LINEAR),
+    "TinyLoRA": Adapter("TinyLoraConfig", u=8, target_modules=_LINEAR),
+    "Trained tokens": Adapter("TrainableTokensConfig", token_indices=[5, 7, 100]),
+    "UniLoRA": Adapter("UniLoraConfig", theta_d_length=16, target_modules=_LINEAR),
+    "VB-LoRA": Adapter("VBLoRAConfig", num_vectors=16, vector_length=8, target_modules=_LINEAR),
+    "VeRA": Adapter("VeraConfig", r=4, target_modules=["q_proj", "o_proj"]),
+    "WaveFT": Adapter("WaveFTConfig", n_frequency=16, target_modules=_LINEAR),
+}
 
 
 def exists(kind: str) -> bool:
     """Whether the installed peft has a kind with these settings."""
     import peft
 
-    name, settings, _ = KINDS[kind]
-    return hasattr(peft, name) and settings.keys() <= {f.name for f in fields(getattr(peft, name))}
+    adapter = KINDS[kind]
+    config = getattr(peft, adapter.config, None)
+    return config is not None and adapter.settings.keys() <= {f.name for f in fields(config)}
 
 
-def tiny_adapter(kind: str, seed: int = 0) -> Any:
+def tiny_adapter(kind: str) -> Any:
     """A tiny Llama with an adapter; nothing that is trained is at its start."""
     import peft
 
-    name, settings, of_model = KINDS[kind]
+    adapter = KINDS[kind]
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        model = tiny_causal(of_model["type"], seed) if "type" in of_model else tiny_llama(seed, **of_model)
-        tuned = peft.get_peft_model(model, getattr(peft, name)(task_type="CAUSAL_LM", **settings))
+        torch.manual_seed(0)
+        model = tiny_causal(adapter.on["type"]) if "type" in adapter.on else tiny_llama(**adapter.on)
+        config = getattr(peft, adapter.config)(task_type="CAUSAL_LM", **adapter.settings)
+        tuned = peft.get_peft_model(model, config)
         for parameter in tuned.parameters():
             if parameter.requires_grad and parameter.is_floating_point():
                 parameter.data += 0.1 * torch.randn_like(parameter)

@@ -1,4 +1,4 @@
-"""Tiny configs of the causal model types of transformers: random models, some ten thousand parameters each."""
+"""Tiny random models of the causal types of transformers, of some ten thousand parameters each."""
 
 from __future__ import annotations
 
@@ -293,8 +293,8 @@ TYPES: dict[str, dict[str, Any]] = {
         _DECODER,
     ),
     # Encoders that may be decoders: as these they look at earlier tokens alone.
-    **dict.fromkeys([f"{kind}, decoder" for kind in _ENCODERS], {"is_decoder": True}),
-    **dict.fromkeys([f"{kind}, encoder" for kind in _ENCODERS], {}),
+    **{f"{kind}, decoder": {"is_decoder": True} for kind in _ENCODERS},
+    **{f"{kind}, encoder": {} for kind in _ENCODERS},
 }
 
 

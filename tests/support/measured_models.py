@@ -1,6 +1,6 @@
 """What a user gets of a model: its sketches against autograd's own gradients, one example at a time.
 
-The reference passes through nothing of rapidin but the sketch: the model's plain call, the cross-entropy of its
+The reference takes nothing of rapidin but the sketch: the model's plain call, the cross-entropy of its
 logits, ``loss.backward()``.
 """
 
@@ -14,20 +14,19 @@ from math import prod
 from typing import Any
 
 import torch
+from own_gradients import SEED, WIDTH, reference_sketch
 from tiny import VOCABULARY, tiny_tokenizer
 from torch import Tensor
 from torch.nn import functional as F
 
-from rapidin import ops
 from rapidin.data.encoding import Encoded, Status
 from rapidin.errors import UserError
 from rapidin.gradients.model import LoadedModel
-from rapidin.gradients.parameters import block_seed, find_targets
+from rapidin.gradients.parameters import Target, find_targets
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
 from rapidin.tasks.causal import TokenBatch, example_losses
 
-WIDTH, SEED = 128, 11
 TOLERANCE = 1e-4  # of a sketch, relative to autograd's, in float32
 # Of the mean size of a model's gradients. A smaller one, such as that of a key's bias, is mere rounding.
 NEGLIGIBLE = 1e-3
@@ -55,11 +54,10 @@ def texts(lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Encoded]:
 class Outcome:
     """What became of one choice of parameters.
 
-    refused: the message of the UserError, "" if there was none; fault: another error, or why no
-    gradient makes sense; errors: the largest
-    relative error of each parameter's sketch, over the texts, in one call and one call each; together: whether
-    all texts shared a pass; by_autograd: parameters whose gradient autograd itself gives; share: of the
-    elements outside embeddings and head that count.
+    refused: the message of the UserError, "" if there was none; fault: another error, or why no gradient
+    makes sense; errors: the largest relative error of each parameter's sketch, over the texts, in one call
+    and one call each; together: whether all texts shared a pass; by_autograd: parameters whose gradient
+    autograd itself gives; share: of the elements outside embeddings and head that count.
     """
 
     refused: str = ""
@@ -108,19 +106,13 @@ def own_loss(model: Any, text: Encoded) -> Tensor:
     return F.cross_entropy(logits[:-1].float(), labels[1:], ignore_index=_IGNORED)
 
 
-def own_sketches(model: Any, names: Sequence[str], chosen: Sequence[Encoded]) -> Tensor:
-    """[examples, parameters, WIDTH] from `own_gradients`."""
+def own_sketches(model: Any, targets: Sequence[Target], chosen: Sequence[Encoded]) -> Tensor:
+    """[examples, targets, WIDTH] from `own_gradients`."""
     rows = []
     for text in chosen:
         grads = own_gradients(model, text)
-        nothing = torch.zeros(WIDTH)
-        rows.append([_sketch(grads[name].float(), name) if name in grads else nothing for name in names])
-    return torch.stack([torch.stack(row) for row in rows])
-
-
-def _sketch(grad: Tensor, name: str) -> Tensor:
-    grad = grad.reshape(len(grad) if grad.ndim else 1, -1)
-    return ops.matrix_sketch(grad, WIDTH, seed=block_seed(SEED, name))
+        rows.append(torch.stack([reference_sketch(target, grads.get(target.name)) for target in targets]))
+    return torch.stack(rows)
 
 
 def relative_errors(got: Tensor, want: Tensor) -> Tensor:
@@ -145,16 +137,16 @@ class _Watched:
         return getattr(self._sketcher, name)
 
 
-def make_source(model: Any, include: tuple[str, ...] = ()) -> GradientSource:
-    """The source as caching makes it, without a preconditioner."""
-    loaded = model if isinstance(model, LoadedModel) else LoadedModel.of(model, _tokenizer())
+def make_source(model: Any, chosen: Sequence[Encoded], include: tuple[str, ...] = ()) -> GradientSource:
+    """The source as caching these texts makes it, without a preconditioner."""
+    loaded = LoadedModel.of(model, _tokenizer())
     settings = GradientSettings(at=1.0, include=include, width=WIDTH, seed=SEED, preconditioner="off")
     source = GradientSource(loaded, settings)
     loaded.identity  # noqa: B018  (the manifest has it)
-    return source
+    return source.with_check(source.checked(chosen))
 
 
-Reference = Callable[[Any, Sequence[str], Sequence[Encoded]], Tensor]
+Reference = Callable[[Any, Sequence[Target], Sequence[Encoded]], Tensor]
 
 
 def outcome(
@@ -164,8 +156,7 @@ def outcome(
     reference. include: as `--include`; default: what counts by default."""
     chosen, model = texts(), make()
     try:
-        source = make_source(model, include)
-        source = source.with_check(source.checked(chosen))
+        source = make_source(model, chosen, include)
         watched = _Watched(source.sketcher)
         source.sketcher = watched  # type: ignore[assignment]
         together, status = source.sketches(chosen)
@@ -177,7 +168,7 @@ def outcome(
     if bool((status != int(Status.OK)).any()):
         return Outcome(fault=f"status {status.tolist()}")
     names = [target.name for target in source.targets]
-    expected = reference(model, names, chosen)
+    expected = reference(model, source.targets, chosen)
     errors = torch.maximum(relative_errors(together, expected), relative_errors(alone, expected))
     return Outcome(
         errors=dict(zip(names, errors.tolist(), strict=True)),
@@ -217,7 +208,7 @@ def speed(model: Any, seconds: float = 0.2) -> float:
     """Examples sketched per second of processor time, relative to forward and backward passes of the same
     parameters without rapidin; of eight texts of 96 tokens."""
     chosen = texts((96,) * 8, seed=1)
-    source = make_source(model)
+    source = make_source(model, chosen)
     batch = TokenBatch.of([(text.ids, text.target) for text in chosen])
     model.requires_grad_(False)
     for target in source.targets:

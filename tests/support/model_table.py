@@ -1,10 +1,10 @@
-"""Writes docs/reference/models.md: which models, adapters and quantised weights get the gradients of autograd.
+"""Writes docs/reference/models.md: which models, adapters and quantised weights get autograd's gradients.
 
     python tests/support/model_table.py              # measures all with the versions that are installed
     python tests/support/model_table.py llama DoRA   # these rows alone
 
-Other cells stay as they are: rows of libraries that are not installed, and the columns of other versions. So it is
-run once with the versions of constraints.txt, and once with the oldest that pyproject.toml allows.
+Other cells stay as they are: rows of libraries that are not installed, and the columns of other versions. So
+it is run once with the versions of constraints.txt, and once with those of constraints-oldest.txt.
 """
 
 from __future__ import annotations
@@ -128,24 +128,29 @@ def newest() -> bool:
 
 _INTRODUCTION = """# Models, adapters and quantised weights
 
-Each row is a tiny random model on a CPU in float32. The sketches of all of its parameters' gradients, of four texts of unequal
-length in one call and one text a call, are compared with the gradients of plain autograd, one text at a time: the model's own call
-with all of its defaults, the cross-entropy of its logits, `loss.backward()`. An error is relative to the parameter's sketch, or
-to a thousandth of the mean one where a gradient is smaller, as that of a key's bias, which is nothing but rounding.
+Each row is a tiny random model on a CPU in float32. The sketches of all of its parameters' gradients, of
+four texts of unequal length in one call and one text a call, are compared with those of plain autograd's
+gradients, one text at a time: the model's own call with all of its defaults, the cross-entropy of its logits,
+`loss.backward()`. An error is relative to the parameter's sketch, or to a thousandth of the mean one where a
+gradient is smaller: that of a key's bias, say, is nothing but rounding.
 
-- **right**: the error of every parameter is at most 1e-4. *by autograd*: so many of the parameters have their gradient from autograd
-  itself; *one at a time*: because of them, or because a layer mixes the examples of a batch, each example has a pass of its own.
+- **right**: the error of every parameter is at most 1e-4. *by autograd*: so many of the parameters have their
+  gradient from autograd itself; *one at a time*: because of them, or because a layer mixes the examples of a
+  batch, each example has a pass of its own.
 - **refused**: rapidin says why it does not take the gradients.
-- **wrong**: neither; the tests allow this only where it is known and being mended.
-- **-**: these versions do not have it.
+- **wrong**: neither of the two. The tests allow it only in rows that they name.
+- **-**: these versions do not have it, or nothing was measured.
 
-*default* are the parameters that count by default: the linear layers of the blocks, routed experts among them, or what an
-adapter trains. *counted* is their share of all elements outside embeddings and output head. *speed* compares the examples sketched in
-a second of processor time, by default, with those that pass forward and backward without rapidin; in models as tiny as these
-hooks and Python weigh most. Real models are timed in [performance.md](../measured/performance.md).
+*default* are the parameters that count by default: the linear layers and routed experts of the blocks, or
+what an adapter trains. *counted* is their share of all elements outside embeddings and output head. *speed*
+compares the examples that are sketched in a second of processor time, by default, with those that pass
+forward and backward without rapidin; in models as tiny as these, hooks and Python weigh most. Real models are
+timed in [performance.md](../measured/performance.md). The gradient of a packed weight is that of the weight
+that it stands for. The int8 layers of bitsandbytes compute in float16, so an error of 2e-3 counts as right
+there.
 
-The tests check every cell but the speeds (`tests/models`); `python tests/support/model_table.py` writes them anew. The columns are of
-{newest}; the last column is of the oldest versions.
+The tests check every cell but the speeds (`tests/models`); `python tests/support/model_table.py` writes them.
+The columns are of {newest}; the last one is of the oldest versions that rapidin allows.
 """
 
 Rows = dict[str, dict[str, dict[str, str]]]  # of each section, each row, the cell of each column
@@ -208,11 +213,11 @@ def main(chosen: list[str]) -> None:
                 continue
             row = cells(section, name)
             if newest():
-                timed = "right" in row["default"]
+                timed = row["default"].startswith("right")
                 row["speed"] = f"{speed(kind_of(name).make()):.2f}" if timed else NOT_THERE
             rows.setdefault(section, {}).setdefault(name, {}).update(row)
-            print(section, "|", name, "|", *row.values(), file=sys.stderr, flush=True)
-    PAGE.write_text(write_page(rows, versions() if newest() else page_versions(page)))
+            print(section, name, *row.values(), sep=" | ", file=sys.stderr, flush=True)
+            PAGE.write_text(write_page(rows, versions() if newest() else page_versions(page)))
 
 
 if __name__ == "__main__":

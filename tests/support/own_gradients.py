@@ -47,15 +47,19 @@ def own_sketches(
 ) -> torch.Tensor:
     """[targets, WIDTH]: the reference sketches of one text's own gradients, zero where there is none."""
     grads = own_gradients(model, text, loss)
-    sketches = []
-    for t in targets:
-        grad = grads[t.name] if t.name in grads else torch.zeros(t.shape)
-        seed = block_seed(SEED, t.name)
-        if t.stack:
-            sketches.append(reference.stack_sketch(grad.view(t.stack, *t.matrix), WIDTH, seed=seed))
-        else:
-            sketches.append(reference.matrix_sketch(grad.reshape(t.matrix), WIDTH, seed=seed))
-    return torch.stack(sketches).float()
+    return torch.stack([reference_sketch(t, grads.get(t.name)) for t in targets])
+
+
+def reference_sketch(target: Target, grad: torch.Tensor | None) -> torch.Tensor:
+    """[WIDTH]: the reference sketch of a gradient, None for none."""
+    if grad is None:
+        return torch.zeros(WIDTH)
+    seed = block_seed(SEED, target.name)
+    if target.stack:
+        sketch = reference.stack_sketch(grad.view(target.stack, *target.matrix), WIDTH, seed=seed)
+    else:
+        sketch = reference.matrix_sketch(grad.reshape(target.matrix), WIDTH, seed=seed)
+    return sketch.float()
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -16,6 +16,7 @@ from tiny import tiny_llama
 from torch import nn
 
 from rapidin.data.encoding import Encoded
+from rapidin.gradients.parameters import Target
 
 
 def _llama() -> Any:
@@ -165,7 +166,7 @@ def with_lora(make: Callable[[], Any]) -> Any:
 
 
 class _Unpacked(nn.Module):
-    """The outputs of a quantised layer, with the gradients of a linear layer of the weight that it stands for."""
+    """The outputs of a quantised layer, and the gradients of a linear layer of the weight it stands for."""
 
     def __init__(self, layer: nn.Module, inputs: int) -> None:
         super().__init__()
@@ -178,14 +179,14 @@ class _Unpacked(nn.Module):
         return own + (self._layer[0](x) - own).detach()
 
 
-def unpacked_sketches(model: Any, names: Sequence[str], chosen: Sequence[Encoded]) -> torch.Tensor:
-    """`own_sketches` of the model itself, where layers whose weights get no gradient from autograd are replaced
-    by `_Unpacked`."""
+def unpacked_sketches(model: Any, targets: Sequence[Target], chosen: Sequence[Encoded]) -> torch.Tensor:
+    """`own_sketches` of the model itself, where layers whose weights get no gradient from autograd are
+    replaced by `_Unpacked`."""
     for name, dense in _llama().model.layers.named_modules():
         layer = model.model.layers.get_submodule(name)
         if isinstance(dense, nn.Linear) and not _is_plain(layer, dense.weight.shape):
             model.model.layers.set_submodule(name, _Unpacked(layer, dense.in_features))
-    return own_sketches(model, names, chosen)
+    return own_sketches(model, targets, chosen)
 
 
 def _is_plain(layer: Any, shape: torch.Size) -> bool:
