@@ -13,9 +13,9 @@ import time
 import pytest
 import torch
 from limits import note
+from rapidin.gradients.batch import Batch, batch_loss
 from turns import sized
 
-from rapidin.gradients.batch import Batch, batch_loss
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.parameters import find_targets

@@ -82,8 +82,8 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 def refused(ran: Ran, *patterns: str, note: str = "") -> None:
-    """Exit code 2, nothing on standard output, and one line that holds every pattern, perhaps after a `note`, which a
-    process shows once."""
+    """Exit code 2, nothing on standard output, and one line that holds every pattern, perhaps after a `note`,
+    which a process shows once."""
     assert (ran.code, ran.out) == (2, ""), ran
     noted = f"(rapidin: .*{note}.*\n)?" if note else ""
     assert re.fullmatch(f"{noted}rapidin: .*\n", ran.err), ran.err

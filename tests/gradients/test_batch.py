@@ -59,7 +59,7 @@ def test_the_loss_of_layers_that_share_keys_is_the_models_own() -> None:
     ids = torch.arange(3, 15)[None]
     with torch.no_grad():
         own = model(input_ids=ids, labels=ids).loss
-        (loss,) = example_losses(model, Batch.of([(ids[0].tolist(), [True] * 12)]))
+        (loss,) = example_losses(model, TokenBatch.of([(ids[0].tolist(), [True] * 12)]))
     assert float(own) > 0.5
     torch.testing.assert_close(loss, own, rtol=1e-5, atol=0.0)
     assert cache_use(model) is None
