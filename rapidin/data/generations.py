@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rapidin.data.encoding import Encoded, Status
+from rapidin.data.memory import frame_records
 from rapidin.data.records import Record
-from rapidin.data.sources import frame_records
 from rapidin.data.spans import Span
 from rapidin.errors import UserError, short
 

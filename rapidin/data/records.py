@@ -1,11 +1,13 @@
 """The forms of a record, the checks of its fields, its prompt and completion, and its hash.
 
-Four forms of record are read; other fields are left alone and shown with a hit.
+Five forms of record are read; other fields are left alone and shown with a hit. `rapidin.data.fields` makes
+these forms of records with the field names of other tools.
 
     prompt        {"prompt": ..., "completion": ...}                    concatenated as they are
     instruction   {"instruction": ..., "input": ..., "output": ...}     the Alpaca form; "input" is optional
     messages      {"messages": [{"role": ..., "content": ...}, ...]}    the tokenizer's chat template
     text          {"text": ...}                                         every token counts
+    tokens        {"input_ids": [...], "labels": [...]}                 read as they are; -100: no loss
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from rapidin.errors import UserError
+from rapidin.errors import UserError, short
 
 Record = dict[str, Any]
 
@@ -25,15 +27,24 @@ FORMS: dict[str, tuple[str, ...]] = {
     "instruction": ("instruction", "output"),
     "messages": ("messages",),
     "text": ("text",),
+    "tokens": ("input_ids",),
 }
 # The field that a query may lack: the model then generates it.
 _COMPLETIONS = {"prompt": "completion", "instruction": "output"}
 
 _EXPECTED = (
     "expected 'prompt' and 'completion', or 'instruction' and 'output' (and 'input'), "
-    "or 'messages', or 'text'"
+    "or 'messages', or 'text', or 'input_ids' (and 'labels'); a map names other fields, "
+    "as in prompt=question,completion=answer"
 )
-EXPECTED_QUERY = "expected 'prompt', or 'instruction' (and 'input'), or 'messages', or 'text'"
+EXPECTED_QUERY = (
+    "expected 'prompt', or 'instruction' (and 'input'), or 'messages', or 'text', or 'input_ids'; "
+    "a map names other fields, as in prompt=question"
+)
+NO_LOSS = -100  # the label of a token that does not count
+_MASKS = ("completion_mask", "assistant_masks")  # of tokens that count, where there are no labels
+_MARKS = ("weight", "train", "training")  # of a message whose tokens do not count, if 0 or false
+_MOST_FIELDS = 12  # named in a message
 
 
 def form_of(record: Mapping[str, Any], *, generations: bool = False) -> str | None:
@@ -58,12 +69,48 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
         last = answers[-1] if answers else len(messages)
         question = messages[last - 1]["content"] if last else ""
         return str(question), str(messages[last]["content"]) if answers else ""
+    if record.get("text") is None and record.get("input_ids") is not None:
+        ids, counts = tokens_of(record)
+        first = counts.index(True) if True in counts else 0
+        return " ".join(map(str, ids[:first])), " ".join(map(str, ids[first:]))
     return str(record.get("text", "")), ""
 
 
+def tokens_of(record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+    """The token ids of a record of the tokens form without its padding, and which of them count."""
+    ids, labels = record["input_ids"], record.get("labels")
+    counts = [True] * len(ids) if labels is None else [label != NO_LOSS for label in labels]
+    if labels is None:
+        for name in _MASKS:
+            if record.get(name) is not None:
+                counts = [bool(each) for each in record[name]]
+                break
+    mask = record.get("attention_mask")
+    if mask is None:
+        return list(ids), counts
+    kept = [n for n, each in enumerate(mask) if each]
+    return [ids[n] for n in kept], [counts[n] for n in kept]
+
+
+def message_counts(message: Mapping[str, Any]) -> bool:
+    """Whether the tokens of an answer in a chat count: if not, OpenAI's format gives it a weight of 0, and
+    Axolotl's a field `train` that is false."""
+    return all(message.get(name) is None or bool(message[name]) for name in _MARKS)
+
+
 def canonical_json(record: Record) -> bytes:
-    """The record as one line of JSON with sorted keys, in ASCII."""
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), default=str).encode("ascii") + b"\n"
+    """The record as one line of JSON with sorted keys, in ASCII. Raises UserError if that is impossible."""
+    try:
+        text = json.dumps(record, sort_keys=True, separators=(",", ":"), default=str)
+    except RecursionError as error:
+        raise UserError("a value is nested too deeply", "fix or remove it") from error
+    except TypeError as error:  # keys that cannot be sorted
+        raise UserError(f"a value cannot be written as JSON ({error})", "fix or remove it") from error
+    except ValueError as error:
+        contains_itself = "ircular" in str(error)
+        what = "a value contains itself" if contains_itself else "a number with too many digits"
+        raise UserError(what, "fix or remove it") from error
+    return text.encode("ascii") + b"\n"
 
 
 def record_hash(record: Record | None) -> int:
@@ -88,15 +135,17 @@ def check_record(record: Record, form: str, generations: bool, where: str) -> st
     field of the wrong type."""
     actual = form_of(record, generations=generations)
     if actual is None or actual != (form or actual):
-        fields = ", ".join(
-            f"'{name}'" + (" (null)" if value is None else "") for name, value in record.items()
-        )
+        names = [f"'{name}'" + (" (null)" if value is None else "") for name, value in record.items()]
+        more = f" and {len(names) - _MOST_FIELDS} more" if len(names) > _MOST_FIELDS else ""
+        fields = ", ".join(names[:_MOST_FIELDS]) + more
         expected = EXPECTED_QUERY if generations else _EXPECTED
         if form:
             expected = f"expected {' and '.join(map(repr, FORMS[form]))} as in the examples before it"
         raise UserError(f"{where}: found {'the fields ' + fields if fields else 'no fields'}", expected)
     if actual == "messages":
         _check_messages(record["messages"], where)
+    elif actual == "tokens":
+        _check_tokens(record, where)
     else:
         for field in (*FORMS[actual], *(("input",) if actual == "instruction" else ())):
             if record.get(field) is not None:
@@ -115,6 +164,27 @@ def _check_messages(messages: object, where: str) -> None:
             )
         for field in ("role", "content"):
             _check_text(message.get(field), f"messages[{number}].{field}", where)
+
+
+def _check_tokens(record: Record, where: str) -> None:
+    ids = record["input_ids"]
+    if not isinstance(ids, list) or not all(type(each) is int and each >= 0 for each in ids):
+        raise UserError(f"{where}: 'input_ids' is {describe(ids)}, expected a list of token ids")
+    for name in ("labels", "attention_mask", *_MASKS):
+        values = record.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != len(ids):
+            found = f"{len(values)} values" if isinstance(values, list) else describe(values)
+            raise UserError(
+                f"{where}: '{name}' is {found}, expected one for each of the {len(ids)} input_ids"
+            )
+    for n, label in enumerate(record.get("labels") or ()):
+        if label not in (NO_LOSS, ids[n]):
+            raise UserError(
+                f"{where}: labels[{n}] is {short(label)}, expected input_ids[{n}] ({ids[n]}) or {NO_LOSS}",
+                "labels are not shifted: each belongs to the token at its own position",
+            )
 
 
 def _check_text(value: object, name: str, where: str) -> None:
@@ -136,7 +206,10 @@ def describe(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
-        return f"a number ({value})"
+        try:
+            return f"a number ({short(value)})"
+        except ValueError:
+            return "a number of thousands of digits"
     if isinstance(value, str):
         return "text"
     if isinstance(value, Mapping):
