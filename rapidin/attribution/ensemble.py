@@ -142,7 +142,8 @@ class Ensemble:
         data = training_data(self.caches[-1], examples) if world().leads else None
         if options.needs_texts and data is None and world().leads:
             raise UserError(
-                f"{options.needs_texts} needs the training examples", "name them with --train-data"
+                f"{options.needs_texts} needs the training examples",
+                "name them with --train-data (in Python: examples=...)",
             )
         if options.by is not None and data is not None:
             check_column(data, options.by)

@@ -11,7 +11,7 @@ from torch import Tensor
 from rapidin.cache import Cache
 from rapidin.data.examples import Examples, open_examples
 from rapidin.data.records import Record, record_hash
-from rapidin.data.sources import Files, join_paths
+from rapidin.data.sources import DataNotFound, Files, join_paths
 from rapidin.errors import UserError
 from rapidin.results.types import Hit
 
@@ -51,10 +51,13 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
     if examples is None:
         source = join_paths([source] if isinstance(source, str) else source)
     paths = list(source.paths) if isinstance(source, Files) else [source]
-    for path in paths:
-        if isinstance(path, str | Path) and not os.path.exists(path):
-            raise UserError(f"the training data of the cache {cache.path} is not at {path}", remedy)
-    opened = open_examples(source, limit=cache.manifest.rows, checked=False)
+    reading = {name: value for name, value in cache.manifest.data.items() if name in ("map", "streaming")}
+    try:
+        opened = open_examples(source, limit=cache.manifest.rows, checked=False, **reading)
+    except DataNotFound as error:
+        names = [str(path) for path in paths if isinstance(path, str | Path)]
+        named = ", ".join([name for name in names if not os.path.exists(name)] or names)
+        raise UserError(f"the training data of the cache {cache.path} is not at {named}", remedy) from error
     if len(opened) != cache.manifest.rows:
         named = ", ".join(map(str, paths)) if opened.path is not None else "the data"
         raise UserError(

@@ -25,7 +25,14 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "dropout": "dropout",
     },
     "text": {"eos": "flag", "max_length": "count", "too_long": "too_long"},
-    "data": {"path": "paths", "form": "string", "identity": "string", "begun": "count"},
+    "data": {
+        "path": "paths",
+        "form": "string",
+        "identity": "string",
+        "begun": "count",
+        "map": "names",
+        "streaming": "flag",
+    },
 }
 SECTIONS = tuple(_SECTIONS)
 _REQUIRED = {

@@ -58,8 +58,10 @@ DataFiles = Annotated[
     list[str],
     typer.Option(
         metavar="FILE",
-        help="Training examples: jsonl with prompt and completion, instruction, input and output, messages, "
-        "or text; or a HF dataset on disk. Several are read one after another.",
+        help="Training examples: a file (jsonl, json, csv, tsv, parquet, arrow), a folder or pattern of "
+        "files, a HF dataset on disk or by name on the hub, or - for standard input; with prompt and "
+        "completion, instruction, input and output, messages, text, or other known fields. Several are read "
+        "one after another.",
         show_default=False,
         rich_help_panel="Data",
     ),
@@ -109,8 +111,14 @@ def cache(
     jobs = _jobs(model, loading, several, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        examples = open_examples(join_paths(data), limit=options.limit, skip=on_error == "skip")
-    options = replace(options, limit=None)
+        examples = open_examples(
+            join_paths(data),
+            limit=options.limit,
+            skip=on_error == "skip",
+            map=options.map,
+            streaming=options.streaming,
+        )
+    options = replace(options, limit=None, map=None, streaming=False)
     if several.checkpoints is not None and settings.at is None:
         settings = replace(settings, at=1.0)
     if console.is_terminal:
@@ -130,7 +138,10 @@ def cache(
                 bytes_per_example=options.bytes,
             )
             _say_what_counts(console, attributor, job.label)
-            if examples.form == "messages":  # a template may refuse a chat: better now than after hours
+            if examples.form in (
+                "messages",
+                "tokens",
+            ):  # a template may refuse a chat: better now than after hours
                 with console.status("trying the chat template on all examples"):
                     attributor.source.encoder.check(examples)
             if job is jobs[0] and world().leads:
@@ -278,6 +289,7 @@ def plan(
         GradientSettings,
         Only("at", "include", "exclude", "preconditioner", "width", "max_length", "batch_tokens"),
     ],
+    reading: Annotated[CacheOptions, Only("map", "streaming")],
     examples: Annotated[
         int | None,
         typer.Option(
@@ -317,7 +329,9 @@ def plan(
     if examples is None and data is None:
         raise UserError("nothing to plan for", "give --examples, or name the --data")
     console = messages(quiet)
-    opened = open_examples(data) if data is not None else None
+    opened = None
+    if data is not None:
+        opened = open_examples(data, map=reading.map, streaming=reading.streaming)
     with quiet_libraries():
         from rapidin.attribution.plan import make_plan
         from rapidin.gradients.source import GradientSource

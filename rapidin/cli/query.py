@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from rapidin.attribution.options import ModelLocation, QueryOptions
+from rapidin.attribution.options import MAP, ModelLocation, QueryOptions
 from rapidin.cli.caches import open_caches, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
 from rapidin.cli.options import CacheFolders, Quiet, TrainData, command
+from rapidin.data.fields import FieldMap
 from rapidin.data.spans import HOTWORDS
 from rapidin.distributed import world
 from rapidin.errors import UserError
@@ -51,6 +52,7 @@ class Asked:
         metavar="FILE",
         panel="Generation",
     )
+    map: FieldMap | None = MAP
     tokens: bool = option(
         False,
         help="Find hits for each token of a completion too, in the same scan.",
@@ -73,6 +75,8 @@ class Asked:
             raise UserError(
                 "--completion goes with --ask or --prompt", "in --data, a completion is part of its line"
             )
+        if self.map is not None and self.data is None:
+            raise UserError("--map names fields of --data", "use --data too")
         if self.completion == "":
             raise UserError("the completion is empty", "leave out --completion, and the model generates one")
         if self.tokens and self.hotwords is not None:
@@ -234,7 +238,7 @@ def _generations(asked: Asked, form: str) -> list[dict[str, Any]]:
 
     ask, prompt, completion = asked.ask, asked.prompt, asked.completion
     if asked.data is not None:
-        records = list(open_examples(asked.data, generations=True))
+        records = list(open_examples(asked.data, generations=True, map=asked.map))
     else:
         records = list(open_examples([_record(ask, prompt, completion, form)], generations=True))
     if asked.hotwords is not None:

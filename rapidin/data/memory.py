@@ -26,11 +26,7 @@ _LISTS = {"messages", "conversations", "input_ids", "labels"}
 
 def open_object(source: Any) -> Source:
     """The source of data in memory. Raises UserError if it is none."""
-    splits = _splits_of(source)
-    if splits:
-        raise UserError(
-            f"the data is a set of splits: {', '.join(splits)}", f"choose one: data['{splits[0]}']"
-        )
+    refuse_splits(source)
     if _is_a(source, "datasets", "Dataset"):
         return Rows(source.with_format(None), None, "dataset")
     table = _table_of(source)
@@ -52,10 +48,10 @@ def open_object(source: Any) -> Source:
 
 def _open_iterable(source: Iterable[Any]) -> Source:
     name = "dataset" if _is_a(source, "datasets", "IterableDataset") else "examples"
-    return Spooled(_single_rows(source, texts=not isinstance(source, list | tuple)), name)
+    return Spooled(single_rows(source, texts=not isinstance(source, list | tuple)), name)
 
 
-def _single_rows(source: Iterable[Any], *, texts: bool) -> Iterator[Any]:
+def single_rows(source: Iterable[Any], *, texts: bool) -> Iterator[Any]:
     """The rows of an iterable of rows or batches; texts: whether a list of texts is a batch of them."""
     for number, item in enumerate(source):
         rows = rows_of(item, f"batch {number}") if isinstance(item, Mapping) else None
@@ -113,8 +109,11 @@ def _is_a(source: object, module: str, *kinds: str) -> bool:
     return any(isinstance(each, type) and isinstance(source, each) for each in classes)
 
 
-def _splits_of(source: Any) -> list[str]:
-    return list(source) if _is_a(source, "datasets", "DatasetDict", "IterableDatasetDict") else []
+def refuse_splits(source: Any) -> None:
+    """Raises UserError for a HF dataset of several splits."""
+    if _is_a(source, "datasets", "DatasetDict", "IterableDatasetDict"):
+        splits = ", ".join(source)
+        raise UserError(f"the data is a set of splits: {splits}", f"choose one: data['{min(source)}']")
 
 
 def _table_of(source: Any) -> Any:

@@ -42,6 +42,11 @@ class Reading:
     fields: FieldMap = field(default_factory=FieldMap)
     streaming: bool = False
 
+    def to_json(self) -> dict[str, Any]:
+        """What is not the default, as arguments of `open_examples`."""
+        fields = {"map": dict(self.fields.fields)} if self.fields.fields else {}
+        return fields | ({"streaming": True} if self.streaming else {})
+
 
 def open_source(source: Any, reading: Reading | None = None) -> Source:
     """The source of anything that `open_examples` takes. Raises UserError if it is none of that."""
