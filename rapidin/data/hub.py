@@ -36,7 +36,7 @@ def open_saved(path: str, split: str | None = None) -> Source:
         name = str(folder / split)
     elif split is not None:
         raise DataNotFound(f"data not found: {path}:{split}", f"{path} is a HF dataset without splits")
-    datasets = needs("datasets", f"reading {name}", "datasets")
+    datasets = needs("datasets", f"reading {name}", "data")
     try:
         return Rows(datasets.load_from_disk(name).with_format(None), os.path.abspath(name), name)
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -53,7 +53,7 @@ def open_hub(spelled: str, streaming: bool) -> Source:
 
     streaming: rows are fetched as they are read and kept in a temporary file; else all of it is downloaded.
     """
-    datasets = needs("datasets", f"reading {spelled} from the Hugging Face hub", "datasets")
+    datasets = needs("datasets", f"reading {spelled} from the Hugging Face hub", "data")
     whole, _, split = spelled.removeprefix(PREFIX).partition(":")
     owner, _, rest = whole.partition("/")
     name, _, configuration = rest.partition("/")

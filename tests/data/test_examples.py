@@ -173,7 +173,7 @@ def test_dataset_on_disk_and_in_memory(tmp_path: Path, monkeypatch: pytest.Monke
     with pytest.raises(UserError, match="cannot load the HF dataset"):
         open_examples(tmp_path / "data")
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
-    with pytest.raises(UserError, match=r"pip install 'rapidin\[datasets\]'"):
+    with pytest.raises(UserError, match=r"pip install 'rapidin\[data\]'"):
         open_examples(tmp_path / "data")
 
 
