@@ -60,7 +60,9 @@ class ArrowRows:
         if self._table[0] != number:
             self._table = (-1, None)  # before the next one: two may not fit into memory
             with _refusals(self._name):
-                self._table = number, self._load(number)
+                table = self._load(number)
+                table.validate(full=True)  # else a damaged offset reads memory that is not the table's
+                self._table = number, table
         return self._table[1]
 
     def _converted(self, table: Any, start: int, rows: range) -> list[Record | Malformed]:

@@ -1,4 +1,4 @@
-"""Every form of data in docs/guide/data.md: the same three examples give the same tokens, and the same count."""
+"""Every form of data in docs/guide/data.md: the same three examples give the same tokens and targets."""
 
 from __future__ import annotations
 
@@ -269,7 +269,7 @@ def _as_cells(row: dict[str, Any]) -> dict[str, Any]:
     return {name: value if isinstance(value, str) else json.dumps(value) for name, value in row.items()}
 
 
-# --------------------------------------------------------------------------------- Python: a form to an object
+# -------------------------------------------------------------------------------- Python: a form to an object
 
 
 class Items:
