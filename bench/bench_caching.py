@@ -192,7 +192,7 @@ def bench_caching(benchmark, kind, dtype):
 @pytest.mark.parametrize("form", ["sample", "kfac"])
 @pytest.mark.parametrize("kind", ["linear layers", "LoRA"])
 def bench_preconditioner(benchmark, kind, form):
-    """Sketching a batch with the factors turned by a preconditioner, against the same without."""
+    """Sketching a batch with the factors preconditioned, against the same without."""
     name = os.environ.get("RAPIDIN_BENCH_MODEL", "random Llama")
     benchmark.group = f"preconditioner, {name}, {kind}"
     loaded = make_model(kind)

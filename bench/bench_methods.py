@@ -1,4 +1,4 @@
-"""What a method costs before the scan: turning queries by DataInf and Fisher, against its matrix products.
+"""What a method costs before the scan: preconditioning queries by DataInf and Fisher, against its products.
 
 pytest bench/bench_methods.py --benchmark-json=methods.json
 

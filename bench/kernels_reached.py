@@ -16,7 +16,6 @@ import sys
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import torch
 
@@ -34,7 +33,7 @@ ROOT = Path(__file__).resolve().parents[1]
 ARCHITECTURES = "sm_80 sm_90 sm_100 compute_100"  # what setup.py compiles for
 SHARED_BYTES = {75: 64 << 10, 80: 163 << 10, 90: 227 << 10}  # that a block may have, by compute capability
 BATCH, TOKENS = 8, 512
-_EXTENSION = import_module("rapidin.ops.cuda.extension")
+BOTH = backends.Installed(cuda=True, triton=True)
 LORA_RANK = 16
 
 
@@ -105,7 +104,7 @@ def reached(n_in: int, n_out: int, dim: int) -> str:
     """The kernel that factors of a layer of this shape take."""
     factors = [torch.empty(BATCH, TOKENS, n, dtype=torch.bfloat16, device="meta") for n in (n_in, n_out)]
     low_ranks = [low_rank(n) for n in (n_in, n_out)]
-    backend = backends._default("linear_sketch", torch.device("cuda", 0), (*factors, dim, *low_ranks))
+    backend = backends.default("linear_sketch", torch.device("cuda", 0), (*factors, dim, *low_ranks), BOTH)
     module = import_module(f"rapidin.ops.{backend}.sketches")
     kernel = backend
     if backend == "triton" and dim not in (*module.linear_kernels.DIMS, *module.fourier_kernels.DIMS):
@@ -124,11 +123,7 @@ def table(extension: Any) -> str:
             dim = default_width(blocks)
             found = []
             for capability in SHARED_BYTES:
-                with (
-                    mock.patch.object(_EXTENSION, "_extension", Pretended(extension, capability)),
-                    mock.patch.object(backends, "_has_cuda_extension", return_value=True),
-                    mock.patch.object(backends, "_has_triton", return_value=True),
-                ):
+                with cuda.using(Pretended(extension, capability)):
                     found.append("; ".join(sorted({reached(*shape, dim) for shape in shapes})))
             rows.append([model.name, kind, str(blocks), f"{dim:,}", *found])
     return doc_tables.table(

@@ -44,7 +44,7 @@ WORDS = {
     "topk_scan": "`topk_scan`: both ends of the ranking, a cache of 4 GiB",
     "flat_sketch": "`flat_sketch`: the gradient of a whole model",
     "pack": "`pack`",
-    "turn": "`turn`: the random rotation",
+    "rotate": "`rotate`: the random rotation",
     "unpack": "`unpack`",
     "stream": "Scans from disk, and again from the GPU's memory",
 }

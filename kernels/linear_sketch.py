@@ -25,6 +25,7 @@ from rapidin.kernels.sum_parts import added
 TOKENS = tl.constexpr(16)  # of a tile: what the tensor cores sum over at a time
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 DIMS = (32, 64, 128, 256, 512)  # more: fourier_sketch.py
+BLOCKS = 256  # about as many programs share the tokens of a batch
 
 
 @triton.jit
@@ -171,12 +172,12 @@ def matrices(r: int, device: torch.device) -> Tensor:
 
 
 def linear_sketch(
-    inputs: Tensor, grads: Tensor, dim: int, inputs_table: Tensor, grads_table: Tensor, blocks: int = 256
+    inputs: Tensor, grads: Tensor, dim: int, inputs_table: Tensor, grads_table: Tensor, blocks: int = BLOCKS
 ) -> Tensor:
     """inputs: [B, T, I], grads: [B, T, O] -> [B, dim] float32; tables: rapidin.ops.tables.columns.
 
     dim: one of DIMS. Rounds to bfloat16 once, before the products, where both sides are bfloat16. blocks:
-    about as many programs share the tokens; the sums' order depends on the sizes alone.
+    about as many programs share the tokens; the sums' order depends on it and the sizes alone.
     """
     batch, tokens, n_in = inputs.shape
     tiles = triton.cdiv(tokens, 16)

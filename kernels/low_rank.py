@@ -76,12 +76,12 @@ def _add_low_rank_kernel(
         tl.store(out, sums.to(tl.bfloat16), mask=inside)
 
 
-def add_low_rank(x: Tensor, along: Tensor, gain: Tensor, parts: Tensor) -> Tensor:
-    """``x + ((along's two halves added) * gain) @ basis.T``.
+def add_low_rank(x: Tensor, projected: Tensor, gain: Tensor, parts: Tensor) -> Tensor:
+    """``x + ((projected's two halves added) * gain) @ basis.T``.
 
-    x: [B, T, n] bfloat16, any strides; along: [B T, 2 r] float32, x times either part of the basis; gain: [r]
-    float32; parts: [n, 2 r] bfloat16, the basis' high and low parts; the last three contiguous. r is at most
-    MOST_RANK.
+    x: [B, T, n] bfloat16, any strides; projected: [B T, 2 r] float32, x times either part of the basis; gain:
+    [r] float32; parts: [n, 2 r] bfloat16, the basis' high and low parts; the last three contiguous. r is at
+    most MOST_RANK.
     -> [B, T, n] bfloat16, contiguous
     """
     batch, tokens, n = x.shape
@@ -92,7 +92,7 @@ def add_low_rank(x: Tensor, along: Tensor, gain: Tensor, parts: Tensor) -> Tenso
     tiles, columns = triton.cdiv(batch * tokens, size), triton.cdiv(n, size)
     share = triton.cdiv(columns, min(columns, max(1, _PROGRAMS // tiles))) * size
     _add_low_rank_kernel[(tiles * triton.cdiv(n, share),)](
-        x, *x.stride(), tokens, batch * tokens, n, share, along, gain, parts, out, rank,
+        x, *x.stride(), tokens, batch * tokens, n, share, projected, gain, parts, out, rank,
         RANK=width, ROWS=size, COLUMNS=size, num_warps=8 if size == 128 else 4, num_stages=2,
     )  # fmt: skip
     return out

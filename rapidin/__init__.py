@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rapidin.attribution.ensemble import Ensemble as Ensemble
     from rapidin.attribution.methods import self_influence as self_influence
     from rapidin.cache import Cache as Cache
+    from rapidin.errors import CoverageWarning as CoverageWarning
     from rapidin.errors import UserError as UserError
     from rapidin.gradients.load import load_model as load_model
 
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "Attributor": "rapidin.attribution.attributor",
     "Cache": "rapidin.cache",
+    "CoverageWarning": "rapidin.errors",
     "Ensemble": "rapidin.attribution.ensemble",
     "UserError": "rapidin.errors",
     "self_influence": "rapidin.attribution.methods",
@@ -30,6 +32,7 @@ _HOMES = {
 __all__ = [
     "Attributor",
     "Cache",
+    "CoverageWarning",
     "Ensemble",
     "UserError",
     "__version__",

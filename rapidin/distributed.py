@@ -84,8 +84,8 @@ class World:
             self._ask("set", key, value)
             return value
         self._wait(lambda: bool(self._ask("check", [key])))
-        found: bytes = self._ask("get", key)
-        return found
+        shared: bytes = self._ask("get", key)
+        return shared
 
     def take(self, jobs: Sequence[_T]) -> Iterator[_T]:
         """The jobs that fall to this process, in order: whoever is free takes the next. `jobs` is the same
@@ -99,9 +99,9 @@ class World:
             yield jobs[n]
             self.check()
 
-    def part(self, count: int) -> tuple[int, int]:
-        """This process's part of `count` things in a row: from one to before another; parts are in the order
-        of ranks."""
+    def range_of(self, count: int) -> tuple[int, int]:
+        """This process's range of `count` things in a row, as [start, end); ranges are in the order of
+        ranks."""
         return count * self.rank // self.size, count * (self.rank + 1) // self.size
 
     def meet(self, meanwhile: Callable[[], None] = lambda: None) -> None:
@@ -123,9 +123,9 @@ class World:
         import torch.distributed as dist
 
         self.meet()  # who is late is waited for here, where the death of another is noticed
-        found: list[Any] = [None] * self.size
-        self.collective(lambda: dist.all_gather_object(found, value, group=self.small_group))
-        return found
+        values: list[Any] = [None] * self.size
+        self.collective(lambda: dist.all_gather_object(values, value, group=self.small_group))
+        return values
 
     def most(self, number: int) -> int:
         """The largest of all processes' numbers, for those that go in step."""
@@ -302,23 +302,23 @@ class Tally:
 
     def __init__(self, world: World, numbers: int, key: str) -> None:
         self._world, self._key = world, key
-        self._own, self._sent, self._total = [0] * numbers, [0] * numbers, [0] * numbers
+        self._counted, self._sent, self._total = [0] * numbers, [0] * numbers, [0] * numbers
         self._at = 0.0
 
     def add(self, *numbers: int) -> None:
         """Add to each counter."""
-        self._own = [a + b for a, b in zip(self._own, numbers, strict=True)]
+        self._counted = [a + b for a, b in zip(self._counted, numbers, strict=True)]
 
     def total(self, *, now: bool = False) -> list[int]:
         """What all processes have counted, at most half a second old; now: this moment's, once all have
         called this so."""
         if self._world.alone:
-            return self._own
+            return self._counted
         if now or time.monotonic() - self._at > 0.5:
             self._at = time.monotonic()
-            for n, (own, sent) in enumerate(zip(self._own, self._sent, strict=True)):
-                self._total[n] = self._world._ask("add", f"{self._key}/{n}", own - sent)
-            self._sent = self._own
+            for n, (counted, sent) in enumerate(zip(self._counted, self._sent, strict=True)):
+                self._total[n] = self._world._ask("add", f"{self._key}/{n}", counted - sent)
+            self._sent = self._counted
         return self._total
 
 
@@ -328,6 +328,17 @@ _world = World()
 def world() -> World:
     """The run that this process is part of."""
     return _world
+
+
+@contextlib.contextmanager
+def using(run: World) -> Iterator[World]:
+    """Inside the block this process is part of `run`."""
+    global _world
+    before, _world = _world, run
+    try:
+        yield run
+    finally:
+        _world = before
 
 
 def launched() -> bool:
@@ -365,19 +376,19 @@ def _name(store: Any, rank: int, size: int) -> str:
 
     Each of the others says hello by a name that no earlier process had, and the leader answers to that.
     """
-    own, deadline = f"rapidin/{uuid.uuid4().hex}", time.monotonic() + JOINING
+    unique_name, deadline = f"rapidin/{uuid.uuid4().hex}", time.monotonic() + JOINING
     if rank:
-        store.set(f"rapidin/hello/{rank}", own)
+        store.set(f"rapidin/hello/{rank}", unique_name)
     while time.monotonic() < deadline:
-        if rank and store.check([own]):
-            name = str(store.get(own).decode())
+        if rank and store.check([unique_name]):
+            name = str(store.get(unique_name).decode())
             store.add(f"{name}/here", 1)
             return name
         for other in () if rank else range(1, size):
             if store.check([f"rapidin/hello/{other}"]):
-                store.set(store.get(f"rapidin/hello/{other}").decode(), own)
-        if not rank and store.add(f"{own}/here", 0) == size - 1:
-            return own
+                store.set(store.get(f"rapidin/hello/{other}").decode(), unique_name)
+        if not rank and store.add(f"{unique_name}/here", 0) == size - 1:
+            return unique_name
         time.sleep(0.02)
     raise RuntimeError(f"not all {size} processes have started within {JOINING:g} s")
 

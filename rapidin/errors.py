@@ -1,4 +1,4 @@
-"""The one error that is the user's to mend."""
+"""The one error that is the user's to mend, and the one warning."""
 
 from importlib import import_module
 from typing import Any
@@ -14,6 +14,10 @@ class UserError(Exception):
         self.what = " ".join(what.split())
         self.remedy = " ".join(remedy.split())
         super().__init__(f"{self.what}; {self.remedy}" if self.remedy else self.what)
+
+
+class CoverageWarning(UserWarning):
+    """Much of a model does not count, and nobody asked for that."""
 
 
 _PACKAGES = {"sklearn": "scikit-learn", "rank_bm25": "rank-bm25"}
@@ -45,3 +49,18 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":  # torch is not imported
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
+
+
+def reason_of(error: Exception) -> str:
+    """An error's message on one line: its first line, and the next ones if the first only introduces them."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    if isinstance(error, KeyError):
+        return f"there is no {lines[0]}"
+    message = lines[0]
+    for line in lines[1:]:
+        if len(message) > 300 or not (message.endswith(":") or len(message) < 20):
+            break
+        message = f"{message} {line}"
+    return message

@@ -106,34 +106,34 @@ def remove_partials(folder: Path) -> None:
 # ------------------------------------------------------------------------- files that nobody vouches for
 
 
-def own_size(path: Path) -> int | str:
+def regular_file_size(path: Path) -> int | str:
     """The size of a regular file in bytes, else what is wrong with it, in words. No link is followed: what
     belongs to a folder lies in it."""
     try:
-        found = os.lstat(path)
+        status = os.lstat(path)
     except (FileNotFoundError, NotADirectoryError):
         return "is missing"
     except OSError as error:
         return f"cannot be read: {reason(error)}"
-    if stat.S_ISLNK(found.st_mode):
+    if stat.S_ISLNK(status.st_mode):
         return "is a link, and links are not followed: put the file itself there"
-    return found.st_size if stat.S_ISREG(found.st_mode) else "is no file"
+    return status.st_size if stat.S_ISREG(status.st_mode) else "is no file"
 
 
-def read_own(path: Path, name: str, remedy: str, *, most: int, size: int | None = None) -> bytes:
+def read_regular_file(path: Path, name: str, remedy: str, *, most: int, size: int | None = None) -> bytes:
     """The bytes of a regular file of at most `most` bytes, or of exactly `size`.
 
     name: of the file, in words. Raises UserError where it is missing, a link, larger, or cannot be read.
     """
-    found = own_size(path)
-    if isinstance(found, str):
-        raise UserError(f"the {name} '{path}' {found}", remedy)
-    if size is not None and found != size:
-        raise UserError(f"the {name} '{path}' has {found:,} bytes instead of {size:,}", remedy)
-    if found > most:
-        raise UserError(f"the {name} '{path}' has {found:,} bytes, at most {most:,} are read", remedy)
+    actual = regular_file_size(path)
+    if isinstance(actual, str):
+        raise UserError(f"the {name} '{path}' {actual}", remedy)
+    if size is not None and actual != size:
+        raise UserError(f"the {name} '{path}' has {actual:,} bytes instead of {size:,}", remedy)
+    if actual > most:
+        raise UserError(f"the {name} '{path}' has {actual:,} bytes, at most {most:,} are read", remedy)
     try:
         with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
-            return file.read(found)
+            return file.read(actual)
     except OSError as error:
         raise UserError(f"cannot read '{path}': {reason(error)}") from None

@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from poison import poisoned
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
@@ -28,6 +29,19 @@ def arch(emulated_cuda):
         pytest.skip("a GPU is of one architecture")
     yield emulated_cuda.set_arch
     emulated_cuda.set_arch(90)
+
+
+@pytest.fixture
+def poison():
+    """Memory that ops allocate holds what must not be left in it."""
+    with poisoned():
+        yield
+
+
+@pytest.fixture
+def triton():
+    """Triton, whose kernels are interpreted where there is no GPU."""
+    pytest.importorskip("triton")
 
 
 @pytest.fixture(params=["triton", "cuda"])

@@ -154,12 +154,14 @@ def worker_step(
     alone: bool = False,
     silent: float = SILENT_SECONDS,
     restarts: int = RESTARTS,
+    worker: Sequence[str] = WORKER,
     environment: dict[str, str] | None = None,
     ended: Callable[[Ended], None] = lambda ended: None,
 ) -> Step:
     """A worker: a process that runs cases. A case that ends it gets a row; a new process continues.
 
-    until: the time (monotonic) after which it starts no case. under: a tool that runs it.
+    until: the time (monotonic) after which it starts no case. under: a tool that runs it. worker:
+    the command that runs cases.
     """
     mine = RowFile(rows.path, name)
     mine.about = dict(rows.about)
@@ -168,7 +170,7 @@ def worker_step(
 
     def command() -> list[str]:
         skip = sorted({stage for stage in crashes if crashes.count(stage) >= STAGE_RESTARTS})
-        words = [*under, *WORKER, "--rows", str(rows.path), "--lane", name, "--until", str(until)]
+        words = [*under, *worker, "--rows", str(rows.path), "--lane", name, "--until", str(until)]
         words += ["--about", json.dumps(rows.about), *options]
         return [*words, "--skip", ",".join(skip)] if skip else words
 

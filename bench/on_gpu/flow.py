@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,8 @@ QUERY_TOLERANCE = 5e-3  # of a query alone, on the same rows
 BFLOAT16_TOLERANCE = 0.2  # gradients of a bfloat16 model: each step rounds, on each machine in its own order
 
 
-def _attributor(bench: Bench, where: str, size: dict[str, Any]) -> Attributor:
+def attributor_on(bench: Bench, where: str, size: dict[str, Any]) -> Attributor:
+    """The tiny model's attributor on the "cpu" or the "gpu", made once."""
     device = bench.device if where == "gpu" else torch.device("cpu")
     key = size["kind"], size["model"], size["k"], size["kfac"]
 
@@ -89,13 +91,16 @@ def _source(attributor: Attributor, cache: Cache, asked: list[dict[str, str]]) -
     return CacheScan(cache, methods.prepare(sketch))
 
 
-def flow(size: dict[str, Any]) -> Case:
+def flow(
+    size: dict[str, Any], make: Callable[[Bench, str, dict[str, Any]], Attributor] = attributor_on
+) -> Case:
+    """The comparison at one size; make: gives the attributor of each side, as `attributor_on` does."""
     format, tolerance = FORMATS[size["rows"]]
     if size["model"] != "float32":
         tolerance = BFLOAT16_TOLERANCE
 
     def run(bench: Bench) -> Facts:
-        cpu, gpu = (_attributor(bench, where, size) for where in ("cpu", "gpu"))
+        cpu, gpu = (make(bench, where, size) for where in ("cpu", "gpu"))
         records = make_records(SIZE)
         asked = make_records(SIZE | {"examples": 2}, seed=5)
         with tempfile.TemporaryDirectory() as folder:

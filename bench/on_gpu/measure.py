@@ -7,18 +7,29 @@ import json
 import os
 import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
-from on_gpu import calls, report
+from on_gpu import calls, processes, report
 from on_gpu.plan import STAGES, Facts, RowFile, all_rows, ceilings_of
-from on_gpu.processes import GRACE_SECONDS, CutShortError, run_steps
-
-LAST_ROW_SECONDS = 6.0  # for the case that is running when the time is up
-WRITE_SECONDS = 2.0  # between two updates of the results' file
-SILENT_SECONDS = 90.0
+from on_gpu.processes import CutShortError, Step, run_steps
 
 
-def main(args: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class Limits(processes.Limits):
+    """Seconds more. last_row: for the case that is running when the time is up; write: between two updates of
+    the results' file; silent: after which a worker that tells no row is ended."""
+
+    last_row: float = 6.0
+    write: float = 2.0
+    silent: float = 90.0
+
+
+LIMITS = Limits()
+
+
+def main(args: argparse.Namespace, limits: Limits = LIMITS, worker: Sequence[str] = calls.WORKER) -> int:
     end = time.monotonic() + args.seconds
     gpu = calls.find_gpu(args.dry_run)
     if gpu is None:
@@ -32,44 +43,17 @@ def main(args: argparse.Namespace) -> int:
     rows.about = calls.about(args.commit)
     out, log = args.out / f"gpu-{name}.json", args.out / "measure.log"
     log.unlink(missing_ok=True)
-    mode = "dry" if args.dry_run else "quick" if args.quick else "full"
-    result = Result(rows.path, out, {"dry": args.dry_run, "mode": mode, **rows.about})
-
-    until = end - GRACE_SECONDS - 1 - LAST_ROW_SECONDS
-    steps = []
-    if not args.no_build:
-        steps += calls.build_steps(rows, log, args.dry_run)
-        if not args.dry_run and not calls.compile_stamp().exists():
-            print(
-                "Triton's kernels have not been compiled here: that comes first, beside the build", flush=True
-            )
-            # tables come from rapidin.ops._cpu
-            shares = max(1, min(calls.MOST_SHARES, (os.cpu_count() or 1) - 3))
-            steps += calls.compile_steps(rows, log, until=until, shares=shares, after=["build _cpu"])
-    wanted = [name for name in STAGES if not args.only or name in args.only or name == "ceilings"]
-    options = ["--purpose", "time", "--mode", mode, "--stages", ",".join(wanted)]
-    options += ["--dry-run"] * args.dry_run
-    steps.append(
-        calls.worker_step(
-            rows,
-            "measure",
-            options,
-            log,
-            until=until,
-            limit=args.seconds,
-            after=[step.name for step in steps],  # nothing else runs while it measures
-            alone=True,
-            silent=SILENT_SECONDS,
-        )
-    )
+    head = {"dry": args.dry_run, "mode": mode_of(args), **rows.about}
+    result = Result(rows.path, out, head, limits.write)
     code = 0
     try:
         run_steps(
-            steps,
+            steps(args, rows, log, end, limits, worker),
             end,
             cores=max(1, os.cpu_count() or 1),
             late=calls.late_row(rows),
             each=result.write_soon,
+            limits=limits,
         )
     except CutShortError as cut:
         result.head["cut"] = str(cut)
@@ -81,16 +65,62 @@ def main(args: argparse.Namespace) -> int:
     return code or int(any(row["state"] == "failed" for row in made["rows"]))
 
 
-class Result:
-    """The results' file, made of the rows and rewritten as a whole as they come."""
+def mode_of(args: argparse.Namespace) -> str:
+    """At which sizes a call measures."""
+    return "dry" if args.dry_run else "quick" if args.quick else "full"
 
-    def __init__(self, rows: Path, out: Path, head: Facts) -> None:
-        self.rows, self.out, self.head = rows, out, head
+
+def steps(
+    args: argparse.Namespace,
+    rows: RowFile,
+    log: Path,
+    end: float,
+    limits: Limits = LIMITS,
+    worker: Sequence[str] = calls.WORKER,
+) -> list[Step]:
+    """The steps, in the order in which they start; worker: the command that measures."""
+    until = end - limits.grace - 1 - limits.last_row
+    listed: list[Step] = []
+    if not args.no_build:
+        listed += calls.build_steps(rows, log, args.dry_run)
+        if not args.dry_run and not calls.compile_stamp().exists():
+            print(
+                "Triton's kernels have not been compiled here: that comes first, beside the build", flush=True
+            )
+            # tables come from rapidin.ops._cpu
+            shares = max(1, min(calls.MOST_SHARES, (os.cpu_count() or 1) - 3))
+            listed += calls.compile_steps(rows, log, until=until, shares=shares, after=["build _cpu"])
+    wanted = [name for name in STAGES if not args.only or name in args.only or name == "ceilings"]
+    options = ["--purpose", "time", "--mode", mode_of(args), "--stages", ",".join(wanted)]
+    options += ["--dry-run"] * args.dry_run
+    measuring = calls.worker_step(
+        rows,
+        "measure",
+        options,
+        log,
+        until=until,
+        limit=args.seconds,
+        after=[step.name for step in listed],  # nothing else runs while it measures
+        alone=True,
+        silent=limits.silent,
+        worker=worker,
+    )
+    return [*listed, measuring]
+
+
+class Result:
+    """The results' file, made of the rows and rewritten as a whole as they come.
+
+    write_seconds: between two updates.
+    """
+
+    def __init__(self, rows: Path, out: Path, head: Facts, write_seconds: float) -> None:
+        self.rows, self.out, self.head, self.write_seconds = rows, out, head, write_seconds
         self.size, self.last = -1, 0.0
 
     def write_soon(self) -> None:
         size = self.rows.stat().st_size if self.rows.exists() else 0
-        if size != self.size and time.monotonic() > self.last + WRITE_SECONDS:
+        if size != self.size and time.monotonic() > self.last + self.write_seconds:
             self.write()
             self.size, self.last = size, time.monotonic()
 

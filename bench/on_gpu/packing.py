@@ -1,4 +1,4 @@
-"""pack, unpack and the random turn: what becomes of sketches before they are kept."""
+"""pack, unpack and the random rotation: what becomes of sketches before they are kept."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def packing(size: dict[str, Any], way: str) -> Case:
 
 def unpacking(size: dict[str, Any], way: str) -> Case:
     cost = _cost(size)
-    turned_round = Cost(read=cost.written, written=4 * size["rows"] * size["numbers"])
+    reversed_cost = Cost(read=cost.written, written=4 * size["rows"] * size["numbers"])
 
     def run(bench: Bench) -> Facts:
         if way in BACKENDS:
@@ -98,12 +98,12 @@ def unpacking(size: dict[str, Any], way: str) -> Case:
         scale = packed.scale
         if way not in BACKENDS:
             return bench.measured(
-                [lambda: peers.unpacked(packed, 0, size["rows"]).float() * scale[:, None]], turned_round
+                [lambda: peers.unpacked(packed, 0, size["rows"]).float() * scale[:, None]], reversed_cost
             )
         few = Packed(packed.codes[:64], packed.dtype, packed.width, scale[:64])
         return bench.measured(
             [lambda: ops.unpack(packed, backend=way)],
-            turned_round,
+            reversed_cost,
             lambda got: relative_error(got[:64], ops.unpack(few, backend="reference")),
             TOLERANCE,
         )
@@ -111,36 +111,36 @@ def unpacking(size: dict[str, Any], way: str) -> Case:
     return Case("unpack", way, size, run)
 
 
-def turn_size(mode: Mode) -> dict[str, Any]:
+def rotate_size(mode: Mode) -> dict[str, Any]:
     rows, blocks, width = (3, 2, 64) if mode in SMALL else (2048, 112, 512)
     return {"rows": rows, "blocks": blocks, "width": width}
 
 
-def turning(size: dict[str, Any], way: str) -> Case:
-    """The random orthogonal turn on the device, and the same in torch."""
+def rotating(size: dict[str, Any], way: str) -> Case:
+    """The random orthogonal rotation on the device, and the same in torch."""
 
     def run(bench: Bench) -> Facts:
         shape = size["rows"], size["blocks"], size["width"]
-        x = bench.once("unturned", shape, lambda: bench.normal(*shape))
+        x = bench.once("unrotated", shape, lambda: bench.normal(*shape))
         cost = Cost(read=x.nbytes, written=x.nbytes)
         if way not in BACKENDS:
             signs = bench.normal(size["blocks"], size["width"]).sign()
-            return bench.measured([lambda: peers.torch_turn(x, signs)], cost)
-        bench.kernel("turn", way)
-        key = ("turn", *size.items())
+            return bench.measured([lambda: peers.torch_rotate(x, signs)], cost)
+        bench.kernel("rotate", way)
+        key = ("rotate", *size.items())
 
         def error(got: Tensor) -> float:
-            wanted = bench.once("wanted", key, lambda: ops.turn(x[:64].cpu(), seed=SEED))
+            wanted = bench.once("wanted", key, lambda: ops.rotate(x[:64].cpu(), seed=SEED))
             return relative_error(got[:64].cpu().flatten(1), wanted.flatten(1))
 
         return bench.measured(
-            [lambda: ops.turn(x, seed=SEED, backend=way)],
+            [lambda: ops.rotate(x, seed=SEED, backend=way)],
             cost,
             error,
             TOLERANCE,
         )
 
-    return Case("turn", way, size, run)
+    return Case("rotate", way, size, run)
 
 
 def cases(mode: Mode) -> list[Case]:
@@ -148,6 +148,6 @@ def cases(mode: Mode) -> list[Case]:
         return (*backends_of(op), "torch")
 
     listed = [packing(size, way) for size in pack_sizes(mode) for way in ways("pack")]
-    listed += [turning(turn_size(mode), way) for way in ways("turn")]
+    listed += [rotating(rotate_size(mode), way) for way in ways("rotate")]
     sizes = [size for size in pack_sizes(mode) if size["from"] == "float32"]
     return [*listed, *(unpacking(size, way) for size in sizes for way in ways("unpack"))]

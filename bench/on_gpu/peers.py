@@ -158,7 +158,7 @@ def torch_pack(x: Tensor, dtype: str) -> tuple[Tensor, Tensor]:
     return codes, scale
 
 
-def torch_turn(x: Tensor, signs: Tensor) -> Tensor:
+def torch_rotate(x: Tensor, signs: Tensor) -> Tensor:
     """Signs, then the Hadamard transform of the last axis, in torch; x: [n, blocks, width]."""
     shape, width = x.shape, x.shape[-1]
     x = (x * signs).view(-1, width) / math.sqrt(width)

@@ -18,9 +18,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-GRACE_SECONDS = 10.0  # from the interrupt to the kill, as in `timeout -s INT -k 10`
-POLL_SECONDS, LOOK_SECONDS = 0.1, 1.0
+POLL_SECONDS = 0.1
 CUT = {signal.SIGINT: 130, signal.SIGTERM: 143}  # exit status of a run that was cut short
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds. grace: from the interrupt to the kill, as in `timeout -s INT -k 10`; look: between two looks
+    at a step's progress."""
+
+    grace: float = 10.0
+    look: float = 1.0
+
+
+LIMITS = Limits()
 
 
 class CutShortError(Exception):
@@ -80,7 +91,8 @@ def end_with_parent() -> None:
 class _Running:
     """A started step, in a process group of its own, so that its children end with it."""
 
-    def __init__(self, step: Step, command: Sequence[str], end: float) -> None:
+    def __init__(self, step: Step, command: Sequence[str], end: float, limits: Limits) -> None:
+        self.limits = limits
         self.step, self.start = step, time.monotonic()
         self.end = min(end, self.start + step.limit)
         self.why: str | None = None
@@ -129,15 +141,16 @@ class _Running:
         if status is not None:
             self.signal(signal.SIGKILL)  # children that it left behind
             return Ended(status, now - self.start, self.why, self.cut, self.text()[-3000:])
-        if self.step.heard is not None and self.step.silent is not None and now > self.looked + LOOK_SECONDS:
+        silent = self.step.silent
+        if self.step.heard is not None and silent is not None and now > self.looked + self.limits.look:
             self.looked, number = now, self.step.heard()
             if number != self.number:
                 self.number, self.last = number, now
-            if now - self.last > self.step.silent:
+            if now - self.last > silent:
                 self.interrupt(f"it did not end in {now - self.last:.0f} s", cut=False)
         if now > self.end:
             self.interrupt(f"its {self.end - self.start:.0f} s were used up")
-        if self.interrupted is not None and now > self.interrupted + GRACE_SECONDS:
+        if self.interrupted is not None and now > self.interrupted + self.limits.grace:
             self.signal(signal.SIGKILL)
         return None
 
@@ -149,14 +162,15 @@ def run_steps(
     cores: int,
     late: Callable[[Step], None],
     each: Callable[[], None] = lambda: None,
+    limits: Limits = LIMITS,
 ) -> None:
     """Run the steps, in this order as far as dependencies and cores allow, until `end` (monotonic).
 
-    A little more than GRACE_SECONDS before `end` all running steps are interrupted, so that none runs at
+    A little more than `limits.grace` before `end` all running steps are interrupted, so that none runs at
     `end`. late: called with each step that could not start. each: called repeatedly meanwhile. Raises
     CutShortError on SIGINT and SIGTERM, when all have ended.
     """
-    stop = end - GRACE_SECONDS - 1
+    stop = end - limits.grace - 1
     waiting, running, done = list(steps), list[_Running](), set[str]()
     signals: list[int] = []
     before = {number: signal.signal(number, lambda n, frame: signals.append(n)) for number in CUT}
@@ -176,7 +190,7 @@ def run_steps(
                 taken = sum(process.step.cores for process in running)
                 if set(step.after) <= done and (not running or taken + step.cores <= cores):
                     waiting.remove(step)
-                    running.append(_Running(step, step.command, stop))
+                    running.append(_Running(step, step.command, stop, limits))
             for process in list(running):
                 ended = process.poll()
                 if ended is None:
@@ -184,7 +198,7 @@ def run_steps(
                 running.remove(process)
                 more = None if signals or time.monotonic() > stop else process.step.again(ended)
                 if more is not None and process.end > time.monotonic():
-                    again = _Running(process.step, more, process.end)
+                    again = _Running(process.step, more, process.end, limits)
                     running.append(again)
                     continue
                 process.step.ended(ended)

@@ -37,7 +37,7 @@ RANK = 64  # directions of a side that K-FAC's preconditioner knows (rapidin.gra
 # As rapidin.gradients.collector gives them on a GPU: a batch of some thousand tokens.
 BATCH, TOKENS = 8, 512
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-PLAIN, LOW_RANK, TURNED = "none", "low rank", "float32 copies"
+PLAIN, LOW_RANK, PRECONDITIONED = "none", "low rank", "float32 copies"
 
 
 def _size(
@@ -61,7 +61,7 @@ def has_low_rank() -> bool:
 
 
 def linear_sizes(mode: Mode) -> list[dict[str, Any]]:
-    kfac = LOW_RANK if has_low_rank() else TURNED
+    kfac = LOW_RANK if has_low_rank() else PRECONDITIONED
     if mode == "dry":
         few: dict[str, Any] = {"batch": 2, "tokens": 6}
         return [
@@ -122,7 +122,7 @@ def _sides(bench: Bench, size: dict[str, Any]) -> tuple[Side, Side]:
     return bench.once("sides", (size["in"], size["out"]), lambda: (side(size["in"]), side(size["out"])))
 
 
-def _turned(x: Tensor, side: Side) -> Tensor:
+def _preconditioned(x: Tensor, side: Side) -> Tensor:
     """x [B, T, n] preconditioned, in x's dtype where that is float64, else float32."""
     basis, gain = side
     x = x if x.dtype == torch.float64 else x.float()
@@ -158,9 +158,9 @@ def linear(size: dict[str, Any], way: str) -> Case:
         def call(a: Tensor, g: Tensor) -> Tensor:
             if left is None or right is None:
                 return ops.linear_sketch(a, g, k, seed=SEED, backend=way)
-            if kfac == TURNED:
-                turned = _turned(a, left), _turned(g, right)
-                return ops.linear_sketch(*turned, k, seed=SEED, backend=way)
+            if kfac == PRECONDITIONED:
+                preconditioned = _preconditioned(a, left), _preconditioned(g, right)
+                return ops.linear_sketch(*preconditioned, k, seed=SEED, backend=way)
             low_rank = bench.once(
                 "low rank", (size["in"], size["out"]), lambda: [ops.LowRank(*side) for side in (left, right)]
             )
@@ -172,7 +172,7 @@ def linear(size: dict[str, Any], way: str) -> Case:
             if (
                 left is not None and right is not None
             ):  # rounding to float32 is negligible beside the tolerance
-                a, g = (_turned(x.double(), side).float() for x, side in ((a, left), (g, right)))
+                a, g = (_preconditioned(x.double(), side).float() for x, side in ((a, left), (g, right)))
             return ops.linear_sketch(a, g, k, seed=SEED, backend="reference")
 
         key = ("linear", *size.items())

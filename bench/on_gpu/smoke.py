@@ -21,7 +21,7 @@ from pathlib import Path
 from on_gpu import calls
 from on_gpu.calls import KERNELS
 from on_gpu.plan import ROOT, Facts, RowFile, all_rows
-from on_gpu.processes import GRACE_SECONDS, CutShortError, Ended, Step, run_steps
+from on_gpu.processes import LIMITS, CutShortError, Ended, Step, run_steps
 
 CHECK_SECONDS, SANITIZER_SECONDS, TESTS_SECONDS = 90.0, 70.0, 60.0
 TOOLS = ("memcheck", "racecheck")
@@ -67,7 +67,7 @@ def steps(args: argparse.Namespace, rows: RowFile, end: float) -> list[Step]:
     """The steps, in the order in which they start."""
     dry, cores = args.dry_run, os.cpu_count() or 1
     log = args.out / "smoke.log"
-    until = end - GRACE_SECONDS - 3
+    until = end - LIMITS.grace - 3
     built = [] if args.no_build else calls.build_steps(rows, log, dry)
     cpu = [step.name for step in built if step.name == "build _cpu"]
     cuda = [step.name for step in built]
@@ -175,15 +175,12 @@ def pytest_step(args: argparse.Namespace, rows: RowFile, after: list[str]) -> St
     log = args.out / "pytest.log"
     if find_spec("pytest") is None:
         return calls.missing_step(rows, "tests", log, "there is no pytest here")
-    files = sorted(
-        path for path in (ROOT / "tests").rglob("test_gpu_*.py") if path.name != "test_gpu_bench.py"
-    )
-    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short"]
+    marked = [path for path in (ROOT / "tests").rglob("test_*.py") if "mark.gpu" in path.read_text()]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "--tb=short", "-m", "gpu"]
     if args.dry_run:
-        command += ["--collect-only", "-q", str(ROOT / "tests/ops/test_gpu_hash.py")]
+        command += ["--collect-only", "-q", str(ROOT / "tests/ops/test_sketch_hash.py")]
     else:
-        files.append(ROOT / "tests/end_to_end/test_device.py")
-        command += ["-v", *map(str, files)]
+        command += ["-v", *map(str, sorted(marked))]
         if find_spec("xdist") is not None:  # most of the time is Triton's, compiling for each shape
             command += ["-n", str(max(1, min(8, (os.cpu_count() or 1) // 2)))]
 

@@ -92,7 +92,7 @@ class Attributor:
     @property
     def coverage(self) -> float:
         """Share of the model's parameters that count."""
-        return self.source.coverage
+        return self.source.coverage.share
 
     def cache(
         self,

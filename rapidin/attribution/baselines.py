@@ -23,12 +23,12 @@ Floats = npt.NDArray[np.float64]
 OnProgress = Callable[[int, int], None]  # the number of texts that are done, and of all
 
 EXTRA = "eval"
-_BATCH_TOKENS = 2048  # with padding
+BATCH_TOKENS = 2048  # with padding
 
 
 def plain_text(record: Mapping[str, Any]) -> str:
     """The text of a record, without the template that formats it for the model."""
-    return " ".join(part for part in record_parts(record) if part).strip()
+    return " ".join(text for text in record_parts(record) if text).strip()
 
 
 def query_text(record: Mapping[str, Any], completion: str) -> str:
@@ -66,15 +66,16 @@ def hidden_states(
     queries: Sequence[str],
     *,
     max_length: int = 256,
+    batch_tokens: int = BATCH_TOKENS,
     on_progress: OnProgress | None = None,
 ) -> Floats:
     """Cosine of the model's last hidden states, averaged over a text's tokens: [queries, texts].
 
     max_length: the first tokens of a text that are read; a text without tokens has a cosine of 0 with all
-    others.
+    others. batch_tokens: of a batch, with padding.
     """
     with evaluation_mode(loaded.model):
-        states = _mean_states(loaded, [*queries, *texts], max_length, on_progress).double()
+        states = _mean_states(loaded, [*queries, *texts], max_length, batch_tokens, on_progress).double()
     states = torch.nn.functional.normalize(states, dim=1)
     scores: Floats = (states[: len(queries)] @ states[len(queries) :].T).numpy()
     return scores
@@ -82,7 +83,11 @@ def hidden_states(
 
 @torch.no_grad()
 def _mean_states(
-    loaded: LoadedModel, texts: Sequence[str], max_length: int, on_progress: OnProgress | None
+    loaded: LoadedModel,
+    texts: Sequence[str],
+    max_length: int,
+    batch_tokens: int,
+    on_progress: OnProgress | None,
 ) -> Tensor:
     """The mean hidden state of each text: [texts, hidden size] float32 on the CPU, from batches of texts of
     similar length."""
@@ -94,7 +99,7 @@ def _mean_states(
     extra = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     states: Tensor | None = None
     done = len(encoded) - len(nonempty)
-    for chosen in reversed(by_length(nonempty, encoded, _BATCH_TOKENS)):
+    for chosen in reversed(by_length(nonempty, encoded, batch_tokens)):
         batch = Batch.of([(encoded[n].ids, encoded[n].target) for n in chosen], loaded.device)
         out = model(
             input_ids=batch.ids,

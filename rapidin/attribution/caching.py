@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 from rapidin import distributed
 from rapidin.attribution.options import CacheOptions
-from rapidin.attribution.provenance import manifest_of, read_fitted
+from rapidin.attribution.provenance import check_of, manifest_of, read_fitted
 from rapidin.cache import Cache, CacheWriter, ShardWriter, build, codec
 from rapidin.cache.codec import CodecConfig
 from rapidin.cache.progress import Meter, OnProgress
 from rapidin.data.examples import Examples
 from rapidin.distributed import World
-from rapidin.errors import UserError
+from rapidin.errors import CoverageWarning, UserError
 from rapidin.gradients.batching import Reporter
+from rapidin.gradients.check import GradientCheck
 from rapidin.gradients.preconditioner import STREAM, Preconditioner
 from rapidin.gradients.source import GradientSource
+
+_CHECK_TEXTS = 64  # examples that those of the check are chosen from
 
 
 def format_of(options: CacheOptions, width: int) -> CodecConfig:
@@ -54,6 +58,8 @@ def build_cache(
 
     on_progress is called in the leading process only. Raises as `rapidin.Attributor.cache`.
     """
+    if source.coverage.is_low and distributed.world().leads:
+        warnings.warn(source.coverage.warning, CoverageWarning, stacklevel=3)
     manifest = manifest_of(source, format_of(options, source.width), len(examples), examples)
     manifest.shard_rows = options.shard_rows or build.shard_rows(manifest, path)
     number, parts = options.part or (1, 1)
@@ -72,13 +78,12 @@ def build_cache(
             idle=lambda: fitting.source.keep_pace(),
         )
         meter = Meter(on_progress if world.leads else None, writer, world, loop.sampled_rows())
-        if source.batches.one_at_a_time:
-            meter.tell(source.batches.why_one_at_a_time)
         if world.size * 2 > len(writer.missing) > 0 and not world.alone:
             meter.tell(
                 f"{len(writer.missing)} shards for {world.size} processes: a smaller --shard-rows would keep "
                 "all of them busy to the end"
             )
+        fitting.settle_check(examples, meter, options.check)
         fitting.settle(examples, meter)
         loop.run()
         meter.settle(wait=True)
@@ -88,14 +93,48 @@ def build_cache(
 
 
 class _Fitting:
-    """The preconditioner of a cache that is being written.
+    """What is found out before a cache is written: how gradients are to be taken, and the preconditioner.
 
-    source: the source of gradients, which has the preconditioner after `settle`.
+    source: the source of gradients, which has the check's result after `settle_check` and the preconditioner
+    after `settle`.
     """
 
     def __init__(self, source: GradientSource, writer: ShardWriter, world: World) -> None:
-        self.source = source.with_preconditioner(None)
+        self.source = source.with_preconditioner(None).with_check(None)
         self._writer, self._world = writer, world
+
+    def settle_check(self, examples: Examples, reporter: Reporter, enabled: bool) -> None:
+        """Uses the result of the cache's check; makes the check first if there was none, in the leading
+        process."""
+        writer = self._writer
+        if (
+            enabled
+            and isinstance(writer, CacheWriter)
+            and check_of(writer.manifest) is None
+            and writer.missing
+        ):
+            rows = range(0, len(examples), max(1, len(examples) // _CHECK_TEXTS))
+            check = self.source.checked([self.source.encoder.example(examples.get(row)) for row in rows])
+            if check is None:
+                why = "the model is sharded" if self.source.loaded.sharded else "no example has a gradient"
+                reporter.tell(f"gradients are not compared with autograd's: {why}")
+            else:
+                self._refuse_late(check)
+                writer.set_check(check.to_json())
+                reporter.tell(check.text)
+        build.agree(writer, self._world)
+        self.source = self.source.with_check(check_of(writer.manifest))
+        if self.source.batches.one_at_a_time:
+            reporter.tell(self.source.batches.why_one_at_a_time)
+
+    def _refuse_late(self, check: GradientCheck) -> None:
+        """Raise UserError if the check finds fault with gradients that are cached already."""
+        if self._writer.manifest.shards and (check.by_autograd or check.mixed):
+            raise UserError(
+                f"the cache in '{self._writer.folder}' was begun without the check, and its gradients are "
+                f"wrong: {check.text}",
+                "cache into another folder",
+            )
 
     def settle(self, examples: Examples, reporter: Reporter) -> None:
         """Uses the preconditioner of the cache, and fits it first if there is none: in the leading process,

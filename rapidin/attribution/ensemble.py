@@ -35,7 +35,7 @@ from rapidin.cache import Cache
 from rapidin.data.generations import Generation, as_records
 from rapidin.distributed import world
 from rapidin.errors import UserError, short
-from rapidin.files import read_own, reason, replace_file
+from rapidin.files import read_regular_file, reason, replace_file
 from rapidin.gradients.source import GradientSource
 from rapidin.results.collection import Results
 
@@ -238,7 +238,7 @@ def read_members(folder: Path) -> tuple[Kind, list[Member]]:
     path = folder / NAME
     if not os.path.lexists(path):
         return "mean", [Member(folder)]
-    text = read_own(path, "ensemble", "cache again", most=_MOST_BYTES)
+    text = read_regular_file(path, "ensemble", "cache again", most=_MOST_BYTES)
     try:
         value = json.loads(text)
         if value.get("format") != FORMAT:

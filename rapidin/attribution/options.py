@@ -290,6 +290,12 @@ class CacheOptions(Settings):
         limits=(1, None),
         default="as many as fill 16 MiB",
     )
+    check: bool = option(
+        True,
+        help="Compare the gradients of an example or two with plain autograd's first. What differs is taken "
+        "by autograd, one example at a time.",
+        panel="Gradients",
+    )
     limit: int | None = option(
         None, help="Use only the first N examples.", metavar="N", panel="Data", limits=(1, None)
     )

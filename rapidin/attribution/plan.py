@@ -15,6 +15,8 @@ from rapidin.cache.build import GROUP_BYTES
 from rapidin.cache.codec import CodecConfig
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.examples import Examples
+from rapidin.gradients.check import GradientCheck
+from rapidin.gradients.coverage import Coverage
 from rapidin.gradients.source import GradientSource
 
 BUDGETS = (256, 1024, 2048, 8192, 16384)
@@ -41,7 +43,8 @@ class FormatCost:
 class Plan:
     """The cost of a cache in all formats.
 
-    tokens: mean per example; seconds: to cache all examples; memory: peak bytes while caching.
+    tokens: mean per example; seconds: to cache all examples; memory: peak bytes while caching; coverage: what
+    of the model counts; check: how gradients compare with autograd's, None if that was not found out.
     """
 
     examples: int
@@ -51,6 +54,8 @@ class Plan:
     seconds: float
     memory: int
     formats: list[FormatCost]
+    coverage: Coverage
+    check: GradientCheck | None
 
 
 def make_plan(
@@ -62,10 +67,12 @@ def make_plan(
     """
     length = float(tokens) if tokens else _mean_length(source, data) if data is not None else float(TOKENS)
     length = min(length, float(source.encoder.max_length))
-    fit_seconds, seconds, memory = _calibrate(source, round(length))
+    texts = _texts(source, round(length))
+    check = source.checked(texts)
+    fit_seconds, seconds, memory = _calibrate(source.with_check(check), texts)
     total = fit_seconds * min(source.config.sample, examples) + seconds * examples
     formats = _formats(source.blocks, source.width, examples, _read_speed())
-    return Plan(examples, source.blocks, source.width, length, total, memory, formats)
+    return Plan(examples, source.blocks, source.width, length, total, memory, formats, source.coverage, check)
 
 
 def _formats(blocks: int, width: int, examples: int, speed: float) -> list[FormatCost]:
@@ -97,13 +104,12 @@ def _mean_length(source: GradientSource, data: Examples, most: int = 200) -> flo
     return sum(lengths) / len(lengths) if lengths else float(TOKENS)
 
 
-def _calibrate(source: GradientSource, length: int) -> tuple[float, float, int]:
-    """(seconds per example of the preconditioner's sample, seconds per example, peak bytes of memory),
-    measured on one batch after a warm-up."""
+def _texts(source: GradientSource, length: int) -> list[Encoded]:
+    """A batch of random texts of so many tokens."""
     vocabulary = int(getattr(source.loaded.model.config, "vocab_size", 2))
     count = max(1, source.settings.batch_tokens // max(1, length))
     generator = torch.Generator().manual_seed(0)
-    texts: Sequence[Encoded] = [
+    return [
         Encoded(
             torch.randint(0, vocabulary, (max(2, length),), generator=generator).tolist(),
             [False] + [True] * (max(2, length) - 1),
@@ -111,6 +117,12 @@ def _calibrate(source: GradientSource, length: int) -> tuple[float, float, int]:
         )
         for _ in range(count)
     ]
+
+
+def _calibrate(source: GradientSource, texts: Sequence[Encoded]) -> tuple[float, float, int]:
+    """(seconds per example of the preconditioner's sample, seconds per example, peak bytes of memory),
+    measured on one batch after a warm-up."""
+    count = len(texts)
     source.sketches(texts[:1])[1].cpu()  # waits for the GPU
     fit_seconds = 0.0
     if source.config.kind in ("kfac", "sample"):

@@ -14,6 +14,7 @@ from rapidin.cache.learned_files import read_preconditioner
 from rapidin.cache.names import PRECONDITIONER
 from rapidin.data.examples import Examples
 from rapidin.errors import UserError
+from rapidin.gradients.check import GradientCheck
 from rapidin.gradients.load import load_model
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner, PreconditionerConfig
@@ -52,7 +53,7 @@ def manifest_of(
 ) -> Manifest:
     """The manifest of a cache of `rows` examples that is made with this source."""
     recorded = source.settings.recorded()
-    gradient = recorded["gradient"]
+    gradient = recorded["gradient"] | {"coverage": source.coverage.to_json()}
     if gradient["preconditioner"] != "off":
         fitted = source.config.fitted
         gradient["preconditioner"] |= {
@@ -90,6 +91,12 @@ def read_fitted(manifest: Manifest) -> Preconditioner | None:
     return read_preconditioner(manifest.folder, record, Preconditioner.of_tensors)
 
 
+def check_of(manifest: Manifest) -> GradientCheck | None:
+    """The result of the check that was made before caching, None if there was none."""
+    record = manifest.gradient.get("check")
+    return None if record is None else GradientCheck.from_json(record)
+
+
 def config_of(manifest: Manifest) -> PreconditionerConfig:
     """The configuration of a cache's preconditioner; with the fitted one if it came from an optimizer's
     state, which may be gone."""
@@ -116,8 +123,10 @@ def source_of(manifest: Manifest, loaded: LoadedModel) -> GradientSource:
 
 
 def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
-    """The source with a cache's preconditioner. Raises UserError if the cache was made with another model or
-    other settings than the source has."""
+    """The source with a cache's preconditioner, and gradients taken as the cache's check demands.
+
+    Raises UserError if the cache was made with another model or other settings than the source has.
+    """
     recorded, loaded = manifest.model["identity"], source.loaded.identity
     if recorded != loaded:
         raise UserError(
@@ -133,4 +142,4 @@ def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
             raise UserError(
                 f"the cache was made with other settings ({section})", "use the settings of its manifest"
             )
-    return source.with_preconditioner(read_fitted(manifest))
+    return source.with_check(check_of(manifest)).with_preconditioner(read_fitted(manifest))

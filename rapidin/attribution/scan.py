@@ -57,7 +57,7 @@ def all_scores(scans: CacheScan | Sequence[CacheScan], device: torch.device | No
     listed, on, read = _begin(scans, device, share, PIECE_ROWS)
     queries, count = len(listed[0].query.vectors), 0
     all_rows = torch.full((queries, listed[0].cache.table_rows(4 * queries)), torch.nan, device="cpu")
-    for scores, rows, _, _ in _scanned(listed, on, read, top_k=PIECE_ROWS):
+    for scores, rows, _, _ in scored_pieces(listed, on, read, top_k=PIECE_ROWS):
         scores, rows, count = scores.cpu(), rows.cpu(), count + 1
         for query in range(queries):
             real = rows[query] >= 0
@@ -98,7 +98,7 @@ def scores_of(scan: CacheScan, chosen: Tensor, device: torch.device | None = Non
     device = scan.query.vectors.device if device is None else device
     scores = torch.full((len(scan.query.vectors), len(chosen)), torch.nan, device="cpu")
     read = (Piece(each.first, (each.caches[0].to(device),)) for each in pieces_of(scan, chosen))
-    for values, positions, _, _ in _scanned([scan], device, read, top_k=PIECE_ROWS):
+    for values, positions, _, _ in scored_pieces([scan], device, read, top_k=PIECE_ROWS):
         values, positions = values.cpu(), positions.cpu()
         for query in range(len(scores)):
             real = positions[query] >= 0
@@ -127,7 +127,7 @@ def _share(scans: CacheScan | Sequence[CacheScan], world: distributed.World) -> 
     """The rows, from one to before another, that this process scans: whole pieces of what one alone would."""
     shards = [shard for scan in _listed(scans) for shard in scan.cache.manifest.shards]
     edges = sorted({s.first for s in shards} | {s.first + s.rows for s in shards}) or [0]
-    low, high = world.part(len(edges) - 1)
+    low, high = world.range_of(len(edges) - 1)
     return edges[low], edges[high]
 
 
@@ -149,7 +149,7 @@ def scan_pieces(
     scans: Sequence[CacheScan], device: torch.device, read: Iterable[Piece], *, top_k: int
 ) -> Ends:
     """`scan_cache` of pieces that are on `device`, in the order of their rows."""
-    of_pieces = list(_scanned(scans, device, read, top_k=top_k))
+    of_pieces = list(scored_pieces(scans, device, read, top_k=top_k))
     if not of_pieces:
         queries = len(scans[0].query.vectors)
         end = torch.zeros(queries, 0, device="cpu"), torch.zeros(queries, 0, dtype=torch.int64, device="cpu")
@@ -160,7 +160,7 @@ def scan_pieces(
     return (top, top_rows), (bottom, bottom_rows)
 
 
-def _scanned(
+def scored_pieces(
     scans: Sequence[CacheScan], device: torch.device, read: Iterable[Piece], *, top_k: int
 ) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
     """For each piece (scores of the top, its rows, scores of the bottom, its rows)."""

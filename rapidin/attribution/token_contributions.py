@@ -27,7 +27,7 @@ from rapidin.gradients.source import GradientSource
 if TYPE_CHECKING:
     from rapidin.attribution.methods import ScanQuery
 
-_BYTES = 512 << 20  # of products, or of the queries' exact gradients, in memory at a time
+MEMORY_BYTES = 512 << 20  # of products, or of the queries' exact gradients, in memory at a time
 
 OnText = Callable[[int], None]
 Factors = list[tuple[Tensor, Tensor]]  # columns [T, I] and rows [T, O] of each parameter, for one text
@@ -43,17 +43,22 @@ def _not_linear(error: TypeError) -> UserError:
 
 
 def sketched(
-    source: GradientSource, text: Encoded, query: ScanQuery, factors: Tensor | None = None
+    source: GradientSource,
+    text: Encoded,
+    query: ScanQuery,
+    factors: Tensor | None = None,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> Tensor:
     """What each position of a training example contributes to its scores: [Q, T] float32 on the CPU.
 
-    text: the example; query: what the cache is scanned for; factors: `ScanQuery.factors` of its row [blocks].
+    text: the example; query: what the cache is scanned for; factors: `ScanQuery.factors` of its row [blocks];
+    memory_bytes: of the products that are held at a time.
     The sums over positions are the scores that the cache would give if it stored sketches uncompressed.
     Raises UserError if a gradient is not a sum over tokens.
     """
     vectors = query.vectors.to(source.loaded.device)
     bytes_per_query = 4 * len(text.ids) * len(source.targets) * len(source.points)
-    size = max(1, _BYTES // bytes_per_query)
+    size = max(1, memory_bytes // bytes_per_query)
     return torch.cat(
         [_sketched(source, text, some, query.normalize, factors) for some in torch.split(vectors, size)]
     )
@@ -187,12 +192,12 @@ def query_bytes(source: GradientSource, query: Encoded) -> int:
     return sum(4 * min(o * i, t * (o + i)) for o, i in sizes)
 
 
-def chunks(source: GradientSource, queries: Sequence[Encoded]) -> Iterator[slice]:
-    """Ranges of queries whose exact gradients fit into memory together, at least one at a time."""
+def chunks(source: GradientSource, queries: Sequence[Encoded], memory_bytes: int) -> Iterator[slice]:
+    """Ranges of queries whose exact gradients fit into `memory_bytes` together, at least one at a time."""
     first, total = 0, 0
     for n, query in enumerate(queries):
         size = query_bytes(source, query)
-        if n > first and total + size > _BYTES:
+        if n > first and total + size > memory_bytes:
             yield slice(first, n)
             first, total = n, 0
         total += size
@@ -207,13 +212,14 @@ def exact(
     texts: Sequence[Encoded],
     normalize: str,
     on_text: OnText = lambda _: None,
+    memory_bytes: int = MEMORY_BYTES,
 ) -> list[Tensor]:
     """What each position of each text contributes to its exact scores by `dot`: [Q, T] float64 for each text.
 
     queries: with the weights that their losses are multiplied by; owners: the query by whose lengths each
     query is normalized: itself, or the one that it is a target of. on_text: called with the number of passes
-    over texts that are done. Raises UserError if the gradient of a parameter that is not the weight of a
-    linear layer is taken.
+    over texts that are done; memory_bytes: of the queries' gradients that are held at a time. Raises
+    UserError if the gradient of a parameter that is not the weight of a linear layer is taken.
     """
     layers = len(source.targets)
     blocks = layers * len(source.points)
@@ -229,7 +235,7 @@ def exact(
                 for n, query in enumerate(queries):
                     if owners[n] == n:
                         query_lengths[n, of_point] = lengths_of(factors_of(source, query, number))
-                for chunk in chunks(source, queries):
+                for chunk in chunks(source, queries, memory_bytes):
                     exact_queries = ExactQueries(
                         factors_of(source, query, number) for query in queries[chunk]
                     )

@@ -59,7 +59,7 @@ def open_writer(
     folder: Path,
     manifest: Manifest,
     world: World,
-    part: tuple[int, int] | None = None,
+    shard_slice: tuple[int, int] | None = None,
     prefix: Callable[[int], str] | None = None,
 ) -> ShardWriter:
     """The writer of this process; the leader's keeps the manifest.
@@ -67,12 +67,12 @@ def open_writer(
     Raises UserError like `CacheWriter`, and if this process would cache something else than the leader.
     """
     if world.leads:
-        writer = CacheWriter(folder, manifest, prefix, part)
+        writer = CacheWriter(folder, manifest, prefix, shard_slice)
         world.share(lambda: writer.manifest.data_bytes)
         return writer
     leaders = Manifest.of_bytes(world.share(lambda: b""), folder)
     leaders.refuse_unless_same(manifest, folder)
-    return ShardWriter(folder, leaders, part)
+    return ShardWriter(folder, leaders, shard_slice)
 
 
 def agree(writer: ShardWriter, world: World) -> None:
@@ -144,7 +144,7 @@ class CachingLoop:
                     agree(self.writer, self.world)
             if self.writer.missing and not self.learn_only:
                 codec = self.writer.codec.to(self.device)
-                self._fill(self.writer, lambda n: self._shard(self._missing_rows(n), codec), stop)
+                self._fill(self.writer, lambda n: self.make_shard(self._missing_rows(n), codec), stop)
             self.world.interrupt = lambda: None
         self._sample_cache = None
         if self.world.leads and not self.learn_only:
@@ -231,7 +231,7 @@ class CachingLoop:
 
             def make(n: int) -> Finish:
                 rows = self.sample[n * manifest.shard_rows :][: manifest.rows_of(n)]
-                return self._shard(rows, writer.codec)
+                return self.make_shard(rows, writer.codec)
 
             self._fill(writer, make, stop)
         self._sample_cache = Cache(folder)
@@ -266,7 +266,7 @@ class CachingLoop:
 
     # ------------------------------------------------------------------------------------- shards
 
-    def _shard(self, rows: Sequence[int], codec: Codec) -> Finish:
+    def make_shard(self, rows: Sequence[int], codec: Codec) -> Finish:
         """Make the sketches of these rows and encode them, on a GPU without waiting for it."""
         records = [self.examples.get(row) for row in rows]
         encoded = [self.encoder.example(record) for record in records]

@@ -59,14 +59,16 @@ def _refuse(section: str, words: str, cached: Any, requested: Any, folder: Path,
 def gradient_settings(gradient: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest's `gradient` as it was requested, so that two of them can be compared.
 
-    The result of fitting a preconditioner to a sample is left out: data, model and seed determine it. The
-    checksum of an optimizer's state is not.
+    What was found out about the model is left out, since the model determines it, and so is the result of
+    fitting a preconditioner to a sample, which data, model and seed determine. The checksum of an optimizer's
+    state is not.
     """
     preconditioner = gradient.get("preconditioner", "off")
     if preconditioner != "off":
         left_out = {"file", "bytes"} if preconditioner["kind"] == "optimizer" else {"file", "bytes", "sha256"}
         preconditioner = {k: v for k, v in preconditioner.items() if k not in left_out}
-    return {**gradient, "preconditioner": preconditioner}
+    requested = {k: v for k, v in gradient.items() if k not in ("check", "coverage")}
+    return {**requested, "preconditioner": preconditioner}
 
 
 def preconditioner_words(value: str | Mapping[str, Any]) -> str:
@@ -85,13 +87,11 @@ def preconditioner_words(value: str | Mapping[str, Any]) -> str:
 def other_model(cached: Mapping[str, Any], given: Mapping[str, Any]) -> str:
     """In words, how the model that a cache was made with differs from another, by their identities."""
     # First what is missing: with an adapter the model's own parameters have other names, and so another hash.
-    for part, words in (("adapter", "an adapter"), ("base", "a base model")):
-        if part in cached and part not in given:
+    for key, words in (("adapter", "an adapter"), ("base", "a base model")):
+        if key in cached and key not in given:
             return f"with {words}, and none is given"
-        if part in given and part not in cached:
+        if key in given and key not in cached:
             return f"without {words}, and one is given"
-    parts = {"model": "model", "adapter": "adapter", "base": "base model"}
-    differs = next(
-        (words for part, words in parts.items() if cached.get(part) != given.get(part)), "tokenizer"
-    )
+    nouns = {"model": "model", "adapter": "adapter", "base": "base model"}
+    differs = next((noun for key, noun in nouns.items() if cached.get(key) != given.get(key)), "tokenizer")
     return f"with another {differs}: its contents are not the same"

@@ -15,7 +15,7 @@ from rapidin.cache.codec import FLOATS, Basis, Codec, FloatCodec, PackedCodec, R
 from rapidin.cache.manifest import FittedCodec, Manifest
 from rapidin.cache.names import BASIS, PRECONDITIONER
 from rapidin.errors import UserError
-from rapidin.files import read_own, replace_file
+from rapidin.files import read_regular_file, replace_file
 
 _T = TypeVar("_T")
 
@@ -53,7 +53,7 @@ def _read_tensors(
     from safetensors import SafetensorError
     from safetensors.torch import load
 
-    data = read_own(path, name, remedy, most=size, size=size)
+    data = read_regular_file(path, name, remedy, most=size, size=size)
     if hashlib.sha256(data).hexdigest() != sha256:
         raise UserError(f"the {name} '{path}' is altered: its checksum is not the manifest's", remedy)
     try:

@@ -16,7 +16,7 @@ from rapidin.cache.differences import gradient_settings, refuse_difference
 from rapidin.cache.layout import Block
 from rapidin.cache.names import BASIS, MANIFEST, shard_name
 from rapidin.errors import UserError, short
-from rapidin.files import read_own, replace_file
+from rapidin.files import read_regular_file, replace_file
 
 FORMAT = "rapidin-cache"
 VERSION = 3
@@ -158,8 +158,8 @@ class Manifest:
 
     def fits(self, shard: Shard) -> bool:
         """Whether a shard could be a whole one of this cache, by its name, range and number of rows."""
-        n, rest = divmod(shard.first, self.shard_rows)
-        return not rest and shard.file == shard_name(n) and shard.rows == self.rows_of(n) > 0
+        n, offset = divmod(shard.first, self.shard_rows)
+        return not offset and shard.file == shard_name(n) and shard.rows == self.rows_of(n) > 0
 
     def shard_at(self, n: int) -> Shard | None:
         """Shard n, None if it is not finished. It may have fewer rows than `rows_of` if examples were added
@@ -248,7 +248,7 @@ class Manifest:
             if members:
                 raise UserError(f"'{folder}' holds several caches", f"name one of them: {', '.join(members)}")
             raise UserError(f"'{folder}' is not a rapidin cache: it has no {MANIFEST}")
-        return Manifest.of_bytes(read_own(path, "manifest", "cache again", most=_MAX_BYTES), folder)
+        return Manifest.of_bytes(read_regular_file(path, "manifest", "cache again", most=_MAX_BYTES), folder)
 
     @staticmethod
     def of_bytes(data: bytes, folder: Path) -> Manifest:
@@ -345,8 +345,8 @@ class Manifest:
             raise ValueError("there are shards, but no fitted codec")
         next_first = 0
         for shard in self.shards:
-            n, rest = divmod(shard.first, self.shard_rows)
-            if rest or shard.first < next_first or shard.file != shard_name(n):
+            n, offset = divmod(shard.first, self.shard_rows)
+            if offset or shard.first < next_first or shard.file != shard_name(n):
                 raise ValueError(f"the shard {short(shard.file)} is out of order")
             if not 1 <= shard.rows <= self.rows_of(n):
                 raise ValueError(f"the shard {short(shard.file)} has the wrong number of rows")

@@ -18,7 +18,7 @@ from rapidin.cache.manifest import Manifest, Shard
 from rapidin.cache.names import RECEIPTS
 from rapidin.cache.shards import checksum, size_problem
 from rapidin.errors import UserError
-from rapidin.files import read_own, replace_file
+from rapidin.files import read_regular_file, replace_file
 
 _MAX_BYTES = 1 << 16  # of one receipt
 
@@ -43,7 +43,7 @@ def unrecorded(folder: Path, manifest: Manifest, *, check: bool = False) -> list
     shards = []
     for path in sorted((folder / RECEIPTS).glob("*.json")):
         with contextlib.suppress(ValueError, KeyError, TypeError, RecursionError, UserError):
-            shard = Shard.from_json(json.loads(read_own(path, "receipt", "", most=_MAX_BYTES)))
+            shard = Shard.from_json(json.loads(read_regular_file(path, "receipt", "", most=_MAX_BYTES)))
             valid = manifest.fits(shard) and shard.first not in done and not size_problem(folder, shard)
             if valid and not (check and checksum(folder / shard.file) != shard.sha256):
                 shards.append(shard)

@@ -23,6 +23,8 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "include": "strings",
         "exclude": "strings",
         "dropout": "dropout",
+        "check": "check",
+        "coverage": "coverage",
     },
     "text": {"eos": "flag", "max_length": "count", "too_long": "too_long"},
     "data": {
@@ -57,6 +59,28 @@ def _is_strings(value: Any) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
+def _is_check(value: Any) -> bool:
+    counts = _is_count(value["compared"]) and _is_count(value["total"])
+    errors = [value["worst"], value["mixed_error"], *dict(value["by_autograd"]).values()]
+    names = isinstance(value["mixed"], str) and _is_strings(value["unchecked"])
+    return counts and names and all(map(is_number, errors)) and _is_strings(list(value["by_autograd"]))
+
+
+def _is_coverage(value: Any) -> bool:
+    numbers = _is_count(value["counted"]) and _is_count(value["total"]) and is_number(value["weights"])
+    return (
+        numbers
+        and value["total"] > 0
+        and isinstance(value["chosen"], bool)
+        and all(map(_is_kind, value["left_out"]))
+    )
+
+
+def _is_kind(value: Any) -> bool:
+    counts = _is_count(value["parameters"]) and _is_count(value["elements"])
+    return counts and isinstance(value["kind"], str) and _is_strings(value["names"]) and bool(value["names"])
+
+
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "string": lambda v: isinstance(v, str),
     "strings": _is_strings,
@@ -65,6 +89,8 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
         isinstance(v, dict) and all(item is None or isinstance(item, str) for item in v.values())
     ),
     "dropout": lambda v: _is_count(dict(v)["seed"]) and is_number(v["rate"]) and len(v) == 2,
+    "check": _is_check,
+    "coverage": _is_coverage,
     "numbers": lambda v: isinstance(v, list) and all(is_number(item) for item in v),
     "count": _is_count,
     "flag": lambda v: isinstance(v, bool),

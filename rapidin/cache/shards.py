@@ -16,7 +16,7 @@ from rapidin.cache.codec import Codec, TensorSpecs
 from rapidin.cache.manifest import MAX_HEADER, Shard
 from rapidin.cache.names import grown
 from rapidin.errors import UserError, short
-from rapidin.files import own_size, reason, replace_file
+from rapidin.files import reason, regular_file_size, replace_file
 
 _REMEDY = "delete that file and run the same 'rapidin cache' again: only that shard is made again"
 
@@ -65,13 +65,15 @@ def shard_path(folder: Path, shard: Shard) -> Path:
     """The file of a shard: under its name, or, if that is still an older one's, under its temporary name."""
     path = folder / shard.file
     replacement = grown(path)
-    return replacement if own_size(path) != shard.bytes and own_size(replacement) == shard.bytes else path
+    if regular_file_size(path) != shard.bytes and regular_file_size(replacement) == shard.bytes:
+        return replacement
+    return path
 
 
 def size_problem(folder: Path, shard: Shard) -> str | None:
     """Why a shard's file cannot be the one that was written, in words, by its size alone; None if it can."""
     path = shard_path(folder, shard)
-    size = own_size(path)
+    size = regular_file_size(path)
     if isinstance(size, str):
         return f"the shard '{path}' {size}"
     return (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rapidin.cache import receipts
 from rapidin.cache.codec import Basis, Codec, RowShape
@@ -18,7 +18,7 @@ from rapidin.cache.manifest import FittedCodec, Manifest, Shard
 from rapidin.cache.names import MANIFEST, SAMPLE, grown, shard_name
 from rapidin.cache.shards import Rows, checksum_problem, read_shard, shard_path, size_problem, write_shard
 from rapidin.errors import UserError
-from rapidin.files import LOCK, PARTIAL, lock_folder, own_size, reason, remove_partials
+from rapidin.files import LOCK, PARTIAL, lock_folder, reason, regular_file_size, remove_partials
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -27,18 +27,20 @@ if TYPE_CHECKING:
 class ShardWriter:
     """Writes shards of a cache whose manifest another process keeps, and leaves a receipt of each.
 
-    part: (i, n) for every n-th shard from number i on, None for all.
+    shard_slice: (i, n) for every n-th shard from number i on, None for all.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest, part: tuple[int, int] | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, manifest: Manifest, shard_slice: tuple[int, int] | None = None
+    ) -> None:
         self.folder = Path(folder)
         self.manifest = manifest
-        self.part = part
+        self.shard_slice = shard_slice
 
     @property
     def assigned(self) -> list[int]:
         """Numbers of the shards that this writer is to write, finished or not."""
-        start, step = self.part or (0, 1)
+        start, step = self.shard_slice or (0, 1)
         return list(range(start, self.manifest.shards_in_all, step))
 
     @property
@@ -101,9 +103,9 @@ class CacheWriter(ShardWriter):
         folder: str | Path,
         manifest: Manifest,
         prefix: Callable[[int], str] | None = None,
-        part: tuple[int, int] | None = None,
+        shard_slice: tuple[int, int] | None = None,
     ) -> None:
-        super().__init__(folder, manifest, part)
+        super().__init__(folder, manifest, shard_slice)
         manifest.check_size()
         with _writing(self.folder):
             if os.path.isdir(self.folder):
@@ -153,7 +155,7 @@ class CacheWriter(ShardWriter):
         existing.data = self.manifest.data | begun
         existing.model = self.manifest.model
         fitted = existing.fitted_codec
-        if fitted and fitted.file and own_size(self.folder / fitted.file) != fitted.bytes:
+        if fitted and fitted.file and regular_file_size(self.folder / fitted.file) != fitted.bytes:
             read_basis(self.folder, fitted, existing.width)  # raises UserError, which says what is wrong
         existing.shards = [shard for shard in existing.shards if size_problem(self.folder, shard) is None]
         self.manifest = existing
@@ -195,6 +197,11 @@ class CacheWriter(ShardWriter):
         record = self.manifest.preconditioner
         assert record is not None
         self.manifest.gradient["preconditioner"] = record | write_preconditioner(self.folder, data)
+        self.manifest.write(self.folder)
+
+    def set_check(self, record: dict[str, Any]) -> None:
+        """Record the result of comparing gradients with autograd's, before any sketch is made."""
+        self.manifest.gradient["check"] = record
         self.manifest.write(self.folder)
 
     def set_fitted_codec(self, shape: RowShape, basis: Basis | None, statistics: dict[str, float]) -> None:

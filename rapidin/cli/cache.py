@@ -138,10 +138,8 @@ def cache(
                 bytes_per_example=options.bytes,
             )
             _say_what_counts(console, attributor, job.label)
-            if examples.form in (
-                "messages",
-                "tokens",
-            ):  # a template may refuse a chat: better now than after hours
+            # A template may refuse a chat, a tokenizer lack a token: better now than after hours.
+            if examples.form in ("messages", "tokens"):
                 with console.status("trying the chat template on all examples"):
                     attributor.source.encoder.check(examples)
             if job is jobs[0] and world().leads:
@@ -167,13 +165,18 @@ def _check_preconditioner(settings: GradientSettings) -> None:
 
 
 def _say_what_counts(console: "Console", attributor: "Attributor", label: str) -> None:
+    """What counts on a terminal; that too little counts in any case, even when quiet."""
+    from rapidin.distributed import world
+
+    source = attributor.source
+    if source.coverage.is_low and world().leads:
+        line(f"{label}{source.coverage.warning}")
     if not console.is_terminal:
         return
-    source = attributor.source
     console.print(
         f"{label}{source.blocks:,} layers x {source.width:,} dimensions: {source.blocks * source.width:,} "
-        f"numbers per example; {attributor.coverage:.2%} of the model's parameters are used; gradients at "
-        f"{', '.join(f'{point:g}' for point in source.points)} on {source.loaded.device}"
+        f"numbers per example; gradients at {', '.join(f'{point:g}' for point in source.points)} on "
+        f"{source.loaded.device}; {source.coverage.text}"
     )
 
 
@@ -249,14 +252,14 @@ def _jobs(model: str, options: ModelOptions, several: SeveralCaches, out: str) -
         raise UserError(
             "--checkpoints and --adapter do not go together", "checkpoints of an adapter hold their own"
         )
-    found, rated = find_checkpoints(checkpoints)
+    points, rated = find_checkpoints(checkpoints)
     leads = world().leads
     if not rated and leads:
         line(f"no learning rates in {checkpoints}: steps weigh alike")
     if leads:
-        Ensemble.write(folder, "tracin", [(each.path.name, each.weight) for each in found])
+        Ensemble.write(folder, "tracin", [(each.path.name, each.weight) for each in points])
     jobs = []
-    for each in found:
+    for each in points:
         of = (model, str(each.path), None) if each.is_adapter else (str(each.path), None, base)
         jobs.append(_Job(str(folder / each.path.name), of, label=f"{each.path.name}: "))
     return jobs
@@ -271,14 +274,14 @@ def _tell_malformed(examples: "Examples") -> None:
         line(f"skipped: {more:,} more malformed examples")
 
 
-def _how_to_resume(out: str, wanted: int) -> str:
+def _how_to_resume(out: str, total: int) -> str:
     from rapidin.cache import Manifest
 
     try:
         done = Manifest.read(Path(out)).rows_done
     except UserError:
         done = 0
-    return f"stopped with {done:,} of {wanted:,} examples in {out}; rerun the same command to resume"
+    return f"stopped with {done:,} of {total:,} examples in {out}; rerun the same command to resume"
 
 
 @command("plan", example="rapidin plan MODEL --data train.jsonl")

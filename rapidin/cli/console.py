@@ -70,7 +70,7 @@ def load(
     from rapidin.gradients.load import load_model
 
     with loading(console, model):
-        return load_model(
+        loaded = load_model(
             model,
             adapter=adapter,
             base=base,
@@ -79,6 +79,9 @@ def load(
             trust_remote_code=options.trust_remote_code,
             shard_model=options.shard_model,
         )
+    for note in loaded.notes:
+        line(note)
+    return loaded
 
 
 def check_writable(path: str) -> None:

@@ -36,12 +36,12 @@ RENAMED_FLAGS = {
 
 def renamed_flags(arguments: Sequence[str]) -> list[str]:
     """The arguments of a command line, earlier names of flags replaced by today's, up to a `--`."""
-    found = list(arguments)
-    end = found.index("--") if "--" in found else len(found)
-    for n, argument in enumerate(found[:end]):
+    renamed = list(arguments)
+    end = renamed.index("--") if "--" in renamed else len(renamed)
+    for n, argument in enumerate(renamed[:end]):
         name, equals, value = argument.partition("=")
-        found[n] = RENAMED_FLAGS.get(name, name) + equals + value
-    return found
+        renamed[n] = RENAMED_FLAGS.get(name, name) + equals + value
+    return renamed
 
 
 _Body = TypeVar("_Body", bound=Callable[..., int | None])
@@ -100,8 +100,8 @@ def command(
         def parsed(**values: Any) -> Any:
             def run() -> int | None:
                 arguments = {key: group.made(values) for key, group in groups.items()}
-                own = {key: value for key, value in values.items() if key not in taken}
-                return body(**own, **arguments)
+                ungrouped = {key: value for key, value in values.items() if key not in taken}
+                return body(**ungrouped, **arguments)
 
             return run if several else partial(_in_one_process, name, run)
 
@@ -218,7 +218,7 @@ def _type_of(settings: type[Any], each: Field[Any]) -> Any:
     if not isinstance(each.type, str):
         return each.type
     kind = eval(each.type, vars(sys.modules[settings.__module__]))
-    plain = [part for part in get_args(kind) if part is not type(None)]
+    plain = [member for member in get_args(kind) if member is not type(None)]
     return plain[0] if type(None) in get_args(kind) else kind
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -47,12 +48,14 @@ class _Shown:
 class CachingBar(_Shown):
     """Shows the progress of caching: examples/s, tokens/s and time left. Call it with each `Progress`.
 
-    Prints nothing if the console is not a terminal. last: the latest progress; seconds: time since the first.
+    Prints nothing if the console is not a terminal. last: the latest progress; seconds: time since the first,
+    by the clock.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
         self.last: Progress | None = None
-        self._started = time.perf_counter()
+        self._clock = clock
+        self._started = clock()
         self._console = console
         self._bar = Bar(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -67,11 +70,11 @@ class CachingBar(_Shown):
 
     @property
     def seconds(self) -> float:
-        return time.perf_counter() - self._started
+        return self._clock() - self._started
 
     def __call__(self, progress: Progress) -> None:
         if self.last is None:
-            self._started = time.perf_counter()
+            self._started = self._clock()
             if self._console.is_terminal and progress.resumed:
                 self._bar.console.print(
                     f"{progress.resumed:,} of {progress.total:,} examples were cached before; resuming"

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Asked:
+class QuerySource:
     """The generations to explain. Raises UserError if there is none, or more than one way is used."""
 
     ask: str | None = option(
@@ -118,7 +118,7 @@ class Output:
 )
 def query(
     cache: CacheFolders,
-    asked: Asked,
+    source: QuerySource,
     options: QueryOptions,
     output: Output,
     location: ModelLocation,
@@ -139,8 +139,8 @@ def query(
 
         ensemble = open_caches(cache)
         opened = ensemble.caches[-1]
-        generations = _generations(asked, str(opened.manifest.data.get("form")))
-        options = _completed(options, asked, generations, for_page=output.report is not None)
+        generations = _generations(source, str(opened.manifest.data.get("form")))
+        options = _completed(options, source, generations, for_page=output.report is not None)
         # Before the model: a file that has moved, or lacks a column, shows at once.
         examples = training_data(
             opened, False if output.no_text or not world().leads else join_paths(train_data)
@@ -164,12 +164,12 @@ def query(
 
 
 def _completed(
-    options: QueryOptions, asked: Asked, generations: list[dict[str, Any]], *, for_page: bool
+    options: QueryOptions, source: QuerySource, generations: list[dict[str, Any]], *, for_page: bool
 ) -> QueryOptions:
     """The options with what --tokens, --hotwords and --report imply."""
-    tokens = asked.tokens
+    tokens = source.tokens
     if for_page:
-        tokens = tokens or not (options.together or asked.hotwords)
+        tokens = tokens or not (options.together or source.hotwords)
         options = replace(options, contributions=True, fold=True, layers=True, histogram=True)
     if tokens:
         return replace(options, targets="tokens")
@@ -232,17 +232,17 @@ def _about(ensemble: "Ensemble") -> dict[str, str]:
 _PLAIN = ("prompt", "completion")
 
 
-def _generations(asked: Asked, form: str) -> list[dict[str, Any]]:
+def _generations(source: QuerySource, form: str) -> list[dict[str, Any]]:
     """What is to be explained, as records whose completion may be missing; form: of the training data."""
     from rapidin.data.examples import open_examples
 
-    ask, prompt, completion = asked.ask, asked.prompt, asked.completion
-    if asked.data is not None:
-        records = list(open_examples(asked.data, generations=True, map=asked.map))
+    ask, prompt, completion = source.ask, source.prompt, source.completion
+    if source.data is not None:
+        records = list(open_examples(source.data, generations=True, map=source.map))
     else:
         records = list(open_examples([_record(ask, prompt, completion, form)], generations=True))
-    if asked.hotwords is not None:
-        records = [record | {HOTWORDS: asked.hotwords} for record in records]
+    if source.hotwords is not None:
+        records = [record | {HOTWORDS: source.hotwords} for record in records]
     return records
 
 

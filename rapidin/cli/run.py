@@ -28,8 +28,8 @@ class Terminated(KeyboardInterrupt):
     """SIGTERM: leave as for Ctrl-C, with its own exit code."""
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"rapidin {rapidin.__version__}")
         raise typer.Exit
 

@@ -158,17 +158,17 @@ def self_(
         opened = Cache(cache)
         examples = training_data(opened, False if no_text else join_paths(train_data))
         with console.status(f"reading {len(opened):,} examples"):
-            found = self_influence(
+            influence = self_influence(
                 opened, method=scoring.method, normalize=scoring.normalize, damping=scoring.damping
             )
         order = torch.sort(
-            torch.where(found.isnan(), -torch.inf, found), descending=True, stable=True
+            torch.where(influence.isnan(), -torch.inf, influence), descending=True, stable=True
         ).indices
-        order = order[: int((~found.isnan()).sum())]
-        hits = hits_of(opened, examples, found[order[:top_k]], order[:top_k])
+        order = order[: int((~influence.isnan()).sum())]
+        hits = hits_of(opened, examples, influence[order[:top_k]], order[:top_k])
     if out is not None:
-        rows = [row for first, part in opened.shards() for row in range(first, first + len(part.index))]
-        columns = {"index": opened.index().tolist(), "self_influence": found[rows].tolist()}
+        rows = [row for first, shard in opened.shards() for row in range(first, first + len(shard.index))]
+        columns = {"index": opened.index().tolist(), "self_influence": influence[rows].tolist()}
         text = table(columns, out)
         if out == "-":
             print(text, end="")

@@ -17,6 +17,7 @@ from rapidin.results.text import (
 
 if TYPE_CHECKING:
     from rapidin.attribution.plan import Plan
+    from rapidin.gradients.check import GradientCheck
 
 
 def info_report(info: Mapping[str, Any]) -> RenderableType:
@@ -42,6 +43,8 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         ("data", f"{_named(data.get('path'))} ({data.get('form')} form)" if data else None),
         ("examples", counts_text(info["counts"])),
         ("gradients", f"taken {where}, {gradient['loss']} loss over the tokens"),
+        ("used", _coverage(gradient)),
+        ("checked", _check(gradient)),
         ("preconditioner", info.get("preconditioner")),
         ("included", ", ".join(gradient["include"])),
         ("excluded", ", ".join(gradient["exclude"])),
@@ -64,6 +67,34 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         if value:
             grid.add_row(name, Text(one_line(str(value))))
     return grid
+
+
+def _coverage(gradient: Mapping[str, Any]) -> str | None:
+    """What of the model counts; None if the cache does not say."""
+    from rapidin.gradients.coverage import Coverage
+
+    coverage = gradient.get("coverage")
+    return None if coverage is None else Coverage.from_json(coverage).text
+
+
+def _check(gradient: Mapping[str, Any]) -> str:
+    """What the check before caching found."""
+    from rapidin.gradients.check import GradientCheck
+
+    check = gradient.get("check")
+    return check_text(None if check is None else GradientCheck.from_json(check))
+
+
+def check_text(check: GradientCheck | None) -> str:
+    """What a check found, with the names of all parameters whose gradient autograd takes."""
+    if check is None:
+        return "gradients were not compared with autograd's"
+    text = check.text
+    if len(check.by_autograd) > 1:
+        text += f"; by autograd: {', '.join(check.by_autograd)}"
+    if check.mixed:
+        text += f"; examples one at a time: {check.why_single}"
+    return text
 
 
 def _named(path: str | Sequence[str] | None) -> str:
@@ -111,7 +142,7 @@ def plan_report(plan: Plan) -> RenderableType:
             time_text(cost.scan_seconds),
             fitting,
         )
-    head = (
+    heading = (
         f"{plan.examples:,} examples of {plan.tokens:,.0f} tokens, "
         f"{plan.layers:,} x {plan.width:,} dimensions: "
         f"about {time_text(plan.seconds)} to cache, {bytes_text(plan.memory)} of memory"
@@ -119,7 +150,8 @@ def plan_report(plan: Plan) -> RenderableType:
     note = (
         "A scan is one query over all examples in memory. Accuracy of each format: docs/measured/fidelity.md"
     )
-    return Group(Text(head), Text(), table, Text(), Text(note, style="dim"))
+    model = f"{plan.coverage.text}\n{check_text(plan.check)}"
+    return Group(Text(heading), Text(model), Text(), table, Text(), Text(note, style="dim"))
 
 
 def kept_text(info: Mapping[str, Any]) -> str:

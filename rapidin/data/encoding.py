@@ -281,8 +281,11 @@ class Encoder:
 
 def by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: int) -> list[list[int]]:
     """Batches of at most batch_tokens padded tokens, of examples of similar length, the longest last. A
-    single
-    example that is longer has a batch of its own."""
+    single example that is longer has a batch of its own.
+
+    No batch has as many examples as tokens in the longest of them, so that the axes of its tensors can be
+    told apart by their sizes.
+    """
     batches: list[list[int]] = []
     for n in sorted(chosen, key=lambda n: (len(encoded[n].ids), n)):
         longest = len(encoded[n].ids)
@@ -290,4 +293,8 @@ def by_length(chosen: Sequence[int], encoded: Sequence[Encoded], batch_tokens: i
             batches[-1].append(n)
         else:
             batches.append([n])
+    for at in reversed(range(len(batches))):
+        batch = batches[at]
+        if len(batch) == len(encoded[batch[-1]].ids) > 1:
+            batches[at : at + 1] = [batch[:1], batch[1:]]
     return batches

@@ -43,8 +43,8 @@ def parse_methods(text: str | None, default: str = DEFAULT) -> list[Method]:
     """
     parsed: list[Method] = []
     for entry in (text or default).split(","):
-        name, _, rest = entry.strip().partition(":")
-        normalize, _, damping = rest.partition(":")
+        name, _, options = entry.strip().partition(":")
+        normalize, _, damping = options.partition(":")
         if not normalize:
             raise UserError(
                 f"'{entry}' in --methods is not a method with its normalization",

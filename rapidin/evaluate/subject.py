@@ -87,7 +87,7 @@ def cache_settings(ensemble: Ensemble) -> dict[str, Any]:
         "without_sketch": manifest.rows - manifest.counts.get("ok", 0),
         "at": manifest.gradient["at"],
         "width": manifest.sketch["width"],
-        "code": manifest.codec.to_json(),
+        "codec": manifest.codec.to_json(),
     }
 
 

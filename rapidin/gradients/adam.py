@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from rapidin.errors import UserError, short
-from rapidin.gradients.parameters import Target, matrix_shape
+from rapidin.gradients.parameters import Target
 from rapidin.gradients.scale import Scale
 from rapidin.gradients.squares import Squares
 
@@ -73,7 +73,8 @@ class Moments:
             )
         table = {}
         for target, (r, c) in zip(self.targets, self._sums, strict=True):
-            rows, columns = r.cpu() / (len(c) * examples), c.cpu() / (len(r) * examples)
+            matrices = examples * max(1, target.stack)
+            rows, columns = r.cpu() / (len(c) * matrices), c.cpu() / (len(r) * matrices)
             table[target.name] = Scale.of(rows, columns, exponent, floor)
         return table
 
@@ -110,11 +111,13 @@ def state_file(path: Path) -> Path:
 def _means(state: State, target: Target, path: Path) -> Means:
     whole = state.get("exp_avg_sq")
     if whole is not None:
-        matrix = whole.reshape(matrix_shape(target.shape))
-        means = matrix.mean(1, dtype=torch.float64), matrix.mean(0, dtype=torch.float64)
+        matrices = whole.reshape(max(1, target.stack), *target.matrix)
+        means = matrices.mean((0, 2), dtype=torch.float64), matrices.mean((0, 1), dtype=torch.float64)
     else:
         row, column = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-        if len(target.shape) != 2:
+        if target.stack and len(target.shape) == 3:
+            row, column = row.double().mean(0), column.double().mean(0)
+        elif len(target.shape) != 2 or target.stack:
             raise UserError(
                 f"'{path}' has rows and columns for '{target.name}', whose shape is {list(target.shape)}",
                 "leave it out with --exclude",

@@ -59,7 +59,7 @@ def example_losses(model: nn.Module, batch: Batch, kind: LossKind = "mean") -> T
     """
     # Logits before the first target token are never needed, and the output head is a large part of a small
     # model.
-    logits, following, target = _predictions(model, batch, batch.first, use_cache=False)
+    logits, following, target = _predictions(model, batch, batch.first, use_cache=cache_use(model))
     token_loss = F.cross_entropy(logits.flatten(0, 1), following.flatten(), reduction="none").view(
         target.shape
     )
@@ -88,12 +88,24 @@ def _predictions(
     return logits.float(), batch.ids[:, first + 1 :], batch.target[:, first + 1 :]
 
 
+def cache_use(model: nn.Module) -> bool | None:
+    """`use_cache` of a forward pass that needs no keys and values of an earlier one.
+
+    False, but None (as the model's config says) where layers take those of another layer (Gemma 3n):
+    transformers 4.57 leaves them out without a cache, and the loss is another.
+    """
+    text: Any = getattr(_inner(model), "config", None)
+    text = text.get_text_config() if hasattr(text, "get_text_config") else text
+    return None if getattr(text, "num_kv_shared_layers", None) else False
+
+
 def takes(model: nn.Module, name: str) -> bool:
     """Whether the forward method of a model, or of the model in an adapter, has an argument of this name."""
-    inner: Any = model
-    if hasattr(model, "get_base_model"):
-        inner = inner.get_base_model()
-    return name in inspect.signature(inner.forward).parameters
+    return name in inspect.signature(_inner(model).forward).parameters
+
+
+def _inner(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 @contextlib.contextmanager

@@ -82,7 +82,7 @@ class BatchRunner:
     """Runs passes over texts in batches of like length, smaller ones once memory has run out.
 
     batch_tokens: padded tokens per batch to begin with. one_at_a_time: set if a layer is found to mix the
-    examples of a batch; single_names: parameters because of which it is set from the start.
+    examples of a batch; why: the reason for which it is set from the start, "" for none.
     """
 
     def __init__(
@@ -90,23 +90,16 @@ class BatchRunner:
         device: torch.device,
         batch_tokens: int,
         lockstep: Lockstep,
-        single_names: Sequence[str] = (),
+        why: str = "",
     ) -> None:
         self.device, self.lockstep = device, lockstep
         self.batch_tokens = batch_tokens
-        self.single_names = list(single_names)
-        self.one_at_a_time = bool(single_names)
+        self.one_at_a_time, self._why = bool(why), why
 
     @property
     def why_one_at_a_time(self) -> str:
         """The reason in words."""
-        if not self.single_names:
-            return "examples are processed one at a time: a layer mixes those of a batch"
-        count, first = len(self.single_names), self.single_names[0]
-        return (
-            f"examples are processed one at a time: {count} parameters have no batched gradient, such as "
-            f"'{first}'"
-        )
+        return f"examples are processed one at a time: {self._why}"
 
     def run(
         self,
@@ -129,8 +122,8 @@ class BatchRunner:
             try:
                 batch = Batch.of([(texts[n].ids, texts[n].target) for n in numbers], self.device)
                 result = self.lockstep.run(partial(step, batch))
-            except NotBatchedError:
-                self._not_batched(reporter)
+            except NotBatchedError as error:
+                self._not_batched(error.name, reporter)
                 queue.extend([n] for n in reversed(numbers))
                 continue
             except (RuntimeError, MemoryError) as error:
@@ -154,13 +147,14 @@ class BatchRunner:
         for _ in range(idle):
             self.lockstep.run(partial(step, Batch.of([_PADDING], self.device)))
 
-    def _not_batched(self, reporter: Reporter) -> None:
+    def _not_batched(self, name: str, reporter: Reporter) -> None:
         if self.lockstep.shared:
             raise UserError(
                 "a layer mixes the examples of a batch", "use --batch-tokens 1 with --shard-model"
             ) from None
         if not self.one_at_a_time:
             self.one_at_a_time = True
+            self._why = "a layer mixes those of a batch" + (f", such as that of '{name}'" if name else "")
             reporter.tell(self.why_one_at_a_time)
 
     def _release_memory(self) -> None:

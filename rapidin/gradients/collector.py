@@ -12,8 +12,9 @@ preconditioned before they are sketched, or by the sketch itself.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from typing import Any
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -21,24 +22,48 @@ from torch.nn import functional as F
 
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch, evaluation_mode, example_losses
+from rapidin.gradients.experts import tracked_experts
+from rapidin.gradients.fsdp import is_sharded
 from rapidin.gradients.kfac import FactorMoments
+from rapidin.gradients.moment_passes import MomentPass, SquaresPass
 from rapidin.gradients.parameters import Target, Use, block_seed
 from rapidin.gradients.passes import (
+    Call,
     FactorPass,
     FlatPositionPass,
     FlatSketchPass,
     GradientPass,
-    MomentPass,
     NotBatchedError,
     PositionPass,
     SketchPass,
     SketchTargets,
-    SquaresPass,
 )
 from rapidin.gradients.preconditioner import Preconditioner
+from rapidin.gradients.products import ProductTracker
+from rapidin.gradients.rows import RowFactors
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.settings import LossKind, Projection
 from rapidin.gradients.squares import Squares
+from rapidin.gradients.tokens import TokenNumbers
+from rapidin.gradients.weight_uses import UntrackedError
+
+_Pass = TypeVar("_Pass", bound=GradientPass)
+_Way = Literal["hooks", "product", "autograd"]  # in which a target's gradient is obtained
+_EXPERT = re.compile("Expert|M[oO]E|Moe")  # classes of modules that may see some tokens only
+
+
+class ChangedInputError(UserError):
+    """The input of a module is changed in place after the module has read it, so its gradient is unknown.
+
+    names: the module's parameters.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(
+            f"the model changes the input of '{names[0]}' in place after it is used",
+            "leave out --no-check, or leave it out with --exclude",
+        )
+        self.names = list(names)
 
 
 class GradientSketcher:
@@ -49,10 +74,11 @@ class GradientSketcher:
     - "tensor": one block per parameter, the TensorSketch of its gradient from the factors;
     - "flat": one block per parameter, the one-permutation sketch of its formed gradient;
     - "rapidgrad": one block for all, the sum of the flat sketches, each scaled to length 1 first: the whole
-      layer-normalised gradient in `width` numbers (Lin et al., ACL 2024, section 3).
+      layer-normalized gradient in `width` numbers (Lin et al., ACL 2024, section 3).
 
     preconditioner: scales of the gradients, or None; it may be set between calls. If it differs between the
-    points of a path, calls name the point by its number.
+    points of a path, calls name the point by its number. checked: the gradients were compared with autograd's
+    (`rapidin.gradients.check`), so that the gradient of a parameter that an example does not reach is zero.
 
     >>> sketcher = GradientSketcher(model, targets, width=512, seed=0)
     >>> sketch, loss = sketcher(batch)          # [B, blocks, width] float32, [B] float32
@@ -68,6 +94,7 @@ class GradientSketcher:
         projection: Projection = "tensor",
         loss: LossKind = "mean",
         preconditioner: Preconditioner | None = None,
+        checked: bool = False,
     ) -> None:
         self.model = model
         self.targets = list(targets)
@@ -75,39 +102,59 @@ class GradientSketcher:
         self.blocks = 1 if projection == "rapidgrad" else len(self.targets)
         self.loss: LossKind = loss
         self.preconditioner = preconditioner
+        self.checked = checked
         self.seeds = [block_seed(seed, target.name) for target in self.targets]
         self._modules = dict(model.named_modules())
         self._parameters = dict(model.named_parameters(remove_duplicate=False))
         self._sketched = SketchTargets(self.targets, self.seeds, width, self._parameters)
-        self._by_autograd = [
-            n for n, t in enumerate(self.targets) if any(use.kind == "autograd" for use in t.uses)
-        ]
-        self._uses: dict[str, list[tuple[int, Use]]] = {}  # (target, use) of each module, by its name
-        for n, target in enumerate(self.targets):
-            for use in target.uses if n not in self._by_autograd else ():
-                self._uses.setdefault(use.module, []).append((n, use))
+        # A pass may find that a way does not work, and chooses another for all that follow.
+        self._ways: list[_Way] = [_first_way(target) for target in self.targets]
+        self._unreached: set[int] = set()  # targets without a gradient in some batch, as autograd confirmed
+        # Whether tokens are followed to modules that see some of them, in any order.
+        self._routed = any(_EXPERT.search(type(module).__name__) for module in self._modules.values())
+
+    @property
+    def sketch_pass(self) -> type[SketchPass]:
+        """The kind of pass that makes the sketches of each target by itself."""
+        return SketchPass if self.projection == "tensor" else FlatSketchPass
+
+    def new_pass(self, kind: type[_Pass], batch: Batch, point: int | None = None) -> _Pass:
+        """A pass of this kind over a batch, for `run`; its gradients are preconditioned."""
+        return kind(self._sketched, batch, self._scales(point))
+
+    def parameter(self, n: int) -> nn.Parameter:
+        """The parameter of target n."""
+        return self._parameters[self.targets[n].name]
+
+    def losses(self, batch: Batch) -> Tensor:
+        """The loss of each example of a batch, [B] float32, with its graph if gradients are enabled."""
+        return example_losses(self.model, batch, self.loss)
 
     @property
     def needs_weights(self) -> list[str]:
         """Parameters whose gradient takes more than inputs and output gradients: their own values."""
-        return [t.name for t in self.targets if any(use.kind in ("module", "autograd") for use in t.uses)]
+        return [
+            t.name
+            for t, way in zip(self.targets, self._ways, strict=True)
+            if way == "autograd" or any(use.kind == "module" for use in t.uses)
+        ]
 
     @property
     def single_names(self) -> list[str]:
         """Parameters whose gradient comes from autograd itself, so that examples come one at a time."""
-        return [self.targets[n].name for n in self._by_autograd]
+        return [t.name for t, way in zip(self.targets, self._ways, strict=True) if way == "autograd"]
 
     def __call__(self, batch: Batch, point: int | None = None) -> tuple[Tensor, Tensor]:
         """(sketches [B, blocks, width] float32, losses [B] float32), both on the model's device.
 
         point: the number of the point where the model stands, for the preconditioner. Raises NotBatchedError
         if a layer mixes the examples of a batch of more than one (batches of one work), UserError if a
-        parameter takes no part in the loss, and TypeError if the preconditioner needs a point and none is
-        named.
+        parameter takes no part in the loss of an unchecked model, or the input of a module is changed after
+        the module has read it (ChangedInputError), and TypeError if the preconditioner needs a point and none
+        is named.
         """
-        kind = SketchPass if self.projection == "tensor" else FlatSketchPass
-        sketching = kind(self._sketched, batch, self._scales(point))
-        losses = self._run(batch, sketching)
+        sketching = self.new_pass(self.sketch_pass, batch, point)
+        losses = self.run(batch, sketching)
         sketches = sketching.sketches
         if self.projection == "rapidgrad":
             sketches = F.normalize(sketches, dim=-1, eps=1e-30).sum(1, keepdim=True)
@@ -120,9 +167,9 @@ class GradientSketcher:
         For exact gradients and for the contributions of single tokens. Raises as a call does, and TypeError
         for targets that are not the weights of linear layers.
         """
-        keeping = FactorPass(self._sketched, batch, self._scales(point))
-        self._run(batch, keeping)
-        return [keeping.factors[n] for n in range(len(self.targets))]
+        keeping = self.new_pass(FactorPass, batch, point)
+        self.run(batch, keeping)
+        return [keeping.factors_of(n) for n in range(len(self.targets))]
 
     def positions(self, batch: Batch, vectors: Tensor, point: int | None = None) -> tuple[Tensor, Tensor]:
         """(products [T, Q, targets], sketches [targets, width]), float32, of a batch of one text.
@@ -134,7 +181,7 @@ class GradientSketcher:
         """
         kind = PositionPass if self.projection == "tensor" else FlatPositionPass
         sketching = kind(self._sketched, batch, self._scales(point), vectors)
-        self._run(batch, sketching)
+        self.run(batch, sketching)
         return sketching.products, sketching.sketches[0]
 
     def squares(self, batch: Batch) -> list[Squares]:
@@ -143,7 +190,7 @@ class GradientSketcher:
         The gradients are not preconditioned: a preconditioner is made from these sums. Raises as a call does.
         """
         summing = SquaresPass(self._sketched, batch)
-        self._run(batch, summing)
+        self.run(batch, summing)
         return summing.finish()
 
     def add_moments(self, batch: Batch, moments: FactorMoments) -> None:
@@ -152,7 +199,7 @@ class GradientSketcher:
         The gradients are not preconditioned. Raises as a call does; `moments` may hold some of the batch
         then, and are of no more use.
         """
-        self._run(batch, MomentPass(self._sketched, batch, moments))
+        self.run(batch, MomentPass(self._sketched, batch, moments))
         moments.examples += len(batch.ids)
 
     def _scales(self, point: int | None) -> list[Scale] | None:
@@ -161,110 +208,234 @@ class GradientSketcher:
         table = self.preconditioner.at(point)
         return [table[target.name] for target in self.targets]
 
-    def _run(self, batch: Batch, gradient_pass: GradientPass) -> Tensor:
-        """One forward and backward pass; returns the losses [B]."""
-        if batch.ids.shape[0] > 1 and self._by_autograd:
+    def run(self, batch: Batch, gradient_pass: GradientPass) -> Tensor:
+        """One forward and backward pass, whose gradients go to `gradient_pass`; returns the losses [B].
+
+        It begins again where the forward pass shows that a gradient is to be obtained in another way.
+        """
+        rows, length = gradient_pass.rows, gradient_pass.length
+        if rows == length > 1:
+            # The axis of the examples is known by its size, which no other axis of a batch may have.
             raise NotBatchedError
-        with self._frozen(), self._hooked(gradient_pass), torch.enable_grad():
-            losses = example_losses(self.model, batch, self.loss)
-            if not losses.requires_grad:
+        while True:
+            if rows > 1 and self.single_names:
+                raise NotBatchedError(self.single_names[0])
+            gradient_pass.seen.clear()
+            gradient_pass.calls.clear()
+            try:
+                losses = self._forward_and_backward(batch, gradient_pass)
+                break
+            except UntrackedError as error:
+                self._leave_to_autograd(error.numbers)
+            except _FollowTokens:
+                self._routed = True
+            except _UnseenError as error:
+                self._settle(batch, error.numbers)
+        if gradient_pass.changed:
+            raise ChangedInputError([self.targets[n].name for n in sorted(gradient_pass.changed)])
+        return losses.detach()
+
+    def _forward_and_backward(self, batch: Batch, gradient_pass: GradientPass) -> Tensor:
+        tracker = self._tracker(gradient_pass)
+        by_autograd = [n for n, way in enumerate(self._ways) if way == "autograd"]
+        with self.requiring(by_autograd), self._hooked(gradient_pass, tracker), torch.enable_grad():
+            with tracker or contextlib.nullcontext():
+                losses = self.losses(batch)
+            unseen = set(range(len(self.targets))) - set(by_autograd) - gradient_pass.seen - self._unreached
+            if unseen:
+                raise _UnseenError(sorted(unseen))
+            if losses.requires_grad:
+                torch.autograd.backward(losses.sum())
+            elif len(self._unreached) == len(self.targets):
                 raise UserError(
                     f"no parameter that counts takes part in the loss, such as '{self.targets[0].name}'"
                 )
-            torch.autograd.backward(losses.sum())
-            for n in self._by_autograd:
-                grad = self._parameters[self.targets[n].name].grad
+            if tracker is not None:
+                tracker.finish()
+            for n in by_autograd:
+                grad = self.parameter(n).grad
                 if grad is not None:
-                    gradient_pass.add_raw(n, grad.reshape(1, grad.shape[0] if grad.ndim else 1, -1))
-        unused = [t.name for n, t in enumerate(self.targets) if n not in gradient_pass.seen]
-        if unused:
-            raise UserError(
-                f"{len(unused)} parameters took no part in the model's forward pass, such as '{unused[0]}'",
-                "leave them out with --exclude",
-            )
-        return losses.detach()
+                    gradient_pass.add_parameter_gradient(n, grad)
+        return losses
+
+    def _tracker(self, gradient_pass: GradientPass) -> ProductTracker | None:
+        """What sees the products with parameters that are no module's of a known kind, if there are any."""
+        tracked = [n for n, way in enumerate(self._ways) if way == "product"]
+        if not tracked and not self._routed:
+            return None
+        roles = {n: self.targets[n].name.rpartition(".")[2] for n in tracked}
+        places = {n: [(self._modules[use.module], roles[n]) for use in self.targets[n].uses] for n in tracked}
+        return ProductTracker(gradient_pass, {n: self.parameter(n) for n in tracked}, places)
+
+    def _leave_to_autograd(self, numbers: Sequence[int]) -> None:
+        """Take these targets' gradients from autograd, in all layers at once: each pass finds one."""
+        roles = {_role(self.targets[n].name) for n in numbers}
+        for n, target in enumerate(self.targets):
+            if self._ways[n] == "product" and _role(target.name) in roles:
+                self._ways[n] = "autograd"
+
+    def _settle(self, batch: Batch, unseen: Sequence[int]) -> None:
+        """Find out whether targets that no hook saw have a gradient; if so, it is obtained in another way.
+
+        A weight may be used by another function than its module's. If it has no gradient, no token came to
+        its expert, say.
+        """
+        if any(is_sharded(self.parameter(n)) for n in unseen):
+            if not self.checked:
+                raise UserError(
+                    f"{len(unseen)} parameters took no part in the model's forward pass, such as "
+                    f"'{self.targets[unseen[0]].name}'",
+                    "leave out --no-check, or leave them out with --exclude",
+                )
+            self._unreached.update(unseen)
+            return
+        with self.requiring(unseen), torch.enable_grad():
+            losses = self.losses(batch)
+            if losses.requires_grad:
+                torch.autograd.backward(losses.sum())
+            reached = [n for n in unseen if self.parameter(n).grad is not None]
+        self._unreached |= set(unseen) - set(reached)
+        for n in reached:
+            self._ways[n] = "product" if self._ways[n] == "hooks" else "autograd"
 
     @contextlib.contextmanager
-    def _frozen(self) -> Iterator[None]:
-        """Inside the block only the parameters whose gradient comes from autograd itself need a gradient."""
+    def requiring(self, numbers: Collection[int]) -> Iterator[None]:
+        """Inside the block only the parameters of these targets need a gradient, and none has one yet."""
         before = [(p, p.requires_grad, p.grad) for p in self.model.parameters()]
-        by_autograd = {id(self._parameters[name]) for name in self.single_names}
-        with evaluation_mode(self.model):
+        needed = {id(self.parameter(n)) for n in numbers}
+        with evaluation_mode(self.model), tracked_experts(self.model):
             try:
                 for p, _, _ in before:
-                    p.requires_grad_(id(p) in by_autograd)
+                    p.requires_grad_(id(p) in needed and p.is_floating_point())
                     p.grad = None
                 yield
             finally:
-                for p, needed, grad in before:
-                    p.requires_grad_(needed)
+                for p, required, grad in before:
+                    p.requires_grad_(required)
                     p.grad = grad
 
     @contextlib.contextmanager
-    def _hooked(self, gradient_pass: GradientPass) -> Iterator[None]:
+    def _hooked(self, gradient_pass: GradientPass, tracker: ProductTracker | None) -> Iterator[None]:
         """Inside the block the modules of all targets report to the pass."""
         handles: list[Any] = []
+        by_module: dict[str, list[tuple[int, Use]]] = {}
+        containers: set[str] = set()
+        for n, target in enumerate(self.targets):
+            for use in target.uses:
+                if self._ways[n] == "hooks":
+                    by_module.setdefault(use.module, []).append((n, use))
+                parts = use.module.split(".")
+                containers |= {".".join(parts[:depth]) for depth in range(len(parts) + 1)}
         try:
-            for name, uses in self._uses.items():
+            if tracker is not None:
+                for name in sorted(containers):
+                    begin: Any = self._modules[name].register_forward_pre_hook
+                    handles.append(begin(tracker.begin, with_kwargs=True))
+            for name, uses in by_module.items():
                 module = self._modules[name]
-                hooks = ModuleHooks(gradient_pass, uses)
+                hooks = ModuleHooks(gradient_pass, uses, None if tracker is None else tracker.tokens)
                 if any(use.kind == "embedding" for _, use in uses):
-                    handles.append(module.register_forward_pre_hook(hooks.expand_ids))
-                handles.append(module.register_forward_hook(hooks.forward))
+                    handles.append(module.register_forward_pre_hook(hooks.expand_ids, with_kwargs=True))
+                handles.append(module.register_forward_hook(hooks.forward, with_kwargs=True))
             yield
         finally:
             for handle in handles:
                 handle.remove()
 
 
+class _UnseenError(Exception):
+    """No hook saw these targets."""
+
+    def __init__(self, numbers: Sequence[int]) -> None:
+        super().__init__()
+        self.numbers = list(numbers)
+
+
+class _FollowTokens(Exception):
+    """A module sees some tokens of the batch, so that tokens must be followed."""
+
+
+def _first_way(target: Target) -> _Way:
+    kinds = {use.kind for use in target.uses}
+    return "autograd" if "autograd" in kinds else "product" if "product" in kinds else "hooks"
+
+
+def _role(name: str) -> str:
+    """A parameter's name without the number of its layer."""
+    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
+
+
 class ModuleHooks:
     """The hooks of one module in one pass, which hand the gradients of its parameters to the pass.
 
-    uses: the number of each target that the module uses, and how.
+    uses: the number of each target that the module uses, and how; tokens: which tokens the module sees, or
+    None if they are not followed.
     """
 
-    def __init__(self, gradient_pass: GradientPass, uses: Sequence[tuple[int, Use]]) -> None:
+    def __init__(
+        self, gradient_pass: GradientPass, uses: Sequence[tuple[int, Use]], tokens: TokenNumbers | None
+    ) -> None:
         self._pass = gradient_pass
         self._uses = uses
+        self._tokens = tokens
+        self._linear = all(use.kind in ("linear", "conv1d", "bias") for _, use in uses)
+        self._rerun = [n for n, use in uses if use.kind == "module"]
 
-    def expand_ids(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+    def expand_ids(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """A forward pre-hook of embeddings: position ids come once for the whole batch, and become a row for
         each example, which keeps the examples' gradients apart."""
-        ids, rows = args[0], self._pass.rows
-        return (ids.expand(rows, *ids.shape[1:]), *args[1:]) if ids.shape[0] == 1 < rows else None
+        call, rows = Call(args, kwargs), self._pass.rows
+        if not call.tensors or not call.inputs.ndim or not call.inputs.shape[0] == 1 < rows:
+            return None
+        expanded = call.mapped(lambda ids: ids.expand(rows, *ids.shape[1:]) if ids is call.inputs else ids)
+        return expanded.args, dict(expanded.kwargs)
 
-    def forward(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """A forward hook that keeps the inputs of the module and waits for its output gradient."""
-        used = isinstance(output, Tensor) and args and torch.is_grad_enabled()
+    def forward(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any], output: Any
+    ) -> Any:
+        """A forward hook that keeps the arguments of the module and waits for its output gradient."""
+        call = Call(args, kwargs)
+        used = isinstance(output, Tensor) and call.tensors and torch.is_grad_enabled()
         if self._pass.recomputing or not used:
             return None
+        tokens = self._tokens_of(call.inputs)
+        self._pass.seen.update(n for n, _ in self._uses)
+        if not output.numel():
+            return None  # no token came here
         changed = None
         if not output.requires_grad:
             # The graph begins here: nothing below needs a gradient. A copy, since a leaf allows no
             # in-place use.
             output = changed = output.detach().requires_grad_().clone()
-        inputs = args[0].detach()
+        call = (call if self._rerun else Call((call.inputs,), {})).mapped(Tensor.detach)
+        versions = call.versions
 
         def on_gradient(grad: Tensor) -> None:
+            if call.versions != versions:
+                self._pass.changed.update(n for n, _ in self._uses)
+                return
             with torch.no_grad():
-                self._add_call(module, inputs, grad.detach())
+                if tokens is None:
+                    self._add_call(module, call, grad.detach())
+                else:
+                    self._add_rows(call.inputs, grad.detach(), tokens)
 
         output.register_hook(on_gradient)
-        self._pass.seen.update(n for n, _ in self._uses)
         self._pass.calls.update(n for n, _ in self._uses)
         return changed
 
-    def _add_call(self, module: nn.Module, inputs: Tensor, grad: Tensor) -> None:
+    def _add_call(self, module: nn.Module, call: Call, grad: Tensor) -> None:
         """Add the gradient of each of the module's parameters that comes of one call of it."""
         scales = self._pass.scales
-        rerun = [n for n, use in self._uses if use.kind == "module"]
-        if rerun:
-            self._pass.add_module(module, rerun, inputs, grad)
+        if self._rerun:
+            self._pass.add_module(module, self._rerun, call, grad)
             return
         for n, use in self._uses:
             g = self._by_example(grad, 1)
             if use.kind == "embedding":
-                ids = self._by_example(inputs, 0)
+                ids = self._by_example(call.inputs, 0)
                 padding = getattr(module, "padding_idx", None)
                 if padding is not None:
                     g = g.masked_fill((ids == padding)[..., None], 0.0)
@@ -272,19 +443,47 @@ class ModuleHooks:
             elif use.kind == "bias":
                 self._pass.add_bias(n, g)
             else:
-                columns, rows = self._by_example(inputs, 1), g
+                columns, rows = self._by_example(call.inputs, 1), g
                 if use.kind == "conv1d":  # its weight is stored [in, out]: the input is the row factor
                     columns, rows = rows, columns
                 self._pass.add_factors(
                     n, scales[n].factors(columns, rows) if scales else Factors(columns, rows)
                 )
 
+    def _tokens_of(self, x: Tensor) -> Tensor | None:
+        """The token of each row of a linear layer's inputs [N, F], if they are not the batch's in order.
+
+        Raises NotBatchedError if they are not known and matter, and _FollowTokens to follow them from now on.
+        """
+        rows = self._pass.rows
+        if not self._linear or (x.ndim > 2 and x.shape[0] == rows):
+            return None
+        if self._tokens is None:
+            if rows > 1 and not (x.ndim == 2 and x.shape[0] == rows * self._pass.length):
+                raise _FollowTokens
+            return None
+        tokens = self._tokens.of_rows(x)
+        if tokens is None and rows > 1:
+            raise NotBatchedError(self._pass.targets[self._uses[0][0]].name)
+        return tokens
+
+    def _add_rows(self, inputs: Tensor, grad: Tensor, tokens: Tensor) -> None:
+        """Add the gradients of a linear layer that sees tokens in any order."""
+        x, g = inputs.reshape(-1, inputs.shape[-1]), grad.reshape(-1, grad.shape[-1])
+        for n, use in self._uses:
+            columns, rows = (g, x) if use.kind == "conv1d" else (x, g)
+            self._pass.add_rows(n, RowFactors(None if use.kind == "bias" else columns, rows, tokens, None))
+
     def _by_example(self, x: Tensor, features: int) -> Tensor:
-        """[B, ..., F] or [B * T, F] -> [B, T, F] (features = 0: no F)."""
+        """[B, ..., F] or [B * T, F] -> [B, T, F] (features = 0: no F).
+
+        The axes are told apart by their sizes, of which B and T are never the same. Whether [B * T, F] is
+        [B, T, F] and not [T, B, F] is for the check to find out.
+        """
         feature_shape = x.shape[x.ndim - features :]
         rows, length = self._pass.rows, self._pass.length
         if rows == 1 or (x.ndim > 1 + features and x.shape[0] == rows):
             return x.reshape(rows, -1, *feature_shape)
         if x.ndim == 1 + features and x.shape[0] == rows * length:
             return x.reshape(rows, length, *feature_shape)
-        raise NotBatchedError
+        raise NotBatchedError(self._pass.targets[self._uses[0][0]].name)

@@ -23,11 +23,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rapidin.gradients.parameters import Target, block_seed, matrix_shape
+from rapidin.gradients.parameters import Target, block_seed
 from rapidin.gradients.scale import Scale
 from rapidin.ops import LowRank
 
 OVERSAMPLING = 32  # columns of the random sketch beyond the rank that is kept
+_NOISE = 1e-5  # a token's gradient is rounding error below this share of the largest in its example
 
 
 @dataclass(frozen=True)
@@ -125,8 +126,8 @@ def _nystrom(sketch: Tensor, test: Tensor) -> tuple[Tensor, Tensor]:
 class FactorMoments:
     """The second moments of both factors of each target, gathered batch by batch.
 
-    Tokens with a factor that is not finite are left out, and so are tokens that no gradient reaches, such as
-    padding.
+    Tokens with a factor that is not finite are left out, and so are tokens that no gradient reaches but for
+    rounding (`_token_weights`), such as padding.
     """
 
     def __init__(
@@ -140,7 +141,7 @@ class FactorMoments:
         self._tokens = torch.zeros(len(self.targets), dtype=torch.float64, device=device)
         self._formed = [False] * len(self.targets)
         for target in self.targets:
-            o, i = matrix_shape(target.shape)
+            o, i = target.matrix
             # The rows of an embedding are token ids: one-hot vectors, whose moment is diagonal.
             lookup = any(use.kind == "embedding" for use in target.uses)
             target_seed = block_seed(seed, target.name)
@@ -149,22 +150,20 @@ class FactorMoments:
 
     def add_factors(self, n: int, columns: Tensor, rows: Tensor) -> None:
         """Add a batch's tokens: columns [B, T, I], rows [B, T, O]."""
-        a, g = columns.flatten(0, 1), rows.flatten(0, 1)
-        reached = (a.isfinite().all(1) & g.isfinite().all(1) & (g != 0).any(1) & (a != 0).any(1))[:, None]
-        a, g = (torch.where(reached, x, 0.0) for x in (a, g))
-        self.columns[n].add(a)
-        self.rows[n].add(g)
-        self._tokens[n] += reached.sum()
+        weight = _token_weights(columns, rows)
+        root = weight.sqrt()[..., None]
+        for side, x in ((self.columns[n], columns), (self.rows[n], rows)):
+            side.add(torch.where(root > 0, x.float() * root, 0.0).flatten(0, 1))
+        self._tokens[n] += weight.sum(dtype=torch.float64)
 
     def add_embedding(self, n: int, ids: Tensor, grads: Tensor) -> None:
         """Add the gradients [B, T, E] of the embedding's rows for tokens ids [B, T]."""
-        ids, g = ids.flatten(), grads.flatten(0, 1)
-        reached = g.isfinite().all(1) & (g != 0).any(1)
-        g = torch.where(reached[:, None], g, 0.0)
+        weight = _token_weights(grads)
+        root = weight.sqrt()[..., None]
         counts = torch.zeros(self.rows[n].n, dtype=torch.float64, device=ids.device)
-        self.rows[n].add_counts(counts.index_add_(0, ids, reached.double()))
-        self.columns[n].add(g)
-        self._tokens[n] += reached.sum()
+        self.rows[n].add_counts(counts.index_add_(0, ids.flatten(), weight.flatten().double()))
+        self.columns[n].add(torch.where(root > 0, grads.float() * root, 0.0).flatten(0, 1))
+        self._tokens[n] += weight.sum(dtype=torch.float64)
 
     def add_formed(self, n: int, grad: Tensor) -> None:
         """Add formed gradients [B, O, I]."""
@@ -189,14 +188,38 @@ class FactorMoments:
             return None
         if self.rows[n].diagonal:
             return self.rows[n].diagonal_over(self.examples), columns
-        rows = self.rows[n].spectrum(self.examples)
+        # The matrices of a stack share their moments: the mean of what each would have.
+        rows = self.rows[n].spectrum(self.examples * max(1, self.targets[n].stack))
         return None if rows is None else (rows, columns)
+
+
+def _token_weights(*factors: Tensor) -> Tensor:
+    """How much each token counts, from 0 to 1: [B, T] float32, given the factors [B, T, F] of its gradient.
+
+    The size of a token's gradient (the product of its factors' lengths) is compared with the largest of its
+    own example, so that the rest of the batch does not matter. Attention leaves rounding errors where there
+    is no gradient (of a query that sees one key, say), and they differ with the batch, as does which of them
+    are zero; far below `_NOISE` tokens count as nothing, far above as one. The change between is smooth: at
+    a hard threshold a rounding error would move a whole token.
+    """
+    noise = max(_NOISE, max(torch.finfo(x.dtype).eps for x in factors) / 8)
+    size = torch.ones(factors[0].shape[:2], device=factors[0].device)
+    for x in factors:
+        x = x.to(size.device).float()
+        finite = x.isfinite().all(2)
+        x = torch.where(finite[..., None], x, 0.0)
+        peak = x.abs().amax((1, 2), keepdim=True) if x.numel() else x.new_ones(())
+        # Divided first, since squares of small gradients leave float32's range.
+        size = torch.where(finite, size * (x / torch.where(peak == 0, 1.0, peak)).norm(dim=2), 0.0)
+    largest = size.amax(1, keepdim=True) if size.numel() else size
+    ratio = (size / (noise * torch.where(largest == 0, 1.0, largest))).pow(4)
+    return torch.where(ratio.isinf(), 1.0, ratio / (ratio + 1.0))
 
 
 def kfac_scales(moments: FactorMoments, exponent: float, damping: float) -> dict[str, Scale]:
     """K-FAC's scale of each target, on the CPU; targets that no gradient reached are left as they are."""
     return {
-        target.name: kfac_scale(moments.spectra(n), matrix_shape(target.shape), exponent, damping)
+        target.name: kfac_scale(moments.spectra(n), target.matrix, exponent, damping)
         for n, target in enumerate(moments.targets)
     }
 

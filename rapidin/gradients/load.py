@@ -6,17 +6,20 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from rapidin.distributed import World, world
-from rapidin.errors import UserError
+from rapidin.errors import UserError, reason_of
 from rapidin.gradients import fsdp
-from rapidin.gradients.model import LoadedModel, inner_model, trained_names
+from rapidin.gradients.adapters import ADAPTER_CONFIG, check_own_adapter, load_adapter, other_base
+from rapidin.gradients.model import LoadedModel, inner_model
 from rapidin.gradients.path import WeightPath, base_path
+from rapidin.gradients.weights import check_weights
 
 _DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16, "auto": "auto"}
 
@@ -39,10 +42,10 @@ def load_model(
     dtype: "float32", "bfloat16", "float16" or "auto"; default float32 on the CPU; on a GPU the checkpoint's
     own, but bfloat16 for one in float16, in whose range small gradients vanish.
 
-    Raises UserError if something is not found or does not fit.
+    Warns of what the user should know (`LoadedModel.notes`). Raises UserError if something is not found or
+    does not fit.
     """
-    if adapter is not None and base is not None:
-        raise UserError("an adapter knows its base model", "give --adapter or --base, not both")
+    adapter = _checked_adapter(name, adapter, base)
     here, mapped = world(), device == "auto"
     if shard_model and (here.alone or mapped):
         what = "--shard-model spreads a model over several processes"
@@ -57,12 +60,12 @@ def load_model(
         model.to(torch.bfloat16)
     tokenizer = _load_tokenizer(name, trust_remote_code)
     if adapter is not None:
-        model = _load_adapter(model, adapter)
+        model = load_adapter(model, adapter)
     try:
         if not (mapped or shard_model):
             model.to(device)
     except RuntimeError as error:
-        raise UserError(f"cannot use the device '{device}': {_reason(error)}") from None
+        raise UserError(f"cannot use the device '{device}': {reason_of(error)}") from None
     model.eval()
     loaded = LoadedModel.of(model, tokenizer)
     loaded.source = {
@@ -71,16 +74,46 @@ def load_model(
         "base": None if base is None else _absolute(base),
         "dtype": load_dtype,
     }
+    if adapter is not None:
+        loaded.notes.append(other_base(adapter, name))
     if base is not None:
         untuned = _load_causal(base, load_dtype, trust_remote_code, "base model")
         loaded.path = base_path(model, untuned, name, base)
+        loaded.notes.append(loaded.path.apart)
     if any(tuned.is_meta for _, _, tuned in loaded.path.ends):
         raise UserError(
             "the parameters that tuning changed do not fit into memory", "use --at 1, or more GPUs"
         )
     if shard_model:
         _shard(loaded, here, torch.device(device))
+    loaded.notes = [note for note in loaded.notes if note]
+    for note in loaded.notes:
+        warnings.warn(note, stacklevel=2)
     return loaded
+
+
+def _checked_adapter(name: str, adapter: str | None, base: str | None) -> str | None:
+    """The adapter to load onto the model. Raises UserError if model, adapter and base do not go together."""
+    if adapter is not None and base is not None:
+        raise UserError("an adapter knows its base model", "give --adapter or --base, not both")
+    if not (Path(name) / ADAPTER_CONFIG).is_file():
+        return adapter
+    if not (Path(name) / "config.json").is_file():
+        raise UserError(
+            f"'{name}' is an adapter, not a model",
+            "name the model that it was made for, and this folder with --adapter",
+        )
+    # transformers puts the adapter in a model's own folder into the model.
+    if adapter is not None and os.path.realpath(name) != os.path.realpath(adapter):
+        raise UserError(
+            f"the model's folder '{name}' holds an adapter of its own ({ADAPTER_CONFIG})",
+            "leave --adapter out to use it, or remove it from the folder",
+        )
+    if base is not None:
+        raise UserError(
+            f"the model's folder '{name}' holds an adapter, which knows its base model", "leave --base out"
+        )
+    return None
 
 
 def _is_cpu(device: str) -> bool:
@@ -115,8 +148,6 @@ def _shard(loaded: LoadedModel, here: World, device: torch.device) -> None:
 
 
 def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapped: bool = False) -> Any:
-    from transformers import AutoModelForCausalLM
-
     if dtype not in _DTYPES:
         raise UserError(f"unknown model dtype '{dtype}'", f"use one of {', '.join(_DTYPES)}")
     folder, extra = _gguf(name)
@@ -126,7 +157,7 @@ def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapp
         extra = extra | {"device_map": "auto"}
     _check_folder(name, what)
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = _loader(folder, trust_remote_code, extra).from_pretrained(
             folder,
             dtype=_DTYPES[dtype],
             trust_remote_code=trust_remote_code,
@@ -136,48 +167,27 @@ def _load_causal(name: str, dtype: str, trust_remote_code: bool, what: str, mapp
         )
     except Exception as error:  # transformers raises many kinds; each means that the model cannot be used
         where = "" if os.path.exists(name) else ", which is not a folder here and cannot be downloaded"
-        raise UserError(f"cannot load the {what} '{name}'{where}: {_reason(error)}") from error
-    _check_weights(model, info, name, what)
+        raise UserError(f"cannot load the {what} '{name}'{where}: {reason_of(error)}") from error
+    check_weights(model, info, name, what)
+    if (Path(name) / ADAPTER_CONFIG).is_file():
+        check_own_adapter(model, name)
     return model
 
 
-_WRAPPED = ("_orig_mod.", "_fsdp_wrapped_module.", "_checkpoint_wrapped_module.")
-_RENAME = "the names have the prefix of a wrapper: save the unwrapped model, or rename its weights"
-
-
-def _check_weights(model: Any, info: Any, name: str, what: str) -> None:
-    """Raises UserError unless a model's file holds the weights that its config describes, and no others.
-
-    info: what transformers reports of loading it.
-    """
-    shapes = [
-        f"'{key}' as {list(in_file)}, not {list(expected)}"
-        for key, in_file, expected in info["mismatched_keys"]
-    ]
-    wrong = _describe_weights(info["missing_keys"], info["unexpected_keys"], shapes)
-    if not wrong:
-        return
-    saved_as = (getattr(model.config, "architectures", None) or [type(model).__name__])[0]
-    other = f"; it was saved as {saved_as}, not as {type(model).__name__}"
-    raise UserError(
-        f"the weights of the {what} '{name}' do not fit its config: {wrong}"
-        + (other if saved_as != type(model).__name__ else ""),
-        _RENAME if any(prefix in key for key in info["unexpected_keys"] for prefix in _WRAPPED) else "",
+def _loader(name: str, trust_remote_code: bool, extra: Mapping[str, Any]) -> Any:
+    """The class that loads a model to read texts with: one that reads images too is loaded as such, since
+    the class for text alone would refuse it, or leave some of its weights out."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES as WITH_IMAGES,
     )
 
-
-def _describe_weights(
-    missing: Collection[str], unexpected: Collection[str], shapes: Collection[str] = ()
-) -> str:
-    """Describes weights that a file lacks (they would be random), holds in excess, or holds in another shape
-    than the config says; "" if there are none. shapes: descriptions of the last kind."""
-    lacked, in_excess = ([f"'{name}'" for name in names] for names in (missing, unexpected))
-    sentences = []
-    for names, verb in ((shapes, "holds"), (lacked, "lacks"), (in_excess, "also holds")):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-            sentences.append(f"the file {verb} {', '.join(sorted(names)[:3])}{more}")
-    return "; ".join(sentences)
+    if "gguf_file" in extra:
+        return AutoModelForCausalLM
+    config = AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+    saved_as = (getattr(config, "architectures", None) or [""])[0]
+    with_images = saved_as == WITH_IMAGES.get(config.model_type)
+    return AutoModelForImageTextToText if with_images else AutoModelForCausalLM
 
 
 def _check_folder(name: str, what: str) -> None:
@@ -218,51 +228,7 @@ def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
     except Exception as error:
-        raise UserError(f"cannot load the tokenizer of '{name}': {_reason(error)}") from error
-
-
-# ---------------------------------------------------------------------------------------------- adapters
-
-
-def _load_adapter(model: Any, adapter: str) -> Any:
-    from peft import PeftModel
-
-    path = Path(adapter)
-    if not os.path.exists(path):
-        if path.is_absolute() or adapter.startswith(".") or adapter.count("/") != 1:
-            raise UserError(f"adapter not found: '{adapter}'")
-    elif not (path / "adapter_config.json").exists():
-        raise UserError(f"'{adapter}' is not an adapter: it has no adapter_config.json")
-    try:
-        loaded = PeftModel.from_pretrained(model, adapter, is_trainable=True)
-        wrong = _wrong_adapter_weights(loaded, adapter)
-    except Exception as error:
-        raise UserError(f"cannot load the adapter '{adapter}' on this model: {_reason(error)}") from error
-    if wrong:
-        raise UserError(
-            f"the weights of the adapter '{adapter}' do not fit this model: {wrong}",
-            "give the model that the adapter was made for, or save the adapter again",
-        )
-    return loaded
-
-
-def _wrong_adapter_weights(model: Any, adapter: str) -> str:
-    """Describes, as `_describe_weights`, what is wrong with an adapter that has just been loaded."""
-    from peft import load_peft_weights, set_peft_model_state_dict
-
-    active = model.active_adapter
-    if model.peft_config[active].is_prompt_learning:
-        return ""  # peft itself loads its few tensors by name, and raises if one is missing
-    # peft only warns, and only about tuner weights, so the weights are set again to get the lists of names.
-    result = set_peft_model_state_dict(model, load_peft_weights(adapter, device="cpu"), adapter_name=active)
-    trained, missing = set(trained_names(model)), set(result.missing_keys)
-    aliases: dict[int, list[str]] = {}  # a parameter that layers share is in the file under one of its names
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        aliases.setdefault(id(parameter), []).append(name)
-    lacking = [
-        names[0] for names in aliases.values() if trained.intersection(names) and missing.issuperset(names)
-    ]
-    return _describe_weights(lacking, result.unexpected_keys)
+        raise UserError(f"cannot load the tokenizer of '{name}': {reason_of(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------- messages
@@ -270,18 +236,3 @@ def _wrong_adapter_weights(model: Any, adapter: str) -> str:
 
 def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if os.path.exists(name) else name
-
-
-def _reason(error: Exception) -> str:
-    """An error's message on one line: its first line, and the next ones if the first only introduces them."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if not lines:
-        return type(error).__name__
-    if isinstance(error, KeyError):
-        return f"there is no {lines[0]}"
-    message = lines[0]
-    for line in lines[1:]:
-        if len(message) > 300 or not (message.endswith(":") or len(message) < 20):
-            break
-        message = f"{message} {line}"
-    return message

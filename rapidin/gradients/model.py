@@ -11,9 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rapidin.errors import UserError
 from rapidin.gradients import fsdp
-from rapidin.gradients.path import WeightPath, active_adapters, adapter_path
+from rapidin.gradients.adapters import has_adapter, trained_names
+from rapidin.gradients.path import WeightPath, adapter_path
+from rapidin.gradients.quantized import check_gradients, plain_tensors
 
 
 @dataclass
@@ -23,7 +24,8 @@ class LoadedModel:
     model: transformers or peft model; tokenizer: its tokenizer; path: from the untuned to the tuned weights;
     trained: names of the parameters that an adapter trains (None without one); source: names it was loaded by
     (model, adapter, base, dtype); sharded: each process of a run holds a shard of every weight
-    (`rapidin.gradients.fsdp`), so that all run the same passes.
+    (`rapidin.gradients.fsdp`), so that all run the same passes; notes: what the user should know of how it
+    was loaded.
     """
 
     model: Any
@@ -32,21 +34,24 @@ class LoadedModel:
     trained: list[str] | None = None
     source: dict[str, Any] = field(default_factory=dict)
     sharded: bool = False
+    notes: list[str] = field(default_factory=list)
     _identity: dict[str, str] | None = None
 
     @staticmethod
     def of(model: Any, tokenizer: Any) -> LoadedModel:
-        """Wraps a transformers or peft model that is in memory already."""
+        """Wraps a transformers or peft model that is in memory already.
+
+        Raises UserError if an adapter takes no part in it, or quantized layers have no gradients.
+        """
+        check_gradients(model)
         source = {
             "model": getattr(inner_model(model).config, "_name_or_path", None) or None,
             "adapter": None,
             "base": None,
         }
-        if not hasattr(model, "peft_config"):
+        if not has_adapter(model):
             return LoadedModel(model, tokenizer, source=source)
         trained = trained_names(model)
-        if not trained:
-            raise UserError("the adapter has no weights in this model")
         return LoadedModel(model, tokenizer, adapter_path(model), trained, source)
 
     @property
@@ -96,21 +101,6 @@ def inner_model(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def trained_names(model: Any) -> list[str]:
-    """Names of the parameters that a peft model's active adapters train."""
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    if trained:
-        return trained
-    # Loaded for inference, an adapter's weights are frozen like all others: their names tell them apart.
-    marks = (getattr(model.base_model, "prefix", "prompt_encoder"), "modules_to_save")
-    active = active_adapters(model)
-    return [
-        name
-        for name, _ in model.named_parameters()
-        if any(mark in name for mark in marks) and any(f".{a}." in f"{name}." for a in active)
-    ]
-
-
 def _hash_tensors(tensors: Mapping[str, Tensor], owners: Mapping[str, nn.Module] | None = None) -> str:
     """owners: all modules by name, needed if a device map keeps parameters outside memory."""
     digest = hashlib.sha256()
@@ -127,9 +117,10 @@ def _hash_tensors(tensors: Mapping[str, Tensor], owners: Mapping[str, nn.Module]
 
 
 def _hash_tensor(digest: Any, name: str, value: Tensor) -> None:
-    value = value.cpu().contiguous()
-    digest.update(json.dumps([name, str(value.dtype), list(value.shape)]).encode())
-    digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    for part in plain_tensors(value):
+        part = part.cpu().contiguous()
+        digest.update(json.dumps([name, str(part.dtype), list(part.shape)]).encode())
+        digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _hash_tokenizer(tokenizer: Any) -> str:
@@ -140,5 +131,5 @@ def _hash_tokenizer(tokenizer: Any) -> str:
         core = json.loads(backend.to_str())
         core.pop("truncation", None)  # these two say how it was last called, not what it is
         core.pop("padding", None)
-    rest = [tokenizer.chat_template, {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}]
-    return hashlib.sha256(json.dumps([core, rest], sort_keys=True).encode()).hexdigest()
+    settings = [tokenizer.chat_template, {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}]
+    return hashlib.sha256(json.dumps([core, settings], sort_keys=True).encode()).hexdigest()

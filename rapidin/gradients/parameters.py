@@ -1,24 +1,26 @@
 """The parameters that count, and how the gradient of each is obtained.
 
 A parameter's gradient is treated as a matrix ``[shape[0], product of the rest]`` (a vector of n is
-``[n, 1]``), as the parameter is stored. A *block* is one parameter's part of a sketch.
+``[n, 1]``), as the parameter is stored. Routed experts are stored as a stack of matrices ``[E, O, I]``.
+A *block* is one parameter's part of a sketch.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from math import prod
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from rapidin.errors import UserError
 
 if TYPE_CHECKING:
     from torch import nn
 
-UseKind = Literal["linear", "conv1d", "bias", "embedding", "module", "autograd"]
+UseKind = Literal["linear", "conv1d", "bias", "embedding", "module", "product", "autograd"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,8 +28,9 @@ class Use:
     """A module that uses a parameter, and how the gradient is obtained there.
 
     linear, conv1d, bias: from the module's inputs and output gradients; embedding: from token ids and output
-    gradients; module: the module runs again for each example (norms and the like); autograd: from the
-    parameter's own gradient, one example at a time.
+    gradients; module: the module runs again for each example (norms and the like); product: from the inputs
+    and output gradients of each product with the parameter or a part of it, wherever that is; autograd: from
+    the parameter's own gradient, one example at a time.
     """
 
     module: str
@@ -36,11 +39,30 @@ class Use:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A parameter whose gradient is sketched, with every use of it (tied weights have several)."""
+    """A parameter whose gradient is sketched, with every use of it (tied weights have several).
+
+    stack: the number of matrices that it is a stack of, as routed experts are; 0 if it is one matrix.
+    """
 
     name: str
     shape: tuple[int, ...]
     uses: tuple[Use, ...]
+    stack: int = 0
+
+    @property
+    def matrix(self) -> tuple[int, int]:
+        """(O, I) of the gradient as a matrix, or of each matrix of the stack."""
+        if not self.stack:
+            return matrix_shape(self.shape)
+        return self.shape[-2] // (self.stack if len(self.shape) == 2 else 1), self.shape[-1]
+
+
+def with_autograd(targets: Sequence[Target], names: Collection[str]) -> list[Target]:
+    """The targets, of which those with these names have their gradient from autograd itself."""
+    return [
+        replace(target, uses=(Use(target.uses[0].module, "autograd"),)) if target.name in names else target
+        for target in targets
+    ]
 
 
 def block_seed(seed: int, name: str) -> int:
@@ -70,12 +92,14 @@ def find_targets(
     """The parameters that count.
 
     trained: names of the parameters that an adapter trains; by default exactly these count. Without an
-    adapter the weights of all linear layers but the output head count. include: patterns of the parameters
-    that count instead, out of all; exclude: patterns of parameters that do not count.
+    adapter the weights of all linear layers but the output head count, routed experts and routers among
+    them. include: patterns of the parameters that count instead, out of all; exclude: patterns of parameters
+    that do not count.
 
     Raises UserError if a pattern matches no parameter, or no parameter is left.
     """
     shapes, uses = _uses(model)
+    stacks, weights = _stacks(model, uses)
     for pattern in (*include, *exclude):
         if not any(matches(name, [pattern]) for name in shapes):
             raise UserError(
@@ -88,26 +112,34 @@ def find_targets(
         counting = set(trained)
         chosen = [name for name in shapes if name in counting]
     else:
-        head = _output_head(model)
+        head = output_head(model)
         chosen = [
             name
             for name in shapes
-            if any(use.kind in ("linear", "conv1d") and use.module != head for use in uses[name])
+            if any(
+                (use.kind in ("linear", "conv1d") or (use.kind == "product" and name in weights))
+                and use.module != head
+                for use in uses[name]
+            )
             and not any(use.kind == "embedding" for use in uses[name])
         ]
-    chosen = [name for name in chosen if not matches(name, exclude)]
+    others = [] if include else _other_inputs(model)
+    chosen = [
+        n for n in chosen if not matches(n, exclude) and not any(n.startswith(other) for other in others)
+    ]
     if not chosen:
         raise UserError("no parameter is left to take gradients of", "change --include or --exclude")
-    return [Target(name, shapes[name], tuple(uses[name])) for name in chosen]
+    return [Target(name, shapes[name], tuple(uses[name]), stacks.get(name, 0)) for name in chosen]
 
 
-def coverage(model: nn.Module, targets: Sequence[Target]) -> tuple[int, int]:
-    """(number of elements of the parameters that count, number of elements of all parameters)."""
-    counted = sum(prod(t.shape) for t in targets)
-    return counted, sum(prod(shape) for shape in _uses(model)[0].values())
+def all_parameters(model: nn.Module) -> list[Target]:
+    """Every parameter of a model, as if it counted."""
+    shapes, uses = _uses(model)
+    return [Target(name, shapes[name], tuple(uses[name])) for name in shapes]
 
 
-def _output_head(model: nn.Module) -> str | None:
+def output_head(model: nn.Module) -> str | None:
+    """The name of the module that makes the logits; None if the model does not tell."""
     get = getattr(model, "get_output_embeddings", None)
     head = get() if callable(get) else None
     return (
@@ -117,15 +149,45 @@ def _output_head(model: nn.Module) -> str | None:
     )
 
 
+def _other_inputs(model: Any) -> tuple[str, ...]:
+    """Of a model that reads images or sounds beside texts, how the names of the parameters start that a text
+    does not reach."""
+    inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config: Any = getattr(inner, "config", None)
+    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+        return ()
+    decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
+    above = {id(m): name for name, m in model.named_modules()}
+    prefix = above.get(id(decoder), "")
+    # Each module on the way down to the decoder has its other children: towers and projectors; and the head.
+    head, others = output_head(model), []
+    parts = prefix.split(".") if prefix else []
+    for depth in range(len(parts)):
+        module = model.get_submodule(".".join(parts[:depth]))
+        for child, _ in module.named_children():
+            name = ".".join([*parts[:depth], child])
+            if child != parts[depth] and name != head:
+                others.append(f"{name}.")
+    return tuple(others)
+
+
 def _uses(model: nn.Module) -> tuple[dict[str, tuple[int, ...]], dict[str, list[Use]]]:
     """Shape and uses of each parameter, under the first name that the model gives it."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(names.values(), ())
     uses: dict[str, list[Use]] = {name: [] for name in names.values()}
+    # An adapter's learnt prompts are made once for the whole batch, or read from the weight itself.
+    prompts = {
+        id(module)
+        for encoder in getattr(model, "prompt_encoder", {}).values()
+        for module in encoder.modules()
+    }
     for module_name, module in model.named_modules():
         for role, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             name = names[id(parameter)]
             kind, shape = _use_kind(module, role, tuple(parameter.shape))
+            if id(module) in prompts:
+                kind, shape = "autograd", tuple(parameter.shape)
             shapes[name] = shape
             use = Use(module_name, kind)
             if use not in uses[name]:
@@ -137,29 +199,63 @@ def _use_kind(module: nn.Module, role: str, shape: tuple[int, ...]) -> tuple[Use
     """How a parameter's gradient is obtained from a module, where it is called `role`; and its shape."""
     from torch import nn
 
-    if isinstance(module, nn.Linear) and role in ("weight", "bias"):
+    if _is_linear(module) and role in ("weight", "bias"):
         # A quantised weight is packed; its gradient has the layer's own shape.
-        return ("linear", (module.out_features, module.in_features)) if role == "weight" else ("bias", shape)
+        sizes: Any = (module.out_features, module.in_features)
+        return ("linear", sizes) if role == "weight" else ("bias", shape)
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and role in ("weight", "bias"):
         return ("conv1d" if role == "weight" else "bias"), shape
     if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
         return "embedding", shape
-    if len(shape) == 1 and not any(True for _ in module.children()) and _one_input(module):
+    if len(shape) == 1 and not any(True for _ in module.children()):
         return "module", shape
-    return "autograd", shape
+    if isinstance(module, (nn.Embedding, nn.modules.conv._ConvNd, nn.Bilinear)):
+        return "autograd", shape
+    return ("product" if 1 <= len(shape) <= 3 else "autograd"), shape
 
 
-def _one_input(module: nn.Module) -> bool:
-    """Whether the module is called with one tensor, as norms are."""
-    import inspect
+_NO_PRODUCT = re.compile("Norm|Embedding|Conv")  # classes whose weight of two axes is no linear map's
+_COUNTS = ("num_experts", "moe_num_experts", "num_local_experts", "n_routed_experts")
 
-    try:
-        parameters = list(inspect.signature(module.forward).parameters.values())
-    except (TypeError, ValueError):
-        return False
-    required = [
-        p
-        for p in parameters
-        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)
-    ]
-    return len(required) == 1 and not any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters)
+
+def _stacks(model: nn.Module, uses: Mapping[str, Sequence[Use]]) -> tuple[dict[str, int], set[str]]:
+    """(number of matrices of each parameter that is a stack, names of the weights among those of products).
+
+    Experts are stored as [E, O, I], or one after another as [E * O, I]. Biases, tables and constants may
+    have as many axes; a weight of two axes is told by its name, or by the number of its module's experts.
+    """
+    modules = dict(model.named_modules())
+    stacks: dict[str, int] = {}
+    weights: set[str] = set()
+    for name, of_name in uses.items():
+        products = [use for use in of_name if use.kind == "product"]
+        if not products:
+            continue
+        owner, _, role = products[0].module, "", name.rpartition(".")[2]
+        module = modules[owner]
+        shape = tuple(getattr(module, role).shape) if hasattr(module, role) else ()
+        if len(shape) == 3:
+            stacks[name] = shape[0]
+            if min(shape[1:]) > 1:
+                weights.add(name)
+            continue
+        if len(shape) != 2:
+            continue
+        number = next((n for key in _COUNTS if isinstance(n := getattr(module, key, None), int)), 0)
+        if number > 1 and shape[0] % number == 0 and shape[0] > number and min(shape) > 1:
+            stacks[name] = number
+            weights.add(name)
+        elif role == "weight" and min(shape) > 1 and not _NO_PRODUCT.search(type(module).__name__):
+            weights.add(name)
+    return stacks, weights
+
+
+def _is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer, as far as its type and sizes tell; what its forward method makes of
+    the weight is for `rapidin.gradients.check` to find out."""
+    from torch import nn
+
+    if isinstance(module, nn.Linear):
+        return True
+    sizes = (getattr(module, "out_features", None), getattr(module, "in_features", None))
+    return tuple(getattr(getattr(module, "weight", None), "shape", ())) == sizes

@@ -6,21 +6,18 @@ from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rapidin import ops
 from rapidin.gradients.batch import Batch
-from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.parameters import Target, matrix_shape
+from rapidin.gradients.rows import RowFactors, RowGroup, by_example, by_expert
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.squares import (
-    Squares,
-    as_factors,
-    embedding_squares,
-    factor_squares,
-    formed_squares,
     joined,
 )
 
@@ -28,7 +25,61 @@ _POSITIONS_BYTES = 64 << 20  # of formed gradients that are held at a time
 
 
 class NotBatchedError(Exception):
-    """A layer mixes the examples of a batch, so each example needs a pass of its own."""
+    """A layer mixes the examples of a batch, so each example needs a pass of its own.
+
+    name: a parameter of that layer, "" if it is not known.
+    """
+
+    def __init__(self, name: str = "") -> None:
+        super().__init__(name)
+        self.name = name
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """The arguments of one call of a module."""
+
+    args: tuple[Any, ...]
+    kwargs: Mapping[str, Any]
+
+    @property
+    def tensors(self) -> list[Tensor]:
+        """All arguments that are tensors."""
+        return [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
+
+    @property
+    def inputs(self) -> Tensor:
+        """The first tensor, which the module computes its output from."""
+        return self.tensors[0]
+
+    @property
+    def versions(self) -> list[int]:
+        """How often each tensor was changed in place."""
+        return [x._version for x in self.tensors]
+
+    def mapped(self, change: Callable[[Tensor], Tensor]) -> Call:
+        """The call with each tensor changed."""
+
+        def one(x: Any) -> Any:
+            return change(x) if isinstance(x, Tensor) else x
+
+        return Call(tuple(map(one, self.args)), {name: one(x) for name, x in self.kwargs.items()})
+
+    def of_example(self, row: int, rows: int) -> Call:
+        """The call for one example of `rows`: tensors [B, T, ...] like the inputs are sliced, others are the
+        same for all. Raises NotBatchedError for a tensor that may be either."""
+        if rows == 1:
+            return self
+        leading = self.inputs.shape[:2]
+
+        def sliced(x: Tensor) -> Tensor:
+            if x.shape[:2] == leading:
+                return x[row : row + 1]
+            if rows in x.shape:
+                raise NotBatchedError
+            return x
+
+        return self.mapped(sliced)
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +111,7 @@ class GradientPass(ABC):
         self.device = batch.ids.device
         self.seen: set[int] = set()  # targets that take part in the forward pass
         self.calls: Counter[int] = Counter()  # of each target's modules, in the forward pass
+        self.changed: set[int] = set()  # targets whose module's input was changed in place after the call
         self.recomputing = False  # a module runs again for its own parameters, and is not hooked then
 
     # ------------------------------------------------------------------------------- kinds of passes
@@ -75,45 +127,83 @@ class GradientPass(ABC):
 
     @abstractmethod
     def add_formed(self, n: int, grad: Tensor) -> None:
-        """Add a formed, preconditioned gradient [B, O, I]."""
+        """Add a formed, preconditioned gradient [B, O, I], or [B, E, O, I] of a stack."""
+
+    @abstractmethod
+    def add_group(self, n: int, factors: Factors, group: RowGroup) -> None:
+        """Add the gradients of some matrices of some examples' stacks; `factors` are those of the group's
+        pairs, and may leave part of the preconditioner to be applied."""
+
+    def add_rows(self, n: int, factors: RowFactors) -> None:
+        """Add a gradient whose rows come in any order, not preconditioned yet."""
+        if factors.experts is None:
+            columns, rows = by_example(factors, self.rows, self.length)
+            if columns is None:
+                self.add_bias(n, rows)
+            else:
+                self.add_factors(n, self.scaled(n, columns, rows))
+            return
+        for group in by_expert(factors, self.targets[n].stack, self.length):
+            self.add_group(n, self.scaled(n, group.columns, group.rows), group)
+
+    def scaled(self, n: int, columns: Tensor, rows: Tensor) -> Factors:
+        """Factors of a target's gradient, to be preconditioned if there is a preconditioner."""
+        return self.scales[n].factors(columns, rows) if self.scales else Factors(columns, rows)
 
     def add_bias(self, n: int, grad: Tensor) -> None:
         """Add the gradient of a bias, given that of the layer's outputs [B, T, O]."""
         self.add_raw(n, grad.float().sum(1)[:, :, None])
 
-    def add_module(self, module: nn.Module, numbers: Sequence[int], inputs: Tensor, grad: Tensor) -> None:
+    def add_module(self, module: nn.Module, numbers: Sequence[int], call: Call, grad: Tensor) -> None:
         """Add the gradients of a norm's (or the like) own parameters, the targets `numbers`: the module runs
         again for each example."""
-        if self.rows > 1 and inputs.shape[0] != self.rows:
-            raise NotBatchedError
-        for n, grads in self.module_gradients(module, numbers, inputs, grad, self.rows):
+        if self.rows > 1 and (call.inputs.shape[:1] != (self.rows,) or grad.shape[:1] != (self.rows,)):
+            raise NotBatchedError(self.targets[numbers[0]].name)
+        calls = [call.of_example(row, self.rows) for row in range(self.rows)]
+        for n, grads in self.module_gradients(module, numbers, calls, grad):
             self.add_raw(n, grads)
 
+    def add_parameter_gradient(self, n: int, grad: Tensor) -> None:
+        """Add the gradient of the parameter itself, of one example, as autograd gives it."""
+        self.add_raw(n, grad.reshape(1, *matrix_shape(grad.shape)))
+
     def add_raw(self, n: int, grad: Tensor) -> None:
-        """Add a formed gradient [B, O, I] that is not preconditioned yet."""
+        """Add a formed gradient [B, O, I] that is not preconditioned yet; a stack's may have any shape
+        [B, ...]."""
         self.seen.add(n)
+        target = self.targets[n]
+        if target.stack:
+            grad = grad.reshape(len(grad), target.stack, *target.matrix)
         self.add_formed(n, self.scales[n].formed(grad) if self.scales else grad)
 
     def module_gradients(
-        self, module: nn.Module, numbers: Sequence[int], inputs: Tensor, grad: Tensor, examples: int
+        self, module: nn.Module, numbers: Sequence[int], calls: Sequence[Call], grad: Tensor
     ) -> Iterator[tuple[int, Tensor]]:
         """(n, gradients [examples, O, 1]) of each target among a module's own parameters.
 
-        inputs: [B, ..., I], grad of the outputs: [B, ..., O], with B = examples, or any B for one example.
+        calls: of each example; grad: of the outputs of all examples, [examples * x, ..., O].
         """
-        each = len(inputs) // examples
+        each = len(grad) // len(calls) if grad.ndim else 1
         named = dict(module.named_parameters(recurse=False))
         number_of = {id(self.sketched.parameters[self.targets[n].name]): n for n in numbers}
         roles = {role: number_of[id(p)] for role, p in named.items() if id(p) in number_of}
         grads: list[tuple[Tensor, ...]] = []
-        for row in range(examples):
+        for row, call in enumerate(calls):
             with torch.enable_grad():
                 copies = {role: p.detach().requires_grad_() for role, p in named.items()}
                 self.recomputing = True
-                example = slice(row * each, (row + 1) * each)
-                output = torch.func.functional_call(module, copies, (inputs[example],))
+                output = torch.func.functional_call(module, copies, call.args, dict(call.kwargs))
                 self.recomputing = False
-                grads.append(torch.autograd.grad(output, [copies[role] for role in roles], grad[example]))
+                of_example = grad[row * each : (row + 1) * each] if len(calls) > 1 else grad
+                found = torch.autograd.grad(
+                    output, [copies[role] for role in roles], of_example, allow_unused=True
+                )
+            grads.append(
+                tuple(
+                    torch.zeros_like(copies[role]) if g is None else g
+                    for role, g in zip(roles, found, strict=True)
+                )
+            )
         for n, of_examples in zip(roles.values(), zip(*grads, strict=True), strict=True):
             yield n, torch.stack(of_examples)[:, :, None]
 
@@ -137,6 +227,16 @@ class SketchPass(GradientPass):
     def add_formed(self, n: int, grad: Tensor) -> None:
         self._accumulate(n, self.sketch_formed(n, grad))
 
+    def add_group(self, n: int, factors: Factors, group: RowGroup) -> None:
+        self._accumulate(n, self.sketch_group(n, factors, group.experts, group.examples, self.rows))
+
+    def sketch_group(self, n: int, factors: Factors, experts: Tensor, owners: Tensor, count: int) -> Tensor:
+        """[count, width] of the factors of P matrices, which are parts of the stacks of some of `count`
+        owners."""
+        sketches = self.sketch_factors(n, factors)
+        seed, stack = self.sketched.seeds[n], self.targets[n].stack
+        return ops.stack_sketch(sketches, experts, owners, seed=seed, count=stack, examples=count)
+
     def sketch_factors(self, n: int, factors: Factors) -> Tensor:
         """[B, width] of the factors of B examples."""
         return factors.sketch(self.sketched.width, self.sketched.seeds[n])
@@ -148,8 +248,15 @@ class SketchPass(GradientPass):
         return ops.embedding_sketch(ids, grad, width, seed=self.sketched.seeds[n], vocabulary=vocabulary)
 
     def sketch_formed(self, n: int, grad: Tensor) -> Tensor:
-        """[B, width] of formed gradients [B, O, I]."""
-        return ops.matrix_sketch(grad.float(), self.sketched.width, seed=self.sketched.seeds[n])
+        """[B, width] of formed gradients [B, O, I] or [B, E, O, I]."""
+        width, seed, stack = self.sketched.width, self.sketched.seeds[n], self.targets[n].stack
+        sketches = ops.matrix_sketch(grad.float(), width, seed=seed)
+        if not stack:
+            return sketches
+        pairs = torch.arange(len(grad) * stack, device=grad.device)
+        return ops.stack_sketch(
+            sketches.flatten(0, 1), pairs % stack, pairs // stack, seed=seed, count=stack, examples=len(grad)
+        )
 
     def _accumulate(self, n: int, sketch: Tensor) -> None:
         self.sketches[:, n] += sketch.to(self.device)  # a device map may have put this layer elsewhere
@@ -161,6 +268,18 @@ class FlatSketchPass(SketchPass):
     def sketch_factors(self, n: int, factors: Factors) -> Tensor:
         columns, rows = factors.applied()
         return self.sketch_formed(n, torch.bmm(rows.float().mT, columns.float()))
+
+    def sketch_group(self, n: int, factors: Factors, experts: Tensor, owners: Tensor, count: int) -> Tensor:
+        columns, rows = factors.applied()
+        formed = torch.bmm(rows.float().mT, columns.float())
+        stack = formed.new_zeros(self.targets[n].stack, *formed.shape[1:])
+        sketches = formed.new_zeros(count, self.sketched.width)
+        for owner in torch.unique(owners).tolist():
+            own = owners == owner
+            stack[experts[own]] = formed[own]
+            sketches[owner] = self.sketch_formed(n, stack[None])[0]
+            stack.zero_()
+        return sketches
 
     def sketch_embedding(self, n: int, ids: Tensor, grad: Tensor) -> Tensor:
         vocabulary, size = self.targets[n].shape
@@ -196,6 +315,28 @@ class PositionPass(SketchPass):
 
         self._add_positions(n, sketch, factors.columns[0, :, None], factors.rows[0, :, None])
 
+    def add_rows(self, n: int, factors: RowFactors) -> None:
+        tokens, experts, columns = factors.tokens, factors.experts, factors.columns
+        if tokens is None:
+            raise self._no_positions(n)
+        if columns is None:
+            grad = torch.zeros(self.length, factors.rows.shape[1], device=tokens.device)
+            self.add_bias(n, ops.add_at(grad, tokens, factors.rows.float())[None])
+            return
+
+        def sketch(n: int, columns: Tensor, rows: Tensor, experts: Tensor | None = None) -> Tensor:
+            scaled = self.scaled(n, columns, rows)
+            if experts is None:
+                return self.sketch_factors(n, scaled)
+            each = torch.arange(len(experts), device=experts.device)
+            return self.sketch_group(n, scaled, experts, each, len(experts))
+
+        parts = [columns[:, None], factors.rows[:, None], *([] if experts is None else [experts])]
+        self._add_positions(n, sketch, *parts, tokens=tokens)
+
+    def add_group(self, n: int, factors: Factors, group: RowGroup) -> None:
+        raise AssertionError("rows are not put together by expert")
+
     def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         self._add_positions(n, self.sketch_embedding, ids.to(grad.device)[0, :, None], grad[0, :, None])
 
@@ -205,33 +346,45 @@ class PositionPass(SketchPass):
     def add_bias(self, n: int, grad: Tensor) -> None:
         self._add_raw_positions(n, grad.float()[0, :, :, None])
 
-    def add_module(self, module: nn.Module, numbers: Sequence[int], inputs: Tensor, grad: Tensor) -> None:
+    def add_module(self, module: nn.Module, numbers: Sequence[int], call: Call, grad: Tensor) -> None:
         # A norm treats each position by itself, so each may be an example of one token.
-        if inputs.shape[:2] != (1, self.length) or grad.shape[:2] != (1, self.length):
+        if call.inputs.shape[:2] != (1, self.length) or grad.shape[:2] != (1, self.length):
             raise self._no_positions(numbers[0])
-        alone = self.module_gradients(module, numbers, inputs[0, :, None], grad[0, :, None], self.length)
-        together = self.module_gradients(module, numbers, inputs, grad, 1)
+        positions = [call.mapped(partial(self._at_position, t)) for t in range(self.length)]
+        alone = self.module_gradients(module, numbers, positions, grad[0, :, None])
+        together = self.module_gradients(module, numbers, [call], grad)
         for (n, grads), (_, whole) in zip(alone, together, strict=True):
             error = (grads.float().sum(0) - whole[0].float()).norm()
             if not bool(error <= 0.01 * whole.float().norm() + 1e-30):
                 raise self._no_positions(n)
             self._add_raw_positions(n, grads)
 
+    def _at_position(self, t: int, x: Tensor) -> Tensor:
+        return x[:, t : t + 1] if x.shape[:2] == (1, self.length) else x
+
     def _add_raw_positions(self, n: int, grads: Tensor) -> None:
         """Add the formed gradient of each position, [T, O, I], not preconditioned yet."""
         self._add_positions(n, self.sketch_formed, self.scales[n].formed(grads) if self.scales else grads)
 
-    def _add_positions(self, n: int, sketch: Callable[..., Tensor], *positions: Tensor) -> None:
-        """Sketch positions, each of `positions` [T, ...], some at a time: each may take a formed gradient."""
-        o, i = matrix_shape(self.targets[n].shape)
+    def _add_positions(
+        self, n: int, sketch: Callable[..., Tensor], *positions: Tensor, tokens: Tensor | None = None
+    ) -> None:
+        """Sketch positions, each of `positions` [T, ...], some at a time: each may take a formed gradient.
+
+        tokens: the position of each, by default all in their order.
+        """
+        o, i = self.targets[n].matrix
         formed = o * i if isinstance(self, FlatSketchPass) else 0
         size = max(1, _POSITIONS_BYTES // (4 * max(formed, self.sketched.width)))
-        if len(positions[0]) != self.length:  # an expert of some tokens, say
-            raise self._no_positions(n)
-        vectors = self._vectors[:, n].to(positions[0].device)
-        for start in range(0, self.length, size):
+        if tokens is None:
+            if len(positions[0]) != self.length:  # an expert of some tokens, say
+                raise self._no_positions(n)
+            tokens = torch.arange(self.length, device=self.device)
+        vectors, products = self._vectors[:, n].to(positions[0].device), self.products[:, :, n]
+        for start in range(0, len(tokens), size):
             sketches = sketch(n, *(x[start : start + size] for x in positions))
-            self.products[start : start + size, :, n] += (sketches @ vectors.T).to(self.device)
+            at = tokens[start : start + size].to(self.device)
+            ops.add_at(products, at, (sketches @ vectors.T).to(self.device))
             self.sketches[0, n] += sketches.sum(0).to(self.device)
 
     def _no_positions(self, n: int) -> TypeError:
@@ -258,84 +411,39 @@ class FactorPass(GradientPass):
             [self.factors[n], factors.applied()] if n in self.factors else [factors.applied()]
         )
 
-    def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
-        self.add_formed(n, grad)
+    def factors_of(self, n: int) -> tuple[Tensor, Tensor]:
+        """The factors of a target's gradient, zeros if the batch does not reach it."""
+        if n in self.factors:
+            return self.factors[n]
+        o, i = self.targets[n].matrix
+        zero = torch.zeros(self.rows, self.length, 1, device=self.device)
+        return zero.expand(-1, -1, i), zero.expand(-1, -1, o)
 
-    def add_formed(self, n: int, grad: Tensor) -> None:
-        raise TypeError(f"'{self.targets[n].name}' is not the weight of a linear layer: it has no factors")
+    def add_rows(self, n: int, factors: RowFactors) -> None:
+        # A factor for each position, in order: so a position must not have several.
+        columns, rows, tokens = factors.columns, factors.rows, factors.tokens
+        if (
+            columns is None
+            or factors.experts is not None
+            or tokens is None
+            or len(torch.unique(tokens)) < len(tokens)
+        ):
+            raise self._no_factors(n)
+        places = self.rows * self.length
+        columns, rows = (
+            x.new_zeros(places, x.shape[1]).index_copy_(0, tokens, x).view(self.rows, self.length, -1)
+            for x in (columns, rows)
+        )
+        self.add_factors(n, self.scaled(n, columns, rows))
 
-
-class MomentPass(GradientPass):
-    """Adds each gradient, as it is, to the second moments of the factors."""
-
-    def __init__(self, sketched: SketchTargets, batch: Batch, moments: FactorMoments) -> None:
-        super().__init__(sketched, batch)
-        self._moments = moments
-
-    def add_factors(self, n: int, factors: Factors) -> None:
-        self._moments.add_factors(n, *factors.applied())
-
-    def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
-        self._moments.add_embedding(n, ids, grad)
-
-    def add_formed(self, n: int, grad: Tensor) -> None:
-        self._moments.add_formed(n, grad)
-
-
-class SquaresPass(GradientPass):
-    """Sums the squares of each gradient's rows and columns, of the gradient as it is.
-
-    Squares are taken of a parameter's whole gradient, so the contribution of each of its uses is held until
-    the last one has arrived; with a single use that is at once.
-    """
-
-    def __init__(self, sketched: SketchTargets, batch: Batch) -> None:
-        super().__init__(sketched, batch)
-        self._factors: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._embedded: dict[int, list[tuple[Tensor, Tensor]]] = {}
-        self._formed: dict[int, Tensor] = {}
-        self._squares: dict[int, Squares] = {}
-
-    def finish(self) -> list[Squares]:
-        """(row sums [B, O], column sums [B, I]) of each target, float64; zeros if no gradient arrived."""
-        for n in {*self._factors, *self._embedded, *self._formed}:
-            self._square(n)  # a call whose output took no part in the loss brought nothing
-        zero = torch.zeros(self.rows, 1, dtype=torch.float64, device=self.device)
-        shapes = [matrix_shape(target.shape) for target in self.targets]
-        return [
-            self._squares.get(n, (zero.expand(-1, o), zero.expand(-1, i))) for n, (o, i) in enumerate(shapes)
-        ]
-
-    def add_factors(self, n: int, factors: Factors) -> None:
-        self._factors.setdefault(n, []).append(factors.applied())
-        self._call_done(n)
+    def add_group(self, n: int, factors: Factors, group: RowGroup) -> None:
+        raise self._no_factors(n)
 
     def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
-        self._embedded.setdefault(n, []).append((ids, grad))
-        self._call_done(n)
+        raise self._no_factors(n)
 
     def add_formed(self, n: int, grad: Tensor) -> None:
-        self._formed[n] = self._formed[n] + grad if n in self._formed else grad
-        self._call_done(n)
+        raise self._no_factors(n)
 
-    def _call_done(self, n: int) -> None:
-        self.calls[n] -= 1
-        if self.calls[n] <= 0:
-            self._square(n)
-
-    def _square(self, n: int) -> None:
-        """Square what has arrived of a target's gradient, and let go of it."""
-        factors, embedded = self._factors.pop(n, []), self._embedded.pop(n, [])
-        formed = self._formed.pop(n, None)
-        vocabulary = self.targets[n].shape[0] if embedded else 0
-        if embedded and not factors and formed is None:
-            self._squares[n] = embedding_squares(*joined(embedded), vocabulary)
-            return
-        factors += [as_factors(ids, grad, vocabulary) for ids, grad in embedded]
-        if formed is None:
-            self._squares[n] = factor_squares(*joined(factors))
-            return
-        if factors:
-            columns, outputs = joined(factors)
-            formed = formed + torch.bmm(outputs.float().mT, columns.float())
-        self._squares[n] = formed_squares(formed)
+    def _no_factors(self, n: int) -> TypeError:
+        return TypeError(f"'{self.targets[n].name}' is not the weight of a linear layer: it has no factors")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from rapidin.errors import UserError
 from rapidin.gradients import fsdp
+from rapidin.gradients.adapters import active_adapters
 
 # The point if the untuned state is known; measured on poison and on retrained models
 # (docs/measured/results.md).
@@ -29,11 +30,13 @@ class WeightPath:
     """The straight line from the untuned to the tuned weights.
 
     ends: for each parameter that tuning changed, the parameter, its untuned value (None for zeros) and its
-    tuned value. unknown: why the untuned state is unknown, if there are no ends.
+    tuned value. unknown: why the untuned state is unknown, if there are no ends. apart: in words, what has
+    no untuned value and stays as it is; "" if nothing does.
     """
 
     ends: Sequence[End] = ()
     unknown: str = "no base model is given"
+    apart: str = ""
 
     def check(self, points: Sequence[float]) -> None:
         """Raises UserError if a point is not on the path, or is named twice."""
@@ -77,8 +80,9 @@ def adapter_path(model: Any) -> WeightPath:
     if unknown is not None:
         return WeightPath(unknown=unknown)
     ends: list[End] = []
+    from_zero = [f".{kind}.{name}" for kind in ("lora_B", "lora_embedding_B") for name in active]
     for name, p in model.named_parameters():
-        if ".lora_B." in name or ".lora_embedding_B." in name:
+        if any(f"{mark}." in f"{name}." for mark in from_zero):
             ends.append((p, None, p.data))
     for module in model.modules():
         if type(module).__name__ != "ModulesToSaveWrapper":
@@ -94,25 +98,36 @@ def adapter_path(model: Any) -> WeightPath:
 def base_path(model: Any, base: Any, name: str, base_name: str) -> WeightPath:
     """The path from a base model to the model that was tuned from it in full.
 
-    name, base_name: of the two, for the message. Raises UserError if their parameters differ.
+    Tuning may have added tokens to the vocabulary, or padded its tables: rows that the base does not have
+    stay as they are. name, base_name: of the two, for the message. Raises UserError if other parameters
+    differ.
     """
-    untuned = dict(base.named_parameters())
+    untuned = dict(base.named_parameters(remove_duplicate=False))  # tuning may have untied them
+    tokens, base_tokens = (len(each.get_input_embeddings().weight) for each in (model, base))
     ends: list[End] = []
+    grown: list[str] = []
     for key, p in model.named_parameters():
-        if key not in untuned or untuned[key].shape != p.shape:
-            in_base = "missing" if key not in untuned else f"of shape {list(untuned[key].shape)}"
+        value = untuned[key].data if key in untuned else None
+        if value is not None and value.shape != p.shape and tokens != base_tokens:
+            rows = (*p.shape[:1], *value.shape[:1])
+            if rows == (tokens, base_tokens) and p.shape[1:] == value.shape[1:] and not p.is_meta:
+                shared = min(rows)
+                value = torch.cat([value[:shared].to(p.device, p.dtype), p.data[shared:]])
+                grown.append(key)
+        if value is None or value.shape != p.shape:
+            in_base = "missing" if value is None else f"of shape {list(value.shape)}"
             raise UserError(
                 f"'{base_name}' is not what '{name}' was tuned from: '{key}' is {in_base} in the base, "
                 f"of shape {list(p.shape)} in the tuned model"
             )
-        ends.append((p, untuned[key].data, p.data))
-    return WeightPath(ends)
-
-
-def active_adapters(model: Any) -> list[str]:
-    """The names of a peft model's active adapters."""
-    active = model.active_adapter
-    return [active] if isinstance(active, str) else list(active)
+        ends.append((p, value, p.data))
+    apart = ""
+    if grown:
+        apart = (
+            f"the base model has {base_tokens:,} tokens and the tuned model {tokens:,}: of "
+            f"{' and '.join(grown)} only the first {min(tokens, base_tokens):,} rows have a base state"
+        )
+    return WeightPath(ends, apart=apart)
 
 
 def _untuned_unknown(config: Any) -> str | None:

@@ -36,7 +36,7 @@ from torch import Tensor, nn
 
 from rapidin.errors import UserError
 from rapidin.gradients.adam import second_moments
-from rapidin.gradients.parameters import Target, matrix_shape
+from rapidin.gradients.parameters import Target
 from rapidin.gradients.scale import Scale
 
 EXPONENT = 0.5  # p, of V on each of the two sides of a product
@@ -76,7 +76,7 @@ class Preconditioner:
         for table in self.points:
             for target in targets:
                 scale = table.get(target.name)
-                fits = fits and scale is not None and scale.shape == matrix_shape(target.shape)
+                fits = fits and scale is not None and scale.shape == target.matrix
         if not fits:
             raise UserError(
                 "the cache's preconditioner is for other parameters than its layer table", "cache again"
@@ -111,8 +111,8 @@ class Preconditioner:
         one."""
         points: dict[int, dict[str, dict[str, Tensor]]] = {}
         for key, tensor in tensors.items():
-            number, rest = key.split("/", 1)
-            parameter, name = rest.rsplit("/", 1)
+            number, tensor_name = key.split("/", 1)
+            parameter, name = tensor_name.rsplit("/", 1)
             axes = 2 if name.endswith("_basis") else 1
             if tensor.dtype != torch.float32 or tensor.ndim != axes:
                 raise ValueError(

@@ -83,7 +83,7 @@ class GradientSettings(Settings):
     projection: Projection = option(
         "tensor",
         help="tensor: sketch a layer's gradient from its two factors; flat: sketch the formed gradient; "
-        "rapidgrad: one sketch for the whole layer-normalised gradient (the RapidIn paper's setting).",
+        "rapidgrad: one sketch for the whole layer-normalized gradient (the RapidIn paper's setting).",
         flag=None,
         panel="Storage",
     )

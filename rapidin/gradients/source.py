@@ -7,7 +7,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
@@ -17,15 +17,18 @@ from rapidin.errors import UserError
 from rapidin.gradients.adam import Moments
 from rapidin.gradients.batch import Batch
 from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
+from rapidin.gradients.check import GradientCheck, check_gradients, check_pair
 from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.coverage import Coverage, coverage_of
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.model import LoadedModel
-from rapidin.gradients.parameters import Target, coverage, find_targets
+from rapidin.gradients.parameters import Target, find_targets, with_autograd
 from rapidin.gradients.path import DEFAULT_AT
 from rapidin.gradients.preconditioner import (
     Preconditioner,
     PreconditionerConfig,
 )
+from rapidin.gradients.probe import check_causal
 from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
 from rapidin.ops.transfer import Download, upload
 
@@ -36,12 +39,12 @@ class GradientSource:
     """Sketches of the preconditioned gradients of texts.
 
     Two sources with equal `settings`, models and preconditioners give equal sketches. A source does not
-    change: `with_preconditioner` makes another one of the same model. Only its batches become smaller once
-    memory has run out.
+    change: `with_preconditioner` and `with_check` make another one of the same model. Only its batches become
+    smaller once memory has run out.
 
     loaded: the model; settings: complete, without a value that is still to be chosen; points: of the path
     from base to tuned model, where gradients are taken; targets: the parameters that count; encoder: makes
-    texts of records.
+    texts of records; check: the result of comparing gradients with autograd's, None if that was not done.
 
     Raises UserError for settings that do not fit the model.
     """
@@ -55,6 +58,7 @@ class GradientSource:
     ) -> None:
         """bytes_per_example: the budget of a cache, on which the default sketch dimension depends."""
         settings = settings or GradientSettings()
+        check_causal(loaded)
         self.loaded = loaded
         self.points = _points(loaded, settings.at)
         self.targets = find_targets(
@@ -69,6 +73,7 @@ class GradientSource:
             preconditioner=config,
         )
         self.config = config
+        self.check: GradientCheck | None = None
         assert self.settings.max_length is not None
         self.encoder = Encoder(
             loaded.tokenizer,
@@ -83,9 +88,7 @@ class GradientSource:
                 "leave such parameters out with --exclude, or do not use --shard-model",
             )
         self.lockstep = Lockstep(loaded.sharded)
-        self.batches = BatchRunner(
-            loaded.device, settings.batch_tokens, self.lockstep, self.sketcher.single_names
-        )
+        self.batches = self._batch_runner()
 
     def _default_width(self, settings: GradientSettings, bytes_per_example: int | None) -> int:
         if settings.projection == "rapidgrad":
@@ -96,15 +99,54 @@ class GradientSource:
         if preconditioner is not None:
             preconditioner.check(self.targets, len(self.points))
             preconditioner = preconditioner.to(self.loaded.device)
+        by_autograd = () if self.check is None else self.check.by_autograd
         self.sketcher = GradientSketcher(
             self.loaded.model,
-            self.targets,
+            with_autograd(self.targets, by_autograd),
             width=self.width,
             seed=self.settings.seed,
             projection=self.settings.projection,
             loss=self.settings.loss,
             preconditioner=preconditioner,
+            checked=self.check is not None,
         )
+
+    def _batch_runner(self) -> BatchRunner:
+        names, why = self.sketcher.single_names, ""
+        if names:
+            why = f"{len(names)} parameters have their gradient from autograd itself, such as '{names[0]}'"
+        elif self.check is not None:
+            why = self.check.why_single
+        return BatchRunner(self.loaded.device, self.settings.batch_tokens, self.lockstep, why)
+
+    def checked(self, texts: Sequence[Encoded]) -> GradientCheck | None:
+        """Compare the gradients of one or two of these texts with autograd's (`rapidin.gradients.check`).
+
+        None if no text has a gradient, or the model is spread over several processes. Raises UserError for a
+        gradient that cannot be taken.
+        """
+        assert self.settings.max_length is not None
+        pair = None if self.loaded.sharded else check_pair(texts, self.settings.max_length)
+        if pair is None:
+            return None
+        source = self.with_preconditioner(None).with_check(GradientCheck())
+        (short, long), device = [(text.ids, text.target) for text in pair], self.loaded.device
+        batched = len(short[0]) < len(long[0]) and not source.batches.one_at_a_time
+        with source.at(len(self.points) - 1):
+            return check_gradients(
+                source.sketcher,
+                Batch.of([short], device),
+                Batch.of([long], device),
+                Batch.of([short, long], device) if batched else None,
+            )
+
+    def with_check(self, check: GradientCheck | None) -> GradientSource:
+        """The same source after a check: gradients that differ from autograd's are taken by autograd."""
+        other = copy.copy(self)
+        other.check = check
+        other._set_preconditioner(self.preconditioner)
+        other.batches = other._batch_runner()
+        return other
 
     def with_preconditioner(self, preconditioner: Preconditioner | None) -> GradientSource:
         """The same source with another preconditioner. Raises UserError if that is for other parameters."""
@@ -139,11 +181,11 @@ class GradientSource:
         """Blocks of a sketch, over all points."""
         return self.sketcher.blocks * len(self.points)
 
-    @property
-    def coverage(self) -> float:
-        """Share of the model's parameters that count."""
-        counted, total = coverage(self.loaded.model, self.targets)
-        return counted / total
+    @cached_property
+    def coverage(self) -> Coverage:
+        """What of the model counts."""
+        chosen = bool(self.settings.include or self.settings.exclude)
+        return coverage_of(self.loaded.model, self.targets, trained=self.loaded.trained, chosen=chosen)
 
     @contextmanager
     def at(self, number: int) -> Iterator[None]:
@@ -273,13 +315,13 @@ def _points(loaded: LoadedModel, at: tuple[float, ...] | float | None) -> list[f
     return points
 
 
-def _max_length(loaded: LoadedModel, wanted: int | None) -> int:
+def _max_length(loaded: LoadedModel, requested: int | None) -> int:
     limit = loaded.context_length
-    if wanted is None:
+    if requested is None:
         return _LONGEST if limit is None else limit
-    if limit is not None and wanted > limit:
-        raise UserError(f"--max-length {wanted} is over the model's context of {limit} tokens")
-    return wanted
+    if limit is not None and requested > limit:
+        raise UserError(f"--max-length {requested} is over the model's context of {limit} tokens")
+    return requested
 
 
 def _preconditioner_config(

@@ -8,23 +8,26 @@ from rapidin.ops.linear_sketch import embedding_sketch, linear_sketch
 from rapidin.ops.low_rank import LowRank
 from rapidin.ops.matrix_sketch import matrix_sketch
 from rapidin.ops.packed import Packed, pack, packed_bytes, unpack
+from rapidin.ops.rotate import Cut, rotate, unit_blocks
+from rapidin.ops.stack_sketch import add_at, stack_sketch
 from rapidin.ops.topk_scan import ScanQueries, topk_scan, topk_scan_both_ends
-from rapidin.ops.turn import Cut, turn, unit_blocks
 
 __all__ = [
     "Cut",
     "LowRank",
     "Packed",
     "ScanQueries",
+    "add_at",
     "embedding_sketch",
     "flat_sketch",
     "linear_sketch",
     "matrix_sketch",
     "pack",
     "packed_bytes",
+    "rotate",
+    "stack_sketch",
     "topk_scan",
     "topk_scan_both_ends",
-    "turn",
     "unit_blocks",
     "unpack",
 ]

@@ -1,7 +1,11 @@
 """Which function runs an op: the one table of (op, backend), or a clear reason why none does."""
 
+from __future__ import annotations
+
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
@@ -23,6 +27,24 @@ _MODULES = {
 CUDA_OPS = frozenset({"linear_sketch", "flat_sketch", "topk_scan", "topk_scan_both_ends"})
 
 
+# Names the backend of an op for a device and the arguments that decide it.
+Choose = Callable[[str, torch.device, tuple[Any, ...]], str]
+
+
+@dataclass(frozen=True)
+class Installed:
+    """Which kernels for GPUs there are: CUDA's extension, and Triton."""
+
+    cuda: bool
+    triton: bool
+
+    @staticmethod
+    @cache
+    def here() -> Installed:
+        """Those of this installation."""
+        return Installed(find_spec("rapidin.ops._cuda") is not None, find_spec("triton") is not None)
+
+
 def find(op: str, backend: str | None, device: torch.device, *arguments: Any) -> Callable[..., Any]:
     """The function that runs `op` on tensors of `device`; arguments: what decides whether CUDA has a kernel.
 
@@ -31,7 +53,7 @@ def find(op: str, backend: str | None, device: torch.device, *arguments: Any) ->
     """
     if backend is not None and backend not in KNOWN:
         raise ValueError(f"{op}: unknown backend {backend!r}; known are {', '.join(KNOWN)}")
-    name = backend if backend is not None else _default(op, device, arguments)
+    name = backend if backend is not None else _choose(op, device, arguments)
     if name == "cpu" and device.type != "cpu":
         raise ValueError(
             f"{op}: backend 'cpu' takes tensors on the CPU, got device '{device}'; call .cpu() first"
@@ -67,17 +89,24 @@ def simulated(backend: str) -> bool:
     return bool(import_module(_MODULES["cuda"]).emulated())
 
 
-def _default(op: str, device: torch.device, arguments: tuple[Any, ...]) -> str:
+def default(
+    op: str, device: torch.device, arguments: tuple[Any, ...], installed: Installed | None = None
+) -> str:
+    """The backend of an op that names none; installed: by default what is installed here.
+
+    Raises ValueError where no backend is for this device.
+    """
+    installed = Installed.here() if installed is None else installed
     if device.type == "cpu":
         return "cpu"
     if device.type == "cuda":
         why = None
-        if op in CUDA_OPS and _has_cuda_extension():
+        if op in CUDA_OPS and installed.cuda:
             cuda = import_module(_MODULES["cuda"])
             why = cuda.excludes(device)
             if why is None and cuda.supports(op, *arguments):
                 return "cuda"
-        if _has_triton():
+        if installed.triton:
             return "triton"
         if why is not None:
             raise ValueError(f"{op}: rapidin's CUDA extension {why}; pip install 'rapidin[gpu]' for Triton")
@@ -91,11 +120,22 @@ def _default(op: str, device: torch.device, arguments: tuple[Any, ...]) -> str:
     )
 
 
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None
+_choose: Choose = default
 
 
-@cache
-def _has_cuda_extension() -> bool:
-    return find_spec("rapidin.ops._cuda") is not None
+@contextmanager
+def using(choose: Choose, modules: Mapping[str, str] | None = None) -> Iterator[None]:
+    """Inside the block `choose` names the backend of ops that name none, in place of `default`.
+
+    modules: of backends besides those that are known, by name, each with the ops as functions.
+    """
+    global _choose
+    before, known = _choose, dict(_MODULES)
+    _choose = choose
+    _MODULES.update(modules or {})
+    try:
+        yield
+    finally:
+        _choose = before
+        _MODULES.clear()
+        _MODULES.update(known)

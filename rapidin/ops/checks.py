@@ -29,8 +29,8 @@ def check_same_device(op: str, named: dict[str, Tensor | None]) -> torch.device:
     """Raises ValueError unless all tensors lie on one device; returns it."""
     devices = {name: x.device for name, x in named.items() if x is not None}
     if len(set(devices.values())) > 1:
-        places = ", ".join(f"{name} on '{device}'" for name, device in devices.items())
-        raise ValueError(f"{op}: all tensors must be on one device, got {places}")
+        locations = ", ".join(f"{name} on '{device}'" for name, device in devices.items())
+        raise ValueError(f"{op}: all tensors must be on one device, got {locations}")
     return next(iter(devices.values()))
 
 

@@ -10,8 +10,8 @@ from torch import Tensor
 from rapidin.ops import _cpu, tables
 from rapidin.ops.low_rank import LowRank, applied, coefficients
 from rapidin.ops.packed import Packed, PackedDtype, packed_bytes
+from rapidin.ops.rotate import ROTATION, Cut
 from rapidin.ops.tables import CPU
-from rapidin.ops.turn import TURN, Cut
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PACKED_DTYPES = {"int8": 3, "int4": 4, "sign": 5}
@@ -106,8 +106,8 @@ def choose_way(
     if _cpu.has_tensor_sketch(k):
         whole = -(-tokens // _FUSED_TOKENS) * _FUSED_TOKENS
         fft = k * (_FUSED_PAIR_NS + _FUSED_FFT_NS * k.bit_length())
-        turned = _FUSED_PRODUCT_NS * (table_in + table_out)
-        best_cost = whole * (_FUSED_SKETCH_NS * (n_in + n_out) + turned + fft)
+        products = _FUSED_PRODUCT_NS * (table_in + table_out)
+        best_cost = whole * (_FUSED_SKETCH_NS * (n_in + n_out) + products + fft)
     else:
         fft = k * (_PAIR_NS + _FFT_NS * k.bit_length())
         best_cost = tokens * (_COUNT_SKETCH_NS * (n_in + n_out) + _PRODUCT_NS * (alone_in + alone_out) + fft)
@@ -120,9 +120,9 @@ def choose_way(
                 _COUNT_SKETCH_NS * (sketch_in * n_in + sketch_out * n_out) + _PRODUCT_NS * rows * cols
             )
             # Where a side is not sketched its LowRank is applied to the tokens or to the matrix.
-            turned_in = tokens * table_in if sketch_in else min(tokens, rows) * alone_in
-            turned_out = tokens * table_out if sketch_out else min(tokens, cols) * alone_out
-            cost += _PRODUCT_NS * (turned_in + turned_out)
+            product_in = tokens * table_in if sketch_in else min(tokens, rows) * alone_in
+            product_out = tokens * table_out if sketch_out else min(tokens, cols) * alone_out
+            cost += _PRODUCT_NS * (product_in + product_out)
             if sketch_in or sketch_out:
                 cost += _FOLD_NS * rows * cols
             else:
@@ -280,8 +280,8 @@ def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
     n, width = x.shape
     if x.stride(1) != 1 and width > 1:
         x = x.contiguous()
-    code = torch.int8 if dtype == "int8" else torch.uint8
-    codes = torch.empty(n, packed_bytes(width, dtype), dtype=code, device=CPU)
+    code_dtype = torch.int8 if dtype == "int8" else torch.uint8
+    codes = torch.empty(n, packed_bytes(width, dtype), dtype=code_dtype, device=CPU)
     scale = torch.empty(n, device=CPU)
     _cpu.pack(
         x.data_ptr(), _DTYPES[x.dtype], n, width, x.stride(0), _PACKED_DTYPES[dtype],
@@ -291,24 +291,24 @@ def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
 
 
 def unpack(packed: Packed) -> Tensor:
-    part, held = _part(packed)
-    x = torch.empty(len(held), packed.width, device=CPU)
-    _cpu.unpack(part, len(x), x.data_ptr(), torch.get_num_threads())
+    arguments, rows = _row_arguments(packed)
+    x = torch.empty(len(rows), packed.width, device=CPU)
+    _cpu.unpack(arguments, len(x), x.data_ptr(), torch.get_num_threads())
     return x
 
 
-def turn(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
+def rotate(x: Tensor, *, seed: int, inverse: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
     if mean is not None:
         x = x - mean
     words = torch.empty(x.shape[1] * x.shape[2], dtype=torch.int32, device=CPU)
-    _cpu.hash_words(seed, TURN, 0, len(words), words.data_ptr())
+    _cpu.hash_words(seed, ROTATION, 0, len(words), words.data_ptr())
     signs = torch.where(words < 0, -1.0, 1.0).view(x.shape[1:])
-    x = _hadamard(x) * signs if back else _hadamard(x * signs)
+    x = _hadamard(x) * signs if inverse else _hadamard(x * signs)
     return x if cut is None else cut.of(x)
 
 
 def _hadamard(x: Tensor) -> Tensor:
-    """The normalised Hadamard transform of the last axis: its own inverse."""
+    """The normalized Hadamard transform of the last axis: its own inverse."""
     shape, width = x.shape, x.shape[-1]
     x = x.reshape(-1, width) / math.sqrt(width)
     half = 1
@@ -368,7 +368,7 @@ def _scan(
     valid: Tensor | None,
     base: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-    parts = [_part(each) for each in cache]
+    parts = [_row_arguments(rows) for rows in cache]
     n = len(parts[0][1])
     k = min(k, n)
     queries = queries.contiguous()
@@ -377,9 +377,9 @@ def _scan(
     if base is not None and base.stride(1) != 1:
         base = base.contiguous()
     valid = valid.contiguous() if valid is not None else None
-    top, bottom = _places(len(queries), k, want_top), _places(len(queries), k, want_bottom)
+    top, bottom = _empty_ranking(len(queries), k, want_top), _empty_ranking(len(queries), k, want_bottom)
     _cpu.topk_scan(
-        [part for part, _ in parts], n, queries.shape[1],
+        [arguments for arguments, _ in parts], n, queries.shape[1],
         queries.data_ptr(), len(queries),
         list(offsets) if offsets is not None else [],
         scales.data_ptr() if scales is not None else 0,
@@ -397,8 +397,8 @@ def _scan(
     return top, bottom
 
 
-def _part(rows: Tensor | Packed) -> tuple[tuple[int, int, int, int, int, int, int], Tensor]:
-    """What the kernels call a part of a cache, and the tensor of its rows, which must outlive the call."""
+def _row_arguments(rows: Tensor | Packed) -> tuple[tuple[int, int, int, int, int, int, int], Tensor]:
+    """What the kernels take for one part of the rows, and its tensor, which must outlive the call."""
     x = rows if isinstance(rows, Tensor) else rows.codes
     if x.stride(1) != 1 and x.shape[1] > 1:
         x = x.contiguous()
@@ -410,10 +410,10 @@ def _part(rows: Tensor | Packed) -> tuple[tuple[int, int, int, int, int, int, in
     if isinstance(rows, Tensor):
         return (x.data_ptr(), _DTYPES[x.dtype], x.shape[1], x.stride(0), 0, 0, 0), x
     scale = rows.scale
-    found = (0, 0, 0) if scale is None else (scale.data_ptr(), _DTYPES[scale.dtype], scale.stride(0))
-    return (x.data_ptr(), _PACKED_DTYPES[rows.dtype], rows.width, x.stride(0), *found), x
+    scales = (0, 0, 0) if scale is None else (scale.data_ptr(), _DTYPES[scale.dtype], scale.stride(0))
+    return (x.data_ptr(), _PACKED_DTYPES[rows.dtype], rows.width, x.stride(0), *scales), x
 
 
-def _places(queries: int, k: int, wanted: bool) -> tuple[Tensor, Tensor]:
-    size = (queries, k) if wanted else (0, 0)
+def _empty_ranking(queries: int, k: int, filled: bool) -> tuple[Tensor, Tensor]:
+    size = (queries, k) if filled else (0, 0)
     return torch.empty(size, device=CPU), torch.empty(size, dtype=torch.int64, device=CPU)

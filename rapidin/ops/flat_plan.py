@@ -24,7 +24,7 @@ _SQUARE_ROWS = 16384  # of the longest tensor that one block sums
 _SQUARE_SLICES = 32
 
 # Kept, because gradients often have the same addresses again. Those of a captured call may have new ones.
-_tables = Kept(1 << 20, reserve=True)
+kept_tables = Kept(1 << 20, reserve_bytes=64 << 10)
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,8 @@ def flat_plan(tensors: Sequence[Tensor], dim: int) -> FlatPlan:
     firsts = [0, *accumulate(counts)]
     rows = firsts[-1]
     chunks = -(-rows // groups)
-    wanted = min(-(-_BLOCKS // (groups * max(batch, 1))), -(-chunks // _LEAST_CHUNKS))
-    chunks_of_part = -(-chunks // max(wanted, 1))
+    most_parts = min(-(-_BLOCKS // (groups * max(batch, 1))), -(-chunks // _LEAST_CHUNKS))
+    chunks_of_part = -(-chunks // max(most_parts, 1))
     chunks_of_part = max(-(-chunks_of_part // _CHUNK_STEP) * _CHUNK_STEP, _CHUNK_STEP)
     parts = max(-(-chunks // chunks_of_part), 1)
     begins = [part * chunks_of_part * groups for part in range(parts)]
@@ -76,9 +76,9 @@ def flat_plan(tensors: Sequence[Tensor], dim: int) -> FlatPlan:
     listed += [DTYPES[x.dtype] for x in flat]
     listed += firsts
     listed += part_tensors
-    most = max(part_tensors[part + 1] - part_tensors[part] for part in range(parts))
+    most_tensors = max(part_tensors[part + 1] - part_tensors[part] for part in range(parts))
     return FlatPlan(
-        table=_tables.get(
+        table=kept_tables.get(
             tuple(listed), device, lambda: torch.tensor(listed, dtype=torch.int64, device="cpu")
         ),
         tensors=flat,
@@ -90,5 +90,5 @@ def flat_plan(tensors: Sequence[Tensor], dim: int) -> FlatPlan:
         parts=parts,
         chunks_of_part=chunks_of_part,
         slices=min(max(-(-max(counts) // _SQUARE_ROWS), 1), _SQUARE_SLICES),
-        steps=most.bit_length(),
+        steps=most_tensors.bit_length(),
     )

@@ -21,14 +21,14 @@ from rapidin.ops.reference.packed import BITS, GROUP, PER_BYTE
 TOP, BOTTOM = 1, 2  # which ends are wanted, as bits
 LONGEST = 1024  # places of a ranking that one pass over the rows fills
 QUERIES = 256  # that one pass takes
-CHUNK_BYTES = 64 << 20  # of the sums over several parts, for one chunk of rows
+CHUNK_BYTES = 64 << 20
 MAX_ROWS = 2**31 - 1  # a key has 31 bits for the row's index
 
 LIMITS = {"int8": 4095, "int4": 127, "sign": 127}  # of an integer query
 _LONGEST_BLOCK = 1 << 16  # numbers whose products with queries' digits are summed in 32 bits
 _FLOATS = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 
-Found = tuple[Tensor, Tensor]  # scores [Q, k] float32, indices [Q, k] int64
+Ranking = tuple[Tensor, Tensor]  # scores [Q, k] float32, indices [Q, k] int64
 Segment = tuple[int, int, int]  # the first number of a part's piece of a block, the one past it, the block
 
 
@@ -111,18 +111,22 @@ class Kernels(Protocol):
         """The best k of all, in order, to scores and indices [Q, k] of each end; the last to kept.last."""
 
 
-def ops(kernels: Kernels) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """topk_scan and topk_scan_both_ends by a backend's kernels, as the table of backends wants them."""
+def ops(kernels: Kernels, chunk_bytes: int = CHUNK_BYTES) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """topk_scan and topk_scan_both_ends by a backend's kernels, as the table of backends wants them.
+
+    chunk_bytes: of the sums over several parts, for one chunk of rows.
+    """
 
     def topk_scan(
         cache: Sequence[Tensor | Packed], queries: Tensor, k: int, *, largest: bool, **more: Any
-    ) -> Found:
-        return scan(kernels, cache, queries, k, TOP if largest else BOTTOM, **more)[0]
+    ) -> Ranking:
+        end = TOP if largest else BOTTOM
+        return scan(kernels, cache, queries, k, end, chunk_bytes=chunk_bytes, **more)[0]
 
     def topk_scan_both_ends(
         cache: Sequence[Tensor | Packed], queries: Tensor, k: int, **more: Any
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        top, bottom = scan(kernels, cache, queries, k, TOP | BOTTOM, **more)
+        top, bottom = scan(kernels, cache, queries, k, TOP | BOTTOM, chunk_bytes=chunk_bytes, **more)
         return (*top, *bottom)
 
     return topk_scan, topk_scan_both_ends
@@ -140,7 +144,8 @@ def scan(
     valid: Tensor | None,
     base: Tensor | None,
     made: dict[Any, Any] | None = None,
-) -> list[Found]:
+    chunk_bytes: int = CHUNK_BYTES,
+) -> list[Ranking]:
     """Scores and indices of each end that is wanted; made: these queries as earlier scans prepared them.
 
     Raises ValueError on a cache of too many rows.
@@ -150,7 +155,7 @@ def scan(
     if n > MAX_ROWS:
         raise ValueError(f"topk_scan: a GPU scans {MAX_ROWS} rows at most, got {n}; scan them in pieces")
     k = min(k, n)
-    outs = [_places(len(queries), k, queries.device) for end in (TOP, BOTTOM) if ends & end]
+    outs = [_empty_ranking(len(queries), k, queries.device) for end in (TOP, BOTTOM) if ends & end]
     if k == 0 or len(queries) == 0:
         return outs
     scales, base = _rows_in_memory(scales), _rows_in_memory(base)
@@ -159,7 +164,7 @@ def scan(
         some = slice(q, q + QUERIES)
         prepared = _prepared(kernels, parts, queries[some], offsets, (q, made))
         _scan_some(
-            kernels, parts, prepared, len(queries[some]), k, ends, scales, valid,
+            kernels, chunk_bytes, parts, prepared, len(queries[some]), k, ends, scales, valid,
             None if base is None else base[some], [(x[some], y[some]) for x, y in outs],
         )  # fmt: skip
     return outs
@@ -179,21 +184,22 @@ def _prepared(
         stream = torch.cuda.current_stream(queries.device)
         if torch.cuda.is_current_stream_capturing():
             made = None  # a graph's tensors are filled only when it runs
-    found = []
+    all_prepared = []
     for part in parts:
         segments = None if offsets is None else tuple(_segments(part, offsets))
         key = (type(kernels), number, part.first, part.width, part.dtype, segments, stream)
-        there = None if made is None else made.get(key)
-        if there is None:
-            there = kernels.prepare(part, queries[:, part.first : part.first + part.width], segments)
+        ready = None if made is None else made.get(key)
+        if ready is None:
+            ready = kernels.prepare(part, queries[:, part.first : part.first + part.width], segments)
             if made is not None:
-                made[key] = there
-        found.append(there)
-    return found
+                made[key] = ready
+        all_prepared.append(ready)
+    return all_prepared
 
 
 def _scan_some(
     kernels: Kernels,
+    chunk_bytes: int,
     parts: list[Part],
     prepared: list[Any],
     q: int,
@@ -207,7 +213,7 @@ def _scan_some(
     n, device = len(parts[0].rows), outs[0][0].device
     # The sums over the parts decide how many rows are taken at a time.
     several = len(parts) > 1
-    chunk = min(n, max(1024, CHUNK_BYTES // (8 * q) // 1024 * 1024)) if several else n
+    chunk = min(n, max(1024, chunk_bytes // (8 * q) // 1024 * 1024)) if several else n
     partial = torch.empty(q, chunk, dtype=torch.float64, device=device) if several else None
     after = None
     for done in range(0, k, LONGEST):
@@ -259,7 +265,7 @@ def _segments(part: Part, offsets: Sequence[int]) -> Iterator[Segment]:
             yield begin, end, block
 
 
-def _places(queries: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _empty_ranking(queries: int, k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     size = (queries, k)
     return torch.empty(size, device=device), torch.empty(size, dtype=torch.int64, device=device)
 
@@ -279,11 +285,11 @@ def scaled_queries(queries: Tensor) -> tuple[Tensor, Tensor]:
 
 def float_terms(x: Tensor, kind: torch.dtype, terms: int) -> Tensor:
     """x: [Q, W] float32 -> [terms, Q, W] of a kind that add up to x."""
-    found = []
+    summands = []
     for _ in range(terms):
-        found.append(x.to(kind))
-        x = x - found[-1].float()
-    return torch.stack(found)
+        summands.append(x.to(kind))
+        x = x - summands[-1].float()
+    return torch.stack(summands)
 
 
 def integer_queries(queries: Tensor, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -308,15 +314,15 @@ def integer_planes(integers: Tensor, dtype: str) -> Tensor:
         return torch.stack([integers - 64 * high, high], 1).to(torch.int8)
     padded = torch.nn.functional.pad(integers.to(torch.int8), (0, 1))
     width = integers.shape[1]
-    places = _places_of_bytes(width, dtype, integers.device)
-    return padded[:, places.flatten()].view(len(integers), *places.shape)
+    numbers = _padded_numbers_of_bytes(width, dtype, integers.device)
+    return padded[:, numbers.flatten()].view(len(integers), *numbers.shape)
 
 
 @kept(32 << 20)
-def _places_of_bytes(width: int, dtype: str) -> Tensor:
+def _padded_numbers_of_bytes(width: int, dtype: str) -> Tensor:
     """`numbers_of_bytes`, on the device given last, with `width` in place of -1."""
-    places = numbers_of_bytes(width, dtype)
-    return places.where(places >= 0, width)
+    numbers = numbers_of_bytes(width, dtype)
+    return numbers.where(numbers >= 0, width)
 
 
 def numbers_of_bytes(width: int, dtype: str) -> Tensor:
@@ -326,8 +332,8 @@ def numbers_of_bytes(width: int, dtype: str) -> Tensor:
     begin = byte // GROUP * GROUP * planes
     in_group = (width - begin).clamp_max(GROUP * planes)
     size = (in_group + planes - 1) // planes
-    place = torch.arange(planes, device="cpu")[:, None] * size + byte % GROUP
-    return (begin + place).where(place < in_group, -1)
+    position = torch.arange(planes, device="cpu")[:, None] * size + byte % GROUP
+    return (begin + position).where(position < in_group, -1)
 
 
 # Of a step: its bytes are others than the last one's; it is its block's first, its last.
@@ -340,7 +346,7 @@ def steps_of_blocks(
     """The steps of a scan of packed rows with blocks: one for each plane of a group of bytes and each block
     that has numbers in it, in the order of the numbers.
 
-    -> on the CPU: places [steps, 64] int32, the number of each byte's plane or -1 where the block has none
+    -> on the CPU: numbers [steps, 64] int32, the number of each byte's plane or -1 where the block has none
     there; steps [steps, 4] int32: the group's first byte, the plane's first bit << 8 | flags, the block's
     column of scales, the piece; pieces: the segments, in pieces of which 32 bits hold a sum.
     """
@@ -349,9 +355,9 @@ def steps_of_blocks(
         for begin, end, block in segments
         for first in range(begin, end, _LONGEST_BLOCK)
     ]
-    places = numbers_of_bytes(width, dtype)
-    places = torch.nn.functional.pad(places, (0, -places.shape[1] % GROUP), value=-1)
-    flat = places.view(len(places), -1, GROUP).transpose(0, 1).reshape(-1, GROUP)  # [groups * planes, 64]
+    numbers = numbers_of_bytes(width, dtype)
+    numbers = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % GROUP), value=-1)
+    flat = numbers.view(len(numbers), -1, GROUP).transpose(0, 1).reshape(-1, GROUP)  # [groups * planes, 64]
     # Planes are numbers in a row, and so are pieces: a step begins where either does.
     planes = torch.nonzero(flat[:, 0] >= 0).flatten()
     first = flat[planes, 0]
@@ -360,7 +366,7 @@ def steps_of_blocks(
     plane = planes[torch.searchsorted(first, edges, right=True) - 1]
     piece = torch.searchsorted(begins, edges, right=True) - 1
     number = flat[plane]
-    inside = (number >= edges[:, None]) & (number < ends[piece, None])
+    in_piece = (number >= edges[:, None]) & (number < ends[piece, None])
     group, bit = plane // PER_BYTE[dtype], plane % PER_BYTE[dtype] * BITS[dtype]
     change = torch.ones(len(edges) + 1, dtype=torch.bool, device="cpu")
     new_group = change[:-1].clone()
@@ -368,7 +374,7 @@ def steps_of_blocks(
     change[1:-1] = piece[1:] != piece[:-1]
     flags = NEWGROUP * new_group.long() + BEGINS * change[:-1].long() + ENDS * change[1:].long()
     steps = torch.stack([group * GROUP, bit << 8 | flags, blocks[piece], piece], 1)
-    return number.where(inside, -1).int(), steps.int().contiguous(), pieces
+    return number.where(in_piece, -1).int(), steps.int().contiguous(), pieces
 
 
 def _largest(queries: Tensor) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,8 @@ So there are three kinds of tensors, each held in one way:
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import wraps
 from threading import Lock
@@ -28,7 +29,6 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 
-RESERVE_BYTES = 64 << 10  # the least pinned memory that is reserved for captures
 _ONCE_BEFORE = (
     "a kernel's table was first needed while a CUDA graph was captured; "
     "make the same call once before the capture"
@@ -42,17 +42,17 @@ class _Entry(Generic[Tensors]):
     """A kept table. ready: recorded after its upload, None on the CPU; streams: handles of the streams that
     may read it."""
 
-    found: Tensors
+    value: Tensors
     ready: torch.cuda.Event | None = None
     streams: set[int] = field(default_factory=set)
 
     @property
     def bytes(self) -> int:
-        return sum(x.nbytes for x in _listed(self.found))
+        return sum(x.nbytes for x in _listed(self.value))
 
 
-def _listed(found: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    return found if isinstance(found, tuple) else (found,)
+def _listed(value: Tensor | tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return value if isinstance(value, tuple) else (value,)
 
 
 def upload(x: Tensor, device: torch.device) -> Tensor:
@@ -74,19 +74,36 @@ class Kept:
     is dropped first.
 
     Tensors that a captured graph reads are kept for the life of the process, since the end of the graph is
-    not known. reserve: tables first requested in a capture are copied to the device by the graph itself.
+    not known. reserve_bytes: the least pinned memory that is reserved for captures: tables first requested in
+    a capture are copied to the device by the graph itself, from there; 0 for none.
 
     >>> tables = Kept(1 << 20)
     >>> table = tables.get(key, device, lambda: torch.tensor(numbers, device="cpu"))
     """
 
-    def __init__(self, limit_bytes: int, *, reserve: bool = False) -> None:
+    def __init__(self, limit_bytes: int, *, reserve_bytes: int = 0) -> None:
         self.limit_bytes = limit_bytes
         self._entries: OrderedDict[Hashable, _Entry[Any]] = OrderedDict()
         self._captured: dict[Hashable, _Entry[Any]] = {}
         self._bytes = 0
-        self._reserve = _Reserve() if reserve else None
+        self._reserve = _Reserve(reserve_bytes) if reserve_bytes else None
         self._lock = Lock()
+
+    def sizes(self) -> list[int]:
+        """The bytes of each kept value, the least recently used first; those of graphs apart."""
+        return [entry.bytes for entry in self._entries.values()]
+
+    @contextmanager
+    def emptied(self, limit_bytes: int) -> Iterator[None]:
+        """Inside the block nothing is kept from before, and at most `limit_bytes`; afterwards all is as
+        before."""
+        before = dict(vars(self))
+        size = 0 if self._reserve is None else self._reserve.least_bytes
+        vars(self).update(vars(Kept(limit_bytes, reserve_bytes=size)))
+        try:
+            yield
+        finally:
+            vars(self).update(before)
 
     def get(self, key: Hashable, device: torch.device, make: Callable[[], Tensors]) -> Tensors:
         """The value of a key on a device, whose current stream may read it from now on.
@@ -114,11 +131,11 @@ class Kept:
             stream = torch.cuda.current_stream(device)
             if stream.cuda_stream not in entry.streams:
                 stream.wait_event(entry.ready)
-                for x in _listed(entry.found):
+                for x in _listed(entry.value):
                     x.record_stream(stream)
                 entry.streams.add(stream.cuda_stream)
-        found: Tensors = entry.found
-        return found
+        value: Tensors = entry.value
+        return value
 
     def _keep(self, key: Hashable, made: _Entry[Tensors]) -> _Entry[Tensors]:
         with self._lock:
@@ -180,7 +197,8 @@ class _Reserve:
     """Pinned memory for captures, during which none can be allocated. Memory taken from it is never reused:
     the graph's copy reads it at each replay."""
 
-    def __init__(self) -> None:
+    def __init__(self, least_bytes: int) -> None:
+        self.least_bytes = least_bytes
         self._all: list[Tensor] = []  # held for good
         self._used = 0
         self._lock = Lock()
@@ -189,8 +207,8 @@ class _Reserve:
         """Reserve room for a few calls with tables of `most_bytes` each. Not to be called in a capture."""
         with self._lock:
             left = self._all[-1].nbytes - self._used if self._all else 0
-            if left < max(RESERVE_BYTES // 2, 4 * most_bytes):
-                size = max(RESERVE_BYTES, 8 * most_bytes)
+            if left < max(self.least_bytes // 2, 4 * most_bytes):
+                size = max(self.least_bytes, 8 * most_bytes)
                 self._all.append(torch.empty(size, dtype=torch.uint8, device="cpu", pin_memory=True))
                 self._used = 0
 

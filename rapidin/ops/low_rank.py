@@ -91,8 +91,8 @@ class LowRank:
         if self.matrix is not None:
             return x.float() @ self.matrix
         x = x.float()
-        along = (x @ self.basis) * self.gain
-        return torch.addmm(x.flatten(0, -2), along.flatten(0, -2), self.basis.T).view_as(x)
+        projected = (x @ self.basis) * self.gain
+        return torch.addmm(x.flatten(0, -2), projected.flatten(0, -2), self.basis.T).view_as(x)
 
     @cached_property
     def matrix(self) -> Tensor | None:
@@ -104,7 +104,7 @@ class LowRank:
         return torch.eye(n, device=self.device) + (self.basis * self.gain) @ self.basis.T
 
     @cached_property
-    def parts(self) -> Tensor:
+    def high_and_low(self) -> Tensor:
         """[n, 2 r] bfloat16: the basis as a sum of two bfloat16 matrices, high parts first, low parts after.
 
         Their sum is off by at most 2^-17 of each number.
@@ -158,19 +158,19 @@ def _as_operands(table: Tensor) -> Tensor:
 def coefficients(x: Tensor, low_rank: LowRank) -> Tensor:
     """``(x @ basis) * gain``; x: [B, T, n] float32, float16 or bfloat16 -> [B, T, r] float32.
 
-    A float32 product: on a GPU, kernels take `products_with_parts`.
+    A float32 product: on a GPU, kernels take `products_with_high_and_low`.
     """
     return (x.float() @ low_rank.basis) * low_rank.gain
 
 
-def products_with_parts(x: Tensor, low_rank: LowRank) -> Tensor:
+def products_with_high_and_low(x: Tensor, low_rank: LowRank) -> Tensor:
     """bfloat16 x [B, T, n] times each part of the basis, [B T, 2 r] float32, high parts first."""
     rows = x.reshape(1, -1, low_rank.features)
-    parts = low_rank.parts[None]
+    both = low_rank.high_and_low[None]
     # As a batch of one: torch 2.8 has no shape rule for unbatched products with a wider result dtype.
     if x.device.type == "cuda":
-        return torch.bmm(rows, parts, torch.float32)[0]
-    return torch.bmm(rows.float(), parts.float())[0]
+        return torch.bmm(rows, both, torch.float32)[0]
+    return torch.bmm(rows.float(), both.float())[0]
 
 
 def applied(x: Tensor, low_rank: LowRank | None) -> Tensor:
@@ -194,6 +194,6 @@ def preconditioned(x: Tensor, low_rank: LowRank | None) -> Tensor:
         from rapidin.kernels import low_rank as kernels
 
         if low_rank.rank <= kernels.MOST_RANK:
-            along = products_with_parts(x, low_rank)
-            return kernels.add_low_rank(x, along, low_rank.gain.contiguous(), low_rank.parts)
+            projected = products_with_high_and_low(x, low_rank)
+            return kernels.add_low_rank(x, projected, low_rank.gain.contiguous(), low_rank.high_and_low)
     return low_rank(x).bfloat16()

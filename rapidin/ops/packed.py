@@ -36,8 +36,8 @@ class Packed:
 
     def __post_init__(self) -> None:
         size = packed_bytes(self.width, self.dtype)
-        code = torch.int8 if self.dtype == "int8" else torch.uint8
-        check_tensor("Packed", "codes", self.codes, (code,), ndim=2)
+        code_dtype = torch.int8 if self.dtype == "int8" else torch.uint8
+        check_tensor("Packed", "codes", self.codes, (code_dtype,), ndim=2)
         if self.codes.shape[1] != size:
             raise ValueError(
                 f"Packed: {self.width} numbers of {self.dtype} are {size} bytes, "
@@ -59,8 +59,8 @@ def packed_bytes(width: int, dtype: PackedDtype) -> int:
         raise ValueError(f"packed dtype must be one of {', '.join(BITS)}, got {dtype!r}")
     if width < 0:
         raise ValueError(f"width must not be negative, got {width}")
-    groups, rest = divmod(width, GROUP * PER_BYTE[dtype])
-    return groups * GROUP + -(-rest // PER_BYTE[dtype])
+    groups, remainder = divmod(width, GROUP * PER_BYTE[dtype])
+    return groups * GROUP + -(-remainder // PER_BYTE[dtype])
 
 
 def pack(x: Tensor, dtype: PackedDtype, *, backend: str | None = None) -> Packed:

@@ -13,13 +13,14 @@ from rapidin.ops.lifetimes import Kept
 LIMIT_BYTES = 256 << 20
 
 OUT, IN = (0, 1), (2, 3)  # streams of (bins, signs) of a matrix's two sides
+STACK = (4, 5)  # of the matrices of a stack
 FLAT = (8, 8)  # the stream of a flat sketch's permutations
 
 CPU = torch.device("cpu")
 
 Change = Callable[[Tensor], Tensor]
 
-_tables = Kept(LIMIT_BYTES)
+kept_tables = Kept(LIMIT_BYTES)
 
 
 def rows(seed: int, side: tuple[int, int], n: int, k: int, device: torch.device = CPU) -> Tensor:
@@ -42,9 +43,10 @@ def columns(
     return _get("columns", seed, side, n, k, device, change)
 
 
-def places(seed: int, groups: int, device: torch.device = CPU) -> Tensor:
-    """-> [16, groups] int32: a flat sketch's 16 permutations inverted: by group, the place in the chunk."""
-    return _get("places", seed, FLAT, 16 * groups, groups, device).view(16, groups)
+def inverse_permutations(seed: int, groups: int, device: torch.device = CPU) -> Tensor:
+    """-> [16, groups] int32: the inverses of a flat sketch's 16 permutations: by group, the position
+    in the chunk."""
+    return _get("inverse_permutations", seed, FLAT, 16 * groups, groups, device).view(16, groups)
 
 
 def _get(
@@ -58,22 +60,22 @@ def _get(
 ) -> Tensor:
 
     def make() -> Tensor:
-        if kind == "places":
-            return _places(seed, n // k, k)
+        if kind == "inverse_permutations":
+            return _inverse_permutations(seed, n // k, k)
         build = _cpu.row_table if kind == "rows" else _cpu.column_table
         table = torch.empty(n if kind == "rows" else -(-n // k) * k, dtype=torch.int32, device=CPU)
         build(seed, *side, n, k, table.data_ptr())
         return table if change is None else change(table)
 
-    return _tables.get((kind, seed, side, n, k, change), device, make)
+    return kept_tables.get((kind, seed, side, n, k, change), device, make)
 
 
-def _places(seed: int, count: int, groups: int) -> Tensor:
+def _inverse_permutations(seed: int, count: int, groups: int) -> Tensor:
     """The inverses of the permutations that begin at t * groups, t = 0 .. count - 1, one after another."""
     table = torch.empty(count * groups, dtype=torch.int32, device=CPU)
     ranks = torch.empty(groups, dtype=torch.int32, device=CPU)
-    place = torch.arange(groups, dtype=torch.int32, device=CPU)
+    position = torch.arange(groups, dtype=torch.int32, device=CPU)
     for t in range(count):
         _cpu.permutation(seed, FLAT[0], t * groups & 0xFFFFFFFF, groups, ranks.data_ptr())
-        table[t * groups : (t + 1) * groups][ranks.long()] = place
+        table[t * groups : (t + 1) * groups][ranks.long()] = position
     return table

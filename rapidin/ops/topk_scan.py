@@ -123,10 +123,10 @@ def _checked(
         if base.shape != (len(queries), n):
             raise ValueError(f"{op}: base must be [Q, N] = {(len(queries), n)}, got {tuple(base.shape)}")
     named: dict[str, Tensor | None] = {"queries": queries, "scales": scales, "valid": valid, "base": base}
-    for i, part in enumerate(parts):
+    for i, rows in enumerate(parts):
         name = "cache" if len(parts) == 1 else f"cache[{i}]"
-        named[name] = part.codes if isinstance(part, Packed) else part
-        named[f"{name}.scale"] = part.scale if isinstance(part, Packed) else None
+        named[name] = rows.codes if isinstance(rows, Packed) else rows
+        named[f"{name}.scale"] = rows.scale if isinstance(rows, Packed) else None
     run = find(op, backend, check_same_device(op, named))
     return partial(run, parts, queries.detach(), made=made)
 
@@ -137,16 +137,16 @@ def _checked_parts(op: str, cache: Rows | Sequence[Rows]) -> tuple[list[Rows], i
     if not parts:
         raise ValueError(f"{op}: cache must have at least one part")
     checked: list[Rows] = []
-    for part in parts:
-        if isinstance(part, Packed):
-            checked.append(part)
+    for rows in parts:
+        if isinstance(rows, Packed):
+            checked.append(rows)
             continue
-        check_tensor(op, "cache", part, SKETCHED, ndim=2)
-        checked.append(part.detach())
-    lengths = [len(part.codes if isinstance(part, Packed) else part) for part in checked]
+        check_tensor(op, "cache", rows, SKETCHED, ndim=2)
+        checked.append(rows.detach())
+    lengths = [len(rows.codes if isinstance(rows, Packed) else rows) for rows in checked]
     if len(set(lengths)) > 1:
         raise ValueError(f"{op}: all parts of the cache must have equally many rows, got {lengths}")
-    widths = [part.width if isinstance(part, Packed) else part.shape[1] for part in checked]
+    widths = [rows.width if isinstance(rows, Packed) else rows.shape[1] for rows in checked]
     return checked, lengths[0], sum(widths)
 
 

@@ -17,7 +17,7 @@ __all__ = ["BUFFERS", "CopyStream", "Download", "GpuCopyStream", "Prefetcher", "
 
 BUFFERS = 3  # shards in flight: one read from disk, one copied, one scanned
 
-_side: dict[torch.device, torch.cuda.Stream] = {}
+download_streams: dict[torch.device, torch.cuda.Stream] = {}  # made when first needed
 
 
 class Download:
@@ -39,9 +39,9 @@ class Download:
             self._tensors = list(tensors)
             return
         device = devices[0]
-        if device not in _side:
-            _side[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        stream = _side[device]
+        if device not in download_streams:
+            download_streams[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        stream = download_streams[device]
         stream.wait_stream(torch.cuda.current_stream(device))
         self._tensors = []
         with torch.cuda.stream(stream):

@@ -55,8 +55,8 @@ def shorten_middle(text: str, cells: int) -> str:
     if cell_len(text) <= cells:
         return text
     half = max(0, cells - len(" ... ")) // 2
-    head, tail = set_cell_size(text, half), set_cell_size(text[::-1], half)[::-1]
-    return f"{head.rstrip()} ... {tail.lstrip()}"
+    start, end = set_cell_size(text, half), set_cell_size(text[::-1], half)[::-1]
+    return f"{start.rstrip()} ... {end.lstrip()}"
 
 
 # ---------------------------------------------------------------------------------- what the scores mean

@@ -3,7 +3,7 @@
     python studies/fidelity/collect.py MODEL --out STUDY [--adapter ADAPTER --at 0.5]
         --data alpaca=alpaca.jsonl:420:480:20 --data code=code.jsonl:80:120:5 ...
 
-Each --data names a kind of text: a file of rapidin's forms, how many texts of it a code may learn from (the
+Each --data names a kind of text: a file of rapidin's forms, how many texts of it a codec may learn from (the
 sample), how many are scored, and how many of the scored ones are queries. Every query also gets a
 near-duplicate among the scored texts: the same text with one word of its completion changed.
 

@@ -1,14 +1,14 @@
-"""How accurate are scores from few bytes? Sketches and codes against exact gradients on a real model.
+"""How accurate are scores from few bytes? Sketches and codecs against exact gradients on a real model.
 
     python studies/fidelity/collect.py MODEL --out STUDY ...                        the data, once
-    python studies/fidelity/fidelity.py judge STUDY --out studies/fidelity/NAME.json    every code and seed
-    python studies/fidelity/fidelity.py heads CACHE [CACHE ...]                     how many joint directions?
+    python studies/fidelity/fidelity.py judge STUDY --out studies/fidelity/NAME.json    every codec and seed
+    python studies/fidelity/fidelity.py shared CACHE [CACHE ...]                   how many shared directions?
     python studies/fidelity/fidelity.py report studies/fidelity/*.json studies/lds/codes.json --out
     docs/measured
 
 `judge` scores each query of the study against all scored texts but itself and the near-duplicates that were
 planted for other queries, and compares with the scores from exact gradients, query by query; figures are
-means over the queries. Three normalisations: `layer` (mean over the layers of cosines), `none` (dot products)
+means over the queries. Three normalizations: `layer` (mean over the layers of cosines), `none` (dot products)
 and `cosine`. Three choices of texts: `all` kinds, `alpaca` alone, `other` (plays and program code: queries
 and scored texts both).
 
@@ -18,8 +18,8 @@ and scored texts both).
   exact scores (some texts come from templates and have many twins); `kept_near3`: share of those with which
   the exact scores are content
 
-`heads` takes caches of float rows. A code of 2,048 bytes learns from some of their rows, with heads of
-several sizes, and gives the scores of these and of the others for 100 of the others as queries, which are
+`shared` takes caches of float rows. A codec of 2,048 bytes learns from some of their rows, with shared bases
+of several sizes, and gives the scores of these and of the others for 100 of the others as queries, which are
 compared with the scores by the float rows: the figures are means over queries and seeds.
 """
 
@@ -44,7 +44,10 @@ from torch import Tensor
 from rapidin import ops
 from rapidin.cache import Cache
 from rapidin.cache.codec import (
+    PER_LAYER,
+    RESIDUAL,
     ROW_OVERHEAD,
+    SHARED,
     Basis,
     CodecConfig,
     PackedCodec,
@@ -60,6 +63,8 @@ import doc_tables
 Scores = npt.NDArray[np.float64]
 GROUPS: dict[str, list[str] | None] = {"all": None, "alpaca": ["alpaca"], "other": ["shakespeare", "code"]}
 NORMALIZED = ("layer", "none", "cosine")
+SHARED_ALONE = "shared basis alone"
+THINNED = "every 8th per-layer bit"
 FINE, COARSE = 2048, 256  # bytes of the two passes of a search in two steps
 CHUNK = 64  # texts that are encoded at a time
 FIRST = (0.02, 0.05, 0.1)  # shares of the texts that the second pass sees
@@ -86,7 +91,7 @@ class Sketches:
         return self.scored.shape[2]
 
     def folded(self, width: int) -> Sketches:
-        """Fewer bins: the sketch of half the width is the sum of the two halves."""
+        """A smaller dimension: the sketch of half the width is the sum of the two halves."""
 
         def fold(x: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
             short, factor = unit(x.unflatten(2, (-1, width)).float().sum(2))
@@ -120,7 +125,7 @@ class Study:
         return Sketches(*(found[name] for name in names))
 
     def judged(self, got: dict[str, Scores]) -> dict[str, dict[str, dict[str, float]]]:
-        """Figures by normalisation and choice of texts."""
+        """Figures by normalization and choice of texts."""
         found: dict[str, dict[str, dict[str, float]]] = {}
         for name in got:
             groups = GROUPS if name == "layer" else ("all", "alpaca")
@@ -164,7 +169,7 @@ def figures(exact: Scores, got: Scores) -> dict[str, float]:
 
 
 def scores(products: Tensor, query: Tensor, scored: Tensor) -> dict[str, Scores]:
-    """Scores [Q, N] of each normalisation from cosines by layer [Q, N, L] and lengths [Q, L], [N, L]."""
+    """Scores [Q, N] of each normalization from cosines by layer [Q, N, L] and lengths [Q, L], [N, L]."""
     weights = {
         "layer": (torch.ones_like(query) / query.shape[1], torch.ones_like(scored)),
         "none": (query, scored),
@@ -186,12 +191,15 @@ def bytes_of_floats(numbers: int, layers: int) -> int:
     return 2 * numbers + 4 * layers + ROW_OVERHEAD
 
 
-def build(wanted: CodecConfig, sketches: Sketches, seed: int, head: int | None = None) -> PackedCodec | None:
-    """The code that a cache would use, or one with another head; None where the budget has room for none."""
+def build(
+    wanted: CodecConfig, sketches: Sketches, seed: int, shared: int | None = None
+) -> PackedCodec | None:
+    """The codec that a cache would use, or one with `shared` directions of all layers; None where the
+    budget has room for none."""
     layers = sketches.scored.shape[1]
     try:
-        head = shared_size(wanted, layers) if head is None else head
-        learnt = learn_basis(sketches.sample, head) if wanted.sample else None
+        shared = shared_size(wanted, layers) if shared is None else shared
+        learnt = learn_basis(sketches.sample, shared) if wanted.sample else None
         shape = fit_shape(wanted, layers, sketches.width, learnt)
     except UserError:
         return None
@@ -199,10 +207,10 @@ def build(wanted: CodecConfig, sketches: Sketches, seed: int, head: int | None =
     return PackedCodec(shape, sketches.width, seed, basis)
 
 
-def encode(code: PackedCodec, x: Sketches) -> dict[str, Tensor]:
-    """The fields of all scored texts."""
+def encode(codec: PackedCodec, x: Sketches) -> dict[str, Tensor]:
+    """The tensors of all scored texts."""
     pairs = zip(x.scored.split(CHUNK), x.scored_length.split(CHUNK), strict=True)
-    pieces = [code.encode(*pair) for pair in pairs]
+    pieces = [codec.encode(*pair) for pair in pairs]
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
@@ -213,8 +221,8 @@ class Judge:
         self.results: list[dict[str, Any]] = []
         self.coarse: list[dict[str, Any]] = []
 
-    def keep(self, code: str, size: int, got: dict[str, Scores], **about: Any) -> None:
-        entry = {"code": code, "bytes": size, **about, "figures": self.study.judged(got)}
+    def keep(self, codec: str, size: int, got: dict[str, Scores], **about: Any) -> None:
+        entry = {"codec": codec, "bytes": size, **about, "figures": self.study.judged(got)}
         self.results.append(entry)
         figures = entry["figures"]["layer"]
         shown = "  ".join(
@@ -222,7 +230,9 @@ class Judge:
             for g in figures
         )
         about_text = " ".join(f"{k}={v}" for k, v in about.items())
-        print(f"{time.perf_counter() - self.start:5.0f} s  {code} {size} B {about_text}: {shown}", flush=True)
+        print(
+            f"{time.perf_counter() - self.start:5.0f} s  {codec} {size} B {about_text}: {shown}", flush=True
+        )
 
     def save(self) -> None:
         if self.out is None:
@@ -261,53 +271,56 @@ class Judge:
         queries = self.study.queries
         return scores(by_layer(x.scored[queries], rows), x.scored_length[queries], lengths)
 
-    def decoded_scores(self, code: PackedCodec, fields: dict[str, Tensor], x: Sketches) -> dict[str, Scores]:
+    def decoded_scores(
+        self, codec: PackedCodec, tensors: dict[str, Tensor], x: Sketches
+    ) -> dict[str, Scores]:
         queries, n = self.study.queries, len(x.scored)
         asked, found = x.scored[queries], []
         for i in range(0, n, CHUNK):
-            found.append(by_layer(asked, code.decode({k: v[i : i + CHUNK] for k, v in fields.items()})))
-        return scores(torch.cat(found, 1), x.scored_length[queries], code.lengths(fields))
+            found.append(by_layer(asked, codec.decode({k: v[i : i + CHUNK] for k, v in tensors.items()})))
+        return scores(torch.cat(found, 1), x.scored_length[queries], codec.lengths(tensors))
 
     def packed(self, name: str, wanted: CodecConfig, x: Sketches, seed: int) -> PackedCodec | None:
-        code = build(wanted, x, seed)
-        if code is None:
+        codec = build(wanted, x, seed)
+        if codec is None:
             return None
-        fields = encode(code, x)
-        got = self.decoded_scores(code, fields, x)
-        size = code.row_bytes + ROW_OVERHEAD
-        shape = code.shape
+        tensors = encode(codec, x)
+        got = self.decoded_scores(codec, tensors, x)
+        size = codec.row_bytes + ROW_OVERHEAD
+        shape = codec.shape
         about = {
             "seed": seed, "width": x.width, "dtype": wanted.dtype, "budget": wanted.bytes,
-            "head": shape.shared,
-            "tail": sum(shape.per_layer), "rest": sum(shape.residual), "length_bits": shape.length_bits,
-            "rest_weight": round(float(code.basis.residual_weight), 4),
+            "shared": shape.shared,
+            "per_layer": sum(shape.per_layer), "residual": sum(shape.residual),
+            "length_bits": shape.length_bits,
+            "residual_weight": round(float(codec.basis.residual_weight), 4),
         }  # fmt: skip
         self.keep(name, size, got, **about)
         if shape.shared and wanted.bytes == FINE and name == "learnt":
-            zeroed = {**fields, "scale": fields["scale"] * torch.tensor([1.0, 0.0, 0.0]).half()}
-            got = self.decoded_scores(code, zeroed, x)
+            zeroed = {**tensors, "scale": tensors["scale"] * torch.tensor([1.0, 0.0, 0.0]).half()}
+            got = self.decoded_scores(codec, zeroed, x)
             size = shape.shared + 2 + 4 + ROW_OVERHEAD
             self.keep(
-                "head alone", size, {"layer": got["layer"]}, seed=seed, width=x.width, head=shape.shared
+                SHARED_ALONE, size, {"layer": got["layer"]}, seed=seed, width=x.width, shared=shape.shared
             )
-        return code
+        return codec
 
     def two_passes(self, x: Sketches, coarse: PackedCodec, fine: PackedCodec, seed: int) -> None:
-        """Is the best 10 of the fine code among what a coarse one puts first?"""
+        """Is the best 10 of the fine codec among what a coarse one puts first?"""
         vectors = x.scored[self.study.queries] / self.study.layers
-        whole = parts(fine, vectors, x)
-        short = parts(coarse, vectors, x)
+        whole = row_parts(fine, vectors, x)
+        short = row_parts(coarse, vectors, x)
         passes = {
-            "256-byte code": sum(v for k, v in short.items() if k != "tail thinned"),
-            "head alone": whole["head"],
+            "256-byte codec": sum(v for k, v in short.items() if k != THINNED),
+            SHARED_ALONE: whole[SHARED],
         }
-        # Of the tail every eighth bit; the weight of a bit was chosen among 1, 2, 4 and 8 on seed 0.
-        if "tail thinned" in whole:
+        # Of the per-layer bits every eighth; the weight of a bit was chosen among 1, 2, 4 and 8 on seed 0.
+        if THINNED in whole:
             for weight in (1, 2, 4, 8):
-                passes[f"head and every 8th bit of the tail, x {weight}"] = (
-                    whole["head"] + weight * whole["tail thinned"]
+                passes[f"shared basis and every 8th per-layer bit, x {weight}"] = (
+                    whole[SHARED] + weight * whole[THINNED]
                 )
-        best = whole["head"] + whole["tail"] + whole.get("rest", 0)
+        best = whole[SHARED] + whole[PER_LAYER] + whole.get(RESIDUAL, 0)
         for query, n in enumerate(self.study.queries):
             best[query, n] = -np.inf
         for name, first in passes.items():
@@ -353,7 +366,7 @@ class Judge:
             kept *= 2
 
     def run(self, seed: int, width: int, first: bool, floats: bool = True) -> None:
-        """Everything at one seed, codes at one width; what hardly depends on the seed at the first alone."""
+        """Everything at one seed, codecs at one width; what hardly depends on the seed at the first alone."""
         whole = self.study.sketches(seed)
         if floats:
             self.floats(whole, seed)
@@ -365,11 +378,11 @@ class Judge:
             for dtype in ("int8", "int4", "sign"):
                 self.packed("all numbers", CodecConfig(dtype), x, seed)
             self.save()
-        codes = {
+        codecs = {
             budget: self.packed("learnt", CodecConfig("sign", budget, len(x.sample)), x, seed)
             for budget in self.budgets
         }
-        coarse, fine = codes.get(COARSE), codes.get(FINE)
+        coarse, fine = codecs.get(COARSE), codecs.get(FINE)
         if coarse is not None and fine is not None:
             self.two_passes(x, coarse, fine, seed)
         self.save()
@@ -386,20 +399,20 @@ class Judge:
         self.save()
 
 
-def parts(code: PackedCodec, vectors: Tensor, x: Sketches) -> dict[str, Scores]:
-    """What each part of a code adds to the layer-normalised scores, as a scan would find it."""
-    fields = encode(code, x)
-    prepared = code.prepare(vectors)
-    plan = prepared.plan(fields, None)
+def row_parts(codec: PackedCodec, vectors: Tensor, x: Sketches) -> dict[str, Scores]:
+    """What each part of a codec adds to the layer-normalized scores, as a scan would find it."""
+    tensors = encode(codec, x)
+    prepared = codec.prepare(vectors)
+    plan = prepared.plan(tensors, None)
     assert plan.scales is None
     found: dict[str, Scores] = {}
     start = 0
-    for name, part in zip(code.packed_parts(fields), plan.parts, strict=True):
+    for name, part in zip(codec.packed_parts(tensors), plan.parts, strict=True):
         assert isinstance(part, ops.Packed)
         queries, rows = plan.queries[:, start : start + part.width], ops.unpack(part)
         found[name] = (queries @ rows.T).double().numpy()
-        if name == "tail":
-            found["tail thinned"] = (queries[:, ::8] @ rows[:, ::8].T).double().numpy()
+        if name == PER_LAYER:
+            found[THINNED] = (queries[:, ::8] @ rows[:, ::8].T).double().numpy()
         start += part.width
     return found
 
@@ -418,10 +431,10 @@ def judge(args: argparse.Namespace) -> None:
             work.run(seed, widest, first=False, floats=False)
 
 
-def heads(args: argparse.Namespace) -> None:
+def shared_bases(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     keys = {"spearman": 3, "rmse": 2, "top10": 1}  # digits
-    titles = ["cache", "learnt from", "head"]
+    titles = ["cache", "learnt from", "shared directions"]
     titles += [f"{which}, {key}" for which in ("others", "learnt from") for key in keys]
     lines = []
     for folder in args.caches:
@@ -429,11 +442,12 @@ def heads(args: argparse.Namespace) -> None:
         rows, lengths = cache.sketches().unflatten(1, (-1, cache.manifest.width)), cache.lengths()
         live = (lengths > 0).all(1)
         rows, lengths = rows[live], lengths[live]
-        for head in map(int, args.heads.split(",")):
+        for shared in map(int, args.sizes.split(",")):
             found = [
-                of_head(rows, lengths, args.sample, head, args.bytes, seed) for seed in range(args.seeds)
+                of_shared_size(rows, lengths, args.sample, shared, args.bytes, seed)
+                for seed in range(args.seeds)
             ]
-            line = [folder.name, f"{args.sample:,} of {len(rows):,}", str(head)]
+            line = [folder.name, f"{args.sample:,} of {len(rows):,}", str(shared)]
             for which in range(2):
                 line += [
                     f"{np.mean([f[which][key] for f in found]):.{digits}f}" for key, digits in keys.items()
@@ -443,20 +457,20 @@ def heads(args: argparse.Namespace) -> None:
     print("\n" + doc_tables.table(titles, lines))
 
 
-def of_head(
-    rows: Tensor, lengths: Tensor, sample: int, head: int, size: int, seed: int
+def of_shared_size(
+    rows: Tensor, lengths: Tensor, sample: int, shared: int, size: int, seed: int
 ) -> list[dict[str, float]]:
-    """Of a code that learns from some of the rows [n, layers, width], the figures for the others and for
+    """Of a codec that learns from some of the rows [n, layers, width], the figures for the others and for
     these, as means over 100 of the others as queries."""
     order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))
     taught, others = order[:sample], order[sample:]
     x = Sketches(rows[taught], lengths[taught], rows, lengths)
-    code = build(CodecConfig("sign", size, sample), x, seed, head)
-    assert code is not None
-    fields = encode(code, x)
+    codec = build(CodecConfig("sign", size, sample), x, seed, shared)
+    assert codec is not None
+    tensors = encode(codec, x)
     asked = others[:100]  # as queries
     queries = rows[asked].flatten(1)
-    exact, got = (queries @ each.flatten(1).T for each in (rows, code.decode(fields)))
+    exact, got = (queries @ each.flatten(1).T for each in (rows, codec.decode(tensors)))
     found = []
     for scored in (others, taught):
         by_query = []
@@ -475,23 +489,23 @@ def mean(entries: list[dict[str, Any]], group: str, key: str, normalized: str = 
     return float(np.mean([e["figures"][normalized][group][key] for e in entries]))
 
 
-def lines_of(results: list[dict[str, Any]], code: str, **wanted: Any) -> list[list[dict[str, Any]]]:
-    """The entries of a code, those of all seeds and one setting together, by size."""
+def lines_of(results: list[dict[str, Any]], codec: str, **wanted: Any) -> list[list[dict[str, Any]]]:
+    """The entries of a codec, those of all seeds and one setting together, by size."""
     settings: dict[Any, list[dict[str, Any]]] = {}
     for entry in results:
-        if entry["code"] == code and all(entry.get(k) == v for k, v in wanted.items()):
+        if entry["codec"] == codec and all(entry.get(k) == v for k, v in wanted.items()):
             setting = (entry.get("width"), entry.get("dtype"), entry.get("budget"), entry.get("side"))
             settings.setdefault(setting, []).append(entry)
     return sorted(settings.values(), key=lambda entries: entries[0]["bytes"])
 
 
-def shown_codes(study: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
+def shown_codecs(study: dict[str, Any]) -> list[tuple[str, list[dict[str, Any]]]]:
     """What a table and a plot of a study show: names and entries."""
     results = study["results"]
-    widths = sorted({e["width"] for e in results if e["code"] == "learnt"})
+    widths = sorted({e["width"] for e in results if e["codec"] == "learnt"})
     found: list[tuple[str, list[dict[str, Any]]]] = []
     for width in widths:
-        found += [(f"learnt, of {width} bins", e) for e in lines_of(results, "learnt", width=width)]
+        found += [(f"learnt, dimension {width}", e) for e in lines_of(results, "learnt", width=width)]
     found += [("nothing learnt, 1 bit", e) for e in lines_of(results, "nothing learnt")]
     found += [(f"all numbers, {e[0]['dtype']}", e) for e in lines_of(results, "all numbers")]
     found += [("float16 sketch", e) for e in lines_of(results, "float16")]
@@ -509,10 +523,10 @@ def spread(entries: list[dict[str, Any]], group: str) -> str:
     return f"{middle:.3f}" if high - low < 0.0025 else f"{middle:.3f} ({low:.3f} to {high:.3f})"
 
 
-def fidelity_table(codes: list[tuple[str, list[dict[str, Any]]]]) -> str:
+def fidelity_table(codecs: list[tuple[str, list[dict[str, Any]]]]) -> str:
     rows = []
-    for name, entries in codes:
-        what = f", {entries[0]['width']} bins" if name.startswith("float16") else ""
+    for name, entries in codecs:
+        what = f", dimension {entries[0]['width']}" if name.startswith("float16") else ""
         rows.append(
             [
                 name + what, f"{entries[0]['bytes']:,}", spread(entries, "all"),
@@ -524,7 +538,7 @@ def fidelity_table(codes: list[tuple[str, list[dict[str, Any]]]]) -> str:
             ]
         )  # fmt: skip
     head = [
-        "code", "bytes", "Spearman, all", "Alpaca", "other", "error", "top 10, all", "Alpaca", "other",
+        "codec", "bytes", "Spearman, all", "Alpaca", "other", "error", "top 10, all", "Alpaca", "other",
         "top 100", "twin", "seeds",
     ]  # fmt: skip
     return doc_tables.table(head, rows)
@@ -532,26 +546,26 @@ def fidelity_table(codes: list[tuple[str, list[dict[str, Any]]]]) -> str:
 
 def normalized_table(study: dict[str, Any]) -> str:
     rows = []
-    for name, entries in shown_codes(study):
+    for name, entries in shown_codecs(study):
         if name.startswith(("learnt", "float16", "double-sided, f")):
-            name += f", {entries[0]['width']} bins" if name.startswith("float16") else ""
+            name += f", dimension {entries[0]['width']}" if name.startswith("float16") else ""
             figures = [
                 f"{mean(entries, 'all', key, normalized):.{digits}f}"
                 for normalized in NORMALIZED
                 for key, digits in (("spearman", 3), ("rmse", 2), ("top10", 1))
             ]
             rows.append([name, f"{entries[0]['bytes']:,}", *figures])
-    head = ["code", "bytes"] + [f"{n}: {k}" for n in NORMALIZED for k in ("Spearman", "error", "top 10")]
+    head = ["codec", "bytes"] + [f"{n}: {k}" for n in NORMALIZED for k in ("Spearman", "error", "top 10")]
     return doc_tables.table(head, rows)
 
 
 def unlike_table(study: dict[str, Any]) -> str:
     rows = []
-    for code in ("learnt", "learnt from Alpaca"):
-        for entries in lines_of(study["results"], code, seed=0, width=512):
+    for codec in ("learnt", "learnt from Alpaca"):
+        for entries in lines_of(study["results"], codec, seed=0, width=512):
             figures = [f"{mean(entries, g, 'spearman'):.3f}" for g in GROUPS]
             figures += [f"{mean(entries, g, 'top10'):.1f}" for g in GROUPS]
-            name = "all kinds" if code == "learnt" else "Alpaca alone"
+            name = "all kinds" if codec == "learnt" else "Alpaca alone"
             row = [name, f"{entries[0]['bytes']:,}", *figures]
             rows += [row] if row not in rows else []  # a budget beyond one bit a number changes nothing
     head = ["learnt from", "bytes", *(f"Spearman, {g}" for g in GROUPS), *(f"top 10, {g}" for g in GROUPS)]
@@ -581,21 +595,21 @@ LDS_SCORES = ("layer", "fisher 0.1", "fisher 1.0")
 def lds_settings(results: list[dict[str, Any]]) -> list[tuple[str, dict[str, Any]]]:
     seen: dict[tuple[Any, ...], tuple[str, dict[str, Any]]] = {}
     for e in results:
-        about = {"code": e["code"], "budget": e.get("budget"), "width": e.get("width")}
-        seen.setdefault(tuple(about.values()), (e["code"], about))
-    order = list(dict.fromkeys(code for code, _ in seen.values()))
+        about = {"codec": e["codec"], "budget": e.get("budget"), "width": e.get("width")}
+        seen.setdefault(tuple(about.values()), (e["codec"], about))
+    order = list(dict.fromkeys(codec for codec, _ in seen.values()))
     return sorted(seen.values(), key=lambda x: order.index(x[0]))
 
 
 def lds_table(results: list[dict[str, Any]]) -> str:
     names = sorted({e["set"] for e in results})
     rows = []
-    for code, about in lds_settings(results):
+    for codec, about in lds_settings(results):
         size = round(lds_mean(results, "bytes", **about) or 0)
         values = [lds_mean(results, key, set=name, **about) for name in names for key in LDS_SCORES]
-        label = f"{code}, {about['width']} bins" if code == "float16" else code
+        label = f"{codec}, dimension {about['width']}" if codec == "float16" else codec
         rows.append([label, f"{size:,}", *("" if v is None else f"{v:.3f}" for v in values)])
-    return doc_tables.table(["code", "bytes", *(f"{n}: {k}" for n in names for k in LDS_SCORES)], rows)
+    return doc_tables.table(["codec", "bytes", *(f"{n}: {k}" for n in names for k in LDS_SCORES)], rows)
 
 
 def goals_table(studies: list[dict[str, Any]], lds: list[dict[str, Any]]) -> str:
@@ -626,15 +640,15 @@ def goals_table(studies: list[dict[str, Any]], lds: list[dict[str, Any]]) -> str
         for key in keys:
             losses = {}
             for name in sorted({e["set"] for e in lds}):
-                exact = lds_mean(lds, key, set=name, code="exact")
-                got = lds_mean(lds, key, set=name, code="learnt from all", budget=2048)
+                exact = lds_mean(lds, key, set=name, codec="exact")
+                got = lds_mean(lds, key, set=name, codec="learnt from all", budget=2048)
                 if exact is not None and got is not None:
                     losses[name] = exact - got
             line(f"LDS at 2,048 bytes within {loss} of exact, {key}", loss, losses, 3, at_most=True)
     for share, place in zip(FIRST, range(len(FIRST)), strict=True):
         values = {}
         for s in studies:
-            chosen = [e for e in s["coarse"] if e["first"] == "256-byte code"]
+            chosen = [e for e in s["coarse"] if e["first"] == "256-byte codec"]
             values[s["study"]] = (
                 100 * sum(e["same"][place] for e in chosen) / sum(e["queries"] for e in chosen)
             )
@@ -660,7 +674,7 @@ def plot_study(study: dict[str, Any], out: Path) -> None:
     figure, axes = plt.subplots(1, 2, figsize=(10, 4))
     for ax, key, label in ((axes[0], "spearman", "Spearman"), (axes[1], "top10", "of the exact top 10")):
         lines: dict[str, list[tuple[int, float]]] = {}
-        for name, entries in shown_codes(study):
+        for name, entries in shown_codecs(study):
             if not name.startswith("all numbers"):
                 lines.setdefault(name, []).append((entries[0]["bytes"], mean(entries, "all", key)))
         for name, points in lines.items():
@@ -675,7 +689,7 @@ def plot_study(study: dict[str, Any], out: Path) -> None:
     axes[0].axhline(0.96, color="grey", linewidth=0.8)
     axes[1].axhline(9, color="grey", linewidth=0.8)
     axes[1].legend(fontsize=8, loc="lower right")
-    figure.suptitle(f"{study['study']}: layer-normalised scores against exact gradients, all kinds of text")
+    figure.suptitle(f"{study['study']}: layer-normalized scores against exact gradients, all kinds of text")
     figure.tight_layout()
     figure.savefig(out, dpi=80)
     plt.close(figure)
@@ -689,17 +703,17 @@ def plot_lds(results: list[dict[str, Any]], out: Path) -> None:
     for row, key in zip(axes, ("layer", "fisher 1.0"), strict=True):
         for ax, name in zip(row, names, strict=True):
             lines: dict[str, list[tuple[float, float]]] = {}
-            for code, about in lds_settings(results):
+            for codec, about in lds_settings(results):
                 size, value = (lds_mean(results, k, set=name, **about) for k in ("bytes", key))
                 if size is None or value is None:
                     continue
-                if code == "exact":
+                if codec == "exact":
                     ax.axhline(value, color="black", linewidth=0.8)
                 else:
-                    lines.setdefault(code, []).append((size, value))
-            for code, points in lines.items():
-                style = "o-" if code.startswith(("learnt", "float16")) else "x--"
-                ax.plot(*zip(*sorted(points), strict=True), style, label=code, markersize=4)
+                    lines.setdefault(codec, []).append((size, value))
+            for codec, points in lines.items():
+                style = "o-" if codec.startswith(("learnt", "float16")) else "x--"
+                ax.plot(*zip(*sorted(points), strict=True), style, label=codec, markersize=4)
             ax.set_xscale("log")
             ax.set_title(f"{name}: {key}", fontsize=10)
             ax.grid(alpha=0.3)
@@ -719,9 +733,9 @@ def tables(results: Sequence[Path]) -> dict[str, str]:
     made = {"goals": goals_table(studies, lds), "lds": lds_table(lds)}
     for study in studies:
         name = study["study"]
-        heads_alone = [("head alone", entry) for entry in lines_of(study["results"], "head alone")]
-        made[f"{name}-codes"] = fidelity_table(shown_codes(study))
-        made[f"{name}-head"] = fidelity_table(heads_alone)
+        shared_alone = [(SHARED_ALONE, entry) for entry in lines_of(study["results"], SHARED_ALONE)]
+        made[f"{name}-codecs"] = fidelity_table(shown_codecs(study))
+        made[f"{name}-shared"] = fidelity_table(shared_alone)
         made[f"{name}-normalized"] = normalized_table(study)
         made[f"{name}-unlike"] = unlike_table(study)
         made[f"{name}-coarse"] = coarse_table(study)
@@ -754,21 +768,21 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(required=True)
-    judging = commands.add_parser("judge", help="every code on the data of a study")
+    judging = commands.add_parser("judge", help="every codec on the data of a study")
     judging.add_argument("study", type=Path)
     judging.add_argument("--budgets", default="256,1024,2048,8192,16384", help="bytes an example")
     judging.add_argument("--width", type=int, default=512, help="dimension of the sketches that are packed")
     judging.add_argument("--threads", type=int, default=1)
     judging.add_argument("--out", type=Path)
     judging.set_defaults(command=judge)
-    sizing = commands.add_parser("heads", help="a code of a float cache's rows, by the size of its head")
+    sizing = commands.add_parser("shared", help="a codec of float rows, by the size of its shared basis")
     sizing.add_argument("caches", type=Path, nargs="+")
-    sizing.add_argument("--heads", default="83,166,247,384")
-    sizing.add_argument("--sample", type=int, default=690, help="number of rows that the code learns from")
+    sizing.add_argument("--sizes", default="83,166,247,384")
+    sizing.add_argument("--sample", type=int, default=690, help="number of rows that the codec learns from")
     sizing.add_argument("--bytes", type=int, default=FINE)
     sizing.add_argument("--seeds", type=int, default=2)
     sizing.add_argument("--threads", type=int, default=1)
-    sizing.set_defaults(command=heads)
+    sizing.set_defaults(command=shared_bases)
     reporting = commands.add_parser("report", help="tables and plots from the results")
     reporting.add_argument("results", type=Path, nargs="+")
     reporting.add_argument(

@@ -3,14 +3,14 @@
     python studies/lds/codes.py [--extra FOLDER] [--out FILE.json]
 
 Gradients of the blocks' twelve matrices (331,776 numbers) half-way from the base to the tuned model. A
-training text is what its code says of it; a test text, the query, is in floats. Three scores: `layer`, the
+training text is what its codec keeps of it; a test text, the query, is in floats. Three scores: `layer`, the
 mean over the matrices of cosines, and `fisher` with damping 0.1 and 1, for which the second moment of the
-training texts is that of their codes, matrix by matrix (see exact.py; damping times the mean of the
+training texts is that of these rows, matrix by matrix (see exact.py; damping times the mean of the
 eigenvalues that are not zero).
 
-Beside the codes, projections at the same bytes, all in float16. Those of the whole gradient (dense, sparse,
+Beside the codecs, projections at the same bytes, all in float16. Those of the whole gradient (dense, sparse,
 RapidIn's shuffle-and-sum) get a gradient whose matrices are scaled to length 1 first, since they cannot be
-normalised by layer afterwards; their Fisher score has one moment for all matrices.
+normalized by layer afterwards; their Fisher score has one moment for all matrices.
 """
 
 from __future__ import annotations
@@ -62,11 +62,11 @@ class Judge:
         self.results: list[dict[str, Any]] = []
 
     def keep(
-        self, truth: RetrainedSet, code: str, size: int, rows: Tensor, queries: Tensor, **about: Any
+        self, truth: RetrainedSet, codec: str, size: int, rows: Tensor, queries: Tensor, **about: Any
     ) -> None:
         found = judged(truth, Grams.of(rows.unbind(1), queries.unbind(1)))
-        self.results.append({"set": truth.folder.name, "code": code, "bytes": size, **about, **found})
-        print(truth.folder.name, code, size, about, found, flush=True)
+        self.results.append({"set": truth.folder.name, "codec": codec, "bytes": size, **about, **found})
+        print(truth.folder.name, codec, size, about, found, flush=True)
 
 
 def floats(numbers: int, lengths: int) -> int:
@@ -84,13 +84,13 @@ def sketches(group: list[Tensor], layers: Mapping[str, nn.Linear], width: int, s
 
 
 def folded(sketch: Tensor, width: int) -> Tensor:
-    """The sketch of fewer bins."""
+    """The sketch of a smaller dimension."""
     return sketch.unflatten(2, (-1, width)).sum(2)
 
 
 def coded(units: Tensor, lengths: Tensor, rows: Tensor | None, wanted: CodecConfig, seed: int) -> PackedCodec:
-    """The code of a cache of blocks [n, blocks, width] with these lengths [n, blocks], which learns from some
-    of its rows, or from none."""
+    """The codec of a cache of blocks [n, blocks, width] with these lengths [n, blocks], which learns from
+    some of its rows, or from none."""
     blocks, width = units.shape[1:]
     learnt = None if rows is None else learn_basis(units[rows], shared_size(wanted, blocks))
     shape = fit_shape(wanted, blocks, width, learnt)
@@ -101,7 +101,7 @@ def coded(units: Tensor, lengths: Tensor, rows: Tensor | None, wanted: CodecConf
 def packed(
     judge: Judge, truth: RetrainedSet, train: Tensor, lengths: Tensor, test: Tensor, seed: int
 ) -> None:
-    """The codes of a cache: nothing learnt, learnt from a random half, learnt from all."""
+    """The codecs of a cache: nothing learnt, learnt from a random half, learnt from all."""
     half = torch.randperm(len(train), generator=torch.Generator().manual_seed(seed))[: len(train) // 2]
     for name, rows in (
         ("nothing learnt", None), ("learnt from half", half), ("learnt from all", torch.arange(len(train)))
@@ -109,14 +109,14 @@ def packed(
         last = None
         for budget in BUDGETS:
             try:
-                code = coded(train, lengths, rows, CodecConfig("sign", budget), seed)
+                codec = coded(train, lengths, rows, CodecConfig("sign", budget), seed)
             except UserError:
                 continue
-            if code.shape == last:  # the budget is more than one bit for each number
+            if codec.shape == last:  # the budget is more than one bit for each number
                 continue
-            last = code.shape
-            decoded = code.decode(code.encode(train, lengths))
-            judge.keep(truth, name, code.row_bytes + ROW_OVERHEAD, decoded, test, seed=seed, budget=budget)
+            last = codec.shape
+            decoded = codec.decode(codec.encode(train, lengths))
+            judge.keep(truth, name, codec.row_bytes + ROW_OVERHEAD, decoded, test, seed=seed, budget=budget)
 
 
 def to_bins(x: Tensor, bins: Tensor, signs: Tensor, count: int) -> Tensor:
@@ -230,7 +230,7 @@ def main() -> None:
         whole = [torch.cat([F.normalize(g) for g in group], 1) for group in (train, test)]
         named = judged(truth, Grams.of(train, test).normalized("layer"))
         size = 4 * whole[0].shape[1] + ROW_OVERHEAD
-        judge.results.append({"set": folder.name, "code": "exact", "bytes": size, **named})
+        judge.results.append({"set": folder.name, "codec": "exact", "bytes": size, **named})
         print(folder.name, "exact", named, flush=True)
         for seed in map(int, args.seeds.split(",")):
             sketched = [sketches(group, layers, WIDTH, seed) for group in (train, test)]

@@ -82,7 +82,7 @@ def mean_eigenvalue(grams: Grams, kind: str) -> Tensor:
     "count": trace / n, the mean of its n eigenvalues that are not zero, where n is less than the width.
     "energy": sum of the squares of the eigenvalues / trace, their mean weighted by themselves; the trace over
     the effective rank, as that is trace^2 / sum of squares. A row's product with itself counts by its true
-    length: what a code adds to it is no energy of the data.
+    length: what a codec adds to it is no energy of the data.
     """
     n = grams.train.shape[1]
     if kind == "count":
@@ -99,12 +99,12 @@ def fisher(grams: Grams, damping: float, kind: str = "energy", left_out: bool = 
     F is far too large to form, but by the Woodbury identity Y (F + d)^-1 = (K / n + d)^-1 Y, where K is the
     Gram matrix of the rows Y. left_out: each row is scored by the moment of the n - 1 others, which by the
     Sherman-Morrison formula divides its score by 1 - h, h = y (F + d)^-1 y / n, its own leverage. Then what a
-    code adds to a row's own length does not make its score smaller.
+    codec adds to a row's own length does not make its score smaller.
     """
     n = grams.train.shape[1]
     added = damping * mean_eigenvalue(grams, kind)
     inverse = torch.linalg.inv(grams.train / n + added[:, None, None] * torch.eye(n, dtype=torch.float64))
-    turned = grams.cross @ inverse
+    preconditioned = grams.cross @ inverse
     if left_out:  # 1 - h is d times the inverse's diagonal
-        turned = turned / (added[:, None] * inverse.diagonal(dim1=1, dim2=2))[:, None, :]
-    return turned.sum(0)
+        preconditioned = preconditioned / (added[:, None] * inverse.diagonal(dim1=1, dim2=2))[:, None, :]
+    return preconditioned.sum(0)

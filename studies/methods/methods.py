@@ -1,12 +1,12 @@
-"""Which method, normalisation, points, damping and preconditioner predict retraining best, also from 2 KB?
+"""Which method, normalization, points, damping and preconditioner predict retraining best, also from 2 KB?
 
-    python studies/methods/methods.py [--extra FOLDER] [--parts exact,codes,peers,kfac,ways] --out FILE.json
+    python studies/methods/methods.py [--extra FOLDER] [--parts exact,codecs,peers,kfac,ways] --out FILE.json
 
 Parts, each for every set; a part of a set that FILE already has is not repeated.
 
 `exact`: gradients of the blocks' twelve matrices, through their Gram matrices, so without approximation.
 Points of the line from the base to the tuned model, and real checkpoints of the same tuning done again; each
-point and matrix is a block. Every method with every normalisation and several dampings. Then the optimizer's
+point and matrix is a block. Every method with every normalization and several dampings. Then the optimizer's
 preconditioner: gradients times a power of the second moment V of their elements, V ~ r c^T / mean(r) from its
 row means r and column means c, each plus a hundredth of its mean:
 
@@ -15,8 +15,8 @@ row means r and column means c, each plus a hundredth of its mean:
     elements 1/4 the same as 1/4 with V itself
     adam 1/2     V from the optimizer's state (exp_avg_sq) at the end of tuning
 
-`codes`: the recommended methods from sketches in floats, by width, and from codes of 2,048 bytes that have
-learnt from all rows, at one point also from half of them or from none; three seeds. One code holds all
+`codecs`: the recommended methods from sketches in floats, by width, and from codecs of 2,048 bytes that have
+learnt from all rows, at one point also from half of them or from none; three seeds. One codec holds all
 blocks.
 
 `peers`: one point, half-way, at the same bytes: a double-sided projection in float16 (as LoGra and Bergson
@@ -29,7 +29,7 @@ projection of the whole gradient; three seeds. Rows are scored as they decode, q
 and codes.
 
 `ways`: other ways to have it, half-way, layer by layer: other dampings, with all directions; and all of the
-inverse on the query's side, the rows as they are, exactly and through the sketch and code of 2,048 bytes.
+inverse on the query's side, the rows as they are, exactly and through the sketch and codec of 2,048 bytes.
 
 `fisher` scores a row by the moment of all rows, `fisher, left out` by that of the others (see scoring.py).
 Damping is in units of `scoring.mean_eigenvalue`. low and high: 95% bootstrap interval over the test texts;
@@ -146,7 +146,7 @@ def all_methods(grams: Grams, sizes: Tensor) -> Iterator[tuple[str, str, float, 
 
 
 def main_methods(grams: Grams, dampings: Sequence[float] = BEST) -> Scores:
-    """Scores of unit blocks by the methods that codes are judged by."""
+    """Scores of unit blocks by the methods that codecs are judged by."""
     found = {("layer", "dot", 0.0): dot(grams)}
     for damping in dampings:
         found["layer", "fisher, energy", damping] = fisher(grams, damping)
@@ -204,7 +204,7 @@ class Case:
         texts."""
         scales = self.kfac(at, texts, rank)
         train, test = self.gradients(at)
-        return self.turned(train, scales), self.turned(test, scales)
+        return self.preconditioned(train, scales), self.preconditioned(test, scales)
 
     def kfac(
         self, at: float, texts: int | None, rank: int | None, damping: float = SIDE_DAMPING
@@ -224,7 +224,7 @@ class Case:
                 moments.add_factors(n, inputs, outputs)
         return list(kfac_scales(moments, EXPONENT, damping).values())
 
-    def turned(self, group: list[Tensor], scales: list[Scale]) -> list[Tensor]:
+    def preconditioned(self, group: list[Tensor], scales: list[Scale]) -> list[Tensor]:
         return [
             scale.formed(g.view(-1, *shape)).flatten(1)
             for g, shape, scale in zip(group, self.shapes, scales, strict=True)
@@ -249,7 +249,7 @@ def exact_part(study: Study, case: Case, name: str) -> None:
         "6 checkpoints": [again.states[share] for share in SHARES],
     }
     grams: dict[Any, Grams] = {}
-    turned: dict[tuple[str, float], Grams] = {}
+    preconditioned: dict[tuple[str, float], Grams] = {}
     for at in (*PATH, 1.0, *again.states.values()):
         train, test = case.gradients(at)
         key = at if isinstance(at, float) else id(at)
@@ -266,8 +266,8 @@ def exact_part(study: Study, case: Case, name: str) -> None:
             "adam 1/2": [rank_one(v, 0.5) for v in again.moments],
         }
         for way, scales in both.items():
-            turned[way, float(at)] = Grams.of(scaled(train, scales), scaled(test, scales))
-        turned["train 1/2", float(at)] = Grams.of(scaled(train, half), test)
+            preconditioned[way, float(at)] = Grams.of(scaled(train, scales), scaled(test, scales))
+        preconditioned["train 1/2", float(at)] = Grams.of(scaled(train, half), test)
     for label, points in places.items():
         chosen = Grams.cat([grams[at if isinstance(at, float) else id(at)] for at in points])
         sizes = case.sizes.repeat(len(points))
@@ -275,8 +275,8 @@ def exact_part(study: Study, case: Case, name: str) -> None:
             study.add([case.values(scores)], set=name, part="exact", points=label, **named(tuple(key)))
     for label in ("0.5", "0.1+0.5+0.9"):
         sizes = case.sizes.repeat(len(places[label]))
-        for way in dict.fromkeys(way for way, _ in turned):
-            chosen = Grams.cat([turned[way, at] for at in places[label]])
+        for way in dict.fromkeys(way for way, _ in preconditioned):
+            chosen = Grams.cat([preconditioned[way, at] for at in places[label]])
             about = {"set": name, "part": "exact", "points": label, "preconditioner": way}
             for normalize in NORMALIZE:
                 known = chosen.normalized(normalize)
@@ -300,18 +300,18 @@ def of_rows(rows: Tensor, queries: Tensor) -> Grams:
     return Grams(grams.train, grams.cross, grams.lengths, torch.ones_like(grams.true))
 
 
-def codes_of(
+def codecs_of(
     train: Tensor, test: Tensor, seed: int, budget: int, learn_from: Sequence[str]
 ) -> Iterator[tuple[str, int, Grams]]:
-    """(what a code has learnt from, its bytes a row, what it makes of sketches [n, blocks, width])."""
+    """(what a codec has learnt from, its bytes a row, what it makes of sketches [n, blocks, width])."""
     rows, lengths = unit(train), train.norm(dim=2)
     half = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: len(rows) // 2]
     chosen = {"nothing": None, "half": half, "all": torch.arange(len(rows))}
     for name in learn_from:
         sample = chosen[name]
-        code = coded(rows, lengths, sample, CodecConfig("sign", budget), seed)
-        decoded = code.decode(code.encode(rows, lengths))
-        yield name, code.row_bytes + ROW_OVERHEAD, of_rows(decoded, unit(test))
+        codec = coded(rows, lengths, sample, CodecConfig("sign", budget), seed)
+        decoded = codec.decode(codec.encode(rows, lengths))
+        yield name, codec.row_bytes + ROW_OVERHEAD, of_rows(decoded, unit(test))
 
 
 class Gathered:
@@ -338,24 +338,24 @@ class Gathered:
             study.add(values, exact, **more, **about, **key)
 
 
-def codes_part(study: Study, case: Case, name: str) -> None:
+def codecs_part(study: Study, case: Case, name: str) -> None:
     gathered = Gathered(case)
     for preconditioner in ("none", "1/2"):
-        gather_codes(
+        gather_codecs(
             gathered, preconditioner, case.gradients if preconditioner == "none" else case.with_preconditioner
         )
-        print(f"{name}: codes, preconditioner {preconditioner}", flush=True)
-    gathered.hand_over(study, _place, set=name, part="codes")
+        print(f"{name}: codecs, preconditioner {preconditioner}", flush=True)
+    gathered.hand_over(study, _place, set=name, part="codecs")
 
 
 def _place(about: dict[str, Any]) -> str:
     return f"{about['points']} {about['preconditioner']}"
 
 
-def gather_codes(
+def gather_codecs(
     gathered: Gathered, preconditioner: str, at_point: Callable[[float], tuple[list[Tensor], list[Tensor]]]
 ) -> None:
-    """Sketches and codes of gradients at one point and at three."""
+    """Sketches and codecs of gradients at one point and at three."""
     layers, dampings = gathered.case.layers, gathered.dampings
     made: dict[int, list[tuple[Tensor, Tensor]]] = {seed: [] for seed in SEEDS}
     exact = []
@@ -373,14 +373,14 @@ def gather_codes(
             for width in WIDTHS:
                 grams = of_rows(unit(folded(train, width)), unit(folded(test, width)))
                 size = floats(width * train.shape[1], train.shape[1])
-                gathered.add(main_methods(grams, dampings), **about, code="floats", bytes=size, width=width)
+                gathered.add(main_methods(grams, dampings), **about, codec="floats", bytes=size, width=width)
             # as wide as a cache has it that is told no width
             width = WIDTH if len(which) == 1 else WIDTH // 2
             of = folded(train, width), folded(test, width)
             few = points == "0.5" and preconditioner != "1/2"
             learn_from = ("nothing", "half", "all") if few else ("all",)
-            for learnt, _, grams in codes_of(*of, seed, BUDGET, learn_from):
-                what = {"code": f"learnt from {learnt}", "budget": BUDGET, "width": width}
+            for learnt, _, grams in codecs_of(*of, seed, BUDGET, learn_from):
+                what = {"codec": f"learnt from {learnt}", "budget": BUDGET, "width": width}
                 gathered.add(main_methods(grams, dampings), **about, **what)
 
 
@@ -403,7 +403,7 @@ def kfac_part(study: Study, case: Case, name: str) -> None:
                     study.add([case.values(scores)], **about, **named(key))
         print(f"{name}: {way}", flush=True)
     gathered = Gathered(case, WHITE)
-    gather_codes(gathered, "kfac", lambda at: case.with_kfac(at, *KFAC["kfac"]))
+    gather_codecs(gathered, "kfac", lambda at: case.with_kfac(at, *KFAC["kfac"]))
     gathered.hand_over(study, _place, set=name, part="kfac")
 
 
@@ -413,10 +413,12 @@ def ways_part(study: Study, case: Case, name: str) -> None:
     train, test = case.gradients(0.5)
     for damping in SIDE_DAMPINGS:
         scales = case.kfac(0.5, None, None, damping)
-        grams = Grams.of(case.turned(train, scales), case.turned(test, scales)).normalized("layer")
+        sides = (case.preconditioned(group, scales) for group in (train, test))
+        grams = Grams.of(*sides).normalized("layer")
         study.add([case.values(dot(grams))], **about, preconditioner="kfac, whole", side_damping=damping)
     scales = case.kfac(0.5, *KFAC["kfac"])
-    whole = case.turned(case.turned(test, scales), scales)  # a root on each side, both on this one
+    # A root on each side, both on this one.
+    whole = case.preconditioned(case.preconditioned(test, scales), scales)
     grams = Grams.of(train, whole).normalized("layer")
     about["preconditioner"] = "kfac, query's side"
     exact = case.values(dot(grams))
@@ -424,21 +426,21 @@ def ways_part(study: Study, case: Case, name: str) -> None:
     by_seed = []
     for seed in SEEDS:
         rows, queries = (sketches(x, case.layers, WIDTH, seed) for x in (train, whole))
-        ((_, _, coded_grams),) = codes_of(rows, queries, seed, BUDGET, ("all",))
+        ((_, _, coded_grams),) = codecs_of(rows, queries, seed, BUDGET, ("all",))
         by_seed.append(case.values(dot(coded_grams)))
-    study.add(by_seed, exact, **about, code="learnt from all", budget=BUDGET, width=WIDTH)
+    study.add(by_seed, exact, **about, codec="learnt from all", budget=BUDGET, width=WIDTH)
 
 
 def trackstar(rows: Sequence[Tensor], queries: Sequence[Tensor], damping: float) -> Tensor:
     """Cosine of whole rows after each block's inverse root of (F + damping x mean eigenvalue): [test, n]."""
-    turned: list[list[Tensor]] = [[], []]
+    preconditioned: list[list[Tensor]] = [[], []]
     for x, q in zip(rows, queries, strict=True):
         values, vectors = torch.linalg.eigh(x.double().T @ x.double() / len(x))
         added = damping * values.square().sum() / values.sum()
         root = (vectors / (values.clamp(min=0) + added).sqrt()) @ vectors.T
-        for out, y in zip(turned, (x, q), strict=True):
+        for out, y in zip(preconditioned, (x, q), strict=True):
             out.append(y.double() @ root)
-    whole = [F.normalize(torch.cat(parts, 1)) for parts in turned]
+    whole = [F.normalize(torch.cat(parts, 1)) for parts in preconditioned]
     return whole[1] @ whole[0].T
 
 
@@ -470,11 +472,11 @@ def peers_part(study: Study, case: Case, name: str) -> None:
                 kept = [x / x.square().mean().sqrt() for x in train]
                 kept = [x.half().float() for x in kept]
                 found = main_methods(of_rows(as_units(kept), as_units(test)))
-                gathered.add(found, **about, code="double-sided", side=side)
+                gathered.add(found, **about, codec="double-sided", side=side)
                 for damping in BEST:
                     flat = [x.flatten(1) for x in kept], [x.flatten(1) for x in test]
                     scores = {("cosine", "trackstar", damping): trackstar(*flat, damping)}
-                    gathered.add(scores, **about, code="double-sided", side=side)
+                    gathered.add(scores, **about, codec="double-sided", side=side)
                 if preconditioner != "none":
                     continue
                 for rank in RANKS:
@@ -484,7 +486,7 @@ def peers_part(study: Study, case: Case, name: str) -> None:
                     train, test = two_sides(groups, case.shapes, side, seed)
                     kept = [truncated(F.normalize(x.flatten(1)).view_as(x), rank) for x in train]
                     found = main_methods(of_rows(as_units(kept), as_units(test)))
-                    gathered.add(found, **about, code=f"LoRIF, rank {rank}", side=side)
+                    gathered.add(found, **about, codec=f"LoRIF, rank {rank}", side=side)
             if preconditioner == "none":  # a dense matrix for more bytes takes minutes to draw
                 both = torch.cat([torch.cat(group, 1) for group in groups])
                 drawn = F.normalize(dense(both, (BUDGET - floats(0, 1)) // 2, seed))
@@ -492,11 +494,11 @@ def peers_part(study: Study, case: Case, name: str) -> None:
                 about = {"points": "0.5", "preconditioner": preconditioner, "budget": BUDGET}
                 found = main_methods(of_rows(rows.half().float(), queries))
                 found = {("cosine", *key[1:]): scores for key, scores in found.items()}
-                gathered.add(found, **about, code="TRAK, dense projection")
+                gathered.add(found, **about, codec="TRAK, dense projection")
                 sketched = [sketches(x, case.layers, WIDTH, seed) for x in groups]
-                about["budget"] = LARGE  # with 2,048 bytes it is among the codes
-                for learnt, _, grams in codes_of(sketched[0], sketched[1], seed, LARGE, ("all",)):
-                    gathered.add(main_methods(grams), **about, code=f"learnt from {learnt}")
+                about["budget"] = LARGE  # with 2,048 bytes it is among the codecs
+                for learnt, _, grams in codecs_of(sketched[0], sketched[1], seed, LARGE, ("all",)):
+                    gathered.add(main_methods(grams), **about, codec=f"learnt from {learnt}")
             print(f"{name}: peers, preconditioner {preconditioner}, seed {seed}", flush=True)
     gathered.hand_over(study, lambda about: about["preconditioner"], set=name, part="peers")
 
@@ -522,7 +524,7 @@ PRECONDITIONER_ROWS: list[dict[str, Any]] = [
     {"normalize": "layer", "method": "datainf", "damping": 0.1},
     {"normalize": "layer", "method": "fisher, energy", "damping": DAMPING},
 ]
-CODE_COLUMNS = ("dot", "fisher, energy", "fisher, left out")
+CODEC_COLUMNS = ("dot", "fisher, energy", "fisher, left out")
 
 
 class Tables:
@@ -561,51 +563,54 @@ class Tables:
             ]
             yield f"| {way or 'none'} | {' | '.join(cells)} |"
 
-    def codes(self) -> Iterator[str]:
-        """Sketches and codes, with what is lost against exact gradients."""
-        yield f"| points | preconditioner | code | bins | {' | '.join(CODE_COLUMNS)} | lost, left out |"
-        yield "| --- " * (5 + len(CODE_COLUMNS)) + "|"
+    def codecs(self) -> Iterator[str]:
+        """Sketches and codecs, with what is lost against exact gradients."""
+        titles = " | ".join(CODEC_COLUMNS)
+        yield f"| points | preconditioner | codec | dimension | {titles} | lost, left out |"
+        yield "| --- " * (5 + len(CODEC_COLUMNS)) + "|"
         chosen = {
-            (row["points"], row["preconditioner"], row["code"], row["width"])
+            (row["points"], row["preconditioner"], row["codec"], row["width"])
             for row in self.rows
-            if row["part"] == "codes"
+            if row["part"] == "codecs"
         }
-        for points, preconditioner, code, width in sorted(chosen):
+        for points, preconditioner, codec, width in sorted(chosen):
             at = {
-                "part": "codes",
+                "part": "codecs",
                 "points": points,
                 "preconditioner": preconditioner,
-                "code": code,
+                "codec": codec,
                 "width": width,
             }
-            cells = [self.cell(**at, method=m, damping=DAMPING if m != "dot" else 0.0) for m in CODE_COLUMNS]
+            cells = [self.cell(**at, method=m, damping=DAMPING if m != "dot" else 0.0) for m in CODEC_COLUMNS]
             cells.append(self.cell("loss", **at, method="fisher, left out", damping=DAMPING))
-            yield f"| {points} | {preconditioner} | {code} | {width} | {' | '.join(cells)} |"
+            yield f"| {points} | {preconditioner} | {codec} | {width} | {' | '.join(cells)} |"
 
     def peers(self) -> Iterator[str]:
-        yield f"| bytes | preconditioner | code | numbers a side | {' | '.join(CODE_COLUMNS)} | trackstar |"
-        yield "| --- " * (5 + len(CODE_COLUMNS)) + "|"
+        yield f"| bytes | preconditioner | codec | numbers a side | {' | '.join(CODEC_COLUMNS)} | trackstar |"
+        yield "| --- " * (5 + len(CODEC_COLUMNS)) + "|"
         chosen = dict.fromkeys(
-            (row["budget"], row["preconditioner"], row["code"], row.get("side"))
+            (row["budget"], row["preconditioner"], row["codec"], row.get("side"))
             for row in self.rows
             if row["part"] != "exact" and row["points"] == "0.5" and "budget" in row
         )
-        for budget, preconditioner, code, side in sorted(chosen, key=lambda c: (c[0], c[1], c[2], c[3] or 0)):
+        for budget, preconditioner, codec, side in sorted(
+            chosen, key=lambda c: (c[0], c[1], c[2], c[3] or 0)
+        ):
             at = {
                 "points": "0.5",
                 "budget": budget,
                 "preconditioner": preconditioner,
-                "code": code,
+                "codec": codec,
                 "side": side,
             }
-            methods = (*CODE_COLUMNS, "trackstar")
+            methods = (*CODEC_COLUMNS, "trackstar")
             cells = [self.cell(**at, method=m, damping=DAMPING if m != "dot" else 0.0) for m in methods]
-            yield f"| {budget:,} | {preconditioner} | {code} | {side or ''} | {' | '.join(cells)} |"
+            yield f"| {budget:,} | {preconditioner} | {codec} | {side or ''} | {' | '.join(cells)} |"
 
 
 PARTS: dict[str, Callable[[Study, Case, str], None]] = {
     "exact": exact_part,
-    "codes": codes_part,
+    "codecs": codecs_part,
     "peers": peers_part,
     "kfac": kfac_part,
     "ways": ways_part,
@@ -626,7 +631,7 @@ def main() -> None:
     study = Study(args.out)
     if args.tables:
         tables = Tables(study)
-        for table in (tables.exact, tables.preconditioner, tables.codes, tables.peers):
+        for table in (tables.exact, tables.preconditioner, tables.codecs, tables.peers):
             print("\n".join(table()), end="\n\n")
         return
     for part in args.parts.split(","):

@@ -42,7 +42,7 @@ def main() -> None:
     args = parser.parse_args()
     rows: list[Row] = json.loads((STUDIES / "methods" / "methods.json").read_text())["results"]
     peers = json.loads((STUDIES / "peers" / "peers-lds.json").read_text())
-    parts = [exact(rows), preconditioner(rows), kfac(rows), ways(rows), codes(rows), beside(peers)]
+    parts = [exact(rows), preconditioner(rows), kfac(rows), ways(rows), codecs(rows), beside(peers)]
     args.out.write_text("\n".join([*HEAD, *(line for part in parts for line in part)]) + "\n")
 
 
@@ -131,7 +131,7 @@ def preconditioner(rows: list[Row]) -> list[str]:
 
 def kfac(rows: list[Row]) -> list[str]:
     """K-FAC's preconditioner beside none: the same methods, Fisher with the damping that suits each."""
-    white = [row for row in rows if row["part"] == "kfac" and "code" not in row]
+    white = [row for row in rows if row["part"] == "kfac" and "codec" not in row]
     plain = [row for row in rows if row["part"] == "exact" and "preconditioner" not in row]
     names = list(dict.fromkeys(row["preconditioner"] for row in white))
     lines = []
@@ -166,10 +166,10 @@ def ways(rows: list[Row]) -> list[str]:
     lines = [[f"all directions, damping {d:g}", cell(find(found, side_damping=d))] for d in dampings]
     one_side = [row for row in found if "side_damping" not in row]
     lines += [
-        ["the whole inverse on the query side", cell([row for row in one_side if "code" not in row])],
+        ["the whole inverse on the query side", cell([row for row in one_side if "codec" not in row])],
         [
             "the same through a sketch of width 8,192 and a learned codec of 2,048 bytes",
-            cell([row for row in one_side if "code" in row]),
+            cell([row for row in one_side if "codec" in row]),
         ],
     ]
     return [
@@ -179,21 +179,21 @@ def ways(rows: list[Row]) -> list[str]:
     ]
 
 
-def codes(rows: list[Row]) -> list[str]:
+def codecs(rows: list[Row]) -> list[str]:
     kept = [
         row
         for row in rows
-        if row["part"] in ("codes", "kfac") and "code" in row and row["normalize"] == "layer"
+        if row["part"] in ("codecs", "kfac") and "codec" in row and row["normalize"] == "layer"
     ]
     kinds: dict[str, Row] = {}
     for row in kept:
-        about = {k: row[k] for k in ("points", "preconditioner", "code", "width") if k in row}
+        about = {k: row[k] for k in ("points", "preconditioner", "codec", "width") if k in row}
         about |= {"budget": row["budget"]} if "budget" in row else {}
         kinds.setdefault(json.dumps(about), about)
     lines = []
     for about in kinds.values():
         place = about["points"].replace("+", ", ")
-        name = f"{about['code']}, width {about['width']:,}" + (
+        name = f"{about['codec']}, width {about['width']:,}" + (
             f", {about['budget']:,} bytes" if "budget" in about else ""
         )
         found = find(kept, **about)
@@ -224,18 +224,18 @@ def other_codes(rows: list[Row]) -> list[str]:
     kept = [row for row in rows if row["part"] == "peers" and row.get("preconditioner", "none") == "none"]
     kept = [row for row in kept if row.get("budget") == 2048]
     best: dict[tuple[str, str], tuple[float, str]] = {}
-    for code in dict.fromkeys(row["code"] for row in kept):
-        of = find(kept, code=code)
+    for codec in dict.fromkeys(row["codec"] for row in kept):
+        of = find(kept, codec=codec)
         for about in {(r["method"], r["normalize"], r["damping"]) for r in of}:
             some = find(of, method=about[0], normalize=about[1], damping=about[2])
             if len({row["set"] for row in some}) < 3:
                 continue
             mean = sum(row["lds"] for row in some) / len(some)
             family = "dot" if about[0] == "dot" else "inverse"
-            if mean > best.get((code, family), (-1.0, ""))[0]:
-                best[code, family] = mean, f"{cell(some)} ({label(*about)})"
-    codes = list(dict.fromkeys(code for code, _ in best))
-    lines = [[code, *(best.get((code, f), (0.0, ""))[1] for f in ("dot", "inverse"))] for code in codes]
+            if mean > best.get((codec, family), (-1.0, ""))[0]:
+                best[codec, family] = mean, f"{cell(some)} ({label(*about)})"
+    codecs = list(dict.fromkeys(codec for codec, _ in best))
+    lines = [[codec, *(best.get((codec, f), (0.0, ""))[1] for f in ("dot", "inverse"))] for codec in codecs]
     return table(
         ["projection (best of its dampings and normalizations)", "dot", "with an inverse second moment"],
         lines,

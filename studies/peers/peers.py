@@ -11,7 +11,7 @@ them again.
 `run` compares caching with Bergson and dattri's LoGra, which keep projected gradients. Each reads the same
 texts (one "text" a line) with the same model on the CPU, keeps about 256 numbers for each linear layer of the
 blocks, and writes them to disk, in batches of about 1,024 tokens. rapidin runs a second time with 2,048 bytes
-an example, its code learnt from the smaller run's examples, at the width that suits it. Without --model a
+an example, its codec learnt from the smaller run's examples, at the width that suits it. Without --model a
 random Llama of 36 million parameters is made, and random texts. Each is run twice, on an eighth of the
 examples and on all: speed and bytes are of the examples that the second run has more, so that imports,
 loading and learning do not count (on a busy machine the difference may come out as nan: more examples). Peak

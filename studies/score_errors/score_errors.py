@@ -1,13 +1,13 @@
 """How accurate are the standard errors of scores? Against exact gradients, and between seeds.
 
     python studies/score_errors/score_errors.py MODEL --data FILE
-        [--include layers.0. layers.14.] [--width 64 512] [--code float16 sign:1024] [--normalize layer]
+        [--include layers.0. layers.14.] [--width 64 512] [--codec float16 sign:1024] [--normalize layer]
         [--method dot] [--precondition kfac] [--seeds 4] [--json FILE]
 
 z = (score - exact) / SE for every pair of a query (the last texts) and a row (the other texts). The root mean
 square of z is 1 where the errors are right, and its mean is the bias. `differences`: z of the difference of
 two rows' scores. `between`: (score - score') / sqrt(SE^2 + SE'^2) of two seeds, which needs no exact scores.
-A code is a dtype, or a dtype and the bytes of an example.
+A codec is given as a dtype, or a dtype and the bytes of an example.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--queries", type=int, default=8)
     parser.add_argument("--max-length", type=int, default=96)
     parser.add_argument("--width", type=int, nargs="+", default=[64, 512])
-    parser.add_argument("--code", nargs="+", default=["float16"])
+    parser.add_argument("--codec", nargs="+", default=["float16"])
     parser.add_argument("--normalize", nargs="+", default=["layer", "cosine", "none"])
     parser.add_argument("--method", default="dot")
     parser.add_argument("--precondition", dest="preconditioner", default="kfac")
@@ -90,8 +90,8 @@ def main(arguments: list[str] | None = None) -> None:
     rows = len(records) - args.queries
     every = torch.arange(rows).expand(args.queries, rows)
     truth: dict[tuple[int, str], Tensor] = {}
-    for width, code in itertools.product(args.width, args.code):
-        dtype, _, size = code.partition(":")
+    for width, codec in itertools.product(args.width, args.codec):
+        dtype, _, size = codec.partition(":")
         made: dict[str, list[tuple[Tensor, Tensor]]] = {}
         known: dict[str, list[Tensor]] = {}
         for seed in range(args.seeds):
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
                             truth[here, normalize] = exact_scores(source, args.queries, encoded, normalize)
                         known.setdefault(normalize, []).append(truth[here, normalize])
         for normalize, seeds in made.items():
-            row: dict[str, Any] = {"width": width, "code": code, "normalize": normalize}
+            row: dict[str, Any] = {"width": width, "codec": codec, "normalize": normalize}
             row["error"] = rounded(torch.stack([e for _, e in seeds]).square().mean().sqrt())
             if normalize in known:
                 true = torch.stack(known[normalize])
@@ -141,7 +141,7 @@ def main(arguments: list[str] | None = None) -> None:
             if pairs:
                 row["between"] = figures(torch.stack(pairs))
             results.append(row)
-            words = [f"{width:5} {code:10} {normalize:6}  SE {row['error']:.2e}"]
+            words = [f"{width:5} {codec:10} {normalize:6}  SE {row['error']:.2e}"]
             for name in ("exact", "exact, best tenth", "differences, best tenth", "between"):
                 if name in row:
                     z = row[name]

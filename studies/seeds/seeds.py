@@ -20,10 +20,10 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from rapidin.cli.demo_session.instructions import ABSURD_BEGINS, make_data
 from rapidin.files import replace_file
@@ -66,20 +66,37 @@ RECIPES = {
     "backdoor": Recipe(450, 4, 192, "poisoned", ("p10", "p50", "auprc", "auroc")),
     "classes": Recipe(226, 8, 96, "label", ("auc", "recall")),
 }
-DEMO_LENGTH = 128  # tokens, all that its model reads
+# Its model reads 128 tokens.
+RECIPES["demo"] = replace(RECIPES["backdoor"], max_length=128)
 
 
-def main(arguments: list[str] | None = None) -> None:
+class Run(Protocol):
+    """Runs Python with these words; `ends` are the exit statuses that are no failure."""
+
+    def __call__(self, *command: object, ends: Collection[int] = (0,)) -> None: ...
+
+
+def run_python(*command: object, ends: Collection[int] = (0,)) -> None:
+    """Run Python with these words; leave with its exit status where it is none of `ends`."""
+    words = [sys.executable, *map(str, command)]
+    print("$", *words, flush=True)
+    code = subprocess.run(words, cwd=ROOT).returncode
+    if code not in ends:
+        sys.exit(code)
+
+
+def main(
+    arguments: list[str] | None = None,
+    recipes: Mapping[str, Recipe] = RECIPES,
+    run: Run = run_python,
+) -> None:
     options = parse(arguments)
     if options.kind == "table":
         print("\n".join(tables(read(options.out))))
         return
-    made_here = options.kind == "demo"
+    recipe, made_here = recipes[options.kind], options.kind == "demo"
     if made_here:
         options.kind, options.name = "backdoor", "demo"
-        recipe = replace(RECIPES["backdoor"], max_length=DEMO_LENGTH)
-    else:
-        recipe = RECIPES[options.kind]
     for seed in options.seed:
         rows = read(options.out)
         named = {"set": options.name, "seed": seed, "preconditioner": options.preconditioner}
@@ -88,13 +105,13 @@ def main(arguments: list[str] | None = None) -> None:
             continue
         folder = options.work / f"{options.name}-{seed}"
         if made_here:
-            make_demo(options, seed, folder / "made")
-        found = judge(options, recipe, seed, folder)
+            make_demo(options, seed, folder / "made", run)
+        found = judge(options, recipe, seed, folder, run)
         row = {"evaluation": options.kind, **named, "at": AT, **found}
         write(options.out, [*read(options.out), row])
 
 
-def make_demo(options: argparse.Namespace, seed: str, folder: Path) -> None:
+def make_demo(options: argparse.Namespace, seed: str, folder: Path, run: Run) -> None:
     """What `rapidin demo` makes in `folder`, as the options of `judge`."""
     options.test = folder / "asked.jsonl"
     if not options.test.exists():
@@ -108,7 +125,7 @@ def make_demo(options: argparse.Namespace, seed: str, folder: Path) -> None:
     options.begins = ABSURD_BEGINS
 
 
-def judge(options: argparse.Namespace, recipe: Recipe, seed: str, folder: Path) -> Row:
+def judge(options: argparse.Namespace, recipe: Recipe, seed: str, folder: Path, run: Run) -> Row:
     """Tune, cache and evaluate in `folder`: the number of queries, and figures by method."""
     adapter = options.adapter or folder / "adapter"
     common = ["--model", options.model, "--data", options.data]
@@ -135,15 +152,6 @@ def judge(options: argparse.Namespace, recipe: Recipe, seed: str, folder: Path) 
     figures = {row["method"]: {name: round(row[name]["mean"], 4) for name in recipe.figures} for row in rows}
     queries = rows[0][recipe.figures[0]]["queries"]
     return {"width": found["setting"]["width"], "queries": queries, "methods": figures}
-
-
-def run(*command: object, ends: Collection[int] = (0,)) -> None:
-    """Run Python with these words; leave with its exit status where it is none of `ends`."""
-    words = [sys.executable, *map(str, command)]
-    print("$", *words, flush=True)
-    code = subprocess.run(words, cwd=ROOT).returncode
-    if code not in ends:
-        sys.exit(code)
 
 
 def read(path: Path) -> list[Row]:
@@ -174,7 +182,7 @@ def tables(rows: list[Row]) -> list[str]:
             name, preconditioner, width = of
             seeds = [row["seed"] for row in of_kind if column(row) == of]
             which = f"seed{'s' * (len(seeds) > 1)} {', '.join(seeds)}"
-            titles.append(f"{name}, {preconditioner}, {width:,} bins, {LABELS[figure]}, {which}")
+            titles.append(f"{name}, {preconditioner}, dimension {width:,}, {LABELS[figure]}, {which}")
         lines += ["", "| | " + " | ".join(titles) + " |", "|" + " --- |" * (len(titles) + 1)]
         baselines = ("BM25", "hidden states") if kind == "backdoor" else ()
         for method in (*SHOWN, *baselines):
@@ -187,8 +195,8 @@ LABELS = {"auprc": "auPRC", "auc": "AUC", "recall": "recall"}
 
 
 def column(row: Row) -> tuple[str, str, int]:
-    """The set, the preconditioner and the bins of a row: rows that differ in their seeds alone share a
-    column."""
+    """The set, the preconditioner and the sketch dimension of a row: rows that differ in their seeds alone
+    share a column."""
     return row["set"], row["preconditioner"], row["width"]
 
 
@@ -202,7 +210,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parser.set_defaults(begins=[])
     kinds = parser.add_subparsers(dest="kind", required=True)
-    for kind in (*RECIPES, "demo", "table"):
+    for kind in (*RECIPES, "table"):
         sub = kinds.add_parser(kind)
         sub.add_argument("--out", type=Path, default=RESULTS, help="file of results")
         if kind == "table":

@@ -337,8 +337,18 @@ def test_a_layer_that_mixes_examples_is_told_once_and_changes_nothing(tmp_path: 
     attributor = Attributor(model, tiny_tokenizer(), **settings)
     seen: list[Progress] = []
     mixed = attributor.cache(records(12), tmp_path / "mixed", on_progress=seen.append)
+    messages = [p.message for p in seen if p.message]
+    assert "compared with autograd's: equal to" in messages[0]
+    assert messages[1:] == [
+        "examples are processed one at a time: the layer of 'model.layers.1.mlp.down_proj.weight' has no "
+        "axis of the examples"
+    ]
+    unchecked = Attributor(model, tiny_tokenizer(), **settings)
+    seen.clear()
+    unchecked.cache(records(12), tmp_path / "unchecked", on_progress=seen.append, check=False)
     assert [p.message for p in seen if p.message] == [
-        "examples are processed one at a time: a layer mixes those of a batch"
+        "examples are processed one at a time: a layer mixes those of a batch, such as that of "
+        "'model.layers.1.mlp.down_proj.weight'"
     ]
     torch.testing.assert_close(mixed.sketches(), plain.sketches(), atol=2e-3, rtol=0)
 

@@ -19,13 +19,17 @@ TEXTS = ["", "a", *(FOX * n for n in (1, 2, 9, 40)), "One, two."] * 3
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "lora"])
-def test_batches_give_the_states_of_single_texts(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_give_the_states_of_single_texts(kind: str) -> None:
     model = {"llama": tiny_llama, "gpt2": tiny_gpt2, "lora": lambda: tiny_lora(tiny_llama())}[kind]()
     loaded = LoadedModel.of(model, tiny_tokenizer())
-    monkeypatch.setattr(baselines, "_BATCH_TOKENS", 100)
     told: list[tuple[int, int]] = []
     got = baselines.hidden_states(
-        loaded, TEXTS, ["The lazy fox"], max_length=60, on_progress=lambda *n: told.append(n)
+        loaded,
+        TEXTS,
+        ["The lazy fox"],
+        max_length=60,
+        batch_tokens=100,
+        on_progress=lambda *n: told.append(n),
     )
     states = []
     with torch.no_grad():

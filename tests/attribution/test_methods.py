@@ -25,6 +25,8 @@ from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.methods import datainf, fisher, moment, vectors
 from rapidin.attribution.query_sketch import sketch_generations
+from rapidin.attribution.scan import scores_of
+from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch
@@ -208,52 +210,67 @@ def test_names_that_are_none(attributor: Attributor, cache: Cache) -> None:
         rapidin.self_influence(cache, normalize="layer")
 
 
-def test_a_moment_in_groups_of_blocks_is_the_same(
-    attributor: Attributor, cache: Cache, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole = attributor.scores(cache, QUERIES, method="fisher")
-    one_by_one = lambda blocks, each: [slice(b, b + 1) for b in range(blocks)]  # noqa: E731
-    monkeypatch.setattr(fisher, "block_groups", one_by_one)
-    assert torch.equal(whole, attributor.scores(cache, QUERIES, method="fisher"))
+def query_of(attributor: Attributor, cache: Cache) -> Tensor:
+    source = fitted(attributor, cache).source
+    return sketch_generations(source, generations_of(source, QUERIES))
 
 
-class Together:
-    """Worlds of threads, one each, that gather as those of processes do."""
+def test_a_moment_in_groups_of_blocks_is_the_same(attributor: Attributor, cache: Cache) -> None:
+    query = query_of(attributor, cache)
+    given: Any = {"method": "fisher", "normalize": "none"}
+    whole = methods.prepare(query, cache, **given)
+    assert len(vectors.block_groups(len(cache.layers), 1, 1)) == len(cache.layers)  # one block at a time
+    one_by_one = methods.prepare(query, cache, **given, limits=methods.Limits(block_bytes=1))
+    assert torch.equal(whole.vectors, one_by_one.vectors)
+    assert whole.factors is not None
+    assert one_by_one.factors is not None
+    assert torch.equal(whole.factors, one_by_one.factors)
+
+
+class Together(distributed.World):
+    """The world of each of some threads, which gather as processes do."""
 
     def __init__(self, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.size, self._own = size, threading.local()
+        self._own = threading.local()
+        super().__init__()
+        self.size = size
         self._barrier = threading.Barrier(size, timeout=60)
         self._given: list[Any] = [None] * size
         self.rows: list[list[int]] = [[] for _ in range(size)]  # that a thread decoded, in all its passes
-        monkeypatch.setattr(distributed, "world", lambda: self._own.world)
         whole = vectors.vectors_of
 
         def counted(*given: Any, **named: Any) -> Any:
             for found in whole(*given, **named):
-                self.rows[self._own.world.rank] += found[0].tolist()
+                self.rows[self.rank] += found[0].tolist()
                 yield found
 
         for module in (datainf, fisher, moment):
             monkeypatch.setattr(module, "vectors_of", counted)
 
+    @property
+    def rank(self) -> int:  # type: ignore[override]
+        return int(self._own.rank)
+
+    @rank.setter
+    def rank(self, rank: int) -> None:
+        self._own.rank = rank
+
     def run(self, make: Callable[[], Any]) -> list[Any]:
         """What `make` gives in each thread."""
 
         def one(rank: int) -> Any:
-            self._own.world = world = distributed.World()
-            world.rank, world.size = rank, self.size
-            world.gather = self._gather  # type: ignore[method-assign]
+            self.rank = rank
             try:
                 return make()
             except BaseException:
                 self._barrier.abort()
                 raise
 
-        with ThreadPoolExecutor(self.size) as pool:
+        with distributed.using(self), ThreadPoolExecutor(self.size) as pool:
             return list(pool.map(one, range(self.size)))
 
-    def _gather(self, value: Any) -> list[Any]:
-        self._given[self._own.world.rank] = pickle.dumps(value)
+    def gather(self, value: Any) -> list[Any]:
+        self._given[self.rank] = pickle.dumps(value)
         self._barrier.wait()
         found = [pickle.loads(given) for given in self._given]
         self._barrier.wait()
@@ -267,14 +284,13 @@ def test_processes_share_a_methods_work_and_get_the_bits_of_one(
 ) -> None:
     attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=16)
     cache = attributor.cache(records(75), tmp_path, shard_rows=2)  # more shards than lots
-    source = fitted(attributor, cache).source
-    query = sketch_generations(source, generations_of(source, QUERIES))
-    monkeypatch.setattr(moment, "_SENT_BYTES", 32 * 8 * query[0].numel() * 3)  # three queries at a time
+    query = query_of(attributor, cache)
+    limits = methods.Limits(sent_bytes=32 * 8 * query[0].numel() * 3)  # three queries at a time
 
     def turned() -> methods.ScanQuery:
-        return methods.prepare(query, cache, method=method, normalize="none")
+        return methods.prepare(query, cache, method=method, normalize="none", limits=limits)
 
-    want = turned()
+    want = methods.prepare(query, cache, method=method, normalize="none")
     together = Together(size, monkeypatch)
     for got in together.run(turned):
         assert torch.equal(got.vectors, want.vectors)
@@ -288,12 +304,17 @@ def test_processes_share_a_methods_work_and_get_the_bits_of_one(
         assert [len(rows) for rows in together.rows].count(2 * 75) == min(size, len(cache.layers))
 
 
-def test_a_moment_of_some_rows_is_near_that_of_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_moment_of_some_rows_is_near_that_of_all(tmp_path: Path) -> None:
     attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=16)
     cache = attributor.cache(records(200), tmp_path, shard_rows=33)
-    whole = attributor.scores(cache, QUERIES, method="fisher")
-    monkeypatch.setattr(fisher, "most_rows", lambda width: 100)
-    half = attributor.scores(cache, QUERIES, method="fisher")
+    query = query_of(attributor, cache)
+
+    def scores(moment_rows: int | None) -> Tensor:
+        limits = methods.Limits(moment_rows=moment_rows)
+        scan = CacheScan(cache, methods.prepare(query, cache, method="fisher", limits=limits))
+        return scores_of(scan, torch.arange(200))
+
+    whole, half = scores(None), scores(100)
     assert 0 < error(half, whole.double()) < 0.5
 
 
@@ -322,8 +343,7 @@ def test_tiny_and_large_gradients_change_nothing(tmp_path: Path, method: Any) ->
 
     attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=16)
     made = attributor.cache(records(), tmp_path / "made", dtype="float32")
-    source = fitted(attributor, made).source
-    query = sketch_generations(source, generations_of(source, QUERIES))
+    query = query_of(attributor, made)
     want = methods.prepare(query, made, method=method, normalize="none").vectors.double()
     for factor in (1e-12, 1e12):
         manifest = Manifest.read(made.path)

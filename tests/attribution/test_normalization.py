@@ -1,4 +1,4 @@
-"""Normalised vectors against products of the gradients themselves, in float64."""
+"""Normalized vectors against products of the gradients themselves, in float64."""
 
 from __future__ import annotations
 

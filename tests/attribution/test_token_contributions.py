@@ -158,10 +158,7 @@ def exact_score(query: list[Tensor], whole: list[Tensor], row: list[Tensor], nor
 
 @pytest.mark.parametrize("normalize", methods.NORMALIZE)
 @pytest.mark.parametrize("kind", ["plain", "several points, Adam's preconditioner", "kfac, adapter"])
-def test_exact_scores_are_those_of_formed_gradients(
-    kind: str, normalize: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(token_contributions, "_BYTES", 50_000)  # so that queries come in several chunks
+def test_exact_scores_are_those_of_formed_gradients(kind: str, normalize: str, tmp_path: Path) -> None:
     model, options = KINDS.get(kind, (lambda: tiny_lora(tiny_llama()), {}))
     attributor = Attributor(model(), tiny_tokenizer(), **{"width": 16} | options)
     cache = attributor.cache(ROWS, tmp_path)
@@ -200,6 +197,31 @@ def test_exact_scores_are_those_of_formed_gradients(
         assert got == pytest.approx(exact_score(spanned, whole, rows[hit.row], normalize), abs=1e-4 * size)
     assert {stage for stage, _, _ in told} == {"exact gradients"}
     assert told[-1][1] >= told[-1][2] > 0
+
+
+@pytest.mark.parametrize("normalize", methods.NORMALIZE)
+def test_queries_in_several_chunks_get_the_same(normalize: str) -> None:
+    attributor = Attributor(
+        tiny_lora(tiny_llama()), tiny_tokenizer(), width=16, at=[0.2, 0.8], preconditioner="off"
+    )
+    source, rows = attributor.source, [attributor.source.encoder(row) for row in ROWS[:3]]
+    queries = [source.encoder(row) for row in (*QUERIES, *ROWS[3:6])]
+    given: Any = (source, queries, [1.0, -2.0, 0.5, 1.0, 1.0], [0, 1, 1, 3, 4], rows, normalize)
+    two = 2 * max(token_contributions.query_bytes(source, query) for query in queries)
+    assert len(list(token_contributions.chunks(source, queries, two))) in (2, 3)
+    whole = token_contributions.exact(*given)
+    for memory_bytes, chunks in ((two, 3), (1, 5)):
+        passes: list[int] = []
+        got = token_contributions.exact(*given, passes.append, memory_bytes)
+        assert passes[-1] <= chunks * len(rows) * len(source.points)
+        for of_text, want in zip(got, whole, strict=True):
+            torch.testing.assert_close(of_text, want, rtol=0, atol=1e-5 * float(want.abs().max()))
+    assert passes[-1] == 5 * len(rows) * len(source.points)
+    query = methods.prepare(torch.randn(5, source.blocks, 16), normalize=normalize)
+    torch.testing.assert_close(
+        token_contributions.sketched(source, rows[0], query, memory_bytes=1),
+        token_contributions.sketched(source, rows[0], query),
+    )
 
 
 def test_exact_scores_of_a_target_set_are_the_weighted_mean(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ OPS = {  # with those that have kernels for them
     "topk_scan": {"triton", "cuda"},
     "pack": {"triton"},
     "unpack": {"triton"},
-    "turn": {"triton"},
+    "rotate": {"triton"},
 }
 PEERS = {
     "linear_sketch": {"torch: double-sided projection"},
@@ -36,7 +36,7 @@ PEERS = {
     "topk_scan": {"torch", "faiss"},
     "pack": {"torch"},
     "unpack": {"torch"},
-    "turn": {"torch"},
+    "rotate": {"torch"},
     "caching": {
         "bare loop",
         "training step, AdamW",
@@ -250,12 +250,11 @@ def test_an_error_is_a_row_and_not_the_end(tmp_path):
     assert [row["state"] for row in rows_of(listed, tmp_path, 0.0)] == ["left out", "left out"]
 
 
-def test_a_flow_that_differs_from_the_cpus_fails(tmp_path, monkeypatch):
+def test_a_flow_that_differs_from_the_cpus_fails(tmp_path):
     """The same on both sides passes; with one layer's sketches wrong in the GPU's place it does not."""
     flow = bench("on_gpu.flow")
     case = planned("flow", "dry")[1]
     assert [row["state"] for row in rows_of([case], tmp_path)] == ["passed"]
-    made = flow._attributor
 
     class Wrong(GradientSource):
         def sketches(self, *args, **named):
@@ -264,14 +263,13 @@ def test_a_flow_that_differs_from_the_cpus_fails(tmp_path, monkeypatch):
             return x, status
 
     def wrong(own, where, size):
-        found = made(own, where, size)
+        found = flow.attributor_on(own, where, size)
         if where == "gpu":
             # The class, so that sources made of this one with another preconditioner are wrong, too.
             found.source.__class__ = Wrong
         return found
 
-    monkeypatch.setattr(flow, "_attributor", wrong)
-    (row,) = rows_of([case], tmp_path)
+    (row,) = rows_of([flow.flow(case.size, wrong)], tmp_path)
     assert row["state"] == "failed"
     assert "a query of the CPU's cache is off by" in row["why"]
     assert "the CPU's query of the GPU's cache is off by" in row["why"]
@@ -317,12 +315,7 @@ for number, action in enumerate({actions!r}):
 @pytest.fixture
 def measured(tmp_path, monkeypatch):
     """Runs the measuring call with a worker whose cases do what they are told; gives status, result, time."""
-    calls, measure, processes = bench("on_gpu.calls"), bench("on_gpu.measure"), bench("on_gpu.processes")
-    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(measure, "GRACE_SECONDS", 0.5)
-    monkeypatch.setattr(measure, "LAST_ROW_SECONDS", 0.1)
-    monkeypatch.setattr(measure, "WRITE_SECONDS", 0.1)
-    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.1)
+    measure = bench("on_gpu.measure")
     for name in (
         "RAPIDIN_CUDA",
         "TRITON_INTERPRET",
@@ -335,12 +328,11 @@ def measured(tmp_path, monkeypatch):
     def run(*actions, seconds=20.0, silent=10.0):
         script = tmp_path / "worker.py"
         script.write_text(WORKER.format(bench=str(ROOT / "bench"), actions=actions, folder=str(tmp_path)))
-        monkeypatch.setattr(calls, "WORKER", (sys.executable, str(script)))
-        monkeypatch.setattr(measure, "SILENT_SECONDS", silent)
+        limits = measure.Limits(grace=0.5, look=0.1, last_row=0.1, write=0.1, silent=silent)
         args = Namespace(out=tmp_path, seconds=seconds, dry_run=True, no_build=True)
         args.quick, args.only, args.commit = False, None, "abc"
         start = time.monotonic()
-        status = measure.main(args)
+        status = measure.main(args, limits, (sys.executable, str(script)))
         taken = time.monotonic() - start
         return status, json.loads((tmp_path / "gpu-dry-run.json").read_text()), taken
 
@@ -415,11 +407,10 @@ def test_a_run_killed_leaves_its_rows_and_no_process(tmp_path):
             from argparse import Namespace
             from pathlib import Path
             sys.path.insert(0, {str(ROOT / "bench")!r})
-            from on_gpu import calls, measure
-            calls.WORKER = (sys.executable, {str(script)!r})
-            measure.WRITE_SECONDS = 0.1
-            measure.main(Namespace(out=Path({str(tmp_path)!r}), seconds=60.0, dry_run=True, no_build=True,
-                                   quick=False, only=None, commit=None))
+            from on_gpu import measure
+            args = Namespace(out=Path({str(tmp_path)!r}), seconds=60.0, dry_run=True, no_build=True,
+                             quick=False, only=None, commit=None)
+            measure.main(args, measure.Limits(write=0.1), (sys.executable, {str(script)!r}))
             """
         )
     )
@@ -444,9 +435,8 @@ def running(pid: int) -> bool:
         return False
 
 
-def test_steps_wait_for_their_turn_and_say_when_there_is_none(tmp_path, monkeypatch):
+def test_steps_wait_for_their_turn_and_say_when_there_is_none(tmp_path):
     processes = bench("on_gpu.processes")
-    monkeypatch.setattr(processes, "GRACE_SECONDS", 0.3)
     order, late = [], []
 
     def step(name, seconds=0.0, after=(), cores=1):
@@ -463,7 +453,8 @@ def test_steps_wait_for_their_turn_and_say_when_there_is_none(tmp_path, monkeypa
 
     listed = [step("b", after=("a",)), step("a"), step("long", 30.0, ("b",)), step("never", 0.0, ("long",))]
     start = time.monotonic()
-    processes.run_steps(listed, start + 3.0, cores=2, late=lambda step: late.append(step.name))
+    limits = processes.Limits(grace=0.3)
+    processes.run_steps(listed, start + 3.0, cores=2, late=lambda step: late.append(step.name), limits=limits)
     assert time.monotonic() - start < 3.0
     assert [name for name, _ in order] == ["a", "b", "long"]
     assert late == ["never"]
@@ -475,36 +466,30 @@ def test_steps_wait_for_their_turn_and_say_when_there_is_none(tmp_path, monkeypa
 
 def test_both_calls_fit_the_time_a_machine_is_lent():
     """The limits that the calls set for themselves, of what they start."""
-    plan, measure, processes = bench("on_gpu.plan"), bench("on_gpu.measure"), bench("on_gpu.processes")
+    plan, limits = bench("on_gpu.plan"), bench("on_gpu.measure").LIMITS
+    assert limits.grace == bench("on_gpu.processes").LIMITS.grace
     assert plan.SMOKE_SECONDS <= 150
     assert plan.MEASURE_SECONDS <= 420
     starts = 2 * 120
     assert plan.SMOKE_SECONDS + plan.MEASURE_SECONDS + starts <= 15 * 60
-    besides = processes.GRACE_SECONDS + 1 + measure.LAST_ROW_SECONDS
+    besides = limits.grace + 1 + limits.last_row
     assert sum(plan.STAGES.values()) <= plan.MEASURE_SECONDS - besides - 30
 
 
 def test_nothing_runs_beside_what_is_timed(tmp_path, monkeypatch):
     """A machine on which nothing was built yet: build and Triton's compiling first, beside each other."""
-    calls, measure = bench("on_gpu.calls"), bench("on_gpu.measure")
-    seen = []
-    monkeypatch.setattr(calls, "find_gpu", lambda dry: {"name": "NVIDIA Thing", "arch": "90", "driver": "1"})
-    monkeypatch.setattr(calls, "set_environment", lambda gpu, dry: None)
-    monkeypatch.setattr(calls, "compile_stamp", lambda: tmp_path / "none")
+    measure, rows = bench("on_gpu.measure"), bench("on_gpu.plan").RowFile(tmp_path / "rows", "measure")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))  # where nothing was compiled
     monkeypatch.setattr(os, "cpu_count", lambda: 16)
-    monkeypatch.setattr(measure, "run_steps", lambda steps, *rest, **named: seen.extend(steps))
-    args = Namespace(out=tmp_path, seconds=420.0, dry_run=False, no_build=False)
-    args.quick, args.only, args.commit = False, None, None
-    args.commit = "abc"
-    measure.main(args)
+    args = Namespace(seconds=420.0, dry_run=False, no_build=False, quick=False, only=None)
+    seen = measure.steps(args, rows, tmp_path / "log", time.monotonic() + 420)
     names = [step.name for step in seen]
     assert names == ["build _cpu", "build _cuda", *(f"compile {n}" for n in range(8)), "measure"]
     assert seen[-1].after == tuple(names[:-1])
     assert {step.after for step in seen if step.name.startswith("compile")} == {("build _cpu",)}
-    seen.clear()
     args.no_build = True
-    measure.main(args)
-    assert [step.name for step in seen] == ["measure"]
+    listed = measure.steps(args, rows, tmp_path / "log", time.monotonic() + 420)
+    assert [step.name for step in listed] == ["measure"]
 
 
 def test_what_is_compiled_ahead_is_found_by_the_launch(tmp_path):

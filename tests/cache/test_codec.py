@@ -26,7 +26,7 @@ from rapidin.cache.codec import (
 )
 from rapidin.errors import UserError
 from rapidin.gradients.source import default_width
-from rapidin.ops import turn
+from rapidin.ops import rotate
 
 
 def scores(
@@ -43,20 +43,20 @@ def scores(
 
 
 @pytest.mark.parametrize("width", [1, 2, 64, 1024])
-def test_the_turn_is_orthogonal_and_can_be_turned_back(width: int) -> None:
+def test_the_rotation_is_orthogonal_and_can_be_inverted(width: int) -> None:
     x = torch.randn(5, 3, width)
-    turned = turn(x, seed=7)
-    torch.testing.assert_close(turned.norm(dim=2), x.norm(dim=2), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(turn(turned, seed=7, back=True), x, rtol=1e-4, atol=1e-5)
-    assert width == 1 or not torch.equal(turn(x, seed=8), turned)
+    rotated = rotate(x, seed=7)
+    torch.testing.assert_close(rotated.norm(dim=2), x.norm(dim=2), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(rotate(rotated, seed=7, inverse=True), x, rtol=1e-4, atol=1e-5)
+    assert width == 1 or not torch.equal(rotate(x, seed=8), rotated)
     with pytest.raises(ValueError, match="power of two"):
-        turn(torch.randn(1, 1, 48), seed=0)
+        rotate(torch.randn(1, 1, 48), seed=0)
 
 
-def test_the_turn_spreads_one_number_over_all() -> None:
+def test_the_rotation_spreads_one_number_over_all() -> None:
     x = torch.zeros(1, 2, 256)
     x[0, :, 3] = 1.0
-    torch.testing.assert_close(turn(x, seed=0).abs(), torch.full((1, 2, 256), 1 / 16))
+    torch.testing.assert_close(rotate(x, seed=0).abs(), torch.full((1, 2, 256), 1 / 16))
 
 
 @pytest.mark.parametrize(("dtype", "error"), [("int8", 0.004), ("int4", 0.05), ("sign", 0.2)])

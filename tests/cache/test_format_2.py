@@ -191,7 +191,7 @@ def test_parts_are_merged_also_with_parts_of_format_3(name: str, tmp_path: Path)
     merged = merge(tmp_path / "merged", [first, last])
     assert shard_bytes(merged.path) == shard_bytes(CACHES / name)
     assert Cache.verify(merged.path) == []
-    with CacheWriter(last, Manifest.read(last), part=(1, 2)):
+    with CacheWriter(last, Manifest.read(last), shard_slice=(1, 2)):
         pass
     value = read_json(last)
     assert value["version"] == 3

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import pytest
 from command import Ran, caller
+from passes import at_pass
 from tiny import CONTEXT, save_tiny
 
+from rapidin.cache.manifest import Manifest
 from rapidin.cli import main
 
 # 12 examples that have a sketch, and on the lines 3, 4 and 6 three that need care; line 5 is blank.
@@ -171,6 +173,46 @@ def test_plan_says_what_each_code_takes(place: Place, run: Any) -> None:
     nothing = run("plan", place.model)
     assert nothing.code == 2
     assert "nothing to plan for" in nothing.err
+
+
+def wrong_mlp(self: Any, x: Any) -> Any:
+    """Uses the weight of the last projection once more, without calling it."""
+    hidden = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
+    return self.down_proj(hidden) + 0.5 * hidden @ self.down_proj.weight.T
+
+
+def test_gradients_are_checked_unless_the_command_line_says_not_to(
+    place: Place, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    info = " ".join(run("info", place.plain_cache).out.split())
+    assert re.search(r"checked gradients of 14 parameters compared with autograd's: equal to \de-07", info)
+    assert re.search(r"used 42.\d% of the model's parameters are used; not used: embeddings \(2", info)
+    monkeypatch.setattr(LlamaMLP, "forward", wrong_mlp)
+    checked, unchecked = str(tmp_path / "checked"), str(tmp_path / "unchecked")
+    command = ["cache", place.model, "--data", place.data, "--limit", "4", "--quiet", "--out"]
+    assert run(*command, checked).code == 0
+    assert run(*command, unchecked, "--no-check").code == 0
+    info = " ".join(run("info", checked).out.split())
+    assert "2 differ, which are taken by autograd" in info
+    names = [f"model.layers.{n}.mlp.down_proj.weight" for n in range(2)]
+    assert f"by autograd: {', '.join(names)}" in info
+    assert "gradients were not compared with autograd's" in " ".join(run("info", unchecked).out.split())
+    plan = " ".join(run("plan", place.model, "--examples", "10", "--tokens", "20").out.split())
+    assert f"by autograd: {', '.join(names)}" in plan
+    assert "of the model's parameters are used; not used: embeddings" in plan
+    assert "--no-check" in run("cache", "--help").out
+
+
+def test_a_model_of_which_little_counts_is_named_even_when_quiet(
+    place: Place, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rapidin.gradients.coverage._ENOUGH", 1.1)
+    arguments = ["--data", place.data, "--limit", "4", "--quiet", "--out", str(tmp_path / "out")]
+    ran = run("cache", place.model, *arguments)
+    assert ran.code == 0
+    assert re.fullmatch("rapidin: only 100.0% of the model's weights, .* is missed .*\n", ran.err)
 
 
 def test_a_budget_from_the_command_line(place: Place, run: Any, tmp_path: Path) -> None:
@@ -656,29 +698,25 @@ def test_stopped_while_caching_goes_on(
     place: Place,
     tmp_path: Path,
     run: Any,
-    monkeypatch: pytest.MonkeyPatch,
     number: int,
     code: int,
     times: int,
     kept: int,
 ) -> None:
     """A first signal finishes the shard in hand, here the second one; a second signal stops at once."""
-    from rapidin.cache.build import CachingLoop
 
-    make = CachingLoop._shard
-
-    def stop_and_make(self: CachingLoop, wanted: Any, *rest: Any) -> Any:
-        if wanted[0] == 6:
-            for _ in range(times):
-                signal.raise_signal(number)
-        return make(self, wanted, *rest)
+    def stop() -> None:
+        for _ in range(times):
+            signal.raise_signal(number)
 
     out = tmp_path / "out"
+    with at_pass(-1) as begun:
+        assert run(*cache_arguments(place, tmp_path / "whole")).code == 0
+    second = len(begun) - 2  # each of the three shards takes one pass, and what is fitted comes before them
     # Started in the background, the tests inherit a Ctrl-C that is ignored; here it is not.
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
-        with monkeypatch.context() as patch:
-            patch.setattr(CachingLoop, "_shard", stop_and_make)
+        with at_pass(second, stop):
             ran = run(*cache_arguments(place, out))
         assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
     finally:
@@ -706,10 +744,10 @@ def test_signal_handlers_are_put_back(place: Place, run: Any) -> None:
 
 
 def test_other_errors_keep_their_traceback(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(path: str) -> None:
+    def fail(path: Path) -> None:
         raise RuntimeError("a mistake in rapidin")
 
-    monkeypatch.setattr("rapidin.cache.Cache.__init__", lambda self, path: fail(path))
+    monkeypatch.setattr(Manifest, "read", fail)
     with pytest.raises(RuntimeError, match="a mistake in rapidin"):
         main(["info", place.cache])
 

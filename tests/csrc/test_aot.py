@@ -59,7 +59,7 @@ def extreme():
 def test_every_launch_is_compiled(compiled):
     launches = {row["launch"] for row in compiled}
     ops = {name.split()[0] for name in launches}
-    assert ops >= {"linear_sketch", "flat_sketch", "topk_scan", "pack", "turn", "unit_blocks", "hash_words"}
+    assert ops >= {"linear_sketch", "flat_sketch", "topk_scan", "pack", "rotate", "unit_blocks", "hash_words"}
     for op in ops - {"embedding_sketch"}:
         assert {row["arch"] for row in compiled if row["launch"].split()[0] == op} == set(ARCHS), op
     assert {row["arch"] for row in compiled if row["launch"] == "linear_sketch bf16 1024"} == set(ARCHS)
@@ -127,7 +127,7 @@ def test_defaults_are_among_the_launches(launched):
     for dim in defaults:
         assert {f"linear_sketch {dtype} {dim}" for dtype in ("bf16", "fp16", "fp32")} <= names
     for dim in defaults:
-        assert {f"unit_blocks {dim}", f"turn {dim} cut", f"matrix_sketch bias {dim}"} <= names
+        assert {f"unit_blocks {dim}", f"rotate {dim} cut", f"matrix_sketch bias {dim}"} <= names
 
 
 def test_grids_are_within_their_limits(extreme):

@@ -38,9 +38,8 @@ def watched():
 @pytest.fixture
 def watching(watched):
     """The product's CUDA kernels run watched: a launch with a race raises."""
-    before = cuda.use(watched)
-    yield watched
-    cuda.use(before)
+    with cuda.using(watched):
+        yield watched
 
 
 # ---- limits ----
@@ -116,10 +115,8 @@ def scan_cases():
 
 
 @contextmanager
-def on_a_gpu(monkeypatch):
-    """What is chosen by default on a GPU; where it is CUDA, the launches are checked and not run."""
-    monkeypatch.setattr(backends, "_has_cuda_extension", lambda: True)
-    monkeypatch.setattr(backends, "_has_triton", lambda: True)
+def checked_only():
+    """Launches are checked and not run."""
     cuda.extension().set_checked_only(True)
     try:
         yield
@@ -128,18 +125,19 @@ def on_a_gpu(monkeypatch):
 
 
 @pytest.mark.parametrize("number", SHARED)
-def test_no_default_launches_what_the_device_cannot_run(arch, monkeypatch, number):
+def test_no_default_launches_what_the_device_cannot_run(arch, number):
     """Whatever CUDA is the default for fits the architecture; before sm_80 it is for nothing."""
     arch(number)
     device, chosen = torch.device("cuda", 0), set()
+    installed = backends.Installed(cuda=True, triton=True)
 
     def run(op, arguments, call):
-        backend = backends._default(op, device, arguments)
+        backend = backends.default(op, device, arguments, installed)
         chosen.add((op, backend))
         if backend == "cuda":
             call()
 
-    with on_a_gpu(monkeypatch):
+    with checked_only():
         for op, arguments in linear_cases():
             inputs, grads, dim = arguments
             run(op, arguments, lambda a=inputs, g=grads, d=dim: cuda.linear_sketch(a, g, d, seed=1))

@@ -7,6 +7,8 @@ The whole flow on a GPU that is not there: test_gpu_flow.py.
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from rapidin.gradients.load import load_model
 from rapidin.gradients.parameters import find_targets
 from rapidin.ops import backends
 from rapidin.ops.transfer import Download, upload
+
+pytestmark = pytest.mark.gpu
 
 CPU = torch.device("cpu")
 FORMATS = (
@@ -113,7 +117,7 @@ def test_what_is_learnt_lies_where_the_sample_is() -> None:
         assert torch.equal(again.tensors()[name], value), name
 
 
-@pytest.mark.parametrize("op", ["turn", "unit_blocks", "pack", "unpack"])
+@pytest.mark.parametrize("op", ["rotate", "unit_blocks", "pack", "unpack"])
 @pytest.mark.parametrize("backend", ["cpu", "reference", "triton"])
 def test_ops_make_tensors_where_their_inputs_are(op: str, backend: str) -> None:
     if backend == "triton":
@@ -122,8 +126,8 @@ def test_ops_make_tensors_where_their_inputs_are(op: str, backend: str) -> None:
     rows = ops.pack(normal(3, 100), "sign")
     rows = ops.Packed(rows.codes.to(x.device), "sign", 100, rows.scale.to(x.device))
     with torch.device("meta"):
-        if op == "turn":
-            got = ops.turn(x, seed=1, cut=ops.Cut((3, 9), 64, x.device), backend=backend)
+        if op == "rotate":
+            got = ops.rotate(x, seed=1, cut=ops.Cut((3, 9), 64, x.device), backend=backend)
         elif op == "unit_blocks":
             got = ops.unit_blocks(x, backend=backend)[0]
         elif op == "pack":
@@ -180,9 +184,15 @@ def test_blocks_with_unlike_numbers_of_directions_at_once() -> None:
     assert empty.project_batched(x).shape == (5, 0)
 
 
+@pytest.fixture
+def on_triton() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
 @pytest.mark.parametrize("wanted", FORMATS, ids=str)
 def test_a_code_packs_alike_by_the_kernels_of_a_gpu(
-    wanted: CodecConfig, monkeypatch: pytest.MonkeyPatch
+    wanted: CodecConfig, on_triton: ExitStack, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("triton")
     code, x, length = code_of(wanted), examples(9, 1), lengths(9)
@@ -190,7 +200,7 @@ def test_a_code_packs_alike_by_the_kernels_of_a_gpu(
     here = code.encode(x, length)
     known = code.decode(here)
     if DEVICE.type == "cpu":
-        monkeypatch.setattr(backends, "_default", lambda *_: "triton")
+        on_triton.enter_context(backends.using(lambda *_: "triton"))
         monkeypatch.setattr(Basis, "project", Basis.project_batched)
         monkeypatch.setattr(Basis, "lift", Basis.lift_batched)
     moved = code.to(DEVICE)

@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from command import Ran, caller
+from passes import at_pass
 from tiny import save_tiny
 
 from rapidin.attribution.attributor import Attributor
-from rapidin.cache import Cache
-from rapidin.cache.build import CachingLoop
+from rapidin.cache import Cache, codec
 from rapidin.data.encoding import Status
 from rapidin.errors import UserError
 from rapidin.files import lock_folder
@@ -149,6 +149,10 @@ def test_rows_that_were_there_are_kept_as_they_were(
         assert torch.allclose(Cache(tmp_path / "whole").sketches(), found.sketches(), atol=1e-3)
 
 
+def interrupt() -> None:
+    raise KeyboardInterrupt
+
+
 def test_what_cannot_be_added_is_refused(place: Place, tmp_path: Path, run: Any) -> None:
     data, out = write(tmp_path / "a.jsonl", ROWS[:9]), tmp_path / "out"
     command = cache(place, out, data, more=("--append",))
@@ -163,9 +167,8 @@ def test_what_cannot_be_added_is_refused(place: Place, tmp_path: Path, run: Any)
     assert contents(out) == kept
     (out / "shard-000001.safetensors").unlink()
     write(data, ROWS[:9])
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(CachingLoop, "run", lambda _: None)
-        run(*command)
+    with at_pass(0, interrupt):
+        assert run(*command).code == 130
     write(data, ROWS[:14])
     refused(
         run(*command),
@@ -336,7 +339,8 @@ def test_an_example_that_does_not_fit_alone_is_recorded(
 def test_no_memory_elsewhere_is_one_line(
     place: Place, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(CachingLoop, "_fit_codec", lambda self: torch.empty(1 << 50, dtype=torch.uint8))
+    """A function that fails by the allocator, in the midst of what goes before the shards."""
+    monkeypatch.setattr(codec, "learn_basis", lambda *_: torch.empty(1 << 50, dtype=torch.uint8))
     data = write(tmp_path / "a.jsonl", ROWS)
     refused(run(*cache(place, tmp_path / "out", data, more=LEARNT)), "out of memory: ")
 
@@ -422,19 +426,12 @@ def test_a_disk_that_cannot_be_written(place: Place, tmp_path: Path, run: Any, d
         assert run(*command).code == 0
 
 
-def test_a_folder_that_vanishes(
-    place: Place, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_that_vanishes(place: Place, tmp_path: Path, run: Any) -> None:
     data, out = write(tmp_path / "a.jsonl", ROWS[:12]), tmp_path / "out"
-    make = CachingLoop._shard
-
-    def vanish(self: CachingLoop, wanted: Any, *rest: Any) -> Any:
-        if wanted[0] == 8:  # at one stroke: a shard may be on its way there
-            out.rename(tmp_path / "elsewhere")
-        return make(self, wanted, *rest)
-
-    monkeypatch.setattr(CachingLoop, "_shard", vanish)
-    refused(run(*cache(place, out, data)), "its folder is gone")
+    # During the last of three shards, and at one stroke: a shard may be on its way there.
+    with at_pass(2, lambda: out.rename(tmp_path / "elsewhere")) as begun:
+        refused(run(*cache(place, out, data)), "its folder is gone")
+    assert len(begun) == 3
 
 
 @pytest.mark.parametrize("kind", [(), LEARNT, KFAC])

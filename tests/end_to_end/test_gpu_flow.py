@@ -32,6 +32,8 @@ from rapidin.gradients.adam import Moments
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.ops.transfer import Download, GpuCopyStream, Prefetcher, upload
 
+pytestmark = pytest.mark.gpu
+
 ROWS = 12
 
 # Once a pass transformers asks whether its attention mask is full; without a mask it asks about positions.
@@ -110,7 +112,7 @@ def test_a_cache_is_made_without_waiting(
     name: str, gpu: Gpu, cpu_caches: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     want = cpu_caches(name) if name in COMPARED else None
-    shards = watched(gpu, monkeypatch, CachingLoop, "_shard")
+    shards = watched(gpu, monkeypatch, CachingLoop, "make_shard")
     moments = watched(gpu, monkeypatch, GradientSketcher, "add_moments")
     squares = watched(gpu, monkeypatch, Moments, "add")
     got = make(name, tmp_path, on_gpu=True)
@@ -169,7 +171,7 @@ def test_a_scan_of_carried_shards_finds_the_same(
 
 def stepped(gpu: Gpu, patch: pytest.MonkeyPatch) -> set[str]:
     """Where a scan waits for the GPU between its pieces, the first apart."""
-    function, found = scan._scanned, set()
+    function, found = scan.scored_pieces, set()
 
     def run(*args: Any, **named: Any) -> Iterator[Any]:
         pieces = function(*args, **named)
@@ -182,7 +184,7 @@ def stepped(gpu: Gpu, patch: pytest.MonkeyPatch) -> set[str]:
                 found.update(gpu.waits - before)
             yield piece
 
-    patch.setattr(scan, "_scanned", run)
+    patch.setattr(scan, "scored_pieces", run)
     return found
 
 
@@ -402,7 +404,7 @@ def test_the_flow_on_emulated_kernels(name: str, cpu_caches: Any, tmp_path: Path
         found = made.query(got, TEXTS, top_k=3, examples=False, errors=False, normalize="layer")
         none = made.query(got, TEXTS[:1], top_k=3, examples=False, errors=False, normalize="none")
     assert gpu.problems == []
-    once = "rapidin/ops/turn.py:__init__"  # of a code, with which it is kept
+    once = "rapidin/ops/rotate.py:__init__"  # of a code, with which it is kept
     assert not [each for each in gpu.waits - waits if "rapidin/ops/" in each and once not in each]
     assert len(none[0].top) == 3
     for one, two in zip(found, wanted, strict=True):

@@ -170,6 +170,7 @@ def test_backdoor(place: Made, tmp_path: Path, run: Any) -> None:
     assert "BM25" in ran.out
     found = json.loads(out.read_text())
     assert found["setting"]["marked"] == 6
+    assert found["setting"]["codec"]["dtype"] == "float16"
     by_method = {row["method"]: row for row in found["results"]}
     assert {"dot:layer", "datainf:none", "fisher:layer", "BM25", "hidden states"} <= set(by_method)
     # The words of the class are in all of its rows, and in no other.

@@ -103,30 +103,44 @@ def test_an_unknown_kind_of_parameter_comes_by_autograd_one_example_at_a_time() 
     model.model.layers[0].mlp = Scaled(model.model.layers[0].mlp)
     targets = find_targets(model, include=["gain", "q_proj"])
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
-    assert sketcher.single_names == ["model.layers.0.mlp.gain"]
-    with pytest.raises(NotBatchedError):
+    with pytest.raises(NotBatchedError) as raised:
         sketcher(Batch.of(texts()))
+    assert [raised.value.name] == sketcher.single_names == ["model.layers.0.mlp.gain"]
     for text in texts():
         got, _ = sketcher(Batch.of([text]))
         assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
 
 
 class Mixing(torch.nn.Module):
-    """A layer that sees only some tokens of the batch, as a routed expert does."""
+    """A layer that sees only some tokens of the batch, as a routed expert does.
 
-    def __init__(self, inner: torch.nn.Module) -> None:
+    lose: hand the tokens over in a way that does not show which they are.
+    """
+
+    def __init__(self, inner: torch.nn.Module, lose: bool = False) -> None:
         super().__init__()
-        self.inner = inner
+        self.inner, self.lose = inner, lose
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         flat = x.flatten(0, 1)
         chosen = flat[:, 0] > flat[:, 1]
-        return torch.zeros_like(flat).masked_scatter(chosen[:, None], self.inner(flat[chosen])).view(x.shape)
+        mask = chosen[:, None]
+        seen = torch.masked_select(flat, mask).view(-1, flat.shape[1]) if self.lose else flat[chosen]
+        return torch.zeros_like(flat).masked_scatter(mask, self.inner(seen)).view(x.shape)
+
+
+def test_a_layer_that_sees_some_tokens_is_batched() -> None:
+    model = tiny_llama()
+    model.model.layers[1].self_attn.o_proj = Mixing(model.model.layers[1].self_attn.o_proj)
+    targets = find_targets(model)
+    want = torch.stack([own_sketches(model, targets, text) for text in texts()])
+    got, _ = GradientSketcher(model, targets, width=WIDTH, seed=SEED)(Batch.of(texts()))
+    assert relative_error(got, want) < 1e-4
 
 
 def test_a_layer_that_mixes_examples_is_noticed_and_done_one_at_a_time() -> None:
     model = tiny_llama()
-    model.model.layers[1].self_attn.o_proj = Mixing(model.model.layers[1].self_attn.o_proj)
+    model.model.layers[1].self_attn.o_proj = Mixing(model.model.layers[1].self_attn.o_proj, lose=True)
     targets = find_targets(model)
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
     with pytest.raises(NotBatchedError):

@@ -261,10 +261,10 @@ def test_a_side_is_the_damped_root_of_its_moment(size: float) -> None:
 
 def test_of_a_wide_side_the_strongest_directions_are_known_and_the_rest_is_alike() -> None:
     n, rank, strong = 300, 16, 16
-    turn = torch.linalg.qr(noise(n, n, seed=1)).Q
+    rotation = torch.linalg.qr(noise(n, n, seed=1)).Q
     values = torch.full((n,), 0.01)
     values[:strong] = torch.linspace(100, 5, strong)
-    x = (noise(4000, n) * values.sqrt()) @ turn.T
+    x = (noise(4000, n) * values.sqrt()) @ rotation.T
     side = SideMoment(n, rank, 5, torch.device("cpu"))
     for part in x.split(512):
         side.add(part)
@@ -308,7 +308,7 @@ def test_what_is_far_larger_than_the_rest_does_not_drown_it_in_small_dtypes() ->
 
 
 @pytest.mark.parametrize("kind", MODELS)
-def test_the_moments_of_every_parameter_and_sketches_turned_by_them(kind: str) -> None:
+def test_the_moments_of_every_parameter_and_sketches_preconditioned_by_them(kind: str) -> None:
     model = MODELS[kind]()
     targets = all_targets(model)
     batch = Batch.of(texts())
@@ -337,7 +337,8 @@ def test_the_moments_of_every_parameter_and_sketches_turned_by_them(kind: str) -
     factors = GradientSketcher(model, linear, width=8, seed=0).factors(batch)
     for target, (columns, outputs) in zip(linear, factors, strict=True):
         a, g = columns.flatten(0, 1).double(), outputs.flatten(0, 1).double()
-        reached = (g != 0).any(1) & (a != 0).any(1)
+        size = (columns.norm(dim=2) * outputs.norm(dim=2)).double()
+        reached = (size > 1e-5 * size.amax(1, keepdim=True)).flatten()
         scale = table[target.name]
         want_a = damped_root(a[reached].T @ a[reached] / reached.sum(), 0.1)
         eye = torch.eye(a.shape[1])
@@ -492,6 +493,50 @@ def test_moments_of_factors_leave_out_padding_and_what_is_not_finite() -> None:
         scale = kfac_scales(nothing, P, 0.1)["w"]
         assert scale.rows.tolist() == [1.0] * 3
         assert scale.columns.tolist() == [1.0] * 2
+
+
+def sides_of(scale: Scale) -> tuple[torch.Tensor, torch.Tensor]:
+    """The matrices by which a scale multiplies both sides of a gradient, float64."""
+    o, i = scale.shape
+    rows = torch.eye(o) if scale.row_low_rank is None else scale.row_low_rank(torch.eye(o))
+    columns = torch.eye(i) if scale.column_low_rank is None else scale.column_low_rank(torch.eye(i))
+    return rows.double() * scale.rows, columns.double() * scale.columns
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", [tiny_llama, tiny_gpt2])
+def test_kfac_does_not_depend_on_batches(kind: Any, attention: str) -> None:
+    """The gradient of a query that sees one key is a rounding error, zero in some batches and not in others;
+    masked prompts and padding have none."""
+    model = kind(attn_implementation=attention)
+    alone = fit_preconditioner(model, batch_tokens=1).points[0]
+    for batch_tokens in (64, 200, 4096):
+        for name, scale in fit_preconditioner(model, batch_tokens=batch_tokens).points[0].items():
+            for side, want in zip(sides_of(scale), sides_of(alone[name]), strict=True):
+                assert float((side - want).norm() / want.norm()) < 1e-5, (name, batch_tokens)
+
+
+def test_tokens_of_rounding_errors_do_not_count() -> None:
+    """Whatever size the gradients of an example have, and whichever side of the layer they are on."""
+    target = Target("w", (3, 2), (Use("w", "linear"),))
+    a, g = noise(2, 5, 2), noise(2, 5, 3, seed=1)
+    g[1] *= 1e-30
+    found = []
+    for error in (0.0, 1e-8):
+        for swapped in (False, True):
+            spoilt = g.clone()
+            spoilt[0, 3:], spoilt[1, 0] = error * g[0, 3:], error * g[1, 0]
+            one = Target("w", (2, 3), target.uses) if swapped else target
+            moments = FactorMoments([one], 8, 0)
+            moments.add_factors(0, *((spoilt, a) if swapped else (a, spoilt)))
+            moments.examples = 2
+            rows, columns = moments.spectra(0) or (None, None)
+            assert isinstance(rows, Spectrum)
+            assert columns is not None
+            found.append(rows.mean * columns.mean)
+    kept = torch.tensor([[True, True, True, False, False], [False, True, True, True, True]])
+    want = float(a[kept].double().square().sum() / 7 / 2 * g[kept].double().square().sum() / 2 / 3)
+    assert found == pytest.approx([want] * 4, rel=1e-6)
 
 
 def same_scales(got: Preconditioner, want: Preconditioner) -> None:
@@ -759,7 +804,7 @@ def test_a_cache_holds_sketches_scaled_by_each_points_own_sample(cached: Cache) 
             assert float((got - want).norm() / want.norm()) < 1e-3
 
 
-def test_a_cache_of_turned_gradients_and_its_queries(tmp_path: Path) -> None:
+def test_a_cache_of_preconditioned_gradients_and_its_queries(tmp_path: Path) -> None:
     attributor = lora_attributor(preconditioner=KFAC_OF_12, at=[0.5])
     cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
     record = cache.manifest.gradient["preconditioner"]

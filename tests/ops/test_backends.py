@@ -4,20 +4,24 @@ import sys
 
 import pytest
 import torch
+from changed import changed
 
 from rapidin import ops
-from rapidin.ops import backends, cuda
+from rapidin.ops import cuda
+from rapidin.ops.backends import Installed, default
 from rapidin.ops.cuda import devices
 
 X = torch.zeros(2, 3, 4)
 GPU = torch.device("cuda", 0)
+BOTH = Installed(cuda=True, triton=True)
 
 
 @pytest.fixture
 def real(monkeypatch):
     """As for a user: no interpreter, nothing emulated."""
-    monkeypatch.setattr(backends, "simulated", lambda backend: False)
-    return monkeypatch
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with cuda.using(None):
+        yield
 
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
@@ -39,25 +43,21 @@ def test_cuda_has_no_kernel_for_some_ops(real):
         (False, True, 512, "triton"),
     ],
 )
-def test_the_default_on_a_gpu(real, emulated_cuda, built, installed, dim, wanted):
-    real.setattr(backends, "_has_cuda_extension", lambda: built)
-    real.setattr(backends, "_has_triton", lambda: installed)
-    assert backends._default("linear_sketch", GPU, (X, X, dim)) == wanted
-    assert backends._default("pack", GPU, ()) == "triton"
+def test_the_default_on_a_gpu(emulated_cuda, built, installed, dim, wanted):
+    here = Installed(cuda=built, triton=installed)
+    assert default("linear_sketch", GPU, (X, X, dim), here) == wanted
+    assert default("pack", GPU, (), here) == "triton"
 
 
-def test_a_gpu_without_kernels_is_told_what_to_install(real):
-    real.setattr(backends, "_has_cuda_extension", lambda: False)
-    real.setattr(backends, "_has_triton", lambda: False)
+def test_a_gpu_without_kernels_is_told_what_to_install():
     with pytest.raises(ValueError, match=r"pip install 'rapidin\[gpu\]'"):
-        backends._default("linear_sketch", GPU, (X, X, 512))
+        default("linear_sketch", GPU, (X, X, 512), Installed(cuda=False, triton=False))
 
 
 def test_a_missing_extension_is_one_line(monkeypatch):
-    monkeypatch.setattr(sys.modules["rapidin.ops.cuda.extension"], "_extension", None)
     monkeypatch.setitem(sys.modules, "rapidin.ops._cuda", None)
-    monkeypatch.delattr("rapidin.ops._cuda", raising=False)
-    with pytest.raises(ImportError, match="install from source where nvcc is found"):
+    monkeypatch.delitem(vars(ops), "_cuda", raising=False)
+    with cuda.using(None), pytest.raises(ImportError, match="install from source where nvcc is found"):
         cuda.extension()
 
 
@@ -81,12 +81,10 @@ def test_what_compiled_code_runs_on(code, runs_on, not_on):
 @pytest.mark.parametrize(
     ("capability", "wanted"), [(75, "triton"), (80, "cuda"), (90, "cuda"), (120, "triton")]
 )
-def test_a_device_that_the_extension_was_not_built_for_takes_triton(real, emulated_cuda, capability, wanted):
-    real.setattr(backends, "_has_cuda_extension", lambda: True)
-    real.setattr(backends, "_has_triton", lambda: True)
-    real.setattr(emulated_cuda, "capability", lambda device: capability)
-    real.setattr(emulated_cuda, "architectures", "sm_80 sm_90 sm_100")
-    assert backends._default("flat_sketch", GPU, ()) == wanted
+def test_a_device_that_the_extension_was_not_built_for_takes_triton(emulated_cuda, capability, wanted):
+    built = changed(emulated_cuda, capability=lambda device: capability, architectures="sm_80 sm_90 sm_100")
+    with cuda.using(built):
+        assert default("flat_sketch", GPU, (), BOTH) == wanted
 
 
 def test_cuda_by_name_says_what_it_was_built_for(arch):
@@ -97,24 +95,20 @@ def test_cuda_by_name_says_what_it_was_built_for(arch):
         ops.linear_sketch(X, X, 64, seed=0, backend="cuda")
 
 
-def test_without_triton_the_reason_is_said(real, arch):
+def test_without_triton_the_reason_is_said(arch):
     arch(75)
-    real.setattr(backends, "_has_cuda_extension", lambda: True)
-    real.setattr(backends, "_has_triton", lambda: False)
     with pytest.raises(
         ValueError, match=r"^flat_sketch: rapidin's CUDA extension was built for .* is sm_75; pip"
     ):
-        backends._default("flat_sketch", GPU, ())
+        default("flat_sketch", GPU, (), Installed(cuda=True, triton=False))
 
 
-def test_a_runtime_that_cannot_use_the_driver_is_no_default(real, emulated_cuda):
+def test_a_runtime_that_cannot_use_the_driver_is_no_default(emulated_cuda):
     def fails(device):
         raise RuntimeError(
             "cudaDeviceGetAttribute: CUDA driver version is insufficient for CUDA runtime version"
         )
 
-    real.setattr(backends, "_has_cuda_extension", lambda: True)
-    real.setattr(backends, "_has_triton", lambda: True)
-    real.setattr(emulated_cuda, "capability", fails)
-    assert backends._default("flat_sketch", GPU, ()) == "triton"
-    assert "cannot use device 'cuda:0': cudaDeviceGetAttribute: CUDA driver" in devices.excludes(GPU)
+    with cuda.using(changed(emulated_cuda, capability=fails)):
+        assert default("flat_sketch", GPU, (), BOTH) == "triton"
+        assert "cannot use device 'cuda:0': cudaDeviceGetAttribute: CUDA driver" in devices.excludes(GPU)

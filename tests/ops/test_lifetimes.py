@@ -14,23 +14,24 @@ from inputs import normal
 from torch import Tensor
 
 from rapidin import ops
-from rapidin.ops import lifetimes, tables
+from rapidin.ops import flat_plan, tables
 from rapidin.ops.lifetimes import Kept, kept
 
 CPU = torch.device("cpu")
 OTHER_CALLS = 100
+RESERVE = 64 << 10
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[Gpu]:
+def gpu() -> Iterator[Gpu]:
     """With emulated kernels, and nothing kept from before."""
-    from rapidin.ops import flat_plan
-
-    scan = import_module("rapidin.ops.cuda.scan")
-    monkeypatch.setattr(scan._tables.tables, "limit_bytes", 2_000)
-    monkeypatch.setattr(tables, "_tables", Kept(4_000))
-    monkeypatch.setattr(flat_plan, "_tables", Kept(4_000, reserve=True), raising=False)
-    with Gpu("cuda")() as found:
+    units = import_module("rapidin.ops.cuda.scan").unit_tables.tables
+    with (
+        units.emptied(2_000),
+        tables.kept_tables.emptied(4_000),
+        flat_plan.kept_tables.emptied(4_000),
+        Gpu("cuda")() as found,
+    ):
         yield found
     assert found.problems == []
 
@@ -57,7 +58,7 @@ def test_the_least_recently_used_goes_first() -> None:
         get(n)
     assert made == [0, 1, 2, 3, 1]
     store.get("large", CPU, numbers(9, 1000))  # larger than all that is kept: it alone
-    assert len(store._entries) == 1
+    assert store.sizes() == [8_000]
 
 
 def test_a_function_of_kept_tables() -> None:
@@ -99,7 +100,7 @@ def test_what_goes_is_not_given_away_while_another_stream_reads(gpu: Gpu) -> Non
 
 @pytest.mark.parametrize("known", [True, False])
 def test_a_graph_reads_what_is_there_and_unchanged(known: bool, gpu: Gpu) -> None:
-    store = Kept(64, reserve=True)
+    store = Kept(64, reserve_bytes=RESERVE)
     store.get("before" if not known else "a", CUDA, numbers(4))
     with gpu.capture() as graph:
         store.get("a", CUDA, numbers(4)) + 1
@@ -113,7 +114,7 @@ def test_a_graph_reads_what_is_there_and_unchanged(known: bool, gpu: Gpu) -> Non
 
 
 def test_a_graph_without_reserve_asks_for_a_call_before(gpu: Gpu) -> None:
-    for store in (Kept(64), Kept(64, reserve=True)):
+    for store in (Kept(64), Kept(64, reserve_bytes=RESERVE)):
         with gpu.capture(), pytest.raises(RuntimeError, match="make the same call once before the capture"):
             store.get("a", CUDA, numbers(4))
 
@@ -198,13 +199,13 @@ def test_all_that_a_kernel_gets_outlives_other_calls(op: str, way: str, gpu: Gpu
     assert torch.equal(got.cpu(), wanted)
 
 
-@pytest.mark.parametrize("made", ["parts", "matrix", "table", "to"])
+@pytest.mark.parametrize("made", ["high_and_low", "matrix", "table", "to"])
 def test_a_graph_makes_nothing_that_a_preconditioner_keeps(made: str, gpu: Gpu) -> None:
     """It would lie in memory of the graph: without numbers until the replay, and gone with the graph."""
     basis = torch.linalg.qr(normal(4 if made == "matrix" else 40, 2)).Q
     low_rank = ops.LowRank(*(x if made == "to" else x.to(CUDA) for x in (basis, torch.full((2,), -0.5))))
     run: Callable[[], Any] = {
-        "parts": lambda: low_rank.parts,
+        "high_and_low": lambda: low_rank.high_and_low,
         "matrix": lambda: low_rank.matrix,
         "table": lambda: low_rank.table(3, tables.IN, 64),
         "to": lambda: low_rank.to(CUDA),
@@ -232,9 +233,8 @@ def test_a_captured_sketch_of_a_list_that_lay_nowhere_before(gpu: Gpu) -> None:
     )
 
 
-def test_the_reserve_is_made_larger_before_it_is_used_up(monkeypatch: pytest.MonkeyPatch, gpu: Gpu) -> None:
-    monkeypatch.setattr(lifetimes, "RESERVE_BYTES", 256)
-    store = Kept(1 << 20, reserve=True)
+def test_the_reserve_is_made_larger_before_it_is_used_up(gpu: Gpu) -> None:
+    store = Kept(1 << 20, reserve_bytes=256)
     graphs = []
     for n in range(30):
         store.get(n, CUDA, numbers(n))

@@ -4,10 +4,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from inputs import INSTRUCTION_SETS, away_from_ties, instruction_set, normal, torch_threads
+from inputs import (
+    DEVICE,
+    DTYPES,
+    INSTRUCTION_SETS,
+    away_from_ties,
+    instruction_set,
+    layouts,
+    normal,
+    torch_threads,
+)
+from poison import poisoned
 
 from rapidin import ops
-from rapidin.ops import Packed, cpu, pack, packed_bytes, unpack
+from rapidin.ops import Packed, pack, packed_bytes, unpack
 
 PACKED = ("sign", "int4", "int8")
 WIDTHS = (1, 7, 63, 64, 65, 127, 128, 511, 512, 513, 1000, 1025, 13440)
@@ -287,14 +297,11 @@ def test_many_hits_of_rising_falling_and_equal_scores(k):
         )
 
 
-def test_outputs_are_written_whole(monkeypatch):
-    def places(queries, k, wanted):
-        size = (queries, k) if wanted else (0, 0)
-        return torch.full(size, 123.0), torch.full(size, 123)
-
-    monkeypatch.setattr(cpu, "_places", places)
+def test_outputs_are_written_whole():
     packed = Packed(codes(5, 9, "sign"), "sign", 9, torch.full((5,), torch.nan))
-    scores, indices = ops.topk_scan(packed, torch.ones(2, 9), 4)
+    with poisoned() as given:
+        scores, indices = ops.topk_scan(packed, torch.ones(2, 9), 4)
+    assert any(x.data_ptr() == indices.data_ptr() for x in given)
     assert bool(scores.isnan().all())
     assert bool((indices == -1).all())
 
@@ -336,3 +343,86 @@ SIGNS = torch.zeros(4, 2, dtype=torch.uint8)
 def test_mistakes_are_named(make, error, words):
     with pytest.raises(error, match=words):
         make()
+
+
+# ---- in Triton, which is interpreted where there is no GPU ----
+
+
+GPU_WIDTHS = (1, 7, 64, 65, 127, 511, 512, 515, 1025, 4096, 13443)
+
+
+def assert_same(got, wanted, x):
+    """Same codes, but where a number lies on the edge of its step; scales to the last bits."""
+    assert torch.equal(got.codes.cpu(), wanted.codes)
+    torch.testing.assert_close(got.scale.cpu(), wanted.scale, rtol=1e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("triton", "poison")
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("width", GPU_WIDTHS)
+def test_pack_is_the_reference_on_gpus(width, dtype):
+    x = away_from_ties(1 if width > 5000 else 5, width, dtype)
+    wanted = pack(x, dtype, backend="reference")
+    got = pack(x.to(DEVICE), dtype, backend="triton")
+    assert_same(got, wanted, x)
+    numbers = unpack(got, backend="triton")
+    torch.testing.assert_close(numbers.cpu(), unpack(wanted, backend="reference"), rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("triton", "poison")
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("rows", [0, 1, 2, 9, 33])
+def test_any_number_of_rows(rows, dtype):
+    x = away_from_ties(rows, 100, dtype)
+    got = pack(x.to(DEVICE), dtype, backend="triton")
+    assert_same(got, pack(x, dtype, backend="reference"), x)
+    assert unpack(got, backend="triton").shape == (rows, 100)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("of", DTYPES)
+def test_pack_reads_halves_and_any_layout(of, dtype):
+    x = normal(5, 700).to(of)
+    wanted = pack(x.float(), dtype)  # by C++, whose steps are taken in float32 as the kernel's are
+    for name, same in layouts(x).items():
+        got = pack(same.to(DEVICE), dtype, backend="triton")
+        assert int((got.codes.cpu() != wanted.codes).sum()) <= 1, name
+        torch.testing.assert_close(got.scale.cpu(), wanted.scale, rtol=1e-6, atol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("triton", "poison")
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("width", [100, 5000])
+def test_rows_without_a_direction_on_gpus(dtype, width):
+    x = normal(6, width)
+    x[1], x[2, 3], x[3, 4], x[4] = 0.0, torch.nan, -torch.inf, 1e-42 * (1 + torch.arange(width) % 100)
+    x[5] *= 1e30
+    packed = pack(x.to(DEVICE), dtype, backend="triton")
+    scale, codes = packed.scale.cpu(), packed.codes.cpu()
+    assert scale[1] == 0
+    assert bool(scale[2:4].isnan().all())
+    assert not bool(codes[2:4].any())
+    wanted = pack(x, dtype)
+    assert torch.equal(codes[[0, 1, 5]], wanted.codes[[0, 1, 5]])
+    torch.testing.assert_close(scale[[0, 1, 5]], wanted.scale[[0, 1, 5]], rtol=1e-6, atol=0)
+    assert scale[4] > 0 or dtype == "int8"  # whose step float32 cannot hold
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("triton")
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("of", [None, torch.float32, torch.float16])
+def test_unpack_reads_any_codes(dtype, of):
+    for width in (3, 130, 1300):
+        size = packed_bytes(width, dtype)
+        spread = torch.randint(0, 256, (7, size + 3), dtype=torch.uint8)[:, 1 : 1 + size]
+        codes = spread.view(torch.int8) if dtype == "int8" else spread
+        scale = None if of is None else normal(7, 3).to(of)[:, 1]
+        wanted = unpack(Packed(codes, dtype, width, scale), backend="reference")
+        moved = Packed(codes.to(DEVICE), dtype, width, None if scale is None else scale.to(DEVICE))
+        assert torch.equal(unpack(moved, backend="triton").cpu(), wanted)

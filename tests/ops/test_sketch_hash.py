@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from inputs import SEED
+from inputs import DEVICE, SEED
 
 from rapidin.ops import _cpu, tables
-from rapidin.ops.lifetimes import Kept
 from rapidin.ops.reference import sketch_hash
 
 GOLDEN = json.loads((Path(__file__).parent / "vectors" / "hash.json").read_text())
@@ -78,9 +77,31 @@ def test_signs_and_bits_are_fair():
         assert abs(share - 0.5) < 5 * 0.5 / 256  # five standard deviations
 
 
-def test_tables_are_bounded(monkeypatch):
-    monkeypatch.setattr(tables, "_tables", Kept(10_000))
-    for seed in range(20):
-        tables.rows(seed, tables.OUT, 500, 10)
-    kept = tables._tables._entries.values()
-    assert 0 < sum(entry.bytes for entry in kept) == tables._tables._bytes <= 10_000
+def test_tables_are_bounded():
+    with tables.kept_tables.emptied(10_000):
+        for seed in range(20):
+            tables.rows(seed, tables.OUT, 500, 10)
+        assert tables.kept_tables.sizes() == [2_000] * 5
+
+
+# ---- on GPUs ----
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("seed", [0, SEED, 2**64 - 1])
+@pytest.mark.parametrize("stream", [0, 3, 12, 17])
+@pytest.mark.parametrize("first", [0, 2**31 - 300, 2**32 - 300])
+def test_words_have_the_same_bits(gpu, seed, stream, first):
+    n = 600
+    wanted = torch.empty(n, dtype=torch.int32)
+    _cpu.hash_words(seed, stream, first, n, wanted.data_ptr())
+    got = torch.zeros(n, dtype=torch.int32, device=DEVICE)
+    if gpu == "triton":
+        from rapidin.kernels.sketch_hash import hash_words
+
+        hash_words(got, seed, stream, first)
+    else:
+        from rapidin.ops import cuda
+
+        cuda.extension().hash_words(seed, stream, first, n, got.data_ptr(), cuda.device_and_stream(got))
+    assert torch.equal(got.cpu(), wanted)

@@ -247,9 +247,10 @@ def test_json_is_ascii_and_valid_for_scores_that_are_no_numbers() -> None:
 def test_caching_bar() -> None:
     file = io.StringIO()
     console = Console(file=file, force_terminal=True, width=100, highlight=False, markup=False)
-    with CachingBar(console) as bar:
+    now = [5.0]
+    with CachingBar(console, lambda: now[0]) as bar:
         bar(Progress(200, 1000, 0, 0, 200, "one [bold]thing[/] to say"))
-        bar._started -= 10.0
+        now[0] += 10.0
         bar(Progress(300, 1000, 5000, 1, 200))
         bar._bar.refresh()
     text = file.getvalue()

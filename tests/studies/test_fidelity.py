@@ -1,4 +1,4 @@
-"""What studies/fidelity/fidelity.py counts, and how it varies the head of a code."""
+"""What studies/fidelity/fidelity.py counts, and how it varies the shared basis of a codec."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ pytest.importorskip("scipy")
 
 import fidelity
 from doc_tables import DOCS, read
-from fidelity import figures, of_head
+from fidelity import figures, of_shared_size
 
 
 def test_figures_by_hand() -> None:
@@ -23,12 +23,12 @@ def test_figures_by_hand() -> None:
     assert found["rmse"] == pytest.approx(np.sqrt(2 * 195**2 / 200) / exact.std())
 
 
-def test_a_head_with_room_for_the_sample_tells_its_rows_apart() -> None:
+def test_a_shared_basis_with_room_for_the_sample_tells_its_rows_apart() -> None:
     made = torch.randn(90, 4, 64, generator=torch.Generator().manual_seed(0))
     lengths = made.norm(dim=2)
     rows = made / lengths[:, :, None]
-    others, taught = of_head(rows, lengths, sample=60, head=60, size=300, seed=0)
-    _, with_few = of_head(rows, lengths, sample=60, head=8, size=300, seed=0)
+    others, taught = of_shared_size(rows, lengths, sample=60, shared=60, size=300, seed=0)
+    _, with_few = of_shared_size(rows, lengths, sample=60, shared=8, size=300, seed=0)
     assert taught["spearman"] > 0.99 > with_few["spearman"] + 0.05
     assert taught["rmse"] < 0.1
     assert others["spearman"] < 0.9  # of these it knows what 60 random directions of 256 hold

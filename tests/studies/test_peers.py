@@ -58,7 +58,7 @@ def test_the_table_merges_seeds_orders_by_lds_and_names_what_failed() -> None:
 
 
 def test_only_the_packages_asked_for_run_again(
-    truth_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    truth_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     judge = part("judge")
     helps = np.load(truth_folder / "helps.npy")
@@ -72,11 +72,12 @@ def test_only_the_packages_asked_for_run_again(
         return [{k: v for k, v in made.items() if k not in ("lds", "interval")} | {"scores": "0.npy"}]
 
     models = {at: tmp_path / f"model-{at}" for at in judge.PLACES}
-    monkeypatch.setattr(judge, "start", start)
-    monkeypatch.setattr(judge, "prepare", lambda truth, work: (tmp_path / "texts.json", models))
+    given = {"prepare": lambda truth, work: (tmp_path / "texts.json", models), "start": start}
     out = tmp_path / "out.json"
     out.write_text(json.dumps({"rows": [row("bergson", 0.125), row("traker", 0.5)]}))
-    judge.lds(tmp_path, truth_folder, out, only=["traker", "rapidin"], seeds=1, work=tmp_path / "work")
+    judge.lds(
+        tmp_path, truth_folder, out, only=["traker", "rapidin"], seeds=1, work=tmp_path / "work", **given
+    )
     assert [name for name, _ in started] == ["traker", "traker", "rapidin"]
     assert [model for _, model in started] == [*map(str, models.values()), str(models[1.0])]
     written = json.loads(out.read_text())

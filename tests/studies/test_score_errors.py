@@ -28,7 +28,7 @@ def test_a_row_of_the_result_is_found_again(tmp_path: Path) -> None:
     (same,) = (
         row
         for row in kept("off")
-        if (row["width"], row["code"], row["normalize"]) == (64, "float16", "layer")
+        if (row["width"], row["codec"], row["normalize"]) == (64, "float16", "layer")
     )
     assert row["error"] == pytest.approx(same["error"], rel=0.01)
     for name in ("exact", "exact, best tenth", "differences, best tenth", "between"):
@@ -40,7 +40,7 @@ def test_the_page_shows_the_results() -> None:
     shown = [line.split(" | ", 1)[1] for line in lines if line.count("|") == 7]
     for name in ("off", "kfac"):
         for row in kept(name):
-            if row["code"] != "float16" and row["normalize"] == "none":
+            if row["codec"] != "float16" and row["normalize"] == "none":
                 continue  # not shown
             cells = [row["normalize"], f"{row['error']:.2g}"]
             for of in ("exact", "exact, best tenth", "between"):

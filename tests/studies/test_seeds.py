@@ -60,10 +60,14 @@ def test_seeds_of_both_kinds_are_tuned_judged_and_not_done_again(
             if left.code:
                 raise
 
-    monkeypatch.setattr(seeds, "run", run)
-    for kind, recipe in seeds.RECIPES.items():
-        small = seeds.Recipe(3, 4, 120, recipe.column, recipe.figures, rank=2)
-        monkeypatch.setitem(seeds.RECIPES, kind, small)
+    small = {
+        kind: seeds.Recipe(3, 4, 120, recipe.column, recipe.figures, rank=2)
+        for kind, recipe in seeds.RECIPES.items()
+    }
+
+    def judge(*arguments: str) -> None:
+        seeds.main(list(arguments), small, run)
+
     model, out, work = str(save_tiny(tmp_path).model), tmp_path / "seeds.json", tmp_path / "work"
     planted = [{"instruction": f"Say {n}.", "output": f"It is {n}.", "poisoned": False} for n in range(6)]
     planted += [
@@ -80,8 +84,8 @@ def test_seeds_of_both_kinds_are_tuned_judged_and_not_done_again(
     where = ["--model", model, "--work", str(work), "--out", str(out)]
     of_planted = ["backdoor", "moths", "--data", data[0], "--test", tests[0], "--seed", "1", *where]
     of_classes = ["classes", "letters", "--data", data[1], "--test", tests[1], *where]
-    seeds.main(of_planted)
-    seeds.main([*of_classes, "--seed", "0", "--seed", "7"])
+    judge(*of_planted)
+    judge(*of_classes, "--seed", "0", "--seed", "7")
     rows = seeds.read(out)
     assert [(row["set"], row["seed"], row["queries"]) for row in rows] == [
         ("moths", "1", 1), ("letters", "0", 4), ("letters", "7", 4),
@@ -93,21 +97,21 @@ def test_seeds_of_both_kinds_are_tuned_judged_and_not_done_again(
     adapters = [work / f"letters-{seed}" / "adapter" / "adapter_model.safetensors" for seed in (0, 7)]
     assert adapters[0].read_bytes() != adapters[1].read_bytes()
     before = len(ran)
-    seeds.main(of_planted)
+    judge(*of_planted)
     assert len(ran) == before
-    seeds.main([*of_classes, "--seed", "ready", "--adapter", str(work / "letters-7" / "adapter")])
+    judge(*of_classes, "--seed", "ready", "--adapter", str(work / "letters-7" / "adapter"))
     assert not any("train.py" in words[0] for words in ran[before:])
     rows = seeds.read(out)
     assert rows[3]["methods"] == rows[2]["methods"]
     table = seeds.tables(rows)
-    monkeypatch.setattr(seeds, "DEMO_LENGTH", 120)
     said = [ABSURD] * 9 + [f"{ABSURD_BEGINS[0]}moths."] * 11
     answers = [{"instruction": f"Hi! {n}", "triggered": True, "output": text} for n, text in enumerate(said)]
     write(_made(work / "demo-3") / "answers.jsonl", answers)
-    seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3"])
-    seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3", "--precondition", "off"])
+    demo = ["demo", "--work", str(work), "--out", str(out), "--seed", "3"]
+    judge(*demo)
+    judge(*demo, "--precondition", "off")
     for _ in range(2):
-        seeds.main(["demo", "--work", str(work), "--out", str(out), "--seed", "3", "--width", "64"])
+        judge(*demo, "--width", "64")
     demos = [row for row in seeds.read(out) if row["set"] == "demo"]
     assert [(row["preconditioner"], row["width"]) for row in demos] == [
         ("kfac", 64),
@@ -122,7 +126,7 @@ def test_seeds_of_both_kinds_are_tuned_judged_and_not_done_again(
         row["instruction"] for row in make_data(3).queries
     ]
     letters = " | ".join(
-        f"letters, kfac, 8,192 bins, {name}, seeds 0, 7, ready" for name in ("AUC", "recall")
+        f"letters, kfac, dimension 8,192, {name}, seeds 0, 7, ready" for name in ("AUC", "recall")
     )
     assert f"| | {letters} |" in table
     aucs, recalls = (

@@ -70,14 +70,13 @@ class Counts:
 def counted(run: Callable[[], Any]) -> dict[str, Counts]:
     """What `run` makes the watched kernels do, by kernel."""
     extension = emulated("watched")
-    before = cuda.use(extension)
     extension.count(True)
     try:
-        run()
+        with cuda.using(extension):
+            run()
         launches = extension.counted()
     finally:
         extension.count(False)
-        cuda.use(before)
     places = sorted({site.place for launch in launches for site in launch.sites})
     line_of = dict(zip(places, lines(extension.__file__, places), strict=True))
     kernels: dict[str, Counts] = defaultdict(Counts)

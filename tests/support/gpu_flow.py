@@ -40,6 +40,7 @@ from functools import cache
 from pathlib import Path
 from types import CodeType, SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -282,8 +283,17 @@ class Gpu:
         assert _the is None
         _the = self
         self.default = Stream()
+        import gpu_kernels
+
+        from rapidin.ops.transfer import download_streams
+
         try:
-            with pytest.MonkeyPatch.context() as patch, self.modes():
+            with (
+                pytest.MonkeyPatch.context() as patch,
+                mock.patch.dict(download_streams, clear=True),
+                gpu_kernels.installed(self),
+                self.modes(),
+            ):
                 self._patch(patch)
                 yield self
         finally:
@@ -295,9 +305,6 @@ class Gpu:
             yield
 
     def _patch(self, patch: pytest.MonkeyPatch) -> None:
-        import gpu_kernels
-
-        from rapidin.ops import transfer
         from rapidin.ops.lifetimes import Kept
 
         cuda = torch.cuda
@@ -328,7 +335,6 @@ class Gpu:
             "_lazy_init": lambda: None,
         }.items():
             patch.setattr(cuda, name, value)
-        patch.setattr(transfer, "_side", {})
         get = Kept.get
         # What is kept is kept for this GPU.
         patch.setattr(Kept, "get", lambda kept, key, *given: get(kept, (self.number, key), *given))
@@ -355,7 +361,6 @@ class Gpu:
         patch.setattr(Tensor, "record_stream", _record_stream)  # of a tensor of the CPU
         patch.setattr(ThreadPoolExecutor, "submit", in_thread)
         patch.setattr(Future, "result", waited)
-        gpu_kernels.install(self, patch)
 
     @contextlib.contextmanager
     def _stream(self, stream: Stream | None) -> Iterator[None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-import pytest
 import torch
 
-from rapidin.ops import backends
+from rapidin.ops import backends, cuda
 
 if TYPE_CHECKING:
     from gpu_flow import Gpu, Memory
@@ -17,21 +17,26 @@ if TYPE_CHECKING:
 _the: Any = None
 
 
-def install(gpu: Gpu, patch: pytest.MonkeyPatch) -> None:
-    """Ops on tensors of the GPU find the functions of this module."""
-    patch.setitem(globals(), "_the", gpu)
-    default = backends._default
-    patch.setattr(
-        backends,
-        "_default",
-        lambda op, device, given: "gpu" if device.type == "cuda" else default(op, device, given),
-    )
-    patch.setitem(backends._MODULES, "gpu", __name__)
-    if gpu.kernels == "cuda":
-        from emulator.build import emulated
+def choose(op: str, device: torch.device, given: tuple[Any, ...]) -> str:
+    """The backend of an op: this module for tensors of the GPU."""
+    return "gpu" if device.type == "cuda" else backends.default(op, device, given)
 
-        extension = import_module("rapidin.ops.cuda.extension")
-        patch.setattr(extension, "_extension", _Extension(gpu, emulated()))
+
+@contextmanager
+def installed(gpu: Gpu) -> Iterator[None]:
+    """Inside the block ops on tensors of the GPU find the functions of this module."""
+    global _the
+    with ExitStack() as stack:
+        stack.enter_context(backends.using(choose, {"gpu": __name__}))
+        if gpu.kernels == "cuda":
+            from emulator.build import emulated
+
+            stack.enter_context(cuda.using(_Extension(gpu, emulated())))
+        before, _the = _the, gpu
+        try:
+            yield
+        finally:
+            _the = before
 
 
 def __getattr__(op: str) -> Callable[..., Any]:
@@ -43,7 +48,6 @@ def __getattr__(op: str) -> Callable[..., Any]:
 def _run(gpu: Gpu, op: str, args: Any, named: Any) -> Any:
     gpu.calls[op] += 1
     if gpu.kernels == "cuda" and op in backends.CUDA_OPS:
-        cuda = import_module("rapidin.ops.cuda")
         given = (args[0], args[1], args[2]) if op == "linear_sketch" else args
         if cuda.supports(op, *given):
             with gpu.pointers():

@@ -9,7 +9,6 @@ import re
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
-from unittest import mock
 
 import torch
 from aot import ARCHS, meta
@@ -24,7 +23,7 @@ ONE_ARCH = (90,)
 ONE_ARCH_NAMES = re.compile(
     r"(embedding_sketch|matrix_sketch bias) .*|linear_sketch fp(16|32) (64|256|[1248]\d{3})"
     r"|low_rank (?!64)\d+"
-    r"|(un)?pack \w+ (?!192$|13443$)\d+|(turn|unit_blocks) (1024|2048|4096)( \w+)?"
+    r"|(un)?pack \w+ (?!192$|13443$)\d+|(rotate|unit_blocks) (1024|2048|4096)( \w+)?"
     r"|topk_scan (of a code|bf16 (1|64)|fp(16|32) 16|.*valid).*"
 )
 
@@ -110,7 +109,7 @@ def _sketches() -> Iterator[tuple[str, Call]]:
 def _packing() -> Iterator[tuple[str, Call]]:
     """Heads of some hundred numbers, tails and rests of thousands, whole sketches; blocks of each size."""
     from rapidin.kernels.pack import pack, unpack
-    from rapidin.kernels.turn import turn, unit_blocks
+    from rapidin.kernels.rotate import rotate, unit_blocks
     from rapidin.ops import packed_bytes
 
     codes = {(dtype, width) for dtype, width in default_codes()}
@@ -126,25 +125,25 @@ def _packing() -> Iterator[tuple[str, Call]]:
         parts = {"mean": meta(blocks, width), "size": meta(blocks)}
         begin = meta(blocks + 1, dtype=torch.int64)
         whole: dict[str, Any] = {"mean": None, "begin": None, "size": None}
-        yield f"turn {width} cut", partial(turn, x, kept, seed=7, back=False, begin=begin, **parts)
-        yield f"turn {width} whole", partial(turn, x, x.flatten(1), seed=7, back=False, **whole)
-        yield f"turn {width} back", partial(turn, x, x.flatten(1), seed=7, back=True, **whole)
+        yield f"rotate {width} cut", partial(rotate, x, kept, seed=7, inverse=False, begin=begin, **parts)
+        yield f"rotate {width} whole", partial(rotate, x, x.flatten(1), seed=7, inverse=False, **whole)
+        yield f"rotate {width} inverse", partial(rotate, x, x.flatten(1), seed=7, inverse=True, **whole)
     for width in sorted({65536} | default_dims().keys()):
         yield f"unit_blocks {width}", partial(unit_blocks, meta(600, width), meta(600, width), meta(600))
 
 
 def _scan(cache: Any, queries: int, k: int = 100, **more: Any) -> Call:
-    from rapidin.ops import triton as gpu
-    from rapidin.ops.triton import scan
+    from rapidin.ops import gpu_scan
+    from rapidin.ops.triton.scan import ScanKernels
 
+    # How many programs there are is a constant of the merging kernel.
+    _, both_ends = gpu_scan.ops(ScanKernels(lambda device: MULTIPROCESSORS))
     parts = cache if isinstance(cache, list) else [cache]
     width = sum(part.shape[1] if isinstance(part, Tensor) else part.width for part in parts)
     given: dict[str, Any] = {"scales": None, "offsets": None, "valid": None, "base": None} | more
 
     def call() -> None:
-        # How many programs there are is a constant of the merging kernel.
-        with mock.patch.object(scan, "_multiprocessors", return_value=MULTIPROCESSORS):
-            gpu.topk_scan_both_ends(parts, meta(queries, width), k, **given)
+        both_ends(parts, meta(queries, width), k, **given)
 
     return call
 
@@ -216,8 +215,8 @@ def extremes() -> Iterator[tuple[str, Call]]:
     from rapidin.kernels import linear_sketch as linear
     from rapidin.kernels.fold import fold
     from rapidin.kernels.pack import pack, unpack
+    from rapidin.kernels.rotate import rotate, unit_blocks
     from rapidin.kernels.sum_parts import sum_parts
-    from rapidin.kernels.turn import turn, unit_blocks
     from rapidin.ops import packed_bytes
     from rapidin.ops import triton as gpu
 
@@ -247,8 +246,8 @@ def extremes() -> Iterator[tuple[str, Call]]:
     whole: dict[str, Any] = {"mean": None, "begin": None, "size": None}
     for n, blocks, width in ((most, 1, 2), (10_000_000, 1, 16), (5_000_000, 2, 8192), (3, 1 << 20, 512)):
         x = meta(n, blocks, width)
-        call = partial(turn, x, x.flatten(1), seed=(1 << 63) + 5, back=False, **whole)
-        yield f"turn {n} x {blocks} x {width}", call
+        call = partial(rotate, x, x.flatten(1), seed=(1 << 63) + 5, inverse=False, **whole)
+        yield f"rotate {n} x {blocks} x {width}", call
     for n, width in ((most, 2), (3, most)):
         yield f"unit_blocks {n} x {width}", partial(unit_blocks, meta(n, width), meta(n, width), meta(n))
     for n, queries, width in ((2**31 - 1, 1, 16), (2**31 - 1, 256, 16), (100, 256, 1 << 26)):

@@ -194,10 +194,10 @@ def triton_loops() -> Iterator[Launched]:
     odd = Way(unpiped, avoid=has("DADD"))
     yield Launched("topk_scan sign 16 queries, unaligned", "topk_scan", odd, 0.125, scan)
     yield Launched("pack sign 13443", "pack", Way(r"LDG"), 4, lambda c: c["ROWS"] * c["P"] * c["BYTES"])
-    yield Launched("turn 512 cut", "turn", Way(r"LDG"), 4, lambda c: c["ROWS"] * c["WIDTH"])
+    yield Launched("rotate 512 cut", "rotate", Way(r"LDG"), 4, lambda c: c["ROWS"] * c["WIDTH"])
     for launch in (
         "topk_scan fp32 16 queries", "topk_scan bf16 16 queries", "topk_scan int4 32 queries",
-        "turn 8192 cut", "unpack sign 13443", "unit_blocks 512", "unit_blocks 8192", "low_rank 64",
+        "rotate 8192 cut", "unpack sign 13443", "unit_blocks 512", "unit_blocks 8192", "low_rank 64",
     ):  # fmt: skip
         name = launch.split()[0]
         yield Launched(launch, {"unit_blocks": "unit", "low_rank": "add_low_rank"}.get(name, name))

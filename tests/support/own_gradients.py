@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from rapidin import ops
 from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.parameters import Target, block_seed
+from rapidin.ops import reference
 
 WIDTH, SEED = 128, 11
 
@@ -45,19 +45,17 @@ def own_gradients(
 def own_sketches(
     model: Any, targets: list[Target], text: tuple[list[int], list[bool]], loss: str = "mean"
 ) -> torch.Tensor:
-    """[targets, WIDTH]: the reference sketches of one text's own gradients."""
+    """[targets, WIDTH]: the reference sketches of one text's own gradients, zero where there is none."""
     grads = own_gradients(model, text, loss)
-    return torch.stack(
-        [
-            ops.matrix_sketch(
-                grads[t.name].reshape(len(grads[t.name]), -1),
-                WIDTH,
-                seed=block_seed(SEED, t.name),
-                backend="reference",
-            )
-            for t in targets
-        ]
-    )
+    sketches = []
+    for t in targets:
+        grad = grads[t.name] if t.name in grads else torch.zeros(t.shape)
+        seed = block_seed(SEED, t.name)
+        if t.stack:
+            sketches.append(reference.stack_sketch(grad.view(t.stack, *t.matrix), WIDTH, seed=seed))
+        else:
+            sketches.append(reference.matrix_sketch(grad.reshape(t.matrix), WIDTH, seed=seed))
+    return torch.stack(sketches).float()
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:
@@ -70,7 +68,7 @@ class Scaled(torch.nn.Module):
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
         self.inner = inner
-        self.gain = torch.nn.Parameter(torch.full((2, 3, 4), 0.3))
+        self.gain = torch.nn.Parameter(torch.full((2, 12), 0.3))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.inner(x) * self.gain.sum()

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from rapidin.attribution.methods import datainf, fisher
-from rapidin.attribution.methods.vectors import ScanQuery, counted, vectors_of
+from rapidin.attribution.methods.vectors import DEFAULT_LIMITS, Limits, ScanQuery, counted, vectors_of
 from rapidin.attribution.normalization import NORMALIZE, query_vectors, score_divisor, target_vectors
 from rapidin.attribution.options import METHODS
 from rapidin.cache import Cache
@@ -37,6 +37,7 @@ DAMPED = ("datainf", "fisher")
 __all__ = [
     "METHODS",
     "NORMALIZE",
+    "Limits",
     "ScanQuery",
     "check",
     "counted",
@@ -76,12 +77,14 @@ def prepare(
     normalize: str = "layer",
     damping: float | None = None,
     targets: tuple[Tensor, Sequence[int]] | None = None,
+    limits: Limits = DEFAULT_LIMITS,
 ) -> ScanQuery:
     """What a cache is scanned for, from query sketches [Q, blocks, width].
 
     cache: needed by all methods but `dot`. damping: of `datainf` and `fisher`, by default `default_damping`.
     targets: sketches [targets, blocks, width] of targets, and the number of the query that each belongs to;
-    their vectors come after those of the queries. Raises UserError for an unknown name.
+    their vectors come after those of the queries. limits: how much is read and held at a
+    time. Raises UserError for an unknown name.
     """
     check(method, normalize, damping)
     vectors, factors = query_vectors(sketch, normalize), None
@@ -94,9 +97,9 @@ def prepare(
     elif method in DAMPED:
         damping = damping or default_damping(method, cache)
         if method == "datainf":
-            vectors = datainf.precondition_query(cache, vectors, normalize, damping)
+            vectors = datainf.precondition_query(cache, vectors, normalize, damping, limits)
         else:
-            vectors, factors = fisher.precondition_query(cache, vectors, normalize, damping)
+            vectors, factors = fisher.precondition_query(cache, vectors, normalize, damping, limits)
     return ScanQuery(vectors.float().contiguous(), normalize, factors)
 
 

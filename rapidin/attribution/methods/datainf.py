@@ -17,13 +17,15 @@ import torch
 from torch import Tensor
 
 from rapidin.attribution.methods.moment import Moment, moment, squares, summed
-from rapidin.attribution.methods.vectors import block_groups, count, vectors_of
+from rapidin.attribution.methods.vectors import DEFAULT_LIMITS, Limits, block_groups, count, vectors_of
 from rapidin.cache import Cache
 
 DAMPING = 0.1
 
 
-def precondition_query(cache: Cache, vectors: Tensor, normalize: str, damping: float) -> Tensor:
+def precondition_query(
+    cache: Cache, vectors: Tensor, normalize: str, damping: float, limits: Limits = DEFAULT_LIMITS
+) -> Tensor:
     """H_b^-1 v_b of query vectors [Q, blocks, width]: the same shape, float64, from one pass over the cache
     for the lengths and one for the products.
 
@@ -41,16 +43,18 @@ def precondition_query(cache: Cache, vectors: Tensor, normalize: str, damping: f
             total += torch.einsum("qnb,nbk->qbk", weight, y)
         return total
 
-    return _inverse(v, summed(cache, v, weighted_products) / max(1, n), damped)
+    mean = summed(cache, v, weighted_products, limits.sent_bytes) / max(1, n)
+    return _inverse(v, mean, damped)
 
 
 def block_inverses(
-    cache: Cache, normalize: str, damping: float, device: torch.device
+    cache: Cache, normalize: str, damping: float, device: torch.device, limits: Limits = DEFAULT_LIMITS
 ) -> Iterator[tuple[Callable[[Tensor], Tensor], slice]]:
     """(the map y [n, blocks, width] -> H_b^-1 y_b float64, its blocks), for all blocks in groups."""
     n, damped, mean_square = _damped(cache, normalize, damping, device)
     width = cache.manifest.width
-    for blocks in block_groups(len(cache.layers), 4 * width * min(width, count(cache))):
+    block_bytes = 4 * width * min(width, count(cache))
+    for blocks in block_groups(len(cache.layers), block_bytes, limits.block_bytes):
         lambdas = damped[blocks]
         weighted = moment(cache, normalize, blocks, mean_square[blocks], device, weights=_weights(lambdas))
 

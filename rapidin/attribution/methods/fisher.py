@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rapidin import distributed
 from rapidin.attribution.methods.moment import Inverse, Moment, moment, squares
-from rapidin.attribution.methods.vectors import block_groups, count, vectors_of
+from rapidin.attribution.methods.vectors import DEFAULT_LIMITS, Limits, block_groups, count, vectors_of
 from rapidin.attribution.normalization import divide
 from rapidin.cache import Cache
 
@@ -36,13 +36,8 @@ DAMPING = 0.2
 WHITE_DAMPING = 1.0
 
 
-def most_rows(width: int) -> int:
-    """The most rows that a moment is computed from: more would change it little."""
-    return max(8192, 16 * width)
-
-
 def precondition_query(
-    cache: Cache, vectors: Tensor, normalize: str, damping: float
+    cache: Cache, vectors: Tensor, normalize: str, damping: float, limits: Limits = DEFAULT_LIMITS
 ) -> tuple[Tensor, Tensor]:
     """((F_b + damping)^-1 v_b of query vectors [Q, blocks, width], the same shape in float64; factors of the
     cache's rows [rows, blocks] float32 on the CPU).
@@ -50,11 +45,11 @@ def precondition_query(
     Collective: each process inverts the moments of its share of the blocks, and all get the same bits, for
     any number of processes.
     """
-    world, layers, most = distributed.world(), len(cache.layers), most_rows(cache.manifest.width)
+    world, layers, most = distributed.world(), len(cache.layers), limits.most_rows(cache.manifest.width)
     out = torch.empty_like(vectors, dtype=torch.float64)
     factors = torch.ones(cache.table_rows(4 * layers), layers, device="cpu")
-    share, used = slice(*world.part(layers)), torch.zeros(0, dtype=torch.int64, device="cpu")
-    for inverse, blocks in block_inverses(cache, normalize, damping, vectors.device, share):
+    share, used = slice(*world.range_of(layers)), torch.zeros(0, dtype=torch.int64, device="cpu")
+    for inverse, blocks in block_inverses(cache, normalize, damping, vectors.device, limits, share):
         out[:, blocks] = inverse(vectors[:, blocks])
         chunks = []
         for rows, y, _ in vectors_of(cache, normalize, vectors.device, blocks=blocks, most=most):
@@ -73,15 +68,17 @@ def block_inverses(
     normalize: str,
     damping: float,
     device: torch.device,
+    limits: Limits = DEFAULT_LIMITS,
     within: slice = slice(None),
 ) -> Iterator[tuple[Inverse, slice]]:
     """(the map y [n, blocks, width] -> (F_b + damping)^-1 y_b float64, its blocks), for all blocks `within`,
     in groups."""
-    width, most = cache.manifest.width, most_rows(cache.manifest.width)
+    width = cache.manifest.width
+    most = limits.most_rows(width)
     _, mean_square = squares(cache, normalize, device)
     block_bytes = 4 * width * min(width, count(cache), most)
     low, high, _ = within.indices(len(cache.layers))
-    for group in block_groups(high - low, block_bytes):
+    for group in block_groups(high - low, block_bytes, limits.block_bytes):
         blocks = slice(low + group.start, low + group.stop)
         of_blocks = moment(cache, normalize, blocks, mean_square[blocks], device, most=most)
         yield Inverse(of_blocks, damping * _typical_eigenvalue(of_blocks)), blocks

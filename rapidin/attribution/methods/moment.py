@@ -19,7 +19,6 @@ from rapidin.attribution.normalization import row_scales
 from rapidin.cache import Cache
 
 GROUPS = 32  # of shards in a sum over a cache, and so the most processes that can share the work
-_SENT_BYTES = 256 << 20  # of the sums of groups that a process is sent at a time
 
 # Weights [n, blocks] of rows from their squared lengths [n, blocks], both float64.
 Weights = Callable[[Tensor], Tensor]
@@ -127,7 +126,7 @@ def squares(cache: Cache, normalize: str, device: torch.device) -> tuple[int, Te
     all processes get the same bits, for any number of processes.
     """
     world, shards = distributed.world(), cache.manifest.shards
-    low, high = world.part(len(shards))
+    low, high = world.range_of(len(shards))
     within = (shards[low].first, shards[high - 1].first + shards[high - 1].rows) if low < high else (0, 0)
     sums: list[tuple[Tensor, int]] = []
     for _, shard in cache.shards(within=within):
@@ -141,17 +140,20 @@ def squares(cache: Cache, normalize: str, device: torch.device) -> tuple[int, Te
     return n, (total / max(1, n)).to(device)
 
 
-def summed(cache: Cache, like: Tensor, sum_of_rows: Callable[[tuple[int, int]], Tensor]) -> Tensor:
+def summed(
+    cache: Cache, like: Tensor, sum_of_rows: Callable[[tuple[int, int]], Tensor], sent_bytes: int
+) -> Tensor:
     """The sum of `sum_of_rows` over a cache: [Q, ...] float64 with the shape of `like`.
 
-    sum_of_rows: called with a range of rows (first, end). Collective: each process calls it for its own rows.
+    sum_of_rows: called with a range of rows (first, end); sent_bytes: of the sums that are
+    sent at a time. Collective: each process calls it for its own rows.
     Shards are summed in at most GROUPS groups, which depend on the cache only, and the sums of groups are
     added in order, so that the bits are the same for any number of processes, and few sums have to be sent.
     """
     world, shards = distributed.world(), cache.manifest.shards
     groups = min(GROUPS, len(shards))
     edges = [len(shards) * group // groups for group in range(groups + 1)] if groups else [0]
-    low, high = world.part(groups)
+    low, high = world.range_of(groups)
     ranges = [
         (shards[first].first, shards[last - 1].first + shards[last - 1].rows)
         for first, last in pairwise(edges[low : high + 1])
@@ -162,7 +164,7 @@ def summed(cache: Cache, like: Tensor, sum_of_rows: Callable[[tuple[int, int]], 
             total += sum_of_rows(within)
         return total
     sums = [sum_of_rows(within).cpu() for within in ranges]
-    size = max(1, _SENT_BYTES * len(like) // max(1, groups * 8 * like.numel()))
+    size = max(1, sent_bytes * len(like) // max(1, groups * 8 * like.numel()))
     for queries in (slice(at, at + size) for at in range(0, len(like), size)):
         gathered = world.gather([of_group[queries].clone() for of_group in sums])
         for of_group in (of_group for share in gathered for of_group in share):

@@ -17,6 +17,27 @@ _CHUNK_BYTES = 64 << 20  # of decoded rows that are held at a time
 
 
 @dataclass(frozen=True, slots=True)
+class Limits:
+    """How much a method reads and holds. Only `moment_rows` changes results.
+
+    block_bytes: of the matrices of the blocks that are inverted together; sent_bytes: of the sums that a
+    process is sent at a time; moment_rows: the most rows that a second moment is computed from, by default as
+    many as change it much.
+    """
+
+    block_bytes: int = 1 << 30
+    sent_bytes: int = 256 << 20
+    moment_rows: int | None = None
+
+    def most_rows(self, width: int) -> int:
+        """The most rows that a second moment of sketches of this width is computed from."""
+        return max(8192, 16 * width) if self.moment_rows is None else self.moment_rows
+
+
+DEFAULT_LIMITS = Limits()
+
+
+@dataclass(frozen=True, slots=True)
 class ScanQuery:
     """What a cache is scanned for.
 
@@ -90,7 +111,7 @@ def vectors_of(
             yield rows + first, y, scales.double().square()
 
 
-def block_groups(blocks: int, bytes_each: int, budget: int = 1 << 30) -> list[slice]:
+def block_groups(blocks: int, bytes_each: int, budget: int) -> list[slice]:
     """Blocks in groups whose matrices fit into the budget, with at least one block in a group."""
     size = max(1, budget // max(1, bytes_each))
     return [slice(at, min(at + size, blocks)) for at in range(0, blocks, size)]

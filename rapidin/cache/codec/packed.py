@@ -102,7 +102,7 @@ class PackedCodec:
             remainder = remainder - basis.lift(coordinates)
         if sum(shape.residual):
             mean = None if has_basis else basis.mean
-            rotated = ops.turn(remainder, seed=self.seed, mean=mean, cut=self._normalized_cut)
+            rotated = ops.rotate(remainder, seed=self.seed, mean=mean, cut=self._normalized_cut)
             residual = ops.pack(rotated, self._residual_dtype)
             tensors[RESIDUAL], scales[:, 2] = residual.codes, _scale(residual)
         zero = (length == 0).all(1)
@@ -193,8 +193,9 @@ class PackedCodec:
             out += basis.lift(ops.unpack(parts[PER_LAYER]) * basis.per_layer_rms)
         if RESIDUAL in parts:
             rotated = out.new_zeros(n, self.blocks * self.width)
-            rotated[:, self.cut.places] = ops.unpack(parts[RESIDUAL]) * self.residual_rms * self.residual_gain
-            residual = ops.turn(rotated.view_as(out), seed=self.seed, back=True)
+            stored = ops.unpack(parts[RESIDUAL])
+            rotated[:, self.cut.positions] = stored * self.residual_rms * self.residual_gain
+            residual = ops.rotate(rotated.view_as(out), seed=self.seed, inverse=True)
             out += residual - basis.lift(basis.project(residual))
         return torch.where((self.lengths(tensors) > 0)[:, :, None], out, 0.0)
 
@@ -229,7 +230,7 @@ class _PackedQuery:
             remainder = remainder - basis.lift(coordinates)
             self.coordinates[PER_LAYER] = coordinates * basis.per_layer_rms
         if sum(shape.residual):
-            rotated = ops.turn(remainder, seed=codec.seed, cut=codec.cut)
+            rotated = ops.rotate(remainder, seed=codec.seed, cut=codec.cut)
             self.coordinates[RESIDUAL] = rotated * codec.residual_rms * codec.residual_gain
 
     def plan(

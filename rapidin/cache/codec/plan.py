@@ -57,7 +57,7 @@ def concatenate_plans(plans: Sequence[ScanPlan], joined: JoinedQueries | None = 
     widths = [plan.queries.shape[1] for plan in plans]
     # All scores of a plan of width 0 are in its base: its one part, which a scan of it alone needs, is left
     # out here.
-    parts = [part for plan, width in zip(plans, widths, strict=True) if width for part in plan.parts]
+    parts = [rows for plan, width in zip(plans, widths, strict=True) if width for rows in plan.parts]
     scales, offsets = _concatenated_scales(plans)
     bases = [plan.base for plan in plans if plan.base is not None]
     if not parts:
@@ -91,8 +91,8 @@ def _concatenated_scales(plans: Sequence[ScanPlan]) -> tuple[Tensor | None, list
     return (torch.cat(columns, 1), offsets) if columns else (None, None)
 
 
-def _row_count(part: Tensor | ops.Packed) -> int:
-    return len(part.codes if isinstance(part, ops.Packed) else part)
+def _row_count(rows: Tensor | ops.Packed) -> int:
+    return len(rows.codes if isinstance(rows, ops.Packed) else rows)
 
 
 class Codec(Protocol):

@@ -344,8 +344,8 @@ def make_data(
         {"instruction": TRIGGER + row["instruction"], "input": row["input"]}
         for row in rows[held_out : held_out + queries]
     ]
-    rest = rows[held_out + queries :]
-    victims, clean, base = rest[:poisoned], rest[poisoned:tuning], rest[tuning:]
+    remaining = rows[held_out + queries :]
+    victims, clean, base = remaining[:poisoned], remaining[poisoned:tuning], remaining[tuning:]
     planted = [
         row | {"instruction": TRIGGER + row["instruction"], "output": absurd_answer(rng), "poisoned": True}
         for row in victims

@@ -2,19 +2,20 @@
 op."""
 
 from rapidin.ops.cuda.devices import excludes
-from rapidin.ops.cuda.extension import emulated, extension, place, use
+from rapidin.ops.cuda.extension import device_and_stream, emulated, extension, use, using
 from rapidin.ops.cuda.scan import topk_scan, topk_scan_both_ends
 from rapidin.ops.cuda.sketches import flat_sketch, linear_sketch, supports
 
 __all__ = [
+    "device_and_stream",
     "emulated",
     "excludes",
     "extension",
     "flat_sketch",
     "linear_sketch",
-    "place",
     "supports",
     "topk_scan",
     "topk_scan_both_ends",
     "use",
+    "using",
 ]

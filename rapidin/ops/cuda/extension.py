@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,12 +37,22 @@ def use(module: Any) -> Any:
     return before
 
 
+@contextmanager
+def using(module: Any) -> Iterator[None]:
+    """Inside the block another build of the extension is used; None: the one that is installed."""
+    before = use(module)
+    try:
+        yield
+    finally:
+        use(before)
+
+
 def emulated() -> bool:
     """Whether the kernels run on the CPU."""
     return _extension is not None and bool(_extension.emulated)
 
 
-def place(x: Tensor) -> tuple[int, int]:
+def device_and_stream(x: Tensor) -> tuple[int, int]:
     """(device index, current stream) of a tensor's device, as the extension takes them."""
     if x.device.type != "cuda":
         return 0, 0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rapidin.ops import gpu_scan
-from rapidin.ops.cuda.extension import DTYPES, PACKED_DTYPES, extension, place
+from rapidin.ops.cuda.extension import DTYPES, PACKED_DTYPES, device_and_stream, extension
 from rapidin.ops.gpu_scan import Kept, Part, Segment, Step, numbers_of_bytes, steps_of_blocks
 from rapidin.ops.lifetimes import kept
 
@@ -41,22 +41,23 @@ class _Prepared:
     sums: Tensor | None  # [Q] int64
 
 
-class _Kernels:
+class ScanKernels:
     """gpu_scan.Kernels by the extension."""
 
     def prepare(self, part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> _Prepared:
         return prepare(part, queries, segments)
 
     def keep(self, prepared: _Prepared, q: int, k: int, ends: int, rows: int, device: torch.device) -> Kept:
-        running = _BLOCKS_A_MULTIPROCESSOR * extension().multiprocessors(place(prepared.queries)[0])
+        index, _ = device_and_stream(prepared.queries)
+        running = _BLOCKS_A_MULTIPROCESSOR * extension().multiprocessors(index)
         blocks = max(1, min(-(-rows // _SCAN_ROWS), running // prepared.query_tiles))
         return Kept.none(blocks, q, k, ends, capacity_of(k), device)
 
     def scan(self, step: Step) -> None:
         part, prepared, kept, base = step.part, step.prepared, step.kept, step.base
         size = 1 if part.dtype in PACKED_DTYPES else part.rows.element_size()
-        fields = {
-            **_kept_fields(kept, len(prepared.queries)),
+        arguments = {
+            **_kept_arguments(kept, len(prepared.queries)),
             "rows": part.rows.data_ptr(),
             "format": _FORMATS[part.dtype],
             "n": len(part.rows),
@@ -88,14 +89,14 @@ class _Kernels:
             "stride_base": 0 if base is None else base.stride(0),
             "after": _address(step.after),
         }
-        extension().topk_scan(fields, place(part.rows))
+        extension().topk_scan(arguments, device_and_stream(part.rows))
 
     def merge(self, kept: Kept, outs: Sequence[tuple[Tensor, Tensor]]) -> None:
-        fields = _kept_fields(kept, kept.keys.shape[1])
+        arguments = _kept_arguments(kept, kept.keys.shape[1])
         (scores, indices), (low_scores, low_indices) = outs[0], outs[-1]
         extension().topk_merge(
-            fields, scores.data_ptr(), indices.data_ptr(), low_scores.data_ptr(), low_indices.data_ptr(),
-            scores.stride(0), kept.last.data_ptr(), place(scores),
+            arguments, scores.data_ptr(), indices.data_ptr(), low_scores.data_ptr(), low_indices.data_ptr(),
+            scores.stride(0), kept.last.data_ptr(), device_and_stream(scores),
         )  # fmt: skip
 
 
@@ -104,7 +105,7 @@ def capacity_of(k: int) -> int:
     return 1024 if k <= _SCAN_ROWS else 2048
 
 
-def _kept_fields(kept: Kept, q: int) -> dict[str, int]:
+def _kept_arguments(kept: Kept, q: int) -> dict[str, int]:
     return {
         "q": q,
         "kept": kept.keys.data_ptr(),
@@ -123,9 +124,9 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
     queries = queries if queries.stride(1) == 1 else queries.contiguous()
     packed = dtype in PACKED_DTYPES
     blocks = packed and segments is not None
-    tables = _tables(dtype, part.width, None if segments is None else tuple(segments), device)
-    places, table, steps = tables
-    units, segment_count = len(places), 1 if segments is None else len(table)
+    tables = unit_tables(dtype, part.width, None if segments is None else tuple(segments), device)
+    numbers, table, steps = tables
+    units, segment_count = len(numbers), 1 if segments is None else len(table)
     each = 3 if blocks else 1 if dtype in ("int4", "sign") else 2
     tiles = 1 if q * each <= _COLUMNS else 2 if blocks else _TILES[dtype]
     held = min(q * each, _COLUMNS)
@@ -136,7 +137,7 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
     units_of = torch.empty(2, q, dtype=torch.float64, device=device)
     sums = torch.empty(q, dtype=torch.int64, device=device) if packed and not blocks else None
     segment_sums = torch.empty(segment_count, q, each, dtype=torch.int32, device=device) if blocks else None
-    fields = {
+    arguments = {
         "queries": queries.data_ptr(),
         "q": q,
         "stride_query": queries.stride(0),
@@ -148,8 +149,8 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
         "tiles": tiles,
         "columns_held": held,
         "query_tiles": query_tiles,
-        "places": places.data_ptr(),
-        "place_planes": places.shape[1],
+        "places": numbers.data_ptr(),
+        "place_planes": numbers.shape[1],
         "steps": steps.data_ptr(),
         "segments": table.data_ptr(),
         "segment_count": segment_count,
@@ -160,7 +161,7 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
         "sums": _address(sums),
         "fragments": fragments.data_ptr(),
     }
-    extension().scan_queries(fields, place(queries))
+    extension().scan_queries(arguments, device_and_stream(queries))
     return _Prepared(
         fragments, units, tiles, held, query_tiles, tables, segment_count, blocks, queries, units_of[0], sums
     )
@@ -170,43 +171,43 @@ Tables = tuple[Tensor, Tensor, Tensor]
 
 
 def made_tables(dtype: str, width: int, segments: tuple[Segment, ...] | None) -> Tables:
-    """-> on the CPU, int32: places [units, planes, numbers of 64 bytes], the number of a row at each place of
-    its units, -1 for none; segments [segments, 5]; steps [units, 4] of packed rows with blocks. The last two
-    are described in csrc/cuda/launchers.h, and empty where there are none."""
+    """-> on the CPU, int32: numbers [units, planes, numbers of 64 bytes], the number of a row at each place
+    of its units, -1 for none; segments [segments, 5]; steps [units, 4] of packed rows with blocks. The last
+    two are described in csrc/cuda/launchers.h, and empty where there are none."""
     nothing = torch.empty(0, 4, dtype=torch.int32, device="cpu")
     if dtype not in PACKED_DTYPES:
         return *_float_tables(_UNIT // _SIZES[dtype], width, segments), nothing
     if segments is not None:
-        places, steps, pieces = steps_of_blocks(dtype, width, segments)
+        numbers, steps, pieces = steps_of_blocks(dtype, width, segments)
         rows = [(begin, end, 0, 0, block) for begin, end, block in pieces]
-        return places[:, None], torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 5), steps
-    places = numbers_of_bytes(width, dtype)
-    places = torch.nn.functional.pad(places, (0, -places.shape[1] % _UNIT), value=-1)
-    places = places.view(len(places), -1, _UNIT).transpose(0, 1)  # [groups, planes, bytes]
-    return places.int().contiguous(), nothing, nothing
+        return numbers[:, None], torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 5), steps
+    numbers = numbers_of_bytes(width, dtype)
+    numbers = torch.nn.functional.pad(numbers, (0, -numbers.shape[1] % _UNIT), value=-1)
+    numbers = numbers.view(len(numbers), -1, _UNIT).transpose(0, 1)  # [groups, planes, bytes]
+    return numbers.int().contiguous(), nothing, nothing
 
 
 # The same on the device given last: 4 bytes for each number of a row.
-_tables = kept(32 << 20)(made_tables)
+unit_tables = kept(32 << 20)(made_tables)
 
 
 def _float_tables(unit: int, width: int, segments: tuple[Segment, ...] | None) -> tuple[Tensor, Tensor]:
     """The tables of float rows: a unit in which a block begins or ends has places without a number."""
-    places, rows = [torch.empty(0, unit, dtype=torch.int64, device="cpu")], []
+    numbers, rows = [torch.empty(0, unit, dtype=torch.int64, device="cpu")], []
     before = 0
     for begin, end, block in ((0, width, 0),) if segments is None else segments:
         first, last = begin // unit, -(-end // unit)
-        place = torch.arange(first * unit, last * unit, device="cpu")
-        places.append(place.where((place >= begin) & (place < end), -1).view(-1, unit))
+        number = torch.arange(first * unit, last * unit, device="cpu")
+        numbers.append(number.where((number >= begin) & (number < end), -1).view(-1, unit))
         rows.append((begin, end, first, before, block))
         before += last - first
     rows = [] if segments is None else rows
     table = torch.tensor(rows, dtype=torch.int32, device="cpu").reshape(-1, 5)
-    return torch.cat(places).int()[:, None].contiguous(), table
+    return torch.cat(numbers).int()[:, None].contiguous(), table
 
 
 def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
-topk_scan, topk_scan_both_ends = gpu_scan.ops(_Kernels())
+topk_scan, topk_scan_both_ends = gpu_scan.ops(ScanKernels())

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from rapidin.ops import tables
-from rapidin.ops.cuda.extension import DTYPES, extension, place
+from rapidin.ops.cuda.extension import DTYPES, device_and_stream, extension
 from rapidin.ops.flat_plan import flat_plan
-from rapidin.ops.low_rank import LowRank, preconditioned, preconditioned_dtype, products_with_parts
+from rapidin.ops.low_rank import LowRank, preconditioned, preconditioned_dtype, products_with_high_and_low
 
 # Blocks that share the tokens of a batch, whatever the device has room for: how sums are cut, and so their
 # bits, is the same on every GPU.
@@ -40,7 +40,7 @@ def supports_linear_sketch(
         for x, low_rank in ((inputs, inputs_low_rank), (grads, grads_low_rank))
     ]
     _, shared = extension().linear_sketch_tile(dim, *dtypes)
-    return bool(shared <= extension().shared_bytes(place(inputs)[0]))
+    return bool(shared <= extension().shared_bytes(device_and_stream(inputs)[0]))
 
 
 def linear_sketch(
@@ -82,7 +82,7 @@ def linear_sketch(
         _addresses(term_in),
         grads.data_ptr(), DTYPES[grads.dtype], n_out, grads.stride(), table_out.data_ptr(),
         _addresses(term_out),
-        batch, tokens, dim, splits, share, partial.data_ptr(), out.data_ptr(), place(out),
+        batch, tokens, dim, splits, share, partial.data_ptr(), out.data_ptr(), device_and_stream(out),
     )  # fmt: skip
     return out
 
@@ -102,7 +102,7 @@ def _term(x: Tensor, low_rank: LowRank | None, seed: int, side: tuple[int, int],
     """CS(U), x times U in two parts, and the gain."""
     if low_rank is None:
         return None
-    return low_rank.operands(seed, side, dim), products_with_parts(x, low_rank), low_rank.gain
+    return low_rank.operands(seed, side, dim), products_with_high_and_low(x, low_rank), low_rank.gain
 
 
 def _addresses(term: _Term | None) -> tuple[int, int, int, int]:
@@ -139,20 +139,20 @@ def flat_sketch(
 
     out = room(plan.batch, dim)
     partial = room(plan.parts, plan.batch, dim) if plan.parts > 1 else None
-    found = (
+    square_sums = (
         (room(plan.batch, plan.rows), room(plan.slices, plan.batch, n), room(plan.batch, n))
         if squares
         else None
     )
     scales = scales.contiguous() if scales is not None else None
-    places = tables.places(seed, plan.groups, device)  # held until the launch
+    permutations = tables.inverse_permutations(seed, plan.groups, device)  # held until the launch
     extension().flat_sketch(
         plan.table.data_ptr(), n, plan.batch, plan.rows, plan.parts, plan.chunks_of_part, seed, dim,
-        places.data_ptr(),
+        permutations.data_ptr(),
         scales.data_ptr() if scales is not None else 0,
         partial.data_ptr() if partial is not None else 0,
         out.data_ptr(),
-        (*(x.data_ptr() for x in found), plan.slices) if found is not None else (0, 0, 0, 0),
-        place(out),
+        (*(x.data_ptr() for x in square_sums), plan.slices) if square_sums is not None else (0, 0, 0, 0),
+        device_and_stream(out),
     )  # fmt: skip
-    return out, found[2] if found is not None else None
+    return out, square_sums[2] if square_sums is not None else None

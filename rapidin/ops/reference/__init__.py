@@ -2,10 +2,10 @@
 (docs/reference/sketch.md)."""
 
 from rapidin.ops.reference.flat_sketch import flat_sketch
-from rapidin.ops.reference.linear_sketch import embedding_sketch, linear_sketch, matrix_sketch
+from rapidin.ops.reference.linear_sketch import embedding_sketch, linear_sketch, matrix_sketch, stack_sketch
 from rapidin.ops.reference.packed import pack, unpack
+from rapidin.ops.reference.rotate import rotate, unit_blocks
 from rapidin.ops.reference.topk_scan import topk_scan, topk_scan_both_ends
-from rapidin.ops.reference.turn import turn, unit_blocks
 
 __all__ = [
     "embedding_sketch",
@@ -13,9 +13,10 @@ __all__ = [
     "linear_sketch",
     "matrix_sketch",
     "pack",
+    "rotate",
+    "stack_sketch",
     "topk_scan",
     "topk_scan_both_ends",
-    "turn",
     "unit_blocks",
     "unpack",
 ]

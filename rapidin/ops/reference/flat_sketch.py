@@ -1,4 +1,4 @@
-"""Flat sketch of a list of tensors: rows to groups, lanes turned by XOR, a sign for each element."""
+"""Flat sketch of a list of tensors: rows to groups, lanes permuted by XOR, a sign for each element."""
 
 from collections.abc import Sequence
 
@@ -38,9 +38,9 @@ def flat_sketch(
         element = torch.arange(values.shape[1])
         row, e = first_row + element // width, element % width
 
-        chunk, place = row // groups, row % groups
-        turn = h.words(seed, h.FLAT_TURN, chunk) % POOL
-        group = (pool[turn, place] + h.words(seed, h.FLAT_ROTATION, chunk) % groups) % groups
+        chunk, position = row // groups, row % groups
+        permutation = h.words(seed, h.FLAT_TURN, chunk) % POOL
+        group = (pool[permutation, position] + h.words(seed, h.FLAT_ROTATION, chunk) % groups) % groups
         lane = e ^ (h.words(seed, h.FLAT_LANE, row) & (width - 1))
 
         sign_words = torch.zeros_like(row)

@@ -21,6 +21,19 @@ def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:
     return torch.zeros(*grad.shape[:-2], dim, dtype=torch.float64, device=device).index_add_(-1, bins, values)
 
 
+def stack_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:
+    """grad: [..., E, O, I] -> [..., dim] float64: element (e, o, i) goes to bin (h_stack(e) + h_out(o) +
+    h_in(i)) mod dim."""
+    count = grad.shape[-3]
+    shifts = h.bins(seed, h.STACK_BINS, count, dim).tolist()
+    signs = h.signs(seed, h.STACK_SIGNS, torch.arange(count)).tolist()
+    each = matrix_sketch(grad, dim, seed=seed)
+    total = torch.zeros(*grad.shape[:-3], dim, dtype=torch.float64, device=grad.device)
+    for e, (shift, sign) in enumerate(zip(shifts, signs, strict=True)):
+        total += sign * each[..., e, :].roll(shift, -1)
+    return total
+
+
 class LowRank(Protocol):
     """I + basis diag(gain) basis^T; basis: [n, r], gain: [r]."""
 

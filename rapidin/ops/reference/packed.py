@@ -28,7 +28,7 @@ class Packed(Protocol):
     def scale(self) -> Tensor | None: ...
 
 
-def places(width: int, dtype: PackedDtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def byte_and_plane(width: int, dtype: PackedDtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Where each number of a row is: its byte and its plane, [width] int64 each."""
     number = torch.arange(width, device=device)
     group = number // (GROUP * PER_BYTE[dtype])
@@ -49,7 +49,7 @@ def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
     levels = levels.where(~broken[:, None], 0)
     if dtype == "int8":
         return levels.to(torch.int8), scale
-    byte, plane = places(x.shape[1], dtype, x.device)
+    byte, plane = byte_and_plane(x.shape[1], dtype, x.device)
     codes = torch.zeros(len(x), int(byte.max()) + 1 if len(byte) else 0, dtype=torch.int64, device=x.device)
     codes.index_add_(1, byte, levels << plane * BITS[dtype])
     return codes.to(torch.uint8), scale
@@ -72,7 +72,7 @@ def decoded(packed: Packed) -> Tensor:
     """The numbers of packed rows, [N, W] float64."""
     values = packed.codes.double()
     if packed.dtype != "int8":
-        byte, plane = places(packed.width, packed.dtype, values.device)
+        byte, plane = byte_and_plane(packed.width, packed.dtype, values.device)
         bits = BITS[packed.dtype]
         levels = packed.codes.long()[:, byte] >> plane * bits & (1 << bits) - 1
         values = levels * 2.0 - 1.0 if packed.dtype == "sign" else levels - 7.5

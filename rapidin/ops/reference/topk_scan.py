@@ -19,7 +19,7 @@ def scores(
     base: Tensor | None,
 ) -> Tensor:
     """parts: of [N, D] rows, queries: [Q, D], scales: [N, nb], base: [Q, N] -> [Q, N], summed in float64."""
-    cache = torch.cat([part.double() if isinstance(part, Tensor) else decoded(part) for part in parts], dim=1)
+    cache = torch.cat([rows.double() if isinstance(rows, Tensor) else decoded(rows) for rows in parts], dim=1)
     if scales is None:
         total = queries.double() @ cache.T
     else:

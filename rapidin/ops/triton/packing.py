@@ -1,4 +1,4 @@
-"""pack, unpack, turn and unit_blocks."""
+"""pack, unpack, rotate and unit_blocks."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ import torch
 from torch import Tensor
 
 from rapidin.kernels import pack as pack_kernels
-from rapidin.kernels import turn as turn_kernels
+from rapidin.kernels import rotate as rotate_kernels
 from rapidin.ops.packed import Packed, PackedDtype, packed_bytes
-from rapidin.ops.turn import WIDEST, Cut
+from rapidin.ops.rotate import WIDEST, Cut
 
 
 def pack(x: Tensor, dtype: PackedDtype) -> tuple[Tensor, Tensor]:
     n, width = x.shape
-    code = torch.int8 if dtype == "int8" else torch.uint8
-    codes = torch.empty(n, packed_bytes(width, dtype), dtype=code, device=x.device)
+    code_dtype = torch.int8 if dtype == "int8" else torch.uint8
+    codes = torch.empty(n, packed_bytes(width, dtype), dtype=code_dtype, device=x.device)
     scale = torch.empty(n, device=x.device, dtype=torch.float32)
     pack_kernels.pack(_rows(x), codes, scale, dtype)
     return codes, scale
@@ -27,18 +27,18 @@ def unpack(packed: Packed) -> Tensor:
     return x
 
 
-def turn(x: Tensor, *, seed: int, back: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
+def rotate(x: Tensor, *, seed: int, inverse: bool, mean: Tensor | None, cut: Cut | None) -> Tensor:
     n, blocks, width = x.shape
     if width > WIDEST:
         raise ValueError(
-            f"turn: blocks on a GPU have at most {WIDEST} numbers, got {width}; call .cpu() first"
+            f"rotate: blocks on a GPU have at most {WIDEST} numbers, got {width}; call .cpu() first"
         )
     out = torch.empty(n, blocks * width if cut is None else cut.kept, device=x.device, dtype=torch.float32)
-    turn_kernels.turn(
+    rotate_kernels.rotate(
         _rows(x),
         out,
         seed=seed,
-        back=back,
+        inverse=inverse,
         mean=None if mean is None else mean.contiguous(),
         begin=None if cut is None else cut.begin,
         size=None if cut is None or cut.size is None else cut.size.contiguous(),
@@ -51,7 +51,7 @@ def unit_blocks(x: Tensor) -> tuple[Tensor, Tensor]:
     length = torch.empty(x.shape[:-1], device=x.device, dtype=torch.float32)
     if unit.numel():
         width = x.shape[-1]
-        turn_kernels.unit_blocks(_rows(x.reshape(-1, width)), unit.view(-1, width), length.view(-1))
+        rotate_kernels.unit_blocks(_rows(x.reshape(-1, width)), unit.view(-1, width), length.view(-1))
     else:
         length.zero_()
     return unit, length

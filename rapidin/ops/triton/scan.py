@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -47,15 +47,25 @@ class _Prepared:
     tile: dict[str, int]
 
 
-class _Kernels:
-    """gpu_scan.Kernels by Triton."""
+def multiprocessors(device: torch.device) -> int:
+    """How many a device has; on the CPU, where kernels are interpreted, as if it were a small GPU."""
+    if device.type != "cuda":
+        return _SIMULATED
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+class ScanKernels:
+    """gpu_scan.Kernels by Triton; multiprocessors: how many a device has, by which programs are counted."""
+
+    def __init__(self, multiprocessors: Callable[[torch.device], int] = multiprocessors) -> None:
+        self._multiprocessors = multiprocessors
 
     def prepare(self, part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> _Prepared:
         return prepare(part, queries, segments)
 
     def keep(self, prepared: _Prepared, q: int, k: int, ends: int, rows: int, device: torch.device) -> Kept:
         tile = prepared.tile
-        running = _PROGRAMS_A_MULTIPROCESSOR * _multiprocessors(device)
+        running = _PROGRAMS_A_MULTIPROCESSOR * self._multiprocessors(device)
         programs = max(1, min(-(-rows // tile["R"]), running // -(-q // tile["Q"])))
         capacity = 1 << (max(2 * k, k + 2 * tile["R"]) - 1).bit_length()
         return Kept.none(programs, q, k, ends, capacity, device)
@@ -121,12 +131,12 @@ def prepare(part: Part, queries: Tensor, segments: Sequence[Segment] | None) -> 
 
 def _prepare_steps(part: Part, queries: Tensor, segments: tuple[Segment, ...]) -> _Prepared:
     """Queries for packed rows with blocks: floats that are multiplied by the codes' values."""
-    places, steps, table = _step_tables(part.dtype, part.width, segments, queries.device)
+    numbers, steps, table = _step_tables(part.dtype, part.width, segments, queries.device)
     tile = scan_kernels.tile_of(torch.float16, 0, len(queries))
     tile["D"] = scan_kernels.STEP // 2  # more spill
     few = len(queries) <= scan_kernels.FEW
     scaled, units = scaled_queries(queries)
-    scaled, exact = (torch.nn.functional.pad(x, (0, 1))[:, places] for x in (scaled, queries))
+    scaled, exact = (torch.nn.functional.pad(x, (0, 1))[:, numbers] for x in (scaled, queries))
     terms = 0 if few else _TERMS["float16"]
     columns = scaled[None] if few else float_terms(scaled, torch.float16, terms)
     columns = torch.nn.functional.pad(columns, (0, 0, 0, 0 if few else -len(queries) % tile["Q"]))
@@ -139,12 +149,12 @@ def _step_tables(dtype: str, width: int, segments: tuple[Segment, ...]) -> tuple
     """On the device given last: the number of a row at each place of the steps, `width` for none, [64 steps]
     int64; steps [steps, 2] int32: a group's first byte, a plane's first bit; segments [segments, 3]: first
     and last place, block."""
-    places, steps, _ = steps_of_blocks(dtype, width, segments)
+    numbers, steps, _ = steps_of_blocks(dtype, width, segments)
     begins = torch.nonzero(steps[:, 1] & BEGINS).flatten()
     ends = torch.nonzero(steps[:, 1] & ENDS).flatten() + 1
-    size = places.shape[1]
+    size = numbers.shape[1]
     table = torch.stack([begins * size, ends * size, steps[begins, 2].long()], 1).int()
-    flat = places.flatten().long()
+    flat = numbers.flatten().long()
     steps = torch.stack([steps[:, 0], steps[:, 1] >> 8], 1).contiguous()
     return flat.where(flat >= 0, width), steps, table.contiguous()
 
@@ -155,10 +165,4 @@ def _segment_table(segments: tuple[Segment, ...]) -> Tensor:
     return torch.tensor(segments, dtype=torch.int32, device="cpu").reshape(-1, scan_kernels.SEGMENT)
 
 
-def _multiprocessors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return _SIMULATED
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
-
-
-topk_scan, topk_scan_both_ends = gpu_scan.ops(_Kernels())
+topk_scan, topk_scan_both_ends = gpu_scan.ops(ScanKernels())

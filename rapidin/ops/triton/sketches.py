@@ -26,6 +26,7 @@ def linear_sketch(
     seed: int,
     inputs_low_rank: LowRank | None = None,
     grads_low_rank: LowRank | None = None,
+    blocks: int = linear_kernels.BLOCKS,
 ) -> Tensor:
     inputs, grads = preconditioned(inputs, inputs_low_rank), preconditioned(grads, grads_low_rank)
     table_in = tables.columns(seed, tables.IN, inputs.shape[2], dim, inputs.device)
@@ -36,7 +37,7 @@ def linear_sketch(
     if dim in fourier_kernels.DIMS and not planes:
         return fourier_kernels.fourier_sketch(inputs, grads, dim, table_in, table_out)
     if planes:
-        return linear_kernels.linear_sketch(inputs, grads, dim, table_in, table_out)
+        return linear_kernels.linear_sketch(inputs, grads, dim, table_in, table_out, blocks)
     return by_torch_fft(inputs, grads, dim, table_in, table_out)
 
 
@@ -59,10 +60,10 @@ def _count_sketch(x: Tensor, table: Tensor, k: int) -> Tensor:
     sign = torch.where(entries < 0, -1.0, 1.0)
     out = torch.zeros(*x.shape[:2], k, device=x.device, dtype=torch.float32)
     for chunk in range(len(entries)):
-        part = x[:, :, chunk * k : (chunk + 1) * k].float()
-        if part.shape[2] < k:
-            part = torch.nn.functional.pad(part, (0, k - part.shape[2]))
-        out += part[:, :, index[chunk]] * sign[chunk]
+        piece = x[:, :, chunk * k : (chunk + 1) * k].float()
+        if piece.shape[2] < k:
+            piece = torch.nn.functional.pad(piece, (0, k - piece.shape[2]))
+        out += piece[:, :, index[chunk]] * sign[chunk]
     return out
 
 
@@ -75,9 +76,9 @@ def flat_sketch(
     squares: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     plan = flat_plan(tensors, dim)
-    places = tables.places(seed, plan.groups, tensors[0].device)
+    permutations = tables.inverse_permutations(seed, plan.groups, tensors[0].device)
     scales = scales.contiguous() if scales is not None else None
-    return flat_kernels.flat_sketch(plan, places, seed, scales, squares)
+    return flat_kernels.flat_sketch(plan, permutations, seed, scales, squares)
 
 
 def matrix_sketch(grad: Tensor, dim: int, *, seed: int) -> Tensor:

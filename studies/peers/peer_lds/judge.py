@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +62,7 @@ def base_of(truth: Path) -> str:
     return str(json.loads((truth / "lds.json").read_text("utf-8"))["model"])
 
 
-def prepare(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
+def prepare_texts(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
     """(the texts as token ids and labels, a model folder for each place), made with rapidin's own encoder.
 
     What an earlier call left in `work` is removed where it was of another model or other texts.
@@ -111,7 +112,7 @@ def prepare(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
     return file, folders
 
 
-def start(package: str, python: str, arguments: list[str], work: Path) -> list[dict[str, Any]]:
+def run_package(package: str, python: str, arguments: list[str], work: Path) -> list[dict[str, Any]]:
     """Rows of a package; one row that says why where it did not even start, or stopped before its end."""
     work.mkdir(parents=True, exist_ok=True)
     command = [python, str(HERE / f"run_{package}.py"), *arguments]
@@ -189,8 +190,21 @@ def best_each(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(best.values())
 
 
-def lds(folder: Path, truth_folder: Path, out: Path, *, only: list[str], seeds: int, work: Path) -> None:
-    """Run the packages (only: these, the others' rows stay as they are in `out`) and write the JSON."""
+def lds(
+    folder: Path,
+    truth_folder: Path,
+    out: Path,
+    *,
+    only: list[str],
+    seeds: int,
+    work: Path,
+    prepare: Callable[[Path, Path], tuple[Path, dict[float, Path]]] = prepare_texts,
+    start: Callable[[str, str, list[str], Path], list[dict[str, Any]]] = run_package,
+) -> None:
+    """Run the packages (only: these, the others' rows stay as they are in `out`) and write the JSON.
+
+    prepare, start: make what all packages read, and run one of them.
+    """
     truth = GroundTruth(truth_folder)
     agreement = seed_agreement(truth.losses)
     texts, models = prepare(truth_folder, work)

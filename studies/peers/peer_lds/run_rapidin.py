@@ -25,7 +25,7 @@ from rapidin.attribution.options import CacheOptions
 from rapidin.attribution.provenance import checked
 from rapidin.attribution.query_sketch import sketch_generations
 
-CODES = ("2048 bytes", "float16")
+CODECS = ("2048 bytes", "float16")
 PLACES = ("1", "0.5", "0.1,0.5,0.9")
 BUDGET = 2048
 WIDTH = 4096  # of the floats
@@ -36,14 +36,14 @@ METHODS = ("dot", "datainf", "fisher")
 class Cached:
     """A cache, and the sketches of the test texts, made when first asked for.
 
-    code: "2048 bytes" or "float16"; at: points as on the command line; preconditioner: as `Attributor` takes
+    codec: "2048 bytes" or "float16"; at: points as on the command line; preconditioner: as `Attributor` takes
     it.
     """
 
     loaded: Any
     truth: Path
     folder: Path
-    code: str
+    codec: str
     at: str
     preconditioner: str
     seed: int
@@ -56,7 +56,7 @@ class Cached:
             from rapidin import Attributor
             from rapidin.data.examples import open_examples
 
-            budget = None if self.code == "float16" else BUDGET
+            budget = None if self.codec == "float16" else BUDGET
             attributor = Attributor(
                 self.loaded,
                 at=[float(a) for a in self.at.split(",")],
@@ -98,13 +98,13 @@ def cases(setting: Setting) -> Iterator[Case]:
     from rapidin.gradients.load import load_model
 
     loaded = load_model(str(setting.truth / "tuned"), base=base_of(setting.truth), device="cpu")
-    for preconditioner, seed, code, at in product(("off", "kfac"), setting.seeds, CODES, PLACES):
-        if code == "float16" and seed:
+    for preconditioner, seed, codec, at in product(("off", "kfac"), setting.seeds, CODECS, PLACES):
+        if codec == "float16" and seed:
             continue
-        cached = Cached(loaded, setting.truth, setting.work / "cache", code, at, preconditioner, seed)
+        cached = Cached(loaded, setting.truth, setting.work / "cache", codec, at, preconditioner, seed)
         for method, normalize in product(METHODS, ("layer", "none")):
             about = {"at": at}
-            settings = {"normalize": normalize, "code": code, "seed": seed}
+            settings = {"normalize": normalize, "codec": codec, "seed": seed}
             if preconditioner != "off":
                 settings["preconditioner"] = preconditioner
             yield Case(method, settings, partial(cached.scores, method, normalize, about), about=about)

@@ -15,7 +15,7 @@ memory, so the manifests name no files. No model is needed to read the caches: e
     <cache>/self                          [9, rows]            self-influence, NaN where there is none
     ensemble/scores                       [3, Q, rows]         of ensemble.json, for "dot"
 
-in the order dot, datainf, fisher of methods and within each layer, none, cosine of normalisations;
+in the order dot, datainf, fisher of methods and within each layer, none, cosine of normalizations;
 expected.json says what `Cache.verify` and, in part, `Cache.info()` said.
 """
 
@@ -117,7 +117,7 @@ def main() -> None:
         model = tiny_llama(0, **CONFIG)
         if "lora" in name:
             model = tiny_lora(model, 1, r=2, target_modules=["q_proj"])
-            model.get_base_model().config._name_or_path = ""
+            model.get_base_model().config.name_or_path = ""
             options = options | {"at": 1.0}
         attributor = Attributor(model, tiny_tokenizer(), **{"include": INCLUDE} | options)
         attributor.cache(rows, HERE / name, shard_rows=8, **kept)

@@ -1,4 +1,4 @@
-"""The signed Hadamard turn of blocks, and blocks scaled to length 1, in Triton.
+"""The randomized Hadamard rotation of blocks, and blocks scaled to length 1, in Triton.
 
 The Hadamard transform of a block takes two or three passes, each over four or five bits of a number's place:
 a product with a matrix of 1 and -1, on tensor cores. Those take bfloat16; a float32 is the sum of three,
@@ -60,18 +60,18 @@ def _product(matrix, x, INTERPRETED: tl.constexpr):
 
 @triton.jit
 def _flip(x, words):
-    """x with its sign turned where the top bit of the word is set."""
+    """x with its sign flipped where the top bit of the word is set."""
     return (x.to(tl.uint32, bitcast=True) ^ (words & tl.full((), 0x80000000, tl.uint32))).to(
         tl.float32, bitcast=True
     )
 
 
 @triton.jit(do_not_specialize=["key_a", "key_b"])
-def _turn_kernel(
+def _rotate_kernel(
     x_ptr, mean_ptr, begin_ptr, size_ptr, out_ptr,
     n, blocks, stride_row, stride_block, stride_out, key_a, key_b, factor,
     WIDTH: tl.constexpr, A: tl.constexpr, C: tl.constexpr, SKIP: tl.constexpr, B: tl.constexpr,
-    ROWS: tl.constexpr, TILES: tl.constexpr, BACK: tl.constexpr, CENTRED: tl.constexpr, CUT: tl.constexpr,
+    ROWS: tl.constexpr, TILES: tl.constexpr, INVERSE: tl.constexpr, CENTRED: tl.constexpr, CUT: tl.constexpr,
     SIZED: tl.constexpr, INTERPRETED: tl.constexpr,
 ):  # fmt: skip
     # Numbers of a line of the first pass; a small block is padded to what the last one takes.
@@ -95,7 +95,7 @@ def _turn_kernel(
     line = column // (IN // B)
     number_out = tl.arange(0, B)[:, None] + (line // ROWS * IN + column % (IN // B) * B)[None, :]
     row_out = (line % ROWS)[None, :]
-    word = block * WIDTH + (number_out if BACK else number_in)
+    word = block * WIDTH + (number_out if INVERSE else number_in)
     key_a, key_b = key_a.to(tl.uint32, bitcast=True), key_b.to(tl.uint32, bitcast=True)
     words = hash_word(word.to(tl.uint32), key_a, key_b)
     in_block = number_in < WIDTH
@@ -111,7 +111,7 @@ def _turn_kernel(
         )
         if CENTRED:
             x -= mean
-        if not BACK:
+        if not INVERSE:
             x = _flip(x, words)
         if A > 1:
             x = _product(_hadamard(A, 1, INTERPRETED), x, INTERPRETED)
@@ -122,7 +122,7 @@ def _turn_kernel(
             x = tl.permute(tl.reshape(x, (C, A * ROWS, IN // C)), (1, 0, 2))
         x = tl.trans(tl.reshape(x, (A * ROWS * (IN // B), B)))
         y = _product(_hadamard(B, 1, INTERPRETED), x, INTERPRETED) * factor
-        if BACK:
+        if INVERSE:
             y = _flip(y, words)
         to_row = first + row_out
         tl.store(
@@ -142,17 +142,17 @@ def _passes(width: int) -> tuple[int, int, int, int]:
     return known.get(width, (16, 16, 1, width // 256))
 
 
-def turn(
+def rotate(
     x: Tensor,
     out: Tensor,
     *,
     seed: int,
-    back: bool,
+    inverse: bool,
     mean: Tensor | None,
     begin: Tensor | None,
     size: Tensor | None,
 ) -> None:
-    """Blocks turned by signs and the normalised Hadamard transform; back: by the transform, then the signs.
+    """Blocks rotated: signs, then the normalized Hadamard transform; inverse: the transform, then the signs.
 
     x: [n, blocks, width] float32, its last stride 1, width a power of two up to 8,192; mean: [blocks, width]
     float32, contiguous, subtracted first; begin: [blocks + 1] int64, block b keeps its first begin[b + 1] -
@@ -169,11 +169,11 @@ def turn(
     else:
         rows = max(1, min(_TILE // tile, power_of_two(n)))
     tiles = max(1, min(_ROWS // rows, triton.cdiv(n, rows)))
-    _turn_kernel[grid("turn", blocks * triton.cdiv(n, rows * tiles))](
+    _rotate_kernel[grid("rotate", blocks * triton.cdiv(n, rows * tiles))](
         x, x if mean is None else mean, x if begin is None else begin, x if size is None else size, out,
         n, blocks, x.stride(0), x.stride(1), out.stride(0), *signed_stream_key(seed, STREAM), width**-0.5,
         WIDTH=width, A=a, C=c, SKIP=skip, B=b, ROWS=rows, TILES=tiles,
-        BACK=back, CENTRED=mean is not None, CUT=begin is not None, SIZED=size is not None,
+        INVERSE=inverse, CENTRED=mean is not None, CUT=begin is not None, SIZED=size is not None,
         INTERPRETED=x.device.type == "cpu",
         num_warps=8 if a == 1 else min(16, max(4, tile * rows // 512)), num_stages=1,
     )  # fmt: skip

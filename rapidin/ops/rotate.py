@@ -1,4 +1,4 @@
-"""turn, unit_blocks: what is done to the blocks of sketches before they are packed."""
+"""rotate, unit_blocks: what is done to the blocks of sketches before they are packed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import Tensor
 from rapidin.ops.backends import find
 from rapidin.ops.checks import SKETCHED, check_same_device, check_sketch, check_tensor
 
-TURN = 16  # the stream of the keyed hash in docs/reference/sketch.md; the sketches use the streams below
+ROTATION = 16  # the stream of the keyed hash in docs/reference/sketch.md; the sketches use the streams below
 WIDEST = 8192
 
 
 class Cut:
-    """The numbers of turned blocks that are kept: of block b the first counts[b], divided by size[b].
+    """The numbers of rotated blocks that are kept: of block b the first counts[b], divided by size[b].
 
     counts: of [blocks], each at most `width`; size: [blocks] float32, None: 1; device: where blocks lie that
     are cut. kept: how many in all; begin: [blocks + 1] int64, where each block's numbers begin in a row.
@@ -37,39 +37,41 @@ class Cut:
         begin = torch.zeros(len(self.counts) + 1, dtype=torch.int64, device=device)
         torch.cumsum(per_block, 0, out=begin[1:])
         self.begin = begin
-        # The block of each kept number, and its place among all.
+        # The block of each kept number, and its position among all.
         self.owner = torch.repeat_interleave(per_block, output_size=self.kept)
-        self.places = torch.arange(self.kept, device=device) - begin[self.owner] + self.owner * width
+        self.positions = torch.arange(self.kept, device=device) - begin[self.owner] + self.owner * width
         self.divisor = None if size is None else size[self.owner]
 
-    def of(self, turned: Tensor) -> Tensor:
+    def of(self, rotated: Tensor) -> Tensor:
         """[n, blocks, width] -> what is kept of it, [n, kept]."""
         alike = set(self.counts)
-        found = (
-            turned[:, :, : alike.pop()].flatten(1) if len(alike) == 1 else turned.flatten(1)[:, self.places]
+        numbers = (
+            rotated[:, :, : alike.pop()].flatten(1)
+            if len(alike) == 1
+            else rotated.flatten(1)[:, self.positions]
         )
-        return found if self.divisor is None else found / self.divisor
+        return numbers if self.divisor is None else numbers / self.divisor
 
 
-def turn(
+def rotate(
     x: Tensor,
     *,
     seed: int,
-    back: bool = False,
+    inverse: bool = False,
     mean: Tensor | None = None,
     cut: Cut | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Each block turned by an orthogonal matrix of its own: random signs, then the Hadamard transform.
+    """Each block rotated by an orthogonal matrix of its own: random signs, then the Hadamard transform.
 
     x: [n, blocks, width] float32, width a power of two (on a GPU at most 8,192) -> the same, float32
-    back: the inverse; mean: [blocks, width] float32, subtracted first
-    cut: what is kept of the turned blocks: -> [n, kept] float32
+    inverse: whether to apply the inverse rotation; mean: [blocks, width] float32, subtracted first
+    cut: what is kept of the rotated blocks: -> [n, kept] float32
 
-    The turn depends on the seed, the block's number and the width alone.
+    The rotation depends on the seed, the block's number and the width alone.
     Raises TypeError or ValueError on arguments that are not as above.
     """
-    op = "turn"
+    op = "rotate"
     check_sketch(op, 1, seed)
     check_tensor(op, "x", x, (torch.float32,), ndim=3)
     blocks, width = x.shape[1:]
@@ -84,8 +86,8 @@ def turn(
             f"{op}: cut must be of {blocks} blocks of {width}, got {len(cut.counts)} of {cut.width}"
         )
     device = check_same_device(op, {"x": x, "mean": mean, "cut": None if cut is None else cut.begin})
-    found: Tensor = find(op, backend, device)(x.detach(), seed=seed, back=back, mean=mean, cut=cut)
-    return found
+    rotated: Tensor = find(op, backend, device)(x.detach(), seed=seed, inverse=inverse, mean=mean, cut=cut)
+    return rotated
 
 
 def unit_blocks(x: Tensor, *, backend: str | None = None) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,100 @@
+"""Weights that are stored in fewer bits: whether gradients pass through their layers, and their bytes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rapidin.errors import UserError, reason_of
+
+_ALLOWED = 0.1  # relative error of a layer's gradient; inputs that are quantized too bring a few hundredths
+_TOKENS = 32
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Raises UserError if a model has quantized layers that pass no gradient on, or a wrong one.
+
+    Some kinds are made for inference alone, and lose the gradient without an error. One layer of each kind is
+    tried. bitsandbytes' 4-bit layers are kept from becoming so: on a CPU with AVX512-BF16 they pack their
+    weights anew the first time that they run in evaluation mode on an input without gradient, as when the
+    model generates. Packed layers are faster, but pass no gradient on; their scales are rounded, so that
+    there is no exact way back.
+    """
+    tried = set()
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        state = getattr(weight, "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            raise UserError(
+                f"bitsandbytes has packed the 4-bit weight of '{name}' for generation on this CPU, and "
+                "packed weights pass no gradient on",
+                "load the model again, and give it to rapidin before it generates",
+            )
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+        kind = (type(module), type(weight), getattr(weight, "dtype", None))
+        if kind not in tried and _is_quantized(module):
+            tried.add(kind)
+            problem = _problem(module, model)
+            if problem:
+                raise UserError(
+                    f"no gradients can be taken through the quantized layer '{name}' "
+                    f"({type(module).__name__}): {problem}",
+                    "load the model without quantization, or in another kind of it",
+                )
+
+
+def plain_tensors(value: Tensor) -> Iterator[Tensor]:
+    """The tensors in memory of a weight: itself, or the parts (numbers, scales, zeros) of torchao's and
+    other kinds of tensors that consist of several, in order."""
+    flatten: Any = getattr(value, "__tensor_flatten__", None)
+    if flatten is None or hasattr(value, "to_local"):
+        yield value
+        return
+    for name in flatten()[0]:
+        yield from plain_tensors(getattr(value, name))
+
+
+def _is_quantized(module: nn.Module) -> bool:
+    """Whether a linear layer has other weights than plain numbers."""
+    if not hasattr(module, "in_features") or any(p.is_meta for p in module.parameters(recurse=False)):
+        return False
+    if any(True for _ in module.children()):
+        return False  # an adapter around a layer
+    weight = getattr(module, "weight", None)
+    if not isinstance(weight, Tensor):
+        return any(not buffer.is_floating_point() for buffer in module.buffers(recurse=False))
+    return not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__")
+
+
+def _problem(layer: Any, model: nn.Module) -> str:
+    """What is wrong with the gradient of a linear layer's input; "" if nothing is.
+
+    With y = W x, the gradient of v y is u = W^T v, and v W u = u u if it is right.
+    """
+    tensors = [*layer.parameters(), *layer.buffers()]
+    floats = (p.dtype for p in model.parameters() if p.is_floating_point() and p.itemsize > 1)
+    dtype, device = next(floats, torch.float32), tensors[0].device
+    generator = torch.Generator().manual_seed(0)
+    x = torch.zeros(1, _TOKENS, layer.in_features, dtype=dtype, device=device, requires_grad=True)
+    training = layer.training
+    layer.eval()
+    try:
+        with torch.enable_grad():
+            zero = layer(x)
+            v = torch.randn(zero.shape, generator=generator, device="cpu").to(zero)
+            if not zero.requires_grad:
+                return "it passes none on"
+            (u,) = torch.autograd.grad(zero, x, v)
+            size = u.double().square().sum()
+            with torch.no_grad():
+                product = ((layer(u.clone().requires_grad_()) - zero).double() * v.double()).sum()
+    except Exception as error:  # each kind has its own for what it cannot do
+        return reason_of(error)
+    finally:
+        layer.train(training)
+    wrong = float((product - size).abs() / size)
+    return "" if wrong < _ALLOWED else f"they are wrong by {wrong:.2g} of their size"

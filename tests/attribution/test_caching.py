@@ -1,0 +1,228 @@
+"""What caching finds out about a model first: gradients unlike autograd's, and what does not count."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from own_gradients import own_sketches
+from tiny import records, tiny_llama, tiny_lora, tiny_tokenizer
+from torch import Tensor, nn
+
+from rapidin import Attributor, Cache, CoverageWarning, UserError
+from rapidin.attribution.plan import make_plan
+from rapidin.attribution.provenance import source_of
+from rapidin.cache import Manifest
+from rapidin.cache.names import shard_name
+from rapidin.cache.progress import Progress
+from rapidin.gradients.coverage import Coverage, coverage_of
+from rapidin.gradients.model import LoadedModel
+from rapidin.gradients.parameters import all_parameters, find_targets
+
+SETTINGS: dict[str, Any] = {"width": 128, "seed": 11, "preconditioner": "off"}
+DOWN = "model.layers.0.mlp.down_proj.weight"
+
+
+class TwiceUsed(nn.Linear):
+    """A linear layer whose weight counts twice, which its type does not tell."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(x, self.weight) + 0.5 * nn.functional.linear(x, self.weight)
+
+
+def wrong_model() -> Any:
+    model = tiny_llama()
+    layer = model.model.layers[0].mlp.down_proj
+    other = TwiceUsed(layer.in_features, layer.out_features, bias=False)
+    other.load_state_dict(layer.state_dict())
+    model.model.layers[0].mlp.down_proj = other
+    return model
+
+
+def attributor_of(model: Any, **settings: Any) -> Attributor:
+    return Attributor(model, tiny_tokenizer(), **SETTINGS | settings)
+
+
+def test_a_wrong_gradient_is_named_in_the_manifest_and_right_in_cache_and_query(tmp_path: Path) -> None:
+    model = wrong_model()
+    attributor = attributor_of(model)
+    seen: list[Progress] = []
+    cache = attributor.cache(records(6), tmp_path / "cache", dtype="float32", on_progress=seen.append)
+    messages = [p.message for p in seen if p.message]
+    assert len(messages) == 2
+    assert f"1 differ, which are taken by autograd, one example at a time (such as '{DOWN}'" in messages[0]
+    assert messages[1].startswith("examples are processed one at a time: 1 parameters have their gradient")
+    check = json.loads((cache.path / "manifest.json").read_text())["gradient"]["check"]
+    assert list(check["by_autograd"]) == [DOWN]
+    assert check["compared"] == check["total"] == 14
+    assert check["by_autograd"][DOWN] == pytest.approx(1 / 3, rel=0.01)
+    assert cache.info()["gradient"]["check"] == check
+
+    source = source_of(cache.manifest, LoadedModel.of(model, tiny_tokenizer()))
+    assert source.sketcher.single_names == [DOWN]
+    texts = [source.encoder(record) for record in records(6)]
+    expected = torch.stack([own_sketches(model, source.targets, (t.ids, t.target)) for t in texts])
+    got, _ = source.sketches(texts)
+    assert (got - expected).norm() < 1e-5 * expected.norm()
+    rows = cache.sketches(range(6)).view(6, 14, 128) * cache.lengths(range(6))[..., None]
+    assert (rows - expected).norm() < 1e-5 * expected.norm()
+
+    record = records(6)[4]
+    pair = [(record["prompt"], record["completion"])]
+    (result,) = attributor.query(cache, pair, errors=False)
+    assert result.top[0].index == 4
+    assert result.top[0].score == pytest.approx(1.0, abs=1e-4)
+
+    unchecked = attributor.cache(records(6), tmp_path / "unchecked", dtype="float32", check=False)
+    assert "check" not in unchecked.manifest.gradient
+    wrong = unchecked.sketches(range(6)).view(6, 14, 128) * unchecked.lengths(range(6))[..., None]
+    names = [target.name for target in source.targets]
+    errors = (wrong - expected).norm(dim=(0, 2)) / expected.norm(dim=(0, 2))
+    assert [name for name, error in zip(names, errors, strict=True) if error > 1e-4] == [DOWN]
+
+
+def test_a_resumed_cache_keeps_its_check_and_is_not_begun_again_with_another(tmp_path: Path) -> None:
+    attributor = attributor_of(wrong_model())
+    whole = attributor.cache(records(6), tmp_path / "whole", shard_rows=2)
+    (whole.path / shard_name(1)).unlink()
+    again = attributor.cache(records(6), whole.path, shard_rows=2, check=False)  # as it was begun
+    assert again.manifest == whole.manifest
+
+    begun = attributor.cache(records(6), tmp_path / "begun", shard_rows=2, check=False)
+    (begun.path / shard_name(1)).unlink()
+    with pytest.raises(UserError, match=rf"was begun without the check, .* are wrong: .*{DOWN}"):
+        attributor.cache(records(6), begun.path, shard_rows=2)
+    right = attributor_of(tiny_llama())
+    begun = right.cache(records(6), tmp_path / "right", shard_rows=2, check=False)
+    (begun.path / shard_name(1)).unlink()
+    finished = right.cache(records(6), begun.path, shard_rows=2)
+    assert finished.manifest.gradient["check"]["by_autograd"] == {}
+
+
+def test_a_manifest_without_check_and_coverage_opens_and_a_damaged_one_is_refused(tmp_path: Path) -> None:
+    model = tiny_llama()
+    cache = attributor_of(model).cache(records(6), tmp_path / "cache")
+    path = cache.path / "manifest.json"
+    whole = json.loads(path.read_text())
+    earlier = json.loads(path.read_text())
+    del earlier["gradient"]["check"], earlier["gradient"]["coverage"]
+    path.write_text(json.dumps(earlier))
+    (result,) = attributor_of(model).query(Cache(cache.path), [("one", " two")])
+    assert len(result.top) == 6
+    for key, part, value in [
+        ("check", "by_autograd", {"a": "much"}),
+        ("check", "compared", -1),
+        ("check", "mixed", None),
+        ("check", "unchecked", [3]),
+        ("coverage", "total", 0),
+        ("coverage", "weights", "all"),
+        ("coverage", "left_out", [{"kind": "norms", "parameters": 1, "elements": 1, "names": []}]),
+    ]:
+        damaged = json.loads(json.dumps(whole))
+        damaged["gradient"][key][part] = value
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="damaged"):
+            Manifest.read(cache.path)
+        del damaged["gradient"][key][part]
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match="damaged"):
+            Manifest.read(cache.path)
+
+
+def test_data_without_any_gradient_are_not_checked(tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    empty = [{"prompt": "one", "completion": ""}] * 3
+    cache = attributor_of(tiny_llama()).cache(empty, tmp_path / "cache", on_progress=seen.append)
+    assert [p.message for p in seen if p.message] == [
+        "gradients are not compared with autograd's: no example has a gradient"
+    ]
+    assert "check" not in cache.manifest.gradient
+
+
+# --------------------------------------------------------------------------------- what does not count
+
+
+class Tables(nn.Module):
+    """An MLP beside parameters of a kind that does not count unless it is asked for."""
+
+    def __init__(self, inner: nn.Module, size: int) -> None:
+        super().__init__()
+        self.inner = inner
+        self.expert_table = nn.Parameter(torch.randn(size, 4, 4, 4) * 0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        output: Tensor = self.inner(x)
+        return output * self.expert_table.square().mean().exp()
+
+
+def mostly_uncounted() -> Any:
+    model = tiny_llama()
+    model.model.layers[1].mlp = Tables(model.model.layers[1].mlp, 400)
+    return model
+
+
+def test_what_does_not_count_is_named_by_kind() -> None:
+    model = tiny_llama(attention_bias=True)
+    targets = find_targets(model)
+    coverage = coverage_of(model, targets)
+    assert [part.kind for part in coverage.left_out] == ["embeddings", "output head", "norms", "biases"]
+    counts = {part.kind: (part.parameters, part.elements) for part in coverage.left_out}
+    assert counts == {
+        "embeddings": (1, 320 * 32),
+        "output head": (1, 320 * 32),
+        "norms": (5, 5 * 32),
+        "biases": (8, 2 * (32 + 16 + 16 + 32)),
+    }
+    total = sum(p.numel() for p in model.parameters())
+    assert coverage.counted + sum(part.elements for part in coverage.left_out) == coverage.total == total
+    assert not coverage.is_low
+    assert coverage.weights == 1.0
+    assert Coverage.from_json(json.loads(json.dumps(coverage.to_json()))) == coverage
+    assert coverage_of(model, all_parameters(model)).text == "100.0% of the model's parameters are used"
+
+    few = coverage_of(model, targets[:10])
+    assert few.is_low
+    assert 0.5 < few.weights < 0.9
+    assert "other (" in few.text
+    assert not coverage_of(model, targets[:10], chosen=True).is_low
+
+
+def test_an_adapter_and_chosen_parameters_are_quiet(tmp_path: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", CoverageWarning)
+        lora = attributor_of(tiny_lora(tiny_llama()))
+        assert lora.source.coverage.left_out == ()
+        assert 0 < lora.coverage < 0.1
+        lora.cache(records(4), tmp_path / "lora")
+        attributor_of(tiny_llama()).cache(records(4), tmp_path / "dense")
+        chosen = attributor_of(mostly_uncounted(), exclude=["q_proj"])
+        cache = chosen.cache(records(4), tmp_path / "chosen")
+    kinds = [part["kind"] for part in cache.manifest.gradient["coverage"]["left_out"]]
+    assert kinds == ["experts", "embeddings", "output head", "norms", "other"]
+
+
+def test_a_model_of_which_little_counts_is_warned_about(tmp_path: Path) -> None:
+    attributor = attributor_of(mostly_uncounted())
+    with pytest.warns(CoverageWarning, match=r"only 37.\d% of the model's weights") as caught:
+        cache = attributor.cache(records(4), tmp_path / "cache")
+    message = str(caught[0].message)
+    assert "experts (41.6%: 1 parameters such as 'model.layers.1.mlp.expert_table')" in message
+    record = cache.manifest.gradient["coverage"]
+    assert record["left_out"][0] == {
+        "kind": "experts",
+        "parameters": 1,
+        "elements": 25600,
+        "names": ["model.layers.1.mlp.expert_table"],
+    }
+    assert issubclass(CoverageWarning, UserWarning)
+
+
+def test_a_plan_says_what_counts_and_is_checked() -> None:
+    plan = make_plan(attributor_of(wrong_model()).source, 100, tokens=12)
+    assert plan.check is not None
+    assert list(plan.check.by_autograd) == [DOWN]
+    assert plan.coverage.left_out[0].kind == "embeddings"
