@@ -316,7 +316,8 @@ def _preference(record: Record, where: str) -> Record:
     )
     if question != "prompt" and question:
         _refuse_context(record, where, (question, "chosen"))
-    prompt = chat(record.get(question))
+    turns = next((name for name in _CHATS[:2] if not question and _is_chat(record.get(name))), question)
+    prompt = chat(record.get(turns))
     if isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, list):
             chosen, rejected = ([{"role": "assistant", "content": each}] for each in (chosen, rejected))

@@ -211,12 +211,7 @@ def _open_stream(source: Any, reading: Reading) -> Source:
     if isinstance(name, str) and os.path.isfile(name) and _position(source) == 0:
         return _open_path(name, reading)
     shown = name if isinstance(name, str) else "the open file"
-    try:
-        return _open_content(spool(source, shown), shown, None, reading)
-    except ValueError as error:  # io.UnsupportedOperation: not opened for reading
-        raise UserError(
-            f"the data is an open file that cannot be read ({error})", "open it for reading"
-        ) from error
+    return _open_content(spool(source, shown), shown, None, reading)
 
 
 def _position(source: Any) -> int | None:

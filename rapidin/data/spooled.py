@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import bz2
 import gzip
+import io
 import lzma
 import pickle
 import tempfile
@@ -24,15 +25,35 @@ _CHUNK = 1 << 20
 _NO_ROOM = "set TMPDIR to a folder on a disk with more room"
 
 
-def _zstandard(file: IO[bytes]) -> Any:
-    module = needs("zstandard", "reading a .zst file", "data")
-    return module.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+class _Zstandard:
+    """Reads frames of Zstandard. A file that ends within one raises EOFError, which the package's own reader
+    of streams does not."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        package = needs("zstandard", "reading a .zst file", "data")
+        self._new = package.ZstdDecompressor().decompressobj
+        self._file, self._frame = file, self._new()
+
+    def read(self, size: int) -> bytes:
+        """The next bytes, of about `size` compressed ones; none at the end."""
+        while True:
+            rest = self._frame.unused_data if self._frame.eof else b""
+            chunk = rest or self._file.read(size)
+            if not chunk:
+                if not self._frame.eof:
+                    raise EOFError("the last frame is not complete")
+                return b""
+            if self._frame.eof:
+                self._frame = self._new()
+            data: bytes = self._frame.decompress(chunk)
+            if data:
+                return data
 
 
 # The first bytes of a compressed file, and what reads it.
 _COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-    b"\x28\xb5\x2f\xfd": _zstandard,
+    b"\x28\xb5\x2f\xfd": _Zstandard,
     b"\xfd7zXZ\0": lzma.LZMAFile,
     b"BZh": bz2.BZ2File,
 }
@@ -47,6 +68,8 @@ def spool(stream: Any, name: str) -> IO[bytes]:
             chunk = stream.read(_CHUNK)
         except UnicodeDecodeError as error:
             raise UserError(f"{name}: not UTF-8 text ({error.reason})") from error
+        except io.UnsupportedOperation as error:
+            raise UserError(f"{name} is not open for reading", "open it again") from error
         except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
             why = reason(error) if isinstance(error, OSError) else str(error)
             raise UserError(f"cannot read {name}: it is damaged or incomplete ({why})") from error
