@@ -120,6 +120,8 @@ class _Layout:
 
     def read(self, record: Record, where: str) -> Record:
         """The record as LLaMA-Factory reads it. Raises UserError for a column that is missing or not text."""
+        if self.formatting == "alpaca" and not self.ranking and "response" not in self.columns:
+            return merged(record, {"text": record.get(self.columns.get("prompt", ""))})  # for pretraining
         messages = (
             self._alpaca(record, where) if self.formatting == "alpaca" else self._chat("messages", record)
         )
@@ -128,9 +130,10 @@ class _Layout:
                 f"{where}: '{self.columns['messages']}' is {describe(messages)}, expected messages"
             )
         system = self._column("system", record)
-        if system and not (messages and messages[0].get("role") == "system"):
+        first = messages[0] if messages else None
+        if system and not (isinstance(first, Mapping) and first.get("role") == "system"):
             messages = [{"role": "system", "content": system}, *messages]
-        tools = {"tools": record[self.columns["tools"]]} if self._column("tools", record) else {}
+        tools = {"tools": _parsed(self._column("tools", record))} if self._column("tools", record) else {}
         if not self.ranking:
             return merged(record, {"messages": messages} | tools)
         answers = [self._answer(name, record, where) for name in PREFERENCE[1:]]
@@ -159,7 +162,7 @@ class _Layout:
         answer = self._column("response", record)
         if self.ranking:
             return [*messages, _turn(question, "")[0]]
-        if "response" in self.columns and answer is None:
+        if answer is None:
             raise UserError(f"{where}: no '{self.columns['response']}', the column of the response")
         return [*messages, *_turn(question, answer)]
 
@@ -170,6 +173,14 @@ class _Layout:
         if isinstance(value, str):
             return [{"role": "assistant", "content": value}]
         return value if isinstance(value, list) else [value]
+
+
+def _parsed(tools: Any) -> Any:
+    """Tools that are spelled as JSON, as a list."""
+    try:
+        return json.loads(tools) if isinstance(tools, str) else tools
+    except (ValueError, RecursionError):
+        return tools
 
 
 def _turn(question: Any, answer: Any) -> list[Record]:
