@@ -327,10 +327,8 @@ def test_a_layer_that_mixes_examples_is_told_once_and_changes_nothing(tmp_path: 
     plain = Attributor(model, tiny_tokenizer(), **settings).cache(records(12), tmp_path / "plain")
     inner = model.model.layers[1].mlp.forward
 
-    def by_tokens(
-        x: torch.Tensor,
-    ) -> torch.Tensor:  # as a routed expert sees them: some tokens, no batch axis
-        chosen = x.flatten(0, 1)
+    def by_tokens(x: torch.Tensor) -> torch.Tensor:  # some tokens at a time, and nothing says which they are
+        chosen = torch.masked_select(x, x == x).view(-1, x.shape[-1])
         return torch.cat([inner(chosen[:1]), inner(chosen[1:])]).view(x.shape)
 
     model.model.layers[1].mlp.forward = by_tokens
@@ -340,7 +338,7 @@ def test_a_layer_that_mixes_examples_is_told_once_and_changes_nothing(tmp_path: 
     messages = [p.message for p in seen if p.message]
     assert "compared with autograd's: equal to" in messages[0]
     assert messages[1:] == [
-        "examples are processed one at a time: the layer of 'model.layers.1.mlp.down_proj.weight' has no "
+        "examples are processed one at a time: the layer of 'model.layers.1.mlp.gate_proj.weight' has no "
         "axis of the examples"
     ]
     unchecked = Attributor(model, tiny_tokenizer(), **settings)
@@ -348,7 +346,7 @@ def test_a_layer_that_mixes_examples_is_told_once_and_changes_nothing(tmp_path: 
     unchecked.cache(records(12), tmp_path / "unchecked", on_progress=seen.append, check=False)
     assert [p.message for p in seen if p.message] == [
         "examples are processed one at a time: a layer mixes those of a batch, such as that of "
-        "'model.layers.1.mlp.down_proj.weight'"
+        "'model.layers.1.mlp.gate_proj.weight'"
     ]
     torch.testing.assert_close(mixed.sketches(), plain.sketches(), atol=2e-3, rtol=0)
 
