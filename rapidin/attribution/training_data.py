@@ -51,6 +51,8 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
     if examples is None:
         source = join_paths([source] if isinstance(source, str) else source)
     paths = list(source.paths) if isinstance(source, Files) else [source]
+    if examples is None and "-" in paths:
+        raise UserError(f"the cache {cache.path} names standard input as its training data", remedy)
     reading = {name: value for name, value in cache.manifest.data.items() if name in ("map", "streaming")}
     try:
         opened = open_examples(source, limit=cache.manifest.rows, checked=False, **reading)

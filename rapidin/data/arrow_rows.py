@@ -32,6 +32,7 @@ class ArrowRows:
         self._ends = list(accumulate(sizes))
         self._load, self._name = load, name
         self._table: tuple[int, Any] = (-1, None)
+        self._valid: set[int] = set()  # numbers of tables that were checked
         self._block: tuple[int, list[Record | Malformed]] = (-1, [])
 
     @staticmethod
@@ -61,7 +62,9 @@ class ArrowRows:
             self._table = (-1, None)  # before the next one: two may not fit into memory
             with _refusals(self._name):
                 table = self._load(number)
-                table.validate(full=True)  # else a damaged offset reads memory that is not the table's
+                if number not in self._valid:  # a damaged offset would read memory that is not the table's
+                    table.validate(full=True)
+                    self._valid.add(number)
                 self._table = number, table
         return self._table[1]
 

@@ -161,6 +161,13 @@ class Examples:
             raise entry.error
         return entry
 
+    def original(self, row: int) -> Record:
+        """The record of a row with the fields that it came with alone."""
+        entry = self._source.read(row)
+        if isinstance(entry, Malformed):
+            raise entry.error
+        return entry
+
     def __iter__(self) -> Iterator[Record]:
         return (self[row] for row in range(self._length))
 

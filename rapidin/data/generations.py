@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -78,6 +79,9 @@ def _as_record(value: Any, where: str) -> Record:
     if not isinstance(value, Mapping):
         raise UserError(f"{where} has no prompt and completion: {short(repr(value))}", _EXPECTED)
     record = FieldMap().read(to_record(value, where), where, generations=True)
+    if isinstance(record.get("weight"), str):  # as in a csv file
+        with contextlib.suppress(ValueError):
+            record = record | {"weight": float(record["weight"])}
     if form_of(record, generations=True) is not None:
         check_record(record, "", True, where)
     return record

@@ -31,6 +31,7 @@ _SAME = {
     "val": "validation",
     "dev": "validation",
 }
+_DESCRIPTIONS = ("dataset_info.json", "dataset_infos.json")  # of HF datasets, beside their data
 _STANDARD_INPUT = "-"
 
 
@@ -155,6 +156,7 @@ def _open_folder(path: str, member: str | None, reading: Reading) -> Source:
         raise DataNotFound(f"data not found: {path}:{member}", f"{path} has no {llama_factory.NAME}")
     names = sorted(each for each in os.listdir(path) if not each.startswith((".", "_")))
     files = [each for each in names if suffix_of(each) in SUFFIXES and (folder / each).is_file()]
+    files = [each for each in files if each not in _DESCRIPTIONS]
     if not files:
         inner = [each for each in names if (folder / each).is_dir()]
         others = f"name one of its folders: {', '.join(inner[:8])}"

@@ -285,11 +285,20 @@ class DelimitedLines(_Located):
             )
         elif len(cells) != len(self._header):
             what = f"{len(cells)} cells, but the header has {len(self._header)}"
-        elif any("\udc80" <= letter <= "\udcff" for cell in cells if not cell.isascii() for letter in cell):
+        elif not all(cell.isascii() or _is_unicode(cell) for cell in cells):
             what = "not UTF-8 text"
         if what is None:
             return {name: _cell(cell) for name, cell in zip(self._header, cells, strict=True)}
         return Malformed(UserError(f"{where}: {what}", _FIX_LINE), b"".join(lines.taken))
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether a text has no byte that was not decoded."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _cell(text: str) -> Any:

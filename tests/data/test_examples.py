@@ -389,6 +389,37 @@ def test_every_turn_of_the_assistant_counts(bos: bool) -> None:
     assert encode({"messages": MESSAGES["messages"][:1]}).status == Status.NO_TARGET
 
 
+def test_an_answer_without_weight_does_not_count() -> None:
+    encode = encoder(chat=True)
+    for mark in ({"weight": 0}, {"train": False}, {"training": False}):
+        first, earlier, *rest = MESSAGES["messages"]
+        assert counted(encode, {"messages": [first, earlier | mark, *rest]}) == "Three.</s>\n"
+    marked = [message | {"weight": 1, "train": None} for message in MESSAGES["messages"]]
+    assert counted(encode, {"messages": marked}) == "Hello.</s>\nThree.</s>\n"
+    prompted = {"prompt": MESSAGES["messages"][:3], "completion": MESSAGES["messages"][3:]}
+    examples = open_examples([prompted])  # of a conversational prompt, earlier answers do not count
+    assert counted(encode, examples[0]) == "Three.</s>\n"
+    assert encode(examples[0]).ids == encode(MESSAGES).ids
+    assert (examples.form, examples.original(0)) == ("messages", prompted)
+
+
+def test_tokens_are_read_as_they_are() -> None:
+    encode = encoder(bos=True)
+    record = {"input_ids": [5, 6, 7, 8], "labels": [-100, 6, -100, 8]}
+    assert encode(record) == Encoded([5, 6, 7, 8], [False, True, False, True], Status.OK)
+    assert encode({"input_ids": [5, 6, 7]}).target == [False, True, True]
+    masked = {"input_ids": [5, 6, 7], "completion_mask": [0, 0, 1]}
+    assert encode(masked).target == [False, False, True]
+    assert encode({"input_ids": []}).status == Status.EMPTY
+    assert encode({"input_ids": [5, 6], "labels": [-100, -100]}).status == Status.NO_TARGET
+    assert encode.prompt_text(masked) + str(encode.completion_text(masked)) == encode.tokenizer.decode(
+        [5, 6, 7]
+    )
+    assert Encoder(tiny_tokenizer(), max_length=2)(record).ids == [5, 6]
+    with pytest.raises(UserError, match="input_ids has the token 999, but the tokenizer has 320 tokens"):
+        encode({"input_ids": [5, 999]})
+
+
 def test_bos_is_not_doubled() -> None:
     tokenizer = tiny_tokenizer(chat=True, bos=True)
     tokenizer.chat_template = "{{ bos_token }}" + tokenizer.chat_template

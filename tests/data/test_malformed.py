@@ -160,7 +160,7 @@ def _half_of_a_frame() -> bytes:
     [
         ("d.zip", b"PK\x03\x04rest", "is a zip archive"),
         ("d.jsonl", "\ufeff{}".encode("utf-16"), "is UTF-16 text"),
-        ("d.jsonl.gz", gzip.compress(b"x" * 9000)[:-9], "is damaged or incomplete"),
+        ("d.jsonl.gz", gzip.compress(b"x" * 9000, mtime=0)[:-9], "is damaged or incomplete"),
         ("d.jsonl.zst", b"\x28\xb5\x2f\xfdrest", "is damaged or incomplete"),
         ("d.jsonl.zst", _half_of_a_frame(), "is damaged or incomplete"),
         ("d.jsonl.xz", b"\xfd7zXZ\0rest", "is damaged or incomplete"),
