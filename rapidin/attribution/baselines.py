@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from rapidin.data.encoding import Encoded, Status, by_length
-from rapidin.data.records import FORMS, form_of, record_parts
+from rapidin.data.records import TEXTS, record_parts
 from rapidin.errors import needs
 from rapidin.gradients.batch import Batch, evaluation_mode, takes
 from rapidin.gradients.model import LoadedModel
@@ -33,13 +33,13 @@ def plain_text(record: Mapping[str, Any]) -> str:
 
 def query_text(record: Mapping[str, Any], completion: str) -> str:
     """The `plain_text` of a query, with the completion that the model generated if the record has none."""
-    record, form = dict(record), form_of(record, generations=True)
+    record, form = dict(record), TEXTS.of(record, generations=True)
     if form == "messages":
         messages = list(record["messages"])
         if not messages or messages[-1]["role"] != "assistant":
             record["messages"] = [*messages, {"role": "assistant", "content": completion}]
     elif form in ("prompt", "instruction"):
-        answer = FORMS[form][-1]
+        answer = TEXTS.fields[form][-1]
         record[answer] = record.get(answer) or completion
     return plain_text(record)
 

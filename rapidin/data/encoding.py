@@ -7,7 +7,7 @@ from itertools import pairwise, takewhile
 from typing import Any
 
 from rapidin.data.examples import Examples
-from rapidin.data.records import EXPECTED_QUERY, FORMS, Record, form_of, message_counts, tokens_of
+from rapidin.data.records import TEXTS, Record, message_counts, tokens_of
 from rapidin.errors import UserError
 
 
@@ -45,10 +45,12 @@ def alpaca_prompt(instruction: str, input: str = "") -> str:
 
 
 def _known_form(record: Record) -> str:
-    form = form_of(record, generations=True)
+    form = TEXTS.of(record, generations=True)
     if form is None:
         fields = ", ".join(map(repr, record)) or "none"
-        raise UserError(f"a record has none of the known forms; its fields are {fields}", EXPECTED_QUERY)
+        raise UserError(
+            f"a record has none of the known forms; its fields are {fields}", TEXTS.expected_query
+        )
     return form
 
 
@@ -158,7 +160,7 @@ class Encoder:
         if form == "tokens":
             ids, counts = tokens_of(record)
             return self._decode(ids[_answer_start(counts) :]) or None
-        return record.get(FORMS[form][-1]) or None
+        return record.get(TEXTS.fields[form][-1]) or None
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
         """The text of each token; concatenated they are the whole text. Of several tokens that make up one

@@ -13,7 +13,7 @@ from typing import Any
 
 from rapidin.data.fields import FieldMap, has_form
 from rapidin.data.opening import Reading, open_source
-from rapidin.data.records import Record, canonical_json, check_record, form_of
+from rapidin.data.records import TEXTS, Forms, Record, canonical_json, check_record
 from rapidin.data.sources import Malformed, Source
 from rapidin.errors import UserError
 
@@ -24,8 +24,8 @@ class Examples:
     """Checked examples in order: `len`, iteration, and `examples[row]` are records in a form.
 
     path: absolute path of the file or folder, a list of several, None for data that cannot be read again.
-    form: "prompt" | "instruction" | "messages" | "text" | "tokens", the same for every record. reading: how
-    the data is read.
+    form: the form of every record, such as "prompt" (`rapidin.data.records`); "" if any record is read.
+    reading: how the data is read.
     malformed: rows that cannot be read or are of no known form, if such rows are skipped; problems: what is
     wrong with the first of them, a line each.
     """
@@ -37,9 +37,10 @@ class Examples:
         generations: bool,
         checked: bool,
         skip: bool,
+        forms: Forms | None,
         reading: Reading | None = None,
     ) -> None:
-        self._source, self._skip, self._generations = source, skip, generations
+        self._source, self._skip, self._forms, self._generations = source, skip, forms, generations
         self.reading = reading or Reading()
         self._identity: str | None = None
         self.path = source.path
@@ -65,7 +66,9 @@ class Examples:
                 if isinstance(entry, Malformed):
                     raise entry.error
                 where = self._source.where(row)
-                form = check_record(entry, self.form, generations, where)
+                form = ""
+                if self._forms is not None:
+                    form = check_record(entry, self._forms, self.form, generations, where)
                 line = self._canonical(entry, where)
                 self.form = form
             except UserError as error:
@@ -79,9 +82,10 @@ class Examples:
         """Locate the records, and set `form` to that of the first that is not malformed. Returns how many
         there are."""
         count = self._source.skim(limit)
-        for row in range(count):
+        for row in range(count) if self._forms is not None else ():
             entry = self._read(self._source.read(row), row)
-            form = None if isinstance(entry, Malformed) else form_of(entry, generations=generations)
+            assert self._forms is not None
+            form = None if isinstance(entry, Malformed) else self._forms.of(entry, generations=generations)
             if form is not None:
                 self.form = form
                 break
@@ -89,10 +93,12 @@ class Examples:
 
     def _read(self, entry: Record | Malformed, row: int) -> Record | Malformed:
         """The entry with the fields of a form."""
-        if isinstance(entry, Malformed) or (not self.reading.fields.fields and has_form(entry)):
+        fields = self.reading.fields
+        if isinstance(entry, Malformed) or (not fields.fields and has_form(entry, self._forms)):
             return entry
         try:
-            return self.reading.fields.read(entry, self._source.where(row), generations=self._generations)
+            where = self._source.where(row)
+            return fields.read(entry, where, generations=self._generations, forms=self._forms)
         except UserError as error:
             return Malformed(error, self._content(entry))
 
@@ -203,6 +209,7 @@ def open_examples(
     generations: bool = False,
     checked: bool = True,
     skip: bool = False,
+    forms: Forms | None = TEXTS,
     map: FieldMap | Mapping[str, str] | str | None = None,
     streaming: bool = False,
 ) -> Examples:
@@ -216,7 +223,8 @@ def open_examples(
     be read only once is kept in a temporary file.
     limit: use only this many, from the start. checked: read all of it now; otherwise only locate the
     examples, which is quick for millions, and parse each on demand. skip: count invalid examples as malformed
-    instead of raising an error. map: fields of a form by the names that they have in the data, such as
+    instead of raising an error. forms: of the records, by default those of a causal language model; None for
+    any record. map: fields of a form by the names that they have in the data, such as
     {"prompt": "question"} or "prompt=question". streaming: fetch rows of a data set on the hub as they are
     read.
     Raises UserError, with the location, for a broken line, a record of no known form or of another form than
@@ -225,4 +233,4 @@ def open_examples(
     if limit is not None and limit < 1:
         raise UserError(f"a limit of {limit} examples leaves none", "give 1 or more")
     reading = Reading(FieldMap.of(map), streaming)
-    return Examples(open_source(source, reading), limit, generations, checked, skip, reading)
+    return Examples(open_source(source, reading), limit, generations, checked, skip, forms, reading)

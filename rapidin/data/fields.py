@@ -16,14 +16,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rapidin.data.records import FORMS, Record, form_of
+from rapidin.data.records import TEXTS, Forms, Record
 from rapidin.errors import UserError, short
 
 ORIGINAL = "original"  # the field for what a record had under the names of a form that is not read
 PREFERENCE = ("prompt", "chosen", "rejected")
 
 _TOKENS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistant_masks")
-_FORM_FIELDS = {*(name for fields in FORMS.values() for name in fields), *PREFERENCE, *_TOKENS, "input"}
+_TEXT_FIELDS = (name for fields in TEXTS.fields.values() for name in fields)
+_FORM_FIELDS = {*_TEXT_FIELDS, *PREFERENCE, *_TOKENS, "input"}
 _TURNS = ("system", "user", "assistant")  # of which a map makes messages
 _OTHERS = ("tools", "documents", "chat_template_kwargs", "weight", "hotwords")
 _TARGETS = sorted({*_FORM_FIELDS, *_TURNS, *_OTHERS})
@@ -89,11 +90,17 @@ class FieldMap:
             )
         return FieldMap(fields)
 
-    def read(self, record: Record, where: str, *, generations: bool = False) -> Record:
-        """The record with the fields of a form, as far as that is known. Raises UserError for a record that
-        lacks a field of the map, or that cannot be read without one."""
+    def read(
+        self, record: Record, where: str, *, generations: bool = False, forms: Forms | None = TEXTS
+    ) -> Record:
+        """The record with the fields of one of the forms, as far as that is known; forms: None if any record
+        is read. Raises UserError for a record that lacks a field of the map, or that cannot be read without
+        one."""
+        if generations and forms is not None and forms.queries is not None and forms.of(record) is None:
+            forms = forms.queries
         if not self.fields:
-            return read_fields(record, where, generations=generations)
+            fields = _other_fields(record, where, generations, forms) if forms is not None else {}
+            return merged(record, fields) if fields else record
         made: Record = {}
         for target, source in self.fields.items():
             value = _value(record, source)
@@ -108,7 +115,9 @@ class FieldMap:
                 made[target] = value
         if "user" in made:
             made = _turns(made) | {name: made[name] for name in made if name not in _TURNS}
-        return merged(record, made | _other_fields(made, where, generations))
+        if forms is not None:
+            made |= _other_fields(made, where, generations, forms)
+        return merged(record, made)
 
     def knows(self, record: Mapping[str, Any]) -> bool:
         """Whether a record with these fields can be read."""
@@ -116,7 +125,7 @@ class FieldMap:
             read = self.read(dict(record), "", generations=False)
         except UserError:
             return False
-        return form_of(read) is not None or all(read.get(name) is not None for name in PREFERENCE)
+        return TEXTS.of(read) is not None or all(read.get(name) is not None for name in PREFERENCE)
 
 
 _ABSENT = object()
@@ -147,17 +156,13 @@ def _turns(made: Record) -> Record:
     return {"messages": messages}
 
 
-def has_form(record: Record) -> bool:
-    """Whether `read_fields` leaves a record as it is, by the quickest test, which most records pass."""
-    form = form_of(record)
-    return form is not None and type(record[FORMS[form][0]]) is str
-
-
-def read_fields(record: Record, where: str, *, generations: bool = False) -> Record:
-    """The record with the fields of the form that its own fields stand for; the same record if they are those
-    of a form, or are not known."""
-    made = _other_fields(record, where, generations)
-    return merged(record, made) if made else record
+def has_form(record: Record, forms: Forms | None) -> bool:
+    """Whether `FieldMap.read` without a map leaves a record as it is, by a quick test that most records
+    pass."""
+    if forms is None:
+        return True
+    form = forms.of(record)
+    return form is not None and all(type(record[name]) is str for name in forms.fields[form])
 
 
 def merged(record: Record, made: Record) -> Record:
@@ -168,32 +173,34 @@ def merged(record: Record, made: Record) -> Record:
     return kept | made | ({ORIGINAL: moved} if moved and ORIGINAL not in kept else {})
 
 
-def _other_fields(record: Record, where: str, generations: bool) -> Record:
+def _other_fields(record: Record, where: str, generations: bool, forms: Forms) -> Record:
     """The fields of a form that are made from a record's; none if it has them itself, or is not known."""
-    form = form_of(record)
+    form = forms.of(record)
+    chats = "messages" in forms.fields
     if form == "messages" and _is_share_gpt(record["messages"]):
         return _share_gpt(record, "messages")
-    if form == "messages" or form == "tokens":
+    if form in ("messages", "tokens"):
         return _plain_fields(record)
-    if _is_chat(record.get("prompt")) and form in ("prompt", None) and record.get("chosen") is None:
+    answered = record.get("chosen") is not None and record.get("rejected") is not None
+    if chats and form in ("prompt", None) and not answered and _is_chat(record.get("prompt")):
         return _prompted_chat(record, generations)
+    if answered and (form is None or ("chosen" in forms.fields[form] and _is_mixed(record))):
+        return _preference(record, where)
     if form is not None:
         return {}
-    if record.get("chosen") is not None and record.get("rejected") is not None:
-        return _preference(record, where)
-    for name in _CHATS:
+    for name in _CHATS if chats else ():
         if _is_chat(record.get(name)):
             return _share_gpt(record, name)
-    return _pair(record, where, generations)
+    return _pair(record, where, generations, forms) if "prompt" in forms.fields else {}
 
 
-def _pair(record: Record, where: str, generations: bool) -> Record:
+def _pair(record: Record, where: str, generations: bool, forms: Forms) -> Record:
     for lacks in (False, True) if generations else (False,):
-        if lacks and form_of(record, generations=True) is not None:
+        if lacks and forms.of(record, generations=True) is not None:
             return {}
         if record.get("instruction") is not None:
             answer = next((name for name in _ANSWERS if record.get(name) is not None), None)
-            if answer is not None:
+            if answer is not None and "instruction" in forms.fields:
                 _refuse_context(record, where, ("instruction", answer), _INPUTS)
                 inputs = [record[name] for name in _INPUTS if record.get(name)]
                 made = {"instruction": record["instruction"], "output": record[answer]}
@@ -327,6 +334,11 @@ def _preference(record: Record, where: str) -> Record:
         common, chosen, rejected = _split(chosen, rejected)
         prompt = common or ([{"role": "user", "content": prompt}] if isinstance(prompt, str) else [])
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+
+
+def _is_mixed(record: Record) -> bool:
+    """Whether some of prompt, chosen and rejected are texts and others messages."""
+    return len({isinstance(record[name], str) for name in PREFERENCE if record.get(name) is not None}) > 1
 
 
 def _listed(value: Any) -> Any:

@@ -12,7 +12,7 @@ from rapidin.data.encoding import Encoded, Status
 from rapidin.data.examples import open_examples
 from rapidin.data.fields import FieldMap
 from rapidin.data.memory import frame_records, refuse_splits, rows_of, single_rows
-from rapidin.data.records import Record, check_record, form_of, to_record
+from rapidin.data.records import TEXTS, Forms, Record, check_record, to_record
 from rapidin.data.sources import is_pair
 from rapidin.data.spans import Span
 from rapidin.errors import UserError, short
@@ -45,15 +45,15 @@ class Generation:
         raise UserError(f"the generation for '{short(self.prompt)}' {reason}")
 
 
-def as_records(generations: Any) -> list[Record]:
-    """The generations to explain, as records.
+def as_records(generations: Any, forms: Forms | None = TEXTS) -> list[Record]:
+    """The generations to explain, as records of these forms.
 
     generations: a prompt, a (prompt, completion) pair, a record, a list or any other iterable of these or of
     batches, a data frame, a HF dataset, or a file of records (a path object or an open file; a plain string
     is a prompt). Raises UserError for anything else.
     """
     if isinstance(generations, os.PathLike) or hasattr(generations, "read"):
-        return list(open_examples(generations, generations=True))
+        return list(open_examples(generations, generations=True, forms=forms))
     if isinstance(generations, str) or is_pair(generations):
         generations = [generations]
     elif isinstance(generations, Mapping):
@@ -65,23 +65,23 @@ def as_records(generations: Any) -> list[Record]:
     if not isinstance(generations, Iterable):
         raise UserError(f"generations must be a list, got {type(generations).__name__}", _EXPECTED)
     rows = single_rows(generations, texts=False)
-    return [_as_record(value, f"generation {n}") for n, value in enumerate(rows, 1)]
+    return [_as_record(value, f"generation {n}", forms) for n, value in enumerate(rows, 1)]
 
 
 _EXPECTED = "give (prompt, completion) pairs, prompts, or records as in training data"
 
 
-def _as_record(value: Any, where: str) -> Record:
+def _as_record(value: Any, where: str, forms: Forms | None) -> Record:
     if isinstance(value, str):
         value = {"prompt": value}
     elif isinstance(value, list | tuple) and len(value) == 2:
         value = {"prompt": value[0], "completion": value[1]}
     if not isinstance(value, Mapping):
         raise UserError(f"{where} has no prompt and completion: {short(repr(value))}", _EXPECTED)
-    record = FieldMap().read(to_record(value, where), where, generations=True)
+    record = FieldMap().read(to_record(value, where), where, generations=True, forms=forms)
     if isinstance(record.get("weight"), str):  # as in a csv file
         with contextlib.suppress(ValueError):
             record = record | {"weight": float(record["weight"])}
-    if form_of(record, generations=True) is not None:
-        check_record(record, "", True, where)
+    if forms is not None and forms.of(record, generations=True) is not None:
+        check_record(record, forms, "", True, where)
     return record

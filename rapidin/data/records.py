@@ -1,7 +1,7 @@
 """The forms of a record, the checks of its fields, its prompt and completion, and its hash.
 
-Five forms of record are read; other fields are left alone and shown with a hit. `rapidin.data.fields` makes
-these forms of records with the field names of other tools.
+A causal language model reads five forms; other tasks have forms of their own. Other fields are left alone and
+shown with a hit. `rapidin.data.fields` makes these forms of records with the field names of other tools.
 
     prompt        {"prompt": ..., "completion": ...}                    concatenated as they are
     instruction   {"instruction": ..., "input": ..., "output": ...}     the Alpaca form; "input" is optional
@@ -14,53 +14,59 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from rapidin.errors import UserError, short
 
 Record = dict[str, Any]
 
-# The fields of each form. A record that has the fields of two forms is read as the first of them.
-FORMS: dict[str, tuple[str, ...]] = {
-    "prompt": ("prompt", "completion"),
-    "instruction": ("instruction", "output"),
-    "messages": ("messages",),
-    "text": ("text",),
-    "tokens": ("input_ids",),
-}
-# The field that a query may lack: the model then generates it.
-_COMPLETIONS = {"prompt": "completion", "instruction": "output"}
-
-_EXPECTED = (
-    "expected 'prompt' and 'completion', or 'instruction' and 'output' (and 'input'), "
-    "or 'messages', or 'text', or 'input_ids' (and 'labels'); a map names other fields, "
-    "as in prompt=question,completion=answer"
-)
-EXPECTED_QUERY = (
-    "expected 'prompt', or 'instruction' (and 'input'), or 'messages', or 'text', or 'input_ids'; "
-    "a map names other fields, as in prompt=question"
-)
 NO_LOSS = -100  # the label of a token that does not count
 _MASKS = ("completion_mask", "assistant_masks")  # of tokens that count, where there are no labels
 _MARKS = ("weight", "train", "training")  # of a message whose tokens do not count, if 0 or false
 _MOST_FIELDS = 12  # named in a message
 
+# Raises UserError for a field's value of the wrong kind, given the value, the field's name and the location.
+Check = Callable[[object, str, str], None]
 
-def form_of(record: Mapping[str, Any], *, generations: bool = False) -> str | None:
-    """The form whose fields the record has, or None; with `generations` the completion may be missing."""
-    for optional in ({}, _COMPLETIONS) if generations else ({},):
-        for form, fields in FORMS.items():
-            if all(record.get(field) is not None for field in fields if optional.get(form) != field):
-                return form
-    return None
+
+@dataclass(frozen=True)
+class Forms:
+    """The forms of record that a task reads.
+
+    fields: those of each form, all of which a training example has; a record that has the fields of two forms
+    is read as the first of them. missing: the field of a form that a query may lack: the model then writes
+    it. expected, expected_query: the forms in words. checks: of fields that are not text; queries: other
+    forms that a query may have; optional: texts that a form may have besides; chats: of a form, the field
+    that must be a list of messages.
+    """
+
+    fields: Mapping[str, tuple[str, ...]]
+    missing: Mapping[str, str]
+    expected: str
+    expected_query: str
+    checks: Mapping[str, Check] = field(default_factory=dict)
+    queries: Forms | None = None
+    optional: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    chats: Mapping[str, str] = field(default_factory=dict)
+
+    def of(self, record: Mapping[str, Any], *, generations: bool = False) -> str | None:
+        """The form whose fields the record has, or None; with `generations` a field may be missing."""
+        for missing in ({}, self.missing) if generations else ({},):
+            for form, fields in self.fields.items():
+                if form in self.chats and not isinstance(record.get(self.chats[form]), list):
+                    continue
+                if all(record.get(field) is not None for field in fields if missing.get(form) != field):
+                    return form
+        return None
 
 
 def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
     """The prompt and the completion of a record, without the template that is put around them for the
     model."""
     if record.get("prompt") is not None and record.get("completion") is not None:
-        return str(record["prompt"]), str(record["completion"])
+        return _last_text(record["prompt"]), _last_text(record["completion"])
     if record.get("instruction") is not None and record.get("output") is not None:
         return f"{record['instruction']} {record.get('input') or ''}", str(record["output"])
     messages = record.get("messages")
@@ -69,11 +75,24 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
         last = answers[-1] if answers else len(messages)
         question = messages[last - 1]["content"] if last else ""
         return str(question), str(messages[last]["content"]) if answers else ""
-    if record.get("text") is None and record.get("input_ids") is not None:
+    if record.get("chosen") is not None and record.get("rejected") is not None:
+        both = f"{_last_text(record['chosen'])} | rejected: {_last_text(record['rejected'])}"
+        return _last_text(record.get("prompt") or ""), both
+    if isinstance(record.get("text"), str) and record.get("text_pair") is None:
+        return record["text"], ""
+    if record.get("input_ids") is not None:
         ids, counts = tokens_of(record)
         first = counts.index(True) if True in counts else 0
         return " ".join(map(str, ids[:first])), " ".join(map(str, ids[first:]))
-    return str(record.get("text", "")), ""
+    texts = [value for name, value in record.items() if isinstance(value, str) and name != "label"]
+    return " | ".join(texts), ""
+
+
+def _last_text(value: Any) -> str:
+    """A text, or the last message of a chat."""
+    if isinstance(value, list):
+        return str(value[-1].get("content", "")) if value else ""
+    return str(value)
 
 
 def tokens_of(record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
@@ -130,46 +149,50 @@ def to_record(value: object, where: str) -> Record:
     return dict(value)
 
 
-def check_record(record: Record, form: str, generations: bool, where: str) -> str:
-    """The form of a record. Raises UserError if it has none, another than `form` (unless that is ""), or a
-    field of the wrong type."""
-    actual = form_of(record, generations=generations)
+def check_record(record: Record, forms: Forms, form: str, generations: bool, where: str) -> str:
+    """The form of a record. Raises UserError if it has none of `forms`, another than `form` (unless that is
+    ""), or a field of the wrong type."""
+    if generations and forms.queries is not None and forms.of(record) is None:
+        forms = forms.queries
+    actual = forms.of(record, generations=generations)
     if actual is None or actual != (form or actual):
         names = [f"'{name}'" + (" (null)" if value is None else "") for name, value in record.items()]
         more = f" and {len(names) - _MOST_FIELDS} more" if len(names) > _MOST_FIELDS else ""
         fields = ", ".join(names[:_MOST_FIELDS]) + more
-        expected = EXPECTED_QUERY if generations else _EXPECTED
+        expected = forms.expected_query if generations else forms.expected
         if form:
-            expected = f"expected {' and '.join(map(repr, FORMS[form]))} as in the examples before it"
+            expected = f"expected {' and '.join(map(repr, forms.fields[form]))} as in the examples before it"
         raise UserError(f"{where}: found {'the fields ' + fields if fields else 'no fields'}", expected)
-    if actual == "messages":
-        _check_messages(record["messages"], where)
-    elif actual == "tokens":
-        _check_tokens(record, where)
-    else:
-        for field in (*FORMS[actual], *(("input",) if actual == "instruction" else ())):
-            if record.get(field) is not None:
-                _check_text(record[field], f"'{field}'", where)
+    for name in (*forms.fields[actual], *forms.optional.get(actual, ())):
+        if record.get(name) is not None:
+            forms.checks.get(name, check_text)(record[name], name, where)
+    if actual == "tokens":
+        _check_labels(record, where)
     return actual
 
 
-def _check_messages(messages: object, where: str) -> None:
+def check_messages(messages: object, name: str, where: str) -> None:
+    """Raises UserError for a field that is not a list of messages."""
     if not isinstance(messages, list):
-        raise UserError(f"{where}: 'messages' is {describe(messages)}, expected a list of messages")
+        raise UserError(f"{where}: '{name}' is {describe(messages)}, expected a list of messages")
     for number, message in enumerate(messages):
         if not isinstance(message, Mapping):
             raise UserError(
-                f"{where}: messages[{number}] is {describe(message)}, "
+                f"{where}: {name}[{number}] is {describe(message)}, "
                 "expected an object with 'role' and 'content'"
             )
-        for field in ("role", "content"):
-            _check_text(message.get(field), f"messages[{number}].{field}", where)
+        for part in ("role", "content"):
+            _check_unicode(message.get(part), f"{name}[{number}].{part}", where)
 
 
-def _check_tokens(record: Record, where: str) -> None:
-    ids = record["input_ids"]
+def _check_ids(ids: object, name: str, where: str) -> None:
     if not isinstance(ids, list) or not all(type(each) is int and each >= 0 for each in ids):
-        raise UserError(f"{where}: 'input_ids' is {describe(ids)}, expected a list of token ids")
+        raise UserError(f"{where}: '{name}' is {describe(ids)}, expected a list of token ids")
+
+
+def _check_labels(record: Record, where: str) -> None:
+    """Raises UserError for labels or masks that do not go with the token ids."""
+    ids = record["input_ids"]
     for name in ("labels", "attention_mask", *_MASKS):
         values = record.get(name)
         if values is None:
@@ -187,7 +210,12 @@ def _check_tokens(record: Record, where: str) -> None:
             )
 
 
-def _check_text(value: object, name: str, where: str) -> None:
+def check_text(value: object, name: str, where: str) -> None:
+    """Raises UserError for a field that is not text."""
+    _check_unicode(value, f"'{name}'", where)
+
+
+def _check_unicode(value: object, name: str, where: str) -> None:
     if not isinstance(value, str):
         raise UserError(f"{where}: {name} is {describe(value)}, expected text")
     if not value.isascii():
@@ -215,3 +243,24 @@ def describe(value: object) -> str:
     if isinstance(value, Mapping):
         return "an object"
     return "a list" if isinstance(value, list | tuple) else f"a {type(value).__name__}"
+
+
+# ------------------------------------------------------------------------------- forms of causal models
+
+TEXTS = Forms(
+    fields={
+        "prompt": ("prompt", "completion"),
+        "instruction": ("instruction", "output"),
+        "messages": ("messages",),
+        "text": ("text",),
+        "tokens": ("input_ids",),
+    },
+    missing={"prompt": "completion", "instruction": "output"},
+    expected="expected 'prompt' and 'completion', or 'instruction' and 'output' (and 'input'), "
+    "or 'messages', or 'text', or 'input_ids' (and 'labels'); a map names other fields, "
+    "as in prompt=question,completion=answer",
+    expected_query="expected 'prompt', or 'instruction' (and 'input'), or 'messages', or 'text', or "
+    "'input_ids'; a map names other fields, as in prompt=question",
+    checks={"messages": check_messages, "input_ids": _check_ids},
+    optional={"instruction": ("input",)},
+)
