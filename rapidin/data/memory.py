@@ -39,9 +39,10 @@ def open_object(source: Any) -> Source:
         return Rows(rows_of(source, "the data") or [source], None, "examples")
     if isinstance(source, list | tuple) and not any(map(_is_batch, source[:1])):
         return Rows(source, None, "examples")
-    if isinstance(source, Iterable):
+    if isinstance(source, Iterable) and not isinstance(source, bytes | bytearray | memoryview):
         return _open_iterable(source)
-    if hasattr(source, "__getitem__") and hasattr(source, "__len__"):  # a torch Dataset
+    is_indexed = hasattr(source, "__getitem__") and hasattr(source, "__len__")  # a torch Dataset
+    if is_indexed and not isinstance(source, Iterable):
         return Rows(source, None, "examples")
     raise UserError(f"the data is {describe(source)}", GIVE)
 
@@ -54,7 +55,7 @@ def _open_iterable(source: Iterable[Any]) -> Source:
 def single_rows(source: Iterable[Any], *, texts: bool) -> Iterator[Any]:
     """The rows of an iterable of rows or batches; texts: whether a list of texts is a batch of them."""
     for number, item in enumerate(source):
-        rows = rows_of(item, f"batch {number}") if isinstance(item, Mapping) else None
+        rows = rows_of(item, f"batch {number}") if isinstance(item, Mapping) else frame_records(item)
         if rows is not None:
             yield from rows
         elif (isinstance(item, list) and item and isinstance(item[0], Mapping)) or (
@@ -117,7 +118,9 @@ def refuse_splits(source: Any) -> None:
 
 
 def _table_of(source: Any) -> Any:
-    """The Arrow table of a table, a record batch or a reader of them; None for anything else."""
+    """The Arrow table of a table, a record batch, a reader of them or a dataset; None for anything else."""
+    if _is_a(source, "pyarrow.dataset", "Dataset"):
+        return source.to_table()
     if not _is_a(source, "pyarrow", "Table", "RecordBatch", "RecordBatchReader"):
         return None
     import pyarrow as pa

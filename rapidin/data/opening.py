@@ -75,9 +75,12 @@ def _is_path(value: object) -> bool:
         return True
     if not isinstance(value, str) or not value or len(value) > 4096 or "\n" in value or "\0" in value:
         return False
-    name = value.removesuffix(os.path.splitext(value)[1]) if value.endswith(_COMPRESSED) else value
-    has_suffix = name.endswith(SUFFIXES) and not any(map(str.isspace, value))
+    has_suffix = _without_compression(value).endswith(SUFFIXES) and not any(map(str.isspace, value))
     return has_suffix or (os.sep in value and os.path.exists(value))
+
+
+def _without_compression(name: str) -> str:
+    return os.path.splitext(name)[0] if name.endswith(_COMPRESSED) else name
 
 
 # ------------------------------------------------------------------------------------------ paths and names
@@ -163,6 +166,12 @@ def _open_folder(path: str, member: str | None, reading: Reading) -> Source:
         raise UserError(
             f"the folder {path} is not a HF dataset saved to disk (no state.json), and has no data files",
             others if inner else f"their names end in {', '.join(SUFFIXES)}",
+        )
+    stems = Counter(_without_compression(each) for each in files)
+    twice = [stem for stem, count in stems.items() if count > 1]
+    if twice:
+        raise UserError(
+            f"the folder {path} has {twice[0]} twice, compressed and not", "remove one of the two"
         )
     kinds = Counter(map(suffix_of, files))
     if len(kinds) > 1:

@@ -19,6 +19,7 @@ from rapidin.files import reason
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 _FIX_LINE = "fix or remove that line"
+_KINDS = "give jsonl, json, csv, tsv, parquet, arrow or feather"
 _FIELD_LIMIT = 1 << 40  # characters of a cell; Python's own limit of 131,072 is less than some texts have
 _HEADER_BYTES = 1 << 20
 _DELIMITERS = (",", "\t", ";", "|")
@@ -199,13 +200,14 @@ class JsonLines(_Located):
 
     def _entry(self, line: bytes, row: int) -> Record | Malformed:
         try:
-            return _parse_line(line, self.where(row))
+            return _parse_line(line, self.where(row), first=row == 0)
         except UserError as error:
             return Malformed(error, line)
 
 
-def _parse_line(line: bytes, where: str) -> Record:
-    """The record of a line of jsonl. Raises UserError if it is not one JSON object."""
+def _parse_line(line: bytes, where: str, *, first: bool) -> Record:
+    """The record of a line of jsonl; first: whether it is the file's first. Raises UserError if it is not one
+    JSON object."""
     try:
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
@@ -214,6 +216,8 @@ def _parse_line(line: bytes, where: str) -> Record:
             "save the file as UTF-8, one JSON object per line",
         ) from error
     except json.JSONDecodeError as error:
+        if first and not line.lstrip().startswith((b"{", b'"')):
+            raise UserError(f"{where}: not JSON, expected one JSON object per line", _KINDS) from error
         raise UserError(f"{where}: broken JSON ({error.msg} at column {error.colno})", _FIX_LINE) from error
     except RecursionError as error:
         raise UserError(f"{where}: JSON nested too deeply", _FIX_LINE) from error

@@ -13,6 +13,7 @@ from data_forms import FIELDS, FILES, PROMPTS, lines_of, written
 from rapidin.data.examples import open_examples
 from rapidin.data.fields import FieldMap
 from rapidin.data.generations import as_records
+from rapidin.data.records import tokens_of
 from rapidin.errors import UserError
 
 GOOD = '{"text": "good"}'
@@ -171,6 +172,7 @@ def _half_of_a_frame() -> bytes:
         ("d.json", b'[{"text": "a"},\n{"text": }]', "broken JSON .*line 2"),
         ("d.json", b'{"a": [{"text": "b"}], "c": [{"text": "d"}]}', "several lists of records: a, c; name"),
         ("d.json", b'{"a": 1, "b": [2]}', "found the fields 'a', 'b'"),
+        ("d.txt", b"Once upon a time.\n", "line 1: not JSON, expected one JSON object per line; give jsonl"),
         ("d.csv", b"text,text\na,b", "two columns are named 'text'"),
         ("d.csv", b"prompt,completion\n", "no examples"),
         ("d.csv", b"title,body\na,b", "found the fields 'title', 'body'; expected 'prompt'.*a map names"),
@@ -232,11 +234,13 @@ def test_folders_and_names_that_are_not_clear_are_refused(tmp_path: Path) -> Non
     line = lines_of(PROMPTS)
     for name in ("mixed/a.jsonl", "mixed/b.csv", "splits/train-0.jsonl", "splits/test-0.jsonl"):
         written(tmp_path / name, line)
-    for name in ("outer/train/a.jsonl", "one.jsonl", "named/a [x].jsonl"):
+    written(tmp_path / "twice" / "a.jsonl.gz", gzip.compress(line.encode()))
+    for name in ("twice/a.jsonl", "outer/train/a.jsonl", "one.jsonl", "named/a [x].jsonl"):
         written(tmp_path / name, line)
     for source, reason in [
         ("mixed", "files of several kinds: 1 .csv, 1 .jsonl; name one kind"),
         ("splits", "several splits: test, train; name one by a pattern"),
+        ("twice", "has a.jsonl twice, compressed and not"),
         ("outer", "has no data files; name one of its folders: train"),
         ("none*.jsonl", "no file matches"),
         ("one.jsonl:part", "one record per line and no parts"),
@@ -248,7 +252,7 @@ def test_folders_and_names_that_are_not_clear_are_refused(tmp_path: Path) -> Non
             open_examples(str(tmp_path / source))
     assert len(open_examples(str(tmp_path / "splits" / "train*"))) == 3
     assert len(open_examples(str(tmp_path / "named" / "a [x].jsonl"))) == 3
-    assert len(open_examples(str(tmp_path / "**" / "*.jsonl"))) == 18
+    assert len(open_examples(str(tmp_path / "**" / "*.jsonl"))) == 21
 
 
 def test_a_limit_counts_over_several_files(tmp_path: Path) -> None:
@@ -390,6 +394,7 @@ def test_iterables_are_read_once_and_only_as_far_as_needed() -> None:
     [
         (7, "the data is a number"),
         (object(), "the data is a object"),
+        (b'{"text": "a"}', "the data is a bytes"),
         ({"prompt": ["a", "b"], "completion": ["c"]}, "columns of different lengths"),
         ([["a", "b"]], r"examples\[0\]: found a list"),
         ([None], r"examples\[0\]: found null"),
@@ -398,6 +403,24 @@ def test_iterables_are_read_once_and_only_as_far_as_needed() -> None:
 def test_objects_that_are_no_data_are_refused(source: Any, reason: str) -> None:
     with pytest.raises(UserError, match=reason):
         open_examples(source)
+
+
+def test_batches_of_tensors_and_frames_are_rows() -> None:
+    import torch
+
+    torch_batch = {
+        "input_ids": torch.tensor([[5, 6, 2], [7, 8, 9]]),
+        "labels": torch.tensor([[-100, 6, -100], [7, 8, 9]]),
+        "attention_mask": torch.tensor([[1, 1, 0], [1, 1, 1]]),
+    }
+    rows = list(open_examples(batch for batch in [torch_batch]))
+    assert [row["input_ids"] for row in rows] == [[5, 6, 2], [7, 8, 9]]
+    assert tokens_of(rows[0]) == ([5, 6], [False, True])
+    pandas = pytest.importorskip("pandas")
+    chunks = (pandas.DataFrame(PROMPTS[n : n + 2]) for n in (0, 2))
+    assert list(open_examples(chunks)) == PROMPTS
+    single = {name: value[1] for name, value in torch_batch.items()}
+    assert tokens_of(open_examples([single])[0]) == ([7, 8, 9], [True, True, True])
 
 
 def test_open_files_are_read_from_where_they_are(tmp_path: Path) -> None:
