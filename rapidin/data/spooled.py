@@ -5,15 +5,14 @@ Temporary files have no name and disappear with the process; TMPDIR says in whic
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import io
-import lzma
 import pickle
 import tempfile
 import zlib
 from array import array
 from collections.abc import Callable, Iterable, Iterator
+from importlib import import_module
 from typing import IO, Any
 
 from rapidin.data.records import Record
@@ -50,12 +49,20 @@ class _Zstandard:
                 return data
 
 
+def _standard(module: str) -> Any:
+    """A module of the standard library that some builds of Python lack."""
+    try:
+        return import_module(module)
+    except ImportError:
+        raise UserError(f"this Python was built without {module}", "decompress the file first") from None
+
+
 # The first bytes of a compressed file, and what reads it.
 _COMPRESSIONS: dict[bytes, Callable[[IO[bytes]], Any]] = {
     b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
     b"\x28\xb5\x2f\xfd": _Zstandard,
-    b"\xfd7zXZ\0": lzma.LZMAFile,
-    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\0": lambda file: _standard("lzma").LZMAFile(file),
+    b"BZh": lambda file: _standard("bz2").BZ2File(file),
 }
 
 
@@ -70,11 +77,11 @@ def spool(stream: Any, name: str) -> IO[bytes]:
             raise UserError(f"{name}: not UTF-8 text ({error.reason})") from error
         except io.UnsupportedOperation as error:
             raise UserError(f"{name} is not open for reading", "open it again") from error
-        except (OSError, EOFError, zlib.error, lzma.LZMAError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             why = reason(error) if isinstance(error, OSError) else str(error)
             raise UserError(f"cannot read {name}: it is damaged or incomplete ({why})") from error
         except Exception as error:
-            if type(error).__name__ != "ZstdError":
+            if type(error).__name__ not in ("ZstdError", "LZMAError"):
                 raise
             raise UserError(f"cannot read {name}: it is damaged or incomplete ({error})") from error
         if not chunk:
