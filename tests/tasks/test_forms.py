@@ -33,11 +33,8 @@ GOOD, BAD = ({"role": "assistant", "content": text} for text in ("A", "B"))
 )
 def test_pairs_of_other_tools_are_chats(task: str, record: dict[str, Any]) -> None:
     examples = open_examples([record], forms=forms_of(task))
-    if "conversations" not in record:
-        assert examples.form == "preference chat"
-        assert [examples[0][name] for name in ("prompt", "chosen", "rejected")] == [[ASKED], [GOOD], [BAD]]
-    else:  # a single message is no text: the answers become lists
-        assert examples[0]["chosen"] == [GOOD]
+    assert examples.form == "preference chat"
+    assert [examples[0][name] for name in ("prompt", "chosen", "rejected")] == [[ASKED], [GOOD], [BAD]]
 
 
 def test_forms_of_a_task_are_left_as_they_are(tmp_path: Path) -> None:
