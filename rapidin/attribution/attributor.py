@@ -116,9 +116,15 @@ class Attributor:
         """
         options = CacheOptions.given(options, by_name)
         if not isinstance(examples, Examples):
-            examples = open_examples(examples, limit=options.limit, forms=self.source.task.forms)
-        elif options.limit is not None:
-            raise TypeError("examples that are open already have their own limit")
+            examples = open_examples(
+                examples,
+                limit=options.limit,
+                forms=self.source.task.forms,
+                map=options.map,
+                streaming=options.streaming,
+            )
+        elif options.limit is not None or options.map is not None or options.streaming:
+            raise TypeError("examples that are open already have their own limit, map and streaming")
         return build_cache(self.source, examples, Path(path), options, on_progress)
 
     def generate(self, prompt: str, *, max_new_tokens: int = 64) -> str:

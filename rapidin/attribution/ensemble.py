@@ -26,7 +26,7 @@ from rapidin.attribution.generate import generations_of
 from rapidin.attribution.groups import check_column
 from rapidin.attribution.methods import check as check_method
 from rapidin.attribution.options import ModelLocation, QueryOptions, ScoringConfig
-from rapidin.attribution.provenance import checked, load_model_of, source_of
+from rapidin.attribution.provenance import checked, load_model_of, source_of, task_name
 from rapidin.attribution.query_sketch import Query, QuerySketch, shared_by_leader, sketch_query
 from rapidin.attribution.query_sketch import scores as all_scores
 from rapidin.attribution.scan_pieces import check_same_examples
@@ -38,6 +38,7 @@ from rapidin.errors import UserError, short
 from rapidin.files import read_regular_file, reason, replace_file
 from rapidin.gradients.source import GradientSource
 from rapidin.results.collection import Results
+from rapidin.tasks.names import forms_of
 
 NAME = "ensemble.json"
 FORMAT, VERSION = "rapidin-ensemble", 1
@@ -135,14 +136,15 @@ class Ensemble:
         same examples and models, or if the requested output is unavailable; TypeError for unknown names.
         """
         options = QueryOptions.given(options, by_name)
-        generations = as_records(generations)
+        generations = as_records(generations, forms_of(task_name(self.caches[-1].manifest)))
         check_method(options.method, options.normalize, options.damping)
         if options.baselines:
             check_baselines()
         data = training_data(self.caches[-1], examples) if world().leads else None
         if options.needs_texts and data is None and world().leads:
             raise UserError(
-                f"{options.needs_texts} needs the training examples", "name them with --train-data"
+                f"{options.needs_texts} needs the training examples",
+                "name them with --train-data (in Python: examples=...)",
             )
         if options.by is not None and data is not None:
             check_column(data, options.by)

@@ -20,7 +20,7 @@ def generations_of(
     values: as for `rapidin.Ensemble.query`; the model of `source` generates missing completions. Raises
     UserError if there is no generation, or one has no token to explain.
     """
-    records = as_records(values)
+    records = as_records(values, source.task.forms)
     if not records:
         raise UserError("there is no generation to explain")
     check_targets(targets, len(records))

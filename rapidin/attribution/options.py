@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
+from rapidin.data.fields import FieldMap
 from rapidin.errors import UserError
 from rapidin.settings import Settings, documented, option
 
@@ -63,6 +64,20 @@ SHARD_MODEL = option(
 )
 TRUST_REMOTE_CODE = option(
     False, help="Run code that comes with the model; only if you trust it.", panel="Model"
+)
+MAP = option(
+    None,
+    help="Which fields of the data are read as what, as in prompt=question,completion=answer or "
+    "system=context,user=question,assistant=answer.",
+    metavar="FIELD=NAME,...",
+    panel="Data",
+    default="known names of fields are recognized",
+    parse=lambda text: FieldMap.of(text),
+)
+STREAMING = option(
+    False,
+    help="Fetch rows of a data set on the Hugging Face hub as they are read, instead of all of it.",
+    panel="Data",
 )
 
 
@@ -284,6 +299,8 @@ class CacheOptions(Settings):
     limit: int | None = option(
         None, help="Use only the first N examples.", metavar="N", panel="Data", limits=(1, None)
     )
+    map: FieldMap | Mapping[str, str] | str | None = MAP
+    streaming: bool = STREAMING
     append: bool = option(
         False,
         help="Add what is new to a cache that holds the first of the examples: --data has grown, or another "

@@ -74,6 +74,7 @@ def manifest_of(
     data: dict[str, Any] = {}
     if examples is not None:
         data = {"path": examples.path, "form": examples.form, "identity": examples.identity}
+        data |= examples.reading.to_json()
     return Manifest(
         model={"source": source.loaded.source, "identity": source.loaded.identity},
         sketch=recorded["sketch"],

@@ -12,7 +12,7 @@ from rapidin.attribution.provenance import task_name
 from rapidin.cache import Cache
 from rapidin.data.examples import Examples, open_examples
 from rapidin.data.records import Record, record_hash
-from rapidin.data.sources import Files, join_paths
+from rapidin.data.sources import DataNotFound, Files, join_paths
 from rapidin.errors import UserError
 from rapidin.results.types import Hit
 from rapidin.tasks.names import forms_of
@@ -53,12 +53,16 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
     if examples is None:
         source = join_paths([source] if isinstance(source, str) else source)
     paths = list(source.paths) if isinstance(source, Files) else [source]
-    for path in paths:
-        if isinstance(path, str | Path) and not os.path.exists(path):
-            raise UserError(f"the training data of the cache {cache.path} is not at {path}", remedy)
-    opened = open_examples(
-        source, limit=cache.manifest.rows, checked=False, forms=forms_of(task_name(cache.manifest))
-    )
+    if examples is None and "-" in paths:
+        raise UserError(f"the cache {cache.path} names standard input as its training data", remedy)
+    reading = {name: value for name, value in cache.manifest.data.items() if name in ("map", "streaming")}
+    forms = forms_of(task_name(cache.manifest))
+    try:
+        opened = open_examples(source, limit=cache.manifest.rows, checked=False, forms=forms, **reading)
+    except DataNotFound as error:
+        names = [str(path) for path in paths if isinstance(path, str | Path)]
+        named = ", ".join([name for name in names if not os.path.exists(name)] or names)
+        raise UserError(f"the training data of the cache {cache.path} is not at {named}", remedy) from error
     if len(opened) != cache.manifest.rows:
         named = ", ".join(map(str, paths)) if opened.path is not None else "the data"
         raise UserError(

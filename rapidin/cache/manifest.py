@@ -189,7 +189,8 @@ class Manifest:
         """What makes two caches the same, without where files are."""
         value = self.to_json()
         value["model"] = value["model"]["identity"]
-        value["data"] = {k: v for k, v in value["data"].items() if k not in ("path", "begun")}
+        how = ("path", "begun", "map", "streaming")
+        value["data"] = {k: v for k, v in value["data"].items() if k not in how}
         value["gradient"] = gradient_settings(value["gradient"])
         del value["fitted_codec"]
         return value

@@ -27,7 +27,14 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "coverage": "coverage",
     },
     "text": {"eos": "flag", "max_length": "count", "too_long": "too_long"},
-    "data": {"path": "paths", "form": "string", "identity": "string", "begun": "count"},
+    "data": {
+        "path": "paths",
+        "form": "string",
+        "identity": "string",
+        "begun": "count",
+        "map": "names",
+        "streaming": "flag",
+    },
 }
 SECTIONS = tuple(_SECTIONS)
 _REQUIRED = {

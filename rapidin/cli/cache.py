@@ -59,8 +59,10 @@ DataFiles = Annotated[
     list[str],
     typer.Option(
         metavar="FILE",
-        help="Training examples: jsonl with prompt and completion, instruction, input and output, messages, "
-        "or text; or a HF dataset on disk. Several are read one after another.",
+        help="Training examples: a file (jsonl, json, csv, tsv, parquet, arrow), a folder or pattern of "
+        "files, a HF dataset on disk or by name on the hub, or - for standard input; with prompt and "
+        "completion, instruction, input and output, messages, text, or other known fields. Several are read "
+        "one after another.",
         show_default=False,
         rich_help_panel="Data",
     ),
@@ -112,9 +114,14 @@ def cache(
         # Before the model: mistakes in the data show at once.
         task = _task(settings, model, trust_remote_code=loading.trust_remote_code)
         examples = open_examples(
-            join_paths(data), limit=options.limit, skip=on_error == "skip", forms=forms_of(task)
+            join_paths(data),
+            limit=options.limit,
+            skip=on_error == "skip",
+            forms=forms_of(task),
+            map=options.map,
+            streaming=options.streaming,
         )
-    options = replace(options, limit=None)
+    options = replace(options, limit=None, map=None, streaming=False)
     if several.checkpoints is not None and settings.at is None:
         settings = replace(settings, at=1.0)
     if console.is_terminal:
@@ -296,6 +303,7 @@ def plan(
         GradientSettings,
         Only("at", "task", "include", "exclude", "preconditioner", "width", "max_length", "batch_tokens"),
     ],
+    reading: Annotated[CacheOptions, Only("map", "streaming")],
     examples: Annotated[
         int | None,
         typer.Option(
@@ -336,7 +344,9 @@ def plan(
         raise UserError("nothing to plan for", "give --examples, or name the --data")
     console = messages(quiet)
     task = _task(settings, model, trust_remote_code=loading.trust_remote_code)
-    opened = open_examples(data, forms=forms_of(task)) if data is not None else None
+    opened = None
+    if data is not None:
+        opened = open_examples(data, forms=forms_of(task), map=reading.map, streaming=reading.streaming)
     with quiet_libraries():
         from rapidin.attribution.plan import make_plan
         from rapidin.gradients.source import GradientSource

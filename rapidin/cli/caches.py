@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from rapidin.attribution.ensemble import Ensemble
     from rapidin.data.examples import Examples
+    from rapidin.data.fields import FieldMap
 
 
 def open_caches(folders: Sequence[str]) -> Ensemble:
@@ -33,15 +34,17 @@ def folders_of(folder: str) -> list[Path]:
     return [member.path for member in read_members(Path(folder))[1]]
 
 
-def open_queries(folder: str, data: Any, *, generations: bool = True) -> Examples:
+def open_queries(
+    folder: str, data: Any, *, generations: bool = True, map: FieldMap | None = None
+) -> Examples:
     """Queries of the cache in a folder, in the forms of its task; generations: what the model can write may
-    be missing."""
+    be missing; map: the names of their fields."""
     from rapidin.attribution.provenance import task_name
     from rapidin.cache import Manifest
     from rapidin.data.examples import open_examples
 
     task = task_name(Manifest.read(folders_of(folder)[-1]))
-    return open_examples(data, generations=generations, forms=forms_of(task))
+    return open_examples(data, generations=generations, forms=forms_of(task), map=map)
 
 
 def with_models(console: Console, ensemble: Ensemble, location: ModelLocation) -> Ensemble:

@@ -5,10 +5,11 @@ from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
-from rapidin.attribution.options import ModelLocation, QueryOptions
+from rapidin.attribution.options import MAP, ModelLocation, QueryOptions
 from rapidin.cli.caches import open_caches, open_queries, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
 from rapidin.cli.options import CacheFolders, Quiet, TrainData, command
+from rapidin.data.fields import FieldMap
 from rapidin.data.spans import HOTWORDS
 from rapidin.distributed import world
 from rapidin.errors import UserError
@@ -52,6 +53,7 @@ class QuerySource:
         metavar="FILE",
         panel="Generation",
     )
+    map: FieldMap | None = MAP
     tokens: bool = option(
         False,
         help="Find hits for each token of a completion too, in the same scan.",
@@ -74,6 +76,8 @@ class QuerySource:
             raise UserError(
                 "--completion goes with --ask or --prompt", "in --data, a completion is part of its line"
             )
+        if self.map is not None and self.data is None:
+            raise UserError("--map names fields of --data", "use --data too")
         if self.completion == "":
             raise UserError("the completion is empty", "leave out --completion, and the model generates one")
         if self.tokens and self.hotwords is not None:
@@ -254,7 +258,7 @@ def _generations(source: QuerySource, cache: "Cache", folder: str) -> list[dict[
             given = _labelled_record(asked, source.completion, task)
         records = list(open_queries(folder, [given]))
     else:
-        records = list(open_queries(folder, data))
+        records = list(open_queries(folder, data, map=source.map))
     if source.hotwords is not None:
         records = [record | {HOTWORDS: source.hotwords} for record in records]
     return records

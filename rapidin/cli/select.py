@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rapidin.attribution.options import ModelLocation, QueryOptions, ScoringConfig
+from rapidin.attribution.options import MAP, ModelLocation, QueryOptions, ScoringConfig
 from rapidin.cli.caches import open_caches, open_queries, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
 from rapidin.cli.options import CacheFolder, CacheFolders, Only, Quiet, TrainData, command
+from rapidin.data.fields import FieldMap
 from rapidin.distributed import world
 from rapidin.errors import UserError
 from rapidin.settings import option
@@ -34,6 +35,7 @@ class Selection:
     out: str = option(
         help="Where the chosen examples are written, as jsonl in their order.", metavar="FILE", panel="Output"
     )
+    map: FieldMap | None = MAP
     top: str = option(
         "5%", help="How many of the training examples to choose.", metavar="N|N%", panel="Output"
     )
@@ -76,7 +78,7 @@ def select(
         ensemble = open_caches(cache)
         opened = ensemble.caches[-1]
         count = count_of(selection.top, opened.manifest.rows)
-        targets = list(open_queries(cache[-1], selection.target))
+        targets = list(open_queries(cache[-1], selection.target, map=selection.map))
         groups = {"": list(range(len(targets)))}
         if selection.by is not None:
             groups = group_by(targets, selection.by)
@@ -93,7 +95,7 @@ def select(
         if not world().leads:
             return
         rows = best_rows(scores, count)
-    write_text(selection.out, jsonl([examples[row] for row in rows]))
+    write_text(selection.out, jsonl([examples.original(row) for row in rows]))
     if selection.scores is not None:
         names = ["score"] if selection.by is None else [f"score {name}" for name in groups]
         write_text(selection.scores, _score_table(names, scores, rows, examples, selection.scores))

@@ -6,7 +6,7 @@ from enum import IntEnum
 from itertools import pairwise, takewhile
 from typing import Any, Protocol
 
-from rapidin.data.records import TEXTS, Record
+from rapidin.data.records import TEXTS, Record, message_counts, tokens_of
 from rapidin.errors import UserError
 
 
@@ -78,6 +78,11 @@ def _known_form(record: Record) -> str:
     return form
 
 
+def _answer_start(counts: list[bool]) -> int:
+    """Where the tokens begin that count; the end if none does."""
+    return counts.index(True) if True in counts else len(counts)
+
+
 class Encoder:
     """Encodes records as token ids.
 
@@ -115,9 +120,12 @@ class Encoder:
         self._prefix: list[int] = list(takewhile(special.__contains__, tokenizer("a")["input_ids"]))
 
     def __call__(self, record: Record) -> Encoded:
-        """A record of any of the four forms; a missing completion counts as an empty one."""
-        if _known_form(record) == "messages":
+        """A record of any of the forms; a missing completion counts as an empty one."""
+        form = _known_form(record)
+        if form == "messages":
             return self._encode_messages(record["messages"])
+        if form == "tokens":
+            return self._encode_tokens(record)
         return self.encode_pair(self.prompt_text(record), self.completion_text(record) or "")
 
     def encode_pair(self, prompt: str, completion: str) -> Encoded:
@@ -155,6 +163,9 @@ class Encoder:
             messages = record["messages"]
             answered = bool(messages) and messages[-1]["role"] == "assistant"
             return self._render(messages[:-1] if answered else messages, generation=True)
+        if form == "tokens":
+            ids, counts = tokens_of(record)
+            return self._decode(ids[: _answer_start(counts)])
         return ""
 
     def completion_text(self, record: Record) -> str | None:
@@ -163,6 +174,9 @@ class Encoder:
         if form == "messages":
             last = record["messages"][-1] if record["messages"] else {"role": "", "content": ""}
             return (last["content"] or None) if last["role"] == "assistant" else None
+        if form == "tokens":
+            ids, counts = tokens_of(record)
+            return self._decode(ids[_answer_start(counts) :]) or None
         return record.get(TEXTS.fields[form][-1]) or None
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
@@ -182,6 +196,17 @@ class Encoder:
 
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""
+
+    def _encode_tokens(self, record: Record) -> Encoded:
+        ids, counts = tokens_of(record)
+        if not ids:
+            return Encoded([], [], Status.EMPTY)
+        if max(ids) >= len(self.tokenizer):
+            raise UserError(
+                f"input_ids has the token {max(ids)}, but the tokenizer has {len(self.tokenizer):,} tokens",
+                "use the tokenizer that made the data",
+            )
+        return self._finish(ids, counts)
 
     def _encode_messages(self, messages: list[Record]) -> Encoded:
         if not messages:
@@ -206,7 +231,7 @@ class Encoder:
         """The ranges of the assistant's turns in the rendered chat, as [start, end) in characters."""
         spans = []
         for number, message in enumerate(messages):
-            if message["role"] != "assistant":
+            if message["role"] != "assistant" or not message_counts(message):
                 continue
             before = self._render(messages[:number], generation=True)
             through = self._render(messages[: number + 1], generation=False)

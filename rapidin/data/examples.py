@@ -1,4 +1,4 @@
-"""Training data and queries as checked examples, from any source that `rapidin.data.sources` opens.
+"""Training data and queries as checked examples, from any source that `rapidin.data.opening` opens.
 
 `open_examples` reads and checks the whole source once, so a broken line is found before any work is done. It
 stops at the first, or counts such lines as malformed and skips them: rows and line numbers of the others stay
@@ -8,21 +8,24 @@ the same.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from rapidin.data.fields import FieldMap, has_form
+from rapidin.data.opening import Reading, open_source
 from rapidin.data.records import TEXTS, Forms, Record, canonical_json, check_record
-from rapidin.data.sources import Malformed, Source, open_source
+from rapidin.data.sources import Malformed, Source
 from rapidin.errors import UserError
 
 _MAX_PROBLEMS = 10  # malformed examples that are reported one by one
 
 
 class Examples:
-    """Checked examples in order: `len`, iteration, and `examples[row]` give records as they were read.
+    """Checked examples in order: `len`, iteration, and `examples[row]` are records in a form.
 
-    path: absolute path of the file or folder, a list of several, None for data in memory.
+    path: absolute path of the file or folder, a list of several, None for data that cannot be read again.
     form: the form of every record, such as "prompt" (`rapidin.data.records`); "" if any record is read.
+    reading: how the data is read.
     malformed: rows that cannot be read or are of no known form, if such rows are skipped; problems: what is
     wrong with the first of them, a line each.
     """
@@ -35,8 +38,10 @@ class Examples:
         checked: bool,
         skip: bool,
         forms: Forms | None,
+        reading: Reading | None = None,
     ) -> None:
-        self._source, self._skip, self._forms = source, skip, forms
+        self._source, self._skip, self._forms, self._generations = source, skip, forms, generations
+        self.reading = reading or Reading()
         self._identity: str | None = None
         self.path = source.path
         self.form = ""
@@ -53,17 +58,23 @@ class Examples:
         """Read and check every record, and set `form` and `identity`. Returns how many there are."""
         count = 0
         digest = hashlib.sha256()
-        for row, entry in enumerate(self._source.scan(limit)):
+        for row, raw in enumerate(self._source.scan(limit)):
             count += 1
+            entry = self._read(raw, row)
+            line = b""
             try:
                 if isinstance(entry, Malformed):
                     raise entry.error
+                where = self._source.where(row)
+                form = ""
                 if self._forms is not None:
-                    where = self._source.where(row)
-                    self.form = check_record(entry, self._forms, self.form, generations, where)
+                    form = check_record(entry, self._forms, self.form, generations, where)
+                line = self._canonical(entry, where)
+                self.form = form
             except UserError as error:
                 self._refuse(row, error)
-            digest.update(self._identity_line(row, entry))
+                line = self._identity_line(row, entry)
+            digest.update(line)
         self._identity = digest.hexdigest()
         return count
 
@@ -72,13 +83,39 @@ class Examples:
         there are."""
         count = self._source.skim(limit)
         for row in range(count) if self._forms is not None else ():
-            entry = self._source.read(row)
+            entry = self._read(self._source.read(row), row)
             assert self._forms is not None
             form = None if isinstance(entry, Malformed) else self._forms.of(entry, generations=generations)
             if form is not None:
                 self.form = form
                 break
         return count
+
+    def _read(self, entry: Record | Malformed, row: int) -> Record | Malformed:
+        """The entry with the fields of a form."""
+        fields = self.reading.fields
+        if isinstance(entry, Malformed) or (not fields.fields and has_form(entry, self._forms)):
+            return entry
+        try:
+            where = self._source.where(row)
+            return fields.read(entry, where, generations=self._generations, forms=self._forms)
+        except UserError as error:
+            return Malformed(error, self._content(entry))
+
+    @staticmethod
+    def _canonical(record: Record, where: str) -> bytes:
+        try:
+            return canonical_json(record)
+        except UserError as error:
+            raise UserError(f"{where}: {error.what}", error.remedy) from error
+
+    @staticmethod
+    def _content(record: Record) -> bytes:
+        """The bytes of a malformed record; its fields alone if its values cannot be written."""
+        try:
+            return canonical_json(record)
+        except UserError:
+            return repr(sorted(record)).encode("utf-8", "backslashreplace")
 
     def _refuse(self, row: int, error: UserError) -> None:
         """Raise the error, or count the row as malformed."""
@@ -101,8 +138,11 @@ class Examples:
         """The bytes of an example that the identity is a hash of."""
         if isinstance(entry, Malformed) and row not in self.malformed:
             raise entry.error
-        content = entry.content if isinstance(entry, Malformed) else canonical_json(entry)
-        return b"malformed " + content if row in self.malformed else content
+        if isinstance(entry, Malformed):
+            return b"malformed " + entry.content
+        if row in self.malformed:
+            return b"malformed " + self._content(entry)
+        return self._canonical(entry, self._source.where(row))
 
     @property
     def identity(self) -> str:
@@ -117,7 +157,7 @@ class Examples:
             return self._identity
         digest = hashlib.sha256()
         for row in range(min(rows, self._length)):
-            digest.update(self._identity_line(row, self._source.read(row)))
+            digest.update(self._identity_line(row, self._read(self._source.read(row), row)))
         return digest.hexdigest()
 
     def __len__(self) -> int:
@@ -126,6 +166,13 @@ class Examples:
     def __getitem__(self, row: int) -> Record:
         if not 0 <= row < self._length:
             raise IndexError(f"row {row} of {self._length} examples")
+        entry = self._read(self._source.read(row), row)
+        if isinstance(entry, Malformed):
+            raise entry.error
+        return entry
+
+    def original(self, row: int) -> Record:
+        """The record of a row with the fields that it came with alone."""
         entry = self._source.read(row)
         if isinstance(entry, Malformed):
             raise entry.error
@@ -167,18 +214,27 @@ def open_examples(
     checked: bool = True,
     skip: bool = False,
     forms: Forms | None = TEXTS,
+    map: FieldMap | Mapping[str, str] | str | None = None,
+    streaming: bool = False,
 ) -> Examples:
     """Open and check training examples, or with `generations` queries, whose completion may be missing.
 
-    source: path of a .jsonl file or of a HF dataset saved to disk, several of them (a list of paths, or
-    `Files`), an open file, a list of records (or of strings, each standing for {"text": string}), a pandas or
-    polars data frame, an Arrow table, or a HF dataset in memory. limit: use only this many, from the start.
-    checked: read all of it now; otherwise only locate the examples, which is quick for millions, and parse
-    each on demand. skip: count invalid examples as malformed instead of raising an error. forms: of the
-    records, by default those of a causal language model; None for any record.
+    source: a file (jsonl, json, csv, tsv, parquet, arrow or feather, compressed or not), a folder or a
+    pattern of such files, "-" for standard input, a HF dataset saved to disk or by name on the hub, an
+    entry of LLaMA-Factory's dataset_info.json, several of them (a list of paths, or `Files`), an open file,
+    a list or any other iterable of records, of texts, of (prompt, completion) pairs or of batches, a pandas
+    or polars data frame, an Arrow table, or a HF dataset in memory; docs/guide/data.md shows each. What can
+    be read only once is kept in a temporary file.
+    limit: use only this many, from the start. checked: read all of it now; otherwise only locate the
+    examples, which is quick for millions, and parse each on demand. skip: count invalid examples as malformed
+    instead of raising an error. forms: of the records, by default those of a causal language model; None for
+    any record. map: fields of a form by the names that they have in the data, such as
+    {"prompt": "question"} or "prompt=question". streaming: fetch rows of a data set on the hub as they are
+    read.
     Raises UserError, with the location, for a broken line, a record of no known form or of another form than
     the first, and a field of the wrong type, unless they are skipped; and if there are no examples.
     """
     if limit is not None and limit < 1:
         raise UserError(f"a limit of {limit} examples leaves none", "give 1 or more")
-    return Examples(open_source(source), limit, generations, checked, skip, forms)
+    reading = Reading(FieldMap.of(map), streaming)
+    return Examples(open_source(source, reading), limit, generations, checked, skip, forms, reading)

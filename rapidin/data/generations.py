@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from rapidin.data.encoding import AnyExample, Status
-from rapidin.data.records import Record
-from rapidin.data.sources import frame_records
+from rapidin.data.examples import open_examples
+from rapidin.data.fields import FieldMap
+from rapidin.data.memory import frame_records, refuse_splits, rows_of, single_rows
+from rapidin.data.records import TEXTS, Forms, Record, check_record, to_record
+from rapidin.data.sources import is_pair
 from rapidin.data.spans import Span
 from rapidin.errors import UserError, short
 
@@ -40,31 +45,43 @@ class Generation:
         raise UserError(f"the generation for '{short(self.prompt)}' {reason}")
 
 
-def as_records(generations: Any) -> list[Record]:
-    """The generations to explain, as records: from a sequence of (prompt, completion) pairs, prompts and
-    records, a data frame, or a single pair, prompt or record. Raises UserError for anything else."""
-    if isinstance(generations, str | Mapping) or _is_pair(generations):
+def as_records(generations: Any, forms: Forms | None = TEXTS) -> list[Record]:
+    """The generations to explain, as records of these forms.
+
+    generations: a prompt, a (prompt, completion) pair, a record, a list or any other iterable of these or of
+    batches, a data frame, a HF dataset, or a file of records (a path object or an open file; a plain string
+    is a prompt). Raises UserError for anything else.
+    """
+    if isinstance(generations, os.PathLike) or hasattr(generations, "read"):
+        return list(open_examples(generations, generations=True, forms=forms))
+    if isinstance(generations, str) or is_pair(generations):
         generations = [generations]
+    elif isinstance(generations, Mapping):
+        generations = rows_of(generations, "the batch of generations") or [generations]
+    refuse_splits(generations)
     frame = frame_records(generations)
     if frame is not None:
-        return frame
+        generations = frame
     if not isinstance(generations, Iterable):
         raise UserError(f"generations must be a list, got {type(generations).__name__}", _EXPECTED)
-    return [_as_record(value, n) for n, value in enumerate(generations)]
+    rows = single_rows(generations, texts=False)
+    return [_as_record(value, f"generation {n}", forms) for n, value in enumerate(rows, 1)]
 
 
 _EXPECTED = "give (prompt, completion) pairs, prompts, or records as in training data"
 
 
-def _is_pair(value: Any) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(x, str) for x in value)
-
-
-def _as_record(value: Any, n: int) -> Record:
-    if isinstance(value, Mapping):
-        return dict(value)
+def _as_record(value: Any, where: str, forms: Forms | None) -> Record:
     if isinstance(value, str):
-        return {"prompt": value}
-    if isinstance(value, list | tuple) and len(value) == 2:
-        return {"prompt": value[0], "completion": value[1]}
-    raise UserError(f"generation {n + 1} has no prompt and completion: {short(repr(value))}", _EXPECTED)
+        value = {"prompt": value}
+    elif isinstance(value, list | tuple) and len(value) == 2:
+        value = {"prompt": value[0], "completion": value[1]}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} has no prompt and completion: {short(repr(value))}", _EXPECTED)
+    record = FieldMap().read(to_record(value, where), where, generations=True, forms=forms)
+    if isinstance(record.get("weight"), str):  # as in a csv file
+        with contextlib.suppress(ValueError):
+            record = record | {"weight": float(record["weight"])}
+    if forms is not None and forms.of(record, generations=True) is not None:
+        check_record(record, forms, "", True, where)
+    return record

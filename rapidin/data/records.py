@@ -1,12 +1,13 @@
 """The forms of a record, the checks of its fields, its prompt and completion, and its hash.
 
-A causal language model reads four forms; other tasks have forms of their own (`rapidin.tasks.names`). Other
-fields are left alone and shown with a hit.
+A causal language model reads five forms; other tasks have forms of their own. Other fields are left alone and
+shown with a hit. `rapidin.data.fields` makes these forms of records with the field names of other tools.
 
     prompt        {"prompt": ..., "completion": ...}                    concatenated as they are
     instruction   {"instruction": ..., "input": ..., "output": ...}     the Alpaca form; "input" is optional
     messages      {"messages": [{"role": ..., "content": ...}, ...]}    the tokenizer's chat template
     text          {"text": ...}                                         every token counts
+    tokens        {"input_ids": [...], "labels": [...]}                 read as they are; -100: no loss
 """
 
 from __future__ import annotations
@@ -17,9 +18,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rapidin.errors import UserError
+from rapidin.errors import UserError, short
 
 Record = dict[str, Any]
+
+NO_LOSS = -100  # the label of a token that does not count
+_MASKS = ("completion_mask", "assistant_masks")  # of tokens that count, where there are no labels
+_MARKS = ("weight", "train", "training")  # of a message whose tokens do not count, if 0 or false
+_MOST_FIELDS = 12  # named in a message
 
 # Raises UserError for a field's value of the wrong kind, given the value, the field's name and the location.
 Check = Callable[[object, str, str], None]
@@ -74,6 +80,10 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
         return _last_text(record.get("prompt") or ""), both
     if isinstance(record.get("text"), str) and record.get("text_pair") is None:
         return record["text"], ""
+    if record.get("input_ids") is not None:
+        ids, counts = tokens_of(record)
+        first = counts.index(True) if True in counts else 0
+        return " ".join(map(str, ids[:first])), " ".join(map(str, ids[first:]))
     texts = [value for name, value in record.items() if isinstance(value, str) and name != "label"]
     return " | ".join(texts), ""
 
@@ -96,15 +106,47 @@ def _last_text(value: Any) -> str:
     return str(value)
 
 
+def tokens_of(record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
+    """The token ids of a record of the tokens form without its padding, and which of them count."""
+    ids, labels = record["input_ids"], record.get("labels")
+    counts = [True] * len(ids) if labels is None else [label != NO_LOSS for label in labels]
+    if labels is None:
+        for name in _MASKS:
+            if record.get(name) is not None:
+                counts = [bool(each) for each in record[name]]
+                break
+    mask = record.get("attention_mask")
+    if mask is None:
+        return list(ids), counts
+    kept = [n for n, each in enumerate(mask) if each]
+    return [ids[n] for n in kept], [counts[n] for n in kept]
+
+
+def message_counts(message: Mapping[str, Any]) -> bool:
+    """Whether the tokens of an answer in a chat count: if not, OpenAI's format gives it a weight of 0, and
+    Axolotl's a field `train` that is false."""
+    return all(message.get(name) is None or bool(message[name]) for name in _MARKS)
+
+
 def canonical_json(record: Record) -> bytes:
-    """The record as one line of JSON with sorted keys, in ASCII."""
-    return json.dumps(record, sort_keys=True, separators=(",", ":"), default=_as_text).encode("ascii") + b"\n"
+    """The record as one line of JSON with sorted keys, in ASCII. Raises UserError if that is impossible."""
+    try:
+        text = json.dumps(record, sort_keys=True, separators=(",", ":"), default=_as_text)
+    except RecursionError as error:
+        raise UserError("a value is nested too deeply", "fix or remove it") from error
+    except TypeError as error:  # keys that cannot be sorted
+        raise UserError(f"a value cannot be written as JSON ({error})", "fix or remove it") from error
+    except ValueError as error:
+        contains_itself = "ircular" in str(error)
+        what = "a value contains itself" if contains_itself else "a number with too many digits"
+        raise UserError(what, "fix or remove it") from error
+    return text.encode("ascii") + b"\n"
 
 
 def _as_text(value: Any) -> str:
     """What stands for a value that JSON does not know: of arrays, tensors and images a hash of all of it."""
     as_bytes = getattr(value.numpy() if hasattr(value, "numpy") else value, "tobytes", None)
-    if as_bytes is None:
+    if as_bytes is None or getattr(value, "ndim", None) == 0:
         return str(value)
     facts = [str(getattr(value, name, "")) for name in ("dtype", "mode", "shape", "size")]
     facts = [type(value).__name__, *(fact for fact in facts if "built-in" not in fact)]
@@ -135,9 +177,9 @@ def check_record(record: Record, forms: Forms, form: str, generations: bool, whe
         forms = forms.queries
     actual = forms.of(record, generations=generations)
     if actual is None or actual != (form or actual):
-        fields = ", ".join(
-            f"'{name}'" + (" (null)" if value is None else "") for name, value in record.items()
-        )
+        names = [f"'{name}'" + (" (null)" if value is None else "") for name, value in record.items()]
+        more = f" and {len(names) - _MOST_FIELDS} more" if len(names) > _MOST_FIELDS else ""
+        fields = ", ".join(names[:_MOST_FIELDS]) + more
         expected = forms.expected_query if generations else forms.expected
         if form:
             expected = f"expected {' and '.join(map(repr, forms.fields[form]))} as in the examples before it"
@@ -145,6 +187,8 @@ def check_record(record: Record, forms: Forms, form: str, generations: bool, whe
     for name in (*forms.fields[actual], *forms.optional.get(actual, ())):
         if record.get(name) is not None:
             forms.checks.get(name, check_text)(record[name], name, where)
+    if actual == "tokens":
+        _check_labels(record, where)
     return actual
 
 
@@ -160,6 +204,31 @@ def check_messages(messages: object, name: str, where: str) -> None:
             )
         for part in ("role", "content"):
             _check_unicode(message.get(part), f"{name}[{number}].{part}", where)
+
+
+def _check_ids(ids: object, name: str, where: str) -> None:
+    if not isinstance(ids, list) or not all(type(each) is int and each >= 0 for each in ids):
+        raise UserError(f"{where}: '{name}' is {describe(ids)}, expected a list of token ids")
+
+
+def _check_labels(record: Record, where: str) -> None:
+    """Raises UserError for labels or masks that do not go with the token ids."""
+    ids = record["input_ids"]
+    for name in ("labels", "attention_mask", *_MASKS):
+        values = record.get(name)
+        if values is None:
+            continue
+        if not isinstance(values, list) or len(values) != len(ids):
+            found = f"{len(values)} values" if isinstance(values, list) else describe(values)
+            raise UserError(
+                f"{where}: '{name}' is {found}, expected one for each of the {len(ids)} input_ids"
+            )
+    for n, label in enumerate(record.get("labels") or ()):
+        if label not in (NO_LOSS, ids[n]):
+            raise UserError(
+                f"{where}: labels[{n}] is {short(label)}, expected input_ids[{n}] ({ids[n]}) or {NO_LOSS}",
+                "labels are not shifted: each belongs to the token at its own position",
+            )
 
 
 def check_text(value: object, name: str, where: str) -> None:
@@ -186,7 +255,10 @@ def describe(value: object) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
-        return f"a number ({value})"
+        try:
+            return f"a number ({short(value)})"
+        except ValueError:
+            return "a number of thousands of digits"
     if isinstance(value, str):
         return "text"
     if isinstance(value, Mapping):
@@ -202,11 +274,14 @@ TEXTS = Forms(
         "instruction": ("instruction", "output"),
         "messages": ("messages",),
         "text": ("text",),
+        "tokens": ("input_ids",),
     },
     missing={"prompt": "completion", "instruction": "output"},
     expected="expected 'prompt' and 'completion', or 'instruction' and 'output' (and 'input'), "
-    "or 'messages', or 'text'",
-    expected_query="expected 'prompt', or 'instruction' (and 'input'), or 'messages', or 'text'",
-    checks={"messages": check_messages},
+    "or 'messages', or 'text', or 'input_ids' (and 'labels'); a map names other fields, "
+    "as in prompt=question,completion=answer",
+    expected_query="expected 'prompt', or 'instruction' (and 'input'), or 'messages', or 'text', or "
+    "'input_ids'; a map names other fields, as in prompt=question",
+    checks={"messages": check_messages, "input_ids": _check_ids},
     optional={"instruction": ("input",)},
 )

@@ -1,26 +1,24 @@
-"""Where examples are read from: jsonl files, HF datasets, data frames, lists, and several of them joined.
+"""What a source of records is, and the two simplest: rows in memory, and several sources joined.
 
-`open_source` recognises what it is given. A source gives records by row and knows where each row comes from;
-whether a record is of a known form is not its concern (`rapidin.data.examples` checks that).
+A source gives records by row and knows where each row comes from. Whether a record is of a known form is not
+its concern (`rapidin.data.examples` checks that). `rapidin.data.opening` recognises what it is given.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from array import array
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
-from rapidin.data.records import Record, describe, to_record
-from rapidin.errors import UserError, needs
-from rapidin.files import reason
+from rapidin.data.records import Record, to_record
+from rapidin.errors import UserError
 
-_UTF8_BOM = b"\xef\xbb\xbf"
+_Each = TypeVar("_Each")
+
+
+class DataNotFound(UserError):
+    """There is nothing of the name that was given."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +48,12 @@ class Source(Protocol):
 
     @property
     def path(self) -> str | list[str] | None:
-        """Absolute path of the file or folder, a list for several, None for data in memory."""
+        """Absolute path of the file or folder, a list for several, None for data that cannot be read again:
+        data in memory and standard input."""
 
     @property
     def lines(self) -> int:
-        """Number of lines once the end has been reached; for sources that are not files, of rows."""
+        """Number of lines once the end has been reached; for sources without lines, of rows."""
 
     def scan(self, limit: int | None) -> Iterator[Record | Malformed]:
         """All records in order, at most `limit` of them."""
@@ -66,7 +65,7 @@ class Source(Protocol):
         """The record of a row."""
 
     def index(self, row: int) -> int:
-        """The line number of a row, from 0; for sources that are not files, the row."""
+        """The line number of a row, from 0; for sources without lines, the row."""
 
     def where(self, row: int) -> str:
         """The location of a row for a message, such as "train.jsonl, line 3"."""
@@ -75,161 +74,33 @@ class Source(Protocol):
         """The file or folder of a row as it was named, None for data in memory."""
 
 
-def open_source(source: Any) -> Source:
-    """The source of anything that `open_examples` takes. Raises UserError if it is none of that."""
-    if isinstance(source, Files):
-        return _Joined([open_source(path) for path in source.paths])
-    if isinstance(source, str | os.PathLike):
-        return _open_path(os.fspath(source))
-    datasets = sys.modules.get("datasets")  # a caller who has a dataset has imported its package
-    if datasets is not None and isinstance(source, datasets.Dataset):
-        return _Rows(source.with_format(None), None, "dataset")
-    if datasets is not None and isinstance(source, datasets.DatasetDict):
-        raise UserError(f"the data is a set of splits: {', '.join(source)}", "choose one: data['train']")
-    frame = frame_records(source)
-    if frame is not None:
-        return _Rows(frame, None, "data frame")
-    if hasattr(source, "read"):  # an open file: only its path can be read again
-        name = getattr(source, "name", None)
-        if isinstance(name, str) and os.path.isfile(name):
-            return open_source(name)
-        raise UserError("the data is an open stream without a file", "give a path or a list of records")
-    if isinstance(source, Mapping):
-        raise UserError("the data is a single record", "put it into a list: [record]")
-    if not isinstance(source, Iterable):
-        raise UserError(f"the data is {describe(source)}", _GIVE)
-    rows = list(source)
-    paths = [row for row in rows if _is_path(row)]
-    if not paths:
-        return _Rows(rows, None, "examples")
-    if len(paths) < len(rows):
-        raise UserError(f"the data mixes files, such as '{paths[0]}', with records or texts", _GIVE)
-    return _Joined([open_source(path) for path in paths])
-
-
-_GIVE = "give a path, a list of paths, a list of records or texts, a data frame or a HF dataset"
-
-
-def _open_path(path: str) -> Source:
-    if os.path.isdir(path):
-        return _Rows(_load_dataset(path), os.path.abspath(path), path)
-    if not os.path.exists(path):
-        raise UserError(
-            f"data not found: {path}", "give a .jsonl file, or the folder of a HF dataset saved to disk"
-        )
-    if not os.path.isfile(path):
-        raise UserError(f"the data {path} is not a regular file", "save it as a .jsonl file first")
-    return _JsonLines(path)
-
-
-def _is_path(value: object) -> bool:
-    """Whether an entry of a list is a file or folder rather than a text: a path object, the path of something
-    that exists, or a name with the suffix of a data file."""
-    if isinstance(value, os.PathLike):
-        return True
-    if not isinstance(value, str) or not value or len(value) > 4096 or "\n" in value or "\0" in value:
-        return False
-    has_suffix = value.endswith((".jsonl", ".json", ".csv", ".parquet")) and not any(map(str.isspace, value))
-    return has_suffix or (os.sep in value and os.path.exists(value))
-
-
-# ----------------------------------------------------------------------------------------- kinds of source
-
-
-class _JsonLines:
-    """A jsonl file of any size: two integers are kept for each example, and records are read on demand."""
-
-    def __init__(self, path: str) -> None:
-        self.path = os.path.abspath(path)
-        self.lines = 0
-        self._name = path
-        self._offsets = array("Q")
-        self._lines = array("Q")
-        try:
-            self._file = open(path, "rb")  # noqa: SIM115  (closed with this object)
-        except OSError as error:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: OSError) -> UserError:
-        return UserError(f"cannot read the data file {self._name}: {reason(error)}")
-
-    def scan(self, limit: int | None) -> Iterator[Record | Malformed]:
-        for row, line in enumerate(self._find(limit)):
-            yield self._entry(line, row)
-
-    def skim(self, limit: int | None) -> int:
-        return sum(1 for _ in self._find(limit))
-
-    def _find(self, limit: int | None) -> Iterator[bytes]:
-        """Each line that is not blank; its offset and number are recorded."""
-        offset = 0
-        try:
-            for number, line in enumerate(self._file):
-                if limit is not None and len(self._offsets) == limit:
-                    return
-                self.lines = number + 1
-                start, offset = offset, offset + len(line)
-                if number == 0 and line.startswith(_UTF8_BOM):
-                    line = line[len(_UTF8_BOM) :]
-                    start += len(_UTF8_BOM)
-                if line.strip():
-                    self._offsets.append(start)
-                    self._lines.append(number)
-                    yield line
-        except OSError as error:
-            raise self._unreadable(error) from error
-
-    def read(self, row: int) -> Record | Malformed:
-        try:
-            self._file.seek(self._offsets[row])
-            return self._entry(self._file.readline(), row)
-        except OSError as error:
-            raise self._unreadable(error) from error
-
-    def index(self, row: int) -> int:
-        return self._lines[row]
-
-    def where(self, row: int) -> str:
-        return f"{self._name}, line {self._lines[row] + 1}"
-
-    def file(self, row: int) -> str:
-        return self._name
-
-    def _entry(self, line: bytes, row: int) -> Record | Malformed:
-        try:
-            return _parse_line(line, self.where(row), first=row == 0)
-        except UserError as error:
-            return Malformed(error, line)
-
-
-def _parse_line(line: bytes, where: str, *, first: bool) -> Record:
-    """The record of a line of jsonl; first: whether it is the file's first. Raises UserError if it is not
-    one JSON object."""
+def unreadable(error: UserError, value: object) -> Malformed:
+    """A value in memory that is no record."""
     try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(
-            f"{where}: not UTF-8 text (byte {error.start + 1} of the line)",
-            "save the file as UTF-8, one JSON object per line",
-        ) from error
-    except json.JSONDecodeError as error:
-        if first and line.lstrip().startswith(b"["):
-            raise UserError(
-                f"{where}: the file is one JSON list, expected one JSON object per line",
-                "jq -c '.[]' converts such a file to lines",
-            ) from error
-        raise UserError(f"{where}: broken JSON ({error.msg} at column {error.colno})", _FIX_LINE) from error
-    except RecursionError as error:
-        raise UserError(f"{where}: JSON nested too deeply", _FIX_LINE) from error
-    except ValueError as error:  # Python limits integers to some thousand digits
-        raise UserError(f"{where}: a number with too many digits", _FIX_LINE) from error
-    return to_record(record, where)
+        content = repr(value)
+    except (ValueError, RecursionError):  # an integer of thousands of digits, a value that contains itself
+        content = type(value).__name__
+    return Malformed(error, content.encode("utf-8", "backslashreplace"))
 
 
-_FIX_LINE = "fix or remove that line"
+def as_record(value: Any, where: str) -> Record | Malformed:
+    """A row in memory: a mapping, a text, or a pair of texts."""
+    if isinstance(value, str):
+        value = {"text": value}
+    elif is_pair(value):
+        value = {"prompt": value[0], "completion": value[1]}
+    try:
+        return to_record(value, where)
+    except UserError as error:
+        return unreadable(error, value)
 
 
-class _Rows:
+def is_pair(value: object) -> bool:
+    """Whether a value is a tuple of prompt and completion."""
+    return isinstance(value, tuple) and len(value) == 2 and all(isinstance(each, str) for each in value)
+
+
+class Rows:
     """A list of records or a HF dataset: anything with a length and rows."""
 
     def __init__(self, rows: Any, path: str | None, name: str) -> None:
@@ -248,11 +119,7 @@ class _Rows:
         return len(self._rows) if limit is None else min(limit, len(self._rows))
 
     def read(self, row: int) -> Record | Malformed:
-        record = self._rows[row]
-        try:
-            return to_record({"text": record} if isinstance(record, str) else record, self.where(row))
-        except UserError as error:
-            return Malformed(error, repr(record).encode("utf-8", "backslashreplace"))
+        return as_record(self._rows[row], self.where(row))
 
     def index(self, row: int) -> int:
         return row
@@ -264,7 +131,7 @@ class _Rows:
         return None if self.path is None else self._name
 
 
-class _Joined:
+class Joined:
     """Several sources, one after another; line numbers continue from one to the next."""
 
     def __init__(self, sources: Sequence[Source]) -> None:
@@ -273,38 +140,39 @@ class _Joined:
         self._first_lines: list[int] = []
 
     @property
-    def path(self) -> list[str]:
-        return [str(source.path) for source in self._sources]
+    def path(self) -> list[str] | None:
+        """The paths of all; None if one of them cannot be read again."""
+        paths: list[str] = []
+        for source in self._sources:
+            if source.path is None:
+                return None
+            paths += [source.path] if isinstance(source.path, str) else source.path
+        return paths
 
     @property
     def lines(self) -> int:
         return sum(source.lines for source in self._sources)
 
-    def _each(self, limit: int | None) -> Iterator[tuple[Source, int | None]]:
-        """Each source with how many rows it may still give, as long as that is not 0."""
-        lines = 0
+    def _each(
+        self, limit: int | None, read: Callable[[Source, int | None], Iterator[_Each]]
+    ) -> Iterator[_Each]:
+        """What `read` gives of each source, until `limit` rows are reached."""
+        done = lines = 0
         for source in self._sources:
-            self._first_rows.append(self._first_rows[-1] if self._first_rows else 0)
+            if done == limit:
+                return
+            self._first_rows.append(done)
             self._first_lines.append(lines)
-            left = None if limit is None else limit - self._first_rows[-1]
-            if left != 0:
-                yield source, left
+            for each in read(source, None if limit is None else limit - done):
+                done += 1
+                yield each
             lines += source.lines
 
     def scan(self, limit: int | None) -> Iterator[Record | Malformed]:
-        done = 0
-        for source, left in self._each(limit):
-            self._first_rows[-1] = done
-            for entry in source.scan(left):
-                done += 1
-                yield entry
+        return self._each(limit, lambda source, left: source.scan(left))
 
     def skim(self, limit: int | None) -> int:
-        done = 0
-        for source, left in self._each(limit):
-            self._first_rows[-1] = done
-            done += source.skim(left)
-        return done
+        return sum(1 for _ in self._each(limit, lambda source, left: iter(range(source.skim(left)))))
 
     def _locate(self, row: int) -> tuple[int, int]:
         """The number of a row's source, and the row in that source."""
@@ -328,45 +196,6 @@ class _Joined:
         return self._sources[n].file(row)
 
 
-# ------------------------------------------------------------------------------- data frames and HF datasets
-
-
-def frame_records(source: Any) -> list[Record] | None:
-    """The rows of a pandas or polars data frame or an Arrow table as records, missing values as None; None
-    for anything else."""
-    for module, kind, convert in _FRAMES:
-        # A caller who has a frame has imported its package.
-        frame_type = getattr(sys.modules.get(module), kind, None)
-        if frame_type is not None and isinstance(source, frame_type):
-            return convert(source)
-    return None
-
-
-def _pandas_records(frame: Any) -> list[Record]:
-    objects = frame.astype(object)
-    records: list[Record] = objects.where(frame.notna(), None).to_dict("records")
-    return records
-
-
-_FRAMES: tuple[tuple[str, str, Callable[[Any], list[Record]]], ...] = (
-    ("pandas", "DataFrame", _pandas_records),
-    ("polars", "DataFrame", lambda frame: frame.to_dicts()),
-    ("pyarrow", "Table", lambda table: table.to_pylist()),
-)
-
-
-def _load_dataset(path: str) -> Any:
-    folder = Path(path)
-    if (folder / "dataset_dict.json").is_file():
-        splits = ", ".join(sorted(child.name for child in folder.iterdir() if child.is_dir()))
-        raise UserError(f"{path} has several splits: {splits}", f"name one, as in {folder / 'train'}")
-    if not (folder / "state.json").is_file():
-        raise UserError(
-            f"the folder {path} is not a HF dataset saved to disk (it has no state.json)",
-            "give a .jsonl file, or a folder written by Dataset.save_to_disk",
-        )
-    datasets = needs("datasets", f"reading {path}", "datasets")
-    try:
-        return datasets.load_from_disk(path).with_format(None)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"cannot load the HF dataset {path}: {error}") from error
+def is_mapping_list(value: object) -> bool:
+    """Whether a value is a list of objects, and not an empty one."""
+    return isinstance(value, list) and bool(value) and all(isinstance(each, Mapping) for each in value)

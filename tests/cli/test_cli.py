@@ -488,8 +488,8 @@ def test_a_model_name_that_nobody_has(
     [
         ([ROWS[0], None, '{"prompt": "a", '], "data.jsonl, line 3: broken JSON"),
         (
-            [{"question": "a", "answer": "b"}],
-            "line 1: found the fields 'question', 'answer'; expected 'prompt' and",
+            [{"title": "a", "body": "b"}],
+            "line 1: found the fields 'title', 'body'; expected 'prompt' and",
         ),
         (
             [ROWS[0], {"text": "a"}],
@@ -681,10 +681,8 @@ def test_refused_queries(place: Place, run: Any, arguments: list[str], pattern: 
 
 
 def test_refused_query_data(place: Place, tmp_path: Path, run: Any) -> None:
-    data = write(tmp_path / "q.jsonl", [{"prompt": "a"}, {"question": "b"}])
-    refused(
-        run("query", place.cache, "--data", data), "q.jsonl, line 2: found the fields 'question'; expected"
-    )
+    data = write(tmp_path / "q.jsonl", [{"prompt": "a"}, {"title": "b"}])
+    refused(run("query", place.cache, "--data", data), "q.jsonl, line 2: found the fields 'title'; expected")
 
 
 def test_usage_errors(run: Any) -> None:
