@@ -109,6 +109,7 @@ class GradientSource:
             loss=self.settings.loss,
             preconditioner=preconditioner,
             checked=self.check is not None,
+            followed=() if self.check is None else self.check.followed,
         )
 
     def _batch_runner(self) -> BatchRunner:

@@ -80,10 +80,12 @@ def run(capsys: pytest.CaptureFixture[str]) -> Any:
     return caller(capsys)
 
 
-def refused(ran: Ran, *patterns: str) -> None:
-    """Exit code 2, nothing on standard output, and one line that holds every pattern."""
+def refused(ran: Ran, *patterns: str, note: str = "") -> None:
+    """Exit code 2, nothing on standard output, and one line that holds every pattern, perhaps after a `note`, which a
+    process shows once."""
     assert (ran.code, ran.out) == (2, ""), ran
-    assert re.fullmatch("rapidin: .*\n", ran.err), ran.err
+    noted = f"(rapidin: .*{note}.*\n)?" if note else ""
+    assert re.fullmatch(f"{noted}rapidin: .*\n", ran.err), ran.err
     for pattern in patterns:
         assert re.search(pattern, ran.err), (pattern, ran.err)
 
@@ -208,7 +210,7 @@ def test_gradients_are_checked_unless_the_command_line_says_not_to(
 def test_a_model_of_which_little_counts_is_named_even_when_quiet(
     place: Place, run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rapidin.gradients.coverage._ENOUGH", 1.1)
+    monkeypatch.setattr("rapidin.gradients.coverage.ENOUGH", 1.1)
     arguments = ["--data", place.data, "--limit", "4", "--quiet", "--out", str(tmp_path / "out")]
     ran = run("cache", place.model, *arguments)
     assert ran.code == 0
@@ -559,8 +561,10 @@ def test_a_cache_made_for_another_model_or_adapter(
     question = ["query", str(copied), "--prompt", "a", "--completion", "b"]
     for changes in ({"model": str(other.model)}, {"adapter": str(other.adapter)}):
         option, value = next(iter(changes.items()))
-        refused(run(*cache_arguments(place, copied, **changes)), f"was made with another {option}", "--out")
-        refused(run(*question, f"--{option}", value), f"cache was made with another {option}")
+        note = "the adapter was made for the model"
+        caching = run(*cache_arguments(place, copied, **changes))
+        refused(caching, f"was made with another {option}", "--out", note=note)
+        refused(run(*question, f"--{option}", value), f"cache was made with another {option}", note=note)
     # without the adapter that it was made with
     arguments = [
         "cache",

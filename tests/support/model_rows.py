@@ -1,0 +1,42 @@
+"""What the tests of models share: the rows of docs/reference/models.md as parameters of a test, and the check of one."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from functools import cache
+from typing import Any
+
+import model_table
+import pytest
+
+
+def rows(section: str, fast: Collection[str], wrong: Mapping[str, str]) -> list[Any]:
+    """The rows of a section. fast: those that `make test` measures as well; wrong: why rapidin gets a row wrong, for
+    those that it does."""
+    names = model_table.SECTIONS[section][1]
+    assert not {*fast, *wrong} - set(names)
+    marks = {
+        name: [
+            *([] if name in fast else [pytest.mark.full]),
+            *([pytest.mark.xfail(strict=True, reason=wrong[name])] if name in wrong else []),
+        ]
+        for name in names
+    }
+    return [pytest.param(name, marks=marks[name]) for name in names]
+
+
+def check_row(section: str, name: str) -> None:
+    """A row is right or refused with the reason, and the page says what was measured."""
+    if not model_table.exists(section, name):
+        pytest.skip("not in the installed libraries")
+    for column, found in model_table.measured(section, name).items():
+        assert not found.fault, f"{column}: {found.fault}"
+        assert not found.wrong(model_table.tolerance(section, name)), column
+    written = page().get(section, {}).get(name, {})
+    for column, cell in model_table.cells(section, name).items():
+        assert written.get(column) == cell, f"{column}: run tests/support/model_table.py '{name}'"
+
+
+@cache
+def page() -> model_table.Rows:
+    return model_table.read_page(model_table.PAGE.read_text())
