@@ -337,8 +337,11 @@ def _preference(record: Record, where: str) -> Record:
 
 
 def _is_mixed(record: Record) -> bool:
-    """Whether some of prompt, chosen and rejected are texts and others messages."""
-    return len({isinstance(record[name], str) for name in PREFERENCE if record.get(name) is not None}) > 1
+    """Whether prompt, chosen and rejected are neither all texts nor all lists of messages with a role."""
+    values = [record[name] for name in PREFERENCE if record.get(name) is not None]
+    if all(isinstance(value, str) for value in values):
+        return False
+    return not all(type(value) is list and not _is_share_gpt(value) for value in values)
 
 
 def _listed(value: Any) -> Any:
