@@ -23,9 +23,10 @@ from rapidin.data.encoding import Encoded, Status
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch, example_losses
 from rapidin.gradients.model import LoadedModel
-from rapidin.gradients.parameters import block_seed, find_targets
+from rapidin.gradients.parameters import Target, block_seed, find_targets
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
+from rapidin.ops import reference
 
 WIDTH, SEED = 128, 11
 TOLERANCE = 1e-4  # of a sketch, relative to autograd's, in float32
@@ -111,14 +112,23 @@ def own_loss(model: Any, text: Encoded) -> Tensor:
 def own_sketches(model: Any, names: Sequence[str], chosen: Sequence[Encoded]) -> Tensor:
     """[examples, parameters, WIDTH] from `own_gradients`."""
     rows = []
+    stacks = {t.name: t for t in find_targets(model, include=["*"]) if t.stack}
     for text in chosen:
         grads = own_gradients(model, text)
         nothing = torch.zeros(WIDTH)
-        rows.append([_sketch(grads[name].float(), name) if name in grads else nothing for name in names])
+        rows.append(
+            [
+                _sketch(grads[name].float(), name, stacks.get(name)) if name in grads else nothing
+                for name in names
+            ]
+        )
     return torch.stack([torch.stack(row) for row in rows])
 
 
-def _sketch(grad: Tensor, name: str) -> Tensor:
+def _sketch(grad: Tensor, name: str, stack: Target | None = None) -> Tensor:
+    if stack is not None:
+        stacked = grad.reshape(stack.stack, *stack.matrix)
+        return reference.stack_sketch(stacked, WIDTH, seed=block_seed(SEED, name)).float()
     grad = grad.reshape(len(grad) if grad.ndim else 1, -1)
     return ops.matrix_sketch(grad, WIDTH, seed=block_seed(SEED, name))
 
