@@ -29,8 +29,9 @@ from torch import Tensor, nn
 
 from rapidin.data.encoding import AnyExample, Encoded, Status
 from rapidin.gradients.autograd_sketches import AutogradSketches
-from rapidin.gradients.collector import ChangedInputError, GradientSketcher
-from rapidin.gradients.passes import FlatSketchPass, NotBatchedError, SketchPass, SketchTargets
+from rapidin.gradients.calls import ChangedInputError, NotBatchedError
+from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.passes import FlatSketchPass, SketchPass, SketchTargets
 from rapidin.gradients.rows import RowGroup
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.tasks.task import AnyBatch
@@ -99,7 +100,8 @@ class GradientCheck:
         if self.by_autograd:
             name, error = max(self.by_autograd.items(), key=lambda item: item[1])
             text += (
-                f"{len(self.by_autograd):,} differ, which are taken by autograd, one example at a time "
+                f"{len(self.by_autograd):,} differ or are used where hooks do not see it, so their gradients "
+                "are taken by autograd, one example at a time "
                 f"(such as '{name}', relative error {error:.2g})"
             )
         else:
@@ -184,22 +186,31 @@ def _cut(text: Encoded, most: int, max_length: int) -> Encoded:
 
 
 def check_gradients(
-    sketcher: GradientSketcher, short: AnyBatch, long: AnyBatch, both: AnyBatch | None
+    sketcher: GradientSketcher,
+    short: AnyBatch,
+    long: AnyBatch,
+    both: AnyBatch | None,
+    most_elements: int = MOST_ELEMENTS,
 ) -> GradientCheck:
     """Compare the gradients that hooks take with autograd's.
 
     sketcher: checked, without a preconditioner; short, long, both: the batches of an example, of a longer
-    one, and of the two; None if examples come one at a time anyway. Raises UserError for a gradient
-    that neither hooks nor autograd can take.
+    one, and of the two; None if examples come one at a time anyway; most_elements: of parameters that are
+    all compared. Raises UserError for a gradient that neither hooks nor autograd can take.
     """
-    return _Check(sketcher, short, long, both).run()
+    return _Check(sketcher, short, long, both, most_elements).run()
 
 
 class _Check:
     def __init__(
-        self, sketcher: GradientSketcher, short: AnyBatch, long: AnyBatch, both: AnyBatch | None
+        self,
+        sketcher: GradientSketcher,
+        short: AnyBatch,
+        long: AnyBatch,
+        both: AnyBatch | None,
+        most_elements: int,
     ) -> None:
-        self._sketcher, self._both = sketcher, both
+        self._sketcher, self._both, self._most_elements = sketcher, both, most_elements
         self._alone = [long, short]
         self._tolerance = Tolerance.of(sketcher.model)
         self._by_hooks: dict[int, _MassPass] = {}  # by the number of the example
@@ -248,7 +259,7 @@ class _Check:
 
     def _sample(self, numbers: Sequence[int]) -> list[int]:
         """All parameters, or the first, middle and last of each kind if they are too many."""
-        if sum(prod(self._sketcher.targets[n].shape) for n in numbers) <= MOST_ELEMENTS:
+        if sum(prod(self._sketcher.targets[n].shape) for n in numbers) <= self._most_elements:
             return list(numbers)
         kinds: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for n in numbers:

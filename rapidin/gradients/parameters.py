@@ -65,6 +65,11 @@ def with_autograd(targets: Sequence[Target], names: Collection[str]) -> list[Tar
     ]
 
 
+def role_of(name: str) -> str:
+    """A name without the numbers of layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
 def block_seed(seed: int, name: str) -> int:
     """The 64-bit seed of a parameter's sketch, from the seed of all sketches and the parameter's name."""
     text = b"rapidin block\0" + (seed % 2**64).to_bytes(8, "little") + name.encode()

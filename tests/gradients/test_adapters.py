@@ -15,12 +15,10 @@ from own_gradients import SEED, WIDTH, own_sketches, relative_error, texts
 from tiny import records, save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
+from rapidin.data.encoding import Encoded, Status
 from rapidin.errors import UserError
-from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.load import load_model
 from rapidin.gradients.model import LoadedModel
-from rapidin.gradients.passes import NotBatchedError
-from rapidin.tasks.causal import TokenBatch
 
 ON = {"target_modules": ["q_proj", "v_proj"]}
 PROMPT = {"num_virtual_tokens": 4}
@@ -106,15 +104,14 @@ def logits(model: Any) -> torch.Tensor:
 
 
 def check_gradients(loaded: LoadedModel) -> None:
-    """Sketches of texts, batched where that works, against autograd's gradients of each text by itself."""
-    targets = Attributor(loaded, tokenizer=None, at=1.0, preconditioner="off").source.targets
-    sketcher = GradientSketcher(loaded.model, targets, width=WIDTH, seed=SEED)
+    """Sketches of texts, as a cache is made of them, against autograd's gradients of each text by itself."""
+    source = Attributor(loaded, at=1.0, preconditioner="off", width=WIDTH, seed=SEED).source
     some = texts(n=3)
-    try:
-        got = sketcher(TokenBatch.of(some))[0]
-    except NotBatchedError:
-        got = torch.cat([sketcher(TokenBatch.of([text]))[0] for text in some])
-    want = torch.stack([own_sketches(loaded.model, targets, text) for text in some])
+    encoded = [Encoded(ids, target, Status.OK) for ids, target in some]
+    source = source.with_check(source.checked(encoded))
+    got, status = source.sketches(encoded)
+    assert status.tolist() == [int(Status.OK)] * 3
+    want = torch.stack([own_sketches(loaded.model, source.targets, text) for text in some])
     assert float(want.norm()) > 1e-3
     assert relative_error(got, want) < 1e-4
 
@@ -332,3 +329,20 @@ def test_the_note_is_a_warning(tmp_path: Path) -> None:
 def test_a_tied_head_of_gpt2_has_its_own_gradient() -> None:
     tuned = tiny_lora(tiny_gpt2(), modules_to_save=["lm_head"])
     check_gradients(LoadedModel.of(tuned, tiny_tokenizer()))
+
+
+@pytest.mark.parametrize(
+    ("name", "settings"),
+    [
+        ("XLoraConfig", {}),
+        ("PolyConfig", ON | {"r": 4, "n_tasks": 1, "n_skills": 2}),
+        ("MultitaskPromptTuningConfig", PROMPT | {"num_tasks": 2}),
+    ],
+)
+def test_adapters_that_need_more_than_a_text_are_refused(name: str, settings: dict[str, Any]) -> None:
+    config = getattr(peft, name)(task_type="CAUSAL_LM", **settings)
+    model = tiny_llama()
+    model.config.use_cache = False
+    with pytest.raises(UserError) as error:
+        Attributor(peft.get_peft_model(model, config), tiny_tokenizer(), at=1)
+    assert "\n" not in str(error.value)

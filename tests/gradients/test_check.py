@@ -12,11 +12,12 @@ from tiny import tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor, nn
 
 from rapidin.data.encoding import Encoded, Status, by_length
-from rapidin.gradients.check import GradientCheck, Tolerance, check_pair
-from rapidin.gradients.collector import ChangedInputError, GradientSketcher
+from rapidin.gradients.calls import ChangedInputError, NotBatchedError
+from rapidin.gradients.check import MOST_ELEMENTS, GradientCheck, Tolerance, check_pair
+from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.dropout import DropoutMask
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import find_targets
-from rapidin.gradients.passes import NotBatchedError
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
 from rapidin.tasks.causal import TokenBatch
@@ -31,8 +32,8 @@ def source_of(model: Any, **settings: Any) -> GradientSource:
     return GradientSource(LoadedModel.of(model, tiny_tokenizer()), GradientSettings(**chosen))
 
 
-def check_of(source: GradientSource) -> GradientCheck:
-    check = source.checked(encoded())
+def check_of(source: GradientSource, most_elements: int = MOST_ELEMENTS) -> GradientCheck:
+    check = source.checked(encoded(), most_elements)
     assert check is not None
     return check
 
@@ -56,6 +57,8 @@ RIGHT: dict[str, Callable[[], GradientSource]] = {
     "tied": lambda: source_of(tiny_llama(tie_word_embeddings=True), include=("*",)),
     "gpt2": lambda: source_of(tiny_gpt2(), include=("*",)),
     "lora": lambda: source_of(tiny_lora(tiny_llama())),
+    "dropout": lambda: source_of(tiny_llama(), dropout=DropoutMask(0.3, 1)),
+    "several points": lambda: source_of(tiny_lora(tiny_llama()), at=(0.1, 1.0)),
     "flat": lambda: source_of(tiny_llama(), projection="flat"),
     "rapidgrad": lambda: source_of(tiny_llama(), projection="rapidgrad", width=1024),
     # The gradient of a key's bias is zero in exact arithmetic, so all of it is rounding.
@@ -235,10 +238,9 @@ def test_a_gated_norm_runs_again_with_its_gate() -> None:
     assert_right(source, check)
 
 
-def test_the_sample_of_a_large_model_stands_for_its_kinds(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("rapidin.gradients.check.MOST_ELEMENTS", 1000)
+def test_the_sample_of_a_large_model_stands_for_its_kinds() -> None:
     model = tiny_llama(num_hidden_layers=5)
-    check = check_of(source_of(model))
+    check = check_of(source_of(model), 1000)
     assert (check.compared, check.total) == (21, 35)
     assert "21 of 35 parameters" in check.text
     for layer in model.model.layers:
@@ -247,7 +249,7 @@ def test_the_sample_of_a_large_model_stands_for_its_kinds(monkeypatch: pytest.Mo
         grouped.load_state_dict(attention.o_proj.state_dict())
         attention.o_proj = grouped
     source = source_of(model)
-    check = check_of(source)
+    check = check_of(source, 1000)
     assert len(check.by_autograd) == 5  # the others of that kind are compared as well
     assert check.compared == 23
     assert_right(source, check)

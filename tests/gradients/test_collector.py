@@ -10,10 +10,10 @@ from own_gradients import SEED, WIDTH, Scaled, own_gradients, own_sketches, rela
 from tiny import tiny_gpt2, tiny_llama, tiny_lora
 
 from rapidin import ops
+from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import block_seed, find_targets
-from rapidin.gradients.passes import NotBatchedError
 from rapidin.tasks.causal import TokenBatch, example_losses
 
 MODELS = {

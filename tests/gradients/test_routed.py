@@ -9,15 +9,15 @@ import pytest
 import torch
 from own_gradients import SEED, WIDTH, own_gradients, own_sketches, relative_error, texts
 from routed import SETTINGS, tiny_routed, with_linear_experts
-from tiny import tiny_lora
+from tiny import tiny_lora, tiny_tokenizer
 
 from rapidin import ops
+from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.coverage import coverage_of
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import Target, block_seed, find_targets
-from rapidin.gradients.passes import NotBatchedError
 from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.scale import Scale
 from rapidin.ops import reference
@@ -347,3 +347,24 @@ def test_factors_of_stacked_experts_are_refused() -> None:
     sketcher = GradientSketcher(model, experts_of(model), width=WIDTH, seed=SEED)
     with pytest.raises(TypeError, match="is not the weight of a linear layer"):
         sketcher.factors(TokenBatch.of(texts()))
+
+
+def test_what_a_check_finds_out_about_gradients_is_kept() -> None:
+    from rapidin.data.encoding import Encoded, Status
+    from rapidin.gradients.settings import GradientSettings
+    from rapidin.gradients.source import GradientSource
+
+    model = tiny_routed("mamba")
+    source = GradientSource(LoadedModel.of(model, tiny_tokenizer()), GradientSettings(include=("*",)))
+    encoded = [Encoded(ids, target, Status.OK) for ids, target in texts()]
+    check = source.checked(encoded)
+    assert check is not None
+    assert any("A_log" in name for name in check.by_autograd)
+    assert not check.mixed
+    after = source.with_check(check)
+    assert any("A_log" in name for name in after.sketcher.single_names)
+    assert after.batches.one_at_a_time
+    assert "parameters have their gradient from autograd itself" in after.batches.why_one_at_a_time
+    sketches, status = after.sketches(encoded)
+    assert not status.any()
+    assert sketches.any(-1).all()
