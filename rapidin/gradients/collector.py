@@ -28,7 +28,7 @@ from rapidin.gradients.calls import (
     NotBatchedError,
     UnseenError,
 )
-from rapidin.gradients.convolution import as_linear, is_convolution
+from rapidin.gradients.convolution import as_linear
 from rapidin.gradients.experts import gradients_of
 from rapidin.gradients.fsdp import is_sharded
 from rapidin.gradients.kfac import FactorMoments
@@ -417,15 +417,7 @@ class ModuleHooks:
         if self._rerun:
             self._pass.add_module(module, self._rerun, call, grad)
             return
-        inputs, uses = call.inputs, self._uses
-        if is_convolution(module):
-            if inputs.ndim != len(module.kernel_size) + 2 or inputs.shape[0] != self._pass.input_rows:
-                raise NotBatchedError(self._pass.targets[uses[0][0]].name)
-            inputs, grad, formed = as_linear(module, inputs, grad, self._pass.rows)
-            if formed is not None:
-                for n in [n for n, use in uses if use.kind == "convolution"]:
-                    self._pass.add_raw(n, formed)
-                uses = [(n, use) for n, use in uses if use.kind != "convolution"]
+        inputs, grad, uses = as_linear(module, call.inputs, grad, self._uses, self._pass)
         for n, use in uses:
             g = self._by_example(grad, 1)
             if use.kind == "embedding":
@@ -453,10 +445,8 @@ class ModuleHooks:
         rows, tokens_in_all = self._pass.rows, self._pass.rows * self._pass.length
         # If an axis that is not the first has all tokens, the first is another one that has this size now.
         inner = x.shape[1:-1].numel()
-        batch_first = x.ndim > 2 and (rows == 1 or not inner or inner % tokens_in_all > 0)
-        batch_first = (batch_first or (self._pass.pooled and x.ndim > 1)) and (
-            x.shape[0] == self._pass.input_rows
-        )
+        apart = x.ndim > 2 and (rows == 1 or not inner or inner % tokens_in_all > 0)
+        batch_first = x.shape[0] == self._pass.input_rows and (apart or (self._pass.pooled and x.ndim > 1))
         if not self._linear or (batch_first and self._name not in self._followed):
             return None
         in_order = x.ndim == 2 and x.shape[0] == tokens_in_all

@@ -6,11 +6,14 @@ covers there (Grosse & Martens, ICML 2016, section 3).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from rapidin.gradients.calls import NotBatchedError
 
 _KINDS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
 
@@ -25,14 +28,28 @@ def is_convolution(module: nn.Module) -> TypeGuard[nn.Conv1d | nn.Conv2d | nn.Co
 
 
 def as_linear(
-    module: Any, inputs: Tensor, grad: Tensor, examples: int
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(inputs [B, positions, I], gradients of the outputs [B, positions, O]) of the linear layer that a
-    convolution is, given those of the convolution; and the formed gradients [examples, O, I] of a weight with
-    groups, None without, whose inputs stay as they are."""
-    if module.groups > 1:
-        return inputs, positions_first(grad), grouped_gradient(module, inputs, grad, examples)
-    return patches(module, inputs), positions_first(grad), None
+    module: Any,
+    inputs: Tensor,
+    grad: Tensor,
+    uses: Sequence[tuple[int, Any]],
+    gradient_pass: Any,
+) -> tuple[Tensor, Tensor, Sequence[tuple[int, Any]]]:
+    """A call of a module, which stays as it is unless that is a convolution: then as the call of a linear
+    layer, (inputs [B, positions, I], gradients of the outputs [B, positions, O], uses).
+
+    uses, gradient_pass: as `rapidin.gradients.collector.ModuleHooks` has them. The gradient of a weight with
+    groups goes to the pass formed, and its use is left out. Raises NotBatchedError for inputs without an axis
+    of the examples.
+    """
+    if not is_convolution(module):
+        return inputs, grad, uses
+    if inputs.ndim != len(module.kernel_size) + 2 or inputs.shape[0] != gradient_pass.input_rows:
+        raise NotBatchedError(gradient_pass.targets[uses[0][0]].name)
+    if module.groups == 1:
+        return patches(module, inputs), positions_first(grad), uses
+    for n in [n for n, use in uses if use.kind == "convolution"]:
+        gradient_pass.add_raw(n, grouped_gradient(module, inputs, grad, gradient_pass.rows))
+    return inputs, positions_first(grad), [(n, use) for n, use in uses if use.kind != "convolution"]
 
 
 def positions_first(x: Tensor) -> Tensor:

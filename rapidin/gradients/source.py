@@ -166,11 +166,10 @@ class GradientSource:
         batched = not source.batches.one_at_a_time
         if isinstance(self.task, Causal):
             batched = batched and short.length < long.length
-        batches = [self.task.batch(some, self.loaded.device) for some in ([short], [long], [short, long])]
+        some = ([short], [long], [short, long])
+        alone, longer, both = (self.task.batch(each, self.loaded.device) for each in some)
         with source.at(len(self.points) - 1):
-            check = check_gradients(
-                source.sketcher, batches[0], batches[1], batches[2] if batched else None, most_elements
-            )
+            check = check_gradients(source.sketcher, alone, longer, both if batched else None, most_elements)
         self.sketcher.learn(source.sketcher)
         return check
 
