@@ -55,7 +55,7 @@ def _is_strings(value: Any) -> bool:
 def _is_check(value: Any) -> bool:
     counts = _is_count(value["compared"]) and _is_count(value["total"])
     errors = [value["worst"], value["mixed_error"], *dict(value["by_autograd"]).values()]
-    names = isinstance(value["mixed"], str) and _is_strings(value["unchecked"])
+    names = isinstance(value["mixed"], str) and _is_strings(value["unchecked"] + value["followed"])
     return counts and names and all(map(is_number, errors)) and _is_strings(list(value["by_autograd"]))
 
 

@@ -90,8 +90,10 @@ def _check_takes_part(model: Any, active: list[str]) -> None:
             "take it out with model.unmerge_adapter(), or give the merged model without its adapter, with "
             "the model from before the tuning as base",
         )
-    disabled = [layer for layer in layers if getattr(layer, "disable_adapters", False)]
-    if disabled or getattr(model, "_adapters_disabled", False):
+    disabled = any(getattr(layer, "disable_adapters", False) for layer in layers)
+    if _prompts(model) is not None:  # peft then calls the base model instead
+        disabled = vars(model).get("forward") == model.base_model.forward
+    if disabled:
         enable = "enable_adapter_layers" if hasattr(model, "enable_adapter_layers") else "enable_adapters"
         raise UserError(
             "the adapter is disabled, so none of its weights takes part",
@@ -238,7 +240,7 @@ def _wrong_weights(model: Any, adapter: str) -> str:
         names[0] for names in aliases.values() if trained.intersection(names) and missing.issuperset(names)
     ]
     # Projections that are not trained are buffers, which the file may hold too (VeRA).
-    buffers = {name.rpartition(".")[0] for name, _ in model.named_buffers()}
+    buffers = {name.rpartition(".")[0] for name, _ in model.named_buffers(remove_duplicate=False)}
     return describe_weights(lacking, [key for key in result.unexpected_keys if key not in buffers])
 
 

@@ -1,21 +1,17 @@
-"""What the check before caching compares hooks with: sketches of the gradients that autograd itself forms.
-
-Of a packed weight there is no such gradient. What can be measured of its layer is whether it is affine.
-"""
+"""What the check before caching compares hooks with: sketches of the gradients that autograd itself forms."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rapidin.errors import is_out_of_memory
 from rapidin.gradients.batch import Batch
 from rapidin.gradients.collector import GradientSketcher
-from rapidin.gradients.passes import Call
 
 _MOST_FAILURES = 32  # of autograd, after which it is not asked for more
 
@@ -82,43 +78,3 @@ class AutogradSketches:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def affine_errors(sketcher: GradientSketcher, batch: Batch, numbers: Sequence[int]) -> dict[int, float]:
-    """How far the layers of these weights are from affine in each token's input: for weights M of the tokens
-    that sum to 1, ``f(M x)`` must be ``M f(x)``. Layers that are not called are left out."""
-    modules = dict(sketcher.model.named_modules())
-    errors: dict[int, float] = {}
-
-    def measure(n: int, module: nn.Module, args: Any, kwargs: Mapping[str, Any], output: Any) -> None:
-        call = Call(args, kwargs)
-        if n in errors or not call.tensors:
-            return
-        errors[n] = 1.0  # which ends the recursion as well
-        if not isinstance(output, Tensor) or output.shape[:-1] != call.inputs.shape[:-1]:
-            return
-        inputs = call.inputs
-        tokens = inputs[..., 0].numel()
-        weights = torch.randn(tokens, tokens, generator=torch.Generator().manual_seed(0), device="cpu")
-        weights = (weights / tokens**0.5).to(inputs.device)
-        weights += (1 - weights.sum(1, keepdim=True)) / tokens
-        mixed = (weights @ inputs.reshape(tokens, -1).float()).to(inputs.dtype).reshape(inputs.shape)
-        again = call.mapped(lambda x: mixed if x is inputs else x)
-        got = module(*again.args, **again.kwargs).reshape(tokens, -1).float()
-        expected = weights @ output.reshape(tokens, -1).float()
-        errors[n] = float((got - expected).norm() / expected.norm().clamp(min=1e-30))
-
-    handles = [
-        modules[sketcher.targets[n].uses[0].module].register_forward_hook(
-            partial(measure, n), with_kwargs=True
-        )
-        for n in numbers
-    ]
-    try:
-        if numbers:
-            with sketcher.requiring(()), torch.no_grad():
-                sketcher.losses(batch)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return errors

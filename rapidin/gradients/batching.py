@@ -12,7 +12,7 @@ from rapidin import distributed
 from rapidin.data.encoding import Encoded, by_length
 from rapidin.errors import UserError, is_out_of_memory
 from rapidin.gradients.batch import Batch
-from rapidin.gradients.passes import NotBatchedError
+from rapidin.gradients.calls import NotBatchedError
 from rapidin.ops.transfer import Download
 
 _T = TypeVar("_T")
@@ -123,7 +123,7 @@ class BatchRunner:
                 batch = Batch.of([(texts[n].ids, texts[n].target) for n in numbers], self.device)
                 result = self.lockstep.run(partial(step, batch))
             except NotBatchedError as error:
-                self._not_batched(error.name, reporter)
+                self._not_batched(error.reason, reporter)
                 queue.extend([n] for n in reversed(numbers))
                 continue
             except (RuntimeError, MemoryError) as error:
@@ -147,14 +147,14 @@ class BatchRunner:
         for _ in range(idle):
             self.lockstep.run(partial(step, Batch.of([_PADDING], self.device)))
 
-    def _not_batched(self, name: str, reporter: Reporter) -> None:
+    def _not_batched(self, why: str, reporter: Reporter) -> None:
         if self.lockstep.shared:
             raise UserError(
                 "a layer mixes the examples of a batch", "use --batch-tokens 1 with --shard-model"
             ) from None
         if not self.one_at_a_time:
             self.one_at_a_time = True
-            self._why = "a layer mixes those of a batch" + (f", such as that of '{name}'" if name else "")
+            self._why = why
             reporter.tell(self.why_one_at_a_time)
 
     def _release_memory(self) -> None:

@@ -12,8 +12,8 @@ without any error. So an example or two are sketched in both ways before anythin
 A sketch is linear, so sketches are as equal as gradients are. They are compared relative to their size and to
 what rounding makes of a sum over tokens: the gradient of a key's bias is zero in exact arithmetic, say.
 
-Autograd cannot give the gradient of a packed (quantised) weight. There it is checked that the layer is affine
-in each token's input, as the gradient of the unpacked weight then is the one that hooks take.
+Autograd cannot give the gradient of a packed (quantized) weight. It is named as not compared; whether its
+layer passes the right gradients on is tried when the model is loaded (`rapidin.gradients.quantized`).
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ import torch
 from torch import Tensor, nn
 
 from rapidin.data.encoding import Encoded, Status
-from rapidin.errors import UserError
-from rapidin.gradients.autograd_sketches import AutogradSketches, affine_errors
+from rapidin.gradients.autograd_sketches import AutogradSketches
 from rapidin.gradients.batch import Batch
-from rapidin.gradients.collector import ChangedInputError, GradientSketcher
-from rapidin.gradients.passes import FlatSketchPass, NotBatchedError, SketchPass, SketchTargets
+from rapidin.gradients.calls import ChangedInputError, NotBatchedError
+from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.passes import FlatSketchPass, SketchPass, SketchTargets
 from rapidin.gradients.rows import RowGroup
 from rapidin.gradients.scale import Factors, Scale
 
 TOKENS = 64  # of the longer example
 _SHORTEST = 8  # tokens
-_MOST_ELEMENTS = 1 << 30  # of parameters that are all compared; of more, some of each kind
+MOST_ELEMENTS = 1 << 30  # of parameters that are all compared; of more, some of each kind
 _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -77,7 +77,8 @@ class GradientCheck:
     compared: number of parameters, of `total` that count; worst: the largest relative error of those that
     agree; by_autograd: the errors of those that do not, whose gradients autograd takes; mixed: a parameter
     whose gradient depends on the other examples of a batch, "" for none, with its error (0 if its layer has
-    no axis of the examples); unchecked: parameters that could not be compared.
+    no axis of the examples); unchecked: parameters that could not be compared; followed: see
+    `GradientSketcher`.
     """
 
     compared: int = 0
@@ -87,6 +88,7 @@ class GradientCheck:
     mixed: str = ""
     mixed_error: float = 0.0
     unchecked: tuple[str, ...] = ()
+    followed: tuple[str, ...] = ()
 
     @property
     def text(self) -> str:
@@ -98,7 +100,8 @@ class GradientCheck:
         if self.by_autograd:
             name, error = max(self.by_autograd.items(), key=lambda item: item[1])
             text += (
-                f"{len(self.by_autograd):,} differ, which are taken by autograd, one example at a time "
+                f"{len(self.by_autograd):,} differ or are used where hooks do not see it, so their gradients "
+                "are taken by autograd, one example at a time "
                 f"(such as '{name}', relative error {error:.2g})"
             )
         else:
@@ -129,6 +132,7 @@ class GradientCheck:
             "mixed": self.mixed,
             "mixed_error": self.mixed_error,
             "unchecked": list(self.unchecked),
+            "followed": list(self.followed),
         }
 
     @staticmethod
@@ -142,6 +146,7 @@ class GradientCheck:
             str(value["mixed"]),
             float(value["mixed_error"]),
             tuple(value["unchecked"]),
+            tuple(value["followed"]),
         )
 
 
@@ -175,20 +180,26 @@ def _cut(text: Encoded, most: int, max_length: int) -> Encoded:
 
 
 def check_gradients(
-    sketcher: GradientSketcher, short: Batch, long: Batch, both: Batch | None
+    sketcher: GradientSketcher,
+    short: Batch,
+    long: Batch,
+    both: Batch | None,
+    most_elements: int = MOST_ELEMENTS,
 ) -> GradientCheck:
     """Compare the gradients that hooks take with autograd's.
 
     sketcher: checked, without a preconditioner; short, long, both: the batches of an example, of a longer
-    one, and of the two; None if examples come one at a time anyway. Raises UserError for a gradient
-    that neither hooks nor autograd can take.
+    one, and of the two; None if examples come one at a time anyway; most_elements: of parameters that are
+    all compared. Raises UserError for a gradient that neither hooks nor autograd can take.
     """
-    return _Check(sketcher, short, long, both).run()
+    return _Check(sketcher, short, long, both, most_elements).run()
 
 
 class _Check:
-    def __init__(self, sketcher: GradientSketcher, short: Batch, long: Batch, both: Batch | None) -> None:
-        self._sketcher, self._both = sketcher, both
+    def __init__(
+        self, sketcher: GradientSketcher, short: Batch, long: Batch, both: Batch | None, most_elements: int
+    ) -> None:
+        self._sketcher, self._both, self._most_elements = sketcher, both, most_elements
         self._alone = [long, short]
         self._tolerance = Tolerance.of(sketcher.model)
         self._by_hooks: dict[int, _MassPass] = {}  # by the number of the example
@@ -209,18 +220,24 @@ class _Check:
             errors |= others
             wrong |= {n: error for n, error in others.items() if error > self._tolerance.autograd}
         names = [t.name for t in sketcher.targets]
-        check = GradientCheck(
+        mixed, error = "", 0.0
+        if not (sketcher.single_names or wrong or self._both is None):
+            mixed, error = self._mixed(self._both, numbers)
+        # A pass may have found that it sees nothing of how a parameter is used, and left it to autograd.
+        wrong |= {n: 1.0 for n in numbers if names[n] in set(sketcher.single_names)}
+        by_autograd = {names[n]: round(wrong[n], 4) for n in sorted(wrong)}
+        if by_autograd:
+            mixed, error = "", 0.0
+        return GradientCheck(
             len(self._compared),
             len(names),
-            max((error for n, error in errors.items() if n not in wrong), default=0.0),
-            {names[n]: round(wrong[n], 4) for n in sorted(wrong)},
-            unchecked=tuple(names[n] for n in sorted(self._unchecked)),
+            max((e for n, e in errors.items() if n not in wrong), default=0.0),
+            by_autograd,
+            mixed,
+            round(error, 4),
+            tuple(names[n] for n in sorted(self._unchecked)),
+            tuple(sorted(sketcher.followed)),
         )
-        # A pass may have found that the gradient of a parameter is autograd's.
-        if sketcher.single_names or wrong or self._both is None:
-            return check
-        mixed, error = self._mixed(self._both, numbers)
-        return GradientCheck(**{**vars(check), "mixed": mixed, "mixed_error": round(error, 4)})
 
     # ------------------------------------------------------------------------------ against autograd
 
@@ -231,7 +248,7 @@ class _Check:
 
     def _sample(self, numbers: Sequence[int]) -> list[int]:
         """All parameters, or the first, middle and last of each kind if they are too many."""
-        if sum(prod(self._sketcher.targets[n].shape) for n in numbers) <= _MOST_ELEMENTS:
+        if sum(prod(self._sketcher.targets[n].shape) for n in numbers) <= self._most_elements:
             return list(numbers)
         kinds: dict[tuple[str, tuple[int, ...]], list[int]] = {}
         for n in numbers:
@@ -241,8 +258,8 @@ class _Check:
     def _compare(self, numbers: Sequence[int]) -> dict[int, float]:
         """The relative error of each of these parameters, as far as it is known."""
         errors: dict[int, float] = {}
-        packed = [n for n in numbers if not self._has_gradient(n)]
-        left = [n for n in numbers if n not in set(packed)]
+        left = [n for n in numbers if self._has_gradient(n)]
+        self._unchecked.update(set(numbers) - set(left))
         for number, batch in enumerate(self._alone):
             if not left:
                 break
@@ -252,14 +269,7 @@ class _Check:
                 by_hooks.sketches[0], by_autograd.sketches[0], by_hooks, self._tolerance.autograd
             )
             self._unchecked.update(by_autograd.failed)
-            # A weight that autograd does not see, although hooks do, is used in another form: unpacked, say.
-            unseen = [
-                n
-                for n in left
-                if n in by_hooks.arrived - by_autograd.arrived - by_autograd.failed and self._is_linear(n)
-            ]
-            packed += unseen
-            left = [n for n in left if n not in by_autograd.failed and n not in unseen]
+            left = [n for n in left if n not in by_autograd.failed]
             self._compared.update(left)
             for n in left:
                 errors[n] = min(errors.get(n, found[n]), found[n])
@@ -268,18 +278,16 @@ class _Check:
             left = [n for n in left if errors[n] > self._tolerance.autograd]
             if self._tolerance.strict:
                 break
-        self._check_packed(packed)
         self._refuse_changed()
         return errors
 
     def _has_gradient(self, n: int) -> bool:
         """Whether autograd can give a parameter's gradient: it is in memory and not packed."""
         parameter = self._sketcher.parameter(n)
-        plain = parameter.dtype in _FLOATS and not parameter.is_meta
-        return plain and tuple(parameter.shape) == self._sketcher.targets[n].shape
-
-    def _is_linear(self, n: int) -> bool:
-        return all(use.kind in ("linear", "conv1d") for use in self._sketcher.targets[n].uses)
+        packed = parameter.dtype not in _FLOATS or hasattr(parameter, "__tensor_flatten__")
+        return (
+            not packed and not parameter.is_meta and tuple(parameter.shape) == self._sketcher.targets[n].shape
+        )
 
     def _hooked(self, number: int) -> _MassPass:
         """The sketches that hooks make of one example."""
@@ -310,22 +318,6 @@ class _Check:
         names = {self._sketcher.targets[n].name for n in self._unchecked} & self._changed
         if names:
             raise ChangedInputError(sorted(names))
-
-    # ---------------------------------------------------------------------------- packed weights
-
-    def _check_packed(self, numbers: Sequence[int]) -> None:
-        """Raise UserError for a layer with a packed weight that is not affine in each token's input."""
-        first_of = {self._kind(n): n for n in reversed(numbers) if self._is_linear(n)}
-        affine = affine_errors(self._sketcher, self._alone[0], list(first_of.values()))
-        self._unchecked.update(numbers)
-        limit = max(self._tolerance.autograd, 0.02)  # activations may be quantised as well
-        for n, error in affine.items():
-            if error > limit:
-                raise UserError(
-                    f"the gradient of '{self._sketcher.targets[n].name}' cannot be taken: autograd gives "
-                    f"none, and its layer is not linear in its input (relative error {error:.2g})",
-                    "leave it out with --exclude",
-                )
 
     # ------------------------------------------------------------------------------------ batches
 

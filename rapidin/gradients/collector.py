@@ -22,18 +22,17 @@ from torch.nn import functional as F
 
 from rapidin.errors import UserError
 from rapidin.gradients.batch import Batch, evaluation_mode, example_losses
+from rapidin.gradients.calls import Call, ChangedInputError, FollowTokensError, NotBatchedError
 from rapidin.gradients.experts import tracked_experts
 from rapidin.gradients.fsdp import is_sharded
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.moment_passes import MomentPass, SquaresPass
-from rapidin.gradients.parameters import Target, Use, block_seed
+from rapidin.gradients.parameters import Target, Use, block_seed, role_of
 from rapidin.gradients.passes import (
-    Call,
     FactorPass,
     FlatPositionPass,
     FlatSketchPass,
     GradientPass,
-    NotBatchedError,
     PositionPass,
     SketchPass,
     SketchTargets,
@@ -52,20 +51,6 @@ _Way = Literal["hooks", "product", "autograd"]  # in which a target's gradient i
 _EXPERT = re.compile("Expert|M[oO]E|Moe")  # classes of modules that may see some tokens only
 
 
-class ChangedInputError(UserError):
-    """The input of a module is changed in place after the module has read it, so its gradient is unknown.
-
-    names: the module's parameters.
-    """
-
-    def __init__(self, names: Sequence[str]) -> None:
-        super().__init__(
-            f"the model changes the input of '{names[0]}' in place after it is used",
-            "leave out --no-check, or leave it out with --exclude",
-        )
-        self.names = list(names)
-
-
 class GradientSketcher:
     """Sketches of the per-example gradients of `targets`.
 
@@ -79,6 +64,8 @@ class GradientSketcher:
     preconditioner: scales of the gradients, or None; it may be set between calls. If it differs between the
     points of a path, calls name the point by its number. checked: the gradients were compared with autograd's
     (`rapidin.gradients.check`), so that the gradient of a parameter that an example does not reach is zero.
+    followed: roles (names without the numbers of layers) of modules to which tokens are followed, since their
+    inputs do not begin with the axis of the examples; those that passes find are added.
 
     >>> sketcher = GradientSketcher(model, targets, width=512, seed=0)
     >>> sketch, loss = sketcher(batch)          # [B, blocks, width] float32, [B] float32
@@ -95,6 +82,7 @@ class GradientSketcher:
         loss: LossKind = "mean",
         preconditioner: Preconditioner | None = None,
         checked: bool = False,
+        followed: Collection[str] = (),
     ) -> None:
         self.model = model
         self.targets = list(targets)
@@ -111,7 +99,18 @@ class GradientSketcher:
         self._ways: list[_Way] = [_first_way(target) for target in self.targets]
         self._unreached: set[int] = set()  # targets without a gradient in some batch, as autograd confirmed
         # Whether tokens are followed to modules that see some of them, in any order.
-        self._routed = any(_EXPERT.search(type(module).__name__) for module in self._modules.values())
+        self._routed = bool(followed) or any(
+            _EXPERT.search(type(module).__name__) for module in self._modules.values()
+        )
+        self.followed = set(followed)
+
+    def learn(self, other: GradientSketcher) -> None:
+        """Take over what another sketcher of the same model and targets found out in its passes."""
+        for n, way in enumerate(other._ways):
+            if way != "hooks" and self._ways[n] != "autograd":
+                self._ways[n] = way
+        self._unreached |= other._unreached
+        self._routed |= other._routed
 
     @property
     def sketch_pass(self) -> type[SketchPass]:
@@ -219,7 +218,7 @@ class GradientSketcher:
             raise NotBatchedError
         while True:
             if rows > 1 and self.single_names:
-                raise NotBatchedError(self.single_names[0])
+                raise NotBatchedError(self.single_names[0], len(self.single_names))
             gradient_pass.seen.clear()
             gradient_pass.calls.clear()
             try:
@@ -227,7 +226,7 @@ class GradientSketcher:
                 break
             except UntrackedError as error:
                 self._leave_to_autograd(error.numbers)
-            except _FollowTokens:
+            except FollowTokensError:
                 self._routed = True
             except _UnseenError as error:
                 self._settle(batch, error.numbers)
@@ -269,9 +268,9 @@ class GradientSketcher:
 
     def _leave_to_autograd(self, numbers: Sequence[int]) -> None:
         """Take these targets' gradients from autograd, in all layers at once: each pass finds one."""
-        roles = {_role(self.targets[n].name) for n in numbers}
+        roles = {role_of(self.targets[n].name) for n in numbers}
         for n, target in enumerate(self.targets):
-            if self._ways[n] == "product" and _role(target.name) in roles:
+            if self._ways[n] == "product" and role_of(target.name) in roles:
                 self._ways[n] = "autograd"
 
     def _settle(self, batch: Batch, unseen: Sequence[int]) -> None:
@@ -333,7 +332,8 @@ class GradientSketcher:
                     handles.append(begin(tracker.begin, with_kwargs=True))
             for name, uses in by_module.items():
                 module = self._modules[name]
-                hooks = ModuleHooks(gradient_pass, uses, None if tracker is None else tracker.tokens)
+                tokens = None if tracker is None else tracker.tokens
+                hooks = ModuleHooks(gradient_pass, uses, tokens, self.followed)
                 if any(use.kind == "embedding" for _, use in uses):
                     handles.append(module.register_forward_pre_hook(hooks.expand_ids, with_kwargs=True))
                 handles.append(module.register_forward_hook(hooks.forward, with_kwargs=True))
@@ -351,33 +351,29 @@ class _UnseenError(Exception):
         self.numbers = list(numbers)
 
 
-class _FollowTokens(Exception):
-    """A module sees some tokens of the batch, so that tokens must be followed."""
-
-
 def _first_way(target: Target) -> _Way:
     kinds = {use.kind for use in target.uses}
     return "autograd" if "autograd" in kinds else "product" if "product" in kinds else "hooks"
-
-
-def _role(name: str) -> str:
-    """A parameter's name without the number of its layer."""
-    return re.sub(r"(?<=\.)\d+(?=\.)", "*", name)
 
 
 class ModuleHooks:
     """The hooks of one module in one pass, which hand the gradients of its parameters to the pass.
 
     uses: the number of each target that the module uses, and how; tokens: which tokens the module sees, or
-    None if they are not followed.
+    None if they are not followed; followed: roles of modules whose inputs do not begin with the axis of the
+    examples, of which more are found here.
     """
 
     def __init__(
-        self, gradient_pass: GradientPass, uses: Sequence[tuple[int, Use]], tokens: TokenNumbers | None
+        self,
+        gradient_pass: GradientPass,
+        uses: Sequence[tuple[int, Use]],
+        tokens: TokenNumbers | None,
+        followed: set[str],
     ) -> None:
         self._pass = gradient_pass
         self._uses = uses
-        self._tokens = tokens
+        self._tokens, self._followed, self._name = tokens, followed, role_of(uses[0][1].module)
         self._linear = all(use.kind in ("linear", "conv1d", "bias") for _, use in uses)
         self._rerun = [n for n, use in uses if use.kind == "module"]
 
@@ -453,14 +449,23 @@ class ModuleHooks:
     def _tokens_of(self, x: Tensor) -> Tensor | None:
         """The token of each row of a linear layer's inputs [N, F], if they are not the batch's in order.
 
-        Raises NotBatchedError if they are not known and matter, and _FollowTokens to follow them from now on.
+        Raises NotBatchedError if they are not known and matter, and FollowTokensError to follow them from now
+        on.
         """
-        rows = self._pass.rows
-        if not self._linear or (x.ndim > 2 and x.shape[0] == rows):
+        rows, tokens_in_all = self._pass.rows, self._pass.rows * self._pass.length
+        # If an axis that is not the first has all tokens, the first is another one that has this size now.
+        inner = x.shape[1:-1].numel()
+        batch_first = (
+            x.ndim > 2 and x.shape[0] == rows and (rows == 1 or not inner or inner % tokens_in_all > 0)
+        )
+        if not self._linear or (batch_first and self._name not in self._followed):
             return None
+        in_order = x.ndim == 2 and x.shape[0] == tokens_in_all
+        if rows > 1 and not in_order:
+            self._followed.add(self._name)
         if self._tokens is None:
-            if rows > 1 and not (x.ndim == 2 and x.shape[0] == rows * self._pass.length):
-                raise _FollowTokens
+            if rows > 1 and not in_order:
+                raise FollowTokensError
             return None
         tokens = self._tokens.of_rows(x)
         if tokens is None and rows > 1:

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 KINDS = ("experts", "embeddings", "output head", "norms", "biases", "other")
 _WEIGHTS = ("experts", "other")  # kinds that are expected to count
-_ENOUGH = 0.9  # of the weights
+ENOUGH = 0.9  # of the weights
 _NAMES = 3  # of each kind that are kept
 
 
@@ -53,7 +53,7 @@ class Coverage:
     @property
     def is_low(self) -> bool:
         """Whether more is left out than is usual, and nobody asked for that."""
-        return not self.chosen and self.weights < _ENOUGH
+        return not self.chosen and self.weights < ENOUGH
 
     @property
     def text(self) -> str:

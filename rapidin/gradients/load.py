@@ -96,9 +96,9 @@ def _checked_adapter(name: str, adapter: str | None, base: str | None) -> str | 
     """The adapter to load onto the model. Raises UserError if model, adapter and base do not go together."""
     if adapter is not None and base is not None:
         raise UserError("an adapter knows its base model", "give --adapter or --base, not both")
-    if not (Path(name) / ADAPTER_CONFIG).is_file():
+    if not os.path.isfile(os.path.join(name, ADAPTER_CONFIG)):
         return adapter
-    if not (Path(name) / "config.json").is_file():
+    if not os.path.isfile(os.path.join(name, "config.json")):
         raise UserError(
             f"'{name}' is an adapter, not a model",
             "name the model that it was made for, and this folder with --adapter",

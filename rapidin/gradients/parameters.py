@@ -65,6 +65,11 @@ def with_autograd(targets: Sequence[Target], names: Collection[str]) -> list[Tar
     ]
 
 
+def role_of(name: str) -> str:
+    """A name without the numbers of layers."""
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
+
+
 def block_seed(seed: int, name: str) -> int:
     """The 64-bit seed of a parameter's sketch, from the seed of all sketches and the parameter's name."""
     text = b"rapidin block\0" + (seed % 2**64).to_bytes(8, "little") + name.encode()
@@ -93,8 +98,8 @@ def find_targets(
 
     trained: names of the parameters that an adapter trains; by default exactly these count. Without an
     adapter the weights of all linear layers but the output head count, routed experts and routers among
-    them. include: patterns of the parameters that count instead, out of all; exclude: patterns of parameters
-    that do not count.
+    them; of a model that reads images or sounds too, those that a text reaches. include: patterns of the
+    parameters that count instead, out of all; exclude: patterns of parameters that do not count.
 
     Raises UserError if a pattern matches no parameter, or no parameter is left.
     """
@@ -123,10 +128,8 @@ def find_targets(
             )
             and not any(use.kind == "embedding" for use in uses[name])
         ]
-    others = [] if include else _other_inputs(model)
-    chosen = [
-        n for n in chosen if not matches(n, exclude) and not any(n.startswith(other) for other in others)
-    ]
+    others = () if include else _other_inputs(model)
+    chosen = [name for name in chosen if not matches(name, exclude) and not name.startswith(others)]
     if not chosen:
         raise UserError("no parameter is left to take gradients of", "change --include or --exclude")
     return [Target(name, shapes[name], tuple(uses[name]), stacks.get(name, 0)) for name in chosen]
@@ -154,7 +157,8 @@ def _other_inputs(model: Any) -> tuple[str, ...]:
     does not reach."""
     inner = model.get_base_model() if hasattr(model, "get_base_model") else model
     config: Any = getattr(inner, "config", None)
-    if not hasattr(config, "get_text_config") or config.get_text_config() is config:
+    nested = hasattr(config, "get_text_config") and config.get_text_config() is not config
+    if not nested or getattr(config, "is_encoder_decoder", False):
         return ()
     decoder = inner.get_decoder() if hasattr(inner, "get_decoder") else None
     above = {id(m): name for name, m in model.named_modules()}
@@ -200,9 +204,14 @@ def _use_kind(module: nn.Module, role: str, shape: tuple[int, ...]) -> tuple[Use
     from torch import nn
 
     if _is_linear(module) and role in ("weight", "bias"):
-        # A quantised weight is packed; its gradient has the layer's own shape.
+        if role == "bias":
+            return "bias", shape
+        # A quantized weight is packed: its gradient has the layer's own shape. Of a plain one the weight
+        # knows better: peft makes layers of other sizes than their weight, which it ties to another's.
+        weight: Any = module.weight
+        plain = len(shape) == 2 and weight.is_floating_point()
         sizes: Any = (module.out_features, module.in_features)
-        return ("linear", sizes) if role == "weight" else ("bias", shape)
+        return "linear", shape if plain else sizes
     if type(module).__name__ == "Conv1D" and hasattr(module, "nf") and role in ("weight", "bias"):
         return ("conv1d" if role == "weight" else "bias"), shape
     if isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:

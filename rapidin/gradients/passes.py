@@ -7,13 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from rapidin import ops
 from rapidin.gradients.batch import Batch
+from rapidin.gradients.calls import Call, NotBatchedError
 from rapidin.gradients.parameters import Target, matrix_shape
 from rapidin.gradients.rows import RowFactors, RowGroup, by_example, by_expert
 from rapidin.gradients.scale import Factors, Scale
@@ -22,64 +22,6 @@ from rapidin.gradients.squares import (
 )
 
 _POSITIONS_BYTES = 64 << 20  # of formed gradients that are held at a time
-
-
-class NotBatchedError(Exception):
-    """A layer mixes the examples of a batch, so each example needs a pass of its own.
-
-    name: a parameter of that layer, "" if it is not known.
-    """
-
-    def __init__(self, name: str = "") -> None:
-        super().__init__(name)
-        self.name = name
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """The arguments of one call of a module."""
-
-    args: tuple[Any, ...]
-    kwargs: Mapping[str, Any]
-
-    @property
-    def tensors(self) -> list[Tensor]:
-        """All arguments that are tensors."""
-        return [x for x in (*self.args, *self.kwargs.values()) if isinstance(x, Tensor)]
-
-    @property
-    def inputs(self) -> Tensor:
-        """The first tensor, which the module computes its output from."""
-        return self.tensors[0]
-
-    @property
-    def versions(self) -> list[int]:
-        """How often each tensor was changed in place."""
-        return [x._version for x in self.tensors]
-
-    def mapped(self, change: Callable[[Tensor], Tensor]) -> Call:
-        """The call with each tensor changed."""
-
-        def one(x: Any) -> Any:
-            return change(x) if isinstance(x, Tensor) else x
-
-        return Call(tuple(map(one, self.args)), {name: one(x) for name, x in self.kwargs.items()})
-
-    def of_example(self, row: int, rows: int) -> Call:
-        """The call for one example of `rows`: tensors [B, T, ...] like the inputs are sliced, others are the
-        same for all. Raises NotBatchedError for a tensor that may be either."""
-        if rows == 1:
-            return self
-        leading = self.inputs.shape[:2]
-
-        def sliced(x: Tensor) -> Tensor:
-            if x.shape[:2] == leading:
-                return x[row : row + 1]
-            if rows in x.shape:
-                raise NotBatchedError
-            return x
-
-        return self.mapped(sliced)
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.parameters import Target
-from rapidin.gradients.passes import GradientPass, NotBatchedError
+from rapidin.gradients.passes import GradientPass
 from rapidin.gradients.rows import RowFactors
 from rapidin.gradients.tokens import PRODUCTS, TokenNumbers, name_of
 from rapidin.gradients.views import WeightView, contiguous_strides

@@ -17,7 +17,8 @@ from rapidin.errors import UserError
 from rapidin.gradients.adam import Moments
 from rapidin.gradients.batch import Batch
 from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
-from rapidin.gradients.check import GradientCheck, check_gradients, check_pair
+from rapidin.gradients.calls import NotBatchedError
+from rapidin.gradients.check import MOST_ELEMENTS, GradientCheck, check_gradients, check_pair
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.coverage import Coverage, coverage_of
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
@@ -95,7 +96,10 @@ class GradientSource:
             return RAPIDGRAD_WIDTH
         return default_width(len(self.targets), bytes_per_example)
 
-    def _set_preconditioner(self, preconditioner: Preconditioner | None) -> None:
+    def _set_preconditioner(
+        self, preconditioner: Preconditioner | None, known: GradientSketcher | None = None
+    ) -> None:
+        """known: a sketcher whose passes have found out how gradients are obtained."""
         if preconditioner is not None:
             preconditioner.check(self.targets, len(self.points))
             preconditioner = preconditioner.to(self.loaded.device)
@@ -109,21 +113,25 @@ class GradientSource:
             loss=self.settings.loss,
             preconditioner=preconditioner,
             checked=self.check is not None,
+            followed=() if self.check is None else self.check.followed,
         )
+        if known is not None:
+            self.sketcher.learn(known)
 
     def _batch_runner(self) -> BatchRunner:
         names, why = self.sketcher.single_names, ""
         if names:
-            why = f"{len(names)} parameters have their gradient from autograd itself, such as '{names[0]}'"
+            why = NotBatchedError(names[0], len(names)).reason
         elif self.check is not None:
             why = self.check.why_single
         return BatchRunner(self.loaded.device, self.settings.batch_tokens, self.lockstep, why)
 
-    def checked(self, texts: Sequence[Encoded]) -> GradientCheck | None:
+    def checked(self, texts: Sequence[Encoded], most_elements: int = MOST_ELEMENTS) -> GradientCheck | None:
         """Compare the gradients of one or two of these texts with autograd's (`rapidin.gradients.check`).
 
-        None if no text has a gradient, or the model is spread over several processes. Raises UserError for a
-        gradient that cannot be taken.
+        None if no text has a gradient, or the model is spread over several processes. most_elements: of
+        parameters that are all compared; of more, some of each kind. Raises UserError for a gradient that
+        cannot be taken.
         """
         assert self.settings.max_length is not None
         pair = None if self.loaded.sharded else check_pair(texts, self.settings.max_length)
@@ -133,25 +141,28 @@ class GradientSource:
         (short, long), device = [(text.ids, text.target) for text in pair], self.loaded.device
         batched = len(short[0]) < len(long[0]) and not source.batches.one_at_a_time
         with source.at(len(self.points) - 1):
-            return check_gradients(
+            check = check_gradients(
                 source.sketcher,
                 Batch.of([short], device),
                 Batch.of([long], device),
                 Batch.of([short, long], device) if batched else None,
+                most_elements,
             )
+        self.sketcher.learn(source.sketcher)
+        return check
 
     def with_check(self, check: GradientCheck | None) -> GradientSource:
         """The same source after a check: gradients that differ from autograd's are taken by autograd."""
         other = copy.copy(self)
         other.check = check
-        other._set_preconditioner(self.preconditioner)
+        other._set_preconditioner(self.preconditioner, self.sketcher)
         other.batches = other._batch_runner()
         return other
 
     def with_preconditioner(self, preconditioner: Preconditioner | None) -> GradientSource:
         """The same source with another preconditioner. Raises UserError if that is for other parameters."""
         other = copy.copy(self)
-        other._set_preconditioner(preconditioner)
+        other._set_preconditioner(preconditioner, self.sketcher)
         return other
 
     @property

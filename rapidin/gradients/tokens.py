@@ -226,7 +226,9 @@ class TokenNumbers:
         return numbers[..., 0].expand(x.shape[:-1]).reshape(-1)
 
     def _set(self, x: Tensor, numbers: Tensor) -> None:
-        if numbers.ndim == x.ndim:
+        if numbers.ndim == x.ndim and all(
+            n in (1, size) for n, size in zip(numbers.shape, x.shape, strict=True)
+        ):
             setattr(x, _NUMBERS, (self, numbers))
 
     def follow(self, name: str, call: Call, out: Any) -> None:

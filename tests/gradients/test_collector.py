@@ -9,10 +9,10 @@ from tiny import tiny_gpt2, tiny_llama, tiny_lora
 
 from rapidin import ops
 from rapidin.gradients.batch import Batch
+from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import block_seed, find_targets
-from rapidin.gradients.passes import NotBatchedError
 
 MODELS = {
     "llama": lambda: tiny_llama(),

@@ -6,13 +6,17 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from own_gradients import SEED, WIDTH, own_sketches, relative_error, texts
 from tiny import save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.errors import UserError
+from rapidin.gradients.batch import Batch
+from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.load import load_model
 from rapidin.gradients.model import LoadedModel
 
@@ -297,3 +301,148 @@ def test_adapters_of_other_kinds_fit_their_own_files(tmp_path: Path, kind: str) 
     config = getattr(peft, kind)(task_type="CAUSAL_LM", **more)
     peft.get_peft_model(tiny_llama(), config).save_pretrained(tmp_path / "adapter")
     assert load_model(str(saved.model), adapter=str(tmp_path / "adapter")).trained
+
+
+# ------------------------------------------------------------------------------ grown vocabularies
+
+
+def grown(folder: Path, tokens: int, tied: bool) -> tuple[str, str]:
+    """(base, tuned): the tuned model has so many tokens more, and all of its weights have moved."""
+    base = save_tiny(folder / "base", tie_word_embeddings=tied)
+    model = type(tiny_llama()).from_pretrained(base.model)
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_tokens([f"<new {n}>" for n in range(max(0, tokens))])
+    model.resize_token_embeddings(320 + tokens)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    model.save_pretrained(folder / "tuned")
+    tokenizer.save_pretrained(folder / "tuned")
+    return str(base.model), str(folder / "tuned")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("tokens", [3, -5])
+def test_a_base_with_another_vocabulary_gives_what_both_have(tmp_path: Path, tokens: int, tied: bool) -> None:
+    base, tuned = grown(tmp_path, tokens, tied)
+    with pytest.warns(UserWarning, match=r"embed_tokens\.weight.* only the first 3"):
+        loaded = load_model(tuned, base=base)
+    assert len(loaded.notes) == 1
+    tables = ["model.embed_tokens.weight", *(["lm_head.weight"] if not tied else [])]
+    assert all(table in loaded.notes[0] for table in tables)
+    untuned = load_model(base)
+    shared = min(320, 320 + tokens)
+    with loaded.path.at(0.0), torch.no_grad():
+        at_base = loaded.model(torch.arange(12)[None]).logits
+    torch.testing.assert_close(at_base[..., :shared], logits(untuned.model)[..., :shared])
+    ends = {id(p): (start, end) for p, start, end in loaded.path.ends}
+    for name, p in loaded.model.named_parameters():
+        start, end = ends[id(p)]
+        assert start is not None
+        assert start.shape == end.shape
+        if name in tables:
+            assert torch.equal(start[shared:], end[shared:])
+    assert Attributor(loaded).source.points == [0.5]
+    again = load_model(tuned, base=base)
+    assert again.identity == loaded.identity
+
+
+def test_a_base_whose_tied_head_was_untied_by_tuning(tmp_path: Path) -> None:
+    base = save_tiny(tmp_path / "base", tie_word_embeddings=True)
+    weights = dict(load_model(str(base.model)).model.named_parameters(remove_duplicate=False))
+    tuned = tiny_llama(7)
+    tuned.save_pretrained(tmp_path / "tuned")
+    tiny_tokenizer().save_pretrained(tmp_path / "tuned")
+    loaded = load_model(str(tmp_path / "tuned"), base=str(base.model))
+    starts = {id(p): start for p, start, _ in loaded.path.ends}
+    head = starts[id(loaded.model.lm_head.weight)]
+    assert torch.equal(head, weights["lm_head.weight"])
+    assert loaded.notes == []
+
+
+def test_another_width_is_no_other_vocabulary(tmp_path: Path) -> None:
+    base, tuned = save_tiny(tmp_path / "a", vocab_size=324), save_tiny(tmp_path / "b", hidden_size=16)
+    with pytest.raises(UserError, match="is not what"):
+        load_model(str(tuned.model), base=str(base.model))
+
+
+# ------------------------------------------------------------------------- models that read images
+
+TEXT = {
+    "vocab_size": 320,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+}
+VISION = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "image_size": 16,
+    "patch_size": 8,
+}
+
+
+def llava() -> Any:
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
+
+    return LlavaForConditionalGeneration(
+        LlavaConfig(
+            text_config=LlamaConfig(**TEXT), vision_config=CLIPVisionConfig(**VISION), image_token_index=319
+        )
+    )
+
+
+def gemma3() -> Any:
+    from transformers import Gemma3Config, Gemma3ForConditionalGeneration
+
+    vision = VISION | {"model_type": "siglip_vision_model"}
+    text = TEXT | {"model_type": "gemma3_text"}
+    return Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=1, image_token_index=319)
+    )
+
+
+def qwen2_vl() -> Any:
+    from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
+
+    rope = {"rope_type": "default", "type": "mrope", "rope_theta": 10000.0, "mrope_section": [1, 1, 2]}
+    vision = {"depth": 1, "embed_dim": 32, "num_heads": 4, "hidden_size": 32, "patch_size": 8}
+    ids = {"vision_start_token_id": 316, "vision_end_token_id": 317, "image_token_id": 319}
+    text = TEXT | {"rope_parameters": rope, "rope_scaling": rope}
+    return Qwen2VLForConditionalGeneration(
+        Qwen2VLConfig(text_config=text, vision_config=vision, video_token_id=318, **ids)
+    )
+
+
+@pytest.mark.parametrize("make", [llava, gemma3, qwen2_vl])
+def test_the_text_side_of_a_model_that_reads_images_counts(tmp_path: Path, make: Callable[[], Any]) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = make().eval()
+    model.save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    loaded = load_model(str(tmp_path))
+    assert type(loaded.model) is type(model)
+    attributor = Attributor(loaded, preconditioner="off")
+    targets = attributor.source.targets
+    assert len(targets) == 14
+    assert all(".language_model.layers." in target.name for target in targets)
+    sketcher = GradientSketcher(loaded.model, targets, width=WIDTH, seed=SEED)
+    some = texts(n=3)
+    want = torch.stack([own_sketches(loaded.model, targets, text) for text in some])
+    assert relative_error(sketcher(Batch.of(some))[0], want) < 1e-4
+    assert attributor.generate("one two", max_new_tokens=3) is not None
+    # an adapter on the layers of both: a text reaches those of the language model alone
+    names = ["q_proj", "v_proj", "qkv"]
+    tuned = tiny_lora(loaded.model, target_modules=names)
+    trained, counted = LoadedModel.of(tuned, None).trained, Attributor(tuned, tiny_tokenizer()).source.targets
+    assert trained is not None
+    assert {t.name for t in counted} == {name for name in trained if ".language_model." in name}
+    assert len(trained) > len(counted)
