@@ -214,6 +214,7 @@ def speed(model: Any, seconds: float = 0.2) -> float:
     for target in source.targets:
         parameter = model.get_parameter(target.name)
         parameter.requires_grad_(parameter.is_floating_point())
+    model.get_input_embeddings().requires_grad_(True)  # packed weights get no gradient, but pass one on
 
     def bare() -> None:
         example_losses(model, batch).sum().backward()

@@ -2,6 +2,7 @@
 
     python tests/support/model_table.py              # measures all with the versions that are installed
     python tests/support/model_table.py llama DoRA   # these rows alone
+    python tests/support/model_table.py --speed      # the speeds, too, of which the rest are kept
 
 Other cells stay as they are: rows of libraries that are not installed, and the columns of other versions. So
 it is run once with the versions of constraints.txt, and once with those of constraints-oldest.txt.
@@ -199,10 +200,11 @@ def page_versions(text: str) -> str:
     return found[1] if found else ""
 
 
-def main(chosen: list[str]) -> None:
+def main(arguments: list[str]) -> None:
     import torch
     import transformers
 
+    chosen = [argument for argument in arguments if argument != "--speed"]
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
     page = PAGE.read_text() if PAGE.exists() else ""
@@ -211,11 +213,12 @@ def main(chosen: list[str]) -> None:
         for name in chosen or names:
             if name not in names or not is_there(name):
                 continue
-            row = cells(section, name)
-            if newest():
-                timed = row["default"].startswith("right")
-                row["speed"] = f"{speed(kind_of(name).make()):.2f}" if timed else NOT_THERE
-            rows.setdefault(section, {}).setdefault(name, {}).update(row)
+            row, found = rows.setdefault(section, {}).setdefault(name, {}), cells(section, name)
+            row |= found
+            if newest() and not found["default"].startswith("right"):
+                row["speed"] = NOT_THERE
+            elif newest() and ("--speed" in arguments or row.get("speed", NOT_THERE) == NOT_THERE):
+                row["speed"] = f"{speed(kind_of(name).make()):.2f}"
             print(section, name, *row.values(), sep=" | ", file=sys.stderr, flush=True)
             PAGE.write_text(write_page(rows, versions() if newest() else page_versions(page)))
 
