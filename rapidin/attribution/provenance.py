@@ -24,6 +24,8 @@ from rapidin.gradients.source import GradientSource
 from rapidin.tasks.names import CAUSAL
 from rapidin.tasks.task import Task
 
+# The version of the sketch of stacked experts. Caches without one have experts sketched as single matrices.
+_STACK_SKETCH = "stack_sketch"
 _FILE_KEYS = ("file", "bytes", "sha256")  # of a manifest's preconditioner
 
 
@@ -64,6 +66,8 @@ def manifest_of(
     """The manifest of a cache of `rows` examples that is made with this source."""
     recorded = source.settings.recorded()
     gradient = recorded["gradient"] | {"coverage": source.coverage.to_json()}
+    if any(target.stack for target in source.targets):
+        gradient[_STACK_SKETCH] = 1
     if gradient["preconditioner"] != "off":
         fitted = source.config.fitted
         gradient["preconditioner"] |= {
@@ -153,6 +157,12 @@ def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
         of_cache, of_source = getattr(manifest, section), getattr(expected, section)
         if section == "gradient":
             of_cache, of_source = gradient_settings(of_cache), gradient_settings(of_source)
+            if of_cache.get(_STACK_SKETCH) != of_source.get(_STACK_SKETCH):
+                raise UserError(
+                    "the cache was made by an earlier version of rapidin, which sketched routed experts in "
+                    "another way",
+                    "make the cache again",
+                )
         if of_cache != of_source:
             raise UserError(
                 f"the cache was made with other settings ({section})", "use the settings of its manifest"

@@ -25,6 +25,7 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "dropout": "dropout",
         "check": "check",
         "coverage": "coverage",
+        "stack_sketch": "count",
     },
     "text": {"eos": "flag", "max_length": "count", "too_long": "too_long"},
     "data": {

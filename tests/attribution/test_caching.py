@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from own_gradients import own_sketches
+from routed import tiny_routed
 from tiny import records, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor, nn
 
@@ -132,6 +133,19 @@ def test_a_manifest_without_check_and_coverage_opens_and_a_damaged_one_is_refuse
         path.write_text(json.dumps(damaged))
         with pytest.raises(UserError, match="damaged"):
             Manifest.read(cache.path)
+
+
+def test_a_cache_with_experts_sketched_in_another_way_is_refused(tmp_path: Path) -> None:
+    model = tiny_routed("mixtral")
+    cache = attributor_of(model).cache(records(6), tmp_path / "cache")
+    path = cache.path / "manifest.json"
+    earlier = json.loads(path.read_text())
+    del earlier["gradient"]["stack_sketch"]
+    path.write_text(json.dumps(earlier))
+    with pytest.raises(UserError, match="sketched routed experts in another way"):
+        attributor_of(model).query(Cache(cache.path), [("one", " two")])
+    with pytest.raises(UserError, match="stack_sketch"):
+        attributor_of(model).cache(records(6), tmp_path / "cache")
 
 
 def test_data_without_any_gradient_are_not_checked(tmp_path: Path) -> None:
