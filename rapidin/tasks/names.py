@@ -173,12 +173,21 @@ def task_of_folder(folder: str) -> str | None:
     return task_of_config(config)
 
 
+_CLASSES = {  # of transformers, and the name that peft has for their task
+    "classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
+    "regression": ("AutoModelForSequenceClassification", "SEQ_CLS"),
+    "reward": ("AutoModelForSequenceClassification", "SEQ_CLS"),
+    "masked": ("AutoModelForMaskedLM", None),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+}
+_CAUSAL_CLASS = ("AutoModelForCausalLM", "CAUSAL_LM")
+
+
 def loader_of(name: str) -> str:
     """The class of transformers that loads models for a task."""
-    return {
-        "classification": "AutoModelForSequenceClassification",
-        "regression": "AutoModelForSequenceClassification",
-        "reward": "AutoModelForSequenceClassification",
-        "masked": "AutoModelForMaskedLM",
-        "seq2seq": "AutoModelForSeq2SeqLM",
-    }.get(name, "AutoModelForCausalLM")
+    return _CLASSES.get(name, _CAUSAL_CLASS)[0]
+
+
+def peft_task_of(name: str) -> str | None:
+    """The name that adapters for a task have for it; None if they name none."""
+    return _CLASSES.get(name, _CAUSAL_CLASS)[1]
