@@ -66,11 +66,11 @@ _TEXTS_IN_WORDS = "'text' or 'sentence', or two texts such as 'sentence1' and 's
 CHAT_FORMS = ("preference chat", "chosen chat", "verdict chat")
 
 
-def _labelled(check: Check) -> Forms:
+def _labelled(check: Check, otherwise: str = "") -> Forms:
     return Forms(
         fields={form: (*fields, "label") for form, fields in _TEXT_FIELDS.items()},
         missing=dict.fromkeys(_TEXT_FIELDS, "label"),
-        expected=f"expected 'label' with {_TEXTS_IN_WORDS}",
+        expected=f"expected 'label' with {_TEXTS_IN_WORDS}{otherwise}",
         expected_query=f"expected {_TEXTS_IN_WORDS}",
         checks={"label": check},
     )
@@ -103,7 +103,7 @@ _VERDICTS = Forms(
 _FORMS: dict[str, Forms] = {
     CAUSAL: TEXTS,
     "classification": _labelled(_check_label),
-    "regression": _labelled(_check_number),
+    "regression": _labelled(_check_number, "; pairs of 'chosen' and 'rejected' need --task reward"),
     "reward": _PAIRS,
     "masked": Forms(_TEXT_FIELDS, {}, f"expected {_TEXTS_IN_WORDS}", f"expected {_TEXTS_IN_WORDS}"),
     "seq2seq": Forms(
