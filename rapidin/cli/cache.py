@@ -112,7 +112,7 @@ def cache(
     jobs = _jobs(model, loading, several, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        task = _task(settings, model, trust_remote_code=loading.trust_remote_code)
+        task = _task(settings, model, loading)
         examples = open_examples(
             join_paths(data),
             limit=options.limit,
@@ -157,13 +157,15 @@ def cache(
         line(f"{_what_was_done(bar)}: {_what_is_there(made)} in {job.out}")
 
 
-def _task(settings: GradientSettings, model: str, *, trust_remote_code: bool) -> str:
-    """The task that is named, or that the model was saved for."""
-    task = settings.task_name or task_of_folder(model)
+def _task(settings: GradientSettings, model: str, loading: ModelOptions) -> str:
+    """The task that is named, or that the model was saved for, or its adapter."""
+    if settings.task_name:
+        return settings.task_name
+    task = None if loading.adapter else task_of_folder(model)
     if task is None:
         from rapidin.gradients.load import saved_task
 
-        task = saved_task(model, trust_remote_code)
+        task = saved_task(model, loading.adapter, loading.trust_remote_code)
     return task
 
 
@@ -343,7 +345,7 @@ def plan(
     if examples is None and data is None:
         raise UserError("nothing to plan for", "give --examples, or name the --data")
     console = messages(quiet)
-    task = _task(settings, model, trust_remote_code=loading.trust_remote_code)
+    task = _task(settings, model, loading)
     opened = None
     if data is not None:
         opened = open_examples(data, forms=forms_of(task), map=reading.map, streaming=reading.streaming)

@@ -14,10 +14,21 @@ from rapidin.results.text import (
     one_line,
     time_text,
 )
+from rapidin.tasks.names import CAUSAL
 
 if TYPE_CHECKING:
     from rapidin.attribution.plan import Plan
     from rapidin.gradients.check import GradientCheck
+
+
+def _loss(gradient: Mapping[str, Any]) -> str:
+    """The loss that a cache's gradients are of."""
+    task = gradient.get("task", CAUSAL)
+    if task != CAUSAL:
+        beta = f", beta {gradient['beta']:g}" if "beta" in gradient else ""
+        return f"of the task '{task}'{beta}"
+    turns = ", of the last turn of chats" if gradient.get("turns") == "last" else ""
+    return f"{gradient['loss']} loss over the tokens{turns}"
 
 
 def info_report(info: Mapping[str, Any]) -> RenderableType:
@@ -42,7 +53,7 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         ("base", model.get("base")),
         ("data", f"{_named(data.get('path'))} ({data.get('form')} form)" if data else None),
         ("examples", counts_text(info["counts"])),
-        ("gradients", f"taken {where}, {gradient['loss']} loss over the tokens"),
+        ("gradients", f"taken {where}, {_loss(gradient)}"),
         ("used", _coverage(gradient)),
         ("checked", _check(gradient)),
         ("preconditioner", info.get("preconditioner")),

@@ -6,8 +6,10 @@ adapter in the model's own folder), without peft's wrapper, so all is read from 
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
+from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from torch import nn
 
 from rapidin.errors import UserError, reason_of
 from rapidin.gradients.weights import describe_weights
+from rapidin.tasks.names import CAUSAL, peft_task_of
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -189,10 +192,57 @@ def _ends_of_weights(folder: Path) -> list[tuple[str, int, bytes, bytes]]:
     return ends
 
 
-_TEXT_TASKS = (None, "CAUSAL_LM", "FEATURE_EXTRACTION")
+@dataclass(frozen=True)
+class SavedHead:
+    """The head of a classifier that an adapter brings with it (`modules_to_save`).
+
+    modules: the names of the modules that it saved; outputs: how many the head has.
+    """
+
+    modules: tuple[str, ...]
+    outputs: int
+
+    @property
+    def task(self) -> str:
+        """The task that such a model is for."""
+        return "regression" if self.outputs == 1 else "classification"
+
+    @staticmethod
+    def of(adapter: str) -> SavedHead | None:
+        """The head in an adapter's folder; None if it is not a classifier's, or is on the Hugging Face
+        Hub."""
+        folder = Path(adapter)
+        try:
+            config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
+            modules = tuple(config.get("modules_to_save") or ())
+            if config.get("task_type") != "SEQ_CLS" or not modules:
+                return None
+            from peft import load_peft_weights
+
+            weights = load_peft_weights(str(folder), device="cpu")
+        except (OSError, ValueError, AttributeError):
+            return None  # loading the adapter says what is wrong
+        own = [name for name in sorted(weights) if name.endswith(".weight") and weights[name].ndim == 2]
+        own = [name for name in own if not {*modules}.isdisjoint(name.split("."))]
+        return SavedHead(modules, len(weights[own[-1]])) if own else None
+
+    def start(self, model: nn.Module, info: dict[str, Any]) -> None:
+        """Let the head of a model whose file has none begin at zero, as a base for the adapter's.
+
+        info: what transformers reports of loading the model; such weights are taken out of it, and those of
+        the head that the model was saved with.
+        """
+        new = {name for name in info["missing_keys"] if not {*self.modules}.isdisjoint(name.split("."))}
+        if not new:
+            return
+        for name, parameter in model.named_parameters():
+            if name in new:
+                nn.init.zeros_(parameter)
+        info["missing_keys"] = {*info["missing_keys"]} - new
+        info["unexpected_keys"] = ()
 
 
-def load_adapter(model: Any, adapter: str) -> Any:
+def load_adapter(model: Any, adapter: str, task: str = CAUSAL) -> Any:
     """The model with the adapter of a folder or name. Raises UserError if they do not fit."""
     from peft import PeftConfig, PeftModel
 
@@ -204,17 +254,16 @@ def load_adapter(model: Any, adapter: str) -> Any:
         raise UserError(f"'{adapter}' is not an adapter: it has no {ADAPTER_CONFIG}")
     try:
         config = PeftConfig.from_pretrained(adapter)
-        task = getattr(config.task_type, "value", config.task_type)
-        if task in _TEXT_TASKS:
+        made_for = getattr(config.task_type, "value", config.task_type)
+        fits = made_for in (None, "FEATURE_EXTRACTION", peft_task_of(task))
+        if fits:
             # peft refuses to train prompts that are loaded; their gradients are taken all the same.
             loaded = PeftModel.from_pretrained(model, adapter, is_trainable=not config.is_prompt_learning)
             wrong = _wrong_weights(loaded, adapter)
     except Exception as error:
         raise UserError(f"cannot load the adapter '{adapter}' on this model: {reason_of(error)}") from error
-    if task not in _TEXT_TASKS:
-        raise UserError(
-            f"the adapter '{adapter}' was made for the task {task}, not for a causal language model"
-        )
+    if not fits:
+        raise UserError(f"the adapter '{adapter}' was made for the task {made_for}, not for '{task}'")
     if wrong:
         raise UserError(
             f"the weights of the adapter '{adapter}' do not fit this model: {wrong}",

@@ -16,7 +16,7 @@ import torch
 from rapidin.distributed import World, world
 from rapidin.errors import UserError, reason_of
 from rapidin.gradients import fsdp
-from rapidin.gradients.adapters import ADAPTER_CONFIG, check_own_adapter, load_adapter, other_base
+from rapidin.gradients.adapters import ADAPTER_CONFIG, SavedHead, check_own_adapter, load_adapter, other_base
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.path import WeightPath, base_path
 from rapidin.gradients.weights import check_weights
@@ -59,14 +59,15 @@ def load_model(
         fsdp.require_accelerate()
     device = here.device(None if mapped else device)
     load_dtype = dtype or ("float32" if _is_cpu(device) else "auto")
-    task = task or saved_task(name, trust_remote_code)
-    model = _load_task(name, task, load_dtype, trust_remote_code, "model", mapped)
+    task = task or saved_task(name, adapter, trust_remote_code)
+    head = None if adapter is None else SavedHead.of(adapter)
+    model = _load_task(name, task, load_dtype, trust_remote_code, "model", mapped, head)
     if dtype is None and model.dtype == torch.float16:
         load_dtype = "bfloat16"
         model.to(torch.bfloat16)
     tokenizer = _load_tokenizer(name, trust_remote_code)
     if adapter is not None:
-        model = load_adapter(model, adapter)
+        model = load_adapter(model, adapter, task)
     try:
         if not (mapped or shard_model):
             model.to(device)
@@ -153,8 +154,12 @@ def _shard(loaded: LoadedModel, here: World, device: torch.device) -> None:
 # ------------------------------------------------------------------------------------------------ models
 
 
-def saved_task(name: str, trust_remote_code: bool = False) -> str:
-    """The task that a model was saved for; "causal" where that is not clear, or there is no such model."""
+def saved_task(name: str, adapter: str | None = None, trust_remote_code: bool = False) -> str:
+    """The task that a model was saved for, or that an adapter brings the head for; "causal" where that is not
+    clear, or there is no such model."""
+    head = None if adapter is None else SavedHead.of(adapter)
+    if head is not None:
+        return head.task
     if os.path.exists(name):
         return task_of_folder(name) or CAUSAL
     from transformers import AutoConfig
@@ -167,16 +172,28 @@ def saved_task(name: str, trust_remote_code: bool = False) -> str:
 
 
 def _load_task(
-    name: str, task: str, dtype: str, trust_remote_code: bool, what: str, mapped: bool = False
+    name: str,
+    task: str,
+    dtype: str,
+    trust_remote_code: bool,
+    what: str,
+    mapped: bool = False,
+    head: SavedHead | None = None,
 ) -> Any:
+    """head: of the adapter that the model is loaded for."""
     if dtype not in _DTYPES:
         raise UserError(f"unknown model dtype '{dtype}'", f"use one of {', '.join(_DTYPES)}")
-    folder, extra = _gguf(name)
+    folder, gguf = _gguf(name)
+    extra: dict[str, Any] = dict(gguf)
     if extra:
         _require_gguf()
     if mapped:
         extra = extra | {"device_map": "auto"}
     _check_folder(name, what)
+    if head is not None and loader_of(task) == loader_of(head.task):
+        extra = extra | {"num_labels": head.outputs}
+    else:
+        head = None
     try:
         model, info = _loader(folder, task, trust_remote_code, extra).from_pretrained(
             folder,
@@ -189,6 +206,8 @@ def _load_task(
     except Exception as error:  # transformers raises many kinds; each means that the model cannot be used
         where = "" if os.path.exists(name) else ", which is not a folder here and cannot be downloaded"
         raise UserError(f"cannot load the {what} '{name}'{where}: {reason_of(error)}") from error
+    if head is not None:
+        head.start(model, info)
     check_weights(model, info, name, what)
     if (Path(name) / ADAPTER_CONFIG).is_file():
         check_own_adapter(model, name)

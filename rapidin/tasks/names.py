@@ -66,11 +66,11 @@ _TEXTS_IN_WORDS = "'text' or 'sentence', or two texts such as 'sentence1' and 's
 CHAT_FORMS = ("preference chat", "chosen chat", "verdict chat")
 
 
-def _labelled(check: Check) -> Forms:
+def _labelled(check: Check, otherwise: str = "") -> Forms:
     return Forms(
         fields={form: (*fields, "label") for form, fields in _TEXT_FIELDS.items()},
         missing=dict.fromkeys(_TEXT_FIELDS, "label"),
-        expected=f"expected 'label' with {_TEXTS_IN_WORDS}",
+        expected=f"expected 'label' with {_TEXTS_IN_WORDS}{otherwise}",
         expected_query=f"expected {_TEXTS_IN_WORDS}",
         checks={"label": check},
     )
@@ -103,7 +103,7 @@ _VERDICTS = Forms(
 _FORMS: dict[str, Forms] = {
     CAUSAL: TEXTS,
     "classification": _labelled(_check_label),
-    "regression": _labelled(_check_number),
+    "regression": _labelled(_check_number, "; pairs of 'chosen' and 'rejected' need --task reward"),
     "reward": _PAIRS,
     "masked": Forms(_TEXT_FIELDS, {}, f"expected {_TEXTS_IN_WORDS}", f"expected {_TEXTS_IN_WORDS}"),
     "seq2seq": Forms(
@@ -173,12 +173,21 @@ def task_of_folder(folder: str) -> str | None:
     return task_of_config(config)
 
 
+_CLASSES = {  # of transformers, and the name that peft has for their task
+    "classification": ("AutoModelForSequenceClassification", "SEQ_CLS"),
+    "regression": ("AutoModelForSequenceClassification", "SEQ_CLS"),
+    "reward": ("AutoModelForSequenceClassification", "SEQ_CLS"),
+    "masked": ("AutoModelForMaskedLM", None),
+    "seq2seq": ("AutoModelForSeq2SeqLM", "SEQ_2_SEQ_LM"),
+}
+_CAUSAL_CLASS = ("AutoModelForCausalLM", "CAUSAL_LM")
+
+
 def loader_of(name: str) -> str:
     """The class of transformers that loads models for a task."""
-    return {
-        "classification": "AutoModelForSequenceClassification",
-        "regression": "AutoModelForSequenceClassification",
-        "reward": "AutoModelForSequenceClassification",
-        "masked": "AutoModelForMaskedLM",
-        "seq2seq": "AutoModelForSeq2SeqLM",
-    }.get(name, "AutoModelForCausalLM")
+    return _CLASSES.get(name, _CAUSAL_CLASS)[0]
+
+
+def peft_task_of(name: str) -> str | None:
+    """The name that adapters for a task have for it; None if they name none."""
+    return _CLASSES.get(name, _CAUSAL_CLASS)[1]

@@ -15,9 +15,12 @@ from tiny_tasks import (
     tiny_bert,
     tiny_classifier_lora,
     tiny_llama_classifier,
+    tiny_masked_bert,
+    tiny_masked_roberta,
     word_tokenizer,
 )
 from torch.nn import functional as F
+from transformers import BertForSequenceClassification, RobertaForSequenceClassification
 
 from rapidin import Attributor, UserError
 from rapidin.gradients.source import GradientSource
@@ -232,3 +235,33 @@ def test_a_classifier_from_the_command_line(tmp_path: Path, capsys: pytest.Captu
         "cache", tmp_path / "model", "--data", wrong, "--out", tmp_path / "other", "--on-error", "skip"
     )
     assert skipped.code == 0, skipped.err
+
+
+def test_an_adapter_brings_the_head_of_a_model_without_one(tmp_path: Path) -> None:
+    """As usual: a classifier's adapter on a model that was trained on masked words."""
+    from rapidin import load_model
+
+    masked = tiny_masked_roberta()
+    masked.save_pretrained(tmp_path / "base")
+    TOKENIZER.save_pretrained(tmp_path / "base")
+    base = RobertaForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    tuned = tiny_classifier_lora(base)
+    tuned.save_pretrained(tmp_path / "adapter")
+    loaded = load_model(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))
+    again = load_model(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), task="classification")
+    assert loaded.identity == again.identity
+    named = dict(loaded.model.named_parameters())
+    assert set(named) == {name for name, _ in tuned.named_parameters()}
+    for name, value in tuned.named_parameters():
+        if "original_module" in name:
+            assert not named[name].any()
+        else:
+            torch.testing.assert_close(named[name], value)
+    with pytest.raises(UserError, match=r"lacks 'classifier.*saved as RobertaForMaskedLM"):
+        load_model(str(tmp_path / "base"), task="classification")
+    # BERT's pooler is random in such a model too, and no adapter brings it.
+    tiny_masked_bert().save_pretrained(tmp_path / "base")
+    bert = BertForSequenceClassification.from_pretrained(tmp_path / "base", num_labels=3)
+    tiny_classifier_lora(bert).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(UserError, match=r"lacks 'bert.pooler"):
+        load_model(str(tmp_path / "base"), adapter=str(tmp_path / "adapter"))

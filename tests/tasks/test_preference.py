@@ -169,6 +169,16 @@ def test_a_cache_of_preferences_from_the_command_line(
     shown = run("query", tmp_path / "cache", "--ask", "one two", "--completion", "three")
     assert shown.code == 0, shown.err
     assert "rejected:" in shown.out
+    told = run("info", tmp_path / "cache")
+    assert "of the task 'preference', beta 0.2" in " ".join(told.out.split())
+    # A question about a cache of chats is put into the chat template.
+    made = run(
+        *("cache", tmp_path / "model", "--adapter", tmp_path / "adapter", "--task", "preference"),
+        *("--data", tmp_path / "chats.jsonl", "--out", tmp_path / "chats"),
+    )
+    assert made.code == 0, made.err
+    asked = run("query", tmp_path / "chats", "--ask", "one", "--completion", "two", "--json", "-")
+    assert json.loads(asked.out)["queries"][0]["prompt"] == "<|user|>\none</s>\n<|assistant|>\n"
     refused = run(
         "cache", tmp_path / "model", "--data", tmp_path / "train.jsonl", "--out", tmp_path / "other"
     )
