@@ -70,6 +70,7 @@ def _hqq(bits: int) -> Callable[[], Any]:
 
 
 def _quanto(weights: str) -> Callable[[], Any]:
+    # Not of 4 bits: unpacking them would compile an extension.
     def make() -> Any:
         from optimum import quanto
 
@@ -134,7 +135,6 @@ KINDS: dict[str, Quantised] = {
     "HQQ, 8 bits": Quantised(_hqq(8), "hqq"),
     "HQQ, 4 bits": Quantised(_hqq(4), "hqq"),
     "quanto, int8": Quantised(_quanto("qint8"), "optimum.quanto"),
-    "quanto, int4": Quantised(_quanto("qint4"), "optimum.quanto"),
     "quanto, float8": Quantised(_quanto("qfloat8"), "optimum.quanto"),
     "BitNet, rounded while it runs": Quantised(_bitnet("AutoBitLinear"), "transformers"),
     "BitNet, packed": Quantised(_bitnet("BitLinear"), "transformers", lora=False),
