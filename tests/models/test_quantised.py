@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from model_rows import check_row, rows
 
-FAST = ["torchao, int8", "bitsandbytes, NF4", "BitNet, rounded while it runs"]
+FAST = ["torchao, int8", "bitsandbytes, NF4"]
 
 
 @pytest.mark.parametrize("name", rows("Quantised weights", FAST))
