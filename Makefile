@@ -91,7 +91,7 @@ clean:
 	$(BIN)/python -m venv .venv/oldest
 	echo "import site; site.addsitedir('$$($(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")')" \
 		> $$(.venv/oldest/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/newest.pth
-	.venv/oldest/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --requirement constraints-oldest.txt
+	.venv/oldest/bin/python -m pip --disable-pip-version-check install --quiet --no-compile --no-deps --requirement constraints-oldest.txt
 	touch $@
 
 define LIST_DEPENDENCIES

@@ -100,8 +100,13 @@ def cells(section: str, name: str) -> dict[str, str]:
     """The cells of a row that the installed versions decide, without its speed."""
     outcomes = measured(section, name)
     texts = {column: found.text(tolerance(section, name)) for column, found in outcomes.items()}
+    refusal = outcomes["default"].refused and texts["default"]
+    texts = {
+        column: "refused likewise" if column != "default" and text == refusal else text
+        for column, text in texts.items()
+    }
     if not newest():
-        words = {column: text.partition(":")[0].partition(",")[0] for column, text in texts.items()}
+        words = {column: re.split("[:, ]", text)[0] for column, text in texts.items()}
         same = len(set(words.values())) == 1
         return {
             versions(): words["default"]

@@ -8,10 +8,12 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Sequence
+from importlib.metadata import version
 from typing import Any, NamedTuple
 
 import torch
 from measured_models import TOLERANCE, own_sketches
+from packaging.version import Version
 from tiny import tiny_llama
 from torch import nn
 
@@ -70,6 +72,7 @@ def _hqq(bits: int) -> Callable[[], Any]:
 
 
 def _quanto(weights: str) -> Callable[[], Any]:
+    # Not of 4 bits: unpacking them would compile an extension.
     def make() -> Any:
         from optimum import quanto
 
@@ -103,24 +106,27 @@ def _bitnet(kind: str) -> Callable[[], Any]:
 
 class Quantised(NamedTuple):
     """library: what must be installed; tolerance: what its own arithmetic allows; lora: whether peft has LoRA
-    for its layers."""
+    for its layers, from the version since_peft on."""
 
     make: Callable[[], Any]
     library: str
     tolerance: float = TOLERANCE
     lora: bool = True
+    since_peft: str = "0.17"
 
+
+_TORCHAO = {"library": "torchao", "since_peft": "0.20"}
 
 KINDS: dict[str, Quantised] = {
-    "torchao, int8": Quantised(_torchao(lambda q: q.Int8WeightOnlyConfig()), "torchao"),
+    "torchao, int8": Quantised(_torchao(lambda q: q.Int8WeightOnlyConfig()), **_TORCHAO),
     "torchao, int8 with int8 inputs": Quantised(
-        _torchao(lambda q: q.Int8DynamicActivationInt8WeightConfig()), "torchao"
+        _torchao(lambda q: q.Int8DynamicActivationInt8WeightConfig()), **_TORCHAO
     ),
     "torchao, int4": Quantised(
         _torchao(lambda q: q.IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=q.PerGroup(32))),
-        "torchao",
+        **_TORCHAO,
     ),
-    "torchao, float8": Quantised(_torchao(lambda q: q.Float8WeightOnlyConfig()), "torchao"),
+    "torchao, float8": Quantised(_torchao(lambda q: q.Float8WeightOnlyConfig()), **_TORCHAO),
     # Its layers compute in float16.
     "bitsandbytes, int8": Quantised(
         _bitsandbytes("Linear8bitLt", has_fp16_weights=False), "bitsandbytes", tolerance=2e-3
@@ -134,7 +140,6 @@ KINDS: dict[str, Quantised] = {
     "HQQ, 8 bits": Quantised(_hqq(8), "hqq"),
     "HQQ, 4 bits": Quantised(_hqq(4), "hqq"),
     "quanto, int8": Quantised(_quanto("qint8"), "optimum.quanto"),
-    "quanto, int4": Quantised(_quanto("qint4"), "optimum.quanto"),
     "quanto, float8": Quantised(_quanto("qfloat8"), "optimum.quanto"),
     "BitNet, rounded while it runs": Quantised(_bitnet("AutoBitLinear"), "transformers"),
     "BitNet, packed": Quantised(_bitnet("BitLinear"), "transformers", lora=False),
@@ -142,7 +147,9 @@ KINDS: dict[str, Quantised] = {
 
 
 def exists(kind: str) -> bool:
-    """Whether a kind's library is installed."""
+    """Whether a kind's library is installed, and a peft that knows it."""
+    if Version(version("peft")) < Version(KINDS[kind].since_peft):
+        return False
     try:
         return importlib.util.find_spec(KINDS[kind].library) is not None
     except ModuleNotFoundError:  # of the package above it
