@@ -49,7 +49,8 @@ def open_object(source: Any) -> Source:
 
 def _open_iterable(source: Iterable[Any]) -> Source:
     name = "dataset" if _is_a(source, "datasets", "IterableDataset") else "examples"
-    return Spooled(single_rows(source, texts=not isinstance(source, list | tuple)), name)
+    rows = single_rows(source, texts=not isinstance(source, list | tuple))
+    return Spooled((plain(row) if isinstance(row, Mapping) else row for row in rows), name)
 
 
 def single_rows(source: Iterable[Any], *, texts: bool) -> Iterator[Any]:
@@ -63,7 +64,7 @@ def single_rows(source: Iterable[Any], *, texts: bool) -> Iterator[Any]:
         ):
             yield from item
         else:
-            yield plain(item) if isinstance(item, Mapping) else item
+            yield item
 
 
 def _is_batch(item: object) -> bool:

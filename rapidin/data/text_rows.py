@@ -45,7 +45,8 @@ def open_text(
         delimiter = "\t" if suffix == ".tsv" else _delimiter(first, knows, certain=suffix == ".csv")
         if delimiter is not None:
             return DelimitedLines(file, name, path, delimiter)
-    if _is_document(first, single, knows):
+    by_line = suffix in (".jsonl", ".ndjson") and not single and first.strip() not in (b"{", b"[")
+    if not by_line and _is_document(first, single, knows):
         return _open_document(file, name, path, knows, member)
     if member is not None:
         raise DataNotFound(f"data not found: {name}:{member}", f"{name} has one record per line and no parts")
