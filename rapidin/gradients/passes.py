@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rapidin import ops
+from rapidin.errors import is_out_of_memory
 from rapidin.gradients.calls import Call, NotBatchedError
 from rapidin.gradients.parameters import Target, matrix_shape
 from rapidin.gradients.rows import RowFactors, RowGroup, by_example, by_expert
@@ -138,8 +139,15 @@ class GradientPass(ABC):
             with torch.enable_grad():
                 copies = {role: p.detach().requires_grad_() for role, p in named.items()}
                 self.recomputing = True
-                output = torch.func.functional_call(module, copies, call.args, dict(call.kwargs))
-                self.recomputing = False
+                try:
+                    output = torch.func.functional_call(module, copies, call.args, dict(call.kwargs))
+                except RuntimeError as error:
+                    if len(calls) == 1 or is_out_of_memory(error):
+                        raise
+                    # Some modules keep a state of the whole batch.
+                    raise NotBatchedError(self.targets[numbers[0]].name) from None
+                finally:
+                    self.recomputing = False
                 of_example = grad[row * each : (row + 1) * each] if len(calls) > 1 else grad
                 found = torch.autograd.grad(
                     output, [copies[role] for role in roles], of_example, allow_unused=True
