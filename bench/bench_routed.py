@@ -13,7 +13,6 @@ import time
 import pytest
 import torch
 from limits import note
-from rapidin.gradients.batch import Batch, batch_loss
 from turns import sized
 
 from rapidin.gradients.collector import GradientSketcher
@@ -21,6 +20,7 @@ from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.parameters import find_targets
 from rapidin.gradients.preconditioner import DAMPING, EXPONENT, RANK, Preconditioner
 from rapidin.gradients.source import default_width
+from rapidin.tasks.causal import TokenBatch, batch_loss
 
 ROUNDS = sized(5, 1)
 HIDDEN, LAYERS = sized((384, 4), (32, 2))
@@ -49,7 +49,7 @@ MODELS = {
 }
 
 
-def make_batches() -> list[Batch]:
+def make_batches() -> list[TokenBatch]:
     generator = torch.Generator().manual_seed(1)
     batches = []
     for length in LENGTHS:
@@ -57,7 +57,7 @@ def make_batches() -> list[Batch]:
         for row in range(TOKENS // length):
             ids = torch.randint(3, 1000, (length - row % 5,), generator=generator).tolist()
             texts.append((ids, [True] * len(ids)))
-        batches.append(Batch.of(texts))
+        batches.append(TokenBatch.of(texts))
     return batches
 
 
