@@ -134,29 +134,31 @@ def newest() -> bool:
 
 _INTRODUCTION = """# Models, adapters and quantised weights
 
-Each row is a tiny random model on a CPU in float32. The sketches of all of its parameters' gradients, of
-four texts of unequal length in one call and one text a call, are compared with those of plain autograd's
-gradients, one text at a time: the model's own call with all of its defaults, the cross-entropy of its logits,
-`loss.backward()`. An error is relative to the parameter's sketch, or to a thousandth of the mean one where a
-gradient is smaller: that of a key's bias, say, is nothing but rounding.
+Each row is a tiny random model on a CPU in float32. rapidin sketches the gradients of all of its parameters
+for four texts of unequal length, once in one batch and once one text at a time. These sketches are compared
+with the sketches of the gradients that plain autograd computes for one text at a time: the model's own call
+with all of its defaults, the cross-entropy of its logits, `loss.backward()`. An error is relative to the norm
+of the parameter's sketch, or to a thousandth of the mean norm if the gradient is smaller than that: the
+gradient of the bias of the keys of attention, for example, is only rounding error.
 
-- **right**: the error of every parameter is at most 1e-4. *by autograd*: so many of the parameters have their
-  gradient from autograd itself; *one at a time*: because of them, or because a layer mixes the examples of a
-  batch, each example has a pass of its own.
-- **refused**: rapidin says why it does not take the gradients.
-- **wrong**: neither of the two. The tests allow it only in rows that they name.
-- **-**: these versions do not have it, or nothing was measured.
+- **right**: the error of every parameter is at most 1e-4. *N of M by autograd*: the gradients of N of the M
+  parameters are computed by autograd. *one at a time*: each example has its own pass, either for that reason
+  or because a layer mixes the examples of a batch.
+- **refused**: rapidin refuses the model and gives the reason.
+- **wrong**: neither right nor refused. The tests allow this only in rows that they name.
+- **-**: these versions of the libraries do not have it, or it was not measured.
 
-*default* are the parameters that count by default: the linear layers and routed experts of the blocks, or
-what an adapter trains. *counted* is their share of all elements outside embeddings and output head. *speed*
-compares the examples that are sketched in a second of processor time, by default, with those that pass
-forward and backward without rapidin; in models as tiny as these, hooks and Python weigh most. Real models are
-timed in [performance.md](../measured/performance.md). The gradient of a packed weight is that of the weight
-that it stands for. The int8 layers of bitsandbytes compute in float16, so an error of 2e-3 counts as right
-there.
+*default* means the parameters that are used by default: the linear layers and routed experts of the blocks,
+or what an adapter trains. *counted* is their share of all elements outside embeddings and output head.
+*speed* is the number of examples sketched per second of processor time, with the default parameters, divided
+by the number of examples per second of a forward and backward pass without rapidin. In models as tiny as
+these, hooks and Python take most of the time; real models are timed in
+[performance.md](../measured/performance.md). The gradient of a packed weight is the gradient of the unpacked
+weight. The int8 layers of bitsandbytes compute in float16, so an error of up to 2e-3 is right there.
 
-The tests check every cell but the speeds (`tests/models`); `python tests/support/model_table.py` writes them.
-The columns are of {newest}; the last one is of the oldest versions that rapidin allows.
+The tests check every cell except the speeds (`tests/models`). `python tests/support/model_table.py` writes
+the cells. The columns are for {newest}; the last column is for the oldest
+versions that rapidin allows.
 """
 
 Rows = dict[str, dict[str, dict[str, str]]]  # of each section, each row, the cell of each column
@@ -201,7 +203,7 @@ def _line(values: list[str]) -> str:
 
 def page_versions(text: str) -> str:
     """The versions that the page's columns are of."""
-    found = re.search(r"The columns are of\s+(.*?);", text)
+    found = re.search(r"The columns are for\s+(.*?);", text)
     return found[1] if found else ""
 
 
