@@ -75,7 +75,7 @@ class LoadedModel:
             return None
         config = config.get_text_config()
         length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if not length:
+        if not length or length < 1:  # XLNet has no limit, and says -1
             return None
         # RoBERTa and its kin count positions from the one after the padding's.
         padding = (
