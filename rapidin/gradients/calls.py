@@ -1,4 +1,4 @@
-"""One call of a module with its arguments, and what is wrong with the way a model calls its modules."""
+"""One call of a module with its arguments, and errors about the ways in which models call their modules."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ class NotBatchedError(Exception):
     """A layer mixes the examples of a batch, so each example needs a pass of its own.
 
     name: a parameter of that layer, "" if it is not known; by_autograd: the number of parameters,
-    `name` among them, whose gradient is autograd's, if that is why.
+    `name` among them, whose gradient autograd computes, if that is the reason.
     """
 
     def __init__(self, name: str = "", by_autograd: int = 0) -> None:
@@ -24,11 +24,12 @@ class NotBatchedError(Exception):
 
     @property
     def reason(self) -> str:
-        """Why, in words."""
+        """The reason in words."""
         if self.by_autograd:
-            some = f"{self.by_autograd} parameters have their gradient from autograd itself"
+            some = f"autograd computes the gradients of {self.by_autograd} parameters"
             return f"{some}, such as '{self.name}'"
-        return "a layer mixes those of a batch" + (f", such as that of '{self.name}'" if self.name else "")
+        mixes = "a layer mixes the examples of a batch"
+        return mixes + (f", such as that of '{self.name}'" if self.name else "")
 
 
 class ChangedInputError(UserError):

@@ -1,19 +1,20 @@
 """The check before caching: the sketches that hooks make, against plain autograd's.
 
-Hooks take a module for what its type says: a linear layer's output is its input times its weight, and the
-first axis of a tensor is that of the examples. A model's code may say otherwise, and then gradients are wrong
-without any error. So an example or two are sketched in both ways before anything is cached:
+Hooks assume that a module computes what its type says: that a linear layer's output is its input times its
+weight, and that the first axis of a tensor is that of the examples. If the code of a model differs, gradients
+are wrong without any error. So one or two examples are sketched in two ways before anything is cached:
 
-- by hooks and from each parameter's own gradient, formed by autograd. A parameter whose sketches differ has
-  its gradient from autograd from then on, one example at a time (`parameters.with_autograd`).
-- by hooks in a batch of two examples of unequal lengths, and of each alone. If a sketch differs, a layer
-  mixes the examples of a batch, or has its axes in another order, and examples are taken one at a time.
+- by hooks, and from the gradient of each parameter that autograd computes. If the two sketches of a parameter
+  differ, autograd computes its gradient from then on, one example at a time (`parameters.with_autograd`).
+- by hooks in a batch of two examples of unequal lengths, and of each alone. If a sketch differs, a layer mixes
+  the examples of a batch or has its axes in another order, and examples are processed one at a time.
 
-A sketch is linear, so sketches are as equal as gradients are. They are compared relative to their size and to
-what rounding makes of a sum over tokens: the gradient of a key's bias is zero in exact arithmetic, say.
+A sketch is linear, so two sketches differ as much as the gradients do. Differences are compared with the norm
+of the sketches and with the rounding error of a sum over tokens: the gradient of the bias of attention keys,
+for example, is zero in exact arithmetic.
 
-Autograd cannot give the gradient of a packed (quantized) weight. It is named as not compared; whether its
-layer passes the right gradients on is tried when the model is loaded (`rapidin.gradients.quantized`).
+Autograd cannot compute the gradient of a packed (quantized) weight. The result names it as unchecked; whether
+its layer propagates the right gradients is tested when the model is loaded (`rapidin.gradients.quantized`).
 """
 
 from __future__ import annotations
@@ -46,10 +47,10 @@ _FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 class Tolerance:
     """The errors that rounding explains, in the model's number format.
 
-    autograd: of a sketch by hooks against autograd's; batch: of one in a batch against the example's alone,
-    where the forward pass is rounded differently; both relative to the sketch. floor: relative to the sum of
-    the sizes of all tokens' gradients, which may cancel each other. strict: whether an error in one example
-    is enough; otherwise the same parameter must differ in both.
+    autograd: between a sketch by hooks and autograd's; batch: between a sketch in a batch and the example's
+    alone, where the forward pass is rounded differently; both relative to the norm of the sketch. floor:
+    relative to the sum of the norms of all tokens' gradients, which may cancel each other. strict: whether an
+    error in one example is enough; otherwise the same parameter must differ in both.
     """
 
     autograd: float
@@ -59,7 +60,7 @@ class Tolerance:
 
     @staticmethod
     def of(model: nn.Module) -> Tolerance:
-        """The tolerance for a model, whose coarsest format counts."""
+        """The tolerance of a model: that of the coarsest number format of its parameters."""
         formats = {p.dtype for p in model.parameters()}
         if formats <= {torch.float64, torch.float32}:
             if torch.get_float32_matmul_precision() == "highest":
@@ -74,11 +75,11 @@ class Tolerance:
 class GradientCheck:
     """What the check found.
 
-    compared: number of parameters, of `total` that count; worst: the largest relative error of those that
-    agree; by_autograd: the errors of those that do not, whose gradients autograd takes; mixed: a parameter
-    whose gradient depends on the other examples of a batch, "" for none, with its error (0 if its layer has
-    no axis of the examples); unchecked: parameters that could not be compared; followed: see
-    `GradientSketcher`.
+    compared: number of compared parameters, of `total` that count; worst: the largest relative error of those
+    that agree; by_autograd: the errors of those that do not, whose gradients autograd computes; mixed: a
+    parameter whose gradient depends on the other examples of a batch, "" if there is none; mixed_error: its
+    error (0 if the inputs of its layer have no example axis); unchecked: parameters that could not be
+    compared; followed: see `GradientSketcher`.
     """
 
     compared: int = 0
@@ -100,12 +101,11 @@ class GradientCheck:
         if self.by_autograd:
             name, error = max(self.by_autograd.items(), key=lambda item: item[1])
             text += (
-                f"{len(self.by_autograd):,} differ or are used where hooks do not see it, so their gradients "
-                "are taken by autograd, one example at a time "
-                f"(such as '{name}', relative error {error:.2g})"
+                f"autograd computes those of {len(self.by_autograd):,}, one example at a time, since the hooks "
+                f"give another result or miss a use (such as '{name}', relative error {error:.2g})"
             )
         else:
-            text += f"equal to {max(self.worst, 1e-7):.0e}"
+            text += f"equal within {max(self.worst, 1e-7):.0e}"
         if self.unchecked:
             text += f"; {len(self.unchecked):,} not checked, such as '{self.unchecked[0]}'"
         return text
@@ -116,7 +116,7 @@ class GradientCheck:
         if not self.mixed:
             return ""
         if not self.mixed_error:
-            return f"the layer of '{self.mixed}' has no axis of the examples"
+            return f"the inputs of the layer of '{self.mixed}' have no example axis"
         return (
             f"in a batch the gradient of '{self.mixed}' depends on the other examples "
             f"(relative error {self.mixed_error:.2g})"

@@ -1,4 +1,4 @@
-"""What of a model counts and what does not, by kind of parameter."""
+"""Which part of a model counts and which does not, by kind of parameter."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class LeftOut:
 class Coverage:
     """How much of a model counts.
 
-    counted: number of elements of the parameters that count; total: of all parameters; left_out: what does
-    not count; weights: the share that counts of the parameters other than embeddings, output head, norms and
-    biases; chosen: whether the user or an adapter determines what counts. Of an adapter's model only what
-    the adapter trains is in `left_out` and `weights`.
+    counted: number of elements of the parameters that count; total: of all parameters; left_out: the
+    parameters that do not count; weights: the share of elements that count among the parameters other than
+    embeddings, output head, norms and biases; chosen: whether the user or an adapter determines what counts.
+    With an adapter, `left_out` and `weights` are about the parameters that it trains alone.
     """
 
     counted: int
@@ -57,7 +57,7 @@ class Coverage:
 
     @property
     def text(self) -> str:
-        """What counts and what does not, in a sentence."""
+        """A sentence that says what counts and what does not."""
         text = f"{_percent(self.share)} of the model's parameters are used"
         if self.left_out:
             text += f"; not used: {', '.join(map(self._named, self.left_out))}"
@@ -65,10 +65,10 @@ class Coverage:
 
     @property
     def warning(self) -> str:
-        """That too little counts, in a sentence."""
+        """A sentence that warns that too little counts."""
         return (
-            f"only {_percent(self.weights)} of the model's weights, without embeddings, output head, norms "
-            f"and biases, are used: influence through the others is missed ({self.text})"
+            f"only {_percent(self.weights)} of the model's weights (not counting embeddings, output head, "
+            f"norms and biases) are used, so influence through the other weights is missed: {self.text}"
         )
 
     def _named(self, part: LeftOut) -> str:

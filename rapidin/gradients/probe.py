@@ -1,8 +1,9 @@
-"""What a model does with a handful of tokens: whether it is a causal language model.
+"""Tests with a few tokens whether a model is a causal language model.
 
-The loss of a completion means something only if each token is predicted from those before it. Many classes of
-models give logits in the right shape without that: BERT and its like see the whole text unless their config
-says that they are decoders. So a model is asked: another last token must not move what it predicts earlier.
+The loss of a completion has a meaning only if each token is predicted from the tokens before it. Many model
+classes return logits of the right shape without that: BERT and similar models attend to the whole text unless
+their config says that they are decoders. So the model is run: another last token must not change the logits of
+earlier tokens.
 """
 
 from __future__ import annotations
@@ -27,11 +28,11 @@ _REMEDY = "use a model that AutoModelForCausalLM loads with all of its weights, 
 
 def check_causal(loaded: LoadedModel) -> None:
     """Raises UserError, which says what the model is, unless it predicts each token of a text from those
-    before it. With a sharded model all processes make the call together."""
+    before it. With a sharded model, all processes must call this together."""
     model = loaded.model
     kind = type(inner_model(model)).__name__
     if getattr(getattr(inner_model(model), "config", None), "is_encoder_decoder", False):
-        raise UserError(f"{kind} is an encoder with a decoder, not a causal language model", _REMEDY)
+        raise UserError(f"{kind} is an encoder-decoder model, not a causal language model", _REMEDY)
     vocabulary = _vocabulary(model)
     ids = _probe_ids(loaded.tokenizer, vocabulary)
     try:
@@ -39,15 +40,15 @@ def check_causal(loaded: LoadedModel) -> None:
     except distributed.PeerError:
         raise
     except Exception as error:  # of any kind: what a model needs beside tokens only it knows
-        raise UserError(f"{kind} cannot read a text of tokens alone: {reason_of(error)}") from error
+        raise UserError(f"{kind} cannot run on token ids alone: {reason_of(error)}") from error
     logits = getattr(output, "logits", None)
     if not isinstance(logits, Tensor):
         raise UserError(f"{kind} has no output head, so it predicts no tokens", _REMEDY)
     if logits.ndim != 3 or logits.shape[1] < len(ids) or 2 * logits.shape[-1] < vocabulary:
         shape = " x ".join(str(size) for size in logits.shape[1:])
         raise UserError(
-            f"{kind} is no language model: for {len(ids)} tokens it gives {shape} numbers, not one for each "
-            f"token of its vocabulary ({vocabulary:,}), as classifiers and reward models do",
+            f"{kind} is not a language model: for {len(ids)} tokens it returns {shape} numbers instead of "
+            f"logits over its vocabulary of {vocabulary:,} tokens, as classifiers and reward models do",
             _REMEDY,
         )
     if not is_causal(model, ids, device=loaded.device, sharded=loaded.sharded):
@@ -63,11 +64,11 @@ def is_causal(
 ) -> bool:
     """Whether another last token leaves a model's logits of earlier tokens as they are.
 
-    ids: of a short text, of two different tokens or more; the model gives logits [B, T, V] (or more than T,
-    the last of which count). A text is given twice in one batch, to see how far the model's results differ by
-    themselves, and a third time with another last token. Rounding errors of experts or a draw of the model's
-    own may show once, so that only a difference in each of several texts counts. sharded: all processes that
-    share the model make the call together.
+    ids: of a short text, of two different tokens or more; the model returns logits [B, T, V] (of more than T
+    positions, the last T are used). The batch has the text twice, which shows how far the model's results
+    differ for equal texts, and a third time with another last token. Rounding errors of experts or a random
+    choice in the model may cause a difference once, so a model is not causal only if several texts show one.
+    sharded: all processes that share the model must call this together.
     """
     for shift in range(_TRIES):
         text = [*ids[shift:], *ids[:shift]]
@@ -84,15 +85,15 @@ def is_causal(
 
 
 def _tolerance(model: Any) -> float:
-    """The relative difference between logits that rounding may bring about: much in half precision and with
-    quantised weights."""
+    """The relative difference between logits that rounding may cause: larger in half precision and with
+    quantized weights."""
     dtypes = {p.dtype for p in model.parameters()}
     return 1e-4 if dtypes <= {torch.float32, torch.float64} else 2e-2
 
 
 def _outputs(model: Any, ids: Tensor, sharded: bool) -> Any:
-    """What the model returns for ids [B, T], in evaluation mode; its modes and the CPU's random state come
-    back."""
+    """What the model returns for ids [B, T], in evaluation mode; the modes of its modules and the CPU's random
+    state are restored."""
     world = distributed.world() if sharded else distributed.World()
     with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(devices=[]):
         mask, cache = torch.ones_like(ids), cache_use(model)

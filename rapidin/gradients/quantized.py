@@ -15,13 +15,13 @@ _TOKENS = 32
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Raises UserError if a model has quantized layers that pass no gradient on, or a wrong one.
+    """Raises UserError if a model has quantized layers that propagate no gradients, or wrong ones.
 
-    Some kinds are made for inference alone, and lose the gradient without an error. One layer of each kind is
-    tried. bitsandbytes' 4-bit layers are kept from becoming so: on a CPU with AVX512-BF16 they pack their
-    weights anew the first time that they run in evaluation mode on an input without gradient, as when the
-    model generates. Packed layers are faster, but pass no gradient on; their scales are rounded, so that
-    there is no exact way back.
+    Some kinds are made for inference alone, and lose the gradient without an error. So one layer of each kind
+    is tested. For bitsandbytes' 4-bit layers this is prevented: on a CPU with AVX512-BF16 they pack their
+    weights again when they first run in evaluation mode on an input without gradient, as when the model
+    generates. Packed layers are faster, but do not propagate gradients, and since their scales are rounded,
+    they cannot be unpacked exactly.
     """
     tried = set()
     for name, module in model.named_modules():
@@ -30,8 +30,8 @@ def check_gradients(model: nn.Module) -> None:
         if getattr(state, "packing_format_for_cpu", False):
             raise UserError(
                 f"bitsandbytes has packed the 4-bit weight of '{name}' for generation on this CPU, and "
-                "packed weights pass no gradient on",
-                "load the model again, and give it to rapidin before it generates",
+                "packed weights do not propagate gradients",
+                "load the model again, and pass it to rapidin before it generates",
             )
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
@@ -41,9 +41,9 @@ def check_gradients(model: nn.Module) -> None:
             problem = _problem(module, model)
             if problem:
                 raise UserError(
-                    f"no gradients can be taken through the quantized layer '{name}' "
+                    f"gradients cannot be computed through the quantized layer '{name}' "
                     f"({type(module).__name__}): {problem}",
-                    "load the model without quantization, or in another kind of it",
+                    "load the model without quantization, or with another kind of quantization",
                 )
 
 
@@ -87,14 +87,14 @@ def _problem(layer: Any, model: nn.Module) -> str:
             zero = layer(x)
             v = torch.randn(zero.shape, generator=generator, device="cpu").to(zero)
             if not zero.requires_grad:
-                return "it passes none on"
+                return "it does not propagate gradients"
             (u,) = torch.autograd.grad(zero, x, v)
             size = u.double().square().sum()
             with torch.no_grad():
                 product = ((layer(u.clone().requires_grad_()) - zero).double() * v.double()).sum()
-    except Exception as error:  # each kind has its own for what it cannot do
+    except Exception as error:  # each kind raises its own type for what it does not support
         return reason_of(error)
     finally:
         layer.train(training)
     wrong = float((product - size).abs() / size)
-    return "" if wrong < _ALLOWED else f"they are wrong by {wrong:.2g} of their size"
+    return "" if wrong < _ALLOWED else f"its gradients have a relative error of {wrong:.2g}"

@@ -345,7 +345,7 @@ def test_a_layer_that_mixes_examples_is_told_once_and_changes_nothing(tmp_path: 
     seen.clear()
     unchecked.cache(records(12), tmp_path / "unchecked", on_progress=seen.append, check=False)
     assert [p.message for p in seen if p.message] == [
-        "examples are processed one at a time: a layer mixes those of a batch, such as that of "
+        "examples are processed one at a time: a layer mixes the examples of a batch, such as that of "
         "'model.layers.1.mlp.gate_proj.weight'"
     ]
     torch.testing.assert_close(mixed.sketches(), plain.sketches(), atol=2e-3, rtol=0)

@@ -85,7 +85,7 @@ REFUSED = {
                 vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4},
             )
         ),
-        "cannot read a text of tokens alone",
+        "cannot run on token ids alone",
     ),
 }
 
