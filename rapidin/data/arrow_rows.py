@@ -105,7 +105,7 @@ def open_table(file: IO[bytes], name: str, path: str | None, plain: str | None) 
     first = file.read(8)
     file.seek(0)
     if first.startswith(OLD_FEATHER):
-        raise UserError(f"{name} is of version 1 of Feather", "write it again, as Feather 2 or Parquet")
+        raise UserError(f"{name} has version 1 of Feather", "save it as Feather 2 or Parquet")
     with _refusals(name):
         source = pa.memory_map(plain) if plain is not None else file
         if first.startswith(PARQUET):

@@ -235,6 +235,6 @@ def open_examples(
     the first, and a field of the wrong type, unless they are skipped; and if there are no examples.
     """
     if limit is not None and limit < 1:
-        raise UserError(f"a limit of {limit} examples leaves none", "give 1 or more")
+        raise UserError(f"the limit of examples must be at least 1, got {limit}")
     reading = Reading(FieldMap.of(map), streaming)
     return Examples(open_source(source, reading), limit, generations, checked, skip, forms, reading)

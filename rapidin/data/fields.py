@@ -1,7 +1,7 @@
 """Records with the field names of other tools, as records of the forms in `rapidin.data.records`.
 
-The fields of a form are added to those that a record came with, which are shown with a hit. A field that has
-the name of a form's but is not part of what is read moves into the field `original`.
+The fields of a form are added to the record's own fields, which are shown with a hit. A field that is not
+read but has the name of a form's field moves into the field `original`.
 
     ShareGPT            {"conversations": [{"from": "human", "value": ...}, ...]}     messages
     TRL                 {"prompt": [messages], "completion": [messages]}              messages
@@ -216,13 +216,14 @@ def _pair(record: Record, where: str, generations: bool, forms: Forms) -> Record
 
 
 def _refuse_context(record: Record, where: str, names: tuple[str, str], read: tuple[str, ...] = ()) -> None:
-    """Raises UserError if the model read more than a question: leaving it out would be another example."""
+    """Raises UserError for a field that the model read besides the question: without it, the example would be
+    another."""
     for name in _CONTEXTS:
         if name not in (*names, *read) and record.get(name):
             raise UserError(
-                f"{where}: '{name}' beside '{names[0]}' and '{names[1]}' would be left out",
-                f"name what is read: map system={name},user={names[0]},assistant={names[1]}, "
-                f"or prompt={names[0]},completion={names[1]}",
+                f"{where}: '{name}' beside '{names[0]}' and '{names[1]}' would be ignored",
+                f"map the fields that are read: system={name},user={names[0]},assistant={names[1]}, "
+                f"or without it: prompt={names[0]},completion={names[1]}",
             )
 
 

@@ -115,7 +115,7 @@ def refuse_splits(source: Any) -> None:
     """Raises UserError for a HF dataset of several splits."""
     if _is_a(source, "datasets", "DatasetDict", "IterableDatasetDict"):
         splits = ", ".join(source)
-        raise UserError(f"the data is a set of splits: {splits}", f"choose one: data['{min(source)}']")
+        raise UserError(f"the data has several splits: {splits}", f"choose one: data['{min(source)}']")
 
 
 def _table_of(source: Any) -> Any:

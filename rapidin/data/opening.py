@@ -170,9 +170,7 @@ def _open_folder(path: str, member: str | None, reading: Reading) -> Source:
     stems = Counter(_without_compression(each) for each in files)
     twice = [stem for stem, count in stems.items() if count > 1]
     if twice:
-        raise UserError(
-            f"the folder {path} has {twice[0]} twice, compressed and not", "remove one of the two"
-        )
+        raise UserError(f"the folder {path} has {twice[0]} both compressed and not", "remove one of the two")
     kinds = Counter(map(suffix_of, files))
     if len(kinds) > 1:
         counts = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
@@ -217,7 +215,7 @@ def _open_standard_input(reading: Reading) -> Source:
 def _open_stream(source: Any, reading: Reading) -> Source:
     """An open file of text or bytes: from where it is; its path is remembered if it is at its start."""
     if getattr(source, "closed", False):
-        raise UserError("the data is a file that is closed", "open it again, or give its path")
+        raise UserError("the data is a closed file", "open it again, or give its path")
     name = getattr(source, "name", None)
     if isinstance(name, str) and os.path.isfile(name) and _position(source) == 0:
         return _open_path(name, reading)

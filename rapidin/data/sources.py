@@ -18,7 +18,7 @@ _Each = TypeVar("_Each")
 
 
 class DataNotFound(UserError):
-    """There is nothing of the name that was given."""
+    """There is no data with the given name."""
 
 
 @dataclass(frozen=True)

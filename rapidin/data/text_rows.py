@@ -456,7 +456,9 @@ def _open_document(file: IO[bytes], name: str, path: str | None, knows: Knows, m
         raise UserError(f"{name} has several lists of records: {named}", f"name one: {name}:{min(lists)}")
     if not lists or (member is not None and member not in lists):
         what = f"the list '{member}'" if member is not None else "a list of records"
-        raise UserError(f"{name} has not {what}; its fields are {', '.join(map(repr, value)) or 'none'}")
+        raise UserError(
+            f"{name} does not have {what}; its fields are {', '.join(map(repr, value)) or 'none'}"
+        )
     chosen = member if member is not None else next(iter(lists))
     if path is not None and member is not None:
         path = f"{path}:{member}"

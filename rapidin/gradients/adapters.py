@@ -1,7 +1,7 @@
-"""Adapters of peft, around a transformers model or inside of it: what they train, and loading one.
+"""PEFT adapters around a transformers model or inside of it: the parameters that they train, and loading one.
 
-transformers can put the layers of an adapter into a model itself (`model.add_adapter`, `load_adapter`, or an
-adapter in the model's own folder), without peft's wrapper, so all is read from the layers.
+transformers itself can put the layers of an adapter into a model (`model.add_adapter`, `load_adapter`, or an
+adapter in the model's own folder), without peft's wrapper. So everything is read from the layers.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ ADAPTER_CONFIG = "adapter_config.json"
 
 
 def has_adapter(model: Any) -> bool:
-    """Whether a model has the layers of an adapter, or prompts that one has learnt."""
+    """Whether a model has the layers of an adapter, or the learned prompts of one."""
     return hasattr(model, "peft_config") and (
         _prompts(model) is not None or any(True for _ in _layers(model))
     )
 
 
 def active_adapters(model: Any) -> list[str]:
-    """The names of the adapters that take part."""
+    """The names of the active adapters."""
     if _prompts(model) is not None:
         return [model.active_adapter]
     names: dict[str, None] = {}
     for layer in _layers(model):
-        # The attention layers of adaption prompts do not say; there one adapter alone can be active.
+        # The attention layers of adaption prompts have no such list; only one adapter can be active there.
         active: list[str] = [model.active_adapter] if _adapts_attention(layer) else layer.active_adapters
         names.update(dict.fromkeys(active))
     return list(names)
@@ -45,7 +45,7 @@ def active_adapters(model: Any) -> list[str]:
 def trained_names(model: Any) -> list[str]:
     """Names of the parameters that a model's active adapters train.
 
-    Raises UserError if none of them takes part in what the model computes.
+    Raises UserError if none of them is used in the forward pass.
     """
     active = active_adapters(model)
     _check_takes_part(model, active)
@@ -53,8 +53,8 @@ def trained_names(model: Any) -> list[str]:
     named = list(model.named_parameters())
     trained = [name for name, p in named if p.requires_grad]
     if not trained or any(config.inference_mode for config in configs):
-        # Loaded for inference, an adapter's weights are frozen like all others, but for biases: the layers
-        # and the configs tell them apart.
+        # If an adapter is loaded for inference, its weights are frozen like all others, except biases. So
+        # its layers and configs tell which weights are its own.
         own = {id(p) for p in _own_parameters(model, active)}
         trained = [name for name, p in named if id(p) in own]
     if not trained:
@@ -89,9 +89,9 @@ def _check_takes_part(model: Any, active: list[str]) -> None:
         raise UserError("no adapter of this model is active", "activate one with model.set_adapter(NAME)")
     if any(getattr(layer, "merged", False) for layer in layers):
         raise UserError(
-            "the adapter is merged into the model's weights, so none of its own takes part",
-            "take it out with model.unmerge_adapter(), or give the merged model without its adapter, with "
-            "the model from before the tuning as base",
+            "the adapter is merged into the model's weights, so its own weights are not used",
+            "call model.unmerge_adapter(), or give the merged model without the adapter and the model from "
+            "before tuning as base",
         )
     disabled = any(getattr(layer, "disable_adapters", False) for layer in layers)
     if _prompts(model) is not None:  # peft then calls the base model instead
@@ -99,8 +99,8 @@ def _check_takes_part(model: Any, active: list[str]) -> None:
     if disabled:
         enable = "enable_adapter_layers" if hasattr(model, "enable_adapter_layers") else "enable_adapters"
         raise UserError(
-            "the adapter is disabled, so none of its weights takes part",
-            f"enable it with model.{enable}(), or leave the block of disable_adapter()",
+            "the adapter is disabled, so its weights are not used",
+            f"enable it with model.{enable}(), or call rapidin outside of disable_adapter()",
         )
 
 
@@ -147,9 +147,10 @@ _SAMPLE = 1 << 16  # bytes of each end of a file of weights, to compare two
 
 
 def other_base(adapter: str, name: str) -> str:
-    """In words, that an adapter was made for another model than `name`; "" if it was not, or does not say.
+    """A message that an adapter was made for another model than `name`; "" if it was not, or does not say.
 
-    Shapes do not tell a base model from its chat version, so names do; for two folders here their files.
+    A base model and its chat version have the same shapes, so names are compared; of two local
+    folders, files.
     """
     from peft import PeftConfig
 
@@ -157,8 +158,8 @@ def other_base(adapter: str, name: str) -> str:
     if not recorded or _same_model(str(recorded), name):
         return ""
     return (
-        f"the adapter was made for the model '{recorded}', and the model given is '{name}': its weights fit, "
-        "but the gradients mean something only if this is the same model"
+        f"the adapter was made for the model '{recorded}', but the model is '{name}': the weights fit, but "
+        "the gradients are meaningful only if both are the same model"
     )
 
 
@@ -174,7 +175,7 @@ def _same_model(one: str, other: str) -> bool:
 
 
 def _short_name(name: str) -> str:
-    """The last word of a model's name or path; of a download's folder, the name that it came by."""
+    """The last part of a model's name or path; for the folder of a download, of the name on the hub."""
     parts = Path(name).parts
     cached = next((part for part in parts if part.startswith("models--")), None)
     return (cached.rpartition("--")[2] if cached else parts[-1] if parts else "").lower()
@@ -267,7 +268,7 @@ def load_adapter(model: Any, adapter: str, task: str = CAUSAL) -> Any:
     if wrong:
         raise UserError(
             f"the weights of the adapter '{adapter}' do not fit this model: {wrong}",
-            "give the model that the adapter was made for, or save the adapter again",
+            "use the model that the adapter was made for, or save the adapter again",
         )
     return loaded
 

@@ -6,8 +6,8 @@ are wrong without any error. So one or two examples are sketched in two ways bef
 
 - by hooks, and from the gradient of each parameter that autograd computes. If the two sketches of a parameter
   differ, autograd computes its gradient from then on, one example at a time (`parameters.with_autograd`).
-- by hooks in a batch of two examples of unequal lengths, and of each alone. If a sketch differs, a layer mixes
-  the examples of a batch or has its axes in another order, and examples are processed one at a time.
+- by hooks in a batch of two examples of unequal lengths, and of each alone. If a sketch differs, a layer
+  mixes the examples of a batch or has its axes in another order, and examples are processed one at a time.
 
 A sketch is linear, so two sketches differ as much as the gradients do. Differences are compared with the norm
 of the sketches and with the rounding error of a sum over tokens: the gradient of the bias of attention keys,
@@ -101,7 +101,7 @@ class GradientCheck:
         if self.by_autograd:
             name, error = max(self.by_autograd.items(), key=lambda item: item[1])
             text += (
-                f"autograd computes those of {len(self.by_autograd):,}, one example at a time, since the hooks "
+                f"autograd computes those of {len(self.by_autograd):,}, one example at a time, since hooks "
                 f"give another result or miss a use (such as '{name}', relative error {error:.2g})"
             )
         else:

@@ -2,8 +2,8 @@
 
 The loss of a completion has a meaning only if each token is predicted from the tokens before it. Many model
 classes return logits of the right shape without that: BERT and similar models attend to the whole text unless
-their config says that they are decoders. So the model is run: another last token must not change the logits of
-earlier tokens.
+their config says that they are decoders. So the model is run: another last token must not change the logits
+of earlier tokens.
 """
 
 from __future__ import annotations
@@ -92,8 +92,8 @@ def _tolerance(model: Any) -> float:
 
 
 def _outputs(model: Any, ids: Tensor, sharded: bool) -> Any:
-    """What the model returns for ids [B, T], in evaluation mode; the modes of its modules and the CPU's random
-    state are restored."""
+    """What the model returns for ids [B, T] in evaluation mode; then the modes of its modules and the random
+    state of the CPU are restored."""
     world = distributed.world() if sharded else distributed.World()
     with torch.no_grad(), evaluation_mode(model), torch.random.fork_rng(devices=[]):
         mask, cache = torch.ones_like(ids), cache_use(model)

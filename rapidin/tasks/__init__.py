@@ -1,7 +1,7 @@
-"""What a model is tuned for: how a record becomes its inputs, and the loss of each example of a batch.
+"""Tasks: what a model is tuned for. A task makes a model's inputs of a record, and the loss of each example.
 
-`Task` is the protocol; a task of your own is a class of about twenty lines (docs/guide/tasks.md). The names
-that are built in are in `rapidin.tasks.names`.
+`Task` is the protocol; a task of your own is a class of about twenty lines (docs/guide/tasks.md). The
+built-in tasks are named in `rapidin.tasks.names`.
 """
 
 from importlib import import_module

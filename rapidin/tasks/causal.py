@@ -171,7 +171,9 @@ class Causal(Task):
             raise UserError("the prompt is empty, so the model cannot continue it", "give a --completion too")
         longest = self.encoder.max_length
         if len(ids) >= longest:
-            raise UserError(f"the prompt has {len(ids)} tokens and the context {longest}: no room to answer")
+            raise UserError(
+                f"the prompt has {len(ids)} tokens and fills the context of {longest}: it cannot be answered"
+            )
         inputs = torch.tensor([ids], device=device_of(model))
         written = greedy(
             model,

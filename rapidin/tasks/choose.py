@@ -1,4 +1,4 @@
-"""The task of a model: of the user's own, by its name, or by what the model was made for."""
+"""The task of a model: one of the user's own, one chosen by name, or the one that the model was saved for."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class TaskSettings:
 
 
 def task_of(wanted: Task | str | None, model: Any, tokenizer: Any, settings: TaskSettings) -> Task:
-    """The task of this name, or the one that the model was made for.
+    """The task with this name, or the one that the model was saved for.
 
     Raises UserError for an unknown name, and for a model or a tokenizer that the task cannot use.
     """
@@ -44,16 +44,16 @@ def task_of(wanted: Task | str | None, model: Any, tokenizer: Any, settings: Tas
     if not name:
         raise UserError(
             f"a {type(model).__name__} does not say what it is for",
-            "give a task of your own with task=..., see docs/guide/tasks.md",
+            "pass a task of your own as task=..., see docs/guide/tasks.md",
         )
     if forms_of(name) is None:
-        raise UserError(f"the task '{name}' is not built in", "give the task itself with task=...")
+        raise UserError(f"the task '{name}' is not built in", "pass the task object as task=...")
     if tokenizer is None:
-        raise UserError(f"the task '{name}' reads texts, and there is no tokenizer", "give the tokenizer")
+        raise UserError(f"the task '{name}' reads texts, and there is no tokenizer", "pass the tokenizer")
     if settings.loss == "sum" and name not in (CAUSAL, "masked", "seq2seq"):
         raise UserError(
-            f"--loss sum is for the tokens of a text, and the task '{name}' has one loss an example",
-            "leave it out",
+            f"--loss sum adds up the losses of tokens, and the task '{name}' has one loss per example",
+            "leave out --loss",
         )
     return _MAKERS[name](tokenizer, config, settings)
 

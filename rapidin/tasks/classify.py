@@ -27,7 +27,7 @@ def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
 
 
 class Labelled(Task):
-    """A text, or two, with what the model says of it: the base of classification and regression.
+    """One or two texts with a label: the base class of classification and regression.
 
     encoder: of the texts; config: of the model.
     """
@@ -36,8 +36,8 @@ class Labelled(Task):
         self.encoder, self.config = encoder, config
         if getattr(config, "pad_token_id", None) is None:
             raise UserError(
-                "the model's config has no pad_token_id, so that it cannot find the end of a padded text",
-                "set it in the config.json of the model, as for the training",
+                "the model's config has no pad_token_id, so the model cannot find the end of a padded text",
+                "set pad_token_id in the model's config.json as in training",
             )
 
     @property
@@ -86,11 +86,11 @@ class Labelled(Task):
     some_label: Any = 0
 
     def label(self, value: Any) -> Any:
-        """A record's label in the form that the loss takes. Raises UserError for one that it cannot be."""
+        """A record's label in the form that the loss takes. Raises UserError for an invalid label."""
         raise NotImplementedError
 
     def answer_of(self, logits: Tensor) -> Any:
-        """The label that the model's outputs for one text say."""
+        """The label that the model predicts, from its outputs for one text."""
         raise NotImplementedError
 
     def shown(self, label: Any) -> str:
@@ -99,10 +99,10 @@ class Labelled(Task):
 
 
 class Classification(Labelled):
-    """A text's class, or its classes where the config's problem_type says so.
+    """The class of a text, or its classes if the config's problem_type is "multi_label_classification".
 
-    The loss is that of transformers: the cross-entropy of the class, or the mean over all classes of each
-    one's binary cross-entropy.
+    The loss is that of transformers: the cross-entropy of the class, or the mean of the binary
+    cross-entropies of all classes.
     """
 
     name = "classification"
@@ -160,7 +160,8 @@ class Classification(Labelled):
 
 
 class Regression(Labelled):
-    """A number that the model is to say of a text: the squared error, the mean over its outputs."""
+    """A number that the model predicts for a text. The loss is the squared error, averaged over the
+    outputs."""
 
     name = "regression"
 
@@ -180,8 +181,9 @@ class Regression(Labelled):
 
     def predicted(self, model: nn.Module, record: Record) -> Any:
         raise UserError(
-            "a query of a regression needs a label: the error of the model's own answer has no gradient",
-            "give the 'label' that the model should, or should not, have said",
+            "a query to a regression model needs a label: the model's own prediction has no error and so no "
+            "gradient",
+            "give the number that the model should, or should not, have predicted as 'label'",
         )
 
 
@@ -189,8 +191,8 @@ class Reward(Task):
     """Which of two answers is the better one: ``-log sigmoid(r(chosen) - r(rejected))`` (Bradley & Terry,
     1952), one loss and one gradient for a pair.
 
-    Answers are whole chats, or texts that follow the prompt. A pair's two texts are its batch's parts, the
-    chosen one first.
+    Answers are whole chats, or texts that follow the prompt. The two texts of a pair are its parts in the
+    batch, the chosen one first.
     """
 
     name = "reward"

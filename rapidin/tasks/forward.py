@@ -1,4 +1,4 @@
-"""How a model is called: in evaluation mode, with the arguments that its forward method has."""
+"""Calls of a model: in evaluation mode, and with the arguments that its forward method takes."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from rapidin import distributed
 
 
 def cache_use(model: nn.Module) -> bool | None:
-    """`use_cache` of a forward pass that needs no keys and values of an earlier one.
+    """The argument `use_cache` for a forward pass that uses no keys and values of an earlier one.
 
-    False, but None (as the model's config says) where layers take those of another layer (Gemma 3n):
-    transformers 4.57 leaves them out without a cache, and the loss is another.
+    False, except for models whose layers use the keys and values of another layer (Gemma 3n): there None, so
+    that the model's config decides, since without a cache transformers 4.57 computes another loss.
     """
     text: Any = getattr(inner_model(model), "config", None)
     text = text.get_text_config() if hasattr(text, "get_text_config") else text
@@ -54,7 +54,7 @@ def device_of(model: nn.Module) -> torch.device:
 
 
 def greedy(model: Any, tokenizer: Any, **inputs: Any) -> list[int]:
-    """The token ids that a model generates greedily, with those that it was given if it continues them."""
+    """The token ids that a model generates greedily, after those of its input if it continues them."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")

@@ -18,17 +18,17 @@ from rapidin.tasks.names import LossKind, forms_of, texts_of
 from rapidin.tasks.task import Batch, Example, Task
 from rapidin.tasks.texts import TextEncoder, padded
 
-GROUPS = 7  # of tokens that are masked together: one in seven is close to the 15% of the training
+GROUPS = 7  # of tokens that are masked together: one in seven is close to the 15% of usual training
 _IGNORED = -100
 
 
 class Masked(Task):
-    """A text's tokens, each predicted once by a masked language model.
+    """The tokens of a text, each predicted once by a masked language model.
 
-    Of the tokens that are not special, the n-th is masked in the pass number n modulo `GROUPS`; an example's
-    passes are its batch's parts. Nothing is random, so that equal texts have equal gradients. kind: whether
-    the loss is the mean or the sum over the tokens. A query may hold mask tokens: then the model fills them,
-    and the loss is that of what it filled in.
+    The n-th token that is not a special one is masked in pass n modulo `GROUPS`. The passes of an example are
+    its parts in the batch. Nothing is random, so equal texts have equal gradients. kind: whether the loss is
+    the mean or the sum over the tokens. A query may contain mask tokens: then the model fills them in, and
+    only the filled-in tokens have a loss.
     """
 
     name = "masked"
@@ -38,7 +38,8 @@ class Masked(Task):
         self.encoder, self.kind = encoder, kind
         if encoder.tokenizer.mask_token_id is None:
             raise UserError(
-                "the tokenizer has no mask token, so this is no masked language model", "use another --task"
+                "the tokenizer has no mask token, so this is not a masked language model",
+                "use another --task",
             )
         self.mask: int = encoder.tokenizer.mask_token_id
         self._special = set(encoder.tokenizer.all_special_ids)

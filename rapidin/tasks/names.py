@@ -1,6 +1,6 @@
-"""The tasks that are built in, by their names in `--task` and in manifests, and the forms of their records.
+"""The built-in tasks by their names in `--task` and in manifests, and the forms of their records.
 
-Imports no torch: the command line's help and the reading of data need these alone.
+This module does not import torch, since the help of the command line and the reading of data need it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ TaskName = Literal[
     "causal", "classification", "regression", "reward", "masked", "seq2seq", "preference", "kto"
 ]
 
-CAUSAL = "causal"  # what caches were made for that do not name a task
+CAUSAL = "causal"  # also the task of a cache that does not name one
 
 
 # ------------------------------------------------------------------------------------------------- forms

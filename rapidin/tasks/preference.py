@@ -1,4 +1,4 @@
-"""Preferences that a causal language model is tuned on: pairs of answers (DPO), or answers with a verdict
+"""Preferences on which a causal language model is tuned: pairs of answers (DPO), or labelled answers
 (KTO)."""
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ _NOTHING = Encoded([0], [False], Status.NO_TARGET)  # the second text of what is
 
 
 class Preferences(Task):
-    """What DPO and KTO have in common: the log-probability of an answer, less that under the reference.
+    """What DPO and KTO share: the log-probability of an answer minus that under the reference model.
 
-    encoder: of causal texts; beta: of the loss. An answer's log-probability is the sum over its tokens: in a
-    chat over the last assistant turn. The reference is the model before it was tuned, the base model or the
-    model without its adapter, and its log-probabilities are constants of an example. A query may also be a
-    text with a completion, as for a causal model, or without: its loss is that of the completion.
+    encoder: of causal texts; beta: of the loss. The log-probability of an answer is the sum over its tokens,
+    in a chat over the last assistant turn. The reference is the model before it was tuned: the base model, or
+    the model without its adapter. Its log-probabilities are constants of an example. A query may also be a
+    prompt, with or without a completion, as for a causal model: then its loss is that of the completion.
     """
 
     needs_causal = True
@@ -45,11 +45,11 @@ class Preferences(Task):
         raise NotImplementedError
 
     def sign(self, record: Record) -> float:
-        """Whether the first answer is one to be made likelier (1) or less likely (-1)."""
+        """Whether training makes the first answer more likely (1) or less likely (-1)."""
         return 1.0
 
     def from_margins(self, margins: Tensor, sign: Tensor) -> Tensor:
-        """The losses [B] of the log-probabilities less those of the reference, [B, parts]."""
+        """The losses [B] from the log-probabilities minus those under the reference, [B, parts]."""
         raise NotImplementedError
 
     def example(self, record: Record) -> Example:
@@ -117,10 +117,10 @@ class Preferences(Task):
 
 
 class Preference(Preferences):
-    """Pairs of answers: ``-log sigmoid(beta (m(chosen) - m(rejected)))``, m the log-probability less that of
-    the reference (DPO, Rafailov et al., NeurIPS 2023).
+    """Pairs of answers: ``-log sigmoid(beta (m(chosen) - m(rejected)))``, m the log-probability minus that
+    under the reference (DPO, Rafailov et al., NeurIPS 2023).
 
-    A pair has one loss and one gradient; its two texts are its batch's parts, the chosen one first.
+    A pair has one loss and one gradient. Its two texts are its parts in the batch, the chosen one first.
     """
 
     name = "preference"
@@ -135,11 +135,12 @@ class Preference(Preferences):
 
 
 class Verdicts(Preferences):
-    """Answers with a verdict: ``1 - sigmoid(beta m)`` for one that is liked, ``1 - sigmoid(-beta m)`` for one
-    that is not, m the log-probability less that of the reference (KTO, Ethayarajh et al., ICML 2024).
+    """Labelled answers: ``1 - sigmoid(beta m)`` for a desirable answer, ``1 - sigmoid(-beta m)`` for another,
+    m the log-probability minus that under the reference (KTO, Ethayarajh et al., ICML 2024).
 
-    KTO subtracts from m an estimate of the divergence from the reference, which is made of the other examples
-    of a batch, has no gradient, and is at least 0; an example by itself has none, so it is 0 here.
+    In KTO training, an estimate of the KL divergence from the reference is subtracted from m. It is computed
+    from the other examples of a batch, has no gradient, and is at least 0. Here each example is considered
+    alone, so it is 0.
     """
 
     name = "kto"

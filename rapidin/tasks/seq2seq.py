@@ -25,8 +25,8 @@ _IGNORED = -100
 class Seq2Seq(Task):
     """The loss of a completion under an encoder-decoder model, given the prompt.
 
-    Both are written as the tokenizer writes them, with its end of text. kind: whether the loss is the mean or
-    the sum over the completion's tokens.
+    Both are encoded by the tokenizer, with its end-of-text token. kind: whether the loss is the mean or the
+    sum over the completion's tokens.
     """
 
     name = "seq2seq"
@@ -42,7 +42,7 @@ class Seq2Seq(Task):
         return alpaca_prompt(record["instruction"], record.get("input") or "")
 
     def completion(self, record: Record) -> str:
-        """What the decoder writes; "" if the model has to."""
+        """The text of the decoder; "" if the model has to generate it."""
         return record.get("completion" if record.get("prompt") is not None else "output") or ""
 
     def example(self, record: Record) -> Example:

@@ -1,5 +1,4 @@
-"""The protocol of a task: how records become examples, examples a batch, and a batch the loss of each
-example."""
+"""The protocol of a task: how it makes examples of records, a batch of examples, and losses of a batch."""
 
 from __future__ import annotations
 
@@ -21,9 +20,9 @@ from rapidin.ops.transfer import upload
 class Example:
     """One example as a task reads it.
 
-    inputs: what its batch is made of; length: positions that the model computes for it (the time that it
-    takes), by which batches are made; status: why it has no sketch; truncated: whether some of it was left
-    out; reference: numbers that its loss takes from the model before tuning (`Task.reference`).
+    inputs: what its batch is made of; length: number of positions that the model computes for it, by which
+    batches are filled; status: why it has no sketch; truncated: whether part of it was left out; reference:
+    numbers that its loss needs from the model before tuning (`Task.reference`).
     """
 
     inputs: Mapping[str, Any]
@@ -78,12 +77,12 @@ class Batch:
 
 
 class Task:
-    """How a record becomes an example, examples a batch, and a batch the loss of each example.
+    """Makes examples of records, batches of examples, and the loss of each example of a batch.
 
     A task of your own defines `example` and `losses`, and `batch` unless the inputs of its examples are
-    tensors of equal shapes. Any `torch.nn.Module` will do as the model, as long as the first axis of what its
-    layers read is that of the examples. Gradients are taken of these losses, so nothing in `losses` may mix
-    the examples of a batch.
+    tensors of equal shapes. The model may be any `torch.nn.Module` in which the first axis of the inputs of
+    every layer is that of the examples. Gradients are taken of these losses, so `losses` must not mix the
+    examples of a batch.
 
     name: recorded in the manifests of caches; forms: of the records that it reads, None for any.
     """
@@ -112,7 +111,7 @@ class Task:
         return Batch({name: upload(value, device) for name, value in inputs.items()}, len(examples))
 
     def check(self, record: Record) -> None:
-        """Raises UserError for a record that `example` would refuse, as far as a glance tells."""
+        """Raises UserError for a record that `example` would refuse, as far as a quick look shows."""
 
     def generation(self, model: nn.Module, record: Record, max_new_tokens: int) -> Generation:
         """A record to explain as a generation; the model writes what is missing, in evaluation mode."""
@@ -120,7 +119,8 @@ class Task:
         return Generation(prompt, completion, False, self.example(record))
 
     def answer(self, model: nn.Module, prompt: str, max_new_tokens: int) -> Generation:
-        """What the model says to a prompt. Raises UserError for an empty prompt, or one that is too long."""
+        """What the model answers to a prompt. Raises UserError for an empty prompt, or one that is too
+        long."""
         raise UserError(f"the task '{self.name}' generates no text")
 
     def filler(self) -> AnyExample | None:

@@ -1,4 +1,4 @@
-"""Texts as a tokenizer writes them for models that read whole texts, and padded batches of them."""
+"""Texts encoded for models that read whole texts, with the tokenizer's special tokens, and padded batches."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class TextEncoder:
 
     def __init__(self, tokenizer: Any, config: Any, *, max_length: int, too_long: str, eos: bool) -> None:
         if tokenizer is None:
-            raise UserError("the task reads texts, and there is no tokenizer", "give the tokenizer")
+            raise UserError("the task reads texts, and there is no tokenizer", "pass the tokenizer")
         self.tokenizer, self.max_length, self.too_long = tokenizer, max_length, too_long
         self.eos = tokenizer.eos_token if eos else None
         pads = (getattr(config, "pad_token_id", None), tokenizer.pad_token_id, 0)
@@ -69,8 +69,8 @@ class TextEncoder:
     ) -> dict[str, Tensor]:
         """Texts padded on the right, [B, T] by the names of the model's inputs.
 
-        repeats: rows of the model's inputs for each text. T is never the number of rows if there are several,
-        so that the axes can be told apart by their sizes.
+        repeats: rows of the model's inputs for each text. If there are several rows, T never equals their
+        number, so that the size of an axis shows which one it is.
         """
         longest = max(len(text["input_ids"]) for text in texts)
         longest += 1 if longest == len(texts) * repeats > 1 and longest < self.max_length else 0

@@ -165,7 +165,7 @@ def test_dataset_on_disk_and_in_memory(tmp_path: Path, monkeypatch: pytest.Monke
     datasets.DatasetDict(train=data, test=data).save_to_disk(tmp_path / "splits")
     with pytest.raises(UserError, match="has several splits: test, train; name one"):
         open_examples(tmp_path / "splits")
-    with pytest.raises(UserError, match="set of splits"):
+    with pytest.raises(UserError, match="several splits: train; choose one"):
         open_examples(datasets.DatasetDict(train=data))
     assert len(open_examples(tmp_path / "splits" / "train")) == 3
 

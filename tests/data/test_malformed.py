@@ -240,7 +240,7 @@ def test_folders_and_names_that_are_not_clear_are_refused(tmp_path: Path) -> Non
     for source, reason in [
         ("mixed", "files of several kinds: 1 .csv, 1 .jsonl; name one kind"),
         ("splits", "several splits: test, train; name one by a pattern"),
-        ("twice", "has a.jsonl twice, compressed and not"),
+        ("twice", "has a.jsonl both compressed and not"),
         ("outer", "has no data files; name one of its folders: train"),
         ("none*.jsonl", "no file matches"),
         ("one.jsonl:part", "one record per line and no parts"),
@@ -432,7 +432,7 @@ def test_open_files_are_read_from_where_they_are(tmp_path: Path) -> None:
         examples = open_examples(text)
     assert list(examples) == PROMPTS[1:]
     assert examples.path is None
-    with pytest.raises(UserError, match="is a file that is closed"):
+    with pytest.raises(UserError, match="is a closed file"):
         open_examples(text)
     with path.open("ab") as file, pytest.raises(UserError, match="is not open for reading"):
         open_examples(file)

@@ -62,7 +62,10 @@ def test_a_bidirectional_model_in_half_precision_is_refused() -> None:
 
 
 REFUSED = {
-    "classifier": (lambda: of_kind("AutoModelForSequenceClassification", "llama", pad_token_id=0), "gives 2"),
+    "classifier": (
+        lambda: of_kind("AutoModelForSequenceClassification", "llama", pad_token_id=0),
+        "returns 2",
+    ),
     "reward model": (
         lambda: of_kind("AutoModelForSequenceClassification", "llama", pad_token_id=0, num_labels=1),
         "reward models",
@@ -76,7 +79,7 @@ REFUSED = {
                 vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4
             )
         ),
-        "encoder with a decoder",
+        "an encoder-decoder model",
     ),
     "images": (
         lambda: transformers.CLIPModel(

@@ -136,7 +136,7 @@ def test_labels_that_the_model_does_not_have() -> None:
             number.example({"text": "fox", "label": label})
     with pytest.raises(UserError, match=r"one output.*2"):
         source_of(tiny_bert(), task="reward")
-    with pytest.raises(UserError, match="one loss an example"):
+    with pytest.raises(UserError, match="one loss per example"):
         source_of(tiny_bert(), loss="sum")
     with pytest.raises(UserError, match="no pad_token_id"):
         source_of(tiny_llama_classifier(pad_token_id=None))
