@@ -21,8 +21,8 @@ _CANDIDATES = 1000  # of a finer cache
 
 _NORMALIZE = option(
     "layer",
-    help="What is compared, and the scale of the scores. layer: each layer's gradient at length 1; cosine: "
-    "the whole gradient at length 1; none: gradients as they are.",
+    help="Normalization of the gradients, which sets the scale of the scores. layer: each layer's gradient "
+    "has norm 1; cosine: the whole gradient has norm 1; none: no normalization.",
     panel="Scoring",
     choices=NORMALIZE,
 )
@@ -42,7 +42,7 @@ _DAMPING = option(
 )
 _MAX_NEW_TOKENS = option(
     64,
-    help="Most tokens of a completion that the model generates.",
+    help="Maximum number of tokens that the model generates for a completion.",
     metavar="N",
     panel="Generation",
     limits=(1, None),
@@ -67,11 +67,11 @@ TRUST_REMOTE_CODE = option(
 )
 MAP = option(
     None,
-    help="Which fields of the data are read as what, as in prompt=question,completion=answer or "
+    help="Names of the fields in the data, as in prompt=question,completion=answer or "
     "system=context,user=question,assistant=answer.",
     metavar="FIELD=NAME,...",
     panel="Data",
-    default="known names of fields are recognized",
+    default="known field names are recognized",
     parse=lambda text: FieldMap.of(text),
 )
 STREAMING = option(
@@ -125,8 +125,8 @@ class QueryOptions(Settings):
     )
     rescore: Cache | Literal["exact"] | None = option(
         None,
-        help="Reorder the best candidates: by a cache of the same examples that keeps more of each, or by "
-        "their exact gradients.",
+        help="Reorder the best candidates by another cache of the same examples that stores more of each, or "
+        "by exact gradients.",
         metavar="CACHE|exact",
         panel="Scoring",
         parse=lambda text: _rescore_of(text),
@@ -292,8 +292,8 @@ class CacheOptions(Settings):
     )
     check: bool = option(
         True,
-        help="Compare the gradients of an example or two with plain autograd's first. What differs is taken "
-        "by autograd, one example at a time.",
+        help="Before caching, compare the gradients of one or two examples with plain autograd's. Gradients "
+        "that differ are computed by autograd, one example at a time.",
         panel="Gradients",
     )
     limit: int | None = option(
@@ -303,8 +303,8 @@ class CacheOptions(Settings):
     streaming: bool = STREAMING
     append: bool = option(
         False,
-        help="Add what is new to a cache that holds the first of the examples: --data has grown, or another "
-        "--data follows it.",
+        help="Add examples to a cache that has the first of them: --data has grown, or another --data "
+        "follows it.",
         panel="Data",
     )
     part: tuple[int, int] | None = option(

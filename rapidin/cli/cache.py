@@ -33,13 +33,14 @@ class SeveralCaches:
     checkpoints: str | None = option(
         None,
         help="A trainer's folder of checkpoint-<step>, of adapters on MODEL or of whole models: makes a "
-        "cache of each, added up by the learning rates in the trainer's state (TracIn).",
+        "cache of each, whose scores are weighted by the learning rates in the trainer's state (TracIn).",
         metavar="FOLDER",
         panel="Model",
     )
     masks: int | None = option(
         None,
-        help="Make K caches, each of the model with a fixed dropout mask; their mean counts (IP ensemble).",
+        help="Make K caches, each of the model with a fixed dropout mask; queries average their scores (IP "
+        "ensemble).",
         metavar="K",
         panel="Model",
         limits=(1, None),
@@ -320,7 +321,7 @@ def plan(
         str | None,
         typer.Option(
             metavar="FILE",
-            help="Training examples, whose mean length is used.",
+            help="Training examples; their mean length is used.",
             show_default=False,
             rich_help_panel="Data",
         ),

@@ -230,7 +230,7 @@ CacheFolders = Annotated[
     list[str],
     typer.Argument(
         metavar="CACHE...",
-        help="Folders made by 'rapidin cache'; of several, of the same examples, the scores' mean counts.",
+        help="Folders made by 'rapidin cache'; the scores of several, of the same examples, are averaged.",
     ),
 ]
 TrainData = Annotated[
@@ -238,7 +238,7 @@ TrainData = Annotated[
     typer.Option(
         "--train-data",
         metavar="FILE",
-        help="New location of the training examples; may be repeated, in their order.",
+        help="New location of the training examples; repeat it for several files, in the same order.",
         show_default=False,
         rich_help_panel="Data",
     ),

@@ -27,7 +27,7 @@ class Selection:
     """What is chosen for which target set, and where it is written."""
 
     target: str = option(
-        help="The target set: generations that training shall make more likely, in the forms of 'rapidin "
+        help="The target set: generations that training should make more likely, in the forms of 'rapidin "
         "cache'; a column 'weight' weights them (negative: less likely).",
         metavar="FILE",
         panel="Data",
@@ -41,14 +41,15 @@ class Selection:
     )
     by: str | None = option(
         None,
-        help="Column with groups of the target set: an example counts by the mean of its best group (LESS).",
+        help="Column with groups of the target set: an example's score is the highest of its mean scores for "
+        "the groups (LESS).",
         metavar="COLUMN",
         panel="Scoring",
         default="one mean over all",
     )
     scores: str | None = option(
         None,
-        help="Write the scores of all examples too: a table as CSV, or as jsonl by its name.",
+        help="Also write the scores of all examples: as CSV, or as JSON lines if the name ends in .jsonl.",
         metavar="FILE",
         panel="Output",
     )

@@ -1,5 +1,5 @@
-"""The state of a model while its gradients are taken: which parameters need one, and how routed experts are
-computed, by a function whose products can be tracked."""
+"""The state of a model while gradients are computed: the parameters that require one, and an implementation
+of routed experts whose products can be tracked."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _TRACKED = (None, "eager", "grouped_mm")
 
 @contextlib.contextmanager
 def tracked_experts(model: nn.Module) -> Iterator[None]:
-    """Inside the block, experts are computed one after another or sorted, not by a fused kernel."""
-    # An adapter on the stacked weights makes another weight of each expert's, so these come one by one.
+    """Inside the block, experts are computed one after another or by sorted tokens, not by a fused kernel."""
+    # An adapter on the stacked weights changes the weight of each expert, so experts are computed one by one.
     adapted = any(hasattr(module, "parameter_name") for module in model.modules())
     configs: dict[int, Any] = {}
     for module in model.modules():
@@ -38,7 +38,7 @@ def tracked_experts(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def gradients_of(model: nn.Module, parameters: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Inside the block only these parameters need a gradient, and none of the model has one yet; the model is
+    """Inside the block only these parameters require a gradient, and no parameter has one yet; the model is
     in evaluation mode, and its experts can be tracked."""
     before = [(p, p.requires_grad, p.grad) for p in model.parameters()]
     needed = {id(p) for p in parameters}

@@ -1,11 +1,11 @@
-"""Products with parameters that no module of a known kind uses: routed experts, routers, adapters on both.
+"""Tracks products with parameters that no known kind of module uses: routed experts, routers, their adapters.
 
-Experts are stored as one parameter [E, O, I] and are used one after another (``x[tokens] @ W[e].T``), all at
-once (``torch.bmm``) or sorted (``grouped_mm``). A `ProductTracker` sees every function that a forward pass
-calls. It knows a parameter's views by their base, so it recognises each product with a part of one, keeps the
-product's inputs and the numbers of their tokens (`rapidin.gradients.tokens`), and waits for the gradient of
-its output: these are the two factors of that expert's gradient. A parameter that is used in any other way is
-left to autograd.
+Experts are stored as one parameter [E, O, I]. Models multiply by one expert after another (``x[tokens] @
+W[e].T``), by all at once (``torch.bmm``) or by sorted tokens (``grouped_mm``). A `ProductTracker` sees every
+torch function that a forward pass calls. It recognizes the views of a parameter by their base, and so each
+product with a part of the parameter. It keeps the inputs of the product with their token numbers
+(`rapidin.gradients.tokens`), and waits for the gradient of the output: these are the two factors of that
+expert's gradient. If a parameter is used in any other way, autograd computes its gradient.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ class ProductTracker(TorchFunctionMode):
             self.tokens.begin(x)
 
     def finish(self) -> None:
-        """Hand on what is left: uses whose output took no part in the loss brought nothing."""
+        """Hand on the remaining gradients: uses whose output is not part of the loss have none."""
         with torch.no_grad():
             for n in list(self._seen):
                 self._flush(n)
@@ -158,7 +158,7 @@ class ProductTracker(TorchFunctionMode):
         views: Sequence[tuple[Tensor, WeightView | SumView]],
         out: Any,
     ) -> Any:
-        """What a function of tracked parameters gives: `out`, or a copy that waits for its gradient."""
+        """The result of a function of tracked parameters: `out`, or a copy that waits for its gradient."""
         results = [x for x in tensors_of((out,), {}) if x.is_floating_point()]
         if all(self._view(x) is not None for x in results):
             return out  # views, or nothing that has a gradient

@@ -1,4 +1,4 @@
-"""Factors of gradients whose rows come in any order, as routed experts have them, put together by example."""
+"""Factors of gradients whose rows are in any order, as for routed experts, and their grouping by example."""
 
 from __future__ import annotations
 

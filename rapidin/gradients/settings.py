@@ -65,10 +65,10 @@ class GradientSettings(Settings):
     )
     task: Task | str | None = option(
         None,
-        help="What the model is for (docs/guide/tasks.md).",
+        help="Task that the model was tuned for, which determines the loss (docs/guide/tasks.md).",
         panel="Gradients",
         choices=get_args(TaskName),
-        default="by the model's class, causal where that is not clear",
+        default="determined by the model's class; causal if that does not name a task",
         parse=str,
     )
     loss: LossKind = option(
@@ -79,12 +79,15 @@ class GradientSettings(Settings):
     )
     turns: Turns = option(
         "all",
-        help="Which turns of the assistant count in a chat.",
+        help="Assistant turns of a chat that have a loss.",
         panel="Gradients",
         choices=get_args(Turns),
     )
     beta: float = option(
-        0.1, help="Beta of the losses of preferences (DPO, KTO).", metavar="B", panel="Gradients"
+        0.1,
+        help="Beta of the losses of preference (DPO) and kto, as in tuning.",
+        metavar="B",
+        panel="Gradients",
     )
     preconditioner: PreconditionerConfig | str | Path | None = option(
         "auto",
@@ -120,7 +123,7 @@ class GradientSettings(Settings):
     eos: bool = option(True, help="End completions with the end-of-text token.", panel="Data")
     max_length: int | None = option(
         None,
-        help="Most tokens of an example.",
+        help="Maximum number of tokens per example.",
         metavar="N",
         panel="Data",
         limits=(2, None),

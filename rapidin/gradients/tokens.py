@@ -1,10 +1,10 @@
-"""Which token of the batch each row of a tensor belongs to, followed through the functions of a forward pass.
+"""Follows tokens through the functions of a forward pass: which token each row of a tensor belongs to.
 
-Routed experts see the tokens of a batch gathered, sorted and repeated. To tell the examples' gradients apart,
-each tensor that is made of hidden states keeps the numbers of its rows: an int64 tensor of as many axes, of
-size 1 along axes of features, with ``b * T + t`` for token t of example b. An index, a permutation or a
-reshape of the tensor is applied to the numbers as well. The numbers are lost at a function that is not known
-to keep rows apart, and begin again where a module is called with hidden states [B, T, ...].
+Routed experts receive the tokens of a batch gathered, sorted and repeated. To separate the gradients of the
+examples, each tensor of hidden states carries the token numbers of its rows: an int64 tensor with as many
+axes, of size 1 along feature axes, with ``b * T + t`` for token t of example b. When the tensor is indexed,
+permuted or reshaped, so are the numbers. They are lost at a function that is not known to keep rows separate,
+and assigned again when a module is called with hidden states [B, T, ...].
 """
 
 from __future__ import annotations

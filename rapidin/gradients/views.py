@@ -1,4 +1,4 @@
-"""Which part of a parameter a view of it shows, from its strides."""
+"""Finds from the strides of a view which part of a parameter it shows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Uses of tracked parameters: the parts of them, sums with an adapter's weights, and the rows of products."""
+"""Uses of tracked parameters: products with parts of them, and sums of weights with an adapter's weights."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ Through = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]  # of (rows, columns
 
 
 class UntrackedError(Exception):
-    """Parameters are used in a way that is not known, so that their gradients are autograd's."""
+    """Parameters are used in a way that is not recognized, so autograd has to compute their gradients."""
 
     def __init__(self, numbers: Sequence[int]) -> None:
         super().__init__(f"targets {list(numbers)}")
