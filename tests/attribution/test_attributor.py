@@ -336,10 +336,10 @@ def test_a_layer_that_mixes_examples_is_told_once_and_changes_nothing(tmp_path: 
     seen: list[Progress] = []
     mixed = attributor.cache(records(12), tmp_path / "mixed", on_progress=seen.append)
     messages = [p.message for p in seen if p.message]
-    assert "compared with autograd's: equal to" in messages[0]
+    assert "compared with autograd's: equal within" in messages[0]
     assert messages[1:] == [
-        "examples are processed one at a time: the layer of 'model.layers.1.mlp.gate_proj.weight' has no "
-        "axis of the examples"
+        "examples are processed one at a time: the inputs of the layer of "
+        "'model.layers.1.mlp.gate_proj.weight' have no example axis"
     ]
     unchecked = Attributor(model, tiny_tokenizer(), **settings)
     seen.clear()
