@@ -26,8 +26,9 @@ class NotBatchedError(Exception):
     def reason(self) -> str:
         """The reason in words."""
         if self.by_autograd:
-            some = f"autograd computes the gradients of {self.by_autograd} parameters"
-            return f"{some}, such as '{self.name}'"
+            if self.by_autograd == 1:
+                return f"autograd computes the gradient of '{self.name}'"
+            return f"autograd computes the gradients of {self.by_autograd} parameters, such as '{self.name}'"
         mixes = "a layer mixes the examples of a batch"
         return mixes + (f", such as that of '{self.name}'" if self.name else "")
 

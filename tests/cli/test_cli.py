@@ -190,7 +190,9 @@ def test_gradients_are_checked_unless_the_command_line_says_not_to(
     from transformers.models.llama.modeling_llama import LlamaMLP
 
     info = " ".join(run("info", place.plain_cache).out.split())
-    assert re.search(r"checked gradients of 14 parameters compared with autograd's: equal within \de-07", info)
+    assert re.search(
+        r"checked gradients of 14 parameters compared with autograd's: equal within \de-07", info
+    )
     assert re.search(r"used 42.\d% of the model's parameters are used; not used: embeddings \(2", info)
     monkeypatch.setattr(LlamaMLP, "forward", wrong_mlp)
     checked, unchecked = str(tmp_path / "checked"), str(tmp_path / "unchecked")
@@ -215,7 +217,7 @@ def test_a_model_of_which_little_counts_is_named_even_when_quiet(
     arguments = ["--data", place.data, "--limit", "4", "--quiet", "--out", str(tmp_path / "out")]
     ran = run("cache", place.model, *arguments)
     assert ran.code == 0
-    assert re.fullmatch("rapidin: only 100.0% of the model's weights, .* is missed .*\n", ran.err)
+    assert re.fullmatch("rapidin: only 100.0% of the model's weights, .* is missed: .*\n", ran.err)
 
 
 def test_a_budget_from_the_command_line(place: Place, run: Any, tmp_path: Path) -> None:

@@ -94,7 +94,7 @@ def test_limit(tmp_path: Path) -> None:
     path = write(tmp_path / "data.jsonl", TEXT, TEXT, '{"broken')
     assert len(open_examples(path, limit=2)) == 2
     assert len(open_examples([TEXT], limit=9)) == 1
-    with pytest.raises(UserError, match="limit of 0"):
+    with pytest.raises(UserError, match="must be at least 1, got 0"):
         open_examples(path, limit=0)
 
 

@@ -285,7 +285,7 @@ def test_folders_that_are_mixed_up_say_so(tmp_path: Path) -> None:
     model, adapter = str(tmp_path / "model"), str(tmp_path / "adapter")
     with pytest.raises(UserError, match=r"is an adapter, not a model; .*--adapter"):
         load_model(adapter)
-    with pytest.raises(UserError, match="an adapter of its own"):
+    with pytest.raises(UserError, match="already contains an adapter"):
         load_model(str(own), adapter=adapter)
     with pytest.raises(UserError, match="leave --base out"):
         load_model(str(own), base=model)

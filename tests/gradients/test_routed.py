@@ -364,7 +364,7 @@ def test_what_a_check_finds_out_about_gradients_is_kept() -> None:
     after = source.with_check(check)
     assert any("A_log" in name for name in after.sketcher.single_names)
     assert after.batches.one_at_a_time
-    assert "autograd computes the gradients of" in after.batches.why_one_at_a_time
+    assert "autograd computes the gradient" in after.batches.why_one_at_a_time
     sketches, status = after.sketches(encoded)
     assert not status.any()
     assert sketches.any(-1).all()
