@@ -217,7 +217,7 @@ def test_a_model_of_which_little_counts_is_named_even_when_quiet(
     arguments = ["--data", place.data, "--limit", "4", "--quiet", "--out", str(tmp_path / "out")]
     ran = run("cache", place.model, *arguments)
     assert ran.code == 0
-    assert re.fullmatch("rapidin: only 100.0% of the model's weights, .* is missed: .*\n", ran.err)
+    assert re.fullmatch("rapidin: only 100.0% of the model's weights .* is missed: .*\n", ran.err)
 
 
 def test_a_budget_from_the_command_line(place: Place, run: Any, tmp_path: Path) -> None:
