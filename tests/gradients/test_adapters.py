@@ -116,7 +116,12 @@ def check_gradients(loaded: LoadedModel) -> None:
     assert relative_error(got, want) < 1e-4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+QUICK = ("LoRA", "DoRA", "IA3", "prompt tuning", "prefix tuning", "VeRA")
+
+
+@pytest.mark.parametrize(
+    "kind", [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.full) for kind in KINDS]
+)
 def test_what_an_adapter_trains_is_the_same_however_it_comes(tmp_path: Path, kind: str) -> None:
     tuned = make(tmp_path, kind)
     trained = [name for name, p in tuned.named_parameters() if p.requires_grad]
