@@ -14,6 +14,7 @@ STUDY = doc_tables.DOCS.parent / "studies" / "flipped_labels"
 MODULE = runpy.run_path(str(STUDY / "flipped_labels.py"))
 ROWS = json.loads((STUDY / "flipped_labels.json").read_text())["rows"]
 README = re.sub(r"\s+", " ", (STUDY / "README.md").read_text())
+GUIDE = re.sub(r"\s+", " ", (doc_tables.DOCS / "guide" / "tasks.md").read_text())
 
 
 def test_every_line_runs_and_results_are_kept(tmp_path: Path) -> None:
@@ -80,6 +81,12 @@ def test_the_ranges_of_the_answer_are_those_of_the_results() -> None:
         f"it has {span(*(f'self-influence {m}:none, {half}' for m in ('dot', 'datainf', 'fisher')))} by all",
     ):
         assert said in README
+    for said in (
+        f"an AUC of {span(f'target set fisher:layer, {half}')} by `fisher:layer`",
+        f"and {span(f'target set dot:layer, {half}')} by the default; the example's own loss has {loss}.",
+        f"at the tuned model ({span('self-influence dot:none, off, at 1')}).",
+    ):
+        assert said in GUIDE
     right = [shares["test"] for row in ROWS for shares in row["accuracy"].values()]
     assert f"the accuracy on the test is {min(right):.1%} to {max(right):.1%}." in README
 
