@@ -58,7 +58,7 @@ def tune_on(source: GradientSource, records: Sequence[Record], recipe: Recipe, *
             group["lr"] = recipe.rate(step, steps)
         batch = task.batch([examples[n] for n in chosen], source.loaded.device)
         optimizer.zero_grad()
-        task.losses(model, batch).mean().backward()
+        torch.autograd.backward(task.losses(model, batch).mean())
         optimizer.step()
 
 

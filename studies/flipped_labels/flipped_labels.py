@@ -166,7 +166,7 @@ def tune_adapter(
         target_modules=list(tuning.modules),
         task_type=TaskType.SEQ_CLS,
     )
-    settings = {"max_length": 64, "width": 1024}
+    settings: Record = {"max_length": 64, "width": 1024}
     torch.manual_seed(seed)
     model = get_peft_model(BertForSequenceClassification.from_pretrained(base), config).eval()
     recipe = Recipe(batch=32, epochs=tuning.epochs, learning_rate=3e-3, warm_up=10, seed=seed)

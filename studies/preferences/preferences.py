@@ -125,7 +125,7 @@ def measure(quick: bool, seed: int, folder: Path) -> Record:
     model = add_lora(
         LlamaForCausalLM.from_pretrained(folder / "base"), rank=sizes.rank, targets="all-linear", seed=seed
     )
-    settings = {"task": "preference", "beta": sizes.beta, "max_length": 64, "width": 1024}
+    settings: Record = {"task": "preference", "beta": sizes.beta, "max_length": 64, "width": 1024}
     recipe = Recipe(batch=16, steps=sizes.steps, learning_rate=1e-3, warm_up=10, seed=seed)
     flipped.tune_on(Attributor(model, tokenizer, **settings).source, train, recipe, "lora_")
     model.save_pretrained(folder / "adapter")
