@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -113,7 +114,7 @@ def cache(
     jobs = _jobs(model, loading, several, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        task = _task(settings, model, loading)
+        task = _task(settings, model, loading, data)
         examples = open_examples(
             join_paths(data),
             limit=options.limit,
@@ -158,14 +159,17 @@ def cache(
         line(f"{_what_was_done(bar)}: {_what_is_there(made)} in {job.out}")
 
 
-def _task(settings: GradientSettings, model: str, loading: ModelOptions) -> str:
+def _task(settings: GradientSettings, model: str, loading: ModelOptions, data: Sequence[str]) -> str:
     """The task that is named, or that the model was saved for, or its adapter."""
     if settings.task_name:
         return settings.task_name
     task = None if loading.adapter else task_of_folder(model)
     if task is None:
+        from rapidin.data.opening import check_found
         from rapidin.gradients.load import saved_task
 
+        # The hub may be asked what the model is, which takes long without a network.
+        check_found(data)
         task = saved_task(model, loading.adapter, loading.trust_remote_code)
     return task
 
@@ -346,7 +350,7 @@ def plan(
     if examples is None and data is None:
         raise UserError("nothing to plan for", "give --examples, or name the --data")
     console = messages(quiet)
-    task = _task(settings, model, loading)
+    task = _task(settings, model, loading, [] if data is None else [data])
     opened = None
     if data is not None:
         opened = open_examples(data, forms=forms_of(task), map=reading.map, streaming=reading.streaming)

@@ -7,6 +7,7 @@ import os
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -86,6 +87,17 @@ def _without_compression(name: str) -> str:
 # ------------------------------------------------------------------------------------------ paths and names
 
 
+def check_found(paths: Iterable[str]) -> None:
+    """Raises UserError for a path of data that do not exist, as far as that is known without reading them."""
+    for path in paths:
+        if path != _STANDARD_INPUT and not os.path.exists(path) and not _is_on_hub(path):
+            _open_path(path, Reading())
+
+
+def _is_on_hub(path: str) -> bool:
+    return hub.is_hub_name(path) and suffix_of(path) not in SUFFIXES
+
+
 def _open_path(path: str, reading: Reading) -> Source:
     if path == _STANDARD_INPUT:
         return _open_standard_input(reading)
@@ -102,7 +114,7 @@ def _open_path(path: str, reading: Reading) -> Source:
     whole, colon, member = path.rpartition(":")
     if colon and os.path.exists(whole):
         return _open_existing(whole, member, reading)
-    if hub.is_hub_name(path) and suffix_of(path) not in SUFFIXES:
+    if _is_on_hub(path):
         return hub.open_hub(path, reading.streaming)
     raise DataNotFound(
         f"data not found: {path}",
