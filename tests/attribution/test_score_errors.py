@@ -82,7 +82,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+IN_FULL = ("wide", "two points")
+
+
+@pytest.mark.parametrize(
+    "setting", [pytest.param(s, marks=pytest.mark.full) if s in IN_FULL else s for s in SETTINGS]
+)
 def test_errors_are_those_against_exact_gradients(setting: str, tmp_path: Path) -> None:
     found: dict[str, list[Tensor]] = {name: [] for name in NORMALIZE}
     true: dict[str, Tensor] = {}

@@ -45,7 +45,9 @@ def hits(result: QueryResult) -> list[Hit]:
     return [*result.top, *result.bottom]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=pytest.mark.full) if k.startswith("all of") else k for k in KINDS]
+)
 def test_positions_make_up_the_score(kind: str, tmp_path: Path) -> None:
     model, options = KINDS[kind]
     attributor = Attributor(model(), tiny_tokenizer(), **{"width": 64} | options)

@@ -28,6 +28,7 @@ def test_the_vision_classifier(capsys: pytest.CaptureFixture[str]) -> None:
         assert found >= 0.7 * count
 
 
+@pytest.mark.full
 def test_the_denoising_loss(capsys: pytest.CaptureFixture[str]) -> None:
     ((same, count),) = run("diffusion.py", capsys, "--pictures", "40", "--epochs", "10")
     assert count == 100

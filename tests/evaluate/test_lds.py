@@ -118,6 +118,7 @@ def load_script(name: str) -> ModuleType:
     return module
 
 
+@pytest.mark.full
 def test_killed_and_gone_on_with_and_scored(
     made: Made, tmp_path: Path, run: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

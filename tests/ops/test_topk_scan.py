@@ -503,7 +503,7 @@ def test_no_width(gpu):
 
 @pytest.mark.gpu
 @pytest.mark.sanitized
-@pytest.mark.parametrize("k", [100, 1024, 1200])
+@pytest.mark.parametrize("k", [100, *(pytest.param(k, marks=pytest.mark.full) for k in (1024, 1200))])
 def test_many_hits_of_rising_falling_and_equal_scores(gpu, k):
     """Lists that fill, and more hits than one pass finds."""
     rising = torch.arange(k + 70).float()

@@ -420,6 +420,7 @@ def test_made_results_keep_the_contract() -> None:
         assert sum(hit.tokens.contributions) == pytest.approx(hit.score, abs=1e-5)
 
 
+@pytest.mark.full
 def test_hits_of_single_tokens_have_the_room_that_is_left() -> None:
     """The best of all tokens come first, and however many there are, the page stays small."""
     result = made(hits=20, length=200, generation=200, pool=3000)
