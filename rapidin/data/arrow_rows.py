@@ -12,7 +12,7 @@ from itertools import accumulate
 from typing import IO, Any
 
 from rapidin.data.records import Record
-from rapidin.data.sources import Malformed
+from rapidin.data.sources import Malformed, Numbered
 from rapidin.errors import UserError, needs
 
 _AT_ONCE = 64  # rows that are converted together
@@ -21,7 +21,7 @@ _AT_ONCE = 64  # rows that are converted together
 PARQUET, ARROW, STREAM, OLD_FEATHER = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff", b"FEA1"
 
 
-class ArrowRows:
+class ArrowRows(Numbered):
     """Rows of tables. sizes: how many rows each table has; load: the table of a number."""
 
     def __init__(
@@ -79,15 +79,6 @@ class ArrowRows:
             return dict(table.slice(at, 1).to_pylist()[0])
         except (ValueError, ArithmeticError, LookupError) as error:
             return Malformed(UserError(f"{self.where(row)}: {error}"), str(table.slice(at, 1)).encode())
-
-    def index(self, row: int) -> int:
-        return row
-
-    def where(self, row: int) -> str:
-        return f"{self._name}[{row}]"
-
-    def file(self, row: int) -> str | None:
-        return None if self.path is None else self._name
 
 
 def is_table(first: bytes) -> bool:

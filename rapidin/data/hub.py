@@ -110,7 +110,4 @@ class _Streamed(Spooled):
 
     def __init__(self, rows: Iterable[Any], path: str, name: str) -> None:
         super().__init__(rows, name)
-        self.path = path  # type: ignore[assignment]
-
-    def file(self, row: int) -> str | None:
-        return self._name
+        self.path = path

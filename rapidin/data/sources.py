@@ -100,7 +100,26 @@ def is_pair(value: object) -> bool:
     return isinstance(value, tuple) and len(value) == 2 and all(isinstance(each, str) for each in value)
 
 
-class Rows:
+class Numbered:
+    """Rows that are located by their number in what `_name` names.
+
+    path: from where it can be opened again, None if it cannot.
+    """
+
+    path: str | None
+    _name: str
+
+    def index(self, row: int) -> int:
+        return row
+
+    def where(self, row: int) -> str:
+        return f"{self._name}[{row}]"
+
+    def file(self, row: int) -> str | None:
+        return None if self.path is None else self._name
+
+
+class Rows(Numbered):
     """A list of records or a HF dataset: anything with a length and rows."""
 
     def __init__(self, rows: Any, path: str | None, name: str) -> None:
@@ -120,15 +139,6 @@ class Rows:
 
     def read(self, row: int) -> Record | Malformed:
         return as_record(self._rows[row], self.where(row))
-
-    def index(self, row: int) -> int:
-        return row
-
-    def where(self, row: int) -> str:
-        return f"{self._name}[{row}]"
-
-    def file(self, row: int) -> str | None:
-        return None if self.path is None else self._name
 
 
 class Joined:

@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import IO, Any
 
 from rapidin.data.records import Record
-from rapidin.data.sources import Malformed, as_record
+from rapidin.data.sources import Malformed, Numbered, as_record
 from rapidin.errors import UserError, needs
 from rapidin.files import reason
 
@@ -121,12 +121,11 @@ def _write(file: IO[bytes], data: bytes, name: str) -> None:
         raise UserError(what, _NO_ROOM) from error
 
 
-class Spooled:
+class Spooled(Numbered):
     """Rows of an iterable, which is read once and only as far as needed."""
 
-    path = None
-
     def __init__(self, rows: Iterable[Any], name: str) -> None:
+        self.path = None
         self._rows = iter(rows)
         self._name = name
         self._file = _temporary()
@@ -162,12 +161,3 @@ class Spooled:
     def read(self, row: int) -> Record | Malformed:
         self._file.seek(self._offsets[row])
         return as_record(pickle.load(self._file), self.where(row))
-
-    def index(self, row: int) -> int:
-        return row
-
-    def where(self, row: int) -> str:
-        return f"{self._name}[{row}]"
-
-    def file(self, row: int) -> str | None:
-        return None

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import IO, Any
 
 from rapidin.data.records import Record, to_record
-from rapidin.data.sources import DataNotFound, Malformed, Rows, Source, is_mapping_list
+from rapidin.data.sources import DataNotFound, Malformed, Numbered, Rows, Source, is_mapping_list
 from rapidin.errors import UserError
 from rapidin.files import reason
 
@@ -346,7 +346,7 @@ class _Lines:
 # ------------------------------------------------------------------------------------------ JSON documents
 
 
-class JsonDocument:
+class JsonDocument(Numbered):
     """The records of a JSON text, from lists of them or one after another; the text is in memory."""
 
     def __init__(self, text: str, name: str, path: str | None) -> None:
@@ -424,14 +424,8 @@ class JsonDocument:
         except UserError as error:
             return Malformed(error, text.encode("utf-8", "backslashreplace"))
 
-    def index(self, row: int) -> int:
-        return row
-
     def where(self, row: int) -> str:
         return f"{self._name}[{row if row >= 0 else len(self._starts) + row}] (line {self._lines[row] + 1})"
-
-    def file(self, row: int) -> str | None:
-        return None if self.path is None else self._name
 
 
 def _open_document(file: IO[bytes], name: str, path: str | None, knows: Knows, member: str | None) -> Source:
