@@ -18,8 +18,7 @@ from rapidin.ops.transfer import upload
 from rapidin.tasks.forward import cache_use, device_of, greedy, takes
 from rapidin.tasks.names import CAUSAL, LossKind
 from rapidin.tasks.task import Task
-
-_IGNORED = -100  # the label of a token whose loss does not count
+from rapidin.tasks.texts import IGNORED, padded
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,14 +68,10 @@ class TokenBatch:
         length = max(len(ids) for ids, _ in texts)
         if parts > 1 and length == len(texts):
             length += 1  # axes are told apart by their sizes; batches of one text each are made to be unlike
-        cpu, device = torch.device("cpu"), torch.device(device)
-        ids = torch.zeros(len(texts), length, dtype=torch.int64, device=cpu)
-        mask = torch.zeros(len(texts), length, dtype=torch.bool, device=cpu)
-        target = torch.zeros(len(texts), length, dtype=torch.bool, device=cpu)
-        for row, (tokens, flags) in enumerate(texts):
-            ids[row, : len(tokens)] = torch.tensor(tokens, dtype=torch.int64, device=cpu)
-            mask[row, : len(tokens)] = True
-            target[row, : len(flags)] = torch.tensor(flags, dtype=torch.bool, device=cpu)
+        device = torch.device(device)
+        ids = padded([tokens for tokens, _ in texts], 0, length)
+        mask = padded([[1] * len(tokens) for tokens, _ in texts], 0, length).bool()
+        target = padded([flags for _, flags in texts], 0, length).bool()
         # Found on the CPU, since reading it from a GPU would wait for it.
         predicted = target[:, 1:].any(0).nonzero()
         first = int(predicted[0]) if len(predicted) else 0
@@ -103,8 +98,8 @@ def batch_loss(model: nn.Module, batch: TokenBatch) -> Tensor:
     """The mean loss over all target tokens of a batch, as trainers minimise it: a float32 scalar."""
     # None leaves the cache of keys to the model's config: with dropout, GPT-2's gradients depend on it.
     logits, following, target = _predictions(model, batch, 0, use_cache=None)
-    labels = following.masked_fill(~target, _IGNORED)
-    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED)
+    labels = following.masked_fill(~target, IGNORED)
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
 
 
 def _predictions(

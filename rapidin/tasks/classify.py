@@ -14,7 +14,7 @@ from rapidin.data.records import Forms, Record
 from rapidin.errors import UserError, short
 from rapidin.ops.transfer import upload
 from rapidin.tasks.chats import rendered
-from rapidin.tasks.forward import cache_use, evaluation_mode, takes
+from rapidin.tasks.forward import cache_use, device_of, evaluation_mode, takes
 from rapidin.tasks.names import forms_of, texts_of
 from rapidin.tasks.task import Batch, Example, Task
 from rapidin.tasks.texts import Text, TextEncoder
@@ -76,7 +76,7 @@ class Labelled(Task):
     def predicted(self, model: nn.Module, record: Record) -> Any:
         """The model's own answer as a label, for a record that has none."""
         text = self.encoder(*texts_of(record))
-        inputs = self.encoder.padded([text.inputs], next(model.parameters()).device)
+        inputs = self.encoder.padded([text.inputs], device_of(model))
         with torch.no_grad(), evaluation_mode(model):
             return self.answer_of(_logits(model, inputs)[0])
 
@@ -142,7 +142,7 @@ class Classification(Labelled):
         return number
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = _logits(model, {k: v for k, v in batch.inputs.items() if k != "label"})
+        logits = _logits(model, batch.without("label"))
         if self.many:
             return F.binary_cross_entropy_with_logits(logits, batch["label"], reduction="none").mean(1)
         return F.cross_entropy(logits, batch["label"], reduction="none")
@@ -176,7 +176,7 @@ class Regression(Labelled):
         return [float(each) for each in values]
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
-        logits = _logits(model, {k: v for k, v in batch.inputs.items() if k != "label"})
+        logits = _logits(model, batch.without("label"))
         return (logits - batch["label"]).square().mean(1)
 
     def predicted(self, model: nn.Module, record: Record) -> Any:

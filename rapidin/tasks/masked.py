@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rapidin.data.encoding import Status
 from rapidin.data.generations import Generation
@@ -16,10 +15,9 @@ from rapidin.ops.transfer import upload
 from rapidin.tasks.forward import device_of, evaluation_mode
 from rapidin.tasks.names import LossKind, forms_of, texts_of
 from rapidin.tasks.task import Batch, Example, Task
-from rapidin.tasks.texts import TextEncoder, padded
+from rapidin.tasks.texts import IGNORED, TextEncoder, label_losses, padded
 
 GROUPS = 7  # of tokens that are masked together: one in seven is close to the 15% of usual training
-_IGNORED = -100
 
 
 class Masked(Task):
@@ -72,23 +70,13 @@ class Masked(Task):
         now = torch.arange(GROUPS, device=device).repeat(len(examples))
         masked = group.repeat_interleave(GROUPS, 0) == now[:, None]
         ids = inputs["input_ids"]
-        labels = ids.masked_fill(~masked, _IGNORED)
+        labels = ids.masked_fill(~masked, IGNORED)
         inputs["input_ids"] = ids.masked_fill(masked, self.mask)
         return Batch(inputs | {"labels": labels}, len(examples), GROUPS, GROUPS * length, pooled=False)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         labels = batch["labels"]
-        logits = self._logits(model, {k: v for k, v in batch.inputs.items() if k != "labels"})
-        of_tokens = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED, reduction="none"
-        ).view(batch.rows, -1)
-        losses = of_tokens.sum(1)
-        return losses / (labels != _IGNORED).view(batch.rows, -1).sum(1) if self.kind == "mean" else losses
-
-    @staticmethod
-    def _logits(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
-        logits: Tensor = model(**inputs).logits
-        return logits.float()
+        return label_losses(model(**batch.without("labels")).logits, labels, batch.rows, self.kind)
 
     def generation(self, model: nn.Module, record: Record, max_new_tokens: int) -> Generation:
         text = self.encoder(*texts_of(record))
@@ -98,7 +86,7 @@ class Masked(Task):
             return Generation(prompt, "", False, self.example(record))
         inputs = self.encoder.padded([text.inputs], device_of(model))
         with torch.no_grad(), evaluation_mode(model):
-            best: list[int] = self._logits(model, inputs)[0].argmax(1).tolist()
+            best: list[int] = model(**inputs).logits[0].argmax(1).tolist()
         filled, group = list(ids), [-1] * len(ids)
         for n in masks:
             filled[n], group[n] = best[n], 0

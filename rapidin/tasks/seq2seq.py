@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rapidin.data.encoding import Status, alpaca_prompt
 from rapidin.data.generations import Generation
@@ -17,9 +16,7 @@ from rapidin.ops.transfer import upload
 from rapidin.tasks.forward import device_of, greedy, inner_model
 from rapidin.tasks.names import LossKind, forms_of
 from rapidin.tasks.task import Batch, Example, Task
-from rapidin.tasks.texts import Text, TextEncoder, padded
-
-_IGNORED = -100
+from rapidin.tasks.texts import IGNORED, Text, TextEncoder, label_losses, padded
 
 
 class Seq2Seq(Task):
@@ -64,20 +61,16 @@ class Seq2Seq(Task):
     def batch(self, examples: Sequence[Example], device: torch.device) -> Batch:
         names = [name for name in examples[0].inputs if name != "labels"]
         inputs = self.encoder.padded([{k: each.inputs[k] for k in names} for each in examples], device)
-        labels = upload(padded([each.inputs["labels"] for each in examples], _IGNORED), device)
+        labels = upload(padded([each.inputs["labels"] for each in examples], IGNORED), device)
         length = inputs["input_ids"].shape[1]
         return Batch(inputs | {"labels": labels}, len(examples), 1, length, pooled=False)
 
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         labels = batch["labels"]
-        inputs = {name: value for name, value in batch.inputs.items() if name != "labels"}
+        inputs = batch.without("labels")
         begun = inner_model(model).prepare_decoder_input_ids_from_labels(labels=labels)
-        logits = model(**inputs, decoder_input_ids=begun, use_cache=False).logits.float()
-        of_tokens = F.cross_entropy(
-            logits.flatten(0, 1), labels.flatten(), ignore_index=_IGNORED, reduction="none"
-        ).view(labels.shape)
-        losses = of_tokens.sum(1)
-        return losses / (labels != _IGNORED).sum(1) if self.kind == "mean" else losses
+        logits = model(**inputs, decoder_input_ids=begun, use_cache=False).logits
+        return label_losses(logits, labels, batch.rows, self.kind)
 
     def generation(self, model: nn.Module, record: Record, max_new_tokens: int) -> Generation:
         completion = self.completion(record)

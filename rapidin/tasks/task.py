@@ -70,6 +70,10 @@ class Batch:
     def __getitem__(self, name: str) -> Tensor:
         return self.inputs[name]
 
+    def without(self, name: str) -> dict[str, Tensor]:
+        """All tensors but one, such as the model's own arguments without the labels."""
+        return {key: value for key, value in self.inputs.items() if key != name}
+
     @property
     def device(self) -> torch.device:
         """The device of the tensors."""

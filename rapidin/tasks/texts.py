@@ -8,11 +8,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from rapidin.data.encoding import Status
-from rapidin.errors import UserError
 from rapidin.ops.transfer import upload
+from rapidin.tasks.names import LossKind
 
+IGNORED = -100  # the label of a token whose loss does not count
 Inputs = dict[str, list[int]]  # a tokenizer's outputs for one text, by their names
 
 
@@ -38,8 +40,6 @@ class TextEncoder:
     """
 
     def __init__(self, tokenizer: Any, config: Any, *, max_length: int, too_long: str, eos: bool) -> None:
-        if tokenizer is None:
-            raise UserError("the task reads texts, and there is no tokenizer", "pass the tokenizer")
         self.tokenizer, self.max_length, self.too_long = tokenizer, max_length, too_long
         self.eos = tokenizer.eos_token if eos else None
         pads = (getattr(config, "pad_token_id", None), tokenizer.pad_token_id, 0)
@@ -79,6 +79,19 @@ class TextEncoder:
             name: upload(padded([text[name] for text in texts], fills.get(name, 0), longest), device)
             for name in texts[0]
         }
+
+
+def label_losses(logits: Tensor, labels: Tensor, rows: int, kind: LossKind) -> Tensor:
+    """The mean or the sum of the cross-entropies of each example's labels: [rows] float32.
+
+    logits: [B, T, V], labels: [B, T] int64, `IGNORED` for none, with B = rows, or any multiple of it for
+    examples of several parts.
+    """
+    of_tokens = F.cross_entropy(
+        logits.float().flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
+    ).view(rows, -1)
+    losses = of_tokens.sum(1)
+    return losses / (labels != IGNORED).view(rows, -1).sum(1) if kind == "mean" else losses
 
 
 def padded(rows: Sequence[Sequence[int]], fill: int, length: int = 0) -> Tensor:
