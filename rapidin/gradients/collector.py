@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -113,13 +114,11 @@ class GradientSketcher:
         )
         self.followed = set(followed)
 
-    def learn(self, other: GradientSketcher) -> None:
-        """Take over what another sketcher of the same model and targets found out in its passes."""
-        for n, way in enumerate(other._ways):
-            if way != "hooks" and self._ways[n] != "autograd":
-                self._ways[n] = way
-        self._unreached |= other._unreached
-        self._routed |= other._routed
+    @cached_property
+    def _containers(self) -> list[str]:
+        """The modules that use a target, and all that they are in."""
+        paths = [use.module.split(".") for target in self.targets for use in target.uses]
+        return sorted({".".join(path[:depth]) for path in paths for depth in range(len(path) + 1)})
 
     @property
     def sketch_pass(self) -> type[SketchPass]:
@@ -315,16 +314,13 @@ class GradientSketcher:
         """Inside the block the modules of all targets report to the pass."""
         handles: list[Any] = []
         by_module: dict[str, list[tuple[int, Use]]] = {}
-        containers: set[str] = set()
         for n, target in enumerate(self.targets):
-            for use in target.uses:
-                if self._ways[n] == "hooks":
+            if self._ways[n] == "hooks":
+                for use in target.uses:
                     by_module.setdefault(use.module, []).append((n, use))
-                parts = use.module.split(".")
-                containers |= {".".join(parts[:depth]) for depth in range(len(parts) + 1)}
         try:
             if tracker is not None:
-                for name in sorted(containers):
+                for name in self._containers:
                     begin: Any = self._modules[name].register_forward_pre_hook
                     handles.append(begin(tracker.begin, with_kwargs=True))
             for name, uses in by_module.items():

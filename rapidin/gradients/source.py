@@ -118,10 +118,7 @@ class GradientSource:
             return RAPIDGRAD_WIDTH
         return default_width(len(self.targets), bytes_per_example)
 
-    def _set_preconditioner(
-        self, preconditioner: Preconditioner | None, known: GradientSketcher | None = None
-    ) -> None:
-        """known: a sketcher whose passes have found out how gradients are obtained."""
+    def _set_preconditioner(self, preconditioner: Preconditioner | None) -> None:
         if preconditioner is not None:
             preconditioner.check(self.targets, len(self.points))
             preconditioner = preconditioner.to(self.loaded.device)
@@ -137,8 +134,6 @@ class GradientSource:
             checked=self.check is not None,
             followed=() if self.check is None else self.check.followed,
         )
-        if known is not None:
-            self.sketcher.learn(known)
 
     def _batch_runner(self) -> BatchRunner:
         names, why = self.sketcher.single_names, ""
@@ -169,22 +164,20 @@ class GradientSource:
         some = ([short], [long], [short, long])
         alone, longer, both = (self.task.batch(each, self.loaded.device) for each in some)
         with source.at(len(self.points) - 1):
-            check = check_gradients(source.sketcher, alone, longer, both if batched else None, most_elements)
-        self.sketcher.learn(source.sketcher)
-        return check
+            return check_gradients(source.sketcher, alone, longer, both if batched else None, most_elements)
 
     def with_check(self, check: GradientCheck | None) -> GradientSource:
         """The same source after a check: gradients that differ from autograd's are taken by autograd."""
         other = copy.copy(self)
         other.check = check
-        other._set_preconditioner(self.preconditioner, self.sketcher)
+        other._set_preconditioner(self.preconditioner)
         other.batches = other._batch_runner()
         return other
 
     def with_preconditioner(self, preconditioner: Preconditioner | None) -> GradientSource:
         """The same source with another preconditioner. Raises UserError if that is for other parameters."""
         other = copy.copy(self)
-        other._set_preconditioner(preconditioner, self.sketcher)
+        other._set_preconditioner(preconditioner)
         return other
 
     @property
