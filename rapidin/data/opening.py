@@ -90,8 +90,10 @@ def _without_compression(name: str) -> str:
 def check_found(paths: Iterable[str]) -> None:
     """Raises UserError for a path of data that do not exist, as far as that is known without reading them."""
     for path in paths:
-        if path != _STANDARD_INPUT and not os.path.exists(path) and not _is_on_hub(path):
-            _open_path(path, Reading())
+        whole, colon, _ = path.rpartition(":")
+        here = os.path.exists(path) or (colon and os.path.exists(whole)) or glob.has_magic(path)
+        if path != _STANDARD_INPUT and not here and not _is_on_hub(path):
+            raise _not_found(path)
 
 
 def _is_on_hub(path: str) -> bool:
@@ -102,7 +104,7 @@ def _open_path(path: str, reading: Reading) -> Source:
     if path == _STANDARD_INPUT:
         return _open_standard_input(reading)
     if "\0" in path:
-        raise DataNotFound("data not found: the path contains a null character")
+        raise _not_found(path)
     if os.path.exists(path):
         return _open_existing(path, None, reading)
     if path.startswith(hub.PREFIX):
@@ -116,7 +118,13 @@ def _open_path(path: str, reading: Reading) -> Source:
         return _open_existing(whole, member, reading)
     if _is_on_hub(path):
         return hub.open_hub(path, reading.streaming)
-    raise DataNotFound(
+    raise _not_found(path)
+
+
+def _not_found(path: str) -> DataNotFound:
+    if "\0" in path:
+        return DataNotFound("data not found: the path contains a null character")
+    return DataNotFound(
         f"data not found: {path}",
         "give a .jsonl file, another file or a folder of data, or the name of a data set on the hub",
     )
