@@ -120,7 +120,9 @@ def text_of_message(message: Mapping[str, Any]) -> str:
 def text_of_content(content: Any) -> str:
     """The text of a message's content: a text, a list of parts of which those of text are read, or none."""
     if isinstance(content, list):
-        return "".join(part if isinstance(part, str) else part["text"] for part in content if is_text_part(part))
+        return "".join(
+            part if isinstance(part, str) else part["text"] for part in content if is_text_part(part)
+        )
     return "" if content is None else str(content)
 
 
@@ -128,9 +130,7 @@ def is_text_part(part: Any) -> bool:
     """Whether a part of a message's content is text, as in {"type": "text", "text": ...}."""
     if isinstance(part, str):
         return True
-    return (
-        isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type") in _TEXT_PARTS
-    )
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type") in _TEXT_PARTS
 
 
 def tokens_of(record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
