@@ -55,6 +55,7 @@ PANELS = (
     "Training",
     "Gradients",
     "Scoring",
+    "Rows",
     "Storage",
     "Output",
     "Run",

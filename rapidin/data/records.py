@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -285,3 +285,8 @@ TEXTS = Forms(
     checks={"messages": check_messages, "input_ids": _check_ids},
     optional={"instruction": ("input",)},
 )
+
+
+def jsonl(records: Iterable[Mapping[str, Any]]) -> str:
+    """The records as JSON, one a line."""
+    return "".join(json.dumps(dict(record), ensure_ascii=False, default=str) + "\n" for record in records)
