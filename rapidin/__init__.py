@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rapidin.errors import CoverageWarning as CoverageWarning
     from rapidin.errors import UserError as UserError
     from rapidin.gradients.load import load_model as load_model
+    from rapidin.threads import patient_threads as patient_threads
 
 __version__ = "0.1.0"
 
@@ -28,6 +29,7 @@ _HOMES = {
     "UserError": "rapidin.errors",
     "self_influence": "rapidin.attribution.methods",
     "load_model": "rapidin.gradients.load",
+    "patient_threads": "rapidin.threads",
 }
 __all__ = [
     "Attributor",
@@ -38,6 +40,7 @@ __all__ = [
     "__version__",
     "load_model",
     "ops",
+    "patient_threads",
     "self_influence",
 ]
 
