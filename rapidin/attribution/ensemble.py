@@ -144,7 +144,7 @@ class Ensemble:
         if options.needs_texts and data is None and world().leads:
             raise UserError(
                 f"{options.needs_texts} needs the training examples",
-                "name them with --train-data (in Python: examples=...)",
+                "give them with `examples`",
             )
         if options.by is not None and data is not None:
             check_column(data, options.by)
@@ -152,7 +152,7 @@ class Ensemble:
         finer = options.finer
         if finer is not None:
             if len(self.members) > 1:
-                raise UserError("--rescore works with a single cache", "name one of them")
+                raise UserError("`rescore` works with a single cache", "name one of them")
             check_same_examples([self.caches[0], finer])
         query = self.sketched(generations, options, clock)
 

@@ -36,7 +36,7 @@ def load_model_of(path: str | Path, location: ModelLocation | None = None) -> Lo
     location = location or ModelLocation()
     name = location.model or source.get("model")
     if name is None:
-        raise UserError(f"the cache in '{path}' does not say which model made it", "name it with --model")
+        raise UserError(f"the cache in '{path}' does not say which model made it", "name it with `model`")
     return load_model(
         name,
         adapter=location.adapter or source.get("adapter"),
@@ -150,7 +150,7 @@ def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
     if recorded != loaded:
         raise UserError(
             f"the cache was made {other_model(recorded, loaded)}",
-            "name what it was made with: --model, --adapter or --base",
+            "name what it was made with: `model`, `adapter` or `base`",
         )
     expected = manifest_of(source, manifest.codec, manifest.rows)
     for section in ("sketch", "gradient", "layers"):

@@ -43,7 +43,7 @@ def _batch(source: GradientSource, text: AnyExample) -> AnyBatch:
 
 
 def _not_linear(error: TypeError) -> UserError:
-    return UserError(str(error), "make a cache of linear layers' weights only: see --include")
+    return UserError(str(error), "make a cache of linear layers' weights only: see `include`")
 
 
 def sketched(

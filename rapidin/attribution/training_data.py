@@ -30,7 +30,7 @@ def cached_record(
         named = ", ".join(examples.path) if isinstance(examples.path, list) else examples.path
         raise UserError(
             f"the training data '{named}' is not what was cached: see example {index}",
-            f"name the right file with --train-data{alternative}",
+            f"name the right file with `examples`{alternative}",
         )
     return record
 
@@ -49,7 +49,7 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
     source = cache.manifest.data.get("path") if examples is None else examples
     if source is None:
         return None
-    remedy = "name it with --train-data, or use --no-text to see line numbers only"
+    remedy = "name it with `examples`, or use `examples=False` to see line numbers only"
     if examples is None:
         source = join_paths([source] if isinstance(source, str) else source)
     paths = list(source.paths) if isinstance(source, Files) else [source]
@@ -87,6 +87,6 @@ def hits_of(cache: Cache, examples: Examples | None, scores: Tensor, rows: Tenso
     for n, (score, row) in enumerate(ranked):
         example = None
         if examples is not None:
-            example = cached_record(examples, row, index[n], hashes[n], ", or use --no-text")
+            example = cached_record(examples, row, index[n], hashes[n], ", or use `examples=False`")
         hits.append(Hit(n + 1, index[n], row, score, example))
     return hits

@@ -25,6 +25,7 @@ Record = dict[str, Any]
 NO_LOSS = -100  # the label of a token that does not count
 _MASKS = ("completion_mask", "assistant_masks")  # of tokens that count, where there are no labels
 _MARKS = ("weight", "train", "training")  # of a message whose tokens do not count, if 0 or false
+_CHATS = ("messages", "prompt", "completion", "chosen", "rejected")  # fields that may be lists of messages
 _MOST_FIELDS = 12  # named in a message
 
 # Raises UserError for a field's value of the wrong kind, given the value, the field's name and the location.
@@ -86,6 +87,13 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
         return " ".join(map(str, ids[:first])), " ".join(map(str, ids[first:]))
     texts = [value for name, value in record.items() if isinstance(value, str) and name != "label"]
     return " | ".join(texts), ""
+
+
+def whole_text(record: Mapping[str, Any]) -> str:
+    """The text of a record with all turns of its chats, of which `record_parts` has the last ones alone."""
+    chats = [record[name] for name in _CHATS if isinstance(record.get(name), list)]
+    parts = [str(message.get("content") or "") for chat in chats for message in chat]
+    return " ".join([*parts, *record_parts(record)])
 
 
 def shown_parts(record: Mapping[str, Any]) -> tuple[str, str]:

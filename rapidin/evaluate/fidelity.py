@@ -79,7 +79,7 @@ def exact_products(
                     if n % 50 == 49:
                         log(f"exact gradients at {point:g}: {n + 1:,} of {len(rows):,} rows")
     except TypeError as error:
-        raise UserError(str(error), "make a cache of linear layers' weights only: see --include") from None
+        raise UserError(str(error), "make a cache of linear layers' weights only: see `include`") from None
     return ExactProducts(cosines, query_norms, row_norms)
 
 

@@ -53,8 +53,8 @@ def load_model(
     adapter = _checked_adapter(name, adapter, base)
     here, mapped = world(), device == "auto"
     if shard_model and (here.alone or mapped):
-        what = "--shard-model needs several processes, over which it spreads the model"
-        raise UserError(what, "start them with torchrun, and without --device auto")
+        what = "`shard_model` needs several processes, over which it spreads the model"
+        raise UserError(what, "start them with torchrun, and without `device='auto'`")
     if mapped:
         fsdp.require_accelerate()
     device = here.device(None if mapped else device)
@@ -88,7 +88,7 @@ def load_model(
         loaded.path = base_path(model, untuned, name, base)
         loaded.notes.append(loaded.path.apart)
     if any(tuned.is_meta for _, _, tuned in loaded.path.ends):
-        raise UserError("the tuned parameters do not fit into memory", "use --at 1, or more GPUs")
+        raise UserError("the tuned parameters do not fit into memory", "use `at=1`, or more GPUs")
     if shard_model:
         _shard(loaded, here, torch.device(device))
     loaded.notes = [note for note in loaded.notes if note]
@@ -100,24 +100,24 @@ def load_model(
 def _checked_adapter(name: str, adapter: str | None, base: str | None) -> str | None:
     """The adapter to load onto the model. Raises UserError if model, adapter and base do not go together."""
     if adapter is not None and base is not None:
-        raise UserError("an adapter already names its base model", "give --adapter or --base, not both")
+        raise UserError("an adapter already names its base model", "give `adapter` or `base`, not both")
     if not os.path.isfile(os.path.join(name, ADAPTER_CONFIG)):
         return adapter
     if not os.path.isfile(os.path.join(name, "config.json")):
         raise UserError(
             f"'{name}' is an adapter, not a model",
-            "give the model that it was made for, and this folder with --adapter",
+            "give the model that it was made for, and this folder with `adapter`",
         )
     # transformers puts the adapter in a model's own folder into the model.
     if adapter is not None and os.path.realpath(name) != os.path.realpath(adapter):
         raise UserError(
             f"the model's folder '{name}' already contains an adapter ({ADAPTER_CONFIG})",
-            "leave out --adapter to use that one, or remove it from the folder",
+            "leave out `adapter` to use that one, or remove it from the folder",
         )
     if base is not None:
         raise UserError(
             f"the model's folder '{name}' contains an adapter, so it has a base model already",
-            "leave --base out",
+            "leave `base` out",
         )
     return None
 

@@ -30,7 +30,7 @@ def points_of(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(each) for each in text.split(","))
     except ValueError:
-        raise UserError(f"--at must be numbers separated by commas, got {text}", "as in --at 0.5") from None
+        raise UserError(f"`at` must be numbers separated by commas, got {text}", "as in 0.5") from None
 
 
 @documented
@@ -164,17 +164,17 @@ class GradientSettings(Settings):
         if self.turns not in get_args(Turns):
             raise UserError(f"unknown turns '{self.turns}'", "use all or last")
         if not 0 < self.beta < float("inf"):
-            raise UserError(f"--beta must be above 0, got {self.beta:g}")
+            raise UserError(f"`beta` must be above 0, got {self.beta:g}")
         if self.width is not None and self.width < 1:
-            raise UserError(f"--width must be at least 1, got {self.width}")
+            raise UserError(f"`width` must be at least 1, got {self.width}")
         if not 0 <= self.seed < 2**64:
-            raise UserError(f"--seed must be from 0 to 2^64 - 1, got {self.seed}")
+            raise UserError(f"`seed` must be from 0 to 2^64 - 1, got {self.seed}")
         if self.at == ():
-            raise UserError("--at must name at least one point")
+            raise UserError("`at` must name at least one point")
         whole = self.width is None or self.width % 128 == 0 or self.width in _SMALL_WIDTHS
         if self.projection != "tensor" and not whole:
             raise UserError(
-                f"--width must be a multiple of 128 with the {self.projection} projection, got {self.width}"
+                f"`width` must be a multiple of 128 with the {self.projection} projection, got {self.width}"
             )
 
     @property

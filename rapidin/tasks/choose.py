@@ -52,8 +52,8 @@ def task_of(wanted: Task | str | None, model: Any, tokenizer: Any, settings: Tas
         raise UserError(f"the task '{name}' reads texts, and there is no tokenizer", "pass the tokenizer")
     if settings.loss == "sum" and name not in (CAUSAL, "masked", "seq2seq"):
         raise UserError(
-            f"--loss sum adds up the losses of tokens, and the task '{name}' has one loss per example",
-            "leave out --loss",
+            f"`loss='sum'` adds up the losses of tokens, and the task '{name}' has one loss per example",
+            "leave out `loss`",
         )
     return _MAKERS[name](tokenizer, config, settings)
 
