@@ -91,9 +91,11 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
 
 def whole_text(record: Mapping[str, Any]) -> str:
     """The text of a record with all turns of its chats, of which `record_parts` has the last ones alone."""
-    chats = [record[name] for name in _CHATS if isinstance(record.get(name), list)]
-    parts = [str(message.get("content") or "") for chat in chats for message in chat]
-    return " ".join([*parts, *record_parts(record)])
+    values = [record[name] for name in _CHATS if record.get(name)]
+    if not any(isinstance(value, list) for value in values):
+        return " ".join(record_parts(record))
+    turns = (value if isinstance(value, list) else [{"content": value}] for value in values)
+    return " ".join(str(turn.get("content") or "") for chat in turns for turn in chat)
 
 
 def shown_parts(record: Mapping[str, Any]) -> tuple[str, str]:
