@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rapidin.attribution.attributor import Attributor as Attributor
     from rapidin.attribution.ensemble import Ensemble as Ensemble
     from rapidin.attribution.methods import self_influence as self_influence
+    from rapidin.attribution.one_call import explain as explain
     from rapidin.cache import Cache as Cache
     from rapidin.errors import CoverageWarning as CoverageWarning
     from rapidin.errors import UserError as UserError
@@ -27,6 +28,7 @@ _HOMES = {
     "Ensemble": "rapidin.attribution.ensemble",
     "UserError": "rapidin.errors",
     "self_influence": "rapidin.attribution.methods",
+    "explain": "rapidin.attribution.one_call",
     "load_model": "rapidin.gradients.load",
 }
 __all__ = [
@@ -36,6 +38,7 @@ __all__ = [
     "Ensemble",
     "UserError",
     "__version__",
+    "explain",
     "load_model",
     "ops",
     "self_influence",

@@ -2,9 +2,9 @@
 
 Exact duplicates are records with the same hash, counted over the whole cache. Near duplicates are searched
 for among the hits: texts, without case, spaces and punctuation, whose sets of three neighbouring words have a
-Jaccard similarity (Broder, 1997) of at least `NEAR`. Of chats both the last turns and the whole texts have to be
-near: neither a long beginning that many share nor an equal end makes two of them one. What is near to a near duplicate is folded too; the
-first hit stays.
+Jaccard similarity (Broder, 1997) of at least `NEAR`. Of chats both the last turns and the whole texts have to
+be near: neither a long beginning that many share nor an equal end makes two of them one. What is near to a
+near duplicate is folded too; the first hit stays.
 """
 
 from __future__ import annotations

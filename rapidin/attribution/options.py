@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rapidin.data.fields import FieldMap
 from rapidin.errors import UserError
-from rapidin.settings import Settings, documented, option
+from rapidin.settings import Settings, documented, dtype_name, option
 
 if TYPE_CHECKING:
     from rapidin.cache import Cache
@@ -177,8 +177,7 @@ class QueryOptions(Settings):
     max_new_tokens: int = _MAX_NEW_TOKENS
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise UserError(f"`top_k` must be at least 1, got {self.top_k}")
+        self.check_values()
         if self.candidates is not None:
             if self.rescore is None:
                 raise UserError("`candidates` is the number that `rescore` looks at", "use `rescore` too")
@@ -317,13 +316,13 @@ class CacheOptions(Settings):
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        self.check_values()
         number, parts = self.part or (1, 1)
         if not 0 <= number <= parts or parts < 1:
             raise UserError(f"`part` {number}/{parts} is none of {parts} parts", "count them from 1")
         if self.append and parts > 1:
             raise UserError("`append` and `part` do not go together", "add to the merged cache")
-        if self.shard_rows is not None and self.shard_rows < 1:
-            raise UserError(f"`shard_rows` must be at least 1, got {self.shard_rows}")
 
 
 def _rescore_of(text: str) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,8 @@ from rapidin.data.sources import DataNotFound, Files, join_paths
 from rapidin.errors import UserError
 from rapidin.results.types import Hit
 from rapidin.tasks.names import forms_of
+
+_LOG = logging.getLogger("rapidin")
 
 
 def cached_record(
@@ -39,16 +42,23 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
     """The training examples to show with hits, opened but not read; by default those that the cache was made
     of.
 
-    None if `examples` is False, or if the examples were never in a file. Raises UserError if they do not
-    exist or their number is another; `hits_of` checks each example that is shown.
+    None if `examples` is False, or if the examples were in the memory of another process, which is said.
+    Raises UserError if they do not exist or their number is another; `hits_of` checks each example that is
+    shown.
     """
     if examples is False:
         return None
     if isinstance(examples, Examples):
         return examples
     source = cache.manifest.data.get("path") if examples is None else examples
+    if source is None and cache.examples is None:
+        _LOG.warning(
+            "the hits have no texts, since the cache %s was made from data in memory; give the same data "
+            "with `examples` to see them",
+            cache.path,
+        )
     if source is None:
-        return None
+        return cache.examples
     remedy = "name it with `examples`, or use `examples=False` to see line numbers only"
     if examples is None:
         source = join_paths([source] if isinstance(source, str) else source)

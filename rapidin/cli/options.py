@@ -12,7 +12,7 @@ import typer
 
 from rapidin.attribution.options import DEVICE, SHARD_MODEL, TRUST_REMOTE_CODE
 from rapidin.errors import UserError
-from rapidin.settings import Option, described, option
+from rapidin.settings import Option, described, dtype_name, option
 
 app = typer.Typer(
     name="rapidin",
@@ -35,13 +35,23 @@ RENAMED_FLAGS = {
 }
 
 
+_OF_DTYPES = ("--dtype", "--model-dtype")  # flags whose values have several names
+
+
 def renamed_flags(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command line, earlier names of flags replaced by today's, up to a `--`."""
+    """The arguments of a command line, up to a `--`, with today's names of flags for earlier ones, and one
+    name for each number format."""
     renamed = list(arguments)
     end = renamed.index("--") if "--" in renamed else len(renamed)
+    before = ""
     for n, argument in enumerate(renamed[:end]):
         name, equals, value = argument.partition("=")
+        if name in _OF_DTYPES and equals:
+            value = dtype_name(value)
         renamed[n] = RENAMED_FLAGS.get(name, name) + equals + value
+        if before in _OF_DTYPES:
+            renamed[n] = dtype_name(argument)
+        before = argument
     return renamed
 
 

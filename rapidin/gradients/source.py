@@ -113,6 +113,13 @@ class GradientSource:
         self.lockstep = Lockstep(loaded.sharded)
         self.batches = self._batch_runner()
 
+    def __repr__(self) -> str:
+        points = ", ".join(f"{point:g}" for point in self.points)
+        return (
+            f"GradientSource({self.loaded!r}, {self.blocks:,} layers x {self.width:,} dimensions, task "
+            f"'{self.task.name}', gradients at {points}, preconditioner '{self.config.kind}')"
+        )
+
     def _default_width(self, settings: GradientSettings, bytes_per_example: int | None) -> int:
         if settings.projection == "rapidgrad":
             return RAPIDGRAD_WIDTH

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rapidin.attribution.progress import CachingBar
 from rapidin.cache.progress import Progress
-from rapidin.cli.progress import BytesBar, CachingBar
+from rapidin.cli.progress import BytesBar
 from rapidin.results.json import results_json
 from rapidin.results.terminal import hits_report, make_console
 from rapidin.results.text import bytes_text, one_line, time_text
@@ -268,8 +269,8 @@ def test_bars_are_silent_without_a_terminal() -> None:
         bar(Progress(10, 10, 100, 0, 5))
         read(5, 10)
     assert file.getvalue() == ""
-    assert bar.last is not None
-    assert bar.last.done == 10
+    assert bar.watch.last is not None
+    assert bar.watch.last.done == 10
 
 
 @pytest.mark.parametrize(
