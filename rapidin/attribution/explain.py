@@ -150,7 +150,7 @@ def choose_hits(work: _Work) -> None:
     )
     if options.exact:
         rows = [candidates.rows(n, options.rescored) for n in range(len(work.ranked))]
-        work.exact = work.gradients.exact(rows)
+        work.exact = work.gradients.exact(rows, by_position=options.contributions)
         work.estimates = work.ends
         work.ends = order_by_exact(work.ends, work.exact, options.top_k)
         work.clock.lap("exact")
@@ -244,7 +244,7 @@ def compare_baselines(work: _Work) -> None:
     assert work.data is not None
     source = work.sources(len(work.query.sketches) - 1)
     if source.loaded.sharded:
-        raise UserError("--baselines needs an unsharded model", "leave out --shard-model")
+        raise UserError("`baselines` needs an unsharded model", "leave out `shard_model`")
     counted = methods.counted(work.cache)
     texts = [
         baselines.plain_text(work.data[row]) if counts else "" for row, counts in enumerate(counted.tolist())

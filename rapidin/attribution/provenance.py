@@ -19,7 +19,7 @@ from rapidin.distributed import world
 from rapidin.errors import UserError
 from rapidin.gradients.check import GradientCheck
 from rapidin.gradients.load import load_model
-from rapidin.gradients.model import LoadedModel
+from rapidin.gradients.model import MEMORY, LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner, PreconditionerConfig
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
@@ -38,7 +38,7 @@ def load_model_of(path: str | Path, location: ModelLocation | None = None) -> Lo
     location = location or ModelLocation()
     name = location.model or source.get("model")
     if name is None:
-        raise UserError(f"the cache in '{path}' does not say which model made it", "name it with --model")
+        raise UserError(f"the cache in '{path}' does not say which model made it", _how_to_load(manifest))
     return load_model(
         name,
         adapter=location.adapter or source.get("adapter"),
@@ -63,14 +63,29 @@ def _other_tokenizer(recorded: Mapping[str, Any], given: Mapping[str, str]) -> s
 
 
 def _tokenizer_of(source: Mapping[str, Any], location: ModelLocation) -> str | None:
-    """The tokenizer that made a cache; caches that do not name it were made with the model's own."""
+    """The tokenizer that made a cache; None for the usual one. Caches of models that were loaded by their
+    names, but that do not name it, were made with the model's own."""
     recorded = source.get("tokenizer")
-    if location.tokenizer is not None:
+    if location.tokenizer is not None or "dtype" not in source or MEMORY in source:
         return location.tokenizer
     for moved, name in ((location.model, source.get("model")), (location.adapter, source.get("adapter"))):
         if recorded == name:
             return moved or recorded
     return recorded or location.model or source.get("model")
+
+
+def _how_to_load(manifest: Manifest) -> str:
+    """What to do if the model that was loaded is not the one that made the cache."""
+    source, identity = manifest.model["source"], manifest.model["identity"]
+    if "dtype" in source and MEMORY not in source:  # it was loaded by its names
+        return "name what it was made with: `model`, `adapter`, `base` or `tokenizer`"
+    saved = ["adapter"] if "adapter" in identity else []
+    saved += [] if saved and source.get("model") else ["model"]
+    return (
+        "it was made with a model in memory: in Python use rapidin.Attributor.like(cache, model, tokenizer), "
+        f"or save the {' and the '.join(saved)} with save_pretrained and name "
+        f"{' and '.join(f'`{name}`' for name in saved)}"
+    )
 
 
 def task_name(manifest: Manifest) -> str:
@@ -197,10 +212,7 @@ def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
         what = other_model(recorded, loaded)
         if {**recorded, "tokenizer": ""} == {**loaded, "tokenizer": ""}:
             what = _other_tokenizer(manifest.model, source.loaded.text_identity)
-        raise UserError(
-            f"the cache was made {what}",
-            "name what it was made with: --model, --adapter, --base or --tokenizer",
-        )
+        raise UserError(f"the cache was made {what}", _how_to_load(manifest))
     expected = manifest_of(source, manifest.codec, manifest.rows)
     for section in ("sketch", "gradient", "layers"):
         of_cache, of_source = getattr(manifest, section), getattr(expected, section)

@@ -22,6 +22,7 @@ from rapidin.cli.console import line
 from rapidin.cli.options import app, renamed_flags
 from rapidin.distributed import PeerError, join, leave, world
 from rapidin.errors import UserError, is_out_of_memory
+from rapidin.threads import patient_threads
 
 
 class Terminated(KeyboardInterrupt):
@@ -56,6 +57,8 @@ _LESS_MEMORY = "give a smaller model or --model-dtype, fewer --batch-tokens, or 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line (default: this process's) and return its exit code."""
     arguments = renamed_flags(sys.argv[1:] if argv is None else argv)
+    if "torch" not in sys.modules:  # or it is too late
+        patient_threads()
     for stream in (
         sys.stdout,
         sys.stderr,

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,7 @@ _MARKS = ("weight", "train", "training")  # of a message whose tokens do not cou
 _TEXT_PARTS = ("text", "input_text", "output_text", None)  # types of a message's parts
 # What a message may have in the place of a content.
 _INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
+_CHATS = ("messages", "prompt", "completion", "chosen", "rejected")  # fields that may be lists of messages
 _MOST_FIELDS = 12  # named in a message
 
 # Raises UserError for a field's value of the wrong kind, given the value, the field's name and the location.
@@ -89,6 +90,15 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
         return " ".join(map(str, ids[:first])), " ".join(map(str, ids[first:]))
     texts = [value for name, value in record.items() if isinstance(value, str) and name != "label"]
     return " | ".join(texts), ""
+
+
+def whole_text(record: Mapping[str, Any]) -> str:
+    """The text of a record with all turns of its chats, of which `record_parts` has the last ones alone."""
+    values = [record[name] for name in _CHATS if record.get(name)]
+    if not any(isinstance(value, list) for value in values):
+        return " ".join(record_parts(record))
+    turns = (value if isinstance(value, list) else [{"content": value}] for value in values)
+    return " ".join(str(turn.get("content") or "") for chat in turns for turn in chat)
 
 
 def shown_parts(record: Mapping[str, Any]) -> tuple[str, str]:
@@ -330,3 +340,8 @@ TEXTS = Forms(
     checks={"messages": check_messages, "input_ids": _check_ids},
     optional={"instruction": ("input",)},
 )
+
+
+def jsonl(records: Iterable[Mapping[str, Any]]) -> str:
+    """The records as JSON, one a line."""
+    return "".join(json.dumps(dict(record), ensure_ascii=False, default=str) + "\n" for record in records)

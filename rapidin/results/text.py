@@ -4,6 +4,7 @@ times as text."""
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -123,11 +124,34 @@ def bytes_text(number: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Seconds as 25 ms, 4.5 s, 45 s, 3:20 min or 2:05 h."""
+    """Seconds as 25 ms, 4.5 s, 45 s, 3:20 min, 2:05 h or 12 days."""
     if seconds < 0.95:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     if seconds < 6000:
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
-    return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d} h"
+    if seconds < 360_000:
+        return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d} h"
+    return f"{seconds / 86_400:,.0f} days"
+
+
+_COUNTS = {
+    "empty": "empty",
+    "no_target": "without a completion token",
+    "too_long": "skipped as too long",
+    "nonfinite": "with NaN or Inf gradients",
+    "malformed": "malformed",
+    "too_large": "too large for memory",
+}
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """How many examples have a sketch, and why the others have none."""
+    parts = [f"{counts.get('ok', 0):,} with a sketch"]
+    parts += [f"{counts[key]:,} {words}" for key, words in _COUNTS.items() if counts.get(key)]
+    if counts.get("truncated"):
+        parts.append(f"{counts['truncated']:,} truncated")
+    if counts.get("unlike_sample"):
+        parts.append(f"{counts['unlike_sample']:,} unlike the sample that the format was fitted on")
+    return ", ".join(parts)

@@ -163,7 +163,7 @@ class Causal(Task):
         tokenizer = self.encoder.tokenizer
         ids = self.encoder.prompt_ids(prompt)
         if not ids:
-            raise UserError("the prompt is empty, so the model cannot continue it", "give a --completion too")
+            raise UserError("the prompt is empty, so the model cannot continue it", "give a `completion` too")
         longest = self.encoder.max_length
         if len(ids) >= longest:
             raise UserError(

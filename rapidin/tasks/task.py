@@ -136,7 +136,7 @@ class Task:
     def dated(self, date: str | None) -> Task:
         """The task with another date that chat templates write."""
         encoder = getattr(self, "encoder", None)
-        if not hasattr(encoder, "dated"):
+        if encoder is None or not hasattr(encoder, "dated"):
             return self
         other: Any = copy.copy(self)
         other.encoder = encoder.dated(date)
@@ -171,5 +171,5 @@ class Task:
         if not self.has_tokens:
             raise UserError(
                 f"the examples of the task '{self.name}' have no tokens with scores of their own",
-                "leave out --tokens, --hotwords and --contributions",
+                "leave out `targets` and `contributions`",
             )
