@@ -167,7 +167,8 @@ class _Fitting:
     def _fit(self, examples: Examples, reporter: Reporter) -> Preconditioner:
         """The preconditioner of each point, from a sample of the examples that the cache was started with."""
         settings, config = self.source.settings, self.source.config
-        rows = build.sample_rows(self._writer.manifest.rows_begun, config.sample, settings.seed, STREAM)
+        begun = self._writer.manifest.rows_begun
+        rows = build.sample_rows(begun, config.sample_of(begun), settings.seed, STREAM)
         reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")
         texts = [self.source.example(examples.get(row)) for row in rows]
         return self.source.fit_preconditioner(texts, reporter)
