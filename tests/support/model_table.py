@@ -164,8 +164,8 @@ versions that rapidin allows.
 _BY_VERSION = """
 ## From which version
 
-What came of the parameters that are used by default, with the two versions that are measured; the number of rows
-that are right with both, and the names of the others.
+What came of the parameters that are used by default, with the two versions that are measured: the number of
+rows that are right with both, and the names of the others.
 
 """
 
@@ -178,7 +178,7 @@ def read_page(text: str) -> Rows:
     for line in text.splitlines():
         if line.startswith("## "):
             section, header = line[3:], []
-        elif line.startswith("| ") and section:
+        elif line.startswith("| ") and section in SECTIONS:
             values = [value.strip() for value in re.split(r"(?<!\\)\|", line)[1:-1]]
             if not header:
                 header = values
