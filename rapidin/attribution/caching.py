@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rapidin import distributed
 from rapidin.attribution.options import CacheOptions
-from rapidin.attribution.provenance import check_of, manifest_of, read_fitted
+from rapidin.attribution.provenance import check_of, manifest_of, read_fitted, resumed
 from rapidin.cache import Cache, CacheWriter, ShardWriter, build, codec
 from rapidin.cache.codec import CodecConfig
 from rapidin.cache.progress import Meter, OnProgress
@@ -61,6 +61,7 @@ def build_cache(
     """
     if source.coverage.is_low and distributed.world().leads:
         warnings.warn(source.coverage.warning, CoverageWarning, stacklevel=3)
+    source = resumed(source, path)
     manifest = manifest_of(source, format_of(options, source.width), len(examples), examples)
     manifest.shard_rows = options.shard_rows or build.shard_rows(manifest, path)
     number, parts = options.part or (1, 1)

@@ -28,9 +28,10 @@ class Preferences(Task):
     """What DPO and KTO share: the log-probability of an answer minus that under the reference model.
 
     encoder: of causal texts; beta: of the loss. The log-probability of an answer is the sum over its tokens:
-    in a chat, over those that follow the prompt, or over the last turn if there is no prompt. The reference is the model before it was tuned: the base model, or
-    the model without its adapter. Its log-probabilities are constants of an example. A query may also be a
-    prompt, with or without a completion, as for a causal model: then its loss is that of the completion.
+    in a chat, over those that follow the prompt, or over the last turn if there is no prompt. The reference
+    is the model before it was tuned: the base model, or the model without its adapter. Its log-probabilities
+    are constants of an example. A query may also be a prompt, with or without a completion, as for a causal
+    model: then its loss is that of the completion.
     """
 
     needs_causal = True
