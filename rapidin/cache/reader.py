@@ -40,17 +40,18 @@ class Cache:
     >>> cache.lengths([3, 5])           # [2, blocks] float32
     >>> cache.codec                     # how rows are stored: `rapidin.cache.codec`
 
-    resident: whether rows may stay on the GPU after a scan, for the next one, if there is room. examples: the
-    training data, if they were in memory when this process cached them; None otherwise.
+    resident: whether rows may stay on the GPU after a scan, for the next one, if there is room. compared:
+    whether the bytes of a shard are compared with its checksum when it is first read in this process.
+    examples: the training data, if they were in memory when this process cached them; None otherwise.
 
     Raises UserError if the folder is not a cache, its manifest is damaged, or a shard has another size or
-    other tensors than it must. The contents of the tensors are read when they are needed: a shard whose bytes
-    are not those that were written is refused then.
+    other tensors than it must. The contents of the tensors are read when they are needed, and a shard is
+    refused then if its bytes are not those that were written.
     """
 
-    def __init__(self, path: str | Path, *, resident: bool = True) -> None:
+    def __init__(self, path: str | Path, *, resident: bool = True, compared: bool = True) -> None:
         self.path = Path(path)
-        self.resident = resident
+        self.resident, self.compared = resident, compared
         self.examples: Examples | None = None
         self.manifest = Manifest.read(self.path)
         self._rows: dict[int, Rows] = {}
@@ -118,7 +119,8 @@ class Cache:
         """The rows of the n-th finished shard, whose bytes are compared when it is first read."""
         if n not in self._rows:
             shard = self.manifest.shards[n]
-            refuse_altered(self.path, shard)
+            if self.compared:
+                refuse_altered(self.path, shard)
             self._rows[n] = read_shard(self.path, shard, self.codec)
         return self._rows[n]
 
