@@ -47,6 +47,9 @@ class Interruptible:
     def end(self) -> None:
         """Let signals end the process at once from now on: it has done its work."""
         self.settle()
+        # CPython remembers that an `exec`, as dataclasses use, was interrupted, until the next one is not: it
+        # would end by SIGINT in place of its exit code.
+        exec("")
         for number in [number for number in self._before if number != signal.SIGALRM]:
             signal.signal(number, lambda number, _: os._exit(_CODES[number]))
         self._before.clear()

@@ -142,7 +142,7 @@ def test_the_fast_checksum_is_that_of_the_file_and_a_manifest_may_lack_it(tmp_pa
     assert json.loads(path.read_text()) == value  # nothing is said that was not compared
     value["shards"][0]["xxh3"] = "0" * 16
     path.write_text(json.dumps(value))
-    with pytest.raises(UserError, match="shard-000000.safetensors' is altered"):
+    with pytest.raises(UserError, match=r"shard-000000.safetensors' is altered"):
         Cache(tmp_path).index([0])
     assert "shard-000000" in Cache.verify(tmp_path)[0]
 

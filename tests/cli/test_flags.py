@@ -62,7 +62,10 @@ def test_every_argument_that_a_message_names_is_shown_as_a_flag() -> None:
         ("`top_k` must be at least 1, got 0", "--top-k must be at least 1, got 0"),
         ("use `dtype='sign'`, or `at=1`", "use --dtype sign, or --at 1"),
         ("leave out `check=False`", "leave out --no-check"),
-        ("use `preconditioner='off'` or lower `batch_tokens`", "use --precondition off or lower --batch-tokens"),
+        (
+            "use `preconditioner='off'` or lower `batch_tokens`",
+            "use --precondition off or lower --batch-tokens",
+        ),
         ("give it with `examples`, or use `examples=False`", "give it with --train-data, or use --no-text"),
         ("use `shard_model=True`", "use --shard-model"),
         ("leave out `targets` and `by`", "leave out --tokens, --hotwords and --by"),
