@@ -11,9 +11,9 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command line (default: this process's) and return its exit code.
+    """Run a command line and return its exit code; by default this process's, which ends then.
 
-    Of this process's own no signal is lost: neither while the commands are imported, nor when it ends.
+    No signal is lost, neither while the commands are imported nor at the end.
     """
     signals = Interruptible()
     with signals:
@@ -28,5 +28,5 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             code = run(argv, signals)
         if argv is None:
-            signals.end()
+            signals.end(code)
     return code

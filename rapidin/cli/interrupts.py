@@ -7,12 +7,13 @@ are imported. Here it is raised again until it comes through.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from types import FrameType, TracebackType
-from typing import Any
+from typing import Any, NoReturn
 
 _AGAIN_SECONDS = 0.25  # until a signal that nobody minded is raised again
 _CODES: dict[int, int] = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -44,15 +45,14 @@ class Interruptible:
         if signal.SIGALRM in self._before:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
-    def end(self) -> None:
-        """Let signals end the process at once from now on: it has done its work."""
+    def end(self, code: int) -> NoReturn:
+        """End the process. What Python does at its end is left out: a signal during that would be lost, or
+        end it in another way, and nothing is left to be done."""
         self.settle()
-        # CPython remembers that an `exec`, as dataclasses use, was interrupted, until the next one is not: it
-        # would end by SIGINT in place of its exit code.
-        exec("")
-        for number in [number for number in self._before if number != signal.SIGALRM]:
-            signal.signal(number, lambda number, _: os._exit(_CODES[number]))
-        self._before.clear()
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
 
     def _arrived(self, number: int, frame: FrameType | None) -> None:
         stop = Terminated() if number == signal.SIGTERM else KeyboardInterrupt()

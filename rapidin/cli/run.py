@@ -62,6 +62,8 @@ def main(argv: Sequence[str] | None, signals: Interruptible) -> int:
         try:
             join()
             command: Any = app(arguments or ["--help"], prog_name="rapidin", standalone_mode=False)
+            if signals.stop is not None:  # typer says nothing of it
+                raise signals.stop
             code = command() if callable(command) else command  # else help or version, printed already
             sys.stdout.flush()
             if signals.stop is not None and not code:
