@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from rapidin.errors import CoverageWarning as CoverageWarning
     from rapidin.errors import UserError as UserError
     from rapidin.gradients.load import load_model as load_model
+    from rapidin.threads import patient_threads as patient_threads
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOMES = {
     "self_influence": "rapidin.attribution.methods",
     "explain": "rapidin.attribution.one_call",
     "load_model": "rapidin.gradients.load",
+    "patient_threads": "rapidin.threads",
 }
 __all__ = [
     "Attributor",
@@ -41,6 +43,7 @@ __all__ = [
     "explain",
     "load_model",
     "ops",
+    "patient_threads",
     "self_influence",
 ]
 

@@ -20,6 +20,7 @@ from rapidin.gradients.preconditioner import STREAM, Preconditioner
 from rapidin.gradients.source import GradientSource
 
 _CHECK_TEXTS = 64  # examples that those of the check are chosen from
+_CHECKED = 2
 
 
 def format_of(options: CacheOptions, width: int) -> CodecConfig:
@@ -114,7 +115,9 @@ class _Fitting:
             and writer.missing
         ):
             rows = range(0, len(examples), max(1, len(examples) // _CHECK_TEXTS))
+            reporter.stage("comparing gradients with autograd's", 0, _CHECKED)
             check = self.source.checked([self.source.example(examples.get(row)) for row in rows])
+            reporter.stage("comparing gradients with autograd's", _CHECKED, _CHECKED)
             if check is None:
                 why = "the model is sharded" if self.source.loaded.sharded else "no example has a gradient"
                 reporter.tell(f"gradients are not compared with autograd's: {why}")
@@ -164,7 +167,8 @@ class _Fitting:
     def _fit(self, examples: Examples, reporter: Reporter) -> Preconditioner:
         """The preconditioner of each point, from a sample of the examples that the cache was started with."""
         settings, config = self.source.settings, self.source.config
-        rows = build.sample_rows(self._writer.manifest.rows_begun, config.sample, settings.seed, STREAM)
+        begun = self._writer.manifest.rows_begun
+        rows = build.sample_rows(begun, config.sample_of(begun), settings.seed, STREAM)
         reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")
         texts = [self.source.example(examples.get(row)) for row in rows]
         return self.source.fit_preconditioner(texts, reporter)

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, TextIO
+from typing import IO, TYPE_CHECKING
 
 from rich.console import Console
 from rich.progress import BarColumn, TaskID, TextColumn
@@ -31,7 +31,8 @@ LOG = logging.getLogger("rapidin")
 _STEPS = logging.getLogger("rapidin.progress")
 
 _LINE_SECONDS = 0.2  # between two states of a line
-_LOG_SECONDS = 10.0  # between two lines of a file
+LOG_SECONDS = 30.0  # between two lines of a file
+_CERTAIN_SECONDS = 3.0  # of caching, before it says how long the rest takes
 
 
 class ShownBar:
@@ -52,7 +53,8 @@ class ShownBar:
 class CachingBar(ShownBar):
     """Shows the progress of caching: examples/s, tokens/s and time left. Call it with each `Progress`.
 
-    Prints nothing if the console is not a terminal. words: of a message, as they are shown.
+    If the console is not a terminal, it writes a line every `LOG_SECONDS` seconds. words: of a message, as
+    they are shown.
     """
 
     def __init__(
@@ -73,6 +75,7 @@ class CachingBar(ShownBar):
             disable=not console.is_terminal,
         )
         self._task: TaskID = self._bar.add_task("caching", total=None, rates="")
+        self._line = WrittenLine(console.file, over=False, clock=clock, at_once=False)
 
     def __call__(self, progress: Progress) -> None:
         first = self.watch.last is None
@@ -83,13 +86,18 @@ class CachingBar(ShownBar):
             )
         if progress.message and self._console.is_terminal:
             self._bar.console.print(one_line(self._words(progress.message)))
-        self._bar.update(self._task, completed=progress.done, total=progress.total, rates=self.watch.rates)
+        step = progress if progress.stage is None else progress.stage
+        what, rates = self.watch.what, self.watch.rates
+        self._bar.update(self._task, description=what, completed=step.done, total=step.total, rates=rates)
+        if not self._console.is_terminal:
+            self._line(f"rapidin: {what}: {rates}")
 
 
 class Watch:
     """Remembers how far caching is. Call it with each `Progress`.
 
-    last: the latest; seconds: time since the first, by the clock. then: is called with each too; log: whether
+    last: the latest; seconds: time since the first, by the clock; preparation: of these, the seconds before
+    examples were cached, which rates leave out. then: is called with each too; log: whether
     messages go to the logger "rapidin.progress".
     """
 
@@ -103,6 +111,7 @@ class Watch:
         self.last: Progress | None = None
         self._then, self._clock, self._log = then, clock, log
         self._started = clock()
+        self.preparation = 0.0
 
     @property
     def seconds(self) -> float:
@@ -112,6 +121,8 @@ class Watch:
         if self.last is None:
             self._started = self._clock()
         self.last = progress
+        if progress.stage is not None:
+            self.preparation = self.seconds
         if self._log and progress.message:
             _STEPS.info(progress.message)
         if self._then is not None:
@@ -123,13 +134,24 @@ class Watch:
         last = self.last
         if last is None:
             return ""
+        if last.stage is not None:
+            return f"{last.stage.done:,}/{last.stage.total:,} examples"
         rates = f"{last.done:,}/{last.total:,}"
         new = last.done - last.resumed
-        if new and self.seconds > 0:
-            each = self.seconds / new
-            rates += f" · {1 / each:,.1f} examples/s · {last.tokens / self.seconds:,.0f} tokens/s"
-            rates += f" · {time_text(each * (last.total - last.done))} left"
+        if new and self.seconds > self.preparation:
+            rates += f" · {self.rate(new):,.1f} examples/s · {self.rate(last.tokens):,.0f} tokens/s"
+            if self.seconds - self.preparation >= _CERTAIN_SECONDS:
+                rates += f" · {time_text((last.total - last.done) / self.rate(new))} left"
         return rates
+
+    def rate(self, count: int) -> float:
+        """So many examples or tokens per second of caching."""
+        return count / max(1e-9, self.seconds - self.preparation)
+
+    @property
+    def what(self) -> str:
+        """The step that it is at, in words."""
+        return "caching" if self.last is None or self.last.stage is None else self.last.stage.name
 
     @property
     def done_text(self) -> str:
@@ -140,7 +162,8 @@ class Watch:
         if not count:
             return f"all {last.total:,} examples were cached before"
         text = f"cached {count:,} examples in {time_text(self.seconds)}"
-        text += f" ({count / self.seconds:,.1f} examples/s, {last.tokens / self.seconds:,.0f} tokens/s)"
+        preparation = f"after {time_text(self.preparation)} of preparation " if self.preparation else ""
+        text += f" ({preparation}{self.rate(count):,.1f} examples/s, {self.rate(last.tokens):,.0f} tokens/s)"
         return text + (f" after the {last.resumed:,} cached before" if last.resumed else "")
 
 
@@ -148,16 +171,24 @@ class WrittenLine:
     """A state that is written again and again: over the line before in a notebook, on lines of their own,
     far apart, in a file. Use it in a `with` block."""
 
-    def __init__(self, file: TextIO, *, over: bool, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        file: IO[str],
+        *,
+        over: bool,
+        clock: Callable[[], float] = time.monotonic,
+        at_once: bool = True,
+    ) -> None:
+        """at_once: write the first state; otherwise the first line comes after some time."""
         self._file, self._over, self._clock = file, over, clock
-        self._next = 0.0
+        self._next = clock() + (0.0 if at_once else LOG_SECONDS)
         self._length = 0
 
     def __call__(self, text: str) -> None:
         now = self._clock()
         if now < self._next:
             return
-        self._next = now + (_LINE_SECONDS if self._over else _LOG_SECONDS)
+        self._next = now + (_LINE_SECONDS if self._over else LOG_SECONDS)
         text = one_line(text)
         self._write(text)
 
@@ -203,7 +234,7 @@ def caching_progress(progress: bool | None) -> Iterator[OnProgress | None]:
         with CachingBar(make_console(sys.stderr)) as bar:
             yield bar
     elif (line := _line(progress)) is not None:
-        watch = Watch(lambda _: line(f"caching {watch.rates}"))
+        watch = Watch(lambda _: line(f"{watch.what} {watch.rates}"))
         with line:
             yield watch
     else:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rapidin.data.records import jsonl
 from rapidin.errors import UserError, short
 
 
@@ -54,11 +54,6 @@ def best_rows(scores: Tensor, count: int) -> list[int]:
     if usable < count:
         raise UserError(f"only {usable:,} examples have a gradient, `top` asks for {count:,}", "lower `top`")
     return sorted(torch.sort(best, descending=True, stable=True).indices[:count].tolist())
-
-
-def jsonl(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records as JSON, one a line."""
-    return "".join(json.dumps(dict(record), ensure_ascii=False, default=str) + "\n" for record in records)
 
 
 def table(columns: Mapping[str, Sequence[Any]], path: str) -> str:

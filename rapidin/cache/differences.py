@@ -78,7 +78,7 @@ def preconditioner_words(value: str | Mapping[str, Any]) -> str:
     if value["kind"] == "optimizer":
         source = f"from the optimizer's state {str(value['sha256'])[:8]}"
     else:
-        source = f"from a sample of {value['sample']} examples"
+        source = f"from a sample of at most {value['sample']} examples"
     if value["kind"] == "kfac":
         return f"K-FAC's {source}, rank {value['rank']}, damping {value['damping']:g}"
     return f"{source}, exponent {value['exponent']:g}, floor {value['floor']:g}"

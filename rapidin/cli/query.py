@@ -19,6 +19,7 @@ from rapidin.tasks.names import CAUSAL
 if TYPE_CHECKING:
     from rapidin.attribution.ensemble import Ensemble
     from rapidin.cache import Cache
+    from rapidin.data.examples import Examples
     from rapidin.results.collection import Results
 
 
@@ -163,7 +164,7 @@ def query(
             )
     if not world().leads:
         return
-    _show(results, output, ensemble, quiet)
+    _show(results, output, ensemble, _made(ensemble, options, examples), quiet)
     if not quiet:
         line(query_text(results[0], len(generations), opened))
 
@@ -189,16 +190,35 @@ def _completed(
     return replace(options, targets="hotwords" if named and not options.together else None)
 
 
-def _show(results: "Results", output: Output, ensemble: "Ensemble", quiet: bool) -> None:
+def _made(ensemble: "Ensemble", options: QueryOptions, examples: "Examples | None") -> dict[str, Any]:
+    """What --json says of where the hits come from."""
+    from rapidin import __version__
+    from rapidin.attribution.provenance import task_name
+
+    source = ensemble.caches[-1].manifest.model.get("source", {})
+    return {
+        "version": __version__,
+        **{name: source.get(name) for name in ("model", "adapter", "base")},
+        "caches": [str(cache.path.resolve()) for cache in ensemble.caches],
+        "train_data": None if examples is None else examples.path,
+        "reading": {} if examples is None else examples.reading.to_json(),
+        "task": task_name(ensemble.caches[-1].manifest),
+        "settings": options.to_json(),
+    }
+
+
+def _show(
+    results: "Results", output: Output, ensemble: "Ensemble", made: dict[str, Any], quiet: bool
+) -> None:
     from rapidin.results.json import results_json
     from rapidin.results.terminal import hits_report, make_console
     from rapidin.results.text import bytes_text
 
     if output.json == "-":
-        print(results_json(results))
+        print(results_json(results, made))
     else:
         if output.json is not None:
-            write_text(output.json, results_json(results) + "\n")
+            write_text(output.json, results_json(results, made) + "\n")
         out = make_console(sys.stdout)
         out.print(hits_report(results, width=out.width))
     if output.report is not None:

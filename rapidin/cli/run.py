@@ -21,6 +21,7 @@ from rapidin.cli.interrupts import Interruptible, exit_code
 from rapidin.cli.options import app, renamed_flags
 from rapidin.distributed import PeerError, join, leave, world
 from rapidin.errors import UserError, is_out_of_memory
+from rapidin.threads import patient_threads
 
 
 def _version(requested: bool) -> None:
@@ -52,6 +53,8 @@ def main(argv: Sequence[str] | None, signals: Interruptible) -> int:
     """Run a command line (default: this process's) and return its exit code; signals: those that may stop
     it."""
     arguments = renamed_flags(sys.argv[1:] if argv is None else argv)
+    if "torch" not in sys.modules:  # or it is too late
+        patient_threads()
     for stream in (
         sys.stdout,
         sys.stderr,

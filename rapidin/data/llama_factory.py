@@ -83,7 +83,7 @@ def open_listed(path: str, name: str | None, open_path: Callable[[str], Source])
         raise UserError(
             f"{where} is not a file, and not on the Hugging Face hub", "download it, and name its file"
         )
-    return _Converted(source, layout, f"{os.path.abspath(path)}:{name}")
+    return Converted(source, layout, f"{os.path.abspath(path)}:{name}")
 
 
 @dataclass(frozen=True)
@@ -187,13 +187,18 @@ def _turn(question: Any, answer: Any) -> list[Record]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
-class _Converted:
+class Converted:
     """The records of a source, read by a layout."""
 
     def __init__(self, source: Source, layout: _Layout, path: str) -> None:
         self._source, self._layout = source, layout
         self.path = path
         self.skim, self.index, self.where, self.file = source.skim, source.index, source.where, source.file
+
+    @property
+    def unconverted(self) -> Source:
+        """The records as they are in the file."""
+        return self._source
 
     @property
     def lines(self) -> int:

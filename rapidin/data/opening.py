@@ -16,14 +16,13 @@ from rapidin.data import hub, llama_factory
 from rapidin.data.arrow_rows import is_table, open_table
 from rapidin.data.fields import FieldMap
 from rapidin.data.memory import GIVE, open_object
-from rapidin.data.sources import DataNotFound, Files, Joined, Source
+from rapidin.data.sources import DataNotFound, Files, Joined, Source, cannot_read
 from rapidin.data.spooled import decompressed, spool
 from rapidin.data.text_rows import open_text, suffix_of
 from rapidin.errors import UserError
-from rapidin.files import reason
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-_COMPRESSED = (".gz", ".zst", ".zstd", ".xz", ".bz2")
+COMPRESSED = (".gz", ".zst", ".zstd", ".xz", ".bz2")
 _SPLIT = re.compile(r"(?:^|[-_. ])(train|training|test|testing|validation|valid|val|dev|eval)(?:[-_. ]|$)")
 _SAME = {
     "training": "train",
@@ -81,7 +80,7 @@ def _is_path(value: object) -> bool:
 
 
 def _without_compression(name: str) -> str:
-    return os.path.splitext(name)[0] if name.endswith(_COMPRESSED) else name
+    return os.path.splitext(name)[0] if name.endswith(COMPRESSED) else name
 
 
 # ------------------------------------------------------------------------------------------ paths and names
@@ -148,7 +147,7 @@ def _opened(path: str) -> IO[bytes]:
     try:
         return open(path, "rb")  # the source that reads it closes it
     except OSError as error:
-        raise UserError(f"cannot read the data file {path}: {reason(error)}") from error
+        raise cannot_read(path, error) from error
 
 
 def _open_content(
@@ -160,7 +159,7 @@ def _open_content(
         first = content.read(8)
         content.seek(0)
     except OSError as error:
-        raise UserError(f"cannot read the data file {name}: {reason(error)}") from error
+        raise cannot_read(name, error) from error
     if not is_table(first):
         return open_text(content, name, path, suffix_of(name), reading.fields.knows, member)
     if member is not None:

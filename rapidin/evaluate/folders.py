@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rapidin.attribution.selection import jsonl
+from rapidin.data.records import jsonl
 from rapidin.errors import UserError, short
 from rapidin.files import replace_file
 

@@ -35,9 +35,6 @@ def run(folder: Path | None = None, *, seed: int = 0) -> int:
     folder: where model, adapter, data and cache are kept; None for a temporary folder. Raises UserError if
     `folder` is not empty or cannot be used.
     """
-    # Torch's thread pool reads this when torch is loaded. Threads that spin between operations as small as
-    # the demo's made it ten times slower on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if folder is not None:
         try:
             if folder.exists() and any(folder.iterdir()):
