@@ -50,7 +50,7 @@ def _refuse(section: str, words: str, cached: Any, requested: Any, folder: Path,
         detail = f" ({key}: {there} in the cache, {here} requested)"
     elif not isinstance(cached, list):
         detail = f" ({cached} in the cache, {requested} requested)"
-    remedy = "name another folder"
+    remedy = "name another folder with `path`"
     if append:
         remedy += ", or add the new examples with `append`"
     raise UserError(f"the cache in '{folder}' was made {words}{detail}", remedy)

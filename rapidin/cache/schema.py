@@ -146,9 +146,9 @@ def count(value: Any) -> int:
     return int(value)
 
 
-def checksum(value: Any) -> str:
-    """A SHA-256 in hexadecimal digits."""
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+def checksum(value: Any, digits: int = 64) -> str:
+    """A checksum in hexadecimal digits, as many as a SHA-256 has."""
+    if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
         raise ValueError(f"{short(value)} is not a checksum")
     return value
 

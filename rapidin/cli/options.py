@@ -61,6 +61,7 @@ _NAMED = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 # Arguments whose flag has another name, and those that are several flags.
 _OTHERS = {
     "examples": ("--train-data", "--no-text"),
+    "path": ("--out", ""),
     "targets": ("--tokens, --hotwords", ""),
     "progress": ("", "--quiet"),
 }
