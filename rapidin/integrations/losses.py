@@ -24,7 +24,7 @@ from rapidin.errors import UserError
 Kind = Literal["tokens", "pairs"]
 
 _REMEDY = "cache after training with 'rapidin cache'"
-_TOLERANCE = 2e-3  # relative, of losses that are computed in two ways
+_TOLERANCE = 1e-4  # relative, of losses that are computed in two ways
 _UNIFORM = 1e-3  # relative, of the weights of tokens
 
 

@@ -29,7 +29,7 @@ from rapidin.gradients.path import base_path
 from rapidin.gradients.preconditioner import PreconditionerConfig
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
-from rapidin.integrations.losses import LossWatch, TextBatch, kind_of
+from rapidin.integrations.losses import LossWatch, TextBatch, kind_of, replaced
 from rapidin.integrations.rows import number_rows, taken_from, unnumbered
 from rapidin.integrations.steps import StepLog, StepSums
 from rapidin.integrations.steps_cache import TokenRecords, training_record, write_cache
@@ -259,7 +259,10 @@ class TrainingRun:
             pairs = zip(encoded[::2], encoded[1::2], strict=True)
             examples = [source.task.of_texts(pair, 1.0) for pair in pairs]
         gpus = [self._trainer.args.device] if self._trainer.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=gpus):
+        model = self._trainer.model
+        # Without the reduced precision that accelerate puts around the model, which the check is not for.
+        forward = getattr(model, "_original_forward", model.forward)
+        with torch.random.fork_rng(devices=gpus), replaced(model, "forward", forward):
             check = source.checked(examples)
         wrong = list(check.by_autograd)[:1] if check else []
         if check is not None and (check.by_autograd or check.mixed):
