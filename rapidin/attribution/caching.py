@@ -72,7 +72,7 @@ def build_cache(
             writer,
             world,
             examples,
-            source.example,
+            lambda row, record: source.example(record),
             lambda texts: fitting.source.sketches(texts, meter, announced=True),
             source.loaded.device,
             lambda message: meter.tell(message),

@@ -177,7 +177,11 @@ class PreconditionerConfig:
             return PreconditionerConfig("sample")
         if value == "kfac":
             return PreconditionerConfig("kfac", sample=KFAC_SAMPLE)
-        moments = second_moments(Path(value), model, targets, trained)
+        return PreconditionerConfig.of_moments(second_moments(Path(value), model, targets, trained))
+
+    @staticmethod
+    def of_moments(moments: Mapping[str, tuple[Tensor, Tensor]]) -> PreconditionerConfig:
+        """The settings for the second moments of an optimizer: row and column means of each parameter's."""
         table = {name: Scale.of(r, c, EXPONENT, FLOOR) for name, (r, c) in moments.items()}
         return PreconditionerConfig("optimizer", sample=0, fitted=Preconditioner([table]))
 
