@@ -139,6 +139,16 @@ def checked_preconditioner(value: Any) -> str | dict[str, Any]:
     }
 
 
+def checked_null(value: Any) -> dict[str, dict[str, list[float]]]:
+    """The null distribution in a manifest: best scores, ascending, by set and normalization."""
+    null = {name(of): {name(how): scores for how, scores in dict(best).items()} for of, best in dict(value).items()}
+    for scores in (scores for best in null.values() for scores in best.values()):
+        numbers = isinstance(scores, list) and bool(scores) and all(map(is_number, scores))
+        if not numbers or scores != sorted(scores):
+            raise ValueError(f"{short(scores)} is not a list of ascending scores")
+    return null
+
+
 def count(value: Any) -> int:
     """A number of things."""
     if not _is_count(value):

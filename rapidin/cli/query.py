@@ -14,7 +14,7 @@ from rapidin.data.spans import HOTWORDS
 from rapidin.distributed import world
 from rapidin.errors import UserError
 from rapidin.settings import option
-from rapidin.tasks.names import CAUSAL, CHAT_FORMS
+from rapidin.tasks.names import CAUSAL, asked_record
 
 if TYPE_CHECKING:
     from rapidin.attribution.ensemble import Ensemble
@@ -260,9 +260,6 @@ def _about(ensemble: "Ensemble") -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-_PLAIN = ("prompt", "completion")
-
-
 def _generations(source: QuerySource, cache: "Cache", folder: str) -> list[dict[str, Any]]:
     """What is to be explained, as records in which something may be missing."""
     from rapidin.attribution.provenance import task_name
@@ -286,20 +283,10 @@ def _generations(source: QuerySource, cache: "Cache", folder: str) -> list[dict[
 
 def _text_record(source: QuerySource, form: str) -> dict[str, Any]:
     """The record of a text that the model continues; form: of the training data."""
-    ask, completion = source.ask, source.completion
-    record: dict[str, Any]
-    if ask is not None and form in ("messages", *CHAT_FORMS):
-        record = {"messages": [{"role": "user", "content": ask}]}
-        if completion is not None:
-            record["messages"].append({"role": "assistant", "content": completion})
-    else:
-        question, answer = _PLAIN
-        if ask is not None and form == "instruction":
-            question, answer = "instruction", "output"
-        record = {question: source.prompt if ask is None else ask}
-        if completion is not None:
-            record[answer] = completion
-    return record
+    if source.ask is not None:
+        return asked_record(source.ask, form, source.completion)
+    completion = {} if source.completion is None else {"completion": source.completion}
+    return {"prompt": source.prompt, **completion}
 
 
 def _labelled_record(text: str, completion: str | None, task: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@ times as text."""
 
 from __future__ import annotations
 
+import math
 import re
 from typing import TYPE_CHECKING
 
@@ -105,12 +106,25 @@ def error_text(error: float | None, bounded: bool) -> str:
     """A standard error, "" for None: four decimals if the scale is -1 to 1, otherwise two digits."""
     if error is None:
         return ""
-    return f"{error:.4f}" if bounded else f"{error:.1e}"
+    return f"{error:.4f}" if bounded else _plain(error, 2)
 
 
 def score_text(score: float, bounded: bool) -> str:
     """A score with its sign: four decimals if the scale is -1 to 1, otherwise four digits."""
-    return f"{score:+.4f}" if bounded else f"{score:+.3e}"
+    return f"{score:+.4f}" if bounded else _plain(score, 4, "+")
+
+
+_MOST_POWER, _LEAST_POWER = 12, -6  # of ten, of numbers that are written without an exponent
+
+
+def _plain(value: float, digits: int, sign: str = "-") -> str:
+    """A number with so many digits, without an exponent unless it is huge or tiny (`scoreText` of `page.js` does
+    the same)."""
+    rounded = f"{value:{sign}.{digits - 1}e}"
+    power = int(rounded.partition("e")[2] or 0)
+    if not math.isfinite(value) or not _LEAST_POWER <= power <= _MOST_POWER:
+        return rounded
+    return f"{value:{sign},.{max(0, digits - 1 - power)}f}"
 
 
 def bytes_text(number: float) -> str:

@@ -21,14 +21,25 @@
   function scoreText(score, bounded) {
     const sign = score < 0 || Object.is(score, -0) ? "" : "+";
     if (bounded) return sign + (Object.is(score, -0) ? "-" : "") + score.toFixed(4);
-    const [digits, power] = score.toExponential(3).split("e");
-    return sign + digits + "e" + power[0] + power.slice(1).padStart(2, "0");
+    return sign + (Object.is(score, -0) ? "-" : "") + plain(score, 4);
+  }
+
+  // A number with so many digits, without an exponent unless it is huge or tiny, as `text._plain` writes it.
+  function plain(value, digits) {
+    const [rounded, power] = value.toExponential(digits - 1).split("e");
+    if (power === undefined) return rounded;
+    if (Number(power) < -6 || Number(power) > 12) {
+      return rounded + "e" + power[0] + power.slice(1).padStart(2, "0");
+    }
+    const [whole, fraction] = value.toFixed(Math.max(0, digits - 1 - Number(power))).split(".");
+    const grouped = whole.replace(/\B(?=(\d{3})+$)/g, ",");
+    return fraction === undefined ? grouped : grouped + "." + fraction;
   }
 
   // Of `shades.levels`, which are known to about a digit.
   function roughText(score, bounded) {
     const sign = score < 0 ? "" : "+";
-    return "≈ " + sign + (bounded ? String(Number(score.toPrecision(1))) : score.toExponential(0));
+    return "≈ " + sign + (bounded ? String(Number(score.toPrecision(1))) : plain(score, 1));
   }
 
   // As `shades.steps` has it.
