@@ -21,6 +21,7 @@ from rapidin.gradients.preconditioner import STREAM, Preconditioner
 from rapidin.gradients.source import GradientSource
 
 _CHECK_TEXTS = 64  # examples that those of the check are chosen from
+_CHECKED = 2
 
 
 def format_of(options: CacheOptions, width: int) -> CodecConfig:
@@ -126,7 +127,9 @@ class _Fitting:
             and writer.missing
         ):
             rows = range(0, len(examples), max(1, len(examples) // _CHECK_TEXTS))
+            reporter.stage("comparing gradients with autograd's", 0, _CHECKED)
             check = self.source.checked([self.source.example(examples.get(row)) for row in rows])
+            reporter.stage("comparing gradients with autograd's", _CHECKED, _CHECKED)
             if check is None:
                 why = "the model is sharded" if self.source.loaded.sharded else "no example has a gradient"
                 reporter.tell(f"gradients are not compared with autograd's: {why}")

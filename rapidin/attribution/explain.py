@@ -150,7 +150,7 @@ def choose_hits(work: _Work) -> None:
     )
     if options.exact:
         rows = [candidates.rows(n, options.rescored) for n in range(len(work.ranked))]
-        work.exact = work.gradients.exact(rows)
+        work.exact = work.gradients.exact(rows, by_position=options.contributions)
         work.estimates = work.ends
         work.ends = order_by_exact(work.ends, work.exact, options.top_k)
         work.clock.lap("exact")

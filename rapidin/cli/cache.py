@@ -218,7 +218,8 @@ def _what_was_done(bar: "CachingBar") -> str:
     if not count:
         return f"all {bar.last.total:,} examples were cached before"
     text = f"cached {count:,} examples in {time_text(bar.seconds)}"
-    text += f" ({count / bar.seconds:,.1f} examples/s, {bar.last.tokens / bar.seconds:,.0f} tokens/s)"
+    preparation = f"after {time_text(bar.preparation)} of preparation " if bar.preparation else ""
+    text += f" ({preparation}{bar.rate(count):,.1f} examples/s, {bar.rate(bar.last.tokens):,.0f} tokens/s)"
     return text + (f" after the {bar.last.resumed:,} cached before" if bar.last.resumed else "")
 
 

@@ -30,6 +30,10 @@ if TYPE_CHECKING:
     from rapidin.cache.progress import Progress
 
 
+LINE_SECONDS = 30.0  # between two lines of a log
+_CERTAIN_SECONDS = 3.0  # of caching, before it says how long the rest takes
+
+
 class _Shown:
     """A progress bar that is shown inside a `with` block."""
 
@@ -48,14 +52,16 @@ class _Shown:
 class CachingBar(_Shown):
     """Shows the progress of caching: examples/s, tokens/s and time left. Call it with each `Progress`.
 
-    Prints nothing if the console is not a terminal. last: the latest progress; seconds: time since the first,
-    by the clock.
+    If the console is not a terminal, it prints a line every `LINE_SECONDS` seconds. last: the latest
+    progress; seconds: time since the first, by the clock; preparation: of these, the seconds before examples
+    were cached, which rates leave out.
     """
 
     def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
         self.last: Progress | None = None
+        self.preparation = 0.0
         self._clock = clock
-        self._started = clock()
+        self._started = self._line_at = clock()
         self._console = console
         self._bar = Bar(
             TextColumn("{task.description}", table_column=Column(no_wrap=True)),
@@ -82,13 +88,28 @@ class CachingBar(_Shown):
         self.last = progress
         if progress.message and self._console.is_terminal:
             self._bar.console.print(one_line(progress.message))
-        rates = f"{progress.done:,}/{progress.total:,}"
+        what, done, total, rates = "caching", progress.done, progress.total, self._rates(progress)
+        if progress.stage is not None:
+            self.preparation = self.seconds
+            what, done, total = progress.stage.name, progress.stage.done, progress.stage.total
+            rates = f"{done:,}/{total:,} examples"
+        self._bar.update(self._task, description=what, completed=done, total=total, rates=rates)
+        if not self._console.is_terminal and self._clock() - self._line_at >= LINE_SECONDS:
+            self._line_at = self._clock()
+            self._console.print(f"rapidin: {what}: {rates}", soft_wrap=True, highlight=False)
+
+    def rate(self, count: int) -> float:
+        """So many examples or tokens per second of caching."""
+        return count / max(1e-9, self.seconds - self.preparation)
+
+    def _rates(self, progress: Progress) -> str:
+        text = f"{progress.done:,}/{progress.total:,}"
         new = progress.done - progress.resumed
-        if new and self.seconds > 0:
-            each = self.seconds / new
-            rates += f" · {1 / each:,.1f} examples/s · {progress.tokens / self.seconds:,.0f} tokens/s"
-            rates += f" · {time_text(each * (progress.total - progress.done))} left"
-        self._bar.update(self._task, completed=progress.done, total=progress.total, rates=rates)
+        if new and self.seconds > self.preparation:
+            text += f" · {self.rate(new):,.1f} examples/s · {self.rate(progress.tokens):,.0f} tokens/s"
+            if self.seconds - self.preparation >= _CERTAIN_SECONDS:
+                text += f" · {time_text((progress.total - progress.done) / self.rate(new))} left"
+        return text
 
 
 class BytesBar(_Shown):

@@ -30,6 +30,9 @@ class Reporter(Protocol):
     def tell(self, message: str | None) -> None:
         """Something to tell the user."""
 
+    def stage(self, name: str, done: int, total: int) -> None:
+        """So many of `total` passes over examples are done, of a step that comes before sketching."""
+
 
 class Silent:
     """A reporter that tells nobody."""
@@ -39,6 +42,8 @@ class Silent:
     def sketched(self, done: int, tokens: int, skipped: Download | None) -> None: ...
 
     def tell(self, message: str | None) -> None: ...
+
+    def stage(self, name: str, done: int, total: int) -> None: ...
 
 
 SILENT = Silent()

@@ -320,9 +320,10 @@ class GradientSource:
         good = [n for n, text in enumerate(texts) if text.status == Status.OK]
         points = []
         for number in range(len(self.points)):
+            counted = _Counted(reporter, number * len(good), len(self.points) * len(good))
             with self.at(number):
                 if self.config.kind == "kfac":
-                    moments = self._factor_moments(good, texts, reporter)
+                    moments = self._factor_moments(good, texts, counted)
                     if not moments.examples:
                         reporter.tell(
                             "no example of the sample has a gradient, so gradients are not preconditioned"
@@ -330,14 +331,15 @@ class GradientSource:
                     points.append(kfac_scales(moments, self.config.exponent, self.config.damping))
                 else:
                     squares = Moments(self.targets)
-                    for _, result in self.batches.run(good, texts, self.sketcher.squares, reporter):
+                    for chosen, result in self.batches.run(good, texts, self.sketcher.squares, reporter):
+                        counted.add(len(chosen))
                         if result is not None:
                             squares.add(result)
                     points.append(squares.scales(self.config.exponent, self.config.floor))
         return Preconditioner(points)
 
     def _factor_moments(
-        self, good: Sequence[int], texts: Sequence[AnyExample], reporter: Reporter
+        self, good: Sequence[int], texts: Sequence[AnyExample], counted: _Counted
     ) -> FactorMoments:
         """The moments of the factors of these texts' gradients, at the point where the model is.
 
@@ -349,6 +351,7 @@ class GradientSource:
         while True:
             moments = FactorMoments(self.targets, self.config.rank, self.settings.seed, self.loaded.device)
             spoilt = False
+            counted.restart()
 
             def add(batch: AnyBatch, moments: FactorMoments = moments) -> bool:
                 nonlocal spoilt
@@ -359,12 +362,28 @@ class GradientSource:
                 return True
 
             left = list(good)
-            for chosen, added in self.batches.run(good, texts, add, reporter):
+            for chosen, added in self.batches.run(good, texts, add, counted.reporter):
+                counted.add(len(chosen))
                 if added is None:
                     left = [n for n in left if n not in chosen]
             if not spoilt:
                 return moments
             good = left
+
+
+class _Counted:
+    """Counts the passes over the sample of one point; before: those of earlier points, of `total`."""
+
+    def __init__(self, reporter: Reporter, before: int, total: int) -> None:
+        self.reporter = reporter
+        self._before, self._done, self._total = before, 0, total
+
+    def add(self, passes: int) -> None:
+        self._done += passes
+        self.reporter.stage("fitting the preconditioner", self._before + self._done, self._total)
+
+    def restart(self) -> None:
+        self._done = 0
 
 
 def default_width(blocks: int, bytes_per_example: int | None = None) -> int:

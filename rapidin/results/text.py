@@ -137,11 +137,13 @@ def bytes_text(number: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Seconds as 25 ms, 4.5 s, 45 s, 3:20 min or 2:05 h."""
+    """Seconds as 25 ms, 4.5 s, 45 s, 3:20 min, 2:05 h or 12 days."""
     if seconds < 0.95:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     if seconds < 6000:
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
-    return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d} h"
+    if seconds < 360_000:
+        return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d} h"
+    return f"{seconds / 86_400:,.0f} days"

@@ -216,7 +216,7 @@ class Reward(Task):
         )
 
     def _text(self, record: Record, name: str) -> Text:
-        text, special = rendered(self.encoder.tokenizer, record.get("prompt"), record[name])
+        text, special = rendered(self.encoder.chats, record, record[name])
         if special and self.encoder.eos and not text.endswith(self.encoder.eos):
             text += self.encoder.eos
         return self.encoder(text, special=special)
@@ -232,7 +232,7 @@ class Reward(Task):
 
     def check(self, record: Record) -> None:
         for name in ("chosen", "rejected"):
-            rendered(self.encoder.tokenizer, record.get("prompt"), record[name])
+            rendered(self.encoder.chats, record, record[name])
 
     def filler(self) -> Example:
         text = {"input_ids": [0], "attention_mask": [1]}

@@ -17,7 +17,7 @@ from rapidin.data.records import Record
 from rapidin.errors import UserError, short
 from rapidin.ops.transfer import upload
 from rapidin.tasks.causal import Causal, TokenBatch, example_losses
-from rapidin.tasks.chats import answered
+from rapidin.tasks.chats import encoded
 from rapidin.tasks.names import forms_of
 from rapidin.tasks.task import Example, Task
 
@@ -27,8 +27,8 @@ _NOTHING = Encoded([0], [False], Status.NO_TARGET)  # the second text of what is
 class Preferences(Task):
     """What DPO and KTO share: the log-probability of an answer minus that under the reference model.
 
-    encoder: of causal texts; beta: of the loss. The log-probability of an answer is the sum over its tokens,
-    in a chat over the last assistant turn. The reference is the model before it was tuned: the base model, or
+    encoder: of causal texts; beta: of the loss. The log-probability of an answer is the sum over its tokens:
+    in a chat, over those that follow the prompt, or over the last turn if there is no prompt. The reference is the model before it was tuned: the base model, or
     the model without its adapter. Its log-probabilities are constants of an example. A query may also be a
     prompt, with or without a completion, as for a causal model: then its loss is that of the completion.
     """
@@ -53,7 +53,7 @@ class Preferences(Task):
         raise NotImplementedError
 
     def example(self, record: Record) -> Example:
-        texts = [self.encoder(answered(record.get("prompt"), each)) for each in self.answers(record)]
+        texts = [encoded(self.encoder, record, each) for each in self.answers(record)]
         return self._example(texts, self.sign(record))
 
     def _example(self, texts: Sequence[Encoded], sign: float, *, plain: bool = False) -> Example:

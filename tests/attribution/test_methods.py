@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fitted import fitted
+from own_gradients import exact_gradients
 from tiny import records, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
@@ -29,7 +30,6 @@ from rapidin.attribution.scan import scores_of
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.errors import UserError
-from rapidin.tasks.causal import TokenBatch
 
 ALL = [(m, n) for m in methods.METHODS for n in methods.NORMALIZE]
 QUERIES = records(4, seed=9)
@@ -55,8 +55,8 @@ def gradients(attributor: Attributor, rows: list[dict[str, Any]]) -> list[Tensor
     with attributor.loaded.path.at(attributor.source.points[0]):
         for record in rows:
             encoded = attributor.source.encoder(record)
-            factors = attributor.source.sketcher.factors(TokenBatch.of([(encoded.ids, encoded.target)]))
-            found.append([torch.bmm(g.double().mT, a.double()).flatten() for a, g in factors])
+            exact = exact_gradients(attributor.source.sketcher, (encoded.ids, encoded.target))
+            found.append([gradient.double().flatten() for gradient in exact])
     return [torch.stack(column) for column in zip(*found, strict=True)]
 
 

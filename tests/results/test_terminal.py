@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from rapidin.cache.progress import Progress
+from rapidin.cache.progress import Progress, Stage
 from rapidin.cli.progress import BytesBar, CachingBar
 from rapidin.results.json import results_json
 from rapidin.results.terminal import hits_report, make_console
@@ -253,11 +253,40 @@ def test_caching_bar() -> None:
         now[0] += 10.0
         bar(Progress(300, 1000, 5000, 1, 200))
         bar._bar.refresh()
+        first = file.getvalue()
+        now[0] += 5.0
+        bar(Progress(300, 1000, 5000, 1, 200, stage=Stage("fitting", 64, 128)))
+        bar._bar.refresh()
+        now[0] += 2.0
+        bar(Progress(340, 1000, 7000, 1, 200))
+        bar._bar.refresh()
     text = file.getvalue()
+    assert "fitting" in text[len(first) :]
+    assert "64/128 examples" in text[len(first) :]
+    # Of the time only what comes after the stage counts, and after two seconds nobody knows what is left.
+    assert "340/1,000 · 70.0 examples/s · 3,500 tokens/s" in text
+    assert "left" not in text[len(first) :]
+    assert bar.preparation == 15.0
+    text = first
     assert "200 of 1,000 examples were cached before" in text
     assert "one [bold]thing[/] to say" in text
     assert "300/1,000 · 10.0 examples/s · " in text
     assert "tokens/s · 70 s left" in text
+
+
+def test_a_log_gets_a_line_every_half_minute() -> None:
+    file = io.StringIO()
+    now = [0.0]
+    with CachingBar(Console(file=file, width=20), lambda: now[0]) as bar:
+        for step in range(1, 101):
+            now[0] += 1.0
+            fitting = Stage("fitting the preconditioner", step, 40) if step <= 40 else None
+            bar(Progress(10 * max(0, step - 40), 2000, 100 * max(0, step - 40), 0, 0, stage=fitting))
+    assert file.getvalue().splitlines() == [
+        "rapidin: fitting the preconditioner: 30/40 examples",
+        "rapidin: caching: 200/2,000 · 10.0 examples/s · 100 tokens/s · 3:00 min left",
+        "rapidin: caching: 500/2,000 · 10.0 examples/s · 100 tokens/s · 2:30 min left",
+    ]
 
 
 def test_bars_are_silent_without_a_terminal() -> None:
@@ -282,6 +311,7 @@ def test_bars_are_silent_without_a_terminal() -> None:
         (99.4, "99 s"),
         (200, "3:20 min"),
         (7500, "2:05 h"),
+        (15_630_000, "181 days"),
     ],
 )
 def test_time_text(seconds: float, text: str) -> None:
