@@ -1,26 +1,27 @@
-"""The null distribution of a cache: the best scores of texts that nothing in the data stands out for.
+"""The null distribution of a cache: the best scores of texts that the data has nothing to do with.
 
-The error of a score is that of the sketch alone: the best of many rows has a positive score with a small error even
-if the data has nothing to do with the question. So at the end of caching two sets of texts are scored against all
-rows, and their best scores are kept in the manifest, where a query's best score is placed among them:
+The error of a score is that of the sketch alone: the best of many rows has a positive score and a small error even
+for a question that no row is about. So at the end of caching two sets of texts are scored against all rows, and the
+manifest keeps their best scores, among which a query's best score is placed (`rapidin.attribution.verdict`):
 
-    questions   everyday questions (`neutral_questions`), put in the form of the data, with the model's own answers
-    rows        rows of the data themselves, each against all rows but itself and its exact duplicates
+    questions   everyday questions (`neutral_questions`) in the form of the data, with the model's own answers
+    rows        some rows of the data, each against all rows but itself and its exact duplicates
 
-A question that the data itself asks is left out. If a query is as unrelated to the data as the questions, its best
-score is above all n of theirs with a probability of 1 / (n + 1), whatever the distribution.
+A question is left out if its best row asks the same or answers the same, word for word: it is not unrelated. Scores
+that are not normalized are divided by the length of the text's gradient, since they are proportional to it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rapidin import distributed
 from rapidin.attribution import methods
-from rapidin.attribution.duplicates import exact_copies, shingles
+from rapidin.attribution.duplicates import Shingles, exact_copies, shingles
 from rapidin.attribution.methods import NORMALIZE, counted
 from rapidin.attribution.neutral_questions import QUESTIONS
 from rapidin.attribution.scan import scan_cache
@@ -28,24 +29,39 @@ from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.cache.build import sample_rows
 from rapidin.cache.codec import FloatCodec
-from rapidin.data.encoding import AnyExample, Status
+from rapidin.data.encoding import Status
 from rapidin.data.examples import Examples
-from rapidin.data.records import record_parts
-from rapidin.errors import UserError
+from rapidin.data.generations import Generation
+from rapidin.data.records import Record, record_parts
 from rapidin.gradients.source import GradientSource
 from rapidin.tasks.causal import Causal
 from rapidin.tasks.names import asked_record
 
-NullScores = dict[str, dict[str, list[float]]]  # best scores, ascending, by "questions" or "rows" and normalization
+NullScores = dict[
+    str, dict[str, list[float]]
+]  # best scores, ascending, by the set's name and the normalization
 
-LEAST = 19  # texts in a set, so that a query above all of them is called strong by chance once in 20 times
-MOST = 64
+LEAST = 29  # texts in a set: a query above all of them is called strong by chance once in 30 times
+MOST_QUESTIONS, MOST_ROWS = len(QUESTIONS), 32
 NEW_TOKENS = 16  # of the model's answer to a question
-_ROWS_PER_QUESTION = 4  # the questions take about a quarter of the time of the cache's rows, at most
+_ROWS_PER_TEXT = (
+    4  # rows of the cache for each text of a set, so that the sets take little of the time of caching
+)
 _ANSWERED_TOGETHER = 32  # questions in a batch that the model answers
-_MOST_COPIES = 255  # of a row of the set "rows": with more, it is not drawn
+_MOST_COPIES = 255  # of a row that is drawn for the set "rows"
 _STREAM = 19  # of the keyed hash in docs/reference/sketch.md
-_ASKED = 0.8  # share of a question's runs of words that a row contains if it asks the question
+_SAME = 0.8  # share of the runs of words of a question or an answer that a row has if it says the same
+
+
+@dataclass(frozen=True)
+class _Texts:
+    """Texts of one set: their sketches [n, blocks, width], and of questions what was asked and answered, of rows
+    their numbers."""
+
+    sketch: Tensor
+    questions: tuple[str, ...] = ()
+    answers: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
 
 def null_scores(
@@ -53,111 +69,114 @@ def null_scores(
 ) -> NullScores | None:
     """The best scores of both sets; None, with the reason told, if there can be none.
 
-    cache: complete; source: the source that made it. Runs in one process, and reads a few examples.
+    cache: complete; source: the source that made it; examples: of which the best rows of questions are read. The
+    leading process runs this alone.
     """
-    world, rows = distributed.world(), counted(cache).nonzero()[:, 0].tolist()
-    if len(rows) < _ROWS_PER_QUESTION * LEAST:
-        tell(f"no null distribution for verdicts: it takes at least {_ROWS_PER_QUESTION * LEAST} examples")
+    world, numbers = distributed.world(), counted(cache).nonzero()[:, 0].tolist()
+    most = len(numbers) // _ROWS_PER_TEXT
+    if most < LEAST:
+        tell(f"no null distribution for verdicts: it takes at least {_ROWS_PER_TEXT * LEAST} examples")
         return None
     if source.loaded.sharded:
         tell("no null distribution for verdicts: the model is sharded")
         return None
-    with distributed.using(distributed.World() if not world.alone else world):
-        scores: NullScores = {}
-        asked = _asked(source, str(cache.manifest.data.get("form")), len(rows) // _ROWS_PER_QUESTION)
-        if asked is not None:
-            questions, sketch = asked
-            scores["questions"] = _of_questions(cache, examples, questions, sketch)
-        own = _own_rows(cache, rows)
-        if own:
-            scores["rows"] = _of_rows(cache, own, source.loaded.device)
-    kept = {name: of for name, of in scores.items() if all(len(best) >= LEAST for best in of.values())}
+    with distributed.using(world if world.alone else distributed.World()):
+        asked = _questions(source, str(cache.manifest.data.get("form")), min(most, MOST_QUESTIONS))
+        own = _rows(cache, numbers, source.loaded.device)
+        scores = _best_scores(cache, examples, asked, own)
+    kept = {name: best for name, best in scores.items() if all(len(of) >= LEAST for of in best.values())}
     if not kept:
         tell("no null distribution for verdicts: too few texts have a score")
     return kept or None
 
 
-# ----------------------------------------------------------------------------------------- questions
+def _questions(source: GradientSource, form: str, most: int) -> _Texts:
+    """At most that many questions with the model's answers; none if the task has no such answers.
 
-
-def _asked(source: GradientSource, form: str, most: int) -> tuple[list[str], Tensor] | None:
-    """Questions with the sketches [n, blocks, width] of their answers; None if the task has no such answers.
-
-    form: of the training data; most: how many questions are asked.
+    form: of the training data.
     """
-    task = source.task
-    if type(task) is not Causal or not hasattr(source.loaded.model, "generate"):
-        return None
+    task, model = source.task, source.loaded.model
     prompts: dict[str, str] = {}
-    for question in QUESTIONS[: min(most, MOST)]:
-        prompt = task.encoder.prompt_text(asked_record(question, form))
-        if 0 < len(task.encoder.prompt_ids(prompt)) < task.encoder.max_length - NEW_TOKENS:
-            prompts[question] = prompt
-    questions, texts = list(prompts), list[AnyExample]()
+    if isinstance(task, Causal) and hasattr(model, "generate"):
+        for question in QUESTIONS[:most]:
+            prompt = task.encoder.prompt_text(asked_record(question, form))
+            if 0 < len(task.encoder.prompt_ids(prompt)) < task.encoder.max_length - NEW_TOKENS:
+                prompts[question] = prompt
+    questions, answers = list(prompts), list[Generation]()
     for at in range(0, len(questions), _ANSWERED_TOGETHER):
-        some = [prompts[question] for question in questions[at : at + _ANSWERED_TOGETHER]]
-        texts += [each.encoded for each in task.answers(source.loaded.model, some, NEW_TOKENS)]
-    answered = [n for n, text in enumerate(texts) if text.status == Status.OK]
-    sketch, status = source.sketches([texts[n] for n in answered])
-    good = (status == 0).nonzero()[:, 0].tolist()
-    return [questions[answered[n]] for n in good], sketch[good]
+        batch = [prompts[question] for question in questions[at : at + _ANSWERED_TOGETHER]]
+        answers += task.answers(model, batch, NEW_TOKENS)
+    sketch, status = source.sketches([answer.encoded for answer in answers])
+    good = (status == int(Status.OK)).nonzero()[:, 0].tolist()
+    return _Texts(sketch[good], tuple(questions[n] for n in good), tuple(answers[n].completion for n in good))
 
 
-def _of_questions(
-    cache: Cache, examples: Examples, questions: Sequence[str], sketch: Tensor
-) -> dict[str, list[float]]:
-    """The best scores of questions by normalization, without those that their best row asks too."""
-    known = [shingles(question) for question in questions]
-    best: dict[str, list[float]] = {}
-    for normalize in NORMALIZE:
-        scores, rows = _top(cache, sketch, normalize, 1)
-        asked = []
-        for n, row in enumerate(rows[:, 0].tolist()):
-            record = examples.get(row)
-            of_row = shingles(" ".join(record_parts(record))) if record is not None else frozenset()
-            asked.append(len(known[n] & of_row) >= _ASKED * len(known[n]))
-        best[normalize] = _sorted([s for s, left_out in zip(scores[:, 0].tolist(), asked, strict=True) if not left_out])
-    return best
-
-
-# ---------------------------------------------------------------------------------------------- rows
-
-
-def _own_rows(cache: Cache, rows: Sequence[int]) -> list[int]:
-    """Rows of the cache to be scored against the others. None if its codec keeps too few bits: a row's stored sketch
-    then is a much coarser one than that of a query."""
-    if not isinstance(cache.codec, FloatCodec):
-        return []
-    chosen = [rows[n] for n in sample_rows(len(rows), MOST, cache.manifest.sketch["seed"], _STREAM)]
-    copies = exact_copies(cache, chosen)
-    return [row for row in chosen if len(copies[row]) <= _MOST_COPIES]
-
-
-def _of_rows(cache: Cache, own: list[int], device: torch.device) -> dict[str, list[float]]:
-    """The best scores of rows, by normalization, with any row that has another record."""
+def _rows(cache: Cache, numbers: Sequence[int], device: torch.device) -> _Texts:
+    """Some of these rows of a cache; none if its codec has few bits, which make the sketch of a row much coarser
+    than that of a query."""
+    chosen: list[int] = []
+    if isinstance(cache.codec, FloatCodec):
+        seed = cache.manifest.sketch["seed"]
+        drawn = [numbers[n] for n in sample_rows(len(numbers), MOST_ROWS, seed, _STREAM)]
+        chosen = [row for row, others in exact_copies(cache, drawn).items() if len(others) <= _MOST_COPIES]
     blocks, width = len(cache.layers), cache.manifest.width
-    sketch = cache.sketches(own).view(-1, blocks, width) * cache.lengths(own)[:, :, None]
-    hashes = cache.records(own)[:, None]
-    copies = max(len(others) for others in exact_copies(cache, own).values())
-    best: dict[str, list[float]] = {}
+    if not chosen:
+        return _Texts(torch.zeros(0, blocks, width, device=device))
+    unit = cache.sketches(chosen).view(-1, blocks, width)
+    return _Texts((unit * cache.lengths(chosen)[:, :, None]).to(device), rows=tuple(chosen))
+
+
+def _best_scores(cache: Cache, examples: Examples, asked: _Texts, own: _Texts) -> NullScores:
+    """The best scores of questions and of rows."""
+    scores: NullScores = {"questions": {}, "rows": {}}
+    sketch, count = torch.cat([asked.sketch, own.sketch]), len(asked.questions)
+    if not len(sketch):
+        return scores
+    copies = max((len(others) for others in exact_copies(cache, own.rows).values()), default=0)
+    said = [(shingles(a), shingles(b)) for a, b in zip(asked.questions, asked.answers, strict=True)]
+    tops: dict[str, tuple[Tensor, Tensor]] = {}
     for normalize in NORMALIZE:
-        scores, rows = _top(cache, sketch.to(device), normalize, copies + 2)
-        real = rows >= 0
-        hashes_of_hits = torch.zeros_like(rows)
-        hashes_of_hits[real] = cache.records(rows[real].tolist())
-        other = scores.masked_fill(~real | (hashes_of_hits == hashes), -torch.inf).max(1).values
-        best[normalize] = _sorted(other[other.isfinite()].tolist())
-    return best
+        scan = CacheScan(cache, methods.prepare(sketch, normalize=normalize))
+        (best, rows), _ = scan_cache(scan, copies + 2)
+        tops[normalize] = best / gradient_lengths(sketch, normalize).cpu()[:, None], rows
+    unrelated = [
+        n
+        for n, words in enumerate(said)
+        if not any(_says(examples.get(int(rows[n, 0])), *words) for _, rows in tops.values())
+    ]
+    for normalize, (best, rows) in tops.items():
+        scores["questions"][normalize] = _sorted(best[unrelated, 0].tolist())
+        scores["rows"][normalize] = _sorted(_best_others(cache, own.rows, best[count:], rows[count:]))
+    return scores
 
 
-# ------------------------------------------------------------------------------------------- helpers
+def gradient_lengths(sketch: Tensor, normalize: str) -> Tensor:
+    """What the best scores of queries [n, blocks, width] are divided by so that they can be compared: [n] float32.
+
+    Without a normalization it is the length of a query's gradient, which its scores are proportional to; otherwise 1.
+    """
+    if normalize != "none":
+        return torch.ones(len(sketch), device=sketch.device)
+    return sketch.double().flatten(1).norm(dim=1).clamp(min=1e-38).float()
 
 
-def _top(cache: Cache, sketch: Tensor, normalize: str, count: int) -> tuple[Tensor, Tensor]:
-    """The best scores [n, count] of texts with these sketches, and their rows."""
-    return scan_cache(CacheScan(cache, methods.prepare(sketch, normalize=normalize)), count)[0]
+def _says(record: Record | None, *texts: Shingles) -> bool:
+    """Whether a record says the same as one of these texts, word for word."""
+    if record is None:
+        return False
+    of_record = frozenset().union(*map(shingles, record_parts(record)))
+    return any(len(text & of_record) >= _SAME * len(text) for text in texts)
 
 
-def _sorted(scores: Sequence[float]) -> list[float]:
-    """Scores for a manifest, ascending, with as many digits as they are known to."""
+def _best_others(cache: Cache, own: Sequence[int], scores: Tensor, rows: Tensor) -> Iterator[float]:
+    """Of each row the best of these scores [n, k] that belongs to another record; rows: [n, k], -1 for none."""
+    hashes = cache.records(list(own)).tolist() if own else []
+    for record, of_scores, of_rows in zip(hashes, scores.tolist(), rows.tolist(), strict=True):
+        hits = [row for row in of_rows if row >= 0]
+        others = zip(of_scores, cache.records(hits).tolist(), strict=False)
+        yield from [score for score, other in others if other != record][:1]
+
+
+def _sorted(scores: Iterable[float]) -> list[float]:
+    """Scores as the manifest has them: ascending, with as many digits as float32 tells apart on any machine."""
     return sorted(float(f"{score:.6g}") for score in scores)
