@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from rapidin.attribution.attributor import Attributor as Attributor
     from rapidin.attribution.ensemble import Ensemble as Ensemble
     from rapidin.attribution.methods import self_influence as self_influence
+    from rapidin.attribution.one_call import explain as explain
     from rapidin.cache import Cache as Cache
     from rapidin.errors import CoverageWarning as CoverageWarning
     from rapidin.errors import UserError as UserError
@@ -28,6 +29,7 @@ _HOMES = {
     "Ensemble": "rapidin.attribution.ensemble",
     "UserError": "rapidin.errors",
     "self_influence": "rapidin.attribution.methods",
+    "explain": "rapidin.attribution.one_call",
     "load_model": "rapidin.gradients.load",
     "patient_threads": "rapidin.threads",
 }
@@ -38,6 +40,7 @@ __all__ = [
     "Ensemble",
     "UserError",
     "__version__",
+    "explain",
     "load_model",
     "ops",
     "patient_threads",

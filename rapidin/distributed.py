@@ -273,7 +273,7 @@ class World:
         if self.local_rank >= torch.cuda.device_count():
             raise UserError(
                 f"{torch.cuda.device_count()} GPUs for more processes than that",
-                "say --nproc-per-node gpu to torchrun, or --device cpu",
+                "start one for each GPU at most, or use `device='cpu'`",
             )
         torch.cuda.set_device(self.local_rank)
         return f"cuda:{self.local_rank}"

@@ -34,18 +34,18 @@ def format_of(options: CacheOptions, width: int) -> CodecConfig:
     if dtype in codec.FLOATS and (budget is not None or sample):
         raise UserError(
             f"{dtype} rows keep every number of the sketch",
-            "use --bytes with --dtype sign, int4 or int8, or leave it out",
+            "use `bytes` with `dtype='sign'`, int4 or int8, or leave it out",
         )
     if dtype in codec.PACKED and width & (width - 1):
-        raise UserError(f"--width must be a power of two with --dtype {dtype}, got {width}")
+        raise UserError(f"`width` must be a power of two with `dtype='{dtype}'`, got {width}")
     if sample is None:
         sample = 0 if budget is None else codec.DEFAULT_SAMPLE
     if sample and budget is None:
-        raise UserError("a codec that learns from a sample needs a budget", "use --bytes")
+        raise UserError("a codec that learns from a sample needs a budget", "use `bytes`")
     if sample < 0 or 0 < sample < 8:
-        raise UserError(f"--sample must be 0 or at least 8, got {sample}")
+        raise UserError(f"`sample` must be 0 or at least 8, got {sample}")
     if budget is not None and budget < codec.min_row_bytes():
-        raise UserError(f"--bytes must be at least {codec.min_row_bytes()}, got {budget}")
+        raise UserError(f"`bytes` must be at least {codec.min_row_bytes()}, got {budget}")
     return CodecConfig(dtype, budget, sample)
 
 
@@ -82,7 +82,7 @@ def build_cache(
         meter = Meter(on_progress if world.leads else None, writer, world, loop.sampled_rows())
         if world.size * 2 > len(writer.missing) > 0 and not world.alone:
             meter.tell(
-                f"{len(writer.missing)} shards for {world.size} processes: a smaller --shard-rows would keep "
+                f"{len(writer.missing)} shards for {world.size} processes: a smaller `shard_rows` would keep "
                 "all of them busy to the end"
             )
         fitting.settle_check(examples, meter, options.check)

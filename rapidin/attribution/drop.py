@@ -55,7 +55,7 @@ def candidates(source: str, conditions: DropConditions) -> Candidates:
         scored = [name for name in ("top_k", "min_score", "max_score") if getattr(conditions, name)]
         if scored or conditions.harmful or not conditions.where:
             raise UserError(
-                f"a cache has no scores, so rows of '{source}' can be chosen by --where alone",
+                f"a cache has no scores, so rows of '{source}' can be chosen by `where` alone",
                 "give the hits of 'rapidin query --json', or the table of 'rapidin self --out'",
             )
         return Candidates(None, caches=[Path(source)])
@@ -71,10 +71,10 @@ def candidates(source: str, conditions: DropConditions) -> Candidates:
         return _of_hits(hits, source, conditions)
     lines = _of_table(text, source, conditions)
     if conditions.harmful:
-        raise UserError("--harmful chooses among hits, and this is a table", "use --max-score")
+        raise UserError("`harmful` chooses among hits, and this is a table", "use `max_score`")
     if conditions.top_k is conditions.min_score is conditions.max_score is None:
         raise UserError(
-            f"'{source}' has the scores of all rows", "say which: --top-k, --min-score or --max-score"
+            f"'{source}' has the scores of all rows", "say which: `top_k`, `min_score` or `max_score`"
         )
     return Candidates(lines)
 
@@ -158,7 +158,7 @@ def rows_to_drop(
         data = found.data if cache is None else cache.manifest.data.get("path")
         data = join_paths([data] if isinstance(data, str) else data)
     if data is None:
-        raise UserError("nothing says which training data the rows are of", "name it with --train-data")
+        raise UserError("nothing says which training data the rows are of", "name it with `train_data`")
     if cache is not None:
         opened = training_data(cache, data)
         assert opened is not None
@@ -202,6 +202,6 @@ def _rows_of(lines: list[int] | None, examples: Examples) -> Iterator[int]:
         if line not in rows:
             raise UserError(
                 f"the training data has no example {line}, so it is not what was scored",
-                "name the right file with --train-data",
+                "name the right file with `train_data`",
             )
         yield rows[line]

@@ -244,7 +244,7 @@ def compare_baselines(work: _Work) -> None:
     assert work.data is not None
     source = work.sources(len(work.query.sketches) - 1)
     if source.loaded.sharded:
-        raise UserError("--baselines needs an unsharded model", "leave out --shard-model")
+        raise UserError("`baselines` needs an unsharded model", "leave out `shard_model`")
     counted = methods.counted(work.cache)
     texts = [
         baselines.plain_text(work.data[row]) if counts else "" for row, counts in enumerate(counted.tolist())

@@ -24,9 +24,10 @@ from rapidin.attribution import methods
 from rapidin.attribution.duplicates import Shingles, exact_copies, shingles
 from rapidin.attribution.methods import NORMALIZE, counted
 from rapidin.attribution.neutral_questions import QUESTIONS
+from rapidin.attribution.questions import asked as asked_record
 from rapidin.attribution.scan import scan_cache
 from rapidin.attribution.scan_pieces import CacheScan
-from rapidin.cache import Cache
+from rapidin.cache import Cache, Manifest
 from rapidin.cache.build import sample_rows
 from rapidin.cache.codec import FloatCodec
 from rapidin.data.encoding import Status
@@ -35,7 +36,6 @@ from rapidin.data.generations import Generation
 from rapidin.data.records import Record, record_parts
 from rapidin.gradients.source import GradientSource
 from rapidin.tasks.causal import Causal
-from rapidin.tasks.names import asked_record
 
 NullScores = dict[
     str, dict[str, list[float]]
@@ -81,7 +81,7 @@ def null_scores(
         tell("no null distribution for verdicts: the model is sharded")
         return None
     with distributed.using(world if world.alone else distributed.World()):
-        asked = _questions(source, str(cache.manifest.data.get("form")), min(most, MOST_QUESTIONS))
+        asked = _questions(source, cache.manifest, min(most, MOST_QUESTIONS))
         own = _rows(cache, numbers, source.loaded.device)
         scores = _best_scores(cache, examples, asked, own)
     kept = {name: best for name, best in scores.items() if all(len(of) >= LEAST for of in best.values())}
@@ -90,16 +90,13 @@ def null_scores(
     return kept or None
 
 
-def _questions(source: GradientSource, form: str, most: int) -> _Texts:
-    """At most that many questions with the model's answers; none if the task has no such answers.
-
-    form: of the training data.
-    """
+def _questions(source: GradientSource, manifest: Manifest, most: int) -> _Texts:
+    """At most that many questions with the model's answers; none if the task has no such answers."""
     task, model = source.task, source.loaded.model
     prompts: dict[str, str] = {}
     if isinstance(task, Causal) and hasattr(model, "generate"):
         for question in QUESTIONS[:most]:
-            prompt = task.encoder.prompt_text(asked_record(question, form))
+            prompt = task.encoder.prompt_text(asked_record(manifest, question))
             if 0 < len(task.encoder.prompt_ids(prompt)) < task.encoder.max_length - NEW_TOKENS:
                 prompts[question] = prompt
     questions, answers = list(prompts), list[Generation]()

@@ -17,7 +17,7 @@ from rapidin.data.examples import Examples
 from rapidin.errors import UserError
 from rapidin.gradients.check import GradientCheck
 from rapidin.gradients.load import load_model
-from rapidin.gradients.model import LoadedModel
+from rapidin.gradients.model import MEMORY, LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner, PreconditionerConfig
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
@@ -36,7 +36,7 @@ def load_model_of(path: str | Path, location: ModelLocation | None = None) -> Lo
     location = location or ModelLocation()
     name = location.model or source.get("model")
     if name is None:
-        raise UserError(f"the cache in '{path}' does not say which model made it", "name it with --model")
+        raise UserError(f"the cache in '{path}' does not say which model made it", _how_to_load(manifest))
     return load_model(
         name,
         adapter=location.adapter or source.get("adapter"),
@@ -46,6 +46,20 @@ def load_model_of(path: str | Path, location: ModelLocation | None = None) -> Lo
         trust_remote_code=location.trust_remote_code,
         shard_model=location.shard_model,
         task=task_name(manifest),
+    )
+
+
+def _how_to_load(manifest: Manifest) -> str:
+    """What to do if the model that was loaded is not the one that made the cache."""
+    source, identity = manifest.model["source"], manifest.model["identity"]
+    if "dtype" in source and MEMORY not in source:  # it was loaded by its names
+        return "name what it was made with: `model`, `adapter` or `base`"
+    saved = ["adapter"] if "adapter" in identity else []
+    saved += [] if saved and source.get("model") else ["model"]
+    return (
+        "it was made with a model in memory: in Python use rapidin.Attributor.like(cache, model, tokenizer), "
+        f"or save the {' and the '.join(saved)} with save_pretrained and name "
+        f"{' and '.join(f'`{name}`' for name in saved)}"
     )
 
 
@@ -148,10 +162,7 @@ def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
     """
     recorded, loaded = manifest.model["identity"], source.loaded.identity
     if recorded != loaded:
-        raise UserError(
-            f"the cache was made {other_model(recorded, loaded)}",
-            "name what it was made with: --model, --adapter or --base",
-        )
+        raise UserError(f"the cache was made {other_model(recorded, loaded)}", _how_to_load(manifest))
     expected = manifest_of(source, manifest.codec, manifest.rows)
     for section in ("sketch", "gradient", "layers"):
         of_cache, of_source = getattr(manifest, section), getattr(expected, section)

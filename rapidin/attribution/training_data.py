@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from rapidin.errors import UserError
 from rapidin.results.types import Hit
 from rapidin.tasks.names import forms_of
 
+_LOG = logging.getLogger("rapidin")
+
 
 def cached_record(
     examples: Examples, row: int, index: int, cached_hash: int, alternative: str = ""
@@ -30,7 +33,7 @@ def cached_record(
         named = ", ".join(examples.path) if isinstance(examples.path, list) else examples.path
         raise UserError(
             f"the training data '{named}' is not what was cached: see example {index}",
-            f"name the right file with --train-data{alternative}",
+            f"name the right file with `examples`{alternative}",
         )
     return record
 
@@ -39,17 +42,24 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
     """The training examples to show with hits, opened but not read; by default those that the cache was made
     of.
 
-    None if `examples` is False, or if the examples were never in a file. Raises UserError if they do not
-    exist or their number is another; `hits_of` checks each example that is shown.
+    None if `examples` is False, or if the examples were in the memory of another process, which is said.
+    Raises UserError if they do not exist or their number is another; `hits_of` checks each example that is
+    shown.
     """
     if examples is False:
         return None
     if isinstance(examples, Examples):
         return examples
     source = cache.manifest.data.get("path") if examples is None else examples
+    if source is None and cache.examples is None:
+        _LOG.warning(
+            "the hits have no texts, since the cache %s was made from data in memory; give the same data "
+            "with `examples` to see them",
+            cache.path,
+        )
     if source is None:
-        return None
-    remedy = "name it with --train-data, or use --no-text to see line numbers only"
+        return cache.examples
+    remedy = "name it with `examples`, or use `examples=False` to see line numbers only"
     if examples is None:
         source = join_paths([source] if isinstance(source, str) else source)
     paths = list(source.paths) if isinstance(source, Files) else [source]
@@ -87,6 +97,6 @@ def hits_of(cache: Cache, examples: Examples | None, scores: Tensor, rows: Tenso
     for n, (score, row) in enumerate(ranked):
         example = None
         if examples is not None:
-            example = cached_record(examples, row, index[n], hashes[n], ", or use --no-text")
+            example = cached_record(examples, row, index[n], hashes[n], ", or use `examples=False`")
         hits.append(Hit(n + 1, index[n], row, score, example))
     return hits

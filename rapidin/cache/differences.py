@@ -50,9 +50,9 @@ def _refuse(section: str, words: str, cached: Any, requested: Any, folder: Path,
         detail = f" ({key}: {there} in the cache, {here} requested)"
     elif not isinstance(cached, list):
         detail = f" ({cached} in the cache, {requested} requested)"
-    remedy = "name another folder with --out"
+    remedy = "name another folder"
     if append:
-        remedy += ", or add the new examples with --append"
+        remedy += ", or add the new examples with `append`"
     raise UserError(f"the cache in '{folder}' was made {words}{detail}", remedy)
 
 

@@ -229,13 +229,13 @@ class Manifest:
         if self.dim > _MAX_DIM:
             raise UserError(
                 f"the sketch would have {self.dim:,} numbers, at most {_MAX_DIM:,} are possible",
-                "lower --width",
+                "lower `width`",
             )
         if self.shards_in_all * _SHARD_BYTES > _MAX_BYTES // 2:
             least = -(-self.rows * _SHARD_BYTES * 2 // _MAX_BYTES)
             raise UserError(
                 f"the cache would have {self.shards_in_all:,} shards, too many for one manifest",
-                f"--shard-rows must be at least {least}",
+                f"`shard_rows` must be at least {least}",
             )
 
     # ------------------------------------------------------------------------------------ reading

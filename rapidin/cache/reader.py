@@ -19,6 +19,7 @@ from rapidin.cache.layout import Block
 from rapidin.cache.learned_files import codec_of, read_preconditioner, shard_specs
 from rapidin.cache.manifest import Manifest, Shard
 from rapidin.cache.shards import HeaderCheck, Rows, checksum_problem, read_shard, shard_path, size_problem
+from rapidin.data.examples import Examples
 from rapidin.errors import UserError
 
 
@@ -31,7 +32,8 @@ class Cache:
     >>> cache.lengths([3, 5])           # [2, blocks] float32
     >>> cache.codec                     # how rows are stored: `rapidin.cache.codec`
 
-    resident: whether rows may stay on the GPU after a scan, for the next one, if there is room.
+    resident: whether rows may stay on the GPU after a scan, for the next one, if there is room. examples: the
+    training data, if they were in memory when this process cached them; None otherwise.
 
     Raises UserError if the folder is not a cache, its manifest is damaged, or a shard has another size or
     other tensors than it must; the contents of the tensors are not read before they are needed.
@@ -40,6 +42,7 @@ class Cache:
     def __init__(self, path: str | Path, *, resident: bool = True) -> None:
         self.path = Path(path)
         self.resident = resident
+        self.examples: Examples | None = None
         self.manifest = Manifest.read(self.path)
         self._rows: dict[int, Rows] = {}
         headers = HeaderCheck(shard_specs(self.manifest)) if self.manifest.shards else None
@@ -47,6 +50,12 @@ class Cache:
             problem = size_problem(self.path, shard) or (headers and headers.problem(self.path, shard))
             if problem:
                 raise UserError(problem, "'rapidin verify' checks the whole cache")
+
+    def __repr__(self) -> str:
+        m = self.manifest
+        rows = f"{len(self):,} examples" if m.complete else f"{len(self):,} of {m.rows:,} examples"
+        size = f"{len(m.layers):,} layers x {m.width:,} dimensions in {m.codec.dtype}"
+        return f"Cache('{self.path}': {rows}, {size}, {self.bytes / 1e6:,.1f} MB)"
 
     @cached_property
     def codec(self) -> Codec:

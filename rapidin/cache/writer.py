@@ -142,7 +142,7 @@ class CacheWriter(ShardWriter):
         if needed > free:
             raise UserError(
                 f"the cache needs {needed / 1e6:,.1f} MB and '{self.folder}' has {free / 1e6:,.1f} MB free",
-                "name a folder on a larger disk, or lower --width",
+                "name a folder on a larger disk, or lower `width`",
             )
         self.manifest.write(self.folder)
 
@@ -168,13 +168,13 @@ class CacheWriter(ShardWriter):
         if prefix(existing.rows) != existing.data.get("identity"):
             raise UserError(
                 f"the first {existing.rows:,} examples are not those of the cache in '{self.folder}'",
-                "give --data as it was when they were cached, and the new examples after them",
+                "give the data as it was when they were cached, and the new examples after them",
             )
         if not existing.complete:
             raise UserError(
                 f"the cache in '{self.folder}' is unfinished: "
                 f"{existing.rows_done:,} of {existing.rows:,} examples",
-                f"finish it first, with --limit {existing.rows} instead of --append",
+                f"finish it first, with `limit={existing.rows}` instead of `append`",
             )
         if existing.codec.sample or (existing.preconditioner or {}).get("sample"):
             existing.data["begun"] = existing.rows_begun

@@ -14,7 +14,7 @@ from rapidin.data.spans import HOTWORDS
 from rapidin.distributed import world
 from rapidin.errors import UserError
 from rapidin.settings import option
-from rapidin.tasks.names import CAUSAL, asked_record
+from rapidin.tasks.names import CAUSAL
 
 if TYPE_CHECKING:
     from rapidin.attribution.ensemble import Ensemble
@@ -136,6 +136,7 @@ def query(
     console = messages(quiet)
     with quiet_libraries():
         from rapidin.attribution.groups import check_column
+        from rapidin.attribution.progress import query_text
         from rapidin.attribution.provenance import task_name
         from rapidin.attribution.training_data import training_data
         from rapidin.data.sources import join_paths
@@ -165,7 +166,7 @@ def query(
         return
     _show(results, output, ensemble, _made(ensemble, options, examples), quiet)
     if not quiet:
-        line(_summary(results, len(generations), opened))
+        line(query_text(results[0], len(generations), opened))
 
 
 def _completed(
@@ -233,16 +234,6 @@ def _show(
             line(f"the completion of query {n} does not contain {words}")
 
 
-def _summary(results: "Results", count: int, cache: "Cache") -> str:
-    from rapidin.results.text import time_text
-
-    stages = ", ".join(f"{stage} {time_text(value)}" for stage, value in results[0].seconds.items())
-    text = f"{count:,} {'query' if count == 1 else 'queries'} over {len(cache):,} examples: {stages}"
-    if not cache.manifest.complete:
-        text += f"; the cache is unfinished: {len(cache):,} of {cache.manifest.rows:,} examples are cached"
-    return text
-
-
 def _about(ensemble: "Ensemble") -> dict[str, str]:
     """What a page says of where its hits come from."""
     from rapidin import __version__
@@ -262,43 +253,16 @@ def _about(ensemble: "Ensemble") -> dict[str, str]:
 
 def _generations(source: QuerySource, cache: "Cache", folder: str) -> list[dict[str, Any]]:
     """What is to be explained, as records in which something may be missing."""
-    from rapidin.attribution.provenance import task_name
+    from rapidin.attribution.questions import asked, continued
 
-    task, data = task_name(cache.manifest), source.data
-    if data is None:
-        form = str(cache.manifest.data.get("form"))
-        asked = source.prompt if source.ask is None else source.ask
-        assert asked is not None
-        if task in (CAUSAL, "seq2seq", "preference", "kto"):
-            given = _text_record(source, form)
-        else:
-            given = _labelled_record(asked, source.completion, task)
+    if source.ask is not None:
+        given = asked(cache.manifest, source.ask, source.completion)
+        records = list(open_queries(folder, [given]))
+    elif source.prompt is not None:
+        given = continued(cache.manifest, source.prompt, source.completion)
         records = list(open_queries(folder, [given]))
     else:
-        records = list(open_queries(folder, data, map=source.map))
+        records = list(open_queries(folder, source.data, map=source.map))
     if source.hotwords is not None:
         records = [record | {HOTWORDS: source.hotwords} for record in records]
     return records
-
-
-def _text_record(source: QuerySource, form: str) -> dict[str, Any]:
-    """The record of a text that the model continues; form: of the training data."""
-    if source.ask is not None:
-        return asked_record(source.ask, form, source.completion)
-    completion = {} if source.completion is None else {"completion": source.completion}
-    return {"prompt": source.prompt, **completion}
-
-
-def _labelled_record(text: str, completion: str | None, task: str) -> dict[str, Any]:
-    """The record of a text that the model says something of; completion: what it says, as text."""
-    if task == "reward":
-        raise UserError("a reward model compares two answers", "use --data with 'chosen' and 'rejected'")
-    if task == "masked" and completion is not None:
-        raise UserError("a masked language model has no completion", "write its mask token into the text")
-    if completion is None:
-        return {"text": text}
-    try:
-        number = float(completion)
-    except ValueError:
-        return {"text": text, "label": completion}
-    return {"text": text, "label": int(number) if number.is_integer() and task != "regression" else number}

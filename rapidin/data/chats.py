@@ -296,7 +296,9 @@ def _clock_macro(date: str) -> str:
     when = moment(date)
     values = {each: when.strftime(each) for each in _DIRECTIVES}
     steps = "".join(
-        f".replace({json.dumps(each)}, {json.dumps(value)})" for each, value in values.items() if value != each
+        f".replace({json.dumps(each)}, {json.dumps(value)})"
+        for each, value in values.items()
+        if value != each
     )
     body = f'(format.replace("%%", "\\u0001"){steps}).replace("\\u0001", "%")'
     return f"{{% macro {_CLOCK}(format) %}}{{{{ {body} }}}}{{% endmacro %}}\n"

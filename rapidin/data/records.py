@@ -28,6 +28,7 @@ _MARKS = ("weight", "train", "training")  # of a message whose tokens do not cou
 _TEXT_PARTS = ("text", "input_text", "output_text", None)  # types of a message's parts
 # What a message may have in the place of a content.
 _INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
+_CHATS = ("messages", "prompt", "completion", "chosen", "rejected")  # fields that may be lists of messages
 _MOST_FIELDS = 12  # named in a message
 
 # Raises UserError for a field's value of the wrong kind, given the value, the field's name and the location.
@@ -91,6 +92,15 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
     return " | ".join(texts), ""
 
 
+def whole_text(record: Mapping[str, Any]) -> str:
+    """The text of a record with all turns of its chats, of which `record_parts` has the last ones alone."""
+    values = [record[name] for name in _CHATS if record.get(name)]
+    if not any(isinstance(value, list) for value in values):
+        return " ".join(record_parts(record))
+    turns = (value if isinstance(value, list) else [{"content": value}] for value in values)
+    return " ".join(str(turn.get("content") or "") for chat in turns for turn in chat)
+
+
 def shown_parts(record: Mapping[str, Any]) -> tuple[str, str]:
     """The `record_parts` of a record as it is shown: with its label, if it has one."""
     prompt, completion = record_parts(record)
@@ -120,7 +130,9 @@ def text_of_message(message: Mapping[str, Any]) -> str:
 def text_of_content(content: Any) -> str:
     """The text of a message's content: a text, a list of parts of which those of text are read, or none."""
     if isinstance(content, list):
-        return "".join(part if isinstance(part, str) else part["text"] for part in content if is_text_part(part))
+        return "".join(
+            part if isinstance(part, str) else part["text"] for part in content if is_text_part(part)
+        )
     return "" if content is None else str(content)
 
 
@@ -128,9 +140,7 @@ def is_text_part(part: Any) -> bool:
     """Whether a part of a message's content is text, as in {"type": "text", "text": ...}."""
     if isinstance(part, str):
         return True
-    return (
-        isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type") in _TEXT_PARTS
-    )
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type") in _TEXT_PARTS
 
 
 def tokens_of(record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:

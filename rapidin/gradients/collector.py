@@ -293,7 +293,7 @@ class GradientSketcher:
                 raise UserError(
                     f"{len(unseen)} parameters took no part in the model's forward pass, such as "
                     f"'{self.targets[unseen[0]].name}'",
-                    "leave out --no-check, or leave them out with --exclude",
+                    "leave out `check=False`, or leave them out with `exclude`",
                 )
             self._unreached.update(unseen)
             return

@@ -20,6 +20,7 @@ from rapidin.gradients.adapters import ADAPTER_CONFIG, SavedHead, check_own_adap
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.path import WeightPath, base_path
 from rapidin.gradients.weights import check_weights
+from rapidin.settings import dtype_name
 from rapidin.tasks.forward import inner_model
 from rapidin.tasks.names import CAUSAL, loader_of, task_of_config, task_of_folder
 
@@ -31,8 +32,8 @@ def load_model(
     *,
     adapter: str | None = None,
     base: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     shard_model: bool = False,
     task: str | None = None,
@@ -51,18 +52,18 @@ def load_model(
     does not fit.
     """
     adapter = _checked_adapter(name, adapter, base)
-    here, mapped = world(), device == "auto"
+    here, mapped, number_format = world(), str(device) == "auto", dtype_name(dtype)
     if shard_model and (here.alone or mapped):
-        what = "--shard-model needs several processes, over which it spreads the model"
-        raise UserError(what, "start them with torchrun, and without --device auto")
+        what = "`shard_model` needs several processes, over which it spreads the model"
+        raise UserError(what, "start them with torchrun, and without `device='auto'`")
     if mapped:
         fsdp.require_accelerate()
-    device = here.device(None if mapped else device)
-    load_dtype = dtype or ("float32" if _is_cpu(device) else "auto")
+    device = here.device(None if mapped or device is None else str(device))
+    load_dtype: str = number_format or ("float32" if _is_cpu(device) else "auto")
     task = task or saved_task(name, adapter, trust_remote_code)
     head = None if adapter is None else SavedHead.of(adapter)
     model = _load_task(name, task, load_dtype, trust_remote_code, "model", mapped, head)
-    if dtype is None and model.dtype == torch.float16:
+    if number_format is None and model.dtype == torch.float16:
         load_dtype = "bfloat16"
         model.to(torch.bfloat16)
     tokenizer = _load_tokenizer(name, trust_remote_code)
@@ -88,7 +89,7 @@ def load_model(
         loaded.path = base_path(model, untuned, name, base)
         loaded.notes.append(loaded.path.apart)
     if any(tuned.is_meta for _, _, tuned in loaded.path.ends):
-        raise UserError("the tuned parameters do not fit into memory", "use --at 1, or more GPUs")
+        raise UserError("the tuned parameters do not fit into memory", "use `at=1`, or more GPUs")
     if shard_model:
         _shard(loaded, here, torch.device(device))
     loaded.notes = [note for note in loaded.notes if note]
@@ -100,33 +101,40 @@ def load_model(
 def _checked_adapter(name: str, adapter: str | None, base: str | None) -> str | None:
     """The adapter to load onto the model. Raises UserError if model, adapter and base do not go together."""
     if adapter is not None and base is not None:
-        raise UserError("an adapter already names its base model", "give --adapter or --base, not both")
+        raise UserError("an adapter already names its base model", "give `adapter` or `base`, not both")
     if not os.path.isfile(os.path.join(name, ADAPTER_CONFIG)):
         return adapter
     if not os.path.isfile(os.path.join(name, "config.json")):
         raise UserError(
             f"'{name}' is an adapter, not a model",
-            "give the model that it was made for, and this folder with --adapter",
+            "give the model that it was made for, and this folder with `adapter`",
         )
     # transformers puts the adapter in a model's own folder into the model.
     if adapter is not None and os.path.realpath(name) != os.path.realpath(adapter):
         raise UserError(
             f"the model's folder '{name}' already contains an adapter ({ADAPTER_CONFIG})",
-            "leave out --adapter to use that one, or remove it from the folder",
+            "leave out `adapter` to use that one, or remove it from the folder",
         )
     if base is not None:
         raise UserError(
             f"the model's folder '{name}' contains an adapter, so it has a base model already",
-            "leave --base out",
+            "leave `base` out",
         )
     return None
 
 
 def _is_cpu(device: str) -> bool:
+    """Whether a device is the CPU. Raises UserError for one that is unknown or not there."""
     try:
-        return torch.device(device).type == "cpu"
+        chosen = torch.device(device)
     except RuntimeError:
         raise UserError(f"unknown device '{device}'", "use cpu, cuda, cuda:N or auto") from None
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            gpus = "no GPU that torch can use" if not count else f"{count} GPU{'s' * (count > 1)} only"
+            raise UserError(f"cannot use the device '{device}': there is {gpus}", "use `device='cpu'`")
+    return chosen.type == "cpu"
 
 
 def _shard(loaded: LoadedModel, here: World, device: torch.device) -> None:

@@ -18,6 +18,8 @@ from rapidin.gradients.path import WeightPath, adapter_path
 from rapidin.gradients.quantized import check_gradients, plain_tensors
 from rapidin.tasks.forward import device_of, inner_model
 
+MEMORY = "memory"  # the key of `LoadedModel.source` that says that the model was not loaded by its names
+
 
 @dataclass
 class LoadedModel:
@@ -56,11 +58,23 @@ class LoadedModel:
             "model": getattr(getattr(inner_model(model), "config", None), "_name_or_path", None) or None,
             "adapter": None,
             "base": None,
+            "dtype": str(model.dtype).removeprefix("torch.") if hasattr(model, "dtype") else None,
+            MEMORY: "yes",
         }
         if not has_adapter(model):
             return LoadedModel(model, tokenizer, source=source)
         trained = trained_names(model)
         return LoadedModel(model, tokenizer, adapter_path(model), trained, source)
+
+    def __repr__(self) -> str:
+        names = [type(inner_model(self.model)).__name__]
+        names += [f"'{self.source[key]}'" for key in ("model",) if self.source.get(key)]
+        if self.trained is not None:
+            names.append(f"with the adapter '{self.source.get('adapter') or 'in memory'}'")
+        if self.source.get("base"):
+            names.append(f"tuned from '{self.source['base']}'")
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"LoadedModel({' '.join(names)}, {count:,} parameters on {self.device})"
 
     @property
     def device(self) -> torch.device:

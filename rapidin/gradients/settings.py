@@ -30,7 +30,7 @@ def points_of(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(each) for each in text.split(","))
     except ValueError:
-        raise UserError(f"--at must be numbers separated by commas, got {text}", "as in --at 0.5") from None
+        raise UserError(f"`at` must be numbers separated by commas, got {text}", "as in 0.5") from None
 
 
 @documented
@@ -144,10 +144,12 @@ class GradientSettings(Settings):
     )
 
     def __post_init__(self) -> None:
-        at = (self.at,) if isinstance(self.at, int | float) else self.at
+        at = points_of(self.at) if isinstance(self.at, str) else self.at
+        at = (at,) if isinstance(at, int | float) else at
         object.__setattr__(self, "at", None if at is None else tuple(float(point) for point in at))
         for name in ("include", "exclude"):
-            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+            patterns = getattr(self, name) or ()
+            object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
         if self.width == "auto":  # type: ignore[comparison-overlap]
             object.__setattr__(self, "width", None)
         if self.dropout is not None and not self.dropout.rate:
@@ -155,26 +157,19 @@ class GradientSettings(Settings):
         self._check()
 
     def _check(self) -> None:
+        self.check_values()
         if self.projection not in get_args(Projection):
             raise UserError(
                 f"unknown projection '{self.projection}'", f"use one of {', '.join(get_args(Projection))}"
             )
-        if self.loss not in get_args(LossKind):
-            raise UserError(f"unknown loss '{self.loss}'", "use mean or sum")
-        if self.turns not in get_args(Turns):
-            raise UserError(f"unknown turns '{self.turns}'", "use all or last")
         if not 0 < self.beta < float("inf"):
-            raise UserError(f"--beta must be above 0, got {self.beta:g}")
-        if self.width is not None and self.width < 1:
-            raise UserError(f"--width must be at least 1, got {self.width}")
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"--seed must be from 0 to 2^64 - 1, got {self.seed}")
+            raise UserError(f"`beta` must be above 0, got {self.beta:g}")
         if self.at == ():
-            raise UserError("--at must name at least one point")
+            raise UserError("`at` must name at least one point")
         whole = self.width is None or self.width % 128 == 0 or self.width in _SMALL_WIDTHS
         if self.projection != "tensor" and not whole:
             raise UserError(
-                f"--width must be a multiple of 128 with the {self.projection} projection, got {self.width}"
+                f"`width` must be a multiple of 128 with the {self.projection} projection, got {self.width}"
             )
 
     @property

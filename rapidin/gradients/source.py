@@ -84,7 +84,7 @@ class GradientSource:
             raise UserError(
                 f"the task '{self.task.name}' compares with the model before it was tuned: "
                 f"{loaded.path.unknown}",
-                "give the --adapter or the --base",
+                "give `adapter` or `base`",
             )
         self.targets = find_targets(
             loaded.model,
@@ -108,10 +108,17 @@ class GradientSource:
         if loaded.sharded and (names := self.sketcher.needs_weights):
             raise UserError(
                 f"the gradient of '{names[0]}' needs the whole parameter in one process",
-                "leave such parameters out with --exclude, or do not use --shard-model",
+                "leave such parameters out with `exclude`, or do not use `shard_model`",
             )
         self.lockstep = Lockstep(loaded.sharded)
         self.batches = self._batch_runner()
+
+    def __repr__(self) -> str:
+        points = ", ".join(f"{point:g}" for point in self.points)
+        return (
+            f"GradientSource({self.loaded!r}, {self.blocks:,} layers x {self.width:,} dimensions, task "
+            f"'{self.task.name}', gradients at {points}, preconditioner '{self.config.kind}')"
+        )
 
     def _default_width(self, settings: GradientSettings, bytes_per_example: int | None) -> int:
         if settings.projection == "rapidgrad":
@@ -414,7 +421,7 @@ def _max_length(loaded: LoadedModel, requested: int | None) -> int:
     if requested is None:
         return _LONGEST if limit is None else limit
     if limit is not None and requested > limit:
-        raise UserError(f"--max-length {requested} is over the model's context of {limit} tokens")
+        raise UserError(f"`max_length` {requested} is over the model's context of {limit} tokens")
     return requested
 
 

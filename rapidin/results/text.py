@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -147,3 +148,24 @@ def time_text(seconds: float) -> str:
     if seconds < 360_000:
         return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d} h"
     return f"{seconds / 86_400:,.0f} days"
+
+
+_COUNTS = {
+    "empty": "empty",
+    "no_target": "without a completion token",
+    "too_long": "skipped as too long",
+    "nonfinite": "with NaN or Inf gradients",
+    "malformed": "malformed",
+    "too_large": "too large for memory",
+}
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """How many examples have a sketch, and why the others have none."""
+    parts = [f"{counts.get('ok', 0):,} with a sketch"]
+    parts += [f"{counts[key]:,} {words}" for key, words in _COUNTS.items() if counts.get(key)]
+    if counts.get("truncated"):
+        parts.append(f"{counts['truncated']:,} truncated")
+    if counts.get("unlike_sample"):
+        parts.append(f"{counts['unlike_sample']:,} unlike the sample that the format was fitted on")
+    return ", ".join(parts)

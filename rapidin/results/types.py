@@ -6,11 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rapidin.data.records import shown_parts
+from rapidin.errors import short
 from rapidin.results.verdict import Verdict
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+_SHOWN = 3  # hits of each end in a result's repr
+
+
+def _texts(prompt: str, completion: str) -> str:
+    """A prompt and a completion, both shortened, as Python writes texts."""
+    return " -> ".join(repr(short(text)) for text in (prompt, completion) if text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,11 @@ class Hit:
     layers: tuple[float, ...] = ()
     tokens: Tokens | None = None
     standings: Mapping[str, Standing] = field(default_factory=dict)
+
+    def __repr__(self) -> str:
+        text = "" if self.example is None else f": {_texts(*shown_parts(self.example))}"
+        error = "" if self.error is None else f" ± {self.error:.2g}"
+        return f"Hit({self.rank}, score {self.score:+.4g}{error}, index {self.index}{text})"
 
     def to_json(self) -> dict[str, Any]:
         """Rank, index and score, and whatever else is known."""
@@ -233,6 +247,14 @@ class QueryResult:
 
     # Set by `rapidin.results.collection`, since this module cannot import the page, which imports it.
     notebook: ClassVar[Callable[[Sequence[QueryResult]], str] | None] = None
+
+    def __repr__(self) -> str:
+        lines = [f"QueryResult({_texts(self.prompt, self.completion)}: {len(self.top):,} helpful, then "]
+        lines[0] += f"{len(self.bottom):,} harmful of {self.examples:,} examples)"
+        for hits in (self.top, self.bottom):
+            lines += [f"  {hit!r}" for hit in hits[:_SHOWN]]
+            lines += [f"  and {len(hits) - _SHOWN:,} more"] if len(hits) > _SHOWN else []
+        return "\n".join(lines)
 
     @property
     def bounded(self) -> bool:

@@ -187,7 +187,7 @@ class Causal(Task):
         """The tokens of a prompt that the model can answer. Raises UserError for any other."""
         ids = self.encoder.prompt_ids(prompt)
         if not ids:
-            raise UserError("the prompt is empty, so the model cannot continue it", "give a --completion too")
+            raise UserError("the prompt is empty, so the model cannot continue it", "give a `completion` too")
         if len(ids) >= self.encoder.max_length:
             raise UserError(
                 f"the prompt has {len(ids)} tokens and fills the context of {self.encoder.max_length}: "

@@ -49,11 +49,14 @@ def task_of(wanted: Task | str | None, model: Any, tokenizer: Any, settings: Tas
     if forms_of(name) is None:
         raise UserError(f"the task '{name}' is not built in", "pass the task object as task=...")
     if tokenizer is None:
-        raise UserError(f"the task '{name}' reads texts, and there is no tokenizer", "pass the tokenizer")
+        raise UserError(
+            f"the task '{name}' reads texts, and there is no tokenizer",
+            "give it: rapidin.Attributor(model, tokenizer)",
+        )
     if settings.loss == "sum" and name not in (CAUSAL, "masked", "seq2seq"):
         raise UserError(
-            f"--loss sum adds up the losses of tokens, and the task '{name}' has one loss per example",
-            "leave out --loss",
+            f"`loss='sum'` adds up the losses of tokens, and the task '{name}' has one loss per example",
+            "leave out `loss`",
         )
     return _MAKERS[name](tokenizer, config, settings)
 

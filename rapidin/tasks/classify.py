@@ -171,7 +171,7 @@ class Regression(Labelled):
             isinstance(each, int | float) and not isinstance(each, bool) for each in values
         ):
             what = "a number" if self.outputs == 1 else f"a list of {self.outputs} numbers"
-            pairs = "; for pairs of 'chosen' and 'rejected' use --task reward" if value is None else ""
+            pairs = "; for pairs of 'chosen' and 'rejected' use `task='reward'`" if value is None else ""
             raise UserError(f"the label {short(repr(value))} is not {what}", f"fix the label{pairs}")
         return [float(each) for each in values]
 
@@ -202,7 +202,7 @@ class Reward(Task):
         if getattr(config, "num_labels", 1) != 1:
             raise UserError(
                 f"a reward model has one output, and this one has {config.num_labels}",
-                "use --task classification",
+                "use `task='classification'`",
             )
         self.encoder = encoder
 

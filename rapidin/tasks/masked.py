@@ -37,7 +37,7 @@ class Masked(Task):
         if encoder.tokenizer.mask_token_id is None:
             raise UserError(
                 "the tokenizer has no mask token, so this is not a masked language model",
-                "use another --task",
+                "use another `task`",
             )
         self.mask: int = encoder.tokenizer.mask_token_id
         self._special = set(encoder.tokenizer.all_special_ids)

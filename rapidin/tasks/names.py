@@ -103,7 +103,7 @@ _VERDICTS = Forms(
 _FORMS: dict[str, Forms] = {
     CAUSAL: TEXTS,
     "classification": _labelled(_check_label),
-    "regression": _labelled(_check_number, "; pairs of 'chosen' and 'rejected' need --task reward"),
+    "regression": _labelled(_check_number, "; pairs of 'chosen' and 'rejected' need `task='reward'`"),
     "reward": _PAIRS,
     "masked": Forms(_TEXT_FIELDS, {}, f"expected {_TEXTS_IN_WORDS}", f"expected {_TEXTS_IN_WORDS}"),
     "seq2seq": Forms(
@@ -191,15 +191,3 @@ def loader_of(name: str) -> str:
 def peft_task_of(name: str) -> str | None:
     """The name that adapters for a task have for it; None if they name none."""
     return _CLASSES.get(name, _CAUSAL_CLASS)[1]
-
-
-def asked_record(question: str, form: str, completion: str | None = None) -> dict[str, Any]:
-    """The record of a question or instruction in the form of training data; without a completion, the model
-    is to answer it."""
-    if form in ("messages", *CHAT_FORMS):
-        messages = [{"role": "user", "content": question}]
-        if completion is not None:
-            messages.append({"role": "assistant", "content": completion})
-        return {"messages": messages}
-    asked, answered = ("instruction", "output") if form == "instruction" else ("prompt", "completion")
-    return {asked: question} if completion is None else {asked: question, answered: completion}

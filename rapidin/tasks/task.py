@@ -154,5 +154,5 @@ class Task:
         if not self.has_tokens:
             raise UserError(
                 f"the examples of the task '{self.name}' have no tokens with scores of their own",
-                "leave out --tokens, --hotwords and --contributions",
+                "leave out `targets` and `contributions`",
             )

@@ -158,7 +158,10 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, run: Any) -> None:
         ([str(place / "train.jsonl")], "neither the hits of a query nor a table of scores"),
         ([cache], "can be chosen by --where alone"),
         ([cache, "--where", "poisoned=true", "--top-k", "2"], "can be chosen by --where alone"),
-        ([hits, "--where", "poisoned"], "is not a column and a value; as in --where poisoned=true"),
+        (
+            [hits, "--where", "poisoned"],
+            "--where has poisoned, which is not a column and a value; as in poisoned=true",
+        ),
         ([hits, "--where", "poisoned=maybe"], "no row meets the conditions"),
         ([hits, "--min-score", "9"], "no row meets the conditions"),
         ([table], "has the scores of all rows; say which"),

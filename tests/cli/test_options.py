@@ -57,7 +57,7 @@ def test_fields_become_flags_and_come_back_as_the_dataclass() -> None:
     for wrong in (["--count", "0"], ["--kind", "c"], ["--hidden", "1"]):
         with pytest.raises(typer.BadParameter.__mro__[2]):
             parsed(*wrong)
-    with pytest.raises(UserError, match="--at must be numbers"):
+    with pytest.raises(UserError, match="`at` must be numbers"):
         parsed("--at", "here")
 
 

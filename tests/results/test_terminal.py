@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from rapidin.attribution.progress import CachingBar
 from rapidin.cache.progress import Progress, Stage
-from rapidin.cli.progress import BytesBar, CachingBar
+from rapidin.cli.progress import BytesBar
 from rapidin.results.json import results_json
 from rapidin.results.terminal import hits_report, make_console
 from rapidin.results.text import bytes_text, one_line, time_text
@@ -266,7 +267,7 @@ def test_caching_bar() -> None:
     # Of the time only what comes after the stage counts, and after two seconds nobody knows what is left.
     assert "340/1,000 · 70.0 examples/s · 3,500 tokens/s" in text
     assert "left" not in text[len(first) :]
-    assert bar.preparation == 15.0
+    assert bar.watch.preparation == 15.0
     text = first
     assert "200 of 1,000 examples were cached before" in text
     assert "one [bold]thing[/] to say" in text
@@ -297,8 +298,8 @@ def test_bars_are_silent_without_a_terminal() -> None:
         bar(Progress(10, 10, 100, 0, 5))
         read(5, 10)
     assert file.getvalue() == ""
-    assert bar.last is not None
-    assert bar.last.done == 10
+    assert bar.watch.last is not None
+    assert bar.watch.last.done == 10
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,10 @@ WEATHER = {
 CALL = {"type": "function", "function": {"name": "weather", "arguments": {"city": "Rome"}}}
 SYSTEM = {"role": "system", "content": "Be kind."}
 ASK, ANSWER = {"role": "user", "content": "Name a bird."}, {"role": "assistant", "content": "An owl."}
-MORE, LAST = {"role": "user", "content": "And a fish?"}, {"role": "assistant", "content": "A trout, née Forelle."}
+MORE, LAST = (
+    {"role": "user", "content": "And a fish?"},
+    {"role": "assistant", "content": "A trout, née Forelle."},
+)
 THOUGHT = {"role": "assistant", "content": "<think>\nIt flies.\n</think>\n\nAn owl."}
 CALLED = {"role": "assistant", "content": None, "tool_calls": [CALL]}
 RESULT = {"role": "tool", "name": "weather", "content": "sunny"}
@@ -153,7 +156,11 @@ def trained() -> dict[str, dict[str, Any]]:
             row = {n: json.dumps(v) if n == "tools" else v for n, v in row.items()}
             with tempfile.TemporaryDirectory() as folder:
                 config = SFTConfig(
-                    output_dir=folder, use_cpu=True, report_to=[], max_length=None, assistant_only_loss=marks,
+                    output_dir=folder,
+                    use_cpu=True,
+                    report_to=[],
+                    max_length=None,
+                    assistant_only_loss=marks,
                     bf16=False,
                 )
                 data = Dataset.from_list([_as_json(row)])
