@@ -9,6 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from rapidin.attribution.methods import counted
+from rapidin.attribution.null_scores import STREAM
+from rapidin.cache import Cache
+from rapidin.cache.build import sample_rows
 from rapidin.data.examples import Examples
 from rapidin.data.records import TEXTS, record_parts
 from rapidin.results.verdict import Common
@@ -27,6 +31,12 @@ _UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
 _EDGES = re.compile(r"^\W+|\W+$")
 _TEXT_FIELDS = {name for fields in TEXTS.fields.values() for name in fields} | {"input", "chosen", "rejected"}
+
+
+def sampled_rows(cache: Cache) -> list[int]:
+    """Rows of a cache that count, drawn by its seed."""
+    rows = counted(cache).nonzero()[:, 0].tolist()
+    return [rows[n] for n in sample_rows(len(rows), SAMPLED, cache.manifest.sketch["seed"], STREAM)]
 
 
 class TrainingSample:

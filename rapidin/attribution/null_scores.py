@@ -49,7 +49,7 @@ _ROWS_PER_TEXT = (
 )
 _ANSWERED_TOGETHER = 32  # questions in a batch that the model answers
 _MOST_COPIES = 255  # of a row that is drawn for the set "rows"
-_STREAM = 19  # of the keyed hash in docs/reference/sketch.md
+STREAM = 19  # of the keyed hash in docs/reference/sketch.md
 _SAME = 0.8  # share of the runs of words of a question or an answer that a row has if it says the same
 
 
@@ -114,7 +114,7 @@ def _rows(cache: Cache, numbers: Sequence[int], device: torch.device) -> _Texts:
     chosen: list[int] = []
     if isinstance(cache.codec, FloatCodec):
         seed = cache.manifest.sketch["seed"]
-        drawn = [numbers[n] for n in sample_rows(len(numbers), MOST_ROWS, seed, _STREAM)]
+        drawn = [numbers[n] for n in sample_rows(len(numbers), MOST_ROWS, seed, STREAM)]
         chosen = [row for row, others in exact_copies(cache, drawn).items() if len(others) <= _MOST_COPIES]
     blocks, width = len(cache.layers), cache.manifest.width
     if not chosen:

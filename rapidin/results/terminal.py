@@ -23,6 +23,7 @@ from rapidin.results.text import (
     MEANING,
     error_text,
     escaped,
+    no_row_text,
     one_line,
     overlap_text,
     scale_text,
@@ -34,6 +35,7 @@ from rapidin.results.text import (
 if TYPE_CHECKING:
     from rapidin.results.types import Group as ByColumn
     from rapidin.results.types import Hit, QueryResult
+    from rapidin.results.verdict import Verdict
 
 
 _PROMPT_LINES = 4
@@ -91,16 +93,18 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
             title = Text(f"Query {number} of {len(results)}", style="bold underline")
             report.append(Padding(title, (int(number > 1), 0, 0, 0)))
         report.append(_generation(result, width))
-        if not result.top:
+        if not (result.top or result.bottom):
             report.append(Text("\nNo example in the cache has a sketch, so there are no hits.\n"))
             continue
         bounded = result.bounded
         if result.targets:
             report.append(targets_table(result, bounded=bounded))
-        report.append(hits_table("Most helpful", result.top, bounded=bounded))
-        report.append(hits_table("Most harmful", result.bottom, bounded=bounded))
+        for title, hits in (("Most helpful", result.top), ("Most harmful", result.bottom)):
+            report.append(hits_table(title, hits, bounded=bounded) if hits else none_of(title))
         if result.by is not None:
             report.append(_Groups(result.by, result.groups))
+        if result.verdict is not None:
+            report.append(_verdict(result.verdict))
     if results:
         report.append(Text(f"\n{MEANING}\nThe score is {scale_text(results[0])}.", style="dim"))
         report.append(_Notes(results))
@@ -122,6 +126,27 @@ def _generation(result: QueryResult, width: int) -> RenderableType:
     if result.generated:
         grid.add_row("", Text("(generated)", style="dim"))
     return grid
+
+
+def none_of(title: str) -> RenderableType:
+    """What stands in the place of the table of hits of a sign that no row has."""
+    return Padding(Text.assemble((title, "bold"), f"\n{no_row_text(title)}"), (1, 0, 0, 0))
+
+
+_STRENGTHS = {"strong": "bold green", "weak": "bold yellow", "nothing": "bold", "unknown": "dim"}
+
+
+def _verdict(verdict: Verdict) -> RenderableType:
+    """The verdict, what the hits have in common and what to do next."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("Verdict", Text(one_line(verdict.sentence), style=_STRENGTHS[verdict.strength]))
+    if verdict.common:
+        grid.add_row("In common", Text(one_line(verdict.common_text)))
+    if verdict.next_step:
+        grid.add_row("Next", Text(verdict.next_step))
+    return Padding(grid, (1, 0, 0, 0))
 
 
 def _titled(title: str, *, expand: bool = False) -> Table:

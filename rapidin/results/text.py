@@ -95,6 +95,15 @@ def scale_text(result: QueryResult) -> str:
     return f"{_METHODS[result.method]} {vectors}: only the order is meaningful"
 
 
+def no_row_text(title: str) -> str:
+    """What is said in the place of a list with this title that has no hits."""
+    return (
+        "No row is harmful: no score is negative."
+        if "harmful" in title
+        else "No row is helpful: no score is positive."
+    )
+
+
 def overlap_text(name: str, count: int, hits: int) -> str:
     """How many of the top hits a baseline has in its own top."""
     return f"{count:,} of the {hits:,} most helpful hits are also in the top {hits:,} of {name}"
