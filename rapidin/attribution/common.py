@@ -1,4 +1,5 @@
-"""What the hits of a query have in common more often than the training data: phrases, and values of columns."""
+"""What the hits of a query have in common more often than the training data: phrases, and values of
+columns."""
 
 from __future__ import annotations
 
@@ -81,8 +82,8 @@ class TrainingSample:
         return sorted(found, key=lambda each: (-each.hits, each.share, each.column))[:MOST_NAMED]
 
     def _stands_out(self, hits: int, of: int, known: int, candidates: int) -> bool:
-        """Whether `hits` of `of` are more than the `known` of the sample suggest, given how many phrases were looked
-        at."""
+        """Whether `hits` of `of` are more than the `known` of the sample suggest, given how many phrases were
+        looked at."""
         share = (known + 1) / (len(self._texts) + 2)  # as if one more example had it, and one had not
         chance = math.fsum(math.comb(of, n) * share**n * (1 - share) ** (of - n) for n in range(hits, of + 1))
         return chance * candidates <= _SURE

@@ -330,7 +330,8 @@ def _ranked(texts: Sequence[Generation], *, together: bool) -> list[Generation]:
 
 
 def _of_sign(hits: list[Hit], end: int) -> list[Hit]:
-    """The hits that are helpful (end 0) or harmful (end 1); a ranking's end may hold others if it has few rows."""
+    """The hits that are helpful (end 0) or harmful (end 1); a ranking's end may hold others if it has few
+    rows."""
     return [hit for hit in hits if (hit.score < 0 if end else hit.score > 0)]
 
 

@@ -1,7 +1,8 @@
 """Everyday questions and instructions of many kinds, which are about no training data in particular.
 
-What a model answers to them shows how high the best score of a query is when nothing behind it stands out
-(`rapidin.attribution.null_scores`). Neighbours are of different kinds, so that the first few are as mixed as all.
+What a model answers to them shows how high the best score of a query is when nothing in the data stands out
+(`rapidin.attribution.null_scores`). Neighbours are of different kinds, so that the first few are as mixed as
+all of them.
 """
 
 from __future__ import annotations

@@ -1,14 +1,16 @@
 """The null distribution of a cache: the best scores of texts that the data has nothing to do with.
 
-The error of a score is that of the sketch alone: the best of many rows has a positive score and a small error even
-for a question that no row is about. So at the end of caching two sets of texts are scored against all rows, and the
-manifest keeps their best scores, among which a query's best score is placed (`rapidin.attribution.verdict`):
+The error of a score is that of the sketch alone: the best of many rows has a positive score and a small error
+even for a question that no row is about. So at the end of caching two sets of texts are scored against all
+rows, and the manifest keeps their best scores, among which a query's best score is placed
+(`rapidin.attribution.verdict`):
 
     questions   everyday questions (`neutral_questions`) in the form of the data, with the model's own answers
     rows        some rows of the data, each against all rows but itself and its exact duplicates
 
-A question is left out if its best row asks the same or answers the same, word for word: it is not unrelated. Scores
-that are not normalized are divided by the length of the text's gradient, since they are proportional to it.
+A question is left out if its best row asks the same or answers the same, word for word: it is not unrelated.
+Scores that are not normalized are divided by the length of the text's gradient, since they are proportional
+to it.
 """
 
 from __future__ import annotations
@@ -55,8 +57,8 @@ _SAME = 0.8  # share of the runs of words of a question or an answer that a row 
 
 @dataclass(frozen=True)
 class _Texts:
-    """Texts of one set: their sketches [n, blocks, width], and of questions what was asked and answered, of rows
-    their numbers."""
+    """Texts of one set: their sketches [n, blocks, width], and of questions what was asked and answered, of
+    rows their numbers."""
 
     sketch: Tensor
     questions: tuple[str, ...] = ()
@@ -69,8 +71,8 @@ def null_scores(
 ) -> NullScores | None:
     """The best scores of both sets; None, with the reason told, if there can be none.
 
-    cache: complete; source: the source that made it; examples: of which the best rows of questions are read. The
-    leading process runs this alone.
+    cache: complete; source: the source that made it; examples: of which the best rows of questions are read.
+    The leading process runs this alone.
     """
     world, numbers = distributed.world(), counted(cache).nonzero()[:, 0].tolist()
     most = len(numbers) // _ROWS_PER_TEXT
@@ -93,24 +95,25 @@ def null_scores(
 def _questions(source: GradientSource, manifest: Manifest, most: int) -> _Texts:
     """At most that many questions with the model's answers; none if the task has no such answers."""
     task, model = source.task, source.loaded.model
-    prompts: dict[str, str] = {}
+    questions: list[str] = []
+    answers: list[Generation] = []
     if isinstance(task, Causal) and hasattr(model, "generate"):
+        prompts: list[str] = []
         for question in QUESTIONS[:most]:
             prompt = task.encoder.prompt_text(asked_record(manifest, question))
             if 0 < len(task.encoder.prompt_ids(prompt)) < task.encoder.max_length - NEW_TOKENS:
-                prompts[question] = prompt
-    questions, answers = list(prompts), list[Generation]()
-    for at in range(0, len(questions), _ANSWERED_TOGETHER):
-        batch = [prompts[question] for question in questions[at : at + _ANSWERED_TOGETHER]]
-        answers += task.answers(model, batch, NEW_TOKENS)
+                questions.append(question)
+                prompts.append(prompt)
+        for at in range(0, len(prompts), _ANSWERED_TOGETHER):
+            answers += task.answers(model, prompts[at : at + _ANSWERED_TOGETHER], NEW_TOKENS)
     sketch, status = source.sketches([answer.encoded for answer in answers])
     good = (status == int(Status.OK)).nonzero()[:, 0].tolist()
     return _Texts(sketch[good], tuple(questions[n] for n in good), tuple(answers[n].completion for n in good))
 
 
 def _rows(cache: Cache, numbers: Sequence[int], device: torch.device) -> _Texts:
-    """Some of these rows of a cache; none if its codec has few bits, which make the sketch of a row much coarser
-    than that of a query."""
+    """Some of these rows of a cache; none if its codec has few bits, which make the sketch of a row much
+    coarser than that of a query."""
     chosen: list[int] = []
     if isinstance(cache.codec, FloatCodec):
         seed = cache.manifest.sketch["seed"]
@@ -148,13 +151,16 @@ def _best_scores(cache: Cache, examples: Examples, asked: _Texts, own: _Texts) -
 
 
 def gradient_lengths(sketch: Tensor, normalize: str) -> Tensor:
-    """What the best scores of queries [n, blocks, width] are divided by so that they can be compared: [n] float32.
+    """What the best scores of queries [n, blocks, width] are divided by so that they can be compared: [n]
+    float32.
 
-    Without a normalization it is the length of a query's gradient, which its scores are proportional to; otherwise 1.
+    Without a normalization it is the length of a query's gradient, which its scores are proportional to;
+    otherwise 1.
     """
     if normalize != "none":
         return torch.ones(len(sketch), device=sketch.device)
-    return sketch.double().flatten(1).norm(dim=1).clamp(min=1e-38).float()
+    lengths: Tensor = sketch.double().flatten(1).norm(dim=1)
+    return lengths.clamp(min=1e-38).float()
 
 
 def _says(record: Record | None, *texts: Shingles) -> bool:
@@ -166,7 +172,8 @@ def _says(record: Record | None, *texts: Shingles) -> bool:
 
 
 def _best_others(cache: Cache, own: Sequence[int], scores: Tensor, rows: Tensor) -> Iterator[float]:
-    """Of each row the best of these scores [n, k] that belongs to another record; rows: [n, k], -1 for none."""
+    """Of each row the best of these scores [n, k] that belongs to another record; rows: [n, k], -1 for
+    none."""
     hashes = cache.records(list(own)).tolist() if own else []
     for record, of_scores, of_rows in zip(hashes, scores.tolist(), rows.tolist(), strict=True):
         hits = [row for row in of_rows if row >= 0]
@@ -175,5 +182,6 @@ def _best_others(cache: Cache, own: Sequence[int], scores: Tensor, rows: Tensor)
 
 
 def _sorted(scores: Iterable[float]) -> list[float]:
-    """Scores as the manifest has them: ascending, with as many digits as float32 tells apart on any machine."""
+    """Scores as the manifest has them: ascending, with as many digits as float32 tells apart on any
+    machine."""
     return sorted(float(f"{score:.6g}") for score in scores)

@@ -299,8 +299,8 @@ class CacheOptions(Settings):
     )
     null: bool = option(
         True,
-        help="Score everyday questions and some of the examples against the finished cache, so that a query can "
-        "say whether its best score stands out.",
+        help="Score everyday questions and some of the examples against the finished cache, so that a query "
+        "can say whether its best score stands out.",
         panel="Storage",
     )
     limit: int | None = option(

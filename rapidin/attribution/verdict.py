@@ -1,9 +1,9 @@
 """The verdict on each query: its best score among those of the cache's null distribution.
 
-If m of the n best scores of the null are at or above a query's, the chance of a query that is like the texts of the
-null to come so far up is at most (m + 1) / (n + 1), as in any permutation test; `rapidin.results.verdict` has the
-limits below which a verdict is strong or weak. The texts are neutral questions, or training rows where there are no
-questions.
+If m of the n best scores of the null are at or above a query's, the chance of a query that is like the texts
+of the null to come so far up is at most (m + 1) / (n + 1), as in any permutation test;
+`rapidin.results.verdict` has the limits below which a verdict is strong or weak. The texts are neutral
+questions, or training rows where there are no questions.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 from rapidin.attribution.null_scores import gradient_lengths
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.query_sketch import QuerySketch
-from rapidin.results.verdict import STRONG, WEAK, Place, Verdict
+from rapidin.results.verdict import STRONG, WEAK, Place, Strength, Verdict
 
 
 def verdicts(sketches: Sequence[QuerySketch], options: QueryOptions, best: Tensor) -> list[Verdict | None]:
@@ -59,5 +59,5 @@ def _verdict(score: float, null: dict[str, list[float]]) -> Verdict:
     deciding = questions or rows
     assert deciding is not None
     chance = deciding.chance
-    strength = "strong" if chance <= STRONG else "weak" if chance <= WEAK else "nothing"
+    strength: Strength = "strong" if chance <= STRONG else "weak" if chance <= WEAK else "nothing"
     return Verdict(strength, score, questions, rows)

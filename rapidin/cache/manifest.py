@@ -93,8 +93,8 @@ class Manifest:
     points, loss, preconditioner; text: how texts became tokens; data: where the examples came from; codec:
     how rows are to be stored; rows: number of examples; shard_rows: rows of each shard but the last; layers:
     the layer table; fitted_codec: the packed codec once it is fitted, None before; shards: those that are
-    finished; null: the best scores of the null distribution (`rapidin.attribution.null_scores`), None if there is
-    none; folder: where the manifest was read.
+    finished; null: the best scores of the null distribution (`rapidin.attribution.null_scores`), None if
+    there is none; folder: where the manifest was read.
     """
 
     model: dict[str, Any]

@@ -141,12 +141,17 @@ def checked_preconditioner(value: Any) -> str | dict[str, Any]:
 
 def checked_null(value: Any) -> dict[str, dict[str, list[float]]]:
     """The null distribution in a manifest: best scores, ascending, by set and normalization."""
-    null = {name(of): {name(how): scores for how, scores in dict(best).items()} for of, best in dict(value).items()}
-    for scores in (scores for best in null.values() for scores in best.values()):
-        numbers = isinstance(scores, list) and bool(scores) and all(map(is_number, scores))
-        if not numbers or scores != sorted(scores):
-            raise ValueError(f"{short(scores)} is not a list of ascending scores")
+    null: dict[str, dict[str, list[float]]] = {}
+    for kind, best in dict(value).items():
+        null[name(kind)] = {name(normalize): _scores(scores) for normalize, scores in dict(best).items()}
     return null
+
+
+def _scores(value: Any) -> list[float]:
+    valid = isinstance(value, list) and bool(value) and all(map(is_number, value))
+    if not valid or value != sorted(value):
+        raise ValueError(f"{short(value)} is not a list of ascending scores")
+    return [float(score) for score in value]
 
 
 def count(value: Any) -> int:

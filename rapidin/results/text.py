@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -112,6 +112,12 @@ def overlap_text(name: str, count: int, hits: int) -> str:
 # --------------------------------------------------------------------------------------------- numbers
 
 
+def has_shares(total: float, parts: Sequence[float]) -> bool:
+    """Whether parts that add up to a total can be told as shares of it: not if they nearly cancel out, since
+    shares of a number near zero are huge."""
+    return 2 * abs(total) >= math.fsum(map(abs, parts)) > 0
+
+
 def error_text(error: float | None, bounded: bool) -> str:
     """A standard error, "" for None: four decimals if the scale is -1 to 1, otherwise two digits."""
     if error is None:
@@ -128,8 +134,8 @@ _MOST_POWER, _LEAST_POWER = 12, -6  # of ten, of numbers that are written withou
 
 
 def _plain(value: float, digits: int, sign: str = "-") -> str:
-    """A number with so many digits, without an exponent unless it is huge or tiny (`scoreText` of `page.js` does
-    the same)."""
+    """A number with so many digits, without an exponent unless it is huge or tiny (`scoreText` of `page.js`
+    does the same)."""
     rounded = f"{value:{sign}.{digits - 1}e}"
     power = int(rounded.partition("e")[2] or 0)
     if not math.isfinite(value) or not _LEAST_POWER <= power <= _MOST_POWER:

@@ -213,8 +213,8 @@ class QueryResult:
     prompt, completion: its text; generated: whether the model wrote the completion for this query; top: most
     helpful first; bottom: most harmful first; normalize, method: the scale of the scores
     (`rapidin.attribution.methods`); seconds: time by stage, of the whole call; together: the number of
-    generations if the hits are those of several as one target set, otherwise 0; verdict: whether the best score
-    stands out, None if the cache has no null distribution.
+    generations if the hits are those of several as one target set, otherwise 0; verdict: whether the best
+    score stands out, None if the cache has no null distribution.
 
     If requested: exact: whether scores are from exact gradients; pieces: texts of the tokens that count;
     targets: parts of the generation, each with hits of its own; layers: names of the layers in `Hit.layers`;

@@ -1,4 +1,5 @@
-"""The verdict on a query: whether its best score stands out, what its hits have in common, and what to do next."""
+"""The verdict on a query: whether its best score stands out, what its hits have in common, and what to do
+next."""
 
 from __future__ import annotations
 
@@ -37,8 +38,8 @@ class Place:
 class Common:
     """What hits have in common more often than the training data.
 
-    column: of the value `text`, None if `text` is a word or phrase of the examples; hits: how many of `of` hits
-    have it; share: of a sample of the training data that has it.
+    column: of the value `text`, None if `text` is a word or phrase of the examples; hits: how many of `of`
+    hits have it; share: of a sample of the training data that has it.
     """
 
     text: str
@@ -57,10 +58,10 @@ class Common:
 class Verdict:
     """Whether a query's best score stands out.
 
-    strength: "strong", "weak", "nothing" (stands out), or "unknown", of which `reason` says why; score: the best
-    score, for --normalize none divided by the length of the query's gradient; questions, rows: its place among
-    the best scores of neutral questions, and of training rows against the others, None without these; common:
-    what the most helpful hits have in common.
+    strength: "strong", "weak", "nothing" (stands out), or "unknown", of which `reason` says why; score: the
+    best score, for --normalize none divided by the length of the query's gradient; questions, rows: its place
+    among the best scores of neutral questions, and of training rows against the others, None without these;
+    common: what the most helpful hits have in common.
     """
 
     strength: Strength
@@ -75,12 +76,13 @@ class Verdict:
         """The verdict in a sentence."""
         if self.strength == "unknown":
             return f"No verdict: {self.reason}."
-        places = [_place_text(place, what) for place, what in self._places]
+        places = [_place_text(place, what) for place, what in self.places]
         verb = {"strong": "Strong", "weak": "Weak", "nothing": "Nothing stands out"}[self.strength]
         return f"{verb}: the best score is higher than that of {' and of '.join(places)}."
 
     @property
-    def _places(self) -> list[tuple[Place, str]]:
+    def places(self) -> list[tuple[Place, str]]:
+        """The places that are known, and what the other texts are."""
         sets = ((self.questions, "neutral questions"), (self.rows, "training rows"))
         return [(place, what) for place, what in sets if place is not None]
 
@@ -118,6 +120,5 @@ def _place_text(place: Place, what: str) -> str:
 
 def _common_text(common: Common) -> str:
     who = f"all {common.of:,}" if common.hits == common.of else f"{common.hits:,} of {common.of:,}"
-    if common.column is None:
-        return f'{who} contain "{common.text}"'
-    return f"{who} are {common.column}={common.text}"
+    what = f'contain "{common.text}"' if common.column is None else f"are {common.column}={common.text}"
+    return f"{who} {what} ({common.share:.0%} of the training data)"
