@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from rapidin import distributed
+from rapidin.attribution.null_scores import null_scores
 from rapidin.attribution.options import CacheOptions
 from rapidin.attribution.provenance import check_of, manifest_of, read_fitted, resumed
 from rapidin.cache import Cache, CacheWriter, ShardWriter, build, codec
@@ -89,9 +90,20 @@ def build_cache(
         fitting.settle(examples, meter)
         loop.run()
         meter.settle(wait=True)
+        if options.null and isinstance(writer, CacheWriter):
+            _add_null(writer, fitting.source, examples, meter)
         world.meet()
         meter.tell(None, now=True)
     return Cache(path)
+
+
+def _add_null(writer: CacheWriter, source: GradientSource, examples: Examples, reporter: Reporter) -> None:
+    """Adds the null distribution to a complete cache that has none."""
+    if not writer.manifest.complete or writer.manifest.null is not None:
+        return
+    scores = null_scores(Cache(writer.folder), source, examples, reporter.tell)
+    if scores is not None:
+        writer.set_null(scores)
 
 
 class _Fitting:

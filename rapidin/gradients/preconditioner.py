@@ -138,7 +138,8 @@ class PreconditionerConfig:
 
     kind: "off"; Adam's, from a "sample" or from the state of the "optimizer"; or "kfac", from a sample too.
     exponent: p above. floor: see `Scale.of`. sample: most examples in the sample. rank: eigenvectors of a
-    side, and damping: d above, of "kfac". fitted: the preconditioner, if it is known before the cache is made.
+    side, and damping: d above, of "kfac". fitted: the preconditioner, if it is known before the cache is
+    made.
     """
 
     kind: Kind = "off"

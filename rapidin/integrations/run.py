@@ -103,7 +103,9 @@ class TrainingRun:
         self._dataset = unnumbered(getattr(loader, "base_dataloader", loader).dataset)
         self._packs = _packs(self._dataset)
         self._source = self._make_source(None)
-        recomputed = any(getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules())
+        recomputed = any(
+            getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()
+        )
         self._sketcher = LiveSketcher(self._source, recomputed=recomputed)
         self._examples = self._open_data()
         self._losses = LossWatch(trainer, self._kind)

@@ -47,9 +47,10 @@ def test_an_adapters_sketches_are_those_of_a_cache(tmp_path: Path) -> None:
     model = tiny_lora(tiny_llama(), lora_dropout=0.0)
     trainer = new_trainer(tmp_path / "run", callback_into(tmp_path), model)
     trainer.train()
-    assert worst(
-        sketches_of(tmp_path / "cache"), cached(tmp_path / "expected", trainer.model, records(ROWS))
-    ) < SAME
+    assert (
+        worst(sketches_of(tmp_path / "cache"), cached(tmp_path / "expected", trainer.model, records(ROWS)))
+        < SAME
+    )
 
 
 def test_bfloat16_changes_sketches_by_its_rounding_alone(tmp_path: Path) -> None:
@@ -87,7 +88,9 @@ class Summed:
             self._count += 1
             rate = trainer.optimizer.param_groups[0]["lr"]
             mask = inputs["attention_mask"].bool()
-            chosen = [numbers[tuple(ids[m].tolist())] for ids, m in zip(inputs["input_ids"], mask, strict=True)]
+            chosen = [
+                numbers[tuple(ids[m].tolist())] for ids, m in zip(inputs["input_ids"], mask, strict=True)
+            ]
             copy = tiny_llama()
             copy.load_state_dict(trainer.model.state_dict())
             made = cached(folder / str(self._count), copy, [records(ROWS)[n] for n in chosen])
