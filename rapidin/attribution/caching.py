@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from rapidin import distributed
+from rapidin.attribution.null_scores import null_scores
 from rapidin.attribution.options import CacheOptions
 from rapidin.attribution.provenance import check_of, manifest_of, read_fitted, resumed
 from rapidin.cache import Cache, CacheWriter, ShardWriter, build, codec
@@ -72,7 +73,7 @@ def build_cache(
             writer,
             world,
             examples,
-            source.example,
+            lambda row, record: source.example(record),
             lambda texts: fitting.source.sketches(texts, meter, announced=True),
             source.loaded.device,
             lambda message: meter.tell(message),
@@ -89,9 +90,20 @@ def build_cache(
         fitting.settle(examples, meter)
         loop.run()
         meter.settle(wait=True)
+        if options.null and isinstance(writer, CacheWriter):
+            _add_null(writer, fitting.source, examples, meter)
         world.meet()
         meter.tell(None, now=True)
     return Cache(path)
+
+
+def _add_null(writer: CacheWriter, source: GradientSource, examples: Examples, reporter: Reporter) -> None:
+    """Adds the null distribution to a complete cache that has none."""
+    if not writer.manifest.complete or writer.manifest.null is not None:
+        return
+    scores = null_scores(Cache(writer.folder), source, examples, reporter.tell)
+    if scores is not None:
+        writer.set_null(scores)
 
 
 class _Fitting:
@@ -168,7 +180,8 @@ class _Fitting:
     def _fit(self, examples: Examples, reporter: Reporter) -> Preconditioner:
         """The preconditioner of each point, from a sample of the examples that the cache was started with."""
         settings, config = self.source.settings, self.source.config
-        rows = build.sample_rows(self._writer.manifest.rows_begun, config.sample, settings.seed, STREAM)
+        begun = self._writer.manifest.rows_begun
+        rows = build.sample_rows(begun, config.sample_of(begun), settings.seed, STREAM)
         reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")
         texts = [self.source.example(examples.get(row)) for row in rows]
         return self.source.fit_preconditioner(texts, reporter)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rapidin.attribution import baselines, methods
 from rapidin.attribution.clock import Clock
+from rapidin.attribution.common import TrainingSample, sampled_rows
 from rapidin.attribution.groups import groups, histogram
 from rapidin.attribution.hit_gradients import (
     Contributions,
@@ -27,6 +28,7 @@ from rapidin.attribution.rerank import Candidates, RankIntervals, find_candidate
 from rapidin.attribution.scan import Ends, all_scores, scores_of
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.attribution.training_data import hits_of
+from rapidin.attribution.verdict import verdicts
 from rapidin.cache import Cache
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.examples import Examples
@@ -161,7 +163,10 @@ def look_up_hits(work: _Work) -> None:
     assert work.ends is not None
     options = work.options
     hits_by_query = [
-        [hits_of(work.cache, work.data, scores[n], rows[n]) for scores, rows in work.ends]
+        [
+            _of_sign(hits_of(work.cache, work.data, scores[n], rows[n]), end)
+            for end, (scores, rows) in enumerate(work.ends)
+        ]
         for n in range(len(work.ends[0][0]))
     ]
     by_row = _scores_of_hits(work.scored, work.ranked, work.ends)
@@ -213,6 +218,23 @@ def _target_results(
         )
         results.append(TargetResult(span.text, span.positions, influence, *both))
     return results
+
+
+def judge(work: _Work) -> None:
+    """Adds the verdicts, and what the hits of queries that stand out have in common."""
+    query, options = work.query, work.options
+    assert work.candidates is not None
+    (scores, rows), _ = work.candidates.best(1)
+    best = torch.where(rows >= 0, scores, torch.nan)[: len(work.ranked), 0]
+    found = verdicts(query.sketches if query.finer is None else [query.finer], options, best)
+    sample: TrainingSample | None = None
+    for n, verdict in enumerate(found):
+        examples = [hit.example for hit in work.results[n].top if hit.example is not None]
+        if verdict is not None and verdict.strength in ("strong", "weak") and work.data is not None:
+            sample = sample or TrainingSample(work.data, sampled_rows(work.cache))
+            verdict = replace(verdict, common=sample.common(examples))
+        work.results[n] = replace(work.results[n], verdict=verdict)
+    work.clock.lap("verdict")
 
 
 def summarise_scores(work: _Work) -> None:
@@ -285,6 +307,7 @@ LOOK_UPS: tuple[Callable[[_Work], None], ...] = (
     estimate_errors,
     choose_hits,
     look_up_hits,
+    judge,
     summarise_scores,
     compare_baselines,
     attribute_to_tokens,
@@ -304,6 +327,12 @@ def _ranked(texts: Sequence[Generation], *, together: bool) -> list[Generation]:
         return list(texts)
     nothing = Encoded([], [], Status.EMPTY)
     return [Generation("", "", any(text.generated for text in texts), nothing)]
+
+
+def _of_sign(hits: list[Hit], end: int) -> list[Hit]:
+    """The hits that are helpful (end 0) or harmful (end 1); a ranking's end may hold others if it has few
+    rows."""
+    return [hit for hit in hits if (hit.score < 0 if end else hit.score > 0)]
 
 
 def _details_of(work: _Work, query: int, end: int, hits: list[Hit]) -> list[Hit]:

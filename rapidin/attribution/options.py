@@ -300,6 +300,12 @@ class CacheOptions(Settings):
         "that differ are computed by autograd, one example at a time.",
         panel="Gradients",
     )
+    null: bool = option(
+        True,
+        help="Score everyday questions and some of the examples against the finished cache, so that a query "
+        "can say whether its best score stands out.",
+        panel="Storage",
+    )
     limit: int | None = option(
         None, help="Use only the first N examples.", metavar="N", panel="Data", limits=(1, None)
     )

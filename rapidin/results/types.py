@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rapidin.data.records import shown_parts
 from rapidin.errors import short
+from rapidin.results.verdict import Verdict
 
 if TYPE_CHECKING:
     import numpy as np
@@ -212,7 +213,8 @@ class QueryResult:
     prompt, completion: its text; generated: whether the model wrote the completion for this query; top: most
     helpful first; bottom: most harmful first; normalize, method: the scale of the scores
     (`rapidin.attribution.methods`); seconds: time by stage, of the whole call; together: the number of
-    generations if the hits are those of several as one target set, otherwise 0.
+    generations if the hits are those of several as one target set, otherwise 0; verdict: whether the best
+    score stands out, None if the cache has no null distribution.
 
     If requested: exact: whether scores are from exact gradients; pieces: texts of the tokens that count;
     targets: parts of the generation, each with hits of its own; layers: names of the layers in `Hit.layers`;
@@ -241,6 +243,7 @@ class QueryResult:
     examples: int = 0
     overlaps: Mapping[str, int] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    verdict: Verdict | None = None
 
     # Set by `rapidin.results.collection`, since this module cannot import the page, which imports it.
     notebook: ClassVar[Callable[[Sequence[QueryResult]], str] | None] = None
@@ -279,6 +282,8 @@ class QueryResult:
             value["overlaps"] = dict(self.overlaps)
         if self.layers:
             value["layers"] = list(self.layers)
+        if self.verdict is not None:
+            value["verdict"] = self.verdict.to_json()
         value["top"] = [hit.to_json() for hit in self.top]
         value["bottom"] = [hit.to_json() for hit in self.bottom]
         if self.pieces:

@@ -55,9 +55,10 @@ class Preferences(Task):
 
     def example(self, record: Record) -> Example:
         texts = [encoded(self.encoder, record, each) for each in self.answers(record)]
-        return self._example(texts, self.sign(record))
+        return self.of_texts(texts, self.sign(record))
 
-    def _example(self, texts: Sequence[Encoded], sign: float, *, plain: bool = False) -> Example:
+    def of_texts(self, texts: Sequence[Encoded], sign: float, *, plain: bool = False) -> Example:
+        """The example of its encoded texts. plain: it has the loss of a causal text instead."""
         wrong = [text.status for text in texts if text.status != Status.OK and text is not _NOTHING]
         return Example(
             {"texts": [(text.ids, text.target) for text in texts], "sign": sign, "plain": plain},
@@ -99,7 +100,7 @@ class Preferences(Task):
         if made.encoded.status != Status.OK:
             return made
         texts = [made.encoded, *[_NOTHING] * (self.parts - 1)]
-        return replace(made, encoded=self._example(texts, 1.0, plain=True))
+        return replace(made, encoded=self.of_texts(texts, 1.0, plain=True))
 
     def is_complete(self, record: Record) -> bool:
         """Whether a record is an example of the task, not a text of a causal model."""
@@ -114,7 +115,7 @@ class Preferences(Task):
             self.example(record)  # a template may refuse a chat
 
     def filler(self) -> Example:
-        return self._example([Encoded([0, 0], [False, True], Status.OK)] * self.parts, 1.0)
+        return self.of_texts([Encoded([0, 0], [False, True], Status.OK)] * self.parts, 1.0)
 
 
 class Preference(Preferences):

@@ -84,7 +84,7 @@ class Seq2Seq(Task):
             raise UserError("the prompt is empty or too long, so the model cannot answer it")
         tokenizer = self.encoder.tokenizer
         inputs = self.encoder.padded([text.inputs], device_of(model))
-        written = greedy(model, tokenizer, **inputs, max_new_tokens=max_new_tokens)
+        (written,) = greedy(model, tokenizer, **inputs, max_new_tokens=max_new_tokens)
         labels = [
             token for token in written[1:] if token != tokenizer.pad_token_id
         ]  # after the decoder's start

@@ -1,7 +1,8 @@
 "use strict";
 // Texts of data and models stand in the document as text already; the script moves them, and reads and writes
 // `textContent` alone. The JSON in #data holds numbers, a list a query, as `view.View.script` writes it:
-//   bounded, ends: [top, bottom], mean of the top scores, owners: the target of each token or -1,
+//   bounded, ends: [top, bottom], mean of the top scores, shares: whether parts are told as shares of it, sinks:
+//   positions of attention sinks, owners: the target of each token or -1,
 //   influence of each target, baselines, levels of byTarget, and hits in the order of their elements' data-hit:
 //   row, index, side, score, rank, ..., and unless `same` names the hit that has them:
 //   targets [targets], tokens [tokens]: base64 of float32; byTarget [targets, tokens]: see `shades.levels`.
@@ -21,14 +22,25 @@
   function scoreText(score, bounded) {
     const sign = score < 0 || Object.is(score, -0) ? "" : "+";
     if (bounded) return sign + (Object.is(score, -0) ? "-" : "") + score.toFixed(4);
-    const [digits, power] = score.toExponential(3).split("e");
-    return sign + digits + "e" + power[0] + power.slice(1).padStart(2, "0");
+    return sign + (Object.is(score, -0) ? "-" : "") + plain(score, 4);
+  }
+
+  // A number with so many digits, without an exponent unless it is huge or tiny, as `text._plain` writes it.
+  function plain(value, digits) {
+    const [rounded, power] = value.toExponential(digits - 1).split("e");
+    if (power === undefined) return rounded;
+    if (Number(power) < -6 || Number(power) > 12) {
+      return rounded + "e" + power[0] + power.slice(1).padStart(2, "0");
+    }
+    const [whole, fraction] = value.toFixed(Math.max(0, digits - 1 - Number(power))).split(".");
+    const grouped = whole.replace(/\B(?=(\d{3})+$)/g, ",");
+    return fraction === undefined ? grouped : grouped + "." + fraction;
   }
 
   // Of `shades.levels`, which are known to about a digit.
   function roughText(score, bounded) {
     const sign = score < 0 ? "" : "+";
-    return "≈ " + sign + (bounded ? String(Number(score.toPrecision(1))) : score.toExponential(0));
+    return "≈ " + sign + (bounded ? String(Number(score.toPrecision(1))) : plain(score, 1));
   }
 
   // As `shades.steps` has it.
@@ -39,8 +51,8 @@
 
   const shadeOf = (step) => (step > 0 ? "p" + step : step < 0 ? "n" + -step : "");
   const largestOf = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
-  // As `shades.peak_of` has it: without the first token, where much gathers in all examples.
-  const peakOf = (values) => largestOf(values.slice(1)) || largestOf(values);
+  // As `shades.peak_of` has it: without attention sinks, where much gathers in all examples.
+  const peakOf = (values, sinks) => largestOf(values.filter((_, n) => !sinks.has(n))) || largestOf(values);
 
   async function inflated(text) {
     const stream = new Blob([bytesOf(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -121,6 +133,7 @@
     constructor(section, data) {
       this.section = section;
       this.data = data;
+      this.sinks = new Set(data.sinks);
       this.selected = null; // {targets: Set, low, high, part}
       this.words = "";
       this.cards = data.hits.map((hit, n) => this.card(hit, n));
@@ -321,7 +334,7 @@
       }
       const influence = [...selected.targets].reduce((sum, n) => sum + (data.influence[n] ?? 0), 0);
       let share = scoreText(influence, data.bounded);
-      if (data.mean) {
+      if (data.mean && data.shares) {
         const percent = ((100 * influence) / data.mean).toFixed(1);
         share = `${percent}% of the score, ${share} of ${scoreText(data.mean, data.bounded)}`;
       }
@@ -363,7 +376,9 @@
         arrange(this.lists[n], list.map(({ card }) => card.element));
         const none = this.lists[n].parentElement.querySelector(".none");
         none.hidden = list.length > 0;
+        none.dataset.whole ??= none.textContent;
         if (this.words) none.textContent = "No matches.";
+        else if (!this.selected) none.textContent = none.dataset.whole;
         else none.textContent = n ? "None here makes it less likely." : "None here makes it more likely.";
         for (const { card, score, rank } of list) this.label(card, score, rank, most);
       });
@@ -430,7 +445,7 @@
 
     paint(card, values, ofWhole) {
       card.values = values;
-      const peak = peakOf(values);
+      const peak = peakOf(values, this.sinks);
       card.spans.forEach((span, n) => {
         const empty = card.void[n] ? " void" : "";
         setClass(span, (shadeOf(stepOf(values[n], peak)) + empty + card.quiet[n]).trim());
@@ -466,7 +481,8 @@
 
     strongest(card) {
       if (!card.values) return [];
-      const order = card.spans.map((span, n) => ({ span, n, value: card.values[n] }));
+      let order = card.spans.map((span, n) => ({ span, n, value: card.values[n] }));
+      order = order.filter(({ n }) => !this.sinks.has(n));
       order.sort((a, b) => Math.abs(b.value) - Math.abs(a.value) || a.n - b.n);
       return order.slice(0, STRONGEST).filter(({ value }) => value);
     }

@@ -14,6 +14,8 @@ from numpy.typing import NDArray
 
 from rapidin.data.records import shown_parts
 from rapidin.results.html import shades
+from rapidin.results.sinks import sinks_of
+from rapidin.results.text import has_shares
 from rapidin.results.types import Hit, QueryResult
 
 _HIT_BYTES, _TOKEN_BYTES = 1600, 32  # approximate size on a page of a hit without its text, and of a token
@@ -125,6 +127,11 @@ class View:
         hits = {hit.row: hit for hit in (*self.result.top, *self.result.bottom)}
         return sum(_by_target(self.result, hit).size for hit in hits.values())
 
+    @cached_property
+    def sinks(self) -> frozenset[int]:
+        """The positions of attention sinks in the hits."""
+        return sinks_of([entry.hit for entry in self.entries])
+
     def script(self, most: int) -> dict[str, Any]:
         """The data that the script reads (see `page.js`). most: levels of `shades.levels`."""
         result = self.result
@@ -132,10 +139,12 @@ class View:
             "bounded": result.bounded,
             "ends": [len(result.top), len(result.bottom)],
             "mean": _mean(result),
+            "shares": has_shares(_mean(result) or 0.0, [target.influence for target in result.targets]),
             "owners": self.owners,
             "influence": [_finite(target.influence) for target in result.targets],
             "baselines": list(dict.fromkeys(n for h in (*result.top, *result.bottom) for n in h.standings)),
             "levels": most,
+            "sinks": sorted(self.sinks),
             "hits": [_entry_data(result, entry, most) for entry in self.entries],
         }
 
