@@ -134,7 +134,7 @@ class ChatTemplate:
         if not self.template:
             raise UserError(
                 "the data has chats ('messages'), but the model's tokenizer has no chat template",
-                "name the tokenizer of the tuned model with --tokenizer, or give the data as 'prompt' and "
+                "name the tokenizer of the tuned model with `tokenizer`, or give the data as 'prompt' and "
                 "'completion'",
             )
         messages = self._readable(chat.messages)

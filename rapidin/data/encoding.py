@@ -307,7 +307,7 @@ def unknown_token(tokenizer: Any, token: int, rows: int) -> UserError:
     return UserError(
         f"the text has the token {token} ({short(repr(tokenizer.decode([token])))}), but the model has "
         f"embeddings of {rows:,} tokens",
-        "name the tokenizer that the model was tuned with (--tokenizer), or the model that has all its tokens",
+        "name what the model was tuned with as `tokenizer`, or the model that has all of its tokens",
     )
 
 
