@@ -182,6 +182,12 @@ class Ensemble:
                 sources=source,
                 on_stage=on_stage or stages,
             )
+        if results and options.top_k > len(self.caches[-1]):
+            LOG.warning(
+                "`top_k` %s is more than the %s examples of the cache: all are shown",
+                options.top_k,
+                len(self.caches[-1]),
+            )
         if results:
             LOG.info(query_text(results[0], len(generations), self.caches[-1]))
         return results
