@@ -8,7 +8,7 @@ from pathlib import Path
 from rapidin import distributed
 from rapidin.attribution.null_scores import null_scores
 from rapidin.attribution.options import CacheOptions
-from rapidin.attribution.provenance import check_of, manifest_of, read_fitted
+from rapidin.attribution.provenance import check_of, manifest_of, read_fitted, resumed
 from rapidin.cache import Cache, CacheWriter, ShardWriter, build, codec
 from rapidin.cache.codec import CodecConfig
 from rapidin.cache.progress import Meter, OnProgress
@@ -62,6 +62,7 @@ def build_cache(
     """
     if source.coverage.is_low and distributed.world().leads:
         warnings.warn(source.coverage.warning, CoverageWarning, stacklevel=3)
+    source = resumed(source, path)
     manifest = manifest_of(source, format_of(options, source.width), len(examples), examples)
     manifest.shard_rows = options.shard_rows or build.shard_rows(manifest, path)
     number, parts = options.part or (1, 1)
@@ -72,7 +73,7 @@ def build_cache(
             writer,
             world,
             examples,
-            source.example,
+            lambda row, record: source.example(record),
             lambda texts: fitting.source.sketches(texts, meter, announced=True),
             source.loaded.device,
             lambda message: meter.tell(message),
@@ -179,7 +180,8 @@ class _Fitting:
     def _fit(self, examples: Examples, reporter: Reporter) -> Preconditioner:
         """The preconditioner of each point, from a sample of the examples that the cache was started with."""
         settings, config = self.source.settings, self.source.config
-        rows = build.sample_rows(self._writer.manifest.rows_begun, config.sample, settings.seed, STREAM)
+        begun = self._writer.manifest.rows_begun
+        rows = build.sample_rows(begun, config.sample_of(begun), settings.seed, STREAM)
         reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")
         texts = [self.source.example(examples.get(row)) for row in rows]
         return self.source.fit_preconditioner(texts, reporter)

@@ -250,6 +250,9 @@ class ModelLocation(Settings):
     model: str | None = option(None, help="New location of the model.", metavar="MODEL", panel="Model")
     adapter: str | None = option(None, help="New location of the adapter.", metavar="ADAPTER", panel="Model")
     base: str | None = option(None, help="New location of the base model.", metavar="MODEL", panel="Model")
+    tokenizer: str | None = option(
+        None, help="New location of the tokenizer.", metavar="TOKENIZER", panel="Model"
+    )
     device: str | None = DEVICE
     shard_model: bool = SHARD_MODEL
     trust_remote_code: bool = TRUST_REMOTE_CODE

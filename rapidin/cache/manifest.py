@@ -35,7 +35,8 @@ class Shard:
     """One finished shard, which stores rows ``first`` to ``first + rows - 1``.
 
     It has fewer rows than its range if examples were added to the cache and it is yet to be rewritten.
-    counts: number of examples by status.
+    counts: number of examples by status; xxh3: the checksum that its first reader compares, None in caches of
+    earlier versions.
     """
 
     file: str
@@ -44,15 +45,29 @@ class Shard:
     bytes: int
     sha256: str
     counts: dict[str, int]
+    xxh3: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The shard as the manifest stores it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @staticmethod
     def from_json(value: Any) -> Shard:
-        """The shard that `asdict` gave; KeyError, TypeError or ValueError if it is not one."""
+        """The shard that `to_json` gave; KeyError, TypeError or ValueError if it is not one."""
         if not isinstance(value, dict) or not isinstance(value["counts"], dict):
             raise ValueError(f"{short(value)} is not a shard")
         counts = {schema.name(k): schema.count(n) for k, n in value["counts"].items()}
         first, rows, size = (schema.count(value[key]) for key in ("first", "rows", "bytes"))
-        return Shard(str(value["file"]), first, rows, size, schema.checksum(value["sha256"]), counts)
+        fast = value.get("xxh3")
+        return Shard(
+            str(value["file"]),
+            first,
+            rows,
+            size,
+            schema.checksum(value["sha256"]),
+            counts,
+            None if fast is None else schema.checksum(fast, 16),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +225,7 @@ class Manifest:
             "shard_rows": self.shard_rows,
             "fitted_codec": None if self.fitted_codec is None else self.fitted_codec.to_json(),
             "layers": [block.to_json() for block in self.layers],
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [shard.to_json() for shard in self.shards],
             **({} if self.null is None else {"null": self.null}),
         }
 

@@ -18,7 +18,15 @@ from rapidin.cache.differences import preconditioner_words
 from rapidin.cache.layout import Block
 from rapidin.cache.learned_files import codec_of, read_preconditioner, shard_specs
 from rapidin.cache.manifest import Manifest, Shard
-from rapidin.cache.shards import HeaderCheck, Rows, checksum_problem, read_shard, shard_path, size_problem
+from rapidin.cache.shards import (
+    HeaderCheck,
+    Rows,
+    checksum_problem,
+    read_shard,
+    refuse_altered,
+    shard_path,
+    size_problem,
+)
 from rapidin.data.examples import Examples
 from rapidin.errors import UserError
 
@@ -32,16 +40,18 @@ class Cache:
     >>> cache.lengths([3, 5])           # [2, blocks] float32
     >>> cache.codec                     # how rows are stored: `rapidin.cache.codec`
 
-    resident: whether rows may stay on the GPU after a scan, for the next one, if there is room. examples: the
-    training data, if they were in memory when this process cached them; None otherwise.
+    resident: whether rows may stay on the GPU after a scan, for the next one, if there is room. compared:
+    whether the bytes of a shard are compared with its checksum when it is first read in this process.
+    examples: the training data, if they were in memory when this process cached them; None otherwise.
 
     Raises UserError if the folder is not a cache, its manifest is damaged, or a shard has another size or
-    other tensors than it must; the contents of the tensors are not read before they are needed.
+    other tensors than it must. The contents of the tensors are read when they are needed, and a shard is
+    refused then if its bytes are not those that were written.
     """
 
-    def __init__(self, path: str | Path, *, resident: bool = True) -> None:
+    def __init__(self, path: str | Path, *, resident: bool = True, compared: bool = True) -> None:
         self.path = Path(path)
-        self.resident = resident
+        self.resident, self.compared = resident, compared
         self.examples: Examples | None = None
         self.manifest = Manifest.read(self.path)
         self._rows: dict[int, Rows] = {}
@@ -103,27 +113,33 @@ class Cache:
             if ahead:
                 for _, later in chosen[i + 1 : i + 3] if i else chosen[:3]:
                     _read_ahead(shard_path(self.path, later))
-            if n not in self._rows:
-                self._rows[n] = read_shard(self.path, shard, self.codec)
-            yield shard.first, self._rows[n]
+            yield shard.first, self._shard(n)
+
+    def _shard(self, n: int) -> Rows:
+        """The rows of the n-th finished shard, whose bytes are compared when it is first read."""
+        if n not in self._rows:
+            shard = self.manifest.shards[n]
+            if self.compared:
+                refuse_altered(self.path, shard)
+            self._rows[n] = read_shard(self.path, shard, self.codec)
+        return self._rows[n]
 
     def _locate(self, rows: list[int] | None) -> Iterator[tuple[Rows, list[int] | slice]]:
         """The shards of these rows, in their order, and the rows' positions in them."""
-        shards = list(self.shards())
+        shards = self.manifest.shards
         if not shards:
             raise UserError(
                 f"the cache in '{self.path}' holds no examples yet", "run the same 'rapidin cache' again"
             )
         if rows is None:
-            for _, shard in shards:
-                yield shard, slice(None)
+            for n in range(len(shards)):
+                yield self._shard(n), slice(None)
             return
-        starts = [first for first, _ in shards]
         for row in rows:
-            n = bisect_right(starts, row) - 1
-            if n < 0 or row - starts[n] >= len(shards[n][1].index):
+            n = bisect_right(shards, row, key=lambda shard: shard.first) - 1
+            if n < 0 or row - shards[n].first >= shards[n].rows:
                 raise IndexError(f"row {row} is not in the cache ({len(self)} of {self.manifest.rows} are)")
-            yield shards[n][1], [row - starts[n]]
+            yield self._shard(n), [row - shards[n].first]
 
     def _column(self, rows: list[int] | None, name: str) -> Tensor:
         return torch.cat([getattr(shard, name)[at] for shard, at in self._locate(rows)])
@@ -217,6 +233,7 @@ def _shard_problem(folder: Path, shard: Shard, codec: Codec) -> str | None:
     problem = size_problem(folder, shard) or checksum_problem(folder, shard)
     if problem is None:
         try:
+            refuse_altered(folder, shard)
             read_shard(folder, shard, codec)
         except UserError as error:
             return error.what

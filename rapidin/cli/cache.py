@@ -145,9 +145,11 @@ def cache(
             )
             _say_what_counts(console, attributor, job.label)
             with console.status("checking the examples"):  # better now than after hours
-                attributor.source.check_records(examples)
+                notes = attributor.source.check_records(examples)
             if job is jobs[0] and world().leads:
                 _tell_malformed(examples)
+                for note in notes:
+                    line(note)
             made, bar = _cached(console, attributor, examples, job.out, options)
         if quiet or bar.watch.last is None:
             continue
@@ -286,7 +288,9 @@ def _how_to_resume(out: str, total: int) -> str:
 @command("plan", example="rapidin plan MODEL --data train.jsonl")
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for 'rapidin cache'.")],
-    loading: Annotated[ModelOptions, Only("adapter", "base", "model_dtype", "device", "trust_remote_code")],
+    loading: Annotated[
+        ModelOptions, Only("adapter", "base", "tokenizer", "model_dtype", "device", "trust_remote_code")
+    ],
     settings: Annotated[
         GradientSettings,
         Only("at", "task", "include", "exclude", "preconditioner", "width", "max_length", "batch_tokens"),

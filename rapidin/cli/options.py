@@ -20,7 +20,7 @@ app = typer.Typer(
     "First 'rapidin cache' sketches the gradient of every training example, then 'rapidin query' finds those "
     "behind a generation. A positive score means that training on the example made the generation more "
     "likely (helpful), a negative score that it made it less likely (harmful).",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,  # plain help: narrow terminals have room for it, and brackets stay brackets
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -61,6 +61,7 @@ _NAMED = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
 # Arguments whose flag has another name, and those that are several flags.
 _OTHERS = {
     "examples": ("--train-data", "--no-text"),
+    "path": ("--out", ""),
     "targets": ("--tokens, --hotwords", ""),
     "progress": ("", "--quiet"),
 }
@@ -317,6 +318,13 @@ class ModelOptions:
         help="Base model that MODEL was tuned from, if all of its weights were tuned.",
         metavar="MODEL",
         panel="Model",
+    )
+    tokenizer: str | None = option(
+        None,
+        help="Tokenizer with its chat template.",
+        metavar="TOKENIZER",
+        panel="Model",
+        default="the adapter's if it has one, else the model's",
     )
     model_dtype: str | None = option(
         None,

@@ -106,11 +106,13 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     date: what the template writes as the present, as YYYY-MM-DD with or without a time; None for the clock's.
-    left_out: what was not read of the chats rendered so far, with its number.
+    rendered, left_out, unplaced: number of chats that were read so far, what of them was not, with its
+    number, and turns whose place is not certain.
     """
 
     def __init__(self, tokenizer: Any, date: str | None = None) -> None:
         self.tokenizer, self.date = tokenizer, date
+        self.rendered = 0
         self.left_out: Counter[str] = Counter()
         self.unplaced: Counter[str] = Counter()
         self._dated: dict[str, str] = {}
@@ -134,7 +136,7 @@ class ChatTemplate:
         if not self.template:
             raise UserError(
                 "the data has chats ('messages'), but the model's tokenizer has no chat template",
-                "name the tokenizer of the tuned model with --tokenizer, or give the data as 'prompt' and "
+                "name the tokenizer of the tuned model as `tokenizer`, or give the data as 'prompt' and "
                 "'completion'",
             )
         messages = self._readable(chat.messages)
@@ -176,8 +178,10 @@ class ChatTemplate:
                 return [(start, end) for start, end in indices[0] if start < end]
         return None
 
-    def count_left_out(self, chat: Chat, text: str) -> None:
-        """Counts what of a chat is not in its text: parts that are not text, and tool calls."""
+    def count(self, chat: Chat, text: str) -> None:
+        """Counts a chat that is read, and what of it is not in its text: parts that are not text, and tool
+        calls."""
+        self.rendered += 1
         for message in chat.messages:
             content = message.get("content")
             if isinstance(content, list):
@@ -196,6 +200,10 @@ class ChatTemplate:
             lines.append(f"parts of messages that are not text are not read: {kinds}")
         if calls := self.left_out["tool call"]:
             lines.append(f"the chat template does not write tool calls: {calls:,} are not read")
+        if self.rendered and self.writes_date:
+            lines.append(
+                f"the chat template writes the date, and examples are read with {self.date or 'now'}"
+            )
         for what, n in self.unplaced.items():
             lines.append(f"{what} ({n:,} turn{'s' if n != 1 else ''})")
         return lines

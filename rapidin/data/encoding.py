@@ -237,7 +237,7 @@ class Encoder:
         if not chat.messages:
             return Encoded([], [], Status.EMPTY)
         text = self.chats.text(chat)
-        self.chats.count_left_out(chat, text)
+        self.chats.count(chat, text)
         if not self.tokenizer.is_fast:
             spans = Turns(self.chats, chat, text).spans(last=self.turns == "last")
             return self._finish(*self._pieces_of(text, spans))
@@ -307,7 +307,7 @@ def unknown_token(tokenizer: Any, token: int, rows: int) -> UserError:
     return UserError(
         f"the text has the token {token} ({short(repr(tokenizer.decode([token])))}), but the model has "
         f"embeddings of {rows:,} tokens",
-        "name the tokenizer that the model was tuned with (--tokenizer), or the model that has all its tokens",
+        "name the one that the model was tuned with as `tokenizer`, or the model that has its tokens",
     )
 
 

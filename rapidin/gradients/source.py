@@ -7,6 +7,7 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from datetime import datetime
 from functools import cached_property, partial
 from typing import Any
 
@@ -36,7 +37,7 @@ from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
 from rapidin.ops.transfer import Download, upload
 from rapidin.tasks.causal import Causal
 from rapidin.tasks.choose import TaskSettings, task_of
-from rapidin.tasks.forward import evaluation_mode
+from rapidin.tasks.forward import evaluation_mode, inner_model
 from rapidin.tasks.names import CAUSAL
 from rapidin.tasks.task import AnyBatch, Example, Task
 
@@ -74,9 +75,17 @@ class GradientSource:
             loaded.model,
             loaded.tokenizer,
             TaskSettings(
-                max_length, settings.eos, settings.too_long, settings.loss, settings.turns, settings.beta
+                max_length,
+                settings.eos,
+                settings.too_long,
+                settings.loss,
+                settings.turns,
+                settings.beta,
+                rows=embedded_tokens(loaded.model),
             ),
         )
+        self.chooses_date = settings.date is None
+        self.task = self.task.dated(_date_of(self.task, settings.date))
         if self.task.needs_causal:
             check_causal(loaded)
         self.points = _points(loaded, settings.at)
@@ -101,6 +110,7 @@ class GradientSource:
             width=settings.width or self._default_width(settings, bytes_per_example),
             max_length=max_length,
             preconditioner=config,
+            date=None if self.task.chats is None else self.task.chats.date,
         )
         self.config = config
         self.check: GradientCheck | None = None
@@ -187,6 +197,16 @@ class GradientSource:
         other._set_preconditioner(preconditioner)
         return other
 
+    def with_date(self, date: str | None) -> GradientSource:
+        """The same source, whose chat template writes another date."""
+        if date == self.settings.date:
+            return self
+        other = copy.copy(self)
+        other.task = self.task.dated(date)
+        other.settings = replace(self.settings, date=date)
+        other.batches = other._batch_runner()
+        return other
+
     @property
     def own_task(self) -> Task | None:
         """The task, if it is one of the user's own."""
@@ -206,12 +226,21 @@ class GradientSource:
         made: AnyExample = self.task.example(record)
         return made
 
-    def check_records(self, examples: Examples) -> None:
+    def check_records(self, examples: Examples) -> list[str]:
         """Checks what of the examples depends on the model, such as its chat template or its labels. Those
-        that it rejects are malformed; if `examples` does not skip such, raises UserError for the first."""
+        that it rejects are malformed; if `examples` does not skip such, raises UserError for the first.
+
+        Returns what the user should know of how the examples are read, a line each.
+        """
+        chats = self.task.chats
         if isinstance(self.task, Causal) and examples.form != "messages":
-            return  # every text can be encoded
-        examples.check(self.task.check)
+            rows = self.task.encoder.rows
+            if rows is None or len(self.loaded.tokenizer) <= rows:
+                return []  # every text can be encoded
+            examples.check(self.task.encoder)
+        else:
+            examples.check(self.task.check)
+        return [] if chats is None else chats.notes()
 
     @property
     def preconditioner(self) -> Preconditioner | None:
@@ -404,6 +433,24 @@ def default_width(blocks: int, bytes_per_example: int | None = None) -> int:
     while width < 8192 and width * 2 * blocks <= numbers:
         width *= 2
     return width
+
+
+def embedded_tokens(model: Any) -> int | None:
+    """The number of tokens that a model has an embedding of, None if that is not known."""
+    try:
+        table = inner_model(model).get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+    rows = getattr(table, "num_embeddings", None)
+    return rows if isinstance(rows, int) else None
+
+
+def _date_of(task: Task, date: str | None) -> str | None:
+    """The date that a task's chat template writes: the one that is asked for, or today; None if it writes
+    none."""
+    if task.chats is None or not task.chats.writes_date:
+        return None
+    return date or datetime.now().date().isoformat()
 
 
 def _points(loaded: LoadedModel, at: tuple[float, ...] | float | None) -> list[float]:

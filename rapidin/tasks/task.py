@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rapidin.data.chats import ChatTemplate
 from rapidin.data.encoding import AnyExample, Status
 from rapidin.data.generations import Generation
 from rapidin.data.records import Forms, Record, record_parts
@@ -130,6 +132,21 @@ class Task:
     def filler(self) -> AnyExample | None:
         """A short example, for passes in which a process has none of its own; None if the task has none."""
         return None
+
+    def dated(self, date: str | None) -> Task:
+        """The task with another date that chat templates write."""
+        encoder = getattr(self, "encoder", None)
+        if encoder is None or not hasattr(encoder, "dated"):
+            return self
+        other: Any = copy.copy(self)
+        other.encoder = encoder.dated(date)
+        made: Task = other
+        return made
+
+    @property
+    def chats(self) -> ChatTemplate | None:
+        """The chat template that the task's texts are rendered with, None without one."""
+        return getattr(getattr(self, "encoder", None), "chats", None)
 
     needs_causal = False  # whether the model must predict each token from those before it alone
 

@@ -204,7 +204,7 @@ def test_names_that_are_none(attributor: Attributor, cache: Cache) -> None:
         attributor.query(cache, QUERIES, method="best")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="unknown normalize"):
         rapidin.self_influence(cache, normalize="some")
-    with pytest.raises(UserError, match="takes no --damping"):
+    with pytest.raises(UserError, match="takes no `damping`"):
         attributor.query(cache, QUERIES, damping=0.1)
     with pytest.raises(UserError, match="the same self-influence"):
         rapidin.self_influence(cache, normalize="layer")

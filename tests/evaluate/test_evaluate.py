@@ -114,9 +114,9 @@ def test_methods_and_places() -> None:
     scaled = parse_variants(["0.5"], [], ["off", "sample"])
     assert scaled == [Variant((0.5,), None, "off"), Variant((0.5,), None, "sample")]
     assert (str(scaled[1]), scaled[1].folder) == ("at 0.5, preconditioner sample", "at-0.5-sample")
-    with pytest.raises(UserError, match="unknown --precondition 'flat'"):
+    with pytest.raises(UserError, match="unknown `preconditioner` 'flat'"):
         parse_variants(["0.5"], [], ["flat"])
-    with pytest.raises(UserError, match="--at half"):
+    with pytest.raises(UserError, match="`at` half"):
         parse_variants(["half"], [])
 
 

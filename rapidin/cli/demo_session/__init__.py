@@ -178,6 +178,7 @@ class _Demo:
 
     def _command(self, *arguments: str) -> int:
         """Run a `rapidin` command in the demo's folder as if it had been typed, and return its exit code."""
+        from rapidin.cli.interrupts import Interruptible
         from rapidin.cli.run import main
 
         number = 4 if arguments[0] == "cache" else 5
@@ -187,7 +188,7 @@ class _Demo:
         before = os.getcwd()
         os.chdir(self.folder)
         try:
-            code: int = main(list(arguments))
+            code: int = main(list(arguments), Interruptible())  # signals are those of the demo
             return code
         finally:
             os.chdir(before)
