@@ -13,9 +13,10 @@ from rapidin.cache.progress import Progress, Stage
 from rapidin.cli.progress import BytesBar
 from rapidin.results.json import results_json
 from rapidin.results.terminal import hits_report, make_console
-from rapidin.results.text import bytes_text, one_line, time_text
+from rapidin.results.text import bytes_text, error_text, one_line, score_text, time_text
 from rapidin.results.types import Group as ByColumn
 from rapidin.results.types import Hit, QueryResult, Standing
+from rapidin.results.verdict import Common, Place, Verdict
 
 RECORDS = [
     {"instruction": "Add the numbers.", "input": "1, 2", "output": "3"},
@@ -196,8 +197,80 @@ def test_errors_ties_copies_and_baselines() -> None:
 
 
 def test_scores_without_a_scale_have_errors_in_their_own_units() -> None:
-    text = shown(hits_report([replace(told(3e-9), normalize="none")]))
-    assert "+3.000e-09 ± 0.021" in text
+    text = " ".join(shown(hits_report([replace(told(14.6234), normalize="none")])).split())
+    assert "+14.62 ± 0.021" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "score", "error"),
+    [
+        (14.6234, "+14.62", "15"),
+        (0.29, "+0.2900", "0.29"),
+        (9.99963, "+10.00", "10"),
+        (-12345.6, "-12,346", "12,346"),
+        (-0.00001234567, "-0.00001235", "0.000012"),
+        (0.0, "+0.000", "0.0"),
+        (-3e-9, "-3.000e-09", "3.0e-09"),
+        (float("inf"), "+inf", "inf"),
+    ],
+)
+def test_raw_scores_have_no_exponents_unless_they_are_tiny_or_huge(
+    value: float, score: str, error: str
+) -> None:
+    assert score_text(value, False) == score
+    assert error_text(abs(value), False) == error
+
+
+VERDICT = Verdict(
+    "strong",
+    0.7,
+    Place(tuple(n / 100 for n in range(64)), 64),
+    Place((0.1, 0.6, 0.8), 2),
+    (Common("Ahoy [bold]there!\x1b", 4, 4, 0.08), Common("true", 3, 4, 0.1, "poisoned")),
+)
+
+
+def test_the_verdict_is_below_the_tables() -> None:
+    text = " ".join(shown(hits_report([replace(told(), verdict=VERDICT)]), width=200).split())
+    sentence = (
+        "Strong: the best score is higher than that of all 64 neutral questions and of 2 of 3 training rows."
+    )
+    assert f"Verdict {sentence}" in text
+    assert text.index("Most harmful") < text.index(sentence)
+    assert (
+        r'In common all 4 contain "Ahoy [bold]there!\x1b" (8% of the training data); '
+        "3 of 4 are poisoned=true (10% of the training data)"
+    ) in text
+    assert "'rapidin drop' writes the training data without them." in text
+    assert "Verdict" not in shown(hits_report([told()]))
+    unknown = Verdict("unknown", reason="the null distribution is of --method dot")
+    assert "No verdict: the null distribution is of --method dot." in shown(
+        hits_report([replace(told(), verdict=unknown)]), width=200
+    )
+
+
+def test_the_verdict_in_json_has_its_numbers() -> None:
+    (query,) = json.loads(results_json([replace(told(), verdict=VERDICT)]))["queries"]
+    verdict = query["verdict"]
+    assert verdict["strength"] == "strong"
+    assert verdict["questions"] == {
+        "above": 64,
+        "of": 64,
+        "chance": 1 / 65,
+        "quantiles": [0.0, 0.16, 0.32, 0.47, 0.63],
+    }
+    assert verdict["rows"]["chance"] == 0.5
+    assert [each["hits"] for each in verdict["common"]] == [4, 3]
+    assert "verdict" not in json.loads(results_json([told()]))["queries"][0]
+
+
+@pytest.mark.parametrize(
+    ("end", "word", "sign"), [("top", "helpful", "positive"), ("bottom", "harmful", "negative")]
+)
+def test_an_end_without_hits_is_said_to_have_none(end: str, word: str, sign: str) -> None:
+    text = shown(hits_report([replace(told(), **{end: []})]))
+    assert f"No row is {word}: no score is {sign}." in text
+    assert "No example in the cache has a sketch" not in text
 
 
 def test_groups_are_shown_with_bars_and_shares() -> None:
