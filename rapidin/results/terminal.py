@@ -58,8 +58,12 @@ class _Console(Console):
         raise  # the command line handles a closed pipe
 
 
+_WIDTH_FOR_ONE_LINE = 64
+
+
 class _Example:
-    """A training example on one line of any width: prompt, arrow, completion, both shortened."""
+    """A training example: prompt, arrow, completion, both shortened to fit on one line, or on one line each
+    if that is narrow."""
 
     def __init__(self, record: Mapping[str, Any]) -> None:
         self.prompt, self.completion = (one_line(text) for text in shown_parts(record))
@@ -72,6 +76,13 @@ class _Example:
         width = options.max_width
         if not (self.prompt and self.completion):
             yield Text(shorten(self.prompt or self.completion, width, ellipsis), no_wrap=True)
+            return
+        whole = cell_len(self.prompt) + len(arrow) + cell_len(self.completion)
+        if whole > width and width < _WIDTH_FOR_ONE_LINE:
+            yield Text(shorten(self.prompt, width, ellipsis), no_wrap=True)
+            arrow = arrow.lstrip()
+            completion = shorten(self.completion, max(1, width - len(arrow)), ellipsis)
+            yield Text.assemble((arrow, "dim"), (completion, "cyan"), no_wrap=True)
             return
         room = width - len(arrow)
         # Each side gets half of the room, and what the other does not use of its half.
