@@ -27,8 +27,9 @@ RECORDS = [
 
 
 def result(*records: Any, prompt: str = "p", completion: str = "c", normalize: str = "layer") -> QueryResult:
-    hits = [Hit(n + 1, 10 * n, n, 0.5 - 0.25 * n, record) for n, record in enumerate(records)]
-    return QueryResult(prompt, completion, True, hits, hits[::-1], normalize, {"scan": 0.1})
+    hits = [Hit(n + 1, 10 * n, n, 0.5 - 0.1 * n, record) for n, record in enumerate(records)]
+    harmful = [replace(hit, score=-hit.score) for hit in hits]
+    return QueryResult(prompt, completion, True, hits, harmful, normalize, {"scan": 0.1})
 
 
 def shown(renderable: Any, *, width: int = 80, encoding: str = "utf-8", terminal: bool = False) -> str:
@@ -86,7 +87,7 @@ def test_scores_are_lined_up_and_coloured_by_sign_on_a_terminal_only() -> None:
     plain, coloured = shown(hits), shown(hits, terminal=True)
     assert "\x1b" not in plain
     assert "\x1b[32m+0.5000" in coloured
-    assert "\x1b[31m-0.2500" in coloured
+    assert "\x1b[31m-0.4000" in coloured
     columns = {line.index("0.") for line in plain.splitlines() if "0." in line[:12]}
     assert len(columns) == 1
 
@@ -150,7 +151,7 @@ def test_long_prompts_lose_their_middle() -> None:
 def test_hits_without_examples() -> None:
     text = shown(hits_report([result(None, None)]))
     assert "example  " not in text
-    assert "+0.2500" in text
+    assert "+0.4000" in text
     assert "No example in the cache has a sketch" in shown(hits_report([result()]))
 
 
@@ -163,7 +164,7 @@ def told(best: float = 0.5) -> QueryResult:
     hits = [
         replace(
             hit,
-            score=best - n / 4,
+            score=best - n / 10,
             error=0.0213 / (1 + 9 * n),
             ranks=(1, 3),
             tied=n == 1,
@@ -173,9 +174,10 @@ def told(best: float = 0.5) -> QueryResult:
         )
         for n, hit in enumerate(made.top)
     ]
+    harmful = [replace(hit, score=-abs(hit.score)) for hit in hits]
     groups = [ByColumn(EVIL if n == 3 else f"v{n}", 1000 * n, 1.0 - n, n / 200, n / 100) for n in range(30)]
     return replace(
-        made, top=hits, bottom=hits[::-1], by=EVIL, groups=groups, overlaps={"BM25": 3, "hidden states": 0}
+        made, top=hits, bottom=harmful, by=EVIL, groups=groups, overlaps={"BM25": 3, "hidden states": 0}
     )
 
 
@@ -183,7 +185,7 @@ def test_errors_ties_copies_and_baselines() -> None:
     text = shown(hits_report([told()]))
     first, second = (next(line for line in text.splitlines() if words in line) for words in ("#4 ", "#1,004"))
     assert first.split()[:6] == ["1", "+0.5000", "±", "0.0213", "0", "#4"]
-    assert second.split()[:7] == ["≈2", "+0.2500", "±", "0.0021", "10", "×1,203", "#1,004"]
+    assert second.split()[:7] == ["≈2", "+0.4000", "±", "0.0021", "10", "×1,203", "#1,004"]
     words = " ".join(text.split())
     for note in (
         "± is the standard error of the sketch's estimate.",
