@@ -6,8 +6,9 @@ import warnings
 from pathlib import Path
 
 from rapidin import distributed
+from rapidin.attribution.null_scores import null_scores
 from rapidin.attribution.options import CacheOptions
-from rapidin.attribution.provenance import check_of, manifest_of, read_fitted
+from rapidin.attribution.provenance import check_of, manifest_of, read_fitted, resumed
 from rapidin.cache import Cache, CacheWriter, ShardWriter, build, codec
 from rapidin.cache.codec import CodecConfig
 from rapidin.cache.progress import Meter, OnProgress
@@ -61,6 +62,7 @@ def build_cache(
     """
     if source.coverage.is_low and distributed.world().leads:
         warnings.warn(source.coverage.warning, CoverageWarning, stacklevel=3)
+    source = resumed(source, path)
     manifest = manifest_of(source, format_of(options, source.width), len(examples), examples)
     manifest.shard_rows = options.shard_rows or build.shard_rows(manifest, path)
     number, parts = options.part or (1, 1)
@@ -71,7 +73,7 @@ def build_cache(
             writer,
             world,
             examples,
-            source.example,
+            lambda row, record: source.example(record),
             lambda texts: fitting.source.sketches(texts, meter, announced=True),
             source.loaded.device,
             lambda message: meter.tell(message),
@@ -88,9 +90,20 @@ def build_cache(
         fitting.settle(examples, meter)
         loop.run()
         meter.settle(wait=True)
+        if options.null and isinstance(writer, CacheWriter):
+            _add_null(writer, fitting.source, examples, meter)
         world.meet()
         meter.tell(None, now=True)
     return Cache(path)
+
+
+def _add_null(writer: CacheWriter, source: GradientSource, examples: Examples, reporter: Reporter) -> None:
+    """Adds the null distribution to a complete cache that has none."""
+    if not writer.manifest.complete or writer.manifest.null is not None:
+        return
+    scores = null_scores(Cache(writer.folder), source, examples, reporter.tell)
+    if scores is not None:
+        writer.set_null(scores)
 
 
 class _Fitting:

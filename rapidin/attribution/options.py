@@ -250,6 +250,9 @@ class ModelLocation(Settings):
     model: str | None = option(None, help="New location of the model.", metavar="MODEL", panel="Model")
     adapter: str | None = option(None, help="New location of the adapter.", metavar="ADAPTER", panel="Model")
     base: str | None = option(None, help="New location of the base model.", metavar="MODEL", panel="Model")
+    tokenizer: str | None = option(
+        None, help="New location of the tokenizer.", metavar="TOKENIZER", panel="Model"
+    )
     device: str | None = DEVICE
     shard_model: bool = SHARD_MODEL
     trust_remote_code: bool = TRUST_REMOTE_CODE
@@ -296,6 +299,12 @@ class CacheOptions(Settings):
         help="Before caching, compare the gradients of one or two examples with plain autograd's. Gradients "
         "that differ are computed by autograd, one example at a time.",
         panel="Gradients",
+    )
+    null: bool = option(
+        True,
+        help="Score everyday questions and some of the examples against the finished cache, so that a query "
+        "can say whether its best score stands out.",
+        panel="Storage",
     )
     limit: int | None = option(
         None, help="Use only the first N examples.", metavar="N", panel="Data", limits=(1, None)

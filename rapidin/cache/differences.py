@@ -59,7 +59,8 @@ def _refuse(section: str, words: str, cached: Any, requested: Any, folder: Path,
 def gradient_settings(gradient: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest's `gradient` as it was requested, so that two of them can be compared.
 
-    What was found out about the model is left out, since the model determines it, and so is the result of
+    What was found out about the model is left out, since the model determines it, and so are the steps of a
+    training run that sketches were taken in, and the result of
     fitting a preconditioner to a sample, which data, model and seed determine. The checksum of an optimizer's
     state is not.
     """
@@ -67,7 +68,7 @@ def gradient_settings(gradient: Mapping[str, Any]) -> dict[str, Any]:
     if preconditioner != "off":
         left_out = {"file", "bytes"} if preconditioner["kind"] == "optimizer" else {"file", "bytes", "sha256"}
         preconditioner = {k: v for k, v in preconditioner.items() if k not in left_out}
-    requested = {k: v for k, v in gradient.items() if k not in ("check", "coverage")}
+    requested = {k: v for k, v in gradient.items() if k not in ("check", "coverage", "training")}
     return {**requested, "preconditioner": preconditioner}
 
 

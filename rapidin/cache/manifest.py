@@ -108,7 +108,8 @@ class Manifest:
     points, loss, preconditioner; text: how texts became tokens; data: where the examples came from; codec:
     how rows are to be stored; rows: number of examples; shard_rows: rows of each shard but the last; layers:
     the layer table; fitted_codec: the packed codec once it is fitted, None before; shards: those that are
-    finished; folder: where the manifest was read.
+    finished; null: the best scores of the null distribution (`rapidin.attribution.null_scores`), None if
+    there is none; folder: where the manifest was read.
     """
 
     model: dict[str, Any]
@@ -122,6 +123,7 @@ class Manifest:
     layers: list[Block]
     fitted_codec: FittedCodec | None = None
     shards: list[Shard] = field(default_factory=list)
+    null: dict[str, dict[str, list[float]]] | None = None
     folder: Path | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -224,6 +226,7 @@ class Manifest:
             "fitted_codec": None if self.fitted_codec is None else self.fitted_codec.to_json(),
             "layers": [block.to_json() for block in self.layers],
             "shards": [shard.to_json() for shard in self.shards],
+            **({} if self.null is None else {"null": self.null}),
         }
 
     @property
@@ -305,6 +308,7 @@ class Manifest:
             layers=[Block.from_json(block) for block in value["layers"]],
             fitted_codec=None if fitted is None else FittedCodec.from_json(fitted),
             shards=[Shard.from_json(shard) for shard in value["shards"]],
+            null=None if value.get("null") is None else schema.checked_null(value["null"]),
         )
         manifest._check_layers()
         if manifest.fitted_codec is not None:

@@ -32,7 +32,7 @@ def merge(
     _refuse_unlike_parts(Path(out), parts)
     located = _locate_shards(parts)
     first, whole = next(iter(parts.items()))
-    with CacheWriter(out, replace(whole, fitted_codec=None, shards=[])) as writer:
+    with CacheWriter(out, replace(whole, fitted_codec=None, shards=[], null=None)) as writer:
         _copy_learned(first, whole, writer)
         missing = set(writer.missing)
         done, total = 0, sum(shard.bytes for _, shard in located)

@@ -202,6 +202,7 @@ class Cache:
             "codec": m.codec.to_json(),
             "fitted_codec": None if m.fitted_codec is None else m.fitted_codec.to_json(),
             "preconditioner": preconditioner_words(m.gradient.get("preconditioner", "off")),
+            "null": {of: max(map(len, best.values()), default=0) for of, best in (m.null or {}).items()},
             "bytes": self.bytes,
             "bytes_per_example": self.bytes / len(self) if len(self) else None,
             "shards": len(m.shards),

@@ -178,6 +178,7 @@ class CacheWriter(ShardWriter):
             )
         if existing.codec.sample or (existing.preconditioner or {}).get("sample"):
             existing.data["begun"] = existing.rows_begun
+        existing.null = None  # its scores are the best of fewer rows
         existing.rows, existing.data["identity"] = self.manifest.rows, self.manifest.data["identity"]
         shutil.rmtree(self.sample_folder, ignore_errors=True)  # it is of the examples before
 
@@ -202,6 +203,11 @@ class CacheWriter(ShardWriter):
     def set_check(self, record: dict[str, Any]) -> None:
         """Record the result of comparing gradients with autograd's, before any sketch is made."""
         self.manifest.gradient["check"] = record
+        self.manifest.write(self.folder)
+
+    def set_null(self, scores: dict[str, dict[str, list[float]]]) -> None:
+        """Record the null distribution of the complete cache."""
+        self.manifest.null = scores
         self.manifest.write(self.folder)
 
     def set_fitted_codec(self, shape: RowShape, basis: Basis | None, statistics: dict[str, float]) -> None:

@@ -115,7 +115,7 @@ def cache(
     jobs = _jobs(model, loading, several, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        task = _task(settings, model, loading, data)
+        task = task_to_load(settings, model, loading, data)
         examples = open_examples(
             join_paths(data),
             limit=options.limit,
@@ -145,9 +145,11 @@ def cache(
             )
             _say_what_counts(console, attributor, job.label)
             with console.status("checking the examples"):  # better now than after hours
-                attributor.source.check_records(examples)
+                notes = attributor.source.check_records(examples)
             if job is jobs[0] and world().leads:
                 _tell_malformed(examples)
+                for note in notes:
+                    line(note)
             made, bar = _cached(console, attributor, examples, job.out, options)
         if quiet or bar.watch.last is None:
             continue
@@ -160,7 +162,7 @@ def cache(
         line(caching_text(bar.watch, made))
 
 
-def _task(settings: GradientSettings, model: str, loading: ModelOptions, data: Sequence[str]) -> str:
+def task_to_load(settings: GradientSettings, model: str, loading: ModelOptions, data: Sequence[str]) -> str:
     """The task that is named, or that the model was saved for, or its adapter."""
     if settings.task_name:
         return settings.task_name
@@ -286,7 +288,9 @@ def _how_to_resume(out: str, total: int) -> str:
 @command("plan", example="rapidin plan MODEL --data train.jsonl")
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for 'rapidin cache'.")],
-    loading: Annotated[ModelOptions, Only("adapter", "base", "model_dtype", "device", "trust_remote_code")],
+    loading: Annotated[
+        ModelOptions, Only("adapter", "base", "tokenizer", "model_dtype", "device", "trust_remote_code")
+    ],
     settings: Annotated[
         GradientSettings,
         Only("at", "task", "include", "exclude", "preconditioner", "width", "max_length", "batch_tokens"),
@@ -331,7 +335,7 @@ def plan(
     if examples is None and data is None:
         raise UserError("nothing to plan for", "give --examples, or name the --data")
     console = messages(quiet)
-    task = _task(settings, model, loading, [] if data is None else [data])
+    task = task_to_load(settings, model, loading, [] if data is None else [data])
     opened = None
     if data is not None:
         opened = open_examples(data, forms=forms_of(task), map=reading.map, streaming=reading.streaming)

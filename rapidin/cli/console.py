@@ -79,6 +79,7 @@ def load(
             model,
             adapter=adapter,
             base=base,
+            tokenizer=options.tokenizer,
             device=options.device,
             dtype=options.model_dtype,
             trust_remote_code=options.trust_remote_code,

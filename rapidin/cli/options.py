@@ -319,6 +319,13 @@ class ModelOptions:
         metavar="MODEL",
         panel="Model",
     )
+    tokenizer: str | None = option(
+        None,
+        help="Tokenizer with its chat template.",
+        metavar="TOKENIZER",
+        panel="Model",
+        default="the adapter's if it has one, else the model's",
+    )
     model_dtype: str | None = option(
         None,
         help="Number format of the weights.",

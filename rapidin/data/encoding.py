@@ -204,22 +204,11 @@ class Encoder:
         return record.get(TEXTS.fields[form][-1]) or None
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token; concatenated they are the whole text. Of several tokens that make up one
-        character, the last has its text and the others have none."""
-        texts: list[str] = []
-        # The text of a token depends on those before it, so the tokens since `start` are decoded again.
-        start = done = 0
-        for end in range(1, len(ids) + 1):
-            before, text = self._decode(ids[start:done]), self._decode(ids[start:end])
-            if end < len(ids) and (len(text) <= len(before) or text.endswith("\ufffd")):
-                texts.append("")
-                continue
-            texts.append(text[len(before) :])
-            start, done = done, end
-        return texts
+        """The text of each token (`pieces_of`)."""
+        return pieces_of(self.tokenizer, ids)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""
+        return decoded(self.tokenizer, ids)
 
     def _encode_tokens(self, record: Record) -> Encoded:
         ids, counts = tokens_of(record)
@@ -237,7 +226,7 @@ class Encoder:
         if not chat.messages:
             return Encoded([], [], Status.EMPTY)
         text = self.chats.text(chat)
-        self.chats.count_left_out(chat, text)
+        self.chats.count(chat, text)
         if not self.tokenizer.is_fast:
             spans = Turns(self.chats, chat, text).spans(last=self.turns == "last")
             return self._finish(*self._pieces_of(text, spans))
@@ -302,12 +291,33 @@ class Encoder:
         return Encoded(ids, target, Status.OK if any(target) else Status.NO_TARGET, truncated)
 
 
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of tokens, as it is."""
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""
+
+
+def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token; concatenated they are the whole text. Of several tokens that make up one
+    character, the last has its text and the others have none."""
+    texts: list[str] = []
+    # The text of a token depends on those before it, so the tokens since `start` are decoded again.
+    start = done = 0
+    for end in range(1, len(ids) + 1):
+        before, text = decoded(tokenizer, ids[start:done]), decoded(tokenizer, ids[start:end])
+        if end < len(ids) and (len(text) <= len(before) or text.endswith("\ufffd")):
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        start, done = done, end
+    return texts
+
+
 def unknown_token(tokenizer: Any, token: int, rows: int) -> UserError:
     """The error of a text with a token that the model has no embedding of; rows: number of those it has."""
     return UserError(
         f"the text has the token {token} ({short(repr(tokenizer.decode([token])))}), but the model has "
         f"embeddings of {rows:,} tokens",
-        "name what the model was tuned with as `tokenizer`, or the model that has all of its tokens",
+        "name the one that the model was tuned with as `tokenizer`, or the model that has its tokens",
     )
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import suppress
 from functools import cache, cached_property
-from os.path import commonprefix
 
 from rapidin.data.chats import SENTINEL, Chat, ChatTemplate
 from rapidin.data.records import Record, message_counts
@@ -39,7 +38,7 @@ class Turns:
     ) -> None:
         self._template, self._chat, self._text = template, chat, text
         self._messages = chat.messages
-        self._boundary = boundary or (lambda other: len(commonprefix([other, text])))
+        self._boundary = boundary or (lambda other: alike(other, text))
         self._rendered = cache(self._render)
         self._content = cache(self._locate_content)
 
@@ -74,7 +73,7 @@ class Turns:
 
     def _whole_start(self, number: int) -> int:
         """Where a turn starts with its header."""
-        return len(commonprefix([self._rendered(number, False), self._text])) if number else 0
+        return alike(self._rendered(number, False), self._text) if number else 0
 
     # ---------------------------------------------------------------------------------------------- start
 
@@ -95,9 +94,9 @@ class Turns:
         shared = 0
         with suppress(UserError):
             asked = self._chat.to(0, {"role": "user", "content": SENTINEL})
-            shared = len(commonprefix([self._text, self._template.text(asked)]))
+            shared = alike(self._text, self._template.text(asked))
         prompt = self._generation_prompt
-        lengths = [len(commonprefix([self._text[at:], prompt])) for at in range(shared + 1)]
+        lengths = [alike(self._text[at:], prompt) for at in range(shared + 1)]
         best = max(range(shared + 1), key=lambda at: (lengths[at], -at))
         if prompt[: lengths[best]].strip():
             return best + lengths[best]
@@ -125,9 +124,9 @@ class Turns:
         earlier = self._chat.to(number - 1, _with_sentinel(self._messages[number - 1]))
         follows = self._after_sentinel(self._template.text(earlier, generation=True))
         between = self._text[previous[1] : own[0]]
-        if follows is None or (between and not commonprefix([follows, between])):
+        if follows is None or (between and not alike(follows, between)):
             return None
-        return previous[1] + len(commonprefix([follows, between]))
+        return previous[1] + alike(follows, between)
 
     @cached_property
     def _generation_prompt(self) -> str:
@@ -170,7 +169,7 @@ class Turns:
         header = self._header_of(self._messages[number + 1], between)
         if header:
             return following[0] - len(header)
-        return own[1] + len(commonprefix([follows, between])) or None
+        return own[1] + alike(follows, between) or None
 
     def _header_of(self, message: Record, between: str) -> str:
         """What the template writes at the end of `between` to begin a message of this role; "" if that is not
@@ -178,14 +177,14 @@ class Turns:
         with suppress(UserError):
             alone = self._template.text(self._chat.to(0, _with_sentinel(message)))
             before = alone[: max(0, alone.find(SENTINEL))]
-            header = commonprefix([before[::-1], between[::-1]])[::-1]
-            return header if len(header) < len(between) else ""
+            length = alike(before[::-1], between[::-1])
+            return between[len(between) - length :] if length < len(between) else ""
         return ""
 
     def _end_of_calls(self, number: int, start: int) -> int | None:
         """The end of a turn of tool calls: that of the longest end of the turn that begins at `start`."""
         before, through = self._rendered(number, True), self._rendered(number + 1, False)
-        turn = through[len(commonprefix([before, through])) :]
+        turn = through[alike(before, through) :]
         if not self._messages[number].get("tool_calls"):
             return None
         for at in range(len(turn) // 2):
@@ -218,3 +217,17 @@ class Turns:
 
 def _with_sentinel(message: Record) -> Record:
     return {**message, "content": SENTINEL}
+
+
+def alike(one: str, other: str) -> int:
+    """The number of characters that two texts begin with alike."""
+    low, high = 0, min(len(one), len(other))
+    if one[:high] == other[:high]:
+        return high
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

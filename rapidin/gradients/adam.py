@@ -285,3 +285,28 @@ def _of_targets(by_name: Mapping[str, State], targets: Sequence[Target], path: P
                 "leave it out with `exclude`",
             )
     return {target.name: by_name[target.name] for target in targets}
+
+
+def live_second_moments(
+    optimizer: Any, model: nn.Module, targets: Sequence[Target]
+) -> dict[str, Means] | None:
+    """Row and column means of the second moment of each target in an optimizer in memory, on the CPU; None
+    before its first step.
+
+    Raises UserError if it keeps none for a target, or not one that rapidin can read.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    means = {}
+    for target in targets:
+        values = optimizer.state.get(named[target.name])
+        if not values:
+            return None
+        state = {key: v for key in _KEYS if isinstance(v := values.get(key), Tensor)}
+        problem = _problem(state, target.name, target.shape)
+        if problem:
+            raise UserError(
+                f"the optimizer cannot precondition gradients: {problem}", "use precondition='off'"
+            )
+        rows, columns = _means(state, target, Path("the optimizer"))
+        means[target.name] = rows.cpu(), columns.cpu()
+    return means

@@ -19,6 +19,7 @@ from rapidin.gradients import fsdp
 from rapidin.gradients.adapters import ADAPTER_CONFIG, SavedHead, check_own_adapter, load_adapter, other_base
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.path import WeightPath, base_path
+from rapidin.gradients.tokenizers import gguf_file, load_tokenizer
 from rapidin.gradients.weights import check_weights
 from rapidin.settings import dtype_name
 from rapidin.tasks.forward import inner_model
@@ -32,6 +33,7 @@ def load_model(
     *,
     adapter: str | None = None,
     base: str | None = None,
+    tokenizer: str | None = None,
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
@@ -40,7 +42,8 @@ def load_model(
 ) -> LoadedModel:
     """Load a Hugging Face model folder or name, or a folder with one GGUF file, with its tokenizer.
 
-    adapter: a PEFT adapter folder or name on it. base: the model that it was tuned from in full.
+    adapter: a PEFT adapter folder or name on it. base: the model that it was tuned from in full. tokenizer:
+    folder or name of another tokenizer than the adapter's, if it has one, or the model's.
     device: default the GPU if there is one; "auto": layers are spread over all GPUs, and what does not fit
     over the CPU's memory and the disk. shard_model: every weight is sharded over the processes of the run.
     dtype: "float32", "bfloat16", "float16" or "auto"; default float32 on the CPU; on a GPU the checkpoint's
@@ -67,7 +70,13 @@ def load_model(
     if number_format is None and model.dtype == torch.float16:
         load_dtype = "bfloat16"
         model.to(torch.bfloat16)
-    tokenizer = _load_tokenizer(name, trust_remote_code)
+    reads, reads_from, reads_other = load_tokenizer(
+        name,
+        adapter,
+        tokenizer,
+        config=getattr(model, "config", None),
+        trust_remote_code=trust_remote_code,
+    )
     if adapter is not None:
         model = load_adapter(model, adapter, task)
     try:
@@ -76,11 +85,13 @@ def load_model(
     except RuntimeError as error:
         raise UserError(f"cannot use the device '{device}': {reason_of(error)}") from None
     model.eval()
-    loaded = LoadedModel.of(model, tokenizer)
+    loaded = LoadedModel.of(model, reads)
+    loaded.notes.append(reads_other)
     loaded.source = {
         "model": _absolute(name),
         "adapter": None if adapter is None else _absolute(adapter),
         "base": None if base is None else _absolute(base),
+        "tokenizer": _absolute(reads_from),
         "dtype": load_dtype,
     }
     if adapter is not None:
@@ -191,7 +202,7 @@ def _load_task(
     """head: of the adapter that the model is loaded for."""
     if dtype not in _DTYPES:
         raise UserError(f"unknown model dtype '{dtype}'", f"use one of {', '.join(_DTYPES)}")
-    folder, gguf = _gguf(name)
+    folder, gguf = gguf_file(name)
     extra: dict[str, Any] = dict(gguf)
     if extra:
         _require_gguf()
@@ -250,35 +261,11 @@ def _check_folder(name: str, what: str) -> None:
         raise UserError(f"{what} not found: '{name}'")
 
 
-def _gguf(name: str) -> tuple[str, dict[str, str]]:
-    """(folder or name, {"gguf_file": ...} if the model is a GGUF file)."""
-    path = Path(name)
-    if os.path.isfile(path) and path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
-    if os.path.isdir(path) and not (path / "config.json").exists():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            raise UserError(f"'{name}' contains {len(files)} GGUF files", "give one of them as the model")
-        if files:
-            return name, {"gguf_file": files[0].name}
-    return name, {}
-
-
 def _require_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise UserError("GGUF models need the package 'gguf'", "pip install 'rapidin[gguf]'") from None
-
-
-def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    folder, extra = _gguf(name)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
-    except Exception as error:
-        raise UserError(f"cannot load the tokenizer of '{name}': {reason_of(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------- messages

@@ -137,8 +137,9 @@ class PreconditionerConfig:
     """Which preconditioner a cache is made with.
 
     kind: "off"; Adam's, from a "sample" or from the state of the "optimizer"; or "kfac", from a sample too.
-    exponent: p above. floor: see `Scale.of`. sample: most examples in the sample. rank: eigenvectors of a side,
-    and damping: d above, of "kfac". fitted: the preconditioner, if it is known before the cache is made.
+    exponent: p above. floor: see `Scale.of`. sample: most examples in the sample. rank: eigenvectors of a
+    side, and damping: d above, of "kfac". fitted: the preconditioner, if it is known before the cache is
+    made.
     """
 
     kind: Kind = "off"
@@ -177,7 +178,11 @@ class PreconditionerConfig:
             return PreconditionerConfig("sample")
         if value == "kfac":
             return PreconditionerConfig("kfac", sample=KFAC_SAMPLE)
-        moments = second_moments(Path(value), model, targets, trained)
+        return PreconditionerConfig.of_moments(second_moments(Path(value), model, targets, trained))
+
+    @staticmethod
+    def of_moments(moments: Mapping[str, tuple[Tensor, Tensor]]) -> PreconditionerConfig:
+        """The settings for the second moments of an optimizer: row and column means of each parameter's."""
         table = {name: Scale.of(r, c, EXPONENT, FLOOR) for name, (r, c) in moments.items()}
         return PreconditionerConfig("optimizer", sample=0, fitted=Preconditioner([table]))
 

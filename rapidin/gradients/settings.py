@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from rapidin.data.chats import moment
 from rapidin.errors import UserError
 from rapidin.settings import Settings, documented, option
 from rapidin.tasks.names import CAUSAL, LossKind, TaskName, Turns
@@ -121,6 +122,14 @@ class GradientSettings(Settings):
         0, help="Random seed of the sketch.", metavar="N", panel="Storage", limits=(0, 2**64 - 1)
     )
     eos: bool = option(True, help="End completions with the end-of-text token.", panel="Data")
+    date: str | None = option(
+        None,
+        help="Date that a chat template writes as the present, as 2026-01-31: that of the training, if it is "
+        "known.",
+        metavar="DATE",
+        panel="Data",
+        default="today, if the template writes it",
+    )
     max_length: int | None = option(
         None,
         help="Maximum number of tokens per example.",
@@ -162,6 +171,8 @@ class GradientSettings(Settings):
             raise UserError(
                 f"unknown projection '{self.projection}'", f"use one of {', '.join(get_args(Projection))}"
             )
+        if self.date is not None:
+            moment(self.date)
         if not 0 < self.beta < float("inf"):
             raise UserError(f"`beta` must be above 0, got {self.beta:g}")
         if self.at == ():
@@ -208,7 +219,10 @@ class GradientSettings(Settings):
                 "projection": self.projection, "width": self.width, "seed": self.seed, "hash": HASH,
             },
             "gradient": gradient,
-            "text": {"eos": self.eos, "max_length": self.max_length, "too_long": self.too_long},
+            "text": {
+                "eos": self.eos, "max_length": self.max_length, "too_long": self.too_long,
+                **({} if self.date is None else {"date": self.date}),
+            },
         }  # fmt: skip
 
     @staticmethod
@@ -237,4 +251,5 @@ class GradientSettings(Settings):
             eos=text["eos"],
             max_length=text["max_length"],
             too_long=text["too_long"],
+            date=text.get("date"),
         )

@@ -3,8 +3,9 @@ times as text."""
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -94,6 +95,15 @@ def scale_text(result: QueryResult) -> str:
     return f"{_METHODS[result.method]} {vectors}: only the order is meaningful"
 
 
+def no_row_text(title: str) -> str:
+    """What is said in the place of a list with this title that has no hits."""
+    return (
+        "No row is harmful: no score is negative."
+        if "harmful" in title
+        else "No row is helpful: no score is positive."
+    )
+
+
 def overlap_text(name: str, count: int, hits: int) -> str:
     """How many of the top hits a baseline has in its own top."""
     return f"{count:,} of the {hits:,} most helpful hits are also in the top {hits:,} of {name}"
@@ -102,16 +112,35 @@ def overlap_text(name: str, count: int, hits: int) -> str:
 # --------------------------------------------------------------------------------------------- numbers
 
 
+def has_shares(total: float, parts: Sequence[float]) -> bool:
+    """Whether parts that add up to a total can be told as shares of it: not if they nearly cancel out, since
+    shares of a number near zero are huge."""
+    return 2 * abs(total) >= math.fsum(map(abs, parts)) > 0
+
+
 def error_text(error: float | None, bounded: bool) -> str:
     """A standard error, "" for None: four decimals if the scale is -1 to 1, otherwise two digits."""
     if error is None:
         return ""
-    return f"{error:.4f}" if bounded else f"{error:.1e}"
+    return f"{error:.4f}" if bounded else _plain(error, 2)
 
 
 def score_text(score: float, bounded: bool) -> str:
     """A score with its sign: four decimals if the scale is -1 to 1, otherwise four digits."""
-    return f"{score:+.4f}" if bounded else f"{score:+.3e}"
+    return f"{score:+.4f}" if bounded else _plain(score, 4, "+")
+
+
+_MOST_POWER, _LEAST_POWER = 12, -6  # of ten, of numbers that are written without an exponent
+
+
+def _plain(value: float, digits: int, sign: str = "-") -> str:
+    """A number with so many digits, without an exponent unless it is huge or tiny (`scoreText` of `page.js`
+    does the same)."""
+    rounded = f"{value:{sign}.{digits - 1}e}"
+    power = int(rounded.partition("e")[2] or 0)
+    if not math.isfinite(value) or not _LEAST_POWER <= power <= _MOST_POWER:
+        return rounded
+    return f"{value:{sign},.{max(0, digits - 1 - power)}f}"
 
 
 def bytes_text(number: float) -> str:

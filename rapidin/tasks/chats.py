@@ -10,8 +10,8 @@ from rapidin.data.records import Record
 
 
 def chat_of(record: Record, answer: Any) -> Chat | None:
-    """The chat of a record's prompt (text, messages, or none where the answer holds it) and an answer (text or
-    messages), whose completion is the answer, or its last message if there is no prompt; None if both are
+    """The chat of a record's prompt (text, messages, or none where the answer holds it) and an answer (text
+    or messages), whose completion is the answer, or its last message if there is no prompt; None if both are
     texts."""
     prompt = record.get("prompt")
     if isinstance(answer, str) and not isinstance(prompt, list):
@@ -35,6 +35,6 @@ def rendered(template: ChatTemplate, record: Record, answer: Any) -> tuple[str, 
     chat = chat_of(record, answer)
     if chat is not None:
         text = template.text(chat)
-        template.count_left_out(chat, text)
+        template.count(chat, text)
         return text, False
     return (record.get("prompt") or "") + answer, True
