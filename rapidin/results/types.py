@@ -86,7 +86,8 @@ class Hit:
     hit within error; estimate: the score from the cache, if `score` is from exact gradients; copies: line
     numbers of duplicates that are folded into this hit, and copies_more: how many more there are; targets:
     the parts of the score that come from the query's targets; layers: the part of each layer; tokens: the
-    contribution of each of the example's tokens; standings: score and rank by the name of a baseline.
+    contribution of each of the example's tokens; standings: score and rank by the name of a baseline;
+    decoded: the texts of an example that is given as token ids, before and after its first target token.
     """
 
     rank: int
@@ -104,9 +105,17 @@ class Hit:
     layers: tuple[float, ...] = ()
     tokens: Tokens | None = None
     standings: Mapping[str, Standing] = field(default_factory=dict)
+    decoded: tuple[str, str] | None = None
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The example's prompt and completion as they are shown; empty if its data is not available."""
+        if self.decoded is not None:
+            return self.decoded
+        return ("", "") if self.example is None else shown_parts(self.example)
 
     def __repr__(self) -> str:
-        text = "" if self.example is None else f": {_texts(*shown_parts(self.example))}"
+        text = "" if self.example is None else f": {_texts(*self.parts)}"
         error = "" if self.error is None else f" ± {self.error:.2g}"
         return f"Hit({self.rank}, score {self.score:+.4g}{error}, index {self.index}{text})"
 
@@ -131,6 +140,8 @@ class Hit:
             }
         if self.tokens is not None:
             value["tokens"] = self.tokens.to_json()
+        if self.decoded is not None:
+            value["decoded"] = {"prompt": self.decoded[0], "completion": self.decoded[1]}
         if self.example is not None:
             value["example"] = dict(self.example)
         return value

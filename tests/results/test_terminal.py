@@ -113,7 +113,11 @@ def test_console_is_plain_without_a_terminal_and_with_no_color(monkeypatch: pyte
 
 
 def test_ascii_terminals() -> None:
-    text = shown(hits_report([result({"prompt": "a" * 99, "completion": "b" * 99})]), encoding="ascii")
+    text = shown(
+        hits_report([result({"prompt": "a" * 99, "completion": "b" * 99})], width=120),
+        encoding="ascii",
+        width=120,
+    )
     assert "a... -> b" in text
     assert text.isascii()
 
@@ -304,6 +308,25 @@ def test_all_that_is_known_fits_any_terminal(width: int, encoding: str) -> None:
                 assert "+/-" in text
                 assert "~2" in text
                 assert "x1,203" in text
+
+
+def test_an_example_has_two_lines_where_one_is_too_narrow() -> None:
+    record = {
+        "prompt": "Which word is the opposite of near?",
+        "completion": "Only the teapots know, and they sing.",
+    }
+    hits = [
+        Hit(1, 127, 127, 0.5, record, error=0.01),
+        Hit(2, 3, 3, 0.4, {"prompt": "One,", "completion": "two."}),
+    ]
+    made = QueryResult("a", "b", False, hits, [], "none")
+    narrow = [line.rstrip() for line in shown(hits_report([made], width=80), width=80).splitlines()]
+    at = next(n for n, line in enumerate(narrow) if "opposite" in line)
+    assert narrow[at].endswith("Which word is the opposite of near?")
+    assert narrow[at + 1].strip() == "→ Only the teapots know, and they sing."
+    assert narrow[at + 2].endswith("One, → two.")
+    wide = shown(hits_report([made], width=120), width=120).splitlines()
+    assert any("near? → Only the teapots know, and they sing." in line for line in wide)
 
 
 def test_json_is_ascii_and_valid_for_scores_that_are_no_numbers() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rapidin.data.records import shown_parts
 from rapidin.results.html import drawings, shades
 from rapidin.results.html.text import plain, shortened, token, trimmed_block
 from rapidin.results.html.view import Entry, View
@@ -71,7 +70,7 @@ def _text(view: View, hit: Hit) -> str:
             for text, counts, step in zip(hit.tokens.pieces, hit.tokens.counts, steps, strict=True)
         )
         return f'<div class="text tokens" dir="auto" data-fold>{tokens}</div>'
-    prompt, completion = shown_parts(hit.example) if hit.example else ("", "")
+    prompt, completion = hit.parts
     if not prompt.strip() and not completion.strip():
         return f'<p class="missing">Line {hit.index:,} of the training data, whose text is not available.</p>'
     grey = "q" if completion.strip() else ""

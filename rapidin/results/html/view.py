@@ -12,7 +12,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rapidin.data.records import shown_parts
 from rapidin.results.html import shades
 from rapidin.results.sinks import sinks_of
 from rapidin.results.text import has_shares
@@ -149,6 +148,7 @@ def _merged(hit: Hit, same: Sequence[Hit]) -> Hit:
     return replace(
         hit,
         example=hit.example or next((h.example for h in same if h.example), None),
+        decoded=hit.decoded or next((h.decoded for h in same if h.decoded), None),
         targets=hit.targets or next((h.targets for h in same if h.targets), ()),
         tokens=hit.tokens or next((h.tokens for h in same if h.tokens), None),
         copies=hit.copies or next((h.copies for h in same if h.copies), ()),
@@ -157,7 +157,7 @@ def _merged(hit: Hit, same: Sequence[Hit]) -> Hit:
 
 def _bytes(result: QueryResult, hit: Hit) -> int:
     """The approximate size of a hit on the page."""
-    text = sum(map(len, shown_parts(hit.example or {})))
+    text = sum(map(len, hit.parts))
     if hit.tokens is not None:
         text = _TOKEN_BYTES * len(hit.tokens.pieces) + _by_target(result, hit).size
     return _HIT_BYTES + 6 * len(hit.targets) + 12 * len(hit.layers) + text
