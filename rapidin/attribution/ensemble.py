@@ -183,6 +183,12 @@ class Ensemble:
                 sources=source,
                 on_stage=on_stage or stages,
             )
+        if results and options.top_k > len(self.caches[-1]):
+            LOG.warning(
+                "`top_k` %s is more than the %s examples of the cache: all are shown",
+                options.top_k,
+                len(self.caches[-1]),
+            )
             results = with_texts(results, self._tokenizer)
         if results:
             LOG.info(query_text(results[0], len(generations), self.caches[-1]))

@@ -23,6 +23,7 @@ from rapidin.gradients.weights import describe_weights
 from rapidin.tasks.names import CAUSAL, peft_task_of
 
 ADAPTER_CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def has_adapter(model: Any) -> bool:
@@ -255,6 +256,8 @@ def load_adapter(model: Any, adapter: str, task: str = CAUSAL) -> Any:
             raise UserError(f"adapter not found: '{adapter}'")
     elif not (path / ADAPTER_CONFIG).exists():
         raise UserError(f"'{adapter}' is not an adapter: it has no {ADAPTER_CONFIG}")
+    elif not any((path / name).exists() for name in _WEIGHTS):
+        raise UserError(f"the adapter '{adapter}' has no weights: there is no {' and no '.join(_WEIGHTS)}")
     try:
         config = PeftConfig.from_pretrained(adapter)
         made_for = getattr(config.task_type, "value", config.task_type)

@@ -57,8 +57,12 @@ class _Console(Console):
         raise  # the command line handles a closed pipe
 
 
+_WIDTH_FOR_ONE_LINE = 64
+
+
 class _Example:
-    """A training example on one line of any width: prompt, arrow, completion, both shortened."""
+    """A training example: prompt, arrow, completion, both shortened to fit on one line, or on one line each
+    if that is narrow."""
 
     def __init__(self, hit: Hit) -> None:
         self.prompt, self.completion = (one_line(text) for text in hit.parts)
@@ -71,6 +75,13 @@ class _Example:
         width = options.max_width
         if not (self.prompt and self.completion):
             yield Text(shorten(self.prompt or self.completion, width, ellipsis), no_wrap=True)
+            return
+        whole = cell_len(self.prompt) + len(arrow) + cell_len(self.completion)
+        if whole > width and width < _WIDTH_FOR_ONE_LINE:
+            yield Text(shorten(self.prompt, width, ellipsis), no_wrap=True)
+            arrow = arrow.lstrip()
+            completion = shorten(self.completion, max(1, width - len(arrow)), ellipsis)
+            yield Text.assemble((arrow, "dim"), (completion, "cyan"), no_wrap=True)
             return
         room = width - len(arrow)
         # Each side gets half of the room, and what the other does not use of its half.
@@ -101,7 +112,7 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
         bounded = result.bounded
         if result.targets:
             report.append(targets_table(result, bounded=bounded))
-        for name, hits in (("Most helpful", result.top), ("Most harmful", result.bottom)):
+        for name, hits in (("Most helpful", result.helpful), ("Most harmful", result.harmful)):
             report.append(hits_table(name, hits, bounded=bounded) if hits else none_of(name))
         if result.by is not None:
             report.append(_Groups(result.by, result.groups))
@@ -205,7 +216,7 @@ def targets_table(result: QueryResult, *, bounded: bool) -> RenderableType:
     title = "Parts of the completion"
     if len(shown) < len(result.targets):
         title += f", the {len(shown)} most influential of {len(result.targets):,}"
-    total = sum(hit.score for hit in result.top) / max(1, len(result.top))
+    total = sum(hit.score for hit in result.helpful) / max(1, len(result.helpful))
     shared = has_shares(total, [target.influence for target in result.targets])
     table = _titled(title)
     table.add_column("part", no_wrap=True, max_width=32)
@@ -321,7 +332,7 @@ class _Notes:
         self._results = results
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        hits = [hit for result in self._results for hit in (*result.top, *result.bottom)]
+        hits = [hit for result in self._results for hit in (*result.helpful, *result.harmful)]
         signs, notes = _signs(options), []
         wide = options.max_width >= _WIDTH_FOR_MORE
         if options.max_width >= _WIDTH_FOR_ERRORS and any(hit.error is not None for hit in hits):
@@ -333,7 +344,7 @@ class _Notes:
         for number, result in enumerate(self._results, 1):
             prefix = f"Query {number}: " if len(self._results) > 1 else ""
             for name, count in result.overlaps.items():
-                notes.append(f"{prefix}{overlap_text(one_line(name), count, len(result.top))}.")
+                notes.append(f"{prefix}{overlap_text(one_line(name), count, len(result.helpful))}.")
         if notes:
             yield Text("\n".join(notes), style="dim")
 

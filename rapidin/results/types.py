@@ -221,9 +221,9 @@ class Group:
 class QueryResult:
     """The hits of one generation.
 
-    prompt, completion: its text; generated: whether the model wrote the completion for this query; top: most
-    helpful first; bottom: most harmful first; normalize, method: the scale of the scores
-    (`rapidin.attribution.methods`); seconds: time by stage, of the whole call; together: the number of
+    prompt, completion: its text; generated: whether the model wrote the completion for this query; top: the
+    highest scores, highest first; bottom: the lowest, lowest first; normalize, method: the scale of the
+    scores (`rapidin.attribution.methods`); seconds: time by stage, of the whole call; together: the number of
     generations if the hits are those of several as one target set, otherwise 0; verdict: whether the best
     score stands out, None if the cache has no null distribution.
 
@@ -260,12 +260,22 @@ class QueryResult:
     notebook: ClassVar[Callable[[Sequence[QueryResult]], str] | None] = None
 
     def __repr__(self) -> str:
-        lines = [f"QueryResult({_texts(self.prompt, self.completion)}: {len(self.top):,} helpful, then "]
-        lines[0] += f"{len(self.bottom):,} harmful of {self.examples:,} examples)"
-        for hits in (self.top, self.bottom):
+        lines = [f"QueryResult({_texts(self.prompt, self.completion)}: {len(self.helpful):,} helpful, then "]
+        lines[0] += f"{len(self.harmful):,} harmful of {self.examples:,} examples)"
+        for hits in (self.helpful, self.harmful):
             lines += [f"  {hit!r}" for hit in hits[:_SHOWN]]
             lines += [f"  and {len(hits) - _SHOWN:,} more"] if len(hits) > _SHOWN else []
         return "\n".join(lines)
+
+    @property
+    def helpful(self) -> list[Hit]:
+        """The hits of the top that are helpful: a ranking's top may have others if few rows are helpful."""
+        return [hit for hit in self.top if not hit.score <= 0]
+
+    @property
+    def harmful(self) -> list[Hit]:
+        """The hits of the bottom that are harmful."""
+        return [hit for hit in self.bottom if not hit.score >= 0]
 
     @property
     def bounded(self) -> bool:
@@ -295,8 +305,8 @@ class QueryResult:
             value["layers"] = list(self.layers)
         if self.verdict is not None:
             value["verdict"] = self.verdict.to_json()
-        value["top"] = [hit.to_json() for hit in self.top]
-        value["bottom"] = [hit.to_json() for hit in self.bottom]
+        value["top"] = [hit.to_json() for hit in self.helpful]
+        value["bottom"] = [hit.to_json() for hit in self.harmful]
         if self.pieces:
             value["tokens"] = list(self.pieces)
         if self.targets:

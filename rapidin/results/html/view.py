@@ -25,13 +25,11 @@ class Entry:
     """A hit on the page.
 
     side: 1 for one of the most helpful, -1 for one of the most harmful, 0 for a hit of a part of the
-    generation alone; same: the index of an earlier entry with the same row; whole: its score for the whole
-    generation, if known.
+    generation alone; whole: its score for the whole generation, if known.
     """
 
     hit: Hit
     side: int
-    same: int | None
     whole: float | None
 
 
@@ -79,17 +77,14 @@ class View:
     def entries(self) -> list[Entry]:
         """The hits of both ends, then those that are hits of a part of the generation alone."""
         result = self.result
-        ends = [(hit, side) for side, hits in ((1, result.top), (-1, result.bottom)) for hit in hits]
+        ends = [(hit, side) for side, hits in ((1, result.helpful), (-1, result.harmful)) for hit in hits]
         of_targets = [hit for target in result.targets for hit in (*target.top, *target.bottom)]
         by_row: dict[int, list[Hit]] = {}
         for hit in (*(hit for hit, _ in ends), *of_targets):
             by_row.setdefault(hit.row, []).append(hit)
-        entries: list[Entry] = []
-        first: dict[int, int] = {}  # the index of a row's first entry
-        for hit, side in ends:
-            entries.append(Entry(_merged(hit, by_row[hit.row]), side, first.get(hit.row), hit.score))
-            first.setdefault(hit.row, len(entries) - 1)
-        others = {row: hits for row, hits in by_row.items() if row not in first}
+        entries = [Entry(_merged(hit, by_row[hit.row]), side, hit.score) for hit, side in ends]
+        shown = {hit.row for hit, _ in ends}
+        others = {row: hits for row, hits in by_row.items() if row not in shown}
         return entries + self._entries_of_parts(others)
 
     def _entries_of_parts(self, by_row: dict[int, list[Hit]]) -> list[Entry]:
@@ -106,13 +101,13 @@ class View:
             if room < 0:
                 break
             whole = math.fsum(hit.targets[n] for n in owners) if covered else None
-            entries.append(Entry(hit, 0, None, whole))
+            entries.append(Entry(hit, 0, whole))
         return entries
 
     @property
     def size(self) -> int:
         """The approximate number of bytes of the hits of the whole generation on the page."""
-        return sum(_bytes(self.result, hit) for hit in (*self.result.top, *self.result.bottom))
+        return sum(_bytes(self.result, hit) for hit in (*self.result.helpful, *self.result.harmful))
 
     @cached_property
     def selects(self) -> bool:
@@ -123,7 +118,7 @@ class View:
     @property
     def numbers(self) -> int:
         """How many numbers `Tokens.by_target` has in all hits of the whole generation, each row once."""
-        hits = {hit.row: hit for hit in (*self.result.top, *self.result.bottom)}
+        hits = {hit.row: hit for hit in (*self.result.helpful, *self.result.harmful)}
         return sum(_by_target(self.result, hit).size for hit in hits.values())
 
     @cached_property
@@ -141,7 +136,7 @@ class View:
             "shares": has_shares(_mean(result) or 0.0, [target.influence for target in result.targets]),
             "owners": self.owners,
             "influence": [_finite(target.influence) for target in result.targets],
-            "baselines": list(dict.fromkeys(n for h in (*result.top, *result.bottom) for n in h.standings)),
+            "baselines": list(dict.fromkeys(n for e in self.entries if e.side for n in e.hit.standings)),
             "levels": most,
             "sinks": sorted(self.sinks),
             "hits": [_entry_data(result, entry, most) for entry in self.entries],
@@ -194,8 +189,6 @@ def _entry_data(result: QueryResult, entry: Entry, most: int) -> dict[str, Any]:
         value |= {"copies": list(hit.copies), "more": hit.copies_more}
     if hit.standings:
         value["standings"] = {name: [_finite(s.score), s.rank] for name, s in hit.standings.items()}
-    if entry.same is not None:
-        return value | {"same": entry.same}
     if hit.targets and len(hit.targets) == len(result.targets):
         value["targets"] = shades.floats(hit.targets)
     if hit.tokens is not None:
@@ -212,5 +205,5 @@ def _finite(value: float) -> float | None:
 
 def _mean(result: QueryResult) -> float | None:
     """The mean score of the most helpful hits, of which the influence of each target is a part."""
-    scores = [hit.score for hit in result.top if math.isfinite(hit.score)]
+    scores = [hit.score for hit in result.helpful if math.isfinite(hit.score)]
     return math.fsum(scores) / len(scores) if scores else None
