@@ -275,7 +275,7 @@ def test_roles_that_a_template_leaves_out() -> None:
 def test_thoughts_that_become_empty_as_a_chat_goes_on() -> None:
     encode = plain(
         "{% set asked = namespace(last=-1) %}"
-        "{% for m in messages %}{% if m.role == 'user' %}{% set asked.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages if m.role == 'user' %}{% set asked.last = messages.index(m) %}{% endfor %}"
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' %}"
         "<think>{{ m.reasoning_content if loop.index0 > asked.last }}</think>{{ m.content }}"
