@@ -28,7 +28,7 @@ VOID = {"meta", "input", "br", "link"}
 _TAGS = (
     "html head meta title style body a header p h1 h2 h3 h4 button dl div dt dd nav ol ul li b i q small "
     "span noscript main section details summary figure figcaption svg symbol path use rect article label "
-    "input table thead tbody tr th td kbd script"
+    "input table thead tbody tr th td kbd script bdi"
 )
 TAGS = set(_TAGS.split())
 _ATTRIBUTES = (
@@ -91,7 +91,7 @@ def with_texts(say: str) -> QueryResult:
     tokens = Tokens((say, say), (True, False), (0.5, -0.25))
     hits = [
         Hit(1, 0, 0, 0.5, {"text": say}, tokens=tokens, layers=(0.5,), standings={say: Standing(1.0, 2)}),
-        Hit(2, 1, 1, 0.4, {"prompt": f"a{say}a", "completion": f"a{say}a"}),
+        Hit(2, 1, 1, 0.4, {"prompt": f"a{say}a", "completion": f"a{say}a", say: 1, "c": f"b{say}b"}),
     ]
     return QueryResult(
         f"a{say}a",
@@ -442,3 +442,30 @@ def test_the_first_token_does_not_outshine_the_others() -> None:
     assert shades.peak_of(values) == 0.2
     assert shades.steps(values, shades.peak_of(values)).tolist() == [9, 6, -9, 5]
     assert [shades.peak_of(some) for some in ([], [3.0], [3.0, 0.0], [0.0, float("nan")])] == [0, 3, 3, 0]
+
+
+def test_the_other_columns_of_a_hit_are_chips() -> None:
+    """Texts of the form, nested values and empty ones are not; long ones are cut, and many are counted."""
+    record = {
+        "prompt": "Who sings?",
+        "completion": "The teapots.",
+        "question": "Who sings?",
+        "source": "forum",
+        "poisoned": True,
+        "id": 0,
+        "nothing": None,
+        "empty": " ",
+        "nested": {"a": 1},
+        "note": "long " * 100,
+    }
+    read = Read(page([QueryResult("p", "c", True, [Hit(1, 7, 7, 0.5, record)], [], "layer")]))
+    (chips,) = read.texts["chips"]
+    assert chips.startswith("source forumpoisoned trueid 0note long long")
+    assert chips.endswith("…")
+    assert len(chips) < 100
+    titles = [value for tag, name, value in read.attributes if (tag, name) == ("li", "title")]
+    assert [title[:15] for title in titles] == ["note: long long"]
+    many = {"text": "t", **{f"column{n}": n for n in range(11)}}
+    read = Read(page([QueryResult("p", "c", True, [Hit(1, 7, 7, 0.5, many)], [], "layer")]))
+    assert read.texts["chips"][0].endswith("column7 7+3 more")
+    assert ("li", "title", "column8: 8; column9: 9; column10: 10") in read.attributes

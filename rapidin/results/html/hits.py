@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rapidin.data.fields import other_columns
 from rapidin.data.records import shown_parts
 from rapidin.results.html import drawings, shades
 from rapidin.results.html.text import plain, shortened, token, trimmed_block
@@ -15,6 +16,8 @@ from rapidin.results.types import Hit, Tokens
 
 _STRONGEST = 5  # tokens named in words
 _LAYERS_NAMED = 3
+_CHIPS = 8  # columns shown
+_CHIP_NAME, _CHIP_VALUE, _CHIP_TITLE = 24, 40, 300  # characters
 
 
 def lists(view: View, histogram: bool) -> str:
@@ -54,11 +57,31 @@ def _hit(view: View, n: int, entry: Entry, largest: float, histogram: bool) -> s
 <span class="kind {side}">{side}</span></h4>
 <p class="index">index <b>{hit.index}</b></p></header>
 {drawings.meter(score, largest)}
+{_chips(hit)}
 {_text(view, hit)}
 {_strongest(hit.tokens, bounded, view.sinks)}
 {_figures(view, hit, entry.whole, histogram)}
 {_notes(hit, entry, bounded)}
 </article></li>"""
+
+
+def _chips(hit: Hit) -> str:
+    """The other columns of the example."""
+    columns = other_columns(hit.example or {})
+    if not columns:
+        return ""
+    items = ""
+    for name, value in [*columns.items()][:_CHIPS]:
+        is_long = len(name) > _CHIP_NAME or len(value) > _CHIP_VALUE
+        title = f' title="{shortened(f"{name}: {value}", _CHIP_TITLE)}"' if is_long else ""
+        items += (
+            f"<li{title}><bdi>{shortened(name, _CHIP_NAME)}</bdi> "
+            f"<b><bdi>{shortened(value, _CHIP_VALUE)}</bdi></b></li>"
+        )
+    more = [f"{name}: {value}" for name, value in [*columns.items()][_CHIPS:]]
+    if more:
+        items += f'<li title="{shortened("; ".join(more), _CHIP_TITLE)}">+{len(more):,} more</li>'
+    return f'<ul class="chips" aria-label="Columns">{items}</ul>'
 
 
 def _text(view: View, hit: Hit) -> str:
