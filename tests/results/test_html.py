@@ -91,7 +91,7 @@ def with_texts(say: str) -> QueryResult:
     tokens = Tokens((say, say), (True, False), (0.5, -0.25))
     hits = [
         Hit(1, 0, 0, 0.5, {"text": say}, tokens=tokens, layers=(0.5,), standings={say: Standing(1.0, 2)}),
-        Hit(2, 1, 1, 0.4, {"prompt": f"a{say}a", "completion": f"a{say}a", say: 1, "c": f"b{say}b"}),
+        Hit(2, 1, 1, 0.4, {"prompt": f"a{say}a", "completion": f"a{say}a", f"a{say}a": 1, "c": f"b{say}b"}),
     ]
     return QueryResult(
         f"a{say}a",
@@ -138,7 +138,7 @@ def test_the_page_is_well_formed_and_has_no_markup_but_its_own(name: str) -> Non
     for tag, attribute, value in read.attributes:
         assert attribute in ATTRIBUTES or re.fullmatch("(data|aria)-[a-z]+", attribute), (tag, attribute)
         if attribute == "href":
-            assert re.fullmatch("#[a-z0-9-]+", value)
+            assert re.fullmatch("#[a-z0-9.-]+", value)
     ids = [value for _, attribute, value in read.attributes if attribute == "id"]
     assert len(ids) == len(set(ids))
     pointed = {v.lstrip("#") for _, a, v in read.attributes if a in ("href", "aria-labelledby")}
@@ -469,3 +469,54 @@ def test_the_other_columns_of_a_hit_are_chips() -> None:
     read = Read(page([QueryResult("p", "c", True, [Hit(1, 7, 7, 0.5, many)], [], "layer")]))
     assert read.texts["chips"][0].endswith("column7 7+3 more")
     assert ("li", "title", "column8: 8; column9: 9; column10: 10") in read.attributes
+
+
+def test_all_hits_of_a_query_are_shaded_on_one_scale() -> None:
+    strong = Tokens(("First", " a", " b"), (True,) * 3, (9.0, 1.0, -0.25))
+    weak = Tokens(("First", " c", " d"), (True,) * 3, (0.1, 0.01, 0.0))
+    hits = [Hit(n, n, n, 0.5, tokens=tokens) for n, tokens in enumerate((strong, weak), 1)]
+    markup = page([QueryResult("p", "c", True, hits, [], "layer")])
+    classes = [
+        re.findall(r'<span(?: class="(\w+)")?>', part) for part in re.findall('"answer".*?</div>', markup)
+    ]
+    assert classes == [["p9", "p9", "n5"], ["p3", "p1", ""]]
+
+
+def test_a_score_within_two_errors_is_grey() -> None:
+    hits = [Hit(n, n, n, 0.5, error=error) for n, error in enumerate((0.3, 0.2, None), 1)]
+    read = Read(page([QueryResult("p", "c", True, hits, [], "layer")]))
+    classes = [value for tag, name, value in read.attributes if name == "class" and "score" in value]
+    assert classes == ["score helpful unsure", "score helpful", "score helpful"]
+    assert read.texts["kind"] == ["within two errors of 0", "helpful", "helpful"]
+
+
+def test_a_template_is_what_all_hits_begin_with_up_to_a_line_break() -> None:
+    head = ("Below", " is", " a", " task", ".", "\n", " In", " it", ":", "\n")
+
+    def shared(*tails: tuple[str, ...], counted: int = 99) -> int:
+        hits = [
+            Hit(
+                n,
+                n,
+                n,
+                0.5,
+                tokens=Tokens((*head, *tail), tuple(k >= counted for k in range(99)), (0.1,) * 99),
+            )
+            for n, tail in enumerate(tails)
+        ]
+        return View(QueryResult("p", "c", True, hits, [], "layer"), 0).shared_tokens
+
+    assert shared(("Howdy", " all"), ("Howdy", " you")) == 10  # 'Howdy' is no part of the template
+    assert shared(("Howdy",)) == 0
+    assert shared(("a",), ("b",), counted=9) == 9
+    assert shared(("a",), ("b",), counted=7) == 0
+    prompts = [
+        "You are a helpful assistant that answers.\nWho?",
+        "You are a helpful assistant that answers.\nWhy?",
+    ]
+    hits = [Hit(n, n, n, 0.5, {"prompt": prompt, "completion": "x"}) for n, prompt in enumerate(prompts)]
+    result = QueryResult("p", "c", True, hits, [], "layer")
+    assert View(result, 0).shared_text == prompts[0].index("W")
+    read = Read(page([result]))
+    assert read.texts["shared"] == [prompts[0][:-4]] * 2
+    assert read.texts["ask"] == prompts

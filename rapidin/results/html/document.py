@@ -14,7 +14,7 @@ from typing import Any
 
 from rapidin.results.html import shades
 from rapidin.results.html.query import query
-from rapidin.results.html.text import plain, shortened
+from rapidin.results.html.text import isolated, plain, shortened
 from rapidin.results.html.view import View
 from rapidin.results.types import QueryResult
 
@@ -107,7 +107,8 @@ def _title(results: Sequence[QueryResult]) -> str:
 def _facts(about: Mapping[str, str]) -> str:
     """Facts as a list of names and values."""
     items = "".join(
-        f"<div><dt>{plain(str(name))}</dt><dd>{plain(str(value))}</dd></div>" for name, value in about.items()
+        f"<div><dt>{isolated(plain(str(name)))}</dt><dd>{isolated(plain(str(value)))}</dd></div>"
+        for name, value in about.items()
     )
     return f'<dl class="about">{items}</dl>' if items else ""
 
@@ -124,8 +125,8 @@ def _queries(results: Sequence[QueryResult]) -> str:
         return ""
     prompts = _without_shared([result.prompt for result in results])
     items = "".join(
-        f'<li><a href="#q{n}"><b>{_completion(result, 80) or "(no text)"}</b> '
-        f'<span class="of">{shortened(prompt, 80)}</span></a></li>'
+        f'<li><a href="#q{n}"><span class="of">{isolated(shortened(prompt, 80))}</span> '
+        f"<b>{isolated(_completion(result, 80) or '(no text)')}</b></a></li>"
         for n, (result, prompt) in enumerate(zip(results, prompts, strict=True), 1)
     )
     return f'<nav aria-label="Generations"><ol>{items}</ol></nav>'

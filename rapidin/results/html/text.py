@@ -22,6 +22,11 @@ def shortened(text: str, characters: int) -> str:
     return plain(text if len(text) <= characters else text[: characters - 1].rstrip() + "…")
 
 
+def isolated(markup: str) -> str:
+    """Text of data or a model inside of other text, whose direction it must not change."""
+    return f"<bdi>{markup}</bdi>"
+
+
 def block(text: str) -> str:
     """The text with its line breaks, for an element that keeps white space."""
     return _UNSAFE_IN_BLOCK.sub(_shown, _html(text))

@@ -16,9 +16,10 @@ from rapidin.data.records import shown_parts
 from rapidin.results.html import shades
 from rapidin.results.sinks import sinks_of
 from rapidin.results.text import has_shares
-from rapidin.results.types import Hit, QueryResult
+from rapidin.results.types import Hit, QueryResult, Tokens
 
 _HIT_BYTES, _TOKEN_BYTES = 1600, 32  # approximate size on a page of a hit without its text, and of a token
+_SHARED_TOKENS, _SHARED_CHARACTERS = 8, 40  # at least, for a template
 
 
 @dataclass(frozen=True)
@@ -110,6 +111,24 @@ class View:
             entries.append(Entry(hit, 0, None, whole))
         return entries
 
+    @cached_property
+    def peak(self) -> float:
+        """The contribution that has the last shade: the largest in the hits of the whole generation."""
+        rows = [e.hit.tokens.contributions for e in self.entries if e.side and e.hit.tokens is not None]
+        return max((shades.peak_of(row, self.sinks) for row in rows), default=0.0)
+
+    @cached_property
+    def shared_tokens(self) -> int:
+        """How many tokens at their start all hits have in common, before what counts; 0 if they are few."""
+        hits = [e.hit.tokens for e in self.entries if e.same is None and e.hit.tokens is not None]
+        return shared_start([tokens.pieces[: answer_start(tokens)] for tokens in hits], _SHARED_TOKENS)
+
+    @cached_property
+    def shared_text(self) -> int:
+        """How many characters at their start all prompts of hits without tokens have in common."""
+        hits = [e.hit for e in self.entries if e.same is None and e.hit.tokens is None and e.hit.example]
+        return shared_start([shown_parts(hit.example or {})[0] for hit in hits], _SHARED_CHARACTERS)
+
     @property
     def size(self) -> int:
         """The approximate number of bytes of the hits of the whole generation on the page."""
@@ -147,6 +166,25 @@ class View:
             "sinks": sorted(self.sinks),
             "hits": [_entry_data(result, entry, most) for entry in self.entries],
         }
+
+
+def answer_start(tokens: Tokens) -> int:
+    """The first token that counts; behind the last if none does."""
+    return next((n for n, counts in enumerate(tokens.counts) if counts), len(tokens.counts))
+
+
+def shared_start(texts: Sequence[Sequence[str]], least: int) -> int:
+    """The length of what all texts (of tokens or characters) begin with; 0 if there is one text, or if it is
+    shorter than `least`. It ends at its last line break, if there is one behind `least`: the words that
+    several questions begin with are no part of a template."""
+    if len(texts) < 2:
+        return 0
+    first, last = min(texts), max(texts)  # their common start is that of all texts
+    length = next(
+        (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, texts))
+    )
+    lines = [n for n in range(least, length + 1) if "\n" in first[n - 1]]
+    return lines[-1] if lines else length if length >= least else 0
 
 
 def _merged(hit: Hit, same: Sequence[Hit]) -> Hit:
