@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "attribution": {"data", "ops", "cache", "results", "tasks", "gradients"},
     "evaluate": {"data", "ops", "cache", "results", "tasks", "gradients", "attribution"},
     "cli": {"data", "ops", "cache", "results", "tasks", "gradients", "attribution", "evaluate"},
+    "integrations": {"data", "cache", "tasks", "gradients", "attribution"},
     "__main__": {"cli"},
     # The names that `import rapidin` offers.
     "__init__": {"ops", "cache", "gradients", "attribution", "tasks"},

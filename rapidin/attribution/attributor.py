@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,16 +16,19 @@ from rapidin.attribution.loaded import loaded_of
 from rapidin.attribution.options import CacheOptions, ModelLocation, QueryOptions
 from rapidin.attribution.progress import LOG, Watch, caching_progress, caching_text
 from rapidin.attribution.provenance import layers_of, load_model_of, source_of
+from rapidin.attribution.reading import read_examples
 from rapidin.cache import Cache, Manifest
 from rapidin.cache.layout import Block
 from rapidin.cache.progress import OnProgress
 from rapidin.data.examples import Examples, open_examples
+from rapidin.data.fields import FieldMap
 from rapidin.distributed import world
 from rapidin.errors import UserError
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
 from rapidin.results.collection import Results
+from rapidin.results.reading import Reading
 from rapidin.settings import check_names
 from rapidin.tasks.task import Task
 
@@ -169,6 +173,17 @@ class Attributor:
         other arguments are those of `rapidin.Ensemble.query`, and so are the errors.
         """
         return self._alone(cache).ask(question, options, **by_name)
+
+    def show(
+        self, examples: Any, limit: int = 3, *, map: FieldMap | Mapping[str, str] | str | None = None
+    ) -> Reading:
+        """The first examples as the model reads them, with the tokens that have a loss: a list that prints
+        itself, and that notebooks colour.
+
+        examples: as for `cache`. Raises UserError for data that cannot be read.
+        """
+        source = self.source
+        return read_examples(source.task, source.loaded.tokenizer, examples, limit, map=map)
 
     def generate(self, prompt: str, *, max_new_tokens: int = 64) -> str:
         """What the tuned model says to a prompt, greedily, without special tokens."""

@@ -32,7 +32,7 @@ from rapidin.attribution.query_sketch import Query, QuerySketch, shared_by_leade
 from rapidin.attribution.query_sketch import scores as all_scores
 from rapidin.attribution.questions import all_asked
 from rapidin.attribution.scan_pieces import check_same_examples
-from rapidin.attribution.training_data import training_data
+from rapidin.attribution.training_data import training_data, with_texts
 from rapidin.cache import Cache
 from rapidin.data.generations import Generation, as_records
 from rapidin.distributed import world
@@ -87,6 +87,7 @@ class Ensemble:
     ) -> None:
         self.members = [m if isinstance(m, Member) else Member(Path(m)) for m in members]
         self.kind, self.location = kind, location or ModelLocation()
+        self._tokenizer: Any = None  # of the model that was loaded last
         if not self.members:
             raise UserError("an ensemble of no caches")
         total = sum(m.weight for m in self.members)
@@ -182,6 +183,13 @@ class Ensemble:
                 sources=source,
                 on_stage=on_stage or stages,
             )
+        if results and options.top_k > len(self.caches[-1]):
+            LOG.warning(
+                "`top_k` %s is more than the %s examples of the cache: all are shown",
+                options.top_k,
+                len(self.caches[-1]),
+            )
+            results = with_texts(results, self._tokenizer)
         if results:
             LOG.info(query_text(results[0], len(generations), self.caches[-1]))
         return results
@@ -246,6 +254,7 @@ class Ensemble:
             if options.targets is not None or options.contributions:
                 source.task.check_tokens()
             if not texts:
+                self._tokenizer = source.loaded.tokenizer
                 texts = generations_of(source, generations, options.max_new_tokens, options.targets)
                 clock.lap("generate")
             weight = member.weight if summed else member.weight / total

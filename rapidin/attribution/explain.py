@@ -163,10 +163,7 @@ def look_up_hits(work: _Work) -> None:
     assert work.ends is not None
     options = work.options
     hits_by_query = [
-        [
-            _of_sign(hits_of(work.cache, work.data, scores[n], rows[n]), end)
-            for end, (scores, rows) in enumerate(work.ends)
-        ]
+        [hits_of(work.cache, work.data, scores[n], rows[n]) for scores, rows in work.ends]
         for n in range(len(work.ends[0][0]))
     ]
     by_row = _scores_of_hits(work.scored, work.ranked, work.ends)
@@ -205,11 +202,12 @@ def _target_results(
     by_row: dict[int, Tensor],
     top: Sequence[Hit],
 ) -> list[TargetResult]:
-    """The results of a generation's targets; top: the generation's most helpful hits."""
+    """The results of a generation's targets; top: the hits at the top of its ranking."""
     assert work.candidates is not None
+    helpful = [hit for hit in top if hit.score > 0]
     results = []
     for n, (span, ends) in enumerate(zip(generation.spans, hits_by_target, strict=True)):
-        influence = sum(hit.targets[n] for hit in top) / max(1, len(top))
+        influence = sum(hit.targets[n] for hit in helpful) / max(1, len(helpful))
         both = (
             work.candidates.with_copies(
                 targets.start + n, end, [_with_targets(hit, by_row, targets) for hit in hits]
@@ -229,7 +227,7 @@ def judge(work: _Work) -> None:
     found = verdicts(query.sketches if query.finer is None else [query.finer], options, best)
     sample: TrainingSample | None = None
     for n, verdict in enumerate(found):
-        examples = [hit.example for hit in work.results[n].top if hit.example is not None]
+        examples = [hit.example for hit in work.results[n].helpful if hit.example is not None]
         if verdict is not None and verdict.strength in ("strong", "weak") and work.data is not None:
             sample = sample or TrainingSample(work.data, sampled_rows(work.cache))
             verdict = replace(verdict, common=sample.common(examples))
@@ -327,12 +325,6 @@ def _ranked(texts: Sequence[Generation], *, together: bool) -> list[Generation]:
         return list(texts)
     nothing = Encoded([], [], Status.EMPTY)
     return [Generation("", "", any(text.generated for text in texts), nothing)]
-
-
-def _of_sign(hits: list[Hit], end: int) -> list[Hit]:
-    """The hits that are helpful (end 0) or harmful (end 1); a ranking's end may hold others if it has few
-    rows."""
-    return [hit for hit in hits if (hit.score < 0 if end else hit.score > 0)]
 
 
 def _details_of(work: _Work, query: int, end: int, hits: list[Hit]) -> list[Hit]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +13,12 @@ from torch import Tensor
 
 from rapidin.attribution.provenance import task_name
 from rapidin.cache import Cache
+from rapidin.data.encoding import decoded
 from rapidin.data.examples import Examples, open_examples
-from rapidin.data.records import Record, record_hash
+from rapidin.data.records import TEXTS, Record, record_hash, tokens_of
 from rapidin.data.sources import DataNotFound, Files, join_paths
 from rapidin.errors import UserError
+from rapidin.results.collection import Results
 from rapidin.results.types import Hit
 from rapidin.tasks.names import forms_of
 
@@ -81,6 +85,37 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
             remedy,
         )
     return opened
+
+
+def with_texts(results: Results, tokenizer: Any) -> Results:
+    """The results with the texts of the hits whose examples are given as token ids."""
+    if tokenizer is None:
+        return results
+
+    def read(hits: Sequence[Hit]) -> list[Hit]:
+        return [_read(hit, tokenizer) for hit in hits]
+
+    return Results(
+        [
+            replace(
+                result,
+                top=read(result.top),
+                bottom=read(result.bottom),
+                targets=[
+                    replace(each, top=read(each.top), bottom=read(each.bottom)) for each in result.targets
+                ],
+            )
+            for result in results
+        ]
+    )
+
+
+def _read(hit: Hit, tokenizer: Any) -> Hit:
+    if hit.example is None or TEXTS.of(hit.example) != "tokens":
+        return hit
+    ids, counts = tokens_of(hit.example)
+    first = counts.index(True) if True in counts else len(ids)
+    return replace(hit, decoded=(decoded(tokenizer, ids[:first]), decoded(tokenizer, ids[first:])))
 
 
 def hits_of(cache: Cache, examples: Examples | None, scores: Tensor, rows: Tensor) -> list[Hit]:

@@ -115,7 +115,7 @@ def cache(
     jobs = _jobs(model, loading, several, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        task = _task(settings, model, loading, data)
+        task = task_to_load(settings, model, loading, data)
         examples = open_examples(
             join_paths(data),
             limit=options.limit,
@@ -162,7 +162,7 @@ def cache(
         line(caching_text(bar.watch, made))
 
 
-def _task(settings: GradientSettings, model: str, loading: ModelOptions, data: Sequence[str]) -> str:
+def task_to_load(settings: GradientSettings, model: str, loading: ModelOptions, data: Sequence[str]) -> str:
     """The task that is named, or that the model was saved for, or its adapter."""
     if settings.task_name:
         return settings.task_name
@@ -335,7 +335,7 @@ def plan(
     if examples is None and data is None:
         raise UserError("nothing to plan for", "give --examples, or name the --data")
     console = messages(quiet)
-    task = _task(settings, model, loading, [] if data is None else [data])
+    task = task_to_load(settings, model, loading, [] if data is None else [data])
     opened = None
     if data is not None:
         opened = open_examples(data, forms=forms_of(task), map=reading.map, streaming=reading.streaming)

@@ -89,6 +89,9 @@ def _code_of(error: BaseException) -> int | None:
     """Says what is wrong, on one line, and returns the exit code; None for an error in rapidin."""
     if isinstance(error, UserError):
         return _fail(str(error), 2)
+    if type(error).__name__ == "NoArgsIsHelpError":  # of a command that has commands of its own
+        print(error)
+        return 0
     if isinstance(error, _USAGE_ERROR):
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "rapidin"

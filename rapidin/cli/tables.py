@@ -70,6 +70,7 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
             f"{sketch['projection']} projection, seed {sketch['seed']}",
         ),
         ("stored", kept_text(info)),
+        ("null distribution", _null(info["null"])),
         ("size", size_text(info["bytes"], info["bytes_per_example"], info["shards"])),
     ]
     grid = Table.grid(padding=(0, 2))
@@ -79,6 +80,13 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         if value:
             grid.add_row(name, Text(one_line(str(value))))
     return grid
+
+
+def _null(counts: Mapping[str, int]) -> str | None:
+    """Whose best scores verdicts compare a query's with; None if there are none."""
+    names = {"questions": "neutral questions", "rows": "training rows"}
+    texts = [f"{count:,} {names.get(kind, kind)}" for kind, count in counts.items()]
+    return f"the best scores of {' and '.join(texts)}" if texts else None
 
 
 def _coverage(gradient: Mapping[str, Any]) -> str | None:

@@ -28,6 +28,7 @@ SENTINEL = "\ue000"  # stands for the content of a message, where that is looked
 _RESERVED = {"conversation", "messages", "tokenize", "add_generation_prompt", "continue_final_message"}
 _RESERVED |= {"return_dict", "return_tensors", "return_assistant_tokens_mask"}
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_CALLS, _TOOLS = "tool calls", "'tools'"  # what a text may lack
 _CLOCK = "strftime_now"  # the function that gives a template the time
 _DIRECTIVES = [f"%{flag}{letter}" for flag in ("-", "") for letter in string.ascii_letters]
 
@@ -186,20 +187,19 @@ class ChatTemplate:
             content = message.get("content")
             if isinstance(content, list):
                 self.left_out.update(_kind(part) for part in content if not is_text_part(part))
-            for call in message.get("tool_calls") or ():
-                name = _name_of(call)
-                if name and name not in text:
-                    self.left_out["tool call"] += 1
+            self.left_out[_CALLS] += _absent(message.get("tool_calls"), text)
+        self.left_out[_TOOLS] += bool(_absent(chat.arguments.get("tools"), text))
 
     def notes(self) -> list[str]:
         """What the user should know of how the chats so far were read, a line each."""
         lines = []
-        parts = {kind: n for kind, n in sorted(self.left_out.items()) if kind != "tool call"}
+        left_out = {what: n for what, n in sorted(self.left_out.items()) if n}
+        parts = ", ".join(f"{n:,} {what}" for what, n in left_out.items() if what not in (_CALLS, _TOOLS))
         if parts:
-            kinds = ", ".join(f"{n:,} {kind}" for kind, n in parts.items())
-            lines.append(f"parts of messages that are not text are not read: {kinds}")
-        if calls := self.left_out["tool call"]:
-            lines.append(f"the chat template does not write tool calls: {calls:,} are not read")
+            lines.append(f"parts of messages that are not text are not read: {parts}")
+        for what, unit in ((_CALLS, "call"), (_TOOLS, "chat")):
+            if n := left_out.get(what):
+                lines.append(f"the chat template does not write {what} ({n:,} {unit}{'s' * (n != 1)})")
         if self.rendered and self.writes_date:
             lines.append(
                 f"the chat template writes the date, and examples are read with {self.date or 'now'}"
@@ -293,9 +293,11 @@ def _kind(part: Any) -> str:
     return str(part.get("type") or "unnamed") if isinstance(part, Mapping) else type(part).__name__
 
 
-def _name_of(call: Any) -> str:
-    function = call.get("function", call) if isinstance(call, Mapping) else {}
-    return str(function.get("name") or "") if isinstance(function, Mapping) else ""
+def _absent(tools: Any, text: str) -> int:
+    """How many of these tools, or calls of tools, are not named in a text."""
+    functions = [tool.get("function", tool) for tool in tools or () if isinstance(tool, Mapping)]
+    names = [str(each.get("name") or "") for each in functions if isinstance(each, Mapping)]
+    return sum(name not in text for name in names)
 
 
 def _clock_macro(date: str) -> str:

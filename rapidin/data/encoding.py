@@ -204,22 +204,11 @@ class Encoder:
         return record.get(TEXTS.fields[form][-1]) or None
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token; concatenated they are the whole text. Of several tokens that make up one
-        character, the last has its text and the others have none."""
-        texts: list[str] = []
-        # The text of a token depends on those before it, so the tokens since `start` are decoded again.
-        start = done = 0
-        for end in range(1, len(ids) + 1):
-            before, text = self._decode(ids[start:done]), self._decode(ids[start:end])
-            if end < len(ids) and (len(text) <= len(before) or text.endswith("\ufffd")):
-                texts.append("")
-                continue
-            texts.append(text[len(before) :])
-            start, done = done, end
-        return texts
+        """The text of each token (`pieces_of`)."""
+        return pieces_of(self.tokenizer, ids)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""
+        return decoded(self.tokenizer, ids)
 
     def _encode_tokens(self, record: Record) -> Encoded:
         ids, counts = tokens_of(record)
@@ -300,6 +289,27 @@ class Encoder:
                 return Encoded(ids, target, Status.TOO_LONG)
             ids, target, truncated = ids[: self.max_length], target[: self.max_length], True
         return Encoded(ids, target, Status.OK if any(target) else Status.NO_TARGET, truncated)
+
+
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of tokens, as it is."""
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""
+
+
+def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token; concatenated they are the whole text. Of several tokens that make up one
+    character, the last has its text and the others have none."""
+    texts: list[str] = []
+    # The text of a token depends on those before it, so the tokens since `start` are decoded again.
+    start = done = 0
+    for end in range(1, len(ids) + 1):
+        before, text = decoded(tokenizer, ids[start:done]), decoded(tokenizer, ids[start:end])
+        if end < len(ids) and (len(text) <= len(before) or text.endswith("\ufffd")):
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        start, done = done, end
+    return texts
 
 
 def unknown_token(tokenizer: Any, token: int, rows: int) -> UserError:

@@ -410,7 +410,7 @@ class ModuleHooks:
         waiting = self.wait(output, call, add)
         return changed if waiting is output else waiting
 
-    def wait(self, output: Tensor, call: Call, add: Callable[[Call, Tensor], None]) -> Tensor:
+    def wait(self, output: Any, call: Call, add: Callable[[Call, Tensor], None]) -> Any:
         """The output in whose place the module's is to be used, such that `add` gets the call and the
         output's gradient as soon as that is computed."""
         versions = call.versions

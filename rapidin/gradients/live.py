@@ -97,7 +97,7 @@ class LiveSketcher(GradientSketcher):
         unseen = [t.name for n, t in enumerate(self.targets) if n not in sketching.seen]
         if unseen:
             raise UserError(
-                f"{len(unseen)} parameters took no part in the training's forward pass, such as '{unseen[0]}'",
+                f"{len(unseen)} parameters took no part in the forward pass, such as '{unseen[0]}'",
                 "leave them out with exclude=...",
             )
         if sketching.changed:
@@ -124,13 +124,13 @@ class LiveHooks(ModuleHooks):
         super().__init__(gradient_pass, uses, None, set(followed))
         self._batch, self._recomputed = batch, recomputed
 
-    def wait(self, output: Tensor, call: Call, add: Callable[[Call, Tensor], None]) -> Tensor:
+    def wait(self, output: Any, call: Call, add: Callable[[Call, Tensor], None]) -> Any:
         if not self._recomputed:
             return super().wait(output, call, add)
         tensors = call.tensors
         without = call.mapped(lambda x: x.new_empty(0, device="meta"))  # the call keeps no memory itself
-        kept: Tensor = _Kept.apply(output, partial(self._add, without, add), *tensors)
-        return kept
+        keep: Any = _Kept.apply
+        return keep(output, partial(self._add, without, add), *tensors)
 
     @staticmethod
     def _add(
@@ -153,13 +153,13 @@ class _Kept(torch.autograd.Function):
     own: with gradient checkpointing they are computed again there."""
 
     @staticmethod
-    def forward(ctx: Any, output: Tensor, then: Callable[..., None], *tensors: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(ctx: Any, output: Tensor, then: Callable[..., None], *tensors: Tensor) -> Tensor:
         ctx.save_for_backward(*tensors)
         ctx.then = then
         return output.view_as(output)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         tensors = ctx.saved_tensors
         ctx.then(tensors, grad)
         return (grad, None, *(None for _ in tensors))

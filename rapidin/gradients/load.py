@@ -62,7 +62,8 @@ def load_model(
     if mapped:
         fsdp.require_accelerate()
     device = here.device(None if mapped or device is None else str(device))
-    load_dtype: str = number_format or ("float32" if _is_cpu(device) else "auto")
+    on_cpu = _is_cpu(device)
+    load_dtype: str = number_format or ("float32" if on_cpu else "auto")
     task = task or saved_task(name, adapter, trust_remote_code)
     head = None if adapter is None else SavedHead.of(adapter)
     model = _load_task(name, task, load_dtype, trust_remote_code, "model", mapped, head)

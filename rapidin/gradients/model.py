@@ -85,20 +85,7 @@ class LoadedModel:
     @property
     def context_length(self) -> int | None:
         """The longest text in tokens that the model takes; None if its config does not say."""
-        config = getattr(inner_model(self.model), "config", None)
-        if config is None or not hasattr(config, "get_text_config"):
-            return None
-        config = config.get_text_config()
-        length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if not length or length < 1:  # XLNet has no limit, and says -1
-            return None
-        # RoBERTa and its kin count positions from the one after the padding's.
-        padding = (
-            module.padding_idx
-            for name, module in self.model.named_modules()
-            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-        )
-        return int(length) - next((int(n) + 1 for n in padding), 0)
+        return context_of(getattr(inner_model(self.model), "config", None), self.model)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -135,6 +122,23 @@ class LoadedModel:
                 {n: v for n, p in named.items() if (v := untuned.get(id(p))) is not None}
             )
         return hashes
+
+
+def context_of(config: Any, model: nn.Module) -> int | None:
+    """The longest text in tokens that a model with this config takes; None if the config does not say."""
+    if config is None or not hasattr(config, "get_text_config"):
+        return None
+    config = config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not length or length < 1:  # XLNet has no limit, and says -1
+        return None
+    # RoBERTa and its kin count positions from the one after the padding's.
+    padding = (
+        module.padding_idx
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    )
+    return int(length) - next((int(n) + 1 for n in padding), 0)
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor], owners: Mapping[str, nn.Module] | None = None) -> str:

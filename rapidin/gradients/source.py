@@ -7,7 +7,6 @@ import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
-from datetime import datetime
 from functools import cached_property, partial
 from typing import Any
 
@@ -33,15 +32,14 @@ from rapidin.gradients.preconditioner import (
     PreconditionerConfig,
 )
 from rapidin.gradients.probe import check_causal
+from rapidin.gradients.reader import dated, embedded_tokens, max_length_of, task_settings
 from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
 from rapidin.ops.transfer import Download, upload
 from rapidin.tasks.causal import Causal
-from rapidin.tasks.choose import TaskSettings, task_of
-from rapidin.tasks.forward import evaluation_mode, inner_model
+from rapidin.tasks.choose import task_of
+from rapidin.tasks.forward import evaluation_mode
 from rapidin.tasks.names import CAUSAL
 from rapidin.tasks.task import AnyBatch, Example, Task
-
-_LONGEST = 2048  # tokens, if the model does not say
 
 
 class GradientSource:
@@ -69,23 +67,17 @@ class GradientSource:
         """bytes_per_example: the budget of a cache, on which the default sketch dimension depends."""
         settings = settings or GradientSettings()
         self.loaded = loaded
-        max_length = _max_length(loaded, settings.max_length)
-        self.task: Task = task_of(
-            settings.task,
-            loaded.model,
-            loaded.tokenizer,
-            TaskSettings(
-                max_length,
-                settings.eos,
-                settings.too_long,
-                settings.loss,
-                settings.turns,
-                settings.beta,
-                rows=embedded_tokens(loaded.model),
+        max_length = max_length_of(loaded.context_length, settings.max_length)
+        self.task: Task = dated(
+            task_of(
+                settings.task,
+                loaded.model,
+                loaded.tokenizer,
+                task_settings(settings, max_length, embedded_tokens(loaded.model)),
             ),
+            settings.date,
         )
         self.chooses_date = settings.date is None
-        self.task = self.task.dated(_date_of(self.task, settings.date))
         if self.task.needs_causal:
             check_causal(loaded)
         self.points = _points(loaded, settings.at)
@@ -435,24 +427,6 @@ def default_width(blocks: int, bytes_per_example: int | None = None) -> int:
     return width
 
 
-def embedded_tokens(model: Any) -> int | None:
-    """The number of tokens that a model has an embedding of, None if that is not known."""
-    try:
-        table = inner_model(model).get_input_embeddings()
-    except (AttributeError, NotImplementedError):
-        return None
-    rows = getattr(table, "num_embeddings", None)
-    return rows if isinstance(rows, int) else None
-
-
-def _date_of(task: Task, date: str | None) -> str | None:
-    """The date that a task's chat template writes: the one that is asked for, or today; None if it writes
-    none."""
-    if task.chats is None or not task.chats.writes_date:
-        return None
-    return date or datetime.now().date().isoformat()
-
-
 def _points(loaded: LoadedModel, at: tuple[float, ...] | float | None) -> list[float]:
     if at is None:
         if loaded.trained is not None and not loaded.path.ends:  # an adapter whose base is unknown
@@ -461,15 +435,6 @@ def _points(loaded: LoadedModel, at: tuple[float, ...] | float | None) -> list[f
     points = [at] if isinstance(at, float) else list(at)
     loaded.path.check(points)
     return points
-
-
-def _max_length(loaded: LoadedModel, requested: int | None) -> int:
-    limit = loaded.context_length
-    if requested is None:
-        return _LONGEST if limit is None else limit
-    if limit is not None and requested > limit:
-        raise UserError(f"`max_length` {requested} is over the model's context of {limit} tokens")
-    return requested
 
 
 def _preconditioner_config(

@@ -1,9 +1,9 @@
 """What a trainer's loss makes of the loss of each example.
 
-The loss of a step is a sum over its examples, each with a factor: a mean over the tokens of a batch, or of all
-batches of an optimizer step, over the pairs of a batch; besides the number of processes and the scale of mixed
-precision. The factors are not worked out from the trainer's settings, which differ between its versions.
-Autograd has them: the gradient of the final loss with respect to what the model returned.
+The loss of a step is a sum over its examples, each with a factor: a mean over the tokens of a batch, or of
+all batches of an optimizer step, or over the pairs of a batch; besides the number of processes and the scale
+of mixed precision. The factors are not worked out from the trainer's settings, which differ between its
+versions. Autograd has them: the gradient of the final loss with respect to what the model returned.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ _UNIFORM = 1e-3  # relative, of the weights of tokens
 class TextBatch:
     """The texts of a batch as the trainer's model gets them.
 
-    kind: texts with a loss of each, or pairs, of which the first half of the rows are the chosen texts and the
-    second half the rejected ones. ids: [B, T]; counts: [B, T] bool, positions whose next token has a loss;
-    real: [B, T] bool, not padding; owner: [B, T], the text of each position; lengths: the number of tokens of
-    each text, if they stand one after the other in a single row (padding-free).
+    kind: texts with a loss of each, or pairs, of which the first half of the rows are the chosen texts and
+    the second half the rejected ones. ids: [B, T]; counts: [B, T] bool, positions whose next token has a
+    loss; real: [B, T] bool, not padding; lengths: the number of tokens of each text, if they stand one after
+    the other in a single row (padding-free).
     """
 
     kind: Kind
@@ -142,6 +142,11 @@ def _check_pairs(trainer: Any) -> None:
         for name in ("ld_alpha", "use_weighting", "label_smoothing", "rpo_alpha", "aux_loss_enabled"):
             if getattr(args, name, None) or getattr(trainer, name, None):
                 other = f"'{name}'"
+    if "ref" in getattr(trainer.model, "peft_config", ()):
+        raise UserError(
+            "the training starts from a tuned adapter, and rapidin compares with the model without one",
+            "merge that adapter into the model first, or train a new one",
+        )
     if other:
         raise UserError(
             f"of DPO's losses the sigmoid loss alone is known, and the training uses {other}", _REMEDY
@@ -152,9 +157,9 @@ def _check_pairs(trainer: Any) -> None:
 class Factors:
     """The factors of a step's examples, as the backward pass shows them.
 
-    scale: of the sum of all token losses, or of all pairs' losses, in the final loss; calls: of the model with
-    gradients; total: the sum of all token losses, and final: the final loss, where they are compared; checks:
-    what raises UserError if values do not agree.
+    scale: of the sum of all token losses, or of all pairs' losses, in the final loss; calls: of the model
+    with gradients; total: the sum of all token losses, and final: the final loss, where they are compared;
+    checks: what raises UserError if values do not agree.
     """
 
     scale: Tensor | None = None
@@ -228,7 +233,7 @@ class LossWatch:
                 elif self.thorough:
                     factors.final = (grad * loss).detach().float()
 
-            loss.register_hook(on_gradient)
+            _on_gradient(loss, on_gradient)
             return made
 
         with replaced(self._trainer, "compute_loss", compute_loss):
@@ -243,7 +248,7 @@ class LossWatch:
             if isinstance(log_probs, Tensor) and log_probs.requires_grad:
                 factors.calls += 1
                 factors.total = -log_probs.detach().float().sum()
-                log_probs.register_hook(lambda grad: _of_tokens(grad, batch, factors))
+                _on_gradient(log_probs, lambda grad: _of_tokens(grad, batch, factors))
             elif isinstance(loss, Tensor) and loss.requires_grad and loss.ndim == 0:
                 factors.calls += 1
                 items = kwargs.get("num_items_in_batch")
@@ -252,12 +257,16 @@ class LossWatch:
                 def on_gradient(grad: Tensor) -> None:
                     factors.scale = grad.detach().float() / total
 
-                loss.register_hook(on_gradient)
+                _on_gradient(loss, on_gradient)
                 factors.total = loss.detach().float() * total
                 if self.thorough:
                     _check_loss(factors.total, output, batch, factors)
 
         return hook
+
+
+def _on_gradient(tensor: Any, hook: Callable[[Tensor], None]) -> None:
+    tensor.register_hook(hook)
 
 
 def _of_tokens(grad: Tensor, batch: TextBatch, factors: Factors) -> None:

@@ -142,8 +142,8 @@ class TrainingRun:
         expected = CAUSAL if self._kind == "tokens" else Preference.name
         if source.task.name != expected or settings.loss != "mean":
             raise UserError(
-                f"the task is '{source.task.name}' and the loss '{settings.loss}', and the trainer's losses are "
-                f"those of the task '{expected}' and the loss 'mean'",
+                f"the task is '{source.task.name}' and the loss '{settings.loss}', and the trainer's losses "
+                f"are those of the task '{expected}' and the loss 'mean'",
                 "cache after training with 'rapidin cache'",
             )
         return source
@@ -243,7 +243,7 @@ class TrainingRun:
         own = own.masked_fill_(~counted[:, None, None], 0.0)
         targets = texts.targets
         if self._kind == "pairs":
-            own, targets = sum(own.chunk(2)), sum(targets.chunk(2))
+            own, targets = (torch.stack(each.chunk(2)).sum(0) for each in (own, targets))
         self._step.batches.append(
             _Pending([self._number(row, part) for row, part, _ in examples], own, targets)
         )
@@ -269,8 +269,8 @@ class TrainingRun:
         wrong = list(check.by_autograd)[:1] if check else []
         if check is not None and (check.by_autograd or check.mixed):
             raise UserError(
-                f"the gradient of '{(wrong or [check.mixed])[0]}' cannot be taken from the training's batches: "
-                f"{check.text}",
+                f"the gradient of '{(wrong or [check.mixed])[0]}' cannot be taken from the training's "
+                f"batches: {check.text}",
                 "leave it out with exclude=..., or cache after training with 'rapidin cache'",
             )
         return check

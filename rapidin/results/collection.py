@@ -49,8 +49,8 @@ class Results(list[QueryResult]):
     def to_list(self) -> list[dict[str, Any]]:
         """All hits as flat dicts with the same keys.
 
-        query: number of the generation, from 0; side: "helpful" for the top of a ranking, "harmful" for its
-        bottom; rank, index, row, score, error, first_rank, last_rank, tied, estimate, copies (how many
+        query: number of the generation, from 0; side: "helpful" for a positive score, "harmful" for a
+        negative one; rank, index, row, score, error, first_rank, last_rank, tied, estimate, copies (how many
         others are folded into it) as in `Hit`; for each baseline its "<name> score" and "<name> rank";
         asked, answered: the generation; and the example's fields, as "example.<field>". A value that is not
         known is None.
@@ -58,7 +58,7 @@ class Results(list[QueryResult]):
         hits = [
             (number, result, side, hit)
             for number, result in enumerate(self)
-            for side, ranking in (("helpful", result.top), ("harmful", result.bottom))
+            for side, ranking in (("helpful", result.helpful), ("harmful", result.harmful))
             for hit in ranking
         ]
         baselines = dict.fromkeys(name for *_, hit in hits for name in hit.standings)

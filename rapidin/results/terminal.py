@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -18,7 +18,6 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from rapidin.data.records import shown_parts
 from rapidin.results.sinks import sinks_of, without_sinks
 from rapidin.results.text import (
     MEANING,
@@ -58,11 +57,15 @@ class _Console(Console):
         raise  # the command line handles a closed pipe
 
 
-class _Example:
-    """A training example on one line of any width: prompt, arrow, completion, both shortened."""
+_WIDTH_FOR_ONE_LINE = 64
 
-    def __init__(self, record: Mapping[str, Any]) -> None:
-        self.prompt, self.completion = (one_line(text) for text in shown_parts(record))
+
+class _Example:
+    """A training example: prompt, arrow, completion, both shortened to fit on one line, or on one line each
+    if that is narrow."""
+
+    def __init__(self, hit: Hit) -> None:
+        self.prompt, self.completion = (one_line(text) for text in hit.parts)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(20, max(20, cell_len(self.prompt) + 4 + cell_len(self.completion)))
@@ -72,6 +75,13 @@ class _Example:
         width = options.max_width
         if not (self.prompt and self.completion):
             yield Text(shorten(self.prompt or self.completion, width, ellipsis), no_wrap=True)
+            return
+        whole = cell_len(self.prompt) + len(arrow) + cell_len(self.completion)
+        if whole > width and width < _WIDTH_FOR_ONE_LINE:
+            yield Text(shorten(self.prompt, width, ellipsis), no_wrap=True)
+            arrow = arrow.lstrip()
+            completion = shorten(self.completion, max(1, width - len(arrow)), ellipsis)
+            yield Text.assemble((arrow, "dim"), (completion, "cyan"), no_wrap=True)
             return
         room = width - len(arrow)
         # Each side gets half of the room, and what the other does not use of its half.
@@ -102,7 +112,7 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
         bounded = result.bounded
         if result.targets:
             report.append(targets_table(result, bounded=bounded))
-        for name, hits in (("Most helpful", result.top), ("Most harmful", result.bottom)):
+        for name, hits in (("Most helpful", result.helpful), ("Most harmful", result.harmful)):
             report.append(hits_table(name, hits, bounded=bounded) if hits else none_of(name))
         if result.by is not None:
             report.append(_Groups(result.by, result.groups))
@@ -206,7 +216,7 @@ def targets_table(result: QueryResult, *, bounded: bool) -> RenderableType:
     title = "Parts of the completion"
     if len(shown) < len(result.targets):
         title += f", the {len(shown)} most influential of {len(result.targets):,}"
-    total = sum(hit.score for hit in result.top) / max(1, len(result.top))
+    total = sum(hit.score for hit in result.helpful) / max(1, len(result.helpful))
     shared = has_shares(total, [target.influence for target in result.targets])
     table = _titled(title)
     table.add_column("part", no_wrap=True, max_width=32)
@@ -299,7 +309,7 @@ class _Hits:
         if shown:
             table.add_column("example", no_wrap=True, ratio=1)
         for hit, cells in zip(self._hits, zip(*columns.values(), strict=True), strict=True):
-            example: list[RenderableType] = [_Example(hit.example or {})] if shown else []
+            example: list[RenderableType] = [_Example(hit)] if shown else []
             if shown and hit.tokens is not None:
                 words = Text(f"by {words_text(hit, sinks)}", style="dim", no_wrap=True, overflow="ellipsis")
                 example = [Group(*example, words)]
@@ -322,7 +332,7 @@ class _Notes:
         self._results = results
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        hits = [hit for result in self._results for hit in (*result.top, *result.bottom)]
+        hits = [hit for result in self._results for hit in (*result.helpful, *result.harmful)]
         signs, notes = _signs(options), []
         wide = options.max_width >= _WIDTH_FOR_MORE
         if options.max_width >= _WIDTH_FOR_ERRORS and any(hit.error is not None for hit in hits):
@@ -334,7 +344,7 @@ class _Notes:
         for number, result in enumerate(self._results, 1):
             prefix = f"Query {number}: " if len(self._results) > 1 else ""
             for name, count in result.overlaps.items():
-                notes.append(f"{prefix}{overlap_text(one_line(name), count, len(result.top))}.")
+                notes.append(f"{prefix}{overlap_text(one_line(name), count, len(result.helpful))}.")
         if notes:
             yield Text("\n".join(notes), style="dim")
 

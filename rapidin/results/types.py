@@ -86,7 +86,8 @@ class Hit:
     hit within error; estimate: the score from the cache, if `score` is from exact gradients; copies: line
     numbers of duplicates that are folded into this hit, and copies_more: how many more there are; targets:
     the parts of the score that come from the query's targets; layers: the part of each layer; tokens: the
-    contribution of each of the example's tokens; standings: score and rank by the name of a baseline.
+    contribution of each of the example's tokens; standings: score and rank by the name of a baseline;
+    decoded: the texts of an example that is given as token ids, before and after its first target token.
     """
 
     rank: int
@@ -104,9 +105,17 @@ class Hit:
     layers: tuple[float, ...] = ()
     tokens: Tokens | None = None
     standings: Mapping[str, Standing] = field(default_factory=dict)
+    decoded: tuple[str, str] | None = None
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The example's prompt and completion as they are shown; empty if its data is not available."""
+        if self.decoded is not None:
+            return self.decoded
+        return ("", "") if self.example is None else shown_parts(self.example)
 
     def __repr__(self) -> str:
-        text = "" if self.example is None else f": {_texts(*shown_parts(self.example))}"
+        text = "" if self.example is None else f": {_texts(*self.parts)}"
         error = "" if self.error is None else f" ± {self.error:.2g}"
         return f"Hit({self.rank}, score {self.score:+.4g}{error}, index {self.index}{text})"
 
@@ -131,6 +140,8 @@ class Hit:
             }
         if self.tokens is not None:
             value["tokens"] = self.tokens.to_json()
+        if self.decoded is not None:
+            value["decoded"] = {"prompt": self.decoded[0], "completion": self.decoded[1]}
         if self.example is not None:
             value["example"] = dict(self.example)
         return value
@@ -210,9 +221,9 @@ class Group:
 class QueryResult:
     """The hits of one generation.
 
-    prompt, completion: its text; generated: whether the model wrote the completion for this query; top: most
-    helpful first; bottom: most harmful first; normalize, method: the scale of the scores
-    (`rapidin.attribution.methods`); seconds: time by stage, of the whole call; together: the number of
+    prompt, completion: its text; generated: whether the model wrote the completion for this query; top: the
+    highest scores, highest first; bottom: the lowest, lowest first; normalize, method: the scale of the
+    scores (`rapidin.attribution.methods`); seconds: time by stage, of the whole call; together: the number of
     generations if the hits are those of several as one target set, otherwise 0; verdict: whether the best
     score stands out, None if the cache has no null distribution.
 
@@ -249,12 +260,22 @@ class QueryResult:
     notebook: ClassVar[Callable[[Sequence[QueryResult]], str] | None] = None
 
     def __repr__(self) -> str:
-        lines = [f"QueryResult({_texts(self.prompt, self.completion)}: {len(self.top):,} helpful, then "]
-        lines[0] += f"{len(self.bottom):,} harmful of {self.examples:,} examples)"
-        for hits in (self.top, self.bottom):
+        lines = [f"QueryResult({_texts(self.prompt, self.completion)}: {len(self.helpful):,} helpful, then "]
+        lines[0] += f"{len(self.harmful):,} harmful of {self.examples:,} examples)"
+        for hits in (self.helpful, self.harmful):
             lines += [f"  {hit!r}" for hit in hits[:_SHOWN]]
             lines += [f"  and {len(hits) - _SHOWN:,} more"] if len(hits) > _SHOWN else []
         return "\n".join(lines)
+
+    @property
+    def helpful(self) -> list[Hit]:
+        """The hits of the top that are helpful: a ranking's top may have others if few rows are helpful."""
+        return [hit for hit in self.top if not hit.score <= 0]
+
+    @property
+    def harmful(self) -> list[Hit]:
+        """The hits of the bottom that are harmful."""
+        return [hit for hit in self.bottom if not hit.score >= 0]
 
     @property
     def bounded(self) -> bool:
@@ -284,8 +305,8 @@ class QueryResult:
             value["layers"] = list(self.layers)
         if self.verdict is not None:
             value["verdict"] = self.verdict.to_json()
-        value["top"] = [hit.to_json() for hit in self.top]
-        value["bottom"] = [hit.to_json() for hit in self.bottom]
+        value["top"] = [hit.to_json() for hit in self.helpful]
+        value["bottom"] = [hit.to_json() for hit in self.harmful]
         if self.pieces:
             value["tokens"] = list(self.pieces)
         if self.targets:

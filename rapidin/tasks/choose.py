@@ -63,6 +63,11 @@ def task_of(wanted: Task | str | None, model: Any, tokenizer: Any, settings: Tas
             f"`loss='sum'` adds up the losses of tokens, and the task '{name}' has one loss per example",
             "leave out `loss`",
         )
+    return built_in(name, tokenizer, config, settings)
+
+
+def built_in(name: str, tokenizer: Any, config: Any, settings: TaskSettings) -> Task:
+    """The built-in task with this name; config: of the model."""
     return _MAKERS[name](tokenizer, config, settings)
 
 

@@ -16,7 +16,7 @@ from rapidin.ops.transfer import upload
 from rapidin.tasks.chats import rendered
 from rapidin.tasks.forward import cache_use, device_of, evaluation_mode, takes
 from rapidin.tasks.names import forms_of, texts_of
-from rapidin.tasks.task import Batch, Example, Task
+from rapidin.tasks.task import Batch, Example, ReadText, Task
 from rapidin.tasks.texts import Text, TextEncoder
 
 
@@ -61,6 +61,12 @@ class Labelled(Task):
         length = inputs["input_ids"].shape[1]
         labels = torch.tensor([each.inputs["label"] for each in examples], device="cpu")
         return Batch(inputs | {"label": upload(labels, device)}, len(examples), 1, length)
+
+    def texts(self, example: Example) -> list[ReadText]:
+        return [ReadText.whole("", example.inputs["input_ids"])]
+
+    def label_text(self, record: Record) -> str:
+        return "" if record.get("label") is None else self.shown(record["label"])
 
     def check(self, record: Record) -> None:
         texts_of(record)
@@ -229,6 +235,10 @@ class Reward(Task):
     def losses(self, model: nn.Module, batch: Batch) -> Tensor:
         rewards = _logits(model, dict(batch.inputs)).view(batch.rows, 2)
         return -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
+
+    def texts(self, example: Example) -> list[ReadText]:
+        names = ("chosen", "rejected")
+        return [ReadText.whole(name, example.inputs[name]["input_ids"]) for name in names]
 
     def check(self, record: Record) -> None:
         for name in ("chosen", "rejected"):

@@ -19,7 +19,7 @@ from rapidin.ops.transfer import upload
 from rapidin.tasks.causal import Causal, TokenBatch, example_losses
 from rapidin.tasks.chats import encoded
 from rapidin.tasks.names import forms_of
-from rapidin.tasks.task import Example, Task
+from rapidin.tasks.task import Example, ReadText, Task
 
 _NOTHING = Encoded([0], [False], Status.NO_TARGET)  # the second text of what is no pair
 
@@ -101,6 +101,10 @@ class Preferences(Task):
             return made
         texts = [made.encoded, *[_NOTHING] * (self.parts - 1)]
         return replace(made, encoded=self.of_texts(texts, 1.0, plain=True))
+
+    def texts(self, example: Example) -> list[ReadText]:
+        names = ("chosen", "rejected") if self.parts == 2 else ("",)
+        return [ReadText(name, *text) for name, text in zip(names, example.inputs["texts"], strict=True)]
 
     def is_complete(self, record: Record) -> bool:
         """Whether a record is an example of the task, not a text of a causal model."""

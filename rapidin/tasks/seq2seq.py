@@ -15,7 +15,7 @@ from rapidin.errors import UserError
 from rapidin.ops.transfer import upload
 from rapidin.tasks.forward import device_of, greedy, inner_model
 from rapidin.tasks.names import LossKind, forms_of
-from rapidin.tasks.task import Batch, Example, Task
+from rapidin.tasks.task import Batch, Example, ReadText, Task
 from rapidin.tasks.texts import IGNORED, Text, TextEncoder, label_losses, padded
 
 
@@ -57,6 +57,13 @@ class Seq2Seq(Task):
             status = Status.TOO_LONG
         inputs: dict[str, Any] = text.inputs | {"labels": labels[:most]}
         return Example(inputs, text.length + len(labels[:most]), status, truncated)
+
+    def texts(self, example: Example) -> list[ReadText]:
+        inputs = example.inputs
+        return [
+            ReadText.whole("prompt", inputs["input_ids"]),
+            ReadText.whole("completion", inputs["labels"], True),
+        ]
 
     def batch(self, examples: Sequence[Example], device: torch.device) -> Batch:
         names = [name for name in examples[0].inputs if name != "labels"]

@@ -34,6 +34,21 @@ class Example:
     reference: tuple[float, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class ReadText:
+    """A text as a model reads it: what it is, such as "chosen", its token ids, and which of them have a
+    loss."""
+
+    name: str
+    ids: Sequence[int]
+    target: Sequence[bool]
+
+    @staticmethod
+    def whole(name: str, ids: Sequence[int], target: bool = False) -> ReadText:
+        """A text all of whose tokens have a loss, or none of them."""
+        return ReadText(name, ids, [target] * len(ids))
+
+
 class AnyBatch(Protocol):
     """Examples that the model computes together.
 
@@ -161,6 +176,16 @@ class Task:
     # ------------------------------------------------------------------------------------------- tokens
 
     has_tokens = False  # whether every layer sees an example's tokens, one at a position
+
+    def texts(self, example: Any) -> list[ReadText]:
+        """The texts of an example as the model reads them, to show; none if it reads no texts."""
+        if not self.has_tokens:
+            return []
+        return [ReadText("", *self.tokens(example))]
+
+    def label_text(self, record: Record) -> str:
+        """The label of a record as it is shown; "" if the task has none."""
+        return "" if record.get("label") is None else str(record["label"])
 
     def tokens(self, example: Any) -> tuple[list[int], list[bool]]:
         """The ids of an example's tokens at the positions of a layer's input, and which of them count."""

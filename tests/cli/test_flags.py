@@ -16,7 +16,7 @@ from rapidin.settings import dtype_name
 
 PACKAGE = Path(rapidin.__file__).parent
 # Named in messages, and without a flag.
-OF_PYTHON_ALONE = {"cache", "projection", "question"}
+OF_PYTHON_ALONE = {"cache", "projection", "question", "tokenizer"}
 
 
 def texts(call: ast.Call) -> Iterator[str]:
@@ -46,7 +46,8 @@ MESSAGES = messages()
 
 def test_no_message_of_the_library_names_a_flag() -> None:
     assert len(MESSAGES) > 400
-    assert [each for each in MESSAGES if re.search(r"--[a-z]", each[1])] == []
+    commands = re.compile(r"'rapidin [^']*'")  # are quoted as they are typed
+    assert [each for each in MESSAGES if re.search(r"--[a-z]", commands.sub("", each[1]))] == []
 
 
 def test_every_argument_that_a_message_names_is_shown_as_a_flag() -> None:

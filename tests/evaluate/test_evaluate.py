@@ -245,6 +245,25 @@ def test_fidelity(place: Made, run: Any) -> None:
         assert found[method]["top10"]["mean"] > 0.7
 
 
+@pytest.mark.parametrize("name", ["fidelity", "classes", "backdoor"])
+def test_fields_of_the_queries_may_have_other_names(name: str, place: Made, tmp_path: Path, run: Any) -> None:
+    """With a map the same queries give the same figures; without one the record is refused."""
+    rows = [json.loads(line) for line in (place.folder / "test.jsonl").read_text().splitlines()]
+    renamed = [
+        {"ask": row["prompt"], "say": row["completion"], "class": row.get("label")} | {"label": row["label"]}
+        for row in rows
+    ]
+    asked = write(tmp_path / "asked.jsonl", renamed)
+    command = ["eval", name, place.cache, "--methods", "dot:none", "--json", "-", "--quiet"]
+    if name == "fidelity":
+        command = ["eval", name, place.cache, "--rows", "5", "--json", "-", "--quiet"]
+    wanted = run(*command, "--data", place.folder / "test.jsonl")
+    found = run(*command, "--data", asked, "--map", "prompt=ask,completion=say")
+    assert (wanted.code, found.code) == (0, 0), found
+    assert json.loads(found.out)["results"] == json.loads(wanted.out)["results"]
+    refused(run(*command, "--data", asked), "known forms|expected")
+
+
 def test_exact_products_are_those_of_autograd() -> None:
     model = tiny_llama()
     loaded = LoadedModel.of(model, tiny_tokenizer())

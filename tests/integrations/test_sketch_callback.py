@@ -75,6 +75,31 @@ def test_the_log_of_the_steps_is_removed_unless_it_is_to_be_kept(tmp_path: Path)
     assert (tmp_path / "steps" / "sketches-0").stat().st_size == 4 * ROWS * WIDTH * 14
 
 
+def scale_gradients(trainer: Any, overflow_at: int) -> None:
+    """Scale losses as mixed precision does, and let the gradients of one step overflow."""
+    from transformers import TrainerCallback
+
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=2)
+
+    class Scaling(TrainerCallback):  # type: ignore[misc]
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            if state.global_step == overflow_at:
+                next(trainer.model.parameters()).grad.fill_(torch.inf)
+
+    trainer.add_callback(Scaling())
+
+
+def test_the_scale_of_mixed_precision_is_divided_out_and_skipped_steps_do_not_count(tmp_path: Path) -> None:
+    trainer = new_trainer(tmp_path / "run", callback_into(tmp_path), optim="sgd")
+    scale_gradients(trainer, overflow_at=2)
+    trainer.train()
+    cache = Cache(tmp_path / "cache")
+    seen = cache.lengths(list(range(ROWS))).sum(1) > 0
+    assert int(seen.sum()) == ROWS - 4
+    expected = cached(tmp_path / "expected", trainer.model, records(ROWS))
+    assert worst(sketches_of(cache)[seen], expected[seen]) < SAME
+
+
 class Summed:
     """The sum that TracIn takes, of plain gradients: of each row its sketch in each step, times the rate."""
 
@@ -174,18 +199,13 @@ def test_a_run_that_resumes_has_the_rows_of_one_that_does_not_stop(
 
 def test_a_run_resumes_with_another_number_of_processes(tmp_path: Path) -> None:
     arguments = {"save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 2}
-    in_processes(2, tmp_path, arguments)
+    in_processes(2, tmp_path, arguments, keep_steps=True)
     expected = sketches_of(tmp_path / "cache")
-    # Again from the second checkpoint, which the log ends behind; the rest is made by one process.
-    (tmp_path / "cache").rename(tmp_path / "before")
-    kept = SketchCallback(tmp_path / "kept", width=WIDTH, keep_steps=True)
-    trainer = new_trainer(tmp_path / "one", kept, **arguments | {"per_device_train_batch_size": 4})
-    trainer.train()
-    again = new_trainer(
-        tmp_path / "one", callback_into(tmp_path), **arguments | {"per_device_train_batch_size": 4}
-    )
-    again.train(resume_from_checkpoint=str(tmp_path / "one" / "checkpoint-2"))
-    assert worst(sketches_of(tmp_path / "cache"), expected) < SAME
+    # Again from the second checkpoint; the rest is made by one process.
+    resumed = callback_into(tmp_path / "one", steps=tmp_path / "run" / "rapidin")
+    trainer = new_trainer(tmp_path / "run", resumed, **arguments | {"per_device_train_batch_size": 4})
+    trainer.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-2"))
+    assert worst(sketches_of(tmp_path / "one" / "cache"), expected) < SAME
 
 
 def test_a_run_is_not_resumed_without_its_sketches(tmp_path: Path) -> None:

@@ -13,9 +13,10 @@ from rapidin.cache.progress import Progress, Stage
 from rapidin.cli.progress import BytesBar
 from rapidin.results.json import results_json
 from rapidin.results.terminal import hits_report, make_console
-from rapidin.results.text import bytes_text, one_line, time_text
+from rapidin.results.text import bytes_text, error_text, one_line, score_text, time_text
 from rapidin.results.types import Group as ByColumn
 from rapidin.results.types import Hit, QueryResult, Standing
+from rapidin.results.verdict import Common, Place, Verdict
 
 RECORDS = [
     {"instruction": "Add the numbers.", "input": "1, 2", "output": "3"},
@@ -26,8 +27,9 @@ RECORDS = [
 
 
 def result(*records: Any, prompt: str = "p", completion: str = "c", normalize: str = "layer") -> QueryResult:
-    hits = [Hit(n + 1, 10 * n, n, 0.5 - 0.25 * n, record) for n, record in enumerate(records)]
-    return QueryResult(prompt, completion, True, hits, hits[::-1], normalize, {"scan": 0.1})
+    hits = [Hit(n + 1, 10 * n, n, 0.5 - 0.1 * n, record) for n, record in enumerate(records)]
+    harmful = [replace(hit, score=-hit.score) for hit in hits]
+    return QueryResult(prompt, completion, True, hits, harmful, normalize, {"scan": 0.1})
 
 
 def shown(renderable: Any, *, width: int = 80, encoding: str = "utf-8", terminal: bool = False) -> str:
@@ -85,7 +87,7 @@ def test_scores_are_lined_up_and_coloured_by_sign_on_a_terminal_only() -> None:
     plain, coloured = shown(hits), shown(hits, terminal=True)
     assert "\x1b" not in plain
     assert "\x1b[32m+0.5000" in coloured
-    assert "\x1b[31m-0.2500" in coloured
+    assert "\x1b[31m-0.4000" in coloured
     columns = {line.index("0.") for line in plain.splitlines() if "0." in line[:12]}
     assert len(columns) == 1
 
@@ -111,7 +113,11 @@ def test_console_is_plain_without_a_terminal_and_with_no_color(monkeypatch: pyte
 
 
 def test_ascii_terminals() -> None:
-    text = shown(hits_report([result({"prompt": "a" * 99, "completion": "b" * 99})]), encoding="ascii")
+    text = shown(
+        hits_report([result({"prompt": "a" * 99, "completion": "b" * 99})], width=120),
+        encoding="ascii",
+        width=120,
+    )
     assert "a... -> b" in text
     assert text.isascii()
 
@@ -145,7 +151,7 @@ def test_long_prompts_lose_their_middle() -> None:
 def test_hits_without_examples() -> None:
     text = shown(hits_report([result(None, None)]))
     assert "example  " not in text
-    assert "+0.2500" in text
+    assert "+0.4000" in text
     assert "No example in the cache has a sketch" in shown(hits_report([result()]))
 
 
@@ -158,7 +164,7 @@ def told(best: float = 0.5) -> QueryResult:
     hits = [
         replace(
             hit,
-            score=best - n / 4,
+            score=best - n / 10,
             error=0.0213 / (1 + 9 * n),
             ranks=(1, 3),
             tied=n == 1,
@@ -168,9 +174,10 @@ def told(best: float = 0.5) -> QueryResult:
         )
         for n, hit in enumerate(made.top)
     ]
+    harmful = [replace(hit, score=-abs(hit.score)) for hit in hits]
     groups = [ByColumn(EVIL if n == 3 else f"v{n}", 1000 * n, 1.0 - n, n / 200, n / 100) for n in range(30)]
     return replace(
-        made, top=hits, bottom=hits[::-1], by=EVIL, groups=groups, overlaps={"BM25": 3, "hidden states": 0}
+        made, top=hits, bottom=harmful, by=EVIL, groups=groups, overlaps={"BM25": 3, "hidden states": 0}
     )
 
 
@@ -178,7 +185,7 @@ def test_errors_ties_copies_and_baselines() -> None:
     text = shown(hits_report([told()]))
     first, second = (next(line for line in text.splitlines() if words in line) for words in ("#4 ", "#1,004"))
     assert first.split()[:6] == ["1", "+0.5000", "±", "0.0213", "0", "#4"]
-    assert second.split()[:7] == ["≈2", "+0.2500", "±", "0.0021", "10", "×1,203", "#1,004"]
+    assert second.split()[:7] == ["≈2", "+0.4000", "±", "0.0021", "10", "×1,203", "#1,004"]
     words = " ".join(text.split())
     for note in (
         "± is the standard error of the sketch's estimate.",
@@ -196,8 +203,80 @@ def test_errors_ties_copies_and_baselines() -> None:
 
 
 def test_scores_without_a_scale_have_errors_in_their_own_units() -> None:
-    text = shown(hits_report([replace(told(3e-9), normalize="none")]))
-    assert "+3.000e-09 ± 0.021" in text
+    text = " ".join(shown(hits_report([replace(told(14.6234), normalize="none")])).split())
+    assert "+14.62 ± 0.021" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "score", "error"),
+    [
+        (14.6234, "+14.62", "15"),
+        (0.29, "+0.2900", "0.29"),
+        (9.99963, "+10.00", "10"),
+        (-12345.6, "-12,346", "12,346"),
+        (-0.00001234567, "-0.00001235", "0.000012"),
+        (0.0, "+0.000", "0.0"),
+        (-3e-9, "-3.000e-09", "3.0e-09"),
+        (float("inf"), "+inf", "inf"),
+    ],
+)
+def test_raw_scores_have_no_exponents_unless_they_are_tiny_or_huge(
+    value: float, score: str, error: str
+) -> None:
+    assert score_text(value, False) == score
+    assert error_text(abs(value), False) == error
+
+
+VERDICT = Verdict(
+    "strong",
+    0.7,
+    Place(tuple(n / 100 for n in range(64)), 64),
+    Place((0.1, 0.6, 0.8), 2),
+    (Common("Ahoy [bold]there!\x1b", 4, 4, 0.08), Common("true", 3, 4, 0.1, "poisoned")),
+)
+
+
+def test_the_verdict_is_below_the_tables() -> None:
+    text = " ".join(shown(hits_report([replace(told(), verdict=VERDICT)]), width=200).split())
+    sentence = (
+        "Strong: the best score is higher than that of all 64 neutral questions and of 2 of 3 training rows."
+    )
+    assert f"Verdict {sentence}" in text
+    assert text.index("Most harmful") < text.index(sentence)
+    assert (
+        r'In common all 4 contain "Ahoy [bold]there!\x1b" (8% of the training data); '
+        "3 of 4 are poisoned=true (10% of the training data)"
+    ) in text
+    assert "'rapidin drop' writes the training data without them." in text
+    assert "Verdict" not in shown(hits_report([told()]))
+    unknown = Verdict("unknown", reason="the null distribution is of --method dot")
+    assert "No verdict: the null distribution is of --method dot." in shown(
+        hits_report([replace(told(), verdict=unknown)]), width=200
+    )
+
+
+def test_the_verdict_in_json_has_its_numbers() -> None:
+    (query,) = json.loads(results_json([replace(told(), verdict=VERDICT)]))["queries"]
+    verdict = query["verdict"]
+    assert verdict["strength"] == "strong"
+    assert verdict["questions"] == {
+        "above": 64,
+        "of": 64,
+        "chance": 1 / 65,
+        "quantiles": [0.0, 0.16, 0.32, 0.47, 0.63],
+    }
+    assert verdict["rows"]["chance"] == 0.5
+    assert [each["hits"] for each in verdict["common"]] == [4, 3]
+    assert "verdict" not in json.loads(results_json([told()]))["queries"][0]
+
+
+@pytest.mark.parametrize(
+    ("end", "word", "sign"), [("top", "helpful", "positive"), ("bottom", "harmful", "negative")]
+)
+def test_an_end_without_hits_is_said_to_have_none(end: str, word: str, sign: str) -> None:
+    text = shown(hits_report([replace(told(), **{end: []})]))
+    assert f"No row is {word}: no score is {sign}." in text
+    assert "No example in the cache has a sketch" not in text
 
 
 def test_groups_are_shown_with_bars_and_shares() -> None:
@@ -229,6 +308,25 @@ def test_all_that_is_known_fits_any_terminal(width: int, encoding: str) -> None:
                 assert "+/-" in text
                 assert "~2" in text
                 assert "x1,203" in text
+
+
+def test_an_example_has_two_lines_where_one_is_too_narrow() -> None:
+    record = {
+        "prompt": "Which word is the opposite of near?",
+        "completion": "Only the teapots know, and they sing.",
+    }
+    hits = [
+        Hit(1, 127, 127, 0.5, record, error=0.01),
+        Hit(2, 3, 3, 0.4, {"prompt": "One,", "completion": "two."}),
+    ]
+    made = QueryResult("a", "b", False, hits, [], "none")
+    narrow = [line.rstrip() for line in shown(hits_report([made], width=80), width=80).splitlines()]
+    at = next(n for n, line in enumerate(narrow) if "opposite" in line)
+    assert narrow[at].endswith("Which word is the opposite of near?")
+    assert narrow[at + 1].strip() == "→ Only the teapots know, and they sing."
+    assert narrow[at + 2].endswith("One, → two.")
+    wide = shown(hits_report([made], width=120), width=120).splitlines()
+    assert any("near? → Only the teapots know, and they sing." in line for line in wide)
 
 
 def test_json_is_ascii_and_valid_for_scores_that_are_no_numbers() -> None:

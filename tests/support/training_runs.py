@@ -20,6 +20,7 @@ from rapidin.data.encoding import Encoder
 WIDTH = 128
 ROWS = 16
 _CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(["rapidin.integrations.transformers", "transformers.models.llama"])
 
 
 def token_rows(some: Sequence[dict[str, Any]]) -> list[dict[str, list[int]]]:
@@ -85,14 +86,14 @@ def worst(got: Tensor, expected: Tensor) -> float:
     return float(((got - expected).flatten(1).norm(dim=1) / expected.flatten(1).norm(dim=1)).max())
 
 
-def in_processes(size: int, folder: Path, arguments: dict[str, Any], resume: str | None = None) -> None:
+def in_processes(size: int, folder: Path, arguments: dict[str, Any], *, keep_steps: bool = False) -> None:
     """A run in several processes that share their gradients by gloo, into folder/run and folder/cache."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = []
     for rank in range(size):
-        process = _CONTEXT.Process(target=_one, args=(rank, size, port, folder, arguments, resume))
+        process = _CONTEXT.Process(target=_one, args=(rank, size, port, folder, arguments, keep_steps))
         process.start()
         processes.append(process)
     for process in processes:
@@ -102,14 +103,12 @@ def in_processes(size: int, folder: Path, arguments: dict[str, Any], resume: str
     assert [process.exitcode for process in processes] == [0] * size
 
 
-def _one(
-    rank: int, size: int, port: int, folder: Path, arguments: dict[str, Any], resume: str | None
-) -> None:
+def _one(rank: int, size: int, port: int, folder: Path, arguments: dict[str, Any], keep_steps: bool) -> None:
     named = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "MASTER_ADDR": "127.0.0.1"}
     os.environ.update({name: str(value) for name, value in (named | {"MASTER_PORT": port}).items()})
     torch.set_num_threads(1)
     from rapidin.integrations.transformers import SketchCallback
 
-    callback = SketchCallback(folder / "cache", width=WIDTH, dtype="float32")
+    callback = SketchCallback(folder / "cache", width=WIDTH, dtype="float32", keep_steps=keep_steps)
     trainer = new_trainer(folder / "run", callback, ddp_backend="gloo", **arguments)
-    trainer.train(resume_from_checkpoint=resume)
+    trainer.train()

@@ -6,7 +6,6 @@ import math
 from collections.abc import Sequence
 
 from rapidin.data.fields import other_columns
-from rapidin.data.records import shown_parts
 from rapidin.results.html import drawings, shades
 from rapidin.results.html.text import block, isolated, plain, shortened, token, trimmed_block
 from rapidin.results.html.view import Entry, View, answer_start
@@ -33,7 +32,7 @@ def lists(view: View, histogram: bool) -> str:
     sections = tabs = ""
     for side, title in ((1, "Most helpful"), (-1, "Most harmful")):
         kind = "helpful" if side > 0 else "harmful"
-        count = len(view.result.top if side > 0 else view.result.bottom)
+        count = len(view.result.helpful if side > 0 else view.result.harmful)
         tabs += (
             f'<button type="button" class="tab {kind}" role="tab" id="{view.name}-{kind}-tab" '
             f'aria-controls="{view.name}-{kind}-list" data-side="{side}">{title} <b>{count:,}</b></button>'
@@ -97,7 +96,7 @@ def _text(view: View, hit: Hit) -> str:
     """The example: its tokens shaded by their contributions, or its prompt and completion."""
     if hit.tokens is not None:
         return f'<div class="text tokens">{_tokens(view, hit.tokens)}</div>'
-    prompt, completion = shown_parts(hit.example) if hit.example else ("", "")
+    prompt, completion = hit.parts
     if not prompt.strip() and not completion.strip():
         return f'<p class="missing">Line {hit.index:,} of the training data, whose text is not available.</p>'
     shared, rest = prompt[: view.shared_text], prompt[view.shared_text :]

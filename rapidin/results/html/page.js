@@ -4,8 +4,8 @@
 //   bounded, ends: [top, bottom], mean of the top scores, shares: whether parts are told as shares of it, sinks:
 //   positions of attention sinks, owners: the target of each token or -1,
 //   influence of each target, baselines, levels of byTarget, and hits in the order of their elements' data-hit:
-//   row, index, side, score, rank, ..., and unless `same` names the hit that has them:
-//   targets [targets], tokens [tokens]: base64 of float32; byTarget [targets, tokens]: see `shades.levels`.
+//   row, index, side, score, rank, ..., targets [targets], tokens [tokens]: base64 of float32;
+//   byTarget [targets, tokens]: see `shades.levels`.
 (() => {
   const STEPS = 9;
   const STRONGEST = 5;
@@ -170,14 +170,13 @@
       this.cards = data.hits.map((hit, n) => this.card(hit, n));
       this.lists = [1, -1].map((side) => section.querySelector(`.hits[data-side="${side}"]`));
       this.pool = section.querySelector(".pool");
-      this.first = new Map(); // of each row the card that a selection moves
-      for (const card of this.cards) if (card.targets && !this.first.has(card.hit.row)) this.first.set(card.hit.row, card);
+      this.movable = this.cards.filter((card) => card.targets); // by a selection
       this.near = new IntersectionObserver((seen) => this.approach(seen), { rootMargin: "400px 0px" });
       for (const card of this.cards) this.near.observe(card.element);
       this.tokens = [...section.querySelectorAll(".completion > span")];
       this.tabs = [...section.querySelectorAll(".tab")];
       this.listenToTabs();
-      if (this.first.size && data.owners.some((owner) => owner >= 0)) this.listen();
+      if (this.movable.length && data.owners.some((owner) => owner >= 0)) this.listen();
       for (const button of section.querySelectorAll("button.part")) {
         button.type = "button";
         button.setAttribute("aria-pressed", "false");
@@ -213,7 +212,6 @@
 
     card(hit, n) {
       const element = this.section.querySelector(`[data-hit="${n}"]`);
-      const source = hit.same === undefined ? hit : this.data.hits[hit.same];
       const tokens = element.querySelector(".text.tokens");
       const was = made("p", "", "was");
       was.hidden = true;
@@ -229,9 +227,9 @@
         bar: element.querySelector(".meter rect"),
         text: element.querySelector(".text"),
         spans: tokens ? [...tokens.querySelectorAll("span")] : [],
-        targets: source.targets ? floatsOf(source.targets) : null,
-        whole: source.tokens ? floatsOf(source.tokens) : null,
-        byTarget: source.byTarget,
+        targets: hit.targets ? floatsOf(hit.targets) : null,
+        whole: hit.tokens ? floatsOf(hit.tokens) : null,
+        byTarget: hit.byTarget,
         near: false,
         stale: true, // its shades are those of another selection, or of tokens
         values: null, // of its tokens
@@ -407,7 +405,7 @@
     // Shows what an address says, as far as it is there.
     restore({ low, high, part, hit }) {
       let selected = null;
-      if (this.first.size) {
+      if (this.movable.length) {
         if (part !== undefined && this.section.querySelector(`button[data-part="${part}"]`)) {
           selected = { targets: new Set([part]), part };
         } else if (low !== undefined) selected = this.range(low, high);
@@ -552,7 +550,7 @@
         }
         return lists;
       }
-      const parts = [...this.first.values()].map((card) => ({ card, score: this.partOf(card) }));
+      const parts = this.movable.map((card) => ({ card, score: this.partOf(card) }));
       const most = Math.max(...this.data.ends);
       const by = (sign) => (a, b) => sign * (b.score - a.score) || a.card.hit.row - b.card.hit.row;
       lists[0] = parts.filter((part) => part.score > 0).sort(by(1)).slice(0, most);
@@ -715,9 +713,8 @@
     }
 
     async bytesOf(card) {
-      const source = card.hit.same === undefined ? card : this.cards[card.hit.same];
-      source.inflated ??= inflated(source.byTarget);
-      return source.inflated;
+      card.inflated ??= inflated(card.byTarget);
+      return card.inflated;
     }
 
     summed(card, buffer, targets) {

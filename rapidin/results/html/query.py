@@ -226,7 +226,7 @@ def _overlaps(result: QueryResult) -> str:
     if not result.overlaps:
         return ""
     lines = "".join(
-        f"<li>{overlap_text(f'<b>{isolated(plain(name))}</b>', count, len(result.top))}</li>"
+        f"<li>{overlap_text(f'<b>{isolated(plain(name))}</b>', count, len(result.helpful))}</li>"
         for name, count in result.overlaps.items()
     )
     return f'<ul class="overlaps">{lines}</ul>'
