@@ -474,13 +474,11 @@ def test_the_other_columns_of_a_hit_are_chips() -> None:
 
 def test_all_hits_of_a_query_are_shaded_on_one_scale() -> None:
     strong = Tokens(("First", " a", " b"), (True,) * 3, (9.0, 1.0, -0.25))
-    weak = Tokens(("First", " c", " d"), (True,) * 3, (0.1, 0.01, 0.0))
+    weak = Tokens(("First", " c", " d"), (True,) * 3, (0.1, 0.25, -0.1))
     hits = [Hit(n, n, n, 0.5, tokens=tokens) for n, tokens in enumerate((strong, weak), 1)]
     markup = page([QueryResult("p", "c", True, hits, [], "layer")])
-    classes = [
-        re.findall(r'<span(?: class="(\w+)")?>', part) for part in re.findall('"answer".*?</div>', markup)
-    ]
-    assert classes == [["p9", "p9", "n5"], ["p3", "p1", ""]]
+    classes = [re.findall(r"<b(?: class=(\w+))?>", part) for part in re.findall('"answer".*?</div>', markup)]
+    assert classes == [["p9", "p9", "n5"], ["p5"]]  # less than a fifth of the largest is shaded by the script
 
 
 def test_a_score_within_two_errors_is_grey() -> None:
@@ -521,3 +519,26 @@ def test_a_template_is_what_all_hits_begin_with_up_to_a_line_break() -> None:
     read = Read(page([result]))
     assert read.texts["shared"] == [prompts[0][:-4]] * 2
     assert read.texts["ask"] == prompts
+
+
+@pytest.mark.full
+def test_a_page_of_thirteen_queries_is_below_a_megabyte_and_a_half() -> None:
+    """Whatever the numbers: those of made results compress badly, and the best hits have them first."""
+    results = [made(hits=20, length=80, generation=40, pool=60, seed=seed) for seed in range(13)]
+    markup = page(results, about={"model": "m"})
+    assert len(markup.encode()) < 1_500_000
+    (inner,) = re.findall(r'id="data">(.*?)</script>', markup, re.S)
+    for data, result in zip(json.loads(inner), results, strict=True):
+        ends = [hit for hit in data["hits"] if hit["side"]]
+        assert [hit["index"] for hit in ends] == [hit.index for hit in (*result.top, *result.bottom)]
+        parted = [hit["rank"] for hit in ends if "byTarget" in hit]
+        assert parted
+        assert max(parted) <= len(parted) / 2 + 1
+
+
+def test_lengths_of_tokens_are_those_of_their_texts_on_the_page() -> None:
+    result = made(hits=2, length=30, generation=3)
+    hit = replace(result.top[0], tokens=Tokens(("a\n", "", "\x00👩", "\t\ud83d"), (True,) * 4, (0.1,) * 4))
+    data = data_of(replace(result, top=[hit]))
+    assert data["hits"][0]["lengths"] == [2, 0, 6, 7]
+    assert data["hits"][1]["lengths"] == [len(piece) for piece in result.bottom[0].tokens.pieces]  # type: ignore[union-attr]

@@ -114,7 +114,7 @@ class Shown:
 
     def classes(self, hit: int) -> list[str]:
         """Classes of the tokens of a hit, by its place in the data."""
-        script = "return [...document.querySelectorAll(`[data-hit='${arguments[0]}'] .tokens span`)]"
+        script = "return [...document.querySelectorAll(`[data-hit='${arguments[0]}'] .tokens b`)]"
         return list(self.run(script + ".map((token) => token.className)", hit))
 
 
@@ -619,7 +619,7 @@ def test_long_texts_are_folded_and_open(shown: Shown) -> None:
     assert far
     seen = shown.run(
         "const [text, n] = arguments; const box = text.getBoundingClientRect();"
-        "const r = text.closest('.hit').querySelectorAll('.tokens span')[n].getBoundingClientRect();"
+        "const r = text.closest('.hit').querySelectorAll('.tokens b')[n].getBoundingClientRect();"
         "return r.top >= box.top - 1 && r.bottom <= box.bottom + 1;",
         answer,
         far[0],
@@ -632,7 +632,7 @@ def test_the_template_that_all_hits_share_is_folded(shown: Shown) -> None:
     shown.open([result])
     count = View(result, 0).shared_tokens
     assert count >= 8
-    tokens = shown.all("[data-hit='0'] .tokens span")
+    tokens = shown.all("[data-hit='0'] .tokens b")
     assert [token.is_displayed() for token in tokens[:count]] == count * [False]
     assert tokens[count].is_displayed()
     place = shown.run("return getComputedStyle(document.querySelector('.shared'), '::before').content")
@@ -684,7 +684,7 @@ def test_shades_are_of_words_by_default(shown: Shown, language: str) -> None:
     shown.until(lambda: found() == [expected[n] for n in range(len(pieces))])
     for word, total in zip(words, sums, strict=True):
         place = next(n for n in word if pieces[n])
-        token = shown.all("[data-hit='0'] .tokens span")[place]
+        token = shown.all("[data-hit='0'] .tokens b")[place]
         ActionChains(shown.driver).move_to_element(token).perform()
         assert token.get_attribute("title") == score_text(total, True)
         assert shown.tokens()[place].get_attribute("title") == score_text(total, True)
@@ -852,11 +852,11 @@ def test_on_paper_all_is_open_and_shaded(shown: Shown) -> None:
             "e.checkVisibility() && e.scrollHeight > e.clientHeight + 1).length"
         )
         assert cut == 0
-        assert shown.one("[data-hit='0'] .shared > span").is_displayed()
+        assert shown.one("[data-hit='0'] .shared > b").is_displayed()
         assert all(card.is_displayed() for card in shown.all(".hits article"))
         assert not any(button.is_displayed() for button in shown.all("button"))
         style = "const s = getComputedStyle(document.querySelector(arguments[0])); return s[arguments[1]]"
-        assert shown.run(style, ".tokens span", "printColorAdjust") == "exact"
+        assert shown.run(style, ".tokens b", "printColorAdjust") == "exact"
         assert shown.run(style, ".hit", "breakInside") == "avoid"
         shown.run("dispatchEvent(new Event('beforeprint'))")
         assert all(shown.run("return [...document.querySelectorAll('details')].map((one) => one.open)"))
@@ -971,7 +971,7 @@ def test_contrast_in_all_shades_and_themes(shown: Shown, how: str) -> None:
     shown.run("document.querySelectorAll('details').forEach((one) => (one.open = true))")
     assert low_contrast(shown) == []
     grounds = shown.run(
-        "return Object.fromEntries([...document.querySelectorAll(`[data-hit='0'] .tokens span`)].map("
+        "return Object.fromEntries([...document.querySelectorAll(`[data-hit='0'] .tokens b`)].map("
         "(t) => [t.className.split(' ')[0], getComputedStyle(t).backgroundColor]))"
     )
     shade_names = [f"{side}{n}" for side in "pn" for n in range(1, 10)]

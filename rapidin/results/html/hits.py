@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from rapidin.data.fields import other_columns
 from rapidin.results.html import drawings, shades
-from rapidin.results.html.text import block, isolated, plain, shortened, token, trimmed_block
+from rapidin.results.html.text import block, isolated, marked, plain, shortened, trimmed_block
 from rapidin.results.html.view import Entry, View, answer_start
 from rapidin.results.sinks import without_sinks
 from rapidin.results.text import UNSURE, error_text, is_unsure, no_row_text, score_text
@@ -15,6 +15,7 @@ from rapidin.results.types import Hit, Tokens
 
 _STRONGEST = 5  # tokens named in words
 _LAYERS_NAMED = 3
+_MARKED = 4  # the least step that is shaded without a script: a fifth of the largest contribution
 _CHIPS = 8  # columns shown
 _CHIP_NAME, _CHIP_VALUE, _CHIP_TITLE = 24, 40, 300  # characters
 
@@ -110,13 +111,14 @@ def _text(view: View, hit: Hit) -> str:
 
 
 def _tokens(view: View, tokens: Tokens) -> str:
-    """The tokens in front of the first that counts, and from there."""
-    steps = shades.steps(tokens.contributions, view.peak)
+    """The tokens in front of the first that counts, and from there. Those with a large contribution have
+    their shades here; the script makes elements of all and shades them."""
     first = answer_start(tokens)
-    items = [
-        token(text, f"{shades.shade(int(step))}{'' if counts or n < first else ' q'}".strip())
-        for n, (text, counts, step) in enumerate(zip(tokens.pieces, tokens.counts, steps, strict=True))
-    ]
+    items = []
+    steps = shades.steps(tokens.contributions, view.peak)
+    for n, (text, counts, step) in enumerate(zip(tokens.pieces, tokens.counts, steps, strict=True)):
+        shade = shades.shade(int(step)) if abs(step) >= _MARKED and n >= view.shared_tokens else ""
+        items.append(marked(text, f"{shade}{'' if counts or n < first else ' q'}".strip()))
     ask = _shared("".join(items[: view.shared_tokens])) + "".join(items[view.shared_tokens : first])
     return _part("ask", ask) + _part("answer", "".join(items[first:]))
 

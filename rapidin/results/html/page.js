@@ -5,7 +5,7 @@
 //   positions of attention sinks, owners: the target of each token or -1,
 //   influence of each target, baselines, levels of byTarget, and hits in the order of their elements' data-hit:
 //   row, index, side, score, rank, ..., targets [targets], tokens [tokens]: base64 of float32;
-//   byTarget [targets, tokens]: see `shades.levels`.
+//   lengths [tokens] of their texts; byTarget [targets, tokens]: see `shades.levels`.
 (() => {
   const STEPS = 9;
   const STRONGEST = 5;
@@ -118,6 +118,42 @@
     return line.length > 30 ? line.slice(0, 29) + "…" : line;
   }
 
+  // Makes elements of the tokens of a text, which is on the page with few elements to keep it small.
+  function cutTokens(text, lengths) {
+    let at = 0;
+    const tokens = [];
+    for (const kind of [".shared", ".ask", ".answer"]) {
+      const box = text.querySelector(kind);
+      if (!box) continue;
+      const pieces = []; // of text and marks for characters that are not seen, and whether they are quiet
+      const gather = (node, quiet) => {
+        if (node.nodeType === Node.TEXT_NODE || node.tagName === "I") pieces.push({ node, quiet });
+        else for (const child of node.childNodes) gather(child, quiet || node.classList.contains("q"));
+      };
+      const own = [...box.childNodes].filter((node) => !node.classList?.contains("shared"));
+      for (const node of own) gather(node, false);
+      for (const node of own) node.remove();
+      let n = 0;
+      let start = 0;
+      while (n < pieces.length && at < lengths.length) {
+        const token = made("b");
+        for (let left = lengths[at++]; left > 0 && n < pieces.length; ) {
+          const { node, quiet } = pieces[n];
+          const length = node.textContent.length;
+          const end = Math.min(length, start + left);
+          token.append(start || end < length ? node.textContent.slice(start, end) : node);
+          if (quiet) token.className = "q";
+          left -= end - start;
+          start = end;
+          if (end === length) [n, start] = [n + 1, 0];
+        }
+        tokens.push(token);
+        box.append(token);
+      }
+    }
+    return tokens;
+  }
+
   // A folded text, opened where `look` says, and the button that shows all of it. look: an element, 0 for the
   // start, or Infinity for the end.
   function fold(text, look) {
@@ -226,7 +262,7 @@
         error: element.querySelector("header .error"), // of the whole score alone
         bar: element.querySelector(".meter rect"),
         text: element.querySelector(".text"),
-        spans: tokens ? [...tokens.querySelectorAll("span")] : [],
+        spans: tokens ? cutTokens(tokens, hit.lengths) : [],
         targets: hit.targets ? floatsOf(hit.targets) : null,
         whole: hit.tokens ? floatsOf(hit.tokens) : null,
         byTarget: hit.byTarget,
@@ -251,7 +287,7 @@
       card.void = card.spans.map((span) => !span.firstChild);
       card.quiet = card.spans.map((span) => (span.classList.contains("q") ? " q" : ""));
       tokens?.addEventListener("pointerover", (event) => {
-        const place = card.spans.indexOf(event.target.closest(".tokens span"));
+        const place = card.spans.indexOf(event.target.closest(".tokens b"));
         const unit = card.units?.findIndex((places) => places.includes(place));
         if (place >= 0 && unit >= 0) card.spans[place].title = this.partText(card, card.sums[unit]);
       });

@@ -53,6 +53,17 @@ def token(text: str, shade: str, title: str = "") -> str:
     )
 
 
+def marked(text: str, classes: str) -> str:
+    """A token that is an element only if it has a class: a page has very many of them."""
+    quote = '"' if " " in classes else ""
+    return f"<b class={quote}{classes}{quote}>{piece(text)}</b>" if classes else piece(text)
+
+
+def shown_length(text: str) -> int:
+    """How long `piece` of a text is for the script, which counts in units of UTF-16."""
+    return len(_UNSAFE_IN_BLOCK.sub(escape, text).encode("utf-16-le")) // 2
+
+
 def _shown(match: re.Match[str]) -> str:
     if match[0] == "\n":
         return '<i class="nl">\n</i>'

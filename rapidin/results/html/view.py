@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rapidin.results.html import shades
+from rapidin.results.html.text import shown_length
 from rapidin.results.sinks import sinks_of
 from rapidin.results.text import has_shares
 from rapidin.results.types import Hit, QueryResult, Tokens
 
-_HIT_BYTES, _TOKEN_BYTES = 1600, 32  # approximate size on a page of a hit without its text, and of a token
+_HIT_BYTES, _TOKEN_BYTES = 2600, 18  # approximate size on a page of a hit without its text, and of a token
 _SHARED_TOKENS, _SHARED_CHARACTERS = 8, 40  # at least, for a template
 
 
@@ -39,12 +40,14 @@ class View:
     """A query as the page shows it.
 
     number: its index among the queries; room: bytes for the hits of parts of the generation alone. Those that
-    do not fit are left out, the best hits of each part last.
+    do not fit are left out, the best hits of each part last. parted: how many hits of both ends have the
+    contributions of their tokens to each part, the best first; the others have those to the whole alone.
     """
 
     result: QueryResult
     number: int
     room: float = math.inf
+    parted: float = math.inf
 
     @property
     def name(self) -> str:
@@ -98,7 +101,7 @@ class View:
             hit = _merged(hits[0], hits)
             if len(hit.targets) != len(self.result.targets):
                 continue
-            room -= _bytes(self.result, hit)
+            room -= _bytes(hit) + shades.levels_bytes(_by_target(self.result, hit).size)
             if room < 0:
                 break
             whole = math.fsum(hit.targets[n] for n in owners) if covered else None
@@ -114,8 +117,8 @@ class View:
     @cached_property
     def shared_tokens(self) -> int:
         """How many tokens at their start all hits have in common, before what counts; 0 if they are few."""
-        hits = [e.hit.tokens for e in self.entries if e.hit.tokens is not None]
-        return shared_start([tokens.pieces[: answer_start(tokens)] for tokens in hits], _SHARED_TOKENS)
+        rows = [e.hit.tokens for e in self.entries if e.hit.tokens is not None]
+        return shared_start([row.pieces[: answer_start(row)] for row in rows], _SHARED_TOKENS)
 
     @cached_property
     def shared_text(self) -> int:
@@ -125,8 +128,9 @@ class View:
 
     @property
     def size(self) -> int:
-        """The approximate number of bytes of the hits of the whole generation on the page."""
-        return sum(_bytes(self.result, hit) for hit in (*self.result.helpful, *self.result.harmful))
+        """The approximate number of bytes of the hits of the whole generation on the page, but for
+        `numbers`."""
+        return sum(_bytes(hit) for hit in (*self.result.helpful, *self.result.harmful))
 
     @cached_property
     def selects(self) -> bool:
@@ -136,9 +140,18 @@ class View:
 
     @property
     def numbers(self) -> int:
-        """How many numbers `Tokens.by_target` has in all hits of the whole generation, each row once."""
-        hits = {hit.row: hit for hit in (*self.result.helpful, *self.result.harmful)}
-        return sum(_by_target(self.result, hit).size for hit in hits.values())
+        """How many numbers `Tokens.by_target` has in the hits of the whole generation."""
+        return sum(self.numbers_of)
+
+    @cached_property
+    def numbers_of(self) -> list[int]:
+        """How many numbers `Tokens.by_target` has in each hit of the whole generation, the best first."""
+        return [_by_target(self.result, hit).size for hit in self._best_first]
+
+    @property
+    def _best_first(self) -> list[Hit]:
+        """The hits of both ends by their rank."""
+        return sorted((*self.result.helpful, *self.result.harmful), key=lambda hit: hit.rank)
 
     @cached_property
     def sinks(self) -> frozenset[int]:
@@ -148,6 +161,9 @@ class View:
     def script(self, most: int) -> dict[str, Any]:
         """The data that the script reads (see `page.js`). most: levels of `shades.levels`."""
         result = self.result
+        kept = self._best_first if self.parted == math.inf else self._best_first[: int(self.parted)]
+        ends = {entry.hit.row for entry in self.entries if entry.side}
+        parted = {hit.row for hit in kept} | {e.hit.row for e in self.entries if e.hit.row not in ends}
         return {
             "bounded": result.bounded,
             "ends": [len(result.top), len(result.bottom)],
@@ -158,7 +174,7 @@ class View:
             "baselines": list(dict.fromkeys(n for e in self.entries if e.side for n in e.hit.standings)),
             "levels": most,
             "sinks": sorted(self.sinks),
-            "hits": [_entry_data(result, entry, most) for entry in self.entries],
+            "hits": [_entry_data(result, entry, most, entry.hit.row in parted) for entry in self.entries],
         }
 
 
@@ -193,11 +209,14 @@ def _merged(hit: Hit, same: Sequence[Hit]) -> Hit:
     )
 
 
-def _bytes(result: QueryResult, hit: Hit) -> int:
-    """The approximate size of a hit on the page."""
-    text = sum(map(len, hit.parts))
+def _bytes(hit: Hit) -> int:
+    """The approximate size of a hit on the page, but for `Tokens.by_target`."""
+    texts: Sequence[str] = hit.parts
     if hit.tokens is not None:
-        text = _TOKEN_BYTES * len(hit.tokens.pieces) + _by_target(result, hit).size
+        texts = hit.tokens.pieces
+    text = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    if hit.tokens is not None:
+        text += _TOKEN_BYTES * len(hit.tokens.pieces)
     return _HIT_BYTES + 6 * len(hit.targets) + 12 * len(hit.layers) + text
 
 
@@ -210,7 +229,7 @@ def _by_target(result: QueryResult, hit: Hit) -> NDArray[np.float32]:
     return hit.tokens.by_target if fits else none
 
 
-def _entry_data(result: QueryResult, entry: Entry, most: int) -> dict[str, Any]:
+def _entry_data(result: QueryResult, entry: Entry, most: int, parted: bool) -> dict[str, Any]:
     hit = entry.hit
     value: dict[str, Any] = {"row": hit.row, "index": hit.index, "side": entry.side}
     if entry.whole is not None:
@@ -231,8 +250,9 @@ def _entry_data(result: QueryResult, entry: Entry, most: int) -> dict[str, Any]:
         value["targets"] = shades.floats(hit.targets)
     if hit.tokens is not None:
         value["tokens"] = shades.floats(hit.tokens.contributions)
+        value["lengths"] = list(map(shown_length, hit.tokens.pieces))
         by_target = _by_target(result, hit)
-        if by_target.size:
+        if parted and by_target.size:
             value["byTarget"] = shades.levels(by_target, most)
     return value
 
