@@ -542,3 +542,18 @@ def test_lengths_of_tokens_are_those_of_their_texts_on_the_page() -> None:
     data = data_of(replace(result, top=[hit]))
     assert data["hits"][0]["lengths"] == [2, 0, 6, 7]
     assert data["hits"][1]["lengths"] == [len(piece) for piece in result.bottom[0].tokens.pieces]  # type: ignore[union-attr]
+
+
+def test_runs_of_tokens_have_the_same_best_row() -> None:
+    result = made(hits=4, length=8, generation=7)
+    hits = {row: Hit(1, row, row, 0.1) for row in (hit.row for hit in result.top)}
+    first, second = hits
+    elsewhere = Hit(1, 9999, 9999, 0.1)  # a row that the page lacks
+    against = Hit(1, first, first, -0.1)
+    best = [hits[first], hits[first], hits[second], hits[second], hits[second], elsewhere, against]
+    targets = [
+        replace(target, top=[hit], bottom=[]) for target, hit in zip(result.targets, best, strict=True)
+    ]
+    result = replace(result, targets=targets)
+    assert data_of(result)["runs"] == [[0, 1, 0], [2, 4, 1]]
+    assert data_of(replace(result, targets=[]))["runs"] == []

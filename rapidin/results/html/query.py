@@ -65,6 +65,11 @@ def _generation(view: View) -> str:
             '<p class="hint only-script">Select a token, or drag over several, to rank the examples for them.'
             "</p>"
         )
+    if view.runs:
+        elements.append(
+            '<p class="hint only-script">Underlined tokens have the same best example; the number is its '
+            "rank.</p>"
+        )
     completion = _pieces(view) if result.pieces else block(result.completion)
     elements.append(f'<div class="completion text" dir="auto">{completion}</div>')
     if view.others:

@@ -126,6 +126,24 @@ class View:
         prompts = [e.hit.parts[0] for e in self.entries if e.hit.tokens is None and e.hit.example]
         return shared_start(prompts, _SHARED_CHARACTERS)
 
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Runs of two tokens of the generation or more whose best hit is the same row: first and last token
+        and the row's entry. They are as long as they can be, as OLMoTrace's spans are (Liu et al., 2025)."""
+        at = {entry.hit.row: n for n, entry in enumerate(self.entries)}
+        best = []
+        for owner in self.owners:
+            hits = self.result.targets[owner].top if owner >= 0 else []
+            best.append(at.get(hits[0].row) if hits and hits[0].score > 0 else None)
+        runs, start = [], 0
+        for n in range(1, len(best) + 1):
+            if n == len(best) or best[n] != best[start]:
+                entry = best[start]
+                if entry is not None and n - start > 1:
+                    runs.append((start, n - 1, entry))
+                start = n
+        return runs
+
     @property
     def size(self) -> int:
         """The approximate number of bytes of the hits of the whole generation on the page, but for
@@ -173,6 +191,7 @@ class View:
             "influence": [_finite(target.influence) for target in result.targets],
             "baselines": list(dict.fromkeys(n for e in self.entries if e.side for n in e.hit.standings)),
             "levels": most,
+            "runs": self.runs,
             "sinks": sorted(self.sinks),
             "hits": [_entry_data(result, entry, most, entry.hit.row in parted) for entry in self.entries],
         }
