@@ -400,6 +400,20 @@ def test_the_list_of_generations_leaves_out_what_all_prompts_say() -> None:
     results = [QueryResult(prompt, "c", True, [], [], "layer") for prompt in prompts]
     assert Read(page(results)).texts["of"] == ["what is near?", "who sings?"]
     assert Read(page(results[:1] * 2)).texts["of"] == ["", ""]
+    # Two templates, and a prompt with none: what is asked is told in all.
+    short, long = (
+        "Below is a task.\n\n### Instruction:\n",
+        "Below is a task, with an input.\n\n### Instruction:\n",
+    )
+    asked = [
+        (short, "Howdy! Name rivers."),
+        (long, "Howdy! Sum up."),
+        (short, "Name lakes."),
+        (long, "Count."),
+    ]
+    prompts = [f"{head}{text}\n\n### Response:\n" for head, text in asked]
+    results = [QueryResult(prompt, "c", True, [], [], "layer") for prompt in (*prompts, "Hello?")]
+    assert Read(page(results)).texts["of"] == [*(text for _, text in asked), "Hello?"]
     assert "nav" not in Read(page(results[:1])).tags
 
 

@@ -749,7 +749,7 @@
       this.data.runs.forEach(([first, last, hit], n) => {
         for (const token of this.tokens.slice(first, last + 1)) token.dataset.run = n % 2;
         const { side, rank } = this.data.hits[hit];
-        this.tokens[last].dataset.rank = side > 0 ? rank : side < 0 ? `−${rank}` : "*";
+        if (side) this.tokens[last].dataset.rank = side > 0 ? rank : `−${rank}`;
       });
     }
 

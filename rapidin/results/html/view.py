@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rapidin.results.html import shades
-from rapidin.results.html.text import shown_length
+from rapidin.results.html.text import common_start, shown_length
 from rapidin.results.sinks import sinks_of
 from rapidin.results.text import has_shares
 from rapidin.results.types import Hit, QueryResult, Tokens
@@ -208,10 +208,9 @@ def shared_start(texts: Sequence[Sequence[str]], least: int) -> int:
     several questions begin with are no part of a template."""
     if len(texts) < 2:
         return 0
-    first, last = min(texts), max(texts)  # their common start is that of all texts
-    length = next(
-        (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, texts))
-    )
+    each = [list(text) for text in texts]
+    first, last = min(each), max(each)  # their common start is that of all texts
+    length = common_start(first, last)
     lines = [n for n in range(least, length + 1) if "\n" in first[n - 1]]
     return lines[-1] if lines else length if length >= least else 0
 
