@@ -69,7 +69,8 @@ class _Texts:
 def null_scores(
     cache: Cache, source: GradientSource, examples: Examples, tell: Callable[[str], None]
 ) -> NullScores | None:
-    """The best scores of both sets; None, with the reason told, if there can be none.
+    """The best scores of both sets; None if there are too few rows, or, with the reason told, if there can be
+    none for another reason.
 
     cache: complete; source: the source that made it; examples: of which the best rows of questions are read.
     The leading process runs this alone.
@@ -77,7 +78,6 @@ def null_scores(
     world, numbers = distributed.world(), counted(cache).nonzero()[:, 0].tolist()
     most = len(numbers) // _ROWS_PER_TEXT
     if most < LEAST:
-        tell(f"no null distribution for verdicts: it takes at least {_ROWS_PER_TEXT * LEAST} examples")
         return None
     if source.loaded.sharded:
         tell("no null distribution for verdicts: the model is sharded")

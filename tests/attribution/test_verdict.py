@@ -174,12 +174,7 @@ def test_parts_and_merged_caches_have_none_until_they_are_cached_again(
 
 
 def test_few_examples_are_too_few(attributor: Attributor, tmp_path: Path) -> None:
-    told: list[str | None] = []
-    cache = attributor.cache(
-        ROWS[: 4 * LEAST - 1], tmp_path / "cache", on_progress=lambda progress: told.append(progress.message)
-    )
-    assert cache.manifest.null is None
-    assert f"no null distribution for verdicts: it takes at least {4 * LEAST} examples" in told
+    assert attributor.cache(ROWS[: 4 * LEAST - 1], tmp_path / "cache").manifest.null is None
 
 
 def test_rows_of_few_bits_are_not_compared(attributor: Attributor, tmp_path: Path) -> None:
