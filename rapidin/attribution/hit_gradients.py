@@ -24,7 +24,7 @@ OnStage = Callable[[str, int, int], None]  # called with a stage's name, the ste
 SourceOf = Callable[[int], GradientSource]  # the source of a query's sketch, by the sketch's number
 
 # By row of a hit: what each position of the example contributes to its score, then to the score of each
-# target: [1 + targets, T] float64.
+# target: [1 + targets, T] float64, or [1 + targets, 1] if positions are not told apart.
 Contributions = dict[int, Tensor]
 
 
@@ -49,9 +49,9 @@ class HitGradients:
         # Of each hit, by row: the ids of its tokens, which of them count, and their texts.
         self._texts: dict[int, tuple[list[int], list[bool], list[str]]] = {}
 
-    def exact(self, rows: Sequence[Sequence[int]]) -> list[Contributions]:
-        """The contributions to exact scores of the given rows; rows: for each generation, or for all
-        together."""
+    def exact(self, rows: Sequence[Sequence[int]], *, by_position: bool) -> list[Contributions]:
+        """The exact scores of the given rows, or what positions contribute to them; rows: for each
+        generation, or for all together."""
         generations = self._query.texts
         contributions: list[Contributions] = [{} for _ in rows]
         for number, source in self._each_source():
@@ -71,6 +71,7 @@ class HitGradients:
                     [self._example(source, row) for row in hits],
                     self._scoring.normalize,
                     self._progress("exact gradients", done, total),
+                    by_position=by_position,
                 )
                 done += len(hits) * len(source.points)
                 for row, by_query in zip(hits, positions, strict=True):
@@ -122,7 +123,7 @@ class HitGradients:
             if source.loaded.sharded:
                 raise UserError(
                     "token contributions and exact gradients need an unsharded model",
-                    "leave out --shard-model, or what needs them",
+                    "leave out `shard_model`, or what needs them",
                 )
             yield number, source
 

@@ -181,7 +181,7 @@ class CachingLoop:
         if writer.missing:
             raise UserError(
                 f"{len(writer.missing)} shards that other processes wrote are not in '{writer.folder}'",
-                "name a folder with --out that all machines share, or see --part",
+                "name a folder that all machines share, or see `part`",
             )
         writer.finish()
 
@@ -248,7 +248,7 @@ class CachingLoop:
                 raise UserError(
                     f"only {len(valid)} of {len(self.sample)} sampled examples have a gradient, "
                     f"at least {_MIN_SAMPLED} are needed",
-                    "leave --bytes out, or use --sample 0",
+                    "leave `bytes` out, or use `sample=0`",
                 )
             # Concatenated in float16, and one copy at a time.
             sketches = torch.cat([rows.tensors["sketch"] for _, rows in self._sample_cache.shards()])

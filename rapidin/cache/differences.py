@@ -50,9 +50,9 @@ def _refuse(section: str, words: str, cached: Any, requested: Any, folder: Path,
         detail = f" ({key}: {there} in the cache, {here} requested)"
     elif not isinstance(cached, list):
         detail = f" ({cached} in the cache, {requested} requested)"
-    remedy = "name another folder with --out"
+    remedy = "name another folder with `path`"
     if append:
-        remedy += ", or add the new examples with --append"
+        remedy += ", or add the new examples with `append`"
     raise UserError(f"the cache in '{folder}' was made {words}{detail}", remedy)
 
 
@@ -79,7 +79,7 @@ def preconditioner_words(value: str | Mapping[str, Any]) -> str:
     if value["kind"] == "optimizer":
         source = f"from the optimizer's state {str(value['sha256'])[:8]}"
     else:
-        source = f"from a sample of {value['sample']} examples"
+        source = f"from a sample of at most {value['sample']} examples"
     if value["kind"] == "kfac":
         return f"K-FAC's {source}, rank {value['rank']}, damping {value['damping']:g}"
     return f"{source}, exponent {value['exponent']:g}, floor {value['floor']:g}"

@@ -147,6 +147,21 @@ def checked_preconditioner(value: Any) -> str | dict[str, Any]:
     }
 
 
+def checked_null(value: Any) -> dict[str, dict[str, list[float]]]:
+    """The null distribution in a manifest: best scores, ascending, by set and normalization."""
+    null: dict[str, dict[str, list[float]]] = {}
+    for kind, best in dict(value).items():
+        null[name(kind)] = {name(normalize): _scores(scores) for normalize, scores in dict(best).items()}
+    return null
+
+
+def _scores(value: Any) -> list[float]:
+    valid = isinstance(value, list) and bool(value) and all(map(is_number, value))
+    if not valid or value != sorted(value):
+        raise ValueError(f"{short(value)} is not a list of ascending scores")
+    return [float(score) for score in value]
+
+
 def count(value: Any) -> int:
     """A number of things."""
     if not _is_count(value):
@@ -154,9 +169,9 @@ def count(value: Any) -> int:
     return int(value)
 
 
-def checksum(value: Any) -> str:
-    """A SHA-256 in hexadecimal digits."""
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+def checksum(value: Any, digits: int = 64) -> str:
+    """A checksum in hexadecimal digits, as many as a SHA-256 has."""
+    if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
         raise ValueError(f"{short(value)} is not a checksum")
     return value
 

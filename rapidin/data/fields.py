@@ -182,14 +182,14 @@ def _other_fields(record: Record, where: str, generations: bool, forms: Forms) -
     if form in ("messages", "tokens"):
         return _plain_fields(record)
     answered = record.get("chosen") is not None and record.get("rejected") is not None
-    if chats and form in ("prompt", None) and not answered and _is_chat(record.get("prompt")):
+    if chats and form in ("prompt", None) and not answered and is_chat(record.get("prompt")):
         return _prompted_chat(record, generations)
     if answered and (form is None or ("chosen" in forms.fields[form] and _is_mixed(record))):
         return _preference(record, where)
     if form is not None:
         return {}
     for name in _CHATS if chats else ():
-        if _is_chat(record.get(name)):
+        if is_chat(record.get(name)):
             return _share_gpt(record, name)
     return _pair(record, where, generations, forms) if "prompt" in forms.fields else {}
 
@@ -249,7 +249,7 @@ def _plain_fields(record: Record) -> Record:
     return {name: plain(record[name]) for name in names}
 
 
-def _is_chat(value: Any) -> bool:
+def is_chat(value: Any) -> bool:
     """Whether a value is a list of messages; in an array, tuple or list, or as columns."""
     if isinstance(value, Mapping):  # a sequence of objects as older versions of datasets give it
         return {"role", "content"} <= set(value) or {"from", "value"} <= set(value)
@@ -261,7 +261,7 @@ def _is_chat(value: Any) -> bool:
 def _is_share_gpt(value: Any) -> bool:
     if isinstance(value, Mapping):
         return True
-    return _is_chat(value) and any("from" in each and "role" not in each for each in value)
+    return is_chat(value) and any("from" in each and "role" not in each for each in value)
 
 
 def chat(
@@ -269,7 +269,7 @@ def chat(
 ) -> Any:
     """A list of messages with `role` and `content`; anything that is no list of messages as it is."""
     value = plain(value)
-    if isinstance(value, Mapping) and (_is_chat(value) or role_tag in value):
+    if isinstance(value, Mapping) and (is_chat(value) or role_tag in value):
         columns = {name: each for name, each in value.items() if isinstance(each, list)}
         if not columns:  # a single message
             value = [value]
@@ -310,7 +310,7 @@ def _prompted_chat(record: Record, generations: bool) -> Record:
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     unlearnt = [each | {"weight": 0} if each.get("role") == "assistant" else each for each in prompt]
-    return {"messages": [*unlearnt, *chat(completion)]} if _is_chat(completion) else {}
+    return {"messages": [*unlearnt, *chat(completion)]} if is_chat(completion) else {}
 
 
 # ---------------------------------------------------------------------------------------------- preferences
@@ -324,7 +324,7 @@ def _preference(record: Record, where: str) -> Record:
     )
     if question != "prompt" and question:
         _refuse_context(record, where, (question, "chosen"))
-    turns = next((name for name in _CHATS[:2] if not question and _is_chat(record.get(name))), question)
+    turns = next((name for name in _CHATS[:2] if not question and is_chat(record.get(name))), question)
     prompt = chat(record.get(turns))
     if isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, list):

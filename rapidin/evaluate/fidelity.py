@@ -18,7 +18,7 @@ from torch import Tensor
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.normalization import NORMALIZE, divide, whole_lengths
 from rapidin.attribution.query_sketch import QuerySketch, sketch_generations
-from rapidin.attribution.token_contributions import ExactQueries, factors_of
+from rapidin.attribution.token_contributions import exact_gradients
 from rapidin.data.encoding import AnyExample
 from rapidin.errors import UserError
 from rapidin.evaluate import metrics
@@ -27,6 +27,7 @@ from rapidin.evaluate.methods import Method, each_score
 from rapidin.evaluate.metrics import Floats
 from rapidin.evaluate.result import Result
 from rapidin.evaluate.subject import Subject, cache_settings
+from rapidin.gradients.exact import ExactQueries, lengths_of
 from rapidin.gradients.source import GradientSource
 
 COLUMNS = {"spearman": "Spearman", "top10": "top 10 found"}
@@ -57,29 +58,25 @@ class ExactProducts:
 def exact_products(
     source: GradientSource, queries: Sequence[AnyExample], rows: Sequence[AnyExample], log: Log = no_log
 ) -> ExactProducts:
-    """Products of the exact gradients of `queries` and `rows`; each point of the path has its own layers.
-
-    Raises UserError if gradients of a parameter that is not the weight of a linear layer are taken.
-    """
+    """Products of the exact gradients of `queries` and `rows`; each point of the path has its own layers."""
     queries, rows = source.prepared(queries), source.prepared(rows)
     layers = len(source.targets)
     cosines = torch.zeros(len(queries), len(rows), layers * len(source.points))
     query_norms, row_norms = (torch.zeros(len(texts), cosines.shape[2]) for texts in (queries, rows))
-    try:
-        for number, point in enumerate(source.points):
-            block = slice(number * layers, (number + 1) * layers)
-            with source.at(number):
-                exact = ExactQueries(factors_of(source, text, number) for text in queries)
-                query_norms[:, block] = exact.lengths.float()
-                for n, text in enumerate(rows):
-                    for layer, (columns, out) in enumerate(factors_of(source, text, number)):
-                        cosine, norm = exact.compare(layer, columns[None], out[None])
-                        cosines[:, n, number * layers + layer] = cosine[:, 0]
-                        row_norms[n, number * layers + layer] = norm[0]
-                    if n % 50 == 49:
-                        log(f"exact gradients at {point:g}: {n + 1:,} of {len(rows):,} rows")
-    except TypeError as error:
-        raise UserError(str(error), "make a cache of linear layers' weights only: see --include") from None
+    for number, point in enumerate(source.points):
+        block = slice(number * layers, (number + 1) * layers)
+        with source.at(number):
+            exact = ExactQueries(exact_gradients(source, text, number) for text in queries)
+            query_norms[:, block] = exact.lengths.float()
+            for n, text in enumerate(rows):
+                gradients = exact_gradients(source, text, number)
+                lengths = lengths_of(gradients)
+                row_norms[n, block] = lengths.float()
+                for m, gradient in enumerate(gradients):
+                    scale = exact.lengths[:, m] * lengths[m]
+                    cosines[:, n, number * layers + m] = divide(exact.products(m, gradient), scale).float()
+                if n % 50 == 49:
+                    log(f"exact gradients at {point:g}: {n + 1:,} of {len(rows):,} rows")
     return ExactProducts(cosines, query_norms, row_norms)
 
 

@@ -68,7 +68,7 @@ class Moments:
         if self._sums is None or not examples:
             raise UserError(
                 "no example of the preconditioner's sample has a gradient that is finite",
-                "use --precondition off",
+                "use `preconditioner='off'`",
             )
         table = {}
         for target, (r, c) in zip(self.targets, self._sums, strict=True):
@@ -110,7 +110,7 @@ def _means(state: State, target: Target, path: Path) -> Means:
         elif len(target.shape) != 2 or target.stack:
             raise UserError(
                 f"'{path}' has rows and columns for '{target.name}', whose shape is {list(target.shape)}",
-                "leave it out with --exclude",
+                "leave it out with `exclude`",
             )
         means = row.double(), column.double()
     if not all(bool((m.isfinite() & (m >= 0)).all()) for m in means):
@@ -228,7 +228,7 @@ def _of_targets(by_name: Mapping[str, State], targets: Sequence[Target], path: P
         if not by_name.get(target.name):
             raise UserError(
                 f"'{path}' has no second moment for '{target.name}', which counts",
-                "leave it out with --exclude",
+                "leave it out with `exclude`",
             )
     return {target.name: by_name[target.name] for target in targets}
 

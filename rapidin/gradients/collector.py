@@ -30,13 +30,13 @@ from rapidin.gradients.calls import (
     UnseenError,
 )
 from rapidin.gradients.convolution import as_linear
+from rapidin.gradients.exact import ExactGradient, ExactPass
 from rapidin.gradients.experts import gradients_of
 from rapidin.gradients.fsdp import is_sharded
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.moment_passes import MomentPass, SquaresPass
 from rapidin.gradients.parameters import Target, Use, block_seed, role_of
 from rapidin.gradients.passes import (
-    FactorPass,
     FlatPositionPass,
     FlatSketchPass,
     GradientPass,
@@ -167,16 +167,17 @@ class GradientSketcher:
             sketches = F.normalize(sketches, dim=-1, eps=1e-30).sum(1, keepdim=True)
         return sketches, losses
 
-    def factors(self, batch: AnyBatch, point: int | None = None) -> list[tuple[Tensor, Tensor]]:
-        """(columns [B, T, I], rows [B, T, O]) of each target: its gradients are ``sum_t rows_t columns_t^T``,
-        preconditioned.
+    def exact(
+        self, batch: AnyBatch, point: int | None = None, *, by_position: bool = False
+    ) -> list[ExactGradient]:
+        """The gradient of each target for a batch of one example, preconditioned.
 
-        For exact gradients and for the contributions of single tokens. Raises as a call does, and TypeError
-        for targets that are not the weights of linear layers.
+        by_position: whether they have to come position by position; TypeError is raised for one that does
+        not. Raises as a call does.
         """
-        keeping = self.new_pass(FactorPass, batch, point)
+        keeping = ExactPass(self._sketched, batch, self._scales(point), by_position=by_position)
         self.run(batch, keeping)
-        return [keeping.factors_of(n) for n in range(len(self.targets))]
+        return keeping.gradients()
 
     def positions(self, batch: AnyBatch, vectors: Tensor, point: int | None = None) -> tuple[Tensor, Tensor]:
         """(products [T, Q, targets], sketches [targets, width]), float32, of a batch of one text.
@@ -292,7 +293,7 @@ class GradientSketcher:
                 raise UserError(
                     f"{len(unseen)} parameters took no part in the model's forward pass, such as "
                     f"'{self.targets[unseen[0]].name}'",
-                    "leave out --no-check, or leave them out with --exclude",
+                    "leave out `check=False`, or leave them out with `exclude`",
                 )
             self._unreached.update(unseen)
             return

@@ -132,7 +132,7 @@ def find_targets(
     others = () if include else _other_inputs(model)
     chosen = [name for name in chosen if not matches(name, exclude) and not name.startswith(others)]
     if not chosen:
-        raise UserError("no parameter is left to take gradients of", "change --include or --exclude")
+        raise UserError("no parameter is left to take gradients of", "change `include` or `exclude`")
     return [Target(name, shapes[name], tuple(uses[name]), stacks.get(name, 0)) for name in chosen]
 
 

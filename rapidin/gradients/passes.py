@@ -17,9 +17,6 @@ from rapidin.gradients.calls import Call, NotBatchedError
 from rapidin.gradients.parameters import Target, matrix_shape
 from rapidin.gradients.rows import RowFactors, RowGroup, by_example, by_expert
 from rapidin.gradients.scale import Factors, Scale
-from rapidin.gradients.squares import (
-    joined,
-)
 from rapidin.tasks.task import AnyBatch
 
 _POSITIONS_BYTES = 64 << 20  # of formed gradients that are held at a time
@@ -161,6 +158,30 @@ class GradientPass(ABC):
         for n, of_examples in zip(roles.values(), zip(*grads, strict=True), strict=True):
             yield n, torch.stack(of_examples)[:, :, None]
 
+    def module_positions(
+        self, module: nn.Module, numbers: Sequence[int], call: Call, grad: Tensor
+    ) -> Iterator[tuple[int, Tensor]]:
+        """`module_gradients` of each position of a batch of one text, [T, O, 1]. Raises TypeError if they do
+        not sum to the gradient."""
+        # A norm treats each position by itself, so each may be an example of one token.
+        if call.inputs.shape[:2] != (1, self.length) or grad.shape[:2] != (1, self.length):
+            raise self.no_positions(numbers[0])
+        positions = [call.mapped(partial(self._at_position, t)) for t in range(self.length)]
+        alone = self.module_gradients(module, numbers, positions, grad[0, :, None])
+        together = self.module_gradients(module, numbers, [call], grad)
+        for (n, grads), (_, whole) in zip(alone, together, strict=True):
+            error = (grads.float().sum(0) - whole[0].float()).norm()
+            if not bool(error <= 0.01 * whole.float().norm() + 1e-30):
+                raise self.no_positions(n)
+            yield n, grads
+
+    def _at_position(self, t: int, x: Tensor) -> Tensor:
+        return x[:, t : t + 1] if x.shape[:2] == (1, self.length) else x
+
+    def no_positions(self, n: int) -> TypeError:
+        """The error for a gradient that does not come position by position."""
+        return TypeError(f"the gradient of '{self.targets[n].name}' does not come token by token")
+
 
 class SketchPass(GradientPass):
     """Sketches each gradient from its factors (TensorSketch) as soon as they arrive.
@@ -272,7 +293,7 @@ class PositionPass(SketchPass):
     def add_rows(self, n: int, factors: RowFactors) -> None:
         tokens, experts, columns = factors.tokens, factors.experts, factors.columns
         if tokens is None:
-            raise self._no_positions(n)
+            raise self.no_positions(n)
         if columns is None:
             grad = torch.zeros(self.length, factors.rows.shape[1], device=tokens.device)
             self.add_bias(n, ops.add_at(grad, tokens, factors.rows.float())[None])
@@ -295,26 +316,14 @@ class PositionPass(SketchPass):
         self._add_positions(n, self.sketch_embedding, ids.to(grad.device)[0, :, None], grad[0, :, None])
 
     def add_formed(self, n: int, grad: Tensor) -> None:
-        raise self._no_positions(n)
+        raise self.no_positions(n)
 
     def add_bias(self, n: int, grad: Tensor) -> None:
         self._add_raw_positions(n, grad.float()[0, :, :, None])
 
     def add_module(self, module: nn.Module, numbers: Sequence[int], call: Call, grad: Tensor) -> None:
-        # A norm treats each position by itself, so each may be an example of one token.
-        if call.inputs.shape[:2] != (1, self.length) or grad.shape[:2] != (1, self.length):
-            raise self._no_positions(numbers[0])
-        positions = [call.mapped(partial(self._at_position, t)) for t in range(self.length)]
-        alone = self.module_gradients(module, numbers, positions, grad[0, :, None])
-        together = self.module_gradients(module, numbers, [call], grad)
-        for (n, grads), (_, whole) in zip(alone, together, strict=True):
-            error = (grads.float().sum(0) - whole[0].float()).norm()
-            if not bool(error <= 0.01 * whole.float().norm() + 1e-30):
-                raise self._no_positions(n)
+        for n, grads in self.module_positions(module, numbers, call, grad):
             self._add_raw_positions(n, grads)
-
-    def _at_position(self, t: int, x: Tensor) -> Tensor:
-        return x[:, t : t + 1] if x.shape[:2] == (1, self.length) else x
 
     def _add_raw_positions(self, n: int, grads: Tensor) -> None:
         """Add the formed gradient of each position, [T, O, I], not preconditioned yet."""
@@ -332,7 +341,7 @@ class PositionPass(SketchPass):
         size = max(1, _POSITIONS_BYTES // (4 * max(formed, self.sketched.width)))
         if tokens is None:
             if len(positions[0]) != self.length:  # an expert of some tokens, say
-                raise self._no_positions(n)
+                raise self.no_positions(n)
             tokens = torch.arange(self.length, device=self.device)
         vectors, products = self._vectors[:, n].to(positions[0].device), self.products[:, :, n]
         for start in range(0, len(tokens), size):
@@ -341,63 +350,6 @@ class PositionPass(SketchPass):
             ops.add_at(products, at, (sketches @ vectors.T).to(self.device))
             self.sketches[0, n] += sketches.sum(0).to(self.device)
 
-    def _no_positions(self, n: int) -> TypeError:
-        return TypeError(f"the gradient of '{self.targets[n].name}' does not come token by token")
-
 
 class FlatPositionPass(PositionPass, FlatSketchPass):
     """`PositionPass` with flat sketches."""
-
-
-class FactorPass(GradientPass):
-    """Keeps the factors of each gradient, preconditioned. Raises TypeError for other gradients.
-
-    factors: (columns [B, T, I], rows [B, T, O]) by the target's number.
-    """
-
-    def __init__(self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None) -> None:
-        super().__init__(sketched, batch, scales)
-        self.factors: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def add_factors(self, n: int, factors: Factors) -> None:
-        # A weight that is used twice has the factors of both calls' tokens.
-        self.factors[n] = joined(
-            [self.factors[n], factors.applied()] if n in self.factors else [factors.applied()]
-        )
-
-    def factors_of(self, n: int) -> tuple[Tensor, Tensor]:
-        """The factors of a target's gradient, zeros if the batch does not reach it."""
-        if n in self.factors:
-            return self.factors[n]
-        o, i = self.targets[n].matrix
-        zero = torch.zeros(self.rows, self.length, 1, device=self.device)
-        return zero.expand(-1, -1, i), zero.expand(-1, -1, o)
-
-    def add_rows(self, n: int, factors: RowFactors) -> None:
-        # A factor for each position, in order: so a position must not have several.
-        columns, rows, tokens = factors.columns, factors.rows, factors.tokens
-        if (
-            columns is None
-            or factors.experts is not None
-            or tokens is None
-            or len(torch.unique(tokens)) < len(tokens)
-        ):
-            raise self._no_factors(n)
-        places = self.rows * self.length
-        columns, rows = (
-            x.new_zeros(places, x.shape[1]).index_copy_(0, tokens, x).view(self.rows, self.length, -1)
-            for x in (columns, rows)
-        )
-        self.add_factors(n, self.scaled(n, columns, rows))
-
-    def add_group(self, n: int, factors: Factors, group: RowGroup) -> None:
-        raise self._no_factors(n)
-
-    def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
-        raise self._no_factors(n)
-
-    def add_formed(self, n: int, grad: Tensor) -> None:
-        raise self._no_factors(n)
-
-    def _no_factors(self, n: int) -> TypeError:
-        return TypeError(f"'{self.targets[n].name}' is not the weight of a linear layer: it has no factors")

@@ -23,7 +23,7 @@ from rapidin.tasks.forward import cache_use, evaluation_mode, inner_model
 _TEXT = "The quick brown fox jumps over the lazy dog"
 _LENGTH = 6  # tokens that the model sees
 _TRIES = 3
-_REMEDY = "use a model that AutoModelForCausalLM loads with all of its weights, or another --task"
+_REMEDY = "use a model that AutoModelForCausalLM loads with all of its weights, or another `task`"
 
 
 def check_causal(loaded: LoadedModel) -> None:
@@ -35,8 +35,9 @@ def check_causal(loaded: LoadedModel) -> None:
         raise UserError(f"{kind} is an encoder-decoder model, not a causal language model", _REMEDY)
     vocabulary = _vocabulary(model)
     ids = _probe_ids(loaded.tokenizer, vocabulary)
+    one = torch.tensor([ids], device=loaded.device)
     try:
-        output = _outputs(model, torch.tensor([ids], device=loaded.device), loaded.sharded)
+        output = _outputs(model, one, loaded.sharded)
     except distributed.PeerError:
         raise
     except Exception as error:  # of any kind: what a model needs beside tokens only it knows
@@ -51,7 +52,18 @@ def check_causal(loaded: LoadedModel) -> None:
             f"logits over its vocabulary of {vocabulary:,} tokens, as classifiers and reward models do",
             _REMEDY,
         )
-    if not is_causal(model, ids, device=loaded.device, sharded=loaded.sharded):
+    try:
+        causal = is_causal(model, ids, device=loaded.device, sharded=loaded.sharded)
+        _outputs(model, one, loaded.sharded)
+    except distributed.PeerError:
+        raise
+    except Exception as error:
+        raise UserError(
+            f"{kind} keeps a state of its last call, which a batch of another size does not fit: "
+            f"{reason_of(error)}",
+            "it may work with a newer version of transformers",
+        ) from error
+    if not causal:
         raise UserError(
             f"{kind} is not causal: what it predicts in a text depends on later tokens, so the loss of a "
             "completion has no meaning for it",

@@ -288,7 +288,7 @@ class ProductTracker(TorchFunctionMode):
             ends = offsets.tolist()
             sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
             experts = placed.matrix + items.repeat_interleave(torch.tensor(sizes, device=x.device))
-            rows = TokenRows(x[: ends[-1]], first_of(self.tokens.of_rows(x), ends[-1]))
+            rows = TokenRows(x[: ends[-1]].detach(), first_of(self.tokens.of_rows(x), ends[-1]))
             cut = replace(product, flat=lambda g: flat(g)[: ends[-1]])
             return self._one(cut, view, shown, matrix, stack, experts, rows)
         if x.ndim != 3 or out.ndim != 3 or shown.shape[0] != len(out):

@@ -35,13 +35,14 @@ from torch import Tensor
 
 from rapidin import ops
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.token_contributions import ExactQueries, factors_of
-from rapidin.data.encoding import Encoded, Status, by_length
+from rapidin.attribution.normalization import divide
+from rapidin.attribution.token_contributions import exact_gradients
+from rapidin.data.encoding import Encoded, Status
 from rapidin.data.examples import open_examples
+from rapidin.gradients.exact import ExactGradient, ExactQueries
 from rapidin.gradients.load import load_model
 from rapidin.gradients.parameters import block_seed
 from rapidin.ops import unit_blocks
-from rapidin.tasks.causal import TokenBatch
 
 
 def change_a_word(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
@@ -62,11 +63,9 @@ class Collector:
         self.projected = projected
         self.matrices: dict[tuple[str, int], Tensor] = {}
 
-    def factors(self, encoded: list[Encoded]) -> list[tuple[Tensor, Tensor]]:
+    def gradients(self, encoded: Encoded) -> list[ExactGradient]:
         with self.attributor.loaded.path.at(self.attributor.source.points[0]):
-            return self.attributor.source.sketcher.factors(
-                TokenBatch.of([(e.ids, e.target) for e in encoded])
-            )
+            return exact_gradients(self.attributor.source, encoded, 0)
 
     def sketches(self, columns: Tensor, rows: Tensor, name: str) -> dict[int, tuple[Tensor, Tensor]]:
         made = {}
@@ -100,7 +99,6 @@ def main() -> None:
     parser.add_argument("--adapter")
     parser.add_argument("--at", type=float)
     parser.add_argument("--max-length", type=int, default=96)
-    parser.add_argument("--batch-tokens", type=int, default=2048)
     parser.add_argument("--seeds", default="0:1024,1:512,2:512", help="seed:width, ...")
     parser.add_argument(
         "--projected", type=int, default=32, help="numbers a side of the double-sided projection"
@@ -138,7 +136,7 @@ def main() -> None:
     scored = groups["scored"]
     start = time.perf_counter()
     with attributor.source.at(0):
-        exact = ExactQueries(factors_of(attributor.source, scored[n][1], 0) for n in queries)
+        exact = ExactQueries(exact_gradients(attributor.source, scored[n][1], 0) for n in queries)
     print(f"{len(queries)} queries after {time.perf_counter() - start:.0f} s", flush=True)
     products = torch.zeros(len(queries), len(scored), layers)
     lengths = torch.zeros(len(scored), layers)
@@ -152,19 +150,25 @@ def main() -> None:
         for seed, width in collector.seeds.items()
     }
     for group, texts in groups.items():
-        batches = by_length(range(len(texts)), [e for _, e in texts], args.batch_tokens)
-        done = 0
-        for chosen in batches:
-            for layer, (columns, rows) in enumerate(collector.factors([texts[n][1] for n in chosen])):
+        for n, (_, encoded) in enumerate(texts):
+            for layer, gradient in enumerate(collector.gradients(encoded)):
+                assert gradient.factors is not None
+                assert gradient.factors.columns is not None
+                columns, rows = gradient.factors.columns[None], gradient.factors.rows[None]
                 name = collector.names[layer]
                 if group == "scored":
-                    products[:, chosen, layer], lengths[chosen, layer] = exact.compare(layer, columns, rows)
-                    double[chosen, layer] = collector.double_sided(columns, rows, name)
-                for seed, (unit, length) in collector.sketches(columns, rows, name).items():
-                    kept[group, seed][0][chosen, layer] = unit
-                    kept[group, seed][1][chosen, layer] = length
-            done += len(chosen)
-            print(f"{group}: {done} of {len(texts)} after {time.perf_counter() - start:.0f} s", flush=True)
+                    length = gradient.length()
+                    scale = exact.lengths[:, layer] * length
+                    products[:, n, layer] = divide(exact.products(layer, gradient), scale).float()
+                    lengths[n, layer] = length
+                    double[n, layer] = collector.double_sided(columns, rows, name)[0]
+                for seed, (unit, norm) in collector.sketches(columns, rows, name).items():
+                    kept[group, seed][0][n, layer] = unit[0]
+                    kept[group, seed][1][n, layer] = norm[0]
+            if n % 100 == 99:
+                print(
+                    f"{group}: {n + 1} of {len(texts)} after {time.perf_counter() - start:.0f} s", flush=True
+                )
     save_file(
         {
             "products": products,

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from fitted import fitted
+from own_gradients import exact_gradients
 from tiny import records, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
@@ -29,7 +30,6 @@ from rapidin.attribution.scan import scores_of
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.errors import UserError
-from rapidin.tasks.causal import TokenBatch
 
 ALL = [(m, n) for m in methods.METHODS for n in methods.NORMALIZE]
 QUERIES = records(4, seed=9)
@@ -55,8 +55,8 @@ def gradients(attributor: Attributor, rows: list[dict[str, Any]]) -> list[Tensor
     with attributor.loaded.path.at(attributor.source.points[0]):
         for record in rows:
             encoded = attributor.source.encoder(record)
-            factors = attributor.source.sketcher.factors(TokenBatch.of([(encoded.ids, encoded.target)]))
-            found.append([torch.bmm(g.double().mT, a.double()).flatten() for a, g in factors])
+            exact = exact_gradients(attributor.source.sketcher, (encoded.ids, encoded.target))
+            found.append([gradient.double().flatten() for gradient in exact])
     return [torch.stack(column) for column in zip(*found, strict=True)]
 
 
@@ -204,7 +204,7 @@ def test_names_that_are_none(attributor: Attributor, cache: Cache) -> None:
         attributor.query(cache, QUERIES, method="best")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="unknown normalize"):
         rapidin.self_influence(cache, normalize="some")
-    with pytest.raises(UserError, match="takes no --damping"):
+    with pytest.raises(UserError, match="takes no `damping`"):
         attributor.query(cache, QUERIES, damping=0.1)
     with pytest.raises(UserError, match="the same self-influence"):
         rapidin.self_influence(cache, normalize="layer")
@@ -277,7 +277,8 @@ class Together(distributed.World):
         return found
 
 
-@pytest.mark.parametrize("size", [2, 5, 40])  # 40: more than there are lots, shards or blocks
+# 40: more than there are lots, shards or blocks
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.full) for size in (5, 40))])
 @pytest.mark.parametrize("method", ["datainf", "fisher"])
 def test_processes_share_a_methods_work_and_get_the_bits_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, size: int

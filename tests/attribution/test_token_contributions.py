@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 from fitted import fitted
+from own_gradients import exact_gradients
+from routed import tiny_routed
 from tiny import records, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
@@ -38,6 +40,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     # Conv1D, biases, norms, embeddings, of which one is the output head, too
     "all of GPT-2": (tiny_gpt2, {"include": ["*"], "preconditioner": "off"}),
     "all of GPT-2, kfac": (tiny_gpt2, {"include": ["*"]}),
+    "routed experts": (lambda: tiny_routed("mixtral"), {}),
 }
 
 
@@ -45,8 +48,11 @@ def hits(result: QueryResult) -> list[Hit]:
     return [*result.top, *result.bottom]
 
 
+QUICK = ("plain", "flat", "rapidgrad")
+
+
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.full) if k.startswith("all of") else k for k in KINDS]
+    "kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.full) for k in KINDS]
 )
 def test_positions_make_up_the_score(kind: str, tmp_path: Path) -> None:
     model, options = KINDS[kind]
@@ -137,12 +143,12 @@ def test_a_position_brings_its_own_outer_product() -> None:
 
 
 def formed(attributor: Attributor, text: Any) -> list[Tensor]:
-    """The gradient of each target at each point, [O, I] float64, by autograd's factors."""
+    """The gradient of each target at each point, [O, I] float64."""
     found = []
     for number in range(len(attributor.source.points)):
         with attributor.source.at(number):
-            for c, r in attributor.source.sketcher.factors(TokenBatch.of([(text.ids, text.target)]), number):
-                found.append(r[0].double().T @ c[0].double())
+            exact = exact_gradients(attributor.source.sketcher, (text.ids, text.target), number)
+            found += [gradient.double() for gradient in exact]
     return found
 
 
@@ -160,8 +166,25 @@ def exact_score(query: list[Tensor], whole: list[Tensor], row: list[Tensor], nor
     return dot / (sizes[0] * sizes[1])
 
 
-@pytest.mark.parametrize("normalize", methods.NORMALIZE)
-@pytest.mark.parametrize("kind", ["plain", "several points, Adam's preconditioner", "kfac, adapter"])
+EXACT = (
+    "plain",
+    "several points, Adam's preconditioner",
+    "kfac, adapter",
+    "routed experts",
+    "all of GPT-2, kfac",
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "normalize"),
+    [
+        (k, n)
+        if k == "plain" or (k, n) == ("routed experts", "layer")
+        else pytest.param(k, n, marks=pytest.mark.full)
+        for k in EXACT
+        for n in methods.NORMALIZE
+    ],
+)
 def test_exact_scores_are_those_of_formed_gradients(kind: str, normalize: str, tmp_path: Path) -> None:
     model, options = KINDS.get(kind, (lambda: tiny_lora(tiny_llama()), {}))
     attributor = Attributor(model(), tiny_tokenizer(), **{"width": 16} | options)
@@ -211,13 +234,21 @@ def test_queries_in_several_chunks_get_the_same(normalize: str) -> None:
     source, rows = attributor.source, [attributor.source.encoder(row) for row in ROWS[:3]]
     queries = [source.encoder(row) for row in (*QUERIES, *ROWS[3:6])]
     given: Any = (source, queries, [1.0, -2.0, 0.5, 1.0, 1.0], [0, 1, 1, 3, 4], rows, normalize)
-    two = 2 * max(token_contributions.query_bytes(source, query) for query in queries)
-    assert len(list(token_contributions.chunks(source, queries, two))) in (2, 3)
+    with source.at(0):
+        sizes = [
+            4
+            * sum(
+                gradient.smallest().elements
+                for gradient in token_contributions.exact_gradients(source, query, 0)
+            )
+            for query in queries
+        ]
     whole = token_contributions.exact(*given)
-    for memory_bytes, chunks in ((two, 3), (1, 5)):
+    for memory_bytes in (2 * max(sizes), 1):
         passes: list[int] = []
         got = token_contributions.exact(*given, passes.append, memory_bytes)
-        assert passes[-1] <= chunks * len(rows) * len(source.points)
+        chunks = passes[-1] // (len(rows) * len(source.points))
+        assert chunks == 5 if memory_bytes == 1 else chunks in (2, 3)
         for of_text, want in zip(got, whole, strict=True):
             torch.testing.assert_close(of_text, want, rtol=0, atol=1e-5 * float(want.abs().max()))
     assert passes[-1] == 5 * len(rows) * len(source.points)
@@ -274,11 +305,13 @@ def test_a_finer_cache_and_its_own_sketches(tmp_path: Path) -> None:
 def test_what_has_no_tokens_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     attributor = Attributor(tiny_gpt2(), tiny_tokenizer(), width=64, include=["*"], preconditioner="off")
     cache = attributor.cache(ROWS, tmp_path)
-    with pytest.raises(UserError, match="is not the weight of a linear layer"):
-        attributor.query(cache, QUERIES, rescore="exact", examples=ROWS)
     # A module that mixes positions has no gradient of single ones.
     norm = next(m for m in attributor.loaded.model.modules() if isinstance(m, torch.nn.LayerNorm))
     whole = norm.forward
     monkeypatch.setattr(norm, "forward", lambda input: whole(input + input.mean(1, keepdim=True)))
-    with pytest.raises(UserError, match="does not come token by token"):
-        attributor.query(cache, QUERIES, contributions=True, examples=ROWS)
+    for rescore in (None, "exact"):
+        with pytest.raises(UserError, match="does not come token by token"):
+            attributor.query(cache, QUERIES, contributions=True, rescore=rescore, examples=ROWS)
+    (result,) = attributor.query(cache, QUERIES[:1], rescore="exact", examples=ROWS)
+    assert result.exact
+    assert result.top[0].tokens is None

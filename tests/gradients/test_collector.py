@@ -173,21 +173,3 @@ def test_a_norm_among_tokens_of_no_batch_is_done_one_example_at_a_time() -> None
     for text in texts():
         got, _ = sketcher(TokenBatch.of([text]))
         assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
-
-
-def test_factors_give_the_gradients_back() -> None:
-    model = tiny_gpt2()
-    targets = find_targets(model)
-    factors = GradientSketcher(model, targets, width=WIDTH, seed=SEED).factors(TokenBatch.of(texts()))
-    for row, text in enumerate(texts()):
-        grads = own_gradients(model, text)
-        for target, (columns, rows) in zip(targets, factors, strict=True):
-            torch.testing.assert_close(rows[row].T @ columns[row], grads[target.name], rtol=1e-4, atol=1e-6)
-
-
-def test_factors_of_what_is_no_linear_layer_are_refused() -> None:
-    model = tiny_llama()
-    for pattern in ("norm", "embed_tokens"):
-        sketcher = GradientSketcher(model, find_targets(model, include=[pattern]), width=WIDTH, seed=SEED)
-        with pytest.raises(TypeError, match="is not the weight of a linear layer"):
-            sketcher.factors(TokenBatch.of(texts()))

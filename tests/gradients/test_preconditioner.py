@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from own_gradients import SEED, WIDTH, Scaled, own_gradients, relative_error, texts
+from own_gradients import SEED, WIDTH, Scaled, exact_gradients, own_gradients, relative_error, texts
 from tiny import records, save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin import ops
@@ -213,16 +213,16 @@ def test_a_parameter_that_comes_by_autograd_is_scaled_and_measured_too() -> None
     assert_sums(sketcher.squares(TokenBatch.of([text]))[0], formed)  # of the gradient as it is
 
 
-def test_factors_are_scaled_and_a_point_must_be_named_where_points_differ() -> None:
+def test_exact_gradients_are_scaled_and_a_point_must_be_named_where_points_differ() -> None:
     model = tiny_gpt2()
     targets = find_targets(model)
     preconditioner = some_preconditioner(targets, points=2)
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, preconditioner=preconditioner)
-    factors = sketcher.factors(TokenBatch.of(texts()), 1)
-    for target, (columns, rows), formed in zip(targets, factors, own_matrices(model, targets), strict=True):
+    exact = [exact_gradients(sketcher, text, 1) for text in texts()]
+    for n, (target, formed) in enumerate(zip(targets, own_matrices(model, targets), strict=True)):
         scale = preconditioner.points[1][target.name]
         want = formed * scale.rows[:, None] * scale.columns
-        torch.testing.assert_close(rows.mT @ columns, want, rtol=1e-3, atol=1e-5)
+        torch.testing.assert_close(torch.stack([g[n] for g in exact]), want, rtol=1e-3, atol=1e-5)
     with pytest.raises(TypeError, match="the preconditioner differs between 2 points"):
         sketcher(TokenBatch.of(texts()))
 
@@ -334,11 +334,14 @@ def test_the_moments_of_every_parameter_and_sketches_preconditioned_by_them(kind
         assert relative_error(got[:, n], want) < 1e-3, target.name
     # what it is for: with its own moments the whole of a linear layer's gradients is near to white
     linear = [t for t in targets if {u.kind for u in t.uses} <= {"linear", "conv1d"}][:3]
-    factors = GradientSketcher(model, linear, width=8, seed=0).factors(batch)
-    for target, (columns, outputs) in zip(linear, factors, strict=True):
-        a, g = columns.flatten(0, 1).double(), outputs.flatten(0, 1).double()
-        size = (columns.norm(dim=2) * outputs.norm(dim=2)).double()
-        reached = (size > 1e-5 * size.amax(1, keepdim=True)).flatten()
+    alone = GradientSketcher(model, linear, width=8, seed=0)
+    exact = [alone.exact(TokenBatch.of([text])) for text in texts()]
+    for n, target in enumerate(linear):
+        factors = [of_text[n].factors for of_text in exact]
+        sizes = [f.columns.norm(dim=1) * f.rows.norm(dim=1) for f in factors]
+        reached = torch.cat([size > 1e-5 * size.max() for size in sizes])
+        a = torch.cat([f.columns for f in factors]).double()
+        g = torch.cat([f.rows for f in factors]).double()
         scale = table[target.name]
         want_a = damped_root(a[reached].T @ a[reached] / reached.sum(), 0.1)
         eye = torch.eye(a.shape[1])
@@ -411,11 +414,17 @@ def test_factors_and_positions_are_those_of_the_preconditioned_gradient(kind: st
         want = torch.einsum("qbw,bw->qb", vectors, together[n])
         torch.testing.assert_close(products.sum(0), want, rtol=1e-3, atol=1e-3 * float(want.std()))
     # In float64 from the factors as they are: tokens may cancel, and what is left is the larger then.
-    plain = GradientSketcher(model, targets, width=WIDTH, seed=SEED).factors(TokenBatch.of(texts()))
+    plain = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
+    exact = [plain.exact(TokenBatch.of([text])) for text in texts()]
     formed = []
-    for target, (a, g) in zip(targets, plain, strict=True):
+    for n, target in enumerate(targets):
         scale = preconditioner.points[0][target.name]
-        want = damped(g, scale.row_low_rank).mT @ damped(a, scale.column_low_rank)
+        want = torch.stack(
+            [
+                damped(f.rows, scale.row_low_rank).mT @ damped(f.columns, scale.column_low_rank)
+                for f in (of_text[n].factors for of_text in exact)
+            ]
+        )
         formed.append(want * float(scale.rows[0]) * float(scale.columns[0]))
     for n, (target, want) in enumerate(zip(targets, formed, strict=True)):
         seed = block_seed(SEED, target.name)
@@ -424,14 +433,13 @@ def test_factors_and_positions_are_those_of_the_preconditioned_gradient(kind: st
         else:
             sketch = ops.flat_sketch([want.float().flatten(1)], WIDTH, seed=seed, batched=True)
         assert relative_error(together[:, n], sketch) < 1e-3, target.name
-    for target, want, (columns, rows) in zip(
-        targets, formed, sketcher.factors(TokenBatch.of(texts())), strict=True
-    ):
-        assert relative_error((rows.mT @ columns).double(), want) < 1e-3, target.name
+    scaled = [exact_gradients(sketcher, text) for text in texts()]
+    for n, (target, want) in enumerate(zip(targets, formed, strict=True)):
+        assert relative_error(torch.stack([g[n] for g in scaled]).double(), want) < 1e-3, target.name
 
 
 def damped(x: torch.Tensor, low_rank: LowRank | None) -> torch.Tensor:
-    """x [B, T, n] with a LowRank applied in float64."""
+    """x [T, n] with a LowRank applied in float64."""
     assert low_rank is not None
     basis, gain = low_rank.basis.double(), low_rank.gain.double()
     return x.double() + ((x.double() @ basis) * gain) @ basis.T
@@ -809,7 +817,9 @@ def test_a_cache_of_preconditioned_gradients_and_its_queries(tmp_path: Path) -> 
     cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
     record = cache.manifest.gradient["preconditioner"]
     assert (record["kind"], record["rank"], record["damping"], record["sample"]) == ("kfac", 5, 0.1, 12)
-    assert cache.info()["preconditioner"] == "K-FAC's from a sample of 12 examples, rank 5, damping 0.1"
+    assert (
+        cache.info()["preconditioner"] == "K-FAC's from a sample of at most 12 examples, rank 5, damping 0.1"
+    )
     preconditioner = read_fitted(cache.manifest)
     assert preconditioner is not None
     plain = lora_attributor(at=[0.5])
@@ -828,7 +838,8 @@ def test_a_cache_of_preconditioned_gradients_and_its_queries(tmp_path: Path) -> 
     flat = kept.flatten(1)
     torch.testing.assert_close(scores[0], flat @ flat[4], rtol=1e-3, atol=1e-3 * float(scores.std()))
     with pytest.raises(
-        UserError, match=r"K-FAC's from a sample of 12 examples, .* in the cache, .* rank 64, .* requested"
+        UserError,
+        match=r"K-FAC's from .* at most 12 examples, .* in the cache, .* rank 64, .* requested",
     ):
         lora_attributor(preconditioner="kfac", at=[0.5]).cache(
             records(), cache.path, dtype="float32", shard_rows=7
@@ -992,9 +1003,12 @@ def test_a_preconditioner_that_is_there_is_used_as_it_is(
     [
         (
             None,
-            "from a sample of 12 examples, exponent 0.5, floor 0.01 in the cache, off requested",
+            "from a sample of at most 12 examples, exponent 0.5, floor 0.01 in the cache, off requested",
         ),
-        ("sample", "sample of 12 examples, .* in the cache, from a sample of 256 examples, .* requested"),
+        (
+            "sample",
+            "at most 12 examples, .* in the cache, from a sample of at most 256 examples, .* requested",
+        ),
         (
             PreconditionerConfig("sample", exponent=0.25, sample=12),
             "exponent 0.5, .* in the cache, .* exponent 0.25, .* requested",
@@ -1140,9 +1154,28 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([*arguments, "--width", "32", "--precondition", "sample"]) == 0
     capsys.readouterr()
     assert main(["info", out]) == 0
-    assert "from a sample of 256 examples, exponent 0.5" in " ".join(capsys.readouterr().out.split())
+    assert "from a sample of at most 256 examples, exponent 0.5" in " ".join(capsys.readouterr().out.split())
     assert main(["query", out, "--prompt", "a", "--completion", "b", "--json", "-"]) == 0
     assert len(json.loads(capsys.readouterr().out)["queries"][0]["top"]) == 6
-    for preconditioner, words in (("off", "--out"), (str(tmp_path / "no.pt"), "no optimizer's state at")):
+    for preconditioner, words in (
+        ("off", "name another folder"),
+        (str(tmp_path / "no.pt"), "no optimizer's state at"),
+    ):
         assert main([*arguments, "--width", "32", "--precondition", preconditioner]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("most", "rows", "size"),
+    [
+        (128, 6, 6),
+        (128, 40, 32),
+        (128, 150, 37),
+        (128, 512, 128),
+        (128, 10**6, 128),
+        (12, 10**6, 12),
+        (12, 6, 6),
+    ],
+)
+def test_few_training_examples_make_a_small_sample(most: int, rows: int, size: int) -> None:
+    assert PreconditionerConfig("kfac", sample=most).sample_of(rows) == size

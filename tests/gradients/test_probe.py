@@ -115,6 +115,23 @@ class Model(torch.nn.Module):
         return SimpleNamespace(logits=self.rule(self.table(input_ids)))
 
 
+def test_a_model_that_keeps_a_state_of_its_last_call_is_refused() -> None:
+    """As the layers of RecurrentGemma do in transformers 4.57."""
+    model = tiny_llama()
+    inner, last = model.model.norm.forward, torch.zeros(1)
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        nonlocal last
+        output: torch.Tensor = inner(x) + 0 * last.expand(len(x))[:, None, None]
+        last = x.detach()[:, 0, 0]
+        return output
+
+    model.model.norm.forward = forward
+    with pytest.raises(UserError, match="keeps a state of its last call") as error:
+        Attributor(model, tiny_tokenizer())
+    assert "newer version" in str(error.value)
+
+
 def test_rounding_noise_and_draws_are_not_taken_for_later_tokens() -> None:
     """Where a batch changes results a little, and where a model draws random numbers while it evaluates."""
     torch.manual_seed(3)

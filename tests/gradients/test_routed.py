@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from own_gradients import SEED, WIDTH, own_gradients, own_sketches, relative_error, texts
+from own_gradients import SEED, WIDTH, exact_gradients, own_gradients, own_sketches, relative_error, texts
 from routed import SETTINGS, tiny_routed, with_linear_experts
 from tiny import tiny_lora, tiny_tokenizer
 
@@ -123,10 +123,8 @@ def test_what_one_example_does_not_reach_is_zero() -> None:
     expected = torch.stack([own_sketches(model, targets, text) for text in texts()])
     assert bool((~expected.any(-1)).any(0).any()), "every example reaches every expert"
     assert torch.equal(sketches.any(-1), expected.any(-1))
-    factors = sketcher.factors(TokenBatch.of(texts()[:1]))
-    for (columns, rows), sketch in zip(factors, expected[0], strict=True):
-        assert bool(rows.any()) == bool(sketch.any())
-        assert columns.shape[1] == rows.shape[1] == len(texts()[0][0])
+    for gradient, sketch in zip(exact_gradients(sketcher, texts()[0]), expected[0], strict=True):
+        assert bool(gradient.any()) == bool(sketch.any())
 
 
 def test_a_real_mixture_of_experts_counts_by_default() -> None:
@@ -340,13 +338,6 @@ def test_the_part_of_one_position() -> None:
             assert float(products[position, 0, n]) == pytest.approx(
                 expected, rel=1e-3, abs=1e-5 * float(products.abs().max())
             )
-
-
-def test_factors_of_stacked_experts_are_refused() -> None:
-    model = tiny_routed("mixtral")
-    sketcher = GradientSketcher(model, experts_of(model), width=WIDTH, seed=SEED)
-    with pytest.raises(TypeError, match="is not the weight of a linear layer"):
-        sketcher.factors(TokenBatch.of(texts()))
 
 
 def test_what_a_check_finds_out_about_gradients_is_kept() -> None:

@@ -16,15 +16,8 @@ FAST = [
     "deepseek_v3",
     "roberta, encoder",
 ]
-# The versions of transformers with which rapidin gets a type wrong, and why.
-WRONG = {
-    "recurrent_gemma": (
-        "4.57",
-        "its layers keep the last call's state, which a batch of another size does not fit",
-    ),
-}
 
 
-@pytest.mark.parametrize("name", rows("Causal model types", FAST, WRONG))
+@pytest.mark.parametrize("name", rows("Causal model types", FAST))
 def test_the_gradients_of_a_type(name: str) -> None:
     check_row("Causal model types", name)

@@ -278,13 +278,14 @@ def test_shades_have_the_sign_and_the_order_of_the_numbers(values: list[float]) 
         assert np.abs(found).max() == shades.STEPS
 
 
-def test_one_row_at_both_ends_keeps_its_numbers_once() -> None:
+def test_a_row_at_both_ends_is_on_the_side_of_its_sign() -> None:
     result = made(hits=4, length=8, generation=3)
-    result = replace(result, bottom=[replace(hit, rank=n) for n, hit in enumerate(reversed(result.top), 1)])
-    data = data_of(result)
-    same = [hit.get("same") for hit in data["hits"] if hit["side"]]
-    assert same == [None, None, 1, 0]
-    assert all(("targets" in hit) == ("same" not in hit) for hit in data["hits"])
+    both = [*result.top, *result.bottom]
+    result = replace(result, top=both, bottom=both[::-1])
+    sides = [(hit["row"], hit["side"]) for hit in data_of(result)["hits"] if hit["side"]]
+    assert sides == [(hit.row, 1) for hit in both if hit.score > 0] + [
+        (hit.row, -1) for hit in both[::-1] if hit.score < 0
+    ]
 
 
 def test_a_token_belongs_to_the_smallest_target_and_wrong_places_to_none() -> None:

@@ -378,17 +378,6 @@ def test_where_parts_of_hits_are_not_known_nothing_can_be_selected(shown: Shown)
     assert shown.hits() == whole(RESULT)
 
 
-def test_a_row_at_both_ends_is_shown_once_for_a_selection(shown: Shown) -> None:
-    bottom = [replace(hit, rank=n) for n, hit in enumerate(reversed(RESULT.top), 1)]
-    result = replace(RESULT, bottom=bottom, targets=[replace(t, top=[], bottom=[]) for t in RESULT.targets])
-    shown.open([result])
-    assert shown.hits() == whole(result)
-    shown.tokens()[2].click()
-    assert shown.hits() == ranked(result, [2])
-    shown.press(Keys.ESCAPE)
-    assert shown.hits() == whole(result)
-
-
 def test_search_finds_texts_and_indices(shown: Shown) -> None:
     shown.open([RESULT])
     box = shown.one(".search input")

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from functools import cache
-from importlib.metadata import version
 from typing import Any
 
 import model_table
 import pytest
 
 
-def rows(
-    section: str, fast: Collection[str], wrong: Mapping[str, tuple[str, str]] | None = None
-) -> list[Any]:
-    """The rows of a section. fast: those that `make test` measures as well; wrong: those that rapidin gets
-    wrong with such a version of transformers ("" for all), and why."""
-    wrong = wrong or {}
+def rows(section: str, fast: Collection[str]) -> list[Any]:
+    """The rows of a section; fast: those that `make test` measures as well."""
     names = model_table.SECTIONS[section][1]
-    assert not {*fast, *wrong} - set(names)
-    marks = {
-        name: [
-            *([] if name in fast else [pytest.mark.full]),
-            *(
-                [pytest.mark.xfail(strict=True, reason=wrong[name][1])]
-                if name in wrong and version("transformers").startswith(wrong[name][0])
-                else []
-            ),
-        ]
-        for name in names
-    }
-    return [pytest.param(name, marks=marks[name]) for name in names]
+    assert not set(fast) - set(names)
+    return [pytest.param(name, marks=[] if name in fast else [pytest.mark.full]) for name in names]
 
 
 def check_row(section: str, name: str) -> None:

@@ -145,7 +145,7 @@ gradient of the bias of the keys of attention, for example, is only rounding err
   parameters are computed by autograd. *one at a time*: each example has its own pass, either for that reason
   or because a layer mixes the examples of a batch.
 - **refused**: rapidin refuses the model and gives the reason.
-- **wrong**: neither right nor refused. The tests allow this only in rows that they name.
+- **wrong**: neither right nor refused; the tests fail then.
 - **-**: these versions of the libraries do not have it, or it was not measured.
 
 *default* means the parameters that are used by default: the linear layers and routed experts of the blocks,
@@ -161,6 +161,14 @@ the cells. The columns are for {newest}; the last column is for the oldest
 versions that rapidin allows.
 """
 
+_BY_VERSION = """
+## From which version
+
+What came of the parameters that are used by default, with the two versions that are measured: the number of
+rows that are right with both, and the names of the others.
+
+"""
+
 Rows = dict[str, dict[str, dict[str, str]]]  # of each section, each row, the cell of each column
 
 
@@ -170,7 +178,7 @@ def read_page(text: str) -> Rows:
     for line in text.splitlines():
         if line.startswith("## "):
             section, header = line[3:], []
-        elif line.startswith("| ") and section:
+        elif line.startswith("| ") and section in SECTIONS:
             values = [value.strip() for value in re.split(r"(?<!\\)\|", line)[1:-1]]
             if not header:
                 header = values
@@ -180,7 +188,7 @@ def read_page(text: str) -> Rows:
 
 
 def write_page(rows: Rows, newest_versions: str) -> str:
-    text = _INTRODUCTION.format(newest=newest_versions)
+    text = _INTRODUCTION.format(newest=newest_versions) + _by_version(rows, newest_versions)
     for section, (_, names, _) in SECTIONS.items():
         columns: dict[str, None] = {}
         for name in names:
@@ -191,6 +199,27 @@ def write_page(rows: Rows, newest_versions: str) -> str:
         for name in names:
             row = rows.get(section, {}).get(name, {})
             text += _line([name, *(row.get(column, NOT_THERE) for column in ordered)])
+    return text
+
+
+def _by_version(rows: Rows, newest_versions: str) -> str:
+    """The table of what is right with which versions, made from the cells of all rows."""
+    cells = [cell for of_section in rows.values() for row in of_section.values() for cell in row]
+    oldest = next((column for column in cells if column.startswith("transformers")), "")
+    names: dict[tuple[str, str], dict[str, list[str]]] = {("right", "right"): {}}
+    for section, (_, kinds, _) in SECTIONS.items():
+        for kind in kinds:
+            row = rows.get(section, {}).get(kind, {})
+            old, new = (
+                re.split("[:, ]", row.get(column, NOT_THERE).removeprefix("default "))[0]
+                for column in (oldest, "default")
+            )
+            names.setdefault((old, new), {}).setdefault(section, []).append(kind)
+    text = _BY_VERSION + _line([oldest, newest_versions, *SECTIONS]) + _line(["---"] * (len(SECTIONS) + 2))
+    for (old, new), by_section in names.items():
+        found = [by_section.get(section, []) for section in SECTIONS]
+        both = old == new == "right"
+        text += _line([old, new, *(str(len(each)) if both else "; ".join(each) or "none" for each in found)])
     return text
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.parameters import Target, block_seed
 from rapidin.ops import reference
 from rapidin.tasks.causal import TokenBatch, example_losses
@@ -60,6 +61,13 @@ def reference_sketch(target: Target, grad: torch.Tensor | None) -> torch.Tensor:
     else:
         sketch = reference.matrix_sketch(grad.reshape(target.matrix), WIDTH, seed=seed)
     return sketch.float()
+
+
+def exact_gradients(
+    sketcher: GradientSketcher, text: tuple[list[int], list[bool]], point: int | None = None
+) -> list[torch.Tensor]:
+    """The gradient of each target for one text as the sketcher takes it, as a matrix [O, I]."""
+    return [gradient.as_formed().flatten(0, 1) for gradient in sketcher.exact(TokenBatch.of([text]), point)]
 
 
 def relative_error(got: torch.Tensor, want: torch.Tensor) -> float:

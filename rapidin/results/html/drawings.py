@@ -64,6 +64,17 @@ def _span(histogram: Histogram) -> float:
     return histogram.edges[-1] - histogram.edges[0] if histogram.edges else 0.0
 
 
+def strip(scores: Sequence[float], mark: float, label: str) -> str:
+    """Scores as ticks on a line, with one score marked."""
+    ends = [*scores, mark]
+    low, high = min(0.0, *ends), max(ends)
+    span = (high - low) or 1.0
+    at = [_WIDTH * (score - low) / span for score in ends]
+    ticks = "".join(f"M{x:.4g} 8V{_HEIGHT}" for x in at[:-1])
+    inner = _line("tick", ticks) + _line("mark", f"M{at[-1]:.4g} 0V{_HEIGHT}")
+    return _svg("strip", _line("zero", f"M0 {_HEIGHT}H{_WIDTH}") + inner, label)
+
+
 def layers_chart(layers: Sequence[float], label: str) -> str:
     """A bar for each layer, up for helpful and down for harmful; the largest has the full height."""
     peak = max((abs(value) for value in layers if math.isfinite(value)), default=0.0) or 1.0

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from rapidin.data.records import shown_parts
 from rapidin.results.html import drawings, shades
 from rapidin.results.html.text import plain, shortened, token, trimmed_block
 from rapidin.results.html.view import Entry, View
-from rapidin.results.text import error_text, score_text
+from rapidin.results.sinks import without_sinks
+from rapidin.results.text import error_text, no_row_text, score_text
 from rapidin.results.types import Hit, Tokens
 
 _STRONGEST = 5  # tokens named in words
@@ -33,7 +33,7 @@ def lists(view: View, histogram: bool) -> str:
             f'<section class="list" aria-labelledby="{view.name}-{kind}">'
             f'<h3 id="{view.name}-{kind}" class="{kind}">{title}</h3>'
             f'<ol class="hits" data-side="{side}">{items[side]}</ol>'
-            f'<p class="none" {"hidden" if items[side] else ""}>None.</p></section>'
+            f'<p class="none" {"hidden" if items[side] else ""}>{no_row_text(title)}</p></section>'
         )
     return f'<div class="lists">{sections}</div><ol class="pool" hidden>{items[0]}</ol>'
 
@@ -53,24 +53,24 @@ def _hit(view: View, n: int, entry: Entry, largest: float, histogram: bool) -> s
 <span class="kind {side}">{side}</span></h4>
 <p class="index">index <b>{hit.index}</b></p></header>
 {drawings.meter(score, largest)}
-{_text(hit)}
-{_strongest(hit.tokens, bounded)}
+{_text(view, hit)}
+{_strongest(hit.tokens, bounded, view.sinks)}
 {_figures(view, hit, entry.whole, histogram)}
 {_notes(hit, entry, bounded)}
 </article></li>"""
 
 
-def _text(hit: Hit) -> str:
+def _text(view: View, hit: Hit) -> str:
     """The example: its tokens shaded by their contributions, or its prompt and completion."""
     if hit.tokens is not None:
         contributions = hit.tokens.contributions
-        steps = shades.steps(contributions, shades.peak_of(contributions))
+        steps = shades.steps(contributions, shades.peak_of(contributions, view.sinks))
         tokens = "".join(
             token(text, f"{shades.shade(int(step))}{'' if counts else ' q'}".strip())
             for text, counts, step in zip(hit.tokens.pieces, hit.tokens.counts, steps, strict=True)
         )
         return f'<div class="text tokens" dir="auto" data-fold>{tokens}</div>'
-    prompt, completion = shown_parts(hit.example) if hit.example else ("", "")
+    prompt, completion = hit.parts
     if not prompt.strip() and not completion.strip():
         return f'<p class="missing">Line {hit.index:,} of the training data, whose text is not available.</p>'
     grey = "q" if completion.strip() else ""
@@ -82,15 +82,17 @@ def _text(hit: Hit) -> str:
     return f'<div class="text record" data-fold>{texts}</div>'
 
 
-def _strongest(tokens: Tokens | None, bounded: bool) -> str:
-    """The tokens with the largest contributions in words, for readers who cannot see shades."""
+def _strongest(tokens: Tokens | None, bounded: bool, sinks: frozenset[int]) -> str:
+    """The tokens with the largest contributions in words, for readers who cannot see shades; without
+    sinks."""
     if tokens is None:
         return ""
-    order = sorted(range(len(tokens.pieces)), key=lambda n: (-abs(tokens.contributions[n]), n))
+    contributions = without_sinks(tokens, sinks)
+    order = sorted(range(len(tokens.pieces)), key=lambda n: (-abs(contributions[n]), n))
     items = "".join(
-        f"<li><q>{_named(tokens.pieces[n])}</q> {score_text(tokens.contributions[n], bounded)}</li>"
+        f"<li><q>{_named(tokens.pieces[n])}</q> {score_text(contributions[n], bounded)}</li>"
         for n in order[:_STRONGEST]
-        if tokens.contributions[n]
+        if contributions[n]
     )
     return f'<div class="strongest"><span>Strongest tokens</span><ul>{items}</ul></div>' if items else ""
 

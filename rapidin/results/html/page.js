@@ -1,10 +1,11 @@
 "use strict";
 // Texts of data and models stand in the document as text already; the script moves them, and reads and writes
 // `textContent` alone. The JSON in #data holds numbers, a list a query, as `view.View.script` writes it:
-//   bounded, ends: [top, bottom], mean of the top scores, owners: the target of each token or -1,
+//   bounded, ends: [top, bottom], mean of the top scores, shares: whether parts are told as shares of it, sinks:
+//   positions of attention sinks, owners: the target of each token or -1,
 //   influence of each target, baselines, levels of byTarget, and hits in the order of their elements' data-hit:
-//   row, index, side, score, rank, ..., and unless `same` names the hit that has them:
-//   targets [targets], tokens [tokens]: base64 of float32; byTarget [targets, tokens]: see `shades.levels`.
+//   row, index, side, score, rank, ..., targets [targets], tokens [tokens]: base64 of float32;
+//   byTarget [targets, tokens]: see `shades.levels`.
 (() => {
   const STEPS = 9;
   const STRONGEST = 5;
@@ -21,14 +22,25 @@
   function scoreText(score, bounded) {
     const sign = score < 0 || Object.is(score, -0) ? "" : "+";
     if (bounded) return sign + (Object.is(score, -0) ? "-" : "") + score.toFixed(4);
-    const [digits, power] = score.toExponential(3).split("e");
-    return sign + digits + "e" + power[0] + power.slice(1).padStart(2, "0");
+    return sign + (Object.is(score, -0) ? "-" : "") + plain(score, 4);
+  }
+
+  // A number with so many digits, without an exponent unless it is huge or tiny, as `text._plain` writes it.
+  function plain(value, digits) {
+    const [rounded, power] = value.toExponential(digits - 1).split("e");
+    if (power === undefined) return rounded;
+    if (Number(power) < -6 || Number(power) > 12) {
+      return rounded + "e" + power[0] + power.slice(1).padStart(2, "0");
+    }
+    const [whole, fraction] = value.toFixed(Math.max(0, digits - 1 - Number(power))).split(".");
+    const grouped = whole.replace(/\B(?=(\d{3})+$)/g, ",");
+    return fraction === undefined ? grouped : grouped + "." + fraction;
   }
 
   // Of `shades.levels`, which are known to about a digit.
   function roughText(score, bounded) {
     const sign = score < 0 ? "" : "+";
-    return "≈ " + sign + (bounded ? String(Number(score.toPrecision(1))) : score.toExponential(0));
+    return "≈ " + sign + (bounded ? String(Number(score.toPrecision(1))) : plain(score, 1));
   }
 
   // As `shades.steps` has it.
@@ -39,8 +51,8 @@
 
   const shadeOf = (step) => (step > 0 ? "p" + step : step < 0 ? "n" + -step : "");
   const largestOf = (values) => values.reduce((most, value) => Math.max(most, Math.abs(value)), 0);
-  // As `shades.peak_of` has it: without the first token, where much gathers in all examples.
-  const peakOf = (values) => largestOf(values.slice(1)) || largestOf(values);
+  // As `shades.peak_of` has it: without attention sinks, where much gathers in all examples.
+  const peakOf = (values, sinks) => largestOf(values.filter((_, n) => !sinks.has(n))) || largestOf(values);
 
   async function inflated(text) {
     const stream = new Blob([bytesOf(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
@@ -121,17 +133,17 @@
     constructor(section, data) {
       this.section = section;
       this.data = data;
+      this.sinks = new Set(data.sinks);
       this.selected = null; // {targets: Set, low, high, part}
       this.words = "";
       this.cards = data.hits.map((hit, n) => this.card(hit, n));
       this.lists = [1, -1].map((side) => section.querySelector(`.hits[data-side="${side}"]`));
       this.pool = section.querySelector(".pool");
-      this.first = new Map(); // of each row the card that a selection moves
-      for (const card of this.cards) if (card.targets && !this.first.has(card.hit.row)) this.first.set(card.hit.row, card);
+      this.movable = this.cards.filter((card) => card.targets); // by a selection
       this.near = new IntersectionObserver((seen) => this.approach(seen), { rootMargin: "400px 0px" });
       for (const card of this.cards) this.near.observe(card.element);
       this.tokens = [...section.querySelectorAll(".completion > span")];
-      if (this.first.size && data.owners.some((owner) => owner >= 0)) this.listen();
+      if (this.movable.length && data.owners.some((owner) => owner >= 0)) this.listen();
       for (const button of section.querySelectorAll("button.part")) {
         button.type = "button";
         button.setAttribute("aria-pressed", "false");
@@ -160,7 +172,6 @@
 
     card(hit, n) {
       const element = this.section.querySelector(`[data-hit="${n}"]`);
-      const source = hit.same === undefined ? hit : this.data.hits[hit.same];
       const tokens = element.querySelector(".text.tokens");
       const was = made("p", "", "was");
       was.hidden = true;
@@ -176,9 +187,9 @@
         bar: element.querySelector(".meter rect"),
         text: element.querySelector(".text"),
         spans: tokens ? [...tokens.children] : [],
-        targets: source.targets ? floatsOf(source.targets) : null,
-        whole: source.tokens ? floatsOf(source.tokens) : null,
-        byTarget: source.byTarget,
+        targets: hit.targets ? floatsOf(hit.targets) : null,
+        whole: hit.tokens ? floatsOf(hit.tokens) : null,
+        byTarget: hit.byTarget,
         near: false,
         stale: false, // its shades are those of another selection
         values: null, // of its tokens, as they are shaded
@@ -321,7 +332,7 @@
       }
       const influence = [...selected.targets].reduce((sum, n) => sum + (data.influence[n] ?? 0), 0);
       let share = scoreText(influence, data.bounded);
-      if (data.mean) {
+      if (data.mean && data.shares) {
         const percent = ((100 * influence) / data.mean).toFixed(1);
         share = `${percent}% of the score, ${share} of ${scoreText(data.mean, data.bounded)}`;
       }
@@ -343,7 +354,7 @@
         }
         return lists;
       }
-      const parts = [...this.first.values()].map((card) => ({ card, score: this.partOf(card) }));
+      const parts = this.movable.map((card) => ({ card, score: this.partOf(card) }));
       const most = Math.max(...this.data.ends);
       const by = (sign) => (a, b) => sign * (b.score - a.score) || a.card.hit.row - b.card.hit.row;
       lists[0] = parts.filter((part) => part.score > 0).sort(by(1)).slice(0, most);
@@ -363,7 +374,9 @@
         arrange(this.lists[n], list.map(({ card }) => card.element));
         const none = this.lists[n].parentElement.querySelector(".none");
         none.hidden = list.length > 0;
+        none.dataset.whole ??= none.textContent;
         if (this.words) none.textContent = "No matches.";
+        else if (!this.selected) none.textContent = none.dataset.whole;
         else none.textContent = n ? "None here makes it less likely." : "None here makes it more likely.";
         for (const { card, score, rank } of list) this.label(card, score, rank, most);
       });
@@ -430,7 +443,7 @@
 
     paint(card, values, ofWhole) {
       card.values = values;
-      const peak = peakOf(values);
+      const peak = peakOf(values, this.sinks);
       card.spans.forEach((span, n) => {
         const empty = card.void[n] ? " void" : "";
         setClass(span, (shadeOf(stepOf(values[n], peak)) + empty + card.quiet[n]).trim());
@@ -440,9 +453,8 @@
     }
 
     async bytesOf(card) {
-      const source = card.hit.same === undefined ? card : this.cards[card.hit.same];
-      source.inflated ??= inflated(source.byTarget);
-      return source.inflated;
+      card.inflated ??= inflated(card.byTarget);
+      return card.inflated;
     }
 
     summed(card, buffer, targets) {
@@ -466,7 +478,8 @@
 
     strongest(card) {
       if (!card.values) return [];
-      const order = card.spans.map((span, n) => ({ span, n, value: card.values[n] }));
+      let order = card.spans.map((span, n) => ({ span, n, value: card.values[n] }));
+      order = order.filter(({ n }) => !this.sinks.has(n));
       order.sort((a, b) => Math.abs(b.value) - Math.abs(a.value) || a.n - b.n);
       return order.slice(0, STRONGEST).filter(({ value }) => value);
     }

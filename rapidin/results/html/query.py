@@ -8,6 +8,7 @@ from rapidin.results.html.text import block, plain, shortened, token, trimmed_bl
 from rapidin.results.html.view import View
 from rapidin.results.text import MEANING, overlap_text, scale_text, score_text
 from rapidin.results.types import Group, QueryResult, TargetResult
+from rapidin.results.verdict import Place
 
 
 def query(view: View, queries: int) -> str:
@@ -29,6 +30,7 @@ def query(view: View, queries: int) -> str:
 {_meaning(view)}
 </div>
 <div class="main">
+{_verdict(view)}
 {_bar(view)}
 {_overlaps(result)}
 {_groups(view)}
@@ -169,11 +171,46 @@ def _bar(view: View) -> str:
     )
 
 
+_VERDICTS = {
+    "strong": "Strong",
+    "weak": "Weak",
+    "nothing": "Nothing stands out",
+    "unknown": "No verdict",
+}
+
+
+def _verdict(view: View) -> str:
+    """Whether the best score stands out, what the hits have in common and what to do next."""
+    verdict = view.result.verdict
+    if verdict is None:
+        return ""
+    sentence = verdict.sentence.partition(": ")[2]
+    lines = [f"<p>{plain(sentence[:1].upper() + sentence[1:])}</p>"]
+    figures = "".join(_place(place, what, verdict.score or 0.0) for place, what in verdict.places)
+    if figures:
+        lines.append(f'<div class="evidence">{figures}</div>')
+    if verdict.common:
+        lines.append(f"<p><b>In common</b> {plain(verdict.common_text)}</p>")
+    if verdict.next_step:
+        lines.append(f"<p><b>Next</b> {plain(verdict.next_step)}</p>")
+    return (
+        f'<section class="card verdict {verdict.strength}" aria-labelledby="{view.name}-verdict">'
+        f'<h3 id="{view.name}-verdict">{_VERDICTS[verdict.strength]}</h3>{"".join(lines)}</section>'
+    )
+
+
+def _place(place: Place, what: str, score: float) -> str:
+    """A score among the best scores of other texts."""
+    picture = drawings.strip(place.scores, score, f"The best score among those of {what}")
+    lower = f"{place.above:,} of {len(place.scores):,} lower"
+    return f"<figure>{picture}<figcaption>{what} <small>{lower}</small></figcaption></figure>"
+
+
 def _overlaps(result: QueryResult) -> str:
     if not result.overlaps:
         return ""
     lines = "".join(
-        f"<li>{overlap_text(f'<b>{plain(name)}</b>', count, len(result.top))}</li>"
+        f"<li>{overlap_text(f'<b>{plain(name)}</b>', count, len(result.helpful))}</li>"
         for name, count in result.overlaps.items()
     )
     return f'<ul class="overlaps">{lines}</ul>'

@@ -30,13 +30,12 @@ def steps(values: Sequence[float] | NDArray[Any], peak: float | None = None) -> 
     return (np.sign(finite) * step).astype(np.int64)
 
 
-def peak_of(contributions: Sequence[float] | NDArray[Any]) -> float:
-    """The largest size of the contributions of an example's tokens, except that of the first of several:
-    every
-    token attends to it (an attention sink), and its contribution is so large that the others would have no
-    shade. The script does the same (`peakOf`)."""
+def peak_of(contributions: Sequence[float] | NDArray[Any], sinks: frozenset[int] = frozenset({0})) -> float:
+    """The largest size of the contributions of an example's tokens, except those of attention sinks if there
+    are others: beside them the others would have no shade. The script does the same (`peakOf`)."""
     size = np.abs(np.nan_to_num(np.asarray(contributions, np.float64)))
-    return float(size[1:].max() if len(size) > 1 and size[1:].any() else size.max(initial=0.0))
+    others = size[[n not in sinks for n in range(len(size))]]
+    return float(others.max() if others.any() else size.max(initial=0.0))
 
 
 def shade(step: int) -> str:

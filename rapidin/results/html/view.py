@@ -12,8 +12,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from rapidin.data.records import shown_parts
 from rapidin.results.html import shades
+from rapidin.results.sinks import sinks_of
+from rapidin.results.text import has_shares
 from rapidin.results.types import Hit, QueryResult
 
 _HIT_BYTES, _TOKEN_BYTES = 1600, 32  # approximate size on a page of a hit without its text, and of a token
@@ -24,13 +25,11 @@ class Entry:
     """A hit on the page.
 
     side: 1 for one of the most helpful, -1 for one of the most harmful, 0 for a hit of a part of the
-    generation alone; same: the index of an earlier entry with the same row; whole: its score for the whole
-    generation, if known.
+    generation alone; whole: its score for the whole generation, if known.
     """
 
     hit: Hit
     side: int
-    same: int | None
     whole: float | None
 
 
@@ -78,17 +77,14 @@ class View:
     def entries(self) -> list[Entry]:
         """The hits of both ends, then those that are hits of a part of the generation alone."""
         result = self.result
-        ends = [(hit, side) for side, hits in ((1, result.top), (-1, result.bottom)) for hit in hits]
+        ends = [(hit, side) for side, hits in ((1, result.helpful), (-1, result.harmful)) for hit in hits]
         of_targets = [hit for target in result.targets for hit in (*target.top, *target.bottom)]
         by_row: dict[int, list[Hit]] = {}
         for hit in (*(hit for hit, _ in ends), *of_targets):
             by_row.setdefault(hit.row, []).append(hit)
-        entries: list[Entry] = []
-        first: dict[int, int] = {}  # the index of a row's first entry
-        for hit, side in ends:
-            entries.append(Entry(_merged(hit, by_row[hit.row]), side, first.get(hit.row), hit.score))
-            first.setdefault(hit.row, len(entries) - 1)
-        others = {row: hits for row, hits in by_row.items() if row not in first}
+        entries = [Entry(_merged(hit, by_row[hit.row]), side, hit.score) for hit, side in ends]
+        shown = {hit.row for hit, _ in ends}
+        others = {row: hits for row, hits in by_row.items() if row not in shown}
         return entries + self._entries_of_parts(others)
 
     def _entries_of_parts(self, by_row: dict[int, list[Hit]]) -> list[Entry]:
@@ -105,13 +101,13 @@ class View:
             if room < 0:
                 break
             whole = math.fsum(hit.targets[n] for n in owners) if covered else None
-            entries.append(Entry(hit, 0, None, whole))
+            entries.append(Entry(hit, 0, whole))
         return entries
 
     @property
     def size(self) -> int:
         """The approximate number of bytes of the hits of the whole generation on the page."""
-        return sum(_bytes(self.result, hit) for hit in (*self.result.top, *self.result.bottom))
+        return sum(_bytes(self.result, hit) for hit in (*self.result.helpful, *self.result.harmful))
 
     @cached_property
     def selects(self) -> bool:
@@ -122,8 +118,13 @@ class View:
     @property
     def numbers(self) -> int:
         """How many numbers `Tokens.by_target` has in all hits of the whole generation, each row once."""
-        hits = {hit.row: hit for hit in (*self.result.top, *self.result.bottom)}
+        hits = {hit.row: hit for hit in (*self.result.helpful, *self.result.harmful)}
         return sum(_by_target(self.result, hit).size for hit in hits.values())
+
+    @cached_property
+    def sinks(self) -> frozenset[int]:
+        """The positions of attention sinks in the hits."""
+        return sinks_of([entry.hit for entry in self.entries])
 
     def script(self, most: int) -> dict[str, Any]:
         """The data that the script reads (see `page.js`). most: levels of `shades.levels`."""
@@ -132,10 +133,12 @@ class View:
             "bounded": result.bounded,
             "ends": [len(result.top), len(result.bottom)],
             "mean": _mean(result),
+            "shares": has_shares(_mean(result) or 0.0, [target.influence for target in result.targets]),
             "owners": self.owners,
             "influence": [_finite(target.influence) for target in result.targets],
-            "baselines": list(dict.fromkeys(n for h in (*result.top, *result.bottom) for n in h.standings)),
+            "baselines": list(dict.fromkeys(n for e in self.entries if e.side for n in e.hit.standings)),
             "levels": most,
+            "sinks": sorted(self.sinks),
             "hits": [_entry_data(result, entry, most) for entry in self.entries],
         }
 
@@ -145,6 +148,7 @@ def _merged(hit: Hit, same: Sequence[Hit]) -> Hit:
     return replace(
         hit,
         example=hit.example or next((h.example for h in same if h.example), None),
+        decoded=hit.decoded or next((h.decoded for h in same if h.decoded), None),
         targets=hit.targets or next((h.targets for h in same if h.targets), ()),
         tokens=hit.tokens or next((h.tokens for h in same if h.tokens), None),
         copies=hit.copies or next((h.copies for h in same if h.copies), ()),
@@ -153,7 +157,7 @@ def _merged(hit: Hit, same: Sequence[Hit]) -> Hit:
 
 def _bytes(result: QueryResult, hit: Hit) -> int:
     """The approximate size of a hit on the page."""
-    text = sum(map(len, shown_parts(hit.example or {})))
+    text = sum(map(len, hit.parts))
     if hit.tokens is not None:
         text = _TOKEN_BYTES * len(hit.tokens.pieces) + _by_target(result, hit).size
     return _HIT_BYTES + 6 * len(hit.targets) + 12 * len(hit.layers) + text
@@ -185,8 +189,6 @@ def _entry_data(result: QueryResult, entry: Entry, most: int) -> dict[str, Any]:
         value |= {"copies": list(hit.copies), "more": hit.copies_more}
     if hit.standings:
         value["standings"] = {name: [_finite(s.score), s.rank] for name, s in hit.standings.items()}
-    if entry.same is not None:
-        return value | {"same": entry.same}
     if hit.targets and len(hit.targets) == len(result.targets):
         value["targets"] = shades.floats(hit.targets)
     if hit.tokens is not None:
@@ -203,5 +205,5 @@ def _finite(value: float) -> float | None:
 
 def _mean(result: QueryResult) -> float | None:
     """The mean score of the most helpful hits, of which the influence of each target is a part."""
-    scores = [hit.score for hit in result.top if math.isfinite(hit.score)]
+    scores = [hit.score for hit in result.helpful if math.isfinite(hit.score)]
     return math.fsum(scores) / len(scores) if scores else None
