@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,8 @@ from rapidin.cache.shards import (
 )
 from rapidin.data.examples import Examples
 from rapidin.errors import UserError
+
+_AHEAD = 2  # shards whose bytes are compared while one is used
 
 
 class Cache:
@@ -109,11 +113,18 @@ class Cache:
         if within is not None:
             low, high = within
             chosen = [(n, s) for n, s in chosen if s.first < high and s.first + s.rows > low]
-        for i, (n, shard) in enumerate(chosen):
-            if ahead:
+        if not ahead:
+            yield from ((shard.first, self._shard(n)) for n, shard in chosen)
+            return
+        with ThreadPoolExecutor(_AHEAD, thread_name_prefix="rapidin-checksums") as pool:
+            opening = deque(pool.submit(self._shard, n) for n, _ in chosen[:_AHEAD])
+            for i, (_, shard) in enumerate(chosen):
                 for _, later in chosen[i + 1 : i + 3] if i else chosen[:3]:
                     _read_ahead(shard_path(self.path, later))
-            yield shard.first, self._shard(n)
+                rows = opening.popleft().result()
+                if i + _AHEAD < len(chosen):
+                    opening.append(pool.submit(self._shard, chosen[i + _AHEAD][0]))
+                yield shard.first, rows
 
     def _shard(self, n: int) -> Rows:
         """The rows of the n-th finished shard, whose bytes are compared when it is first read."""

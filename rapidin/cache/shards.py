@@ -118,7 +118,9 @@ def refuse_altered(folder: Path, shard: Shard) -> None:
         return
     import xxhash
 
-    path = shard_path(folder, shard)
+    path, problem = shard_path(folder, shard), size_problem(folder, shard)
+    if problem:
+        raise UserError(problem, _REMEDY)
     try:
         with open(path, "rb") as file:
             state = os.fstat(file.fileno())

@@ -179,7 +179,7 @@ def task_to_load(settings: GradientSettings, model: str, loading: ModelOptions, 
 
 def _check_preconditioner(settings: GradientSettings) -> None:
     """Raise UserError for a file that is no optimizer's state, before the model is loaded."""
-    from rapidin.gradients.adam import state_file
+    from rapidin.gradients.optimizer_files import state_file
 
     if settings.preconditioner not in ("auto", "off", "sample", "kfac"):
         state_file(Path(str(settings.preconditioner)))

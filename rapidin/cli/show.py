@@ -61,4 +61,7 @@ def show(
         print(shown.to_json())
         return
     out = make_console(sys.stdout)
-    out.print(shown.report(colour=out.color_system is not None), soft_wrap=True)
+    if out.color_system is None:
+        print(shown)
+    else:
+        out.print(shown.report(), soft_wrap=True)

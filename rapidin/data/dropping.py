@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import IO, Any
 
 from rapidin.data.arrow_rows import ArrowRows
+from rapidin.data.converted import Converted
 from rapidin.data.json_document import JsonDocument, ListedRows
-from rapidin.data.llama_factory import Converted
 from rapidin.data.opening import COMPRESSED, Reading, open_source
 from rapidin.data.records import jsonl
 from rapidin.data.sources import Joined, Malformed, Rows, Source
@@ -42,7 +42,7 @@ def write_without(data: Any, rows: Collection[int], out: str | Path, reading: Re
     if len(dropped) == count:
         raise UserError("no row would be left")
     _check_out(out, source)
-    source = source.unconverted if isinstance(source, Converted) else source
+    source = _unconverted(source)
     if suffix_of(out.name) in LINES and _suffix(source) not in LINES:
         gone = set(dropped)
         _write_file(out, (_as_line(source, row) for row in range(count) if row not in gone))
@@ -63,10 +63,17 @@ def _check_out(out: Path, source: Source) -> None:
 
 def _suffix(source: Source) -> str:
     """The suffix of the file that the rows came from, "" if there are several or none."""
-    if not isinstance(source.path, str):
-        return ""
-    whole = source.path if os.path.exists(source.path) else source.path.rpartition(":")[0]  # of file:list
-    return suffix_of(whole)
+    return suffix_of(_whole(source.path)) if isinstance(source.path, str) else ""
+
+
+def _whole(path: str) -> str:
+    """The file of a path that names a part of it, as in file:list."""
+    return path if os.path.exists(path) else path.rpartition(":")[0]
+
+
+def _unconverted(source: Source) -> Source:
+    """The source as its file has it, which another tool reads in its own way."""
+    return source.unconverted if isinstance(source, Converted) else source
 
 
 def _as_line(source: Source, row: int) -> bytes:
@@ -77,6 +84,7 @@ def _as_line(source: Source, row: int) -> bytes:
 
 
 def _write(source: Source, rows: list[int], out: Path) -> None:
+    source = _unconverted(source)
     named, came = suffix_of(out.name), _suffix(source)
     if isinstance(source, Joined):
         _write_folder(source, rows, out)
@@ -97,8 +105,8 @@ def _write_file(out: Path, pieces: Iterable[bytes]) -> None:
 
 
 def _write_folder(source: Joined, rows: list[int], out: Path) -> None:
-    parts = source.divided(rows)
-    names = [Path(str(part.path)).name for part, _ in parts]
+    parts = [(_unconverted(part), own) for part, own in source.divided(rows)]
+    names = [Path(_whole(str(part.path))).name for part, _ in parts]
     twice = [name for name in names if names.count(name) > 1]
     if twice:
         raise UserError(f"two files are named {twice[0]}", "name a file in .jsonl for all of them")

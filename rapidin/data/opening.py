@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from rapidin.data import hub, llama_factory
+from rapidin.data import axolotl, hub, llama_factory
 from rapidin.data.arrow_rows import is_table, open_table
 from rapidin.data.fields import FieldMap
 from rapidin.data.memory import GIVE, open_object
@@ -135,6 +135,8 @@ def _open_existing(path: str, member: str | None, reading: Reading) -> Source:
         return _open_folder(path, member, reading)
     if os.path.basename(path) == llama_factory.NAME and llama_factory.is_listing(path):
         return llama_factory.open_listed(path, member, lambda name: _open_path(name, reading))
+    if path.endswith(axolotl.SUFFIXES):
+        return axolotl.open_config(path, member, lambda name: _open_path(name, reading))
     if not os.path.isfile(path):
         if not Path(path).is_fifo():
             raise UserError(f"the data {path} is not a regular file", "save it as a .jsonl file first")

@@ -122,7 +122,7 @@ def _last_text(value: Any) -> str:
 def text_of_message(message: Mapping[str, Any]) -> str:
     """The content of a message as text; its tool calls as JSON if it has none."""
     content = message.get("content")
-    if content is None and message.get("tool_calls"):
+    if not content and message.get("tool_calls"):
         return json.dumps(message["tool_calls"], ensure_ascii=False, default=str)
     return text_of_content(content)
 

@@ -73,12 +73,15 @@ def _load(name: str, trust_remote_code: bool, config: Any) -> Any:
     local = path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     if local and not os.path.exists(path):
         raise UserError(f"tokenizer not found: '{name}'")
-    if config is not None and os.path.isdir(path) and not (path / "config.json").exists() and not extra:
-        extra = {"config": config}
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
-    except Exception as error:
-        raise UserError(f"cannot load the tokenizer of '{name}': {reason_of(error)}") from error
+    # A folder or repository of an adapter has no config of a model, which some tokenizers need.
+    lacks_config = os.path.isdir(path) and not (path / "config.json").exists()
+    configs = [{}, {"config": config}] if config is not None and not extra else [extra]
+    for given in reversed(configs) if lacks_config else configs:
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **given)
+        except Exception as error:  # transformers raises many kinds
+            failure = error
+    raise UserError(f"cannot load the tokenizer of '{name}': {reason_of(failure)}") from failure
 
 
 def _files(adapter: str) -> set[str]:

@@ -111,8 +111,8 @@ class Reading(list[ShownExample]):
         super().__init__(examples)
         self.notes = list(notes)
 
-    def report(self, *, colour: bool = False) -> RenderableType:
-        """The examples for a terminal; without colours, `[[` and `]]` are around tokens that have a loss."""
+    def report(self) -> RenderableType:
+        """The examples for a terminal with colours; as text, `[[` and `]]` are around tokens with a loss."""
         blocks: list[RenderableType] = []
         for example in self:
             if blocks:
@@ -121,7 +121,7 @@ class Reading(list[ShownExample]):
             for text in example.texts:
                 if text.name:
                     blocks.append(Text(f"{text.name}:", style="dim"))
-                blocks.append(_coloured(text) if colour else Text(_bracketed(text)))
+                blocks.append(_coloured(text))
         return Group(*blocks)
 
     def to_json(self) -> str:

@@ -1,7 +1,7 @@
 """Chat templates in the style of well-known models, chats that they write, and what trainers train on.
 
     python tests/support/chat_tables.py                # the table of docs/guide/chats.md
-    python tests/support/chat_tables.py --trl          # chat_templates/trained.json, by SFTTrainer of TRL
+    python tests/support/chat_tables.py --trl          # chat_templates/trained.json, by TRL's SFTTrainer (1.16)
 
 Each template marks the assistant's own text by `{% generation %}`. `unmarked` takes the marks away, so that
 the two ways of finding that text can be compared.
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from tiny import tiny_tokenizer
 
 HERE = Path(__file__).parent / "chat_templates"
 TRAINED = HERE / "trained.json"
+PAGE = Path(__file__).parents[2] / "docs" / "guide" / "chats.md"
 DATE = "2025-03-09"
 TEMPLATES = {path.stem: path.read_text(encoding="utf-8") for path in sorted(HERE.glob("*.jinja"))}
 
@@ -51,6 +53,20 @@ CHATS: dict[str, Record] = {
         "tools": [WEATHER],
     },
     "thoughts": {"messages": [ASK, THOUGHT, MORE, THOUGHT]},
+    "steps": {
+        "messages": [
+            ASK,
+            {"role": "assistant", "content": "", "reasoning_content": "I look.", "tool_calls": [CALL]},
+            RESULT,
+            {"role": "assistant", "content": "Sunny.", "reasoning_content": "It says so."},
+            MORE,
+            LAST,
+        ],
+        "tools": [WEATHER],
+    },
+    "channels": {
+        "messages": [ASK, {**ANSWER, "thinking": "It flies."}, MORE, {**LAST, "thinking": "It swims."}]
+    },
     "thinking off": {"messages": [ASK, ANSWER], "chat_template_kwargs": {"enable_thinking": False}},
     "documents": {"messages": [ASK, ANSWER], "documents": [{"title": "Birds", "text": "The owl hoots."}]},
     "assistant first": {"messages": [ANSWER, ASK, LAST]},
@@ -74,6 +90,8 @@ def cases() -> Iterator[tuple[str, str]]:
             only = {
                 "tools": _TOOLS,
                 "thoughts": _THOUGHTS,
+                "steps": {"qwen-3"},
+                "channels": {"harmony"},
                 "thinking off": {"qwen-3", "smollm-3"},
                 "documents": {"command-r"},
                 "parts": {"gemma-3"},
@@ -163,7 +181,7 @@ def trained() -> dict[str, dict[str, Any]]:
                     assistant_only_loss=marks,
                     bf16=False,
                 )
-                data = Dataset.from_list([_as_json(row)])
+                data = Dataset.from_list([row])
                 try:
                     trainer = SFTTrainer(model, config, train_dataset=data, processing_class=tokenizer)
                 except Exception as error:
@@ -179,11 +197,57 @@ def trained() -> dict[str, dict[str, Any]]:
     return made
 
 
-def _as_json(row: Record) -> Record:
-    return row
-
-
 # ------------------------------------------------------------------------------------------- the table
+
+
+# In the style of which models a template is, and what is unusual in it.
+STYLES = {
+    "chatml": ("ChatML (SmolLM2, Yi, many fine-tunes)", ""),
+    "command-r": ("Command R, Aya", "`documents` stand before the chat."),
+    "deepseek-r1": (
+        "DeepSeek-R1 and its distilled models",
+        "The generation prompt opens a thought; thoughts of answers are left out.",
+    ),
+    "gemma": ("Gemma, Gemma 2", "No system message; contents are trimmed."),
+    "gemma-3": ("Gemma 3 and other models with images", "Contents may be lists of parts."),
+    "harmony": ("GPT-OSS (Harmony)", "Writes the date; the last answer ends in another token; channels."),
+    "llama-2": ("Llama 2", "No generation prompt; the system message is inside the first turn."),
+    "llama-3": ("Llama 3.1 to 3.3", "Writes the date; `tools`."),
+    "mistral-v1": ("Mistral 7B v0.1, Mixtral", "No generation prompt."),
+    "mistral-v3": ("Mistral v3 and later", "`tools` stand before the last question, so they move."),
+    "phi-3": ("Phi-3, Phi-3.5", "The chat, but no turn, ends in the end-of-text token."),
+    "qwen-2.5": ("Qwen2.5, QwQ", "`tools`; a default system message."),
+    "qwen-3": (
+        "Qwen3",
+        "`enable_thinking`; earlier thoughts are left out; an empty thought before the last answer.",
+    ),
+    "smollm-3": ("SmolLM3", "Has `{% generation %}` marks, which begin before the header; writes the date."),
+    "vicuna": ("Vicuna", "No generation prompt, but a header of the assistant."),
+    "zephyr": ("Zephyr, StableLM", ""),
+}
+
+
+def rows() -> list[tuple[str, str, str, str, str]]:
+    """The rows of the table: template, models, what is unusual, chats, and the target text of an answer."""
+    from rapidin.data.encoding import Encoder
+
+    made = []
+    for template, (models, unusual) in STYLES.items():
+        tokenizer = tokenizer_of(template, marks=template == "smollm-3")
+        encoded = Encoder(tokenizer, max_length=4096, date=DATE)(CHATS["one turn"])
+        (target,) = counted(tokenizer, encoded.ids, encoded.target)
+        shown = target.replace("\n", "\u23ce").replace("|", "\\|")
+        chats = ", ".join(chat for name, chat in cases() if name == template)
+        made.append((template, models, unusual, chats, f"`{shown}`"))
+    return made
+
+
+def table() -> str:
+    """The table of docs/guide/chats.md."""
+    import doc_tables
+
+    header = ("template", "in the style of", "unusual", "chats compared", "target tokens of one answer")
+    return doc_tables.table(header, rows())
 
 
 def main() -> None:
@@ -191,6 +255,11 @@ def main() -> None:
     parser.add_argument("--trl", action="store_true")
     if parser.parse_args().trl:
         TRAINED.write_text(json.dumps(trained(), indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        return
+    sys.path.append(str(PAGE.parents[2] / "studies" / "common"))
+    import doc_tables
+
+    doc_tables.write(PAGE, "templates", table())
 
 
 if __name__ == "__main__":
