@@ -73,7 +73,7 @@ def compare(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
         assert [hit["index"] for hit in query[side]] == [hit.index for hit in hits]
         assert [hit["score"] for hit in query[side]] == pytest.approx([hit.score for hit in hits], abs=1e-5)
         assert [hit["example"] for hit in query[side]] == [hit.example for hit in hits]
-    assert len(result.top) == 20
+    assert 10 < len(result.top) <= 20
     assert ran["cache"].manifest.model["source"]["adapter"]
 
 
