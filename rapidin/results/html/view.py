@@ -189,7 +189,7 @@ def shared_start(texts: Sequence[Sequence[str]], least: int) -> int:
     several questions begin with are no part of a template."""
     if len(texts) < 2:
         return 0
-    first, last = min(texts), max(texts)  # their common start is that of all texts
+    first, last = min(texts, key=tuple), max(texts, key=tuple)  # their common start is that of all texts
     length = next(
         (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, texts))
     )
