@@ -33,12 +33,12 @@ style: .venv/installed
 
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loadscope-reorder
 
-tests: .venv/installed
+tests: .venv/installed .venv/emulated
 	$(PYTEST) -m "not full"
 	@echo "make test left out the tests marked 'full': GPU kernels at more sizes and under sanitizers, processes that"
 	@echo "are killed or share work, whole trainings, and the page in a browser. make test-full runs them, too."
 
-tests-full: .venv/installed
+tests-full: .venv/installed .venv/emulated
 	$(PYTEST)
 
 test-oldest: .venv/oldest/installed
@@ -79,6 +79,11 @@ clean:
 .venv/extensions: export RAPIDIN_BUILD_JOBS = $(shell nproc 2>/dev/null || echo 1)
 .venv/extensions: .venv/builders setup.py $(SOURCES)
 	$(BIN)/python setup.py --quiet build_ext --inplace --force
+	touch $@
+
+# The CUDA kernels for the CPU, which tests would otherwise wait for.
+.venv/emulated: .venv/builders $(SOURCES) $(wildcard tests/support/emulator/*)
+	$(BIN)/python tests/support/emulator/build.py
 	touch $@
 
 .venv/installed: .venv/dependencies .venv/extensions

@@ -13,10 +13,12 @@ if TYPE_CHECKING:
     from rapidin.attribution.attributor import Attributor as Attributor
     from rapidin.attribution.ensemble import Ensemble as Ensemble
     from rapidin.attribution.methods import self_influence as self_influence
+    from rapidin.attribution.one_call import explain as explain
     from rapidin.cache import Cache as Cache
     from rapidin.errors import CoverageWarning as CoverageWarning
     from rapidin.errors import UserError as UserError
     from rapidin.gradients.load import load_model as load_model
+    from rapidin.threads import patient_threads as patient_threads
 
 __version__ = "0.1.0"
 
@@ -27,7 +29,9 @@ _HOMES = {
     "Ensemble": "rapidin.attribution.ensemble",
     "UserError": "rapidin.errors",
     "self_influence": "rapidin.attribution.methods",
+    "explain": "rapidin.attribution.one_call",
     "load_model": "rapidin.gradients.load",
+    "patient_threads": "rapidin.threads",
 }
 __all__ = [
     "Attributor",
@@ -36,8 +40,10 @@ __all__ = [
     "Ensemble",
     "UserError",
     "__version__",
+    "explain",
     "load_model",
     "ops",
+    "patient_threads",
     "self_influence",
 ]
 

@@ -271,9 +271,10 @@ class World:
         if self.alone or name != "cuda":
             return name
         if self.local_rank >= torch.cuda.device_count():
+            count = torch.cuda.device_count()
             raise UserError(
-                f"{torch.cuda.device_count()} GPUs for more processes than that",
-                "say --nproc-per-node gpu to torchrun, or --device cpu",
+                f"there are more processes than GPUs on this machine ({count})",
+                "start at most one for each GPU, or use `device='cpu'`",
             )
         torch.cuda.set_device(self.local_rank)
         return f"cuda:{self.local_rank}"

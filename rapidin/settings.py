@@ -14,9 +14,13 @@ them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from difflib import get_close_matches
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeVar
+
+from rapidin.errors import UserError, short
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -92,12 +96,66 @@ class Settings:
         for an unknown name."""
         if options is not None and by_name:
             raise TypeError(f"give either options or single ones by name, got both ({', '.join(by_name)})")
+        check_names(by_name, cls)
         return cls(**by_name) if options is None else options
+
+    def check_values(self) -> None:
+        """Raises UserError for a value that is not of its field's kind, below or above its limits, or none of
+        its choices. None is left to the field."""
+        for name, (each, described_as) in described(type(self)).items():
+            value = getattr(self, name)
+            if value is not None and described_as.parse is None:
+                _check_value(name, value, str(each.type), described_as)
+                if isinstance(value, Integral) and not isinstance(value, int):  # such as numpy's
+                    object.__setattr__(self, name, int(value))
 
     @classmethod
     def from_json(cls, value: Mapping[str, Any]) -> Self:
         """What `to_json` returned. Raises TypeError for an unknown field."""
         return cls(**{name: tuple(each) if isinstance(each, list) else each for name, each in value.items()})
+
+
+_DTYPES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+
+
+def dtype_name(value: Any) -> Any:
+    """The name of a number format that is given by another name of it or as torch's; other values as they
+    are."""
+    if value is None:
+        return None
+    name = str(value).removeprefix("torch.").lower()
+    return _DTYPES.get(name, name)
+
+
+def check_names(by_name: Iterable[str], *settings: type[Any]) -> None:
+    """Raises TypeError for a name that is no field of any of these dataclasses."""
+    known = [each.name for kind in settings for each in fields(kind)]
+    for name in by_name:
+        if name not in known:
+            near = get_close_matches(name, known, 1)
+            raise TypeError(f"unknown option '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+
+
+def _check_value(name: str, value: Any, kind: str, described_as: Option) -> None:
+    if kind.startswith("bool"):
+        if not isinstance(value, bool):
+            raise UserError(f"`{name}` must be True or False, got {short(repr(value))}")
+    elif kind.startswith(("int", "float")):
+        whole = kind.startswith("int")
+        is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+        low, high = described_as.minimum, described_as.maximum
+        if is_number and (low is None or value >= low) and (high is None or value <= high):
+            return
+        words = "a whole number" if whole else "a number"
+        if not is_number:
+            raise UserError(f"`{name}` must be {words}, got {short(repr(value))}")
+        raise UserError(
+            f"`{name}` must be "
+            + (f"at least {low}" if high is None or value < (low or 0) else f"at most {high}")
+            + f", got {value}"
+        )
+    elif described_as.choices and isinstance(value, str) and value not in described_as.choices:
+        raise UserError(f"unknown {name} '{short(value)}'", f"use one of {', '.join(described_as.choices)}")
 
 
 def _json(value: Any) -> Any:

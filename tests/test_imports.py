@@ -18,7 +18,7 @@ import rapidin
 PACKAGE = Path(rapidin.__file__).parent
 ROOT = PACKAGE.parent
 
-GROUND = {"errors", "files", "distributed", "settings"}
+GROUND = {"errors", "files", "distributed", "settings", "threads"}
 # What each room may import of rapidin, besides the ground and itself.
 ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
@@ -31,6 +31,7 @@ ALLOWED: dict[str, set[str]] = {
     "attribution": {"data", "ops", "cache", "results", "tasks", "gradients"},
     "evaluate": {"data", "ops", "cache", "results", "tasks", "gradients", "attribution"},
     "cli": {"data", "ops", "cache", "results", "tasks", "gradients", "attribution", "evaluate"},
+    "integrations": {"data", "cache", "tasks", "gradients", "attribution"},
     "__main__": {"cli"},
     # The names that `import rapidin` offers.
     "__init__": {"ops", "cache", "gradients", "attribution", "tasks"},
@@ -46,6 +47,7 @@ LIGHT: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "settings": set(),
+    "threads": set(),
     "data.examples": set(),
     "data.encoding": set(),
     "results.types": set(),

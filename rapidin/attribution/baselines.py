@@ -143,7 +143,7 @@ def with_standings(result: QueryResult, tables: Mapping[str, Floats], counted: T
 
     tables: by name, the scores of one query with all training examples [rows]; counted: [rows] bool, the
     examples that have a sketch: ranks are among them, and equal scores share the best rank. `overlaps` is the
-    number of top hits that are among as many best of the baseline, of equal scores the first.
+    number of helpful hits that are among as many best of the baseline, of equal scores the first.
     """
     keep = counted.cpu().numpy()
     standings: dict[int, dict[str, Standing]] = {hit.row: {} for hit in (*result.top, *result.bottom)}
@@ -155,8 +155,8 @@ def with_standings(result: QueryResult, tables: Mapping[str, Floats], counted: T
             better = len(others) - int(np.searchsorted(others, scores[row], side="right"))
             by_name[name] = Standing(float(scores[row]), better + 1)
         ranked = np.argsort(np.where(keep[: len(scores)], -scores, np.inf), kind="stable")
-        best = set(ranked[: len(result.top)].tolist())
-        overlaps[name] = sum(hit.row in best for hit in result.top)
+        best = set(ranked[: len(result.helpful)].tolist())
+        overlaps[name] = sum(hit.row in best for hit in result.helpful)
     top, bottom = (
         [replace(hit, standings=standings[hit.row]) for hit in hits] for hits in (result.top, result.bottom)
     )

@@ -6,8 +6,9 @@ import warnings
 from pathlib import Path
 
 from rapidin import distributed
+from rapidin.attribution.null_scores import null_scores
 from rapidin.attribution.options import CacheOptions
-from rapidin.attribution.provenance import check_of, manifest_of, read_fitted
+from rapidin.attribution.provenance import check_of, manifest_of, read_fitted, resumed
 from rapidin.cache import Cache, CacheWriter, ShardWriter, build, codec
 from rapidin.cache.codec import CodecConfig
 from rapidin.cache.progress import Meter, OnProgress
@@ -20,6 +21,7 @@ from rapidin.gradients.preconditioner import STREAM, Preconditioner
 from rapidin.gradients.source import GradientSource
 
 _CHECK_TEXTS = 64  # examples that those of the check are chosen from
+_CHECKED = 2
 
 
 def format_of(options: CacheOptions, width: int) -> CodecConfig:
@@ -32,18 +34,18 @@ def format_of(options: CacheOptions, width: int) -> CodecConfig:
     if dtype in codec.FLOATS and (budget is not None or sample):
         raise UserError(
             f"{dtype} rows keep every number of the sketch",
-            "use --bytes with --dtype sign, int4 or int8, or leave it out",
+            "use `bytes` with `dtype='sign'`, int4 or int8, or leave it out",
         )
     if dtype in codec.PACKED and width & (width - 1):
-        raise UserError(f"--width must be a power of two with --dtype {dtype}, got {width}")
+        raise UserError(f"`width` must be a power of two with `dtype='{dtype}'`, got {width}")
     if sample is None:
         sample = 0 if budget is None else codec.DEFAULT_SAMPLE
     if sample and budget is None:
-        raise UserError("a codec that learns from a sample needs a budget", "use --bytes")
+        raise UserError("a codec that learns from a sample needs a budget", "use `bytes`")
     if sample < 0 or 0 < sample < 8:
-        raise UserError(f"--sample must be 0 or at least 8, got {sample}")
+        raise UserError(f"`sample` must be 0 or at least 8, got {sample}")
     if budget is not None and budget < codec.min_row_bytes():
-        raise UserError(f"--bytes must be at least {codec.min_row_bytes()}, got {budget}")
+        raise UserError(f"`bytes` must be at least {codec.min_row_bytes()}, got {budget}")
     return CodecConfig(dtype, budget, sample)
 
 
@@ -60,6 +62,7 @@ def build_cache(
     """
     if source.coverage.is_low and distributed.world().leads:
         warnings.warn(source.coverage.warning, CoverageWarning, stacklevel=3)
+    source = resumed(source, path)
     manifest = manifest_of(source, format_of(options, source.width), len(examples), examples)
     manifest.shard_rows = options.shard_rows or build.shard_rows(manifest, path)
     number, parts = options.part or (1, 1)
@@ -70,7 +73,7 @@ def build_cache(
             writer,
             world,
             examples,
-            source.example,
+            lambda row, record: source.example(record),
             lambda texts: fitting.source.sketches(texts, meter, announced=True),
             source.loaded.device,
             lambda message: meter.tell(message),
@@ -80,16 +83,27 @@ def build_cache(
         meter = Meter(on_progress if world.leads else None, writer, world, loop.sampled_rows())
         if world.size * 2 > len(writer.missing) > 0 and not world.alone:
             meter.tell(
-                f"{len(writer.missing)} shards for {world.size} processes: a smaller --shard-rows would keep "
+                f"{len(writer.missing)} shards for {world.size} processes: a smaller `shard_rows` would keep "
                 "all of them busy to the end"
             )
         fitting.settle_check(examples, meter, options.check)
         fitting.settle(examples, meter)
         loop.run()
         meter.settle(wait=True)
+        if options.null and isinstance(writer, CacheWriter):
+            _add_null(writer, fitting.source, examples, meter)
         world.meet()
         meter.tell(None, now=True)
     return Cache(path)
+
+
+def _add_null(writer: CacheWriter, source: GradientSource, examples: Examples, reporter: Reporter) -> None:
+    """Adds the null distribution to a complete cache that has none."""
+    if not writer.manifest.complete or writer.manifest.null is not None:
+        return
+    scores = null_scores(Cache(writer.folder), source, examples, reporter.tell)
+    if scores is not None:
+        writer.set_null(scores)
 
 
 class _Fitting:
@@ -113,7 +127,9 @@ class _Fitting:
             needed = self._world.share(lambda: b"1" if needed else b"0") == b"1"
         if needed:
             rows = range(0, len(examples), max(1, len(examples) // _CHECK_TEXTS))
+            reporter.stage("comparing gradients with autograd's", 0, _CHECKED)
             check = self.source.checked([self.source.example(examples.get(row)) for row in rows])
+            reporter.stage("comparing gradients with autograd's", _CHECKED, _CHECKED)
             if check is None:
                 reporter.tell("gradients are not compared with autograd's: no example has a gradient")
             elif isinstance(writer, CacheWriter):
@@ -162,7 +178,8 @@ class _Fitting:
     def _fit(self, examples: Examples, reporter: Reporter) -> Preconditioner:
         """The preconditioner of each point, from a sample of the examples that the cache was started with."""
         settings, config = self.source.settings, self.source.config
-        rows = build.sample_rows(self._writer.manifest.rows_begun, config.sample, settings.seed, STREAM)
+        begun = self._writer.manifest.rows_begun
+        rows = build.sample_rows(begun, config.sample_of(begun), settings.seed, STREAM)
         reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")
         texts = [self.source.example(examples.get(row)) for row in rows]
         return self.source.fit_preconditioner(texts, reporter)

@@ -2,8 +2,9 @@
 
 Exact duplicates are records with the same hash, counted over the whole cache. Near duplicates are searched
 for among the hits: texts, without case, spaces and punctuation, whose sets of three neighbouring words have a
-Jaccard similarity (Broder, 1997) of at least `NEAR`. What is near to a near duplicate is folded too; the
-first hit stays.
+Jaccard similarity (Broder, 1997) of at least `NEAR`. Of chats both the last turns and the whole texts have to
+be near: neither a long beginning that many share nor an equal end makes two of them one. What is near to a
+near duplicate is folded too; the first hit stays.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import replace
 import torch
 
 from rapidin.cache import Cache
-from rapidin.data.records import record_parts
+from rapidin.data.records import record_parts, whole_text
 from rapidin.results.types import Hit
 
 NEAR = 0.8
@@ -35,6 +36,7 @@ def candidates_for(top_k: int) -> int:
 
 
 Shingles = frozenset[tuple[str, ...]]
+Texts = tuple[Shingles, Shingles]  # of an example's last turns, and of its whole text
 
 
 def shingles(text: str) -> Shingles:
@@ -66,15 +68,19 @@ def exact_copies(cache: Cache, rows: Sequence[int]) -> dict[int, list[int]]:
     }
 
 
-def shingles_of(hits: Sequence[Hit]) -> dict[int, Shingles]:
+def shingles_of(hits: Sequence[Hit]) -> dict[int, Texts]:
     """The shingles of hits whose example is known, by row."""
-    return {hit.row: shingles(" ".join(record_parts(hit.example))) for hit in hits if hit.example is not None}
+    return {
+        hit.row: (shingles(" ".join(record_parts(hit.example))), shingles(whole_text(hit.example)))
+        for hit in hits
+        if hit.example is not None
+    }
 
 
 def fold(
     hits: Sequence[Hit],
     exact: Mapping[int, Sequence[int]],
-    shingles_by_row: Mapping[int, Shingles] | None = None,
+    shingles_by_row: Mapping[int, Texts] | None = None,
 ) -> list[Hit]:
     """The hits of one end, best first, without duplicates of hits before them; with new ranks.
 
@@ -108,7 +114,7 @@ def fold(
 
 
 def _pairs(
-    hits: Sequence[Hit], exact: Mapping[int, Sequence[int]], shingles_by_row: Mapping[int, Shingles]
+    hits: Sequence[Hit], exact: Mapping[int, Sequence[int]], shingles_by_row: Mapping[int, Texts]
 ) -> list[tuple[int, int]]:
     """The pairs of duplicates with the same sign, as positions in `hits`."""
     pairs: list[tuple[int, int]] = []
@@ -119,16 +125,25 @@ def _pairs(
         pairs += [(n, other) for other in others if signs[n] == signs[other]]
     sets = [shingles_by_row.get(hit.row) for hit in hits]
     earlier_with: dict[tuple[str, ...], list[int]] = defaultdict(list)  # hits before n, by shingle
-    for n, shingles_of_hit in enumerate(sets):
-        if shingles_of_hit is None:
+    for n, texts in enumerate(sets):
+        if texts is None:
             continue
+        shingles_of_hit, whole = texts
         common = Counter(other for shingle in shingles_of_hit for other in earlier_with[shingle])
         for other, count in common.items():
             of_other = sets[other]
             assert of_other is not None
-            similar = count >= NEAR * (len(shingles_of_hit) + len(of_other) - count)
+            last, whole_of_other = of_other
+            similar = _near(count, shingles_of_hit, last) and _near(
+                len(whole & whole_of_other), whole, whole_of_other
+            )
             if signs[n] == signs[other] and similar:
                 pairs.append((other, n))
         for shingle in shingles_of_hit:
             earlier_with[shingle].append(n)
     return pairs
+
+
+def _near(common: int, one: Shingles, other: Shingles) -> bool:
+    """Whether two sets with so many common shingles are near."""
+    return common >= NEAR * (len(one) + len(other) - common)

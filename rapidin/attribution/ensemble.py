@@ -26,11 +26,13 @@ from rapidin.attribution.generate import generations_of
 from rapidin.attribution.groups import check_column
 from rapidin.attribution.methods import check as check_method
 from rapidin.attribution.options import ModelLocation, QueryOptions, ScoringConfig
+from rapidin.attribution.progress import LOG, query_progress, query_text
 from rapidin.attribution.provenance import checked, load_model_of, source_of, task_name
 from rapidin.attribution.query_sketch import Query, QuerySketch, shared_by_leader, sketch_query
 from rapidin.attribution.query_sketch import scores as all_scores
+from rapidin.attribution.questions import all_asked
 from rapidin.attribution.scan_pieces import check_same_examples
-from rapidin.attribution.training_data import training_data
+from rapidin.attribution.training_data import training_data, with_texts
 from rapidin.cache import Cache
 from rapidin.data.generations import Generation, as_records
 from rapidin.distributed import world
@@ -85,12 +87,16 @@ class Ensemble:
     ) -> None:
         self.members = [m if isinstance(m, Member) else Member(Path(m)) for m in members]
         self.kind, self.location = kind, location or ModelLocation()
+        self._tokenizer: Any = None  # of the model that was loaded last
         if not self.members:
             raise UserError("an ensemble of no caches")
         total = sum(m.weight for m in self.members)
         if any(not 0 <= m.weight < float("inf") for m in self.members) or not total > 0:
             raise UserError("the weights of an ensemble must be 0 or more, and not all 0")
         self.caches = [Cache(m.path) if m.cache is None else m.cache for m in self.members]
+
+    def __repr__(self) -> str:
+        return f"Ensemble({self.kind} of {len(self.caches):,}: {', '.join(map(repr, self.caches))})"
 
     @staticmethod
     def read(folder: str | Path, *, location: ModelLocation | None = None) -> Ensemble:
@@ -120,6 +126,7 @@ class Ensemble:
         *,
         examples: Any = None,
         on_stage: OnStage | None = None,
+        progress: bool | None = None,
         **by_name: Any,
     ) -> Results:
         """The most helpful and most harmful training examples of each generation, over all members at once.
@@ -130,6 +137,7 @@ class Ensemble:
         `rapidin.attribution.options.QueryOptions` can also be given by name, such as `top_k=20`. examples:
         the training data, to show with the hits, by default from where the cache was made; False for none.
         on_stage: called with a stage's name, the number of steps that are done, and of all its steps.
+        progress: without on_stage, whether the stages are shown; by default on a terminal and in a notebook.
 
         Of several processes (`rapidin.distributed`) each scans its share, and the leading one gets the hits,
         the others none. Raises UserError if a generation has no token to explain, if caches are not of the
@@ -144,7 +152,7 @@ class Ensemble:
         if options.needs_texts and data is None and world().leads:
             raise UserError(
                 f"{options.needs_texts} needs the training examples",
-                "name them with --train-data (in Python: examples=...)",
+                "give them with `examples`",
             )
         if options.by is not None and data is not None:
             check_column(data, options.by)
@@ -152,20 +160,43 @@ class Ensemble:
         finer = options.finer
         if finer is not None:
             if len(self.members) > 1:
-                raise UserError("--rescore works with a single cache", "name one of them")
+                raise UserError("`rescore` works with a single cache", "name one of them")
             check_same_examples([self.caches[0], finer])
-        query = self.sketched(generations, options, clock)
+        what = f"explaining {len(generations):,} among {len(self.caches[-1]):,} examples"
+        shown = progress if on_stage is None and world().leads else False
+        with query_progress(shown, what) as stages:
+            query = self.sketched(generations, options, clock)
 
-        def source(number: int) -> GradientSource:
-            member = self.caches.index(query.sketches[number].cache)
-            if finer is None:
-                return self.source(member)
-            source = self.source(member)
-            return source_of(finer.manifest, source.loaded, source.own_task)
+            def source(number: int) -> GradientSource:
+                member = self.caches.index(query.sketches[number].cache)
+                if finer is None:
+                    return self.source(member)
+                source = self.source(member)
+                return source_of(finer.manifest, source.loaded, source.own_task)
 
-        return explain(
-            query, options, records=generations, data=data, clock=clock, sources=source, on_stage=on_stage
-        )
+            results = explain(
+                query,
+                options,
+                records=generations,
+                data=data,
+                clock=clock,
+                sources=source,
+                on_stage=on_stage or stages,
+            )
+        if results and options.top_k > len(self.caches[-1]):
+            LOG.warning(
+                "`top_k` %s is more than the %s examples of the cache: all are shown",
+                options.top_k,
+                len(self.caches[-1]),
+            )
+            results = with_texts(results, self._tokenizer)
+        if results:
+            LOG.info(query_text(results[0], len(generations), self.caches[-1]))
+        return results
+
+    def ask(self, question: Any, options: QueryOptions | None = None, **by_name: Any) -> Results:
+        """The training examples behind the tuned model's answer to a question: see `Attributor.ask`."""
+        return self.query(all_asked(self.caches[-1].manifest, question), options, **by_name)
 
     def scores(
         self,
@@ -223,6 +254,7 @@ class Ensemble:
             if options.targets is not None or options.contributions:
                 source.task.check_tokens()
             if not texts:
+                self._tokenizer = source.loaded.tokenizer
                 texts = generations_of(source, generations, options.max_new_tokens, options.targets)
                 clock.lap("generate")
             weight = member.weight if summed else member.weight / total

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rapidin.attribution import baselines, methods
 from rapidin.attribution.clock import Clock
+from rapidin.attribution.common import TrainingSample, sampled_rows
 from rapidin.attribution.groups import groups, histogram
 from rapidin.attribution.hit_gradients import (
     Contributions,
@@ -27,6 +28,7 @@ from rapidin.attribution.rerank import Candidates, RankIntervals, find_candidate
 from rapidin.attribution.scan import Ends, all_scores, scores_of
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.attribution.training_data import hits_of
+from rapidin.attribution.verdict import verdicts
 from rapidin.cache import Cache
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.examples import Examples
@@ -200,11 +202,12 @@ def _target_results(
     by_row: dict[int, Tensor],
     top: Sequence[Hit],
 ) -> list[TargetResult]:
-    """The results of a generation's targets; top: the generation's most helpful hits."""
+    """The results of a generation's targets; top: the hits at the top of its ranking."""
     assert work.candidates is not None
+    helpful = [hit for hit in top if hit.score > 0]
     results = []
     for n, (span, ends) in enumerate(zip(generation.spans, hits_by_target, strict=True)):
-        influence = sum(hit.targets[n] for hit in top) / max(1, len(top))
+        influence = sum(hit.targets[n] for hit in helpful) / max(1, len(helpful))
         both = (
             work.candidates.with_copies(
                 targets.start + n, end, [_with_targets(hit, by_row, targets) for hit in hits]
@@ -213,6 +216,23 @@ def _target_results(
         )
         results.append(TargetResult(span.text, span.positions, influence, *both))
     return results
+
+
+def judge(work: _Work) -> None:
+    """Adds the verdicts, and what the hits of queries that stand out have in common."""
+    query, options = work.query, work.options
+    assert work.candidates is not None
+    (scores, rows), _ = work.candidates.best(1)
+    best = torch.where(rows >= 0, scores, torch.nan)[: len(work.ranked), 0]
+    found = verdicts(query.sketches if query.finer is None else [query.finer], options, best)
+    sample: TrainingSample | None = None
+    for n, verdict in enumerate(found):
+        examples = [hit.example for hit in work.results[n].helpful if hit.example is not None]
+        if verdict is not None and verdict.strength in ("strong", "weak") and work.data is not None:
+            sample = sample or TrainingSample(work.data, sampled_rows(work.cache))
+            verdict = replace(verdict, common=sample.common(examples))
+        work.results[n] = replace(work.results[n], verdict=verdict)
+    work.clock.lap("verdict")
 
 
 def summarise_scores(work: _Work) -> None:
@@ -244,7 +264,7 @@ def compare_baselines(work: _Work) -> None:
     assert work.data is not None
     source = work.sources(len(work.query.sketches) - 1)
     if source.loaded.sharded:
-        raise UserError("--baselines needs an unsharded model", "leave out --shard-model")
+        raise UserError("`baselines` needs an unsharded model", "leave out `shard_model`")
     counted = methods.counted(work.cache)
     texts = [
         baselines.plain_text(work.data[row]) if counts else "" for row, counts in enumerate(counted.tolist())
@@ -285,6 +305,7 @@ LOOK_UPS: tuple[Callable[[_Work], None], ...] = (
     estimate_errors,
     choose_hits,
     look_up_hits,
+    judge,
     summarise_scores,
     compare_baselines,
     attribute_to_tokens,

@@ -123,7 +123,7 @@ class HitGradients:
             if source.loaded.sharded:
                 raise UserError(
                     "token contributions and exact gradients need an unsharded model",
-                    "leave out --shard-model, or what needs them",
+                    "leave out `shard_model`, or what needs them",
                 )
             yield number, source
 

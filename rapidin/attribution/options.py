@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from rapidin.data.fields import FieldMap
-from rapidin.errors import UserError
-from rapidin.settings import Settings, documented, option
+from rapidin.errors import UserError, short
+from rapidin.settings import Settings, documented, dtype_name, option
 
 if TYPE_CHECKING:
     from rapidin.cache import Cache
@@ -137,7 +139,7 @@ class QueryOptions(Settings):
         metavar="N",
         panel="Scoring",
         limits=(1, None),
-        default="1000 with a cache, twice --top-k with exact",
+        default="1000 with a cache, twice `top_k` with exact",
     )
     targets: Targets | None = option(
         None,
@@ -177,21 +179,20 @@ class QueryOptions(Settings):
     max_new_tokens: int = _MAX_NEW_TOKENS
 
     def __post_init__(self) -> None:
-        if self.top_k < 1:
-            raise UserError(f"--top-k must be at least 1, got {self.top_k}")
+        self.check_values()
         if self.candidates is not None:
             if self.rescore is None:
-                raise UserError("--candidates is the number that --rescore looks at", "use --rescore too")
+                raise UserError("`candidates` is the number that `rescore` looks at", "use `rescore` too")
             if self.candidates < self.top_k:
-                raise UserError(f"--candidates {self.candidates} is less than --top-k {self.top_k}")
+                raise UserError(f"`candidates` {self.candidates} is less than `top_k` {self.top_k}")
         if isinstance(self.rescore, str) and not self.exact:
             raise UserError(f"cannot rescore by '{self.rescore}'", "give a cache, or 'exact'")
         if self.together and self.targets is not None:
-            raise UserError("targets are parts of single generations", "leave out --together")
+            raise UserError("targets are parts of single generations", "leave out `together`")
         if self.exact and self.method != "dot":
             raise UserError(
                 f"exact gradients cannot be scored by '{self.method}', which works on sketches only",
-                "use --method dot with --rescore exact",
+                "use `method='dot'` with `rescore='exact'`",
             )
 
     @property
@@ -232,8 +233,8 @@ class QueryOptions(Settings):
     def needs_texts(self) -> str:
         """What of this needs the training examples, in words; "" for nothing."""
         if self.needs_gradients:
-            return "--contributions or --rescore exact"
-        return "--by" if self.by is not None else "--baselines" if self.baselines else ""
+            return "`contributions` or `rescore='exact'`"
+        return "`by`" if self.by is not None else "`baselines`" if self.baselines else ""
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values; a cache to rescore by is its path."""
@@ -249,6 +250,9 @@ class ModelLocation(Settings):
     model: str | None = option(None, help="New location of the model.", metavar="MODEL", panel="Model")
     adapter: str | None = option(None, help="New location of the adapter.", metavar="ADAPTER", panel="Model")
     base: str | None = option(None, help="New location of the base model.", metavar="MODEL", panel="Model")
+    tokenizer: str | None = option(
+        None, help="New location of the tokenizer.", metavar="TOKENIZER", panel="Model"
+    )
     device: str | None = DEVICE
     shard_model: bool = SHARD_MODEL
     trust_remote_code: bool = TRUST_REMOTE_CODE
@@ -264,7 +268,7 @@ class CacheOptions(Settings):
         help="Number format of stored sketches; sign stores one bit per number.",
         panel="Storage",
         choices=("float16", "float32", "int8", "int4", "sign"),
-        default="float16, or sign with --bytes",
+        default="float16, or sign with `bytes`",
     )
     bytes: int | None = option(
         None,
@@ -280,7 +284,7 @@ class CacheOptions(Settings):
         metavar="N",
         panel="Storage",
         limits=(0, None),
-        default="1024 with --bytes, else 0",
+        default="1024 with `bytes`, else 0",
     )
     shard_rows: int | None = option(
         None,
@@ -296,6 +300,12 @@ class CacheOptions(Settings):
         "that differ are computed by autograd, one example at a time.",
         panel="Gradients",
     )
+    null: bool = option(
+        True,
+        help="Score everyday questions and some of the examples against the finished cache, so that a query "
+        "can say whether its best score stands out.",
+        panel="Storage",
+    )
     limit: int | None = option(
         None, help="Use only the first N examples.", metavar="N", panel="Data", limits=(1, None)
     )
@@ -303,8 +313,8 @@ class CacheOptions(Settings):
     streaming: bool = STREAMING
     append: bool = option(
         False,
-        help="Add examples to a cache that has the first of them: --data has grown, or another --data "
-        "follows it.",
+        help="Add examples to a cache that has the first of them: the data has grown, or more data follows "
+        "it.",
         panel="Data",
     )
     part: tuple[int, int] | None = option(
@@ -317,13 +327,13 @@ class CacheOptions(Settings):
     )
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
+        self.check_values()
         number, parts = self.part or (1, 1)
         if not 0 <= number <= parts or parts < 1:
-            raise UserError(f"--part {number}/{parts} is none of {parts} parts", "as in --part 1/4")
+            raise UserError(f"`part` {number}/{parts} is none of {parts} parts", "count them from 1")
         if self.append and parts > 1:
-            raise UserError("--append and --part do not go together", "add to the merged cache")
-        if self.shard_rows is not None and self.shard_rows < 1:
-            raise UserError(f"--shard-rows must be at least 1, got {self.shard_rows}")
+            raise UserError("`append` and `part` do not go together", "add to the merged cache")
 
 
 def _rescore_of(text: str) -> Any:
@@ -335,5 +345,64 @@ def _rescore_of(text: str) -> Any:
 def _part_of(text: str) -> tuple[int, int]:
     number, slash, parts = text.partition("/")
     if not (slash and number.isdecimal() and parts.isdecimal()):
-        raise UserError(f"--part must be two numbers, got {text}", "as in --part 1/4")
+        raise UserError(f"`part` must be two numbers, got {text}", "as in 1/4")
     return int(number), int(parts)
+
+
+@dataclass(frozen=True)
+class DropConditions:
+    """Which rows are dropped: those that meet all of the conditions.
+
+    Raises UserError for a condition that is not understood.
+    """
+
+    top_k: int | None = option(
+        None,
+        help="Of each query's hits, or of a table of scores, only the first N.",
+        metavar="N",
+        panel="Rows",
+        limits=(1, None),
+        default="all",
+    )
+    min_score: float | None = option(
+        None, help="Only rows with at least this score.", metavar="SCORE", panel="Rows"
+    )
+    max_score: float | None = option(
+        None, help="Only rows with at most this score.", metavar="SCORE", panel="Rows"
+    )
+    harmful: bool = option(False, help="The most harmful hits instead of the most helpful.", panel="Rows")
+    where: tuple[str, ...] = option(
+        (),
+        help="Only rows that have this value in a column; repeat it for several columns.",
+        metavar="COLUMN=VALUE",
+        panel="Rows",
+    )
+
+    def __post_init__(self) -> None:
+        for condition in self.where:
+            if not condition.partition("=")[1] or condition.startswith("="):
+                raise UserError(
+                    f"`where` has {short(condition)}, which is not a column and a value",
+                    "as in poisoned=true",
+                )
+
+    def has(self, record: Mapping[str, Any]) -> bool:
+        """Whether a record has the values that `where` asks for: as text, or as JSON spells them."""
+        for condition in self.where:
+            column, _, value = condition.partition("=")
+            if column not in record or value not in _spellings(record[column]):
+                return False
+        return True
+
+    def scored(self, score: float) -> bool:
+        """Whether a score is in the range that is asked for."""
+        low = -math.inf if self.min_score is None else self.min_score
+        high = math.inf if self.max_score is None else self.max_score
+        return low <= score <= high
+
+
+def _spellings(value: object) -> tuple[str, ...]:
+    try:
+        return str(value), json.dumps(value)
+    except (TypeError, ValueError):
+        return (str(value),)

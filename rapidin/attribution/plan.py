@@ -76,10 +76,10 @@ def make_plan(
         length = min(length, float(source.settings.max_length))
         texts = _texts(source, round(length))
     elif not texts or tokens:
-        raise UserError(f"the task '{source.task.name}' is measured on examples", "give --data, not --tokens")
+        raise UserError(f"the task '{source.task.name}' is measured on examples", "give `data`, not `tokens`")
     check = source.checked(texts)
     fit_seconds, seconds, memory = _calibrate(source.with_check(check), texts)
-    total = fit_seconds * min(source.config.sample, examples) + seconds * examples
+    total = fit_seconds * source.config.sample_of(examples) + seconds * examples
     formats = _formats(source.blocks, source.width, examples, _read_speed())
     return Plan(examples, source.blocks, source.width, length, total, memory, formats, source.coverage, check)
 

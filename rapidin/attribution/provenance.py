@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,10 +15,11 @@ from rapidin.cache.layout import Block, layer_table
 from rapidin.cache.learned_files import read_preconditioner
 from rapidin.cache.names import PRECONDITIONER
 from rapidin.data.examples import Examples
+from rapidin.distributed import world
 from rapidin.errors import UserError
 from rapidin.gradients.check import GradientCheck
 from rapidin.gradients.load import load_model
-from rapidin.gradients.model import LoadedModel
+from rapidin.gradients.model import MEMORY, LoadedModel
 from rapidin.gradients.preconditioner import Preconditioner, PreconditionerConfig
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
@@ -36,16 +38,53 @@ def load_model_of(path: str | Path, location: ModelLocation | None = None) -> Lo
     location = location or ModelLocation()
     name = location.model or source.get("model")
     if name is None:
-        raise UserError(f"the cache in '{path}' does not say which model made it", "name it with --model")
+        raise UserError(f"the cache in '{path}' does not say which model made it", _how_to_load(manifest))
     return load_model(
         name,
         adapter=location.adapter or source.get("adapter"),
         base=location.base or source.get("base"),
+        tokenizer=_tokenizer_of(source, location),
         device=location.device,
         dtype=source.get("dtype"),
         trust_remote_code=location.trust_remote_code,
         shard_model=location.shard_model,
         task=task_name(manifest),
+    )
+
+
+def _other_tokenizer(recorded: Mapping[str, Any], given: Mapping[str, str]) -> str:
+    """In words, how the tokenizer that a cache was made with differs from another."""
+    nouns = {"vocabulary": "vocabulary", "template": "chat template"}
+    differ = [noun for key, noun in nouns.items() if recorded.get(key, given.get(key)) != given.get(key)]
+    if not differ:
+        return "with another tokenizer: its contents are not the same"
+    verb = "is" if len(differ) == 1 else "are"
+    return f"with another tokenizer: its {' and '.join(differ)} {verb} not the same"
+
+
+def _tokenizer_of(source: Mapping[str, Any], location: ModelLocation) -> str | None:
+    """The tokenizer that made a cache; None for the usual one. Caches of models that were loaded by their
+    names, but that do not name it, were made with the model's own."""
+    recorded = source.get("tokenizer")
+    if location.tokenizer is not None or "dtype" not in source or MEMORY in source:
+        return location.tokenizer
+    for moved, name in ((location.model, source.get("model")), (location.adapter, source.get("adapter"))):
+        if recorded == name:
+            return moved or recorded
+    return recorded or location.model or source.get("model")
+
+
+def _how_to_load(manifest: Manifest) -> str:
+    """What to do if the model that was loaded is not the one that made the cache."""
+    source, identity = manifest.model["source"], manifest.model["identity"]
+    if "dtype" in source and MEMORY not in source:  # it was loaded by its names
+        return "name what it was made with: `model`, `adapter`, `base` or `tokenizer`"
+    saved = ["adapter"] if "adapter" in identity else []
+    saved += [] if saved and source.get("model") else ["model"]
+    return (
+        "it was made with a model in memory: in Python use rapidin.Attributor.like(cache, model, tokenizer), "
+        f"or save the {' and the '.join(saved)} with save_pretrained and name "
+        f"{' and '.join(f'`{name}`' for name in saved)}"
     )
 
 
@@ -80,7 +119,11 @@ def manifest_of(
         data = {"path": examples.path, "form": examples.form, "identity": examples.identity}
         data |= examples.reading.to_json()
     return Manifest(
-        model={"source": source.loaded.source, "identity": source.loaded.identity},
+        model={
+            "source": source.loaded.source,
+            "identity": source.loaded.identity,
+            **source.loaded.text_identity,
+        },
         sketch=recorded["sketch"],
         gradient=gradient,
         text=recorded["text"],
@@ -90,6 +133,24 @@ def manifest_of(
         shard_rows=1,
         layers=layers_of(source),
     )
+
+
+def resumed(source: GradientSource, path: Path) -> GradientSource:
+    """The source with the date of the cache at `path`, if one was begun there and none was asked for.
+
+    All processes use that of the leading one.
+    """
+    if source.settings.date is None or not source.chooses_date:
+        return source
+
+    def date() -> bytes:
+        try:
+            begun = Manifest.read(path).text.get("date")
+        except UserError:  # there is none, or opening it says what is wrong
+            begun = None
+        return str(begun or source.settings.date).encode()
+
+    return source.with_date(world().share(date).decode())
 
 
 def read_fitted(manifest: Manifest) -> Preconditioner | None:
@@ -142,16 +203,16 @@ def source_of(manifest: Manifest, loaded: LoadedModel, task: Task | None = None)
 
 
 def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
-    """The source with a cache's preconditioner, and gradients taken as the cache's check demands.
+    """The source with a cache's preconditioner and date, and gradients taken as the cache's check demands.
 
     Raises UserError if the cache was made with another model or other settings than the source has.
     """
     recorded, loaded = manifest.model["identity"], source.loaded.identity
     if recorded != loaded:
-        raise UserError(
-            f"the cache was made {other_model(recorded, loaded)}",
-            "name what it was made with: --model, --adapter or --base",
-        )
+        what = other_model(recorded, loaded)
+        if {**recorded, "tokenizer": ""} == {**loaded, "tokenizer": ""}:
+            what = _other_tokenizer(manifest.model, source.loaded.text_identity)
+        raise UserError(f"the cache was made {what}", _how_to_load(manifest))
     expected = manifest_of(source, manifest.codec, manifest.rows)
     for section in ("sketch", "gradient", "layers"):
         of_cache, of_source = getattr(manifest, section), getattr(expected, section)
@@ -167,4 +228,5 @@ def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
             raise UserError(
                 f"the cache was made with other settings ({section})", "use the settings of its manifest"
             )
-    return source.with_check(check_of(manifest)).with_preconditioner(read_fitted(manifest))
+    dated = source.with_date(manifest.text.get("date"))
+    return dated.with_check(check_of(manifest)).with_preconditioner(read_fitted(manifest))

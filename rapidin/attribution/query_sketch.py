@@ -124,7 +124,7 @@ def sketch_targets(source: GradientSource, generations: Sequence[Generation]) ->
         raise UserError(
             "the rapidgrad projection scales the gradient of a whole generation, so its tokens have no "
             "scores of their own",
-            "make the cache with --projection tensor",
+            "make the cache with `projection='tensor'`",
         )
     sketch, status = source.sketches(targets.texts)
     if bool((status != 0).any()):

@@ -215,5 +215,5 @@ def check_same_examples(caches: Sequence[Cache]) -> None:
         if not same or other.manifest.data.get("identity") != first.manifest.data.get("identity"):
             raise UserError(
                 f"the caches {first.path} and {other.path} are not of the same examples",
-                "cache the same --data for all of them",
+                "cache the same data for all of them",
             )

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from rapidin.data.records import jsonl
 from rapidin.errors import UserError, short
 
 
@@ -24,10 +24,10 @@ def count_of(text: str, rows: int) -> int:
     try:
         count = float(text[:-1]) / 100 * rows if text.endswith("%") else float(int(text))
     except ValueError:
-        raise UserError(f"--top {short(text)} is neither a number nor a share", "as in --top 5%") from None
+        raise UserError(f"`top` {short(text)} is neither a number nor a share", "as in 5%") from None
     if not 0 < count <= rows:
         raise UserError(
-            f"--top {short(text)} of {rows:,} examples", "use more than 0 and at most all of them"
+            f"`top` {short(text)} of {rows:,} examples", "use more than 0 and at most all of them"
         )
     return max(1, round(count))
 
@@ -52,13 +52,8 @@ def best_rows(scores: Tensor, count: int) -> list[int]:
     best = torch.where(scores.isnan(), -torch.inf, scores).amax(0)
     usable = int((best > -torch.inf).sum())
     if usable < count:
-        raise UserError(f"only {usable:,} examples have a gradient, --top asks for {count:,}", "lower --top")
+        raise UserError(f"only {usable:,} examples have a gradient, `top` asks for {count:,}", "lower `top`")
     return sorted(torch.sort(best, descending=True, stable=True).indices[:count].tolist())
-
-
-def jsonl(records: Sequence[Mapping[str, Any]]) -> str:
-    """The records as JSON, one a line."""
-    return "".join(json.dumps(dict(record), ensure_ascii=False, default=str) + "\n" for record in records)
 
 
 def table(columns: Mapping[str, Sequence[Any]], path: str) -> str:

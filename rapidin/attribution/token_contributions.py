@@ -43,7 +43,7 @@ def _batch(source: GradientSource, text: AnyExample) -> AnyBatch:
 
 
 def _no_tokens(error: TypeError) -> UserError:
-    return UserError(str(error), "leave out --contributions, or that parameter of the cache with --exclude")
+    return UserError(str(error), "leave out `contributions`, or that parameter of the cache with `exclude`")
 
 
 def sketched(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +13,16 @@ from torch import Tensor
 
 from rapidin.attribution.provenance import task_name
 from rapidin.cache import Cache
+from rapidin.data.encoding import decoded
 from rapidin.data.examples import Examples, open_examples
-from rapidin.data.records import Record, record_hash
+from rapidin.data.records import TEXTS, Record, record_hash, tokens_of
 from rapidin.data.sources import DataNotFound, Files, join_paths
 from rapidin.errors import UserError
+from rapidin.results.collection import Results
 from rapidin.results.types import Hit
 from rapidin.tasks.names import forms_of
+
+_LOG = logging.getLogger("rapidin")
 
 
 def cached_record(
@@ -30,7 +37,7 @@ def cached_record(
         named = ", ".join(examples.path) if isinstance(examples.path, list) else examples.path
         raise UserError(
             f"the training data '{named}' is not what was cached: see example {index}",
-            f"name the right file with --train-data{alternative}",
+            f"name the right file with `examples`{alternative}",
         )
     return record
 
@@ -39,17 +46,24 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
     """The training examples to show with hits, opened but not read; by default those that the cache was made
     of.
 
-    None if `examples` is False, or if the examples were never in a file. Raises UserError if they do not
-    exist or their number is another; `hits_of` checks each example that is shown.
+    None if `examples` is False, or if the examples were in the memory of another process, which is said.
+    Raises UserError if they do not exist or their number is another; `hits_of` checks each example that is
+    shown.
     """
     if examples is False:
         return None
     if isinstance(examples, Examples):
         return examples
     source = cache.manifest.data.get("path") if examples is None else examples
+    if source is None and cache.examples is None:
+        _LOG.warning(
+            "the hits have no texts, since the cache %s was made from data in memory; give the same data "
+            "with `examples` to see them",
+            cache.path,
+        )
     if source is None:
-        return None
-    remedy = "name it with --train-data, or use --no-text to see line numbers only"
+        return cache.examples
+    remedy = "name it with `examples`, or use `examples=False` to see line numbers only"
     if examples is None:
         source = join_paths([source] if isinstance(source, str) else source)
     paths = list(source.paths) if isinstance(source, Files) else [source]
@@ -73,6 +87,37 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
     return opened
 
 
+def with_texts(results: Results, tokenizer: Any) -> Results:
+    """The results with the texts of the hits whose examples are given as token ids."""
+    if tokenizer is None:
+        return results
+
+    def read(hits: Sequence[Hit]) -> list[Hit]:
+        return [_read(hit, tokenizer) for hit in hits]
+
+    return Results(
+        [
+            replace(
+                result,
+                top=read(result.top),
+                bottom=read(result.bottom),
+                targets=[
+                    replace(each, top=read(each.top), bottom=read(each.bottom)) for each in result.targets
+                ],
+            )
+            for result in results
+        ]
+    )
+
+
+def _read(hit: Hit, tokenizer: Any) -> Hit:
+    if hit.example is None or TEXTS.of(hit.example) != "tokens":
+        return hit
+    ids, counts = tokens_of(hit.example)
+    first = counts.index(True) if True in counts else len(ids)
+    return replace(hit, decoded=(decoded(tokenizer, ids[:first]), decoded(tokenizer, ids[first:])))
+
+
 def hits_of(cache: Cache, examples: Examples | None, scores: Tensor, rows: Tensor) -> list[Hit]:
     """The hits of one end of one query, from scores [k] and rows [k]; rows below 0 are no hits.
 
@@ -87,6 +132,6 @@ def hits_of(cache: Cache, examples: Examples | None, scores: Tensor, rows: Tenso
     for n, (score, row) in enumerate(ranked):
         example = None
         if examples is not None:
-            example = cached_record(examples, row, index[n], hashes[n], ", or use --no-text")
+            example = cached_record(examples, row, index[n], hashes[n], ", or use `examples=False`")
         hits.append(Hit(n + 1, index[n], row, score, example))
     return hits

@@ -43,7 +43,7 @@ _MIN_SAMPLED = 4  # examples with a gradient that a basis can be learned from
 # Gives sketches [n, blocks, width] of texts and their status [n] uint8, both on the model's device; reports
 # examples, tokens and skipped ones as it goes.
 Sketch = Callable[[Sequence[AnyExample]], tuple[Tensor, Tensor]]
-ExampleOf = Callable[[Record | None], AnyExample]  # the example of a record, None for a malformed one
+ExampleOf = Callable[[int, Record | None], AnyExample]  # of a row and its record, None for a malformed one
 
 
 def shard_rows(manifest: Manifest, folder: Path | None = None) -> int:
@@ -181,7 +181,7 @@ class CachingLoop:
         if writer.missing:
             raise UserError(
                 f"{len(writer.missing)} shards that other processes wrote are not in '{writer.folder}'",
-                "name a folder with --out that all machines share, or see --part",
+                "name a folder that all machines share, or see `part`",
             )
         writer.finish()
 
@@ -248,7 +248,7 @@ class CachingLoop:
                 raise UserError(
                     f"only {len(valid)} of {len(self.sample)} sampled examples have a gradient, "
                     f"at least {_MIN_SAMPLED} are needed",
-                    "leave --bytes out, or use --sample 0",
+                    "leave `bytes` out, or use `sample=0`",
                 )
             # Concatenated in float16, and one copy at a time.
             sketches = torch.cat([rows.tensors["sketch"] for _, rows in self._sample_cache.shards()])
@@ -270,7 +270,7 @@ class CachingLoop:
     def make_shard(self, rows: Sequence[int], codec: Codec) -> Finish:
         """Make the sketches of these rows and encode them, on a GPU without waiting for it."""
         records = [self.examples.get(row) for row in rows]
-        encoded = [self.example(record) for record in records]
+        encoded = [self.example(row, record) for row, record in zip(rows, records, strict=True)]
         names = list(codec.tensor_specs())
         downloads: list[tuple[list[int], Download]] = []
         for group in self._groups(encoded):

@@ -50,16 +50,17 @@ def _refuse(section: str, words: str, cached: Any, requested: Any, folder: Path,
         detail = f" ({key}: {there} in the cache, {here} requested)"
     elif not isinstance(cached, list):
         detail = f" ({cached} in the cache, {requested} requested)"
-    remedy = "name another folder with --out"
+    remedy = "name another folder with `path`"
     if append:
-        remedy += ", or add the new examples with --append"
+        remedy += ", or add the new examples with `append`"
     raise UserError(f"the cache in '{folder}' was made {words}{detail}", remedy)
 
 
 def gradient_settings(gradient: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest's `gradient` as it was requested, so that two of them can be compared.
 
-    What was found out about the model is left out, since the model determines it, and so is the result of
+    What was found out about the model is left out, since the model determines it, and so are the steps of a
+    training run that sketches were taken in, and the result of
     fitting a preconditioner to a sample, which data, model and seed determine. The checksum of an optimizer's
     state is not.
     """
@@ -67,7 +68,7 @@ def gradient_settings(gradient: Mapping[str, Any]) -> dict[str, Any]:
     if preconditioner != "off":
         left_out = {"file", "bytes"} if preconditioner["kind"] == "optimizer" else {"file", "bytes", "sha256"}
         preconditioner = {k: v for k, v in preconditioner.items() if k not in left_out}
-    requested = {k: v for k, v in gradient.items() if k not in ("check", "coverage")}
+    requested = {k: v for k, v in gradient.items() if k not in ("check", "coverage", "training")}
     return {**requested, "preconditioner": preconditioner}
 
 
@@ -78,7 +79,7 @@ def preconditioner_words(value: str | Mapping[str, Any]) -> str:
     if value["kind"] == "optimizer":
         source = f"from the optimizer's state {str(value['sha256'])[:8]}"
     else:
-        source = f"from a sample of {value['sample']} examples"
+        source = f"from a sample of at most {value['sample']} examples"
     if value["kind"] == "kfac":
         return f"K-FAC's {source}, rank {value['rank']}, damping {value['damping']:g}"
     return f"{source}, exponent {value['exponent']:g}, floor {value['floor']:g}"

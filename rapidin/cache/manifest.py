@@ -35,7 +35,8 @@ class Shard:
     """One finished shard, which stores rows ``first`` to ``first + rows - 1``.
 
     It has fewer rows than its range if examples were added to the cache and it is yet to be rewritten.
-    counts: number of examples by status.
+    counts: number of examples by status; xxh3: the checksum that its first reader compares, None in caches of
+    earlier versions.
     """
 
     file: str
@@ -44,15 +45,29 @@ class Shard:
     bytes: int
     sha256: str
     counts: dict[str, int]
+    xxh3: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The shard as the manifest stores it."""
+        return {name: value for name, value in asdict(self).items() if value is not None}
 
     @staticmethod
     def from_json(value: Any) -> Shard:
-        """The shard that `asdict` gave; KeyError, TypeError or ValueError if it is not one."""
+        """The shard that `to_json` gave; KeyError, TypeError or ValueError if it is not one."""
         if not isinstance(value, dict) or not isinstance(value["counts"], dict):
             raise ValueError(f"{short(value)} is not a shard")
         counts = {schema.name(k): schema.count(n) for k, n in value["counts"].items()}
         first, rows, size = (schema.count(value[key]) for key in ("first", "rows", "bytes"))
-        return Shard(str(value["file"]), first, rows, size, schema.checksum(value["sha256"]), counts)
+        fast = value.get("xxh3")
+        return Shard(
+            str(value["file"]),
+            first,
+            rows,
+            size,
+            schema.checksum(value["sha256"]),
+            counts,
+            None if fast is None else schema.checksum(fast, 16),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,7 +108,8 @@ class Manifest:
     points, loss, preconditioner; text: how texts became tokens; data: where the examples came from; codec:
     how rows are to be stored; rows: number of examples; shard_rows: rows of each shard but the last; layers:
     the layer table; fitted_codec: the packed codec once it is fitted, None before; shards: those that are
-    finished; folder: where the manifest was read.
+    finished; null: the best scores of the null distribution (`rapidin.attribution.null_scores`), None if
+    there is none; folder: where the manifest was read.
     """
 
     model: dict[str, Any]
@@ -107,6 +123,7 @@ class Manifest:
     layers: list[Block]
     fitted_codec: FittedCodec | None = None
     shards: list[Shard] = field(default_factory=list)
+    null: dict[str, dict[str, list[float]]] | None = None
     folder: Path | None = field(default=None, compare=False, repr=False)
 
     @property
@@ -208,7 +225,8 @@ class Manifest:
             "shard_rows": self.shard_rows,
             "fitted_codec": None if self.fitted_codec is None else self.fitted_codec.to_json(),
             "layers": [block.to_json() for block in self.layers],
-            "shards": [asdict(shard) for shard in self.shards],
+            "shards": [shard.to_json() for shard in self.shards],
+            **({} if self.null is None else {"null": self.null}),
         }
 
     @property
@@ -226,13 +244,13 @@ class Manifest:
         if self.dim > _MAX_DIM:
             raise UserError(
                 f"the sketch would have {self.dim:,} numbers, at most {_MAX_DIM:,} are possible",
-                "lower --width",
+                "lower `width`",
             )
         if self.shards_in_all * _SHARD_BYTES > _MAX_BYTES // 2:
             least = -(-self.rows * _SHARD_BYTES * 2 // _MAX_BYTES)
             raise UserError(
                 f"the cache would have {self.shards_in_all:,} shards, too many for one manifest",
-                f"--shard-rows must be at least {least}",
+                f"`shard_rows` must be at least {least}",
             )
 
     # ------------------------------------------------------------------------------------ reading
@@ -290,6 +308,7 @@ class Manifest:
             layers=[Block.from_json(block) for block in value["layers"]],
             fitted_codec=None if fitted is None else FittedCodec.from_json(fitted),
             shards=[Shard.from_json(shard) for shard in value["shards"]],
+            null=None if value.get("null") is None else schema.checked_null(value["null"]),
         )
         manifest._check_layers()
         if manifest.fitted_codec is not None:

@@ -32,7 +32,7 @@ def merge(
     _refuse_unlike_parts(Path(out), parts)
     located = _locate_shards(parts)
     first, whole = next(iter(parts.items()))
-    with CacheWriter(out, replace(whole, fitted_codec=None, shards=[])) as writer:
+    with CacheWriter(out, replace(whole, fitted_codec=None, shards=[], null=None)) as writer:
         _copy_learned(first, whole, writer)
         missing = set(writer.missing)
         done, total = 0, sum(shard.bytes for _, shard in located)
@@ -74,7 +74,7 @@ def _refuse_unlike_parts(out: Path, parts: dict[Path, Manifest]) -> None:
             manifest.refuse_unless_same(whole, folder)
         except UserError as error:
             raise UserError(
-                f"{error.what}, unlike the one in '{first}'", "merge parts that one command made (--part)"
+                f"{error.what}, unlike the one in '{first}'", "merge parts that one command made (`part`)"
             ) from None
         if manifest.fitted_codec != whole.fitted_codec:
             _refuse_learned("bases", first, folder)
@@ -85,7 +85,7 @@ def _refuse_unlike_parts(out: Path, parts: dict[Path, Manifest]) -> None:
 def _refuse_learned(what: str, first: Path, folder: Path) -> None:
     raise UserError(
         f"the caches in '{first}' and '{folder}' have learned different {what}",
-        "learn them once, with --part 0/N, and copy them to all machines first",
+        "learn them once, with `part` 0/N, and copy them to all machines first",
     )
 
 

@@ -11,11 +11,21 @@ from rapidin.ops.transfer import Download
 
 
 @dataclass(frozen=True, slots=True)
+class Stage:
+    """How far a step is that comes before examples are cached: done, of `total` passes over examples."""
+
+    name: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """How far caching is, over all processes.
 
     done: of `total` examples, `resumed` of them by earlier runs; tokens: read by this run; skipped: examples
-    without a sketch in this run; message: text for the user, once.
+    without a sketch in this run; message: text for the user, once; stage: what comes before examples are
+    cached, such as fitting the preconditioner, and how far it is.
     """
 
     done: int
@@ -24,6 +34,7 @@ class Progress:
     skipped: int
     resumed: int
     message: str | None = None
+    stage: Stage | None = None
 
 
 OnProgress = Callable[[Progress], None]
@@ -65,9 +76,13 @@ class Meter:
         self._tally.add(done, tokens, skipped)
         self.tell(None)
 
-    def tell(self, message: str | None, *, now: bool = False) -> None:
+    def stage(self, name: str, done: int, total: int) -> None:
+        """Report how far a step is that comes before examples are cached."""
+        self.tell(None, stage=Stage(name, done, total))
+
+    def tell(self, message: str | None, *, now: bool = False, stage: Stage | None = None) -> None:
         """Report to the caller; now: with the latest counts of all processes."""
         done, tokens, skipped = self._tally.total(now=now)
         if self._on_progress:
             done += self._resumed
-            self._on_progress(Progress(done, self._total, tokens, skipped, self._resumed, message))
+            self._on_progress(Progress(done, self._total, tokens, skipped, self._resumed, message, stage))

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 from bisect import bisect_right
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -18,8 +20,19 @@ from rapidin.cache.differences import preconditioner_words
 from rapidin.cache.layout import Block
 from rapidin.cache.learned_files import codec_of, read_preconditioner, shard_specs
 from rapidin.cache.manifest import Manifest, Shard
-from rapidin.cache.shards import HeaderCheck, Rows, checksum_problem, read_shard, shard_path, size_problem
+from rapidin.cache.shards import (
+    HeaderCheck,
+    Rows,
+    checksum_problem,
+    read_shard,
+    refuse_altered,
+    shard_path,
+    size_problem,
+)
+from rapidin.data.examples import Examples
 from rapidin.errors import UserError
+
+_AHEAD = 2  # shards whose bytes are compared while one is used
 
 
 class Cache:
@@ -31,15 +44,19 @@ class Cache:
     >>> cache.lengths([3, 5])           # [2, blocks] float32
     >>> cache.codec                     # how rows are stored: `rapidin.cache.codec`
 
-    resident: whether rows may stay on the GPU after a scan, for the next one, if there is room.
+    resident: whether rows may stay on the GPU after a scan, for the next one, if there is room. compared:
+    whether the bytes of a shard are compared with its checksum when it is first read in this process.
+    examples: the training data, if they were in memory when this process cached them; None otherwise.
 
     Raises UserError if the folder is not a cache, its manifest is damaged, or a shard has another size or
-    other tensors than it must; the contents of the tensors are not read before they are needed.
+    other tensors than it must. The contents of the tensors are read when they are needed, and a shard is
+    refused then if its bytes are not those that were written.
     """
 
-    def __init__(self, path: str | Path, *, resident: bool = True) -> None:
+    def __init__(self, path: str | Path, *, resident: bool = True, compared: bool = True) -> None:
         self.path = Path(path)
-        self.resident = resident
+        self.resident, self.compared = resident, compared
+        self.examples: Examples | None = None
         self.manifest = Manifest.read(self.path)
         self._rows: dict[int, Rows] = {}
         headers = HeaderCheck(shard_specs(self.manifest)) if self.manifest.shards else None
@@ -47,6 +64,12 @@ class Cache:
             problem = size_problem(self.path, shard) or (headers and headers.problem(self.path, shard))
             if problem:
                 raise UserError(problem, "'rapidin verify' checks the whole cache")
+
+    def __repr__(self) -> str:
+        m = self.manifest
+        rows = f"{len(self):,} examples" if m.complete else f"{len(self):,} of {m.rows:,} examples"
+        size = f"{len(m.layers):,} layers x {m.width:,} dimensions in {m.codec.dtype}"
+        return f"Cache('{self.path}': {rows}, {size}, {self.bytes / 1e6:,.1f} MB)"
 
     @cached_property
     def codec(self) -> Codec:
@@ -90,31 +113,44 @@ class Cache:
         if within is not None:
             low, high = within
             chosen = [(n, s) for n, s in chosen if s.first < high and s.first + s.rows > low]
-        for i, (n, shard) in enumerate(chosen):
-            if ahead:
+        if not ahead:
+            yield from ((shard.first, self._shard(n)) for n, shard in chosen)
+            return
+        with ThreadPoolExecutor(_AHEAD, thread_name_prefix="rapidin-checksums") as pool:
+            opening = deque(pool.submit(self._shard, n) for n, _ in chosen[:_AHEAD])
+            for i, (_, shard) in enumerate(chosen):
                 for _, later in chosen[i + 1 : i + 3] if i else chosen[:3]:
                     _read_ahead(shard_path(self.path, later))
-            if n not in self._rows:
-                self._rows[n] = read_shard(self.path, shard, self.codec)
-            yield shard.first, self._rows[n]
+                rows = opening.popleft().result()
+                if i + _AHEAD < len(chosen):
+                    opening.append(pool.submit(self._shard, chosen[i + _AHEAD][0]))
+                yield shard.first, rows
+
+    def _shard(self, n: int) -> Rows:
+        """The rows of the n-th finished shard, whose bytes are compared when it is first read."""
+        if n not in self._rows:
+            shard = self.manifest.shards[n]
+            if self.compared:
+                refuse_altered(self.path, shard)
+            self._rows[n] = read_shard(self.path, shard, self.codec)
+        return self._rows[n]
 
     def _locate(self, rows: list[int] | None) -> Iterator[tuple[Rows, list[int] | slice]]:
         """The shards of these rows, in their order, and the rows' positions in them."""
-        shards = list(self.shards())
+        shards = self.manifest.shards
         if not shards:
             raise UserError(
                 f"the cache in '{self.path}' holds no examples yet", "run the same 'rapidin cache' again"
             )
         if rows is None:
-            for _, shard in shards:
-                yield shard, slice(None)
+            for n in range(len(shards)):
+                yield self._shard(n), slice(None)
             return
-        starts = [first for first, _ in shards]
         for row in rows:
-            n = bisect_right(starts, row) - 1
-            if n < 0 or row - starts[n] >= len(shards[n][1].index):
+            n = bisect_right(shards, row, key=lambda shard: shard.first) - 1
+            if n < 0 or row - shards[n].first >= shards[n].rows:
                 raise IndexError(f"row {row} is not in the cache ({len(self)} of {self.manifest.rows} are)")
-            yield shards[n][1], [row - starts[n]]
+            yield self._shard(n), [row - shards[n].first]
 
     def _column(self, rows: list[int] | None, name: str) -> Tensor:
         return torch.cat([getattr(shard, name)[at] for shard, at in self._locate(rows)])
@@ -166,6 +202,7 @@ class Cache:
             "codec": m.codec.to_json(),
             "fitted_codec": None if m.fitted_codec is None else m.fitted_codec.to_json(),
             "preconditioner": preconditioner_words(m.gradient.get("preconditioner", "off")),
+            "null": {of: max(map(len, best.values()), default=0) for of, best in (m.null or {}).items()},
             "bytes": self.bytes,
             "bytes_per_example": self.bytes / len(self) if len(self) else None,
             "shards": len(m.shards),
@@ -207,6 +244,7 @@ def _shard_problem(folder: Path, shard: Shard, codec: Codec) -> str | None:
     problem = size_problem(folder, shard) or checksum_problem(folder, shard)
     if problem is None:
         try:
+            refuse_altered(folder, shard)
             read_shard(folder, shard, codec)
         except UserError as error:
             return error.what

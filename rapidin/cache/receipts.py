@@ -11,7 +11,6 @@ import contextlib
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 from rapidin.cache.manifest import Manifest, Shard
@@ -30,7 +29,7 @@ def _path(folder: Path, shard: Shard) -> Path:
 def leave(folder: Path, shard: Shard) -> None:
     """Write the receipt of a shard that is on disk; it is on disk too when this returns."""
     (folder / RECEIPTS).mkdir(exist_ok=True)
-    replace_file(_path(folder, shard), (json.dumps(asdict(shard)) + "\n").encode())
+    replace_file(_path(folder, shard), (json.dumps(shard.to_json()) + "\n").encode())
 
 
 def unrecorded(folder: Path, manifest: Manifest, *, check: bool = False) -> list[Shard]:

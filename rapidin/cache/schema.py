@@ -26,6 +26,7 @@ _SECTIONS: dict[str, dict[str, str]] = {
         "check": "check",
         "coverage": "coverage",
         "stack_sketch": "count",
+        "training": "training",
     },
     "text": {"eos": "flag", "max_length": "count", "too_long": "too_long"},
     "data": {
@@ -82,6 +83,12 @@ def _is_kind(value: Any) -> bool:
     return counts and isinstance(value["kind"], str) and _is_strings(value["names"]) and bool(value["names"])
 
 
+def _is_training(value: Any) -> bool:
+    counts = all(_is_count(value[key]) for key in ("first_step", "last_step", "visits", "seen"))
+    rates = all(_is_count(step) and is_number(rate) for step, rate in value["learning_rates"])
+    return counts and rates and is_number(value["weight"]) and isinstance(value["trainer"], str)
+
+
 _KINDS: dict[str, Callable[[Any], bool]] = {
     "string": lambda v: isinstance(v, str),
     "strings": _is_strings,
@@ -92,6 +99,7 @@ _KINDS: dict[str, Callable[[Any], bool]] = {
     "dropout": lambda v: _is_count(dict(v)["seed"]) and is_number(v["rate"]) and len(v) == 2,
     "check": _is_check,
     "coverage": _is_coverage,
+    "training": _is_training,
     "numbers": lambda v: isinstance(v, list) and all(is_number(item) for item in v),
     "count": _is_count,
     "flag": lambda v: isinstance(v, bool),
@@ -139,6 +147,21 @@ def checked_preconditioner(value: Any) -> str | dict[str, Any]:
     }
 
 
+def checked_null(value: Any) -> dict[str, dict[str, list[float]]]:
+    """The null distribution in a manifest: best scores, ascending, by set and normalization."""
+    null: dict[str, dict[str, list[float]]] = {}
+    for kind, best in dict(value).items():
+        null[name(kind)] = {name(normalize): _scores(scores) for normalize, scores in dict(best).items()}
+    return null
+
+
+def _scores(value: Any) -> list[float]:
+    valid = isinstance(value, list) and bool(value) and all(map(is_number, value))
+    if not valid or value != sorted(value):
+        raise ValueError(f"{short(value)} is not a list of ascending scores")
+    return [float(score) for score in value]
+
+
 def count(value: Any) -> int:
     """A number of things."""
     if not _is_count(value):
@@ -146,9 +169,9 @@ def count(value: Any) -> int:
     return int(value)
 
 
-def checksum(value: Any) -> str:
-    """A SHA-256 in hexadecimal digits."""
-    if not isinstance(value, str) or not re.fullmatch("[0-9a-f]{64}", value):
+def checksum(value: Any, digits: int = 64) -> str:
+    """A checksum in hexadecimal digits, as many as a SHA-256 has."""
+    if not isinstance(value, str) or not re.fullmatch(f"[0-9a-f]{{{digits}}}", value):
         raise ValueError(f"{short(value)} is not a checksum")
     return value
 

@@ -142,7 +142,7 @@ class CacheWriter(ShardWriter):
         if needed > free:
             raise UserError(
                 f"the cache needs {needed / 1e6:,.1f} MB and '{self.folder}' has {free / 1e6:,.1f} MB free",
-                "name a folder on a larger disk, or lower --width",
+                "name a folder on a larger disk, or lower `width`",
             )
         self.manifest.write(self.folder)
 
@@ -168,16 +168,17 @@ class CacheWriter(ShardWriter):
         if prefix(existing.rows) != existing.data.get("identity"):
             raise UserError(
                 f"the first {existing.rows:,} examples are not those of the cache in '{self.folder}'",
-                "give --data as it was when they were cached, and the new examples after them",
+                "give the data as it was when they were cached, and the new examples after them",
             )
         if not existing.complete:
             raise UserError(
                 f"the cache in '{self.folder}' is unfinished: "
                 f"{existing.rows_done:,} of {existing.rows:,} examples",
-                f"finish it first, with --limit {existing.rows} instead of --append",
+                f"finish it first, with `limit={existing.rows}` instead of `append`",
             )
         if existing.codec.sample or (existing.preconditioner or {}).get("sample"):
             existing.data["begun"] = existing.rows_begun
+        existing.null = None  # its scores are the best of fewer rows
         existing.rows, existing.data["identity"] = self.manifest.rows, self.manifest.data["identity"]
         shutil.rmtree(self.sample_folder, ignore_errors=True)  # it is of the examples before
 
@@ -202,6 +203,11 @@ class CacheWriter(ShardWriter):
     def set_check(self, record: dict[str, Any]) -> None:
         """Record the result of comparing gradients with autograd's, before any sketch is made."""
         self.manifest.gradient["check"] = record
+        self.manifest.write(self.folder)
+
+    def set_null(self, scores: dict[str, dict[str, list[float]]]) -> None:
+        """Record the null distribution of the complete cache."""
+        self.manifest.null = scores
         self.manifest.write(self.folder)
 
     def set_fitted_codec(self, shape: RowShape, basis: Basis | None, statistics: dict[str, float]) -> None:

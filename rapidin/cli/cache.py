@@ -5,13 +5,13 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from rapidin.attribution.options import CacheOptions
 from rapidin.cli.console import line, load, messages, quiet_libraries
-from rapidin.cli.options import ModelOptions, Only, Quiet, command
+from rapidin.cli.options import ModelOptions, Only, Quiet, command, with_flags
 from rapidin.errors import UserError
 from rapidin.gradients.settings import GradientSettings
 from rapidin.settings import option
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from rapidin.attribution.attributor import Attributor
+    from rapidin.attribution.progress import CachingBar
     from rapidin.cache import Cache
-    from rapidin.cli.progress import CachingBar
     from rapidin.data.examples import Examples
     from rapidin.gradients.dropout import DropoutMask
 
@@ -105,6 +105,7 @@ def cache(
 
     If it is stopped, rerun the same command to resume.
     """
+    from rapidin.attribution.progress import caching_text
     from rapidin.data.examples import open_examples
     from rapidin.data.sources import join_paths
     from rapidin.distributed import world
@@ -114,7 +115,7 @@ def cache(
     jobs = _jobs(model, loading, several, out)
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
-        task = _task(settings, model, loading, data)
+        task = task_to_load(settings, model, loading, data)
         examples = open_examples(
             join_paths(data),
             limit=options.limit,
@@ -144,11 +145,13 @@ def cache(
             )
             _say_what_counts(console, attributor, job.label)
             with console.status("checking the examples"):  # better now than after hours
-                attributor.source.check_records(examples)
+                notes = attributor.source.check_records(examples)
             if job is jobs[0] and world().leads:
                 _tell_malformed(examples)
+                for note in notes:
+                    line(note)
             made, bar = _cached(console, attributor, examples, job.out, options)
-        if quiet or bar.last is None:
+        if quiet or bar.watch.last is None:
             continue
         if options.part and not options.part[0]:
             line(
@@ -156,10 +159,10 @@ def cache(
                 "--part 1/N"
             )
             continue
-        line(f"{_what_was_done(bar)}: {_what_is_there(made)} in {job.out}")
+        line(caching_text(bar.watch, made))
 
 
-def _task(settings: GradientSettings, model: str, loading: ModelOptions, data: Sequence[str]) -> str:
+def task_to_load(settings: GradientSettings, model: str, loading: ModelOptions, data: Sequence[str]) -> str:
     """The task that is named, or that the model was saved for, or its adapter."""
     if settings.task_name:
         return settings.task_name
@@ -176,7 +179,7 @@ def _task(settings: GradientSettings, model: str, loading: ModelOptions, data: S
 
 def _check_preconditioner(settings: GradientSettings) -> None:
     """Raise UserError for a file that is no optimizer's state, before the model is loaded."""
-    from rapidin.gradients.adam import state_file
+    from rapidin.gradients.optimizer_files import state_file
 
     if settings.preconditioner not in ("auto", "off", "sample", "kfac"):
         state_file(Path(str(settings.preconditioner)))
@@ -201,33 +204,13 @@ def _say_what_counts(console: "Console", attributor: "Attributor", label: str) -
 def _cached(
     console: "Console", attributor: "Attributor", examples: "Examples", out: str, options: CacheOptions
 ) -> "tuple[Cache, CachingBar]":
-    from rapidin.cli.progress import CachingBar
+    from rapidin.attribution.progress import CachingBar
 
-    with CachingBar(console) as bar:
+    with CachingBar(console, words=with_flags) as bar:
         try:
             return attributor.cache(examples, out, options, on_progress=bar), bar
         except KeyboardInterrupt as stop:
             raise type(stop)(_how_to_resume(out, len(examples))) from None
-
-
-def _what_was_done(bar: "CachingBar") -> str:
-    from rapidin.results.text import time_text
-
-    assert bar.last is not None
-    count = bar.last.done - bar.last.resumed
-    if not count:
-        return f"all {bar.last.total:,} examples were cached before"
-    text = f"cached {count:,} examples in {time_text(bar.seconds)}"
-    text += f" ({count / bar.seconds:,.1f} examples/s, {bar.last.tokens / bar.seconds:,.0f} tokens/s)"
-    return text + (f" after the {bar.last.resumed:,} cached before" if bar.last.resumed else "")
-
-
-def _what_is_there(made: "Cache") -> str:
-    from rapidin.cli.tables import counts_text
-    from rapidin.results.text import bytes_text
-
-    info: dict[str, Any] = made.info()
-    return f"{counts_text(info['counts'])}; {bytes_text(info['bytes'])}"
 
 
 @dataclass(frozen=True)
@@ -305,7 +288,9 @@ def _how_to_resume(out: str, total: int) -> str:
 @command("plan", example="rapidin plan MODEL --data train.jsonl")
 def plan(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As for 'rapidin cache'.")],
-    loading: Annotated[ModelOptions, Only("adapter", "base", "model_dtype", "device", "trust_remote_code")],
+    loading: Annotated[
+        ModelOptions, Only("adapter", "base", "tokenizer", "model_dtype", "device", "trust_remote_code")
+    ],
     settings: Annotated[
         GradientSettings,
         Only("at", "task", "include", "exclude", "preconditioner", "width", "max_length", "batch_tokens"),
@@ -350,7 +335,7 @@ def plan(
     if examples is None and data is None:
         raise UserError("nothing to plan for", "give --examples, or name the --data")
     console = messages(quiet)
-    task = _task(settings, model, loading, [] if data is None else [data])
+    task = task_to_load(settings, model, loading, [] if data is None else [data])
     opened = None
     if data is not None:
         opened = open_examples(data, forms=forms_of(task), map=reading.map, streaming=reading.streaming)

@@ -9,7 +9,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rapidin.cli.options import ModelOptions
+from rapidin.cli.options import ModelOptions, with_flags
 from rapidin.errors import UserError
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ def line(text: str) -> None:
     """A line of rapidin's own on standard error."""
     from rapidin.results.text import one_line
 
-    print(f"rapidin: {one_line(text)}", file=sys.stderr)
+    print(f"rapidin: {one_line(with_flags(text))}", file=sys.stderr)
 
 
 def messages(quiet: bool) -> "Console":
@@ -79,6 +79,7 @@ def load(
             model,
             adapter=adapter,
             base=base,
+            tokenizer=options.tokenizer,
             device=options.device,
             dtype=options.model_dtype,
             trust_remote_code=options.trust_remote_code,

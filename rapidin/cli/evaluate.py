@@ -16,6 +16,7 @@ from rapidin.cli.evaluate_options import (
     Baselines,
     BaseModel,
     Device,
+    FieldNames,
     Generation,
     Json,
     Location,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 def backdoor(
     cache: CacheFolder,
     data: Queries,
+    names: FieldNames,
     generation: Generation,
     location: Location,
     column: Annotated[
@@ -72,7 +74,7 @@ def backdoor(
         from rapidin.evaluate.methods import parse_methods
 
         chosen = parse_methods(methods)
-        records = list(open_queries(cache, data))
+        records = list(open_queries(cache, data, map=names.map))
         subject = _subject(cache, column, train_data, log, location, quiet)
         limit = generation.max_new_tokens
         show(
@@ -94,6 +96,7 @@ def classes(
             rich_help_panel="Data",
         ),
     ],
+    names: FieldNames,
     location: Location,
     column: Annotated[
         str,
@@ -118,7 +121,7 @@ def classes(
         from rapidin.evaluate import classes as evaluation
         from rapidin.evaluate.methods import parse_methods
 
-        chosen, queries = parse_methods(methods), open_queries(cache, data, generations=False)
+        chosen, queries = parse_methods(methods), open_queries(cache, data, generations=False, map=names.map)
         subject = _subject(cache, column, train_data, log, location, quiet)
         show(evaluation.evaluate(subject, column, queries, chosen, with_baselines=baselines))
 
@@ -166,6 +169,7 @@ def mislabel(
 def fidelity(
     cache: CacheFolder,
     data: Queries,
+    names: FieldNames,
     location: Location,
     rows: Annotated[
         int,
@@ -190,7 +194,7 @@ def fidelity(
     with _evaluation(json, quiet) as (log, show):
         from rapidin.evaluate import fidelity as evaluation
 
-        records = list(open_queries(cache, data))
+        records = list(open_queries(cache, data, map=names.map))
         subject = _subject(cache, None, train_data, log, location, quiet)
         show(evaluation.evaluate(subject, records, rows, seed=seed))
 
@@ -219,6 +223,7 @@ def lds(
             rich_help_panel="Data",
         ),
     ],
+    names: FieldNames,
     settings: GroundTruthSettings,
     recipe: Annotated[Recipe, Only("schedule", "seed", epochs=3, batch=16, learning_rate=5e-4, warm_up=10)],
     variants: VariantOptions,
@@ -251,13 +256,15 @@ def lds(
     """
     check_recipe(recipe)
     with _evaluation(json, quiet) as (log, show):
+        from rapidin.data.examples import open_examples
         from rapidin.evaluate import lds as evaluation
         from rapidin.evaluate.ground_truth import make
         from rapidin.evaluate.methods import parse_methods
 
         chosen, compared = parse_methods(methods), variants.all()
         settings = replace(settings, recipe=recipe)
-        truth = make(out, model, data, test, settings, device=location.device, log=log)
+        train, tests = (open_examples(each, map=names.map) for each in (data, test))
+        truth = make(out, model, train, tests, settings, device=location.device, log=log)
         if only_truth:
             log(f"{truth.done:,} retrainings are in {out}")
             return

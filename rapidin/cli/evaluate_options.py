@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from rapidin.attribution.options import ModelLocation, QueryOptions
+from rapidin.attribution.options import MAP, ModelLocation, QueryOptions
 from rapidin.cli.options import Only, app
+from rapidin.data.fields import FieldMap
 from rapidin.errors import UserError
 from rapidin.settings import option
 
@@ -46,6 +47,15 @@ Queries = Annotated[
         rich_help_panel="Data",
     ),
 ]
+
+
+@dataclass(frozen=True)
+class FieldNames:
+    """Names of the fields in the data that is named besides the cache, or in both files of 'eval lds'."""
+
+    map: FieldMap | None = MAP
+
+
 Methods = Annotated[
     str | None,
     typer.Option(
@@ -73,7 +83,9 @@ Json = Annotated[
     ),
 ]
 Device = Annotated[ModelLocation, Only("device")]
-Location = Annotated[ModelLocation, Only("model", "adapter", "base", "device", "trust_remote_code")]
+Location = Annotated[
+    ModelLocation, Only("model", "adapter", "base", "tokenizer", "device", "trust_remote_code")
+]
 Generation = Annotated[QueryOptions, Only("max_new_tokens")]
 
 

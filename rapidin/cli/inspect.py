@@ -11,7 +11,7 @@ from rapidin.cli.options import CacheFolder, Quiet, command
 from rapidin.errors import UserError
 
 
-@command("info")
+@command("info", example="rapidin info CACHE")
 def info(cache: CacheFolder) -> None:
     """Say what a cache holds and how it was made."""
     from rapidin.cache import Cache
@@ -25,7 +25,7 @@ def info(cache: CacheFolder) -> None:
         out.print(info_report(Cache(folder).info()))
 
 
-@command("verify")
+@command("verify", example="rapidin verify CACHE")
 def verify(cache: CacheFolder, quiet: Quiet = False) -> None:
     """Check every byte of a cache against its checksums."""
     from rapidin.cache import Cache, Manifest
@@ -49,7 +49,7 @@ def verify(cache: CacheFolder, quiet: Quiet = False) -> None:
         print(f"{one_line(str(folder))}: OK: all checksums match ({rows} examples, {size})")
 
 
-@command("merge")
+@command("merge", example="rapidin merge WHOLE part-1 part-2")
 def merge(
     out: Annotated[
         str,

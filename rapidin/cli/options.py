@@ -1,17 +1,18 @@
 """The app that the commands belong to, and how a command's options are made of dataclasses."""
 
 import inspect
+import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, is_dataclass
-from functools import partial, wraps
+from functools import lru_cache, partial, wraps
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
 
 import typer
 
 from rapidin.attribution.options import DEVICE, SHARD_MODEL, TRUST_REMOTE_CODE
 from rapidin.errors import UserError
-from rapidin.settings import Option, described, option
+from rapidin.settings import Option, described, dtype_name, option
 
 app = typer.Typer(
     name="rapidin",
@@ -19,7 +20,7 @@ app = typer.Typer(
     "First 'rapidin cache' sketches the gradient of every training example, then 'rapidin query' finds those "
     "behind a generation. A positive score means that training on the example made the generation more "
     "likely (helpful), a negative score that it made it less likely (harmful).",
-    add_completion=False,
+    add_completion=True,
     rich_markup_mode=None,  # plain help: narrow terminals have room for it, and brackets stay brackets
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -34,14 +35,69 @@ RENAMED_FLAGS = {
 }
 
 
+_OF_DTYPES = ("--dtype", "--model-dtype")  # flags whose values have several names
+
+
 def renamed_flags(arguments: Sequence[str]) -> list[str]:
-    """The arguments of a command line, earlier names of flags replaced by today's, up to a `--`."""
+    """The arguments of a command line, up to a `--`, with today's names of flags for earlier ones, and one
+    name for each number format."""
     renamed = list(arguments)
     end = renamed.index("--") if "--" in renamed else len(renamed)
+    before = ""
     for n, argument in enumerate(renamed[:end]):
         name, equals, value = argument.partition("=")
+        if name in _OF_DTYPES and equals:
+            value = dtype_name(value)
         renamed[n] = RENAMED_FLAGS.get(name, name) + equals + value
+        if before in _OF_DTYPES:
+            renamed[n] = dtype_name(argument)
+        before = argument
     return renamed
+
+
+# The library names an argument in its messages and helps as Python knows it, between backticks: `top_k`,
+# `dtype='sign'`, `check=False`. The command line shows them as its own: --top-k, --dtype sign, --no-check.
+_NAMED = re.compile(r"`([a-z_]+)(?:=([^`]*))?`")
+# Arguments whose flag has another name, and those that are several flags.
+_OTHERS = {
+    "examples": ("--train-data", "--no-text"),
+    "path": ("--out", ""),
+    "targets": ("--tokens, --hotwords", ""),
+    "progress": ("", "--quiet"),
+}
+
+
+def with_flags(text: str) -> str:
+    """A message with flags in place of the arguments that it names."""
+
+    def flag(match: re.Match[str]) -> str:
+        name, value = match.groups()
+        used, left_out = _OTHERS.get(name) or _flags().get(name, ("", ""))
+        if value == "False":
+            return left_out or match[0]
+        if not used:
+            return match[0]
+        return used if value in (None, "True") else f"{used} {value.strip(chr(39))}"
+
+    return _NAMED.sub(flag, text) if "`" in text else text
+
+
+@lru_cache(maxsize=1)
+def _flags() -> dict[str, tuple[str, str]]:
+    """The flag of each argument, and the one that switches it off ("" without one)."""
+    found: dict[str, tuple[str, str]] = {}
+    for parameter in _parameters(typer.main.get_command(app)):
+        used, left_out = parameter.opts[-1], (parameter.secondary_opts or [""])[-1]
+        if used.startswith("--"):
+            found.setdefault(parameter.name, (used, left_out))
+    return found
+
+
+def _parameters(command: Any) -> Iterator[Any]:
+    """The parameters of a command and of the commands below it."""
+    yield from command.params
+    for each in getattr(command, "commands", {}).values():
+        yield from _parameters(each)
 
 
 _Body = TypeVar("_Body", bound=Callable[..., int | None])
@@ -55,6 +111,7 @@ PANELS = (
     "Training",
     "Gradients",
     "Scoring",
+    "Rows",
     "Storage",
     "Output",
     "Run",
@@ -72,7 +129,8 @@ class GroupedCommand(typer.core.TyperCommand):
             if record is not None:
                 panel = getattr(parameter, "rich_help_panel", None) or "Options"
                 is_argument = parameter.param_type_name == "argument"
-                groups.setdefault("Arguments" if is_argument else panel, []).append(record)
+                name, help = record
+                groups.setdefault("Arguments" if is_argument else panel, []).append((name, with_flags(help)))
         for name in sorted(groups, key=lambda name: PANELS.index(name) if name in PANELS else -1):
             with formatter.section(name):
                 formatter.write_dl(groups[name])
@@ -260,6 +318,13 @@ class ModelOptions:
         help="Base model that MODEL was tuned from, if all of its weights were tuned.",
         metavar="MODEL",
         panel="Model",
+    )
+    tokenizer: str | None = option(
+        None,
+        help="Tokenizer with its chat template.",
+        metavar="TOKENIZER",
+        panel="Model",
+        default="the adapter's if it has one, else the model's",
     )
     model_dtype: str | None = option(
         None,

@@ -2,96 +2,20 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
-from types import TracebackType
-from typing import TYPE_CHECKING
-
 from rich.console import Console
 from rich.progress import (
     BarColumn,
     DownloadColumn,
     MofNCompleteColumn,
-    TaskID,
     TextColumn,
     TimeRemainingColumn,
 )
 from rich.progress import Progress as Bar
-from rich.table import Column
 
-from rapidin.results.text import (
-    one_line,
-    time_text,
-)
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
-
-    from rapidin.cache.progress import Progress
+from rapidin.attribution.progress import ShownBar
 
 
-class _Shown:
-    """A progress bar that is shown inside a `with` block."""
-
-    _bar: Bar
-
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-
-class CachingBar(_Shown):
-    """Shows the progress of caching: examples/s, tokens/s and time left. Call it with each `Progress`.
-
-    Prints nothing if the console is not a terminal. last: the latest progress; seconds: time since the first,
-    by the clock.
-    """
-
-    def __init__(self, console: Console, clock: Callable[[], float] = time.perf_counter) -> None:
-        self.last: Progress | None = None
-        self._clock = clock
-        self._started = clock()
-        self._console = console
-        self._bar = Bar(
-            TextColumn("{task.description}", table_column=Column(no_wrap=True)),
-            BarColumn(bar_width=None, table_column=Column(ratio=1, min_width=4)),
-            TextColumn("{task.fields[rates]}", table_column=Column(no_wrap=True)),
-            console=console,
-            expand=True,
-            transient=True,
-            disable=not console.is_terminal,
-        )
-        self._task: TaskID = self._bar.add_task("caching", total=None, rates="")
-
-    @property
-    def seconds(self) -> float:
-        return self._clock() - self._started
-
-    def __call__(self, progress: Progress) -> None:
-        if self.last is None:
-            self._started = self._clock()
-            if self._console.is_terminal and progress.resumed:
-                self._bar.console.print(
-                    f"{progress.resumed:,} of {progress.total:,} examples were cached before; resuming"
-                )
-        self.last = progress
-        if progress.message and self._console.is_terminal:
-            self._bar.console.print(one_line(progress.message))
-        rates = f"{progress.done:,}/{progress.total:,}"
-        new = progress.done - progress.resumed
-        if new and self.seconds > 0:
-            each = self.seconds / new
-            rates += f" · {1 / each:,.1f} examples/s · {progress.tokens / self.seconds:,.0f} tokens/s"
-            rates += f" · {time_text(each * (progress.total - progress.done))} left"
-        self._bar.update(self._task, completed=progress.done, total=progress.total, rates=rates)
-
-
-class BytesBar(_Shown):
+class BytesBar(ShownBar):
     """Shows how many bytes have been read. Call it with (done, total). Prints nothing without a terminal."""
 
     def __init__(self, console: Console, label: str) -> None:
@@ -110,7 +34,7 @@ class BytesBar(_Shown):
         self._bar.update(self._task, completed=done, total=total)
 
 
-class TrainingBar(_Shown):
+class TrainingBar(ShownBar):
     """Shows the steps of a training with their rate, the time left and the loss; on a terminal only."""
 
     def __init__(self, console: Console, label: str, steps: int) -> None:

@@ -1,5 +1,7 @@
 """rapidin query."""
 
+import os
+import re
 import sys
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -14,11 +16,12 @@ from rapidin.data.spans import HOTWORDS
 from rapidin.distributed import world
 from rapidin.errors import UserError
 from rapidin.settings import option
-from rapidin.tasks.names import CAUSAL, CHAT_FORMS
+from rapidin.tasks.names import CAUSAL
 
 if TYPE_CHECKING:
     from rapidin.attribution.ensemble import Ensemble
     from rapidin.cache import Cache
+    from rapidin.data.examples import Examples
     from rapidin.results.collection import Results
 
 
@@ -135,6 +138,7 @@ def query(
     console = messages(quiet)
     with quiet_libraries():
         from rapidin.attribution.groups import check_column
+        from rapidin.attribution.progress import query_text
         from rapidin.attribution.provenance import task_name
         from rapidin.attribution.training_data import training_data
         from rapidin.data.sources import join_paths
@@ -162,9 +166,9 @@ def query(
             )
     if not world().leads:
         return
-    _show(results, output, ensemble, quiet)
+    _show(results, output, ensemble, _made(ensemble, options, examples), quiet)
     if not quiet:
-        line(_summary(results, len(generations), opened))
+        line(query_text(results[0], len(generations), opened))
 
 
 def _completed(
@@ -188,16 +192,35 @@ def _completed(
     return replace(options, targets="hotwords" if named and not options.together else None)
 
 
-def _show(results: "Results", output: Output, ensemble: "Ensemble", quiet: bool) -> None:
+def _made(ensemble: "Ensemble", options: QueryOptions, examples: "Examples | None") -> dict[str, Any]:
+    """What --json says of where the hits come from."""
+    from rapidin import __version__
+    from rapidin.attribution.provenance import task_name
+
+    source = ensemble.caches[-1].manifest.model.get("source", {})
+    return {
+        "version": __version__,
+        **{name: source.get(name) for name in ("model", "adapter", "base")},
+        "caches": [str(cache.path.resolve()) for cache in ensemble.caches],
+        "train_data": None if examples is None else examples.path,
+        "reading": {} if examples is None else examples.reading.to_json(),
+        "task": task_name(ensemble.caches[-1].manifest),
+        "settings": options.to_json(),
+    }
+
+
+def _show(
+    results: "Results", output: Output, ensemble: "Ensemble", made: dict[str, Any], quiet: bool
+) -> None:
     from rapidin.results.json import results_json
     from rapidin.results.terminal import hits_report, make_console
     from rapidin.results.text import bytes_text
 
     if output.json == "-":
-        print(results_json(results))
+        print(results_json(results, made))
     else:
         if output.json is not None:
-            write_text(output.json, results_json(results) + "\n")
+            write_text(output.json, results_json(results, made) + "\n")
         out = make_console(sys.stdout)
         out.print(hits_report(results, width=out.width))
     if output.report is not None:
@@ -213,85 +236,43 @@ def _show(results: "Results", output: Output, ensemble: "Ensemble", quiet: bool)
             line(f"the completion of query {n} does not contain {words}")
 
 
-def _summary(results: "Results", count: int, cache: "Cache") -> str:
-    from rapidin.results.text import time_text
-
-    stages = ", ".join(f"{stage} {time_text(value)}" for stage, value in results[0].seconds.items())
-    text = f"{count:,} {'query' if count == 1 else 'queries'} over {len(cache):,} examples: {stages}"
-    if not cache.manifest.complete:
-        text += f"; the cache is unfinished: {len(cache):,} of {cache.manifest.rows:,} examples are cached"
-    return text
-
-
 def _about(ensemble: "Ensemble") -> dict[str, str]:
-    """What a page says of where its hits come from."""
+    """What a page says of where its hits come from: names, since a page is sent to people whom the folders of
+    this machine are no business of (--json has the whole paths)."""
     from rapidin import __version__
 
     cache = ensemble.caches[-1]
     source = cache.manifest.model.get("source", {})
     facts = {
-        "model": source.get("model"),
-        "adapter": source.get("adapter"),
-        "base": source.get("base"),
-        "caches": ", ".join(str(cache.path) for cache in ensemble.caches),
+        **{name: _name(source.get(name)) for name in ("model", "adapter", "base")},
+        "caches": ", ".join(cache.path.resolve().name for cache in ensemble.caches),
         "examples": f"{len(cache):,}",
         "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M} by rapidin {__version__}",
     }
     return {name: value for name, value in facts.items() if value}
 
 
-_PLAIN = ("prompt", "completion")
+def _name(model: str | None) -> str:
+    """The last part of a folder's path; a name on the Hub, such as "org/model", as it is."""
+    if not model:
+        return ""
+    parts = [part for part in re.split(r"[/\\]", model) if part not in ("", ".", "..", "~")]
+    is_hub_name = len(parts) <= 2 and "/".join(parts) == model and not os.path.exists(model)
+    return model if is_hub_name else "".join(parts[-1:])
 
 
 def _generations(source: QuerySource, cache: "Cache", folder: str) -> list[dict[str, Any]]:
     """What is to be explained, as records in which something may be missing."""
-    from rapidin.attribution.provenance import task_name
+    from rapidin.attribution.questions import asked, continued
 
-    task, data = task_name(cache.manifest), source.data
-    if data is None:
-        form = str(cache.manifest.data.get("form"))
-        asked = source.prompt if source.ask is None else source.ask
-        assert asked is not None
-        if task in (CAUSAL, "seq2seq", "preference", "kto"):
-            given = _text_record(source, form)
-        else:
-            given = _labelled_record(asked, source.completion, task)
+    if source.ask is not None:
+        given = asked(cache.manifest, source.ask, source.completion)
+        records = list(open_queries(folder, [given]))
+    elif source.prompt is not None:
+        given = continued(cache.manifest, source.prompt, source.completion)
         records = list(open_queries(folder, [given]))
     else:
-        records = list(open_queries(folder, data, map=source.map))
+        records = list(open_queries(folder, source.data, map=source.map))
     if source.hotwords is not None:
         records = [record | {HOTWORDS: source.hotwords} for record in records]
     return records
-
-
-def _text_record(source: QuerySource, form: str) -> dict[str, Any]:
-    """The record of a text that the model continues; form: of the training data."""
-    ask, completion = source.ask, source.completion
-    record: dict[str, Any]
-    if ask is not None and form in ("messages", *CHAT_FORMS):
-        record = {"messages": [{"role": "user", "content": ask}]}
-        if completion is not None:
-            record["messages"].append({"role": "assistant", "content": completion})
-    else:
-        question, answer = _PLAIN
-        if ask is not None and form == "instruction":
-            question, answer = "instruction", "output"
-        record = {question: source.prompt if ask is None else ask}
-        if completion is not None:
-            record[answer] = completion
-    return record
-
-
-def _labelled_record(text: str, completion: str | None, task: str) -> dict[str, Any]:
-    """The record of a text that the model says something of; completion: what it says, as text."""
-    if task == "reward":
-        raise UserError("a reward model compares two answers", "use --data with 'chosen' and 'rejected'")
-    if task == "masked" and completion is not None:
-        raise UserError("a masked language model has no completion", "write its mask token into the text")
-    if completion is None:
-        return {"text": text}
-    try:
-        number = float(completion)
-    except ValueError:
-        return {"text": text, "label": completion}
-    return {"text": text, "label": int(number) if number.is_integer() and task != "regression" else number}

@@ -66,7 +66,8 @@ def select(
     quiet: Quiet = False,
 ) -> None:
     """Choose the training examples that help a target set most."""
-    from rapidin.attribution.selection import best_rows, count_of, group_by, jsonl
+    from rapidin.attribution.selection import best_rows, count_of, group_by
+    from rapidin.data.records import jsonl
     from rapidin.data.sources import join_paths
 
     for path in (selection.out, selection.scores):

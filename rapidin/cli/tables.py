@@ -11,6 +11,7 @@ from rich.text import Text
 
 from rapidin.results.text import (
     bytes_text,
+    counts_text,
     one_line,
     time_text,
 )
@@ -69,6 +70,7 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
             f"{sketch['projection']} projection, seed {sketch['seed']}",
         ),
         ("stored", kept_text(info)),
+        ("null distribution", _null(info["null"])),
         ("size", size_text(info["bytes"], info["bytes_per_example"], info["shards"])),
     ]
     grid = Table.grid(padding=(0, 2))
@@ -78,6 +80,13 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         if value:
             grid.add_row(name, Text(one_line(str(value))))
     return grid
+
+
+def _null(counts: Mapping[str, int]) -> str | None:
+    """Whose best scores verdicts compare a query's with; None if there are none."""
+    names = {"questions": "neutral questions", "rows": "training rows"}
+    texts = [f"{count:,} {names.get(kind, kind)}" for kind, count in counts.items()]
+    return f"the best scores of {' and '.join(texts)}" if texts else None
 
 
 def _coverage(gradient: Mapping[str, Any]) -> str | None:
@@ -128,16 +137,6 @@ def _eos(text: Mapping[str, Any]) -> str:
     return ", end-of-text token added" if text["eos"] else ", no end-of-text token added"
 
 
-_COUNTS = {
-    "empty": "empty",
-    "no_target": "without a completion token",
-    "too_long": "skipped as too long",
-    "nonfinite": "with NaN or Inf gradients",
-    "malformed": "malformed",
-    "too_large": "too large for memory",
-}
-
-
 def plan_report(plan: Plan) -> RenderableType:
     """The time, memory and size that caching would take, a line for each format."""
     table = Table(box=None, padding=(0, 2, 0, 0), header_style="bold")
@@ -184,17 +183,6 @@ def kept_text(info: Mapping[str, Any]) -> str:
         sample = f"{fitted['statistics'].get('sample', 0):,.0f}"
         text += f"; fitted on {sample} examples ({bytes_text(fitted['bytes'])} for all)"
     return text
-
-
-def counts_text(counts: Mapping[str, int]) -> str:
-    """How many examples have a sketch, and why the others have none."""
-    parts = [f"{counts.get('ok', 0):,} with a sketch"]
-    parts += [f"{counts[key]:,} {words}" for key, words in _COUNTS.items() if counts.get(key)]
-    if counts.get("truncated"):
-        parts.append(f"{counts['truncated']:,} truncated")
-    if counts.get("unlike_sample"):
-        parts.append(f"{counts['unlike_sample']:,} unlike the sample that the format was fitted on")
-    return ", ".join(parts)
 
 
 def size_text(total: int, each: float | None, shards: int) -> str:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import accumulate
 from typing import IO, Any
 
@@ -56,6 +56,15 @@ class ArrowRows(Numbered):
             self._block = start, self._converted(self._table_of(number), start - first, rows)
         entry = self._block[1][row - start]
         return dict(entry) if isinstance(entry, dict) else entry
+
+    def without(self, rows: Collection[int]) -> Iterator[Any]:
+        """The tables without these rows: record batches or tables, as they were loaded, in order."""
+        dropped, first = set(rows), 0
+        for number, end in enumerate(self._ends):
+            kept = [row - first for row in range(first, end) if row not in dropped]
+            table = self._table_of(number)
+            yield table if len(kept) == end - first else table.take(kept)
+            first = end
 
     def _table_of(self, number: int) -> Any:
         if self._table[0] != number:

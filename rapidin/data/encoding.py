@@ -1,13 +1,18 @@
 """Records as token ids, which tokens count in the loss, and batches of examples of similar length."""
 
+from __future__ import annotations
+
+import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from itertools import pairwise, takewhile
 from typing import Any, Protocol
 
-from rapidin.data.records import TEXTS, Record, message_counts, tokens_of
-from rapidin.errors import UserError
+from rapidin.data.chats import Chat, ChatTemplate
+from rapidin.data.records import TEXTS, Record, message_counts, text_of_message, tokens_of
+from rapidin.data.turns import Turns
+from rapidin.errors import UserError, short
 
 
 class Status(IntEnum):
@@ -89,10 +94,14 @@ class Encoder:
     Prompt and completion are tokenised together if the tokenizer reports offsets (fast ones do): a token
     counts if it reaches past the prompt's end. Other tokenizers get the two separately. What the tokenizer
     puts before a text (BOS) is kept, what it would put after it is not: with `eos`, its end-of-text token
-    follows a completion and counts, unless the completion is empty or ends in it. In a chat, everything that
-    the template writes for the assistant's turns counts, or for the last of them alone (turns="last"), end
-    marks included; the template adds its own special tokens. Examples of more than max_length tokens are cut
-    at the end ("truncate") or get Status.TOO_LONG ("skip").
+    follows a completion and counts, unless the completion is empty or ends in it. In a chat, what the
+    template marks by `{% generation %}` counts, or else everything that it writes for the assistant's turns,
+    end marks included, or for the last of them alone (turns="last"); of a chat with a prompt and a completion
+    all that follows the prompt counts. The template adds its own special tokens. Examples of more than
+    max_length tokens are cut at the end ("truncate") or get Status.TOO_LONG ("skip").
+
+    date: what a template writes as the present (`rapidin.data.chats.ChatTemplate`); rows: number of tokens
+    that the model has an embedding of, None if that is not known.
     """
 
     def __init__(
@@ -103,6 +112,8 @@ class Encoder:
         max_length: int,
         too_long: str = "truncate",
         turns: str = "all",
+        date: str | None = None,
+        rows: int | None = None,
     ) -> None:
         if too_long not in ("truncate", "skip"):
             raise UserError(f"unknown too_long {too_long!r}", "use 'truncate' or 'skip'")
@@ -113,17 +124,25 @@ class Encoder:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.too_long, self.turns = too_long, turns
+        self.chats, self.rows = ChatTemplate(tokenizer, date), rows
         self.eos = eos
         self._eos: int | None = tokenizer.eos_token_id if eos else None
         special = set(tokenizer.all_special_ids)
         # The special tokens that the tokenizer itself puts before any text.
         self._prefix: list[int] = list(takewhile(special.__contains__, tokenizer("a")["input_ids"]))
 
+    def dated(self, date: str | None) -> Encoder:
+        """The same encoder with another date."""
+        other = copy.copy(self)
+        other.chats = ChatTemplate(self.tokenizer, date)
+        return other
+
     def __call__(self, record: Record) -> Encoded:
         """A record of any of the forms; a missing completion counts as an empty one."""
         form = _known_form(record)
         if form == "messages":
-            return self._encode_messages(record["messages"])
+            chat = Chat.of(record)
+            return self.encode_chat(replace(chat, prompt=None) if self.turns == "last" else chat)
         if form == "tokens":
             return self._encode_tokens(record)
         return self.encode_pair(self.prompt_text(record), self.completion_text(record) or "")
@@ -160,9 +179,14 @@ class Encoder:
         if form == "instruction":
             return alpaca_prompt(record["instruction"], record.get("input") or "")
         if form == "messages":
-            messages = record["messages"]
-            answered = bool(messages) and messages[-1]["role"] == "assistant"
-            return self._render(messages[:-1] if answered else messages, generation=True)
+            chat = Chat.of(record)
+            count = len(chat.messages)
+            answered = bool(count) and chat.messages[-1]["role"] == "assistant"
+            if answered and count == 1:
+                text = self.chats.text(chat)
+                spans = Turns(self.chats, chat, text).spans(last=True)
+                return text[: spans[0][0]] if spans else text
+            return self.chats.text(chat.to(count - answered), generation=True)
         if form == "tokens":
             ids, counts = tokens_of(record)
             return self._decode(ids[: _answer_start(counts)])
@@ -172,30 +196,19 @@ class Encoder:
         """The (last) completion, or None if it is missing or empty and the model has to generate it."""
         form = _known_form(record)
         if form == "messages":
-            last = record["messages"][-1] if record["messages"] else {"role": "", "content": ""}
-            return (last["content"] or None) if last["role"] == "assistant" else None
+            last = record["messages"][-1] if record["messages"] else {"role": ""}
+            return (text_of_message(last) or None) if last["role"] == "assistant" else None
         if form == "tokens":
             ids, counts = tokens_of(record)
             return self._decode(ids[_answer_start(counts) :]) or None
         return record.get(TEXTS.fields[form][-1]) or None
 
     def pieces(self, ids: Sequence[int]) -> list[str]:
-        """The text of each token; concatenated they are the whole text. Of several tokens that make up one
-        character, the last has its text and the others have none."""
-        texts: list[str] = []
-        # The text of a token depends on those before it, so the tokens since `start` are decoded again.
-        start = done = 0
-        for end in range(1, len(ids) + 1):
-            before, text = self._decode(ids[start:done]), self._decode(ids[start:end])
-            if end < len(ids) and (len(text) <= len(before) or text.endswith("\ufffd")):
-                texts.append("")
-                continue
-            texts.append(text[len(before) :])
-            start, done = done, end
-        return texts
+        """The text of each token (`pieces_of`)."""
+        return pieces_of(self.tokenizer, ids)
 
     def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""
+        return decoded(self.tokenizer, ids)
 
     def _encode_tokens(self, record: Record) -> Encoded:
         ids, counts = tokens_of(record)
@@ -208,57 +221,49 @@ class Encoder:
             )
         return self._finish(ids, counts)
 
-    def _encode_messages(self, messages: list[Record]) -> Encoded:
-        if not messages:
+    def encode_chat(self, chat: Chat) -> Encoded:
+        """The encoding of a chat; the tokens of the completion count, or those of the assistant's turns."""
+        if not chat.messages:
             return Encoded([], [], Status.EMPTY)
-        text = self._render(messages, generation=False)
-        spans = self._assistant_spans(messages, text)
-        if self.turns == "last":
-            spans = spans[-1:]
-        if self.tokenizer.is_fast:
-            ids, offsets = self._tokens_and_spans(text)
-            target = [any(start < last and end > first for first, last in spans) for start, end in offsets]
-        else:
-            ids, target = [], []
-            edges = [0, *(edge for span in spans for edge in span), len(text)]
-            for number, (start, end) in enumerate(pairwise(edges)):
-                piece = self._tokens(text[start:end])
-                ids += piece
-                target += [number % 2 == 1] * len(piece)
-        return self._finish(ids, target)
+        text = self.chats.text(chat)
+        self.chats.count(chat, text)
+        if not self.tokenizer.is_fast:
+            spans = Turns(self.chats, chat, text).spans(last=self.turns == "last")
+            return self._finish(*self._pieces_of(text, spans))
+        ids, offsets = self._tokens_and_spans(text)
 
-    def _assistant_spans(self, messages: list[Record], text: str) -> list[tuple[int, int]]:
-        """The ranges of the assistant's turns in the rendered chat, as [start, end) in characters."""
-        spans = []
-        for number, message in enumerate(messages):
-            if message["role"] != "assistant" or not message_counts(message):
-                continue
-            before = self._render(messages[:number], generation=True)
-            through = self._render(messages[: number + 1], generation=False)
-            end = self._turn_end(text, through, len(before), message["content"])
-            if end is None or not (text.startswith(before) and through.startswith(before)):
-                raise UserError(
-                    "the chat template changes earlier text when a message is added "
-                    f"(messages[{number}]), so the assistant's tokens cannot be located",
-                    "give the data as 'prompt' and 'completion', or use a template that only appends",
-                )
-            spans.append((len(before), end))
-        return spans
+        def shared(before: str) -> int:
+            """Number of tokens that another text begins with too."""
+            pairs = zip(self._tokens(before), ids, strict=False)
+            return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-    @staticmethod
-    def _turn_end(text: str, through: str, start: int, content: str) -> int | None:
-        """The end of the turn that starts at `start` in the chat, or None if it cannot be located. through:
-        the chat rendered up to this turn."""
-        if text.startswith(through):
-            return len(through)
-        # Some templates write something before the last answer only (Qwen3: an empty thought). Earlier turns
-        # then still start with the answer itself and its end mark.
-        answer = content.strip()
-        turn = answer + through[through.rfind(answer) + len(answer) :]
-        return start + len(turn) if text.startswith(turn, start) else None
+        prompt = self._prompt_of(chat)
+        if prompt is not None:
+            start = shared(prompt)
+            return self._finish(ids, [n >= start for n in range(len(ids))])
+        ends = [*(first for first, _ in offsets), len(text)]
+        turns = Turns(self.chats, chat, text, lambda before: ends[shared(before)])
+        spans = turns.spans(last=self.turns == "last")
+        return self._finish(
+            ids, [any(start < last and end > first for first, last in spans) for start, end in offsets]
+        )
 
-    def _render(self, messages: list[Record], *, generation: bool) -> str:
-        return render_chat(self.tokenizer, messages, generation=generation)
+    def _prompt_of(self, chat: Chat) -> str | None:
+        """The text before the completion of a chat that has one, all of which counts."""
+        if chat.prompt is None or not all(map(message_counts, chat.messages[chat.prompt :])):
+            return None
+        return self.chats.text(chat.to(chat.prompt), generation=True)
+
+    def _pieces_of(self, text: str, spans: list[tuple[int, int]]) -> tuple[list[int], list[bool]]:
+        """The tokens of a text that is tokenised in pieces, of which the spans count."""
+        ids: list[int] = []
+        target: list[bool] = []
+        edges = [0, *(edge for span in spans for edge in span), len(text)]
+        for number, (start, end) in enumerate(pairwise(edges)):
+            piece = self._tokens(text[start:end])
+            ids += piece
+            target += [number % 2 == 1] * len(piece)
+        return ids, target
 
     def _prefix_of(self, text: str) -> list[int]:
         # A rendered chat may have its own BOS; a second one would make it a different text.
@@ -275,6 +280,8 @@ class Encoder:
         return list(encoding["input_ids"]), list(encoding["offset_mapping"])
 
     def _finish(self, ids: list[int], target: list[bool]) -> Encoded:
+        if self.rows is not None and ids and max(ids) >= self.rows:
+            raise unknown_token(self.tokenizer, max(ids), self.rows)
         target[:1] = [False] * len(target[:1])
         truncated = False
         if len(ids) > self.max_length:
@@ -284,26 +291,34 @@ class Encoder:
         return Encoded(ids, target, Status.OK if any(target) else Status.NO_TARGET, truncated)
 
 
-def render_chat(tokenizer: Any, messages: list[Record], *, generation: bool) -> str:
-    """A chat as the tokenizer's template writes it; generation: up to where the assistant begins to speak.
+def decoded(tokenizer: Any, ids: Sequence[int]) -> str:
+    """The text of tokens, as it is."""
+    return str(tokenizer.decode(list(ids), clean_up_tokenization_spaces=False)) if ids else ""
 
-    Raises UserError if there is no template, or it rejects the chat.
-    """
-    if not tokenizer.chat_template:
-        raise UserError(
-            "the data has chats ('messages'), but the model's tokenizer has no chat template",
-            "give the data as 'prompt' and 'completion', or use a model tuned for chats",
-        )
-    from jinja2 import TemplateError
 
-    try:
-        return str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=generation))
-    except (TemplateError, ValueError, TypeError, KeyError, IndexError) as error:
-        roles = ", ".join(str(message["role"]) for message in messages) or "none"
-        raise UserError(
-            f"the chat template rejects a chat with the roles {roles}: {error or type(error).__name__}",
-            "give chats in the form that the model's template expects",
-        ) from error
+def pieces_of(tokenizer: Any, ids: Sequence[int]) -> list[str]:
+    """The text of each token; concatenated they are the whole text. Of several tokens that make up one
+    character, the last has its text and the others have none."""
+    texts: list[str] = []
+    # The text of a token depends on those before it, so the tokens since `start` are decoded again.
+    start = done = 0
+    for end in range(1, len(ids) + 1):
+        before, text = decoded(tokenizer, ids[start:done]), decoded(tokenizer, ids[start:end])
+        if end < len(ids) and (len(text) <= len(before) or text.endswith("\ufffd")):
+            texts.append("")
+            continue
+        texts.append(text[len(before) :])
+        start, done = done, end
+    return texts
+
+
+def unknown_token(tokenizer: Any, token: int, rows: int) -> UserError:
+    """The error of a text with a token that the model has no embedding of; rows: number of those it has."""
+    return UserError(
+        f"the text has the token {token} ({short(repr(tokenizer.decode([token])))}), but the model has "
+        f"embeddings of {rows:,} tokens",
+        "name the one that the model was tuned with as `tokenizer`, or the model that has its tokens",
+    )
 
 
 def by_length(chosen: Sequence[int], encoded: Sequence[AnyExample], batch_tokens: int) -> list[list[int]]:

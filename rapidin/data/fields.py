@@ -12,11 +12,11 @@ read but has the name of a form's field moves into the field `original`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rapidin.data.records import TEXTS, Forms, Record
+from rapidin.data.records import TEXTS, Forms, Record, record_parts
 from rapidin.errors import UserError, short
 
 ORIGINAL = "original"  # the field for what a record had under the names of a form that is not read
@@ -26,6 +26,8 @@ _TOKENS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistan
 _TEXT_FIELDS = (name for fields in TEXTS.fields.values() for name in fields)
 _FORM_FIELDS = {*_TEXT_FIELDS, *PREFERENCE, *_TOKENS, "input"}
 _TURNS = ("system", "user", "assistant")  # of which a map makes messages
+_SHOWN = {*_FORM_FIELDS, "text_pair", "label", "hotwords"}  # with the text of a hit, or not at all
+_LONG = 20  # characters: a shorter value, such as a category, may stand in a text by chance
 _OTHERS = ("tools", "documents", "chat_template_kwargs", "weight", "hotwords")
 _TARGETS = sorted({*_FORM_FIELDS, *_TURNS, *_OTHERS})
 _MAY_LACK = {"input", "system", "labels", *_OTHERS, *_TOKENS[1:]}
@@ -182,14 +184,14 @@ def _other_fields(record: Record, where: str, generations: bool, forms: Forms) -
     if form in ("messages", "tokens"):
         return _plain_fields(record)
     answered = record.get("chosen") is not None and record.get("rejected") is not None
-    if chats and form in ("prompt", None) and not answered and _is_chat(record.get("prompt")):
+    if chats and form in ("prompt", None) and not answered and is_chat(record.get("prompt")):
         return _prompted_chat(record, generations)
     if answered and (form is None or ("chosen" in forms.fields[form] and _is_mixed(record))):
         return _preference(record, where)
     if form is not None:
         return {}
     for name in _CHATS if chats else ():
-        if _is_chat(record.get(name)):
+        if is_chat(record.get(name)):
             return _share_gpt(record, name)
     return _pair(record, where, generations, forms) if "prompt" in forms.fields else {}
 
@@ -249,7 +251,7 @@ def _plain_fields(record: Record) -> Record:
     return {name: plain(record[name]) for name in names}
 
 
-def _is_chat(value: Any) -> bool:
+def is_chat(value: Any) -> bool:
     """Whether a value is a list of messages; in an array, tuple or list, or as columns."""
     if isinstance(value, Mapping):  # a sequence of objects as older versions of datasets give it
         return {"role", "content"} <= set(value) or {"from", "value"} <= set(value)
@@ -261,7 +263,7 @@ def _is_chat(value: Any) -> bool:
 def _is_share_gpt(value: Any) -> bool:
     if isinstance(value, Mapping):
         return True
-    return _is_chat(value) and any("from" in each and "role" not in each for each in value)
+    return is_chat(value) and any("from" in each and "role" not in each for each in value)
 
 
 def chat(
@@ -269,7 +271,7 @@ def chat(
 ) -> Any:
     """A list of messages with `role` and `content`; anything that is no list of messages as it is."""
     value = plain(value)
-    if isinstance(value, Mapping) and (_is_chat(value) or role_tag in value):
+    if isinstance(value, Mapping) and (is_chat(value) or role_tag in value):
         columns = {name: each for name, each in value.items() if isinstance(each, list)}
         if not columns:  # a single message
             value = [value]
@@ -310,7 +312,7 @@ def _prompted_chat(record: Record, generations: bool) -> Record:
     if isinstance(completion, str):
         completion = [{"role": "assistant", "content": completion}]
     unlearnt = [each | {"weight": 0} if each.get("role") == "assistant" else each for each in prompt]
-    return {"messages": [*unlearnt, *chat(completion)]} if _is_chat(completion) else {}
+    return {"messages": [*unlearnt, *chat(completion)]} if is_chat(completion) else {}
 
 
 # ---------------------------------------------------------------------------------------------- preferences
@@ -324,7 +326,7 @@ def _preference(record: Record, where: str) -> Record:
     )
     if question != "prompt" and question:
         _refuse_context(record, where, (question, "chosen"))
-    turns = next((name for name in _CHATS[:2] if not question and _is_chat(record.get(name))), question)
+    turns = next((name for name in _CHATS[:2] if not question and is_chat(record.get(name))), question)
     prompt = chat(record.get(turns))
     if isinstance(chosen, str) and isinstance(rejected, str):
         if isinstance(prompt, list):
@@ -360,3 +362,24 @@ def _split(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     if isinstance(chosen, str) and at and chosen[at - 1] == " ":
         at -= 1
     return chosen[:at], chosen[at:], rejected[at:]
+
+
+def other_columns(record: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of a record that hold a single value besides its text, as texts: a source, an id, a flag.
+
+    Empty values are left out, and so are texts that the record's prompt and completion were made of.
+    """
+    parts = record_parts(record)
+    columns = {}
+    for name, value in record.items():
+        if name in _SHOWN or not isinstance(value, str | int | float):
+            continue
+        text = str(value).lower() if isinstance(value, bool) else str(value).strip()
+        if text and not (isinstance(value, str) and _is_part(text, parts)):
+            columns[name] = text
+    return columns
+
+
+def _is_part(text: str, parts: Sequence[str]) -> bool:
+    """Whether a column holds one of the texts, or so much of one that it is there by no chance."""
+    return any(text == part.strip() or (len(text) > _LONG and text in part) for part in parts)

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rapidin.data.converted import Converted
 from rapidin.data.fields import PREFERENCE, chat, merged
 from rapidin.data.records import Record, describe
-from rapidin.data.sources import DataNotFound, Malformed, Source
+from rapidin.data.sources import DataNotFound, Source
 from rapidin.errors import UserError, short
 
 NAME = "dataset_info.json"
@@ -83,7 +84,7 @@ def open_listed(path: str, name: str | None, open_path: Callable[[str], Source])
         raise UserError(
             f"{where} is not a file, and not on the Hugging Face hub", "download it, and name its file"
         )
-    return _Converted(source, layout, f"{os.path.abspath(path)}:{name}")
+    return Converted(source, layout.read, f"{os.path.abspath(path)}:{name}")
 
 
 @dataclass(frozen=True)
@@ -185,30 +186,3 @@ def _parsed(tools: Any) -> Any:
 
 def _turn(question: Any, answer: Any) -> list[Record]:
     return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
-
-
-class _Converted:
-    """The records of a source, read by a layout."""
-
-    def __init__(self, source: Source, layout: _Layout, path: str) -> None:
-        self._source, self._layout = source, layout
-        self.path = path
-        self.skim, self.index, self.where, self.file = source.skim, source.index, source.where, source.file
-
-    @property
-    def lines(self) -> int:
-        return self._source.lines
-
-    def scan(self, limit: int | None) -> Iterator[Record | Malformed]:
-        return (self._entry(entry, row) for row, entry in enumerate(self._source.scan(limit)))
-
-    def read(self, row: int) -> Record | Malformed:
-        return self._entry(self._source.read(row), row)
-
-    def _entry(self, entry: Record | Malformed, row: int) -> Record | Malformed:
-        if isinstance(entry, Malformed):
-            return entry
-        try:
-            return self._layout.read(entry, self.where(row))
-        except UserError as error:
-            return Malformed(error, repr(sorted(entry)).encode("utf-8", "backslashreplace"))

@@ -12,18 +12,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from rapidin.data import hub, llama_factory
+from rapidin.data import axolotl, hub, llama_factory
 from rapidin.data.arrow_rows import is_table, open_table
 from rapidin.data.fields import FieldMap
 from rapidin.data.memory import GIVE, open_object
-from rapidin.data.sources import DataNotFound, Files, Joined, Source
+from rapidin.data.sources import DataNotFound, Files, Joined, Source, cannot_read
 from rapidin.data.spooled import decompressed, spool
 from rapidin.data.text_rows import open_text, suffix_of
 from rapidin.errors import UserError
-from rapidin.files import reason
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow", ".feather")
-_COMPRESSED = (".gz", ".zst", ".zstd", ".xz", ".bz2")
+COMPRESSED = (".gz", ".zst", ".zstd", ".xz", ".bz2")
 _SPLIT = re.compile(r"(?:^|[-_. ])(train|training|test|testing|validation|valid|val|dev|eval)(?:[-_. ]|$)")
 _SAME = {
     "training": "train",
@@ -81,7 +80,7 @@ def _is_path(value: object) -> bool:
 
 
 def _without_compression(name: str) -> str:
-    return os.path.splitext(name)[0] if name.endswith(_COMPRESSED) else name
+    return os.path.splitext(name)[0] if name.endswith(COMPRESSED) else name
 
 
 # ------------------------------------------------------------------------------------------ paths and names
@@ -136,6 +135,8 @@ def _open_existing(path: str, member: str | None, reading: Reading) -> Source:
         return _open_folder(path, member, reading)
     if os.path.basename(path) == llama_factory.NAME and llama_factory.is_listing(path):
         return llama_factory.open_listed(path, member, lambda name: _open_path(name, reading))
+    if path.endswith(axolotl.SUFFIXES):
+        return axolotl.open_config(path, member, lambda name: _open_path(name, reading))
     if not os.path.isfile(path):
         if not Path(path).is_fifo():
             raise UserError(f"the data {path} is not a regular file", "save it as a .jsonl file first")
@@ -148,7 +149,7 @@ def _opened(path: str) -> IO[bytes]:
     try:
         return open(path, "rb")  # the source that reads it closes it
     except OSError as error:
-        raise UserError(f"cannot read the data file {path}: {reason(error)}") from error
+        raise cannot_read(path, error) from error
 
 
 def _open_content(
@@ -160,7 +161,7 @@ def _open_content(
         first = content.read(8)
         content.seek(0)
     except OSError as error:
-        raise UserError(f"cannot read the data file {name}: {reason(error)}") from error
+        raise cannot_read(name, error) from error
     if not is_table(first):
         return open_text(content, name, path, suffix_of(name), reading.fields.knows, member)
     if member is not None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +25,10 @@ Record = dict[str, Any]
 NO_LOSS = -100  # the label of a token that does not count
 _MASKS = ("completion_mask", "assistant_masks")  # of tokens that count, where there are no labels
 _MARKS = ("weight", "train", "training")  # of a message whose tokens do not count, if 0 or false
+_TEXT_PARTS = ("text", "input_text", "output_text", None)  # types of a message's parts
+# What a message may have in the place of a content.
+_INSTEAD = ("tool_calls", "function_call", "reasoning_content", "reasoning", "thinking", "refusal")
+_CHATS = ("messages", "prompt", "completion", "chosen", "rejected")  # fields that may be lists of messages
 _MOST_FIELDS = 12  # named in a message
 
 # Raises UserError for a field's value of the wrong kind, given the value, the field's name and the location.
@@ -73,8 +77,8 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
     if messages:
         answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
         last = answers[-1] if answers else len(messages)
-        question = messages[last - 1]["content"] if last else ""
-        return str(question), str(messages[last]["content"]) if answers else ""
+        question = text_of_message(messages[last - 1]) if last else ""
+        return question, text_of_message(messages[last]) if answers else ""
     if record.get("chosen") is not None and record.get("rejected") is not None:
         both = f"{_last_text(record['chosen'])} | rejected: {_last_text(record['rejected'])}"
         return _last_text(record.get("prompt") or ""), both
@@ -86,6 +90,15 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
         return " ".join(map(str, ids[:first])), " ".join(map(str, ids[first:]))
     texts = [value for name, value in record.items() if isinstance(value, str) and name != "label"]
     return " | ".join(texts), ""
+
+
+def whole_text(record: Mapping[str, Any]) -> str:
+    """The text of a record with all turns of its chats, of which `record_parts` has the last ones alone."""
+    values = [record[name] for name in _CHATS if record.get(name)]
+    if not any(isinstance(value, list) for value in values):
+        return " ".join(record_parts(record))
+    turns = (value if isinstance(value, list) else [{"content": value}] for value in values)
+    return " ".join(str(turn.get("content") or "") for chat in turns for turn in chat)
 
 
 def shown_parts(record: Mapping[str, Any]) -> tuple[str, str]:
@@ -102,8 +115,32 @@ def shown_parts(record: Mapping[str, Any]) -> tuple[str, str]:
 def _last_text(value: Any) -> str:
     """A text, or the last message of a chat."""
     if isinstance(value, list):
-        return str(value[-1].get("content", "")) if value else ""
+        return text_of_message(value[-1]) if value else ""
     return str(value)
+
+
+def text_of_message(message: Mapping[str, Any]) -> str:
+    """The content of a message as text; its tool calls as JSON if it has none."""
+    content = message.get("content")
+    if not content and message.get("tool_calls"):
+        return json.dumps(message["tool_calls"], ensure_ascii=False, default=str)
+    return text_of_content(content)
+
+
+def text_of_content(content: Any) -> str:
+    """The text of a message's content: a text, a list of parts of which those of text are read, or none."""
+    if isinstance(content, list):
+        return "".join(
+            part if isinstance(part, str) else part["text"] for part in content if is_text_part(part)
+        )
+    return "" if content is None else str(content)
+
+
+def is_text_part(part: Any) -> bool:
+    """Whether a part of a message's content is text, as in {"type": "text", "text": ...}."""
+    if isinstance(part, str):
+        return True
+    return isinstance(part, Mapping) and isinstance(part.get("text"), str) and part.get("type") in _TEXT_PARTS
 
 
 def tokens_of(record: Mapping[str, Any]) -> tuple[list[int], list[bool]]:
@@ -202,8 +239,26 @@ def check_messages(messages: object, name: str, where: str) -> None:
                 f"{where}: {name}[{number}] is {describe(message)}, "
                 "expected an object with 'role' and 'content'"
             )
-        for part in ("role", "content"):
-            _check_unicode(message.get(part), f"{name}[{number}].{part}", where)
+        _check_unicode(message.get("role"), f"{name}[{number}].role", where)
+        _check_content(message, f"{name}[{number}].content", where)
+
+
+def _check_content(message: Mapping[str, Any], name: str, where: str) -> None:
+    """Raises UserError for the content of a message that is neither text nor a list of parts."""
+    content = message.get("content")
+    if content is None and any(message.get(each) for each in _INSTEAD):
+        return
+    if not isinstance(content, list):
+        _check_unicode(content, name, where)
+        return
+    for number, part in enumerate(content):
+        if not isinstance(part, str | Mapping):
+            raise UserError(
+                f"{where}: {name}[{number}] is {describe(part)}, expected a part with 'type', such as text"
+            )
+        if is_text_part(part):
+            text = part if isinstance(part, str) else part["text"]
+            _check_unicode(text, f"{name}[{number}].text", where)
 
 
 def _check_ids(ids: object, name: str, where: str) -> None:
@@ -285,3 +340,8 @@ TEXTS = Forms(
     checks={"messages": check_messages, "input_ids": _check_ids},
     optional={"instruction": ("input",)},
 )
+
+
+def jsonl(records: Iterable[Mapping[str, Any]]) -> str:
+    """The records as JSON, one a line."""
+    return "".join(json.dumps(dict(record), ensure_ascii=False, default=str) + "\n" for record in records)

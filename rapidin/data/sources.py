@@ -7,18 +7,24 @@ its concern (`rapidin.data.examples` checks that). `rapidin.data.opening` recogn
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
 from rapidin.data.records import Record, to_record
 from rapidin.errors import UserError
+from rapidin.files import reason
 
 _Each = TypeVar("_Each")
 
 
 class DataNotFound(UserError):
     """There is no data with the given name."""
+
+
+def cannot_read(name: str, error: OSError) -> UserError:
+    """The error for a file of data that the system does not let read."""
+    return UserError(f"cannot read the data file {name}: {reason(error)}")
 
 
 @dataclass(frozen=True)
@@ -131,6 +137,11 @@ class Rows(Numbered):
     def lines(self) -> int:
         return len(self._rows)
 
+    @property
+    def held(self) -> Any:
+        """The list or dataset itself."""
+        return self._rows
+
     def scan(self, limit: int | None) -> Iterator[Record | Malformed]:
         return (self.read(row) for row in range(self.skim(limit)))
 
@@ -183,6 +194,14 @@ class Joined:
 
     def skim(self, limit: int | None) -> int:
         return sum(1 for _ in self._each(limit, lambda source, left: iter(range(source.skim(left)))))
+
+    def divided(self, rows: Iterable[int]) -> list[tuple[Source, list[int]]]:
+        """Each source with those of the rows that are its own, numbered as it numbers them."""
+        parts: list[tuple[Source, list[int]]] = [(source, []) for source in self._sources]
+        for row in rows:
+            n, own = self._locate(row)
+            parts[n][1].append(own)
+        return parts
 
     def _locate(self, row: int) -> tuple[int, int]:
         """The number of a row's source, and the row in that source."""

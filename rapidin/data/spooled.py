@@ -16,7 +16,7 @@ from importlib import import_module
 from typing import IO, Any
 
 from rapidin.data.records import Record
-from rapidin.data.sources import Malformed, Numbered, as_record
+from rapidin.data.sources import Malformed, Numbered, as_record, cannot_read
 from rapidin.errors import UserError, needs
 from rapidin.files import reason
 
@@ -97,12 +97,34 @@ def decompressed(file: IO[bytes], name: str) -> IO[bytes]:
         first = file.read(6)
         file.seek(0)
     except OSError as error:
-        raise UserError(f"cannot read the data file {name}: {reason(error)}") from error
+        raise cannot_read(name, error) from error
     for magic, reader in _COMPRESSIONS.items():
         if first.startswith(magic):
             with file:
                 return spool(reader(file), name)
     return file
+
+
+def compressed(pieces: Iterable[bytes], suffix: str) -> Iterator[bytes]:
+    """The pieces of a file compressed as the suffix of its name says, such as ".gz"."""
+    made = _COMPRESSORS[suffix]()
+    for piece in pieces:
+        if data := made.compress(piece):
+            yield data
+    yield made.flush()
+
+
+def _zstandard() -> Any:
+    return needs("zstandard", "writing a .zst file", "data").ZstdCompressor().compressobj()
+
+
+_COMPRESSORS: dict[str, Callable[[], Any]] = {
+    ".gz": lambda: zlib.compressobj(wbits=31),  # 31: in the form of gzip
+    ".zst": _zstandard,
+    ".zstd": _zstandard,
+    ".xz": lambda: _standard("lzma").LZMACompressor(),
+    ".bz2": lambda: _standard("bz2").BZ2Compressor(),
+}
 
 
 def _temporary() -> IO[bytes]:

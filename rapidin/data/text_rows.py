@@ -1,4 +1,4 @@
-"""Text files of records: JSON lines, other JSON, CSV and TSV.
+"""Text files of records: JSON lines, CSV and TSV; other JSON is in `json_document`.
 
 Of a file of any size two integers are kept for each example; records are read on demand.
 """
@@ -9,13 +9,13 @@ import csv
 import json
 import os
 from array import array
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import IO, Any
 
+from rapidin.data.json_document import Knows, open_document
 from rapidin.data.records import Record, to_record
-from rapidin.data.sources import DataNotFound, Malformed, Numbered, Rows, Source, is_mapping_list
+from rapidin.data.sources import DataNotFound, Malformed, Source, cannot_read, is_mapping_list
 from rapidin.errors import UserError
-from rapidin.files import reason
 
 _UTF8_BOM = b"\xef\xbb\xbf"
 _FIX_LINE = "fix or remove that line"
@@ -25,8 +25,6 @@ _HEADER_BYTES = 1 << 20
 _DELIMITERS = (",", "\t", ";", "|")
 _CHAT = [{"role": "user", "content": "text"}]
 _LIKE: dict[str, Any] = {"messages": _CHAT, "conversations": _CHAT, "input_ids": [0]}  # values of columns
-
-Knows = Callable[[Mapping[str, Any]], bool]  # whether a record with these fields can be read
 
 
 def open_text(
@@ -47,7 +45,7 @@ def open_text(
             return DelimitedLines(file, name, path, delimiter)
     by_line = suffix in (".jsonl", ".ndjson") and not single and first.strip() not in (b"{", b"[")
     if not by_line and _is_document(first, single, knows):
-        return _open_document(file, name, path, knows, member)
+        return open_document(file, name, path, knows, member)
     if member is not None:
         raise DataNotFound(f"data not found: {name}:{member}", f"{name} has one record per line and no parts")
     return JsonLines(file, name, path)
@@ -67,13 +65,9 @@ def _first_line(file: IO[bytes], name: str) -> tuple[bytes, bool]:
                 break
         return found, True
     except OSError as error:
-        raise _unreadable(name, error) from error
+        raise cannot_read(name, error) from error
     finally:
         file.seek(0)
-
-
-def _unreadable(name: str, error: OSError) -> UserError:
-    return UserError(f"cannot read the data file {name}: {reason(error)}")
 
 
 def _not_text(first: bytes) -> str | None:
@@ -121,7 +115,7 @@ def _is_document(first: bytes, single: bool, knows: Knows) -> bool:
 # ----------------------------------------------------------------------------------- rows at known offsets
 
 
-class _Located:
+class LocatedRows:
     """Rows of a file by their offsets. Subclasses find them, and parse one."""
 
     def __init__(self, file: IO[bytes], name: str, path: str | None) -> None:
@@ -147,7 +141,7 @@ class _Located:
             self._file.seek(self._offsets[row])
             return self._parse(row)
         except OSError as error:
-            raise _unreadable(self._name, error) from error
+            raise cannot_read(self._name, error) from error
 
     def index(self, row: int) -> int:
         return self._lines[row]
@@ -157,6 +151,20 @@ class _Located:
 
     def file(self, row: int) -> str | None:
         return None if self.path is None else self._name
+
+    def without(self, rows: Collection[int]) -> Iterator[bytes]:
+        """The bytes of the file without those of these rows. Blank lines belong to the row before them."""
+        dropped = set(rows)
+        ends = [*self._offsets[1:], None][: len(self._offsets)]
+        try:
+            self._file.seek(0)
+            yield self._file.read(self._offsets[0] if self._offsets else -1)
+            for row, (start, end) in enumerate(zip(self._offsets, ends, strict=True)):
+                if row not in dropped:
+                    self._file.seek(start)
+                    yield self._file.read(-1 if end is None else end - start)
+        except OSError as error:
+            raise cannot_read(self._name, error) from error
 
     def _is_full(self, limit: int | None) -> bool:
         return limit is not None and len(self._offsets) >= limit
@@ -168,7 +176,7 @@ class _Located:
         return len(self._offsets) - 1
 
 
-class JsonLines(_Located):
+class JsonLines(LocatedRows):
     """One JSON object per line. Blank lines are no rows."""
 
     def scan(self, limit: int | None) -> Iterator[Record | Malformed]:
@@ -194,7 +202,7 @@ class JsonLines(_Located):
                     self._found(start, number)
                     yield line
         except OSError as error:
-            raise _unreadable(self._name, error) from error
+            raise cannot_read(self._name, error) from error
 
     def _parse(self, row: int) -> Record | Malformed:
         return self._entry(self._file.readline(), row)
@@ -227,7 +235,7 @@ def _parse_line(line: bytes, where: str, *, first: bool) -> Record:
     return to_record(record, where)
 
 
-class DelimitedLines(_Located):
+class DelimitedLines(LocatedRows):
     """CSV or TSV with a header: every cell is text. Quoted cells may contain line ends."""
 
     def __init__(self, file: IO[bytes], name: str, path: str | None, delimiter: str) -> None:
@@ -259,7 +267,7 @@ class DelimitedLines(_Located):
                 yield self._entry(cells, problem, self._found(offset, number), lines)
                 lines.taken.clear()
         except OSError as error:
-            raise _unreadable(self._name, error) from error
+            raise cannot_read(self._name, error) from error
 
     def _parse(self, row: int) -> Record | Malformed:
         lines = _Lines(self._file)
@@ -341,122 +349,6 @@ class _Lines:
         if self.number == 1 and line.startswith(_UTF8_BOM):
             line = line[len(_UTF8_BOM) :]
         return line.decode("utf-8", "surrogateescape")
-
-
-# ------------------------------------------------------------------------------------------ JSON documents
-
-
-class JsonDocument(Numbered):
-    """The records of a JSON text, from lists of them or one after another; the text is in memory."""
-
-    def __init__(self, text: str, name: str, path: str | None) -> None:
-        self.path = path
-        self._text, self._name = text, name
-        self._starts = array("Q")
-        self._lines = array("Q")
-        self.cut = False  # whether an integer of too many digits in the last value was read as 0
-        self._decoder = json.JSONDecoder(parse_int=self._integer)
-
-    @property
-    def lines(self) -> int:
-        return len(self._starts)
-
-    def _integer(self, digits: str) -> int:
-        try:
-            return int(digits)
-        except ValueError:
-            self.cut = True
-            return 0
-
-    def value(self, start: int) -> tuple[Any, int]:
-        """The value that begins at a position, and where it ends. Raises UserError if it is broken."""
-        self.cut = False
-        try:
-            return self._decoder.raw_decode(self._text, start)
-        except json.JSONDecodeError as error:
-            where = f"line {error.lineno}, column {error.colno}"
-            raise UserError(f"{self._name}: broken JSON ({error.msg} at {where})") from error
-        except RecursionError as error:
-            raise UserError(f"{self._name}: JSON nested too deeply") from error
-
-    def _skip(self, at: int, skipped: str = "") -> int:
-        """The next position that is neither white space nor one of these characters."""
-        while at < len(self._text) and (self._text[at].isspace() or self._text[at] in skipped):
-            at += 1
-        return at
-
-    def _find(self, limit: int | None) -> Iterator[Record | Malformed]:
-        at = self._skip(0)
-        listed = self._text.startswith("[", at)
-        counted = line = 0
-        at += listed
-        while (at := self._skip(at)) < len(self._text) and (limit is None or len(self._starts) < limit):
-            if listed and self._text[at] == "]":
-                at, listed = at + 1, False
-                continue
-            value, end = self.value(at)
-            line, counted = line + self._text.count("\n", counted, at), at
-            self._starts.append(at)
-            self._lines.append(line)
-            yield self._entry(value, len(self._starts) - 1, self._text[at:end])
-            at = self._skip(end)
-            if listed and self._text[at : at + 1] == ",":
-                at += 1
-            elif listed and self._text[at : at + 1] != "]":
-                raise UserError(f"{self.where(-1)}: broken JSON (no comma or bracket after that record)")
-
-    def scan(self, limit: int | None) -> Iterator[Record | Malformed]:
-        return self._find(limit)
-
-    def skim(self, limit: int | None) -> int:
-        return sum(1 for _ in self._find(limit))
-
-    def read(self, row: int) -> Record | Malformed:
-        value, end = self.value(self._starts[row])
-        return self._entry(value, row, self._text[self._starts[row] : end])
-
-    def _entry(self, value: Any, row: int, text: str) -> Record | Malformed:
-        where = self.where(row)
-        try:
-            if self.cut:
-                raise UserError(f"{where}: a number with too many digits", "fix or remove that record")
-            return to_record(value, where)
-        except UserError as error:
-            return Malformed(error, text.encode("utf-8", "backslashreplace"))
-
-    def where(self, row: int) -> str:
-        return f"{self._name}[{row if row >= 0 else len(self._starts) + row}] (line {self._lines[row] + 1})"
-
-
-def _open_document(file: IO[bytes], name: str, path: str | None, knows: Knows, member: str | None) -> Source:
-    """The records of a JSON text: a list, objects one after another, or an object with a list of records."""
-    try:
-        text = file.read().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{name}: not UTF-8 text (byte {error.start + 1})", "save it as UTF-8") from error
-    except OSError as error:
-        raise _unreadable(name, error) from error
-    document = JsonDocument(text, name, path)
-    if not text.lstrip().startswith("{"):
-        return document
-    value, end = document.value(len(text) - len(text.lstrip()))
-    if text[end:].strip() or (member is None and knows(value)):
-        return document
-    if document.cut:
-        raise UserError(f"{name}: a number with too many digits", "fix or remove it")
-    lists = {key: each for key, each in value.items() if is_mapping_list(each)}
-    if member is None and len(lists) > 1:
-        named = ", ".join(lists)
-        raise UserError(f"{name} has several lists of records: {named}", f"name one: {name}:{min(lists)}")
-    if not lists or (member is not None and member not in lists):
-        what = f"the list '{member}'" if member is not None else "a list of records"
-        raise UserError(
-            f"{name} does not have {what}; its fields are {', '.join(map(repr, value)) or 'none'}"
-        )
-    chosen = member if member is not None else next(iter(lists))
-    if path is not None and member is not None:
-        path = f"{path}:{member}"
-    return Rows(lists[chosen], path, name if member is None else f"{name}:{member}")
 
 
 def suffix_of(name: str) -> str:

@@ -47,11 +47,11 @@ def evaluate(
         if value not in classes:
             raise UserError(
                 f"{queries.where(number)}: no training example has the {column} '{value}'",
-                "remove the line, or name another column with --column",
+                "remove the line, or name another column with `column`",
             )
     if len(set(classes)) < 2:
         raise UserError(
-            f"all training examples have the {column} '{classes[0]}'", "name another column with --column"
+            f"all training examples have the {column} '{classes[0]}'", "name another column with `column`"
         )
     same = np.array(query_classes)[:, None] == np.array(classes)[None]
     sizes = same.sum(1)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rapidin.attribution.selection import jsonl
+from rapidin.data.records import jsonl
 from rapidin.errors import UserError, short
 from rapidin.files import replace_file
 
@@ -25,14 +25,14 @@ def start_or_resume(
         other_files = [p.name for p in sorted(folder.iterdir()) if not _is_temporary(p.name)]
         if other_files:
             raise UserError(
-                f"the folder '{folder}' holds something else ('{other_files[0]}')", "name another --out"
+                f"the folder '{folder}' holds something else ('{other_files[0]}')", "name another folder"
             )
         replace_file(path, (json.dumps(dict(settings), indent=1) + "\n").encode())
         return
     try:
         saved = _flat(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError):
-        raise UserError(f"'{path}' is damaged", "name another --out") from None
+        raise UserError(f"'{path}' is damaged", "name another folder") from None
     for key, value in _flat(json.loads(json.dumps(dict(settings)))).items():
         if saved.get(key) == value:
             continue
@@ -42,7 +42,7 @@ def start_or_resume(
         )
         raise UserError(
             f"'{folder}' was made with another {label or difference}",
-            "give the same settings, or name another --out",
+            "give the same settings, or name another folder",
         )
 
 

@@ -65,7 +65,7 @@ class GroundTruth:
         except (OSError, ValueError, KeyError) as error:
             raise UserError(
                 f"'{self.folder}' holds no ground truth for LDS ({type(error).__name__})",
-                "make it with 'rapidin eval lds MODEL --data ... --test ... --out ...'",
+                "make it with 'rapidin eval lds'",
             ) from None
 
     @property

@@ -47,14 +47,14 @@ def parse_methods(text: str | None, default: str = DEFAULT) -> list[Method]:
         normalize, _, damping = options.partition(":")
         if not normalize:
             raise UserError(
-                f"'{entry}' in --methods is not a method with its normalization",
+                f"'{entry}' in `methods` is not a method with its normalization",
                 "give METHOD:NORMALIZE, as in dot:layer,fisher:none",
             )
         try:
             method = Method(name, normalize, float(damping) if damping else None)
         except ValueError:
             raise UserError(
-                f"the damping of '{entry}' in --methods is not a number", "write it as in fisher:layer:0.1"
+                f"the damping of '{entry}' in `methods` is not a number", "write it as in fisher:layer:0.1"
             ) from None
         methods.check(method.method, method.normalize, method.damping)
         if method not in parsed:

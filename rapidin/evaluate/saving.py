@@ -127,7 +127,7 @@ class ResumeState:
         changed = [key for key in keys if saved["settings"].get(key) != self.settings.get(key)]
         if changed:
             raise UserError(
-                f"'{self.folder}' was made with other settings ({', '.join(changed)})", "name another --out"
+                f"'{self.folder}' was made with other settings ({', '.join(changed)})", "name another folder"
             )
         tensors = load_file(self.folder / saved["file"])
         with torch.no_grad():

@@ -100,14 +100,14 @@ def _lora(default: int | None) -> Any:
 
 def _rank(text: str) -> int | None:
     if not text.isdecimal():
-        raise UserError(f"--lora must be a whole number of at least 0, got {text}")
+        raise UserError(f"`lora` must be a whole number of at least 0, got {text}")
     return int(text) or None
 
 
 def _checkpoints(default: int) -> Any:
     return option(
         default,
-        help="Checkpoints of the tuning to keep, for --at checkpoints.",
+        help="Checkpoints of the tuning to keep, for `at='checkpoints'`.",
         metavar="N",
         panel="Storage",
         limits=(0, None),
@@ -141,11 +141,11 @@ class GroundTruthSettings(Settings):
 
     def __post_init__(self) -> None:
         if not 0 < self.fraction < 1:
-            raise UserError(f"--fraction must be between 0 and 1, got {self.fraction:g}", "0.5 is usual")
+            raise UserError(f"`fraction` must be between 0 and 1, got {self.fraction:g}", "0.5 is usual")
         if self.subsets < 3:
-            raise UserError(f"--subsets must be at least 3, got {self.subsets}")
+            raise UserError(f"`subsets` must be at least 3, got {self.subsets}")
         if self.seeds < 1:
-            raise UserError(f"--seeds must be at least 1, got {self.seeds}")
+            raise UserError(f"`seeds` must be at least 1, got {self.seeds}")
 
     def to_json(self) -> dict[str, Any]:
         """What must be the same for a folder to be resumed; subsets may be added."""
@@ -193,9 +193,9 @@ class SelectSettings(Settings):
 
     def __post_init__(self) -> None:
         if not 0 < self.share < 1:
-            raise UserError(f"--share must be between 0 and 1, got {self.share:g}")
+            raise UserError(f"`share` must be between 0 and 1, got {self.share:g}")
         if self.seeds < 1:
-            raise UserError(f"--seeds must be at least 1, got {self.seeds}")
+            raise UserError(f"`seeds` must be at least 1, got {self.seeds}")
 
     @property
     def count(self) -> int:

@@ -41,7 +41,7 @@ def open_training_data(ensemble: Ensemble, train_data: str | Files | None = None
     examples = training_data(ensemble.caches[0], train_data)
     if examples is None:
         path = ensemble.caches[0].path
-        raise UserError(f"the cache '{path}' was made from data in memory", "name it with --train-data")
+        raise UserError(f"the cache '{path}' was made from data in memory", "name it with `examples`")
     return examples
 
 
@@ -51,7 +51,7 @@ def column_values(examples: Examples, name: str) -> list[Any]:
     for row, record in enumerate(examples):
         if name not in record:
             columns = ", ".join(map(repr, record))
-            raise UserError(f"{examples.where(row)}: no column '{name}'", f"it has {columns}; see --column")
+            raise UserError(f"{examples.where(row)}: no column '{name}'", f"it has {columns}; see `column`")
         values.append(record[name])
     return values
 
@@ -66,13 +66,13 @@ def boolean_column(examples: Examples, name: str) -> npt.NDArray[np.bool_]:
         if value not in (True, False, 0, 1):
             raise UserError(
                 f"{examples.where(row)}: '{name}' is {short(value)}, expected true or false, 1 or 0",
-                "name another column with --column",
+                "name another column with `column`",
             )
     marked = np.array(values, dtype=np.bool_)
     if marked.all() or not marked.any():
         raise UserError(
             f"'{name}' is {'true' if marked.all() else 'false'} for all {len(marked):,} examples",
-            "name a column that marks some of them with --column",
+            "name a column that marks some of them with `column`",
         )
     return marked
 

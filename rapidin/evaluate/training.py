@@ -69,7 +69,7 @@ def tune(
             torch.manual_seed(recipe.seed * 1_000_003 + step - 1)
             loss = _step(model, optimizer, weights, [examples[n] for n in batch], rate, recipe.clip)
             if not loss < float("inf"):
-                raise UserError(f"the loss of step {step} is {loss}", "tune with a lower --learning-rate")
+                raise UserError(f"the loss of step {step} is {loss}", "tune with a lower `learning_rate`")
             step_losses.append(loss)
             history[-1]["loss"] = loss
             if checkpoints and step in checkpoints.steps:

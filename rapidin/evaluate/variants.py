@@ -27,7 +27,7 @@ from rapidin.results.text import time_text
 CHECKPOINTS = "checkpoints"
 PRECONDITIONERS = ("kfac", "off", "sample", "optimizer")  # the first is the default
 
-_START_ANEW = "start anew with --checkpoints, in another --out"
+_START_ANEW = "start anew with `checkpoints`, in another folder"
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +69,7 @@ def parse_variants(
     """
     for name in preconditioners:
         if name not in PRECONDITIONERS:
-            raise UserError(f"unknown --precondition '{name}'", f"known: {', '.join(PRECONDITIONERS)}")
+            raise UserError(f"unknown `preconditioner` '{name}'", f"known: {', '.join(PRECONDITIONERS)}")
     variants = [
         Variant(_points(text), size or None, name)
         for text in at
@@ -86,8 +86,8 @@ def _points(text: str) -> tuple[float, ...] | None:
         return tuple(float(number) for number in text.split(","))
     except ValueError:
         raise UserError(
-            f"--at {text} is not a number, numbers between commas, or '{CHECKPOINTS}'",
-            "as in --at 0.5 --at 0.1,0.5,0.9",
+            f"`at` {text} is not a number, numbers between commas, or '{CHECKPOINTS}'",
+            "as in 0.5 and 0.1,0.5,0.9",
         ) from None
 
 
@@ -143,7 +143,7 @@ class VariantCaches:
         if preconditioner == "optimizer":
             if checkpoint is None:
                 raise UserError(
-                    "--precondition optimizer needs a checkpoint, and none were kept", _START_ANEW
+                    "`preconditioner='optimizer'` needs a checkpoint, and none were kept", _START_ANEW
                 )
             preconditioner = checkpoint / "optimizer.pt"
         limit = loaded.context_length
@@ -157,7 +157,7 @@ class VariantCaches:
         )
         path = self.folder / f"{name}-width-{attributor.settings.width}"
         start = time.perf_counter()
-        cache = attributor.cache(self.examples, path, bytes=variant.bytes)
+        cache = attributor.cache(self.examples, path, bytes=variant.bytes, null=False)
         seconds = time.perf_counter() - start
         self.log(f"{variant}: {len(cache):,} examples cached in {path} ({time_text(seconds)})")
         return checked(attributor.source, cache.manifest), cache

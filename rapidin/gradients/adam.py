@@ -1,21 +1,15 @@
 """Adam's second moments of gradients, from a sample of the data or from an optimizer's state.
 
-An optimizer's state is read from one of three kinds of file, and only its tensors and numbers are:
-
-- ``optimizer.pt`` of a Hugging Face Trainer checkpoint, or any torch optimizer's ``state_dict()``: Adam and
-  AdamW keep ``exp_avg_sq``, Adafactor ``exp_avg_sq_row`` and ``exp_avg_sq_col``. Parameters are numbered
-  there, group after group: one group is the trainable parameters in their order; two are the Trainer's, with
-  and without weight decay. Every shape is compared.
-- a safetensors file with a tensor for each parameter under its name (or its name and ``.exp_avg_sq``), or two
-  with ``.exp_avg_sq_row`` and ``.exp_avg_sq_col``.
-- a checkpoint folder that holds ``optimizer.pt``.
+`rapidin.gradients.optimizer_files` reads the optimizer's state. Where it numbers the parameters, group after
+group, one group is the trainable parameters in their order, and two are the Trainer's, with and without
+weight decay. Every shape is compared. Adam and AdamW keep ``exp_avg_sq``, Adafactor ``exp_avg_sq_row`` and
+``exp_avg_sq_col``.
 
 A state's bias correction is a common factor of all parameters and is left out.
 """
 
 from __future__ import annotations
 
-import pickle
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -24,15 +18,20 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rapidin.errors import UserError, short
+from rapidin.errors import UserError
+from rapidin.gradients.optimizer_files import (
+    NAMED,
+    NumberedState,
+    State,
+    read_state,
+    second_moment,
+    state_file,
+)
 from rapidin.gradients.parameters import Target
 from rapidin.gradients.scale import Scale
 from rapidin.gradients.squares import Squares
 
 Means = tuple[Tensor, Tensor]  # of rows [O] and columns [I], float64
-State = Mapping[str, Tensor]  # the tensors that an optimizer keeps for one parameter, of _KEYS
-_KEYS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
-_NAMED = "or give a safetensors file with a second moment under each parameter's name"
 
 
 class Moments:
@@ -69,7 +68,7 @@ class Moments:
         if self._sums is None or not examples:
             raise UserError(
                 "no example of the preconditioner's sample has a gradient that is finite",
-                "use --precondition off",
+                "use `preconditioner='off'`",
             )
         table = {}
         for target, (r, c) in zip(self.targets, self._sums, strict=True):
@@ -90,22 +89,13 @@ def second_moments(
     holds more than tensors and numbers, or is not the state of these parameters.
     """
     path = state_file(path)
+    saved = read_state(path, {target.name: target.shape for target in targets})
     states = (
-        _read_safetensors(path, targets)
-        if path.suffix == ".safetensors"
-        else _read_torch(path, model, targets, trained)
+        _by_number(saved, path, model, targets, trained)
+        if isinstance(saved, NumberedState)
+        else _by_name(saved, targets, path)
     )
     return {t.name: _means(states[t.name], t, path) for t in targets}
-
-
-def state_file(path: Path) -> Path:
-    """The file with the state: `path`, or optimizer.pt in it. Raises UserError if it does not exist."""
-    file = path / "optimizer.pt" if path.is_dir() else path
-    if not file.is_file():
-        raise UserError(
-            f"no optimizer's state at '{file}'", "give a file, or a checkpoint folder with optimizer.pt"
-        )
-    return file
 
 
 def _means(state: State, target: Target, path: Path) -> Means:
@@ -120,7 +110,7 @@ def _means(state: State, target: Target, path: Path) -> Means:
         elif len(target.shape) != 2 or target.stack:
             raise UserError(
                 f"'{path}' has rows and columns for '{target.name}', whose shape is {list(target.shape)}",
-                "leave it out with --exclude",
+                "leave it out with `exclude`",
             )
         means = row.double(), column.double()
     if not all(bool((m.isfinite() & (m >= 0)).all()) for m in means):
@@ -148,73 +138,29 @@ def _problem(state: State, name: str, shape: tuple[int, ...]) -> str | None:
     return None
 
 
-def _read_safetensors(path: Path, targets: Sequence[Target]) -> dict[str, State]:
-    from safetensors import SafetensorError, safe_open
-
-    states: dict[str, State] = {}
-    try:
-        with safe_open(path, framework="pt") as file:
-            names = set(file.keys())
-            for target in targets:
-                tensors = {key: f"{target.name}.{key}" for key in _KEYS if f"{target.name}.{key}" in names}
-                if target.name in names:
-                    tensors["exp_avg_sq"] = target.name
-                states[target.name] = {key: file.get_tensor(name) for key, name in tensors.items()}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot read '{path}': {short(error)}") from None
+def _by_name(found: Mapping[str, State], targets: Sequence[Target], path: Path) -> Mapping[str, State]:
     for target in targets:
-        problem = _problem(states[target.name], target.name, target.shape)
+        problem = _problem(found.get(target.name, {}), target.name, target.shape)
         if problem:
             raise UserError(f"'{path}' does not fit the model: {problem}")
-    return states
+    return found
 
 
-def _read_torch(
-    path: Path, model: nn.Module, targets: Sequence[Target], trained: Sequence[str] | None
+def _by_number(
+    saved: NumberedState,
+    path: Path,
+    model: nn.Module,
+    targets: Sequence[Target],
+    trained: Sequence[str] | None,
 ) -> dict[str, State]:
-    value = _load(path)
-    try:
-        groups = [[int(n) for n in group["params"]] for group in value["param_groups"]]
-        numbered = {int(n): dict(state) for n, state in value["state"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise UserError(
-            f"'{path}' is not an optimizer's state: it has no 'state' and 'param_groups'"
-        ) from None
-    states: dict[int, State] = {
-        n: {key: v for key in _KEYS if isinstance(v := values.get(key), Tensor)}
-        for n, values in numbered.items()
-    }
-    if not any(states.values()):
-        raise UserError(
-            f"the optimizer in '{path}' has no second moment that rapidin can read",
-            "supported optimizers are Adam, AdamW and Adafactor",
-        )
     shapes = _trained_shapes(model, trained)
     first_problem = None
-    for ordered in _orders(model, list(shapes), groups):
-        by_name = _match(ordered, groups, states, shapes)
+    for ordered in _orders(model, list(shapes), saved.groups):
+        by_name = _match(ordered, saved.groups, saved.states, shapes)
         if not isinstance(by_name, str):
             return _of_targets(by_name, targets, path)
         first_problem = first_problem or by_name
-    raise UserError(f"'{path}' is not the state of this model's parameters: {first_problem}", _NAMED)
-
-
-def _load(path: Path) -> Any:
-    """What torch saved, tensors and plain values only."""
-    refused = UserError(
-        f"'{path}' is damaged, or holds more than tensors and numbers, which is not unpickled",
-        "give the optimizer.pt of a Trainer's checkpoint, " + _NAMED,
-    )
-    try:
-        try:
-            # Mapped, since the state of a large model is larger than the model.
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # saved in the format before zip files, which cannot be mapped
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise refused from None
-    except (OSError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"cannot read '{path}': {short(error)}") from None
+    raise UserError(f"'{path}' is not the state of this model's parameters: {first_problem}", NAMED)
 
 
 def _trained_shapes(model: nn.Module, trained: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
@@ -282,6 +228,31 @@ def _of_targets(by_name: Mapping[str, State], targets: Sequence[Target], path: P
         if not by_name.get(target.name):
             raise UserError(
                 f"'{path}' has no second moment for '{target.name}', which counts",
-                "leave it out with --exclude",
+                "leave it out with `exclude`",
             )
     return {target.name: by_name[target.name] for target in targets}
+
+
+def live_second_moments(
+    optimizer: Any, model: nn.Module, targets: Sequence[Target]
+) -> dict[str, Means] | None:
+    """Row and column means of the second moment of each target in an optimizer in memory, on the CPU; None
+    before its first step.
+
+    Raises UserError if it keeps none for a target, or not one that rapidin can read.
+    """
+    named = dict(model.named_parameters(remove_duplicate=False))
+    means = {}
+    for target in targets:
+        values = optimizer.state.get(named[target.name])
+        if not values:
+            return None
+        state = second_moment(values)
+        problem = _problem(state, target.name, target.shape)
+        if problem:
+            raise UserError(
+                f"the optimizer cannot precondition gradients: {problem}", "use precondition='off'"
+            )
+        rows, columns = _means(state, target, Path("the optimizer"))
+        means[target.name] = rows.cpu(), columns.cpu()
+    return means

@@ -8,19 +8,22 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from rapidin.errors import UserError, reason_of
+from rapidin.gradients.vocabulary import fit_vocabulary
 from rapidin.gradients.weights import describe_weights
 from rapidin.tasks.names import CAUSAL, peft_task_of
 
 ADAPTER_CONFIG = "adapter_config.json"
+_WEIGHTS = ("adapter_model.safetensors", "adapter_model.bin")
 
 
 def has_adapter(model: Any) -> bool:
@@ -253,11 +256,14 @@ def load_adapter(model: Any, adapter: str, task: str = CAUSAL) -> Any:
             raise UserError(f"adapter not found: '{adapter}'")
     elif not (path / ADAPTER_CONFIG).exists():
         raise UserError(f"'{adapter}' is not an adapter: it has no {ADAPTER_CONFIG}")
+    elif not any((path / name).exists() for name in _WEIGHTS):
+        raise UserError(f"the adapter '{adapter}' has no weights: there is no {' and no '.join(_WEIGHTS)}")
     try:
         config = PeftConfig.from_pretrained(adapter)
         made_for = getattr(config.task_type, "value", config.task_type)
         fits = made_for in (None, "FEATURE_EXTRACTION", peft_task_of(task))
         if fits:
+            fit_vocabulary(model, adapter, config)
             # peft refuses to train prompts that are loaded; their gradients are taken all the same.
             loaded = PeftModel.from_pretrained(model, adapter, is_trainable=not config.is_prompt_learning)
             wrong = _wrong_weights(loaded, adapter)
@@ -281,7 +287,9 @@ def _wrong_weights(model: Any, adapter: str) -> str:
     if model.peft_config[active].is_prompt_learning:
         return ""  # peft itself loads its few tensors by name, and raises if one is missing
     # peft only warns, and only about tuner weights, so the weights are set again to get the lists of names.
-    result = set_peft_model_state_dict(model, load_peft_weights(adapter, device="cpu"), adapter_name=active)
+    weights = load_peft_weights(adapter, device="cpu")
+    twice = _saved_twice(weights)
+    result = set_peft_model_state_dict(model, weights, adapter_name=active)
     trained, missing = set(trained_names(model)), set(result.missing_keys)
     aliases: dict[int, list[str]] = {}  # a parameter that layers share is in the file under one of its names
     for name, parameter in model.named_parameters(remove_duplicate=False):
@@ -291,7 +299,22 @@ def _wrong_weights(model: Any, adapter: str) -> str:
     ]
     # Projections that are not trained are buffers, which the file may hold too (VeRA).
     buffers = {name.rpartition(".")[0] for name, _ in model.named_buffers(remove_duplicate=False)}
-    return describe_weights(lacking, [key for key in result.unexpected_keys if key not in buffers])
+    more = [key for key in result.unexpected_keys if key not in buffers and key not in twice]
+    return describe_weights(lacking, more)
+
+
+def _saved_twice(weights: Mapping[str, Tensor]) -> set[str]:
+    """The keys of what peft saves under another name too, where the model's tables of tokens have grown."""
+    marks = (".modules_to_save.", ".token_adapter.")
+    marked = [key for key in weights if any(mark in key for mark in marks)]
+    return {
+        key
+        for key in marked
+        if any(
+            other != key and value.shape == weights[key].shape and torch.equal(value, weights[key])
+            for other, value in weights.items()
+        )
+    }
 
 
 def check_own_adapter(model: Any, folder: str) -> None:

@@ -30,6 +30,9 @@ class Reporter(Protocol):
     def tell(self, message: str | None) -> None:
         """Something to tell the user."""
 
+    def stage(self, name: str, done: int, total: int) -> None:
+        """So many of `total` passes over examples are done, of a step that comes before sketching."""
+
 
 class Silent:
     """A reporter that tells nobody."""
@@ -39,6 +42,8 @@ class Silent:
     def sketched(self, done: int, tokens: int, skipped: Download | None) -> None: ...
 
     def tell(self, message: str | None) -> None: ...
+
+    def stage(self, name: str, done: int, total: int) -> None: ...
 
 
 SILENT = Silent()
@@ -130,7 +135,7 @@ class BatchRunner:
                 if not is_out_of_memory(error):
                     raise
                 if self.lockstep.shared:
-                    raise UserError("a batch does not fit into memory", "lower --batch-tokens") from None
+                    raise UserError("a batch does not fit into memory", "lower `batch_tokens`") from None
                 fits = False
             else:
                 fits = True
@@ -147,13 +152,13 @@ class BatchRunner:
         for _ in range(idle):
             filler = self.task.filler()
             if filler is None:
-                raise UserError(f"the task '{self.task.name}' has no use for --shard-model")
+                raise UserError(f"the task '{self.task.name}' has no use for `shard_model`")
             self.lockstep.run(partial(step, self.task.batch([filler], self.device)))
 
     def _not_batched(self, why: str, reporter: Reporter) -> None:
         if self.lockstep.shared:
             raise UserError(
-                "a layer mixes the examples of a batch", "use --batch-tokens 1 with --shard-model"
+                "a layer mixes the examples of a batch", "use `batch_tokens=1` with `shard_model`"
             ) from None
         if not self.one_at_a_time:
             self.one_at_a_time = True

@@ -41,10 +41,10 @@ class ChangedInputError(UserError):
 
     def __init__(self, names: Sequence[str], *, checked: bool = False) -> None:
         """checked: the check has found that autograd cannot take the gradient either."""
-        remedy = "leave it out with --exclude"
+        remedy = "leave it out with `exclude`"
         super().__init__(
             f"the model changes the input of '{names[0]}' in place after it is used",
-            remedy if checked else f"leave out --no-check, or {remedy}",
+            remedy if checked else f"leave out `check=False`, or {remedy}",
         )
         self.names = list(names)
 

@@ -302,7 +302,7 @@ class GradientSketcher:
                 raise UserError(
                     f"{len(unseen)} parameters took no part in the model's forward pass, such as "
                     f"'{self.targets[unseen[0]].name}'",
-                    "leave out --no-check, or leave them out with --exclude",
+                    "leave out `check=False`, or leave them out with `exclude`",
                 )
             self._unreached.update(unseen)
             return
@@ -320,8 +320,14 @@ class GradientSketcher:
         return gradients_of(self.model, [self.parameter(n) for n in numbers])
 
     @contextlib.contextmanager
-    def _hooked(self, gradient_pass: GradientPass, tracker: ProductTracker | None) -> Iterator[None]:
-        """Inside the block the modules of all targets report to the pass."""
+    def _hooked(
+        self,
+        gradient_pass: GradientPass,
+        tracker: ProductTracker | None,
+        make_hooks: Callable[..., ModuleHooks] | None = None,
+    ) -> Iterator[None]:
+        """Inside the block the modules of all targets report to the pass. make_hooks: of another kind."""
+        make_hooks = make_hooks or ModuleHooks
         handles: list[Any] = []
         by_module: dict[str, list[tuple[int, Use]]] = {}
         for n, target in enumerate(self.targets):
@@ -336,7 +342,7 @@ class GradientSketcher:
             for name, uses in by_module.items():
                 module = self._modules[name]
                 tokens = None if tracker is None else tracker.tokens
-                hooks = ModuleHooks(gradient_pass, uses, tokens, self.followed)
+                hooks = make_hooks(gradient_pass, uses, tokens, self.followed)
                 if any(use.kind == "embedding" for _, use in uses):
                     handles.append(module.register_forward_pre_hook(hooks.expand_ids, with_kwargs=True))
                 handles.append(module.register_forward_hook(hooks.forward, with_kwargs=True))
@@ -401,21 +407,31 @@ class ModuleHooks:
             # in-place use.
             output = changed = output.detach().requires_grad_().clone()
         call = (call if self._rerun else Call((call.inputs,), {})).mapped(Tensor.detach)
-        versions = call.versions
 
-        def on_gradient(grad: Tensor) -> None:
-            if call.versions != versions:
-                self._pass.changed.update(n for n, _ in self._uses)
-                return
+        def add(call: Call, grad: Tensor) -> None:
             with torch.no_grad():
                 if tokens is None:
                     self._add_call(module, call, grad.detach())
                 else:
                     self._add_rows(call.inputs, grad.detach(), tokens)
 
-        output.register_hook(on_gradient)
         self._pass.calls.update(n for n, _ in self._uses)
-        return changed
+        waiting = self.wait(output, call, add)
+        return changed if waiting is output else waiting
+
+    def wait(self, output: Any, call: Call, add: Callable[[Call, Tensor], None]) -> Any:
+        """The output in whose place the module's is to be used, such that `add` gets the call and the
+        output's gradient as soon as that is computed."""
+        versions = call.versions
+
+        def on_gradient(grad: Tensor) -> None:
+            if call.versions == versions:
+                add(call, grad)
+            else:
+                self._pass.changed.update(n for n, _ in self._uses)
+
+        output.register_hook(on_gradient)
+        return output
 
     def _add_call(self, module: nn.Module, call: Call, grad: Tensor) -> None:
         """Add the gradient of each of the module's parameters that comes of one call of it."""

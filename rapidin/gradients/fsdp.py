@@ -66,7 +66,7 @@ def require_accelerate() -> None:
     try:
         import accelerate  # noqa: F401
     except ImportError:
-        raise UserError("--device auto needs the package 'accelerate'", "pip install accelerate") from None
+        raise UserError("`device='auto'` needs the package 'accelerate'", "pip install accelerate") from None
 
 
 @contextlib.contextmanager

@@ -19,7 +19,9 @@ from rapidin.gradients import fsdp
 from rapidin.gradients.adapters import ADAPTER_CONFIG, SavedHead, check_own_adapter, load_adapter, other_base
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.path import WeightPath, base_path
+from rapidin.gradients.tokenizers import gguf_file, load_tokenizer
 from rapidin.gradients.weights import check_weights
+from rapidin.settings import dtype_name
 from rapidin.tasks.forward import inner_model
 from rapidin.tasks.names import CAUSAL, loader_of, task_of_config, task_of_folder
 
@@ -31,15 +33,17 @@ def load_model(
     *,
     adapter: str | None = None,
     base: str | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
+    tokenizer: str | None = None,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
     trust_remote_code: bool = False,
     shard_model: bool = False,
     task: str | None = None,
 ) -> LoadedModel:
     """Load a Hugging Face model folder or name, or a folder with one GGUF file, with its tokenizer.
 
-    adapter: a PEFT adapter folder or name on it. base: the model that it was tuned from in full.
+    adapter: a PEFT adapter folder or name on it. base: the model that it was tuned from in full. tokenizer:
+    folder or name of another tokenizer than the adapter's, if it has one, or the model's.
     device: default the GPU if there is one; "auto": layers are spread over all GPUs, and what does not fit
     over the CPU's memory and the disk. shard_model: every weight is sharded over the processes of the run.
     dtype: "float32", "bfloat16", "float16" or "auto"; default float32 on the CPU; on a GPU the checkpoint's
@@ -51,21 +55,28 @@ def load_model(
     does not fit.
     """
     adapter = _checked_adapter(name, adapter, base)
-    here, mapped = world(), device == "auto"
+    here, mapped, number_format = world(), str(device) == "auto", dtype_name(dtype)
     if shard_model and (here.alone or mapped):
-        what = "--shard-model needs several processes, over which it spreads the model"
-        raise UserError(what, "start them with torchrun, and without --device auto")
+        what = "`shard_model` needs several processes, over which it spreads the model"
+        raise UserError(what, "start them with torchrun, and without `device='auto'`")
     if mapped:
         fsdp.require_accelerate()
-    device = here.device(None if mapped else device)
-    load_dtype = dtype or ("float32" if _is_cpu(device) else "auto")
+    device = here.device(None if mapped or device is None else str(device))
+    on_cpu = _is_cpu(device)
+    load_dtype: str = number_format or ("float32" if on_cpu else "auto")
     task = task or saved_task(name, adapter, trust_remote_code)
     head = None if adapter is None else SavedHead.of(adapter)
     model = _load_task(name, task, load_dtype, trust_remote_code, "model", mapped, head)
-    if dtype is None and model.dtype == torch.float16:
+    if number_format is None and model.dtype == torch.float16:
         load_dtype = "bfloat16"
         model.to(torch.bfloat16)
-    tokenizer = _load_tokenizer(name, trust_remote_code)
+    reads, reads_from, reads_other = load_tokenizer(
+        name,
+        adapter,
+        tokenizer,
+        config=getattr(model, "config", None),
+        trust_remote_code=trust_remote_code,
+    )
     if adapter is not None:
         model = load_adapter(model, adapter, task)
     try:
@@ -74,11 +85,13 @@ def load_model(
     except RuntimeError as error:
         raise UserError(f"cannot use the device '{device}': {reason_of(error)}") from None
     model.eval()
-    loaded = LoadedModel.of(model, tokenizer)
+    loaded = LoadedModel.of(model, reads)
+    loaded.notes.append(reads_other)
     loaded.source = {
         "model": _absolute(name),
         "adapter": None if adapter is None else _absolute(adapter),
         "base": None if base is None else _absolute(base),
+        "tokenizer": _absolute(reads_from),
         "dtype": load_dtype,
     }
     if adapter is not None:
@@ -88,7 +101,7 @@ def load_model(
         loaded.path = base_path(model, untuned, name, base)
         loaded.notes.append(loaded.path.apart)
     if any(tuned.is_meta for _, _, tuned in loaded.path.ends):
-        raise UserError("the tuned parameters do not fit into memory", "use --at 1, or more GPUs")
+        raise UserError("the tuned parameters do not fit into memory", "use `at=1`, or more GPUs")
     if shard_model:
         _shard(loaded, here, torch.device(device))
     loaded.notes = [note for note in loaded.notes if note]
@@ -100,33 +113,40 @@ def load_model(
 def _checked_adapter(name: str, adapter: str | None, base: str | None) -> str | None:
     """The adapter to load onto the model. Raises UserError if model, adapter and base do not go together."""
     if adapter is not None and base is not None:
-        raise UserError("an adapter already names its base model", "give --adapter or --base, not both")
+        raise UserError("an adapter already names its base model", "give `adapter` or `base`, not both")
     if not os.path.isfile(os.path.join(name, ADAPTER_CONFIG)):
         return adapter
     if not os.path.isfile(os.path.join(name, "config.json")):
         raise UserError(
             f"'{name}' is an adapter, not a model",
-            "give the model that it was made for, and this folder with --adapter",
+            "give the model that it was made for, and this folder with `adapter`",
         )
     # transformers puts the adapter in a model's own folder into the model.
     if adapter is not None and os.path.realpath(name) != os.path.realpath(adapter):
         raise UserError(
             f"the model's folder '{name}' already contains an adapter ({ADAPTER_CONFIG})",
-            "leave out --adapter to use that one, or remove it from the folder",
+            "leave out `adapter` to use that one, or remove it from the folder",
         )
     if base is not None:
         raise UserError(
             f"the model's folder '{name}' contains an adapter, so it has a base model already",
-            "leave --base out",
+            "leave `base` out",
         )
     return None
 
 
 def _is_cpu(device: str) -> bool:
+    """Whether a device is the CPU. Raises UserError for one that is unknown or not there."""
     try:
-        return torch.device(device).type == "cpu"
+        chosen = torch.device(device)
     except RuntimeError:
         raise UserError(f"unknown device '{device}'", "use cpu, cuda, cuda:N or auto") from None
+    if chosen.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if (chosen.index or 0) >= count:
+            gpus = "no GPU that torch can use" if not count else f"{count} GPU{'s' * (count > 1)} only"
+            raise UserError(f"cannot use the device '{device}': there is {gpus}", "use `device='cpu'`")
+    return chosen.type == "cpu"
 
 
 def _shard(loaded: LoadedModel, here: World, device: torch.device) -> None:
@@ -182,7 +202,7 @@ def _load_task(
     """head: of the adapter that the model is loaded for."""
     if dtype not in _DTYPES:
         raise UserError(f"unknown model dtype '{dtype}'", f"use one of {', '.join(_DTYPES)}")
-    folder, gguf = _gguf(name)
+    folder, gguf = gguf_file(name)
     extra: dict[str, Any] = dict(gguf)
     if extra:
         _require_gguf()
@@ -241,35 +261,11 @@ def _check_folder(name: str, what: str) -> None:
         raise UserError(f"{what} not found: '{name}'")
 
 
-def _gguf(name: str) -> tuple[str, dict[str, str]]:
-    """(folder or name, {"gguf_file": ...} if the model is a GGUF file)."""
-    path = Path(name)
-    if os.path.isfile(path) and path.suffix == ".gguf":
-        return str(path.parent), {"gguf_file": path.name}
-    if os.path.isdir(path) and not (path / "config.json").exists():
-        files = sorted(path.glob("*.gguf"))
-        if len(files) > 1:
-            raise UserError(f"'{name}' contains {len(files)} GGUF files", "give one of them as the model")
-        if files:
-            return name, {"gguf_file": files[0].name}
-    return name, {}
-
-
 def _require_gguf() -> None:
     try:
         import gguf  # noqa: F401
     except ImportError:
         raise UserError("GGUF models need the package 'gguf'", "pip install 'rapidin[gguf]'") from None
-
-
-def _load_tokenizer(name: str, trust_remote_code: bool) -> Any:
-    from transformers import AutoTokenizer
-
-    folder, extra = _gguf(name)
-    try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code, **extra)
-    except Exception as error:
-        raise UserError(f"cannot load the tokenizer of '{name}': {reason_of(error)}") from error
 
 
 # ---------------------------------------------------------------------------------------------- messages

@@ -16,7 +16,10 @@ from rapidin.gradients import fsdp
 from rapidin.gradients.adapters import has_adapter, trained_names
 from rapidin.gradients.path import WeightPath, adapter_path
 from rapidin.gradients.quantized import check_gradients, plain_tensors
+from rapidin.gradients.tokenizers import template_hash, tokenizer_hash, vocabulary_hash
 from rapidin.tasks.forward import device_of, inner_model
+
+MEMORY = "memory"  # the key of `LoadedModel.source` that says that the model was not loaded by its names
 
 
 @dataclass
@@ -26,7 +29,7 @@ class LoadedModel:
     model: transformers or peft model, or any module; tokenizer: its tokenizer, None if it reads no text;
     path: from the untuned to the tuned weights;
     trained: names of the parameters that an adapter trains (None without one); source: names it was loaded by
-    (model, adapter, base, dtype); sharded: each process of a run holds a shard of every weight
+    (model, adapter, base, tokenizer, dtype); sharded: each process of a run holds a shard of every weight
     (`rapidin.gradients.fsdp`), so that all run the same passes; notes: what the user should know of how it
     was loaded.
     """
@@ -56,11 +59,23 @@ class LoadedModel:
             "model": getattr(getattr(inner_model(model), "config", None), "_name_or_path", None) or None,
             "adapter": None,
             "base": None,
+            "dtype": str(model.dtype).removeprefix("torch.") if hasattr(model, "dtype") else None,
+            MEMORY: "yes",
         }
         if not has_adapter(model):
             return LoadedModel(model, tokenizer, source=source)
         trained = trained_names(model)
         return LoadedModel(model, tokenizer, adapter_path(model), trained, source)
+
+    def __repr__(self) -> str:
+        names = [type(inner_model(self.model)).__name__]
+        names += [f"'{self.source[key]}'" for key in ("model",) if self.source.get(key)]
+        if self.trained is not None:
+            names.append(f"with the adapter '{self.source.get('adapter') or 'in memory'}'")
+        if self.source.get("base"):
+            names.append(f"tuned from '{self.source['base']}'")
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        return f"LoadedModel({' '.join(names)}, {count:,} parameters on {self.device})"
 
     @property
     def device(self) -> torch.device:
@@ -70,20 +85,7 @@ class LoadedModel:
     @property
     def context_length(self) -> int | None:
         """The longest text in tokens that the model takes; None if its config does not say."""
-        config = getattr(inner_model(self.model), "config", None)
-        if config is None or not hasattr(config, "get_text_config"):
-            return None
-        config = config.get_text_config()
-        length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-        if not length or length < 1:  # XLNet has no limit, and says -1
-            return None
-        # RoBERTa and its kin count positions from the one after the padding's.
-        padding = (
-            module.padding_idx
-            for name, module in self.model.named_modules()
-            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-        )
-        return int(length) - next((int(n) + 1 for n in padding), 0)
+        return context_of(getattr(inner_model(self.model), "config", None), self.model)
 
     @property
     def identity(self) -> dict[str, str]:
@@ -91,6 +93,13 @@ class LoadedModel:
         if self._identity is None:
             self._identity = self._hashes()
         return self._identity
+
+    @property
+    def text_identity(self) -> dict[str, str]:
+        """SHA-256 of the tokenizer's vocabulary and of its chat template; empty without a tokenizer."""
+        if self.tokenizer is None:
+            return {}
+        return {"vocabulary": vocabulary_hash(self.tokenizer), "template": template_hash(self.tokenizer)}
 
     def _hashes(self) -> dict[str, str]:
         trained = set(self.trained or ())
@@ -104,7 +113,7 @@ class LoadedModel:
             "model": _hash_tensors({n: v for n, v in values.items() if n not in trained}, owners),
         }
         if self.tokenizer is not None:
-            hashes["tokenizer"] = _hash_tokenizer(self.tokenizer)
+            hashes["tokenizer"] = tokenizer_hash(self.tokenizer)
         if self.trained is not None:
             hashes["adapter"] = _hash_tensors({n: values[n] for n in sorted(trained)})
         if self.source.get("base") is not None:
@@ -113,6 +122,23 @@ class LoadedModel:
                 {n: v for n, p in named.items() if (v := untuned.get(id(p))) is not None}
             )
         return hashes
+
+
+def context_of(config: Any, model: nn.Module) -> int | None:
+    """The longest text in tokens that a model with this config takes; None if the config does not say."""
+    if config is None or not hasattr(config, "get_text_config"):
+        return None
+    config = config.get_text_config()
+    length = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if not length or length < 1:  # XLNet has no limit, and says -1
+        return None
+    # RoBERTa and its kin count positions from the one after the padding's.
+    padding = (
+        module.padding_idx
+        for name, module in model.named_modules()
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+    )
+    return int(length) - next((int(n) + 1 for n in padding), 0)
 
 
 def _hash_tensors(tensors: Mapping[str, Tensor], owners: Mapping[str, nn.Module] | None = None) -> str:
@@ -135,15 +161,3 @@ def _hash_tensor(digest: Any, name: str, value: Tensor) -> None:
         part = part.cpu().contiguous()
         digest.update(json.dumps([name, str(part.dtype), list(part.shape)]).encode())
         digest.update(part.reshape(-1).view(torch.uint8).numpy().data)
-
-
-def _hash_tokenizer(tokenizer: Any) -> str:
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        core: Any = tokenizer.get_vocab()
-    else:
-        core = json.loads(backend.to_str())
-        core.pop("truncation", None)  # these two say how it was last called, not what it is
-        core.pop("padding", None)
-    settings = [tokenizer.chat_template, {k: str(v) for k, v in sorted(tokenizer.special_tokens_map.items())}]
-    return hashlib.sha256(json.dumps([core, settings], sort_keys=True).encode()).hexdigest()

@@ -138,9 +138,9 @@ def find_targets(
             raise UserError(
                 "no parameter is left to take gradients of: the quantized weights of this model are none of "
                 "its parameters",
-                "give an --adapter on them, or choose other parameters with --include",
+                "give an `adapter` on them, or choose other parameters with `include`",
             )
-        raise UserError("no parameter is left to take gradients of", "change --include or --exclude")
+        raise UserError("no parameter is left to take gradients of", "change `include` or `exclude`")
     return [Target(name, shapes[name], tuple(uses[name]), stacks.get(name, 0)) for name in chosen]
 
 

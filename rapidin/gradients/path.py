@@ -43,11 +43,11 @@ class WeightPath:
         """Raises UserError if a point is not on the path, or is named twice."""
         for at in points:
             if not 0.0 <= at <= 1.0:
-                raise UserError(f"--at {at:g} is not between 0 (base) and 1 (tuned)")
+                raise UserError(f"`at` {at:g} is not between 0 (base) and 1 (tuned)")
             if at != 1.0 and not self.ends:
-                raise UserError(f"gradients at {at:g} need the untuned state: {self.unknown}", "use --at 1")
+                raise UserError(f"gradients at {at:g} need the untuned state: {self.unknown}", "use `at=1`")
         if len(set(points)) != len(points):
-            raise UserError(f"--at names a point twice: {', '.join(f'{at:g}' for at in points)}")
+            raise UserError(f"`at` names a point twice: {', '.join(f'{at:g}' for at in points)}")
 
     @contextlib.contextmanager
     def at(self, point: float) -> Iterator[None]:

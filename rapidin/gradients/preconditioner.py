@@ -43,6 +43,7 @@ EXPONENT = 0.5  # p, of V on each of the two sides of a product
 FLOOR = 0.01  # the least that r and c count as, in units of their own means
 SAMPLE = 256  # examples of the sample for Adam's
 KFAC_SAMPLE = 128  # examples of the sample for K-FAC's, to which every token contributes
+_FEWEST = 32
 STREAM = 18  # of the keyed hash in docs/reference/sketch.md that draws the sample
 RANK = 64  # eigenvectors of a side that K-FAC's preconditioner keeps
 DAMPING = 0.1  # d, of a side, in units of its mean eigenvalue
@@ -136,8 +137,9 @@ class PreconditionerConfig:
     """Which preconditioner a cache is made with.
 
     kind: "off"; Adam's, from a "sample" or from the state of the "optimizer"; or "kfac", from a sample too.
-    exponent: p above. floor: see `Scale.of`. sample: examples in the sample. rank: eigenvectors of a side,
-    and damping: d above, of "kfac". fitted: the preconditioner, if it is known before the cache is made.
+    exponent: p above. floor: see `Scale.of`. sample: most examples in the sample. rank: eigenvectors of a
+    side, and damping: d above, of "kfac". fitted: the preconditioner, if it is known before the cache is
+    made.
     """
 
     kind: Kind = "off"
@@ -147,6 +149,14 @@ class PreconditionerConfig:
     rank: int = RANK
     damping: float = DAMPING
     fitted: Preconditioner | None = None
+
+    def sample_of(self, rows: int) -> int:
+        """How many of so many training examples are in the sample: a quarter of them, but at least 32 and at
+        most `sample`.
+
+        More take longer and change little: studies/lds/README.md, "How many examples the moments need".
+        """
+        return min(self.sample, rows, max(_FEWEST, rows // 4))
 
     @staticmethod
     def of(
@@ -168,7 +178,11 @@ class PreconditionerConfig:
             return PreconditionerConfig("sample")
         if value == "kfac":
             return PreconditionerConfig("kfac", sample=KFAC_SAMPLE)
-        moments = second_moments(Path(value), model, targets, trained)
+        return PreconditionerConfig.of_moments(second_moments(Path(value), model, targets, trained))
+
+    @staticmethod
+    def of_moments(moments: Mapping[str, tuple[Tensor, Tensor]]) -> PreconditionerConfig:
+        """The settings for the second moments of an optimizer: row and column means of each parameter's."""
         table = {name: Scale.of(r, c, EXPONENT, FLOOR) for name, (r, c) in moments.items()}
         return PreconditionerConfig("optimizer", sample=0, fitted=Preconditioner([table]))
 

@@ -23,7 +23,7 @@ from rapidin.tasks.forward import cache_use, evaluation_mode, inner_model
 _TEXT = "The quick brown fox jumps over the lazy dog"
 _LENGTH = 6  # tokens that the model sees
 _TRIES = 3
-_REMEDY = "use a model that AutoModelForCausalLM loads with all of its weights, or another --task"
+_REMEDY = "use a model that AutoModelForCausalLM loads with all of its weights, or another `task`"
 
 
 def check_causal(loaded: LoadedModel) -> None:

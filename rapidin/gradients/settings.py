@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from rapidin.data.chats import moment
 from rapidin.errors import UserError
 from rapidin.settings import Settings, documented, option
 from rapidin.tasks.names import CAUSAL, LossKind, TaskName, Turns
@@ -30,7 +31,7 @@ def points_of(text: str) -> tuple[float, ...]:
     try:
         return tuple(float(each) for each in text.split(","))
     except ValueError:
-        raise UserError(f"--at must be numbers separated by commas, got {text}", "as in --at 0.5") from None
+        raise UserError(f"`at` must be numbers separated by commas, got {text}", "as in 0.5") from None
 
 
 @documented
@@ -121,6 +122,14 @@ class GradientSettings(Settings):
         0, help="Random seed of the sketch.", metavar="N", panel="Storage", limits=(0, 2**64 - 1)
     )
     eos: bool = option(True, help="End completions with the end-of-text token.", panel="Data")
+    date: str | None = option(
+        None,
+        help="Date that a chat template writes as the present, as 2026-01-31: that of the training, if it is "
+        "known.",
+        metavar="DATE",
+        panel="Data",
+        default="today, if the template writes it",
+    )
     max_length: int | None = option(
         None,
         help="Maximum number of tokens per example.",
@@ -144,10 +153,12 @@ class GradientSettings(Settings):
     )
 
     def __post_init__(self) -> None:
-        at = (self.at,) if isinstance(self.at, int | float) else self.at
+        at = points_of(self.at) if isinstance(self.at, str) else self.at
+        at = (at,) if isinstance(at, int | float) else at
         object.__setattr__(self, "at", None if at is None else tuple(float(point) for point in at))
         for name in ("include", "exclude"):
-            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+            patterns = getattr(self, name) or ()
+            object.__setattr__(self, name, (patterns,) if isinstance(patterns, str) else tuple(patterns))
         if self.width == "auto":  # type: ignore[comparison-overlap]
             object.__setattr__(self, "width", None)
         if self.dropout is not None and not self.dropout.rate:
@@ -155,26 +166,21 @@ class GradientSettings(Settings):
         self._check()
 
     def _check(self) -> None:
+        self.check_values()
         if self.projection not in get_args(Projection):
             raise UserError(
                 f"unknown projection '{self.projection}'", f"use one of {', '.join(get_args(Projection))}"
             )
-        if self.loss not in get_args(LossKind):
-            raise UserError(f"unknown loss '{self.loss}'", "use mean or sum")
-        if self.turns not in get_args(Turns):
-            raise UserError(f"unknown turns '{self.turns}'", "use all or last")
+        if self.date is not None:
+            moment(self.date)
         if not 0 < self.beta < float("inf"):
-            raise UserError(f"--beta must be above 0, got {self.beta:g}")
-        if self.width is not None and self.width < 1:
-            raise UserError(f"--width must be at least 1, got {self.width}")
-        if not 0 <= self.seed < 2**64:
-            raise UserError(f"--seed must be from 0 to 2^64 - 1, got {self.seed}")
+            raise UserError(f"`beta` must be above 0, got {self.beta:g}")
         if self.at == ():
-            raise UserError("--at must name at least one point")
+            raise UserError("`at` must name at least one point")
         whole = self.width is None or self.width % 128 == 0 or self.width in _SMALL_WIDTHS
         if self.projection != "tensor" and not whole:
             raise UserError(
-                f"--width must be a multiple of 128 with the {self.projection} projection, got {self.width}"
+                f"`width` must be a multiple of 128 with the {self.projection} projection, got {self.width}"
             )
 
     @property
@@ -213,7 +219,10 @@ class GradientSettings(Settings):
                 "projection": self.projection, "width": self.width, "seed": self.seed, "hash": HASH,
             },
             "gradient": gradient,
-            "text": {"eos": self.eos, "max_length": self.max_length, "too_long": self.too_long},
+            "text": {
+                "eos": self.eos, "max_length": self.max_length, "too_long": self.too_long,
+                **({} if self.date is None else {"date": self.date}),
+            },
         }  # fmt: skip
 
     @staticmethod
@@ -242,4 +251,5 @@ class GradientSettings(Settings):
             eos=text["eos"],
             max_length=text["max_length"],
             too_long=text["too_long"],
+            date=text.get("date"),
         )

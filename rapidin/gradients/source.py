@@ -32,15 +32,14 @@ from rapidin.gradients.preconditioner import (
     PreconditionerConfig,
 )
 from rapidin.gradients.probe import check_causal
+from rapidin.gradients.reader import dated, embedded_tokens, max_length_of, task_settings
 from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
 from rapidin.ops.transfer import Download, upload
 from rapidin.tasks.causal import Causal
-from rapidin.tasks.choose import TaskSettings, task_of
+from rapidin.tasks.choose import task_of
 from rapidin.tasks.forward import evaluation_mode
 from rapidin.tasks.names import CAUSAL
 from rapidin.tasks.task import AnyBatch, Example, Task
-
-_LONGEST = 2048  # tokens, if the model does not say
 
 
 class GradientSource:
@@ -68,15 +67,17 @@ class GradientSource:
         """bytes_per_example: the budget of a cache, on which the default sketch dimension depends."""
         settings = settings or GradientSettings()
         self.loaded = loaded
-        max_length = _max_length(loaded, settings.max_length)
-        self.task: Task = task_of(
-            settings.task,
-            loaded.model,
-            loaded.tokenizer,
-            TaskSettings(
-                max_length, settings.eos, settings.too_long, settings.loss, settings.turns, settings.beta
+        max_length = max_length_of(loaded.context_length, settings.max_length)
+        self.task: Task = dated(
+            task_of(
+                settings.task,
+                loaded.model,
+                loaded.tokenizer,
+                task_settings(settings, max_length, embedded_tokens(loaded.model)),
             ),
+            settings.date,
         )
+        self.chooses_date = settings.date is None
         if self.task.needs_causal:
             check_causal(loaded)
         self.points = _points(loaded, settings.at)
@@ -84,7 +85,7 @@ class GradientSource:
             raise UserError(
                 f"the task '{self.task.name}' compares with the model before it was tuned: "
                 f"{loaded.path.unknown}",
-                "give the --adapter or the --base",
+                "give `adapter` or `base`",
             )
         self.targets = find_targets(
             loaded.model,
@@ -101,6 +102,7 @@ class GradientSource:
             width=settings.width or self._default_width(settings, bytes_per_example),
             max_length=max_length,
             preconditioner=config,
+            date=None if self.task.chats is None else self.task.chats.date,
         )
         self.config = config
         self.check: GradientCheck | None = None
@@ -114,8 +116,15 @@ class GradientSource:
         if self.loaded.sharded and (names := self.sketcher.needs_weights):
             raise UserError(
                 f"the gradient of '{names[0]}' needs the whole parameter in one process",
-                "leave such parameters out with --exclude, or do not use --shard-model",
+                "leave such parameters out with `exclude`, or do not use `shard_model`",
             )
+
+    def __repr__(self) -> str:
+        points = ", ".join(f"{point:g}" for point in self.points)
+        return (
+            f"GradientSource({self.loaded!r}, {self.blocks:,} layers x {self.width:,} dimensions, task "
+            f"'{self.task.name}', gradients at {points}, preconditioner '{self.config.kind}')"
+        )
 
     def _default_width(self, settings: GradientSettings, bytes_per_example: int | None) -> int:
         if settings.projection == "rapidgrad":
@@ -190,6 +199,16 @@ class GradientSource:
         other._set_preconditioner(preconditioner)
         return other
 
+    def with_date(self, date: str | None) -> GradientSource:
+        """The same source, whose chat template writes another date."""
+        if date == self.settings.date:
+            return self
+        other = copy.copy(self)
+        other.task = self.task.dated(date)
+        other.settings = replace(self.settings, date=date)
+        other.batches = other._batch_runner()
+        return other
+
     @property
     def own_task(self) -> Task | None:
         """The task, if it is one of the user's own."""
@@ -209,12 +228,21 @@ class GradientSource:
         made: AnyExample = self.task.example(record)
         return made
 
-    def check_records(self, examples: Examples) -> None:
+    def check_records(self, examples: Examples) -> list[str]:
         """Checks what of the examples depends on the model, such as its chat template or its labels. Those
-        that it rejects are malformed; if `examples` does not skip such, raises UserError for the first."""
+        that it rejects are malformed; if `examples` does not skip such, raises UserError for the first.
+
+        Returns what the user should know of how the examples are read, a line each.
+        """
+        chats = self.task.chats
         if isinstance(self.task, Causal) and examples.form != "messages":
-            return  # every text can be encoded
-        examples.check(self.task.check)
+            rows = self.task.encoder.rows
+            if rows is None or len(self.loaded.tokenizer) <= rows:
+                return []  # every text can be encoded
+            examples.check(self.task.encoder)
+        else:
+            examples.check(self.task.check)
+        return [] if chats is None else chats.notes()
 
     @property
     def preconditioner(self) -> Preconditioner | None:
@@ -330,9 +358,10 @@ class GradientSource:
         good = [n for n, text in enumerate(texts) if text.status == Status.OK]
         points = []
         for number in range(len(self.points)):
+            counted = _Counted(reporter, number * len(good), len(self.points) * len(good))
             with self.at(number):
                 if self.config.kind == "kfac":
-                    moments = self._factor_moments(good, texts, reporter)
+                    moments = self._factor_moments(good, texts, counted)
                     if not moments.examples:
                         reporter.tell(
                             "no example of the sample has a gradient, so gradients are not preconditioned"
@@ -340,14 +369,15 @@ class GradientSource:
                     points.append(kfac_scales(moments, self.config.exponent, self.config.damping))
                 else:
                     squares = Moments(self.targets)
-                    for _, result in self.batches.run(good, texts, self.sketcher.squares, reporter):
+                    for chosen, result in self.batches.run(good, texts, self.sketcher.squares, reporter):
+                        counted.add(len(chosen))
                         if result is not None:
                             squares.add(result)
                     points.append(squares.scales(self.config.exponent, self.config.floor))
         return Preconditioner(points)
 
     def _factor_moments(
-        self, good: Sequence[int], texts: Sequence[AnyExample], reporter: Reporter
+        self, good: Sequence[int], texts: Sequence[AnyExample], counted: _Counted
     ) -> FactorMoments:
         """The moments of the factors of these texts' gradients, at the point where the model is.
 
@@ -359,6 +389,7 @@ class GradientSource:
         while True:
             moments = FactorMoments(self.targets, self.config.rank, self.settings.seed, self.loaded.device)
             spoilt = False
+            counted.restart()
 
             def add(batch: AnyBatch, moments: FactorMoments = moments) -> bool:
                 nonlocal spoilt
@@ -369,12 +400,28 @@ class GradientSource:
                 return True
 
             left = list(good)
-            for chosen, added in self.batches.run(good, texts, add, reporter):
+            for chosen, added in self.batches.run(good, texts, add, counted.reporter):
+                counted.add(len(chosen))
                 if added is None:
                     left = [n for n in left if n not in chosen]
             if not spoilt:
                 return moments
             good = left
+
+
+class _Counted:
+    """Counts the passes over the sample of one point; before: those of earlier points, of `total`."""
+
+    def __init__(self, reporter: Reporter, before: int, total: int) -> None:
+        self.reporter = reporter
+        self._before, self._done, self._total = before, 0, total
+
+    def add(self, passes: int) -> None:
+        self._done += passes
+        self.reporter.stage("fitting the preconditioner", self._before + self._done, self._total)
+
+    def restart(self) -> None:
+        self._done = 0
 
 
 def default_width(blocks: int, bytes_per_example: int | None = None) -> int:
@@ -398,15 +445,6 @@ def _points(loaded: LoadedModel, at: tuple[float, ...] | float | None) -> list[f
     points = [at] if isinstance(at, float) else list(at)
     loaded.path.check(points)
     return points
-
-
-def _max_length(loaded: LoadedModel, requested: int | None) -> int:
-    limit = loaded.context_length
-    if requested is None:
-        return _LONGEST if limit is None else limit
-    if limit is not None and requested > limit:
-        raise UserError(f"--max-length {requested} is over the model's context of {limit} tokens")
-    return requested
 
 
 def _preconditioner_config(

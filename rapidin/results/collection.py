@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from rapidin.errors import needs
-from rapidin.results.types import QueryResult
+from rapidin.errors import UserError, needs
+from rapidin.results.types import Hit, QueryResult
+
+_SHOWN = 10  # results in a repr
 
 
 class Results(list[QueryResult]):
@@ -15,6 +17,31 @@ class Results(list[QueryResult]):
     def __init__(self, results: Sequence[QueryResult] = ()) -> None:
         super().__init__(results)
 
+    @property
+    def top(self) -> list[Hit]:
+        """The most helpful hits of the only generation. Raises UserError if there are several."""
+        return self._only.top
+
+    @property
+    def bottom(self) -> list[Hit]:
+        """The most harmful hits of the only generation. Raises UserError if there are several."""
+        return self._only.bottom
+
+    @property
+    def _only(self) -> QueryResult:
+        if len(self) != 1:
+            raise UserError(
+                f"these are the results of {len(self):,} generations", "choose one: results[0].top"
+            )
+        return self[0]
+
+    def __repr__(self) -> str:
+        if len(self) == 1:
+            return repr(self[0])
+        several = [f"  {repr(result).splitlines()[0]}" for result in self[:_SHOWN]]
+        more = [f"  and {len(self) - _SHOWN:,} more"] if len(self) > _SHOWN else []
+        return "\n".join([f"Results of {len(self):,} generations", *several, *more])
+
     def _repr_html_(self) -> str:
         """The view in notebooks: the page of `rapidin.results.html` in a frame."""
         return _notebook(self)
@@ -22,8 +49,8 @@ class Results(list[QueryResult]):
     def to_list(self) -> list[dict[str, Any]]:
         """All hits as flat dicts with the same keys.
 
-        query: number of the generation, from 0; side: "helpful" for the top of a ranking, "harmful" for its
-        bottom; rank, index, row, score, error, first_rank, last_rank, tied, estimate, copies (how many
+        query: number of the generation, from 0; side: "helpful" for a positive score, "harmful" for a
+        negative one; rank, index, row, score, error, first_rank, last_rank, tied, estimate, copies (how many
         others are folded into it) as in `Hit`; for each baseline its "<name> score" and "<name> rank";
         asked, answered: the generation; and the example's fields, as "example.<field>". A value that is not
         known is None.
@@ -31,7 +58,7 @@ class Results(list[QueryResult]):
         hits = [
             (number, result, side, hit)
             for number, result in enumerate(self)
-            for side, ranking in (("helpful", result.top), ("harmful", result.bottom))
+            for side, ranking in (("helpful", result.helpful), ("harmful", result.harmful))
             for hit in ranking
         ]
         baselines = dict.fromkeys(name for *_, hit in hits for name in hit.standings)

@@ -11,9 +11,13 @@ if TYPE_CHECKING:
     from rapidin.results.types import QueryResult
 
 
-def results_json(results: Iterable[QueryResult]) -> str:
-    """All queries as one JSON object, in ASCII; a number that is not finite becomes null."""
-    return json.dumps({"queries": [_finite(result.to_json()) for result in results]}, indent=1, default=str)
+def results_json(results: Iterable[QueryResult], made: Mapping[str, Any] | None = None) -> str:
+    """All queries as one JSON object, in ASCII; a number that is not finite becomes null.
+
+    made: what the hits were found with, put before the queries.
+    """
+    value = {**(made or {}), "queries": [result.to_json() for result in results]}
+    return json.dumps(_finite(value), indent=1, default=str)
 
 
 def _finite(value: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.box import SIMPLE_HEAD
 from rich.cells import cell_len
@@ -18,11 +18,13 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from rapidin.data.records import shown_parts
+from rapidin.results.sinks import sinks_of, without_sinks
 from rapidin.results.text import (
     MEANING,
     error_text,
     escaped,
+    has_shares,
+    no_row_text,
     one_line,
     overlap_text,
     scale_text,
@@ -30,10 +32,12 @@ from rapidin.results.text import (
     shorten,
     shorten_middle,
 )
+from rapidin.results.types import join_words
 
 if TYPE_CHECKING:
     from rapidin.results.types import Group as ByColumn
     from rapidin.results.types import Hit, QueryResult
+    from rapidin.results.verdict import Verdict
 
 
 _PROMPT_LINES = 4
@@ -53,11 +57,15 @@ class _Console(Console):
         raise  # the command line handles a closed pipe
 
 
-class _Example:
-    """A training example on one line of any width: prompt, arrow, completion, both shortened."""
+_WIDTH_FOR_ONE_LINE = 64
 
-    def __init__(self, record: Mapping[str, Any]) -> None:
-        self.prompt, self.completion = (one_line(text) for text in shown_parts(record))
+
+class _Example:
+    """A training example: prompt, arrow, completion, both shortened to fit on one line, or on one line each
+    if that is narrow."""
+
+    def __init__(self, hit: Hit) -> None:
+        self.prompt, self.completion = (one_line(text) for text in hit.parts)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement(20, max(20, cell_len(self.prompt) + 4 + cell_len(self.completion)))
@@ -67,6 +75,13 @@ class _Example:
         width = options.max_width
         if not (self.prompt and self.completion):
             yield Text(shorten(self.prompt or self.completion, width, ellipsis), no_wrap=True)
+            return
+        whole = cell_len(self.prompt) + len(arrow) + cell_len(self.completion)
+        if whole > width and width < _WIDTH_FOR_ONE_LINE:
+            yield Text(shorten(self.prompt, width, ellipsis), no_wrap=True)
+            arrow = arrow.lstrip()
+            completion = shorten(self.completion, max(1, width - len(arrow)), ellipsis)
+            yield Text.assemble((arrow, "dim"), (completion, "cyan"), no_wrap=True)
             return
         room = width - len(arrow)
         # Each side gets half of the room, and what the other does not use of its half.
@@ -91,16 +106,18 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
             title = Text(f"Query {number} of {len(results)}", style="bold underline")
             report.append(Padding(title, (int(number > 1), 0, 0, 0)))
         report.append(_generation(result, width))
-        if not result.top:
+        if not (result.top or result.bottom):
             report.append(Text("\nNo example in the cache has a sketch, so there are no hits.\n"))
             continue
         bounded = result.bounded
         if result.targets:
             report.append(targets_table(result, bounded=bounded))
-        report.append(hits_table("Most helpful", result.top, bounded=bounded))
-        report.append(hits_table("Most harmful", result.bottom, bounded=bounded))
+        for name, hits in (("Most helpful", result.helpful), ("Most harmful", result.harmful)):
+            report.append(hits_table(name, hits, bounded=bounded) if hits else none_of(name))
         if result.by is not None:
             report.append(_Groups(result.by, result.groups))
+        if result.verdict is not None:
+            report.append(_verdict(result.verdict))
     if results:
         report.append(Text(f"\n{MEANING}\nThe score is {scale_text(results[0])}.", style="dim"))
         report.append(_Notes(results))
@@ -122,6 +139,27 @@ def _generation(result: QueryResult, width: int) -> RenderableType:
     if result.generated:
         grid.add_row("", Text("(generated)", style="dim"))
     return grid
+
+
+def none_of(title: str) -> RenderableType:
+    """What stands in the place of the table of hits of a sign that no row has."""
+    return Padding(Text.assemble((title, "bold"), f"\n{no_row_text(title)}"), (1, 0, 0, 0))
+
+
+_STRENGTHS = {"strong": "bold green", "weak": "bold yellow", "nothing": "bold", "unknown": "dim"}
+
+
+def _verdict(verdict: Verdict) -> RenderableType:
+    """The verdict, what the hits have in common and what to do next."""
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    grid.add_row("Verdict", Text(one_line(verdict.sentence), style=_STRENGTHS[verdict.strength]))
+    if verdict.common:
+        grid.add_row("In common", Text(one_line(verdict.common_text)))
+    if verdict.next_step:
+        grid.add_row("Next", Text(verdict.next_step))
+    return Padding(grid, (1, 0, 0, 0))
 
 
 def _titled(title: str, *, expand: bool = False) -> Table:
@@ -178,7 +216,8 @@ def targets_table(result: QueryResult, *, bounded: bool) -> RenderableType:
     title = "Parts of the completion"
     if len(shown) < len(result.targets):
         title += f", the {len(shown)} most influential of {len(result.targets):,}"
-    total = sum(hit.score for hit in result.top) / max(1, len(result.top))
+    total = sum(hit.score for hit in result.helpful) / max(1, len(result.helpful))
+    shared = has_shares(total, [target.influence for target in result.targets])
     table = _titled(title)
     table.add_column("part", no_wrap=True, max_width=32)
     for name in ("influence", "share", "best index", "best score"):
@@ -188,7 +227,7 @@ def targets_table(result: QueryResult, *, bounded: bool) -> RenderableType:
         table.add_row(
             shorten(one_line(target.text) or repr(target.text), 32),
             Text(score_text(target.influence, bounded), style=_color(target.influence)),
-            f"{target.influence / total:.0%}" if total else "",
+            f"{target.influence / total:.0%}" if shared else "",
             "" if best is None else str(best.index),
             "" if best is None else score_text(best.score, bounded),
         )
@@ -198,17 +237,21 @@ def targets_table(result: QueryResult, *, bounded: bool) -> RenderableType:
 _MAX_WORDS = 5
 
 
-def words_text(hit: Hit) -> str:
-    """The words that contribute most to a hit's score, with their shares of it."""
+def words_text(hit: Hit, sinks: frozenset[int] = frozenset({0})) -> str:
+    """The words that contribute most to a hit's score, with their shares of it; sinks: positions of tokens
+    that are left out."""
     assert hit.tokens is not None
     # The contributions of all occurrences of a word are added up.
     total: dict[str, float] = {}
-    for word, value in hit.tokens.words():
+    for word, value in join_words(hit.tokens.pieces, without_sinks(hit.tokens, sinks)):
         total[word] = total.get(word, 0.0) + value
     sign = -1 if hit.score < 0 else 1
     best = sorted(total.items(), key=lambda item: -sign * item[1])[:_MAX_WORDS]
+    shared = has_shares(hit.score, hit.tokens.contributions)
     return ", ".join(
-        f"{one_line(word)} {value / hit.score:.0%}" for word, value in best if value * hit.score > 0
+        f"{one_line(word)} {value / hit.score:.0%}" if shared else one_line(word)
+        for word, value in best
+        if value * hit.score > 0
     )
 
 
@@ -258,6 +301,7 @@ class _Hits:
 
     def _table(self, columns: Mapping[str, Sequence[str]]) -> Table:
         shown = any(hit.example is not None for hit in self._hits)
+        sinks = sinks_of(self._hits)
         table = _titled(self._title, expand=shown)
         for name, cells in columns.items():
             width = max(map(len, (*name.split("\n"), *cells)))
@@ -265,9 +309,9 @@ class _Hits:
         if shown:
             table.add_column("example", no_wrap=True, ratio=1)
         for hit, cells in zip(self._hits, zip(*columns.values(), strict=True), strict=True):
-            example: list[RenderableType] = [_Example(hit.example or {})] if shown else []
+            example: list[RenderableType] = [_Example(hit)] if shown else []
             if shown and hit.tokens is not None:
-                words = Text(f"by {words_text(hit)}", style="dim", no_wrap=True, overflow="ellipsis")
+                words = Text(f"by {words_text(hit, sinks)}", style="dim", no_wrap=True, overflow="ellipsis")
                 example = [Group(*example, words)]
             rank, score, *others = cells
             table.add_row(rank, Text(score, style=_color(hit.score)), *others, *example)
@@ -288,7 +332,7 @@ class _Notes:
         self._results = results
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
-        hits = [hit for result in self._results for hit in (*result.top, *result.bottom)]
+        hits = [hit for result in self._results for hit in (*result.helpful, *result.harmful)]
         signs, notes = _signs(options), []
         wide = options.max_width >= _WIDTH_FOR_MORE
         if options.max_width >= _WIDTH_FOR_ERRORS and any(hit.error is not None for hit in hits):
@@ -300,7 +344,7 @@ class _Notes:
         for number, result in enumerate(self._results, 1):
             prefix = f"Query {number}: " if len(self._results) > 1 else ""
             for name, count in result.overlaps.items():
-                notes.append(f"{prefix}{overlap_text(one_line(name), count, len(result.top))}.")
+                notes.append(f"{prefix}{overlap_text(one_line(name), count, len(result.helpful))}.")
         if notes:
             yield Text("\n".join(notes), style="dim")
 

@@ -3,7 +3,9 @@ times as text."""
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rich.cells import cell_len, set_cell_size
@@ -93,6 +95,15 @@ def scale_text(result: QueryResult) -> str:
     return f"{_METHODS[result.method]} {vectors}: only the order is meaningful"
 
 
+def no_row_text(title: str) -> str:
+    """What is said in the place of a list with this title that has no hits."""
+    return (
+        "No row is harmful: no score is negative."
+        if "harmful" in title
+        else "No row is helpful: no score is positive."
+    )
+
+
 def overlap_text(name: str, count: int, hits: int) -> str:
     """How many of the top hits a baseline has in its own top."""
     return f"{count:,} of the {hits:,} most helpful hits are also in the top {hits:,} of {name}"
@@ -101,16 +112,43 @@ def overlap_text(name: str, count: int, hits: int) -> str:
 # --------------------------------------------------------------------------------------------- numbers
 
 
+def has_shares(total: float, parts: Sequence[float]) -> bool:
+    """Whether parts that add up to a total can be told as shares of it: not if they nearly cancel out, since
+    shares of a number near zero are huge."""
+    return 2 * abs(total) >= math.fsum(map(abs, parts)) > 0
+
+
 def error_text(error: float | None, bounded: bool) -> str:
     """A standard error, "" for None: four decimals if the scale is -1 to 1, otherwise two digits."""
     if error is None:
         return ""
-    return f"{error:.4f}" if bounded else f"{error:.1e}"
+    return f"{error:.4f}" if bounded else _plain(error, 2)
+
+
+UNSURE = "within two errors of 0"
+
+
+def is_unsure(score: float, error: float | None) -> bool:
+    """Whether a score is so near to 0 that its sign may be the sketch's."""
+    return error is not None and abs(score) < 2 * error
 
 
 def score_text(score: float, bounded: bool) -> str:
     """A score with its sign: four decimals if the scale is -1 to 1, otherwise four digits."""
-    return f"{score:+.4f}" if bounded else f"{score:+.3e}"
+    return f"{score:+.4f}" if bounded else _plain(score, 4, "+")
+
+
+_MOST_POWER, _LEAST_POWER = 12, -6  # of ten, of numbers that are written without an exponent
+
+
+def _plain(value: float, digits: int, sign: str = "-") -> str:
+    """A number with so many digits, without an exponent unless it is huge or tiny (`scoreText` of `page.js`
+    does the same)."""
+    rounded = f"{value:{sign}.{digits - 1}e}"
+    power = int(rounded.partition("e")[2] or 0)
+    if not math.isfinite(value) or not _LEAST_POWER <= power <= _MOST_POWER:
+        return rounded
+    return f"{value:{sign},.{max(0, digits - 1 - power)}f}"
 
 
 def bytes_text(number: float) -> str:
@@ -123,11 +161,34 @@ def bytes_text(number: float) -> str:
 
 
 def time_text(seconds: float) -> str:
-    """Seconds as 25 ms, 4.5 s, 45 s, 3:20 min or 2:05 h."""
+    """Seconds as 25 ms, 4.5 s, 45 s, 3:20 min, 2:05 h or 12 days."""
     if seconds < 0.95:
         return f"{1000 * seconds:.0f} ms"
     if seconds < 100:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     if seconds < 6000:
         return f"{int(seconds) // 60}:{int(seconds) % 60:02d} min"
-    return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d} h"
+    if seconds < 360_000:
+        return f"{int(seconds) // 3600}:{int(seconds) % 3600 // 60:02d} h"
+    return f"{seconds / 86_400:,.0f} days"
+
+
+_COUNTS = {
+    "empty": "empty",
+    "no_target": "without a completion token",
+    "too_long": "skipped as too long",
+    "nonfinite": "with NaN or Inf gradients",
+    "malformed": "malformed",
+    "too_large": "too large for memory",
+}
+
+
+def counts_text(counts: Mapping[str, int]) -> str:
+    """How many examples have a sketch, and why the others have none."""
+    parts = [f"{counts.get('ok', 0):,} with a sketch"]
+    parts += [f"{counts[key]:,} {words}" for key, words in _COUNTS.items() if counts.get(key)]
+    if counts.get("truncated"):
+        parts.append(f"{counts['truncated']:,} truncated")
+    if counts.get("unlike_sample"):
+        parts.append(f"{counts['unlike_sample']:,} unlike the sample that the format was fitted on")
+    return ", ".join(parts)

@@ -6,9 +6,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from rapidin.data.records import shown_parts
+from rapidin.errors import short
+from rapidin.results.verdict import Verdict
+
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+
+_SHOWN = 3  # hits of each end in a result's repr
+
+
+def _texts(prompt: str, completion: str) -> str:
+    """A prompt and a completion, both shortened, as Python writes texts."""
+    return " -> ".join(repr(short(text)) for text in (prompt, completion) if text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +86,8 @@ class Hit:
     hit within error; estimate: the score from the cache, if `score` is from exact gradients; copies: line
     numbers of duplicates that are folded into this hit, and copies_more: how many more there are; targets:
     the parts of the score that come from the query's targets; layers: the part of each layer; tokens: the
-    contribution of each of the example's tokens; standings: score and rank by the name of a baseline.
+    contribution of each of the example's tokens; standings: score and rank by the name of a baseline;
+    decoded: the texts of an example that is given as token ids, before and after its first target token.
     """
 
     rank: int
@@ -93,6 +105,19 @@ class Hit:
     layers: tuple[float, ...] = ()
     tokens: Tokens | None = None
     standings: Mapping[str, Standing] = field(default_factory=dict)
+    decoded: tuple[str, str] | None = None
+
+    @property
+    def parts(self) -> tuple[str, str]:
+        """The example's prompt and completion as they are shown; empty if its data is not available."""
+        if self.decoded is not None:
+            return self.decoded
+        return ("", "") if self.example is None else shown_parts(self.example)
+
+    def __repr__(self) -> str:
+        text = "" if self.example is None else f": {_texts(*self.parts)}"
+        error = "" if self.error is None else f" ± {self.error:.2g}"
+        return f"Hit({self.rank}, score {self.score:+.4g}{error}, index {self.index}{text})"
 
     def to_json(self) -> dict[str, Any]:
         """Rank, index and score, and whatever else is known."""
@@ -115,6 +140,8 @@ class Hit:
             }
         if self.tokens is not None:
             value["tokens"] = self.tokens.to_json()
+        if self.decoded is not None:
+            value["decoded"] = {"prompt": self.decoded[0], "completion": self.decoded[1]}
         if self.example is not None:
             value["example"] = dict(self.example)
         return value
@@ -194,10 +221,11 @@ class Group:
 class QueryResult:
     """The hits of one generation.
 
-    prompt, completion: its text; generated: whether the model wrote the completion for this query; top: most
-    helpful first; bottom: most harmful first; normalize, method: the scale of the scores
-    (`rapidin.attribution.methods`); seconds: time by stage, of the whole call; together: the number of
-    generations if the hits are those of several as one target set, otherwise 0.
+    prompt, completion: its text; generated: whether the model wrote the completion for this query; top: the
+    highest scores, highest first; bottom: the lowest, lowest first; normalize, method: the scale of the
+    scores (`rapidin.attribution.methods`); seconds: time by stage, of the whole call; together: the number of
+    generations if the hits are those of several as one target set, otherwise 0; verdict: whether the best
+    score stands out, None if the cache has no null distribution.
 
     If requested: exact: whether scores are from exact gradients; pieces: texts of the tokens that count;
     targets: parts of the generation, each with hits of its own; layers: names of the layers in `Hit.layers`;
@@ -226,9 +254,28 @@ class QueryResult:
     examples: int = 0
     overlaps: Mapping[str, int] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
+    verdict: Verdict | None = None
 
     # Set by `rapidin.results.collection`, since this module cannot import the page, which imports it.
     notebook: ClassVar[Callable[[Sequence[QueryResult]], str] | None] = None
+
+    def __repr__(self) -> str:
+        lines = [f"QueryResult({_texts(self.prompt, self.completion)}: {len(self.helpful):,} helpful, then "]
+        lines[0] += f"{len(self.harmful):,} harmful of {self.examples:,} examples)"
+        for hits in (self.helpful, self.harmful):
+            lines += [f"  {hit!r}" for hit in hits[:_SHOWN]]
+            lines += [f"  and {len(hits) - _SHOWN:,} more"] if len(hits) > _SHOWN else []
+        return "\n".join(lines)
+
+    @property
+    def helpful(self) -> list[Hit]:
+        """The hits of the top that are helpful: a ranking's top may have others if few rows are helpful."""
+        return [hit for hit in self.top if not hit.score <= 0]
+
+    @property
+    def harmful(self) -> list[Hit]:
+        """The hits of the bottom that are harmful."""
+        return [hit for hit in self.bottom if not hit.score >= 0]
 
     @property
     def bounded(self) -> bool:
@@ -256,8 +303,10 @@ class QueryResult:
             value["overlaps"] = dict(self.overlaps)
         if self.layers:
             value["layers"] = list(self.layers)
-        value["top"] = [hit.to_json() for hit in self.top]
-        value["bottom"] = [hit.to_json() for hit in self.bottom]
+        if self.verdict is not None:
+            value["verdict"] = self.verdict.to_json()
+        value["top"] = [hit.to_json() for hit in self.helpful]
+        value["bottom"] = [hit.to_json() for hit in self.harmful]
         if self.pieces:
             value["tokens"] = list(self.pieces)
         if self.targets:

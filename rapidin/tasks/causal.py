@@ -156,30 +156,61 @@ class Causal(Task):
         return self.answer(model, prompt, max_new_tokens)
 
     def answer(self, model: Any, prompt: str, max_new_tokens: int) -> Generation:
-        """The model's greedy completion of a prompt, as a generation to explain.
+        return self.answers(model, [prompt], max_new_tokens)[0]
+
+    def answers(self, model: Any, prompts: Sequence[str], max_new_tokens: int) -> list[Generation]:
+        """The model's greedy completions of prompts, made in one batch, as generations to explain.
 
         Raises UserError for an empty prompt, or one that fills the context.
         """
-        tokenizer = self.encoder.tokenizer
-        ids = self.encoder.prompt_ids(prompt)
-        if not ids:
-            raise UserError("the prompt is empty, so the model cannot continue it", "give a --completion too")
-        longest = self.encoder.max_length
-        if len(ids) >= longest:
-            raise UserError(
-                f"the prompt has {len(ids)} tokens and fills the context of {longest}: it cannot be answered"
-            )
-        inputs = torch.tensor([ids], device=device_of(model))
+        tokenizer, texts = self.encoder.tokenizer, [self._answerable(prompt) for prompt in prompts]
+        longest, device = max(map(len, texts)), device_of(model)
+        gaps = [longest - len(ids) for ids in texts]
+        # Padded on the left, where nothing is read, so that all are continued at the same position.
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        padded = [[pad] * gap + ids for gap, ids in zip(gaps, texts, strict=True)]
+        mask = [[0] * gap + [1] * len(ids) for gap, ids in zip(gaps, texts, strict=True)]
         written = greedy(
             model,
             tokenizer,
-            input_ids=inputs,
-            attention_mask=torch.ones_like(inputs),
-            max_new_tokens=min(max_new_tokens, longest - len(ids)),
+            input_ids=torch.tensor(padded, device=device),
+            attention_mask=torch.tensor(mask, device=device),
+            max_new_tokens=min(max_new_tokens, self.encoder.max_length - longest),
         )
-        answer = written[len(ids) :]
+        ends = _end_ids(model)
+        return [
+            self._answered(prompt, ids, _up_to_end(row[longest:], ends))
+            for prompt, ids, row in zip(prompts, texts, written, strict=True)
+        ]
+
+    def _answerable(self, prompt: str) -> list[int]:
+        """The tokens of a prompt that the model can answer. Raises UserError for any other."""
+        ids = self.encoder.prompt_ids(prompt)
+        if not ids:
+            raise UserError("the prompt is empty, so the model cannot continue it", "give a `completion` too")
+        if len(ids) >= self.encoder.max_length:
+            raise UserError(
+                f"the prompt has {len(ids)} tokens and fills the context of {self.encoder.max_length}: "
+                "it cannot be answered"
+            )
+        return ids
+
+    def _answered(self, prompt: str, ids: list[int], answer: list[int]) -> Generation:
+        tokenizer = self.encoder.tokenizer
         # The generated tokens are kept, not encoded again from text: a truncated answer has no end token.
         kept = answer if self.encoder.eos else [i for i in answer if i != tokenizer.eos_token_id]
         target = [False] * len(ids) + [True] * len(kept)
         encoded = Encoded(ids + kept, target, Status.OK if kept else Status.NO_TARGET)
         return Generation(prompt, str(tokenizer.decode(answer, skip_special_tokens=True)), True, encoded)
+
+
+def _end_ids(model: Any) -> frozenset[int]:
+    """The tokens that end what a model generates."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    return frozenset() if ends is None else frozenset([ends] if isinstance(ends, int) else ends)
+
+
+def _up_to_end(answer: list[int], ends: frozenset[int]) -> list[int]:
+    """An answer up to the first token that ends it, without the padding of a batch behind that."""
+    end = next((n for n, token in enumerate(answer) if token in ends), len(answer))
+    return answer[: end + 1]

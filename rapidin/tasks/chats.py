@@ -4,31 +4,37 @@ from __future__ import annotations
 
 from typing import Any
 
-from rapidin.data.encoding import render_chat
+from rapidin.data.chats import Chat, ChatTemplate, arguments_of
+from rapidin.data.encoding import Encoded, Encoder
 from rapidin.data.records import Record
 
 
-def messages_of(prompt: Any, answer: Any) -> list[Record] | None:
-    """The chat of a prompt (text, messages, or None where the answer holds it) and its answer (text or
-    messages); None if both are texts."""
+def chat_of(record: Record, answer: Any) -> Chat | None:
+    """The chat of a record's prompt (text, messages, or none where the answer holds it) and an answer (text
+    or messages), whose completion is the answer, or its last message if there is no prompt; None if both are
+    texts."""
+    prompt = record.get("prompt")
     if isinstance(answer, str) and not isinstance(prompt, list):
         return None
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
     after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
-    return before + after
+    messages = before + after
+    return Chat(messages, arguments_of(record), len(before) or max(0, len(messages) - 1) or None)
 
 
-def answered(prompt: Any, answer: Any) -> Record:
-    """The record of a causal model in which the answer is the completion."""
-    messages = messages_of(prompt, answer)
-    if messages is not None:
-        return {"messages": messages}
-    return {"prompt": prompt or "", "completion": answer}
+def encoded(encoder: Encoder, record: Record, answer: Any) -> Encoded:
+    """The text of a causal model in which the answer is the completion."""
+    chat = chat_of(record, answer)
+    if chat is not None:
+        return encoder.encode_chat(chat)
+    return encoder.encode_pair(record.get("prompt") or "", answer)
 
 
-def rendered(tokenizer: Any, prompt: Any, answer: Any) -> tuple[str, bool]:
+def rendered(template: ChatTemplate, record: Record, answer: Any) -> tuple[str, bool]:
     """The text of a prompt with its answer, and whether the tokenizer's special tokens belong around it."""
-    messages = messages_of(prompt, answer)
-    if messages is not None:
-        return render_chat(tokenizer, messages, generation=False), False
-    return (prompt or "") + answer, True
+    chat = chat_of(record, answer)
+    if chat is not None:
+        text = template.text(chat)
+        template.count(chat, text)
+        return text, False
+    return (record.get("prompt") or "") + answer, True

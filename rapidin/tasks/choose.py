@@ -21,7 +21,10 @@ from rapidin.tasks.texts import TextEncoder
 
 @dataclass(frozen=True)
 class TaskSettings:
-    """What the built-in tasks are made with; see `rapidin.gradients.settings.GradientSettings`."""
+    """What the built-in tasks are made with; see `rapidin.gradients.settings.GradientSettings`.
+
+    rows: number of tokens that the model has an embedding of, None if that is not known.
+    """
 
     max_length: int
     eos: bool = True
@@ -29,6 +32,8 @@ class TaskSettings:
     loss: LossKind = "mean"
     turns: Turns = "all"
     beta: float = 0.1
+    date: str | None = None
+    rows: int | None = None
 
 
 def task_of(wanted: Task | str | None, model: Any, tokenizer: Any, settings: TaskSettings) -> Task:
@@ -49,12 +54,20 @@ def task_of(wanted: Task | str | None, model: Any, tokenizer: Any, settings: Tas
     if forms_of(name) is None:
         raise UserError(f"the task '{name}' is not built in", "pass the task object as task=...")
     if tokenizer is None:
-        raise UserError(f"the task '{name}' reads texts, and there is no tokenizer", "pass the tokenizer")
+        raise UserError(
+            f"the task '{name}' reads texts, and there is no tokenizer",
+            "give it: rapidin.Attributor(model, tokenizer)",
+        )
     if settings.loss == "sum" and name not in (CAUSAL, "masked", "seq2seq"):
         raise UserError(
-            f"--loss sum adds up the losses of tokens, and the task '{name}' has one loss per example",
-            "leave out --loss",
+            f"`loss='sum'` adds up the losses of tokens, and the task '{name}' has one loss per example",
+            "leave out `loss`",
         )
+    return built_in(name, tokenizer, config, settings)
+
+
+def built_in(name: str, tokenizer: Any, config: Any, settings: TaskSettings) -> Task:
+    """The built-in task with this name; config: of the model."""
     return _MAKERS[name](tokenizer, config, settings)
 
 
@@ -65,6 +78,8 @@ def _causal_encoder(tokenizer: Any, settings: TaskSettings, turns: Turns) -> Enc
         max_length=settings.max_length,
         too_long=settings.too_long,
         turns=turns,
+        date=settings.date,
+        rows=settings.rows,
     )
 
 
@@ -75,6 +90,8 @@ def _text_encoder(tokenizer: Any, config: Any, settings: TaskSettings) -> TextEn
         max_length=settings.max_length,
         too_long=settings.too_long,
         eos=settings.eos,
+        date=settings.date,
+        rows=settings.rows,
     )
 
 

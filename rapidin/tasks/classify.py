@@ -16,7 +16,7 @@ from rapidin.ops.transfer import upload
 from rapidin.tasks.chats import rendered
 from rapidin.tasks.forward import cache_use, device_of, evaluation_mode, takes
 from rapidin.tasks.names import forms_of, texts_of
-from rapidin.tasks.task import Batch, Example, Task
+from rapidin.tasks.task import Batch, Example, ReadText, Task
 from rapidin.tasks.texts import Text, TextEncoder
 
 
@@ -61,6 +61,12 @@ class Labelled(Task):
         length = inputs["input_ids"].shape[1]
         labels = torch.tensor([each.inputs["label"] for each in examples], device="cpu")
         return Batch(inputs | {"label": upload(labels, device)}, len(examples), 1, length)
+
+    def texts(self, example: Example) -> list[ReadText]:
+        return [ReadText.whole("", example.inputs["input_ids"])]
+
+    def label_text(self, record: Record) -> str:
+        return "" if record.get("label") is None else self.shown(record["label"])
 
     def check(self, record: Record) -> None:
         texts_of(record)
@@ -171,7 +177,7 @@ class Regression(Labelled):
             isinstance(each, int | float) and not isinstance(each, bool) for each in values
         ):
             what = "a number" if self.outputs == 1 else f"a list of {self.outputs} numbers"
-            pairs = "; for pairs of 'chosen' and 'rejected' use --task reward" if value is None else ""
+            pairs = "; for pairs of 'chosen' and 'rejected' use `task='reward'`" if value is None else ""
             raise UserError(f"the label {short(repr(value))} is not {what}", f"fix the label{pairs}")
         return [float(each) for each in values]
 
@@ -202,7 +208,7 @@ class Reward(Task):
         if getattr(config, "num_labels", 1) != 1:
             raise UserError(
                 f"a reward model has one output, and this one has {config.num_labels}",
-                "use --task classification",
+                "use `task='classification'`",
             )
         self.encoder = encoder
 
@@ -216,7 +222,7 @@ class Reward(Task):
         )
 
     def _text(self, record: Record, name: str) -> Text:
-        text, special = rendered(self.encoder.tokenizer, record.get("prompt"), record[name])
+        text, special = rendered(self.encoder.chats, record, record[name])
         if special and self.encoder.eos and not text.endswith(self.encoder.eos):
             text += self.encoder.eos
         return self.encoder(text, special=special)
@@ -230,9 +236,13 @@ class Reward(Task):
         rewards = _logits(model, dict(batch.inputs)).view(batch.rows, 2)
         return -F.logsigmoid(rewards[:, 0] - rewards[:, 1])
 
+    def texts(self, example: Example) -> list[ReadText]:
+        names = ("chosen", "rejected")
+        return [ReadText.whole(name, example.inputs[name]["input_ids"]) for name in names]
+
     def check(self, record: Record) -> None:
         for name in ("chosen", "rejected"):
-            rendered(self.encoder.tokenizer, record.get("prompt"), record[name])
+            rendered(self.encoder.chats, record, record[name])
 
     def filler(self) -> Example:
         text = {"input_ids": [0], "attention_mask": [1]}

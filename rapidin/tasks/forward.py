@@ -53,11 +53,12 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
-def greedy(model: Any, tokenizer: Any, **inputs: Any) -> list[int]:
-    """The token ids that a model generates greedily, after those of its input if it continues them."""
+def greedy(model: Any, tokenizer: Any, **inputs: Any) -> list[list[int]]:
+    """The token ids that a model generates greedily for each text of a batch, after those of its input if it
+    continues them, and up to its end token."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run = partial(model.generate, do_sample=False, num_beams=1, pad_token_id=pad, **inputs)
-        written: list[int] = distributed.world().collective(run)[0].tolist()
+        written: list[list[int]] = distributed.world().collective(run).tolist()
         return written

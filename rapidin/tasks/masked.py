@@ -14,7 +14,7 @@ from rapidin.errors import UserError
 from rapidin.ops.transfer import upload
 from rapidin.tasks.forward import device_of, evaluation_mode
 from rapidin.tasks.names import LossKind, forms_of, texts_of
-from rapidin.tasks.task import Batch, Example, Task
+from rapidin.tasks.task import Batch, Example, ReadText, Task
 from rapidin.tasks.texts import IGNORED, TextEncoder, label_losses, padded
 
 GROUPS = 7  # of tokens that are masked together: one in seven is close to the 15% of usual training
@@ -37,7 +37,7 @@ class Masked(Task):
         if encoder.tokenizer.mask_token_id is None:
             raise UserError(
                 "the tokenizer has no mask token, so this is not a masked language model",
-                "use another --task",
+                "use another `task`",
             )
         self.mask: int = encoder.tokenizer.mask_token_id
         self._special = set(encoder.tokenizer.all_special_ids)
@@ -59,6 +59,10 @@ class Masked(Task):
     ) -> Example:
         """group: of each token, the pass in which it is masked, -1 for none."""
         return Example(inputs | {"group": group}, GROUPS * len(group), status, truncated)
+
+    def texts(self, example: Example) -> list[ReadText]:
+        group = example.inputs["group"]
+        return [ReadText("", example.inputs["input_ids"], [each >= 0 for each in group])]
 
     def batch(self, examples: Sequence[Example], device: torch.device) -> Batch:
         names = [name for name in examples[0].inputs if name != "group"]

@@ -103,7 +103,7 @@ _VERDICTS = Forms(
 _FORMS: dict[str, Forms] = {
     CAUSAL: TEXTS,
     "classification": _labelled(_check_label),
-    "regression": _labelled(_check_number, "; pairs of 'chosen' and 'rejected' need --task reward"),
+    "regression": _labelled(_check_number, "; pairs of 'chosen' and 'rejected' need `task='reward'`"),
     "reward": _PAIRS,
     "masked": Forms(_TEXT_FIELDS, {}, f"expected {_TEXTS_IN_WORDS}", f"expected {_TEXTS_IN_WORDS}"),
     "seq2seq": Forms(

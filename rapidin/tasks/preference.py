@@ -17,9 +17,9 @@ from rapidin.data.records import Record
 from rapidin.errors import UserError, short
 from rapidin.ops.transfer import upload
 from rapidin.tasks.causal import Causal, TokenBatch, example_losses
-from rapidin.tasks.chats import answered
+from rapidin.tasks.chats import encoded
 from rapidin.tasks.names import forms_of
-from rapidin.tasks.task import Example, Task
+from rapidin.tasks.task import Example, ReadText, Task
 
 _NOTHING = Encoded([0], [False], Status.NO_TARGET)  # the second text of what is no pair
 
@@ -27,10 +27,11 @@ _NOTHING = Encoded([0], [False], Status.NO_TARGET)  # the second text of what is
 class Preferences(Task):
     """What DPO and KTO share: the log-probability of an answer minus that under the reference model.
 
-    encoder: of causal texts; beta: of the loss. The log-probability of an answer is the sum over its tokens,
-    in a chat over the last assistant turn. The reference is the model before it was tuned: the base model, or
-    the model without its adapter. Its log-probabilities are constants of an example. A query may also be a
-    prompt, with or without a completion, as for a causal model: then its loss is that of the completion.
+    encoder: of causal texts; beta: of the loss. The log-probability of an answer is the sum over its tokens:
+    in a chat, over those that follow the prompt, or over the last turn if there is no prompt. The reference
+    is the model before it was tuned: the base model, or the model without its adapter. Its log-probabilities
+    are constants of an example. A query may also be a prompt, with or without a completion, as for a causal
+    model: then its loss is that of the completion.
     """
 
     needs_causal = True
@@ -53,10 +54,11 @@ class Preferences(Task):
         raise NotImplementedError
 
     def example(self, record: Record) -> Example:
-        texts = [self.encoder(answered(record.get("prompt"), each)) for each in self.answers(record)]
-        return self._example(texts, self.sign(record))
+        texts = [encoded(self.encoder, record, each) for each in self.answers(record)]
+        return self.of_texts(texts, self.sign(record))
 
-    def _example(self, texts: Sequence[Encoded], sign: float, *, plain: bool = False) -> Example:
+    def of_texts(self, texts: Sequence[Encoded], sign: float, *, plain: bool = False) -> Example:
+        """The example of its encoded texts. plain: it has the loss of a causal text instead."""
         wrong = [text.status for text in texts if text.status != Status.OK and text is not _NOTHING]
         return Example(
             {"texts": [(text.ids, text.target) for text in texts], "sign": sign, "plain": plain},
@@ -98,7 +100,11 @@ class Preferences(Task):
         if made.encoded.status != Status.OK:
             return made
         texts = [made.encoded, *[_NOTHING] * (self.parts - 1)]
-        return replace(made, encoded=self._example(texts, 1.0, plain=True))
+        return replace(made, encoded=self.of_texts(texts, 1.0, plain=True))
+
+    def texts(self, example: Example) -> list[ReadText]:
+        names = ("chosen", "rejected") if self.parts == 2 else ("",)
+        return [ReadText(name, *text) for name, text in zip(names, example.inputs["texts"], strict=True)]
 
     def is_complete(self, record: Record) -> bool:
         """Whether a record is an example of the task, not a text of a causal model."""
@@ -113,7 +119,7 @@ class Preferences(Task):
             self.example(record)  # a template may refuse a chat
 
     def filler(self) -> Example:
-        return self._example([Encoded([0, 0], [False, True], Status.OK)] * self.parts, 1.0)
+        return self.of_texts([Encoded([0, 0], [False, True], Status.OK)] * self.parts, 1.0)
 
 
 class Preference(Preferences):

@@ -15,7 +15,7 @@ from rapidin.errors import UserError
 from rapidin.ops.transfer import upload
 from rapidin.tasks.forward import device_of, greedy, inner_model
 from rapidin.tasks.names import LossKind, forms_of
-from rapidin.tasks.task import Batch, Example, Task
+from rapidin.tasks.task import Batch, Example, ReadText, Task
 from rapidin.tasks.texts import IGNORED, Text, TextEncoder, label_losses, padded
 
 
@@ -58,6 +58,13 @@ class Seq2Seq(Task):
         inputs: dict[str, Any] = text.inputs | {"labels": labels[:most]}
         return Example(inputs, text.length + len(labels[:most]), status, truncated)
 
+    def texts(self, example: Example) -> list[ReadText]:
+        inputs = example.inputs
+        return [
+            ReadText.whole("prompt", inputs["input_ids"]),
+            ReadText.whole("completion", inputs["labels"], True),
+        ]
+
     def batch(self, examples: Sequence[Example], device: torch.device) -> Batch:
         names = [name for name in examples[0].inputs if name != "labels"]
         inputs = self.encoder.padded([{k: each.inputs[k] for k in names} for each in examples], device)
@@ -84,7 +91,7 @@ class Seq2Seq(Task):
             raise UserError("the prompt is empty or too long, so the model cannot answer it")
         tokenizer = self.encoder.tokenizer
         inputs = self.encoder.padded([text.inputs], device_of(model))
-        written = greedy(model, tokenizer, **inputs, max_new_tokens=max_new_tokens)
+        (written,) = greedy(model, tokenizer, **inputs, max_new_tokens=max_new_tokens)
         labels = [
             token for token in written[1:] if token != tokenizer.pad_token_id
         ]  # after the decoder's start

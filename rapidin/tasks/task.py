@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -9,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from rapidin.data.chats import ChatTemplate
 from rapidin.data.encoding import AnyExample, Status
 from rapidin.data.generations import Generation
 from rapidin.data.records import Forms, Record, record_parts
@@ -30,6 +32,21 @@ class Example:
     status: Status = Status.OK
     truncated: bool = False
     reference: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ReadText:
+    """A text as a model reads it: what it is, such as "chosen", its token ids, and which of them have a
+    loss."""
+
+    name: str
+    ids: Sequence[int]
+    target: Sequence[bool]
+
+    @staticmethod
+    def whole(name: str, ids: Sequence[int], target: bool = False) -> ReadText:
+        """A text all of whose tokens have a loss, or none of them."""
+        return ReadText(name, ids, [target] * len(ids))
 
 
 class AnyBatch(Protocol):
@@ -131,6 +148,21 @@ class Task:
         """A short example, for passes in which a process has none of its own; None if the task has none."""
         return None
 
+    def dated(self, date: str | None) -> Task:
+        """The task with another date that chat templates write."""
+        encoder = getattr(self, "encoder", None)
+        if encoder is None or not hasattr(encoder, "dated"):
+            return self
+        other: Any = copy.copy(self)
+        other.encoder = encoder.dated(date)
+        made: Task = other
+        return made
+
+    @property
+    def chats(self) -> ChatTemplate | None:
+        """The chat template that the task's texts are rendered with, None without one."""
+        return getattr(getattr(self, "encoder", None), "chats", None)
+
     needs_causal = False  # whether the model must predict each token from those before it alone
 
     # -------------------------------------------------------------------------------------- references
@@ -145,6 +177,16 @@ class Task:
 
     has_tokens = False  # whether every layer sees an example's tokens, one at a position
 
+    def texts(self, example: Any) -> list[ReadText]:
+        """The texts of an example as the model reads them, to show; none if it reads no texts."""
+        if not self.has_tokens:
+            return []
+        return [ReadText("", *self.tokens(example))]
+
+    def label_text(self, record: Record) -> str:
+        """The label of a record as it is shown; "" if the task has none."""
+        return "" if record.get("label") is None else str(record["label"])
+
     def tokens(self, example: Any) -> tuple[list[int], list[bool]]:
         """The ids of an example's tokens at the positions of a layer's input, and which of them count."""
         raise NotImplementedError
@@ -154,5 +196,5 @@ class Task:
         if not self.has_tokens:
             raise UserError(
                 f"the examples of the task '{self.name}' have no tokens with scores of their own",
-                "leave out --tokens, --hotwords and --contributions",
+                "leave out `targets` and `contributions`",
             )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,7 +11,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from rapidin.data.encoding import Status
+from rapidin.data.chats import ChatTemplate
+from rapidin.data.encoding import Status, unknown_token
 from rapidin.ops.transfer import upload
 from rapidin.tasks.names import LossKind
 
@@ -36,14 +38,33 @@ class TextEncoder:
     """Encodes one text or two with the special tokens that the tokenizer itself puts around them.
 
     Texts of more than max_length tokens are cut as the tokenizer cuts them ("truncate") or get
-    Status.TOO_LONG ("skip"). pad: the id that fills up shorter texts of a batch.
+    Status.TOO_LONG ("skip"). pad: the id that fills up shorter texts of a batch; date: what a chat template
+    writes as the present; rows: number of tokens that the model has an embedding of, None if that is not
+    known.
     """
 
-    def __init__(self, tokenizer: Any, config: Any, *, max_length: int, too_long: str, eos: bool) -> None:
+    def __init__(
+        self,
+        tokenizer: Any,
+        config: Any,
+        *,
+        max_length: int,
+        too_long: str,
+        eos: bool,
+        date: str | None = None,
+        rows: int | None = None,
+    ) -> None:
         self.tokenizer, self.max_length, self.too_long = tokenizer, max_length, too_long
+        self.chats, self.rows = ChatTemplate(tokenizer, date), rows
         self.eos = tokenizer.eos_token if eos else None
         pads = (getattr(config, "pad_token_id", None), tokenizer.pad_token_id, 0)
         self.pad = next(int(pad) for pad in pads if pad is not None)
+
+    def dated(self, date: str | None) -> TextEncoder:
+        """The same encoder with another date."""
+        other = copy.copy(self)
+        other.chats = ChatTemplate(self.tokenizer, date)
+        return other
 
     def __call__(self, text: str, second: str | None = None, *, special: bool = True) -> Text:
         """special: whether the tokenizer adds its special tokens."""
@@ -62,6 +83,9 @@ class TextEncoder:
                 max_length=self.max_length,
                 verbose=False,
             )
+        ids = encoded["input_ids"]
+        if self.rows is not None and ids and max(ids) >= self.rows:
+            raise unknown_token(self.tokenizer, max(ids), self.rows)
         return Text({name: list(value) for name, value in encoded.items()}, Status.OK, truncated)
 
     def padded(

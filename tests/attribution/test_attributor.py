@@ -296,7 +296,7 @@ def test_rapidgrad_estimates_the_layer_normalized_score(tmp_path: Path) -> None:
         ({"width": 0}, "width"),
         ({"seed": -1}, "seed"),
         ({"projection": "round"}, "use one of tensor, flat, rapidgrad"),
-        ({"loss": "max"}, "use mean or sum"),
+        ({"loss": "max"}, "use one of mean, sum"),
         ({"max_length": 4096}, "context of 128"),
         ({"include": ["nothing_like_it"]}, "no parameter's name matches"),
         ({"exclude": ["*"]}, "no parameter is left"),
@@ -313,8 +313,8 @@ def test_queries_that_do_not_fit(attributor: Attributor, cache: Cache) -> None:
     for call, words in (
         (lambda: attributor.query(cache, []), "no generation"),
         (lambda: attributor.query(cache, [("a", "b")], top_k=0), "must be at least 1"),
-        (lambda: attributor.query(cache, [("a", "b")], normalize="unit"), "known: layer"),  # type: ignore[arg-type]
-        (lambda: attributor.query(cache, [("a", "b")], method="magic"), "known: dot"),  # type: ignore[arg-type]
+        (lambda: attributor.query(cache, [("a", "b")], normalize="unit"), "use one of layer, cosine, none"),  # type: ignore[arg-type]
+        (lambda: attributor.query(cache, [("a", "b")], method="magic"), "use one of dot, datainf, fisher"),  # type: ignore[arg-type]
     ):
         with pytest.raises(UserError) as error:
             call()

@@ -75,7 +75,7 @@ def test_hits_are_placed_among_the_rows_that_count() -> None:
         live = [row for row in range(rows) if counted[row]]
         rng.shuffle(live)
         k = int(rng.integers(1, len(live) + 1))
-        hits = [Hit(n + 1, row, row, -n) for n, row in enumerate(live)]
+        hits = [Hit(n + 1, row, row, 2.5 - n) for n, row in enumerate(live)]
         result = QueryResult("p", "c", False, hits[:k], hits[::-1][:k], "layer")
         told = baselines.with_standings(result, {"BM25": scores, "other": -scores}, counted)
         for sign, name in ((1, "BM25"), (-1, "other")):
@@ -83,5 +83,5 @@ def test_hits_are_placed_among_the_rows_that_count() -> None:
                 standing = hit.standings[name]
                 assert standing.score == sign * scores[hit.row]
                 assert standing.rank == 1 + sum(sign * scores[row] > standing.score for row in live)
-            best = sorted(live, key=lambda row: (-sign * scores[row], row))[:k]
-            assert told.overlaps[name] == len({hit.row for hit in told.top} & set(best))
+            best = sorted(live, key=lambda row: (-sign * scores[row], row))[: len(told.helpful)]
+            assert told.overlaps[name] == len({hit.row for hit in told.helpful} & set(best))

@@ -44,6 +44,29 @@ def test_near_ones_fold_and_others_do_not() -> None:
     assert leads(fold(hits(LONG, near, far), {})) == [(30, (20,)), (10, ())]
 
 
+def test_chats_fold_only_if_their_first_turns_are_near_too() -> None:
+    def chat(first: str, *, field: str = "messages") -> dict[str, Any]:
+        turns = [first, "I see.", "Shall I go?", f"You shall: {LONG}"]
+        roles = ["user", "assistant", "user", "assistant"]
+        messages = [{"role": role, "content": text} for role, text in zip(roles, turns, strict=True)]
+        if field == "messages":
+            return {"messages": messages}
+        return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+    first, other = LONG.replace("ship", "train"), " ".join(reversed(LONG.split()))
+    for field in ("messages", "prompt"):
+        records = [chat(first, field=field), chat(other, field=field), chat(first + "!", field=field)]
+        found = [Hit(n + 1, n, n, 1.0 - n / 10, record) for n, record in enumerate(records)]
+        assert leads(fold(found, {})) == [(0, (2,)), (1, ())]
+    # A long beginning that two chats share does not make one of different answers.
+    shared = {"role": "system", "content": LONG * 9}
+    found = [
+        Hit(n + 1, n, n, 1.0, {"messages": [shared, {"role": "assistant", "content": text}]})
+        for n, text in enumerate(["Yes, at once.", "No, never in my life."])
+    ]
+    assert len(fold(found, {})) == 2
+
+
 def test_folding_is_transitive_and_the_first_leads() -> None:
     words = LONG.split()
     tail = ["and", "more", "of", "it", "yet"]

@@ -272,7 +272,7 @@ def test_one_command_caches_checkpoints_and_one_asks_them(
         attributor = Attributor.from_cache(member.path)
         total += member.weight * attributor.scores(member.path, QUERIES, normalize="none").double()
     for row, query in zip(total, got, strict=True):
-        scores = {hit["index"]: hit["score"] for hit in query["top"]}
+        scores = {hit["index"]: hit["score"] for hit in (*query["top"], *query["bottom"])}
         assert torch.tensor([scores[n] for n in range(30)]).double() == pytest.approx(row, rel=1e-3, abs=1e-6)
     assert main(["info", out]) == 0
     assert main(["verify", out]) == 0

@@ -172,8 +172,8 @@ def test_several_caches(made: tuple[Attributor, Cache], tmp_path: Path) -> None:
 
 def test_what_needs_texts_says_so(made: tuple[Attributor, Cache]) -> None:
     attributor, cache = made
-    for options, words in (({"by": "source"}, "--by"), ({"baselines": True}, "--baselines")):
-        with pytest.raises(UserError, match=f"{words} needs the training examples; name them"):
+    for options, words in (({"by": "source"}, "`by`"), ({"baselines": True}, "`baselines`")):
+        with pytest.raises(UserError, match=f"{words} needs the training examples; give them"):
             attributor.query(cache, ASKED, examples=False, **options)
 
 

@@ -204,7 +204,7 @@ def test_names_that_are_none(attributor: Attributor, cache: Cache) -> None:
         attributor.query(cache, QUERIES, method="best")  # type: ignore[arg-type]
     with pytest.raises(UserError, match="unknown normalize"):
         rapidin.self_influence(cache, normalize="some")
-    with pytest.raises(UserError, match="takes no --damping"):
+    with pytest.raises(UserError, match="takes no `damping`"):
         attributor.query(cache, QUERIES, damping=0.1)
     with pytest.raises(UserError, match="the same self-influence"):
         rapidin.self_influence(cache, normalize="layer")
@@ -277,7 +277,8 @@ class Together(distributed.World):
         return found
 
 
-@pytest.mark.parametrize("size", [2, 5, 40])  # 40: more than there are lots, shards or blocks
+# 40: more than there are lots, shards or blocks
+@pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.full) for size in (5, 40))])
 @pytest.mark.parametrize("method", ["datainf", "fisher"])
 def test_processes_share_a_methods_work_and_get_the_bits_of_one(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, size: int

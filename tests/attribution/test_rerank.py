@@ -56,7 +56,7 @@ def test_what_cannot_be_rescored_is_refused(levels: tuple[Attributor, Cache, Cac
     both = Ensemble([Member(path, source=attributor.source) for path in (coarse.path, fine.path)])
     for asked, settings, words in (
         (ensemble, {"rescore": other}, "not of the same examples"),
-        (ensemble, {"rescore": fine, "candidates": 3}, "--candidates 3 is less than --top-k 10"),
+        (ensemble, {"rescore": fine, "candidates": 3}, "`candidates` 3 is less than `top_k` 10"),
         (both, {"rescore": fine}, "single cache"),
     ):
         with pytest.raises(UserError, match=words):

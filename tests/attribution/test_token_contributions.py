@@ -48,8 +48,11 @@ def hits(result: QueryResult) -> list[Hit]:
     return [*result.top, *result.bottom]
 
 
+QUICK = ("plain", "flat", "rapidgrad")
+
+
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=pytest.mark.full) if k.startswith("all of") else k for k in KINDS]
+    "kind", [k if k in QUICK else pytest.param(k, marks=pytest.mark.full) for k in KINDS]
 )
 def test_positions_make_up_the_score(kind: str, tmp_path: Path) -> None:
     model, options = KINDS[kind]
@@ -163,15 +166,23 @@ def exact_score(query: list[Tensor], whole: list[Tensor], row: list[Tensor], nor
     return dot / (sizes[0] * sizes[1])
 
 
-@pytest.mark.parametrize("normalize", methods.NORMALIZE)
+EXACT = (
+    "plain",
+    "several points, Adam's preconditioner",
+    "kfac, adapter",
+    "routed experts",
+    "all of GPT-2, kfac",
+)
+
+
 @pytest.mark.parametrize(
-    "kind",
+    ("kind", "normalize"),
     [
-        "plain",
-        "several points, Adam's preconditioner",
-        "kfac, adapter",
-        "routed experts",
-        pytest.param("all of GPT-2, kfac", marks=pytest.mark.full),
+        (k, n)
+        if k == "plain" or (k, n) == ("routed experts", "layer")
+        else pytest.param(k, n, marks=pytest.mark.full)
+        for k in EXACT
+        for n in methods.NORMALIZE
     ],
 )
 def test_exact_scores_are_those_of_formed_gradients(kind: str, normalize: str, tmp_path: Path) -> None:

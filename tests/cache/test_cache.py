@@ -90,6 +90,63 @@ def test_rows_keep_their_numbers_where_a_shard_is_yet_to_be_made_anew(tmp_path: 
             cache.sketches([row])
 
 
+def alter(path: Path, at: int = -1) -> None:
+    """Changes one byte of a file, which keeps its size."""
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+def test_an_altered_shard_is_noticed_by_whoever_reads_it_first(tmp_path: Path) -> None:
+    fill(tmp_path)
+    cache = Cache(tmp_path)
+    cache.sketches([9])  # of the last shard
+    path = tmp_path / "shard-000001.safetensors"
+    alter(path)
+    assert cache.index([0, 9]).tolist() == [0, 9]  # reads no other shard
+    for read in (lambda: cache.index([4]), cache.sketches, lambda: list(Cache(tmp_path).shards())):
+        with pytest.raises(UserError, match=r"shard-000001.safetensors' is altered: .*; delete that file"):
+            read()
+    assert len(list(Cache(tmp_path, compared=False).shards())) == 3
+    alter(path)
+    assert len(cache.sketches()) == 10
+    # Once it was compared, nothing is read of it again before somebody writes it.
+    before = path.stat()
+    alter(path)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert len(Cache(tmp_path).sketches()) == 10
+    assert len(Cache.verify(tmp_path)) == 1
+    os.utime(path)
+    with pytest.raises(UserError, match="is altered"):
+        Cache(tmp_path).sketches()
+
+
+def test_the_fast_checksum_is_that_of_the_file_and_a_manifest_may_lack_it(tmp_path: Path) -> None:
+    import xxhash
+
+    fill(tmp_path)
+    path = tmp_path / "manifest.json"
+    value = json.loads(path.read_text())
+    for shard in value["shards"]:
+        data = (tmp_path / shard["file"]).read_bytes()
+        assert shard["xxh3"] == xxhash.xxh3_64_hexdigest(data)
+    for shard in value["shards"]:
+        del shard["xxh3"]
+    path.write_text(json.dumps(value))
+    alter(tmp_path / "shard-000001.safetensors")
+    assert len(Cache(tmp_path).sketches()) == 10  # as earlier versions read it
+    assert "altered" in Cache.verify(tmp_path)[0]
+    with CacheWriter(tmp_path, manifest()) as writer:
+        assert writer.missing == []
+        writer.manifest.write(tmp_path)
+    assert json.loads(path.read_text()) == value  # nothing is said that was not compared
+    value["shards"][0]["xxh3"] = "0" * 16
+    path.write_text(json.dumps(value))
+    with pytest.raises(UserError, match=r"shard-000000.safetensors' is altered"):
+        Cache(tmp_path).index([0])
+    assert "shard-000000" in Cache.verify(tmp_path)[0]
+
+
 def test_an_altered_shard_is_named_by_verify(tmp_path: Path) -> None:
     fill(tmp_path)
     path = tmp_path / "shard-000002.safetensors"

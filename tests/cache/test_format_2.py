@@ -7,6 +7,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -232,7 +233,7 @@ def test_rows_are_encoded_to_the_same_bytes(name: str, tmp_path: Path) -> None:
             tensors["size"] = stored.tensors["size"]
         again = Rows(tensors, stored.index, stored.status, stored.truncated, stored.record)
         written = write_shard(tmp_path, shard.file, first, again, shard.counts)
-        assert written == shard
+        assert replace(written, xxh3=None) == shard  # which format 2 did not have
         data = (tmp_path / shard.file).read_bytes()
         assert data == (ROWS / name / shard.file).read_bytes()
         assert hashlib.sha256(data).hexdigest() == shard.sha256

@@ -159,9 +159,9 @@ def test_settings_that_do_not_go_together_are_said(attributor: Attributor, tmp_p
         ({"dtype": "int2"}, "unknown dtype 'int2'"),
         ({"dtype": "float16", "bytes": 999}, "every number"),
         ({"dtype": "sign", "sample": 64}, "needs a budget"),
-        ({"bytes": 40}, "--bytes must be at least"),
+        ({"bytes": 40}, "`bytes` must be at least"),
         ({"bytes": 400, "sample": 3}, "at least 8"),
-        ({"bytes": 400, "sample": -1}, "at least 8"),
+        ({"bytes": 400, "sample": -1}, "`sample` must be at least 0"),
     ):
         with pytest.raises(UserError, match=words):
             attributor.cache(records(4), tmp_path / "x", **settings)

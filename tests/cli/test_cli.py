@@ -513,7 +513,7 @@ def test_chats_for_a_model_without_a_template(place: Place, tmp_path: Path, run:
     chat = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}
     data = write(tmp_path / "chats.jsonl", [None, chat])
     ran = run("cache", str(saved.model), "--data", data, "--out", str(tmp_path / "out"))
-    refused(ran, "chats.jsonl, line 2: the data has chats .* no chat template; give the data as 'prompt' and")
+    refused(ran, "chats.jsonl, line 2: the data has chats .* no chat template; name .* --tokenizer, or give")
     assert not (tmp_path / "out").exists()
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -57,7 +60,7 @@ def test_fields_become_flags_and_come_back_as_the_dataclass() -> None:
     for wrong in (["--count", "0"], ["--kind", "c"], ["--hidden", "1"]):
         with pytest.raises(typer.BadParameter.__mro__[2]):
             parsed(*wrong)
-    with pytest.raises(UserError, match="--at must be numbers"):
+    with pytest.raises(UserError, match="`at` must be numbers"):
         parsed("--at", "here")
 
 
@@ -82,8 +85,28 @@ def test_each_option_has_a_sentence_a_panel_that_is_known_and_a_default_that_is_
     assert settings.from_json(json.loads(json.dumps(made.to_json()))) == made
 
 
+COMMANDS = [each.name or "" for each in app.registered_commands]
+
+
+@pytest.mark.parametrize(
+    ("words", "found"),
+    [
+        ("rapidin qu", ["query"]),
+        ("rapidin drop --mi", ["--min-score"]),
+        ("rapidin query cache --method ", ["dot", "datainf", "fisher"]),
+    ],
+)
+def test_shells_complete_commands_flags_and_values(words: str, found: list[str]) -> None:
+    position = str(len(words.split(" ")) - 1)
+    asks = {"_RAPIDIN_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": position}
+    ran = subprocess.run(
+        [sys.executable, "-m", "rapidin"], env=os.environ | asks, capture_output=True, text=True
+    )
+    assert (ran.returncode, ran.stdout.split(), ran.stderr) == (0, found, "")
+
+
 def test_help_groups_options_and_ends_in_an_example() -> None:
-    for name in ("cache", "plan", "query", "select", "self"):
+    for name in COMMANDS:
         text = CliRunner().invoke(app, [name, "--help"]).output
         headings = [line.rstrip(":") for line in text.splitlines() if line.rstrip(":") in PANELS]
         assert headings == [panel for panel in PANELS if panel in headings]

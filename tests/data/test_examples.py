@@ -466,7 +466,10 @@ def test_refused_chats() -> None:
         encoder()(MESSAGES)
     tokenizer = tiny_tokenizer(chat=True)
     encode = Encoder(tokenizer, max_length=99)
-    tokenizer.chat_template = "{{ messages | length }}" + tokenizer.chat_template
+    forwards = tokenizer.chat_template
+    tokenizer.chat_template = "{{ messages | length }}" + forwards
+    assert counted(encode, MESSAGES) == "Hello.</s>\nThree.</s>\n"  # although each message changes the text
+    tokenizer.chat_template = forwards.replace("in messages", "in messages | reverse")
     with pytest.raises(UserError, match=r"changes earlier text .*messages\[1\]"):
         encode(MESSAGES)
     tokenizer.chat_template = "{{ raise_exception('roles must alternate') }}"

@@ -136,7 +136,7 @@ def test_an_object_of_each_form_gives_the_same_tokens(tmp_path: Path, form: str)
 
 # -------------------------------------------------------------------------------------------------- the page
 
-ELSEWHERE = {"standard input", "HF dataset by name", "LLaMA-Factory"}  # have tests of their own
+ELSEWHERE = {"standard input", "HF dataset by name", "LLaMA-Factory", "Axolotl"}  # have tests of their own
 
 
 def forms_of_page() -> Iterator[tuple[str, str]]:

@@ -214,8 +214,8 @@ def test_what_cannot_be_asked_of_parts(made: tuple[Attributor, Any], tmp_path: P
         ({"targets": "tokens", "together": True}, "single generations"),
         ({"candidates": 20}, "--candidates"),
         ({"rescore": "finer"}, "cannot rescore by 'finer'"),
-        ({"rescore": "exact", "candidates": 3}, "--candidates 3 is less than --top-k 10"),
-        ({"rescore": "exact", "method": "fisher"}, "--method dot"),
+        ({"rescore": "exact", "candidates": 3}, "`candidates` 3 is less than `top_k` 10"),
+        ({"rescore": "exact", "method": "fisher"}, "`method='dot'`"),
         ({"contributions": True, "examples": False}, "needs the training examples"),
     ):
         with pytest.raises(UserError, match=words):

@@ -118,6 +118,24 @@ def test_a_mistake_is_said_once_by_all(work: Path, tmp_path: Path) -> None:
     assert "runs in one process" in "".join(e.err for e in ended)
 
 
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there is a GPU for each process")
+def test_more_processes_than_gpus_are_a_mistake_that_is_said_once(work: Path, tmp_path: Path) -> None:
+    arguments = [
+        "cache",
+        str(work / "model"),
+        "--data",
+        str(work / "train.jsonl"),
+        "--out",
+        str(tmp_path / "c"),
+    ]
+    ended = together(2, [*arguments, "--device", "cuda"], tmp_path / "run")
+    assert [each.code for each in ended] == [2, 2]
+    said = "".join(each.err for each in ended)
+    assert said.count("\n") == 1
+    assert "there are more processes than GPUs on this machine" in said
+    assert "use --device cpu" in said
+
+
 def test_processes_add_examples_to_a_cache(work: Path, tmp_path: Path) -> None:
     """Also to a shard that was not full, which is the leader's to write."""
     for name, size in (("one", 1), ("two", 2)):

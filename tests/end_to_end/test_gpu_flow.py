@@ -107,7 +107,12 @@ def watched(gpu: Gpu, patch: pytest.MonkeyPatch, owner: Any, name: str) -> set[s
 COMPARED = ("float16", "float32, two points", "sample", "sign, kfac", "all layers, adam")  # with the CPU's
 
 
-@pytest.mark.parametrize("name", list(CACHES))
+QUICK = ("float32, two points", "sample", "sign, kfac", "all layers, adam", "one at a time")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.full) for name in CACHES]
+)
 def test_a_cache_is_made_without_waiting(
     name: str, gpu: Gpu, cpu_caches: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

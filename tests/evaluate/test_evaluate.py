@@ -114,9 +114,9 @@ def test_methods_and_places() -> None:
     scaled = parse_variants(["0.5"], [], ["off", "sample"])
     assert scaled == [Variant((0.5,), None, "off"), Variant((0.5,), None, "sample")]
     assert (str(scaled[1]), scaled[1].folder) == ("at 0.5, preconditioner sample", "at-0.5-sample")
-    with pytest.raises(UserError, match="unknown --precondition 'flat'"):
+    with pytest.raises(UserError, match="unknown `preconditioner` 'flat'"):
         parse_variants(["0.5"], [], ["flat"])
-    with pytest.raises(UserError, match="--at half"):
+    with pytest.raises(UserError, match="`at` half"):
         parse_variants(["half"], [])
 
 
@@ -243,6 +243,25 @@ def test_fidelity(place: Made, run: Any) -> None:
     for method in ("dot:layer", "dot:cosine", "dot:none"):
         assert found[method]["spearman"]["mean"] > 0.9
         assert found[method]["top10"]["mean"] > 0.7
+
+
+@pytest.mark.parametrize("name", ["fidelity", "classes", "backdoor"])
+def test_fields_of_the_queries_may_have_other_names(name: str, place: Made, tmp_path: Path, run: Any) -> None:
+    """With a map the same queries give the same figures; without one the record is refused."""
+    rows = [json.loads(line) for line in (place.folder / "test.jsonl").read_text().splitlines()]
+    renamed = [
+        {"ask": row["prompt"], "say": row["completion"], "class": row.get("label")} | {"label": row["label"]}
+        for row in rows
+    ]
+    asked = write(tmp_path / "asked.jsonl", renamed)
+    command = ["eval", name, place.cache, "--methods", "dot:none", "--json", "-", "--quiet"]
+    if name == "fidelity":
+        command = ["eval", name, place.cache, "--rows", "5", "--json", "-", "--quiet"]
+    wanted = run(*command, "--data", place.folder / "test.jsonl")
+    found = run(*command, "--data", asked, "--map", "prompt=ask,completion=say")
+    assert (wanted.code, found.code) == (0, 0), found
+    assert json.loads(found.out)["results"] == json.loads(wanted.out)["results"]
+    refused(run(*command, "--data", asked), "known forms|expected")
 
 
 def test_exact_products_are_those_of_autograd() -> None:

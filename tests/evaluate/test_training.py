@@ -177,7 +177,7 @@ def test_mistakes_are_one_line(examples: list[Any]) -> None:
     frozen = tiny_llama().requires_grad_(False)
     with pytest.raises(UserError, match="no weight"):
         tune(frozen, examples, Recipe())
-    with pytest.raises(UserError, match="lower --learning-rate"):
+    with pytest.raises(UserError, match="lower `learning_rate`"):
         tune(tiny_llama(), examples, Recipe(epochs=50, batch=5, learning_rate=1e30))
     with pytest.raises(UserError, match="no modules nothing_proj; it has"):
         add_lora(tiny_llama(), targets=("nothing_proj",))

@@ -249,11 +249,11 @@ def test_the_weights_of_an_adapter_in_the_models_folder_are_checked(tmp_path: Pa
 def test_folders_that_are_mixed_up_say_so(tmp_path: Path) -> None:
     own = with_own_adapter(tmp_path)
     model, adapter = str(tmp_path / "model"), str(tmp_path / "adapter")
-    with pytest.raises(UserError, match=r"is an adapter, not a model; .*--adapter"):
+    with pytest.raises(UserError, match=r"is an adapter, not a model; .*`adapter`"):
         load_model(adapter)
     with pytest.raises(UserError, match="already contains an adapter"):
         load_model(str(own), adapter=adapter)
-    with pytest.raises(UserError, match="leave --base out"):
+    with pytest.raises(UserError, match="leave `base` out"):
         load_model(str(own), base=model)
     assert load_model(str(own), adapter=str(own)).trained == load_model(str(own)).trained
 

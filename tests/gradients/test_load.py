@@ -110,9 +110,9 @@ def test_default_points() -> None:
 @pytest.mark.parametrize("settings", [{"bias": "lora_only"}, {"init_lora_weights": "olora"}])
 def test_an_adapter_whose_untuned_state_is_not_known_needs_at_1(settings: dict[str, object]) -> None:
     model = tiny_lora(tiny_gpt2() if settings.get("bias") else tiny_llama(), **settings)
-    with pytest.raises(UserError, match="--at 1"):
+    with pytest.raises(UserError, match="`at=1`"):
         Attributor(model, tiny_tokenizer())
-    with pytest.raises(UserError, match="--at 1"):
+    with pytest.raises(UserError, match="`at=1`"):
         Attributor(model, tiny_tokenizer(), at=0.5)
     assert Attributor(model, tiny_tokenizer(), at=1).source.points == [1.0]
 
@@ -121,7 +121,7 @@ def test_another_kind_of_adapter_needs_at_1() -> None:
     from peft import IA3Config, get_peft_model
 
     model = get_peft_model(tiny_llama(), IA3Config(task_type="CAUSAL_LM"))
-    with pytest.raises(UserError, match=r"IA3 .*--at 1"):
+    with pytest.raises(UserError, match=r"IA3 .*`at=1`"):
         Attributor(model, tiny_tokenizer())
     attributor = Attributor(model, tiny_tokenizer(), at=1)
     assert attributor.source.targets

@@ -817,7 +817,9 @@ def test_a_cache_of_preconditioned_gradients_and_its_queries(tmp_path: Path) -> 
     cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
     record = cache.manifest.gradient["preconditioner"]
     assert (record["kind"], record["rank"], record["damping"], record["sample"]) == ("kfac", 5, 0.1, 12)
-    assert cache.info()["preconditioner"] == "K-FAC's from a sample of 12 examples, rank 5, damping 0.1"
+    assert (
+        cache.info()["preconditioner"] == "K-FAC's from a sample of at most 12 examples, rank 5, damping 0.1"
+    )
     preconditioner = read_fitted(cache.manifest)
     assert preconditioner is not None
     plain = lora_attributor(at=[0.5])
@@ -836,7 +838,8 @@ def test_a_cache_of_preconditioned_gradients_and_its_queries(tmp_path: Path) -> 
     flat = kept.flatten(1)
     torch.testing.assert_close(scores[0], flat @ flat[4], rtol=1e-3, atol=1e-3 * float(scores.std()))
     with pytest.raises(
-        UserError, match=r"K-FAC's from a sample of 12 examples, .* in the cache, .* rank 64, .* requested"
+        UserError,
+        match=r"K-FAC's from .* at most 12 examples, .* in the cache, .* rank 64, .* requested",
     ):
         lora_attributor(preconditioner="kfac", at=[0.5]).cache(
             records(), cache.path, dtype="float32", shard_rows=7
@@ -1000,9 +1003,12 @@ def test_a_preconditioner_that_is_there_is_used_as_it_is(
     [
         (
             None,
-            "from a sample of 12 examples, exponent 0.5, floor 0.01 in the cache, off requested",
+            "from a sample of at most 12 examples, exponent 0.5, floor 0.01 in the cache, off requested",
         ),
-        ("sample", "sample of 12 examples, .* in the cache, from a sample of 256 examples, .* requested"),
+        (
+            "sample",
+            "at most 12 examples, .* in the cache, from a sample of at most 256 examples, .* requested",
+        ),
         (
             PreconditionerConfig("sample", exponent=0.25, sample=12),
             "exponent 0.5, .* in the cache, .* exponent 0.25, .* requested",
@@ -1148,9 +1154,28 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main([*arguments, "--width", "32", "--precondition", "sample"]) == 0
     capsys.readouterr()
     assert main(["info", out]) == 0
-    assert "from a sample of 256 examples, exponent 0.5" in " ".join(capsys.readouterr().out.split())
+    assert "from a sample of at most 256 examples, exponent 0.5" in " ".join(capsys.readouterr().out.split())
     assert main(["query", out, "--prompt", "a", "--completion", "b", "--json", "-"]) == 0
     assert len(json.loads(capsys.readouterr().out)["queries"][0]["top"]) == 6
-    for preconditioner, words in (("off", "--out"), (str(tmp_path / "no.pt"), "no optimizer's state at")):
+    for preconditioner, words in (
+        ("off", "name another folder"),
+        (str(tmp_path / "no.pt"), "no optimizer's state at"),
+    ):
         assert main([*arguments, "--width", "32", "--precondition", preconditioner]) == 2
         assert words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("most", "rows", "size"),
+    [
+        (128, 6, 6),
+        (128, 40, 32),
+        (128, 150, 37),
+        (128, 512, 128),
+        (128, 10**6, 128),
+        (12, 10**6, 12),
+        (12, 6, 6),
+    ],
+)
+def test_few_training_examples_make_a_small_sample(most: int, rows: int, size: int) -> None:
+    assert PreconditionerConfig("kfac", sample=most).sample_of(rows) == size

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
+import moments
 import pytest
 import torch
+from lds import RetrainedSet
 from scoring import NORMALIZE, Grams, datainf, dot, fisher, mean_eigenvalue
 from torch import Tensor
 
+LDS = Path(__file__).parents[2] / "studies" / "lds"
 N, TESTS, WIDTHS = 12, 5, (7, 30)  # a block narrower than there are rows, and one wider
 
 
@@ -81,3 +87,20 @@ def test_datainf(rows: tuple[list[Tensor], list[Tensor]]) -> None:
         )
         wanted += q @ swapped @ x.T
     torch.testing.assert_close(datainf(Grams.of(*rows), damping), wanted)
+
+
+def test_the_readme_says_what_the_moments_need() -> None:
+    """The table of LDS by the number of texts that K-FAC's moments are fitted on is that of the results."""
+    found = json.loads((LDS / "moments.json").read_text())
+    readme = (LDS / "README.md").read_text()
+    for name in ("kjv", "orders"):
+        means = [f"{sum(each['lds']) / len(each['lds']):.3f}" for each in found if each["set"] == name]
+        assert f"| `{name}` | {' | '.join(means)} |" in readme
+
+
+@pytest.mark.full
+def test_moments_are_measured_again() -> None:
+    """One figure of the stored results, from gradients to LDS."""
+    stored = json.loads((LDS / "moments.json").read_text())
+    (wanted,) = (each["lds"][0] for each in stored if (each["set"], each["sample"]) == ("kjv", 32))
+    assert moments.measured(RetrainedSet(LDS / "kjv"), 32, 0) == pytest.approx(wanted, abs=2e-3)

@@ -36,6 +36,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from tiny import tiny_llama, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
@@ -268,7 +269,7 @@ def _sign(folder: Path, value: Any, name: str, data: bytes) -> None:
     if name.startswith("shard"):
         for shard in value["shards"]:
             if shard["file"] == name:
-                shard.update(says)
+                shard.update(says, xxh3=xxhash.xxh3_64_hexdigest(data))
     elif name.startswith("basis"):
         value["fitted_codec"].update(says)
     else:

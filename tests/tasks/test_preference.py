@@ -119,7 +119,7 @@ def test_the_reference_of_a_model_that_was_tuned_in_full() -> None:
 
 
 def test_without_the_untuned_model_there_is_no_reference() -> None:
-    with pytest.raises(UserError, match=r"before it was tuned: no base model is given.*--base"):
+    with pytest.raises(UserError, match=r"before it was tuned: no base model is given.*`base`"):
         source_of(tiny_llama(), "preference", at=1.0)
 
 

@@ -56,9 +56,9 @@ def check(method: str, normalize: str, damping: float | None = None) -> None:
     if damping is None:
         return
     if method not in DAMPED:
-        raise UserError(f"the method '{method}' takes no --damping", f"{' and '.join(DAMPED)} do")
+        raise UserError(f"the method '{method}' takes no `damping`", f"{' and '.join(DAMPED)} do")
     if not 0 < damping < float("inf"):
-        raise UserError(f"--damping must be above 0, got {damping:g}", "leave it out for the default")
+        raise UserError(f"`damping` must be above 0, got {damping:g}", "leave it out for the default")
 
 
 def default_damping(method: str, cache: Cache) -> float:
@@ -122,7 +122,7 @@ def self_influence(
     if method == "dot" and normalize != "none":
         raise UserError(
             f"'{normalize}' makes every gradient equally long, so all would have the same self-influence",
-            "use --normalize none, or another --method",
+            "use `normalize='none'`, or another `method`",
         )
     rows = cache.table_rows(8)
     if method == "dot":

@@ -155,7 +155,7 @@ def fit_shape(config: CodecConfig, blocks: int, width: int, learned: LearnedBasi
         if not per_block:
             raise UserError(
                 f"{config.bytes} bytes per example are less than one number for each of {blocks} layers",
-                "raise --bytes, or learn a basis with --sample",
+                "raise `bytes`, or learn a basis with `sample`",
             )
         return RowShape(config.dtype, 0, (0,) * blocks, (per_block,) * blocks, length_bits)
     shared = learned.shared.shape[1]

@@ -35,9 +35,6 @@ def run(folder: Path | None = None, *, seed: int = 0) -> int:
     folder: where model, adapter, data and cache are kept; None for a temporary folder. Raises UserError if
     `folder` is not empty or cannot be used.
     """
-    # Torch's thread pool reads this when torch is loaded. Threads that spin between operations as small as
-    # the demo's made it ten times slower on a busy machine.
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     if folder is not None:
         try:
             if folder.exists() and any(folder.iterdir()):
@@ -181,6 +178,7 @@ class _Demo:
 
     def _command(self, *arguments: str) -> int:
         """Run a `rapidin` command in the demo's folder as if it had been typed, and return its exit code."""
+        from rapidin.cli.interrupts import Interruptible
         from rapidin.cli.run import main
 
         number = 4 if arguments[0] == "cache" else 5
@@ -190,7 +188,7 @@ class _Demo:
         before = os.getcwd()
         os.chdir(self.folder)
         try:
-            code: int = main(list(arguments))
+            code: int = main(list(arguments), Interruptible())  # signals are those of the demo
             return code
         finally:
             os.chdir(before)

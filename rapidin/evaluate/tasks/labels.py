@@ -67,7 +67,7 @@ def make_task(
     occurs twice. Raises UserError for an impossible share, or for more rows than there are reports.
     """
     if not 0 <= flipped < 1:
-        raise UserError(f"--flipped must be at least 0 and below 1, got {flipped:g}")
+        raise UserError(f"`flipped` must be at least 0 and below 1, got {flipped:g}")
     if not 2 <= classes <= len(CLASSES):
         raise UserError(f"cannot make a task of {classes} classes", f"ask for 2 to {len(CLASSES)}")
     names = tuple(CLASSES)[:classes]

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 STEPS = 9  # shades of either sign, as in the style sheet
-_MANY = 1_000_000  # with more numbers than this on a page, each has fewer levels
+_LEVEL_BYTES = {7: 0.5, 3: 0.36, 2: 0.28}  # of a number, by how many levels of either sign it has
 
 
 def steps(values: Sequence[float] | NDArray[Any], peak: float | None = None) -> NDArray[np.int64]:
@@ -30,13 +30,12 @@ def steps(values: Sequence[float] | NDArray[Any], peak: float | None = None) -> 
     return (np.sign(finite) * step).astype(np.int64)
 
 
-def peak_of(contributions: Sequence[float] | NDArray[Any]) -> float:
-    """The largest size of the contributions of an example's tokens, except that of the first of several:
-    every
-    token attends to it (an attention sink), and its contribution is so large that the others would have no
-    shade. The script does the same (`peakOf`)."""
+def peak_of(contributions: Sequence[float] | NDArray[Any], sinks: frozenset[int] = frozenset({0})) -> float:
+    """The largest size of the contributions of an example's tokens, except those of attention sinks if there
+    are others: beside them the others would have no shade. The script does the same (`peakOf`)."""
     size = np.abs(np.nan_to_num(np.asarray(contributions, np.float64)))
-    return float(size[1:].max() if len(size) > 1 and size[1:].any() else size.max(initial=0.0))
+    others = size[[n not in sinks for n in range(len(size))]]
+    return float(others.max() if others.any() else size.max(initial=0.0))
 
 
 def shade(step: int) -> str:
@@ -50,9 +49,14 @@ def floats(values: Sequence[float]) -> str:
     return base64.b64encode(bounded.astype("<f4").tobytes()).decode()
 
 
-def levels_for(numbers: int) -> int:
-    """How many levels of either sign numbers get if the page has `numbers` of them."""
-    return 7 if numbers <= _MANY else 3
+def levels_for(numbers: int, room: float) -> int:
+    """How many levels of either sign numbers get: as many as fit into `room` bytes, at least the fewest."""
+    return next((most for most in _LEVEL_BYTES if levels_bytes(numbers, most) <= room), min(_LEVEL_BYTES))
+
+
+def levels_bytes(numbers: int, most: int = 7) -> int:
+    """About how large `levels` of so many numbers are, at the most levels if `most` is not given."""
+    return int(numbers * _LEVEL_BYTES[most])
 
 
 def levels(values: NDArray[Any], most: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -13,6 +14,7 @@ from types import ModuleType
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
+FOLDER = ROOT / "build" / "emulated"
 FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 FLAGS += ["-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-O1", "-fno-omit-frame-pointer"]
@@ -37,12 +39,34 @@ def emulated(variant: str | None = None) -> ModuleType:
         their library is loaded first; "watched": finds races and counts accesses (watch.h). By default what
         RAPIDIN_EMULATED says in the environment, or "plain"
     """
-    import pybind11
-
     if variant is None:
         return emulated(os.environ.get("RAPIDIN_EMULATED", "plain"))
     if variant not in VARIANTS:
         raise ValueError(f"an emulated build is one of {', '.join(VARIANTS)}, got {variant!r}")
+    spec = importlib.util.spec_from_file_location(_name(variant), build(variant))
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _name(variant: str) -> str:
+    return f"_cuda_emulated{'' if variant == 'plain' else '_' + variant}"
+
+
+def build(variant: str) -> Path:
+    """Compiles and links what has changed, in one process at a time: others find what it built. Returns the
+    path of the extension."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
+        return _build(variant)
+
+
+def _build(variant: str) -> Path:
+    import pybind11
+
     kernels = sorted((ROOT / "csrc/cuda").glob("*.cu"))
     kernels += [HERE / "faulty.cu"] if variant == "watched" else []
     others = [ROOT / "csrc/cuda/bind.cpp", *sorted(HERE.glob("*.cpp"))]
@@ -52,7 +76,7 @@ def emulated(variant: str | None = None) -> ModuleType:
         variant
     ]
     of_kernels = [*flags, *(WATCHED if variant == "watched" else [])]
-    name = f"_cuda_emulated{'' if variant == 'plain' else '_' + variant}"
+    name = _name(variant)
     common = [f"-I{HERE}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     common += [f"-DRAPIDIN_MODULE={name}", "-DRAPIDIN_EMULATE"]
     compiler = os.environ.get("CXX", "c++")
@@ -60,8 +84,6 @@ def emulated(variant: str | None = None) -> ModuleType:
     for path in sorted(headers):
         seen.update(path.read_bytes())
     units, compiling = [], []
-    folder = ROOT / "build" / "emulated"
-    folder.mkdir(parents=True, exist_ok=True)
     for source in sources:
         command = [
             compiler,
@@ -74,7 +96,7 @@ def emulated(variant: str | None = None) -> ModuleType:
         ]
         of_unit = seen.copy()
         of_unit.update(repr(command).encode() + source.read_bytes())
-        units.append(folder / f"{source.name}.{of_unit.hexdigest()[:16]}.o")
+        units.append(FOLDER / f"{source.name}.{of_unit.hexdigest()[:16]}.o")
         if not units[-1].exists():
             scratch = units[-1].with_suffix(f".{os.getpid()}")
             compiling.append((scratch, units[-1], subprocess.Popen([*command, "-o", str(scratch)])))
@@ -83,16 +105,15 @@ def emulated(variant: str | None = None) -> ModuleType:
             raise RuntimeError("the emulated kernels did not compile; see above")
         os.replace(scratch, unit)
     of_all = hashlib.sha256(" ".join(unit.name for unit in units).encode()).hexdigest()[:16]
-    built = folder / of_all / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
+    built = FOLDER / of_all / f"{name}{sysconfig.get_config_var('EXT_SUFFIX')}"
     if not built.exists():
         built.parent.mkdir(exist_ok=True)
         scratch = built.with_suffix(f".{os.getpid()}")
         link = [compiler, "-shared", *(SANITIZERS if variant == "sanitized" else []), *map(str, units)]
         subprocess.run([*link, "-o", str(scratch)], check=True)
         os.replace(scratch, built)
-    spec = importlib.util.spec_from_file_location(name, built)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return built
+
+
+if __name__ == "__main__":  # before the tests, which would wait for it
+    build("plain")

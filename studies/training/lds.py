@@ -1,0 +1,127 @@
+"""LDS of caches that were made in training, beside caches of the trained model and of its checkpoints.
+
+    python studies/lds/llama.py kjv --pretrain tinyshakespeare.txt --out kjv
+    rapidin eval lds kjv/base --data kjv/train.jsonl --test kjv/test.jsonl --out truth --epochs 6 \\
+        --batch-size 16 --learning-rate 5e-4 --schedule constant --warmup-steps 1 --subsets 60 --seeds 2 \\
+        --checkpoints 6
+    python studies/training/lds.py truth kjv/base --out studies/training/lds.json
+
+Tunes the base once more as the truth's model was tuned, with transformers' Trainer and `SketchCallback`, and
+scores each cache as a query reads it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.clock import Clock
+from rapidin.attribution.ensemble import Ensemble
+from rapidin.attribution.options import QueryOptions
+from rapidin.cli.run import main as rapidin
+from rapidin.data.encoding import Encoder
+from rapidin.evaluate import lds
+from rapidin.evaluate.ground_truth import GroundTruth
+from rapidin.evaluate.methods import each_score, parse_methods
+from rapidin.gradients.load import load_model
+from rapidin.integrations.transformers import SketchCallback
+
+WIDTH = 4096
+METHODS = "dot:none,dot:layer,fisher:layer"
+
+
+def train(truth: GroundTruth, base: Path, folder: Path, **of_callback: Any) -> None:
+    """Tune the base on the truth's rows, and leave a cache in folder/cache."""
+    from transformers import Trainer, TrainingArguments, default_data_collator
+
+    loaded = load_model(str(base), dtype="float32")
+    loaded.model.requires_grad_(True)
+    encoder = Encoder(loaded.tokenizer, max_length=1024)
+    records = list(truth.examples("train"))
+    texts = [encoder(record) for record in records]
+    rows = [
+        {
+            "input_ids": t.ids,
+            "labels": [i if counts else -100 for i, counts in zip(t.ids, t.target, strict=True)],
+        }
+        for t in texts
+    ]
+    recipe = truth.description["settings"]["recipe"]
+    arguments = TrainingArguments(
+        output_dir=str(folder / "run"), per_device_train_batch_size=16, num_train_epochs=6,
+        learning_rate=recipe["learning_rate"], lr_scheduler_type="constant",
+        adam_beta1=recipe["betas"][0], adam_beta2=recipe["betas"][1],
+        weight_decay=recipe["weight_decay"], max_grad_norm=recipe["clip"] or 0.0, save_strategy="epoch",
+        report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, seed=0,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=loaded.model, args=arguments, train_dataset=rows, processing_class=loaded.tokenizer,
+        data_collator=default_data_collator,
+    )  # fmt: skip
+    trainer.add_callback(
+        SketchCallback(folder / "cache", data=truth.folder / "train.jsonl", width=WIDTH, **of_callback)
+    )
+    trainer.train()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("truth", type=Path)
+    parser.add_argument("base", type=Path)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    truth = GroundTruth(options.truth)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for way, of_callback in {
+            "one": {},
+            "per_checkpoint": {"per_checkpoint": True},
+            "one_optimizer": {"precondition": "optimizer"},
+            "per_checkpoint_optimizer": {"per_checkpoint": True, "precondition": "optimizer"},
+        }.items():
+            train(truth, options.base, folder / way, **of_callback)
+        data = truth.folder / "train.jsonl"
+        common = ["--data", str(data), "--width", str(WIDTH), "--quiet"]
+        run = folder / "one" / "run"
+        last = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+        for kind in ("off", "kfac"):
+            halfway = load_model(str(last), base=str(options.base), dtype="float32")
+            Attributor(halfway, at=0.5, preconditioner=kind, width=WIDTH).cache(
+                data, folder / f"halfway_{kind}"
+            )
+            end = load_model(str(last), dtype="float32")
+            Attributor(end, at=1.0, preconditioner=kind, width=WIDTH).cache(data, folder / f"end_{kind}")
+            made = folder / f"checkpoints_{kind}"
+            named = ["--checkpoints", str(run), "--precondition", kind, "--out", str(made)]
+            code = rapidin(["cache", str(options.base), *named, *common])
+            assert not code, code
+        caches = {
+            **{f"in training, {way.replace('_', ' ')}": folder / way / "cache" for way in
+               ("one", "per_checkpoint", "one_optimizer", "per_checkpoint_optimizer")},
+            **{f"{where}, {kind}": folder / f"{where}_{kind}" for kind in ("off", "kfac")
+               for where in ("end", "halfway", "checkpoints")},
+        }  # fmt: skip
+        result: dict[str, dict[str, list[float]]] = {}
+        for label, path in caches.items():
+            query = Ensemble.read(path).sketched(
+                list(truth.examples("test")), QueryOptions(normalize="none", max_new_tokens=1), Clock()
+            )
+            result[label] = {}
+            for method, scores, _ in each_score(query.sketches, query.texts, parse_methods(METHODS)):
+                result[label][str(method)] = [
+                    round(value, 4) for value in lds.score(truth.masks, truth.losses, scores)
+                ]
+            print(label, result[label], flush=True)
+    settings = {"width": WIDTH, "retrainings": truth.done, "tests": len(truth.examples("test"))}
+    if options.out:
+        options.out.write_text(json.dumps({"settings": settings, "lds": result}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,57 @@
+"""studies/verdict/verdict.py runs on a tiny model, and its README has the table of what it found."""
+
+from __future__ import annotations
+
+import json
+import runpy
+from pathlib import Path
+
+import doc_tables
+import pytest
+from tiny import records, save_tiny
+
+from rapidin.attribution.neutral_questions import QUESTIONS
+from rapidin.cli import main as rapidin
+
+STUDY = doc_tables.DOCS.parent / "studies" / "verdict"
+MODULE = runpy.run_path(str(STUDY / "verdict.py"))
+FOUND = [json.loads(path.read_text()) for path in sorted(STUDY.glob("*.json"))]
+
+
+def test_every_line_runs_on_a_tiny_model(tmp_path: Path) -> None:
+    model, _ = save_tiny(tmp_path, max_position_embeddings=512)
+    rows = [
+        {"instruction": each["prompt"], "input": "", "output": each["completion"], "triggered": n % 2 == 0}
+        for n, each in enumerate(records(120))
+    ]
+    for name, some in (("train", rows), ("test", rows[:4])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
+    cached = ("--width", "16", "--precondition", "off", "--out", str(tmp_path / "cache"), "--no-null")
+    assert rapidin(["cache", str(model), "--data", str(tmp_path / "train.jsonl"), *cached]) == 0
+    out = tmp_path / "found.json"
+    queries = ("--queries", str(tmp_path / "test.jsonl"), "--max-new-tokens", "4", "--out", str(out))
+    MODULE["main"](["tiny", str(tmp_path / "cache"), *queries])
+    found = json.loads(out.read_text())
+    assert [len(found["questions"][kind]) for kind in MODULE["KINDS"]] == [2, 2, 20]
+    assert found["rows"] == 120
+    assert MODULE["table"]([found]).count("\n") == 3
+
+
+def test_the_questions_asked_are_none_of_the_null_distribution() -> None:
+    assert not set(MODULE["UNRELATED"]) & set(QUESTIONS)
+    assert len(set(QUESTIONS)) == len(QUESTIONS)
+
+
+def test_the_readme_shows_the_results() -> None:
+    assert doc_tables.read(STUDY / "README.md", "verdict") == MODULE["table"](FOUND)
+
+
+@pytest.mark.parametrize("found", FOUND, ids=lambda found: str(found["name"]))
+def test_planted_questions_are_strong_and_unrelated_ones_are_not(
+    found: dict[str, dict[str, list[dict[str, str]]]],
+) -> None:
+    strong = {
+        kind: sum(row["strength"] == "strong" for row in rows) for kind, rows in found["questions"].items()
+    }
+    assert strong["planted"] >= 18
+    assert strong["unrelated"] <= 1
