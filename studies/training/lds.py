@@ -98,19 +98,8 @@ def main() -> None:
             end = load_model(str(last), dtype="float32")
             Attributor(end, at=1.0, preconditioner=kind, width=WIDTH).cache(data, folder / f"end_{kind}")
             made = folder / f"checkpoints_{kind}"
-            code = rapidin(
-                [
-                    "cache",
-                    str(options.base),
-                    "--checkpoints",
-                    str(run),
-                    "--precondition",
-                    kind,
-                    "--out",
-                    str(made),
-                ]
-                + common
-            )
+            named = ["--checkpoints", str(run), "--precondition", kind, "--out", str(made)]
+            code = rapidin(["cache", str(options.base), *named, *common])
             assert not code, code
         caches = {
             **{f"in training, {way.replace('_', ' ')}": folder / way / "cache" for way in

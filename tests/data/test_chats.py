@@ -135,7 +135,7 @@ def test_arrays_of_tools_are_read() -> None:
 def test_arguments_that_cannot_be_used() -> None:
     encode, chat = encoder("qwen-2.5", marks=False), CHATS["one turn"]
     for tools in ("weather", "[1]", {"name": "weather"}, ["weather"]):
-        with pytest.raises(UserError, match="'tools' is .*, expected a list of JSON schemas"):
+        with pytest.raises(UserError, match=r"'tools' is .*, expected a list of JSON schemas"):
             encode(chat | {"tools": tools})
     with pytest.raises(UserError, match=r"'chat_template_kwargs' is .*, expected an object"):
         encode(chat | {"chat_template_kwargs": [1]})

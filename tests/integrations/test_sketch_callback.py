@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble
 from rapidin.cache import Cache
 from rapidin.errors import UserError
+from rapidin.gradients.calls import Call
 from rapidin.integrations.transformers import SketchCallback
 
 SAME = 1e-5
@@ -73,6 +75,22 @@ def test_the_log_of_the_steps_is_removed_unless_it_is_to_be_kept(tmp_path: Path)
     kept = SketchCallback(tmp_path / "other", width=WIDTH, steps=tmp_path / "steps", keep_steps=True)
     new_trainer(tmp_path / "run", kept).train()
     assert (tmp_path / "steps" / "sketches-0").stat().st_size == 4 * ROWS * WIDTH * 14
+
+
+def test_nothing_of_a_step_is_kept(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    kept = []
+
+    class Counting(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            gc.collect()
+            kept.append(sum(isinstance(each, Call) for each in gc.get_objects()))
+
+    trainer = new_trainer(tmp_path / "run", callback_into(tmp_path), per_device_train_batch_size=2)
+    trainer.add_callback(Counting())
+    trainer.train()
+    assert kept == [0] * 8
 
 
 def scale_gradients(trainer: Any, overflow_at: int) -> None:

@@ -305,21 +305,23 @@ def exists(kind: str) -> bool:
     return kind.partition(",")[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def tiny_config(kind: str) -> Any:
+def tiny_config(kind: str, **changes: Any) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     of_kind = CONFIG_MAPPING[kind.partition(",")[0]]
     known = set(of_kind().to_dict()) | set(getattr(of_kind, "attribute_map", {})) - {"layer_types"}
-    return of_kind(**{name: value for name, value in _COMMON.items() if name in known} | TYPES[kind])
+    return of_kind(
+        **{name: value for name, value in _COMMON.items() if name in known} | TYPES[kind] | changes
+    )
 
 
-def tiny_causal(kind: str, seed: int = 0) -> Any:
-    """A random model of a type; nothing in it is constant."""
+def tiny_causal(kind: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model of a type; nothing in it is constant. changes: of its settings."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+        model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes)).eval()
         for parameter in model.parameters():
             if parameter.ndim < 2 or not bool(parameter.any()):
                 parameter.data += 0.1 * torch.randn_like(parameter)

@@ -5,21 +5,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from importlib import resources
+from itertools import accumulate, zip_longest
 from types import MappingProxyType
 from typing import Any
 
 from rapidin.results.html import shades
 from rapidin.results.html.query import query
-from rapidin.results.html.text import plain, shortened
+from rapidin.results.html.text import isolated, plain, shortened
 from rapidin.results.html.view import View
 from rapidin.results.types import QueryResult
 
-_PAGE_BYTES = 900_000  # leaves room for style and script, so that a page of a megabyte can be mailed
-_MIN_ROOM = 100_000  # bytes of each query for hits of single tokens
+# For hits: a page of one query is below a megabyte with style and script, one of several below 1.5 megabytes.
+_PAGE_BYTES, _SEVERAL_BYTES = 900_000, 1_380_000
+_MIN_ROOM = 60_000  # bytes of all queries for hits of single tokens
 _NOTEBOOK_HEIGHT = 720  # pixels: a generation and the first hits
 
 
@@ -31,9 +34,7 @@ def page(results: Sequence[QueryResult], *, about: Mapping[str, str] = MappingPr
     scripts are off, the page shows everything except selections.
     """
     views = [View(result, number) for number, result in enumerate(results)]
-    left = (_PAGE_BYTES - sum(view.size for view in views)) / max(1, len(views))
-    views = [replace(view, room=max(_MIN_ROOM, left)) for view in views]
-    most = shades.levels_for(sum(view.numbers for view in views))
+    views, most = _fitted(views)
     style, script = (_asset(name) for name in ("page.css", "page.js"))
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
@@ -73,6 +74,23 @@ export.</p></noscript>
 """
 
 
+def _fitted(views: list[View]) -> tuple[list[View], int]:
+    """The views with as much as there is room for, and the levels of their `Tokens.by_target`.
+
+    First come the hits of the whole generations, then for as many of them as possible, the best first, what
+    their tokens contribute to parts of the generation, then the hits of parts.
+    """
+    left = (_PAGE_BYTES if len(views) == 1 else _SEVERAL_BYTES) - sum(view.size for view in views)
+    numbers = sum(view.numbers for view in views)
+    most, parted = shades.levels_for(numbers, left), math.inf
+    if shades.levels_bytes(numbers, most) > left:
+        ranks = zip_longest(*(view.numbers_of for view in views), fillvalue=0)
+        sizes = accumulate(shades.levels_bytes(sum(each), most) for each in ranks)
+        parted = sum(size <= left for size in sizes)
+    room = max(_MIN_ROOM, left - shades.levels_bytes(numbers, most)) / max(1, len(views))
+    return [replace(view, room=room, parted=parted) for view in views], most
+
+
 def notebook(results: Sequence[QueryResult]) -> str:
     """The page in a frame, for `_repr_html_`. It can run its script and save files, but access nothing
     else."""
@@ -107,7 +125,8 @@ def _title(results: Sequence[QueryResult]) -> str:
 def _facts(about: Mapping[str, str]) -> str:
     """Facts as a list of names and values."""
     items = "".join(
-        f"<div><dt>{plain(str(name))}</dt><dd>{plain(str(value))}</dd></div>" for name, value in about.items()
+        f"<div><dt>{isolated(plain(str(name)))}</dt><dd>{isolated(plain(str(value)))}</dd></div>"
+        for name, value in about.items()
     )
     return f'<dl class="about">{items}</dl>' if items else ""
 
@@ -124,8 +143,8 @@ def _queries(results: Sequence[QueryResult]) -> str:
         return ""
     prompts = _without_shared([result.prompt for result in results])
     items = "".join(
-        f'<li><a href="#q{n}"><b>{_completion(result, 80) or "(no text)"}</b> '
-        f'<span class="of">{shortened(prompt, 80)}</span></a></li>'
+        f'<li><a href="#q{n}"><span class="of">{isolated(shortened(prompt, 80))}</span> '
+        f"<b>{isolated(_completion(result, 80) or '(no text)')}</b></a></li>"
         for n, (result, prompt) in enumerate(zip(results, prompts, strict=True), 1)
     )
     return f'<nav aria-label="Generations"><ol>{items}</ol></nav>'

@@ -22,6 +22,11 @@ def shortened(text: str, characters: int) -> str:
     return plain(text if len(text) <= characters else text[: characters - 1].rstrip() + "…")
 
 
+def isolated(markup: str) -> str:
+    """Text of data or a model inside of other text, whose direction it must not change."""
+    return f"<bdi>{markup}</bdi>"
+
+
 def block(text: str) -> str:
     """The text with its line breaks, for an element that keeps white space."""
     return _UNSAFE_IN_BLOCK.sub(_shown, _html(text))
@@ -46,6 +51,17 @@ def token(text: str, shade: str, title: str = "") -> str:
         + (f' title="{title}"' if title else "")
         + f">{piece(text)}</span>"
     )
+
+
+def marked(text: str, classes: str) -> str:
+    """A token that is an element only if it has a class: a page has very many of them."""
+    quote = '"' if " " in classes else ""
+    return f"<b class={quote}{classes}{quote}>{piece(text)}</b>" if classes else piece(text)
+
+
+def shown_length(text: str) -> int:
+    """How long `piece` of a text is for the script, which counts in units of UTF-16."""
+    return len(_UNSAFE_IN_BLOCK.sub(escape, text).encode("utf-16-le")) // 2
 
 
 def _shown(match: re.Match[str]) -> str:
