@@ -28,6 +28,7 @@ from rapidin.gradients.calls import (
     FollowTokensError,
     NotBatchedError,
     UnseenError,
+    backward,
 )
 from rapidin.gradients.convolution import as_linear
 from rapidin.gradients.exact import ExactGradient, ExactPass
@@ -253,16 +254,7 @@ class GradientSketcher:
             if unseen:
                 raise UnseenError(sorted(unseen))
             if losses.requires_grad:
-                try:
-                    torch.autograd.backward(losses.sum())
-                except RuntimeError as error:
-                    if "modified by an inplace operation" not in str(error):
-                        raise
-                    raise UserError(
-                        "the model changes its parameters in place when it runs, so gradients cannot be "
-                        "computed",
-                        "use the parameters that count by default, or leave more out with --exclude",
-                    ) from error
+                backward(losses)
             elif len(self._unreached) == len(self.targets):
                 raise UserError(
                     f"no parameter that counts takes part in the loss, such as '{self.targets[0].name}'"

@@ -16,6 +16,7 @@ from tiny import save_tiny
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.generate import generations_of
+from rapidin.attribution.provenance import check_of
 from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.cache import Cache, Manifest
 from rapidin.cache.merge import merge
@@ -312,6 +313,13 @@ def test_a_model_spread_over_processes_gives_the_same_sketches(
     ended = together(2, [*spread, "--shard-model"], tmp_path / "said")
     assert [(e.code, e.err) for e in ended] == [(0, ""), (0, "")]
     close(tmp_path / "one", tmp_path / "spread")
+    found, alone = (check_of(Manifest.read(tmp_path / name)) for name in ("spread", "one"))
+    assert found is not None
+    assert alone is not None
+    assert found.compared == found.total == alone.compared
+    assert found.worst < 1e-5
+    assert not found.by_autograd
+    assert not found.unchecked
     # A query whose answer the spread model writes, too.
     ask = ["query", str(tmp_path / "one"), "--prompt", "Say 7 ", "--json", "-", "--max-new-tokens", "4"]
     assert main([*ask, "--quiet"]) == 0
