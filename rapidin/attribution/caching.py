@@ -91,13 +91,13 @@ def build_cache(
         loop.run()
         meter.settle(wait=True)
         if options.null and isinstance(writer, CacheWriter):
-            _add_null(writer, fitting.source, examples, meter)
+            add_null(writer, fitting.source, examples, meter)
         world.meet()
         meter.tell(None, now=True)
     return Cache(path)
 
 
-def _add_null(writer: CacheWriter, source: GradientSource, examples: Examples, reporter: Reporter) -> None:
+def add_null(writer: CacheWriter, source: GradientSource, examples: Examples, reporter: Reporter) -> None:
     """Adds the null distribution to a complete cache that has none."""
     if not writer.manifest.complete or writer.manifest.null is not None:
         return

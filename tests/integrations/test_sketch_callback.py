@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import gc
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import records, tiny_llama, tiny_lora
 from training_runs import ROWS, WIDTH, cached, in_processes, new_trainer, sketches_of, token_rows, worst
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble
 from rapidin.cache import Cache
+from rapidin.cli.tables import info_report
 from rapidin.errors import UserError
 from rapidin.gradients.calls import Call
 from rapidin.integrations.transformers import SketchCallback
@@ -251,13 +254,19 @@ def test_checkpoints_are_queried_as_one_at_their_own_weights(tmp_path: Path) -> 
     assert int(scores.argmax()) == 3
 
 
-def test_a_query_finds_the_model_and_the_examples(tmp_path: Path) -> None:
-    some = records(ROWS)
-    callback = callback_into(tmp_path, data=some)
-    new_trainer(tmp_path / "run", callback, save_strategy="epoch").train()
-    (result,) = Attributor.from_cache(tmp_path / "cache").query(
-        tmp_path / "cache", [(some[5]["prompt"], some[5]["completion"])], examples=some
-    )
+@pytest.mark.parametrize("given", [True, False])
+def test_a_query_finds_the_model_and_the_examples(tmp_path: Path, given: bool) -> None:
+    some = records(128) if given else token_rows(records(128))
+    callback = callback_into(tmp_path, data=some if given else None)
+    new_trainer(
+        tmp_path / "run", callback, rows=token_rows(records(128)), save_strategy="epoch",
+        per_device_train_batch_size=32,
+    ).train()  # fmt: skip
+    assert Cache(tmp_path / "cache").manifest.null is not None
+    shown = Console(file=io.StringIO(), width=200)
+    shown.print(info_report(Cache(tmp_path / "cache").info()))
+    assert "sketched by Trainer in steps 1 to 4, 128 times" in shown.file.getvalue()  # type: ignore[attr-defined]
+    (result,) = Attributor.from_cache(tmp_path / "cache").query(tmp_path / "cache", [some[5]], examples=some)
     assert result.top[0].index == 5
     assert result.top[0].example == some[5]
     assert Cache.verify(tmp_path / "cache") == []

@@ -400,6 +400,20 @@ def test_the_list_of_generations_leaves_out_what_all_prompts_say() -> None:
     results = [QueryResult(prompt, "c", True, [], [], "layer") for prompt in prompts]
     assert Read(page(results)).texts["of"] == ["what is near?", "who sings?"]
     assert Read(page(results[:1] * 2)).texts["of"] == ["", ""]
+    # Two templates, and a prompt with none: what is asked is told in all.
+    short, long = (
+        "Below is a task.\n\n### Instruction:\n",
+        "Below is a task, with an input.\n\n### Instruction:\n",
+    )
+    asked = [
+        (short, "Howdy! Name rivers."),
+        (long, "Howdy! Sum up."),
+        (short, "Name lakes."),
+        (long, "Count."),
+    ]
+    prompts = [f"{head}{text}\n\n### Response:\n" for head, text in asked]
+    results = [QueryResult(prompt, "c", True, [], [], "layer") for prompt in (*prompts, "Hello?")]
+    assert Read(page(results)).texts["of"] == [*(text for _, text in asked), "Hello?"]
     assert "nav" not in Read(page(results[:1])).tags
 
 
@@ -542,3 +556,18 @@ def test_lengths_of_tokens_are_those_of_their_texts_on_the_page() -> None:
     data = data_of(replace(result, top=[hit]))
     assert data["hits"][0]["lengths"] == [2, 0, 6, 7]
     assert data["hits"][1]["lengths"] == [len(piece) for piece in result.bottom[0].tokens.pieces]  # type: ignore[union-attr]
+
+
+def test_runs_of_tokens_have_the_same_best_row() -> None:
+    result = made(hits=4, length=8, generation=7)
+    hits = {row: Hit(1, row, row, 0.1) for row in (hit.row for hit in result.top)}
+    first, second = hits
+    elsewhere = Hit(1, 9999, 9999, 0.1)  # a row that the page lacks
+    against = Hit(1, first, first, -0.1)
+    best = [hits[first], hits[first], hits[second], hits[second], hits[second], elsewhere, against]
+    targets = [
+        replace(target, top=[hit], bottom=[]) for target, hit in zip(result.targets, best, strict=True)
+    ]
+    result = replace(result, targets=targets)
+    assert data_of(result)["runs"] == [[0, 1, 0], [2, 4, 1]]
+    assert data_of(replace(result, targets=[]))["runs"] == []

@@ -742,6 +742,25 @@ def test_an_address_is_restored(shown: Shown) -> None:
         assert shown.hits() == whole(RESULT)
 
 
+def test_tokens_with_the_same_best_hit_are_underlined(shown: Shown) -> None:
+    best = RESULT.top[1]
+    targets = [
+        replace(target, top=[replace(best, score=0.1)] if 2 <= n <= 4 else [])
+        for n, target in enumerate(RESULT.targets)
+    ]
+    shown.open([replace(RESULT, targets=targets)])
+    tokens = shown.tokens()
+    assert [n for n, token in enumerate(tokens) if token.get_attribute("data-run")] == [2, 3, 4]
+    assert [token.get_attribute("data-rank") for token in tokens[2:5]] == [None, None, "2"]
+    said = f"index {best.index}, rank 2 of the most helpful"
+    assert said in (tokens[3].get_attribute("title") or "")
+    assert said not in (tokens[5].get_attribute("title") or "")
+    tokens[3].click()
+    assert f"best example of 3 tokens in a row: {said}" in shown.status()
+    tokens[5].click()
+    assert "in a row" not in shown.status()
+
+
 def test_harmful_hits_are_in_a_tab(shown: Shown) -> None:
     shown.open([RESULT])
     helpful, harmful = shown.all(".tab")

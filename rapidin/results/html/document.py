@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from importlib import resources
-from itertools import accumulate, zip_longest
+from itertools import accumulate, pairwise, zip_longest
 from types import MappingProxyType
 from typing import Any
 
 from rapidin.results.html import shades
 from rapidin.results.html.query import query
-from rapidin.results.html.text import isolated, plain, shortened
+from rapidin.results.html.text import common_start, isolated, plain, shortened
 from rapidin.results.html.view import View
 from rapidin.results.types import QueryResult
 
@@ -151,20 +151,29 @@ def _queries(results: Sequence[QueryResult]) -> str:
 
 
 def _without_shared(texts: Sequence[str]) -> list[str]:
-    """The texts without the words that all of them begin and end with, such as those of a template."""
+    """The texts without what they begin and end with as others do, such as the text of a template."""
     if len(set(texts)) < 2:
         return [""] * len(texts)
-    head = _shared_length(texts)
-    tail = _shared_length([text[head:][::-1] for text in texts])
-    return [text[head : len(text) - tail] for text in texts]
+    rests = [text[head:][::-1] for text, head in zip(texts, _shared_heads(texts), strict=True)]
+    return [rest[tail:][::-1] for rest, tail in zip(rests, _shared_heads(rests), strict=True)]
+
+
+def _shared_heads(texts: Sequence[str]) -> list[int]:
+    """How much of each text to leave out at its start: the words that all begin with, and the lines that
+    another begins with too, since there may be several templates."""
+    common = _shared_length(texts)
+    distinct = sorted(set(texts))
+    heads = dict.fromkeys(distinct, common)
+    for pair in pairwise(distinct):  # a text has its longest common start with one beside it
+        length = common_start(*pair)
+        for text in pair:
+            lines = text[: min(length, len(text.rstrip()))].rfind("\n") + 1
+            heads[text] = max(heads[text], lines)
+    return [heads[text] for text in texts]
 
 
 def _shared_length(texts: Sequence[str]) -> int:
     """The length of the common prefix of all texts, up to its last white space."""
     first, last = min(texts), max(texts)  # their common prefix is that of all texts
-    length = 0
-    for n, (a, b) in enumerate(zip(first, last, strict=False), 1):
-        if a != b:
-            break
-        length = n if a.isspace() else length
-    return length
+    start = first[: common_start(first, last)]
+    return max((n for n, character in enumerate(start, 1) if character.isspace()), default=0)

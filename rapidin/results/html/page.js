@@ -3,7 +3,7 @@
 // `textContent` alone. The JSON in #data holds numbers, a list a query, as `view.View.script` writes it:
 //   bounded, ends: [top, bottom], mean of the top scores, shares: whether parts are told as shares of it, sinks:
 //   positions of attention sinks, owners: the target of each token or -1,
-//   influence of each target, baselines, levels of byTarget, and hits in the order of their elements' data-hit:
+//   influence of each target, runs [first token, last token, hit] that have the same best hit, baselines, levels of byTarget, and hits in the order of their elements' data-hit:
 //   row, index, side, score, rank, ..., targets [targets], tokens [tokens]: base64 of float32;
 //   lengths [tokens] of their texts; byTarget [targets, tokens]: see `shades.levels`.
 (() => {
@@ -568,7 +568,9 @@
       const name = holding("b", words);
       name.prepend("“");
       name.append("”");
-      status.replaceChildren("Ranked for ", name, `${count}: ${share}`);
+      const run = selected.low === undefined ? null : this.runOf(selected.low, selected.high);
+      const best = run ? `; best example of ${run[1] - run[0] + 1} tokens in a row: ${this.nameOf(run)}` : "";
+      status.replaceChildren("Ranked for ", name, `${count}: ${share}${best}`);
     }
 
     partOf(card) {
@@ -732,6 +734,25 @@
       this.sayStrongest(card);
     }
 
+    // The run of tokens with the same best hit that holds all of these.
+    runOf(low, high) {
+      return this.data.runs.find(([first, last]) => first <= low && high <= last);
+    }
+
+    nameOf([, , hit]) {
+      const { index, side, rank } = this.data.hits[hit];
+      const end = side > 0 ? "helpful" : "harmful";
+      return `index ${index}${side ? `, rank ${rank} of the most ${end}` : ""}`;
+    }
+
+    underline() {
+      this.data.runs.forEach(([first, last, hit], n) => {
+        for (const token of this.tokens.slice(first, last + 1)) token.dataset.run = n % 2;
+        const { side, rank } = this.data.hits[hit];
+        if (side) this.tokens[last].dataset.rank = side > 0 ? rank : `−${rank}`;
+      });
+    }
+
     // The completion by words: of each the influence of its targets.
     paintCompletion() {
       const { owners, influence, bounded } = this.data;
@@ -743,7 +764,9 @@
         for (const place of places) {
           const token = this.tokens[place];
           setClass(token, (shadeOf(stepOf(sums[unit], peak)) + (token.firstChild ? "" : " void")).trim());
-          if (targets[unit].size) token.title = scoreText(sums[unit], bounded);
+          const run = this.runOf(place, place);
+          const best = run ? `, best example: ${this.nameOf(run)}` : "";
+          if (targets[unit].size) token.title = scoreText(sums[unit], bounded) + best;
         }
       });
     }
@@ -920,6 +943,7 @@
       query.show();
       query.shade();
       query.paintCompletion();
+      query.underline();
     }
     queries.get(n)?.sayRows();
     queries.get(n)?.mark();

@@ -8,7 +8,7 @@ from rapidin.results.html.text import block, isolated, plain, shortened, token, 
 from rapidin.results.html.view import View
 from rapidin.results.text import MEANING, UNSURE, overlap_text, scale_text, score_text
 from rapidin.results.types import Group, QueryResult, TargetResult
-from rapidin.results.verdict import Place
+from rapidin.results.verdict import Place, common_text
 
 
 def query(view: View, queries: int) -> str:
@@ -64,6 +64,11 @@ def _generation(view: View) -> str:
         elements.append(
             '<p class="hint only-script">Select a token, or drag over several, to rank the examples for them.'
             "</p>"
+        )
+    if view.runs:
+        elements.append(
+            '<p class="hint only-script">Underlined tokens have the same best example; the number is its '
+            "rank.</p>"
         )
     completion = _pieces(view) if result.pieces else block(result.completion)
     elements.append(f'<div class="completion text" dir="auto">{completion}</div>')
@@ -206,7 +211,8 @@ def _verdict(view: View) -> str:
     if figures:
         lines.append(f'<div class="evidence">{figures}</div>')
     if verdict.common:
-        lines.append(f"<p><b>In common</b> {plain(verdict.common_text)}</p>")
+        common = "; ".join(common_text(each, lambda text: isolated(plain(text))) for each in verdict.common)
+        lines.append(f"<p><b>In common</b> {common}</p>")
     if verdict.next_step:
         lines.append(f"<p><b>Next</b> {plain(verdict.next_step)}</p>")
     return (

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 STEPS = 9  # shades of either sign, as in the style sheet
-_LEVEL_BYTES = {7: 0.5, 3: 0.36, 2: 0.28}  # of a number, by how many levels of either sign it has
+_LEVEL_BYTES = {7: 0.7, 3: 0.54, 2: 0.43}  # of a number, by how many levels of either sign it has
 
 
 def steps(values: Sequence[float] | NDArray[Any], peak: float | None = None) -> NDArray[np.int64]:

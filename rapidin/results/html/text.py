@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape as _html
 
 from rapidin.results.text import CONTROL, INVISIBLE, escape
@@ -20,6 +21,12 @@ def shortened(text: str, characters: int) -> str:
     """`plain` of the text cut at the end to at most `characters`."""
     text = " ".join(text[: 8 * characters].split())
     return plain(text if len(text) <= characters else text[: characters - 1].rstrip() + "…")
+
+
+def common_start(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many characters, or tokens, two texts have in common at their start."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), min(len(a), len(b)))
 
 
 def isolated(markup: str) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rapidin.results.html import shades
-from rapidin.results.html.text import shown_length
+from rapidin.results.html.text import common_start, shown_length
 from rapidin.results.sinks import sinks_of
 from rapidin.results.text import has_shares
 from rapidin.results.types import Hit, QueryResult, Tokens
@@ -126,6 +126,24 @@ class View:
         prompts = [e.hit.parts[0] for e in self.entries if e.hit.tokens is None and e.hit.example]
         return shared_start(prompts, _SHARED_CHARACTERS)
 
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Runs of two tokens of the generation or more whose best hit is the same row: first and last token
+        and the row's entry. They are as long as they can be, as OLMoTrace's spans are (Liu et al., 2025)."""
+        at = {entry.hit.row: n for n, entry in enumerate(self.entries)}
+        best = []
+        for owner in self.owners:
+            hits = self.result.targets[owner].top if owner >= 0 else []
+            best.append(at.get(hits[0].row) if hits and hits[0].score > 0 else None)
+        runs, start = [], 0
+        for n in range(1, len(best) + 1):
+            if n == len(best) or best[n] != best[start]:
+                entry = best[start]
+                if entry is not None and n - start > 1:
+                    runs.append((start, n - 1, entry))
+                start = n
+        return runs
+
     @property
     def size(self) -> int:
         """The approximate number of bytes of the hits of the whole generation on the page, but for
@@ -173,6 +191,7 @@ class View:
             "influence": [_finite(target.influence) for target in result.targets],
             "baselines": list(dict.fromkeys(n for e in self.entries if e.side for n in e.hit.standings)),
             "levels": most,
+            "runs": self.runs,
             "sinks": sorted(self.sinks),
             "hits": [_entry_data(result, entry, most, entry.hit.row in parted) for entry in self.entries],
         }
@@ -189,10 +208,9 @@ def shared_start(texts: Sequence[Sequence[str]], least: int) -> int:
     several questions begin with are no part of a template."""
     if len(texts) < 2:
         return 0
-    first, last = min(texts), max(texts)  # their common start is that of all texts
-    length = next(
-        (n for n, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, texts))
-    )
+    each = [list(text) for text in texts]
+    first, last = min(each), max(each)  # their common start is that of all texts
+    length = common_start(first, last)
     lines = [n for n in range(least, length + 1) if "\n" in first[n - 1]]
     return lines[-1] if lines else length if length >= least else 0
 
