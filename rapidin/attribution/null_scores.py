@@ -82,6 +82,7 @@ def null_scores(
     if source.loaded.sharded:
         tell("no null distribution for verdicts: the model is sharded")
         return None
+    tell("scoring neutral questions and some of the examples, for verdicts on queries")
     with distributed.using(world if world.alone else distributed.World()):
         asked = _questions(source, cache.manifest, min(most, MOST_QUESTIONS))
         own = _rows(cache, numbers, source.loaded.device)

@@ -96,8 +96,10 @@ def study(name: str, folder: Path, queries: Path | None, max_new_tokens: int) ->
     assert null is not None
     cache.manifest.null = null
     ensemble = Ensemble([Member(folder, 1.0, source, cache)])
-    kinds: dict[str, Any] = {}
+    kinds: dict[str, Any] = {kind: [] for kind in KINDS}
     for kind, records in questions(queries, cache).items():
+        if not records:
+            continue
         results = ensemble.query(
             records, examples=examples, errors=False, max_new_tokens=max_new_tokens, top_k=10
         )
@@ -151,7 +153,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         for kind in KINDS:
             strengths = [row["strength"] for row in result["questions"][kind]]
             counts = [strengths.count(strength) for strength in ("strong", "weak", "nothing")]
-            cells.append(" / ".join(map(str, counts)))
+            cells.append(" / ".join(map(str, counts)) if strengths else "-")
         rows.append(cells)
     header = ["strong / weak / nothing", "rows", "null", *KINDS]
     return doc_tables.table(header, rows)
