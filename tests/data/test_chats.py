@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import chat_tables
 import doc_tables
 import pytest
 from chat_tables import CHATS, DATE, cases, counted, prompted, tokenizer_of
+from tiny import tiny_llama, tiny_tokenizer
 
+from rapidin import Attributor
 from rapidin.data.chats import Chat, ChatTemplate
 from rapidin.data.encoding import Encoded, Encoder
 from rapidin.data.examples import open_examples
@@ -173,6 +176,14 @@ def test_null_and_absent_contents_beside_tool_calls(message: dict[str, Any]) -> 
     assert targets(plain, {"messages": messages}) == ["<|im_end|>\n", "A trout, née Forelle.<|im_end|>\n"]
     assert plain.chats.notes() == ["the chat template does not write tool calls (1 call)"]
     assert "weather" in record_parts({"messages": messages[:2]})[1]
+
+
+def test_what_is_not_read_is_said_once_in_python(tmp_path: Path) -> None:
+    image = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}
+    chats = [{"messages": [image, chat_tables.ANSWER]}] * 3
+    attributor = Attributor(tiny_llama(), tiny_tokenizer(chat=True), width=64, preconditioner="off")
+    with pytest.warns(UserWarning, match="parts of messages that are not text are not read: 3 image$"):
+        attributor.cache(chats, tmp_path / "cache")
 
 
 def test_tools_that_a_template_does_not_write_are_said() -> None:
