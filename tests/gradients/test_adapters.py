@@ -73,6 +73,8 @@ def check_gradients(loaded: LoadedModel) -> None:
     """Sketches of texts, as a cache is made of them, against autograd's gradients of each text by itself."""
     source = Attributor(loaded, at=1.0, preconditioner="off", width=WIDTH, seed=SEED).source
     some = texts(n=3)
+    for ids, _ in some:
+        ids[1] = 5  # a token that some adapters train
     encoded = [Encoded(ids, target, Status.OK) for ids, target in some]
     source = source.with_check(source.checked(encoded))
     got, status = source.sketches(encoded)

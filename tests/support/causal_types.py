@@ -111,7 +111,7 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": _LATENT | {"first_k_dense_replace": 1},
     "deepseek_v3": _LATENT | {"first_k_dense_replace": 1, "n_group": 2},
-    "deepseek_v32": _LATENT | _INDEXER,
+    "deepseek_v32": _LATENT | _INDEXER | {"first_k_dense_replace": 1},
     "deepseek_v4": _INDEXER
     | {
         "q_lora_rank": 16,
@@ -163,7 +163,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "glm4": {},
     "glm4_moe": {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "glm4_moe_lite": _LATENT,
-    "glm_moe_dsa": _LATENT | _INDEXER,
+    "glm_moe_dsa": _LATENT | _INDEXER | {"mlp_layer_types": ["dense", "sparse"]},
     "gpt-sw3": {},
     "gpt2": {},
     "gpt_bigcode": {},
