@@ -733,7 +733,9 @@ def test_an_address_is_restored(shown: Shown) -> None:
     assert [s.is_displayed() for s in shown.all(".query")] == [False, True]
     card = shown.one(f"[id='q2.h{harmful + 1}']")
     assert card.is_displayed()  # its tab is in front
-    shown.until(lambda: 0 <= shown.run("return arguments[0].getBoundingClientRect().top", card) < 500)
+    bar = shown.one("#q2 .bar")
+    places = "return [arguments[0].getBoundingClientRect().bottom, arguments[1].getBoundingClientRect().top]"
+    shown.until(lambda: (found := shown.run(places, bar, card)) and found[0] - 1 <= found[1] < 500)
     shown.open(results, at="#q1.t3-5")
     assert selected(shown) == [2, 3, 4]
     assert shown.hits() == ranked(RESULT, [2, 3, 4])
