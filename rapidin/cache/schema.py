@@ -85,7 +85,8 @@ def _is_kind(value: Any) -> bool:
 
 def _is_training(value: Any) -> bool:
     counts = all(_is_count(value[key]) for key in ("first_step", "last_step", "visits", "seen"))
-    rates = all(_is_count(step) and is_number(rate) for step, rate in value["learning_rates"])
+    pairs = list(value["learning_rates"])
+    rates = bool(pairs) and all(_is_count(step) and is_number(rate) for step, rate in pairs)
     return counts and rates and is_number(value["weight"]) and isinstance(value["trainer"], str)
 
 

@@ -55,6 +55,7 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         ("data", f"{_named(data.get('path'))} ({data.get('form')} form)" if data else None),
         ("examples", counts_text(info["counts"])),
         ("gradients", f"taken {where}, {_loss(gradient)}"),
+        ("training", _training(gradient)),
         ("used", _coverage(gradient)),
         ("checked", _check(gradient)),
         ("preconditioner", info.get("preconditioner")),
@@ -87,6 +88,19 @@ def _null(counts: Mapping[str, int]) -> str | None:
     names = {"questions": "neutral questions", "rows": "training rows"}
     texts = [f"{count:,} {names.get(kind, kind)}" for kind, count in counts.items()]
     return f"the best scores of {' and '.join(texts)}" if texts else None
+
+
+def _training(gradient: Mapping[str, Any]) -> str | None:
+    """The steps of a training run that sketches were taken in; None for a cache that was made after it."""
+    made = gradient.get("training")
+    if made is None:
+        return None
+    rates = [rate for _, rate in made["learning_rates"]]
+    return (
+        f"sketched by {made['trainer']} in steps {made['first_step']:,} to {made['last_step']:,}, "
+        f"{made['visits']:,} times, with learning rates from {min(rates):.3g} to {max(rates):.3g}; "
+        f"{made['seen']:,} examples were seen"
+    )
 
 
 def _coverage(gradient: Mapping[str, Any]) -> str | None:

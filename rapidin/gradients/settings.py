@@ -93,8 +93,9 @@ class GradientSettings(Settings):
     preconditioner: PreconditionerConfig | str | Path | None = option(
         "auto",
         help="Precondition gradients by an inverse root of their second moment. kfac: K-FAC, from a sample "
-        "of the data; sample: Adam's, from a sample; FILE: Adam's, from the optimizer's state (optimizer.pt "
-        "or its folder); off: none; auto: kfac, or off for the projection 'rapidgrad'.",
+        "of the data; sample: Adam's, from a sample; FILE: Adam's, from the optimizer's state (optimizer.pt, "
+        "optimizer.bin, or the folder of a checkpoint of a Trainer, FSDP or DeepSpeed); off: none; auto: "
+        "kfac, or off for the projection 'rapidgrad'.",
         flag="precondition",
         metavar="auto|kfac|off|sample|FILE",
         panel="Gradients",

@@ -226,12 +226,14 @@ class LossWatch:
                 return made
             if self.kind == "pairs":
                 factors.calls += 1
+            # The hook must not hold the loss: the two would keep each other, and all of the graph.
+            value = loss.detach().clone()
 
             def on_gradient(grad: Tensor) -> None:
                 if self.kind == "pairs":
                     factors.scale = grad.detach().float() / (len(batch.ids) // 2)
                 elif self.thorough:
-                    factors.final = (grad * loss).detach().float()
+                    factors.final = (grad * value).detach().float()
 
             _on_gradient(loss, on_gradient)
             return made

@@ -361,7 +361,10 @@ class TrainingRun:
         source = self._make_source(self._moments())
         self._name_model(source, last)
         training = training_record(sums, first, last, type(self._trainer).__name__, len(self._examples))
-        return write_cache(source, self._examples, sums, path, self._options.options, training, self._check)
+        options, alone = self._options.options, not self._options.per_checkpoint
+        return write_cache(
+            source, self._examples, sums, path, options, training, self._check, null=options.null and alone
+        )
 
     def _name_model(self, source: GradientSource, step: int) -> None:
         """Record where a query finds the weights of now."""

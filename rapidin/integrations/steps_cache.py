@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rapidin.attribution.caching import format_of
+from rapidin.attribution.caching import add_null, format_of
 from rapidin.attribution.options import CacheOptions
 from rapidin.attribution.provenance import manifest_of
 from rapidin.cache import Cache, build
@@ -19,6 +19,7 @@ from rapidin.data.encoding import Status
 from rapidin.data.examples import Examples
 from rapidin.data.fields import plain
 from rapidin.distributed import World
+from rapidin.gradients.batching import SILENT
 from rapidin.gradients.check import GradientCheck
 from rapidin.gradients.source import GradientSource
 from rapidin.integrations.steps import SeenRow, StepSums
@@ -100,11 +101,14 @@ def write_cache(
     options: CacheOptions,
     training: Mapping[str, Any],
     check: GradientCheck | None,
+    *,
+    null: bool,
 ) -> Cache:
     """Write the weighted sums of a run's sketches as the cache at `path`; resumes an unfinished cache.
 
     source: with the weights at which queries are to be taken, and its preconditioner; training, check: for
-    the manifest. Raises UserError if folder or disk cannot be used.
+    the manifest; null: add the null distribution that a query's verdict needs. Raises UserError if folder or
+    disk cannot be used.
     """
     manifest = manifest_of(source, format_of(options, source.width), len(examples), examples)
     manifest.gradient["training"] = dict(training)
@@ -134,4 +138,6 @@ def write_cache(
             lambda message: None,
         )
         loop.run()
+        if null:
+            add_null(writer, source, examples, SILENT)
     return Cache(path)

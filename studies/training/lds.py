@@ -14,6 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,6 @@ from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.ensemble import Ensemble
 from rapidin.attribution.options import QueryOptions
-from rapidin.cli.run import main as rapidin
 from rapidin.data.encoding import Encoder
 from rapidin.evaluate import lds
 from rapidin.evaluate.ground_truth import GroundTruth
@@ -98,20 +99,9 @@ def main() -> None:
             end = load_model(str(last), dtype="float32")
             Attributor(end, at=1.0, preconditioner=kind, width=WIDTH).cache(data, folder / f"end_{kind}")
             made = folder / f"checkpoints_{kind}"
-            code = rapidin(
-                [
-                    "cache",
-                    str(options.base),
-                    "--checkpoints",
-                    str(run),
-                    "--precondition",
-                    kind,
-                    "--out",
-                    str(made),
-                ]
-                + common
-            )
-            assert not code, code
+            named = ["--checkpoints", str(run), "--precondition", kind, "--out", str(made)]
+            command = [sys.executable, "-m", "rapidin", "cache", str(options.base), *named, *common]
+            subprocess.run(command, check=True)
         caches = {
             **{f"in training, {way.replace('_', ' ')}": folder / way / "cache" for way in
                ("one", "per_checkpoint", "one_optimizer", "per_checkpoint_optimizer")},

@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROWS, LENGTH, BATCH, WARM = 160, 128, 8, 4  # examples, tokens of each, examples a step, steps not timed
+ROWS, LENGTH, BATCH, WARM = 96, 128, 8, 4  # examples, tokens of each, examples a step, steps not timed
 WAYS = {
     "plain": {},
     "callback": {"width": 512},

@@ -163,6 +163,19 @@ def test_query_as_json(place: Place, run: Any, which: str) -> None:
     assert all(low < 0 for low in lows)
 
 
+def test_a_page_has_no_path_of_the_machine(place: Place, tmp_path: Path, run: Any) -> None:
+    report, found = str(tmp_path / "page.html"), tmp_path / "hits.json"
+    arguments = ["--prompt", "Give 7 tips.", "--completion", " One, two, 7.", "--report", report]
+    ran = run("query", place.cache, *arguments, "--json", str(found))
+    assert ran.code == 0, ran.err
+    markup = Path(report).read_text(encoding="utf-8")
+    assert str(place.folder) not in markup
+    assert place.folder.name not in markup
+    for name, path in (("model", place.model), ("adapter", place.adapter), ("caches", place.cache)):
+        assert f"<bdi>{name}</bdi></dt><dd><bdi>{Path(path).name}</bdi>" in markup
+    assert json.loads(found.read_text())["caches"] == [place.cache]
+
+
 def test_plan_says_what_each_code_takes(place: Place, run: Any) -> None:
     ran = run("plan", place.model, "--examples", "1000000", "--tokens", "20")
     assert ran.code == 0, ran.err

@@ -135,7 +135,7 @@ def test_arrays_of_tools_are_read() -> None:
 def test_arguments_that_cannot_be_used() -> None:
     encode, chat = encoder("qwen-2.5", marks=False), CHATS["one turn"]
     for tools in ("weather", "[1]", {"name": "weather"}, ["weather"]):
-        with pytest.raises(UserError, match="'tools' is .*, expected a list of JSON schemas"):
+        with pytest.raises(UserError, match=r"'tools' is .*, expected a list of JSON schemas"):
             encode(chat | {"tools": tools})
     with pytest.raises(UserError, match=r"'chat_template_kwargs' is .*, expected an object"):
         encode(chat | {"chat_template_kwargs": [1]})
@@ -258,6 +258,36 @@ def test_a_thought_that_the_generation_prompt_opens() -> None:
     assert targets(encode, CHATS["turns"]) == ["An owl.</s>\n", "A trout, née Forelle.</s>\n"]
     kept = {"messages": [chat_tables.ASK, chat_tables.THOUGHT]}
     assert targets(encode, kept) == ["It flies.\n</think>\n\nAn owl.</s>\n"]
+
+
+def test_roles_that_a_template_leaves_out() -> None:
+    """The end-of-text token, which only the end of a chat has, does not hide where a turn ends."""
+    encode = plain(
+        "{% for m in messages if m['role'] in ('user', 'assistant') %}"
+        "<|{{ m['role'] }}|>\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+    )
+    messages = [chat_tables.ASK, chat_tables.ANSWER, chat_tables.RESULT, chat_tables.LAST]
+    made = targets(encode, {"messages": messages})
+    assert made == ["An owl.<|im_end|>\n", "A trout, née Forelle.<|im_end|>\n</s>"]
+
+
+def test_thoughts_that_become_empty_as_a_chat_goes_on() -> None:
+    encode = plain(
+        "{% set asked = namespace(last=-1) %}"
+        "{% for m in messages %}{% if m.role == 'user' %}{% set asked.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' %}"
+        "<think>{{ m.reasoning_content if loop.index0 > asked.last }}</think>{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}</call>{% endfor %}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert targets(encode, CHATS["steps"]) == [
+        "<think></think><call>weather</call><|im_end|>\n",
+        "<think></think>Sunny.<|im_end|>\n",
+        "<think></think>A trout, née Forelle.<|im_end|>\n",
+    ]
 
 
 def test_a_chat_that_the_assistant_begins() -> None:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import gc
+import io
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from tiny import records, tiny_llama, tiny_lora
 from training_runs import ROWS, WIDTH, cached, in_processes, new_trainer, sketches_of, token_rows, worst
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble
 from rapidin.cache import Cache
+from rapidin.cli.tables import info_report
 from rapidin.errors import UserError
+from rapidin.gradients.calls import Call
 from rapidin.integrations.transformers import SketchCallback
 
 SAME = 1e-5
@@ -73,6 +78,22 @@ def test_the_log_of_the_steps_is_removed_unless_it_is_to_be_kept(tmp_path: Path)
     kept = SketchCallback(tmp_path / "other", width=WIDTH, steps=tmp_path / "steps", keep_steps=True)
     new_trainer(tmp_path / "run", kept).train()
     assert (tmp_path / "steps" / "sketches-0").stat().st_size == 4 * ROWS * WIDTH * 14
+
+
+def test_nothing_of_a_step_is_kept(tmp_path: Path) -> None:
+    from transformers import TrainerCallback
+
+    kept = []
+
+    class Counting(TrainerCallback):  # type: ignore[misc]
+        def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            gc.collect()
+            kept.append(sum(isinstance(each, Call) for each in gc.get_objects()))
+
+    trainer = new_trainer(tmp_path / "run", callback_into(tmp_path), per_device_train_batch_size=2)
+    trainer.add_callback(Counting())
+    trainer.train()
+    assert kept == [0] * 8
 
 
 def scale_gradients(trainer: Any, overflow_at: int) -> None:
@@ -233,13 +254,19 @@ def test_checkpoints_are_queried_as_one_at_their_own_weights(tmp_path: Path) -> 
     assert int(scores.argmax()) == 3
 
 
-def test_a_query_finds_the_model_and_the_examples(tmp_path: Path) -> None:
-    some = records(ROWS)
-    callback = callback_into(tmp_path, data=some)
-    new_trainer(tmp_path / "run", callback, save_strategy="epoch").train()
-    (result,) = Attributor.from_cache(tmp_path / "cache").query(
-        tmp_path / "cache", [(some[5]["prompt"], some[5]["completion"])], examples=some
-    )
+@pytest.mark.parametrize("given", [True, False])
+def test_a_query_finds_the_model_and_the_examples(tmp_path: Path, given: bool) -> None:
+    some = records(128) if given else token_rows(records(128))
+    callback = callback_into(tmp_path, data=some if given else None)
+    new_trainer(
+        tmp_path / "run", callback, rows=token_rows(records(128)), save_strategy="epoch",
+        per_device_train_batch_size=32,
+    ).train()  # fmt: skip
+    assert Cache(tmp_path / "cache").manifest.null is not None
+    shown = Console(file=io.StringIO(), width=200)
+    shown.print(info_report(Cache(tmp_path / "cache").info()))
+    assert "sketched by Trainer in steps 1 to 4, 128 times" in shown.file.getvalue()  # type: ignore[attr-defined]
+    (result,) = Attributor.from_cache(tmp_path / "cache").query(tmp_path / "cache", [some[5]], examples=some)
     assert result.top[0].index == 5
     assert result.top[0].example == some[5]
     assert Cache.verify(tmp_path / "cache") == []

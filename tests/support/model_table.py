@@ -41,7 +41,8 @@ class Kind(NamedTuple):
 def _quantised(name: str) -> Kind:
     kind = quantised_kinds.KINDS[name]
     lora = partial(quantised_kinds.with_lora, kind.make) if kind.lora else None
-    return Kind(kind.make, quantised_kinds.unpacked_sketches, kind.tolerance, lora)
+    reference = own_sketches if kind.unpacked else quantised_kinds.unpacked_sketches
+    return Kind(kind.make, reference, kind.tolerance, lora)
 
 
 # Section: (a row's kind, the names of rows, whether what is installed has it).
