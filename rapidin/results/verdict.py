@@ -60,9 +60,9 @@ class Verdict:
     """Whether a query's best score stands out.
 
     strength: "strong", "weak", "nothing" (stands out), or "unknown", of which `reason` says why; score: the
-    best score, for --normalize none divided by the length of the query's gradient; questions, rows: its place
-    among the best scores of neutral questions, and of training rows against the others, None without these;
-    common: what the most helpful hits have in common.
+    best score, without a normalization divided by the length of the query's gradient; questions, rows: its
+    place among the best scores of neutral questions, and of training rows against the others, None without
+    these; common: what the most helpful hits have in common.
     """
 
     strength: Strength
