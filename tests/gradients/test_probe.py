@@ -163,9 +163,9 @@ def test_the_probe_leaves_everything_as_it_was() -> None:
     assert all(p.grad is None and p.requires_grad for p in model.parameters())
 
 
-def test_a_name_is_no_model() -> None:
+def test_a_name_is_no_model_in_memory() -> None:
     with pytest.raises(UserError, match=r"the model is a str.*load_model"):
-        Attributor("some-lab/model", tiny_tokenizer())
+        LoadedModel.of("some-lab/model", tiny_tokenizer())
 
 
 def test_a_text_of_one_token_says_nothing() -> None:
