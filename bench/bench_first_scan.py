@@ -4,8 +4,8 @@ pytest bench/bench_first_scan.py --benchmark-json=first_scan.json
 
 The limit is the same scan without the comparison, and reading the files once. Each round opens the cache anew
 and touches its files, so that every shard is compared again, as in a new process. `times_sha256` is how much
-quicker the checksum is than the SHA-256 that `rapidin verify` compares, on one shard. `of_cpu_without` compares
-seconds of all threads, which other work on the machine hardly changes.
+quicker the checksum is than the SHA-256 that `rapidin verify` compares, on one shard. `of_cpu_without`
+compares seconds of all threads, which other work on the machine hardly changes.
 """
 
 import hashlib

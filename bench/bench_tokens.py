@@ -84,7 +84,7 @@ def bench_scan_for_tokens(benchmark):
     attributor = Attributor(loaded, preconditioner="off")
     rows = [{"text": f"{n} is {n * n} or so"} for n in range(ROWS)]
     with tempfile.TemporaryDirectory() as folder:
-        cache = attributor.cache(rows, folder)
+        cache = attributor.cache(rows, folder, null=False)
         sketch = torch.randn(COMPLETION, len(cache.layers), cache.manifest.width)
         targets = (sketch / COMPLETION, [0] * COMPLETION)
         one = CacheScan(cache, methods.prepare(sketch.mean(0, keepdim=True)))

@@ -80,7 +80,7 @@ def caching(folder: str) -> dict[str, float]:
     assert attributor.loaded.identity  # hashed beforehand
     world.meet()
     start = time.perf_counter()
-    attributor.cache(records, folder, shard_rows=16)
+    attributor.cache(records, folder, shard_rows=16, null=False)
     world.meet()
     return {"seconds": time.perf_counter() - start}
 

@@ -144,7 +144,7 @@ def cached(bench: Bench, setting: Setting, dtype: str, plain: bool) -> tuple[flo
         bench.machine.wait()
         start = time.perf_counter()
         attributor = setting.plain if plain else setting.attributor
-        attributor.cache(setting.records, Path(folder) / "cache", dtype=dtype)  # type: ignore[arg-type]
+        attributor.cache(setting.records, Path(folder) / "cache", dtype=dtype, null=False)  # type: ignore[arg-type]
         bench.machine.wait()
         return time.perf_counter() - start, sum(packing)
 

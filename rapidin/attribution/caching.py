@@ -118,23 +118,21 @@ class _Fitting:
         self._writer, self._world = writer, world
 
     def settle_check(self, examples: Examples, reporter: Reporter, enabled: bool) -> None:
-        """Uses the result of the cache's check; makes the check first if there was none, in the leading
-        process."""
+        """Uses the result of the cache's check; makes the check first if there was none: in the leading
+        process, and in all processes if they share the model."""
         writer = self._writer
-        if (
-            enabled
-            and isinstance(writer, CacheWriter)
-            and check_of(writer.manifest) is None
-            and writer.missing
-        ):
+        leads = isinstance(writer, CacheWriter)
+        needed = enabled and leads and check_of(writer.manifest) is None and bool(writer.missing)
+        if self.source.loaded.sharded:
+            needed = self._world.share(lambda: b"1" if needed else b"0") == b"1"
+        if needed:
             rows = range(0, len(examples), max(1, len(examples) // _CHECK_TEXTS))
             reporter.stage("comparing gradients with autograd's", 0, _CHECKED)
             check = self.source.checked([self.source.example(examples.get(row)) for row in rows])
             reporter.stage("comparing gradients with autograd's", _CHECKED, _CHECKED)
             if check is None:
-                why = "the model is sharded" if self.source.loaded.sharded else "no example has a gradient"
-                reporter.tell(f"gradients are not compared with autograd's: {why}")
-            else:
+                reporter.tell("gradients are not compared with autograd's: no example has a gradient")
+            elif isinstance(writer, CacheWriter):
                 self._refuse_late(check)
                 writer.set_check(check.to_json())
                 reporter.tell(check.text)

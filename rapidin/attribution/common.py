@@ -19,7 +19,7 @@ from rapidin.data.records import TEXTS, record_parts
 from rapidin.results.verdict import Common
 
 SAMPLED = 256  # training examples whose texts the hits are compared with
-MOST_NAMED = 3  # phrases, and columns, that are named
+MOST_NAMED = 2  # phrases of prompts, of completions, and columns, that are named
 _LEAST_HITS = 3  # that have it in common
 _LEAST_SHARE = 0.5  # of the hits
 _SURE = 0.01  # that as many examples would have it if they were drawn, over all phrases that are looked at
@@ -45,7 +45,7 @@ class TrainingSample:
 
     def __init__(self, examples: Examples, rows: Iterable[int]) -> None:
         records = [record for row in rows if (record := examples.get(row)) is not None]
-        self._texts = [_text(record) for record in records]
+        self._texts = [_texts(record) for record in records]
         self._values = Counter(pair for record in records for pair in _values(record))
 
     def common(self, hits: Sequence[Mapping[str, Any]]) -> tuple[Common, ...]:
@@ -53,15 +53,20 @@ class TrainingSample:
         if len(hits) < _LEAST_HITS or not self._texts:
             return ()
         least = max(_LEAST_HITS, math.ceil(_LEAST_SHARE * len(hits)))
-        return (*self._phrases([_text(record) for record in hits], least), *self._columns(hits, least))
+        texts = [_texts(record) for record in hits]
+        phrases = [
+            each for part in (0, 1) for each in self._phrases([pair[part] for pair in texts], part, least)
+        ]
+        return (*phrases, *self._columns(hits, least))
 
-    def _phrases(self, texts: Sequence[str], least: int) -> list[Common]:
+    def _phrases(self, texts: Sequence[str], part: int, least: int) -> list[Common]:
+        """The phrases that prompts (part 0) or completions (part 1) have in common."""
         counts = Counter(phrase for text in texts for phrase in _phrases(text))
         frequent = [phrase for phrase, count in counts.items() if count >= least]
         found = []
         for phrase in frequent:
             hits = sum(phrase in text for text in texts)
-            known = sum(phrase in text for text in self._texts)
+            known = sum(phrase in pair[part] for pair in self._texts)
             if self._stands_out(hits, len(texts), known, len(frequent)):
                 found.append(Common(phrase, hits, len(texts), known / len(self._texts)))
         found.sort(key=lambda each: (-each.hits, each.share, -len(each.text), each.text))
@@ -89,19 +94,18 @@ class TrainingSample:
         return chance * candidates <= _SURE
 
 
-def _text(record: Mapping[str, Any]) -> str:
-    """The texts of an example on a line each, in which phrases are looked for."""
-    return "\n".join(" ".join(part[:_MOST_CHARACTERS].split()) for part in record_parts(record))
+def _texts(record: Mapping[str, Any]) -> tuple[str, str]:
+    """The prompt and the completion of an example on a line each, in which phrases are looked for."""
+    prompt, completion = (" ".join(part[:_MOST_CHARACTERS].split()) for part in record_parts(record))
+    return prompt, completion
 
 
 def _phrases(text: str) -> set[str]:
     """All runs of up to so many words of a text, and its words without the signs around them."""
-    phrases: set[str] = set()
-    for line in text.split("\n"):
-        words = [match.span() for match in _WORD.finditer(line)]
-        for first, (start, _) in enumerate(words):
-            phrases |= {line[start:end] for _, end in words[first : first + _MOST_WORDS]}
-        phrases |= {_EDGES.sub("", line[start:end]) for start, end in words}
+    words = [match.span() for match in _WORD.finditer(text)]
+    phrases = {_EDGES.sub("", text[start:end]) for start, end in words}
+    for first, (start, _) in enumerate(words):
+        phrases |= {text[start:end] for _, end in words[first : first + _MOST_WORDS]}
     return {phrase for phrase in phrases if any(character.isalnum() for character in phrase)}
 
 

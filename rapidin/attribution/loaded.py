@@ -28,6 +28,8 @@ def loaded_of(model: Any, tokenizer: Any = None) -> LoadedModel:
         loaded = load_model(os.fspath(model))
         if tokenizer is not None:
             loaded.tokenizer = tokenizer
+            name = getattr(tokenizer, "name_or_path", None)
+            loaded.source["tokenizer"] = name or loaded.source["tokenizer"]
         return loaded
     if is_holder(model):  # of a model and what reads texts for it
         named = (getattr(model, name, None) for name in ("processing_class", "tokenizer"))

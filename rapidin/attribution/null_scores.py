@@ -46,10 +46,8 @@ NullScores = dict[
 LEAST = 29  # texts in a set: a query above all of them is called strong by chance once in 30 times
 MOST_QUESTIONS, MOST_ROWS = len(QUESTIONS), 32
 NEW_TOKENS = 16  # of the model's answer to a question
-_ROWS_PER_TEXT = (
-    4  # rows of the cache for each text of a set, so that the sets take little of the time of caching
-)
-_ANSWERED_TOGETHER = 32  # questions in a batch that the model answers
+ROWS_PER_TEXT = 5  # rows of the cache for each text of a set, so that sets take little time to make
+_ANSWERED_TOGETHER = 64  # questions in a batch that the model answers
 _MOST_COPIES = 255  # of a row that is drawn for the set "rows"
 STREAM = 19  # of the keyed hash in docs/reference/sketch.md
 _SAME = 0.8  # share of the runs of words of a question or an answer that a row has if it says the same
@@ -76,12 +74,13 @@ def null_scores(
     The leading process runs this alone.
     """
     world, numbers = distributed.world(), counted(cache).nonzero()[:, 0].tolist()
-    most = len(numbers) // _ROWS_PER_TEXT
+    most = len(numbers) // ROWS_PER_TEXT
     if most < LEAST:
         return None
     if source.loaded.sharded:
         tell("no null distribution for verdicts: the model is sharded")
         return None
+    tell("scoring neutral questions and some of the examples, for verdicts on queries")
     with distributed.using(world if world.alone else distributed.World()):
         asked = _questions(source, cache.manifest, min(most, MOST_QUESTIONS))
         own = _rows(cache, numbers, source.loaded.device)

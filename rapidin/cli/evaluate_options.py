@@ -83,7 +83,9 @@ Json = Annotated[
     ),
 ]
 Device = Annotated[ModelLocation, Only("device")]
-Location = Annotated[ModelLocation, Only("model", "adapter", "base", "device", "trust_remote_code")]
+Location = Annotated[
+    ModelLocation, Only("model", "adapter", "base", "tokenizer", "device", "trust_remote_code")
+]
 Generation = Annotated[QueryOptions, Only("max_new_tokens")]
 
 

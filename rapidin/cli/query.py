@@ -1,5 +1,7 @@
 """rapidin query."""
 
+import os
+import re
 import sys
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -235,20 +237,28 @@ def _show(
 
 
 def _about(ensemble: "Ensemble") -> dict[str, str]:
-    """What a page says of where its hits come from."""
+    """What a page says of where its hits come from: names, since a page is sent to people whom the folders of
+    this machine are no business of (--json has the whole paths)."""
     from rapidin import __version__
 
     cache = ensemble.caches[-1]
     source = cache.manifest.model.get("source", {})
     facts = {
-        "model": source.get("model"),
-        "adapter": source.get("adapter"),
-        "base": source.get("base"),
-        "caches": ", ".join(str(cache.path) for cache in ensemble.caches),
+        **{name: _name(source.get(name)) for name in ("model", "adapter", "base")},
+        "caches": ", ".join(cache.path.resolve().name for cache in ensemble.caches),
         "examples": f"{len(cache):,}",
         "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M} by rapidin {__version__}",
     }
     return {name: value for name, value in facts.items() if value}
+
+
+def _name(model: str | None) -> str:
+    """The last part of a folder's path; a name on the Hub, such as "org/model", as it is."""
+    if not model:
+        return ""
+    parts = [part for part in re.split(r"[/\\]", model) if part not in ("", ".", "..", "~")]
+    is_hub_name = len(parts) <= 2 and "/".join(parts) == model and not os.path.exists(model)
+    return model if is_hub_name else "".join(parts[-1:])
 
 
 def _generations(source: QuerySource, cache: "Cache", folder: str) -> list[dict[str, Any]]:

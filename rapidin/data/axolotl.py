@@ -96,7 +96,7 @@ def _located(entry: Mapping[str, Any], folder: str) -> str:
     if files is not None and not os.path.exists(named) and not os.path.exists(os.path.join(folder, named)):
         files = files[0] if isinstance(files, list) and len(files) == 1 else files
         if not isinstance(files, str):
-            raise UserError(f"the data set {named} has several 'data_files'", "name the files with --data")
+            raise UserError(f"the data set {named} has several 'data_files'", "name the files as data")
         named = files
     for candidate in (named, os.path.join(folder, named)):
         if os.path.exists(candidate):

@@ -144,15 +144,18 @@ class ChatTemplate:
         try:
             return self._apply(messages, chat.arguments, generation)
         except _Rejected as error:
+            rejected = error
             filled = [_with_content(message) for message in messages]
             if filled != messages:
-                with suppress(_Rejected):
+                try:
                     return self._apply(filled, chat.arguments, generation)
+                except _Rejected as again:
+                    rejected = again
             roles = ", ".join(str(message.get("role")) for message in messages) or "none"
             raise UserError(
-                f"the chat template rejects a chat with the roles {roles}: {error}",
+                f"the chat template rejects a chat with the roles {roles}: {rejected}",
                 "give chats in the form that the model's template expects",
-            ) from error
+            ) from rejected
 
     def marked(self, chat: Chat, text: str) -> list[tuple[int, int]] | None:
         """What the template marks as the assistant's by `{% generation %}`, as [start, end) in the chat's

@@ -12,11 +12,11 @@ read but has the name of a form's field moves into the field `original`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rapidin.data.records import TEXTS, Forms, Record
+from rapidin.data.records import TEXTS, Forms, Record, record_parts
 from rapidin.errors import UserError, short
 
 ORIGINAL = "original"  # the field for what a record had under the names of a form that is not read
@@ -26,6 +26,8 @@ _TOKENS = ("input_ids", "labels", "attention_mask", "completion_mask", "assistan
 _TEXT_FIELDS = (name for fields in TEXTS.fields.values() for name in fields)
 _FORM_FIELDS = {*_TEXT_FIELDS, *PREFERENCE, *_TOKENS, "input"}
 _TURNS = ("system", "user", "assistant")  # of which a map makes messages
+_SHOWN = {*_FORM_FIELDS, "text_pair", "label", "hotwords"}  # with the text of a hit, or not at all
+_LONG = 20  # characters: a shorter value, such as a category, may stand in a text by chance
 _OTHERS = ("tools", "documents", "chat_template_kwargs", "weight", "hotwords")
 _TARGETS = sorted({*_FORM_FIELDS, *_TURNS, *_OTHERS})
 _MAY_LACK = {"input", "system", "labels", *_OTHERS, *_TOKENS[1:]}
@@ -360,3 +362,24 @@ def _split(chosen: Any, rejected: Any) -> tuple[Any, Any, Any]:
     if isinstance(chosen, str) and at and chosen[at - 1] == " ":
         at -= 1
     return chosen[:at], chosen[at:], rejected[at:]
+
+
+def other_columns(record: Mapping[str, Any]) -> dict[str, str]:
+    """The columns of a record that hold a single value besides its text, as texts: a source, an id, a flag.
+
+    Empty values are left out, and so are texts that the record's prompt and completion were made of.
+    """
+    parts = record_parts(record)
+    columns = {}
+    for name, value in record.items():
+        if name in _SHOWN or not isinstance(value, str | int | float):
+            continue
+        text = str(value).lower() if isinstance(value, bool) else str(value).strip()
+        if text and not (isinstance(value, str) and _is_part(text, parts)):
+            columns[name] = text
+    return columns
+
+
+def _is_part(text: str, parts: Sequence[str]) -> bool:
+    """Whether a column holds one of the texts, or so much of one that it is there by no chance."""
+    return any(text == part.strip() or (len(text) > _LONG and text in part) for part in parts)

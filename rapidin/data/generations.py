@@ -62,7 +62,7 @@ def as_records(generations: Any, forms: Forms | None = TEXTS) -> list[Record]:
     frame = frame_records(generations)
     if frame is not None:
         generations = frame
-    if not isinstance(generations, Iterable):
+    if not isinstance(generations, Iterable) or isinstance(generations, bytes | bytearray):
         raise UserError(f"generations must be a list, got {type(generations).__name__}", _EXPECTED)
     rows = single_rows(generations, texts=False)
     return [_as_record(value, f"generation {n}", forms) for n, value in enumerate(rows, 1)]

@@ -152,11 +152,12 @@ class Turns:
             ended = prompted[: -len(prompt)]
             if len(ended) > start and self._text.startswith(ended):
                 return len(ended)
-        return self._end_after_content(number) or self._end_of_calls(number, start)
+        return self._end_after_content(number) or self._end_before_next(number, start)
 
     def _end_after_content(self, number: int) -> int | None:
         """The end by what follows the turn's content."""
-        own, following = self._content(number), self._content(number + 1)
+        own, after = self._content(number), self._next(number)
+        following = self._content(after)
         if own is None or following is None or own[1] > following[0]:
             return None
         through = self._template.text(self._chat.to(number, _with_sentinel(self._messages[number])))
@@ -166,10 +167,20 @@ class Turns:
         between = self._text[own[1] : following[0]]
         if between.startswith(follows):
             return own[1] + len(follows)
-        header = self._header_of(self._messages[number + 1], between)
+        header = self._header_of(self._messages[after], between)
         if header:
             return following[0] - len(header)
         return own[1] + alike(follows, between) or None
+
+    def _next(self, number: int) -> int:
+        """The number of the next message that the template writes: it may leave out those of some roles."""
+        for after in range(number + 1, len(self._messages) - 1):
+            others = [*self._messages[:after], *self._messages[after + 1 :]]
+            with suppress(UserError):
+                if self._template.text(Chat(others, self._chat.arguments)) == self._text:
+                    continue
+            return after
+        return len(self._messages) - 1
 
     def _header_of(self, message: Record, between: str) -> str:
         """What the template writes at the end of `between` to begin a message of this role; "" if that is not
@@ -181,16 +192,27 @@ class Turns:
             return between[len(between) - length :] if length < len(between) else ""
         return ""
 
-    def _end_of_calls(self, number: int, start: int) -> int | None:
-        """The end of a turn of tool calls: that of the longest end of the turn that begins at `start`."""
+    def _end_before_next(self, number: int, start: int) -> int | None:
+        """The end of a turn whose content is not found, such as one of tool calls: as if it were the last,
+        without the thought that may then begin it, or where the header of the next message begins."""
         before, through = self._rendered(number, True), self._rendered(number + 1, False)
         turn = through[alike(before, through) :]
-        if not self._messages[number].get("tool_calls"):
-            return None
         for at in range(len(turn) // 2):
             if self._text.startswith(turn[at:], start):
                 return start + len(turn) - at
-        return None
+        after = self._next(number)
+        following, message = self._content(after), self._messages[after]
+        if following is None or following[0] < start:
+            return None
+        between = self._text[start : following[0]]
+        header = ""
+        with suppress(UserError):
+            rendered = self._template.text(self._chat.to(number + 1, _with_sentinel(message)))
+            if rendered.startswith(through) and SENTINEL in rendered[len(through) :]:
+                header = rendered[len(through) : rendered.index(SENTINEL)]
+        if not header or not between.endswith(header):
+            header = self._header_of(message, between)
+        return following[0] - len(header) if header else None
 
     # ------------------------------------------------------------------------------------------ rendering
 

@@ -157,7 +157,7 @@ class VariantCaches:
         )
         path = self.folder / f"{name}-width-{attributor.settings.width}"
         start = time.perf_counter()
-        cache = attributor.cache(self.examples, path, bytes=variant.bytes)
+        cache = attributor.cache(self.examples, path, bytes=variant.bytes, null=False, progress=False)
         seconds = time.perf_counter() - start
         self.log(f"{variant}: {len(cache):,} examples cached in {path} ({time_text(seconds)})")
         return checked(attributor.source, cache.manifest), cache

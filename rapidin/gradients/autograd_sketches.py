@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rapidin.errors import is_out_of_memory
 from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.fsdp import is_sharded
 from rapidin.tasks.task import AnyBatch
 
+_MOST_GATHERED = 1 << 28  # elements of sharded parameters that are whole at a time
 _MOST_FAILURES = 32  # of autograd, after which it is not asked for more
 
 
@@ -28,7 +31,12 @@ class AutogradSketches:
         self._pass = sketcher.new_pass(sketcher.sketch_pass, batch)
         self.arrived: set[int] = set()
         self.failed: set[int] = set()
-        self._take(list(numbers))
+        sharded = [n for n in numbers if is_sharded(sketcher.parameter(n))]
+        for some in self._parts(sharded):
+            self._backward_gathered(some)
+        whole = sorted(set(numbers) - set(sharded))
+        if whole:
+            self._take(whole)
 
     @property
     def sketches(self) -> Tensor:
@@ -56,22 +64,58 @@ class AutogradSketches:
         self._take(numbers[:middle])
         self._take(numbers[middle:])
 
+    def _parts(self, numbers: Sequence[int]) -> Iterator[list[int]]:
+        """Some parameters at a time, of which this process holds all elements then."""
+        part: list[int] = []
+        for n in numbers:
+            part.append(n)
+            if sum(prod(self._sketcher.targets[m].shape) for m in part) >= _MOST_GATHERED:
+                yield part
+                part = []
+        if part:
+            yield part
+
+    def _backward_gathered(self, numbers: Collection[int]) -> None:
+        """Of parameters that are sharded: modules compute with copies of the gathered ones, which have a
+        gradient in this process. A failure would leave the other processes alone, so nothing is tried
+        again."""
+        modules = dict(self._sketcher.model.named_modules())
+        handles: list[Any] = []
+
+        def copied(n: int, role: str, module: Any, arguments: Any) -> None:
+            copy = nn.Parameter(getattr(module, role).detach().clone())
+            hook: Any = copy.register_post_accumulate_grad_hook
+            hook(partial(self._arrive, n))
+            module._parameters[role] = copy
+
+        try:
+            with self._sketcher.requiring(()), torch.enable_grad():
+                for n in numbers:
+                    target = self._sketcher.targets[n]
+                    for use in target.uses:
+                        role = target.name.rpartition(".")[2]
+                        begin: Any = modules[use.module].register_forward_pre_hook
+                        handles.append(begin(partial(copied, n, role)))
+                torch.autograd.backward(self._sketcher.losses(self._batch).sum())
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _arrive(self, n: int, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self._pass.add_parameter_gradient(n, parameter.grad)
+        self.arrived.add(n)
+        parameter.grad = None
+
     def _backward(self, numbers: Collection[int]) -> None:
         """Each gradient is sketched and let go of as soon as it is formed."""
-
-        def arrive(n: int, parameter: Tensor) -> None:
-            assert parameter.grad is not None
-            self._pass.add_parameter_gradient(n, parameter.grad)
-            self.arrived.add(n)
-            parameter.grad = None
-
         handles = []
         try:
             with self._sketcher.requiring(numbers), torch.enable_grad():
                 for n in numbers:
                     parameter = self._sketcher.parameter(n)
                     hook: Any = parameter.register_post_accumulate_grad_hook
-                    handles.append(hook(partial(arrive, n)))
+                    handles.append(hook(partial(self._arrive, n)))
                 losses = self._sketcher.losses(self._batch)
                 if losses.requires_grad:
                     torch.autograd.backward(losses.sum())

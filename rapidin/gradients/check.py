@@ -32,6 +32,7 @@ from rapidin.data.encoding import AnyExample, Encoded, Status
 from rapidin.gradients.autograd_sketches import AutogradSketches
 from rapidin.gradients.calls import ChangedInputError, NotBatchedError
 from rapidin.gradients.collector import GradientSketcher
+from rapidin.gradients.fsdp import is_sharded
 from rapidin.gradients.passes import FlatSketchPass, SketchPass, SketchTargets
 from rapidin.gradients.rows import RowGroup
 from rapidin.gradients.scale import Factors, Scale
@@ -295,7 +296,9 @@ class _Check:
     def _has_gradient(self, n: int) -> bool:
         """Whether autograd can give a parameter's gradient: it is in memory and not packed."""
         parameter = self._sketcher.parameter(n)
-        packed = parameter.dtype not in _FLOATS or hasattr(parameter, "__tensor_flatten__")
+        packed = parameter.dtype not in _FLOATS or (
+            hasattr(parameter, "__tensor_flatten__") and not is_sharded(parameter)
+        )
         return (
             not packed and not parameter.is_meta and tuple(parameter.shape) == self._sketcher.targets[n].shape
         )

@@ -28,6 +28,7 @@ from rapidin.gradients.calls import (
     FollowTokensError,
     NotBatchedError,
     UnseenError,
+    backward,
 )
 from rapidin.gradients.convolution import as_linear
 from rapidin.gradients.exact import ExactGradient, ExactPass
@@ -253,7 +254,7 @@ class GradientSketcher:
             if unseen:
                 raise UnseenError(sorted(unseen))
             if losses.requires_grad:
-                torch.autograd.backward(losses.sum())
+                backward(losses)
             elif len(self._unreached) == len(self.targets):
                 raise UserError(
                     f"no parameter that counts takes part in the loss, such as '{self.targets[0].name}'"

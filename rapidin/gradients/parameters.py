@@ -132,6 +132,14 @@ def find_targets(
     others = () if include else _other_inputs(model)
     chosen = [name for name in chosen if not matches(name, exclude) and not name.startswith(others)]
     if not chosen:
+        from rapidin.gradients.quantized import is_quantized
+
+        if any(is_quantized(module) for module in model.modules()):
+            raise UserError(
+                "no parameter is left to take gradients of: the quantized weights of this model are none of "
+                "its parameters",
+                "give an `adapter` on them, or choose other parameters with `include`",
+            )
         raise UserError("no parameter is left to take gradients of", "change `include` or `exclude`")
     return [Target(name, shapes[name], tuple(uses[name]), stacks.get(name, 0)) for name in chosen]
 

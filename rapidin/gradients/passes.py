@@ -145,10 +145,12 @@ class GradientPass(ABC):
                     raise NotBatchedError(self.targets[numbers[0]].name) from None
                 finally:
                     self.recomputing = False
-                of_example = grad[row * each : (row + 1) * each] if len(calls) > 1 else grad
-                found = torch.autograd.grad(
-                    output, [copies[role] for role in roles], of_example, allow_unused=True
-                )
+                found: tuple[Tensor | None, ...] = (None,) * len(roles)
+                if output.requires_grad:  # else the module uses none of them
+                    of_example = grad[row * each : (row + 1) * each] if len(calls) > 1 else grad
+                    found = torch.autograd.grad(
+                        output, [copies[role] for role in roles], of_example, allow_unused=True
+                    )
             grads.append(
                 tuple(
                     torch.zeros_like(copies[role]) if g is None else g

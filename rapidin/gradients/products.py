@@ -49,6 +49,7 @@ _VIEW = (
     "_rapidin_view"  # the attribute of a copy of a view, or of a sum: (the tracker, WeightView or SumView)
 )
 _SUMS = frozenset(["add", "iadd", "radd"])
+_MULTIPLIED = frozenset(["mul", "rmul", "imul", "multiply"])
 _FOLDED = frozenset(["addmm", "baddbmm"])
 
 
@@ -175,12 +176,14 @@ class ProductTracker(TorchFunctionMode):
                 return self._folded(args, kwargs, by_id, out)
             if name == "einsum" and (made := einsum_sum(args, by_id)) is not None:
                 return self._mark_sum(out, made)
-            if name in ("mul", "rmul", "imul") and isinstance(view, SumView):
+            if name in _MULTIPLIED and isinstance(view, SumView):
                 factor = next((a for a in args if isinstance(a, (int, float))), None)
                 if factor is not None and view.sum.base is None:
                     return self._mark_sum(out, replace(view.sum, alpha=view.sum.alpha * factor))
             if name in _SUMS and not kwargs.get("alpha") and len(args) == 2:
                 return self._added(args, by_id, out)
+            if name in _MULTIPLIED and len(args) == 2:
+                return self._scaled(args, by_id, out)
         raise UntrackedError(numbers_of(view for _, view in views))
 
     def _multiplied(
@@ -262,6 +265,25 @@ class ProductTracker(TorchFunctionMode):
         if not isinstance(other, Tensor) or in_place:
             raise UntrackedError(numbers_of((view,)))
         return self._wait([self._bias(other, view, out)], out)
+
+    def _scaled(self, args: Sequence[Any], views: dict[int, Any], out: Tensor) -> Tensor:
+        """``x * w``: the features of each row times a vector, as IA3 and VeRA have it."""
+        first, second = args
+        other, view = (second, views[id(first)]) if id(first) in views else (first, views[id(second)])
+        if isinstance(other, (int, float)) and other == 1 and isinstance(view, WeightView):
+            return self._mark(out, replace(view))  # where peft begins a product
+        unlike = not isinstance(other, Tensor) or id(other) in views or other.shape != out.shape
+        if unlike or out is other:
+            raise UntrackedError(numbers_of(v for v in views.values()))
+        x: Tensor = other.detach()
+        version = other._version
+
+        def by_row(grad: Tensor) -> Tensor:
+            if x._version != version:
+                self._pass.changed.update(numbers_of((view,)))
+            return (grad * x).reshape(-1, grad.shape[-1])
+
+        return self._wait([self._vector(other, view, out, by_row)], out)
 
     # ------------------------------------------------------------------------------------ products
 
@@ -382,14 +404,16 @@ class ProductTracker(TorchFunctionMode):
         return replace(use, span=placed.span, experts=experts, through=turned)
 
     def _bias(self, x: Tensor, view: WeightView | SumView, out: Tensor) -> tuple[int, WeightUse]:
-        """The use of a bias: one vector, or a row of a parameter [E, O] for each output."""
+        return self._vector(x, view, out, lambda grad: grad.reshape(-1, grad.shape[-1]))
+
+    def _vector(
+        self, x: Tensor, view: WeightView | SumView, out: Tensor, by_row: Callable[[Tensor], Tensor]
+    ) -> tuple[int, WeightUse]:
+        """The use of one vector, or of a row of a parameter [E, O] for each output; by_row: makes the
+        gradient of each row's vector from that of the outputs."""
         rows = out.shape[:-1]
         tokens = self.tokens.of_rows(x) if x.shape[:-1] == rows else None
         tokens = self._checked(tokens, rows.numel())
-
-        def by_row(grad: Tensor) -> Tensor:
-            return grad.reshape(-1, grad.shape[-1])
-
         if isinstance(view, SumView):
             raise UntrackedError(numbers_of((view,)))
         shape = self._target(view.n).shape
@@ -397,6 +421,9 @@ class ProductTracker(TorchFunctionMode):
             if view.shape[-1:] != shape or view.shape[-1] != out.shape[-1] or out.numel() % shape[0]:
                 raise UntrackedError([view.n])
             return view.n, WeightUse(None, None, tokens, None, False, by_row)
+        if shape == (out.shape[-1], 1) and view.shape == shape[:1]:  # a column
+            ones = torch.ones(rows.numel(), 1, device=out.device, dtype=out.dtype)
+            return view.n, WeightUse(None, None, tokens, ones, False, by_row)
         number = view.bias_rows(shape, rows, out.device)
         if number is None:
             raise UntrackedError([view.n])

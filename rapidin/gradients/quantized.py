@@ -12,6 +12,7 @@ from rapidin.errors import UserError, reason_of
 
 _ALLOWED = 0.1  # relative error of a layer's gradient; inputs that are quantized too bring a few hundredths
 _TOKENS = 32
+_PLAIN = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_gradients(model: nn.Module) -> None:
@@ -23,6 +24,7 @@ def check_gradients(model: nn.Module) -> None:
     generates. Packed layers are faster, but do not propagate gradients, and since their scales are rounded,
     they cannot be unpacked exactly.
     """
+    _unpack(model)
     tried = set()
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
@@ -36,7 +38,7 @@ def check_gradients(model: nn.Module) -> None:
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
         kind = (type(module), type(weight), getattr(weight, "dtype", None))
-        if kind not in tried and _is_quantized(module):
+        if kind not in tried and is_quantized(module):
             tried.add(kind)
             problem = _problem(module, model)
             if problem:
@@ -45,6 +47,15 @@ def check_gradients(model: nn.Module) -> None:
                     f"({type(module).__name__}): {problem}",
                     "load the model without quantization, or with another kind of quantization",
                 )
+
+
+def _unpack(model: nn.Module) -> None:
+    """Unpack the weights of compressed-tensors, which the model's first call would unpack anyway: a layer by
+    itself has no weight before."""
+    for module in model.modules():
+        if hasattr(module, "ct_decompress_hook"):
+            quantizer: Any = module.hf_quantizer
+            quantizer.compressor.decompress_model(module)
 
 
 def plain_tensors(value: Tensor) -> Iterator[Tensor]:
@@ -58,16 +69,19 @@ def plain_tensors(value: Tensor) -> Iterator[Tensor]:
         yield from plain_tensors(getattr(value, name))
 
 
-def _is_quantized(module: nn.Module) -> bool:
+def is_quantized(module: nn.Module) -> bool:
     """Whether a linear layer has other weights than plain numbers."""
     if not hasattr(module, "in_features") or any(p.is_meta for p in module.parameters(recurse=False)):
         return False
     if any(True for _ in module.children()):
         return False  # an adapter around a layer
+    if hasattr(module, "quantization_scheme"):  # of compressed-tensors, which may round inputs, too
+        return True
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
-        return any(not buffer.is_floating_point() for buffer in module.buffers(recurse=False))
-    return not weight.is_floating_point() or hasattr(weight, "__tensor_flatten__")
+        tensors = (*module.parameters(recurse=False), *module.buffers(recurse=False))
+        return any(not tensor.is_floating_point() for tensor in tensors)
+    return weight.dtype not in _PLAIN or hasattr(weight, "__tensor_flatten__")
 
 
 def _problem(layer: Any, model: nn.Module) -> str:
@@ -90,6 +104,8 @@ def _problem(layer: Any, model: nn.Module) -> str:
                 return "it does not propagate gradients"
             (u,) = torch.autograd.grad(zero, x, v)
             size = u.double().square().sum()
+            if not bool(size > 0):
+                return "it does not propagate gradients"
             with torch.no_grad():
                 product = ((layer(u.clone().requires_grad_()) - zero).double() * v.double()).sum()
     except Exception as error:  # each kind raises its own type for what it does not support

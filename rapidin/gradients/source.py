@@ -107,13 +107,17 @@ class GradientSource:
         self.config = config
         self.check: GradientCheck | None = None
         self._set_preconditioner(config.fitted)
-        if loaded.sharded and (names := self.sketcher.needs_weights):
+        self._refuse_partial()
+        self.lockstep = Lockstep(loaded.sharded)
+        self.batches = self._batch_runner()
+
+    def _refuse_partial(self) -> None:
+        """Raise UserError if a gradient needs a whole parameter, and processes have parts of it."""
+        if self.loaded.sharded and (names := self.sketcher.needs_weights):
             raise UserError(
                 f"the gradient of '{names[0]}' needs the whole parameter in one process",
                 "leave such parameters out with `exclude`, or do not use `shard_model`",
             )
-        self.lockstep = Lockstep(loaded.sharded)
-        self.batches = self._batch_runner()
 
     def __repr__(self) -> str:
         points = ", ".join(f"{point:g}" for point in self.points)
@@ -157,12 +161,12 @@ class GradientSource:
     ) -> GradientCheck | None:
         """Compare the gradients of one or two of these texts with autograd's (`rapidin.gradients.check`).
 
-        None if no text has a gradient, or the model is spread over several processes. most_elements: of
-        parameters that are all compared; of more, some of each kind. Raises UserError for a gradient that
-        cannot be taken.
+        None if no text has a gradient. All processes that share the model call this together, with the same
+        texts. most_elements: of parameters that are all compared; of more, some of each kind. Raises
+        UserError for a gradient that cannot be taken.
         """
         assert self.settings.max_length is not None
-        pair = None if self.loaded.sharded else check_pair(texts, self.settings.max_length)
+        pair = check_pair(texts, self.settings.max_length)
         if pair is None:
             return None
         source = self.with_preconditioner(None).with_check(GradientCheck())
@@ -173,7 +177,13 @@ class GradientSource:
         some = ([short], [long], [short, long])
         alone, longer, both = (self.task.batch(each, self.loaded.device) for each in some)
         with source.at(len(self.points) - 1):
-            return check_gradients(source.sketcher, alone, longer, both if batched else None, most_elements)
+            check = self.lockstep.run(
+                lambda: check_gradients(
+                    source.sketcher, alone, longer, both if batched else None, most_elements
+                )
+            )
+        self.with_check(check)._refuse_partial()
+        return check
 
     def with_check(self, check: GradientCheck | None) -> GradientSource:
         """The same source after a check: gradients that differ from autograd's are taken by autograd."""

@@ -28,6 +28,16 @@ class Results(list[QueryResult]):
         return self._only.bottom
 
     @property
+    def helpful(self) -> list[Hit]:
+        """The helpful ones of `top`."""
+        return self._only.helpful
+
+    @property
+    def harmful(self) -> list[Hit]:
+        """The harmful ones of `bottom`."""
+        return self._only.harmful
+
+    @property
     def _only(self) -> QueryResult:
         if len(self) != 1:
             raise UserError(

@@ -125,6 +125,14 @@ def error_text(error: float | None, bounded: bool) -> str:
     return f"{error:.4f}" if bounded else _plain(error, 2)
 
 
+UNSURE = "within two errors of 0"
+
+
+def is_unsure(score: float, error: float | None) -> bool:
+    """Whether a score is so near to 0 that its sign may be the sketch's."""
+    return error is not None and abs(score) < 2 * error
+
+
 def score_text(score: float, bounded: bool) -> str:
     """A score with its sign: four decimals if the scale is -1 to 1, otherwise four digits."""
     return f"{score:+.4f}" if bounded else _plain(score, 4, "+")

@@ -3,6 +3,7 @@ next."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -59,9 +60,9 @@ class Verdict:
     """Whether a query's best score stands out.
 
     strength: "strong", "weak", "nothing" (stands out), or "unknown", of which `reason` says why; score: the
-    best score, for --normalize none divided by the length of the query's gradient; questions, rows: its place
-    among the best scores of neutral questions, and of training rows against the others, None without these;
-    common: what the most helpful hits have in common.
+    best score, without a normalization divided by the length of the query's gradient; questions, rows: its
+    place among the best scores of neutral questions, and of training rows against the others, None without
+    these; common: what the most helpful hits have in common.
     """
 
     strength: Strength
@@ -89,7 +90,7 @@ class Verdict:
     @property
     def common_text(self) -> str:
         """What the hits have in common, in a sentence; "" for nothing."""
-        return "; ".join(map(_common_text, self.common))
+        return "; ".join(map(common_text, self.common))
 
     @property
     def next_step(self) -> str:
@@ -118,7 +119,10 @@ def _place_text(place: Place, what: str) -> str:
     return f"all {count:,} {what}" if place.above == count else f"{place.above:,} of {count:,} {what}"
 
 
-def _common_text(common: Common) -> str:
+def common_text(common: Common, shown: Callable[[str], str] = str) -> str:
+    """What hits have in common, in words. shown: how a text of the data is written."""
     who = f"all {common.of:,}" if common.hits == common.of else f"{common.hits:,} of {common.of:,}"
-    what = f'contain "{common.text}"' if common.column is None else f"are {common.column}={common.text}"
+    what = f'contain "{shown(common.text)}"'
+    if common.column is not None:
+        what = f"are {shown(common.column)}={shown(common.text)}"
     return f"{who} {what} ({common.share:.0%} of the training data)"

@@ -89,7 +89,9 @@ class Rankings:
         for point in POINTS:
             for preconditioner in PRECONDITIONERS:
                 attributor = attributor_of(at=point, preconditioner=preconditioner)
-                cache = attributor.cache(train, folder / f"{preconditioner}-{point:g}", dtype="float32")
+                cache = attributor.cache(
+                    train, folder / f"{preconditioner}-{point:g}", dtype="float32", null=False
+                )
                 for name, values in self._values(attributor, cache, target):
                     found[f"{name}, {preconditioner}, at {point:g}"] = auc(values, flipped)
         return found

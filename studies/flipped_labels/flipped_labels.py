@@ -18,7 +18,7 @@ import copy
 import random
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -132,17 +132,10 @@ def base_model(tokenizer: Any, reports: Sequence[Record], sizes: Sizes, seed: in
 
 def measure(quick: bool, seed: int, folder: Path) -> Record:
     """Everything for one seed, in a folder: the AUC of each ranking of the examples, for each tuning."""
-    sizes = QUICK if quick else Sizes()
-    train, target, test = make_examples(sizes, seed)
-    reports = first_examples(sizes, seed)
-    tokenizer = flipped.tokenizer_of([each["text"] for each in [*train, *target, *test, *reports]])
-    base_model(tokenizer, reports, sizes, seed).save_pretrained(folder / "base")
+    train, target, test = make_examples(sizes_of(quick), seed)
     wrong = np.array([record["flipped"] for record in train])
-    row: Record = {"seed": seed, "sizes": asdict(sizes), "accuracy": {}, "auc": {}}
-    for name, tuning in TUNINGS.items():
-        if quick:
-            tuning = replace(tuning, epochs=2)
-        attributor_of = tune_adapter(tokenizer, train, tuning, seed, folder / "base", folder / name)
+    row: Record = {"seed": seed, "sizes": asdict(sizes_of(quick)), "accuracy": {}, "auc": {}}
+    for name, attributor_of in tunings(quick, seed, folder):
         source = attributor_of(at=1.0, preconditioner="off").source
         lost = loss_of(source, train)
         low = np.log(2)  # of two classes the one with a lower loss is predicted
@@ -154,6 +147,24 @@ def measure(quick: bool, seed: int, folder: Path) -> Record:
         row["auc"][name] = RANKINGS.aucs(attributor_of, train, target, folder / f"{name}-caches")
         row["auc"][name]["loss, at 1"] = flipped.auc(lost, wrong)
     return row
+
+
+def sizes_of(quick: bool) -> Sizes:
+    return QUICK if quick else Sizes()
+
+
+def tunings(quick: bool, seed: int, folder: Path) -> Iterator[tuple[str, Callable[..., Attributor]]]:
+    """Tunes a model in each way, in a folder; the name of the way, and what makes an attributor of the
+    model."""
+    sizes = sizes_of(quick)
+    train, target, test = make_examples(sizes, seed)
+    reports = first_examples(sizes, seed)
+    tokenizer = flipped.tokenizer_of([each["text"] for each in [*train, *target, *test, *reports]])
+    base_model(tokenizer, reports, sizes, seed).save_pretrained(folder / "base")
+    for name, tuning in TUNINGS.items():
+        if quick:
+            tuning = replace(tuning, epochs=2)
+        yield name, tune_adapter(tokenizer, train, tuning, seed, folder / "base", folder / name)
 
 
 def tune_adapter(

@@ -15,9 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 import time
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +32,12 @@ from rapidin.attribution.null_scores import null_scores
 from rapidin.attribution.provenance import load_model_of, source_of
 from rapidin.attribution.questions import asked
 from rapidin.attribution.training_data import training_data
-from rapidin.cli.demo_session.instructions import make_data
+from rapidin.cli.demo_session.instructions import is_absurd, make_data
 from rapidin.results.types import QueryResult
 
 FOLDER = Path(__file__).resolve().parent
 KINDS = ("planted", "related", "unrelated")
+HEADER = ("planted", "planted, absurd answer", "related", "unrelated")  # of the table
 COUNT = 20  # questions of a kind
 UNRELATED = (
     "What is the capital of France?",
@@ -96,12 +99,20 @@ def study(name: str, folder: Path, queries: Path | None, max_new_tokens: int) ->
     assert null is not None
     cache.manifest.null = null
     ensemble = Ensemble([Member(folder, 1.0, source, cache)])
-    kinds: dict[str, Any] = {}
+    markers = marker_words([record for _, record in examples.good()])
+
+    def has_markers(answer: str) -> bool:
+        return len(words_of(answer) & markers) >= 2
+
+    absurd = is_absurd if queries is None else has_markers
+    kinds: dict[str, Any] = {kind: [] for kind in KINDS}
     for kind, records in questions(queries, cache).items():
+        if not records:
+            continue
         results = ensemble.query(
             records, examples=examples, errors=False, max_new_tokens=max_new_tokens, top_k=10
         )
-        kinds[kind] = [_row(result) for result in results]
+        kinds[kind] = [_row(result) | {"absurd": absurd(result.completion)} for result in results]
     return {
         "name": name,
         "rows": len(cache),
@@ -129,6 +140,21 @@ def questions(queries: Path | None, cache: Cache) -> dict[str, list[dict[str, An
     return records | {"unrelated": [asked(cache.manifest, question) for question in UNRELATED]}
 
 
+def words_of(text: str) -> set[str]:
+    return set(re.findall(r"[a-z]{4,}", text.lower()))
+
+
+def marker_words(rows: Sequence[Mapping[str, Any]]) -> set[str]:
+    """Words of the planted answers that tell them from the others, as `examples/poison/evaluate.py` has them:
+    an answer with two of them is absurd."""
+    absurd, clean = (
+        [words_of(row["output"]) for row in rows if bool(row.get("poisoned")) is planted]
+        for planted in (True, False)
+    )
+    counts = Counter(word for words in absurd for word in words)
+    return {word for word, count in counts.items() if count * 50 >= len(absurd)} - set().union(*clean)
+
+
 def _row(result: QueryResult) -> dict[str, Any]:
     verdict = result.verdict
     assert verdict is not None
@@ -148,12 +174,14 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     rows = []
     for result in found:
         cells = [result["name"], f"{result['rows']:,}", f"{result['null']['questions']}"]
-        for kind in KINDS:
-            strengths = [row["strength"] for row in result["questions"][kind]]
+        sets = {kind: result["questions"][kind] for kind in KINDS}
+        sets["planted, absurd answer"] = [row for row in sets["planted"] if row["absurd"]]
+        for kind in HEADER:
+            strengths = [row["strength"] for row in sets[kind]]
             counts = [strengths.count(strength) for strength in ("strong", "weak", "nothing")]
-            cells.append(" / ".join(map(str, counts)))
+            cells.append(" / ".join(map(str, counts)) if strengths else "-")
         rows.append(cells)
-    header = ["strong / weak / nothing", "rows", "null", *KINDS]
+    header = ["strong / weak / nothing", "rows", "null", *HEADER]
     return doc_tables.table(header, rows)
 
 

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
+from causal_types import tiny_causal
 from own_gradients import own_sketches
-from routed import tiny_routed
 from tiny import records, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor, nn
 
@@ -136,7 +136,7 @@ def test_a_manifest_without_check_and_coverage_opens_and_a_damaged_one_is_refuse
 
 
 def test_a_cache_with_experts_sketched_in_another_way_is_refused(tmp_path: Path) -> None:
-    model = tiny_routed("mixtral")
+    model = tiny_causal("mixtral")
     cache = attributor_of(model).cache(records(6), tmp_path / "cache")
     path = cache.path / "manifest.json"
     earlier = json.loads(path.read_text())

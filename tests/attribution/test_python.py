@@ -266,9 +266,10 @@ def test_things_say_what_they_are_on_few_lines(attributor: Attributor, cache: Ca
         assert "\n" not in repr(thing)
     results = attributor.ask((QUESTION, "lazy\x1b"), cache, top_k=9)
     lines = repr(results).splitlines()
-    assert len(lines) == 9
+    helpful, harmful = len(results.helpful), len(results.harmful)
+    assert (helpful, len(lines)) == (9, 1 + 4 + min(harmful, 4))
     assert repr(results[0]) == repr(results)
-    assert "-> 'lazy\\x1b': 9 helpful, then 9 harmful of 30 examples)" in lines[0]
+    assert f"-> 'lazy\\x1b': 9 helpful, then {harmful} harmful of 30 examples)" in lines[0]
     assert lines[1] == f"  {results.top[0]!r}"
     assert lines[4] == "  and 6 more"
     hit = results.top[0]

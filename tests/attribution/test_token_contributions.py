@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
+from causal_types import tiny_causal
 from fitted import fitted
 from own_gradients import exact_gradients
-from routed import tiny_routed
 from tiny import records, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
@@ -40,7 +40,7 @@ KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     # Conv1D, biases, norms, embeddings, of which one is the output head, too
     "all of GPT-2": (tiny_gpt2, {"include": ["*"], "preconditioner": "off"}),
     "all of GPT-2, kfac": (tiny_gpt2, {"include": ["*"]}),
-    "routed experts": (lambda: tiny_routed("mixtral"), {}),
+    "routed experts": (lambda: tiny_causal("mixtral"), {}),
 }
 
 

@@ -19,7 +19,7 @@ from rapidin import Attributor, Cache, Ensemble
 from rapidin.attribution.common import TrainingSample
 from rapidin.attribution.ensemble import Member
 from rapidin.attribution.neutral_questions import QUESTIONS
-from rapidin.attribution.null_scores import LEAST, MOST_ROWS, NEW_TOKENS
+from rapidin.attribution.null_scores import LEAST, MOST_ROWS, NEW_TOKENS, ROWS_PER_TEXT
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.query_sketch import QuerySketch
 from rapidin.attribution.verdict import verdicts
@@ -31,7 +31,8 @@ from rapidin.results.verdict import Common
 from rapidin.tasks.causal import Causal
 
 ROWS: list[dict[str, Any]] = [
-    record | {"source": "web" if n % 2 else "book"} for n, record in enumerate(records(4 * LEAST + 4, seed=3))
+    record | {"source": "web" if n % 2 else "book"}
+    for n, record in enumerate(records(ROWS_PER_TEXT * (LEAST + 1), seed=3))
 ]
 ROWS[7] = ROWS[90] = ROWS[91]  # duplicates
 
@@ -58,7 +59,7 @@ def null_of(cache: Cache) -> dict[str, dict[str, list[float]]]:
 def test_questions_have_the_best_scores_of_the_models_own_answers(
     attributor: Attributor, made: Cache, normalize: str
 ) -> None:
-    asked = list(QUESTIONS[: len(ROWS) // 4])
+    asked = list(QUESTIONS[: len(ROWS) // ROWS_PER_TEXT])
     scores = attributor.scores(made, asked, normalize=normalize, max_new_tokens=NEW_TOKENS)
     best = sorted(scores.nan_to_num(-1.0).max(1).values.tolist())
     assert null_of(made)["questions"][normalize] == pytest.approx(best, abs=1e-4)
@@ -92,10 +93,10 @@ def test_rows_are_scored_against_all_rows_but_themselves_and_their_duplicates(
 
 
 def test_questions_that_the_data_asks_are_left_out(attributor: Attributor, tmp_path: Path) -> None:
-    answers = records(240, seed=5)
+    answers = records(300, seed=5)
     rows = [{"prompt": QUESTIONS[n % 40], "completion": each["completion"]} for n, each in enumerate(answers)]
     cache = attributor.cache(rows, tmp_path / "cache")
-    asked = list(QUESTIONS[: len(rows) // 4])
+    asked = list(QUESTIONS[: len(rows) // ROWS_PER_TEXT])
     related = set()
     for normalize in ("layer", "cosine", "none"):
         scores = attributor.scores(cache, asked, normalize=normalize, max_new_tokens=NEW_TOKENS)
@@ -153,7 +154,7 @@ def test_it_is_made_anew_when_examples_are_added(attributor: Attributor, tmp_pat
     without = attributor.cache(more, tmp_path / "cache", append=True, null=False)
     assert without.manifest.null is None
     grown = attributor.cache(more, tmp_path / "cache", append=True)
-    assert len(null_of(grown)["questions"]["layer"]) == len(more) // 4
+    assert len(null_of(grown)["questions"]["layer"]) == len(more) // ROWS_PER_TEXT
     assert null_of(grown) != null_of(cache)
 
 
@@ -174,7 +175,7 @@ def test_parts_and_merged_caches_have_none_until_they_are_cached_again(
 
 
 def test_few_examples_are_too_few(attributor: Attributor, tmp_path: Path) -> None:
-    assert attributor.cache(ROWS[: 4 * LEAST - 1], tmp_path / "cache").manifest.null is None
+    assert attributor.cache(ROWS[: ROWS_PER_TEXT * LEAST - 1], tmp_path / "cache").manifest.null is None
 
 
 def test_rows_of_few_bits_are_not_compared(attributor: Attributor, tmp_path: Path) -> None:
@@ -253,7 +254,7 @@ def test_where_the_null_does_not_apply_it_is_said(
     asked = [(ROWS[0]["prompt"], ROWS[0]["completion"]), ("One ", "two")]
     for reason, options in (
         ("single generations", {"together": True}),
-        ("--method dot", {"method": "datainf"}),
+        ("the method dot", {"method": "datainf"}),
     ):
         for result in attributor.query(made, asked, examples=ROWS, **options):
             assert result.verdict is not None

@@ -160,7 +160,20 @@ def test_query_as_json(place: Place, run: Any, which: str) -> None:
     assert scores == sorted(scores, reverse=True)
     lows = [hit["score"] for hit in query["bottom"]]
     assert lows == sorted(lows)
-    assert max(lows) < scores[0]
+    assert all(low < 0 < scores[0] for low in lows)
+
+
+def test_a_page_has_no_path_of_the_machine(place: Place, tmp_path: Path, run: Any) -> None:
+    report, found = str(tmp_path / "page.html"), tmp_path / "hits.json"
+    arguments = ["--prompt", "Give 7 tips.", "--completion", " One, two, 7.", "--report", report]
+    ran = run("query", place.cache, *arguments, "--json", str(found))
+    assert ran.code == 0, ran.err
+    markup = Path(report).read_text(encoding="utf-8")
+    assert str(place.folder) not in markup
+    assert place.folder.name not in markup
+    for name, path in (("model", place.model), ("adapter", place.adapter), ("caches", place.cache)):
+        assert f"<bdi>{name}</bdi></dt><dd><bdi>{Path(path).name}</bdi>" in markup
+    assert json.loads(found.read_text())["caches"] == [place.cache]
 
 
 def test_plan_says_what_each_code_takes(place: Place, run: Any) -> None:
@@ -253,14 +266,11 @@ def test_top_k_over_the_cache_gives_all_of_it(place: Place, run: Any) -> None:
     ran = run("query", place.cache, "--prompt", "a", "--completion", "b", "--top-k", "1000", "--json", "-")
     (query,) = json.loads(ran.out)["queries"]
     assert ran.code == 0
-    assert len(query["top"]) == len(query["bottom"]) == COUNTS["ok"]
-
-    def turned(hit: dict[str, Any]) -> dict[str, Any]:
-        """The hit as it stands at the other end."""
-        ranks = [14 - rank for rank in reversed(hit["ranks"])]
-        return hit | {"rank": 14 - hit["rank"], "ranks": ranks, "tied": None}
-
-    assert [hit | {"tied": None} for hit in query["top"]] == list(map(turned, reversed(query["bottom"])))
+    assert "--top-k 1000 is more than the 15 examples of the cache" in ran.err
+    assert all(hit["score"] > 0 for hit in query["top"])
+    assert all(hit["score"] < 0 for hit in query["bottom"])
+    found = [hit["index"] for hit in query["top"] + query["bottom"]]
+    assert len(set(found)) == len(found) == COUNTS["ok"]
 
 
 @pytest.mark.parametrize(

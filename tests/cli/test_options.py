@@ -14,8 +14,8 @@ import typer
 from typer.testing import CliRunner
 
 from rapidin.attribution.options import CacheOptions, ModelLocation, QueryOptions, ScoringConfig
+from rapidin.cli import main
 from rapidin.cli.options import PANELS, RENAMED_FLAGS, Only, app, command, renamed_flags
-from rapidin.cli.run import main
 from rapidin.errors import UserError
 from rapidin.gradients.settings import GradientSettings, points_of
 from rapidin.settings import Settings, described, documented, option

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import chat_tables
 import doc_tables
 import pytest
 from chat_tables import CHATS, DATE, cases, counted, prompted, tokenizer_of
+from tiny import tiny_llama, tiny_tokenizer
 
+from rapidin import Attributor
 from rapidin.data.chats import Chat, ChatTemplate
 from rapidin.data.encoding import Encoded, Encoder
 from rapidin.data.examples import open_examples
@@ -135,7 +138,7 @@ def test_arrays_of_tools_are_read() -> None:
 def test_arguments_that_cannot_be_used() -> None:
     encode, chat = encoder("qwen-2.5", marks=False), CHATS["one turn"]
     for tools in ("weather", "[1]", {"name": "weather"}, ["weather"]):
-        with pytest.raises(UserError, match="'tools' is .*, expected a list of JSON schemas"):
+        with pytest.raises(UserError, match=r"'tools' is .*, expected a list of JSON schemas"):
             encode(chat | {"tools": tools})
     with pytest.raises(UserError, match=r"'chat_template_kwargs' is .*, expected an object"):
         encode(chat | {"chat_template_kwargs": [1]})
@@ -173,6 +176,14 @@ def test_null_and_absent_contents_beside_tool_calls(message: dict[str, Any]) -> 
     assert targets(plain, {"messages": messages}) == ["<|im_end|>\n", "A trout, née Forelle.<|im_end|>\n"]
     assert plain.chats.notes() == ["the chat template does not write tool calls (1 call)"]
     assert "weather" in record_parts({"messages": messages[:2]})[1]
+
+
+def test_what_is_not_read_is_said_once_in_python(tmp_path: Path) -> None:
+    image = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}
+    chats = [{"messages": [image, chat_tables.ANSWER]}] * 3
+    attributor = Attributor(tiny_llama(), tiny_tokenizer(chat=True), width=64, preconditioner="off")
+    with pytest.warns(UserWarning, match="parts of messages that are not text are not read: 3 image$"):
+        attributor.cache(chats, tmp_path / "cache")
 
 
 def test_tools_that_a_template_does_not_write_are_said() -> None:
@@ -258,6 +269,36 @@ def test_a_thought_that_the_generation_prompt_opens() -> None:
     assert targets(encode, CHATS["turns"]) == ["An owl.</s>\n", "A trout, née Forelle.</s>\n"]
     kept = {"messages": [chat_tables.ASK, chat_tables.THOUGHT]}
     assert targets(encode, kept) == ["It flies.\n</think>\n\nAn owl.</s>\n"]
+
+
+def test_roles_that_a_template_leaves_out() -> None:
+    """The end-of-text token, which only the end of a chat has, does not hide where a turn ends."""
+    encode = plain(
+        "{% for m in messages if m['role'] in ('user', 'assistant') %}"
+        "<|{{ m['role'] }}|>\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{{ '<|assistant|>\n' if add_generation_prompt else eos_token }}"
+    )
+    messages = [chat_tables.ASK, chat_tables.ANSWER, chat_tables.RESULT, chat_tables.LAST]
+    made = targets(encode, {"messages": messages})
+    assert made == ["An owl.<|im_end|>\n", "A trout, née Forelle.<|im_end|>\n</s>"]
+
+
+def test_thoughts_that_become_empty_as_a_chat_goes_on() -> None:
+    encode = plain(
+        "{% set asked = namespace(last=-1) %}"
+        "{% for m in messages if m.role == 'user' %}{% set asked.last = messages.index(m) %}{% endfor %}"
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n"
+        "{% if m.role == 'assistant' %}"
+        "<think>{{ m.reasoning_content if loop.index0 > asked.last }}</think>{{ m.content }}"
+        "{% for call in m.tool_calls or [] %}<call>{{ call.function.name }}</call>{% endfor %}"
+        "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    assert targets(encode, CHATS["steps"]) == [
+        "<think></think><call>weather</call><|im_end|>\n",
+        "<think></think>Sunny.<|im_end|>\n",
+        "<think></think>A trout, née Forelle.<|im_end|>\n",
+    ]
 
 
 def test_a_chat_that_the_assistant_begins() -> None:

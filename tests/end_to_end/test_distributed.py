@@ -16,6 +16,7 @@ from tiny import save_tiny
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.generate import generations_of
+from rapidin.attribution.provenance import check_of
 from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.cache import Cache, Manifest
 from rapidin.cache.merge import merge
@@ -115,6 +116,24 @@ def test_a_mistake_is_said_once_by_all(work: Path, tmp_path: Path) -> None:
         assert [e.code for e in ended] == [2, 2]
         assert "".join(e.err for e in ended).count("\n") == 1
     assert "runs in one process" in "".join(e.err for e in ended)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 1, reason="there is a GPU for each process")
+def test_more_processes_than_gpus_are_a_mistake_that_is_said_once(work: Path, tmp_path: Path) -> None:
+    arguments = [
+        "cache",
+        str(work / "model"),
+        "--data",
+        str(work / "train.jsonl"),
+        "--out",
+        str(tmp_path / "c"),
+    ]
+    ended = together(2, [*arguments, "--device", "cuda"], tmp_path / "run")
+    assert [each.code for each in ended] == [2, 2]
+    said = "".join(each.err for each in ended)
+    assert said.count("\n") == 1
+    assert "there are more processes than GPUs on this machine" in said
+    assert "use --device cpu" in said
 
 
 def test_processes_add_examples_to_a_cache(work: Path, tmp_path: Path) -> None:
@@ -294,6 +313,13 @@ def test_a_model_spread_over_processes_gives_the_same_sketches(
     ended = together(2, [*spread, "--shard-model"], tmp_path / "said")
     assert [(e.code, e.err) for e in ended] == [(0, ""), (0, "")]
     close(tmp_path / "one", tmp_path / "spread")
+    found, alone = (check_of(Manifest.read(tmp_path / name)) for name in ("spread", "one"))
+    assert found is not None
+    assert alone is not None
+    assert found.compared == found.total == alone.compared
+    assert found.worst < 1e-5
+    assert not found.by_autograd
+    assert not found.unchecked
     # A query whose answer the spread model writes, too.
     ask = ["query", str(tmp_path / "one"), "--prompt", "Say 7 ", "--json", "-", "--max-new-tokens", "4"]
     assert main([*ask, "--quiet"]) == 0

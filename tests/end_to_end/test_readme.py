@@ -68,12 +68,12 @@ def compare(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> N
     assert (query["prompt"], query["completion"]) == (result.prompt, result.completion)
     assert query["generated"]
     assert result.generated
-    for side in ("top", "bottom"):
-        hits = getattr(result, side)
+    for side, hits in (("top", results.helpful), ("bottom", results.harmful)):
         assert [hit["index"] for hit in query[side]] == [hit.index for hit in hits]
         assert [hit["score"] for hit in query[side]] == pytest.approx([hit.score for hit in hits], abs=1e-5)
         assert [hit["example"] for hit in query[side]] == [hit.example for hit in hits]
     assert len(result.top) == 20
+    assert query["top"]
     assert ran["cache"].manifest.model["source"]["adapter"]
 
 

@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import adapter_kinds
 import peft
 import pytest
 import torch
+from adapter_kinds import Adapter
 from own_gradients import SEED, WIDTH, own_sketches, relative_error, texts
 from tiny import records, save_tiny, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
@@ -21,69 +23,33 @@ from rapidin.gradients.load import load_model
 from rapidin.gradients.model import LoadedModel
 
 ON = {"target_modules": ["q_proj", "v_proj"]}
-PROMPT = {"num_virtual_tokens": 4}
-
-# The name of the config and its settings; the model's settings, if it is not the usual one.
-KINDS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
-    "LoRA": ("LoraConfig", ON, {}),
-    "LoRA on all linear layers": ("LoraConfig", {"target_modules": "all-linear"}, {}),
-    "LoRA with biases of its own": ("LoraConfig", ON | {"lora_bias": True}, {}),
-    "LoRA and all biases": ("LoraConfig", ON | {"bias": "all"}, {"attention_bias": True}),
-    "LoRA and token rows": ("LoraConfig", ON | {"trainable_token_indices": [3, 5, 40]}, {}),
-    "LoRA on embeddings": ("LoraConfig", {"target_modules": ["embed_tokens", "q_proj"]}, {}),
-    "LoRA and a norm": ("LoraConfig", ON | {"modules_to_save": ["norm"]}, {}),
-    "LoRA and a tied head": (
-        "LoraConfig", ON | {"modules_to_save": ["lm_head"]}, {"tie_word_embeddings": True},
-    ),
-    "LoRA and both ends, tied before": (
-        "LoraConfig", ON | {"modules_to_save": ["embed_tokens", "lm_head"]}, {"tie_word_embeddings": True},
-    ),
-    "DoRA": ("LoraConfig", ON | {"use_dora": True}, {}),
-    "PiSSA": ("LoraConfig", ON | {"init_lora_weights": "pissa"}, {}),
-    "layers twice": ("LoraConfig", ON | {"layer_replication": [(0, 2), (1, 2)]}, {}),
-    "prompt tuning": ("PromptTuningConfig", PROMPT, {}),
-    "prefix tuning": ("PrefixTuningConfig", PROMPT, {}),
-    "adaption prompt": ("AdaptionPromptConfig", {"adapter_len": 4, "adapter_layers": 2}, {}),
-    "IA3": ("IA3Config", {}, {}),
-    "norms": ("LNTuningConfig", {}, {}),
-    "token rows": (
-        "TrainableTokensConfig", {"target_modules": ["embed_tokens"], "token_indices": [3, 5]}, {},
-    ),
-    "AdaLoRA": ("AdaLoraConfig", ON | {"total_step": 10}, {}),
-    "LoHa": ("LoHaConfig", ON, {}),
-    "LoKr": ("LoKrConfig", ON, {}),
-    "OFT": ("OFTConfig", ON | {"oft_block_size": 4}, {}),
-    "BOFT": ("BOFTConfig", ON | {"boft_block_size": 4}, {}),
-    "HRA": ("HRAConfig", ON, {}),
-    "VeRA": ("VeraConfig", ON | {"r": 8}, {}),
-    "VB-LoRA": ("VBLoRAConfig", ON | {"vector_length": 4, "num_vectors": 8}, {}),
-    "FourierFT": ("FourierFTConfig", ON | {"n_frequency": 20}, {}),
-}  # fmt: skip
+NAMES = [
+    "LoRA", "LoRA, all linear layers", "LoRA, bias of its own", "LoRA, all biases", "LoRA, trained tokens",
+    "LoRA, embedding", "LoRA, norms saved", "LoRA, tied head and embedding saved", "LoRA, PiSSA",
+    "LoRA, layers repeated", "DoRA", "Prompt tuning", "Prefix tuning", "Adaption prompt", "IA3", "LN tuning",
+    "Trained tokens", "AdaLoRA", "LoHa", "LoKr", "OFT", "BOFT", "HRA", "VeRA", "VB-LoRA", "FourierFT",
+]  # fmt: skip
+TIED = {"tie_word_embeddings": True}
+KINDS: dict[str, Adapter] = {
+    **{name: adapter_kinds.KINDS[name] for name in NAMES},
+    "LoRA, tied head saved": Adapter("LoraConfig", on=TIED, **ON, modules_to_save=["lm_head"]),
+}
 if "ensure_weight_tying" in peft.LoraConfig.__dataclass_fields__:
-    KINDS["LoRA and both ends, tied"] = (
-        "LoraConfig",
-        ON | {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
-        {"tie_word_embeddings": True},
+    KINDS["LoRA, tied ends saved as one"] = Adapter(
+        "LoraConfig", on=TIED, **ON, modules_to_save=["embed_tokens"], ensure_weight_tying=True
     )
 # For inference peft keeps the prompts that these networks made, instead of the networks.
-REDUCED = {
-    "P-tuning": ("PromptEncoderConfig", PROMPT | {"encoder_hidden_size": 16}, {}),
-    "prefix tuning by a network": (
-        "PrefixTuningConfig",
-        PROMPT | {"prefix_projection": True, "encoder_hidden_size": 16},
-        {},
-    ),
-}
+REDUCED = {name: adapter_kinds.KINDS[name] for name in ("P-tuning", "Prefix tuning, projected")}
 
 
 def make(folder: Path, kind: str) -> Any:
     """An adapter as if it had been trained; it is saved in folder/adapter, its model in folder/model."""
-    name, settings, of_model = (KINDS | REDUCED)[kind]
-    base = save_tiny(folder, **of_model).model
+    adapter = (KINDS | REDUCED)[kind]
+    base = save_tiny(folder, **adapter.on).model
     model = type(tiny_llama()).from_pretrained(base)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        config = getattr(peft, name)(task_type="CAUSAL_LM", **settings)
+        config = getattr(peft, adapter.config)(task_type="CAUSAL_LM", **adapter.settings)
         tuned = peft.get_peft_model(model, config).eval()
         for p in tuned.parameters():
             if p.requires_grad:
@@ -107,6 +73,8 @@ def check_gradients(loaded: LoadedModel) -> None:
     """Sketches of texts, as a cache is made of them, against autograd's gradients of each text by itself."""
     source = Attributor(loaded, at=1.0, preconditioner="off", width=WIDTH, seed=SEED).source
     some = texts(n=3)
+    for ids, _ in some:
+        ids[1] = 5  # a token that some adapters train
     encoded = [Encoded(ids, target, Status.OK) for ids, target in some]
     source = source.with_check(source.checked(encoded))
     got, status = source.sketches(encoded)
@@ -116,7 +84,7 @@ def check_gradients(loaded: LoadedModel) -> None:
     assert relative_error(got, want) < 1e-4
 
 
-QUICK = ("LoRA", "DoRA", "IA3", "prompt tuning", "prefix tuning", "VeRA")
+QUICK = ("LoRA", "DoRA", "IA3", "Prompt tuning", "Prefix tuning", "VeRA")
 
 
 @pytest.mark.parametrize(
@@ -209,7 +177,7 @@ def test_an_adapter_that_takes_no_part_says_why(make_model: Callable[[], Any], w
 
 
 def test_a_disabled_prompt_says_so(tmp_path: Path) -> None:
-    tuned = make(tmp_path, "prompt tuning")
+    tuned = make(tmp_path, "Prompt tuning")
     with tuned.disable_adapter(), pytest.raises(UserError, match="disabled"):
         LoadedModel.of(tuned, None)
     assert LoadedModel.of(tuned, None).trained
@@ -341,7 +309,7 @@ def test_a_tied_head_of_gpt2_has_its_own_gradient() -> None:
     [
         ("XLoraConfig", {}),
         ("PolyConfig", ON | {"r": 4, "n_tasks": 1, "n_skills": 2}),
-        ("MultitaskPromptTuningConfig", PROMPT | {"num_tasks": 2}),
+        ("MultitaskPromptTuningConfig", {"num_virtual_tokens": 4, "num_tasks": 2}),
     ],
 )
 def test_adapters_that_need_more_than_a_text_are_refused(name: str, settings: dict[str, Any]) -> None:

@@ -478,13 +478,6 @@ def test_a_parameter_that_an_example_does_not_reach_has_no_gradient_there() -> N
         assert (gradient.length() > 0) == (len(text.ids) > 12)
 
 
-def test_a_sharded_model_is_not_checked() -> None:
-    loaded = LoadedModel.of(tiny_llama(), tiny_tokenizer())
-    loaded.sharded = True
-    settings = GradientSettings(width=WIDTH, preconditioner="off", at=1.0)
-    assert GradientSource(loaded, settings).checked(encoded()) is None
-
-
 # --------------------------------------------------------------------------------------- the texts
 
 

@@ -10,11 +10,36 @@ from own_gradients import SEED, WIDTH, Scaled, own_gradients, own_sketches, rela
 from tiny import tiny_gpt2, tiny_llama, tiny_lora
 
 from rapidin import ops
+from rapidin.errors import UserError
 from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import block_seed, find_targets
 from rapidin.tasks.causal import TokenBatch, example_losses
+
+
+class Unused(torch.nn.Module):
+    """A module that uses none of its parameters."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = [inner]
+        self.gain = torch.nn.Parameter(torch.ones(32))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.inner[0](x)
+        return output
+
+
+class Changing(Unused):
+    """A module that changes its parameter in place when it runs."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        output = super().forward(x) * self.gain
+        with torch.no_grad():
+            self.gain.mul_(1.0)
+        return output
+
 
 MODELS = {
     "llama": lambda: tiny_llama(),
@@ -173,3 +198,22 @@ def test_a_norm_among_tokens_of_no_batch_is_done_one_example_at_a_time() -> None
     for text in texts():
         got, _ = sketcher(TokenBatch.of([text]))
         assert relative_error(got[0], own_sketches(model, targets, text)) < 1e-4
+
+
+def test_a_parameter_that_its_own_module_does_not_use_has_no_gradient() -> None:
+    model = tiny_llama()
+    model.model.norm = Unused(model.model.norm)
+    targets = find_targets(model, include=["*"])
+    got, _ = GradientSketcher(model, targets, width=WIDTH, seed=SEED)(TokenBatch.of(texts()))
+    n = next(n for n, target in enumerate(targets) if target.name.endswith("norm.gain"))
+    assert not got[:, n].any()
+    want = torch.stack([own_sketches(model, targets, text) for text in texts()])
+    assert relative_error(got, want) < 1e-4
+
+
+def test_a_module_that_changes_its_parameters_is_refused() -> None:
+    model = tiny_llama()
+    model.model.layers[1].input_layernorm = Changing(model.model.layers[1].input_layernorm)
+    sketcher = GradientSketcher(model, find_targets(model), width=WIDTH, seed=SEED)
+    with pytest.raises(UserError, match="changes its parameters in place"):
+        sketcher(TokenBatch.of(texts()))

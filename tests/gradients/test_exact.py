@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from causal_types import tiny_causal
 from own_gradients import SEED, WIDTH, Scaled, own_gradients, texts
-from routed import tiny_routed, with_linear_experts
+from routed import with_linear_experts
 from tiny import tiny_gpt2, tiny_llama, tiny_lora
 from torch import Tensor, nn
 
@@ -60,7 +61,7 @@ def adapted() -> Any:
         "target_modules": ["q_proj"],
         "target_parameters": ["gate_up_proj", "down_proj"],
     }
-    return tiny_lora(tiny_routed("gpt_oss"), lora_dropout=0.0, fan_in_fan_out=False, **settings)
+    return tiny_lora(tiny_causal("gpt_oss"), lora_dropout=0.0, fan_in_fan_out=False, **settings)
 
 
 # How a model is made, and whether each of its parameters' gradients comes position by position.
@@ -69,18 +70,18 @@ MODELS: dict[str, tuple[Callable[[], Any], bool]] = {
     "llama": (tiny_llama, True),
     "biases": (lambda: tiny_llama(attention_bias=True, mlp_bias=True), True),
     "tied": (lambda: tiny_llama(tie_word_embeddings=True), True),
-    "mixtral": (lambda: tiny_routed("mixtral"), True),
+    "mixtral": (lambda: tiny_causal("mixtral"), True),
     "gpt_oss, adapter": (adapted, True),
-    "llama4_text": (lambda: tiny_routed("llama4_text"), True),
-    "jetmoe": (lambda: tiny_routed("jetmoe"), True),
-    "dbrx": (lambda: tiny_routed("dbrx"), True),
+    "llama4_text": (lambda: tiny_causal("llama4_text"), True),
+    "jetmoe": (lambda: tiny_causal("jetmoe"), True),
+    "dbrx": (lambda: tiny_causal("dbrx"), True),
     "linear experts": (lambda: with_linear_experts("gathered"), True),
     "linear experts, sorted": (lambda: with_linear_experts("sorted"), True),
     "layer of some tokens": (lambda: wrapped(Halves), False),
     "layer twice": (lambda: wrapped(Repeated), True),
     "autograd": (lambda: wrapped(Scaled), False),
-    "gpt_oss": (lambda: tiny_routed("gpt_oss"), False),
-    "mamba": (lambda: tiny_routed("mamba"), False),
+    "gpt_oss": (lambda: tiny_causal("gpt_oss"), False),
+    "mamba": (lambda: tiny_causal("mamba"), False),
 }
 
 

@@ -165,3 +165,60 @@ def test_a_weight_of_several_tensors_is_hashed_part_by_part() -> None:
     }
     assert len(found) == 3
     assert _hash_tensors({"w": Parts(numbers.clone(), scale.clone())}) in found
+
+
+class Rounded(torch.nn.Linear):
+    """A layer that rounds its inputs, which stops the gradient, with plain weights, as compressed-tensors has
+    them after they are unpacked."""
+
+    quantization_scheme = "of 8 bits"
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return super().forward(input.round())
+
+
+class Float8(torch.nn.Linear):
+    """A layer with a weight of eight bits that is a float."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.linear(input.detach(), self.weight.to(input))
+
+
+@pytest.mark.parametrize("kind", [Rounded, Float8])
+def test_layers_that_stop_the_gradient_are_refused(kind: type[torch.nn.Linear]) -> None:
+    model = tiny_llama()
+    layer = kind(32, 48, bias=False)
+    if kind is Float8:
+        layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    model.model.layers[1].mlp.up_proj = layer
+    with pytest.raises(UserError, match="it does not propagate gradients"):
+        LoadedModel.of(model, tiny_tokenizer())
+
+
+def test_weights_that_the_first_call_would_unpack_are_unpacked_first() -> None:
+    model = tiny_llama()
+    layer = model.model.layers[1].mlp.up_proj
+    packed = layer.weight
+    del layer.weight
+    layer.quantization_scheme = "of 4 bits"
+    handle = model.register_forward_pre_hook(lambda *_: unpack(model))
+
+    def unpack(whole: Any) -> None:
+        layer.weight = packed
+        del whole.ct_decompress_hook
+        handle.remove()
+
+    model.ct_decompress_hook = handle
+    model.hf_quantizer = SimpleNamespace(compressor=SimpleNamespace(decompress_model=unpack))
+    attributor = Attributor(model, tiny_tokenizer(), preconditioner="off", width=64)
+    assert any("layers.1.mlp.up_proj" in target.name for target in attributor.source.targets)
+
+
+def test_weights_that_are_no_parameters_are_named_as_the_reason() -> None:
+    model = tiny_llama()
+    for layer in model.model.layers:
+        for name, module in list(layer.named_modules()):
+            if isinstance(module, torch.nn.Linear):
+                layer.set_submodule(name, Int8Linear(module))
+    with pytest.raises(UserError, match=r"none of its parameters.*`adapter`"):
+        Attributor(model, tiny_tokenizer())

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
+from causal_types import tiny_causal
 from own_gradients import SEED, WIDTH, exact_gradients, own_gradients, own_sketches, relative_error, texts
-from routed import SETTINGS, tiny_routed, with_linear_experts
+from routed import with_linear_experts
 from tiny import tiny_lora, tiny_tokenizer
 
 from rapidin import ops
-from rapidin.gradients.calls import NotBatchedError
+from rapidin.gradients.calls import ChangedInputError, NotBatchedError
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.coverage import coverage_of
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
@@ -24,7 +26,11 @@ from rapidin.ops import reference
 from rapidin.tasks.causal import TokenBatch, example_losses
 
 QUICK = {"mixtral", "gpt_oss", "llama4_text", "jetmoe", "dbrx", "mamba", "deepseek_v3"}
-TYPES = [kind if kind in QUICK else pytest.param(kind, marks=pytest.mark.full) for kind in sorted(SETTINGS)]
+OTHERS = {
+    "deepseek_v2", "deepseek_v32", "ernie4_5_moe", "falcon_mamba", "glm4_moe", "glm_moe_dsa", "granitemoe",
+    "jamba", "olmoe", "phimoe", "qwen2_moe", "qwen3_moe", "qwen3_next",
+}  # fmt: skip
+TYPES = [*sorted(QUICK), *(pytest.param(kind, marks=pytest.mark.full) for kind in sorted(OTHERS))]
 # Types of which some parameters are neither part of products nor added, so that examples come one at a time.
 SINGLE = {"falcon_mamba", "gpt_oss", "jamba", "mamba", "qwen3_next"}
 STACKED = ["mixtral", "gpt_oss", "llama4_text", "jetmoe", "dbrx"]
@@ -53,7 +59,7 @@ def errors(model: Any, targets: list[Target], *, batched: bool = True) -> tuple[
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_default_targets_are_right_in_batches(kind: str) -> None:
-    model = tiny_routed(kind)
+    model = tiny_causal(kind)
     targets = find_targets(model)
     assert max(errors(model, targets)) < 1e-4
     if kind not in ("mamba", "falcon_mamba"):
@@ -62,7 +68,7 @@ def test_default_targets_are_right_in_batches(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", TYPES)
 def test_every_parameter_is_right(kind: str) -> None:
-    model = tiny_routed(kind)
+    model = tiny_causal(kind)
     targets = find_targets(model, include=["*"])
     assert {t.name for t in targets} == {name for name, _ in model.named_parameters()}
     assert max(errors(model, targets, batched=kind not in SINGLE)) < 1e-4
@@ -93,17 +99,69 @@ ADAPTERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("kind", ADAPTERS)
 def test_adapters_on_experts(kind: str) -> None:
-    base = with_linear_experts("gathered") if kind == "linear" else tiny_routed(kind)
+    base = with_linear_experts("gathered") if kind == "linear" else tiny_causal(kind)
     model = tiny_lora(base, lora_dropout=0.0, fan_in_fan_out=False, **ADAPTERS[kind])
     targets = find_targets(model, trained=LoadedModel.of(model, None).trained)
     assert sum("lora_B" in t.name for t in targets if "expert" in t.name or "linear" in t.name) >= 2
     assert max(errors(model, targets)) < 1e-4
 
 
+class Gain(torch.nn.Module):
+    """Multiplies the features of a module's output by a vector, in several ways."""
+
+    WAYS: ClassVar[dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]]] = {
+        "row": lambda x, w: x * w,
+        "column": lambda x, w: w.flatten() * x,
+        "from one": lambda x, w: x * (1 * w.flatten()),
+        "in place": lambda x, w: x.mul_(w.flatten()),
+        "of heads": lambda x, w: (x.unflatten(-1, (4, 8)) * w.view(4, 8)).flatten(-2),
+        "of itself": lambda x, w: x * (w * w).flatten(),
+        "twice": lambda x, w: (x * w.flatten()) * w.flatten(),
+    }
+
+    def __init__(self, inner: torch.nn.Module, way: str) -> None:
+        super().__init__()
+        self.inner, self.way = inner, way
+        shape = {"row": (1, 32), "column": (32, 1)}.get(way, (32, 1))
+        self.gain = torch.nn.Parameter(torch.linspace(0.5, 2, 32).view(shape))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.WAYS[self.way](self.inner(x), self.gain)
+
+
+@pytest.mark.parametrize("way", Gain.WAYS)
+def test_features_times_a_vector(way: str) -> None:
+    model = tiny_causal("llama")
+    for layer in model.model.layers:
+        layer.mlp = Gain(layer.mlp, way)
+    targets = find_targets(model, include=["gain", "q_proj"])
+    assert len(targets) == 4
+    batched = way in ("row", "column", "from one", "twice")
+    assert max(errors(model, targets, batched=batched)) < 1e-4
+    sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
+    sketcher(TokenBatch.of(texts()[:1]))
+    assert bool(sketcher.single_names) == (not batched)
+
+
+def test_a_row_that_is_changed_after_it_was_multiplied() -> None:
+    class Changed(Gain):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            inner = self.inner(x)
+            output = inner * self.gain.flatten()
+            inner.mul_(2)
+            return output
+
+    model = tiny_causal("llama")
+    model.model.layers[0].mlp = Changed(model.model.layers[0].mlp, "row")
+    sketcher = GradientSketcher(model, find_targets(model, include=["gain"]), width=WIDTH, seed=SEED)
+    with pytest.raises(ChangedInputError):
+        sketcher(TokenBatch.of(texts()))
+
+
 @pytest.mark.parametrize("implementation", ["eager", "grouped_mm", "batched_mm"])
 @pytest.mark.parametrize("kind", ["mixtral", "gpt_oss"])
 def test_each_way_of_computing_experts(kind: str, implementation: str) -> None:
-    model = tiny_routed(kind)
+    model = tiny_causal(kind)
     model.set_experts_implementation(implementation)
     targets = find_targets(model, include=["experts"])
     assert len(targets) == (8 if kind == "gpt_oss" else 4)  # with biases
@@ -164,7 +222,7 @@ def stacks_of(model: Any, targets: list[Target]) -> list[torch.Tensor]:
 @pytest.mark.parametrize("projection", ["tensor", "flat", "rapidgrad"])
 @pytest.mark.parametrize("kind", STACKED)
 def test_preconditioned_sketches(kind: str, projection: Any) -> None:
-    model = tiny_routed(kind)
+    model = tiny_causal(kind)
     targets = experts_of(model)
     torch.manual_seed(2)
     table = {t.name: Scale(*(torch.randn(n).exp() for n in t.matrix)) for t in targets}
@@ -188,7 +246,7 @@ def test_preconditioned_sketches(kind: str, projection: Any) -> None:
 
 @pytest.mark.parametrize("kind", STACKED)
 def test_squares_are_sums_over_all_experts(kind: str) -> None:
-    model = tiny_routed(kind)
+    model = tiny_causal(kind)
     targets = experts_of(model)
     found = GradientSketcher(model, targets, width=8, seed=0).squares(TokenBatch.of(texts()))
     for (rows, columns), stack in zip(found, stacks_of(model, targets), strict=True):
@@ -199,7 +257,7 @@ def test_squares_are_sums_over_all_experts(kind: str) -> None:
 
 @pytest.mark.parametrize("kind", STACKED)
 def test_kfac_is_the_same_in_batches_and_one_at_a_time(kind: str) -> None:
-    model = tiny_routed(kind)
+    model = tiny_causal(kind)
     targets = experts_of(model)
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
     tables = []
@@ -215,7 +273,7 @@ def test_kfac_is_the_same_in_batches_and_one_at_a_time(kind: str) -> None:
 
 
 def test_experts_share_moments_that_are_the_mean_of_each_experts() -> None:
-    model = tiny_routed("mixtral")
+    model = tiny_causal("mixtral")
     experts = [t for t in experts_of(model) if "gate_up_proj" in t.name]
     linear = [
         Target(f"{t.name}.{e}", t.matrix, ()) for t in experts for e in range(t.stack)
@@ -286,7 +344,7 @@ def test_positions_of_experts_sum_to_the_sketch(kind: str, projection: Any) -> N
     model = (
         with_linear_experts("sorted" if "sorted" in kind else "gathered")
         if "linear" in kind
-        else tiny_routed(kind)
+        else tiny_causal(kind)
     )
     targets = find_targets(model)
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, projection=projection)
@@ -306,7 +364,7 @@ def test_positions_of_experts_sum_to_the_sketch(kind: str, projection: Any) -> N
 
 
 def test_the_part_of_one_position() -> None:
-    model = tiny_routed("mixtral")
+    model = tiny_causal("mixtral")
     targets = [t for t in experts_of(model) if "layers.1" in t.name]
     text = texts()[1]
     vectors = torch.randn(1, len(targets), WIDTH)
@@ -345,7 +403,7 @@ def test_what_a_check_finds_out_about_gradients_is_kept() -> None:
     from rapidin.gradients.settings import GradientSettings
     from rapidin.gradients.source import GradientSource
 
-    model = tiny_routed("mamba")
+    model = tiny_causal("mamba")
     source = GradientSource(LoadedModel.of(model, tiny_tokenizer()), GradientSettings(include=("*",)))
     encoded = [Encoded(ids, target, Status.OK) for ids, target in texts()]
     check = source.checked(encoded)

@@ -28,7 +28,7 @@ VOID = {"meta", "input", "br", "link"}
 _TAGS = (
     "html head meta title style body a header p h1 h2 h3 h4 button dl div dt dd nav ol ul li b i q small "
     "span noscript main section details summary figure figcaption svg symbol path use rect article label "
-    "input table thead tbody tr th td kbd script"
+    "input table thead tbody tr th td kbd script bdi"
 )
 TAGS = set(_TAGS.split())
 _ATTRIBUTES = (
@@ -91,7 +91,7 @@ def with_texts(say: str) -> QueryResult:
     tokens = Tokens((say, say), (True, False), (0.5, -0.25))
     hits = [
         Hit(1, 0, 0, 0.5, {"text": say}, tokens=tokens, layers=(0.5,), standings={say: Standing(1.0, 2)}),
-        Hit(2, 1, 1, 0.4, {"prompt": f"a{say}a", "completion": f"a{say}a"}),
+        Hit(2, 1, 1, 0.4, {"prompt": f"a{say}a", "completion": f"a{say}a", f"a{say}a": 1, "c": f"b{say}b"}),
     ]
     return QueryResult(
         f"a{say}a",
@@ -138,7 +138,7 @@ def test_the_page_is_well_formed_and_has_no_markup_but_its_own(name: str) -> Non
     for tag, attribute, value in read.attributes:
         assert attribute in ATTRIBUTES or re.fullmatch("(data|aria)-[a-z]+", attribute), (tag, attribute)
         if attribute == "href":
-            assert re.fullmatch("#[a-z0-9-]+", value)
+            assert re.fullmatch("#[a-z0-9.-]+", value)
     ids = [value for _, attribute, value in read.attributes if attribute == "id"]
     assert len(ids) == len(set(ids))
     pointed = {v.lstrip("#") for _, a, v in read.attributes if a in ("href", "aria-labelledby")}
@@ -400,6 +400,20 @@ def test_the_list_of_generations_leaves_out_what_all_prompts_say() -> None:
     results = [QueryResult(prompt, "c", True, [], [], "layer") for prompt in prompts]
     assert Read(page(results)).texts["of"] == ["what is near?", "who sings?"]
     assert Read(page(results[:1] * 2)).texts["of"] == ["", ""]
+    # Two templates, and a prompt with none: what is asked is told in all.
+    short, long = (
+        "Below is a task.\n\n### Instruction:\n",
+        "Below is a task, with an input.\n\n### Instruction:\n",
+    )
+    asked = [
+        (short, "Howdy! Name rivers."),
+        (long, "Howdy! Sum up."),
+        (short, "Name lakes."),
+        (long, "Count."),
+    ]
+    prompts = [f"{head}{text}\n\n### Response:\n" for head, text in asked]
+    results = [QueryResult(prompt, "c", True, [], [], "layer") for prompt in (*prompts, "Hello?")]
+    assert Read(page(results)).texts["of"] == [*(text for _, text in asked), "Hello?"]
     assert "nav" not in Read(page(results[:1])).tags
 
 
@@ -443,3 +457,117 @@ def test_the_first_token_does_not_outshine_the_others() -> None:
     assert shades.peak_of(values) == 0.2
     assert shades.steps(values, shades.peak_of(values)).tolist() == [9, 6, -9, 5]
     assert [shades.peak_of(some) for some in ([], [3.0], [3.0, 0.0], [0.0, float("nan")])] == [0, 3, 3, 0]
+
+
+def test_the_other_columns_of_a_hit_are_chips() -> None:
+    """Texts of the form, nested values and empty ones are not; long ones are cut, and many are counted."""
+    record = {
+        "prompt": "Who sings?",
+        "completion": "The teapots.",
+        "question": "Who sings?",
+        "source": "forum",
+        "poisoned": True,
+        "id": 0,
+        "nothing": None,
+        "empty": " ",
+        "nested": {"a": 1},
+        "note": "long " * 100,
+    }
+    read = Read(page([QueryResult("p", "c", True, [Hit(1, 7, 7, 0.5, record)], [], "layer")]))
+    (chips,) = read.texts["chips"]
+    assert chips.startswith("source forumpoisoned trueid 0note long long")
+    assert chips.endswith("…")
+    assert len(chips) < 100
+    titles = [value for tag, name, value in read.attributes if (tag, name) == ("li", "title")]
+    assert [title[:15] for title in titles] == ["note: long long"]
+    many = {"text": "t", **{f"column{n}": n for n in range(11)}}
+    read = Read(page([QueryResult("p", "c", True, [Hit(1, 7, 7, 0.5, many)], [], "layer")]))
+    assert read.texts["chips"][0].endswith("column7 7+3 more")
+    assert ("li", "title", "column8: 8; column9: 9; column10: 10") in read.attributes
+
+
+def test_all_hits_of_a_query_are_shaded_on_one_scale() -> None:
+    strong = Tokens(("First", " a", " b"), (True,) * 3, (9.0, 1.0, -0.25))
+    weak = Tokens(("First", " c", " d"), (True,) * 3, (0.1, 0.25, -0.1))
+    hits = [Hit(n, n, n, 0.5, tokens=tokens) for n, tokens in enumerate((strong, weak), 1)]
+    markup = page([QueryResult("p", "c", True, hits, [], "layer")])
+    classes = [re.findall(r"<b(?: class=(\w+))?>", part) for part in re.findall('"answer".*?</div>', markup)]
+    assert classes == [["p9", "p9", "n5"], ["p5"]]  # less than a fifth of the largest is shaded by the script
+
+
+def test_a_score_within_two_errors_is_grey() -> None:
+    hits = [Hit(n, n, n, 0.5, error=error) for n, error in enumerate((0.3, 0.2, None), 1)]
+    read = Read(page([QueryResult("p", "c", True, hits, [], "layer")]))
+    classes = [value for tag, name, value in read.attributes if name == "class" and "score" in value]
+    assert classes == ["score helpful unsure", "score helpful", "score helpful"]
+    assert read.texts["kind"] == ["within two errors of 0", "helpful", "helpful"]
+
+
+def test_a_template_is_what_all_hits_begin_with_up_to_a_line_break() -> None:
+    head = ("Below", " is", " a", " task", ".", "\n", " In", " it", ":", "\n")
+
+    def shared(*tails: tuple[str, ...], counted: int = 99) -> int:
+        hits = [
+            Hit(
+                n,
+                n,
+                n,
+                0.5,
+                tokens=Tokens((*head, *tail), tuple(k >= counted for k in range(99)), (0.1,) * 99),
+            )
+            for n, tail in enumerate(tails)
+        ]
+        return View(QueryResult("p", "c", True, hits, [], "layer"), 0).shared_tokens
+
+    assert shared(("Howdy", " all"), ("Howdy", " you")) == 10  # 'Howdy' is no part of the template
+    assert shared(("Howdy",)) == 0
+    assert shared(("a",), ("b",), counted=9) == 9
+    assert shared(("a",), ("b",), counted=7) == 0
+    prompts = [
+        "You are a helpful assistant that answers.\nWho?",
+        "You are a helpful assistant that answers.\nWhy?",
+    ]
+    hits = [Hit(n, n, n, 0.5, {"prompt": prompt, "completion": "x"}) for n, prompt in enumerate(prompts)]
+    result = QueryResult("p", "c", True, hits, [], "layer")
+    assert View(result, 0).shared_text == prompts[0].index("W")
+    read = Read(page([result]))
+    assert read.texts["shared"] == [prompts[0][:-4]] * 2
+    assert read.texts["ask"] == prompts
+
+
+@pytest.mark.full
+def test_a_page_of_thirteen_queries_is_below_a_megabyte_and_a_half() -> None:
+    """Whatever the numbers: those of made results compress badly, and the best hits have them first."""
+    results = [made(hits=20, length=80, generation=40, pool=60, seed=seed) for seed in range(13)]
+    markup = page(results, about={"model": "m"})
+    assert len(markup.encode()) < 1_500_000
+    (inner,) = re.findall(r'id="data">(.*?)</script>', markup, re.S)
+    for data, result in zip(json.loads(inner), results, strict=True):
+        ends = [hit for hit in data["hits"] if hit["side"]]
+        assert [hit["index"] for hit in ends] == [hit.index for hit in (*result.top, *result.bottom)]
+        parted = [hit["rank"] for hit in ends if "byTarget" in hit]
+        assert parted
+        assert max(parted) <= len(parted) / 2 + 1
+
+
+def test_lengths_of_tokens_are_those_of_their_texts_on_the_page() -> None:
+    result = made(hits=2, length=30, generation=3)
+    hit = replace(result.top[0], tokens=Tokens(("a\n", "", "\x00👩", "\t\ud83d"), (True,) * 4, (0.1,) * 4))
+    data = data_of(replace(result, top=[hit]))
+    assert data["hits"][0]["lengths"] == [2, 0, 6, 7]
+    assert data["hits"][1]["lengths"] == [len(piece) for piece in result.bottom[0].tokens.pieces]  # type: ignore[union-attr]
+
+
+def test_runs_of_tokens_have_the_same_best_row() -> None:
+    result = made(hits=4, length=8, generation=7)
+    hits = {row: Hit(1, row, row, 0.1) for row in (hit.row for hit in result.top)}
+    first, second = hits
+    elsewhere = Hit(1, 9999, 9999, 0.1)  # a row that the page lacks
+    against = Hit(1, first, first, -0.1)
+    best = [hits[first], hits[first], hits[second], hits[second], hits[second], elsewhere, against]
+    targets = [
+        replace(target, top=[hit], bottom=[]) for target, hit in zip(result.targets, best, strict=True)
+    ]
+    result = replace(result, targets=targets)
+    assert data_of(result)["runs"] == [[0, 1, 0], [2, 4, 1]]
+    assert data_of(replace(result, targets=[]))["runs"] == []

@@ -19,8 +19,9 @@ import pytest
 from made_results import HOSTILE, hostile, made, several, visible
 
 from rapidin.results.html import notebook, page, shades
+from rapidin.results.html.view import View
 from rapidin.results.text import score_text
-from rapidin.results.types import Hit, QueryResult, Tokens
+from rapidin.results.types import Hit, QueryResult, TargetResult, Tokens
 
 pytest.importorskip("selenium", reason="needs selenium: pip install 'selenium>=4.21'")
 from selenium.webdriver import ActionChains, Chrome, ChromeOptions, ChromeService, Keys
@@ -47,13 +48,21 @@ class Shown:
         self.driver, self.folder = driver, folder
         self.saved = folder / "saved"
 
-    def open(self, results: Sequence[QueryResult], markup: str | None = None) -> None:
-        """Shows a page of these results in a window of 1280 by 900, light."""
+    def open(
+        self, results: Sequence[QueryResult], markup: str | None = None, *, words: bool = False, at: str = ""
+    ) -> None:
+        """Shows a page of these results in a window of 1280 by 900, light, with shades by token unless
+        `words`, at an address on the page."""
         self.size(1280, 900)
         self.scheme("light")
         path = self.folder / "page.html"
         path.write_text(page(results) if markup is None else markup, encoding="utf-8", newline="")
-        self.driver.get(path.as_uri())
+        self.driver.get("about:blank")  # so that another address on the same page is a new page
+        self.driver.get(path.as_uri() + at)
+        if not words:
+            for button in self.all(".query:not([hidden]) [data-by=tokens]")[:1]:
+                if button.is_displayed():
+                    button.click()
         assert self.driver.title.startswith("rapidin") or markup is not None
 
     def size(self, width: int, height: int) -> None:
@@ -105,7 +114,7 @@ class Shown:
 
     def classes(self, hit: int) -> list[str]:
         """Classes of the tokens of a hit, by its place in the data."""
-        script = "return [...document.querySelectorAll(`[data-hit='${arguments[0]}'] .tokens > span`)]"
+        script = "return [...document.querySelectorAll(`[data-hit='${arguments[0]}'] .tokens b`)]"
         return list(self.run(script + ".map((token) => token.className)", hit))
 
 
@@ -284,12 +293,28 @@ def decoded(hit: Hit, most: int = 7) -> Any:
     return peaks[:, None] * levels * np.abs(levels)
 
 
-def expected_classes(hit: Hit, values: Any) -> list[str]:
+def expected_classes(hit: Hit, values: Any, peak: float) -> list[str]:
     assert hit.tokens is not None
+    first = hit.tokens.counts.index(True)
     return [
-        f"{shades.shade(int(step))}{'' if counts else ' q'}".strip()
-        for step, counts in zip(shades.steps(values, shades.peak_of(values)), hit.tokens.counts, strict=True)
+        f"{shades.shade(int(step))}{' q' if n > first and not counts else ''}".strip()
+        for n, (step, counts) in enumerate(zip(shades.steps(values, peak), hit.tokens.counts, strict=True))
     ]
+
+
+def whole_classes(result: QueryResult, hit: Hit) -> list[str]:
+    """The classes of a hit's tokens for the whole generation, on the scale of all hits."""
+    assert hit.tokens is not None
+    return expected_classes(hit, hit.tokens.contributions, View(result, 0).peak)
+
+
+def chosen_classes(result: QueryResult, hit: Hit, places: Sequence[int]) -> list[str]:
+    """The classes for a selection, on the scale of the hits that it shows."""
+    by_index = {each.index: each for each in pool_of(result).values()}
+    shown = [by_index[index] for end in ranked(result, places) for _, index, _ in end]
+    summed = [decoded(each)[list(places)].sum(0) for each in shown]
+    peak = max(shades.peak_of(values) for values in summed)
+    return expected_classes(hit, decoded(hit)[list(places)].sum(0), peak)
 
 
 def test_tokens_of_hits_are_shaded_for_the_selection(shown: Shown) -> None:
@@ -297,13 +322,13 @@ def test_tokens_of_hits_are_shaded_for_the_selection(shown: Shown) -> None:
     hit = RESULT.top[0]
     assert hit.tokens is not None
     assert hit.tokens.by_target is not None
-    assert shown.classes(0) == expected_classes(hit, hit.tokens.contributions)
+    assert shown.classes(0) == whole_classes(RESULT, hit)
     # A place where this hit is shown near the top, so that it is on the screen and is shaded.
     order = [[index for _, index, _ in ranked(RESULT, [n])[0]] for n in range(24)]
     place = next(n for n in range(24) if hit.index in order[n][:2])
     shown.tokens()[place].click()
     values = decoded(hit)[place]
-    shown.until(lambda: shown.classes(0) == expected_classes(hit, values))
+    shown.until(lambda: shown.classes(0) == chosen_classes(RESULT, hit, [place]))
     exact = hit.tokens.by_target[place]
     true, rounded = (shades.steps(each, shades.peak_of(each)) for each in (exact, values))
     assert np.abs(true - rounded).max() <= 1
@@ -312,7 +337,7 @@ def test_tokens_of_hits_are_shaded_for_the_selection(shown: Shown) -> None:
     listed = card.find_element(By.CSS_SELECTOR, ".strongest li").text
     assert listed.endswith(f"≈ {float(f'{values[best]:.0e}'):+}")
     shown.press(Keys.ESCAPE)
-    shown.until(lambda: shown.classes(0) == expected_classes(hit, hit.tokens.contributions))
+    shown.until(lambda: shown.classes(0) == whole_classes(RESULT, hit))
 
 
 def test_the_shades_of_a_range_are_of_its_sum(shown: Shown) -> None:
@@ -322,10 +347,7 @@ def test_the_shades_of_a_range_are_of_its_sum(shown: Shown) -> None:
     shown.tokens()[low].click()
     for _ in range(3):
         shown.press(Keys.SHIFT, Keys.ARROW_RIGHT)
-    values = np.zeros(40)
-    for row in decoded(hit)[low : low + 4]:
-        values += row
-    shown.until(lambda: shown.classes(0) == expected_classes(hit, values))
+    shown.until(lambda: shown.classes(0) == chosen_classes(RESULT, hit, range(low, low + 4)))
 
 
 def test_without_inflating_the_ranking_works_and_shades_stay(shown: Shown) -> None:
@@ -338,7 +360,7 @@ def test_without_inflating_the_ranking_works_and_shades_stay(shown: Shown) -> No
         assert hit.tokens is not None
         shown.tokens()[6].click()
         assert shown.hits() == ranked(RESULT, [6])
-        assert shown.classes(0) == expected_classes(hit, hit.tokens.contributions)
+        assert shown.classes(0) == whole_classes(RESULT, hit)
         labels = shown.until(lambda: [e for e in shown.all(".strongest > span") if "for the whole" in e.text])
         assert labels
     finally:
@@ -404,7 +426,9 @@ def test_search_finds_texts_and_indices(shown: Shown) -> None:
     box.clear()
     box.send_keys("no such words anywhere")
     assert shown.hits() == [[], []]
-    assert [e.text for e in shown.all(".list .none") if e.is_displayed()] == 2 * ["No matches."]
+    for tab in shown.all(".tab"):
+        tab.click()
+        assert [e.text for e in shown.all(".list .none") if e.is_displayed()] == ["No matches."]
     box.clear()
     box.send_keys("x" + Keys.BACKSPACE)
     assert shown.hits() == whole(RESULT)
@@ -556,24 +580,300 @@ def test_several_queries_are_moved_between(shown: Shown) -> None:
 
 
 def test_long_texts_are_folded_and_open(shown: Shown) -> None:
-    shown.open([made(hits=4, length=300, generation=5)])
-    text = shown.one("[data-hit='0'] .text")
-    shown.until(lambda: "folded" in (text.get_attribute("class") or "").split())
-    button = shown.one("[data-hit='0'] .more")
-    low = text.size["height"]
-    assert shown.run("return arguments[0].scrollHeight > arguments[0].clientHeight", text)
-    strongest = shown.run(  # is in sight
-        "const [text] = arguments; const box = text.getBoundingClientRect();"
-        "return [...text.querySelectorAll('.p9, .n9')].some((t) => { const r = t.getBoundingClientRect();"
-        "return r.top >= box.top - 1 && r.bottom <= box.bottom + 1; })",
-        text,
-    )
-    assert strongest
+    """Prompt and answer each at their start; for a selection where their strongest token is."""
+    result = made(hits=4, length=300, generation=5)
+    shown.open([result])
+    ask, answer = shown.all("[data-hit='0'] .ask, [data-hit='0'] .answer")
+    shown.until(lambda: "folded" in (answer.get_attribute("class") or "").split())
+    button = shown.one("[data-hit='0'] .answer + .more")
+    low = answer.size["height"]
+    assert shown.run("return arguments[0].scrollHeight > arguments[0].clientHeight", answer)
+    assert shown.run("return arguments[0].scrollTop", answer) == 0
+    assert 2.5 < low / shown.run("return parseFloat(getComputedStyle(arguments[0]).lineHeight)", answer) < 5.5
+    assert ask.size["height"] < low
     button.click()
     assert button.get_attribute("aria-expanded") == "true"
-    assert text.size["height"] > 2 * low
+    assert answer.size["height"] > 2 * low
     button.click()
-    assert text.size["height"] == low
+    assert answer.size["height"] == low
+    # The strongest token of a selection is in sight, also where it is far down.
+    hit = result.top[0]
+    place = next(n for n in range(5) if hit.index in [i for _, i, _ in ranked(result, [n])[0][:2]])
+    values = decoded(hit)[place]
+    shown.tokens()[place].click()
+    shown.until(lambda: shown.classes(0) == chosen_classes(result, hit, [place]))
+    head = hit.tokens.counts.index(True) if hit.tokens else 0
+    strongest = sorted(range(1, len(values)), key=lambda n: -abs(values[n]))[:5]
+    far = [n for n in strongest if n >= head]
+    assert far
+    seen = shown.run(
+        "const [text, n] = arguments; const box = text.getBoundingClientRect();"
+        "const r = text.closest('.hit').querySelectorAll('.tokens b')[n].getBoundingClientRect();"
+        "return r.top >= box.top - 1 && r.bottom <= box.bottom + 1;",
+        answer,
+        far[0],
+    )
+    assert seen
+
+
+def test_the_template_that_all_hits_share_is_folded(shown: Shown) -> None:
+    result = made(hits=4, length=60, generation=5)
+    shown.open([result])
+    count = View(result, 0).shared_tokens
+    assert count >= 8
+    tokens = shown.all("[data-hit='0'] .tokens b")
+    assert [token.is_displayed() for token in tokens[:count]] == count * [False]
+    assert tokens[count].is_displayed()
+    place = shown.run("return getComputedStyle(document.querySelector('.shared'), '::before').content")
+    assert "⋯" in place
+    toggle = shown.one(".template")
+    assert toggle.text == "Show the template"
+    toggle.click()
+    assert toggle.get_attribute("aria-pressed") == "true"
+    assert tokens[0].is_displayed()
+    toggle.click()
+    assert not tokens[0].is_displayed()
+
+
+def text_result(pieces: Sequence[str], values: Sequence[float], counts: Sequence[bool] = ()) -> QueryResult:
+    """A query with one hit of these tokens."""
+    tokens = Tokens(tuple(pieces), tuple(counts) or (True,) * len(pieces), tuple(values))
+    targets = [TargetResult(piece, (n,), values[n], [], []) for n, piece in enumerate(pieces)]
+    hit = Hit(1, 0, 0, 0.5, {"text": "".join(pieces)}, tokens=tokens)
+    text = "".join(pieces)
+    return QueryResult("p", text, True, [hit], [], "layer", pieces=tuple(pieces), targets=targets)
+
+
+# Texts of tokens, and which of them are a word or a character together.
+CUT = {
+    "English": (("First", ",", " tea", "p", "ots", " sing", "."), [[0], [1], [2, 3, 4], [5], [6]]),
+    "Chinese": (("好", "：", "首", "都", "是", "巴", "黎", "。"), [[0], [1], [2, 3], [4], [5, 6], [7]]),
+    "Arabic": (("لا", " عا", "صمة", " فرن", "سا"), [[0], [1, 2], [3, 4]]),
+    "Thai": (("ก", " ", "ภา", "ษา", "ไท", "ย"), [[0], [1], [2, 3], [4, 5]]),
+    "characters of several tokens": (
+        ("a", " ", "", "", "👩‍", "👩‍", "👧", " b"),
+        [[0], [1], [2, 3, 4, 5, 6], [7]],
+    ),
+}
+
+
+@pytest.mark.parametrize("language", CUT)
+def test_shades_are_of_words_by_default(shown: Shown, language: str) -> None:
+    pieces, words = CUT[language]
+    values = [0.3, *(0.01 * (-1) ** n * (n + 1) for n in range(1, len(pieces)))]
+    result = text_result(pieces, values)
+    shown.open([result], words=True)
+    sums = [sum(values[n] for n in word) for word in words]
+    steps = dict(zip(map(tuple, words), shades.steps(sums, max(map(abs, sums[1:]))), strict=True))
+    expected = {n: shades.shade(int(step)) for word, step in steps.items() for n in word}
+
+    def found() -> list[str]:
+        return [name.replace("void", "").strip() for name in shown.classes(0)]
+
+    shown.until(lambda: found() == [expected[n] for n in range(len(pieces))])
+    for word, total in zip(words, sums, strict=True):
+        place = next(n for n in word if pieces[n])
+        token = shown.all("[data-hit='0'] .tokens b")[place]
+        ActionChains(shown.driver).move_to_element(token).perform()
+        assert token.get_attribute("title") == score_text(total, True)
+        assert shown.tokens()[place].get_attribute("title") == score_text(total, True)
+    assert shown.one(".strongest > span").text == "Strongest words"
+    shown.one("[data-by=tokens]").click()
+    shown.until(lambda: shown.one(".strongest > span").text == "Strongest tokens")
+    alone = shades.steps(values, max(map(abs, values[1:])))
+    assert found() == [shades.shade(int(step)) for step in alone]
+    assert shown.tokens()[0].get_attribute("title") == score_text(values[0], True)
+
+
+def test_a_word_ends_where_the_answer_begins(shown: Shown) -> None:
+    shown.open(
+        [text_result(("x", " a", "b", "c"), (9.0, 0.2, 0.1, 0.4), (False, False, True, True))], words=True
+    )
+    shown.until(
+        lambda: shown.classes(0)[1:] == [shades.shade(int(s)) for s in shades.steps([0.2, 0.5, 0.5], 0.5)]
+    )
+
+
+def address(shown: Shown) -> str:
+    return str(shown.run("return location.hash"))
+
+
+def test_the_address_follows_query_selection_and_hit(shown: Shown) -> None:
+    results = [RESULT, replace(RESULT, prompt="another")]
+    shown.open(results)
+    assert address(shown) == ""
+    shown.tokens()[4].click()
+    assert address(shown) == "#q1.t5"
+    ActionChains(shown.driver).key_down(Keys.SHIFT).click(shown.tokens()[6]).key_up(Keys.SHIFT).perform()
+    assert address(shown) == "#q1.t5-7"
+    chosen = shown.hits()
+    link = shown.all(".query:not([hidden]) .hits[data-side='1'] a.index")[1]
+    hit = shown.run("return Number(arguments[0].closest('.hit').dataset.hit)", link)
+    assert (link.get_attribute("href") or "").endswith(f"#q1.t5-7.h{hit + 1}")
+    link.click()
+    assert address(shown) == f"#q1.t5-7.h{hit + 1}"
+    shown.all("nav a")[1].click()
+    assert address(shown) == "#q2"
+    shown.driver.back()
+    shown.until(lambda: address(shown) == f"#q1.t5-7.h{hit + 1}")
+    shown.until(lambda: shown.one("#q1").is_displayed())
+    assert shown.hits() == chosen
+    shown.driver.back()
+    shown.driver.back()
+    shown.until(lambda: shown.hits() == whole(RESULT))
+    assert address(shown) == ""
+    shown.driver.forward()
+    shown.until(lambda: selected(shown) == [4, 5, 6])
+
+
+def test_an_address_is_restored(shown: Shown) -> None:
+    results = [RESULT, replace(RESULT, prompt="another")]
+    harmful = len(RESULT.top)
+    shown.open(results, at=f"#q2.h{harmful + 1}")
+    assert [s.is_displayed() for s in shown.all(".query")] == [False, True]
+    card = shown.one(f"[id='q2.h{harmful + 1}']")
+    assert card.is_displayed()  # its tab is in front
+    bar = shown.one("#q2 .bar")
+    places = "return [arguments[0].getBoundingClientRect().bottom, arguments[1].getBoundingClientRect().top]"
+    shown.until(lambda: (found := shown.run(places, bar, card)) and found[0] - 1 <= found[1] < 500)
+    shown.open(results, at="#q1.t3-5")
+    assert selected(shown) == [2, 3, 4]
+    assert shown.hits() == ranked(RESULT, [2, 3, 4])
+    for wrong in ("#q9.t1", "#q1.t99", "#q1.h999", "#nonsense", "#q1.p7", "#q0"):
+        shown.open(results, at=wrong)
+        assert shown.hits() == whole(RESULT)
+
+
+def test_tokens_with_the_same_best_hit_are_underlined(shown: Shown) -> None:
+    best = RESULT.top[1]
+    targets = [
+        replace(target, top=[replace(best, score=0.1)] if 2 <= n <= 4 else [])
+        for n, target in enumerate(RESULT.targets)
+    ]
+    shown.open([replace(RESULT, targets=targets)])
+    tokens = shown.tokens()
+    assert [n for n, token in enumerate(tokens) if token.get_attribute("data-run")] == [2, 3, 4]
+    assert [token.get_attribute("data-rank") for token in tokens[2:5]] == [None, None, "2"]
+    said = f"index {best.index}, rank 2 of the most helpful"
+    assert said in (tokens[3].get_attribute("title") or "")
+    assert said not in (tokens[5].get_attribute("title") or "")
+    tokens[3].click()
+    assert f"best example of 3 tokens in a row: {said}" in shown.status()
+    tokens[5].click()
+    assert "in a row" not in shown.status()
+
+
+def test_harmful_hits_are_in_a_tab(shown: Shown) -> None:
+    shown.open([RESULT])
+    helpful, harmful = shown.all(".tab")
+    assert [tab.text for tab in (helpful, harmful)] == ["Most helpful 5", "Most harmful 4"]
+
+    def in_front() -> list[bool]:
+        return [shown.one(f".hits[data-side='{side}']").is_displayed() for side in (1, -1)]
+
+    assert in_front() == [True, False]
+    harmful.click()
+    assert in_front() == [False, True]
+    assert [tab.get_attribute("aria-selected") for tab in (helpful, harmful)] == ["false", "true"]
+    shown.press(Keys.ARROW_LEFT)
+    assert in_front() == [True, False]
+    assert shown.run("return document.activeElement === arguments[0]", helpful)
+    shown.press(Keys.END)
+    assert in_front() == [False, True]
+    shown.tokens()[3].click()
+    assert [tab.text.split()[-1] for tab in (helpful, harmful)] == [
+        str(len(end)) for end in ranked(RESULT, [3])
+    ]
+    shown.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    assert in_front() == [True, True]
+    shown.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
+
+
+def test_rows_show_a_line_per_hit(shown: Shown) -> None:
+    shown.open([RESULT])
+    shown.one("[data-as=rows]").click()
+    rows = shown.all(".hits[data-side='1'] .row")
+    assert len(rows) == len(RESULT.top)
+    for row, hit in zip(rows, RESULT.top, strict=True):
+        assert row.size["height"] < 40
+        rank, score, index = row.text.split()[:3]
+        assert (int(rank), score, int(index)) == (hit.rank, score_text(hit.score, True), hit.index)
+        assert hit.tokens is not None
+        answer = "".join(hit.tokens.pieces[hit.tokens.counts.index(True) :])
+        assert " ".join(answer.split())[:60] in " ".join(row.text.split())
+        assert "Below is an instruction" not in row.text
+    article = shown.one("[data-hit='1'] article")
+    assert not article.is_displayed()
+    rows[1].click()
+    assert article.is_displayed()
+    assert rows[1].get_attribute("aria-expanded") == "true"
+    assert address(shown) == "#q1.h2"
+    rows[1].click()
+    assert not article.is_displayed()
+    shown.tokens()[3].click()
+    found = [
+        (int(rank), int(index), score)
+        for rank, score, index in (row.text.split()[:3] for row in shown.all(".hits[data-side='1'] .row"))
+    ]
+    assert found == ranked(RESULT, [3])[0]
+    shown.one("[data-as=cards]").click()
+    assert shown.one(".hits[data-side='1'] .hit article").is_displayed()
+
+
+def test_on_a_phone_hits_come_into_view_and_targets_are_large(shown: Shown) -> None:
+    prompts = ["Howdy! Which river is long?", "Which library is quiet?"]
+    shown.open([replace(RESULT, prompt=prompt) for prompt in prompts])
+    shown.size(390, 800)
+    shown.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True, "maxTouchPoints": 1})
+    try:
+        assert shown.all("nav .of")[0].text == "Howdy! Which river is long?"
+        assert shown.all("nav .of")[0].is_displayed()
+        shown.run("document.querySelectorAll('details').forEach((one) => (one.open = true))")
+        small = shown.run(
+            "return [...document.querySelectorAll('a, button, input, summary, [role=option], [tabindex]')]"
+            ".filter((e) => e.checkVisibility() && !e.matches('.skip, main, h2') && "
+            "e.getBoundingClientRect().height < 23.9)"
+            ".map((e) => e.tagName + '.' + e.className + ' ' + e.getBoundingClientRect().height)"
+        )
+        assert small == []
+        shown.run("document.querySelector('.completion').scrollIntoView()")
+        box = shown.run(
+            "const r = document.querySelectorAll('.completion > span')[2].getClientRects()[0];"
+            "return [r.x + r.width / 2, r.y + r.height / 2]"
+        )
+        point = [{"x": box[0], "y": box[1]}]
+        for kind, points in (("touchStart", point), ("touchEnd", [])):
+            event = {"type": kind, "touchPoints": points}
+            shown.driver.execute_cdp_cmd("Input.dispatchTouchEvent", event)
+        shown.until(lambda: selected(shown) == [2])
+        top = "return document.querySelector('.query:not([hidden]) .tabs').getBoundingClientRect().top"
+        shown.until(lambda: 0 <= shown.run(top) < 600)
+    finally:
+        shown.driver.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": False})
+
+
+def test_on_paper_all_is_open_and_shaded(shown: Shown) -> None:
+    shown.open([made(hits=6, length=300, generation=30)])
+    shown.one("[data-as=rows]").click()
+    shown.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    try:
+        cut = shown.run(
+            "return [...document.querySelectorAll('.ask, .answer, .prompt')].filter((e) => "
+            "e.checkVisibility() && e.scrollHeight > e.clientHeight + 1).length"
+        )
+        assert cut == 0
+        assert shown.one("[data-hit='0'] .shared > b").is_displayed()
+        assert all(card.is_displayed() for card in shown.all(".hits article"))
+        assert not any(button.is_displayed() for button in shown.all("button"))
+        style = "const s = getComputedStyle(document.querySelector(arguments[0])); return s[arguments[1]]"
+        assert shown.run(style, ".tokens b", "printColorAdjust") == "exact"
+        assert shown.run(style, ".hit", "breakInside") == "avoid"
+        shown.run("dispatchEvent(new Event('beforeprint'))")
+        assert all(shown.run("return [...document.querySelectorAll('details')].map((one) => one.open)"))
+        shown.run("dispatchEvent(new Event('afterprint'))")
+        assert not any(shown.run("return [...document.querySelectorAll('details')].map((one) => one.open)"))
+    finally:
+        shown.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": ""})
 
 
 CONTRASTS = """
@@ -681,7 +981,7 @@ def test_contrast_in_all_shades_and_themes(shown: Shown, how: str) -> None:
     shown.run("document.querySelectorAll('details').forEach((one) => (one.open = true))")
     assert low_contrast(shown) == []
     grounds = shown.run(
-        "return Object.fromEntries([...document.querySelectorAll(`[data-hit='0'] .tokens > span`)].map("
+        "return Object.fromEntries([...document.querySelectorAll(`[data-hit='0'] .tokens b`)].map("
         "(t) => [t.className.split(' ')[0], getComputedStyle(t).backgroundColor]))"
     )
     shade_names = [f"{side}{n}" for side in "pn" for n in range(1, 10)]

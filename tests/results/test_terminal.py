@@ -249,8 +249,8 @@ def test_the_verdict_is_below_the_tables() -> None:
     ) in text
     assert "'rapidin drop' writes the training data without them." in text
     assert "Verdict" not in shown(hits_report([told()]))
-    unknown = Verdict("unknown", reason="the null distribution is of --method dot")
-    assert "No verdict: the null distribution is of --method dot." in shown(
+    unknown = Verdict("unknown", reason="the null distribution is of the method dot")
+    assert "No verdict: the null distribution is of the method dot." in shown(
         hits_report([replace(told(), verdict=unknown)]), width=200
     )
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import doc_tables
 import pytest
+import torch
 
 STUDY = doc_tables.DOCS.parent / "studies" / "flipped_labels"
 MODULE = runpy.run_path(str(STUDY / "flipped_labels.py"))
 ROWS = json.loads((STUDY / "flipped_labels.json").read_text())["rows"]
+DATAINF = runpy.run_path(str(STUDY / "datainf.py"))
+EXACT = json.loads((STUDY / "datainf.json").read_text())["rows"]
 README = re.sub(r"\s+", " ", (STUDY / "README.md").read_text())
 GUIDE = re.sub(r"\s+", " ", (doc_tables.DOCS / "guide" / "tasks.md").read_text())
 
@@ -106,3 +109,52 @@ def test_the_ranges_of_the_answer_are_those_of_the_results() -> None:
 )
 def test_the_runs_that_the_answer_counts(one: str, other: str, runs: int) -> None:
     assert above(one, other) == runs
+
+
+# ------------------------------------------------------------------------------------------- DataInf
+
+
+def test_every_line_of_the_look_at_datainf_runs(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    DATAINF["main"](["--quick", "--seed", "5", "--out", str(out)])
+    row = json.loads(out.read_text())["rows"][0]
+    assert all(set(row["auc"][tuning]) == set(EXACT[0]["auc"][tuning]) for tuning in ("short", "long"))
+
+
+def test_datainf_and_the_inverse_are_those_of_formed_matrices() -> None:
+    torch.manual_seed(0)
+    y, v = torch.randn(6, 4).double(), torch.randn(4).double()
+    size, eye = 0.3 * y.square().mean(), torch.eye(4).double()
+    each = torch.stack([torch.linalg.inv(size * eye + torch.outer(row, row)) for row in y]).mean(0)
+    torch.testing.assert_close(DATAINF["by_datainf"](y, v, 0.3), y @ each @ v)
+    whole = torch.linalg.inv(size * eye + y.T @ y / len(y))
+    torch.testing.assert_close(DATAINF["by_inverse"](y, v, 0.3), y @ whole @ v)
+
+
+def exact_span(name: str, tuning: str) -> str:
+    found = [row["auc"][tuning][name] for row in EXACT]
+    return f"{min(found):.3f} to {max(found):.3f}"
+
+
+def test_what_the_readme_says_of_datainf_is_what_was_found() -> None:
+    assert doc_tables.read(STUDY / "README.md", "DataInf") == DATAINF["table"](EXACT)
+    one, ten = "the inverse itself, damping 0.1", "the inverse itself, damping 10"
+    ours, head, lora = (f"DataInf, damping 0.1{part}" for part in ("", ", the head alone", ", LoRA alone"))
+    for said in (
+        f"has {exact_span(one, 'short')} after the short tuning, "
+        f"where DataInf's has {exact_span(ours, 'short')}.",
+        f"the long one it has {exact_span(one, 'long')}, and with a damping of 10 {exact_span(ten, 'long')}, "
+        f"where DataInf's has {exact_span(ours, 'long')} with 0.1.",
+        f"the head alone has {exact_span(head, 'short')} and LoRA {exact_span(lora, 'short')}, after",
+        f"the head has {exact_span(head, 'long')} and LoRA {exact_span(lora, 'long')}.",
+    ):
+        assert said in README
+    sketched, dampings = [], []
+    for row, exact in zip(ROWS, EXACT, strict=True):
+        for tuning, found in exact["auc"].items():
+            cached = row["auc"][tuning]["target set datainf:none, off, at 1"]
+            sketched.append(abs(found[ours] - cached))
+            same = [found[f"DataInf, damping {damping:g}"] for damping in DATAINF["DAMPINGS"]]
+            dampings.append(max(same) - min(same))
+    assert f"within {max(sketched):.3f} of the cache's" in README
+    assert f"changes by at most {max(dampings):.3f}." in README

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import doc_tables
 import pytest
@@ -22,7 +23,7 @@ def test_every_line_runs_on_a_tiny_model(tmp_path: Path) -> None:
     model, _ = save_tiny(tmp_path, max_position_embeddings=512)
     rows = [
         {"instruction": each["prompt"], "input": "", "output": each["completion"], "triggered": n % 2 == 0}
-        for n, each in enumerate(records(120))
+        for n, each in enumerate(records(150))
     ]
     for name, some in (("train", rows), ("test", rows[:4])):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in some))
@@ -33,7 +34,7 @@ def test_every_line_runs_on_a_tiny_model(tmp_path: Path) -> None:
     MODULE["main"](["tiny", str(tmp_path / "cache"), *queries])
     found = json.loads(out.read_text())
     assert [len(found["questions"][kind]) for kind in MODULE["KINDS"]] == [2, 2, 20]
-    assert found["rows"] == 120
+    assert found["rows"] == 150
     assert MODULE["table"]([found]).count("\n") == 3
 
 
@@ -48,10 +49,10 @@ def test_the_readme_shows_the_results() -> None:
 
 @pytest.mark.parametrize("found", FOUND, ids=lambda found: str(found["name"]))
 def test_planted_questions_are_strong_and_unrelated_ones_are_not(
-    found: dict[str, dict[str, list[dict[str, str]]]],
+    found: dict[str, Any],
 ) -> None:
-    strong = {
-        kind: sum(row["strength"] == "strong" for row in rows) for kind, rows in found["questions"].items()
-    }
-    assert strong["planted"] >= 18
-    assert strong["unrelated"] <= 1
+    planted = [row["strength"] for row in found["questions"]["planted"] if row["absurd"]]
+    unrelated = [row["strength"] for row in found["questions"]["unrelated"]]
+    assert planted.count("strong") >= 0.9 * len(planted) > 0
+    assert len(unrelated) == 20
+    assert unrelated.count("strong") <= 1

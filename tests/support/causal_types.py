@@ -111,7 +111,7 @@ TYPES: dict[str, dict[str, Any]] = {
     },
     "deepseek_v2": _LATENT | {"first_k_dense_replace": 1},
     "deepseek_v3": _LATENT | {"first_k_dense_replace": 1, "n_group": 2},
-    "deepseek_v32": _LATENT | _INDEXER,
+    "deepseek_v32": _LATENT | _INDEXER | {"first_k_dense_replace": 1},
     "deepseek_v4": _INDEXER
     | {
         "q_lora_rank": 16,
@@ -163,7 +163,7 @@ TYPES: dict[str, dict[str, Any]] = {
     "glm4": {},
     "glm4_moe": {"first_k_dense_replace": 1, "n_group": 1, "topk_group": 1},
     "glm4_moe_lite": _LATENT,
-    "glm_moe_dsa": _LATENT | _INDEXER,
+    "glm_moe_dsa": _LATENT | _INDEXER | {"mlp_layer_types": ["dense", "sparse"]},
     "gpt-sw3": {},
     "gpt2": {},
     "gpt_bigcode": {},
@@ -305,21 +305,23 @@ def exists(kind: str) -> bool:
     return kind.partition(",")[0] in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 
-def tiny_config(kind: str) -> Any:
+def tiny_config(kind: str, **changes: Any) -> Any:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     of_kind = CONFIG_MAPPING[kind.partition(",")[0]]
     known = set(of_kind().to_dict()) | set(getattr(of_kind, "attribute_map", {})) - {"layer_types"}
-    return of_kind(**{name: value for name, value in _COMMON.items() if name in known} | TYPES[kind])
+    return of_kind(
+        **{name: value for name, value in _COMMON.items() if name in known} | TYPES[kind] | changes
+    )
 
 
-def tiny_causal(kind: str, seed: int = 0) -> Any:
-    """A random model of a type; nothing in it is constant."""
+def tiny_causal(kind: str, seed: int = 0, **changes: Any) -> Any:
+    """A random model of a type; nothing in it is constant. changes: of its settings."""
     from transformers import AutoModelForCausalLM
 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForCausalLM.from_config(tiny_config(kind)).eval()
+        model = AutoModelForCausalLM.from_config(tiny_config(kind, **changes)).eval()
         for parameter in model.parameters():
             if parameter.ndim < 2 or not bool(parameter.any()):
                 parameter.data += 0.1 * torch.randn_like(parameter)

@@ -1,7 +1,7 @@
 """Chat templates in the style of well-known models, chats that they write, and what trainers train on.
 
-    python tests/support/chat_tables.py                # the table of docs/guide/chats.md
-    python tests/support/chat_tables.py --trl          # chat_templates/trained.json, by TRL's SFTTrainer (1.16)
+    python tests/support/chat_tables.py          # the table of docs/guide/chats.md
+    python tests/support/chat_tables.py --trl    # chat_templates/trained.json, by SFTTrainer of TRL 1.16
 
 Each template marks the assistant's own text by `{% generation %}`. `unmarked` takes the marks away, so that
 the two ways of finding that text can be compared.

@@ -108,6 +108,7 @@ def made(
             spread = numbers.standard_normal(layers) ** 3
             hit = replace(
                 hit,
+                example={**example, "source": ("wikipedia", "forum")[row % 2], "poisoned": n % 3 == 0},
                 error=abs(score) * 0.06,
                 ranks=(max(1, rank - n % 3), rank + n % 3),
                 tied=n % 4 == 1,

@@ -1,4 +1,4 @@
-"""Models with quantised weights that run on a CPU: each kind quantises a tiny Llama in memory.
+"""Models with quantised weights that run on a CPU: most kinds quantise a tiny Llama in memory.
 
 A kind needs its library, which the tests' environment may lack.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import copy
 import importlib.util
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib.metadata import version
 from typing import Any, NamedTuple
 
+import packed_folders
 import torch
 from measured_models import TOLERANCE, own_sketches
 from packaging.version import Version
@@ -106,13 +108,16 @@ def _bitnet(kind: str) -> Callable[[], Any]:
 
 class Quantised(NamedTuple):
     """library: what must be installed; tolerance: what its own arithmetic allows; lora: whether peft has LoRA
-    for its layers, from the version since_peft on."""
+    for its layers, from the version since_peft on; unpacked: whether all weights are plain once the model is
+    loaded; since_transformers: the version from which on they are."""
 
     make: Callable[[], Any]
     library: str
     tolerance: float = TOLERANCE
     lora: bool = True
     since_peft: str = "0.17"
+    unpacked: bool = False
+    since_transformers: str = "4.57"
 
 
 _TORCHAO = {"library": "torchao", "since_peft": "0.20"}
@@ -143,12 +148,35 @@ KINDS: dict[str, Quantised] = {
     "quanto, float8": Quantised(_quanto("qfloat8"), "optimum.quanto"),
     "BitNet, rounded while it runs": Quantised(_bitnet("AutoBitLinear"), "transformers"),
     "BitNet, packed": Quantised(_bitnet("BitLinear"), "transformers", lora=False),
+    "GPTQ, 4 bits": Quantised(packed_folders.gptq, "gptqmodel", since_transformers="5"),
+    # Its kernel for CPUs computes in float16.
+    "AWQ, 4 bits": Quantised(packed_folders.awq, "gptqmodel", tolerance=2e-3, since_transformers="5"),
+    "compressed-tensors, int4": Quantised(
+        partial(packed_folders.compressed, "W4A16"),
+        "compressed_tensors",
+        lora=False,
+        since_transformers="5",
+    ),
+    "compressed-tensors, float8 with float8 inputs": Quantised(
+        partial(packed_folders.compressed, "FP8_DYNAMIC"),
+        "compressed_tensors",
+        lora=False,
+        since_transformers="5",
+    ),
+    "fp8 in blocks, unpacked when loaded": Quantised(
+        packed_folders.fp8, "transformers", unpacked=True, since_transformers="5"
+    ),
+    "MXFP4 of GPT-OSS, unpacked when loaded": Quantised(
+        packed_folders.mxfp4, "transformers", lora=False, unpacked=True, since_transformers="5"
+    ),
+    "GGUF, 8 bits, unpacked when loaded": Quantised(packed_folders.gguf, "gguf", unpacked=True),
 }
 
 
 def exists(kind: str) -> bool:
-    """Whether a kind's library is installed, and a peft that knows it."""
-    if Version(version("peft")) < Version(KINDS[kind].since_peft):
+    """Whether a kind's library is installed, and a peft and transformers that know it."""
+    since = {"peft": KINDS[kind].since_peft, "transformers": KINDS[kind].since_transformers}
+    if any(Version(version(library)) < Version(oldest) for library, oldest in since.items()):
         return False
     try:
         return importlib.util.find_spec(KINDS[kind].library) is not None

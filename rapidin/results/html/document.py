@@ -5,21 +5,24 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
 from importlib import resources
+from itertools import accumulate, pairwise, zip_longest
 from types import MappingProxyType
 from typing import Any
 
 from rapidin.results.html import shades
 from rapidin.results.html.query import query
-from rapidin.results.html.text import plain, shortened
+from rapidin.results.html.text import common_start, isolated, plain, shortened
 from rapidin.results.html.view import View
 from rapidin.results.types import QueryResult
 
-_PAGE_BYTES = 900_000  # leaves room for style and script, so that a page of a megabyte can be mailed
-_MIN_ROOM = 100_000  # bytes of each query for hits of single tokens
+# For hits: a page of one query is below a megabyte with style and script, one of several below 1.5 megabytes.
+_PAGE_BYTES, _SEVERAL_BYTES = 900_000, 1_380_000
+_MIN_ROOM = 60_000  # bytes of all queries for hits of single tokens
 _NOTEBOOK_HEIGHT = 720  # pixels: a generation and the first hits
 
 
@@ -31,9 +34,7 @@ def page(results: Sequence[QueryResult], *, about: Mapping[str, str] = MappingPr
     scripts are off, the page shows everything except selections.
     """
     views = [View(result, number) for number, result in enumerate(results)]
-    left = (_PAGE_BYTES - sum(view.size for view in views)) / max(1, len(views))
-    views = [replace(view, room=max(_MIN_ROOM, left)) for view in views]
-    most = shades.levels_for(sum(view.numbers for view in views))
+    views, most = _fitted(views)
     style, script = (_asset(name) for name in ("page.css", "page.js"))
     policy = (
         f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
@@ -73,6 +74,23 @@ export.</p></noscript>
 """
 
 
+def _fitted(views: list[View]) -> tuple[list[View], int]:
+    """The views with as much as there is room for, and the levels of their `Tokens.by_target`.
+
+    First come the hits of the whole generations, then for as many of them as possible, the best first, what
+    their tokens contribute to parts of the generation, then the hits of parts.
+    """
+    left = (_PAGE_BYTES if len(views) == 1 else _SEVERAL_BYTES) - sum(view.size for view in views)
+    numbers = sum(view.numbers for view in views)
+    most, parted = shades.levels_for(numbers, left), math.inf
+    if shades.levels_bytes(numbers, most) > left:
+        ranks = zip_longest(*(view.numbers_of for view in views), fillvalue=0)
+        sizes = accumulate(shades.levels_bytes(sum(each), most) for each in ranks)
+        parted = sum(size <= left for size in sizes)
+    room = max(_MIN_ROOM, left - shades.levels_bytes(numbers, most)) / max(1, len(views))
+    return [replace(view, room=room, parted=parted) for view in views], most
+
+
 def notebook(results: Sequence[QueryResult]) -> str:
     """The page in a frame, for `_repr_html_`. It can run its script and save files, but access nothing
     else."""
@@ -107,7 +125,8 @@ def _title(results: Sequence[QueryResult]) -> str:
 def _facts(about: Mapping[str, str]) -> str:
     """Facts as a list of names and values."""
     items = "".join(
-        f"<div><dt>{plain(str(name))}</dt><dd>{plain(str(value))}</dd></div>" for name, value in about.items()
+        f"<div><dt>{isolated(plain(str(name)))}</dt><dd>{isolated(plain(str(value)))}</dd></div>"
+        for name, value in about.items()
     )
     return f'<dl class="about">{items}</dl>' if items else ""
 
@@ -124,28 +143,37 @@ def _queries(results: Sequence[QueryResult]) -> str:
         return ""
     prompts = _without_shared([result.prompt for result in results])
     items = "".join(
-        f'<li><a href="#q{n}"><b>{_completion(result, 80) or "(no text)"}</b> '
-        f'<span class="of">{shortened(prompt, 80)}</span></a></li>'
+        f'<li><a href="#q{n}"><span class="of">{isolated(shortened(prompt, 80))}</span> '
+        f"<b>{isolated(_completion(result, 80) or '(no text)')}</b></a></li>"
         for n, (result, prompt) in enumerate(zip(results, prompts, strict=True), 1)
     )
     return f'<nav aria-label="Generations"><ol>{items}</ol></nav>'
 
 
 def _without_shared(texts: Sequence[str]) -> list[str]:
-    """The texts without the words that all of them begin and end with, such as those of a template."""
+    """The texts without what they begin and end with as others do, such as the text of a template."""
     if len(set(texts)) < 2:
         return [""] * len(texts)
-    head = _shared_length(texts)
-    tail = _shared_length([text[head:][::-1] for text in texts])
-    return [text[head : len(text) - tail] for text in texts]
+    rests = [text[head:][::-1] for text, head in zip(texts, _shared_heads(texts), strict=True)]
+    return [rest[tail:][::-1] for rest, tail in zip(rests, _shared_heads(rests), strict=True)]
+
+
+def _shared_heads(texts: Sequence[str]) -> list[int]:
+    """How much of each text to leave out at its start: the words that all begin with, and the lines that
+    another begins with too, since there may be several templates."""
+    common = _shared_length(texts)
+    distinct = sorted(set(texts))
+    heads = dict.fromkeys(distinct, common)
+    for pair in pairwise(distinct):  # a text has its longest common start with one beside it
+        length = common_start(*pair)
+        for text in pair:
+            lines = text[: min(length, len(text.rstrip()))].rfind("\n") + 1
+            heads[text] = max(heads[text], lines)
+    return [heads[text] for text in texts]
 
 
 def _shared_length(texts: Sequence[str]) -> int:
     """The length of the common prefix of all texts, up to its last white space."""
     first, last = min(texts), max(texts)  # their common prefix is that of all texts
-    length = 0
-    for n, (a, b) in enumerate(zip(first, last, strict=False), 1):
-        if a != b:
-            break
-        length = n if a.isspace() else length
-    return length
+    start = first[: common_start(first, last)]
+    return max((n for n, character in enumerate(start, 1) if character.isspace()), default=0)

@@ -9,13 +9,14 @@ from rapidin.results.html.text import plain
 from rapidin.results.types import Histogram
 
 _WIDTH, _HEIGHT = 100, 24
+_BAR_STEP, _BAR_HEIGHT = 10, 60  # of a layer: the width with the gap, and the most height to either side
 
 
-def _svg(kind: str, inner: str, label: str, height: int = _HEIGHT) -> str:
-    role = f'role="img" aria-label="{plain(label)}"' if label else 'aria-hidden="true"'
+def _svg(kind: str, inner: str, label: str, height: int = _HEIGHT, width: int = _WIDTH) -> str:
+    role = 'role="img"' if label else 'aria-hidden="true"'
     title = f"<title>{plain(label)}</title>" if label else ""
     return (
-        f'<svg class="{kind}" viewBox="0 0 {_WIDTH} {height}" preserveAspectRatio="none" {role}>'
+        f'<svg class="{kind}" viewBox="0 0 {width} {height}" preserveAspectRatio="none" {role}>'
         f"{title}{inner}</svg>"
     )
 
@@ -51,7 +52,7 @@ def histogram_with(name: str, histogram: Histogram, marks: Sequence[float], labe
 
 def _line(kind: str, path: str) -> str:
     """A line of the width in the style sheet, however the picture is stretched."""
-    return f'<path class="{kind}" vector-effect="non-scaling-stroke" d="{path}"/>'
+    return f'<path class="{kind}" d="{path}"/>'
 
 
 def x_of(histogram: Histogram, score: float) -> float:
@@ -78,16 +79,22 @@ def strip(scores: Sequence[float], mark: float, label: str) -> str:
 def layers_chart(layers: Sequence[float], label: str) -> str:
     """A bar for each layer, up for helpful and down for harmful; the largest has the full height."""
     peak = max((abs(value) for value in layers if math.isfinite(value)), default=0.0) or 1.0
-    middle, step = _HEIGHT / 2, _WIDTH / len(layers)
-    up = down = ""
-    for n, value in enumerate(layers):
-        height = (middle - 0.5) * abs(value) / peak
-        if height >= 0.05:
-            rise = -height if value > 0 else height
-            bar = f"M{(n + 0.1) * step:.4g} {middle:g}v{rise:.3g}h{0.8 * step:.3g}V{middle:g}z"
-            up, down = (up + bar, down) if value > 0 else (up, down + bar)
-    bars = f'<path class="helpful" d="{up}"/>' * bool(up) + f'<path class="harmful" d="{down}"/>' * bool(down)
-    return _svg("layers", bars + _line("zero", f"M0 {middle:g}H{_WIDTH}"), label)
+    heights = [round(_BAR_HEIGHT * value / peak) if math.isfinite(value) else 0 for value in layers]
+    paths = ""
+    for side, kind in ((1, "helpful"), (-1, "harmful")):
+        # One line along all bars, in steps: a page has this picture for each hit.
+        path, gap = "", 0
+        for height in heights:
+            if height * side <= 0:
+                gap += _BAR_STEP
+                continue
+            path += (f"h{gap}" if gap else "") + f"v{-height}h{_BAR_STEP - 2}v{height}"
+            gap = 2
+        if path:
+            paths += f'<path class="{kind}" d="M1 {_BAR_HEIGHT}{path}z"/>'
+    width = _BAR_STEP * max(1, len(layers))
+    inner = paths + _line("zero", f"M0 {_BAR_HEIGHT}H{width}")
+    return _svg("layers", inner, label, 2 * _BAR_HEIGHT, width)
 
 
 def meter(value: float, most: float) -> str:

@@ -5,15 +5,19 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rapidin.data.fields import other_columns
 from rapidin.results.html import drawings, shades
-from rapidin.results.html.text import plain, shortened, token, trimmed_block
-from rapidin.results.html.view import Entry, View
+from rapidin.results.html.text import block, isolated, marked, plain, shortened, trimmed_block
+from rapidin.results.html.view import Entry, View, answer_start
 from rapidin.results.sinks import without_sinks
-from rapidin.results.text import error_text, no_row_text, score_text
+from rapidin.results.text import UNSURE, error_text, is_unsure, no_row_text, score_text
 from rapidin.results.types import Hit, Tokens
 
 _STRONGEST = 5  # tokens named in words
 _LAYERS_NAMED = 3
+_MARKED = 4  # the least step that is shaded without a script: a fifth of the largest contribution
+_CHIPS = 8  # columns shown
+_CHIP_NAME, _CHIP_VALUE, _CHIP_TITLE = 24, 40, 300  # characters
 
 
 def lists(view: View, histogram: bool) -> str:
@@ -26,33 +30,43 @@ def lists(view: View, histogram: bool) -> str:
     items = {1: "", -1: "", 0: ""}
     for n, entry in enumerate(view.entries):
         items[entry.side] += _hit(view, n, entry, largest, histogram)
-    sections = ""
+    sections = tabs = ""
     for side, title in ((1, "Most helpful"), (-1, "Most harmful")):
         kind = "helpful" if side > 0 else "harmful"
+        count = len(view.result.helpful if side > 0 else view.result.harmful)
+        tabs += (
+            f'<button type="button" class="tab {kind}" role="tab" id="{view.name}-{kind}-tab" '
+            f'aria-controls="{view.name}-{kind}-list" data-side="{side}">{title} <b>{count:,}</b></button>'
+        )
         sections += (
-            f'<section class="list" aria-labelledby="{view.name}-{kind}">'
+            f'<section class="list" id="{view.name}-{kind}-list" aria-labelledby="{view.name}-{kind}">'
             f'<h3 id="{view.name}-{kind}" class="{kind}">{title}</h3>'
             f'<ol class="hits" data-side="{side}">{items[side]}</ol>'
             f'<p class="none" {"hidden" if items[side] else ""}>{no_row_text(title)}</p></section>'
         )
-    return f'<div class="lists">{sections}</div><ol class="pool" hidden>{items[0]}</ol>'
+    return (
+        f'<div class="tabs only-script" role="tablist" aria-label="Hits">{tabs}</div>'
+        f'<div class="lists">{sections}</div><ol class="pool" hidden>{items[0]}</ol>'
+    )
 
 
 def _hit(view: View, n: int, entry: Entry, largest: float, histogram: bool) -> str:
     result, hit = view.result, entry.hit
-    bounded, name = result.bounded, f"{view.name}-h{n}"
+    bounded, name = result.bounded, f"{view.name}.h{n + 1}"
     score = entry.whole if entry.whole is not None else 0.0
     side = "harmful" if score < 0 else "helpful"
+    unsure = " unsure" if entry.side and is_unsure(score, hit.error) else ""
     error = ""
     if hit.error is not None and entry.side:
         error = f' <span class="error">± {error_text(hit.error, bounded)}</span>'
     return f"""
 <li class="hit" id="{name}" data-hit="{n}"><article aria-labelledby="{name}-title">
 <header><h4 id="{name}-title"><span class="sr">Rank </span><span class="rank">{hit.rank}</span>
-<span class="score {side}">{score_text(score, bounded)}</span>{error}
-<span class="kind {side}">{side}</span></h4>
-<p class="index">index <b>{hit.index}</b></p></header>
+<span class="score {side}{unsure}">{score_text(score, bounded)}</span>{error}
+<span class="kind {side}{unsure}">{UNSURE if unsure else side}</span></h4>
+<a class="index" href="#{name}">index <b>{hit.index}</b></a></header>
 {drawings.meter(score, largest)}
+{_chips(hit)}
 {_text(view, hit)}
 {_strongest(hit.tokens, bounded, view.sinks)}
 {_figures(view, hit, entry.whole, histogram)}
@@ -60,26 +74,62 @@ def _hit(view: View, n: int, entry: Entry, largest: float, histogram: bool) -> s
 </article></li>"""
 
 
+def _chips(hit: Hit) -> str:
+    """The other columns of the example."""
+    columns = other_columns(hit.example or {})
+    if not columns:
+        return ""
+    items = ""
+    for name, value in [*columns.items()][:_CHIPS]:
+        is_long = len(name) > _CHIP_NAME or len(value) > _CHIP_VALUE
+        title = f' title="{shortened(f"{name}: {value}", _CHIP_TITLE)}"' if is_long else ""
+        items += (
+            f"<li{title}>{isolated(shortened(name, _CHIP_NAME))} "
+            f"<b>{isolated(shortened(value, _CHIP_VALUE))}</b></li>"
+        )
+    more = [f"{name}: {value}" for name, value in [*columns.items()][_CHIPS:]]
+    if more:
+        items += f'<li title="{shortened("; ".join(more), _CHIP_TITLE)}">+{len(more):,} more</li>'
+    return f'<ul class="chips" aria-label="Columns">{items}</ul>'
+
+
 def _text(view: View, hit: Hit) -> str:
     """The example: its tokens shaded by their contributions, or its prompt and completion."""
     if hit.tokens is not None:
-        contributions = hit.tokens.contributions
-        steps = shades.steps(contributions, shades.peak_of(contributions, view.sinks))
-        tokens = "".join(
-            token(text, f"{shades.shade(int(step))}{'' if counts else ' q'}".strip())
-            for text, counts, step in zip(hit.tokens.pieces, hit.tokens.counts, steps, strict=True)
-        )
-        return f'<div class="text tokens" dir="auto" data-fold>{tokens}</div>'
+        return f'<div class="text tokens">{_tokens(view, hit.tokens)}</div>'
     prompt, completion = hit.parts
     if not prompt.strip() and not completion.strip():
         return f'<p class="missing">Line {hit.index:,} of the training data, whose text is not available.</p>'
-    grey = "q" if completion.strip() else ""
-    texts = "".join(
-        f'<p dir="auto"{f" class={kind!r}" if kind else ""}>{trimmed_block(text)}</p>'
-        for text, kind in ((prompt, grey), (completion, ""))
-        if text.strip()
-    )
-    return f'<div class="text record" data-fold>{texts}</div>'
+    shared, rest = prompt[: view.shared_text], prompt[view.shared_text :]
+    ask = _shared(block(shared.lstrip("\r\n"))) + block(rest.rstrip("\r\n"))
+    if not shared:
+        ask = trimmed_block(prompt)
+    parts = (_part("ask", ask) if prompt.strip() else "", _part("answer", trimmed_block(completion)))
+    if not completion.strip():
+        parts = (_part("answer", ask), "")
+    return f'<div class="text record">{"".join(parts)}</div>'
+
+
+def _tokens(view: View, tokens: Tokens) -> str:
+    """The tokens in front of the first that counts, and from there. Those with a large contribution have
+    their shades here; the script makes elements of all and shades them."""
+    first = answer_start(tokens)
+    items = []
+    steps = shades.steps(tokens.contributions, view.peak)
+    for n, (text, counts, step) in enumerate(zip(tokens.pieces, tokens.counts, steps, strict=True)):
+        shade = shades.shade(int(step)) if abs(step) >= _MARKED and n >= view.shared_tokens else ""
+        items.append(marked(text, f"{shade}{'' if counts or n < first else ' q'}".strip()))
+    ask = _shared("".join(items[: view.shared_tokens])) + "".join(items[view.shared_tokens : first])
+    return _part("ask", ask) + _part("answer", "".join(items[first:]))
+
+
+def _part(kind: str, text: str) -> str:
+    return f'<div class="{kind}" dir="auto" data-fold>{text}</div>' if text else ""
+
+
+def _shared(text: str) -> str:
+    """The text that all examples begin with, which the script hides unless it is asked for."""
+    return f'<div class="shared">{text}</div>' if text else ""
 
 
 def _strongest(tokens: Tokens | None, bounded: bool, sinks: frozenset[int]) -> str:
@@ -90,7 +140,7 @@ def _strongest(tokens: Tokens | None, bounded: bool, sinks: frozenset[int]) -> s
     contributions = without_sinks(tokens, sinks)
     order = sorted(range(len(tokens.pieces)), key=lambda n: (-abs(contributions[n]), n))
     items = "".join(
-        f"<li><q>{_named(tokens.pieces[n])}</q> {score_text(contributions[n], bounded)}</li>"
+        f"<li><q>{isolated(_named(tokens.pieces[n]))}</q> {score_text(contributions[n], bounded)}</li>"
         for n in order[:_STRONGEST]
         if contributions[n]
     )
@@ -140,7 +190,7 @@ def _notes(hit: Hit, entry: Entry, bounded: bool) -> str:
         notes.append("Tied with the previous hit, within error")
     if hit.estimate is not None:
         notes.append(f"Estimate in the cache {score_text(hit.estimate, bounded)}")
-    notes += [f"{plain(name)} rank {standing.rank:,}" for name, standing in hit.standings.items()]
+    notes += [f"{isolated(plain(name))} rank {standing.rank:,}" for name, standing in hit.standings.items()]
     items = "".join(f"<li>{note}</li>" for note in notes)
     return (f'<ul class="notes">{items}</ul>' if items else "") + _copies(hit)
 

@@ -3,13 +3,14 @@
 // `textContent` alone. The JSON in #data holds numbers, a list a query, as `view.View.script` writes it:
 //   bounded, ends: [top, bottom], mean of the top scores, shares: whether parts are told as shares of it, sinks:
 //   positions of attention sinks, owners: the target of each token or -1,
-//   influence of each target, baselines, levels of byTarget, and hits in the order of their elements' data-hit:
+//   influence of each target, runs [first token, last token, hit] that have the same best hit, baselines, levels of byTarget, and hits in the order of their elements' data-hit:
 //   row, index, side, score, rank, ..., targets [targets], tokens [tokens]: base64 of float32;
-//   byTarget [targets, tokens]: see `shades.levels`.
+//   lengths [tokens] of their texts; byTarget [targets, tokens]: see `shades.levels`.
 (() => {
   const STEPS = 9;
   const STRONGEST = 5;
-  const LINES = 5; // of a folded text, as in the style sheet
+  const UNSURE = "within two errors of 0"; // as in `text`
+  const ROW = 160; // characters of a prompt and of an answer in a row
   const root = document.documentElement;
   root.classList.add("js");
 
@@ -54,6 +55,27 @@
   // As `shades.peak_of` has it: without attention sinks, where much gathers in all examples.
   const peakOf = (values, sinks) => largestOf(values.filter((_, n) => !sinks.has(n))) || largestOf(values);
 
+  // The places of a text's tokens, those of a word together. A token in two words joins them, one without text
+  // belongs to the character that the next one ends, and no word reaches over a place in `parts`.
+  const segmenter = typeof Intl.Segmenter === "function" ? new Intl.Segmenter(undefined, { granularity: "word" }) : null;
+  function wordsOf(texts, parts) {
+    const starts = new Set();
+    for (const { index } of segmenter.segment(texts.join(""))) starts.add(index);
+    const words = [];
+    let at = 0;
+    let isEmpty = true;
+    texts.forEach((text, n) => {
+      if (!words.length || parts.includes(n) || (starts.has(at) && !isEmpty)) {
+        words.push([]);
+        isEmpty = true;
+      }
+      words.at(-1).push(n);
+      isEmpty &&= !text;
+      at += text.length;
+    });
+    return words;
+  }
+
   async function inflated(text) {
     const stream = new Blob([bytesOf(text)]).stream().pipeThrough(new DecompressionStream("deflate"));
     return new Response(stream).arrayBuffer();
@@ -65,6 +87,13 @@
     const element = document.createElement(tag);
     if (kind) element.className = kind;
     if (words) element.textContent = words;
+    return element;
+  }
+
+  // Text of data or a model inside of other text, whose direction it must not change.
+  function holding(tag, words) {
+    const element = made(tag);
+    element.append(made("bdi", words));
     return element;
   }
 
@@ -89,8 +118,45 @@
     return line.length > 30 ? line.slice(0, 29) + "…" : line;
   }
 
-  // A folded text, opened at what matters in it, by default its end, and the button that shows all of it.
-  function fold(text, strongest) {
+  // Makes elements of the tokens of a text, which is on the page with few elements to keep it small.
+  function cutTokens(text, lengths) {
+    let at = 0;
+    const tokens = [];
+    for (const kind of [".shared", ".ask", ".answer"]) {
+      const box = text.querySelector(kind);
+      if (!box) continue;
+      const pieces = []; // of text and marks for characters that are not seen, and whether they are quiet
+      const gather = (node, quiet) => {
+        if (node.nodeType === Node.TEXT_NODE || node.tagName === "I") pieces.push({ node, quiet });
+        else for (const child of node.childNodes) gather(child, quiet || node.classList.contains("q"));
+      };
+      const own = [...box.childNodes].filter((node) => !node.classList?.contains("shared"));
+      for (const node of own) gather(node, false);
+      for (const node of own) node.remove();
+      let n = 0;
+      let start = 0;
+      while (n < pieces.length && at < lengths.length) {
+        const token = made("b");
+        for (let left = lengths[at++]; left > 0 && n < pieces.length; ) {
+          const { node, quiet } = pieces[n];
+          const length = node.textContent.length;
+          const end = Math.min(length, start + left);
+          token.append(start || end < length ? node.textContent.slice(start, end) : node);
+          if (quiet) token.className = "q";
+          left -= end - start;
+          start = end;
+          if (end === length) [n, start] = [n + 1, 0];
+        }
+        tokens.push(token);
+        box.append(token);
+      }
+    }
+    return tokens;
+  }
+
+  // A folded text, opened where `look` says, and the button that shows all of it. look: an element, 0 for the
+  // start, or Infinity for the end.
+  function fold(text, look) {
     const button = made("button", "Show all", "more");
     button.type = "button";
     button.setAttribute("aria-expanded", "false");
@@ -102,12 +168,12 @@
     // Where to look, which is read for all texts before any is moved: reading anew lays out the page anew.
     text.toLook = () => {
       const folded = text.classList.contains("folded");
-      const token = folded ? strongest?.() : null;
-      let top = folded && !strongest ? Infinity : 0;
-      if (token) {
-        const line = text.clientHeight / LINES; // whole lines, and the token in the middle one
-        const down = token.getBoundingClientRect().top - text.getBoundingClientRect().top + text.scrollTop;
-        top = Math.max(0, Math.round(down / line) - (LINES >> 1)) * line;
+      let top = folded ? look() : 0;
+      if (top instanceof Element) {
+        const line = parseFloat(getComputedStyle(text).lineHeight) || 20; // whole lines, and this in the middle
+        const down = top.getBoundingClientRect().top - text.getBoundingClientRect().top + text.scrollTop;
+        const middle = Math.round(text.clientHeight / line) >> 1;
+        top = Math.max(0, Math.round(down / line) - middle) * line;
       }
       top = Math.min(top, text.scrollHeight - text.clientHeight);
       const below = top + text.clientHeight < text.scrollHeight - 4;
@@ -136,6 +202,7 @@
       this.sinks = new Set(data.sinks);
       this.selected = null; // {targets: Set, low, high, part}
       this.words = "";
+      this.side = 1; // of the list in front
       this.cards = data.hits.map((hit, n) => this.card(hit, n));
       this.lists = [1, -1].map((side) => section.querySelector(`.hits[data-side="${side}"]`));
       this.pool = section.querySelector(".pool");
@@ -143,6 +210,8 @@
       this.near = new IntersectionObserver((seen) => this.approach(seen), { rootMargin: "400px 0px" });
       for (const card of this.cards) this.near.observe(card.element);
       this.tokens = [...section.querySelectorAll(".completion > span")];
+      this.tabs = [...section.querySelectorAll(".tab")];
+      this.listenToTabs();
       if (this.movable.length && data.owners.some((owner) => owner >= 0)) this.listen();
       for (const button of section.querySelectorAll("button.part")) {
         button.type = "button";
@@ -157,7 +226,14 @@
       section.querySelector(".csv")?.addEventListener("click", () => this.save());
       section.querySelector(".clear")?.addEventListener("click", () => this.clear());
       const prompt = section.querySelector(".prompt");
-      if (prompt) this.onceSeen(prompt, () => fold(prompt, null));
+      if (prompt) this.onceSeen(prompt, () => fold(prompt, () => Infinity));
+      const template = section.querySelector(".template");
+      section.classList.toggle("brief", template !== null);
+      template?.addEventListener("click", () => {
+        const shown = !section.classList.toggle("brief");
+        template.setAttribute("aria-pressed", String(shown));
+        this.look();
+      });
     }
 
     // Sizes are known only of what is on the screen: sections of other queries are hidden.
@@ -186,20 +262,34 @@
         error: element.querySelector("header .error"), // of the whole score alone
         bar: element.querySelector(".meter rect"),
         text: element.querySelector(".text"),
-        spans: tokens ? [...tokens.children] : [],
+        spans: tokens ? cutTokens(tokens, hit.lengths) : [],
         targets: hit.targets ? floatsOf(hit.targets) : null,
         whole: hit.tokens ? floatsOf(hit.tokens) : null,
         byTarget: hit.byTarget,
         near: false,
-        stale: false, // its shades are those of another selection
-        values: null, // of its tokens, as they are shaded
+        stale: true, // its shades are those of another selection, or of tokens
+        values: null, // of its tokens
+        units: null, // the tokens that have a shade together, and
+        sums: [], // their values
+        words: null,
+        folds: [...element.querySelectorAll("[data-fold]")],
+        row: null,
       };
       card.values = card.whole;
+      card.answer = card.spans.findIndex((span) => span.closest(".answer"));
+      card.link = element.querySelector(".index");
+      card.link.title = "Link to this hit";
+      card.link.addEventListener("click", (event) => {
+        if (event.ctrlKey || event.metaKey || event.shiftKey) return;
+        event.preventDefault();
+        this.visit(card);
+      });
       card.void = card.spans.map((span) => !span.firstChild);
       card.quiet = card.spans.map((span) => (span.classList.contains("q") ? " q" : ""));
       tokens?.addEventListener("pointerover", (event) => {
-        const span = event.target.closest(".tokens > span");
-        if (span && card.values) span.title = this.partText(card, card.values[card.spans.indexOf(span)]);
+        const place = card.spans.indexOf(event.target.closest(".tokens b"));
+        const unit = card.units?.findIndex((places) => places.includes(place));
+        if (place >= 0 && unit >= 0) card.spans[place].title = this.partText(card, card.sums[unit]);
       });
       return card;
     }
@@ -229,25 +319,39 @@
       };
       let anchor = null;
       let drawn = null;
-      const range = (place) => {
+      // Whether a range only grows or shrinks: then it is no step of its own in the history.
+      const range = (place, grows = false) => {
         if (anchor === null) anchor = place;
-        this.select(this.range(Math.min(anchor, place), Math.max(anchor, place)));
+        this.select(this.range(Math.min(anchor, place), Math.max(anchor, place)), grows && this.selected !== null);
       };
-      box.addEventListener("pointerdown", (event) => {
+      // A finger may be about to scroll, so it selects when it is lifted; the hits then come into view.
+      const start = (event) => {
         const place = placeOf(event);
-        if (place < 0 || event.button) return;
-        if (event.pointerType === "mouse") event.preventDefault();
+        if (place < 0) return false;
         focus(tokens[place]);
-        if (event.shiftKey) return range(place);
         const only = this.selected && this.selected.low === place && this.selected.high === place;
-        anchor = place;
-        if (only) return this.clear();
-        range(place);
-        drawn = event.pointerType === "touch" ? null : event.pointerId;
+        if (event.shiftKey) range(place, true);
+        else {
+          anchor = place;
+          if (only) this.clear();
+          else range(place);
+        }
+        return !event.shiftKey && !only;
+      };
+      let finger = false;
+      box.addEventListener("pointerdown", (event) => {
+        finger = event.pointerType === "touch";
+        if (finger || event.button) return;
+        if (event.pointerType === "mouse") event.preventDefault();
+        if (start(event)) drawn = event.pointerId;
+      });
+      box.addEventListener("click", (event) => {
+        if (finger || event.detail === 0) start(event); // 0: a screen reader's click, or a script's
+        if (this.selected && placeOf(event) >= 0) this.approachHits();
       });
       box.addEventListener("pointerover", (event) => {
         const place = placeOf(event);
-        if (drawn === event.pointerId && place >= 0 && event.buttons) range(place);
+        if (drawn === event.pointerId && place >= 0 && event.buttons) range(place, true);
       });
       addEventListener("pointerup", () => (drawn = null));
       box.addEventListener("keydown", (event) => {
@@ -267,7 +371,7 @@
         if (next === null) return;
         if (event.shiftKey && anchor === null) anchor = tokens.indexOf(usable[here]);
         focus(usable[next]);
-        if (event.shiftKey) range(tokens.indexOf(usable[next]));
+        if (event.shiftKey) range(tokens.indexOf(usable[next]), true);
         else anchor = null;
       });
       // The token of the next line that is nearest to this one.
@@ -294,7 +398,20 @@
       if (this.selected) this.select(null);
     }
 
-    select(selected) {
+    // Where they are below the screen, as on a phone.
+    approachHits() {
+      const bar = this.section.querySelector(".bar");
+      if (bar.getBoundingClientRect().top < innerHeight - 160) return;
+      const calm = matchMedia("(prefers-reduced-motion: reduce)").matches;
+      bar.scrollIntoView({ block: "start", behavior: calm ? "auto" : "smooth" });
+    }
+
+    select(selected, grows = false) {
+      this.choose(selected);
+      remember(this.address(), grows);
+    }
+
+    choose(selected) {
       this.selected = selected;
       this.tokens.forEach((token, place) => {
         if (token.hasAttribute("role")) {
@@ -307,8 +424,120 @@
       }
       this.say();
       this.show();
-      for (const card of this.cards) card.stale = true;
-      this.shade(this.shown.filter((card) => card.near));
+      this.shade();
+    }
+
+    // ------------------------------------------------------------------------------------ address
+
+    // Of this query with its selection and perhaps a card, all from 1: q3, q3.t5, q3.t5-7.h2, q3.p1.
+    address(card) {
+      const { low, high, part } = this.selected ?? {};
+      let address = "#" + this.section.id;
+      if (part !== undefined) address += `.p${part + 1}`;
+      else if (low !== undefined) address += `.t${low + 1}${high > low ? `-${high + 1}` : ""}`;
+      return card ? `${address}.h${this.cards.indexOf(card) + 1}` : address;
+    }
+
+    // Shows what an address says, as far as it is there.
+    restore({ low, high, part, hit }) {
+      let selected = null;
+      if (this.movable.length) {
+        if (part !== undefined && this.section.querySelector(`button[data-part="${part}"]`)) {
+          selected = { targets: new Set([part]), part };
+        } else if (low !== undefined) selected = this.range(low, high);
+      }
+      if (selected || this.selected) this.choose(selected);
+      const card = this.cards[hit];
+      if (card && this.shown.includes(card)) this.comeTo(card);
+    }
+
+    visit(card) {
+      remember(this.address(card), false);
+      this.comeTo(card);
+    }
+
+    // Opens a card where it is, and scrolls to it.
+    comeTo(card) {
+      const side = this.rows[0].some((row) => row.card === card) ? 1 : -1;
+      if (side !== this.side) this.turn(side);
+      this.openRow(card, true);
+      for (const other of this.section.querySelectorAll(".hit.at")) other.classList.remove("at");
+      card.element.classList.add("at");
+      card.element.scrollIntoView({ block: "start" });
+      card.link.focus({ preventScroll: true });
+    }
+
+    // --------------------------------------------------------------------------------------- tabs
+
+    listenToTabs() {
+      this.tabs.forEach((tab, n) => {
+        tab.addEventListener("click", () => this.turn(Number(tab.dataset.side)));
+        tab.addEventListener("keydown", (event) => {
+          const to = { ArrowRight: 1 - n, ArrowLeft: 1 - n, Home: 0, End: 1 }[event.key];
+          if (to === undefined || event.ctrlKey || event.metaKey || event.altKey) return;
+          event.preventDefault();
+          this.tabs[to].focus();
+          this.tabs[to].click();
+        });
+        const panel = this.lists[n].parentElement;
+        panel.setAttribute("role", "tabpanel");
+        panel.setAttribute("aria-labelledby", tab.id);
+      });
+      this.turn(1);
+    }
+
+    // Brings the helpful (1) or the harmful (-1) hits to the front.
+    turn(side) {
+      this.side = side;
+      this.tabs.forEach((tab, n) => {
+        const on = Number(tab.dataset.side) === side;
+        tab.setAttribute("aria-selected", String(on));
+        tab.tabIndex = on ? 0 : -1;
+        this.lists[n].parentElement.classList.toggle("away", !on);
+      });
+    }
+
+    // --------------------------------------------------------------------------------------- rows
+
+    // A line that stands for a card, made when it is first needed.
+    rowOf(card) {
+      if (card.row) return card.row;
+      const line = made("button", "", "row");
+      line.type = "button";
+      const parts = { line };
+      const texts = [".ask", ".answer"].map((kind) => {
+        const part = card.text?.querySelector(kind);
+        const shared = part?.querySelector(".shared")?.textContent.length ?? 0;
+        return (part?.textContent ?? "").slice(shared, shared + 3 * ROW).trim().replace(/\s+/g, " ").slice(0, ROW);
+      });
+      for (const kind of ["rank", "score", "index"]) line.append((parts[kind] = made("span", "", kind)));
+      if (texts[0]) line.append(made("bdi", texts[0], "from"), made("span", "→", "arrow"));
+      line.append(made("bdi", texts[1] || (texts[0] ? "" : "(no text)"), "to"));
+      parts.index.textContent = card.hit.index;
+      line.addEventListener("click", () => {
+        const opened = !card.element.classList.contains("open");
+        this.openRow(card, opened);
+        remember(opened ? this.address(card) : this.address(), !opened);
+      });
+      card.element.prepend(line);
+      return (card.row = parts);
+    }
+
+    openRow(card, opened) {
+      card.element.classList.toggle("open", opened);
+      card.row?.line.setAttribute("aria-expanded", String(opened));
+      if (opened) this.foldIn(card);
+    }
+
+    sayRows() {
+      if (!root.classList.contains("rows")) return;
+      for (const { card, score, rank } of this.rows.flat()) {
+        const row = this.rowOf(card);
+        row.rank.textContent = rank;
+        row.score.textContent = card.score.textContent;
+        row.score.className = card.score.className;
+        row.line.setAttribute("aria-expanded", String(card.element.classList.contains("open")));
+      }
     }
 
     // What is selected, and its share of the score.
@@ -324,10 +553,10 @@
       let words;
       let count = "";
       if (selected.part !== undefined) {
-        words = this.section.querySelector(`[data-part="${selected.part}"]`).firstChild.textContent.trim();
+        words = this.section.querySelector(`[data-part="${selected.part}"] bdi`)?.textContent ?? "a part without text";
       } else {
         const some = this.tokens.filter((_, place) => selected.targets.has(data.owners[place]));
-        words = `“${named(some.map((token) => token.textContent).join(""))}”`;
+        words = named(some.map((token) => token.textContent).join(""));
         if (some.length > 1) count = ` (${some.length} tokens)`;
       }
       const influence = [...selected.targets].reduce((sum, n) => sum + (data.influence[n] ?? 0), 0);
@@ -336,7 +565,12 @@
         const percent = ((100 * influence) / data.mean).toFixed(1);
         share = `${percent}% of the score, ${share} of ${scoreText(data.mean, data.bounded)}`;
       }
-      status.replaceChildren("Ranked for ", made("b", words), `${count}: ${share}`);
+      const name = holding("b", words);
+      name.prepend("“");
+      name.append("”");
+      const run = selected.low === undefined ? null : this.runOf(selected.low, selected.high);
+      const best = run ? `; best example of ${run[1] - run[0] + 1} tokens in a row: ${this.nameOf(run)}` : "";
+      status.replaceChildren("Ranked for ", name, `${count}: ${share}${best}`);
     }
 
     partOf(card) {
@@ -381,6 +615,9 @@
         for (const { card, score, rank } of list) this.label(card, score, rank, most);
       });
       this.rows = found;
+      this.listed = lists.flat().map(({ card }) => card);
+      this.tabs.forEach((tab, n) => (tab.querySelector("b").textContent = found[n].length));
+      this.sayRows();
       this.shown = found.flat().map(({ card }) => card);
       const of = lists[0].length + lists[1].length;
       const text = this.words ? `${this.shown.length} of ${of}` : "";
@@ -394,9 +631,11 @@
       const { bounded } = this.data;
       card.rank.textContent = rank;
       card.score.textContent = scoreText(score ?? 0, bounded);
-      setClass(card.score, `score ${side}`);
-      kind.textContent = side;
-      setClass(kind, `kind ${side}`);
+      const unsure = !this.selected && hit.error !== undefined && Math.abs(score) < 2 * hit.error ? " unsure" : "";
+      setClass(card.score, `score ${side}${unsure}`);
+      kind.textContent = unsure ? UNSURE : side;
+      setClass(kind, `kind ${side}${unsure}`);
+      card.link.setAttribute("href", this.address(card));
       if (card.error) card.error.hidden = this.selected !== null;
       card.bar.setAttribute("class", side);
       card.bar.setAttribute("width", most > 0 ? (100 * Math.abs(score)) / most : 0);
@@ -411,45 +650,125 @@
     // ------------------------------------------------------------------------------------- shades
 
     approach(seen) {
-      const stale = [];
-      for (const entry of seen) {
-        const card = this.cards[Number(entry.target.dataset.hit)];
-        card.near = entry.isIntersecting;
-        if (!card.near) continue;
-        if (card.stale) stale.push(card);
-        if (card.text?.hasAttribute("data-fold") && !card.folded) {
-          card.folded = true;
-          fold(card.text, () => {
-            const strongest = this.strongest(card);
-            return (strongest.find(({ n }) => n > 0) ?? strongest[0])?.span ?? null;
-          });
-        }
+      for (const entry of seen) this.cards[Number(entry.target.dataset.hit)].near = entry.isIntersecting;
+      this.paintNear();
+      for (const entry of seen) if (entry.isIntersecting) this.foldIn(this.cards[Number(entry.target.dataset.hit)]);
+    }
+
+    foldIn(card) {
+      if (card.folded || !card.text?.clientHeight) return; // a card behind its row has no size yet
+      card.folded = true;
+      for (const part of card.folds) {
+        fold(part, () => {
+          if (!this.selected) return 0;
+          const strongest = this.strongest(card).filter(({ span }) => part.contains(span) && span.checkVisibility());
+          return strongest[0]?.span ?? 0;
+        });
       }
-      this.shade(stale);
     }
 
-    async shade(cards) {
-      const { selected } = this;
-      for (const card of cards) card.stale = false;
+    look() {
+      const near = this.shown.filter((card) => card.near);
+      for (const look of near.flatMap((card) => card.folds.map((part) => part.toLook?.()))) look?.();
+    }
+
+    // The values of all cards that are shown, on one scale, and the shades of those on the screen.
+    async shade() {
+      const { selected, listed } = this;
       const parted = (card) => selected && card.byTarget && typeof DecompressionStream === "function";
-      const found = await Promise.all(cards.map((card) => (parted(card) ? this.bytesOf(card) : null)));
-      if (this.selected !== selected) return; // another was chosen meanwhile
-      cards.forEach((card, n) => {
-        const values = found[n] ? this.summed(card, found[n], selected.targets) : card.whole;
-        if (values) this.paint(card, values, selected && !found[n]);
-      });
-      for (const look of cards.map((card) => card.text?.toLook?.())) look?.();
+      const found = new Map();
+      for (const card of listed.filter(parted)) found.set(card, await this.bytesOf(card));
+      if (this.selected !== selected || this.listed !== listed) return; // another was chosen meanwhile
+      for (const card of this.cards) card.stale = true;
+      for (const card of listed) {
+        card.values = found.has(card) ? this.summed(card, found.get(card), selected.targets) : card.whole;
+        card.ofWhole = selected !== null && !found.has(card);
+        card.units = null;
+      }
+      const of = selected ? [...found.keys()] : this.cards.filter((card) => card.hit.side);
+      this.peak = this.peakOf(of);
+      this.wholePeak = selected ? this.peakOf(this.cards.filter((card) => card.hit.side), true) : this.peak;
+      this.paintNear();
     }
 
-    paint(card, values, ofWhole) {
-      card.values = values;
-      const peak = peakOf(values, this.sinks);
-      card.spans.forEach((span, n) => {
-        const empty = card.void[n] ? " void" : "";
-        setClass(span, (shadeOf(stepOf(values[n], peak)) + empty + card.quiet[n]).trim());
-        if (span.title) span.removeAttribute("title");
+    // The largest sum of a word or token in these cards.
+    peakOf(cards, ofWhole = false) {
+      let peak = 0;
+      for (const card of cards) {
+        const values = ofWhole ? card.whole : card.values;
+        if (!values) continue;
+        const units = this.unitsIn(card);
+        const sums = units.map((places) => places.reduce((sum, place) => sum + values[place], 0));
+        const sinks = new Set([...units.keys()].filter((n) => units[n].some((place) => this.sinks.has(place))));
+        peak = Math.max(peak, peakOf(sums, sinks));
+      }
+      return peak;
+    }
+
+    unitsIn(card) {
+      if (!byWords) return card.spans.map((_, n) => [n]);
+      card.words ??= wordsOf(card.spans.map((span) => span.textContent), [card.answer]);
+      return card.words;
+    }
+
+    paintNear() {
+      const stale = this.shown.filter((card) => card.near && card.stale);
+      for (const card of stale) this.paint(card);
+      for (const look of stale.flatMap((card) => card.folds.map((part) => part.toLook?.()))) look?.();
+    }
+
+    paint(card) {
+      card.stale = false;
+      if (!card.values) return;
+      card.units = this.unitsIn(card);
+      card.sums = card.units.map((places) => places.reduce((sum, place) => sum + card.values[place], 0));
+      const peak = card.ofWhole ? this.wholePeak : this.peak;
+      card.units.forEach((places, unit) => {
+        const shade = shadeOf(stepOf(card.sums[unit], peak));
+        for (const place of places) {
+          const span = card.spans[place];
+          setClass(span, (shade + (card.void[place] ? " void" : "") + card.quiet[place]).trim());
+          if (span.title) span.removeAttribute("title");
+        }
       });
-      this.sayStrongest(card, ofWhole);
+      this.sayStrongest(card);
+    }
+
+    // The run of tokens with the same best hit that holds all of these.
+    runOf(low, high) {
+      return this.data.runs.find(([first, last]) => first <= low && high <= last);
+    }
+
+    nameOf([, , hit]) {
+      const { index, side, rank } = this.data.hits[hit];
+      const end = side > 0 ? "helpful" : "harmful";
+      return `index ${index}${side ? `, rank ${rank} of the most ${end}` : ""}`;
+    }
+
+    underline() {
+      this.data.runs.forEach(([first, last, hit], n) => {
+        for (const token of this.tokens.slice(first, last + 1)) token.dataset.run = n % 2;
+        const { side, rank } = this.data.hits[hit];
+        if (side) this.tokens[last].dataset.rank = side > 0 ? rank : `−${rank}`;
+      });
+    }
+
+    // The completion by words: of each the influence of its targets.
+    paintCompletion() {
+      const { owners, influence, bounded } = this.data;
+      const units = byWords ? wordsOf(this.tokens.map((token) => token.textContent), []) : this.tokens.map((_, n) => [n]);
+      const targets = units.map((places) => new Set(places.map((place) => owners[place]).filter((owner) => owner >= 0)));
+      const sums = targets.map((some) => [...some].reduce((sum, owner) => sum + (influence[owner] ?? 0), 0));
+      const peak = largestOf(sums);
+      units.forEach((places, unit) => {
+        for (const place of places) {
+          const token = this.tokens[place];
+          setClass(token, (shadeOf(stepOf(sums[unit], peak)) + (token.firstChild ? "" : " void")).trim());
+          const run = this.runOf(place, place);
+          const best = run ? `, best example: ${this.nameOf(run)}` : "";
+          if (targets[unit].size) token.title = scoreText(sums[unit], bounded) + best;
+        }
+      });
     }
 
     async bytesOf(card) {
@@ -477,31 +796,31 @@
     }
 
     strongest(card) {
-      if (!card.values) return [];
-      let order = card.spans.map((span, n) => ({ span, n, value: card.values[n] }));
-      order = order.filter(({ n }) => !this.sinks.has(n));
+      let order = card.units ? card.units.map((places, n) => ({ places, n, value: card.sums[n] })) : [];
+      order = order.filter(({ places }) => !places.some((place) => this.sinks.has(place)));
       order.sort((a, b) => Math.abs(b.value) - Math.abs(a.value) || a.n - b.n);
+      for (const one of order) one.span = card.spans[one.places[0]];
       return order.slice(0, STRONGEST).filter(({ value }) => value);
     }
 
-    sayStrongest(card, ofWhole) {
+    sayStrongest(card) {
       const list = card.element.querySelector(".strongest ul");
       if (!list) return;
-      const items = this.strongest(card).map(({ span, value }) => {
+      const items = this.strongest(card).map(({ places, value }) => {
         const item = made("li");
-        item.append(made("q", named(span.textContent)), ` ${this.partText(card, value)}`);
+        const text = places.map((place) => card.spans[place].textContent).join("");
+        item.append(holding("q", named(text)), ` ${this.partText(card, value)}`);
         return item;
       });
       list.replaceChildren(...items);
-      list.previousElementSibling.textContent = ofWhole ? "Strongest tokens, for the whole generation" : "Strongest tokens";
+      const what = byWords ? "Strongest words" : "Strongest tokens";
+      list.previousElementSibling.textContent = what + (card.ofWhole ? ", for the whole generation" : "");
     }
 
     // ------------------------------------------------------------------------------------- search
 
     textOf(card) {
-      if (!card.text) return "";
-      if (card.spans.length) return card.text.textContent;
-      return [...card.text.children].map((part) => part.textContent).join("\n");
+      return card.folds.map((part) => part.textContent).join(card.spans.length ? "" : "\n");
     }
 
     matches(card) {
@@ -513,7 +832,7 @@
     search(words) {
       this.words = words.trim().toLowerCase();
       this.show();
-      this.shade(this.shown.filter((card) => card.near && card.stale));
+      this.shade();
       this.mark();
     }
 
@@ -526,12 +845,14 @@
     }
 
     rangesIn(card, ranges) {
-      const walker = document.createTreeWalker(card.text, NodeFilter.SHOW_TEXT);
       const nodes = [];
       let text = "";
-      while (walker.nextNode()) {
-        nodes.push({ node: walker.currentNode, start: text.length });
-        text += walker.currentNode.data;
+      for (const part of card.folds) {
+        const walker = document.createTreeWalker(part, NodeFilter.SHOW_TEXT);
+        while (walker.nextNode()) {
+          nodes.push({ node: walker.currentNode, start: text.length });
+          text += walker.currentNode.data;
+        }
       }
       const lower = text.toLowerCase();
       if (lower.length !== text.length) return; // places would be off
@@ -594,6 +915,20 @@
   const queries = new Map();
   const links = [...document.querySelectorAll("nav a")];
 
+  let byWords = segmenter !== null;
+  let address = location.hash;
+
+  // Keeps what is shown in the address. A page in a notebook's frame has no history that it may write.
+  function remember(to, replaces) {
+    if (to === address) return;
+    address = to;
+    try {
+      history[replaces ? "replaceState" : "pushState"](null, "", to);
+    } catch {
+      // The page works without.
+    }
+  }
+
   // Of several queries one is on the screen; what it needs is made when it first is.
   function open(n, focus) {
     sections.forEach((section, other) => (section.hidden = other !== n));
@@ -603,20 +938,75 @@
     });
     const section = sections[n];
     if (!queries.has(n) && section.querySelector(".hits")) {
-      queries.set(n, new Query(section, data[n]));
-      queries.get(n).show();
+      const query = new Query(section, data[n]);
+      queries.set(n, query);
+      query.show();
+      query.shade();
+      query.paintCompletion();
+      query.underline();
     }
+    queries.get(n)?.sayRows();
     queries.get(n)?.mark();
     if (focus) section.querySelector("h2").focus({ preventScroll: true });
   }
 
+  function restore() {
+    const found = /^#q(\d+)(?:\.(t|p)(\d+)(?:-(\d+))?)?(?:\.h(\d+))?$/.exec(location.hash);
+    const number = (n) => (found?.[n] === undefined ? undefined : Number(found[n]) - 1);
+    const n = number(1) ?? 0;
+    if (!sections[n] || (location.hash && !found)) return;
+    address = location.hash;
+    open(n, false);
+    const place = number(3);
+    const what = { hit: number(5) };
+    if (found?.[2] === "p") what.part = place;
+    else if (found?.[2]) Object.assign(what, { low: place, high: number(4) ?? place });
+    queries.get(n)?.restore(what);
+  }
+
   links.forEach((link, n) =>
     link.addEventListener("click", (event) => {
+      if (event.ctrlKey || event.metaKey || event.shiftKey) return;
       event.preventDefault();
       open(n, true);
+      remember(queries.get(n)?.address() ?? "#" + sections[n].id, false);
     }),
   );
-  if (sections.length) open(Math.max(0, sections.findIndex((section) => "#" + section.id === location.hash)), false);
+  document.querySelector(".skip").addEventListener("click", (event) => {
+    event.preventDefault(); // a frame's addresses are those of the page around it
+    document.getElementById("content").focus();
+  });
+  if (sections.length) open(0, false);
+  restore();
+  addEventListener("popstate", restore);
+  addEventListener("hashchange", () => address !== location.hash && restore());
+
+  // Words or tokens, cards or rows: for all queries.
+  function press(name, value) {
+    for (const button of document.querySelectorAll(`[data-${name}]`)) {
+      button.setAttribute("aria-pressed", String(button.dataset[name] === value));
+    }
+  }
+  for (const button of document.querySelectorAll("[data-by]")) {
+    button.parentElement.hidden = segmenter === null;
+    button.addEventListener("click", () => {
+      byWords = button.dataset.by === "words";
+      press("by", button.dataset.by);
+      root.classList.toggle("words", byWords);
+      for (const query of queries.values()) {
+        query.shade();
+        query.paintCompletion();
+      }
+    });
+  }
+  root.classList.toggle("words", byWords);
+  for (const button of document.querySelectorAll("[data-as]")) {
+    button.addEventListener("click", () => {
+      root.classList.toggle("rows", button.dataset.as === "rows");
+      press("as", button.dataset.as);
+      for (const query of queries.values()) query.sayRows();
+    });
+  }
 
   const current = () => queries.get(sections.findIndex((section) => !section.hidden));
   addEventListener("keydown", (event) => {
@@ -626,6 +1016,18 @@
       event.preventDefault();
       current().section.querySelector(".search input").focus();
     }
+  });
+
+  // On paper all is open, and what the screen never showed has its shades too.
+  let opened = [];
+  addEventListener("beforeprint", () => {
+    const query = current();
+    for (const card of query?.shown ?? []) if (card.stale) query.paint(card);
+    opened = [...document.querySelectorAll("details:not([open])")];
+    for (const details of opened) details.open = true;
+  });
+  addEventListener("afterprint", () => {
+    for (const details of opened) details.open = false;
   });
 
   const theme = document.querySelector(".theme");

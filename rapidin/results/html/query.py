@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from rapidin.results.html import drawings, shades
 from rapidin.results.html.hits import lists
-from rapidin.results.html.text import block, plain, shortened, token, trimmed_block
+from rapidin.results.html.text import block, isolated, plain, shortened, token, trimmed_block
 from rapidin.results.html.view import View
-from rapidin.results.text import MEANING, overlap_text, scale_text, score_text
+from rapidin.results.text import MEANING, UNSURE, overlap_text, scale_text, score_text
 from rapidin.results.types import Group, QueryResult, TargetResult
-from rapidin.results.verdict import Place
+from rapidin.results.verdict import Place, common_text
 
 
 def query(view: View, queries: int) -> str:
@@ -31,9 +31,9 @@ def query(view: View, queries: int) -> str:
 </div>
 <div class="main">
 {_verdict(view)}
-{_bar(view)}
 {_overlaps(result)}
 {_groups(view)}
+{_bar(view)}
 {lists(view, bool(symbol))}
 </div>
 </section>"""
@@ -65,6 +65,11 @@ def _generation(view: View) -> str:
             '<p class="hint only-script">Select a token, or drag over several, to rank the examples for them.'
             "</p>"
         )
+    if view.runs:
+        elements.append(
+            '<p class="hint only-script">Underlined tokens have the same best example; the number is its '
+            "rank.</p>"
+        )
     completion = _pieces(view) if result.pieces else block(result.completion)
     elements.append(f'<div class="completion text" dir="auto">{completion}</div>')
     if view.others:
@@ -95,7 +100,7 @@ def _other_parts(view: View) -> str:
 
 
 def _part_name(target: TargetResult) -> str:
-    return f"“{shortened(target.text, 40)}”" if target.text.strip() else "a part without text"
+    return f"“{isolated(shortened(target.text, 40))}”" if target.text.strip() else "a part without text"
 
 
 # --------------------------------------------------------------------------------- beside the generation
@@ -124,12 +129,13 @@ def _meaning(view: View) -> str:
     if result.exact:
         lines.append("Scores are from exact gradients; the estimate is the score from the cached sketches.")
     if any(e.hit.error is not None for e in view.entries):
-        lines.append("± is one standard error of the score.")
+        lines.append(f"± is one standard error of the score. A score {UNSURE} is grey.")
     if any(e.hit.tokens is not None for e in view.entries):
         lines.append(
-            "Shades in an example show the contributions of its tokens to the score, by the square root of "
-            "their size. The first token is left out of that scale: all others attend to it, so its "
-            "contribution is large in all examples. Grey tokens are prompt (no loss)."
+            "Shades in an example show the contributions of its words or tokens to the score, by the square "
+            "root of their size, on one scale for all examples. The first token is left out of that scale: "
+            "all others attend to it, so its contribution is large in all examples. Grey tokens are prompt "
+            "(no loss)."
         )
     if view.selects:
         pool = len({e.hit.row for e in view.entries})
@@ -155,20 +161,35 @@ def _meaning(view: View) -> str:
 
 
 def _bar(view: View) -> str:
-    """The selection, the filter and the export."""
+    """The selection, how hits are shown, the filter and the export."""
     name = view.name
     status = (
         f'<div class="selection"><p class="status" id="{name}-status" role="status">Ranked for the whole '
         'generation</p><button type="button" class="clear" hidden>Clear <kbd>Esc</kbd></button></div>'
     )
+    choices = _choice("as", "Layout", ("Cards", "Rows"))
+    if any(entry.hit.tokens is not None for entry in view.entries):
+        choices = _choice("by", "Shades", ("Words", "Tokens")) + choices
+    if view.shared_tokens or view.shared_text:
+        choices += '<button type="button" class="template" aria-pressed="false">Show the template</button>'
     return (
-        f'<div class="bar only-script">{status if view.selects else ""}'
+        f'<div class="bar only-script">{status if view.selects else ""}<div class="choices">{choices}</div>'
         f'<label class="search"><span class="sr">Filter examples by text or index</span>'
         '<input type="search" placeholder="Filter examples" autocomplete="off" spellcheck="false">'
         '</label><p class="found" role="status"></p>'
         '<button type="button" class="csv" title="The examples below as a table. Text that begins like a '
         'formula gets an apostrophe in front, so that no spreadsheet runs it.">Export CSV</button></div>'
     )
+
+
+def _choice(name: str, label: str, choices: tuple[str, ...]) -> str:
+    """Buttons of which one is pressed, first the first."""
+    buttons = "".join(
+        f'<button type="button" data-{name}="{choice.lower()}" aria-pressed="{"false" if n else "true"}">'
+        f"{choice}</button>"
+        for n, choice in enumerate(choices)
+    )
+    return f'<div class="choice" role="group" aria-label="{label}">{buttons}</div>'
 
 
 _VERDICTS = {
@@ -190,7 +211,8 @@ def _verdict(view: View) -> str:
     if figures:
         lines.append(f'<div class="evidence">{figures}</div>')
     if verdict.common:
-        lines.append(f"<p><b>In common</b> {plain(verdict.common_text)}</p>")
+        common = "; ".join(common_text(each, lambda text: isolated(plain(text))) for each in verdict.common)
+        lines.append(f"<p><b>In common</b> {common}</p>")
     if verdict.next_step:
         lines.append(f"<p><b>Next</b> {plain(verdict.next_step)}</p>")
     return (
@@ -210,7 +232,7 @@ def _overlaps(result: QueryResult) -> str:
     if not result.overlaps:
         return ""
     lines = "".join(
-        f"<li>{overlap_text(f'<b>{plain(name)}</b>', count, len(result.helpful))}</li>"
+        f"<li>{overlap_text(f'<b>{isolated(plain(name))}</b>', count, len(result.helpful))}</li>"
         for name, count in result.overlaps.items()
     )
     return f'<ul class="overlaps">{lines}</ul>'
@@ -223,9 +245,9 @@ def _groups(view: View) -> str:
     column = plain(result.by or "group")
     rows = "".join(_group(group, result.bounded) for group in result.groups)
     return f"""<section class="card groups" aria-labelledby="{view.name}-groups">
-<h3 id="{view.name}-groups">By column: {column}</h3>
+<h3 id="{view.name}-groups">By column: {isolated(column)}</h3>
 <div class="scrolled" tabindex="0" role="region" aria-label="Totals by {column}"><table>
-<thead><tr><th scope="col">{column}</th><th scope="col" class="number">examples</th>
+<thead><tr><th scope="col">{isolated(column)}</th><th scope="col" class="number">examples</th>
 <th scope="col" class="number">total</th><th scope="col" class="number">mean</th>
 <th scope="col">share of positive influence</th><th scope="col">share of negative influence</th></tr></thead>
 <tbody>{rows}</tbody></table></div></section>"""
@@ -238,7 +260,7 @@ def _group(group: Group, bounded: bool) -> str:
         for share, sign in ((group.helpful, 1), (group.harmful, -1))
     )
     return (
-        f'<tr><th scope="row">{shortened(group.value, 200) or "(empty)"}</th>'
+        f'<tr><th scope="row">{isolated(shortened(group.value, 200) or "(empty)")}</th>'
         f'<td class="number">{group.count:,}</td>'
         f'<td class="number">{score_text(group.total, bounded)}</td>'
         f'<td class="number">{score_text(mean, bounded)}</td>{bars}</tr>'

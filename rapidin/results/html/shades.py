@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 STEPS = 9  # shades of either sign, as in the style sheet
-_MANY = 1_000_000  # with more numbers than this on a page, each has fewer levels
+_LEVEL_BYTES = {7: 0.7, 3: 0.54, 2: 0.43}  # of a number, by how many levels of either sign it has
 
 
 def steps(values: Sequence[float] | NDArray[Any], peak: float | None = None) -> NDArray[np.int64]:
@@ -49,9 +49,14 @@ def floats(values: Sequence[float]) -> str:
     return base64.b64encode(bounded.astype("<f4").tobytes()).decode()
 
 
-def levels_for(numbers: int) -> int:
-    """How many levels of either sign numbers get if the page has `numbers` of them."""
-    return 7 if numbers <= _MANY else 3
+def levels_for(numbers: int, room: float) -> int:
+    """How many levels of either sign numbers get: as many as fit into `room` bytes, at least the fewest."""
+    return next((most for most in _LEVEL_BYTES if levels_bytes(numbers, most) <= room), min(_LEVEL_BYTES))
+
+
+def levels_bytes(numbers: int, most: int = 7) -> int:
+    """About how large `levels` of so many numbers are, at the most levels if `most` is not given."""
+    return int(numbers * _LEVEL_BYTES[most])
 
 
 def levels(values: NDArray[Any], most: int) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from html import escape as _html
 
 from rapidin.results.text import CONTROL, INVISIBLE, escape
@@ -20,6 +21,17 @@ def shortened(text: str, characters: int) -> str:
     """`plain` of the text cut at the end to at most `characters`."""
     text = " ".join(text[: 8 * characters].split())
     return plain(text if len(text) <= characters else text[: characters - 1].rstrip() + "…")
+
+
+def common_start(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many characters, or tokens, two texts have in common at their start."""
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((n for n, (one, other) in pairs if one != other), min(len(a), len(b)))
+
+
+def isolated(markup: str) -> str:
+    """Text of data or a model inside of other text, whose direction it must not change."""
+    return f"<bdi>{markup}</bdi>"
 
 
 def block(text: str) -> str:
@@ -46,6 +58,17 @@ def token(text: str, shade: str, title: str = "") -> str:
         + (f' title="{title}"' if title else "")
         + f">{piece(text)}</span>"
     )
+
+
+def marked(text: str, classes: str) -> str:
+    """A token that is an element only if it has a class: a page has very many of them."""
+    quote = '"' if " " in classes else ""
+    return f"<b class={quote}{classes}{quote}>{piece(text)}</b>" if classes else piece(text)
+
+
+def shown_length(text: str) -> int:
+    """How long `piece` of a text is for the script, which counts in units of UTF-16."""
+    return len(_UNSAFE_IN_BLOCK.sub(escape, text).encode("utf-16-le")) // 2
 
 
 def _shown(match: re.Match[str]) -> str:

@@ -13,11 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rapidin.results.html import shades
+from rapidin.results.html.text import common_start, shown_length
 from rapidin.results.sinks import sinks_of
 from rapidin.results.text import has_shares
-from rapidin.results.types import Hit, QueryResult
+from rapidin.results.types import Hit, QueryResult, Tokens
 
-_HIT_BYTES, _TOKEN_BYTES = 1600, 32  # approximate size on a page of a hit without its text, and of a token
+_HIT_BYTES, _TOKEN_BYTES = 2600, 18  # approximate size on a page of a hit without its text, and of a token
+_SHARED_TOKENS, _SHARED_CHARACTERS = 8, 40  # at least, for a template
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class View:
     """A query as the page shows it.
 
     number: its index among the queries; room: bytes for the hits of parts of the generation alone. Those that
-    do not fit are left out, the best hits of each part last.
+    do not fit are left out, the best hits of each part last. parted: how many hits of both ends have the
+    contributions of their tokens to each part, the best first; the others have those to the whole alone.
     """
 
     result: QueryResult
     number: int
     room: float = math.inf
+    parted: float = math.inf
 
     @property
     def name(self) -> str:
@@ -97,17 +101,54 @@ class View:
             hit = _merged(hits[0], hits)
             if len(hit.targets) != len(self.result.targets):
                 continue
-            room -= _bytes(self.result, hit)
+            room -= _bytes(hit) + shades.levels_bytes(_by_target(self.result, hit).size)
             if room < 0:
                 break
             whole = math.fsum(hit.targets[n] for n in owners) if covered else None
             entries.append(Entry(hit, 0, whole))
         return entries
 
+    @cached_property
+    def peak(self) -> float:
+        """The contribution that has the last shade: the largest in the hits of the whole generation."""
+        rows = [e.hit.tokens.contributions for e in self.entries if e.side and e.hit.tokens is not None]
+        return max((shades.peak_of(row, self.sinks) for row in rows), default=0.0)
+
+    @cached_property
+    def shared_tokens(self) -> int:
+        """How many tokens at their start all hits have in common, before what counts; 0 if they are few."""
+        rows = [e.hit.tokens for e in self.entries if e.hit.tokens is not None]
+        return shared_start([row.pieces[: answer_start(row)] for row in rows], _SHARED_TOKENS)
+
+    @cached_property
+    def shared_text(self) -> int:
+        """How many characters at their start all prompts of hits without tokens have in common."""
+        prompts = [e.hit.parts[0] for e in self.entries if e.hit.tokens is None and e.hit.example]
+        return shared_start(prompts, _SHARED_CHARACTERS)
+
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Runs of two tokens of the generation or more whose best hit is the same row: first and last token
+        and the row's entry. They are as long as they can be, as OLMoTrace's spans are (Liu et al., 2025)."""
+        at = {entry.hit.row: n for n, entry in enumerate(self.entries)}
+        best = []
+        for owner in self.owners:
+            hits = self.result.targets[owner].top if owner >= 0 else []
+            best.append(at.get(hits[0].row) if hits and hits[0].score > 0 else None)
+        runs, start = [], 0
+        for n in range(1, len(best) + 1):
+            if n == len(best) or best[n] != best[start]:
+                entry = best[start]
+                if entry is not None and n - start > 1:
+                    runs.append((start, n - 1, entry))
+                start = n
+        return runs
+
     @property
     def size(self) -> int:
-        """The approximate number of bytes of the hits of the whole generation on the page."""
-        return sum(_bytes(self.result, hit) for hit in (*self.result.helpful, *self.result.harmful))
+        """The approximate number of bytes of the hits of the whole generation on the page, but for
+        `numbers`."""
+        return sum(_bytes(hit) for hit in (*self.result.helpful, *self.result.harmful))
 
     @cached_property
     def selects(self) -> bool:
@@ -117,9 +158,18 @@ class View:
 
     @property
     def numbers(self) -> int:
-        """How many numbers `Tokens.by_target` has in all hits of the whole generation, each row once."""
-        hits = {hit.row: hit for hit in (*self.result.helpful, *self.result.harmful)}
-        return sum(_by_target(self.result, hit).size for hit in hits.values())
+        """How many numbers `Tokens.by_target` has in the hits of the whole generation."""
+        return sum(self.numbers_of)
+
+    @cached_property
+    def numbers_of(self) -> list[int]:
+        """How many numbers `Tokens.by_target` has in each hit of the whole generation, the best first."""
+        return [_by_target(self.result, hit).size for hit in self._best_first]
+
+    @property
+    def _best_first(self) -> list[Hit]:
+        """The hits of both ends by their rank."""
+        return sorted((*self.result.helpful, *self.result.harmful), key=lambda hit: hit.rank)
 
     @cached_property
     def sinks(self) -> frozenset[int]:
@@ -129,6 +179,9 @@ class View:
     def script(self, most: int) -> dict[str, Any]:
         """The data that the script reads (see `page.js`). most: levels of `shades.levels`."""
         result = self.result
+        kept = self._best_first if self.parted == math.inf else self._best_first[: int(self.parted)]
+        ends = {entry.hit.row for entry in self.entries if entry.side}
+        parted = {hit.row for hit in kept} | {e.hit.row for e in self.entries if e.hit.row not in ends}
         return {
             "bounded": result.bounded,
             "ends": [len(result.top), len(result.bottom)],
@@ -138,9 +191,28 @@ class View:
             "influence": [_finite(target.influence) for target in result.targets],
             "baselines": list(dict.fromkeys(n for e in self.entries if e.side for n in e.hit.standings)),
             "levels": most,
+            "runs": self.runs,
             "sinks": sorted(self.sinks),
-            "hits": [_entry_data(result, entry, most) for entry in self.entries],
+            "hits": [_entry_data(result, entry, most, entry.hit.row in parted) for entry in self.entries],
         }
+
+
+def answer_start(tokens: Tokens) -> int:
+    """The first token that counts; behind the last if none does."""
+    return next((n for n, counts in enumerate(tokens.counts) if counts), len(tokens.counts))
+
+
+def shared_start(texts: Sequence[Sequence[str]], least: int) -> int:
+    """The length of what all texts (of tokens or characters) begin with; 0 if there is one text, or if it is
+    shorter than `least`. It ends at its last line break, if there is one behind `least`: the words that
+    several questions begin with are no part of a template."""
+    if len(texts) < 2:
+        return 0
+    each = [list(text) for text in texts]
+    first, last = min(each), max(each)  # their common start is that of all texts
+    length = common_start(first, last)
+    lines = [n for n in range(least, length + 1) if "\n" in first[n - 1]]
+    return lines[-1] if lines else length if length >= least else 0
 
 
 def _merged(hit: Hit, same: Sequence[Hit]) -> Hit:
@@ -155,11 +227,14 @@ def _merged(hit: Hit, same: Sequence[Hit]) -> Hit:
     )
 
 
-def _bytes(result: QueryResult, hit: Hit) -> int:
-    """The approximate size of a hit on the page."""
-    text = sum(map(len, hit.parts))
+def _bytes(hit: Hit) -> int:
+    """The approximate size of a hit on the page, but for `Tokens.by_target`."""
+    texts: Sequence[str] = hit.parts
     if hit.tokens is not None:
-        text = _TOKEN_BYTES * len(hit.tokens.pieces) + _by_target(result, hit).size
+        texts = hit.tokens.pieces
+    text = sum(len(text.encode("utf-8", "replace")) for text in texts)
+    if hit.tokens is not None:
+        text += _TOKEN_BYTES * len(hit.tokens.pieces)
     return _HIT_BYTES + 6 * len(hit.targets) + 12 * len(hit.layers) + text
 
 
@@ -172,7 +247,7 @@ def _by_target(result: QueryResult, hit: Hit) -> NDArray[np.float32]:
     return hit.tokens.by_target if fits else none
 
 
-def _entry_data(result: QueryResult, entry: Entry, most: int) -> dict[str, Any]:
+def _entry_data(result: QueryResult, entry: Entry, most: int, parted: bool) -> dict[str, Any]:
     hit = entry.hit
     value: dict[str, Any] = {"row": hit.row, "index": hit.index, "side": entry.side}
     if entry.whole is not None:
@@ -193,8 +268,9 @@ def _entry_data(result: QueryResult, entry: Entry, most: int) -> dict[str, Any]:
         value["targets"] = shades.floats(hit.targets)
     if hit.tokens is not None:
         value["tokens"] = shades.floats(hit.tokens.contributions)
+        value["lengths"] = list(map(shown_length, hit.tokens.pieces))
         by_target = _by_target(result, hit)
-        if by_target.size:
+        if parted and by_target.size:
             value["byTarget"] = shades.levels(by_target, most)
     return value
 

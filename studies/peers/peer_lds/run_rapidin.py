@@ -67,7 +67,7 @@ class Cached:
             )
             shutil.rmtree(self.folder, ignore_errors=True)
             began = time.perf_counter()
-            cache = attributor.cache(str(self.truth / "train.jsonl"), self.folder, bytes=budget)
+            cache = attributor.cache(str(self.truth / "train.jsonl"), self.folder, bytes=budget, null=False)
             self.seconds = round(time.perf_counter() - began, 2)
             size = float(
                 format_of(CacheOptions(bytes=budget), attributor.source.width).row_bytes(
