@@ -170,7 +170,7 @@ class TrainingRun:
             if len(made) != rows:
                 raise UserError(
                     f"the data has {len(made):,} examples, and the trainer has {rows:,}",
-                    "give what the trainer was made of, in its order, or leave out data=...",
+                    "give what its data set was made of, without rows that it leaves out, or leave out data=...",
                 )
             return made
         places = None if self._packs is None else self._packs.places
