@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -30,6 +31,7 @@ from rapidin.gradients.source import GradientSource
 from rapidin.results.collection import Results
 from rapidin.results.reading import Reading
 from rapidin.settings import check_names
+from rapidin.tasks.names import CHAT_FORMS
 from rapidin.tasks.task import Task
 
 
@@ -146,6 +148,7 @@ class Attributor:
                 map=options.map,
                 streaming=options.streaming,
             )
+            self._check_chats(examples)
         elif options.limit is not None or options.map is not None or options.streaming:
             raise TypeError("examples that are open already have their own limit, map and streaming")
         shown = progress if on_progress is None and world().leads else False
@@ -158,6 +161,15 @@ class Attributor:
             made.examples = examples
         self._last = made
         return made
+
+    def _check_chats(self, examples: Examples) -> None:
+        """Warns of what the chat template does not read of the examples. Raises UserError for a chat that it
+        rejects."""
+        if examples.form not in ("messages", *CHAT_FORMS):
+            return
+        for note in self.source.check_records(examples):
+            if world().leads:
+                warnings.warn(note, stacklevel=3)
 
     def ask(
         self,

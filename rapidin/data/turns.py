@@ -193,7 +193,7 @@ class Turns:
         return ""
 
     def _end_before_next(self, number: int, start: int) -> int | None:
-        """The end of a turn whose content is not found, such as one of tool calls: as if it were the last one,
+        """The end of a turn whose content is not found, such as one of tool calls: as if it were the last,
         without the thought that may then begin it, or where the header of the next message begins."""
         before, through = self._rendered(number, True), self._rendered(number + 1, False)
         turn = through[alike(before, through) :]

@@ -71,7 +71,7 @@ def backward(losses: Tensor) -> None:
             raise
         raise UserError(
             "the model changes its parameters in place when it runs, so gradients cannot be computed",
-            "use the parameters that count by default, or leave more out with --exclude",
+            "use the parameters that count by default, or leave more out with `exclude`",
         ) from error
 
 

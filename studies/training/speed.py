@@ -3,8 +3,9 @@
     python studies/training/speed.py --out studies/training/speed.json
 
 A Llama of random weights is trained by transformers' Trainer on random tokens. Each run is a process of its
-own; ways are run in turns, `--turns` times, and the medians are kept. `cache` is the way that the callback
-saves: caching the same examples after training. It gives tokens a second of that alone.
+own with one thread; ways are run in turns, `--turns` times, and the medians are kept. Seconds are those of
+the processor, which other programs on the machine change less than those of a clock. `cache` is what the
+callback saves: caching the same examples after training, with tokens a second of that alone.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROWS, LENGTH, BATCH, WARM = 96, 128, 8, 4  # examples, tokens of each, examples a step, steps not timed
+ROWS, LENGTH, BATCH, WARM = 80, 128, 8, 3  # examples, tokens of each, examples a step, steps not timed
 WAYS = {
     "plain": {},
     "callback": {"width": 512},
@@ -80,16 +81,16 @@ def run(way: dict[str, Any], folder: Path) -> dict[str, float]:
     class Clock(TrainerCallback):  # type: ignore[misc]
         def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
             if state.global_step == WARM:
-                started.append(time.perf_counter())
+                started.append(time.process_time())
 
     model, steps = model_of(bool(way.get("lora"))), ROWS // BATCH
     if way.get("cache"):
         from rapidin.attribution.attributor import Attributor
 
         attributor = Attributor(model, tokenizer(), at=1.0, preconditioner="off", width=way["width"])
-        begun = time.perf_counter()
+        begun = time.process_time()
         attributor.cache(rows(), folder / "cache")
-        seconds, tokens = time.perf_counter() - begun, ROWS * LENGTH
+        seconds, tokens = time.process_time() - begun, ROWS * LENGTH
     else:
         arguments = TrainingArguments(
             output_dir=str(folder), per_device_train_batch_size=BATCH, num_train_epochs=1, report_to=[],
@@ -107,7 +108,7 @@ def run(way: dict[str, Any], folder: Path) -> dict[str, float]:
             trainer.add_callback(SketchCallback(folder / "cache", **others))
         trainer.add_callback(Clock())
         trainer.train()
-        seconds, tokens = time.perf_counter() - started[0], (steps - WARM) * BATCH * LENGTH
+        seconds, tokens = time.process_time() - started[0], (steps - WARM) * BATCH * LENGTH
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {"tokens_per_second": tokens / seconds, "peak_bytes": float(memory)}
 
@@ -131,13 +132,14 @@ def main() -> None:
             made = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             found[way].append(json.loads(made.splitlines()[-1]))
             print(way, found[way][-1], flush=True)
-    result = {
-        way: {key: round(statistics.median(each[key] for each in runs), 1) for key in runs[0]}
-        for way, runs in found.items()
-    }
-    settings = {"rows": ROWS, "length": LENGTH, "batch": BATCH, "threads": 1, "turns": options.turns}
-    if options.out:
-        options.out.write_text(json.dumps({"settings": settings, "ways": result}, indent=1) + "\n")
+        result = {
+            way: {key: round(statistics.median(each[key] for each in runs), 1) for key in runs[0]}
+            for way, runs in found.items()
+        }
+        turns = len(found["plain"])
+        settings = {"rows": ROWS, "length": LENGTH, "batch": BATCH, "threads": 1, "turns": turns}
+        if options.out:
+            options.out.write_text(json.dumps({"settings": settings, "ways": result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

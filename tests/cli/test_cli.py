@@ -151,7 +151,7 @@ def test_query_as_json(place: Place, run: Any, which: str) -> None:
         " One, two, 7.",
         False,
     )
-    assert [hit["rank"] for hit in query["top"]] == list(range(1, len(query["top"]) + 1))
+    assert [hit["rank"] for hit in query["top"]] == list(range(1, 11))
     # The example itself is the most helpful one; its line, from 0, is 7 + 4 for the lines put before it.
     best = query["top"][0]
     assert (best["index"], best["example"]) == (11, ROWS[11])
@@ -160,7 +160,7 @@ def test_query_as_json(place: Place, run: Any, which: str) -> None:
     assert scores == sorted(scores, reverse=True)
     lows = [hit["score"] for hit in query["bottom"]]
     assert lows == sorted(lows)
-    assert all(low < 0 for low in lows)
+    assert all(low < 0 < scores[0] for low in lows)
 
 
 def test_a_page_has_no_path_of_the_machine(place: Place, tmp_path: Path, run: Any) -> None:
@@ -266,13 +266,11 @@ def test_top_k_over_the_cache_gives_all_of_it(place: Place, run: Any) -> None:
     ran = run("query", place.cache, "--prompt", "a", "--completion", "b", "--top-k", "1000", "--json", "-")
     (query,) = json.loads(ran.out)["queries"]
     assert ran.code == 0
-    scores = [hit["score"] for hit in (*query["top"], *reversed(query["bottom"]))]
-    assert len(scores) == COUNTS["ok"]
-    assert scores == sorted(scores, reverse=True)
+    assert "--top-k 1000 is more than the 15 examples of the cache" in ran.err
     assert all(hit["score"] > 0 for hit in query["top"])
     assert all(hit["score"] < 0 for hit in query["bottom"])
-    for end in (query["top"], query["bottom"]):
-        assert [hit["rank"] for hit in end] == list(range(1, len(end) + 1))
+    found = [hit["index"] for hit in query["top"] + query["bottom"]]
+    assert len(set(found)) == len(found) == COUNTS["ok"]
 
 
 @pytest.mark.parametrize(

@@ -99,16 +99,16 @@ def test_conditions_choose_among_hits(place: Path, tmp_path: Path, run: Any) -> 
 
 def test_duplicates_go_with_their_hit(place: Path, tmp_path: Path, run: Any) -> None:
     found = query(place, "folded")
-    (end, rank), *_ = [
-        (end, n) for end in ("top", "bottom") for n, hit in enumerate(found[end]) if hit.get("copies")
+    sides = [
+        (side, n) for side in ("top", "bottom") for n, hit in enumerate(found[side]) if hit.get("copies")
     ]
-    assert found[end][rank]["copies"]["indices"] == [6]
-    ran = run(
-        "drop", str(place / "folded.json"), "--top-k", str(rank + 1), "--out", str(tmp_path / "o.jsonl"),
-        *(["--harmful"] if end == "bottom" else []),
-    )  # fmt: skip
+    ((side, rank),) = sides
+    assert found[side][rank]["copies"]["indices"] == [6]
+    more = ["--harmful"] if side == "bottom" else []
+    out = tmp_path / "o.jsonl"
+    ran = run("drop", str(place / "folded.json"), "--top-k", str(rank + 1), *more, "--out", str(out))
     assert ran.code == 0, ran
-    assert lines(tmp_path / "o.jsonl") == remaining(place, [*indices(found[end][: rank + 1]), 6])
+    assert lines(out) == remaining(place, [*indices(found[side][: rank + 1]), 6])
 
 
 def test_a_table_of_scores_and_a_column_choose_rows(place: Path, tmp_path: Path, run: Any) -> None:

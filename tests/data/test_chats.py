@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import chat_tables
 import doc_tables
 import pytest
 from chat_tables import CHATS, DATE, cases, counted, prompted, tokenizer_of
+from tiny import tiny_llama, tiny_tokenizer
 
+from rapidin import Attributor
 from rapidin.data.chats import Chat, ChatTemplate
 from rapidin.data.encoding import Encoded, Encoder
 from rapidin.data.examples import open_examples
@@ -175,6 +178,14 @@ def test_null_and_absent_contents_beside_tool_calls(message: dict[str, Any]) -> 
     assert "weather" in record_parts({"messages": messages[:2]})[1]
 
 
+def test_what_is_not_read_is_said_once_in_python(tmp_path: Path) -> None:
+    image = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}
+    chats = [{"messages": [image, chat_tables.ANSWER]}] * 3
+    attributor = Attributor(tiny_llama(), tiny_tokenizer(chat=True), width=64, preconditioner="off")
+    with pytest.warns(UserWarning, match="parts of messages that are not text are not read: 3 image$"):
+        attributor.cache(chats, tmp_path / "cache")
+
+
 def test_tools_that_a_template_does_not_write_are_said() -> None:
     encode = encoder("chatml", marks=False)
     encode(CHATS["one turn"] | {"tools": [chat_tables.WEATHER]})
@@ -275,7 +286,7 @@ def test_roles_that_a_template_leaves_out() -> None:
 def test_thoughts_that_become_empty_as_a_chat_goes_on() -> None:
     encode = plain(
         "{% set asked = namespace(last=-1) %}"
-        "{% for m in messages %}{% if m.role == 'user' %}{% set asked.last = loop.index0 %}{% endif %}{% endfor %}"
+        "{% for m in messages if m.role == 'user' %}{% set asked.last = messages.index(m) %}{% endfor %}"
         "{% for m in messages %}<|im_start|>{{ m.role }}\n"
         "{% if m.role == 'assistant' %}"
         "<think>{{ m.reasoning_content if loop.index0 > asked.last }}</think>{{ m.content }}"

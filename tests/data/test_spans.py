@@ -212,7 +212,7 @@ def test_what_cannot_be_asked_of_parts(made: tuple[Attributor, Any], tmp_path: P
         ({"targets": "letters"}, "unknown targets 'letters'"),
         ({"targets": [["a"]]}, "targets for 1 generations, but there are 2"),
         ({"targets": "tokens", "together": True}, "single generations"),
-        ({"candidates": 20}, "--candidates"),
+        ({"candidates": 20}, "`candidates` is the number that `rescore` looks at"),
         ({"rescore": "finer"}, "cannot rescore by 'finer'"),
         ({"rescore": "exact", "candidates": 3}, "`candidates` 3 is less than `top_k` 10"),
         ({"rescore": "exact", "method": "fisher"}, "`method='dot'`"),

@@ -99,7 +99,7 @@ def test_methods_and_places() -> None:
         ("dot:long", "unknown normalize"),
         ("sum:layer", "unknown method"),
         ("fisher:layer:much", "is not a number"),
-        ("dot:layer:1", "takes no --damping"),
+        ("dot:layer:1", "takes no `damping`"),
     ):
         with pytest.raises(UserError, match=wrong):
             parse_methods(text)

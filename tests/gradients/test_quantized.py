@@ -220,5 +220,5 @@ def test_weights_that_are_no_parameters_are_named_as_the_reason() -> None:
         for name, module in list(layer.named_modules()):
             if isinstance(module, torch.nn.Linear):
                 layer.set_submodule(name, Int8Linear(module))
-    with pytest.raises(UserError, match=r"none of its parameters.*--adapter"):
+    with pytest.raises(UserError, match=r"none of its parameters.*`adapter`"):
         Attributor(model, tiny_tokenizer())

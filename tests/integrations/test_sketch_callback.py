@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import io
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import torch
 from rich.console import Console
 from tiny import records, tiny_llama, tiny_lora
 from training_runs import ROWS, WIDTH, cached, in_processes, new_trainer, sketches_of, token_rows, worst
+from transformers import TrainingArguments
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble
@@ -22,6 +24,12 @@ from rapidin.gradients.calls import Call
 from rapidin.integrations.transformers import SketchCallback
 
 SAME = 1e-5
+_ARGUMENTS = {each.name for each in fields(TrainingArguments)}
+BY_LENGTH = (  # the older name is that of transformers 4.57
+    {"train_sampling_strategy": "group_by_length"}
+    if "train_sampling_strategy" in _ARGUMENTS
+    else {"group_by_length": True}
+)
 
 
 def callback_into(folder: Path, **by_name: Any) -> SketchCallback:
@@ -37,7 +45,7 @@ def callback_into(folder: Path, **by_name: Any) -> SketchCallback:
         {"gradient_checkpointing": True},
         {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
         {"num_train_epochs": 2, "dataloader_num_workers": 1},
-        {"train_sampling_strategy": "group_by_length"},
+        BY_LENGTH,
     ],
     ids=str,
 )

@@ -155,7 +155,10 @@ or what an adapter trains. *counted* is their share of all elements outside embe
 by the number of examples per second of a forward and backward pass without rapidin. In models as tiny as
 these, hooks and Python take most of the time; real models are timed in
 [performance.md](../measured/performance.md). The gradient of a packed weight is the gradient of the unpacked
-weight. The int8 layers of bitsandbytes compute in float16, so an error of up to 2e-3 is right there.
+weight. The int8 layers of bitsandbytes and AWQ's kernel compute in float16, so an error of up to 2e-3 is
+right there. Kernels that need a GPU were not run: Marlin's and ExLlama's for GPTQ and AWQ, Triton's for fp8
+and MXFP4, autoawq's. A model with such layers is tested when it is loaded: one layer of each kind has to
+propagate the right gradient, or the model is refused.
 
 The tests check every cell except the speeds (`tests/models`). `python tests/support/model_table.py` writes
 the cells. The columns are for {newest}; the last column is for the oldest

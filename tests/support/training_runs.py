@@ -53,6 +53,7 @@ def new_trainer(
         "dataloader_pin_memory": False,
     }
     tokenizer = tiny_tokenizer()
+    os.environ.pop("ACCELERATE_MIXED_PRECISION", None)  # transformers 4.57 leaves it set after a run in bf16
     trainer = (cls or Trainer)(
         model=tiny_llama() if model is None else model,
         args=TrainingArguments(**settings | arguments),

@@ -4,7 +4,7 @@
     rapidin eval lds kjv/base --data kjv/train.jsonl --test kjv/test.jsonl --out truth --epochs 6 \\
         --batch-size 16 --learning-rate 5e-4 --schedule constant --warmup-steps 1 --subsets 60 --seeds 2 \\
         --checkpoints 6
-    python studies/training/lds.py truth kjv/base --out studies/training/lds.json
+    python studies/training/retraining.py truth kjv/base --out studies/training/lds.json
 
 Tunes the base once more as the truth's model was tuned, with transformers' Trainer and `SketchCallback`, and
 scores each cache as a query reads it.
