@@ -170,7 +170,7 @@ class TrainingRun:
             if len(made) != rows:
                 raise UserError(
                     f"the data has {len(made):,} examples, and the trainer has {rows:,}",
-                    "give what its data set was made of, without rows that it leaves out, or leave out data=...",
+                    "give what its data set was made of, without the rows that it dropped, or no data=...",
                 )
             return made
         places = None if self._packs is None else self._packs.places

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
+import json
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -351,6 +353,22 @@ def test_a_finished_cache_is_not_written_over(tmp_path: Path) -> None:
     new_trainer(tmp_path / "run", callback_into(tmp_path)).train()
     with pytest.raises(UserError, match="holds a cache"):
         new_trainer(tmp_path / "run", callback_into(tmp_path)).train()
+
+
+def test_a_damaged_record_of_the_training_is_refused(tmp_path: Path) -> None:
+    new_trainer(tmp_path / "run", callback_into(tmp_path), max_steps=1).train()
+    path = tmp_path / "cache" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    for name, value in {
+        "learning_rates": [], "visits": -1, "trainer": 3, "weight": "1", "seen": None,
+    }.items():  # fmt: skip
+        damaged = copy.deepcopy(manifest)
+        damaged["gradient"]["training"][name] = value
+        path.write_text(json.dumps(damaged))
+        with pytest.raises(UserError, match=r"'training' of 'gradient' is|manifest"):
+            Cache(tmp_path / "cache")
+    path.write_text(json.dumps(manifest))
+    assert Cache(tmp_path / "cache").manifest.gradient["training"] == manifest["gradient"]["training"]
 
 
 def test_unknown_arguments_are_refused(tmp_path: Path) -> None:
