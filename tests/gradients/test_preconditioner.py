@@ -1156,7 +1156,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert main(["info", out]) == 0
     assert "from a sample of at most 256 examples, exponent 0.5" in " ".join(capsys.readouterr().out.split())
     assert main(["query", out, "--prompt", "a", "--completion", "b", "--json", "-"]) == 0
-    assert len(json.loads(capsys.readouterr().out)["queries"][0]["top"]) == 6
+    (query,) = json.loads(capsys.readouterr().out)["queries"]
+    assert len(query["top"]) + len(query["bottom"]) == 6
     for preconditioner, words in (
         ("off", "name another folder"),
         (str(tmp_path / "no.pt"), "no optimizer's state at"),
