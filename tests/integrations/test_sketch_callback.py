@@ -266,16 +266,16 @@ def test_checkpoints_are_queried_as_one_at_their_own_weights(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("given", [True, False])
 def test_a_query_finds_the_model_and_the_examples(tmp_path: Path, given: bool) -> None:
-    some = records(128) if given else token_rows(records(128))
+    some = records(160) if given else token_rows(records(160))
     callback = callback_into(tmp_path, data=some if given else None)
     new_trainer(
-        tmp_path / "run", callback, rows=token_rows(records(128)), save_strategy="epoch",
+        tmp_path / "run", callback, rows=token_rows(records(160)), save_strategy="epoch",
         per_device_train_batch_size=32,
     ).train()  # fmt: skip
     assert Cache(tmp_path / "cache").manifest.null is not None
     shown = Console(file=io.StringIO(), width=200)
     shown.print(info_report(Cache(tmp_path / "cache").info()))
-    assert "sketched by Trainer in steps 1 to 4, 128 times" in shown.file.getvalue()  # type: ignore[attr-defined]
+    assert "sketched by Trainer in steps 1 to 5, 160 times" in shown.file.getvalue()  # type: ignore[attr-defined]
     (result,) = Attributor.from_cache(tmp_path / "cache").query(tmp_path / "cache", [some[5]], examples=some)
     assert result.top[0].index == 5
     assert result.top[0].example == some[5]
