@@ -161,8 +161,8 @@ class Watch:
         count = last.done - last.resumed
         if not count:
             return f"all {last.total:,} examples were cached before"
-        text = f"cached {count:,} examples in {time_text(self.seconds)}"
-        preparation = f"after {time_text(self.preparation)} of preparation " if self.preparation else ""
+        text = f"cached {count:,} example{'' if count == 1 else 's'} in {time_text(self.seconds)}"
+        preparation = f"{time_text(self.preparation)} of preparation, then " if self.preparation else ""
         text += f" ({preparation}{self.rate(count):,.1f} examples/s, {self.rate(last.tokens):,.0f} tokens/s)"
         return text + (f" after the {last.resumed:,} cached before" if last.resumed else "")
 
