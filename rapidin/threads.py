@@ -13,8 +13,8 @@ def patient_threads() -> None:
 
     Threads that spin take the time of the processor from whichever thread has work to do: where other
     processes were busy too, training steps of a small model took ten times as long
-    (docs/measured/results.md). The command line calls this by itself. In Python call it before torch is imported, or set OMP_WAIT_POLICY=passive; a
-    policy that is set already is kept.
+    (docs/measured/results.md). The command line calls this by itself. In Python call it before torch is
+    imported, or set OMP_WAIT_POLICY=passive; a policy that is set already is kept.
 
     Raises UserError if torch has been imported without a policy, since it is too late then.
     """

@@ -44,6 +44,7 @@ def quiet_libraries() -> Iterator[None]:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     hub_logging.set_verbosity(logging.ERROR)
+    logging.getLogger("torch.utils._pytree").setLevel(logging.ERROR)  # warns of classes of torchao
     if sys.stderr.isatty():
         enable_progress_bars()
     with warnings.catch_warnings():

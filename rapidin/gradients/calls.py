@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from rapidin.errors import UserError
@@ -60,19 +59,6 @@ class UnseenError(Exception):
 
 class FollowTokensError(Exception):
     """A module sees some tokens of the batch, so that tokens must be followed."""
-
-
-def backward(losses: Tensor) -> None:
-    """The backward pass of all losses. Raises UserError if the model has changed what it needs."""
-    try:
-        torch.autograd.backward(losses.sum())
-    except RuntimeError as error:
-        if "modified by an inplace operation" not in str(error):
-            raise
-        raise UserError(
-            "the model changes its parameters in place when it runs, so gradients cannot be computed",
-            "use the parameters that count by default, or leave more out with `exclude`",
-        ) from error
 
 
 @dataclass(frozen=True, slots=True)

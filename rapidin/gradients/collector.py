@@ -28,7 +28,6 @@ from rapidin.gradients.calls import (
     FollowTokensError,
     NotBatchedError,
     UnseenError,
-    backward,
 )
 from rapidin.gradients.convolution import as_linear
 from rapidin.gradients.exact import ExactGradient, ExactPass
@@ -44,6 +43,7 @@ from rapidin.gradients.passes import (
     PositionPass,
     SketchPass,
     SketchTargets,
+    backward,
 )
 from rapidin.gradients.preconditioner import Preconditioner
 from rapidin.gradients.products import ProductTracker

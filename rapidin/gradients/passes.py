@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from rapidin import ops
-from rapidin.errors import is_out_of_memory
+from rapidin.errors import UserError, is_out_of_memory
 from rapidin.gradients.calls import Call, NotBatchedError
 from rapidin.gradients.parameters import Target, matrix_shape
 from rapidin.gradients.rows import RowFactors, RowGroup, by_example, by_expert
@@ -355,3 +355,16 @@ class PositionPass(SketchPass):
 
 class FlatPositionPass(PositionPass, FlatSketchPass):
     """`PositionPass` with flat sketches."""
+
+
+def backward(losses: Tensor) -> None:
+    """The backward pass of all losses. Raises UserError if the model has changed what it needs."""
+    try:
+        torch.autograd.backward(losses.sum())
+    except RuntimeError as error:
+        if "modified by an inplace operation" not in str(error):
+            raise
+        raise UserError(
+            "the model changes its parameters in place when it runs, so gradients cannot be computed",
+            "use the parameters that count by default, or leave more out with `exclude`",
+        ) from error

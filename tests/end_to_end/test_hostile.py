@@ -95,8 +95,8 @@ def test_a_shard_with_another_header_of_the_same_size_is_refused_when_opened(tmp
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"layers": [type(LAYERS[0])("a", (3,), 0.5, 0, 1 << 29)]}, "lower --width"),
-        ({"rows": 10**9, "shard_rows": 1}, "--shard-rows must be at least"),
+        ({"layers": [type(LAYERS[0])("a", (3,), 0.5, 0, 1 << 29)]}, "lower `width`"),
+        ({"rows": 10**9, "shard_rows": 1}, "`shard_rows` must be at least"),
     ],
 )
 def test_a_cache_too_large_to_be_read_again_is_not_begun(tmp_path: Path, changes: dict, words: str) -> None:
