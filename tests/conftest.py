@@ -5,6 +5,7 @@ import os
 import pytest
 import torch
 from poison import poisoned
+from repeats import mark_repeats
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # before triton is imported
@@ -52,3 +53,7 @@ def gpu(request):
     else:
         pytest.importorskip("triton")
     return request.param
+
+
+def pytest_collection_modifyitems(items):
+    mark_repeats(items)

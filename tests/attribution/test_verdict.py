@@ -92,6 +92,7 @@ def test_rows_are_scored_against_all_rows_but_themselves_and_their_duplicates(
     assert rows[-1] < 0.999  # no row has met itself or its duplicate
 
 
+@pytest.mark.full
 def test_questions_that_the_data_asks_are_left_out(attributor: Attributor, tmp_path: Path) -> None:
     answers = records(300, seed=5)
     rows = [{"prompt": QUESTIONS[n % 40], "completion": each["completion"]} for n, each in enumerate(answers)]

@@ -50,6 +50,7 @@ def worked(process: subprocess.Popen[str]) -> float:
 @pytest.mark.parametrize(
     "moments", [pytest.param(3, id="some"), pytest.param(40, id="many", marks=pytest.mark.full)]
 )
+@pytest.mark.full
 def test_a_query_that_is_interrupted_says_so(cache: Path, moments: int) -> None:
     process = start(cache)
     whole = 0.0

@@ -101,6 +101,7 @@ def test_another_tokenizer_by_its_name(saved: Saved, tmp_path: Path) -> None:
         loaded(saved, tokenizer=str(tmp_path / "empty"))
 
 
+@pytest.mark.full
 def test_an_adapter_on_the_hub_brings_its_tokenizer(saved: Saved, tmp_path: Path) -> None:
     with_template(saved.adapter)
     assert saved.adapter is not None

@@ -90,6 +90,7 @@ def test_the_log_of_the_steps_is_removed_unless_it_is_to_be_kept(tmp_path: Path)
     assert (tmp_path / "steps" / "sketches-0").stat().st_size == 4 * ROWS * WIDTH * 14
 
 
+@pytest.mark.full
 def test_nothing_of_a_step_is_kept(tmp_path: Path) -> None:
     from transformers import TrainerCallback
 
@@ -208,6 +209,7 @@ RESUMED = {"learning_rate": 0.05, "num_train_epochs": 2, "save_strategy": "steps
 
 
 @pytest.mark.parametrize("per_checkpoint", [False, True])
+@pytest.mark.full
 def test_a_run_that_resumes_has_the_rows_of_one_that_does_not_stop(
     tmp_path: Path, per_checkpoint: bool
 ) -> None:
