@@ -189,7 +189,7 @@ class Ensemble:
                 options.top_k,
                 len(self.caches[-1]),
             )
-            results = with_texts(results, self._tokenizer)
+        results = with_texts(results, self._tokenizer)
         if results:
             LOG.info(query_text(results[0], len(generations), self.caches[-1]))
         return results

@@ -152,7 +152,8 @@ def test_other_tasks_show_what_they_read(tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------- tokens as data
 
 
-def test_hits_of_token_ids_show_their_text(tmp_path: Path) -> None:
+@pytest.mark.parametrize("top_k", [2, 10])  # as many as there are rows, and more
+def test_hits_of_token_ids_show_their_text(tmp_path: Path, top_k: int) -> None:
     tokenizer = tiny_tokenizer()
     rows = []
     for text, answer in (("The capital of France is", " Paris."), ("One, two,", " three.")):
@@ -160,7 +161,7 @@ def test_hits_of_token_ids_show_their_text(tmp_path: Path) -> None:
         rows.append({"input_ids": ids + more, "labels": [-100] * len(ids) + more})
     attributor = Attributor(tiny_llama(), tokenizer, width=64, preconditioner="off")
     cache = attributor.cache(rows, tmp_path / "cache")
-    results = attributor.query(cache, [("The capital", " Paris.")], examples=rows)
+    results = attributor.query(cache, [("The capital", " Paris.")], examples=rows, top_k=top_k)
     hits = {hit.index: hit for hit in (*results[0].top, *results[0].bottom)}
     assert {index: hit.parts for index, hit in hits.items()} == {
         0: ("The capital of France is", " Paris."),
