@@ -21,7 +21,7 @@ from rapidin.gradients.preconditioner import STREAM, Preconditioner
 from rapidin.gradients.source import GradientSource
 
 _CHECK_TEXTS = 64  # examples that those of the check are chosen from
-_CHECKED = 2
+_CHECKED = 2  # examples that the check compares
 
 
 def format_of(options: CacheOptions, width: int) -> CodecConfig:

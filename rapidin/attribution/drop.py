@@ -52,7 +52,7 @@ def candidates(source: str, conditions: DropConditions) -> Candidates:
     """
     if Path(source).is_dir():
         Manifest.read(Path(source))  # or it is no cache
-        scored = [name for name in ("top_k", "min_score", "max_score") if getattr(conditions, name)]
+        scored = (conditions.top_k, conditions.min_score, conditions.max_score) != (None, None, None)
         if scored or conditions.harmful or not conditions.where:
             raise UserError(
                 f"a cache has no scores, so rows of '{source}' can be chosen by `where` alone",

@@ -14,8 +14,7 @@ from rapidin.gradients.model import LoadedModel
 
 def loaded_of(model: Any, tokenizer: Any = None) -> LoadedModel:
     """The loaded model of a `LoadedModel`, a name or folder, a transformers Trainer or pipeline, or a model
-    in
-    memory with its tokenizer.
+    in memory with its tokenizer.
 
     Raises UserError for anything else, and TypeError for a second tokenizer.
     """

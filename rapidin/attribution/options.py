@@ -349,8 +349,9 @@ def _part_of(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
+@documented
 @dataclass(frozen=True)
-class DropConditions:
+class DropConditions(Settings):
     """Which rows are dropped: those that meet all of the conditions.
 
     Raises UserError for a condition that is not understood.
@@ -379,6 +380,7 @@ class DropConditions:
     )
 
     def __post_init__(self) -> None:
+        self.check_values()
         for condition in self.where:
             if not condition.partition("=")[1] or condition.startswith("="):
                 raise UserError(

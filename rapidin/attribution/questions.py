@@ -44,9 +44,10 @@ def continued(manifest: Manifest, prompt: str, completion: str | None = None) ->
 
 
 def all_asked(manifest: Manifest, questions: Any) -> list[Record]:
-    """The records of a question, a (question, answer) pair, a record, or a list of these. Raises UserError
-    for
-    anything else, and as `asked` does."""
+    """The records of a question, a (question, answer) pair, a record, or a list of these.
+
+    Raises UserError for anything else, and as `asked` does.
+    """
     alone = isinstance(questions, str | Mapping) or is_pair(questions)
     given = [questions] if alone else questions
     if not isinstance(given, Sequence) or not given:

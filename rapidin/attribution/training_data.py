@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,9 +10,10 @@ from typing import Any
 
 from torch import Tensor
 
+from rapidin.attribution.progress import LOG
 from rapidin.attribution.provenance import task_name
 from rapidin.cache import Cache
-from rapidin.data.encoding import decoded
+from rapidin.data.encoding import answer_start, decoded
 from rapidin.data.examples import Examples, open_examples
 from rapidin.data.records import TEXTS, Record, record_hash, tokens_of
 from rapidin.data.sources import DataNotFound, Files, join_paths
@@ -21,8 +21,6 @@ from rapidin.errors import UserError
 from rapidin.results.collection import Results
 from rapidin.results.types import Hit
 from rapidin.tasks.names import forms_of
-
-_LOG = logging.getLogger("rapidin")
 
 
 def cached_record(
@@ -56,7 +54,7 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
         return examples
     source = cache.manifest.data.get("path") if examples is None else examples
     if source is None and cache.examples is None:
-        _LOG.warning(
+        LOG.warning(
             "the hits have no texts, since the cache %s was made from data in memory; give the same data "
             "with `examples` to see them",
             cache.path,
@@ -114,7 +112,7 @@ def _read(hit: Hit, tokenizer: Any) -> Hit:
     if hit.example is None or TEXTS.of(hit.example) != "tokens":
         return hit
     ids, counts = tokens_of(hit.example)
-    first = counts.index(True) if True in counts else len(ids)
+    first = answer_start(counts)
     return replace(hit, decoded=(decoded(tokenizer, ids[:first]), decoded(tokenizer, ids[first:])))
 
 

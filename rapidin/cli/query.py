@@ -156,14 +156,12 @@ def query(
         if options.by is not None and examples is not None:
             check_column(examples, options.by)
         ready = with_models(console, ensemble, location)
-        what = f"explaining {len(generations):,} among {len(opened):,} examples"
-        with console.status(what) as status:
-            results = ready.query(
-                generations,
-                options,
-                examples=False if examples is None else examples,
-                on_stage=lambda stage, done, of: status.update(f"{what}: {stage} {done:,}/{of:,}"),
-            )
+        results = ready.query(
+            generations,
+            options,
+            examples=False if examples is None else examples,
+            progress=False if quiet else None,
+        )
     if not world().leads:
         return
     _show(results, output, ensemble, _made(ensemble, options, examples), quiet)

@@ -83,7 +83,7 @@ def _known_form(record: Record) -> str:
     return form
 
 
-def _answer_start(counts: list[bool]) -> int:
+def answer_start(counts: Sequence[bool]) -> int:
     """Where the tokens begin that count; the end if none does."""
     return counts.index(True) if True in counts else len(counts)
 
@@ -189,7 +189,7 @@ class Encoder:
             return self.chats.text(chat.to(count - answered), generation=True)
         if form == "tokens":
             ids, counts = tokens_of(record)
-            return self._decode(ids[: _answer_start(counts)])
+            return self._decode(ids[: answer_start(counts)])
         return ""
 
     def completion_text(self, record: Record) -> str | None:
@@ -200,7 +200,7 @@ class Encoder:
             return (text_of_message(last) or None) if last["role"] == "assistant" else None
         if form == "tokens":
             ids, counts = tokens_of(record)
-            return self._decode(ids[_answer_start(counts) :]) or None
+            return self._decode(ids[answer_start(counts) :]) or None
         return record.get(TEXTS.fields[form][-1]) or None
 
     def pieces(self, ids: Sequence[int]) -> list[str]:

@@ -161,6 +161,7 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, run: Any) -> None:
         ([str(place / "train.jsonl")], "neither the hits of a query nor a table of scores"),
         ([cache], "can be chosen by --where alone"),
         ([cache, "--where", "poisoned=true", "--top-k", "2"], "can be chosen by --where alone"),
+        ([cache, "--where", "poisoned=true", "--min-score", "0"], "can be chosen by --where alone"),
         (
             [hits, "--where", "poisoned"],
             "--where has poisoned, which is not a column and a value; as in poisoned=true",

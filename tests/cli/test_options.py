@@ -13,14 +13,20 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from rapidin.attribution.options import CacheOptions, ModelLocation, QueryOptions, ScoringConfig
+from rapidin.attribution.options import (
+    CacheOptions,
+    DropConditions,
+    ModelLocation,
+    QueryOptions,
+    ScoringConfig,
+)
 from rapidin.cli import main
 from rapidin.cli.options import PANELS, RENAMED_FLAGS, Only, app, command, renamed_flags
 from rapidin.errors import UserError
 from rapidin.gradients.settings import GradientSettings, points_of
 from rapidin.settings import Settings, described, documented, option
 
-OPTIONS = [CacheOptions, GradientSettings, ModelLocation, QueryOptions, ScoringConfig]
+OPTIONS = [CacheOptions, DropConditions, GradientSettings, ModelLocation, QueryOptions, ScoringConfig]
 
 
 @documented

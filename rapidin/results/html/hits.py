@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from rapidin.data.encoding import answer_start
 from rapidin.data.fields import other_columns
 from rapidin.results.html import drawings, shades
 from rapidin.results.html.text import block, isolated, marked, plain, shortened, trimmed_block
-from rapidin.results.html.view import Entry, View, answer_start
+from rapidin.results.html.view import Entry, View
 from rapidin.results.sinks import without_sinks
 from rapidin.results.text import UNSURE, error_text, is_unsure, no_row_text, score_text
 from rapidin.results.types import Hit, Tokens
@@ -113,7 +114,7 @@ def _text(view: View, hit: Hit) -> str:
 def _tokens(view: View, tokens: Tokens) -> str:
     """The tokens in front of the first that counts, and from there. Those with a large contribution have
     their shades here; the script makes elements of all and shades them."""
-    first = answer_start(tokens)
+    first = answer_start(tokens.counts)
     items = []
     steps = shades.steps(tokens.contributions, view.peak)
     for n, (text, counts, step) in enumerate(zip(tokens.pieces, tokens.counts, steps, strict=True)):

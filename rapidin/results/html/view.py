@@ -12,11 +12,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from rapidin.data.encoding import answer_start
 from rapidin.results.html import shades
 from rapidin.results.html.text import common_start, shown_length
 from rapidin.results.sinks import sinks_of
 from rapidin.results.text import has_shares
-from rapidin.results.types import Hit, QueryResult, Tokens
+from rapidin.results.types import Hit, QueryResult
 
 _HIT_BYTES, _TOKEN_BYTES = 2600, 18  # approximate size on a page of a hit without its text, and of a token
 _SHARED_TOKENS, _SHARED_CHARACTERS = 8, 40  # at least, for a template
@@ -118,7 +119,7 @@ class View:
     def shared_tokens(self) -> int:
         """How many tokens at their start all hits have in common, before what counts; 0 if they are few."""
         rows = [e.hit.tokens for e in self.entries if e.hit.tokens is not None]
-        return shared_start([row.pieces[: answer_start(row)] for row in rows], _SHARED_TOKENS)
+        return shared_start([row.pieces[: answer_start(row.counts)] for row in rows], _SHARED_TOKENS)
 
     @cached_property
     def shared_text(self) -> int:
@@ -195,11 +196,6 @@ class View:
             "sinks": sorted(self.sinks),
             "hits": [_entry_data(result, entry, most, entry.hit.row in parted) for entry in self.entries],
         }
-
-
-def answer_start(tokens: Tokens) -> int:
-    """The first token that counts; behind the last if none does."""
-    return next((n for n, counts in enumerate(tokens.counts) if counts), len(tokens.counts))
 
 
 def shared_start(texts: Sequence[Sequence[str]], least: int) -> int:
