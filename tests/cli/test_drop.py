@@ -112,7 +112,6 @@ def test_duplicates_go_with_their_hit(place: Path, tmp_path: Path, run: Any) -> 
 
 
 def test_a_table_of_scores_and_a_column_choose_rows(place: Path, tmp_path: Path, run: Any) -> None:
-    out = tmp_path / "out.csv"
     with (place / "self.csv").open() as file:
         table = [(float(row["self_influence"]), int(row["index"])) for row in csv.DictReader(file)]
     table.sort(reverse=True)

@@ -47,9 +47,7 @@ def worked(process: subprocess.Popen[str]) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-@pytest.mark.parametrize(
-    "moments", [pytest.param(3, id="some"), pytest.param(40, id="many", marks=pytest.mark.full)]
-)
+@pytest.mark.parametrize("moments", [pytest.param(3, id="some"), pytest.param(40, id="many")])
 @pytest.mark.full
 def test_a_query_that_is_interrupted_says_so(cache: Path, moments: int) -> None:
     process = start(cache)
