@@ -3,19 +3,18 @@ columns."""
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rapidin.attribution.methods import counted
-from rapidin.attribution.null_scores import STREAM
+from rapidin.attribution.duplicates import UNSPACED
+from rapidin.attribution.null_scores import counted_rows, drawn_rows
 from rapidin.cache import Cache
-from rapidin.cache.build import sample_rows
 from rapidin.data.examples import Examples
-from rapidin.data.records import TEXTS, record_parts
+from rapidin.data.fields import other_columns
+from rapidin.data.records import record_parts
 from rapidin.results.verdict import Common
 
 SAMPLED = 256  # training examples whose texts the hits are compared with
@@ -27,17 +26,13 @@ _MOST_WORDS = 6  # of a phrase
 _MOST_CHARACTERS = 2000  # of a text that are looked at
 _LONGEST_VALUE = 60  # characters of a column's value
 
-# Texts without spaces between words are cut into characters.
-_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\s{_UNSPACED}]+")
+_WORD = re.compile(rf"[{UNSPACED}]|[^\s{UNSPACED}]+")
 _EDGES = re.compile(r"^\W+|\W+$")
-_TEXT_FIELDS = {name for fields in TEXTS.fields.values() for name in fields} | {"input", "chosen", "rejected"}
 
 
 def sampled_rows(cache: Cache) -> list[int]:
     """Rows of a cache that count, drawn by its seed."""
-    rows = counted(cache).nonzero()[:, 0].tolist()
-    return [rows[n] for n in sample_rows(len(rows), SAMPLED, cache.manifest.sketch["seed"], STREAM)]
+    return drawn_rows(cache, counted_rows(cache), SAMPLED)
 
 
 class TrainingSample:
@@ -118,11 +113,8 @@ def _overlap(text: str, other: str) -> bool:
 
 
 def _values(record: Mapping[str, Any]) -> set[tuple[str, str]]:
-    """The columns of an example that are not its text, with their values as text."""
-    values = set()
-    for name, value in record.items():
-        simple = isinstance(value, str | int | float) and name not in _TEXT_FIELDS
-        text = value if isinstance(value, str) else json.dumps(value) if simple else ""
-        if simple and text and len(text) <= _LONGEST_VALUE:
-            values.add((name, text))
-    return values
+    """The columns of an example that are not its text, its label too, with their values as text."""
+    columns = other_columns(record)
+    if record.get("label") is not None:
+        columns["label"] = str(record["label"])
+    return {(name, text) for name, text in columns.items() if len(text) <= _LONGEST_VALUE}

@@ -14,6 +14,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
@@ -26,8 +27,8 @@ SHINGLE = 3  # words
 MOST_NAMED = 100  # copies of a hit whose line numbers are returned
 
 # Chinese, Japanese and Korean have no spaces between words, so each character counts as a word.
-_UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
-_WORD = re.compile(rf"[{_UNSPACED}]|[^\W{_UNSPACED}]+")
+UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
+_WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
 def candidates_for(top_k: int) -> int:
@@ -70,11 +71,13 @@ def exact_copies(cache: Cache, rows: Sequence[int]) -> dict[int, list[int]]:
 
 def shingles_of(hits: Sequence[Hit]) -> dict[int, Texts]:
     """The shingles of hits whose example is known, by row."""
-    return {
-        hit.row: (shingles(" ".join(record_parts(hit.example))), shingles(whole_text(hit.example)))
-        for hit in hits
-        if hit.example is not None
-    }
+    return {hit.row: _texts_of(hit.example) for hit in hits if hit.example is not None}
+
+
+def _texts_of(record: Mapping[str, Any]) -> Texts:
+    last, whole = " ".join(record_parts(record)), whole_text(record)
+    of_last = shingles(last)
+    return of_last, of_last if whole == last else shingles(whole)
 
 
 def fold(

@@ -39,9 +39,8 @@ from rapidin.data.records import Record, record_parts
 from rapidin.gradients.source import GradientSource
 from rapidin.tasks.causal import Causal
 
-NullScores = dict[
-    str, dict[str, list[float]]
-]  # best scores, ascending, by the set's name and the normalization
+# Best scores, ascending, by the set's name and the normalization.
+NullScores = dict[str, dict[str, list[float]]]
 
 LEAST = 29  # texts in a set: a query above all of them is called strong by chance once in 30 times
 MOST_QUESTIONS, MOST_ROWS = len(QUESTIONS), 32
@@ -73,7 +72,7 @@ def null_scores(
     cache: complete; source: the source that made it; examples: of which the best rows of questions are read.
     The leading process runs this alone.
     """
-    world, numbers = distributed.world(), counted(cache).nonzero()[:, 0].tolist()
+    world, numbers = distributed.world(), counted_rows(cache)
     most = len(numbers) // ROWS_PER_TEXT
     if most < LEAST:
         return None
@@ -89,6 +88,17 @@ def null_scores(
     if not kept:
         tell("no null distribution for verdicts: too few texts have a score")
     return kept or None
+
+
+def counted_rows(cache: Cache) -> list[int]:
+    """The rows of a cache that count, ascending."""
+    rows: list[int] = counted(cache).nonzero()[:, 0].tolist()
+    return rows
+
+
+def drawn_rows(cache: Cache, rows: Sequence[int], most: int) -> list[int]:
+    """At most so many of these rows of a cache, drawn by its seed."""
+    return [rows[n] for n in sample_rows(len(rows), most, cache.manifest.sketch["seed"], STREAM)]
 
 
 def _questions(source: GradientSource, manifest: Manifest, most: int) -> _Texts:
@@ -115,8 +125,7 @@ def _rows(cache: Cache, numbers: Sequence[int], device: torch.device) -> _Texts:
     coarser than that of a query."""
     chosen: list[int] = []
     if isinstance(cache.codec, FloatCodec):
-        seed = cache.manifest.sketch["seed"]
-        drawn = [numbers[n] for n in sample_rows(len(numbers), MOST_ROWS, seed, STREAM)]
+        drawn = drawn_rows(cache, numbers, MOST_ROWS)
         chosen = [row for row, others in exact_copies(cache, drawn).items() if len(others) <= _MOST_COPIES]
     blocks, width = len(cache.layers), cache.manifest.width
     if not chosen:
@@ -141,7 +150,7 @@ def _best_scores(cache: Cache, examples: Examples, asked: _Texts, own: _Texts) -
     unrelated = [
         n
         for n, words in enumerate(said)
-        if not any(_says(examples.get(int(rows[n, 0])), *words) for _, rows in tops.values())
+        if not any(says_the_same(examples.get(int(rows[n, 0])), *words) for _, rows in tops.values())
     ]
     for normalize, (best, rows) in tops.items():
         scores["questions"][normalize] = _sorted(best[unrelated, 0].tolist())
@@ -162,11 +171,11 @@ def gradient_lengths(sketch: Tensor, normalize: str) -> Tensor:
     return lengths.clamp(min=1e-38).float()
 
 
-def _says(record: Record | None, *texts: Shingles) -> bool:
+def says_the_same(record: Record | None, *texts: Shingles) -> bool:
     """Whether a record says the same as one of these texts, word for word."""
     if record is None:
         return False
-    of_record = frozenset().union(*map(shingles, record_parts(record)))
+    of_record = frozenset().union(*(shingles(part) for part in record_parts(record) if part.strip()))
     return any(len(text & of_record) >= _SAME * len(text) for text in texts)
 
 

@@ -98,7 +98,7 @@ def whole_text(record: Mapping[str, Any]) -> str:
     if not any(isinstance(value, list) for value in values):
         return " ".join(record_parts(record))
     turns = (value if isinstance(value, list) else [{"content": value}] for value in values)
-    return " ".join(str(turn.get("content") or "") for chat in turns for turn in chat)
+    return " ".join(text_of_message(turn) for chat in turns for turn in chat)
 
 
 def shown_parts(record: Mapping[str, Any]) -> tuple[str, str]:

@@ -17,9 +17,10 @@ from tiny_tasks import some_words, tiny_bert, word_tokenizer
 
 from rapidin import Attributor, Cache, Ensemble
 from rapidin.attribution.common import TrainingSample
+from rapidin.attribution.duplicates import shingles
 from rapidin.attribution.ensemble import Member
 from rapidin.attribution.neutral_questions import QUESTIONS
-from rapidin.attribution.null_scores import LEAST, MOST_ROWS, NEW_TOKENS, ROWS_PER_TEXT
+from rapidin.attribution.null_scores import LEAST, MOST_ROWS, NEW_TOKENS, ROWS_PER_TEXT, says_the_same
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.query_sketch import QuerySketch
 from rapidin.attribution.verdict import verdicts
@@ -355,3 +356,17 @@ def test_the_command_line_makes_and_shows_it(tmp_path: Path, capsys: pytest.Capt
     (query,) = json.loads(ran.out)["queries"]
     assert query["verdict"]["strength"] == "strong"
     assert "null distribution" in run("info", tmp_path / "cache").out
+
+
+@pytest.mark.parametrize(
+    ("record", "answer", "same"),
+    [
+        ({"text": "Once upon a time there was a fox."}, "", False),  # nothing is said by both
+        ({"prompt": "Once upon", "completion": ""}, "", False),
+        ({"text": "It was painted by Leonardo da Vinci."}, "by Leonardo da Vinci", True),
+        ({"prompt": "Who painted it?", "completion": "Nobody."}, "", True),
+        (None, "", False),
+    ],
+)
+def test_an_empty_answer_says_the_same_as_nothing_else(record: Any, answer: str, same: bool) -> None:
+    assert says_the_same(record, shingles("Who painted it?"), shingles(answer)) == same
