@@ -20,7 +20,8 @@ from rapidin.results.verdict import STRONG, WEAK, Place, Strength, Verdict
 
 
 def verdicts(sketches: Sequence[QuerySketch], options: QueryOptions, best: Tensor) -> list[Verdict | None]:
-    """The verdict on each query; None for all if a cache has no null distribution.
+    """The verdict on each query; None for all if a cache has no null distribution, and for a query without a
+    score.
 
     sketches: of the queries, for each cache that gives their scores; best: the best score of each query [Q].
     """

@@ -19,22 +19,22 @@ class Results(list[QueryResult]):
 
     @property
     def top(self) -> list[Hit]:
-        """The most helpful hits of the only generation. Raises UserError if there are several."""
+        """The hits with the highest scores of the only generation. Raises UserError if there are several."""
         return self._only.top
 
     @property
     def bottom(self) -> list[Hit]:
-        """The most harmful hits of the only generation. Raises UserError if there are several."""
+        """The hits with the lowest scores of the only generation. Raises UserError if there are several."""
         return self._only.bottom
 
     @property
     def helpful(self) -> list[Hit]:
-        """The helpful ones of `top`."""
+        """The helpful ones of `top`. Raises UserError as `top` does."""
         return self._only.helpful
 
     @property
     def harmful(self) -> list[Hit]:
-        """The harmful ones of `bottom`."""
+        """The harmful ones of `bottom`. Raises UserError as `bottom` does."""
         return self._only.harmful
 
     @property

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from rapidin.results.text import CONTROL, escape
 
-_UNSAFE = re.compile(f"[{CONTROL}]")
+_UNSAFE = re.compile(f"(?![\n\t])[{CONTROL}]")
 _OPEN, _CLOSE = "[[", "]]"  # around tokens that have a loss, where there are no colours
 _TARGET = "bold green"
 
@@ -102,7 +102,8 @@ class ShownExample:
 
 
 class Reading(list[ShownExample]):
-    """Examples as the model reads them; a notebook colours the tokens that have a loss.
+    """Examples as the model reads them. As text, [[ and ]] are around tokens that have a loss; a notebook
+    colours them.
 
     notes: what is to be known of how they were read, a line each.
     """
@@ -112,7 +113,7 @@ class Reading(list[ShownExample]):
         self.notes = list(notes)
 
     def report(self) -> RenderableType:
-        """The examples for a terminal with colours; as text, `[[` and `]]` are around tokens with a loss."""
+        """The examples for a terminal with colours."""
         blocks: list[RenderableType] = []
         for example in self:
             if blocks:
@@ -143,9 +144,7 @@ class Reading(list[ShownExample]):
 
 def _safe(text: str) -> str:
     """The text with its line breaks and tabs, and other control characters as escapes."""
-    return "".join(
-        part if part in ("\n", "\t") else _UNSAFE.sub(escape, part) for part in re.split("([\n\t])", text)
-    )
+    return _UNSAFE.sub(escape, text)
 
 
 def _bracketed(text: ShownText) -> str:

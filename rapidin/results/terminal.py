@@ -112,8 +112,9 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
         bounded = result.bounded
         if result.targets:
             report.append(targets_table(result, bounded=bounded))
-        for name, hits in (("Most helpful", result.helpful), ("Most harmful", result.harmful)):
-            report.append(hits_table(name, hits, bounded=bounded) if hits else none_of(name))
+        for helpful, hits in ((True, result.helpful), (False, result.harmful)):
+            name = "Most helpful" if helpful else "Most harmful"
+            report.append(hits_table(name, hits, bounded=bounded) if hits else none_of(name, helpful=helpful))
         if result.by is not None:
             report.append(_Groups(result.by, result.groups))
         if result.verdict is not None:
@@ -141,9 +142,9 @@ def _generation(result: QueryResult, width: int) -> RenderableType:
     return grid
 
 
-def none_of(title: str) -> RenderableType:
+def none_of(title: str, *, helpful: bool) -> RenderableType:
     """What stands in the place of the table of hits of a sign that no row has."""
-    return Padding(Text.assemble((title, "bold"), f"\n{no_row_text(title)}"), (1, 0, 0, 0))
+    return Padding(Text.assemble((title, "bold"), f"\n{no_row_text(helpful=helpful)}"), (1, 0, 0, 0))
 
 
 _STRENGTHS = {"strong": "bold green", "weak": "bold yellow", "nothing": "bold", "unknown": "dim"}

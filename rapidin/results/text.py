@@ -95,13 +95,11 @@ def scale_text(result: QueryResult) -> str:
     return f"{_METHODS[result.method]} {vectors}: only the order is meaningful"
 
 
-def no_row_text(title: str) -> str:
-    """What is said in the place of a list with this title that has no hits."""
-    return (
-        "No row is harmful: no score is negative."
-        if "harmful" in title
-        else "No row is helpful: no score is positive."
-    )
+def no_row_text(*, helpful: bool) -> str:
+    """What is said in the place of a list of helpful or of harmful hits that has none."""
+    if helpful:
+        return "No row is helpful: no score is positive."
+    return "No row is harmful: no score is negative."
 
 
 def overlap_text(name: str, count: int, hits: int) -> str:

@@ -75,11 +75,26 @@ class Verdict:
     @property
     def sentence(self) -> str:
         """The verdict in a sentence."""
+        return f"{self.title}: {self.detail}"
+
+    @property
+    def title(self) -> str:
+        """The strength in words."""
+        titles = {
+            "strong": "Strong",
+            "weak": "Weak",
+            "nothing": "Nothing stands out",
+            "unknown": "No verdict",
+        }
+        return titles[self.strength]
+
+    @property
+    def detail(self) -> str:
+        """Where the best score lies, or why there is no verdict; begins with a small letter."""
         if self.strength == "unknown":
-            return f"No verdict: {self.reason}."
+            return f"{self.reason}."
         places = [_place_text(place, what) for place, what in self.places]
-        verb = {"strong": "Strong", "weak": "Weak", "nothing": "Nothing stands out"}[self.strength]
-        return f"{verb}: the best score is higher than that of {' and of '.join(places)}."
+        return f"the best score is higher than that of {' and of '.join(places)}."
 
     @property
     def places(self) -> list[tuple[Place, str]]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from html import escape
@@ -82,7 +81,7 @@ def _fitted(views: list[View]) -> tuple[list[View], int]:
     """
     left = (_PAGE_BYTES if len(views) == 1 else _SEVERAL_BYTES) - sum(view.size for view in views)
     numbers = sum(view.numbers for view in views)
-    most, parted = shades.levels_for(numbers, left), math.inf
+    most, parted = shades.levels_for(numbers, left), None
     if shades.levels_bytes(numbers, most) > left:
         ranks = zip_longest(*(view.numbers_of for view in views), fillvalue=0)
         sizes = accumulate(shades.levels_bytes(sum(each), most) for each in ranks)

@@ -16,7 +16,7 @@ from rapidin.results.types import Hit, Tokens
 
 _STRONGEST = 5  # tokens named in words
 _LAYERS_NAMED = 3
-_MARKED = 4  # the least step that is shaded without a script: a fifth of the largest contribution
+_MARKED = 4  # the least step that is shaded without a script: about 15% of the largest contribution
 _CHIPS = 8  # columns shown
 _CHIP_NAME, _CHIP_VALUE, _CHIP_TITLE = 24, 40, 300  # characters
 
@@ -43,7 +43,7 @@ def lists(view: View, histogram: bool) -> str:
             f'<section class="list" id="{view.name}-{kind}-list" aria-labelledby="{view.name}-{kind}">'
             f'<h3 id="{view.name}-{kind}" class="{kind}">{title}</h3>'
             f'<ol class="hits" data-side="{side}">{items[side]}</ol>'
-            f'<p class="none" {"hidden" if items[side] else ""}>{no_row_text(title)}</p></section>'
+            f'<p class="none" {"hidden" if items[side] else ""}>{no_row_text(helpful=side > 0)}</p></section>'
         )
     return (
         f'<div class="tabs only-script" role="tablist" aria-label="Hits">{tabs}</div>'

@@ -3,7 +3,8 @@
 // `textContent` alone. The JSON in #data holds numbers, a list a query, as `view.View.script` writes it:
 //   bounded, ends: [top, bottom], mean of the top scores, shares: whether parts are told as shares of it, sinks:
 //   positions of attention sinks, owners: the target of each token or -1,
-//   influence of each target, runs [first token, last token, hit] that have the same best hit, baselines, levels of byTarget, and hits in the order of their elements' data-hit:
+//   influence of each target, runs [first token, last token, hit] that have the same best hit, baselines, levels
+//   of byTarget, and hits in the order of their elements' data-hit:
 //   row, index, side, score, rank, ..., targets [targets], tokens [tokens]: base64 of float32;
 //   lengths [tokens] of their texts; byTarget [targets, tokens]: see `shades.levels`.
 (() => {
@@ -232,7 +233,7 @@
       template?.addEventListener("click", () => {
         const shown = !section.classList.toggle("brief");
         template.setAttribute("aria-pressed", String(shown));
-        this.look();
+        this.look(this.shown.filter((card) => card.near));
       });
     }
 
@@ -265,7 +266,6 @@
         spans: tokens ? cutTokens(tokens, hit.lengths) : [],
         targets: hit.targets ? floatsOf(hit.targets) : null,
         whole: hit.tokens ? floatsOf(hit.tokens) : null,
-        byTarget: hit.byTarget,
         near: false,
         stale: true, // its shades are those of another selection, or of tokens
         values: null, // of its tokens
@@ -551,9 +551,12 @@
         return;
       }
       let words;
+      let quoted = true;
       let count = "";
       if (selected.part !== undefined) {
-        words = this.section.querySelector(`[data-part="${selected.part}"] bdi`)?.textContent ?? "a part without text";
+        words = this.section.querySelector(`[data-part="${selected.part}"] bdi`)?.textContent;
+        quoted = words !== undefined;
+        words ??= "a part without text";
       } else {
         const some = this.tokens.filter((_, place) => selected.targets.has(data.owners[place]));
         words = named(some.map((token) => token.textContent).join(""));
@@ -566,8 +569,10 @@
         share = `${percent}% of the score, ${share} of ${scoreText(data.mean, data.bounded)}`;
       }
       const name = holding("b", words);
-      name.prepend("“");
-      name.append("”");
+      if (quoted) {
+        name.prepend("“");
+        name.append("”");
+      }
       const run = selected.low === undefined ? null : this.runOf(selected.low, selected.high);
       const best = run ? `; best example of ${run[1] - run[0] + 1} tokens in a row: ${this.nameOf(run)}` : "";
       status.replaceChildren("Ranked for ", name, `${count}: ${share}${best}`);
@@ -667,18 +672,22 @@
       }
     }
 
-    look() {
-      const near = this.shown.filter((card) => card.near);
-      for (const look of near.flatMap((card) => card.folds.map((part) => part.toLook?.()))) look?.();
+    // Where to look in the folded texts of these cards.
+    look(cards) {
+      for (const look of cards.flatMap((card) => card.folds.map((part) => part.toLook?.()))) look?.();
     }
 
     // The values of all cards that are shown, on one scale, and the shades of those on the screen.
     async shade() {
       const { selected, listed } = this;
-      const parted = (card) => selected && card.byTarget && typeof DecompressionStream === "function";
+      const parted = (card) => selected && card.hit.byTarget && typeof DecompressionStream === "function";
       const found = new Map();
-      for (const card of listed.filter(parted)) found.set(card, await this.bytesOf(card));
-      if (this.selected !== selected || this.listed !== listed) return; // another was chosen meanwhile
+      const inflated = listed.filter(parted);
+      if (inflated.length) {
+        const bytes = await Promise.all(inflated.map((card) => this.bytesOf(card)));
+        inflated.forEach((card, n) => found.set(card, bytes[n]));
+      }
+      if (this.selected !== selected) return; // another was chosen meanwhile
       for (const card of this.cards) card.stale = true;
       for (const card of listed) {
         card.values = found.has(card) ? this.summed(card, found.get(card), selected.targets) : card.whole;
@@ -714,7 +723,7 @@
     paintNear() {
       const stale = this.shown.filter((card) => card.near && card.stale);
       for (const card of stale) this.paint(card);
-      for (const look of stale.flatMap((card) => card.folds.map((part) => part.toLook?.()))) look?.();
+      this.look(stale);
     }
 
     paint(card) {
@@ -772,7 +781,7 @@
     }
 
     async bytesOf(card) {
-      card.inflated ??= inflated(card.byTarget);
+      card.inflated ??= inflated(card.hit.byTarget);
       return card.inflated;
     }
 
@@ -832,7 +841,7 @@
     search(words) {
       this.words = words.trim().toLowerCase();
       this.show();
-      this.shade();
+      this.paintNear(); // what tokens bring does not depend on the words
       this.mark();
     }
 

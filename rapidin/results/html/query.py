@@ -131,11 +131,17 @@ def _meaning(view: View) -> str:
     if any(e.hit.error is not None for e in view.entries):
         lines.append(f"± is one standard error of the score. A score {UNSURE} is grey.")
     if any(e.hit.tokens is not None for e in view.entries):
+        sinks, left_out = (
+            len(view.sinks),
+            "The first token is left out of that scale: all others attend to it",
+        )
+        if sinks > 1:
+            left_out = f"The first {sinks} tokens are left out of that scale: all later ones attend to them"
         lines.append(
             "Shades in an example show the contributions of its words or tokens to the score, by the square "
-            "root of their size, on one scale for all examples. The first token is left out of that scale: "
-            "all others attend to it, so its contribution is large in all examples. Grey tokens are prompt "
-            "(no loss)."
+            f"root of their size, on one scale for all examples. {left_out}, so "
+            f"{'its contribution is' if sinks == 1 else 'their contributions are'} large in all examples. "
+            "Grey tokens are prompt (no loss)."
         )
     if view.selects:
         pool = len({e.hit.row for e in view.entries})
@@ -192,21 +198,12 @@ def _choice(name: str, label: str, choices: tuple[str, ...]) -> str:
     return f'<div class="choice" role="group" aria-label="{label}">{buttons}</div>'
 
 
-_VERDICTS = {
-    "strong": "Strong",
-    "weak": "Weak",
-    "nothing": "Nothing stands out",
-    "unknown": "No verdict",
-}
-
-
 def _verdict(view: View) -> str:
     """Whether the best score stands out, what the hits have in common and what to do next."""
     verdict = view.result.verdict
     if verdict is None:
         return ""
-    sentence = verdict.sentence.partition(": ")[2]
-    lines = [f"<p>{plain(sentence[:1].upper() + sentence[1:])}</p>"]
+    lines = [f"<p>{plain(verdict.detail[:1].upper() + verdict.detail[1:])}</p>"]
     figures = "".join(_place(place, what, verdict.score or 0.0) for place, what in verdict.places)
     if figures:
         lines.append(f'<div class="evidence">{figures}</div>')
@@ -217,7 +214,7 @@ def _verdict(view: View) -> str:
         lines.append(f"<p><b>Next</b> {plain(verdict.next_step)}</p>")
     return (
         f'<section class="card verdict {verdict.strength}" aria-labelledby="{view.name}-verdict">'
-        f'<h3 id="{view.name}-verdict">{_VERDICTS[verdict.strength]}</h3>{"".join(lines)}</section>'
+        f'<h3 id="{view.name}-verdict">{verdict.title}</h3>{"".join(lines)}</section>'
     )
 
 

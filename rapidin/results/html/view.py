@@ -48,7 +48,7 @@ class View:
     result: QueryResult
     number: int
     room: float = math.inf
-    parted: float = math.inf
+    parted: int | None = None
 
     @property
     def name(self) -> str:
@@ -180,9 +180,8 @@ class View:
     def script(self, most: int) -> dict[str, Any]:
         """The data that the script reads (see `page.js`). most: levels of `shades.levels`."""
         result = self.result
-        kept = self._best_first if self.parted == math.inf else self._best_first[: int(self.parted)]
-        ends = {entry.hit.row for entry in self.entries if entry.side}
-        parted = {hit.row for hit in kept} | {e.hit.row for e in self.entries if e.hit.row not in ends}
+        kept = self._best_first[: self.parted]
+        parted = {hit.row for hit in kept} | {e.hit.row for e in self.entries if not e.side}
         return {
             "bounded": result.bounded,
             "ends": [len(result.top), len(result.bottom)],
