@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from rapidin.tasks.causal import Causal
 
 BUDGETS = (256, 1024, 2048, 8192, 16384)
 TOKENS = 256  # of an example, if no data is given
+_LEAST = 4  # examples that are measured
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,11 +62,18 @@ class Plan:
 
 
 def make_plan(
-    source: GradientSource, examples: int, data: Examples | None = None, tokens: int | None = None
+    source: GradientSource,
+    examples: int,
+    data: Examples | None = None,
+    tokens: int | None = None,
+    *,
+    measured_seconds: float = 4.0,
 ) -> Plan:
-    """Measures a batch and the memory's speed, and estimates the cost of caching `examples` examples.
+    """Measures passes over examples and the memory's speed, and estimates the cost of caching `examples`
+    examples.
 
-    data: the mean length of its examples is used, else `tokens`. Takes some seconds on a small model.
+    data: the mean length of its examples is used, else `tokens`; measured_seconds: of the passes, about, if
+    the model is on a CPU. Takes some seconds on a small model.
     """
     assert source.settings.max_length is not None
     texts = [] if data is None else _examples(source, data)
@@ -78,10 +86,21 @@ def make_plan(
     elif not texts or tokens:
         raise UserError(f"the task '{source.task.name}' is measured on examples", "give `data`, not `tokens`")
     check = source.checked(texts)
-    fit_seconds, seconds, memory = _calibrate(source.with_check(check), texts)
-    total = fit_seconds * source.config.sample_of(examples) + seconds * examples
+    one, several = _calibrate(source.with_check(check), texts, measured_seconds)
+    total = _fitting(one, several, source.config.sample_of(examples))
+    total += several.seconds / several.count * examples
     formats = _formats(source.blocks, source.width, examples, _read_speed())
-    return Plan(examples, source.blocks, source.width, length, total, memory, formats, source.coverage, check)
+    return Plan(
+        examples, source.blocks, source.width, length, total, several.memory, formats, source.coverage, check
+    )
+
+
+def _fitting(one: _Passes, several: _Passes, sample: int) -> float:
+    """The seconds of fitting the preconditioner to a sample; what it takes besides passes is counted once."""
+    if several.count == one.count:
+        return one.fit_seconds * sample
+    each = max(0.0, several.fit_seconds - one.fit_seconds) / (several.count - one.count)
+    return each * sample + max(0.0, one.fit_seconds - each)
 
 
 def _formats(blocks: int, width: int, examples: int, speed: float) -> list[FormatCost]:
@@ -128,24 +147,68 @@ def _texts(source: GradientSource, length: int) -> list[AnyExample]:
     ]
 
 
-def _calibrate(source: GradientSource, texts: Sequence[AnyExample]) -> tuple[float, float, int]:
-    """(seconds per example of the preconditioner's sample, seconds per example, peak bytes of memory),
-    measured on one batch after a warm-up."""
-    count = len(texts)
+@dataclass(frozen=True, slots=True)
+class _Passes:
+    """Passes over `count` examples: the seconds of fitting the preconditioner and of sketching, and the peak
+    bytes of memory."""
+
+    count: int
+    fit_seconds: float
+    seconds: float
+    memory: int
+
+
+def _calibrate(
+    source: GradientSource, texts: Sequence[AnyExample], measured_seconds: float
+) -> tuple[_Passes, _Passes]:
+    """Passes over one text and over several after a warm-up, the latter with the memory of a whole batch.
+
+    Several are all of the batch, or, where that would take long, as many as take about `measured_seconds`, at
+    least `_LEAST`, whose memory is then extrapolated to the batch.
+    """
     source.sketches(texts[:1])[1].cpu()  # waits for the GPU
-    fit_seconds = 0.0
+    before = 0 if source.loaded.device.type == "cuda" else _peak_memory()  # loading may have taken more
+    counts_anew = source.loaded.device.type == "cuda" or _restart_peak_memory()
+    one = _passes(source, texts[:1])
+    count = len(texts)
+    if counts_anew:
+        _restart_peak_memory()
+        alone = one.fit_seconds + one.seconds
+        count = min(count, max(_LEAST, int(measured_seconds / max(alone, 1e-6))))
+    several = _passes(source, texts[:count])
+    memory = several.memory
+    if count < len(texts):
+        memory += max(0, memory - one.memory) * (len(texts) - count) // (count - 1)
+    return one, replace(several, memory=max(memory, before))
+
+
+def _passes(source: GradientSource, texts: Sequence[AnyExample]) -> _Passes:
+    on_gpu, fit_seconds = source.loaded.device.type == "cuda", 0.0
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats(source.loaded.device)
+    start = time.perf_counter()
     if source.config.kind in ("kfac", "sample"):
-        start = time.perf_counter()
         preconditioner = source.fit_preconditioner(texts)
-        fit_seconds = (time.perf_counter() - start) / count
+        fit_seconds = time.perf_counter() - start
         source = source.with_preconditioner(preconditioner)
     start = time.perf_counter()
     sketch, _ = source.sketches(texts)
     ops.unit_blocks(sketch)[1].cpu()
-    seconds = (time.perf_counter() - start) / count
-    if source.loaded.device.type == "cuda":
-        return fit_seconds, seconds, torch.cuda.max_memory_allocated(source.loaded.device)
-    return fit_seconds, seconds, _peak_memory() + 2 * GROUP_BYTES
+    seconds = time.perf_counter() - start
+    if on_gpu:
+        return _Passes(
+            len(texts), fit_seconds, seconds, torch.cuda.max_memory_allocated(source.loaded.device)
+        )
+    return _Passes(len(texts), fit_seconds, seconds, _peak_memory() + 2 * GROUP_BYTES)
+
+
+def _restart_peak_memory() -> bool:
+    """Counts this process's peak memory anew; False where the system (Linux alone does) cannot do that."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
 
 
 def _peak_memory() -> int:

@@ -1,0 +1,30 @@
+"""rapidin.attribution.plan: the cost of a cache, estimated from a few passes."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from tiny import tiny_llama, tiny_tokenizer
+
+from rapidin.attribution.plan import make_plan
+from rapidin.gradients.model import LoadedModel
+from rapidin.gradients.settings import GradientSettings
+from rapidin.gradients.source import GradientSource
+
+TEXTS, TOKENS = 128, 64
+
+
+def source() -> GradientSource:
+    model = tiny_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=6)
+    settings = GradientSettings(batch_tokens=TEXTS * TOKENS)
+    return GradientSource(LoadedModel.of(model, tiny_tokenizer()), settings)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux counts the peak of memory anew")
+def test_a_batch_takes_as_much_memory_as_is_extrapolated_from_some_of_its_examples() -> None:
+    some = make_plan(source(), 1000, tokens=TOKENS, measured_seconds=0)
+    batch = make_plan(source(), 1000, tokens=TOKENS, measured_seconds=1e9)
+    assert some.formats[0].cache_bytes == batch.formats[0].cache_bytes
+    # The peak of four texts is below half of the batch's.
+    assert 0.6 < some.memory / batch.memory < 1.5
