@@ -21,14 +21,14 @@ from torch import Tensor
 
 from rapidin.attribution.baselines import check as check_baselines
 from rapidin.attribution.clock import Clock
-from rapidin.attribution.explain import OnStage, explain
+from rapidin.attribution.explain import explain
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.groups import check_column
 from rapidin.attribution.methods import check as check_method
 from rapidin.attribution.options import ModelLocation, QueryOptions, ScoringConfig
 from rapidin.attribution.progress import LOG, query_progress, query_text
 from rapidin.attribution.provenance import checked, load_model_of, source_of, task_name
-from rapidin.attribution.query_sketch import Query, QuerySketch, shared_by_leader, sketch_query
+from rapidin.attribution.query_sketch import OnStage, Query, QuerySketch, shared_by_leader, sketch_query
 from rapidin.attribution.query_sketch import scores as all_scores
 from rapidin.attribution.questions import all_asked
 from rapidin.attribution.scan_pieces import check_same_examples
@@ -165,7 +165,7 @@ class Ensemble:
         what = f"explaining {len(generations):,} among {len(self.caches[-1]):,} examples"
         shown = progress if on_stage is None and world().leads else False
         with query_progress(shown, what) as stages:
-            query = self.sketched(generations, options, clock)
+            query = self.sketched(generations, options, clock, on_stage or stages)
 
             def source(number: int) -> GradientSource:
                 member = self.caches.index(query.sketches[number].cache)
@@ -225,7 +225,9 @@ class Ensemble:
             return checked(member.source, manifest)
         return source_of(manifest, load_model_of(member.path, self.location))
 
-    def sketched(self, generations: Any, options: QueryOptions, clock: Clock) -> Query:
+    def sketched(
+        self, generations: Any, options: QueryOptions, clock: Clock, on_stage: OnStage | None = None
+    ) -> Query:
         """The generations with their sketches for every cache, weighted for this normalization.
 
         One model is in memory at a time, the last one first: it writes missing completions. Of several
@@ -234,12 +236,14 @@ class Ensemble:
         finer = options.finer
         return shared_by_leader(
             [*self.caches, *([] if finer is None else [finer])],
-            lambda: self._sketched(generations, options, clock),
+            lambda: self._sketched(generations, options, clock, on_stage),
             device=self.location.device,
             everywhere=self.location.shard_model,
         )
 
-    def _sketched(self, generations: Any, options: QueryOptions, clock: Clock) -> Query:
+    def _sketched(
+        self, generations: Any, options: QueryOptions, clock: Clock, on_stage: OnStage | None
+    ) -> Query:
         total = sum(m.weight for m in self.members)
         summed = self.kind == "tracin" and options.normalize == "none"
         texts: list[Generation] = []
@@ -259,7 +263,7 @@ class Ensemble:
                 clock.lap("generate")
             weight = member.weight if summed else member.weight / total
             if member.weight:
-                sketches.append(sketch_query(self.caches[number], source, texts, weight))
+                sketches.append(sketch_query(self.caches[number], source, texts, weight, on_stage))
             if options.finer is not None:
                 source_of_finer = source_of(options.finer.manifest, source.loaded, source.own_task)
                 finer = sketch_query(options.finer, source_of_finer, texts)

@@ -17,13 +17,12 @@ from rapidin.attribution.groups import groups, histogram
 from rapidin.attribution.hit_gradients import (
     Contributions,
     HitGradients,
-    OnStage,
     SourceOf,
     order_by_exact,
     target_slices,
 )
 from rapidin.attribution.options import QueryOptions
-from rapidin.attribution.query_sketch import Query, scans_of, weights_of
+from rapidin.attribution.query_sketch import OnStage, Query, scans_of, weights_of
 from rapidin.attribution.rerank import Candidates, RankIntervals, find_candidates
 from rapidin.attribution.scan import Ends, all_scores, scores_of
 from rapidin.attribution.scan_pieces import CacheScan
@@ -38,7 +37,7 @@ from rapidin.errors import UserError
 from rapidin.results.collection import Results
 from rapidin.results.types import Group, Hit, QueryResult, TargetResult
 
-__all__ = ["OnStage", "SourceOf", "explain"]
+__all__ = ["SourceOf", "explain"]
 
 
 def explain(

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from rapidin.attribution import token_contributions
 from rapidin.attribution.options import ScoringConfig
-from rapidin.attribution.query_sketch import Query, target_texts, weights_of
+from rapidin.attribution.query_sketch import OnStage, Query, target_texts, weights_of
 from rapidin.attribution.scan import Ends
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.data.encoding import AnyExample
@@ -20,7 +20,6 @@ from rapidin.errors import UserError
 from rapidin.gradients.source import GradientSource
 from rapidin.results.types import QueryResult, Tokens
 
-OnStage = Callable[[str, int, int], None]  # called with a stage's name, the steps done, and all of its steps
 SourceOf = Callable[[int], GradientSource]  # the source of a query's sketch, by the sketch's number
 
 # By row of a hit: what each position of the example contributes to its score, then to the score of each

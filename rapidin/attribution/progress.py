@@ -24,7 +24,7 @@ from rapidin.results.text import bytes_text, counts_text, one_line, time_text
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from rapidin.attribution.hit_gradients import OnStage
+    from rapidin.attribution.query_sketch import OnStage
     from rapidin.results.types import QueryResult
 
 LOG = logging.getLogger("rapidin")

@@ -18,7 +18,11 @@ from rapidin.data.encoding import Encoded, Status
 from rapidin.data.generations import Generation
 from rapidin.data.spans import Span
 from rapidin.errors import UserError, short
+from rapidin.gradients.batching import SILENT, Silent
 from rapidin.gradients.source import GradientSource
+from rapidin.ops.transfer import Download
+
+OnStage = Callable[[str, int, int], None]  # called with a stage's name, the steps done, and all of its steps
 
 
 @dataclass(frozen=True)
@@ -81,15 +85,34 @@ def target_texts(generations: Sequence[Generation], loss: str) -> TargetTexts:
 
 
 def sketch_query(
-    cache: Cache, source: GradientSource, generations: Sequence[Generation], weight: float = 1.0
+    cache: Cache,
+    source: GradientSource,
+    generations: Sequence[Generation],
+    weight: float = 1.0,
+    on_stage: OnStage | None = None,
 ) -> QuerySketch:
-    """The sketches of generations and their targets; source: the source that made the cache.
+    """The sketches of generations and their targets; source: the source that made the cache; on_stage: as for
+    `rapidin.Ensemble.query`.
 
     Raises UserError if a gradient holds NaN or Inf or does not fit into memory.
     """
     return QuerySketch(
-        cache, sketch_generations(source, generations), weight, sketch_targets(source, generations)
+        cache, sketch_generations(source, generations), weight, sketch_targets(source, generations, on_stage)
     )
+
+
+class _Stages(Silent):
+    """Reports the texts that are sketched as steps of a stage."""
+
+    def __init__(self, on_stage: OnStage, name: str, total: int) -> None:
+        self._on_stage, self._name, self._done, self._total = on_stage, name, 0, total
+
+    def add(self, done: int, tokens: int, *, skipped: int) -> None:
+        self._done += done
+        self._on_stage(self._name, self._done, self._total)
+
+    def sketched(self, done: int, tokens: int, skipped: Download | None) -> None:
+        self.add(done, tokens, skipped=0)
 
 
 def sketch_generations(source: GradientSource, generations: Sequence[Generation]) -> Tensor:
@@ -110,7 +133,9 @@ def sketch_generations(source: GradientSource, generations: Sequence[Generation]
     return sketch
 
 
-def sketch_targets(source: GradientSource, generations: Sequence[Generation]) -> Tensor | None:
+def sketch_targets(
+    source: GradientSource, generations: Sequence[Generation], on_stage: OnStage | None = None
+) -> Tensor | None:
     """Sketches of the targets of all generations: [targets, blocks, width] float32, None if there are none.
 
     Those of all tokens of a generation sum to the generation's. Raises UserError for one with NaN or Inf, and
@@ -126,7 +151,8 @@ def sketch_targets(source: GradientSource, generations: Sequence[Generation]) ->
             "scores of their own",
             "make the cache with `projection='tensor'`",
         )
-    sketch, status = source.sketches(targets.texts)
+    reporter = SILENT if on_stage is None else _Stages(on_stage, "tokens of the answer", len(targets.texts))
+    sketch, status = source.sketches(targets.texts, reporter)
     if bool((status != 0).any()):
         raise UserError("the gradient of a token of a generation holds NaN or Inf, or needs too much memory")
     return sketch * torch.tensor(targets.weights, device=sketch.device)[:, None, None]

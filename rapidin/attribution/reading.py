@@ -34,11 +34,14 @@ def read_examples(
     examples = data
     if not isinstance(data, Examples):
         examples = open_examples(data, limit=limit, forms=task.forms, map=map, streaming=streaming)
-    made = [_shown(task, tokenizer, examples, row, record) for row, record in islice(examples.good(), limit)]
+    made = [read_example(task, tokenizer, examples, row, record) for row, record in islice(examples.good(), limit)]
     return Reading(made, [] if task.chats is None else task.chats.notes())
 
 
-def _shown(task: Task, tokenizer: Any, examples: Examples, row: int, record: Record) -> ShownExample:
+def read_example(
+    task: Task, tokenizer: Any, examples: Examples, row: int, record: Record
+) -> ShownExample:
+    """One example as a task reads it. Raises UserError if the task refuses it."""
     where = examples.where(row)
     try:
         example = task.example(record)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -53,10 +55,61 @@ def device_of(model: nn.Module) -> torch.device:
     return next((p.device for p in model.parameters() if not p.is_meta), torch.device("cpu"))
 
 
+@dataclass(frozen=True)
+class Listener:
+    """Follows what a model writes.
+
+    wrote: called with the ids of all tokens that are written so far, after each; stopped: whether the model
+    is to stop before its end.
+    """
+
+    wrote: Callable[[Sequence[int]], None]
+    stopped: Callable[[], bool]
+
+
+_LISTENER: ContextVar[Listener | None] = ContextVar("listener", default=None)
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Inside the block, and in its thread alone, the listener follows what models write to single texts."""
+    before = _LISTENER.set(listener)
+    try:
+        yield
+    finally:
+        _LISTENER.reset(before)
+
+
+class _Following:
+    """Gives a listener the tokens of a text, as transformers' stopping criteria and streamers are called."""
+
+    def __init__(self, listener: Listener) -> None:
+        self._listener = listener
+        self._written: list[int] | None = None  # None until the prompt, which comes first, has been seen
+
+    def put(self, ids: torch.Tensor) -> None:
+        if self._written is None:
+            self._written = []
+            return
+        self._written += ids.flatten().tolist()
+        self._listener.wrote(tuple(self._written))
+
+    def end(self) -> None:
+        pass
+
+    def __call__(self, ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        stop = self._listener.stopped()
+        return torch.full((len(ids),), stop, dtype=torch.bool, device=ids.device)
+
+
 def greedy(model: Any, tokenizer: Any, **inputs: Any) -> list[list[int]]:
     """The token ids that a model generates greedily for each text of a batch, after those of its input if it
     continues them, and up to its end token."""
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+    listener = _LISTENER.get()
+    if listener is not None and len(inputs["input_ids"]) == 1:
+        following = _Following(listener)
+        inputs |= {"streamer": following, "stopping_criteria": [following]}
     with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run = partial(model.generate, do_sample=False, num_beams=1, pad_token_id=pad, **inputs)
