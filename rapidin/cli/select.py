@@ -14,6 +14,7 @@ from rapidin.cli.options import CacheFolder, CacheFolders, Only, Quiet, TrainDat
 from rapidin.data.fields import FieldMap
 from rapidin.distributed import world
 from rapidin.errors import UserError
+from rapidin.files import check_not_input
 from rapidin.settings import option
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ def select(
         examples = training_data(opened, join_paths(train_data))
         if examples is None:
             raise UserError("the cache was not made from a file", "name the examples with --train-data")
+        check_not_input((selection.out, selection.scores), [selection.target, *examples.files])
         ready = with_models(console, ensemble, location)
         with console.status(f"scoring {len(opened):,} examples for {len(targets):,} of the target set"):
             scores = ready.scores(
