@@ -107,16 +107,20 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     date: what the template writes as the present, as YYYY-MM-DD with or without a time; None for the clock's.
-    rendered, left_out, unplaced: number of chats that were read so far, what of them was not, with its
-    number, and turns whose place is not certain.
+    rendered, left_out, unplaced, unmarked: number of chats that were read so far, what of them was not, with
+    its number, turns whose place is not certain, and chats that the template's own marks do not fit.
     """
 
     def __init__(self, tokenizer: Any, date: str | None = None) -> None:
         self.tokenizer, self.date = tokenizer, date
-        self.rendered = 0
+        self._dated: dict[str, str] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins to count anew, for other examples or the same once more."""
+        self.rendered = self.unmarked = 0
         self.left_out: Counter[str] = Counter()
         self.unplaced: Counter[str] = Counter()
-        self._dated: dict[str, str] = {}
 
     @property
     def template(self) -> str | dict[str, str] | None:
@@ -159,7 +163,7 @@ class ChatTemplate:
 
     def marked(self, chat: Chat, text: str) -> list[tuple[int, int]] | None:
         """What the template marks as the assistant's by `{% generation %}`, as [start, end) in the chat's
-        text; None if it has no marks."""
+        text; None if it has no marks, or they are not those of the text."""
         arguments = dict(chat.arguments)
         template = self._chosen(arguments)
         if not _MARKS.search(template):
@@ -180,6 +184,7 @@ class ChatTemplate:
                 continue
             if rendered[0] == text:
                 return [(start, end) for start, end in indices[0] if start < end]
+        self.unmarked += 1
         return None
 
     def count(self, chat: Chat, text: str) -> None:
@@ -206,6 +211,11 @@ class ChatTemplate:
         if self.rendered and self.writes_date:
             lines.append(
                 f"the chat template writes the date, and examples are read with {self.date or 'now'}"
+            )
+        if n := self.unmarked:
+            lines.append(
+                "the marks {% generation %} of the chat template do not fit the text that the tokenizer "
+                f"writes, so the assistant's turns are found in the text ({n:,} chat{'s' * (n != 1)})"
             )
         for what, n in self.unplaced.items():
             lines.append(f"{what} ({n:,} turn{'s' if n != 1 else ''})")
