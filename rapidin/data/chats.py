@@ -21,7 +21,6 @@ from rapidin.data.fields import ORIGINAL, chat, is_chat, plain
 from rapidin.data.records import Record, is_text_part, text_of_content
 from rapidin.errors import UserError, short
 
-ARGUMENTS = ("tools", "documents", "chat_template_kwargs")  # fields of a record that its template reads
 SENTINEL = "\ue000"  # stands for the content of a message, where that is looked for in a text
 
 # What `chat_template_kwargs` may not set, since a text is asked for.
