@@ -49,8 +49,8 @@ def drop(
     Without conditions all most helpful hits of all queries are dropped, with their duplicates. A row is
     dropped if it meets all conditions.
     """
-    if dropped is not None:
-        check_writable(dropped)
+    check_writable(out, folder=True)
+    check_writable(dropped)
     check_not_input((out, dropped), [source])
     with quiet_libraries():
         from rapidin.attribution.drop import candidates, rows_to_drop

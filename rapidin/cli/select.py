@@ -72,8 +72,7 @@ def select(
     from rapidin.data.sources import join_paths
 
     for path in (selection.out, selection.scores):
-        if path is not None:
-            check_writable(path)
+        check_writable(path)
     console = messages(quiet)
     with quiet_libraries():
         from rapidin.attribution.training_data import training_data
@@ -149,8 +148,7 @@ def self_(
     from rapidin.attribution.selection import table
     from rapidin.results.terminal import hits_table, make_console
 
-    if out is not None and out != "-":
-        check_writable(out)
+    check_writable(out, standard=True)
     console = messages(quiet)
     with quiet_libraries():
         import torch

@@ -197,6 +197,17 @@ def test_no_input_is_overwritten(place: Path, tmp_path: Path, run: Any) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["hits.json"]
 
 
+def test_files_are_named(place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (["--out", "-"], ["--out", "out.jsonl", "--dropped", "-"]):
+        ran = run("drop", str(place / "hits.json"), *out)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err == "rapidin: this output cannot be written to standard output; name a file\n"
+    ran = run("drop", str(place / "hits.json"), "--out", "none/out.jsonl")
+    assert "cannot write none/out.jsonl: the directory does not exist; name another file" in ran.err
+    assert not list(tmp_path.iterdir())
+
+
 def test_rows_that_nothing_was_compared_with_are_counted(place: Path, tmp_path: Path, run: Any) -> None:
     out = ["--train-data", str(place / "train.jsonl"), "--out", str(tmp_path / "out.jsonl")]
     ran = run("drop", str(place / "self.csv"), "--top-k", "4", *out)
