@@ -37,12 +37,14 @@ class Chat:
     """A chat, and what else its template reads.
 
     messages: as the record has them; arguments: of the template, such as `tools`; prompt: number of messages
-    before the completion, all of which counts; None if the assistant's turns count.
+    before the completion, all of which counts; None if the assistant's turns count. noted: number of messages
+    that another chat of the same example begins with, so that notes count them once.
     """
 
     messages: list[Record]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     prompt: int | None = None
+    noted: int = 0
 
     @staticmethod
     def of(record: Record) -> Chat:
@@ -190,12 +192,13 @@ class ChatTemplate:
         """Counts a chat that is read, and what of it is not in its text: parts that are not text, and tool
         calls."""
         self.rendered += 1
-        for message in chat.messages:
+        for message in chat.messages[chat.noted :]:
             content = message.get("content")
             if isinstance(content, list):
                 self.left_out.update(_kind(part) for part in content if not is_text_part(part))
             self.left_out[_CALLS] += _absent(message.get("tool_calls"), text)
-        self.left_out[_TOOLS] += bool(_absent(chat.arguments.get("tools"), text))
+        if not chat.noted:
+            self.left_out[_TOOLS] += bool(_absent(chat.arguments.get("tools"), text))
 
     def notes(self) -> list[str]:
         """What the user should know of how the chats so far were read, a line each."""
