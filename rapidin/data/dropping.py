@@ -11,7 +11,7 @@ from rapidin.data.arrow_rows import ARROW, PARQUET, ArrowRows
 from rapidin.data.converted import Converted, as_in_file, files_of
 from rapidin.data.json_document import JsonDocument, ListedRows
 from rapidin.data.opening import COMPRESSED, SUFFIXES, Reading, open_source
-from rapidin.data.records import jsonl
+from rapidin.data.records import json_text
 from rapidin.data.sources import Joined, Malformed, Rows, Source, existing
 from rapidin.data.spooled import compressed
 from rapidin.data.text_rows import DelimitedLines, JsonLines, LocatedRows, suffix_of
@@ -81,7 +81,14 @@ def _as_line(source: Source, row: int) -> bytes:
     entry = as_in_file(source, row)
     if isinstance(entry, Malformed):
         raise entry.error
-    return jsonl([entry]).encode()
+
+    def text(value: object) -> str:
+        if isinstance(value, bytes):
+            what = f"{source.where(row)} has bytes, such as an image, which JSON cannot hold"
+            raise UserError(what, "write a file in the form of the data")
+        return str(value)
+
+    return json_text(entry, default=text).encode() + b"\n"
 
 
 def _write(source: Source, rows: list[int], out: Path) -> None:

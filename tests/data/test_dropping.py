@@ -177,6 +177,21 @@ def test_tables_keep_their_form_and_compression(tmp_path: Path) -> None:
         assert encoded(tmp_path / "b.arrow") == encoded(PROMPTS[2:])
 
 
+def test_bytes_are_not_written_as_text(tmp_path: Path) -> None:
+    arrow(PROMPTS)
+    import pyarrow.parquet as pq
+
+    rows = [row | {"image": {"bytes": b"\xff"}} for row in PROMPTS]
+    pq.write_table(arrow(rows), tmp_path / "a.parquet")
+    with pytest.raises(
+        UserError, match=r"a.parquet\[0\] has bytes, such as an image, which JSON cannot hold"
+    ):
+        write_without(tmp_path / "a.parquet", [1], tmp_path / "b.jsonl")
+    assert not (tmp_path / "b.jsonl").exists()
+    write_without(tmp_path / "a.parquet", [1], tmp_path / "b.parquet")
+    assert pq.read_table(tmp_path / "b.parquet").to_pylist() == [rows[0], rows[2]]
+
+
 def test_tables_without_rows_keep_their_schema(tmp_path: Path) -> None:
     rows = arrow(PROMPTS)
     import pyarrow as pa
