@@ -46,6 +46,16 @@ def replacing(path: Path) -> Iterator[Path]:
         raise UserError(f"cannot write '{path}': {why}", "what was written before is kept") from None
 
 
+def check_not_input(outputs: Iterable[str | Path | None], inputs: Iterable[str | Path]) -> None:
+    """Raise UserError if a file that is to be written is one that is read, under whatever name."""
+    inputs = list(inputs)
+    for out in outputs:
+        if out is None or not os.path.exists(out):
+            continue
+        if any(os.path.exists(path) and os.path.samefile(path, out) for path in inputs):
+            raise UserError(f"'{out}' is read as input, and would be overwritten", "write to another file")
+
+
 def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
     """Write a file; it is on disk when this returns, whole, or what was there before is. Raises UserError.
 

@@ -12,9 +12,8 @@ from typing import Any
 from rapidin.attribution.duplicates import UNSPACED
 from rapidin.attribution.null_scores import counted_rows, drawn_rows
 from rapidin.cache import Cache
-from rapidin.data.examples import Examples
 from rapidin.data.fields import other_columns
-from rapidin.data.records import record_parts
+from rapidin.data.records import Record, record_parts
 from rapidin.results.verdict import Common
 
 SAMPLED = 256  # training examples whose texts the hits are compared with
@@ -38,8 +37,8 @@ def sampled_rows(cache: Cache) -> list[int]:
 class TrainingSample:
     """The texts and columns of a sample of the training data, with which hits are compared."""
 
-    def __init__(self, examples: Examples, rows: Iterable[int]) -> None:
-        records = [record for row in rows if (record := examples.get(row)) is not None]
+    def __init__(self, records: Iterable[Record]) -> None:
+        records = list(records)
         self._texts = [_texts(record) for record in records]
         self._values = Counter(pair for record in records for pair in _values(record))
 

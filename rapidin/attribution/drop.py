@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,12 +17,14 @@ from rapidin.attribution.options import DropConditions
 from rapidin.attribution.training_data import cached_record, training_data
 from rapidin.cache import Cache, Manifest
 from rapidin.data.examples import Examples, open_examples
+from rapidin.data.opening import Reading
 from rapidin.data.records import record_hash
-from rapidin.data.sources import join_paths
+from rapidin.data.sources import Malformed, join_paths
 from rapidin.errors import UserError
 from rapidin.files import reason
 from rapidin.tasks.names import CAUSAL, forms_of
 
+_RAGGED = "\0"  # stands for the cells that a row of a table lacks, or has too many
 _SCORES = ("score", "self_influence")  # the columns of a table, or what their names begin with
 
 
@@ -132,21 +135,39 @@ def _of_table(text: str, source: str, conditions: DropConditions) -> list[int]:
 
 
 def _table_rows(text: str) -> Iterator[Mapping[str, Any]]:
+    """The rows of a table. Raises ValueError for one that has not the cells that the header names."""
     rows: Iterator[Mapping[str, Any]]
     if text.lstrip().startswith("{"):
-        rows = (json.loads(line) for line in text.splitlines() if line.strip())
+        rows = (dict(json.loads(line)) for line in text.split("\n") if line.strip())
     else:
-        rows = csv.DictReader(text.splitlines())
+        rows = csv.DictReader(io.StringIO(text, newline=""), restval=_RAGGED, restkey=_RAGGED)
     for row in rows:
+        if _RAGGED in row or _RAGGED in row.values():
+            raise ValueError(_RAGGED)
         if not any(name.startswith(_SCORES) for name in row):
             raise KeyError(_SCORES[0])
         yield row
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """Rows that are dropped, ascending, of which data, and how that is read.
+
+    malformed: how many rows could not be read, so that `where` left them; uncompared: how many of the rows
+    nothing could be compared with.
+    """
+
+    rows: list[int]
+    data: Any
+    reading: Reading
+    malformed: int = 0
+    uncompared: int = 0
+
+
 def rows_to_drop(
     found: Candidates, conditions: DropConditions, train_data: Sequence[str] | None = None
-) -> tuple[list[int], Examples, Any]:
-    """The rows of the candidates that meet the conditions, ascending, the training data, and where it is.
+) -> Chosen:
+    """The rows of the candidates that meet the conditions.
 
     train_data: the files, by default those that the candidates name. Each row is compared with what was
     cached, or with the record of its hit. Raises UserError if the data does not exist or is another, or if no
@@ -164,8 +185,14 @@ def rows_to_drop(
         assert opened is not None
     else:
         opened = open_examples(data, checked=False, forms=forms_of(found.task), **found.reading)
+    if opened.path is None:
+        raise UserError("the training data cannot be read a second time", "save it as a file, and name that")
     rows = sorted(_rows_of(found.lines, opened))
-    rows = [row for row in rows if not conditions.where or conditions.has(opened.original(row))]
+    malformed = uncompared = 0
+    if conditions.where:
+        entries = [(row, opened.entry(row)) for row in rows]
+        malformed = sum(isinstance(entry, Malformed) for _, entry in entries)
+        rows = [row for row, entry in entries if not isinstance(entry, Malformed) and conditions.has(entry)]
     if not rows:
         raise UserError("no row meets the conditions, so nothing is dropped")
     if cache is not None:
@@ -176,9 +203,11 @@ def rows_to_drop(
     else:
         for row in rows:
             record = found.records.get(opened.index(row))
-            if record is not None:
+            if record is None:
+                uncompared += 1
+            else:
                 cached_record(opened, row, opened.index(row), record_hash(dict(record)))
-    return rows, opened, data
+    return Chosen(rows, data, opened.reading, malformed, uncompared)
 
 
 def _cache_of(found: Candidates) -> Cache | None:

@@ -21,12 +21,14 @@ from rapidin.attribution.hit_gradients import (
     order_by_exact,
     target_slices,
 )
+from rapidin.attribution.null_scores import counted_rows
 from rapidin.attribution.options import QueryOptions
+from rapidin.attribution.progress import LOG
 from rapidin.attribution.query_sketch import OnStage, Query, scans_of, weights_of
 from rapidin.attribution.rerank import Candidates, RankIntervals, find_candidates
 from rapidin.attribution.scan import Ends, all_scores, scores_of
 from rapidin.attribution.scan_pieces import CacheScan
-from rapidin.attribution.training_data import hits_of
+from rapidin.attribution.training_data import cached_records, hits_of
 from rapidin.attribution.verdict import verdicts
 from rapidin.cache import Cache
 from rapidin.data.encoding import Encoded, Status
@@ -228,10 +230,19 @@ def judge(work: _Work) -> None:
     for n, verdict in enumerate(found):
         examples = [hit.example for hit in work.results[n].helpful if hit.example is not None]
         if verdict is not None and verdict.strength in ("strong", "weak") and work.data is not None:
-            sample = sample or TrainingSample(work.data, sampled_rows(work.cache))
+            sample = sample or _sample(work.cache, work.data)
             verdict = replace(verdict, common=sample.common(examples))
         work.results[n] = replace(work.results[n], verdict=verdict)
     work.clock.lap("verdict")
+
+
+def _sample(cache: Cache, data: Examples) -> TrainingSample:
+    """A sample of the training data; an empty one, which is said, if the data is not what was cached."""
+    try:
+        return TrainingSample(cached_records(cache, data, sampled_rows(cache)))
+    except UserError as error:
+        LOG.warning("what hits have in common is not compared with the training data: %s", error.what)
+        return TrainingSample(())
 
 
 def summarise_scores(work: _Work) -> None:
@@ -265,9 +276,10 @@ def compare_baselines(work: _Work) -> None:
     if source.loaded.sharded:
         raise UserError("`baselines` needs an unsharded model", "leave out `shard_model`")
     counted = methods.counted(work.cache)
-    texts = [
-        baselines.plain_text(work.data[row]) if counts else "" for row, counts in enumerate(counted.tolist())
-    ]
+    texts = [""] * len(counted)
+    rows = counted_rows(work.cache)
+    for row, record in zip(rows, cached_records(work.cache, work.data, rows), strict=True):
+        texts[row] = baselines.plain_text(record)
     queries = [
         baselines.query_text(record, generation.completion)
         for record, generation in zip(work.records, work.query.texts, strict=True)

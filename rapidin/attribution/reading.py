@@ -34,7 +34,11 @@ def read_examples(
     examples = data
     if not isinstance(data, Examples):
         examples = open_examples(data, limit=limit, forms=task.forms, map=map, streaming=streaming)
-    made = [read_example(task, tokenizer, examples, row, record) for row, record in islice(examples.good(), limit)]
+    if task.chats is not None:
+        task.chats.forget()
+    made = [
+        read_example(task, tokenizer, examples, row, record) for row, record in islice(examples.good(), limit)
+    ]
     return Reading(made, [] if task.chats is None else task.chats.notes())
 
 

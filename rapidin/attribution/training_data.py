@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -33,11 +33,19 @@ def cached_record(
     record = examples[row] if row < len(examples) else None
     if record is None or record_hash(record) != cached_hash:
         named = ", ".join(examples.path) if isinstance(examples.path, list) else examples.path
+        named = f" '{named}'" if named else ""
         raise UserError(
-            f"the training data '{named}' is not what was cached: see example {index}",
+            f"the training data{named} is not what was cached: see example {index}",
             f"name the right file with `examples`{alternative}",
         )
     return record
+
+
+def cached_records(cache: Cache, examples: Examples, rows: Sequence[int]) -> Iterator[Record]:
+    """The records of rows of a cache that count. Raises UserError for one that is not what was cached."""
+    columns = cache.index(list(rows)).tolist(), cache.records(list(rows)).tolist()
+    for row, index, record in zip(rows, *columns, strict=True):
+        yield cached_record(examples, row, index, record)
 
 
 def training_data(cache: Cache, examples: Any) -> Examples | None:

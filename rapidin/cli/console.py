@@ -92,12 +92,21 @@ def load(
     return loaded
 
 
-def check_writable(path: str) -> None:
-    """Raise UserError where a file cannot be written, before any work is done for it."""
-    folder = os.path.dirname(path) or "."
-    if os.path.isdir(path) or not os.path.isdir(folder):
-        what = "it is a directory" if os.path.isdir(path) else "the directory does not exist"
-        raise UserError(f"cannot write {path}: {what}", "name a file, or - for standard output")
+def check_writable(path: str | None, *, standard: bool = False, folder: bool = False) -> None:
+    """Raise UserError where an output that is asked for cannot be written, before any work is done for it.
+
+    standard: it may be -, standard output; folder: it may be a folder.
+    """
+    if path is None or (path == "-" and standard):
+        return
+    if path == "-":
+        raise UserError("this output cannot be written to standard output", "name a file")
+    what = "it is a directory" if os.path.isdir(path) and not folder else ""
+    if not os.path.isdir(os.path.dirname(path) or "."):
+        what = "the directory does not exist"
+    if what:
+        remedy = "name a file, or - for standard output" if standard else "name another file"
+        raise UserError(f"cannot write {path}: {what}", remedy)
 
 
 def write_text(path: str, text: str) -> None:

@@ -5,8 +5,9 @@ from typing import Annotated
 import typer
 
 from rapidin.attribution.options import DropConditions
-from rapidin.cli.console import check_writable, line, quiet_libraries, write_text
+from rapidin.cli.console import check_writable, line, quiet_libraries
 from rapidin.cli.options import Quiet, TrainData, command
+from rapidin.files import check_not_input
 
 
 @command("drop", example="rapidin drop hits.json --top-k 10 --out cleaned.jsonl")
@@ -48,19 +49,25 @@ def drop(
     Without conditions all most helpful hits of all queries are dropped, with their duplicates. A row is
     dropped if it meets all conditions.
     """
-    if dropped is not None:
-        check_writable(dropped)
+    check_writable(out, folder=True)
+    check_writable(dropped)
+    check_not_input((out, dropped), [source])
     with quiet_libraries():
         from rapidin.attribution.drop import candidates, rows_to_drop
         from rapidin.data.dropping import write_without
-        from rapidin.data.records import jsonl
 
         found = candidates(source, conditions)
-        rows, examples, data = rows_to_drop(found, conditions, train_data)
-        count = write_without(data, rows, out, examples.reading)
-    if dropped is not None:
-        write_text(dropped, jsonl([examples.original(row) for row in rows]))
+        chosen = rows_to_drop(found, conditions, train_data)
+        count = write_without(chosen.data, chosen.rows, out, chosen.reading, dropped)
     if not quiet:
-        line(f"{count - len(rows):,} of {count:,} rows are in {out}; {len(rows):,} are dropped")
+        gone = len(chosen.rows)
+        line(f"{count - gone:,} of {count:,} rows are in {out}; {gone:,} are dropped")
+        if chosen.malformed:
+            line(f"rows that cannot be read have no columns for `where`, and stay: {chosen.malformed:,}")
+        if chosen.uncompared:
+            line(
+                f"not compared with what was scored: {chosen.uncompared:,} of the dropped rows, since there "
+                f"is neither their cache nor their text in {source}"
+            )
         if found.unlisted:
             line(f"{found.unlisted:,} more duplicates of the hits are not listed in {source}, and stay")

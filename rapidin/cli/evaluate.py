@@ -386,8 +386,7 @@ def _evaluation(json: str | None, quiet: bool) -> "Iterator[tuple[Log, Callable[
 
     Raises UserError for missing packages or an unwritable --json before any work is done.
     """
-    if json is not None and json != "-":
-        check_writable(json)
+    check_writable(json, standard=True)
     with quiet_libraries():
         from rapidin.evaluate import metrics
         from rapidin.evaluate.log import no_log

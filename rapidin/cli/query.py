@@ -110,9 +110,8 @@ class Output:
 
     def check(self) -> None:
         """Raise UserError if a file cannot be written, before any work is done for it."""
-        for path in (self.json, self.report):
-            if path is not None and path != "-":
-                check_writable(path)
+        check_writable(self.json, standard=True)
+        check_writable(self.report)
 
 
 @command(

@@ -14,6 +14,7 @@ from rapidin.cli.options import CacheFolder, CacheFolders, Only, Quiet, TrainDat
 from rapidin.data.fields import FieldMap
 from rapidin.distributed import world
 from rapidin.errors import UserError
+from rapidin.files import check_not_input
 from rapidin.settings import option
 
 if TYPE_CHECKING:
@@ -71,8 +72,7 @@ def select(
     from rapidin.data.sources import join_paths
 
     for path in (selection.out, selection.scores):
-        if path is not None:
-            check_writable(path)
+        check_writable(path)
     console = messages(quiet)
     with quiet_libraries():
         from rapidin.attribution.training_data import training_data
@@ -87,6 +87,7 @@ def select(
         examples = training_data(opened, join_paths(train_data))
         if examples is None:
             raise UserError("the cache was not made from a file", "name the examples with --train-data")
+        check_not_input((selection.out, selection.scores), [selection.target, *examples.files])
         ready = with_models(console, ensemble, location)
         with console.status(f"scoring {len(opened):,} examples for {len(targets):,} of the target set"):
             scores = ready.scores(
@@ -147,8 +148,7 @@ def self_(
     from rapidin.attribution.selection import table
     from rapidin.results.terminal import hits_table, make_console
 
-    if out is not None and out != "-":
-        check_writable(out)
+    check_writable(out, standard=True)
     console = messages(quiet)
     with quiet_libraries():
         import torch

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from bisect import bisect_right
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import IO, Any
 
@@ -21,13 +22,29 @@ _AT_ONCE = 64  # rows that are converted together
 PARQUET, ARROW, STREAM, OLD_FEATHER = b"PAR1", b"ARROW1", b"\xff\xff\xff\xff", b"FEA1"
 
 
+@dataclass(frozen=True)
+class TableFile:
+    """What a file of a table is. magic: its first bytes; schema: of its columns; codec: the compression of a
+    Parquet file's columns."""
+
+    magic: bytes
+    schema: Any
+    codec: str = "NONE"
+
+
 class ArrowRows(Numbered):
-    """Rows of tables. sizes: how many rows each table has; load: the table of a number."""
+    """Rows of tables. sizes: how many rows each table has; load: the table of a number; form: of the file
+    that they are in, None in memory."""
 
     def __init__(
-        self, sizes: Sequence[int], load: Callable[[int], Any], name: str, path: str | None = None
+        self,
+        sizes: Sequence[int],
+        load: Callable[[int], Any],
+        name: str,
+        path: str | None = None,
+        form: TableFile | None = None,
     ) -> None:
-        self.path = path
+        self.path, self.form = path, form
         self.lines = sum(sizes)
         self._ends = list(accumulate(sizes))
         self._load, self._name = load, name
@@ -59,11 +76,13 @@ class ArrowRows(Numbered):
 
     def without(self, rows: Collection[int]) -> Iterator[Any]:
         """The tables without these rows: record batches or tables, as they were loaded, in order."""
+        import pyarrow as pa
+
         dropped, first = set(rows), 0
         for number, end in enumerate(self._ends):
             kept = [row - first for row in range(first, end) if row not in dropped]
             table = self._table_of(number)
-            yield table if len(kept) == end - first else table.take(kept)
+            yield table if len(kept) == end - first else table.take(pa.array(kept, pa.int64()))
             first = end
 
     def _table_of(self, number: int) -> Any:
@@ -112,15 +131,25 @@ def open_table(file: IO[bytes], name: str, path: str | None, plain: str | None) 
             parquet = pq.ParquetFile(source)
             _check_names(parquet.schema_arrow.names, name)
             sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.num_row_groups)]
-            return ArrowRows(sizes, parquet.read_row_group, name, path)
+            codec = _codec(parquet.metadata)
+            form = TableFile(PARQUET, parquet.schema_arrow, codec)
+            return ArrowRows(sizes, parquet.read_row_group, name, path, form)
         if first.startswith(ARROW):
             reader = pa.ipc.open_file(source)
             _check_names(reader.schema.names, name)
             sizes = [reader.get_batch(n).num_rows for n in range(reader.num_record_batches)]
-            return ArrowRows(sizes, reader.get_batch, name, path)
+            return ArrowRows(sizes, reader.get_batch, name, path, TableFile(ARROW, reader.schema))
         table = pa.ipc.open_stream(source).read_all()
         _check_names(table.column_names, name)
-        return ArrowRows([table.num_rows], lambda _: table, name, path)
+        return ArrowRows([table.num_rows], lambda _: table, name, path, TableFile(STREAM, table.schema))
+
+
+def _codec(metadata: Any) -> str:
+    """The compression of the first column of a Parquet file, as a writer takes it."""
+    if not metadata.num_row_groups or not metadata.num_columns:
+        return "NONE"
+    codec = str(metadata.row_group(0).column(0).compression)
+    return "NONE" if codec == "UNCOMPRESSED" else codec
 
 
 def _check_names(names: Sequence[str], name: str) -> None:

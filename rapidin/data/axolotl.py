@@ -8,6 +8,7 @@ ids. Others are refused by their name.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -28,7 +29,12 @@ _NOT_READ = {
     "preprocess_shards": "parts of the data",
     "message_field_training_detail": "parts of messages without a loss",
     "split_thinking": "thoughts as fields of their own",
+    "drop_system_message": "chats without their system messages",
+    "input_transform": "a change of the records",
+    "revision": "a certain revision of the data",
 }
+_FORMATS = ("json", "csv", "parquet", "arrow")  # what `path` says where `data_files` has the files
+_PART = re.compile(r"[\[\]+%]")  # in a split: train[:10%], train+test
 _WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
@@ -85,25 +91,63 @@ def _open_entry(
     if not isinstance(entry.get("path"), str):
         raise UserError(f"{where} has no 'path'")
     read = _reader(entry, bool(config.get("train_on_inputs")), where)
-    source = open_path(_located(entry, os.path.dirname(path)))
+    sources = [open_path(each) for each in _located(entry, os.path.dirname(path), where)]
+    if not sources:
+        raise UserError(f"{where} names no 'data_files'")
+    source = sources[0] if len(sources) == 1 else Joined(sources)
     return Converted(source, read, f"{os.path.abspath(path)}:{number}")
 
 
-def _located(entry: Mapping[str, Any], folder: str) -> str:
-    """The file, folder or name on the hub of an entry. Axolotl looks for files where it is started; they are
-    looked for beside the configuration too."""
-    named, files, split = str(entry["path"]), entry.get("data_files"), entry.get("split")
-    if files is not None and not os.path.exists(named) and not os.path.exists(os.path.join(folder, named)):
-        files = files[0] if isinstance(files, list) and len(files) == 1 else files
-        if not isinstance(files, str):
-            raise UserError(f"the data set {named} has several 'data_files'", "name the files as data")
-        named = files
-    for candidate in (named, os.path.join(folder, named)):
-        if os.path.exists(candidate):
-            saved = split and os.path.isfile(os.path.join(candidate, "dataset_dict.json"))
-            return f"{candidate}:{split}" if saved else candidate
-    name = f"/{entry['name']}" if entry.get("name") else ""
-    return f"{named}{name}:{split or 'train'}" if named.count("/") == 1 else named
+def _located(entry: Mapping[str, Any], folder: str, where: str) -> list[str]:
+    """The files, the folder or the name on the hub of an entry. Axolotl looks for files where it is started;
+    they are looked for beside the configuration too."""
+    named, files, split = str(entry["path"]), entry.get("data_files"), str(entry.get("split") or "")
+    if _PART.search(split):
+        raise UserError(f"{where} has the split '{short(split)}', a part of the data, which is not read")
+    here = _beside(named, folder)
+    if files is not None:
+        if here is None and named not in _FORMATS:
+            raise UserError(
+                f"{where} has 'data_files' of a data set on the hub, which are not read",
+                "download them, and name them with the path json",
+            )
+        named_files = _listed(files, "data_files", where)
+        _check_split(split, "files", where)
+        return [_beside(each, folder) or each for each in named_files]
+    if here is not None:
+        if os.path.isfile(os.path.join(here, "dataset_dict.json")) and split:
+            return [f"{here}:{split}"]
+        _check_split(split, here, where)
+        return [here]
+    if named.count("/") != 1:
+        return [named]
+    return ["/".join([named, *_listed(entry.get("name") or [], "name", where)]) + f":{split or 'train'}"]
+
+
+def _beside(name: str, folder: str) -> str | None:
+    """A file or folder where the process was started, or beside the configuration."""
+    return next((each for each in (name, os.path.join(folder, name)) if os.path.exists(each)), None)
+
+
+def _check_split(split: str, what: str, where: str) -> None:
+    """Raise UserError for a split that files cannot be told to have."""
+    if split not in ("", "train"):
+        raise UserError(f"{where} has the split '{short(split)}' of {what}", "name the files of that split")
+
+
+def _listed(value: Any, name: str, where: str) -> list[str]:
+    """A list of texts, of which one may stand alone."""
+    values = [value] if isinstance(value, str) else value
+    if not isinstance(values, list) or not all(isinstance(each, str) for each in values):
+        raise UserError(f"{where}: '{name}' is {describe(value)}, expected text or a list of texts")
+    return values
+
+
+def _object(entry: Mapping[str, Any], name: str, where: str) -> Mapping[str, Any]:
+    value = entry.get(name) or {}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: '{name}' is {describe(value)}, expected an object")
+    return value
 
 
 # ------------------------------------------------------------------------------------------------- records
@@ -210,14 +254,25 @@ class _Chats:
     @staticmethod
     def of(entry: Mapping[str, Any], where: str, *, share_gpt: bool) -> _Chats:
         """What an entry says. Raises UserError where other tokens than the assistant's would have a loss."""
-        names = entry.get("message_property_mappings") or {}
-        roles = {source: role for role, all_of in (entry.get("roles") or {}).items() for source in all_of}
-        trained = [(roles or _ROLES).get(role, role) for role in entry.get("roles_to_train") or ["assistant"]]
-        if trained != ["assistant"]:
-            raise UserError(f"{where} trains on the turns of {', '.join(trained)}, which is not read")
+        names = _object(entry, "message_property_mappings", where)
+        others = [name for name, field in names.items() if name not in ("role", "content", field)]
+        if others:
+            raise UserError(f"{where} maps '{short(others[0])}' of messages, which is not read")
+        roles = {
+            source: role
+            for role, all_of in _object(entry, "roles", where).items()
+            for source in _listed(all_of, f"roles: {role}", where)
+        }
+        given = entry.get("roles_to_train")
+        named = ["assistant"] if given is None else _listed(given, "roles_to_train", where)
+        trained = {(roles or _ROLES).get(role, role) for role in named}
+        if trained != {"assistant"}:
+            whose = ", ".join(sorted(trained)) or "no role, but those that are marked"
+            raise UserError(f"{where} trains on the turns of {whose}, which is not read")
         for name in ("train_on_eos", "train_on_eot"):
-            if entry.get(name) not in (None, "turn", "all"):
-                raise UserError(f"{where} has '{name}: {short(entry[name])}', which is not read")
+            # all: the ends of the other turns have a loss too.
+            if entry.get(name) not in (None, "turn"):
+                raise UserError(f"{where} has '{name}: {short(entry[name])}', which is not read", "use turn")
         return _Chats(
             entry.get("field_messages") or ("conversations" if share_gpt else "messages"),
             entry.get("message_field_role") or names.get("role") or ("from" if share_gpt else "role"),
@@ -235,6 +290,13 @@ class _Chats:
         if not isinstance(messages, list):
             raise UserError(f"{where}: '{self.messages}' is {describe(messages)}, expected messages")
         if self.training is not None:
+            for n, each in enumerate(messages):
+                marked = isinstance(each, Mapping) and each.get(self.training)
+                if marked and each.get("role") != "assistant":
+                    raise UserError(
+                        f"{where}: {self.messages}[{n}] is marked by '{self.training}', but only the "
+                        "assistant's turns are read as having a loss"
+                    )
             messages = [
                 each | {"train": each[self.training]} if self.training in each else each for each in messages
             ]

@@ -21,7 +21,6 @@ from rapidin.data.fields import ORIGINAL, chat, is_chat, plain
 from rapidin.data.records import Record, is_text_part, text_of_content
 from rapidin.errors import UserError, short
 
-ARGUMENTS = ("tools", "documents", "chat_template_kwargs")  # fields of a record that its template reads
 SENTINEL = "\ue000"  # stands for the content of a message, where that is looked for in a text
 
 # What `chat_template_kwargs` may not set, since a text is asked for.
@@ -38,12 +37,14 @@ class Chat:
     """A chat, and what else its template reads.
 
     messages: as the record has them; arguments: of the template, such as `tools`; prompt: number of messages
-    before the completion, all of which counts; None if the assistant's turns count.
+    before the completion, all of which counts; None if the assistant's turns count. noted: number of messages
+    that another chat of the same example begins with, so that notes count them once.
     """
 
     messages: list[Record]
     arguments: Mapping[str, Any] = field(default_factory=dict)
     prompt: int | None = None
+    noted: int = 0
 
     @staticmethod
     def of(record: Record) -> Chat:
@@ -107,16 +108,20 @@ class ChatTemplate:
     """The chat template of a tokenizer.
 
     date: what the template writes as the present, as YYYY-MM-DD with or without a time; None for the clock's.
-    rendered, left_out, unplaced: number of chats that were read so far, what of them was not, with its
-    number, and turns whose place is not certain.
+    rendered, left_out, unplaced, unmarked: number of chats that were read so far, what of them was not, with
+    its number, turns whose place is not certain, and chats that the template's own marks do not fit.
     """
 
     def __init__(self, tokenizer: Any, date: str | None = None) -> None:
         self.tokenizer, self.date = tokenizer, date
-        self.rendered = 0
+        self._dated: dict[str, str] = {}
+        self.forget()
+
+    def forget(self) -> None:
+        """Begins to count anew, for other examples or the same once more."""
+        self.rendered = self.unmarked = 0
         self.left_out: Counter[str] = Counter()
         self.unplaced: Counter[str] = Counter()
-        self._dated: dict[str, str] = {}
 
     @property
     def template(self) -> str | dict[str, str] | None:
@@ -159,7 +164,7 @@ class ChatTemplate:
 
     def marked(self, chat: Chat, text: str) -> list[tuple[int, int]] | None:
         """What the template marks as the assistant's by `{% generation %}`, as [start, end) in the chat's
-        text; None if it has no marks."""
+        text; None if it has no marks, or they are not those of the text."""
         arguments = dict(chat.arguments)
         template = self._chosen(arguments)
         if not _MARKS.search(template):
@@ -180,18 +185,20 @@ class ChatTemplate:
                 continue
             if rendered[0] == text:
                 return [(start, end) for start, end in indices[0] if start < end]
+        self.unmarked += 1
         return None
 
     def count(self, chat: Chat, text: str) -> None:
         """Counts a chat that is read, and what of it is not in its text: parts that are not text, and tool
         calls."""
         self.rendered += 1
-        for message in chat.messages:
+        for message in chat.messages[chat.noted :]:
             content = message.get("content")
             if isinstance(content, list):
                 self.left_out.update(_kind(part) for part in content if not is_text_part(part))
             self.left_out[_CALLS] += _absent(message.get("tool_calls"), text)
-        self.left_out[_TOOLS] += bool(_absent(chat.arguments.get("tools"), text))
+        if not chat.noted:
+            self.left_out[_TOOLS] += bool(_absent(chat.arguments.get("tools"), text))
 
     def notes(self) -> list[str]:
         """What the user should know of how the chats so far were read, a line each."""
@@ -206,6 +213,11 @@ class ChatTemplate:
         if self.rendered and self.writes_date:
             lines.append(
                 f"the chat template writes the date, and examples are read with {self.date or 'now'}"
+            )
+        if n := self.unmarked:
+            lines.append(
+                "the marks {% generation %} of the chat template do not fit the text that the tokenizer "
+                f"writes, so the assistant's turns are found in the text ({n:,} chat{'s' * (n != 1)})"
             )
         for what, n in self.unplaced.items():
             lines.append(f"{what} ({n:,} turn{'s' if n != 1 else ''})")

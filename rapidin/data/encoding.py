@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from rapidin.data.chats import Chat, ChatTemplate
 from rapidin.data.records import TEXTS, Record, message_counts, text_of_message, tokens_of
-from rapidin.data.turns import Turns
+from rapidin.data.turns import Turns, alike
 from rapidin.errors import UserError, short
 
 
@@ -226,10 +226,17 @@ class Encoder:
         if not chat.messages:
             return Encoded([], [], Status.EMPTY)
         text = self.chats.text(chat)
+        made = self._finish(*self._chat_tokens(chat, text))
         self.chats.count(chat, text)
+        return made
+
+    def _chat_tokens(self, chat: Chat, text: str) -> tuple[list[int], list[bool]]:
+        """The tokens of a chat's text, and which of them count."""
+        prompt = self._prompt_of(chat)
         if not self.tokenizer.is_fast:
-            spans = Turns(self.chats, chat, text).spans(last=self.turns == "last")
-            return self._finish(*self._pieces_of(text, spans))
+            if prompt is not None:
+                return self._pieces_of(text, [(alike(prompt, text), len(text))])
+            return self._pieces_of(text, Turns(self.chats, chat, text).spans(last=self.turns == "last"))
         ids, offsets = self._tokens_and_spans(text)
 
         def shared(before: str) -> int:
@@ -237,16 +244,13 @@ class Encoder:
             pairs = zip(self._tokens(before), ids, strict=False)
             return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
-        prompt = self._prompt_of(chat)
         if prompt is not None:
             start = shared(prompt)
-            return self._finish(ids, [n >= start for n in range(len(ids))])
+            return ids, [n >= start for n in range(len(ids))]
         ends = [*(first for first, _ in offsets), len(text)]
         turns = Turns(self.chats, chat, text, lambda before: ends[shared(before)])
         spans = turns.spans(last=self.turns == "last")
-        return self._finish(
-            ids, [any(start < last and end > first for first, last in spans) for start, end in offsets]
-        )
+        return ids, [any(start < last and end > first for first, last in spans) for start, end in offsets]
 
     def _prompt_of(self, chat: Chat) -> str | None:
         """The text before the completion of a chat that has one, all of which counts."""

@@ -11,6 +11,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+from rapidin.data.converted import as_in_file, files_of
 from rapidin.data.fields import FieldMap, has_form
 from rapidin.data.opening import Reading, open_source
 from rapidin.data.records import TEXTS, Forms, Record, canonical_json, check_record
@@ -171,12 +172,21 @@ class Examples:
             raise entry.error
         return entry
 
+    def entry(self, row: int) -> Record | Malformed:
+        """What `original` gives, or why there is none."""
+        return as_in_file(self._source, row)
+
     def original(self, row: int) -> Record:
-        """The record of a row with the fields that it came with alone."""
-        entry = self._source.read(row)
+        """The record of a row as it came: with the fields of its file alone."""
+        entry = self.entry(row)
         if isinstance(entry, Malformed):
             raise entry.error
         return entry
+
+    @property
+    def files(self) -> list[str]:
+        """The files and folders that the examples are read from."""
+        return files_of(self._source)
 
     def __iter__(self) -> Iterator[Record]:
         return (self[row] for row in range(self._length))

@@ -11,7 +11,7 @@ from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any
 
-from rapidin.data.records import Record, to_record
+from rapidin.data.records import Record, json_text, to_record
 from rapidin.data.sources import (
     Malformed,
     Numbered,
@@ -134,9 +134,9 @@ class ListedRows(Rows):
         dropped = set(rows)
         kept = [each for row, each in enumerate(self._document[self._member]) if row not in dropped]
         indent = re.match(r"\s*\{\s*?\n([ \t]+)", self._text)
-        ascii_only = self._text.isascii()
         value = self._document | {self._member: kept}
-        yield json.dumps(value, indent=indent and indent[1], ensure_ascii=ascii_only).encode() + b"\n"
+        text = json_text(value, indent=indent and indent[1], ascii_only=self._text.isascii())
+        yield text.encode() + b"\n"
 
 
 def open_document(file: IO[bytes], name: str, path: str | None, knows: Knows, member: str | None) -> Source:

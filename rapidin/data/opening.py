@@ -16,7 +16,7 @@ from rapidin.data import axolotl, hub, llama_factory
 from rapidin.data.arrow_rows import is_table, open_table
 from rapidin.data.fields import FieldMap
 from rapidin.data.memory import GIVE, open_object
-from rapidin.data.sources import DataNotFound, Files, Joined, Source, cannot_read
+from rapidin.data.sources import DataNotFound, Files, Joined, Source, cannot_read, existing
 from rapidin.data.spooled import decompressed, spool
 from rapidin.data.text_rows import open_text, suffix_of
 from rapidin.errors import UserError
@@ -89,14 +89,14 @@ def _without_compression(name: str) -> str:
 def check_found(paths: Iterable[str]) -> None:
     """Raises UserError for a path of data that do not exist, as far as that is known without reading them."""
     for path in paths:
-        whole, colon, _ = path.rpartition(":")
-        here = os.path.exists(path) or (colon and os.path.exists(whole)) or glob.has_magic(path)
-        if path != _STANDARD_INPUT and not here and not _is_on_hub(path):
+        here = path == _STANDARD_INPUT or existing(path) is not None or glob.has_magic(path)
+        if not here and not _is_on_hub(path):
             raise _not_found(path)
 
 
 def _is_on_hub(path: str) -> bool:
-    return hub.is_hub_name(path) and suffix_of(path) not in SUFFIXES
+    named = hub.is_hub_name(path) and suffix_of(path) not in SUFFIXES
+    return named or path.startswith(hub.PREFIX)
 
 
 def _open_path(path: str, reading: Reading) -> Source:
@@ -104,17 +104,13 @@ def _open_path(path: str, reading: Reading) -> Source:
         return _open_standard_input(reading)
     if "\0" in path:
         raise _not_found(path)
-    if os.path.exists(path):
-        return _open_existing(path, None, reading)
-    if path.startswith(hub.PREFIX):
-        return hub.open_hub(path, reading.streaming)
-    if glob.has_magic(path):
+    found = existing(path)
+    if found is not None:
+        return _open_existing(*found, reading)
+    if glob.has_magic(path) and not path.startswith(hub.PREFIX):
         return _open_files(
             sorted(each for each in glob.glob(path, recursive=True) if os.path.isfile(each)), path, reading
         )
-    whole, colon, member = path.rpartition(":")
-    if colon and os.path.exists(whole):
-        return _open_existing(whole, member, reading)
     if _is_on_hub(path):
         return hub.open_hub(path, reading.streaming)
     raise _not_found(path)

@@ -344,4 +344,21 @@ TEXTS = Forms(
 
 def jsonl(records: Iterable[Mapping[str, Any]]) -> str:
     """The records as JSON, one a line."""
-    return "".join(json.dumps(dict(record), ensure_ascii=False, default=str) + "\n" for record in records)
+    return "".join(json_text(dict(record)) + "\n" for record in records)
+
+
+def json_text(
+    value: Any,
+    *,
+    indent: str | None = None,
+    ascii_only: bool = False,
+    default: Callable[[object], object] = str,
+) -> str:
+    """A value as JSON that UTF-8 can write: half a character (a lone surrogate) is spelled as an escape, and
+    so is then all that is not ASCII. default: what is written of a value that JSON does not know."""
+    text = json.dumps(value, ensure_ascii=ascii_only, indent=indent, default=default)
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(value, indent=indent, default=default)
+    return text

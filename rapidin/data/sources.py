@@ -6,6 +6,7 @@ its concern (`rapidin.data.examples` checks that). `rapidin.data.opening` recogn
 
 from __future__ import annotations
 
+import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -39,6 +40,14 @@ def join_paths(paths: Sequence[str] | None) -> str | Files | None:
     if not paths:
         return None
     return paths[0] if len(paths) == 1 else Files(tuple(paths))
+
+
+def existing(path: str) -> tuple[str, str | None] | None:
+    """The file or folder that a path names, and which of its parts, as in file:part; None if not there."""
+    if os.path.exists(path):
+        return path, None
+    whole, colon, member = path.rpartition(":")
+    return (whole, member) if colon and os.path.exists(whole) else None
 
 
 @dataclass(frozen=True)
@@ -161,6 +170,11 @@ class Joined:
         self._first_lines: list[int] = []
 
     @property
+    def parts(self) -> Sequence[Source]:
+        """The sources."""
+        return self._sources
+
+    @property
     def path(self) -> list[str] | None:
         """The paths of all; None if one of them cannot be read again."""
         paths: list[str] = []
@@ -203,26 +217,31 @@ class Joined:
             parts[n][1].append(own)
         return parts
 
+    def located(self, row: int) -> tuple[Source, int]:
+        """The source of a row, and the row in that source."""
+        n, own = self._locate(row)
+        return self._sources[n], own
+
     def _locate(self, row: int) -> tuple[int, int]:
         """The number of a row's source, and the row in that source."""
         n = bisect_right(self._first_rows, row) - 1
         return n, row - self._first_rows[n]
 
     def read(self, row: int) -> Record | Malformed:
-        n, row = self._locate(row)
-        return self._sources[n].read(row)
+        source, own = self.located(row)
+        return source.read(own)
 
     def index(self, row: int) -> int:
         n, row = self._locate(row)
         return self._first_lines[n] + self._sources[n].index(row)
 
     def where(self, row: int) -> str:
-        n, row = self._locate(row)
-        return self._sources[n].where(row)
+        source, own = self.located(row)
+        return source.where(own)
 
     def file(self, row: int) -> str | None:
-        n, row = self._locate(row)
-        return self._sources[n].file(row)
+        source, own = self.located(row)
+        return source.file(own)
 
 
 def is_mapping_list(value: object) -> bool:

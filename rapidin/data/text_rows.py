@@ -276,6 +276,11 @@ class DelimitedLines(LocatedRows):
         except csv.Error as error:
             return self._entry([], error, row, lines)
 
+    @property
+    def delimiter(self) -> str:
+        """What separates two cells."""
+        return self._delimiter
+
     def _reader(self, lines: _Lines) -> Iterator[list[str]]:
         return csv.reader(lines, delimiter=self._delimiter, strict=True)
 

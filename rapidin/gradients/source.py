@@ -235,6 +235,8 @@ class GradientSource:
         Returns what the user should know of how the examples are read, a line each.
         """
         chats = self.task.chats
+        if chats is not None:
+            chats.forget()
         if isinstance(self.task, Causal) and examples.form != "messages":
             rows = self.task.encoder.rows
             if rows is None or len(self.loaded.tokenizer) <= rows:

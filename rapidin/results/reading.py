@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -12,11 +11,13 @@ from typing import Any
 from rich.console import Group, RenderableType
 from rich.text import Text
 
+from rapidin.results.html.text import block, isolated, plain
 from rapidin.results.text import CONTROL, escape
 
 _UNSAFE = re.compile(f"(?![\n\t])[{CONTROL}]")
 _OPEN, _CLOSE = "[[", "]]"  # around tokens that have a loss, where there are no colours
 _TARGET = "bold green"
+_MARK = '<mark style="background:#bde5c8">'
 
 
 @dataclass(frozen=True)
@@ -160,14 +161,9 @@ def _coloured(text: ShownText) -> Text:
 
 
 def _html(example: ShownExample) -> str:
-    parts = [f"<p><b>{html.escape(_safe(example.where))}</b>: {html.escape(example.facts)}</p>"]
+    parts = [f"<p><b>{isolated(plain(example.where))}</b>: {plain(example.facts)}</p>"]
     for text in example.texts:
-        runs = "".join(
-            f'<mark style="background:#bde5c8">{html.escape(_safe(run))}</mark>'
-            if target
-            else html.escape(_safe(run))
-            for run, target in text.runs()
-        )
-        name = f"<small>{html.escape(text.name)}</small>" if text.name else ""
+        runs = "".join(f"{_MARK}{block(run)}</mark>" if target else block(run) for run, target in text.runs())
+        name = f"<small>{isolated(plain(text.name))}</small>" if text.name else ""
         parts.append(f'{name}<pre style="white-space:pre-wrap">{runs}</pre>')
     return "".join(parts)

@@ -19,7 +19,9 @@ def chat_of(record: Record, answer: Any) -> Chat | None:
     before = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt or [])
     after = [{"role": "assistant", "content": answer}] if isinstance(answer, str) else list(answer)
     messages = before + after
-    return Chat(messages, arguments_of(record), len(before) or max(0, len(messages) - 1) or None)
+    # The other answer of a pair has counted what is not read of the prompt.
+    noted = len(before) if answer is record.get("rejected") else 0
+    return Chat(messages, arguments_of(record), len(before) or max(0, len(messages) - 1) or None, noted)
 
 
 def encoded(encoder: Encoder, record: Record, answer: Any) -> Encoded:

@@ -153,6 +153,10 @@ def test_baselines_stand_beside_hits(made: tuple[Attributor, Cache]) -> None:
     assert stages[-1] == ("hidden states", len(ROWS) + 2, len(ROWS) + 2)
     (both,) = attributor.query(cache, ASKED, top_k=6, baselines=True, together=True, examples=ROWS)
     assert set(both.overlaps) == {"BM25", "hidden states"}
+    shown = {hit.row for hit in hits(both)}
+    other = [row if n in shown else row | {"completion": "other"} for n, row in enumerate(ROWS)]
+    with pytest.raises(UserError, match="is not what was cached"):
+        attributor.query(cache, ASKED, top_k=6, baselines=True, together=True, examples=other)
 
 
 def test_several_caches(made: tuple[Attributor, Cache], tmp_path: Path) -> None:

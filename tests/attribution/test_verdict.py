@@ -26,7 +26,6 @@ from rapidin.attribution.query_sketch import QuerySketch
 from rapidin.attribution.verdict import verdicts
 from rapidin.cache.manifest import Manifest
 from rapidin.cache.merge import merge
-from rapidin.data.examples import open_examples
 from rapidin.errors import UserError
 from rapidin.results.verdict import Common
 from rapidin.tasks.causal import Causal
@@ -250,6 +249,19 @@ def test_a_training_rows_own_text_is_strong_and_a_neutral_question_is_not(
     )
 
 
+def test_hits_are_not_compared_with_other_data(
+    attributor: Attributor, made: Cache, caplog: pytest.LogCaptureFixture
+) -> None:
+    (own,) = attributor.query(made, ROWS[:1], examples=ROWS, top_k=1)
+    shown = {hit.row for hit in (*own.top, *own.bottom)}
+    changed = [row if n in shown else row | {"completion": "another"} for n, row in enumerate(ROWS)]
+    (other,) = attributor.query(made, ROWS[:1], examples=changed, top_k=1)
+    assert other.verdict is not None
+    assert other.verdict.common == ()
+    said = "what hits have in common is not compared with the training data: the training data is not what"
+    assert [record.getMessage().startswith(said) for record in caplog.records] == [True]
+
+
 def test_where_the_null_does_not_apply_it_is_said(
     attributor: Attributor, made: Cache, tmp_path: Path
 ) -> None:
@@ -280,7 +292,7 @@ def test_exact_scores_are_judged_by_those_of_the_sketches(attributor: Attributor
 
 
 def sample(*records: dict[str, Any]) -> TrainingSample:
-    return TrainingSample(open_examples(list(records)), range(len(records)))
+    return TrainingSample(records)
 
 
 CLEAN = [

@@ -176,3 +176,67 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, run: Any) -> None:
         assert words in ran.err
         assert ran.err.count("\n") == 1
     assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_no_input_is_overwritten(place: Path, tmp_path: Path, run: Any) -> None:
+    hits, data = tmp_path / "hits.json", place / "train.jsonl"
+    shutil.copy(place / "hits.json", hits)
+    before = data.read_bytes(), hits.read_bytes()
+    for out in (
+        ["--out", str(data)],
+        ["--out", str(hits)],
+        ["--out", str(tmp_path / "out.jsonl"), "--dropped", str(data)],
+        ["--out", str(tmp_path / "out.jsonl"), "--dropped", str(hits)],
+        ["--out", str(tmp_path / "out.jsonl"), "--dropped", str(tmp_path / "out.jsonl")],
+    ):
+        ran = run("drop", str(hits), *out)
+        assert ran.code == 2, ran
+        assert "would be" in ran.err
+        assert ran.err.count("\n") == 1
+    assert (data.read_bytes(), hits.read_bytes()) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hits.json"]
+
+
+def test_files_are_named(place: Path, tmp_path: Path, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for out in (["--out", "-"], ["--out", "out.jsonl", "--dropped", "-"]):
+        ran = run("drop", str(place / "hits.json"), *out)
+        assert (ran.code, ran.out) == (2, "")
+        assert ran.err == "rapidin: this output cannot be written to standard output; name a file\n"
+    ran = run("drop", str(place / "hits.json"), "--out", "none/out.jsonl")
+    assert "cannot write none/out.jsonl: the directory does not exist; name another file" in ran.err
+    assert not list(tmp_path.iterdir())
+
+
+def test_rows_that_nothing_was_compared_with_are_counted(place: Path, tmp_path: Path, run: Any) -> None:
+    out = ["--train-data", str(place / "train.jsonl"), "--out", str(tmp_path / "out.jsonl")]
+    ran = run("drop", str(place / "self.csv"), "--top-k", "4", *out)
+    assert "rapidin: not compared with what was scored: 4 of the dropped rows, since" in ran.err
+    bare = json.loads((place / "bare.json").read_text()) | {"caches": []}
+    (tmp_path / "bare.json").write_text(json.dumps(bare))
+    assert "not compared with what was scored: 10 of" in run("drop", str(tmp_path / "bare.json"), *out).err
+    assert "compared" not in run("drop", str(place / "hits.json"), *out).err
+
+
+def test_rows_that_cannot_be_read_stay_and_are_counted(place: Path, tmp_path: Path, run: Any) -> None:
+    data, out = tmp_path / "train.jsonl", tmp_path / "out.jsonl"
+    data.write_text('{"broken\n' + "".join(line + "\n" for line in lines(place / "train.jsonl")))
+    made = ["--data", str(data), "--width", "64", "--on-error", "skip", "--quiet", "--no-null"]
+    assert run("cache", str(place / "model"), *made, "--out", str(tmp_path / "cache")).code == 0
+    ran = run("drop", str(tmp_path / "cache"), "--where", "poisoned=true", "--out", str(out))
+    assert ran.code == 0, ran
+    assert "rapidin: rows that cannot be read have no columns for --where, and stay: 1\n" in ran.err
+    assert lines(out) == [line for line in lines(data) if '"poisoned": true' not in line]
+
+
+def test_a_table_with_ragged_rows_is_refused(place: Path, tmp_path: Path, run: Any) -> None:
+    table = tmp_path / "scores.csv"
+    named = ["--train-data", str(place / "train.jsonl"), "--top-k", "1", "--out", str(tmp_path / "o.jsonl")]
+    for text in ("index,score\n1,2,3\n", "index,name,score\n2,a\n", '{"score": 1}\n[1]\n'):
+        table.write_text(text)
+        ran = run("drop", str(table), *named)
+        assert ran.code == 2, ran
+        assert "neither the hits of a query nor a table of scores" in ran.err
+    table.write_text('index,name,score\n2,"a\u2028\n5,b,9",3\n4,c,1\n')
+    assert run("drop", str(table), *named).code == 0
+    assert lines(tmp_path / "o.jsonl") == remaining(place, [2])

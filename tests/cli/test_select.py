@@ -73,6 +73,8 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, capsys: pytest.Captu
         ([*out, "--by", "kind"], "no column 'kind'"),
         (["--out", str(tmp_path / "none" / "x.jsonl")], "the directory does not exist"),
         ([*out, "--method", "dot", "--damping", "1"], "takes no --damping"),
+        (["--out", str(place / "train.jsonl")], "is read as input, and would be overwritten"),
+        ([*out, "--scores", str(place / "target.jsonl")], "is read as input, and would be overwritten"),
     ):
         assert main([*command, *more]) == 2
         err = capsys.readouterr().err

@@ -106,6 +106,24 @@ def test_types_are_read_as_axolotl_reads_them(
     assert open_examples(again.path, checked=False).identity == again.identity
 
 
+def test_files_of_an_entry_are_those_that_are_read(tmp_path: Path) -> None:
+    for name, rows in (("a", ALPACA[:1]), ("b", ALPACA[1:]), ("c", ALPACA)):
+        written(tmp_path / "data" / f"{name}.jsonl", lines_of(rows))
+    files = ["data/a.jsonl", "data/b.jsonl"]
+    for path in ("json", "data"):
+        entry = {"path": path, "type": "alpaca", "split": "train"}
+        assert encoded(config(tmp_path, entry | {"data_files": files})) == encoded(READ_AS)
+        assert encoded(config(tmp_path, entry | {"data_files": files[0]})) == encoded(READ_AS[:1])
+
+
+def test_a_text_is_a_list_of_one(tmp_path: Path) -> None:
+    written(tmp_path / "d.jsonl", lines_of(TALKS))
+    alone = {"roles": {"user": "human", "assistant": "bot"}, "roles_to_train": "bot"}
+    assert encoded(config(tmp_path, {"path": "d.jsonl"} | TAGS | alone)) == encoded(CHATS)
+    twice = {"roles_to_train": ["bot", "assistant"]}
+    assert encoded(config(tmp_path, {"path": "d.jsonl"} | TAGS | twice)) == encoded(CHATS)
+
+
 def test_token_ids_have_no_type(tmp_path: Path) -> None:
     ids = [{"input_ids": each.ids, "labels": [*each.ids[:-1], each.ids[-1]]} for each in encoded(PROMPTS)]
     written(tmp_path / "d.jsonl", lines_of(ids))
@@ -141,6 +159,12 @@ def test_messages_without_a_loss_are_marked(tmp_path: Path) -> None:
     marked = [{name: each[name] for name in ("role", "content")} for each in said]
     marked[1]["train"] = False  # type: ignore[assignment]
     assert encoded(config(tmp_path, entry)) == encoded([{"messages": marked}])
+    said[2]["learn"] = True
+    written(tmp_path / "d.jsonl", lines_of([{"messages": said}]))
+    with pytest.raises(
+        UserError, match=r"line 1: messages\[2\] is marked by 'learn', but only the assistant's"
+    ):
+        open_examples(config(tmp_path, entry))
 
 
 @pytest.mark.parametrize(
@@ -153,6 +177,27 @@ def test_messages_without_a_loss_are_marked(tmp_path: Path) -> None:
         ({"type": {"format": "{who}"}}, {}, "a format of the configuration cannot be filled in: 'who'"),
         (TAGS | {"roles_to_train": ["human"]}, {}, "trains on the turns of user, which is not read"),
         (TAGS | {"train_on_eos": "none"}, {}, "has 'train_on_eos: none'"),
+        (TAGS | {"train_on_eos": "all"}, {}, "has 'train_on_eos: all', which is not read; use turn"),
+        (TAGS | {"train_on_eot": "all"}, {}, "has 'train_on_eot: all'"),
+        (TAGS | {"roles_to_train": []}, {}, "trains on the turns of no role, but those that are marked"),
+        (TAGS | {"roles_to_train": {"a": 1}}, {}, "'roles_to_train' is an object, expected text or a list"),
+        (TAGS | {"roles": ["human"]}, {}, "'roles' is a list, expected an object"),
+        (TAGS | {"roles": {"user": 1}}, {}, "'roles: user' is a number .1., expected text or a list"),
+        (TAGS | {"message_property_mappings": {"name": "by"}}, {}, "maps 'name' of messages"),
+        (TAGS | {"drop_system_message": True}, {}, "has 'drop_system_message', chats without their system"),
+        ({"type": "alpaca", "split": "train[:10%]"}, {}, "has the split 'train.:10%.', a part of the data"),
+        ({"type": "alpaca", "split": "test"}, {}, "has the split 'test' of .*; name the files of that split"),
+        (
+            {"type": "alpaca", "path": "a/b", "data_files": "d.jsonl"},
+            {},
+            "'data_files' of a data set on the hub",
+        ),
+        ({"type": "alpaca", "path": "json", "data_files": []}, {}, "names no 'data_files'"),
+        (
+            {"type": "alpaca", "path": "json", "data_files": {"train": "d.jsonl"}},
+            {},
+            "'data_files' is an object",
+        ),
         ({"type": "chat_template"}, {"train_on_inputs": True}, "'train_on_inputs' is true"),
         ({"type": "completion", "field": "body"}, {}, "'body' is nothing|'body' is .*, expected text"),
         ({"type": "alpaca", "path": "gone.jsonl"}, {}, "data not found: gone.jsonl"),

@@ -182,14 +182,52 @@ def test_what_is_not_read_is_said_once_in_python(tmp_path: Path) -> None:
     image = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Hi"}]}
     chats = [{"messages": [image, chat_tables.ANSWER]}] * 3
     attributor = Attributor(tiny_llama(), tiny_tokenizer(chat=True), width=64, preconditioner="off")
-    with pytest.warns(UserWarning, match="parts of messages that are not text are not read: 3 image$"):
-        attributor.cache(chats, tmp_path / "cache")
+    for name in ("cache", "again"):
+        with pytest.warns(UserWarning, match="parts of messages that are not text are not read: 3 image$"):
+            attributor.cache(chats, tmp_path / name)
+    assert attributor.show(chats[:1]).notes == ["parts of messages that are not text are not read: 1 image"]
 
 
 def test_tools_that_a_template_does_not_write_are_said() -> None:
     encode = encoder("chatml", marks=False)
     encode(CHATS["one turn"] | {"tools": [chat_tables.WEATHER]})
     assert encode.chats.notes() == ["the chat template does not write 'tools' (1 chat)"]
+
+
+class Spaced:
+    """A tokenizer that writes a space behind the text of its template."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.inner = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        return self.inner(*args, **options)
+
+    def apply_chat_template(self, *args: Any, **options: Any) -> str:
+        return str(self.inner.apply_chat_template(*args, **options)) + " "
+
+
+def test_marks_that_do_not_fit_the_text_are_said() -> None:
+    fits = encoder("chatml", marks=True)
+    assert targets(fits, CHATS["one turn"]) == ["An owl.<|im_end|>\n"]
+    assert fits.chats.notes() == []
+    other = Encoder(Spaced(tokenizer_of("chatml", marks=True)), max_length=4096)
+    other(CHATS["one turn"])
+    assert other.chats.notes() == [
+        "the marks {% generation %} of the chat template do not fit the text that the tokenizer writes, "
+        "so the assistant's turns are found in the text (1 chat)"
+    ]
+
+
+def test_a_chat_that_is_refused_is_not_counted() -> None:
+    encode = encoder("chatml", marks=False)
+    encode.rows = 1  # the model has no embeddings of the chat's tokens
+    with pytest.raises(UserError, match="embeddings of 1 tokens"):
+        encode(CHATS["one turn"] | {"tools": [chat_tables.WEATHER]})
+    assert encode.chats.notes() == []
 
 
 @pytest.mark.parametrize("template", ["chatml", "gemma-3", "phi-3"])

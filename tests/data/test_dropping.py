@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from data_forms import FILES, PROMPTS, encoded, lines_of, several, table, written
+from data_forms import ALPACA, FILES, PROMPTS, arrow, encoded, lines_of, several, table, written
 
 from rapidin.data.dropping import write_without
+from rapidin.data.examples import open_examples
 from rapidin.data.sources import Files
 from rapidin.errors import UserError
 
@@ -88,7 +89,7 @@ def test_tables_keep_their_schema(tmp_path: Path) -> None:
 def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
     data = written(tmp_path / "a.csv", table(PROMPTS))
     for rows, out, words in (
-        ([0], "a.csv", "is the data itself; write to another file"),
+        ([0], "a.csv", "is read as input, and would be overwritten; write to another file"),
         ([0], "b.parquet", "the data is .csv, and '.*b.parquet' is not; name a file in .csv or .jsonl"),
         ([0, 1, 2], "b.csv", "no row would be left"),
         ([3], "b.csv", "row 3 is to be dropped, but the data has 3 rows"),
@@ -100,3 +101,143 @@ def test_what_cannot_be_written_is_said(tmp_path: Path) -> None:
         write_without(PROMPTS, [0], tmp_path / "b.json")
     assert data.read_bytes().decode() == table(PROMPTS)
     assert [path.name for path in tmp_path.iterdir()] == ["a.csv"]
+
+
+def configured(folder: Path) -> tuple[str, str]:
+    """Two files, as a list of LLaMA-Factory and a configuration of Axolotl name them."""
+    for name, rows in (("a.jsonl", ALPACA[:1]), ("b.jsonl", ALPACA[1:])):
+        written(folder / name, lines_of(rows))
+    entries = {"one": {"file_name": "a.jsonl"}, "two": {"file_name": "b.jsonl"}}
+    written(folder / "dataset_info.json", json.dumps(entries))
+    names = "".join(f" - path: {name}.jsonl\n   type: alpaca\n" for name in "ab")
+    return str(folder), str(written(folder / "train.yml", "datasets:\n" + names))
+
+
+def test_no_input_is_overwritten(tmp_path: Path) -> None:
+    folder, config = configured(tmp_path)
+    lists = written(tmp_path / "lists.json", json.dumps({"one": PROMPTS, "two": PROMPTS}))
+    (tmp_path / "link.jsonl").symlink_to(tmp_path / "b.jsonl")
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    for data, out in (
+        (f"{lists}:one", "lists.json"),
+        (f"{folder}:two", "b.jsonl"),
+        (f"{folder}:two", "dataset_info.json"),
+        (config, "b.jsonl"),
+        (config, "train.yml"),
+        (Files((f"{config}:0", f"{config}:1")), "link.jsonl"),
+    ):
+        with pytest.raises(UserError, match=r"is read as input, and would be overwritten"):
+            write_without(data, [0], tmp_path / out)
+        with pytest.raises(UserError, match=r"is read as input, and would be overwritten"):
+            write_without(data, [0], tmp_path / "new.json", dropped=tmp_path / out)
+    with pytest.raises(UserError, match=r"would be among the remaining ones"):
+        write_without(config, [0], tmp_path / "new.jsonl", dropped=tmp_path / "new.jsonl")
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_rows_of_other_tools_stay_as_their_files_have_them(tmp_path: Path) -> None:
+    folder, config = configured(tmp_path)
+    for data in (config, Files((f"{folder}:one", f"{folder}:two"))):
+        write_without(data, [1], tmp_path / "out.jsonl", dropped=tmp_path / "gone.jsonl")
+        assert (tmp_path / "out.jsonl").read_text() == lines_of([ALPACA[0], ALPACA[2]])
+        assert (tmp_path / "gone.jsonl").read_text() == lines_of([ALPACA[1]])
+
+
+def test_folders_of_files_become_one_folder(tmp_path: Path) -> None:
+    for name, rows in (("a/1", PROMPTS[:1]), ("a/2", PROMPTS[1:2]), ("b/3", PROMPTS[2:]), ("b/4", [])):
+        written(tmp_path / f"{name}.jsonl", lines_of(rows))
+    write_without(Files((str(tmp_path / "a"), str(tmp_path / "b"))), [1], tmp_path / "out")
+    left = {path.name: path.read_text() for path in (tmp_path / "out").iterdir()}
+    assert left == {
+        "1.jsonl": lines_of(PROMPTS[:1]),
+        "2.jsonl": "",
+        "3.jsonl": lines_of(PROMPTS[2:]),
+        "4.jsonl": "",
+    }
+
+
+def test_tables_keep_their_form_and_compression(tmp_path: Path) -> None:
+    rows = arrow(PROMPTS)
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    for codec in ("zstd", "gzip", "none"):
+        pq.write_table(rows, tmp_path / "a.parquet", row_group_size=1, compression=codec)
+        write_without(tmp_path / "a.parquet", [1], tmp_path / "b.parquet")
+        left = pq.ParquetFile(tmp_path / "b.parquet")
+        stored = left.metadata.row_group(0).column(0).compression
+        assert stored == ("UNCOMPRESSED" if codec == "none" else codec.upper())
+        assert [left.metadata.row_group(n).num_rows for n in range(left.num_row_groups)] == [1, 1]
+    for make in (pa.ipc.new_stream, pa.ipc.new_file):
+        with make(str(tmp_path / "a.arrow"), rows.schema) as writer:
+            writer.write_table(rows, max_chunksize=1)
+        write_without(tmp_path / "a.arrow", [0, 1], tmp_path / "b.arrow")
+        first = (tmp_path / "a.arrow").read_bytes()[:6]
+        assert (tmp_path / "b.arrow").read_bytes()[:6] == first
+        assert encoded(tmp_path / "b.arrow") == encoded(PROMPTS[2:])
+
+
+def test_bytes_are_not_written_as_text(tmp_path: Path) -> None:
+    arrow(PROMPTS)
+    import pyarrow.parquet as pq
+
+    rows = [row | {"image": {"bytes": b"\xff"}} for row in PROMPTS]
+    pq.write_table(arrow(rows), tmp_path / "a.parquet")
+    with pytest.raises(
+        UserError, match=r"a.parquet\[0\] has bytes, such as an image, which JSON cannot hold"
+    ):
+        write_without(tmp_path / "a.parquet", [1], tmp_path / "b.jsonl")
+    assert not (tmp_path / "b.jsonl").exists()
+    write_without(tmp_path / "a.parquet", [1], tmp_path / "b.parquet")
+    assert pq.read_table(tmp_path / "b.parquet").to_pylist() == [rows[0], rows[2]]
+
+
+def test_tables_without_rows_keep_their_schema(tmp_path: Path) -> None:
+    rows = arrow(PROMPTS)
+    import pyarrow as pa
+
+    for name, count in (("a.arrow", 0), ("b.arrow", 3)):
+        with pa.ipc.new_file(str(tmp_path / name), rows.schema) as writer:
+            for batch in rows.slice(0, count).to_batches() if count else ():
+                writer.write(batch)
+    write_without(Files((str(tmp_path / "a.arrow"), str(tmp_path / "b.arrow"))), [1], tmp_path / "out")
+    assert pa.ipc.open_file(tmp_path / "out" / "a.arrow").read_all().equals(rows.slice(0, 0))
+    assert encoded(tmp_path / "out" / "b.arrow") == KEPT
+
+
+def test_the_content_of_a_file_says_what_its_form_is(tmp_path: Path) -> None:
+    pq = pytest.importorskip("pyarrow.parquet")
+    pq.write_table(arrow(PROMPTS), tmp_path / "plain")
+    pq.write_table(arrow(PROMPTS), tmp_path / "odd.jsonl")
+    written(tmp_path / "list.jsonl", json.dumps(PROMPTS))
+    written(tmp_path / "lines", lines_of(PROMPTS))
+    for data, out in (
+        ("plain", "out"),
+        ("plain", "out.parquet"),
+        ("odd.jsonl", "out.jsonl"),
+        ("list.jsonl", "out.jsonl"),
+        ("lines", "out.ndjson"),
+        ("lines", "out.JSONL.GZ"),
+    ):
+        write_without(tmp_path / data, [1], tmp_path / out)
+        assert encoded(tmp_path / out) == KEPT
+    assert (tmp_path / "out.jsonl").read_text() == lines_of([PROMPTS[0], PROMPTS[2]])
+    assert (tmp_path / "out.JSONL.GZ").read_bytes()[:2] == b"\x1f\x8b"
+    for data, out, words in (
+        ("lines", "b.parquet", "the data is .jsonl, and '.*b.parquet' is not; name a file in .jsonl$"),
+        ("plain", "b.csv", "the data is .parquet, and '.*b.csv' is not; name a file in .parquet or .jsonl"),
+        ("plain", "b.parquet.gz", "a table is not compressed as a whole"),
+    ):
+        with pytest.raises(UserError, match=words):
+            write_without(tmp_path / data, [1], tmp_path / out)
+        assert not (tmp_path / out).exists()
+
+
+def test_half_characters_are_written_as_they_came(tmp_path: Path) -> None:
+    rows = [{"text": "é", "note": "\ud800"}, {"text": "b"}]
+    plain = written(tmp_path / "a.json", json.dumps(rows))
+    listed = written(tmp_path / "b.json", '{"title": "é", "rows": ' + json.dumps(rows) + "}")
+    for data, out in ((plain, "out.jsonl"), (listed, "out.json"), (listed, "out.jsonl")):
+        write_without(data, [1], tmp_path / out)
+        assert "\\ud800" in (tmp_path / out).read_text()
+        assert list(open_examples(tmp_path / out)) == rows[:1]

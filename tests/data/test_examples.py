@@ -370,6 +370,12 @@ def test_tokenizers_without_offsets() -> None:
     encoded = encode(MESSAGES)
     text = "".join(chr(i) if on else "." for i, on in zip(encoded.ids, encoded.target, strict=True))
     assert text == "." * 11 + "Hello.;" + "." * 25 + "Three.;"
+    # All that follows a prompt of messages counts, as with offsets: what a tool said too.
+    said = [{"role": "assistant", "content": "x"}, {"role": "tool", "content": "y"}]
+    (prompted,) = open_examples([{"prompt": MESSAGES["messages"][:1], "completion": said}])
+    encoded = encode(prompted)
+    text = "".join(chr(i) if on else "." for i, on in zip(encoded.ids, encoded.target, strict=True))
+    assert text.lstrip(".") == "x;t:y;"
 
 
 # ---------------------------------------------------------------------------------------------- chats

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from rapidin import Attributor, UserError
+from rapidin.data.examples import open_examples
 from rapidin.gradients.source import GradientSource
 
 TOKENIZER = tiny_tokenizer(chat=True)
@@ -184,6 +185,17 @@ def test_a_cache_of_preferences_from_the_command_line(
     )
     assert refused.code == 2
     assert "expected 'prompt' and 'completion'" in refused.err
+
+
+def test_what_is_not_read_of_a_pairs_prompt_is_counted_once() -> None:
+    image = {"type": "image"}
+    asked = {"role": "user", "content": [image, {"type": "text", "text": "Say "}]}
+    other = {"role": "assistant", "content": [image, {"type": "text", "text": "six"}]}
+    pair = chats(1)[0] | {"prompt": [asked], "rejected": [other]}
+    source = source_of(tuned(), "preference")
+    for _ in range(2):
+        notes = source.check_records(open_examples([pair], forms=source.task.forms))
+        assert notes == ["parts of messages that are not text are not read: 2 image"]
 
 
 @pytest.mark.parametrize("rows", range(1, 12))
