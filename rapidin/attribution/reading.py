@@ -42,9 +42,7 @@ def read_examples(
     return Reading(made, [] if task.chats is None else task.chats.notes())
 
 
-def read_example(
-    task: Task, tokenizer: Any, examples: Examples, row: int, record: Record
-) -> ShownExample:
+def read_example(task: Task, tokenizer: Any, examples: Examples, row: int, record: Record) -> ShownExample:
     """One example as a task reads it. Raises UserError if the task refuses it."""
     where = examples.where(row)
     try:
