@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -69,3 +72,28 @@ def with_models(console: Console, ensemble: Ensemble, location: ModelLocation) -
     with loading(console, location.model or manifest.model["source"].get("model") or ""):
         loaded = replace(ensemble.members[0], source=ready.source())
     return Ensemble([loaded], kind=ensemble.kind, location=location)
+
+
+def facts_of(ensemble: Ensemble) -> dict[str, str]:
+    """What a page says of where its hits come from: names, since a page is sent to people whom the folders of
+    this machine are no business of (--json has the whole paths)."""
+    from rapidin import __version__
+
+    cache = ensemble.caches[-1]
+    source = cache.manifest.model.get("source", {})
+    facts = {
+        **{name: _name(source.get(name)) for name in ("model", "adapter", "base")},
+        "caches": ", ".join(cache.path.resolve().name for cache in ensemble.caches),
+        "examples": f"{len(cache):,}",
+        "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M} by rapidin {__version__}",
+    }
+    return {name: value for name, value in facts.items() if value}
+
+
+def _name(model: str | None) -> str:
+    """The last part of a folder's path; a name on the Hub, such as "org/model", as it is."""
+    if not model:
+        return ""
+    parts = [part for part in re.split(r"[/\\]", model) if part not in ("", ".", "..", "~")]
+    is_hub_name = len(parts) <= 2 and "/".join(parts) == model and not os.path.exists(model)
+    return model if is_hub_name else "".join(parts[-1:])

@@ -114,6 +114,7 @@ PANELS = (
     "Rows",
     "Storage",
     "Output",
+    "Server",
     "Run",
     "Options",
 )

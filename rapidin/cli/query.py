@@ -1,14 +1,11 @@
 """rapidin query."""
 
-import os
-import re
 import sys
 from dataclasses import dataclass, replace
-from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from rapidin.attribution.options import MAP, ModelLocation, QueryOptions
-from rapidin.cli.caches import open_caches, open_queries, with_models
+from rapidin.cli.caches import facts_of, open_caches, open_queries, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
 from rapidin.cli.options import CacheFolders, Quiet, TrainData, command
 from rapidin.data.fields import FieldMap
@@ -223,7 +220,7 @@ def _show(
     if output.report is not None:
         from rapidin.results.html import page
 
-        text = page(results, about=_about(ensemble))
+        text = page(results, about=facts_of(ensemble))
         write_text(output.report, text)
         if not quiet:
             line(f"the page is in {output.report} ({bytes_text(len(text.encode()))})")
@@ -231,31 +228,6 @@ def _show(
         if result.missing:
             words = ", ".join(f"'{word}'" for word in result.missing)
             line(f"the completion of query {n} does not contain {words}")
-
-
-def _about(ensemble: "Ensemble") -> dict[str, str]:
-    """What a page says of where its hits come from: names, since a page is sent to people whom the folders of
-    this machine are no business of (--json has the whole paths)."""
-    from rapidin import __version__
-
-    cache = ensemble.caches[-1]
-    source = cache.manifest.model.get("source", {})
-    facts = {
-        **{name: _name(source.get(name)) for name in ("model", "adapter", "base")},
-        "caches": ", ".join(cache.path.resolve().name for cache in ensemble.caches),
-        "examples": f"{len(cache):,}",
-        "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M} by rapidin {__version__}",
-    }
-    return {name: value for name, value in facts.items() if value}
-
-
-def _name(model: str | None) -> str:
-    """The last part of a folder's path; a name on the Hub, such as "org/model", as it is."""
-    if not model:
-        return ""
-    parts = [part for part in re.split(r"[/\\]", model) if part not in ("", ".", "..", "~")]
-    is_hub_name = len(parts) <= 2 and "/".join(parts) == model and not os.path.exists(model)
-    return model if is_hub_name else "".join(parts[-1:])
 
 
 def _generations(source: QuerySource, cache: "Cache", folder: str) -> list[dict[str, Any]]:

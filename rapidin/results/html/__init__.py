@@ -5,6 +5,6 @@ to the shades of tokens and encodes numbers for the script. `view` decides what 
 `query` and `hits` are its markup, and `document` is the whole page with `page.css` and `page.js`.
 """
 
-from rapidin.results.html.document import notebook, page
+from rapidin.results.html.document import Live, document, notebook, page, page_style
 
-__all__ = ["notebook", "page"]
+__all__ = ["Live", "document", "notebook", "page", "page_style"]

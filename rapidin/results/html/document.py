@@ -6,7 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from html import escape
 from importlib import resources
 from itertools import accumulate, pairwise, zip_longest
@@ -25,37 +25,28 @@ _MIN_ROOM = 60_000  # bytes of all queries for hits of single tokens
 _NOTEBOOK_HEIGHT = 720  # pixels: a generation and the first hits
 
 
-def page(results: Sequence[QueryResult], *, about: Mapping[str, str] = MappingProxyType({})) -> str:
+def page(
+    results: Sequence[QueryResult],
+    *,
+    about: Mapping[str, str] = MappingProxyType({}),
+    live: Live | None = None,
+) -> str:
     """All queries as one HTML page, to be saved as UTF-8, that needs no other file and no network.
 
     about: facts by name, such as the cache, the model, the number of examples. Texts of data and models are
     escaped, and a content security policy allows only the page's own script and style, by their hashes. If
-    scripts are off, the page shows everything except selections.
+    scripts are off, the page shows everything except selections. live: what a server adds to the page; its
+    scripts, styles and addresses are then allowed too.
     """
     views = [View(result, number) for number, result in enumerate(results)]
     views, most = _fitted(views)
     style, script = (_asset(name) for name in ("page.css", "page.js"))
-    policy = (
-        f"default-src 'none'; script-src '{_hash(script)}'; style-src '{_hash(style)}'; "
-        "base-uri 'none'; form-action 'none'"
-    )
     subject = "this generation" if len(views) == 1 else f"these {len(views):,} generations"
     body = "".join(query(view, len(views)) for view in views)
     if not views:
         body = '<p class="card none">No query, so there are no hits.</p>'
-    return f"""<!DOCTYPE html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta http-equiv="Content-Security-Policy" content="{policy}">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<meta name="color-scheme" content="light dark">
-<meta name="referrer" content="no-referrer">
-<title>{_title(results)}</title>
-<style>{style}</style>
-</head>
-<body>
-<a class="skip" href="#content">Skip to the hits</a>
+    inside = f"""<a class="skip" href="#content">Skip to the hits</a>
+{"" if live is None else live.before}
 <header class="top">
 <p class="name">rapidin</p>
 <h1>What led to {subject}</h1>
@@ -67,10 +58,54 @@ export.</p></noscript>
 </header>
 <main id="content" tabindex="-1">{body}</main>
 <script type="application/json" id="data">{_json([view.script(most) for view in views])}</script>
-<script>{script}</script>
+<script>{script}</script>"""
+    return document(_title(results), inside, style, scripts=(script,), live=live)
+
+
+@dataclass(frozen=True)
+class Live:
+    """What a server adds to a page: markup of its head, and markup before all else."""
+
+    head: str = ""
+    before: str = ""
+
+
+def document(
+    title: str, body: str, style: str, *, scripts: Sequence[str] = (), live: Live | None = None
+) -> str:
+    """An HTML document. title: as markup; scripts: those in its body, which its content security policy
+    allows by their hashes; live: a server's, whose files and addresses it allows too."""
+    own = [] if live is None else ["'self'"]
+    rules = {
+        "default-src": ["'none'"],
+        "script-src": [f"'{_hash(script)}'" for script in scripts] + own,
+        "style-src": [f"'{_hash(style)}'", *own],
+        "connect-src": own,
+        "base-uri": ["'none'"],
+        "form-action": own or ["'none'"],
+    }
+    policy = "; ".join(f"{name} {' '.join(sources)}" for name, sources in rules.items() if sources)
+    return f"""<!DOCTYPE html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="{policy}">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta name="referrer" content="no-referrer">
+<title>{title}</title>
+<style>{style}</style>{"" if live is None else live.head}
+</head>
+<body>
+{body}
 </body>
 </html>
 """
+
+
+def page_style() -> str:
+    """The style sheet of the page."""
+    return _asset("page.css")
 
 
 def _fitted(views: list[View]) -> tuple[list[View], int]:

@@ -284,6 +284,7 @@
         event.preventDefault();
         this.visit(card);
       });
+      card.chips = [...element.querySelectorAll(".chips li:has(b)")].map((chip) => this.chip(chip));
       card.void = card.spans.map((span) => !span.firstChild);
       card.quiet = card.spans.map((span) => (span.classList.contains("q") ? " q" : ""));
       tokens?.addEventListener("pointerover", (event) => {
@@ -292,6 +293,23 @@
         if (place >= 0 && unit >= 0) card.spans[place].title = this.partText(card, card.sums[unit]);
       });
       return card;
+    }
+
+    // A column of an example as a button that filters by it. Returns it as it is filtered by.
+    chip(item) {
+      const [name, value] = [...item.querySelectorAll("bdi")].map((part) => part.textContent);
+      const button = made("button");
+      button.type = "button";
+      button.title = item.title || "Filter by this column";
+      button.append(...item.childNodes);
+      item.replaceChildren(button);
+      button.addEventListener("click", () => {
+        const search = this.section.querySelector(".search input");
+        const text = `${name}=${value}`;
+        search.value = search.value === text ? "" : text;
+        this.search(search.value);
+      });
+      return `${name}=${value}`.toLowerCase();
     }
 
     // ---------------------------------------------------------------------------------- selection
@@ -834,6 +852,7 @@
 
     matches(card) {
       if (!this.words) return true;
+      if (card.chips.includes(this.words)) return true;
       card.lower ??= this.textOf(card).toLowerCase();
       return card.lower.includes(this.words) || String(card.hit.index) === this.words.replace(/^#/, "");
     }

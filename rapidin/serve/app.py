@@ -1,0 +1,300 @@
+"""The web application: questions, answers, rows, and the pages that show them.
+
+Work with the model is a job (`rapidin.serve.jobs`). A request for an event stream gets the job's events, as
+server-sent events; any other waits for the result. A job is cancelled when its request is closed.
+"""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from importlib import resources
+from typing import Annotated, Any, Literal
+
+from fastapi import Body, FastAPI, HTTPException, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+import rapidin
+from rapidin.errors import UserError
+from rapidin.results.json import results_json
+from rapidin.serve import pages
+from rapidin.serve.guard import Access, Guard
+from rapidin.serve.jobs import CancelledError, Job, QueueFullError, Worker
+from rapidin.serve.service import Answer, Question, Service
+
+_STREAM = "text/event-stream"
+_GONE_SECONDS = 0.25  # between two looks at whether the client is still there
+_ASSETS = {"live.js": "text/javascript", "live.css": "text/css", "page.css": "text/css"}
+_MOST_CHARACTERS = 100_000  # of a text
+
+
+class Asked(BaseModel):
+    """A question, or a whole prompt, with the answer if it is known."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    ask: Annotated[
+        str | None,
+        Field(description="A question, put in the form of the training data.", max_length=_MOST_CHARACTERS),
+    ] = None
+    prompt: Annotated[
+        str | None,
+        Field(
+            description="A whole text that the model reads, with nothing around it.",
+            max_length=_MOST_CHARACTERS,
+        ),
+    ] = None
+    max_new_tokens: Annotated[
+        int, Field(description="Tokens that the model writes at most.", ge=1, le=1024)
+    ] = 64
+
+    @model_validator(mode="after")
+    def _one_of_both(self) -> "Asked":
+        if (self.ask is None) == (self.prompt is None):
+            raise ValueError("give either 'ask' or 'prompt'")
+        return self
+
+    def question(self) -> Question:
+        return Question(**self.model_dump())
+
+
+class ToExplain(Asked):
+    """A question whose answer is explained by training examples."""
+
+    completion: Annotated[
+        str | None,
+        Field(description="The answer; without it the model answers.", max_length=_MOST_CHARACTERS),
+    ] = None
+    top_k: Annotated[int, Field(description="Examples at each end of the ranking.", ge=1, le=200)] = 10
+    words: Annotated[
+        bool,
+        Field(
+            description="Rank examples for each word of the answer too, and say which of their words "
+            "contribute. Takes longer."
+        ),
+    ] = False
+    by: Annotated[
+        str | None, Field(description="Sum scores by this column of the training data.", max_length=200)
+    ] = None
+
+
+class Generated(BaseModel):
+    """What the model answers."""
+
+    prompt: str
+    completion: str
+
+
+class Summary(BaseModel):
+    """An answer of the history."""
+
+    id: str
+    question: str
+    completion: str
+    verdict: Literal["strong", "weak", "nothing"] | str | None
+    words: bool
+    when: str
+
+
+class Row(BaseModel):
+    """A training example: its number among the rows, its index in the data, its columns, and how the model
+    reads it; null for a malformed one."""
+
+    row: int
+    index: int
+    record: dict[str, Any] | None
+    read: dict[str, Any] | None
+
+
+class About(BaseModel):
+    """What the server answers with."""
+
+    version: str
+    examples: int
+    columns: list[str]
+    facts: dict[str, str]
+    waiting: int
+
+
+def create_app(service: Service, worker: Worker, access: Access) -> Guard:
+    """The application, which lets in whom `access` says."""
+    app = FastAPI(
+        title="rapidin",
+        version=rapidin.__version__,
+        description="The training examples behind what a language model says.",
+        docs_url=None,  # its page takes scripts from elsewhere
+        redoc_url=None,
+    )
+
+    def error_of(error: UserError) -> JSONResponse:
+        return JSONResponse({"detail": str(error)}, status_code=400)
+
+    @app.exception_handler(UserError)
+    async def user_error(_: Request, error: UserError) -> Response:
+        return error_of(error)
+
+    @app.exception_handler(QueueFullError)
+    async def queue_full(_: Request, __: QueueFullError) -> Response:
+        detail = f"{worker.most:,} questions wait already"
+        return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "2"})
+
+    def found(name: str) -> Answer:
+        answer = service.history.get(name)
+        if answer is None:
+            raise HTTPException(404, "there is no such answer; the server keeps the last ones only")
+        return answer
+
+    # ------------------------------------------------------------------------------------------- jobs
+
+    async def answered(
+        request: Request, work: Callable[[Job], Any], to_json: Callable[[Any], Any]
+    ) -> Response:
+        """The response to a request that is work for the model."""
+        loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]]()
+
+        def on_event(name: str, value: dict[str, Any]) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, (name, value))
+
+        job = worker.submit(work, on_event)
+        job.result.add_done_callback(
+            lambda _: loop.is_closed() or loop.call_soon_threadsafe(events.put_nowait, ("", None))
+        )
+        if _STREAM in request.headers.get("accept", ""):
+            return StreamingResponse(_streamed(job, events, to_json), media_type=_STREAM)
+        try:
+            while not job.result.done():
+                try:
+                    await asyncio.wait_for(events.get(), _GONE_SECONDS)
+                except asyncio.TimeoutError:
+                    if await request.is_disconnected():
+                        break
+        finally:
+            job.cancel()  # of no effect once it has ended
+        if not job.result.done():
+            return Response(status_code=499)
+        return JSONResponse(await asyncio.to_thread(to_json, job.result.result()))
+
+    # ------------------------------------------------------------------------------------------- API
+
+    @app.post("/query", summary="The training examples behind an answer")
+    async def query(request: Request, body: Annotated[ToExplain, Body()]) -> Response:
+        """As `rapidin query --json` writes it, with an `id` and its address `url`. With the header `Accept:
+        text/event-stream` events come first: `waiting` (`before`), `answer` (`text`, what the model has
+        written further), `stage` (`stage`, `done`, `total`), then `result` or `error` (`detail`)."""
+        question = body.question()
+        service.check(question)
+        return await answered(request, lambda job: service.explain(question, job), _answer_json)
+
+    @app.post("/generate", summary="The model's answer", response_model=Generated)
+    async def generate(request: Request, body: Annotated[Asked, Body()]) -> Response:
+        """What the model answers, greedily. Events are as those of `/query`."""
+        question = body.question()
+        service.check(question)
+        return await answered(request, lambda job: service.generate(question, job), dict)
+
+    @app.get("/rows/{row}", summary="A training example", response_model=Row)
+    def row(request: Request, row: int) -> Response:
+        found_row = service.row(row)
+        if found_row is None:
+            raise HTTPException(404, "there is no such row")
+        if _wants_page(request):
+            return _page(pages.row_page(found_row, service.about))
+        return Response(pages.safe_json(found_row), media_type="application/json")
+
+    @app.get("/answers", summary="The last answers", response_model=list[Summary])
+    def answers() -> Any:
+        return [answer.summary for answer in service.history.latest()]
+
+    @app.get("/answers/{name}", summary="An answer again, as /query gave it, or as a page")
+    def answer(request: Request, name: str) -> Response:
+        kept = found(name)
+        if _wants_page(request):
+            return _page(pages.answer_page(kept, service))
+        return JSONResponse(_answer_json(kept))
+
+    @app.delete("/answers/{name}", summary="Forget an answer", status_code=204)
+    def forget(name: str) -> Response:
+        found(name)
+        service.history.remove(name)
+        return Response(status_code=204)
+
+    @app.get("/about", summary="The model and the data", response_model=About)
+    def about() -> Any:
+        return {
+            "version": rapidin.__version__,
+            "examples": len(service.ensemble.caches[-1]),
+            "columns": service.columns,
+            "facts": service.about,
+            "waiting": worker.waiting,
+        }
+
+    @app.get("/health", summary="Whether the server runs")
+    async def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    # ----------------------------------------------------------------------------------------- pages
+
+    @app.get("/", include_in_schema=False)
+    def home() -> Response:
+        return _page(pages.home_page(service))
+
+    @app.get("/compare", include_in_schema=False)
+    def compare(a: Annotated[str, Query()], b: Annotated[str, Query()]) -> Response:
+        return _page(pages.compare_page(found(a), found(b), service))
+
+    @app.get("/favicon.ico", include_in_schema=False)
+    async def icon() -> Response:
+        return Response(status_code=204)
+
+    @app.get("/static/{name}", include_in_schema=False)
+    def asset(name: str) -> Response:
+        if name not in _ASSETS:
+            raise HTTPException(404, "there is no such file")
+        folder = "rapidin.results.html" if name == "page.css" else "rapidin.serve"
+        text = (resources.files(folder) / name).read_text(encoding="utf-8")
+        return Response(text, media_type=_ASSETS[name])
+
+    @app.get("/openapi", include_in_schema=False)
+    async def openapi() -> Response:
+        return RedirectResponse("/openapi.json")
+
+    return Guard(app, access)
+
+
+async def _streamed(
+    job: Job, events: "asyncio.Queue[tuple[str, Any]]", to_json: Callable[[Any], Any]
+) -> AsyncIterator[bytes]:
+    try:
+        while True:
+            name, value = await events.get()
+            if not name:
+                break
+            yield _event(name, value)
+        try:
+            yield _event("result", await asyncio.to_thread(to_json, job.result.result()))
+        except UserError as error:
+            yield _event("error", {"detail": str(error)})
+        except CancelledError:
+            yield _event("error", {"detail": "cancelled"})
+        except Exception:
+            yield _event("error", {"detail": "an error in rapidin, which its log shows"})
+            raise
+    finally:
+        job.cancel()
+
+
+def _event(name: str, value: Any) -> bytes:
+    return f"event: {name}\ndata: {pages.safe_json(value)}\n\n".encode()
+
+
+def _answer_json(answer: Answer) -> dict[str, Any]:
+    value: dict[str, Any] = json.loads(results_json(answer.results, answer.made))
+    return {**answer.summary, "url": f"/answers/{answer.id}", **value}
+
+
+def _wants_page(request: Request) -> bool:
+    return "text/html" in request.headers.get("accept", "")
+
+
+def _page(text: str) -> HTMLResponse:
+    return HTMLResponse(text.encode("utf-8", "backslashreplace"))

@@ -1,0 +1,184 @@
+"""Who may use the server: what a request has to be before anything else looks at it.
+
+A server on this machine is open to every page in its user's browser, which can send it requests, and under a
+name that resolves to 127.0.0.1 read the answers too (DNS rebinding). So a request needs a known host, the
+origin of the server itself if it has one, and a token, and its body has a limit.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field
+from http.cookies import CookieError, SimpleCookie
+from typing import Any
+from urllib.parse import parse_qsl, urlencode, urlsplit
+
+Scope = Mapping[str, Any]
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Any, Receive, Send], Awaitable[None]]
+
+COOKIE = "rapidin-token"
+OPEN = ("/health",)  # paths that need no token, and say nothing
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_HEADERS = (
+    (b"x-content-type-options", b"nosniff"),
+    (b"x-frame-options", b"DENY"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cache-control", b"no-store"),
+)
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may use a server.
+
+    token: that a request must have, None for none; hosts: names under which the server may be addressed;
+    most_bytes: of a request's body.
+    """
+
+    token: str | None = field(default_factory=lambda: secrets.token_urlsafe(24))
+    hosts: Iterable[str] = LOOPBACK
+    most_bytes: int = 256 << 10
+
+
+class BodyTooLargeError(Exception):
+    """The body of a request is larger than it may be."""
+
+
+class Guard:
+    """An ASGI application in front of another, which gets the requests that may be made alone."""
+
+    def __init__(self, app: App, access: Access) -> None:
+        self._app, self._access = app, access
+        self._hosts = {host.lower() for host in access.hosts}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":  # there are no web sockets
+            return
+        headers = {
+            name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
+        }
+        secured = _secured(send)
+        refused = self._refusal(scope["method"], headers)
+        if refused is not None:
+            await _respond(secured, 403, refused)
+            return
+        if self._access.token is not None and scope["path"] not in OPEN:
+            query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
+            given = dict(query).get("token")
+            if given is not None and scope["method"] == "GET":
+                await self._sign_in(scope, headers, query, given, secured)
+                return
+            if not self._has_token(headers):
+                await _respond(secured, 401, "open the address that 'rapidin serve' printed, with its token")
+                return
+        if _length(headers) > self._access.most_bytes:
+            await _respond(secured, 413, f"a request has at most {self._access.most_bytes:,} bytes")
+            return
+        started = False
+
+        async def sent(message: Message) -> None:
+            nonlocal started
+            started = True
+            await secured(message)
+
+        try:
+            await self._app(scope, self._limited(receive), sent)
+        except BodyTooLargeError:
+            if not started:
+                await _respond(secured, 413, f"a request has at most {self._access.most_bytes:,} bytes")
+
+    def _refusal(self, method: str, headers: Mapping[str, str]) -> str | None:
+        """Why a request is from where none may come, None if it is not."""
+        host = headers.get("host", "")
+        name = urlsplit(f"//{host}").hostname if _is_host(host) else None
+        if name is None or name.lower() not in self._hosts:
+            return "this server has another name; name it with --allow-host"
+        origin = headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
+            return "the request comes from another site"
+        # A link on another site may be followed: its page cannot see where it leads.
+        followed = method == "GET" and headers.get("sec-fetch-mode") == "navigate"
+        if headers.get("sec-fetch-site", "none") not in ("none", "same-origin") and not followed:
+            return "the request comes from another site"
+        return None
+
+    async def _sign_in(
+        self, scope: Scope, headers: Mapping[str, str], query: list[tuple[str, str]], given: str, send: Send
+    ) -> None:
+        """Keep the token of an address in a cookie, so that it stands in no other address."""
+        if not self._is_token(given):
+            await _respond(send, 401, "the token is another one")
+            return
+        rest = urlencode([(name, value) for name, value in query if name != "token"])
+        # One slash in front: two would name another host.
+        place = "/" + str(scope["path"]).lstrip("/\\") + (f"?{rest}" if rest else "")
+        cookie = f"{_cookie(headers)}={given}; Path=/; HttpOnly; SameSite=Lax"
+        await _respond(send, 303, "", (b"location", place.encode()), (b"set-cookie", cookie.encode()))
+
+    def _has_token(self, headers: Mapping[str, str]) -> bool:
+        kind, _, token = headers.get("authorization", "").partition(" ")
+        if kind.lower() == "bearer" and self._is_token(token.strip()):
+            return True
+        try:
+            cookie = SimpleCookie(headers.get("cookie", "")).get(_cookie(headers))
+        except CookieError:
+            return False
+        return cookie is not None and self._is_token(cookie.value)
+
+    def _is_token(self, given: str) -> bool:
+        return secrets.compare_digest(given.encode(), (self._access.token or "").encode())
+
+    def _limited(self, receive: Receive) -> Receive:
+        """`receive` for a body whose length is not said beforehand."""
+        count = 0
+
+        async def limited() -> Message:
+            nonlocal count
+            message = await receive()
+            count += len(message.get("body", b""))
+            if count > self._access.most_bytes:
+                raise BodyTooLargeError
+            return message
+
+        return limited
+
+
+def _cookie(headers: Mapping[str, str]) -> str:
+    """The name of the cookie with the token: servers on other ports of a host have others."""
+    return f"{COOKIE}-{urlsplit('//' + headers['host']).port or 80}"
+
+
+def _is_host(host: str) -> bool:
+    return bool(host) and not any(character in host for character in "/\\@?# ")
+
+
+def _length(headers: Mapping[str, str]) -> int:
+    length = headers.get("content-length", "0")
+    return int(length) if length.isdecimal() and len(length) < 20 else 1 << 62
+
+
+def _secured(send: Send) -> Send:
+    async def secured(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            given = {name.lower() for name, _ in message.get("headers", ())}
+            added = [pair for pair in _HEADERS if pair[0] not in given]
+            message = {**message, "headers": [*message.get("headers", ()), *added]}
+        await send(message)
+
+    return secured
+
+
+async def _respond(send: Send, status: int, text: str, *headers: tuple[bytes, bytes]) -> None:
+    body = f"{text}\n".encode() if text else b""
+    length = (b"content-length", str(len(body)).encode())
+    kind = (b"content-type", b"text/plain; charset=utf-8")
+    await send({"type": "http.response.start", "status": status, "headers": [kind, length, *headers]})
+    await send({"type": "http.response.body", "body": body})

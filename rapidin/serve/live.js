@@ -1,0 +1,135 @@
+"use strict";
+// Asks the server, and shows what becomes of the question. Texts of data and models are written by `textContent`.
+(() => {
+  document.documentElement.classList.add("js", "live-script");
+  const form = document.querySelector(".asking");
+  let running = null; // the AbortController of the question that is answered
+
+  // ------------------------------------------------------------------------------------------ questions
+
+  // The events of a response, as (name, value).
+  async function* eventsOf(response) {
+    const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+    let rest = "";
+    for (;;) {
+      const { done, value } = await reader.read();
+      if (done) return;
+      const blocks = (rest + value).split("\n\n");
+      rest = blocks.pop();
+      for (const block of blocks) {
+        const name = /^event: (.*)$/m.exec(block)?.[1];
+        const data = /^data: (.*)$/m.exec(block)?.[1];
+        if (name && data) yield [name, JSON.parse(data)];
+      }
+    }
+  }
+
+  function stageText(name, { stage, done, total, before }) {
+    if (name === "waiting") return before === 1 ? "1 question before this one" : `${before} questions before this one`;
+    return `${stage}: ${done} of ${total}`;
+  }
+
+  async function problemOf(response) {
+    try {
+      const { detail } = await response.json();
+      return typeof detail === "string" ? detail : detail.map(({ msg }) => msg).join("; ");
+    } catch {
+      return `the server answered with status ${response.status}`;
+    }
+  }
+
+  async function ask(question) {
+    running?.abort();
+    const mine = new AbortController();
+    running = mine;
+    const [written, stage, problem] = [".written", ".stage", ".problem"].map((name) => form.querySelector(name));
+    const cancel = form.querySelector(".cancel");
+    written.textContent = "";
+    written.hidden = problem.hidden = true;
+    stage.textContent = "Asking the model";
+    cancel.hidden = false;
+    let failed = "";
+    try {
+      const response = await fetch("/query", {
+        method: "POST",
+        headers: { "Content-Type": "application/json", Accept: "text/event-stream" },
+        body: JSON.stringify(question),
+        signal: mine.signal,
+      });
+      if (!response.ok) failed = await problemOf(response);
+      else {
+        failed = "the connection ended before the answer";
+        for await (const [name, value] of eventsOf(response)) {
+          if (name === "answer") {
+            written.hidden = false;
+            written.textContent += value.text;
+            stage.textContent = "";
+          } else if (name === "result") {
+            location.assign(value.url);
+            return;
+          } else if (name === "error") failed = value.detail;
+          else stage.textContent = stageText(name, value);
+        }
+      }
+    } catch (error) {
+      failed = error.name === "AbortError" ? "" : "the server cannot be reached";
+    }
+    if (running !== mine) return; // another question has taken its place
+    running = null;
+    cancel.hidden = true;
+    stage.textContent = failed ? "" : "Cancelled";
+    problem.textContent = failed;
+    problem.hidden = !failed;
+  }
+
+  form?.addEventListener("submit", (event) => {
+    event.preventDefault();
+    const given = new FormData(form);
+    const question = { [given.get("kind")]: given.get("ask"), top_k: Number(given.get("top_k")) };
+    if (given.get("words")) question.words = true;
+    if (given.get("by")) question.by = given.get("by");
+    if (given.get("completion")) question.completion = given.get("completion");
+    ask(question);
+  });
+  form?.querySelector(".cancel").addEventListener("click", () => running?.abort());
+  form?.querySelector("#ask").addEventListener("keydown", (event) => {
+    if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
+      event.preventDefault();
+      form.requestSubmit();
+    }
+  });
+  for (const button of document.querySelectorAll(".again")) {
+    button.addEventListener("click", () => ask(JSON.parse(button.dataset.question)));
+  }
+  addEventListener("pageshow", () => {
+    for (const name of [".written", ".stage"]) if (form) form.querySelector(name).textContent = "";
+  });
+
+  // -------------------------------------------------------------------------------------------- history
+
+  for (const button of document.querySelectorAll(".forget")) {
+    button.addEventListener("click", async () => {
+      const response = await fetch(`/answers/${button.dataset.id}`, { method: "DELETE" });
+      if (response.ok || response.status === 404) button.closest("li").remove();
+    });
+  }
+
+  // ----------------------------------------------------------------------------------------------- rows
+
+  // Each hit gets a link to its row, whole.
+  const data = document.getElementById("data");
+  if (data) {
+    const queries = JSON.parse(data.textContent);
+    document.querySelectorAll(".query").forEach((section, n) => {
+      for (const hit of section.querySelectorAll("[data-hit]")) {
+        const row = queries[n].hits[Number(hit.dataset.hit)]?.row;
+        if (row === undefined) continue;
+        const link = document.createElement("a");
+        link.href = `/rows/${row}`;
+        link.className = "whole";
+        link.textContent = "Whole row";
+        hit.querySelector(".index").before(link);
+      }
+    });
+  }
+})();

@@ -1,0 +1,243 @@
+"""The pages of the server: the question and the history, an answer, two answers beside each other, a row.
+
+Answers are shown by the page of `rapidin.results.html`, with the server's own bar above it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+
+from rapidin.results.html import Live, document, page, page_style
+from rapidin.results.html.text import block, isolated, plain, shortened
+from rapidin.results.text import score_text
+from rapidin.results.types import Hit, QueryResult
+from rapidin.serve.service import Answer, Service
+
+_HEAD = '<link rel="stylesheet" href="/static/live.css"><script src="/static/live.js" defer></script>'
+_TITLE = 60  # characters
+_COMPARED = 100  # rows of the table of two answers
+_SNIPPET = 120
+
+
+def safe_json(value: Any) -> str:
+    """JSON in ASCII on one line; a number that is not finite becomes null."""
+    return json.dumps(_finite(value), default=str, allow_nan=False)
+
+
+def home_page(service: Service) -> str:
+    """Where questions are asked, and the last answers."""
+    facts = "".join(
+        f"<div><dt>{plain(name)}</dt><dd>{isolated(plain(text))}</dd></div>"
+        for name, text in service.about.items()
+    )
+    body = f"""{_bar(service)}
+<header class="top"><h1>What led the model to what it says</h1><dl class="about">{facts}</dl></header>
+<main id="content" tabindex="-1">{_history(service.history.latest())}</main>"""
+    return document("rapidin", body, page_style(), live=Live(_HEAD))
+
+
+def answer_page(answer: Answer, service: Service) -> str:
+    """An answer with the examples behind it."""
+    return page(answer.results, about=service.about, live=Live(_HEAD, _bar(service, answer)))
+
+
+def compare_page(a: Answer, b: Answer, service: Service) -> str:
+    """Two answers: which examples are behind both, then each of them."""
+    both = [*a.results[:1], *b.results[:1]]
+    return page(both, about=service.about, live=Live(_HEAD, _bar(service) + _comparison(a, b)))
+
+
+def row_page(row: Mapping[str, Any], about: Mapping[str, str]) -> str:
+    """A training example: its columns, and the text that the model reads."""
+    index = f"{row['index']:,}"
+    parts = [f'<p class="tools"><a href="/">All answers</a></p><h1>Training example {index}</h1>']
+    if row["record"] is None:
+        parts.append('<p class="card none">It could not be read, so it has no sketch.</p>')
+    else:
+        read = row["read"]
+        facts = [f"{read['tokens']:,} tokens, {read['targets']:,} with a loss"]
+        facts += ["its end was cut off"] if read["truncated"] else []
+        facts += [f"not used: {read['status'].replace('_', ' ')}"] if read["status"] != "ok" else []
+        texts = "".join(map(_read_text, read["texts"]))
+        parts.append(
+            f'<section class="card"><h2>As the model reads it</h2><p class="hint">{plain("; ".join(facts))}. '
+            f"Grey tokens are prompt (no loss).</p>{texts}</section>"
+        )
+        columns = "".join(
+            f'<tr><th scope="row">{isolated(plain(str(name)))}</th><td class="text" dir="auto">'
+            f"{block(value if isinstance(value, str) else safe_json(value))}</td></tr>"
+            for name, value in row["record"].items()
+        )
+        parts.append(
+            f'<section class="card"><h2>Columns</h2><table class="columns"><tbody>{columns}</tbody></table>'
+            "</section>"
+        )
+    body = f'<main id="content" class="single" tabindex="-1">{"".join(parts)}</main>'
+    return document(f"rapidin: example {index}", body, page_style(), live=Live(_HEAD))
+
+
+def _read_text(text: Mapping[str, Any]) -> str:
+    name = f'<h3 class="label">{plain(text["name"])}</h3>' if text["name"] else ""
+    if not text["ids"]:
+        return f'{name}<div class="text" dir="auto">{block("".join(text["pieces"]))}</div>'
+    runs: list[tuple[bool, str]] = []
+    for piece, counts in zip(text["pieces"], text["loss"], strict=True):
+        if runs and runs[-1][0] == counts:
+            runs[-1] = (counts, runs[-1][1] + piece)
+        else:
+            runs.append((counts, piece))
+    markup = "".join(block(run) if counts else f'<span class="q">{block(run)}</span>' for counts, run in runs)
+    return f'{name}<div class="text" dir="auto">{markup}</div>'
+
+
+# ------------------------------------------------------------------------------------------------ the bar
+
+
+def _bar(service: Service, answer: Answer | None = None) -> str:
+    """The question, what becomes of it, and what can be done with the answer that is shown."""
+    columns = "".join(
+        f'<option value="{escape(name)}">{shortened(name, 40)}</option>' for name in service.columns
+    )
+    by = f'<label>Sum by <select name="by"><option value="">nothing</option>{columns}</select></label>'
+    words = (
+        '<label title="Takes longer: a pass for each token of the answer and for each hit">'
+        '<input type="checkbox" name="words"> Rank for each word</label>'
+    )
+    return f"""<section class="live" aria-label="Questions">
+<form class="asking only-live" action="/query" method="post">
+<label class="sr" for="ask">Question</label>
+<textarea id="ask" name="ask" rows="2" dir="auto" required maxlength="100000"
+placeholder="Ask the model, and see which examples led to its answer"></textarea>
+<div class="options"><select name="kind" aria-label="How the text is read">
+<option value="ask">As a question</option><option value="prompt">As the whole prompt</option></select>
+<label>Hits <input type="number" name="top_k" value="10" min="1" max="200"></label>
+{words if service.by_token else ""}{by if columns else ""}
+<details><summary>Give the answer</summary><label class="sr" for="completion">Answer</label>
+<textarea id="completion" name="completion" rows="2" dir="auto" maxlength="100000"
+placeholder="Empty: the model answers"></textarea></details>
+<button type="submit">Ask</button><button type="button" class="cancel" hidden>Cancel</button></div>
+<div class="written text" dir="auto" aria-live="polite" hidden></div>
+<p class="stage" role="status"></p><p class="problem" role="alert" hidden></p>
+</form>
+<noscript><p class="noscript">Asking needs scripts.</p></noscript>
+{"" if answer is None else _tools(answer, service)}
+</section>"""
+
+
+def _tools(answer: Answer, service: Service) -> str:
+    """What can be done with an answer."""
+    tools = '<a href="/">All answers</a>'
+    if service.by_token and not answer.question.words:
+        question = escape(safe_json({**_asked(answer), "words": True}))
+        tools += (
+            f'<button type="button" class="again" data-question="{question}" title="Takes longer: a pass for '
+            'each token of the answer and for each hit">Rank for each word</button>'
+        )
+    others = [other for other in service.history.latest() if other.id != answer.id]
+    if others:
+        options = "".join(
+            f'<option value="{escape(other.id)}">{shortened(other.question.text, _TITLE)}</option>'
+            for other in others
+        )
+        tools += (
+            f'<form action="/compare"><input type="hidden" name="a" value="{escape(answer.id)}">'
+            f'<label>Compare with <select name="b">{options}</select></label>'
+            '<button type="submit">Compare</button></form>'
+        )
+    tools += f'<a href="/answers/{escape(answer.id)}">Link to this answer</a>'
+    return f'<div class="tools">{tools}</div>'
+
+
+def _asked(answer: Answer) -> dict[str, Any]:
+    """The question as it is asked again."""
+    question = answer.question
+    names = ("ask", "prompt", "completion", "top_k", "by", "max_new_tokens")
+    values = {name: getattr(question, name) for name in names}
+    return {name: value for name, value in values.items() if value is not None}
+
+
+def _history(answers: Sequence[Answer]) -> str:
+    if not answers:
+        return '<p class="card none">No questions yet.</p>'
+    items = ""
+    for answer in answers:
+        verdict = answer.result.verdict
+        strength = (
+            ""
+            if verdict is None
+            else f'<small class="{plain(verdict.strength)}">{plain(verdict.title)}</small>'
+        )
+        items += (
+            f'<li><a href="/answers/{escape(answer.id)}">'
+            f"<b>{isolated(shortened(answer.question.text, 120))}</b> "
+            f"<span>{isolated(shortened(answer.result.completion, 160) or '(no text)')}</span></a>{strength}"
+            f'<time datetime="{answer.when.isoformat(timespec="seconds")}">{answer.when:%H:%M}</time>'
+            f'<button type="button" class="forget only-live" data-id="{escape(answer.id)}" '
+            f'aria-label="Forget this answer">×</button></li>'
+        )
+    return f'<section class="card"><h2>Last answers</h2><ol class="history">{items}</ol></section>'
+
+
+# ------------------------------------------------------------------------------------------- two answers
+
+
+def _comparison(a: Answer, b: Answer) -> str:
+    """Which hits two answers share."""
+    parts = []
+    for kind, sign in (("helpful", 1), ("harmful", -1)):
+        first, second = (_hits(each.result, sign) for each in (a, b))
+        shared = [row for row in first if row in second]
+        rows = list(dict.fromkeys([*shared, *first, *second]))[:_COMPARED]
+        if not rows:
+            continue
+        lines = "".join(_compared(row, first.get(row), second.get(row), a.result, b.result) for row in rows)
+        parts.append(
+            f"<h3>Most {kind}: {len(shared):,} of {min(len(first), len(second)):,} are behind both</h3>"
+            f'<div class="scrolled" tabindex="0" role="region" aria-label="Most {kind} examples of both">'
+            '<table><thead><tr><th scope="col">index</th><th scope="col" class="number">first</th>'
+            '<th scope="col" class="number">second</th><th scope="col">example</th></tr></thead>'
+            f"<tbody>{lines}</tbody></table></div>"
+        )
+    titles = "".join(
+        f'<li>{which}: <a href="/answers/{escape(each.id)}">'
+        f"<b>{isolated(shortened(each.question.text, 120))}</b></a> "
+        f"{isolated(shortened(each.result.completion, 200))}</li>"
+        for which, each in (("first", a), ("second", b))
+    )
+    return (
+        f'<section class="card comparison"><h2>Two answers</h2><ol class="titles">{titles}</ol>'
+        f"{''.join(parts) or '<p class=none>Neither has hits.</p>'}</section>"
+    )
+
+
+def _hits(result: QueryResult, sign: int) -> dict[int, Hit]:
+    return {hit.row: hit for hit in (result.helpful if sign > 0 else result.harmful)}
+
+
+def _compared(row: int, a: Hit | None, b: Hit | None, first: QueryResult, second: QueryResult) -> str:
+    hit = a or b
+    assert hit is not None
+    cells = "".join(
+        f'<td class="number">{_rank(each, result.bounded)}</td>' for each, result in ((a, first), (b, second))
+    )
+    text = isolated(shortened(" ".join(part for part in hit.parts if part), _SNIPPET))
+    return (
+        f"<tr{'' if a is None or b is None else ' class=both'}>"
+        f'<th scope="row"><a href="/rows/{row}">{hit.index}</a></th>{cells}<td dir="auto">{text}</td></tr>'
+    )
+
+
+def _rank(hit: Hit | None, bounded: bool) -> str:
+    return "" if hit is None else f"{hit.rank} <small>{score_text(hit.score, bounded)}</small>"
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

@@ -1,0 +1,243 @@
+"""What the server does, without the web: it asks the model, explains its answers, and keeps the last ones."""
+
+from __future__ import annotations
+
+import secrets
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any
+
+from rapidin.attribution.ensemble import Ensemble
+from rapidin.attribution.options import QueryOptions
+from rapidin.attribution.provenance import task_name
+from rapidin.attribution.questions import asked, continued
+from rapidin.attribution.reading import read_example
+from rapidin.data.examples import Examples
+from rapidin.data.fields import other_columns
+from rapidin.data.records import Record
+from rapidin.errors import UserError
+from rapidin.results.collection import Results
+from rapidin.results.types import QueryResult
+from rapidin.serve.jobs import Job, OnEvent
+from rapidin.tasks.forward import Listener, listening
+from rapidin.tasks.names import CAUSAL
+
+_COLUMN_ROWS = 50  # whose columns are offered
+_UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what stands for a part of a character
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is to be answered and explained.
+
+    ask, or prompt: a question, or a whole text; completion: the answer, None for the model's own; words:
+    whether each token of the answer gets hits, and hits say which of their words contribute, which takes
+    longer.
+    """
+
+    ask: str | None = None
+    prompt: str | None = None
+    completion: str | None = None
+    top_k: int = 10
+    words: bool = False
+    by: str | None = None
+    max_new_tokens: int = 64
+
+    def record(self, ensemble: Ensemble) -> Record:
+        """As a record in the form of the training data. Raises UserError if there is nothing to ask."""
+        manifest = ensemble.caches[-1].manifest
+        if self.ask is not None:
+            return asked(manifest, self.ask, self.completion)
+        if not (self.prompt or "").strip():
+            raise UserError("the question is empty", "ask something")
+        return continued(manifest, self.prompt or "", self.completion)
+
+    @property
+    def text(self) -> str:
+        """What was asked."""
+        return self.ask if self.ask is not None else self.prompt or ""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer with the examples behind it. id: names it in addresses."""
+
+    question: Question
+    results: Results
+    made: dict[str, Any]
+    id: str = field(default_factory=lambda: secrets.token_urlsafe(9))
+    when: datetime = field(default_factory=lambda: datetime.now().astimezone())
+
+    @property
+    def result(self) -> QueryResult:
+        return self.results[0]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """What a list of answers says of it."""
+        verdict = self.result.verdict
+        return {
+            "id": self.id,
+            "question": self.question.text,
+            "completion": self.result.completion,
+            "verdict": None if verdict is None else verdict.strength,
+            "words": self.question.words,
+            "when": self.when.isoformat(timespec="seconds"),
+        }
+
+
+class History:
+    """The last answers, in memory. most: how many are kept; the oldest is forgotten first."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._answers: OrderedDict[str, Answer] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def add(self, answer: Answer) -> None:
+        with self._lock:
+            self._answers[answer.id] = answer
+            while len(self._answers) > self._most:
+                self._answers.popitem(last=False)
+
+    def get(self, name: str) -> Answer | None:
+        with self._lock:
+            return self._answers.get(name)
+
+    def remove(self, name: str) -> bool:
+        """Whether there was one of this name."""
+        with self._lock:
+            return self._answers.pop(name, None) is not None
+
+    def latest(self) -> list[Answer]:
+        """All answers, the last one first."""
+        with self._lock:
+            return list(reversed(self._answers.values()))
+
+
+class Service:
+    """Answers questions with one model, and explains them by caches.
+
+    ensemble: the caches, with their models in memory; examples: the training data, None to show none; rows:
+    the same data opened once more, for single rows while a question is answered; made: what is said of where
+    hits come from; history: answers that are kept.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        examples: Examples | None,
+        rows: Examples | None,
+        *,
+        made: Callable[[QueryOptions], dict[str, Any]] = lambda _: {},
+        about: dict[str, str] | None = None,
+        history: int = 50,
+    ) -> None:
+        self.ensemble, self.examples = ensemble, examples
+        self.history = History(history)
+        self.about = about or {}
+        self._rows, self._made = rows, made
+        self._lock = threading.Lock()  # of `_rows`
+        self._source = ensemble.source()
+        self.by_token = task_name(ensemble.caches[-1].manifest) == CAUSAL
+
+    @property
+    def columns(self) -> list[str]:
+        """The columns that the first rows have besides their texts."""
+        names: dict[str, None] = {}
+        if self._rows is not None:
+            with self._lock:
+                for row in range(min(len(self._rows), _COLUMN_ROWS)):
+                    record = self._rows.get(row)
+                    names |= dict.fromkeys(other_columns(record)) if record is not None else {}
+        return list(names)
+
+    def check(self, question: Question) -> None:
+        """Raises UserError for a question that cannot be answered, before it waits for its turn."""
+        question.record(self.ensemble)
+        self._options(question)
+
+    def explain(self, question: Question, job: Job) -> Answer:
+        """The answer to a question with the examples behind it, kept in the history.
+
+        Events of the job are "answer" with the text that the model has written further, "stage" with a
+        stage's name, and the numbers of its steps that are done and of all. Raises UserError as
+        `rapidin.Ensemble.query` does, and CancelledError.
+        """
+
+        def on_stage(name: str, done: int, total: int) -> None:
+            job.check()
+            job.on_event("stage", {"stage": name, "done": done, "total": total})
+
+        record, options = question.record(self.ensemble), self._options(question)
+        with listening(self._listener(job)):
+            results = self.ensemble.query(
+                [record],
+                options,
+                examples=False if self.examples is None else self.examples,
+                on_stage=on_stage,
+            )
+        job.check()
+        answer = Answer(question, results, self._made(options))
+        self.history.add(answer)
+        return answer
+
+    def generate(self, question: Question, job: Job) -> dict[str, Any]:
+        """What the model answers, without the examples behind it; events as for `explain`."""
+        record = question.record(self.ensemble)
+        with listening(self._listener(job)):
+            written = self._source.task.generation(self._source.loaded.model, record, question.max_new_tokens)
+        job.check()
+        return {"prompt": written.prompt, "completion": written.completion}
+
+    def row(self, row: int) -> dict[str, Any] | None:
+        """A training example with all of its columns, and as the model reads it; None if there is none."""
+        if self._rows is None or not 0 <= row < len(self._rows):
+            return None
+        with self._lock:
+            record = self._rows.get(row)
+            if record is None:
+                return {"row": row, "index": self._rows.index(row), "record": None, "read": None}
+            source = self._source
+            read = read_example(source.task, source.loaded.tokenizer, self._rows, row, record).to_json()
+            del read["where"]  # the folders of the server are no business of its users
+            original = self._rows.original(row)
+            return {"row": row, "index": self._rows.index(row), "record": original, "read": read}
+
+    def _options(self, question: Question) -> QueryOptions:
+        words = question.words and self.by_token
+        return QueryOptions(
+            top_k=question.top_k,
+            targets="tokens" if words else None,
+            contributions=words,
+            fold=True,
+            layers=True,
+            histogram=True,
+            by=question.by,
+            max_new_tokens=question.max_new_tokens,
+        )
+
+    def _listener(self, job: Job) -> Listener:
+        tokenizer, event = self._source.loaded.tokenizer, _Written(job.on_event)
+
+        def wrote(ids: Sequence[int]) -> None:
+            event(str(tokenizer.decode(list(ids), skip_special_tokens=True)))
+
+        return Listener(wrote, lambda: job.cancelled)
+
+
+class _Written:
+    """Tells what a text has more than before. A character whose bytes have not all been written waits."""
+
+    def __init__(self, on_event: OnEvent) -> None:
+        self._on_event, self._told = on_event, ""
+
+    def __call__(self, text: str) -> None:
+        text = text.rstrip(_UNFINISHED)
+        if not text.startswith(self._told) or len(text) == len(self._told):
+            return
+        self._on_event("answer", {"text": text[len(self._told) :]})
+        self._told = text
