@@ -1,11 +1,12 @@
 """rapidin serve."""
 
+import os
+import secrets
 import signal
 import socket
-import sys
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,10 +18,9 @@ from rapidin.errors import UserError, needs
 from rapidin.settings import option
 
 if TYPE_CHECKING:
-    from rapidin.attribution.ensemble import Ensemble
     from rapidin.serve.service import Service
 
-_GOODBYE_SECONDS = 3  # that open connections have to end
+_EVERYWHERE = ("0.0.0.0", "::")  # all addresses of the machine
 
 
 @dataclass(frozen=True)
@@ -82,34 +82,27 @@ def serve(
     """
     for module in ("fastapi", "uvicorn"):
         needs(module, "'rapidin serve'", "serve")
-    listening = _listen(server.host, server.port)
+    from rapidin.serve.server import listen, running
+
+    listening = listen(server.host, server.port)  # before anything is loaded
     with quiet_libraries():
         from rapidin.serve.app import create_app
         from rapidin.serve.guard import LOOPBACK, Access
         from rapidin.serve.jobs import Worker
 
         service = _service(cache, location, train_data, server, quiet)
+        named = socket.gethostname() if server.host in _EVERYWHERE else server.host
+        access = Access(_token(server), [*LOOPBACK, named, *server.allow_host])
+        address = f"http://{f'[{named}]' if ':' in named else named}:{listening.getsockname()[1]}/"
         worker = Worker(server.queue)
-        hosts = [*LOOPBACK, *server.allow_host]
-        if server.host not in ("0.0.0.0", "::"):
-            hosts.append(server.host)
-        else:
-            hosts.append(socket.gethostname())
-        access = Access(_token(server), hosts)
-        shown = server.host if server.host not in ("0.0.0.0", "::") else socket.gethostname()
-        address = f"http://{f'[{shown}]' if ':' in shown else shown}:{listening.getsockname()[1]}/"
-        _run(
-            create_app(service, worker, access),
-            listening,
-            lambda: _say(address, access.token, open_to_all=server.host not in LOOPBACK),
-        )
-        worker.close()
+        try:
+            with running(create_app(service, worker, access), listening) as thread:
+                _until_signal(thread, lambda: _say(address, access.token, server.host not in LOOPBACK))
+        finally:
+            worker.close()
 
 
 def _token(server: ServerOptions) -> str | None:
-    import os
-    import secrets
-
     if server.no_token:
         return None
     return server.token or os.environ.get("RAPIDIN_TOKEN") or secrets.token_urlsafe(24)
@@ -132,7 +125,7 @@ def _service(
     # Before the model: a file that has moved shows at once. Opened twice, since single rows are read while a
     # question is explained.
     examples, rows = (training_data(ensemble.caches[-1], join_paths(train_data)) for _ in range(2))
-    ready = _with_all_models(with_models(messages(quiet), ensemble, location))
+    ready = with_models(messages(quiet), ensemble, location)
     about = {name: fact for name, fact in facts_of(ready).items() if name != "made"}
     task = task_name(ensemble.caches[-1].manifest)
 
@@ -144,34 +137,7 @@ def _service(
     return Service(ready, examples, rows, made=made, about=about, history=server.history)
 
 
-def _with_all_models(ensemble: "Ensemble") -> "Ensemble":
-    """The ensemble with the models of all of its caches in memory."""
-    from rapidin.attribution.ensemble import Ensemble
-
-    members = [
-        member if member.source is not None else replace(member, source=ensemble.source(number))
-        for number, member in enumerate(ensemble.members)
-    ]
-    return Ensemble(members, kind=ensemble.kind, location=ensemble.location)
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """The socket of the server, before anything is loaded. Raises UserError if the address is in use, or is
-    none of this machine's."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(128)
-    except OSError as error:
-        raise UserError(
-            f"cannot listen on {host} port {port}: {error.strerror or error}", "use another --host or --port"
-        ) from None
-    return listening
-
-
-def _say(address: str, token: str | None, *, open_to_all: bool) -> None:
+def _say(address: str, token: str | None, open_to_all: bool) -> None:
     if open_to_all:
         line("the server can be reached from other machines, and its connections are not encrypted")
     if token is None:
@@ -179,22 +145,8 @@ def _say(address: str, token: str | None, *, open_to_all: bool) -> None:
     line(f"open {address}{'' if token is None else f'?token={token}'} (Ctrl-C ends the server)")
 
 
-def _run(app: Any, listening: socket.socket, on_start: Callable[[], None]) -> None:
-    """Serve until a signal ends it."""
-    import uvicorn
-
-    config = uvicorn.Config(
-        app,
-        log_level="error",
-        access_log=False,
-        server_header=False,
-        lifespan="off",
-        ws="none",
-        timeout_graceful_shutdown=_GOODBYE_SECONDS,
-    )
-    server = uvicorn.Server(config)
-    server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    thread = threading.Thread(target=lambda: server.run(sockets=[listening]), name="rapidin-web", daemon=True)
+def _until_signal(server: threading.Thread, on_start: Callable[[], None]) -> None:
+    """Wait until a signal ends the server. Raises UserError if it ends by itself."""
     ended = threading.Event()
 
     def end(_: int, __: FrameType | None) -> None:
@@ -202,14 +154,10 @@ def _run(app: Any, listening: socket.socket, on_start: Callable[[], None]) -> No
 
     before = {each: signal.signal(each, end) for each in (signal.SIGINT, signal.SIGTERM)}
     try:
-        thread.start()
         on_start()
-        sys.stderr.flush()
-        while not ended.wait(0.5):
-            if not thread.is_alive():
+        while not ended.wait(0.2):
+            if not server.is_alive():
                 raise UserError("the server has ended by itself")
     finally:
         for each, handler in before.items():
             signal.signal(each, handler)
-        server.should_exit = True
-        thread.join(_GOODBYE_SECONDS + 2)

@@ -6,7 +6,7 @@ import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import Any
 
@@ -121,7 +121,7 @@ class History:
 class Service:
     """Answers questions with one model, and explains them by caches.
 
-    ensemble: the caches, with their models in memory; examples: the training data, None to show none; rows:
+    ensemble: the caches, whose models are loaded if they are not in memory; examples: the training data, None to show none; rows:
     the same data opened once more, for single rows while a question is answered; made: what is said of where
     hits come from; history: answers that are kept.
     """
@@ -136,12 +136,17 @@ class Service:
         about: dict[str, str] | None = None,
         history: int = 50,
     ) -> None:
-        self.ensemble, self.examples = ensemble, examples
+        members = [
+            member if member.source is not None else replace(member, source=ensemble.source(number))
+            for number, member in enumerate(ensemble.members)
+        ]
+        self.ensemble = Ensemble(members, kind=ensemble.kind, location=ensemble.location)
+        self.examples = examples
         self.history = History(history)
         self.about = about or {}
         self._rows, self._made = rows, made
         self._lock = threading.Lock()  # of `_rows`
-        self._source = ensemble.source()
+        self._source = self.ensemble.source()
         self.by_token = task_name(ensemble.caches[-1].manifest) == CAUSAL
 
     @property

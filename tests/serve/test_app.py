@@ -1,0 +1,324 @@
+"""rapidin.serve over a socket: what is asked, what is answered, and who is refused."""
+
+from __future__ import annotations
+
+import json
+import re
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="needs fastapi: pip install 'rapidin[serve]'")
+pytest.importorskip("uvicorn", reason="needs uvicorn: pip install 'rapidin[serve]'")
+from live import TOKEN, Client, served, tiny_cache, tiny_service
+
+from rapidin.attribution.options import QueryOptions
+from rapidin.cache import Cache
+from rapidin.serve.jobs import Job
+from rapidin.serve.service import Question, Service
+
+PAIR = {"prompt": "One, two,", "completion": " three."}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Cache:
+    return tiny_cache(tmp_path_factory.mktemp("live"))
+
+
+@pytest.fixture(scope="module")
+def service(cache: Cache) -> Service:
+    return tiny_service(cache, about={"model": "tiny"}, history=4)
+
+
+@pytest.fixture(scope="module")
+def client(service: Service) -> Iterator[Client]:
+    with served(service) as made:
+        yield made
+
+
+def test_an_answer_is_what_a_query_returns(client: Client, cache: Cache, service: Service) -> None:
+    answered = client.post("/query", PAIR | {"top_k": 5, "words": True, "by": "source"})
+    assert answered.status == 200
+    options = QueryOptions(
+        top_k=5, targets="tokens", contributions=True, fold=True, layers=True, histogram=True, by="source"
+    )
+    (expected,) = service.ensemble.query([PAIR], options)
+    found, wanted = answered.json["queries"][0], json.loads(json.dumps(expected.to_json(), default=str))
+    for one in (found, wanted):
+        del one["seconds"]
+    assert found == wanted
+    assert client.get(answered.json["url"]).json["queries"] == answered.json["queries"]
+
+
+def test_the_model_answers_and_is_followed(client: Client, cache: Cache) -> None:
+    question = {"prompt": "One, two,", "max_new_tokens": 9, "words": True}
+    events = client.post("/query", question, Accept="text/event-stream").events
+    written = "".join(value["text"] for name, value in events if name == "answer")
+    assert events[-1][0] == "result"
+    (found,) = events[-1][1]["queries"]
+    assert found["generated"]
+    assert written == found["completion"]
+    assert len([name for name, _ in events if name == "answer"]) > 1
+    stages = {value["stage"] for name, value in events if name == "stage"}
+    assert stages == {"tokens of the answer", "tokens of hits"}
+    alone = client.post("/generate", {"prompt": "One, two,", "max_new_tokens": 9})
+    assert alone.json == {"prompt": "One, two,", "completion": found["completion"]}
+
+
+def test_a_question_is_put_in_the_form_of_the_data(client: Client, service: Service) -> None:
+    answered = client.post("/query", {"ask": "Who is quick?", "completion": " The fox."}).json
+    expected = service.ensemble.ask(("Who is quick?", " The fox."))
+    assert answered["queries"][0]["prompt"] == expected[0].prompt
+    assert [hit["row"] for hit in answered["queries"][0]["top"]][:3] == [hit.row for hit in expected.top[:3]]
+
+
+@pytest.mark.parametrize(
+    ("value", "status", "pattern"),
+    [
+        ({}, 422, "either 'ask' or 'prompt'"),
+        ({"ask": "a", "prompt": "b"}, 422, "either 'ask' or 'prompt'"),
+        ({"ask": " "}, 400, "the question is empty"),
+        ({"prompt": ""}, 400, "the question is empty"),
+        (PAIR | {"completion": ""}, 400, "empty"),
+        (PAIR | {"top_k": 0}, 422, "greater than or equal to 1"),
+        (PAIR | {"by": "no such"}, 400, "no such"),
+        (PAIR | {"path": "/etc/passwd"}, 422, "Extra inputs"),
+        (PAIR | {"prompt": ["a"]}, 422, "valid string"),
+        ([1], 422, "valid dictionary"),
+    ],
+)
+def test_what_cannot_be_asked_is_said(client: Client, value: Any, status: int, pattern: str) -> None:
+    answered = client.post("/query", value)
+    assert answered.status == status
+    assert pattern in answered.body.decode()
+    if status == 400:
+        streamed = client.post("/query", value, Accept="text/event-stream")
+        assert pattern in streamed.body.decode()
+
+
+def test_rows_have_all_of_their_columns(client: Client, cache: Cache) -> None:
+    answered = client.get("/rows/4")
+    assert answered.json["record"]["source"] == "book 1"
+    assert answered.json["index"] == 4
+    read = answered.json["read"]
+    assert "".join(read["texts"][0]["pieces"]) == read["texts"][0]["text"]
+    assert str(cache.path.parent) not in answered.body.decode()
+    page = client.get("/rows/4", Accept="text/html")
+    assert page.headers["content-type"].startswith("text/html")
+    assert "book 1" in page.body.decode()
+    for path in ("/rows/30", "/rows/-1", "/rows/x", "/rows/../../etc/passwd", "/static/../app.py"):
+        assert client.get(path).status in (404, 422), path
+
+
+def test_the_last_answers_are_kept_and_can_be_forgotten(service: Service, client: Client) -> None:
+    made = [client.post("/query", {"prompt": f"One {n}", "completion": " two."}).json for n in range(5)]
+    kept = client.get("/answers").json
+    assert [each["id"] for each in kept] == [each["id"] for each in reversed(made[1:])]
+    assert kept[0]["question"] == "One 4"
+    assert client.get(made[0]["url"]).status == 404
+    page = client.get(made[4]["url"], Accept="text/html").body.decode()
+    assert page.count('<section class="query"') == 1
+    compared = client.get(f"/compare?a={made[3]['id']}&b={made[4]['id']}").body.decode()
+    assert compared.count('<section class="query"') == 2
+    assert re.search(r"Most helpful: \d+ of \d+ are behind both", compared)
+    assert client.ask("DELETE", made[4]["url"]).status == 204
+    assert client.get(made[4]["url"]).status == 404
+    assert client.ask("DELETE", made[4]["url"]).status == 404
+    home = client.get("/").body.decode()
+    assert "One 3" in home
+    assert "One 4" not in home
+
+
+def test_texts_of_users_are_escaped(client: Client) -> None:
+    attack = "<script>alert(1)</script>\"'><img src=x onerror=alert(1)>"
+    answered = client.post("/query", {"prompt": attack, "completion": attack}).json
+    for path in ("/", answered["url"], f"/compare?a={answered['id']}&b={answered['id']}"):
+        page = client.get(path, Accept="text/html").body.decode()
+        assert "<script>alert" not in page
+        assert "<img" not in page
+        assert "alert(1)" in page
+
+
+def test_what_the_server_offers_is_described(client: Client) -> None:
+    about = client.get("/about").json
+    assert (about["examples"], about["columns"], about["facts"]) == (30, ["source"], {"model": "tiny"})
+    paths = client.get("/openapi.json").json["paths"]
+    assert {"/query", "/generate", "/rows/{row}", "/answers", "/answers/{name}", "/about"} <= set(paths)
+
+
+# ------------------------------------------------------------------------------------------------- access
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({"Authorization": ""}, 401),
+        ({"Authorization": "Bearer another"}, 401),
+        ({"Authorization": "", "Cookie": "rapidin-token-80=a-token"}, 401),
+        ({"Host": "evil.example"}, 403),
+        ({"Host": "127.0.0.1.evil.example"}, 403),
+        ({"Host": "evil.example@127.0.0.1"}, 403),
+        ({"Origin": "http://evil.example"}, 403),
+        ({"Origin": "null"}, 403),
+        ({"Origin": "http://localhost:1"}, 403),
+        ({"Sec_Fetch_Site": "cross-site"}, 403),
+        ({"Sec_Fetch_Site": "cross-site", "Sec_Fetch_Mode": "navigate"}, 200),
+        ({"Sec_Fetch_Site": "same-origin"}, 200),
+    ],
+)
+def test_others_are_refused(client: Client, headers: dict[str, str], status: int) -> None:
+    for path in ("/", "/answers", "/rows/1", "/openapi.json", "/static/live.js"):
+        assert client.get(path, **headers).status == status, path
+    asked = client.post("/query", PAIR, **headers).status
+    assert asked == (403 if headers.get("Sec_Fetch_Mode") else status)
+
+
+def test_a_token_in_an_address_becomes_a_cookie(client: Client) -> None:
+    signed = client.get(f"/answers?token={TOKEN}&x=1", Authorization="")
+    assert (signed.status, signed.headers["location"]) == (303, "/answers?x=1")
+    cookie = signed.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Lax" in cookie
+    assert client.get("/answers", Authorization="", Cookie=cookie.split(";")[0]).status == 200
+    assert client.get("/?token=another", Authorization="").status == 401
+    signed = client.get(f"//evil.example/?token={TOKEN}", Authorization="")
+    assert signed.headers["location"].startswith("/evil")
+
+
+def test_the_origin_of_the_server_itself_may_ask(client: Client) -> None:
+    own = f"http://127.0.0.1:{client.port}"
+    assert client.post("/query", PAIR, Origin=own).status == 200
+
+
+def test_health_needs_no_token(client: Client) -> None:
+    answered = client.get("/health", Authorization="")
+    assert (answered.status, answered.json) == (200, {"status": "ok"})
+    assert client.get("/health", Authorization="", Host="evil.example").status == 403
+
+
+def test_a_server_may_need_no_token(service: Service) -> None:
+    with served(service, token=None) as client:
+        assert client.get("/about", Authorization="").status == 200
+        assert client.get("/about", Authorization="", Origin="http://evil.example").status == 403
+
+
+def test_large_requests_are_refused(client: Client) -> None:
+    body = json.dumps(PAIR | {"prompt": "x" * (300 << 10)}).encode()
+    assert client.ask("POST", "/query", body=body, Content_Type="application/json").status == 413
+    connection = client.connected()  # in chunks, without a length
+    try:
+        parts = (b"x" * (64 << 10) for _ in range(8))
+        connection.request("POST", "/query", parts, client.headers, encode_chunked=True)
+        assert connection.getresponse().status in (413, 400, 422)
+    except (BrokenPipeError, ConnectionResetError):
+        pass  # refused before all of it was read
+    finally:
+        connection.close()
+    assert client.get("/health").status == 200
+    long = client.post("/query", PAIR | {"prompt": "x" * 100_001})
+    assert long.status == 422
+
+
+def test_all_answers_have_headers_that_protect(client: Client) -> None:
+    for path in ("/", "/about", "/no-such", "/static/live.css"):
+        headers = client.get(path).headers
+        assert headers["x-content-type-options"] == "nosniff"
+        assert headers["x-frame-options"] == "DENY"
+        assert headers["cache-control"] == "no-store"
+    assert "Content-Security-Policy" in client.get("/").body.decode()
+
+
+# ------------------------------------------------------------------------------------------------- many
+
+
+def test_a_full_queue_says_so(cache: Cache) -> None:
+    service = tiny_service(cache)
+    begun, go = threading.Event(), threading.Event()
+
+    class Slow(Service):
+        def explain(self, question: Question, job: Job) -> Any:
+            begun.set()
+            go.wait(60)
+            return super().explain(question, job)
+
+    slow = Slow(service.ensemble, service.examples, tiny_service(cache).examples)
+    with served(slow, waiting=1) as client:
+        statuses: list[int] = []
+        threads = [
+            threading.Thread(target=lambda: statuses.append(client.post("/query", PAIR).status))
+            for _ in range(2)
+        ]
+        threads[0].start()
+        assert begun.wait(60)
+        threads[1].start()
+        while client.get("/about").json["waiting"] < 1:
+            time.sleep(0.01)
+        refused = client.post("/query", PAIR)
+        assert (refused.status, refused.headers["retry-after"]) == (503, "2")
+        go.set()
+        for thread in threads:
+            thread.join(60)
+    assert statuses == [200, 200]
+
+
+def test_a_closed_request_cancels_its_job(cache: Cache) -> None:
+    service = tiny_service(cache)
+    begun, ended = threading.Event(), threading.Event()
+
+    class Waiting(Service):
+        def explain(self, question: Question, job: Job) -> Any:
+            begun.set()
+            while not job.cancelled:
+                time.sleep(0.01)
+            ended.set()
+            job.check()
+
+    waiting = Waiting(service.ensemble, service.examples, None)
+    with served(waiting) as client:
+        for accept in ("application/json", "text/event-stream"):
+            begun.clear()
+            ended.clear()
+            connection = client.connected()
+            body = json.dumps(PAIR)
+            headers = client.headers | {"Content-Type": "application/json", "Accept": accept}
+            connection.request("POST", "/query", body, headers)
+            assert begun.wait(60)
+            connection.close()
+            assert ended.wait(60), accept
+
+
+def test_a_model_stops_writing_when_its_job_is_cancelled(service: Service) -> None:
+    told: list[str] = []
+
+    def on_event(name: str, value: dict[str, Any]) -> None:
+        told.append(name)
+        job.cancel()
+
+    job = Job(lambda job: service.generate(Question(prompt="One, two,", max_new_tokens=60), job), on_event)
+    job.run()
+    assert len(told) == 1
+    assert job.result.exception() is not None
+
+
+def test_many_clients_get_the_answers_of_one(client: Client) -> None:
+    prompts = [f"One, {word}" for word in ("two", "three", "four", "five")]
+    alone = [client.post("/query", {"prompt": p, "completion": " six."}).json["queries"] for p in prompts]
+    found: list[tuple[int, Any]] = []
+
+    def ask(n: int) -> None:
+        answered = client.post("/query", {"prompt": prompts[n % 4], "completion": " six."})
+        found.append((n % 4, answered.json["queries"] if answered.status == 200 else answered.status))
+
+    threads = [threading.Thread(target=ask, args=(n,)) for n in range(20)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(120)
+    assert len(found) == 20
+    for n, queries in found:
+        for one in (queries[0], alone[n][0]):
+            one.pop("seconds", None)
+        assert queries == alone[n]
