@@ -193,7 +193,7 @@ class Factors:
 class LossWatch:
     """Finds the factors of the losses of a trainer's steps.
 
-    thorough: compare values of losses, too, which waits for the device; for the first step.
+    thorough: compare values of losses, too, which waits for the device; for the first batch that has a loss.
     """
 
     def __init__(self, trainer: Any, kind: Kind) -> None:
@@ -212,7 +212,7 @@ class LossWatch:
             yield factors
         for check in (*factors.checks, factors.compare) if self.thorough else ():
             check()
-        self.thorough = False
+        self.thorough = self.thorough and not bool(batch.counts.any())
 
     @contextlib.contextmanager
     def _watching_loss(self, batch: TextBatch, factors: Factors) -> Iterator[None]:
