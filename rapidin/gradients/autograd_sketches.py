@@ -96,7 +96,9 @@ class AutogradSketches:
                         role = target.name.rpartition(".")[2]
                         begin: Any = modules[use.module].register_forward_pre_hook
                         handles.append(begin(partial(copied, n, role)))
-                torch.autograd.backward(self._sketcher.losses(self._batch).sum())
+                losses = self._sketcher.losses(self._batch)
+                if losses.requires_grad:
+                    torch.autograd.backward(losses.sum())
         finally:
             for handle in handles:
                 handle.remove()

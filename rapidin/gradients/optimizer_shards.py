@@ -123,7 +123,7 @@ def read_fsdp(folder: Path, shapes: Shapes) -> dict[str, Tensor]:
 def _assembled(
     folder: Path, entry: Any, key: str, places: Mapping[Any, Any], shape: tuple[int, ...]
 ) -> Tensor:
-    """A tensor of its parts. places: where each part is stored, by the tensor's key and the part's offsets."""
+    """A tensor of its parts. places: where each part is stored, by the key and the offsets."""
     try:
         whole = torch.full(tuple(entry.size), torch.nan, dtype=torch.float32)
         if tuple(entry.size) != shape:
