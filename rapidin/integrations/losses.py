@@ -112,15 +112,14 @@ class TextBatch:
 def kind_of(trainer: Any) -> Kind:
     """What a trainer's loss is made of. Raises UserError for one that no example has a loss of its own in, or
     that rapidin does not know."""
-    names = {kind.__name__ for kind in type(trainer).__mro__}
+    kinds = type(trainer).__mro__
+    names = {kind.__name__ for kind in kinds}
     if "DPOTrainer" in names:
         _check_pairs(trainer)
         return "pairs"
-    known = {"SFTTrainer", "Trainer", "Seq2SeqTrainer", "ABC", "object"}
-    other = sorted(name for name in names if name.endswith("Trainer") and name not in known)
-    foreign = [kind for kind in type(trainer).__mro__ if kind.__module__.partition(".")[0] == "trl"]
-    if foreign and "SFTTrainer" not in names:
-        raise UserError(f"the loss of {other[0] if other else 'this trainer'} is not known", _REMEDY)
+    of_trl = [kind.__name__ for kind in kinds if kind.__module__.partition(".")[0] == "trl"]
+    if of_trl and "SFTTrainer" not in names:
+        raise UserError(f"the loss of {of_trl[0]} is not known", _REMEDY)
     if getattr(trainer, "compute_loss_func", None) is not None:
         raise UserError("the trainer has a loss of its own (compute_loss_func)", _REMEDY)
     if getattr(trainer, "label_smoother", None) is not None:

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rapidin.attribution.checkpoints import checkpoint_folders, step_of
 from rapidin.attribution.ensemble import NAME, Ensemble, read_members
 from rapidin.attribution.options import CacheOptions
 from rapidin.attribution.progress import LOG
@@ -241,12 +242,13 @@ class TrainingRun:
     def _take_over(self, step: int) -> None:
         path = self._options.path
         before = read_members(path)[1] if (path / NAME).exists() else []
-        kept = [(m.path.name, m.weight) for m in before if _step_of(m.path.name) <= step]
-        self._begun = max((_step_of(name) for name, _ in kept), default=0)
+        steps = {m: made for m in before if (made := step_of(m.path.name)) is not None and made <= step}
+        kept = [(m.path.name, m.weight) for m in steps]
+        self._begun = max(steps.values(), default=0)
         self._done = kept
         if self._leads:
-            for folder in path.glob("checkpoint-*") if path.exists() else ():
-                if _step_of(folder.name) > self._begun and (folder / MANIFEST).exists():
+            for made, folder in checkpoint_folders(path).items():
+                if made > self._begun and (folder / MANIFEST).exists():
                     shutil.rmtree(folder)
             if kept:
                 Ensemble.write(path, "tracin", kept)
@@ -457,11 +459,6 @@ def _live(texts: TextBatch) -> LiveBatch:
         return LiveBatch(rows, length, texts.ids.device)
     longest = max(texts.lengths)
     return LiveBatch(texts.texts, longest, texts.ids.device, texts.owners[0] * longest)
-
-
-def _step_of(name: str) -> int:
-    number = name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else 0
 
 
 def trainer_calls(run: TrainingRun, trainer: Any) -> Callable[..., Tensor]:

@@ -485,6 +485,15 @@ def test_a_loss_of_the_trainers_own_is_refused(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_another_trainer_of_trl_is_refused_by_its_name(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    kto = type("KTOTrainer", (Trainer,), {"__module__": "trl.trainer.kto_trainer"})
+    trainer = new_trainer(tmp_path / "run", callback_into(tmp_path), cls=type("AnswerTrainer", (kto,), {}))
+    with pytest.raises(UserError, match="the loss of KTOTrainer is not known"):
+        trainer.train()
+
+
 def test_weighted_tokens_are_refused(tmp_path: Path) -> None:
     from transformers import Trainer
 
