@@ -72,7 +72,8 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
             )
         if per_checkpoint and by_name.get("null"):
             raise UserError(
-                "a null distribution is of one cache, and `per_checkpoint` makes several", "leave out `null`"
+                "a null distribution is of one cache, and per_checkpoint=True makes several",
+                "leave out `null`",
             )
         self._options = RunOptions(
             Path(path),
