@@ -113,8 +113,12 @@ def kind_of(trainer: Any) -> Kind:
     """What a trainer's loss is made of. Raises UserError for one that no example has a loss of its own in, or
     that rapidin does not know."""
     kinds = type(trainer).__mro__
-    names = {kind.__name__ for kind in kinds}
+    names = [kind.__name__ for kind in kinds]
     if "DPOTrainer" in names:
+        derived = kinds[: names.index("DPOTrainer")]
+        own = [n for kind in derived for n, value in vars(kind).items() if "loss" in n and callable(value)]
+        if own:  # no values are compared where the loss is of pairs
+            raise UserError(f"the trainer has a loss of its own ({own[0]})", _REMEDY)
         _check_pairs(trainer)
         return "pairs"
     of_trl = [kind.__name__ for kind in kinds if kind.__module__.partition(".")[0] == "trl"]

@@ -494,6 +494,16 @@ def test_another_trainer_of_trl_is_refused_by_its_name(tmp_path: Path) -> None:
         trainer.train()
 
 
+def test_a_loss_of_pairs_of_the_trainers_own_is_refused(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    dpo = type("DPOTrainer", (Trainer,), {"__module__": "trl.trainer.dpo_trainer"})
+    own = type("Own", (dpo,), {"compute_loss": lambda *_, **__: torch.zeros(())})
+    trainer = new_trainer(tmp_path / "run", callback_into(tmp_path), cls=own)
+    with pytest.raises(UserError, match=r"a loss of its own \(compute_loss\)"):
+        trainer.train()
+
+
 def test_weighted_tokens_are_refused(tmp_path: Path) -> None:
     from transformers import Trainer
 
