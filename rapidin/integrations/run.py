@@ -393,7 +393,10 @@ class TrainingRun:
         elif step > self._begun:
             self._write_checkpoint(step)
         if not self._options.keep_steps:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            try:
+                self._log.remove()
+            except UserError as error:  # the caches are there
+                self._tell(f"the sketches of the steps are left behind: {error}")
 
     def close(self) -> None:
         """Let go of the log of a training that has failed."""

@@ -92,6 +92,18 @@ def test_the_log_of_the_steps_is_removed_unless_it_is_to_be_kept(tmp_path: Path)
     assert (tmp_path / "steps" / "sketches-0").stat().st_size == 4 * ROWS * WIDTH * 14
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_other_files_in_the_folder_of_the_log_are_let_alone(tmp_path: Path, keep: bool) -> None:
+    steps = tmp_path / "steps"
+    (steps / "mine").mkdir(parents=True)
+    (steps / "mine" / "notes").write_text("notes")
+    (steps / "rates-0").write_text("of an older run")
+    callback = SketchCallback(tmp_path / "cache", width=WIDTH, steps=steps, keep_steps=keep)
+    new_trainer(tmp_path / "run", callback, max_steps=1).train()
+    assert (steps / "mine" / "notes").read_text() == "notes"
+    assert (steps / "rates-0").exists() == keep
+
+
 @pytest.mark.full
 def test_nothing_of_a_step_is_kept(tmp_path: Path) -> None:
     from transformers import TrainerCallback
