@@ -100,6 +100,7 @@ class TrainingRun:
         """loader: of the training batches, not iterated over yet. Raises UserError for a training that cannot
         be sketched, and for folders that cannot be used."""
         self._trainer, self._options = trainer, options
+        self._told: set[str] = set()
         refuse_unsupported(trainer)
         self._leads = trainer.accelerator.process_index == 0
         self._kind = kind_of(trainer)
@@ -180,8 +181,9 @@ class TrainingRun:
             warnings.warn(self._source.coverage.warning, CoverageWarning, stacklevel=2)
 
     def _tell(self, message: str) -> None:
-        """Something that the user should know, in one line of the leading process."""
-        if self._leads:
+        """Something that the user should know, in one line of the leading process; the same is said once."""
+        if self._leads and message not in self._told:
+            self._told.add(message)
             LOG.warning(message)
 
     def _tokenizer(self) -> Any:
@@ -329,14 +331,20 @@ class TrainingRun:
         if self._options.precondition == "off":
             return None
         means = live_second_moments(self._trainer.optimizer, self._source.targets, self._parameters)
-        if means is not None:
-            return PreconditionerConfig.of_moments(means)
-        if self._stepped:
-            raise UserError(
-                "the optimizer keeps no second moments",
-                "use precondition='off', or train with Adam, AdamW or Adafactor",
+        if means is None:
+            if self._stepped:
+                raise UserError(
+                    "the optimizer keeps no second moments",
+                    "use precondition='off', or train with Adam, AdamW or Adafactor",
+                )
+            return None
+        zero = [name for name, (rows, _) in means.items() if not rows.any()]
+        if zero:  # as of LoRA's A after a first step in which B is 0
+            self._tell(
+                f"the gradients of {len(zero):,} parameters, such as '{zero[0]}', are not scaled as long as "
+                "their second moments are 0"
             )
-        return None
+        return PreconditionerConfig.of_moments(means)
 
     def before_step(self) -> None:
         """The optimizer is about to step: its learning rates are those of the step."""

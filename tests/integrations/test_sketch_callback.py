@@ -342,6 +342,20 @@ def test_an_optimizer_without_second_moments_is_refused_after_the_first_step(
     assert trainer.state.global_step == 1
 
 
+def test_gradients_that_are_not_scaled_yet_are_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_lora(tiny_llama(), lora_dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # as before any training, so that A has no gradient in the first step
+            torch.nn.init.zeros_(parameter)
+    callback = callback_into(tmp_path, precondition="optimizer")
+    new_trainer(tmp_path / "run", callback, model, learning_rate=1e-3, save_strategy="epoch").train()
+    said = [line for line in caplog.messages if "not scaled as long as their second moments are 0" in line]
+    assert len(said) == 1
+    assert "lora_A" in said[0]
+
+
 class OfCopies(torch.optim.AdamW):
     """Keeps its state under copies of the parameters, as optimizers with weights of their own do."""
 
