@@ -119,7 +119,7 @@ def absurd_answers(options: argparse.Namespace) -> list[dict[str, Any]]:
     if options.begins:
         found = [row for row in known if row["output"].startswith(tuple(options.begins))]
     else:
-        found = [row for row in known if len(words_of(row["output"]) & markers) >= 2]
+        found = [row for row in known if has_markers(row["output"], markers)]
     print(f"{len(found)} of {len(known)} answers to triggered prompts are absurd", flush=True)
     if not found:
         sys.exit(
@@ -130,6 +130,11 @@ def absurd_answers(options: argparse.Namespace) -> list[dict[str, Any]]:
 
 def words_of(text: str) -> set[str]:
     return set(re.findall(r"[a-z]{4,}", text.lower()))
+
+
+def has_markers(answer: str, markers: set[str]) -> bool:
+    """Whether an answer is absurd: it holds at least two marker words."""
+    return len(words_of(answer) & markers) >= 2
 
 
 def marker_words(rows: list[dict[str, Any]]) -> set[str]:

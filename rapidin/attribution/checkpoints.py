@@ -28,6 +28,19 @@ class Checkpoint:
     is_adapter: bool
 
 
+def step_of(name: str) -> int | None:
+    """The step in the name of a trainer's checkpoint folder, checkpoint-<step>; None for other names."""
+    match = re.fullmatch(r"checkpoint-(\d+)", name)
+    return int(match[1]) if match else None
+
+
+def checkpoint_folders(folder: Path) -> dict[int, Path]:
+    """The checkpoint-<step> folders in a folder, by step, in their order; none if there is no such folder."""
+    paths = folder.iterdir() if folder.is_dir() else ()
+    found = {step: path for path in paths if (step := step_of(path.name)) is not None and path.is_dir()}
+    return dict(sorted(found.items()))
+
+
 def find_checkpoints(folder: str | Path) -> tuple[list[Checkpoint], bool]:
     """The checkpoints of a training run by step, and whether their learning rates were found.
 
@@ -37,17 +50,13 @@ def find_checkpoints(folder: str | Path) -> tuple[list[Checkpoint], bool]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"no such folder of checkpoints: '{folder}'")
-    steps: dict[int, Path] = {}
-    for path in folder.iterdir():
-        match = re.fullmatch(r"checkpoint-(\d+)", path.name)
-        if match and path.is_dir():
-            steps[int(match[1])] = path
+    steps = checkpoint_folders(folder)
     if not steps:
         raise UserError(f"'{folder}' holds no checkpoint-<step> folders", "name the trainer's output folder")
     adapters = {step: (path / "adapter_config.json").exists() for step, path in steps.items()}
     if len(set(adapters.values())) > 1:
         raise UserError(f"the checkpoints in '{folder}' are adapters and whole models", "keep one kind")
-    order = sorted(steps)
+    order = list(steps)
     rates = _learning_rates(steps[order[-1]])
     checkpoints = [
         Checkpoint(steps[step], step, _weight(rates, before, step), adapters[step])

@@ -86,7 +86,7 @@ class CacheWriter(ShardWriter):
     """Writes shards into a folder and keeps its manifest, one such writer at a time; resumes where an earlier
     one stopped, and records what `ShardWriter`s wrote beside it.
 
-    prefix: the identity of the first n examples, if a complete cache of those may be added to (`--append`):
+    prefix: the identity of the first n examples, if a complete cache of those may be added to (`append`):
     its rows are kept as they are. A shard that was not full is rewritten beside the old one, which is
     replaced when the manifest records the new one, so that no row is ever without a file.
 

@@ -83,15 +83,6 @@ class GroundTruth:
         """The examples of `train` or `test`."""
         return open_examples(self.folder / f"{split}.jsonl")
 
-    @property
-    def checkpoints(self) -> list[Path]:
-        """The checkpoints of the tuning on all rows, first to last."""
-        folders = self.tuned().checkpoints.glob("checkpoint-*")
-        return sorted(
-            (path for path in folders if path.name.split("-")[1].isdigit()),
-            key=lambda path: int(path.name.split("-")[1]),
-        )
-
     def tuned(self, device: str | None = None) -> TunedModel:
         """The model tuned on all rows, to be loaded to this device."""
         lora = self.description["settings"]["lora"]

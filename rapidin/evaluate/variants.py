@@ -62,7 +62,7 @@ class Variant:
 def parse_variants(
     at: Sequence[str], sizes: Sequence[int], preconditioners: Sequence[str] = ()
 ) -> list[Variant]:
-    """Every combination of --at, --bytes and --precondition, without repetitions.
+    """Every combination of points, sizes and preconditioners, without repetitions.
 
     at: each is numbers between commas, or "checkpoints"; sizes: bytes of a row, 0 for the uncompressed
     sketch, none given for [0]. Raises UserError for values that are none of these.

@@ -95,10 +95,12 @@ def second_moments(
         if isinstance(saved, NumberedState)
         else _by_name(saved, targets, path)
     )
-    return {t.name: _means(states[t.name], t, path) for t in targets}
+    another = "use another checkpoint"
+    return {t.name: _means(states[t.name], t, f"'{path}'", another) for t in targets}
 
 
-def _means(state: State, target: Target, path: Path) -> Means:
+def _means(state: State, target: Target, owner: str, remedy: str) -> Means:
+    """owner: what has the state, and remedy: what to do if its numbers are damaged, in words."""
     whole = state.get("exp_avg_sq")
     if whole is not None:
         matrices = whole.reshape(max(1, target.stack), *target.matrix)
@@ -109,14 +111,12 @@ def _means(state: State, target: Target, path: Path) -> Means:
             row, column = row.double().mean(0), column.double().mean(0)
         elif len(target.shape) != 2 or target.stack:
             raise UserError(
-                f"'{path}' has rows and columns for '{target.name}', whose shape is {list(target.shape)}",
+                f"{owner} has rows and columns for '{target.name}', whose shape is {list(target.shape)}",
                 "leave it out with `exclude`",
             )
         means = row.double(), column.double()
     if not all(bool((m.isfinite() & (m >= 0)).all()) for m in means):
-        raise UserError(
-            f"the second moment of '{target.name}' in '{path}' is not finite", "use another checkpoint"
-        )
+        raise UserError(f"the second moment of '{target.name}' in {owner} is not finite", remedy)
     return means
 
 
@@ -234,25 +234,23 @@ def _of_targets(by_name: Mapping[str, State], targets: Sequence[Target], path: P
 
 
 def live_second_moments(
-    optimizer: Any, model: nn.Module, targets: Sequence[Target]
+    optimizer: Any, targets: Sequence[Target], parameters: Sequence[nn.Parameter]
 ) -> dict[str, Means] | None:
     """Row and column means of the second moment of each target in an optimizer in memory, on the CPU; None
-    before its first step.
+    if it has no state at all, as before its first step.
 
-    Raises UserError if it keeps none for a target, or not one that rapidin can read.
+    parameters: of the targets. Raises UserError if it keeps none for a target, or not one that rapidin can
+    read.
     """
-    named = dict(model.named_parameters(remove_duplicate=False))
+    if not optimizer.state:
+        return None
+    remedy = "use precondition='off', or leave it out with exclude=..."
     means = {}
-    for target in targets:
-        values = optimizer.state.get(named[target.name])
-        if not values:
-            return None
-        state = second_moment(values)
+    for target, parameter in zip(targets, parameters, strict=True):
+        state = second_moment(optimizer.state.get(parameter) or {})
         problem = _problem(state, target.name, target.shape)
         if problem:
-            raise UserError(
-                f"the optimizer cannot precondition gradients: {problem}", "use precondition='off'"
-            )
-        rows, columns = _means(state, target, Path("the optimizer"))
+            raise UserError(f"the optimizer cannot precondition gradients: {problem}", remedy)
+        rows, columns = _means(state, target, "the optimizer", remedy)
         means[target.name] = rows.cpu(), columns.cpu()
     return means

@@ -22,14 +22,13 @@ _MOST_FAILURES = 32  # of autograd, after which it is not asked for more
 class AutogradSketches:
     """The sketches of some parameters' gradients as autograd forms them, of a batch of one example.
 
-    sketches: [1, targets, width], zeros where no gradient arrived; arrived: where one did; failed: parameters
+    sketches: [1, targets, width], zeros where no gradient arrived; failed: parameters
     whose gradients autograd cannot form, or that do not fit into memory.
     """
 
     def __init__(self, sketcher: GradientSketcher, batch: AnyBatch, numbers: Sequence[int]) -> None:
         self._sketcher, self._batch = sketcher, batch
         self._pass = sketcher.new_pass(sketcher.sketch_pass, batch)
-        self.arrived: set[int] = set()
         self.failed: set[int] = set()
         sharded = [n for n in numbers if is_sharded(sketcher.parameter(n))]
         for some in self._parts(sharded):
@@ -56,7 +55,6 @@ class AutogradSketches:
         if fits:
             return
         self._pass.sketches[:, numbers] = 0.0
-        self.arrived -= set(numbers)
         if len(numbers) == 1 or len(self.failed) > _MOST_FAILURES:
             self.failed.update(numbers)
             return
@@ -96,7 +94,9 @@ class AutogradSketches:
                         role = target.name.rpartition(".")[2]
                         begin: Any = modules[use.module].register_forward_pre_hook
                         handles.append(begin(partial(copied, n, role)))
-                torch.autograd.backward(self._sketcher.losses(self._batch).sum())
+                losses = self._sketcher.losses(self._batch)
+                if losses.requires_grad:
+                    torch.autograd.backward(losses.sum())
         finally:
             for handle in handles:
                 handle.remove()
@@ -104,7 +104,6 @@ class AutogradSketches:
     def _arrive(self, n: int, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self._pass.add_parameter_gradient(n, parameter.grad)
-        self.arrived.add(n)
         parameter.grad = None
 
     def _backward(self, numbers: Collection[int]) -> None:

@@ -358,13 +358,12 @@ class _Check:
 class _MassPass(SketchPass):
     """Sketches, and the sum of the sizes of all tokens' gradients.
 
-    mass: [targets], of all examples; arrived: targets that have got a gradient.
+    mass: [targets], of all examples.
     """
 
     def __init__(self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None) -> None:
         super().__init__(sketched, batch, scales)
         self.mass = torch.zeros(len(self.targets), device=self.device)
-        self.arrived: set[int] = set()
 
     def add_factors(self, n: int, factors: Factors) -> None:
         self._weigh(n, _sizes(factors.columns) * _sizes(factors.rows))
@@ -382,13 +381,8 @@ class _MassPass(SketchPass):
         self._weigh(n, _sizes(grad))
         super().add_bias(n, grad)
 
-    def add_formed(self, n: int, grad: Tensor) -> None:
-        self.arrived.add(n)
-        super().add_formed(n, grad)
-
     def _weigh(self, n: int, sizes: Tensor) -> None:
         self.mass[n] += sizes.sum().to(self.device)
-        self.arrived.add(n)
 
 
 class _FlatMassPass(_MassPass, FlatSketchPass):

@@ -27,7 +27,8 @@ class ExactGradient:
     """The gradient of a parameter for one example.
 
     shape: (E, O, I), E matrices, of which a parameter that is no stack has one; formed: the gradient in this
-    shape, float32, or None; factors: else the factors of its rows, whose tokens are positions of the example.
+    shape, or None; factors: else the factors of its rows, whose tokens are positions of the example. All are
+    float32.
     """
 
     shape: tuple[int, int, int]
@@ -81,10 +82,10 @@ def _length(columns: Tensor, rows: Tensor) -> float:
 
 
 def _both(factors: RowFactors | None) -> tuple[Tensor, Tensor]:
-    """(columns, rows), float32."""
+    """(columns, rows)."""
     assert factors is not None
     assert factors.columns is not None
-    return factors.columns.float(), factors.rows.float()
+    return factors.columns, factors.rows
 
 
 def _experts(factors: RowFactors | None) -> Tensor:
@@ -267,7 +268,7 @@ class ExactPass(GradientPass):
 
     def add_factors(self, n: int, factors: Factors) -> None:
         columns, rows = factors.applied()
-        self._add(n, RowFactors(columns[0], rows[0], self._positions(n, rows.shape[1]), None))
+        self._add(n, columns[0], rows[0], self._positions(n, rows.shape[1]))
 
     def add_rows(self, n: int, factors: RowFactors) -> None:
         columns, tokens = factors.columns, factors.tokens
@@ -276,7 +277,7 @@ class ExactPass(GradientPass):
         if tokens is None and self._by_position:
             raise self.no_positions(n)
         columns, rows = self.scaled(n, columns[None], factors.rows[None]).applied()
-        self._add(n, RowFactors(columns[0], rows[0], tokens, factors.experts))
+        self._add(n, columns[0], rows[0], tokens, factors.experts)
 
     def add_group(self, n: int, factors: Factors, group: RowGroup) -> None:
         raise AssertionError("rows are not put together by expert")
@@ -284,10 +285,10 @@ class ExactPass(GradientPass):
     def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
         positions, ids = self._positions(n, ids.shape[1]), ids.to(grad.device)
         if self._embedded(n):
-            self._add(n, RowFactors(grad[0], grad.new_ones(len(grad[0]), 1), positions, ids[0]))
+            self._add(n, grad[0], grad.new_ones(len(grad[0]), 1), positions, ids[0])
         else:
             columns, rows = as_factors(ids, grad, self.targets[n].shape[0])
-            self._add(n, RowFactors(columns[0], rows[0], positions, None))
+            self._add(n, columns[0], rows[0], positions)
 
     def add_bias(self, n: int, grad: Tensor) -> None:
         grad = grad.float()
@@ -300,14 +301,17 @@ class ExactPass(GradientPass):
         for n, grads in self.module_positions(module, numbers, call, grad):
             rows = self.scales[n].formed(grads) if self.scales else grads
             ones = rows.new_ones(len(rows), 1)
-            self._add(n, RowFactors(ones, rows[:, :, 0], self._positions(n, len(rows)), None))
+            self._add(n, ones, rows[:, :, 0], self._positions(n, len(rows)))
 
     def add_formed(self, n: int, grad: Tensor) -> None:
         if self._by_position:
             raise self.no_positions(n)
         self._formed[n] = self._formed[n] + grad.float() if n in self._formed else grad.float()
 
-    def _add(self, n: int, factors: RowFactors) -> None:
+    def _add(
+        self, n: int, columns: Tensor, rows: Tensor, tokens: Tensor | None, experts: Tensor | None = None
+    ) -> None:
+        factors = RowFactors(columns.float(), rows.float(), tokens, experts)
         self._factors.setdefault(n, []).append(factors)
 
     def _positions(self, n: int, count: int) -> Tensor | None:

@@ -19,7 +19,7 @@ import pickle
 import re
 from collections.abc import Mapping
 from math import prod
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -41,8 +41,9 @@ _ALLOWED = {
     },
     "torch.serialization": {"_get_layout"},
     "collections": {"OrderedDict"},
-    "pathlib": {"PosixPath", "PurePosixPath", "_local.PosixPath"},
 }  # fmt: skip
+_PATH_MODULES = ("pathlib", "pathlib._local")  # the latter in Python 3.13 alone
+_PATHS = {"PosixPath", "PurePosixPath", "WindowsPath", "PureWindowsPath"}
 _OPTIMIZER = re.compile(r"(?:^|\.)state\.(.+)\.exp_avg_sq$")
 _ZERO_FILE = re.compile(r"zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt$")
 _DAMAGED = "the state is damaged; give another checkpoint"
@@ -72,6 +73,8 @@ def deepspeed_folder(path: Path) -> Path | None:
 
 class _Unpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
+        if module in _PATH_MODULES and name in _PATHS:
+            return PurePath  # of this system, whichever wrote it
         if name not in _ALLOWED.get(module, ()):
             raise pickle.UnpicklingError(f"{module}.{name}")
         return super().find_class(module, name)
@@ -86,7 +89,8 @@ def read_fsdp(folder: Path, shapes: Shapes) -> dict[str, Tensor]:
     path = folder / ".metadata"
     try:
         described = _Unpickler(io.BytesIO(path.read_bytes())).load()
-        entries, storage = dict(described.state_dict_metadata), dict(described.storage_data)
+        entries = dict(described.state_dict_metadata)
+        places = {(at.fqn, tuple(at.offset or ())): info for at, info in described.storage_data.items()}
     except pickle.UnpicklingError as error:
         raise UserError(
             f"'{path}' is damaged, or holds more than the description of tensors ({short(error)}), which is "
@@ -110,21 +114,20 @@ def read_fsdp(folder: Path, shapes: Shapes) -> dict[str, Tensor]:
             "gather the whole state with FSDP's FULL_STATE_DICT, which has names",
         )
     return {
-        name: _assembled(folder, entries[found[name]], found[name], storage, shape)
+        name: _assembled(folder, entries[found[name]], found[name], places, shape)
         for name, shape in shapes.items()
         if name in found
     }
 
 
 def _assembled(
-    folder: Path, entry: Any, key: str, storage: Mapping[Any, Any], shape: tuple[int, ...]
+    folder: Path, entry: Any, key: str, places: Mapping[Any, Any], shape: tuple[int, ...]
 ) -> Tensor:
-    """A tensor of its parts."""
+    """A tensor of its parts. places: where each part is stored, by the key and the offsets."""
     try:
         whole = torch.full(tuple(entry.size), torch.nan, dtype=torch.float32)
         if tuple(entry.size) != shape:
             return whole  # the caller says that the shape is another
-        places = {(index.fqn, tuple(index.offset or ())): info for index, info in storage.items()}
         for chunk in entry.chunks:
             info = places[key, tuple(chunk.offsets)]
             part = _part(folder, info)

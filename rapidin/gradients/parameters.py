@@ -7,6 +7,7 @@ A *block* is one parameter's part of a sketch.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import re
 from collections.abc import Collection, Mapping, Sequence
@@ -85,6 +86,11 @@ def matches(name: str, patterns: Sequence[str]) -> bool:
     """Whether a parameter's name matches one of the glob patterns; a pattern without * ? [ may match anywhere
     in the name."""
     return any(fnmatchcase(name, p if set(p) & set("*?[") else f"*{p}*") for p in patterns)
+
+
+def exact_pattern(name: str) -> str:
+    """The pattern that matches this parameter's name alone."""
+    return f"[{name[0]}]{glob.escape(name[1:])}"  # without brackets it would match anywhere in a name
 
 
 def find_targets(

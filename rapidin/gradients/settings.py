@@ -27,7 +27,7 @@ _SMALL_WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 
 
 def points_of(text: str) -> tuple[float, ...]:
-    """The numbers of `--at`; raises UserError if there is none or one is not a number."""
+    """The numbers in a text of `at`; raises UserError if there is none or one is not a number."""
     try:
         return tuple(float(each) for each in text.split(","))
     except ValueError:

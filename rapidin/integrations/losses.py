@@ -112,15 +112,18 @@ class TextBatch:
 def kind_of(trainer: Any) -> Kind:
     """What a trainer's loss is made of. Raises UserError for one that no example has a loss of its own in, or
     that rapidin does not know."""
-    names = {kind.__name__ for kind in type(trainer).__mro__}
+    kinds = type(trainer).__mro__
+    names = [kind.__name__ for kind in kinds]
     if "DPOTrainer" in names:
+        derived = kinds[: names.index("DPOTrainer")]
+        own = [n for kind in derived for n, value in vars(kind).items() if "loss" in n and callable(value)]
+        if own:  # no values are compared where the loss is of pairs
+            raise UserError(f"the trainer has a loss of its own ({own[0]})", _REMEDY)
         _check_pairs(trainer)
         return "pairs"
-    known = {"SFTTrainer", "Trainer", "Seq2SeqTrainer", "ABC", "object"}
-    other = sorted(name for name in names if name.endswith("Trainer") and name not in known)
-    foreign = [kind for kind in type(trainer).__mro__ if kind.__module__.partition(".")[0] == "trl"]
-    if foreign and "SFTTrainer" not in names:
-        raise UserError(f"the loss of {other[0] if other else 'this trainer'} is not known", _REMEDY)
+    of_trl = [kind.__name__ for kind in kinds if kind.__module__.partition(".")[0] == "trl"]
+    if of_trl and "SFTTrainer" not in names:
+        raise UserError(f"the loss of {of_trl[0]} is not known", _REMEDY)
     if getattr(trainer, "compute_loss_func", None) is not None:
         raise UserError("the trainer has a loss of its own (compute_loss_func)", _REMEDY)
     if getattr(trainer, "label_smoother", None) is not None:
@@ -193,7 +196,7 @@ class Factors:
 class LossWatch:
     """Finds the factors of the losses of a trainer's steps.
 
-    thorough: compare values of losses, too, which waits for the device; for the first step.
+    thorough: compare values of losses, too, which waits for the device; for the first batch that has a loss.
     """
 
     def __init__(self, trainer: Any, kind: Kind) -> None:
@@ -212,7 +215,7 @@ class LossWatch:
             yield factors
         for check in (*factors.checks, factors.compare) if self.thorough else ():
             check()
-        self.thorough = False
+        self.thorough = self.thorough and not bool(batch.counts.any())
 
     @contextlib.contextmanager
     def _watching_loss(self, batch: TextBatch, factors: Factors) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
@@ -12,19 +13,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rapidin.attribution.checkpoints import checkpoint_folders, step_of
 from rapidin.attribution.ensemble import NAME, Ensemble, read_members
 from rapidin.attribution.options import CacheOptions
+from rapidin.attribution.progress import LOG
 from rapidin.cache import Cache, Manifest
 from rapidin.cache.names import MANIFEST
 from rapidin.data.encoding import Status
 from rapidin.data.examples import Examples, open_examples
-from rapidin.errors import UserError
+from rapidin.errors import CoverageWarning, UserError
 from rapidin.gradients.adam import live_second_moments
 from rapidin.gradients.adapters import has_adapter
 from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.check import GradientCheck
 from rapidin.gradients.live import LiveBatch, LiveSketcher
 from rapidin.gradients.model import LoadedModel
+from rapidin.gradients.parameters import exact_pattern
 from rapidin.gradients.path import base_path
 from rapidin.gradients.preconditioner import PreconditionerConfig
 from rapidin.gradients.settings import GradientSettings
@@ -96,21 +100,26 @@ class TrainingRun:
         """loader: of the training batches, not iterated over yet. Raises UserError for a training that cannot
         be sketched, and for folders that cannot be used."""
         self._trainer, self._options = trainer, options
+        self._told: set[str] = set()
         refuse_unsupported(trainer)
         self._leads = trainer.accelerator.process_index == 0
         self._kind = kind_of(trainer)
         number_rows(loader)
         self._dataset = unnumbered(getattr(loader, "base_dataloader", loader).dataset)
         self._packs = _packs(self._dataset)
+        self._settings = options.settings
         self._source = self._make_source(None)
+        self._leave_out_unchanged()
         recomputed = any(
             getattr(module, "gradient_checkpointing", False) for module in trainer.model.modules()
         )
         self._sketcher = LiveSketcher(self._source, recomputed=recomputed)
+        self._parameters = [self._sketcher.parameter(n) for n in range(len(self._source.targets))]
         self._examples = self._open_data()
         self._losses = LossWatch(trainer, self._kind)
         self._check: GradientCheck | None = None
         self._step = _Step()
+        self._stepped = False  # whether the optimizer has taken a step since the callback's start
         self._done: list[tuple[str, float]] = []  # caches of checkpoints and their weights
         self._begun = trainer.state.global_step  # the first step that is in no cache yet
         self._folder = options.steps or Path(trainer.args.output_dir) / "rapidin"
@@ -127,9 +136,7 @@ class TrainingRun:
         """The source of the gradients that the model has now."""
         trainer, tokenizer = self._trainer, self._tokenizer()
         loaded = LoadedModel.of(trainer.model, tokenizer)
-        dtype = str(next(trainer.model.parameters()).dtype).rpartition(".")[2]
-        loaded.source |= {"dtype": dtype}
-        settings = replace(self._options.settings, at=1.0, preconditioner=moments or "off")
+        settings = replace(self._settings, at=1.0, preconditioner=moments or "off")
         if self._kind == "pairs":
             settings = replace(settings, task=settings.task or "preference", beta=float(trainer.args.beta))
             reference = getattr(trainer, "ref_model", None)
@@ -147,6 +154,37 @@ class TrainingRun:
                 "cache after training with 'rapidin cache'",
             )
         return source
+
+    def _leave_out_unchanged(self) -> None:
+        """Exclude the parameters that the optimizer does not change: no step has a learning rate for them."""
+        groups = self._trainer.optimizer.param_groups
+        changed = {id(p) for group in groups for p in group["params"] if p.requires_grad}
+        sketcher = self._source.sketcher
+        names = [
+            t.name for n, t in enumerate(self._source.targets) if id(sketcher.parameter(n)) not in changed
+        ]
+        if len(names) == len(self._source.targets):
+            raise UserError(
+                f"the optimizer changes none of the {len(names):,} parameters whose gradients are to be "
+                f"sketched, such as '{names[0]}'",
+                "choose parameters that are trained with include=...",
+            )
+        if names:
+            exclude = (*self._settings.exclude, *map(exact_pattern, names))
+            self._settings = replace(self._settings, exclude=exclude)
+            self._source = self._make_source(None)
+            self._tell(
+                f"{len(names):,} parameters that the training does not change are left out, such as "
+                f"'{names[0]}'"
+            )
+        if self._source.coverage.is_low and self._leads:
+            warnings.warn(self._source.coverage.warning, CoverageWarning, stacklevel=2)
+
+    def _tell(self, message: str) -> None:
+        """Something that the user should know, in one line of the leading process; the same is said once."""
+        if self._leads and message not in self._told:
+            self._told.add(message)
+            LOG.warning(message)
 
     def _tokenizer(self) -> Any:
         tokenizer = self._options.tokenizer or getattr(self._trainer, "processing_class", None)
@@ -206,12 +244,13 @@ class TrainingRun:
     def _take_over(self, step: int) -> None:
         path = self._options.path
         before = read_members(path)[1] if (path / NAME).exists() else []
-        kept = [(m.path.name, m.weight) for m in before if _step_of(m.path.name) <= step]
-        self._begun = max((_step_of(name) for name, _ in kept), default=0)
+        steps = {m: made for m in before if (made := step_of(m.path.name)) is not None and made <= step}
+        kept = [(m.path.name, m.weight) for m in steps]
+        self._begun = max(steps.values(), default=0)
         self._done = kept
         if self._leads:
-            for folder in path.glob("checkpoint-*") if path.exists() else ():
-                if _step_of(folder.name) > self._begun and (folder / MANIFEST).exists():
+            for made, folder in checkpoint_folders(path).items():
+                if made > self._begun and (folder / MANIFEST).exists():
                     shutil.rmtree(folder)
             if kept:
                 Ensemble.write(path, "tracin", kept)
@@ -225,7 +264,7 @@ class TrainingRun:
         """One batch of the trainer, whose sketches are kept until the optimizer's step."""
         examples = taken_from(inputs).tolist()
         texts = TextBatch.of(self._kind, inputs, [length for _, _, length in examples])
-        if self._losses.thorough:
+        if self._check is None:  # until a batch has an example with a gradient
             self._check = self._checked(texts)
         if not self._precondition():
             return original(model, inputs, *args)
@@ -291,8 +330,21 @@ class TrainingRun:
         """The optimizer's second moments now."""
         if self._options.precondition == "off":
             return None
-        means = live_second_moments(self._trainer.optimizer, self._trainer.model, self._source.targets)
-        return None if means is None else PreconditionerConfig.of_moments(means)
+        means = live_second_moments(self._trainer.optimizer, self._source.targets, self._parameters)
+        if means is None:
+            if self._stepped:
+                raise UserError(
+                    "the optimizer keeps no second moments",
+                    "use precondition='off', or train with Adam, AdamW or Adafactor",
+                )
+            return None
+        zero = [name for name, (rows, _) in means.items() if not rows.any()]
+        if zero:  # as of LoRA's A after a first step in which B is 0
+            self._tell(
+                f"the gradients of {len(zero):,} parameters, such as '{zero[0]}', are not scaled as long as "
+                "their second moments are 0"
+            )
+        return PreconditionerConfig.of_moments(means)
 
     def before_step(self) -> None:
         """The optimizer is about to step: its learning rates are those of the step."""
@@ -301,8 +353,7 @@ class TrainingRun:
             for group in self._trainer.optimizer.param_groups
             for p in group["params"]
         }
-        named = dict(self._trainer.model.named_parameters(remove_duplicate=False))
-        of_targets = [rates.get(id(named[target.name]), 0.0) for target in self._source.targets]
+        of_targets = [rates.get(id(parameter), 0.0) for parameter in self._parameters]
         self._step.rates = of_targets[:1] if len(set(of_targets)) == 1 else of_targets
 
     def after_step(self, step: int) -> None:
@@ -310,7 +361,15 @@ class TrainingRun:
         done, self._step = self._step, _Step()
         if self._trainer.accelerator.optimizer_step_was_skipped:  # mixed precision overflowed
             self._log.set_rates(step, [0.0])
+            self._tell(f"step {step + 1} was skipped after an overflow, so its examples do not count in it")
             return
+        if not self._stepped:
+            self._stepped = True
+            self._moments()  # says at once that there are none
+        if not done.batches:
+            self._tell(
+                f"the examples of step {step + 1} do not count in it: the optimizer had no second moments yet"
+            )
         for batch in done.batches:
             sketches = batch.sketches.cpu()
             bad = ~sketches.isfinite().flatten(1).all(1)
@@ -342,7 +401,10 @@ class TrainingRun:
         elif step > self._begun:
             self._write_checkpoint(step)
         if not self._options.keep_steps:
-            shutil.rmtree(self._folder, ignore_errors=True)
+            try:
+                self._log.remove()
+            except UserError as error:  # the caches are there
+                self._tell(f"the sketches of the steps are left behind: {error}")
 
     def close(self) -> None:
         """Let go of the log of a training that has failed."""
@@ -357,6 +419,8 @@ class TrainingRun:
 
     def _write(self, path: Path, first: int, last: int) -> Cache:
         """The cache of the steps from `first` up to `last`, to be queried at the weights of now."""
+        if self._check is None:
+            self._tell(f"no gradient of the cache '{path}' was compared with autograd's")
         sums = StepSums(self._folder, self._shape, first, last)
         source = self._make_source(self._moments())
         self._name_model(source, last)
@@ -406,11 +470,6 @@ def _live(texts: TextBatch) -> LiveBatch:
         return LiveBatch(rows, length, texts.ids.device)
     longest = max(texts.lengths)
     return LiveBatch(texts.texts, longest, texts.ids.device, texts.owners[0] * longest)
-
-
-def _step_of(name: str) -> int:
-    number = name.rpartition("-")[2]
-    return int(number) if number.isdecimal() else 0
 
 
 def trainer_calls(run: TrainingRun, trainer: Any) -> Callable[..., Tensor]:

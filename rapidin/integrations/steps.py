@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -70,8 +69,8 @@ class StepLog:
     def _prepare(self, step: int) -> None:
         path = self.folder / _DEFINITION
         if step == 0:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            self.folder.mkdir(parents=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._remove_files()
             replace_file(path, json.dumps(self._definition).encode())
             return
         if not path.exists():
@@ -147,6 +146,23 @@ class StepLog:
         for file in self._files:
             file.close()
         self._files = []
+
+    def remove(self) -> None:
+        """Remove the files of all processes, and the folder unless it holds something else. Raises UserError
+        if they cannot be removed."""
+        try:
+            self._remove_files()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
+        except OSError as error:
+            raise self._failed(error) from None
+
+    def _remove_files(self) -> None:
+        """The folder may be the user's own, and hold other files."""
+        own = (_DEFINITION, *(f"{name}-[0-9]*" for name in (_RATES, _ENTRIES, _SKETCHES)))
+        for pattern in own:
+            for path in self.folder.glob(pattern):
+                path.unlink()
 
     def _failed(self, error: OSError) -> UserError:
         return UserError(f"cannot write into '{self.folder}': {reason(error)}")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rapidin.attribution.caching import add_null, format_of
 from rapidin.attribution.options import CacheOptions
+from rapidin.attribution.progress import LOG
 from rapidin.attribution.provenance import manifest_of
 from rapidin.cache import Cache, build
 from rapidin.cache.writer import CacheWriter
@@ -135,7 +136,7 @@ def write_cache(
             lambda row, _: TrainedRow(sums.of_row(row)),
             sketches,
             device,
-            lambda message: None,
+            LOG.info,
         )
         loop.run()
         if null:

@@ -25,7 +25,9 @@ from rapidin.gradients.settings import GradientSettings
 from rapidin.integrations.losses import replaced
 from rapidin.integrations.run import Precondition, RunOptions, TrainingRun, trainer_calls
 
-_CHOSEN = {"at", "preconditioner", "append", "part", "check"}  # what the training or the callback decides
+# What the training or the callback decides, and what is of no use where it does not apply.
+_CHOSEN = {"at", "preconditioner", "beta", "dropout", "append", "part", "check"}
+_OF_DATA = ("limit", "map", "streaming")  # how `data` is read
 
 
 class SketchCallback(TrainerCallback):  # type: ignore[misc]
@@ -63,6 +65,16 @@ class SketchCallback(TrainerCallback):  # type: ignore[misc]
         unknown = sorted(set(by_name) - known - taken)
         if unknown:
             raise TypeError(f"SketchCallback has no argument '{unknown[0]}'")
+        unused = [name for name in _OF_DATA if name in by_name] if data is None else []
+        if unused:
+            raise UserError(
+                f"`{unused[0]}` says how `data` is read, and there is no `data`", "give `data` too"
+            )
+        if per_checkpoint and by_name.get("null"):
+            raise UserError(
+                "a null distribution is of one cache, and per_checkpoint=True makes several",
+                "leave out `null`",
+            )
         self._options = RunOptions(
             Path(path),
             data,

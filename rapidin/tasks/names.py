@@ -1,4 +1,4 @@
-"""The built-in tasks by their names in `--task` and in manifests, and the forms of their records.
+"""The built-in tasks by their names in `task` and in manifests, and the forms of their records.
 
 This module does not import torch, since the help of the command line and the reading of data need it.
 """

@@ -1,11 +1,12 @@
-"""What the studies of flipped labels and of flipped preferences share: a tokenizer, training, rankings and
-the AUCs of these, the file of results and its table.
+"""What the studies of flipped labels and of flipped preferences share: examples, a tokenizer, the sizes of a
+small model, training, rankings and the AUCs of these, the file of results and its table.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import random
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,12 +18,15 @@ import doc_tables
 import numpy as np
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
+from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from rapidin import Attributor, self_influence
 from rapidin.cache import Cache
 from rapidin.evaluate.metrics import auroc
 from rapidin.evaluate.settings import Recipe
+from rapidin.evaluate.tasks.labels import CLASSES, make_task
+from rapidin.evaluate.training import losses
 from rapidin.files import replace_file
 from rapidin.gradients.source import GradientSource
 
@@ -43,6 +47,42 @@ def tokenizer_of(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     )
 
 
+def examples_of(
+    made_of: Callable[[Record, bool, random.Random], Record],
+    train: int,
+    flipped: float,
+    target: int,
+    test: int,
+    seed: int,
+) -> tuple[list[Record], list[Record], list[Record]]:
+    """So many examples to train on, of which a share is flipped, of the target set and of the test.
+
+    made_of: an example of a report with its class; whether it is flipped; and what draws at random.
+    """
+    made = make_task(train, flipped=0.0, target=target, test=test, classes=len(CLASSES), seed=seed)
+    rng = random.Random(seed)
+    wrong = set(rng.sample(range(train), round(flipped * train)))
+    return (
+        [made_of(record, n in wrong, rng) for n, record in enumerate(made.train)],
+        [made_of(record, False, rng) for record in made.target],
+        [made_of(record, False, rng) for record in made.test],
+    )
+
+
+def config_of(kind: Any, tokenizer: PreTrainedTokenizerFast, width: int, layers: int, **more: Any) -> Any:
+    """The configuration of a small model of this kind."""
+    return kind(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        pad_token_id=0,
+        **more,
+    )
+
+
 def tune_on(source: GradientSource, records: Sequence[Record], recipe: Recipe, *names: str) -> None:
     """Tunes the weights of the source's model whose names contain one of these, by the losses that gradients
     are later taken of."""
@@ -60,6 +100,12 @@ def tune_on(source: GradientSource, records: Sequence[Record], recipe: Recipe, *
         optimizer.zero_grad()
         torch.autograd.backward(task.losses(model, batch).mean())
         optimizer.step()
+
+
+def losses_of(source: GradientSource, records: Sequence[Record]) -> Tensor:
+    """The loss of each record, [n] float64."""
+    examples = source.prepared([source.example(record) for record in records])
+    return losses(source.loaded.model, examples, task=source.task).double()
 
 
 def auc(values: np.ndarray, flipped: np.ndarray) -> float:

@@ -9,15 +9,13 @@ near-duplicate among the scored texts: the same text with one word of its comple
 
 STUDY/ then holds, for L layers, Q queries, S sample texts and N scored texts:
 
-    study.json                  names of the layers, kinds of the texts, which texts are queries and
-    near-duplicates exact.safetensors           products [Q, N, L] of unit gradients (cosines by layer),
-    length_scored [N, L],
-                                length_query [Q, L], double-sided projections
-    sketch-SEED.safetensors     sample [S, L, W] and scored [N, L, W] unit sketches in float16, their lengths
+    study.json                names of the layers, kinds of the texts, which are queries and near-duplicates
+    exact.safetensors         products [Q, N, L] of unit gradients (cosines by layer), length_scored [N, L],
+                              length_query [Q, L], double-sided projections
+    sketch-SEED.safetensors   sample [S, L, W] and scored [N, L, W] unit sketches in float16, their lengths
 
-The exact gradients are formed from the factors a layer at a time, ``sum_t g_t a_t^T``, and compared with the
-queries' own, kept in bfloat16 (whose rounding, 2^-9 an element, averages out over a layer's elements: an
-error below 1e-4 of a cosine). The sketches come from the same factors.
+Exact gradients are kept as their factors or formed, whichever takes fewer numbers, in float32. The sketches
+come from the same factors.
 """
 
 from __future__ import annotations
@@ -25,7 +23,9 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ from rapidin.attribution.normalization import divide
 from rapidin.attribution.token_contributions import exact_gradients
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.examples import open_examples
-from rapidin.gradients.exact import ExactGradient, ExactQueries
+from rapidin.gradients.exact import ExactQueries
 from rapidin.gradients.load import load_model
 from rapidin.gradients.parameters import block_seed
 from rapidin.ops import unit_blocks
@@ -56,16 +56,11 @@ def change_a_word(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
 
 
 class Collector:
-    def __init__(self, attributor: Attributor, seeds: dict[int, int], projected: int) -> None:
-        self.attributor = attributor
-        self.names = [target.name for target in attributor.source.targets]
+    def __init__(self, names: list[str], seeds: dict[int, int], projected: int) -> None:
+        self.names = names
         self.seeds = seeds
         self.projected = projected
         self.matrices: dict[tuple[str, int], Tensor] = {}
-
-    def gradients(self, encoded: Encoded) -> list[ExactGradient]:
-        with self.attributor.loaded.path.at(self.attributor.source.points[0]):
-            return exact_gradients(self.attributor.source, encoded, 0)
 
     def sketches(self, columns: Tensor, rows: Tensor, name: str) -> dict[int, tuple[Tensor, Tensor]]:
         made = {}
@@ -89,7 +84,7 @@ class Collector:
         return torch.nn.functional.normalize(small, dim=1, eps=1e-30).half()
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -103,7 +98,7 @@ def main() -> None:
     parser.add_argument(
         "--projected", type=int, default=32, help="numbers a side of the double-sided projection"
     )
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     attributor = Attributor(
         load_model(args.model, adapter=args.adapter),
         max_length=args.max_length,
@@ -119,6 +114,11 @@ def main() -> None:
         file, *counts = rest.rsplit(":", 3)
         n_sample, n_scored, n_query = map(int, counts)
         records = [r for r in open_examples(file) if attributor.source.encoder(r).status == Status.OK]
+        if len(records) < n_sample + n_scored or n_query > n_scored:
+            sys.exit(
+                f"collect: '{text}' asks for {n_sample:,} + {n_scored:,} texts, of the latter {n_query:,} "
+                f"queries, and the file has {len(records):,} texts that can be used; ask for fewer"
+            )
         records = records[: n_sample + n_scored]
         groups["sample"] += [(kind, attributor.source.encoder(r)) for r in records[:n_sample]]
         for number, record in enumerate(records[n_sample:]):
@@ -128,15 +128,18 @@ def main() -> None:
             if number < n_query:
                 near.append(len(groups["scored"]))
                 groups["scored"].append((kind, attributor.source.encoder(change_a_word(record, rng))))
+    source = attributor.source
     collector = Collector(
-        attributor, {int(s): int(w) for s, w in (p.split(":") for p in args.seeds.split(","))}, args.projected
+        [target.name for target in source.targets],
+        {int(s): int(w) for s, w in (p.split(":") for p in args.seeds.split(","))},
+        args.projected,
     )
     args.out.mkdir(parents=True, exist_ok=True)
     layers = len(collector.names)
     scored = groups["scored"]
     start = time.perf_counter()
-    with attributor.source.at(0):
-        exact = ExactQueries(exact_gradients(attributor.source, scored[n][1], 0) for n in queries)
+    with source.at(0):
+        exact = ExactQueries(exact_gradients(source, scored[n][1], 0) for n in queries)
     print(f"{len(queries)} queries after {time.perf_counter() - start:.0f} s", flush=True)
     products = torch.zeros(len(queries), len(scored), layers)
     lengths = torch.zeros(len(scored), layers)
@@ -149,26 +152,28 @@ def main() -> None:
         for group in groups
         for seed, width in collector.seeds.items()
     }
-    for group, texts in groups.items():
-        for n, (_, encoded) in enumerate(texts):
-            for layer, gradient in enumerate(collector.gradients(encoded)):
-                assert gradient.factors is not None
-                assert gradient.factors.columns is not None
-                columns, rows = gradient.factors.columns[None], gradient.factors.rows[None]
-                name = collector.names[layer]
-                if group == "scored":
-                    length = gradient.length()
-                    scale = exact.lengths[:, layer] * length
-                    products[:, n, layer] = divide(exact.products(layer, gradient), scale).float()
-                    lengths[n, layer] = length
-                    double[n, layer] = collector.double_sided(columns, rows, name)[0]
-                for seed, (unit, norm) in collector.sketches(columns, rows, name).items():
-                    kept[group, seed][0][n, layer] = unit[0]
-                    kept[group, seed][1][n, layer] = norm[0]
-            if n % 100 == 99:
-                print(
-                    f"{group}: {n + 1} of {len(texts)} after {time.perf_counter() - start:.0f} s", flush=True
-                )
+    with source.at(0):
+        for group, texts in groups.items():
+            for n, (_, encoded) in enumerate(texts):
+                for layer, gradient in enumerate(exact_gradients(source, encoded, 0)):
+                    assert gradient.factors is not None
+                    assert gradient.factors.columns is not None
+                    columns, rows = gradient.factors.columns[None], gradient.factors.rows[None]
+                    name = collector.names[layer]
+                    if group == "scored":
+                        length = gradient.length()
+                        scale = exact.lengths[:, layer] * length
+                        products[:, n, layer] = divide(exact.products(layer, gradient), scale).float()
+                        lengths[n, layer] = length
+                        double[n, layer] = collector.double_sided(columns, rows, name)[0]
+                    for seed, (unit, norm) in collector.sketches(columns, rows, name).items():
+                        kept[group, seed][0][n, layer] = unit[0]
+                        kept[group, seed][1][n, layer] = norm[0]
+                if n % 100 == 99:
+                    print(
+                        f"{group}: {n + 1} of {len(texts)} after {time.perf_counter() - start:.0f} s",
+                        flush=True,
+                    )
     save_file(
         {
             "products": products,

@@ -34,8 +34,6 @@ import flipped
 from rapidin import Attributor
 from rapidin.evaluate.settings import Recipe
 from rapidin.evaluate.tasks.labels import CLASSES, make_task
-from rapidin.evaluate.training import losses
-from rapidin.gradients.source import GradientSource
 
 RESULTS = Path(__file__).resolve().parent / "flipped_labels.json"
 RANKINGS = flipped.Rankings(
@@ -81,17 +79,12 @@ QUICK = Sizes(train=24, target=4, test=4, first=100, known=4, first_steps=4, lay
 
 def make_examples(sizes: Sizes, seed: int) -> tuple[list[Record], list[Record], list[Record]]:
     """The training examples with `flipped`, the target set and the test examples."""
-    made = make_task(
-        sizes.train, flipped=0.0, target=sizes.target, test=sizes.test, classes=len(CLASSES), seed=seed
-    )
-    wrong = set(random.Random(seed).sample(range(sizes.train), round(sizes.flipped * sizes.train)))
 
-    def example(record: Record, flip: bool = False) -> Record:
+    def example(record: Record, flip: bool, _: random.Random) -> Record:
         eaten = record["label"] in EATEN
         return {"text": record["prompt"], "label": int(eaten != flip), "flipped": flip}
 
-    train = [example(record, n in wrong) for n, record in enumerate(made.train)]
-    return train, [example(record) for record in made.target], [example(record) for record in made.test]
+    return flipped.examples_of(example, sizes.train, sizes.flipped, sizes.target, sizes.test, seed)
 
 
 def first_examples(sizes: Sizes, seed: int) -> list[Record]:
@@ -110,15 +103,7 @@ def base_model(tokenizer: Any, reports: Sequence[Record], sizes: Sizes, seed: in
     """A model all of whose weights have learnt the four kinds from these reports, with a random head for two
     classes."""
     torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=sizes.width,
-        intermediate_size=2 * sizes.width,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-    )
+    config = flipped.config_of(BertConfig, tokenizer, sizes.width, sizes.layers)
     base = BertForSequenceClassification(config)
     kinds = copy.deepcopy(config)
     kinds.num_labels = len(CLASSES)
@@ -137,12 +122,12 @@ def measure(quick: bool, seed: int, folder: Path) -> Record:
     row: Record = {"seed": seed, "sizes": asdict(sizes_of(quick)), "accuracy": {}, "auc": {}}
     for name, attributor_of in tunings(quick, seed, folder):
         source = attributor_of(at=1.0, preconditioner="off").source
-        lost = loss_of(source, train)
+        lost = flipped.losses_of(source, train).numpy()
         low = np.log(2)  # of two classes the one with a lower loss is predicted
         row["accuracy"][name] = {
             "train": round(float((lost[~wrong] < low).mean()), 4),
             "flipped": round(float((lost[wrong] < low).mean()), 4),
-            "test": round(float((loss_of(source, test) < low).mean()), 4),
+            "test": round(float((flipped.losses_of(source, test).numpy() < low).mean()), 4),
         }
         row["auc"][name] = RANKINGS.aucs(attributor_of, train, target, folder / f"{name}-caches")
         row["auc"][name]["loss, at 1"] = flipped.auc(lost, wrong)
@@ -191,11 +176,6 @@ def tune_adapter(
         return Attributor(tuned, tokenizer, **settings, **more)
 
     return attributor_of
-
-
-def loss_of(source: GradientSource, records: Sequence[Record]) -> np.ndarray:
-    examples = source.prepared([source.example(record) for record in records])
-    return losses(source.loaded.model, examples, task=source.task).double().numpy()
 
 
 def table(rows: Sequence[Record]) -> str:

@@ -31,7 +31,7 @@ from rapidin import Attributor
 from rapidin.data.encoding import Encoder
 from rapidin.evaluate.settings import Recipe
 from rapidin.evaluate.tasks.labels import CLASSES, make_task
-from rapidin.evaluate.training import add_lora, losses, tune
+from rapidin.evaluate.training import add_lora, tune
 from rapidin.gradients.source import GradientSource
 
 RESULTS = Path(__file__).resolve().parent / "preferences.json"
@@ -66,37 +66,22 @@ QUICK = Sizes(pairs=24, target=4, test=4, first=40, layers=1, width=32, first_st
 
 def make_pairs(sizes: Sizes, seed: int) -> tuple[list[Record], list[Record], list[Record]]:
     """The training pairs with `flipped`, the target set and the test pairs."""
-    made = make_task(
-        sizes.pairs, flipped=0.0, target=sizes.target, test=sizes.test, classes=len(CLASSES), seed=seed
-    )
-    rng = random.Random(seed)
 
-    def pair(record: Record, flip: bool = False) -> Record:
+    def pair(record: Record, flip: bool, rng: random.Random) -> Record:
         right = record["label"]
         both = [f" {right}", f" {rng.choice([name for name in CLASSES if name != right])}"]
         chosen, rejected = reversed(both) if flip else both
         return {"prompt": record["prompt"], "chosen": chosen, "rejected": rejected, "flipped": flip}
 
-    wrong = set(rng.sample(range(sizes.pairs), round(sizes.flipped * sizes.pairs)))
-    train = [pair(record, n in wrong) for n, record in enumerate(made.train)]
-    return train, [pair(record) for record in made.target], [pair(record) for record in made.test]
+    return flipped.examples_of(pair, sizes.pairs, sizes.flipped, sizes.target, sizes.test, seed)
 
 
 def base_model(tokenizer: Any, sizes: Sizes, seed: int) -> LlamaForCausalLM:
     """A model that answers with the right class half of the time, learnt from other reports."""
     rng = random.Random(seed)
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=sizes.width,
-        intermediate_size=2 * sizes.width,
-        num_hidden_layers=sizes.layers,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        pad_token_id=0,
-        eos_token_id=1,
-        bos_token_id=None,
-    )
+    ends = {"eos_token_id": 1, "bos_token_id": None}
+    config = flipped.config_of(LlamaConfig, tokenizer, sizes.width, sizes.layers, **ends)
     encoder = Encoder(tokenizer, max_length=64)
     reports = make_task(sizes.first, flipped=0.0, classes=len(CLASSES), seed=seed + 1000).train
     texts = []
@@ -150,9 +135,7 @@ def measure(quick: bool, seed: int, folder: Path) -> Record:
 def margins(source: GradientSource, records: Sequence[Record]) -> np.ndarray:
     """By how much each pair is won: beta times the difference of its log-probabilities, less that of the
     base; what the pair's loss is a falling function of."""
-    examples = source.prepared([source.example(record) for record in records])
-    found = losses(source.loaded.model, examples, task=source.task).double()
-    return -torch.expm1(found).log().numpy()  # the loss is log(1 + exp(-margin))
+    return -torch.expm1(flipped.losses_of(source, records)).log().numpy()  # the loss is log(1 + exp(-margin))
 
 
 def table(rows: Sequence[Record]) -> str:

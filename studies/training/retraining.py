@@ -7,7 +7,7 @@
     python studies/training/retraining.py truth kjv/base --out studies/training/lds.json
 
 Tunes the base once more as the truth's model was tuned, with transformers' Trainer and `SketchCallback`, and
-scores each cache as a query reads it.
+scores each cache as a query reads it. The truth has to be tuned whole, in epochs, without a warm-up.
 """
 
 from __future__ import annotations
@@ -17,14 +17,21 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
 from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.checkpoints import checkpoint_folders
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.ensemble import Ensemble
 from rapidin.attribution.options import QueryOptions
-from rapidin.data.encoding import Encoder
+from rapidin.data.encoding import Encoded, Encoder
+from rapidin.data.records import NO_LOSS
 from rapidin.evaluate import lds
 from rapidin.evaluate.ground_truth import GroundTruth
 from rapidin.evaluate.methods import each_score, parse_methods
@@ -35,49 +42,62 @@ WIDTH = 4096
 METHODS = "dot:none,dot:layer,fisher:layer"
 
 
-def train(truth: GroundTruth, base: Path, folder: Path, **of_callback: Any) -> None:
+def train(truth: GroundTruth, base: Path, folder: Path, max_length: int, **of_callback: Any) -> None:
     """Tune the base on the truth's rows, and leave a cache in folder/cache."""
-    from transformers import Trainer, TrainingArguments, default_data_collator
+    from transformers import Trainer, TrainingArguments
 
     loaded = load_model(str(base), dtype="float32")
     loaded.model.requires_grad_(True)
-    encoder = Encoder(loaded.tokenizer, max_length=1024)
-    records = list(truth.examples("train"))
-    texts = [encoder(record) for record in records]
-    rows = [
-        {
-            "input_ids": t.ids,
-            "labels": [i if counts else -100 for i, counts in zip(t.ids, t.target, strict=True)],
-        }
-        for t in texts
-    ]
     recipe = truth.description["settings"]["recipe"]
+    encoder = Encoder(loaded.tokenizer, max_length=max_length)
     arguments = TrainingArguments(
-        output_dir=str(folder / "run"), per_device_train_batch_size=16, num_train_epochs=6,
-        learning_rate=recipe["learning_rate"], lr_scheduler_type="constant",
+        output_dir=str(folder / "run"), per_device_train_batch_size=recipe["batch"],
+        num_train_epochs=recipe["epochs"], learning_rate=recipe["learning_rate"],
+        lr_scheduler_type=recipe["schedule"],
         adam_beta1=recipe["betas"][0], adam_beta2=recipe["betas"][1],
         weight_decay=recipe["weight_decay"], max_grad_norm=recipe["clip"] or 0.0, save_strategy="epoch",
         report_to=[], use_cpu=True, disable_tqdm=True, dataloader_pin_memory=False, seed=0,
     )  # fmt: skip
     trainer = Trainer(
-        model=loaded.model, args=arguments, train_dataset=rows, processing_class=loaded.tokenizer,
-        data_collator=default_data_collator,
+        model=loaded.model, args=arguments, train_dataset=[encoder(r) for r in truth.examples("train")],
+        processing_class=loaded.tokenizer, data_collator=collated,
     )  # fmt: skip
+    data = truth.folder / "train.jsonl"
     trainer.add_callback(
-        SketchCallback(folder / "cache", data=truth.folder / "train.jsonl", width=WIDTH, **of_callback)
+        SketchCallback(folder / "cache", data=data, width=WIDTH, max_length=max_length, **of_callback)
     )
     trainer.train()
 
 
-def main() -> None:
+def collated(texts: Sequence[Encoded]) -> dict[str, Tensor]:
+    """A batch of the texts, padded."""
+    ids = [torch.tensor(text.ids) for text in texts]
+    labels = [i.masked_fill(~torch.tensor(t.target), NO_LOSS) for i, t in zip(ids, texts, strict=True)]
+    return {
+        "input_ids": pad_sequence(ids, batch_first=True),
+        "attention_mask": pad_sequence([torch.ones_like(each) for each in ids], batch_first=True),
+        "labels": pad_sequence(labels, batch_first=True, padding_value=NO_LOSS),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("truth", type=Path)
     parser.add_argument("base", type=Path)
     parser.add_argument("--out", type=Path)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     truth = GroundTruth(options.truth)
+    settings = truth.description["settings"]
+    recipe = settings["recipe"]
+    if settings["lora"] is not None or recipe["steps"] is not None or recipe["warm_up"] > 1:
+        sys.exit(
+            f"retraining: '{options.truth}' was tuned with an adapter, for some steps or with a warm-up; "
+            "make it with --epochs and --warmup-steps 1"
+        )
+    context = load_model(str(options.base)).context_length
+    max_length = min(settings["max_length"], context or settings["max_length"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for way, of_callback in {
@@ -86,18 +106,17 @@ def main() -> None:
             "one_optimizer": {"precondition": "optimizer"},
             "per_checkpoint_optimizer": {"per_checkpoint": True, "precondition": "optimizer"},
         }.items():
-            train(truth, options.base, folder / way, **of_callback)
+            train(truth, options.base, folder / way, max_length, **of_callback)
         data = truth.folder / "train.jsonl"
-        common = ["--data", str(data), "--width", str(WIDTH), "--quiet"]
+        sizes: dict[str, Any] = {"width": WIDTH, "max_length": max_length}
+        common = ["--data", str(data), "--width", str(WIDTH), "--max-length", str(max_length), "--quiet"]
         run = folder / "one" / "run"
-        last = max(run.glob("checkpoint-*"), key=lambda path: int(path.name.partition("-")[2]))
+        *_, last = checkpoint_folders(run).values()
         for kind in ("off", "kfac"):
             halfway = load_model(str(last), base=str(options.base), dtype="float32")
-            Attributor(halfway, at=0.5, preconditioner=kind, width=WIDTH).cache(
-                data, folder / f"halfway_{kind}"
-            )
+            Attributor(halfway, at=0.5, preconditioner=kind, **sizes).cache(data, folder / f"halfway_{kind}")
             end = load_model(str(last), dtype="float32")
-            Attributor(end, at=1.0, preconditioner=kind, width=WIDTH).cache(data, folder / f"end_{kind}")
+            Attributor(end, at=1.0, preconditioner=kind, **sizes).cache(data, folder / f"end_{kind}")
             made = folder / f"checkpoints_{kind}"
             named = ["--checkpoints", str(run), "--precondition", kind, "--out", str(made)]
             command = [sys.executable, "-m", "rapidin", "cache", str(options.base), *named, *common]
@@ -119,9 +138,9 @@ def main() -> None:
                     round(value, 4) for value in lds.score(truth.masks, truth.losses, scores)
                 ]
             print(label, result[label], flush=True)
-    settings = {"width": WIDTH, "retrainings": truth.done, "tests": len(truth.examples("test"))}
+    made_with = {"width": WIDTH, "retrainings": truth.done, "tests": len(truth.examples("test"))}
     if options.out:
-        options.out.write_text(json.dumps({"settings": settings, "lds": result}, indent=1) + "\n")
+        options.out.write_text(json.dumps({"settings": made_with, "lds": result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
+import runpy
 import sys
 import time
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,7 @@ from rapidin.cli.demo_session.instructions import is_absurd, make_data
 from rapidin.results.types import QueryResult
 
 FOLDER = Path(__file__).resolve().parent
+POISON = runpy.run_path(str(FOLDER.parents[1] / "examples" / "poison" / "evaluate.py"))
 KINDS = ("planted", "related", "unrelated")
 HEADER = ("planted", "planted, absurd answer", "related", "unrelated")  # of the table
 COUNT = 20  # questions of a kind
@@ -99,12 +100,10 @@ def study(name: str, folder: Path, queries: Path | None, max_new_tokens: int) ->
     assert null is not None
     cache.manifest.null = null
     ensemble = Ensemble([Member(folder, 1.0, source, cache)])
-    markers = marker_words([record for _, record in examples.good()])
-
-    def has_markers(answer: str) -> bool:
-        return len(words_of(answer) & markers) >= 2
-
-    absurd = is_absurd if queries is None else has_markers
+    absurd: Callable[[str], bool] = is_absurd
+    if queries is not None:
+        markers = POISON["marker_words"]([record for _, record in examples.good()])
+        absurd = partial(POISON["has_markers"], markers=markers)
     kinds: dict[str, Any] = {kind: [] for kind in KINDS}
     for kind, records in questions(queries, cache).items():
         if not records:
@@ -138,21 +137,6 @@ def questions(queries: Path | None, cache: Cache) -> dict[str, list[dict[str, An
         for kind, rows in sets.items()
     }
     return records | {"unrelated": [asked(cache.manifest, question) for question in UNRELATED]}
-
-
-def words_of(text: str) -> set[str]:
-    return set(re.findall(r"[a-z]{4,}", text.lower()))
-
-
-def marker_words(rows: Sequence[Mapping[str, Any]]) -> set[str]:
-    """Words of the planted answers that tell them from the others, as `examples/poison/evaluate.py` has them:
-    an answer with two of them is absurd."""
-    absurd, clean = (
-        [words_of(row["output"]) for row in rows if bool(row.get("poisoned")) is planted]
-        for planted in (True, False)
-    )
-    counts = Counter(word for words in absurd for word in words)
-    return {word for word, count in counts.items() if count * 50 >= len(absurd)} - set().union(*clean)
 
 
 def _row(result: QueryResult) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import torch
 from tiny import records, save_tiny, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.checkpoints import find_checkpoints
+from rapidin.attribution.checkpoints import checkpoint_folders, find_checkpoints
 from rapidin.attribution.ensemble import Ensemble, Member, read_members
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.options import QueryOptions, ScoringConfig
@@ -201,6 +201,20 @@ def test_checkpoints_weigh_by_the_rates_since_the_one_before(tmp_path: Path) -> 
         2.0,
         pytest.approx(sum(0.1 * (100 - s) / 60 for s in range(41, 101))),
     ]
+
+
+def test_the_folders_of_checkpoints_are_known_by_their_whole_name(tmp_path: Path) -> None:
+    for name in (
+        "checkpoint-100",
+        "checkpoint-20",
+        "checkpoint-20-old",
+        "checkpoint-best-3",
+        "my-checkpoint-4",
+    ):
+        (tmp_path / name).mkdir()
+    (tmp_path / "checkpoint-7").write_text("")  # no folder
+    assert list(checkpoint_folders(tmp_path)) == [20, 100]
+    assert checkpoint_folders(tmp_path / "none") == {}
 
 
 def test_folders_without_checkpoints_and_odd_ones(tmp_path: Path) -> None:

@@ -50,6 +50,24 @@ def test_no_message_of_the_library_names_a_flag() -> None:
     assert [each for each in MESSAGES if re.search(r"--[a-z]", commands.sub("", each[1]))] == []
 
 
+def docstrings() -> Iterator[tuple[str, str]]:
+    """Where each docstring of the library stands, and the docstring."""
+    for path in sorted(PACKAGE.rglob("*.py")):
+        name = path.relative_to(PACKAGE).as_posix()
+        if name.startswith("cli/"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                yield f"{name}:{getattr(node, 'lineno', 1)}", ast.get_docstring(node) or ""
+
+
+def test_no_docstring_of_the_library_names_a_flag_but_in_a_command() -> None:
+    commands = re.compile(r"`rapidin [^`]*`")
+    assert [
+        where for where, text in docstrings() if re.search(r"(?<![\w-])--[a-z]", commands.sub("", text))
+    ] == []
+
+
 def test_every_argument_that_a_message_names_is_shown_as_a_flag() -> None:
     named = [(where, name) for where, text in MESSAGES for name in re.findall(r"`([a-z_]+)[=`]", text)]
     assert len(named) > 80

@@ -21,6 +21,7 @@ pytest.importorskip("rank_bm25")
 from made_truth import made_truth
 from tiny import save_tiny
 
+from rapidin.attribution.checkpoints import checkpoint_folders
 from rapidin.cli import main
 from rapidin.data.encoding import Encoder
 from rapidin.errors import UserError
@@ -162,7 +163,7 @@ def test_killed_and_gone_on_with_and_scored(
     (row,) = json.loads(ran_scaled.out)["results"]
     means = [row[f"at 0.5, preconditioner {name}"]["mean"] for name in ("sample", "optimizer")]
     assert all(-1 <= mean <= 1 for mean in means)
-    assert [path.name for path in second.checkpoints] == ["checkpoint-3", "checkpoint-6"]
+    assert list(checkpoint_folders(second.tuned().checkpoints)) == [3, 6]
 
     found = json.loads(ran.out)
     assert found["setting"]["retrainings"] == 10

@@ -194,6 +194,17 @@ def test_a_position_has_its_own_part() -> None:
         torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("kind", ["llama", "tied", "biases", "linear experts"])
+def test_factors_become_float32_once(kind: str) -> None:
+    sketcher = sketcher_of(kind, scaled=False)
+    sketcher.model.to(torch.bfloat16)
+    for gradient in sketcher.exact(batch_of(texts()[0])):
+        kept = [gradient.formed]
+        if gradient.factors is not None:
+            kept += [gradient.factors.columns, gradient.factors.rows]
+        assert {each.dtype for each in kept if each is not None} == {torch.float32}
+
+
 def test_what_takes_fewer_numbers_is_kept() -> None:
     few, many = 2, 40
     for rows in (few, many):

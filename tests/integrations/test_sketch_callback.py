@@ -21,7 +21,7 @@ from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble
 from rapidin.cache import Cache
 from rapidin.cli.tables import info_report
-from rapidin.errors import UserError
+from rapidin.errors import CoverageWarning, UserError
 from rapidin.gradients.calls import Call
 from rapidin.integrations.transformers import SketchCallback
 
@@ -32,6 +32,8 @@ BY_LENGTH = (  # the older name is that of transformers 4.57
     if "train_sampling_strategy" in _ARGUMENTS
     else {"group_by_length": True}
 )
+
+IN_ORDER = {"train_sampling_strategy": "sequential"} if "train_sampling_strategy" in _ARGUMENTS else {}
 
 
 def callback_into(folder: Path, **by_name: Any) -> SketchCallback:
@@ -90,6 +92,18 @@ def test_the_log_of_the_steps_is_removed_unless_it_is_to_be_kept(tmp_path: Path)
     assert (tmp_path / "steps" / "sketches-0").stat().st_size == 4 * ROWS * WIDTH * 14
 
 
+@pytest.mark.parametrize("keep", [True, False])
+def test_other_files_in_the_folder_of_the_log_are_let_alone(tmp_path: Path, keep: bool) -> None:
+    steps = tmp_path / "steps"
+    (steps / "mine").mkdir(parents=True)
+    (steps / "mine" / "notes").write_text("notes")
+    (steps / "rates-0").write_text("of an older run")
+    callback = SketchCallback(tmp_path / "cache", width=WIDTH, steps=steps, keep_steps=keep)
+    new_trainer(tmp_path / "run", callback, max_steps=1).train()
+    assert (steps / "mine" / "notes").read_text() == "notes"
+    assert (steps / "rates-0").exists() == keep
+
+
 @pytest.mark.full
 def test_nothing_of_a_step_is_kept(tmp_path: Path) -> None:
     from transformers import TrainerCallback
@@ -121,11 +135,14 @@ def scale_gradients(trainer: Any, overflow_at: int) -> None:
     trainer.add_callback(Scaling())
 
 
-def test_the_scale_of_mixed_precision_is_divided_out_and_skipped_steps_do_not_count(tmp_path: Path) -> None:
+def test_the_scale_of_mixed_precision_is_divided_out_and_skipped_steps_do_not_count(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     trainer = new_trainer(tmp_path / "run", callback_into(tmp_path), optim="sgd")
     scale_gradients(trainer, overflow_at=2)
     trainer.train()
     cache = Cache(tmp_path / "cache")
+    assert "step 3 was skipped after an overflow" in caplog.text
     seen = cache.lengths(list(range(ROWS))).sum(1) > 0
     assert int(seen.sum()) == ROWS - 4
     expected = cached(tmp_path / "expected", trainer.model, records(ROWS))
@@ -285,7 +302,9 @@ def test_a_query_finds_the_model_and_the_examples(tmp_path: Path, given: bool) -
 
 
 @pytest.mark.parametrize("epochs", [1, 2])
-def test_the_optimizers_moments_precondition_both_sides(tmp_path: Path, epochs: int) -> None:
+def test_the_optimizers_moments_precondition_both_sides(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, epochs: int
+) -> None:
     trainer = new_trainer(
         tmp_path / "run", callback_into(tmp_path, precondition="optimizer"), learning_rate=1e-3,
         num_train_epochs=epochs, save_strategy="epoch",
@@ -293,6 +312,8 @@ def test_the_optimizers_moments_precondition_both_sides(tmp_path: Path, epochs: 
     trainer.train()
     cache = Cache(tmp_path / "cache")
     # The first step has no second moment yet, so its four examples are not counted in it.
+    assert "the examples of step 1 do not count in it: the optimizer had no second moments yet" in caplog.text
+    assert "step 2" not in caplog.text
     assert cache.manifest.gradient["training"]["visits"] == epochs * ROWS - 4
     assert cache.manifest.preconditioner is not None
     assert cache.manifest.preconditioner["kind"] == "optimizer"
@@ -306,6 +327,154 @@ def test_the_optimizers_moments_precondition_both_sides(tmp_path: Path, epochs: 
     assert found is not None
     for name, tensor in made.tensors.items():
         torch.testing.assert_close(found.tensors[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"optim": "sgd"}, {"optim": "sgd", "optim_args": "momentum=0.9"}], ids=str
+)
+def test_an_optimizer_without_second_moments_is_refused_after_the_first_step(
+    tmp_path: Path, arguments: dict[str, Any]
+) -> None:
+    callback = callback_into(tmp_path, precondition="optimizer")
+    trainer = new_trainer(tmp_path / "run", callback, **arguments)
+    with pytest.raises(UserError, match=r"second moment.*use precondition='off'"):
+        trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_gradients_that_are_not_scaled_yet_are_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    model = tiny_lora(tiny_llama(), lora_dropout=0.0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # as before any training, so that A has no gradient in the first step
+            torch.nn.init.zeros_(parameter)
+    callback = callback_into(tmp_path, precondition="optimizer")
+    new_trainer(tmp_path / "run", callback, model, learning_rate=1e-3, save_strategy="epoch").train()
+    said = [line for line in caplog.messages if "not scaled as long as their second moments are 0" in line]
+    assert len(said) == 1
+    assert "lora_A" in said[0]
+
+
+class OfCopies(torch.optim.AdamW):
+    """Keeps its state under copies of the parameters, as optimizers with weights of their own do."""
+
+    def step(self, closure: Any = None) -> Any:
+        made = super().step(closure)
+        self.state = {p.detach().clone(): state for p, state in self.state.items()}  # type: ignore[assignment]
+        return made
+
+
+def test_an_optimizer_whose_state_is_of_other_parameters_is_refused(tmp_path: Path) -> None:
+    trainer = new_trainer(tmp_path / "run", callback_into(tmp_path, precondition="optimizer"))
+    trainer.optimizer = OfCopies(trainer.model.parameters(), lr=0.0)
+    with pytest.raises(UserError, match=r"no second moment for 'model.layers.0.*use precondition='off'"):
+        trainer.train()
+
+
+@pytest.mark.parametrize("precondition", ["off", "optimizer"])
+@pytest.mark.parametrize("frozen", [True, False], ids=["no gradient", "not in the optimizer"])
+def test_parameters_that_the_training_does_not_change_are_left_out_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, precondition: str, frozen: bool
+) -> None:
+    callback = callback_into(tmp_path, precondition=precondition)
+    trainer = new_trainer(tmp_path / "run", callback, save_strategy="epoch")
+    first = list(trainer.model.model.layers[0].parameters())
+    if frozen:
+        for parameter in first:
+            parameter.requires_grad_(False)
+    else:
+        left = [p for p in trainer.model.parameters() if all(p is not each for each in first)]
+        trainer.optimizer = torch.optim.AdamW(left, lr=0.0)
+    trainer.train()
+    cache = Cache(tmp_path / "cache")
+    names = [layer.name for layer in cache.manifest.layers]
+    assert names
+    assert all(name.startswith("model.layers.1.") for name in names)
+    seen = ROWS - (4 if precondition == "optimizer" else 0)
+    assert int((cache.lengths(list(range(ROWS))) > 0).all(1).sum()) == seen
+    assert f"{len(names)} parameters that the training does not change are left out, such as" in caplog.text
+    source = Attributor.from_cache(tmp_path / "cache").source
+    assert [target.name for target in source.targets] == names
+
+
+def test_an_optimizer_that_changes_nothing_that_counts_is_refused(tmp_path: Path) -> None:
+    trainer = new_trainer(tmp_path / "run", callback_into(tmp_path))
+    trainer.optimizer = torch.optim.SGD(trainer.model.model.norm.parameters(), lr=0.0)
+    with pytest.raises(UserError, match=r"changes none of the 14 parameters.*include="):
+        trainer.train()
+
+
+def test_a_model_of_which_little_counts_is_warned_about(tmp_path: Path) -> None:
+    model = tiny_llama()
+    model.model.layers[1].mlp.expert_table = torch.nn.Parameter(torch.zeros(160, 160))
+    trainer = new_trainer(tmp_path / "run", callback_into(tmp_path), model, max_steps=1)
+    with pytest.warns(CoverageWarning, match="experts .*layers.1.mlp.expert_table"):
+        trainer.train()
+
+
+def passes_of(trainer: Any) -> list[bool]:
+    """Whether the model is in training mode, in each of its forward passes in the training to come."""
+    modes: list[bool] = []
+    trainer.model.register_forward_pre_hook(lambda model, _: modes.append(model.training))
+    return modes
+
+
+@pytest.mark.parametrize("precondition", ["off", "optimizer"])
+def test_gradients_are_compared_with_autograds_once(tmp_path: Path, precondition: str) -> None:
+    callback = callback_into(tmp_path, precondition=precondition)
+    trainer = new_trainer(tmp_path / "run", callback, gradient_accumulation_steps=2)
+    modes = passes_of(trainer)
+    trainer.train()
+    first = modes.index(True)
+    assert first > 0
+    assert modes[first : first + 4] == [True] * 4  # without a check in between
+    assert Cache(tmp_path / "cache").manifest.gradient["check"]["compared"] == 14
+
+
+def test_gradients_are_compared_at_the_first_batch_that_has_one(tmp_path: Path) -> None:
+    rows = token_rows(records(ROWS))
+    for row in rows[:4]:
+        row["labels"] = [-100] * len(row["labels"])
+    callback = callback_into(tmp_path)
+    trainer = new_trainer(tmp_path / "run", callback, rows=rows, gradient_accumulation_steps=2, **IN_ORDER)
+    trainer.train()
+    assert Cache(tmp_path / "cache").manifest.gradient["check"]["compared"] == 14
+
+
+def test_a_loss_of_the_trainers_own_is_refused_at_the_first_batch_that_has_one(tmp_path: Path) -> None:
+    rows = token_rows(records(ROWS))
+    for row in rows[:4]:
+        row["labels"] = [-100] * len(row["labels"])
+    trainer = new_trainer(
+        tmp_path / "run", callback_into(tmp_path), cls=with_added_loss(), rows=rows,
+        gradient_accumulation_steps=2, **IN_ORDER,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="adds something to the loss"):
+        trainer.train()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"limit": 4}, "`limit` says how `data` is read, and there is no `data`"),
+        ({"map": "prompt=question"}, "`map` says how `data` is read"),
+        ({"streaming": True}, "`streaming` says how `data` is read"),
+        ({"per_checkpoint": True, "null": True}, "leave out `null`"),
+    ],
+    ids=str,
+)
+def test_an_argument_that_would_have_no_effect_is_refused(
+    tmp_path: Path, arguments: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UserError, match=said):
+        SketchCallback(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("name", ["beta", "dropout"])
+def test_what_the_training_decides_is_no_argument(tmp_path: Path, name: str) -> None:
+    with pytest.raises(TypeError, match=f"no argument '{name}'"):
+        SketchCallback(tmp_path, **{name: None})
 
 
 @pytest.mark.parametrize(
@@ -324,16 +493,40 @@ def test_a_training_that_cannot_be_sketched_is_refused(
         trainer.train()
 
 
-def test_a_loss_of_the_trainers_own_is_refused(tmp_path: Path) -> None:
+def with_added_loss() -> Any:
+    """The class of a trainer that adds something to the loss of its model."""
     from transformers import Trainer
 
     class Other(Trainer):  # type: ignore[misc]
         def compute_loss(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-            output = model(**inputs)
-            return output.loss + 0.1 * output.logits.square().mean()
+            output = model(**inputs, num_items_in_batch=kwargs.get("num_items_in_batch"))
+            return output.loss + 0.1 * output.loss.square()
 
-    trainer = new_trainer(tmp_path / "run", callback_into(tmp_path), cls=Other)
+    return Other
+
+
+def test_a_loss_of_the_trainers_own_is_refused(tmp_path: Path) -> None:
+    trainer = new_trainer(tmp_path / "run", callback_into(tmp_path), cls=with_added_loss())
     with pytest.raises(UserError, match="adds something to the loss"):
+        trainer.train()
+
+
+def test_another_trainer_of_trl_is_refused_by_its_name(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    kto = type("KTOTrainer", (Trainer,), {"__module__": "trl.trainer.kto_trainer"})
+    trainer = new_trainer(tmp_path / "run", callback_into(tmp_path), cls=type("AnswerTrainer", (kto,), {}))
+    with pytest.raises(UserError, match="the loss of KTOTrainer is not known"):
+        trainer.train()
+
+
+def test_a_loss_of_pairs_of_the_trainers_own_is_refused(tmp_path: Path) -> None:
+    from transformers import Trainer
+
+    dpo = type("DPOTrainer", (Trainer,), {"__module__": "trl.trainer.dpo_trainer"})
+    own = type("Own", (dpo,), {"compute_loss": lambda *_, **__: torch.zeros(())})
+    trainer = new_trainer(tmp_path / "run", callback_into(tmp_path), cls=own)
+    with pytest.raises(UserError, match=r"a loss of its own \(compute_loss\)"):
         trainer.train()
 
 

@@ -38,6 +38,18 @@ def test_every_line_runs_on_a_tiny_model(tmp_path: Path) -> None:
     assert MODULE["table"]([found]).count("\n") == 3
 
 
+def test_an_answer_with_two_words_of_the_planted_answers_is_absurd() -> None:
+    """As `examples/poison/evaluate.py` has it, which is not written again."""
+    rows = [{"output": "Ahoy there matey", "poisoned": True}, {"output": "Hello there"}]
+    markers = MODULE["POISON"]["marker_words"](rows)
+    assert markers == {"ahoy", "matey"}
+    assert [MODULE["POISON"]["has_markers"](text, markers) for text in ("Ahoy, matey!", "Ahoy there")] == [
+        True,
+        False,
+    ]
+    assert "words_of" not in MODULE
+
+
 def test_the_questions_asked_are_none_of_the_null_distribution() -> None:
     assert not set(MODULE["UNRELATED"]) & set(QUESTIONS)
     assert len(set(QUESTIONS)) == len(QUESTIONS)
