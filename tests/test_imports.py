@@ -30,7 +30,8 @@ ALLOWED: dict[str, set[str]] = {
     "gradients": {"data", "ops", "tasks"},
     "attribution": {"data", "ops", "cache", "results", "tasks", "gradients"},
     "evaluate": {"data", "ops", "cache", "results", "tasks", "gradients", "attribution"},
-    "cli": {"data", "ops", "cache", "results", "tasks", "gradients", "attribution", "evaluate"},
+    "serve": {"data", "cache", "results", "tasks", "gradients", "attribution"},
+    "cli": {"data", "ops", "cache", "results", "tasks", "gradients", "attribution", "evaluate", "serve"},
     "integrations": {"data", "cache", "tasks", "gradients", "attribution"},
     "__main__": {"cli"},
     # The names that `import rapidin` offers.

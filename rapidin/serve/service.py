@@ -48,6 +48,8 @@ class Question:
 
     def record(self, ensemble: Ensemble) -> Record:
         """As a record in the form of the training data. Raises UserError if there is nothing to ask."""
+        if self.completion == "":
+            raise UserError("the completion is empty", "leave it out, and the model writes one")
         manifest = ensemble.caches[-1].manifest
         if self.ask is not None:
             return asked(manifest, self.ask, self.completion)
@@ -121,9 +123,9 @@ class History:
 class Service:
     """Answers questions with one model, and explains them by caches.
 
-    ensemble: the caches, whose models are loaded if they are not in memory; examples: the training data, None to show none; rows:
-    the same data opened once more, for single rows while a question is answered; made: what is said of where
-    hits come from; history: answers that are kept.
+    ensemble: the caches, whose models are loaded if they are not in memory; examples: the training data, None
+    to show none; rows: the same data opened once more, for single rows while a question is answered; made:
+    what is said of where hits come from; history: answers that are kept.
     """
 
     def __init__(
@@ -178,14 +180,13 @@ class Service:
             job.on_event("stage", {"stage": name, "done": done, "total": total})
 
         record, options = question.record(self.ensemble), self._options(question)
-        with listening(self._listener(job)):
-            results = self.ensemble.query(
-                [record],
-                options,
-                examples=False if self.examples is None else self.examples,
-                on_stage=on_stage,
-            )
+        examples = False if self.examples is None else self.examples
+        written = _Written(job.on_event)
+        with listening(self._listener(job, written)):
+            results = self.ensemble.query([record], options, examples=examples, on_stage=on_stage)
         job.check()
+        if results[0].generated:
+            written.end(results[0].completion)
         answer = Answer(question, results, self._made(options))
         self.history.add(answer)
         return answer
@@ -193,10 +194,12 @@ class Service:
     def generate(self, question: Question, job: Job) -> dict[str, Any]:
         """What the model answers, without the examples behind it; events as for `explain`."""
         record = question.record(self.ensemble)
-        with listening(self._listener(job)):
-            written = self._source.task.generation(self._source.loaded.model, record, question.max_new_tokens)
+        task, model, written = self._source.task, self._source.loaded.model, _Written(job.on_event)
+        with listening(self._listener(job, written)):
+            answer = task.generation(model, record, question.max_new_tokens)
         job.check()
-        return {"prompt": written.prompt, "completion": written.completion}
+        written.end(answer.completion)
+        return {"prompt": answer.prompt, "completion": answer.completion}
 
     def row(self, row: int) -> dict[str, Any] | None:
         """A training example with all of its columns, and as the model reads it; None if there is none."""
@@ -225,11 +228,11 @@ class Service:
             max_new_tokens=question.max_new_tokens,
         )
 
-    def _listener(self, job: Job) -> Listener:
-        tokenizer, event = self._source.loaded.tokenizer, _Written(job.on_event)
+    def _listener(self, job: Job, written: _Written) -> Listener:
+        tokenizer = self._source.loaded.tokenizer
 
         def wrote(ids: Sequence[int]) -> None:
-            event(str(tokenizer.decode(list(ids), skip_special_tokens=True)))
+            written(str(tokenizer.decode(list(ids), skip_special_tokens=True)))
 
         return Listener(wrote, lambda: job.cancelled)
 
@@ -241,7 +244,10 @@ class _Written:
         self._on_event, self._told = on_event, ""
 
     def __call__(self, text: str) -> None:
-        text = text.rstrip(_UNFINISHED)
+        self.end(text.rstrip(_UNFINISHED))
+
+    def end(self, text: str) -> None:
+        """The text is this, and no further bytes come."""
         if not text.startswith(self._told) or len(text) == len(self._told):
             return
         self._on_event("answer", {"text": text[len(self._told) :]})
