@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from rapidin.attribution.methods import self_influence as self_influence
     from rapidin.attribution.one_call import explain as explain
     from rapidin.cache import Cache as Cache
+    from rapidin.distributed import patient_threads as patient_threads
     from rapidin.errors import CoverageWarning as CoverageWarning
     from rapidin.errors import UserError as UserError
     from rapidin.gradients.load import load_model as load_model
-    from rapidin.threads import patient_threads as patient_threads
 
 __version__ = "0.1.0"
 
@@ -31,7 +31,7 @@ _HOMES = {
     "self_influence": "rapidin.attribution.methods",
     "explain": "rapidin.attribution.one_call",
     "load_model": "rapidin.gradients.load",
-    "patient_threads": "rapidin.threads",
+    "patient_threads": "rapidin.distributed",
 }
 __all__ = [
     "Attributor",

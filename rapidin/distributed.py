@@ -1,4 +1,4 @@
-"""Several processes that fill or scan one cache together, started by torchrun.
+"""Several processes that fill or scan one cache together, started by torchrun, or share a machine.
 
 `join` finds out whether that is so. What they have to agree on is little, and goes through the store that
 torch.distributed meets by: who makes which shard, what the leader decided, who waits, who failed. Each tells
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import sys
 import threading
 import time
 import uuid
@@ -24,6 +25,7 @@ _T = TypeVar("_T")
 JOINING = 600.0  # seconds within which all processes must have started
 PATIENCE = 120.0  # seconds without a sign of life after which a process counts as gone
 BEAT = 3.0  # seconds between signs of life
+_POLICY = "OMP_WAIT_POLICY"  # read by the OpenMP runtime when torch loads it
 _ENVIRONMENT = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -399,3 +401,21 @@ def leave() -> None:
     global _world
     _world.leave()
     _world = World()
+
+
+def patient_threads() -> None:
+    """Let torch's threads sleep while they wait for work, instead of spinning.
+
+    Threads that spin take the time of the processor from whichever thread has work to do: where other
+    processes were busy too, training steps of a small model took ten times as long
+    (docs/measured/results.md). The command line calls this by itself. In Python call it before torch is
+    imported, or set OMP_WAIT_POLICY=passive; a policy that is set already is kept.
+
+    Raises UserError if torch has been imported without a policy, since it is too late then.
+    """
+    if _POLICY not in os.environ and "torch" in sys.modules:
+        raise UserError(
+            "torch is imported already, and its threads cannot be changed",
+            f"call rapidin.patient_threads() before, or start Python with {_POLICY}=passive",
+        )
+    os.environ.setdefault(_POLICY, "passive")

@@ -18,7 +18,7 @@ import rapidin
 PACKAGE = Path(rapidin.__file__).parent
 ROOT = PACKAGE.parent
 
-GROUND = {"errors", "files", "distributed", "settings", "threads"}
+GROUND = {"errors", "files", "distributed", "settings"}
 # What each room may import of rapidin, besides the ground and itself.
 ALLOWED: dict[str, set[str]] = {
     "kernels": set(),
@@ -48,7 +48,7 @@ LIGHT: dict[str, set[str]] = {
     "errors": set(),
     "files": set(),
     "settings": set(),
-    "threads": set(),
+    "distributed": set(),
     "data.examples": set(),
     "data.encoding": set(),
     "results.types": set(),

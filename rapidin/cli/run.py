@@ -19,9 +19,8 @@ import rapidin
 from rapidin.cli.console import line
 from rapidin.cli.interrupts import Interruptible, exit_code
 from rapidin.cli.options import app, renamed_flags
-from rapidin.distributed import PeerError, join, leave, world
+from rapidin.distributed import PeerError, join, leave, patient_threads, world
 from rapidin.errors import UserError, is_out_of_memory
-from rapidin.threads import patient_threads
 
 
 def _version(requested: bool) -> None:

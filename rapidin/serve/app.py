@@ -10,8 +10,8 @@ from collections.abc import AsyncIterator, Callable
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-from fastapi import Body, FastAPI, HTTPException, Query, Request
-from fastapi.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
+from fastapi import APIRouter, Body, FastAPI, HTTPException, Query, Request
+from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 import rapidin
@@ -24,7 +24,7 @@ from rapidin.serve.service import Answer, Question, Service
 
 _STREAM = "text/event-stream"
 _GONE_SECONDS = 0.25  # between two looks at whether the client is still there
-_ASSETS = {"live.js": "text/javascript", "live.css": "text/css", "page.css": "text/css"}
+_ASSETS = {"live.js": "text/javascript", "live.css": "text/css"}
 _MOST_CHARACTERS = 100_000  # of a text
 
 
@@ -126,99 +126,57 @@ def create_app(service: Service, worker: Worker, access: Access) -> Guard:
         redoc_url=None,
     )
 
-    def error_of(error: UserError) -> JSONResponse:
-        return JSONResponse({"detail": str(error)}, status_code=400)
-
     @app.exception_handler(UserError)
     async def user_error(_: Request, error: UserError) -> Response:
-        return error_of(error)
+        return JSONResponse({"detail": str(error)}, status_code=400)
 
     @app.exception_handler(QueueFullError)
     async def queue_full(_: Request, __: QueueFullError) -> Response:
         detail = f"{worker.most:,} questions wait already"
         return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "2"})
 
-    def found(name: str) -> Answer:
-        answer = service.history.get(name)
-        if answer is None:
-            raise HTTPException(404, "there is no such answer; the server keeps the last ones only")
-        return answer
+    for router in (_questions(service, worker), _data(service, worker), _answers(service), _pages(service)):
+        app.include_router(router)
+    return Guard(app, access)
 
-    # ------------------------------------------------------------------------------------------- jobs
 
-    async def answered(
-        request: Request, work: Callable[[Job], Any], to_json: Callable[[Any], Any]
-    ) -> Response:
-        """The response to a request that is work for the model."""
-        loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]]()
+def _questions(service: Service, worker: Worker) -> APIRouter:
+    """What the model has to work for."""
+    router = APIRouter()
 
-        def on_event(name: str, value: dict[str, Any]) -> None:
-            loop.call_soon_threadsafe(events.put_nowait, (name, value))
-
-        job = worker.submit(work, on_event)
-        job.result.add_done_callback(
-            lambda _: loop.is_closed() or loop.call_soon_threadsafe(events.put_nowait, ("", None))
-        )
-        if _STREAM in request.headers.get("accept", ""):
-            return StreamingResponse(_streamed(job, events, to_json), media_type=_STREAM)
-        try:
-            while not job.result.done():
-                try:
-                    await asyncio.wait_for(events.get(), _GONE_SECONDS)
-                except asyncio.TimeoutError:
-                    if await request.is_disconnected():
-                        break
-        finally:
-            job.cancel()  # of no effect once it has ended
-        if not job.result.done():
-            return Response(status_code=499)
-        return JSONResponse(await asyncio.to_thread(to_json, job.result.result()))
-
-    # ------------------------------------------------------------------------------------------- API
-
-    @app.post("/query", summary="The training examples behind an answer")
+    @router.post("/query", summary="The training examples behind an answer")
     async def query(request: Request, body: Annotated[ToExplain, Body()]) -> Response:
         """As `rapidin query --json` writes it, with an `id` and its address `url`. With the header `Accept:
         text/event-stream` events come first: `waiting` (`before`), `answer` (`text`, what the model has
         written further), `stage` (`stage`, `done`, `total`), then `result` or `error` (`detail`)."""
         question = body.question()
         service.check(question)
-        return await answered(request, lambda job: service.explain(question, job), _answer_json)
+        return await _done(request, worker, lambda job: service.explain(question, job), _answer_json)
 
-    @app.post("/generate", summary="The model's answer", response_model=Generated)
+    @router.post("/generate", summary="The model's answer", response_model=Generated)
     async def generate(request: Request, body: Annotated[Asked, Body()]) -> Response:
         """What the model answers, greedily. Events are as those of `/query`."""
         question = body.question()
         service.check(question)
-        return await answered(request, lambda job: service.generate(question, job), dict)
+        return await _done(request, worker, lambda job: service.generate(question, job), dict)
 
-    @app.get("/rows/{row}", summary="A training example", response_model=Row)
+    return router
+
+
+def _data(service: Service, worker: Worker) -> APIRouter:
+    """What the server knows."""
+    router = APIRouter()
+
+    @router.get("/rows/{row}", summary="A training example", response_model=Row)
     def row(request: Request, row: int) -> Response:
-        found_row = service.row(row)
-        if found_row is None:
+        found = service.row(row)
+        if found is None:
             raise HTTPException(404, "there is no such row")
         if _wants_page(request):
-            return _page(pages.row_page(found_row, service.about))
-        return Response(pages.safe_json(found_row), media_type="application/json")
+            return _page(pages.row_page(found))
+        return Response(pages.safe_json(found), media_type="application/json")
 
-    @app.get("/answers", summary="The last answers", response_model=list[Summary])
-    def answers() -> Any:
-        return [answer.summary for answer in service.history.latest()]
-
-    @app.get("/answers/{name}", summary="An answer again, as /query gave it, or as a page")
-    def answer(request: Request, name: str) -> Response:
-        kept = found(name)
-        if _wants_page(request):
-            return _page(pages.answer_page(kept, service))
-        return JSONResponse(_answer_json(kept))
-
-    @app.delete("/answers/{name}", summary="Forget an answer", status_code=204)
-    def forget(name: str) -> Response:
-        found(name)
-        service.history.remove(name)
-        return Response(status_code=204)
-
-    @app.get("/about", summary="The model and the data", response_model=About)
+    @router.get("/about", summary="The model and the data", response_model=About)
     def about() -> Any:
         return {
             "version": rapidin.__version__,
@@ -228,37 +186,97 @@ def create_app(service: Service, worker: Worker, access: Access) -> Guard:
             "waiting": worker.waiting,
         }
 
-    @app.get("/health", summary="Whether the server runs")
+    @router.get("/health", summary="Whether the server runs")
     async def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    # ----------------------------------------------------------------------------------------- pages
+    return router
 
-    @app.get("/", include_in_schema=False)
+
+def _answers(service: Service) -> APIRouter:
+    """The answers that are kept."""
+    router = APIRouter()
+
+    @router.get("/answers", summary="The last answers", response_model=list[Summary])
+    def answers() -> Any:
+        return [answer.summary for answer in service.history.latest()]
+
+    @router.get("/answers/{name}", summary="An answer again, as /query gave it, or as a page")
+    def answer(request: Request, name: str) -> Response:
+        kept = _found(service, name)
+        if _wants_page(request):
+            return _page(pages.answer_page(kept, service))
+        return JSONResponse(_answer_json(kept))
+
+    @router.delete("/answers/{name}", summary="Forget an answer", status_code=204)
+    def forget(name: str) -> Response:
+        _found(service, name)
+        service.history.remove(name)
+        return Response(status_code=204)
+
+    return router
+
+
+def _pages(service: Service) -> APIRouter:
+    """What a browser shows besides."""
+    router = APIRouter(include_in_schema=False)
+
+    @router.get("/")
     def home() -> Response:
         return _page(pages.home_page(service))
 
-    @app.get("/compare", include_in_schema=False)
+    @router.get("/compare")
     def compare(a: Annotated[str, Query()], b: Annotated[str, Query()]) -> Response:
-        return _page(pages.compare_page(found(a), found(b), service))
+        return _page(pages.compare_page(_found(service, a), _found(service, b), service))
 
-    @app.get("/favicon.ico", include_in_schema=False)
+    @router.get("/favicon.ico")
     async def icon() -> Response:
         return Response(status_code=204)
 
-    @app.get("/static/{name}", include_in_schema=False)
+    @router.get("/static/{name}")
     def asset(name: str) -> Response:
         if name not in _ASSETS:
             raise HTTPException(404, "there is no such file")
-        folder = "rapidin.results.html" if name == "page.css" else "rapidin.serve"
-        text = (resources.files(folder) / name).read_text(encoding="utf-8")
+        text = (resources.files("rapidin.serve") / name).read_text(encoding="utf-8")
         return Response(text, media_type=_ASSETS[name])
 
-    @app.get("/openapi", include_in_schema=False)
-    async def openapi() -> Response:
-        return RedirectResponse("/openapi.json")
+    return router
 
-    return Guard(app, access)
+
+def _found(service: Service, name: str) -> Answer:
+    answer = service.history.get(name)
+    if answer is None:
+        raise HTTPException(404, "there is no such answer; the server keeps the last ones only")
+    return answer
+
+
+# ----------------------------------------------------------------------------------------------------- jobs
+
+
+async def _done(
+    request: Request, worker: Worker, work: Callable[[Job], Any], to_json: Callable[[Any], Any]
+) -> Response:
+    """The response to a request that is work for the model."""
+    loop, events = asyncio.get_running_loop(), asyncio.Queue[tuple[str, Any]]()
+
+    def tell(name: str, value: Any) -> None:
+        if not loop.is_closed():
+            loop.call_soon_threadsafe(events.put_nowait, (name, value))
+
+    job = worker.submit(work, tell)
+    job.result.add_done_callback(lambda _: tell("", None))
+    if _STREAM in request.headers.get("accept", ""):
+        return StreamingResponse(_streamed(job, events, to_json), media_type=_STREAM)
+    try:
+        while not job.result.done():
+            try:
+                await asyncio.wait_for(events.get(), _GONE_SECONDS)
+            except asyncio.TimeoutError:
+                if await request.is_disconnected():
+                    return Response(status_code=499)
+    finally:
+        job.cancel()  # of no effect once it has ended
+    return JSONResponse(await asyncio.to_thread(to_json, job.result.result()))
 
 
 async def _streamed(

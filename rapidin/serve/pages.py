@@ -51,7 +51,7 @@ def compare_page(a: Answer, b: Answer, service: Service) -> str:
     return page(both, about=service.about, live=Live(_HEAD, _bar(service) + _comparison(a, b)))
 
 
-def row_page(row: Mapping[str, Any], about: Mapping[str, str]) -> str:
+def row_page(row: Mapping[str, Any]) -> str:
     """A training example: its columns, and the text that the model reads."""
     index = f"{row['index']:,}"
     parts = [f'<p class="tools"><a href="/">All answers</a></p><h1>Training example {index}</h1>']
