@@ -1,6 +1,7 @@
 """rapidin serve."""
 
 import os
+import re
 import secrets
 import signal
 import socket
@@ -61,8 +62,8 @@ class ServerOptions:
     def __post_init__(self) -> None:
         if self.no_token and self.token is not None:
             raise UserError("--token and --no-token do not go together")
-        if self.token is not None and not (self.token.isascii() and self.token.isprintable() and self.token):
-            raise UserError("the token has characters that addresses cannot have", "use letters and digits")
+        if self.token is not None:
+            _check_token(self.token)
 
 
 @command("serve", example="rapidin serve CACHE")
@@ -105,7 +106,15 @@ def serve(
 def _token(server: ServerOptions) -> str | None:
     if server.no_token:
         return None
-    return server.token or os.environ.get("RAPIDIN_TOKEN") or secrets.token_urlsafe(24)
+    token = server.token or os.environ.get("RAPIDIN_TOKEN") or secrets.token_urlsafe(24)
+    _check_token(token)
+    return token
+
+
+def _check_token(token: str) -> None:
+    """Raise UserError for a token that an address or a cookie cannot have."""
+    if not re.fullmatch(r"[A-Za-z0-9._~-]+", token):
+        raise UserError("the token has characters that addresses cannot have", "use letters and digits")
 
 
 def _service(
