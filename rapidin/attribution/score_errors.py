@@ -44,7 +44,7 @@ from rapidin.cache.codec import FloatCodec
 from rapidin.gradients.parameters import matrix_shape
 
 SURE = 1.96  # standard errors between two scores that count as different: wrong for 5% of equal pairs
-_CHUNK_BYTES = 64 << 20  # of decoded rows in memory at a time
+_CHUNK_BYTES = 16 << 20  # of decoded rows in memory at a time
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ def merge(
     located = _locate_shards(parts)
     first, whole = next(iter(parts.items()))
     with CacheWriter(out, replace(whole, fitted_codec=None, shards=[], null=None)) as writer:
-        _copy_learned(first, whole, writer)
+        copy_learned(first, whole, writer)
         missing = set(writer.missing)
         done, total = 0, sum(shard.bytes for _, shard in located)
         copied: list[Shard] = []
@@ -51,7 +51,7 @@ def merge(
     return Cache(out)
 
 
-def _copy_learned(folder: Path, manifest: Manifest, writer: CacheWriter) -> None:
+def copy_learned(folder: Path, manifest: Manifest, writer: CacheWriter) -> None:
     """Copy the preconditioner and the basis of a cache, and take over its fitted codec."""
     if manifest.preconditioner is not None:
         read_preconditioner(folder, manifest.preconditioner, dict)

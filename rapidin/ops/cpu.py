@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -308,15 +309,24 @@ def rotate(x: Tensor, *, seed: int, inverse: bool, mean: Tensor | None, cut: Cut
 
 
 def _hadamard(x: Tensor) -> Tensor:
-    """The normalized Hadamard transform of the last axis: its own inverse."""
+    """The normalized Hadamard transform of the last axis: its own inverse.
+
+    A block as a matrix [rows, columns] is multiplied by a smaller Hadamard matrix from either side: more
+    operations than by butterflies, but two passes over the memory instead of one for each power of two.
+    """
     shape, width = x.shape, x.shape[-1]
-    x = x.reshape(-1, width) / math.sqrt(width)
-    half = 1
-    while half < width:
-        pairs = x.view(len(x), -1, 2, half)
-        x = torch.stack((pairs[:, :, 0] + pairs[:, :, 1], pairs[:, :, 0] - pairs[:, :, 1]), 2).view(-1, width)
-        half *= 2
-    return x.view(shape)
+    rows = 1 << (width.bit_length() - 1) // 2
+    blocks = (x / math.sqrt(width)).reshape(-1, rows, width // rows)
+    return (_signs(rows) @ (blocks @ _signs(width // rows))).view(shape)
+
+
+@cache
+def _signs(width: int) -> Tensor:
+    """The Hadamard matrix [width, width] of 1 and -1."""
+    made = torch.ones(1, 1, device=CPU)
+    while len(made) < width:
+        made = torch.cat([torch.cat([made, made], 1), torch.cat([made, -made], 1)])
+    return made
 
 
 def unit_blocks(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -189,14 +189,19 @@ class PackedCodec:
         out = basis.mean.expand(n, -1, -1).clone()
         if SHARED in parts:
             out += (ops.unpack(parts[SHARED]) @ basis.shared.T).view_as(out)
+        coordinates: Tensor | None = None  # in the bases of the layers
         if PER_LAYER in parts:
-            out += basis.lift(ops.unpack(parts[PER_LAYER]) * basis.per_layer_rms)
+            coordinates = ops.unpack(parts[PER_LAYER]) * basis.per_layer_rms
         if RESIDUAL in parts:
             rotated = out.new_zeros(n, self.blocks * self.width)
             stored = ops.unpack(parts[RESIDUAL])
             rotated[:, self.cut.positions] = stored * self.residual_rms * self.residual_gain
             residual = ops.rotate(rotated.view_as(out), seed=self.seed, inverse=True)
-            out += residual - basis.lift(basis.project(residual))
+            out += residual
+            within = basis.project(residual)  # what the bases span is no part of it
+            coordinates = -within if coordinates is None else coordinates - within
+        if coordinates is not None:
+            out += basis.lift(coordinates)
         return torch.where((self.lengths(tensors) > 0)[:, :, None], out, 0.0)
 
     @cached_property

@@ -1,0 +1,224 @@
+"""How a server of `rapidin serve` bears many clients, and what a large cache adds to an answer.
+
+    python studies/serving/serving.py repeat CACHE --train-data FILE --rows 1000000 --out FOLDER
+    python studies/serving/serving.py load CACHE [--clients 50 --requests 20] --add NAME --out result.json
+    python studies/serving/serving.py table
+
+`repeat` writes a cache whose rows are those of another one again and again, with its data. `load` starts a
+server of a cache, and asks it the questions of its own rows, with their answers, so that nothing is generated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import http.client
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Any
+
+HERE = Path(__file__).parent
+sys.path.append(str(HERE.parent / "common"))
+import doc_tables  # noqa: E402
+
+TOKEN = "measuring"
+QUESTIONS = 40
+
+
+def repeat(cache: Path, data: Path, rows: int, out: Path) -> None:
+    """Write a cache of so many rows, which are those of a cache again and again, and the data of all."""
+    import torch
+
+    from rapidin.cache import Cache, CacheWriter, Manifest, build
+    from rapidin.cache.merge import copy_learned
+    from rapidin.cache.shards import Rows
+
+    records = data.read_text(encoding="utf-8").splitlines()
+    manifest = Manifest.read(cache)
+    out.mkdir(parents=True)
+    with (out / "train.jsonl").open("w", encoding="utf-8") as file:
+        file.writelines(records[n % len(records)] + "\n" for n in range(rows))
+    small = Cache(cache)
+    ((_, whole),) = small.shards()
+    made = replace(manifest, rows=rows, shards=[], null=None, fitted_codec=None)
+    made.data = manifest.data | {"path": str(out / "train.jsonl"), "rows": rows}
+    made.shard_rows = build.shard_rows(made)
+    with CacheWriter(out / "cache", made) as writer:
+        copy_learned(cache, manifest, writer)
+        for n in writer.missing:
+            count, first = made.rows_of(n), n * made.shard_rows
+            again = (torch.arange(count) + first) % len(whole.index)
+            fields = {name: value[again] for name, value in whole.tensors.items()}
+            index = torch.arange(count) + first
+            writer.write(
+                n,
+                Rows(fields, index, whole.status[again], whole.truncated[again], whole.record[again]),
+                {"ok": count},
+            )
+
+
+class Server:
+    """A process of `rapidin serve`."""
+
+    def __init__(self, cache: Path, arguments: list[str]) -> None:
+        command = [sys.executable, "-m", "rapidin", "serve", str(cache), "--port", "0", "--token", TOKEN]
+        self.process = subprocess.Popen([*command, *arguments], stderr=subprocess.PIPE, text=True)
+        assert self.process.stderr is not None
+        line = next(line for line in self.process.stderr if "open http" in line)
+        self.port = int(line.split("127.0.0.1:")[1].split("/")[0])
+
+    @property
+    def memory(self) -> float:
+        """Resident megabytes."""
+        lines = Path(f"/proc/{self.process.pid}/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1]) / 1000
+
+    @property
+    def cpu_seconds(self) -> float:
+        fields = Path(f"/proc/{self.process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+    def post(self, value: dict[str, Any]) -> tuple[int, dict[str, Any]]:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=600)
+        headers = {"Authorization": f"Bearer {TOKEN}", "Content-Type": "application/json"}
+        connection.request("POST", "/query", json.dumps(value), headers)
+        response = connection.getresponse()
+        answered = response.status, json.loads(response.read())
+        connection.close()
+        return answered
+
+
+def load(server: Server, questions: list[dict[str, str]], clients: int, requests: int) -> dict[str, Any]:
+    """What so many clients see that ask so many questions each, one after the other."""
+    expected = [found(server.post(question)) for question in questions]
+    alone, stages = [], []
+    for question in questions:
+        start = time.perf_counter()
+        _, answer = server.post(question)
+        alone.append(time.perf_counter() - start)
+        stages.append(answer["queries"][0].get("seconds", {}))
+    before, memory, begun = server.cpu_seconds, [server.memory], time.perf_counter()
+    seconds: list[float] = []
+    outcomes: Counter[str] = Counter()
+    lock = threading.Lock()
+
+    def client(number: int) -> None:
+        for n in range(requests):
+            which = (number * requests + n) % len(questions)
+            start = time.perf_counter()
+            answered = server.post(questions[which])
+            took = time.perf_counter() - start
+            right = answered[0] == 200 and found(answered) == expected[which]
+            with lock:
+                seconds.append(took)
+                outcomes["right" if right else f"status {answered[0]}"] += 1
+                if len(seconds) % max(1, clients * requests // 10) == 0:
+                    memory.append(server.memory)
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(clients)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    wall = time.perf_counter() - begun
+    parts = quantiles(seconds, n=100)
+    return {
+        "clients": clients,
+        "requests": clients * requests,
+        "outcomes": dict(outcomes),
+        "alone_ms": 1000 * median(alone),
+        "p50_ms": 1000 * parts[49],
+        "p99_ms": 1000 * parts[98],
+        "per_second": clients * requests / wall,
+        "cpu_ms": 1000 * (server.cpu_seconds - before) / (clients * requests),
+        "memory_mb": [round(each) for each in memory],
+        "stages_ms": {name: 1000 * median(each.get(name, 0.0) for each in stages) for name in stages[0]},
+    }
+
+
+def found(answered: tuple[int, dict[str, Any]]) -> Any:
+    """What must be the same whoever else asks."""
+    status, value = answered
+    if status != 200:
+        return status
+    (query,) = value["queries"]
+    return [(hit["index"], hit["score"]) for hit in (*query["top"], *query["bottom"])]
+
+
+def questions_of(data: Path) -> list[dict[str, str]]:
+    """The first rows of a jsonl file as questions with their answers."""
+    with data.open(encoding="utf-8") as file:
+        records = [json.loads(line) for line in islice(file, QUESTIONS)]
+    return [{"ask": record["instruction"], "completion": record["output"]} for record in records]
+
+
+def table(results: dict[str, Any]) -> str:
+    """The results as a table in Markdown."""
+    header = ("cache", "rows", "clients", "requests", "right", "alone, ms", "p50, ms", "p99, ms", "a second")
+    lines = [
+        (
+            name,
+            f"{each['rows']:,}",
+            str(each["clients"]),
+            f"{each['requests']:,}",
+            f"{each['outcomes'].get('right', 0):,}",
+            f"{each['alone_ms']:.0f}",
+            f"{each['p50_ms']:,.0f}",
+            f"{each['p99_ms']:,.0f}",
+            f"{each['per_second']:.1f}",
+            f"{each['memory_mb'][0]:,} to {max(each['memory_mb']):,}",
+        )
+        for name, each in results.items()
+    ]
+    return doc_tables.table((*header, "memory, MB"), lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    repeated = commands.add_parser("repeat")
+    repeated.add_argument("cache", type=Path)
+    repeated.add_argument("--train-data", type=Path, required=True)
+    repeated.add_argument("--rows", type=int, required=True)
+    repeated.add_argument("--out", type=Path, required=True)
+    loaded = commands.add_parser("load")
+    loaded.add_argument("cache", type=Path)
+    loaded.add_argument("--train-data", type=Path, required=True)
+    loaded.add_argument("--clients", type=int, default=50)
+    loaded.add_argument("--requests", type=int, default=20)
+    loaded.add_argument("--add", required=True)
+    loaded.add_argument("--out", type=Path, default=HERE / "serving.json")
+    loaded.add_argument("--serve", nargs="*", default=[], help="further arguments of rapidin serve")
+    commands.add_parser("table")
+    chosen = parser.parse_args()
+    if chosen.command == "repeat":
+        repeat(chosen.cache, chosen.train_data, chosen.rows, chosen.out)
+        return
+    path = HERE / "serving.json" if chosen.command == "table" else chosen.out
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if chosen.command == "load":
+        from rapidin.cache import Manifest
+
+        arguments = ["--train-data", str(chosen.train_data), *(f"--{each}" for each in chosen.serve)]
+        server = Server(chosen.cache, arguments)
+        try:
+            measured = load(server, questions_of(chosen.train_data), chosen.clients, chosen.requests)
+        finally:
+            server.process.terminate()
+            server.process.wait()
+        results[chosen.add] = {"rows": Manifest.read(chosen.cache).rows, **measured}
+        path.write_text(json.dumps(results, indent=1) + "\n")
+    print(table(results))
+    doc_tables.write(HERE / "README.md", "serving", table(results))
+
+
+if __name__ == "__main__":
+    main()
