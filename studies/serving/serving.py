@@ -1,11 +1,11 @@
 """How a server of `rapidin serve` bears many clients, and what a large cache adds to an answer.
 
-    python studies/serving/serving.py repeat CACHE --train-data FILE --rows 1000000 --out FOLDER
+    python studies/serving/serving.py enlarge CACHE --rows 1000000 --out FOLDER
     python studies/serving/serving.py load CACHE [--clients 50 --requests 20] --add NAME --out result.json
     python studies/serving/serving.py table
 
-`repeat` writes a cache whose rows are those of another one again and again, with its data. `load` starts a
-server of a cache, and asks it the questions of its own rows, with their answers, so that nothing is generated.
+`enlarge` writes a large cache of random rows for the model of another. `load` starts a server of a cache, and
+asks it the questions of rows, with their answers, so that nothing is generated.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from collections import Counter
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
+from random import Random
 from statistics import median, quantiles
 from typing import Any
 
@@ -30,39 +31,47 @@ sys.path.append(str(HERE.parent / "common"))
 import doc_tables  # noqa: E402
 
 TOKEN = "measuring"
-QUESTIONS = 40
+QUESTIONS = 20
+WORDS = [f"{a}{b}{c}" for a in "bdfgklmnprstvz" for b in "aeiou" for c in "nrstlm"]
 
 
-def repeat(cache: Path, data: Path, rows: int, out: Path) -> None:
-    """Write a cache of so many rows, which are those of a cache again and again, and the data of all."""
+def enlarge(cache: Path, rows: int, out: Path) -> None:
+    """Write a cache of so many rows of random codes, with lengths and scales like those of a cache, and data
+    of random words."""
     import torch
 
     from rapidin.cache import Cache, CacheWriter, Manifest, build
     from rapidin.cache.merge import copy_learned
     from rapidin.cache.shards import Rows
+    from rapidin.data.records import record_hash
 
-    records = data.read_text(encoding="utf-8").splitlines()
-    manifest = Manifest.read(cache)
     out.mkdir(parents=True)
+    chosen, random = Random(0), torch.Generator().manual_seed(0)
+    hashes = torch.empty(rows, dtype=torch.int64)
     with (out / "train.jsonl").open("w", encoding="utf-8") as file:
-        file.writelines(records[n % len(records)] + "\n" for n in range(rows))
-    small = Cache(cache)
-    ((_, whole),) = small.shards()
-    made = replace(manifest, rows=rows, shards=[], null=None, fitted_codec=None)
-    made.data = manifest.data | {"path": str(out / "train.jsonl"), "rows": rows}
+        for n in range(rows):
+            words = chosen.choices(WORDS, k=24)
+            record = {"instruction": " ".join(words[:10]), "input": "", "output": " ".join(words[10:])}
+            hashes[n] = record_hash(record)
+            file.write(json.dumps(record) + "\n")
+    manifest = Manifest.read(cache)
+    ((_, whole),) = Cache(cache).shards()
+    made = replace(manifest, rows=rows, shards=[], fitted_codec=None)
+    made.data = manifest.data | {"path": str(out / "train.jsonl")}
     made.shard_rows = build.shard_rows(made)
     with CacheWriter(out / "cache", made) as writer:
         copy_learned(cache, manifest, writer)
         for n in writer.missing:
-            count, first = made.rows_of(n), n * made.shard_rows
-            again = (torch.arange(count) + first) % len(whole.index)
-            fields = {name: value[again] for name, value in whole.tensors.items()}
-            index = torch.arange(count) + first
-            writer.write(
-                n,
-                Rows(fields, index, whole.status[again], whole.truncated[again], whole.record[again]),
-                {"ok": count},
-            )
+            index = torch.arange(made.rows_of(n)) + n * made.shard_rows
+            like = index % len(whole.index)
+            fields = {
+                name: torch.randint(0, 256, (len(index), *value.shape[1:]), generator=random).to(torch.uint8)
+                if value.dtype == torch.uint8
+                else value[like]
+                for name, value in whole.tensors.items()
+            }
+            good = torch.zeros(len(index), dtype=torch.uint8)
+            writer.write(n, Rows(fields, index, good, good.clone(), hashes[index]), {"ok": len(index)})
 
 
 class Server:
@@ -184,33 +193,32 @@ def table(results: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    repeated = commands.add_parser("repeat")
-    repeated.add_argument("cache", type=Path)
-    repeated.add_argument("--train-data", type=Path, required=True)
-    repeated.add_argument("--rows", type=int, required=True)
-    repeated.add_argument("--out", type=Path, required=True)
+    enlarged = commands.add_parser("enlarge")
+    enlarged.add_argument("cache", type=Path)
+    enlarged.add_argument("--rows", type=int, required=True)
+    enlarged.add_argument("--out", type=Path, required=True)
     loaded = commands.add_parser("load")
     loaded.add_argument("cache", type=Path)
-    loaded.add_argument("--train-data", type=Path, required=True)
+    loaded.add_argument("--train-data", type=Path, help="of the cache; default: from where it was made")
+    loaded.add_argument("--questions", type=Path, required=True, help="jsonl file of Alpaca records")
     loaded.add_argument("--clients", type=int, default=50)
     loaded.add_argument("--requests", type=int, default=20)
     loaded.add_argument("--add", required=True)
     loaded.add_argument("--out", type=Path, default=HERE / "serving.json")
-    loaded.add_argument("--serve", nargs="*", default=[], help="further arguments of rapidin serve")
     commands.add_parser("table")
     chosen = parser.parse_args()
-    if chosen.command == "repeat":
-        repeat(chosen.cache, chosen.train_data, chosen.rows, chosen.out)
+    if chosen.command == "enlarge":
+        enlarge(chosen.cache, chosen.rows, chosen.out)
         return
     path = HERE / "serving.json" if chosen.command == "table" else chosen.out
     results = json.loads(path.read_text()) if path.exists() else {}
     if chosen.command == "load":
         from rapidin.cache import Manifest
 
-        arguments = ["--train-data", str(chosen.train_data), *(f"--{each}" for each in chosen.serve)]
+        arguments = [] if chosen.train_data is None else ["--train-data", str(chosen.train_data)]
         server = Server(chosen.cache, arguments)
         try:
-            measured = load(server, questions_of(chosen.train_data), chosen.clients, chosen.requests)
+            measured = load(server, questions_of(chosen.questions), chosen.clients, chosen.requests)
         finally:
             server.process.terminate()
             server.process.wait()

@@ -174,6 +174,7 @@ def test_nothing_is_cut_off(browser: Browser, width: int, scheme: str) -> None:
         assert browser.run("return document.documentElement.scrollWidth") <= width, page
         small = browser.run(
             "return [...document.querySelectorAll('.live button, .live select, .live summary, .live a, "
-            "a.whole')].filter((e) => e.checkVisibility() && e.getBoundingClientRect().height < 24).map((e) => e.outerHTML)"
+            "a.whole')].filter((e) => e.checkVisibility() && e.getBoundingClientRect().height < 24)"
+            ".map((e) => e.outerHTML)"
         )
         assert small == []
