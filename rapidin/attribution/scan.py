@@ -22,6 +22,9 @@ from rapidin.cache.resident import resident_on
 from rapidin.errors import UserError
 from rapidin.ops.transfer import GpuCopyStream
 
+# Rows of a piece of which all scores are kept: GPU kernels keep that many, on a CPU each piece has its cost.
+_PIECE_ROWS_OF_CPU = 4096
+
 Ends = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -54,10 +57,12 @@ def all_scores(scans: CacheScan | Sequence[CacheScan], device: torch.device | No
     """
     world = distributed.world()
     share = _share(scans, world)
-    listed, on, read = _begin(scans, device, share, PIECE_ROWS)
+    on_gpu = (device or _listed(scans)[0].query.vectors.device).type == "cuda"
+    most = PIECE_ROWS if on_gpu else _PIECE_ROWS_OF_CPU
+    listed, on, read = _begin(scans, device, share, most)
     queries, count = len(listed[0].query.vectors), 0
     all_rows = torch.full((queries, listed[0].cache.table_rows(4 * queries)), torch.nan, device="cpu")
-    for scores, rows, _, _ in scored_pieces(listed, on, read, top_k=PIECE_ROWS):
+    for scores, rows, _, _ in scored_pieces(listed, on, read, top_k=most):
         scores, rows, count = scores.cpu(), rows.cpu(), count + 1
         for query in range(queries):
             real = rows[query] >= 0

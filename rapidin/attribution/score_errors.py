@@ -190,10 +190,12 @@ def _decoded_rows(scan: CacheScan, rows: Tensor, device: torch.device) -> tuple[
     None."""
     codec = scan.cache.codec.to(device)
     chunks = [chunk.to(device) for chunk in some_rows(scan, rows)]
-    decoded = [codec.decode(chunk.stored) for chunk in chunks]
-    unit = torch.cat(decoded) if decoded else torch.zeros(0, device=device)
-    if len(unit) != len(rows):
+    if sum(len(chunk.status) for chunk in chunks) != len(rows):
         raise IndexError(f"some of the rows {rows.tolist()[:3]}... are not in the cache {scan.cache.path}")
+    # All at once: a codec with a basis reads all of it for each call, and rows are of many shards.
+    names = chunks[0].stored if chunks else ()
+    stored = {name: torch.cat([chunk.stored[name] for chunk in chunks]) for name in names}
+    unit = codec.decode(stored) if chunks else torch.zeros(0, device=device)
     scales = [scan.query.scales(codec, chunk.stored, chunk.factors) for chunk in chunks]
     known = [scale for scale in scales if scale is not None]
     return unit, torch.cat(known) if known else None

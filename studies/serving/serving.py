@@ -66,7 +66,7 @@ def enlarge(cache: Path, rows: int, out: Path) -> None:
             like = index % len(whole.index)
             fields = {
                 name: torch.randint(0, 256, (len(index), *value.shape[1:]), generator=random).to(torch.uint8)
-                if value.dtype == torch.uint8
+                if value.dtype == torch.uint8 and name != "length"
                 else value[like]
                 for name, value in whole.tensors.items()
             }
