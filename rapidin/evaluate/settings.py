@@ -6,6 +6,7 @@ This module imports no torch, so that `rapidin eval --help` is quick.
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,8 +20,10 @@ from rapidin.settings import Settings, documented, option
 class Recipe(Settings):
     """How a model is tuned: AdamW, with a learning rate that warms up and then decays or stays.
 
-    steps: number of steps, overrides epochs. betas, weight_decay: AdamW's. clip: maximum gradient norm, None
-    for no clipping. The seed is that of the order of examples, and of dropout if the model has it.
+    steps: number of steps, overrides epochs. rates: (share of the steps done, learning rate) of another
+    training, in order, which are followed instead of the schedule. betas, weight_decay: AdamW's. clip:
+    maximum gradient norm, None for no clipping. The seed is that of the order of examples, and of dropout if
+    the model has it.
     """
 
     epochs: int = option(
@@ -54,6 +57,7 @@ class Recipe(Settings):
         panel="Training",
         choices=("linear", "constant"),
     )
+    rates: tuple[tuple[float, float], ...] = ()
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     clip: float | None = 1.0
@@ -71,6 +75,8 @@ class Recipe(Settings):
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step, counted from 0, of `steps`."""
+        if self.rates:
+            return _followed(self.rates, (step + 1) / steps)
         warm_up = min(max(1, self.warm_up), steps)
         rising = (step + 1) / warm_up
         falling = (steps - step) / (steps - warm_up + 1) if self.schedule == "linear" else 1.0
@@ -85,6 +91,15 @@ class Recipe(Settings):
             for start in range(0, examples, self.batch)[:left]:
                 yield order[start : start + self.batch]
                 left -= 1
+
+
+def _followed(rates: tuple[tuple[float, float], ...], share: float) -> float:
+    """The rate at a share of the steps, on the lines through the known ones; never below 0."""
+    if len(rates) == 1:
+        return rates[0][1]
+    after = min(max(1, bisect_left(rates, (share, 0.0))), len(rates) - 1)
+    (left, low), (right, high) = rates[after - 1], rates[after]
+    return max(0.0, low + (high - low) * (share - left) / (right - left))
 
 
 def _lora(default: int | None) -> Any:
