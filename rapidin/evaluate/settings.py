@@ -216,3 +216,127 @@ class SelectSettings(Settings):
     def count(self) -> int:
         """Number of rows to choose."""
         return max(1, round(self.share * self.rows))
+
+
+@documented
+@dataclass(frozen=True)
+class ConfirmSettings(Settings):
+    """What `rapidin confirm` leaves out, and how it trains.
+
+    What is None of the training is taken from what the Trainer saved beside the adapter. Raises UserError
+    for settings that cannot be used.
+    """
+
+    top_k: int | None = option(
+        None,
+        help="Leave out only the first N hits of each query.",
+        metavar="N",
+        panel="Rows",
+        limits=(1, None),
+        default="all",
+    )
+    query: int | None = option(
+        None,
+        help="Only this query of the file, counted from 1.",
+        metavar="N",
+        panel="Rows",
+        limits=(1, None),
+        default="all",
+    )
+    by: str | None = option(
+        None,
+        help="Leave out all rows with the same value in this column, for each value of the hits in turn; "
+        "'file' for the file that they are from.",
+        metavar="COLUMN",
+        panel="Rows",
+        default="the hits themselves",
+    )
+    controls: int = option(
+        19,
+        help="Random sets of as many rows that are left out for comparison; p is at least 1 / (N + 1).",
+        metavar="N",
+        panel="Rows",
+        limits=(1, None),
+    )
+    epochs: int | None = option(
+        None,
+        help="Passes over the training examples.",
+        metavar="N",
+        panel="Training",
+        limits=(1, None),
+        default="as saved by the Trainer",
+    )
+    batch: int | None = option(
+        None,
+        help="Examples per training step.",
+        flag="batch-size",
+        metavar="N",
+        panel="Training",
+        limits=(1, None),
+        default="as saved by the Trainer",
+    )
+    learning_rate: float | None = option(
+        None, help="Peak learning rate.", metavar="X", panel="Training", default="as saved by the Trainer"
+    )
+    warm_up: int | None = option(
+        None,
+        help="Steps of linear learning-rate warm-up.",
+        flag="warmup-steps",
+        metavar="N",
+        panel="Training",
+        limits=(0, None),
+        default="as saved by the Trainer",
+    )
+    schedule: str | None = option(
+        None,
+        help="Learning rate after the warm-up. linear: decays to zero; constant: stays at the peak.",
+        panel="Training",
+        choices=("linear", "constant"),
+        default="as saved by the Trainer",
+    )
+    weight_decay: float | None = option(
+        None, help="Weight decay of AdamW.", metavar="X", panel="Training", default="as saved by the Trainer"
+    )
+    max_length: int | None = option(
+        None,
+        help="Maximum tokens per example.",
+        metavar="N",
+        panel="Training",
+        limits=(2, None),
+        default="as in the cache",
+    )
+    seeds: int = _seeds(1, "Trainings on each set of rows, whose log-probabilities are averaged.")
+    seed: int = option(
+        0,
+        help="Random seed of the trainings and of the random rows.",
+        metavar="N",
+        panel="Training",
+        limits=(0, 2**32 - 1),
+    )
+    trainer: str | None = option(
+        None,
+        help="Command that trains instead: {data} becomes a jsonl file of the remaining rows, {out} the "
+        "folder in which an adapter or a model must appear, {seed} a number.",
+        metavar="COMMAND",
+        panel="Training",
+        default="LoRA with the adapter's own configuration",
+    )
+
+    def __post_init__(self) -> None:
+        self.check_values()
+        if self.trainer is None:
+            return
+        given = [name for name in TRAINING if getattr(self, name) is not None]
+        if given:
+            named = " and ".join(f"`{name}`" for name in given)
+            raise UserError(f"{named} and `trainer` do not go together", "put it into the command")
+        for part in ("{data}", "{out}"):
+            if part not in self.trainer:
+                raise UserError(
+                    f"the command of `trainer` does not contain {part}",
+                    "as in: python train.py {data} {out}",
+                )
+
+
+# Of the settings of `rapidin confirm`, those of its own trainer.
+TRAINING = ("epochs", "batch", "learning_rate", "warm_up", "schedule", "weight_decay")
