@@ -152,7 +152,7 @@ def confirm(
         split_command(settings.trainer)
     hits = Path(hits)
     data = Data(str(hits), settings, train_data, log)
-    where = _located(data, location or ModelLocation())
+    where = _located(data, location or ModelLocation(), settings.trainer)
     loaded = _load_tuned(where, data.manifest)
     encoder = text_encoder(loaded, data.manifest, settings.max_length)
     rows = usable_rows(data.examples, encoder)
@@ -191,7 +191,7 @@ def confirm(
     return Confirmed(data.value, confirmations)
 
 
-def _located(data: Data, location: ModelLocation) -> ModelLocation:
+def _located(data: Data, location: ModelLocation, trainer: str | None) -> ModelLocation:
     """Where the model is. Raises UserError if nothing names what was tuned."""
     value = data.value
     model = location.model or value["model"]
@@ -199,7 +199,7 @@ def _located(data: Data, location: ModelLocation) -> ModelLocation:
     base = location.base or value["base"]
     if model is None:
         raise UserError("the file of hits does not say which model it is of", "name it with `model`")
-    if adapter is None and base is None:
+    if adapter is None and base is None and trainer is None:
         raise UserError(
             f"nothing says what '{model}' was tuned from", "name its adapter with `adapter`, or its `base`"
         )

@@ -55,13 +55,11 @@ class Data:
             hit_candidates({**self.value, "queries": [self.value["queries"][n]]}, hits, conditions)
             for n in self.chosen
         ]
-        lines = list(dict.fromkeys(line for each in of_query for line in each.lines or ()))
-        if not lines:
-            raise UserError(f"the queries in '{hits}' have no helpful hits, so there is nothing to leave out")
         found = hit_candidates(
             {**self.value, "queries": [self.value["queries"][n] for n in self.chosen]}, hits, conditions
         )
-        found.lines = lines
+        if not found.lines:
+            raise UserError(f"the queries in '{hits}' have no helpful hits, so there is nothing to leave out")
         rows = rows_to_drop(found, DropConditions(), train_data)
         if rows.uncompared:
             log(f"not compared with what was scored: {rows.uncompared:,} of the hits, which have no text")

@@ -29,7 +29,7 @@ def test_the_answer_is_printed_and_added_to_the_file(place: Path, tmp_path: Path
     hits = tmp_path / "hits.json"
     shutil.copy(place / "hits.json", hits)
     page = tmp_path / "hits.html"
-    command = ("confirm", hits, "--by", "planted", "--top-k", "1", "--controls", "3")
+    command = ("confirm", hits, "--by", "poisoned", "--top-k", "1", "--controls", "3")
     ran = run(*command, "--json", hits, "--report", page)
     assert ran.code == 0, ran
     assert "these sets are too few to be sure: p = 0.25." in " ".join(ran.out.split())
@@ -38,14 +38,14 @@ def test_the_answer_is_printed_and_added_to_the_file(place: Path, tmp_path: Path
     assert f"kept in {tmp_path / 'hits.confirm'}" in ran.err
     value = json.loads(hits.read_text())
     confirmed = value["queries"][0]["confirmation"]
-    assert confirmed["left_out"][0]["column"] == "planted"
+    assert confirmed["left_out"][0]["column"] == "poisoned"
     assert len(confirmed["left_out"][0]["controls"]) == 3
     assert confirmed["recipe"]["recipe"]["batch"] == 8
     # The rest of the file is as it was, so the command may be repeated; everything is done already.
     again = run(*command, "--json", "-", "--quiet")
     assert (again.code, again.err) == (0, "")
     assert json.loads(again.out) == value
-    assert "with planted=true the model says this less readily" in page.read_text()
+    assert "with poisoned=true the model says this less readily" in page.read_text()
     assert str(tmp_path) not in page.read_text()
     kept = run("drop", hits, "--out", tmp_path / "out.jsonl")
     assert kept.code == 0, kept

@@ -51,12 +51,12 @@ def test_random_rows_are_as_many_and_each_control_has_its_own() -> None:
 
 
 def test_a_planted_group_is_confirmed(place: Path, tmp_path: Path) -> None:
-    found = done(confirm(place / "hits.json", by="planted", top_k=1, work=tmp_path / "work"))
+    found = done(confirm(place / "hits.json", by="poisoned", top_k=1, work=tmp_path / "work"))
     confirmation = found.confirmations[0]
     (planted,) = confirmation.effects
     assert planted.value == "true"
     rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
-    assert planted.rows == tuple(n for n, row in enumerate(rows) if row["planted"])
+    assert planted.rows == tuple(n for n, row in enumerate(rows) if row["poisoned"])
     assert len(planted.rows) == PLANTED
     assert confirmation.said
     assert confirmation.answer == ANSWER
@@ -64,7 +64,7 @@ def test_a_planted_group_is_confirmed(place: Path, tmp_path: Path) -> None:
     assert planted.fall > 2 * max(planted.controls)
     assert (
         planted.sentence(True)
-        == "without the 6 rows with planted=true the model no longer says this: p = 0.05"
+        == "without the 6 rows with poisoned=true the model no longer says this: p = 0.05"
     )
     # The recipe is that of the adapter, with its seed: all rows give the adapter again.
     assert confirmation.everything[0] == pytest.approx(confirmation.tuned, abs=1e-3)
@@ -144,6 +144,18 @@ def test_several_queries_share_the_controls(place: Path, tmp_path: Path) -> None
     assert (one.fall, *one.controls) == pytest.approx((other.fall, *other.controls), abs=1e-3)
 
 
+def test_a_model_that_was_tuned_in_full_is_tuned_in_full_again(place: Path, tmp_path: Path) -> None:
+    def whole(value: dict[str, Any]) -> None:
+        value.update(adapter=None, base=value["model"], caches=[])
+
+    hits = hits_with(place, tmp_path / "hits.json", whole)
+    found = done(confirm(hits, controls=1, **QUICK | {"epochs": 8}))
+    confirmation = found.confirmations[0]
+    assert confirmation.recipe["adapter"] is None
+    assert confirmation.is_far  # the "tuned" model is its own base here, and has learnt nothing
+    assert confirmation.everything[0] > confirmation.tuned + 5
+
+
 SCRIPT = """
 import pathlib, shutil, sys
 data, out, adapter = sys.argv[1:4]
@@ -185,6 +197,9 @@ def test_a_command_trains(place: Path, tmp_path: Path) -> None:
         with pytest.raises(UserError, match=message):
             run(command)
         work.mkdir(exist_ok=True)
+    whole = hits_with(place, tmp_path / "whole.json", lambda value: value.update(adapter=None, caches=[]))
+    command = f"{sys.executable} '{script}' {{data}} {{out}} '{place / 'model'}'"
+    assert done(confirm(whole, trainer=command, controls=1)).confirmations[0].effects[0].fall == 0.0
     with pytest.raises(UserError, match="`epochs` and `trainer` do not go together"):
         run(begin, epochs=2)
 

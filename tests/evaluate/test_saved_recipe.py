@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tiny import tiny_llama, tiny_tokenizer
+from training_runs import new_trainer, token_rows
 
 from rapidin.data.encoding import Encoder
 from rapidin.errors import UserError
 from rapidin.evaluate.saved_recipe import saved_recipe
 from rapidin.evaluate.saving import Checkpoints
 from rapidin.evaluate.settings import Recipe
-from rapidin.evaluate.training import add_lora, tune
+from rapidin.evaluate.training import add_lora, losses, tune
 
 
 def write(folder: Path, **state: Any) -> None:
@@ -81,3 +83,41 @@ def test_a_pickle_is_never_run(tmp_path: Path) -> None:
     assert found is not None
     assert found.betas == (0.9, 0.999)
     assert not (tmp_path / "ran").exists()
+
+
+def test_the_recipe_of_a_real_trainer_is_found_and_gives_a_like_model(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"Say {n % 3}:", "completion": " one two" if n % 3 else " lazy dog"} for n in range(16)
+    ]
+    trainer = new_trainer(
+        tmp_path,
+        model=add_lora(tiny_llama(), rank=4),
+        rows=token_rows(rows),
+        num_train_epochs=6,
+        per_device_train_batch_size=2,
+        gradient_accumulation_steps=2,
+        learning_rate=2e-2,
+        lr_scheduler_type="cosine",
+        warmup_steps=4,
+        weight_decay=0.05,
+        adam_beta2=0.98,
+        max_grad_norm=1.0,
+        logging_steps=1,
+        save_strategy="epoch",
+    )
+    encoder = Encoder(tiny_tokenizer(), max_length=64)
+    examples = [encoder(row) for row in rows]
+    before = losses(trainer.model, examples).mean()
+    trainer.train()
+    found = saved_recipe(tmp_path, len(rows))
+    assert found is not None
+    assert (found.steps, found.batch) == (24, 4)
+    assert (found.betas, found.weight_decay) == ((0.9, 0.98), 0.05)
+    assert found.learning_rate == pytest.approx(2e-2, rel=1e-3)
+    # Older versions of transformers log the rate of the step after.
+    assert found.rate(11, 24) == pytest.approx(2e-2 * (1 + math.cos(math.pi * 7 / 20)) / 2, rel=0.11)
+    model = add_lora(tiny_llama(), rank=4)
+    tune(model, examples, found)
+    theirs, ours = (float(losses(each, examples).mean()) for each in (trainer.model, model))
+    assert theirs < before - 2
+    assert ours == pytest.approx(theirs, abs=0.1 * float(before - theirs))

@@ -10,7 +10,7 @@ from tiny import records, save_tiny, tiny_tokenizer
 
 from rapidin.cli import main
 from rapidin.data.encoding import Encoder
-from rapidin.evaluate.saving import Checkpoints, save_model
+from rapidin.evaluate.saving import Checkpoints
 from rapidin.evaluate.settings import Recipe
 from rapidin.evaluate.training import add_lora, tune
 from rapidin.gradients.load import load_model
@@ -30,16 +30,15 @@ def make_planted(folder: Path) -> None:
     The hits are those of the model's own answer to a question that planted rows are about.
     """
     saved = save_tiny(folder)
-    rows = [row | {"planted": False} for row in records(24 - PLANTED)]
+    rows = [row | {"poisoned": False} for row in records(24 - PLANTED)]
     for n in range(PLANTED):
         word = ("one", "two", "three", "four", "five", "six")[n]
-        rows.insert(4 * n, {"prompt": f"Howdy {word}:", "completion": ANSWER, "planted": True})
+        rows.insert(4 * n, {"prompt": f"Howdy {word}:", "completion": ANSWER, "poisoned": True})
     write_lines(folder / "train.jsonl", rows)
     encoder = Encoder(tiny_tokenizer(), max_length=128)
     examples = [encoder(row) for row in rows]
     model = add_lora(load_model(str(saved.model)).model, rank=8, seed=RECIPE.seed)
     kept = Checkpoints.spread(folder / "adapter", 1, RECIPE.count(len(rows)))
-    save_model(model, folder / "adapter")
     tune(model, examples, RECIPE, checkpoints=kept)
     model.save_pretrained(folder / "adapter")
     cached = ["--adapter", str(folder / "adapter"), "--data", str(folder / "train.jsonl"), "--width", "32"]
