@@ -24,12 +24,13 @@ def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make_planted(folder: Path) -> None:
+def make_planted(folder: Path, **config: Any) -> None:
     """Fills a folder: model, adapter (with the checkpoint of its training), train.jsonl, cache, hits.json.
 
-    The hits are those of the model's own answer to a question that planted rows are about.
+    The hits are those of the model's own answer to a question that planted rows are about. config: of the
+    model.
     """
-    saved = save_tiny(folder)
+    saved = save_tiny(folder, **config)
     rows = [row | {"poisoned": False} for row in records(24 - PLANTED)]
     for n in range(PLANTED):
         word = ("one", "two", "three", "four", "five", "six")[n]
