@@ -62,16 +62,10 @@ def candidates(source: str, conditions: DropConditions) -> Candidates:
                 "give the hits of 'rapidin query --json', or the table of 'rapidin self --out'",
             )
         return Candidates(None, caches=[Path(source)])
-    try:
-        text = Path(source).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        raise UserError(f"neither a cache nor a file: '{source}'") from None
-    except (OSError, UnicodeDecodeError) as error:
-        why = reason(error) if isinstance(error, OSError) else "it is not text"
-        raise UserError(f"cannot read '{source}': {why}") from None
-    hits = _hits_file(text)
+    text = read_text(source, "neither a cache nor a file")
+    hits = hits_in(text)
     if hits is not None:
-        return _of_hits(hits, source, conditions)
+        return hit_candidates(hits, source, conditions)
     lines = _of_table(text, source, conditions)
     if conditions.harmful:
         raise UserError("`harmful` chooses among hits, and this is a table", "use `max_score`")
@@ -82,7 +76,19 @@ def candidates(source: str, conditions: DropConditions) -> Candidates:
     return Candidates(lines)
 
 
-def _hits_file(text: str) -> Mapping[str, Any] | None:
+def read_text(source: str, missing: str) -> str:
+    """The text of a file; missing: what is said of a name that is none. Raises UserError."""
+    try:
+        return Path(source).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise UserError(f"{missing}: '{source}'") from None
+    except (OSError, UnicodeDecodeError) as error:
+        why = reason(error) if isinstance(error, OSError) else "it is not text"
+        raise UserError(f"cannot read '{source}': {why}") from None
+
+
+def hits_in(text: str) -> Mapping[str, Any] | None:
+    """What `rapidin query --json` wrote; None if the text is something else."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -90,7 +96,8 @@ def _hits_file(text: str) -> Mapping[str, Any] | None:
     return value if isinstance(value, dict) and isinstance(value.get("queries"), list) else None
 
 
-def _of_hits(value: Mapping[str, Any], source: str, conditions: DropConditions) -> Candidates:
+def hit_candidates(value: Mapping[str, Any], source: str, conditions: DropConditions) -> Candidates:
+    """The rows that hits name; source: their file, for messages. Raises UserError for a damaged one."""
     found = Candidates([], data=value.get("train_data"), reading=value.get("reading") or {})
     found.caches = [Path(str(path)) for path in value.get("caches") or ()]
     found.task = str(value.get("task") or CAUSAL)

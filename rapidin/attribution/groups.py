@@ -87,13 +87,14 @@ def groups(cache: Cache, examples: Examples, column: str, scores: Tensor) -> lis
                 continue
             record = cached_record(examples, row, index, record_hash)
             has_column = has_column or column in record
-            group_of_row[row] = names.setdefault(_value(record, column), len(names))
+            group_of_row[row] = names.setdefault(value_of(record, column), len(names))
     if not has_column and column == FILE:
         return groups_of(scores, *_files(examples, group_of_row))
     return groups_of(scores, group_of_row, list(names))
 
 
-def _value(record: Mapping[str, Any], column: str) -> str:
+def value_of(record: Mapping[str, Any], column: str) -> str:
+    """A record's value in a column, as text: the name of its group."""
     value = record.get(column)
     if value is None:
         return NONE

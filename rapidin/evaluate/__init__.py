@@ -6,4 +6,7 @@ Each has a function `evaluate` that returns a `result.Result`, with a table and 
 metrics, `methods` the methods compared, `tasks` makes data whose truth is known, `training` is the trainer,
 `saving` what it writes, `folders` and `log` what runs that resume have in common. docs/guide/evaluation.md
 says what each evaluation measures and how to read it.
+
+`confirm` is `rapidin confirm`: `left_out` has the rows that it leaves out, `retraining` trains without them
+by the recipe in `saved_recipe`, and `asked` is what the models say.
 """

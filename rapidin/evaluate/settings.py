@@ -6,6 +6,7 @@ This module imports no torch, so that `rapidin eval --help` is quick.
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -19,8 +20,10 @@ from rapidin.settings import Settings, documented, option
 class Recipe(Settings):
     """How a model is tuned: AdamW, with a learning rate that warms up and then decays or stays.
 
-    steps: number of steps, overrides epochs. betas, weight_decay: AdamW's. clip: maximum gradient norm, None
-    for no clipping. The seed is that of the order of examples, and of dropout if the model has it.
+    steps: number of steps, overrides epochs. rates: (share of the steps done, learning rate) of another
+    training, in order, which are followed instead of the schedule. betas, weight_decay: AdamW's. clip:
+    maximum gradient norm, None for no clipping. The seed is that of the order of examples, and of dropout if
+    the model has it.
     """
 
     epochs: int = option(
@@ -54,6 +57,7 @@ class Recipe(Settings):
         panel="Training",
         choices=("linear", "constant"),
     )
+    rates: tuple[tuple[float, float], ...] = ()
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = 0.01
     clip: float | None = 1.0
@@ -71,6 +75,8 @@ class Recipe(Settings):
 
     def rate(self, step: int, steps: int) -> float:
         """Learning rate of a step, counted from 0, of `steps`."""
+        if self.rates:
+            return _followed(self.rates, (step + 1) / steps)
         warm_up = min(max(1, self.warm_up), steps)
         rising = (step + 1) / warm_up
         falling = (steps - step) / (steps - warm_up + 1) if self.schedule == "linear" else 1.0
@@ -85,6 +91,15 @@ class Recipe(Settings):
             for start in range(0, examples, self.batch)[:left]:
                 yield order[start : start + self.batch]
                 left -= 1
+
+
+def _followed(rates: tuple[tuple[float, float], ...], share: float) -> float:
+    """The rate at a share of the steps, on the lines through the known ones; never below 0."""
+    if len(rates) == 1:
+        return rates[0][1]
+    after = min(max(1, bisect_left(rates, (share, 0.0))), len(rates) - 1)
+    (left, low), (right, high) = rates[after - 1], rates[after]
+    return max(0.0, low + (high - low) * (share - left) / (right - left))
 
 
 def _lora(default: int | None) -> Any:
@@ -201,3 +216,127 @@ class SelectSettings(Settings):
     def count(self) -> int:
         """Number of rows to choose."""
         return max(1, round(self.share * self.rows))
+
+
+@documented
+@dataclass(frozen=True)
+class ConfirmSettings(Settings):
+    """What `rapidin confirm` leaves out, and how it trains.
+
+    What is None of the training is taken from what the Trainer saved beside the adapter. Raises UserError
+    for settings that cannot be used.
+    """
+
+    top_k: int | None = option(
+        None,
+        help="Leave out only the first N hits of each query.",
+        metavar="N",
+        panel="Rows",
+        limits=(1, None),
+        default="all",
+    )
+    query: int | None = option(
+        None,
+        help="Only this query of the file, counted from 1.",
+        metavar="N",
+        panel="Rows",
+        limits=(1, None),
+        default="all",
+    )
+    by: str | None = option(
+        None,
+        help="Leave out all rows with the same value in this column, for each value of the hits in turn; "
+        "'file' for the file that they are from.",
+        metavar="COLUMN",
+        panel="Rows",
+        default="the hits themselves",
+    )
+    controls: int = option(
+        19,
+        help="Random sets of as many rows that are left out for comparison; p is at least 1 / (N + 1).",
+        metavar="N",
+        panel="Rows",
+        limits=(1, None),
+    )
+    epochs: int | None = option(
+        None,
+        help="Passes over the training examples.",
+        metavar="N",
+        panel="Training",
+        limits=(1, None),
+        default="as saved by the Trainer",
+    )
+    batch: int | None = option(
+        None,
+        help="Examples per training step.",
+        flag="batch-size",
+        metavar="N",
+        panel="Training",
+        limits=(1, None),
+        default="as saved by the Trainer",
+    )
+    learning_rate: float | None = option(
+        None, help="Peak learning rate.", metavar="X", panel="Training", default="as saved by the Trainer"
+    )
+    warm_up: int | None = option(
+        None,
+        help="Steps of linear learning-rate warm-up.",
+        flag="warmup-steps",
+        metavar="N",
+        panel="Training",
+        limits=(0, None),
+        default="as saved by the Trainer",
+    )
+    schedule: str | None = option(
+        None,
+        help="Learning rate after the warm-up. linear: decays to zero; constant: stays at the peak.",
+        panel="Training",
+        choices=("linear", "constant"),
+        default="as saved by the Trainer",
+    )
+    weight_decay: float | None = option(
+        None, help="Weight decay of AdamW.", metavar="X", panel="Training", default="as saved by the Trainer"
+    )
+    max_length: int | None = option(
+        None,
+        help="Maximum tokens per example.",
+        metavar="N",
+        panel="Training",
+        limits=(2, None),
+        default="as in the cache",
+    )
+    seeds: int = _seeds(1, "Trainings on each set of rows, whose log-probabilities are averaged.")
+    seed: int = option(
+        0,
+        help="Random seed of the trainings and of the random rows.",
+        metavar="N",
+        panel="Training",
+        limits=(0, 2**32 - 1),
+    )
+    trainer: str | None = option(
+        None,
+        help="Command that trains instead: {data} becomes a jsonl file of the remaining rows, {out} the "
+        "folder in which an adapter or a model must appear, {seed} a number.",
+        metavar="COMMAND",
+        panel="Training",
+        default="LoRA with the adapter's own configuration",
+    )
+
+    def __post_init__(self) -> None:
+        self.check_values()
+        if self.trainer is None:
+            return
+        given = [name for name in TRAINING if getattr(self, name) is not None]
+        if given:
+            named = " and ".join(f"`{name}`" for name in given)
+            raise UserError(f"{named} and `trainer` do not go together", "put it into the command")
+        for part in ("{data}", "{out}"):
+            if part not in self.trainer:
+                raise UserError(
+                    f"the command of `trainer` does not contain {part}",
+                    "as in: python train.py {data} {out}",
+                )
+
+
+# Of the settings of `rapidin confirm`, those of its own trainer.
+TRAINING = ("epochs", "batch", "learning_rate", "warm_up", "schedule", "weight_decay")

@@ -8,6 +8,7 @@ same layout as theirs, so that everything downstream can be tried on it.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -120,28 +121,35 @@ def parameter_groups(model: Any) -> list[dict[str, Any]]:
 class Tuner:
     """Tunes one model several times, each time from its first weights.
 
-    loaded: the base model in float32, changed in place. lora: rank of the adapter, which is new each time;
-    None to tune all weights. targets: names of the modules with an adapter, or "all-linear".
+    loaded: the base model in float32, changed in place. lora: rank of the adapter, which is new each time, or
+    its configuration, of peft; None to tune all weights. targets: names of the modules with an adapter of
+    this rank, or "all-linear".
     """
 
     def __init__(
-        self, loaded: LoadedModel, *, lora: int | None = None, targets: Sequence[str] | str = "all-linear"
+        self, loaded: LoadedModel, *, lora: Any = None, targets: Sequence[str] | str = "all-linear"
     ) -> None:
         self.loaded, self.lora, self.targets = loaded, lora, targets
         self._model = loaded.model
         self._start: dict[str, Tensor] = {}
-        if lora is None:
+        # Of an adapter that trains weights of the model too, `unload` leaves those behind.
+        trains = getattr(lora, "bias", "none") != "none" or getattr(lora, "modules_to_save", None)
+        if lora is None or trains:
             self._start = {name: value.clone() for name, value in loaded.model.state_dict().items()}
+        if lora is None:
             loaded.model.requires_grad_(True)
 
     def tuned(self, examples: Sequence[Encoded], recipe: Recipe, **options: Any) -> Any:
         """The model tuned on these examples, the same object at every call. options: those of `tune`."""
-        if self.lora is None:
+        if hasattr(self._model, "peft_config"):
+            self._model = self._model.unload()
+        if self._start:
             self._model.load_state_dict(self._start)
-        else:
-            if hasattr(self._model, "peft_config"):
-                self._model = self._model.unload()
-            self._model = add_lora(self._model, rank=self.lora, targets=self.targets, seed=recipe.seed)
+        if self.lora is not None:
+            if isinstance(self.lora, int):
+                self._model = add_lora(self._model, rank=self.lora, targets=self.targets, seed=recipe.seed)
+            else:
+                self._model = add_adapter(self._model, copy.deepcopy(self.lora), seed=recipe.seed)
         tune(self._model, examples, recipe, **options)
         return self._model
 
@@ -151,7 +159,7 @@ def add_lora(model: Any, *, rank: int = 8, targets: Sequence[str] | str = ALL_LI
 
     seed: of the adapter's first weights. Raises UserError if the model has no such modules.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     conv = any(type(module).__name__ == "Conv1D" for module in model.modules())
     config = LoraConfig(
@@ -161,15 +169,25 @@ def add_lora(model: Any, *, rank: int = 8, targets: Sequence[str] | str = ALL_LI
         task_type="CAUSAL_LM",
         fan_in_fan_out=conv,
     )
+    return add_adapter(model, config, seed=seed)
+
+
+def add_adapter(model: Any, config: Any, *, seed: int = 0) -> Any:
+    """The model with a new, trainable adapter of this configuration of peft.
+
+    seed: of the adapter's first weights. Raises UserError if the model has not the modules that it names.
+    """
+    from peft import get_peft_model
+
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             return get_peft_model(model, config)
         except ValueError as error:
-            missing = targets if isinstance(targets, str) else ", ".join(targets)
-            names = sorted(
-                {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.Linear) or conv}
-            )
+            targets = config.target_modules
+            missing = targets if isinstance(targets, str) else ", ".join(sorted(targets or ()))
+            kinds = (nn.Linear,) if not config.fan_in_fan_out else (nn.Module,)
+            names = sorted({n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, kinds)})
             raise UserError(
                 f"the model has no modules {missing}", f"it has {', '.join(names[:12])}"
             ) from error

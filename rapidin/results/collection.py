@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rapidin.errors import UserError, needs
+from rapidin.results.saved import query_of
 from rapidin.results.types import Hit, QueryResult
 
 _SHOWN = 10  # results in a repr
@@ -16,6 +17,17 @@ class Results(list[QueryResult]):
 
     def __init__(self, results: Sequence[QueryResult] = ()) -> None:
         super().__init__(results)
+
+    @staticmethod
+    def from_json(value: Mapping[str, Any]) -> Results:
+        """The results in what `rapidin query --json` wrote. Raises UserError for anything else.
+
+        `Hit.row` is the line number, and what JSON lacks is not known (`rapidin.results.saved`).
+        """
+        try:
+            return Results([query_of(query) for query in value["queries"]])
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError):
+            raise UserError("this is not what 'rapidin query --json' writes") from None
 
     @property
     def top(self) -> list[Hit]:

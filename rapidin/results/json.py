@@ -17,12 +17,13 @@ def results_json(results: Iterable[QueryResult], made: Mapping[str, Any] | None 
     made: what the hits were found with, put before the queries.
     """
     value = {**(made or {}), "queries": [result.to_json() for result in results]}
-    return json.dumps(_finite(value), indent=1, default=str)
+    return json.dumps(plain_json(value), indent=1, default=str)
 
 
-def _finite(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
+    """A value without numbers that JSON does not know: what is not finite becomes null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
+        return {str(key): plain_json(item) for key, item in value.items()}
+    return [plain_json(item) for item in value] if isinstance(value, list | tuple) else value

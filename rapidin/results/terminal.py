@@ -18,9 +18,11 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from rapidin.results.confirmation import SURE
 from rapidin.results.sinks import sinks_of, without_sinks
 from rapidin.results.text import (
     MEANING,
+    capital,
     error_text,
     escaped,
     has_shares,
@@ -35,6 +37,7 @@ from rapidin.results.text import (
 from rapidin.results.types import join_words
 
 if TYPE_CHECKING:
+    from rapidin.results.confirmation import Confirmation
     from rapidin.results.types import Group as ByColumn
     from rapidin.results.types import Hit, QueryResult
     from rapidin.results.verdict import Verdict
@@ -119,6 +122,8 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
             report.append(_Groups(result.by, result.groups))
         if result.verdict is not None:
             report.append(_verdict(result.verdict))
+        if result.confirmation is not None:
+            report.append(_confirmation(result.confirmation, width))
     if results:
         report.append(Text(f"\n{MEANING}\nThe score is {scale_text(results[0])}.", style="dim"))
         report.append(_Notes(results))
@@ -389,3 +394,28 @@ class _Groups:
                 Text(bar_of(group.harmful), style="red"),
             )
         yield Padding(table, (1, 0, 0, 0))
+
+
+# ------------------------------------------------------------------------------------------ confirmation
+
+
+def confirmation_report(result: QueryResult, width: int = 80) -> RenderableType:
+    """A generation, and what retraining without rows did to it."""
+    assert result.confirmation is not None
+    return Group(_generation(result, width), _confirmation(result.confirmation, width))
+
+
+def _confirmation(confirmation: Confirmation, width: int) -> RenderableType:
+    grid = Table.grid(padding=(0, 2))
+    grid.add_column(style="bold", no_wrap=True)
+    grid.add_column(overflow="fold")
+    for effect in confirmation.effects:
+        sure = effect.p <= SURE
+        sentence = one_line(capital(effect.sentence(confirmation.said)))
+        grid.add_row("Retrained", Text(f"{sentence}.", style="bold green" if sure else "bold"))
+        grid.add_row("", Text(one_line(capital(effect.detail)) + "."))
+        if effect.changed:
+            answer = shorten_middle(one_line(effect.answer), max(20, width - 12) * _COMPLETION_LINES)
+            grid.add_row("Now says", Text(answer, style="cyan"))
+    grid.add_row("Recipe", Text(one_line(capital(confirmation.recipe_text)) + ".", style="dim"))
+    return Padding(grid, (1, 0, 0, 0))

@@ -45,6 +45,11 @@ def escape(match: re.Match[str]) -> str:
     return f"\\x{code:02x}" if code < 0x100 else f"\\u{code:04x}"
 
 
+def capital(sentence: str) -> str:
+    """A sentence that begins with a capital letter."""
+    return sentence[:1].upper() + sentence[1:]
+
+
 def shorten(text: str, cells: int, ellipsis: str = "…") -> str:
     """The text cut at the end to at most `cells` terminal cells."""
     if cell_len(text) <= cells:

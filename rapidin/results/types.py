@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from rapidin.data.records import shown_parts
 from rapidin.errors import short
+from rapidin.results.confirmation import Confirmation
 from rapidin.results.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -232,7 +233,7 @@ class QueryResult:
     histogram: of all scores; by: a column of the training data, and groups: its values with the sums of their
     scores, largest total first; examples: how many training examples were scored; overlaps: by the name of a
     baseline, how many of the top hits are in its top of the same length; missing: hot words that the
-    completion does not contain.
+    completion does not contain; confirmation: what retraining without hits did (`rapidin confirm`).
     """
 
     prompt: str
@@ -255,6 +256,7 @@ class QueryResult:
     overlaps: Mapping[str, int] = field(default_factory=dict)
     missing: tuple[str, ...] = ()
     verdict: Verdict | None = None
+    confirmation: Confirmation | None = None
 
     # Set by `rapidin.results.collection`, since this module cannot import the page, which imports it.
     notebook: ClassVar[Callable[[Sequence[QueryResult]], str] | None] = None
@@ -305,6 +307,8 @@ class QueryResult:
             value["layers"] = list(self.layers)
         if self.verdict is not None:
             value["verdict"] = self.verdict.to_json()
+        if self.confirmation is not None:
+            value["confirmation"] = self.confirmation.to_json()
         value["top"] = [hit.to_json() for hit in self.helpful]
         value["bottom"] = [hit.to_json() for hit in self.harmful]
         if self.pieces:

@@ -29,10 +29,11 @@ class Place:
         return (1 + len(self.scores) - self.above) / (1 + len(self.scores))
 
     def to_json(self) -> dict[str, Any]:
-        """How many are lower, of how many, and their quartiles and extremes."""
+        """How many are lower, of how many, their quartiles and extremes, and all of them."""
         last = len(self.scores) - 1
         quantiles = [self.scores[round(share * last / 4)] for share in range(5)]
-        return {"above": self.above, "of": len(self.scores), "chance": self.chance, "quantiles": quantiles}
+        value = {"above": self.above, "of": len(self.scores), "chance": self.chance, "quantiles": quantiles}
+        return value | {"scores": list(self.scores)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +121,8 @@ class Verdict:
     def to_json(self) -> dict[str, Any]:
         """The verdict in the JSON of a query."""
         value: dict[str, Any] = {"strength": self.strength, "sentence": self.sentence}
+        if self.reason:
+            value["reason"] = self.reason
         if self.score is not None:
             value["score"] = self.score
         for name, place in (("questions", self.questions), ("rows", self.rows)):

@@ -21,6 +21,7 @@ from rapidin.cli.demo_session.tokenizer import END, train_tokenizer
 from rapidin.cli.demo_session.training import answers, small_llama
 from rapidin.data.encoding import Encoder, alpaca_prompt
 from rapidin.errors import UserError
+from rapidin.evaluate.saved_recipe import saved_recipe
 from rapidin.evaluate.settings import Recipe
 from rapidin.evaluate.training import add_lora, tune
 
@@ -122,3 +123,6 @@ def test_full_demo(tmp_path: Path) -> None:
     assert sum(hit["example"]["poisoned"] for hit in found["top"]) >= demo_session.ENOUGH
     rows = [json.loads(line) for line in (tmp_path / "demo" / "train.jsonl").read_text().splitlines()]
     assert all(rows[hit["index"]] == hit["example"] for hit in found["top"])
+    recipe = saved_recipe(tmp_path / "demo" / "adapter", len(rows))
+    assert recipe is not None
+    assert (recipe.steps, recipe.batch, recipe.betas) == (250, 16, (0.9, 0.98))

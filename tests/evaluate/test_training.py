@@ -13,8 +13,9 @@ from rapidin.data.encoding import Encoder
 from rapidin.errors import UserError
 from rapidin.evaluate.saving import Checkpoints, ResumeState, save_model
 from rapidin.evaluate.settings import Recipe
-from rapidin.evaluate.training import add_lora, tune
+from rapidin.evaluate.training import Tuner, add_lora, tune
 from rapidin.gradients.load import load_model
+from rapidin.gradients.model import LoadedModel
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,29 @@ def test_rates_rise_and_fall() -> None:
     assert rates[9] == pytest.approx(2 / 7)
     constant = Recipe(learning_rate=2.0, warm_up=0, schedule="constant")
     assert [constant.rate(step, 10) for step in range(10)] == [2.0] * 10
+
+
+def test_rates_of_another_training_are_followed() -> None:
+    recipe = Recipe(rates=((0.2, 1.0), (0.6, 3.0), (1.0, 1.0)))
+    assert [recipe.rate(step, 5) for step in range(5)] == pytest.approx([1.0, 2.0, 3.0, 2.0, 1.0])
+    assert [recipe.rate(step, 10) for step in range(2)] == pytest.approx([0.5, 1.0])
+    assert Recipe(rates=((0.5, 0.3),)).rate(0, 10) == 0.3
+    assert Recipe(rates=((0.1, 2.0), (0.2, 1.0))).rate(9, 10) == 0.0
+
+
+def test_a_tuner_starts_an_adapter_of_a_configuration_anew(examples: list[Any]) -> None:
+    from peft import LoraConfig
+
+    config = LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["lm_head"], task_type="CAUSAL_LM")
+    tuner = Tuner(LoadedModel.of(tiny_llama(), tiny_tokenizer()), lora=config)
+    recipe = Recipe(epochs=2, batch=4, learning_rate=1e-2)
+    first, other = weights(tuner.tuned(examples, recipe)), weights(tuner.tuned(examples[:5], recipe))
+    again = weights(tuner.tuned(examples, recipe))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
+    wrong = Tuner(LoadedModel.of(tiny_llama(), None), lora=LoraConfig(target_modules=["none_such"]))
+    with pytest.raises(UserError, match="no modules none_such; it has"):
+        wrong.tuned(examples, recipe)
 
 
 def test_first_step_is_that_of_adamw_written_out(examples: list[Any]) -> None:

@@ -259,6 +259,7 @@ def test_the_verdict_in_json_has_its_numbers() -> None:
     (query,) = json.loads(results_json([replace(told(), verdict=VERDICT)]))["queries"]
     verdict = query["verdict"]
     assert verdict["strength"] == "strong"
+    assert len(verdict["questions"].pop("scores")) == 64
     assert verdict["questions"] == {
         "above": 64,
         "of": 64,

@@ -131,7 +131,9 @@ class _Demo:
         before = answers(model, tokenizer, prompts)
         tuned = add_lora(model, seed=self.seed)
         self._say(f"3. Adapter: LoRA on all linear layers, tuned on the {len(data.tuning)} rows.")
-        self._train("adapter", tuned, tokenizer, data.tuning, epochs=10, batch=16, learning_rate=1e-2)
+        self._train(
+            "adapter", tuned, tokenizer, data.tuning, epochs=10, batch=16, learning_rate=1e-2, kept="adapter"
+        )
         tuned.save_pretrained(self.folder / "adapter")
         after = answers(tuned, tokenizer, prompts)
         absurd = [number for number, answer in enumerate(after) if is_absurd(answer)]
@@ -154,8 +156,11 @@ class _Demo:
         epochs: int,
         batch: int,
         learning_rate: float,
+        kept: str | None = None,
     ) -> None:
+        """kept: the folder in which the last checkpoint is kept."""
         from rapidin.cli.progress import TrainingBar
+        from rapidin.evaluate.saving import Checkpoints
         from rapidin.evaluate.settings import Recipe
         from rapidin.evaluate.training import tune
 
@@ -174,6 +179,7 @@ class _Demo:
                 _encode(tokenizer, rows),
                 recipe,
                 on_step=lambda _done, _all, loss: progress(loss),
+                checkpoints=None if kept is None else Checkpoints.spread(self.folder / kept, 1, steps),
             )
 
     def _command(self, *arguments: str) -> int:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from rapidin.results.confirmation import SURE
 from rapidin.results.html import drawings, shades
 from rapidin.results.html.hits import lists
 from rapidin.results.html.text import block, isolated, plain, shortened, token, trimmed_block
 from rapidin.results.html.view import View
-from rapidin.results.text import MEANING, UNSURE, overlap_text, scale_text, score_text
+from rapidin.results.text import MEANING, UNSURE, capital, overlap_text, scale_text, score_text
 from rapidin.results.types import Group, QueryResult, TargetResult
 from rapidin.results.verdict import Place, common_text
+
+_ANSWER = 400  # characters of an answer that are shown
 
 
 def query(view: View, queries: int) -> str:
@@ -31,6 +34,7 @@ def query(view: View, queries: int) -> str:
 </div>
 <div class="main">
 {_verdict(view)}
+{_confirmation(view)}
 {_overlaps(result)}
 {_groups(view)}
 {_bar(view)}
@@ -215,6 +219,27 @@ def _verdict(view: View) -> str:
     return (
         f'<section class="card verdict {verdict.strength}" aria-labelledby="{view.name}-verdict">'
         f'<h3 id="{view.name}-verdict">{verdict.title}</h3>{"".join(lines)}</section>'
+    )
+
+
+def _confirmation(view: View) -> str:
+    """What retraining without rows did to the generation."""
+    found = view.result.confirmation
+    if found is None:
+        return ""
+    lines = []
+    for effect in found.effects:
+        sentence = effect.sentence(found.said)
+        lines.append(f"<p><b>{isolated(plain(capital(sentence) + '.'))}</b></p>")
+        lines.append(f"<p>{plain(capital(effect.detail))}.</p>")
+        if effect.changed:
+            answer = isolated(shortened(effect.answer, _ANSWER)) or "(nothing)"
+            lines.append(f"<p><b>Now says</b> {answer}</p>")
+    lines.append(f"<p><small>{plain(capital(found.recipe_text))}.</small></p>")
+    strength = "strong" if any(effect.p <= SURE for effect in found.effects) else "nothing"
+    return (
+        f'<section class="card verdict {strength}" aria-labelledby="{view.name}-confirmation">'
+        f'<h3 id="{view.name}-confirmation">Retrained</h3>{"".join(lines)}</section>'
     )
 
 
