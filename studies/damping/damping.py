@@ -164,7 +164,8 @@ def measured(subject: Subject, way: Way) -> Iterator[dict[str, Any]]:
     def row(rows: str, by_seed: list[dict[str, Tensor]]) -> dict[str, Any]:
         found: dict[str, Any] = {"subject": subject.name, "figure": subject.figure, "way": str(way)}
         found["rows"] = rows
-        for name in by_seed[0]:
+        # `root` weighs blocks by their lengths, and a sum has lengths of two kinds.
+        for name in ("layer",) if way.off else ("layer", "root"):
             values = [round(float(subject.measure(each[name]).mean()), 4) for each in by_seed]
             found[name] = values
         return found

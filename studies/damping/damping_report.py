@@ -1,4 +1,5 @@
-"""The tables of README.md and the plot docs/img/damping.png, from damping.json.
+"""The tables of README.md and of docs/measured/results.md and the plot docs/img/damping.png, from
+damping.json.
 
     python studies/damping/damping_report.py
 
@@ -20,11 +21,17 @@ import doc_tables
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 RESULTS = HERE / "damping.json"
+PAGE = ROOT / "docs" / "measured" / "results.md"
 PLOT = ROOT / "docs" / "img" / "damping.png"
 SETS = ("kjv", "orders", "alpaca")
 POISON = ("demo-0", "demo-1", "demo-2")
-NEW = "1"  # the default, and what it was before
-OLD = "0.1"
+NEW = "1"  # the default
+NAMES = {
+    "exact": "exact",
+    "floats": "sketch",
+    "half": "2,048 bytes, learnt from half",
+    "nothing": "2,048 bytes, learnt from nothing",
+}
 Row = Mapping[str, Any]
 
 
@@ -35,7 +42,7 @@ def values(
     found = {
         row["subject"]: sum(row[score]) / len(row[score])
         for row in results
-        if (row["way"], row["rows"]) == (way, rows)
+        if (row["way"], row["rows"]) == (way, rows) and score in row
     }
     return [found[name] for name in subjects] if set(subjects) <= set(found) else []
 
@@ -59,7 +66,8 @@ def exact_table(results: Sequence[Row], score: str) -> str:
     made = []
     for way in ways(results):
         cells = [cell(values(results, way, "exact", names, score)) for names in (SETS, POISON)]
-        made.append([way, *cells])
+        if all(cells):
+            made.append([way, *cells])
     return doc_tables.table(["damping", "LDS", "auPRC"], made)
 
 
@@ -71,10 +79,21 @@ def packed_table(results: Sequence[Row], score: str) -> str:
         cells = [cell(values(results, way, rows, names, score)) for names, rows in columns]
         if all(cells):
             made.append([way, *cells])
-    titles = [
-        f"{'LDS' if names is SETS else 'auPRC'}, {'sketch' if rows == 'floats' else 'learnt from ' + rows}"
-        for names, rows in columns
-    ]
+    titles = [f"{'LDS' if names is SETS else 'auPRC'}, {NAMES[rows]}" for names, rows in columns]
+    return doc_tables.table(["damping", *titles], made)
+
+
+def summary(results: Sequence[Row]) -> str:
+    """Means of the ways that are measured packed, for docs/measured/results.md."""
+    columns = [(SETS, rows) for rows in ("exact", "half", "nothing")]
+    columns += [(POISON, rows) for rows in ("exact", "floats", "half", "nothing")]
+    made = []
+    for way in ways(results):
+        found = [values(results, way, rows, names) for names, rows in columns]
+        if all(found):
+            made.append([way, *(f"{mean(numbers):.3f}" for numbers in found)])
+    titles = [f"LDS, {NAMES[rows]}" for _, rows in columns[:3]]
+    titles += [f"auPRC, {NAMES[rows]}" for _, rows in columns[3:]]
     return doc_tables.table(["damping", *titles], made)
 
 
@@ -133,6 +152,7 @@ def main() -> None:
     results = json.loads(RESULTS.read_text())
     for name, text in tables(results).items():
         doc_tables.write(HERE / "README.md", name, text)
+    doc_tables.write(PAGE, "damping", summary(results))
     plot(results, PLOT)
 
 

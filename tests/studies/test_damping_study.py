@@ -108,6 +108,7 @@ def test_a_set_is_measured_as_the_result_says() -> None:
 def test_the_readme_shows_the_results_and_the_default_is_the_one_it_chose() -> None:
     for name, text in damping_report.tables(RESULTS).items():
         assert doc_tables.read(STUDY / "README.md", name) == text
+    assert doc_tables.read(damping_report.PAGE, "damping") == damping_report.summary(RESULTS)
     assert float(damping_report.NEW) == DAMPING
 
 
