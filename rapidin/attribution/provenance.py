@@ -221,7 +221,8 @@ def source_of(manifest: Manifest, loaded: LoadedModel, task: Task | None = None)
 
 
 def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
-    """The source with a cache's preconditioner, its damping and its date, and gradients taken as the cache's check demands.
+    """The source with a cache's preconditioner, its damping and its date, and gradients taken as the cache's
+    check demands.
 
     Raises UserError if the cache was made with another model or other settings than the source has.
     """

@@ -858,7 +858,7 @@ def test_a_cache_of_preconditioned_gradients_and_its_queries(tmp_path: Path) -> 
 
 def test_a_cache_keeps_the_damping_that_it_was_begun_with(tmp_path: Path) -> None:
     """The default was another in earlier versions: their caches are resumed and asked as they are."""
-    old = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, damping=DAMPING / 10)
+    old = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, damping=0.1)
     attributor = lora_attributor(preconditioner=old, at=[0.5])
     cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
     want = attributor.scores(cache, [QUERY])
@@ -870,11 +870,11 @@ def test_a_cache_keeps_the_damping_that_it_was_begun_with(tmp_path: Path) -> Non
     again = lora_attributor(preconditioner="kfac", at=[0.5])
     resumed = again.cache(records(), cache.path, dtype="float32", shard_rows=7)
     assert (cache.path / "shard-000000.safetensors").read_bytes() == whole
-    assert resumed.manifest.gradient["preconditioner"]["damping"] == DAMPING / 10
+    assert resumed.manifest.gradient["preconditioner"]["damping"] == 0.1
     assert torch.equal(again.scores(resumed, [QUERY]), want)
     assert again.source.config.damping == DAMPING
-    other = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, damping=DAMPING * 2)
-    with pytest.raises(UserError, match=rf"damping {DAMPING / 10:g} in the cache, .* damping {DAMPING * 2:g}"):
+    other = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, damping=2.0)
+    with pytest.raises(UserError, match=r"damping 0\.1 in the cache, .* damping 2 requested"):
         lora_attributor(preconditioner=other, at=[0.5]).cache(
             records(), cache.path, dtype="float32", shard_rows=7
         )
