@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -136,21 +137,38 @@ def manifest_of(
 
 
 def resumed(source: GradientSource, path: Path) -> GradientSource:
-    """The source with the date of the cache at `path`, if one was begun there and none was asked for.
+    """The source with the date and the damping of the cache at `path`, if one was begun there and none was
+    asked for.
 
-    All processes use that of the leading one.
+    All processes use those of the leading one.
     """
-    if source.settings.date is None or not source.chooses_date:
+    chooses_date = source.settings.date is not None and source.chooses_date
+    if not chooses_date and not source.chooses_damping:
         return source
 
-    def date() -> bytes:
+    def begun() -> bytes:
+        found = source
         try:
-            begun = Manifest.read(path).text.get("date")
+            manifest = Manifest.read(path)
         except UserError:  # there is none, or opening it says what is wrong
-            begun = None
-        return str(begun or source.settings.date).encode()
+            pass
+        else:
+            found = _with_damping_of(source, manifest)
+            if chooses_date:
+                found = found.with_date(manifest.text.get("date") or source.settings.date)
+        return json.dumps([found.settings.date, found.config.damping]).encode()
 
-    return source.with_date(world().share(date).decode())
+    date, damping = json.loads(world().share(begun))
+    return source.with_date(date).with_damping(damping)
+
+
+def _with_damping_of(source: GradientSource, manifest: Manifest) -> GradientSource:
+    """The source with the damping that a cache's preconditioner was fitted with, if none was asked for: the
+    default was another in earlier versions."""
+    record = manifest.preconditioner
+    if record is None or record["kind"] != "kfac" or not source.chooses_damping:
+        return source
+    return source.with_damping(record["damping"])
 
 
 def read_fitted(manifest: Manifest) -> Preconditioner | None:
@@ -203,10 +221,12 @@ def source_of(manifest: Manifest, loaded: LoadedModel, task: Task | None = None)
 
 
 def checked(source: GradientSource, manifest: Manifest) -> GradientSource:
-    """The source with a cache's preconditioner and date, and gradients taken as the cache's check demands.
+    """The source with a cache's preconditioner, its damping and its date, and gradients taken as the cache's
+    check demands.
 
     Raises UserError if the cache was made with another model or other settings than the source has.
     """
+    source = _with_damping_of(source, manifest)
     recorded, loaded = manifest.model["identity"], source.loaded.identity
     if recorded != loaded:
         what = other_model(recorded, loaded)

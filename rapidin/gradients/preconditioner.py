@@ -46,7 +46,7 @@ KFAC_SAMPLE = 128  # examples of the sample for K-FAC's, to which every token co
 _FEWEST = 32
 STREAM = 18  # of the keyed hash in docs/reference/sketch.md that draws the sample
 RANK = 64  # eigenvectors of a side that K-FAC's preconditioner keeps
-DAMPING = 0.1  # d, of a side, in units of its mean eigenvalue
+DAMPING = 1.0  # d, of a side, in units of its mean eigenvalue: studies/damping
 
 Kind = Literal["off", "sample", "kfac", "optimizer"]
 

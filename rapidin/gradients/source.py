@@ -78,6 +78,7 @@ class GradientSource:
             settings.date,
         )
         self.chooses_date = settings.date is None
+        self.chooses_damping = settings.preconditioner in ("auto", "kfac")
         if self.task.needs_causal:
             check_causal(loaded)
         self.points = _points(loaded, settings.at)
@@ -207,6 +208,15 @@ class GradientSource:
         other.task = self.task.dated(date)
         other.settings = replace(self.settings, date=date)
         other.batches = other._batch_runner()
+        return other
+
+    def with_damping(self, damping: float) -> GradientSource:
+        """The same source, whose preconditioner of K-FAC is fitted with another damping."""
+        if damping == self.config.damping:
+            return self
+        other = copy.copy(self)
+        other.config = replace(self.config, damping=damping)
+        other.settings = replace(self.settings, preconditioner=other.config)
         return other
 
     @property

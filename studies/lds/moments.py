@@ -26,6 +26,7 @@ from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
 from rapidin.tasks.task import Batch, Example, Task
 
+DAMPING = 0.1  # the default when this was measured
 SAMPLES = (0, 16, 32, 64, 128, 240)
 SEEDS = 3
 WIDTH = 4096
@@ -54,7 +55,7 @@ def source_of(truth: RetrainedSet, sample: int, seed: int) -> GradientSource:
         width=WIDTH,
         seed=seed,
         batch_tokens=4096,
-        preconditioner=replace(config, sample=sample) if sample else config,
+        preconditioner=replace(config, sample=sample, damping=DAMPING) if sample else config,
     )
     return GradientSource(LoadedModel.of(model, None), settings)
 

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from rapidin import ops
 from rapidin.gradients.kfac import SideMoment, Spectrum, kfac_scale
-from rapidin.gradients.preconditioner import DAMPING, EXPONENT, RANK
+from rapidin.gradients.preconditioner import EXPONENT, RANK
 from rapidin.ops import tables
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
@@ -33,6 +33,7 @@ DIMS = (512, 1024, 4096)
 MASSIVE_FEATURES = ((3,), (3, 40, 700))
 CASES = [(massive, dim) for massive in MASSIVE_FEATURES for dim in DIMS]
 BATCH, TOKENS, N_IN, N_OUT = 2, 48, 1024, 512
+DAMPING = 0.1  # of a side; the stronger the preconditioner, the larger the errors
 SAMPLED = 4096  # vectors that K-FAC's directions are learnt from
 SIZE = 1000.0  # of a massive feature
 SEED = 1

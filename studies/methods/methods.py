@@ -24,9 +24,9 @@ keep it), its TrackStar score (rows and query under the inverse root of the seco
 as a whole), LoRIF's rank-c factors of a double-sided projection (arXiv 2601.21929) and TRAK's dense
 projection of the whole gradient; three seeds. Rows are scored as they decode, queries are not truncated.
 
-`kfac`: K-FAC's preconditioner (`rapidin.gradients.preconditioner`) with exact gradients, as a cache has it
-(rank 64, damping 0.1), with fewer or all directions, and from the first 30 texts alone; then through sketches
-and codes.
+`kfac`: K-FAC's preconditioner (`rapidin.gradients.preconditioner`) with exact gradients, as a cache had it
+(rank 64, damping 0.1; ../damping has others), with fewer or all directions, and from the first 30 texts
+alone; then through sketches and codes.
 
 `ways`: other ways to have it, half-way, layer by layer: other dampings, with all directions; and all of the
 inverse on the query's side, the rows as they are, exactly and through the sketch and codec of 2,048 bytes.
@@ -54,7 +54,6 @@ from torch import Tensor
 from rapidin.cache.codec import ROW_OVERHEAD, CodecConfig
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.parameters import Target, Use
-from rapidin.gradients.preconditioner import DAMPING as SIDE_DAMPING
 from rapidin.gradients.preconditioner import EXPONENT, RANK
 from rapidin.gradients.scale import Scale
 
@@ -78,6 +77,7 @@ KFAC = {
     "kfac, whole": (None, None),
     "kfac of 30 texts": (30, RANK),
 }
+SIDE_DAMPING = 0.1  # of a side; the default when this was measured (../damping chose another)
 SIDE_DAMPINGS = (0.01, 0.03, SIDE_DAMPING, 0.3)
 EPS = 0.01
 WIDTH = 8192

@@ -27,8 +27,10 @@ from rapidin.gradients.kfac import FactorMoments, SideMoment, Spectrum, kfac_sca
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import Target, Use, block_seed, find_targets, matrix_shape
 from rapidin.gradients.preconditioner import (
+    DAMPING,
     EXPONENT,
     FLOOR,
+    KFAC_SAMPLE,
     Preconditioner,
     PreconditionerConfig,
 )
@@ -816,9 +818,10 @@ def test_a_cache_of_preconditioned_gradients_and_its_queries(tmp_path: Path) -> 
     attributor = lora_attributor(preconditioner=KFAC_OF_12, at=[0.5])
     cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
     record = cache.manifest.gradient["preconditioner"]
-    assert (record["kind"], record["rank"], record["damping"], record["sample"]) == ("kfac", 5, 0.1, 12)
+    assert (record["kind"], record["rank"], record["damping"], record["sample"]) == ("kfac", 5, DAMPING, 12)
     assert (
-        cache.info()["preconditioner"] == "K-FAC's from a sample of at most 12 examples, rank 5, damping 0.1"
+        cache.info()["preconditioner"]
+        == f"K-FAC's from a sample of at most 12 examples, rank 5, damping {DAMPING:g}"
     )
     preconditioner = read_fitted(cache.manifest)
     assert preconditioner is not None
@@ -851,6 +854,30 @@ def test_a_cache_of_preconditioned_gradients_and_its_queries(tmp_path: Path) -> 
         (tmp_path / "bad" / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(UserError, match="damaged"):
             Manifest.read(tmp_path / "bad")
+
+
+def test_a_cache_keeps_the_damping_that_it_was_begun_with(tmp_path: Path) -> None:
+    """The default was another in earlier versions: their caches are resumed and asked as they are."""
+    old = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, damping=0.1)
+    attributor = lora_attributor(preconditioner=old, at=[0.5])
+    cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
+    want = attributor.scores(cache, [QUERY])
+    whole = (cache.path / "shard-000000.safetensors").read_bytes()
+    (cache.path / "shard-000000.safetensors").unlink()
+    manifest = Manifest.read(cache.path)
+    manifest.shards = manifest.shards[1:]
+    manifest.write(cache.path)
+    again = lora_attributor(preconditioner="kfac", at=[0.5])
+    resumed = again.cache(records(), cache.path, dtype="float32", shard_rows=7)
+    assert (cache.path / "shard-000000.safetensors").read_bytes() == whole
+    assert resumed.manifest.gradient["preconditioner"]["damping"] == 0.1
+    assert torch.equal(again.scores(resumed, [QUERY]), want)
+    assert again.source.config.damping == DAMPING
+    other = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, damping=2.0)
+    with pytest.raises(UserError, match=r"damping 0\.1 in the cache, .* damping 2 requested"):
+        lora_attributor(preconditioner=other, at=[0.5]).cache(
+            records(), cache.path, dtype="float32", shard_rows=7
+        )
 
 
 def test_a_fit_preconditioner_other_parts_is_damaged() -> None:

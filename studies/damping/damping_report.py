@@ -1,0 +1,160 @@
+"""The tables of README.md and of docs/measured/results.md and the plot docs/img/damping.png, from
+damping.json.
+
+    python studies/damping/damping_report.py
+
+A cell has each set (kjv, orders, alpaca) or each seed of the demo, then their mean in bold; each is the mean
+over the seeds of its sketch.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
+import doc_tables
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+RESULTS = HERE / "damping.json"
+PAGE = ROOT / "docs" / "measured" / "results.md"
+PLOT = ROOT / "docs" / "img" / "damping.png"
+SETS = ("kjv", "orders", "alpaca")
+POISON = ("demo-0", "demo-1", "demo-2")
+NEW = "1"  # the default
+NAMES = {
+    "exact": "exact",
+    "floats": "sketch",
+    "half": "2,048 bytes, learnt from half",
+    "nothing": "2,048 bytes, learnt from nothing",
+}
+Row = Mapping[str, Any]
+
+
+def values(
+    results: Sequence[Row], way: str, rows: str, subjects: Sequence[str], score: str = "layer"
+) -> list[float]:
+    """One a subject; nothing where one is missing."""
+    found = {
+        row["subject"]: sum(row[score]) / len(row[score])
+        for row in results
+        if (row["way"], row["rows"]) == (way, rows) and score in row
+    }
+    return [found[name] for name in subjects] if set(subjects) <= set(found) else []
+
+
+def mean(numbers: Sequence[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def cell(numbers: Sequence[float]) -> str:
+    if not numbers:
+        return ""
+    return f"{' '.join(f'{x:.3f}' for x in numbers)} · **{mean(numbers):.3f}**"
+
+
+def ways(results: Sequence[Row]) -> list[str]:
+    return list(dict.fromkeys(row["way"] for row in results))
+
+
+def exact_table(results: Sequence[Row], score: str) -> str:
+    """Exact gradients."""
+    made = []
+    for way in ways(results):
+        cells = [cell(values(results, way, "exact", names, score)) for names in (SETS, POISON)]
+        if all(cells):
+            made.append([way, *cells])
+    return doc_tables.table(["damping", "LDS", "auPRC"], made)
+
+
+def packed_table(results: Sequence[Row], score: str) -> str:
+    """Rows of 2,048 bytes, and sketches in floats for the poison."""
+    columns = [(SETS, "half"), (SETS, "nothing"), (POISON, "floats"), (POISON, "half"), (POISON, "nothing")]
+    made = []
+    for way in ways(results):
+        cells = [cell(values(results, way, rows, names, score)) for names, rows in columns]
+        if all(cells):
+            made.append([way, *cells])
+    titles = [f"{'LDS' if names is SETS else 'auPRC'}, {NAMES[rows]}" for names, rows in columns]
+    return doc_tables.table(["damping", *titles], made)
+
+
+def summary(results: Sequence[Row]) -> str:
+    """Means of the ways that are measured packed, for docs/measured/results.md."""
+    columns = [(SETS, rows) for rows in ("exact", "half", "nothing")]
+    columns += [(POISON, rows) for rows in ("exact", "floats", "half", "nothing")]
+    made = []
+    for way in ways(results):
+        found = [values(results, way, rows, names) for names, rows in columns]
+        if all(found):
+            made.append([way, *(f"{mean(numbers):.3f}" for numbers in found)])
+    titles = [f"LDS, {NAMES[rows]}" for _, rows in columns[:3]]
+    titles += [f"auPRC, {NAMES[rows]}" for _, rows in columns[3:]]
+    return doc_tables.table(["damping", *titles], made)
+
+
+def tables(results: Sequence[Row]) -> dict[str, str]:
+    """By name."""
+    return {
+        "exact": exact_table(results, "layer"),
+        "packed": packed_table(results, "layer"),
+        "root-exact": exact_table(results, "root"),
+        "root-packed": packed_table(results, "root"),
+    }
+
+
+def points(results: Sequence[Row], score: str) -> Iterator[tuple[str, float, float]]:
+    """(way, mean LDS, mean auPRC) of exact gradients."""
+    for way in ways(results):
+        both = [values(results, way, "exact", names, score) for names in (SETS, POISON)]
+        if all(both):
+            yield way, mean(both[0]), mean(both[1])
+
+
+def plot(results: Sequence[Row], out: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, ax = plt.subplots(figsize=(8, 5))
+    for score, style, label in (
+        ("layer", "o-", "one damping, rows at length 1"),
+        ("root", "s-", "one damping, rows divided by the root of their length"),
+    ):
+        line = [p for p in points(results, score) if p[0].replace(".", "").isdigit()]
+        ax.plot([p[1] for p in line], [p[2] for p in line], style, label=label, markersize=5)
+        for way, lds, found in line:
+            ax.annotate(way, (lds, found), xytext=(4, 4), textcoords="offset points", fontsize=8)
+    for way, lds, found in points(results, "layer"):
+        if not way.replace(".", "").isdigit() and way != "off":
+            ax.plot(lds, found, "x", color="grey", markersize=5)
+            ax.annotate(way, (lds, found), xytext=(4, -8), textcoords="offset points", fontsize=6)
+    ax.axvline(0.76, color="grey", linewidth=0.8)
+    ax.axhline(0.99, color="grey", linewidth=0.8)
+    ax.set_xlim(0.71, 0.775)
+    ax.set_ylim(0.945, 1.001)
+    ax.set_xlabel("LDS, mean of kjv, orders and alpaca")
+    ax.set_ylabel("auPRC of the poison, mean of three demos")
+    ax.set_title("Damping of K-FAC's preconditioner, exact gradients half-way; lines: the goals", fontsize=10)
+    ax.grid(alpha=0.3)
+    ax.legend(loc="lower left", fontsize=8)
+    figure.tight_layout()
+    figure.savefig(out, dpi=80)
+    plt.close(figure)
+
+
+def main() -> None:
+    results = json.loads(RESULTS.read_text())
+    for name, text in tables(results).items():
+        doc_tables.write(HERE / "README.md", name, text)
+    doc_tables.write(PAGE, "damping", summary(results))
+    plot(results, PLOT)
+
+
+if __name__ == "__main__":
+    main()
