@@ -87,6 +87,7 @@ class HitGradients:
         for number, source in self._each_source():
             query = self._scans[number].query
             report = self._progress("tokens of hits", 0, len(rows))
+            report(0)
             for done, row in enumerate(rows):
                 factors = None if query.factors is None else query.factors[row]
                 positions = token_contributions.sketched(source, self._example(source, row), query, factors)

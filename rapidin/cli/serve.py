@@ -21,6 +21,7 @@ from rapidin.settings import option
 if TYPE_CHECKING:
     from rapidin.serve.service import Service
 
+_STOP_SECONDS = 10  # that a question has to come to its next step, where it stops
 _EVERYWHERE = ("0.0.0.0", "::")  # all addresses of the machine
 
 
@@ -39,8 +40,8 @@ class ServerOptions:
     )
     token: str | None = option(
         None,
-        help="Token that requests must have; also read from RAPIDIN_TOKEN, which other users of the machine "
-        "do not see.",
+        help="Token that requests must have. Better set RAPIDIN_TOKEN: other users of the machine can see "
+        "command lines.",
         metavar="TOKEN",
         panel="Server",
         default="a random one",
@@ -78,8 +79,8 @@ def serve(
 ) -> None:
     """Serve a live view: ask the model in a browser, and see which training examples led to its answers.
 
-    The model, the caches and the training data stay loaded. The server listens on this machine alone and
-    needs the token of the address that it prints, unless told otherwise. Ctrl-C ends it.
+    The model, the caches and the training data stay loaded. The server listens on this machine only, and the
+    address that it prints contains the access token; --host and --no-token change this. Ctrl-C ends it.
     """
     for module in ("fastapi", "uvicorn"):
         needs(module, "'rapidin serve'", "serve")
@@ -99,8 +100,11 @@ def serve(
         try:
             with running(create_app(service, worker, access), listening) as thread:
                 _until_signal(thread, lambda: _say(address, access.token, server.host not in LOOPBACK))
+                cancelled = worker.close(_STOP_SECONDS)  # those who wait are told before connections close
+                if cancelled:
+                    line(f"stopped; {cancelled} question{'s were' * (cancelled > 1) or ' was'} not answered")
         finally:
-            worker.close()
+            worker.close(0)
 
 
 def _token(server: ServerOptions) -> str | None:
@@ -113,6 +117,8 @@ def _token(server: ServerOptions) -> str | None:
 
 def _check_token(token: str) -> None:
     """Raise UserError for a token that an address or a cookie cannot have."""
+    if not token:
+        raise UserError("the token is empty", "leave it out, and a random one is made")
     if not re.fullmatch(r"[A-Za-z0-9._~-]+", token):
         raise UserError("the token has characters that addresses cannot have", "use letters and digits")
 

@@ -6,23 +6,30 @@ server-sent events; any other waits for the result. A job is cancelled when its 
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import logging
+from collections.abc import AsyncIterator, Callable, Mapping
 from importlib import resources
 from typing import Annotated, Any, Literal
 
-from fastapi import APIRouter, Body, FastAPI, HTTPException, Query, Request
+from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Query, Request
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from fastapi.security import HTTPBearer
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from starlette.exceptions import HTTPException as StarletteHTTPException
 
 import rapidin
 from rapidin.errors import UserError
+from rapidin.results.html import page
 from rapidin.results.json import results_json
 from rapidin.serve import pages
 from rapidin.serve.guard import Access, Guard
 from rapidin.serve.jobs import CancelledError, Job, QueueFullError, Worker
 from rapidin.serve.service import Answer, Question, Service
 
+_LOG = logging.getLogger("rapidin.serve")
 _STREAM = "text/event-stream"
+_STOPPING, _FAILED = "the server is stopping", "an error in rapidin, which its log shows"
 _GONE_SECONDS = 0.25  # between two looks at whether the client is still there
 _ASSETS = {"live.js": "text/javascript", "live.css": "text/css"}
 _MOST_CHARACTERS = 100_000  # of a text
@@ -78,6 +85,12 @@ class ToExplain(Asked):
     ] = None
 
 
+class Problem(BaseModel):
+    """Why a request is not answered."""
+
+    detail: str
+
+
 class Generated(BaseModel):
     """What the model answers."""
 
@@ -124,20 +137,67 @@ def create_app(service: Service, worker: Worker, access: Access) -> Guard:
         description="The training examples behind what a language model says.",
         docs_url=None,  # its page takes scripts from elsewhere
         redoc_url=None,
+        dependencies=[Depends(HTTPBearer(auto_error=False, description="The token of the address."))],
+        responses={
+            status: {"model": Problem, "description": what}
+            for status, what in ((400, "A mistake"), (401, "No token, or a wrong one"), (403, "Another site"))
+        },
     )
 
-    @app.exception_handler(UserError)
-    async def user_error(_: Request, error: UserError) -> Response:
-        return JSONResponse({"detail": str(error)}, status_code=400)
-
-    @app.exception_handler(QueueFullError)
-    async def queue_full(_: Request, __: QueueFullError) -> Response:
-        detail = f"{worker.most:,} questions wait already"
-        return JSONResponse({"detail": detail}, status_code=503, headers={"Retry-After": "2"})
-
+    _add_errors(app, worker)
     for router in (_questions(service, worker), _data(service, worker), _answers(service), _pages(service)):
         app.include_router(router)
     return Guard(app, access)
+
+
+def _add_errors(app: FastAPI, worker: Worker) -> None:
+    """Every error has a `detail`, a text; a browser gets a page."""
+
+    def said(request: Request, status: int, detail: str, **headers: str) -> Response:
+        if _wants_page(request):
+            return HTMLResponse(pages.message_page(detail).encode(), status)
+        return JSONResponse({"detail": detail}, status, {k.replace("_", "-"): v for k, v in headers.items()})
+
+    @app.exception_handler(UserError)
+    async def user_error(request: Request, error: UserError) -> Response:
+        return said(request, 400, str(error))
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return said(request, 422, "; ".join(_problem(each) for each in error.errors()))
+
+    @app.exception_handler(StarletteHTTPException)
+    async def refused(request: Request, error: StarletteHTTPException) -> Response:
+        return said(request, error.status_code, str(error.detail))
+
+    @app.exception_handler(QueueFullError)
+    async def queue_full(request: Request, _: QueueFullError) -> Response:
+        if worker.closed:
+            return said(request, 503, _STOPPING)
+        many = "1 question waits" if worker.most == 1 else f"{worker.most:,} questions wait"
+        return said(request, 503, f"{many} already; try again in 2 seconds", Retry_After="2")
+
+    @app.exception_handler(CancelledError)
+    async def cancelled(request: Request, _: CancelledError) -> Response:
+        return said(request, 503, _STOPPING)
+
+    @app.exception_handler(Exception)
+    async def failed(request: Request, error: Exception) -> Response:
+        _LOG.error("an error in rapidin", exc_info=error)
+        return said(request, 500, _FAILED)
+
+
+def _problem(error: Mapping[str, Any]) -> str:
+    """What is wrong with a request, in words."""
+    kind, where = error["type"], [str(part) for part in error["loc"][1:]]
+    if kind == "json_invalid":
+        return f"the body is not JSON: {error['ctx']['error']}, at character {error['loc'][-1]}"
+    if kind == "extra_forbidden":
+        return f"unknown field '{where[-1]}'; there are {', '.join(ToExplain.model_fields)}"
+    if not where and kind in ("model_attributes_type", "dict_type", "model_type", "missing"):
+        return "the body is not a JSON object, or the header 'Content-Type: application/json' is missing"
+    text = str(error["msg"]).removeprefix("Value error, ")
+    return f"{where[-1]}: {text[:1].lower()}{text[1:]}" if where else text
 
 
 def _questions(service: Service, worker: Worker) -> APIRouter:
@@ -208,6 +268,16 @@ def _answers(service: Service) -> APIRouter:
             return _page(pages.answer_page(kept, service))
         return JSONResponse(_answer_json(kept))
 
+    @router.get("/answers/{name}/hits.json", summary="An answer as 'rapidin query --json' writes it")
+    def hits(name: str) -> Response:
+        kept = _found(service, name)
+        return _saved(results_json(kept.results, kept.made) + "\n", "application/json", "hits.json")
+
+    @router.get("/answers/{name}/report.html", summary="An answer as 'rapidin query --report' writes it")
+    def report(name: str) -> Response:
+        text = page(_found(service, name).results, about=service.about)
+        return _saved(text, "text/html", "report.html")
+
     @router.delete("/answers/{name}", summary="Forget an answer", status_code=204)
     def forget(name: str) -> Response:
         _found(service, name)
@@ -241,6 +311,15 @@ def _pages(service: Service) -> APIRouter:
         return Response(text, media_type=_ASSETS[name])
 
     return router
+
+
+def _saved(text: str, kind: str, name: str) -> Response:
+    """A file for the browser to save."""
+    return Response(
+        text.encode("utf-8", "backslashreplace"),
+        media_type=kind,
+        headers={"Content-Disposition": f'attachment; filename="{name}"'},
+    )
 
 
 def _found(service: Service, name: str) -> Answer:
@@ -293,10 +372,10 @@ async def _streamed(
         except UserError as error:
             yield _event("error", {"detail": str(error)})
         except CancelledError:
-            yield _event("error", {"detail": "cancelled"})
-        except Exception:
-            yield _event("error", {"detail": "an error in rapidin, which its log shows"})
-            raise
+            yield _event("error", {"detail": _STOPPING})
+        except Exception as error:
+            _LOG.error("an error in rapidin", exc_info=error)
+            yield _event("error", {"detail": _FAILED})
     finally:
         job.cancel()
 

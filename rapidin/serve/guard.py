@@ -7,9 +7,11 @@ origin of the server itself if it has one, and a token, and its body has a limit
 
 from __future__ import annotations
 
+import json
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from dataclasses import dataclass, field
+from html import escape
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
@@ -23,6 +25,15 @@ App = Callable[[Any, Receive, Send], Awaitable[None]]
 COOKIE = "rapidin-token"
 OPEN = ("/health",)  # paths that need no token, and say nothing
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_MISSING = "this view needs a token: open the address that 'rapidin serve' printed, or ask for it"
+_WRONG = "the token is wrong: use the address that 'rapidin serve' printed last"
+_PAGE_STYLE = (
+    "<style>:root{color-scheme:light dark;font:16px/1.5 system-ui,sans-serif}body{margin:32px}</style>"
+)
+_TOKEN_FORM = (
+    '<form method="get"><label>Token <input name="token" type="password" autocomplete="off" required>'
+    "</label> <button>Open</button></form>"
+)
 _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"x-frame-options", b"DENY"),
@@ -42,7 +53,7 @@ class Access:
 
     token: str | None = field(default_factory=lambda: secrets.token_urlsafe(24))
     hosts: Iterable[str] = LOOPBACK
-    most_bytes: int = 256 << 10
+    most_bytes: int = 1 << 20
 
 
 class BodyTooLargeError(Exception):
@@ -66,21 +77,25 @@ class Guard:
             name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]
         }
         secured = _secured(send)
+        respond = _Refusal(secured, is_page="text/html" in headers.get("accept", ""))
         refused = self._refusal(scope["method"], headers)
         if refused is not None:
-            await _respond(secured, 403, refused)
+            await respond(403, refused)
             return
         if self._access.token is not None and scope["path"] not in OPEN:
             query = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
             given = dict(query).get("token")
             if given is not None and scope["method"] == "GET":
+                if not self._is_token(given):
+                    await respond(401, _WRONG)
+                    return
                 await self._sign_in(scope, headers, query, given, secured)
                 return
             if not self._has_token(headers):
-                await _respond(secured, 401, "open the address that 'rapidin serve' printed, with its token")
+                await respond(401, _WRONG if "authorization" in headers else _MISSING)
                 return
         if _length(headers) > self._access.most_bytes:
-            await _respond(secured, 413, f"a request has at most {self._access.most_bytes:,} bytes")
+            await respond(413, self._too_large)
             return
         started = False
 
@@ -93,14 +108,18 @@ class Guard:
             await self._app(scope, self._limited(receive), sent)
         except BodyTooLargeError:
             if not started:
-                await _respond(secured, 413, f"a request has at most {self._access.most_bytes:,} bytes")
+                await respond(413, self._too_large)
+
+    @property
+    def _too_large(self) -> str:
+        return f"a request has at most {self._access.most_bytes:,} bytes"
 
     def _refusal(self, method: str, headers: Mapping[str, str]) -> str | None:
         """Why a request is from where none may come, None if it is not."""
         host = headers.get("host", "")
         name = urlsplit(f"//{host}").hostname if _is_host(host) else None
         if name is None or name.lower() not in self._hosts:
-            return "this server has another name; name it with --allow-host"
+            return f"the host {host[:100]!r} is not allowed; start the server with --allow-host for it"
         origin = headers.get("origin")
         if origin is not None and urlsplit(origin).netloc.lower() != host.lower():
             return "the request comes from another site"
@@ -114,14 +133,12 @@ class Guard:
         self, scope: Scope, headers: Mapping[str, str], query: list[tuple[str, str]], given: str, send: Send
     ) -> None:
         """Keep the token of an address in a cookie, so that it stands in no other address."""
-        if not self._is_token(given):
-            await _respond(send, 401, "the token is another one")
-            return
         rest = urlencode([(name, value) for name, value in query if name != "token"])
         # One slash in front: two would name another host.
         place = "/" + str(scope["path"]).lstrip("/\\") + (f"?{rest}" if rest else "")
         cookie = f"{_cookie(headers)}={given}; Path=/; HttpOnly; SameSite=Lax"
-        await _respond(send, 303, "", (b"location", place.encode()), (b"set-cookie", cookie.encode()))
+        headers_of_page = [(b"location", place.encode()), (b"set-cookie", cookie.encode())]
+        await _respond(send, 303, b"", headers_of_page)
 
     def _has_token(self, headers: Mapping[str, str]) -> bool:
         kind, _, token = headers.get("authorization", "").partition(" ")
@@ -176,9 +193,32 @@ def _secured(send: Send) -> Send:
     return secured
 
 
-async def _respond(send: Send, status: int, text: str, *headers: tuple[bytes, bytes]) -> None:
-    body = f"{text}\n".encode() if text else b""
+class _Refusal:
+    """Says why a request is refused: as JSON, or as a page to a browser."""
+
+    def __init__(self, send: Send, *, is_page: bool) -> None:
+        self._send, self._is_page = send, is_page
+
+    async def __call__(self, status: int, text: str) -> None:
+        if not self._is_page:
+            body = json.dumps({"detail": text}).encode()
+            await _respond(self._send, status, body, [(b"content-type", b"application/json")])
+            return
+        form = _TOKEN_FORM if status == 401 else ""
+        page = (
+            f"<!DOCTYPE html><title>rapidin</title>{_PAGE_STYLE}<h1>rapidin</h1><p>{escape(text)}.</p>{form}"
+        )
+        headers = [
+            (b"content-type", b"text/html; charset=utf-8"),
+            (
+                b"content-security-policy",
+                b"default-src 'none'; style-src 'unsafe-inline'; form-action 'self'; base-uri 'none'",
+            ),
+        ]
+        await _respond(self._send, status, page.encode(), headers)
+
+
+async def _respond(send: Send, status: int, body: bytes, headers: list[tuple[bytes, bytes]]) -> None:
     length = (b"content-length", str(len(body)).encode())
-    kind = (b"content-type", b"text/plain; charset=utf-8")
-    await send({"type": "http.response.start", "status": status, "headers": [kind, length, *headers]})
+    await send({"type": "http.response.start", "status": status, "headers": [length, *headers]})
     await send({"type": "http.response.body", "body": body})

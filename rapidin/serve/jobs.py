@@ -72,6 +72,11 @@ class Worker:
         with self._changed:
             return len(self._waiting)
 
+    @property
+    def closed(self) -> bool:
+        """Whether no more jobs are taken."""
+        return self._closed
+
     def submit(self, work: Callable[[Job], Any], on_event: OnEvent = lambda *_: None) -> Job:
         """A job that waits for its turn. Raises QueueFullError if there are too many."""
         job = Job(work, on_event)
@@ -86,15 +91,19 @@ class Worker:
             on_event("waiting", {"before": before})
         return job
 
-    def close(self) -> None:
-        """Take no more jobs, and cancel all. Waits until the one that is done has ended."""
+    def close(self, seconds: float | None = None) -> int:
+        """Take no more jobs, and cancel all. Waits until the one that is done has ended, or so many seconds.
+
+        Returns how many were cancelled.
+        """
         with self._changed:
             self._closed = True
             jobs = [*self._waiting, *([] if self._current is None else [self._current])]
             for job in jobs:
                 job.cancel()
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(seconds)
+        return len(jobs)
 
     def _drop_cancelled(self) -> None:
         """Jobs that nobody waits for leave their places to others."""

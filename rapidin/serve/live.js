@@ -30,9 +30,10 @@
   }
 
   async function problemOf(response) {
+    if (response.status === 401) return "The server has another token now; open the address that it printed.";
     try {
       const { detail } = await response.json();
-      return typeof detail === "string" ? detail : detail.map(({ msg }) => msg).join("; ");
+      return detail;
     } catch {
       return `the server answered with status ${response.status}`;
     }
@@ -48,6 +49,8 @@
     written.hidden = problem.hidden = true;
     stage.textContent = "Asking the model";
     cancel.hidden = false;
+    const buttons = document.querySelectorAll(".asking [type=submit], .again");
+    for (const button of buttons) button.disabled = true; // one question at a time, which can be cancelled
     let failed = "";
     try {
       const response = await fetch("/query", {
@@ -77,6 +80,7 @@
     if (running !== mine) return; // another question has taken its place
     running = null;
     cancel.hidden = true;
+    for (const button of buttons) button.disabled = false;
     stage.textContent = failed ? "" : "Cancelled";
     problem.textContent = failed;
     problem.hidden = !failed;
@@ -99,10 +103,33 @@
     }
   });
   for (const button of document.querySelectorAll(".again")) {
-    button.addEventListener("click", () => ask(JSON.parse(button.dataset.question)));
+    button.addEventListener("click", () => {
+      const question = JSON.parse(button.dataset.question);
+      if (button.dataset.words) question.words = true;
+      const by = button.parentElement.querySelector("select.by");
+      if (by) question.by = by.value;
+      ask(question);
+    });
   }
+  document.querySelector(".copy")?.addEventListener("click", async ({ target }) => {
+    const link = location.origin + location.pathname;
+    try {
+      await navigator.clipboard.writeText(link);
+      target.textContent = "Copied";
+    } catch {
+      const box = document.createElement("input"); // the page may not write to the clipboard
+      box.readOnly = true;
+      box.value = link;
+      box.setAttribute("aria-label", "Link to this answer");
+      target.replaceWith(box);
+      box.select();
+    }
+  });
   addEventListener("pageshow", () => {
-    for (const name of [".written", ".stage"]) if (form) form.querySelector(name).textContent = "";
+    if (!form) return; // the browser may show the page again as it was left
+    for (const name of [".written", ".stage"]) form.querySelector(name).textContent = "";
+    for (const button of document.querySelectorAll(".asking [type=submit], .again")) button.disabled = false;
+    form.querySelector(".cancel").hidden = true;
   });
 
   // -------------------------------------------------------------------------------------------- history

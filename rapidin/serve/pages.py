@@ -35,7 +35,8 @@ def home_page(service: Service) -> str:
         for name, text in service.about.items()
     )
     body = f"""{_bar(service)}
-<header class="top"><h1>What led the model to what it says</h1><dl class="about">{facts}</dl></header>
+<header class="top"><h1>Training examples behind the model’s answers</h1>
+<dl class="about">{facts}</dl></header>
 <main id="content" tabindex="-1">{_history(service.history.latest())}</main>"""
     return document("rapidin", body, page_style(), live=Live(_HEAD))
 
@@ -80,6 +81,15 @@ def row_page(row: Mapping[str, Any]) -> str:
     return document(f"rapidin: example {index}", body, page_style(), live=Live(_HEAD))
 
 
+def message_page(text: str) -> str:
+    """Something to say instead of the page that was asked for."""
+    body = (
+        f'<main id="content" class="single" tabindex="-1"><p class="tools"><a href="/">All answers</a></p>'
+        f'<p class="card none">{plain(text[:1].upper() + text[1:])}.</p></main>'
+    )
+    return document("rapidin", body, page_style(), live=Live(_HEAD))
+
+
 def _read_text(text: Mapping[str, Any]) -> str:
     name = f'<h3 class="label">{plain(text["name"])}</h3>' if text["name"] else ""
     if not text["ids"]:
@@ -102,7 +112,7 @@ def _bar(service: Service, answer: Answer | None = None) -> str:
     columns = "".join(
         f'<option value="{escape(name)}">{shortened(name, 40)}</option>' for name in service.columns
     )
-    by = f'<label>Sum by <select name="by"><option value="">nothing</option>{columns}</select></label>'
+    by = f'<label>Sum by <select name="by"><option value="">(none)</option>{columns}</select></label>'
     words = (
         '<label title="Takes longer: a pass for each token of the answer and for each hit">'
         '<input type="checkbox" name="words"> Rank for each word</label>'
@@ -113,17 +123,18 @@ def _bar(service: Service, answer: Answer | None = None) -> str:
 <textarea id="ask" name="ask" rows="2" dir="auto" required maxlength="100000"
 placeholder="Ask the model, and see which examples led to its answer"></textarea>
 <div class="options"><select name="kind" aria-label="How the text is read">
-<option value="ask">As a question</option><option value="prompt">As the whole prompt</option></select>
+<option value="ask">In the form of the training data</option>
+<option value="prompt">As it is, with nothing around it</option></select>
 <label>Hits <input type="number" name="top_k" value="10" min="1" max="200"></label>
 {words if service.by_token else ""}{by if columns else ""}
-<details><summary>Give the answer</summary><label class="sr" for="completion">Answer</label>
+<details><summary>Explain a given answer</summary><label class="sr" for="completion">Answer</label>
 <textarea id="completion" name="completion" rows="2" dir="auto" maxlength="100000"
 placeholder="Empty: the model answers"></textarea></details>
 <button type="submit">Ask</button><button type="button" class="cancel" hidden>Cancel</button></div>
 <div class="written text" dir="auto" aria-live="polite" hidden></div>
 <p class="stage" role="status"></p><p class="problem" role="alert" hidden></p>
 </form>
-<noscript><p class="noscript">Asking needs scripts.</p></noscript>
+<noscript><p class="noscript">Asking needs JavaScript.</p></noscript>
 {"" if answer is None else _tools(answer, service)}
 </section>"""
 
@@ -131,31 +142,50 @@ placeholder="Empty: the model answers"></textarea></details>
 def _tools(answer: Answer, service: Service) -> str:
     """What can be done with an answer."""
     tools = '<a href="/">All answers</a>'
+    question = escape(safe_json(_asked(answer)))
+    name = escape(answer.id)
     if service.by_token and not answer.question.words:
-        question = escape(safe_json({**_asked(answer), "words": True}))
         tools += (
-            f'<button type="button" class="again" data-question="{question}" title="Takes longer: a pass for '
-            'each token of the answer and for each hit">Rank for each word</button>'
+            f'<button type="button" class="again only-live" data-question="{question}" data-words="true" '
+            'title="Takes longer: a pass for each token of the answer and for each hit">Rank for each '
+            "word</button>"
+        )
+    if service.columns and answer.question.by is None:
+        columns = "".join(
+            f'<option value="{escape(column)}">{shortened(column, 40)}</option>' for column in service.columns
+        )
+        tools += (
+            f'<span class="only-live"><label>Sum by <select class="by">{columns}</select></label> '
+            f'<button type="button" class="again" data-question="{question}">Sum</button></span>'
         )
     others = [other for other in service.history.latest() if other.id != answer.id]
     if others:
         options = "".join(
-            f'<option value="{escape(other.id)}">{shortened(other.question.text, _TITLE)}</option>'
+            f'<option value="{escape(other.id)}">{other.when:%H:%M} {_kind(other)}'
+            f"{shortened(other.question.text, _TITLE)}</option>"
             for other in others
         )
         tools += (
-            f'<form action="/compare"><input type="hidden" name="a" value="{escape(answer.id)}">'
+            f'<form action="/compare"><input type="hidden" name="a" value="{name}">'
             f'<label>Compare with <select name="b">{options}</select></label>'
             '<button type="submit">Compare</button></form>'
         )
-    tools += f'<a href="/answers/{escape(answer.id)}">Link to this answer</a>'
+    tools += (
+        f'<a href="/answers/{name}/report.html" download>Download page</a>'
+        f'<a href="/answers/{name}/hits.json" download>Download JSON</a>'
+        '<button type="button" class="copy only-live">Copy link</button>'
+    )
     return f'<div class="tools">{tools}</div>'
+
+
+def _kind(answer: Answer) -> str:
+    return "(for each word) " if answer.question.words else ""
 
 
 def _asked(answer: Answer) -> dict[str, Any]:
     """The question as it is asked again."""
     question = answer.question
-    names = ("ask", "prompt", "completion", "top_k", "by", "max_new_tokens")
+    names = ("ask", "prompt", "completion", "top_k", "words", "by", "max_new_tokens")
     values = {name: getattr(question, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 
@@ -173,7 +203,7 @@ def _history(answers: Sequence[Answer]) -> str:
         )
         items += (
             f'<li><a href="/answers/{escape(answer.id)}">'
-            f"<b>{isolated(shortened(answer.question.text, 120))}</b> "
+            f"<b>{isolated(shortened(answer.question.text, 120))}</b> {_kind(answer)}"
             f"<span>{isolated(shortened(answer.result.completion, 160) or '(no text)')}</span></a>{strength}"
             f'<time datetime="{answer.when.isoformat(timespec="seconds")}">{answer.when:%H:%M}</time>'
             f'<button type="button" class="forget only-live" data-id="{escape(answer.id)}" '
@@ -196,7 +226,7 @@ def _comparison(a: Answer, b: Answer) -> str:
             continue
         lines = "".join(_compared(row, first.get(row), second.get(row), a.result, b.result) for row in rows)
         parts.append(
-            f"<h3>Most {kind}: {len(shared):,} of {min(len(first), len(second)):,} are behind both</h3>"
+            f"<h3>Most {kind}: {len(shared):,} of the {min(len(first), len(second)):,} are shared</h3>"
             f'<div class="scrolled" tabindex="0" role="region" aria-label="Most {kind} examples of both">'
             '<table><thead><tr><th scope="col">index</th><th scope="col" class="number">first</th>'
             '<th scope="col" class="number">second</th><th scope="col">example</th></tr></thead>'

@@ -37,7 +37,7 @@ def running(app: Any, listening: socket.socket) -> Iterator[threading.Thread]:
     """Inside the block a thread answers what comes to the socket."""
     config = uvicorn.Config(
         app,
-        log_level="error",
+        log_level="critical",  # errors of the application are logged by itself
         access_log=False,
         server_header=False,
         lifespan="off",

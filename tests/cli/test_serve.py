@@ -71,6 +71,29 @@ def test_it_serves_until_a_signal_ends_it(
     assert (process.returncode, errors) == (0, "")
 
 
+def test_a_question_that_is_not_answered_is_told(server: tuple[subprocess.Popen[str], str]) -> None:
+    process, line = server
+    address = line.split("open ")[1].split("?")[0]
+    headers = {"Authorization": "Bearer of-the-environment", "Content-Type": "application/json"}
+    # Long enough to be at work when the signal comes: the model's context has room for about 100 tokens.
+    value = {"prompt": "one two", "max_new_tokens": 100, "words": True, "top_k": 30}
+    request = urllib.request.Request(
+        address + "query", json.dumps(value).encode(), {**headers, "Accept": "text/event-stream"}
+    )
+    with urllib.request.urlopen(request, timeout=60) as response:
+        first = response.readline()
+        process.send_signal(signal.SIGINT)
+        rest = response.read()
+    assert first.startswith(b"event: ")
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 0
+    if b"event: result" in rest:  # it was faster than the signal
+        assert errors == ""
+    else:
+        assert b'"the server is stopping"' in rest
+        assert errors == "rapidin: stopped; 1 question was not answered\n"
+
+
 def test_what_cannot_be_served_is_said_in_one_line(run: Any, folder: Path) -> None:
     cache = str(folder / "cache")
     with socket.socket() as taken:
@@ -83,6 +106,7 @@ def test_what_cannot_be_served_is_said_in_one_line(run: Any, folder: Path) -> No
     assert ran.err == f"rapidin: {what}; use another --host or --port\n"
     for arguments, pattern in (
         (("--token", "a", "--no-token"), "--token and --no-token do not go together"),
+        (("--token", ""), "the token is empty"),
         (("--token", "a;b"), "the token has characters that addresses cannot have"),
         (("--host", "256.1.1.1"), "cannot listen on 256.1.1.1"),
         (("--port", "70000"), "'--port'"),

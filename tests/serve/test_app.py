@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,9 +18,11 @@ from live import TOKEN, Client, served, tiny_cache, tiny_service
 
 from rapidin.attribution.options import QueryOptions
 from rapidin.cache import Cache
+from rapidin.cli import main
 from rapidin.serve.jobs import Job
 from rapidin.serve.service import Question, Service
 
+WRONG = "the token is wrong: use the address that 'rapidin serve' printed last"
 PAIR = {"prompt": "One, two,", "completion": " three."}
 
 
@@ -85,18 +88,41 @@ def test_a_question_is_put_in_the_form_of_the_data(client: Client, service: Serv
         (PAIR | {"completion": ""}, 400, "empty"),
         (PAIR | {"top_k": 0}, 422, "greater than or equal to 1"),
         (PAIR | {"by": "no such"}, 400, "no such"),
-        (PAIR | {"path": "/etc/passwd"}, 422, "Extra inputs"),
-        (PAIR | {"prompt": ["a"]}, 422, "valid string"),
-        ([1], 422, "valid dictionary"),
+        (PAIR | {"path": "/etc/passwd"}, 422, "unknown field 'path'; there are ask, prompt"),
+        (PAIR | {"prompt": ["a"]}, 422, "prompt: input should be a valid string"),
+        ([1], 422, "not a JSON object"),
     ],
 )
 def test_what_cannot_be_asked_is_said(client: Client, value: Any, status: int, pattern: str) -> None:
     answered = client.post("/query", value)
     assert answered.status == status
     assert pattern in answered.body.decode()
+    assert isinstance(answered.json["detail"], str)
     if status == 400:
         streamed = client.post("/query", value, Accept="text/event-stream")
         assert pattern in streamed.body.decode()
+
+
+def test_a_body_that_is_no_json_is_said(client: Client) -> None:
+    broken = client.ask("POST", "/query", body=b'{"ask": }', Content_Type="application/json")
+    assert (broken.status, "is not JSON" in broken.json["detail"]) == (422, True)
+    untold = client.ask("POST", "/query", body=b'{"ask": "Who?"}', Content_Type="text/plain")
+    assert "Content-Type: application/json" in untold.json["detail"]
+
+
+def test_an_answer_is_saved_as_the_command_line_writes_it(
+    client: Client, tmp_path: Path, cache: Cache
+) -> None:
+    answered = client.post("/query", PAIR).json
+    page = client.get(answered["url"] + "/report.html")
+    assert page.headers["content-disposition"] == 'attachment; filename="report.html"'
+    assert 'class="live"' not in page.body.decode()
+    saved = tmp_path / "hits.json"
+    saved.write_bytes(client.get(answered["url"] + "/hits.json").body)
+    data, out = cache.path.parent / "train.jsonl", tmp_path / "cleaned.jsonl"
+    dropped = ["drop", str(saved), "--train-data", str(data), "--top-k", "3", "--out", str(out), "--quiet"]
+    assert main(dropped) == 0
+    assert len(out.read_text().splitlines()) == 27
 
 
 def test_rows_have_all_of_their_columns(client: Client, cache: Cache) -> None:
@@ -109,6 +135,7 @@ def test_rows_have_all_of_their_columns(client: Client, cache: Cache) -> None:
     page = client.get("/rows/4", Accept="text/html")
     assert page.headers["content-type"].startswith("text/html")
     assert "book 1" in page.body.decode()
+    assert "All answers" in client.get("/rows/300", Accept="text/html").body.decode()
     for path in ("/rows/30", "/rows/-1", "/rows/x", "/rows/../../etc/passwd", "/static/../app.py"):
         assert client.get(path).status in (404, 422), path
 
@@ -123,7 +150,7 @@ def test_the_last_answers_are_kept_and_can_be_forgotten(service: Service, client
     assert page.count('<section class="query"') == 1
     compared = client.get(f"/compare?a={made[3]['id']}&b={made[4]['id']}").body.decode()
     assert compared.count('<section class="query"') == 2
-    assert re.search(r"Most helpful: \d+ of \d+ are behind both", compared)
+    assert re.search(r"Most helpful: \d+ of the \d+ are shared", compared)
     assert client.ask("DELETE", made[4]["url"]).status == 204
     assert client.get(made[4]["url"]).status == 404
     assert client.ask("DELETE", made[4]["url"]).status == 404
@@ -183,7 +210,10 @@ def test_a_token_in_an_address_becomes_a_cookie(client: Client) -> None:
     assert "HttpOnly" in cookie
     assert "SameSite=Lax" in cookie
     assert client.get("/answers", Authorization="", Cookie=cookie.split(";")[0]).status == 200
-    assert client.get("/?token=another", Authorization="").status == 401
+    assert client.get("/?token=another", Authorization="").json == {"detail": WRONG}
+    asked = client.get("/answers", Authorization="", Accept="text/html").body.decode()
+    assert '<input name="token"' in asked
+    assert TOKEN not in asked
     signed = client.get(f"//evil.example/?token={TOKEN}", Authorization="")
     assert signed.headers["location"].startswith("/evil")
 
@@ -206,11 +236,11 @@ def test_a_server_may_need_no_token(service: Service) -> None:
 
 
 def test_large_requests_are_refused(client: Client) -> None:
-    body = json.dumps(PAIR | {"prompt": "x" * (300 << 10)}).encode()
+    body = json.dumps(PAIR | {"prompt": "x" * (1100 << 10)}).encode()
     assert client.ask("POST", "/query", body=body, Content_Type="application/json").status == 413
     connection = client.connected()  # in chunks, without a length
     try:
-        parts = (b"x" * (64 << 10) for _ in range(8))
+        parts = (b"x" * (64 << 10) for _ in range(20))
         connection.request("POST", "/query", parts, client.headers, encode_chunked=True)
         assert connection.getresponse().status in (413, 400, 422)
     except (BrokenPipeError, ConnectionResetError):

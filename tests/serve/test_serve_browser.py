@@ -146,7 +146,7 @@ def test_two_answers_are_compared(browser: Browser) -> None:
     first = ask(browser, "One, two")
     second = ask(browser, "One, three")
     browser.one(".tools form button").click()
-    assert "are behind both" in browser.one(".comparison").text
+    assert "are shared" in browser.one(".comparison").text
     links = [link.get_attribute("href") for link in browser.all(".titles a")]
     assert links == [second, first]
     assert len(browser.all(".query")) == 2
