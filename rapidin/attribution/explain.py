@@ -58,13 +58,20 @@ def explain(
     the source of one of the query's sketches by its number, for steps that need its model again.
     """
     work = _Work(query, options, records, data, clock, sources, on_stage)
-    for step in SCANS:
-        step(work)
+    _run(SCANS, work)
     if work.candidates is None:  # another process leads; this one helps with the scans only
         return Results()
-    for step in LOOK_UPS:
-        step(work)
+    _run(LOOK_UPS, work)
     return Results(work.results)
+
+
+def _run(steps: Sequence[Callable[[_Work], None]], work: _Work) -> None:
+    """The steps, each of which is told by its name when it begins: whoever is told may stop the query."""
+    for step in steps:
+        if work.on_stage is not None:
+            number = (*SCANS, *LOOK_UPS).index(step)
+            work.on_stage(step.__name__.replace("_", " "), number, len(SCANS) + len(LOOK_UPS))
+        step(work)
 
 
 @dataclass
@@ -169,9 +176,10 @@ def look_up_hits(work: _Work) -> None:
     ]
     by_row = _scores_of_hits(work.scored, work.ranked, work.ends)
     slices = target_slices([len(generation.spans) for generation in work.ranked])
+    by_generation = [_scores_of_targets(by_row, targets) for targets in slices]
     for n, (generation, targets) in enumerate(zip(work.ranked, slices, strict=True)):
         top, bottom = (
-            _details_of(work, n, end, [_with_targets(hit, by_row, targets) for hit in hits])
+            _details_of(work, n, end, [_with_targets(hit, by_generation[n]) for hit in hits])
             for end, hits in enumerate(hits_by_query[n])
         )
         work.results.append(
@@ -187,7 +195,9 @@ def look_up_hits(work: _Work) -> None:
                 len(work.query.texts) if options.together else 0,
                 exact=bool(work.exact),
                 pieces=generation.pieces,
-                targets=_target_results(work, generation, targets, hits_by_query[targets], by_row, top),
+                targets=_target_results(
+                    work, generation, targets, hits_by_query[targets], by_generation[n], top
+                ),
                 missing=generation.missing,
                 examples=len(work.cache),
                 layers=() if work.intervals is None else work.intervals.layers,
@@ -200,7 +210,7 @@ def _target_results(
     generation: Generation,
     targets: slice,
     hits_by_target: Sequence[Sequence[list[Hit]]],
-    by_row: dict[int, Tensor],
+    by_row: dict[int, tuple[float, ...]],
     top: Sequence[Hit],
 ) -> list[TargetResult]:
     """The results of a generation's targets; top: the hits at the top of its ranking."""
@@ -210,9 +220,7 @@ def _target_results(
     for n, (span, ends) in enumerate(zip(generation.spans, hits_by_target, strict=True)):
         influence = sum(hit.targets[n] for hit in helpful) / max(1, len(helpful))
         both = (
-            work.candidates.with_copies(
-                targets.start + n, end, [_with_targets(hit, by_row, targets) for hit in hits]
-            )
+            work.candidates.with_copies(targets.start + n, end, [_with_targets(hit, by_row) for hit in hits])
             for end, hits in enumerate(ends)
         )
         results.append(TargetResult(span.text, span.positions, influence, *both))
@@ -376,5 +384,11 @@ def _scores_of_hits(
     return dict(zip(rows.tolist(), scores.T, strict=True))
 
 
-def _with_targets(hit: Hit, by_row: dict[int, Tensor], targets: slice) -> Hit:
-    return replace(hit, targets=tuple(by_row[hit.row][targets].tolist())) if by_row else hit
+def _scores_of_targets(by_row: dict[int, Tensor], targets: slice) -> dict[int, tuple[float, ...]]:
+    """The scores of a generation's targets by row. All hits of a row share them: each target has hits, so
+    copies would grow with the square of the targets."""
+    return {row: tuple(scores[targets].tolist()) for row, scores in by_row.items()}
+
+
+def _with_targets(hit: Hit, by_row: dict[int, tuple[float, ...]]) -> Hit:
+    return replace(hit, targets=by_row[hit.row]) if by_row else hit

@@ -168,7 +168,7 @@ def _calibrate(
     """
     source.sketches(texts[:1])[1].cpu()  # waits for the GPU
     before = 0 if source.loaded.device.type == "cuda" else _peak_memory()  # loading may have taken more
-    counts_anew = source.loaded.device.type == "cuda" or _restart_peak_memory()
+    counts_anew = source.loaded.device.type != "cuda" and _restart_peak_memory()
     one = _passes(source, texts[:1])
     count = len(texts)
     if counts_anew:

@@ -1,10 +1,12 @@
 """rapidin serve."""
 
+import ipaddress
 import os
 import re
 import secrets
 import signal
 import socket
+import sys
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -22,7 +24,6 @@ if TYPE_CHECKING:
     from rapidin.serve.service import Service
 
 _STOP_SECONDS = 10  # that a question has to come to its next step, where it stops
-_EVERYWHERE = ("0.0.0.0", "::")  # all addresses of the machine
 
 
 @dataclass(frozen=True)
@@ -93,18 +94,22 @@ def serve(
         from rapidin.serve.jobs import Worker
 
         service = _service(cache, location, train_data, server, quiet)
-        named = socket.gethostname() if server.host in _EVERYWHERE else server.host
+        address_of = ipaddress.ip_address(listening.getsockname()[0])
+        named = socket.gethostname() if address_of.is_unspecified else server.host
         access = Access(_token(server), [*LOOPBACK, named, *server.allow_host])
         address = f"http://{f'[{named}]' if ':' in named else named}:{listening.getsockname()[1]}/"
         worker = Worker(server.queue)
         try:
             with running(create_app(service, worker, access), listening) as thread:
-                _until_signal(thread, lambda: _say(address, access.token, server.host not in LOOPBACK))
+                _until_signal(thread, lambda: _say(address, access.token, not address_of.is_loopback))
                 cancelled = worker.close(_STOP_SECONDS)  # those who wait are told before connections close
                 if cancelled:
                     line(f"stopped; {cancelled} question{'s were' * (cancelled > 1) or ' was'} not answered")
         finally:
             worker.close(0)
+        if worker.busy:  # in a long step; Python cannot end while a thread is inside of torch
+            sys.stderr.flush()
+            os._exit(0)
 
 
 def _token(server: ServerOptions) -> str | None:
@@ -139,7 +144,10 @@ def _service(
     ensemble = open_caches(folders)
     # Before the model: a file that has moved shows at once. Opened twice, since single rows are read while a
     # question is explained.
-    examples, rows = (training_data(ensemble.caches[-1], join_paths(train_data)) for _ in range(2))
+    examples = training_data(ensemble.caches[-1], join_paths(train_data))
+    rows = examples
+    if examples is not None and isinstance(examples.path, str) and os.path.isfile(examples.path):
+        rows = training_data(ensemble.caches[-1], examples.path)
     ready = with_models(messages(quiet), ensemble, location)
     about = {name: fact for name, fact in facts_of(ready).items() if name != "made"}
     task = task_name(ensemble.caches[-1].manifest)

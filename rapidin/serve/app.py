@@ -7,6 +7,7 @@ server-sent events; any other waits for the result. A job is cancelled when its 
 import asyncio
 import json
 import logging
+import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from importlib import resources
 from typing import Annotated, Any, Literal
@@ -160,7 +161,7 @@ def _add_errors(app: FastAPI, worker: Worker) -> None:
 
     @app.exception_handler(UserError)
     async def user_error(request: Request, error: UserError) -> Response:
-        return said(request, 400, str(error))
+        return said(request, 400, _without_folders(str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError) -> Response:
@@ -185,6 +186,11 @@ def _add_errors(app: FastAPI, worker: Worker) -> None:
     async def failed(request: Request, error: Exception) -> Response:
         _LOG.error("an error in rapidin", exc_info=error)
         return said(request, 500, _FAILED)
+
+
+def _without_folders(text: str) -> str:
+    """A message with the names of files alone: folders of the server are no business of its users."""
+    return re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+", "", text)
 
 
 def _problem(error: Mapping[str, Any]) -> str:
@@ -266,7 +272,7 @@ def _answers(service: Service) -> APIRouter:
         kept = _found(service, name)
         if _wants_page(request):
             return _page(pages.answer_page(kept, service))
-        return JSONResponse(_answer_json(kept))
+        return Response(pages.safe_json(_answer_json(kept)), media_type="application/json")
 
     @router.get("/answers/{name}/hits.json", summary="An answer as 'rapidin query --json' writes it")
     def hits(name: str) -> Response:
@@ -342,9 +348,10 @@ async def _done(
         if not loop.is_closed():
             loop.call_soon_threadsafe(events.put_nowait, (name, value))
 
-    job = worker.submit(work, tell)
+    streams = _STREAM in request.headers.get("accept", "")
+    job = worker.submit(work, tell if streams else lambda *_: None)
     job.result.add_done_callback(lambda _: tell("", None))
-    if _STREAM in request.headers.get("accept", ""):
+    if streams:
         return StreamingResponse(_streamed(job, events, to_json), media_type=_STREAM)
     try:
         while not job.result.done():
@@ -355,7 +362,8 @@ async def _done(
                     return Response(status_code=499)
     finally:
         job.cancel()  # of no effect once it has ended
-    return JSONResponse(await asyncio.to_thread(to_json, job.result.result()))
+    text = await asyncio.to_thread(lambda: pages.safe_json(to_json(job.result.result())))
+    return Response(text, media_type="application/json")
 
 
 async def _streamed(
@@ -368,9 +376,9 @@ async def _streamed(
                 break
             yield _event(name, value)
         try:
-            yield _event("result", await asyncio.to_thread(to_json, job.result.result()))
+            yield await asyncio.to_thread(lambda: _event("result", to_json(job.result.result())))
         except UserError as error:
-            yield _event("error", {"detail": str(error)})
+            yield _event("error", {"detail": _without_folders(str(error))})
         except CancelledError:
             yield _event("error", {"detail": _STOPPING})
         except Exception as error:

@@ -45,13 +45,19 @@ class Job:
         if self.cancelled:
             raise CancelledError
 
-    def run(self) -> None:
-        """Do the work, and set `result`."""
+    def run(self, ended: Callable[[], None] = lambda: None) -> None:
+        """Do the work, and set `result`; ended: called before that."""
+        value, failure = None, None
         try:
             self.check()
-            self.result.set_result(self._work(self))
+            value = self._work(self)
         except BaseException as error:  # whoever waits is told
-            self.result.set_exception(error)
+            failure = error
+        ended()
+        if failure is None:
+            self.result.set_result(value)
+        else:
+            self.result.set_exception(failure)
 
 
 class Worker:
@@ -86,9 +92,9 @@ class Worker:
                 raise QueueFullError
             self._waiting.append(job)
             before = len(self._waiting) - 1 + (self._current is not None)
+            if before:  # before its own events, which may begin as soon as the worker knows of it
+                on_event("waiting", {"before": before})
             self._changed.notify()
-        if before:
-            on_event("waiting", {"before": before})
         return job
 
     def close(self, seconds: float | None = None) -> int:
@@ -104,6 +110,11 @@ class Worker:
             self._changed.notify()
         self._thread.join(seconds)
         return len(jobs)
+
+    @property
+    def busy(self) -> bool:
+        """Whether the thread still runs after `close`."""
+        return self._thread.is_alive()
 
     def _drop_cancelled(self) -> None:
         """Jobs that nobody waits for leave their places to others."""
@@ -126,10 +137,15 @@ class Worker:
             job.on_event("waiting", {"before": before})
         return self._current
 
+    def _ended(self) -> None:
+        with self._changed:
+            self._current = None
+
     def _run(self) -> None:
         while True:
             job = self._next()
             if job is not None:
-                job.run()
+                job.run(self._ended)
             elif self._closed:
                 return
+            del job  # its result is the history's to keep

@@ -145,7 +145,7 @@
 
   // Each hit gets a link to its row, whole.
   const data = document.getElementById("data");
-  if (data) {
+  if (data && document.querySelector(".live[data-rows]")) {
     const queries = JSON.parse(data.textContent);
     document.querySelectorAll(".query").forEach((section, n) => {
       for (const hit of section.querySelectorAll("[data-hit]")) {

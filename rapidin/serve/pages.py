@@ -6,13 +6,13 @@ Answers are shown by the page of `rapidin.results.html`, with the server's own b
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
 from rapidin.results.html import Live, document, page, page_style
 from rapidin.results.html.text import block, isolated, plain, shortened
+from rapidin.results.json import plain_json
 from rapidin.results.text import score_text
 from rapidin.results.types import Hit, QueryResult
 from rapidin.serve.service import Answer, Service
@@ -25,7 +25,7 @@ _SNIPPET = 120
 
 def safe_json(value: Any) -> str:
     """JSON in ASCII on one line; a number that is not finite becomes null."""
-    return json.dumps(_finite(value), default=str, allow_nan=False)
+    return json.dumps(plain_json(value), default=str, allow_nan=False)
 
 
 def home_page(service: Service) -> str:
@@ -57,17 +57,9 @@ def row_page(row: Mapping[str, Any]) -> str:
     index = f"{row['index']:,}"
     parts = [f'<p class="tools"><a href="/">All answers</a></p><h1>Training example {index}</h1>']
     if row["record"] is None:
-        parts.append('<p class="card none">It could not be read, so it has no sketch.</p>')
+        parts.append('<p class="card none">It cannot be read, or is not what was cached.</p>')
     else:
-        read = row["read"]
-        facts = [f"{read['tokens']:,} tokens, {read['targets']:,} with a loss"]
-        facts += ["its end was cut off"] if read["truncated"] else []
-        facts += [f"not used: {read['status'].replace('_', ' ')}"] if read["status"] != "ok" else []
-        texts = "".join(map(_read_text, read["texts"]))
-        parts.append(
-            f'<section class="card"><h2>As the model reads it</h2><p class="hint">{plain("; ".join(facts))}. '
-            f"Grey tokens are prompt (no loss).</p>{texts}</section>"
-        )
+        parts += [] if row["read"] is None else [_as_read(row["read"])]
         columns = "".join(
             f'<tr><th scope="row">{isolated(plain(str(name)))}</th><td class="text" dir="auto">'
             f"{block(value if isinstance(value, str) else safe_json(value))}</td></tr>"
@@ -79,6 +71,17 @@ def row_page(row: Mapping[str, Any]) -> str:
         )
     body = f'<main id="content" class="single" tabindex="-1">{"".join(parts)}</main>'
     return document(f"rapidin: example {index}", body, page_style(), live=Live(_HEAD))
+
+
+def _as_read(read: Mapping[str, Any]) -> str:
+    facts = [f"{read['tokens']:,} tokens, {read['targets']:,} with a loss"]
+    facts += ["its end was cut off"] if read["truncated"] else []
+    facts += [f"not used: {read['status'].replace('_', ' ')}"] if read["status"] != "ok" else []
+    texts = "".join(map(_read_text, read["texts"]))
+    return (
+        f'<section class="card"><h2>As the model reads it</h2><p class="hint">{plain("; ".join(facts))}. '
+        f"Grey tokens are prompt (no loss).</p>{texts}</section>"
+    )
 
 
 def message_page(text: str) -> str:
@@ -117,7 +120,7 @@ def _bar(service: Service, answer: Answer | None = None) -> str:
         '<label title="Takes longer: a pass for each token of the answer and for each hit">'
         '<input type="checkbox" name="words"> Rank for each word</label>'
     )
-    return f"""<section class="live" aria-label="Questions">
+    return f"""<section class="live" aria-label="Questions"{" data-rows" if service.has_rows else ""}>
 <form class="asking only-live" action="/query" method="post">
 <label class="sr" for="ask">Question</label>
 <textarea id="ask" name="ask" rows="2" dir="auto" required maxlength="100000"
@@ -263,11 +266,3 @@ def _compared(row: int, a: Hit | None, b: Hit | None, first: QueryResult, second
 
 def _rank(hit: Hit | None, bounded: bool) -> str:
     return "" if hit is None else f"{hit.rank} <small>{score_text(hit.score, bounded)}</small>"
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, Mapping):
-        return {str(key): _finite(item) for key, item in value.items()}
-    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value

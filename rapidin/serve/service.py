@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import secrets
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from rapidin.attribution.ensemble import Ensemble
@@ -15,6 +18,7 @@ from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.provenance import task_name
 from rapidin.attribution.questions import asked, continued
 from rapidin.attribution.reading import read_example
+from rapidin.attribution.training_data import cached_record
 from rapidin.data.examples import Examples
 from rapidin.data.fields import other_columns
 from rapidin.data.records import Record
@@ -26,6 +30,7 @@ from rapidin.tasks.forward import Listener, listening
 from rapidin.tasks.names import CAUSAL
 
 _COLUMN_ROWS = 50  # whose columns are offered
+_MOST_BY_WORD = 50  # hits of each token at either end
 _UNFINISHED = "\N{REPLACEMENT CHARACTER}"  # what stands for a part of a character
 
 
@@ -149,23 +154,40 @@ class Service:
         self._rows, self._made = rows, made
         self._lock = threading.Lock()  # of `_rows`
         self._source = self.ensemble.source()
-        self.by_token = task_name(ensemble.caches[-1].manifest) == CAUSAL
+        task = task_name(ensemble.caches[-1].manifest)
+        if task == "reward":
+            raise UserError(
+                "a reward model answers no questions", "use 'rapidin query' with pairs of answers"
+            )
+        self.by_token = task == CAUSAL and not self._source.whole and examples is not None
+        # Rows are read beside the job, and a tokenizer has settings that a call changes.
+        known = {id(self._source.loaded.model): self._source.loaded.model}
+        self._reader = None if self._source.own_task else copy.deepcopy(self._source.task, known)
+        self._tokenizer = copy.deepcopy(self._source.loaded.tokenizer)
+        self.columns = self._columns()
 
-    @property
-    def columns(self) -> list[str]:
+    def _columns(self) -> list[str]:
         """The columns that the first rows have besides their texts."""
         names: dict[str, None] = {}
         if self._rows is not None:
-            with self._lock:
-                for row in range(min(len(self._rows), _COLUMN_ROWS)):
-                    record = self._rows.get(row)
-                    names |= dict.fromkeys(other_columns(record)) if record is not None else {}
+            for row in range(min(len(self._rows), _COLUMN_ROWS)):
+                with suppress(UserError):  # malformed, and the cache has skipped it
+                    names |= dict.fromkeys(other_columns(self._rows[row]))
         return list(names)
+
+    @property
+    def has_rows(self) -> bool:
+        """Whether training examples can be shown."""
+        return self._rows is not None
 
     def check(self, question: Question) -> None:
         """Raises UserError for a question that cannot be answered, before it waits for its turn."""
         question.record(self.ensemble)
         self._options(question)
+        if question.words and not self.by_token:
+            raise UserError("this cache has no scores of single words", "leave out 'words'")
+        if question.words and question.top_k > _MOST_BY_WORD:
+            raise UserError(f"with 'words', top_k is at most {_MOST_BY_WORD}, got {question.top_k}")
 
     def explain(self, question: Question, job: Job) -> Answer:
         """The answer to a question with the examples behind it, kept in the history.
@@ -187,6 +209,7 @@ class Service:
         job.check()
         if results[0].generated:
             written.end(results[0].completion)
+        results = Results([_with_file_names(result) for result in results])
         answer = Answer(question, results, self._made(options))
         self.history.add(answer)
         return answer
@@ -205,18 +228,22 @@ class Service:
         """A training example with all of its columns, and as the model reads it; None if there is none."""
         if self._rows is None or not 0 <= row < len(self._rows):
             return None
+        cache = self.ensemble.caches[-1]
         with self._lock:
-            record = self._rows.get(row)
-            if record is None:
-                return {"row": row, "index": self._rows.index(row), "record": None, "read": None}
-            source = self._source
-            read = read_example(source.task, source.loaded.tokenizer, self._rows, row, record).to_json()
-            del read["where"]  # the folders of the server are no business of its users
-            original = self._rows.original(row)
-            return {"row": row, "index": self._rows.index(row), "record": original, "read": read}
+            index = self._rows.index(row)
+            try:
+                record = cached_record(self._rows, row, index, int(cache.records([row])[0]))
+                original = self._rows.original(row)
+            except (UserError, IndexError):  # malformed, changed since, or not cached yet
+                return {"row": row, "index": index, "record": None, "read": None}
+            read = None
+            if self._reader is not None:
+                read = read_example(self._reader, self._tokenizer, self._rows, row, record).to_json()
+                del read["where"]  # the folders of the server are no business of its users
+            return {"row": row, "index": index, "record": original, "read": read}
 
     def _options(self, question: Question) -> QueryOptions:
-        words = question.words and self.by_token
+        words = question.words
         return QueryOptions(
             top_k=question.top_k,
             targets="tokens" if words else None,
@@ -232,9 +259,17 @@ class Service:
         tokenizer = self._source.loaded.tokenizer
 
         def wrote(ids: Sequence[int]) -> None:
+            job.check()
             written(str(tokenizer.decode(list(ids), skip_special_tokens=True)))
 
         return Listener(wrote, lambda: job.cancelled)
+
+
+def _with_file_names(result: QueryResult) -> QueryResult:
+    """The result with names of files instead of their paths, if scores are summed by file."""
+    if result.by != "file":
+        return result
+    return replace(result, groups=[replace(group, value=Path(group.value).name) for group in result.groups])
 
 
 class _Written:

@@ -222,7 +222,7 @@ def test_exact_scores_are_those_of_formed_gradients(kind: str, normalize: str, t
         hit = result.top[0]
         got = sum(hit.targets[place] for place in text.spans[0].positions)
         assert got == pytest.approx(exact_score(spanned, whole, rows[hit.row], normalize), abs=1e-4 * size)
-    assert {stage for stage, _, _ in told} == {"tokens of the answer", "exact gradients"}
+    assert {stage for stage, _, _ in told} >= {"tokens of the answer", "scan caches", "exact gradients"}
     assert told[-1][1] >= told[-1][2] > 0
 
 
