@@ -5,7 +5,7 @@
 //   positions of attention sinks, owners: the target of each token or -1,
 //   influence of each target, runs [first token, last token, hit] that have the same best hit, baselines, levels
 //   of byTarget, and hits in the order of their elements' data-hit:
-//   row, index, side, score, rank, ..., targets [targets], tokens [tokens]: base64 of float32;
+//   row, index, side, score, rank, ..., tail: characters of the template behind the prompt, targets [targets], tokens [tokens]: base64 of float32;
 //   lengths [tokens] of their texts; byTarget [targets, tokens]: see `shades.levels`.
 (() => {
   const STEPS = 9;
@@ -227,7 +227,8 @@
       section.querySelector(".csv")?.addEventListener("click", () => this.save());
       section.querySelector(".clear")?.addEventListener("click", () => this.clear());
       const prompt = section.querySelector(".prompt");
-      if (prompt) this.onceSeen(prompt, () => fold(prompt, () => Infinity));
+      const isKnown = prompt?.querySelector(".shared"); // else what it asks is likely near its end
+      if (prompt) this.onceSeen(prompt, () => fold(prompt, () => (isKnown ? 0 : Infinity)));
       const template = section.querySelector(".template");
       section.classList.toggle("brief", template !== null);
       template?.addEventListener("click", () => {
@@ -526,7 +527,9 @@
       const texts = [".ask", ".answer"].map((kind) => {
         const part = card.text?.querySelector(kind);
         const shared = part?.querySelector(".shared")?.textContent.length ?? 0;
-        return (part?.textContent ?? "").slice(shared, shared + 3 * ROW).trim().replace(/\s+/g, " ").slice(0, ROW);
+        const text = part?.textContent ?? "";
+        const end = kind === ".ask" && card.hit.tail ? text.length - card.hit.tail : text.length;
+        return text.slice(shared, Math.min(end, shared + 3 * ROW)).trim().replace(/\s+/g, " ").slice(0, ROW);
       });
       for (const kind of ["rank", "score", "index"]) line.append((parts[kind] = made("span", "", kind)));
       if (texts[0]) line.append(made("bdi", texts[0], "from"), made("span", "→", "arrow"));

@@ -5,7 +5,7 @@ from __future__ import annotations
 from rapidin.results.confirmation import SURE
 from rapidin.results.html import drawings, shades
 from rapidin.results.html.hits import lists
-from rapidin.results.html.text import block, isolated, plain, shortened, token, trimmed_block
+from rapidin.results.html.text import block, isolated, plain, shared, shortened, token, trimmed_block
 from rapidin.results.html.view import View
 from rapidin.results.text import MEANING, UNSURE, capital, overlap_text, scale_text, score_text
 from rapidin.results.types import Group, QueryResult, TargetResult
@@ -52,7 +52,7 @@ def _generation(view: View) -> str:
         return f'<p class="lead">{result.together:,} generations; scores are the mean of theirs.</p>'
     elements = []
     if result.prompt:
-        text = trimmed_block(result.prompt)
+        text = _prompt(view)
         elements.append(
             f'<h3 class="label">Prompt</h3><div class="prompt text" dir="auto" data-fold>{text}</div>'
         )
@@ -79,6 +79,15 @@ def _generation(view: View) -> str:
     if view.others:
         elements.append(_other_parts(view))
     return "\n".join(elements)
+
+
+def _prompt(view: View) -> str:
+    """The prompt, whose template the script hides as it does those of the hits."""
+    text, head = view.result.prompt, view.asked[0]
+    if not head or not text[head:].strip():
+        return trimmed_block(text)
+    start = block(text[:head].lstrip("\r\n"))
+    return shared(f"<span>{start}</span>") + block(text[head:].rstrip("\r\n"))
 
 
 def _pieces(view: View) -> str:
@@ -180,7 +189,7 @@ def _bar(view: View) -> str:
     choices = _choice("as", "Layout", ("Cards", "Rows"))
     if any(entry.hit.tokens is not None for entry in view.entries):
         choices = _choice("by", "Shades", ("Words", "Tokens")) + choices
-    if view.shared_tokens or view.shared_text:
+    if view.has_templates or view.asked[0]:
         choices += '<button type="button" class="template" aria-pressed="false">Show the template</button>'
     return (
         f'<div class="bar only-script">{status if view.selects else ""}<div class="choices">{choices}</div>'
