@@ -371,9 +371,11 @@ def test_search_finds_texts_and_indices(shown: Shown) -> None:
     assert shown.hits() == [[], []]
     for tab in shown.all(".tab"):
         tab.click()
-        assert [e.text for e in shown.all(".list .none") if e.is_displayed()] == ["No matches."]
-    box.clear()
-    box.send_keys("x" + Keys.BACKSPACE)
+        assert [e.text for e in shown.all(".list .none") if e.is_displayed()] == [
+            "No matches for no such words anywhere. Clear the filter"
+        ]
+    next(button for button in shown.all(".unfilter") if button.is_displayed()).click()
+    assert box.get_attribute("value") == ""
     assert shown.hits() == whole(RESULT)
     assert shown.one(".found").text == ""
 

@@ -71,8 +71,8 @@ def _generation(view: View) -> str:
         )
     if view.runs:
         elements.append(
-            '<p class="hint only-script">Underlined tokens have the same best example; the number is its '
-            "rank.</p>"
+            '<p class="hint only-script">An underline joins tokens with the same best example; the small '
+            "number is its rank.</p>"
         )
     completion = _pieces(view) if result.pieces else block(result.completion)
     elements.append(f'<div class="completion text" dir="auto">{completion}</div>')
@@ -129,8 +129,8 @@ def _all_scores(view: View, histogram: bool) -> str:
     low, high = (score_text(result.histogram.edges[n], result.bounded) for n in (0, -1))
     label = f"Histogram of {count:,} scores, from {low} to {high}, with the hits marked"
     return (
-        f'<figure class="card all"><figcaption>All {count:,} scores <small>counts on a log scale; '
-        f"lines: the hits shown</small></figcaption>"
+        f'<figure class="card all"><figcaption>All {count:,} scores <small>log scale; dark lines mark '
+        f"the hits listed</small></figcaption>"
         + drawings.histogram_with(view.name + "-all", result.histogram, marks, label)
         + f'<p class="axis"><span>{low}</span><span>{high}</span></p></figure>'
     )
@@ -159,9 +159,9 @@ def _meaning(view: View) -> str:
     if view.selects:
         pool = len({e.hit.row for e in view.entries})
         lines.append(
-            f"A selection ranks {pool:,} examples again: the best and worst of the whole cache for the "
-            "generation, and for its parts as far as this page has room. Their scores are then the parts of "
-            "the score that come from the selection, and its share is its percent of the mean top-hit score. "
+            f"Selecting tokens ranks again the {pool:,} examples that this page has, not the whole cache. "
+            "Scores then count the selection only; the percentage is its part of the mean score of the top "
+            "hits. "
             "Token contributions to a selection are stored in a few levels to keep the page small: such "
             "numbers are approximate and marked with ≈."
         )
