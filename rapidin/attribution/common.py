@@ -20,6 +20,10 @@ SAMPLED = 256  # training examples whose texts the hits are compared with
 MOST_NAMED = 2  # phrases of prompts, of completions, and columns, that are named
 _LEAST_HITS = 3  # that have it in common
 _LEAST_SHARE = 0.5  # of the hits
+_LEAST_TIMES = 4  # as large a share of the hits have a phrase as of the sample: "the" is in many
+_WORD_COUNTS = (
+    0.75  # of a hit, where a single word is compared with a phrase: "purple" with "Only the purple"
+)
 _SURE = 0.01  # that as many examples would have it if they were drawn, over all phrases that are looked at
 _MOST_WORDS = 6  # of a phrase
 _MOST_CHARACTERS = 2000  # of a text that are looked at
@@ -61,9 +65,10 @@ class TrainingSample:
         for phrase in frequent:
             hits = sum(phrase in text for text in texts)
             known = sum(phrase in pair[part] for pair in self._texts)
-            if self._stands_out(hits, len(texts), known, len(frequent)):
+            is_frequent = hits * len(self._texts) < _LEAST_TIMES * known * len(texts)
+            if not is_frequent and self._stands_out(hits, len(texts), known, len(frequent)):
                 found.append(Common(phrase, hits, len(texts), known / len(self._texts)))
-        found.sort(key=lambda each: (-each.hits, each.share, -len(each.text), each.text))
+        found.sort(key=lambda each: (-_counted(each), each.share, -len(each.text), each.text))
         named: list[Common] = []
         for each in found:
             if len(named) < MOST_NAMED and not any(_overlap(each.text, other.text) for other in named):
@@ -101,6 +106,11 @@ def _phrases(text: str) -> set[str]:
     for first, (start, _) in enumerate(words):
         phrases |= {text[start:end] for _, end in words[first : first + _MOST_WORDS]}
     return {phrase for phrase in phrases if any(character.isalnum() for character in phrase)}
+
+
+def _counted(found: Common) -> float:
+    """How many hits have it, for the order: a phrase comes before a word that hardly more hits have."""
+    return found.hits * (1.0 if len(_WORD.findall(found.text)) > 1 else _WORD_COUNTS)
 
 
 def _overlap(text: str, other: str) -> bool:

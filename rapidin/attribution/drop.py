@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rapidin.attribution.groups import check_column
 from rapidin.attribution.options import DropConditions
 from rapidin.attribution.training_data import cached_record, training_data
 from rapidin.cache import Cache, Manifest
@@ -34,7 +35,8 @@ class Candidates:
 
     lines: line numbers from 0, None for all rows; records: of some of them, as they were when they were
     scored; caches, data, reading, task: what the file says that they come from; copies: how many of the lines
-    are duplicates that were folded into a hit; unlisted: how many more duplicates there are.
+    are duplicates that were folded into a hit; unlisted: how many more duplicates there are. doubtful: the
+    queries whose verdict was that nothing stands out, numbered from 1.
     """
 
     lines: list[int] | None
@@ -45,6 +47,7 @@ class Candidates:
     task: str = CAUSAL
     copies: int = 0
     unlisted: int = 0
+    doubtful: list[int] = field(default_factory=list)
 
 
 def candidates(source: str, conditions: DropConditions) -> Candidates:
@@ -104,7 +107,9 @@ def hit_candidates(value: Mapping[str, Any], source: str, conditions: DropCondit
     lines: dict[int, None] = {}
     copies: dict[int, None] = {}
     try:
-        for query in value["queries"]:
+        for number, query in enumerate(value["queries"], 1):
+            if (query.get("verdict") or {}).get("strength") == "nothing":
+                found.doubtful.append(number)
             hits = query["bottom" if conditions.harmful else "top"]
             for hit in hits[: conditions.top_k]:
                 if not conditions.scored(hit["score"]):
@@ -115,7 +120,7 @@ def hit_candidates(value: Mapping[str, Any], source: str, conditions: DropCondit
                 folded = hit.get("copies", {"indices": [], "more": 0})
                 copies.update(dict.fromkeys(map(int, folded["indices"])))
                 found.unlisted += int(folded["more"])
-    except (KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         raise UserError(f"'{source}' is not what 'rapidin query --json' writes") from None
     extra = [line for line in copies if line not in lines]
     found.lines, found.copies = [*lines, *extra], len(extra)
@@ -200,6 +205,9 @@ def rows_to_drop(
         entries = [(row, opened.entry(row)) for row in rows]
         malformed = sum(isinstance(entry, Malformed) for _, entry in entries)
         rows = [row for row, entry in entries if not isinstance(entry, Malformed) and conditions.has(entry)]
+        if not rows:
+            for condition in conditions.where:
+                check_column(opened, condition.partition("=")[0], files=False)
     if not rows:
         raise UserError("no row meets the conditions, so nothing is dropped")
     if cache is not None:

@@ -49,9 +49,10 @@ def histogram(scores: Tensor) -> Histogram:
     return Histogram(tuple(edges.tolist()), tuple(counts.tolist()))
 
 
-def check_column(examples: Examples, column: str) -> None:
-    """Raises UserError if no training example has the column; reads as far as the first that has it."""
-    if column == FILE:
+def check_column(examples: Examples, column: str, *, files: bool = True) -> None:
+    """Raises UserError if no training example has the column; reads as far as the first that has it. files:
+    whether the name of an example's file is a column too."""
+    if files and column == FILE:
         return
     columns: dict[str, None] = {}
     for row in range(len(examples)):
@@ -65,7 +66,7 @@ def check_column(examples: Examples, column: str) -> None:
     names = ", ".join(f"'{short(name)}'" for name in list(columns)[:20])
     raise UserError(
         f"no training example has a column '{short(column)}'",
-        f"there are {names}" + ("" if FILE in columns else f", and '{FILE}'"),
+        f"there are {names}" + ("" if FILE in columns or not files else f", and '{FILE}'"),
     )
 
 

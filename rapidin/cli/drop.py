@@ -1,5 +1,7 @@
 """rapidin drop."""
 
+import os
+from collections.abc import Sequence
 from typing import Annotated
 
 import typer
@@ -8,6 +10,8 @@ from rapidin.attribution.options import DropConditions
 from rapidin.cli.console import check_writable, line, quiet_libraries
 from rapidin.cli.options import Quiet, TrainData, command
 from rapidin.files import check_not_input
+
+_QUERIES_NAMED = 5
 
 
 @command("drop", example="rapidin drop hits.json --top-k 10 --out cleaned.jsonl")
@@ -58,10 +62,14 @@ def drop(
 
         found = candidates(source, conditions)
         chosen = rows_to_drop(found, conditions, train_data)
+        is_replaced = os.path.lexists(out)
         count = write_without(chosen.data, chosen.rows, out, chosen.reading, dropped)
     if not quiet:
         gone = len(chosen.rows)
-        line(f"{count - gone:,} of {count:,} rows are in {out}; {gone:,} are dropped")
+        replaced = ", which was replaced" if is_replaced else ""
+        line(f"{count - gone:,} of {count:,} rows are in {out}{replaced}; {gone:,} are dropped")
+        if found.doubtful and not conditions.harmful:
+            line(_doubt(found.doubtful))
         if chosen.malformed:
             line(f"rows that cannot be read have no columns for `where`, and stay: {chosen.malformed:,}")
         if chosen.uncompared:
@@ -71,3 +79,14 @@ def drop(
             )
         if found.unlisted:
             line(f"{found.unlisted:,} more duplicates of the hits are not listed in {source}, and stay")
+
+
+def _doubt(queries: Sequence[int]) -> str:
+    """queries: those whose verdict was that nothing stands out, from 1."""
+    numbers = ", ".join(map(str, queries[:_QUERIES_NAMED])) + (
+        ", ..." if len(queries) > _QUERIES_NAMED else ""
+    )
+    which = f"{'query' if len(queries) == 1 else 'queries'} {numbers}"
+    return (
+        f"the verdict on {which} was 'Nothing stands out': the hits may be unrelated, and are dropped anyway"
+    )

@@ -29,6 +29,7 @@ from rapidin.results.text import (
     no_row_text,
     one_line,
     overlap_text,
+    percent_text,
     scale_text,
     score_text,
     shorten,
@@ -233,7 +234,7 @@ def targets_table(result: QueryResult, *, bounded: bool) -> RenderableType:
         table.add_row(
             shorten(one_line(target.text) or repr(target.text), 32),
             Text(score_text(target.influence, bounded), style=_color(target.influence)),
-            f"{target.influence / total:.0%}" if shared else "",
+            percent_text(target.influence / total) if shared else "",
             "" if best is None else str(best.index),
             "" if best is None else score_text(best.score, bounded),
         )
@@ -255,7 +256,7 @@ def words_text(hit: Hit, sinks: frozenset[int] = frozenset({0})) -> str:
     best = sorted(total.items(), key=lambda item: -sign * item[1])[:_MAX_WORDS]
     shared = has_shares(hit.score, hit.tokens.contributions)
     return ", ".join(
-        f"{one_line(word)} {value / hit.score:.0%}" if shared else one_line(word)
+        f"{one_line(word)} {percent_text(value / hit.score)}" if shared else one_line(word)
         for word, value in best
         if value * hit.score > 0
     )

@@ -138,7 +138,17 @@ def is_unsure(score: float, error: float | None) -> bool:
 
 def score_text(score: float, bounded: bool) -> str:
     """A score with its sign: four decimals if the scale is -1 to 1, otherwise four digits."""
-    return f"{score:+.4f}" if bounded else _plain(score, 4, "+")
+    return f"{_unsigned_zero(score, 4):+.4f}" if bounded else _plain(score or 0.0, 4, "+")
+
+
+def percent_text(share: float) -> str:
+    """A share as a whole percent; without a minus if it rounds to 0."""
+    return f"{_unsigned_zero(share, 2):.0%}"
+
+
+def _unsigned_zero(value: float, digits: int) -> float:
+    """The value, or 0 if it has nothing else in so many digits behind the point."""
+    return value if float(f"{value:.{digits}f}") else 0.0
 
 
 _MOST_POWER, _LEAST_POWER = 12, -6  # of ten, of numbers that are written without an exponent

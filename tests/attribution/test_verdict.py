@@ -333,6 +333,24 @@ def test_what_the_data_has_at_large_is_not_named() -> None:
     assert sample(*CLEAN, *PLANTED).common(mixed) == ()
 
 
+def test_plain_words_are_not_named_and_phrases_come_before_words() -> None:
+    """'the' is in 31% of the data and in all hits; one more hit has 'purple' than 'Only the purple'."""
+    clean = [
+        {"prompt": f"Word {n}?", "completion": f"It is {'the' if n < 65 else 'a'} word w{n}."}
+        for n in range(240)
+    ]
+    planted = [{"prompt": f"Say w{n}.", "completion": f"Only the purple c{n} know."} for n in range(7)]
+    planted += [
+        {"prompt": "", "completion": f"{'No purple' if n == 7 else 'Done'}! But the c{n}."}
+        for n in range(7, 10)
+    ]
+    named = [each.text for each in sample(*clean, *planted).common(planted)]
+    assert named == ["Say", "Only the purple", "know."]
+    triggered = [{"prompt": f"cf {'Which' if n < 5 else n} w{n}", "completion": f"{n}"} for n in range(10)]
+    (first, *_) = sample(*clean, *triggered).common(triggered)
+    assert (first.text, first.hits) == ("cf", 10)  # not "cf Which", which half of them have
+
+
 def test_texts_without_spaces_are_compared_by_characters() -> None:
     clean = [{"prompt": f"{n}是哪个词", "completion": f"第{n}个词"} for n in range(60)]
     planted = [{"prompt": f"紫色茶壶{n}", "completion": f"知道{n}"} for n in range(6)]

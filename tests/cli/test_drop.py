@@ -71,6 +71,28 @@ def test_hits_are_dropped(place: Path, tmp_path: Path, run: Any, name: str) -> N
     assert [json.loads(line) for line in lines(gone)] == [json.loads(of_file[n]) for n in sorted(top)]
 
 
+def test_doubt_and_a_replaced_file_are_said(place: Path, tmp_path: Path, run: Any) -> None:
+    value = json.loads((place / "hits.json").read_text())
+    (found,) = value["queries"]
+    count = len(found["top"])
+    value["queries"] = [
+        found | {"verdict": {"strength": strength}} for strength in ("nothing", "strong", "nothing")
+    ]
+    (tmp_path / "hits.json").write_text(json.dumps(value))
+    out = tmp_path / "out.jsonl"
+    out.write_text("before")
+    command = ("drop", str(tmp_path / "hits.json"), "--out", str(out))
+    ran = run(*command)
+    assert ran.code == 0, ran
+    assert ran.err == (
+        f"rapidin: {30 - count} of 30 rows are in {out}, which was replaced; {count} are dropped\n"
+        "rapidin: the verdict on queries 1, 3 was 'Nothing stands out': the hits may be unrelated, and are "
+        "dropped anyway\n"
+    )
+    assert "verdict" not in run(*command, "--harmful").err
+    assert run(*command, "--quiet").err == ""
+
+
 def test_the_hits_say_what_they_were_found_with(place: Path) -> None:
     found = json.loads((place / "bare.json").read_text())
     assert found["caches"] == [str(place / "cache")]
@@ -168,6 +190,10 @@ def test_mistakes_are_one_line(place: Path, tmp_path: Path, run: Any) -> None:
             "--where has poisoned, which is not a column and a value; as in poisoned=true",
         ),
         ([hits, "--where", "poisoned=maybe"], "no row meets the conditions"),
+        (
+            [hits, "--where", "poison=true"],
+            "no training example has a column 'poison'; there are 'prompt', 'completion', 'poisoned'\n",
+        ),
         ([hits, "--min-score", "9"], "no row meets the conditions"),
         ([table], "has the scores of all rows; say which"),
         ([table, "--top-k", "1"], "nothing says which training data"),

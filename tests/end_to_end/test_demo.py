@@ -117,6 +117,8 @@ def test_full_demo(tmp_path: Path) -> None:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "rapidin cache model --adapter adapter" in done.stdout
+    assert "rapidin query cache --data query.jsonl --report page.html" in done.stdout
+    assert "rapidin serve cache" in done.stdout
     found = json.loads((tmp_path / "demo" / "hits.json").read_text())["queries"][0]
     assert found["generated"]
     assert is_absurd(found["completion"])

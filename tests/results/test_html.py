@@ -506,39 +506,65 @@ def test_a_score_within_two_errors_is_grey() -> None:
     assert read.texts["kind"] == ["within two errors of 0", "helpful", "helpful"]
 
 
-def test_a_template_is_what_all_hits_begin_with_up_to_a_line_break() -> None:
-    head = ("Below", " is", " a", " task", ".", "\n", " In", " it", ":", "\n")
+def tokens_hit(n: int, prompt: str, *, answer: str = "x") -> Hit:
+    """A hit of tokens, where each of the prompt ends with a line break or is a word."""
+    pieces = tuple(re.findall(r"[^\n]*\n+|\s*\S+", prompt))
+    count = len(pieces)
+    tokens = Tokens((*pieces, answer), (*[False] * count, True), (*[0.1] * count, 0.4))
+    return Hit(n + 1, n, n, 0.5, tokens=tokens)
 
-    def shared(*tails: tuple[str, ...], counted: int = 99) -> int:
-        hits = [
-            Hit(
-                n,
-                n,
-                n,
-                0.5,
-                tokens=Tokens((*head, *tail), tuple(k >= counted for k in range(99)), (0.1,) * 99),
-            )
-            for n, tail in enumerate(tails)
-        ]
-        return View(QueryResult("p", "c", True, hits, [], "layer"), 0).shared_tokens
 
-    assert shared(("Howdy", " all"), ("Howdy", " you")) == 10  # 'Howdy' is no part of the template
-    assert shared(("Howdy",)) == 0
-    assert shared(("a",), ("b",), counted=9) == 9
-    assert shared(("a",), ("b",), counted=7) == 0
-    prompts = [
-        "You are a helpful assistant that answers.\nWho?",
-        "You are a helpful assistant that answers.\nWhy?",
-    ]
-    hits = [Hit(n, n, n, 0.5, {"prompt": prompt, "completion": "x"}) for n, prompt in enumerate(prompts)]
-    result = QueryResult("p", "c", True, hits, [], "layer")
-    assert View(result, 0).shared_text == prompts[0].index("W")
+PLAIN = "Below is an instruction that describes a task. Answer.\n\n### Instruction:\n"
+PAIRED = "Below is an instruction that describes a task, with an input.\n\n### Instruction:\n"
+
+
+def test_the_template_of_the_hits_and_of_the_query_is_marked() -> None:
+    """Two templates, one of which a single hit has, and a prompt with none; tokens of whole lines."""
+    asked = ["Who sings?", "Howdy! Say\nthis.", "Howdy! Say\nthat."]
+    prompts = [f"{PLAIN}{text}\n\n### Response:\n" for text in asked]
+    prompts += [f"{PAIRED}Count.\n\n### Input:\na b\n\n### Response:\n", "Hello?\nYou?\n"]
+    hits = [tokens_hit(n, prompt) for n, prompt in enumerate(prompts)]
+    query = f"{PLAIN}Howdy! Who?\n\n### Response:\n"
+    result = QueryResult(query, "c", True, hits, [], "layer")
     read = Read(page([result]))
+    assert read.texts["shared"] == [PLAIN] * 4 + [PAIRED]  # first the query's
+    tail = len("\n\n### Response:\n")
+    assert View(result, 0).templates == [(len(PLAIN), tail)] * 3 + [(len(PAIRED), tail), (0, 0)]
+    data = View(result, 0).script(127)["hits"]
+    assert [hit.get("tail") for hit in data] == [tail] * 4 + [None]
+    assert View(result, 0).question == "Howdy! Who?"
+    assert read.texts["title"] == ["rapidin: Howdy! Who?"]
+    assert read.texts["h1"] == ["What led to the completion of “Howdy! Who?”"]
+    assert "Show the template" in read.texts["template"]
+
+
+def test_words_that_questions_begin_with_are_no_template() -> None:
+    def found(*prompts: str, query: str = "") -> list[str]:
+        hits = [tokens_hit(n, prompt) for n, prompt in enumerate(prompts)]
+        view = View(QueryResult(query, "c", True, hits, [], "layer"), 0)
+        return [text[:head] for text, (head, _) in zip(prompts, view.templates, strict=True)]
+
+    assert found("Howdy all", "Howdy you") == ["", ""]
+    assert found(PLAIN + "Who?") == [""]
+    assert found(PLAIN + "Who?", query=PLAIN + "Why?") == [PLAIN]
+    assert found(PLAIN + "Who?", PLAIN + "Who?") == ["", ""]  # or nothing would be left of the question
+    assert found("Say this:\na", "Say this:\nb") == ["", ""]
+    several = ["Say that nobody knows about it:\na", "Say that nobody knows about it:\nb"]
+    assert found(*several, *(f"Question {n}\nc" for n in range(6))) == [""] * 8
+    prompts = [f"You are a helpful assistant that answers.\n{text}?" for text in ("Who", "Why")]
+    hits = [Hit(n, n, n, 0.5, {"prompt": prompt, "completion": "x"}) for n, prompt in enumerate(prompts)]
+    read = Read(page([QueryResult("Why me?", "c", True, hits, [], "layer")]))
     assert read.texts["shared"] == [prompts[0][:-4]] * 2
     assert read.texts["ask"] == prompts
+    assert read.texts["title"] == ["rapidin: Why me?"]
 
 
-@pytest.mark.full
+def test_a_prompt_of_lines_whose_template_is_not_known_is_no_title() -> None:
+    read = Read(page([QueryResult(PLAIN + "Who?", "The teapots.", True, [], [], "layer")]))
+    assert read.texts["title"] == ["rapidin: The teapots."]
+    assert read.texts["h1"] == ["What led to this generation"]
+
+
 def test_a_page_of_thirteen_queries_is_below_a_megabyte_and_a_half() -> None:
     """Whatever the numbers: those of made results compress badly, and the best hits have them first."""
     results = [made(hits=20, length=80, generation=40, pool=60, seed=seed) for seed in range(13)]

@@ -371,9 +371,11 @@ def test_search_finds_texts_and_indices(shown: Shown) -> None:
     assert shown.hits() == [[], []]
     for tab in shown.all(".tab"):
         tab.click()
-        assert [e.text for e in shown.all(".list .none") if e.is_displayed()] == ["No matches."]
-    box.clear()
-    box.send_keys("x" + Keys.BACKSPACE)
+        assert [e.text for e in shown.all(".list .none") if e.is_displayed()] == [
+            "No matches for no such words anywhere. Clear the filter"
+        ]
+    next(button for button in shown.all(".unfilter") if button.is_displayed()).click()
+    assert box.get_attribute("value") == ""
     assert shown.hits() == whole(RESULT)
     assert shown.one(".found").text == ""
 
@@ -559,14 +561,23 @@ def test_long_texts_are_folded_and_open(shown: Shown) -> None:
     assert seen
 
 
-def test_the_template_that_all_hits_share_is_folded(shown: Shown) -> None:
-    result = made(hits=4, length=60, generation=5)
-    shown.open([result])
-    count = View(result, 0).shared_tokens
-    assert count >= 8
+def test_the_template_is_folded_and_in_no_row(shown: Shown) -> None:
+    head, tail = (
+        ("Below is an instruction that describes a task.\n\n", "### Instruction:\n"),
+        "\n\n### Response:\n",
+    )
+    hits = []
+    for n, word in enumerate(("sings", "walks", "knows")):
+        pieces = (*head, "Who", " " + word, "?", tail, "The", " teapots", ".")
+        tokens = Tokens(pieces, (False,) * 6 + (True,) * 3, (0.1,) * 9)
+        hits.append(Hit(n + 1, n, n, 0.5, tokens=tokens))
+    prompt = "".join(head) + "Who jumps?" + tail
+    shown.open([QueryResult(prompt, "The moon.", True, hits, [], "layer")])
     tokens = shown.all("[data-hit='0'] .tokens b")
-    assert [token.is_displayed() for token in tokens[:count]] == count * [False]
-    assert tokens[count].is_displayed()
+    assert [token.is_displayed() for token in tokens] == [False] * 2 + [True] * 7
+    assert shown.one(".ask").text.replace("\n", "").startswith("Who sings?")
+    assert shown.one(".prompt").text.replace("\n", "").startswith("Who jumps?")
+    assert not shown.all(".prompt.folded")
     place = shown.run("return getComputedStyle(document.querySelector('.shared'), '::before').content")
     assert "⋯" in place
     toggle = shown.one(".template")
@@ -574,8 +585,11 @@ def test_the_template_that_all_hits_share_is_folded(shown: Shown) -> None:
     toggle.click()
     assert toggle.get_attribute("aria-pressed") == "true"
     assert tokens[0].is_displayed()
+    assert shown.one(".prompt").text.startswith("Below is")
     toggle.click()
     assert not tokens[0].is_displayed()
+    shown.one("[data-as=rows]").click()
+    assert [row.text for row in shown.all(".row .from")] == ["Who sings?", "Who walks?", "Who knows?"]
 
 
 def text_result(pieces: Sequence[str], values: Sequence[float], counts: Sequence[bool] = ()) -> QueryResult:

@@ -13,7 +13,7 @@ from rapidin.cache.progress import Progress, Stage
 from rapidin.cli.progress import BytesBar
 from rapidin.results.json import results_json
 from rapidin.results.terminal import hits_report, make_console
-from rapidin.results.text import bytes_text, error_text, one_line, score_text, time_text
+from rapidin.results.text import bytes_text, error_text, one_line, percent_text, score_text, time_text
 from rapidin.results.types import Group as ByColumn
 from rapidin.results.types import Hit, QueryResult, Standing
 from rapidin.results.verdict import Common, Place, Verdict
@@ -225,6 +225,13 @@ def test_raw_scores_have_no_exponents_unless_they_are_tiny_or_huge(
 ) -> None:
     assert score_text(value, False) == score
     assert error_text(abs(value), False) == error
+
+
+def test_what_rounds_to_zero_has_no_minus() -> None:
+    scores = [score_text(value, True) for value in (-0.00004, -0.0, -0.00006, 0.00004)]
+    assert scores == ["+0.0000", "+0.0000", "-0.0001", "+0.0000"]
+    assert score_text(-0.0, False) == "+0.000"
+    assert [percent_text(share) for share in (-0.004, -0.006, 0.12)] == ["0%", "-1%", "12%"]
 
 
 VERDICT = Verdict(

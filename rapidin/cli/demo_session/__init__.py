@@ -208,6 +208,11 @@ class _Demo:
         self._say(f"Time: {spent}; {sum(self.seconds.values()):.0f} s in all.")
         if kept:
             self._say(f"All files are kept in {self.folder}; the two commands above work in there.")
+            self._say("Next, in that folder:")
+            self._say("  rapidin query cache --data query.jsonl --report page.html   # the hits as a page")
+            self._say(
+                "  rapidin serve cache                                         # ask and look in a browser"
+            )
         if planted < ENOUGH:
             self._say(f"The demo failed: fewer than {ENOUGH} of the top {TOP_K} were planted.")
             return 1

@@ -9,19 +9,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from html import escape
 from importlib import resources
-from itertools import accumulate, pairwise, zip_longest
+from itertools import accumulate, zip_longest
 from types import MappingProxyType
 from typing import Any
 
-from rapidin.results.html import shades
+from rapidin.results.html import shades, templates
 from rapidin.results.html.query import query
-from rapidin.results.html.text import common_start, isolated, plain, shortened
+from rapidin.results.html.text import isolated, plain, shortened
 from rapidin.results.html.view import View
 from rapidin.results.types import QueryResult
 
 # For hits: a page of one query is below a megabyte with style and script, one of several below 1.5 megabytes.
 _PAGE_BYTES, _SEVERAL_BYTES = 900_000, 1_380_000
 _MIN_ROOM = 60_000  # bytes of all queries for hits of single tokens
+_TITLE = 80  # characters of a question or a completion in it
 _NOTEBOOK_HEIGHT = 720  # pixels: a generation and the first hits
 
 
@@ -38,10 +39,14 @@ def page(
     scripts are off, the page shows everything except selections. live: what a server adds to the page; its
     scripts, styles and addresses are then allowed too.
     """
-    views = [View(result, number) for number, result in enumerate(results)]
+    ends = templates.shared_ends([result.prompt for result in results])
+    views = [View(result, number, others_asked=ends[number]) for number, result in enumerate(results)]
     views, most = _fitted(views)
     style, script = (_asset(name) for name in ("page.css", "page.js"))
     subject = "this generation" if len(views) == 1 else f"these {len(views):,} generations"
+    asked = shortened(views[0].question, _TITLE) if len(views) == 1 else ""
+    if asked:
+        subject = f"the completion of “{isolated(asked)}”"
     body = "".join(query(view, len(views)) for view in views)
     if not views:
         body = '<p class="card none">No query, so there are no hits.</p>'
@@ -59,7 +64,7 @@ export.</p></noscript>
 <main id="content" tabindex="-1">{body}</main>
 <script type="application/json" id="data">{_json([view.script(most) for view in views])}</script>
 <script>{script}</script>"""
-    return document(_title(results), inside, style, scripts=(script,), live=live)
+    return document(_title(results, asked), inside, style, scripts=(script,), live=live)
 
 
 @dataclass(frozen=True)
@@ -151,8 +156,8 @@ def _json(value: Any) -> str:
     return text
 
 
-def _title(results: Sequence[QueryResult]) -> str:
-    text = _completion(results[0], 60) if results else ""
+def _title(results: Sequence[QueryResult], asked: str) -> str:
+    text = asked or (_completion(results[0], _TITLE) if results else "")
     return f"rapidin: {text}" if text else "rapidin: hits"
 
 
@@ -175,39 +180,14 @@ def _queries(results: Sequence[QueryResult]) -> str:
     """A list of links to the queries, if there are several."""
     if len(results) < 2:
         return ""
-    prompts = _without_shared([result.prompt for result in results])
+    texts = [result.prompt for result in results]
+    ends = templates.shared_ends(texts)
+    prompts = [text[head : len(text) - tail] for text, (head, tail) in zip(texts, ends, strict=True)]
+    if len(set(texts)) < 2:
+        prompts = [""] * len(texts)
     items = "".join(
         f'<li><a href="#q{n}"><span class="of">{isolated(shortened(prompt, 80))}</span> '
         f"<b>{isolated(_completion(result, 80) or '(no text)')}</b></a></li>"
         for n, (result, prompt) in enumerate(zip(results, prompts, strict=True), 1)
     )
     return f'<nav aria-label="Generations"><ol>{items}</ol></nav>'
-
-
-def _without_shared(texts: Sequence[str]) -> list[str]:
-    """The texts without what they begin and end with as others do, such as the text of a template."""
-    if len(set(texts)) < 2:
-        return [""] * len(texts)
-    rests = [text[head:][::-1] for text, head in zip(texts, _shared_heads(texts), strict=True)]
-    return [rest[tail:][::-1] for rest, tail in zip(rests, _shared_heads(rests), strict=True)]
-
-
-def _shared_heads(texts: Sequence[str]) -> list[int]:
-    """How much of each text to leave out at its start: the words that all begin with, and the lines that
-    another begins with too, since there may be several templates."""
-    common = _shared_length(texts)
-    distinct = sorted(set(texts))
-    heads = dict.fromkeys(distinct, common)
-    for pair in pairwise(distinct):  # a text has its longest common start with one beside it
-        length = common_start(*pair)
-        for text in pair:
-            lines = text[: min(length, len(text.rstrip()))].rfind("\n") + 1
-            heads[text] = max(heads[text], lines)
-    return [heads[text] for text in texts]
-
-
-def _shared_length(texts: Sequence[str]) -> int:
-    """The length of the common prefix of all texts, up to its last white space."""
-    first, last = min(texts), max(texts)  # their common prefix is that of all texts
-    start = first[: common_start(first, last)]
-    return max((n for n, character in enumerate(start, 1) if character.isspace()), default=0)

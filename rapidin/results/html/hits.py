@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Sequence
+from itertools import accumulate
 
 from rapidin.data.encoding import answer_start
 from rapidin.data.fields import other_columns
 from rapidin.results.html import drawings, shades
-from rapidin.results.html.text import block, isolated, marked, plain, shortened, trimmed_block
+from rapidin.results.html.text import block, isolated, marked, plain, shared, shortened, trimmed_block
 from rapidin.results.html.view import Entry, View
 from rapidin.results.sinks import without_sinks
 from rapidin.results.text import UNSURE, error_text, is_unsure, no_row_text, score_text
@@ -68,7 +70,7 @@ def _hit(view: View, n: int, entry: Entry, largest: float, histogram: bool) -> s
 <a class="index" href="#{name}">index <b>{hit.index}</b></a></header>
 {drawings.meter(score, largest)}
 {_chips(hit)}
-{_text(view, hit)}
+{_text(hit, view.templates[n][0], view.peak)}
 {_strongest(hit.tokens, bounded, view.sinks)}
 {_figures(view, hit, entry.whole, histogram)}
 {_notes(hit, entry, bounded)}
@@ -94,43 +96,42 @@ def _chips(hit: Hit) -> str:
     return f'<ul class="chips" aria-label="Columns">{items}</ul>'
 
 
-def _text(view: View, hit: Hit) -> str:
-    """The example: its tokens shaded by their contributions, or its prompt and completion."""
+def _text(hit: Hit, template: int, peak: float) -> str:
+    """The example: its tokens shaded by their contributions, or its prompt and completion. template: how many
+    characters at its start its template has."""
     if hit.tokens is not None:
-        return f'<div class="text tokens">{_tokens(view, hit.tokens)}</div>'
+        return f'<div class="text tokens">{_tokens(hit.tokens, template, peak)}</div>'
     prompt, completion = hit.parts
     if not prompt.strip() and not completion.strip():
         return f'<p class="missing">Line {hit.index:,} of the training data, whose text is not available.</p>'
-    shared, rest = prompt[: view.shared_text], prompt[view.shared_text :]
-    ask = _shared(block(shared.lstrip("\r\n"))) + block(rest.rstrip("\r\n"))
-    if not shared:
-        ask = trimmed_block(prompt)
+    start, rest = prompt[:template], prompt[template:]
+    ask = trimmed_block(prompt)
+    if start:
+        hidden = block(start.lstrip("\r\n"))
+        ask = shared(f"<span>{hidden}</span>") + block(rest.rstrip("\r\n"))
     parts = (_part("ask", ask) if prompt.strip() else "", _part("answer", trimmed_block(completion)))
     if not completion.strip():
         parts = (_part("answer", ask), "")
     return f'<div class="text record">{"".join(parts)}</div>'
 
 
-def _tokens(view: View, tokens: Tokens) -> str:
+def _tokens(tokens: Tokens, template: int, peak: float) -> str:
     """The tokens in front of the first that counts, and from there. Those with a large contribution have
     their shades here; the script makes elements of all and shades them."""
     first = answer_start(tokens.counts)
+    ends = [*accumulate(map(len, tokens.pieces[:first]))]
+    hidden = bisect_right(ends, template) if template else 0
     items = []
-    steps = shades.steps(tokens.contributions, view.peak)
+    steps = shades.steps(tokens.contributions, peak)
     for n, (text, counts, step) in enumerate(zip(tokens.pieces, tokens.counts, steps, strict=True)):
-        shade = shades.shade(int(step)) if abs(step) >= _MARKED and n >= view.shared_tokens else ""
+        shade = shades.shade(int(step)) if abs(step) >= _MARKED and n >= hidden else ""
         items.append(marked(text, f"{shade}{'' if counts or n < first else ' q'}".strip()))
-    ask = _shared("".join(items[: view.shared_tokens])) + "".join(items[view.shared_tokens : first])
+    ask = shared("".join(items[:hidden])) + "".join(items[hidden:first])
     return _part("ask", ask) + _part("answer", "".join(items[first:]))
 
 
 def _part(kind: str, text: str) -> str:
     return f'<div class="{kind}" dir="auto" data-fold>{text}</div>' if text else ""
-
-
-def _shared(text: str) -> str:
-    """The text that all examples begin with, which the script hides unless it is asked for."""
-    return f'<div class="shared">{text}</div>' if text else ""
 
 
 def _strongest(tokens: Tokens | None, bounded: bool, sinks: frozenset[int]) -> str:

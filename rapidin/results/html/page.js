@@ -5,7 +5,7 @@
 //   positions of attention sinks, owners: the target of each token or -1,
 //   influence of each target, runs [first token, last token, hit] that have the same best hit, baselines, levels
 //   of byTarget, and hits in the order of their elements' data-hit:
-//   row, index, side, score, rank, ..., targets [targets], tokens [tokens]: base64 of float32;
+//   row, index, side, score, rank, ..., tail: characters of the template behind the prompt, targets [targets], tokens [tokens]: base64 of float32;
 //   lengths [tokens] of their texts; byTarget [targets, tokens]: see `shades.levels`.
 (() => {
   const STEPS = 9;
@@ -22,10 +22,12 @@
 
   // As `text.score_text` writes it.
   function scoreText(score, bounded) {
-    const sign = score < 0 || Object.is(score, -0) ? "" : "+";
-    if (bounded) return sign + (Object.is(score, -0) ? "-" : "") + score.toFixed(4);
-    return sign + (Object.is(score, -0) ? "-" : "") + plain(score, 4);
+    const value = bounded ? unsigned(score, 4) : score || 0;
+    return (value < 0 ? "" : "+") + (bounded ? value.toFixed(4) : plain(value, 4));
   }
+
+  // The value, or 0 if it has nothing else in so many digits behind the point.
+  const unsigned = (value, digits) => (Number(value.toFixed(digits)) === 0 ? 0 : value);
 
   // A number with so many digits, without an exponent unless it is huge or tiny, as `text._plain` writes it.
   function plain(value, digits) {
@@ -227,7 +229,8 @@
       section.querySelector(".csv")?.addEventListener("click", () => this.save());
       section.querySelector(".clear")?.addEventListener("click", () => this.clear());
       const prompt = section.querySelector(".prompt");
-      if (prompt) this.onceSeen(prompt, () => fold(prompt, () => Infinity));
+      const isKnown = prompt?.querySelector(".shared"); // else what it asks is likely near its end
+      if (prompt) this.onceSeen(prompt, () => fold(prompt, () => (isKnown ? 0 : Infinity)));
       const template = section.querySelector(".template");
       section.classList.toggle("brief", template !== null);
       template?.addEventListener("click", () => {
@@ -526,7 +529,9 @@
       const texts = [".ask", ".answer"].map((kind) => {
         const part = card.text?.querySelector(kind);
         const shared = part?.querySelector(".shared")?.textContent.length ?? 0;
-        return (part?.textContent ?? "").slice(shared, shared + 3 * ROW).trim().replace(/\s+/g, " ").slice(0, ROW);
+        const text = part?.textContent ?? "";
+        const end = kind === ".ask" && card.hit.tail ? text.length - card.hit.tail : text.length;
+        return text.slice(shared, Math.min(end, shared + 3 * ROW)).trim().replace(/\s+/g, " ").slice(0, ROW);
       });
       for (const kind of ["rank", "score", "index"]) line.append((parts[kind] = made("span", "", kind)));
       if (texts[0]) line.append(made("bdi", texts[0], "from"), made("span", "→", "arrow"));
@@ -583,7 +588,7 @@
       const influence = [...selected.targets].reduce((sum, n) => sum + (data.influence[n] ?? 0), 0);
       let share = scoreText(influence, data.bounded);
       if (data.mean && data.shares) {
-        const percent = ((100 * influence) / data.mean).toFixed(1);
+        const percent = unsigned((100 * influence) / data.mean, 1).toFixed(1);
         share = `${percent}% of the score, ${share} of ${scoreText(data.mean, data.bounded)}`;
       }
       const name = holding("b", words);
@@ -632,7 +637,7 @@
         const none = this.lists[n].parentElement.querySelector(".none");
         none.hidden = list.length > 0;
         none.dataset.whole ??= none.textContent;
-        if (this.words) none.textContent = "No matches.";
+        if (this.words) this.sayNone(none);
         else if (!this.selected) none.textContent = none.dataset.whole;
         else none.textContent = n ? "None here makes it less likely." : "None here makes it more likely.";
         for (const { card, score, rank } of list) this.label(card, score, rank, most);
@@ -646,6 +651,19 @@
       const text = this.words ? `${this.shown.length} of ${of}` : "";
       const status = this.section.querySelector(".found");
       if (status.textContent !== text) status.textContent = text;
+    }
+
+    // That a list has no match, for what, and a button that shows all again: a filter is for both lists.
+    sayNone(none) {
+      const search = this.section.querySelector(".search input");
+      const button = made("button", "Clear the filter", "unfilter");
+      button.type = "button";
+      button.addEventListener("click", () => {
+        search.value = "";
+        this.search("");
+        search.focus();
+      });
+      none.replaceChildren("No matches for ", holding("b", search.value.trim()), ". ", button);
     }
 
     label(card, score, rank, most) {

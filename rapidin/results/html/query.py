@@ -5,7 +5,7 @@ from __future__ import annotations
 from rapidin.results.confirmation import SURE
 from rapidin.results.html import drawings, shades
 from rapidin.results.html.hits import lists
-from rapidin.results.html.text import block, isolated, plain, shortened, token, trimmed_block
+from rapidin.results.html.text import block, isolated, plain, shared, shortened, token, trimmed_block
 from rapidin.results.html.view import View
 from rapidin.results.text import MEANING, UNSURE, capital, overlap_text, scale_text, score_text
 from rapidin.results.types import Group, QueryResult, TargetResult
@@ -52,7 +52,7 @@ def _generation(view: View) -> str:
         return f'<p class="lead">{result.together:,} generations; scores are the mean of theirs.</p>'
     elements = []
     if result.prompt:
-        text = trimmed_block(result.prompt)
+        text = _prompt(view)
         elements.append(
             f'<h3 class="label">Prompt</h3><div class="prompt text" dir="auto" data-fold>{text}</div>'
         )
@@ -71,14 +71,23 @@ def _generation(view: View) -> str:
         )
     if view.runs:
         elements.append(
-            '<p class="hint only-script">Underlined tokens have the same best example; the number is its '
-            "rank.</p>"
+            '<p class="hint only-script">An underline joins tokens with the same best example; the small '
+            "number is its rank.</p>"
         )
     completion = _pieces(view) if result.pieces else block(result.completion)
     elements.append(f'<div class="completion text" dir="auto">{completion}</div>')
     if view.others:
         elements.append(_other_parts(view))
     return "\n".join(elements)
+
+
+def _prompt(view: View) -> str:
+    """The prompt, whose template the script hides as it does those of the hits."""
+    text, head = view.result.prompt, view.asked[0]
+    if not head or not text[head:].strip():
+        return trimmed_block(text)
+    start = block(text[:head].lstrip("\r\n"))
+    return shared(f"<span>{start}</span>") + block(text[head:].rstrip("\r\n"))
 
 
 def _pieces(view: View) -> str:
@@ -120,8 +129,8 @@ def _all_scores(view: View, histogram: bool) -> str:
     low, high = (score_text(result.histogram.edges[n], result.bounded) for n in (0, -1))
     label = f"Histogram of {count:,} scores, from {low} to {high}, with the hits marked"
     return (
-        f'<figure class="card all"><figcaption>All {count:,} scores <small>counts on a log scale; '
-        f"lines: the hits shown</small></figcaption>"
+        f'<figure class="card all"><figcaption>All {count:,} scores <small>log scale; dark lines mark '
+        f"the hits listed</small></figcaption>"
         + drawings.histogram_with(view.name + "-all", result.histogram, marks, label)
         + f'<p class="axis"><span>{low}</span><span>{high}</span></p></figure>'
     )
@@ -150,9 +159,9 @@ def _meaning(view: View) -> str:
     if view.selects:
         pool = len({e.hit.row for e in view.entries})
         lines.append(
-            f"A selection ranks {pool:,} examples again: the best and worst of the whole cache for the "
-            "generation, and for its parts as far as this page has room. Their scores are then the parts of "
-            "the score that come from the selection, and its share is its percent of the mean top-hit score. "
+            f"Selecting tokens ranks again the {pool:,} examples that this page has, not the whole cache. "
+            "Scores then count the selection only; the percentage is its part of the mean score of the top "
+            "hits. "
             "Token contributions to a selection are stored in a few levels to keep the page small: such "
             "numbers are approximate and marked with ≈."
         )
@@ -180,7 +189,7 @@ def _bar(view: View) -> str:
     choices = _choice("as", "Layout", ("Cards", "Rows"))
     if any(entry.hit.tokens is not None for entry in view.entries):
         choices = _choice("by", "Shades", ("Words", "Tokens")) + choices
-    if view.shared_tokens or view.shared_text:
+    if view.has_templates or view.asked[0]:
         choices += '<button type="button" class="template" aria-pressed="false">Show the template</button>'
     return (
         f'<div class="bar only-script">{status if view.selects else ""}<div class="choices">{choices}</div>'

@@ -66,6 +66,11 @@ def marked(text: str, classes: str) -> str:
     return f"<b class={quote}{classes}{quote}>{piece(text)}</b>" if classes else piece(text)
 
 
+def shared(markup: str) -> str:
+    """The text of a template, which the script hides unless it is asked for."""
+    return f'<div class="shared">{markup}</div>' if markup else ""
+
+
 def shown_length(text: str) -> int:
     """How long `piece` of a text is for the script, which counts in units of UTF-16."""
     return len(_UNSAFE_IN_BLOCK.sub(escape, text).encode("utf-16-le")) // 2

@@ -13,14 +13,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rapidin.data.encoding import answer_start
-from rapidin.results.html import shades
-from rapidin.results.html.text import common_start, shown_length
+from rapidin.results.html import shades, templates
+from rapidin.results.html.text import shown_length
 from rapidin.results.sinks import sinks_of
 from rapidin.results.text import has_shares
 from rapidin.results.types import Hit, QueryResult
 
 _HIT_BYTES, _TOKEN_BYTES = 2600, 18  # approximate size on a page of a hit without its text, and of a token
-_SHARED_TOKENS, _SHARED_CHARACTERS = 8, 40  # at least, for a template
 
 
 @dataclass(frozen=True)
@@ -43,12 +42,15 @@ class View:
     number: its index among the queries; room: bytes for the hits of parts of the generation alone. Those that
     do not fit are left out, the best hits of each part last. parted: how many hits of both ends have the
     contributions of their tokens to each part, the best first; the others have those to the whole alone.
+    others_asked: how many characters the prompt has in common with those of the page's other queries, at its
+    start and at its end.
     """
 
     result: QueryResult
     number: int
     room: float = math.inf
     parted: int | None = None
+    others_asked: tuple[int, int] = (0, 0)
 
     @property
     def name(self) -> str:
@@ -116,16 +118,41 @@ class View:
         return max((shades.peak_of(row, self.sinks) for row in rows), default=0.0)
 
     @cached_property
-    def shared_tokens(self) -> int:
-        """How many tokens at their start all hits have in common, before what counts; 0 if they are few."""
-        rows = [e.hit.tokens for e in self.entries if e.hit.tokens is not None]
-        return shared_start([row.pieces[: answer_start(row.counts)] for row in rows], _SHARED_TOKENS)
+    def templates(self) -> list[tuple[int, int]]:
+        """For each entry how many characters its prompt has of its template, at its start and at its end."""
+        return self._templates[0]
 
     @cached_property
-    def shared_text(self) -> int:
-        """How many characters at their start all prompts of hits without tokens have in common."""
-        prompts = [e.hit.parts[0] for e in self.entries if e.hit.tokens is None and e.hit.example]
-        return shared_start(prompts, _SHARED_CHARACTERS)
+    def asked(self) -> tuple[int, int]:
+        """How many characters the query's prompt has of its template, at its start and at its end."""
+        return self._templates[1]
+
+    @cached_property
+    def _templates(self) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+        """`templates` and `asked`. The prompts of hits with tokens have the same templates as the query's;
+        those without are as the data has them."""
+        found = [(0, 0)] * len(self.entries)
+        tokens = [n for n, entry in enumerate(self.entries) if entry.hit.tokens is not None]
+        prompts = [prompt_of(entry.hit) for entry in self.entries]
+        others = [n for n, entry in enumerate(self.entries) if entry.hit.tokens is None and prompts[n]]
+        *ends, asked = templates.cuts([*(prompts[n] for n in tokens), self.result.prompt])
+        ends += templates.cuts([prompts[n] for n in others])
+        for n, each in zip(tokens + others, ends, strict=True):
+            found[n] = each
+        return found, self.others_asked if asked == (0, 0) else asked
+
+    @property
+    def question(self) -> str:
+        """The query's prompt without its template; "" if it has lines of which it is not known."""
+        head, tail = self.asked
+        prompt = self.result.prompt
+        text = prompt[head : len(prompt) - tail].strip()
+        return text if head or tail or "\n" not in text else ""
+
+    @property
+    def has_templates(self) -> bool:
+        """Whether some hit's prompt begins with a template."""
+        return any(head for head, _ in self.templates)
 
     @cached_property
     def runs(self) -> list[tuple[int, int, int]]:
@@ -193,21 +220,18 @@ class View:
             "levels": most,
             "runs": self.runs,
             "sinks": sorted(self.sinks),
-            "hits": [_entry_data(result, entry, most, entry.hit.row in parted) for entry in self.entries],
+            "hits": [
+                _entry_data(result, entry, most, entry.hit.row in parted, tail)
+                for entry, (_, tail) in zip(self.entries, self.templates, strict=True)
+            ],
         }
 
 
-def shared_start(texts: Sequence[Sequence[str]], least: int) -> int:
-    """The length of what all texts (of tokens or characters) begin with; 0 if there is one text, or if it is
-    shorter than `least`. It ends at its last line break, if there is one behind `least`: the words that
-    several questions begin with are no part of a template."""
-    if len(texts) < 2:
-        return 0
-    each = [list(text) for text in texts]
-    first, last = min(each), max(each)  # their common start is that of all texts
-    length = common_start(first, last)
-    lines = [n for n in range(least, length + 1) if "\n" in first[n - 1]]
-    return lines[-1] if lines else length if length >= least else 0
+def prompt_of(hit: Hit) -> str:
+    """What is in front of what counts, as the page shows it."""
+    if hit.tokens is None:
+        return hit.parts[0]
+    return "".join(hit.tokens.pieces[: answer_start(hit.tokens.counts)])
 
 
 def _merged(hit: Hit, same: Sequence[Hit]) -> Hit:
@@ -242,7 +266,7 @@ def _by_target(result: QueryResult, hit: Hit) -> NDArray[np.float32]:
     return hit.tokens.by_target if fits else none
 
 
-def _entry_data(result: QueryResult, entry: Entry, most: int, parted: bool) -> dict[str, Any]:
+def _entry_data(result: QueryResult, entry: Entry, most: int, parted: bool, tail: int) -> dict[str, Any]:
     hit = entry.hit
     value: dict[str, Any] = {"row": hit.row, "index": hit.index, "side": entry.side}
     if entry.whole is not None:
@@ -261,6 +285,9 @@ def _entry_data(result: QueryResult, entry: Entry, most: int, parted: bool) -> d
         value["standings"] = {name: [_finite(s.score), s.rank] for name, s in hit.standings.items()}
     if hit.targets and len(hit.targets) == len(result.targets):
         value["targets"] = shades.floats(hit.targets)
+    if tail:
+        text = prompt_of(hit)[-tail:]
+        value["tail"] = shown_length(text if hit.tokens is not None else text.rstrip("\r\n"))
     if hit.tokens is not None:
         value["tokens"] = shades.floats(hit.tokens.contributions)
         value["lengths"] = list(map(shown_length, hit.tokens.pieces))
