@@ -150,7 +150,7 @@ def test_baselines_stand_beside_hits(made: tuple[Attributor, Cache]) -> None:
         for hit in hits(result):
             assert all(1 <= standing.rank <= 259 for standing in hit.standings.values())
     assert results[1].top[0].standings["BM25"].rank == 1  # the one of 200 that share the words
-    assert stages[-1] == ("hidden states", len(ROWS) + 2, len(ROWS) + 2)
+    assert ("hidden states", len(ROWS) + 2, len(ROWS) + 2) in stages
     (both,) = attributor.query(cache, ASKED, top_k=6, baselines=True, together=True, examples=ROWS)
     assert set(both.overlaps) == {"BM25", "hidden states"}
     shown = {hit.row for hit in hits(both)}

@@ -105,7 +105,7 @@ def test_an_answer_is_shown_by_the_page_itself(browser: Browser) -> None:
 
 def test_the_hits_are_filtered_by_a_column_and_opened_whole(browser: Browser) -> None:
     ask(browser, "Who is brown?")
-    chip = browser.all(".hit .chips button")[0]
+    chip = browser.all(".hit .chips [role=button]")[0]
     value = chip.text.split("book")[1].strip()
     chip.click()
     assert browser.one(".search input").get_attribute("value") == f"source=book {value}"

@@ -301,11 +301,17 @@
     // A column of an example as a button that filters by it. Returns it as it is filtered by.
     chip(item) {
       const [name, value] = [...item.querySelectorAll("bdi")].map((part) => part.textContent);
-      const button = made("button");
-      button.type = "button";
+      const button = made("span"); // which is printed, as other buttons are not
+      button.setAttribute("role", "button");
+      button.tabIndex = 0;
       button.title = item.title || "Filter by this column";
       button.append(...item.childNodes);
       item.replaceChildren(button);
+      button.addEventListener("keydown", (event) => {
+        if (event.key !== "Enter" && event.key !== " ") return;
+        event.preventDefault();
+        button.click();
+      });
       button.addEventListener("click", () => {
         const search = this.section.querySelector(".search input");
         const text = `${name}=${value}`;
