@@ -11,6 +11,7 @@ import json
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from html import escape
 from typing import Any
@@ -97,18 +98,16 @@ class Guard:
         if _length(headers) > self._access.most_bytes:
             await respond(413, self._too_large)
             return
-        started = False
+        body = _Body(receive, self._access.most_bytes)
 
         async def sent(message: Message) -> None:
-            nonlocal started
-            started = True
-            await secured(message)
+            if not body.too_large:  # else what the application says of it is not the reason
+                await secured(message)
 
-        try:
-            await self._app(scope, self._limited(receive), sent)
-        except BodyTooLargeError:
-            if not started:
-                await respond(413, self._too_large)
+        with suppress(BodyTooLargeError):
+            await self._app(scope, body, sent)
+        if body.too_large:
+            await respond(413, self._too_large)
 
     @property
     def _too_large(self) -> str:
@@ -152,20 +151,6 @@ class Guard:
     def _is_token(self, given: str) -> bool:
         return secrets.compare_digest(given.encode(), (self._access.token or "").encode())
 
-    def _limited(self, receive: Receive) -> Receive:
-        """`receive` for a body whose length is not said beforehand."""
-        count = 0
-
-        async def limited() -> Message:
-            nonlocal count
-            message = await receive()
-            count += len(message.get("body", b""))
-            if count > self._access.most_bytes:
-                raise BodyTooLargeError
-            return message
-
-        return limited
-
 
 def _cookie(headers: Mapping[str, str]) -> str:
     """The name of the cookie with the token: servers on other ports of a host have others."""
@@ -193,6 +178,22 @@ def _secured(send: Send) -> Send:
         await send(message)
 
     return secured
+
+
+class _Body:
+    """`receive` for a body whose length may not be said beforehand. too_large: whether it is."""
+
+    def __init__(self, receive: Receive, most: int) -> None:
+        self.too_large = False
+        self._receive, self._left = receive, most
+
+    async def __call__(self) -> Message:
+        message = await self._receive()
+        self._left -= len(message.get("body", b""))
+        if self._left < 0:
+            self.too_large = True
+            raise BodyTooLargeError
+        return message
 
 
 class _Refusal:
