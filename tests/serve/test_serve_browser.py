@@ -100,7 +100,7 @@ def test_an_answer_is_shown_by_the_page_itself(browser: Browser) -> None:
     assert "of the score" in browser.one(".status").text
     assert browser.driver.current_url.endswith(f"#q1.t{place + 1}")
     browser.driver.back()
-    assert "whole generation" in browser.until(lambda: browser.one(".status")).text
+    browser.until(lambda: "whole generation" in browser.one(".status").text)
 
 
 def test_the_hits_are_filtered_by_a_column_and_opened_whole(browser: Browser) -> None:
@@ -117,10 +117,10 @@ def test_the_hits_are_filtered_by_a_column_and_opened_whole(browser: Browser) ->
     link = browser.all(".hit a.whole")[0]
     row = link.get_attribute("href")
     link.click()
-    assert browser.driver.current_url == row
+    browser.until(lambda: browser.driver.current_url == row and browser.all(".columns"))
     assert "book" in browser.one(".columns").text
     browser.one(".tools a").click()
-    assert browser.all(".history li")
+    assert browser.until(lambda: browser.all(".history li"))
 
 
 def test_a_question_can_be_cancelled(browser: Browser) -> None:
@@ -146,6 +146,7 @@ def test_two_answers_are_compared(browser: Browser) -> None:
     first = ask(browser, "One, two")
     second = ask(browser, "One, three")
     browser.one(".tools form button").click()
+    browser.until(lambda: browser.all(".comparison"))
     assert "are shared" in browser.one(".comparison").text
     links = [link.get_attribute("href") for link in browser.all(".titles a")]
     assert links == [second, first]
@@ -156,7 +157,7 @@ def test_two_answers_are_compared(browser: Browser) -> None:
 def test_an_answer_is_forgotten(browser: Browser, client: Client) -> None:
     address = ask(browser, "Six, seven")
     browser.one(".tools a").click()
-    count = len(browser.all(".history li"))
+    count = len(browser.until(lambda: browser.all(".history li")))
     browser.all(".forget")[0].click()
     browser.until(lambda: len(browser.all(".history li")) == count - 1)
     assert client.get(address[address.index("/answers") :]).status == 404
