@@ -156,6 +156,11 @@ def confirm(
     loaded = _load_tuned(where, data.manifest)
     encoder = text_encoder(loaded, data.manifest, settings.max_length)
     rows = usable_rows(data.examples, encoder)
+    if len(rows) < len(data.examples):
+        log(
+            f"{len(data.examples) - len(rows):,} of {len(data.examples):,} rows cannot be read or have no "
+            "token to learn: no random set has them, and the built-in trainer leaves them out"
+        )
     sets = data.left_out(settings.by, list(rows), log)
     queries = [data.value["queries"][n] for n in data.chosen]
     most = data.value["settings"].get("max_new_tokens") or 64

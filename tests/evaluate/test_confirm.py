@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 from planted_hits import ANSWER, PLANTED, make_planted, write_lines
+from tiny import tiny_tokenizer
 
 from rapidin.attribution.options import ModelLocation
+from rapidin.data.encoding import Encoder, Status
 from rapidin.errors import UserError
 from rapidin.evaluate.confirm import Confirmed, confirm
 from rapidin.evaluate.left_out import random_rows
@@ -122,6 +124,19 @@ def test_only_the_cost(place: Path, tmp_path: Path) -> None:
     assert found is None
     assert lines[-1].startswith("23 trainings of 30 steps, about ")
     assert not list((tmp_path / "work").glob("*-seed-*.json"))
+
+
+def test_rows_that_cannot_be_learnt_are_told(place: Path, tmp_path: Path) -> None:
+    rows = [json.loads(line) for line in (place / "train.jsonl").read_text().splitlines()]
+    lengths = sorted(len(tiny_tokenizer()(row["prompt"])["input_ids"]) for row in rows)
+    longest = lengths[-4]  # a longer prompt leaves no room for a completion
+    encoder = Encoder(tiny_tokenizer(), max_length=longest)
+    cut = sum(encoder(row).status != Status.OK for row in rows)
+    assert 0 < cut < len(rows)
+    lines: list[str] = []
+    options = {"max_length": longest, "work": tmp_path / "work", "only_cost": True, "log": lines.append}
+    confirm(place / "hits.json", **options)
+    assert lines[0].startswith(f"{cut} of {len(rows)} rows cannot be read or have no token to learn")
 
 
 def test_several_queries_share_the_controls(place: Path, tmp_path: Path) -> None:
