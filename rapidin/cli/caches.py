@@ -82,7 +82,7 @@ def facts_of(ensemble: Ensemble) -> dict[str, str]:
     cache = ensemble.caches[-1]
     source = cache.manifest.model.get("source", {})
     facts = {
-        **{name: _name(source.get(name)) for name in ("model", "adapter", "base")},
+        **{name: model_name(source.get(name)) for name in ("model", "adapter", "base")},
         "caches": ", ".join(cache.path.resolve().name for cache in ensemble.caches),
         "examples": f"{len(cache):,}",
         "made": f"{datetime.now().astimezone():%Y-%m-%d %H:%M} by rapidin {__version__}",
@@ -90,7 +90,7 @@ def facts_of(ensemble: Ensemble) -> dict[str, str]:
     return {name: value for name, value in facts.items() if value}
 
 
-def _name(model: str | None) -> str:
+def model_name(model: str | None) -> str:
     """The last part of a folder's path; a name on the Hub, such as "org/model", as it is."""
     if not model:
         return ""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from rapidin.attribution.options import ModelLocation
+from rapidin.cli.caches import model_name
 from rapidin.cli.console import check_writable, line, quiet_libraries, write_text
 from rapidin.cli.options import Only, Quiet, TrainData, command
 from rapidin.errors import UserError
@@ -123,4 +124,4 @@ def _show(done: "Confirmed", output: Output) -> None:
 def _about(hits: Mapping[str, Any]) -> dict[str, str]:
     """What the page says of where its hits come from: names, since a page is sent to other people."""
     facts = {name: hits.get(name) for name in ("model", "adapter", "base")}
-    return {name: Path(str(value)).name for name, value in facts.items() if value}
+    return {name: model_name(str(value)) for name, value in facts.items() if value}

@@ -16,8 +16,12 @@ def results_json(results: Iterable[QueryResult], made: Mapping[str, Any] | None 
 
     made: what the hits were found with, put before the queries.
     """
-    value = {**(made or {}), "queries": [result.to_json() for result in results]}
-    return json.dumps(plain_json(value), indent=1, default=str)
+    return json.dumps(plain_json(results_value(results, made)), indent=1, default=str)
+
+
+def results_value(results: Iterable[QueryResult], made: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What `results_json` writes, as values."""
+    return {**(made or {}), "queries": [result.to_json() for result in results]}
 
 
 def plain_json(value: Any) -> Any:

@@ -5,12 +5,11 @@ server-sent events; any other waits for the result. A job is cancelled when its 
 """
 
 import asyncio
-import json
 import logging
 import re
 from collections.abc import AsyncIterator, Callable, Mapping
 from importlib import resources
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Body, Depends, FastAPI, HTTPException, Query, Request
 from fastapi.exceptions import RequestValidationError
@@ -22,7 +21,7 @@ from starlette.exceptions import HTTPException as StarletteHTTPException
 import rapidin
 from rapidin.errors import UserError
 from rapidin.results.html import page
-from rapidin.results.json import results_json
+from rapidin.results.json import results_json, results_value
 from rapidin.serve import pages
 from rapidin.serve.guard import Access, Guard
 from rapidin.serve.jobs import CancelledError, Job, QueueFullError, Worker
@@ -105,7 +104,7 @@ class Summary(BaseModel):
     id: str
     question: str
     completion: str
-    verdict: Literal["strong", "weak", "nothing"] | str | None
+    verdict: str | None
     words: bool
     when: str
 
@@ -286,8 +285,8 @@ def _answers(service: Service) -> APIRouter:
 
     @router.delete("/answers/{name}", summary="Forget an answer", status_code=204)
     def forget(name: str) -> Response:
-        _found(service, name)
-        service.history.remove(name)
+        if not service.history.remove(name):
+            raise _no_answer()
         return Response(status_code=204)
 
     return router
@@ -331,8 +330,12 @@ def _saved(text: str, kind: str, name: str) -> Response:
 def _found(service: Service, name: str) -> Answer:
     answer = service.history.get(name)
     if answer is None:
-        raise HTTPException(404, "there is no such answer; the server keeps the last ones only")
+        raise _no_answer()
     return answer
+
+
+def _no_answer() -> HTTPException:
+    return HTTPException(404, "there is no such answer; the server keeps the last ones only")
 
 
 # ----------------------------------------------------------------------------------------------------- jobs
@@ -393,8 +396,8 @@ def _event(name: str, value: Any) -> bytes:
 
 
 def _answer_json(answer: Answer) -> dict[str, Any]:
-    value: dict[str, Any] = json.loads(results_json(answer.results, answer.made))
-    return {**answer.summary, "url": f"/answers/{answer.id}", **value}
+    found = results_value(answer.results, answer.made)
+    return {**answer.summary, "url": f"/answers/{answer.id}", **found}
 
 
 def _wants_page(request: Request) -> bool:

@@ -12,7 +12,7 @@ import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterable, Mapping, MutableMapping
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from html import escape
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
@@ -52,7 +52,7 @@ class Access:
     most_bytes: of a request's body.
     """
 
-    token: str | None = field(default_factory=lambda: secrets.token_urlsafe(24))
+    token: str | None
     hosts: Iterable[str] = LOOPBACK
     most_bytes: int = 1 << 20
 

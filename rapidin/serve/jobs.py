@@ -124,15 +124,12 @@ class Worker:
 
     def _next(self) -> Job | None:
         with self._changed:
-            self._current = None
             while not self._waiting and not self._closed:
                 self._changed.wait()
-            self._drop_cancelled() if not self._closed else None
+            self._drop_cancelled()
             if self._waiting:
                 self._current = self._waiting.popleft()
-                later = list(self._waiting)
-            else:
-                later = []
+            later = list(self._waiting)
         for before, job in enumerate(later, 1):
             job.on_event("waiting", {"before": before})
         return self._current

@@ -13,7 +13,7 @@ from typing import Any
 from rapidin.results.html import Live, document, page, page_style
 from rapidin.results.html.text import block, isolated, plain, shortened
 from rapidin.results.json import plain_json
-from rapidin.results.text import score_text
+from rapidin.results.text import capital, score_text
 from rapidin.results.types import Hit, QueryResult
 from rapidin.serve.service import Answer, Service
 
@@ -88,7 +88,7 @@ def message_page(text: str) -> str:
     """Something to say instead of the page that was asked for."""
     body = (
         f'<main id="content" class="single" tabindex="-1"><p class="tools"><a href="/">All answers</a></p>'
-        f'<p class="card none">{plain(text[:1].upper() + text[1:])}.</p></main>'
+        f'<p class="card none">{plain(capital(text))}.</p></main>'
     )
     return document("rapidin", body, page_style(), live=Live(_HEAD))
 
@@ -112,9 +112,7 @@ def _read_text(text: Mapping[str, Any]) -> str:
 
 def _bar(service: Service, answer: Answer | None = None) -> str:
     """The question, what becomes of it, and what can be done with the answer that is shown."""
-    columns = "".join(
-        f'<option value="{escape(name)}">{shortened(name, 40)}</option>' for name in service.columns
-    )
+    columns = _options(service.columns)
     by = f'<label>Sum by <select name="by"><option value="">(none)</option>{columns}</select></label>'
     words = (
         '<label title="Takes longer: a pass for each token of the answer and for each hit">'
@@ -154,11 +152,9 @@ def _tools(answer: Answer, service: Service) -> str:
             "word</button>"
         )
     if service.columns and answer.question.by is None:
-        columns = "".join(
-            f'<option value="{escape(column)}">{shortened(column, 40)}</option>' for column in service.columns
-        )
         tools += (
-            f'<span class="only-live"><label>Sum by <select class="by">{columns}</select></label> '
+            f'<span class="only-live"><label>Sum by <select class="by">{_options(service.columns)}</select>'
+            "</label> "
             f'<button type="button" class="again" data-question="{question}">Sum</button></span>'
         )
     others = [other for other in service.history.latest() if other.id != answer.id]
@@ -179,6 +175,10 @@ def _tools(answer: Answer, service: Service) -> str:
         '<button type="button" class="copy only-live">Copy link</button>'
     )
     return f'<div class="tools">{tools}</div>'
+
+
+def _options(columns: Sequence[str]) -> str:
+    return "".join(f'<option value="{escape(name)}">{shortened(name, 40)}</option>' for name in columns)
 
 
 def _kind(answer: Answer) -> str:

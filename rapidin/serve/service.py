@@ -243,11 +243,10 @@ class Service:
             return {"row": row, "index": index, "record": original, "read": read}
 
     def _options(self, question: Question) -> QueryOptions:
-        words = question.words
         return QueryOptions(
             top_k=question.top_k,
-            targets="tokens" if words else None,
-            contributions=words,
+            targets="tokens" if question.words else None,
+            contributions=question.words,
             fold=True,
             layers=True,
             histogram=True,

@@ -71,11 +71,8 @@ class Shown(Browser):
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Shown]:
     folder = tmp_path_factory.mktemp("browser")
-    driver = started(folder)
-    try:
+    with started(folder) as driver:
         yield Shown(driver, folder)
-    finally:
-        driver.quit()
 
 
 @pytest.fixture

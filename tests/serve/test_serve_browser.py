@@ -47,11 +47,8 @@ def client(cache: Cache) -> Iterator[Client]:
 @pytest.fixture(scope="module")
 def driven(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
     folder = tmp_path_factory.mktemp("browser")
-    driver = started(folder)
-    try:
+    with started(folder) as driver:
         yield Browser(driver, folder)
-    finally:
-        driver.quit()
 
 
 @pytest.fixture

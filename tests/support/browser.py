@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ FLAGS = (
 )
 
 
-def started(folder: Path) -> Chrome:
-    """A browser whose profile, and what it saves, are in a folder."""
+@contextmanager
+def started(folder: Path) -> Iterator[Chrome]:
+    """A browser for the block, whose profile, and what it saves, are in a folder."""
     options = ChromeOptions()
     options.binary_location = str(CHROMIUM)
     for flag in (*FLAGS.split(), f"--user-data-dir={folder / 'profile'}"):
@@ -37,7 +39,10 @@ def started(folder: Path) -> Chrome:
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = Chrome(options, ChromeService(DRIVER))
     driver.get("about:blank")  # away from the browser's own first page, which asks for much
-    return driver
+    try:
+        yield driver
+    finally:
+        driver.quit()
 
 
 class Browser:

@@ -216,7 +216,7 @@ def _verdict(view: View) -> str:
     verdict = view.result.verdict
     if verdict is None:
         return ""
-    lines = [f"<p>{plain(verdict.detail[:1].upper() + verdict.detail[1:])}</p>"]
+    lines = [f"<p>{plain(capital(verdict.detail))}</p>"]
     figures = "".join(_place(place, what, verdict.score or 0.0) for place, what in verdict.places)
     if figures:
         lines.append(f'<div class="evidence">{figures}</div>')
