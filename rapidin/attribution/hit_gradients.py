@@ -88,14 +88,14 @@ class HitGradients:
             query = self._scans[number].query
             report = self._progress("tokens of hits", 0, len(rows))
             report(0)
-            for done, row in enumerate(rows):
-                factors = None if query.factors is None else query.factors[row]
-                positions = token_contributions.sketched(source, self._example(source, row), query, factors)
+            factors = None if query.factors is None else [query.factors[row] for row in rows]
+            texts = [self._example(source, row) for row in rows]
+            found = token_contributions.sketched(source, texts, query, factors, report)
+            for row, positions in zip(rows, found, strict=True):
                 for n, chosen in enumerate(hits):
                     if row in chosen:
                         of_query = torch.cat([positions[n : n + 1], positions[targets[n]]])
                         _add(contributions[n], row, of_query.double())
-                report(done + 1)
         return contributions
 
     def with_tokens(

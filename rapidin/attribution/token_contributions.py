@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from rapidin.attribution.normalization import divide, divisors, score_divisor, whole_lengths
-from rapidin.data.encoding import AnyExample
+from rapidin.data.encoding import AnyExample, by_length
 from rapidin.errors import UserError
 from rapidin.gradients.exact import ExactGradient, ExactQueries, lengths_of
 from rapidin.gradients.source import GradientSource
@@ -35,11 +36,9 @@ MEMORY_BYTES = 512 << 20  # of products, or of the queries' exact gradients, in 
 OnText = Callable[[int], None]
 
 
-def _batch(source: GradientSource, text: AnyExample) -> AnyBatch:
-    batch: AnyBatch = source.task.batch([text], source.loaded.device)
-    if isinstance(batch, TokenBatch):
-        batch = replace(batch, first=0)  # so that the output head sees all positions
-    return batch
+def _all_seen(batch: AnyBatch) -> AnyBatch:
+    """The batch with an output head that sees all positions."""
+    return replace(batch, first=0) if isinstance(batch, TokenBatch) else batch
 
 
 def _no_tokens(error: TypeError) -> UserError:
@@ -48,52 +47,87 @@ def _no_tokens(error: TypeError) -> UserError:
 
 def sketched(
     source: GradientSource,
-    text: AnyExample,
+    texts: Sequence[AnyExample],
     query: ScanQuery,
-    factors: Tensor | None = None,
+    factors: Sequence[Tensor | None] | None = None,
+    on_text: OnText = lambda _: None,
     memory_bytes: int = MEMORY_BYTES,
-) -> Tensor:
-    """What each position of a training example contributes to its scores: [Q, T] float32 on the CPU.
+) -> list[Tensor]:
+    """What each position of training examples contributes to their scores: [Q, T] float32 on the CPU for each
+    example.
 
-    text: the example; query: what the cache is scanned for; factors: `ScanQuery.factors` of its row [blocks];
-    memory_bytes: of the products that are held at a time.
+    texts: the examples; query: what the cache is scanned for; factors: `ScanQuery.factors` of their rows, of
+    each [blocks] or None; on_text: called with the number of examples that are done; memory_bytes: of the
+    products that are held at a time.
     The sums over positions are the scores that the cache would give if it stored sketches uncompressed.
-    Raises UserError if a gradient is not a sum over tokens.
+    Raises UserError if a gradient is not a sum over tokens, or if an example does not fit into memory.
     """
     vectors = query.vectors.to(source.loaded.device)
-    bytes_per_query = 4 * text.length * len(source.targets) * len(source.points)
-    size = max(1, memory_bytes // bytes_per_query)
-    return torch.cat(
-        [_sketched(source, text, some, query.normalize, factors) for some in torch.split(vectors, size)]
-    )
+    texts = source.prepared(texts)
+    # Products take memory by tokens and by queries. Shorter batches cost less than passes for some queries.
+    longest = max((text.length for text in texts), default=1)
+    bytes_per_product = 4 * len(source.targets) * len(source.points)
+    together = max(longest, memory_bytes // (bytes_per_product * len(vectors)))
+    size = max(1, memory_bytes // (bytes_per_product * longest))
+    some_vectors = torch.split(vectors, size)
+    found: list[list[Tensor]] = [[] for _ in texts]
+    done = 0
+    for chosen in by_length(range(len(texts)), texts, min(together, source.batches.batch_tokens)):
+        for some in some_vectors:
+            for n, products in _sketched(source, texts, chosen, some, query.normalize, factors):
+                found[n].append(products)
+        done += len(chosen)
+        on_text(done)
+    return [torch.cat(of_text) for of_text in found]
 
 
 def _sketched(
-    source: GradientSource, text: AnyExample, vectors: Tensor, normalize: str, factors: Tensor | None
-) -> Tensor:
+    source: GradientSource,
+    texts: Sequence[AnyExample],
+    chosen: Sequence[int],
+    vectors: Tensor,
+    normalize: str,
+    factors: Sequence[Tensor | None] | None,
+) -> Iterator[tuple[int, Tensor]]:
+    """The number of each of the chosen texts, with its contributions [Q, T]."""
     sketcher, count = source.sketcher, len(source.targets)
-    products, lengths = [], []
+    products: dict[int, list[Tensor]] = {n: [] for n in chosen}
+    lengths: dict[int, list[Tensor]] = {n: [] for n in chosen}
     for number in range(len(source.points)):
         if sketcher.blocks == count:
             of_point = vectors[:, number * count : (number + 1) * count]
         else:  # one block: the sum of all parameters' sketches, each at length 1
             of_point = vectors[:, number : number + 1].expand(-1, count, -1)
-        try:
-            with source.at(number):
-                product, sketch = sketcher.positions(_batch(source, text), of_point, number)
-        except TypeError as error:
-            raise _no_tokens(error) from None
-        if sketcher.blocks != count:
-            scale = divide(1.0, sketch.norm(dim=1))
-            product = (product * scale).sum(2, keepdim=True)
-            sketch = (sketch * scale[:, None]).sum(0, keepdim=True)
-        products.append(product)
-        lengths.append(sketch.double().norm(dim=1))
-    product = torch.cat(products, 2).double()
-    scale = divide(1.0, divisors(torch.cat(lengths), normalize))
-    if factors is not None:
-        scale = scale * factors.to(scale)
-    return (product @ scale).T.float().cpu()
+        step = partial(_positions, source, of_point, number)
+        with source.at(number):
+            for numbers, result in source.batches.run(chosen, texts, step):
+                if result is None:
+                    raise UserError(
+                        "a hit does not fit into memory with what each token contributes",
+                        "leave out `contributions`",
+                    )
+                for n, product, sketch in zip(numbers, *result, strict=True):
+                    product = product[: texts[n].length]  # the others are padding
+                    if sketcher.blocks != count:
+                        scale = divide(1.0, sketch.norm(dim=1))
+                        product = (product * scale).sum(2, keepdim=True)
+                        sketch = (sketch * scale[:, None]).sum(0, keepdim=True)
+                    products[n].append(product)
+                    lengths[n].append(sketch.double().norm(dim=1))
+    for n in chosen:
+        scale = divide(1.0, divisors(torch.cat(lengths[n]), normalize))
+        own = None if factors is None else factors[n]
+        if own is not None:
+            scale = scale * own.to(scale)
+        yield n, (torch.cat(products[n], 2).double() @ scale).T.float().cpu()
+
+
+def _positions(source: GradientSource, vectors: Tensor, number: int, batch: AnyBatch) -> tuple[Tensor, Tensor]:
+    """`GradientSketcher.positions` of a batch, whose output head sees all positions."""
+    try:
+        return source.sketcher.positions(_all_seen(batch), vectors, number)
+    except TypeError as error:
+        raise _no_tokens(error) from None
 
 
 # ------------------------------------------------------------------------------------------------- exact
@@ -103,7 +137,8 @@ def exact_gradients(
     source: GradientSource, text: AnyExample, point: int, *, by_position: bool = False
 ) -> list[ExactGradient]:
     """The gradient of each parameter for one text, at the model's present weights."""
-    return source.sketcher.exact(_batch(source, text), point, by_position=by_position)
+    batch = _all_seen(source.task.batch([text], source.loaded.device))
+    return source.sketcher.exact(batch, point, by_position=by_position)
 
 
 def chunks(

@@ -181,7 +181,7 @@ class GradientSketcher:
         return keeping.gradients()
 
     def positions(self, batch: AnyBatch, vectors: Tensor, point: int | None = None) -> tuple[Tensor, Tensor]:
-        """(products [T, Q, targets], sketches [targets, width]), float32, of a batch of one text.
+        """(products [B, T, Q, targets], sketches [B, targets, width]), float32, of a batch of texts.
 
         products: of vectors [Q, targets, width] with the sketch of each position's part of a target's
         gradient, ``rows_t columns_t^T`` alone. Over positions they sum to the products with the sketches,
@@ -191,7 +191,7 @@ class GradientSketcher:
         kind = PositionPass if self.projection == "tensor" else FlatPositionPass
         sketching = kind(self._sketched, batch, self._scales(point), vectors)
         self.run(batch, sketching)
-        return sketching.products, sketching.sketches[0]
+        return sketching.products.unflatten(0, (batch.rows, -1)), sketching.sketches
 
     def squares(self, batch: AnyBatch) -> list[Squares]:
         """The sums of squares of each target's gradients over rows [B, O] and columns [B, I], float64.

@@ -163,17 +163,20 @@ class GradientPass(ABC):
     def module_positions(
         self, module: nn.Module, numbers: Sequence[int], call: Call, grad: Tensor
     ) -> Iterator[tuple[int, Tensor]]:
-        """`module_gradients` of each position of a batch of one text, [T, O, 1]. Raises TypeError if they do
-        not sum to the gradient."""
+        """`module_gradients` of each position of each text of the batch, [B * T, O, 1]. Raises TypeError if
+        they do not sum to the gradients."""
         # A norm treats each position by itself, so each may be an example of one token.
-        if call.inputs.shape[:2] != (1, self.length) or grad.shape[:2] != (1, self.length):
+        leading = (self.rows, self.length)
+        if call.inputs.shape[:2] != leading or grad.shape[:2] != leading:
             raise self.no_positions(numbers[0])
-        positions = [call.mapped(partial(self._at_position, t)) for t in range(self.length)]
-        alone = self.module_gradients(module, numbers, positions, grad[0, :, None])
-        together = self.module_gradients(module, numbers, [call], grad)
+        texts = [call.of_example(row, self.rows) for row in range(self.rows)]
+        positions = [text.mapped(partial(self._at_position, t)) for text in texts for t in range(self.length)]
+        alone = self.module_gradients(module, numbers, positions, grad.flatten(0, 1)[:, None])
+        together = self.module_gradients(module, numbers, texts, grad)
         for (n, grads), (_, whole) in zip(alone, together, strict=True):
-            error = (grads.float().sum(0) - whole[0].float()).norm()
-            if not bool(error <= 0.01 * whole.float().norm() + 1e-30):
+            sums = grads.float().view(*leading, -1).sum(1)
+            whole = whole.float().flatten(1)
+            if not bool(((sums - whole).norm(dim=1) <= 0.01 * whole.norm(dim=1) + 1e-30).all()):
                 raise self.no_positions(n)
             yield n, grads
 
@@ -271,34 +274,34 @@ class FlatSketchPass(SketchPass):
 
 
 class PositionPass(SketchPass):
-    """Sketches each position of a single text by itself, and keeps the products with vectors.
+    """Sketches each position of each text by itself, and keeps the products with vectors.
 
-    vectors: [Q, targets, width]; products: [T, Q, targets] float32. Raises TypeError for a gradient that does
-    not come position by position.
+    vectors: [Q, targets, width]; products: [B * T, Q, targets] float32. Raises TypeError for a gradient that
+    does not come position by position.
     """
 
     def __init__(
         self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None, vectors: Tensor
     ) -> None:
         super().__init__(sketched, batch, scales)
-        if self.rows != 1:
-            raise ValueError(f"the batch must have one text, got {self.rows}")
         self._vectors = vectors
-        self.products = self.sketches.new_zeros(self.length, len(vectors), len(self.targets))
+        self._positions = self.rows * self.length
+        self.products = self.sketches.new_zeros(self._positions, len(vectors), len(self.targets))
 
     def add_factors(self, n: int, factors: Factors) -> None:
         def sketch(n: int, columns: Tensor, rows: Tensor) -> Tensor:
             return self.sketch_factors(n, replace(factors, columns=columns, rows=rows))
 
-        self._add_positions(n, sketch, factors.columns[0, :, None], factors.rows[0, :, None])
+        parts = (x.flatten(0, 1)[:, None] for x in (factors.columns, factors.rows))
+        self._add_positions(n, sketch, *parts)
 
     def add_rows(self, n: int, factors: RowFactors) -> None:
         tokens, experts, columns = factors.tokens, factors.experts, factors.columns
         if tokens is None:
             raise self.no_positions(n)
         if columns is None:
-            grad = torch.zeros(self.length, factors.rows.shape[1], device=tokens.device)
-            self.add_bias(n, ops.add_at(grad, tokens, factors.rows.float())[None])
+            grad = torch.zeros(self._positions, factors.rows.shape[1], device=tokens.device)
+            self.add_bias(n, ops.add_at(grad, tokens, factors.rows.float()).unflatten(0, (self.rows, -1)))
             return
 
         def sketch(n: int, columns: Tensor, rows: Tensor, experts: Tensor | None = None) -> Tensor:
@@ -315,42 +318,43 @@ class PositionPass(SketchPass):
         raise AssertionError("rows are not put together by expert")
 
     def add_embedding(self, n: int, ids: Tensor, grad: Tensor) -> None:
-        self._add_positions(n, self.sketch_embedding, ids.to(grad.device)[0, :, None], grad[0, :, None])
+        parts = (x.flatten(0, 1)[:, None] for x in (ids.to(grad.device), grad))
+        self._add_positions(n, self.sketch_embedding, *parts)
 
     def add_formed(self, n: int, grad: Tensor) -> None:
         raise self.no_positions(n)
 
     def add_bias(self, n: int, grad: Tensor) -> None:
-        self._add_raw_positions(n, grad.float()[0, :, :, None])
+        self._add_raw_positions(n, grad.float().flatten(0, 1)[:, :, None])
 
     def add_module(self, module: nn.Module, numbers: Sequence[int], call: Call, grad: Tensor) -> None:
         for n, grads in self.module_positions(module, numbers, call, grad):
             self._add_raw_positions(n, grads)
 
     def _add_raw_positions(self, n: int, grads: Tensor) -> None:
-        """Add the formed gradient of each position, [T, O, I], not preconditioned yet."""
+        """Add the formed gradient of each position, [B * T, O, I], not preconditioned yet."""
         self._add_positions(n, self.sketch_formed, self.scales[n].formed(grads) if self.scales else grads)
 
     def _add_positions(
         self, n: int, sketch: Callable[..., Tensor], *positions: Tensor, tokens: Tensor | None = None
     ) -> None:
-        """Sketch positions, each of `positions` [T, ...], some at a time: each may take a formed gradient.
+        """Sketch positions, each of `positions` [N, ...], some at a time: each may take a formed gradient.
 
-        tokens: the position of each, by default all in their order.
+        tokens: the token ``b * T + t`` of each, by default all in their order.
         """
         o, i = self.targets[n].matrix
         formed = o * i if isinstance(self, FlatSketchPass) else 0
         size = max(1, _POSITIONS_BYTES // (4 * max(formed, self.sketched.width)))
         if tokens is None:
-            if len(positions[0]) != self.length:  # an expert of some tokens, say
+            if len(positions[0]) != self._positions:  # an expert of some tokens, say
                 raise self.no_positions(n)
-            tokens = torch.arange(self.length, device=self.device)
+            tokens = torch.arange(self._positions, device=self.device)
         vectors, products = self._vectors[:, n].to(positions[0].device), self.products[:, :, n]
         for start in range(0, len(tokens), size):
             sketches = sketch(n, *(x[start : start + size] for x in positions))
             at = tokens[start : start + size].to(self.device)
             ops.add_at(products, at, (sketches @ vectors.T).to(self.device))
-            self.sketches[0, n] += sketches.sum(0).to(self.device)
+            ops.add_at(self.sketches[:, n], at // self.length, sketches.to(self.device))
 
 
 class FlatPositionPass(PositionPass, FlatSketchPass):

@@ -123,7 +123,7 @@ def test_a_position_brings_its_own_outer_product() -> None:
         handle.remove()
     model.zero_grad()
     vectors = torch.randn(3, len(names), 64)
-    products, sketches = attributor.source.sketcher.positions(
+    (products,), (sketches,) = attributor.source.sketcher.positions(
         TokenBatch.of([(text.ids, text.target)]), vectors
     )
     from rapidin import ops
@@ -254,10 +254,13 @@ def test_queries_in_several_chunks_get_the_same(normalize: str) -> None:
             torch.testing.assert_close(of_text, want, rtol=0, atol=1e-5 * float(want.abs().max()))
     assert passes[-1] == 5 * len(rows) * len(source.points)
     query = methods.prepare(torch.randn(5, source.blocks, 16), normalize=normalize)
-    torch.testing.assert_close(
-        token_contributions.sketched(source, rows[0], query, memory_bytes=1),
-        token_contributions.sketched(source, rows[0], query),
-    )
+    done: list[int] = []
+    together = token_contributions.sketched(source, rows, query, on_text=done.append)
+    assert done[-1] == len(rows)
+    for n, row in enumerate(rows):
+        assert together[n].shape == (5, row.length)
+        (alone,) = token_contributions.sketched(source, [row], query, memory_bytes=1)
+        torch.testing.assert_close(alone, together[n], rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
 
 
 def test_exact_scores_of_a_target_set_are_the_weighted_mean(tmp_path: Path) -> None:

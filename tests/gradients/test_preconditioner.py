@@ -409,12 +409,18 @@ def test_factors_and_positions_are_those_of_the_preconditioned_gradient(kind: st
     assert any(scale.row_low_rank is not None for scale in preconditioner.points[0].values())
     together, _ = sketcher(TokenBatch.of(texts()))
     vectors = noise(2, len(targets), WIDTH)
+    batched, in_batch = sketcher.positions(TokenBatch.of(texts()), vectors)
     for n, text in enumerate(texts()):
-        batch = TokenBatch.of([text])
-        products, sketches = sketcher.positions(batch, vectors)
-        assert relative_error(sketches[None], together[n : n + 1]) < 1e-4
+        (products,), sketches = sketcher.positions(TokenBatch.of([text]), vectors)
+        assert relative_error(sketches, together[n : n + 1]) < 1e-4
+        assert relative_error(in_batch[n : n + 1], together[n : n + 1]) < 1e-4
         want = torch.einsum("qbw,bw->qb", vectors, together[n])
         torch.testing.assert_close(products.sum(0), want, rtol=1e-3, atol=1e-3 * float(want.std()))
+        padded = batched[n, len(text[0]) :]
+        assert padded.count_nonzero() == 0
+        torch.testing.assert_close(
+            batched[n, : len(text[0])], products, rtol=1e-3, atol=1e-4 * float(products.abs().max())
+        )
     # In float64 from the factors as they are: tokens may cancel, and what is left is the larger then.
     plain = GradientSketcher(model, targets, width=WIDTH, seed=SEED)
     exact = [plain.exact(TokenBatch.of([text])) for text in texts()]

@@ -348,16 +348,16 @@ def test_positions_of_experts_sum_to_the_sketch(kind: str, projection: Any) -> N
     )
     targets = find_targets(model)
     sketcher = GradientSketcher(model, targets, width=WIDTH, seed=SEED, projection=projection)
-    for text in texts()[1:3]:
-        batch = TokenBatch.of([text])
+    for some in ([texts()[1]], [texts()[2]], texts()[1:3]):
+        batch = TokenBatch.of(some)
         vectors = torch.randn(3, len(targets), WIDTH)
         products, sketches = sketcher.positions(batch, vectors)
         expected, _ = sketcher(batch)
-        assert products.shape == (len(text[0]), 3, len(targets))
-        assert relative_error(sketches, expected[0]) < 1e-4
+        assert products.shape == (len(some), batch.length, 3, len(targets))
+        assert relative_error(sketches, expected) < 1e-4
         torch.testing.assert_close(
-            products.sum(0),
-            (vectors * expected[0]).sum(-1),
+            products.sum(1),
+            torch.einsum("qnw,bnw->bqn", vectors, expected),
             rtol=1e-3,
             atol=1e-4 * float(products.abs().max()),
         )
@@ -368,7 +368,7 @@ def test_the_part_of_one_position() -> None:
     targets = [t for t in experts_of(model) if "layers.1" in t.name]
     text = texts()[1]
     vectors = torch.randn(1, len(targets), WIDTH)
-    products, _ = GradientSketcher(model, targets, width=WIDTH, seed=SEED).positions(
+    (products,), _ = GradientSketcher(model, targets, width=WIDTH, seed=SEED).positions(
         TokenBatch.of([text]), vectors
     )
     experts = model.model.layers[1].mlp.experts
