@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, groupby, pairwise
 
 import torch
 from torch import Tensor
@@ -21,6 +22,8 @@ from rapidin.errors import UserError, short
 from rapidin.gradients.batching import SILENT, Silent
 from rapidin.gradients.source import GradientSource
 from rapidin.ops.transfer import Download
+
+_FILL_A_BATCH = 8  # targets of each generation, from which on they are no longer batched with others'
 
 OnStage = Callable[[str, int, int], None]  # called with a stage's name, the steps done, and all of its steps
 
@@ -152,7 +155,13 @@ def sketch_targets(
             "make the cache with `projection='tensor'`",
         )
     reporter = SILENT if on_stage is None else _Stages(on_stage, "tokens of the answer", len(targets.texts))
-    sketch, status = source.sketches(targets.texts, reporter)
+    # Targets of one generation share a forward pass, which is worth a batch of their own if they are many.
+    many = len(targets.texts) >= _FILL_A_BATCH * len(generations)
+    owners = targets.owners
+    parts = [len(list(of_one)) for _, of_one in groupby(owners)] if many else [len(owners)]
+    ends = [0, *accumulate(parts)]
+    found = [source.sketches(targets.texts[a:b], reporter) for a, b in pairwise(ends)]
+    sketch, status = (torch.cat(each) for each in zip(*found, strict=True))
     if bool((status != 0).any()):
         raise UserError("the gradient of a token of a generation holds NaN or Inf, or needs too much memory")
     return sketch * torch.tensor(targets.weights, device=sketch.device)[:, None, None]

@@ -61,6 +61,10 @@ class FollowTokensError(Exception):
     """A module sees some tokens of the batch, so that tokens must be followed."""
 
 
+class RowsDifferError(Exception):
+    """A module computes another thing for each row of a batch, although the rows are the same."""
+
+
 @dataclass(frozen=True, slots=True)
 class Call:
     """The arguments of one call of a module."""

@@ -27,6 +27,7 @@ from rapidin.gradients.calls import (
     ChangedInputError,
     FollowTokensError,
     NotBatchedError,
+    RowsDifferError,
     UnseenError,
 )
 from rapidin.gradients.convolution import as_linear
@@ -50,6 +51,7 @@ from rapidin.gradients.products import ProductTracker
 from rapidin.gradients.rows import RowFactors
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.settings import Projection
+from rapidin.gradients.shared_rows import SharedRows
 from rapidin.gradients.squares import Squares
 from rapidin.gradients.tokens import TokenNumbers
 from rapidin.gradients.weight_uses import UntrackedError
@@ -114,6 +116,8 @@ class GradientSketcher:
             _EXPERT.search(type(module).__name__) for module in self._modules.values()
         )
         self.followed = set(followed)
+        # Whether copies of a text share a forward pass: not if a layer computes another thing for each.
+        self._shares_rows = not any(is_sharded(p) for p in self._parameters.values())
 
     @cached_property
     def _containers(self) -> list[str]:
@@ -191,7 +195,8 @@ class GradientSketcher:
         kind = PositionPass if self.projection == "tensor" else FlatPositionPass
         sketching = kind(self._sketched, batch, self._scales(point), vectors)
         self.run(batch, sketching)
-        return sketching.products.unflatten(0, (batch.rows, -1)), sketching.sketches
+        products = sketching.products.view(batch.rows, batch.length, *sketching.products.shape[1:])
+        return products, sketching.sketches
 
     def squares(self, batch: AnyBatch) -> list[Squares]:
         """The sums of squares of each target's gradients over rows [B, O] and columns [B, I], float64.
@@ -238,6 +243,8 @@ class GradientSketcher:
                 self._leave_to_autograd(error.numbers)
             except FollowTokensError:
                 self._routed = True
+            except RowsDifferError:
+                self._shares_rows = False
             except UnseenError as error:
                 self._settle(batch, error.numbers)
         if gradient_pass.changed:
@@ -247,9 +254,12 @@ class GradientSketcher:
     def _forward_and_backward(self, batch: AnyBatch, gradient_pass: GradientPass) -> Tensor:
         tracker = self._tracker(gradient_pass)
         by_autograd = [n for n, way in enumerate(self._ways) if way == "autograd"]
+        share = SharedRows(batch.rows) if batch.alike and self._shares_rows and tracker is None else None
         with self.requiring(by_autograd), self._hooked(gradient_pass, tracker), torch.enable_grad():
-            with tracker or contextlib.nullcontext():
+            with tracker or share or contextlib.nullcontext():
                 losses = self.losses(batch)
+            if share is not None and share.differ:
+                raise RowsDifferError
             unseen = set(range(len(self.targets))) - set(by_autograd) - gradient_pass.seen - self._unreached
             if unseen:
                 raise UnseenError(sorted(unseen))

@@ -42,6 +42,7 @@ class LiveBatch:
 
     parts = 1
     pooled = False
+    alike = False
 
 
 class LiveSketcher(GradientSketcher):

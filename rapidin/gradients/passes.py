@@ -301,7 +301,7 @@ class PositionPass(SketchPass):
             raise self.no_positions(n)
         if columns is None:
             grad = torch.zeros(self._positions, factors.rows.shape[1], device=tokens.device)
-            self.add_bias(n, ops.add_at(grad, tokens, factors.rows.float()).unflatten(0, (self.rows, -1)))
+            self.add_bias(n, ops.add_at(grad, tokens, factors.rows.float()).view(self.rows, self.length, -1))
             return
 
         def sketch(n: int, columns: Tensor, rows: Tensor, experts: Tensor | None = None) -> Tensor:

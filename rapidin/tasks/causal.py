@@ -27,9 +27,10 @@ class TokenBatch:
 
     ids: [B, T] int64, 0 for padding, to which the model does not attend; mask: [B, T] bool, real tokens;
     target: [B, T] bool, tokens whose loss counts; first: the first position that predicts a target token of
-    some text, 0 if none does; parts: texts of each example, one after the other. What preferences need of
-    each example (`rapidin.tasks.preference`): reference: [B, parts], log-probabilities before tuning; sign:
-    [B], 1 or -1; plain: [B] bool, has the loss of a causal text instead.
+    some text, 0 if none does; parts: texts of each example, one after the other; alike: whether all texts
+    have the same tokens. What preferences need of each example (`rapidin.tasks.preference`): reference: [B,
+    parts], log-probabilities before tuning; sign: [B], 1 or -1; plain: [B] bool, has the loss of a causal
+    text instead.
     """
 
     ids: Tensor
@@ -37,6 +38,7 @@ class TokenBatch:
     target: Tensor
     first: int
     parts: int = 1
+    alike: bool = False
     reference: Tensor | None = None
     sign: Tensor | None = None
     plain: Tensor | None = None
@@ -75,7 +77,10 @@ class TokenBatch:
         # Found on the CPU, since reading it from a GPU would wait for it.
         predicted = target[:, 1:].any(0).nonzero()
         first = int(predicted[0]) if len(predicted) else 0
-        return TokenBatch(upload(ids, device), upload(mask, device), upload(target, device), first, parts)
+        alike = len(ids) > 1 and bool((ids == ids[0]).all()) and bool(mask.all())
+        return TokenBatch(
+            upload(ids, device), upload(mask, device), upload(target, device), first, parts, alike
+        )
 
 
 def example_losses(model: nn.Module, batch: TokenBatch, kind: LossKind = "mean") -> Tensor:
@@ -114,6 +119,15 @@ def _predictions(
     return logits.float(), batch.ids[:, first + 1 :], batch.target[:, first + 1 :]
 
 
+def _as_one_text(examples: Sequence[Encoded]) -> list[tuple[Sequence[int], Sequence[bool]]]:
+    """The (token ids, target flags) of examples. If all are beginnings of the longest they are completed to
+    that, which changes no loss of a causal model: copies of one text share a forward pass."""
+    longest = max(examples, key=lambda each: len(each.ids)).ids
+    if any(longest[: len(each.ids)] != each.ids for each in examples):
+        return [(each.ids, each.target) for each in examples]
+    return [(longest, [*each.target, *[False] * (len(longest) - len(each.ids))]) for each in examples]
+
+
 class Causal(Task):
     """The next token: the loss of a completion under a causal language model.
 
@@ -130,7 +144,7 @@ class Causal(Task):
         return self.encoder(record)
 
     def batch(self, examples: Sequence[Encoded], device: torch.device) -> TokenBatch:
-        return TokenBatch.of([(each.ids, each.target) for each in examples], device)
+        return TokenBatch.of(_as_one_text(examples), device)
 
     def losses(self, model: nn.Module, batch: TokenBatch) -> Tensor:
         return example_losses(model, batch, self.kind)

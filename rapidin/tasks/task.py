@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -54,8 +54,9 @@ class AnyBatch(Protocol):
 
     rows: number of examples; parts: rows of the model's inputs for each example, one after the other; length:
     positions of an example, over all its parts, for layers that see the positions of a whole batch on one
-    axis; pooled: whether a layer may see one vector [F] of each row instead of one at each position. Axis 0
-    of every input of a layer must be the rows of the model's inputs.
+    axis; pooled: whether a layer may see one vector [F] of each row instead of one at each position; alike:
+    whether all rows of the model's inputs are the same. Axis 0 of every input of a layer must be the rows of
+    the model's inputs.
     """
 
     @property
@@ -71,6 +72,9 @@ class AnyBatch(Protocol):
     def pooled(self) -> bool: ...
 
     @property
+    def alike(self) -> bool: ...
+
+    @property
     def device(self) -> torch.device: ...
 
 
@@ -83,6 +87,7 @@ class Batch:
     parts: int = 1
     length: int = 1
     pooled: bool = True
+    alike: ClassVar[bool] = False
 
     def __getitem__(self, name: str) -> Tensor:
         return self.inputs[name]
