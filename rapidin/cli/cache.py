@@ -12,6 +12,7 @@ import typer
 from rapidin.attribution.options import CacheOptions
 from rapidin.cli.console import line, load, messages, quiet_libraries
 from rapidin.cli.options import ModelOptions, Only, Quiet, command, with_flags
+from rapidin.cli.rapidin_config import RapidInConfig
 from rapidin.errors import UserError
 from rapidin.gradients.settings import GradientSettings
 from rapidin.settings import option
@@ -92,6 +93,7 @@ def cache(
     loading: ModelOptions,
     several: SeveralCaches,
     settings: GradientSettings,
+    rapidin_config: RapidInConfig = None,
     on_error: Annotated[
         Literal["stop", "skip"],
         typer.Option(

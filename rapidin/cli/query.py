@@ -8,6 +8,7 @@ from rapidin.attribution.options import MAP, ModelLocation, QueryOptions
 from rapidin.cli.caches import facts_of, open_caches, open_queries, with_models
 from rapidin.cli.console import check_writable, line, messages, quiet_libraries, write_text
 from rapidin.cli.options import CacheFolders, Quiet, TrainData, command
+from rapidin.cli.rapidin_config import RapidInConfig
 from rapidin.data.fields import FieldMap
 from rapidin.data.spans import HOTWORDS
 from rapidin.distributed import world
@@ -122,6 +123,7 @@ def query(
     options: QueryOptions,
     output: Output,
     location: ModelLocation,
+    rapidin_config: RapidInConfig = None,
     train_data: TrainData = None,
     quiet: Quiet = False,
 ) -> None:

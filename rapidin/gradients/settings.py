@@ -108,8 +108,8 @@ class GradientSettings(Settings):
         "tensor",
         help="tensor: sketch a layer's gradient from its two factors; flat: sketch the formed gradient; "
         "rapidgrad: one sketch for the whole layer-normalized gradient (the RapidIn paper's setting).",
-        flag=None,
         panel="Storage",
+        choices=("tensor", "flat", "rapidgrad"),
     )
     width: int | None = option(
         None,

@@ -16,7 +16,7 @@ from rapidin.settings import dtype_name
 
 PACKAGE = Path(rapidin.__file__).parent
 # Named in messages, and without a flag.
-OF_PYTHON_ALONE = {"cache", "projection", "question", "tokenizer"}
+OF_PYTHON_ALONE = {"cache", "question", "tokenizer"}
 
 
 def texts(call: ast.Call) -> Iterator[str]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny import tiny_gpt2, tiny_llama
 from torch.nn import functional as F
 
 from rapidin.data.encoding import Encoded, Status
@@ -14,7 +15,6 @@ from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.parameters import find_targets
 from rapidin.gradients.shared_rows import SharedRows
 from rapidin.tasks.causal import Causal, TokenBatch, _as_one_text
-from tests.support.tiny import tiny_gpt2, tiny_llama
 
 WIDTH, SEED = 64, 3
 IDS = [5, 9, 2, 30, 7, 7, 11, 4, 21, 3]
