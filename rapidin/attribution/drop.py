@@ -177,7 +177,7 @@ class Chosen:
 
 
 def rows_to_drop(
-    found: Candidates, conditions: DropConditions, train_data: Sequence[str] | None = None
+    found: Candidates, conditions: DropConditions, train_data: str | Sequence[str] | None = None
 ) -> Chosen:
     """The rows of the candidates that meet the conditions.
 
@@ -188,8 +188,7 @@ def rows_to_drop(
     cache = _cache_of(found)
     data = join_paths(train_data)
     if data is None:
-        data = found.data if cache is None else cache.manifest.data.get("path")
-        data = join_paths([data] if isinstance(data, str) else data)
+        data = join_paths(found.data if cache is None else cache.manifest.data.get("path"))
     if data is None:
         raise UserError("nothing says which training data the rows are of", "name it with `train_data`")
     if cache is not None:

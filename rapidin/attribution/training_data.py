@@ -71,7 +71,7 @@ def training_data(cache: Cache, examples: Any) -> Examples | None:
         return cache.examples
     remedy = "name it with `examples`, or use `examples=False` to see line numbers only"
     if examples is None:
-        source = join_paths([source] if isinstance(source, str) else source)
+        source = join_paths(source)
     paths = list(source.paths) if isinstance(source, Files) else [source]
     if examples is None and "-" in paths:
         raise UserError(f"the cache {cache.path} names standard input as its training data", remedy)

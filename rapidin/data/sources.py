@@ -35,10 +35,12 @@ class Files:
     paths: tuple[str, ...]
 
 
-def join_paths(paths: Sequence[str] | None) -> str | Files | None:
+def join_paths(paths: str | Sequence[str] | None) -> str | Files | None:
     """One path or several in the form that `open_examples` takes; None for none."""
     if not paths:
         return None
+    if isinstance(paths, str):
+        return paths
     return paths[0] if len(paths) == 1 else Files(tuple(paths))
 
 

@@ -134,7 +134,7 @@ def confirm(
     settings: ConfirmSettings | None = None,
     *,
     work: str | Path | None = None,
-    train_data: Sequence[str] | None = None,
+    train_data: str | Sequence[str] | None = None,
     location: ModelLocation | None = None,
     only_cost: bool = False,
     log: Log = no_log,

@@ -40,7 +40,7 @@ class Data:
     """
 
     def __init__(
-        self, hits: str, settings: ConfirmSettings, train_data: Sequence[str] | None, log: Log = no_log
+        self, hits: str, settings: ConfirmSettings, train_data: str | Sequence[str] | None, log: Log = no_log
     ) -> None:
         self.value = _read(hits)
         task = str(self.value["task"])

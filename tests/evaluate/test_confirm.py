@@ -281,8 +281,10 @@ def test_data_and_models_that_have_changed(place: Path, tmp_path: Path) -> None:
         changed = [dict(each) for each in rows]
         changed[row]["completion"] += " fox"
         write_lines(tmp_path / "train.jsonl", changed)
-        with pytest.raises(UserError, match=message):
-            confirm(place / "hits.json", top_k=1, train_data=[str(tmp_path / "train.jsonl")])
+        path = str(tmp_path / "train.jsonl")
+        for train_data in (path, [path]):
+            with pytest.raises(UserError, match=message):
+                confirm(place / "hits.json", top_k=1, train_data=train_data)
     shutil.copytree(place / "adapter", tmp_path / "adapter")
     for folder in (tmp_path / "adapter", *(tmp_path / "adapter").glob("checkpoint-*")):
         (folder / "trainer_state.json").unlink(missing_ok=True)
