@@ -156,6 +156,8 @@ class Ensemble:
             )
         if options.by is not None and data is not None:
             check_column(data, options.by)
+        if options.interactions and len(self.members) > 1:
+            raise UserError("`interactions` work with a single cache", "name one of them")
         clock = Clock()
         finer = options.finer
         if finer is not None:

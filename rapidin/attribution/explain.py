@@ -13,7 +13,7 @@ from torch import Tensor
 from rapidin.attribution import baselines, methods
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.common import TrainingSample, sampled_rows
-from rapidin.attribution.groups import groups, histogram
+from rapidin.attribution.groups import group_rows, groups_of, histogram
 from rapidin.attribution.hit_gradients import (
     Contributions,
     HitGradients,
@@ -21,21 +21,24 @@ from rapidin.attribution.hit_gradients import (
     order_by_exact,
     target_slices,
 )
+from rapidin.attribution.interactions import net_of_others, stored_sketches
 from rapidin.attribution.null_scores import counted_rows
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.progress import LOG
-from rapidin.attribution.query_sketch import OnStage, Query, scans_of, weights_of
+from rapidin.attribution.query_sketch import OnStage, Query, StageReporter, scans_of, weights_of
 from rapidin.attribution.rerank import Candidates, RankIntervals, find_candidates
 from rapidin.attribution.scan import Ends, all_scores, scores_of
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.attribution.training_data import cached_records, hits_of
 from rapidin.attribution.verdict import verdicts
 from rapidin.cache import Cache
+from rapidin.cache.codec import FloatCodec
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.examples import Examples
 from rapidin.data.generations import Generation
 from rapidin.data.records import Record
 from rapidin.errors import UserError
+from rapidin.gradients.batching import SILENT
 from rapidin.results.collection import Results
 from rapidin.results.types import Group, Hit, QueryResult, TargetResult
 
@@ -72,6 +75,10 @@ def _run(steps: Sequence[Callable[[_Work], None]], work: _Work) -> None:
             number = (*SCANS, *LOOK_UPS).index(step)
             work.on_stage(step.__name__.replace("_", " "), number, len(SCANS) + len(LOOK_UPS))
         step(work)
+
+
+# Rows in few bits of which gradients are computed again for the sum of a group, and of all groups.
+_MOST_OF_A_GROUP, _MOST_OF_GROUPS = 8, 256
 
 
 @dataclass
@@ -261,7 +268,7 @@ def summarise_scores(work: _Work) -> None:
     by: list[list[Group]] = [[] for _ in work.results]
     if options.by is not None:
         assert work.data is not None
-        by = groups(work.cache, work.data, options.by, work.scores)
+        by = _groups(work, work.data, options.by, work.scores)
     work.results = [
         replace(
             result,
@@ -273,6 +280,35 @@ def summarise_scores(work: _Work) -> None:
         for result, scores, of_column in zip(work.results, work.scores, by, strict=True)
     ]
     work.clock.lap("all scores")
+
+
+def _groups(work: _Work, data: Examples, column: str, scores: Tensor) -> list[list[Group]]:
+    """The groups of a column for each query, from scores [Q, rows]."""
+    group_of_row, names = group_rows(work.cache, data, column, (~scores.isnan()).any(0))
+    net = None
+    if work.options.interactions:
+        scan, count = _first_queries(work.scans[0], len(work.ranked)), len(names)
+        if isinstance(work.cache.codec, FloatCodec):
+            net = net_of_others(scan, scores, group_of_row, count, partial(stored_sketches, work.cache))
+        else:
+            most = max(1, min(_MOST_OF_A_GROUP, _MOST_OF_GROUPS // max(1, count)))
+            sketches = partial(_computed_again, work, data)
+            net = net_of_others(scan, scores, group_of_row, count, sketches, rows_of_a_sum=most)
+    return groups_of(scores, group_of_row, names, net)
+
+
+def _computed_again(work: _Work, data: Examples, rows: Sequence[int]) -> Tensor:
+    """The sketches [n, blocks, width] of rows, from their gradients."""
+    source = work.sources(0)
+    if source.loaded.sharded:
+        raise UserError(
+            "`interactions` of rows in few bits need an unsharded model", "leave out `shard_model`"
+        )
+    reporter = (
+        SILENT if work.on_stage is None else StageReporter(work.on_stage, "examples of groups", len(rows))
+    )
+    sketches, _ = source.sketches([source.example(data.get(row)) for row in rows], reporter)
+    return sketches
 
 
 def compare_baselines(work: _Work) -> None:

@@ -70,17 +70,16 @@ def check_column(examples: Examples, column: str, *, files: bool = True) -> None
     )
 
 
-def groups(cache: Cache, examples: Examples, column: str, scores: Tensor) -> list[list[Group]]:
-    """For each query the training examples grouped by their value in a column, largest sum of scores first.
+def group_rows(cache: Cache, examples: Examples, column: str, has_score: Tensor) -> tuple[Tensor, list[str]]:
+    """The training examples grouped by their value in a column: the number of each row's group [rows] int64,
+    -1 for rows without a score, and the names of the groups.
 
-    scores: [Q, rows] from `rapidin.attribution.scan.all_scores`; rows without a score are left out. column: a
-    field of the records, or "file" for the file that they are from. The data is read once, a record at a
-    time. Raises UserError if the data is not what was cached.
+    column: a field of the records, or "file" for the file that they are from; has_score: [rows] bool. The
+    data is read once, a record at a time. Raises UserError if the data is not what was cached.
     """
     names: dict[str, int] = {}
     has_column = False
-    group_of_row = torch.full((scores.shape[1],), -1, dtype=torch.int64, device="cpu")
-    has_score = (~scores.isnan()).any(0)
+    group_of_row = torch.full((len(has_score),), -1, dtype=torch.int64, device="cpu")
     for first, shard in cache.shards():
         pairs = zip(shard.index.tolist(), shard.record.tolist(), strict=True)
         for row, (index, record_hash) in enumerate(pairs, first):
@@ -90,8 +89,8 @@ def groups(cache: Cache, examples: Examples, column: str, scores: Tensor) -> lis
             has_column = has_column or column in record
             group_of_row[row] = names.setdefault(value_of(record, column), len(names))
     if not has_column and column == FILE:
-        return groups_of(scores, *_files(examples, group_of_row))
-    return groups_of(scores, group_of_row, list(names))
+        return _files(examples, group_of_row)
+    return group_of_row, list(names)
 
 
 def value_of(record: Mapping[str, Any], column: str) -> str:
@@ -114,11 +113,17 @@ def _files(examples: Examples, group_of_row: Tensor) -> tuple[Tensor, list[str]]
     return group_of_row, list(names)
 
 
-def groups_of(scores: Tensor, group_of_row: Tensor, names: list[str]) -> list[list[Group]]:
-    """The groups of each query, from scores [Q, rows] and the number of each row's group among `names`
-    [rows], below 0 for none."""
+def groups_of(
+    scores: Tensor, group_of_row: Tensor, names: list[str], net: Tensor | None = None
+) -> list[list[Group]]:
+    """The groups of each query, largest sum of scores first, from scores [Q, rows], NaN for rows without one,
+    and the number of each row's group among `names` [rows], below 0 for none.
+
+    net: [Q, groups], what each group adds to the others (`rapidin.attribution.interactions`); then the
+    largest of these is first.
+    """
     by_query = []
-    for of_query in scores.double().cpu():
+    for query, of_query in enumerate(scores.double().cpu()):
         counted = (group_of_row >= 0) & of_query.isfinite()
         group, score = group_of_row[counted], of_query[counted]
         size = len(names)
@@ -135,9 +140,10 @@ def groups_of(scores: Tensor, group_of_row: Tensor, names: list[str]) -> list[li
                 float(total[n]),
                 float(positive[n]) / helpful,
                 float(negative[n]) / harmful,
+                None if net is None else float(net[query, n]),
             )
             for n in range(size)
             if counts[n]
         ]
-        by_query.append(sorted(nonempty, key=lambda group: (-group.total, group.value)))
+        by_query.append(sorted(nonempty, key=lambda group: (-group.effect, group.value)))
     return by_query

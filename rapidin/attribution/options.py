@@ -163,6 +163,12 @@ class QueryOptions(Settings):
         metavar="COLUMN",
         panel="Output",
     )
+    interactions: bool = option(
+        False,
+        help="For the groups of `by`, also estimate what leaving one out changes while the others stay: a "
+        "group that another repeats counts less.",
+        panel="Output",
+    )
     baselines: bool = option(
         False,
         help="Show where BM25 and the model's hidden states rank the hits; reads all training texts, and "
@@ -189,10 +195,21 @@ class QueryOptions(Settings):
             raise UserError(f"cannot rescore by '{self.rescore}'", "give a cache, or 'exact'")
         if self.together and self.targets is not None:
             raise UserError("targets are parts of single generations", "leave out `together`")
+        if self.interactions:
+            self._check_interactions()
         if self.exact and self.method != "dot":
             raise UserError(
                 f"exact gradients cannot be scored by '{self.method}', which works on sketches only",
                 "use `method='dot'` with `rescore='exact'`",
+            )
+
+    def _check_interactions(self) -> None:
+        if self.by is None:
+            raise UserError("`interactions` are between the groups of a column", "name it with `by`")
+        if self.method != "dot" or self.normalize == "none":
+            raise UserError(
+                f"`interactions` are not known for '{self.method}:{self.normalize}'",
+                "use `method='dot'` with `normalize='layer'` or 'cosine'",
             )
 
     @property

@@ -104,7 +104,7 @@ def sketch_query(
     )
 
 
-class _Stages(Silent):
+class StageReporter(Silent):
     """Reports the texts that are sketched as steps of a stage."""
 
     def __init__(self, on_stage: OnStage, name: str, total: int) -> None:
@@ -154,7 +154,9 @@ def sketch_targets(
             "scores of their own",
             "make the cache with `projection='tensor'`",
         )
-    reporter = SILENT if on_stage is None else _Stages(on_stage, "tokens of the answer", len(targets.texts))
+    reporter = (
+        SILENT if on_stage is None else StageReporter(on_stage, "tokens of the answer", len(targets.texts))
+    )
     # Targets of one generation share a forward pass, which is worth a batch of their own if they are many.
     many = len(targets.texts) >= _FILL_A_BATCH * len(generations)
     owners = targets.owners

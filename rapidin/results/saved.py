@@ -89,8 +89,9 @@ def _target(value: Mapping[str, Any]) -> TargetResult:
 
 
 def _group(value: Mapping[str, Any]) -> Group:
-    numbers = (_number(value[key]) for key in ("total", "helpful", "harmful"))
-    return Group(str(value["value"]), int(value["count"]), *numbers)
+    total, helpful, harmful = (_number(value[key]) for key in ("total", "helpful", "harmful"))
+    net = _number(value["net"]) if "net" in value else None
+    return Group(str(value["value"]), int(value["count"]), total, helpful, harmful, net)
 
 
 def _verdict(value: Mapping[str, Any]) -> Verdict | None:

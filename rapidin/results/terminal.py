@@ -22,6 +22,7 @@ from rapidin.results.confirmation import SURE
 from rapidin.results.sinks import sinks_of, without_sinks
 from rapidin.results.text import (
     MEANING,
+    NET,
     capital,
     error_text,
     escaped,
@@ -366,6 +367,7 @@ class _Groups:
         self._by, self._groups = by, groups
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
+        net = any(group.net is not None for group in self._groups)
         largest = sorted(self._groups, key=lambda g: (-max(g.helpful, g.harmful), g.value))[:_MAX_GROUPS]
         shown = set(map(id, largest))
         ellipsis = "..." if options.ascii_only else "…"
@@ -382,19 +384,27 @@ class _Groups:
         table = _titled(title)
         room = 20 if wide else 10
         table.add_column("value", no_wrap=True, max_width=room)
-        for name in ("examples", *(("sum", "mean") if wide else ()), "helpful", "harmful"):
+        sums = (("sum",) if wide else ()) + (("net",) if net else ("mean",) if wide else ())
+        for name in ("examples", *sums, "helpful", "harmful"):
             table.add_column(name, justify="right", no_wrap=True, overflow="crop")
         for group in self._groups:
             if id(group) not in shown:
                 continue
+            values = {
+                "sum": f"{group.total:+.3g}",
+                "net": f"{group.effect:+.3g}",
+                "mean": f"{group.total / max(1, group.count):+.2g}",
+            }
             table.add_row(
                 shorten(one_line(group.value) or repr(group.value), room, ellipsis),
                 f"{group.count:,}",
-                *((f"{group.total:+.3g}", f"{group.total / max(1, group.count):+.2g}") if wide else ()),
+                *(values[name] for name in sums),
                 Text(bar_of(group.helpful), style="green"),
                 Text(bar_of(group.harmful), style="red"),
             )
         yield Padding(table, (1, 0, 0, 0))
+        if net:
+            yield Text(f"{NET}.", style="dim")
 
 
 # ------------------------------------------------------------------------------------------ confirmation

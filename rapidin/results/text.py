@@ -112,6 +112,8 @@ def overlap_text(name: str, count: int, hits: int) -> str:
     return f"{count:,} of the {hits:,} most helpful hits are also in the top {hits:,} of {name}"
 
 
+NET = "Net: what of the sum is lost if the group is left out while the others stay"
+
 # --------------------------------------------------------------------------------------------- numbers
 
 

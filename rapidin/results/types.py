@@ -197,7 +197,8 @@ class Group:
     """The training examples with the same value in a column.
 
     value: as text; count: how many examples have it; total: the sum of their scores; helpful, harmful: their
-    share of the sum of all positive scores, and of all negative ones, from 0 to 1.
+    share of the sum of all positive scores, and of all negative ones, from 0 to 1; net: what of the sum the
+    other groups do not say as well, None if that was not asked for.
     """
 
     value: str
@@ -205,10 +206,17 @@ class Group:
     total: float
     helpful: float
     harmful: float
+    net: float | None = None
+
+    @property
+    def effect(self) -> float:
+        """The best estimate of what leaving the group out takes away, as a sum of scores."""
+        return self.total if self.net is None else self.net
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields and the mean score."""
-        return {
+        """Its fields and the mean score; `net` if it is known."""
+        net = {} if self.net is None else {"net": self.net}
+        return net | {
             "value": self.value,
             "count": self.count,
             "total": self.total,

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from rapidin import Attributor, load_model
 from rapidin.attribution.token_contributions import exact_gradients
@@ -30,7 +30,7 @@ from rapidin.gradients.preconditioner import KFAC_SAMPLE, RANK, STREAM, Precondi
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "lds"))
 from exact import factors
-from lds import RetrainedSet, block_matrices
+from lds import CharGPT, RetrainedSet, block_matrices
 
 AT = 0.5
 Values = npt.NDArray[np.float64]  # of each test text or query
@@ -55,15 +55,29 @@ class Subject:
     measure: Callable[[Tensor], Values]
 
 
+def _unmeasured(scores: Tensor) -> Values:
+    return np.full(len(scores), np.nan)
+
+
 def of_set(folder: Path) -> Subject:
     """A set of retrained models; the moments are those of all its training texts."""
     truth = RetrainedSet(folder)
     model = truth.model(AT)
-    layers = block_matrices(model)
+    return gradients_of(truth, model, block_matrices(model), truth.texts(), truth.by_text)
+
+
+def gradients_of(
+    truth: RetrainedSet,
+    model: CharGPT,
+    layers: dict[str, nn.Linear],
+    texts: tuple[Tensor, Tensor],
+    measure: Callable[[Tensor], Values] = _unmeasured,
+) -> Subject:
+    """The gradients of a set's model for training and test texts; the moments are those of the former."""
     shapes = [(layer.out_features, layer.in_features) for layer in layers.values()]
     moments = FactorMoments(_targets(list(layers), shapes), RANK, seed=0)
     found: list[list[Tensor]] = []
-    for ids, sampled in zip(truth.texts(), (True, False), strict=True):
+    for ids, sampled in zip(texts, (True, False), strict=True):
         made: list[list[Tensor]] = [[] for _ in shapes]
         for batch in factors(truth, model, ids):
             for n, (inputs, outputs) in enumerate(batch):
@@ -73,7 +87,14 @@ def of_set(folder: Path) -> Subject:
             moments.examples += len(batch[0][0]) if sampled else 0
         found.append([torch.cat(parts) for parts in made])
     return Subject(
-        folder.name, "LDS", 8192, list(layers), shapes, *found, _spectra(moments), measure=truth.by_text
+        truth.folder.name,
+        "LDS",
+        8192,
+        list(layers),
+        shapes,
+        *found,
+        _spectra(moments),
+        measure=measure,
     )
 
 

@@ -13,11 +13,12 @@ from hypothesis import strategies as st
 from tiny import tiny_llama, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.groups import BINS, check_column, groups, groups_of, histogram
+from rapidin.attribution.groups import BINS, check_column, group_rows, groups_of, histogram
 from rapidin.cache import Cache
-from rapidin.data.examples import open_examples
+from rapidin.data.examples import Examples, open_examples
 from rapidin.data.sources import Files
 from rapidin.errors import UserError
+from rapidin.results.types import Group
 
 
 @given(st.lists(st.floats(width=32), max_size=200))
@@ -114,6 +115,10 @@ def scores_of(cache: Cache) -> torch.Tensor:
     scores = torch.arange(1.0, 1 + len(cache)).repeat(2, 1)
     scores[:, cache.status() != 0] = torch.nan
     return scores
+
+
+def groups(cache: Cache, examples: Examples, column: str, scores: torch.Tensor) -> list[list[Group]]:
+    return groups_of(scores, *group_rows(cache, examples, column, (~scores.isnan()).any(0)))
 
 
 def test_values_of_all_kinds_and_none(cached: tuple[Cache, Path]) -> None:

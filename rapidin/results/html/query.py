@@ -7,7 +7,7 @@ from rapidin.results.html import drawings, shades
 from rapidin.results.html.hits import lists
 from rapidin.results.html.text import block, isolated, plain, shared, shortened, token, trimmed_block
 from rapidin.results.html.view import View
-from rapidin.results.text import MEANING, UNSURE, capital, overlap_text, scale_text, score_text
+from rapidin.results.text import MEANING, NET, UNSURE, capital, overlap_text, scale_text, score_text
 from rapidin.results.types import Group, QueryResult, TargetResult
 from rapidin.results.verdict import Place, common_text
 
@@ -275,17 +275,21 @@ def _groups(view: View) -> str:
         return ""
     column = plain(result.by or "group")
     rows = "".join(_group(group, result.bounded) for group in result.groups)
+    net = any(group.net is not None for group in result.groups)
+    heading = '<th scope="col" class="number">net</th>' if net else ""
+    note = f"<p>{NET}.</p>" if net else ""
     return f"""<section class="card groups" aria-labelledby="{view.name}-groups">
 <h3 id="{view.name}-groups">By column: {isolated(column)}</h3>
 <div class="scrolled" tabindex="0" role="region" aria-label="Totals by {column}"><table>
 <thead><tr><th scope="col">{isolated(column)}</th><th scope="col" class="number">examples</th>
-<th scope="col" class="number">total</th><th scope="col" class="number">mean</th>
+<th scope="col" class="number">total</th>{heading}<th scope="col" class="number">mean</th>
 <th scope="col">share of positive influence</th><th scope="col">share of negative influence</th></tr></thead>
-<tbody>{rows}</tbody></table></div></section>"""
+<tbody>{rows}</tbody></table></div>{note}</section>"""
 
 
 def _group(group: Group, bounded: bool) -> str:
     mean = group.total / max(1, group.count)
+    net = "" if group.net is None else f'<td class="number">{score_text(group.net, bounded)}</td>'
     bars = "".join(
         f'<td class="share"><span>{100 * abs(share):.1f}%</span>{drawings.meter(sign * share, 1.0)}</td>'
         for share, sign in ((group.helpful, 1), (group.harmful, -1))
@@ -293,6 +297,6 @@ def _group(group: Group, bounded: bool) -> str:
     return (
         f'<tr><th scope="row">{isolated(shortened(group.value, 200) or "(empty)")}</th>'
         f'<td class="number">{group.count:,}</td>'
-        f'<td class="number">{score_text(group.total, bounded)}</td>'
+        f'<td class="number">{score_text(group.total, bounded)}</td>{net}'
         f'<td class="number">{score_text(mean, bounded)}</td>{bars}</tr>'
     )
