@@ -14,14 +14,17 @@ from torch import Tensor
 
 from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.data.records import TEXTS, record_parts
-from rapidin.errors import needs
+from rapidin.errors import UserError, needs
 from rapidin.gradients.model import LoadedModel
 from rapidin.results.types import QueryResult, Standing
 from rapidin.tasks.causal import TokenBatch
 from rapidin.tasks.forward import evaluation_mode, takes
 
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 OnProgress = Callable[[int, int], None]  # the number of texts that are done, and of all
+
+WORDS, STATES = "BM25", "hidden states"  # names of the baselines
 
 EXTRA = "eval"
 BATCH_TOKENS = 2048  # with padding
@@ -127,21 +130,39 @@ def scores_of_baselines(
     queries: Sequence[str],
     *,
     max_length: int = 256,
+    reads: Callable[[Floats], Bools] | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Floats]:
-    """The scores of the baselines by name."""
-    return {
-        "BM25": bm25(texts, queries),
-        "hidden states": hidden_states(
-            loaded, texts, queries, max_length=max_length, on_progress=on_progress
-        ),
-    }
+    """The scores of the baselines by name, [queries, texts].
+
+    reads: which texts the model reads, [texts], given the scores of BM25; by default all. The others have NaN
+    as their similarity of hidden states.
+    """
+    by_words = bm25(texts, queries)
+    read = np.flatnonzero(np.ones(len(texts), dtype=np.bool_) if reads is None else reads(by_words)).tolist()
+    by_states = np.full(by_words.shape, np.nan)
+    by_states[:, read] = hidden_states(
+        loaded, [texts[n] for n in read], queries, max_length=max_length, on_progress=on_progress
+    )
+    return {WORDS: by_words, STATES: by_states}
+
+
+def check_texts(loaded: LoadedModel, what: str) -> None:
+    """Raises UserError if the model reads no texts, or is spread over processes; what: needs them, in
+    words."""
+    if loaded.tokenizer is None:
+        raise UserError(
+            f"{what} compares texts, and this model has no tokenizer that reads them", f"leave out {what}"
+        )
+    if loaded.sharded:
+        raise UserError(f"{what} needs an unsharded model", "leave out `shard_model`")
 
 
 def with_standings(result: QueryResult, tables: Mapping[str, Floats], counted: Tensor) -> QueryResult:
     """The result with the score and rank of its hits in each baseline.
 
-    tables: by name, the scores of one query with all training examples [rows]; counted: [rows] bool, the
+    tables: by name, the scores of one query with all training examples [rows], NaN for rows that were not
+    compared, which get none; counted: [rows] bool, the
     examples that have a sketch: ranks are among them, and equal scores share the best rank. `overlaps` is the
     number of helpful hits that are among as many best of the baseline, of equal scores the first.
     """
@@ -150,8 +171,11 @@ def with_standings(result: QueryResult, tables: Mapping[str, Floats], counted: T
     overlaps = {}
     for name, scores in tables.items():
         scores = scores[: len(keep)]
-        others = np.sort(scores[keep[: len(scores)]])
+        of_counted = scores[keep[: len(scores)]]
+        others = np.sort(of_counted[~np.isnan(of_counted)])
         for row, by_name in standings.items():
+            if np.isnan(scores[row]):
+                continue
             better = len(others) - int(np.searchsorted(others, scores[row], side="right"))
             by_name[name] = Standing(float(scores[row]), better + 1)
         ranked = np.argsort(np.where(keep[: len(scores)], -scores, np.inf), kind="stable")

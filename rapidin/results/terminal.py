@@ -21,6 +21,7 @@ from rich.text import Text
 from rapidin.results.confirmation import SURE
 from rapidin.results.sinks import sinks_of, without_sinks
 from rapidin.results.text import (
+    FUSED_MEANING,
     MEANING,
     capital,
     error_text,
@@ -30,10 +31,13 @@ from rapidin.results.text import (
     one_line,
     overlap_text,
     percent_text,
+    ranks_meaning,
+    ranks_text,
     scale_text,
     score_text,
     shorten,
     shorten_middle,
+    title_text,
 )
 from rapidin.results.types import join_words
 
@@ -117,7 +121,7 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
         if result.targets:
             report.append(targets_table(result, bounded=bounded))
         for helpful, hits in ((True, result.helpful), (False, result.harmful)):
-            name = "Most helpful" if helpful else "Most harmful"
+            name = title_text(result, helpful=helpful)
             report.append(hits_table(name, hits, bounded=bounded) if hits else none_of(name, helpful=helpful))
         if result.by is not None:
             report.append(_Groups(result.by, result.groups))
@@ -289,7 +293,11 @@ class _Hits:
         if wide and any(hit.copies for hit in hits):
             counts = [1 + len(hit.copies) + hit.copies_more for hit in hits]
             columns["copies"] = [f"{signs['times']}{count:,}" if count > 1 else "" for count in counts]
-        for name in dict.fromkeys(name for hit in hits for name in hit.standings) if wide else ():
+        fused = [hit.fused for hit in hits if hit.fused is not None]
+        if fused:
+            columns["fused"] = [f"{each.score:.4f}" for each in fused]
+        standings = dict.fromkeys(name for hit in hits for name in hit.standings)
+        for name in standings if wide and not fused else ():
             ranks = [hit.standings[name].rank if name in hit.standings else None for hit in hits]
             columns["\n".join(one_line(name).split())] = ["" if r is None else f"#{r:,}" for r in ranks]
         yield self._table(columns)
@@ -317,11 +325,15 @@ class _Hits:
             table.add_column("example", no_wrap=True, ratio=1)
         for hit, cells in zip(self._hits, zip(*columns.values(), strict=True), strict=True):
             example: list[RenderableType] = [_Example(hit)] if shown else []
+            if shown and hit.fused is not None:
+                example += [Text(ranks_text(hit.fused), style="dim", no_wrap=True, overflow="ellipsis")]
             if shown and hit.tokens is not None:
                 words = Text(f"by {words_text(hit, sinks)}", style="dim", no_wrap=True, overflow="ellipsis")
-                example = [Group(*example, words)]
+                example += [words]
             rank, score, *others = cells
-            table.add_row(rank, Text(score, style=_color(hit.score)), *others, *example)
+            table.add_row(
+                rank, Text(score, style=_color(hit.score)), *others, *([Group(*example)] if shown else [])
+            )
         return table
 
 
@@ -348,10 +360,15 @@ class _Notes:
             notes.append(f"{signs['tied']}: tied with the previous hit, within error.")
         if wide and any(hit.copies for hit in hits):
             notes.append(f"{signs['times']}3: three examples with the same text, of which the best is shown.")
+        depths = {result.fusion.depth for result in self._results if result.fusion is not None}
+        if depths:
+            notes += [FUSED_MEANING, ranks_meaning(max(depths))]
         for number, result in enumerate(self._results, 1):
             prefix = f"Query {number}: " if len(self._results) > 1 else ""
+            if result.fusion is not None:
+                notes.append(f"{prefix}{capital(result.fusion.sentence)}.")
             for name, count in result.overlaps.items():
-                notes.append(f"{prefix}{overlap_text(one_line(name), count, len(result.helpful))}.")
+                notes.append(f"{prefix}{overlap_text(one_line(name), count, result)}.")
         if notes:
             yield Text("\n".join(notes), style="dim")
 
