@@ -31,8 +31,8 @@ from rapidin.results.text import (
     one_line,
     overlap_text,
     percent_text,
+    rank_texts,
     ranks_meaning,
-    ranks_text,
     scale_text,
     score_text,
     shorten,
@@ -43,6 +43,7 @@ from rapidin.results.types import join_words
 
 if TYPE_CHECKING:
     from rapidin.results.confirmation import Confirmation
+    from rapidin.results.fusion import Fused
     from rapidin.results.types import Group as ByColumn
     from rapidin.results.types import Hit, QueryResult
     from rapidin.results.verdict import Verdict
@@ -101,6 +102,27 @@ class _Example:
             (shorten(self.completion, second, ellipsis), "cyan"),
             no_wrap=True,
         )
+
+
+class _Ranks:
+    """The ranks of a hit in the rankings that were fused, as many on a line as fit."""
+
+    def __init__(self, fused: Fused) -> None:
+        self._parts = [one_line(part) for part in rank_texts(fused)]
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(20, max(20, cell_len(", ".join(self._parts))))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        lines = [""]
+        for part in self._parts:
+            joined = f"{lines[-1]}, {part}" if lines[-1] else part
+            if lines[-1] and cell_len(joined) > options.max_width:
+                lines.append(part)
+            else:
+                lines[-1] = joined
+        for line in lines:
+            yield Text(line, style="dim", no_wrap=True, overflow="ellipsis")
 
 
 def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> RenderableType:
@@ -326,7 +348,7 @@ class _Hits:
         for hit, cells in zip(self._hits, zip(*columns.values(), strict=True), strict=True):
             example: list[RenderableType] = [_Example(hit)] if shown else []
             if shown and hit.fused is not None:
-                example += [Text(ranks_text(hit.fused), style="dim", no_wrap=True, overflow="ellipsis")]
+                example += [_Ranks(hit.fused)]
             if shown and hit.tokens is not None:
                 words = Text(f"by {words_text(hit, sinks)}", style="dim", no_wrap=True, overflow="ellipsis")
                 example += [words]

@@ -116,17 +116,17 @@ def title_text(result: QueryResult, *, helpful: bool) -> str:
     return "Most helpful" if result.fusion is None else FUSED
 
 
-def ranks_text(fused: Fused) -> str:
+def rank_texts(fused: Fused) -> list[str]:
     """A hit's rank in each of the rankings that were fused, with the part of its fused score that this
     adds."""
-    return ", ".join(
+    return [
         f"{name} without a rank" if rank is None else f"{name} #{rank:,} {percent_text(fused.share(name))}"
         for name, rank in fused.ranks.items()
-    )
+    ]
 
 
 def ranks_meaning(depth: int) -> str:
-    """What `ranks_text` says; depth: of the rankings."""
+    """What `rank_texts` say; depth: of the rankings."""
     return (
         "BM25 #3 34%: the row is the third of that ranking, which adds 34% of the fused score. A row beyond "
         f"the best {depth:,} of a ranking, or without a word of the query, has no rank there."

@@ -18,7 +18,7 @@ from rapidin.results.text import (
     error_text,
     is_unsure,
     no_row_text,
-    ranks_text,
+    rank_texts,
     score_text,
     title_text,
 )
@@ -203,7 +203,9 @@ def _notes(hit: Hit, entry: Entry, bounded: bool) -> str:
     if hit.estimate is not None:
         notes.append(f"Estimate in the cache {score_text(hit.estimate, bounded)}")
     if hit.fused is not None and entry.side > 0:
-        notes.append(f"Fused score {hit.fused.score:.4f}: {isolated(plain(ranks_text(hit.fused)))}")
+        notes.append(
+            f"Fused score {hit.fused.score:.4f}: {isolated(plain(', '.join(rank_texts(hit.fused))))}"
+        )
     else:
         standings = hit.standings.items()
         notes += [f"{isolated(plain(name))} rank {standing.rank:,}" for name, standing in standings]
