@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -81,7 +82,11 @@ def hidden_states(
     with evaluation_mode(loaded.model):
         states = _mean_states(loaded, [*queries, *texts], max_length, batch_tokens, on_progress).double()
     states = torch.nn.functional.normalize(states, dim=1)
-    scores: Floats = (states[: len(queries)] @ states[len(queries) :].T).numpy()
+    # Products of copies are computed once too: a matrix product rounds by the place of a column.
+    unique = {text: n for n, text in enumerate(dict.fromkeys(texts))}
+    first = {text: n for n, text in reversed(list(enumerate(texts, len(queries))))}
+    products: Floats = (states[: len(queries)] @ states[[first[text] for text in unique]].T).numpy()
+    scores: Floats = products[:, [unique[text] for text in texts]]
     return scores
 
 
@@ -94,15 +99,17 @@ def _mean_states(
     on_progress: OnProgress | None,
 ) -> Tensor:
     """The mean hidden state of each text: [texts, hidden size] float32 on the CPU, from batches of texts of
-    similar length."""
+    similar length. Copies are read once, so that they have the same bits in whatever batch."""
+    copies = Counter(texts)
+    unique = list(copies)
     model, tokenizer = loaded.model, loaded.tokenizer
-    ids = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
+    ids = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in unique]
     encoded = [Encoded(tokens, [False] * len(tokens), Status.NO_TARGET) for tokens in ids]
     nonempty = [n for n in range(len(encoded)) if encoded[n].ids]
     # Logits are not needed, and are the largest output.
     extra = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
     states: Tensor | None = None
-    done = len(encoded) - len(nonempty)
+    done = len(texts) - sum(copies[unique[n]] for n in nonempty)
     for chosen in reversed(by_length(nonempty, encoded, batch_tokens)):
         batch = TokenBatch.of([(encoded[n].ids, encoded[n].target) for n in chosen], loaded.device)
         out = model(
@@ -116,12 +123,15 @@ def _mean_states(
         mask = batch.mask.to(state.device)[:, :, None]
         mean = state.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
         if states is None:
-            states = torch.zeros(len(texts), mean.shape[1], device="cpu")
+            states = torch.zeros(len(unique), mean.shape[1], device="cpu")
         states[chosen] = mean.cpu()
-        done += len(chosen)
+        done += sum(copies[unique[n]] for n in chosen)
         if on_progress:
             on_progress(done, len(texts))
-    return torch.zeros(len(texts), 1, device="cpu") if states is None else states
+    if states is None:
+        return torch.zeros(len(texts), 1, device="cpu")
+    position = {text: n for n, text in enumerate(unique)}
+    return states[[position[text] for text in texts]]
 
 
 def scores_of_baselines(

@@ -5,7 +5,7 @@ individual rank learning methods*, SIGIR 2009): a row's score is the sum of w_i 
 rankings. Only ranks are compared, so the rankings need no common scale.
 
 Of each ranking the best `DEPTH` rows have a rank, so that a query of a large cache reads few rows again; from
-any other row the ranking adds nothing. Equal scores share the best rank of theirs, as copies of a text have.
+any other row the ranking adds nothing. Equal scores share the best rank of theirs.
 A row without a word of the query has no rank by BM25, whatever the size of the cache.
 """
 

@@ -28,8 +28,6 @@ ROWS: list[dict[str, Any]] = [
     for n in range(50)
 ]
 ROWS += [{"prompt": "The zebra ", "completion": "sleeps", "even": 2}, *ROWS[:9]]
-# Copies of a text have the same similarity of hidden states but for rounding, and so ranks one apart.
-LAST_BIT = 1 / 61 - 1 / 62
 ASKED = [("Say 5 ", "it is 25 "), ("One, two, ", "zebra three")]
 
 
@@ -69,9 +67,9 @@ def check(result: QueryResult, want: dict[int, float], top_k: int) -> None:
     assert [hit.rank for hit in result.top] == list(range(1, len(result.top) + 1))
     best = sorted(want.values(), reverse=True)[: len(result.top)]
     fused = [hit.fused for hit in result.top if hit.fused is not None]
-    assert [each.score for each in fused] == pytest.approx(best, abs=LAST_BIT)
+    assert [each.score for each in fused] == pytest.approx(best)
     for hit, each in zip(result.top, fused, strict=True):
-        assert each.score == pytest.approx(want[hit.row], abs=LAST_BIT)
+        assert each.score == pytest.approx(want[hit.row])
         assert sum(each.adds.values()) == pytest.approx(each.score)
     assert all(hit.fused is None for hit in result.bottom)
     assert result.helpful == result.top
@@ -101,14 +99,25 @@ def test_hits_are_those_of_complete_rankings(
 
 def test_a_row_that_words_alone_find_is_among_the_hits(made: tuple[Attributor, Cache]) -> None:
     attributor, cache = made
-    plain = attributor.query(cache, ASKED, top_k=3, examples=ROWS)[1]
-    assert 50 not in [hit.row for hit in plain.top]
-    (hit,) = attributor.query(cache, ASKED, top_k=1, fuse=True, fuse_weights=(1e-3, 1, 1e-3), examples=ROWS)[
-        1
-    ].top
-    assert hit.row == 50
+    asked = ("zebra ", "it is 12 it is 12 ")
+    (alone,) = attributor.query(cache, asked, top_k=30, examples=ROWS)
+    assert 50 not in [hit.row for hit in alone.top]
+    (result,) = attributor.query(
+        cache, asked, top_k=4, fuse=True, fuse_weights=(0.01, 1, 0.01), examples=ROWS
+    )
+    (hit,) = (hit for hit in result.top if hit.row == 50)
     assert hit.fused is not None
-    assert hit.fused.ranks["BM25"] == 1
+    assert hit.fused.ranks["gradients"] == 58  # the last: training on it makes the answer less likely
+    assert hit.score < 0
+    assert hit in result.helpful
+    for fold in (False, True):
+        (nothing,) = attributor.query(
+            cache, [("Qqq ", "xyz")], fuse=True, fuse_weights=(0, 1, 0), fold=fold, examples=ROWS
+        )
+        assert nothing.top == []
+        assert len(nothing.bottom) > 0
+        assert nothing.fusion is not None
+        assert (nothing.fusion.common, nothing.fusion.best) == (0, 10)
 
 
 def test_copies_are_folded_until_enough_are_left(made: tuple[Attributor, Cache]) -> None:
@@ -162,9 +171,9 @@ def test_several_caches_and_a_finer_one(made: tuple[Attributor, Cache], tmp_path
     every = tables(attributor, ensemble.scores(ASKED))
     for n, result in enumerate(ensemble.query(ASKED, top_k=6, fuse=True, examples=ROWS)):
         check(result, by_hand(every, n), 6)
-    finer = Attributor(attributor.loaded, width=256, at=1.0).cache(ROWS, tmp_path / "finer")
-    every = tables(attributor, attributor.scores(finer, ASKED))
-    found = attributor.query(cache, ASKED, top_k=6, fuse=True, rescore=finer, examples=ROWS)
+    coarse = attributor.cache(ROWS, tmp_path / "coarse", bytes=128, sample=0)
+    every = tables(attributor, attributor.scores(cache, ASKED))
+    found = attributor.query(coarse, ASKED, top_k=6, fuse=True, rescore=cache, examples=ROWS)
     for n, result in enumerate(found):
         check(result, by_hand(every, n), 6)
 
@@ -236,7 +245,7 @@ def test_the_command(
     for words, message in (
         (("--fuse", "--rescore", "exact"), "--fuse ranks all examples"),
         (("--fuse", "--fuse-weights", "1,2"), "--fuse-weights must be three numbers"),
-        (("--fuse", "--fuse-weights", "a,b,c"), "--fuse-weights 'a,b,c' are not numbers"),
+        (("--fuse", "--fuse-weights", "a,b,c"), "--fuse-weights a,b,c are not numbers"),
         (("--fuse-weights", "1,1,1"), "use --fuse too"),
         (("--fuse", "--no-text"), "--fuse needs the training examples"),
     ):
