@@ -5,8 +5,8 @@ individual rank learning methods*, SIGIR 2009): a row's score is the sum of w_i 
 rankings. Only ranks are compared, so the rankings need no common scale.
 
 Of each ranking the best `DEPTH` rows have a rank, so that a query of a large cache reads few rows again; from
-any other row the ranking adds nothing. Equal scores share the best rank of theirs.
-A row without a word of the query has no rank by BM25, whatever the size of the cache.
+any other row the ranking adds nothing. Equal scores share the best rank of theirs. A row without a word of
+the query has no rank by BM25, whatever the size of the cache.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from torch import Tensor
 from rapidin.attribution.baselines import STATES, WORDS, Bools, Floats
 from rapidin.results.fusion import BEST, Fused, Fusion
 
-CONSTANT = 60  # added to ranks: it is the paper's, which chose it once for all of its data
+CONSTANT = 60  # added to ranks, as in the paper, which fixed it in a pilot study
 DEPTH = 1000
 GRADIENTS = "gradients"
 RANKINGS = (GRADIENTS, WORDS, STATES)
