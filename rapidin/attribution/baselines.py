@@ -74,7 +74,8 @@ def hidden_states(
     batch_tokens: int = BATCH_TOKENS,
     on_progress: OnProgress | None = None,
 ) -> Floats:
-    """Cosine of the model's last hidden states, averaged over a text's tokens: [queries, texts].
+    """Cosine of the model's last hidden states, averaged over a text's tokens: [queries, texts]; of the
+    encoder's, if the model is an encoder-decoder.
 
     max_length: the first tokens of a text that are read; a text without tokens has a cosine of 0 with all
     others. batch_tokens: of a batch, with padding.
@@ -106,20 +107,19 @@ def _mean_states(
     ids = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in unique]
     encoded = [Encoded(tokens, [False] * len(tokens), Status.NO_TARGET) for tokens in ids]
     nonempty = [n for n in range(len(encoded)) if encoded[n].ids]
-    # Logits are not needed, and are the largest output.
-    extra = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    encoder = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else None
+    extra: dict[str, Any] = {"use_cache": False, "output_hidden_states": True}
+    if takes(model, "logits_to_keep"):  # they are not needed, and are the largest output
+        extra["logits_to_keep"] = 1
     states: Tensor | None = None
     done = len(texts) - sum(copies[unique[n]] for n in nonempty)
     for chosen in reversed(by_length(nonempty, encoded, batch_tokens)):
         batch = TokenBatch.of([(encoded[n].ids, encoded[n].target) for n in chosen], loaded.device)
-        out = model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask.long(),
-            output_hidden_states=True,
-            use_cache=False,
-            **extra,
-        )
-        state = out.hidden_states[-1].float()
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+        if encoder is not None:
+            state = encoder(**inputs).last_hidden_state.float()
+        else:
+            state = model(**inputs, **extra).hidden_states[-1].float()
         mask = batch.mask.to(state.device)[:, :, None]
         mean = state.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
         if states is None:

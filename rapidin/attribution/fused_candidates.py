@@ -44,7 +44,7 @@ def fused_rows(
         pairs = [(row, score) for row, score in zip(rows[n], scores[n], strict=True) if row >= 0]
         rankings = {GRADIENTS: ranks_of([row for row, _ in pairs], [score for _, score in pairs])}
         for name, table in tables.items():
-            rankings[name] = best_rows(table[n], counted, depth, positive=name == WORDS)
+            rankings[name] = best_rows(table[n], counted, depth, nonzero=name == WORDS)
         found.append(fuse(rankings, EQUAL if weights is None else weights, depth))
     return found
 

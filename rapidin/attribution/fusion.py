@@ -48,15 +48,13 @@ def ranks_of(rows: Sequence[int], scores: Sequence[float]) -> dict[int, int]:
     return ranks
 
 
-def best_rows(
-    scores: Floats, counted: Bools, depth: int = DEPTH, *, positive: bool = False
-) -> dict[int, int]:
+def best_rows(scores: Floats, counted: Bools, depth: int = DEPTH, *, nonzero: bool = False) -> dict[int, int]:
     """The ranks of the best `depth` rows among scores [rows]; of equal scores at the end the first rows.
 
-    counted: [rows], the rows that have a rank at all; so have scores that are finite and, with positive,
-    above 0.
+    counted: [rows], the rows that have a rank at all, if their scores are finite and, with nonzero, not 0: as
+    those of BM25 are for rows without a word of the query. (Words of most rows may have negative scores.)
     """
-    usable = counted & np.isfinite(scores) & ((scores > 0) if positive else True)
+    usable = counted & np.isfinite(scores) & ((scores != 0) if nonzero else True)
     rows = np.flatnonzero(usable)
     rows = rows[np.argsort(-scores[rows], kind="stable")][:depth]
     return ranks_of(rows.tolist(), scores[rows].tolist())
@@ -102,5 +100,5 @@ def read_rows(gradients: Tensor, counted: Bools, words: Floats, most: int = MOST
     chosen = torch.unique(gradients[gradients >= 0])
     read[chosen[chosen < len(read)].numpy()] = True
     for scores in words:
-        read[list(best_rows(scores, counted, positive=True))] = True
+        read[list(best_rows(scores, counted, nonzero=True))] = True
     return read & counted

@@ -95,7 +95,7 @@ def reciprocal(name: str, scores: Floats) -> Floats:
     found = np.zeros(scores.shape)
     counted = np.ones(scores.shape[1], dtype=np.bool_)
     for query, of_query in enumerate(scores):
-        ranks = fusion.best_rows(of_query, counted, positive=name == fusion.WORDS)
+        ranks = fusion.best_rows(of_query, counted, nonzero=name == fusion.WORDS)
         for row, rank in ranks.items():
             found[query, row] = 1 / (fusion.CONSTANT + rank)
     return found
@@ -115,7 +115,7 @@ def common(one: Floats, other: Floats, name: str) -> list[int]:
     counted = np.ones(one.shape[1], dtype=np.bool_)
     found = []
     for first, second in zip(one, other, strict=True):
-        best = fusion.best_rows(second, counted, positive=name == fusion.WORDS)
+        best = fusion.best_rows(second, counted, nonzero=name == fusion.WORDS)
         rankings = {fusion.GRADIENTS: fusion.best_rows(first, counted), fusion.WORDS: best, fusion.STATES: {}}
         found.append(fusion.fuse(rankings).fusion.common)
     return found

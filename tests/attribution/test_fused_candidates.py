@@ -44,7 +44,7 @@ def tables(attributor: Attributor, scores: Tensor) -> list[np.ndarray]:
         for of in (ROWS, [{"prompt": prompt, "completion": completion} for prompt, completion in ASKED])
     )
     found = baselines.scores_of_baselines(attributor.source.loaded, texts, asked)
-    found["BM25"][found["BM25"] <= 0] = -np.inf
+    found["BM25"][found["BM25"] == 0] = -np.inf
     every = [scores.double().numpy(), *found.values()]
     for table in every:
         table[:, scores[0].isnan().numpy()] = -np.inf

@@ -21,7 +21,7 @@ def test_the_best_rows_have_ranks() -> None:
     scores = np.array([0.5, -1.0, 2.0, 0.0, np.nan, 2.0])
     assert best_rows(scores, ALL) == {2: 1, 5: 1, 0: 3, 3: 4, 1: 5}
     assert best_rows(scores, ALL, depth=1) == {2: 1}
-    assert best_rows(scores, ALL, positive=True) == {2: 1, 5: 1, 0: 3}
+    assert best_rows(scores, ALL, nonzero=True) == {2: 1, 5: 1, 0: 3, 1: 4}
     assert best_rows(scores, np.array([1, 1, 0, 1, 1, 1], dtype=np.bool_)) == {5: 1, 0: 2, 3: 3, 1: 4}
 
 

@@ -30,7 +30,7 @@ def test_fused_scores_are_those_of_a_query() -> None:
         found = study.fused(parts, weights)
         for query in range(4):
             ranks = {
-                name: fusion.best_rows(scores[query], counted, positive=name == "BM25")
+                name: fusion.best_rows(scores[query], counted, nonzero=name == "BM25")
                 for name, scores in small.scores.items()
             }
             want = fusion.fuse(ranks, weights)
