@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -14,14 +15,17 @@ from torch import Tensor
 
 from rapidin.data.encoding import Encoded, Status, by_length
 from rapidin.data.records import TEXTS, record_parts
-from rapidin.errors import needs
+from rapidin.errors import UserError, needs
 from rapidin.gradients.model import LoadedModel
 from rapidin.results.types import QueryResult, Standing
 from rapidin.tasks.causal import TokenBatch
 from rapidin.tasks.forward import evaluation_mode, takes
 
 Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
 OnProgress = Callable[[int, int], None]  # the number of texts that are done, and of all
+
+WORDS, STATES = "BM25", "hidden states"  # names of the baselines
 
 EXTRA = "eval"
 BATCH_TOKENS = 2048  # with padding
@@ -70,7 +74,8 @@ def hidden_states(
     batch_tokens: int = BATCH_TOKENS,
     on_progress: OnProgress | None = None,
 ) -> Floats:
-    """Cosine of the model's last hidden states, averaged over a text's tokens: [queries, texts].
+    """Cosine of the model's last hidden states, averaged over a text's tokens: [queries, texts]; of the
+    encoder's, if the model is an encoder-decoder.
 
     max_length: the first tokens of a text that are read; a text without tokens has a cosine of 0 with all
     others. batch_tokens: of a batch, with padding.
@@ -78,7 +83,11 @@ def hidden_states(
     with evaluation_mode(loaded.model):
         states = _mean_states(loaded, [*queries, *texts], max_length, batch_tokens, on_progress).double()
     states = torch.nn.functional.normalize(states, dim=1)
-    scores: Floats = (states[: len(queries)] @ states[len(queries) :].T).numpy()
+    # Products of copies are computed once too: a matrix product rounds by the place of a column.
+    unique = {text: n for n, text in enumerate(dict.fromkeys(texts))}
+    first = {text: n for n, text in reversed(list(enumerate(texts, len(queries))))}
+    products: Floats = (states[: len(queries)] @ states[[first[text] for text in unique]].T).numpy()
+    scores: Floats = products[:, [unique[text] for text in texts]]
     return scores
 
 
@@ -91,34 +100,38 @@ def _mean_states(
     on_progress: OnProgress | None,
 ) -> Tensor:
     """The mean hidden state of each text: [texts, hidden size] float32 on the CPU, from batches of texts of
-    similar length."""
+    similar length. Copies are read once, so that they have the same bits in whatever batch."""
+    copies = Counter(texts)
+    unique = list(copies)
     model, tokenizer = loaded.model, loaded.tokenizer
-    ids = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in texts]
+    ids = [tokenizer(text, truncation=True, max_length=max_length).input_ids for text in unique]
     encoded = [Encoded(tokens, [False] * len(tokens), Status.NO_TARGET) for tokens in ids]
     nonempty = [n for n in range(len(encoded)) if encoded[n].ids]
-    # Logits are not needed, and are the largest output.
-    extra = {"logits_to_keep": 1} if takes(model, "logits_to_keep") else {}
+    encoder = model.get_encoder() if getattr(model.config, "is_encoder_decoder", False) else None
+    extra: dict[str, Any] = {"use_cache": False, "output_hidden_states": True}
+    if takes(model, "logits_to_keep"):  # they are not needed, and are the largest output
+        extra["logits_to_keep"] = 1
     states: Tensor | None = None
-    done = len(encoded) - len(nonempty)
+    done = len(texts) - sum(copies[unique[n]] for n in nonempty)
     for chosen in reversed(by_length(nonempty, encoded, batch_tokens)):
         batch = TokenBatch.of([(encoded[n].ids, encoded[n].target) for n in chosen], loaded.device)
-        out = model(
-            input_ids=batch.ids,
-            attention_mask=batch.mask.long(),
-            output_hidden_states=True,
-            use_cache=False,
-            **extra,
-        )
-        state = out.hidden_states[-1].float()
+        inputs = {"input_ids": batch.ids, "attention_mask": batch.mask.long()}
+        if encoder is not None:
+            state = encoder(**inputs).last_hidden_state.float()
+        else:
+            state = model(**inputs, **extra).hidden_states[-1].float()
         mask = batch.mask.to(state.device)[:, :, None]
         mean = state.masked_fill(~mask, 0.0).sum(1) / mask.sum(1)
         if states is None:
-            states = torch.zeros(len(texts), mean.shape[1], device="cpu")
+            states = torch.zeros(len(unique), mean.shape[1], device="cpu")
         states[chosen] = mean.cpu()
-        done += len(chosen)
+        done += sum(copies[unique[n]] for n in chosen)
         if on_progress:
             on_progress(done, len(texts))
-    return torch.zeros(len(texts), 1, device="cpu") if states is None else states
+    if states is None:
+        return torch.zeros(len(texts), 1, device="cpu")
+    position = {text: n for n, text in enumerate(unique)}
+    return states[[position[text] for text in texts]]
 
 
 def scores_of_baselines(
@@ -127,21 +140,39 @@ def scores_of_baselines(
     queries: Sequence[str],
     *,
     max_length: int = 256,
+    reads: Callable[[Floats], Bools] | None = None,
     on_progress: OnProgress | None = None,
 ) -> dict[str, Floats]:
-    """The scores of the baselines by name."""
-    return {
-        "BM25": bm25(texts, queries),
-        "hidden states": hidden_states(
-            loaded, texts, queries, max_length=max_length, on_progress=on_progress
-        ),
-    }
+    """The scores of the baselines by name, [queries, texts].
+
+    reads: which texts the model reads, [texts], given the scores of BM25; by default all. The others have NaN
+    as their similarity of hidden states.
+    """
+    by_words = bm25(texts, queries)
+    read = np.flatnonzero(np.ones(len(texts), dtype=np.bool_) if reads is None else reads(by_words)).tolist()
+    by_states = np.full(by_words.shape, np.nan)
+    by_states[:, read] = hidden_states(
+        loaded, [texts[n] for n in read], queries, max_length=max_length, on_progress=on_progress
+    )
+    return {WORDS: by_words, STATES: by_states}
+
+
+def check_texts(loaded: LoadedModel, what: str) -> None:
+    """Raises UserError if the model reads no texts, or is spread over processes; what: needs them, in
+    words."""
+    if loaded.tokenizer is None:
+        raise UserError(
+            f"{what} compares texts, and this model has no tokenizer that reads them", f"leave out {what}"
+        )
+    if loaded.sharded:
+        raise UserError(f"{what} needs an unsharded model", "leave out `shard_model`")
 
 
 def with_standings(result: QueryResult, tables: Mapping[str, Floats], counted: Tensor) -> QueryResult:
     """The result with the score and rank of its hits in each baseline.
 
-    tables: by name, the scores of one query with all training examples [rows]; counted: [rows] bool, the
+    tables: by name, the scores of one query with all training examples [rows], NaN for rows that were not
+    compared, which get none; counted: [rows] bool, the
     examples that have a sketch: ranks are among them, and equal scores share the best rank. `overlaps` is the
     number of helpful hits that are among as many best of the baseline, of equal scores the first.
     """
@@ -150,8 +181,11 @@ def with_standings(result: QueryResult, tables: Mapping[str, Floats], counted: T
     overlaps = {}
     for name, scores in tables.items():
         scores = scores[: len(keep)]
-        others = np.sort(scores[keep[: len(scores)]])
+        of_counted = scores[keep[: len(scores)]]
+        others = np.sort(of_counted[~np.isnan(of_counted)])
         for row, by_name in standings.items():
+            if np.isnan(scores[row]):
+                continue
             better = len(others) - int(np.searchsorted(others, scores[row], side="right"))
             by_name[name] = Standing(float(scores[row]), better + 1)
         ranked = np.argsort(np.where(keep[: len(scores)], -scores, np.inf), kind="stable")

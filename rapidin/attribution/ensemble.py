@@ -20,6 +20,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from rapidin.attribution.baselines import check as check_baselines
+from rapidin.attribution.baselines import check_texts
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.explain import explain
 from rapidin.attribution.generate import generations_of
@@ -146,7 +147,7 @@ class Ensemble:
         options = QueryOptions.given(options, by_name)
         generations = as_records(generations, forms_of(task_name(self.caches[-1].manifest)))
         check_method(options.method, options.normalize, options.damping)
-        if options.baselines:
+        if options.reads_texts:
             check_baselines()
         data = training_data(self.caches[-1], examples) if world().leads else None
         if options.needs_texts and data is None and world().leads:
@@ -259,6 +260,8 @@ class Ensemble:
             clock.lap("load")
             if options.targets is not None or options.contributions:
                 source.task.check_tokens()
+            if options.reads_texts:
+                check_texts(source.loaded, options.reads_texts)
             if not texts:
                 self._tokenizer = source.loaded.tokenizer
                 texts = generations_of(source, generations, options.max_new_tokens, options.targets)

@@ -13,6 +13,8 @@ from torch import Tensor
 from rapidin.attribution import baselines, methods
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.common import TrainingSample, sampled_rows
+from rapidin.attribution.fused_candidates import fused_candidates, fused_rows
+from rapidin.attribution.fusion import FusedRows, read_rows
 from rapidin.attribution.groups import group_rows, groups_of, histogram
 from rapidin.attribution.hit_gradients import (
     Contributions,
@@ -86,9 +88,12 @@ class _Work:
     """The state of a query: the arguments of `explain`, and the results of its steps so far.
 
     scans: the scan of each cache; scored: the scans that give the final scores, of a finer cache if there is
-    one; ranked: the generations that get rankings; candidates: more rows at each end than are shown; scores:
-    of all rows [Q, rows]; ends: the hits' scores and rows; estimates: the ends before exact gradients
-    reordered them; exact: contributions to exact scores; results: of each generation.
+    one; ranked: the generations that get rankings; candidates: more rows at each end than are shown, with a
+    fused ranking at the top for `fuse`; highest: gradient score of each of `ranked`, NaN for none; scores:
+    of all rows [Q, rows]; tables: scores [ranked, rows] of the baselines by name, NaN for rows that are not
+    compared; fused: the fused ranking of each of `ranked`; ends: the hits' scores and rows; estimates: the
+    ends before exact gradients reordered them; exact: contributions to exact scores; results: of each
+    generation.
     """
 
     query: Query
@@ -103,6 +108,9 @@ class _Work:
     ranked: list[Generation] = field(default_factory=list)
     candidates: Candidates | None = None
     scores: Tensor | None = None
+    highest: Tensor | None = None
+    tables: dict[str, baselines.Floats] = field(default_factory=dict)
+    fused: list[FusedRows] = field(default_factory=list)
     intervals: RankIntervals | None = None
     ends: Ends | None = None
     estimates: Ends | None = None
@@ -136,6 +144,9 @@ def scan_caches(work: _Work) -> None:
     work.candidates = find_candidates(
         work.scans, finer, work.options, len(work.ranked), work.data, work.clock
     )
+    if work.candidates is not None:
+        (scores, rows), _ = work.candidates.best(1)
+        work.highest = torch.where(rows >= 0, scores, torch.nan)[: len(work.ranked), 0]
 
 
 def score_all_examples(work: _Work) -> None:
@@ -143,6 +154,53 @@ def score_all_examples(work: _Work) -> None:
     if work.options.needs_all_scores:
         work.scores = all_scores([_first_queries(scan, len(work.ranked)) for scan in work.scans])
         work.clock.lap("all scores")
+
+
+def compare_texts(work: _Work) -> None:
+    """Scores the training examples by BM25 and by the model's hidden states."""
+    options = work.options
+    if not options.reads_texts:
+        return
+    assert work.data is not None
+    assert work.candidates is not None
+    source = work.sources(len(work.query.sketches) - 1)
+    counted = _counted(work)
+    texts = [""] * len(counted)
+    rows = [row for row in counted_rows(work.cache) if row < len(counted) and counted[row]]
+    for row, record in zip(rows, cached_records(work.cache, work.data, rows), strict=True):
+        texts[row] = baselines.plain_text(record)
+    queries = [
+        baselines.query_text(record, generation.completion)
+        for record, generation in zip(work.records, work.query.texts, strict=True)
+    ]
+    report: Callable[[int, int], None] | None = None
+    if work.on_stage is not None:
+        report = partial(work.on_stage, "hidden states")
+    length = source.settings.max_length
+    assert length is not None
+    reads = None
+    if options.fuse:
+        (_, best), _ = work.candidates.with_duplicates
+        reads = partial(read_rows, best[: len(work.ranked)], counted)
+    tables = baselines.scores_of_baselines(
+        source.loaded, texts, queries, max_length=length, reads=reads, on_progress=report
+    )
+    if work.options.together:
+        shares = weights_of(work.query.texts, range(len(work.query.texts))).numpy()
+        tables = {name: shares[None] @ scores for name, scores in tables.items()}
+    work.tables = tables
+    work.clock.lap("baselines")
+
+
+def fuse_rankings(work: _Work) -> None:
+    """Puts the fused ranking in the place of the most helpful rows."""
+    options = work.options
+    if not options.fuse:
+        return
+    assert work.candidates is not None
+    work.fused = fused_rows(work.candidates, work.tables, _counted(work), options.fuse_weights)
+    work.candidates = fused_candidates(work.scored, work.candidates, work.fused, options, work.data)
+    work.clock.lap("fuse")
 
 
 def estimate_errors(work: _Work) -> None:
@@ -208,6 +266,7 @@ def look_up_hits(work: _Work) -> None:
                 missing=generation.missing,
                 examples=len(work.cache),
                 layers=() if work.intervals is None else work.intervals.layers,
+                fusion=work.fused[n].fusion if work.fused else None,
             )
         )
 
@@ -222,7 +281,7 @@ def _target_results(
 ) -> list[TargetResult]:
     """The results of a generation's targets; top: the hits at the top of its ranking."""
     assert work.candidates is not None
-    helpful = [hit for hit in top if hit.score > 0]
+    helpful = [hit for hit in top if hit.score > 0 or hit.fused is not None]
     results = []
     for n, (span, ends) in enumerate(zip(generation.spans, hits_by_target, strict=True)):
         influence = sum(hit.targets[n] for hit in helpful) / max(1, len(helpful))
@@ -237,10 +296,8 @@ def _target_results(
 def judge(work: _Work) -> None:
     """Adds the verdicts, and what the hits of queries that stand out have in common."""
     query, options = work.query, work.options
-    assert work.candidates is not None
-    (scores, rows), _ = work.candidates.best(1)
-    best = torch.where(rows >= 0, scores, torch.nan)[: len(work.ranked), 0]
-    found = verdicts(query.sketches if query.finer is None else [query.finer], options, best)
+    assert work.highest is not None
+    found = verdicts(query.sketches if query.finer is None else [query.finer], options, work.highest)
     sample: TrainingSample | None = None
     for n, verdict in enumerate(found):
         examples = [hit.example for hit in work.results[n].helpful if hit.example is not None]
@@ -313,37 +370,13 @@ def _computed_again(work: _Work, data: Examples, rows: Sequence[int]) -> Tensor:
 
 def compare_baselines(work: _Work) -> None:
     """Adds the ranks of the hits by BM25 and by the model's hidden states."""
-    if not work.options.baselines:
+    if not work.tables:
         return
-    assert work.data is not None
-    source = work.sources(len(work.query.sketches) - 1)
-    if source.loaded.sharded:
-        raise UserError("`baselines` needs an unsharded model", "leave out `shard_model`")
-    counted = methods.counted(work.cache)
-    texts = [""] * len(counted)
-    rows = counted_rows(work.cache)
-    for row, record in zip(rows, cached_records(work.cache, work.data, rows), strict=True):
-        texts[row] = baselines.plain_text(record)
-    queries = [
-        baselines.query_text(record, generation.completion)
-        for record, generation in zip(work.records, work.query.texts, strict=True)
-    ]
-    report: Callable[[int, int], None] | None = None
-    if work.on_stage is not None:
-        report = partial(work.on_stage, "hidden states")
-    length = source.settings.max_length
-    assert length is not None
-    tables = baselines.scores_of_baselines(
-        source.loaded, texts, queries, max_length=length, on_progress=report
-    )
-    if work.options.together:
-        shares = weights_of(work.query.texts, range(len(work.query.texts))).numpy()
-        tables = {name: shares[None] @ scores for name, scores in tables.items()}
+    counted = torch.from_numpy(_counted(work))
     work.results = [
-        baselines.with_standings(result, {name: scores[n] for name, scores in tables.items()}, counted)
+        baselines.with_standings(result, {name: scores[n] for name, scores in work.tables.items()}, counted)
         for n, result in enumerate(work.results)
     ]
-    work.clock.lap("baselines")
 
 
 def attribute_to_tokens(work: _Work) -> None:
@@ -357,6 +390,8 @@ def attribute_to_tokens(work: _Work) -> None:
 
 SCANS: tuple[Callable[[_Work], None], ...] = (prepare_scans, scan_caches, score_all_examples)
 LOOK_UPS: tuple[Callable[[_Work], None], ...] = (
+    compare_texts,
+    fuse_rankings,
     estimate_errors,
     choose_hits,
     look_up_hits,
@@ -368,6 +403,13 @@ LOOK_UPS: tuple[Callable[[_Work], None], ...] = (
 
 
 # ----------------------------------------------------------------------------------------------- helpers
+
+
+def _counted(work: _Work) -> baselines.Bools:
+    """The rows that count in all caches: [rows]."""
+    masks = [methods.counted(scan.cache) for scan in (*work.scans, *work.scored)]
+    rows = min(map(len, masks))
+    return torch.stack([mask[:rows] for mask in masks]).all(0).cpu().numpy()
 
 
 def _first_queries(scan: CacheScan, count: int) -> CacheScan:
@@ -387,7 +429,10 @@ def _details_of(work: _Work, query: int, end: int, hits: list[Hit]) -> list[Hit]
     assert work.candidates is not None
     hits = work.candidates.with_copies(query, end, hits)
     if work.intervals is not None:
-        hits = work.intervals.describe(query, end, hits, exact=bool(work.exact))
+        fused = bool(work.fused) and end == 0
+        hits = work.intervals.describe(query, end, hits, exact=bool(work.exact), fused=fused)
+    if work.fused and end == 0:
+        hits = [replace(hit, fused=work.fused[query].by_row[hit.row]) for hit in hits]
     if not work.exact:
         return hits
     assert work.estimates is not None

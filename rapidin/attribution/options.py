@@ -175,6 +175,21 @@ class QueryOptions(Settings):
         "runs a forward pass over each.",
         panel="Output",
     )
+    fuse: bool = option(
+        False,
+        help="In the place of the most helpful examples, one ranking from gradient scores, BM25 and the "
+        "model's hidden states, by reciprocal rank fusion, with what each adds to each hit; as much work as "
+        "`baselines`. The most harmful examples stay those of the gradients.",
+        panel="Output",
+    )
+    fuse_weights: tuple[float, float, float] | None = option(
+        None,
+        help="Weights of gradient scores, BM25 and hidden states in `fuse`, as in 1,0.5,0.",
+        metavar="G,B,H",
+        panel="Output",
+        default="1,1,1",
+        parse=lambda text: _weights_of(text),
+    )
     errors: bool = option(
         True,
         help="Estimate standard errors of scores, and the ranks that hits could have.",
@@ -197,6 +212,15 @@ class QueryOptions(Settings):
             raise UserError("targets are parts of single generations", "leave out `together`")
         if self.interactions:
             self._check_interactions()
+        if self.fuse_weights is not None:
+            if not self.fuse:
+                raise UserError("`fuse_weights` are the weights of the rankings of `fuse`", "use `fuse` too")
+            object.__setattr__(self, "fuse_weights", _checked_weights(self.fuse_weights))
+        if self.fuse and self.exact:
+            raise UserError(
+                "exact gradients reorder the best candidates alone, and `fuse` ranks all examples",
+                "leave out one of them, or rescore by another cache",
+            )
         if self.exact and self.method != "dot":
             raise UserError(
                 f"exact gradients cannot be scored by '{self.method}', which works on sketches only",
@@ -251,7 +275,14 @@ class QueryOptions(Settings):
         """What of this needs the training examples, in words; "" for nothing."""
         if self.needs_gradients:
             return "`contributions` or `rescore='exact'`"
-        return "`by`" if self.by is not None else "`baselines`" if self.baselines else ""
+        if self.by is not None:
+            return "`by`"
+        return self.reads_texts
+
+    @property
+    def reads_texts(self) -> str:
+        """What of this compares the texts of all training examples, in words; "" for nothing."""
+        return "`fuse`" if self.fuse else "`baselines`" if self.baselines else ""
 
     def to_json(self) -> dict[str, Any]:
         """The options as JSON values; a cache to rescore by is its path."""
@@ -357,6 +388,28 @@ def _rescore_of(text: str) -> Any:
     from rapidin.cache import Cache
 
     return text if text == "exact" else Cache(text)
+
+
+def _weights_of(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(number) for number in text.split(","))
+    except ValueError:
+        raise UserError(f"`fuse_weights` {short(text)} are not numbers", "as in 1,0.5,0") from None
+
+
+def _checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
+    """The weights as numbers. Raises UserError unless they are three, none negative, and not all 0."""
+    try:
+        numbers = tuple(map(float, weights))
+    except (TypeError, ValueError):
+        numbers = ()
+    if len(numbers) != 3 or not all(0 <= each < math.inf for each in numbers) or not any(numbers):
+        raise UserError(
+            "`fuse_weights` must be three numbers of 0 or more for gradient scores, BM25 and hidden states, "
+            f"and not all 0, got {short(str(weights))}",
+            "as in 1,0.5,0",
+        )
+    return numbers
 
 
 def _part_of(text: str) -> tuple[int, int]:

@@ -11,6 +11,7 @@ import torch
 from rapidin import distributed
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.duplicates import candidates_for, exact_copies, fold, shingles_of
+from rapidin.attribution.fusion import DEPTH
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.scan import Ends, rescore, scan_cache
 from rapidin.attribution.scan_pieces import CacheScan
@@ -27,11 +28,17 @@ class Candidates:
     """Candidates of all queries.
 
     ends: best first, as `scan_cache` returns them; copies: for each end, query and row the hit with its
-    duplicates, or None if duplicates are not folded.
+    duplicates, or None if duplicates are not folded; unfolded: the ends before duplicates were folded.
     """
 
     ends: Ends
     copies: tuple[list[dict[int, Hit]], list[dict[int, Hit]]] | None = None
+    unfolded: Ends | None = None
+
+    @property
+    def with_duplicates(self) -> Ends:
+        """The ends with all duplicates."""
+        return self.ends if self.unfolded is None else self.unfolded
 
     def best(self, count: int) -> Ends:
         """The first `count` at each end."""
@@ -69,7 +76,8 @@ def find_candidates(
     """The candidates of all queries in the leading process, None in the others; collective.
 
     finer: rescores the best `options.rescored`; generations: the number of queries that are no targets, which
-    come first. If duplicates are folded, the scan is repeated for more rows until enough are left.
+    come first. If duplicates are folded, the scan is repeated for more rows until enough are left. For `fuse`
+    at least `fusion.DEPTH` rows are scanned for.
     """
     world, cache = distributed.world(), scans[0].cache
     shown = max(options.top_k, options.rescored if finer is None else 0)
@@ -79,17 +87,19 @@ def find_candidates(
         count = candidates_for(shown) if options.fold else shown + MARGIN
     candidates: Candidates | None = None
     while True:
-        ends = scan_cache(scans, count)
+        # Each row that is only ranked costs little, and one that is folded is read.
+        ends = scan_cache(scans, max(count, DEPTH) if options.fuse and finer is None else count)
         clock.lap("scan")
         if world.leads and finer is not None:
             ends = rescore(finer, ends, count)
             clock.lap("rescore")
         if not options.fold:
             return Candidates(ends) if world.leads else None
+        first = Candidates(ends).best(count)
         if world.leads:
-            candidates = _folded(scans, ends, data)
+            candidates = replace(folded(scans, first, data), unfolded=ends)
             clock.lap("fold")
-        full = [bool((rows[:generations, -1:] >= 0).all()) for _, rows in ends]
+        full = [bool((rows[:generations, -1:] >= 0).all()) for _, rows in first]
 
         def enough(candidates: Candidates | None = candidates, full: list[bool] = full) -> bytes:
             assert candidates is not None
@@ -107,16 +117,16 @@ def _enough(candidates: Candidates, full: Sequence[bool], generations: int, show
     return all(not more or bool((count >= shown).all()) for more, count in zip(full, left, strict=True))
 
 
-def _folded(scans: Sequence[CacheScan], ends: Ends, data: Examples | None) -> Candidates:
+def folded(scans: Sequence[CacheScan], ends: Ends, data: Examples | None) -> Candidates:
     """Candidates without duplicates."""
     cache = scans[0].cache
     every = torch.unique(torch.cat([rows.flatten() for _, rows in ends]))
     # Queries have hits in common, whose records are read once.
     by_row = {hit.row: hit for hit in hits_of(cache, data, torch.zeros(len(every), device="cpu"), every)}
     exact, shingles = exact_copies(cache, list(by_row)), shingles_of(list(by_row.values()))
-    folded_ends, copies = [], []
+    without, copies = [], []
     for scores, rows in ends:
-        folded = [
+        kept = [
             fold(
                 [replace(by_row[row], score=score) for score, row in zip(*pair, strict=True) if row >= 0],
                 exact,
@@ -124,14 +134,14 @@ def _folded(scans: Sequence[CacheScan], ends: Ends, data: Examples | None) -> Ca
             )
             for pair in zip(scores.tolist(), rows.tolist(), strict=True)
         ]
-        longest = max(map(len, folded), default=0)
-        left = scores.new_zeros(len(folded), longest), rows.new_full((len(folded), longest), -1)
-        for n, hits in enumerate(folded):
+        longest = max(map(len, kept), default=0)
+        left = scores.new_zeros(len(kept), longest), rows.new_full((len(kept), longest), -1)
+        for n, hits in enumerate(kept):
             left[0][n, : len(hits)] = torch.tensor([hit.score for hit in hits], device="cpu")
             left[1][n, : len(hits)] = torch.tensor([hit.row for hit in hits], dtype=torch.int64, device="cpu")
-        folded_ends.append(left)
-        copies.append([{hit.row: replace(hit, example=None) for hit in hits} for hits in folded])
-    return Candidates((folded_ends[0], folded_ends[1]), (copies[0], copies[1]))
+        without.append(left)
+        copies.append([{hit.row: replace(hit, example=None) for hit in hits} for hits in kept])
+    return Candidates((without[0], without[1]), (copies[0], copies[1]))
 
 
 class RankIntervals:
@@ -149,10 +159,13 @@ class RankIntervals:
         self._details = details(scans, rows)
         self.layers = self._details.layers if options.layers else ()
 
-    def describe(self, query: int, end: int, hits: Sequence[Hit], *, exact: bool = False) -> list[Hit]:
+    def describe(
+        self, query: int, end: int, hits: Sequence[Hit], *, exact: bool = False, fused: bool = False
+    ) -> list[Hit]:
         """Hits of one end (0: the top), which are among the first candidates, with their errors and ranks.
 
-        exact: the hits have exact scores, and so another order and no errors.
+        exact: the hits have exact scores, and so another order and no errors; fused: the candidates are in
+        the order of a fused ranking, in which errors of scores say nothing of ranks.
         """
         scores, rows = self._ends[end]
         count = int((rows[query] >= 0).sum())
@@ -161,14 +174,17 @@ class RankIntervals:
         by_layer = self._details.by_layer[query, first : first + count]
         positions = {row: n for n, row in enumerate(rows[query, :count].tolist())}
         sign = -1.0 if end else 1.0
-        intervals = rank_intervals([sign * score for score in scores[query, :count].tolist()], errors)
+        values = [sign * score for score in scores[query, :count].tolist()]
+        intervals = [] if fused else rank_intervals(values, errors)
         described = []
         for hit in hits:
             n = positions.get(hit.row)
             if n is not None and self._with_layers:
                 hit = replace(hit, layers=tuple(by_layer[n].tolist()))
             if n is not None and not exact and errors[n] == errors[n]:  # not NaN
-                ranks = intervals[n].first, intervals[n].last
-                hit = replace(hit, error=errors[n], ranks=ranks, tied=intervals[n].tied)
+                hit = replace(hit, error=errors[n])
+                if not fused:
+                    ranks = intervals[n].first, intervals[n].last
+                    hit = replace(hit, ranks=ranks, tied=intervals[n].tied)
             described.append(hit)
         return described

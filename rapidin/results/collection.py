@@ -72,18 +72,24 @@ class Results(list[QueryResult]):
         """All hits as flat dicts with the same keys.
 
         query: number of the generation, from 0; side: "helpful" for a positive score, "harmful" for a
-        negative one; rank, index, row, score, error, first_rank, last_rank, tied, estimate, copies (how many
-        others are folded into it) as in `Hit`; for each baseline its "<name> score" and "<name> rank";
+        negative one, "fused" in a fused ranking; rank, index, row, score, error, first_rank, last_rank, tied,
+        estimate, copies (how many others are folded into it) as in `Hit`; for each baseline its "<name>
+        score" and "<name> rank"; in a fused ranking its score as fused, and of each of its rankings "fused
+        <name> rank" and "<name> adds";
         asked, answered: the generation; and the example's fields, as "example.<field>". A value that is not
         known is None.
         """
         hits = [
             (number, result, side, hit)
             for number, result in enumerate(self)
-            for side, ranking in (("helpful", result.helpful), ("harmful", result.harmful))
+            for side, ranking in (
+                ("helpful" if result.fusion is None else "fused", result.helpful),
+                ("harmful", result.harmful),
+            )
             for hit in ranking
         ]
         baselines = dict.fromkeys(name for *_, hit in hits for name in hit.standings)
+        rankings = dict.fromkeys(name for *_, hit in hits if hit.fused for name in hit.fused.ranks)
         fields = dict.fromkeys(name for *_, hit in hits for name in hit.example or {})
         return [
             {
@@ -104,6 +110,9 @@ class Results(list[QueryResult]):
                     for name in baselines
                     for what in ("score", "rank")
                 },
+                **({"fused": hit.fused and hit.fused.score} if rankings else {}),
+                **{f"fused {name} rank": hit.fused and hit.fused.ranks[name] for name in rankings},
+                **{f"{name} adds": hit.fused and hit.fused.adds[name] for name in rankings},
                 "asked": result.prompt,
                 "answered": result.completion,
                 **{f"example.{name}": (hit.example or {}).get(name) for name in fields},

@@ -21,6 +21,7 @@ from rich.text import Text
 from rapidin.results.confirmation import SURE
 from rapidin.results.sinks import sinks_of, without_sinks
 from rapidin.results.text import (
+    FUSED_MEANING,
     MEANING,
     NET,
     capital,
@@ -31,15 +32,19 @@ from rapidin.results.text import (
     one_line,
     overlap_text,
     percent_text,
+    rank_texts,
+    ranks_meaning,
     scale_text,
     score_text,
     shorten,
     shorten_middle,
+    title_text,
 )
 from rapidin.results.types import join_words
 
 if TYPE_CHECKING:
     from rapidin.results.confirmation import Confirmation
+    from rapidin.results.fusion import Fused
     from rapidin.results.types import Group as ByColumn
     from rapidin.results.types import Hit, QueryResult
     from rapidin.results.verdict import Verdict
@@ -100,6 +105,27 @@ class _Example:
         )
 
 
+class _Ranks:
+    """The ranks of a hit in the rankings that were fused, as many on a line as fit."""
+
+    def __init__(self, fused: Fused) -> None:
+        self._parts = [one_line(part) for part in rank_texts(fused)]
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement(20, max(20, cell_len(", ".join(self._parts))))
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Text]:
+        lines = [""]
+        for part in self._parts:
+            joined = f"{lines[-1]}, {part}" if lines[-1] else part
+            if lines[-1] and cell_len(joined) > options.max_width:
+                lines.append(part)
+            else:
+                lines[-1] = joined
+        for line in lines:
+            yield Text(line, style="dim", no_wrap=True, overflow="ellipsis")
+
+
 def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> RenderableType:
     """Every query with its most helpful and most harmful training examples, and what the scores mean.
 
@@ -118,7 +144,7 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
         if result.targets:
             report.append(targets_table(result, bounded=bounded))
         for helpful, hits in ((True, result.helpful), (False, result.harmful)):
-            name = "Most helpful" if helpful else "Most harmful"
+            name = title_text(result, helpful=helpful)
             report.append(hits_table(name, hits, bounded=bounded) if hits else none_of(name, helpful=helpful))
         if result.by is not None:
             report.append(_Groups(result.by, result.groups))
@@ -290,7 +316,11 @@ class _Hits:
         if wide and any(hit.copies for hit in hits):
             counts = [1 + len(hit.copies) + hit.copies_more for hit in hits]
             columns["copies"] = [f"{signs['times']}{count:,}" if count > 1 else "" for count in counts]
-        for name in dict.fromkeys(name for hit in hits for name in hit.standings) if wide else ():
+        fused = [hit.fused for hit in hits if hit.fused is not None]
+        if fused:
+            columns["fused"] = [f"{each.score:.4f}" for each in fused]
+        standings = dict.fromkeys(name for hit in hits for name in hit.standings)
+        for name in standings if wide and not fused else ():
             ranks = [hit.standings[name].rank if name in hit.standings else None for hit in hits]
             columns["\n".join(one_line(name).split())] = ["" if r is None else f"#{r:,}" for r in ranks]
         yield self._table(columns)
@@ -318,11 +348,15 @@ class _Hits:
             table.add_column("example", no_wrap=True, ratio=1)
         for hit, cells in zip(self._hits, zip(*columns.values(), strict=True), strict=True):
             example: list[RenderableType] = [_Example(hit)] if shown else []
+            if shown and hit.fused is not None:
+                example += [_Ranks(hit.fused)]
             if shown and hit.tokens is not None:
                 words = Text(f"by {words_text(hit, sinks)}", style="dim", no_wrap=True, overflow="ellipsis")
-                example = [Group(*example, words)]
+                example += [words]
             rank, score, *others = cells
-            table.add_row(rank, Text(score, style=_color(hit.score)), *others, *example)
+            table.add_row(
+                rank, Text(score, style=_color(hit.score)), *others, *([Group(*example)] if shown else [])
+            )
         return table
 
 
@@ -349,10 +383,15 @@ class _Notes:
             notes.append(f"{signs['tied']}: tied with the previous hit, within error.")
         if wide and any(hit.copies for hit in hits):
             notes.append(f"{signs['times']}3: three examples with the same text, of which the best is shown.")
+        depths = {result.fusion.depth for result in self._results if result.fusion is not None}
+        if depths:
+            notes += [FUSED_MEANING, ranks_meaning(max(depths))]
         for number, result in enumerate(self._results, 1):
             prefix = f"Query {number}: " if len(self._results) > 1 else ""
+            if result.fusion is not None:
+                notes.append(f"{prefix}{capital(result.fusion.sentence)}.")
             for name, count in result.overlaps.items():
-                notes.append(f"{prefix}{overlap_text(one_line(name), count, len(result.helpful))}.")
+                notes.append(f"{prefix}{overlap_text(one_line(name), count, result)}.")
         if notes:
             yield Text("\n".join(notes), style="dim")
 

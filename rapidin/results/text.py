@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len, set_cell_size
 
 if TYPE_CHECKING:
+    from rapidin.results.fusion import Fused
     from rapidin.results.types import QueryResult
 
 
@@ -100,6 +101,38 @@ def scale_text(result: QueryResult) -> str:
     return f"{_METHODS[result.method]} {vectors}: only the order is meaningful"
 
 
+FUSED = "Fused ranking"
+FUSED_MEANING = (
+    "The fused score is the sum of weight / (60 + rank) over the rankings by gradient scores, by BM25 of the "
+    "words and by the similarity of hidden states. The score is that of the gradients, and the most harmful "
+    "examples are theirs alone."
+)
+
+
+def title_text(result: QueryResult, *, helpful: bool) -> str:
+    """The title of the list of helpful or of harmful hits."""
+    if not helpful:
+        return "Most harmful"
+    return "Most helpful" if result.fusion is None else FUSED
+
+
+def rank_texts(fused: Fused) -> list[str]:
+    """A hit's rank in each of the rankings that were fused, with the part of its fused score that this
+    adds."""
+    return [
+        f"{name} without a rank" if rank is None else f"{name} #{rank:,} {percent_text(fused.share(name))}"
+        for name, rank in fused.ranks.items()
+    ]
+
+
+def ranks_meaning(depth: int) -> str:
+    """What `rank_texts` say; depth: of the rankings."""
+    return (
+        "BM25 #3 34%: the row is the third of that ranking, which adds 34% of the fused score. A row beyond "
+        f"the best {depth:,} of a ranking, or without a word of the query, has no rank there."
+    )
+
+
 def no_row_text(*, helpful: bool) -> str:
     """What is said in the place of a list of helpful or of harmful hits that has none."""
     if helpful:
@@ -107,9 +140,11 @@ def no_row_text(*, helpful: bool) -> str:
     return "No row is harmful: no score is negative."
 
 
-def overlap_text(name: str, count: int, hits: int) -> str:
+def overlap_text(name: str, count: int, result: QueryResult) -> str:
     """How many of the top hits a baseline has in its own top."""
-    return f"{count:,} of the {hits:,} most helpful hits are also in the top {hits:,} of {name}"
+    hits = len(result.helpful)
+    what = "most helpful hits" if result.fusion is None else "hits of the fused ranking"
+    return f"{count:,} of the {hits:,} {what} are also in the top {hits:,} of {name}"
 
 
 NET = "Net: what of the sum is lost if the group is left out while the others stay"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rapidin.data.records import shown_parts
 from rapidin.errors import short
 from rapidin.results.confirmation import Confirmation
+from rapidin.results.fusion import Fused, Fusion
 from rapidin.results.verdict import Verdict
 
 if TYPE_CHECKING:
@@ -87,8 +88,9 @@ class Hit:
     hit within error; estimate: the score from the cache, if `score` is from exact gradients; copies: line
     numbers of duplicates that are folded into this hit, and copies_more: how many more there are; targets:
     the parts of the score that come from the query's targets; layers: the part of each layer; tokens: the
-    contribution of each of the example's tokens; standings: score and rank by the name of a baseline;
-    decoded: the texts of an example that is given as token ids, before and after its first target token.
+    contribution of each of the example's tokens; standings: score and rank by the name of a baseline; fused:
+    of a hit of a fused ranking, its ranks and what they add; decoded: the texts of an example that is given
+    as token ids, before and after its first target token.
     """
 
     rank: int
@@ -106,6 +108,7 @@ class Hit:
     layers: tuple[float, ...] = ()
     tokens: Tokens | None = None
     standings: Mapping[str, Standing] = field(default_factory=dict)
+    fused: Fused | None = None
     decoded: tuple[str, str] | None = None
 
     @property
@@ -139,6 +142,8 @@ class Hit:
             value["baselines"] = {
                 name: {"score": s.score, "rank": s.rank} for name, s in self.standings.items()
             }
+        if self.fused is not None:
+            value["fused"] = self.fused.to_json()
         if self.tokens is not None:
             value["tokens"] = self.tokens.to_json()
         if self.decoded is not None:
@@ -241,7 +246,8 @@ class QueryResult:
     histogram: of all scores; by: a column of the training data, and groups: its values with the sums of their
     scores, largest total first; examples: how many training examples were scored; overlaps: by the name of a
     baseline, how many of the top hits are in its top of the same length; missing: hot words that the
-    completion does not contain; confirmation: what retraining without hits did (`rapidin confirm`).
+    completion does not contain; confirmation: what retraining without hits did (`rapidin confirm`); fusion:
+    what `top` was fused from. It then has the highest fused scores first, whatever the sign of a row's score.
     """
 
     prompt: str
@@ -265,12 +271,14 @@ class QueryResult:
     missing: tuple[str, ...] = ()
     verdict: Verdict | None = None
     confirmation: Confirmation | None = None
+    fusion: Fusion | None = None
 
     # Set by `rapidin.results.collection`, since this module cannot import the page, which imports it.
     notebook: ClassVar[Callable[[Sequence[QueryResult]], str] | None] = None
 
     def __repr__(self) -> str:
-        lines = [f"QueryResult({_texts(self.prompt, self.completion)}: {len(self.helpful):,} helpful, then "]
+        kind = "helpful" if self.fusion is None else "of the fused ranking"
+        lines = [f"QueryResult({_texts(self.prompt, self.completion)}: {len(self.helpful):,} {kind}, then "]
         lines[0] += f"{len(self.harmful):,} harmful of {self.examples:,} examples)"
         for hits in (self.helpful, self.harmful):
             lines += [f"  {hit!r}" for hit in hits[:_SHOWN]]
@@ -279,7 +287,10 @@ class QueryResult:
 
     @property
     def helpful(self) -> list[Hit]:
-        """The hits of the top that are helpful: a ranking's top may have others if few rows are helpful."""
+        """The hits of the top that are helpful: a ranking's top may have others if few rows are helpful. Of a
+        fused ranking all, since its rankings by words and hidden states have no sign."""
+        if self.fusion is not None:
+            return list(self.top)
         return [hit for hit in self.top if not hit.score <= 0]
 
     @property
@@ -311,6 +322,8 @@ class QueryResult:
             value["exact"] = True
         if self.overlaps:
             value["overlaps"] = dict(self.overlaps)
+        if self.fusion is not None:
+            value["fusion"] = self.fusion.to_json()
         if self.layers:
             value["layers"] = list(self.layers)
         if self.verdict is not None:

@@ -12,7 +12,7 @@ from tiny import tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 from rapidin.attribution import baselines
 from rapidin.errors import UserError
 from rapidin.gradients.model import LoadedModel
-from rapidin.results.types import Hit, QueryResult
+from rapidin.results.types import Hit, QueryResult, Standing
 
 FOX = "The quick brown fox jumps over the lazy dog. "
 TEXTS = ["", "a", *(FOX * n for n in (1, 2, 9, 40)), "One, two."] * 3
@@ -85,3 +85,38 @@ def test_hits_are_placed_among_the_rows_that_count() -> None:
                 assert standing.rank == 1 + sum(sign * scores[row] > standing.score for row in live)
             best = sorted(live, key=lambda row: (-sign * scores[row], row))[: len(told.helpful)]
             assert told.overlaps[name] == len({hit.row for hit in told.helpful} & set(best))
+
+
+def test_rows_that_were_not_compared_have_no_standing() -> None:
+    hits = [Hit(n + 1, n, n, 2.5 - n) for n in range(3)]
+    result = QueryResult("p", "c", False, hits[:2], hits[2:], "layer")
+    scores = np.array([np.nan, 0.5, 0.7, 0.6])
+    told = baselines.with_standings(result, {"hidden states": scores}, torch.ones(4, dtype=torch.bool))
+    assert [hit.standings for hit in (*told.top, *told.bottom)] == [
+        {},
+        {"hidden states": Standing(0.5, 3)},
+        {"hidden states": Standing(0.7, 1)},
+    ]
+    assert told.overlaps == {"hidden states": 0}
+
+
+def test_the_model_reads_the_texts_that_it_should_and_copies_once() -> None:
+    loaded = LoadedModel.of(tiny_llama(), tiny_tokenizer())
+    texts = ["a red fox", "a blue sky", "the sea", "a red fox"] * 5
+    told: list[tuple[int, int]] = []
+    found = baselines.scores_of_baselines(
+        loaded,
+        texts,
+        ["the red fox", "a sky"],
+        reads=lambda words: words[0] > 0,
+        on_progress=lambda *n: told.append(n),
+    )
+    states = found["hidden states"]
+    assert np.isnan(states).tolist() == (found["BM25"] <= 0)[:1].tolist() * 2
+    assert told[-1][0] == told[-1][1]
+    every = baselines.hidden_states(loaded, texts, ["the red fox", "a sky"])
+    read = ~np.isnan(states)
+    np.testing.assert_allclose(states[read], every[read], atol=1e-6)
+    for row in range(4, len(texts)):
+        assert every[:, row].tolist() == every[:, row % 4].tolist()
+    assert every[:, 0].tolist() == every[:, 3].tolist()

@@ -165,6 +165,7 @@ def asking(cache: Path, *options: str) -> list[str]:
         (3, "plain", ["--method", "datainf", "--normalize", "none", "--top-k", "100"]),
         (2, "compact", ["--rescore", "PLAIN", "--candidates", "9", "--top-k", "4", "--method", "fisher"]),
         (3, "plain", ["--fold", "--by", "prompt", "--baselines", "--top-k", "12"]),
+        (2, "compact", ["--fuse", "--fold", "--top-k", "7"]),
     ],
 )
 def test_processes_find_the_hits_of_one(

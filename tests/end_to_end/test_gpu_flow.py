@@ -201,6 +201,7 @@ def stepped(gpu: Gpu, patch: pytest.MonkeyPatch) -> set[str]:
         {"contributions": True, "method": "fisher", "fold": True},
         {"rescore": "exact", "normalize": "cosine", "candidates": 3},
         {"together": True, "method": "datainf", "normalize": "none", "baselines": True},
+        {"fuse": True, "fold": True, "targets": "tokens"},
     ],
     ids=lambda options: ", ".join(options),
 )

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 from browser import ActionChains, Browser, By, Keys, WebElement, started
-from made_results import HOSTILE, hostile, made, several, visible
+from made_results import HOSTILE, fused, hostile, made, several, visible
 
 from rapidin.results.html import notebook, page, shades
 from rapidin.results.html.view import View
@@ -388,6 +388,24 @@ def saved(shown: Shown, name: str) -> list[dict[str, str]]:
     rows = list(csv.DictReader(text.splitlines(keepends=True), strict=True))
     assert all(None not in row and None not in row.values() for row in rows)
     return rows
+
+
+def test_a_fused_ranking_keeps_its_order_and_a_selection_is_of_gradients_alone(shown: Shown) -> None:
+    result = fused()
+    result = replace(result, bottom=[replace(result.top[1], rank=1, fused=None), *result.bottom[1:]])
+    shown.open([result])
+    title = shown.one(".lists .list h3.helpful")
+    assert title.text == "Fused ranking"
+    top, bottom = ([(hit.rank, hit.index) for hit in end] for end in (result.top, result.bottom))
+    assert [[entry[:2] for entry in end] for end in shown.hits()] == [top, bottom]
+    shown.tokens()[1].click()
+    assert title.text == "Most helpful"
+    listed = [index for end in shown.hits() for _, index, _ in end]
+    assert len(listed) == len(set(listed))  # a row at both ends of the whole is at one
+    assert "of the fused ranking" in shown.one(".lists").text
+    shown.tokens()[1].click()
+    assert title.text == "Fused ranking"
+    assert [[entry[:2] for entry in end] for end in shown.hits()] == [top, bottom]
 
 
 def test_the_table_is_saved_as_csv(shown: Shown) -> None:

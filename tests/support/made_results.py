@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from rapidin.results.collection import Results
+from rapidin.results.fusion import Fused, Fusion
 from rapidin.results.types import Group, Histogram, Hit, QueryResult, Standing, TargetResult, Tokens
 
 HOSTILE = [
@@ -228,6 +229,21 @@ def hostile() -> QueryResult:
         overlaps={evil: 1},
         examples=5,
     )
+
+
+def fused(**fields: Any) -> QueryResult:
+    """A query whose top is a fused ranking, with a row of a negative score in it."""
+    result = made(**{"hits": 6, "length": 9, "generation": 4} | fields)
+    names = ("gradients", "BM25", "hidden states")
+    top = []
+    for n, hit in enumerate(result.top):
+        ranks = {name: None if name == "BM25" and n == 1 else n + 3 * k + 1 for k, name in enumerate(names)}
+        adds = {name: 0.0 if rank is None else 1 / (60 + rank) for name, rank in ranks.items()}
+        score = -hit.score if n == 1 else hit.score
+        top.append(
+            replace(hit, score=score, ranks=None, tied=False, fused=Fused(sum(adds.values()), ranks, adds))
+        )
+    return replace(result, top=top, fusion=Fusion(dict.fromkeys(names, 1.0), 1000, 9, 10))
 
 
 def several() -> Results:

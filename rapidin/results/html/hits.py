@@ -13,7 +13,15 @@ from rapidin.results.html import drawings, shades
 from rapidin.results.html.text import block, isolated, marked, plain, shared, shortened, trimmed_block
 from rapidin.results.html.view import Entry, View
 from rapidin.results.sinks import without_sinks
-from rapidin.results.text import UNSURE, error_text, is_unsure, no_row_text, score_text
+from rapidin.results.text import (
+    UNSURE,
+    error_text,
+    is_unsure,
+    no_row_text,
+    rank_texts,
+    score_text,
+    title_text,
+)
 from rapidin.results.types import Hit, Tokens
 
 _STRONGEST = 5  # tokens named in words
@@ -34,12 +42,14 @@ def lists(view: View, histogram: bool) -> str:
     for n, entry in enumerate(view.entries):
         items[entry.side] += _hit(view, n, entry, largest, histogram)
     sections = tabs = ""
-    for side, title in ((1, "Most helpful"), (-1, "Most harmful")):
+    for side in (1, -1):
+        title = title_text(view.result, helpful=side > 0)
         kind = "helpful" if side > 0 else "harmful"
         count = len(view.result.helpful if side > 0 else view.result.harmful)
         tabs += (
             f'<button type="button" class="tab {kind}" role="tab" id="{view.name}-{kind}-tab" '
-            f'aria-controls="{view.name}-{kind}-list" data-side="{side}">{title} <b>{count:,}</b></button>'
+            f'aria-controls="{view.name}-{kind}-list" data-side="{side}"><span>{title}</span> '
+            f"<b>{count:,}</b></button>"
         )
         sections += (
             f'<section class="list" id="{view.name}-{kind}-list" aria-labelledby="{view.name}-{kind}">'
@@ -192,7 +202,13 @@ def _notes(hit: Hit, entry: Entry, bounded: bool) -> str:
         notes.append("Tied with the previous hit, within error")
     if hit.estimate is not None:
         notes.append(f"Estimate in the cache {score_text(hit.estimate, bounded)}")
-    notes += [f"{isolated(plain(name))} rank {standing.rank:,}" for name, standing in hit.standings.items()]
+    if hit.fused is not None and entry.side > 0:
+        notes.append(
+            f"Fused score {hit.fused.score:.4f}: {isolated(plain(', '.join(rank_texts(hit.fused))))}"
+        )
+    else:
+        standings = hit.standings.items()
+        notes += [f"{isolated(plain(name))} rank {standing.rank:,}" for name, standing in standings]
     items = "".join(f"<li>{note}</li>" for note in notes)
     return (f'<ul class="notes">{items}</ul>' if items else "") + _copies(hit)
 

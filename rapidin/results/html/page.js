@@ -1,7 +1,7 @@
 "use strict";
 // Texts of data and models stand in the document as text already; the script moves them, and reads and writes
 // `textContent` alone. The JSON in #data holds numbers, a list a query, as `view.View.script` writes it:
-//   bounded, ends: [top, bottom], mean of the top scores, shares: whether parts are told as shares of it, sinks:
+//   bounded, fused: whether the top is a fused ranking, ends: [top, bottom], mean of the top scores, shares: whether parts are told as shares of it, sinks:
 //   positions of attention sinks, owners: the target of each token or -1,
 //   influence of each target, runs [first token, last token, hit] that have the same best hit, baselines, levels
 //   of byTarget, and hits in the order of their elements' data-hit:
@@ -209,7 +209,9 @@
       this.cards = data.hits.map((hit, n) => this.card(hit, n));
       this.lists = [1, -1].map((side) => section.querySelector(`.hits[data-side="${side}"]`));
       this.pool = section.querySelector(".pool");
-      this.movable = this.cards.filter((card) => card.targets); // by a selection
+      // By a selection. A row at both ends, as a fused ranking may have one, is moved once.
+      const first = new Map(this.cards.map((card) => [card.hit.row, card]).reverse());
+      this.movable = this.cards.filter((card) => card.targets && first.get(card.hit.row) === card);
       this.near = new IntersectionObserver((seen) => this.approach(seen), { rootMargin: "400px 0px" });
       for (const card of this.cards) this.near.observe(card.element);
       this.tokens = [...section.querySelectorAll(".completion > span")];
@@ -648,6 +650,12 @@
         else none.textContent = n ? "None here makes it less likely." : "None here makes it more likely.";
         for (const { card, score, rank } of list) this.label(card, score, rank, most);
       });
+      if (this.data.fused) {
+        // A selection has a ranking of gradient scores alone.
+        const title = this.selected ? "Most helpful" : "Fused ranking"; // as in `text.title_text`
+        this.tabs[0].querySelector("span").textContent = title;
+        this.lists[0].parentElement.querySelector("h3").textContent = title;
+      }
       this.rows = found;
       this.listed = lists.flat().map(({ card }) => card);
       this.tabs.forEach((tab, n) => (tab.querySelector("b").textContent = found[n].length));
@@ -688,8 +696,7 @@
       card.bar.setAttribute("width", most > 0 ? (100 * Math.abs(score)) / most : 0);
       was.hidden = !this.selected || hit.score === undefined;
       if (!was.hidden) {
-        const end = hit.side > 0 ? "helpful" : "harmful";
-        const place = hit.rank ? `, rank ${hit.rank} of the most ${end}` : "";
+        const place = hit.rank ? `, rank ${hit.rank} of the ${this.endName(hit.side)}` : "";
         was.textContent = `For the whole generation ${scoreText(hit.score, bounded)}${place}`;
       }
     }
@@ -792,8 +799,12 @@
 
     nameOf([, , hit]) {
       const { index, side, rank } = this.data.hits[hit];
-      const end = side > 0 ? "helpful" : "harmful";
-      return `index ${index}${side ? `, rank ${rank} of the most ${end}` : ""}`;
+      return `index ${index}${side ? `, rank ${rank} of the ${this.endName(side)}` : ""}`;
+    }
+
+    endName(side) {
+      if (side < 0) return "most harmful";
+      return this.data.fused ? "fused ranking" : "most helpful";
     }
 
     underline() {

@@ -7,7 +7,17 @@ from rapidin.results.html import drawings, shades
 from rapidin.results.html.hits import lists
 from rapidin.results.html.text import block, isolated, plain, shared, shortened, token, trimmed_block
 from rapidin.results.html.view import View
-from rapidin.results.text import MEANING, NET, UNSURE, capital, overlap_text, scale_text, score_text
+from rapidin.results.text import (
+    FUSED_MEANING,
+    MEANING,
+    NET,
+    UNSURE,
+    capital,
+    overlap_text,
+    ranks_meaning,
+    scale_text,
+    score_text,
+)
 from rapidin.results.types import Group, QueryResult, TargetResult
 from rapidin.results.verdict import Place, common_text
 
@@ -139,6 +149,8 @@ def _all_scores(view: View, histogram: bool) -> str:
 def _meaning(view: View) -> str:
     result = view.result
     lines = [MEANING, f"The score is {scale_text(result)}."]
+    if result.fusion is not None:
+        lines.append(f"{FUSED_MEANING} {ranks_meaning(result.fusion.depth)}")
     if result.exact:
         lines.append("Scores are from exact gradients; the estimate is the score from the cached sketches.")
     if any(e.hit.error is not None for e in view.entries):
@@ -262,8 +274,9 @@ def _place(place: Place, what: str, score: float) -> str:
 def _overlaps(result: QueryResult) -> str:
     if not result.overlaps:
         return ""
-    lines = "".join(
-        f"<li>{overlap_text(f'<b>{isolated(plain(name))}</b>', count, len(result.helpful))}</li>"
+    lines = "" if result.fusion is None else f"<li>{plain(capital(result.fusion.sentence))}</li>"
+    lines += "".join(
+        f"<li>{overlap_text(f'<b>{isolated(plain(name))}</b>', count, result)}</li>"
         for name, count in result.overlaps.items()
     )
     return f'<ul class="overlaps">{lines}</ul>'

@@ -211,6 +211,7 @@ class View:
         parted = {hit.row for hit in kept} | {e.hit.row for e in self.entries if not e.side}
         return {
             "bounded": result.bounded,
+            "fused": result.fusion is not None,
             "ends": [len(result.top), len(result.bottom)],
             "mean": _mean(result),
             "shares": has_shares(_mean(result) or 0.0, [target.influence for target in result.targets]),
