@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import accumulate, pairwise
 
 import torch
 from torch import Tensor
 
 from rapidin.attribution import token_contributions
+from rapidin.attribution.methods import ScanQuery
+from rapidin.attribution.normalization import divide, divisors
 from rapidin.attribution.options import ScoringConfig
 from rapidin.attribution.query_sketch import OnStage, Query, target_texts, weights_of
 from rapidin.attribution.scan import Ends
 from rapidin.attribution.scan_pieces import CacheScan
-from rapidin.data.encoding import AnyExample
+from rapidin.attribution.token_contributions import MEMORY_BYTES, OnText, all_seen, no_tokens
+from rapidin.data.encoding import AnyExample, by_length
 from rapidin.data.examples import Examples
 from rapidin.errors import UserError
 from rapidin.gradients.source import GradientSource
 from rapidin.results.types import QueryResult, Tokens
+from rapidin.tasks.task import AnyBatch
 
 SourceOf = Callable[[int], GradientSource]  # the source of a query's sketch, by the sketch's number
 
@@ -90,7 +95,7 @@ class HitGradients:
             report(0)
             factors = None if query.factors is None else [query.factors[row] for row in rows]
             texts = [self._example(source, row) for row in rows]
-            found = token_contributions.sketched(source, texts, query, factors, report)
+            found = sketched_contributions(source, texts, query, factors, report)
             for row, positions in zip(rows, found, strict=True):
                 for n, chosen in enumerate(hits):
                     if row in chosen:
@@ -152,6 +157,93 @@ class HitGradients:
                 self._on_stage(stage, before + done, total)
 
         return report
+
+
+def sketched_contributions(
+    source: GradientSource,
+    texts: Sequence[AnyExample],
+    query: ScanQuery,
+    factors: Sequence[Tensor | None] | None = None,
+    on_text: OnText = lambda _: None,
+    memory_bytes: int = MEMORY_BYTES,
+) -> list[Tensor]:
+    """What each position of training examples contributes to their scores: [Q, T] float32 on the CPU for each
+    example.
+
+    texts: the examples; query: what the cache is scanned for; factors: `ScanQuery.factors` of their rows, of
+    each [blocks] or None; on_text: called with the number of examples that are done; memory_bytes: of the
+    products that are held at a time.
+    The sums over positions are the scores that the cache would give if it stored sketches uncompressed.
+    Raises UserError if a gradient is not a sum over tokens, or if an example does not fit into memory.
+    """
+    vectors = query.vectors.to(source.loaded.device)
+    texts = source.prepared(texts)
+    # Products take memory by tokens and by queries. Shorter batches cost less than passes for some queries.
+    longest = max((text.length for text in texts), default=1)
+    bytes_per_product = 4 * len(source.targets) * len(source.points)
+    together = max(longest, memory_bytes // (bytes_per_product * len(vectors)))
+    size = max(1, memory_bytes // (bytes_per_product * longest))
+    some_vectors = torch.split(vectors, size)
+    found: list[list[Tensor]] = [[] for _ in texts]
+    done = 0
+    for chosen in by_length(range(len(texts)), texts, min(together, source.batches.batch_tokens)):
+        for some in some_vectors:
+            for n, products in _of_batch(source, texts, chosen, some, query.normalize, factors):
+                found[n].append(products)
+        done += len(chosen)
+        on_text(done)
+    return [torch.cat(of_text) for of_text in found]
+
+
+def _of_batch(
+    source: GradientSource,
+    texts: Sequence[AnyExample],
+    chosen: Sequence[int],
+    vectors: Tensor,
+    normalize: str,
+    factors: Sequence[Tensor | None] | None,
+) -> Iterator[tuple[int, Tensor]]:
+    """The number of each of the chosen texts, with its contributions [Q, T]."""
+    sketcher, count = source.sketcher, len(source.targets)
+    products: dict[int, list[Tensor]] = {n: [] for n in chosen}
+    lengths: dict[int, list[Tensor]] = {n: [] for n in chosen}
+    for number in range(len(source.points)):
+        if sketcher.blocks == count:
+            of_point = vectors[:, number * count : (number + 1) * count]
+        else:  # one block: the sum of all parameters' sketches, each at length 1
+            of_point = vectors[:, number : number + 1].expand(-1, count, -1)
+        step = partial(_positions, source, of_point, number)
+        with source.at(number):
+            for numbers, result in source.batches.run(chosen, texts, step):
+                if result is None:
+                    raise UserError(
+                        "a hit does not fit into memory with what each token contributes",
+                        "leave out `contributions`",
+                    )
+                for n, product, sketch in zip(numbers, *result, strict=True):
+                    product = product[: texts[n].length]  # the others are padding
+                    if sketcher.blocks != count:
+                        scale = divide(1.0, sketch.norm(dim=1))
+                        product = (product * scale).sum(2, keepdim=True)
+                        sketch = (sketch * scale[:, None]).sum(0, keepdim=True)
+                    products[n].append(product)
+                    lengths[n].append(sketch.double().norm(dim=1))
+    for n in chosen:
+        scale = divide(1.0, divisors(torch.cat(lengths[n]), normalize))
+        own = None if factors is None else factors[n]
+        if own is not None:
+            scale = scale * own.to(scale)
+        yield n, (torch.cat(products[n], 2).double() @ scale).T.float().cpu()
+
+
+def _positions(
+    source: GradientSource, vectors: Tensor, number: int, batch: AnyBatch
+) -> tuple[Tensor, Tensor]:
+    """`GradientSketcher.positions` of a batch, whose output head sees all positions."""
+    try:
+        return source.sketcher.positions(all_seen(batch), vectors, number)
+    except TypeError as error:
+        raise no_tokens(error) from None
 
 
 def target_slices(counts: Sequence[int]) -> list[slice]:

@@ -37,7 +37,7 @@ def as_linear(
     """A call of a module, which stays as it is unless that is a convolution: then as the call of a linear
     layer, (inputs [B, positions, I], gradients of the outputs [B, positions, O], uses).
 
-    uses, gradient_pass: as `rapidin.gradients.module_hooks.ModuleHooks` has them. The gradient of a weight
+    uses, gradient_pass: as `rapidin.gradients.collector.ModuleHooks` has them. The gradient of a weight
     with groups goes to the pass formed, and its use is left out. Raises NotBatchedError for inputs without an
     axis of the examples.
     """

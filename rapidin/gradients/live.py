@@ -20,8 +20,7 @@ from torch import Tensor
 
 from rapidin.errors import UserError
 from rapidin.gradients.calls import Call, NotBatchedError
-from rapidin.gradients.collector import GradientSketcher
-from rapidin.gradients.module_hooks import ModuleHooks
+from rapidin.gradients.collector import GradientSketcher, ModuleHooks
 from rapidin.gradients.parameters import Use
 from rapidin.gradients.passes import GradientPass, SketchPass
 from rapidin.gradients.source import GradientSource

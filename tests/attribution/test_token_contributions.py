@@ -17,6 +17,7 @@ from rapidin.attribution import methods, token_contributions
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble, Member
 from rapidin.attribution.generate import generations_of
+from rapidin.attribution.hit_gradients import sketched_contributions
 from rapidin.attribution.query_sketch import target_texts
 from rapidin.errors import UserError
 from rapidin.results.types import Hit, QueryResult
@@ -255,11 +256,11 @@ def test_queries_in_several_chunks_get_the_same(normalize: str) -> None:
     assert passes[-1] == 5 * len(rows) * len(source.points)
     query = methods.prepare(torch.randn(5, source.blocks, 16), normalize=normalize)
     done: list[int] = []
-    together = token_contributions.sketched(source, rows, query, on_text=done.append)
+    together = sketched_contributions(source, rows, query, on_text=done.append)
     assert done[-1] == len(rows)
     for n, row in enumerate(rows):
         assert together[n].shape == (5, row.length)
-        (alone,) = token_contributions.sketched(source, [row], query, memory_bytes=1)
+        (alone,) = sketched_contributions(source, [row], query, memory_bytes=1)
         torch.testing.assert_close(alone, together[n], rtol=1e-4, atol=1e-5 * float(alone.abs().max()))
 
 
