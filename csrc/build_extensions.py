@@ -33,7 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+MACHINE = platform.machine().lower()
+WINDOWS = sys.platform == "win32"
 CPU, CUDA = "csrc/cpu/", "csrc/cuda/"
 # No contraction: the rounding of a product and a sum must not depend on how a loop was unrolled.
 CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fwrapv", "-fPIC", "-fvisibility=hidden", "-g0", "-pthread"]
@@ -42,7 +43,14 @@ CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 finds such uses in its own headers
-FLAGS = {CPU + "isa_avx2.cpp": AVX2, CPU + "isa_avx512.cpp": AVX512} if X86 else {}
+NEON = ["-DRAPIDIN_NEON=1"]
+X86_UNITS = {"isa_avx2.cpp": AVX2, "isa_avx512.cpp": AVX512}
+ARM64_UNITS = {"isa_neon.cpp": NEON, "isa_neon_i8mm.cpp": [*NEON, "-march=armv8.2-a+i8mm"]}
+# By machine: the macro that tells csrc/cpu/run.cpp of its units, and the flags of each.
+UNITS = {
+    **dict.fromkeys(("x86_64", "amd64"), ("-DRAPIDIN_X86=1", X86_UNITS)),
+    **dict.fromkeys(("aarch64", "arm64"), ("-DRAPIDIN_ARM64=1", ARM64_UNITS)),
+}
 NVCC_FLAGS = ["-O3", "-std=c++17", "--threads=0", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
 ARCHS = ("80", "90", "100")
 
@@ -99,12 +107,18 @@ def cuda_libraries(nvcc: str) -> list[str]:
     return [str(folder.resolve()) for folder in folders if folder.is_dir()]
 
 
+def cpu_sources(machine: str = MACHINE) -> tuple[list[str], dict[str, list[str]]]:
+    """The macros of the CPU kernels on a machine, as platform.machine() names it, and their sources, each
+    with the flags that are its own; bind.cpp, which knows Python, comes besides."""
+    macro, units = UNITS.get(machine, (None, {}))
+    names = ["isa_base.cpp", "pool.cpp", "run.cpp", "tensor_sketch.cpp", "topk_scan.cpp", *units]
+    return [macro] if macro else [], {CPU + name: units.get(name, []) for name in sorted(names)}
+
+
 def extensions() -> list[Extension]:
     """Those that are to be built here."""
-    names = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp", "tensor_sketch.cpp", "topk_scan.cpp"]
-    names += ["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else []
-    macros = ["-DRAPIDIN_X86=1"] if X86 else []
-    listed = [Extension("rapidin.ops._cpu", sorted(CPU + name for name in names), macros, [])]
+    macros, sources = cpu_sources()
+    listed = [Extension("rapidin.ops._cpu", [CPU + "bind.cpp", *sources], macros, [])]
     nvcc = find_nvcc()
     if nvcc is not None:
         kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / CUDA).glob("*.cu"))
@@ -150,7 +164,7 @@ def _commands(extension: Extension) -> dict[str, list[str]]:
             asked = os.environ.get("RAPIDIN_CUDA_FLAGS", "").split()
             commands[source] = [nvcc, *NVCC_FLAGS, *asked, *arch_flags(gpu_codes(nvcc)), "-c", source]
         else:
-            commands[source] = [*plain, *FLAGS.get(source, []), *more, "-c", source]
+            commands[source] = [*plain, *cpu_sources()[1].get(source, []), *more, "-c", source]
     return commands
 
 
