@@ -1,5 +1,5 @@
-"""The NEON units of csrc/cpu, on an emulated AArch64 machine: compared with the portable kernels there, and where
-results are exact with those of this machine."""
+"""The NEON units of csrc/cpu, on an emulated AArch64 machine: compared with the portable kernels there, and
+where results are exact with those of this machine."""
 
 import importlib.util
 import shutil
