@@ -19,7 +19,7 @@ if sys.platform == "win32":
 else:
     import fcntl
 
-# Windows has neither of the first two; its C library changes the ends of lines unless a file is opened as binary.
+# Windows has neither of the first two; its C library changes line ends unless a file is opened as binary.
 _NO_LINK, _NO_WAIT = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
 _BINARY = getattr(os, "O_BINARY", 0)
 

@@ -65,7 +65,7 @@ def test_a_missing_extension_is_one_line(monkeypatch):
 
 @pytest.fixture
 def distribution(monkeypatch, tmp_path):
-    """Installs a rapidin-cuda of a version beside a rapidin without kernels for GPUs; its kernels are a stub."""
+    """Installs a rapidin-cuda of a version, whose kernels are a stub, beside a rapidin without any."""
     monkeypatch.setitem(sys.modules, "rapidin.ops._cuda", None)
     monkeypatch.delitem(vars(ops), "_cuda", raising=False)
 

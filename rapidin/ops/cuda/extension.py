@@ -32,8 +32,9 @@ def extension() -> Any:
         except ImportError as error:
             if not _distribution_found():
                 raise ImportError(
-                    "rapidin's CUDA kernels are not installed: pip install 'rapidin[cuda]', install from source "
-                    "where nvcc is found (RAPIDIN_CUDA=on says why if it fails), or ask for backend='triton'"
+                    "rapidin's CUDA kernels are not installed: pip install 'rapidin[cuda]', "
+                    "install from source where nvcc is found (RAPIDIN_CUDA=on says why if it fails), "
+                    "or ask for backend='triton'"
                 ) from error
             _check_version()
             _extension = import_module("rapidin_cuda._cuda")
@@ -55,7 +56,7 @@ def _check_version() -> None:
     found = metadata.version("rapidin-cuda")
     if found != __version__:
         raise UserError(
-            f"rapidin-cuda {found} is installed beside rapidin {__version__}, and must be of the same version",
+            f"rapidin-cuda {found} stands beside rapidin {__version__}, and must be of the same version",
             f"pip install 'rapidin-cuda=={__version__}'",
         )
 
