@@ -26,7 +26,8 @@ class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         jobs = int(os.environ.get("RAPIDIN_BUILD_JOBS") or 1)
         try:
-            build_extensions.build(kernels, Path(self.get_ext_fullpath(ext.name)), jobs=jobs)
+            out = Path(self.get_ext_fullpath(ext.name)).resolve()  # the compilers run in the checkout's root
+            build_extensions.build(kernels, out, jobs=jobs)
         except build_extensions.BuildError as error:
             raise CompileError(str(error)) from None
 
