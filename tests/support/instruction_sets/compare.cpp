@@ -264,6 +264,7 @@ void compare_packed_scan(int dtype, int64_t n, int64_t width, int64_t q, bool bl
     const std::vector<ScanPart> parts{{rows.data(), dtype, width, 0, bytes, scale.data(), kFloat16, 1, {}}};
     compare(label(blocks ? "topk_scan_blocks" : "topk_scan", dtype, !blocks, {n, width, q}), tolerance_of(!blocks),
             [&] { return best(args, parts, 9, !blocks); });
+    if (q > 1 || blocks) return;
     compare(label("unpack", dtype, true, {n, width}), 0.0, [&] {
         Results out(static_cast<size_t>(n * width));
         unpack_rows(parts[0], n, out.data(), threads);
