@@ -4,7 +4,7 @@ python studies/versions/versions.py [NAME ...]     # from the root of a checkout
 
 Each combination of COMBINATIONS gets an environment in build/versions whose packages lie over those of the
 interpreter that runs this file, and runs the flow there: a tiny Llama and a LoRA adapter are saved, `rapidin
-cache` sketches twelve texts, and `rapidin query` asks for one of them, which must be the best hit. The results
+cache` sketches twelve texts, and `rapidin query` asks for one of them, which must be the best hit. Results
 are in versions.json, with the versions that were installed, and docs/guide/install.md shows them.
 """
 
