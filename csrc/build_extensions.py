@@ -29,22 +29,33 @@ import sys
 import sysconfig
 import time
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-X86 = platform.machine().lower() in ("x86_64", "amd64")
+MACHINE = platform.machine().lower()
+WINDOWS = sys.platform == "win32"
 CPU, CUDA = "csrc/cpu/", "csrc/cuda/"
 # No contraction: the rounding of a product and a sum must not depend on how a loop was unrolled.
-CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fwrapv", "-fPIC", "-fvisibility=hidden", "-g0", "-pthread"]
-CXX_FLAGS += ["-ffp-contract=off", "-fno-math-errno"]
+CXX_FLAGS = ["-std=c++17", "-O3", "-DNDEBUG", "-fwrapv", "-g0", "-ffp-contract=off", "-fno-math-errno"]
+# On Windows: Clang against the libraries of MSVC, whose runtime Python uses too.
+THREADS = [] if WINDOWS else ["-pthread"]
+CXX_FLAGS += ["-fms-runtime-lib=dll"] if WINDOWS else ["-fPIC", "-fvisibility=hidden", *THREADS]
 # One unit per instruction set, each with flags of its own: the rest must run on any machine.
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [*AVX2, "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"]
 AVX512 += ["-Wno-maybe-uninitialized", "-Wno-uninitialized"]  # GCC 12 finds such uses in its own headers
-FLAGS = {CPU + "isa_avx2.cpp": AVX2, CPU + "isa_avx512.cpp": AVX512} if X86 else {}
+NEON = ["-DRAPIDIN_NEON=1"]
+X86_UNITS = {"isa_avx2.cpp": AVX2, "isa_avx512.cpp": AVX512}
+ARM64_UNITS = {"isa_neon.cpp": NEON, "isa_neon_i8mm.cpp": [*NEON, "-march=armv8.2-a+i8mm"]}
+# By machine: the macro that tells csrc/cpu/run.cpp of its units, and the flags of each.
+UNITS = {
+    **dict.fromkeys(("x86_64", "amd64"), ("-DRAPIDIN_X86=1", X86_UNITS)),
+    **dict.fromkeys(("aarch64", "arm64"), ("-DRAPIDIN_ARM64=1", ARM64_UNITS)),
+}
 NVCC_FLAGS = ["-O3", "-std=c++17", "--threads=0", "-Xcompiler=-fPIC", "-Xcompiler=-fvisibility=hidden"]
 ARCHS = ("80", "90", "100")
+RELEASED_ARCHS = (*ARCHS, "120")  # of the wheels of rapidin-cuda; machine code runs within its major version
 
 
 class BuildError(Exception):
@@ -54,13 +65,14 @@ class BuildError(Exception):
 @dataclass(frozen=True)
 class Extension:
     """One extension module. macros: for its C++ sources, not for CUDA's. optional: the package does without
-    it where it cannot be built."""
+    it where it cannot be built. gpu_codes: what nvcc compiles for."""
 
     name: str
     sources: list[str]
     macros: list[str]
     link: list[str]
     optional: bool = False
+    gpu_codes: list[str] = field(default_factory=list)
 
 
 def find_nvcc() -> str | None:
@@ -68,7 +80,9 @@ def find_nvcc() -> str | None:
     wanted = os.environ.get("RAPIDIN_CUDA", "auto")
     if wanted not in ("auto", "on", "off"):
         sys.exit(f"RAPIDIN_CUDA must be auto, on or off, got {wanted!r}")
-    if wanted == "off":
+    if wanted == "on" and not sys.platform.startswith("linux"):
+        sys.exit("RAPIDIN_CUDA=on, but the CUDA kernels are built on Linux alone: leave RAPIDIN_CUDA out")
+    if wanted == "off" or not sys.platform.startswith("linux"):
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     named = os.environ.get("CUDACXX") or (home and f"{home}/bin/nvcc")
@@ -78,12 +92,12 @@ def find_nvcc() -> str | None:
     return found
 
 
-def gpu_codes(nvcc: str) -> list[str]:
+def gpu_codes(nvcc: str, usual: tuple[str, ...] = ARCHS) -> list[str]:
     """The targets in nvcc's names: machine code sm_80, .. and PTX compute_100, for the requested
-    architectures, or for those of ARCHS that this nvcc knows."""
+    architectures, or for those usual ones that this nvcc knows."""
     asked = os.environ.get("RAPIDIN_CUDA_ARCHS", "").split()
     known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout.split()
-    archs = asked or [arch for arch in ARCHS if f"sm_{arch}" in known]
+    archs = asked or [arch for arch in usual if f"sm_{arch}" in known]
     return [f"sm_{arch}" for arch in archs] + [f"compute_{arch}" for arch in archs[-1:]]
 
 
@@ -99,23 +113,37 @@ def cuda_libraries(nvcc: str) -> list[str]:
     return [str(folder.resolve()) for folder in folders if folder.is_dir()]
 
 
+def cpu_sources(machine: str = MACHINE) -> tuple[list[str], dict[str, list[str]]]:
+    """The macros of the CPU kernels on a machine, as platform.machine() names it, and their sources, each
+    with the flags that are its own; bind.cpp, which knows Python, comes besides."""
+    macro, units = UNITS.get(machine, (None, {}))
+    names = ["isa_base.cpp", "pool.cpp", "run.cpp", "tensor_sketch.cpp", "topk_scan.cpp", *units]
+    return [macro] if macro else [], {CPU + name: units.get(name, []) for name in sorted(names)}
+
+
 def extensions() -> list[Extension]:
     """Those that are to be built here."""
-    names = ["bind.cpp", "isa_base.cpp", "pool.cpp", "run.cpp", "tensor_sketch.cpp", "topk_scan.cpp"]
-    names += ["isa_avx2.cpp", "isa_avx512.cpp"] if X86 else []
-    macros = ["-DRAPIDIN_X86=1"] if X86 else []
-    listed = [Extension("rapidin.ops._cpu", sorted(CPU + name for name in names), macros, [])]
-    nvcc = find_nvcc()
-    if nvcc is not None:
-        kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / CUDA).glob("*.cu"))
-        # The runtime is linked in: whichever else there is, and without a GPU it loads.
-        link = [f"-L{folder}" for folder in cuda_libraries(nvcc)]
-        link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-        # With auto, an nvcc too old for the sources leaves a package without the extension, and says so.
-        optional = os.environ.get("RAPIDIN_CUDA", "auto") == "auto"
-        macros = ["-DRAPIDIN_MODULE=_cuda", f'-DRAPIDIN_ARCHS="{" ".join(gpu_codes(nvcc))}"']
-        listed.append(Extension("rapidin.ops._cuda", [CUDA + "bind.cpp", *kernels], macros, link, optional))
+    macros, sources = cpu_sources()
+    listed = [Extension("rapidin.ops._cpu", [CPU + "bind.cpp", *sources], macros, [])]
+    if find_nvcc() is not None:
+        listed.append(cuda_extension("rapidin.ops._cuda", ARCHS))
     return listed
+
+
+def cuda_extension(name: str, archs: tuple[str, ...]) -> Extension:
+    """The CUDA kernels as the module `name`, by the nvcc that there is. archs: by default, as gpu_codes takes
+    them."""
+    nvcc = find_nvcc()
+    assert nvcc is not None
+    kernels = sorted(str(path.relative_to(ROOT)) for path in (ROOT / CUDA).glob("*.cu"))
+    # The runtime is linked in: whichever else there is, and without a GPU it loads.
+    link = [f"-L{folder}" for folder in cuda_libraries(nvcc)]
+    link += ["-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+    # With auto, an nvcc too old for the sources leaves a package without the extension, and says so.
+    optional = os.environ.get("RAPIDIN_CUDA", "auto") == "auto"
+    codes = gpu_codes(nvcc, archs)
+    macros = ["-DRAPIDIN_MODULE=_cuda", f'-DRAPIDIN_ARCHS="{" ".join(codes)}"']
+    return Extension(name, [CUDA + "bind.cpp", *kernels], macros, link, optional, codes)
 
 
 def pybind11_headers() -> str:
@@ -130,7 +158,8 @@ def pybind11_headers() -> str:
 
 def cxx() -> list[str]:
     """The C++ compiler and its constant options."""
-    for named in (os.environ.get("CXX"), sysconfig.get_config_var("CXX"), "c++", "g++", "clang++"):
+    others = ("clang++",) if WINDOWS else (sysconfig.get_config_var("CXX"), "c++", "g++", "clang++")
+    for named in (os.environ.get("CXX"), *others):
         words = (named or "").split()
         if words and shutil.which(words[0]):
             return words
@@ -148,9 +177,9 @@ def _commands(extension: Extension) -> dict[str, list[str]]:
             nvcc = find_nvcc()
             assert nvcc is not None
             asked = os.environ.get("RAPIDIN_CUDA_FLAGS", "").split()
-            commands[source] = [nvcc, *NVCC_FLAGS, *asked, *arch_flags(gpu_codes(nvcc)), "-c", source]
+            commands[source] = [nvcc, *NVCC_FLAGS, *asked, *arch_flags(extension.gpu_codes), "-c", source]
         else:
-            commands[source] = [*plain, *FLAGS.get(source, []), *more, "-c", source]
+            commands[source] = [*plain, *cpu_sources()[1].get(source, []), *more, "-c", source]
     return commands
 
 
@@ -201,7 +230,9 @@ def build(extension: Extension, out: Path, *, jobs: int = 1, force: bool = False
     out.parent.mkdir(parents=True, exist_ok=True)
     scratch = out.with_name(f"{out.name}.{os.getpid()}.part")
     shared = ["-bundle", "-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-shared"]
-    flags = [*os.environ.get("LDFLAGS", "").split(), "-pthread"]
+    flags = [*os.environ.get("LDFLAGS", "").split(), *THREADS]
+    if WINDOWS:
+        flags += ["-fuse-ld=lld", f"-L{Path(sys.base_prefix) / 'libs'}"]
     _run([*cxx(), *shared, *flags, *map(str, objects), *extension.link, "-o", str(scratch)])
     scratch.replace(out)  # atomic: a process may have the old one loaded
 

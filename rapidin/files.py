@@ -5,14 +5,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import stat
+import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import IO
 
 from rapidin.errors import UserError
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+# Windows has neither of the first two; its C library changes line ends unless a file is opened as binary.
+_NO_LINK, _NO_WAIT = getattr(os, "O_NOFOLLOW", 0), getattr(os, "O_NONBLOCK", 0)
+_BINARY = getattr(os, "O_BINARY", 0)
 
 PARTIAL = ".partial"
 LOCK = ".lock"
@@ -63,15 +72,17 @@ def replace_file(path: Path, data: bytes | Iterable[bytes]) -> None:
     """
     with (
         replacing(path) as partial,
-        os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as file,
+        os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _BINARY, 0o666), "wb") as file,
     ):
         for piece in (data,) if isinstance(data, bytes) else data:
             file.write(piece)
 
 
 def _sync(path: Path) -> None:
-    """Bring what was written into a file or folder to disk."""
-    number = os.open(path, os.O_RDONLY)
+    """Bring what was written into a file or folder to disk; of folders Windows takes care itself."""
+    if sys.platform == "win32" and path.is_dir():
+        return
+    number = os.open(path, (os.O_RDWR if sys.platform == "win32" else os.O_RDONLY) | _BINARY)
     try:
         os.fsync(number)
     finally:
@@ -86,11 +97,11 @@ def lock_folder(folder: Path) -> IO[bytes]:
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        file = os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "rb+")
+        file = os.fdopen(os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | _NO_LINK | _BINARY, 0o666), "rb+")
     except OSError as error:
         raise UserError(f"cannot write into '{folder}': {reason(error)}") from None
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(file)
     except OSError as error:
         file.close()
         if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
@@ -103,6 +114,14 @@ def lock_folder(folder: Path) -> IO[bytes]:
             "write to another disk, and copy the folder when it is complete",
         ) from None
     return file
+
+
+def _lock(file: IO[bytes]) -> None:
+    """Take the system's lock of a file. Raises OSError where another has it, or there are no locks."""
+    if sys.platform == "win32":
+        msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    else:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def remove_partials(folder: Path) -> None:
@@ -143,7 +162,7 @@ def read_regular_file(path: Path, name: str, remedy: str, *, most: int, size: in
     if actual > most:
         raise UserError(f"the {name} '{path}' has {actual:,} bytes, at most {most:,} are read", remedy)
     try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        with os.fdopen(os.open(path, os.O_RDONLY | _NO_LINK | _NO_WAIT | _BINARY), "rb") as file:
             return file.read(actual)
     except OSError as error:
         raise UserError(f"cannot read '{path}': {reason(error)}") from None

@@ -71,5 +71,8 @@ extern const Kernels kKernelsBase;
 #ifdef RAPIDIN_X86
 extern const Kernels kKernelsAvx2, kKernelsAvx512;  // the second with F, BW, DQ, VL and VNNI
 #endif
+#ifdef RAPIDIN_ARM64
+extern const Kernels kKernelsNeon, kKernelsNeonI8mm;  // the second with products of unsigned and signed bytes
+#endif
 
 }  // namespace rapidin

@@ -123,6 +123,34 @@ inline void transpose_eight(const T* const* rows, int64_t first, const uint32_t*
     transpose_four(rows, first + 4, signs + 4, x + 4);
 }
 
+#elif defined(RAPIDIN_NEON)
+
+inline float32x4_t neon(Lanes x) { return reinterpret_cast<float32x4_t>(x); }
+inline Lanes lanes(float32x4_t x) { return reinterpret_cast<Lanes>(x); }
+inline Lanes fma(Lanes x, Lanes y, Lanes z) { return lanes(vfmaq_f32(neon(z), neon(x), neon(y))); }
+inline Lanes fnma(Lanes x, Lanes y, Lanes z) { return lanes(vfmsq_f32(neon(z), neon(x), neon(y))); }
+inline Lanes max_size(Lanes peak, Lanes x) { return lanes(vmaxnmq_f32(neon(peak), vabsq_f32(neon(x)))); }
+
+template <class T>
+inline void transpose_four(const T* const* rows, int64_t first, const uint32_t* signs, Lanes* x) {
+    const uint32x4_t flips = vld1q_u32(signs);
+    const auto row = [&](int r) { return flip4(load4(rows[r] + first), flips); };
+    const float32x4_t x0 = row(0), x1 = row(1), x2 = row(2), x3 = row(3);
+    const float64x2_t even01 = vreinterpretq_f64_f32(vtrn1q_f32(x0, x1)), odd01 = vreinterpretq_f64_f32(vtrn2q_f32(x0, x1));
+    const float64x2_t even23 = vreinterpretq_f64_f32(vtrn1q_f32(x2, x3)), odd23 = vreinterpretq_f64_f32(vtrn2q_f32(x2, x3));
+    x[0] = lanes(vreinterpretq_f32_f64(vtrn1q_f64(even01, even23)));
+    x[1] = lanes(vreinterpretq_f32_f64(vtrn1q_f64(odd01, odd23)));
+    x[2] = lanes(vreinterpretq_f32_f64(vtrn2q_f64(even01, even23)));
+    x[3] = lanes(vreinterpretq_f32_f64(vtrn2q_f64(odd01, odd23)));
+}
+
+// x[e] = elements `first + e` of all rows, e < 8, each with the sign of signs[e] flipped in
+template <class T>
+inline void transpose_eight(const T* const* rows, int64_t first, const uint32_t* signs, Lanes* x) {
+    transpose_four(rows, first, signs, x);
+    transpose_four(rows, first + 4, signs + 4, x + 4);
+}
+
 #else
 
 inline Lanes fma(Lanes x, Lanes y, Lanes z) { return x * y + z; }
@@ -147,8 +175,10 @@ constexpr uint32_t kNoSigns[8] = {};
 
 // x[e] = element e of all rows, e < kLanes
 inline void transpose_square(const float* const* rows, Lanes* x) {
-#ifdef RAPIDIN_AVX2
+#if defined(RAPIDIN_AVX2)
     for (int first = 0; first < kLanes; first += 8) transpose_eight(rows, first, kNoSigns, x + first);
+#elif defined(RAPIDIN_NEON)
+    transpose_four(rows, 0, kNoSigns, x);
 #else
     for (int e = 0; e < kLanes; ++e) x[e] = Lanes{rows[0][e], rows[1][e], rows[2][e], rows[3][e]};
 #endif

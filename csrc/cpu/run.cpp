@@ -8,6 +8,10 @@
 
 #ifdef RAPIDIN_X86
 #include <cpuid.h>
+#elif defined(RAPIDIN_ARM64) && defined(__APPLE__)
+#include <sys/sysctl.h>
+#elif defined(RAPIDIN_ARM64)
+#include <sys/auxv.h>
 #endif
 
 namespace rapidin {
@@ -38,12 +42,29 @@ Features machine_features() {
 }
 #endif
 
+#ifdef RAPIDIN_ARM64
+// NEON itself is part of every AArch64 machine.
+bool has_i8mm() {
+#ifdef __APPLE__
+    int found = 0;
+    size_t size = sizeof found;
+    return sysctlbyname("hw.optional.arm.FEAT_I8MM", &found, &size, nullptr, 0) == 0 && found;
+#else
+    return getauxval(AT_HWCAP2) & (1ul << 13);  // HWCAP2_I8MM, which older headers do not have
+#endif
+}
+#endif
+
 std::vector<const Kernels*> find_sets() {
     std::vector<const Kernels*> sets{&kKernelsBase};
 #ifdef RAPIDIN_X86
     const Features machine = machine_features();
     if (machine.avx2) sets.push_back(&kKernelsAvx2);
     if (machine.avx512) sets.push_back(&kKernelsAvx512);
+#endif
+#ifdef RAPIDIN_ARM64
+    sets.push_back(&kKernelsNeon);
+    if (has_i8mm()) sets.push_back(&kKernelsNeonI8mm);
 #endif
     return sets;
 }

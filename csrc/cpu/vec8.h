@@ -1,4 +1,5 @@
-// Eight floats at a time: AVX2 where the unit is built with it, plain loops elsewhere (compilers turn those into SSE or NEON).
+// Eight floats at a time: AVX2 or NEON where the unit is built for it, plain loops elsewhere (compilers turn those into SSE or
+// NEON, but do not fuse products and sums). RAPIDIN_NEON is set for the NEON units alone: every AArch64 compiler has NEON.
 // Everything is in an anonymous namespace: each instruction set's unit has its own copy.
 #pragma once
 
@@ -14,6 +15,8 @@
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define RAPIDIN_AVX512 1
 #endif
+#elif defined(RAPIDIN_NEON)
+#include <arm_neon.h>
 #endif
 
 namespace rapidin {
@@ -43,6 +46,10 @@ inline float to_float(BHalf x) { return bits_to_float(static_cast<uint32_t>(x.bi
 inline float to_float(Half x) {
 #ifdef RAPIDIN_AVX2
     return _cvtsh_ss(x.bits);
+#elif defined(RAPIDIN_NEON)
+    __fp16 half;
+    memcpy(&half, &x.bits, 2);
+    return half;
 #else
     const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
     const uint32_t rest = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
@@ -90,6 +97,60 @@ struct XorLanes {
     explicit XorLanes(uint32_t lanes)
         : index(_mm256_xor_si256(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), _mm256_set1_epi32(static_cast<int>(lanes)))) {}
     Vec8 operator()(Vec8 x) const { return _mm256_permutevar8x32_ps(x, index); }
+};
+
+#elif defined(RAPIDIN_NEON)
+
+struct Vec8 {
+    float32x4_t low, high;
+};
+
+inline Vec8 zero8() { return {vdupq_n_f32(0.0f), vdupq_n_f32(0.0f)}; }
+inline float32x4_t load4(const float* p) { return vld1q_f32(p); }
+inline float32x4_t load4(const Half* p) {
+    return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))));
+}
+inline float32x4_t load4(const BHalf* p) {
+    return vreinterpretq_f32_u32(vshlq_n_u32(vmovl_u16(vld1_u16(reinterpret_cast<const uint16_t*>(p))), 16));
+}
+template <class T>
+inline Vec8 load8(const T* p) {
+    return {load4(p), load4(p + 4)};
+}
+inline void store8(float* p, Vec8 x) {
+    vst1q_f32(p, x.low);
+    vst1q_f32(p + 4, x.high);
+}
+inline Vec8 add8(Vec8 x, Vec8 y) { return {vaddq_f32(x.low, y.low), vaddq_f32(x.high, y.high)}; }
+inline Vec8 fma8(Vec8 x, Vec8 y, Vec8 z) { return {vfmaq_f32(z.low, x.low, y.low), vfmaq_f32(z.high, x.high, y.high)}; }
+inline float32x4_t flip4(float32x4_t x, uint32x4_t signs) {
+    return vreinterpretq_f32_u32(veorq_u32(vreinterpretq_u32_f32(x), vandq_u32(signs, vdupq_n_u32(kSignBit))));
+}
+// Lane l gets its sign flipped where bit First + l of `bits` is set.
+template <int First>
+inline Vec8 flip8(Vec8 x, uint32_t bits) {
+    const int32x4_t shift = {31 - First, 30 - First, 29 - First, 28 - First};
+    const uint32x4_t all = vdupq_n_u32(bits);
+    return {flip4(x.low, vshlq_u32(all, shift)), flip4(x.high, vshlq_u32(all, vsubq_s32(shift, vdupq_n_s32(4))))};
+}
+// A fixed order of addition: pairs at distance 4, then 2, then 1.
+inline float sum8(Vec8 x) {
+    const float32x4_t four = vaddq_f32(x.low, x.high);
+    const float32x2_t two = vadd_f32(vget_low_f32(four), vget_high_f32(four));
+    return vget_lane_f32(two, 0) + vget_lane_f32(two, 1);
+}
+// Lane l of the result is lane l ^ lanes of x; lanes < 8.
+struct XorLanes {
+    uint8x16_t low, high;  // of the result's bytes, their places among the 32 of x
+    explicit XorLanes(uint32_t lanes) {
+        const uint8x16_t iota = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        low = veorq_u8(iota, vdupq_n_u8(static_cast<uint8_t>(4 * lanes)));
+        high = veorq_u8(low, vdupq_n_u8(16));
+    }
+    Vec8 operator()(Vec8 x) const {
+        const uint8x16x2_t bytes = {{vreinterpretq_u8_f32(x.low), vreinterpretq_u8_f32(x.high)}};
+        return {vreinterpretq_f32_u8(vqtbl2q_u8(bytes, low)), vreinterpretq_f32_u8(vqtbl2q_u8(bytes, high))};
+    }
 };
 
 #else

@@ -1,4 +1,4 @@
-// Products of unsigned and signed bytes, summed in 32-bit integers: AVX-512 VNNI, AVX2, or plain loops.
+// Products of unsigned and signed bytes, summed in 32-bit integers: AVX-512 VNNI, AVX2, NEON, or plain loops.
 // A vector holds kBytes bytes. Sums are exact, so the bits are the same for every instruction set.
 #pragma once
 
@@ -63,6 +63,37 @@ inline int32_t total(ByteSums x) {
     return _mm_cvtsi128_si32(_mm_add_epi32(two, _mm_shuffle_epi32(two, 0xb1)));
 }
 
+#elif defined(RAPIDIN_NEON)
+
+constexpr int kBytes = 16;
+using Bytes = uint8x16_t;
+using ByteSums = int32x4_t;
+
+inline Bytes load_bytes(const void* p) { return vld1q_u8(static_cast<const uint8_t*>(p)); }
+inline Bytes and_bytes(Bytes x, uint8_t mask) { return vandq_u8(x, vdupq_n_u8(mask)); }
+inline Bytes xor_bytes(Bytes x, uint8_t mask) { return veorq_u8(x, vdupq_n_u8(mask)); }
+inline Bytes nibbles(Bytes x, int p) { return and_bytes(vshlq_u8(x, vdupq_n_s8(static_cast<int8_t>(-4 * p))), 15); }
+inline ByteSums no_sums() { return vdupq_n_s32(0); }
+inline ByteSums add_products(ByteSums sums, Bytes x, Bytes y) {
+#if defined(__ARM_FEATURE_MATMUL_INT8)
+    return vusdotq_s32(sums, x, vreinterpretq_s8_u8(y));
+#else
+    // Two products are summed in 16 bits, as with AVX2.
+    const int8x16_t signed_y = vreinterpretq_s8_u8(y);
+    const int16x8_t low = vmulq_s16(vreinterpretq_s16_u16(vmovl_u8(vget_low_u8(x))), vmovl_s8(vget_low_s8(signed_y)));
+    return vpadalq_s16(sums, vmlaq_s16(low, vreinterpretq_s16_u16(vmovl_high_u8(x)), vmovl_high_s8(signed_y)));
+#endif
+}
+inline ByteSums add_sums(ByteSums x, ByteSums y) { return vaddq_s32(x, y); }
+template <int Bits>
+inline ByteSums shift_sums(ByteSums x) {  // left; right where Bits < 0
+    return vshlq_s32(x, vdupq_n_s32(Bits));
+}
+inline int32_t total(ByteSums x) { return vaddvq_s32(x); }
+inline void totals(ByteSums a, ByteSums b, ByteSums c, ByteSums d, int32_t* out) {
+    vst1q_s32(out, vpaddq_s32(vpaddq_s32(a, b), vpaddq_s32(c, d)));
+}
+
 #else
 
 constexpr int kBytes = 16;
@@ -116,7 +147,7 @@ inline int32_t total(ByteSums x) {
 
 #endif
 
-#if !defined(__AVX512VNNI__)
+#if !defined(__AVX512VNNI__) && !defined(RAPIDIN_NEON)
 inline void totals(ByteSums a, ByteSums b, ByteSums c, ByteSums d, int32_t* out) {
     out[0] = total(a), out[1] = total(b), out[2] = total(c), out[3] = total(d);
 }

@@ -92,6 +92,8 @@ class Cache:
         """
         last = self.manifest.shards[-1] if self.manifest.shards else None
         rows = 0 if last is None else last.first + last.rows
+        if not hasattr(os, "sysconf"):  # Windows does not say: the allocation fails by itself
+            return rows
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         if rows * bytes_each > memory:
             raise UserError(

@@ -42,7 +42,7 @@ class Interruptible:
 
     def settle(self) -> None:
         """Raise nothing again: whoever has to know of the signal does."""
-        if signal.SIGALRM in self._before:
+        if sys.platform != "win32" and signal.SIGALRM in self._before:
             signal.setitimer(signal.ITIMER_REAL, 0)
 
     def end(self, code: int) -> NoReturn:
@@ -66,12 +66,15 @@ class Interruptible:
             raise type(self.stop)
 
     def _wait(self) -> None:
-        signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
+        if sys.platform != "win32":  # which has no timer that raises: a signal there arrives once
+            signal.setitimer(signal.ITIMER_REAL, _AGAIN_SECONDS)
 
     def __enter__(self) -> Interruptible:
         if threading.current_thread() is not threading.main_thread():
             return self
-        before = {signal.SIGTERM: self._arrived, signal.SIGALRM: self._again}
+        before: dict[int, Any] = {signal.SIGTERM: self._arrived}
+        if sys.platform != "win32":
+            before[signal.SIGALRM] = self._again
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             before[signal.SIGINT] = self._arrived
         for number, handler in before.items():

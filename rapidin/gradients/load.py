@@ -141,6 +141,11 @@ def _is_cpu(device: str) -> bool:
         chosen = torch.device(device)
     except RuntimeError:
         raise UserError(f"unknown device '{device}'", "use cpu, cuda, cuda:N or auto") from None
+    if chosen.type not in ("cpu", "cuda"):
+        raise UserError(
+            f"cannot use the device '{device}': rapidin has kernels for the CPU and for CUDA GPUs alone",
+            "use `device='cpu'`",
+        )
     if chosen.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if (chosen.index or 0) >= count:

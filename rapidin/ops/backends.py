@@ -42,7 +42,7 @@ class Installed:
     @cache
     def here() -> Installed:
         """Those of this installation."""
-        return Installed(find_spec("rapidin.ops._cuda") is not None, find_spec("triton") is not None)
+        return Installed(import_module(_MODULES["cuda"]).installed(), find_spec("triton") is not None)
 
 
 def find(op: str, backend: str | None, device: torch.device, *arguments: Any) -> Callable[..., Any]:
@@ -96,10 +96,10 @@ def default(
 
     Raises ValueError where no backend is for this device.
     """
-    installed = Installed.here() if installed is None else installed
     if device.type == "cpu":
         return "cpu"
     if device.type == "cuda":
+        installed = Installed.here() if installed is None else installed
         why = None
         if op in CUDA_OPS and installed.cuda:
             cuda = import_module(_MODULES["cuda"])
@@ -111,8 +111,8 @@ def default(
         if why is not None:
             raise ValueError(f"{op}: rapidin's CUDA extension {why}; pip install 'rapidin[gpu]' for Triton")
         raise ValueError(
-            f"{op}: no kernels for device '{device}' are installed; pip install 'rapidin[gpu]', "
-            "or build from source where nvcc is found"
+            f"{op}: no kernels for device '{device}' are installed; pip install 'rapidin[gpu]' or "
+            "'rapidin[cuda]', or build from source where nvcc is found"
         )
     raise ValueError(
         f"{op}: there is no kernel for device '{device}'; move the tensors to the CPU, "

@@ -197,6 +197,8 @@ def test_what_cannot_be_loaded_is_one_line(tmp_path: Path) -> None:
         "not both": lambda: load_model(str(saved.model), adapter="a", base="b"),
         "unknown model dtype": lambda: load_model(str(saved.model), dtype="float8"),
         "device 'abacus'": lambda: load_model(str(saved.model), device="abacus"),
+        "device 'mps': rapidin has kernels": lambda: load_model(str(saved.model), device="mps"),
+        "device 'xpu:1': rapidin has kernels": lambda: load_model(str(saved.model), device="xpu:1"),
     }
     for words, call in bad.items():
         with pytest.raises(UserError) as error:

@@ -6,7 +6,9 @@ import pytest
 import torch
 from changed import changed
 
+import rapidin
 from rapidin import ops
+from rapidin.errors import UserError
 from rapidin.ops import cuda
 from rapidin.ops.backends import Installed, default
 from rapidin.ops.cuda import devices
@@ -58,6 +60,40 @@ def test_a_missing_extension_is_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "rapidin.ops._cuda", None)
     monkeypatch.delitem(vars(ops), "_cuda", raising=False)
     with cuda.using(None), pytest.raises(ImportError, match="install from source where nvcc is found"):
+        cuda.extension()
+
+
+@pytest.fixture
+def distribution(monkeypatch, tmp_path):
+    """Installs a rapidin-cuda of a version, whose kernels are a stub, beside a rapidin without any."""
+    monkeypatch.setitem(sys.modules, "rapidin.ops._cuda", None)
+    monkeypatch.delitem(vars(ops), "_cuda", raising=False)
+
+    def install(version):
+        (tmp_path / "rapidin_cuda").mkdir()
+        (tmp_path / "rapidin_cuda/__init__.py").touch()
+        (tmp_path / "rapidin_cuda/_cuda.py").write_text("architectures = 'sm_90'\nemulated = False\n")
+        facts = tmp_path / f"rapidin_cuda-{version}.dist-info"
+        facts.mkdir()
+        (facts / "METADATA").write_text(f"Metadata-Version: 2.1\nName: rapidin-cuda\nVersion: {version}\n")
+        monkeypatch.syspath_prepend(tmp_path)
+
+    with cuda.using(None):
+        yield install
+    for name in ("rapidin_cuda", "rapidin_cuda._cuda"):
+        sys.modules.pop(name, None)
+
+
+def test_the_kernels_of_rapidin_cuda_are_found(distribution):
+    assert not cuda.installed()
+    distribution(rapidin.__version__)
+    assert cuda.installed()
+    assert cuda.extension().architectures == "sm_90"
+
+
+def test_rapidin_cuda_of_another_version_is_refused(distribution):
+    distribution("0.0.9")
+    with pytest.raises(UserError, match=r"rapidin-cuda 0\.0\.9 .* must be of the same version"):
         cuda.extension()
 
 

@@ -2,7 +2,7 @@
 op."""
 
 from rapidin.ops.cuda.devices import excludes
-from rapidin.ops.cuda.extension import device_and_stream, emulated, extension, use, using
+from rapidin.ops.cuda.extension import device_and_stream, emulated, extension, installed, use, using
 from rapidin.ops.cuda.scan import topk_scan, topk_scan_both_ends
 from rapidin.ops.cuda.sketches import flat_sketch, linear_sketch, supports
 
@@ -12,6 +12,7 @@ __all__ = [
     "excludes",
     "extension",
     "flat_sketch",
+    "installed",
     "linear_sketch",
     "supports",
     "topk_scan",

@@ -1,13 +1,18 @@
-"""The extension rapidin.ops._cuda, or in tests one that runs its kernels on the CPU."""
+"""The extension with the CUDA kernels: rapidin.ops._cuda where rapidin was built with it, else the one of the
+distribution rapidin-cuda, or in tests one that runs its kernels on the CPU."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module, metadata
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from rapidin.errors import UserError
 
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 PACKED_DTYPES = {"int8": 3, "int4": 4, "sign": 5}
@@ -16,18 +21,44 @@ _extension: Any = None
 
 
 def extension() -> Any:
-    """rapidin.ops._cuda, imported when first needed. Raises ImportError where it was not built."""
+    """The extension, imported when first needed. Raises ImportError where there is none, UserError where
+    rapidin-cuda is of another version: the arguments of the kernels are no stable interface."""
     global _extension
     if _extension is None:
         try:
             from rapidin.ops import _cuda
+
+            _extension = _cuda
         except ImportError as error:
-            raise ImportError(
-                "rapidin's CUDA kernels were not built: install from source where nvcc is found "
-                "(RAPIDIN_CUDA=on says why if it fails), or ask for backend='triton'"
-            ) from error
-        _extension = _cuda
+            if not _distribution_found():
+                raise ImportError(
+                    "rapidin's CUDA kernels are not installed: pip install 'rapidin[cuda]', "
+                    "install from source where nvcc is found (RAPIDIN_CUDA=on says why if it fails), "
+                    "or ask for backend='triton'"
+                ) from error
+            _check_version()
+            _extension = import_module("rapidin_cuda._cuda")
     return _extension
+
+
+def installed() -> bool:
+    """Whether there is an extension, of rapidin itself or of the distribution rapidin-cuda."""
+    return find_spec("rapidin.ops._cuda") is not None or _distribution_found()
+
+
+def _distribution_found() -> bool:
+    return find_spec("rapidin_cuda") is not None
+
+
+def _check_version() -> None:
+    from rapidin import __version__
+
+    found = metadata.version("rapidin-cuda")
+    if found != __version__:
+        raise UserError(
+            f"rapidin-cuda {found} stands beside rapidin {__version__}, and must be of the same version",
+            f"pip install 'rapidin-cuda=={__version__}'",
+        )
 
 
 def use(module: Any) -> Any:
