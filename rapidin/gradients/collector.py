@@ -52,7 +52,7 @@ from rapidin.gradients.products import ProductTracker
 from rapidin.gradients.rows import RowFactors
 from rapidin.gradients.scale import Factors, Scale
 from rapidin.gradients.settings import Projection
-from rapidin.gradients.shared_rows import SharedRows
+from rapidin.gradients.shared_rows import SharedRows, shares_forward
 from rapidin.gradients.squares import Squares
 from rapidin.gradients.tokens import TokenNumbers
 from rapidin.gradients.weight_uses import UntrackedError
@@ -118,7 +118,7 @@ class GradientSketcher:
         )
         self.followed = set(followed)
         # Whether copies of a text share a forward pass: not if a layer computes another thing for each.
-        self._shares_rows = not any(is_sharded(p) for p in self._parameters.values())
+        self.shares_rows = shares_forward(model, any(is_sharded(p) for p in self._parameters.values()))
 
     @cached_property
     def _containers(self) -> list[str]:
@@ -245,7 +245,7 @@ class GradientSketcher:
             except FollowTokensError:
                 self._routed = True
             except RowsDifferError:
-                self._shares_rows = False
+                self.shares_rows = False
             except UnseenError as error:
                 self._settle(batch, error.numbers)
         if gradient_pass.changed:
@@ -255,7 +255,8 @@ class GradientSketcher:
     def _forward_and_backward(self, batch: AnyBatch, gradient_pass: GradientPass) -> Tensor:
         tracker = self._tracker(gradient_pass)
         by_autograd = [n for n, way in enumerate(self._ways) if way == "autograd"]
-        share = SharedRows(batch.rows) if batch.alike and self._shares_rows and tracker is None else None
+        alike = self.shares_rows and tracker is None and getattr(batch, "alike", False)
+        share = SharedRows(batch.rows) if alike else None
         with self.requiring(by_autograd), self._hooked(gradient_pass, tracker), torch.enable_grad():
             with tracker or share or contextlib.nullcontext():
                 losses = self.losses(batch)

@@ -17,7 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
-_MOST_ROUNDING = 64  # in units of the number format's epsilon: how far rows may differ by rounding
+# How far the inputs of a layer may differ between rows by rounding, by the length of a token's: so many times
+# the number format's epsilon, and in float32 what the layers before may make of it.
+_MOST_ROUNDING, _LEAST_ROUNDING = 4, 1e-4
 
 
 class _FirstRow(torch.autograd.Function):
@@ -85,6 +87,16 @@ class SharedRows(TorchFunctionMode):
 
     def _compare(self, x: Tensor) -> None:
         first = x[:1]
-        within = _MOST_ROUNDING * torch.finfo(x.dtype).eps * first.abs().amax()
-        # Where the first row holds NaN or Inf, others that do too are no different.
-        self._differ.append(((x - first).abs() > within).any())
+        within = max(_MOST_ROUNDING * torch.finfo(x.dtype).eps, _LEAST_ROUNDING)
+        apart = (x.float() - first.float()).norm(dim=2) > within * first.float().norm(dim=2)
+        self._differ.append(apart.any() | (x.isfinite() != first.isfinite()).any())
+
+
+def shares_forward(model: nn.Module, sharded: bool) -> bool:
+    """Whether copies of a text may share the forward pass of a model: not of a compiled one, whose functions
+    are not seen, nor of one that is spread over processes."""
+    compiled = any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
+    return not (compiled or sharded)

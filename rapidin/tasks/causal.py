@@ -77,7 +77,7 @@ class TokenBatch:
         # Found on the CPU, since reading it from a GPU would wait for it.
         predicted = target[:, 1:].any(0).nonzero()
         first = int(predicted[0]) if len(predicted) else 0
-        alike = len(ids) > 1 and bool((ids == ids[0]).all()) and bool(mask.all())
+        alike = parts == 1 < len(ids) and bool((ids == ids[0]).all()) and bool(mask.all())
         return TokenBatch(
             upload(ids, device), upload(mask, device), upload(target, device), first, parts, alike
         )

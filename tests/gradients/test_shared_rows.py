@@ -9,6 +9,7 @@ import pytest
 import torch
 from tiny import tiny_gpt2, tiny_llama
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
 
 from rapidin.data.encoding import Encoded, Status
 from rapidin.gradients.collector import GradientSketcher
@@ -53,30 +54,50 @@ def test_each_token_has_the_gradient_that_it_has_alone(model: Callable[[], Any],
         )
 
 
-def test_linear_layers_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    inside = SharedRows._applies
+class Counted(TorchFunctionMode):
+    """Keeps the number of rows of each input of a linear layer."""
 
-    def applies(self: SharedRows, *args: Any) -> bool:
-        found = inside(self, *args)
-        seen.append(found)
-        return found
+    def __init__(self) -> None:
+        super().__init__()
+        self.rows: list[int] = []
 
-    monkeypatch.setattr(SharedRows, "_applies", applies)
-    model = tiny_llama()
-    sketcher_of(model)(batch_of(prefixes()))
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is F.linear and args[0].ndim == 3:
+            self.rows.append(len(args[0]))
+        return func(*args, **(kwargs or {}))
+
+
+def test_linear_layers_run_once() -> None:
+    model, texts = tiny_llama(), prefixes()
+    with Counted() as counted:
+        sketcher_of(model)(batch_of(texts))
     linear = [m for m in model.modules() if isinstance(m, torch.nn.Linear)]
-    assert seen == [True] * len(linear)
+    assert counted.rows == [1] * len(linear)
 
 
-def test_other_texts_have_their_own_forward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(SharedRows, "__init__", lambda *_: pytest.fail("shared"))
+def test_other_texts_have_their_own_forward_pass() -> None:
     texts = [Encoded([1, 2, 3], [False, False, True], Status.OK), Encoded([1, 4], [False, True], Status.OK)]
     batch = batch_of(texts)
     assert not batch.alike
     assert batch.mask.tolist() == [[True] * 3, [True, True, False]]
-    sketcher_of(tiny_llama())(batch)
-    sketcher_of(tiny_llama())(batch_of(prefixes()[:1]))  # nothing to share
+    with Counted() as counted:
+        sketcher_of(tiny_llama())(batch)
+    assert set(counted.rows) == {2}
+    assert not batch_of(prefixes()[:1]).alike  # nothing to share
+    pair = [(IDS, [False] * 9 + [True])] * 2
+    assert not TokenBatch.of(pair, parts=2).alike  # two texts of one example
+
+
+def test_a_compiled_model_is_not_shared() -> None:
+    model, texts = tiny_llama(), prefixes()
+    sketcher = sketcher_of(model)
+    want, _ = sketcher(batch_of(texts))
+    for name, module in (("whole", model), ("part", model.model.layers[0])):
+        module.compile(backend="eager")
+        compiled = sketcher_of(model)
+        assert not compiled.shares_rows, name
+        got, _ = compiled(batch_of(texts))
+        torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
 
 
 def test_a_model_whose_rows_differ_is_not_shared() -> None:
@@ -92,7 +113,7 @@ def test_a_model_whose_rows_differ_is_not_shared() -> None:
     texts = prefixes()
     sketcher = sketcher_of(model)
     got, losses = sketcher(batch_of(texts))
-    assert not sketcher._shares_rows
+    assert not sketcher.shares_rows
     want, want_losses = sketcher_of(plain)(TokenBatch.of([(text.ids, text.target) for text in texts]))
     torch.testing.assert_close(losses, want_losses)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-5 * float(want.abs().max()))
@@ -113,17 +134,22 @@ def test_a_model_may_change_its_hidden_states_in_place() -> None:
         torch.testing.assert_close(got[n : n + 1], alone, rtol=1e-3, atol=1e-5 * float(alone.abs().max()))
 
 
-def test_rows_that_differ_are_found() -> None:
-    weight = torch.randn(4, 3)
-    x = torch.randn(1, 5, 3).repeat(6, 1, 1)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_rows_that_differ_are_found(dtype: torch.dtype) -> None:
+    weight = torch.randn(4, 30, dtype=dtype)
+    x = torch.randn(1, 5, 30, dtype=dtype).repeat(6, 1, 1)
+    x[:, 0] *= 1000  # a token with large numbers hides no other
     with SharedRows(6) as share:
         got = F.linear(x, weight)
     assert not share.differ
-    torch.testing.assert_close(got, F.linear(x, weight))
-    x[3, 2, 1] += 1e-3
-    with SharedRows(6) as share:
-        F.linear(x, weight)
-    assert share.differ
+    want = F.linear(x, weight)
+    torch.testing.assert_close(got, want, rtol=0, atol=0.01 * float(want.abs().max()))
+    for change in (0.05 * x[3, 2], torch.full((30,), torch.nan, dtype=dtype)):
+        other = x.clone()
+        other[3, 2] += change
+        with SharedRows(6) as share:
+            F.linear(other, weight)
+        assert share.differ
 
 
 @pytest.mark.parametrize(
@@ -131,7 +157,7 @@ def test_rows_that_differ_are_found() -> None:
 )
 def test_what_is_left_alone(case: str) -> None:
     weight = torch.nn.Parameter(torch.randn(4, 3), requires_grad=case == "gradient of the weight")
-    x = torch.randn(1, 5, 3).repeat(7 if case == "one row more" else 6, 1, 1).requires_grad_()
+    x = torch.randn(7 if case == "one row more" else 6, 5, 3).requires_grad_()  # rows are not the same
     if case == "two axes":
         x = x.detach()[:, 0].requires_grad_()
     if case == "format":
@@ -141,7 +167,8 @@ def test_what_is_left_alone(case: str) -> None:
         torch.autocast("cpu", torch.bfloat16, enabled=case in ("autocast", "format")),
     ):
         got = F.linear(x, weight=weight) if case == "keyword" else F.linear(x, weight)
-    assert not share._differ
+    assert not share.differ
+    torch.testing.assert_close(got.float(), x @ weight.float().T, rtol=0.05, atol=0.05)
     (grad,) = torch.autograd.grad(got.float().sum(), x)
     torch.testing.assert_close(grad, weight.detach().float().sum(0).expand_as(x), rtol=0.02, atol=0.02)
 
