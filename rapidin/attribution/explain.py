@@ -13,6 +13,7 @@ from torch import Tensor
 from rapidin.attribution import baselines, methods
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.common import TrainingSample, sampled_rows
+from rapidin.attribution.decoys import DecoyTable, decoy_tables
 from rapidin.attribution.groups import groups, histogram
 from rapidin.attribution.hit_gradients import (
     Contributions,
@@ -37,6 +38,7 @@ from rapidin.data.generations import Generation
 from rapidin.data.records import Record
 from rapidin.errors import UserError
 from rapidin.results.collection import Results
+from rapidin.results.decoys import DecoyTest
 from rapidin.results.types import Group, Hit, QueryResult, TargetResult
 
 __all__ = ["SourceOf", "explain"]
@@ -50,14 +52,16 @@ def explain(
     data: Examples | None,
     clock: Clock,
     sources: SourceOf,
+    decoys: bool = False,
     on_stage: OnStage | None = None,
 ) -> Results:
     """The hits of each generation, or of all of them together, in the leading process; empty in the others.
 
     records: the generations as records; data: the training examples, to show with the hits; sources: returns
-    the source of one of the query's sketches by its number, for steps that need its model again.
+    the source of one of the query's sketches by its number, for steps that need its model again; decoys:
+    whether hits are compared with the decoys of the caches, which all have them.
     """
-    work = _Work(query, options, records, data, clock, sources, on_stage)
+    work = _Work(query, options, records, data, clock, sources, decoys, on_stage)
     _run(SCANS, work)
     if work.candidates is None:  # another process leads; this one helps with the scans only
         return Results()
@@ -80,7 +84,8 @@ class _Work:
 
     scans: the scan of each cache; scored: the scans that give the final scores, of a finer cache if there is
     one; ranked: the generations that get rankings; candidates: more rows at each end than are shown; scores:
-    of all rows [Q, rows]; ends: the hits' scores and rows; estimates: the ends before exact gradients
+    of all rows [Q, rows]; tables: the p- and q-values of both ends of each ranking, empty without decoys;
+    ends: the hits' scores and rows; estimates: the ends before exact gradients
     reordered them; exact: contributions to exact scores; results: of each generation.
     """
 
@@ -90,12 +95,14 @@ class _Work:
     data: Examples | None
     clock: Clock
     sources: SourceOf
+    decoys: bool
     on_stage: OnStage | None
     scans: list[CacheScan] = field(default_factory=list)
     scored: list[CacheScan] = field(default_factory=list)
     ranked: list[Generation] = field(default_factory=list)
     candidates: Candidates | None = None
     scores: Tensor | None = None
+    tables: list[tuple[DecoyTable, DecoyTable]] = field(default_factory=list)
     intervals: RankIntervals | None = None
     ends: Ends | None = None
     estimates: Ends | None = None
@@ -132,10 +139,19 @@ def scan_caches(work: _Work) -> None:
 
 
 def score_all_examples(work: _Work) -> None:
-    """Computes the scores of all rows if the histogram or sums by a column need them; collective."""
-    if work.options.needs_all_scores:
+    """Computes the scores of all rows if the histogram, sums by a column or decoys need them; collective."""
+    if work.options.needs_all_scores or work.decoys:
         work.scores = all_scores([_first_queries(scan, len(work.ranked)) for scan in work.scans])
         work.clock.lap("all scores")
+
+
+def compare_with_decoys(work: _Work) -> None:
+    """Computes p- and q-values from the scores of decoys; collective."""
+    if work.decoys:
+        assert work.scores is not None
+        scans = [_first_queries(scan, len(work.ranked)) for scan in work.scans]
+        work.tables = decoy_tables(scans, work.scores)
+        work.clock.lap("decoys")
 
 
 def estimate_errors(work: _Work) -> None:
@@ -178,10 +194,11 @@ def look_up_hits(work: _Work) -> None:
     slices = target_slices([len(generation.spans) for generation in work.ranked])
     by_generation = [_scores_of_targets(by_row, targets) for targets in slices]
     for n, (generation, targets) in enumerate(zip(work.ranked, slices, strict=True)):
-        top, bottom = (
+        details = [
             _details_of(work, n, end, [_with_targets(hit, by_generation[n]) for hit in hits])
             for end, hits in enumerate(hits_by_query[n])
-        )
+        ]
+        (top, bottom), decoys = _compared(work, n, details)
         work.results.append(
             QueryResult(
                 generation.prompt,
@@ -196,31 +213,75 @@ def look_up_hits(work: _Work) -> None:
                 exact=bool(work.exact),
                 pieces=generation.pieces,
                 targets=_target_results(
-                    work, generation, targets, hits_by_query[targets], by_generation[n], top
+                    work, n, generation, targets, hits_by_query[targets], by_generation[n], by_row, top
                 ),
                 missing=generation.missing,
                 examples=len(work.cache),
                 layers=() if work.intervals is None else work.intervals.layers,
+                decoys=decoys,
             )
         )
 
 
+def _compared(work: _Work, n: int, ends: Sequence[list[Hit]]) -> tuple[Sequence[list[Hit]], DecoyTest | None]:
+    """The hits of a query's ends with their p- and q-values, without those that do not pass, and what the
+    decoys say."""
+    if not work.tables:
+        return ends, None
+    tables, fdr = work.tables[n], work.options.fdr
+    tested = [[_tested(hit, table) for hit in hits] for table, hits in zip(tables, ends, strict=True)]
+    helpful, harmful = tables
+    counts = len(helpful.decoys), int(helpful.rows[-1]), (int(helpful.rows[0]), int(harmful.rows[0]))
+    if fdr is None:
+        return tested, DecoyTest(*counts)
+    passing = [[hit for hit in hits if hit.q is not None and hit.q <= fdr] for hits in tested]
+    passed = helpful.passing(fdr), harmful.passing(fdr)
+    return passing, DecoyTest(*counts, fdr, passed, _signed(tables, tested), _signed(tables, passing))
+
+
+def _tested(hit: Hit, table: DecoyTable) -> Hit:
+    p, q = table.values(hit.score)
+    return replace(hit, p=p, q=q)
+
+
+def _signed(tables: tuple[DecoyTable, DecoyTable], ends: Sequence[list[Hit]]) -> tuple[int, int]:
+    """How many hits of each end have its sign."""
+    top, bottom = (
+        sum(table.sign * hit.score > 0 for hit in hits) for table, hits in zip(tables, ends, strict=True)
+    )
+    return top, bottom
+
+
 def _target_results(
     work: _Work,
+    number: int,
     generation: Generation,
     targets: slice,
     hits_by_target: Sequence[Sequence[list[Hit]]],
-    by_row: dict[int, tuple[float, ...]],
+    of_targets: dict[int, tuple[float, ...]],
+    by_row: dict[int, Tensor],
     top: Sequence[Hit],
 ) -> list[TargetResult]:
-    """The results of a generation's targets; top: the hits at the top of its ranking."""
+    """The results of the targets of a generation, of this number; of_targets, by_row: the scores of hits for
+    these targets, and for all queries; top: the hits at the top of its ranking."""
     assert work.candidates is not None
     helpful = [hit for hit in top if hit.score > 0]
+    fdr = work.options.fdr
+
+    def passes(hit: Hit) -> bool:  # as a hit of the whole generation, since parts are not tested
+        if fdr is None:
+            return True
+        score = float(by_row[hit.row][number])
+        return any(table.values(score)[1] <= fdr for table in work.tables[number])
+
     results = []
     for n, (span, ends) in enumerate(zip(generation.spans, hits_by_target, strict=True)):
+        ends = [[hit for hit in hits if passes(hit)] for hits in ends]
         influence = sum(hit.targets[n] for hit in helpful) / max(1, len(helpful))
         both = (
-            work.candidates.with_copies(targets.start + n, end, [_with_targets(hit, by_row) for hit in hits])
+            work.candidates.with_copies(
+                targets.start + n, end, [_with_targets(hit, of_targets) for hit in hits]
+            )
             for end, hits in enumerate(ends)
         )
         results.append(TargetResult(span.text, span.positions, influence, *both))
@@ -255,9 +316,10 @@ def _sample(cache: Cache, data: Examples) -> TrainingSample:
 
 def summarise_scores(work: _Work) -> None:
     """Adds the histogram of all scores, and their sums by a column."""
-    if work.scores is None:
-        return
     options = work.options
+    if not options.needs_all_scores:
+        return
+    assert work.scores is not None
     by: list[list[Group]] = [[] for _ in work.results]
     if options.by is not None:
         assert work.data is not None
@@ -319,7 +381,12 @@ def attribute_to_tokens(work: _Work) -> None:
     work.clock.lap("tokens")
 
 
-SCANS: tuple[Callable[[_Work], None], ...] = (prepare_scans, scan_caches, score_all_examples)
+SCANS: tuple[Callable[[_Work], None], ...] = (
+    prepare_scans,
+    scan_caches,
+    score_all_examples,
+    compare_with_decoys,
+)
 LOOK_UPS: tuple[Callable[[_Work], None], ...] = (
     estimate_errors,
     choose_hits,

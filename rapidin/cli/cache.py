@@ -124,7 +124,16 @@ def cache(
             map=options.map,
             streaming=options.streaming,
         )
-    options = replace(options, limit=None, map=None, streaming=False)
+        decoys = None
+        if options.decoys is not None:
+            decoys = open_examples(
+                join_paths([options.decoys]),
+                skip=on_error == "skip",
+                forms=forms_of(task),
+                map=options.map,
+                streaming=options.streaming,
+            )
+    options = replace(options, limit=None, map=None, streaming=False, decoys=decoys)
     if several.checkpoints is not None and settings.at is None:
         settings = replace(settings, at=1.0)
     if console.is_terminal:
@@ -146,8 +155,12 @@ def cache(
             _say_what_counts(console, attributor, job.label)
             with console.status("checking the examples"):  # better now than after hours
                 notes = attributor.source.check_records(examples)
+                if decoys is not None:
+                    notes = list(dict.fromkeys([*notes, *attributor.source.check_records(decoys)]))
             if job is jobs[0] and world().leads:
                 _tell_malformed(examples)
+                if decoys is not None:
+                    _tell_malformed(decoys)
                 for note in notes:
                     line(note)
             made, bar = _cached(console, attributor, examples, job.out, options)

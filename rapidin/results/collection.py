@@ -72,8 +72,8 @@ class Results(list[QueryResult]):
         """All hits as flat dicts with the same keys.
 
         query: number of the generation, from 0; side: "helpful" for a positive score, "harmful" for a
-        negative one; rank, index, row, score, error, first_rank, last_rank, tied, estimate, copies (how many
-        others are folded into it) as in `Hit`; for each baseline its "<name> score" and "<name> rank";
+        negative one; rank, index, row, score, error, first_rank, last_rank, tied, estimate, p, q, copies (how
+        many others are folded into it) as in `Hit`; for each baseline its "<name> score" and "<name> rank";
         asked, answered: the generation; and the example's fields, as "example.<field>". A value that is not
         known is None.
         """
@@ -98,6 +98,8 @@ class Results(list[QueryResult]):
                 "last_rank": None if hit.ranks is None else hit.ranks[1],
                 "tied": None if hit.ranks is None else hit.tied,
                 "estimate": hit.estimate,
+                "p": hit.p,
+                "q": hit.q,
                 "copies": len(hit.copies) + hit.copies_more,
                 **{
                     f"{name} {what}": getattr(hit.standings[name], what) if name in hit.standings else None

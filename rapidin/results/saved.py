@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rapidin.results.confirmation import Confirmation
+from rapidin.results.decoys import DecoyTest
 from rapidin.results.types import Group, Histogram, Hit, QueryResult, Standing, TargetResult, Tokens
 from rapidin.results.verdict import Common, Place, Verdict
 
@@ -40,6 +41,7 @@ def query_of(value: Mapping[str, Any]) -> QueryResult:
         missing=tuple(value.get("missing", ())),
         verdict=verdict and _verdict(verdict),
         confirmation=confirmation and Confirmation.from_json(confirmation),
+        decoys=DecoyTest.from_json(value["decoys"]) if value.get("decoys") else None,
     )
 
 
@@ -74,6 +76,8 @@ def _hit(value: Mapping[str, Any]) -> Hit:
             name: Standing(_number(each["score"]), int(each["rank"]))
             for name, each in value.get("baselines", {}).items()
         },
+        p=None if value.get("p") is None else float(value["p"]),
+        q=None if value.get("q") is None else float(value["q"]),
         decoded=decoded and (str(decoded["prompt"]), str(decoded["completion"])),
     )
 

@@ -23,6 +23,7 @@ from rapidin.results.sinks import sinks_of, without_sinks
 from rapidin.results.text import (
     MEANING,
     capital,
+    decoys_note,
     error_text,
     escaped,
     has_shares,
@@ -32,6 +33,7 @@ from rapidin.results.text import (
     percent_text,
     scale_text,
     score_text,
+    share_text,
     shorten,
     shorten_middle,
 )
@@ -39,6 +41,7 @@ from rapidin.results.types import join_words
 
 if TYPE_CHECKING:
     from rapidin.results.confirmation import Confirmation
+    from rapidin.results.decoys import DecoyTest
     from rapidin.results.types import Group as ByColumn
     from rapidin.results.types import Hit, QueryResult
     from rapidin.results.verdict import Verdict
@@ -110,7 +113,8 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
             title = Text(f"Query {number} of {len(results)}", style="bold underline")
             report.append(Padding(title, (int(number > 1), 0, 0, 0)))
         report.append(_generation(result, width))
-        if not (result.top or result.bottom):
+        tested = result.decoys
+        if not (result.top or result.bottom or (tested is not None and any(tested.listed))):
             report.append(Text("\nNo example in the cache has a sketch, so there are no hits.\n"))
             continue
         bounded = result.bounded
@@ -118,7 +122,10 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
             report.append(targets_table(result, bounded=bounded))
         for helpful, hits in ((True, result.helpful), (False, result.harmful)):
             name = "Most helpful" if helpful else "Most harmful"
-            report.append(hits_table(name, hits, bounded=bounded) if hits else none_of(name, helpful=helpful))
+            none = none_of(name, helpful=helpful, decoys=tested)
+            report.append(hits_table(name, hits, bounded=bounded) if hits else none)
+        if tested is not None and tested.sentence:
+            report.append(Text(f"\n{tested.sentence}"))
         if result.by is not None:
             report.append(_Groups(result.by, result.groups))
         if result.verdict is not None:
@@ -148,9 +155,10 @@ def _generation(result: QueryResult, width: int) -> RenderableType:
     return grid
 
 
-def none_of(title: str, *, helpful: bool) -> RenderableType:
-    """What stands in the place of the table of hits of a sign that no row has."""
-    return Padding(Text.assemble((title, "bold"), f"\n{no_row_text(helpful=helpful)}"), (1, 0, 0, 0))
+def none_of(title: str, *, helpful: bool, decoys: DecoyTest | None = None) -> RenderableType:
+    """What stands in the place of the table of hits of a sign that no row has, or none that passes."""
+    text = no_row_text(helpful=helpful, decoys=decoys)
+    return Padding(Text.assemble((title, "bold"), f"\n{text}"), (1, 0, 0, 0))
 
 
 _STRENGTHS = {"strong": "bold green", "weak": "bold yellow", "nothing": "bold", "unknown": "dim"}
@@ -286,6 +294,8 @@ class _Hits:
             "score": self._scores(signs["error"] if with_errors else None),
             "index": [str(hit.index) for hit in hits],
         }
+        if wide and any(hit.p is not None for hit in hits):
+            columns |= {"p": [share_text(hit.p) for hit in hits], "q": [share_text(hit.q) for hit in hits]}
         if wide and any(hit.copies for hit in hits):
             counts = [1 + len(hit.copies) + hit.copies_more for hit in hits]
             columns["copies"] = [f"{signs['times']}{count:,}" if count > 1 else "" for count in counts]
@@ -348,6 +358,9 @@ class _Notes:
             notes.append(f"{signs['tied']}: tied with the previous hit, within error.")
         if wide and any(hit.copies for hit in hits):
             notes.append(f"{signs['times']}3: three examples with the same text, of which the best is shown.")
+        tested = next((result.decoys for result in self._results if result.decoys is not None), None)
+        if wide and tested is not None and any(hit.p is not None for hit in hits):
+            notes.append(decoys_note(tested))
         for number, result in enumerate(self._results, 1):
             prefix = f"Query {number}: " if len(self._results) > 1 else ""
             for name, count in result.overlaps.items():
