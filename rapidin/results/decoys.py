@@ -47,10 +47,10 @@ class DecoyTest:
         if any(self.passed):
             ends = zip(("helpful", "harmful"), self.hits, self.listed, self.passed, strict=True)
             parts = [
-                f"{hits:,} of the {listed:,} most {end} hits ({passed:,} in the whole cache)"
+                f"{hits:,} of the {listed:,} most {end} hits ({passed:,} of all rows)"
                 for end, hits, listed, passed in ends
             ]
-            return f"At a false-discovery rate of {self.rate_text} pass {' and '.join(parts)}."
+            return f"{' and '.join(parts)} pass a false-discovery rate of {self.rate_text}."
         text = f"Nothing passes a false-discovery rate of {self.rate_text}"
         text += f", of {self.listed[0]:,} helpful and {self.listed[1]:,} harmful hits"
         if 0 < max(self.beyond) < self.needed:
