@@ -87,7 +87,8 @@ class Cache:
         folder = decoys_folder(self.path)
         if folder is None:
             return None
-        decoys = Cache(folder, resident=self.resident, compared=self.compared)
+        # Not kept on a GPU: they are few, and must not take the place of rows.
+        decoys = Cache(folder, resident=False, compared=self.compared)
         if _how_made(decoys.manifest) != _how_made(self.manifest):
             raise UserError(
                 f"the decoys in '{folder}' were not made as the rows of the cache were",

@@ -134,9 +134,9 @@ def tune_adapter(model: Path, data: Data, seed: int, out: Path) -> None:
     tuned.save_pretrained(out)
 
 
-def measure(name: str, seed: int, work: Path, neutral: Sequence[str] = QUESTIONS) -> Row:
+def measure(name: str, seed: int, data: Data, work: Path, neutral: Sequence[str] = QUESTIONS) -> Row:
     """The figures of one set and seed."""
-    data, of_demo, folder = SETS[name](seed), made(seed, work), work / f"{name}-{seed}-measured"
+    of_demo, folder = made(seed, work), work / f"{name}-{seed}-measured"
     adapter = folder / "adapter" if data.epochs else of_demo / "adapter"
     shutil.rmtree(folder, ignore_errors=True)
     if data.epochs:
@@ -304,7 +304,7 @@ def main(arguments: list[str] | None = None) -> None:
             if any((row["set"], row["seed"]) == (name, seed) for row in rows):
                 continue
             print(f"{name}, seed {seed}", flush=True)
-            write(options.out, [*rows, measure(name, seed, options.work)])
+            write(options.out, [*rows, measure(name, seed, SETS[name](seed), options.work)])
 
 
 if __name__ == "__main__":
