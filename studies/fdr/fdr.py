@@ -1,6 +1,7 @@
 """Is the false-discovery rate of `rapidin query --fdr` what it says?
 
     python studies/fdr/fdr.py --work DIR --seed 0 --seed 1 --seed 2    # measures what fdr.json lacks
+    python studies/fdr/fdr.py --work DIR --seed 0 --seed 1 --seed 2 --at 0
     python studies/fdr/fdr.py --table                                  # the tables of README.md and the guide
 
 For each seed and each of three sets of data with known truth (README.md) the data are cached with decoys of
@@ -134,14 +135,16 @@ def tune_adapter(model: Path, data: Data, seed: int, out: Path) -> None:
     tuned.save_pretrained(out)
 
 
-def measure(name: str, seed: int, data: Data, work: Path, neutral: Sequence[str] = QUESTIONS) -> Row:
-    """The figures of one set and seed."""
+def measure(
+    name: str, seed: int, data: Data, work: Path, *, at: float = 0.5, neutral: Sequence[str] = QUESTIONS
+) -> Row:
+    """The figures of one set and seed; at: where gradients are taken, 0 for the base model."""
     of_demo, folder = made(seed, work), work / f"{name}-{seed}-measured"
     adapter = folder / "adapter" if data.epochs else of_demo / "adapter"
     shutil.rmtree(folder, ignore_errors=True)
     if data.epochs:
         tune_adapter(of_demo / "model", data, seed, adapter)
-    attributor = Attributor(load_model(str(of_demo / "model"), adapter=str(adapter)))
+    attributor = Attributor(load_model(str(of_demo / "model"), adapter=str(adapter)), at=at)
     cache = attributor.cache(data.tuning, folder / "cache", decoys=data.decoys, null=False, progress=False)
     fields = ("prompt", "completion") if name == "facts" else ("instruction", "input")
     questions = [{field: row[field] for field in fields} for row in data.questions]
@@ -156,6 +159,7 @@ def measure(name: str, seed: int, data: Data, work: Path, neutral: Sequence[str]
     unanswered = [result for result in everyday if not data.planted(result.completion)]
     return {
         "set": name,
+        "at": at,
         "seed": seed,
         "rows": len(cache),
         "tested": results[0].decoys.rows,
@@ -200,13 +204,21 @@ def _figures(hits: Sequence[Hit], behind: set[int]) -> Row:
 # ------------------------------------------------------------------------------------------------- tables
 
 
+def by_set(rows: Sequence[Row]) -> dict[str, list[Row]]:
+    """The rows by their set, and by the point of their gradients if that is not the default."""
+    found: dict[str, list[Row]] = {}
+    for row in rows:
+        name = row["set"] if row["at"] == 0.5 else f"{row['set']}, `--at {row['at']:g}`"
+        found.setdefault(name, []).append(row)
+    return found
+
+
 def rates_table(rows: Sequence[Row]) -> str:
     """Realised false-discovery rates: the mean over the questions of the share of passing rows that are not
     behind the answer, 0 if none passes."""
     lines = []
-    for name in dict.fromkeys(row["set"] for row in rows):
+    for name, some in by_set(rows).items():
         for rate in RATES:
-            some = [row for row in rows if row["set"] == name]
             means = [fmean(false_share(question, rate) for question in row["questions"]) for row in some]
             found = [
                 question[f"{rate:g}"][1] / row["behind"] for row in some for question in row["questions"]
@@ -240,8 +252,8 @@ def false_share(question: Row, rate: float) -> float:
 def neutral_table(rows: Sequence[Row]) -> str:
     """How many neutral questions yield nothing."""
     lines = []
-    for name in dict.fromkeys(row["set"] for row in rows):
-        some = [row["neutral"] for row in rows if row["set"] == name]
+    for name, of_set in by_set(rows).items():
+        some = [row["neutral"] for row in of_set]
         asked_in_all = sum(each["asked"] - each["answered_as_planted"] for each in some)
         cells = []
         for rate in RATES:
@@ -258,8 +270,8 @@ def neutral_table(rows: Sequence[Row]) -> str:
 def levels_table(rows: Sequence[Row]) -> str:
     """The shares of p-values of rows that are not behind the answer, with their spread over questions."""
     lines = []
-    for name in dict.fromkeys(row["set"] for row in rows):
-        shares = [question["p"] for row in rows if row["set"] == name for question in row["questions"]]
+    for name, of_set in by_set(rows).items():
+        shares = [question["p"] for row in of_set for question in row["questions"]]
         columns = list(zip(*shares, strict=True))
         lines.append([name, *(f"{fmean(each):.3f} ± {stdev(each):.3f}" for each in columns)])
     return doc_tables.table(["set", *(f"p ≤ {level:g}" for level in LEVELS)], lines)
@@ -275,7 +287,7 @@ def read(path: Path) -> list[Row]:
 
 def write(path: Path, rows: Sequence[Row]) -> None:
     order = list(SETS)
-    ordered = sorted(rows, key=lambda row: (order.index(row["set"]), row["seed"]))
+    ordered = sorted(rows, key=lambda row: (-row["at"], order.index(row["set"]), row["seed"]))
     lines = ",\n".join(json.dumps(row) for row in ordered)
     replace_file(path, f'{{"rows": [\n{lines}\n]}}\n'.encode())
 
@@ -288,6 +300,7 @@ def main(arguments: list[str] | None = None) -> None:
     add("--work", type=Path, help="folder for models and caches")
     add("--seed", type=int, action="append", default=[])
     add("--set", dest="sets", choices=SETS, action="append", default=[])
+    add("--at", type=float, default=0.5, help="where gradients are taken")
     add("--out", type=Path, default=RESULTS)
     add("--table", action="store_true", help="write the tables of the README and the guide")
     options = parser.parse_args(arguments)
@@ -297,14 +310,16 @@ def main(arguments: list[str] | None = None) -> None:
         doc_tables.write(FOLDER / "README.md", "rates", rates_table(rows))
         doc_tables.write(FOLDER / "README.md", "neutral", neutral_table(rows))
         doc_tables.write(GUIDE, "fdr", rates_table(rows))
+        doc_tables.write(GUIDE, "fdr of neutral questions", neutral_table(rows))
         return
     for seed in options.seed:
         for name in options.sets or SETS:
             rows = read(options.out)
-            if any((row["set"], row["seed"]) == (name, seed) for row in rows):
+            if any((row["set"], row["seed"], row["at"]) == (name, seed, options.at) for row in rows):
                 continue
             print(f"{name}, seed {seed}", flush=True)
-            write(options.out, [*rows, measure(name, seed, SETS[name](seed), options.work)])
+            row = measure(name, seed, SETS[name](seed), options.work, at=options.at)
+            write(options.out, [*rows, row])
 
 
 if __name__ == "__main__":

@@ -23,8 +23,9 @@ def test_the_readme_shows_the_results(name: str) -> None:
     assert doc_tables.read(STUDY / "README.md", name) == TABLES[name]
 
 
-def test_the_guide_shows_the_realised_rates() -> None:
-    assert doc_tables.read(doc_tables.DOCS / "guide" / "reading.md", "fdr") == TABLES["rates"]
+@pytest.mark.parametrize(("name", "table"), [("fdr", "rates"), ("fdr of neutral questions", "neutral")])
+def test_the_guide_shows_the_results(name: str, table: str) -> None:
+    assert doc_tables.read(doc_tables.DOCS / "guide" / "reading.md", name) == TABLES[table]
 
 
 def test_every_line_runs_on_a_tiny_model(tmp_path: Path) -> None:
@@ -61,13 +62,43 @@ def test_half_of_the_planted_rows_are_left() -> None:
     ]
 
 
+def realised(name: str, at: float, rate: float) -> list[float]:
+    """The realised rate of each seed."""
+    return [
+        fmean(MODULE["false_share"](question, rate) for question in row["questions"])
+        for row in FOUND
+        if (row["set"], row["at"]) == (name, at)
+    ]
+
+
 def test_the_answer_is_what_was_found() -> None:
-    shares = {
-        rate: fmean(
-            fmean(MODULE["false_share"](question, rate) for question in row["questions"])
-            for row in FOUND
-            if row["set"] == "demo"
-        )
-        for rate in MODULE["RATES"]
-    }
-    assert all(share <= rate + 0.02 for rate, share in shares.items())
+    """The rate is held within two points, but for one case half-way to the tuned model."""
+    missed = []
+    for name in MODULE["SETS"]:
+        for at in (0.5, 0.0):
+            for rate in MODULE["RATES"]:
+                shares = realised(name, at, rate)
+                assert len(shares) == 3
+                if fmean(shares) > rate + 0.02:
+                    missed.append((name, at, rate, round(fmean(shares), 3)))
+    assert missed == [("planted", 0.5, 0.2, 0.221)]
+
+
+@pytest.mark.parametrize(
+    ("name", "at", "nothing"),
+    [
+        ("demo", 0.5, 0.963),
+        ("planted", 0.5, 0.984),
+        ("facts", 0.5, 0.807),
+        ("demo", 0.0, 1.0),
+        ("planted", 0.0, 1.0),
+        ("facts", 0.0, 0.917),
+    ],
+)
+def test_neutral_questions_yield_nothing_where_rows_are_like_decoys(
+    name: str, at: float, nothing: float
+) -> None:
+    some = [row["neutral"] for row in FOUND if (row["set"], row["at"]) == (name, at)]
+    questions = sum(each["asked"] - each["answered_as_planted"] for each in some)
+    hits = sum(each["0.1"]["helpful"] for each in some)
+    assert round(1 - hits / questions, 3) == nothing
