@@ -122,7 +122,7 @@ class Watch:
         if self.last is None:
             self._started = self._clock()
         self.last = progress
-        if progress.stage is not None and progress.done == progress.resumed < progress.total:
+        if progress.stage is not None and progress.done < progress.total:  # decoys come after examples
             self.preparation = self.seconds
         if self._log and progress.message:
             _STEPS.info(progress.message)
