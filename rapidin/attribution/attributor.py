@@ -130,14 +130,15 @@ class Attributor:
     ) -> Cache:
         """Sketch every example's gradient into the cache at `path`; resumes an unfinished cache.
 
-        examples: anything that `rapidin.data.examples.open_examples` takes. options: how they are stored;
-        fields of `rapidin.attribution.options.CacheOptions` can also be given by name, such as `bytes=2048`.
-        If a batch does not fit into memory, smaller ones follow; an example that does not fit alone is
-        recorded as such. SIGINT and SIGTERM wait until the current shard is written. on_progress: called in
-        the leading process only, instead of a bar. progress: whether there is a bar; by default on a terminal
-        and in a notebook. The cache remembers examples in memory, so that queries in this process show them;
-        others are given them with `examples`. Raises UserError if data, folder or disk cannot be used,
-        PeerError if another process of the run is gone, and TypeError for unknown names.
+        examples: anything that `rapidin.data.examples.open_examples` takes, as `decoys` do. options: how
+        they are stored; fields of `rapidin.attribution.options.CacheOptions` can also be given by name,
+        such as `bytes=2048`. If a batch does not fit into memory, smaller ones follow; an example that does
+        not fit alone is recorded as such. SIGINT and SIGTERM wait until the current shard is written.
+        on_progress: called in the leading process only, instead of a bar. progress: whether there is a bar;
+        by default on a terminal and in a notebook. The cache remembers examples in memory, so that queries
+        in this process show them; others are given them with `examples`. Raises UserError if data, folder
+        or disk cannot be used, PeerError if another process of the run is gone, and TypeError for unknown
+        names.
         """
         options = CacheOptions.given(options, by_name)
         if not isinstance(examples, Examples):
@@ -151,6 +152,12 @@ class Attributor:
             self._check_chats(examples)
         elif options.limit is not None or options.map is not None or options.streaming:
             raise TypeError("examples that are open already have their own limit, map and streaming")
+        if options.decoys is not None and not isinstance(options.decoys, Examples):
+            decoys = open_examples(
+                options.decoys, forms=self.source.task.forms, map=options.map, streaming=options.streaming
+            )
+            self._check_chats(decoys)
+            options = replace(options, decoys=decoys)
         shown = progress if on_progress is None and world().leads else False
         with caching_progress(shown) as bar:
             watch = Watch(on_progress or bar, log=True)

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 from rapidin import distributed
+from rapidin.attribution.decoys import counted_decoys
 from rapidin.attribution.null_scores import null_scores
 from rapidin.attribution.options import CacheOptions
-from rapidin.attribution.provenance import check_of, manifest_of, read_fitted, resumed
+from rapidin.attribution.provenance import check_of, data_record, manifest_of, read_fitted, resumed
 from rapidin.cache import Cache, CacheWriter, ShardWriter, build, codec
 from rapidin.cache.codec import CodecConfig
+from rapidin.cache.merge import copy_learned
+from rapidin.cache.names import DECOYS
 from rapidin.cache.progress import Meter, OnProgress
+from rapidin.cache.reader import decoys_folder
 from rapidin.data.examples import Examples
 from rapidin.distributed import World
 from rapidin.errors import CoverageWarning, UserError
@@ -19,6 +24,7 @@ from rapidin.gradients.batching import Reporter
 from rapidin.gradients.check import GradientCheck
 from rapidin.gradients.preconditioner import STREAM, Preconditioner
 from rapidin.gradients.source import GradientSource
+from rapidin.ops.transfer import Download
 
 _CHECK_TEXTS = 64  # examples that those of the check are chosen from
 _CHECKED = 2  # examples that the check compares
@@ -60,6 +66,12 @@ def build_cache(
 
     on_progress is called in the leading process only. Raises as `rapidin.Attributor.cache`.
     """
+    decoys = options.decoys
+    if decoys is not None and decoys.form != examples.form:
+        raise UserError(
+            f"the decoys are records of the form '{decoys.form}', the examples of the form '{examples.form}'",
+            "give texts of the same kind, or name their fields with `map`",
+        )
     if source.coverage.is_low and distributed.world().leads:
         warnings.warn(source.coverage.warning, CoverageWarning, stacklevel=3)
     source = resumed(source, path)
@@ -93,6 +105,8 @@ def build_cache(
         if options.null and isinstance(writer, CacheWriter):
             add_null(writer, fitting.source, examples, meter)
         world.meet()
+        if decoys is not None:
+            _add_decoys(writer, fitting.source, decoys, world, meter)
         meter.tell(None, now=True)
     return Cache(path)
 
@@ -104,6 +118,73 @@ def add_null(writer: CacheWriter, source: GradientSource, examples: Examples, re
     scores = null_scores(Cache(writer.folder), source, examples, reporter.tell)
     if scores is not None:
         writer.set_null(scores)
+
+
+def _add_decoys(
+    whole: ShardWriter, source: GradientSource, decoys: Examples, world: World, meter: Meter
+) -> None:
+    """Sketches decoys into a cache inside of a complete one, with its preconditioner and its codec; resumes.
+
+    Raises UserError if none of them counts, and if the cache has other decoys already.
+    """
+    folder, rows = whole.folder / DECOYS, len(decoys)
+    decoys_folder(whole.folder)  # refuses a link
+    manifest = replace(
+        whole.manifest,
+        gradient=dict(whole.manifest.gradient),
+        data=data_record(decoys),
+        codec=replace(whole.manifest.codec, sample=0),  # the basis is that of the examples
+        rows=rows,
+        fitted_codec=None,
+        shards=[],
+        null=None,
+    )
+    with build.open_writer(folder, manifest, world) as writer:
+        if writer.missing:
+            meter.tell(f"sketching {rows:,} decoys")
+            if isinstance(writer, CacheWriter):
+                copy_learned(whole.folder, whole.manifest, writer)
+            build.agree(writer, world)
+            reporter = _DecoyReporter(meter, rows)
+            build.CachingLoop(
+                writer,
+                world,
+                decoys,
+                lambda row, record: source.example(record),
+                lambda texts: source.sketches(texts, reporter, announced=True),
+                source.loaded.device,
+                meter.tell,
+                idle=source.keep_pace,
+            ).run()
+        world.meet()
+    if world.leads:
+        kept = Cache(whole.folder)
+        assert kept.decoys is not None
+        if not counted_decoys(kept, kept.decoys).any():
+            raise UserError(
+                f"none of the {rows:,} decoys counts: each has no sketch or is one of the examples",
+                f"delete '{folder}', and give texts that were never trained on",
+            )
+
+
+class _DecoyReporter:
+    """Reports decoys as steps of a stage, since the meter counts examples."""
+
+    def __init__(self, meter: Meter, total: int) -> None:
+        self._meter, self._done, self._total = meter, 0, total
+
+    def add(self, done: int, tokens: int, *, skipped: int) -> None:
+        self._done += done
+        self.stage("sketching decoys", self._done, self._total)
+
+    def sketched(self, done: int, tokens: int, skipped: Download | None) -> None:
+        self.add(done, tokens, skipped=0)
+
+    def tell(self, message: str | None) -> None:
+        self._meter.tell(message)
+
+    def stage(self, name: str, done: int, total: int) -> None:
+        self._meter.stage(name, done, total)
 
 
 class _Fitting:

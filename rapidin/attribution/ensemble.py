@@ -22,6 +22,7 @@ from torch import Tensor
 from rapidin.attribution.baselines import check as check_baselines
 from rapidin.attribution.baselines import check_texts
 from rapidin.attribution.clock import Clock
+from rapidin.attribution.decoys import has_decoys
 from rapidin.attribution.explain import explain
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.groups import check_column
@@ -147,6 +148,7 @@ class Ensemble:
         options = QueryOptions.given(options, by_name)
         generations = as_records(generations, forms_of(task_name(self.caches[-1].manifest)))
         check_method(options.method, options.normalize, options.damping)
+        decoys = has_decoys(self.caches, options)
         if options.reads_texts:
             check_baselines()
         data = training_data(self.caches[-1], examples) if world().leads else None
@@ -184,6 +186,7 @@ class Ensemble:
                 data=data,
                 clock=clock,
                 sources=source,
+                decoys=decoys,
                 on_stage=on_stage or stages,
             )
         if results and options.top_k > len(self.caches[-1]):

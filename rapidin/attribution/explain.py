@@ -13,6 +13,7 @@ from torch import Tensor
 from rapidin.attribution import baselines, methods
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.common import TrainingSample, sampled_rows
+from rapidin.attribution.decoys import DecoyTable, compared, decoy_tables
 from rapidin.attribution.fused_candidates import fused_candidates, fused_rows
 from rapidin.attribution.fusion import FusedRows, read_rows
 from rapidin.attribution.groups import group_rows, groups_of, histogram
@@ -23,24 +24,22 @@ from rapidin.attribution.hit_gradients import (
     order_by_exact,
     target_slices,
 )
-from rapidin.attribution.interactions import net_of_others, stored_sketches
+from rapidin.attribution.interactions import net_of_others, row_sketches
 from rapidin.attribution.null_scores import counted_rows
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.progress import LOG
-from rapidin.attribution.query_sketch import OnStage, Query, StageReporter, scans_of, weights_of
+from rapidin.attribution.query_sketch import OnStage, Query, scans_of, weights_of
 from rapidin.attribution.rerank import Candidates, RankIntervals, find_candidates
 from rapidin.attribution.scan import Ends, all_scores, scores_of
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.attribution.training_data import cached_records, hits_of
 from rapidin.attribution.verdict import verdicts
 from rapidin.cache import Cache
-from rapidin.cache.codec import FloatCodec
 from rapidin.data.encoding import Encoded, Status
 from rapidin.data.examples import Examples
 from rapidin.data.generations import Generation
 from rapidin.data.records import Record
 from rapidin.errors import UserError
-from rapidin.gradients.batching import SILENT
 from rapidin.results.collection import Results
 from rapidin.results.types import Group, Hit, QueryResult, TargetResult
 
@@ -55,14 +54,16 @@ def explain(
     data: Examples | None,
     clock: Clock,
     sources: SourceOf,
+    decoys: bool = False,
     on_stage: OnStage | None = None,
 ) -> Results:
     """The hits of each generation, or of all of them together, in the leading process; empty in the others.
 
     records: the generations as records; data: the training examples, to show with the hits; sources: returns
-    the source of one of the query's sketches by its number, for steps that need its model again.
+    the source of one of the query's sketches by its number, for steps that need its model again; decoys:
+    whether hits are compared with the decoys of the caches, which all have them.
     """
-    work = _Work(query, options, records, data, clock, sources, on_stage)
+    work = _Work(query, options, records, data, clock, sources, decoys, on_stage)
     _run(SCANS, work)
     if work.candidates is None:  # another process leads; this one helps with the scans only
         return Results()
@@ -79,10 +80,6 @@ def _run(steps: Sequence[Callable[[_Work], None]], work: _Work) -> None:
         step(work)
 
 
-# Rows in few bits of which gradients are computed again for the sum of a group, and of all groups.
-_MOST_OF_A_GROUP, _MOST_OF_GROUPS = 8, 256
-
-
 @dataclass
 class _Work:
     """The state of a query: the arguments of `explain`, and the results of its steps so far.
@@ -90,10 +87,10 @@ class _Work:
     scans: the scan of each cache; scored: the scans that give the final scores, of a finer cache if there is
     one; ranked: the generations that get rankings; candidates: more rows at each end than are shown, with a
     fused ranking at the top for `fuse`; highest: gradient score of each of `ranked`, NaN for none; scores:
-    of all rows [Q, rows]; tables: scores [ranked, rows] of the baselines by name, NaN for rows that are not
-    compared; fused: the fused ranking of each of `ranked`; ends: the hits' scores and rows; estimates: the
-    ends before exact gradients reordered them; exact: contributions to exact scores; results: of each
-    generation.
+    of all rows [Q, rows]; tested: the p- and q-values of both ends of each ranking, empty without decoys;
+    tables: scores [ranked, rows] of the baselines by name, NaN for rows that are not compared; fused: the
+    fused ranking of each of `ranked`; ends: the hits' scores and rows; estimates: the ends before exact
+    gradients reordered them; exact: contributions to exact scores; results: of each generation.
     """
 
     query: Query
@@ -102,6 +99,7 @@ class _Work:
     data: Examples | None
     clock: Clock
     sources: SourceOf
+    decoys: bool
     on_stage: OnStage | None
     scans: list[CacheScan] = field(default_factory=list)
     scored: list[CacheScan] = field(default_factory=list)
@@ -111,6 +109,7 @@ class _Work:
     highest: Tensor | None = None
     tables: dict[str, baselines.Floats] = field(default_factory=dict)
     fused: list[FusedRows] = field(default_factory=list)
+    tested: list[tuple[DecoyTable, DecoyTable]] = field(default_factory=list)
     intervals: RankIntervals | None = None
     ends: Ends | None = None
     estimates: Ends | None = None
@@ -150,10 +149,19 @@ def scan_caches(work: _Work) -> None:
 
 
 def score_all_examples(work: _Work) -> None:
-    """Computes the scores of all rows if the histogram or sums by a column need them; collective."""
-    if work.options.needs_all_scores:
+    """Computes the scores of all rows if the histogram, sums by a column or decoys need them; collective."""
+    if work.options.needs_all_scores or work.decoys:
         work.scores = all_scores([_first_queries(scan, len(work.ranked)) for scan in work.scans])
         work.clock.lap("all scores")
+
+
+def compare_with_decoys(work: _Work) -> None:
+    """Computes p- and q-values from the scores of decoys; collective."""
+    if work.decoys:
+        assert work.scores is not None
+        scans = [_first_queries(scan, len(work.ranked)) for scan in work.scans]
+        work.tested = decoy_tables(scans, work.scores)
+        work.clock.lap("decoys")
 
 
 def compare_texts(work: _Work) -> None:
@@ -243,10 +251,13 @@ def look_up_hits(work: _Work) -> None:
     slices = target_slices([len(generation.spans) for generation in work.ranked])
     by_generation = [_scores_of_targets(by_row, targets) for targets in slices]
     for n, (generation, targets) in enumerate(zip(work.ranked, slices, strict=True)):
-        top, bottom = (
+        details = [
             _details_of(work, n, end, [_with_targets(hit, by_generation[n]) for hit in hits])
             for end, hits in enumerate(hits_by_query[n])
-        )
+        ]
+        (top, bottom), decoys = details, None
+        if work.tested:
+            (top, bottom), decoys = compared(work.tested[n], options.fdr, details)
         work.results.append(
             QueryResult(
                 generation.prompt,
@@ -261,32 +272,47 @@ def look_up_hits(work: _Work) -> None:
                 exact=bool(work.exact),
                 pieces=generation.pieces,
                 targets=_target_results(
-                    work, generation, targets, hits_by_query[targets], by_generation[n], top
+                    work, n, generation, targets, hits_by_query[targets], by_generation[n], by_row, top
                 ),
                 missing=generation.missing,
                 examples=len(work.cache),
                 layers=() if work.intervals is None else work.intervals.layers,
                 fusion=work.fused[n].fusion if work.fused else None,
+                decoys=decoys,
             )
         )
 
 
 def _target_results(
     work: _Work,
+    number: int,
     generation: Generation,
     targets: slice,
     hits_by_target: Sequence[Sequence[list[Hit]]],
-    by_row: dict[int, tuple[float, ...]],
+    of_targets: dict[int, tuple[float, ...]],
+    by_row: dict[int, Tensor],
     top: Sequence[Hit],
 ) -> list[TargetResult]:
-    """The results of a generation's targets; top: the hits at the top of its ranking."""
+    """The results of the targets of a generation, of this number; of_targets, by_row: the scores of hits for
+    these targets, and for all queries; top: the hits at the top of its ranking."""
     assert work.candidates is not None
     helpful = [hit for hit in top if hit.score > 0 or hit.fused is not None]
+    fdr = work.options.fdr
+
+    def passes(hit: Hit) -> bool:  # as a hit of the whole generation, since parts are not tested
+        if fdr is None:
+            return True
+        score = float(by_row[hit.row][number])
+        return any(table.values(score)[1] <= fdr for table in work.tested[number])
+
     results = []
     for n, (span, ends) in enumerate(zip(generation.spans, hits_by_target, strict=True)):
+        ends = [[hit for hit in hits if passes(hit)] for hits in ends]
         influence = sum(hit.targets[n] for hit in helpful) / max(1, len(helpful))
         both = (
-            work.candidates.with_copies(targets.start + n, end, [_with_targets(hit, by_row) for hit in hits])
+            work.candidates.with_copies(
+                targets.start + n, end, [_with_targets(hit, of_targets) for hit in hits]
+            )
             for end, hits in enumerate(ends)
         )
         results.append(TargetResult(span.text, span.positions, influence, *both))
@@ -319,9 +345,10 @@ def _sample(cache: Cache, data: Examples) -> TrainingSample:
 
 def summarise_scores(work: _Work) -> None:
     """Adds the histogram of all scores, and their sums by a column."""
-    if work.scores is None:
-        return
     options = work.options
+    if not options.needs_all_scores:
+        return
+    assert work.scores is not None
     by: list[list[Group]] = [[] for _ in work.results]
     if options.by is not None:
         assert work.data is not None
@@ -345,27 +372,13 @@ def _groups(work: _Work, data: Examples, column: str, scores: Tensor) -> list[li
     net = None
     if work.options.interactions:
         scan, count = _first_queries(work.scans[0], len(work.ranked)), len(names)
-        if isinstance(work.cache.codec, FloatCodec):
-            net = net_of_others(scan, scores, group_of_row, count, partial(stored_sketches, work.cache))
-        else:
-            most = max(1, min(_MOST_OF_A_GROUP, _MOST_OF_GROUPS // max(1, count)))
-            sketches = partial(_computed_again, work, data)
-            net = net_of_others(scan, scores, group_of_row, count, sketches, rows_of_a_sum=most)
+        sketches = row_sketches(work.cache, count, lambda: work.sources(0), data)
+        stage = partial(work.on_stage or _nothing, "groups")
+        net = net_of_others(scan, scores, group_of_row, count, sketches, on_group=stage)
     return groups_of(scores, group_of_row, names, net)
 
 
-def _computed_again(work: _Work, data: Examples, rows: Sequence[int]) -> Tensor:
-    """The sketches [n, blocks, width] of rows, from their gradients."""
-    source = work.sources(0)
-    if source.loaded.sharded:
-        raise UserError(
-            "`interactions` of rows in few bits need an unsharded model", "leave out `shard_model`"
-        )
-    reporter = (
-        SILENT if work.on_stage is None else StageReporter(work.on_stage, "examples of groups", len(rows))
-    )
-    sketches, _ = source.sketches([source.example(data.get(row)) for row in rows], reporter)
-    return sketches
+def _nothing(stage: str, done: int, total: int) -> None: ...
 
 
 def compare_baselines(work: _Work) -> None:
@@ -388,7 +401,12 @@ def attribute_to_tokens(work: _Work) -> None:
     work.clock.lap("tokens")
 
 
-SCANS: tuple[Callable[[_Work], None], ...] = (prepare_scans, scan_caches, score_all_examples)
+SCANS: tuple[Callable[[_Work], None], ...] = (
+    prepare_scans,
+    scan_caches,
+    score_all_examples,
+    compare_with_decoys,
+)
 LOOK_UPS: tuple[Callable[[_Work], None], ...] = (
     compare_texts,
     fuse_rankings,

@@ -3,23 +3,26 @@
 The sum of a group's scores is what its gradients add up to. If another group says the same, leaving one of
 them out changes little, and the sum does not show it: it is the same for both. A Newton step for the removal
 of a group (Koh, Ang, Teo & Liang, *On the Accuracy of Influence Functions for Measuring Group Effects*,
-NeurIPS 2019, section 3) does. With the unit gradients s_n of all examples, preconditioned as they are cached,
+NeurIPS 2019, section 3) does. With the unit gradients s_m of all n examples, preconditioned as they are
+cached,
 
-    net(q, G) = q^T (I + C_-G / d)^-1 sum_{n in G} s_n,    C_-G = sum_{n not in G} s_n s_n^T
+    net(q, G) = q^T (I + C_-G / (n d))^-1 sum_{m in G} s_m,    C_-G = sum_{m not in G} s_m s_m^T
 
-in which d is the damping, in units of one example's moment: without other examples it is the sum of the
-scores ``<q, s_n>``, and each example elsewhere that is like those of G makes it smaller. To first order it is
-the sum minus ``1/d sum_m <q, s_m> <s_m, s_G>`` over the others, a term for each pair of a group and another.
+in which d is the damping, as of a mean over the examples: data that are repeated as a whole keep their
+shares. Without other examples it is the sum of the scores ``<q, s_m>``, and each example elsewhere that is
+like those of G makes it smaller. To first order it is the sum minus ``1/(n d) sum_m <q, s_m> <s_m, s_G>``
+over the others, a term for each pair of a group and another.
 
-C_-G has the rows and columns of a whole sketch. It is used in the span of the query and of the groups' sums,
-in which each example has as many coordinates as there are groups: their products with all examples come from
-one scan. studies/interactions measures what that leaves out, and chose `DAMPING`.
+C_-G has the rows and columns of a whole sketch. It is used in the span of the query and of the largest
+groups' sums, in which each example has as many coordinates as there are such groups: their products with all
+examples come from one scan. studies/interactions measures what that leaves out, and chose `DAMPING`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -31,15 +34,67 @@ from rapidin.attribution.scan import all_scores
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.cache.build import sample_rows
+from rapidin.cache.codec import FloatCodec
+from rapidin.data.encoding import Status
+from rapidin.data.examples import Examples
+from rapidin.errors import UserError
+from rapidin.gradients.source import GradientSource
 
-DAMPING = 3.0
-MOST_GROUPS = 128  # whose sums span the space: those with the largest sums of scores for any query
+DAMPING = 0.0125  # of 240 examples it is the moment of three
+MOST_GROUPS = 1000  # in a column
+MOST_SPANNING = 128  # whose sums span the space: those with the largest sums of scores for any query
 STREAM = 20  # of the keyed hash in docs/reference/sketch.md that draws the examples of a sum
 _LEAST = 1e-6  # eigenvalues of the spanning sums that count as zero, of the largest
 _DECODED = 64  # rows whose decoded lengths say how much noise a code adds
+_MOST_NUMBERS = 1 << 26  # products of spanning sums with rows, which are held three times
+# Rows from which the direction of a group's sum is estimated; of packed rows, whose gradients are computed
+# again for that, of a group and of all.
+_ROWS_OF_A_SUM, _PACKED_OF_A_SUM, _PACKED_IN_ALL = 64, 8, 256
 
-# Gives the sketches [n, blocks, width] of rows, before a codec has stored them.
-Sketches = Callable[[Sequence[int]], Tensor]
+
+@dataclass(frozen=True)
+class RowSketches:
+    """Gives the sketches of rows for the sums of groups.
+
+    of: the sketches [n, blocks, width] of some rows of one group, before a codec has stored them; most: how
+    many rows of a group are taken.
+    """
+
+    of: Callable[[Sequence[int]], Tensor]
+    most: int = _ROWS_OF_A_SUM
+
+
+def row_sketches(
+    cache: Cache, groups: int, source: Callable[[], GradientSource], data: Examples
+) -> RowSketches:
+    """How the sketches of a cache's rows are had: from the cache if it stores floats, else by computing
+    gradients again, since a code of few bits stores like examples with like errors, which would look as if
+    they had more in common."""
+    if isinstance(cache.codec, FloatCodec):
+        return RowSketches(partial(stored_sketches, cache))
+    most = _PACKED_IN_ALL // max(1, min(groups, MOST_SPANNING))
+    return RowSketches(partial(_computed_again, source(), data), min(_PACKED_OF_A_SUM, most))
+
+
+def stored_sketches(cache: Cache, rows: Sequence[int]) -> Tensor:
+    """The sketches of rows as a cache has them: [n, blocks, width]."""
+    unit = cache.sketches(list(rows)).view(len(rows), len(cache.layers), -1)
+    return unit * cache.lengths(list(rows))[:, :, None]
+
+
+def _computed_again(source: GradientSource, data: Examples, rows: Sequence[int]) -> Tensor:
+    if source.loaded.sharded:
+        raise UserError(
+            "`interactions` of rows in few bits need an unsharded model", "leave out `shard_model`"
+        )
+    sketches, status = source.sketches([source.example(data.get(row)) for row in rows])
+    for row, failed in zip(rows, status.tolist(), strict=True):
+        if failed != int(Status.OK):
+            why = (
+                "does not fit into memory" if failed == int(Status.TOO_LARGE) else "cannot be computed again"
+            )
+            raise UserError(f"the gradient of example {row} {why}", "leave out `interactions`")
+    return sketches
 
 
 def net_of_others(
@@ -47,25 +102,34 @@ def net_of_others(
     scores: Tensor,
     group_of_row: Tensor,
     count: int,
-    sketches: Sketches,
+    sketches: RowSketches,
     *,
-    rows_of_a_sum: int = 64,
     damping: float = DAMPING,
+    on_group: Callable[[int, int], None] = lambda done, total: None,
 ) -> Tensor:
     """``net`` above for each query and group: [Q, groups] float64.
 
     scan: of one cache, for queries by `dot` with the normalization `layer` or `cosine`, by which an example
     is as like itself as 1; scores: [Q, rows] of it, NaN for rows that do not count; group_of_row: [rows]
-    int64, below 0 for rows without a group; count: groups; sketches: see `stored_sketches`; rows_of_a_sum:
-    examples of a group that the direction of its sum is estimated from. The leading process runs this alone.
+    int64, below 0 for rows without a group; count: groups; sketches: `row_sketches`; on_group: called with
+    the number of sums that are done, and of all. The leading process runs this alone. Raises UserError for
+    too many groups, or a gradient that cannot be computed again.
     """
+    if count > MOST_GROUPS:
+        raise UserError(
+            f"the column has {count:,} values, and `interactions` are estimated for at most {MOST_GROUPS:,}",
+            "name a column with fewer values",
+        )
     scored = ~scores.isnan().any(0)
+    numbers = scored.nonzero()[:, 0]
+    if not count or not len(numbers):
+        return torch.zeros(len(scores), count, dtype=torch.float64, device="cpu")
     known = scores[:, scored].double()
     members = [(group_of_row[scored] == group).nonzero()[:, 0] for group in range(count)]
     sums = torch.stack([known[:, rows].sum(1) for rows in members], 1)
-    numbers = scored.nonzero()[:, 0]
-    spanning = [numbers[members[group]] for group in _largest(sums)]
-    span = _Span.of(scan, spanning, scored, sketches, rows_of_a_sum)
+    most = max(1, min(MOST_SPANNING, _MOST_NUMBERS // len(numbers)))
+    spanning = [numbers[members[group]] for group in _largest(sums, most)]
+    span = _Span.of(scan, [rows for rows in spanning if len(rows)], scored, sketches, on_group)
     noise = _noise(scan.cache, numbers, scan.query.normalize)
     net = torch.empty_like(sums)
     for query, vector in enumerate(scan.query.vectors[: len(scores)]):
@@ -74,38 +138,33 @@ def net_of_others(
         moment = rows @ rows.T
         for group, of_group in enumerate(members):
             inside = rows[:, of_group]
-            others = _without_noise(moment - inside @ inside.T, noise * (len(numbers) - len(of_group)))
-            others = others / damping + torch.eye(len(rows), dtype=torch.float64)
+            others = moment - inside @ inside.T
+            if noise:
+                others = _without_noise(others, noise * (len(numbers) - len(of_group)))
+            others = others / (damping * len(numbers)) + torch.eye(len(rows), dtype=torch.float64)
             net[query, group] = asked @ torch.linalg.solve(others, inside.sum(1))
     return net
 
 
-def stored_sketches(cache: Cache, rows: Sequence[int]) -> Tensor:
-    """The sketches of rows as a cache has them: [n, blocks, width].
-
-    They are what `net_of_others` needs if the cache stores floats. A code of few bits stores like examples
-    with like errors, which would look as if they had more in common.
-    """
-    unit = cache.sketches(list(rows)).view(len(rows), len(cache.layers), -1)
-    return unit * cache.lengths(list(rows))[:, :, None]
-
-
-def _largest(sums: Tensor) -> list[int]:
+def _largest(sums: Tensor, most: int) -> list[int]:
     """The groups with the largest sums of scores [Q, groups], by size, for any query."""
     order = torch.sort(sums.abs().amax(0), descending=True, stable=True).indices
-    chosen: list[int] = order[:MOST_GROUPS].tolist()
+    chosen: list[int] = order[:most].tolist()
     return chosen
 
 
 def _noise(cache: Cache, rows: Tensor, normalize: str) -> float:
-    """The variance that a code adds to the product of a row and a vector of length 1, of some of these rows:
-    the square by which it makes a row longer, spread over all directions."""
+    """The variance that a code of few bits adds to the product of a row and a vector of length 1, of some of
+    these rows: the square by which it makes a row longer, spread over all directions."""
+    if isinstance(cache.codec, FloatCodec):
+        return 0.0
     seed, blocks = cache.manifest.sketch["seed"], len(cache.layers)
-    some: list[int] = rows[sample_rows(len(rows), _DECODED, seed, STREAM)].tolist()
-    scales = row_scales(cache.lengths(some), normalize).double()
-    unit = cache.sketches(some).double().view(len(some), blocks, -1)
-    longer = ((unit * scales[:, :, None]).square().sum((1, 2)) - scales.square().sum(1)).mean()
-    return max(0.0, float(longer)) / score_divisor(blocks, normalize) / unit[0].numel()
+    longer = []
+    for row in rows[sample_rows(len(rows), _DECODED, seed, STREAM)].tolist():
+        scales = row_scales(cache.lengths([row]), normalize).double()
+        unit = cache.sketches([row]).double().view(1, blocks, -1) * scales[:, :, None]
+        longer.append(float(unit.square().sum() - scales.square().sum()) / unit.numel())
+    return max(0.0, sum(longer) / len(longer)) / score_divisor(blocks, normalize)
 
 
 def _without_noise(moment: Tensor, noise: float) -> Tensor:
@@ -119,8 +178,8 @@ def _without_noise(moment: Tensor, noise: float) -> Tensor:
 class _Span:
     """The sums of some examples of each of some groups.
 
-    vectors: [groups, blocks * width]; gram: their inner products; products: with each row that counts,
-    [groups, rows]; all float64. divisor: what products of vectors of scans are divided by.
+    vectors: [groups, blocks * width] float32; gram: their inner products; products: with each row that
+    counts, [groups, rows] float32. divisor: what products of vectors of scans are divided by.
     """
 
     vectors: Tensor
@@ -129,33 +188,40 @@ class _Span:
     divisor: int
 
     @staticmethod
-    def of(scan: CacheScan, rows: Sequence[Tensor], scored: Tensor, sketches: Sketches, most: int) -> _Span:
-        """rows: the numbers of each group's rows, of which at most `most` are taken; scored: the rows that
-        count."""
+    def of(
+        scan: CacheScan,
+        rows: Sequence[Tensor],
+        scored: Tensor,
+        sketches: RowSketches,
+        on_group: Callable[[int, int], None],
+    ) -> _Span:
+        """rows: the numbers of each group's rows; scored: the rows that count."""
         cache, normalize = scan.cache, scan.query.normalize
         divisor, seed = score_divisor(len(cache.layers), normalize), cache.manifest.sketch["seed"]
-        taken = [each[sample_rows(len(each), most, seed, STREAM)].tolist() for each in rows]
-        made = query_vectors(sketches([row for some in taken for row in some]), normalize)
-        parts = torch.split(made.double().flatten(1), [len(some) for some in taken])
+        sums = []
+        for done, each in enumerate(rows):
+            on_group(done, len(rows))
+            taken = each[sample_rows(len(each), sketches.most, seed, STREAM)].tolist()
+            sums.append(query_vectors(sketches.of(taken), normalize).sum(0))
+        on_group(len(rows), len(rows))
         # As vectors of a scan they are divided by the divisor.
-        vectors = torch.stack([part.sum(0) for part in parts])
-        query = vectors.view(len(vectors), *made.shape[1:]).float().to(scan.query.vectors.device)
+        query = torch.stack(sums).float().to(scan.query.vectors.device)
         world = distributed.world()
         with distributed.using(world if world.alone else distributed.World()):
             products = all_scores(CacheScan(cache, ScanQuery(query, normalize)))[:, scored]
-        vectors = vectors.cpu() * divisor
-        return _Span(vectors, vectors @ vectors.T / divisor, products.double(), divisor)
+        vectors = query.flatten(1).cpu() * divisor
+        return _Span(vectors, vectors.double() @ vectors.double().T / divisor, products, divisor)
 
     def with_query(self, vector: Tensor, scores: Tensor) -> tuple[Tensor, Tensor]:
-        """The coordinates of a query [n], and of each row that counts [n, rows], in an orthonormal basis of
-        the groups' sums and the query.
+        """The coordinates of a query [n], and of each row that counts [n, rows], float64, in an orthonormal
+        basis of the groups' sums and the query.
 
         vector: of the query [blocks, width], as a scan has it; scores: of the rows.
         """
         flat = vector.double().cpu().flatten()
-        products = torch.cat([self.vectors @ flat, (self.divisor * flat @ flat)[None]])
+        products = torch.cat([(self.vectors.double() @ flat), (self.divisor * flat @ flat)[None]])
         gram = torch.cat([torch.cat([self.gram, products[:-1, None]], 1), products[None]])
         values, directions = torch.linalg.eigh(gram)
-        kept = values > _LEAST * values[-1]
+        kept = values > _LEAST * values[-1].clamp(min=1e-300)
         basis = directions[:, kept] / values[kept].sqrt()
-        return basis.T @ products, basis.T @ torch.cat([self.products, scores[None]])
+        return basis.T @ products, basis.T @ torch.cat([self.products.double(), scores[None]])

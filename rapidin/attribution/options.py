@@ -190,6 +190,13 @@ class QueryOptions(Settings):
         default="1,1,1",
         parse=lambda text: _weights_of(text),
     )
+    fdr: float | None = option(
+        None,
+        help="Show only hits that pass this false-discovery rate, such as 0.1: the share of them that is "
+        "expected to have no higher scores than texts that were never trained on. Needs a cache with decoys.",
+        metavar="SHARE",
+        panel="Output",
+    )
     errors: bool = option(
         True,
         help="Estimate standard errors of scores, and the ranks that hits could have.",
@@ -208,6 +215,8 @@ class QueryOptions(Settings):
                 raise UserError(f"`candidates` {self.candidates} is less than `top_k` {self.top_k}")
         if isinstance(self.rescore, str) and not self.exact:
             raise UserError(f"cannot rescore by '{self.rescore}'", "give a cache, or 'exact'")
+        if self.fdr is not None and not 0 < self.fdr < 1:
+            raise UserError(f"`fdr` must be above 0 and below 1, got {self.fdr:g}", "0.1 is a usual one")
         if self.together and self.targets is not None:
             raise UserError("targets are parts of single generations", "leave out `together`")
         if self.interactions:
@@ -221,6 +230,8 @@ class QueryOptions(Settings):
                 "exact gradients reorder the best candidates alone, and `fuse` ranks all examples",
                 "leave out one of them, or rescore by another cache",
             )
+        if self.fuse and self.fdr is not None:
+            raise UserError("a fused ranking has no false-discovery rate", "leave out `fuse` or `fdr`")
         if self.exact and self.method != "dot":
             raise UserError(
                 f"exact gradients cannot be scored by '{self.method}', which works on sketches only",
@@ -354,6 +365,15 @@ class CacheOptions(Settings):
         "can say whether its best score stands out.",
         panel="Storage",
     )
+    decoys: Any = option(
+        None,
+        help="Texts of the same kind that were never trained on. They are sketched like the examples, and "
+        "are never hits: a query says which share of them scores as high as a hit. Run the command of an "
+        "existing cache again with them to add them.",
+        metavar="FILE",
+        panel="Data",
+        parse=lambda text: text,
+    )
     limit: int | None = option(
         None, help="Use only the first N examples.", metavar="N", panel="Data", limits=(1, None)
     )
@@ -382,6 +402,8 @@ class CacheOptions(Settings):
             raise UserError(f"`part` {number}/{parts} is none of {parts} parts", "count them from 1")
         if self.append and parts > 1:
             raise UserError("`append` and `part` do not go together", "add to the merged cache")
+        if self.decoys is not None and self.part is not None:
+            raise UserError("`decoys` and `part` do not go together", "add them to the merged cache")
 
 
 def _rescore_of(text: str) -> Any:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, TaskID, TextColumn
 from rich.progress import Progress as Bar
 from rich.table import Column
 
+from rapidin.attribution.decoys import decoys_text
 from rapidin.cache import Cache
 from rapidin.cache.progress import OnProgress, Progress
 from rapidin.results.terminal import make_console
@@ -121,7 +122,7 @@ class Watch:
         if self.last is None:
             self._started = self._clock()
         self.last = progress
-        if progress.stage is not None:
+        if progress.stage is not None and progress.done < progress.total:  # decoys come after examples
             self.preparation = self.seconds
         if self._log and progress.message:
             _STEPS.info(progress.message)
@@ -263,7 +264,8 @@ def query_progress(progress: bool | None, what: str) -> Iterator[OnStage | None]
 def caching_text(watch: Watch, made: Cache) -> str:
     """What caching did, on one line."""
     info = made.info()
-    return f"{watch.done_text}: {counts_text(info['counts'])}; {bytes_text(info['bytes'])} in {made.path}"
+    text = f"{watch.done_text}: {counts_text(info['counts'])}; {bytes_text(info['bytes'])} in {made.path}"
+    return text if made.decoys is None else f"{text}; {decoys_text(made, made.decoys)}"
 
 
 def query_text(result: QueryResult, count: int, cache: Cache) -> str:

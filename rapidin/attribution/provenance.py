@@ -115,10 +115,6 @@ def manifest_of(
             "bytes": 0 if fitted is None else len(fitted.data),
             "sha256": None if fitted is None else fitted.sha256,
         }
-    data: dict[str, Any] = {}
-    if examples is not None:
-        data = {"path": examples.path, "form": examples.form, "identity": examples.identity}
-        data |= examples.reading.to_json()
     return Manifest(
         model={
             "source": source.loaded.source,
@@ -128,12 +124,18 @@ def manifest_of(
         sketch=recorded["sketch"],
         gradient=gradient,
         text=recorded["text"],
-        data=data,
+        data={} if examples is None else data_record(examples),
         codec=codec,
         rows=rows,
         shard_rows=1,
         layers=layers_of(source),
     )
+
+
+def data_record(examples: Examples) -> dict[str, Any]:
+    """What a manifest says of the examples."""
+    data = {"path": examples.path, "form": examples.form, "identity": examples.identity}
+    return data | examples.reading.to_json()
 
 
 def resumed(source: GradientSource, path: Path) -> GradientSource:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from rapidin.cache.learned_files import read_preconditioner
 from rapidin.cache.manifest import Manifest, Shard
-from rapidin.cache.reader import Cache
+from rapidin.cache.names import DECOYS
+from rapidin.cache.reader import Cache, decoys_folder
 from rapidin.cache.shards import shard_path, size_problem
 from rapidin.cache.writer import CacheWriter
 from rapidin.errors import UserError
@@ -68,6 +69,11 @@ def _refuse_unlike_parts(out: Path, parts: dict[Path, Manifest]) -> None:
     for folder, manifest in parts.items():
         if folder.resolve() == out.resolve():
             raise UserError(f"'{out}' is one of the parts", "name a new folder first")
+        if decoys_folder(folder) is not None:
+            raise UserError(
+                f"the cache in '{folder}' has decoys, which merging would lose",
+                f"move '{folder / DECOYS}' away, and run 'rapidin cache' on the merged cache with `decoys`",
+            )
         if not manifest.shards:
             raise UserError(f"the cache in '{folder}' holds no examples", "leave it out, or cache its part")
         try:

@@ -10,6 +10,7 @@ PRECONDITIONER = "preconditioner.safetensors"
 PRECONDITIONER_FILES = (PRECONDITIONER, "geometry.safetensors")  # the latter in caches of format version 2
 SAMPLE = "sample"
 RECEIPTS = "receipts"
+DECOYS = "decoys"
 
 
 def shard_name(n: int) -> str:

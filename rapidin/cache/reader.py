@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from rapidin.cache.codec import Codec
-from rapidin.cache.differences import preconditioner_words
+from rapidin.cache.differences import gradient_settings, preconditioner_words
 from rapidin.cache.layout import Block
 from rapidin.cache.learned_files import codec_of, read_preconditioner, shard_specs
 from rapidin.cache.manifest import Manifest, Shard
+from rapidin.cache.names import DECOYS, MANIFEST
 from rapidin.cache.shards import (
     HeaderCheck,
     Rows,
@@ -75,6 +76,25 @@ class Cache:
     def codec(self) -> Codec:
         """How the rows are stored. Raises UserError if the basis is missing or damaged."""
         return codec_of(self.manifest, self.path)
+
+    @cached_property
+    def decoys(self) -> Cache | None:
+        """The cache of the texts that were never trained on (`rapidin cache --decoys`), which is inside of
+        this one; None without any.
+
+        Raises UserError if it is damaged, or was made with another model or other settings than this cache.
+        """
+        folder = decoys_folder(self.path)
+        if folder is None:
+            return None
+        # Not kept on a GPU: they are few, and must not take the place of rows.
+        decoys = Cache(folder, resident=False, compared=self.compared)
+        if _how_made(decoys.manifest) != _how_made(self.manifest):
+            raise UserError(
+                f"the decoys in '{folder}' were not made as the rows of the cache were",
+                "delete that folder, and run 'rapidin cache' again with `decoys`",
+            )
+        return decoys
 
     def __len__(self) -> int:
         """Examples cached, those without a sketch included."""
@@ -205,6 +225,7 @@ class Cache:
             "fitted_codec": None if m.fitted_codec is None else m.fitted_codec.to_json(),
             "preconditioner": preconditioner_words(m.gradient.get("preconditioner", "off")),
             "null": {of: max(map(len, best.values()), default=0) for of, best in (m.null or {}).items()},
+            "decoys": None if self.decoys is None else self.decoys.manifest.counts.get("ok", 0),
             "bytes": self.bytes,
             "bytes_per_example": self.bytes / len(self) if len(self) else None,
             "shards": len(m.shards),
@@ -215,30 +236,71 @@ class Cache:
     def verify(path: str | Path, on_progress: Callable[[int, int], None] | None = None) -> list[str]:
         """Read every byte of a cache and compare checksums; gives the problems, a line each.
 
-        on_progress(bytes read, bytes in all). Raises UserError if there is no readable manifest.
+        The decoys inside of a cache are part of it. on_progress(bytes read, bytes in all). Raises UserError
+        if there is no readable manifest.
         """
-        folder = Path(path)
-        manifest = Manifest.read(folder)
-        problems = []
-        record = manifest.preconditioner
-        if record is not None and record["sha256"] is not None:
-            try:
-                read_preconditioner(folder, record, dict)
-            except UserError as error:
-                problems.append(error.what)
-        try:
-            codec = codec_of(manifest, folder)
-        except UserError as error:
-            return [*problems, error.what]
-        done, total = 0, sum(shard.bytes for shard in manifest.shards)
-        for shard in manifest.shards:
-            problem = _shard_problem(folder, shard, codec)
-            if problem:
-                problems.append(problem)
-            done += shard.bytes
-            if on_progress:
-                on_progress(done, total)
+        decoys = decoys_folder(Path(path))
+        read = {
+            folder: Manifest.read(folder) for folder in (Path(path), *([] if decoys is None else [decoys]))
+        }
+        total = sum(shard.bytes for manifest in read.values() for shard in manifest.shards)
+        problems: list[str] = []
+        done = 0
+        for folder, manifest in read.items():
+
+            def report(read_now: int, before: int = done) -> None:
+                if on_progress:
+                    on_progress(before + read_now, total)
+
+            problems += _problems(folder, manifest, report)
+            done += sum(shard.bytes for shard in manifest.shards)
         return problems
+
+
+def decoys_folder(folder: Path) -> Path | None:
+    """The folder of the decoys of the cache in `folder`, None if it has none. Raises UserError for a link."""
+    decoys = folder / DECOYS
+    if decoys.is_symlink():
+        raise UserError(f"'{decoys}' is a link, and links are not followed", "put the folder itself there")
+    return decoys if os.path.lexists(decoys / MANIFEST) else None
+
+
+def _how_made(manifest: Manifest) -> list[Any]:
+    """What the decoys of a cache have in common with its rows."""
+    codec = manifest.codec
+    return [
+        manifest.model["identity"],
+        manifest.sketch,
+        gradient_settings(manifest.gradient),
+        (manifest.preconditioner or {}).get("sha256"),
+        manifest.text,
+        manifest.layers,
+        (codec.dtype, codec.bytes),
+        manifest.fitted_codec,
+    ]
+
+
+def _problems(folder: Path, manifest: Manifest, on_progress: Callable[[int], None]) -> list[str]:
+    """What is wrong with one cache when every byte is read, a line each; on_progress(bytes read)."""
+    problems = []
+    record = manifest.preconditioner
+    if record is not None and record["sha256"] is not None:
+        try:
+            read_preconditioner(folder, record, dict)
+        except UserError as error:
+            problems.append(error.what)
+    try:
+        codec = codec_of(manifest, folder)
+    except UserError as error:
+        return [*problems, error.what]
+    done = 0
+    for shard in manifest.shards:
+        problem = _shard_problem(folder, shard, codec)
+        if problem:
+            problems.append(problem)
+        done += shard.bytes
+        on_progress(done)
+    return problems
 
 
 def _shard_problem(folder: Path, shard: Shard, codec: Codec) -> str | None:

@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -118,15 +119,16 @@ def cache(
     with console.status("reading the data"):
         # Before the model: mistakes in the data show at once.
         task = task_to_load(settings, model, loading, data)
-        examples = open_examples(
-            join_paths(data),
-            limit=options.limit,
+        read = partial(
+            open_examples,
             skip=on_error == "skip",
             forms=forms_of(task),
             map=options.map,
             streaming=options.streaming,
         )
-    options = replace(options, limit=None, map=None, streaming=False)
+        examples = read(join_paths(data), limit=options.limit)
+        decoys = None if options.decoys is None else read(join_paths([options.decoys]))
+    options = replace(options, limit=None, map=None, streaming=False, decoys=decoys)
     if several.checkpoints is not None and settings.at is None:
         settings = replace(settings, at=1.0)
     if console.is_terminal:
@@ -147,10 +149,12 @@ def cache(
             )
             _say_what_counts(console, attributor, job.label)
             with console.status("checking the examples"):  # better now than after hours
-                notes = attributor.source.check_records(examples)
+                texts = [examples] if decoys is None else [examples, decoys]
+                notes = [note for each in texts for note in attributor.source.check_records(each)]
             if job is jobs[0] and world().leads:
-                _tell_malformed(examples)
-                for note in notes:
+                for each in texts:
+                    _tell_malformed(each)
+                for note in dict.fromkeys(notes):
                     line(note)
             made, bar = _cached(console, attributor, examples, job.out, options)
         if quiet or bar.watch.last is None:

@@ -29,6 +29,7 @@ def info(cache: CacheFolder) -> None:
 def verify(cache: CacheFolder, quiet: Quiet = False) -> None:
     """Check every byte of a cache against its checksums."""
     from rapidin.cache import Cache, Manifest
+    from rapidin.cache.reader import decoys_folder
     from rapidin.cli.progress import BytesBar
     from rapidin.cli.tables import size_text
     from rapidin.results.text import one_line
@@ -46,7 +47,9 @@ def verify(cache: CacheFolder, quiet: Quiet = False) -> None:
             )
         size = size_text(sum(shard.bytes for shard in manifest.shards), None, len(manifest.shards))
         rows = f"{manifest.rows_done:,}" + ("" if manifest.complete else f" of {manifest.rows:,}")
-        print(f"{one_line(str(folder))}: OK: all checksums match ({rows} examples, {size})")
+        decoys = decoys_folder(folder)
+        more = "" if decoys is None else f", and {Manifest.read(decoys).rows_done:,} decoys"
+        print(f"{one_line(str(folder))}: OK: all checksums match ({rows} examples, {size}{more})")
 
 
 @command("merge", example="rapidin merge WHOLE part-1 part-2")

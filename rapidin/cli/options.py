@@ -120,8 +120,15 @@ PANELS = (
 )
 
 
+ARGUMENTS = "rapidin.arguments"  # in a context's `meta`: the arguments as they were given
+
+
 class GroupedCommand(typer.core.TyperCommand):
     """A command whose plain help lists options by their panels, in the order of `PANELS`."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.meta[ARGUMENTS] = tuple(args)
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         groups: dict[str, list[tuple[str, str]]] = {}

@@ -135,6 +135,7 @@ def query(
     output.check()
     console = messages(quiet)
     with quiet_libraries():
+        from rapidin.attribution.decoys import has_decoys
         from rapidin.attribution.groups import check_column
         from rapidin.attribution.progress import query_text
         from rapidin.attribution.provenance import task_name
@@ -147,7 +148,8 @@ def query(
         by_token = task_name(opened.manifest) == CAUSAL
         for_page = output.report is not None
         options = _completed(options, source, generations, for_page=for_page, by_token=by_token)
-        # Before the model: a file that has moved, or lacks a column, shows at once.
+        # Before the model: a cache without decoys, a file that has moved or lacks a column show at once.
+        has_decoys(ensemble.caches, options)
         examples = training_data(
             opened, False if output.no_text or not world().leads else join_paths(train_data)
         )

@@ -7,13 +7,14 @@ that options which are given count instead; everything else in the file is named
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from rapidin.cli.options import ARGUMENTS
 from rapidin.errors import UserError
 
 _EXAMPLE = "give a file like examples/config_caching.json of RapidIn"
@@ -96,7 +97,7 @@ def _flat(sections: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
             yield prefix + key, value
 
 
-def _for_cache(config: _Config) -> None:
+def _for_cache(config: _Config, given: Collection[str]) -> None:
     config.take("model.model_path", str, "model")
     config.take("model.lora_path", str, "adapter")
     config.take("model.max_length", int, "max_length")
@@ -105,9 +106,12 @@ def _for_cache(config: _Config) -> None:
     config.take("influence.seed", int, "seed")
     # RapidIn's scores are products of gradients of the tuned model, as they are.
     config.defaults |= {"at": "1", "preconditioner": "off"}
-    enabled = config.values.get("influence.RapidGrad.enable")
+    enabled = _rapidgrad(config)
     size = "influence.RapidGrad.RapidGrad_K"
-    if enabled:
+    if "--projection" in given:
+        for name in ("influence.RapidGrad.enable", size):
+            config.leave(name, "--projection is given")
+    elif enabled:
         config.defaults |= {"projection": "rapidgrad", "width": 65536}
         if isinstance(config.values.get(size), list):
             raise UserError(
@@ -115,7 +119,7 @@ def _for_cache(config: _Config) -> None:
             )
         config.take(size, int, "width")
     else:
-        if enabled is not None:
+        if "influence.RapidGrad.enable" in config.values:
             config.unused["influence.RapidGrad.enable"] = "whole gradients are not stored; they are sketched"
         config.leave(size, "RapidGrad is not enabled")
     config.leave("model.load_in_4bit", "a model is loaded in 4 bits if it is stored so; see --model-dtype")
@@ -123,18 +127,34 @@ def _for_cache(config: _Config) -> None:
         config.leave(name, "it is an option of 'rapidin query'")
 
 
-def _for_query(config: _Config) -> None:
+def _for_query(config: _Config, given: Collection[str]) -> None:
     config.take("influence.grads_path", str, "cache", lambda path: [path])
-    config.take("data.test_data_path", str, "data")
+    if {"--ask", "--prompt"}.isdisjoint(given):
+        config.take("data.test_data_path", str, "data")
+    else:
+        config.leave("data.test_data_path", "another generation is given")
     config.take("influence.top_k", int, "top_k")
-    config.take("influence.cal_words_infl", bool, "tokens")
+    if _rapidgrad(config):
+        config.leave("influence.cal_words_infl", "tokens have no scores of their own with RapidGrad")
+    else:
+        config.take("influence.cal_words_infl", bool, "tokens")
     for name in (*_OF_CACHE, "model.model_path", "model.load_in_4bit"):
         config.leave(name, "the cache says it")
     for name in ("enable", "RapidGrad_K"):
         config.leave(f"influence.RapidGrad.{name}", "the cache says it")
 
 
-_COMMANDS: dict[str, Callable[[_Config], None]] = {"cache": _for_cache, "query": _for_query}
+def _rapidgrad(config: _Config) -> bool:
+    enabled = config.values.get("influence.RapidGrad.enable")
+    if not isinstance(enabled, bool | None):
+        value = json.dumps(enabled)
+        raise UserError(
+            f"'influence.RapidGrad.enable' in '{config.path}' must be {_KINDS[bool]}, got {value}"
+        )
+    return bool(enabled)
+
+
+_COMMANDS: dict[str, Callable[[_Config, Collection[str]], None]] = {"cache": _for_cache, "query": _for_query}
 _USED = frozenset(
     (
         "model.model_path",
@@ -149,14 +169,16 @@ _USED = frozenset(
 )
 
 
-def defaults_of(path: str, command: str) -> tuple[dict[str, Any], dict[str, str]]:
+def defaults_of(
+    path: str, command: str, given: Collection[str] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
     """(defaults of the parameters of a command, why other values of the file are not used, by their names).
 
-    command: "cache" or "query". Raises UserError for a file that is no configuration of RapidIn, or that has
-    a value of another kind.
+    command: "cache" or "query"; given: the flags of the command line. Raises UserError for a file that is no
+    configuration of RapidIn, or that has a value of another kind.
     """
     config = _Config.read(path)
-    _COMMANDS[command](config)
+    _COMMANDS[command](config, given)
     for name, why in _UNUSED.items():
         config.leave(name, why)
     if config.values.get("influence.infl_method") not in (None, "TracIn"):
@@ -173,9 +195,10 @@ def _read(context: typer.Context, path: str | None) -> str | None:
     from rapidin.cli.console import line
     from rapidin.distributed import world
 
-    defaults, unused = defaults_of(path, str(context.info_name))
+    given = {argument.partition("=")[0] for argument in context.meta.get(ARGUMENTS, ())}
+    defaults, unused = defaults_of(path, str(context.info_name), given)
     context.default_map = {**(context.default_map or {}), **defaults}
-    if unused and world().leads:
+    if unused and world().leads and given.isdisjoint(("--quiet", "-q")):
         reasons: dict[str, list[str]] = {}
         for name, why in unused.items():
             reasons.setdefault(why, []).append(name)

@@ -72,6 +72,7 @@ def info_report(info: Mapping[str, Any]) -> RenderableType:
         ),
         ("stored", kept_text(info)),
         ("null distribution", _null(info["null"])),
+        ("decoys", None if info["decoys"] is None else f"{info['decoys']:,} with a sketch"),
         ("size", size_text(info["bytes"], info["bytes_per_example"], info["shards"])),
     ]
     grid = Table.grid(padding=(0, 2))

@@ -26,7 +26,7 @@ from rapidin.integrations.losses import replaced
 from rapidin.integrations.run import Precondition, RunOptions, TrainingRun, trainer_calls
 
 # What the training or the callback decides, and what is of no use where it does not apply.
-_CHOSEN = {"at", "preconditioner", "beta", "dropout", "append", "part", "check"}
+_CHOSEN = {"at", "preconditioner", "beta", "dropout", "append", "part", "check", "decoys"}
 _OF_DATA = ("limit", "map", "streaming")  # how `data` is read
 
 

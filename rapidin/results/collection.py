@@ -73,7 +73,7 @@ class Results(list[QueryResult]):
 
         query: number of the generation, from 0; side: "helpful" for a positive score, "harmful" for a
         negative one, "fused" in a fused ranking; rank, index, row, score, error, first_rank, last_rank, tied,
-        estimate, copies (how many others are folded into it) as in `Hit`; for each baseline its "<name>
+        estimate, p, q, copies (how many others are folded into it) as in `Hit`; for each baseline its "<name>
         score" and "<name> rank"; in a fused ranking its score as fused, and of each of its rankings "fused
         <name> rank" and "<name> adds";
         asked, answered: the generation; and the example's fields, as "example.<field>". A value that is not
@@ -104,6 +104,8 @@ class Results(list[QueryResult]):
                 "last_rank": None if hit.ranks is None else hit.ranks[1],
                 "tied": None if hit.ranks is None else hit.tied,
                 "estimate": hit.estimate,
+                "p": hit.p,
+                "q": hit.q,
                 "copies": len(hit.copies) + hit.copies_more,
                 **{
                     f"{name} {what}": getattr(hit.standings[name], what) if name in hit.standings else None

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rapidin.results.confirmation import Confirmation
+from rapidin.results.decoys import DecoyTest
 from rapidin.results.fusion import Fused, Fusion
 from rapidin.results.types import Group, Histogram, Hit, QueryResult, Standing, TargetResult, Tokens
 from rapidin.results.verdict import Common, Place, Verdict
@@ -42,6 +43,7 @@ def query_of(value: Mapping[str, Any]) -> QueryResult:
         verdict=verdict and _verdict(verdict),
         confirmation=confirmation and Confirmation.from_json(confirmation),
         fusion=Fusion.from_json(value["fusion"]) if "fusion" in value else None,
+        decoys=DecoyTest.from_json(value["decoys"]) if value.get("decoys") else None,
     )
 
 
@@ -77,6 +79,8 @@ def _hit(value: Mapping[str, Any]) -> Hit:
             for name, each in value.get("baselines", {}).items()
         },
         fused=Fused.from_json(value["fused"]) if "fused" in value else None,
+        p=None if value.get("p") is None else float(value["p"]),
+        q=None if value.get("q") is None else float(value["q"]),
         decoded=decoded and (str(decoded["prompt"]), str(decoded["completion"])),
     )
 

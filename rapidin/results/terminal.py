@@ -25,6 +25,7 @@ from rapidin.results.text import (
     MEANING,
     NET,
     capital,
+    decoys_note,
     error_text,
     escaped,
     has_shares,
@@ -36,6 +37,7 @@ from rapidin.results.text import (
     ranks_meaning,
     scale_text,
     score_text,
+    share_text,
     shorten,
     shorten_middle,
     title_text,
@@ -44,6 +46,7 @@ from rapidin.results.types import join_words
 
 if TYPE_CHECKING:
     from rapidin.results.confirmation import Confirmation
+    from rapidin.results.decoys import DecoyTest
     from rapidin.results.fusion import Fused
     from rapidin.results.types import Group as ByColumn
     from rapidin.results.types import Hit, QueryResult
@@ -137,7 +140,8 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
             title = Text(f"Query {number} of {len(results)}", style="bold underline")
             report.append(Padding(title, (int(number > 1), 0, 0, 0)))
         report.append(_generation(result, width))
-        if not (result.top or result.bottom):
+        tested = result.decoys
+        if not (result.top or result.bottom or (tested is not None and any(tested.listed))):
             report.append(Text("\nNo example in the cache has a sketch, so there are no hits.\n"))
             continue
         bounded = result.bounded
@@ -145,7 +149,10 @@ def hits_report(results: Sequence[QueryResult], *, width: int = 80) -> Renderabl
             report.append(targets_table(result, bounded=bounded))
         for helpful, hits in ((True, result.helpful), (False, result.harmful)):
             name = title_text(result, helpful=helpful)
-            report.append(hits_table(name, hits, bounded=bounded) if hits else none_of(name, helpful=helpful))
+            none = none_of(name, helpful=helpful, decoys=tested)
+            report.append(hits_table(name, hits, bounded=bounded) if hits else none)
+        if tested is not None and tested.sentence:
+            report.append(Text(f"\n{tested.sentence}"))
         if result.by is not None:
             report.append(_Groups(result.by, result.groups))
         if result.verdict is not None:
@@ -175,9 +182,10 @@ def _generation(result: QueryResult, width: int) -> RenderableType:
     return grid
 
 
-def none_of(title: str, *, helpful: bool) -> RenderableType:
-    """What stands in the place of the table of hits of a sign that no row has."""
-    return Padding(Text.assemble((title, "bold"), f"\n{no_row_text(helpful=helpful)}"), (1, 0, 0, 0))
+def none_of(title: str, *, helpful: bool, decoys: DecoyTest | None = None) -> RenderableType:
+    """What stands in the place of the table of hits of a sign that no row has, or none that passes."""
+    text = no_row_text(helpful=helpful, decoys=decoys)
+    return Padding(Text.assemble((title, "bold"), f"\n{text}"), (1, 0, 0, 0))
 
 
 _STRENGTHS = {"strong": "bold green", "weak": "bold yellow", "nothing": "bold", "unknown": "dim"}
@@ -313,6 +321,8 @@ class _Hits:
             "score": self._scores(signs["error"] if with_errors else None),
             "index": [str(hit.index) for hit in hits],
         }
+        if wide and any(hit.p is not None for hit in hits):
+            columns |= {"p": [share_text(hit.p) for hit in hits], "q": [share_text(hit.q) for hit in hits]}
         if wide and any(hit.copies for hit in hits):
             counts = [1 + len(hit.copies) + hit.copies_more for hit in hits]
             columns["copies"] = [f"{signs['times']}{count:,}" if count > 1 else "" for count in counts]
@@ -386,6 +396,9 @@ class _Notes:
         depths = {result.fusion.depth for result in self._results if result.fusion is not None}
         if depths:
             notes += [FUSED_MEANING, ranks_meaning(max(depths))]
+        tested = next((result.decoys for result in self._results if result.decoys is not None), None)
+        if wide and tested is not None and any(hit.p is not None for hit in hits):
+            notes.append(decoys_note(tested))
         for number, result in enumerate(self._results, 1):
             prefix = f"Query {number}: " if len(self._results) > 1 else ""
             if result.fusion is not None:
@@ -407,12 +420,18 @@ class _Groups:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[RenderableType]:
         net = any(group.net is not None for group in self._groups)
-        largest = sorted(self._groups, key=lambda g: (-max(g.helpful, g.harmful), g.value))[:_MAX_GROUPS]
+
+        def size(group: ByColumn) -> tuple[float, str]:
+            share = max(group.helpful, group.harmful)
+            return -(abs(group.effect) if net else share), group.value
+
+        largest = sorted(self._groups, key=size)[:_MAX_GROUPS]
         shown = set(map(id, largest))
         ellipsis = "..." if options.ascii_only else "…"
         title = f"By column: {shorten(one_line(self._by), 24, ellipsis)}"
         if len(shown) < len(self._groups):
-            title += f", the {len(shown)} with the largest shares of {len(self._groups):,}"
+            of_what = "net sums" if net else "shares"
+            title += f", the {len(shown)} with the largest {of_what} of {len(self._groups):,}"
         bar = _signs(options)["bar"]
         wide = options.max_width >= _WIDTH_FOR_MORE
         cells = 6 if wide else 0
@@ -423,7 +442,7 @@ class _Groups:
         table = _titled(title)
         room = 20 if wide else 10
         table.add_column("value", no_wrap=True, max_width=room)
-        sums = (("sum",) if wide else ()) + (("net",) if net else ("mean",) if wide else ())
+        sums = ("sum", "net") if net else ("sum", "mean") if wide else ()
         for name in ("examples", *sums, "helpful", "harmful"):
             table.add_column(name, justify="right", no_wrap=True, overflow="crop")
         for group in self._groups:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rich.cells import cell_len, set_cell_size
 
 if TYPE_CHECKING:
+    from rapidin.results.decoys import DecoyTest
     from rapidin.results.fusion import Fused
     from rapidin.results.types import QueryResult
 
@@ -133,8 +134,11 @@ def ranks_meaning(depth: int) -> str:
     )
 
 
-def no_row_text(*, helpful: bool) -> str:
-    """What is said in the place of a list of helpful or of harmful hits that has none."""
+def no_row_text(*, helpful: bool, decoys: DecoyTest | None = None) -> str:
+    """What is said in the place of a list of helpful or of harmful hits that has none; decoys: what hits had
+    to pass."""
+    if decoys is not None and decoys.fdr is not None and decoys.listed[not helpful]:
+        return f"No row passes a false-discovery rate of {decoys.rate_text}."
     if helpful:
         return "No row is helpful: no score is positive."
     return "No row is harmful: no score is negative."
@@ -163,6 +167,20 @@ def error_text(error: float | None, bounded: bool) -> str:
     if error is None:
         return ""
     return f"{error:.4f}" if bounded else _plain(error, 2)
+
+
+def decoys_note(decoys: DecoyTest) -> str:
+    """What p and q are."""
+    return (
+        f"p: the share of {decoys.decoys:,} texts that were never trained on whose score is as far out, from "
+        f"{1 / (decoys.decoys + 1):.2g} up; q: the least false-discovery rate at which the hit passes, of "
+        f"{decoys.rows:,} different rows."
+    )
+
+
+def share_text(share: float | None) -> str:
+    """A p- or q-value, "" for None."""
+    return "" if share is None else f"{share:.2g}"
 
 
 UNSURE = "within two errors of 0"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from rapidin.data.records import shown_parts
 from rapidin.errors import short
 from rapidin.results.confirmation import Confirmation
+from rapidin.results.decoys import DecoyTest
 from rapidin.results.fusion import Fused, Fusion
 from rapidin.results.verdict import Verdict
 
@@ -90,7 +91,8 @@ class Hit:
     the parts of the score that come from the query's targets; layers: the part of each layer; tokens: the
     contribution of each of the example's tokens; standings: score and rank by the name of a baseline; fused:
     of a hit of a fused ranking, its ranks and what they add; decoded: the texts of an example that is given
-    as token ids, before and after its first target token.
+    as token ids, before and after its first target token; p: the share of decoys that score at least as far
+    out; q: the least false-discovery rate at which the hit passes (`rapidin.attribution.decoys`).
     """
 
     rank: int
@@ -110,6 +112,8 @@ class Hit:
     standings: Mapping[str, Standing] = field(default_factory=dict)
     fused: Fused | None = None
     decoded: tuple[str, str] | None = None
+    p: float | None = None
+    q: float | None = None
 
     @property
     def parts(self) -> tuple[str, str]:
@@ -132,6 +136,8 @@ class Hit:
             value |= {"ranks": list(self.ranks), "tied": self.tied}
         if self.estimate is not None:
             value["estimate"] = self.estimate
+        if self.p is not None:
+            value |= {"p": self.p, "q": self.q}
         if self.copies:
             value["copies"] = {"indices": list(self.copies), "more": self.copies_more}
         if self.targets:
@@ -239,7 +245,8 @@ class QueryResult:
     highest scores, highest first; bottom: the lowest, lowest first; normalize, method: the scale of the
     scores (`rapidin.attribution.methods`); seconds: time by stage, of the whole call; together: the number of
     generations if the hits are those of several as one target set, otherwise 0; verdict: whether the best
-    score stands out, None if the cache has no null distribution.
+    score stands out, None if the cache has no null distribution; decoys: how the scores compare with those of
+    decoys, None without.
 
     If requested: exact: whether scores are from exact gradients; pieces: texts of the tokens that count;
     targets: parts of the generation, each with hits of its own; layers: names of the layers in `Hit.layers`;
@@ -272,6 +279,7 @@ class QueryResult:
     verdict: Verdict | None = None
     confirmation: Confirmation | None = None
     fusion: Fusion | None = None
+    decoys: DecoyTest | None = None
 
     # Set by `rapidin.results.collection`, since this module cannot import the page, which imports it.
     notebook: ClassVar[Callable[[Sequence[QueryResult]], str] | None] = None
@@ -330,6 +338,8 @@ class QueryResult:
             value["verdict"] = self.verdict.to_json()
         if self.confirmation is not None:
             value["confirmation"] = self.confirmation.to_json()
+        if self.decoys is not None:
+            value["decoys"] = self.decoys.to_json()
         value["top"] = [hit.to_json() for hit in self.helpful]
         value["bottom"] = [hit.to_json() for hit in self.harmful]
         if self.pieces:

@@ -40,7 +40,7 @@ from retrain import GROUPS, HERE, TWICE, VERSIONS, queries_of, rows_of
 from subjects import AT, Subject, gradients_of
 
 from rapidin.attribution import methods
-from rapidin.attribution.interactions import DAMPING, Sketches, net_of_others
+from rapidin.attribution.interactions import DAMPING, RowSketches, net_of_others
 from rapidin.attribution.scan import all_scores
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache, CacheWriter, Manifest
@@ -51,7 +51,7 @@ from rapidin.evaluate.metrics import spearman
 from rapidin.gradients.preconditioner import DAMPING as KFAC_DAMPING
 
 RESULTS = HERE / "interactions.json"
-DAMPINGS = (1.0, DAMPING, 10.0, 30.0)
+DAMPINGS = (0.004, DAMPING, 0.04, 0.125)
 FORMATS = {"float16": CodecConfig("float16"), "2,048 bytes": CodecConfig("sign", 2048)}
 Floats = npt.NDArray[np.float64]
 
@@ -90,7 +90,7 @@ def by_pairs(rows: list[Tensor], queries: list[Tensor], groups: Tensor, damping:
     for group in range(GROUPS):
         inside = groups == group
         kernel = among[~inside][:, ~inside]
-        kernel += damping * torch.eye(len(kernel), dtype=torch.float64)
+        kernel += damping * len(groups) * torch.eye(len(kernel), dtype=torch.float64)
         explained = torch.linalg.solve(kernel, among[~inside][:, inside].sum(1))
         net.append(asked[:, inside].sum(1) - asked[:, ~inside] @ explained)
     return torch.stack(net, 1)
@@ -145,7 +145,7 @@ def measured(folder: Path, version: str) -> list[dict[str, Any]]:
     for name, code in FORMATS.items():
         with tempfile.TemporaryDirectory() as place:
             scan = CacheScan(cache_of(Path(place) / "cache", sides[0], code), methods.prepare(sides[1]))
-            exact: Sketches = sides[0].__getitem__
+            exact = RowSketches(sides[0].__getitem__)
             scores = all_scores(scan)
             add(name, "sum", torch.stack([scores[:, groups == g].sum(1) for g in range(GROUPS)], 1))
             for damping in DAMPINGS:

@@ -14,7 +14,12 @@ from torch import Tensor
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble, Member
-from rapidin.attribution.interactions import DAMPING, net_of_others, stored_sketches
+from rapidin.attribution.interactions import (
+    DAMPING,
+    RowSketches,
+    net_of_others,
+    stored_sketches,
+)
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.scan import all_scores
 from rapidin.attribution.scan_pieces import CacheScan
@@ -30,6 +35,7 @@ ROWS = [
 ]
 # The first source comes again under another name.
 TWICE = ROWS + [dict(row, source="again") for row in ROWS[:3]]
+DAMPING_HERE = 3.0 / len(TWICE)
 QUERIES = [{key: row[key] for key in ("prompt", "completion")} for row in (ROWS[1], ROWS[10])]
 
 
@@ -62,7 +68,7 @@ def by_formula(scan: CacheScan, group_of_row: Tensor, count: int, damping: float
     net = torch.zeros(len(queries), count, dtype=torch.float64)
     for group in range(count):
         inside, others = rows[group_of_row == group], rows[group_of_row != group]
-        kernel = others @ others.T + damping * torch.eye(len(others), dtype=torch.float64)
+        kernel = others @ others.T + damping * len(rows) * torch.eye(len(others), dtype=torch.float64)
         explained = torch.linalg.solve(kernel, others @ inside.sum(0))
         net[:, group] = queries @ inside.sum(0) - (queries @ others.T) @ explained
     return net
@@ -74,8 +80,9 @@ def test_with_groups_of_one_row_it_is_the_formula(normalize: str, tmp_path: Path
     cache = attributor.cache(TWICE, tmp_path, dtype="float32")
     scan, scores = scan_of(attributor, cache, normalize)
     each = torch.arange(len(TWICE))
-    for damping in (0.5, DAMPING, 50.0):
-        got = net_of_others(scan, scores, each, len(TWICE), partial(stored_sketches, cache), damping=damping)
+    sketches = RowSketches(partial(stored_sketches, cache))
+    for damping in (0.02, DAMPING_HERE, 2.0):
+        got = net_of_others(scan, scores, each, len(TWICE), sketches, damping=damping)
         want = by_formula(scan, each, len(TWICE), damping)
         torch.testing.assert_close(got, want, rtol=0, atol=1e-4 * float(want.abs().max()))
 
@@ -94,7 +101,9 @@ def test_what_is_said_twice_counts_less(stored: dict[str, Any], tmp_path: Path) 
     sums = torch.stack([scores[:, group_of_row == g].sum(1) for g in range(count)], 1)
     texts = [attributor.source.example(row) for row in TWICE]
     exact = attributor.source.sketches(texts)[0]
-    net = net_of_others(scan, scores, group_of_row, count, exact.__getitem__)
+    net = net_of_others(
+        scan, scores, group_of_row, count, RowSketches(exact.__getitem__), damping=DAMPING_HERE
+    )
     share = net / sums
     # The first query is of the source that comes twice, the second of one that comes once.
     alone = int((group_of_row[10]).item())
@@ -116,17 +125,19 @@ def test_without_damping_others_hardly_matter_and_rows_without_a_group_stay(tmp_
     scan, scores = scan_of(attributor, cache, "layer")
     group_of_row, count = groups()
     sums = torch.stack([scores[:, group_of_row == g].sum(1) for g in range(count)], 1).double()
-    sketches = partial(stored_sketches, cache)
+    sketches = RowSketches(partial(stored_sketches, cache))
     far = net_of_others(scan, scores, group_of_row, count, sketches, damping=1e9)
     torch.testing.assert_close(far, sums, rtol=1e-4, atol=1e-4)
     # Rows that belong to no group are no group of their own, but are still there.
     some = torch.where(group_of_row == count - 1, -1, group_of_row)
-    found = net_of_others(scan, scores, some, count - 1, sketches)
+    found = net_of_others(scan, scores, some, count - 1, sketches, damping=DAMPING_HERE)
     assert found[0, 0] < 0.75 * sums[0, 0]
     # Rows that do not count are not.
     gone = scores.clone()
     gone[:, group_of_row == count - 1] = torch.nan
-    assert net_of_others(scan, gone, some, count - 1, sketches)[0, 0] > found[0, 0] + 0.1
+    assert (
+        net_of_others(scan, gone, some, count - 1, sketches, damping=DAMPING_HERE)[0, 0] > found[0, 0] + 0.1
+    )
 
 
 @pytest.mark.parametrize("stored", [{}, {"bytes": 512, "sample": 0}])

@@ -68,7 +68,15 @@ def test_what_a_query_takes_from_it(tmp_path: Path) -> None:
     config = caching(top_k=7, cal_words_infl=True)
     config["data"]["test_data_path"] = "test.jsonl"
     defaults, unused = defaults_of(written(tmp_path, config), "query")
-    assert defaults == {"cache": ["grads"], "data": "test.jsonl", "top_k": 7, "tokens": True}
+    assert defaults == {"cache": ["grads"], "data": "test.jsonl", "top_k": 7}
+    assert "with RapidGrad" in unused["influence.cal_words_infl"]
+    for flag in ("--ask", "--prompt"):
+        defaults, unused = defaults_of(written(tmp_path, config), "query", [flag])
+        assert "data" not in defaults
+        assert "data.test_data_path" in unused
+    config["influence"]["RapidGrad"]["enable"] = False
+    defaults, _ = defaults_of(written(tmp_path, config), "query")
+    assert defaults["tokens"] is True
     assert {
         "data.train_data_path",
         "influence.seed",
@@ -96,6 +104,7 @@ def test_without_rapidgrad_gradients_are_sketched(tmp_path: Path) -> None:
         (caching(grads_path=3), "'influence.grads_path' in .* must be a text, got 3"),
         (caching(RapidGrad={"enable": True, "RapidGrad_K": [16, 32]}), "has several sizes"),
         (caching(RapidGrad={"enable": True, "RapidGrad_K": True}), "must be a whole number, got true"),
+        (caching(RapidGrad={"enable": "false"}), 'must be true or false, got "false"'),
     ],
 )
 def test_what_is_no_configuration(config: Any, why: str, tmp_path: Path) -> None:
@@ -133,6 +142,25 @@ def test_from_caching_to_hits(
     other = run("cache", "--rapidin-config", path, "--width", "512", "--out", "other", "--quiet")
     assert other.code == 0, other.err
     assert Manifest.read(tmp_path / "other").width == 512
+
+
+def test_options_that_are_given_count_instead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = caller(capsys)
+    saved = save_tiny(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    config = caching()
+    config["data"]["test_data_path"] = "test.jsonl"
+    config["model"] = {"model_path": str(saved.model)}
+    path = written(tmp_path, config)
+    made = run("cache", "--rapidin-config", path, "--projection", "tensor", "--width", "64", "-q")
+    assert (made.code, made.err) == (0, "")
+    assert Manifest.read(tmp_path / "grads").sketch["projection"] == "tensor"
+    asked = run("query", "--rapidin-config", path, "--prompt", "Give 3 tips.", "--completion", " One.")
+    assert asked.code == 0, asked.err
+    assert "data.test_data_path: another generation is given" in asked.err
 
 
 def test_mistakes_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

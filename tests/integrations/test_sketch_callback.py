@@ -471,7 +471,7 @@ def test_an_argument_that_would_have_no_effect_is_refused(
         SketchCallback(tmp_path, **arguments)
 
 
-@pytest.mark.parametrize("name", ["beta", "dropout"])
+@pytest.mark.parametrize("name", ["beta", "dropout", "decoys"])
 def test_what_the_training_decides_is_no_argument(tmp_path: Path, name: str) -> None:
     with pytest.raises(TypeError, match=f"no argument '{name}'"):
         SketchCallback(tmp_path, **{name: None})

@@ -17,6 +17,7 @@ import pytest
 from browser import ActionChains, Browser, By, Keys, WebElement, started
 from made_results import HOSTILE, fused, hostile, made, several, visible
 
+from rapidin.results.decoys import DecoyTest
 from rapidin.results.html import notebook, page, shades
 from rapidin.results.html.view import View
 from rapidin.results.text import score_text
@@ -435,6 +436,20 @@ def test_the_table_is_saved_as_csv(shown: Shown) -> None:
     ] == expected
     assert {row["selection"] for row in chosen} == {f"“{RESULT.pieces[5].strip()}”"}
     assert {row["error"] for row in chosen} == {""}
+
+
+def test_p_and_q_are_in_the_csv_of_a_cache_with_decoys(shown: Shown) -> None:
+    top = [replace(hit, p=0.005, q=0.05) for hit in RESULT.top]
+    shown.open([replace(RESULT, top=top, decoys=DecoyTest(200, 400, (3, 0)))])
+    rows = saved(shown, "hits.csv")
+    assert [(row["p"], row["q"]) for row in rows] == [("0.005", "0.05")] * len(RESULT.helpful) + [
+        ("", "")
+    ] * len(RESULT.harmful)
+    assert "p 0.005, q 0.05" in shown.one(".hit .notes").text
+    shown.tokens()[5].click()
+    assert {row["p"] for row in saved(shown, "hits.csv")} == {""}
+    shown.open([RESULT])
+    assert "p" not in saved(shown, "hits.csv")[0]
 
 
 def test_no_cell_of_the_csv_is_a_formula(shown: Shown) -> None:

@@ -374,6 +374,8 @@ def test_caching_bar() -> None:
     assert "340/1,000 · 70.0 examples/s · 3,500 tokens/s" in text
     assert "left" not in text[len(first) :]
     assert bar.watch.preparation == 15.0
+    bar.watch(Progress(1000, 1000, 9000, 1, 200, stage=Stage("sketching decoys", 1, 2)))
+    assert bar.watch.preparation == 15.0
     text = first
     assert "200 of 1,000 examples were cached before" in text
     assert "one [bold]thing[/] to say" in text

@@ -53,6 +53,8 @@ def test_to_list_is_flat_and_every_row_has_the_same_keys() -> None:
         "last_rank": 3,
         "tied": False,
         "estimate": None,
+        "p": None,
+        "q": None,
         "copies": 7,
         "BM25 score": 2.5,
         "BM25 rank": 4,

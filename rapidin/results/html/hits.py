@@ -20,6 +20,7 @@ from rapidin.results.text import (
     no_row_text,
     rank_texts,
     score_text,
+    share_text,
     title_text,
 )
 from rapidin.results.types import Hit, Tokens
@@ -34,7 +35,8 @@ _CHIP_NAME, _CHIP_VALUE, _CHIP_TITLE = 24, 40, 300  # characters
 def lists(view: View, histogram: bool) -> str:
     """The most helpful and the most harmful hits. histogram: whether the page has the histogram of all
     scores."""
-    if not view.entries:
+    tested = view.result.decoys
+    if not view.entries and (tested is None or not any(tested.listed)):
         return '<p class="card none">No example in the cache has a sketch, so there are no hits.</p>'
     sizes = [abs(e.hit.score) for e in view.entries if e.side and math.isfinite(e.hit.score)]
     largest = max(sizes, default=0.0)
@@ -51,11 +53,12 @@ def lists(view: View, histogram: bool) -> str:
             f'aria-controls="{view.name}-{kind}-list" data-side="{side}"><span>{title}</span> '
             f"<b>{count:,}</b></button>"
         )
+        none = no_row_text(helpful=side > 0, decoys=tested)
         sections += (
             f'<section class="list" id="{view.name}-{kind}-list" aria-labelledby="{view.name}-{kind}">'
             f'<h3 id="{view.name}-{kind}" class="{kind}">{title}</h3>'
             f'<ol class="hits" data-side="{side}">{items[side]}</ol>'
-            f'<p class="none" {"hidden" if items[side] else ""}>{no_row_text(helpful=side > 0)}</p></section>'
+            f'<p class="none" {"hidden" if items[side] else ""}>{none}</p></section>'
         )
     return (
         f'<div class="tabs only-script" role="tablist" aria-label="Hits">{tabs}</div>'
@@ -200,6 +203,8 @@ def _notes(hit: Hit, entry: Entry, bounded: bool) -> str:
         notes.append(f"Could rank {hit.ranks[0]:,}-{hit.ranks[1]:,}")
     if entry.side and hit.tied:
         notes.append("Tied with the previous hit, within error")
+    if entry.side and hit.p is not None:
+        notes.append(f"p {share_text(hit.p)}, q {share_text(hit.q)}")
     if hit.estimate is not None:
         notes.append(f"Estimate in the cache {score_text(hit.estimate, bounded)}")
     if hit.fused is not None and entry.side > 0:

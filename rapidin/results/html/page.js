@@ -940,6 +940,8 @@
       const names = ["side", "rank", "index", "score", "error", "rank_low", "rank_high", "tied", "estimate"];
       names.push("copies", "copies_indices", "whole_score");
       for (const name of baselines) names.push(`${name} rank`, `${name} score`);
+      const tested = this.rows.flat().some(({ card }) => card.hit.p !== undefined);
+      if (tested) names.push("p", "q");
       names.push("selection", "text");
       const status = this.section.querySelector(".status b");
       const selection = this.selected && status ? status.textContent : "";
@@ -955,6 +957,7 @@
           const [value, place] = hit.standings?.[name] ?? [null, null];
           cells.push(place, value);
         }
+        if (tested) cells.push(...(whole ? [hit.p, hit.q] : [null, null]));
         lines.push([...cells.map((cell) => String(cell ?? "")), textCell(selection), textCell(this.textOf(card))]);
       }
       const csv = lines.map((cells) => cells.map(quoted).join(",") + "\r\n").join("");

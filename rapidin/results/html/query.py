@@ -13,6 +13,7 @@ from rapidin.results.text import (
     NET,
     UNSURE,
     capital,
+    decoys_note,
     overlap_text,
     ranks_meaning,
     scale_text,
@@ -44,6 +45,7 @@ def query(view: View, queries: int) -> str:
 </div>
 <div class="main">
 {_verdict(view)}
+{_decoys(view)}
 {_confirmation(view)}
 {_overlaps(result)}
 {_groups(view)}
@@ -155,6 +157,8 @@ def _meaning(view: View) -> str:
         lines.append("Scores are from exact gradients; the estimate is the score from the cached sketches.")
     if any(e.hit.error is not None for e in view.entries):
         lines.append(f"± is one standard error of the score. A score {UNSURE} is grey.")
+    if result.decoys is not None:
+        lines.append(capital(decoys_note(result.decoys)))
     if any(e.hit.tokens is not None for e in view.entries):
         sinks, left_out = (
             len(view.sinks),
@@ -240,6 +244,18 @@ def _verdict(view: View) -> str:
     return (
         f'<section class="card verdict {verdict.strength}" aria-labelledby="{view.name}-verdict">'
         f'<h3 id="{view.name}-verdict">{verdict.title}</h3>{"".join(lines)}</section>'
+    )
+
+
+def _decoys(view: View) -> str:
+    """How many hits pass the false-discovery rate."""
+    tested = view.result.decoys
+    if tested is None or not tested.sentence:
+        return ""
+    strength = "strong" if any(tested.passed) else "nothing"
+    return (
+        f'<section class="card verdict {strength}" aria-labelledby="{view.name}-decoys">'
+        f'<h3 id="{view.name}-decoys">False discoveries</h3><p>{plain(tested.sentence)}</p></section>'
     )
 
 

@@ -278,6 +278,8 @@ def _entry_data(result: QueryResult, entry: Entry, most: int, parted: bool, tail
         value["error"] = _finite(hit.error)
     if hit.ranks is not None and entry.side:
         value |= {"ranks": list(hit.ranks), "tied": hit.tied}
+    if hit.p is not None and entry.side:
+        value |= {"p": hit.p, "q": hit.q}
     if hit.estimate is not None:
         value["estimate"] = _finite(hit.estimate)
     if hit.copies or hit.copies_more:
