@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rapidin.attribution.drop_conditions import DropConditions
 from rapidin.attribution.groups import check_column
-from rapidin.attribution.options import DropConditions
 from rapidin.attribution.training_data import cached_record, training_data
 from rapidin.cache import Cache, Manifest
 from rapidin.data.examples import Examples, open_examples

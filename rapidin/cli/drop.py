@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from rapidin.attribution.options import DropConditions
+from rapidin.attribution.drop_conditions import DropConditions
 from rapidin.cli.console import check_writable, line, quiet_libraries
 from rapidin.cli.options import Quiet, TrainData, command
 from rapidin.files import check_not_input

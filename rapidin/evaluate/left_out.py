@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rapidin.attribution.drop import hit_candidates, hits_in, read_text, rows_to_drop
+from rapidin.attribution.drop_conditions import DropConditions
 from rapidin.attribution.groups import FILE, check_column, value_of
-from rapidin.attribution.options import DropConditions
 from rapidin.cache import Manifest
 from rapidin.data.examples import open_examples
 from rapidin.errors import UserError

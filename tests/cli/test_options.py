@@ -13,13 +13,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from rapidin.attribution.options import (
-    CacheOptions,
-    DropConditions,
-    ModelLocation,
-    QueryOptions,
-    ScoringConfig,
-)
+from rapidin.attribution.drop_conditions import DropConditions
+from rapidin.attribution.options import CacheOptions, ModelLocation, QueryOptions, ScoringConfig
 from rapidin.cli import main
 from rapidin.cli.options import PANELS, RENAMED_FLAGS, Only, app, command, renamed_flags
 from rapidin.errors import UserError
