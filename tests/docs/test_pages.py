@@ -42,9 +42,10 @@ NOT_RUN = {
     "make ": "sets up the folder .venv that tests run in",
     "torchrun": "tests/end_to_end/test_distributed.py starts several processes",
     "rapidin demo": "trains for a minute: a tiny model stands for its own; the tests marked full run it",
-    "rapidin serve": "runs until it is interrupted: tests/serve starts it",
+    "rapidin serve": "runs until it is interrupted: tests/serve has its tests",
     "rapidin confirm hits.json --trainer": "needs your own script: tests/evaluate/test_confirm.py has one",
-    "rapidin eval lds": "trains 200 models: tests/evaluate/test_evaluate.py runs it with fewer",
+    "rapidin merge": "needs thousands of rows in shards: tests/end_to_end/test_distributed.py has them",
+    "rapidin eval lds": "trains 200 models: tests/evaluate/test_lds.py runs it with fewer",
     "rapidin eval facts": "trains for minutes: tests/evaluate/test_evaluate.py runs it with fewer rows",
     "rapidin eval select": "trains for minutes: tests/evaluate/test_evaluate.py runs it with fewer rows",
     "python studies/": "a study, which takes hours: tests/studies runs their parts",
@@ -121,7 +122,9 @@ def parse(arguments: Sequence[str], where: str) -> None:
 
 def test_every_reason_is_needed() -> None:
     written = [step for page in PAGES for step in steps(text_of(page)) if step.kind == "shell"]
-    for start in NOT_RUN:
+    for start, why in NOT_RUN.items():
+        for path in re.findall(r"tests/[\w/.]+", why):
+            assert (ROOT / path).exists(), path
         assert any(step.text.startswith(start) for step in written), f"no page has '{start}'"
 
 
@@ -219,15 +222,6 @@ def cached_start(tiny: Path, to: Path) -> None:
     rapidin.Attributor(str(tiny / "model")).cache(to.parent / "first.jsonl", to, progress=False)
 
 
-def part(number: int) -> Callable[[Path, Path], None]:
-    def make(tiny: Path, to: Path) -> None:
-        shutil.copytree(to.parent / "shared", to)
-        words = ["cache", "MODEL", "--data", "train.jsonl", "--out", to.name, "--bytes", "2048"]
-        assert rapidin.cli.main([*words, "--part", f"{number}/4"]) == 0
-
-    return make
-
-
 # How the files and folders are made that commands name.
 GIVEN: dict[str, Callable[[Path, Path], None]] = {
     **dict.fromkeys(("model", "MODEL"), link("model")),
@@ -242,12 +236,9 @@ GIVEN: dict[str, Callable[[Path, Path], None]] = {
     "hits.json": copy("hits.json"),
     "seed-0": cached(seed=0),
     "seed-1": cached(seed=1),
-    "coarse": cached(bytes=64),
+    "coarse": cached(bytes=256),
     "CLASSIFIER": classifier,
     "trainer_output": link("adapter"),
-    "part-2": part(2),
-    "part-3": part(3),
-    "part-4": part(4),
     "truth": lambda tiny, to: made_truth(to) and None,
 }
 # Where a command of a page means another file by the same name: (page, start of the command, name).
@@ -268,8 +259,6 @@ def provide(page: str, step: Step, tiny: Path) -> None:
         written = {after for word, after in pairwise(words) if word in _WRITTEN}
         if "--append" in words:
             written.discard("cache")
-        if words[0] == "merge":
-            written.add(words[1])
         names = [word for word in words if word not in written]
         if "--append" in words:
             names.append("cache")

@@ -38,10 +38,15 @@ def executed(path: Path, folder: Path) -> Any:
 def printed(notebook: Any) -> list[str]:
     """What each cell of code prints or shows, as text."""
     return [
-        "".join(_text(output) for output in cell["outputs"])
+        "".join(_text(output) for output in cell["outputs"] if not _is_warning(output))
         for cell in notebook["cells"]
         if cell["cell_type"] == "code"
     ]
+
+
+def _is_warning(output: Any) -> bool:
+    """What libraries say to programmers, with the paths of the machine."""
+    return bool(output.get("name") == "stderr")
 
 
 def _text(output: Any) -> str:
@@ -56,6 +61,8 @@ def _store(path: Path) -> None:
         notebook = executed(path, Path(folder))
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)  # times of the run
+        if "outputs" in cell:
+            cell.outputs = [output for output in cell.outputs if not _is_warning(output)]
         for output in cell.get("outputs", []):
             if "data" in output:
                 output.data = {"text/plain": output.data["text/plain"]}
