@@ -11,9 +11,10 @@ import logging
 import os
 import re
 from collections.abc import Iterator
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.exceptions import PluginError
@@ -110,10 +111,52 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_post_build(config: MkDocsConfig) -> None:
-    """Lists the links to other sites, which are not fetched."""
+    """Follows the links of all pages, also those of raw HTML, and lists those to other sites, which are not
+    fetched. Raises PluginError for links that lead nowhere."""
+    broken = broken_links(Path(config.site_dir))
+    if broken:
+        raise PluginError("links that lead nowhere:\n" + "\n".join(broken))
     lines = [f"{link}  {' '.join(sorted(pages))}\n" for link, pages in sorted(_external.items())]
     (Path(config.site_dir) / EXTERNAL).write_text("".join(lines), encoding="utf-8")
     LOG.info("%d links to other sites were not fetched; %s lists them", len(lines), EXTERNAL)
+
+
+class _Anchors(HTMLParser):
+    """The names of a page's elements, and what it links to or loads."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+        self.links: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        for name, value in attrs:
+            if name in ("id", "name") and value:
+                self.names.add(value)
+            elif name in ("href", "src") and value:
+                self.links.append(value)
+
+
+def broken_links(site: Path) -> list[str]:
+    """The links from the pages of a built site to files and anchors that it lacks: "page: link" each."""
+    pages = {
+        path: _Anchors(path.read_text(encoding="utf-8"))
+        for path in sorted(site.rglob("*.html"))
+        if path.name not in (REPORT, "404.html")  # the report makes its anchors when it is read
+    }
+    broken = []
+    for path, page in pages.items():
+        for link in page.links:
+            parts = urlsplit(link)
+            if parts.scheme or parts.netloc:
+                continue
+            aim = Path(os.path.normpath(path.parent / unquote(parts.path))) if parts.path else path
+            aim = aim / "index.html" if aim.is_dir() else aim
+            anchor = unquote(parts.fragment)
+            if not aim.is_file() or (anchor and aim in pages and anchor not in pages[aim].names):
+                broken.append(f"{path.relative_to(site)}: {link}")
+    return broken
 
 
 def _parts(markdown: str) -> Iterator[tuple[bool, str]]:
