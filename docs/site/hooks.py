@@ -222,7 +222,7 @@ def _command(command: Any, parent: Any) -> Iterator[str]:
             panel = "Arguments" if is_argument else getattr(parameter, "rich_help_panel", None) or "Options"
             panels.setdefault(panel, []).append((record[0], with_flags(record[1])))
     if not below:
-        rows = ["| | |", "| --- | --- |"]
+        rows = ["| Option | What it does |", "| --- | --- |"]
         for panel in sorted(panels, key=lambda name: PANELS.index(name) if name in PANELS else -1):
             rows.append(f"| **{panel}** | |")
             rows += [f"| <code>{_escaped(name)}</code> | {_escaped(help)} |" for name, help in panels[panel]]

@@ -26,7 +26,9 @@ def executed(path: Path, folder: Path) -> Any:
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), *([before] if before else [])])
     try:
-        NotebookClient(notebook, timeout=SECONDS, resources={"metadata": {"path": str(folder)}}).execute()
+        client = NotebookClient(notebook, timeout=SECONDS, coalesce_streams=True)
+        client.resources = {"metadata": {"path": str(folder)}}
+        client.execute()
     finally:
         if before is None:
             del os.environ["PYTHONPATH"]
