@@ -122,7 +122,9 @@ def _sketched(
         yield n, (torch.cat(products[n], 2).double() @ scale).T.float().cpu()
 
 
-def _positions(source: GradientSource, vectors: Tensor, number: int, batch: AnyBatch) -> tuple[Tensor, Tensor]:
+def _positions(
+    source: GradientSource, vectors: Tensor, number: int, batch: AnyBatch
+) -> tuple[Tensor, Tensor]:
     """`GradientSketcher.positions` of a batch, whose output head sees all positions."""
     try:
         return source.sketcher.positions(_all_seen(batch), vectors, number)
