@@ -2,7 +2,7 @@
 # make test-full    all checks: also those that are slow, or repeat others at more sizes
 # make test-oldest  the tests of models with the oldest transformers and peft that pyproject.toml allows
 # make demo         a planted poison found, start to end
-# make docs         docs/example-report.html: the report of a query of the demo
+# make docs         the documentation site in build/site, with the report of a query of the demo; all its links are checked
 # Set-up makes .venv (PYTHON=... picks the interpreter, 3.10 or newer) and is skipped while nothing has changed.
 
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python3.10; do \
@@ -47,15 +47,16 @@ test-oldest: .venv/oldest/installed
 demo: .venv/installed
 	$(BIN)/rapidin demo
 
-# The demo keeps its model, data and cache in build/demo.
+# The demo keeps its model, data and cache in build/demo, and docs/guide/report.md shows the report.
 docs: .venv/installed
 	rm -rf build/demo
 	$(BIN)/rapidin demo --out build/demo
 	cd build/demo && ../../$(BIN)/rapidin query cache --data query.jsonl --by poisoned \
-		--report ../../docs/example-report.html
+		--report example-report.html
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --config-file docs/site/mkdocs.yml
 
 clean:
-	rm -rf .venv build docs/example-report.html *.egg-info rapidin/ops/_cpu*.so rapidin/ops/_cuda*.so
+	rm -rf .venv build *.egg-info rapidin/ops/_cpu*.so rapidin/ops/_cuda*.so
 
 .venv/bin/python:
 	@test -n "$(PYTHON)" || { echo "make: no Python 3.10 or newer found; install one, or say make PYTHON=/path/to/python3" >&2; exit 1; }
@@ -103,6 +104,7 @@ define LIST_DEPENDENCIES
 try: import tomllib
 except ImportError: import tomli as tomllib
 project = tomllib.load(open("pyproject.toml", "rb"))["project"]
-print(*(name.replace(" ", "") for name in project["dependencies"] + project["optional-dependencies"]["dev"]))
+extras = project["optional-dependencies"]
+print(*(name.replace(" ", "") for name in project["dependencies"] + extras["dev"] + extras["docs"]))
 endef
 export LIST_DEPENDENCIES
