@@ -72,8 +72,13 @@ def reason(step: Step) -> str | None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_commands_exist_with_their_options(page: str) -> None:
+def test_commands_exist_with_their_options(
+    page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Unknown commands, options and values fail, and so do missing arguments."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("config_caching.json", "config_retrieval.json"):  # are read while options are
+        rapidin_config(tmp_path, tmp_path / name)
     for step in steps(text_of(page)):
         if step.kind == "shell" and step.rapidin is not None:
             parse(step.rapidin, f"{page}:{step.line}")
@@ -223,12 +228,29 @@ def cached_start(tiny: Path, to: Path) -> None:
 
 
 # How the files and folders are made that commands name.
+def held_out(tiny: Path, to: Path) -> None:
+    """Rows like those of the training data that are not among them."""
+    lines(to, [row | {"instruction": f"Please answer: {row['instruction']}"} for row in rows_of(tiny)])
+
+
+def rapidin_config(tiny: Path, to: Path) -> None:
+    """RapidIn's configuration of both stages."""
+    config = {
+        "data": {"train_data_path": str(tiny / "train.jsonl"), "test_data_path": str(tiny / "query.jsonl")},
+        "influence": {"grads_path": "grads", "RapidGrad": {"enable": True, "RapidGrad_K": 512}},
+        "model": {"model_path": str(tiny / "model"), "lora_path": str(tiny / "adapter")},
+    }
+    to.write_text(json.dumps(config))
+
+
 GIVEN: dict[str, Callable[[Path, Path], None]] = {
+    **dict.fromkeys(("config_caching.json", "config_retrieval.json"), rapidin_config),
     **dict.fromkeys(("model", "MODEL"), link("model")),
     **dict.fromkeys(("adapter", "ADAPTER", "dpo-adapter"), link("adapter")),
     **dict.fromkeys(("cache", "CACHE", "fine"), copy("cache")),
     **dict.fromkeys(("asked.jsonl", "queries.jsonl", "target.jsonl"), asked),
     "train.jsonl": copy("train.jsonl"),
+    "held_out.jsonl": held_out,
     "more.jsonl": lambda tiny, to: lines(to, rows_of(tiny)[:3]),
     "query.jsonl": copy("query.jsonl"),
     "test.jsonl": tests,
