@@ -31,7 +31,7 @@ class Output:
         help="Folder that keeps each training's result; an unfinished run there is resumed.",
         metavar="DIR",
         panel="Output",
-        default="HITS.confirm beside HITS.json",
+        default="beside HITS, hits.confirm for hits.json",
     )
     json: str | None = option(
         None,
@@ -46,7 +46,12 @@ class Output:
         metavar="FILE.html",
         panel="Output",
     )
-    only_cost: bool = option(False, help="Say how long the trainings take, and stop.", panel="Run")
+    only_cost: bool = option(
+        False,
+        help="Say how many trainings there are and how long they take, and stop. With --trainer the first "
+        "one is run for that, and kept.",
+        panel="Run",
+    )
 
     def check(self, hits: str, quiet: bool) -> None:
         """Raise UserError for what cannot be written, before any work is done for it."""
@@ -68,11 +73,12 @@ def confirm(
     train_data: TrainData = None,
     quiet: Quiet = False,
 ) -> None:
-    """Retrain without the hits, and without random rows: does the model still say it?
+    """Retrain without the hits: does the model still say what they explain?
 
-    Trains the adapter again without the rows that a query found and, as controls, without as many random
-    rows, and says by how much the log-probability of the generation falls, with a p-value, and whether the
-    model's answer changes. Rerun the same command to resume after an interruption.
+    Trains the adapter (or the model, if all of it was tuned) again without the helpful hits of a query and,
+    as controls, without as many random rows. Says by how much the log-probability of the generation falls,
+    with a p-value, and whether the model's answer changes. That is 23 trainings for one query by default:
+    --only-cost says first how long they take. Rerun the same command to resume after an interruption.
     """
     output.check(hits, quiet)
     with quiet_libraries():

@@ -229,7 +229,7 @@ class ConfirmSettings(Settings):
 
     top_k: int | None = option(
         None,
-        help="Leave out only the first N hits of each query.",
+        help="Leave out only the first N helpful hits of each query.",
         metavar="N",
         panel="Rows",
         limits=(1, None),
@@ -237,7 +237,7 @@ class ConfirmSettings(Settings):
     )
     query: int | None = option(
         None,
-        help="Only this query of the file, counted from 1.",
+        help="Only this query of the file, counted from 1 (rows are counted from 0).",
         metavar="N",
         panel="Rows",
         limits=(1, None),
