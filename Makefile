@@ -1,6 +1,7 @@
 # make test         the checks to run before each commit, after all set-up
 # make test-full    all checks: also those that are slow, or repeat others at more sizes
 # make test-oldest  the tests of models with the oldest transformers and peft that pyproject.toml allows
+# make coverage     how much of the package the tests of `make test` run, and where it is under 90%
 # make demo         a planted poison found, start to end
 # make docs         the documentation site in build/site, with the report of a query of the demo; all its links are checked
 # Set-up makes .venv (PYTHON=... picks the interpreter, 3.10 or newer) and is skipped while nothing has changed.
@@ -20,7 +21,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two steps at a time, of set-up and of checks.
 MAKEFLAGS += --jobs=2
 
-.PHONY: test test-full test-oldest style tests tests-full demo docs clean
+.PHONY: test test-full test-oldest style tests tests-full coverage demo docs clean
 
 test: style tests
 
@@ -40,6 +41,12 @@ tests: .venv/installed .venv/emulated
 
 tests-full: .venv/installed .venv/emulated
 	$(PYTEST)
+
+# Which lines and branches the tests of `make test` run, in this process and not in those that they start.
+coverage: .venv/installed .venv/emulated
+	mkdir -p build
+	$(PYTEST) -m "not full" --cov=rapidin --cov-branch --cov-report=json:build/coverage.json --cov-report=
+	$(BIN)/python .ci/coverage.py build/coverage.json
 
 test-oldest: .venv/oldest/installed
 	OMP_NUM_THREADS=1 .venv/oldest/bin/python -m pytest -q -m "not full" tests/models

@@ -26,12 +26,12 @@ def test_it_is_stored_as_it_was_run(path: Path) -> None:
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 @pytest.mark.full
-def test_it_runs(path: Path, tmp_path: Path) -> None:
+def test_it_runs(path: Path, demo: Path, tmp_path: Path) -> None:
     """Each cell prints what is stored, but for numbers and rows, which vary from machine to machine."""
     pytest.importorskip("nbclient")
     pytest.importorskip("ipykernel")
     stored = printed(json.loads(path.read_text("utf-8")))
-    again = printed(executed(path, tmp_path))
+    again = printed(executed(path, tmp_path, demo))
     assert [labels(text) for text in again] == [labels(text) for text in stored]
 
 

@@ -361,8 +361,9 @@ def inside(folder: Path) -> Iterator[None]:
         os.chdir(before)
 
 
-def run_page(page: str, folder: Path, tiny: Path, run: Callable[..., Ran], demo: bool = False) -> str:
-    """Runs the steps of a page, and returns what its commands printed. demo: also `rapidin demo` itself."""
+def run_page(page: str, folder: Path, tiny: Path, run: Callable[..., Ran], demo: Path | None = None) -> str:
+    """Runs the steps of a page, and returns what its commands printed. demo: what `rapidin demo` makes,
+    instead of a tiny model."""
     printed: list[str] = []
     space = space_of(page, tiny) if any(step.kind == "python" for step in steps(text_of(page))) else {}
     begun: int | None = None
@@ -382,8 +383,8 @@ def run_page(page: str, folder: Path, tiny: Path, run: Callable[..., Ran], demo:
             os.chdir(step.words[1])
         elif step.words[0] == "cp":
             subprocess.run(step.words, check=True)
-        elif step.words[:2] == ["rapidin", "demo"] and demo:
-            assert run(*step.words[1:]).code == 0, where
+        elif step.words[:2] == ["rapidin", "demo"] and demo is not None:
+            shutil.copytree(demo, step.words[step.words.index("--out") + 1])
         elif reason(step) is not None:
             if "demo" in step.words and "--out" in step.words:
                 shutil.copytree(tiny, step.words[step.words.index("--out") + 1], symlinks=True)
@@ -418,12 +419,17 @@ def test_a_start_runs_on_a_tiny_model(
 @pytest.mark.parametrize("page", sorted(WHOLE))
 @pytest.mark.full
 def test_a_start_runs_on_the_demo(
-    page: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    page: str,
+    tiny: Path,
+    demo: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """What the page shows is printed, but for numbers and rows, which vary from machine to machine."""
     monkeypatch.setenv("COLUMNS", "100")
     with inside(tmp_path):
-        printed = run_page(page, tmp_path, tiny, caller(capsys), demo=True)
+        printed = run_page(page, tmp_path, tiny, caller(capsys), demo)
     words = {line.split()[0] for line in printed.splitlines() if line.split()}
     shown = [line.split() for block in outputs(text_of(page)) for line in block]
     labels = {line[0] for line in shown if line and re.fullmatch(r"[A-Za-z][\w:]*", line[0])}
