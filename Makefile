@@ -13,7 +13,7 @@ BIN := .venv/bin
 JOBS ?= $(shell n=$$(nproc 2>/dev/null || echo 1); echo $$((n < 4 ? n : 4)))
 PIP := $(BIN)/python -m pip --disable-pip-version-check install --quiet --no-compile --constraint constraints.txt
 # Installed in place: Python started in this folder finds the checkout first, so that is where the extension must be.
-SOURCES := $(shell find csrc -type f)
+SOURCES := $(shell find csrc -type f -not -path "csrc/rapidin_cuda/*")
 
 # The libraries are compiled by the first process that imports them, since pip does not: else by each anew.
 unexport PYTHONDONTWRITEBYTECODE
