@@ -20,11 +20,10 @@ from rapidin.cache.reader import decoys_folder
 from rapidin.data.examples import Examples
 from rapidin.distributed import World
 from rapidin.errors import CoverageWarning, UserError
-from rapidin.gradients.batching import Reporter
+from rapidin.gradients.batching import Reporter, StageReporter
 from rapidin.gradients.check import GradientCheck
 from rapidin.gradients.preconditioner import STREAM, Preconditioner
 from rapidin.gradients.source import GradientSource
-from rapidin.ops.transfer import Download
 
 _CHECK_TEXTS = 64  # examples that those of the check are chosen from
 _CHECKED = 2  # examples that the check compares
@@ -145,7 +144,7 @@ def _add_decoys(
             if isinstance(writer, CacheWriter):
                 copy_learned(whole.folder, whole.manifest, writer)
             build.agree(writer, world)
-            reporter = _DecoyReporter(meter, rows)
+            reporter = StageReporter(meter.stage, "sketching decoys", rows, meter.tell)
             build.CachingLoop(
                 writer,
                 world,
@@ -165,26 +164,6 @@ def _add_decoys(
                 f"none of the {rows:,} decoys counts: each has no sketch or is one of the examples",
                 f"delete '{folder}', and give texts that were never trained on",
             )
-
-
-class _DecoyReporter:
-    """Reports decoys as steps of a stage, since the meter counts examples."""
-
-    def __init__(self, meter: Meter, total: int) -> None:
-        self._meter, self._done, self._total = meter, 0, total
-
-    def add(self, done: int, tokens: int, *, skipped: int) -> None:
-        self._done += done
-        self.stage("sketching decoys", self._done, self._total)
-
-    def sketched(self, done: int, tokens: int, skipped: Download | None) -> None:
-        self.add(done, tokens, skipped=0)
-
-    def tell(self, message: str | None) -> None:
-        self._meter.tell(message)
-
-    def stage(self, name: str, done: int, total: int) -> None:
-        self._meter.stage(name, done, total)
 
 
 class _Fitting:

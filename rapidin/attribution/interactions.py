@@ -28,7 +28,7 @@ import torch
 from torch import Tensor
 
 from rapidin import distributed
-from rapidin.attribution.methods.vectors import ScanQuery
+from rapidin.attribution.methods.vectors import ScanQuery, stored_sketches
 from rapidin.attribution.normalization import query_vectors, row_scales, score_divisor
 from rapidin.attribution.scan import all_scores
 from rapidin.attribution.scan_pieces import CacheScan
@@ -76,12 +76,6 @@ def row_sketches(
     return RowSketches(partial(_computed_again, source(), data), min(_PACKED_OF_A_SUM, most))
 
 
-def stored_sketches(cache: Cache, rows: Sequence[int]) -> Tensor:
-    """The sketches of rows as a cache has them: [n, blocks, width]."""
-    unit = cache.sketches(list(rows)).view(len(rows), len(cache.layers), -1)
-    return unit * cache.lengths(list(rows))[:, :, None]
-
-
 def _computed_again(source: GradientSource, data: Examples, rows: Sequence[int]) -> Tensor:
     if source.loaded.sharded:
         raise UserError(
@@ -125,7 +119,7 @@ def net_of_others(
     if not count or not len(numbers):
         return torch.zeros(len(scores), count, dtype=torch.float64, device="cpu")
     known = scores[:, scored].double()
-    members = [(group_of_row[scored] == group).nonzero()[:, 0] for group in range(count)]
+    members = _members(group_of_row[scored], count)
     sums = torch.stack([known[:, rows].sum(1) for rows in members], 1)
     most = max(1, min(MOST_SPANNING, _MOST_NUMBERS // len(numbers)))
     spanning = [numbers[members[group]] for group in _largest(sums, most)]
@@ -144,6 +138,14 @@ def net_of_others(
             others = others / (damping * len(numbers)) + torch.eye(len(rows), dtype=torch.float64)
             net[query, group] = asked @ torch.linalg.solve(others, inside.sum(1))
     return net
+
+
+def _members(group_of_row: Tensor, count: int) -> list[Tensor]:
+    """The rows of each group, ascending; rows below 0 are in none."""
+    order = torch.sort(group_of_row, stable=True).indices
+    without = int((group_of_row < 0).sum())
+    sizes = torch.bincount(group_of_row[order[without:]], minlength=count)
+    return list(torch.split(order[without:], sizes.tolist()))
 
 
 def _largest(sums: Tensor, most: int) -> list[int]:

@@ -25,6 +25,7 @@ from rapidin import distributed
 from rapidin.attribution import methods
 from rapidin.attribution.duplicates import Shingles, exact_copies, shingles
 from rapidin.attribution.methods import NORMALIZE, counted
+from rapidin.attribution.methods.vectors import stored_sketches
 from rapidin.attribution.neutral_questions import QUESTIONS
 from rapidin.attribution.questions import asked as asked_record
 from rapidin.attribution.scan import scan_cache
@@ -130,8 +131,7 @@ def _rows(cache: Cache, numbers: Sequence[int], device: torch.device) -> _Texts:
     blocks, width = len(cache.layers), cache.manifest.width
     if not chosen:
         return _Texts(torch.zeros(0, blocks, width, device=device))
-    unit = cache.sketches(chosen).view(-1, blocks, width)
-    return _Texts((unit * cache.lengths(chosen)[:, :, None]).to(device), rows=tuple(chosen))
+    return _Texts(stored_sketches(cache, chosen).to(device), rows=tuple(chosen))
 
 
 def _best_scores(cache: Cache, examples: Examples, asked: _Texts, own: _Texts) -> NullScores:

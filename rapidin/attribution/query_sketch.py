@@ -19,9 +19,8 @@ from rapidin.data.encoding import Encoded, Status
 from rapidin.data.generations import Generation
 from rapidin.data.spans import Span
 from rapidin.errors import UserError, short
-from rapidin.gradients.batching import SILENT, Silent
+from rapidin.gradients.batching import SILENT, StageReporter
 from rapidin.gradients.source import GradientSource
-from rapidin.ops.transfer import Download
 
 _FILL_A_BATCH = 8  # targets of each generation, from which on they are no longer batched with others'
 
@@ -102,20 +101,6 @@ def sketch_query(
     return QuerySketch(
         cache, sketch_generations(source, generations), weight, sketch_targets(source, generations, on_stage)
     )
-
-
-class StageReporter(Silent):
-    """Reports the texts that are sketched as steps of a stage."""
-
-    def __init__(self, on_stage: OnStage, name: str, total: int) -> None:
-        self._on_stage, self._name, self._done, self._total = on_stage, name, 0, total
-
-    def add(self, done: int, tokens: int, *, skipped: int) -> None:
-        self._done += done
-        self._on_stage(self._name, self._done, self._total)
-
-    def sketched(self, done: int, tokens: int, skipped: Download | None) -> None:
-        self.add(done, tokens, skipped=0)
 
 
 def sketch_generations(source: GradientSource, generations: Sequence[Generation]) -> Tensor:

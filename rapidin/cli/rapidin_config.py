@@ -44,6 +44,7 @@ _UNUSED = {
     "influence.IF.r_averaging": "there is no method with this recursion",
     "influence.IF.scale": "there is no method with this recursion",
 }
+_RAPIDGRAD = "influence.RapidGrad.enable"
 _OF_CACHE = ("data.train_data_path", "influence.seed", "model.lora_path", "model.max_length")
 _OF_QUERY = ("data.test_data_path", "influence.top_k", "influence.cal_words_infl")
 
@@ -52,13 +53,15 @@ _OF_QUERY = ("data.test_data_path", "influence.top_k", "influence.cal_words_infl
 class _Config:
     """The values of a configuration by their whole names, such as ``model.lora_path``.
 
-    defaults: of the command's parameters; unused: names with the reason for which they have no effect.
+    defaults: of the command's parameters; unused: names with the reason for which they have no effect; known:
+    names that were asked for.
     """
 
     path: str
     values: Mapping[str, Any]
     defaults: dict[str, Any] = field(default_factory=dict)
     unused: dict[str, str] = field(default_factory=dict)
+    known: set[str] = field(default_factory=set)
 
     @staticmethod
     def read(path: str) -> "_Config":
@@ -74,17 +77,23 @@ class _Config:
             raise UserError(f"'{path}' is no configuration of RapidIn", _EXAMPLE)
         return _Config(path, dict(_flat(sections)))
 
+    def get(self, name: str, kind: type) -> Any:
+        """A value, None for none. Raises UserError for one of another kind."""
+        self.known.add(name)
+        value = self.values.get(name)
+        if value is not None and (not isinstance(value, kind) or (kind is int and isinstance(value, bool))):
+            raise UserError(f"'{name}' in '{self.path}' must be {_KINDS[kind]}, got {json.dumps(value)}")
+        return value
+
     def take(self, name: str, kind: type, parameter: str, made: Callable[[Any], Any] = lambda x: x) -> None:
         """Make a value, if there is one, the default of a parameter."""
-        value = self.values.get(name)
-        if value is None:
-            return
-        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise UserError(f"'{name}' in '{self.path}' must be {_KINDS[kind]}, got {json.dumps(value)}")
-        self.defaults[parameter] = made(value)
+        value = self.get(name, kind)
+        if value is not None:
+            self.defaults[parameter] = made(value)
 
     def leave(self, name: str, why: str) -> None:
         """Say why a value, if there is one that is not switched off, is not used."""
+        self.known.add(name)
         if self.values.get(name) not in (None, False):
             self.unused[name] = why
 
@@ -106,10 +115,10 @@ def _for_cache(config: _Config, given: Collection[str]) -> None:
     config.take("influence.seed", int, "seed")
     # RapidIn's scores are products of gradients of the tuned model, as they are.
     config.defaults |= {"at": "1", "preconditioner": "off"}
-    enabled = _rapidgrad(config)
+    enabled = config.get(_RAPIDGRAD, bool)
     size = "influence.RapidGrad.RapidGrad_K"
     if "--projection" in given:
-        for name in ("influence.RapidGrad.enable", size):
+        for name in (_RAPIDGRAD, size):
             config.leave(name, "--projection is given")
     elif enabled:
         config.defaults |= {"projection": "rapidgrad", "width": 65536}
@@ -119,8 +128,8 @@ def _for_cache(config: _Config, given: Collection[str]) -> None:
             )
         config.take(size, int, "width")
     else:
-        if "influence.RapidGrad.enable" in config.values:
-            config.unused["influence.RapidGrad.enable"] = "whole gradients are not stored; they are sketched"
+        if _RAPIDGRAD in config.values:
+            config.unused[_RAPIDGRAD] = "whole gradients are not stored; they are sketched"
         config.leave(size, "RapidGrad is not enabled")
     config.leave("model.load_in_4bit", "a model is loaded in 4 bits if it is stored so; see --model-dtype")
     for name in _OF_QUERY:
@@ -134,7 +143,7 @@ def _for_query(config: _Config, given: Collection[str]) -> None:
     else:
         config.leave("data.test_data_path", "another generation is given")
     config.take("influence.top_k", int, "top_k")
-    if _rapidgrad(config):
+    if config.get(_RAPIDGRAD, bool):
         config.leave("influence.cal_words_infl", "tokens have no scores of their own with RapidGrad")
     else:
         config.take("influence.cal_words_infl", bool, "tokens")
@@ -144,29 +153,7 @@ def _for_query(config: _Config, given: Collection[str]) -> None:
         config.leave(f"influence.RapidGrad.{name}", "the cache says it")
 
 
-def _rapidgrad(config: _Config) -> bool:
-    enabled = config.values.get("influence.RapidGrad.enable")
-    if not isinstance(enabled, bool | None):
-        value = json.dumps(enabled)
-        raise UserError(
-            f"'influence.RapidGrad.enable' in '{config.path}' must be {_KINDS[bool]}, got {value}"
-        )
-    return bool(enabled)
-
-
 _COMMANDS: dict[str, Callable[[_Config, Collection[str]], None]] = {"cache": _for_cache, "query": _for_query}
-_USED = frozenset(
-    (
-        "model.model_path",
-        "model.load_in_4bit",
-        "influence.grads_path",
-        "influence.infl_method",
-        "influence.RapidGrad.enable",
-        "influence.RapidGrad.RapidGrad_K",
-        *_OF_CACHE,
-        *_OF_QUERY,
-    )
-)
 
 
 def defaults_of(
@@ -181,10 +168,12 @@ def defaults_of(
     _COMMANDS[command](config, given)
     for name, why in _UNUSED.items():
         config.leave(name, why)
-    if config.values.get("influence.infl_method") not in (None, "TracIn"):
-        config.leave("influence.infl_method", "scores are products of gradients, as by TracIn")
+    method = "influence.infl_method"
+    config.known.add(method)
+    if config.values.get(method) != "TracIn":
+        config.leave(method, "scores are products of gradients, as by TracIn")
     for name in config.values:
-        if name not in _USED and name not in _UNUSED:
+        if name not in config.known:
             config.unused[name] = "RapidIn has no such option"
     return config.defaults, config.unused
 

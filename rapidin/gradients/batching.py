@@ -49,6 +49,34 @@ class Silent:
 SILENT = Silent()
 
 
+class StageReporter(Silent):
+    """Reports the texts that are sketched as steps of a stage.
+
+    on_stage: called with the stage's name, the texts that are done, and `total`; tell: what is told.
+    """
+
+    def __init__(
+        self,
+        on_stage: Callable[[str, int, int], None],
+        name: str,
+        total: int,
+        tell: Callable[[str | None], None] | None = None,
+    ) -> None:
+        self._on_stage, self._name, self._done, self._total = on_stage, name, 0, total
+        self._tell = tell
+
+    def add(self, done: int, tokens: int, *, skipped: int) -> None:
+        self._done += done
+        self._on_stage(self._name, self._done, self._total)
+
+    def sketched(self, done: int, tokens: int, skipped: Download | None) -> None:
+        self.add(done, tokens, skipped=0)
+
+    def tell(self, message: str | None) -> None:
+        if self._tell is not None:
+            self._tell(message)
+
+
 class Lockstep:
     """The processes that share one model (FSDP), all of which make the same number of passes.
 

@@ -16,7 +16,6 @@ the mean of these effects for the groups that come twice, divided by that of the
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 import tempfile
@@ -36,6 +35,7 @@ import doc_tables
 from damping import Way, preconditioned, sketched
 from lds import BASE, RetrainedSet, block_matrices, sets
 from make import tune
+from random_cache import manifest_of
 from retrain import GROUPS, HERE, TWICE, VERSIONS, queries_of, rows_of
 from subjects import AT, Subject, gradients_of
 
@@ -43,9 +43,8 @@ from rapidin.attribution import methods
 from rapidin.attribution.interactions import DAMPING, RowSketches, net_of_others
 from rapidin.attribution.scan import all_scores
 from rapidin.attribution.scan_pieces import CacheScan
-from rapidin.cache import Cache, CacheWriter, Manifest
+from rapidin.cache import Cache, CacheWriter
 from rapidin.cache.codec import PACKED, CodecConfig
-from rapidin.cache.layout import Block
 from rapidin.cache.shards import Rows
 from rapidin.evaluate.metrics import spearman
 from rapidin.gradients.preconditioner import DAMPING as KFAC_DAMPING
@@ -59,18 +58,7 @@ Floats = npt.NDArray[np.float64]
 def cache_of(folder: Path, rows: Tensor, code: CodecConfig) -> Cache:
     """A cache of sketches [n, blocks, width], whose codec has learnt nothing."""
     n, blocks, width = rows.shape
-    layers = [Block(f"layer{b}", (width, width), 1.0, b * width, width) for b in range(blocks)]
-    manifest = Manifest(
-        model={"source": {}, "identity": {}},
-        sketch={"projection": "tensor", "width": width, "seed": 0, "hash": "lowbias32-1"},
-        gradient={"at": [AT], "loss": "mean", "include": [], "exclude": []},
-        text={"eos": True, "max_length": 1, "too_long": "truncate"},
-        data={},
-        codec=code,
-        rows=n,
-        shard_rows=n,
-        layers=layers,
-    )
+    manifest = manifest_of(blocks, width, n, code, at=AT, shard_rows=n)
     with CacheWriter(folder, manifest) as writer:
         if code.dtype in PACKED:
             writer.set_fitted_codec(code.shape(blocks, width), None, {})
@@ -182,14 +170,8 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="write the table of the README")
-    options = parser.parse_args(arguments)
-    if options.table:
-        doc_tables.write(HERE / "README.md", "table", table(json.loads(RESULTS.read_text("utf-8"))))
+    out = doc_tables.results_or_table(arguments, __doc__, RESULTS, table)
+    if out is None:
         return
     torch.set_num_threads(1)
     results = [
@@ -199,7 +181,7 @@ def main(arguments: list[str] | None = None) -> None:
         if (HERE / f"{folder.name}-{version}.npz").exists()
         for row in measured(folder, version)
     ]
-    options.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ float16; three seeds of sketches.
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -136,18 +135,12 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--table", action="store_true", help="write the table of the README")
-    options = parser.parse_args(arguments)
-    if options.table:
-        doc_tables.write(HERE / "README.md", "table", table(json.loads(RESULTS.read_text("utf-8"))))
+    out = doc_tables.results_or_table(arguments, __doc__, RESULTS, table)
+    if out is None:
         return
     torch.set_num_threads(1)
     results = [row for folder in sets() for row in measured(folder)]
-    options.out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+    out.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -18,8 +18,8 @@ from rapidin.attribution.interactions import (
     DAMPING,
     RowSketches,
     net_of_others,
-    stored_sketches,
 )
+from rapidin.attribution.methods.vectors import stored_sketches
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.scan import all_scores
 from rapidin.attribution.scan_pieces import CacheScan

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +74,12 @@ def counted(cache: Cache) -> Tensor:
     for first, shard in cache.shards():
         counts[first : first + len(shard.status)] = shard.status == 0
     return counts
+
+
+def stored_sketches(cache: Cache, rows: Sequence[int]) -> Tensor:
+    """The sketches of rows as a cache has them: [n, blocks, width]."""
+    unit = cache.sketches(list(rows)).view(len(rows), len(cache.layers), -1)
+    return unit * cache.lengths(list(rows))[:, :, None]
 
 
 def vectors_of(
