@@ -134,7 +134,8 @@ PYBIND11_MODULE(_cpu, m) {
         "topk_scan",
         [](const std::vector<PartTuple>& list, int64_t n, int64_t d, Address queries, int64_t q, const std::vector<int64_t>& offsets,
            Address scales, int64_t stride_scales, Address valid, Address base, int64_t stride_base, int64_t k, Address top_scores,
-           Address top_indices, Address bottom_scores, Address bottom_indices, int threads) {
+           Address top_indices, Address bottom_scores, Address bottom_indices, Address scores, int64_t scored, int64_t stride_scores,
+           int threads) {
             std::vector<ScanPart> parts;
             int64_t width = 0;
             for (const PartTuple& each : list) {
@@ -150,7 +151,7 @@ PYBIND11_MODULE(_cpu, m) {
             args.valid = at<const uint8_t>(valid);
             args.base = at<const float>(base), args.stride_base = stride_base;
             topk_scan(args, std::move(parts), k, {at<float>(top_scores), at<int64_t>(top_indices)},
-                      {at<float>(bottom_scores), at<int64_t>(bottom_indices)}, threads);
+                      {at<float>(bottom_scores), at<int64_t>(bottom_indices)}, {at<float>(scores), scored, stride_scores}, threads);
         },
         release);
     m.def(

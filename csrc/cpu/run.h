@@ -34,8 +34,13 @@ struct ScanResult {
     float* scores;     // [q, k], NaN where there are fewer rows
     int64_t* indices;  // [q, k], -1 there
 };
+struct AllScores {
+    float* scores;   // [q, n] of the first q queries, NaN for rows that are not valid
+    int64_t q, stride;
+};
 // Fills in the parts' integer queries itself. Either end may have null pointers: not wanted.
-void topk_scan(ScanArgs args, std::vector<ScanPart> parts, int64_t k, ScanResult top, ScanResult bottom, int threads);
+void topk_scan(ScanArgs args, std::vector<ScanPart> parts, int64_t k, ScanResult top, ScanResult bottom, AllScores every,
+               int threads);
 void pack_rows(const PackArgs& args, int threads);
 void unpack_rows(const ScanPart& part, int64_t n, float* out, int threads);
 

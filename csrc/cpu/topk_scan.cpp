@@ -131,7 +131,8 @@ void merge(BestOfThreads& found, int64_t q, int64_t k, float sign, ScanResult ou
 
 }  // namespace
 
-void topk_scan(ScanArgs args, std::vector<ScanPart> parts, int64_t k, ScanResult top, ScanResult bottom, int threads) {
+void topk_scan(ScanArgs args, std::vector<ScanPart> parts, int64_t k, ScanResult top, ScanResult bottom, AllScores every,
+               int threads) {
     if (args.q == 0) return;
     const Kernels& set = kernels();
     std::vector<QueriesOfPart> queries;
@@ -164,16 +165,20 @@ void topk_scan(ScanArgs args, std::vector<ScanPart> parts, int64_t k, ScanResult
         const auto valid = [&](int64_t row) { return !args.valid || args.valid[row]; };
         bool any = false;
         for (int64_t row = first; row < first + count; ++row) any = any || valid(row);
+        for (int64_t q = 0; q < every.q; ++q)
+            std::fill_n(every.scores + q * every.stride + first, count, std::numeric_limits<float>::quiet_NaN());
         if (!any) return;
         Worker& worker = workers[number];
         const double* scores = worker.scores.data();
         set.scan(args, first, count, aligned(worker.floats), worker.sums.data(), worker.scores.data());
         for (int64_t q = 0; q < args.q; ++q) {
             const float* base = args.base ? args.base + q * args.stride_base + first : nullptr;
+            float* kept = q < every.q ? every.scores + q * every.stride + first : nullptr;
             for (int64_t r = 0; r < count; ++r) {
                 if (!valid(first + r)) continue;
                 const double sum = scores[r * args.q + q];
                 const float score = static_cast<float>(base ? static_cast<double>(base[r]) + sum : sum);
+                if (kept) kept[r] = score;
                 if (top.scores) highest[number][q].add(score, first + r, wanted);
                 if (bottom.scores) lowest[number][q].add(-score, first + r, wanted);
             }

@@ -31,6 +31,9 @@ UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
 
+_LOW_BITS = 0xFFFF  # of a record's hash
+
+
 def candidates_for(top_k: int) -> int:
     """The number of candidates of which usually at least `top_k` are left without duplicates."""
     return 4 * top_k + 32
@@ -58,10 +61,14 @@ def exact_copies(cache: Cache, rows: Sequence[int]) -> dict[int, list[int]]:
     if not rows:
         return {}
     hashes = cache.records(list(rows))
+    # Few hashes have the low bits of one of these, and only those are compared.
+    known = torch.zeros(_LOW_BITS + 1, dtype=torch.bool, device="cpu")
+    known[hashes & _LOW_BITS] = True
     by_hash: dict[int, list[tuple[int, int]]] = defaultdict(list)
     for first, shard in cache.shards():
-        same = torch.isin(shard.record, hashes) & (shard.status == 0)
-        for n in same.nonzero()[:, 0].tolist():
+        near = known[shard.record & _LOW_BITS].nonzero()[:, 0]
+        same = near[torch.isin(shard.record[near], hashes) & (shard.status[near] == 0)]
+        for n in same.tolist():
             by_hash[int(shard.record[n])].append((first + n, int(shard.index[n])))
     return {
         row: [index for other, index in by_hash[record_hash] if other != row]

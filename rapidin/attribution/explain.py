@@ -30,7 +30,7 @@ from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.progress import LOG
 from rapidin.attribution.query_sketch import OnStage, Query, scans_of, weights_of
 from rapidin.attribution.rerank import Candidates, RankIntervals, find_candidates
-from rapidin.attribution.scan import Ends, all_scores, scores_of
+from rapidin.attribution.scan import Ends, scores_of
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.attribution.training_data import cached_records, hits_of
 from rapidin.attribution.verdict import verdicts
@@ -138,21 +138,20 @@ def prepare_scans(work: _Work) -> None:
 
 def scan_caches(work: _Work) -> None:
     """Finds the candidates at both ends, rescored by a finer cache and without duplicates if the options say
-    so; collective."""
+    so, and the scores of all rows if the histogram, sums by a column or decoys need them; collective."""
     finer = None if work.query.finer is None else work.scored[0]
-    work.candidates = find_candidates(
-        work.scans, finer, work.options, len(work.ranked), work.data, work.clock
+    work.candidates, work.scores = find_candidates(
+        work.scans,
+        finer,
+        work.options,
+        len(work.ranked),
+        work.data,
+        work.clock,
+        scored=work.options.needs_all_scores or work.decoys,
     )
     if work.candidates is not None:
         (scores, rows), _ = work.candidates.best(1)
         work.highest = torch.where(rows >= 0, scores, torch.nan)[: len(work.ranked), 0]
-
-
-def score_all_examples(work: _Work) -> None:
-    """Computes the scores of all rows if the histogram, sums by a column or decoys need them; collective."""
-    if work.options.needs_all_scores or work.decoys:
-        work.scores = all_scores([_first_queries(scan, len(work.ranked)) for scan in work.scans])
-        work.clock.lap("all scores")
 
 
 def compare_with_decoys(work: _Work) -> None:
@@ -174,7 +173,7 @@ def compare_texts(work: _Work) -> None:
     source = work.sources(len(work.query.sketches) - 1)
     counted = _counted(work)
     texts = [""] * len(counted)
-    rows = [row for row in counted_rows(work.cache) if row < len(counted) and counted[row]]
+    rows = [row for row in counted_rows(work.cache).tolist() if row < len(counted) and counted[row]]
     for row, record in zip(rows, cached_records(work.cache, work.data, rows), strict=True):
         texts[row] = baselines.plain_text(record)
     queries = [
@@ -404,7 +403,6 @@ def attribute_to_tokens(work: _Work) -> None:
 SCANS: tuple[Callable[[_Work], None], ...] = (
     prepare_scans,
     scan_caches,
-    score_all_examples,
     compare_with_decoys,
 )
 LOOK_UPS: tuple[Callable[[_Work], None], ...] = (

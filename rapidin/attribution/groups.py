@@ -43,9 +43,13 @@ def histogram(scores: Tensor) -> Histogram:
     if margin > 0:
         first, last = max(low, near - margin), min(high, far + margin)
     edges = np.linspace(first, last, BINS + 1)
-    edges[0], edges[-1] = low, high
-    edges = np.unique(edges)  # float64 may round neighbours to the same number
-    counts, _ = np.histogram(values, edges)
+    if (np.diff(edges) > 0).all():
+        # Bins of equal width are counted without sorting the values.
+        counts, _ = np.histogram(values.clip(first, last), BINS, (first, last))
+        edges[0], edges[-1] = low, high
+    else:  # float64 rounds neighbours to the same number
+        edges = np.unique(np.concatenate([[low], edges[1:-1], [high]]))
+        counts, _ = np.histogram(values, edges)
     return Histogram(tuple(edges.tolist()), tuple(counts.tolist()))
 
 

@@ -91,15 +91,15 @@ def null_scores(
     return kept or None
 
 
-def counted_rows(cache: Cache) -> list[int]:
-    """The rows of a cache that count, ascending."""
-    rows: list[int] = counted(cache).nonzero()[:, 0].tolist()
-    return rows
+def counted_rows(cache: Cache) -> Tensor:
+    """The rows of a cache that count, ascending: [n] int64."""
+    return counted(cache).nonzero()[:, 0]
 
 
-def drawn_rows(cache: Cache, rows: Sequence[int], most: int) -> list[int]:
-    """At most so many of these rows of a cache, drawn by its seed."""
-    return [rows[n] for n in sample_rows(len(rows), most, cache.manifest.sketch["seed"], STREAM)]
+def drawn_rows(cache: Cache, rows: Tensor, most: int) -> list[int]:
+    """At most so many of these rows [n] of a cache, drawn by its seed."""
+    drawn: list[int] = rows[sample_rows(len(rows), most, cache.manifest.sketch["seed"], STREAM)].tolist()
+    return drawn
 
 
 def _questions(source: GradientSource, manifest: Manifest, most: int) -> _Texts:
@@ -121,7 +121,7 @@ def _questions(source: GradientSource, manifest: Manifest, most: int) -> _Texts:
     return _Texts(sketch[good], tuple(questions[n] for n in good), tuple(answers[n].completion for n in good))
 
 
-def _rows(cache: Cache, numbers: Sequence[int], device: torch.device) -> _Texts:
+def _rows(cache: Cache, numbers: Tensor, device: torch.device) -> _Texts:
     """Some of these rows of a cache; none if its codec has few bits, which make the sketch of a row much
     coarser than that of a query."""
     chosen: list[int] = []

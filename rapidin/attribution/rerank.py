@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from rapidin import distributed
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.duplicates import candidates_for, exact_copies, fold, shingles_of
 from rapidin.attribution.fusion import DEPTH
 from rapidin.attribution.options import QueryOptions
-from rapidin.attribution.scan import Ends, rescore, scan_cache
+from rapidin.attribution.scan import Ends, rescore, scan_scored
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.attribution.score_errors import details, rank_intervals
 from rapidin.attribution.training_data import hits_of
@@ -72,8 +73,11 @@ def find_candidates(
     generations: int,
     data: Examples | None,
     clock: Clock,
-) -> Candidates | None:
-    """The candidates of all queries in the leading process, None in the others; collective.
+    *,
+    scored: bool,
+) -> tuple[Candidates | None, Tensor | None]:
+    """The candidates of all queries in the leading process, None in the others; collective. With `scored`
+    also the scores of all rows for the generations [generations, rows].
 
     finer: rescores the best `options.rescored`; generations: the number of queries that are no targets, which
     come first. If duplicates are folded, the scan is repeated for more rows until enough are left. For `fuse`
@@ -86,15 +90,18 @@ def find_candidates(
     else:
         count = candidates_for(shown) if options.fold else shown + MARGIN
     candidates: Candidates | None = None
+    scores: Tensor | None = None
     while True:
         # Each row that is only ranked costs little, and one that is folded is read.
-        ends = scan_cache(scans, max(count, DEPTH) if options.fuse and finer is None else count)
+        most = max(count, DEPTH) if options.fuse and finer is None else count
+        found = scan_scored(scans, most, generations if scored and scores is None else 0)
+        ends, scores = found.ends, found.scores if scored and scores is None else scores
         clock.lap("scan")
         if world.leads and finer is not None:
             ends = rescore(finer, ends, count)
             clock.lap("rescore")
         if not options.fold:
-            return Candidates(ends) if world.leads else None
+            return (Candidates(ends) if world.leads else None), scores
         first = Candidates(ends).best(count)
         if world.leads:
             candidates = replace(folded(scans, first, data), unfolded=ends)
@@ -106,7 +113,7 @@ def find_candidates(
             return bytes([_enough(candidates, full, generations, shown)])
 
         if count >= len(cache) or world.share(enough)[0]:
-            return candidates
+            return candidates, scores
         count *= 4
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rapidin import distributed, ops
 from rapidin.attribution.scan_pieces import (
-    PIECE_ROWS,
     CacheRows,
     CacheScan,
     Piece,
@@ -22,16 +22,38 @@ from rapidin.cache.resident import resident_on
 from rapidin.errors import UserError
 from rapidin.ops.transfer import GpuCopyStream
 
-# Rows of a piece of which all scores are kept: GPU kernels keep that many, on a CPU each piece has its cost.
-_PIECE_ROWS_OF_CPU = 4096
-
 Ends = tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a scan found, on the CPU.
+
+    ends: ((scores, rows) of the top, (scores, rows) of the bottom), each [Q, k]; scores: [S, rows] float32 of
+    the first S queries, NaN for rows that do not count; of an unfinished cache the rows up to the last that
+    is cached.
+    """
+
+    ends: Ends
+    scores: Tensor
 
 
 def scan_cache(
     scans: CacheScan | Sequence[CacheScan], top_k: int, device: torch.device | None = None
 ) -> Ends:
-    """((scores, rows) of the top, (scores, rows) of the bottom), each [Q, k] on the CPU, over all shards.
+    """Both ends of the ranking, as `scan_scored` without scores of all rows."""
+    return scan_scored(scans, top_k, 0, device).ends
+
+
+def all_scores(scans: CacheScan | Sequence[CacheScan], device: torch.device | None = None) -> Tensor:
+    """The scores of all rows, [Q, rows], as `scan_scored` of all queries without a ranking."""
+    return scan_scored(scans, 0, len(_listed(scans)[0].query.vectors), device).scores
+
+
+def scan_scored(
+    scans: CacheScan | Sequence[CacheScan], top_k: int, scored: int, device: torch.device | None = None
+) -> Found:
+    """Both ends of the ranking over all shards, and the scores of all rows for the first `scored` queries.
 
     scans: caches of the same examples; rows that are not in all of them, or do not count in one, are left
     out. device: where the rows are scanned, by default where the query's vectors are. To a GPU, shards are
@@ -39,41 +61,27 @@ def scan_cache(
     processes each scans its share of the shards, and all get the same, which is what one alone would find.
     Raises UserError if the caches are of other examples, or hold none yet.
     """
-    world = distributed.world()
-    shares = world.gather(scan_pieces(*_begin(scans, device, _share(scans, world)), top_k=top_k))
-    ends = []
-    for end, largest in ((0, True), (1, False)):  # shares are in the order of their rows
-        scores, rows = (torch.cat([share[end][n] for share in shares], 1) for n in (0, 1))
-        ends.append(_best(scores, rows, top_k, largest))
-    if not ends[0][0].shape[1]:
-        raise _empty(scans)
-    return ends[0], ends[1]
-
-
-def all_scores(scans: CacheScan | Sequence[CacheScan], device: torch.device | None = None) -> Tensor:
-    """The scores of all rows: [Q, rows] float32 on the CPU, NaN for rows that do not count.
-
-    Of an unfinished cache the rows up to the last that is cached. Arguments as `scan_cache`.
-    """
-    world = distributed.world()
+    world, listed = distributed.world(), _listed(scans)
     share = _share(scans, world)
-    on_gpu = (device or _listed(scans)[0].query.vectors.device).type == "cuda"
-    most = PIECE_ROWS if on_gpu else _PIECE_ROWS_OF_CPU
-    listed, on, read = _begin(scans, device, share, most)
-    queries, count = len(listed[0].query.vectors), 0
-    all_rows = torch.full((queries, listed[0].cache.table_rows(4 * queries)), torch.nan, device="cpu")
-    for scores, rows, _, _ in scored_pieces(listed, on, read, top_k=most):
-        scores, rows, count = scores.cpu(), rows.cpu(), count + 1
-        for query in range(queries):
-            real = rows[query] >= 0
-            all_rows[query, rows[query][real]] = scores[query][real]
+    pieces = scored_pieces(*_begin(scans, device, share), top_k=top_k, scored=scored)
+    shape = (scored, listed[0].cache.table_rows(4 * scored)) if scored else (0, 0)
+    scores = torch.full(shape, torch.nan, device="cpu")
+    found: list[tuple[Tensor, ...]] = []
+    for piece in pieces:
+        found.append(piece.ends)
+        if scored:
+            scores[:, piece.first : piece.first + piece.scores.shape[1]] = piece.scores
     low, high = share
-    gathered = world.gather((share, count, all_rows[:, low:high].clone()))
-    if not any(count for _, count, _ in gathered):
+    gathered = world.gather((share, len(found), joined_ends(found, top_k), scores[:, low:high].clone()))
+    if not any(count for _, count, _, _ in gathered):
         raise _empty(scans)
-    for (low, high), _, scores in gathered:
-        all_rows[:, low:high] = scores
-    return all_rows
+    for (low, high), _, _, of_share in gathered:
+        scores[:, low:high] = of_share
+    # Shares are in the order of their rows.
+    (top, top_rows), (bottom, bottom_rows) = joined_ends(
+        [(*a, *b) for _, n, (a, b), _ in gathered if n], top_k
+    )
+    return Found(((top, top_rows), (bottom, bottom_rows)), scores)
 
 
 def rescore(scan: CacheScan, ends: Ends, top_k: int, device: torch.device | None = None) -> Ends:
@@ -103,11 +111,8 @@ def scores_of(scan: CacheScan, chosen: Tensor, device: torch.device | None = Non
     device = scan.query.vectors.device if device is None else device
     scores = torch.full((len(scan.query.vectors), len(chosen)), torch.nan, device="cpu")
     read = (Piece(each.first, (each.caches[0].to(device),)) for each in pieces_of(scan, chosen))
-    for values, positions, _, _ in scored_pieces([scan], device, read, top_k=PIECE_ROWS):
-        values, positions = values.cpu(), positions.cpu()
-        for query in range(len(scores)):
-            real = positions[query] >= 0
-            scores[query, positions[query][real]] = values[query][real]
+    for piece in scored_pieces([scan], device, read, top_k=0, scored=len(scores)):
+        scores[:, piece.first : piece.first + piece.scores.shape[1]] = piece.scores
     return scores
 
 
@@ -140,35 +145,37 @@ def _begin(
     scans: CacheScan | Sequence[CacheScan],
     device: torch.device | None,
     within: tuple[int, int],
-    most: int | None = None,
 ) -> tuple[list[CacheScan], torch.device, Iterable[Piece]]:
-    """The scans, the device, and the pieces on it, from rows `within`, of at most `most` rows each."""
+    """The scans, the device, and the pieces on it, from rows `within`."""
     scans = _listed(scans)
     device = scans[0].query.vectors.device if device is None else torch.empty(0, device=device).device
     if device.type != "cuda":
-        return scans, device, pieces(scans, within, most)
-    return scans, device, prefetched(GpuCopyStream(device), resident_on(device), scans, within, most)
+        return scans, device, pieces(scans, within)
+    return scans, device, prefetched(GpuCopyStream(device), resident_on(device), scans, within)
 
 
-def scan_pieces(
-    scans: Sequence[CacheScan], device: torch.device, read: Iterable[Piece], *, top_k: int
-) -> Ends:
-    """`scan_cache` of pieces that are on `device`, in the order of their rows."""
-    of_pieces = list(scored_pieces(scans, device, read, top_k=top_k))
-    if not of_pieces:
-        queries = len(scans[0].query.vectors)
-        end = torch.zeros(queries, 0, device="cpu"), torch.zeros(queries, 0, dtype=torch.int64, device="cpu")
-        return end, end
-    joined = [torch.cat(column, dim=1) for column in zip(*of_pieces, strict=True)]
-    top, top_rows = (x.cpu() for x in _best(joined[0], joined[1], top_k, True))
-    bottom, bottom_rows = (x.cpu() for x in _best(joined[2], joined[3], top_k, False))
-    return (top, top_rows), (bottom, bottom_rows)
+@dataclass(frozen=True)
+class ScoredPiece:
+    """What a piece's rows score, on the device.
+
+    first: number of its first row; ends: scores of the top, their rows, scores of the bottom, their rows,
+    [Q, k] each; scores: of all its rows for the first queries [S, n], NaN for rows that do not count.
+    """
+
+    first: int
+    ends: tuple[Tensor, Tensor, Tensor, Tensor]
+    scores: Tensor
 
 
 def scored_pieces(
-    scans: Sequence[CacheScan], device: torch.device, read: Iterable[Piece], *, top_k: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, Tensor]]:
-    """For each piece (scores of the top, its rows, scores of the bottom, its rows)."""
+    scans: Sequence[CacheScan],
+    device: torch.device,
+    read: Iterable[Piece],
+    *,
+    top_k: int,
+    scored: int = 0,
+) -> Iterator[ScoredPiece]:
+    """Each piece with its best and worst `top_k` rows, and all scores of the first `scored` queries."""
     codecs = [scan.cache.codec.to(device) for scan in scans]
     prepared = [
         codec.prepare(scan.query.vectors.to(device)) for codec, scan in zip(codecs, scans, strict=True)
@@ -181,8 +188,10 @@ def scored_pieces(
             counts = rows.status == 0 if counts is None else counts & (rows.status == 0)
             scales = scan.query.scales(codec, rows.stored, rows.factors)
             plans.append(query.plan(rows.stored, scales, rows.zero_gradient))
+        assert counts is not None
         plan = concatenate_plans(plans, joined)
         queries = uploaded.setdefault(id(plan.queries), ops.ScanQueries(plan.queries))
+        scores = torch.empty(scored, len(counts), device=device)
         top, top_rows, bottom, bottom_rows = ops.topk_scan_both_ends(
             plan.parts,
             queries,
@@ -191,10 +200,22 @@ def scored_pieces(
             offsets=plan.offsets,
             base=plan.base,
             valid=counts,
+            scores=scores if scored else None,
         )
         shifted = [torch.where(i >= 0, i + piece.first, i) for i in (top_rows, bottom_rows)]
         constant = plan.constant[:, None]
-        yield top + constant, shifted[0], bottom + constant, shifted[1]
+        ends = top + constant, shifted[0], bottom + constant, shifted[1]
+        yield ScoredPiece(piece.first, ends, scores + constant[:scored])
+
+
+def joined_ends(found: Sequence[tuple[Tensor, ...]], top_k: int) -> Ends:
+    """Both ends, on the CPU, of those of several ranges of rows, in the order of the rows."""
+    if not found:
+        none = torch.zeros(0, 0, device="cpu"), torch.zeros(0, 0, dtype=torch.int64, device="cpu")
+        return none, none
+    top, top_rows, bottom, bottom_rows = (torch.cat(column, dim=1) for column in zip(*found, strict=True))
+    of_top, of_bottom = _best(top, top_rows, top_k, True), _best(bottom, bottom_rows, top_k, False)
+    return (of_top[0].cpu(), of_top[1].cpu()), (of_bottom[0].cpu(), of_bottom[1].cpu())
 
 
 def _best(scores: Tensor, rows: Tensor, k: int, largest: bool) -> tuple[Tensor, Tensor]:

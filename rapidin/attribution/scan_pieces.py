@@ -16,7 +16,7 @@ from rapidin.cache.shards import Rows
 from rapidin.errors import UserError
 from rapidin.ops.transfer import CopyStream, Prefetcher
 
-PIECE_ROWS = 256  # rows of a piece when all scores are computed
+_CHOSEN_ROWS = 256  # of a piece, copied from their shard
 ALL_ROWS = (0, sys.maxsize)
 
 _FACTORS = "factors"
@@ -101,10 +101,9 @@ class Piece:
 def pieces(
     scans: Sequence[CacheScan],
     within: tuple[int, int] = ALL_ROWS,
-    most: int | None = None,
     resident: Resident | None = None,
 ) -> Iterator[Piece]:
-    """Rows that all caches hold, a shard or at most `most` at a time, on the CPU.
+    """Rows that all caches hold, a shard at a time, on the CPU.
 
     within: the first row and the one after the last. Rows that `resident` holds are taken from the device.
     Raises UserError if the caches are not of the same examples.
@@ -119,17 +118,14 @@ def pieces(
     while all(each is not None for each in current):
         opened = [each for each in current if each is not None]
         first = max(within[0], *(at for at, _ in opened))
-        end = min(within[1], *(at + len(rows.index) for at, rows in opened))
-        for start in range(first, end, most or max(1, end - first)):
-            stop = min(end, start + (most or end))
-            yield Piece(
-                start,
-                tuple(
-                    _rows_of(scan, at, rows, start, stop, resident)
-                    for scan, (at, rows) in zip(scans, opened, strict=True)
-                ),
-            )
         last = min(at + len(rows.index) for at, rows in opened)
+        end = min(within[1], last)
+        if first < end:
+            rows_of_caches = (
+                _rows_of(scan, at, rows, first, end, resident)
+                for scan, (at, rows) in zip(scans, opened, strict=True)
+            )
+            yield Piece(first, tuple(rows_of_caches))
         current = [
             (at, rows) if at + len(rows.index) > last else next(each, None)
             for (at, rows), each in zip(opened, shards, strict=True)
@@ -143,7 +139,9 @@ def _rows_of(
     low, high = start - at, stop - at
     stored = {name: value[low:high] for name, value in rows.tensors.items()}
     held = None if resident is None else resident.shard(scan.cache, at, rows)
-    zero_gradient = _has_zero_gradient(scan, stored, held, (low, high))
+    if scan.query.normalize == "layer" and (low, high) not in rows.zero_gradient:
+        rows.zero_gradient[low, high] = scan.cache.codec.has_zero_gradient(stored)
+    zero_gradient = rows.zero_gradient.get((low, high))
     factors = None if scan.query.factors is None else scan.query.factors[start:stop]
     if held is not None and held.has(low, high):
         return CacheRows(held.rows(low, high), factors, zero_gradient, resident=True)
@@ -156,11 +154,10 @@ def prefetched(
     resident: Resident,
     scans: Sequence[CacheScan],
     within: tuple[int, int] = ALL_ROWS,
-    most: int | None = None,
 ) -> Iterator[Piece]:
     """The same pieces on a device, copied ahead; rows that fit into its memory are kept."""
     resident.admit([scan.cache for scan in scans], within)
-    batches = ((piece, piece.to_copy()) for piece in pieces(scans, within, most, resident))
+    batches = ((piece, piece.to_copy()) for piece in pieces(scans, within, resident))
     for piece, tensors in Prefetcher[Piece, tuple[int, str]](stream).carry(batches):
         on_device = piece.copied(tensors)
         for rows in on_device.caches:
@@ -178,9 +175,9 @@ def pieces_of(scan: CacheScan, chosen: Tensor) -> Iterator[Piece]:
     for shard in scan.cache.manifest.shards:
         edges = torch.tensor([shard.first, shard.first + shard.rows], device="cpu")
         low, high = torch.searchsorted(chosen, edges).tolist()
-        for start in range(low, high, PIECE_ROWS):
+        for start in range(low, high, _CHOSEN_ROWS):
             (first, rows), *_ = scan.cache.shards(within=(shard.first, shard.first + 1))
-            some = chosen[start : min(high, start + PIECE_ROWS)]
+            some = chosen[start : min(high, start + _CHOSEN_ROWS)]
             stored = {name: value[some - first] for name, value in rows.tensors.items()}
             yield Piece(
                 start,
@@ -188,23 +185,12 @@ def pieces_of(scan: CacheScan, chosen: Tensor) -> Iterator[Piece]:
                     CacheRows(
                         {**stored, STATUS: rows.status[some - first]},
                         None if factors is None else factors[some],
-                        _has_zero_gradient(scan, stored, None, (0, 0)),
+                        scan.cache.codec.has_zero_gradient(stored)
+                        if scan.query.normalize == "layer"
+                        else None,
                     ),
                 ),
             )
-
-
-def _has_zero_gradient(
-    scan: CacheScan, stored: Mapping[str, Tensor], held: HeldShard | None, rows: tuple[int, int]
-) -> bool | None:
-    """Whether a block of one of these rows has zero gradient, None if that does not matter."""
-    if scan.query.normalize != "layer":
-        return None
-    if held is None:
-        return scan.cache.codec.has_zero_gradient(stored)
-    if rows not in held.zero_gradient:
-        held.zero_gradient[rows] = scan.cache.codec.has_zero_gradient(stored)
-    return held.zero_gradient[rows]
 
 
 def check_same_examples(caches: Sequence[Cache]) -> None:

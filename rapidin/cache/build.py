@@ -94,7 +94,10 @@ def sample_rows(rows: int, size: int, seed: int, stream: int = 17) -> list[int]:
 
     words = torch.empty(rows, dtype=torch.int32, device="cpu")
     _cpu.hash_words(seed, stream, 0, rows, words.data_ptr())
-    return sorted(torch.argsort(words, stable=True)[:size].tolist())
+    if size <= 0:
+        return []
+    few = (words <= words.kthvalue(size).values).nonzero()[:, 0]  # with all that share the last one's word
+    return sorted(few[torch.argsort(words[few], stable=True)[:size]].tolist())
 
 
 class CachingLoop:

@@ -112,10 +112,8 @@ class Cache:
         """
         last = self.manifest.shards[-1] if self.manifest.shards else None
         rows = 0 if last is None else last.first + last.rows
-        if not hasattr(os, "sysconf"):  # Windows does not say: the allocation fails by itself
-            return rows
-        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-        if rows * bytes_each > memory:
+        memory = _memory()
+        if rows * bytes_each > memory > 0:
             raise UserError(
                 f"a table of {rows:,} examples takes {rows * bytes_each / 1e9:,.1f} GB, "
                 f"and this machine has {memory / 1e9:,.1f} GB of memory"
@@ -135,7 +133,8 @@ class Cache:
         if within is not None:
             low, high = within
             chosen = [(n, s) for n, s in chosen if s.first < high and s.first + s.rows > low]
-        if not ahead:
+        opened = all(n in self._rows for n, _ in chosen) and self.bytes < _memory() // 2
+        if not ahead or opened:  # what was read, and is small, is in memory
             yield from ((shard.first, self._shard(n)) for n, shard in chosen)
             return
         with ThreadPoolExecutor(_AHEAD, thread_name_prefix="rapidin-checksums") as pool:
@@ -313,6 +312,13 @@ def _shard_problem(folder: Path, shard: Shard, codec: Codec) -> str | None:
         except UserError as error:
             return error.what
     return problem
+
+
+def _memory() -> int:
+    """Bytes of this machine's memory; 0 on systems that do not say, such as Windows."""
+    if not hasattr(os, "sysconf"):
+        return 0
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def _read_ahead(path: Path) -> None:

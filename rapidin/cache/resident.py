@@ -58,13 +58,11 @@ class GpuMemory:
 
 @dataclass
 class HeldShard:
-    """A shard's tensors on the device, of which rows [low, high) are filled. zero_gradient: by range of rows,
-    whether a block of one of them has zero gradient."""
+    """A shard's tensors on the device, of which rows [low, high) are filled."""
 
     tensors: dict[str, Tensor]
     low: int = 0
     high: int = 0
-    zero_gradient: dict[tuple[int, int], bool] = field(default_factory=dict)
 
     def has(self, low: int, high: int) -> bool:
         """Whether these rows are filled."""

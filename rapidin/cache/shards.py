@@ -6,7 +6,7 @@ import hashlib
 import json
 import mmap
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from math import prod
 from pathlib import Path
@@ -29,7 +29,8 @@ class Rows:
 
     tensors: those in which a codec stores the sketches (`rapidin.cache.codec`); index: [n] int64, line number
     in the data; status: [n] uint8, 0 if the row counts; truncated: [n] uint8; record: [n] int64, the first 8
-    bytes of the SHA-256 of the example.
+    bytes of the SHA-256 of the example; zero_gradient: by range of these rows whether a block of one of them
+    has zero gradient, of the ranges that were scanned.
     """
 
     tensors: dict[str, Tensor]
@@ -37,12 +38,16 @@ class Rows:
     status: Tensor
     truncated: Tensor
     record: Tensor
+    zero_gradient: dict[tuple[int, int], bool] = field(default_factory=dict)
 
     def joined(self, later: Rows) -> Rows:
         """These rows followed by the later ones."""
         return Rows(
             tensors={name: torch.cat([value, later.tensors[name]]) for name, value in self.tensors.items()},
-            **{name: torch.cat([getattr(self, name), getattr(later, name)]) for name in _ROW_COLUMNS},
+            index=torch.cat([self.index, later.index]),
+            status=torch.cat([self.status, later.status]),
+            truncated=torch.cat([self.truncated, later.truncated]),
+            record=torch.cat([self.record, later.record]),
         )
 
 
@@ -223,4 +228,10 @@ def read_shard(folder: Path, shard: Shard, codec: Codec) -> Rows:
             tensors = {name: file.get_tensor(name) for name in (*specs, *_ROW_COLUMNS)}
     except (SafetensorError, OSError, ValueError, RuntimeError) as error:
         raise UserError(f"the shard '{path}' is damaged: {error}", _REMEDY) from None
-    return Rows(tensors={name: tensors.pop(name) for name in specs}, **tensors)
+    return Rows(
+        tensors={name: tensors[name] for name in specs},
+        index=tensors["index"],
+        status=tensors["status"],
+        truncated=tensors["truncated"],
+        record=tensors["record"],
+    )

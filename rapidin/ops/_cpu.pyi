@@ -92,6 +92,9 @@ def topk_scan(
     top_indices: int,
     bottom_scores: int,
     bottom_indices: int,
+    scores: int,
+    scored: int,
+    stride_scores: int,
     threads: int,
 ) -> None: ...
 def pack(

@@ -360,7 +360,7 @@ def topk_scan(
     base: Tensor | None,
     made: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    top, bottom = _scan(cache, queries, k, largest, not largest, scales, offsets, valid, base)
+    top, bottom = _scan(cache, queries, k, largest, not largest, scales, offsets, valid, base, None)
     return top if largest else bottom
 
 
@@ -373,9 +373,10 @@ def topk_scan_both_ends(
     offsets: Sequence[int] | None,
     valid: Tensor | None,
     base: Tensor | None,
+    scores: Tensor | None = None,
     made: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    top, bottom = _scan(cache, queries, k, True, True, scales, offsets, valid, base)
+    top, bottom = _scan(cache, queries, k, True, True, scales, offsets, valid, base, scores)
     return (*top, *bottom)
 
 
@@ -389,6 +390,7 @@ def _scan(
     offsets: Sequence[int] | None,
     valid: Tensor | None,
     base: Tensor | None,
+    scores: Tensor | None,
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     parts = [_row_arguments(rows) for rows in cache]
     n = len(parts[0][1])
@@ -414,6 +416,9 @@ def _scan(
         top[1].data_ptr() if want_top else 0,
         bottom[0].data_ptr() if want_bottom else 0,
         bottom[1].data_ptr() if want_bottom else 0,
+        scores.data_ptr() if scores is not None else 0,
+        len(scores) if scores is not None else 0,
+        scores.stride(0) if scores is not None else 0,
         torch.get_num_threads(),
     )  # fmt: skip
     return top, bottom

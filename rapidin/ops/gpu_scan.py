@@ -7,7 +7,8 @@ its tables (rapidin.ops.lifetimes).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from rapidin.ops.packed import Packed, packed_bytes
 from rapidin.ops.reference.packed import BITS, GROUP, PER_BYTE
 
 TOP, BOTTOM = 1, 2  # which ends are wanted, as bits
+SCORED_ROWS = 256  # rows whose scores are all kept, each as a place of their ranking
 LONGEST = 1024  # places of a ranking that one pass over the rows fills
 QUERIES = 256  # that one pass takes
 CHUNK_BYTES = 64 << 20
@@ -124,9 +126,16 @@ def ops(kernels: Kernels, chunk_bytes: int = CHUNK_BYTES) -> tuple[Callable[...,
         return scan(kernels, cache, queries, k, end, chunk_bytes=chunk_bytes, **more)[0]
 
     def topk_scan_both_ends(
-        cache: Sequence[Tensor | Packed], queries: Tensor, k: int, **more: Any
+        cache: Sequence[Tensor | Packed],
+        queries: Tensor,
+        k: int,
+        *,
+        scores: Tensor | None = None,
+        **more: Any,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         top, bottom = scan(kernels, cache, queries, k, TOP | BOTTOM, chunk_bytes=chunk_bytes, **more)
+        if scores is not None:
+            _fill_scores(partial(scan, kernels, chunk_bytes=chunk_bytes), cache, queries, scores, **more)
         return (*top, *bottom)
 
     return topk_scan, topk_scan_both_ends
@@ -168,6 +177,48 @@ def scan(
             None if base is None else base[some], [(x[some], y[some]) for x, y in outs],
         )  # fmt: skip
     return outs
+
+
+def _fill_scores(
+    scan: Callable[..., list[Ranking]],
+    cache: Sequence[Tensor | Packed],
+    queries: Tensor,
+    scores: Tensor,
+    *,
+    scales: Tensor | None,
+    offsets: Sequence[int] | None,
+    valid: Tensor | None,
+    base: Tensor | None,
+    made: dict[Any, Any] | None = None,
+) -> None:
+    """scores: [S, N], filled with the scores of the first S queries. `SCORED_ROWS` rows at a time are ranked:
+    to keep a row's score elsewhere, too, would take registers and a write of each kernel, for what is asked
+    once a query."""
+    kept = None if made is None else made.setdefault(("scored", len(scores)), {})
+    for first in range(0, scores.shape[1], SCORED_ROWS):
+        rows = slice(first, min(scores.shape[1], first + SCORED_ROWS))
+        ((found, index),) = scan(
+            [_rows_of(part, rows) for part in cache],
+            queries[: len(scores)],
+            rows.stop - first,
+            TOP,
+            scales=None if scales is None else scales[rows],
+            offsets=offsets,
+            valid=None if valid is None else valid[rows],
+            base=None if base is None else base[: len(scores), rows],
+            made=kept,
+        )
+        # Missing places, of index -1, go to one more column.
+        places = scores.new_full((len(scores), rows.stop - first + 1), torch.nan)
+        places.scatter_(1, index % places.shape[1], found)
+        scores[:, rows] = places[:, :-1]
+
+
+def _rows_of(part: Tensor | Packed, rows: slice) -> Tensor | Packed:
+    if isinstance(part, Tensor):
+        return part[rows]
+    scale = None if part.scale is None else part.scale[rows]
+    return replace(part, codes=part.codes[rows], scale=scale)
 
 
 def _prepared(

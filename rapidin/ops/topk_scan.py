@@ -75,15 +75,18 @@ def topk_scan_both_ends(
     offsets: Sequence[int] | None = None,
     valid: Tensor | None = None,
     base: Tensor | None = None,
+    scores: Tensor | None = None,
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Both ends of the ranking from one pass over the cache; arguments as topk_scan.
 
+    scores: [S, N] float32, S at most Q, whose rows may lie further apart than they are long: filled with all
+        scores of the first S queries, NaN for rows that are not valid; a GPU reads the cache once more for it
     -> top scores, top indices, bottom scores, bottom indices, [Q, k'] each; the bottom ascends
     """
     more: dict[str, Any] = {"scales": scales, "offsets": offsets, "valid": valid, "base": base}
-    run = _checked("topk_scan_both_ends", cache, queries, k, backend=backend, **more)
-    top, top_indices, bottom, bottom_indices = run(k, **more)
+    run = _checked("topk_scan_both_ends", cache, queries, k, backend=backend, scores=scores, **more)
+    top, top_indices, bottom, bottom_indices = run(k, scores=scores, **more)
     return top, top_indices, bottom, bottom_indices
 
 
@@ -98,6 +101,7 @@ def _checked(
     valid: Tensor | None,
     base: Tensor | None,
     backend: str | None,
+    scores: Tensor | None = None,
 ) -> Callable[..., Any]:
     """Checks the arguments. -> the backend's function, with parts and queries bound."""
     parts, n, d = _checked_parts(op, cache)
@@ -122,7 +126,15 @@ def _checked(
         check_tensor(op, "base", base, (torch.float32,), ndim=2)
         if base.shape != (len(queries), n):
             raise ValueError(f"{op}: base must be [Q, N] = {(len(queries), n)}, got {tuple(base.shape)}")
+    if scores is not None:
+        check_tensor(op, "scores", scores, (torch.float32,), ndim=2)
+        if len(scores) > len(queries) or scores.shape[1] != n or (n > 1 and scores.stride(1) != 1):
+            raise ValueError(
+                f"{op}: scores must be [S, N] with S <= {len(queries)} and N = {n}, each row's numbers "
+                f"neighbours in memory, got {tuple(scores.shape)} with strides {scores.stride()}"
+            )
     named: dict[str, Tensor | None] = {"queries": queries, "scales": scales, "valid": valid, "base": base}
+    named["scores"] = scores
     for i, rows in enumerate(parts):
         name = "cache" if len(parts) == 1 else f"cache[{i}]"
         named[name] = rows.codes if isinstance(rows, Packed) else rows

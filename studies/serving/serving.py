@@ -2,10 +2,12 @@
 
     python studies/serving/serving.py enlarge CACHE --rows 1000000 --out FOLDER
     python studies/serving/serving.py load CACHE [--clients 50 --requests 20] --add NAME --out result.json
+    python studies/serving/serving.py added CACHE LARGE
     python studies/serving/serving.py table
 
 `enlarge` writes a large cache of random rows for the model of another. `load` starts a server of a cache, and
-asks it the questions of rows, with their answers, so that nothing is generated.
+asks it the questions of rows, with their answers, so that nothing is generated. `added` asks both caches the
+same in turns, in one process: what the rows of the large one add to each step of an answer.
 """
 
 from __future__ import annotations
@@ -151,6 +153,49 @@ def load(server: Server, questions: list[dict[str, str]], clients: int, requests
     }
 
 
+def added(small: Path, large: Path, questions: list[dict[str, str]]) -> dict[str, Any]:
+    """Milliseconds of an answer and of its steps from both caches, medians over questions asked in turns."""
+    import torch
+
+    from rapidin.attribution.ensemble import Ensemble
+    from rapidin.attribution.training_data import training_data
+    from rapidin.serve.jobs import Job
+    from rapidin.serve.service import Question, Service
+
+    services = {}
+    for name, path in (("small", small), ("large", large)):
+        opened = Ensemble([path])
+        services[name] = Service(opened, training_data(opened.caches[0], None), None)
+    steps: dict[str, dict[str, list[float]]] = {name: {} for name in services}
+    for repeat in range(2):  # the first time files are read and opened
+        for question in questions:
+            for name, service in services.items():
+                asked = Question(**question)
+                job = Job(lambda job, s=service, q=asked: s.explain(q, job), lambda *_: None)
+                start = time.perf_counter()
+                job.run()
+                took = {"all": time.perf_counter() - start, **job.result.result().result.seconds}
+                for step, seconds in took.items() if repeat else ():
+                    steps[name].setdefault(step, []).append(1000 * seconds)
+    rows = {name: len(service.ensemble.caches[0]) for name, service in services.items()}
+    medians = {name: {step: median(values) for step, values in of.items()} for name, of in steps.items()}
+    return {"rows": rows, "threads": torch.get_num_threads(), "ms": medians}
+
+
+def added_table(result: dict[str, Any]) -> str:
+    """What the rows add, by step, those first that add most, as a table in Markdown."""
+    small, large = result["ms"]["small"], result["ms"]["large"]
+    rows = result["rows"]
+    order = sorted(large, key=lambda step: small.get(step, 0.0) - large[step])
+    lines = [
+        (step, f"{small.get(step, 0.0):.0f}", f"{large[step]:.0f}", f"{large[step] - small.get(step, 0.0):.0f}")
+        for step in order
+        if max(small.get(step, 0.0), large[step]) >= 1
+    ]
+    header = ("step", f"{rows['small']:,} rows, ms", f"{rows['large']:,} rows, ms", "added, ms")
+    return doc_tables.table(header, lines)
+
+
 def found(answered: tuple[int, dict[str, Any]]) -> Any:
     """What must be the same whoever else asks."""
     status, value = answered
@@ -203,10 +248,20 @@ def main() -> None:
     loaded.add_argument("--requests", type=int, default=20)
     loaded.add_argument("--add", required=True)
     loaded.add_argument("--out", type=Path, default=HERE / "serving.json")
+    compared = commands.add_parser("added")
+    compared.add_argument("cache", type=Path)
+    compared.add_argument("large", type=Path)
+    compared.add_argument("--questions", type=Path, required=True, help="jsonl file of Alpaca records")
+    compared.add_argument("--out", type=Path, default=HERE / "added.json")
     commands.add_parser("table")
     chosen = parser.parse_args()
     if chosen.command == "enlarge":
         enlarge(chosen.cache, chosen.rows, chosen.out)
+        return
+    if chosen.command == "added":
+        measured = added(chosen.cache, chosen.large, questions_of(chosen.questions))
+        chosen.out.write_text(json.dumps(measured, indent=1) + "\n")
+        print(added_table(measured))
         return
     path = HERE / "serving.json" if chosen.command == "table" else chosen.out
     results = json.loads(path.read_text()) if path.exists() else {}
@@ -225,6 +280,8 @@ def main() -> None:
     print(table(results))
     if path == HERE / "serving.json":
         doc_tables.write(HERE / "README.md", "serving", table(results))
+        difference = json.loads((HERE / "added.json").read_text())
+        doc_tables.write(HERE / "README.md", "added", added_table(difference))
 
 
 if __name__ == "__main__":

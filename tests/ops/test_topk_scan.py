@@ -151,6 +151,43 @@ def test_nothing_to_scan(rows, queries, width, backend):
     assert torch.equal(scores, torch.zeros_like(scores))
 
 
+def ranked_scores(cache, queries, scored, **more):
+    """What `scores` is filled with, by a ranking of all rows."""
+    n = len(more["valid"])
+    found, rows = ops.topk_scan(cache, queries, n, **more)
+    return torch.full((len(queries), n + 1), torch.nan).scatter_(1, rows % (n + 1), found)[:scored, :n]
+
+
+def scattered(scored, rows):
+    """Memory for scores, spoilt, and rows of it further apart than they are long."""
+    return torch.full((scored, rows + 3), 7.0)[:, 1 : rows + 1]
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize(("queries", "scored"), [(1, 1), (5, 2), (3, 0)])
+@pytest.mark.parametrize("kind", ["float32", "parts", "blocks"])
+def test_all_scores_beside_the_ranking(kind, queries, scored, name):
+    x, q = normal(203, 300), normal(queries, 300, seed=1)
+    cache, more = x, {"valid": torch.arange(203) % 5 != 0}
+    if kind == "parts":
+        cache = [pack(x[:, :130], "sign"), x[:, 130:200].half(), pack(x[:, 200:], "int8")]
+        more["base"] = normal(queries, 203, seed=2)
+        more["base"][0, 3] = torch.nan
+    if kind == "blocks":
+        more |= {"scales": normal(203, 2, seed=3), "offsets": [0, 70, 300]}
+    more["valid"][64:128] = False  # more rows at a stretch than are scored at once
+    kept = scattered(scored, 203)
+    with instruction_set(name):
+        wanted = ops.topk_scan_both_ends(cache, q, 9, **more)
+        assert_same(ops.topk_scan_both_ends(cache, q, 9, scores=kept, **more), wanted)
+        assert_same([kept], [ranked_scores(cache, q, scored, **more)])
+    by_reference = scattered(scored, 203)
+    ops.topk_scan_both_ends(cache, q, 0, scores=by_reference, backend="reference", **more)
+    torch.testing.assert_close(
+        by_reference, kept, rtol=1e-4, atol=1.0 if kind == "parts" else 1e-4, equal_nan=True
+    )
+
+
 @settings(max_examples=30, deadline=None)
 @given(
     rows=st.integers(1, 120),
@@ -204,6 +241,21 @@ CACHE, QUERIES = torch.zeros(4, 6), torch.zeros(2, 6)
 def test_mistakes_are_named(changes, error, words):
     with pytest.raises(error, match=words):
         ops.topk_scan(**{"cache": CACHE, "queries": QUERIES, "k": 2, **changes})
+
+
+@pytest.mark.parametrize(
+    ("scores", "error", "words"),
+    [
+        (torch.ones(3, 4), ValueError, "S <= 2 and N = 4"),
+        (torch.ones(2, 5), ValueError, "S <= 2 and N = 4"),
+        (torch.ones(4, 2).T, ValueError, "neighbours in memory"),
+        (torch.ones(2, 4).double(), TypeError, "scores must be float32"),
+        (torch.ones(4), ValueError, "scores must have 2 axes"),
+    ],
+)
+def test_memory_for_scores_is_checked(scores, error, words):
+    with pytest.raises(error, match=words):
+        ops.topk_scan_both_ends(CACHE, QUERIES, 2, scores=scores)
 
 
 def test_an_instruction_set_that_is_not_there_is_refused():
@@ -328,6 +380,27 @@ def test_both_ends_are_two_scans(gpu, dtype):
     for largest, wanted in ((True, got[:2]), (False, got[2:])):
         found = ops.topk_scan(on_device(cache), q.to(DEVICE), 7, largest=largest, backend=gpu)
         assert_same([x.cpu() for x in found], wanted)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", [torch.float16, "sign", "parts"], ids=str)
+def test_all_scores_beside_the_ranking_on_gpus(gpu, kind):
+    """More rows than are scored at a time, in memory that is spoilt before."""
+    rows, width, queries, scored = 300, 40, 3, 2
+    if kind == "parts":
+        cache, q = [case(rows, width, queries, d)[0] for d in (torch.float32, "int4")], None
+        q = torch.cat([case(rows, width, queries, d)[1] for d in (torch.float32, "int4")], 1)
+    else:
+        cache, q = case(rows, width, queries, kind)
+    more = {"valid": torch.arange(rows) % 7 != 0, "base": integers(queries, rows, seed=5)}
+    kept = scattered(scored, rows).to(DEVICE)
+    given = ops.ScanQueries(q.to(DEVICE))
+    there = {name: on_device(x) for name, x in more.items()}
+    for _ in range(2):  # the second time with the queries as they were prepared
+        found = ops.topk_scan_both_ends(on_device(cache), given, 9, scores=kept, backend=gpu, **there)
+        assert_same([x.cpu() for x in found], both_ends(gpu, cache, q, 9, **more))
+        assert_same([kept.cpu()], [ranked_scores(cache, q, scored, **more)])
+        kept.fill_(7.0)
 
 
 @pytest.mark.gpu

@@ -11,7 +11,7 @@ from torch import Tensor
 from rapidin.ops.reference.packed import Packed, decoded
 
 
-def scores(
+def score_rows(
     parts: Sequence[Tensor | Packed],
     queries: Tensor,
     scales: Tensor | None,
@@ -57,7 +57,7 @@ def topk_scan(
     made: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """-> scores [Q, min(k, N)] float32, indices [Q, min(k, N)] int64; see rapidin.ops.topk_scan."""
-    return select(scores(cache, queries, scales, offsets, base), valid, k, largest)
+    return select(score_rows(cache, queries, scales, offsets, base), valid, k, largest)
 
 
 def topk_scan_both_ends(
@@ -69,8 +69,12 @@ def topk_scan_both_ends(
     offsets: Sequence[int] | None = None,
     valid: Tensor | None = None,
     base: Tensor | None = None,
+    scores: Tensor | None = None,
     made: dict[Any, Any] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """-> top scores, top indices, bottom scores, bottom indices; see rapidin.ops.topk_scan_both_ends."""
-    score = scores(cache, queries, scales, offsets, base)
+    score = score_rows(cache, queries, scales, offsets, base)
+    if scores is not None:
+        every = score[: len(scores)]
+        scores.copy_(every if valid is None else every.where(valid, torch.nan))
     return (*select(score, valid, k, True), *select(score, valid, k, False))
