@@ -27,23 +27,47 @@ constexpr int planes_at_once() {
     return Format::kPlanes < 4 ? Format::kPlanes : 4;
 }
 
+// Calls step(i, load) for each kBytes of `length` bytes, the last of which may be fewer: load(p) are those at p + i.
+template <class Step>
+inline void each_bytes(int64_t length, Step step) {
+    int64_t i = 0;
+    for (; i + kBytes <= length; i += kBytes) step(i, [&](const uint8_t* p) { return load_bytes(p + i); });
+    if (i < length) step(i, [&](const uint8_t* p) { return load_first_bytes(p + i, length - i); });
+}
+
+// sums[r * stride_sums] += the total of at[r * stride].
+template <int R>
+inline void add_totals(const ByteSums* at, int stride, int64_t* sums, int64_t stride_sums) {
+    int32_t of_row[R];
+    if constexpr (R % 4 == 0) {
+        for (int r = 0; r < R; r += 4)
+            totals(at[r * stride], at[(r + 1) * stride], at[(r + 2) * stride], at[(r + 3) * stride], of_row + r);
+    } else {
+        for (int r = 0; r < R; ++r) of_row[r] = total(at[r * stride]);
+    }
+    for (int r = 0; r < R; ++r) sums[r * stride_sums] += of_row[r];
+}
+
 // For few queries: up to four planes at once, so that a byte of a row is loaded once or twice. What lies `ahead` bytes
-// on is asked for. sums[r * Q + q] += products over whole groups.
+// on is asked for. sums[r * Q + q] += products.
 template <class Format, int R, int Q>
 inline void multiply_few(const uint8_t* rows, int64_t stride_row, int64_t length, const int8_t* queries, int64_t plane,
                          int64_t ahead, int64_t* sums) {
     constexpr int P = planes_at_once<Format>();
+    ByteSums whole[R][Q];
+    for (int r = 0; r < R; ++r)
+        for (int q = 0; q < Q; ++q) whole[r][q] = no_sums();
     for (int low = 0; low < Format::kPlanes; low += P) {
         ByteSums sum[R][P][Q];
         for (int r = 0; r < R; ++r)
             for (int p = 0; p < P; ++p)
                 for (int q = 0; q < Q; ++q) sum[r][p][q] = no_sums();
-        for (int64_t i = 0; i < length; i += kBytes) {
+        each_bytes(length, [&](int64_t i, auto load) {
             const int8_t* at = queries + low * plane + i / kGroup * kGroup * Q + i % kGroup;
             Bytes x[R];
             for (int r = 0; r < R; ++r) {
                 if (low == 0) prefetch(rows + r * stride_row + i + ahead);
-                x[r] = load_bytes(rows + r * stride_row + i);
+                x[r] = load(rows + r * stride_row);
             }
             for (int p = 0; p < P; ++p) {
                 for (int q = 0; q < Q; ++q) {
@@ -51,15 +75,17 @@ inline void multiply_few(const uint8_t* rows, int64_t stride_row, int64_t length
                     for (int r = 0; r < R; ++r) sum[r][p][q] = add_products(sum[r][p][q], Format::plane(x[r], low + p), y);
                 }
             }
-        }
+        });
         for (int r = 0; r < R; ++r) {
             for (int q = 0; q < Q; ++q) {
                 ByteSums all = sum[r][P - 1][q];
                 for (int p = P - 2; p >= 0; --p) all = add_sums(shift_sums<Format::kShift>(all), sum[r][p][q]);
-                sums[r * Q + q] += total(all) >> low;  // low > 0 with kSign only, whose sums are multiples of 2^low
+                // low > 0 with kSign only, whose products are multiples of 2^low
+                whole[r][q] = add_sums(whole[r][q], low == 0 ? all : shift_sums<-P>(all));
             }
         }
     }
+    for (int q = 0; q < Q; ++q) add_totals<R>(&whole[0][q], Q, sums + q, Q);
 }
 
 template <class Format, int Q>
@@ -75,7 +101,7 @@ inline void multiply_few_rows(const uint8_t* rows, int64_t count, int64_t stride
         multiply_few<Format, 1, Q>(rows + r * stride_row, stride_row, length, queries, plane, ahead, sums + r * Q);
 }
 
-// sums[r * stride_sums + q] += products of R rows and Q queries over whole groups. A plane at a time, so that one
+// sums[r * stride_sums + q] += products of R rows and Q queries. A plane at a time, so that one
 // register a row and query is enough: sums of higher planes are shifted to those of the next.
 template <class Format, int R, int Q>
 inline void multiply_tile(const uint8_t* rows, int64_t stride_row, int64_t length, const int8_t* queries, int64_t plane,
@@ -86,25 +112,17 @@ inline void multiply_tile(const uint8_t* rows, int64_t stride_row, int64_t lengt
     for (int p = Format::kPlanes - 1; p >= 0; --p) {
         for (int r = 0; r < R; ++r)
             for (int q = 0; q < Q; ++q) sum[r][q] = shift_sums<Format::kShift>(sum[r][q]);
-        for (int64_t i = 0; i < length; i += kBytes) {
+        each_bytes(length, [&](int64_t i, auto load) {
             const int8_t* at = queries + p * plane + i / kGroup * kGroup * Q + i % kGroup;
             Bytes x[R];
-            for (int r = 0; r < R; ++r) x[r] = Format::plane(load_bytes(rows + r * stride_row + i), p);
+            for (int r = 0; r < R; ++r) x[r] = Format::plane(load(rows + r * stride_row), p);
             for (int q = 0; q < Q; ++q) {
                 const Bytes y = load_bytes(at + q * kGroup);
                 for (int r = 0; r < R; ++r) sum[r][q] = add_products(sum[r][q], x[r], y);
             }
-        }
+        });
     }
-    for (int q = 0; q < Q; ++q) {
-        int32_t of_row[R];
-        if constexpr (R == 4) {
-            totals(sum[0][q], sum[1][q], sum[2][q], sum[3][q], of_row);
-        } else {
-            for (int r = 0; r < R; ++r) of_row[r] = total(sum[r][q]);
-        }
-        for (int r = 0; r < R; ++r) sums[r * stride_sums + q] += of_row[r];
-    }
+    for (int q = 0; q < Q; ++q) add_totals<R>(&sum[0][q], Q, sums + q, stride_sums);
 }
 
 template <class Format, int Q>
@@ -126,7 +144,7 @@ struct Product {
     int64_t* sums;          // [count, q]
 };
 
-// Whole groups of the rows that begin at byte `begin`, and lie in one window.
+// Bytes of the rows from `begin` on, which lie in one window.
 template <class Format>
 inline void multiply_groups(const Product& at, const uint8_t* rows, int64_t stride_row, int64_t begin, int64_t length) {
     const int64_t window = begin / kWindow * kWindow, plane = window_bytes(at.padded, window);
@@ -157,14 +175,8 @@ inline void multiply_groups(const Product& at, const uint8_t* rows, int64_t stri
 template <class Format>
 inline void multiply(const Product& at, const uint8_t* rows, int64_t stride_row, int64_t bytes) {
     for (int64_t i = 0; i < at.count * at.q; ++i) at.sums[i] = 0;
-    const int64_t whole = bytes / kGroup * kGroup, rest = bytes - whole;
-    for (int64_t begin = 0; begin < whole; begin += kWindow)
-        multiply_groups<Format>(at, rows + begin, stride_row, begin, window_bytes(whole, begin));
-    if (rest == 0) return;
-    uint8_t padded[kScanRows * kGroup];  // the last, shorter groups
-    memset(padded, 0, static_cast<size_t>(at.count * kGroup));
-    for (int64_t r = 0; r < at.count; ++r) memcpy(padded + r * kGroup, rows + r * stride_row + whole, static_cast<size_t>(rest));
-    multiply_groups<Format>(at, padded, kGroup, whole, kGroup);
+    for (int64_t begin = 0; begin < bytes; begin += kWindow)
+        multiply_groups<Format>(at, rows + begin, stride_row, begin, window_bytes(bytes, begin));
 }
 
 inline double row_scale(const ScanPart& part, int64_t row) {

@@ -14,6 +14,10 @@ using Bytes = __m512i;
 using ByteSums = __m512i;
 
 inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+// The first n bytes, at least 0, and zeros; what lies behind them is not read.
+inline Bytes load_first_bytes(const void* p, int64_t n) {
+    return _mm512_maskz_loadu_epi8(n >= kBytes ? ~__mmask64{0} : (__mmask64{1} << n) - 1, p);
+}
 inline Bytes and_bytes(Bytes x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
 inline Bytes xor_bytes(Bytes x, uint8_t mask) { return _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
 inline Bytes nibbles(Bytes x, int p) { return and_bytes(_mm512_srl_epi16(x, _mm_cvtsi32_si128(4 * p)), 15); }
@@ -145,6 +149,14 @@ inline int32_t total(ByteSums x) {
     return sum;
 }
 
+#endif
+
+#if !defined(__AVX512VNNI__)
+inline Bytes load_first_bytes(const void* p, int64_t n) {
+    uint8_t padded[kBytes] = {};
+    if (n > 0) memcpy(padded, p, static_cast<size_t>(n < kBytes ? n : kBytes));
+    return load_bytes(padded);
+}
 #endif
 
 #if !defined(__AVX512VNNI__) && !defined(RAPIDIN_NEON)

@@ -224,7 +224,7 @@ Results best(const ScanArgs& args, const std::vector<ScanPart>& parts, int64_t k
     const size_t size = static_cast<size_t>(args.q * k);
     Results top(size), bottom(size);
     std::vector<int64_t> top_indices(size), bottom_indices(size);
-    topk_scan(args, parts, k, {top.data(), top_indices.data()}, {bottom.data(), bottom_indices.data()}, threads);
+    topk_scan(args, parts, k, {top.data(), top_indices.data()}, {bottom.data(), bottom_indices.data()}, {nullptr, 0, 0}, threads);
     top.insert(top.end(), bottom.begin(), bottom.end());
     for (size_t i = 0; with_indices && i < size; ++i) {
         top.push_back(static_cast<float>(top_indices[i]));
