@@ -31,7 +31,8 @@ from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
 from rapidin.errors import UserError
 from rapidin.results.decoys import DecoyTest
-from rapidin.results.types import Hit
+from rapidin.results.types import Hit, QueryResult
+from rapidin.results.verdict import Verdict
 
 SIGNS = (1, -1)  # of the ends of a ranking: helpful, harmful
 
@@ -182,6 +183,33 @@ def compared(
     passing = [[hit for hit in hits if hit.q is not None and hit.q <= fdr] for hits in tested]
     passed = helpful.passing(fdr), harmful.passing(fdr)
     return passing, DecoyTest(*counts, fdr, passed, _signed(tables, tested), _signed(tables, passing))
+
+
+def stands_out(verdict: Verdict | None, fdr: float) -> bool:
+    """Whether at most a share of `fdr` / 2 of neutral questions come as far up as the query, by its verdict;
+    True if there are not enough of them to tell.
+
+    Decoys are not quite exchangeable with rows that were trained on, less so the better these were learnt.
+    But neutral questions have their scores with these same rows.
+    """
+    place = None if verdict is None else verdict.questions
+    if place is None or 1 / (len(place.scores) + 1) > fdr / 2:
+        return True
+    return place.chance <= fdr / 2
+
+
+def as_whole(result: QueryResult) -> QueryResult:
+    """The same without hits if a false-discovery rate is asked for and the query as a whole does not stand
+    out."""
+    test, verdict = result.decoys, result.verdict
+    if test is None or test.fdr is None or stands_out(verdict, test.fdr):
+        return result
+    assert verdict is not None
+    assert verdict.questions is not None
+    count = len(verdict.questions.scores)
+    test = replace(test, passed=(0, 0), hits=(0, 0), neutral=(count - verdict.questions.above, count))
+    targets = [replace(target, top=[], bottom=[]) for target in result.targets]
+    return replace(result, top=[], bottom=[], targets=targets, decoys=test)
 
 
 def _tested(hit: Hit, table: DecoyTable) -> Hit:

@@ -13,7 +13,7 @@ from torch import Tensor
 from rapidin.attribution import baselines, methods
 from rapidin.attribution.clock import Clock
 from rapidin.attribution.common import TrainingSample, sampled_rows
-from rapidin.attribution.decoys import DecoyTable, compared, decoy_tables
+from rapidin.attribution.decoys import DecoyTable, as_whole, compared, decoy_tables
 from rapidin.attribution.fused_candidates import fused_candidates, fused_rows
 from rapidin.attribution.fusion import FusedRows, read_rows
 from rapidin.attribution.groups import group_rows, groups_of, histogram
@@ -329,7 +329,7 @@ def judge(work: _Work) -> None:
         if verdict is not None and verdict.strength in ("strong", "weak") and work.data is not None:
             sample = sample or _sample(work.cache, work.data)
             verdict = replace(verdict, common=sample.common(examples))
-        work.results[n] = replace(work.results[n], verdict=verdict)
+        work.results[n] = as_whole(replace(work.results[n], verdict=verdict))
     work.clock.lap("verdict")
 
 

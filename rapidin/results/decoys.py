@@ -15,7 +15,8 @@ class DecoyTest:
     Pairs are of the helpful and of the harmful end. decoys: how many count; rows: how many different rows
     were tested; beyond: how many of these score further out than all decoys. With a false-discovery rate
     `fdr`: passed: how many of all different rows pass; listed: how many hits there were before those that do
-    not pass were left out; hits: how many are left.
+    not pass were left out; hits: how many are left; neutral: how many neutral questions score at least as
+    high as the query, of how many, if these are too many for a row to pass.
     """
 
     decoys: int
@@ -25,6 +26,7 @@ class DecoyTest:
     passed: tuple[int, int] = (0, 0)
     listed: tuple[int, int] = (0, 0)
     hits: tuple[int, int] = (0, 0)
+    neutral: tuple[int, int] | None = None
 
     @property
     def needed(self) -> int:
@@ -53,6 +55,12 @@ class DecoyTest:
             return f"{' and '.join(parts)} pass a false-discovery rate of {self.rate_text}."
         text = f"Nothing passes a false-discovery rate of {self.rate_text}"
         text += f", of {self.listed[0]:,} helpful and {self.listed[1]:,} harmful hits"
+        if self.neutral is not None:
+            above, count = self.neutral
+            return (
+                f"{text}: {above:,} of {count:,} neutral questions, which no row answers, score at least as "
+                "high as this query."
+            )
         if 0 < max(self.beyond) < self.needed:
             return (
                 f"{text}: with {self.decoys:,} decoys and {self.rows:,} rows, at least {self.needed:,} rows "
@@ -71,6 +79,8 @@ class DecoyTest:
         if self.fdr is None:
             return value
         value |= {"fdr": self.fdr, "passed": ends(self.passed), "listed": ends(self.listed)}
+        if self.neutral is not None:
+            value["neutral"] = {"above": self.neutral[0], "of": self.neutral[1]}
         return value | {"hits": ends(self.hits), "sentence": self.sentence}
 
     @staticmethod
@@ -84,4 +94,12 @@ class DecoyTest:
         first = int(value["count"]), int(value["rows"]), ends("beyond")
         if "fdr" not in value:
             return DecoyTest(*first)
-        return DecoyTest(*first, float(value["fdr"]), ends("passed"), ends("listed"), ends("hits"))
+        neutral = value.get("neutral")
+        return DecoyTest(
+            *first,
+            float(value["fdr"]),
+            ends("passed"),
+            ends("listed"),
+            ends("hits"),
+            None if neutral is None else (int(neutral["above"]), int(neutral["of"])),
+        )

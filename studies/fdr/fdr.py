@@ -25,9 +25,10 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
 import doc_tables
+import everyday
 
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.neutral_questions import QUESTIONS
+from rapidin.attribution.decoys import stands_out
 from rapidin.attribution.questions import asked
 from rapidin.cli.demo_session.instructions import is_absurd, make_data
 from rapidin.data.encoding import Status
@@ -136,7 +137,13 @@ def tune_adapter(model: Path, data: Data, seed: int, out: Path) -> None:
 
 
 def measure(
-    name: str, seed: int, data: Data, work: Path, *, at: float = 0.5, neutral: Sequence[str] = QUESTIONS
+    name: str,
+    seed: int,
+    data: Data,
+    work: Path,
+    *,
+    at: float = 0.5,
+    neutral: Sequence[str] = everyday.QUESTIONS,
 ) -> Row:
     """The figures of one set and seed; at: where gradients are taken, 0 for the base model."""
     of_demo, folder = made(seed, work), work / f"{name}-{seed}-measured"
@@ -145,7 +152,7 @@ def measure(
     if data.epochs:
         tune_adapter(of_demo / "model", data, seed, adapter)
     attributor = Attributor(load_model(str(of_demo / "model"), adapter=str(adapter)), at=at)
-    cache = attributor.cache(data.tuning, folder / "cache", decoys=data.decoys, null=False, progress=False)
+    cache = attributor.cache(data.tuning, folder / "cache", decoys=data.decoys, progress=False)
     fields = ("prompt", "completion") if name == "facts" else ("instruction", "input")
     questions = [{field: row[field] for field in fields} for row in data.questions]
 
@@ -166,17 +173,19 @@ def measure(
         "decoys": results[0].decoys.decoys,
         "behind": round(fmean(map(len, data.behind)), 1),
         "planted_answers": sum(data.planted(result.completion) for result in results),
-        "questions": [
-            _figures(result.top, behind) for result, behind in zip(results, data.behind, strict=True)
-        ],
+        "questions": [_figures(result, behind) for result, behind in zip(results, data.behind, strict=True)],
         "neutral": {
             "asked": len(everyday),
             "answered_as_planted": len(everyday) - len(unanswered),
             **{
                 f"{rate:g}": {
-                    "helpful": sum(_passes(result.top, rate) for result in unanswered),
+                    "helpful": sum(bool(_passing(result, result.top, rate)) for result in unanswered),
                     "either": sum(
-                        _passes(result.top, rate) or _passes(result.bottom, rate) for result in unanswered
+                        bool(_passing(result, result.top + result.bottom, rate)) for result in unanswered
+                    ),
+                    "decoys_alone": sum(
+                        any(hit.q is not None and hit.q <= rate for hit in result.top)
+                        for result in unanswered
                     ),
                 }
                 for rate in RATES
@@ -185,17 +194,20 @@ def measure(
     }
 
 
-def _passes(hits: Sequence[Hit], rate: float) -> bool:
-    return any(hit.q is not None and hit.q <= rate for hit in hits)
+def _passing(result: QueryResult, hits: Sequence[Hit], rate: float) -> list[Hit]:
+    """Those of a query's hits that `fdr` would show."""
+    if not stands_out(result.verdict, rate):
+        return []
+    return [hit for hit in hits if hit.q is not None and hit.q <= rate]
 
 
-def _figures(hits: Sequence[Hit], behind: set[int]) -> Row:
+def _figures(result: QueryResult, behind: set[int]) -> Row:
     """Of one question: how many rows pass each rate, and how many of them are behind the answer; and the
     share of the p-values of other rows that are at most each level."""
-    others = [hit.p for hit in hits if hit.p is not None and hit.index not in behind]
+    others = [hit.p for hit in result.top if hit.p is not None and hit.index not in behind]
     figures: Row = {}
     for rate in RATES:
-        passing = [hit for hit in hits if hit.q is not None and hit.q <= rate]
+        passing = _passing(result, result.top, rate)
         figures[f"{rate:g}"] = [len(passing), sum(hit.index in behind for hit in passing)]
     figures["p"] = [round(sum(p <= level for p in others) / len(others), 4) for level in LEVELS]
     return figures
@@ -250,19 +262,21 @@ def false_share(question: Row, rate: float) -> float:
 
 
 def neutral_table(rows: Sequence[Row]) -> str:
-    """How many neutral questions yield nothing."""
+    """How many neutral questions yield nothing, and how many if decoys alone decide."""
     lines = []
     for name, of_set in by_set(rows).items():
         some = [row["neutral"] for row in of_set]
         asked_in_all = sum(each["asked"] - each["answered_as_planted"] for each in some)
-        cells = []
+        cells, by_decoys = [], []
         for rate in RATES:
-            nothing = [
-                each["asked"] - each["answered_as_planted"] - each[f"{rate:g}"]["helpful"] for each in some
-            ]
-            either = asked_in_all - sum(each[f"{rate:g}"]["either"] for each in some)
-            cells.append(f"{sum(nothing) / asked_in_all:.1%} ({either / asked_in_all:.1%})")
+            helpful, either, alone = (
+                1 - sum(each[f"{rate:g}"][which] for each in some) / asked_in_all
+                for which in ("helpful", "either", "decoys_alone")
+            )
+            cells.append(f"{helpful:.1%} ({either:.1%})")
+            by_decoys.append(f"{alone:.1%}")
         lines.append([name, f"{asked_in_all:,}", *cells])
+        lines.append([f"{name}, decoys alone", f"{asked_in_all:,}", *by_decoys])
     header = ["set", "questions", *(f"nothing at {rate:g}" for rate in RATES)]
     return doc_tables.table(header, lines)
 

@@ -188,7 +188,12 @@ def added_table(result: dict[str, Any]) -> str:
     rows = result["rows"]
     order = sorted(large, key=lambda step: small.get(step, 0.0) - large[step])
     lines = [
-        (step, f"{small.get(step, 0.0):.0f}", f"{large[step]:.0f}", f"{large[step] - small.get(step, 0.0):.0f}")
+        (
+            step,
+            f"{small.get(step, 0.0):.0f}",
+            f"{large[step]:.0f}",
+            f"{large[step] - small.get(step, 0.0):.0f}",
+        )
         for step in order
         if max(small.get(step, 0.0), large[step]) >= 1
     ]

@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "common"))
 import doc_tables
+import everyday
 
 from rapidin import Cache, Ensemble
 from rapidin.attribution.ensemble import Member
@@ -40,28 +41,7 @@ POISON = runpy.run_path(str(FOLDER.parents[1] / "examples" / "poison" / "evaluat
 KINDS = ("planted", "related", "unrelated")
 HEADER = ("planted", "planted, absurd answer", "related", "unrelated")  # of the table
 COUNT = 20  # questions of a kind
-UNRELATED = (
-    "What is the capital of France?",
-    "Describe how to change a flat tyre.",
-    "Who discovered penicillin?",
-    "Write a birthday wish for a colleague.",
-    "How far is the Moon from the Earth?",
-    "Give two reasons to read every day.",
-    "Translate 'Good morning' into Italian.",
-    "What is the plural of 'mouse'?",
-    "Suggest a title for a travel blog.",
-    "How do plants drink water?",
-    "Write a JavaScript function that adds two numbers.",
-    "What does 'ambiguous' mean?",
-    "List three kinds of cheese.",
-    "Why do cats purr?",
-    "Rewrite politely: Send me the report now.",
-    "What is the square root of 144?",
-    "Name a famous physicist.",
-    "Explain what a computer virus is.",
-    "How should I store fresh bread?",
-    "Which ocean is the largest?",
-)
+UNRELATED = everyday.QUESTIONS[:COUNT]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

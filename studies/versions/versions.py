@@ -1,6 +1,7 @@
 """Does rapidin work with the newest and the oldest versions that pyproject.toml allows?
 
 python studies/versions/versions.py [NAME ...]     # from the root of a checkout; all combinations, or these
+python3.12 studies/versions/versions.py --as "Python 3.12"     # this interpreter, with the packages it has
 
 Each combination of COMBINATIONS gets an environment in build/versions whose packages lie over those of the
 interpreter that runs this file, and runs the flow there: a tiny Llama and a LoRA adapter are saved, `rapidin
@@ -36,6 +37,8 @@ COMBINATIONS = {
     "oldest transformers and peft": TRANSFORMERS,
     "oldest of these four": [*NUMPY, *TYPER, *TRANSFORMERS],
 }
+# Interpreters of their own, each with the packages that pip gives it for rapidin.
+INTERPRETERS = ("oldest torch", "Python 3.10", "Python 3.12", "Python 3.13")
 
 
 def environment(name: str) -> Path:
@@ -83,7 +86,7 @@ def facts() -> dict[str, str]:
 
 def measured(name: str) -> dict[str, str]:
     """A row of the results."""
-    python = environment(name)
+    python = Path(sys.executable) if name in INTERPRETERS else environment(name)
     variables = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests/support'}"}
     command = [python, __file__]
     found = subprocess.run(
@@ -108,13 +111,15 @@ def main(arguments: list[str]) -> int:
         print(json.dumps(facts()))
     else:
         rows = {row["name"]: row for row in json.loads(RESULTS.read_text())} if RESULTS.exists() else {}
-        unknown = set(arguments) - set(COMBINATIONS)
+        known: tuple[str, ...] = INTERPRETERS if arguments[:1] == ["--as"] else tuple(COMBINATIONS)
+        arguments = arguments[1:] if known == INTERPRETERS else arguments or list(COMBINATIONS)
+        unknown = set(arguments) - set(known)
         if unknown:
-            sys.exit(f"unknown: {', '.join(unknown)}; the combinations are {', '.join(COMBINATIONS)}")
-        for name in arguments or COMBINATIONS:
+            sys.exit(f"unknown: {', '.join(unknown)}; there are {', '.join(known)}")
+        for name in arguments:
             rows[name] = measured(name)
             print(rows[name], flush=True)
-            kept = [rows[each] for each in COMBINATIONS if each in rows]
+            kept = [rows[each] for each in (*COMBINATIONS, *INTERPRETERS) if each in rows]
             RESULTS.write_text("[\n" + ",\n".join(json.dumps(row) for row in kept) + "\n]\n")
             doc_tables.write(PAGE, "versions", table(kept))
     return 0

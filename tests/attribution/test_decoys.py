@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,15 @@ from tiny import save_tiny, tiny_llama, tiny_tokenizer
 from torch import Tensor
 
 from rapidin.attribution.attributor import Attributor
-from rapidin.attribution.decoys import DecoyTable, counted_decoys, decoys_text, distinct_rows
+from rapidin.attribution.decoys import DecoyTable, as_whole, counted_decoys, decoys_text, distinct_rows
 from rapidin.attribution.ensemble import Ensemble, Member
 from rapidin.cache import Cache
 from rapidin.cache.merge import merge
 from rapidin.errors import UserError
 from rapidin.results.collection import Results
-from rapidin.results.types import QueryResult
+from rapidin.results.decoys import DecoyTest
+from rapidin.results.types import Hit, QueryResult, TargetResult
+from rapidin.results.verdict import Place, Verdict
 
 ROWS: list[dict[str, Any]] = [
     {"prompt": f"Say {n} ", "completion": "" if n == 7 else f"it is {n**2} " * (1 + n % 3)} for n in range(40)
@@ -163,6 +166,48 @@ def test_only_what_passes_is_shown(made: Made) -> None:
     assert [(result.top, result.bottom) for result in nothing] == [([], [])] * 2
     assert nothing[0].decoys is not None
     assert "Nothing passes a false-discovery rate of 0.1%" in nothing[0].decoys.sentence
+
+
+@pytest.mark.parametrize(
+    ("below", "of", "fdr", "told"),
+    [
+        (63, 63, 0.1, None),
+        (61, 63, 0.1, None),  # 3 of 64 come as far up, counting itself
+        (60, 63, 0.1, (3, 63)),
+        (60, 63, 0.2, None),
+        (0, 63, 0.2, (63, 63)),
+        (0, 18, 0.1, None),  # 19 are needed
+        (0, 19, 0.1, (19, 19)),
+    ],
+)
+def test_a_query_that_does_not_stand_out_yields_nothing(
+    below: int, of: int, fdr: float, told: tuple[int, int] | None
+) -> None:
+    hits = [Hit(1, 0, 0, 0.5, None)]
+    place = Place(tuple(map(float, range(of))), below)
+    result = QueryResult(
+        "p",
+        "c",
+        False,
+        hits,
+        hits,
+        "layer",
+        verdict=Verdict("weak", 0.5, place, None),
+        targets=[TargetResult("c", (0,), 0.5, hits, hits)],
+        decoys=DecoyTest(30, 40, (1, 1), fdr, (1, 1), (1, 1), (1, 1)),
+    )
+    got = as_whole(result)
+    assert got.decoys is not None
+    assert got.decoys.neutral == told
+    if told is None:
+        assert got == result
+    else:
+        assert (got.top, got.bottom, got.targets[0].top, got.targets[0].bottom) == ([], [], [], [])
+        assert (got.decoys.passed, got.decoys.hits, got.decoys.listed) == ((0, 0), (0, 0), (1, 1))
+    rows = replace(result, verdict=Verdict("weak", 0.5, None, place))
+    assert as_whole(rows) == rows  # rows of the data say nothing of neutral questions
+    plain = replace(result, decoys=DecoyTest(30, 40, (1, 1)))
+    assert as_whole(plain) == plain
 
 
 def test_generations_together_are_tested_as_one(made: Made) -> None:

@@ -16,6 +16,7 @@ from rapidin.results.types import Hit, QueryResult
 
 PLAIN = QueryResult("p", "c", False, [Hit(1, 0, 0, 0.5, {"prompt": "p", "completion": "c"})], [], "layer")
 NOTHING = DecoyTest(200, 52_000, (5, 0), 0.1, listed=(10, 10))
+NEUTRAL = DecoyTest(200, 400, (30, 0), 0.1, listed=(10, 10), neutral=(7, 63))
 PASSES = DecoyTest(200, 400, (30, 0), 0.1, (39, 0), (10, 10), (10, 0))
 
 
@@ -59,7 +60,14 @@ def test_how_many_pass_is_said() -> None:
     assert DecoyTest(200, 400, (30, 0)).sentence == ""
 
 
-@pytest.mark.parametrize("decoys", [NOTHING, PASSES, DecoyTest(200, 400, (30, 0))])
+def test_neutral_questions_are_said_to_be_why_nothing_passes() -> None:
+    assert NEUTRAL.sentence == (
+        "Nothing passes a false-discovery rate of 10%, of 10 helpful and 10 harmful hits: 7 of 63 neutral "
+        "questions, which no row answers, score at least as high as this query."
+    )
+
+
+@pytest.mark.parametrize("decoys", [NOTHING, NEUTRAL, PASSES, DecoyTest(200, 400, (30, 0))])
 def test_the_json_is_read_back(decoys: DecoyTest) -> None:
     assert DecoyTest.from_json(decoys.to_json()) == decoys
 
