@@ -38,7 +38,7 @@ COMBINATIONS = {
     "oldest of these four": [*NUMPY, *TYPER, *TRANSFORMERS],
 }
 # Interpreters of their own, each with the packages that pip gives it for rapidin.
-INTERPRETERS = ("oldest torch", "Python 3.10", "Python 3.12", "Python 3.13")
+INTERPRETERS = ("newest torch", "oldest torch", "Python 3.10", "Python 3.12", "Python 3.13")
 
 
 def environment(name: str) -> Path:
