@@ -102,7 +102,7 @@ def build_cache(
         loop.run()
         meter.settle(wait=True)
         if options.null and isinstance(writer, CacheWriter):
-            add_null(writer, fitting.source, examples, meter)
+            add_null(writer, fitting.source, examples, meter, 0 if decoys is None else len(decoys))
         world.meet()
         if decoys is not None:
             _add_decoys(writer, fitting.source, decoys, world, meter)
@@ -110,11 +110,13 @@ def build_cache(
     return Cache(path)
 
 
-def add_null(writer: CacheWriter, source: GradientSource, examples: Examples, reporter: Reporter) -> None:
-    """Adds the null distribution to a complete cache that has none."""
+def add_null(
+    writer: CacheWriter, source: GradientSource, examples: Examples, reporter: Reporter, decoys: int = 0
+) -> None:
+    """Adds the null distribution to a complete cache that has none. decoys: how many the cache gets."""
     if not writer.manifest.complete or writer.manifest.null is not None:
         return
-    scores = null_scores(Cache(writer.folder), source, examples, reporter.tell)
+    scores = null_scores(Cache(writer.folder), source, examples, reporter.tell, decoys)
     if scores is not None:
         writer.set_null(scores)
 

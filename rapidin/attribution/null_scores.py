@@ -65,16 +65,20 @@ class _Texts:
 
 
 def null_scores(
-    cache: Cache, source: GradientSource, examples: Examples, tell: Callable[[str], None]
+    cache: Cache,
+    source: GradientSource,
+    examples: Examples,
+    tell: Callable[[str], None],
+    decoys: int = 0,
 ) -> NullScores | None:
     """The best scores of both sets; None if there are too few rows, or, with the reason told, if there can be
     none for another reason.
 
-    cache: complete; source: the source that made it; examples: of which the best rows of questions are read.
-    The leading process runs this alone.
+    cache: complete; source: the source that made it; examples: of which the best rows of questions are read;
+    decoys: how many the cache gets, which take time as rows do. The leading process runs this alone.
     """
     world, numbers = distributed.world(), counted_rows(cache)
-    most = len(numbers) // ROWS_PER_TEXT
+    most = (len(numbers) + decoys) // ROWS_PER_TEXT
     if most < LEAST:
         return None
     if source.loaded.sharded:

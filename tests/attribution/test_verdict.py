@@ -176,7 +176,12 @@ def test_parts_and_merged_caches_have_none_until_they_are_cached_again(
 
 
 def test_few_examples_are_too_few(attributor: Attributor, tmp_path: Path) -> None:
-    assert attributor.cache(ROWS[: ROWS_PER_TEXT * LEAST - 1], tmp_path / "cache").manifest.null is None
+    few = ROWS[: ROWS_PER_TEXT * LEAST - 1]
+    assert attributor.cache(few, tmp_path / "cache").manifest.null is None
+    # Those that get decoys, which take as long, have neutral questions, too.
+    decoys = [{"prompt": "Held out", "completion": "text"}]
+    tested = attributor.cache(few, tmp_path / "tested", decoys=decoys)
+    assert len(null_of(tested)["questions"]["layer"]) >= LEAST
 
 
 def test_rows_of_few_bits_are_not_compared(attributor: Attributor, tmp_path: Path) -> None:
