@@ -12,6 +12,8 @@ import doc_tables
 import pytest
 from tiny import save_tiny
 
+from rapidin.attribution.neutral_questions import QUESTIONS
+
 STUDY = doc_tables.DOCS.parent / "studies" / "fdr"
 MODULE = runpy.run_path(str(STUDY / "fdr.py"))
 FOUND = MODULE["read"](STUDY / "fdr.json")
@@ -85,20 +87,28 @@ def test_the_answer_is_what_was_found() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "at", "nothing"),
+    ("name", "at", "nothing", "by_decoys"),
     [
-        ("demo", 0.5, 0.963),
-        ("planted", 0.5, 0.984),
-        ("facts", 0.5, 0.807),
-        ("demo", 0.0, 1.0),
-        ("planted", 0.0, 1.0),
-        ("facts", 0.0, 0.917),
+        ("demo", 0.5, 0.995, 0.979),
+        ("planted", 0.5, 0.995, 0.990),
+        ("facts", 0.5, 0.969, 0.833),
+        ("demo", 0.0, 1.0, 1.0),
+        ("planted", 0.0, 1.0, 1.0),
+        ("facts", 0.0, 0.969, 0.870),
     ],
 )
-def test_neutral_questions_yield_nothing_where_rows_are_like_decoys(
-    name: str, at: float, nothing: float
-) -> None:
+def test_neutral_questions_yield_nothing(name: str, at: float, nothing: float, by_decoys: float) -> None:
     some = [row["neutral"] for row in FOUND if (row["set"], row["at"]) == (name, at)]
     questions = sum(each["asked"] - each["answered_as_planted"] for each in some)
-    hits = sum(each["0.1"]["helpful"] for each in some)
-    assert round(1 - hits / questions, 3) == nothing
+    found = [
+        round(1 - sum(each["0.1"][which] for each in some) / questions, 3)
+        for which in ("helpful", "decoys_alone")
+    ]
+    assert found == [nothing, by_decoys]
+    assert nothing >= 0.95
+
+
+def test_the_questions_are_new_to_the_null_distribution() -> None:
+    asked = MODULE["everyday"].QUESTIONS
+    assert len(set(asked)) == len(asked) == 64
+    assert not set(asked) & set(QUESTIONS)
