@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from rapidin import distributed
 from rapidin.attribution.decoys import counted_decoys
@@ -17,13 +20,16 @@ from rapidin.cache.merge import copy_learned
 from rapidin.cache.names import DECOYS
 from rapidin.cache.progress import Meter, OnProgress
 from rapidin.cache.reader import decoys_folder
+from rapidin.data.encoding import Status
 from rapidin.data.examples import Examples
 from rapidin.distributed import World
 from rapidin.errors import CoverageWarning, UserError
 from rapidin.gradients.batching import Reporter, StageReporter
 from rapidin.gradients.check import GradientCheck
+from rapidin.gradients.kept import KeptGradients
 from rapidin.gradients.preconditioner import STREAM, Preconditioner
 from rapidin.gradients.source import GradientSource
+from rapidin.ops.transfer import Download
 
 _CHECK_TEXTS = 64  # examples that those of the check are chosen from
 _CHECKED = 2  # examples that the check compares
@@ -98,7 +104,7 @@ def build_cache(
                 "all of them busy to the end"
             )
         fitting.settle_check(examples, meter, options.check)
-        fitting.settle(examples, meter)
+        fitting.settle(examples, meter, loop.awaited)
         loop.run()
         meter.settle(wait=True)
         if options.null and isinstance(writer, CacheWriter):
@@ -210,9 +216,13 @@ class _Fitting:
                 "cache into another folder",
             )
 
-    def settle(self, examples: Examples, reporter: Reporter) -> None:
+    def settle(self, examples: Examples, reporter: Reporter, awaited: Callable[[Sequence[int]], int]) -> None:
         """Uses the preconditioner of the cache, and fits it first if there is none: in the leading process,
-        and in all processes if they share the model."""
+        and in all processes if they share the model.
+
+        awaited: how many of some rows this run is to write. Rows of the sample whose sketches are made here
+        are reported as done.
+        """
         writer, record, config = self._writer, self._writer.manifest.preconditioner, self.source.config
         if record is None:
             return
@@ -221,7 +231,7 @@ class _Fitting:
             exists = record["sha256"] is not None and (writer.folder / record["file"]).exists()
             known = bool(int(self._world.share(lambda: b"1" if exists else b"0")))
             if not known and (self._world.leads or self.source.loaded.sharded):
-                fitted = self._fit(examples, reporter)
+                fitted = self._fit(examples, reporter, awaited)
         if fitted is not None and isinstance(writer, CacheWriter):
             if config.kind != "optimizer" and record["sha256"] not in (None, fitted.sha256):
                 raise UserError(
@@ -235,11 +245,32 @@ class _Fitting:
             fitted = read_fitted(writer.manifest)
         self.source = self.source.with_preconditioner(fitted)
 
-    def _fit(self, examples: Examples, reporter: Reporter) -> Preconditioner:
-        """The preconditioner of each point, from a sample of the examples that the cache was started with."""
-        settings, config = self.source.settings, self.source.config
-        begun = self._writer.manifest.rows_begun
+    def _fit(
+        self, examples: Examples, reporter: Reporter, awaited: Callable[[Sequence[int]], int]
+    ) -> Preconditioner:
+        """The preconditioner of each point, from a sample of the examples that the cache was started with.
+
+        The sample is sketched too, from the gradients of the same passes, as far as these can be kept.
+        """
+        settings, config, writer = self.source.settings, self.source.config, self._writer
+        begun, record = writer.manifest.rows_begun, writer.manifest.preconditioner
         rows = build.sample_rows(begun, config.sample_of(begun), settings.seed, STREAM)
         reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")
         texts = [self.source.example(examples.get(row)) for row in rows]
-        return self.source.fit_preconditioner(texts, reporter)
+        # One that was lost is fitted again, when rows of the sample may be in shards.
+        first = record is not None and record["sha256"] is None
+        if not (first and self.source.keeps_gradients and isinstance(writer, CacheWriter)):
+            return self.source.fit_preconditioner(texts, reporter)
+        kept = KeptGradients()
+        fitted = self.source.fit_preconditioner(texts, reporter, kept)
+        sketched: list[int] = []
+        parts = []
+        for chosen, sketches, status in self.source.with_preconditioner(fitted).of_kept(kept):
+            sketched += (in_batch := [rows[n] for n in chosen])
+            parts.append((sketches, status))
+            skipped = Download([(status != int(Status.OK)).sum()])
+            reporter.sketched(awaited(in_batch), sum(texts[n].length for n in chosen), skipped)
+        if parts:
+            made, statuses = (torch.cat(each) for each in zip(*parts, strict=True))
+            build.write_fitted(writer, fitted.sha256, sketched, made, statuses)
+        return fitted

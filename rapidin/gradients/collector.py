@@ -35,6 +35,7 @@ from rapidin.gradients.exact import ExactGradient, ExactPass
 from rapidin.gradients.experts import gradients_of
 from rapidin.gradients.fsdp import is_sharded
 from rapidin.gradients.hook_handles import registered
+from rapidin.gradients.kept import KeepingPass, KeptBatch
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.moment_passes import MomentPass, SquaresPass
 from rapidin.gradients.parameters import Target, Use, block_seed, role_of
@@ -168,10 +169,22 @@ class GradientSketcher:
         """
         sketching = self.new_pass(self.sketch_pass, batch, point)
         losses = self.run(batch, sketching)
+        return self._in_blocks(sketching), losses
+
+    def of_kept(self, kept: KeptBatch, point: int | None = None) -> Tensor:
+        """The sketches of a call for a batch whose gradients were kept: [B, blocks, width] float32.
+
+        Equal up to rounding: a gradient that was formed to be kept is sketched as a matrix.
+        """
+        sketching = self.new_pass(self.sketch_pass, kept.batch, point)
+        kept.give(sketching)
+        return self._in_blocks(sketching)
+
+    def _in_blocks(self, sketching: SketchPass) -> Tensor:
         sketches = sketching.sketches
         if self.projection == "rapidgrad":
             sketches = F.normalize(sketches, dim=-1, eps=1e-30).sum(1, keepdim=True)
-        return sketches, losses
+        return sketches
 
     def exact(
         self, batch: AnyBatch, point: int | None = None, *, by_position: bool = False
@@ -208,13 +221,16 @@ class GradientSketcher:
         self.run(batch, summing)
         return summing.finish()
 
-    def add_moments(self, batch: AnyBatch, moments: FactorMoments) -> None:
+    def add_moments(self, batch: AnyBatch, moments: FactorMoments, kept: KeptBatch | None = None) -> None:
         """Add a batch to the second moments of the two factors of each target's gradient.
 
-        The gradients are not preconditioned. Raises as a call does; `moments` may hold some of the batch
-        then, and are of no more use.
+        The gradients are not preconditioned. kept: where they go too. Raises as a call does; `moments` may
+        hold some of the batch then, and are of no more use.
         """
-        self.run(batch, MomentPass(self._sketched, batch, moments))
+        if kept is None:
+            self.run(batch, MomentPass(self._sketched, batch, moments))
+        else:
+            self.run(batch, KeepingPass(self._sketched, batch, moments, kept))
         moments.examples += batch.rows
 
     def _scales(self, point: int | None) -> list[Scale] | None:
