@@ -264,13 +264,16 @@ class _Fitting:
         kept = KeptGradients()
         fitted = self.source.fit_preconditioner(texts, reporter, kept)
         sketched: list[int] = []
-        parts = []
+        parts, stage, count = [], "sketching the sample", len(kept)
         for chosen, sketches, status in self.source.with_preconditioner(fitted).of_kept(kept):
-            sketched += (in_batch := [rows[n] for n in chosen])
+            reporter.stage(stage, len(sketched), count)
+            in_batch = [rows[n] for n in chosen]
+            skipped = int(Download([(status != int(Status.OK)).sum()]).wait()[0])
+            reporter.add(awaited(in_batch), sum(texts[n].length for n in chosen), skipped=skipped)
+            sketched += in_batch
             parts.append((sketches, status))
-            skipped = Download([(status != int(Status.OK)).sum()])
-            reporter.sketched(awaited(in_batch), sum(texts[n].length for n in chosen), skipped)
         if parts:
             made, statuses = (torch.cat(each) for each in zip(*parts, strict=True))
             build.write_fitted(writer, fitted.sha256, sketched, made, statuses)
+            reporter.stage(stage, len(sketched), len(sketched))
         return fitted

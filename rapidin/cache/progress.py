@@ -53,6 +53,7 @@ class Meter:
         self._resumed = self._total - sum(map(rows_of, writer.missing)) + sampled
         self._tally = world.tally(3)  # done, tokens, skipped
         self._pending: list[tuple[int, int, Download | None]] = []
+        self._stage: Stage | None = None  # that has begun and not ended
         self.tell(None)
 
     def sketched(self, done: int, tokens: int, skipped: Download | None) -> None:
@@ -78,11 +79,16 @@ class Meter:
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Report how far a step is that comes before examples are cached."""
-        self.tell(None, stage=Stage(name, done, total))
+        self._stage = Stage(name, done, total)
+        self.tell(None)
+        if done >= total:
+            self._stage = None
 
-    def tell(self, message: str | None, *, now: bool = False, stage: Stage | None = None) -> None:
+    def tell(self, message: str | None, *, now: bool = False) -> None:
         """Report to the caller; now: with the latest counts of all processes."""
         done, tokens, skipped = self._tally.total(now=now)
         if self._on_progress:
             done += self._resumed
-            self._on_progress(Progress(done, self._total, tokens, skipped, self._resumed, message, stage))
+            self._on_progress(
+                Progress(done, self._total, tokens, skipped, self._resumed, message, self._stage)
+            )

@@ -74,6 +74,10 @@ class KeptGradients:
         """Memory that they take."""
         return sum(kept.bytes for _, kept in self._batches)
 
+    def __len__(self) -> int:
+        """Number of texts whose gradients are kept."""
+        return sum(len(numbers) for numbers, _ in self._batches)
+
     def new_batch(self, batch: AnyBatch) -> KeptBatch:
         """Where the gradients of the next batch go."""
         return KeptBatch(batch, self._most_bytes - self.bytes)

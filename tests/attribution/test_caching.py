@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from rapidin import Attributor, Cache, CoverageWarning, UserError, ops
 from rapidin.attribution.plan import make_plan
+from rapidin.attribution.progress import Watch
 from rapidin.attribution.provenance import source_of
 from rapidin.cache import Manifest
 from rapidin.cache.merge import merge
@@ -301,6 +302,25 @@ def test_its_rows_are_those_of_a_pass_of_their_own(tmp_path: Path, options: dict
     torch.testing.assert_close(cache.lengths(), cache.codec.lengths(encoded), rtol=1e-2, atol=1e-6)
 
 
+def test_examples_of_the_sample_are_done_before_caching_begins(tmp_path: Path) -> None:
+    now = [0.0]
+    watch = Watch(clock=lambda: now[0])
+    stages: list[tuple[str, int, int]] = []
+
+    def see(progress: Progress) -> None:
+        now[0] += 1.0
+        watch(progress)
+        if progress.stage is not None:
+            stages.append((progress.stage.name, progress.stage.done, progress.done))
+
+    in_one_pass(tmp_path, on_progress=see)
+    assert ("fitting the preconditioner", 32, 0) in stages
+    assert ("sketching the sample", 31, 32) in stages
+    assert stages[-1] == ("sketching the sample", 32, 32)
+    rate = 28 / (watch.seconds - watch.preparation)  # of the others
+    assert f"{watch.preparation:.0f} s of preparation, then {rate:.1f} examples/s" in watch.done_text
+
+
 class Stopped(Exception):
     """What ends a run here."""
 
@@ -318,7 +338,7 @@ def stop_when(when: Callable[[Progress], bool]) -> Callable[[Progress], None]:
     ("when", "kept"),
     [
         (lambda p: p.stage is not None and p.stage.done == 20, 0),  # as the moments are gathered
-        (lambda p: p.stage is None and p.done == 10, 0),  # as the sample is sketched
+        (lambda p: p.stage is not None and p.done == 10, 0),  # as the sample is sketched
         (lambda p: p.done == 33, 32),  # before any shard is written
         (lambda p: p.done == 50, 32),
     ],
@@ -336,7 +356,7 @@ def test_a_run_stopped_around_the_fit_goes_on_to_the_same_bytes(
     assert (seen[0].resumed == 0) == (kept == 0)
     counts = [progress.done for progress in seen]
     assert counts == sorted(counts)
-    assert counts[-1] == ROWS
+    assert (counts[-1], seen[-1].stage) == (ROWS, None)
 
 
 def test_sketches_that_another_preconditioner_was_fitted_beside_do_not_count(tmp_path: Path) -> None:
