@@ -274,6 +274,6 @@ class _Fitting:
             parts.append((sketches, status))
         if parts:
             made, statuses = (torch.cat(each) for each in zip(*parts, strict=True))
-            build.write_fitted(writer, fitted.sha256, sketched, made, statuses)
+            build.write_fitted(writer, fitted.data, sketched, made, statuses)
             reporter.stage(stage, len(sketched), len(sketched))
         return fitted

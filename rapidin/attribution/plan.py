@@ -94,9 +94,7 @@ def make_plan(
     total = _fitting(one, several, sample) + several.seconds / several.count * (examples - reused)
     formats = _formats(source.blocks, source.width, examples, _read_speed())
     memory = several.memory + max(0, kept - several.kept)
-    return Plan(
-        examples, source.blocks, source.width, length, total, memory, formats, source.coverage, check
-    )
+    return Plan(examples, source.blocks, source.width, length, total, memory, formats, source.coverage, check)
 
 
 def kept_of_sample(kept: int, count: int, sample: int) -> tuple[int, int]:

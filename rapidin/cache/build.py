@@ -22,6 +22,7 @@ from torch import Tensor
 from rapidin import ops
 from rapidin.cache import codec as codecs
 from rapidin.cache.codec import Basis, Codec, CodecConfig, PackedCodec
+from rapidin.cache.learned_files import preconditioner_record
 from rapidin.cache.manifest import Manifest
 from rapidin.cache.reader import Cache
 from rapidin.cache.shards import Rows
@@ -364,11 +365,11 @@ class CachingLoop:
 
 
 def write_fitted(
-    writer: CacheWriter, sha256: str, rows: Sequence[int], sketches: Tensor, status: Tensor
+    writer: CacheWriter, preconditioner: bytes, rows: Sequence[int], sketches: Tensor, status: Tensor
 ) -> None:
     """Write sketches that were made as the preconditioner was fitted, for the shards of a cache to take them.
 
-    They are on disk when this returns, and count once the manifest has the preconditioner with this SHA-256.
+    They are on disk when this returns, and count once the manifest has the preconditioner with these bytes.
     rows: of the data; sketches: [n, blocks, width] float32, and status [n] uint8, as of `Sketch`.
     """
     folder, whole = writer.fitted_folder, writer.manifest
@@ -376,7 +377,8 @@ def write_fitted(
     # In float16 unless the cache keeps more: nothing is lost on the way to its shards.
     codec = CodecConfig("float32" if whole.codec.dtype == "float32" else "float16")
     manifest = _sample_manifest(whole, codec, len(rows), len(rows))
-    manifest.gradient = whole.gradient | {"preconditioner": (whole.preconditioner or {}) | {"sha256": sha256}}
+    record = (whole.preconditioner or {}) | preconditioner_record(preconditioner)
+    manifest.gradient = whole.gradient | {"preconditioner": record}
     unit, length = ops.unit_blocks(sketches)
     with CacheWriter(folder, manifest) as fitted:
         tensors = fitted.codec.encode(unit, length)
@@ -394,16 +396,20 @@ def write_fitted(
 
 
 def _fitted_cache(writer: ShardWriter) -> Cache | None:
-    """The sketches that were made as the cache's preconditioner was fitted; None if there are none."""
-    record = writer.manifest.preconditioner
-    if record is None or not writer.fitted_folder.exists():
+    """The sketches that were made as the cache's preconditioner was fitted; None if there are none, or they
+    were made in another way than those of the cache are."""
+    if writer.manifest.preconditioner is None or not writer.fitted_folder.exists():
         return None
     try:
         cache = Cache(writer.fitted_folder)
     except UserError:
         return None
-    theirs = cache.manifest.preconditioner or {}
-    return cache if cache.manifest.complete and theirs.get("sha256") == record["sha256"] else None
+    whole = Manifest.of_bytes(writer.manifest.data_bytes, writer.folder)
+    alike = all(
+        getattr(cache.manifest, key) == getattr(whole, key)
+        for key in ("sketch", "gradient", "text", "layers")
+    )
+    return cache if alike and cache.manifest.complete else None
 
 
 def _sample_manifest(whole: Manifest, codec: CodecConfig, rows: int, shard_rows: int) -> Manifest:

@@ -359,18 +359,21 @@ def test_a_run_stopped_around_the_fit_goes_on_to_the_same_bytes(
     assert (counts[-1], seen[-1].stage) == (ROWS, None)
 
 
-def test_sketches_that_another_preconditioner_was_fitted_beside_do_not_count(tmp_path: Path) -> None:
-    """Of a run that was killed before it had recorded its preconditioner, or damaged since."""
+def test_sketches_that_were_made_in_another_way_do_not_count(tmp_path: Path) -> None:
+    """Of a run that was killed before it had recorded its preconditioner, or altered since."""
     whole = in_one_pass(tmp_path / "whole", dtype="float32")
-    for damage in ("other", "cut", "manifest"):
+    for damage in ("other", "layers", "cut", "manifest"):
         place = tmp_path / damage
         with pytest.raises(Stopped):
             in_one_pass(place, dtype="float32", on_progress=stop_when(lambda p: p.done == 33))
         (shard,) = (place / "fitted").glob("shard-*")
         manifest = place / "fitted" / "manifest.json"
+        record = json.loads(manifest.read_text())
         if damage == "other":
-            record = json.loads(manifest.read_text())
             record["gradient"]["preconditioner"]["sha256"] = "0" * 64
+            manifest.write_text(json.dumps(record))
+        elif damage == "layers":
+            record["layers"][0]["name"] += "x"
             manifest.write_text(json.dumps(record))
         elif damage == "cut":
             shard.write_bytes(shard.read_bytes()[:-8])
@@ -382,6 +385,24 @@ def test_sketches_that_another_preconditioner_was_fitted_beside_do_not_count(tmp
         assert len(begun) == ROWS  # all are sketched again
         torch.testing.assert_close(cache.sketches(), whole.sketches(), rtol=1e-4, atol=1e-6)
         assert not (place / "fitted").exists()
+
+
+def test_sketches_that_a_later_check_finds_wrong_do_not_count(tmp_path: Path) -> None:
+    def cached(place: Path, **options: Any) -> Cache:
+        return attributor_of(wrong_model(), preconditioner=FEW["preconditioner"]).cache(
+            records(ROWS), place, null=False, dtype="float32", **options
+        )
+
+    place = tmp_path / "cache"
+    with pytest.raises(Stopped):
+        cached(place, check=False, on_progress=stop_when(lambda p: p.done > 32))
+    assert (place / "fitted").exists()
+    cache = cached(place)
+    source = source_of(cache.manifest, LoadedModel.of(wrong_model(), tiny_tokenizer()))
+    assert source.sketcher.single_names == [DOWN]
+    want, _ = source.sketches([source.example(record) for record in records(ROWS)])
+    got = cache.sketches().view_as(want) * cache.lengths()[..., None]
+    assert float((got - want).norm() / want.norm()) < 1e-5
 
 
 def test_a_link_in_the_place_of_the_samples_sketches_is_not_followed(tmp_path: Path) -> None:
