@@ -66,7 +66,7 @@ class KeptGradients:
     """The gradients of those batches of a sample that fit into `most_bytes` together."""
 
     def __init__(self, most_bytes: int = KEPT_BYTES) -> None:
-        self._most_bytes = most_bytes
+        self._most_bytes: int | None = most_bytes
         self._batches: list[tuple[list[int], KeptBatch]] = []
 
     @property
@@ -78,9 +78,9 @@ class KeptGradients:
         """Number of texts whose gradients are kept."""
         return sum(len(numbers) for numbers, _ in self._batches)
 
-    def new_batch(self, batch: AnyBatch) -> KeptBatch:
-        """Where the gradients of the next batch go."""
-        return KeptBatch(batch, self._most_bytes - self.bytes)
+    def new_batch(self, batch: AnyBatch) -> KeptBatch | None:
+        """Where the gradients of the next batch go; None if none are kept any more."""
+        return None if self._most_bytes is None else KeptBatch(batch, self._most_bytes - self.bytes)
 
     def add(self, numbers: list[int], kept: KeptBatch) -> None:
         """Keep a batch with the texts of these numbers, if it is complete."""
@@ -94,7 +94,7 @@ class KeptGradients:
     def refuse(self) -> None:
         """Let go of all batches, and keep none from now on."""
         self.clear()
-        self._most_bytes = -1
+        self._most_bytes = None
 
     def taken(self) -> Iterator[tuple[list[int], KeptBatch]]:
         """The numbers of the texts and the gradients of each batch, which is let go of afterwards."""

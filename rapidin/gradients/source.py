@@ -446,8 +446,6 @@ class GradientSource:
                 except (RuntimeError, MemoryError) as error:
                     if kept is None or keeping is None or not is_out_of_memory(error):
                         raise
-                    if not kept.bytes + keeping.bytes:
-                        raise
                     kept.refuse()
                     return True
                 spoilt = False
