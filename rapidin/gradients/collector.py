@@ -14,12 +14,11 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rapidin.errors import UserError
 from rapidin.gradients.calls import (
@@ -169,22 +168,7 @@ class GradientSketcher:
         """
         sketching = self.new_pass(self.sketch_pass, batch, point)
         losses = self.run(batch, sketching)
-        return self._in_blocks(sketching), losses
-
-    def of_kept(self, kept: KeptBatch, point: int | None = None) -> Tensor:
-        """The sketches of a call for a batch whose gradients were kept: [B, blocks, width] float32.
-
-        Equal up to rounding: a gradient that was formed to be kept is sketched as a matrix.
-        """
-        sketching = self.new_pass(self.sketch_pass, kept.batch, point)
-        kept.give(sketching)
-        return self._in_blocks(sketching)
-
-    def _in_blocks(self, sketching: SketchPass) -> Tensor:
-        sketches = sketching.sketches
-        if self.projection == "rapidgrad":
-            sketches = F.normalize(sketches, dim=-1, eps=1e-30).sum(1, keepdim=True)
-        return sketches
+        return sketching.blocks(self.projection == "rapidgrad"), losses
 
     def exact(
         self, batch: AnyBatch, point: int | None = None, *, by_position: bool = False
@@ -227,10 +211,8 @@ class GradientSketcher:
         The gradients are not preconditioned. kept: where they go too. Raises as a call does; `moments` may
         hold some of the batch then, and are of no more use.
         """
-        if kept is None:
-            self.run(batch, MomentPass(self._sketched, batch, moments))
-        else:
-            self.run(batch, KeepingPass(self._sketched, batch, moments, kept))
+        kind = MomentPass if kept is None else partial(KeepingPass, kept=kept)
+        self.run(batch, kind(self._sketched, batch, moments))
         moments.examples += batch.rows
 
     def _scales(self, point: int | None) -> list[Scale] | None:

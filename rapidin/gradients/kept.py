@@ -26,7 +26,7 @@ KEPT_BYTES = 512 << 20
 class KeptBatch:
     """The gradients of one batch, not preconditioned, unless they take more than `most_bytes`.
 
-    bytes: memory that they take.
+    bytes: memory that they take; inputs that layers share are counted for each.
     """
 
     def __init__(self, batch: AnyBatch, most_bytes: int) -> None:
@@ -34,7 +34,6 @@ class KeptBatch:
         self._most_bytes = most_bytes
         self._adds: list[Callable[[SketchPass], None]] | None = []
         self._versions: list[tuple[Tensor, int]] = []
-        self._storages: set[int] = set()
 
     @property
     def complete(self) -> bool:
@@ -46,10 +45,7 @@ class KeptBatch:
         if self._adds is None:
             return
         for x in tensors:
-            storage = x.untyped_storage()
-            if storage.data_ptr() not in self._storages:  # layers share their inputs
-                self._storages.add(storage.data_ptr())
-                self.bytes += storage.nbytes()
+            self.bytes += x.nbytes
             self._versions.append((x, x._version))
         self._adds.append(add)
         if self.bytes > self._most_bytes:

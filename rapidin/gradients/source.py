@@ -18,7 +18,7 @@ from rapidin.data.examples import Examples
 from rapidin.data.records import Record
 from rapidin.errors import UserError, is_out_of_memory
 from rapidin.gradients.adam import Moments
-from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
+from rapidin.gradients.batching import SILENT, BatchRunner, Counted, Lockstep, Reporter
 from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.check import MOST_ELEMENTS, GradientCheck, check_gradients, check_pair
 from rapidin.gradients.collector import GradientSketcher
@@ -374,16 +374,15 @@ class GradientSource:
         """Numbers of the texts, sketches [n, blocks, width] and status [n] as of `sketches`, of each batch
         whose gradients `fit_preconditioner` kept; it is let go of then."""
         for chosen, batch in kept.taken():
-            sketch = self.sketcher.of_kept(batch, point=0)
+            sketching = self.sketcher.new_pass(self.sketcher.sketch_pass, batch.batch, 0)
+            batch.give(sketching)
+            sketch = sketching.blocks(self.whole)
             bad = _nonfinite(sketch)
             status = torch.where(bad, int(Status.NONFINITE), int(Status.OK)).to(torch.uint8)
             yield chosen, sketch.masked_fill_(bad[:, None, None], 0.0), status
 
     def fit_preconditioner(
-        self,
-        texts: Sequence[AnyExample],
-        reporter: Reporter = SILENT,
-        kept: KeptGradients | None = None,
+        self, texts: Sequence[AnyExample], reporter: Reporter = SILENT, kept: KeptGradients | None = None
     ) -> Preconditioner:
         """The preconditioner of each point, of the configured kind, from the gradients of these texts.
 
@@ -395,7 +394,7 @@ class GradientSource:
         good = [n for n, text in enumerate(texts) if text.status == Status.OK]
         points = []
         for number in range(len(self.points)):
-            counted = _Counted(reporter, number * len(good), len(self.points) * len(good))
+            counted = Counted(reporter, number * len(good), len(self.points) * len(good))
             with self.at(number):
                 if self.config.kind == "kfac":
                     moments = self._factor_moments(good, texts, counted, kept)
@@ -414,11 +413,7 @@ class GradientSource:
         return Preconditioner(points)
 
     def _factor_moments(
-        self,
-        good: Sequence[int],
-        texts: Sequence[AnyExample],
-        counted: _Counted,
-        kept: KeptGradients | None,
+        self, good: Sequence[int], texts: Sequence[AnyExample], counted: Counted, kept: KeptGradients | None
     ) -> FactorMoments:
         """The moments of the factors of these texts' gradients, at the point where the model is.
 
@@ -461,21 +456,6 @@ class GradientSource:
             if not spoilt:
                 return moments
             good = left
-
-
-class _Counted:
-    """Counts the passes over the sample of one point; before: those of earlier points, of `total`."""
-
-    def __init__(self, reporter: Reporter, before: int, total: int) -> None:
-        self.reporter = reporter
-        self._before, self._done, self._total = before, 0, total
-
-    def add(self, passes: int) -> None:
-        self._done += passes
-        self.reporter.stage("fitting the preconditioner", self._before + self._done, self._total)
-
-    def restart(self) -> None:
-        self._done = 0
 
 
 def default_width(blocks: int, bytes_per_example: int | None = None) -> int:
