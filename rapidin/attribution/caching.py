@@ -105,6 +105,7 @@ def build_cache(
             )
         fitting.settle_check(examples, meter, options.check)
         fitting.settle(examples, meter, loop.awaited)
+        meter.prepared()
         loop.run()
         meter.settle(wait=True)
         if options.null and isinstance(writer, CacheWriter):
