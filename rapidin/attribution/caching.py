@@ -230,9 +230,12 @@ class _Fitting:
         fitted = config.fitted
         if fitted is None:
             exists = record["sha256"] is not None and (writer.folder / record["file"]).exists()
-            known = bool(int(self._world.share(lambda: b"1" if exists else b"0")))
+            again = exists and self._lacks_sketches(awaited)
+            known = bool(int(self._world.share(lambda: b"1" if exists and not again else b"0")))
             if not known and (self._world.leads or self.source.loaded.sharded):
                 fitted = self._fit(examples, reporter, awaited)
+                if again and fitted.sha256 != record["sha256"]:  # of another machine: it stays as it is
+                    fitted = None
         if fitted is not None and isinstance(writer, CacheWriter):
             if config.kind != "optimizer" and record["sha256"] not in (None, fitted.sha256):
                 raise UserError(
@@ -246,6 +249,16 @@ class _Fitting:
             fitted = read_fitted(writer.manifest)
         self.source = self.source.with_preconditioner(fitted)
 
+    def _sample(self) -> list[int]:
+        """The rows that the preconditioner is fitted to, of those that the cache was started with."""
+        begun, settings = self._writer.manifest.rows_begun, self.source.settings
+        return build.sample_rows(begun, self.source.config.sample_of(begun), settings.seed, STREAM)
+
+    def _lacks_sketches(self, awaited: Callable[[Sequence[int]], int]) -> bool:
+        """Whether shards with rows of the sample are lost, which are made again in the batches of the fit."""
+        keeps = self.source.keeps_gradients and isinstance(self._writer, CacheWriter)
+        return keeps and not self._writer.fitted_folder.exists() and awaited(self._sample()) > 0
+
     def _fit(
         self, examples: Examples, reporter: Reporter, awaited: Callable[[Sequence[int]], int]
     ) -> Preconditioner:
@@ -253,14 +266,12 @@ class _Fitting:
 
         The sample is sketched too, from the gradients of the same passes, as far as these can be kept.
         """
-        settings, config, writer = self.source.settings, self.source.config, self._writer
-        begun, record = writer.manifest.rows_begun, writer.manifest.preconditioner
-        rows = build.sample_rows(begun, config.sample_of(begun), settings.seed, STREAM)
+        writer, rows = self._writer, self._sample()
         reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")
         texts = [self.source.example(examples.get(row)) for row in rows]
-        # One that was lost is fitted again, when rows of the sample may be in shards.
-        first = record is not None and record["sha256"] is None
-        if not (first and self.source.keeps_gradients and isinstance(writer, CacheWriter)):
+        known = (writer.manifest.preconditioner or {}).get("sha256")
+        needed = known is None or awaited(rows) > 0
+        if not (needed and self.source.keeps_gradients and isinstance(writer, CacheWriter)):
             return self.source.fit_preconditioner(texts, reporter)
         kept = KeptGradients()
         fitted = self.source.fit_preconditioner(texts, reporter, kept)
@@ -273,7 +284,8 @@ class _Fitting:
             reporter.add(awaited(in_batch), sum(texts[n].length for n in chosen), skipped=skipped)
             sketched += in_batch
             parts.append((sketches, status))
-        if parts:
+        writer.fitted_folder.mkdir(exist_ok=True)  # a resumed run does not try again what cannot be kept
+        if parts and known in (None, fitted.sha256):
             made, statuses = (torch.cat(each) for each in zip(*parts, strict=True))
             build.write_fitted(writer, fitted.data, sketched, made, statuses)
             reporter.stage(stage, len(sketched), len(sketched))

@@ -374,8 +374,8 @@ def write_fitted(
     """
     folder, whole = writer.fitted_folder, writer.manifest
     shutil.rmtree(folder, ignore_errors=True)
-    # In float16 unless the cache keeps more: nothing is lost on the way to its shards.
-    codec = CodecConfig("float32" if whole.codec.dtype == "float32" else "float16")
+    # Nothing is lost on the way to the shards.
+    codec = CodecConfig("float16" if whole.codec.dtype == "float16" else "float32")
     manifest = _sample_manifest(whole, codec, len(rows), len(rows))
     record = (whole.preconditioner or {}) | preconditioner_record(preconditioner)
     manifest.gradient = whole.gradient | {"preconditioner": record}

@@ -83,13 +83,14 @@ class KeptGradients:
         if kept.complete:
             self._batches.append((numbers, kept))
 
-    def clear(self) -> None:
-        """Let go of all batches."""
+    def begin(self) -> bool:
+        """Let go of all batches; whether any are kept from now on."""
         self._batches.clear()
+        return self._most_bytes is not None
 
     def refuse(self) -> None:
         """Let go of all batches, and keep none from now on."""
-        self.clear()
+        self._batches.clear()
         self._most_bytes = None
 
     def taken(self) -> Iterator[tuple[list[int], KeptBatch]]:

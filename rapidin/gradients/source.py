@@ -16,7 +16,7 @@ from torch import Tensor
 from rapidin.data.encoding import AnyExample, Encoder, Status
 from rapidin.data.examples import Examples
 from rapidin.data.records import Record
-from rapidin.errors import UserError, is_out_of_memory
+from rapidin.errors import UserError
 from rapidin.gradients.adam import Moments
 from rapidin.gradients.batching import SILENT, BatchRunner, Counted, Lockstep, Reporter
 from rapidin.gradients.calls import NotBatchedError
@@ -420,15 +420,13 @@ class GradientSource:
         A pass that fails, because memory runs out or a layer mixes the examples of its batch, may have added
         a part of them. All are then computed again, in batches that are smaller by then, without the examples
         that do not fit: a second set of moments, to add to these after each pass, would take as much memory
-        again, and the batch's factors some five times that. If memory runs out while gradients are kept, they
-        no longer are, and batches stay as large.
+        again, and the batch's factors some five times that. Gradients are no longer kept then.
         """
         while True:
             moments = FactorMoments(self.targets, self.config.rank, self.settings.seed, self.loaded.device)
             spoilt = False
             counted.restart()
-            if kept is not None:
-                kept.clear()
+            keeps = kept is not None and kept.begin()
 
             def add(batch: AnyBatch, moments: FactorMoments = moments) -> KeptBatch | bool:
                 nonlocal spoilt
@@ -438,18 +436,17 @@ class GradientSource:
                 keeping = None if kept is None else kept.new_batch(batch)
                 try:
                     self.sketcher.add_moments(batch, moments, keeping)
-                except (RuntimeError, MemoryError) as error:
-                    if kept is None or keeping is None or not is_out_of_memory(error):
-                        raise
-                    kept.refuse()
-                    return True
+                except (RuntimeError, MemoryError):
+                    if kept is not None:
+                        kept.refuse()
+                    raise
                 spoilt = False
                 return True if keeping is None else keeping
 
             left = list(good)
             for chosen, added in self.batches.run(good, texts, add, counted.reporter):
                 counted.add(len(chosen))
-                if added is None:
+                if added is None and not keeps:  # else it may fit where nothing is kept
                     left = [n for n in left if n not in chosen]
                 elif kept is not None and isinstance(added, KeptBatch):
                     kept.add(chosen, added)

@@ -434,11 +434,25 @@ def test_parts_take_the_samples_sketches_from_the_folder_that_was_learned_once(t
     assert torch.equal(merged.lengths(), whole.lengths())
 
 
-def test_a_preconditioner_that_was_lost_is_fitted_again_without_sketches(tmp_path: Path) -> None:
+@pytest.mark.parametrize("lost", ["preconditioner.safetensors", "decoys"])
+def test_a_shard_that_was_lost_is_made_again_as_it_was(tmp_path: Path, lost: str) -> None:
+    """With the preconditioner, or without anything else."""
     whole = in_one_pass(tmp_path / "whole")
-    for name in (whole.manifest.preconditioner["file"], shard_name(1)):
-        (whole.path / name).unlink()
+    before = contents(whole.path)
+    for name in (lost, shard_name(1)):
+        (whole.path / name).unlink(missing_ok=True)
     again = in_one_pass(whole.path)
-    assert again.manifest.preconditioner == whole.manifest.preconditioner
     assert len(again) == ROWS
-    assert not (whole.path / "fitted").exists()
+    assert contents(whole.path) == before
+
+
+def test_a_resumed_run_does_not_try_again_what_cannot_be_kept(tmp_path: Path) -> None:
+    """An empty folder says so."""
+    with pytest.raises(Stopped):
+        in_one_pass(tmp_path, on_progress=stop_when(lambda p: p.done == 33))
+    for path in (tmp_path / "fitted").iterdir():
+        path.unlink()
+    attributor = few_rows()
+    with at_pass(-1) as begun:
+        in_one_pass(tmp_path, attributor)
+    assert len(begun) == ROWS
