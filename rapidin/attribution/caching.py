@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+
+import torch
 
 from rapidin import distributed
 from rapidin.attribution.decoys import counted_decoys
@@ -17,13 +20,16 @@ from rapidin.cache.merge import copy_learned
 from rapidin.cache.names import DECOYS
 from rapidin.cache.progress import Meter, OnProgress
 from rapidin.cache.reader import decoys_folder
+from rapidin.data.encoding import Status
 from rapidin.data.examples import Examples
 from rapidin.distributed import World
 from rapidin.errors import CoverageWarning, UserError
 from rapidin.gradients.batching import Reporter, StageReporter
 from rapidin.gradients.check import GradientCheck
+from rapidin.gradients.kept import KeptGradients
 from rapidin.gradients.preconditioner import STREAM, Preconditioner
 from rapidin.gradients.source import GradientSource
+from rapidin.ops.transfer import Download
 
 _CHECK_TEXTS = 64  # examples that those of the check are chosen from
 _CHECKED = 2  # examples that the check compares
@@ -98,7 +104,8 @@ def build_cache(
                 "all of them busy to the end"
             )
         fitting.settle_check(examples, meter, options.check)
-        fitting.settle(examples, meter)
+        fitting.settle(examples, meter, loop.awaited)
+        meter.prepared()
         loop.run()
         meter.settle(wait=True)
         if options.null and isinstance(writer, CacheWriter):
@@ -212,18 +219,25 @@ class _Fitting:
                 "cache into another folder",
             )
 
-    def settle(self, examples: Examples, reporter: Reporter) -> None:
+    def settle(self, examples: Examples, reporter: Reporter, awaited: Callable[[Sequence[int]], int]) -> None:
         """Uses the preconditioner of the cache, and fits it first if there is none: in the leading process,
-        and in all processes if they share the model."""
+        and in all processes if they share the model.
+
+        awaited: how many of some rows this run is to write. Rows of the sample whose sketches are made here
+        are reported as done.
+        """
         writer, record, config = self._writer, self._writer.manifest.preconditioner, self.source.config
         if record is None:
             return
         fitted = config.fitted
         if fitted is None:
             exists = record["sha256"] is not None and (writer.folder / record["file"]).exists()
-            known = bool(int(self._world.share(lambda: b"1" if exists else b"0")))
+            again = exists and self._lacks_sketches(awaited)
+            known = bool(int(self._world.share(lambda: b"1" if exists and not again else b"0")))
             if not known and (self._world.leads or self.source.loaded.sharded):
-                fitted = self._fit(examples, reporter)
+                fitted = self._fit(examples, reporter, awaited)
+                if again and fitted.sha256 != record["sha256"]:  # of another machine: it stays as it is
+                    fitted = None
         if fitted is not None and isinstance(writer, CacheWriter):
             if config.kind != "optimizer" and record["sha256"] not in (None, fitted.sha256):
                 raise UserError(
@@ -237,11 +251,44 @@ class _Fitting:
             fitted = read_fitted(writer.manifest)
         self.source = self.source.with_preconditioner(fitted)
 
-    def _fit(self, examples: Examples, reporter: Reporter) -> Preconditioner:
-        """The preconditioner of each point, from a sample of the examples that the cache was started with."""
-        settings, config = self.source.settings, self.source.config
-        begun = self._writer.manifest.rows_begun
-        rows = build.sample_rows(begun, config.sample_of(begun), settings.seed, STREAM)
+    def _sample(self) -> list[int]:
+        """The rows that the preconditioner is fitted to, of those that the cache was started with."""
+        begun, settings = self._writer.manifest.rows_begun, self.source.settings
+        return build.sample_rows(begun, self.source.config.sample_of(begun), settings.seed, STREAM)
+
+    def _lacks_sketches(self, awaited: Callable[[Sequence[int]], int]) -> bool:
+        """Whether shards with rows of the sample are lost, which are made again in the batches of the fit."""
+        keeps = self.source.keeps_gradients and isinstance(self._writer, CacheWriter)
+        return keeps and not self._writer.fitted_folder.exists() and awaited(self._sample()) > 0
+
+    def _fit(
+        self, examples: Examples, reporter: Reporter, awaited: Callable[[Sequence[int]], int]
+    ) -> Preconditioner:
+        """The preconditioner of each point, from a sample of the examples that the cache was started with.
+
+        The sample is sketched too, from the gradients of the same passes, as far as these can be kept.
+        """
+        writer, rows = self._writer, self._sample()
         reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")
         texts = [self.source.example(examples.get(row)) for row in rows]
-        return self.source.fit_preconditioner(texts, reporter)
+        known = (writer.manifest.preconditioner or {}).get("sha256")
+        needed = known is None or awaited(rows) > 0
+        if not (needed and self.source.keeps_gradients and isinstance(writer, CacheWriter)):
+            return self.source.fit_preconditioner(texts, reporter)
+        kept = KeptGradients()
+        fitted = self.source.fit_preconditioner(texts, reporter, kept)
+        sketched: list[int] = []
+        parts, stage, count = [], "sketching the sample", len(kept)
+        for chosen, sketches, status in self.source.with_preconditioner(fitted).of_kept(kept):
+            reporter.stage(stage, len(sketched), count)
+            in_batch = [rows[n] for n in chosen]
+            skipped = int(Download([(status != int(Status.OK)).sum()]).wait()[0])
+            reporter.add(awaited(in_batch), sum(texts[n].length for n in chosen), skipped=skipped)
+            sketched += in_batch
+            parts.append((sketches, status))
+        writer.fitted_folder.mkdir(exist_ok=True)  # a resumed run does not try again what cannot be kept
+        if parts and known in (None, fitted.sha256):
+            made, statuses = (torch.cat(each) for each in zip(*parts, strict=True))
+            build.write_fitted(writer, fitted.data, sketched, made, statuses)
+            reporter.stage(stage, len(sketched), len(sketched))
+        return fitted

@@ -19,6 +19,7 @@ from rapidin.data.examples import Examples
 from rapidin.errors import UserError
 from rapidin.gradients.check import GradientCheck
 from rapidin.gradients.coverage import Coverage
+from rapidin.gradients.kept import KEPT_BYTES, KeptGradients
 from rapidin.gradients.source import GradientSource
 from rapidin.tasks.causal import Causal
 
@@ -88,12 +89,24 @@ def make_plan(
         raise UserError(f"the task '{source.task.name}' is measured on examples", "give `data`, not `tokens`")
     check = source.checked(texts)
     one, several = _calibrate(source.with_check(check), texts, measured_seconds)
-    total = _fitting(one, several, source.config.sample_of(examples))
-    total += several.seconds / several.count * examples
+    sample = source.config.sample_of(examples)
+    kept, reused = kept_of_sample(several.kept, several.count, sample)
+    total = _fitting(one, several, sample) + several.seconds / several.count * (examples - reused)
     formats = _formats(source.blocks, source.width, examples, _read_speed())
-    return Plan(
-        examples, source.blocks, source.width, length, total, several.memory, formats, source.coverage, check
-    )
+    memory = several.memory + max(0, kept - several.kept)
+    return Plan(examples, source.blocks, source.width, length, total, memory, formats, source.coverage, check)
+
+
+def kept_of_sample(kept: int, count: int, sample: int) -> tuple[int, int]:
+    """Bytes of the gradients that are kept of a sample's examples, and how many of these are kept, so that
+    their sketches take no pass of their own.
+
+    kept: bytes of those of `count` examples, 0 if they are not kept; sample: examples in the sample.
+    """
+    if not kept:
+        return 0, 0
+    reused = min(sample, KEPT_BYTES * count // kept)
+    return kept * reused // count, reused
 
 
 def _fitting(one: _Passes, several: _Passes, sample: int) -> float:
@@ -150,13 +163,14 @@ def _texts(source: GradientSource, length: int) -> list[AnyExample]:
 
 @dataclass(frozen=True, slots=True)
 class _Passes:
-    """Passes over `count` examples: the seconds of fitting the preconditioner and of sketching, and the peak
-    bytes of memory."""
+    """Passes over `count` examples: the seconds of fitting the preconditioner and of sketching, the peak
+    bytes of memory, and those of them that the gradients take which the fit keeps."""
 
     count: int
     fit_seconds: float
     seconds: float
     memory: int
+    kept: int
 
 
 def _calibrate(
@@ -188,8 +202,12 @@ def _passes(source: GradientSource, texts: Sequence[AnyExample]) -> _Passes:
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(source.loaded.device)
     start = time.perf_counter()
+    kept_bytes = 0
     if source.config.kind in ("kfac", "sample"):
-        preconditioner = source.fit_preconditioner(texts)
+        kept = KeptGradients() if source.keeps_gradients else None
+        preconditioner = source.fit_preconditioner(texts, kept=kept)
+        kept_bytes = 0 if kept is None else kept.bytes
+        del kept
         fit_seconds = time.perf_counter() - start
         source = source.with_preconditioner(preconditioner)
     start = time.perf_counter()
@@ -197,10 +215,10 @@ def _passes(source: GradientSource, texts: Sequence[AnyExample]) -> _Passes:
     ops.unit_blocks(sketch)[1].cpu()
     seconds = time.perf_counter() - start
     if on_gpu:
-        return _Passes(
-            len(texts), fit_seconds, seconds, torch.cuda.max_memory_allocated(source.loaded.device)
-        )
-    return _Passes(len(texts), fit_seconds, seconds, _peak_memory() + 2 * GROUP_BYTES)
+        peak = torch.cuda.max_memory_allocated(source.loaded.device)
+    else:
+        peak = _peak_memory() + 2 * GROUP_BYTES
+    return _Passes(len(texts), fit_seconds, seconds, peak, kept_bytes)
 
 
 def _restart_peak_memory() -> bool:

@@ -98,8 +98,8 @@ class Watch:
     """Remembers how far caching is. Call it with each `Progress`.
 
     last: the latest; seconds: time since the first, by the clock; preparation: of these, the seconds before
-    examples were cached, which rates leave out. then: is called with each too; log: whether
-    messages go to the logger "rapidin.progress".
+    examples were cached, which rates leave out with the examples of that time. then: is called with each too;
+    log: whether messages go to the logger "rapidin.progress".
     """
 
     def __init__(
@@ -113,6 +113,7 @@ class Watch:
         self._then, self._clock, self._log = then, clock, log
         self._started = clock()
         self.preparation = 0.0
+        self._prepared = (0, 0)  # examples that this run had sketched by then, and their tokens
 
     @property
     def seconds(self) -> float:
@@ -124,6 +125,7 @@ class Watch:
         self.last = progress
         if progress.stage is not None and progress.done < progress.total:  # decoys come after examples
             self.preparation = self.seconds
+            self._prepared = progress.done - progress.resumed, progress.tokens
         if self._log and progress.message:
             _STEPS.info(progress.message)
         if self._then is not None:
@@ -138,16 +140,18 @@ class Watch:
         if last.stage is not None:
             return f"{last.stage.done:,}/{last.stage.total:,} examples"
         rates = f"{last.done:,}/{last.total:,}"
-        new = last.done - last.resumed
-        if new and self.seconds > self.preparation:
-            rates += f" · {self.rate(new):,.1f} examples/s · {self.rate(last.tokens):,.0f} tokens/s"
+        examples, tokens = self._per_second(last)
+        if examples and self.seconds > self.preparation:
+            rates += f" · {examples:,.1f} examples/s · {tokens:,.0f} tokens/s"
             if self.seconds - self.preparation >= _CERTAIN_SECONDS:
-                rates += f" · {time_text((last.total - last.done) / self.rate(new))} left"
+                rates += f" · {time_text((last.total - last.done) / examples)} left"
         return rates
 
-    def rate(self, count: int) -> float:
-        """So many examples or tokens per second of caching."""
-        return count / max(1e-9, self.seconds - self.preparation)
+    def _per_second(self, last: Progress) -> tuple[float, float]:
+        """Examples and tokens per second of caching."""
+        examples, tokens = self._prepared
+        seconds = max(1e-9, self.seconds - self.preparation)
+        return (last.done - last.resumed - examples) / seconds, (last.tokens - tokens) / seconds
 
     @property
     def what(self) -> str:
@@ -164,7 +168,8 @@ class Watch:
             return f"all {last.total:,} examples were cached before"
         text = f"cached {count:,} example{'' if count == 1 else 's'} in {time_text(self.seconds)}"
         preparation = f"{time_text(self.preparation)} of preparation, then " if self.preparation else ""
-        text += f" ({preparation}{self.rate(count):,.1f} examples/s, {self.rate(last.tokens):,.0f} tokens/s)"
+        examples, tokens = self._per_second(last)
+        text += f" ({preparation}{examples:,.1f} examples/s, {tokens:,.0f} tokens/s)"
         return text + (f" after the {last.resumed:,} cached before" if last.resumed else "")
 
 

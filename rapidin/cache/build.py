@@ -3,8 +3,9 @@ shards.
 
 If the codec learns a basis from a sample, that comes first. The sample's sketches go into a small float16
 cache inside the folder, so that a killed run resumes there too, and the shards take them from it instead of
-making them again. Several processes share the sample and the shards: each takes the next one that no other
-has taken. The leading process keeps the manifest and fits the codec.
+making them again. So they do with sketches that were made as the preconditioner was fitted. Several processes
+share the sample and the shards: each takes the next one that no other has taken. The leading process keeps
+the manifest and fits the codec.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from torch import Tensor
 from rapidin import ops
 from rapidin.cache import codec as codecs
 from rapidin.cache.codec import Basis, Codec, CodecConfig, PackedCodec
+from rapidin.cache.learned_files import preconditioner_record
 from rapidin.cache.manifest import Manifest
 from rapidin.cache.reader import Cache
 from rapidin.cache.shards import Rows
@@ -127,8 +129,9 @@ class CachingLoop:
         size = manifest.codec.sample
         # If examples were added, the codec keeps the basis that it learned from those before.
         self.sample = sample_rows(manifest.rows_begun, size, manifest.sketch["seed"]) if size else []
-        self._sample_position = {row: n for n, row in enumerate(self.sample)}
         self._sample_cache: Cache | None = None
+        # Caches with sketches that are made already, and where each row is in them.
+        self._stored: list[tuple[Cache, dict[int, int]]] = []
 
     def run(self) -> None:
         """Fit the codec, if it is not, and write every missing shard.
@@ -139,6 +142,7 @@ class CachingLoop:
         with Stop(self.tell) as stop:
             self.world.interrupt = stop.check
             if self.writer.missing:
+                self._open_fitted()
                 if self.sample and (manifest.fitted_codec is None or self._needs_sample()):
                     self._sketch_sample(stop)
                 stop.check()
@@ -150,9 +154,9 @@ class CachingLoop:
                 codec = self.writer.codec.to(self.device)
                 self._fill(self.writer, lambda n: self.make_shard(self._missing_rows(n), codec), stop)
             self.world.interrupt = lambda: None
-        self._sample_cache = None
+        self._sample_cache, self._stored = None, []
         if self.world.leads and not self.learn_only:
-            shutil.rmtree(self.writer.sample_folder, ignore_errors=True)
+            self.writer.remove_samples()
 
     def _fill(self, writer: ShardWriter, make: Callable[[int], Finish], stop: Stop) -> None:
         """Write the missing shards, all processes together; all are in the manifest when this returns."""
@@ -198,36 +202,30 @@ class CachingLoop:
 
     def _needs_sample(self) -> bool:
         """Whether a row that is not cached is one of the sample."""
-        missing, size = set(self.writer.missing), self.writer.manifest.shard_rows
-        return any(row // size in missing and row in self._missing_rows(row // size) for row in self.sample)
+        return self.awaited(self.sample) > 0
 
     def sampled_rows(self) -> int:
-        """Number of rows whose sketches are in the sample's folder and not in a shard."""
-        folder = self.writer.sample_folder
-        if not self.sample or not self.world.leads or not folder.exists():
+        """Number of rows whose sketches are in the folder of a sample and not in a shard."""
+        if not self.world.leads:
             return 0
-        try:
-            manifest = Manifest.read(folder)
-        except UserError:
-            return 0
-        in_shards = {
-            row
-            for shard in self.writer.manifest.shards
-            for row in range(shard.first, shard.first + shard.rows)
-        }
-        sampled = (
-            row for shard in manifest.shards for row in self.sample[shard.first : shard.first + shard.rows]
-        )
-        return sum(row not in in_shards for row in sampled)
+        fitted = _fitted_cache(self.writer)
+        sampled = set() if fitted is None else set(fitted.index().tolist())
+        if self.sample and self.writer.sample_folder.exists():
+            with contextlib.suppress(UserError):
+                for shard in Manifest.read(self.writer.sample_folder).shards:
+                    sampled.update(self.sample[shard.first : shard.first + shard.rows])
+        return self.awaited(sampled)
+
+    def awaited(self, rows: Iterable[int]) -> int:
+        """How many of these rows this run is to write."""
+        missing, size = set(self.writer.missing), self.writer.manifest.shard_rows
+        return sum(row // size in missing and row in self._missing_rows(row // size) for row in rows)
 
     def _sketch_sample(self, stop: Stop) -> None:
         """Sketch the sample into a cache of its own."""
-        whole = self.writer.manifest
-        data = {key: value for key, value in whole.data.items() if key != "begun"}
-        manifest = Manifest(
-            whole.model, whole.sketch, whole.gradient, whole.text, data, CodecConfig("float16"),
-            rows=len(self.sample), shard_rows=_SAMPLE_SHARD_ROWS, layers=whole.layers,
-        )  # fmt: skip
+        manifest = _sample_manifest(
+            self.writer.manifest, CodecConfig("float16"), len(self.sample), _SAMPLE_SHARD_ROWS
+        )
         folder = self.writer.sample_folder
         with open_writer(folder, manifest, self.world) as writer:
             if writer.missing:
@@ -239,6 +237,14 @@ class CachingLoop:
 
             self._fill(writer, make, stop)
         self._sample_cache = Cache(folder)
+        self._stored.append((self._sample_cache, {row: n for n, row in enumerate(self.sample)}))
+
+    def _open_fitted(self) -> None:
+        """Use the sketches that were made as the preconditioner was fitted, in all processes or in none."""
+        cache = _fitted_cache(self.writer) if self.world.leads else None
+        if self.world.share(lambda: b"1" if cache is not None else b"0") == b"1":
+            cache = cache or Cache(self.writer.fitted_folder)
+            self._stored.append((cache, {row: n for n, row in enumerate(cache.index().tolist())}))
 
     def _fit_codec(self) -> None:
         """Fit the codec to its budget and, if there is a sample, to that."""
@@ -320,30 +326,33 @@ class CachingLoop:
     def _unit_blocks(
         self, rows: Sequence[int], encoded: Sequence[AnyExample]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit blocks, their lengths and status: from the sample's cache if it has them, else made."""
+        """Unit blocks, their lengths and status: from the cache of a sample if one has them, else made."""
         layers, width = len(self.writer.manifest.layers), self.writer.manifest.width
-        sampled: list[int] = []
-        new: list[int] = []
-        for i, row in enumerate(rows):
-            in_sample = self._sample_cache is not None and row in self._sample_position
-            (sampled if in_sample else new).append(i)
+        new = list(range(len(rows)))
+        parts: list[tuple[list[int], tuple[Tensor, Tensor, Tensor]]] = []
+        for cache, position in self._stored:
+            stored, new = [i for i in new if rows[i] in position], [i for i in new if rows[i] not in position]
+            if stored:
+                parts.append((stored, self._read(cache, [position[rows[i]] for i in stored])))
         if new:
             sketch, made_status = self.sketch([encoded[i] for i in new])
-            made_unit, made_length = ops.unit_blocks(sketch)
-            if not sampled:
-                return made_unit, made_length, made_status
+            made = (*ops.unit_blocks(sketch), made_status)
+            if not parts:
+                return made
+            parts.append((new, made))
         unit = torch.zeros(len(rows), layers, width, device=self.device)
         length = unit.new_zeros(len(rows), layers)
         status = torch.zeros(len(rows), dtype=torch.uint8, device=self.device)
-        if new:
-            at = self._indices(new)
-            unit[at], length[at], status[at] = made_unit, made_length, made_status
-        if sampled and self._sample_cache is not None:
-            at, positions = self._indices(sampled), [self._sample_position[rows[i]] for i in sampled]
-            sketches = self._sample_cache.sketches(positions).view(-1, layers, width)
-            unit[at] = upload(sketches, self.device)
-            length[at] = upload(self._sample_cache.lengths(positions), self.device)
-            status[at] = upload(self._sample_cache.status(positions), self.device)
+        for chosen, values in parts:
+            at = self._indices(chosen)
+            unit[at], length[at], status[at] = values
+        return unit, length, status
+
+    def _read(self, cache: Cache, positions: list[int]) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit blocks, their lengths and status, of rows of the cache of a sample."""
+        sketches = cache.sketches(positions).view(-1, len(self.writer.manifest.layers), cache.manifest.width)
+        values = (sketches, cache.lengths(positions), cache.status(positions))
+        unit, length, status = (upload(value, self.device) for value in values)
         return unit, length, status
 
     def _indices(self, chosen: Sequence[int]) -> Tensor:
@@ -356,6 +365,63 @@ class CachingLoop:
         assert self.writer.manifest.fitted_codec is not None
         limit = self.writer.manifest.fitted_codec.statistics["unexplained_p99"]
         return ((codec.basis.unexplained(unit) > limit) & (status == 0)).sum()
+
+
+def write_fitted(
+    writer: CacheWriter, preconditioner: bytes, rows: Sequence[int], sketches: Tensor, status: Tensor
+) -> None:
+    """Write sketches that were made as the preconditioner was fitted, for the shards of a cache to take them.
+
+    They are on disk when this returns, and count once the manifest has the preconditioner with these bytes.
+    rows: of the data; sketches: [n, blocks, width] float32, and status [n] uint8, as of `Sketch`.
+    """
+    folder, whole = writer.fitted_folder, writer.manifest
+    shutil.rmtree(folder, ignore_errors=True)
+    # Nothing is lost on the way to the shards.
+    codec = CodecConfig("float16" if whole.codec.dtype == "float16" else "float32")
+    manifest = _sample_manifest(whole, codec, len(rows), len(rows))
+    record = (whole.preconditioner or {}) | preconditioner_record(preconditioner)
+    manifest.gradient = whole.gradient | {"preconditioner": record}
+    unit, length = ops.unit_blocks(sketches)
+    with CacheWriter(folder, manifest) as fitted:
+        tensors = fitted.codec.encode(unit, length)
+        names = list(tensors)
+        *values, on_cpu = Download([*(tensors[name] for name in names), status]).wait()
+        unused = torch.zeros(len(rows), dtype=torch.int64, device="cpu")  # shards take these from the data
+        made = Rows(
+            tensors=dict(zip(names, values, strict=True)),
+            index=torch.tensor(rows, dtype=torch.int64, device="cpu"),
+            status=on_cpu,
+            truncated=unused.to(torch.uint8),
+            record=unused,
+        )
+        fitted.write(0, made, {s.name.lower(): int((on_cpu == s).sum()) for s in Status})
+
+
+def _fitted_cache(writer: ShardWriter) -> Cache | None:
+    """The sketches that were made as the cache's preconditioner was fitted; None if there are none, or they
+    were made in another way than those of the cache are."""
+    if writer.manifest.preconditioner is None or not writer.fitted_folder.exists():
+        return None
+    try:
+        cache = Cache(writer.fitted_folder)
+    except UserError:
+        return None
+    whole = Manifest.of_bytes(writer.manifest.data_bytes, writer.folder)
+    alike = all(
+        getattr(cache.manifest, key) == getattr(whole, key)
+        for key in ("sketch", "gradient", "text", "layers")
+    )
+    return cache if alike and cache.manifest.complete else None
+
+
+def _sample_manifest(whole: Manifest, codec: CodecConfig, rows: int, shard_rows: int) -> Manifest:
+    """The manifest of a cache inside another one, with the sketches of a sample of its rows."""
+    data = {key: value for key, value in whole.data.items() if key != "begun"}
+    return Manifest(
+        whole.model, whole.sketch, whole.gradient, whole.text, data, codec,
+        rows=rows, shard_rows=shard_rows, layers=whole.layers,
+    )  # fmt: skip
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -101,8 +101,13 @@ def read_preconditioner(
     )
 
 
+def preconditioner_record(data: bytes) -> dict[str, Any]:
+    """The manifest's record of a preconditioner's file with these bytes."""
+    return {"file": PRECONDITIONER, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
 def write_preconditioner(folder: Path, data: bytes) -> dict[str, Any]:
     """Write a preconditioner's file; it is on disk when this returns. Gives the manifest's record of the
     file."""
     replace_file(folder / PRECONDITIONER, data)
-    return {"file": PRECONDITIONER, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return preconditioner_record(data)

@@ -9,6 +9,7 @@ BASIS = "basis.safetensors"
 PRECONDITIONER = "preconditioner.safetensors"
 PRECONDITIONER_FILES = (PRECONDITIONER, "geometry.safetensors")  # the latter in caches of format version 2
 SAMPLE = "sample"
+FITTED = "fitted"
 RECEIPTS = "receipts"
 DECOYS = "decoys"
 

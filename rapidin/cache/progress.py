@@ -53,6 +53,7 @@ class Meter:
         self._resumed = self._total - sum(map(rows_of, writer.missing)) + sampled
         self._tally = world.tally(3)  # done, tokens, skipped
         self._pending: list[tuple[int, int, Download | None]] = []
+        self._stage: Stage | None = None  # of the preparation, in which examples may be done too
         self.tell(None)
 
     def sketched(self, done: int, tokens: int, skipped: Download | None) -> None:
@@ -74,11 +75,16 @@ class Meter:
     def add(self, done: int, tokens: int, *, skipped: int) -> None:
         """Count examples, their tokens, and those of them without a sketch."""
         self._tally.add(done, tokens, skipped)
-        self.tell(None)
+        self.tell(None, stage=self._stage)
 
     def stage(self, name: str, done: int, total: int) -> None:
         """Report how far a step is that comes before examples are cached."""
-        self.tell(None, stage=Stage(name, done, total))
+        self._stage = Stage(name, done, total)
+        self.tell(None, stage=self._stage)
+
+    def prepared(self) -> None:
+        """Examples that are counted from now on are cached in no stage."""
+        self._stage = None
 
     def tell(self, message: str | None, *, now: bool = False, stage: Stage | None = None) -> None:
         """Report to the caller; now: with the latest counts of all processes."""

@@ -15,7 +15,7 @@ from rapidin.cache import receipts
 from rapidin.cache.codec import Basis, Codec, RowShape
 from rapidin.cache.learned_files import codec_of, read_basis, write_basis, write_preconditioner
 from rapidin.cache.manifest import FittedCodec, Manifest, Shard
-from rapidin.cache.names import MANIFEST, SAMPLE, grown, shard_name
+from rapidin.cache.names import FITTED, MANIFEST, SAMPLE, grown, shard_name
 from rapidin.cache.shards import Rows, checksum_problem, read_shard, shard_path, size_problem, write_shard
 from rapidin.errors import UserError
 from rapidin.files import LOCK, PARTIAL, lock_folder, reason, regular_file_size, remove_partials
@@ -54,8 +54,19 @@ class ShardWriter:
 
     @property
     def sample_folder(self) -> Path:
-        """The folder of the sample's sketches until the cache is complete."""
+        """The folder of the codec's sample's sketches until the cache is complete."""
         return self.folder / SAMPLE
+
+    @property
+    def fitted_folder(self) -> Path:
+        """The folder of sketches that were made as the preconditioner was fitted, until the cache is
+        complete."""
+        return self.folder / FITTED
+
+    def remove_samples(self) -> None:
+        """Delete the sketches that are kept until the cache is complete."""
+        for folder in (self.sample_folder, self.fitted_folder):
+            shutil.rmtree(folder, ignore_errors=True)
 
     @property
     def codec(self) -> Codec:
@@ -133,8 +144,9 @@ class CacheWriter(ShardWriter):
     def _resume(self, prefix: Callable[[int], str] | None) -> None:
         """Take over the cache in the folder, if there is one, and check that the disk has room."""
         remove_partials(self.folder)
-        if self.sample_folder.is_symlink():
-            self.sample_folder.unlink()
+        for sample in (self.sample_folder, self.fitted_folder):
+            if sample.is_symlink():
+                sample.unlink()
         if (self.folder / MANIFEST).exists():
             self._take_over(Manifest.read(self.folder), prefix)
         needed = sum(self.manifest.rows_of(n) for n in self.missing) * self.manifest.row_bytes
@@ -180,7 +192,7 @@ class CacheWriter(ShardWriter):
             existing.data["begun"] = existing.rows_begun
         existing.null = None  # its scores are the best of fewer rows
         existing.rows, existing.data["identity"] = self.manifest.rows, self.manifest.data["identity"]
-        shutil.rmtree(self.sample_folder, ignore_errors=True)  # it is of the examples before
+        self.remove_samples()  # they are of the examples before
 
     def _rename_grown(self) -> None:
         """Rename grown shards that the manifest records, and remove those that it does not."""

@@ -77,6 +77,21 @@ class StageReporter(Silent):
             self._tell(message)
 
 
+class Counted:
+    """Counts the passes over the sample of one point; before: those of earlier points, of `total`."""
+
+    def __init__(self, reporter: Reporter, before: int, total: int) -> None:
+        self.reporter = reporter
+        self._before, self._done, self._total = before, 0, total
+
+    def add(self, passes: int) -> None:
+        self._done += passes
+        self.reporter.stage("fitting the preconditioner", self._before + self._done, self._total)
+
+    def restart(self) -> None:
+        self._done = 0
+
+
 class Lockstep:
     """The processes that share one model (FSDP), all of which make the same number of passes.
 

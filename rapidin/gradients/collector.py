@@ -14,12 +14,11 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable, Collection, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from rapidin.errors import UserError
 from rapidin.gradients.calls import (
@@ -35,6 +34,7 @@ from rapidin.gradients.exact import ExactGradient, ExactPass
 from rapidin.gradients.experts import gradients_of
 from rapidin.gradients.fsdp import is_sharded
 from rapidin.gradients.hook_handles import registered
+from rapidin.gradients.kept import KeepingPass, KeptBatch
 from rapidin.gradients.kfac import FactorMoments
 from rapidin.gradients.moment_passes import MomentPass, SquaresPass
 from rapidin.gradients.parameters import Target, Use, block_seed, role_of
@@ -168,10 +168,7 @@ class GradientSketcher:
         """
         sketching = self.new_pass(self.sketch_pass, batch, point)
         losses = self.run(batch, sketching)
-        sketches = sketching.sketches
-        if self.projection == "rapidgrad":
-            sketches = F.normalize(sketches, dim=-1, eps=1e-30).sum(1, keepdim=True)
-        return sketches, losses
+        return sketching.blocks(self.projection == "rapidgrad"), losses
 
     def exact(
         self, batch: AnyBatch, point: int | None = None, *, by_position: bool = False
@@ -208,13 +205,14 @@ class GradientSketcher:
         self.run(batch, summing)
         return summing.finish()
 
-    def add_moments(self, batch: AnyBatch, moments: FactorMoments) -> None:
+    def add_moments(self, batch: AnyBatch, moments: FactorMoments, kept: KeptBatch | None = None) -> None:
         """Add a batch to the second moments of the two factors of each target's gradient.
 
-        The gradients are not preconditioned. Raises as a call does; `moments` may hold some of the batch
-        then, and are of no more use.
+        The gradients are not preconditioned. kept: where they go too. Raises as a call does; `moments` may
+        hold some of the batch then, and are of no more use.
         """
-        self.run(batch, MomentPass(self._sketched, batch, moments))
+        kind = MomentPass if kept is None else partial(KeepingPass, kept=kept)
+        self.run(batch, kind(self._sketched, batch, moments))
         moments.examples += batch.rows
 
     def _scales(self, point: int | None) -> list[Scale] | None:

@@ -10,6 +10,7 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from rapidin import ops
 from rapidin.errors import UserError, is_out_of_memory
@@ -197,6 +198,13 @@ class SketchPass(GradientPass):
     def __init__(self, sketched: SketchTargets, batch: AnyBatch, scales: Sequence[Scale] | None) -> None:
         super().__init__(sketched, batch, scales)
         self.sketches = torch.zeros(self.rows, len(self.targets), sketched.width, device=self.device)
+
+    def blocks(self, whole: bool) -> Tensor:
+        """The sketches in blocks [B, blocks, width]: one for each target, or, if `whole`, one for all, the
+        sum of theirs, each scaled to length 1 first."""
+        if not whole:
+            return self.sketches
+        return F.normalize(self.sketches, dim=-1, eps=1e-30).sum(1, keepdim=True)
 
     def add_factors(self, n: int, factors: Factors) -> None:
         self._accumulate(n, self.sketch_factors(n, factors))

@@ -18,11 +18,12 @@ from rapidin.data.examples import Examples
 from rapidin.data.records import Record
 from rapidin.errors import UserError
 from rapidin.gradients.adam import Moments
-from rapidin.gradients.batching import SILENT, BatchRunner, Lockstep, Reporter
+from rapidin.gradients.batching import SILENT, BatchRunner, Counted, Lockstep, Reporter
 from rapidin.gradients.calls import NotBatchedError
 from rapidin.gradients.check import MOST_ELEMENTS, GradientCheck, check_gradients, check_pair
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.coverage import Coverage, coverage_of
+from rapidin.gradients.kept import KeptBatch, KeptGradients
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import Target, find_targets, with_autograd
@@ -349,7 +350,7 @@ class GradientSource:
                         reporter.add(len(chosen), 0, skipped=len(chosen))
                         continue
                     sketch = result[0]
-                    bad = ~sketch.isfinite().flatten(1).all(1)
+                    bad = _nonfinite(sketch)
                     out[rows, blocks] = sketch
                     status[rows] = status[rows].masked_fill(bad, int(Status.NONFINITE))
                     tokens = sum(texts[n].length for n in chosen)
@@ -364,16 +365,39 @@ class GradientSource:
 
     # -------------------------------------------------------------------------------- preconditioner
 
-    def fit_preconditioner(self, texts: Sequence[AnyExample], reporter: Reporter = SILENT) -> Preconditioner:
-        """The preconditioner of each point, of the configured kind, from the gradients of these texts."""
+    @property
+    def keeps_gradients(self) -> bool:
+        """Whether the gradients that the preconditioner is fitted to can be kept, to be sketched later."""
+        return self.config.kind == "kfac" and len(self.points) == 1 and not self.loaded.sharded
+
+    def of_kept(self, kept: KeptGradients) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """Numbers of the texts, sketches [n, blocks, width] and status [n] as of `sketches`, of each batch
+        whose gradients `fit_preconditioner` kept; it is let go of then."""
+        for chosen, batch in kept.taken():
+            sketching = self.sketcher.new_pass(self.sketcher.sketch_pass, batch.batch, 0)
+            batch.give(sketching)
+            sketch = sketching.blocks(self.whole)
+            bad = _nonfinite(sketch)
+            status = torch.where(bad, int(Status.NONFINITE), int(Status.OK)).to(torch.uint8)
+            yield chosen, sketch.masked_fill_(bad[:, None, None], 0.0), status
+
+    def fit_preconditioner(
+        self, texts: Sequence[AnyExample], reporter: Reporter = SILENT, kept: KeptGradients | None = None
+    ) -> Preconditioner:
+        """The preconditioner of each point, of the configured kind, from the gradients of these texts.
+
+        kept: keeps the gradients, for `of_kept` of the source with this preconditioner; only if
+        `keeps_gradients`.
+        """
+        assert kept is None or self.keeps_gradients
         texts = self.prepared(texts)
         good = [n for n, text in enumerate(texts) if text.status == Status.OK]
         points = []
         for number in range(len(self.points)):
-            counted = _Counted(reporter, number * len(good), len(self.points) * len(good))
+            counted = Counted(reporter, number * len(good), len(self.points) * len(good))
             with self.at(number):
                 if self.config.kind == "kfac":
-                    moments = self._factor_moments(good, texts, counted)
+                    moments = self._factor_moments(good, texts, counted, kept)
                     if not moments.examples:
                         reporter.tell(
                             "no example of the sample has a gradient, so gradients are not preconditioned"
@@ -389,51 +413,46 @@ class GradientSource:
         return Preconditioner(points)
 
     def _factor_moments(
-        self, good: Sequence[int], texts: Sequence[AnyExample], counted: _Counted
+        self, good: Sequence[int], texts: Sequence[AnyExample], counted: Counted, kept: KeptGradients | None
     ) -> FactorMoments:
         """The moments of the factors of these texts' gradients, at the point where the model is.
 
         A pass that fails, because memory runs out or a layer mixes the examples of its batch, may have added
         a part of them. All are then computed again, in batches that are smaller by then, without the examples
         that do not fit: a second set of moments, to add to these after each pass, would take as much memory
-        again, and the batch's factors some five times that.
+        again, and the batch's factors some five times that. Gradients are no longer kept then.
         """
         while True:
             moments = FactorMoments(self.targets, self.config.rank, self.settings.seed, self.loaded.device)
             spoilt = False
             counted.restart()
+            keeps = kept is not None and kept.begin()
 
-            def add(batch: AnyBatch, moments: FactorMoments = moments) -> bool:
+            def add(batch: AnyBatch, moments: FactorMoments = moments) -> KeptBatch | bool:
                 nonlocal spoilt
-                if not spoilt:  # after a failure the moments are of no use
-                    spoilt = True
-                    self.sketcher.add_moments(batch, moments)
-                    spoilt = False
-                return True
+                if spoilt:  # after a failure the moments are of no use
+                    return True
+                spoilt = True
+                keeping = None if kept is None else kept.new_batch(batch)
+                try:
+                    self.sketcher.add_moments(batch, moments, keeping)
+                except (RuntimeError, MemoryError):
+                    if kept is not None:
+                        kept.refuse()
+                    raise
+                spoilt = False
+                return True if keeping is None else keeping
 
             left = list(good)
             for chosen, added in self.batches.run(good, texts, add, counted.reporter):
                 counted.add(len(chosen))
-                if added is None:
+                if added is None and not keeps:  # else it may fit where nothing is kept
                     left = [n for n in left if n not in chosen]
+                elif kept is not None and isinstance(added, KeptBatch):
+                    kept.add(chosen, added)
             if not spoilt:
                 return moments
             good = left
-
-
-class _Counted:
-    """Counts the passes over the sample of one point; before: those of earlier points, of `total`."""
-
-    def __init__(self, reporter: Reporter, before: int, total: int) -> None:
-        self.reporter = reporter
-        self._before, self._done, self._total = before, 0, total
-
-    def add(self, passes: int) -> None:
-        self._done += passes
-        self.reporter.stage("fitting the preconditioner", self._before + self._done, self._total)
-
-    def restart(self) -> None:
-        self._done = 0
 
 
 def default_width(blocks: int, bytes_per_example: int | None = None) -> int:
@@ -466,6 +485,11 @@ def _preconditioner_config(
     if value == "auto":
         value = "off" if settings.projection == "rapidgrad" else "kfac"
     return PreconditionerConfig.of(value, loaded.model, targets, loaded.trained)
+
+
+def _nonfinite(sketch: Tensor) -> Tensor:
+    """Which of the sketches [n, blocks, width] have NaN or Inf: [n] bool."""
+    return ~sketch.isfinite().flatten(1).all(1)
 
 
 def _on(device: torch.device, numbers: Sequence[int], dtype: torch.dtype) -> Tensor:

@@ -3,26 +3,33 @@
 from __future__ import annotations
 
 import json
+import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from causal_types import tiny_causal
+from fitted import fitted
 from own_gradients import own_sketches
+from passes import at_pass
 from tiny import records, tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor, nn
 
-from rapidin import Attributor, Cache, CoverageWarning, UserError
+from rapidin import Attributor, Cache, CoverageWarning, UserError, ops
 from rapidin.attribution.plan import make_plan
+from rapidin.attribution.progress import Watch
 from rapidin.attribution.provenance import source_of
 from rapidin.cache import Manifest
+from rapidin.cache.merge import merge
 from rapidin.cache.names import shard_name
 from rapidin.cache.progress import Progress
 from rapidin.gradients.coverage import Coverage, coverage_of
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import all_parameters, find_targets
+from rapidin.gradients.preconditioner import PreconditionerConfig
 
 SETTINGS: dict[str, Any] = {"width": 128, "seed": 11, "preconditioner": "off"}
 DOWN = "model.layers.0.mlp.down_proj.weight"
@@ -241,3 +248,211 @@ def test_a_plan_says_what_counts_and_is_checked() -> None:
     assert plan.check is not None
     assert list(plan.check.by_autograd) == [DOWN]
     assert plan.coverage.left_out[0].kind == "embeddings"
+
+
+# ------------------------------------------------- the preconditioner's sample is sketched as it is fitted
+
+
+FEW = {"width": 64, "preconditioner": PreconditionerConfig("kfac", sample=40, rank=5), "batch_tokens": 1}
+ROWS = 60  # of which 32 are in the sample: a quarter would be fewer
+COMPACT = {"bytes": 250, "sample": 24}
+
+
+def few_rows(**settings: Any) -> Attributor:
+    return Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), **FEW | settings)
+
+
+def in_one_pass(where: Path, attributor: Attributor | None = None, **options: Any) -> Cache:
+    made = attributor or few_rows()
+    return made.cache(records(ROWS), where, shard_rows=16, check=False, null=False, **options)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_sample_of_the_preconditioner_takes_one_pass(tmp_path: Path) -> None:
+    """With a batch for each row, passes are counted by row; at two points the sample takes two."""
+    for at, passes in ([0.5], ROWS), ([0.0, 0.5], 2 * (ROWS + 32)):
+        attributor = few_rows(at=at)
+        with at_pass(-1) as begun:
+            cache = attributor.cache(records(ROWS), tmp_path / str(passes), check=False, null=False)
+        assert len(begun) == passes
+        assert not {"sample", "fitted"} & {path.name for path in cache.path.iterdir()}
+
+
+@pytest.mark.parametrize("options", [{"dtype": "float32"}, {}, {"dtype": "int8"}, COMPACT])
+def test_its_rows_are_those_of_a_pass_of_their_own(tmp_path: Path, options: dict[str, Any]) -> None:
+    cache = in_one_pass(tmp_path / "cache", **options)
+    source = fitted(few_rows(), cache).source
+    texts = [source.example(record) for record in records(ROWS)]
+    sketches, status = source.sketches(texts)
+    unit, length = ops.unit_blocks(sketches)
+    assert torch.equal(cache.status(), status)
+    # All rows alike, in the sample or not: in float32 they lose nothing on the way, and in others what
+    # storing them loses.
+    encoded = cache.codec.encode(unit, length)
+    want = cache.codec.decode(encoded)
+    tolerance = 1e-5 if options.get("dtype") == "float32" else 2e-3 if not options else 2e-2
+    got = cache.sketches().view_as(want)
+    if options == COMPACT:  # a bit that stands for a number near zero may be the other one
+        assert float((got - want).abs().gt(tolerance).float().mean()) < 0.01
+    else:
+        assert float((got - want).abs().max()) < tolerance * float(want.abs().max())
+    torch.testing.assert_close(cache.lengths(), cache.codec.lengths(encoded), rtol=1e-2, atol=1e-6)
+
+
+def test_examples_of_the_sample_are_done_before_caching_begins(tmp_path: Path) -> None:
+    now = [0.0]
+    watch = Watch(clock=lambda: now[0])
+    stages: list[tuple[str, int, int]] = []
+
+    def see(progress: Progress) -> None:
+        now[0] += 1.0
+        watch(progress)
+        if progress.stage is not None:
+            stages.append((progress.stage.name, progress.stage.done, progress.done))
+        assert (progress.stage is None) or progress.done <= 32
+
+    in_one_pass(tmp_path, on_progress=see)
+    assert ("fitting the preconditioner", 32, 0) in stages
+    assert ("sketching the sample", 31, 32) in stages
+    assert stages[-1] == ("sketching the sample", 32, 32)
+    rate = 28 / (watch.seconds - watch.preparation)  # of the others
+    assert f"{watch.preparation:.0f} s of preparation, then {rate:.1f} examples/s" in watch.done_text
+
+
+class Stopped(Exception):
+    """What ends a run here."""
+
+
+def stop_when(when: Callable[[Progress], bool]) -> Callable[[Progress], None]:
+    def stop(progress: Progress) -> None:
+        if when(progress):
+            raise Stopped
+
+    return stop
+
+
+@pytest.mark.parametrize("options", [{}, COMPACT])
+@pytest.mark.parametrize(
+    ("when", "kept"),
+    [
+        (lambda p: p.stage is not None and p.stage.done == 20, 0),  # as the moments are gathered
+        (lambda p: p.stage is not None and p.done == 10, 0),  # as the sample is sketched
+        (lambda p: p.done == 33, 32),  # before any shard is written
+        (lambda p: p.done == 50, 32),
+    ],
+)
+def test_a_run_stopped_around_the_fit_goes_on_to_the_same_bytes(
+    tmp_path: Path, when: Callable[[Progress], bool], kept: int, options: dict[str, Any]
+) -> None:
+    whole = in_one_pass(tmp_path / "whole", **options)
+    with pytest.raises(Stopped):
+        in_one_pass(tmp_path / "cache", on_progress=stop_when(when), **options)
+    seen: list[Progress] = []
+    again = in_one_pass(tmp_path / "cache", on_progress=seen.append, **options)
+    assert contents(again.path) == contents(whole.path)
+    assert seen[0].done == seen[0].resumed >= kept
+    assert (seen[0].resumed == 0) == (kept == 0)
+    counts = [progress.done for progress in seen]
+    assert counts == sorted(counts)
+    assert (counts[-1], seen[-1].stage) == (ROWS, None)
+
+
+def test_sketches_that_were_made_in_another_way_do_not_count(tmp_path: Path) -> None:
+    """Of a run that was killed before it had recorded its preconditioner, or altered since."""
+    whole = in_one_pass(tmp_path / "whole", dtype="float32")
+    for damage in ("other", "layers", "cut", "manifest"):
+        place = tmp_path / damage
+        with pytest.raises(Stopped):
+            in_one_pass(place, dtype="float32", on_progress=stop_when(lambda p: p.done == 33))
+        (shard,) = (place / "fitted").glob("shard-*")
+        manifest = place / "fitted" / "manifest.json"
+        record = json.loads(manifest.read_text())
+        if damage == "other":
+            record["gradient"]["preconditioner"]["sha256"] = "0" * 64
+            manifest.write_text(json.dumps(record))
+        elif damage == "layers":
+            record["layers"][0]["name"] += "x"
+            manifest.write_text(json.dumps(record))
+        elif damage == "cut":
+            shard.write_bytes(shard.read_bytes()[:-8])
+        else:
+            manifest.write_text("{")
+        attributor = few_rows()
+        with at_pass(-1) as begun:
+            cache = in_one_pass(place, attributor, dtype="float32")
+        assert len(begun) == ROWS  # all are sketched again
+        torch.testing.assert_close(cache.sketches(), whole.sketches(), rtol=1e-4, atol=1e-6)
+        assert not (place / "fitted").exists()
+
+
+def test_sketches_that_a_later_check_finds_wrong_do_not_count(tmp_path: Path) -> None:
+    def cached(place: Path, **options: Any) -> Cache:
+        return attributor_of(wrong_model(), preconditioner=FEW["preconditioner"]).cache(
+            records(ROWS), place, null=False, dtype="float32", **options
+        )
+
+    place = tmp_path / "cache"
+    with pytest.raises(Stopped):
+        cached(place, check=False, on_progress=stop_when(lambda p: p.done > 32))
+    assert (place / "fitted").exists()
+    cache = cached(place)
+    source = source_of(cache.manifest, LoadedModel.of(wrong_model(), tiny_tokenizer()))
+    assert source.sketcher.single_names == [DOWN]
+    want, _ = source.sketches([source.example(record) for record in records(ROWS)])
+    got = cache.sketches().view_as(want) * cache.lengths()[..., None]
+    assert float((got - want).norm() / want.norm()) < 1e-5
+
+
+def test_a_link_in_the_place_of_the_samples_sketches_is_not_followed(tmp_path: Path) -> None:
+    with pytest.raises(Stopped):
+        in_one_pass(tmp_path / "cache", on_progress=stop_when(lambda p: p.done == 33))
+    fitted_folder = tmp_path / "cache" / "fitted"
+    elsewhere = fitted_folder.rename(tmp_path / "elsewhere")
+    fitted_folder.symlink_to(elsewhere)
+    in_one_pass(tmp_path / "cache")
+    assert (elsewhere / "manifest.json").exists()
+    assert not fitted_folder.is_symlink()
+
+
+def test_parts_take_the_samples_sketches_from_the_folder_that_was_learned_once(tmp_path: Path) -> None:
+    whole = in_one_pass(tmp_path / "whole")
+    attributor = few_rows()
+    with at_pass(-1) as begun:
+        in_one_pass(tmp_path / "shared", attributor, part=(0, 2))
+    assert len(begun) == 32
+    for number in (1, 2):
+        shutil.copytree(tmp_path / "shared", tmp_path / str(number))
+        seen: list[Progress] = []
+        in_one_pass(tmp_path / str(number), part=(number, 2), on_progress=seen.append)
+        assert seen[-1].done == seen[-1].total
+        assert 0 < seen[0].resumed < 32  # those of its own shards
+    merged = merge(tmp_path / "merged", [tmp_path / "1", tmp_path / "2"])
+    assert torch.equal(merged.sketches(), whole.sketches())
+    assert torch.equal(merged.lengths(), whole.lengths())
+
+
+@pytest.mark.parametrize("lost", ["preconditioner.safetensors", "decoys"])
+def test_a_shard_that_was_lost_is_made_again_as_it_was(tmp_path: Path, lost: str) -> None:
+    """With the preconditioner, or without anything else."""
+    whole = in_one_pass(tmp_path / "whole")
+    before = contents(whole.path)
+    for name in (lost, shard_name(1)):
+        (whole.path / name).unlink(missing_ok=True)
+    again = in_one_pass(whole.path)
+    assert len(again) == ROWS
+    assert contents(whole.path) == before
+
+
+def test_a_resumed_run_does_not_try_again_what_cannot_be_kept(tmp_path: Path) -> None:
+    """An empty folder says so."""
+    with pytest.raises(Stopped):
+        in_one_pass(tmp_path, on_progress=stop_when(lambda p: p.done == 33))
+    for path in (tmp_path / "fitted").iterdir():
+        path.unlink()
+    attributor = few_rows()
+    with at_pass(-1) as begun:
+        in_one_pass(tmp_path, attributor)
+    assert len(begun) == ROWS

@@ -7,7 +7,8 @@ import sys
 import pytest
 from tiny import tiny_llama, tiny_tokenizer
 
-from rapidin.attribution.plan import make_plan
+from rapidin.attribution.plan import kept_of_sample, make_plan
+from rapidin.gradients.kept import KEPT_BYTES
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
@@ -28,3 +29,9 @@ def test_a_batch_takes_as_much_memory_as_is_extrapolated_from_some_of_its_exampl
     assert some.formats[0].cache_bytes == batch.formats[0].cache_bytes
     # The peak of four texts is below half of the batch's.
     assert 0.6 < some.memory / batch.memory < 1.5
+
+
+def test_gradients_of_the_sample_are_kept_up_to_the_limit() -> None:
+    assert kept_of_sample(0, 4, 128) == (0, 0)
+    assert kept_of_sample(4 << 20, 4, 37) == (37 << 20, 37)
+    assert kept_of_sample(KEPT_BYTES // 2, 4, 37) == (KEPT_BYTES, 8)
