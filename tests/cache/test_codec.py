@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_sketches import BLOCKS, WIDTH, examples, lengths, packed, unit
+from properties import tries
 from torch import Tensor
 
 from rapidin import ops
@@ -150,7 +151,7 @@ def test_a_small_sample_and_one_without_variety_do_no_harm() -> None:
         assert bool(got.isfinite().all())
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(
     dtype=st.sampled_from(["int8", "int4", "sign"]),
     budget=st.integers(min_row_bytes(), 4000),

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from inputs import (
     DEVICE,
@@ -21,6 +21,7 @@ from inputs import (
     torch_threads,
 )
 from poison import poisoned
+from properties import tries
 
 from rapidin import ops
 from rapidin.ops import cuda
@@ -130,7 +131,7 @@ def test_an_empty_tensor_takes_no_row():
     assert torch.equal(apart, ops.flat_sketch([x, y], 512, seed=0))
 
 
-@settings(max_examples=30, deadline=None)
+@tries(30)
 @given(
     sizes=st.lists(st.integers(0, 700), min_size=1, max_size=4),
     dim=st.sampled_from([1, 4, 32, 128, 384, 1024]),

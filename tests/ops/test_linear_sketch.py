@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from changed import changed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from inputs import (
     DEVICE,
@@ -25,6 +25,7 @@ from inputs import (
     normal,
     torch_threads,
 )
+from properties import tries
 
 from rapidin import ops
 from rapidin.ops import cpu, cuda, reference, tables
@@ -222,7 +223,7 @@ def test_not_finite_examples_stay_apart_in_the_fused_kernel(bad, name):
     assert not sketch[touched].isfinite().all(1).any()
 
 
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(
     tokens=st.integers(1, 200),
     n_in=st.integers(1, 5000),
@@ -243,7 +244,7 @@ def test_cheap_ways_are_chosen():
     assert cpu.choose_way(128, 576, 576, 64) is None
 
 
-@settings(max_examples=25, deadline=None)
+@tries(25)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 40), st.integers(1, 40)),
     dim=st.integers(1, 70),

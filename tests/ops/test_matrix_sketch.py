@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from inputs import (
     DEVICE,
@@ -18,6 +18,7 @@ from inputs import (
     torch_threads,
 )
 from poison import poisoned
+from properties import tries
 
 from rapidin import ops
 
@@ -68,7 +69,7 @@ def test_not_finite_elements_show(bad, backend):
     assert (~sketch[1].isfinite()).sum() == 1
 
 
-@settings(max_examples=30, deadline=None)
+@tries(30)
 @given(
     rows=st.integers(1, 50),
     cols=st.integers(1, 50),
