@@ -160,7 +160,8 @@ FUSED = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dim", FUSED)
 def test_every_width_of_the_fused_kernel(dim, name):
-    for shape in ((2, 17, 70, 45), (1, 2, 2 * dim + 9, dim), (1, 5, dim - 3, 3)):
+    # The reference forms the gradient, so only one side at a time is as long as the widest sketch.
+    for shape in ((2, 17, 70, 45), (1, 2, 2 * dim + 9, min(dim, 512)), (1, 2, 21, dim), (1, 5, dim - 3, 3)):
         with instruction_set(name):
             assert_close(cpu.by_fft(*factors(shape), dim, SEED), wanted_sketch(shape, dim), 4e-6)
 
@@ -875,7 +876,7 @@ def test_no_order_of_threads_changes_a_bit(emulated_cuda, dim):
 @pytest.mark.gpu
 def test_how_blocks_share_an_example_changes_little(gpu):
     """Many examples leave a block each, one is cut in as many parts as it has tiles."""
-    inputs, grads = factors((1, 70, 60, 40))
+    inputs, grads = factors((1, 70, 20, 12))
     alone = sketch(inputs, grads, 64, gpu)
     many, run, named = 300, ops.linear_sketch, {"backend": gpu}
     if gpu == "triton" and DEVICE.type == "cpu":  # interpreted, 300 take half a minute
