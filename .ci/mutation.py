@@ -63,7 +63,7 @@ OPERATORS: dict[type[ast.operator], type[ast.operator]] = {
 CALLS = {"min": "max", "max": "min", "any": "all", "all": "any", "amax": "amin", "amin": "amax"}
 # Test files of a room, for modules that have none of their name.
 TESTS = {
-    "ops/checks": ("pack", "rotate", "topk_scan", "linear_sketch", "flat_sketch"),
+    "ops/checks": ("checks", "pack", "rotate", "topk_scan", "linear_sketch", "flat_sketch"),
     "ops/cpu": (
         "pack",
         "rotate",

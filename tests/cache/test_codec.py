@@ -191,6 +191,19 @@ def test_a_learnt_row_keeps_to_its_budget_and_comes_back_from_disk(budget: int) 
     assert RowShape.from_json(dataclasses.asdict(shape)) == shape
 
 
+def test_a_config_comes_back_from_json_and_another_is_refused() -> None:
+    for config in (CodecConfig("float16"), CodecConfig("sign", 160, 64), CodecConfig("int8", None, 0)):
+        assert CodecConfig.from_json(config.to_json()) == config
+    good = CodecConfig("sign", 160, 64).to_json()
+    for key, bad in (
+        *(("dtype", value) for value in ("int2", "", None, 4)),
+        *(("bytes", value) for value in ("160", 160.0, [])),
+        *(("sample", value) for value in (-1, "64", 64.0, None)),
+    ):
+        with pytest.raises(ValueError, match=r"unknown dtype|is not a count"):
+            CodecConfig.from_json(good | {key: bad})
+
+
 def test_directions_are_judged_on_examples_that_they_were_not_learnt_from() -> None:
     noise = unit(torch.randn(256, 2, 128, generator=torch.Generator().manual_seed(0)))
     learnt = learn_basis(noise, 16)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from small_caches import fill, manifest
 
-from rapidin.cache import Manifest
+from rapidin.cache import CacheWriter, Manifest
 from rapidin.cache.manifest import Shard
 from rapidin.cache.receipts import forget, forget_all, leave, unrecorded
 
@@ -87,3 +87,19 @@ def test_receipts_are_forgotten(tmp_path: Path, shards: list[Shard]) -> None:
     forget_all(tmp_path)
     assert not (tmp_path / "receipts").exists()
     assert unrecorded(tmp_path, manifest()) == []
+
+
+def test_a_resumed_cache_takes_over_the_shards_whose_bytes_are_those_of_their_receipts(
+    tmp_path: Path, shards: list[Shard]
+) -> None:
+    existing = Manifest.read(tmp_path)
+    existing.shards = shards[:1]
+    existing.write(tmp_path)
+    path = tmp_path / shards[2].file
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with CacheWriter(tmp_path, manifest()) as writer:
+        assert writer.missing == [2]
+        assert not (tmp_path / "receipts").exists()
+    assert Manifest.read(tmp_path).shards == shards[:2]
