@@ -1,6 +1,7 @@
 # make test         the checks to run before each commit, after all set-up
 # make test-full    all checks: also those that are slow, or repeat others at more sizes
 # make test-oldest  the tests of models with the oldest transformers and peft that pyproject.toml allows
+# make properties   the property tests with a hundred times the inputs, drawn at random
 # make coverage     how much of the package the tests of `make test` run, and where it is under 90%
 # make demo         a planted poison found, start to end
 # make docs         the documentation site in build/site, with the report of a query of the demo; all its links are checked
@@ -21,7 +22,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Two steps at a time, of set-up and of checks.
 MAKEFLAGS += --jobs=2
 
-.PHONY: test test-full test-oldest style tests tests-full coverage demo docs clean
+.PHONY: test test-full test-oldest style tests tests-full properties coverage demo docs clean
 
 test: style tests
 
@@ -39,8 +40,12 @@ tests: .venv/installed .venv/emulated
 	@echo "make test left out the tests marked 'full': GPU kernels at more sizes and under sanitizers, processes that"
 	@echo "are killed or share work, whole trainings, and the page in a browser. make test-full runs them, too."
 
+# Property tests draw five times the inputs, at random (tests/support/properties.py).
 tests-full: .venv/installed .venv/emulated
-	$(PYTEST)
+	RAPIDIN_EXAMPLES=5 $(PYTEST)
+
+properties: .venv/installed .venv/emulated
+	RAPIDIN_EXAMPLES=100 $(PYTEST) -m hypothesis
 
 # Which lines and branches the tests of `make test` run, in this process and not in those that they start.
 coverage: .venv/installed .venv/emulated

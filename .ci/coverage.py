@@ -2,7 +2,7 @@
 
     python .ci/coverage.py build/coverage.json
 
-The file is coverage's JSON report. A share counts lines and the branches between them.
+The file is coverage's JSON report. The share of a module counts its lines and the branches between them.
 """
 
 import json
@@ -23,8 +23,11 @@ def main(path: str) -> None:
     for percent, name in low:
         print(f"{percent:5.1f}%  {name}")
     total = report["totals"]
-    percent, lines, branches = (total[key] for key in ("percent_covered", "num_statements", "num_branches"))
-    print(f"{percent:.1f}% of {lines:,} lines and {branches:,} branches in {len(shares):,} modules")
+    for kind, ran, count in (
+        ("lines", total["covered_lines"], total["num_statements"]),
+        ("branches", total["covered_branches"], total["num_branches"]),
+    ):
+        print(f"{ran / count:.1%} of {count:,} {kind} in {len(shares):,} modules")
     print(f"{len(low)} modules have less than {LEAST:.0f}%")
 
 

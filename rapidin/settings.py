@@ -127,6 +127,11 @@ def dtype_name(value: Any) -> Any:
     return _DTYPES.get(name, name)
 
 
+def whole(text: str) -> int | None:
+    """The whole number of at least 0 that a text is; None if it is none, or has too many digits."""
+    return int(text) if text.isdecimal() and len(text) < 20 else None
+
+
 def check_names(by_name: Iterable[str], *settings: type[Any]) -> None:
     """Raises TypeError for a name that is no field of any of these dataclasses."""
     known = [each.name for kind in settings for each in fields(kind)]

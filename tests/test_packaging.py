@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -91,6 +92,58 @@ def test_all_pythons_are_built_and_tested(project: dict[str, Any]) -> None:
     assert cuda["tool"]["cibuildwheel"]["build"] == wheels
     tested = workflow("ci.yml")["jobs"]["test"]["strategy"]["matrix"]["python"]
     assert tested == [f"3.{minor}" for minor in minors]
+
+
+WORKFLOWS = sorted(path.name for path in (ROOT / ".github/workflows").iterdir())
+
+
+@pytest.mark.parametrize("name", WORKFLOWS)
+def test_workflows_run_what_there_is(name: str) -> None:
+    """Scripts and folders that steps name are in the repository, and targets of make in the Makefile."""
+    targets = {
+        target
+        for line in re.findall(r"^([^\t#\n]+?):(?!=)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+        for target in line.split()
+    }
+    assert {"test", "test-full", "properties", ".venv/installed"} <= targets
+    for job in workflow(name)["jobs"].values():
+        assert "uses" in job or "runs-on" in job
+        for step in job.get("steps", ()):
+            assert ("uses" in step) is not ("run" in step), step
+            words = step.get("run", "").split()
+            if words[:1] == ["make"]:
+                assert set(words[1:]) <= targets
+            named = [word for word in words if word.startswith((".ci/", "tests/", "bench/"))]
+            assert all((ROOT / word).exists() for word in named), named
+
+
+def test_each_night_runs_the_fuzzer_the_properties_and_all_tests() -> None:
+    nightly = workflow("nightly.yml")
+    assert [list(each) for each in nightly[True]["schedule"]] == [["cron"]]  # YAML 1.1 reads "on" as true
+    steps = [step["run"] for job in nightly["jobs"].values() for step in job["steps"] if "run" in step]
+    assert "make properties" in steps
+    assert ".ci/run" in steps
+    (fuzzer,) = (step for step in steps if "fuzz_cache.py" in step)
+    script = (ROOT / "tests/support/fuzz_cache.py").read_text()
+    assert set(re.findall(r"--\w+", fuzzer)) <= set(re.findall(r'add_argument\("(--\w+)"', script))
+
+
+def test_the_report_on_coverage_has_lines_branches_and_modules_below_its_limit(tmp_path: Path) -> None:
+    def module(lines: int, percent: float) -> dict[str, Any]:
+        return {"summary": {"num_statements": lines, "percent_covered": percent}}
+
+    totals = {"covered_lines": 19, "num_statements": 20, "covered_branches": 3, "num_branches": 8}
+    files = {"b.py": module(10, 89.9), "a.py": module(5, 70.0), "c.py": module(5, 90.0), "d.py": module(0, 0)}
+    (tmp_path / "c.json").write_text(json.dumps({"totals": totals, "files": files}))
+    command = [sys.executable, ROOT / ".ci/coverage.py", tmp_path / "c.json"]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert said.splitlines() == [
+        " 70.0%  a.py",
+        " 89.9%  b.py",
+        "95.0% of 20 lines in 3 modules",
+        "37.5% of 8 branches in 3 modules",
+        "2 modules have less than 90%",
+    ]
 
 
 def test_only_the_last_job_of_a_release_may_publish() -> None:

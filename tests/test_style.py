@@ -97,6 +97,15 @@ def _by_call(call: ast.Call, imports: dict[str, str]) -> Iterator[tuple[int, str
         yield call.lineno, str(second.value)
 
 
+def test_every_property_test_says_how_many_inputs_it_tries() -> None:
+    """Or it would have a deadline, which a busy machine does not meet, and the same inputs each night."""
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef):
+                decorators = [ast.unparse(each).partition("(")[0] for each in node.decorator_list]
+                assert ("given" in decorators) is ("tries" in decorators), f"{path}, line {node.lineno}"
+
+
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.relative_to(TESTS).as_posix())
 def test_no_private_name_or_limit_is_replaced(path: Path) -> None:
     assert list(replaced(ast.parse(path.read_text(encoding="utf-8")))) == []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
@@ -66,8 +67,11 @@ class DropConditions(Settings):
         return low <= score <= high
 
 
-def _spellings(value: object) -> tuple[str, ...]:
-    try:
-        return str(value), json.dumps(value)
-    except (TypeError, ValueError):
-        return (str(value),)
+def _spellings(value: object) -> list[str]:
+    """A value as text and as JSON, as far as there is such a spelling of it: there is none of a value that is
+    nested too deeply, nor of a number of thousands of digits."""
+    found = []
+    for spell in (str, json.dumps):
+        with contextlib.suppress(TypeError, ValueError, RecursionError):
+            found.append(spell(value))
+    return found

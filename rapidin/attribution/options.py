@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from rapidin.data.fields import FieldMap
 from rapidin.errors import UserError, short
-from rapidin.settings import Settings, documented, dtype_name, option
+from rapidin.settings import Settings, documented, dtype_name, option, whole
 
 if TYPE_CHECKING:
     from rapidin.cache import Cache
@@ -434,7 +434,7 @@ def _checked_weights(weights: Sequence[float]) -> tuple[float, ...]:
 
 
 def _part_of(text: str) -> tuple[int, int]:
-    number, slash, parts = text.partition("/")
-    if not (slash and number.isdecimal() and parts.isdecimal()):
-        raise UserError(f"`part` must be two numbers, got {text}", "as in 1/4")
-    return int(number), int(parts)
+    number, parts = (whole(each) for each in text.partition("/")[::2])
+    if number is None or parts is None:
+        raise UserError(f"`part` must be two numbers, got {short(text)}", "as in 1/4")
+    return number, parts

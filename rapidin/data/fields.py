@@ -18,6 +18,7 @@ from typing import Any
 
 from rapidin.data.records import TEXTS, Forms, Record, record_parts
 from rapidin.errors import UserError, short
+from rapidin.settings import whole
 
 ORIGINAL = "original"  # the field for what a record had under the names of a form that is not read
 PREFERENCE = ("prompt", "chosen", "rejected")
@@ -49,6 +50,7 @@ _INPUTS = ("input", "context")  # of an instruction
 # Fields that are part of what the model reads, but have no place beside a question and an answer.
 _CONTEXTS = ("system", "system_prompt", "context", "passage", "input", "history", "choices", "options")
 _CHATS = ("conversations", "conversation", "messages")
+_EXAMPLE = "as in prompt=question,completion=answer"
 _ROLES = {
     "human": "user",
     "gpt": "assistant",
@@ -75,16 +77,14 @@ class FieldMap:
         if isinstance(value, FieldMap):
             return value
         if isinstance(value, str):
-            pairs = [each.partition("=") for each in value.split(",") if each.strip()]
-            value = {target.strip(): source.strip() for target, _, source in pairs}
+            value = _parsed(value)
         fields = dict(value or {})
-        example = "as in prompt=question,completion=answer"
         for target, source in fields.items():
             if not isinstance(source, str) or not source:
-                raise UserError(f"the map names no field for '{short(target)}'", example)
+                raise UserError(f"the map names no field for '{short(target)}'", _EXAMPLE)
             if target not in _TARGETS:
                 raise UserError(
-                    f"a map cannot make the field '{short(target)}'", f"use {', '.join(_TARGETS)}; {example}"
+                    f"a map cannot make the field '{short(target)}'", f"use {', '.join(_TARGETS)}; {_EXAMPLE}"
                 )
         if any(turn in fields for turn in _TURNS) and not {"user", "assistant"} <= set(fields):
             raise UserError(
@@ -130,6 +130,18 @@ class FieldMap:
         return TEXTS.of(read) is not None or all(read.get(name) is not None for name in PREFERENCE)
 
 
+def _parsed(text: str) -> dict[str, str]:
+    """The entries of a map's text. Raises UserError if two of them differ on one field."""
+    fields: dict[str, str] = {}
+    for entry in text.split(","):
+        target, _, source = (part.strip() for part in entry.partition("="))
+        if fields.get(target, source) != source:
+            raise UserError(f"the map names two fields for '{short(target)}'", _EXAMPLE)
+        if entry.strip():
+            fields[target] = source
+    return fields
+
+
 _ABSENT = object()
 _ANSWER_FIELDS = {"completion", "output", "assistant", "chosen", "rejected"}
 
@@ -142,8 +154,8 @@ def _value(record: Mapping[str, Any], name: str) -> Any:
     for step in name.split("."):
         if isinstance(value, Mapping) and step in value:
             value = value[step]
-        elif isinstance(value, list) and step.isdecimal() and int(step) < len(value):
-            value = value[int(step)]
+        elif isinstance(value, list) and (at := whole(step)) is not None and at < len(value):
+            value = value[at]
         else:
             return _ABSENT
     return value

@@ -29,7 +29,12 @@ class Method:
     damping: float | None = None
 
     def __str__(self) -> str:
-        return f"{self.method}:{self.normalize}" + ("" if self.damping is None else f":{self.damping:g}")
+        if self.damping is None:
+            return f"{self.method}:{self.normalize}"
+        damping = f"{self.damping:g}"
+        if float(damping) != self.damping:
+            damping = repr(self.damping)
+        return f"{self.method}:{self.normalize}:{damping}"
 
     def scoring(self, *, together: bool = False) -> ScoringConfig:
         """The settings of a scan with this method. together: score all generations as one target set."""

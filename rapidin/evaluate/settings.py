@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from rapidin.errors import UserError
-from rapidin.settings import Settings, documented, option
+from rapidin.errors import UserError, short
+from rapidin.settings import Settings, documented, option, whole
 
 
 @documented
@@ -114,9 +114,10 @@ def _lora(default: int | None) -> Any:
 
 
 def _rank(text: str) -> int | None:
-    if not text.isdecimal():
-        raise UserError(f"`lora` must be a whole number of at least 0, got {text}")
-    return int(text) or None
+    rank = whole(text)
+    if rank is None:
+        raise UserError(f"`lora` must be a whole number of at least 0, got {short(text)}")
+    return rank or None
 
 
 def _checkpoints(default: int) -> Any:

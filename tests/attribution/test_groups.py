@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 from tiny import tiny_llama, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
@@ -21,6 +22,7 @@ from rapidin.errors import UserError
 from rapidin.results.types import Group
 
 
+@tries(100)
 @given(st.lists(st.floats(width=32), max_size=200))
 def test_a_histogram_counts_every_finite_score(values: list[float]) -> None:
     scores = torch.tensor(values, dtype=torch.float32)
@@ -70,6 +72,7 @@ def test_groups_by_hand() -> None:
     ]
 
 
+@tries(100)
 @given(st.integers(1, 5), st.lists(st.tuples(st.floats(-1, 1), st.integers(-1, 4)), min_size=1, max_size=60))
 def test_groups_add_up(names: int, rows: list[tuple[float, int]]) -> None:
     scores = torch.tensor([[score for score, _ in rows]])

@@ -11,6 +11,7 @@ import torch
 from fitted import fitted
 from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 from tiny import tiny_llama, tiny_lora, tiny_tokenizer
 from torch import Tensor
 
@@ -240,6 +241,7 @@ def test_rank_intervals_by_hand() -> None:
     assert [(p.first, p.last, p.tied) for p in same] == [(1, 2, False), (1, 2, True)]
 
 
+@tries(100)
 @given(st.lists(st.tuples(st.floats(-1, 1), st.floats(0, 0.3)), min_size=1, max_size=20))
 def test_rank_intervals_hold_the_rank_that_is_shown(pairs: list[tuple[float, float]]) -> None:
     pairs.sort(key=lambda pair: -pair[0])

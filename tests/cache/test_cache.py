@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 from small_caches import LAYERS, fill, manifest, rows
 
 from rapidin.cache import Cache, CacheWriter
@@ -259,7 +260,7 @@ JSON = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@tries(300)
 @given(data=st.data(), new=JSON)
 def test_any_altered_manifest_is_read_or_refused(tmp_path: Path, data: st.DataObject, new: Any) -> None:
     """No value anywhere in a manifest makes anything but a UserError, or leads to a file outside the

@@ -6,9 +6,10 @@ import dataclasses
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_sketches import BLOCKS, WIDTH, examples, lengths, packed, unit
+from properties import tries
 from torch import Tensor
 
 from rapidin import ops
@@ -150,7 +151,7 @@ def test_a_small_sample_and_one_without_variety_do_no_harm() -> None:
         assert bool(got.isfinite().all())
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(
     dtype=st.sampled_from(["int8", "int4", "sign"]),
     budget=st.integers(min_row_bytes(), 4000),
@@ -188,6 +189,19 @@ def test_a_learnt_row_keeps_to_its_budget_and_comes_back_from_disk(budget: int) 
     with pytest.raises(ValueError, match="mean"):
         Basis.of_tensors(spoilt, shape, WIDTH)
     assert RowShape.from_json(dataclasses.asdict(shape)) == shape
+
+
+def test_a_config_comes_back_from_json_and_another_is_refused() -> None:
+    for config in (CodecConfig("float16"), CodecConfig("sign", 160, 64), CodecConfig("int8", None, 0)):
+        assert CodecConfig.from_json(config.to_json()) == config
+    good = CodecConfig("sign", 160, 64).to_json()
+    for key, bad in (
+        *(("dtype", value) for value in ("int2", "", None, 4)),
+        *(("bytes", value) for value in ("160", 160.0, [])),
+        *(("sample", value) for value in (-1, "64", 64.0, None)),
+    ):
+        with pytest.raises(ValueError, match=r"unknown dtype|is not a count"):
+            CodecConfig.from_json(good | {key: bad})
 
 
 def test_directions_are_judged_on_examples_that_they_were_not_learnt_from() -> None:

@@ -20,7 +20,7 @@ from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.scan import joined_ends, scored_pieces
 from rapidin.attribution.scan_pieces import CacheScan, Piece, pieces, prefetched
 from rapidin.cache import Cache
-from rapidin.cache.resident import Resident
+from rapidin.cache.resident import HeldShard, Resident
 from rapidin.ops.transfer import Prefetcher, stride_there
 
 CPU = torch.device("cpu")
@@ -75,6 +75,37 @@ class LateOrder:
         if mark is not None:
             self.before(mark)
             self.events.pop()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "filled"),
+    [
+        (3, 6, (3, 6)),  # the same rows
+        (3, 8, (3, 8)),  # from the same row on
+        (4, 5, (3, 6)),
+        (6, 9, (3, 9)),  # right behind them
+        (7, 9, (3, 6)),  # apart: rows 6 and 7 would seem to be filled
+        (0, 3, (3, 6)),
+        (0, 9, (3, 6)),
+    ],
+)
+def test_a_shard_is_filled_by_rows_that_adjoin(low: int, high: int, filled: tuple[int, int]) -> None:
+    held = HeldShard({"x": torch.zeros(9), "y": torch.zeros(9, 2)})
+    assert not held.has(3, 6)
+    for first, last, value in ((3, 6, 1.0), (low, high, 2.0)):
+        rows = {"x": torch.full((last - first,), value), "y": torch.full((last - first, 2), value)}
+        held.fill(first, last, rows)
+    assert (held.low, held.high) == filled
+    assert held.has(*filled)
+    assert held.has(4, 5)
+    assert not held.has(filled[0] - 1, 5)
+    assert not held.has(4, filled[1] + 1)
+    expected = torch.zeros(9)
+    expected[3:6] = 1.0
+    if 3 <= low <= 6:
+        expected[low:high] = 2.0
+    assert torch.equal(held.tensors["x"], expected)
+    assert torch.equal(held.rows(2, 7)["y"], expected[2:7, None].expand(-1, 2))
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 from tiny import tiny_tokenizer
 
 from rapidin.data.encoding import Encoded, Encoder, Status, alpaca_prompt
@@ -325,7 +326,7 @@ def test_multi_byte_text(text: str) -> None:
 writing = st.text(st.characters(exclude_categories=["Cs"]), max_size=30)
 
 
-@settings(max_examples=150, deadline=None)
+@tries(150)
 @given(prompt=writing, completion=writing)
 def test_target_tokens_give_the_completion_back(prompt: str, completion: str) -> None:
     plain, after_bos = (encode.encode_pair(prompt, completion) for encode in ENCODERS)

@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 from fitted import fitted
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from properties import tries
 from tiny import records, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
@@ -31,7 +32,7 @@ TOKENIZER = tiny_tokenizer()
 # ---------------------------------------------------------------------------------------------- pieces
 
 
-@settings(max_examples=60, deadline=None)
+@tries(60)
 @given(st.text(st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_pieces_make_up_the_text(text: str) -> None:
     encoder = Encoder(TOKENIZER, max_length=1024)

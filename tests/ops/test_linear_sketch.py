@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from changed import changed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from inputs import (
     DEVICE,
@@ -25,6 +25,7 @@ from inputs import (
     normal,
     torch_threads,
 )
+from properties import tries
 
 from rapidin import ops
 from rapidin.ops import cpu, cuda, reference, tables
@@ -159,7 +160,8 @@ FUSED = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dim", FUSED)
 def test_every_width_of_the_fused_kernel(dim, name):
-    for shape in ((2, 17, 70, 45), (1, 2, 2 * dim + 9, dim), (1, 5, dim - 3, 3)):
+    # The reference forms the gradient, so only one side at a time is as long as the widest sketch.
+    for shape in ((2, 17, 70, 45), (1, 2, 2 * dim + 9, min(dim, 512)), (1, 2, 21, dim), (1, 5, dim - 3, 3)):
         with instruction_set(name):
             assert_close(cpu.by_fft(*factors(shape), dim, SEED), wanted_sketch(shape, dim), 4e-6)
 
@@ -222,7 +224,7 @@ def test_not_finite_examples_stay_apart_in_the_fused_kernel(bad, name):
     assert not sketch[touched].isfinite().all(1).any()
 
 
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(
     tokens=st.integers(1, 200),
     n_in=st.integers(1, 5000),
@@ -243,7 +245,7 @@ def test_cheap_ways_are_chosen():
     assert cpu.choose_way(128, 576, 576, 64) is None
 
 
-@settings(max_examples=25, deadline=None)
+@tries(25)
 @given(
     shape=st.tuples(st.integers(1, 3), st.integers(1, 6), st.integers(1, 40), st.integers(1, 40)),
     dim=st.integers(1, 70),
@@ -592,7 +594,7 @@ def test_shapes_widths_and_dtypes(gpu, dim, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dim", [64, pytest.param(512, marks=pytest.mark.full), 1024])
+@pytest.mark.parametrize("dim", [64, 512, 1024])
 def test_rows_longer_than_a_stage_and_many_tiles(gpu, dim):
     for dtype in (torch.bfloat16, torch.float32):
         for shape in ((2, 37, 1200, 2100), (1, 150, 70, 40)) if dim <= 512 else ((2, 13, 1200, 2100),):
@@ -874,7 +876,7 @@ def test_no_order_of_threads_changes_a_bit(emulated_cuda, dim):
 @pytest.mark.gpu
 def test_how_blocks_share_an_example_changes_little(gpu):
     """Many examples leave a block each, one is cut in as many parts as it has tiles."""
-    inputs, grads = factors((1, 70, 60, 40))
+    inputs, grads = factors((1, 70, 20, 12))
     alone = sketch(inputs, grads, 64, gpu)
     many, run, named = 300, ops.linear_sketch, {"backend": gpu}
     if gpu == "triton" and DEVICE.type == "cpu":  # interpreted, 300 take half a minute

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from inputs import (
     DEVICE,
@@ -18,6 +18,7 @@ from inputs import (
     torch_threads,
 )
 from poison import poisoned
+from properties import tries
 
 from rapidin import ops
 
@@ -68,7 +69,7 @@ def test_not_finite_elements_show(bad, backend):
     assert (~sketch[1].isfinite()).sum() == 1
 
 
-@settings(max_examples=30, deadline=None)
+@tries(30)
 @given(
     rows=st.integers(1, 50),
     cols=st.integers(1, 50),
@@ -147,7 +148,7 @@ def test_integers_are_exact_over_many_parts(dtype):
 @pytest.mark.gpu
 @pytest.mark.usefixtures("triton")
 def test_the_same_bits_each_time():
-    grad = normal(2, 300, 200).to(DEVICE)
+    grad = normal(1, 300, 200).to(DEVICE)
     sketches = [ops.matrix_sketch(grad, 16, seed=1, backend="triton") for _ in range(2)]
     assert torch.equal(*sketches)
 
@@ -175,7 +176,7 @@ def test_not_finite_elements_stay_in_their_bins(bad):
 @pytest.mark.gpu
 @pytest.mark.usefixtures("triton")
 def test_outputs_are_written_whole():
-    grad = integers(2, 300, 200).to(DEVICE)
+    grad = integers(1, 300, 200).to(DEVICE)
     wanted = ops.matrix_sketch(grad, 10, seed=1, backend="reference")
     ops.matrix_sketch(grad, 10, seed=1, backend="triton")  # its tables are kept
     with poisoned() as given:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from inputs import (
     DEVICE,
@@ -15,6 +15,7 @@ from inputs import (
     torch_threads,
 )
 from poison import poisoned
+from properties import tries
 
 from rapidin import ops
 from rapidin.ops import Packed, pack, packed_bytes, unpack
@@ -270,7 +271,7 @@ def test_base_is_added_and_may_forbid_rows():
     assert bool((got[1][2] == -1).all())
 
 
-@settings(max_examples=40, deadline=None)
+@tries(40)
 @given(
     rows=st.integers(0, 120),
     width=st.integers(0, 700),

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from changed import changed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from inputs import DEVICE, INSTRUCTION_SETS, instruction_set, integers, normal, torch_threads
 from poison import poisoned
+from properties import tries
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rapidin import ops
@@ -188,7 +189,7 @@ def test_all_scores_beside_the_ranking(kind, queries, scored, name):
     )
 
 
-@settings(max_examples=30, deadline=None)
+@tries(30)
 @given(
     rows=st.integers(1, 120),
     width=st.integers(1, 60),

@@ -14,9 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from made_results import HOSTILE, hostile, made, several, visible
+from properties import tries
 
 from rapidin.results.collection import Results
 from rapidin.results.html import notebook, page, shades, text
@@ -185,7 +186,7 @@ def test_the_script_makes_no_markup_of_texts() -> None:
         assert word not in script
 
 
-@settings(deadline=None, max_examples=80)
+@tries(80)
 @given(
     st.text(st.characters(), min_size=1, max_size=40)
     | st.sampled_from(HOSTILE)
@@ -268,6 +269,7 @@ def test_levels_are_within_half_a_step_on_the_root_scale(most: int, scale: float
     assert np.abs(roots * most - found).max() <= 0.5 + 1e-6
 
 
+@tries(100)
 @given(st.lists(st.floats(-1e30, 1e30), max_size=20))
 def test_shades_have_the_sign_and_the_order_of_the_numbers(values: list[float]) -> None:
     found = shades.steps(values)
