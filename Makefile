@@ -40,7 +40,7 @@ tests: .venv/installed .venv/emulated
 	@echo "make test left out the tests marked 'full': GPU kernels at more sizes and under sanitizers, processes that"
 	@echo "are killed or share work, whole trainings, and the page in a browser. make test-full runs them, too."
 
-# Property tests draw five times the inputs, at random (tests/support/properties.py).
+# Property tests draw five times the inputs, the same in each run (tests/support/properties.py).
 tests-full: .venv/installed .venv/emulated
 	RAPIDIN_EXAMPLES=5 $(PYTEST)
 
