@@ -78,39 +78,37 @@ def cached(variant: Variant, truth: GroundTruth, work: Path, log: Log) -> Found:
     return {"package": "rapidin", "at": at}, found
 
 
-def by_gradients(point: float, truth: GroundTruth, work: Path, log: Log) -> Found:
-    """All methods with the adapter's gradients at a point, without a preconditioner and with K-FAC's: by the
-    exact gradients, by sketches of a cache's width, and by rows of 2,048 bytes that have all been learnt
-    from, as in any cache of so few; and by the RapidIn paper's projection."""
+def exact(preconditioner: str, point: float, truth: GroundTruth, work: Path, log: Log) -> Found:
+    """The default methods with the exact gradients of the adapter's matrices at a point."""
     subject = gradients(point, truth, work)
-    sizes = torch.tensor([a * b for a, b in subject.shapes], dtype=torch.float64)
-    found: dict[str, Floats] = {}
-    for preconditioner, way in PRECONDITIONERS.items():
-        log(f"gradients at {point:g}, preconditioner {preconditioner}")
-        widths = {None: default_width(len(sizes)), BUDGET: default_width(len(sizes), BUDGET)}
-        grams: list[Grams] = []
-        made: dict[int, list[list[Tensor]]] = {width: [[], []] for width in widths.values()}
-        for block in blocks(subject):
-            sides = damping.preconditioned(block, way)
-            grams.append(Grams.of(*sides))
-            for width, groups in made.items():
-                for group, side in zip(groups, sides, strict=True):
-                    group.append(damping.sketched(block, side, width, seed=0))
-        kept = {"exact": Grams.cat(grams)}
-        for budget, width in widths.items():
-            train, test = (torch.cat(group, 1) for group in made[width])
-            if budget is None:
-                kept[f"width {width:,}"] = Grams.of(train.unbind(1), test.unbind(1))
-                continue
-            lengths, units = train.norm(dim=2), F.normalize(train, dim=2)
+    way = PRECONDITIONERS[preconditioner]
+    grams = Grams.cat([Grams.of(*damping.preconditioned(block, way)) for block in blocks(subject)])
+    found = gram_scores(grams, sizes_of(subject), preconditioner)
+    named = {key(method, preconditioner, "exact"): scores for method, scores in found}
+    return {"package": "rapidin", "at": f"{point:g}"}, named
+
+
+def stored(preconditioner: str, point: float, truth: GroundTruth, work: Path, log: Log) -> Found:
+    """The same from what a cache stores: sketches of the default width, and rows of 2,048 bytes that have all
+    been learnt from, as in any cache of so few."""
+    subject, budgets = gradients(point, truth, work), (None, BUDGET)
+    widths = {budget: default_width(len(subject.names), budget) for budget in budgets}
+    made: dict[int, list[list[Tensor]]] = {width: [[], []] for width in widths.values()}
+    for block in blocks(subject):
+        sides = damping.preconditioned(block, PRECONDITIONERS[preconditioner])
+        for width, groups in made.items():
+            for group, side in zip(groups, sides, strict=True):
+                group.append(damping.sketched(block, side, width, seed=0))
+    found = {}
+    for budget, width in widths.items():
+        train, test = (torch.cat(group, 1) for group in made[width])
+        rows, lengths, units = f"width {width:,}", train.norm(dim=2), F.normalize(train, dim=2)
+        if budget is not None:
             codec = coded(units, lengths, torch.arange(len(units)), CodecConfig("sign", budget), 0)
-            decoded = codec.decode(codec.encode(units, lengths)) * lengths[:, :, None]
-            kept[f"{budget:,} bytes"] = Grams.of(decoded.unbind(1), test.unbind(1), lengths.T)
-        for rows, of_rows in kept.items():
-            for method, scores in gram_scores(of_rows, sizes, preconditioner):
-                found[key(method, preconditioner, rows)] = scores
-    log(f"gradients at {point:g}, the RapidIn paper's projection")
-    found[key("rapidgrad", "off", f"{RAPIDGRAD_WIDTH:,} numbers")] = rapidgrad(subject)
+            rows, units = f"{budget:,} bytes", codec.decode(codec.encode(units, lengths))
+        grams = Grams.of((units * lengths[:, :, None]).unbind(1), test.unbind(1), lengths.T)
+        for method, scores in gram_scores(grams, sizes_of(subject), preconditioner):
+            found[key(method, preconditioner, rows)] = scores
     return {"package": "rapidin", "at": f"{point:g}"}, found
 
 
@@ -139,9 +137,15 @@ def blocks(subject: Subject) -> Iterator[Subject]:
         yield replace(subject, **{name: [getattr(subject, name)[n]] for name in names})
 
 
-def rapidgrad(subject: Subject) -> Floats:
-    """The cosines of rows of the RapidIn paper (Lin et al., ACL 2024, section 3): the flat sketches of all
-    matrices' gradients, each at length 1, added up to 65,536 numbers."""
+def sizes_of(subject: Subject) -> Tensor:
+    """The numbers of each matrix."""
+    return torch.tensor([rows * columns for rows, columns in subject.shapes], dtype=torch.float64)
+
+
+def rapidgrad(truth: GroundTruth, work: Path, log: Log) -> Found:
+    """The cosines of rows of the RapidIn paper (Lin et al., ACL 2024, section 3) at the tuned adapter: the
+    flat sketches of all matrices' gradients, each at length 1, added up to 65,536 numbers."""
+    subject = gradients(1.0, truth, work)
     rows = [torch.zeros(len(group[0]), RAPIDGRAD_WIDTH) for group in (subject.train, subject.test)]
     for n, name in enumerate(subject.names):
         for total, group in zip(rows, (subject.train, subject.test), strict=True):
@@ -150,7 +154,8 @@ def rapidgrad(subject: Subject) -> Floats:
             total += F.normalize(sketch, eps=1e-30)
     train, test = (F.normalize(each) for each in rows)
     scores: Floats = (test @ train.T).double().numpy()
-    return scores
+    about = {"package": "rapidin", "at": "1"}
+    return about, {key("rapidgrad", "off", f"{RAPIDGRAD_WIDTH:,} numbers"): scores}
 
 
 def gram_scores(grams: Grams, sizes: Tensor, preconditioner: str) -> Iterator[tuple[str, Floats]]:
@@ -187,7 +192,7 @@ def without_gradients(truth: GroundTruth, work: Path, log: Log) -> Found:
 
 def fused(truth: GroundTruth, work: Path, log: Log) -> Found:
     """One ranking of the default gradients, words and hidden states, as `rapidin query --fuse` makes it."""
-    about, of_gradients = Scores(work).load("gradients at 0.5")
+    about, of_gradients = Scores(work).load("exact gradients at 0.5, kfac")
     _, others = Scores(work).load("baselines")
     rankings = {fuse.fusion.GRADIENTS: of_gradients[key("dot:layer", "kfac", "exact")]}
     rankings |= {name: others[name] for name in (baselines.WORDS, baselines.STATES)}
@@ -277,11 +282,13 @@ _CACHES = (
     Variant((0.1, 0.5, 0.9), BUDGET),
     Variant(None, None, "off"),
 )
-DEFAULT_WAY = str(_CACHES[0])
 Way = Callable[[GroundTruth, Path, Log], Found]
+_MADE = [(point, way) for point in (1.0, 0.5) for way in PRECONDITIONERS]
 WAYS: dict[str, Way] = {
     "baselines": without_gradients,
-    **{f"gradients at {point:g}": partial(by_gradients, point) for point in (1.0, 0.5)},
+    **{f"exact gradients at {point:g}, {way}": partial(exact, way, point) for point, way in _MADE},
+    **{f"stored gradients at {point:g}, {way}": partial(stored, way, point) for point, way in _MADE},
+    "rapidgrad": rapidgrad,
     **{f"RISE at {point:g}": partial(rise, point) for point in (1.0, 0.5)},
     "fused": fused,
     **{f"cache {variant}": partial(cached, variant) for variant in _CACHES},

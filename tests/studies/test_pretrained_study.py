@@ -36,7 +36,16 @@ ROWS = [
     {"prompt": f"Row {n}: the", "completion": f" {WORDS[n % 4]} {WORDS[n // 4 % 4]} {n}"} for n in range(40)
 ]
 ASKED = [{"prompt": f"Row {n}: the", "completion": f" {word}"} for n, word in enumerate(WORDS)]
-SCORED = ["baselines", "gradients at 1", "gradients at 0.5", "RISE at 1", "fused", "cache at 0.5"]
+SCORED = [
+    "baselines",
+    "exact gradients at 1, off",
+    "exact gradients at 0.5, kfac",
+    "stored gradients at 0.5, kfac",
+    "rapidgrad",
+    "RISE at 1",
+    "fused",
+    "cache at 0.5",
+]
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +71,18 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[GroundTruth, Path]:
 
 def test_gradients_give_the_scores_of_a_cache(made: tuple[GroundTruth, Path]) -> None:
     _, work = made
-    _, gradients = Scores(work).load("gradients at 0.5")
+    _, exact = Scores(work).load("exact gradients at 0.5, kfac")
+    _, stored = Scores(work).load("stored gradients at 0.5, kfac")
     _, cached = Scores(work).load("cache at 0.5")
-    for name, want in cached.items():
-        method = name.split("|")[0]
-        (found,) = (x for name, x in gradients.items() if name.startswith(f"{method}|kfac|width"))
-        assert np.corrcoef(found.ravel(), want.ravel())[0, 1] > 0.999, method
-        assert np.corrcoef(gradients[key(method, "kfac", "exact")].ravel(), want.ravel())[0, 1] > 0.9, method
-        packed = gradients[key(method, "kfac", "2,048 bytes")]
-        assert np.corrcoef(packed.ravel(), want.ravel())[0, 1] > 0.8, method
-    assert sorted(Scores(work).names()) == sorted(SCORED)
-    assert len(gradients) == 2 * 3 * len(cached) + 1
+    for key_of_cache, want in cached.items():
+        method = key_of_cache.split("|")[0]
+        (floats,) = (x for name, x in stored.items() if name.startswith(f"{method}|kfac|width"))
+        of = {"floats": (floats, 0.999), "exact": (exact[key(method, "kfac", "exact")], 0.9)}
+        of["packed"] = (stored[key(method, "kfac", "2,048 bytes")], 0.8)
+        for kind, (found, least) in of.items():
+            assert np.corrcoef(found.ravel(), want.ravel())[0, 1] > least, (method, kind)
+    assert len(exact) == len(cached)
+    assert len(stored) == 2 * len(cached)
 
 
 def test_the_papers_projection_is_that_of_a_cache(made: tuple[GroundTruth, Path], tmp_path: Path) -> None:
@@ -80,7 +90,7 @@ def test_the_papers_projection_is_that_of_a_cache(made: tuple[GroundTruth, Path]
     attributor = Attributor(truth.tuned("cpu").load(), at=1.0, projection="rapidgrad", max_length=24)
     cache = attributor.cache(str(truth.folder / "train.jsonl"), tmp_path / "cache", null=False)
     want = attributor.scores(cache, list(truth.examples("test")))
-    found = Scores(work).load("gradients at 1")[1][key("rapidgrad", "off", "65,536 numbers")]
+    found = Scores(work).load("rapidgrad")[1][key("rapidgrad", "off", "65,536 numbers")]
     np.testing.assert_allclose(found, np.asarray(want), atol=2e-3)
 
 
