@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,10 @@ AT = 0.5
 Values = npt.NDArray[np.float64]  # of each test text or query
 
 
+def _unmeasured(scores: Tensor) -> Values:
+    return np.full(len(scores), np.nan)
+
+
 @dataclass(frozen=True)
 class Subject:
     """Gradients of training and test texts, [n, numbers] of each block.
@@ -52,11 +57,7 @@ class Subject:
     train: list[Tensor]
     test: list[Tensor]
     spectra: list[tuple[Spectrum, Spectrum]]
-    measure: Callable[[Tensor], Values]
-
-
-def _unmeasured(scores: Tensor) -> Values:
-    return np.full(len(scores), np.nan)
+    measure: Callable[[Tensor], Values] = _unmeasured
 
 
 def of_set(folder: Path) -> Subject:
@@ -106,15 +107,34 @@ def of_poison(
     attributor = Attributor(
         load_model(model, adapter=adapter), at=AT, preconditioner="off", max_length=max_length
     )
+    marked = np.array([bool(row["poisoned"]) for row in map(json.loads, Path(data).read_text().splitlines())])
+
+    def measure(scores: Tensor) -> Values:
+        return auprc(scores.numpy(), np.broadcast_to(marked, scores.shape))
+
+    groups = [list(open_examples(file)) for file in (data, queries)]
+    return of_records(name, "auPRC", attributor, groups[0], groups[1], width, measure)
+
+
+def of_records(
+    name: str,
+    figure: str,
+    attributor: Attributor,
+    rows: Sequence[Mapping[str, Any]],
+    queries: Sequence[Mapping[str, Any]],
+    width: int,
+    measure: Callable[[Tensor], Values] = _unmeasured,
+) -> Subject:
+    """Records and the model of an attributor that has one point and no preconditioner; the moments are those
+    of the sample that a cache of these rows takes."""
     source = attributor.source
     shapes = [(int(o), int(i)) for o, i in (target.matrix for target in source.targets)]
     names = [target.name for target in source.targets]
     moments = FactorMoments(_targets(names, shapes), RANK, seed=0)
-    rows = list(open_examples(data))
     config = PreconditionerConfig("kfac", sample=KFAC_SAMPLE)
     sample = set(sample_rows(len(rows), config.sample_of(len(rows)), 0, STREAM))
     found: list[list[Tensor]] = []
-    for group in (rows, list(open_examples(queries))):
+    for group in (rows, queries):
         made = [torch.zeros(len(group), o * i) for o, i in shapes]
         for number, record in enumerate(group):
             text = source.encoder(record)
@@ -134,12 +154,7 @@ def of_poison(
             if number % 100 == 99:
                 print(f"{name}: {number + 1} of {len(group)}", flush=True)
         found.append(made)
-    marked = np.array([bool(row["poisoned"]) for row in map(json.loads, Path(data).read_text().splitlines())])
-
-    def measure(scores: Tensor) -> Values:
-        return auprc(scores.numpy(), np.broadcast_to(marked, scores.shape))
-
-    return Subject(name, "auPRC", width, names, shapes, *found, _spectra(moments), measure=measure)
+    return Subject(name, figure, width, names, shapes, *found, _spectra(moments), measure=measure)
 
 
 def _targets(names: list[str], shapes: list[tuple[int, int]]) -> list[Target]:

@@ -64,9 +64,13 @@ def count_sketch(x: Tensor, size: int, seed: int) -> Tensor:
 
 
 def channels(model: CharGPT, ids: Tensor, seed: int | None = None) -> list[Tensor]:
-    """The residual and the projected channel of each text at length 1, [n, numbers]; seed: of their sketches
-    in float16, None for exact ones."""
-    error, projected, hidden = factors(model, ids)
+    """The channels of texts [n, T + 1] by `channels_of`."""
+    return channels_of(*factors(model, ids), seed)
+
+
+def channels_of(error: Tensor, projected: Tensor, hidden: Tensor, seed: int | None = None) -> list[Tensor]:
+    """The residual and the projected channel of each text at length 1, [n, numbers], of its `factors`; seed:
+    of their sketches in float16, None for exact ones."""
     found = []
     for number, rows in enumerate((error, projected)):
         columns = hidden

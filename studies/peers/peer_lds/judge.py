@@ -63,7 +63,8 @@ def base_of(truth: Path) -> str:
 
 
 def prepare_texts(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
-    """(the texts as token ids and labels, a model folder for each place), made with rapidin's own encoder.
+    """(the texts as token ids and labels, a model or adapter folder for each place), made with rapidin's own
+    encoder.
 
     What an earlier call left in `work` is removed where it was of another model or other texts.
     Where positions are rotary, so that no weight depends on it, the model folders say a long context: Bergson
@@ -73,12 +74,14 @@ def prepare_texts(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
 
     from rapidin.data.encoding import Encoder
     from rapidin.data.examples import open_examples
-    from rapidin.gradients.load import load_model
 
     work.mkdir(parents=True, exist_ok=True)
-    loaded = load_model(str(truth / "tuned"), base=base_of(truth), device="cpu")
+    made = GroundTruth(truth)
+    tuned = made.tuned("cpu")
+    loaded = tuned.load()
     tokenizer = loaded.tokenizer
-    encoder = Encoder(tokenizer, max_length=loaded.context_length or 2048)
+    length = made.description["settings"]["max_length"]
+    encoder = Encoder(tokenizer, max_length=min(length, loaded.context_length or length))
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     texts: dict[str, Any] = {"pad": pad}
     for part in ("train", "test"):
@@ -99,9 +102,12 @@ def prepare_texts(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
     for at in PLACES:
         folders[at] = work / f"model-{at}"
         shutil.rmtree(folders[at], ignore_errors=True)
-        shutil.copytree(truth / "tuned", folders[at])
+        shutil.copytree(tuned.path, folders[at])
+        tokenizer.save_pretrained(folders[at])
         with loaded.path.at(at), torch.no_grad():
             loaded.model.save_pretrained(folders[at])
+        if tuned.lora is not None:
+            continue  # the context is the base model's
         for name, key in (
             ("config.json", "max_position_embeddings"),
             ("tokenizer_config.json", "model_max_length"),

@@ -34,6 +34,7 @@ TRACKSTAR = (
     (True, True, 0.1),
     (False, True, 0.1),
 )
+MAIN = (TRACKSTAR[0], TRACKSTAR[-1])  # of the main cases
 GLOBAL = (512,)  # numbers of TRAK's one vector for all modules: 2,048 bytes
 
 
@@ -191,7 +192,8 @@ def cases(setting: Setting) -> Iterator[Case]:
         options = {"numbers": numbers, "damping": damping, "seed": 0}
         yield Case("TRAK", options, partial(trak, setting, numbers, 0, damping))
     for damping in (0.1, 1.0, 10.0):
-        yield Case("EK-FAC", {"damping": damping}, partial(ekfac, setting, damping))
+        score = partial(ekfac, setting, damping)
+        yield Case("EK-FAC", {"damping": damping}, score, main=damping == 0.1)
     for seed in setting.seeds:
         for side in SIDES if seed == 0 else FEW:
             about: dict[str, Any] = {"side": side, "seed": seed}
@@ -201,7 +203,8 @@ def cases(setting: Setting) -> Iterator[Case]:
             for unit, mixed, damping in TRACKSTAR[: 0 if not side else 1 if side == 32 else None]:
                 options = {"unit_normalize": unit, "mix_hessians": mixed, "damping": damping}
                 score = partial(trackstar, setting, side, seed, unit, mixed, damping, False)
-                yield Case("TrackStar", options | about, score)
+                main = side == 16 and (unit, mixed, damping) in MAIN
+                yield Case("TrackStar", options | about, score, main=main)
             if 0 < side < 32 and setting.optimizer:
                 options = {"unit_normalize": True, "mix_hessians": False, "damping": 0.1, "AdamW": True}
                 score = partial(trackstar, setting, side, seed, True, False, 0.1, True)

@@ -73,7 +73,8 @@ def cases(setting: Setting) -> Iterator[Case]:
     for strategy in ("diagonal", "kfac", "ekfac"):
         for damping in (1e-8, None):
             about = {"damping": "0.1 of the mean eigenvalue" if damping is None else damping}
-            yield Case(strategy, about, partial(scores, setting, strategy, damping))
+            main = strategy == "ekfac" and damping is None
+            yield Case(strategy, about, partial(scores, setting, strategy, damping), main=main)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,9 @@ It has no causal language models; the model output given here is what its paper 
 log(p / (1 - p)) of each counted token, their mean over the text, and the loss's derivative by it, 1 - p,
 likewise. `loss`: minus the loss itself instead. The gradients are of the linear layers of the blocks. On a
 CPU it draws its matrix of normal numbers anew for every batch, so all texts are one batch; and in half
-precision, its default, one projection is not done after twelve minutes, so float32 it is.
+precision, its default, one projection is not done after twelve minutes, so float32 it is. With an adapter
+the texts come in batches of 64, since all at once do not fit into memory; the seed makes the matrix of each
+the same.
 
 What is kept of an example is the `features` row, in float16 by default; the gradients it was made from are on
 disk too, but not needed for scores. More dimensions than texts make the matrix that it inverts singular; its
@@ -19,10 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from setting import NOT_A_TARGET, Case, Setting, losses, main
+from setting import NOT_A_TARGET, Case, Setting, Texts, losses, main
 from torch import Tensor
 
 DIMENSIONS = (512, 1024, 2048)
+ADAPTER_BATCH = 64
 LAMBDAS = (0.0, 1e-5, 1e-3, 1e-1, 1.0, 10.0, 100.0)
 
 
@@ -67,6 +70,13 @@ def model_output(kind: str) -> Any:
     return Output()
 
 
+def batches(setting: Setting, texts: Texts) -> Iterator[tuple[Tensor, ...]]:
+    """The columns of all texts, or of as many as fit into memory."""
+    size = ADAPTER_BATCH if setting.is_adapter else len(texts)
+    for start in range(0, len(texts), size):
+        yield tuple(column[start : start + size] for column in texts.columns)
+
+
 Projected = tuple[Tensor, Tensor, Tensor]
 
 
@@ -91,10 +101,12 @@ def projected(
     )
     state = {name: value.clone() for name, value in model.state_dict().items()}
     traker.load_checkpoint(state, model_id=0)
-    traker.featurize(batch=setting.train.columns, num_samples=len(setting.train))
+    for columns in batches(setting, setting.train):
+        traker.featurize(batch=columns, num_samples=len(columns[0]))
     traker.finalize_features()
     traker.start_scoring_checkpoint("lds", state, model_id=0, num_targets=len(setting.test))
-    traker.score(batch=setting.test.columns, num_samples=len(setting.test))
+    for columns in batches(setting, setting.test):
+        traker.score(batch=columns, num_samples=len(columns[0]))
     found = torch.as_tensor(traker.finalize_scores("lds")).float()
     store = traker.saver.current_store
     kept = (torch.tensor(store[name]).float() for name in ("grads", "lds_grads", "out_to_loss"))
@@ -131,7 +143,8 @@ def cases(setting: Setting) -> Iterator[Case]:
             made = Projections(setting, kind, dimension, seed)
             for ridge in LAMBDAS:
                 about = {"output": kind, "dimension": dimension, "lambda_reg": ridge, "seed": seed}
-                yield Case("TRAK", about, partial(made.scores, ridge), note)
+                main = kind == "log odds" and dimension == 1024
+                yield Case("TRAK", about, partial(made.scores, ridge), note, main=main)
 
 
 if __name__ == "__main__":

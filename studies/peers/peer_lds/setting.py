@@ -1,9 +1,10 @@
 """What every `run_<package>.py` reads and writes.
 
-    python run_<package>.py TEXTS.json MODEL WORK --truth TRUTH --at 1 [--seeds 3]
+    python run_<package>.py TEXTS.json MODEL WORK --truth TRUTH --at 1 [--seeds 3] [--main]
 
 TEXTS.json holds token ids and labels, made once, so that all packages see the same tokens and count the same
-ones; MODEL is a Hugging Face folder, of the place that --at names; TRUTH is what `rapidin eval lds` made.
+ones; MODEL is a Hugging Face folder, of the place that --at names, or an adapter's, whose matrices are then
+all that counts; TRUTH is what `rapidin eval lds` made. --main runs the main cases alone.
 WORK gets `rows.json`, a row a case, and the scores beside it as .npy; a case that fails is a row that says
 why.
 """
@@ -103,12 +104,19 @@ class Setting:
         found = [file.parent for file in (self.truth / "checkpoints").glob("checkpoint-*/optimizer.pt")]
         return max(found, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether MODEL is an adapter."""
+        return (self.model_folder / "adapter_config.json").exists()
+
     def linear_layers(self, model: Any) -> list[str]:
-        """The linear layers of the blocks, by module name."""
+        """The linear layers of the blocks, by module name; of an adapter, its own."""
         return [
             name
             for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and ".layers." in name
+            if isinstance(module, torch.nn.Linear)
+            and ".layers." in name
+            and (not self.is_adapter or ".lora_" in name)
         ]
 
 
@@ -116,6 +124,8 @@ class Setting:
 class Case:
     """score: given an empty folder, (scores [test, train], larger = more helpful; bytes it keeps of an
     example, None where it keeps nothing of single examples). about: more for the row; `score` may add to it.
+    main: a case that is worth its time on a model that is not small: the method's own defaults, or what was
+    best on the small one.
     """
 
     method: str
@@ -123,6 +133,7 @@ class Case:
     score: Callable[[Path], tuple[Tensor, float | None]]
     note: str = ""
     about: dict[str, Any] = field(default_factory=dict)
+    main: bool = False
 
 
 def run_cases(setting: Setting, package: str, cases: Iterable[Case]) -> None:
@@ -172,6 +183,7 @@ def main(package: str, cases: Callable[[Setting], Iterable[Case]]) -> None:
     parser.add_argument("--truth", type=Path, required=True)
     parser.add_argument("--at", default="1")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--main", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -179,4 +191,4 @@ def main(package: str, cases: Callable[[Setting], Iterable[Case]]) -> None:
     rows = json.loads(args.texts.read_text())
     train, test = (Texts.of(rows[part], rows["pad"]) for part in ("train", "test"))
     setting = Setting(args.model, args.truth, args.work, args.at, tuple(range(args.seeds)), train, test, rows)
-    run_cases(setting, package, cases(setting))
+    run_cases(setting, package, (case for case in cases(setting) if case.main or not args.main))

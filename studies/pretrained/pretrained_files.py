@@ -1,0 +1,144 @@
+"""The files of the study: scores by way, trainings, and what of them the repository keeps.
+
+`results/` has all that the tables are made of, without a text: `truth.npz` the subsets as bits, the losses of
+the test examples and what the truth was made with; `scores/` a file for each way; `second.npz` and
+`removals.npz` the trainings of those names.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rapidin.errors import UserError
+from rapidin.evaluate.ground_truth import GroundTruth
+from rapidin.files import replace_file
+
+RESULTS = Path(__file__).resolve().parent / "results"
+SECOND, REMOVALS = "second.npz", "removals.npz"
+Floats = npt.NDArray[np.float64]
+Bools = npt.NDArray[np.bool_]
+
+
+def key(method: str, preconditioner: str = "", rows: str = "", seed: str = "") -> str:
+    """The name of scores within a way: the method, the preconditioner of the gradients, what is kept of a
+    row, and the seed of that."""
+    return "|".join((method, preconditioner, rows, seed)).rstrip("|")
+
+
+class Scores:
+    """Scores [test, train] by way and `key`, in `folder`/scores: a file for each way.
+
+    A way has a description: the "package", "at", the point where it takes gradients, and more of other
+    packages.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder / "scores"
+
+    def has(self, name: str) -> bool:
+        """Whether this way has been computed."""
+        return self._file(name).exists()
+
+    def save(
+        self, name: str, about: Mapping[str, Any], scores: Mapping[str, npt.NDArray[Any]], dtype: str = "f4"
+    ) -> None:
+        """Keep a way. dtype: "f2" divides the scores of each test example by their largest one first, which
+        changes neither ranks nor LDS."""
+        arrays = {method: np.asarray(each, dtype=np.float64) for method, each in scores.items()}
+        if dtype == "f2":
+            arrays = {method: each / _largest(each) for method, each in arrays.items()}
+        text = np.frombuffer(json.dumps({**about, "name": name}).encode(), dtype=np.uint8)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        save_npz(self._file(name), {"about": text, **{k: v.astype(dtype) for k, v in arrays.items()}})
+
+    def load(self, name: str) -> tuple[dict[str, Any], dict[str, Floats]]:
+        """The description of a way, with its name, and its scores by method. Raises UserError if it is
+        missing."""
+        if not self.has(name):
+            raise UserError(f"'{self.folder.parent}' has no scores of '{name}'", "compute them by 'scores'")
+        with np.load(self._file(name), allow_pickle=False) as file:
+            about = json.loads(file["about"].tobytes())
+            return about, {key: file[key].astype(np.float64) for key in file.files if key != "about"}
+
+    def names(self) -> list[str]:
+        """The ways that have been computed, in the order of their files."""
+        found = []
+        for path in sorted(self.folder.glob("*.npz")):
+            with np.load(path, allow_pickle=False) as file:
+                found.append(str(json.loads(file["about"].tobytes())["name"]))
+        return found
+
+    def _file(self, name: str) -> Path:
+        return self.folder / (re.sub(r"[^a-z0-9.]+", "-", name.lower()).strip("-") + ".npz")
+
+
+def _largest(scores: Floats) -> Floats:
+    largest: Floats = np.nanmax(np.abs(scores), axis=1, keepdims=True)
+    return np.where(largest > 0, largest, 1.0)
+
+
+def save_npz(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write arrays atomically, compressed."""
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, **arrays)
+    replace_file(path, buffer.getvalue())
+
+
+def keep(truth: GroundTruth, work: Path, out: Path | None = None) -> None:
+    """Put what the tables are made of into `out`, by default the study's own folder of results."""
+    out = out or RESULTS
+    out.mkdir(parents=True, exist_ok=True)
+    about = {key: truth.description[key] for key in ("identity", "train", "test", "settings")}
+    arrays = {
+        "about": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
+        "masks": np.packbits(truth.masks, axis=1),
+        "losses": truth.losses.astype(np.float32),
+    }
+    save_npz(out / "truth.npz", arrays)
+    for name in (SECOND, REMOVALS):
+        if (work / name).exists():
+            shutil.copyfile(work / name, out / name)
+    scores, kept = Scores(work), Scores(out)
+    shutil.rmtree(kept.folder, ignore_errors=True)
+    for name in scores.names():
+        kept.save(name, *scores.load(name), dtype="f2")
+
+
+def kept_truth(folder: Path = RESULTS) -> tuple[dict[str, Any], Bools, npt.NDArray[np.float32]]:
+    """(what the truth was made with, masks [S, N], losses [S, K, T] with NaN where they are missing)."""
+    with np.load(folder / "truth.npz", allow_pickle=False) as file:
+        about = json.loads(file["about"].tobytes())
+        masks = np.unpackbits(file["masks"], axis=1, count=about["train"]["rows"]).astype(np.bool_)
+        return about, masks, file["losses"]
+
+
+def trainings(path: Path) -> tuple[Bools, Sequence[int], npt.NDArray[np.float32], dict[str, Any]]:
+    """(rows that were trained on [n, N], seeds, losses [n, T] with NaN where they are missing, and more) of a
+    file that `save_trainings` wrote."""
+    with np.load(path, allow_pickle=False) as file:
+        about = json.loads(file["about"].tobytes())
+        masks = np.unpackbits(file["masks"], axis=1, count=about["rows"]).astype(np.bool_)
+        return masks, file["seeds"].tolist(), file["losses"], about
+
+
+def save_trainings(
+    path: Path, masks: Bools, seeds: Sequence[int], measured: npt.NDArray[Any], about: Mapping[str, Any]
+) -> None:
+    """Keep trainings: masks, the rows that were trained on [n, N]; measured, losses [n, T]; about: more."""
+    text = json.dumps({"rows": masks.shape[1], **about}).encode()
+    arrays = {
+        "about": np.frombuffer(text, dtype=np.uint8),
+        "masks": np.packbits(masks, axis=1),
+        "seeds": np.array(seeds),
+        "losses": measured,
+    }
+    save_npz(path, arrays)
