@@ -14,6 +14,11 @@ using Bytes = __m512i;
 using ByteSums = __m512i;
 
 inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
+// The same of memory that is read once: two loads a cache line, which Zen 4's own prefetching follows better than one.
+inline Bytes load_row_bytes(const void* p) {
+    const __m256i* half = static_cast<const __m256i*>(p);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(half)), _mm256_loadu_si256(half + 1), 1);
+}
 inline Bytes and_bytes(Bytes x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
 inline Bytes xor_bytes(Bytes x, uint8_t mask) { return _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
 inline Bytes nibbles(Bytes x, int p) { return and_bytes(_mm512_srl_epi16(x, _mm_cvtsi32_si128(4 * p)), 15); }
@@ -145,6 +150,10 @@ inline int32_t total(ByteSums x) {
     return sum;
 }
 
+#endif
+
+#ifndef __AVX512VNNI__
+inline Bytes load_row_bytes(const void* p) { return load_bytes(p); }
 #endif
 
 #if !defined(__AVX512VNNI__) && !defined(RAPIDIN_NEON)
