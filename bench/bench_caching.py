@@ -130,61 +130,81 @@ def make_code(source: GradientSource, texts: list[Encoded], dtype: str) -> Codec
     )
 
 
+class CachingLoop:
+    """A model's examples in batches, the longest last, and what is done to each: `bare`, or `sketch` with a
+    `pack` after the last. `fit` comes before sketching; its time is not counted."""
+
+    def __init__(self, kind: str, dtype: str) -> None:
+        self.dtype = dtype
+        self.loaded = make_model(kind)
+        self.texts = make_examples(self.loaded.model.get_input_embeddings().num_embeddings)
+        order = by_length(range(EXAMPLES), self.texts, BATCH_TOKENS)
+        self.batches = [[self.texts[n] for n in chosen] for chosen in order]
+        self._bare = bare_loop(self.loaded.model)
+        self._sketches: list[torch.Tensor] = []
+
+    def fit(self) -> None:
+        """Measures the preconditioner, and what the code learns."""
+        plain = Attributor(self.loaded, batch_tokens=BATCH_TOKENS).source
+        self.source = plain.with_preconditioner(plain.fit_preconditioner(self.batches[0]))
+        self.code = make_code(self.source, self.batches[0], self.dtype)
+
+    def bare(self, number: int) -> None:
+        self._bare(self.batches[number])
+
+    def sketch(self, number: int) -> None:
+        self._sketches.append(self.source.sketches(self.batches[number])[0])
+
+    def pack(self) -> None:
+        self.code.encode(*ops.unit_blocks(torch.cat(self._sketches)))
+        self._sketches.clear()
+
+
 @pytest.mark.parametrize("dtype", ["sign", "float16"])
 @pytest.mark.parametrize("kind", ["linear layers", "LoRA"])
 def bench_caching(benchmark, kind, dtype):
     name = os.environ.get("RAPIDIN_BENCH_MODEL", "random Llama")
     benchmark.group = f"caching, {name}, {kind}"
-    loaded = make_model(kind)
-    texts = make_examples(loaded.model.get_input_embeddings().num_embeddings)
-    batches = [[texts[n] for n in chosen] for chosen in by_length(range(EXAMPLES), texts, BATCH_TOKENS)]
-
-    bare = bare_loop(loaded.model)
-    bare(batches[-1])
+    loop = CachingLoop(kind, dtype)
+    last = len(loop.batches) - 1  # the longest texts
+    loop.bare(last)
     counted = clear_peak()
-    bare(batches[-1])  # the longest texts
+    loop.bare(last)
     bare_peak = peak_mb() if counted else 0.0
-
-    plain = Attributor(loaded, batch_tokens=BATCH_TOKENS).source
-    # The time of the sample is not counted.
-    source = plain.with_preconditioner(plain.fit_preconditioner(batches[0]))
-    code = make_code(source, batches[0], dtype)
-
-    sketches: list[torch.Tensor] = []
+    loop.fit()
 
     def cache_batch(number: int) -> None:
         """Sketch one batch; the last one ends a group of them, which is packed as a whole."""
-        sketches.append(source.sketches(batches[number])[0])
-        if number == len(batches) - 1:
-            code.encode(*ops.unit_blocks(torch.cat(sketches)))
-            sketches.clear()
+        loop.sketch(number)
+        if number == last:
+            loop.pack()
 
     cache_batch(0)
     counted = counted and clear_peak()
-    cache_batch(len(batches) - 1)  # the longest texts, and packing
+    cache_batch(last)
     peak = peak_mb() if counted else 0.0
 
     taken: list[float] = []
-    order = iter(range(len(batches)))
+    order = iter(range(len(loop.batches)))
 
     def bare_first() -> tuple[tuple[int], dict[str, int]]:
         number = next(order)
         start = time.perf_counter()
-        bare(batches[number])
+        loop.bare(number)
         taken.append(time.perf_counter() - start)
         return (number,), {}
 
-    benchmark.pedantic(cache_batch, setup=bare_first, rounds=len(batches))
+    benchmark.pedantic(cache_batch, setup=bare_first, rounds=len(loop.batches))
     seconds = sum(benchmark.stats.stats.data)
     benchmark.extra_info["beside"] = {"bare loop, a batch": sum(taken) / len(taken)}
-    tokens = sum(len(e.ids) for e in texts)
+    tokens = sum(len(e.ids) for e in loop.texts)
     note(
         benchmark,
         of_bare_loop=sum(taken) / seconds,
         examples_per_s=EXAMPLES / seconds,
         tokens_per_s=tokens / seconds,
         bare_examples_per_s=EXAMPLES / sum(taken),
-        bytes_an_example=code.row_bytes,
+        bytes_an_example=loop.code.row_bytes,
         **({"mb_above_bare_loop": peak - bare_peak, "peak_mb": peak} if counted else {}),
     )
 

@@ -9,7 +9,7 @@ RAPIDIN_BENCH_QUICK=1 everything is small, for a run of seconds that shows no mo
 
 import os
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -77,24 +77,56 @@ def numpy_search(rows: Rows) -> Search:
     return search
 
 
-def faiss_search(rows: Rows) -> Search:
-    faiss = pytest.importorskip("faiss")
+def faiss_searches(rows: Rows, *, all_kinds: bool = True) -> dict[str, Search]:
+    """The indices of faiss that store these rows in as many bytes, by name; none where it is not installed.
+    all_kinds: not only the first one, whose answers are the nearest to ours."""
+    try:
+        import faiss
+    except ImportError:
+        return {}
     width = rows.width if isinstance(rows, Packed) else rows.shape[1]
     kind = rows.dtype if isinstance(rows, Packed) else "float16"
-    types = faiss.ScalarQuantizer
+    types, product = faiss.ScalarQuantizer, faiss.METRIC_INNER_PRODUCT
+    made: dict[str, Callable[[], Any]] = {}
     if kind == "sign":
-        if not hasattr(faiss, "IndexRaBitQ"):
-            pytest.skip("this faiss has no RaBitQ")
-        index = faiss.IndexRaBitQ(width, faiss.METRIC_INNER_PRODUCT)
+        for name in ("IndexRaBitQ", "IndexRaBitQFastScan"):
+            if hasattr(faiss, name):
+                made[f"faiss {name}"] = partial(getattr(faiss, name), width, product)
+        made["faiss IndexPQFastScan, 4 numbers a code"] = lambda: faiss.IndexPQFastScan(
+            width, width // 4, 4, product
+        )
     else:
         quantizer = {"float16": types.QT_fp16, "int8": types.QT_8bit, "int4": types.QT_4bit}[kind]
-        index = faiss.IndexScalarQuantizer(width, quantizer, faiss.METRIC_INNER_PRODUCT)
-    some = chunk_of(rows, 0).numpy()  # again and again: adding is slow, and not what is measured
-    index.train(some)
-    while index.ntotal < CACHE_BYTES // ROW_BYTES:
-        index.add(some)
+        made[f"faiss IndexScalarQuantizer, {kind}"] = lambda: faiss.IndexScalarQuantizer(
+            width, quantizer, product
+        )
+        if kind == "int4":
+            made["faiss IndexPQFastScan, a number a code"] = lambda: faiss.IndexPQFastScan(
+                width, width, 4, product
+            )
     faiss.omp_set_num_threads(torch.get_num_threads())
-    return lambda q: index.search(q, K)
+    some = chunk_of(rows, 0).numpy()  # again and again: adding is slow, and not what is measured
+    searches: dict[str, Search] = {}
+    for name in list(made)[: None if all_kinds else 1]:
+        index = made[name]()
+        index.train(some)
+        while index.ntotal < CACHE_BYTES // ROW_BYTES:
+            index.add(some)
+        searches[name] = lambda q, index=index: index.search(q, K)  # type: ignore[misc]
+    if kind == "sign" and all_kinds:  # the query is cut to signs too, so that its answers are others
+        binary = faiss.IndexBinaryFlat(width)
+        binary.add(rows.codes.numpy())
+        searches["faiss IndexBinaryFlat, queries of signs"] = lambda q: binary.search(
+            np.packbits(q > 0, axis=1), K
+        )
+    return searches
+
+
+def faiss_search(rows: Rows) -> Search:
+    searches = faiss_searches(rows, all_kinds=False)
+    if not searches:
+        pytest.skip("faiss is not installed")
+    return next(iter(searches.values()))
 
 
 WAYS = {"rapidin": rapidin_search, "torch": torch_search, "numpy": numpy_search, "faiss": faiss_search}

@@ -1,4 +1,5 @@
-"""Writes docs/measured/performance.md from the results of bench/gpu.sh, bench/results/gpu-*.json.
+"""Writes docs/measured/performance.md from the results of bench/cpu.py and bench/gpu.sh, which are
+bench/results/cpu-*.json and gpu-*.json.
 
 python bench/performance.py            # writes the page
 python bench/performance.py --check    # ends with 1 where the page is not what the results make
@@ -21,10 +22,22 @@ PAGE = ROOT / "docs/measured/performance.md"
 RESULTS = ROOT / "bench/results"
 NOT_YET = "not measured yet"
 
-HEAD = """# Performance on GPUs
+HEAD = """# Performance
 
-`python bench/performance.py` makes this page from the results of `bench/gpu.sh`.
+`python bench/performance.py` makes this page from the results of `bench/cpu.py` and `bench/gpu.sh`.
 [CONTRIBUTING.md](../../CONTRIBUTING.md) says how to run both.
+
+## On a CPU
+
+A way and its limit are timed in turns, and the medians are compared. The read loop is torch's sum of the same
+bytes as float32; the bare loop is a forward and an input-only backward pass over the same batches. The rows
+of `topk_scan` have 2,048 bytes each and random contents, and the ten best are found; other methods are given
+as multiples of our time, and need not give the same answers: the queries of faiss' binary index are cut to
+signs. With one thread a time is that of the processor, which other processes change little; with more, and
+from the disk, it is that of a clock.
+"""
+
+GPU_HEAD = """## On a GPU
 
 A cell holds the median time and, after it, the share of the limit: the time that the bytes of inputs and
 outputs take at the bandwidth measured in the same run, or the operations at the rate of a matrix product,
@@ -34,6 +47,13 @@ wrong result is not measured. Times are GPU times (by events, without the launch
 inputs are used in turn so that none stays in the L2 cache. Other methods are given as multiples of the time
 of our faster kernel. The results' files also have the quartiles, device, date and commit of each row.
 """
+
+CPU_STAGES = {
+    "scan": "`topk_scan`",
+    "flat": "`flat_sketch`",
+    "caching": "Caching, a random Llama of SmolLM2-135M's shape",
+    "disk": "One query of a cache on disk",
+}
 
 WORDS = {
     "ceiling": "Ceilings",
@@ -66,6 +86,48 @@ def results() -> list[Facts]:
     """The results that are no dry runs, the newest first."""
     found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu-*.json"))]
     return sorted((r for r in found if not r["dry"]), key=lambda r: str(r["date"]), reverse=True)
+
+
+def cpu_results() -> list[Facts]:
+    """The results of bench/cpu.py that are no quick runs, by machine and threads."""
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("cpu-*.json"))]
+    return [result for result in found if not result["quick"]]
+
+
+def cpu_section(result: Facts) -> list[str]:
+    """A machine, and a table for each stage that was measured on it."""
+    about, rows = result["about"], result["rows"]
+    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if v)
+    threads = "one thread" if about["threads"] == 1 else f"{about['threads']} threads"
+    machine = f"{about['cores']} cores, {about['instruction_set']}, {about['memory_bytes'] / 2**30:.0f} GiB"
+    lines = [f"### {about['name']}, {threads}", "", f"{machine}; {versions}.", ""]
+    for stage, words in CPU_STAGES.items():
+        mine = [row for row in rows if row["stage"] == stage]
+        if not mine:
+            lines += [f"{words}: {NOT_YET}.", ""]
+            continue
+        last = mine[-1]
+        lines += [f"**{words}**: `python bench/cpu.py --threads {about['threads']} --only {stage}`,"]
+        lines += [f"{last['date']}, commit {last['commit']}, load average {last['load']:.1f} before.", ""]
+        peers = any(row["peers"] for row in mine)
+        packing, memory = "packing" in last, "peak_mb" in last
+        head = ["what", "time", f"of {last['limit']}", "goal"]
+        head += ["packing's share"] if packing else []
+        head += ["most memory"] if memory else []
+        body = []
+        for row in mine:
+            seconds = row["cpu_seconds"] if row["by"] == "processor" else row["seconds"]
+            goal = ""
+            if row["goal"] is not None:
+                goal = f"{row['goal']:g}, {'met' if row['of'] >= row['goal'] else 'missed'}"
+            cells = [row["name"], time_text(seconds["rapidin"]), f"{row['of']:.2f}", goal]
+            cells += [f"{row['packing']:.3f}"] if packing else []
+            cells += [f"{row['peak_mb']:,.0f} MB"] if memory else []
+            if peers:
+                cells.append("; ".join(f"{way}: {times:.2f}" for way, times in row["peers"].items()))
+            body.append(cells)
+        lines += table([*head, *(["others, times as long"] if peers else [])], body)
+    return lines
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:
@@ -232,11 +294,11 @@ def section(result: Facts | None) -> list[str]:
     rows: list[Facts] = [row for row in result["rows"] if row["op"] != "step"] if result else []
     lines = []
     if result is None:
-        lines += ["## No GPU so far", ""]
+        lines += ["### No GPU so far", ""]
     else:
         about = result["about"]
         versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if v)
-        lines += [f"## {about['name']}", ""]
+        lines += [f"### {about['name']}", ""]
         commit = str(result["commit"] or "not known")[:12]
         made = (
             f"{result['date']}, commit {commit}, {result['mode']} run; driver {about['driver']}, {versions}; "
@@ -248,7 +310,7 @@ def section(result: Facts | None) -> list[str]:
     for op, words in WORDS.items():
         if not any(row["op"] == op and row["state"] != "left out" for row in rows):
             continue
-        lines += [f"### {words}", ""]
+        lines += [f"#### {words}", ""]
         if op in ("ceiling", "stream"):
             lines += rates(op, rows)
         else:
@@ -265,7 +327,12 @@ def section(result: Facts | None) -> list[str]:
 
 def page() -> str:
     found = results()
-    lines = [*checks(), *(line for result in (found or (None,)) for line in section(result))]
+    on_cpus = cpu_results()
+    lines = (
+        [line for result in on_cpus for line in cpu_section(result)] if on_cpus else ["Not measured yet.", ""]
+    )
+    lines += [*GPU_HEAD.splitlines(), "", *checks()]
+    lines += [line for result in (found or (None,)) for line in section(result)]
     return HEAD + "\n" + "\n".join(lines).rstrip() + "\n"
 
 

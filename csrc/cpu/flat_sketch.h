@@ -37,7 +37,7 @@ inline __m512 load16(const T* p) {
 }
 
 template <class T>
-inline void flat_row(const T* x, const RowWords& words, int i, float* sums) {
+RAPIDIN_INLINE inline void flat_row(const T* x, const RowWords& words, int i, float* sums) {
     const uint32_t lanes = words.lanes[i] & (kFlatRow - 1), group = lanes & ~15u;
     const __m512i iota = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
     const __m512i turn = _mm512_xor_si512(iota, _mm512_set1_epi32(static_cast<int>(lanes & 15u)));
@@ -57,7 +57,7 @@ inline void flat_row(const T* x, const RowWords& words, int i, float* sums) {
 #else
 
 template <class T>
-inline void flat_row(const T* x, const RowWords& words, int i, float* sums) {
+RAPIDIN_INLINE inline void flat_row(const T* x, const RowWords& words, int i, float* sums) {
     const uint32_t lanes = words.lanes[i] & (kFlatRow - 1), group = lanes & ~7u;
     const XorLanes turn(lanes & 7u);
     const auto add = [&](uint32_t e, Vec8 signed_x) {

@@ -8,7 +8,8 @@
 //   kInt4: 2 planes, the nibbles; queries in +-127
 //   kInt8: the bytes + 128 twice, with the low and the high part of queries in +-4095: query = 64 * high + low
 // The integer queries of a tile of T queries lie together, zero where a row has no number: for each window of a row's
-// bytes [plane][group][T][64], which is one piece of memory however long rows are.
+// bytes [plane][group][T][64], which is one piece of memory however long rows are. One or two queries are multiplied with all
+// planes of a group at once, and lie so: [group][plane][T][64].
 #pragma once
 
 #include <cstdint>
@@ -20,6 +21,7 @@ namespace {
 
 constexpr int64_t kGroup = 64;            // bytes
 constexpr int64_t kWindow = 32 * kGroup;  // bytes of a row summed in 32 bits: 255 * 4095 * 2048 still fits
+constexpr int64_t kFewPacked = 2;         // queries that are multiplied a row at a time
 constexpr int64_t kQueryTile = 6;         // the most queries that share their sums' registers
 
 struct PackedLayout {

@@ -22,83 +22,48 @@ struct Int8 {
     static Bytes plane(Bytes x, int) { return xor_bytes(x, 128); }
 };
 
-template <class Format>
-constexpr int planes_at_once() {
-    return Format::kPlanes < 4 ? Format::kPlanes : 4;
-}
+// How far ahead of a row's bytes memory is asked for, whichever rows lie there: the next ones, mostly. Only of signs: what a
+// processor does at once holds few of their many products, and so few loads. Of other rows it holds enough, and asking costs time.
+constexpr int64_t kSignAhead = 16 << 10;
 
-// Calls step(i, load) for each kBytes of `length` bytes, the last of which may be fewer: load(p) are those at p + i.
-template <class Step>
-inline void each_bytes(int64_t length, Step step) {
-    int64_t i = 0;
-    for (; i + kBytes <= length; i += kBytes) step(i, [&](const uint8_t* p) { return load_bytes(p + i); });
-    if (i < length) step(i, [&](const uint8_t* p) { return load_first_bytes(p + i, length - i); });
-}
-
-// sums[r * stride_sums] += the total of at[r * stride].
-template <int R>
-inline void add_totals(const ByteSums* at, int stride, int64_t* sums, int64_t stride_sums) {
-    int32_t of_row[R];
-    if constexpr (R % 4 == 0) {
-        for (int r = 0; r < R; r += 4)
-            totals(at[r * stride], at[(r + 1) * stride], at[(r + 2) * stride], at[(r + 3) * stride], of_row + r);
-    } else {
-        for (int r = 0; r < R; ++r) of_row[r] = total(at[r * stride]);
-    }
-    for (int r = 0; r < R; ++r) sums[r * stride_sums] += of_row[r];
-}
-
-// For few queries: up to four planes at once, so that a byte of a row is loaded once or twice. What lies `ahead` bytes
-// on is asked for. sums[r * Q + q] += products.
-template <class Format, int R, int Q>
-inline void multiply_few(const uint8_t* rows, int64_t stride_row, int64_t length, const int8_t* queries, int64_t plane,
-                         int64_t ahead, int64_t* sums) {
-    constexpr int P = planes_at_once<Format>();
-    ByteSums whole[R][Q];
-    for (int r = 0; r < R; ++r)
-        for (int q = 0; q < Q; ++q) whole[r][q] = no_sums();
+// For few queries: sums[q] += products of one row. As many planes at once as their sums fit the registers, so
+// that a byte of the row is loaded once or twice.
+template <class Format, int Q>
+inline void multiply_row(const uint8_t* row, int64_t length, const int8_t* queries, int64_t* sums) {
+    constexpr int kSums = kBytes == 64 ? 16 : 8;  // of the registers; the rest is for the row and masks
+    constexpr int P = Format::kPlanes * Q <= kSums ? Format::kPlanes : kSums / Q;
     for (int low = 0; low < Format::kPlanes; low += P) {
-        ByteSums sum[R][P][Q];
-        for (int r = 0; r < R; ++r)
-            for (int p = 0; p < P; ++p)
-                for (int q = 0; q < Q; ++q) sum[r][p][q] = no_sums();
-        each_bytes(length, [&](int64_t i, auto load) {
-            const int8_t* at = queries + low * plane + i / kGroup * kGroup * Q + i % kGroup;
-            Bytes x[R];
-            for (int r = 0; r < R; ++r) {
-                if (low == 0) prefetch(rows + r * stride_row + i + ahead);
-                x[r] = load(rows + r * stride_row);
+        ByteSums sum[P][Q];
+        for (int p = 0; p < P; ++p)
+            for (int q = 0; q < Q; ++q) sum[p][q] = no_sums();
+        const int8_t* at = queries + low * Q * kGroup;
+        const auto add_group = [&](auto load) {
+            for (int64_t j = 0; j < kGroup; j += kBytes) {
+                const Bytes x = load(j);
+                for (int p = 0; p < P; ++p)
+                    for (int q = 0; q < Q; ++q)
+                        sum[p][q] = add_products(sum[p][q], Format::plane(x, low + p), load_bytes(at + (p * Q + q) * kGroup + j));
             }
-            for (int p = 0; p < P; ++p) {
-                for (int q = 0; q < Q; ++q) {
-                    const Bytes y = load_bytes(at + p * plane + q * kGroup);
-                    for (int r = 0; r < R; ++r) sum[r][p][q] = add_products(sum[r][p][q], Format::plane(x[r], low + p), y);
-                }
-            }
-        });
-        for (int r = 0; r < R; ++r) {
-            for (int q = 0; q < Q; ++q) {
-                ByteSums all = sum[r][P - 1][q];
-                for (int p = P - 2; p >= 0; --p) all = add_sums(shift_sums<Format::kShift>(all), sum[r][p][q]);
-                // low > 0 with kSign only, whose products are multiples of 2^low
-                whole[r][q] = add_sums(whole[r][q], low == 0 ? all : shift_sums<-P>(all));
-            }
+        };
+        int64_t i = 0;
+        for (; i + kGroup <= length; i += kGroup, at += Format::kPlanes * Q * kGroup) {
+            if (Format::kPlanes == 8 && low == 0) prefetch(row + i + kSignAhead);
+            add_group([&](int64_t j) { return load_row_bytes(row + i + j); });
+        }
+        if (i < length) add_group([&](int64_t j) { return load_first_bytes(row + i + j, length - i - j); });
+        for (int q = 0; q < Q; ++q) {
+            ByteSums all = sum[P - 1][q];
+            for (int p = P - 2; p >= 0; --p) all = add_sums(shift_sums<Format::kShift>(all), sum[p][q]);
+            sums[q] += total(all) >> low;  // low > 0 with kSign only, whose sums are multiples of 2^low
         }
     }
-    for (int q = 0; q < Q; ++q) add_totals<R>(&whole[0][q], Q, sums + q, Q);
 }
 
+// A function by itself, which has enough registers for its masks.
 template <class Format, int Q>
-inline void multiply_few_rows(const uint8_t* rows, int64_t count, int64_t stride_row, int64_t length, const int8_t* queries,
-                              int64_t plane, int64_t next, int64_t* sums) {
-    constexpr int kSums = kBytes == 64 ? 16 : 8;  // of the registers; the rest is for rows and masks
-    constexpr int R = kSums / (planes_at_once<Format>() * Q);
-    const int64_t ahead = next ? next : R * stride_row;
-    int64_t r = 0;
-    for (; r + R <= count; r += R)
-        multiply_few<Format, R, Q>(rows + r * stride_row, stride_row, length, queries, plane, ahead, sums + r * Q);
-    for (; r < count; ++r)
-        multiply_few<Format, 1, Q>(rows + r * stride_row, stride_row, length, queries, plane, ahead, sums + r * Q);
+__attribute__((noinline)) void multiply_each(const uint8_t* rows, int64_t count, int64_t stride_row, int64_t length,
+                                             const int8_t* queries, int64_t* sums) {
+    for (int64_t r = 0; r < count; ++r) multiply_row<Format, Q>(rows + r * stride_row, length, queries, sums + r * Q);
 }
 
 // sums[r * stride_sums + q] += products of R rows and Q queries. A plane at a time, so that one
@@ -112,17 +77,28 @@ inline void multiply_tile(const uint8_t* rows, int64_t stride_row, int64_t lengt
     for (int p = Format::kPlanes - 1; p >= 0; --p) {
         for (int r = 0; r < R; ++r)
             for (int q = 0; q < Q; ++q) sum[r][q] = shift_sums<Format::kShift>(sum[r][q]);
-        each_bytes(length, [&](int64_t i, auto load) {
+        const auto add_bytes = [&](int64_t i, auto load) {
             const int8_t* at = queries + p * plane + i / kGroup * kGroup * Q + i % kGroup;
             Bytes x[R];
-            for (int r = 0; r < R; ++r) x[r] = Format::plane(load(rows + r * stride_row), p);
+            for (int r = 0; r < R; ++r) x[r] = Format::plane(load(rows + r * stride_row + i), p);
             for (int q = 0; q < Q; ++q) {
                 const Bytes y = load_bytes(at + q * kGroup);
                 for (int r = 0; r < R; ++r) sum[r][q] = add_products(sum[r][q], x[r], y);
             }
-        });
+        };
+        int64_t i = 0;
+        for (; i + kBytes <= length; i += kBytes) add_bytes(i, [](const uint8_t* p) { return load_bytes(p); });
+        if (i < length) add_bytes(i, [&](const uint8_t* p) { return load_first_bytes(p, length - i); });
     }
-    for (int q = 0; q < Q; ++q) add_totals<R>(&sum[0][q], Q, sums + q, stride_sums);
+    for (int q = 0; q < Q; ++q) {
+        int32_t of_row[R];
+        if constexpr (R == 4) {
+            totals(sum[0][q], sum[1][q], sum[2][q], sum[3][q], of_row);
+        } else {
+            for (int r = 0; r < R; ++r) of_row[r] = total(sum[r][q]);
+        }
+        for (int r = 0; r < R; ++r) sums[r * stride_sums + q] += of_row[r];
+    }
 }
 
 template <class Format, int Q>
@@ -147,15 +123,14 @@ struct Product {
 // Bytes of the rows from `begin` on, which lie in one window.
 template <class Format>
 inline void multiply_groups(const Product& at, const uint8_t* rows, int64_t stride_row, int64_t begin, int64_t length) {
-    const int64_t window = begin / kWindow * kWindow, plane = window_bytes(at.padded, window);
-    const int64_t offset = window * Format::kPlanes + (begin - window);  // of a single query
-    if (at.q <= 2) {
-        const int8_t* queries = at.queries + offset * at.q;
-        const int64_t next = at.padded > kWindow ? kWindow : 0;  // short rows: the next ones
-        if (at.q == 1) multiply_few_rows<Format, 1>(rows, at.count, stride_row, length, queries, plane, next, at.sums);
-        else if (at.q == 2) multiply_few_rows<Format, 2>(rows, at.count, stride_row, length, queries, 2 * plane, next, at.sums);
+    if (at.q <= kFewPacked) {
+        const int8_t* queries = at.queries + begin * Format::kPlanes * at.q;
+        if (at.q == 1) multiply_each<Format, 1>(rows, at.count, stride_row, length, queries, at.sums);
+        else multiply_each<Format, 2>(rows, at.count, stride_row, length, queries, at.sums);
         return;
     }
+    const int64_t window = begin / kWindow * kWindow, plane = window_bytes(at.padded, window);
+    const int64_t offset = window * Format::kPlanes + (begin - window);  // of a single query
     const int64_t tiles = query_tiles(at.q);
     for (int64_t tile = 0; tile < tiles; ++tile) {
         const int64_t j = at.q * tile / tiles, size = at.q * (tile + 1) / tiles - j;

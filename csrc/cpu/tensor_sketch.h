@@ -5,9 +5,6 @@
 #include "kernels.h"
 #include "lanes_fft.h"
 
-// Of lambdas that are called at several places, so that each call knows its count.
-#define RAPIDIN_INLINE __attribute__((always_inline))
-
 namespace rapidin {
 namespace {
 

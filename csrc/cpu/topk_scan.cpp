@@ -24,8 +24,8 @@ T* aligned(const std::vector<T>& memory) {
 class QueriesOfPart {
   public:
     QueriesOfPart(const ScanArgs& args, const ScanPart& part, int threads)
-        : layout_(packed_layout(part.dtype)), width_(part.width), bytes_(packed_bytes(part.width, layout_.numbers)),
-          padded_(padded_bytes(bytes_)), memory_(static_cast<size_t>(args.q * layout_.planes * padded_ + kGroup)),
+        : layout_(packed_layout(part.dtype)), few_(args.q <= kFewPacked), width_(part.width),
+          bytes_(packed_bytes(part.width, layout_.numbers)), padded_(padded_bytes(bytes_)), memory_(static_cast<size_t>(args.q * layout_.planes * padded_ + kGroup)),
           sums_(static_cast<size_t>(args.q)), scales_(static_cast<size_t>(args.q)) {
         const int64_t tiles = query_tiles(args.q);
         parallel(tiles, threads, [&](int64_t tile, int) {
@@ -54,8 +54,8 @@ class QueriesOfPart {
         const double inverse = layout_.limit / static_cast<double>(largest);
         for (int64_t group = 0; group < bytes_; group += kGroup) {
             const int64_t bytes = std::min(kGroup, bytes_ - group), window = group / kWindow * kWindow;
-            const int64_t next_plane = window_bytes(padded_, window) * size;
-            int8_t* at = to + (window * layout_.planes + group - window) * size + place * kGroup;
+            const int64_t next_plane = (few_ ? kGroup : window_bytes(padded_, window)) * size;
+            int8_t* at = to + (few_ ? group * layout_.planes : window * layout_.planes + group - window) * size + place * kGroup;
             for (int64_t number = 0; number < layout_.numbers; ++number, at += next_plane) {
                 const int64_t first = group * layout_.numbers + number * bytes, count = std::min(bytes, width_ - first);
                 for (int64_t i = 0; i < count; ++i) {
@@ -70,6 +70,7 @@ class QueriesOfPart {
     }
 
     PackedLayout layout_;
+    bool few_;
     int64_t width_, bytes_, padded_;
     std::vector<int8_t> memory_;
     std::vector<int64_t> sums_;

@@ -29,17 +29,14 @@ inline void widen(const Half* from, int64_t n, float* to) {
 // out[r * stride_out + q] += scale[r] * <rows[r], queries[q]> over `length` elements
 template <int R, int Q, class T>
 inline void dot_tile(const T* rows, int64_t stride_row, const float* queries, int64_t stride_query, int64_t length,
-                     int64_t ahead, const double* scale, double* out, int64_t stride_out) {
+                     const double* scale, double* out, int64_t stride_out) {
     Wide sum[R][Q];
     for (int r = 0; r < R; ++r)
         for (int q = 0; q < Q; ++q) sum[r][q] = zero_wide();
     int64_t i = 0;
     for (; i + kWide <= length; i += kWide) {
         Wide x[R];
-        for (int r = 0; r < R; ++r) {
-            if (Q <= 2) prefetch(rows + r * stride_row + i + ahead);  // with more, memory is not what counts
-            x[r] = load_wide(rows + r * stride_row + i);
-        }
+        for (int r = 0; r < R; ++r) x[r] = load_wide(rows + r * stride_row + i);
         for (int q = 0; q < Q; ++q) {
             const Wide y = load_wide(queries + q * stride_query + i);
             for (int r = 0; r < R; ++r) sum[r][q] = fma_wide(x[r], y, sum[r][q]);
@@ -66,13 +63,11 @@ inline void dot_tile(const T* rows, int64_t stride_row, const float* queries, in
 template <int R, int Q, class T>
 inline void dot_rows(const T* rows, int64_t count, int64_t stride_row, const float* queries, int64_t stride_query, int64_t length,
                      const double* scale, double* out, int64_t stride_out) {
-    // What is read next: these rows' next tile, or the next rows.
-    const int64_t ahead = stride_row > 2 * kScanTile ? kScanTile : R * stride_row;
     int64_t r = 0;
     for (; r + R <= count; r += R)
-        dot_tile<R, Q>(rows + r * stride_row, stride_row, queries, stride_query, length, ahead, scale + r, out + r * stride_out, stride_out);
+        dot_tile<R, Q>(rows + r * stride_row, stride_row, queries, stride_query, length, scale + r, out + r * stride_out, stride_out);
     for (; r < count; ++r)
-        dot_tile<1, Q>(rows + r * stride_row, stride_row, queries, stride_query, length, ahead, scale + r, out + r * stride_out, stride_out);
+        dot_tile<1, Q>(rows + r * stride_row, stride_row, queries, stride_query, length, scale + r, out + r * stride_out, stride_out);
 }
 
 template <class T>
@@ -81,6 +76,11 @@ inline void dot_all(const T* rows, int64_t count, int64_t stride_row, const floa
     const auto run = [&](auto dot_some, int64_t j) {
         dot_some(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
     };
+    // With few queries memory is what counts, and a row read from end to end by itself is what processors prefetch best.
+    if (q == 1) return run(dot_rows<1, 1, T>, 0);
+    if (q == 2) return run(dot_rows<1, 2, T>, 0);
+    if (q == 3) return run(dot_rows<1, 3, T>, 0);
+    if (q == 4) return run(dot_rows<1, 4, T>, 0);
     // R * Q sums fit the registers: 32 with AVX-512, 16 before.
     constexpr int Q = kWide == 16 ? 6 : 4, R = kWide == 16 ? 4 : 3;
     int64_t j = 0;
@@ -150,10 +150,16 @@ inline void scan_decoded(const ScanArgs& args, const ScanPart& part, int64_t fir
     }
 }
 
+inline bool has_several_tiles(const ScanPart& part) {
+    return part.width > (is_packed(part.dtype) ? kWindow * packed_layout(part.dtype).numbers : kScanTile);
+}
+
 void scan(const ScanArgs& args, int64_t first, int64_t count, float* scratch, int64_t* sums, double* scores) {
-    // With few queries memory is what counts: a few rows are read from end to end. With many, arithmetic does:
-    // all rows of a tile, for each of the queries' tiles, which are then read from memory less often.
-    const int64_t step = args.q <= kFewQueries ? 8 : count;
+    // With few queries memory is what counts: each row is read from end to end. With many, arithmetic does: all rows of a
+    // tile, for each of the queries' tiles, which are then read from memory less often.
+    bool long_rows = false;
+    for (int64_t p = 0; p < args.part_count; ++p) long_rows = long_rows || has_several_tiles(args.parts[p]);
+    const int64_t few = args.q <= kFewPacked ? 1 : 8, step = args.q <= kFewQueries && long_rows ? few : count;
     for (int64_t i = 0; i < count; i += step) {
         const int64_t rows = count - i < step ? count - i : step;
         double* found = scores + i * args.q;

@@ -19,6 +19,9 @@
 #include <arm_neon.h>
 #endif
 
+// Of lambdas and functions that are called at several places, so that each call knows its count, or has its constants in registers.
+#define RAPIDIN_INLINE __attribute__((always_inline))
+
 namespace rapidin {
 namespace {
 

@@ -14,9 +14,14 @@ using Bytes = __m512i;
 using ByteSums = __m512i;
 
 inline Bytes load_bytes(const void* p) { return _mm512_loadu_si512(p); }
-// The first n bytes, at least 0, and zeros; what lies behind them is not read.
+// The first n bytes, more than 0, and zeros; what lies behind them is not read.
 inline Bytes load_first_bytes(const void* p, int64_t n) {
     return _mm512_maskz_loadu_epi8(n >= kBytes ? ~__mmask64{0} : (__mmask64{1} << n) - 1, p);
+}
+// Bytes of memory that is read once: two loads a cache line, which Zen 4's own prefetching follows better than one.
+inline Bytes load_row_bytes(const void* p) {
+    const __m256i* half = static_cast<const __m256i*>(p);
+    return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(half)), _mm256_loadu_si256(half + 1), 1);
 }
 inline Bytes and_bytes(Bytes x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
 inline Bytes xor_bytes(Bytes x, uint8_t mask) { return _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
@@ -152,6 +157,7 @@ inline int32_t total(ByteSums x) {
 #endif
 
 #if !defined(__AVX512VNNI__)
+inline Bytes load_row_bytes(const void* p) { return load_bytes(p); }
 inline Bytes load_first_bytes(const void* p, int64_t n) {
     uint8_t padded[kBytes] = {};
     if (n > 0) memcpy(padded, p, static_cast<size_t>(n < kBytes ? n : kBytes));

@@ -159,8 +159,8 @@ def test_a_result_fills_the_page(dry):
     assert "times" in lines
     assert "missed" in lines or "met" in lines
     without = performance.section({**dry, "rows": [r for r in dry["rows"] if r["op"] != "pack"]})
-    assert "### `pack`" in lines
-    assert "### `pack`" not in without
+    assert "#### `pack`" in lines
+    assert "#### `pack`" not in without
     assert any(line.startswith("- `pack`, 4 sizes. Ways: triton; torch.") for line in without)
 
 
