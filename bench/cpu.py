@@ -8,9 +8,9 @@ python bench/performance.py                  # then writes the page
 
 Stages: scan (`topk_scan` against a read loop, and faiss where it is installed), flat (`flat_sketch`), caching
 (against a bare forward and backward pass) and disk (one query of a cache on disk against reading its files).
-Results go to bench/results/cpu-<processor>-<threads>.json; a run with --only replaces the rows of its stages
-there. With one thread a time is of the processor, which other processes change little; with more, and in the
-stage `disk`, it is that of a clock.
+Results go to bench/results/cpu-<processor>-<threads>.json as they come; a later run replaces the rows that
+it measures again. With one thread a time is of the processor, so that waiting for it does not count; with
+more, and in the stage `disk`, it is that of a clock.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime, timezone
 from functools import partial
 from importlib import import_module
@@ -42,6 +42,7 @@ Facts = dict[str, Any]
 Ways = Mapping[str, Callable[[], object]]
 LIMIT, OURS = "limit", "rapidin"
 GOALS = {"float16": 0.85, "int8": 0.85, "int4": 0.85, "sign": 0.75}  # of the read loop, one query
+QUERIES = (1, 8, 64)
 SPARE_BYTES = 10 << 30  # of the disk, left free
 
 
@@ -54,10 +55,12 @@ class Taken(NamedTuple):
 
 class Turns:
     """Times ways of doing one thing in turns. by_cpu: whether shares compare seconds of the processor;
-    disk_rows: of the cache on disk, at most."""
+    queries: of scans; disk_rows: of the cache on disk, at most."""
 
-    def __init__(self, rounds: int, by_cpu: bool, disk_rows: int) -> None:
-        self.rounds, self.by_cpu, self.disk_rows = rounds, by_cpu, disk_rows
+    def __init__(
+        self, rounds: int, by_cpu: bool, queries: Sequence[int] = QUERIES, disk_rows: int = 1
+    ) -> None:
+        self.rounds, self.by_cpu, self.queries, self.disk_rows = rounds, by_cpu, queries, disk_rows
 
     def row(
         self, stage: str, name: str, limit: str, ways: Ways, goal: float | None = None, **facts: Any
@@ -129,11 +132,11 @@ def scan(turns: Turns, quick: bool) -> Iterator[Facts]:
         words = stored.reshape(-1).view(torch.float32)
         width = int(cases.ROW_BYTES * cases.NUMBERS[dtype])
         searches = {OURS: cases.rapidin_search(rows), **cases.faiss_searches(rows)}
-        for queries in (1, 8, 64):
+        for queries in turns.queries:
             q = torch.randn(queries, width, generator=torch.Generator().manual_seed(1)).numpy()
             ways: dict[str, Callable[[], object]] = {LIMIT: words.sum}
             ways |= {way: partial(search, q) for way, search in searches.items()}
-            fewer = Turns(min(turns.rounds, max(3, 9 // queries)), turns.by_cpu, turns.disk_rows)
+            fewer = Turns(min(turns.rounds, max(3, 9 // queries)), turns.by_cpu)
             yield fewer.row(
                 "scan",
                 f"{dtype}, queries: {queries}",
@@ -241,7 +244,7 @@ def disk(turns: Turns, quick: bool) -> Iterator[Facts]:
                     taken[way].append(timed(run))
             size = sum(path.stat().st_size for path in shards)
             where = "read before" if cached else "from the disk"
-            yield Turns(turns.rounds, by_cpu=False, disk_rows=rows).of(
+            yield Turns(turns.rounds, by_cpu=False).of(
                 "disk",
                 f"{rows:,} rows, {where}",
                 "reading the files",
@@ -293,6 +296,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--only", choices=STAGES, action="append", help="this stage; may be given again")
     parser.add_argument(
+        "--queries", type=int, choices=QUERIES, action="append", help="of the scans; may be given again"
+    )
+    parser.add_argument(
         "--rounds", type=int, default=9, help="of each way (default 9; at most 3 of the slow ones)"
     )
     parser.add_argument(
@@ -317,12 +323,13 @@ def main() -> int:
         "commit": commit(),
         "load": found.pop("load"),
     }
-    turns = Turns(options.rounds, options.threads == 1, options.rows)
+    turns = Turns(options.rounds, options.threads == 1, options.queries or QUERIES, options.rows)
     for stage in options.only or STAGES:
-        rows = [row | measured for row in STAGES[stage](turns, options.quick)]
-        before = [*(row for row in before if row["stage"] != stage), *rows]
-        made = {"about": found, "quick": options.quick, "rows": before}
-        path.write_text(json.dumps(made, indent=1) + "\n")
+        for row in STAGES[stage](turns, options.quick):
+            before = [old for old in before if (old["stage"], old["name"]) != (stage, row["name"])]
+            before.append(row | measured)
+            made = {"about": found, "quick": options.quick, "rows": before}
+            path.write_text(json.dumps(made, indent=1) + "\n")
     return 0
 
 

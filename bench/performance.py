@@ -33,8 +33,9 @@ A way and its limit are timed in turns, and the medians are compared. The read l
 bytes as float32; the bare loop is a forward and an input-only backward pass over the same batches. The rows
 of `topk_scan` have 2,048 bytes each and random contents, and the ten best are found; other methods are given
 as multiples of our time, and need not give the same answers: the queries of faiss' binary index are cut to
-signs. With one thread a time is that of the processor, which other processes change little; with more, and
-from the disk, it is that of a clock.
+signs. With one thread a time is that of the processor; with more, and from the disk, it is that of a clock.
+A busy machine makes shares larger than an idle one, since the read loop then waits for memory that other
+processes read; the load average says how busy it was.
 """
 
 GPU_HEAD = """## On a GPU
@@ -107,13 +108,15 @@ def cpu_section(result: Facts) -> list[str]:
             lines += [f"{words}: {NOT_YET}.", ""]
             continue
         last = mine[-1]
+        runs = dict.fromkeys(f"{row['date']}, commit {row['commit']}" for row in mine)
+        loads = [row["load"] for row in mine]
         lines += [f"**{words}**: `python bench/cpu.py --threads {about['threads']} --only {stage}`,"]
-        lines += [f"{last['date']}, commit {last['commit']}, load average {last['load']:.1f} before.", ""]
+        lines += [f"{'; '.join(runs)}; load average {min(loads):.1f} to {max(loads):.1f} before.", ""]
         peers = any(row["peers"] for row in mine)
         packing, memory = "packing" in last, "peak_mb" in last
         head = ["what", "time", f"of {last['limit']}", "goal"]
         head += ["packing's share"] if packing else []
-        head += ["most memory"] if memory else []
+        head += ["most memory, mapped files included"] if memory else []
         body = []
         for row in mine:
             seconds = row["cpu_seconds"] if row["by"] == "processor" else row["seconds"]

@@ -63,7 +63,7 @@ def test_a_bad_number_is_refused(tmp_path: Path) -> None:
 def row_of(**facts: Any) -> dict[str, Any]:
     taken = {cpu.LIMIT: [cpu.Taken(1.0, 0.5)] * 3, cpu.OURS: [cpu.Taken(c, 1.0) for c in (9.0, 2.0, 1.0)]}
     taken["peer"] = [cpu.Taken(5.0, 3.0)] * 3
-    turns = cpu.Turns(rounds=3, disk_rows=1, **facts)
+    turns = cpu.Turns(rounds=3, **facts)
     return turns.of("scan", "rows", "the read loop", taken, 0.75)
 
 
