@@ -16,7 +16,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeGuard
 
 from rapidin.errors import UserError, short
 
@@ -68,14 +68,18 @@ class Forms:
 
 def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
     """The prompt and the completion of a record, without the template that is put around them for the
-    model."""
+    model.
+
+    Any record has both: of its fields, some may hold what is no chat or are no tokens, if it is of another
+    form.
+    """
     if record.get("prompt") is not None and record.get("completion") is not None:
         return _last_text(record["prompt"]), _last_text(record["completion"])
     if record.get("instruction") is not None and record.get("output") is not None:
         return f"{record['instruction']} {record.get('input') or ''}", str(record["output"])
     messages = record.get("messages")
-    if messages:
-        answers = [n for n, message in enumerate(messages) if message["role"] == "assistant"]
+    if _is_chat(messages):
+        answers = [n for n, message in enumerate(messages) if message.get("role") == "assistant"]
         last = answers[-1] if answers else len(messages)
         question = text_of_message(messages[last - 1]) if last else ""
         return question, text_of_message(messages[last]) if answers else ""
@@ -84,7 +88,7 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
         return _last_text(record.get("prompt") or ""), both
     if isinstance(record.get("text"), str) and record.get("text_pair") is None:
         return record["text"], ""
-    if record.get("input_ids") is not None:
+    if _are_tokens(record):
         ids, counts = tokens_of(record)
         first = counts.index(True) if True in counts else 0
         return " ".join(map(str, ids[:first])), " ".join(map(str, ids[first:]))
@@ -95,9 +99,9 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
 def whole_text(record: Mapping[str, Any]) -> str:
     """The text of a record with all turns of its chats, of which `record_parts` has the last ones alone."""
     values = [record[name] for name in _CHATS if record.get(name)]
-    if not any(isinstance(value, list) for value in values):
+    if not any(map(_is_chat, values)):
         return " ".join(record_parts(record))
-    turns = (value if isinstance(value, list) else [{"content": value}] for value in values)
+    turns = (value if _is_chat(value) else [{"content": value}] for value in values)
     return " ".join(text_of_message(turn) for chat in turns for turn in chat)
 
 
@@ -114,9 +118,21 @@ def shown_parts(record: Mapping[str, Any]) -> tuple[str, str]:
 
 def _last_text(value: Any) -> str:
     """A text, or the last message of a chat."""
-    if isinstance(value, list):
-        return text_of_message(value[-1]) if value else ""
-    return str(value)
+    if _is_chat(value):
+        return text_of_message(value[-1])
+    return "" if value == [] else str(value)
+
+
+def _is_chat(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
+    """Whether a value is a list of messages, not empty."""
+    return isinstance(value, list) and bool(value) and all(isinstance(each, Mapping) for each in value)
+
+
+def _are_tokens(record: Mapping[str, Any]) -> bool:
+    """Whether a record has token ids, and its labels and masks are as long."""
+    ids, names = record.get("input_ids"), ("labels", "attention_mask", *_MASKS)
+    others = [record[name] for name in names if record.get(name) is not None]
+    return isinstance(ids, list) and all(isinstance(each, list) and len(each) == len(ids) for each in others)
 
 
 def text_of_message(message: Mapping[str, Any]) -> str:

@@ -30,7 +30,8 @@ GRID = [
     (rows, at, way) for rows in ("exact", "2,048 bytes") for at in ("1", "0.5") for way in ("off", "kfac")
 ]
 METHODS = [str(method) for method in parse_methods(DEFAULT)]
-# What is compared with BM25 (of the tokens that the model reads), text by text: package, at, method, preconditioner, rows.
+# What is compared with BM25 (of the tokens that the model reads), text by text: package, at, method,
+# preconditioner, rows.
 PAIRS = {
     "gradient cosine, tuned model": ("rapidin", "1", "dot:cosine", "off", "exact"),
     "gradient cosine, half-way": ("rapidin", "0.5", "dot:cosine", "off", "exact"),

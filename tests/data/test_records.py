@@ -17,7 +17,7 @@ from tiny import tiny_tokenizer
 
 from rapidin.data.encoding import Encoder, Status
 from rapidin.data.examples import open_examples
-from rapidin.data.records import canonical_json, record_hash
+from rapidin.data.records import canonical_json, record_hash, record_parts, whole_text
 from rapidin.errors import UserError
 
 LENGTH = 24
@@ -72,6 +72,7 @@ def test_any_json_object_of_a_file_is_an_example_or_refused_with_its_line(
     assert [read.index(row) for row in range(len(read))] == [1, 3]
     assert json.dumps(read.original(0)) == json.dumps(record)  # where NaN equals NaN
     assert record_hash(read[0]) == record_hash(read[1])
+    assert all(isinstance(part, str) for part in (*record_parts(read[0]), whole_text(read[0])))
     encoded, _ = made_or_refused(lambda: ENCODER(read[0]))
     if encoded is None:
         return
