@@ -25,6 +25,8 @@ def test_the_readme_has_the_table_of_the_result() -> None:
     module = runpy.run_path(str(STUDY / "serving.py"))
     found = json.loads((STUDY / "serving.json").read_text())
     assert doc_tables.read(STUDY / "README.md", "serving") == module["table"](found)
+    added = json.loads((STUDY / "added.json").read_text())
+    assert doc_tables.read(STUDY / "README.md", "added") == module["added_table"](added)
     for each in found.values():  # nothing is lost, and memory does not grow with the requests
         assert each["outcomes"] == {"right": each["requests"]}
         assert max(each["memory_mb"]) < 1.1 * each["memory_mb"][0]
@@ -41,10 +43,15 @@ def test_every_step_runs_on_a_tiny_model(tmp_path: Path) -> None:
     large, out = tmp_path / "large", tmp_path / "result.json"
     enlarge = ["enlarge", tmp_path / "cache", "--rows", "300", "--out", large]
     load = ["load", large / "cache", "--questions", data, "--add", "tiny", "--out", out]
-    for command in (enlarge, [*load, "--clients", "3", "--requests", "2"]):
+    more = tmp_path / "added.json"
+    added = ["added", tmp_path / "cache", large / "cache", "--questions", data, "--out", more]
+    for command in (enlarge, [*load, "--clients", "3", "--requests", "2"], added):
         subprocess.run([sys.executable, str(STUDY / "serving.py"), *map(str, command)], check=True)
     assert len(Cache(large / "cache")) == 300
     found = json.loads(out.read_text())["tiny"]
     assert found["outcomes"] == {"right": 6}
     assert found["rows"] == 300
     assert 0 < found["p50_ms"] <= found["p99_ms"]
+    compared = json.loads(more.read_text())
+    assert compared["rows"] == {"small": 30, "large": 300}
+    assert all(0 < compared["ms"][name]["scan"] < compared["ms"][name]["all"] for name in ("small", "large"))
