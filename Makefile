@@ -40,9 +40,9 @@ tests: .venv/installed .venv/emulated
 	@echo "make test left out the tests marked 'full': GPU kernels at more sizes and under sanitizers, processes that"
 	@echo "are killed or share work, whole trainings, and the page in a browser. make test-full runs them, too."
 
-# Property tests draw five times the inputs, the same in each run (tests/support/properties.py).
+# Property tests draw twice the inputs, the same in each run (tests/support/properties.py).
 tests-full: .venv/installed .venv/emulated
-	RAPIDIN_EXAMPLES=5 $(PYTEST)
+	RAPIDIN_EXAMPLES=2 $(PYTEST)
 
 properties: .venv/installed .venv/emulated
 	RAPIDIN_EXAMPLES=100 $(PYTEST) -m hypothesis

@@ -1,6 +1,6 @@
 """How many inputs a property test tries: some that are the same in each run, or many that are random.
 
-RAPIDIN_EXAMPLES multiplies all of these numbers: `make test-full` sets it to 5, with the same inputs in each
+RAPIDIN_EXAMPLES multiplies all of these numbers: `make test-full` sets it to 2, with the same inputs in each
 run, so that a change is not judged by luck; `make properties`, which the nightly job runs, sets it to 100, at
 random.
 """
