@@ -15,7 +15,7 @@ from rapidin.cli.interrupts import Interruptible, Terminated, exit_code
 
 @pytest.fixture(autouse=True)
 def handled() -> Iterator[None]:
-    """SIGINT as Python handles it, also where a shell started the tests in the background and it is ignored."""
+    """SIGINT as Python handles it, also where a shell began the tests in the background, ignoring it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
