@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 import xxhash
-from limits import best_seconds, note
+from limits import best_seconds, note, read_files
 from random_cache import write_cache
 from turns import LIMIT_SECONDS, in_turns, sized
 
@@ -52,17 +52,10 @@ def bench_first_scan(benchmark, folder):
         scan_cache(CacheScan(cache, methods.prepare(sketch, cache)), 10)
         cpu[compared].append(time.process_time() - start)
 
-    def read() -> None:
-        buffer = bytearray(1 << 20)
-        for path in shards:
-            with open(path, "rb", buffering=0) as file:
-                while file.readinto(buffer):
-                    pass
-
     best = in_turns(
         benchmark,
         lambda: scan(compared=True),
-        {"without": lambda: scan(compared=False), "read": read},
+        {"without": lambda: scan(compared=False), "read": lambda: read_files(shards, 1 << 20)},
     )
     ours, total = benchmark.stats.stats.min, sum(path.stat().st_size for path in shards)
     data = shards[0].read_bytes()

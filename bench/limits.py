@@ -1,7 +1,8 @@
 """What a kernel is held against, measured in the same run on the same threads."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +24,15 @@ def read_seconds(x: Tensor, seconds: float = 1.0) -> float:
     """Time to read a contiguous tensor once: torch's sum over its bytes as float32."""
     words = x.reshape(-1).view(torch.float32)
     return best_seconds(lambda: words.sum(), seconds)
+
+
+def read_files(paths: Iterable[Path], piece: int) -> None:
+    """Read files from end to end, `piece` bytes at a time."""
+    buffer = bytearray(piece)
+    for path in paths:
+        with open(path, "rb", buffering=0) as file:
+            while file.readinto(buffer):
+                pass
 
 
 def note(benchmark: Any, **row: Any) -> None:

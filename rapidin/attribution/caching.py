@@ -258,8 +258,14 @@ class _Fitting:
 
     def _lacks_sketches(self, awaited: Callable[[Sequence[int]], int]) -> bool:
         """Whether shards with rows of the sample are lost, which are made again in the batches of the fit."""
-        keeps = self.source.keeps_gradients and isinstance(self._writer, CacheWriter)
-        return keeps and not self._writer.fitted_folder.exists() and awaited(self._sample()) > 0
+        keeper = self._keeper
+        return keeper is not None and not keeper.fitted_folder.exists() and awaited(self._sample()) > 0
+
+    @property
+    def _keeper(self) -> CacheWriter | None:
+        """The writer, if the sample can be sketched from the gradients of the fit."""
+        writer = self._writer
+        return writer if isinstance(writer, CacheWriter) and self.source.keeps_gradients else None
 
     def _fit(
         self, examples: Examples, reporter: Reporter, awaited: Callable[[Sequence[int]], int]
@@ -268,12 +274,11 @@ class _Fitting:
 
         The sample is sketched too, from the gradients of the same passes, as far as these can be kept.
         """
-        writer, rows = self._writer, self._sample()
+        keeper, rows = self._keeper, self._sample()
         reporter.tell(f"fitting the preconditioner on a sample of {len(rows):,} examples first")
         texts = [self.source.example(examples.get(row)) for row in rows]
-        known = (writer.manifest.preconditioner or {}).get("sha256")
-        needed = known is None or awaited(rows) > 0
-        if not (needed and self.source.keeps_gradients and isinstance(writer, CacheWriter)):
+        known = (self._writer.manifest.preconditioner or {}).get("sha256")
+        if keeper is None or (known is not None and not awaited(rows)):
             return self.source.fit_preconditioner(texts, reporter)
         kept = KeptGradients()
         fitted = self.source.fit_preconditioner(texts, reporter, kept)
@@ -286,9 +291,9 @@ class _Fitting:
             reporter.add(awaited(in_batch), sum(texts[n].length for n in chosen), skipped=skipped)
             sketched += in_batch
             parts.append((sketches, status))
-        writer.fitted_folder.mkdir(exist_ok=True)  # a resumed run does not try again what cannot be kept
+        keeper.fitted_folder.mkdir(exist_ok=True)  # a resumed run does not try again what cannot be kept
         if parts and known in (None, fitted.sha256):
             made, statuses = (torch.cat(each) for each in zip(*parts, strict=True))
-            build.write_fitted(writer, fitted.data, sketched, made, statuses)
+            build.write_fitted(keeper, fitted.data, sketched, made, statuses)
             reporter.stage(stage, len(sketched), len(sketched))
         return fitted

@@ -30,7 +30,6 @@ MOST_NAMED = 100  # copies of a hit whose line numbers are returned
 UNSPACED = "\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _WORD = re.compile(rf"[{UNSPACED}]|[^\W{UNSPACED}]+")
 
-
 _LOW_BITS = 0xFFFF  # of a record's hash
 
 

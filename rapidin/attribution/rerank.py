@@ -94,8 +94,9 @@ def find_candidates(
     while True:
         # Each row that is only ranked costs little, and one that is folded is read.
         most = max(count, DEPTH) if options.fuse and finer is None else count
-        found = scan_scored(scans, most, generations if scored and scores is None else 0)
-        ends, scores = found.ends, found.scores if scored and scores is None else scores
+        found = scan_scored(scans, most, generations if scored else 0)
+        ends, scores = found.ends, found.scores if scored else scores
+        scored = False  # a repeated scan would find the same scores
         clock.lap("scan")
         if world.leads and finer is not None:
             ends = rescore(finer, ends, count)

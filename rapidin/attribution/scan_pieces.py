@@ -139,9 +139,7 @@ def _rows_of(
     low, high = start - at, stop - at
     stored = {name: value[low:high] for name, value in rows.tensors.items()}
     held = None if resident is None else resident.shard(scan.cache, at, rows)
-    if scan.query.normalize == "layer" and (low, high) not in rows.zero_gradient:
-        rows.zero_gradient[low, high] = scan.cache.codec.has_zero_gradient(stored)
-    zero_gradient = rows.zero_gradient.get((low, high))
+    zero_gradient = _has_zero_gradient(scan, stored, rows.zero_gradient, (low, high))
     factors = None if scan.query.factors is None else scan.query.factors[start:stop]
     if held is not None and held.has(low, high):
         return CacheRows(held.rows(low, high), factors, zero_gradient, resident=True)
@@ -185,12 +183,25 @@ def pieces_of(scan: CacheScan, chosen: Tensor) -> Iterator[Piece]:
                     CacheRows(
                         {**stored, STATUS: rows.status[some - first]},
                         None if factors is None else factors[some],
-                        scan.cache.codec.has_zero_gradient(stored)
-                        if scan.query.normalize == "layer"
-                        else None,
+                        _has_zero_gradient(scan, stored, {}, (0, len(some))),
                     ),
                 ),
             )
+
+
+def _has_zero_gradient(
+    scan: CacheScan,
+    stored: Mapping[str, Tensor],
+    known: dict[tuple[int, int], bool],
+    rows: tuple[int, int],
+) -> bool | None:
+    """Whether a block of one of these rows has zero gradient, None if that does not matter. known: of ranges
+    of rows that were scanned."""
+    if scan.query.normalize != "layer":
+        return None
+    if rows not in known:
+        known[rows] = scan.cache.codec.has_zero_gradient(stored)
+    return known[rows]
 
 
 def check_same_examples(caches: Sequence[Cache]) -> None:

@@ -20,6 +20,7 @@ from rapidin.data.records import Record, describe
 from rapidin.data.sources import DataNotFound, Joined, Source
 from rapidin.errors import UserError, needs, short
 from rapidin.files import reason
+from rapidin.settings import whole
 
 SUFFIXES = (".yml", ".yaml")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
@@ -56,9 +57,10 @@ def open_config(path: str, number: str | None, open_path: Callable[[str], Source
         raise UserError(f"{path} has no list 'datasets', as an Axolotl configuration has", "name the data")
     chosen = range(len(entries))
     if number is not None:
-        if not number.isdecimal() or int(number) not in chosen:
+        at = whole(number)
+        if at is None or at not in chosen:
             raise DataNotFound(f"{path} has no data set {short(number)}", f"it has 0 to {len(entries) - 1}")
-        chosen = range(int(number), int(number) + 1)
+        chosen = range(at, at + 1)
     sources = [_open_entry(config, entries[n], path, n, open_path) for n in chosen]
     return sources[0] if len(sources) == 1 else Joined(sources)
 

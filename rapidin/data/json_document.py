@@ -11,14 +11,13 @@ from array import array
 from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import IO, Any
 
-from rapidin.data.records import Record, json_text, to_record
+from rapidin.data.records import Record, is_mapping_list, json_text, to_record
 from rapidin.data.sources import (
     Malformed,
     Numbered,
     Rows,
     Source,
     cannot_read,
-    is_mapping_list,
 )
 from rapidin.errors import UserError
 

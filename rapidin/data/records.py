@@ -78,7 +78,7 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
     if record.get("instruction") is not None and record.get("output") is not None:
         return f"{record['instruction']} {record.get('input') or ''}", str(record["output"])
     messages = record.get("messages")
-    if _is_chat(messages):
+    if is_mapping_list(messages):
         answers = [n for n, message in enumerate(messages) if message.get("role") == "assistant"]
         last = answers[-1] if answers else len(messages)
         question = text_of_message(messages[last - 1]) if last else ""
@@ -99,9 +99,9 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
 def whole_text(record: Mapping[str, Any]) -> str:
     """The text of a record with all turns of its chats, of which `record_parts` has the last ones alone."""
     values = [record[name] for name in _CHATS if record.get(name)]
-    if not any(map(_is_chat, values)):
+    if not any(map(is_mapping_list, values)):
         return " ".join(record_parts(record))
-    turns = (value if _is_chat(value) else [{"content": value}] for value in values)
+    turns = (value if is_mapping_list(value) else [{"content": value}] for value in values)
     return " ".join(text_of_message(turn) for chat in turns for turn in chat)
 
 
@@ -118,21 +118,26 @@ def shown_parts(record: Mapping[str, Any]) -> tuple[str, str]:
 
 def _last_text(value: Any) -> str:
     """A text, or the last message of a chat."""
-    if _is_chat(value):
+    if is_mapping_list(value):
         return text_of_message(value[-1])
     return "" if value == [] else str(value)
 
 
-def _is_chat(value: Any) -> TypeGuard[list[Mapping[str, Any]]]:
-    """Whether a value is a list of messages, not empty."""
+def is_mapping_list(value: object) -> TypeGuard[list[Mapping[str, Any]]]:
+    """Whether a value is a list of objects, such as messages, and not an empty one."""
     return isinstance(value, list) and bool(value) and all(isinstance(each, Mapping) for each in value)
 
 
 def _are_tokens(record: Mapping[str, Any]) -> bool:
-    """Whether a record has token ids, and its labels and masks are as long."""
-    ids, names = record.get("input_ids"), ("labels", "attention_mask", *_MASKS)
-    others = [record[name] for name in names if record.get(name) is not None]
-    return isinstance(ids, list) and all(isinstance(each, list) and len(each) == len(ids) for each in others)
+    """Whether a record could be read as token ids with their labels."""
+    if record.get("input_ids") is None:
+        return False
+    try:
+        _check_ids(record["input_ids"], "input_ids", "")
+        _check_labels(record, "")
+    except UserError:
+        return False
+    return True
 
 
 def text_of_message(message: Mapping[str, Any]) -> str:
@@ -282,7 +287,7 @@ def _check_ids(ids: object, name: str, where: str) -> None:
         raise UserError(f"{where}: '{name}' is {describe(ids)}, expected a list of token ids")
 
 
-def _check_labels(record: Record, where: str) -> None:
+def _check_labels(record: Mapping[str, Any], where: str) -> None:
     """Raises UserError for labels or masks that do not go with the token ids."""
     ids = record["input_ids"]
     for name in ("labels", "attention_mask", *_MASKS):

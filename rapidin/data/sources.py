@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from bisect import bisect_right
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -244,8 +244,3 @@ class Joined:
     def file(self, row: int) -> str | None:
         source, own = self.located(row)
         return source.file(own)
-
-
-def is_mapping_list(value: object) -> bool:
-    """Whether a value is a list of objects, and not an empty one."""
-    return isinstance(value, list) and bool(value) and all(isinstance(each, Mapping) for each in value)

@@ -13,8 +13,8 @@ from collections.abc import Collection, Iterator
 from typing import IO, Any
 
 from rapidin.data.json_document import Knows, open_document
-from rapidin.data.records import Record, to_record
-from rapidin.data.sources import DataNotFound, Malformed, Source, cannot_read, is_mapping_list
+from rapidin.data.records import Record, is_mapping_list, to_record
+from rapidin.data.sources import DataNotFound, Malformed, Source, cannot_read
 from rapidin.errors import UserError
 
 _UTF8_BOM = b"\xef\xbb\xbf"

@@ -17,6 +17,8 @@ from html import escape
 from typing import Any
 from urllib.parse import parse_qsl, quote, urlencode
 
+from rapidin.settings import whole
+
 Scope = Mapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -165,8 +167,8 @@ def _name_of(host: str) -> str | None:
 
 
 def _length(headers: Mapping[str, str]) -> int:
-    length = headers.get("content-length", "0")
-    return int(length) if length.isdecimal() and len(length) < 20 else 1 << 62
+    length = whole(headers.get("content-length", "0"))
+    return 1 << 62 if length is None else length
 
 
 def _secured(send: Send) -> Send:

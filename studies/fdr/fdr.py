@@ -183,10 +183,7 @@ def measure(
                     "either": sum(
                         bool(_passing(result, result.top + result.bottom, rate)) for result in unanswered
                     ),
-                    "decoys_alone": sum(
-                        any(hit.q is not None and hit.q <= rate for hit in result.top)
-                        for result in unanswered
-                    ),
+                    "decoys_alone": sum(bool(_below(result.top, rate)) for result in unanswered),
                 }
                 for rate in RATES
             },
@@ -196,8 +193,11 @@ def measure(
 
 def _passing(result: QueryResult, hits: Sequence[Hit], rate: float) -> list[Hit]:
     """Those of a query's hits that `fdr` would show."""
-    if not stands_out(result.verdict, rate):
-        return []
+    return _below(hits, rate) if stands_out(result.verdict, rate) else []
+
+
+def _below(hits: Sequence[Hit], rate: float) -> list[Hit]:
+    """Those of hits that pass a rate by the decoys alone."""
     return [hit for hit in hits if hit.q is not None and hit.q <= rate]
 
 

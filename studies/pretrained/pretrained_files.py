@@ -56,9 +56,8 @@ class Scores:
         arrays = {method: np.asarray(each, dtype=np.float64) for method, each in scores.items()}
         if dtype == "f2":
             arrays = {method: each / _largest(each) for method, each in arrays.items()}
-        text = np.frombuffer(json.dumps({**about, "name": name}).encode(), dtype=np.uint8)
         self.folder.mkdir(parents=True, exist_ok=True)
-        save_npz(self._file(name), {"about": text, **{k: v.astype(dtype) for k, v in arrays.items()}})
+        save_npz(self._file(name), {**about, "name": name}, {k: v.astype(dtype) for k, v in arrays.items()})
 
     def load(self, name: str) -> tuple[dict[str, Any], dict[str, Floats]]:
         """The description of a way, with its name, and its scores by method. Raises UserError if it is
@@ -66,15 +65,14 @@ class Scores:
         if not self.has(name):
             raise UserError(f"'{self.folder.parent}' has no scores of '{name}'", "compute them by 'scores'")
         with np.load(self._file(name), allow_pickle=False) as file:
-            about = json.loads(file["about"].tobytes())
-            return about, {key: file[key].astype(np.float64) for key in file.files if key != "about"}
+            return about_of(file), {key: file[key].astype(np.float64) for key in file.files if key != "about"}
 
     def names(self) -> list[str]:
         """The ways that have been computed, in the order of their files."""
         found = []
         for path in sorted(self.folder.glob("*.npz")):
             with np.load(path, allow_pickle=False) as file:
-                found.append(str(json.loads(file["about"].tobytes())["name"]))
+                found.append(str(about_of(file)["name"]))
         return found
 
     def _file(self, name: str) -> Path:
@@ -86,11 +84,17 @@ def _largest(scores: Floats) -> Floats:
     return np.where(largest > 0, largest, 1.0)
 
 
-def save_npz(path: Path, arrays: Mapping[str, npt.NDArray[Any]]) -> None:
-    """Write arrays atomically, compressed."""
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)
+def save_npz(path: Path, about: Mapping[str, Any], arrays: Mapping[str, npt.NDArray[Any]]) -> None:
+    """Write arrays and what is to be said of them, as JSON, atomically and compressed."""
+    buffer, text = io.BytesIO(), json.dumps(about).encode()
+    np.savez_compressed(buffer, about=np.frombuffer(text, dtype=np.uint8), **arrays)
     replace_file(path, buffer.getvalue())
+
+
+def about_of(file: Mapping[str, npt.NDArray[Any]]) -> dict[str, Any]:
+    """What `save_npz` was told of the arrays."""
+    about: dict[str, Any] = json.loads(file["about"].tobytes())
+    return about
 
 
 def keep(truth: GroundTruth, work: Path, out: Path | None = None) -> None:
@@ -98,12 +102,8 @@ def keep(truth: GroundTruth, work: Path, out: Path | None = None) -> None:
     out = out or RESULTS
     out.mkdir(parents=True, exist_ok=True)
     about = {key: truth.description[key] for key in ("identity", "train", "test", "settings")}
-    arrays = {
-        "about": np.frombuffer(json.dumps(about).encode(), dtype=np.uint8),
-        "masks": np.packbits(truth.masks, axis=1),
-        "losses": truth.losses.astype(np.float32),
-    }
-    save_npz(out / "truth.npz", arrays)
+    arrays = {"masks": np.packbits(truth.masks, axis=1), "losses": truth.losses.astype(np.float32)}
+    save_npz(out / "truth.npz", about, arrays)
     for name in (SECOND, REMOVALS):
         if (work / name).exists():
             shutil.copyfile(work / name, out / name)
@@ -116,7 +116,7 @@ def keep(truth: GroundTruth, work: Path, out: Path | None = None) -> None:
 def kept_truth(folder: Path = RESULTS) -> tuple[dict[str, Any], Bools, npt.NDArray[np.float32]]:
     """(what the truth was made with, masks [S, N], losses [S, K, T] with NaN where they are missing)."""
     with np.load(folder / "truth.npz", allow_pickle=False) as file:
-        about = json.loads(file["about"].tobytes())
+        about = about_of(file)
         masks = np.unpackbits(file["masks"], axis=1, count=about["train"]["rows"]).astype(np.bool_)
         return about, masks, file["losses"]
 
@@ -125,7 +125,7 @@ def trainings(path: Path) -> tuple[Bools, Sequence[int], npt.NDArray[np.float32]
     """(rows that were trained on [n, N], seeds, losses [n, T] with NaN where they are missing, and more) of a
     file that `save_trainings` wrote."""
     with np.load(path, allow_pickle=False) as file:
-        about = json.loads(file["about"].tobytes())
+        about = about_of(file)
         masks = np.unpackbits(file["masks"], axis=1, count=about["rows"]).astype(np.bool_)
         return masks, file["seeds"].tolist(), file["losses"], about
 
@@ -134,11 +134,9 @@ def save_trainings(
     path: Path, masks: Bools, seeds: Sequence[int], measured: npt.NDArray[Any], about: Mapping[str, Any]
 ) -> None:
     """Keep trainings: masks, the rows that were trained on [n, N]; measured, losses [n, T]; about: more."""
-    text = json.dumps({"rows": masks.shape[1], **about}).encode()
     arrays = {
-        "about": np.frombuffer(text, dtype=np.uint8),
         "masks": np.packbits(masks, axis=1),
         "seeds": np.array(seeds),
         "losses": measured,
     }
-    save_npz(path, arrays)
+    save_npz(path, {"rows": masks.shape[1], **about}, arrays)

@@ -21,6 +21,8 @@ from torch import Tensor
 
 from rapidin import Attributor, ops
 from rapidin.attribution import baselines
+from rapidin.attribution.methods import datainf as of_datainf
+from rapidin.attribution.methods import fisher as of_fisher
 from rapidin.cache.codec import CodecConfig
 from rapidin.data.encoding import Encoded, Encoder
 from rapidin.evaluate.ground_truth import GroundTruth
@@ -161,13 +163,13 @@ def rapidgrad(truth: GroundTruth, work: Path, log: Log) -> Found:
 def gram_scores(grams: Grams, sizes: Tensor, preconditioner: str) -> Iterator[tuple[str, Floats]]:
     """(method, scores) of the default methods of `rapidin eval` with rapidin's default dampings; sizes:
     numbers of each block."""
-    damping_of_fisher = 1.0 if preconditioner == "kfac" else 0.2
+    damping_of_fisher = of_fisher.WHITE_DAMPING if preconditioner == "kfac" else of_fisher.DAMPING
     for method in parse_methods(DEFAULT):
         known = grams.normalized(method.normalize)
         if method.method == "dot":
             scores = dot(known)
         elif method.method == "datainf":
-            scores = datainf(known, 0.1 * known.mean_square() / sizes)
+            scores = datainf(known, of_datainf.DAMPING * known.mean_square() / sizes)
         else:
             scores = fisher(known, damping_of_fisher, left_out=True)
         yield str(method), scores.numpy()

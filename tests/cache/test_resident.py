@@ -198,6 +198,14 @@ def test_the_second_query_carries_nothing(cache: Cache, sketch: Tensor, normaliz
 
 
 @pytest.mark.parametrize("cache", ["learnt"], indirect=True)
+def test_zero_gradients_are_looked_for_where_they_matter_alone(cache: Cache, sketch: Tensor) -> None:
+    """Also of rows that were scanned with another normalization before."""
+    for normalize, known in (("none", None), ("layer", False), ("none", None), ("layer", False)):
+        scan = CacheScan(cache, methods.prepare(sketch, normalize=normalize))
+        assert {piece.caches[0].zero_gradient for piece in pieces([scan])} == {known}
+
+
+@pytest.mark.parametrize("cache", ["learnt"], indirect=True)
 def test_several_caches_stay_and_parts_of_them(cache: Cache, sketch: Tensor, tmp_path: Path) -> None:
     """Shards of unlike lengths, of which another process scans the rest."""
     other = Cache(cache.path)
