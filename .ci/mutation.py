@@ -239,8 +239,8 @@ class Changed(importlib.abc.InspectLoader, importlib.abc.MetaPathFinder):
 
 
 def outcome(mutant: Mutant, tests: Sequence[Path], seconds: int) -> str:
-    """What a process of their own says of the tests: "killed", "survived", or "late" at the limit of
-    processor time."""
+    """The result of running the tests in a process of its own: "killed", "survived", or "late" at the limit
+    of processor time."""
     child = os.fork()
     if child == 0:
         code = 1

@@ -195,8 +195,8 @@ def total(times: list[Taken]) -> Taken:
 
 
 def disk(turns: Turns, quick: bool) -> Iterator[Facts]:
-    """A cache of signs, 2,048 bytes an example, of as many rows as asked for or the disk has room for. Its
-    pages are dropped before each run, or all read, as far as the memory holds them."""
+    """A cache of signs, at most 2,048 bytes an example, of as many rows as asked for or the disk has room
+    for. Its pages are dropped before each run, or all read, as far as the memory holds them."""
     from limits import read_files
     from random_cache import write_cache
     from turns import clear_peak, peak_mb
@@ -290,16 +290,24 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument(
+        "--threads", type=int, default=torch.get_num_threads(), help="of rapidin and of the limits"
+    )
     parser.add_argument("--only", choices=STAGES, action="append", help="this stage; may be given again")
     parser.add_argument(
         "--queries", type=int, choices=QUERIES, action="append", help="of the scans; may be given again"
     )
     parser.add_argument(
-        "--rounds", type=int, default=9, help="of each way (default 9; at most 3 of the slow ones)"
+        "--rounds",
+        type=int,
+        default=9,
+        help="how often each way is timed (default 9; slow ones at most 3 times)",
     )
     parser.add_argument(
-        "--rows", type=int, default=10_000_000, help="of the cache of the stage disk, at most; under TMPDIR"
+        "--rows",
+        type=int,
+        default=10_000_000,
+        help="most rows of the cache of stage disk, which is written under TMPDIR",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes, which say nothing of the speed")
     parser.add_argument("--out", type=Path, default=ROOT / "bench/results", help="folder of the results")
@@ -318,6 +326,7 @@ def main() -> int:
     measured = {
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d"),
         "commit": commit(),
+        "command": " ".join(["python bench/cpu.py", *sys.argv[1:]]),
         "load": found.pop("load"),
     }
     turns = Turns(options.rounds, options.threads == 1, options.queries or QUERIES, options.rows)

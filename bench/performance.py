@@ -32,8 +32,9 @@ HEAD = """# Performance
 A way and its limit are timed in turns, and the medians are compared. The read loop is torch's sum of the same
 bytes as float32; the bare loop is a forward and an input-only backward pass over the same batches. The rows
 of `topk_scan` have 2,048 bytes each and random contents, and the ten best are found; other methods are given
-as multiples of our time, and need not give the same answers: the queries of faiss' binary index are cut to
-signs. With one thread a time is that of the processor; with more, and from the disk, it is that of a clock.
+as multiples of our time, and need not give the same answers: faiss' binary index, where it was measured, cuts
+queries to signs. With one thread a time is that of the processor; with more, and from the disk, it is that of
+a clock.
 A busy machine makes shares larger than an idle one, since the read loop then waits for memory that other
 processes read; the load average says how busy it was.
 """
@@ -108,10 +109,7 @@ def cpu_section(result: Facts) -> list[str]:
             lines += [f"{words}: {NOT_YET}.", ""]
             continue
         last = mine[-1]
-        runs = dict.fromkeys(f"{row['date']}, commit {row['commit']}" for row in mine)
-        loads = [row["load"] for row in mine]
-        lines += [f"**{words}**: `python bench/cpu.py --threads {about['threads']} --only {stage}`,"]
-        lines += [f"{'; '.join(runs)}; load average {min(loads):.1f} to {max(loads):.1f} before.", ""]
+        lines += [f"**{words}**", "", *cpu_runs(mine), ""]
         peers = any(row["peers"] for row in mine)
         packing, memory = "packing" in last, "peak_mb" in last
         head = ["what", "time", f"of {last['limit']}", "goal"]
@@ -123,6 +121,7 @@ def cpu_section(result: Facts) -> list[str]:
             goal = ""
             if row["goal"] is not None:
                 goal = f"{row['goal']:g}, {'met' if row['of'] >= row['goal'] else 'missed'}"
+                goal += " on a busy machine" if row["load"] > about["cores"] else ""
             cells = [row["name"], time_text(seconds["rapidin"]), f"{row['of']:.2f}", goal]
             cells += [f"{row['packing']:.3f}"] if packing else []
             cells += [f"{row['peak_mb']:,.0f} MB"] if memory else []
@@ -131,6 +130,18 @@ def cpu_section(result: Facts) -> list[str]:
             body.append(cells)
         lines += table([*head, *(["others, times as long"] if peers else [])], body)
     return lines
+
+
+def cpu_runs(rows: Sequence[Facts]) -> list[str]:
+    """How rows of a stage were measured, a line for each run."""
+    runs: dict[str, list[str]] = {}
+    for row in rows:
+        by = f" by `{row['command']}`" if "command" in row else ""
+        run = f"{row['date']}{by}, commit {row['commit']}, load average {row['load']:.1f} before"
+        runs.setdefault(run, []).append(row["name"])
+    if len(runs) == 1:
+        return [f"Measured {next(iter(runs))}."]
+    return [f"- {run}: {'; '.join(names)}" for run, names in runs.items()]
 
 
 def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> list[str]:

@@ -186,8 +186,8 @@ def compared(
 
 
 def stands_out(verdict: Verdict | None, fdr: float) -> bool:
-    """Whether at most a share of `fdr` / 2 of neutral questions come as far up as the query, by its verdict;
-    True if there are not enough of them to tell.
+    """Whether the chance that a neutral question comes as far up as the query, by its verdict, is at most
+    `fdr` / 2; True if there are not enough such questions to tell.
 
     Decoys are not quite exchangeable with rows that were trained on, less so the better these were learnt.
     But neutral questions have their scores with these same rows.

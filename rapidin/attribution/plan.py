@@ -164,7 +164,7 @@ def _texts(source: GradientSource, length: int) -> list[AnyExample]:
 @dataclass(frozen=True, slots=True)
 class _Passes:
     """Passes over `count` examples: the seconds of fitting the preconditioner and of sketching, the peak
-    bytes of memory, and those of them that the gradients take which the fit keeps."""
+    bytes of memory, and `kept`, the bytes of it that gradients take which the fit keeps."""
 
     count: int
     fit_seconds: float

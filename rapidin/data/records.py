@@ -70,8 +70,7 @@ def record_parts(record: Mapping[str, Any]) -> tuple[str, str]:
     """The prompt and the completion of a record, without the template that is put around them for the
     model.
 
-    Any record has both: of its fields, some may hold what is no chat or are no tokens, if it is of another
-    form.
+    Works for any record: a field that another form uses for a chat or for tokens may hold something else.
     """
     if record.get("prompt") is not None and record.get("completion") is not None:
         return _last_text(record["prompt"]), _last_text(record["completion"])

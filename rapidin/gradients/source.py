@@ -372,7 +372,7 @@ class GradientSource:
 
     def of_kept(self, kept: KeptGradients) -> Iterator[tuple[list[int], Tensor, Tensor]]:
         """Numbers of the texts, sketches [n, blocks, width] and status [n] as of `sketches`, of each batch
-        whose gradients `fit_preconditioner` kept; it is let go of then."""
+        whose gradients `fit_preconditioner` kept; each is released once it is yielded."""
         for chosen, batch in kept.taken():
             sketching = self.sketcher.new_pass(self.sketcher.sketch_pass, batch.batch, 0)
             batch.give(sketching)

@@ -56,10 +56,11 @@ class DecoyTest:
         text = f"Nothing passes a false-discovery rate of {self.rate_text}"
         text += f", of {self.listed[0]:,} helpful and {self.listed[1]:,} harmful hits"
         if self.neutral is not None:
-            above, count = self.neutral
+            as_high, count = self.neutral
+            allowed = int(round(self.fdr / 2 * (count + 1), 9)) - 1
             return (
-                f"{text}: {above:,} of {count:,} neutral questions, which no row answers, score at least as "
-                "high as this query."
+                f"{text}: {as_high:,} of {count:,} neutral questions score at least as high as this query, "
+                f"and {allowed:,} may at most."
             )
         if 0 < max(self.beyond) < self.needed:
             return (
@@ -80,7 +81,7 @@ class DecoyTest:
             return value
         value |= {"fdr": self.fdr, "passed": ends(self.passed), "listed": ends(self.listed)}
         if self.neutral is not None:
-            value["neutral"] = {"above": self.neutral[0], "of": self.neutral[1]}
+            value["neutral"] = {"as_high": self.neutral[0], "of": self.neutral[1]}
         return value | {"hits": ends(self.hits), "sentence": self.sentence}
 
     @staticmethod
@@ -101,5 +102,5 @@ class DecoyTest:
             ends("passed"),
             ends("listed"),
             ends("hits"),
-            None if neutral is None else (int(neutral["above"]), int(neutral["of"])),
+            None if neutral is None else (int(neutral["as_high"]), int(neutral["of"])),
         )

@@ -1,8 +1,8 @@
 """How a server of `rapidin serve` bears many clients, and what a large cache adds to an answer.
 
     python studies/serving/serving.py enlarge CACHE --rows 1000000 --out FOLDER
-    python studies/serving/serving.py load CACHE [--clients 50 --requests 20] --add NAME --out result.json
-    python studies/serving/serving.py added CACHE LARGE
+    python studies/serving/serving.py load CACHE --questions FILE --add NAME [--clients 50 --requests 20]
+    python studies/serving/serving.py added CACHE LARGE --questions FILE
     python studies/serving/serving.py table
 
 `enlarge` writes a large cache of random rows for the model of another. `load` starts a server of a cache, and
@@ -192,7 +192,7 @@ def added_table(result: dict[str, Any]) -> str:
             step,
             f"{small.get(step, 0.0):.0f}",
             f"{large[step]:.0f}",
-            f"{large[step] - small.get(step, 0.0):.0f}",
+            f"{round(large[step] - small.get(step, 0.0))}",
         )
         for step in order
         if max(small.get(step, 0.0), large[step]) >= 1
@@ -254,8 +254,8 @@ def main() -> None:
     loaded.add_argument("--add", required=True)
     loaded.add_argument("--out", type=Path, default=HERE / "serving.json")
     compared = commands.add_parser("added")
-    compared.add_argument("cache", type=Path)
-    compared.add_argument("large", type=Path)
+    compared.add_argument("cache", type=Path, help="the small cache")
+    compared.add_argument("large", type=Path, help="the one that enlarge made of it")
     compared.add_argument("--questions", type=Path, required=True, help="jsonl file of Alpaca records")
     compared.add_argument("--out", type=Path, default=HERE / "added.json")
     commands.add_parser("table")
