@@ -37,6 +37,7 @@ from rapidin.gradients.preconditioner import (
     EXPONENT,
     FLOOR,
     RANK,
+    TOLERANCE,
     Preconditioner,
 )
 from rapidin.gradients.source import GradientSource
@@ -249,7 +250,7 @@ def bench_preconditioner(benchmark, kind, form):
         factors = FactorMoments(sketcher.targets, RANK, 0)
         measure = partial(sketcher.add_moments, batch, factors)
         measure()
-        preconditioner = Preconditioner([kfac_scales(factors, EXPONENT, DAMPING)])
+        preconditioner = Preconditioner([kfac_scales(factors, EXPONENT, DAMPING, TOLERANCE)])
     else:
         moments = Moments(sketcher.targets)
         measure = partial(sketcher.squares, batch)

@@ -18,7 +18,7 @@ from turns import sized
 from rapidin.gradients.collector import GradientSketcher
 from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.parameters import find_targets
-from rapidin.gradients.preconditioner import DAMPING, EXPONENT, RANK, Preconditioner
+from rapidin.gradients.preconditioner import DAMPING, EXPONENT, RANK, TOLERANCE, Preconditioner
 from rapidin.gradients.source import default_width
 from rapidin.tasks.causal import TokenBatch, batch_loss
 
@@ -76,7 +76,7 @@ def bench_routed(benchmark, kind, precondition):
         moments = FactorMoments(targets, RANK, 0)
         for batch in batches:
             sketcher.add_moments(batch, moments)
-        sketcher.preconditioner = Preconditioner([kfac_scales(moments, EXPONENT, DAMPING)])
+        sketcher.preconditioner = Preconditioner([kfac_scales(moments, EXPONENT, DAMPING, TOLERANCE)])
     trained = {target.name for target in targets}
     parameters = dict(model.named_parameters())
 

@@ -158,19 +158,20 @@ def resumed(source: GradientSource, path: Path) -> GradientSource:
             found = _with_damping_of(source, manifest)
             if chooses_date:
                 found = found.with_date(manifest.text.get("date") or source.settings.date)
-        return json.dumps([found.settings.date, found.config.damping]).encode()
+        config = found.config
+        return json.dumps([found.settings.date, config.damping, config.tolerance]).encode()
 
-    date, damping = json.loads(world().share(begun))
-    return source.with_date(date).with_damping(damping)
+    date, damping, tolerance = json.loads(world().share(begun))
+    return source.with_date(date).with_damping(damping, tolerance)
 
 
 def _with_damping_of(source: GradientSource, manifest: Manifest) -> GradientSource:
-    """The source with the damping that a cache's preconditioner was fitted with, if none was asked for: the
-    default was another in earlier versions."""
+    """The source with the damping and tolerance that a cache's preconditioner was fitted with, if none were
+    asked for: the defaults were others in earlier versions."""
     record = manifest.preconditioner
     if record is None or record["kind"] != "kfac" or not source.chooses_damping:
         return source
-    return source.with_damping(record["damping"])
+    return source.with_damping(record["damping"], record["tolerance"])
 
 
 def read_fitted(manifest: Manifest) -> Preconditioner | None:

@@ -134,7 +134,11 @@ def checked_preconditioner(value: Any) -> str | dict[str, Any]:
     if value["file"] not in PRECONDITIONER_FILES:
         raise ValueError(f"{short(value['file'])} is not the preconditioner's file")
     if value["kind"] == "kfac":
-        options: dict[str, Any] = {"rank": count(value["rank"]), "damping": float(value["damping"])}
+        options: dict[str, Any] = {
+            "rank": count(value["rank"]),
+            "damping": float(value["damping"]),
+            "tolerance": float(value.get("tolerance", 0.0)),  # earlier versions kept all directions
+        }
     else:
         options = {"floor": float(value["floor"])}
     return {

@@ -27,6 +27,7 @@ from rapidin.gradients.parameters import Target, block_seed
 from rapidin.gradients.scale import Scale
 from rapidin.ops import LowRank
 
+_TOGETHER = 16  # directions
 OVERSAMPLING = 32  # columns of the random sketch beyond the rank that is kept
 _NOISE = 1e-5  # a token's gradient is rounding error below this share of the largest in its example
 
@@ -216,10 +217,12 @@ def _token_weights(*factors: Tensor) -> Tensor:
     return torch.where(ratio.isinf(), 1.0, ratio / (ratio + 1.0))
 
 
-def kfac_scales(moments: FactorMoments, exponent: float, damping: float) -> dict[str, Scale]:
+def kfac_scales(
+    moments: FactorMoments, exponent: float, damping: float, tolerance: float
+) -> dict[str, Scale]:
     """K-FAC's scale of each target, on the CPU; targets that no gradient reached are left as they are."""
     return {
-        target.name: kfac_scale(moments.spectra(n), target.matrix, exponent, damping)
+        target.name: kfac_scale(moments.spectra(n), target.matrix, exponent, damping, tolerance)
         for n, target in enumerate(moments.targets)
     }
 
@@ -229,22 +232,62 @@ def kfac_scale(
     shape: tuple[int, int],
     exponent: float,
     damping: float,
+    tolerance: float,
 ) -> Scale:
-    """K-FAC's scale of a parameter of this shape (O, I), given what `FactorMoments.spectra` returns."""
+    """K-FAC's scale of a parameter of this shape (O, I), given what `FactorMoments.spectra` returns.
+
+    tolerance: see `needed_directions`; 0 keeps all known directions.
+    """
     if spectra is None:
         return Scale(torch.ones(shape[0], device="cpu"), torch.ones(shape[1], device="cpu"))
-    rows, (column_scale, column_low_rank) = spectra[0], _damped_root(spectra[1], exponent, damping)
+    rows, (column_scale, column_low_rank) = spectra[0], _damped_root(spectra[1], exponent, damping, tolerance)
     if isinstance(rows, Spectrum):
-        row_scale, row_low_rank = _damped_root(rows, exponent, damping)
+        row_scale, row_low_rank = _damped_root(rows, exponent, damping, tolerance)
         return Scale(row_scale, column_scale, row_low_rank, column_low_rank)
     row_scale = (rows + damping * rows.mean()).pow(-exponent).float()
     return Scale(row_scale, column_scale, None, column_low_rank)
 
 
-def _damped_root(spectrum: Spectrum, exponent: float, damping: float) -> tuple[Tensor, LowRank]:
+def needed_directions(spectrum: Spectrum, exponent: float, damping: float, tolerance: float) -> int:
+    """The fewest leading directions of a side with n features that its damped root needs.
+
+    With r of them kept, the others share the root of their mean eigenvalue. That changes the preconditioned
+    vectors, by the square of the change over the square of their lengths, both expected, by
+
+        sum_{j > r} l_j (s(l_j) - s(mean_{j > r} l))^2 / sum_j l_j s(l_j)^2,    s(l) = (l / m + d)^-p
+
+    which must be at most `tolerance`. A multiple of 16 or all that are known, since tensor cores multiply 16
+    at a time.
+    """
+    n, known = spectrum.eigenvectors.shape
+    if not tolerance:
+        return known
+    leading, trailing = spectrum.leading / spectrum.mean, spectrum.trailing / spectrum.mean
+    each = torch.cat((leading, leading.new_full((1,), trailing)))
+    counts = torch.ones_like(each)
+    counts[-1] = n - known
+    roots = (each + damping).pow(-exponent)
+    most = tolerance * float((counts * each * roots.square()).sum())
+    for r in range(0, known, _TOGETHER):
+        dropped, times = each[r:], counts[r:]
+        mean = (times * dropped).sum() / (n - r)
+        changes = (roots[r:] - (mean + damping).pow(-exponent)).square()
+        if float((times * dropped * changes).sum()) <= most:
+            return r
+    return known
+
+
+def _damped_root(
+    spectrum: Spectrum, exponent: float, damping: float, tolerance: float
+) -> tuple[Tensor, LowRank | None]:
     """``(M / mean + damping)^-p mean^-p`` of a side with n features, as a scale [n] and a low-rank map."""
-    n = len(spectrum.eigenvectors)
-    leading = (spectrum.leading / spectrum.mean + damping).pow(-exponent)
-    trailing = (spectrum.trailing / spectrum.mean + damping) ** -exponent
-    scale = torch.full((n,), trailing * spectrum.mean**-exponent, dtype=torch.float32, device="cpu")
-    return scale, LowRank(spectrum.eigenvectors.float().contiguous(), (leading / trailing - 1).float())
+    n, known = spectrum.eigenvectors.shape
+    r = needed_directions(spectrum, exponent, damping, tolerance)
+    others = float(spectrum.leading[r:].sum()) + (n - known) * spectrum.trailing
+    trailing = (others / (n - r) / spectrum.mean if r < n else 0.0) + damping
+    leading = (spectrum.leading[:r] / spectrum.mean + damping).pow(-exponent)
+    scale = torch.full((n,), (trailing * spectrum.mean) ** -exponent, dtype=torch.float32, device="cpu")
+    if not r:
+        return scale, None
+    gain = leading / trailing**-exponent - 1
+    return scale, LowRank(spectrum.eigenvectors[:, :r].float().contiguous(), gain.float())

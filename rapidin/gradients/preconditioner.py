@@ -45,8 +45,9 @@ SAMPLE = 256  # examples of the sample for Adam's
 KFAC_SAMPLE = 128  # examples of the sample for K-FAC's, to which every token contributes
 _FEWEST = 32
 STREAM = 18  # of the keyed hash in docs/reference/sketch.md that draws the sample
-RANK = 64  # eigenvectors of a side that K-FAC's preconditioner keeps
+RANK = 64  # most eigenvectors of a wide side that K-FAC's preconditioner keeps
 DAMPING = 1.0  # d, of a side, in units of its mean eigenvalue: studies/damping
+TOLERANCE = 0.01  # by how much leaving out directions may change preconditioned gradients: studies/damping
 
 Kind = Literal["off", "sample", "kfac", "optimizer"]
 
@@ -137,8 +138,9 @@ class PreconditionerConfig:
     """Which preconditioner a cache is made with.
 
     kind: "off"; Adam's, from a "sample" or from the state of the "optimizer"; or "kfac", from a sample too.
-    exponent: p above. floor: see `Scale.of`. sample: most examples in the sample. rank: eigenvectors of a
-    side, and damping: d above, of "kfac". fitted: the preconditioner, if it is known before the cache is
+    exponent: p above. floor: see `Scale.of`. sample: most examples in the sample. rank: most eigenvectors of
+    a side, damping: d above, and tolerance: which of them are kept (`kfac.needed_directions`), of "kfac".
+    fitted: the preconditioner, if it is known before the cache is
     made.
     """
 
@@ -148,6 +150,7 @@ class PreconditionerConfig:
     sample: int = SAMPLE
     rank: int = RANK
     damping: float = DAMPING
+    tolerance: float = TOLERANCE
     fitted: Preconditioner | None = None
 
     def sample_of(self, rows: int) -> int:
@@ -205,5 +208,5 @@ class PreconditionerConfig:
             return "off"
         of_kind: dict[str, Any] = {"floor": self.floor}
         if self.kind == "kfac":
-            of_kind = {"rank": self.rank, "damping": self.damping}
+            of_kind = {"rank": self.rank, "damping": self.damping, "tolerance": self.tolerance}
         return {"kind": self.kind, "exponent": self.exponent, **of_kind, "sample": self.sample}

@@ -211,12 +211,12 @@ class GradientSource:
         other.batches = other._batch_runner()
         return other
 
-    def with_damping(self, damping: float) -> GradientSource:
-        """The same source, whose preconditioner of K-FAC is fitted with another damping."""
-        if damping == self.config.damping:
+    def with_damping(self, damping: float, tolerance: float) -> GradientSource:
+        """The same source, whose preconditioner of K-FAC is fitted with another damping and tolerance."""
+        if (damping, tolerance) == (self.config.damping, self.config.tolerance):
             return self
         other = copy.copy(self)
-        other.config = replace(self.config, damping=damping)
+        other.config = replace(self.config, damping=damping, tolerance=tolerance)
         other.settings = replace(self.settings, preconditioner=other.config)
         return other
 
@@ -402,7 +402,9 @@ class GradientSource:
                         reporter.tell(
                             "no example of the sample has a gradient, so gradients are not preconditioned"
                         )
-                    points.append(kfac_scales(moments, self.config.exponent, self.config.damping))
+                    points.append(
+                        kfac_scales(moments, self.config.exponent, self.config.damping, self.config.tolerance)
+                    )
                 else:
                     squares = Moments(self.targets)
                     for chosen, result in self.batches.run(good, texts, self.sketcher.squares, reporter):

@@ -18,6 +18,8 @@ Ways, for a side's moment M with mean eigenvalue m: (M / m + d)^-p, p = 1/2 if n
                             effective rank
     rows d, columns d'      a damping for output gradients (rows) and another for inputs (columns)
     w off + d               w times the score without preconditioner added
+    d, tolerance t          with the directions that `kfac.needed_directions` names alone, not all that are
+                            known
 
 `layer` divides each block of a row by its length, `root` by the root of its length.
 """
@@ -39,7 +41,7 @@ from torch import Tensor
 
 from rapidin import ops
 from rapidin.cache.codec import CodecConfig
-from rapidin.gradients.kfac import Spectrum, kfac_scale
+from rapidin.gradients.kfac import Spectrum, kfac_scale, needed_directions
 from rapidin.gradients.parameters import block_seed
 from rapidin.gradients.scale import Scale
 
@@ -61,6 +63,7 @@ class Way:
     exponent: float = 0.5
     of_spectrum: bool = False
     off: float = 0.0
+    tolerance: float = 0.0
 
     def __str__(self) -> str:
         if self.damping is None:
@@ -71,11 +74,20 @@ class Way:
             text += " of the spectrum"
         if self.exponent != 0.5:
             text += f", exponent {self.exponent:g}"
+        if self.tolerance:
+            text += f", tolerance {self.tolerance:g}"
         return f"{self.off:g} off + {text}" if self.off else text
 
 
-def _both(damping: float, exponent: float = 0.5, *, of_spectrum: bool = False, off: float = 0.0) -> Way:
-    return Way((damping, damping), exponent, of_spectrum, off)
+def _both(
+    damping: float,
+    exponent: float = 0.5,
+    *,
+    of_spectrum: bool = False,
+    off: float = 0.0,
+    tolerance: float = 0.0,
+) -> Way:
+    return Way((damping, damping), exponent, of_spectrum, off, tolerance)
 
 
 WAYS = (
@@ -89,9 +101,10 @@ WAYS = (
     _both(0.1, 0.25),
     _both(0.1, off=0.25),
     _both(0.1, off=1.0),
+    *(_both(damping, tolerance=t) for damping in (1.0, 0.1) for t in (0.01, 0.03)),
 )
 # Those that are measured through a sketch and packed rows, too.
-PACKED = ("off", "0.1", "0.3", "0.5", "1", "rows 3, columns 0.3")
+PACKED = ("off", "0.1", "0.3", "0.5", "1", "rows 3, columns 0.3", "1, tolerance 0.01")
 
 
 def typical(spectrum: Spectrum) -> float:
@@ -107,10 +120,20 @@ def scale_of(way: Way, spectra: tuple[Spectrum, Spectrum], shape: tuple[int, int
     assert way.damping is not None
     units = [typical(spectrum) if way.of_spectrum else 1.0 for spectrum in spectra]
     rows, columns = (
-        kfac_scale(spectra, shape, way.exponent, damping * unit)
+        kfac_scale(spectra, shape, way.exponent, damping * unit, way.tolerance)
         for damping, unit in zip(way.damping, units, strict=True)
     )
     return Scale(rows.rows, columns.columns, rows.row_low_rank, columns.column_low_rank)
+
+
+def mean_directions(subject: Subject, way: Way) -> list[float]:
+    """Of a side, on average: those that are kept, and those that are known."""
+    if way.damping is None or not way.tolerance:
+        return []
+    sides = [(side, damping) for of in subject.spectra for side, damping in zip(of, way.damping, strict=True)]
+    kept = [needed_directions(side, way.exponent, damping, way.tolerance) for side, damping in sides]
+    known = [side.eigenvectors.shape[1] for side, _ in sides]
+    return [round(sum(counts) / len(sides), 1) for counts in (kept, known)]
 
 
 def preconditioned(subject: Subject, way: Way) -> tuple[Group, Group]:
@@ -161,9 +184,13 @@ def measured(subject: Subject, way: Way) -> Iterator[dict[str, Any]]:
     if way.off:
         sides, weights = [*sides, (subject.train, subject.test)], [1.0, way.off]
 
+    directions = mean_directions(subject, way)
+
     def row(rows: str, by_seed: list[dict[str, Tensor]]) -> dict[str, Any]:
         found: dict[str, Any] = {"subject": subject.name, "figure": subject.figure, "way": str(way)}
         found["rows"] = rows
+        if way.tolerance:
+            found["directions"] = directions
         # `root` weighs blocks by their lengths, and a sum has lengths of two kinds.
         for name in ("layer",) if way.off else ("layer", "root"):
             values = [round(float(subject.measure(each[name]).mean()), 4) for each in by_seed]

@@ -84,7 +84,7 @@ def factors(massive: tuple[int, ...]) -> Factors:
         moment.add(x)
         spectrum = moment.spectrum(SAMPLED)
         assert isinstance(spectrum, Spectrum)
-        low_rank = kfac_scale((spectrum, spectrum), (n, n), EXPONENT, DAMPING).column_low_rank
+        low_rank = kfac_scale((spectrum, spectrum), (n, n), EXPONENT, DAMPING, 0.0).column_low_rank
         assert low_rank is not None
         low_ranks.append(low_rank)
         sides.append(x[: BATCH * TOKENS].view(BATCH, TOKENS, n).bfloat16())

@@ -222,7 +222,7 @@ class Case:
             moments.examples += len(batch[0][0])
             for n, (inputs, outputs) in enumerate(batch):
                 moments.add_factors(n, inputs, outputs)
-        return list(kfac_scales(moments, EXPONENT, damping).values())
+        return list(kfac_scales(moments, EXPONENT, damping, tolerance=0.0).values())
 
     def preconditioned(self, group: list[Tensor], scales: list[Scale]) -> list[Tensor]:
         return [

@@ -15,7 +15,14 @@ from rapidin.cache.differences import (
 )
 from rapidin.errors import UserError
 
-KFAC: dict[str, Any] = {"kind": "kfac", "exponent": 0.5, "rank": 4, "damping": 1e-3, "sample": 9}
+KFAC: dict[str, Any] = {
+    "kind": "kfac",
+    "exponent": 0.5,
+    "rank": 4,
+    "damping": 1e-3,
+    "tolerance": 0.01,
+    "sample": 9,
+}
 KFAC |= {"file": "preconditioner.safetensors", "bytes": 10, "sha256": "ab" * 32}
 OPTIMIZER: dict[str, Any] = {"kind": "optimizer", "exponent": 0.5, "floor": 0.1, "sample": 0}
 OPTIMIZER |= {"file": "preconditioner.safetensors", "bytes": 10, "sha256": "cd" * 32}
@@ -42,7 +49,7 @@ CACHED: dict[str, Any] = {
         (
             {"gradient": {"at": [0.5], "preconditioner": KFAC}},
             "with other gradients (preconditioner: off in the cache, K-FAC's from a sample of at most 9 "
-            "examples, rank 4, damping 0.001 requested)",
+            "examples, rank 4, damping 0.001, tolerance 0.01 requested)",
         ),
         (
             {"text": {"eos": False}},
@@ -105,5 +112,5 @@ def test_a_preconditioner_in_words() -> None:
     assert preconditioner_words(SAMPLE) == "from a sample of at most 7 examples, exponent 0.5, floor 0.1"
     assert preconditioner_words(OPTIMIZER) == ("from the optimizer's state cdcdcdcd, exponent 0.5, floor 0.1")
     assert preconditioner_words({**KFAC, "rank": 5}) == (
-        "K-FAC's from a sample of at most 9 examples, rank 5, damping 0.001"
+        "K-FAC's from a sample of at most 9 examples, rank 5, damping 0.001, tolerance 0.01"
     )

@@ -165,7 +165,8 @@ def test_data_may_be_unknown_or_one_file() -> None:
 
 FITTED = {"exponent": 0.5, "sample": 9, "bytes": 100, "sha256": "0" * 64}
 PRECONDITIONERS: dict[str, dict[str, Any]] = {
-    "kfac": FITTED | {"kind": "kfac", "rank": 4, "damping": 1e-3, "file": "preconditioner.safetensors"},
+    "kfac": FITTED
+    | {"kind": "kfac", "rank": 4, "damping": 1e-3, "tolerance": 0.01, "file": "preconditioner.safetensors"},
     "sample": FITTED | {"kind": "sample", "floor": 0.1, "file": "preconditioner.safetensors"},
     "optimizer": FITTED | {"kind": "optimizer", "floor": 0.1, "file": "preconditioner.safetensors"},
 }
@@ -181,7 +182,7 @@ def test_a_preconditioner_is_kept_with_its_known_keys(kind: str) -> None:
         for bad in COUNTS:
             with pytest.raises(REFUSALS):
                 checked_preconditioner({**value, key: bad})
-    for key in value:
+    for key in set(value) - {"tolerance"}:
         with pytest.raises(REFUSALS):
             checked_preconditioner({name: each for name, each in value.items() if name != key})
     bad_values = {
@@ -196,6 +197,14 @@ def test_a_preconditioner_is_kept_with_its_known_keys(kind: str) -> None:
     for bad in ("on", None, [], 1):
         with pytest.raises(REFUSALS):
             checked_preconditioner(bad)
+
+
+def test_earlier_caches_kept_all_directions_of_a_side() -> None:
+    value = PRECONDITIONERS["kfac"]
+    earlier = {key: each for key, each in value.items() if key != "tolerance"}
+    assert checked_preconditioner(earlier) == {**value, "tolerance": 0.0}
+    with pytest.raises(REFUSALS):
+        checked_preconditioner({**value, "tolerance": "x"})
 
 
 def test_only_a_preconditioner_of_an_optimizer_needs_its_checksum_at_once() -> None:

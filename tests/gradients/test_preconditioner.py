@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,14 @@ from rapidin.cli import main
 from rapidin.errors import UserError
 from rapidin.gradients.adam import Moments, second_moments
 from rapidin.gradients.collector import GradientSketcher
-from rapidin.gradients.kfac import FactorMoments, SideMoment, Spectrum, kfac_scale, kfac_scales
+from rapidin.gradients.kfac import (
+    FactorMoments,
+    SideMoment,
+    Spectrum,
+    kfac_scale,
+    kfac_scales,
+    needed_directions,
+)
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import Target, Use, block_seed, find_targets, matrix_shape
 from rapidin.gradients.preconditioner import (
@@ -31,6 +39,7 @@ from rapidin.gradients.preconditioner import (
     EXPONENT,
     FLOOR,
     KFAC_SAMPLE,
+    TOLERANCE,
     Preconditioner,
     PreconditionerConfig,
 )
@@ -254,7 +263,7 @@ def test_a_side_is_the_damped_root_of_its_moment(size: float) -> None:
         side.add(part)
     spectrum = side.spectrum(200)
     assert spectrum is not None
-    scale = kfac_scale((spectrum, spectrum), (24, 24), P, 0.1)
+    scale = kfac_scale((spectrum, spectrum), (24, 24), P, 0.1, 0.0)
     want = damped_root(x.double().T @ x.double() / 200, 0.1)
     assert scale.row_low_rank is not None
     got = scale.row_low_rank(torch.eye(24)).double() * scale.rows
@@ -281,7 +290,7 @@ def test_of_a_wide_side_the_strongest_directions_are_known_and_the_rest_is_alike
     assert exact[rank:].mean() < spectrum.trailing < 2 * exact[rank:].mean()
     assert spectrum.mean == pytest.approx(float(exact.mean()), rel=1e-5)
     # and what is done to them: the low-rank form is the matrix itself
-    scale = kfac_scale((spectrum, spectrum), (n, n), P, 0.1)
+    scale = kfac_scale((spectrum, spectrum), (n, n), P, 0.1, 0.0)
     filled = torch.cat([spectrum.leading, torch.full((n - rank,), spectrum.trailing, dtype=torch.float64)])
     rest = torch.linalg.qr(torch.cat([spectrum.eigenvectors, noise(n, n - rank).double()], 1)).Q[:, rank:]
     whole = torch.cat([spectrum.eigenvectors, rest], 1)
@@ -289,6 +298,69 @@ def test_of_a_wide_side_the_strongest_directions_are_known_and_the_rest_is_alike
     y = noise(3, 7, n)
     got, _ = scale.factors(y, y).applied()
     torch.testing.assert_close(got.double(), y.double() @ want, rtol=1e-3, atol=1e-3 * float(got.std()))
+
+
+def side_of(values: torch.Tensor, known: int) -> Spectrum:
+    """A side with these eigenvalues [n], descending, of which the first `known` are."""
+    n = len(values)
+    vectors = torch.linalg.qr(noise(n, n).double()).Q[:, :known]
+    trailing = float(values[known:].mean()) if known < n else 0.0
+    return Spectrum(float(values.mean()), values[:known], trailing, vectors)
+
+
+def root_of_side(spectrum: Spectrum, damping: float, tolerance: float) -> torch.Tensor:
+    """[n, n]: what a side's vectors are multiplied by."""
+    n = len(spectrum.eigenvectors)
+    scale = kfac_scale((spectrum, spectrum), (n, n), P, damping, tolerance)
+    whole = torch.eye(n, dtype=torch.float64) * scale.columns[0]
+    low_rank = scale.column_low_rank
+    return whole if low_rank is None else low_rank(torch.eye(n)).double() * scale.columns
+
+
+@pytest.mark.parametrize("known", [64, 200])
+@pytest.mark.parametrize("damping", [1.0, 0.1])
+@pytest.mark.parametrize("tolerance", [0.1, 0.01, 0.001])
+def test_the_fewest_directions_are_kept_that_change_gradients_by_the_tolerance(
+    known: int, damping: float, tolerance: float
+) -> None:
+    n = 200
+    values = torch.arange(1, n + 1, dtype=torch.float64).pow(-1.2)
+    spectrum = side_of(values, known)
+    filled = torch.cat([spectrum.leading, torch.full((n - known,), spectrum.trailing, dtype=torch.float64)])
+    vectors = torch.linalg.qr(torch.cat([spectrum.eigenvectors, noise(n, n, seed=3).double()], 1)).Q
+    moment = (vectors * filled) @ vectors.T
+    whole = root_of_side(spectrum, damping, 0.0)
+
+    def change(root: torch.Tensor) -> float:
+        """E |(root - whole) x|^2 / E |whole x|^2 of vectors x with this moment."""
+        of_both = [torch.trace(y @ moment @ y.T) for y in (root - whole, whole)]
+        return float(of_both[0] / of_both[1])
+
+    kept = needed_directions(spectrum, P, damping, tolerance)
+    assert kept % 16 == 0 or kept == known
+    low_rank = kfac_scale((spectrum, spectrum), (n, n), P, damping, tolerance).column_low_rank
+    assert (0 if low_rank is None else low_rank.rank) == kept
+    assert change(root_of_side(spectrum, damping, tolerance)) <= tolerance * 1.001
+    if kept:  # a step fewer would change more
+        less = (kept - 1) // 16 * 16
+        fewer = replace(
+            spectrum,
+            leading=spectrum.leading[:less],
+            eigenvectors=spectrum.eigenvectors[:, :less],
+            trailing=float(filled[less:].mean()),
+        )
+        assert change(root_of_side(fewer, damping, 0.0)) > tolerance
+
+
+def test_a_side_that_is_alike_in_all_directions_needs_none() -> None:
+    spectrum = side_of(torch.full((40,), 3.0, dtype=torch.float64), 20)
+    scale = kfac_scale((spectrum, spectrum), (40, 40), P, 1.0, TOLERANCE)
+    assert scale.row_low_rank is None
+    assert scale.column_low_rank is None
+    torch.testing.assert_close(scale.rows, torch.full((40,), (2 * 3.0) ** -P))
+    again = Preconditioner.of_tensors(Preconditioner([{"w": scale}]).tensors).points[0]["w"]
+    assert again.row_low_rank is None
+    assert torch.equal(again.rows, scale.rows)
 
 
 def test_what_is_far_larger_than_the_rest_does_not_drown_it_in_small_dtypes() -> None:
@@ -299,7 +371,7 @@ def test_what_is_far_larger_than_the_rest_does_not_drown_it_in_small_dtypes() ->
     side.add(x)
     spectrum = side.spectrum(500)
     assert spectrum is not None
-    scale = kfac_scale((spectrum, spectrum), (n, n), P, 0.01)
+    scale = kfac_scale((spectrum, spectrum), (n, n), P, 0.01, 0.0)
     y = x[:4, None].to(torch.bfloat16)
     got, _ = scale.factors(y, y).applied()
     assert got.dtype == torch.float32
@@ -318,7 +390,7 @@ def test_the_moments_of_every_parameter_and_sketches_preconditioned_by_them(kind
     moments = FactorMoments(targets, 64, SEED)
     sketcher.add_moments(batch, moments)
     assert moments.examples == len(texts())
-    table = kfac_scales(moments, P, 0.1)
+    table = kfac_scales(moments, P, 0.1, 0.0)
     sketcher.preconditioner = Preconditioner([table])
     got, _ = sketcher(batch)
     for n, (target, formed) in enumerate(zip(targets, own_matrices(model, targets), strict=True)):
@@ -359,7 +431,7 @@ def test_the_moments_of_every_parameter_and_sketches_preconditioned_by_them(kind
 def kfac_preconditioner(model: Any, targets: Sequence[Target], rank: int = 5) -> Preconditioner:
     moments = FactorMoments(targets, rank, SEED)
     GradientSketcher(model, targets, width=8, seed=0).add_moments(TokenBatch.of(texts()), moments)
-    return Preconditioner([kfac_scales(moments, P, 0.1)])
+    return Preconditioner([kfac_scales(moments, P, 0.1, 0.0)])
 
 
 def test_factors_stay_as_they_came_where_a_side_has_one_scale() -> None:
@@ -480,7 +552,7 @@ def test_an_embedding_is_scaled_by_how_often_its_tokens_come() -> None:
     moments = FactorMoments(targets, 64, 0)
     batch = TokenBatch.of(texts())
     GradientSketcher(model, targets, width=8, seed=0).add_moments(batch, moments)
-    scale = kfac_scales(moments, P, 0.1)[targets[0].name]
+    scale = kfac_scales(moments, P, 0.1, 0.0)[targets[0].name]
     assert scale.row_low_rank is None
     seen = torch.unique(batch.ids[:, :-1][batch.mask[:, 1:]])  # the last one of a text predicts nothing
     rare = torch.ones(len(scale.rows), dtype=torch.bool)
@@ -506,7 +578,7 @@ def test_moments_of_factors_leave_out_padding_and_what_is_not_finite() -> None:
     for examples in (0, 1):  # a layer without gradient is left as it is
         nothing = FactorMoments([target], 8, 0)
         nothing.examples = examples
-        scale = kfac_scales(nothing, P, 0.1)["w"]
+        scale = kfac_scales(nothing, P, 0.1, 0.0)["w"]
         assert scale.rows.tolist() == [1.0] * 3
         assert scale.columns.tolist() == [1.0] * 2
 
@@ -825,10 +897,8 @@ def test_a_cache_of_preconditioned_gradients_and_its_queries(tmp_path: Path) -> 
     cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
     record = cache.manifest.gradient["preconditioner"]
     assert (record["kind"], record["rank"], record["damping"], record["sample"]) == ("kfac", 5, DAMPING, 12)
-    assert (
-        cache.info()["preconditioner"]
-        == f"K-FAC's from a sample of at most 12 examples, rank 5, damping {DAMPING:g}"
-    )
+    settings = f"rank 5, damping {DAMPING:g}, tolerance {TOLERANCE:g}"
+    assert cache.info()["preconditioner"] == f"K-FAC's from a sample of at most 12 examples, {settings}"
     preconditioner = read_fitted(cache.manifest)
     assert preconditioner is not None
     plain = lora_attributor(at=[0.5])
@@ -853,7 +923,7 @@ def test_a_cache_of_preconditioned_gradients_and_its_queries(tmp_path: Path) -> 
         lora_attributor(preconditioner="kfac", at=[0.5]).cache(
             records(), cache.path, dtype="float32", shard_rows=7
         )
-    for key, value in (("rank", -1), ("rank", 2.5), ("damping", "x"), ("kind", "kfca")):
+    for key, value in (("rank", -1), ("rank", 2.5), ("damping", "x"), ("tolerance", "x"), ("kind", "kfca")):
         manifest = json.loads((cache.path / "manifest.json").read_text())
         manifest["gradient"]["preconditioner"][key] = value
         (tmp_path / "bad").mkdir(exist_ok=True)
@@ -863,8 +933,8 @@ def test_a_cache_of_preconditioned_gradients_and_its_queries(tmp_path: Path) -> 
 
 
 def test_a_cache_keeps_the_damping_that_it_was_begun_with(tmp_path: Path) -> None:
-    """The default was another in earlier versions: their caches are resumed and asked as they are."""
-    old = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, damping=0.1)
+    """Defaults were others in earlier versions: their caches are resumed and asked as they are."""
+    old = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, damping=0.1, tolerance=0.0)
     attributor = lora_attributor(preconditioner=old, at=[0.5])
     cache = attributor.cache(records(), tmp_path / "cache", dtype="float32", shard_rows=7)
     want = attributor.scores(cache, [QUERY])
@@ -873,14 +943,19 @@ def test_a_cache_keeps_the_damping_that_it_was_begun_with(tmp_path: Path) -> Non
     manifest = Manifest.read(cache.path)
     manifest.shards = manifest.shards[1:]
     manifest.write(cache.path)
+    written = json.loads((cache.path / "manifest.json").read_text())
+    del written["gradient"]["preconditioner"]["tolerance"]  # as those versions wrote it
+    (cache.path / "manifest.json").write_text(json.dumps(written))
     again = lora_attributor(preconditioner="kfac", at=[0.5])
     resumed = again.cache(records(), cache.path, dtype="float32", shard_rows=7)
     assert (cache.path / "shard-000000.safetensors").read_bytes() == whole
     assert resumed.manifest.gradient["preconditioner"]["damping"] == 0.1
     assert torch.equal(again.scores(resumed, [QUERY]), want)
-    assert again.source.config.damping == DAMPING
+    assert (again.source.config.damping, again.source.config.tolerance) == (DAMPING, TOLERANCE)
     other = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, damping=2.0)
-    with pytest.raises(UserError, match=r"damping 0\.1 in the cache, .* damping 2 requested"):
+    with pytest.raises(
+        UserError, match=r"damping 0\.1, tolerance 0 in the cache, .* damping 2, .* requested"
+    ):
         lora_attributor(preconditioner=other, at=[0.5]).cache(
             records(), cache.path, dtype="float32", shard_rows=7
         )

@@ -265,7 +265,7 @@ def test_kfac_is_the_same_in_batches_and_one_at_a_time(kind: str) -> None:
         moments = FactorMoments(targets, 64, SEED)
         for batch in batches:
             sketcher.add_moments(TokenBatch.of(batch), moments)
-        tables.append(kfac_scales(moments, 0.5, 0.1))
+        tables.append(kfac_scales(moments, 0.5, 0.1, 0.0))
     for target, stack in zip(targets, stacks_of(model, targets), strict=True):
         together, alone = (table[target.name].formed(stack.flatten(0, 1)) for table in tables)
         assert together.shape == (len(texts()) * target.stack, *target.matrix)

@@ -49,7 +49,7 @@ def test_a_way_is_the_preconditioner_of_a_cache_or_another_on_each_side() -> Non
     small = subject()
     of = small.spectra[0], small.shapes[0]
     same = damping.scale_of(damping.Way((0.3, 0.3)), *of)
-    want = kfac_scale(*of, 0.5, 0.3)
+    want = kfac_scale(*of, 0.5, 0.3, 0.0)
     other = damping.scale_of(damping.Way((3.0, 0.3)), *of)
     grads = torch.randn(2, *small.shapes[0])
     assert torch.equal(same.formed(grads), want.formed(grads))
