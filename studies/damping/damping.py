@@ -14,6 +14,8 @@ Ways, for a side's moment M with mean eigenvalue m: (M / m + d)^-p, p = 1/2 if n
     off                     no preconditioner
     d                       the same damping d for both sides
     d, exponent p           another exponent
+    d, exponents p of rows, p' of queries
+                            of the two sides of a product, p + p' = 1
     d of the spectrum       d in units of sum(l^2) / sum(l), of the side's eigenvalues l: the trace over the
                             effective rank
     rows d, columns d'      a damping for output gradients (rows) and another for inputs (columns)
@@ -30,7 +32,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -64,6 +66,7 @@ class Way:
     of_spectrum: bool = False
     off: float = 0.0
     tolerance: float = 0.0
+    of_queries: float | None = None
 
     def __str__(self) -> str:
         if self.damping is None:
@@ -72,7 +75,9 @@ class Way:
         text = f"{rows:g}" if rows == columns else f"rows {rows:g}, columns {columns:g}"
         if self.of_spectrum:
             text += " of the spectrum"
-        if self.exponent != 0.5:
+        if self.of_queries is not None:
+            text += f", exponents {self.exponent:g} of rows, {self.of_queries:g} of queries"
+        elif self.exponent != 0.5:
             text += f", exponent {self.exponent:g}"
         if self.tolerance:
             text += f", tolerance {self.tolerance:g}"
@@ -102,9 +107,19 @@ WAYS = (
     _both(0.1, off=0.25),
     _both(0.1, off=1.0),
     *(_both(damping, tolerance=t) for damping in (1.0, 0.1) for t in (0.01, 0.03)),
+    *(Way((d, d), p, of_queries=1.0 - p) for d in (0.1, 1.0) for p in (0.375, 0.25, 0.0)),
 )
 # Those that are measured through a sketch and packed rows, too.
-PACKED = ("off", "0.1", "0.3", "0.5", "1", "rows 3, columns 0.3", "1, tolerance 0.01")
+PACKED = (
+    "off",
+    "0.1",
+    "0.3",
+    "0.5",
+    "1",
+    "rows 3, columns 0.3",
+    "1, tolerance 0.01",
+    "0.1, exponents 0.25 of rows, 0.75 of queries",
+)
 
 
 def typical(spectrum: Spectrum) -> float:
@@ -140,14 +155,16 @@ def preconditioned(subject: Subject, way: Way) -> tuple[Group, Group]:
     """Training and test gradients."""
     if way.damping is None:
         return subject.train, subject.test
-    scales = [scale_of(way, *of) for of in zip(subject.spectra, subject.shapes, strict=True)]
-    sides = [
-        [
-            scale.formed(g.view(-1, *shape)).flatten(1)
-            for g, shape, scale in zip(group, subject.shapes, scales, strict=True)
-        ]
-        for group in (subject.train, subject.test)
-    ]
+    of_queries = way if way.of_queries is None else replace(way, exponent=way.of_queries)
+    sides = []
+    for group, of_side in ((subject.train, way), (subject.test, of_queries)):
+        scales = (scale_of(of_side, *of) for of in zip(subject.spectra, subject.shapes, strict=True))
+        sides.append(
+            [
+                scale.formed(g.view(-1, *shape)).flatten(1)
+                for g, shape, scale in zip(group, subject.shapes, scales, strict=True)
+            ]
+        )
     return sides[0], sides[1]
 
 

@@ -33,7 +33,7 @@ from rapidin.files import replacing
 from rapidin.gradients.kfac import Spectrum
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import block_seed
-from rapidin.gradients.preconditioner import DAMPING
+from rapidin.gradients.preconditioner import DAMPING, TOLERANCE
 from rapidin.gradients.settings import RAPIDGRAD_WIDTH
 from rapidin.gradients.source import default_width
 
@@ -54,7 +54,10 @@ Floats = npt.NDArray[np.float64]
 About = dict[str, Any]
 Found = tuple[About, dict[str, Floats]]  # what a way is, and its scores [test, train] by `key`
 
-PRECONDITIONERS = {"off": damping.Way(None), "kfac": damping.Way((DAMPING, DAMPING))}
+PRECONDITIONERS = {
+    "off": damping.Way(None),
+    "kfac": damping.Way((DAMPING, DAMPING), tolerance=TOLERANCE),
+}
 
 
 def encoded(truth: GroundTruth, loaded: LoadedModel) -> dict[str, list[Encoded]]:
