@@ -37,6 +37,9 @@ queries to signs. With one thread a time is that of the processor; with more, an
 a clock.
 A busy machine makes shares larger than an idle one, since the read loop then waits for memory that other
 processes read; the load average says how busy it was.
+
+[studies/peers](../../studies/peers/README.md) has caching and questions beside Bergson and dattri, as whole
+processes on one model and the same rows.
 """
 
 GPU_HEAD = """## On a GPU

@@ -80,6 +80,8 @@ inline void multiply_tile(const uint8_t* rows, int64_t stride_row, int64_t lengt
         const auto add_bytes = [&](int64_t i, auto load) {
             const int8_t* at = queries + p * plane + i / kGroup * kGroup * Q + i % kGroup;
             Bytes x[R];
+            // Rows are touched first by the highest plane of the first queries; the next ones are called for meanwhile.
+            for (int r = 0; p == Format::kPlanes - 1 && r < R; ++r) prefetch(rows + (r + R) * stride_row + i);
             for (int r = 0; r < R; ++r) x[r] = Format::plane(load(rows + r * stride_row + i), p);
             for (int q = 0; q < Q; ++q) {
                 const Bytes y = load_bytes(at + q * kGroup);
@@ -104,7 +106,7 @@ inline void multiply_tile(const uint8_t* rows, int64_t stride_row, int64_t lengt
 template <class Format, int Q>
 inline void multiply_rows(const uint8_t* rows, int64_t count, int64_t stride_row, int64_t length, const int8_t* queries,
                           int64_t plane, int64_t* sums, int64_t stride_sums) {
-    constexpr int R = kBytes == 64 ? 24 / kQueryTile : 2;  // sums that fit the registers: 32 with AVX-512, 16 before
+    constexpr int R = kBytes == 64 ? 4 : 3;  // R * Q sums, the rows and a query fit the registers: 32 with AVX-512, 16 before
     int64_t r = 0;
     for (; r + R <= count; r += R)
         multiply_tile<Format, R, Q>(rows + r * stride_row, stride_row, length, queries, plane, sums + r * stride_sums, stride_sums);
@@ -141,9 +143,7 @@ inline void multiply_groups(const Product& at, const uint8_t* rows, int64_t stri
         if (size == 1) run(multiply_rows<Format, 1>);
         else if (size == 2) run(multiply_rows<Format, 2>);
         else if (size == 3) run(multiply_rows<Format, 3>);
-        else if (size == 4) run(multiply_rows<Format, 4>);
-        else if (size == 5) run(multiply_rows<Format, 5>);
-        else run(multiply_rows<Format, 6>);
+        else run(multiply_rows<Format, 4>);
     }
 }
 
