@@ -267,6 +267,20 @@ def in_one_pass(where: Path, attributor: Attributor | None = None, **options: An
     return made.cache(records(ROWS), where, shard_rows=16, check=False, null=False, **options)
 
 
+@pytest.fixture(scope="module")
+def whole_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cache]:
+    """whole_of(**options): the cache that in_one_pass makes, once for all tests, which leave it as it is."""
+    made: dict[str, Cache] = {}
+
+    def of(**options: Any) -> Cache:
+        name = json.dumps(options, sort_keys=True)
+        if name not in made:
+            made[name] = in_one_pass(tmp_path_factory.mktemp("whole"), **options)
+        return made[name]
+
+    return of
+
+
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
@@ -282,8 +296,10 @@ def test_the_sample_of_the_preconditioner_takes_one_pass(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {}, {"dtype": "int8"}, COMPACT])
-def test_its_rows_are_those_of_a_pass_of_their_own(tmp_path: Path, options: dict[str, Any]) -> None:
-    cache = in_one_pass(tmp_path / "cache", **options)
+def test_its_rows_are_those_of_a_pass_of_their_own(
+    whole_of: Callable[..., Cache], options: dict[str, Any]
+) -> None:
+    cache = whole_of(**options)
     source = fitted(few_rows(), cache).source
     texts = [source.example(record) for record in records(ROWS)]
     sketches, status = source.sketches(texts)
@@ -345,9 +361,13 @@ def stop_when(when: Callable[[Progress], bool]) -> Callable[[Progress], None]:
     ],
 )
 def test_a_run_stopped_around_the_fit_goes_on_to_the_same_bytes(
-    tmp_path: Path, when: Callable[[Progress], bool], kept: int, options: dict[str, Any]
+    whole_of: Callable[..., Cache],
+    tmp_path: Path,
+    when: Callable[[Progress], bool],
+    kept: int,
+    options: dict[str, Any],
 ) -> None:
-    whole = in_one_pass(tmp_path / "whole", **options)
+    whole = whole_of(**options)
     with pytest.raises(Stopped):
         in_one_pass(tmp_path / "cache", on_progress=stop_when(when), **options)
     seen: list[Progress] = []
@@ -360,9 +380,11 @@ def test_a_run_stopped_around_the_fit_goes_on_to_the_same_bytes(
     assert (counts[-1], seen[-1].stage) == (ROWS, None)
 
 
-def test_sketches_that_were_made_in_another_way_do_not_count(tmp_path: Path) -> None:
+def test_sketches_that_were_made_in_another_way_do_not_count(
+    whole_of: Callable[..., Cache], tmp_path: Path
+) -> None:
     """Of a run that was killed before it had recorded its preconditioner, or altered since."""
-    whole = in_one_pass(tmp_path / "whole", dtype="float32")
+    whole = whole_of(dtype="float32")
     for damage in ("other", "layers", "cut", "manifest"):
         place = tmp_path / damage
         with pytest.raises(Stopped):
@@ -417,8 +439,10 @@ def test_a_link_in_the_place_of_the_samples_sketches_is_not_followed(tmp_path: P
     assert not fitted_folder.is_symlink()
 
 
-def test_parts_take_the_samples_sketches_from_the_folder_that_was_learned_once(tmp_path: Path) -> None:
-    whole = in_one_pass(tmp_path / "whole")
+def test_parts_take_the_samples_sketches_from_the_folder_that_was_learned_once(
+    whole_of: Callable[..., Cache], tmp_path: Path
+) -> None:
+    whole = whole_of()
     attributor = few_rows()
     with at_pass(-1) as begun:
         in_one_pass(tmp_path / "shared", attributor, part=(0, 2))
@@ -435,15 +459,17 @@ def test_parts_take_the_samples_sketches_from_the_folder_that_was_learned_once(t
 
 
 @pytest.mark.parametrize("lost", ["preconditioner.safetensors", "decoys"])
-def test_a_shard_that_was_lost_is_made_again_as_it_was(tmp_path: Path, lost: str) -> None:
+def test_a_shard_that_was_lost_is_made_again_as_it_was(
+    whole_of: Callable[..., Cache], tmp_path: Path, lost: str
+) -> None:
     """With the preconditioner, or without anything else."""
-    whole = in_one_pass(tmp_path / "whole")
-    before = contents(whole.path)
+    whole = whole_of()
+    place = shutil.copytree(whole.path, tmp_path / "cache")
     for name in (lost, shard_name(1)):
-        (whole.path / name).unlink(missing_ok=True)
-    again = in_one_pass(whole.path)
+        (place / name).unlink(missing_ok=True)
+    again = in_one_pass(place)
     assert len(again) == ROWS
-    assert contents(whole.path) == before
+    assert contents(place) == contents(whole.path)
 
 
 def test_a_resumed_run_does_not_try_again_what_cannot_be_kept(tmp_path: Path) -> None:
