@@ -13,7 +13,7 @@ from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
 
-TEXTS, TOKENS = 64, 64
+TEXTS, TOKENS = 128, 64
 
 
 def source() -> GradientSource:
