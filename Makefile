@@ -38,7 +38,8 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -q -n $(JOBS) --dist loadfile --no-loa
 tests: .venv/installed .venv/emulated
 	$(PYTEST) -m "not full"
 	@echo "make test left out the tests marked 'full': GPU kernels at more sizes and under sanitizers, processes that"
-	@echo "are killed or share work, whole trainings, and the page in a browser. make test-full runs them, too."
+	@echo "are killed or share work, whole trainings, whole runs of studies, and the page in a browser. make test-full"
+	@echo "runs them, too."
 
 # Property tests draw twice the inputs, the same in each run (tests/support/properties.py).
 tests-full: .venv/installed .venv/emulated

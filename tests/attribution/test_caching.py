@@ -254,7 +254,7 @@ def test_a_plan_says_what_counts_and_is_checked() -> None:
 
 
 FEW = {"width": 64, "preconditioner": PreconditionerConfig("kfac", sample=40, rank=5), "batch_tokens": 1}
-ROWS = 60  # of which 32 are in the sample: a quarter would be fewer
+ROWS = 48  # of which 32 are in the sample: a quarter would be fewer
 COMPACT = {"bytes": 250, "sample": 24}
 
 
@@ -265,6 +265,20 @@ def few_rows(**settings: Any) -> Attributor:
 def in_one_pass(where: Path, attributor: Attributor | None = None, **options: Any) -> Cache:
     made = attributor or few_rows()
     return made.cache(records(ROWS), where, shard_rows=16, check=False, null=False, **options)
+
+
+@pytest.fixture(scope="module")
+def whole_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Cache]:
+    """whole_of(**options): the cache that in_one_pass makes, once for all tests, which leave it as it is."""
+    made: dict[str, Cache] = {}
+
+    def of(**options: Any) -> Cache:
+        name = json.dumps(options, sort_keys=True)
+        if name not in made:
+            made[name] = in_one_pass(tmp_path_factory.mktemp("whole"), **options)
+        return made[name]
+
+    return of
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -281,12 +295,20 @@ def test_the_sample_of_the_preconditioner_takes_one_pass(tmp_path: Path) -> None
         assert not {"sample", "fitted"} & {path.name for path in cache.path.iterdir()}
 
 
+@pytest.fixture(scope="module")
+def sketched_apart(whole_of: Callable[..., Cache]) -> tuple[Tensor, Tensor]:
+    """The sketches of all rows by a pass of their own, and their status."""
+    source = fitted(few_rows(), whole_of(dtype="float32")).source
+    return source.sketches([source.example(record) for record in records(ROWS)])
+
+
 @pytest.mark.parametrize("options", [{"dtype": "float32"}, {}, {"dtype": "int8"}, COMPACT])
-def test_its_rows_are_those_of_a_pass_of_their_own(tmp_path: Path, options: dict[str, Any]) -> None:
-    cache = in_one_pass(tmp_path / "cache", **options)
-    source = fitted(few_rows(), cache).source
-    texts = [source.example(record) for record in records(ROWS)]
-    sketches, status = source.sketches(texts)
+def test_its_rows_are_those_of_a_pass_of_their_own(
+    whole_of: Callable[..., Cache], sketched_apart: tuple[Tensor, Tensor], options: dict[str, Any]
+) -> None:
+    cache = whole_of(**options)
+    assert cache.manifest.gradient == whole_of(dtype="float32").manifest.gradient
+    sketches, status = sketched_apart
     unit, length = ops.unit_blocks(sketches)
     assert torch.equal(cache.status(), status)
     # All rows alike, in the sample or not: in float32 they lose nothing on the way, and in others what
@@ -318,7 +340,7 @@ def test_examples_of_the_sample_are_done_before_caching_begins(tmp_path: Path) -
     assert ("fitting the preconditioner", 32, 0) in stages
     assert ("sketching the sample", 31, 32) in stages
     assert stages[-1] == ("sketching the sample", 32, 32)
-    rate = 28 / (watch.seconds - watch.preparation)  # of the others
+    rate = (ROWS - 32) / (watch.seconds - watch.preparation)  # of the others
     assert f"{watch.preparation:.0f} s of preparation, then {rate:.1f} examples/s" in watch.done_text
 
 
@@ -341,13 +363,17 @@ def stop_when(when: Callable[[Progress], bool]) -> Callable[[Progress], None]:
         (lambda p: p.stage is not None and p.stage.done == 20, 0),  # as the moments are gathered
         (lambda p: p.stage is not None and p.done == 10, 0),  # as the sample is sketched
         (lambda p: p.done == 33, 32),  # before any shard is written
-        (lambda p: p.done == 50, 32),
+        (lambda p: p.done == 42, 32),
     ],
 )
 def test_a_run_stopped_around_the_fit_goes_on_to_the_same_bytes(
-    tmp_path: Path, when: Callable[[Progress], bool], kept: int, options: dict[str, Any]
+    whole_of: Callable[..., Cache],
+    tmp_path: Path,
+    when: Callable[[Progress], bool],
+    kept: int,
+    options: dict[str, Any],
 ) -> None:
-    whole = in_one_pass(tmp_path / "whole", **options)
+    whole = whole_of(**options)
     with pytest.raises(Stopped):
         in_one_pass(tmp_path / "cache", on_progress=stop_when(when), **options)
     seen: list[Progress] = []
@@ -360,13 +386,16 @@ def test_a_run_stopped_around_the_fit_goes_on_to_the_same_bytes(
     assert (counts[-1], seen[-1].stage) == (ROWS, None)
 
 
-def test_sketches_that_were_made_in_another_way_do_not_count(tmp_path: Path) -> None:
+def test_sketches_that_were_made_in_another_way_do_not_count(
+    whole_of: Callable[..., Cache], tmp_path: Path
+) -> None:
     """Of a run that was killed before it had recorded its preconditioner, or altered since."""
-    whole = in_one_pass(tmp_path / "whole", dtype="float32")
+    whole = whole_of(dtype="float32")
+    stopped = tmp_path / "stopped"
+    with pytest.raises(Stopped):
+        in_one_pass(stopped, dtype="float32", on_progress=stop_when(lambda p: p.done == 33))
     for damage in ("other", "layers", "cut", "manifest"):
-        place = tmp_path / damage
-        with pytest.raises(Stopped):
-            in_one_pass(place, dtype="float32", on_progress=stop_when(lambda p: p.done == 33))
+        place = shutil.copytree(stopped, tmp_path / damage)
         (shard,) = (place / "fitted").glob("shard-*")
         manifest = place / "fitted" / "manifest.json"
         record = json.loads(manifest.read_text())
@@ -417,8 +446,10 @@ def test_a_link_in_the_place_of_the_samples_sketches_is_not_followed(tmp_path: P
     assert not fitted_folder.is_symlink()
 
 
-def test_parts_take_the_samples_sketches_from_the_folder_that_was_learned_once(tmp_path: Path) -> None:
-    whole = in_one_pass(tmp_path / "whole")
+def test_parts_take_the_samples_sketches_from_the_folder_that_was_learned_once(
+    whole_of: Callable[..., Cache], tmp_path: Path
+) -> None:
+    whole = whole_of()
     attributor = few_rows()
     with at_pass(-1) as begun:
         in_one_pass(tmp_path / "shared", attributor, part=(0, 2))
@@ -435,15 +466,17 @@ def test_parts_take_the_samples_sketches_from_the_folder_that_was_learned_once(t
 
 
 @pytest.mark.parametrize("lost", ["preconditioner.safetensors", "decoys"])
-def test_a_shard_that_was_lost_is_made_again_as_it_was(tmp_path: Path, lost: str) -> None:
+def test_a_shard_that_was_lost_is_made_again_as_it_was(
+    whole_of: Callable[..., Cache], tmp_path: Path, lost: str
+) -> None:
     """With the preconditioner, or without anything else."""
-    whole = in_one_pass(tmp_path / "whole")
-    before = contents(whole.path)
+    whole = whole_of()
+    place = shutil.copytree(whole.path, tmp_path / "cache")
     for name in (lost, shard_name(1)):
-        (whole.path / name).unlink(missing_ok=True)
-    again = in_one_pass(whole.path)
+        (place / name).unlink(missing_ok=True)
+    again = in_one_pass(place)
     assert len(again) == ROWS
-    assert contents(whole.path) == before
+    assert contents(place) == contents(whole.path)
 
 
 def test_a_resumed_run_does_not_try_again_what_cannot_be_kept(tmp_path: Path) -> None:

@@ -32,7 +32,8 @@ ROWS: list[dict[str, Any]] = [
     }
     for n in range(60)
 ]
-ROWS += [{"prompt": "One, two, three, ", "completion": "four and five", "source": "count"}] * 200
+COPIES = 120  # more than a hit lists
+ROWS += [{"prompt": "One, two, three, ", "completion": "four and five", "source": "count"}] * COPIES
 ASKED = [("Say 5 ", "it is 25 "), ("One, two, three, ", "four and six")]
 
 
@@ -73,14 +74,14 @@ def test_errors_and_ranks_stand_by_default(made: tuple[Attributor, Cache]) -> No
 
 
 def test_folding_leaves_as_many_as_are_asked_for(made: tuple[Attributor, Cache]) -> None:
-    """200 rows say the same, and are the best: the scan is asked again for more."""
+    """Many rows say the same, and are the best: the scan is asked again for more."""
     attributor, cache = made
     (_, plain) = attributor.query(cache, ASKED, top_k=5, examples=ROWS)
     assert {hit.row >= 60 for hit in plain.top} == {True}
     (first, second) = attributor.query(cache, ASKED, top_k=5, fold=True, examples=ROWS)
     assert [hit.rank for hit in second.top] == [1, 2, 3, 4, 5]
     (best, *others) = second.top
-    assert (len(best.copies), best.copies_more) == (100, 99)
+    assert (len(best.copies), best.copies_more) == (100, COPIES - 101)
     assert all(hit.row < 60 for hit in others)
     for result in (first, second):
         for end in (result.top, result.bottom):
@@ -100,8 +101,8 @@ def test_folding_leaves_as_many_as_are_asked_for(made: tuple[Attributor, Cache])
 
 def test_folding_with_targets_and_exact_gradients(made: tuple[Attributor, Cache]) -> None:
     attributor, cache = made
-    (result, _) = attributor.query(
-        cache, ASKED, top_k=4, fold=True, rescore="exact", candidates=9, targets="tokens", examples=ROWS,
+    (result,) = attributor.query(
+        cache, ASKED[:1], top_k=4, fold=True, rescore="exact", candidates=9, targets="tokens", examples=ROWS,
         layers=True,
     )  # fmt: skip
     assert result.exact
@@ -127,13 +128,13 @@ def test_groups_and_histogram_are_of_all_scores(made: tuple[Attributor, Cache], 
     for result, own in zip(results, scores, strict=True):
         assert result.by == "source"
         assert {group.value: group.count for group in result.groups} == {
-            "web": 20, "book": 19, "(none)": 20, "count": 200,
+            "web": 20, "book": 19, "(none)": 20, "count": COPIES,
         }  # fmt: skip
         for group in result.groups:
             rows = [n for n, row in enumerate(ROWS) if (row["source"] or "(none)") == group.value and n != 7]
             assert group.total == pytest.approx(float(own[rows].double().sum()), abs=1e-5)
         assert result.histogram is not None
-        assert sum(result.histogram.counts) == result.examples == 259
+        assert sum(result.histogram.counts) == result.examples == len(ROWS) - 1
         assert result.layers == tuple(block.name for block in cache.layers)
         for hit in hits(result):
             assert sum(hit.layers) == pytest.approx(hit.score, abs=1e-5)
@@ -148,8 +149,8 @@ def test_baselines_stand_beside_hits(made: tuple[Attributor, Cache]) -> None:
     for result in results:
         assert set(result.overlaps) == {"BM25", "hidden states"}
         for hit in hits(result):
-            assert all(1 <= standing.rank <= 259 for standing in hit.standings.values())
-    assert results[1].top[0].standings["BM25"].rank == 1  # the one of 200 that share the words
+            assert all(1 <= standing.rank < len(ROWS) for standing in hit.standings.values())
+    assert results[1].top[0].standings["BM25"].rank == 1  # the one of all that share the words
     assert ("hidden states", len(ROWS) + 2, len(ROWS) + 2) in stages
     (both,) = attributor.query(cache, ASKED, top_k=6, baselines=True, together=True, examples=ROWS)
     assert set(both.overlaps) == {"BM25", "hidden states"}

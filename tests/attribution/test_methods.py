@@ -49,6 +49,13 @@ def cache(attributor: Attributor, tmp_path_factory: pytest.TempPathFactory) -> C
     return attributor.cache(records(), folder, shard_rows=7, dtype="float32")
 
 
+@pytest.fixture(scope="module")
+def exact(attributor: Attributor, cache: Cache) -> tuple[list[Tensor], list[Tensor]]:
+    """The gradients of the cache's rows and of QUERIES, preconditioned as the cache is."""
+    alone = fitted(attributor, cache)
+    return gradients(alone, records()), gradients(alone, QUERIES)
+
+
 def gradients(attributor: Attributor, rows: list[dict[str, Any]]) -> list[Tensor]:
     """Of each parameter [n, numbers] float64, by autograd's own factors, at the attributor's first point."""
     found = []
@@ -107,10 +114,13 @@ def error(got: Tensor, want: Tensor) -> float:
 
 @pytest.mark.parametrize(("method", "normalize"), ALL)
 def test_with_an_exact_sketch_a_method_is_its_formula(
-    attributor: Attributor, cache: Cache, method: str, normalize: str
+    attributor: Attributor,
+    cache: Cache,
+    exact: tuple[list[Tensor], list[Tensor]],
+    method: str,
+    normalize: str,
 ) -> None:
-    alone = fitted(attributor, cache)
-    want = by_formula(gradients(alone, records()), gradients(alone, QUERIES), method, normalize)
+    want = by_formula(*exact, method, normalize)
     got = attributor.scores(cache, QUERIES, method=method, normalize=normalize)  # type: ignore[arg-type]
     # DataInf takes away nearly all of a gradient that others share, and float32 gradients keep 7 digits.
     assert error(got, want) < (1e-3 if method == "datainf" else 1e-4)
@@ -120,18 +130,26 @@ def test_with_an_exact_sketch_a_method_is_its_formula(
         assert (result.method, result.normalize) == (method, normalize)
 
 
+@pytest.fixture(scope="module", params=[16, 256])
+def sketched(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Attributor, Cache, Tensor]:
+    """A cache of as many bins, and the sketches of QUERIES; 16: fewer than rows, so the moment is kept as a
+    matrix; 256: as rows."""
+    attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=request.param)
+    cache = attributor.cache(records(), tmp_path_factory.mktemp("bins"), dtype="float32", shard_rows=11)
+    return attributor, cache, query_of(attributor, cache)
+
+
 @pytest.mark.parametrize(("method", "normalize"), ALL)
-@pytest.mark.parametrize("width", [16, 256])
 def test_with_any_sketch_a_method_is_its_formula_on_the_sketches(
-    tmp_path: Path, method: str, normalize: str, width: int
+    sketched: tuple[Attributor, Cache, Tensor], method: str, normalize: str
 ) -> None:
-    """16 bins: fewer than rows, so the moment is kept as a matrix; 256: as rows."""
-    attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=width)
-    cache = attributor.cache(records(), tmp_path, dtype="float32", shard_rows=11)
+    attributor, cache, query = sketched
+    width = cache.manifest.width
     shape = (-1, len(cache.layers), width)
     unit, lengths = cache.sketches().view(shape).double(), cache.lengths().double()
-    source = fitted(attributor, cache).source
-    query = sketch_generations(source, generations_of(source, QUERIES)).double()
+    query = query.double()
     # DataInf's damping counts the parameter's numbers, not the bins.
     numbers = [prod(block.shape) for block in cache.layers]
     train = [unit[:, b] * lengths[:, b, None] for b in range(shape[1])]
@@ -153,9 +171,9 @@ def test_with_any_sketch_a_method_is_its_formula_on_the_sketches(
     ("method", "normalize"), [pair for pair in ALL if pair[0] != "dot"] + [("dot", "none")]
 )
 def test_self_influence_is_the_diagonal(
-    attributor: Attributor, cache: Cache, method: str, normalize: str
+    cache: Cache, exact: tuple[list[Tensor], list[Tensor]], method: str, normalize: str
 ) -> None:
-    train = gradients(fitted(attributor, cache), records())
+    train, _ = exact
     # A query is divided by the number of blocks, and so is an example's influence on itself.
     if method == "fisher":
         want = torch.stack(
@@ -190,9 +208,10 @@ def test_several_points_are_blocks_of_their_own(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("method", ["datainf", "fisher"])
-def test_damping_is_taken_and_said(attributor: Attributor, cache: Cache, method: Any) -> None:
-    alone = fitted(attributor, cache)
-    want = by_formula(gradients(alone, records()), gradients(alone, QUERIES), method, "layer", damping=2.0)
+def test_damping_is_taken_and_said(
+    attributor: Attributor, cache: Cache, exact: tuple[list[Tensor], list[Tensor]], method: Any
+) -> None:
+    want = by_formula(*exact, method, "layer", damping=2.0)
     assert error(attributor.scores(cache, QUERIES, method=method, damping=2.0), want) < 1e-3
     for wrong in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(UserError, match="above 0, got"):
@@ -277,14 +296,20 @@ class Together(distributed.World):
         return found
 
 
+@pytest.fixture(scope="module")
+def in_many_shards(tmp_path_factory: pytest.TempPathFactory) -> tuple[Attributor, Cache]:
+    """More shards than lots."""
+    attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=16)
+    return attributor, attributor.cache(records(75), tmp_path_factory.mktemp("shards"), shard_rows=2)
+
+
 # 40: more than there are lots, shards or blocks
 @pytest.mark.parametrize("size", [2, *(pytest.param(size, marks=pytest.mark.full) for size in (5, 40))])
 @pytest.mark.parametrize("method", ["datainf", "fisher"])
 def test_processes_share_a_methods_work_and_get_the_bits_of_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: str, size: int
+    in_many_shards: tuple[Attributor, Cache], monkeypatch: pytest.MonkeyPatch, method: str, size: int
 ) -> None:
-    attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=16)
-    cache = attributor.cache(records(75), tmp_path, shard_rows=2)  # more shards than lots
+    attributor, cache = in_many_shards
     query = query_of(attributor, cache)
     limits = methods.Limits(sent_bytes=32 * 8 * query[0].numel() * 3)  # three queries at a time
 

@@ -24,7 +24,6 @@ from tiny_tasks import tiny_bert, word_tokenizer
 
 import rapidin
 import rapidin.cli.app
-from rapidin.cli import demo_session
 from rapidin.cli.demo_session.instructions import make_data
 from rapidin.cli.demo_session.tokenizer import train_tokenizer
 from rapidin.cli.demo_session.training import small_llama
@@ -44,7 +43,7 @@ NOT_RUN = {
     "rapidin demo": "trains for a minute: a tiny model stands for its own; the tests marked full run it",
     "rapidin serve": "runs until it is interrupted: tests/serve has its tests",
     "rapidin confirm hits.json --trainer": "needs your own script: tests/evaluate/test_confirm.py has one",
-    "rapidin merge": "needs thousands of rows in shards: tests/end_to_end/test_distributed.py has them",
+    "rapidin merge": "needs thousands of rows in shards: tests/cache/test_merge.py has smaller ones",
     "rapidin eval lds": "trains 200 models: tests/evaluate/test_lds.py runs it with fewer",
     "rapidin eval facts": "trains for minutes: tests/evaluate/test_evaluate.py runs it with fewer rows",
     "rapidin eval select": "trains for minutes: tests/evaluate/test_evaluate.py runs it with fewer rows",
@@ -408,7 +407,13 @@ def test_a_page_runs(page: str, tiny: Path, tmp_path: Path, capsys: pytest.Captu
         run_page(page, tmp_path, tiny, caller(capsys))
 
 
-@pytest.mark.parametrize("page", sorted(WHOLE))
+# Of the others one asks as the auditor does, and one runs evaluations, which have tests of their own.
+QUICK = {"docs/start/auditor.md", "docs/start/curator.md"}
+
+
+@pytest.mark.parametrize(
+    "page", [page if page in QUICK else pytest.param(page, marks=pytest.mark.full) for page in sorted(WHOLE)]
+)
 def test_a_start_runs_on_a_tiny_model(
     page: str, tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -486,8 +491,5 @@ def test_the_snippet_and_the_command_line_find_the_same_hits(
 
 
 @pytest.mark.full
-def test_they_do_on_the_demo_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    demo_session.run(tmp_path / "demo")
-    shutil.rmtree(tmp_path / "demo" / "cache")
-    capsys.readouterr()
-    compare(tmp_path / "demo", tmp_path, capsys)
+def test_they_do_on_the_demo_itself(demo: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compare(demo, tmp_path, capsys)

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -19,9 +17,7 @@ from rapidin.attribution.generate import generations_of
 from rapidin.attribution.provenance import check_of
 from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.cache import Cache, Manifest
-from rapidin.cache.merge import merge
 from rapidin.cli import main
-from rapidin.errors import UserError
 from rapidin.gradients.load import load_model
 from rapidin.gradients.model import LoadedModel
 
@@ -208,61 +204,6 @@ def test_processes_select_what_one_selects(work: Path, tmp_path: Path) -> None:
     assert [e.code for e in together(2, command("together"), tmp_path / "said")] == [0, 0]
     for end in ("jsonl", "csv"):
         assert (tmp_path / f"together.{end}").read_text() == (tmp_path / f"alone.{end}").read_text()
-
-
-# ------------------------------------------------------------------------------------------------- parts
-
-
-@pytest.fixture(scope="module")
-def parts(work: Path) -> list[Path]:
-    """Three parts of the compact cache, from folders that share what is learnt."""
-    folders = [work / f"part-{n}" for n in (1, 2, 3)]
-    assert main([*caching(work, work / "shared"), "--part", "0/3", "--quiet"]) == 0
-    assert not Manifest.read(work / "shared").shards
-    for n, folder in enumerate(folders, 1):
-        shutil.copytree(work / "shared", folder)
-        assert main([*caching(work, folder), "--part", f"{n}/3", "--quiet"]) == 0
-    return folders
-
-
-def test_merged_parts_are_the_cache_of_one_process(work: Path, parts: list[Path], tmp_path: Path) -> None:
-    assert [len(Cache(part)) for part in parts] == [24, 24, 24]
-    out = tmp_path / "whole"
-    assert main(["merge", str(out), *map(str, parts)]) == 0
-    assert contents(out) == contents(work / "compact")
-    # Going on: what is there stays, what is lost or was never copied comes.
-    (out / "shard-000004.safetensors").unlink()
-    kept = (out / "shard-000005.safetensors").stat().st_mtime_ns
-    assert main(["merge", str(out), *map(str, parts), "--quiet"]) == 0
-    assert contents(out) == contents(work / "compact")
-    assert (out / "shard-000005.safetensors").stat().st_mtime_ns == kept
-
-
-def test_what_is_no_whole_is_refused(work: Path, parts: list[Path], tmp_path: Path) -> None:
-    out = tmp_path / "whole"
-    altered, own = tmp_path / "altered", tmp_path / "own"
-    shutil.copytree(parts[1], altered)
-    shard = altered / "shard-000001.safetensors"
-    shard.write_bytes(shard.read_bytes()[:-1] + b"?")
-    shutil.copytree(parts[0], own)
-    value: dict[str, Any] = json.loads((own / "manifest.json").read_text())
-    value["fitted_codec"]["sha256"] = "0" * 64
-    (own / "manifest.json").write_text(json.dumps(value))
-    for folders, words in (
-        (parts[:2], "6 of 18 shards are in none of the folders, such as number 2"),
-        ([parts[0], work / "compact", parts[2]], "is in"),
-        ([parts[0], work / "plain"], "merge parts that one command made"),
-        ([parts[0], altered, parts[2]], "is altered"),
-        ([own, *parts[1:]], "have learned different bases"),
-        ([work / "nowhere", *parts], "cache not found"),
-        ([*parts, work / "shared"], "holds no examples"),
-    ):
-        with pytest.raises(UserError) as error:
-            merge(out, folders)
-        assert words in str(error.value)
-        assert "\n" not in str(error.value)
-    assert main(["merge", str(out), *map(str, parts), "--quiet"]) == 0  # nothing is in the way
-    assert contents(out) == contents(work / "compact")
 
 
 # ---------------------------------------------------------------------------------------------- torchrun

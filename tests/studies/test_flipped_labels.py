@@ -20,6 +20,7 @@ README = re.sub(r"\s+", " ", (STUDY / "README.md").read_text())
 GUIDE = re.sub(r"\s+", " ", (doc_tables.DOCS / "guide" / "tasks.md").read_text())
 
 
+@pytest.mark.full
 def test_every_line_runs_and_results_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     MODULE["main"](["--quick", "--seed", "5", "--out", str(out)])

@@ -52,6 +52,7 @@ def test_every_way_and_all_weights_are_measured() -> None:
     assert study.common(own, own, "gradients") == [10] * 4
 
 
+@pytest.mark.full
 def test_a_set_is_measured_as_the_result_says() -> None:
     lds = doc_tables.DOCS.parent / "studies" / "lds"
     scores = study.of_retrained(lds / "kjv")

@@ -15,6 +15,7 @@ MODULE = runpy.run_path(str(STUDY / "preferences.py"))
 ROWS = json.loads((STUDY / "preferences.json").read_text())["rows"]
 
 
+@pytest.mark.full
 def test_every_line_runs_and_results_are_kept(tmp_path: Path) -> None:
     out = tmp_path / "found.json"
     MODULE["main"](["--quick", "--seed", "5", "--out", str(out)])

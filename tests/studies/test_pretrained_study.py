@@ -149,6 +149,7 @@ def test_trainings_repeat_the_truths_own_and_resume(made: tuple[GroundTruth, Pat
         retrained.train_missing(truth, path, truth.masks[:2], [1, 3], {}, **run)
 
 
+@pytest.mark.full
 def test_removals_leave_out_what_is_ranked_first(made: tuple[GroundTruth, Path], tmp_path: Path) -> None:
     truth, work = made
     for command in ("second", "removals"):

@@ -35,6 +35,7 @@ def write(path: Path, rows: list[Any]) -> str:
     return str(path)
 
 
+@pytest.mark.full
 def test_seeds_of_both_kinds_are_tuned_judged_and_not_done_again(
     seeds: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
