@@ -22,7 +22,7 @@ namespace {
 constexpr int64_t kGroup = 64;            // bytes
 constexpr int64_t kWindow = 32 * kGroup;  // bytes of a row summed in 32 bits: 255 * 4095 * 2048 still fits
 constexpr int64_t kFewPacked = 2;         // queries that are multiplied a row at a time
-constexpr int64_t kQueryTile = 4;         // the most queries whose sums share the registers; with six there are too few
+constexpr int64_t kQueryTile = 4;         // the most queries whose sums are in registers together; the sums of six leave too few
 
 struct PackedLayout {
     int64_t planes;        // of integer queries

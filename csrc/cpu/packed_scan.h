@@ -23,7 +23,7 @@ struct Int8 {
 };
 
 // How far ahead of a row's bytes memory is asked for, whichever rows lie there: the next ones, mostly. Only of signs: what a
-// processor does at once holds few of their many products, and so few loads. Of other rows it holds enough, and asking costs time.
+// processor does at once holds few of their many products, and so few loads. Of other rows it holds enough, and asking costs time while a row is multiplied with one or two queries.
 constexpr int64_t kSignAhead = 16 << 10;
 
 // For few queries: sums[q] += products of one row. As many planes at once as their sums fit the registers, so
@@ -80,7 +80,8 @@ inline void multiply_tile(const uint8_t* rows, int64_t stride_row, int64_t lengt
         const auto add_bytes = [&](int64_t i, auto load) {
             const int8_t* at = queries + p * plane + i / kGroup * kGroup * Q + i % kGroup;
             Bytes x[R];
-            // Rows are touched first by the highest plane of the first queries; the next ones are called for meanwhile.
+            // The highest plane comes first: the next rows are called for meanwhile. Where they have come for another tile of
+            // queries already, asking again costs little beside this many products.
             for (int r = 0; p == Format::kPlanes - 1 && r < R; ++r) prefetch(rows + (r + R) * stride_row + i);
             for (int r = 0; r < R; ++r) x[r] = Format::plane(load(rows + r * stride_row + i), p);
             for (int q = 0; q < Q; ++q) {

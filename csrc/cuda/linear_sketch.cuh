@@ -170,7 +170,7 @@ struct LinearSketch {
     // with which reads of a fragment hit all banks.
     static constexpr int kPadding = 4;
     static constexpr int kFits = (Sizes::kSideWords / Sizes::kTokens - kPadding) / 16 * 16;
-    static constexpr int kMostRank = Split || kFits < 64 ? 0 : kFits;  // below K-FAC's rank it is not worth its registers
+    static constexpr int kMostRank = Split || kFits < 64 ? 0 : kFits;  // with room for fewer it is not worth its registers
 
     const LinearArgs& args;
     int64_t batch;

@@ -139,13 +139,13 @@ def data_record(examples: Examples) -> dict[str, Any]:
 
 
 def resumed(source: GradientSource, path: Path) -> GradientSource:
-    """The source with the date and the damping of the cache at `path`, if one was begun there and none was
-    asked for.
+    """The source with the date, damping and tolerance of the cache at `path`, if one was begun there and none
+    were asked for.
 
     All processes use those of the leading one.
     """
     chooses_date = source.settings.date is not None and source.chooses_date
-    if not chooses_date and not source.chooses_damping:
+    if not (chooses_date or source.chooses_damping or source.chooses_tolerance):
         return source
 
     def begun() -> bytes:
@@ -168,10 +168,12 @@ def resumed(source: GradientSource, path: Path) -> GradientSource:
 def _with_damping_of(source: GradientSource, manifest: Manifest) -> GradientSource:
     """The source with the damping and tolerance that a cache's preconditioner was fitted with, if none were
     asked for: the defaults were others in earlier versions."""
-    record = manifest.preconditioner
-    if record is None or record["kind"] != "kfac" or not source.chooses_damping:
+    record, config = manifest.preconditioner, source.config
+    if record is None or record["kind"] != "kfac":
         return source
-    return source.with_damping(record["damping"], record["tolerance"])
+    damping = record["damping"] if source.chooses_damping else config.damping
+    tolerance = record["tolerance"] if source.chooses_tolerance else config.tolerance
+    return source.with_damping(damping, tolerance)
 
 
 def read_fitted(manifest: Manifest) -> Preconditioner | None:

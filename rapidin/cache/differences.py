@@ -81,10 +81,8 @@ def preconditioner_words(value: str | Mapping[str, Any]) -> str:
     else:
         source = f"from a sample of at most {value['sample']} examples"
     if value["kind"] == "kfac":
-        return (
-            f"K-FAC's {source}, rank {value['rank']}, damping {value['damping']:g}, "
-            f"tolerance {value['tolerance']:g}"
-        )
+        fewer = f", tolerance {value['tolerance']:g}" if value["tolerance"] else ""
+        return f"K-FAC's {source}, rank {value['rank']}, damping {value['damping']:g}{fewer}"
     return f"{source}, exponent {value['exponent']:g}, floor {value['floor']:g}"
 
 

@@ -251,12 +251,12 @@ def kfac_scale(
 def needed_directions(spectrum: Spectrum, exponent: float, damping: float, tolerance: float) -> int:
     """The fewest leading directions of a side with n features that its damped root needs.
 
-    With r of them kept, the others share the root of their mean eigenvalue. That changes the preconditioned
-    vectors, by the square of the change over the square of their lengths, both expected, by
+    With r of them kept, the others share the root of their mean eigenvalue. The expected squared length of
+    the change of a preconditioned vector, over that of the vector, is then
 
         sum_{j > r} l_j (s(l_j) - s(mean_{j > r} l))^2 / sum_j l_j s(l_j)^2,    s(l) = (l / m + d)^-p
 
-    which must be at most `tolerance`. A multiple of 16 or all that are known, since tensor cores multiply 16
+    and must be at most `tolerance`. A multiple of 16 or all that are known, since tensor cores multiply 16
     at a time.
     """
     n, known = spectrum.eigenvectors.shape

@@ -139,9 +139,9 @@ class PreconditionerConfig:
 
     kind: "off"; Adam's, from a "sample" or from the state of the "optimizer"; or "kfac", from a sample too.
     exponent: p above. floor: see `Scale.of`. sample: most examples in the sample. rank: most eigenvectors of
-    a side, damping: d above, and tolerance: which of them are kept (`kfac.needed_directions`), of "kfac".
-    fitted: the preconditioner, if it is known before the cache is
-    made.
+    a side, damping: d above, and tolerance: which of them are kept (`kfac.needed_directions`), of "kfac"; a
+    cache that was begun keeps its own unless another than the default is given here. fitted: the
+    preconditioner, if it is known before the cache is made.
     """
 
     kind: Kind = "off"

@@ -29,6 +29,7 @@ from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import Target, find_targets, with_autograd
 from rapidin.gradients.path import DEFAULT_AT
 from rapidin.gradients.preconditioner import (
+    TOLERANCE,
     Preconditioner,
     PreconditionerConfig,
 )
@@ -107,6 +108,8 @@ class GradientSource:
             date=None if self.task.chats is None else self.task.chats.date,
         )
         self.config = config
+        # A tolerance that is the default was not chosen: a cache's own comes first.
+        self.chooses_tolerance = config.kind == "kfac" and config.tolerance == TOLERANCE
         self.check: GradientCheck | None = None
         self._set_preconditioner(config.fitted)
         self._refuse_partial()

@@ -60,7 +60,7 @@ class DecoyTest:
             allowed = int(round(self.fdr / 2 * (count + 1), 9)) - 1
             return (
                 f"{text}: {as_high:,} of {count:,} neutral questions score at least as high as this query, "
-                f"and {allowed:,} may at most."
+                f"and at most {allowed:,} may."
             )
         if 0 < max(self.beyond) < self.needed:
             return (

@@ -151,11 +151,11 @@ def kfac(rows: list[Row]) -> list[str]:
         "",
         "## K-FAC's preconditioner, exact gradients",
         "",
-        "`kfac` is the preconditioner of a cache: half of the damped inverse on each side, 64 directions of "
-        "a side of up to 384, damping 0.1, from all training texts. (The default damping is now 1; "
-        "`studies/damping` compares the two.) Then follow 16 directions, all "
-        "directions, and the first 30 texts alone. The damping of Fisher is 0.2 without the preconditioner "
-        "and 1 with it.",
+        "`kfac` is the preconditioner that caches had: half of the damped inverse on each side, 64 "
+        "directions of a side of up to 384, damping 0.1, from all training texts. (The default damping is "
+        "now 1, and only directions that are needed are kept; `studies/damping` compares these.) Then "
+        "follow 16 directions, all directions, and the first 30 texts alone. The damping of Fisher is 0.2 "
+        "without the preconditioner and 1 with it.",
         *table(["", "off", *names], lines),
     ]
 

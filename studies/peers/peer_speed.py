@@ -78,6 +78,8 @@ def make_texts(count: int) -> list[str]:
 
 def texts_of(data: Path | None, examples: int) -> list[str]:
     """So many texts of a file, and QUESTIONS more to ask; made-up ones without a file."""
+    if examples < 2:
+        sys.exit(f"peers: --examples must be at least 2, got {examples}")
     wanted = examples + QUESTIONS
     if data is None:
         return make_texts(wanted)
@@ -131,6 +133,9 @@ class Taken:
     peak_mb: float
 
 
+Start = Callable[[Peer, Sequence[str], Places, str | None, int], Taken]
+
+
 def started(peer: Peer, command: Sequence[str], places: Places, typed: str | None, threads: int) -> Taken:
     """Run a process; CalledProcessError with its output where it failed."""
     arguments = [peer.python, *(places.get(word, word) for word in command)]
@@ -161,9 +166,11 @@ def started(peer: Peer, command: Sequence[str], places: Places, typed: str | Non
     return Taken(seconds, used.ru_maxrss * 1024 / 1e6)
 
 
-def measured(peer: Peer, model: Path, texts: Sequence[str], work: Path, threads: int) -> Row:
+def measured(
+    peer: Peer, model: Path, texts: Sequence[str], work: Path, threads: int, start: Start = started
+) -> Row:
     """The row of one way: examples a second, bytes an example, seconds of a further question and of the rest
-    of a run with one question, and the peaks of caching and asking."""
+    of a run with one question, and the peaks of caching and asking. work: a folder of its own."""
     examples = len(texts) - QUESTIONS
     few = examples // 2
     asked = texts[examples:]
@@ -172,13 +179,13 @@ def measured(peer: Peer, model: Path, texts: Sequence[str], work: Path, threads:
     questions: dict[int, Taken] = {}
     own: dict[str, float] = {}
     for count in (few, examples):
-        out = work / f"{peer.name.split(',')[0]}{count}"
+        out = work / f"index-{count}"
         data, one, all_of_them = work / "texts.jsonl", work / "one.jsonl", work / "questions.jsonl"
         for path, chosen in ((data, texts[:count]), (one, asked[:1]), (all_of_them, asked)):
             path.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen), "utf-8")
         places = {"MODEL": str(model.resolve()), "DATA": str(data), "OUT": str(out), "FEW": str(few)}
         places |= {"QUESTIONS": str(all_of_them), "ANSWERS": str(work / "answers.json")}
-        built[count] = started(peer, peer.build, places, None, threads)
+        built[count] = start(peer, peer.build, places, None, threads)
         if peer.times_itself:
             own = json.loads((out / "questions.json").read_text())
             (out / "questions.json").unlink()
@@ -189,9 +196,7 @@ def measured(peer: Peer, model: Path, texts: Sequence[str], work: Path, threads:
             for path, chosen in ((one, asked[:1]), (all_of_them, asked)):
                 typed = "".join(" ".join(text.split()) + "\n" for text in chosen) + "exit\n"
                 given = {**places, "QUESTIONS": str(path)}
-                questions[len(chosen)] = started(
-                    peer, peer.ask, given, typed if peer.typed else None, threads
-                )
+                questions[len(chosen)] = start(peer, peer.ask, given, typed if peer.typed else None, threads)
         shutil.rmtree(out)
     more = examples - few
     extra = built[examples].seconds - built[few].seconds
@@ -207,8 +212,8 @@ def measured(peer: Peer, model: Path, texts: Sequence[str], work: Path, threads:
         return row | {"question_s": own["cpu" if threads == 1 else "clock"]}
     question = (questions[QUESTIONS].seconds - questions[1].seconds) / (QUESTIONS - 1)
     row |= {"question_s": question if question > 0 else None}
-    start, peak = questions[1].seconds - question, questions[QUESTIONS].peak_mb
-    return row | {"question_start_s": start, "question_peak_mb": peak}
+    rest, peak = questions[1].seconds - question, questions[QUESTIONS].peak_mb
+    return row | {"question_start_s": rest, "question_peak_mb": peak}
 
 
 def failure(error: subprocess.CalledProcessError | OSError) -> str:
@@ -244,10 +249,11 @@ def run(
             model = work / "model"
             make_model(model, texts)
         for peer in peers(folder):
-            try:
-                row = measured(peer, model, texts, work, threads)
-            except (subprocess.CalledProcessError, OSError) as error:
-                row = {"name": peer.name, "failed": failure(error)}
+            with tempfile.TemporaryDirectory(dir=work) as own:
+                try:
+                    row = measured(peer, model, texts, Path(own), threads)
+                except (subprocess.CalledProcessError, OSError) as error:
+                    row = {"name": peer.name, "failed": failure(error)}
             found["rows"].append(row)
             tell(" | ".join(cells(row)))
             if out is not None:

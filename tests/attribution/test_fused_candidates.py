@@ -148,7 +148,8 @@ def test_it_goes_with_what_else_a_query_shows(made: tuple[Attributor, Cache], tm
     )
     for hit in result.top:
         assert hit.tokens is not None
-        assert sum(hit.tokens.contributions) == pytest.approx(hit.score, abs=1e-5)
+        # Contributions are of the gradient itself, the score of a row in float16.
+        assert sum(hit.tokens.contributions) == pytest.approx(hit.score, abs=5e-5)
         assert sum(hit.layers) == pytest.approx(hit.score, abs=1e-5)
         assert set(hit.standings) == {"BM25", "hidden states"}
     assert sum(group.count for group in result.groups) == len(ROWS) - 2  # two have no token with a loss

@@ -114,3 +114,6 @@ def test_a_preconditioner_in_words() -> None:
     assert preconditioner_words({**KFAC, "rank": 5}) == (
         "K-FAC's from a sample of at most 9 examples, rank 5, damping 0.001, tolerance 0.01"
     )
+    assert preconditioner_words({**KFAC, "tolerance": 0.0}) == (
+        "K-FAC's from a sample of at most 9 examples, rank 4, damping 0.001"
+    )

@@ -952,10 +952,12 @@ def test_a_cache_keeps_the_damping_that_it_was_begun_with(tmp_path: Path) -> Non
     assert resumed.manifest.gradient["preconditioner"]["damping"] == 0.1
     assert torch.equal(again.scores(resumed, [QUERY]), want)
     assert (again.source.config.damping, again.source.config.tolerance) == (DAMPING, TOLERANCE)
+    # A damping that is named says nothing of the tolerance.
+    named = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, damping=0.1)
+    same = lora_attributor(preconditioner=named, at=[0.5])
+    assert torch.equal(same.scores(cache.path, [QUERY]), want)
     other = PreconditionerConfig("kfac", sample=KFAC_SAMPLE, damping=2.0)
-    with pytest.raises(
-        UserError, match=r"damping 0\.1, tolerance 0 in the cache, .* damping 2, .* requested"
-    ):
+    with pytest.raises(UserError, match=r"damping 0\.1 in the cache, .* damping 2 requested"):
         lora_attributor(preconditioner=other, at=[0.5]).cache(
             records(), cache.path, dtype="float32", shard_rows=7
         )

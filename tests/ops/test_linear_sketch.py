@@ -780,10 +780,13 @@ def test_cuda_adds_a_low_rank_to_count_sketches(emulated_cuda, dim, monkeypatch)
     grads[:, :, 3] *= 1000
     nothing = ops.LowRank(torch.zeros(197, 16), torch.zeros(16))
     of_inputs, of_grads = low_rank_of_feature_3(301, 64, 1), low_rank_of_feature_3(197, 64, 2)
-    monkeypatch.setattr(sketches, "preconditioned", None)  # features stay as they are
-    for of_both in ((of_inputs, of_grads), (of_inputs, nothing)):
-        wanted = exactly(inputs, grads, dim, *of_both)
-        named = {"inputs_low_rank": of_both[0].to(DEVICE), "grads_low_rank": of_both[1].to(DEVICE)}
+    fewer = low_rank_of_feature_3(301, 16, 1), low_rank_of_feature_3(197, 48, 2)
+    as_they_are = {None: lambda x: x}  # features, of sides with a LowRank, too
+    monkeypatch.setattr(sketches, "preconditioned", lambda x, low_rank: as_they_are[low_rank](x))
+    for of_both in ((of_inputs, of_grads), fewer, (of_inputs, nothing), (of_inputs, None)):
+        wanted = exactly(inputs, grads, dim, of_both[0], of_both[1] or nothing)
+        names = "inputs_low_rank", "grads_low_rank"
+        named = {name: side and side.to(DEVICE) for name, side in zip(names, of_both, strict=True)}
         found = ops.linear_sketch(inputs, grads, dim, seed=SEED, backend="cuda", **named)
         error = (found.double() - wanted).norm(dim=1) / wanted.norm(dim=1)
         assert float(error.max()) < 3e-3

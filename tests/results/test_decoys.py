@@ -63,7 +63,7 @@ def test_how_many_pass_is_said() -> None:
 def test_neutral_questions_are_said_to_be_why_nothing_passes() -> None:
     assert NEUTRAL.sentence == (
         "Nothing passes a false-discovery rate of 10%, of 10 helpful and 10 harmful hits: 7 of 63 neutral "
-        "questions score at least as high as this query, and 2 may at most."
+        "questions score at least as high as this query, and at most 2 may."
     )
 
 

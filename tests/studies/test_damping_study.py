@@ -14,8 +14,8 @@ import torch
 from subjects import Subject, of_poison, of_set
 from tiny import records, save_tiny
 
-from rapidin.gradients.kfac import Spectrum, kfac_scale
-from rapidin.gradients.preconditioner import DAMPING
+from rapidin.gradients.kfac import Spectrum, kfac_scale, needed_directions
+from rapidin.gradients.preconditioner import DAMPING, TOLERANCE
 
 STUDY = doc_tables.DOCS.parent / "studies" / "damping"
 RESULTS = json.loads((STUDY / "damping.json").read_text())
@@ -55,6 +55,29 @@ def test_a_way_is_the_preconditioner_of_a_cache_or_another_on_each_side() -> Non
     assert torch.equal(same.formed(grads), want.formed(grads))
     assert torch.equal(other.columns, want.columns)
     assert not torch.equal(other.rows, want.rows)
+
+
+def test_exponents_of_rows_and_queries_are_those_of_the_two_sides() -> None:
+    small = subject()
+    way = next(way for way in damping.WAYS if way.of_queries == 0.75 and way.damping == (0.1, 0.1))
+    train, test = damping.preconditioned(small, way)
+    for n, (of, shape) in enumerate(zip(small.spectra, SHAPES, strict=True)):
+        for found, grads, exponent in ((train, small.train, 0.25), (test, small.test, 0.75)):
+            want = kfac_scale(of, shape, exponent, 0.1, 0.0).formed(grads[n].view(-1, *shape)).flatten(1)
+            assert torch.equal(found[n], want)
+
+
+def test_a_tolerance_keeps_the_directions_that_a_cache_keeps() -> None:
+    sides = spectrum(40, 1), spectrum(60, 2)
+    shape = len(sides[0].eigenvectors), len(sides[1].eigenvectors)
+    way = damping.Way((3.0, 1.0), tolerance=0.01)
+    kept = [needed_directions(side, 0.5, d, 0.01) for side, d in zip(sides, (3.0, 1.0), strict=True)]
+    assert 0 < kept[1] < 60
+    found = damping.scale_of(way, sides, shape)
+    low_ranks = found.row_low_rank, found.column_low_rank
+    assert [0 if each is None else each.rank for each in low_ranks] == kept
+    wide = replace(subject(), spectra=[sides])
+    assert damping.mean_directions(wide, way) == [sum(kept) / 2, 50.0]
 
 
 def test_scores_of_sketches_are_those_of_exact_gradients() -> None:
@@ -109,4 +132,4 @@ def test_the_readme_shows_the_results_and_the_default_is_the_one_it_chose() -> N
     for name, text in damping_report.tables(RESULTS).items():
         assert doc_tables.read(STUDY / "README.md", name) == text
     assert doc_tables.read(damping_report.PAGE, "damping") == damping_report.summary(RESULTS)
-    assert float(damping_report.NEW) == DAMPING
+    assert f"{DAMPING:g}, tolerance {TOLERANCE:g}" == damping_report.NEW
