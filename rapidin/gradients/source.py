@@ -28,11 +28,7 @@ from rapidin.gradients.kfac import FactorMoments, kfac_scales
 from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.parameters import Target, find_targets, with_autograd
 from rapidin.gradients.path import DEFAULT_AT
-from rapidin.gradients.preconditioner import (
-    TOLERANCE,
-    Preconditioner,
-    PreconditionerConfig,
-)
+from rapidin.gradients.preconditioner import TOLERANCE, Preconditioner, PreconditionerConfig
 from rapidin.gradients.probe import check_causal
 from rapidin.gradients.reader import dated, embedded_tokens, max_length_of, task_settings
 from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
