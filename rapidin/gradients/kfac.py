@@ -45,6 +45,12 @@ class Spectrum:
     trailing: float
     eigenvectors: Tensor
 
+    def mean_of_rest(self, r: int) -> float:
+        """The mean of the eigenvalues after the leading r, 0 if there are none."""
+        n, known = self.eigenvectors.shape
+        total = float(self.leading[r:].sum()) + (n - known) * self.trailing
+        return total / (n - r) if r < n else 0.0
+
 
 class SideMoment:
     """``sum x x^T`` of one side's vectors [n], or a sketch of it.
@@ -269,10 +275,9 @@ def needed_directions(spectrum: Spectrum, exponent: float, damping: float, toler
     roots = (each + damping).pow(-exponent)
     most = tolerance * float((counts * each * roots.square()).sum())
     for r in range(0, known, _TOGETHER):
-        dropped, times = each[r:], counts[r:]
-        mean = (times * dropped).sum() / (n - r)
-        changes = (roots[r:] - (mean + damping).pow(-exponent)).square()
-        if float((times * dropped * changes).sum()) <= most:
+        root_of_rest = (spectrum.mean_of_rest(r) / spectrum.mean + damping) ** -exponent
+        changes = (roots[r:] - root_of_rest).square()
+        if float((counts[r:] * each[r:] * changes).sum()) <= most:
             return r
     return known
 
@@ -281,10 +286,9 @@ def _damped_root(
     spectrum: Spectrum, exponent: float, damping: float, tolerance: float
 ) -> tuple[Tensor, LowRank | None]:
     """``(M / mean + damping)^-p mean^-p`` of a side with n features, as a scale [n] and a low-rank map."""
-    n, known = spectrum.eigenvectors.shape
+    n = len(spectrum.eigenvectors)
     r = needed_directions(spectrum, exponent, damping, tolerance)
-    others = float(spectrum.leading[r:].sum()) + (n - known) * spectrum.trailing
-    trailing = (others / (n - r) / spectrum.mean if r < n else 0.0) + damping
+    trailing = spectrum.mean_of_rest(r) / spectrum.mean + damping
     leading = (spectrum.leading[:r] / spectrum.mean + damping).pow(-exponent)
     scale = torch.full((n,), (trailing * spectrum.mean) ** -exponent, dtype=torch.float32, device="cpu")
     if not r:

@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-SIDE = 16
-BATCH_TOKENS = 1024
+from peer_speed import BATCH_TOKENS, SIDE
+
 BATCH = 8  # examples
 
 

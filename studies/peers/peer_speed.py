@@ -7,8 +7,8 @@ with several: speed and bytes are those of what the second run has more, and wha
 start: imports, loading the model, rapidin's check and preconditioner, learning the codec. Bergson asks one
 question after the other and rapidin all in one batch; both name the best rows at both ends. dattri's LoGra
 has no command, and its cache on disk wants a GPU: `dattri_logra.py` measures its questions itself, in the
-process that cached. Peak memory is that of the whole process. With one thread a time is that of the
-processor, with more that of a clock.
+process that cached, so that its start has them in it, too. Peak memory is that of the whole process. With one
+thread a time is that of the processor, with more that of a clock.
 """
 
 from __future__ import annotations
@@ -166,6 +166,10 @@ def started(peer: Peer, command: Sequence[str], places: Places, typed: str | Non
     return Taken(seconds, used.ru_maxrss * 1024 / 1e6)
 
 
+def write_texts(path: Path, texts: Sequence[str]) -> None:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), "utf-8")
+
+
 def measured(
     peer: Peer, model: Path, texts: Sequence[str], work: Path, threads: int, start: Start = started
 ) -> Row:
@@ -178,11 +182,12 @@ def measured(
     size: dict[int, int] = {}
     questions: dict[int, Taken] = {}
     own: dict[str, float] = {}
+    one, all_of_them = work / "one.jsonl", work / "questions.jsonl"
+    write_texts(one, asked[:1])
+    write_texts(all_of_them, asked)
     for count in (few, examples):
-        out = work / f"index-{count}"
-        data, one, all_of_them = work / "texts.jsonl", work / "one.jsonl", work / "questions.jsonl"
-        for path, chosen in ((data, texts[:count]), (one, asked[:1]), (all_of_them, asked)):
-            path.write_text("".join(json.dumps({"text": text}) + "\n" for text in chosen), "utf-8")
+        out, data = work / f"index-{count}", work / "texts.jsonl"
+        write_texts(data, texts[:count])
         places = {"MODEL": str(model.resolve()), "DATA": str(data), "OUT": str(out), "FEW": str(few)}
         places |= {"QUESTIONS": str(all_of_them), "ANSWERS": str(work / "answers.json")}
         built[count] = start(peer, peer.build, places, None, threads)
