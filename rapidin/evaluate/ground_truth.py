@@ -186,7 +186,7 @@ def _retrain(
             masks = random_subsets(len(saved), masks.shape[1], settings.fraction, settings.recipe.seed)
             measured = saved
         measured[: len(saved)] = saved
-    _save_retrained(path, masks, measured)
+    save_retrained(path, masks, measured)
     missing = np.argwhere(np.isnan(measured).any(2))
     total = measured.shape[0] * measured.shape[1]
     progress = StepLog(log, "retraining", first=total - len(missing))
@@ -197,11 +197,12 @@ def _retrain(
             [row for row in chosen if row.status == Status.OK], replace(settings.recipe, seed=seed)
         )
         measured[subset, repeat] = losses(model, queries).numpy()
-        _save_retrained(path, masks, measured)
+        save_retrained(path, masks, measured)
         progress.step(progress.done + 1, total, float(measured[subset, repeat].mean()))
 
 
-def _save_retrained(path: Path, masks: Bools, measured: npt.NDArray[np.float32]) -> None:
+def save_retrained(path: Path, masks: Bools, measured: npt.NDArray[np.float32]) -> None:
+    """Write subsets [S, N] and losses [S, K, T], with NaN where they are missing, atomically."""
     buffer = io.BytesIO()
     np.savez_compressed(buffer, masks=masks, losses=measured)
     replace_file(path, buffer.getvalue())

@@ -230,6 +230,8 @@ def _load_task(
     except Exception as error:  # transformers raises many kinds; each means that the model cannot be used
         where = "" if os.path.exists(name) else ", which is not a folder here and cannot be downloaded"
         raise UserError(f"cannot load the {what} '{name}'{where}: {reason_of(error)}") from error
+    if gguf:
+        _forget_quantizer(model)
     if head is not None:
         head.start(model, info)
     check_weights(model, info, name, what)
@@ -264,6 +266,16 @@ def _check_folder(name: str, what: str) -> None:
         path.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1
     ):
         raise UserError(f"{what} not found: '{name}'")
+
+
+def _forget_quantizer(model: Any) -> None:
+    """Let transformers save and train a model from a GGUF file: its weights are plain numbers once read, but
+    newer versions keep the file's quantizer, and refuse both."""
+    if getattr(model, "hf_quantizer", None) is not None:
+        model.hf_quantizer = None
+        model.is_quantized = False
+        vars(model).pop("quantization_method", None)
+        vars(model.config).pop("quantization_config", None)
 
 
 def _require_gguf() -> None:

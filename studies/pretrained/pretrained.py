@@ -5,6 +5,7 @@
     python studies/pretrained/pretrained.py second TRUTH WORK [--cost]
     python studies/pretrained/pretrained.py removals TRUTH WORK [--cost]
     python studies/pretrained/pretrained.py keep TRUTH WORK
+    python studies/pretrained/pretrained.py restore TRUTH WORK MODEL
 
 TRUTH is the folder of `rapidin eval lds`, finished or not, and only read. WORK gets caches, and the scores of
 each way to make them in a file of its own, so that what is there is not computed again. `scores` are those of
@@ -13,7 +14,8 @@ RapidIn paper's own projection. `peers` are the packages of ../peers in their EN
 the first 20 subsets with another seed, for the noise that no method can predict. `removals` trains without
 the 13 rows (5%) that each of the six leading methods ranks first for each of ten test texts, and without 13
 random rows, ten times; --cost measures what the missing trainings take, and stops. Both go on where an
-earlier call stopped. `keep` puts all of it into the files that `pretrained_report.py` reads.
+earlier call stopped. `keep` puts all of it into the files that `pretrained_report.py` reads, and `restore`
+begins new folders with these; the same `rapidin eval lds` as for the truth then tunes the adapter again.
 """
 
 from __future__ import annotations
@@ -29,7 +31,7 @@ from rapidin.errors import UserError
 from rapidin.evaluate.ground_truth import GroundTruth
 
 sys.path.append(str(Path(__file__).resolve().parent))
-from pretrained_files import Scores, keep
+from pretrained_files import Scores, keep, restore
 from pretrained_peers import PACKAGES, run_peers
 from pretrained_retrained import removals, second_seeds
 from pretrained_scores import WAYS
@@ -59,12 +61,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name in ("scores", "peers", "second", "removals", "keep"):
+    for name in ("scores", "peers", "second", "removals", "keep", "restore"):
         command = commands.add_parser(name)
         command.add_argument("truth", type=Path, metavar="TRUTH")
         command.add_argument("work", type=Path, metavar="WORK")
         if name == "peers":
             command.add_argument("environment", type=Path, metavar="ENVIRONMENT")
+        if name == "restore":
+            command.add_argument("model", metavar="MODEL")
         if name in ("scores", "peers"):
             names = list(WAYS) if name == "scores" else list(PACKAGES)
             command.add_argument("--only", nargs="+", default=[], metavar="NAME", help=", ".join(names))
@@ -75,6 +79,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     try:
+        if options.command == "restore":
+            restore(options.model, options.truth, options.work)
+            return
         truth = GroundTruth(options.truth)
         options.work.mkdir(parents=True, exist_ok=True)
         if options.command == "scores":

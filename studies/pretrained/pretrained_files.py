@@ -19,7 +19,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rapidin.errors import UserError
-from rapidin.evaluate.ground_truth import GroundTruth
+from rapidin.evaluate.folders import model_reference, start_or_resume
+from rapidin.evaluate.ground_truth import DESCRIPTION, RETRAINED, VERSION, GroundTruth, save_retrained
 from rapidin.files import replace_file
 
 RESULTS = Path(__file__).resolve().parent / "results"
@@ -111,6 +112,29 @@ def keep(truth: GroundTruth, work: Path, out: Path | None = None) -> None:
     shutil.rmtree(kept.folder, ignore_errors=True)
     for name in scores.names():
         kept.save(name, *scores.load(name), dtype="f2")
+
+
+def restore(model: str, truth: Path, work: Path, kept: Path | None = None) -> None:
+    """Begin a new pair of folders with what `keep` has put into `kept`, so that only the rest is computed.
+
+    model: the base model that the truth is of. `truth` gets its settings, subsets and losses; the same call
+    of `rapidin eval lds` as before adds the rows and the tuned adapter, or says what is not the same. Raises
+    UserError if `truth` holds something else.
+    """
+    kept = kept or RESULTS
+    about, masks, losses = kept_truth(kept)
+    truth.mkdir(parents=True, exist_ok=True)
+    start_or_resume(truth, DESCRIPTION, {"version": VERSION, "model": model_reference(model), **about})
+    if not (truth / RETRAINED).exists():
+        save_retrained(truth / RETRAINED, masks, losses)
+    work.mkdir(parents=True, exist_ok=True)
+    for name in (SECOND, REMOVALS):
+        if (kept / name).exists() and not (work / name).exists():
+            shutil.copyfile(kept / name, work / name)
+    source, target = Scores(kept), Scores(work)
+    for name in source.names():
+        if not target.has(name):
+            target.save(name, *source.load(name))
 
 
 def kept_truth(folder: Path = RESULTS) -> tuple[dict[str, Any], Bools, npt.NDArray[np.float32]]:

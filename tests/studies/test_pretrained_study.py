@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,17 @@ import pretrained
 import pretrained_report as report
 import pretrained_retrained as retrained
 import pretrained_scores
-from pretrained_files import REMOVALS, RESULTS, SECOND, Scores, kept_truth, key, save_trainings, trainings
+from pretrained_files import (
+    REMOVALS,
+    RESULTS,
+    SECOND,
+    Scores,
+    kept_truth,
+    key,
+    restore,
+    save_trainings,
+    trainings,
+)
 from tiny import save_tiny
 
 from rapidin import Attributor
@@ -36,6 +47,14 @@ ROWS = [
     {"prompt": f"Row {n}: the", "completion": f" {WORDS[n % 4]} {WORDS[n // 4 % 4]} {n}"} for n in range(40)
 ]
 ASKED = [{"prompt": f"Row {n}: the", "completion": f" {word}"} for n, word in enumerate(WORDS)]
+SETTINGS = GroundTruthSettings(
+    Recipe(epochs=2, batch=8, learning_rate=1e-2),
+    lora=4,
+    subsets=4,
+    fraction=0.8,
+    max_length=24,
+    checkpoints=0,
+)
 SCORED = [
     "baselines",
     "exact gradients at 1, off",
@@ -55,14 +74,12 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[GroundTruth, Path]:
     saved = save_tiny(folder)
     for name, rows in (("rows", ROWS), ("asked", ASKED)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = Recipe(epochs=2, batch=8, learning_rate=1e-2)
-    settings = GroundTruthSettings(recipe, lora=4, subsets=4, fraction=0.8, max_length=24, checkpoints=0)
     truth = ground_truth.make(
         folder / "truth",
         str(saved.model),
         str(folder / "rows.jsonl"),
         str(folder / "asked.jsonl"),
-        settings,
+        SETTINGS,
         device="cpu",
     )
     pretrained.main(["scores", str(truth.folder), str(folder / "work"), "--only", *SCORED])
@@ -184,6 +201,34 @@ def test_removals_leave_out_what_is_ranked_first(made: tuple[GroundTruth, Path],
     assert row["mean"] == pytest.approx(np.mean(added), abs=1e-4)
     for name, table in report.TABLES.items():
         assert table(results).startswith("| "), name
+
+
+def test_new_folders_go_on_from_what_was_kept(made: tuple[GroundTruth, Path], tmp_path: Path) -> None:
+    truth, work = made
+    saved, again, kept = truth.folder.parent, tmp_path / "again", tmp_path / "kept"
+    model = truth.description["model"]
+    masks = truth.masks[:2]
+    save_trainings(tmp_path / SECOND, masks, [5, 6], np.ones((2, 4), np.float32), {})
+    shutil.copytree(work / "scores", tmp_path / "scores")
+    pretrained.main(["keep", str(truth.folder), str(tmp_path), "--out", str(kept)])
+    # What a folder has of its own stays.
+    again.mkdir()
+    save_trainings(again / SECOND, masks, [7, 8], np.zeros((2, 4), np.float32), {})
+    for _ in range(2):
+        restore(model, tmp_path / "truth", again, kept)
+    assert trainings(again / SECOND)[1] == [7, 8]
+    assert set(Scores(again).names()) == set(SCORED)
+    want = Scores(work).load("baselines")[1]["BM25"]
+    found = Scores(again).load("baselines")[1]["BM25"]
+    np.testing.assert_allclose(found, want / np.abs(want).max(1, keepdims=True), atol=1e-3)
+
+    files = str(saved / "rows.jsonl"), str(saved / "asked.jsonl")
+    whole = ground_truth.make(tmp_path / "truth", model, *files, SETTINGS, device="cpu")
+    np.testing.assert_array_equal(whole.losses, truth.losses)
+    np.testing.assert_array_equal(whole.masks, truth.masks)
+    assert whole.tuned("cpu").path.exists()
+    with pytest.raises(UserError, match="was made with another"):
+        ground_truth.make(tmp_path / "truth", model, *reversed(files), SETTINGS, device="cpu")
 
 
 def test_unfinished_removals_are_left_out() -> None:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from rapidin.evaluate.ground_truth import GroundTruth
 from rapidin.evaluate.lds import correlations, seed_agreement
+from rapidin.evaluate.tuned import load_float32
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[2]
@@ -107,6 +108,7 @@ def prepare_texts(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
         with loaded.path.at(at), torch.no_grad():
             loaded.model.save_pretrained(folders[at])
         if tuned.lora is not None:
+            _name_base(folders[at], hugging_face_base(made.description["model"], work))
             continue  # the context is the base model's
         for name, key in (
             ("config.json", "max_position_embeddings"),
@@ -116,6 +118,26 @@ def prepare_texts(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
             if hasattr(loaded.model.config, "rope_parameters") and key in said:
                 (folders[at] / name).write_text(json.dumps(said | {key: CONTEXT}, indent=1))
     return file, folders
+
+
+def hugging_face_base(model: str, work: Path) -> str:
+    """The model itself; where that is a folder with a GGUF file alone, which the packages cannot read, the
+    same weights as a Hugging Face folder in `work`."""
+    if not Path(model).is_dir() or (Path(model) / "config.json").exists():
+        return model
+    folder = work / "base"
+    if not folder.exists():
+        loaded = load_float32(model, device="cpu")
+        loaded.model.save_pretrained(folder.with_suffix(".partial"))
+        loaded.tokenizer.save_pretrained(folder.with_suffix(".partial"))
+        folder.with_suffix(".partial").rename(folder)
+    return str(folder.resolve())
+
+
+def _name_base(adapter: Path, base: str) -> None:
+    file = adapter / "adapter_config.json"
+    said = json.loads(file.read_text("utf-8"))
+    file.write_text(json.dumps(said | {"base_model_name_or_path": base}, indent=1), "utf-8")
 
 
 def run_package(package: str, python: str, arguments: list[str], work: Path) -> list[dict[str, Any]]:
