@@ -18,19 +18,25 @@ def generations_of(
     """The generations to explain, with their targets.
 
     values: as for `rapidin.Ensemble.query`; the model of `source` generates missing completions. Raises
-    UserError if there is no generation, or one has no token to explain.
+    UserError, which says of which of them, if there is no generation, or one cannot be made or has no token to
+    explain.
     """
     records = as_records(values, source.task.forms)
     if not records:
         raise UserError("there is no generation to explain")
     check_targets(targets, len(records))
-    generations = [_generation(source, record, max_new_tokens) for record in records]
-    for generation in generations:
-        generation.check()
-    return [
-        _with_targets(source, generation, record, targets if isinstance(targets, str | None) else targets[n])
-        for n, (generation, record) in enumerate(zip(generations, records, strict=True))
-    ]
+    found = []
+    for n, record in enumerate(records):
+        try:
+            generation = _generation(source, record, max_new_tokens)
+            generation.check()
+            wanted = targets if isinstance(targets, str | None) else targets[n]
+            found.append(_with_targets(source, generation, record, wanted))
+        except UserError as error:
+            if len(records) == 1:
+                raise
+            raise UserError(f"query {n + 1} of {len(records)}: {error.what}", error.remedy) from None
+    return found
 
 
 def _generation(source: GradientSource, record: Record, max_new_tokens: int) -> Generation:

@@ -315,3 +315,13 @@ def test_masks_are_caches_whose_mean_counts(run: Path, capsys: pytest.CaptureFix
     assert "is a single cache" in capsys.readouterr().err
     assert main([*command, "--checkpoints", str(run / "trainer")]) == 2
     assert "--checkpoints and --masks do not go together" in capsys.readouterr().err
+
+
+def test_an_error_says_which_query_it_is_about(members: list[Member]) -> None:
+    source = members[0].source
+    assert source is not None
+    long = {"prompt": "word " * 500}
+    with pytest.raises(UserError, match=r"^query 2 of 2: the prompt has \d+ tokens and fills the context"):
+        generations_of(source, [QUERIES[0], long])
+    with pytest.raises(UserError, match=r"^the prompt has \d+ tokens"):
+        generations_of(source, [long])
