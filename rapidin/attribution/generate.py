@@ -18,8 +18,8 @@ def generations_of(
     """The generations to explain, with their targets.
 
     values: as for `rapidin.Ensemble.query`; the model of `source` generates missing completions. Raises
-    UserError, which says of which of them, if there is no generation, or one cannot be made or has no token to
-    explain.
+    UserError if there is no generation, or one cannot be made or has no token to explain; of several it says
+    which one.
     """
     records = as_records(values, source.task.forms)
     if not records:
