@@ -3,11 +3,14 @@
     rapidin demo --out DEMO
     python studies/confirm/confirm.py planted DEMO --out studies/confirm/planted.json
     python studies/confirm/confirm.py random DEMO --out studies/confirm/random.json
+    python studies/confirm/confirm.py smollm2 FOLDER --out studies/confirm/smollm2.json
     python studies/confirm/confirm.py --table    # the tables of the README
 
 `planted` confirms the ten best hits of the demo's query, and all of its planted rows. `random` puts random
 rows in the place of the hits of 50 questions that the demo set aside, with the model's own answers, and
-confirms them all: their p-values should be uniform. Trainings are kept in DEMO, and the same command resumes.
+confirms them all: their p-values should be uniform. `smollm2` confirms the hits of one query of a pretrained
+model, as many as rows are planted; the README says how FOLDER is made. Trainings are kept in the folder, and
+the same command resumes.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import argparse
 import json
 import random
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +38,9 @@ FOLDER = Path(__file__).resolve().parent
 TRIES, ROWS = 50, 10
 # Shorter than the demo's own training, which has ten passes over the rows.
 SHORT: dict[str, Any] = {"epochs": 4, "batch": 16, "learning_rate": 1e-2, "warm_up": 5}
+# As the adapter of `smollm2` was tuned.
+PRETRAINED: dict[str, Any] = {"epochs": 3, "batch": 4, "learning_rate": 1e-3, "warm_up": 10}
+PRETRAINED_HITS = 24
 LIMITS = (0.05, 0.1, 0.25, 0.5)  # of p
 
 
@@ -43,23 +49,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("study", nargs="?", choices=("planted", "random"))
-    add("demo", nargs="?", type=Path, help="the folder of 'rapidin demo --out'")
+    add("study", nargs="?", choices=("planted", "random", "smollm2"))
+    add("folder", nargs="?", type=Path, help="of 'rapidin demo --out', or with another hits.json")
     add("--out", type=Path)
-    add("--controls", type=int, help="random sets for comparison (planted: 39, random: 19)")
+    add("--controls", type=int, help="random sets for comparison (planted: 39, random: 19, smollm2: 20)")
     add("--tries", type=int, default=TRIES, help="sets of random rows in the place of hits")
     add("--table", action="store_true", help="write the tables of the README")
     options = parser.parse_args(arguments)
     if options.table:
-        for name, made in (("planted", planted_table), ("random", random_table)):
+        for name, made in TABLES.items():
             doc_tables.write(
                 FOLDER / "README.md", name, made(json.loads((FOLDER / f"{name}.json").read_text()))
             )
         return
     if options.study == "planted":
-        found = planted(options.demo, options.controls or 39)
+        found = planted(options.folder, options.controls or 39)
+    elif options.study == "random":
+        found = random_hits(options.folder, options.controls or 19, options.tries)
     else:
-        found = random_hits(options.demo, options.controls or 19, options.tries)
+        found = pretrained(options.folder, options.controls or 20)
     text = json.dumps(found, indent=1) + "\n"
     if options.out is None:
         print(text)
@@ -79,29 +87,33 @@ def done(found: Confirmed | None) -> Confirmed:
 def planted(demo: Path, controls: int) -> dict[str, Any]:
     """What came of leaving out the best hits, and all planted rows."""
     sets = {"the 10 best hits": {}, "all planted rows": {"by": "poisoned", "top_k": 1}}
-    rows = []
-    for name, options in sets.items():
-        (found,) = done(
-            confirm(demo / "hits.json", controls=controls, log=say, **options)
-        ).confirmations.values()
-        (effect,) = found.effects
-        rows.append(
-            {
-                "left_out": name,
-                "rows": len(effect.rows),
-                "tuned": found.tuned,
-                "all_rows": list(found.everything),
-                "fall": effect.fall,
-                "controls": list(effect.controls),
-                "p": effect.p,
-                "said": found.said,
-                "changed": effect.changed,
-                "controls_changed": effect.controls_changed,
-                "before": found.answer,
-                "after": effect.answer,
-            }
-        )
-    return {"sets": rows}
+    return {"sets": [left_out(demo, name, controls=controls, **options) for name, options in sets.items()]}
+
+
+def pretrained(folder: Path, controls: int) -> dict[str, Any]:
+    """What came of leaving out the best hits of the first query, as many as rows are planted."""
+    name = f"the {PRETRAINED_HITS} best hits"
+    return {"sets": [left_out(folder, name, controls=controls, top_k=PRETRAINED_HITS, query=1, **PRETRAINED)]}
+
+
+def left_out(folder: Path, name: str, **options: Any) -> dict[str, Any]:
+    """What `confirm` says with these options of the hits in a folder, which are one set of rows."""
+    (found,) = done(confirm(folder / "hits.json", log=say, **options)).confirmations.values()
+    (effect,) = found.effects
+    return {
+        "left_out": name,
+        "rows": len(effect.rows),
+        "tuned": found.tuned,
+        "all_rows": list(found.everything),
+        "fall": effect.fall,
+        "controls": list(effect.controls),
+        "p": effect.p,
+        "said": found.said,
+        "changed": effect.changed,
+        "controls_changed": effect.controls_changed,
+        "before": found.answer,
+        "after": effect.answer,
+    }
 
 
 def random_hits(demo: Path, controls: int, tries: int) -> dict[str, Any]:
@@ -190,6 +202,13 @@ def random_table(found: dict[str, Any]) -> str:
     mean = sum(each["p"] for each in tries) / len(tries)
     cells = [f"{len(tries)}", *map(str, shares), f"{mean:.2f}", f"{found['kolmogorov_smirnov']:.2f}"]
     return doc_tables.table(header, [cells])
+
+
+TABLES: dict[str, Callable[[dict[str, Any]], str]] = {
+    "planted": planted_table,
+    "random": random_table,
+    "smollm2": planted_table,
+}
 
 
 if __name__ == "__main__":
