@@ -83,6 +83,18 @@ class ToExplain(Asked):
     by: Annotated[
         str | None, Field(description="Sum scores by this column of the training data.", max_length=200)
     ] = None
+    interactions: Annotated[
+        bool,
+        Field(description="Also estimate what leaving out a group of `by` changes while the others stay."),
+    ] = False
+    fdr: Annotated[
+        float | None,
+        Field(
+            description="Only hits that pass this false-discovery rate; needs a cache with decoys.",
+            gt=0,
+            lt=1,
+        ),
+    ] = None
 
 
 class Problem(BaseModel):

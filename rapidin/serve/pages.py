@@ -113,7 +113,16 @@ def _read_text(text: Mapping[str, Any]) -> str:
 def _bar(service: Service, answer: Answer | None = None) -> str:
     """The question, what becomes of it, and what can be done with the answer that is shown."""
     columns = _options(service.columns)
-    by = f'<label>Sum by <select name="by"><option value="">(none)</option>{columns}</select></label>'
+    by = (
+        f'<label>Sum by <select name="by"><option value="">(none)</option>{columns}</select></label>'
+        '<label title="A group that another repeats counts less">'
+        '<input type="checkbox" name="interactions"> What only a group has</label>'
+    )
+    fdr = (
+        '<label title="Only hits with higher scores than texts that were never trained on, but for this '
+        'share of them">False discoveries at most '
+        '<input type="number" name="fdr" min="0.01" max="0.99" step="0.01" placeholder="any"></label>'
+    )
     words = (
         '<label title="Takes longer: a pass for each token of the answer and for each hit">'
         '<input type="checkbox" name="words"> Rank for each word</label>'
@@ -127,7 +136,7 @@ placeholder="Ask the model, and see which examples led to its answer"></textarea
 <option value="ask">In the form of the training data</option>
 <option value="prompt">As it is, with nothing around it</option></select>
 <label>Hits <input type="number" name="top_k" value="10" min="1" max="200"></label>
-{words if service.by_token else ""}{by if columns else ""}
+{words if service.by_token else ""}{by if columns else ""}{fdr if service.has_decoys else ""}
 <details><summary>Explain a given answer</summary><label class="sr" for="completion">Answer</label>
 <textarea id="completion" name="completion" rows="2" dir="auto" maxlength="100000"
 placeholder="Empty: the model answers"></textarea></details>
@@ -188,7 +197,7 @@ def _kind(answer: Answer) -> str:
 def _asked(answer: Answer) -> dict[str, Any]:
     """The question as it is asked again."""
     question = answer.question
-    names = ("ask", "prompt", "completion", "top_k", "words", "by", "max_new_tokens")
+    names = ("ask", "prompt", "completion", "top_k", "words", "by", "interactions", "fdr", "max_new_tokens")
     values = {name: getattr(question, name) for name in names}
     return {name: value for name, value in values.items() if value is not None}
 

@@ -13,6 +13,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from rapidin.attribution.decoys import has_decoys
 from rapidin.attribution.ensemble import Ensemble
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.provenance import task_name
@@ -40,7 +41,7 @@ class Question:
 
     ask, or prompt: a question, or a whole text; completion: the answer, None for the model's own; words:
     whether each token of the answer gets hits, and hits say which of their words contribute, which takes
-    longer.
+    longer; by, interactions, fdr: as for `rapidin.Ensemble.query`.
     """
 
     ask: str | None = None
@@ -49,6 +50,8 @@ class Question:
     top_k: int = 10
     words: bool = False
     by: str | None = None
+    interactions: bool = False
+    fdr: float | None = None
     max_new_tokens: int = 64
 
     def record(self, ensemble: Ensemble) -> Record:
@@ -180,10 +183,15 @@ class Service:
         """Whether training examples can be shown."""
         return self._rows is not None
 
+    @property
+    def has_decoys(self) -> bool:
+        """Whether hits have p- and q-values."""
+        return has_decoys(self.ensemble.caches, QueryOptions())
+
     def check(self, question: Question) -> None:
         """Raises UserError for a question that cannot be answered, before it waits for its turn."""
         question.record(self.ensemble)
-        self._options(question)
+        has_decoys(self.ensemble.caches, self._options(question))
         if question.words and not self.by_token:
             raise UserError("this cache has no scores of single words", "leave out 'words'")
         if question.words and question.top_k > _MOST_BY_WORD:
@@ -251,6 +259,8 @@ class Service:
             layers=True,
             histogram=True,
             by=question.by,
+            interactions=question.interactions,
+            fdr=question.fdr,
             max_new_tokens=question.max_new_tokens,
         )
 

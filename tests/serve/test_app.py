@@ -57,6 +57,31 @@ def test_an_answer_is_what_a_query_returns(client: Client, cache: Cache, service
     assert client.get(answered.json["url"]).json["queries"] == answered.json["queries"]
 
 
+def test_decoys_and_interactions_are_those_of_a_query(client: Client, tmp_path: Path) -> None:
+    service = tiny_service(tiny_cache(tmp_path, decoys=True))
+    asked = {"by": "source", "interactions": True, "fdr": 0.5}
+    options = QueryOptions(fold=True, layers=True, histogram=True, by="source", interactions=True, fdr=0.5)
+    (expected,) = service.ensemble.query([PAIR], options)
+    with served(service) as other:
+        answered = other.post("/query", PAIR | asked)
+        assert answered.status == 200
+        found, wanted = answered.json["queries"][0], json.loads(json.dumps(expected.to_json(), default=str))
+        assert found["decoys"] == wanted["decoys"]
+        assert found["by"] == wanted["by"]
+        assert [hit["index"] for hit in found["top"]] == [hit["index"] for hit in wanted["top"]]
+        assert all(hit["q"] <= 0.5 for hit in found["top"])
+        assert 'name="fdr"' in other.get("/", Accept="text/html").body.decode()
+    for value, problem in (
+        ({"fdr": 0.1}, "has no decoys"),
+        ({"fdr": 1.5}, "fdr: input should be less than 1"),
+        ({"interactions": True}, "between the groups of a column"),
+    ):
+        refused = client.post("/query", PAIR | value)
+        assert refused.status in (400, 422)
+        assert problem in refused.json["detail"]
+    assert 'name="fdr"' not in client.get("/", Accept="text/html").body.decode()
+
+
 def test_the_model_answers_and_is_followed(client: Client, cache: Cache) -> None:
     question = {"prompt": "One, two,", "max_new_tokens": 9, "words": True}
     events = client.post("/query", question, Accept="text/event-stream").events

@@ -79,12 +79,16 @@ class Client:
         return self.ask("POST", path, value, **headers)
 
 
-def tiny_cache(folder: Path) -> Cache:
-    """A cache of 30 rows with a column, in a folder."""
+def tiny_cache(folder: Path, *, decoys: bool = False) -> Cache:
+    """A cache of 30 rows with a column, in a folder; decoys: with 20 of them."""
     saved = save_tiny(folder, lora=True)
     rows = [row | {"source": f"book {n % 3}"} for n, row in enumerate(records())]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     made = ["--data", str(folder / "train.jsonl"), "--width", "64", "--quiet", "--out", str(folder / "cache")]
+    if decoys:
+        texts = records(20, seed=5)
+        (folder / "decoys.jsonl").write_text("".join(json.dumps(row) + "\n" for row in texts))
+        made += ["--decoys", str(folder / "decoys.jsonl")]
     assert main(["cache", str(saved.model), "--adapter", str(saved.adapter), *made]) == 0
     return Cache(folder / "cache")
 
