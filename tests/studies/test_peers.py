@@ -9,7 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from gguf_files import write_gguf
 from made_truth import made_truth
+from tiny import tiny_llama, tiny_lora, tiny_tokenizer
+
+from rapidin.evaluate import ground_truth
+from rapidin.evaluate.settings import GroundTruthSettings, Recipe
+from rapidin.gradients.load import load_model
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,3 +133,31 @@ def test_a_texts_loss_is_the_mean_over_its_counted_tokens_whatever_the_padding()
     log_p = logits.double().log_softmax(2)
     wanted = [-(log_p[0, 1, 3] + log_p[0, 2, 4]) / 2, -log_p[1, 0, 5]]
     torch.testing.assert_close(setting.losses(logits, texts.labels).double(), torch.stack(wanted))
+
+
+def test_trak_sees_an_adapters_weights_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "studies" / "peers" / "peer_lds"))
+    traker = import_module("run_traker")
+    model = tiny_lora(tiny_llama(tie_word_embeddings=True)).eval()
+    ids = torch.arange(12)[None]
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    before = model(ids).logits
+    traker.freeze(model)
+    names = [name for name, _ in model.named_parameters()]
+    assert names
+    assert all(".lora_" in name for name in names)
+    model.load_state_dict(state)
+    torch.testing.assert_close(model(ids).logits, before)
+
+
+def test_a_gguf_base_becomes_a_folder_that_the_packages_can_read(tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="the extra 'gguf' is not installed")
+    (tmp_path / "model").mkdir()
+    write_gguf(tmp_path / "model" / "tiny.gguf", tiny_llama(), tiny_tokenizer())
+    rows = [{"prompt": f"{n} ", "completion": f"is {n * n}"} for n in range(8)]
+    settings = GroundTruthSettings(Recipe(epochs=1, batch=4), lora=2, subsets=3, checkpoints=0, max_length=24)
+    ground_truth.make(tmp_path / "truth", str(tmp_path / "model"), rows, rows[:2], settings, device="cpu")
+    _, models = part("judge").prepare_texts(tmp_path / "truth", tmp_path / "work")
+    said = json.loads((models[1.0] / "adapter_config.json").read_text())
+    again = load_model(str(tmp_path / "model"))
+    assert load_model(said["base_model_name_or_path"]).identity == again.identity

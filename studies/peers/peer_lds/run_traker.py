@@ -5,8 +5,9 @@ log(p / (1 - p)) of each counted token, their mean over the text, and the loss's
 likewise. `loss`: minus the loss itself instead. The gradients are of the linear layers of the blocks. On a
 CPU it draws its matrix of normal numbers anew for every batch, so all texts are one batch; and in half
 precision, its default, one projection is not done after twelve minutes, so float32 it is. With an adapter
-the texts come in batches of 64, since all at once do not fit into memory; the seed makes the matrix of each
-the same.
+the texts come in batches of 16, since all at once do not fit into memory; the seed makes the matrix of each
+the same. It takes the gradient of each text by every parameter, whatever it projects, so the frozen ones of
+an adapter's model are made buffers.
 
 What is kept of an example is the `features` row, in float16 by default; the gradients it was made from are on
 disk too, but not needed for scores. More dimensions than texts make the matrix that it inverts singular; its
@@ -25,7 +26,7 @@ from setting import NOT_A_TARGET, Case, Setting, Texts, losses, main
 from torch import Tensor
 
 DIMENSIONS = (512, 1024, 2048)
-ADAPTER_BATCH = 64
+ADAPTER_BATCH = 16
 LAMBDAS = (0.0, 1e-5, 1e-3, 1e-1, 1.0, 10.0, 100.0)
 
 
@@ -70,6 +71,15 @@ def model_output(kind: str) -> Any:
     return Output()
 
 
+def freeze(model: torch.nn.Module) -> None:
+    """Make buffers of all parameters that are not an adapter's."""
+    for name, module in model.named_modules():
+        if ".lora_" not in name:
+            for own, value in list(module.named_parameters(recurse=False)):
+                delattr(module, own)
+                module.register_buffer(own, value.detach())
+
+
 def batches(setting: Setting, texts: Texts) -> Iterator[tuple[Tensor, ...]]:
     """The columns of all texts, or of as many as fit into memory."""
     size = ADAPTER_BATCH if setting.is_adapter else len(texts)
@@ -88,6 +98,8 @@ def projected(
     from trak import TRAKer
 
     model = setting.model(attn_implementation="eager")
+    if setting.is_adapter:
+        freeze(model)
     traker = TRAKer(
         model=model,
         task=model_output(kind),
@@ -120,12 +132,19 @@ class Projections:
         self.options = (setting, kind, dimension, seed)
         self.dimension = dimension
         self.made: tuple[Tensor, Projected] | None = None
+        self.failed = ""
 
     def scores(self, ridge: float, folder: Path) -> tuple[Tensor, float]:
         from trak.score_computers import BasicScoreComputer
 
+        if self.failed:  # no other value would change that
+            raise RuntimeError(self.failed)
         if self.made is None:
-            self.made = projected(*self.options, folder)
+            try:
+                self.made = projected(*self.options, folder)
+            except Exception as error:
+                self.failed = f"{type(error).__name__}: {error}"
+                raise
         found, (train, test, weights) = self.made
         if ridge:
             computer = BasicScoreComputer(dtype=torch.float32, device="cpu", lambda_reg=ridge)
