@@ -444,6 +444,7 @@ def test_the_commands_make_and_use_decoys(work: Path, call: Callable[..., Ran]) 
     assert call("verify", work / "plain").out.strip().endswith("and 30 decoys)")
 
 
+@pytest.mark.full
 def test_several_processes_make_the_decoys_of_one(work: Path, call: Callable[..., Ran]) -> None:
     decoys = ("--decoys", str(work / "decoys.jsonl"))
     assert call(*caching(work, "one", *decoys)).code == 0

@@ -13,11 +13,11 @@ from rapidin.gradients.model import LoadedModel
 from rapidin.gradients.settings import GradientSettings
 from rapidin.gradients.source import GradientSource
 
-TEXTS, TOKENS = 128, 64
+TEXTS, TOKENS = 64, 64
 
 
 def source() -> GradientSource:
-    model = tiny_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=6)
+    model = tiny_llama(hidden_size=128, intermediate_size=512, num_hidden_layers=3)
     settings = GradientSettings(batch_tokens=TEXTS * TOKENS)
     return GradientSource(LoadedModel.of(model, tiny_tokenizer()), settings)
 
@@ -28,7 +28,7 @@ def test_a_batch_takes_as_much_memory_as_is_extrapolated_from_some_of_its_exampl
     batch = make_plan(source(), 1000, tokens=TOKENS, measured_seconds=1e9)
     assert some.formats[0].cache_bytes == batch.formats[0].cache_bytes
     # The peak of four texts is below half of the batch's.
-    assert 0.6 < some.memory / batch.memory < 1.5
+    assert 0.75 < some.memory / batch.memory < 1.5
 
 
 def test_gradients_of_the_sample_are_kept_up_to_the_limit() -> None:

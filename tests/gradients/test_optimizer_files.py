@@ -73,12 +73,14 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.full
 def test_the_parts_of_a_state_that_fsdp_saves(sharded: Path) -> None:
     expected = torch.load(sharded / "expected.pt", weights_only=True)
     assert_moments(sharded, small_model(), expected)
     assert_moments(sharded / "optimizer_0", small_model(), expected)
 
 
+@pytest.mark.full
 def test_the_whole_state_that_fsdp_gathers_has_names(sharded: Path, tmp_path: Path) -> None:
     expected = torch.load(sharded / "expected.pt", weights_only=True)
     assert_moments(sharded / "whole", small_model(), expected)
@@ -88,6 +90,7 @@ def test_the_whole_state_that_fsdp_gathers_has_names(sharded: Path, tmp_path: Pa
     assert_moments(tmp_path, small_model(), expected)
 
 
+@pytest.mark.full
 def test_a_description_that_holds_code_is_refused_and_not_run(sharded: Path, tmp_path: Path) -> None:
     shutil.copytree(sharded / "optimizer_0", tmp_path / "optimizer_0")
     ran = tmp_path / "ran"
@@ -112,6 +115,7 @@ def test_a_description_that_another_python_or_system_wrote_is_read(
     assert_moments(folder, small_model(), torch.load(sharded / "expected.pt", weights_only=True))
 
 
+@pytest.mark.full
 def test_a_part_that_holds_code_is_refused_and_not_run(sharded: Path, tmp_path: Path) -> None:
     folder, ran = tmp_path / "optimizer_0", tmp_path / "ran"
     shutil.copytree(sharded / "optimizer_0", folder)
@@ -127,6 +131,7 @@ def test_a_part_that_holds_code_is_refused_and_not_run(sharded: Path, tmp_path: 
     assert not ran.exists()
 
 
+@pytest.mark.full
 def test_damaged_parts_are_refused(sharded: Path, tmp_path: Path) -> None:
     folder = tmp_path / "optimizer_0"
     shutil.copytree(sharded / "optimizer_0", folder)
@@ -138,6 +143,7 @@ def test_damaged_parts_are_refused(sharded: Path, tmp_path: Path) -> None:
     refused(tmp_path, "cannot read|is damaged")
 
 
+@pytest.mark.full
 def test_parts_of_another_model_are_refused(sharded: Path) -> None:
     refused(sharded, "there is no second moment for 'model.embed_tokens.weight'", tiny_llama())
     other = small_model()

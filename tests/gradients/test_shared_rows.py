@@ -88,6 +88,7 @@ def test_other_texts_have_their_own_forward_pass() -> None:
     assert not TokenBatch.of(pair, parts=2).alike  # two texts of one example
 
 
+@pytest.mark.full
 def test_a_compiled_model_is_not_shared() -> None:
     model, texts = tiny_llama(), prefixes()
     sketcher = sketcher_of(model)

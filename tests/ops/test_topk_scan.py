@@ -384,7 +384,11 @@ def test_both_ends_are_two_scans(gpu, dtype):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", [torch.float16, "sign", "parts"], ids=str)
+@pytest.mark.parametrize(
+    "kind",
+    [torch.float16, *(pytest.param(kind, marks=pytest.mark.full) for kind in ("sign", "parts"))],
+    ids=str,
+)
 def test_all_scores_beside_the_ranking_on_gpus(gpu, kind):
     """More rows than are scored at a time, in memory that is spoilt before."""
     rows, width, queries, scored = 300, 40, 3, 2

@@ -43,6 +43,7 @@ from typing import Any
 from unittest import mock
 
 import numpy as np
+import peft  # noqa: F401 - packages that it imports ask for a GPU then, and must not find this one
 import pytest
 import torch
 from torch import Tensor, nn
