@@ -14,7 +14,8 @@ from planted_hits import make_planted
 
 STUDY = doc_tables.DOCS.parent / "studies" / "confirm"
 MODULE = runpy.run_path(str(STUDY / "confirm.py"))
-PLANTED, RANDOM = (json.loads((STUDY / f"{name}.json").read_text()) for name in ("planted", "random"))
+RESULTS = {name: json.loads((STUDY / f"{name}.json").read_text()) for name in MODULE["TABLES"]}
+PLANTED, RANDOM, SMOLLM2 = RESULTS.values()
 
 
 @pytest.mark.full
@@ -38,8 +39,8 @@ def test_every_line_runs_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_the_readme_shows_the_results() -> None:
-    assert doc_tables.read(STUDY / "README.md", "planted") == MODULE["planted_table"](PLANTED)
-    assert doc_tables.read(STUDY / "README.md", "random") == MODULE["random_table"](RANDOM)
+    for name, table in MODULE["TABLES"].items():
+        assert doc_tables.read(STUDY / "README.md", name) == table(RESULTS[name])
 
 
 def test_planted_rows_are_confirmed() -> None:
@@ -48,6 +49,15 @@ def test_planted_rows_are_confirmed() -> None:
         assert each["said"]
         assert each["changed"]
         assert each["fall"] > 5 * max(each["controls"])
+
+
+def test_planted_rows_of_a_pretrained_model_are_confirmed() -> None:
+    (each,) = SMOLLM2["sets"]
+    assert each["rows"] == MODULE["PRETRAINED_HITS"]
+    assert (len(each["controls"]), each["p"] < 0.05) == (20, True)
+    assert each["said"]
+    assert each["changed"]
+    assert each["fall"] > 4 * max(each["controls"])
 
 
 def test_random_rows_are_confirmed_as_often_as_chance_has_it() -> None:
