@@ -92,7 +92,15 @@
     const question = { [given.get("kind")]: given.get("ask"), top_k: Number(given.get("top_k")) };
     if (given.get("words")) question.words = true;
     if (given.get("by")) question.by = given.get("by");
-    if (given.get("interactions")) question.interactions = true;
+    if (given.get("interactions")) {
+      question.interactions = true;
+      if (!question.by) {
+        const problem = form.querySelector(".problem");
+        problem.textContent = "Choose a column to sum by first.";
+        problem.hidden = false;
+        return;
+      }
+    }
     if (given.get("fdr")) question.fdr = Number(given.get("fdr"));
     if (given.get("completion")) question.completion = given.get("completion");
     ask(question);

@@ -119,8 +119,8 @@ def _bar(service: Service, answer: Answer | None = None) -> str:
         '<input type="checkbox" name="interactions"> What only a group has</label>'
     )
     fdr = (
-        '<label title="Only hits with higher scores than texts that were never trained on, but for this '
-        'share of them">False discoveries at most '
+        '<label title="Only hits that stand out from texts that were never trained on; at most this share of '
+        'the hits is expected to be there by chance">False discoveries at most '
         '<input type="number" name="fdr" min="0.01" max="0.99" step="0.01" placeholder="any"></label>'
     )
     words = (

@@ -50,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("study", nargs="?", choices=("planted", "random", "smollm2"))
-    add("folder", nargs="?", type=Path, help="of 'rapidin demo --out', or with another hits.json")
+    add("folder", nargs="?", type=Path, help="of 'rapidin demo --out'; for smollm2 one with hits.json")
     add("--out", type=Path)
     add("--controls", type=int, help="random sets for comparison (planted: 39, random: 19, smollm2: 20)")
     add("--tries", type=int, default=TRIES, help="sets of random rows in the place of hits")
@@ -93,7 +93,10 @@ def planted(demo: Path, controls: int) -> dict[str, Any]:
 def pretrained(folder: Path, controls: int) -> dict[str, Any]:
     """What came of leaving out the best hits of the first query, as many as rows are planted."""
     name = f"the {PRETRAINED_HITS} best hits"
-    return {"sets": [left_out(folder, name, controls=controls, top_k=PRETRAINED_HITS, query=1, **PRETRAINED)]}
+    found = left_out(folder, name, controls=controls, top_k=PRETRAINED_HITS, query=1, **PRETRAINED)
+    hits = json.loads((folder / "hits.json").read_text())["queries"][0]["top"][:PRETRAINED_HITS]
+    planted = [json.loads(line)["poisoned"] for line in (folder / "train.jsonl").read_text().splitlines()]
+    return {"sets": [found | {"planted": sum(planted[hit["index"]] for hit in hits)}]}
 
 
 def left_out(folder: Path, name: str, **options: Any) -> dict[str, Any]:

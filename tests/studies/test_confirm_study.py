@@ -29,7 +29,7 @@ def test_every_line_runs_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureF
     shutil.rmtree(tmp_path / "hits.confirm")  # of another recipe
     MODULE["main"](["smollm2", str(tmp_path), "--controls", "1", "--out", str(tmp_path / "smollm2.json")])
     (each,) = json.loads((tmp_path / "smollm2.json").read_text())["sets"]
-    assert each["rows"] == 6
+    assert each["rows"] == each["planted"] == 6
     assert each["p"] in (0.5, 1.0)
     MODULE["main"](["random", str(tmp_path), "--controls", "2", "--tries", "3"])
     found = json.loads(capsys.readouterr().out)
@@ -53,7 +53,7 @@ def test_planted_rows_are_confirmed() -> None:
 
 def test_planted_rows_of_a_pretrained_model_are_confirmed() -> None:
     (each,) = SMOLLM2["sets"]
-    assert each["rows"] == MODULE["PRETRAINED_HITS"]
+    assert each["rows"] == each["planted"] == MODULE["PRETRAINED_HITS"]
     assert (len(each["controls"]), each["p"] < 0.05) == (20, True)
     assert each["said"]
     assert each["changed"]
