@@ -29,7 +29,8 @@ def test_every_line_runs_on_a_tiny_model(tmp_path: Path, capsys: pytest.CaptureF
     shutil.rmtree(tmp_path / "hits.confirm")  # of another recipe
     MODULE["main"](["smollm2", str(tmp_path), "--controls", "1", "--out", str(tmp_path / "smollm2.json")])
     (each,) = json.loads((tmp_path / "smollm2.json").read_text())["sets"]
-    assert each["rows"] == each["planted"] == 6
+    assert each["rows"] == 6
+    assert 0 < each["planted"] <= 6
     assert each["p"] in (0.5, 1.0)
     MODULE["main"](["random", str(tmp_path), "--controls", "2", "--tries", "3"])
     found = json.loads(capsys.readouterr().out)
