@@ -4,6 +4,7 @@ import os
 
 import pytest
 import torch
+from emulator.build import emulated
 from poison import poisoned
 from repeats import mark_repeats
 
@@ -14,8 +15,6 @@ if not torch.cuda.is_available():
 @pytest.fixture(scope="session")
 def emulated_cuda():
     """The CUDA kernels on the CPU, where there is no GPU to run them."""
-    from emulator.build import emulated
-
     from rapidin.ops import cuda
 
     if not torch.cuda.is_available():

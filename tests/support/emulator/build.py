@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import importlib.util
 import os
@@ -15,6 +14,8 @@ from types import ModuleType
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 FOLDER = ROOT / "build" / "emulated"
+# Read before any test runs: CXX has been seen to be gcc after some, and that links no libstdc++.
+COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 FLAGS += ["-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
 SANITIZERS = ["-O1", "-fno-omit-frame-pointer"]
@@ -58,6 +59,8 @@ def _name(variant: str) -> str:
 def build(variant: str) -> Path:
     """Compiles and links what has changed, in one process at a time: others find what it built. Returns the
     path of the extension."""
+    import fcntl  # which Windows has not, where this module is imported too
+
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # until the file is closed
@@ -79,14 +82,13 @@ def _build(variant: str) -> Path:
     name = _name(variant)
     common = [f"-I{HERE}", f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
     common += [f"-DRAPIDIN_MODULE={name}", "-DRAPIDIN_EMULATE"]
-    compiler = os.environ.get("CXX", "c++")
     seen = hashlib.sha256(sysconfig.get_config_var("EXT_SUFFIX").encode())
     for path in sorted(headers):
         seen.update(path.read_bytes())
     units, compiling = [], []
     for source in sources:
         command = [
-            compiler,
+            COMPILER,
             *(of_kernels if source in kernels else flags),
             *common,
             "-c",
@@ -109,7 +111,7 @@ def _build(variant: str) -> Path:
     if not built.exists():
         built.parent.mkdir(exist_ok=True)
         scratch = built.with_suffix(f".{os.getpid()}")
-        link = [compiler, "-shared", *(SANITIZERS if variant == "sanitized" else []), *map(str, units)]
+        link = [COMPILER, "-shared", *(SANITIZERS if variant == "sanitized" else []), *map(str, units)]
         subprocess.run([*link, "-o", str(scratch)], check=True)
         os.replace(scratch, built)
     return built
