@@ -98,7 +98,9 @@ def prepare_texts(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
         for package in PACKAGES:
             for old in work.glob(f"{package}-*"):
                 shutil.rmtree(old)
+        shutil.rmtree(work / "base", ignore_errors=True)
     (work / "identity").write_text(identity)
+    base = "" if tuned.lora is None else hugging_face_base(made.description["model"], work)
     folders = {}
     for at in PLACES:
         folders[at] = work / f"model-{at}"
@@ -107,8 +109,8 @@ def prepare_texts(truth: Path, work: Path) -> tuple[Path, dict[float, Path]]:
         tokenizer.save_pretrained(folders[at])
         with loaded.path.at(at), torch.no_grad():
             loaded.model.save_pretrained(folders[at])
-        if tuned.lora is not None:
-            _name_base(folders[at], hugging_face_base(made.description["model"], work))
+        if base:
+            _name_base(folders[at], base)
             continue  # the context is the base model's
         for name, key in (
             ("config.json", "max_position_embeddings"),
