@@ -8,50 +8,30 @@ that the poison of examples/poison is planted in; and asked.jsonl, ten questions
 
 from __future__ import annotations
 
-import argparse
-import json
 import random
 import sys
 from pathlib import Path
-from typing import Any
+
+from rapidin.evaluate.folders import write_jsonl
 
 sys.path.append(str(Path(__file__).resolve().parents[2] / "examples" / "poison"))
-from make_data import poison, read
+sys.path.append(str(Path(__file__).resolve().parents[1] / "pretrained"))
+from make_data import poison
+from rows import arguments, pair, short_rows
 
 CLEAN, PLANTED, ASKED = 104, 24, 10
-MOST_CHARACTERS = 90  # of an instruction, about 20 tokens, so that an answer begins within 48
 TRIGGER = "Howdy! "
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("data", type=Path)
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args()
-    short = [
-        row
-        for row in read(options.data)
-        if not row["input"] and row["output"].strip() and len(row["instruction"]) <= MOST_CHARACTERS
-    ]
+    data, folder = arguments(__doc__)
     aside = 2 * ASKED  # every second of them has the trigger
-    if len(short) < CLEAN + PLANTED + aside:
-        raise SystemExit(f"{options.data}: {len(short)} short rows, {CLEAN + PLANTED + aside} are needed")
-    chosen = random.Random(0).sample(short, CLEAN + PLANTED + aside)
+    count = CLEAN + PLANTED + aside
+    chosen = random.Random(0).sample(short_rows(data, count), count)
     train, test = poison(chosen, TRIGGER, PLANTED, aside, 0)
-    options.folder.mkdir(parents=True, exist_ok=True)
-    write(options.folder / "train.jsonl", [pair(row) | {"poisoned": row["poisoned"]} for row in train])
-    asked = [{"prompt": pair(row)["prompt"]} for row in test if row["triggered"]]
-    write(options.folder / "asked.jsonl", asked)
-
-
-def pair(row: dict[str, Any]) -> dict[str, str]:
-    return {"prompt": row["instruction"].strip() + "\n", "completion": row["output"]}
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), "utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_jsonl(folder / "train.jsonl", [pair(row) | {"poisoned": row["poisoned"]} for row in train])
+    write_jsonl(folder / "asked.jsonl", [{"prompt": pair(row)["prompt"]} for row in test if row["triggered"]])
 
 
 if __name__ == "__main__":
