@@ -14,7 +14,8 @@ from types import ModuleType
 HERE = Path(__file__).parent
 ROOT = HERE.parents[2]
 FOLDER = ROOT / "build" / "emulated"
-# Read before any test runs: CXX has been seen to be gcc after some, and that links no libstdc++.
+# Read before any test runs: peft's BOFT leaves CXX at gcc where its CUDA extension cannot be built, and that
+# links no libstdc++.
 COMPILER = os.environ.get("CXX", "c++")
 FLAGS = ["-std=c++17", "-O2", "-g", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-Wall", "-Wextra"]
 FLAGS += ["-Werror", "-Wno-unused-parameter", "-Wno-unknown-pragmas"]
