@@ -156,6 +156,23 @@ class CachingLoop:
     def sketch(self, number: int) -> None:
         self._sketches.append(self.source.sketches(self.batches[number])[0])
 
+    def preconditioner_share(self) -> float:
+        """Multiply-adds of K-FAC's products, counted, over those of the linear layers in the bare loop: two
+        products of each weight, the output head's at the positions alone from which the loss counts."""
+        batches = [TokenBatch.of([(e.ids, e.target) for e in texts]) for texts in self.batches]
+        tokens = sum(batch.ids.numel() for batch in batches)
+        kept = sum(len(batch.ids) * (batch.ids.shape[1] - batch.first) for batch in batches)
+        head = self.loaded.model.get_output_embeddings()
+        bare = products = 0.0
+        for module in self.loaded.model.modules():
+            if isinstance(module, nn.Linear):
+                counted = kept / tokens if module is head else 1.0
+                bare += 2 * module.in_features * module.out_features * counted
+        for scale in self.source.preconditioner.at(None).values():
+            for n, low_rank in zip(scale.shape, (scale.row_low_rank, scale.column_low_rank), strict=True):
+                products += (low_rank.rank if low_rank else 0) * (n + min(n, self.source.width))
+        return products / bare
+
     def pack(self) -> None:
         self.code.encode(*ops.unit_blocks(torch.cat(self._sketches)))
         self._sketches.clear()

@@ -185,9 +185,8 @@ def caching(turns: Turns, quick: bool) -> Iterator[Facts]:
                 for p, t in zip(packing, taken[OURS], strict=True)
             )
             name = f"{kind}, {dtype} rows"
-            yield turns.of(
-                "caching", name, "the bare loop", taken, goal, packing=share, width=loop.source.width
-            )
+            facts = {"packing": share, "products": loop.preconditioner_share(), "width": loop.source.width}
+            yield turns.of("caching", name, "the bare loop", taken, goal, **facts)
 
 
 def total(times: list[Taken]) -> Taken:

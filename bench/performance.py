@@ -37,6 +37,9 @@ queries to signs. With one thread a time is that of the processor; with more, an
 a clock.
 A busy machine makes shares larger than an idle one, since the read loop then waits for memory that other
 processes read; the load average says how busy it was.
+K-FAC's products are counted: the multiply-adds that precondition both sides of each layer, as a share of
+those of the linear layers in the bare loop. At the rate of a matrix product they alone leave caching at most
+1 / (1 + that share) of the bare loop's speed.
 
 [studies/peers](../../studies/peers/README.md) has caching and questions beside Bergson and dattri, as whole
 processes on one model and the same rows.
@@ -114,9 +117,10 @@ def cpu_section(result: Facts) -> list[str]:
         last = mine[-1]
         lines += [f"**{words}**", "", *cpu_runs(mine), ""]
         peers = any(row["peers"] for row in mine)
-        packing, memory = "packing" in last, "peak_mb" in last
+        packing, products, memory = "packing" in last, "products" in last, "peak_mb" in last
         head = ["what", "time", f"of {last['limit']}", "goal"]
         head += ["packing's share"] if packing else []
+        head += ["K-FAC's products, counted"] if products else []
         head += ["most memory, mapped files included"] if memory else []
         body = []
         for row in mine:
@@ -127,6 +131,7 @@ def cpu_section(result: Facts) -> list[str]:
                 goal += " on a busy machine" if row["load"] > about["cores"] else ""
             cells = [row["name"], time_text(seconds["rapidin"]), f"{row['of']:.2f}", goal]
             cells += [f"{row['packing']:.3f}"] if packing else []
+            cells += [f"{row['products']:.3f}" if "products" in row else ""] if products else []
             cells += [f"{row['peak_mb']:,.0f} MB"] if memory else []
             if peers:
                 cells.append("; ".join(f"{way}: {times:.2f}" for way, times in row["peers"].items()))
