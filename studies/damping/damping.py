@@ -4,7 +4,8 @@
     python studies/damping/damping.py --poison NAME MODEL ADAPTER DATA QUERIES ... --out FILE.json
 
 --set is a set of retrained models (../lds). --poison is data with a field `poisoned`, the adapter tuned on
-them, and absurd answers of it as queries, by the name that it has in FILE. Gradients are taken half-way.
+them, and absurd answers of it as queries, by the name that it has in FILE. Gradients are taken half-way, or at
+the point that --at names; --way measures these ways alone.
 Every way is scored by `dot:layer` with exact gradients, and those of PACKED through a sketch, in floats and
 in rows of 2,048 bytes of a codec that has learnt from half of the rows or from none. A way that FILE already
 has is not measured again. `damping_report.py` makes the tables.
@@ -49,7 +50,7 @@ from rapidin.gradients.scale import Scale
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "lds"))
 from codes import coded
-from subjects import Subject, of_poison, of_set
+from subjects import AT, Subject, of_poison, of_set
 
 BUDGET = 2048
 SEEDS = {"LDS": (0, 1, 2), "auPRC": (0,)}  # of sketches; poison has seeds of data and training
@@ -242,26 +243,31 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--poison", action="append", nargs=5, default=[])
     parser.add_argument("--width", type=int, default=4096, help="sketch dimension of a poisoned cache")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a poisoned example")
+    parser.add_argument("--at", type=float, default=AT, help="where gradients are taken  [default: half-way]")
+    parser.add_argument("--way", action="append", default=[], choices=[str(way) for way in WAYS], metavar="WAY")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)
     torch.set_num_threads(options.threads)
-    made: dict[str, Callable[[], Subject]] = {folder.name: partial(of_set, folder) for folder in options.sets}
+    at: float = options.at
+    made: dict[str, Callable[[], Subject]] = {
+        folder.name: partial(of_set, folder, at) for folder in options.sets
+    }
     for name, *where in options.poison:
-        made[name] = partial(of_poison, name, *where, options.width, options.max_length)
+        made[name] = partial(of_poison, name, *where, options.width, options.max_length, at)
     results = json.loads(options.out.read_text()) if options.out.exists() else []
     for name, make in made.items():
-        known = {row["way"] for row in results if row["subject"] == name}
-        ways = [way for way in WAYS if str(way) not in known]
+        known = {row["way"] for row in results if row["subject"] == name and row.get("at", AT) == at}
+        ways = [way for way in WAYS if str(way) not in known and (not options.way or str(way) in options.way)]
         if not ways:
             continue
         subject = make()
         for way in ways:
-            new = list(measured(subject, way))
+            new = [row | ({} if at == AT else {"at": at}) for row in measured(subject, way)]
             results += new
             lines = ",\n".join(json.dumps(row) for row in results)
             options.out.write_text(f"[\n{lines}\n]\n")
-            print(name, way, [row["layer"] for row in new], flush=True)
+            print(name, at, way, [row["layer"] for row in new], flush=True)
 
 
 if __name__ == "__main__":

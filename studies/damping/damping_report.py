@@ -26,6 +26,7 @@ PLOT = ROOT / "docs" / "img" / "damping.png"
 SETS = ("kjv", "orders", "alpaca")
 POISON = ("demo-0", "demo-1", "demo-2")
 NEW = "1, tolerance 0.01"  # the default
+HALF_WAY = 0.5  # of rows that name no other point
 NAMES = {
     "exact": "exact",
     "floats": "sketch",
@@ -36,13 +37,18 @@ Row = Mapping[str, Any]
 
 
 def values(
-    results: Sequence[Row], way: str, rows: str, subjects: Sequence[str], score: str = "layer"
+    results: Sequence[Row],
+    way: str,
+    rows: str,
+    subjects: Sequence[str],
+    score: str = "layer",
+    at: float = HALF_WAY,
 ) -> list[float]:
     """One a subject; nothing where one is missing."""
     found = {
         row["subject"]: sum(row[score]) / len(row[score])
         for row in results
-        if (row["way"], row["rows"]) == (way, rows) and score in row
+        if (row["way"], row["rows"], row.get("at", HALF_WAY)) == (way, rows, at) and score in row
     }
     return [found[name] for name in subjects] if set(subjects) <= set(found) else []
 
@@ -97,9 +103,24 @@ def summary(results: Sequence[Row]) -> str:
     return doc_tables.table(["damping", *titles], made)
 
 
+def points_table(results: Sequence[Row]) -> str:
+    """Rows by the point where gradients are taken and the preconditioner: sets and demos, then their mean."""
+    columns = [(SETS, rows) for rows in ("exact", "half", "nothing")]
+    columns += [(POISON, rows) for rows in ("exact", "half", "nothing")]
+    made = []
+    for way in ("off", "0.1", NEW):
+        for at in sorted({row.get("at", HALF_WAY) for row in results}):
+            cells = [cell(values(results, way, rows, names, at=at)) for names, rows in columns]
+            if any(cells):
+                made.append([way, f"{at:g}", *cells])
+    titles = [f"{'LDS' if names is SETS else 'auPRC'}, {NAMES[rows]}" for names, rows in columns]
+    return doc_tables.table(["damping", "point", *titles], made)
+
+
 def tables(results: Sequence[Row]) -> dict[str, str]:
     """By name."""
     return {
+        "points": points_table(results),
         "exact": exact_table(results, "layer"),
         "packed": packed_table(results, "layer"),
         "root-exact": exact_table(results, "root"),

@@ -60,10 +60,11 @@ class Subject:
     measure: Callable[[Tensor], Values] = _unmeasured
 
 
-def of_set(folder: Path) -> Subject:
-    """A set of retrained models; the moments are those of all its training texts."""
+def of_set(folder: Path, at: float = AT) -> Subject:
+    """A set of retrained models, with gradients at this point; the moments are those of all its training
+    texts."""
     truth = RetrainedSet(folder)
-    model = truth.model(AT)
+    model = truth.model(at)
     return gradients_of(truth, model, block_matrices(model), truth.texts(), truth.by_text)
 
 
@@ -100,12 +101,19 @@ def gradients_of(
 
 
 def of_poison(
-    name: str, model: str, adapter: str, data: str, queries: str, width: int, max_length: int
+    name: str,
+    model: str,
+    adapter: str,
+    data: str,
+    queries: str,
+    width: int,
+    max_length: int,
+    at: float = AT,
 ) -> Subject:
     """Data with a field `poisoned`, and the answers of the tuned model to trace; the moments are those of the
     sample that a cache takes."""
     attributor = Attributor(
-        load_model(model, adapter=adapter), at=AT, preconditioner="off", max_length=max_length
+        load_model(model, adapter=adapter), at=at, preconditioner="off", max_length=max_length
     )
     marked = np.array([bool(row["poisoned"]) for row in map(json.loads, Path(data).read_text().splitlines())])
 

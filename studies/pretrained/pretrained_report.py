@@ -27,7 +27,10 @@ from pretrained_retrained import effects, family_of
 OUT = Path(__file__).resolve().parent / "pretrained.json"
 PAGE = doc_tables.DOCS / "measured" / "pretrained.md"
 GRID = [
-    (rows, at, way) for rows in ("exact", "2,048 bytes") for at in ("1", "0.5") for way in ("off", "kfac")
+    (rows, at, way)
+    for rows in ("exact", "2,048 bytes")
+    for at in ("1", "0.75", "0.5")
+    for way in ("off", "kfac")
 ]
 METHODS = [str(method) for method in parse_methods(DEFAULT)]
 # What is compared with BM25 (of the tokens that the model reads), text by text: package, at, method,

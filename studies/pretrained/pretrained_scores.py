@@ -288,7 +288,7 @@ _CACHES = (
     Variant(None, None, "off"),
 )
 Way = Callable[[GroundTruth, Path, Log], Found]
-_MADE = [(point, way) for point in (1.0, 0.5) for way in PRECONDITIONERS]
+_MADE = [(point, way) for point in (1.0, 0.75, 0.5) for way in PRECONDITIONERS]
 WAYS: dict[str, Way] = {
     "baselines": without_gradients,
     **{f"exact gradients at {point:g}, {way}": partial(exact, way, point) for point, way in _MADE},
