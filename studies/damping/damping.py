@@ -4,11 +4,11 @@
     python studies/damping/damping.py --poison NAME MODEL ADAPTER DATA QUERIES ... --out FILE.json
 
 --set is a set of retrained models (../lds). --poison is data with a field `poisoned`, the adapter tuned on
-them, and absurd answers of it as queries, by the name that it has in FILE. Gradients are taken half-way, or at
-the point that --at names; --way measures these ways alone.
-Every way is scored by `dot:layer` with exact gradients, and those of PACKED through a sketch, in floats and
-in rows of 2,048 bytes of a codec that has learnt from half of the rows or from none. A way that FILE already
-has is not measured again. `damping_report.py` makes the tables.
+them, and absurd answers of it as queries, by the name that it has in FILE. Gradients are taken half-way, or
+at the point that --at names; --way measures these ways alone. Every way is scored by `dot:layer` with exact
+gradients, and those of PACKED through a sketch, in floats and in rows of 2,048 bytes of a codec that has
+learnt from half of the rows or from none. A way that FILE already has is not measured again.
+`damping_report.py` makes the tables.
 
 Ways, for a side's moment M with mean eigenvalue m: (M / m + d)^-p, p = 1/2 if not named
 
@@ -244,7 +244,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--width", type=int, default=4096, help="sketch dimension of a poisoned cache")
     parser.add_argument("--max-length", type=int, default=128, help="tokens of a poisoned example")
     parser.add_argument("--at", type=float, default=AT, help="where gradients are taken  [default: half-way]")
-    parser.add_argument("--way", action="append", default=[], choices=[str(way) for way in WAYS], metavar="WAY")
+    parser.add_argument(
+        "--way", action="append", default=[], choices=[str(way) for way in WAYS], metavar="WAY"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args(arguments)

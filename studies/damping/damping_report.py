@@ -120,7 +120,6 @@ def points_table(results: Sequence[Row]) -> str:
 def tables(results: Sequence[Row]) -> dict[str, str]:
     """By name."""
     return {
-        "points": points_table(results),
         "exact": exact_table(results, "layer"),
         "packed": packed_table(results, "layer"),
         "root-exact": exact_table(results, "root"),
@@ -174,6 +173,7 @@ def main() -> None:
     for name, text in tables(results).items():
         doc_tables.write(HERE / "README.md", name, text)
     doc_tables.write(PAGE, "damping", summary(results))
+    doc_tables.write(PAGE, "points", points_table(results))
     plot(results, PLOT)
 
 

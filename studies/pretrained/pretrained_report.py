@@ -9,6 +9,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -120,7 +121,7 @@ def measured(folder: Path = RESULTS) -> Row:
 
 def removed(folder: Path) -> Row:
     """What leaving out the rows of each method does, over the trainings that are there."""
-    _, _, losses, about = trainings(folder / REMOVALS)
+    masks, _, losses, about = trainings(folder / REMOVALS)
     by_family, random = effects(losses.astype(np.float64), about["of"])
     found: Row = {
         "trainings": int((~np.isnan(losses).any(1)).sum()),
@@ -135,6 +136,21 @@ def removed(folder: Path) -> Row:
         spread = random[:, : len(values)].max(0) - random[:, : len(values)].mean(0)
         row["above all random"] = int((values[done] > spread[done]).sum())
         found["methods"][family] = row
+    whole = {family: values for family, values in by_family.items() if not np.isnan(values).any()}
+    first = max(whole, key=lambda family: float(whole[family].mean()), default=None)
+    for family, values in whole.items():
+        if first is not None and family != first:
+            found["methods"][family]["behind the first"] = rounded(estimate(whole[first] - values))
+    chosen: dict[str, list[Any]] = {}
+    for family, query, training in about["of"]:
+        if query is not None:
+            chosen.setdefault(family, []).append(~masks[training])
+    found["rows in common"] = {
+        f"{one} and {other}": round(
+            float(np.mean([(a & b).sum() / a.sum() for a, b in zip(*pair, strict=True)])), 3
+        )
+        for (one, other), pair in zip(combinations(chosen, 2), combinations(chosen.values(), 2), strict=True)
+    }
     return found
 
 
@@ -226,8 +242,10 @@ def removals_table(results: Row) -> str:
     lines: list[Sequence[str]] = []
     for family, row in results.get("removals", {"methods": {}})["methods"].items():
         if row["queries"]:
-            lines.append([family, cell(row), f"{row['above all random']} of {row['queries']}"])
-    return doc_tables.table(["method", "added loss", "more than all random choices"], lines)
+            behind = cell(row["behind the first"]) if "behind the first" in row else ""
+            lines.append([family, cell(row), f"{row['above all random']} of {row['queries']}", behind])
+    head = ["method", "added loss", "more than all random choices", "less than that of the first"]
+    return doc_tables.table(head, lines)
 
 
 TABLES = {

@@ -104,19 +104,41 @@ def test_every_way_is_measured_and_only_some_of_them_packed() -> None:
     assert set(damping.PACKED) <= set(map(str, damping.WAYS))
 
 
-def test_gradients_of_poisoned_data_are_those_of_a_cache(tmp_path: Path) -> None:
-    saved = save_tiny(tmp_path, lora=True)
+def poisoned(folder: Path) -> list[str]:
+    """A tiny model and adapter, and data and queries that are the same."""
+    saved = save_tiny(folder, lora=True)
     for name in ("train", "asked"):
         rows = [{**row, "poisoned": n < 3} for n, row in enumerate(records(12))]
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    paths = [str(tmp_path / f"{name}.jsonl") for name in ("train", "asked")]
-    found = of_poison("tiny", str(saved.model), str(saved.adapter), *paths, 256, 64)
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    paths = [str(folder / f"{name}.jsonl") for name in ("train", "asked")]
+    return [str(saved.model), str(saved.adapter), *paths]
+
+
+def test_gradients_of_poisoned_data_are_those_of_a_cache(tmp_path: Path) -> None:
+    model, adapter, *paths = poisoned(tmp_path)
+    found = of_poison("tiny", model, adapter, *paths, 256, 64)
     assert [len(x) for x in (found.train[0], found.test[0])] == [12, 12]
     for train, test in zip(found.train, found.test, strict=True):
         assert torch.equal(train, test)
     perfect = torch.zeros(12, 12)
     perfect[:, :3] = 1.0
     assert found.measure(perfect).tolist() == [1.0] * 12
+
+
+def test_points_are_measured_once_each_and_named_in_the_rows(tmp_path: Path) -> None:
+    out = tmp_path / "found.json"
+    common = ["--poison", "tiny", *poisoned(tmp_path), "--width", "256", "--max-length", "64"]
+    common += ["--way", "3", "--out", str(out)]
+    for at in ("0.5", "0.75", "0.75"):
+        damping.main([*common, "--at", at])
+    rows = json.loads(out.read_text())
+    assert [(row["way"], row["rows"], row.get("at")) for row in rows] == [
+        ("3", "exact", None),
+        ("3", "exact", 0.75),
+    ]
+    half, later = (damping_report.values(rows, "3", "exact", ["tiny"], at=at) for at in (0.5, 0.75))
+    assert half == rows[0]["layer"]
+    assert later == rows[1]["layer"]
 
 
 def test_a_set_is_measured_as_the_result_says() -> None:
@@ -132,4 +154,5 @@ def test_the_readme_shows_the_results_and_the_default_is_the_one_it_chose() -> N
     for name, text in damping_report.tables(RESULTS).items():
         assert doc_tables.read(STUDY / "README.md", name) == text
     assert doc_tables.read(damping_report.PAGE, "damping") == damping_report.summary(RESULTS)
+    assert doc_tables.read(damping_report.PAGE, "points") == damping_report.points_table(RESULTS)
     assert f"{DAMPING:g}, tolerance {TOLERANCE:g}" == damping_report.NEW

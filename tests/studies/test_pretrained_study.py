@@ -199,6 +199,19 @@ def test_removals_leave_out_what_is_ranked_first(made: tuple[GroundTruth, Path],
     mine = [(query, training) for name, query, training in about["of"] if name == family]
     added = [losses[training, query] - losses[:10, query].mean() for query, training in mine]
     assert row["mean"] == pytest.approx(np.mean(added), abs=1e-4)
+    means = {name: of["mean"] for name, of in gone["methods"].items()}
+    first = max(means, key=lambda name: means[name])
+    assert "behind the first" not in gone["methods"][first]
+    for name, of in gone["methods"].items():
+        if name != first:
+            assert of["behind the first"]["mean"] == pytest.approx(means[first] - of["mean"], abs=2e-4)
+    other = list(gone["methods"])[1]
+    sets = [
+        [set(np.flatnonzero(~masks[training]).tolist()) for name, _, training in about["of"] if name == one]
+        for one in (family, other)
+    ]
+    common = np.mean([len(a & b) / len(a) for a, b in zip(*sets, strict=True)])
+    assert gone["rows in common"][f"{family} and {other}"] == pytest.approx(common, abs=1e-3)
     for name, table in report.TABLES.items():
         assert table(results).startswith("| "), name
 
