@@ -27,6 +27,7 @@ SETS = ("kjv", "orders", "alpaca")
 POISON = ("demo-0", "demo-1", "demo-2")
 NEW = "1, tolerance 0.01"  # the default
 HALF_WAY = 0.5  # of rows that name no other point
+LATER = (0.6, 0.75)
 NAMES = {
     "exact": "exact",
     "floats": "sketch",
@@ -127,10 +128,10 @@ def tables(results: Sequence[Row]) -> dict[str, str]:
     }
 
 
-def points(results: Sequence[Row], score: str) -> Iterator[tuple[str, float, float]]:
-    """(way, mean LDS, mean auPRC) of exact gradients."""
+def means(results: Sequence[Row], score: str, at: float = HALF_WAY) -> Iterator[tuple[str, float, float]]:
+    """(way, mean LDS, mean auPRC) of exact gradients at a point."""
     for way in ways(results):
-        both = [values(results, way, "exact", names, score) for names in (SETS, POISON)]
+        both = [values(results, way, "exact", names, score, at) for names in (SETS, POISON)]
         if all(both):
             yield way, mean(both[0]), mean(both[1])
 
@@ -146,21 +147,29 @@ def plot(results: Sequence[Row], out: Path) -> None:
         ("layer", "o-", "one damping, rows at length 1"),
         ("root", "s-", "one damping, rows divided by the root of their length"),
     ):
-        line = [p for p in points(results, score) if p[0].replace(".", "").isdigit()]
+        line = [p for p in means(results, score) if p[0].replace(".", "").isdigit()]
         ax.plot([p[1] for p in line], [p[2] for p in line], style, label=label, markersize=5)
         for way, lds, found in line:
             ax.annotate(way, (lds, found), xytext=(4, 4), textcoords="offset points", fontsize=8)
-    for way, lds, found in points(results, "layer"):
+    for way, lds, found in means(results, "layer"):
         if not way.replace(".", "").isdigit() and way != "off":
             ax.plot(lds, found, "x", color="grey", markersize=5)
             ax.annotate(way, (lds, found), xytext=(4, -8), textcoords="offset points", fontsize=6)
+    for way, style in (("0.1", "^--"), (NEW, "v--")):
+        by_point = {at: m for at in (HALF_WAY, *LATER) for m in means(results, "layer", at) if m[0] == way}
+        line = list(by_point.values())
+        label = f"nearer to the tuned model, damping {way}"
+        ax.plot([m[1] for m in line], [m[2] for m in line], style, label=label, markersize=5)
+        for at, (_, lds, found) in by_point.items():
+            if at != HALF_WAY:
+                ax.annotate(f"at {at:g}", (lds, found), xytext=(5, 4), textcoords="offset points", fontsize=8)
     ax.axvline(0.76, color="grey", linewidth=0.8)
     ax.axhline(0.99, color="grey", linewidth=0.8)
-    ax.set_xlim(0.71, 0.775)
-    ax.set_ylim(0.945, 1.001)
+    ax.set_xlim(0.71, 0.80)
+    ax.set_ylim(0.89, 1.002)
     ax.set_xlabel("LDS, mean of kjv, orders and alpaca")
     ax.set_ylabel("auPRC of the poison, mean of three demos")
-    ax.set_title("Damping of K-FAC's preconditioner, exact gradients half-way; lines: the goals", fontsize=10)
+    ax.set_title("Damping of K-FAC's preconditioner, exact gradients; thin lines: the goals", fontsize=10)
     ax.grid(alpha=0.3)
     ax.legend(loc="lower left", fontsize=8)
     figure.tight_layout()
