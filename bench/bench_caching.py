@@ -158,7 +158,11 @@ class CachingLoop:
 
     def preconditioner_share(self) -> float:
         """Multiply-adds of K-FAC's products, counted, over those of the linear layers in the bare loop: two
-        products of each weight, the output head's at the positions alone from which the loss counts."""
+        products of each weight, the output head's at the positions alone from which the loss counts.
+
+        As if each token's factors were preconditioned in the sketch, which is the way for wide layers; for
+        adapters fewer are done.
+        """
         batches = [TokenBatch.of([(e.ids, e.target) for e in texts]) for texts in self.batches]
         tokens = sum(batch.ids.numel() for batch in batches)
         kept = sum(len(batch.ids) * (batch.ids.shape[1] - batch.first) for batch in batches)

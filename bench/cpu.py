@@ -185,7 +185,9 @@ def caching(turns: Turns, quick: bool) -> Iterator[Facts]:
                 for p, t in zip(packing, taken[OURS], strict=True)
             )
             name = f"{kind}, {dtype} rows"
-            facts = {"packing": share, "products": loop.preconditioner_share(), "width": loop.source.width}
+            facts: Facts = {"packing": share, "width": loop.source.width}
+            if kind == "linear layers":
+                facts["products"] = loop.preconditioner_share()
             yield turns.of("caching", name, "the bare loop", taken, goal, **facts)
 
 

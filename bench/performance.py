@@ -37,9 +37,9 @@ queries to signs. With one thread a time is that of the processor; with more, an
 a clock.
 A busy machine makes shares larger than an idle one, since the read loop then waits for memory that other
 processes read; the load average says how busy it was.
-K-FAC's products are counted: the multiply-adds that precondition both sides of each layer, as a share of
-those of the linear layers in the bare loop. At the rate of a matrix product they alone leave caching at most
-1 / (1 + that share) of the bare loop's speed.
+Where a table has K-FAC's products, they are counted: the multiply-adds that precondition both sides of each
+layer, as a share of those of the linear layers in the bare loop. If that loop were linear layers alone, and
+the products ran at their rate, caching could not have more than 1 / (1 + that share) of its speed.
 
 [studies/peers](../../studies/peers/README.md) has caching and questions beside Bergson and dattri, as whole
 processes on one model and the same rows.

@@ -7,8 +7,8 @@
 them, and absurd answers of it as queries, by the name that it has in FILE. Gradients are taken half-way, or
 at the point that --at names; --way measures these ways alone. Every way is scored by `dot:layer` with exact
 gradients, and those of PACKED through a sketch, in floats and in rows of 2,048 bytes of a codec that has
-learnt from half of the rows or from none. A way that FILE already has is not measured again.
-`damping_report.py` makes the tables.
+learnt from half of the rows or from none. A way that FILE already has at that point is not
+measured again. `damping_report.py` makes the tables.
 
 Ways, for a side's moment M with mean eigenvalue m: (M / m + d)^-p, p = 1/2 if not named
 

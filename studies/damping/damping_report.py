@@ -105,11 +105,11 @@ def summary(results: Sequence[Row]) -> str:
 
 
 def points_table(results: Sequence[Row]) -> str:
-    """Rows by the point where gradients are taken and the preconditioner: sets and demos, then their mean."""
+    """A row for each preconditioner and point; a cell has each set or demo, and their mean."""
     columns = [(SETS, rows) for rows in ("exact", "half", "nothing")]
     columns += [(POISON, rows) for rows in ("exact", "half", "nothing")]
     made = []
-    for way in ("off", "0.1", NEW):
+    for way in ("off", "0.1", NEW, "3"):
         for at in sorted({row.get("at", HALF_WAY) for row in results}):
             cells = [cell(values(results, way, rows, names, at=at)) for names, rows in columns]
             if any(cells):
@@ -158,7 +158,7 @@ def plot(results: Sequence[Row], out: Path) -> None:
     for way, style in (("0.1", "^--"), (NEW, "v--")):
         by_point = {at: m for at in (HALF_WAY, *LATER) for m in means(results, "layer", at) if m[0] == way}
         line = list(by_point.values())
-        label = f"nearer to the tuned model, damping {way}"
+        label = f"at 0.6, and 0.75 outside the figure, damping {way}"
         ax.plot([m[1] for m in line], [m[2] for m in line], style, label=label, markersize=5)
         for at, (_, lds, found) in by_point.items():
             if at != HALF_WAY:

@@ -1,4 +1,4 @@
-"""What a damping is judged on: gradients half-way, moments of their factors, and a measure of scores.
+"""What a damping is judged on: gradients at one point, moments of their factors, and a measure of scores.
 
 A subject is either a set of retrained models (`of_set`, see ../lds) or poisoned data with the adapter that
 was tuned on them (`of_poison`). Its gradients are exact and without preconditioner, so every preconditioner
