@@ -117,7 +117,8 @@ def cpu_section(result: Facts) -> list[str]:
         last = mine[-1]
         lines += [f"**{words}**", "", *cpu_runs(mine), ""]
         peers = any(row["peers"] for row in mine)
-        packing, products, memory = "packing" in last, "products" in last, "peak_mb" in last
+        packing, memory = "packing" in last, "peak_mb" in last
+        products = any("products" in row for row in mine)
         head = ["what", "time", f"of {last['limit']}", "goal"]
         head += ["packing's share"] if packing else []
         head += ["K-FAC's products, counted"] if products else []
