@@ -23,6 +23,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("benchmark_disable", False):
+        raise pytest.UsageError(
+            "these benchmarks compare times, and --benchmark-disable takes none; --quick shows that they run"
+        )
     # In the environment, since the sizes are made when the files are imported, which is later.
     if config.getoption("quick"):
         os.environ["RAPIDIN_BENCH_QUICK"] = "1"

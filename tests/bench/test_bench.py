@@ -36,3 +36,13 @@ def test_every_benchmark_runs_and_notes_its_ratio(tmp_path: Path) -> None:
         assert ratios, f"{row['name']} notes no ratio to a limit"
         assert all(value > 0 for value in ratios), row["name"]
     assert "ratios to the limits" in done.stdout
+
+
+def test_benchmarks_that_take_no_times_are_refused_in_one_line() -> None:
+    options = ["bench/bench_flat_sketch.py", "--benchmark-disable", "-p", "no:cacheprovider"]
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", *options], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 4
+    assert "--quick shows that they run" in done.stderr
+    assert "Traceback" not in done.stdout + done.stderr
