@@ -329,6 +329,7 @@ def main() -> int:
         "commit": commit(),
         "command": " ".join(["python bench/cpu.py", *sys.argv[1:]]),
         "load": found.pop("load"),
+        "versions": found.pop("versions"),  # of each run, whose rows are kept beside those of others
     }
     turns = Turns(options.rounds, options.threads == 1, options.queries or QUERIES, options.rows)
     for stage in options.only or STAGES:

@@ -105,7 +105,8 @@ def cpu_results() -> list[Facts]:
 def cpu_section(result: Facts) -> list[str]:
     """A machine, and a table for each stage that was measured on it."""
     about, rows = result["about"], result["rows"]
-    versions = ", ".join(f"{name} {v}" for name, v in about["versions"].items() if v)
+    used = dict.fromkeys((name, v) for row in rows for name, v in row["versions"].items() if v)
+    versions = ", ".join(f"{name} {v}" for name, v in used)
     threads = "one thread" if about["threads"] == 1 else f"{about['threads']} threads"
     machine = f"{about['cores']} cores, {about['instruction_set']}, {about['memory_bytes'] / 2**30:.0f} GiB"
     lines = [f"### {about['name']}, {threads}", "", f"{machine}; {versions}.", ""]

@@ -41,6 +41,8 @@ def test_a_quick_run_measures_each_stage_and_fills_the_page(tmp_path: Path) -> N
         assert row["of"] > 0
         assert row["by"] == ("clock" if row["stage"] == "disk" else "processor")
         assert f"{row['stage']:8} {row['name']}: " in said
+    counted = {row["name"] for row in result["rows"] if row.get("products", 0) > 0}
+    assert counted == {"linear layers, sign rows", "linear layers, float16 rows"}
     names = [row["name"] for row in result["rows"]]
     assert len(set(names)) == len(names)
     lines = "\n".join(performance.cpu_section(result))
@@ -49,6 +51,7 @@ def test_a_quick_run_measures_each_stage_and_fills_the_page(tmp_path: Path) -> N
 
     called("--quick", "--threads", "1", "--only", "flat", "--out", str(tmp_path))
     again = json.loads(path.read_text())["rows"]
+    assert all(row["versions"]["torch"] for row in again)
     others = [row for row in result["rows"] if row["stage"] != "flat"]
     assert [row for row in again if row["stage"] != "flat"] == others  # kept as they were
     assert len(again) == len(result["rows"])
@@ -77,8 +80,11 @@ def test_shares_are_of_medians_by_the_clock_or_the_processor() -> None:
 def test_the_page_says_whether_a_goal_is_met() -> None:
     about = {"name": "A CPU", "cores": 2, "threads": 1, "instruction_set": "avx2", "memory_bytes": 2**30}
     measured = {"date": "2026-01-01", "commit": "abc", "load": 0.0}
+    versions = [{"torch": "2.11", "faiss": "1.15"}, {"torch": "2.11", "faiss": None}]  # of two runs
     rows = [row_of(by_cpu=True) | measured, row_of(by_cpu=True) | measured | {"name": "others", "of": 0.8}]
-    lines = performance.cpu_section({"about": about | {"versions": {}}, "rows": rows})
+    rows = [row | {"versions": v} for row, v in zip(rows, versions, strict=True)]
+    lines = performance.cpu_section({"about": about, "rows": rows})
+    assert "2 cores, avx2, 1 GiB; torch 2.11, faiss 1.15." in lines
     assert "| rows | 1 s | 0.50 | 0.75, missed | peer: 3.00 |" in lines
     assert "| others | 1 s | 0.80 | 0.75, met | peer: 3.00 |" in lines
     assert "`flat_sketch`: not measured yet." in lines
