@@ -7,8 +7,8 @@
 them, and absurd answers of it as queries, by the name that it has in FILE. Gradients are taken half-way, or
 at the point that --at names; --way measures these ways alone. Every way is scored by `dot:layer` with exact
 gradients, and those of PACKED through a sketch, in floats and in rows of 2,048 bytes of a codec that has
-learnt from half of the rows or from none. A way that FILE already has at that point is not
-measured again. `damping_report.py` makes the tables.
+learnt from half of the rows or from none. A way that FILE already has at that point is not measured again.
+`damping_report.py` makes the tables.
 
 Ways, for a side's moment M with mean eigenvalue m: (M / m + d)^-p, p = 1/2 if not named
 
@@ -259,13 +259,13 @@ def main(arguments: list[str] | None = None) -> None:
         made[name] = partial(of_poison, name, *where, options.width, options.max_length, at)
     results = json.loads(options.out.read_text()) if options.out.exists() else []
     for name, make in made.items():
-        known = {row["way"] for row in results if row["subject"] == name and row.get("at", AT) == at}
+        known = {row["way"] for row in results if row["subject"] == name and row["at"] == at}
         ways = [way for way in WAYS if str(way) not in known and (not options.way or str(way) in options.way)]
         if not ways:
             continue
         subject = make()
         for way in ways:
-            new = [row | ({} if at == AT else {"at": at}) for row in measured(subject, way)]
+            new = [row | {"at": at} for row in measured(subject, way)]
             results += new
             lines = ",\n".join(json.dumps(row) for row in results)
             options.out.write_text(f"[\n{lines}\n]\n")

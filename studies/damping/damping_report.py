@@ -26,7 +26,7 @@ PLOT = ROOT / "docs" / "img" / "damping.png"
 SETS = ("kjv", "orders", "alpaca")
 POISON = ("demo-0", "demo-1", "demo-2")
 NEW = "1, tolerance 0.01"  # the default
-HALF_WAY = 0.5  # of rows that name no other point
+HALF_WAY = 0.5
 LATER = (0.6, 0.75)
 NAMES = {
     "exact": "exact",
@@ -49,7 +49,7 @@ def values(
     found = {
         row["subject"]: sum(row[score]) / len(row[score])
         for row in results
-        if (row["way"], row["rows"], row.get("at", HALF_WAY)) == (way, rows, at) and score in row
+        if (row["way"], row["rows"], row["at"]) == (way, rows, at) and score in row
     }
     return [found[name] for name in subjects] if set(subjects) <= set(found) else []
 
@@ -62,6 +62,11 @@ def cell(numbers: Sequence[float]) -> str:
     if not numbers:
         return ""
     return f"{' '.join(f'{x:.3f}' for x in numbers)} · **{mean(numbers):.3f}**"
+
+
+def title(subjects: Sequence[str], rows: str) -> str:
+    """The heading of a column: what these subjects measure, and with which rows."""
+    return f"{'LDS' if subjects is SETS else 'auPRC'}, {NAMES[rows]}"
 
 
 def ways(results: Sequence[Row]) -> list[str]:
@@ -86,7 +91,7 @@ def packed_table(results: Sequence[Row], score: str) -> str:
         cells = [cell(values(results, way, rows, names, score)) for names, rows in columns]
         if all(cells):
             made.append([way, *cells])
-    titles = [f"{'LDS' if names is SETS else 'auPRC'}, {NAMES[rows]}" for names, rows in columns]
+    titles = [title(names, rows) for names, rows in columns]
     return doc_tables.table(["damping", *titles], made)
 
 
@@ -99,8 +104,7 @@ def summary(results: Sequence[Row]) -> str:
         found = [values(results, way, rows, names) for names, rows in columns]
         if all(found):
             made.append([way, *(f"{mean(numbers):.3f}" for numbers in found)])
-    titles = [f"LDS, {NAMES[rows]}" for _, rows in columns[:3]]
-    titles += [f"auPRC, {NAMES[rows]}" for _, rows in columns[3:]]
+    titles = [title(names, rows) for names, rows in columns]
     return doc_tables.table(["damping", *titles], made)
 
 
@@ -110,11 +114,11 @@ def points_table(results: Sequence[Row]) -> str:
     columns += [(POISON, rows) for rows in ("exact", "half", "nothing")]
     made = []
     for way in ("off", "0.1", NEW, "3"):
-        for at in sorted({row.get("at", HALF_WAY) for row in results}):
+        for at in sorted({row["at"] for row in results}):
             cells = [cell(values(results, way, rows, names, at=at)) for names, rows in columns]
             if any(cells):
                 made.append([way, f"{at:g}", *cells])
-    titles = [f"{'LDS' if names is SETS else 'auPRC'}, {NAMES[rows]}" for names, rows in columns]
+    titles = [title(names, rows) for names, rows in columns]
     return doc_tables.table(["damping", "point", *titles], made)
 
 

@@ -137,9 +137,9 @@ def removed(folder: Path) -> Row:
         row["above all random"] = int((values[done] > spread[done]).sum())
         found["methods"][family] = row
     whole = {family: values for family, values in by_family.items() if not np.isnan(values).any()}
-    first = max(whole, key=lambda family: float(whole[family].mean()), default=None)
+    first = max(whole, key=lambda family: float(whole[family].mean()), default="")
     for family, values in whole.items():
-        if first is not None and family != first:
+        if family != first:
             found["methods"][family]["behind the first"] = rounded(estimate(whole[first] - values))
     chosen: dict[str, list[Any]] = {}
     for family, query, training in about["of"]:
@@ -147,9 +147,12 @@ def removed(folder: Path) -> Row:
             chosen.setdefault(family, []).append(~masks[training])
     found["rows in common"] = {
         f"{one} and {other}": round(
-            float(np.mean([(a & b).sum() / a.sum() for a, b in zip(*pair, strict=True)])), 3
+            float(
+                np.mean([(a & b).sum() / a.sum() for a, b in zip(chosen[one], chosen[other], strict=True)])
+            ),
+            3,
         )
-        for (one, other), pair in zip(combinations(chosen, 2), combinations(chosen.values(), 2), strict=True)
+        for one, other in combinations(chosen, 2)
     }
     return found
 

@@ -132,8 +132,8 @@ def test_points_are_measured_once_each_and_named_in_the_rows(tmp_path: Path) -> 
     for at in ("0.5", "0.75", "0.75"):
         damping.main([*common, "--at", at])
     rows = json.loads(out.read_text())
-    assert [(row["way"], row["rows"], row.get("at")) for row in rows] == [
-        ("3", "exact", None),
+    assert [(row["way"], row["rows"], row["at"]) for row in rows] == [
+        ("3", "exact", 0.5),
         ("3", "exact", 0.75),
     ]
     half, later = (damping_report.values(rows, "3", "exact", ["tiny"], at=at) for at in (0.5, 0.75))
