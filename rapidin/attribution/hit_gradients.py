@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rapidin.attribution import token_contributions
 from rapidin.attribution.methods import ScanQuery
-from rapidin.attribution.normalization import divide, divisors
+from rapidin.attribution.normalization import divide, row_divisors
 from rapidin.attribution.options import ScoringConfig
 from rapidin.attribution.query_sketch import OnStage, Query, target_texts, weights_of
 from rapidin.attribution.scan import Ends
@@ -229,7 +229,7 @@ def _of_batch(
                     products[n].append(product)
                     lengths[n].append(sketch.double().norm(dim=1))
     for n in chosen:
-        scale = divide(1.0, divisors(torch.cat(lengths[n]), normalize))
+        scale = divide(1.0, row_divisors(torch.cat(lengths[n]), normalize))
         own = None if factors is None else factors[n]
         if own is not None:
             scale = scale * own.to(scale)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from rapidin import distributed
 from rapidin.attribution.methods.vectors import ScanQuery, stored_sketches
-from rapidin.attribution.normalization import query_vectors, row_scales, score_divisor
+from rapidin.attribution.normalization import of_rows, query_vectors, row_scales, score_divisor
 from rapidin.attribution.scan import all_scores
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
@@ -103,8 +103,8 @@ def net_of_others(
 ) -> Tensor:
     """``net`` above for each query and group: [Q, groups] float64.
 
-    scan: of one cache, for queries by `dot` with the normalization `layer` or `cosine`, by which an example
-    is as like itself as 1; scores: [Q, rows] of it, NaN for rows that do not count; group_of_row: [rows]
+    scan: of one cache, for queries by `dot` with a normalization but `none`, by whose rows an example is as
+    like itself as 1; scores: [Q, rows] of it, NaN for rows that do not count; group_of_row: [rows]
     int64, below 0 for rows without a group; count: groups; sketches: `row_sketches`; on_group: called with
     the number of sums that are done, and of all. The leading process runs this alone. Raises UserError for
     too many groups, or a gradient that cannot be computed again.
@@ -124,7 +124,7 @@ def net_of_others(
     most = max(1, min(MOST_SPANNING, _MOST_NUMBERS // len(numbers)))
     spanning = [numbers[members[group]] for group in _largest(sums, most)]
     span = _Span.of(scan, [rows for rows in spanning if len(rows)], scored, sketches, on_group)
-    noise = _noise(scan.cache, numbers, scan.query.normalize)
+    noise = _noise(scan.cache, numbers, of_rows(scan.query.normalize))
     net = torch.empty_like(sums)
     for query, vector in enumerate(scan.query.vectors[: len(scores)]):
         # Coordinates in which the query, and with it each score, is represented without error.
@@ -198,7 +198,7 @@ class _Span:
         on_group: Callable[[int, int], None],
     ) -> _Span:
         """rows: the numbers of each group's rows; scored: the rows that count."""
-        cache, normalize = scan.cache, scan.query.normalize
+        cache, normalize = scan.cache, of_rows(scan.query.normalize)
         divisor, seed = score_divisor(len(cache.layers), normalize), cache.manifest.sketch["seed"]
         sums = []
         for done, each in enumerate(rows):

@@ -1,10 +1,13 @@
 """Normalizations: the lengths that gradients are divided by before they are compared.
 
-    none     1         the gradients as they are
-    layer    |g_b|     each block g_b at length 1
-    cosine   |g|       the whole gradient g at length 1
+    none        1              the gradients as they are
+    layer       |g_b|          each block g_b at length 1
+    cosine      |g|            the whole gradient g at length 1
+    weighted    |g_b|          each block of a row at length 1
+                sum_b |g_b|    the lengths of a query's blocks add up to 1
 
-With `layer` a score is the mean of the products of blocks, with the others it is their sum.
+With `layer` a score is the mean of the products of blocks, with the others it is their sum. So `layer` is the
+mean of the blocks' cosines, and `weighted` their mean weighted by the lengths of the query's blocks.
 """
 
 from __future__ import annotations
@@ -14,6 +17,11 @@ from torch import Tensor
 
 from rapidin import ops
 from rapidin.attribution.options import NORMALIZE as NORMALIZE
+
+
+def of_rows(normalize: str) -> str:
+    """The normalization of rows alone, which is also one of queries."""
+    return "layer" if normalize == "weighted" else normalize
 
 
 def divide(x: Tensor | float, lengths: Tensor) -> Tensor:
@@ -28,11 +36,18 @@ def whole_lengths(lengths: Tensor) -> Tensor:
     return whole
 
 
-def divisors(lengths: Tensor, normalize: str) -> Tensor:
-    """What blocks with these lengths [..., blocks] float64 are divided by: the same shape."""
+def row_divisors(lengths: Tensor, normalize: str) -> Tensor:
+    """What the blocks of rows with these lengths [..., blocks] float64 are divided by: the same shape."""
     if normalize == "none":
         return torch.ones_like(lengths)
     return whole_lengths(lengths).expand_as(lengths) if normalize == "cosine" else lengths
+
+
+def query_divisors(lengths: Tensor, normalize: str) -> Tensor:
+    """The same of queries."""
+    if normalize == "weighted":
+        return lengths.sum(-1, keepdim=True).expand_as(lengths)
+    return row_divisors(lengths, normalize)
 
 
 def score_divisor(blocks: int, normalize: str) -> int:
@@ -45,8 +60,8 @@ def score_divisor(blocks: int, normalize: str) -> int:
 
 def row_scales(lengths: Tensor, normalize: str) -> Tensor:
     """What the unit blocks of rows are multiplied by, from their lengths [n, blocks]: the same shape,
-    float32; with `layer` 1, or 0 for a block with zero gradient."""
-    if normalize == "layer":
+    float32; of rows like those of `layer` 1, or 0 for a block with zero gradient."""
+    if of_rows(normalize) == "layer":
         return (lengths > 0).float()
     return divide(lengths, whole_lengths(lengths)).float() if normalize == "cosine" else lengths
 
@@ -61,7 +76,7 @@ def query_vectors(sketch: Tensor, normalize: str) -> Tensor:
     unit, lengths = ops.unit_blocks(sketch)
     if normalize == "layer":
         return unit / score_divisor(sketch.shape[1], normalize)
-    return divide(sketch, whole_lengths(lengths)[:, :, None]).float()
+    return divide(sketch, query_divisors(lengths.double(), normalize)[:, :, None]).float()
 
 
 def target_vectors(targets: Tensor, whole: Tensor, normalize: str) -> Tensor:
@@ -72,7 +87,7 @@ def target_vectors(targets: Tensor, whole: Tensor, normalize: str) -> Tensor:
     """
     if normalize == "none":
         return targets.float()
-    scales = divide(1.0, divisors(ops.unit_blocks(whole)[1].double(), normalize))
+    scales = divide(1.0, query_divisors(ops.unit_blocks(whole)[1].double(), normalize))
     return (targets * (scales / score_divisor(whole.shape[1], normalize))[:, :, None]).float()
 
 
@@ -81,14 +96,21 @@ def target_vectors(targets: Tensor, whole: Tensor, normalize: str) -> Tensor:
 
 
 def squared_directions(x: Tensor, normalize: str) -> Tensor:
-    """The squares of the numbers of vectors [..., blocks, width] at length 1, in each block with `layer`, in
-    all blocks together with `cosine`."""
+    """The squares of the numbers of vectors [..., blocks, width] at length 1, in all blocks together with
+    `cosine`, in each block with the others."""
     squares = x.square()
     dims = (-2, -1) if normalize == "cosine" else (-1,)
     return squares.div_(squares.sum(dims, keepdim=True).clamp(min=1e-38))
 
 
-def products_of_directions(products: Tensor, normalize: str) -> Tensor:
-    """The products of what has length 1, from those of all blocks [n, blocks]: the same with `layer`, their
-    sum [n, 1] with `cosine`."""
-    return products.sum(1, keepdim=True) if normalize == "cosine" else products
+def products_of_directions(products: Tensor, owner: Tensor, normalize: str) -> Tensor:
+    """By how much of the products of blocks [n, blocks] a longer block of a vector would be divided: by each
+    one's own with `layer`, by their sum [n, 1] with `cosine`, and with `weighted` by their sum, of which each
+    block has the share that its length has in a query [blocks, width]."""
+    if normalize == "layer":
+        return products
+    whole = products.sum(1, keepdim=True)
+    if normalize == "cosine":
+        return whole
+    lengths = owner.norm(dim=1)
+    return whole * divide(lengths, lengths.sum()).to(whole)

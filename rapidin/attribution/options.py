@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rapidin.cache import Cache
     from rapidin.data.spans import Targets
 
-NORMALIZE = ("layer", "cosine", "none")
+NORMALIZE = ("weighted", "layer", "cosine", "none")
 METHODS = ("dot", "datainf", "fisher")
 
 _CANDIDATES = 1000  # of a finer cache
@@ -23,7 +23,8 @@ _CANDIDATES = 1000  # of a finer cache
 _NORMALIZE = option(
     "layer",
     help="Normalization of the gradients, which sets the scale of the scores. layer: each layer's gradient "
-    "has norm 1; cosine: the whole gradient has norm 1; none: no normalization.",
+    "has norm 1; weighted: the same, and layers are weighted by the norms of the generation's gradient; "
+    "cosine: the whole gradient has norm 1; none: no normalization.",
     panel="Scoring",
     choices=NORMALIZE,
 )
@@ -243,7 +244,7 @@ class QueryOptions(Settings):
         if self.method != "dot" or self.normalize == "none":
             raise UserError(
                 f"`interactions` are not known for '{self.method}:{self.normalize}'",
-                "use `method='dot'` with `normalize='layer'` or 'cosine'",
+                "use `method='dot'`, and another normalization than 'none'",
             )
 
     @property

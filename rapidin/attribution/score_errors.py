@@ -8,6 +8,8 @@ row's and ``s = sum_j v_j y_j`` the score of a block:
     none            e_j = v_j y_j
     layer           e_j = v_j y_j - s (a_j^2 + z_j^2) / 2     a, z: v and y, at length 1 in the block
     cosine          the same with s the whole score, and a, z at length 1 in all blocks together
+    weighted        e_j = v_j y_j - s z_j^2 / 2 - w S a_j^2 / 2     S: the whole score; w: the block's share
+                                                              of the sum of the lengths of the blocks of v
     SE^2          = sum_b c_b / (c_b + 1) k / (k - 1) sum_j (e_bj - mean_j e_bj)^2
 
 with k the bins of a block and c_b the average number, over hashes, of other numbers in the bin of a number of
@@ -36,7 +38,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rapidin.attribution.normalization import products_of_directions, squared_directions
+from rapidin.attribution.normalization import of_rows, products_of_directions, squared_directions
 from rapidin.attribution.scan import some_rows
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
@@ -149,9 +151,10 @@ def _deviations(v: Tensor, y: Tensor, owner: Tensor, normalize: str) -> tuple[Te
     [n, blocks, width]."""
     e = v * y
     products = e.sum(2)
-    if normalize != "none":
-        squares = squared_directions(y, normalize).add_(squared_directions(owner, normalize))
-        e -= squares.mul_((products_of_directions(products, normalize) / 2)[:, :, None])
+    if normalize == "none":
+        return products, e
+    for x, of in ((y, of_rows(normalize)), (owner, normalize)):
+        e -= squared_directions(x, of) * (products_of_directions(products, owner, of) / 2)[:, :, None]
     return products, e
 
 

@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rapidin.attribution.normalization import divide, score_divisor, whole_lengths
+from rapidin.attribution.normalization import divide, of_rows, query_divisors, score_divisor, whole_lengths
 from rapidin.data.encoding import AnyExample
 from rapidin.errors import UserError
 from rapidin.gradients.exact import ExactGradient, ExactQueries, lengths_of
@@ -104,9 +104,10 @@ def exact(
                         gradients = exact_gradients(source, text, number, by_position=by_position)
                         text_lengths[n, of_point] = lengths_of(gradients)
                         scale = torch.ones_like(owner_lengths)
+                        if of_rows(normalize) == "layer":
+                            scale = divide(scale, text_lengths[n, of_point])
                         if normalize == "layer":
-                            both = owner_lengths * text_lengths[n, of_point]
-                            scale = divide(1.0, both * score_divisor(blocks, normalize))
+                            scale = divide(scale, owner_lengths * score_divisor(blocks, normalize))
                         for m, gradient in enumerate(gradients):
                             if by_position:
                                 products = exact_queries.position_products(m, gradient, text.length)
@@ -118,8 +119,9 @@ def exact(
     except TypeError as error:
         raise no_tokens(error) from None
     scales = torch.tensor(list(weights), dtype=torch.float64, device="cpu").expand(len(texts), -1)
+    if normalize in ("cosine", "weighted"):  # divisors of whole gradients, of all points
+        scales = divide(scales, query_divisors(query_lengths[list(owners)], normalize)[:, :1].T)
     if normalize == "cosine":
-        scales = divide(scales, whole_lengths(query_lengths[list(owners)]).T)
         scales = divide(scales, whole_lengths(text_lengths))
     for of_text, scale in zip(sums, scales, strict=True):
         of_text *= scale[:, None]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from rapidin.attribution.generate import generations_of
-from rapidin.attribution.normalization import NORMALIZE, divide, whole_lengths
+from rapidin.attribution.normalization import NORMALIZE, divide, query_divisors, whole_lengths
 from rapidin.attribution.query_sketch import QuerySketch, sketch_generations
 from rapidin.attribution.token_contributions import exact_gradients
 from rapidin.data.encoding import AnyExample
@@ -49,6 +49,9 @@ class ExactProducts:
         cosines, q, n = self.cosines.double(), self.queries.double(), self.rows.double()
         if normalize == "layer":
             return cosines.mean(2).numpy()
+        if normalize == "weighted":
+            weights = divide(q, query_divisors(q, normalize))
+            return torch.einsum("qnl,ql->qn", cosines, weights).numpy()
         dots = torch.einsum("qnl,ql,nl->qn", cosines, q, n)
         if normalize == "cosine":
             dots = divide(dots, whole_lengths(q) * whole_lengths(n).T)

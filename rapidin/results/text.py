@@ -76,6 +76,10 @@ MEANING = (
 )
 
 _SCALES = {
+    "weighted": (
+        "the mean over the layers of the cosine between the two loss gradients, weighted by the norms of the "
+        "generation's gradient, from -1 to 1"
+    ),
     "layer": "the mean over the layers of the cosine between the two loss gradients, from -1 to 1",
     "cosine": "the cosine between the two loss gradients, from -1 to 1",
     "none": (
@@ -88,6 +92,7 @@ _METHODS = {
     "fisher": "the inner product, under the damped inverse of each layer's second moment,",
 }
 _VECTORS = {
+    "weighted": "gradients, the example's of length 1 in each layer",
     "layer": "gradients of length 1 in each layer",
     "cosine": "gradients of length 1",
     "none": "gradients",

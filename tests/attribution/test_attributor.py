@@ -12,6 +12,7 @@ from tiny import records, tiny_gpt2, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.generate import generations_of
+from rapidin.attribution.options import NORMALIZE
 from rapidin.cache import Cache
 from rapidin.cache.progress import Progress
 from rapidin.data.encoding import Status
@@ -45,7 +46,7 @@ def test_rows_are_the_examples_own_sketches_in_order(attributor: Attributor, cac
     assert cache.manifest.gradient["at"] == [0.5]
 
 
-@pytest.mark.parametrize("normalize", ["layer", "none", "cosine"])
+@pytest.mark.parametrize("normalize", NORMALIZE)
 def test_scores_are_what_the_formulas_say(attributor: Attributor, cache: Cache, normalize: str) -> None:
     query = {"prompt": "the fox: ", "completion": "seven lazy dogs"}
     alone = fitted(attributor, cache)
@@ -54,6 +55,7 @@ def test_scores_are_what_the_formulas_say(attributor: Attributor, cache: Cache, 
     lengths = x.norm(dim=-1) * g.norm(dim=-1)
     want = {
         "layer": (products / lengths).mean(1),
+        "weighted": (products / x.norm(dim=-1)).sum(1) / g.norm(dim=-1).sum(),
         "none": products.sum(1),
         "cosine": products.sum(1) / (x.flatten(1).norm(dim=1) * g.norm()),
     }[normalize]
@@ -194,7 +196,7 @@ def test_gradients_with_nan_are_counted_and_never_hit(tmp_path: Path) -> None:
     assert made.manifest.counts["nonfinite"] == 1
     assert made.status()[4] == Status.NONFINITE
     assert bool(made.sketches().isfinite().all())
-    for normalize in ("layer", "none", "cosine"):
+    for normalize in NORMALIZE:
         (result,) = attributor.query(made, [("the ", "fox")], top_k=100, normalize=normalize)  # type: ignore[arg-type]
         assert sorted(h.row for h in result.top) == [0, 1, 2, 3, 5, 6, 7, 8]
     with pytest.raises(UserError, match="NaN or Inf"):
@@ -315,7 +317,10 @@ def test_queries_that_do_not_fit(attributor: Attributor, cache: Cache) -> None:
     for call, words in (
         (lambda: attributor.query(cache, []), "no generation"),
         (lambda: attributor.query(cache, [("a", "b")], top_k=0), "must be at least 1"),
-        (lambda: attributor.query(cache, [("a", "b")], normalize="unit"), "use one of layer, cosine, none"),  # type: ignore[arg-type]
+        (
+            lambda: attributor.query(cache, [("a", "b")], normalize="unit"),
+            f"use one of {', '.join(NORMALIZE)}",
+        ),  # type: ignore[arg-type]
         (lambda: attributor.query(cache, [("a", "b")], method="magic"), "use one of dot, datainf, fisher"),  # type: ignore[arg-type]
     ):
         with pytest.raises(UserError) as error:

@@ -20,6 +20,7 @@ from torch import Tensor
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.decoys import DecoyTable, as_whole, counted_decoys, decoys_text, distinct_rows
 from rapidin.attribution.ensemble import Ensemble, Member
+from rapidin.attribution.options import NORMALIZE
 from rapidin.cache import Cache
 from rapidin.cache.merge import merge
 from rapidin.errors import UserError
@@ -262,7 +263,7 @@ def test_results_read_back_have_the_values(made: Made) -> None:
 @pytest.mark.parametrize(
     "storage", [{}, {"bytes": 256, "sample": 32}, {"dtype": "int8"}], ids=["float16", "packed", "int8"]
 )
-@pytest.mark.parametrize("normalize", ["layer", "cosine", "none"])
+@pytest.mark.parametrize("normalize", NORMALIZE)
 def test_a_decoy_scores_as_a_row_with_its_text(
     tmp_path: Path, storage: dict[str, Any], normalize: str
 ) -> None:

@@ -14,7 +14,7 @@ from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.checkpoints import checkpoint_folders, find_checkpoints
 from rapidin.attribution.ensemble import Ensemble, Member, read_members
 from rapidin.attribution.generate import generations_of
-from rapidin.attribution.options import QueryOptions, ScoringConfig
+from rapidin.attribution.options import NORMALIZE, QueryOptions, ScoringConfig
 from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.cache import Cache, Manifest
 from rapidin.cli import main
@@ -48,7 +48,7 @@ def alone(member: Member, normalize: Any, method: Any = "dot") -> torch.Tensor:
 
 
 @pytest.mark.parametrize("method", ["dot", "fisher"])
-@pytest.mark.parametrize("normalize", ["layer", "none", "cosine"])
+@pytest.mark.parametrize("normalize", NORMALIZE)
 def test_scores_of_several_caches_add_up(members: list[Member], normalize: str, method: str) -> None:
     weights = [0.5, 2.0, 1.5]
     chosen = [Member(m.path, w, m.source) for m, w in zip(members, weights, strict=True)]

@@ -58,7 +58,7 @@ def by_formula(scan: CacheScan, group_of_row: Tensor, count: int, damping: float
     blocks = len(cache.layers)
     unit = cache.sketches().view(len(cache), blocks, -1).double()
     divisor = 1
-    if scan.query.normalize == "layer":
+    if scan.query.normalize != "cosine":
         divisor = blocks
     else:
         lengths = cache.lengths().double()
@@ -74,7 +74,7 @@ def by_formula(scan: CacheScan, group_of_row: Tensor, count: int, damping: float
     return net
 
 
-@pytest.mark.parametrize("normalize", ["layer", "cosine"])
+@pytest.mark.parametrize("normalize", ["layer", "cosine", "weighted"])
 def test_with_groups_of_one_row_it_is_the_formula(normalize: str, tmp_path: Path) -> None:
     attributor = attributor_of()
     cache = attributor.cache(TWICE, tmp_path, dtype="float32")

@@ -25,6 +25,7 @@ from rapidin.attribution import methods
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.methods import datainf, fisher, moment, vectors
+from rapidin.attribution.normalization import of_rows
 from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.attribution.scan import scores_of
 from rapidin.attribution.scan_pieces import CacheScan
@@ -67,8 +68,11 @@ def gradients(attributor: Attributor, rows: list[dict[str, Any]]) -> list[Tensor
     return [torch.stack(column) for column in zip(*found, strict=True)]
 
 
-def scaled(blocks: list[Tensor], normalize: str) -> list[Tensor]:
-    if normalize == "layer":
+def scaled(blocks: list[Tensor], normalize: str, *, of_query: bool = False) -> list[Tensor]:
+    if normalize == "weighted" and of_query:
+        total = torch.stack([g.norm(dim=1, keepdim=True) for g in blocks]).sum(0)
+        return [g / total for g in blocks]
+    if normalize in ("layer", "weighted"):
         return [g / g.norm(dim=1, keepdim=True) for g in blocks]
     if normalize == "cosine":
         total = torch.cat(blocks, 1).norm(dim=1, keepdim=True)
@@ -89,7 +93,7 @@ def by_formula(
     train: list[Tensor], query: list[Tensor], method: str, normalize: str, damping: float | None = None
 ) -> Tensor:
     """[Q, N] float64, as the papers write it: every matrix formed and inverted."""
-    train, query = scaled(train, normalize), scaled(query, normalize)
+    train, query = scaled(train, normalize), scaled(query, normalize, of_query=True)
     total = torch.zeros(len(query[0]), len(train[0]), dtype=torch.float64)
     for y, v in zip(train, query, strict=True):
         n, d = y.shape
@@ -156,7 +160,8 @@ def test_with_any_sketch_a_method_is_its_formula_on_the_sketches(
     queries = [query[:, b] for b in range(shape[1])]
     if method == "datainf":
         want = torch.zeros(len(QUERIES), len(unit), dtype=torch.float64)
-        per_block = zip(scaled(train, normalize), scaled(queries, normalize), numbers, strict=True)
+        query_blocks = scaled(queries, normalize, of_query=True)
+        per_block = zip(scaled(train, normalize), query_blocks, numbers, strict=True)
         for y, v, d in per_block:
             damping = datainf.DAMPING * width / d
             want += by_formula([y], [v], "datainf", "none", damping)
@@ -174,16 +179,17 @@ def test_self_influence_is_the_diagonal(
     cache: Cache, exact: tuple[list[Tensor], list[Tensor]], method: str, normalize: str
 ) -> None:
     train, _ = exact
+    formula = of_rows(normalize)
     # A query is divided by the number of blocks, and so is an example's influence on itself.
     if method == "fisher":
         want = torch.stack(
             [
-                sum(fisher_alone(y, y[n], n, None, without=False) for y in scaled(train, normalize))
+                sum(fisher_alone(y, y[n], n, None, without=False) for y in scaled(train, formula))
                 for n in range(30)
             ]
-        ) / (len(train) if normalize == "layer" else 1)
+        ) / (len(train) if formula == "layer" else 1)
     else:
-        want = by_formula(train, train, method, normalize).diagonal()
+        want = by_formula(train, train, method, formula).diagonal()
     got = rapidin.self_influence(cache, method=method, normalize=normalize)
     assert error(got, want) < (1e-2 if method == "datainf" else 1e-4)
 

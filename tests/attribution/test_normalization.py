@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from torch import Tensor
@@ -9,9 +11,10 @@ from torch import Tensor
 from rapidin.attribution.normalization import (
     NORMALIZE,
     divide,
-    divisors,
     products_of_directions,
+    query_divisors,
     query_vectors,
+    row_divisors,
     row_scales,
     score_divisor,
     squared_directions,
@@ -30,6 +33,9 @@ def by_definition(query: Tensor, row: Tensor, normalize: str) -> float:
     cosines = [
         float(q @ r) / max(1e-300, float(q.norm() * r.norm())) for q, r in zip(query, row, strict=True)
     ]
+    if normalize == "weighted":
+        weights = [float(q.norm()) for q in query]
+        return sum(w * c for w, c in zip(weights, cosines, strict=True)) / max(1e-300, sum(weights))
     return sum(cosines) / len(cosines)
 
 
@@ -73,7 +79,7 @@ def test_divisors_give_the_scores_of_gradients(normalize: str) -> None:
     """What exact scores use: products of blocks, divided by both lengths."""
     query, row = gradients(3, 4)[1].double(), gradients(3, 5)[1].double()
     products = (query * row).sum(1)
-    scale = 1 / (divisors(query.norm(dim=1), normalize) * divisors(row.norm(dim=1), normalize))
+    scale = 1 / (query_divisors(query.norm(dim=1), normalize) * row_divisors(row.norm(dim=1), normalize))
     score = float(products @ scale) / score_divisor(3, normalize)
     assert score == pytest.approx(by_definition(query, row, normalize), rel=1e-12)
 
@@ -90,6 +96,31 @@ def test_small_lengths_stay_in_range() -> None:
 def test_directions_have_length_1(normalize: str) -> None:
     x = gradients(3, 6)[1:2]
     squares = squared_directions(x, normalize).sum(2)
-    totals = products_of_directions(squares, normalize)
+    totals = products_of_directions(squares, x[0], normalize)
     assert totals.shape == ((1, 1) if normalize == "cosine" else (1, 3))
     torch.testing.assert_close(totals, torch.ones_like(totals))
+
+
+@pytest.mark.parametrize("normalize", [name for name in NORMALIZE if name != "none"])
+def test_a_longer_query_has_the_same_score(normalize: str) -> None:
+    """What the errors of lengths are multiplied by: the change of the score if a block of the query gets
+    longer is that of its product, less the share that is divided away."""
+    query, rows = gradients(3, 7)[1:2].double(), gradients(4, 8)[1:3].double()
+    unit = rows * (1 / row_divisors(rows.norm(dim=2), normalize))[:, :, None]
+    scores = partial(_scores, unit, normalize)
+    products = (query / query_divisors(query.norm(dim=2), normalize)[:, :, None] * unit).sum(2)
+    divided = products_of_directions(products, query[0], normalize)
+    longer = torch.ones(3, dtype=torch.float64)
+    step = 1e-6
+    for block in range(3):
+        longer[block] = 1 + step
+        slope = (scores(query * longer[:, None]) - scores(query)) / step
+        longer[block] = 1
+        share = squared_directions(query, normalize)[0, block].sum()
+        lost = share * divided.expand_as(products)[:, block]
+        torch.testing.assert_close(slope, products[:, block] - lost, rtol=1e-4, atol=1e-9)
+
+
+def _scores(unit: Tensor, normalize: str, query: Tensor) -> Tensor:
+    """Of one query, as sums of the products of blocks."""
+    return (query / query_divisors(query.norm(dim=2), normalize)[:, :, None] * unit).sum((1, 2))

@@ -27,7 +27,7 @@ def levels(tmp_path_factory: pytest.TempPathFactory) -> tuple[Attributor, Cache,
     return attributor, coarse, attributor.cache(RECORDS, folder / "fine", shard_rows=11)
 
 
-@pytest.mark.parametrize("normalize", ["layer", "cosine"])
+@pytest.mark.parametrize("normalize", ["layer", "cosine", "weighted"])
 @pytest.mark.parametrize("method", ["dot", "fisher"])
 def test_candidates_are_ranked_by_the_finer_cache(
     levels: tuple[Attributor, Cache, Cache], normalize: str, method: str

@@ -153,7 +153,7 @@ def test_details_are_those_of_a_scan(tmp_path: Path) -> None:
 def test_an_example_is_certain_of_itself(tmp_path: Path) -> None:
     attributor, cache, _ = queried(tmp_path, dtype="float32")
     texts = generations_of(attributor.source, ROWS[:2])
-    for normalize in ("layer", "cosine"):
+    for normalize in ("layer", "cosine", "weighted"):
         wanted = scans_of(
             [QuerySketch(cache, sketch_generations(attributor.source, texts))],
             texts,

@@ -18,6 +18,7 @@ from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.ensemble import Ensemble, Member
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.hit_gradients import sketched_contributions
+from rapidin.attribution.options import NORMALIZE
 from rapidin.attribution.query_sketch import target_texts
 from rapidin.errors import UserError
 from rapidin.results.types import Hit, QueryResult
@@ -28,7 +29,7 @@ QUERIES = [
     {"prompt": "One, two,", "completion": " three, four, five."},
 ]
 ROWS = records()
-ALL = [(m, n) for m in methods.METHODS for n in methods.NORMALIZE]
+ALL = [(m, n) for m in methods.METHODS for n in NORMALIZE]
 
 KINDS: dict[str, tuple[Any, dict[str, Any]]] = {
     "plain": (tiny_llama, {}),
@@ -61,7 +62,9 @@ def test_positions_make_up_the_score(kind: str, tmp_path: Path) -> None:
     cache = attributor.cache(ROWS, tmp_path, dtype="float32")
     targets = None if kind == "rapidgrad" else "tokens"
     for method, normalize in (
-        ALL if kind == "plain" else [("dot", "layer"), ("dot", "cosine"), ("fisher", "none")]
+        ALL
+        if kind == "plain"
+        else [("dot", "weighted"), ("dot", "layer"), ("dot", "cosine"), ("fisher", "none")]
     ):
         results = attributor.query(
             cache, QUERIES, targets=targets, method=method, normalize=normalize,

@@ -21,7 +21,7 @@ from rapidin.attribution.duplicates import shingles
 from rapidin.attribution.ensemble import Member
 from rapidin.attribution.neutral_questions import QUESTIONS
 from rapidin.attribution.null_scores import LEAST, MOST_ROWS, NEW_TOKENS, ROWS_PER_TEXT, says_the_same
-from rapidin.attribution.options import QueryOptions
+from rapidin.attribution.options import NORMALIZE, QueryOptions
 from rapidin.attribution.query_sketch import QuerySketch
 from rapidin.attribution.verdict import verdicts
 from rapidin.cache.manifest import Manifest
@@ -55,7 +55,7 @@ def null_of(cache: Cache) -> dict[str, dict[str, list[float]]]:
 # ------------------------------------------------------------------------------------ the distribution
 
 
-@pytest.mark.parametrize("normalize", ["layer", "cosine"])
+@pytest.mark.parametrize("normalize", ["layer", "cosine", "weighted"])
 def test_questions_have_the_best_scores_of_the_models_own_answers(
     attributor: Attributor, made: Cache, normalize: str
 ) -> None:
@@ -99,7 +99,7 @@ def test_questions_that_the_data_asks_are_left_out(attributor: Attributor, tmp_p
     cache = attributor.cache(rows, tmp_path / "cache")
     asked = list(QUESTIONS[: len(rows) // ROWS_PER_TEXT])
     related = set()
-    for normalize in ("layer", "cosine", "none"):
+    for normalize in NORMALIZE:
         scores = attributor.scores(cache, asked, normalize=normalize, max_new_tokens=NEW_TOKENS)
         best = scores.nan_to_num(-torch.inf).argmax(1).tolist()
         related |= {n for n, row in enumerate(best) if rows[row]["prompt"] == asked[n]}

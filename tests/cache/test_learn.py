@@ -12,7 +12,7 @@ from tiny import records, tiny_llama, tiny_lora, tiny_tokenizer
 
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.caching import format_of
-from rapidin.attribution.options import CacheOptions
+from rapidin.attribution.options import NORMALIZE, CacheOptions
 from rapidin.attribution.provenance import manifest_of
 from rapidin.cache import Cache
 from rapidin.cache.build import sample_rows, shard_rows
@@ -53,7 +53,7 @@ def ranking(attributor: Attributor, cache: Cache, normalize: Any) -> torch.Tenso
     return out
 
 
-@pytest.mark.parametrize("normalize", ["layer", "none", "cosine"])
+@pytest.mark.parametrize("normalize", NORMALIZE)
 @pytest.mark.parametrize(
     ("settings", "least"),
     [

@@ -23,6 +23,7 @@ from torch import Tensor
 from rapidin import ops
 from rapidin.attribution import methods
 from rapidin.attribution.attributor import Attributor
+from rapidin.attribution.options import NORMALIZE
 from rapidin.attribution.scan import scan_cache
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
@@ -83,7 +84,7 @@ def test_codes_make_tensors_where_their_inputs_are(wanted: CodecConfig, dead: bo
     with torch.device("meta"):
         again = PackedCodec(code.shape, WIDTH, code.seed, code.basis if wanted.sample else None)
         fields = again.encode(x, length)
-        for normalize in ("layer", "none", "cosine"):
+        for normalize in NORMALIZE:
             query = methods.prepare(vectors, normalize=normalize)
             scales = query.scales(again, fields)
             plan = again.prepare(query.vectors).plan(fields, scales)
@@ -273,7 +274,7 @@ def test_a_cache_of_a_gpu_is_that_of_the_cpu(tmp_path: Path, settings: dict[str,
 
 @needs_gpu
 def test_a_scan_on_a_gpu_finds_what_the_cpu_finds(cache: Cache, sketch: Tensor) -> None:
-    for normalize in ("layer", "none", "cosine"):
+    for normalize in NORMALIZE:
         query = methods.prepare(sketch, normalize=normalize)
         (top, rows), (bottom, others) = scan_cache(CacheScan(cache, query), 6)
         (top2, rows2), (bottom2, others2) = scan_cache(CacheScan(cache, query), 6, torch.device("cuda"))

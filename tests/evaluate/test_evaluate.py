@@ -240,7 +240,7 @@ def test_fidelity(place: Made, run: Any) -> None:
     )  # fmt: skip
     assert (ran.code, ran.err) == (0, "")
     found = {row["method"]: row for row in json.loads(ran.out)["results"]}
-    for method in ("dot:layer", "dot:cosine", "dot:none"):
+    for method in ("dot:weighted", "dot:layer", "dot:cosine", "dot:none"):
         assert found[method]["spearman"]["mean"] > 0.9
         assert found[method]["top10"]["mean"] > 0.7
 
@@ -286,7 +286,16 @@ def test_exact_products_are_those_of_autograd() -> None:
         np.mean([float(torch.cosine_similarity(a, b, dim=0)) for a, b in zip(grads[0], g, strict=True)])
         for g in grads
     ]
-    for name, wanted in (("none", raw), ("cosine", cosine), ("layer", layer)):
+    norms = torch.stack([block.norm() for block in grads[0]])
+    shares = (norms / norms.sum()).tolist()
+    weighted = [
+        sum(
+            share * float(torch.cosine_similarity(a, b, dim=0))
+            for share, a, b in zip(shares, grads[0], g, strict=True)
+        )
+        for g in grads
+    ]
+    for name, wanted in (("none", raw), ("cosine", cosine), ("layer", layer), ("weighted", weighted)):
         assert products.scores(name)[0] == pytest.approx(wanted, rel=5e-3, abs=1e-3)
 
 

@@ -126,6 +126,7 @@ def test_ascii_terminals() -> None:
     ("normalize", "words", "score"),
     [
         ("layer", "mean over the layers of the cosine", "+0.5000"),
+        ("weighted", "weighted by the norms of the generation's gradient", "+0.5000"),
         ("cosine", "The score is the cosine between the two", "+0.5000"),
         ("none", "dot product of the two loss gradients", "+0.5000"),
     ],

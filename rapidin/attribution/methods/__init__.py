@@ -27,7 +27,7 @@ from torch import Tensor
 
 from rapidin.attribution.methods import datainf, fisher
 from rapidin.attribution.methods.vectors import DEFAULT_LIMITS, Limits, ScanQuery, counted, vectors_of
-from rapidin.attribution.normalization import NORMALIZE, query_vectors, score_divisor, target_vectors
+from rapidin.attribution.normalization import NORMALIZE, of_rows, query_vectors, score_divisor, target_vectors
 from rapidin.attribution.options import METHODS
 from rapidin.cache import Cache
 from rapidin.errors import UserError
@@ -115,7 +115,7 @@ def self_influence(
 
     It is large for examples that the others do not explain: mislabelled, rare or odd ones (Koh & Liang, ICML
     2017, section 5.4; TracIn, section 3.2). Needs no model. With `dot` it is |y_n|^2, which is the same for
-    all examples with `layer` and `cosine`; with the other methods it is ``y_n^T H^-1 y_n``.
+    all examples with the other normalizations; with the other methods it is ``y_n^T H^-1 y_n``.
     """
     check(method, normalize, damping)
     device = torch.empty(0, device=device).device
@@ -131,6 +131,7 @@ def self_influence(
             squares = cache.codec.lengths(shard.tensors).double().square().sum(1)
             scores[first : first + len(squares)] = torch.where(shard.status == 0, squares, torch.nan)
         return scores.float()
+    normalize = of_rows(normalize)
     block_inverses = datainf.block_inverses if method == "datainf" else fisher.block_inverses
     damping = damping or default_damping(method, cache)
     scores = torch.zeros(rows, dtype=torch.float64, device="cpu")

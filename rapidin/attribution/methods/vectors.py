@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rapidin.attribution.normalization import row_scales
+from rapidin.attribution.normalization import of_rows, row_scales
 from rapidin.cache import Cache
 from rapidin.cache.codec import Codec
 
@@ -41,8 +41,8 @@ DEFAULT_LIMITS = Limits()
 class ScanQuery:
     """What a cache is scanned for.
 
-    vectors: [Q, blocks, width] float32; normalize: how rows are scaled; factors: [rows, blocks] float32 on
-    the CPU, by which each row's blocks are also multiplied, or None.
+    vectors: [Q, blocks, width] float32; normalize: of the queries that they were made of, and of the rows;
+    factors: [rows, blocks] float32 on the CPU, by which each row's blocks are also multiplied, or None.
     """
 
     vectors: Tensor
@@ -56,7 +56,7 @@ class ScanQuery:
 
         tensors: the codec's, of these rows; factors: the query's factors of these rows.
         """
-        if factors is None and self.normalize == "layer":
+        if factors is None and of_rows(self.normalize) == "layer":
             return None
         scales = row_scales(codec.lengths(tensors), self.normalize)
         return scales if factors is None else factors * scales
@@ -112,7 +112,7 @@ def vectors_of(
             tensors = {name: value[rows].to(device) for name, value in shard.tensors.items()}
             y = codec.decode(tensors)[:, blocks]
             scales = row_scales(codec.lengths(tensors), normalize)[:, blocks]
-            if normalize != "layer":  # the blocks are decoded at length 1
+            if of_rows(normalize) != "layer":  # the blocks are decoded at length 1
                 y = y * scales[:, :, None]
             yield rows + first, y, scales.double().square()
 
