@@ -61,7 +61,7 @@ Methods = Annotated[
     typer.Option(
         metavar="M:N,...",
         help="Methods to compare, comma-separated METHOD:NORMALIZE[:DAMPING], for example "
-        "dot:layer,datainf:none:0.1.  [default: all that apply]",
+        "dot:weighted,datainf:none:0.1.  [default: all that apply]",
         show_default=False,
         rich_help_panel="Scoring",
     ),

@@ -14,7 +14,10 @@ from rapidin.data.generations import Generation
 from rapidin.errors import UserError
 from rapidin.evaluate.metrics import Floats
 
-DEFAULT = "dot:layer,dot:cosine,dot:none,datainf:layer,datainf:none,fisher:layer,fisher:none"
+DEFAULT = (
+    "dot:weighted,dot:layer,dot:cosine,dot:none,datainf:weighted,datainf:layer,datainf:none,fisher:weighted,"
+    "fisher:layer,fisher:none"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +56,7 @@ def parse_methods(text: str | None, default: str = DEFAULT) -> list[Method]:
         if not normalize:
             raise UserError(
                 f"'{entry}' in `methods` is not a method with its normalization",
-                "give METHOD:NORMALIZE, as in dot:layer,fisher:none",
+                "give METHOD:NORMALIZE, as in dot:weighted,fisher:none",
             )
         try:
             method = Method(name, normalize, float(damping) if damping else None)

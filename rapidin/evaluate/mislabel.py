@@ -20,7 +20,7 @@ from rapidin.evaluate.subject import Subject, boolean_column, cache_settings
 from rapidin.evaluate.training import losses
 
 COLUMNS = {"auroc": "auROC", "auprc": "auPRC"}
-# `dot:layer` and `dot:cosine` are left out: rows of length 1 all have the same self-influence.
+# `dot` of normalized gradients is left out: rows of length 1 all have the same self-influence.
 DEFAULT = "dot:none,datainf:none,datainf:layer,fisher:none,fisher:layer,fisher:cosine"
 
 
@@ -29,7 +29,7 @@ def evaluate(subject: Subject, column: str, methods: Sequence[Method], *, with_l
 
     with_loss: also rank by the loss of each row; only that loads the model. The self-influences of several
     caches are added up by their weights. Intervals are over resampled rows. Raises UserError for a column
-    that marks no row or every row, and for `dot:layer` and `dot:cosine`.
+    that marks no row or every row, and for `dot` with another normalization than `none`.
     """
     marked = boolean_column(subject.examples, column)
     setting = cache_settings(subject.ensemble) | {"column": column, "marked": int(marked.sum())}

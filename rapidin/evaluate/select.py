@@ -35,7 +35,7 @@ from rapidin.evaluate.variants import Variant, VariantCaches
 from rapidin.files import lock_folder, replace_file
 
 COLUMNS = {"flipped": "flipped in it", "accuracy": "test accuracy", "loss": "test loss"}
-DEFAULT = "dot:layer,fisher:layer"
+DEFAULT = "dot:weighted,fisher:weighted"
 DESCRIPTION = "select.json"
 MEASURED = "measured.json"
 

@@ -24,7 +24,9 @@ Ways, for a side's moment M with mean eigenvalue m: (M / m + d)^-p, p = 1/2 if n
     d, tolerance t          with the directions that `kfac.needed_directions` names alone, not all that are
                             known
 
-`layer` divides each block of a row by its length, `root` by the root of its length.
+Scores of each way: `layer` divides each block by its length, `root` those of rows by the root of their
+lengths. `weighted` weighs the blocks of `layer` by the lengths of the query's, and `longer` also multiplies
+these scores by the fourth root of the whole row's length.
 """
 
 from __future__ import annotations
@@ -178,22 +180,27 @@ def sketched(subject: Subject, group: Group, width: int, seed: int) -> Tensor:
     return torch.stack(blocks, 1)
 
 
-def scores(units: Tensor, lengths: Tensor, queries: Tensor, weights: Tensor) -> dict[str, Tensor]:
-    """`layer` and `root` [test, n] of rows [n, blocks, width] at length 1 with these lengths [n, blocks] and
-    of unit queries; weights: of the blocks."""
-    products = torch.bmm(queries.transpose(0, 1), units.permute(1, 2, 0)) * weights[:, None, None]
-    return {"layer": products.sum(0), "root": (products * lengths.sqrt().T[:, None]).sum(0)}
+def scores(cosines: Tensor, lengths: Tensor, of_queries: Tensor) -> dict[str, Tensor]:
+    """Each kind of score [test, n] from the cosines of blocks [blocks, test, n], the lengths of the blocks of
+    rows [n, blocks] and of queries [test, blocks]."""
+    weighted = (cosines * of_queries.T[:, :, None]).sum(0)
+    return {
+        "layer": cosines.sum(0),
+        "root": (cosines * lengths.sqrt().T[:, None]).sum(0),
+        "weighted": weighted,
+        "longer": weighted * lengths.norm(dim=1).sqrt().sqrt(),
+    }
 
 
 def exact_scores(sides: list[tuple[Group, Group]], weights: list[float]) -> dict[str, Tensor]:
     """The same from exact gradients, of one or two ways."""
-    found: dict[str, Tensor] = {"layer": torch.zeros(()), "root": torch.zeros(())}
-    for (train, test), weight in zip(sides, weights, strict=True):
-        for rows, queries in zip(train, test, strict=True):
-            product = weight * F.normalize(queries) @ F.normalize(rows).T
-            found["layer"] = found["layer"] + product
-            found["root"] = found["root"] + product * rows.norm(dim=1).sqrt()
-    return found
+    cosines, lengths = [], []
+    for both, weight in zip(sides, weights, strict=True):
+        for rows, queries in zip(*both, strict=True):
+            cosines.append(weight * F.normalize(queries) @ F.normalize(rows).T)
+        lengths.append([torch.stack([block.norm(dim=1) for block in side], 1) for side in both])
+    of_rows, of_queries = (torch.cat(each, 1) for each in zip(*lengths, strict=True))
+    return scores(torch.stack(cosines), of_rows, of_queries)
 
 
 def measured(subject: Subject, way: Way) -> Iterator[dict[str, Any]]:
@@ -209,8 +216,8 @@ def measured(subject: Subject, way: Way) -> Iterator[dict[str, Any]]:
         found["rows"] = rows
         if way.tolerance:
             found["directions"] = directions
-        # `root` weighs blocks by their lengths, and a sum has lengths of two kinds.
-        for name in ("layer",) if way.off else ("layer", "root"):
+        # The others weigh blocks by their lengths, and a sum has lengths of two kinds.
+        for name in ("layer",) if way.off else by_seed[0]:
             values = [round(float(subject.measure(each[name]).mean()), 4) for each in by_seed]
             found[name] = values
         return found
@@ -225,12 +232,15 @@ def measured(subject: Subject, way: Way) -> Iterator[dict[str, Any]]:
         lengths = made[0].norm(dim=2)
         rows, queries = (F.normalize(x, dim=2) for x in made)
         of_blocks = torch.tensor(weights).repeat_interleave(len(subject.names))
-        kept["floats"].append(scores(rows, lengths, queries, of_blocks))
+        turned = (queries * of_blocks[:, None]).transpose(0, 1)
+        of_queries = made[1].norm(dim=2)
+        kept["floats"].append(scores(torch.bmm(turned, rows.permute(1, 2, 0)), lengths, of_queries))
         half = torch.randperm(len(rows), generator=torch.Generator().manual_seed(seed))[: len(rows) // 2]
         for learnt, chosen in (("half", half), ("nothing", None)):
             codec = coded(rows, lengths, chosen, CodecConfig("sign", BUDGET), seed)
             decoded = codec.decode(codec.encode(rows, lengths))
-            kept[learnt].append(scores(decoded, lengths, queries, of_blocks))
+            cosines = torch.bmm(turned, decoded.permute(1, 2, 0))
+            kept[learnt].append(scores(cosines, lengths, of_queries))
     for name, by_seed in kept.items():
         yield row(name, by_seed)
 
@@ -258,15 +268,19 @@ def main(arguments: list[str] | None = None) -> None:
     for name, *where in options.poison:
         made[name] = partial(of_poison, name, *where, options.width, options.max_length, at)
     results = json.loads(options.out.read_text()) if options.out.exists() else []
+    wanted = set(scores(*map(torch.zeros, ((1, 1, 1), (1, 1), (1, 1)))))
     for name, make in made.items():
-        known = {row["way"] for row in results if row["subject"] == name and row["at"] == at}
+        there = [row for row in results if row["subject"] == name and row["at"] == at]
+        known = {row["way"] for row in there if set(row) >= wanted or " off + " in row["way"]}
         ways = [way for way in WAYS if str(way) not in known and (not options.way or str(way) in options.way)]
         if not ways:
             continue
         subject = make()
         for way in ways:
             new = [row | {"at": at} for row in measured(subject, way)]
-            results += new
+            old = [row for row in there if row["way"] == str(way)]
+            place = results.index(old[0]) if old else len(results)
+            results[place:] = [*new, *(row for row in results[place:] if row not in old)]
             lines = ",\n".join(json.dumps(row) for row in results)
             options.out.write_text(f"[\n{lines}\n]\n")
             print(name, at, way, [row["layer"] for row in new], flush=True)

@@ -28,12 +28,18 @@ POISON = ("demo-0", "demo-1", "demo-2")
 NEW = "1, tolerance 0.01"  # the default
 HALF_WAY = 0.5
 LATER = (0.6, 0.75)
+WEIGHTS = {
+    "layer": "`layer`",
+    "weighted": "`weighted`",
+    "longer": "`weighted`, times the fourth root of the row's length",
+}
 NAMES = {
     "exact": "exact",
     "floats": "sketch",
     "half": "2,048 bytes, learnt from half",
     "nothing": "2,048 bytes, learnt from nothing",
 }
+OF_POINTS = [(names, rows) for names in (SETS, POISON) for rows in ("exact", "half", "nothing")]
 Row = Mapping[str, Any]
 
 
@@ -110,16 +116,26 @@ def summary(results: Sequence[Row]) -> str:
 
 def points_table(results: Sequence[Row]) -> str:
     """A row for each preconditioner and point; a cell has each set or demo, and their mean."""
-    columns = [(SETS, rows) for rows in ("exact", "half", "nothing")]
-    columns += [(POISON, rows) for rows in ("exact", "half", "nothing")]
     made = []
     for way in ("off", "0.1", NEW, "3"):
         for at in sorted({row["at"] for row in results}):
-            cells = [cell(values(results, way, rows, names, at=at)) for names, rows in columns]
+            cells = [cell(values(results, way, rows, names, at=at)) for names, rows in OF_POINTS]
             if any(cells):
                 made.append([way, f"{at:g}", *cells])
-    titles = [title(names, rows) for names, rows in columns]
-    return doc_tables.table(["damping", "point", *titles], made)
+    return doc_tables.table(["damping", "point", *(title(*of) for of in OF_POINTS)], made)
+
+
+def weights_table(results: Sequence[Row]) -> str:
+    """A row for each point, preconditioner and kind of score that weighs the layers; only means."""
+    made = []
+    for at in (HALF_WAY, *LATER):
+        for way in ("off", "0.1", NEW):
+            for score, name in WEIGHTS.items():
+                found = [values(results, way, rows, names, score, at) for names, rows in OF_POINTS]
+                if all(found):
+                    made.append([f"{at:g}", way, name, *(f"{mean(each):.3f}" for each in found)])
+    titles = ["point", "damping", "normalization", *(title(*of) for of in OF_POINTS)]
+    return doc_tables.table(titles, made)
 
 
 def tables(results: Sequence[Row]) -> dict[str, str]:
@@ -187,6 +203,7 @@ def main() -> None:
         doc_tables.write(HERE / "README.md", name, text)
     doc_tables.write(PAGE, "damping", summary(results))
     doc_tables.write(PAGE, "points", points_table(results))
+    doc_tables.write(PAGE, "weights", weights_table(results))
     plot(results, PLOT)
 
 

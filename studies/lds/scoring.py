@@ -42,12 +42,15 @@ class Grams:
         return Grams(*(torch.cat([getattr(g, field) for g in grams]) for field in fields))
 
     def normalized(self, how: str) -> Grams:
-        """Blocks of length 1 ("layer"), all blocks together of length 1 ("cosine"), or as is ("none")."""
+        """Blocks of length 1 ("layer"), those of training rows alone, with lengths of test rows' blocks that
+        add up to 1 ("weighted"), all blocks together of length 1 ("cosine"), or as is ("none")."""
         if how == "none":
             return self
         rows, queries = self.true, self.lengths
         if how == "cosine":
             rows, queries = (x.norm(dim=0, keepdim=True).expand_as(x) for x in (rows, queries))
+        if how == "weighted":
+            queries = queries.sum(0, keepdim=True).expand_as(queries)
         rows, queries = (torch.where(x > 0, 1 / x, 0.0) for x in (rows, queries))
         return Grams(
             self.train * rows[:, :, None] * rows[:, None, :],

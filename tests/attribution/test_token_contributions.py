@@ -163,6 +163,9 @@ def exact_score(query: list[Tensor], whole: list[Tensor], row: list[Tensor], nor
             float((q * y).sum() / (w.norm() * y.norm())) for q, w, y in zip(query, whole, row, strict=True)
         ]
         return sum(parts) / len(parts)
+    if normalize == "weighted":
+        sums = [float((q * y).sum() / y.norm()) for q, y in zip(query, row, strict=True)]
+        return sum(sums) / sum(float(w.norm()) for w in whole)
     dot = sum(float((q * y).sum()) for q, y in zip(query, row, strict=True))
     if normalize == "none":
         return dot

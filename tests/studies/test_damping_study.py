@@ -86,7 +86,8 @@ def test_scores_of_sketches_are_those_of_exact_gradients() -> None:
     exact = damping.exact_scores([sides], [1.0])
     made = [damping.sketched(small, side, small.width, 0) for side in sides]
     rows, queries = (torch.nn.functional.normalize(x, dim=2) for x in made)
-    found = damping.scores(rows, made[0].norm(dim=2), queries, torch.ones(2))
+    cosines = torch.einsum("qbw,nbw->bqn", queries, rows)
+    found = damping.scores(cosines, *(x.norm(dim=2) for x in made))
     for name, want in exact.items():
         assert float((found[name] - want).norm() / want.norm()) < 0.15
 
@@ -100,7 +101,8 @@ def test_every_way_is_measured_and_only_some_of_them_packed() -> None:
         for row in rows:
             seeds = 1 if row["rows"] == "exact" else 3
             assert len(row["layer"]) == seeds
-            assert "root" not in row if way.off else len(row["root"]) == seeds
+            for name in ("root", "weighted", "longer"):
+                assert name not in row if way.off else len(row[name]) == seeds
     assert set(damping.PACKED) <= set(map(str, damping.WAYS))
 
 
@@ -155,4 +157,5 @@ def test_the_readme_shows_the_results_and_the_default_is_the_one_it_chose() -> N
         assert doc_tables.read(STUDY / "README.md", name) == text
     assert doc_tables.read(damping_report.PAGE, "damping") == damping_report.summary(RESULTS)
     assert doc_tables.read(damping_report.PAGE, "points") == damping_report.points_table(RESULTS)
+    assert doc_tables.read(damping_report.PAGE, "weights") == damping_report.weights_table(RESULTS)
     assert f"{DAMPING:g}, tolerance {TOLERANCE:g}" == damping_report.NEW

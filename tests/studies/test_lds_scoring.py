@@ -31,13 +31,20 @@ def inverse(x: Tensor, added: Tensor) -> Tensor:
     return torch.linalg.inv(x.T @ x / len(x) + added * torch.eye(x.shape[1], dtype=torch.float64))
 
 
-@pytest.mark.parametrize("how", NORMALIZE)
+@pytest.mark.parametrize("how", [*NORMALIZE, "weighted"])
 def test_normalized(rows: tuple[list[Tensor], list[Tensor]], how: str) -> None:
     known = [[x.clone() for x in group] for group in rows]
-    for group in known:
+    for group, of_queries in zip(known, (False, True), strict=True):
         whole = torch.cat(group, 1).norm(dim=1, keepdim=True)
+        lengths = sum(x.norm(dim=1, keepdim=True) for x in group)
         for x in group:
-            x /= {"none": torch.ones_like(whole), "cosine": whole, "layer": x.norm(dim=1, keepdim=True)}[how]
+            own = x.norm(dim=1, keepdim=True)
+            x /= {
+                "none": torch.ones_like(whole),
+                "cosine": whole,
+                "layer": own,
+                "weighted": lengths if of_queries else own,
+            }[how]
     wanted = sum(q @ x.T for x, q in zip(*known, strict=True))
     torch.testing.assert_close(dot(Grams.of(*rows).normalized(how)), wanted)
 

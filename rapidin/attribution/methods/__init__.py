@@ -74,7 +74,7 @@ def prepare(
     cache: Cache | None = None,
     *,
     method: str = "dot",
-    normalize: str = "layer",
+    normalize: str = "weighted",
     damping: float | None = None,
     targets: tuple[Tensor, Sequence[int]] | None = None,
     limits: Limits = DEFAULT_LIMITS,
