@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rapidin.attribution import token_contributions
 from rapidin.attribution.methods import ScanQuery
+from rapidin.attribution.methods.vectors import mean_factor
 from rapidin.attribution.normalization import divide, row_divisors
 from rapidin.attribution.options import ScoringConfig
 from rapidin.attribution.query_sketch import OnStage, Query, target_texts, weights_of
@@ -59,7 +60,8 @@ class HitGradients:
         generations = self._query.texts
         contributions: list[Contributions] = [{} for _ in rows]
         for number, source in self._each_source():
-            weight = self._query.sketches[number].weight
+            sketch = self._query.sketches[number]
+            weight = sketch.weight / mean_factor(sketch.cache, self._scoring.normalize)
             targets = target_texts(generations, source.settings.loss)
             total = sum(map(len, rows)) * len(source.points)
             done = 0

@@ -28,8 +28,9 @@ import torch
 from torch import Tensor
 
 from rapidin import distributed
+from rapidin.attribution.methods.moment import squares
 from rapidin.attribution.methods.vectors import ScanQuery, stored_sketches
-from rapidin.attribution.normalization import of_rows, query_vectors, row_scales, score_divisor
+from rapidin.attribution.normalization import of_directions, query_vectors, row_scales, score_divisor
 from rapidin.attribution.scan import all_scores
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
@@ -124,7 +125,8 @@ def net_of_others(
     most = max(1, min(MOST_SPANNING, _MOST_NUMBERS // len(numbers)))
     spanning = [numbers[members[group]] for group in _largest(sums, most)]
     span = _Span.of(scan, [rows for rows in spanning if len(rows)], scored, sketches, on_group)
-    noise = _noise(scan.cache, numbers, of_rows(scan.query.normalize))
+    noise = _noise(scan.cache, numbers, scan.query.normalize)
+    square = _mean_square(scan.cache, scan.query.normalize)
     net = torch.empty_like(sums)
     for query, vector in enumerate(scan.query.vectors[: len(scores)]):
         # Coordinates in which the query, and with it each score, is represented without error.
@@ -135,7 +137,8 @@ def net_of_others(
             others = moment - inside @ inside.T
             if noise:
                 others = _without_noise(others, noise * (len(numbers) - len(of_group)))
-            others = others / (damping * len(numbers)) + torch.eye(len(rows), dtype=torch.float64)
+            damped = damping * square * len(numbers)
+            others = others / damped + torch.eye(len(rows), dtype=torch.float64)
             net[query, group] = asked @ torch.linalg.solve(others, inside.sum(1))
     return net
 
@@ -166,7 +169,15 @@ def _noise(cache: Cache, rows: Tensor, normalize: str) -> float:
         scales = row_scales(cache.lengths([row]), normalize).double()
         unit = cache.sketches([row]).double().view(1, blocks, -1) * scales[:, :, None]
         longer.append(float(unit.square().sum() - scales.square().sum()) / unit.numel())
-    return max(0.0, sum(longer) / len(longer)) / score_divisor(blocks, normalize)
+    return max(0.0, sum(longer) / len(longer)) / score_divisor(blocks, of_directions(normalize))
+
+
+def _mean_square(cache: Cache, normalize: str) -> float:
+    """The mean over the rows of their squared lengths, of which damping is a share."""
+    world = distributed.world()
+    with distributed.using(world if world.alone else distributed.World()):
+        count, by_block = squares(cache, normalize, torch.device("cpu"))
+    return float(by_block.sum()) / score_divisor(len(by_block), of_directions(normalize)) if count else 1.0
 
 
 def _without_noise(moment: Tensor, noise: float) -> Tensor:
@@ -198,7 +209,7 @@ class _Span:
         on_group: Callable[[int, int], None],
     ) -> _Span:
         """rows: the numbers of each group's rows; scored: the rows that count."""
-        cache, normalize = scan.cache, of_rows(scan.query.normalize)
+        cache, normalize = scan.cache, of_directions(scan.query.normalize)
         divisor, seed = score_divisor(len(cache.layers), normalize), cache.manifest.sketch["seed"]
         sums = []
         for done, each in enumerate(rows):
@@ -210,7 +221,7 @@ class _Span:
         query = torch.stack(sums).float().to(scan.query.vectors.device)
         world = distributed.world()
         with distributed.using(world if world.alone else distributed.World()):
-            products = all_scores(CacheScan(cache, ScanQuery(query, normalize)))[:, scored]
+            products = all_scores(CacheScan(cache, ScanQuery(query, scan.query.normalize)))[:, scored]
         vectors = query.flatten(1).cpu() * divisor
         return _Span(vectors, vectors.double() @ vectors.double().T / divisor, products, divisor)
 

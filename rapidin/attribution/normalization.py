@@ -3,11 +3,12 @@
     none        1              the gradients as they are
     layer       |g_b|          each block g_b at length 1
     cosine      |g|            the whole gradient g at length 1
-    weighted    |g_b|          each block of a row at length 1
-                sum_b |g_b|    the lengths of a query's blocks add up to 1
+    weighted    |g_b| / r      of a row; r = t^(1/4) for the geometric mean t of its lengths |g_b|
+                s sum_b |g_b|  of a query; s: the mean of r over the rows
 
 With `layer` a score is the mean of the products of blocks, with the others it is their sum. So `layer` is the
-mean of the blocks' cosines, and `weighted` their mean weighted by the lengths of the query's blocks.
+mean of the blocks' cosines, and `weighted` their mean weighted by the lengths of the query's blocks, times
+r / s of the row. studies/damping compares them.
 """
 
 from __future__ import annotations
@@ -17,11 +18,20 @@ from torch import Tensor
 
 from rapidin import ops
 from rapidin.attribution.options import NORMALIZE as NORMALIZE
+from rapidin.cache.codec.plan import typical_length
+
+ROOT = 0.25  # the power of a row's typical length that `weighted` multiplies its scores by
 
 
-def of_rows(normalize: str) -> str:
-    """The normalization of rows alone, which is also one of queries."""
+def of_directions(normalize: str) -> str:
+    """By which lengths the blocks of rows are divided: the name of a normalization that divides by nothing
+    else."""
     return "layer" if normalize == "weighted" else normalize
+
+
+def row_factors(typical: Tensor, normalize: str) -> Tensor | None:
+    """What whole rows with these typical lengths [n] are multiplied by, [n, 1], or None for 1."""
+    return typical[:, None] ** ROOT if normalize == "weighted" else None
 
 
 def divide(x: Tensor | float, lengths: Tensor) -> Tensor:
@@ -40,11 +50,13 @@ def row_divisors(lengths: Tensor, normalize: str) -> Tensor:
     """What the blocks of rows with these lengths [..., blocks] float64 are divided by: the same shape."""
     if normalize == "none":
         return torch.ones_like(lengths)
+    if normalize == "weighted":
+        return divide(lengths, typical_length(lengths)[..., None] ** ROOT)
     return whole_lengths(lengths).expand_as(lengths) if normalize == "cosine" else lengths
 
 
 def query_divisors(lengths: Tensor, normalize: str) -> Tensor:
-    """The same of queries."""
+    """The same of queries, but for the mean over the rows that `weighted` has."""
     if normalize == "weighted":
         return lengths.sum(-1, keepdim=True).expand_as(lengths)
     return row_divisors(lengths, normalize)
@@ -60,16 +72,19 @@ def score_divisor(blocks: int, normalize: str) -> int:
 
 def row_scales(lengths: Tensor, normalize: str) -> Tensor:
     """What the unit blocks of rows are multiplied by, from their lengths [n, blocks]: the same shape,
-    float32; of rows like those of `layer` 1, or 0 for a block with zero gradient."""
-    if of_rows(normalize) == "layer":
-        return (lengths > 0).float()
+    float32; with `layer` 1, or 0 for a block with zero gradient."""
+    if of_directions(normalize) == "layer":
+        live = (lengths > 0).float()
+        factors = row_factors(typical_length(lengths), normalize)
+        return live if factors is None else live * factors
     return divide(lengths, whole_lengths(lengths)).float() if normalize == "cosine" else lengths
 
 
 def query_vectors(sketch: Tensor, normalize: str) -> Tensor:
     """The normalized vectors of query sketches [Q, blocks, width]: the same shape, float32.
 
-    Their products with normalized rows, summed over all blocks, are the scores.
+    Their products with normalized rows, summed over all blocks, are the scores, but for the mean over the
+    rows that `weighted` has.
     """
     if normalize == "none":
         return sketch.float()

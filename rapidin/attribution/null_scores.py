@@ -148,7 +148,7 @@ def _best_scores(cache: Cache, examples: Examples, asked: _Texts, own: _Texts) -
     said = [(shingles(a), shingles(b)) for a, b in zip(asked.questions, asked.answers, strict=True)]
     tops: dict[str, tuple[Tensor, Tensor]] = {}
     for normalize in NORMALIZE:
-        scan = CacheScan(cache, methods.prepare(sketch, normalize=normalize))
+        scan = CacheScan(cache, methods.prepare(sketch, cache, normalize=normalize))
         (best, rows), _ = scan_cache(scan, copies + 2)
         tops[normalize] = best / gradient_lengths(sketch, normalize).cpu()[:, None], rows
     unrelated = [

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rapidin.attribution.methods import ScanQuery
-from rapidin.attribution.normalization import of_rows
+from rapidin.attribution.normalization import of_directions
 from rapidin.cache import Cache
 from rapidin.cache.resident import STATUS, HeldShard, Resident
 from rapidin.cache.shards import Rows
@@ -198,7 +198,7 @@ def _has_zero_gradient(
 ) -> bool | None:
     """Whether a block of one of these rows has zero gradient, None if that does not matter. known: of ranges
     of rows that were scanned."""
-    if of_rows(scan.query.normalize) != "layer":
+    if of_directions(scan.query.normalize) != "layer":
         return None
     if rows not in known:
         known[rows] = scan.cache.codec.has_zero_gradient(stored)

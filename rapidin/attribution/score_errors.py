@@ -38,7 +38,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from rapidin.attribution.normalization import of_rows, products_of_directions, squared_directions
+from rapidin.attribution.normalization import of_directions, products_of_directions, squared_directions
 from rapidin.attribution.scan import some_rows
 from rapidin.attribution.scan_pieces import CacheScan
 from rapidin.cache import Cache
@@ -153,7 +153,7 @@ def _deviations(v: Tensor, y: Tensor, owner: Tensor, normalize: str) -> tuple[Te
     products = e.sum(2)
     if normalize == "none":
         return products, e
-    for x, of in ((y, of_rows(normalize)), (owner, normalize)):
+    for x, of in ((y, of_directions(normalize)), (owner, normalize)):
         e -= squared_directions(x, of) * (products_of_directions(products, owner, of) / 2)[:, :, None]
     return products, e
 

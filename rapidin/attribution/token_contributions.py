@@ -18,7 +18,15 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rapidin.attribution.normalization import divide, of_rows, query_divisors, score_divisor, whole_lengths
+from rapidin.attribution.normalization import (
+    divide,
+    of_directions,
+    query_divisors,
+    row_factors,
+    score_divisor,
+    whole_lengths,
+)
+from rapidin.cache.codec.plan import typical_length
 from rapidin.data.encoding import AnyExample
 from rapidin.errors import UserError
 from rapidin.gradients.exact import ExactGradient, ExactQueries, lengths_of
@@ -80,7 +88,7 @@ def exact(
     by_position: bool = False,
 ) -> list[Tensor]:
     """The exact scores of each text by `dot`: [Q, 1] float64 for each text, or what each position of it
-    contributes to them, [Q, T].
+    contributes to them, [Q, T]. Those of `weighted` are not divided by the mean over the rows.
 
     queries: with the weights that their losses are multiplied by; owners: the query by whose lengths each
     query is normalized: itself, or an earlier one that it is a target of. on_text: called with the number of
@@ -104,7 +112,7 @@ def exact(
                         gradients = exact_gradients(source, text, number, by_position=by_position)
                         text_lengths[n, of_point] = lengths_of(gradients)
                         scale = torch.ones_like(owner_lengths)
-                        if of_rows(normalize) == "layer":
+                        if of_directions(normalize) == "layer":
                             scale = divide(scale, text_lengths[n, of_point])
                         if normalize == "layer":
                             scale = divide(scale, owner_lengths * score_divisor(blocks, normalize))
@@ -123,6 +131,9 @@ def exact(
         scales = divide(scales, query_divisors(query_lengths[list(owners)], normalize)[:, :1].T)
     if normalize == "cosine":
         scales = divide(scales, whole_lengths(text_lengths))
+    factors = row_factors(typical_length(text_lengths), normalize)
+    if factors is not None:
+        scales = scales * factors
     for of_text, scale in zip(sums, scales, strict=True):
         of_text *= scale[:, None]
     return sums

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from rapidin.attribution.generate import generations_of
-from rapidin.attribution.normalization import NORMALIZE, divide, query_divisors, whole_lengths
+from rapidin.attribution.normalization import NORMALIZE, divide, query_divisors, row_factors, whole_lengths
 from rapidin.attribution.query_sketch import QuerySketch, sketch_generations
 from rapidin.attribution.token_contributions import exact_gradients
+from rapidin.cache.codec.plan import typical_length
 from rapidin.data.encoding import AnyExample
 from rapidin.errors import UserError
 from rapidin.evaluate import metrics
@@ -51,7 +52,9 @@ class ExactProducts:
             return cosines.mean(2).numpy()
         if normalize == "weighted":
             weights = divide(q, query_divisors(q, normalize))
-            return torch.einsum("qnl,ql->qn", cosines, weights).numpy()
+            scores = torch.einsum("qnl,ql->qn", cosines, weights)
+            factors = row_factors(typical_length(n), normalize)
+            return (scores if factors is None else scores * factors[:, 0]).numpy()
         dots = torch.einsum("qnl,ql,nl->qn", cosines, q, n)
         if normalize == "cosine":
             dots = divide(dots, whole_lengths(q) * whole_lengths(n).T)

@@ -78,7 +78,7 @@ MEANING = (
 _SCALES = {
     "weighted": (
         "the mean over the layers of the cosine between the two loss gradients, weighted by the norms of the "
-        "generation's gradient, from -1 to 1"
+        "generation's gradient, times the fourth root of how long the example's gradient is, where 1 is usual"
     ),
     "layer": "the mean over the layers of the cosine between the two loss gradients, from -1 to 1",
     "cosine": "the cosine between the two loss gradients, from -1 to 1",
@@ -92,7 +92,7 @@ _METHODS = {
     "fisher": "the inner product, under the damped inverse of each layer's second moment,",
 }
 _VECTORS = {
-    "weighted": "gradients, the example's of length 1 in each layer",
+    "weighted": "gradients, the example's divided by its length in each layer",
     "layer": "gradients of length 1 in each layer",
     "cosine": "gradients of length 1",
     "none": "gradients",

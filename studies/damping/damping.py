@@ -25,8 +25,8 @@ Ways, for a side's moment M with mean eigenvalue m: (M / m + d)^-p, p = 1/2 if n
                             known
 
 Scores of each way: `layer` divides each block by its length, `root` those of rows by the root of their
-lengths. `weighted` weighs the blocks of `layer` by the lengths of the query's, and `longer` also multiplies
-these scores by the fourth root of the whole row's length.
+lengths. `weights` weighs the blocks of `layer` by the lengths of the query's, and `weighted` also multiplies
+these scores by the fourth root of the geometric mean of the lengths of the row's blocks.
 """
 
 from __future__ import annotations
@@ -46,6 +46,7 @@ from torch import Tensor
 
 from rapidin import ops
 from rapidin.cache.codec import CodecConfig
+from rapidin.cache.codec.plan import typical_length
 from rapidin.gradients.kfac import Spectrum, kfac_scale, needed_directions
 from rapidin.gradients.parameters import block_seed
 from rapidin.gradients.scale import Scale
@@ -183,12 +184,12 @@ def sketched(subject: Subject, group: Group, width: int, seed: int) -> Tensor:
 def scores(cosines: Tensor, lengths: Tensor, of_queries: Tensor) -> dict[str, Tensor]:
     """Each kind of score [test, n] from the cosines of blocks [blocks, test, n], the lengths of the blocks of
     rows [n, blocks] and of queries [test, blocks]."""
-    weighted = (cosines * of_queries.T[:, :, None]).sum(0)
+    weights = (cosines * of_queries.T[:, :, None]).sum(0)
     return {
         "layer": cosines.sum(0),
         "root": (cosines * lengths.sqrt().T[:, None]).sum(0),
-        "weighted": weighted,
-        "longer": weighted * lengths.norm(dim=1).sqrt().sqrt(),
+        "weights": weights,
+        "weighted": weights * typical_length(lengths).sqrt().sqrt(),
     }
 
 

@@ -30,8 +30,8 @@ HALF_WAY = 0.5
 LATER = (0.6, 0.75)
 WEIGHTS = {
     "layer": "`layer`",
+    "weights": "`weighted` without factors of rows",
     "weighted": "`weighted`",
-    "longer": "`weighted`, times the fourth root of the row's length",
 }
 NAMES = {
     "exact": "exact",

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rapidin.cache.codec.plan import typical_length
+
 NORMALIZE = ("none", "layer", "cosine")
 
 
@@ -42,8 +44,11 @@ class Grams:
         return Grams(*(torch.cat([getattr(g, field) for g in grams]) for field in fields))
 
     def normalized(self, how: str) -> Grams:
-        """Blocks of length 1 ("layer"), those of training rows alone, with lengths of test rows' blocks that
-        add up to 1 ("weighted"), all blocks together of length 1 ("cosine"), or as is ("none")."""
+        """Blocks of length 1 ("layer"), all blocks together of length 1 ("cosine"), or as is ("none").
+
+        "weighted": blocks of training rows at length 1 times the fourth root of their geometric mean, and
+        lengths of test rows' blocks that add up to 1.
+        """
         if how == "none":
             return self
         rows, queries = self.true, self.lengths
@@ -52,6 +57,8 @@ class Grams:
         if how == "weighted":
             queries = queries.sum(0, keepdim=True).expand_as(queries)
         rows, queries = (torch.where(x > 0, 1 / x, 0.0) for x in (rows, queries))
+        if how == "weighted":
+            rows = rows * typical_length(self.true.T) ** 0.25
         return Grams(
             self.train * rows[:, :, None] * rows[:, None, :],
             self.cross * queries[:, :, None] * rows[:, None, :],

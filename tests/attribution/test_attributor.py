@@ -53,9 +53,10 @@ def test_scores_are_what_the_formulas_say(attributor: Attributor, cache: Cache, 
     g, x = raw(alone, [query])[0].double(), raw(alone, records()).double()
     products = torch.einsum("bk,nbk->nb", g, x)
     lengths = x.norm(dim=-1) * g.norm(dim=-1)
+    long = x.norm(dim=-1).log().mean(1).exp() ** 0.25
     want = {
         "layer": (products / lengths).mean(1),
-        "weighted": (products / x.norm(dim=-1)).sum(1) / g.norm(dim=-1).sum(),
+        "weighted": (products / x.norm(dim=-1)).sum(1) / g.norm(dim=-1).sum() * long / long.mean(),
         "none": products.sum(1),
         "cosine": products.sum(1) / (x.flatten(1).norm(dim=1) * g.norm()),
     }[normalize]
@@ -70,7 +71,7 @@ def test_scores_are_what_the_formulas_say(attributor: Attributor, cache: Cache, 
 
 def test_an_example_is_its_own_best_explanation(attributor: Attributor, cache: Cache) -> None:
     rows = records()
-    results = attributor.query(cache, rows[:6], top_k=3, examples=rows)
+    results = attributor.query(cache, rows[:6], top_k=3, examples=rows, normalize="layer")
     for n, result in enumerate(results):
         assert result.top[0].index == n
         assert result.top[0].score == pytest.approx(1.0, abs=1e-3)
@@ -213,7 +214,8 @@ def test_several_points_are_several_groups_of_blocks_and_add_up(
     parts = []
     for at in (0.25, 0.5):
         one = Attributor(attributor.loaded, width=64, at=at)
-        results = one.query(one.cache(records(), tmp_path / str(at)), queries, top_k=30)
+        cache = one.cache(records(), tmp_path / str(at))
+        results = one.query(cache, queries, top_k=30, normalize="layer")
         parts.append(
             torch.stack(
                 [torch.tensor([s for _, s in sorted((h.row, h.score) for h in r.top)]) for r in results]
@@ -221,7 +223,7 @@ def test_several_points_are_several_groups_of_blocks_and_add_up(
         )
     got = [
         torch.tensor([s for _, s in sorted((h.row, h.score) for h in r.top)])
-        for r in both.query(made, queries, top_k=30)
+        for r in both.query(made, queries, top_k=30, normalize="layer")
     ]
     torch.testing.assert_close(torch.stack(got), (parts[0] + parts[1]) / 2, atol=1e-5, rtol=0)
 
@@ -286,7 +288,8 @@ def test_rapidgrad_estimates_the_layer_normalized_score(tmp_path: Path) -> None:
     scores = []
     for projection, width in (("tensor", 2048), ("rapidgrad", 16384)):
         made = Attributor(model, tiny_tokenizer(), width=width, projection=projection, preconditioner="off")  # type: ignore[arg-type]
-        results = made.query(made.cache(rows, tmp_path / projection), queries, top_k=40)
+        cache = made.cache(rows, tmp_path / projection)
+        results = made.query(cache, queries, top_k=40, normalize="layer")
         ordered = [[h.score for h in sorted(r.top, key=lambda h: h.row)] for r in results]
         scores.append(torch.tensor(ordered))
     # A cosine of the sums against a mean of cosines: the same order, not the same scale.

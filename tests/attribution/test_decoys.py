@@ -20,6 +20,7 @@ from torch import Tensor
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.decoys import DecoyTable, as_whole, counted_decoys, decoys_text, distinct_rows
 from rapidin.attribution.ensemble import Ensemble, Member
+from rapidin.attribution.methods.vectors import mean_factor
 from rapidin.attribution.options import NORMALIZE
 from rapidin.cache import Cache
 from rapidin.cache.merge import merge
@@ -100,12 +101,17 @@ def test_the_rate_is_held_where_rows_and_decoys_are_alike() -> None:
     assert anything / 1000 < 0.11
 
 
+def in_unit(attributor: Attributor, cache: Cache, normalize: Any = "weighted") -> Tensor:
+    """Scores that are not divided by the mean over the cache's own rows, as those of decoys are not."""
+    return attributor.scores(cache, ASKED, normalize=normalize) * mean_factor(cache, normalize)
+
+
 def test_each_hit_has_the_values_of_its_score_among_all_rows(made: Made) -> None:
     attributor, cache = made
     assert cache.decoys is not None
     assert (len(cache), len(cache.decoys)) == (60, 33)
     own = fitted(attributor, cache)
-    scores, decoys = (own.scores(each, ASKED) for each in (cache, cache.decoys))
+    scores, decoys = (in_unit(own, each) for each in (cache, cache.decoys))
     distinct = [n for n in range(41) if n != 7]  # rows after them are copies of the last
     results = own.query(cache, ASKED, top_k=60, errors=False)
     for n, result in enumerate(results):
@@ -274,7 +280,7 @@ def test_a_decoy_scores_as_a_row_with_its_text(
     assert cache.decoys is not None
     assert cache.decoys.manifest.fitted_codec == cache.manifest.fitted_codec
     own = fitted(attributor, cache)
-    rows, decoys = (own.scores(each, ASKED, normalize=normalize) for each in (cache, cache.decoys))
+    rows, decoys = (in_unit(own, each, normalize) for each in (cache, cache.decoys))
     # Rows that a basis was learned from are encoded from float16 sketches, and decoys are not.
     atol = (1e-2 if storage.get("sample") else 1e-4) * float(rows.abs().max())
     torch.testing.assert_close(decoys[:, :32], rows, rtol=1e-3, atol=atol)
@@ -385,7 +391,8 @@ def test_several_caches_are_tested_by_the_sums_of_their_scores(made: Made, tmp_p
     for of, each in ((attributor, cache), (other, second)):
         assert each.decoys is not None
         for n, scored in enumerate((each, each.decoys)):
-            of_both[n] = of_both[n] + fitted(of, each).scores(scored, ASKED)[0] / 2
+            scores = in_unit(fitted(of, each), scored)[0] / mean_factor(each, "weighted")
+            of_both[n] = of_both[n] + scores / 2
     distinct = [n for n in range(41) if n != 7]
     p, q = by_definition(of_both[0][distinct], of_both[1][:30])
     for hit in result.helpful:

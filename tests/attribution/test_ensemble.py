@@ -81,7 +81,7 @@ def test_options_come_as_an_object_or_by_name_and_unknown_names_are_refused(memb
 
 def test_an_ensemble_of_one_is_that_cache(members: list[Member]) -> None:
     got = Ensemble(members[:1]).scores(QUERIES)
-    assert torch.equal(got.double(), alone(members[0], "layer"))
+    assert torch.equal(got.double(), alone(members[0], "weighted"))
 
 
 def test_rows_that_one_cache_lacks_or_does_not_count_are_left_out(tmp_path: Path) -> None:
@@ -172,7 +172,9 @@ def test_the_manifest_says_the_mask_and_the_query_follows(tmp_path: Path) -> Non
     assert cache.manifest.gradient["dropout"] == {"rate": 0.3, "seed": 5}
     again = Attributor.like(cache.manifest, model, tokenizer)
     assert again.settings.dropout == DropoutMask(0.3, 5)
-    assert again.query(cache, records()[:1], top_k=1)[0].top[0].score == pytest.approx(1.0, abs=1e-3)
+    assert again.query(cache, records()[:1], top_k=1, normalize="layer")[0].top[0].score == pytest.approx(
+        1.0, abs=1e-3
+    )
     with pytest.raises(UserError, match="other settings"):
         Attributor(model, tokenizer, width=64).query(cache, QUERIES)
 

@@ -64,6 +64,9 @@ def by_formula(scan: CacheScan, group_of_row: Tensor, count: int, damping: float
         lengths = cache.lengths().double()
         unit = unit * (lengths / lengths.norm(dim=1, keepdim=True))[:, :, None]
     rows = unit.flatten(1) / divisor**0.5
+    if scan.query.normalize == "weighted":
+        rows = rows * cache.lengths().double().log().mean(1, keepdim=True).exp() ** 0.25
+    damping *= float(rows.square().sum(1).mean())
     queries = scan.query.vectors.double().flatten(1) * divisor**0.5
     net = torch.zeros(len(queries), count, dtype=torch.float64)
     for group in range(count):
@@ -166,7 +169,7 @@ def test_a_query_by_column(stored: dict[str, Any], tmp_path: Path) -> None:
     [
         ({}, "between the groups of a column; name it with `by`"),
         ({"by": "source", "normalize": "none"}, "not known for 'dot:none'"),
-        ({"by": "source", "method": "datainf"}, "not known for 'datainf:layer'"),
+        ({"by": "source", "method": "datainf"}, "not known for 'datainf:weighted'"),
     ],
 )
 def test_what_does_not_go_together(options: dict[str, Any], why: str) -> None:

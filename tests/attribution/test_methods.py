@@ -25,7 +25,7 @@ from rapidin.attribution import methods
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.generate import generations_of
 from rapidin.attribution.methods import datainf, fisher, moment, vectors
-from rapidin.attribution.normalization import of_rows
+from rapidin.attribution.normalization import of_directions
 from rapidin.attribution.query_sketch import sketch_generations
 from rapidin.attribution.scan import scores_of
 from rapidin.attribution.scan_pieces import CacheScan
@@ -68,11 +68,20 @@ def gradients(attributor: Attributor, rows: list[dict[str, Any]]) -> list[Tensor
     return [torch.stack(column) for column in zip(*found, strict=True)]
 
 
-def scaled(blocks: list[Tensor], normalize: str, *, of_query: bool = False) -> list[Tensor]:
-    if normalize == "weighted" and of_query:
-        total = torch.stack([g.norm(dim=1, keepdim=True) for g in blocks]).sum(0)
-        return [g / total for g in blocks]
-    if normalize in ("layer", "weighted"):
+def factors_of(blocks: list[Tensor]) -> Tensor:
+    """The fourth roots of the geometric means of the lengths of rows' blocks: [n]."""
+    return torch.stack([g.norm(dim=1) for g in blocks]).log().mean(0).exp() ** 0.25
+
+
+def scaled(blocks: list[Tensor], normalize: str, of_query: list[Tensor] | None = None) -> list[Tensor]:
+    """of_query: the gradients of the rows, of which all are queries."""
+    if normalize == "weighted" and of_query is not None:
+        lengths = torch.stack([g.norm(dim=1) for g in blocks]).sum(0) * factors_of(of_query).mean()
+        return [g / lengths[:, None] for g in blocks]
+    if normalize == "weighted":
+        factors = factors_of(blocks)[:, None]
+        return [g / g.norm(dim=1, keepdim=True) * factors for g in blocks]
+    if normalize == "layer":
         return [g / g.norm(dim=1, keepdim=True) for g in blocks]
     if normalize == "cosine":
         total = torch.cat(blocks, 1).norm(dim=1, keepdim=True)
@@ -93,7 +102,7 @@ def by_formula(
     train: list[Tensor], query: list[Tensor], method: str, normalize: str, damping: float | None = None
 ) -> Tensor:
     """[Q, N] float64, as the papers write it: every matrix formed and inverted."""
-    train, query = scaled(train, normalize), scaled(query, normalize, of_query=True)
+    train, query = scaled(train, normalize), scaled(query, normalize, train)
     total = torch.zeros(len(query[0]), len(train[0]), dtype=torch.float64)
     for y, v in zip(train, query, strict=True):
         n, d = y.shape
@@ -160,7 +169,7 @@ def test_with_any_sketch_a_method_is_its_formula_on_the_sketches(
     queries = [query[:, b] for b in range(shape[1])]
     if method == "datainf":
         want = torch.zeros(len(QUERIES), len(unit), dtype=torch.float64)
-        query_blocks = scaled(queries, normalize, of_query=True)
+        query_blocks = scaled(queries, normalize, train)
         per_block = zip(scaled(train, normalize), query_blocks, numbers, strict=True)
         for y, v, d in per_block:
             damping = datainf.DAMPING * width / d
@@ -179,7 +188,7 @@ def test_self_influence_is_the_diagonal(
     cache: Cache, exact: tuple[list[Tensor], list[Tensor]], method: str, normalize: str
 ) -> None:
     train, _ = exact
-    formula = of_rows(normalize)
+    formula = of_directions(normalize)
     # A query is divided by the number of blocks, and so is an example's influence on itself.
     if method == "fisher":
         want = torch.stack(
@@ -199,7 +208,7 @@ def test_several_points_are_blocks_of_their_own(tmp_path: Path) -> None:
         tiny_lora(tiny_llama()), tiny_tokenizer(), at=[0.25, 0.75], preconditioner="off", **EXACT
     )
     cache = attributor.cache(records(), tmp_path, dtype="float32")
-    got = attributor.scores(cache, QUERIES, method="fisher")
+    got = attributor.scores(cache, QUERIES, method="fisher", normalize="layer")
     want = torch.zeros_like(got, dtype=torch.float64)
     for point in (0.25, 0.75):
         alone = Attributor(attributor.loaded, settings=replace(attributor.settings, at=point))
@@ -217,7 +226,7 @@ def test_several_points_are_blocks_of_their_own(tmp_path: Path) -> None:
 def test_damping_is_taken_and_said(
     attributor: Attributor, cache: Cache, exact: tuple[list[Tensor], list[Tensor]], method: Any
 ) -> None:
-    want = by_formula(*exact, method, "layer", damping=2.0)
+    want = by_formula(*exact, method, "weighted", damping=2.0)
     assert error(attributor.scores(cache, QUERIES, method=method, damping=2.0), want) < 1e-3
     for wrong in (0.0, -1.0, float("inf"), float("nan")):
         with pytest.raises(UserError, match="above 0, got"):

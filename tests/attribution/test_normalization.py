@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import partial
 
 import pytest
@@ -35,7 +36,9 @@ def by_definition(query: Tensor, row: Tensor, normalize: str) -> float:
     ]
     if normalize == "weighted":
         weights = [float(q.norm()) for q in query]
-        return sum(w * c for w, c in zip(weights, cosines, strict=True)) / max(1e-300, sum(weights))
+        mean = sum(w * c for w, c in zip(weights, cosines, strict=True)) / max(1e-300, sum(weights))
+        logs = [math.log(float(r.norm())) for r in row if r.any()]
+        return mean * math.exp(sum(logs) / len(logs)) ** 0.25 if logs else 0.0
     return sum(cosines) / len(cosines)
 
 

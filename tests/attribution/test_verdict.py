@@ -81,7 +81,7 @@ def test_scores_that_are_not_normalized_are_told_for_the_length_of_the_gradient(
 def test_rows_are_scored_against_all_rows_but_themselves_and_their_duplicates(
     attributor: Attributor, made: Cache
 ) -> None:
-    scores = attributor.scores(made, ROWS)
+    scores = attributor.scores(made, ROWS, normalize="layer")
     best = []
     for row, of_row in enumerate(scores):
         others = [n for n in range(len(ROWS)) if ROWS[n] != ROWS[row]]
@@ -206,7 +206,7 @@ def test_a_damaged_one_is_refused(made: Cache, tmp_path: Path, damage: Any) -> N
 def placed(null: Sequence[float], scores: Sequence[float], made: Cache) -> list[str]:
     """The strengths of scores among those of a null distribution."""
     cache = Cache(made.path)
-    cache.manifest = replace(made.manifest, null={"questions": {"layer": sorted(null)}})
+    cache.manifest = replace(made.manifest, null={"questions": {"weighted": sorted(null)}})
     sketch = QuerySketch(cache, torch.ones(len(scores), len(cache.layers), cache.manifest.width))
     return [v.strength for v in verdicts([sketch], QueryOptions(), torch.tensor(scores)) if v is not None]
 

@@ -288,12 +288,14 @@ def test_exact_products_are_those_of_autograd() -> None:
     ]
     norms = torch.stack([block.norm() for block in grads[0]])
     shares = (norms / norms.sum()).tolist()
+    long = [torch.stack([block.norm() for block in g]).log().mean().exp() ** 0.25 for g in grads]
     weighted = [
-        sum(
+        float(factor)
+        * sum(
             share * float(torch.cosine_similarity(a, b, dim=0))
             for share, a, b in zip(shares, grads[0], g, strict=True)
         )
-        for g in grads
+        for factor, g in zip(long, grads, strict=True)
     ]
     for name, wanted in (("none", raw), ("cosine", cosine), ("layer", layer), ("weighted", weighted)):
         assert products.scores(name)[0] == pytest.approx(wanted, rel=5e-3, abs=1e-3)

@@ -101,7 +101,7 @@ def test_every_way_is_measured_and_only_some_of_them_packed() -> None:
         for row in rows:
             seeds = 1 if row["rows"] == "exact" else 3
             assert len(row["layer"]) == seeds
-            for name in ("root", "weighted", "longer"):
+            for name in ("root", "weights", "weighted"):
                 assert name not in row if way.off else len(row[name]) == seeds
     assert set(damping.PACKED) <= set(map(str, damping.WAYS))
 

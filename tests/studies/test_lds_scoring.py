@@ -37,13 +37,14 @@ def test_normalized(rows: tuple[list[Tensor], list[Tensor]], how: str) -> None:
     for group, of_queries in zip(known, (False, True), strict=True):
         whole = torch.cat(group, 1).norm(dim=1, keepdim=True)
         lengths = sum(x.norm(dim=1, keepdim=True) for x in group)
+        logs = torch.cat([x.norm(dim=1, keepdim=True).log() for x in group], 1).mean(1, keepdim=True)
         for x in group:
             own = x.norm(dim=1, keepdim=True)
             x /= {
                 "none": torch.ones_like(whole),
                 "cosine": whole,
                 "layer": own,
-                "weighted": lengths if of_queries else own,
+                "weighted": lengths if of_queries else own / (logs / 4).exp(),
             }[how]
     wanted = sum(q @ x.T for x, q in zip(*known, strict=True))
     torch.testing.assert_close(dot(Grams.of(*rows).normalized(how)), wanted)

@@ -26,8 +26,21 @@ import torch
 from torch import Tensor
 
 from rapidin.attribution.methods import datainf, fisher
-from rapidin.attribution.methods.vectors import DEFAULT_LIMITS, Limits, ScanQuery, counted, vectors_of
-from rapidin.attribution.normalization import NORMALIZE, of_rows, query_vectors, score_divisor, target_vectors
+from rapidin.attribution.methods.vectors import (
+    DEFAULT_LIMITS,
+    Limits,
+    ScanQuery,
+    counted,
+    mean_factor,
+    vectors_of,
+)
+from rapidin.attribution.normalization import (
+    NORMALIZE,
+    of_directions,
+    query_vectors,
+    score_divisor,
+    target_vectors,
+)
 from rapidin.attribution.options import METHODS
 from rapidin.cache import Cache
 from rapidin.errors import UserError
@@ -81,7 +94,8 @@ def prepare(
 ) -> ScanQuery:
     """What a cache is scanned for, from query sketches [Q, blocks, width].
 
-    cache: needed by all methods but `dot`. damping: of `datainf` and `fisher`, by default `default_damping`.
+    cache: needed by all methods but `dot`; without it `weighted` scores are not divided by the mean over
+    the rows. damping: of `datainf` and `fisher`, by default `default_damping`.
     targets: sketches [targets, blocks, width] of targets, and the number of the query that each belongs to;
     their vectors come after those of the queries. limits: how much is read and held at a
     time. Raises UserError for an unknown name.
@@ -91,6 +105,8 @@ def prepare(
     if targets is not None and len(targets[0]):
         of_targets = target_vectors(targets[0], sketch[list(targets[1])], normalize)
         vectors = torch.cat([vectors.float(), of_targets])
+    if cache is not None and normalize == "weighted":
+        vectors = vectors / mean_factor(cache, normalize)
     if cache is None:
         if method != "dot":
             raise TypeError(f"the method '{method}' needs the cache")
@@ -131,7 +147,7 @@ def self_influence(
             squares = cache.codec.lengths(shard.tensors).double().square().sum(1)
             scores[first : first + len(squares)] = torch.where(shard.status == 0, squares, torch.nan)
         return scores.float()
-    normalize = of_rows(normalize)
+    normalize = of_directions(normalize)
     block_inverses = datainf.block_inverses if method == "datainf" else fisher.block_inverses
     damping = damping or default_damping(method, cache)
     scores = torch.zeros(rows, dtype=torch.float64, device="cpu")

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rapidin.attribution.normalization import of_rows, row_scales
+from rapidin.attribution.normalization import of_directions, row_factors, row_scales
 from rapidin.cache import Cache
 from rapidin.cache.codec import Codec
 
+_TYPICAL_ROWS = 1024  # that a mean factor is of
 _CHUNK_BYTES = 64 << 20  # of decoded rows that are held at a time
 
 
@@ -52,12 +53,13 @@ class ScanQuery:
     def scales(
         self, codec: Codec, tensors: Mapping[str, Tensor], factors: Tensor | None = None
     ) -> Tensor | None:
-        """The scale of each row's blocks: [n, blocks] float32, or None if all are 1.
+        """The scale of each row's blocks: [n, blocks] float32, [n, 1] if those of a row have the same, or
+        None if all are 1.
 
         tensors: the codec's, of these rows; factors: the query's factors of these rows.
         """
-        if factors is None and of_rows(self.normalize) == "layer":
-            return None
+        if factors is None and of_directions(self.normalize) == "layer":
+            return row_factors(codec.typical_lengths(tensors), self.normalize)
         scales = row_scales(codec.lengths(tensors), self.normalize)
         return scales if factors is None else factors * scales
 
@@ -74,6 +76,23 @@ def counted(cache: Cache) -> Tensor:
     for first, shard in cache.shards():
         counts[first : first + len(shard.status)] = shard.status == 0
     return counts
+
+
+def mean_factor(cache: Cache, normalize: str) -> float:
+    """The mean of the rows' factors (`rapidin.attribution.normalization.row_factors`), of some rows of a
+    large cache: 1 without any."""
+    found = []
+    step = max(1, cache.manifest.rows // _TYPICAL_ROWS)
+    for first, shard in cache.shards():
+        some = torch.arange(-first % step, len(shard.status), step, device="cpu")
+        some = some[shard.status[some] == 0]
+        lengths = cache.codec.typical_lengths({name: value[some] for name, value in shard.tensors.items()})
+        factors = row_factors(lengths, normalize)
+        if factors is None:
+            return 1.0
+        found.append(factors.double()[factors > 0])
+    factors = torch.cat(found) if found else torch.zeros(0, device="cpu")
+    return float(factors.mean()) if len(factors) else 1.0
 
 
 def stored_sketches(cache: Cache, rows: Sequence[int]) -> Tensor:
@@ -112,7 +131,7 @@ def vectors_of(
             tensors = {name: value[rows].to(device) for name, value in shard.tensors.items()}
             y = codec.decode(tensors)[:, blocks]
             scales = row_scales(codec.lengths(tensors), normalize)[:, blocks]
-            if of_rows(normalize) != "layer":  # the blocks are decoded at length 1
+            if normalize != "layer":  # the blocks are decoded at length 1
                 y = y * scales[:, :, None]
             yield rows + first, y, scales.double().square()
 

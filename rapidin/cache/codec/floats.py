@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rapidin.cache.codec.plan import PreparedQuery, ScanPlan, TensorSpecs, spec_bytes
+from rapidin.cache.codec.plan import PreparedQuery, ScanPlan, TensorSpecs, spec_bytes, typical_length
 
 
 @dataclass(frozen=True)
@@ -36,6 +36,9 @@ class FloatCodec:
     def lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["length"]
 
+    def typical_lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return typical_length(tensors["length"])
+
     def to(self, device: torch.device) -> FloatCodec:
         return self
 
@@ -55,6 +58,8 @@ class _FloatQuery:
         self, tensors: Mapping[str, Tensor], scales: Tensor | None, zero_gradient: bool | None = None
     ) -> ScanPlan:
         dim = self.vectors.shape[1]
-        offsets = None if scales is None else list(range(0, dim + 1, self.width))
+        offsets = None
+        if scales is not None:
+            offsets = [0, dim] if scales.shape[1] == 1 else list(range(0, dim + 1, self.width))
         constant = self.vectors.new_zeros(len(self.vectors))
         return ScanPlan([tensors["sketch"]], self.vectors, constant, scales=scales, offsets=offsets)

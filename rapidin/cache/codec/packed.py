@@ -14,6 +14,7 @@ quantized logarithms.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import cached_property
 from itertools import accumulate
 from typing import get_args
@@ -148,6 +149,9 @@ class PackedCodec:
 
     # ------------------------------------------------------------------------------------ decoding
 
+    def typical_lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        return tensors["size"] * self.basis.log_length_mean.mean().exp()
+
     def lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
         size = tensors["size"][:, None]
         bits = self.shape.length_bits
@@ -242,10 +246,13 @@ class _PackedQuery:
         self, tensors: Mapping[str, Tensor], scales: Tensor | None, zero_gradient: bool | None = None
     ) -> ScanPlan:
         codec, parts = self.codec, self.codec.packed_parts(tensors)
-        if scales is None and (codec.has_zero_gradient(tensors) if zero_gradient is None else zero_gradient):
-            scales = (codec.lengths(tensors) > 0).float()
-        if scales is None:
-            return ScanPlan(list(parts.values()), self._queries, self.constant)
+        if scales is None or scales.shape[1] == 1:
+            if zero_gradient is None:
+                zero_gradient = codec.has_zero_gradient(tensors)
+            if not zero_gradient:
+                return self._whole_plan(parts, scales)
+            live = (codec.lengths(tensors) > 0).float()
+            scales = live if scales is None else live * scales
         base = scales @ self._mean_by_block.T
         if SHARED in parts:
             shared = ops.unpack(parts.pop(SHARED))
@@ -267,6 +274,15 @@ class _PackedQuery:
             scales.repeat(1, len(parts)),
             [0, *accumulate(widths)],
         )
+
+    def _whole_plan(self, parts: Mapping[str, ops.Packed], scales: Tensor | None) -> ScanPlan:
+        """The scan of rows whose blocks all have the same scale, [n, 1], or none."""
+        if scales is None:
+            return ScanPlan(list(parts.values()), self._queries, self.constant)
+        scaled: list[Tensor | ops.Packed] = [
+            replace(part, scale=_scale(part).float() * scales[:, 0]) for part in parts.values()
+        ]
+        return ScanPlan(scaled, self._queries, self._zeros, self.constant[:, None] * scales.T)
 
     # These are the same tensors for each shard, so that a scan prepares them once.
 

@@ -95,6 +95,14 @@ def _row_count(rows: Tensor | ops.Packed) -> int:
     return len(rows.codes if isinstance(rows, ops.Packed) else rows)
 
 
+def typical_length(lengths: Tensor) -> Tensor:
+    """The geometric mean of the lengths of rows' blocks [..., blocks] that are not 0: [...], 0 if all are."""
+    live = lengths > 0
+    logs = torch.where(live, lengths.clamp(min=1e-38).log(), 0.0)
+    mean = logs.sum(-1) / live.sum(-1).clamp(min=1)
+    return torch.where(live.any(-1), mean.exp(), 0.0)
+
+
 class Codec(Protocol):
     """How a cache stores sketches."""
 
@@ -114,6 +122,9 @@ class Codec(Protocol):
     def lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Lengths of the blocks: [n, blocks] float32."""
 
+    def typical_lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """The geometric mean of the lengths of each row's blocks: [n] float32, without decoding them."""
+
     def to(self, device: torch.device) -> Codec:
         """The same codec with its basis on `device`, where the tensors given to it then have to be."""
 
@@ -130,7 +141,8 @@ class PreparedQuery(Protocol):
     def plan(
         self, tensors: Mapping[str, Tensor], scales: Tensor | None, zero_gradient: bool | None = None
     ) -> ScanPlan:
-        """The scan of a shard's rows, whose blocks are multiplied by `scales` [n, blocks], if any.
+        """The scan of a shard's rows, whose blocks are multiplied by `scales` [n, blocks], if any, or by one
+        number a row, [n, 1], which costs a scan nothing.
 
         zero_gradient: what the codec's `has_zero_gradient` says of these rows, if it is known. Otherwise it
         is computed, which makes a GPU wait.
