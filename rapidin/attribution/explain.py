@@ -25,6 +25,7 @@ from rapidin.attribution.hit_gradients import (
     target_slices,
 )
 from rapidin.attribution.interactions import net_of_others, row_sketches
+from rapidin.attribution.methods.vectors import known_normalization
 from rapidin.attribution.null_scores import counted_rows
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.progress import LOG
@@ -264,7 +265,7 @@ def look_up_hits(work: _Work) -> None:
                 generation.generated,
                 top,
                 bottom,
-                options.normalize,
+                known_normalization(work.cache, options.normalize),
                 work.clock.seconds,
                 options.method,
                 len(work.query.texts) if options.together else 0,

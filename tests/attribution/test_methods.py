@@ -444,3 +444,23 @@ def test_a_target_set_is_the_weighted_mean(attributor: Attributor, cache: Cache)
         attributor.scores(cache, [QUERIES[0] | {"weight": 0}], together=True)
     with pytest.raises(UserError, match="not a number"):
         attributor.scores(cache, [QUERIES[0] | {"weight": "much"}], together=True)
+
+
+def test_the_factors_of_a_large_cache_have_the_mean_of_some_rows(tmp_path: Path) -> None:
+    attributor = Attributor(tiny_lora(tiny_llama()), tiny_tokenizer(), width=16, preconditioner="off")
+    cache = attributor.cache(records(40), tmp_path, shard_rows=7, dtype="float32")
+    factors = cache.lengths().double().log().mean(1).exp() ** 0.25
+    assert vectors.mean_factor(cache, "weighted") == pytest.approx(float(factors.mean()), rel=1e-6)
+    assert vectors.mean_factor(cache, "layer") == 1.0
+    cache.manifest = replace(cache.manifest, rows=40 * 1024)  # of each 40 rows one is read
+    assert vectors.mean_factor(cache, "weighted") == pytest.approx(float(factors[0]), rel=1e-6)
+
+
+def test_rows_without_layers_have_no_weights(tmp_path: Path) -> None:
+    attributor = Attributor(tiny_llama(), tiny_tokenizer(), width=512, projection="rapidgrad")
+    cache = attributor.cache(records(), tmp_path)
+    (weighted,), (layer,) = (
+        attributor.query(cache, QUERIES[:1], normalize=normalize) for normalize in ("weighted", "layer")
+    )
+    assert [(hit.row, hit.score) for hit in weighted.top] == [(hit.row, hit.score) for hit in layer.top]
+    assert weighted.normalize == "layer"

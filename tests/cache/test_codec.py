@@ -25,6 +25,7 @@ from rapidin.cache.codec import (
     min_row_bytes,
     shared_size,
 )
+from rapidin.cache.codec.plan import typical_length
 from rapidin.errors import UserError
 from rapidin.gradients.source import default_width
 from rapidin.ops import rotate
@@ -87,16 +88,45 @@ def test_float_codes_keep_the_blocks(wanted: CodecConfig) -> None:
     "wanted",
     [CodecConfig("sign"), CodecConfig("int8"), CodecConfig("sign", 160, 64), CodecConfig("int4", 300, 64)],
 )
-@pytest.mark.parametrize("normalize", ["layer", "none"])
-def test_the_scan_scores_what_the_code_decodes(wanted: CodecConfig, normalize: str) -> None:
+@pytest.mark.parametrize("zero_gradient", [False, True])
+@pytest.mark.parametrize("scaled", ["no", "blocks", "rows"])
+def test_the_scan_scores_what_the_code_decodes(wanted: CodecConfig, scaled: str, zero_gradient: bool) -> None:
     x, y, length = examples(60, 1), torch.randn(4, BLOCKS, WIDTH), lengths(60)
+    if zero_gradient:
+        x[7, 1], length[7, 1] = 0.0, 0.0
     code = packed(wanted, examples(wanted.sample, 5) if wanted.sample else None)
     fields = code.encode(x, length)
-    scales = code.lengths(fields) if normalize == "none" else None
-    weights = scales if scales is not None else torch.ones(60, BLOCKS)
+    scales = {"no": None, "blocks": code.lengths(fields), "rows": torch.rand(60, 1) + 0.5}[scaled]
+    weights = (torch.ones(60, 1) if scales is None else scales).expand(-1, BLOCKS)
     want = torch.einsum("qbw,nbw,nb->qn", y, code.decode(fields), weights)
     got = scores(code, fields, y, scales)
     torch.testing.assert_close(got, want, rtol=0.02, atol=0.02 * float(want.abs().max()))
+
+
+@pytest.mark.parametrize("wanted", [CodecConfig("sign"), CodecConfig("sign", 160, 64)])
+def test_scales_of_rows_leave_rows_in_integers(wanted: CodecConfig) -> None:
+    """Scales of blocks make a scan decode each row, and those of rows do not."""
+    code = packed(wanted, examples(wanted.sample, 5) if wanted.sample else None)
+    fields = code.encode(examples(60, 1), lengths(60))
+    query = code.prepare(torch.randn(4, BLOCKS, WIDTH))
+    by_row = query.plan(fields, torch.rand(60, 1))
+    assert (by_row.scales, by_row.offsets) == (None, None)
+    assert query.plan(fields, torch.rand(60, BLOCKS)).scales is not None
+
+
+@pytest.mark.parametrize(
+    "wanted", [CodecConfig("float32"), CodecConfig("sign"), CodecConfig("sign", 160, 64)]
+)
+def test_typical_lengths_are_geometric_means(wanted: CodecConfig) -> None:
+    length = lengths(50)
+    length[3] = 0.0
+    sample = examples(wanted.sample, 5) if wanted.sample else None
+    code = FloatCodec("float32", BLOCKS, WIDTH) if wanted.dtype == "float32" else packed(wanted, sample)
+    found = code.typical_lengths(code.encode(examples(50, 1), length))
+    want = length.double().log().mean(1).exp()
+    torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=0)
+    assert found[3] == 0
+    assert float(typical_length(torch.tensor([2.0, 0.0, 8.0]))) == pytest.approx(4.0)
 
 
 def test_lengths_in_bytes_and_in_half_bytes() -> None:

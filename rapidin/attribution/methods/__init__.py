@@ -31,6 +31,7 @@ from rapidin.attribution.methods.vectors import (
     Limits,
     ScanQuery,
     counted,
+    known_normalization,
     mean_factor,
     vectors_of,
 )
@@ -101,6 +102,8 @@ def prepare(
     time. Raises UserError for an unknown name.
     """
     check(method, normalize, damping)
+    if cache is not None:
+        normalize = known_normalization(cache, normalize)
     vectors, factors = query_vectors(sketch, normalize), None
     if targets is not None and len(targets[0]):
         of_targets = target_vectors(targets[0], sketch[list(targets[1])], normalize)

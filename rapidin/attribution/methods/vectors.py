@@ -78,13 +78,21 @@ def counted(cache: Cache) -> Tensor:
     return counts
 
 
+def known_normalization(cache: Cache, normalize: str) -> str:
+    """The normalization, or `layer` instead of `weighted` if a cache has one sketch of all layers together,
+    whose length is not that of a gradient."""
+    whole = cache.manifest.sketch["projection"] == "rapidgrad"
+    return of_directions(normalize) if whole else normalize
+
+
 def mean_factor(cache: Cache, normalize: str) -> float:
     """The mean of the rows' factors (`rapidin.attribution.normalization.row_factors`), of some rows of a
     large cache: 1 without any."""
     found = []
     step = max(1, cache.manifest.rows // _TYPICAL_ROWS)
     for first, shard in cache.shards():
-        some = torch.arange(-first % step, len(shard.status), step, device="cpu")
+        rows = len(shard.status)
+        some = torch.arange(min(-first % step, rows), rows, step, device="cpu")
         some = some[shard.status[some] == 0]
         lengths = cache.codec.typical_lengths({name: value[some] for name, value in shard.tensors.items()})
         factors = row_factors(lengths, normalize)
