@@ -10,6 +10,7 @@ row's and ``s = sum_j v_j y_j`` the score of a block:
     cosine          the same with s the whole score, and a, z at length 1 in all blocks together
     weighted        e_j = v_j y_j - s z_j^2 / 2 - w S a_j^2 / 2     S: the whole score; w: the block's share
                                                               of the sum of the lengths of the blocks of v
+                    The row's factor is treated as known; its error is a quarter of that of a length.
     SE^2          = sum_b c_b / (c_b + 1) k / (k - 1) sum_j (e_bj - mean_j e_bj)^2
 
 with k the bins of a block and c_b the average number, over hashes, of other numbers in the bin of a number of

@@ -26,7 +26,8 @@ from torch import Tensor
 from rapidin.attribution import token_contributions
 from rapidin.attribution.attributor import Attributor
 from rapidin.attribution.generate import generations_of
-from rapidin.attribution.options import ScoringConfig
+from rapidin.attribution.methods.vectors import mean_factor
+from rapidin.attribution.options import NORMALIZE, ScoringConfig
 from rapidin.attribution.provenance import checked
 from rapidin.attribution.query_sketch import QuerySketch, scans_of, sketch_generations
 from rapidin.attribution.score_errors import details
@@ -78,7 +79,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--max-length", type=int, default=96)
     parser.add_argument("--width", type=int, nargs="+", default=[64, 512])
     parser.add_argument("--codec", nargs="+", default=["float16"])
-    parser.add_argument("--normalize", nargs="+", default=["layer", "cosine", "none"])
+    parser.add_argument("--normalize", nargs="+", default=list(NORMALIZE))
     parser.add_argument("--method", default="dot")
     parser.add_argument("--precondition", dest="preconditioner", default="kfac")
     parser.add_argument("--seeds", type=int, default=4)
@@ -125,7 +126,8 @@ def main(arguments: list[str] | None = None) -> None:
                         if (here, normalize) not in truth:
                             encoded = [source.encoder(record) for record in records]
                             truth[here, normalize] = exact_scores(source, args.queries, encoded, normalize)
-                        known.setdefault(normalize, []).append(truth[here, normalize])
+                        unit = mean_factor(cache, normalize)  # of this seed's sketches
+                        known.setdefault(normalize, []).append(truth[here, normalize] / unit)
         for normalize, seeds in made.items():
             row: dict[str, Any] = {"width": width, "codec": codec, "normalize": normalize}
             row["error"] = rounded(torch.stack([e for _, e in seeds]).square().mean().sqrt())

@@ -139,6 +139,8 @@ def test_query_as_json(place: Place, run: Any, which: str) -> None:
         "Give 7 tips.",
         "--completion",
         " One, two, 7.",
+        "--normalize",
+        "layer",
         "--json",
         "-",
     )
@@ -250,8 +252,9 @@ def test_a_budget_from_the_command_line(place: Place, run: Any, tmp_path: Path) 
 def test_query_as_a_table(place: Place, run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "90")
     ran = run(
-        "query", place.cache, "--prompt", "Give 7 tips.", "--completion", " One, two, 7.", "--top-k", "3"
-    )
+        "query", place.cache, "--prompt", "Give 7 tips.", "--completion", " One, two, 7.", "--top-k", "3",
+        "--normalize", "layer",
+    )  # fmt: skip
     assert ran.code == 0
     assert "\x1b" not in ran.out
     assert max(map(len, ran.out.splitlines())) <= 90
@@ -832,7 +835,8 @@ def test_a_question_is_put_in_the_form_of_the_training_data(
 ) -> None:
     data, out = write(tmp_path / "train.jsonl", rows), str(tmp_path / "out")
     assert run("cache", place.model, "--data", data, "--out", out, "--width", "64").code == 0
-    ran = run("query", out, "--ask", "Give 3 tips.", "--completion", query[1], "--json", "-")
+    asked = ("query", out, "--ask", "Give 3 tips.", "--completion", query[1])
+    ran = run(*asked, "--normalize", "layer", "--json", "-")
     assert ran.code == 0, ran.err
     (found,) = json.loads(ran.out)["queries"]
     assert found["prompt"].endswith(query[0])
