@@ -11,7 +11,7 @@ import torch
 
 from rapidin import distributed
 from rapidin.attribution.decoys import counted_decoys
-from rapidin.attribution.null_scores import null_scores
+from rapidin.attribution.null_scores import has_all, null_scores
 from rapidin.attribution.options import CacheOptions
 from rapidin.attribution.provenance import check_of, data_record, manifest_of, read_fitted, resumed
 from rapidin.cache import Cache, CacheWriter, ShardWriter, build, codec
@@ -120,8 +120,10 @@ def build_cache(
 def add_null(
     writer: CacheWriter, source: GradientSource, examples: Examples, reporter: Reporter, decoys: int = 0
 ) -> None:
-    """Adds the null distribution to a complete cache that has none. decoys: how many the cache gets."""
-    if not writer.manifest.complete or writer.manifest.null is not None:
+    """Adds the null distribution to a complete cache that has none, or none of some normalization. decoys: how
+    many the cache gets."""
+    null = writer.manifest.null
+    if not writer.manifest.complete or (null is not None and has_all(null)):
         return
     scores = null_scores(Cache(writer.folder), source, examples, reporter.tell, decoys)
     if scores is not None:

@@ -162,6 +162,12 @@ def _best_scores(cache: Cache, examples: Examples, asked: _Texts, own: _Texts) -
     return scores
 
 
+def has_all(null: NullScores) -> bool:
+    """Whether a null distribution has the scores of every normalization, which those of earlier versions have
+    not."""
+    return all(set(NORMALIZE) <= set(of) for of in null.values())
+
+
 def gradient_lengths(sketch: Tensor, normalize: str) -> Tensor:
     """What the best scores of queries [n, blocks, width] are divided by so that they can be compared: [n]
     float32.

@@ -49,7 +49,10 @@ def _why_none(sketches: Sequence[QuerySketch], options: QueryOptions) -> str:
         return "the null distribution is of the method dot"
     null = sketches[0].cache.manifest.null or {}
     if any(options.normalize not in of for of in null.values()):
-        return f"the null distribution has no scores for the normalization {options.normalize}"
+        return (
+            f"the null distribution has no scores for the normalization {options.normalize}; rerunning the "
+            "'rapidin cache' of this cache adds them"
+        )
     return ""
 
 

@@ -149,6 +149,22 @@ def test_a_finished_cache_gets_it_by_the_same_command(attributor: Attributor, tm
     assert third.manifest == again.manifest
 
 
+def test_a_cache_of_an_earlier_version_gets_the_scores_that_it_lacks(
+    attributor: Attributor, tmp_path: Path
+) -> None:
+    cache = attributor.cache(ROWS, tmp_path / "cache")
+    manifest = cache.path / "manifest.json"
+    value = json.loads(manifest.read_text())
+    for of in value["null"].values():
+        del of["weighted"]
+    manifest.write_text(json.dumps(value))
+    (result,) = attributor.query(Cache(cache.path), ROWS[:1], examples=ROWS)
+    assert result.verdict is not None
+    assert result.verdict.strength == "unknown"
+    assert "rerunning the 'rapidin cache'" in result.verdict.reason
+    assert null_of(attributor.cache(ROWS, cache.path)) == null_of(cache)
+
+
 def test_it_is_made_anew_when_examples_are_added(attributor: Attributor, tmp_path: Path) -> None:
     cache = attributor.cache(ROWS, tmp_path / "cache")
     more = [*ROWS, *records(8, seed=9)]
