@@ -120,8 +120,10 @@ def build_cache(
 def add_null(
     writer: CacheWriter, source: GradientSource, examples: Examples, reporter: Reporter, decoys: int = 0
 ) -> None:
-    """Adds the null distribution to a complete cache that has none, or none of some normalization. decoys: how
-    many the cache gets."""
+    """Adds the null distribution to a complete cache that has none, or lacks that of some normalization.
+
+    decoys: how many the cache gets.
+    """
     null = writer.manifest.null
     if not writer.manifest.complete or (null is not None and has_all(null)):
         return
