@@ -88,7 +88,7 @@ def _source(attributor: Attributor, cache: Cache, asked: list[dict[str, str]]) -
     """What `query` scans for, without what it prints with, for where rich is not installed."""
     source = checked(attributor.source, cache.manifest)
     sketch, _ = source.sketches([source.encoder(record) for record in asked])
-    return CacheScan(cache, methods.prepare(sketch))
+    return CacheScan(cache, methods.prepare(sketch, cache))
 
 
 def flow(
