@@ -87,8 +87,8 @@ def bench_scan_for_tokens(benchmark):
         cache = attributor.cache(rows, folder, null=False)
         sketch = torch.randn(COMPLETION, len(cache.layers), cache.manifest.width)
         targets = (sketch / COMPLETION, [0] * COMPLETION)
-        one = CacheScan(cache, methods.prepare(sketch.mean(0, keepdim=True)))
-        all_of_them = CacheScan(cache, methods.prepare(sketch.mean(0, keepdim=True), targets=targets))
+        one = CacheScan(cache, methods.prepare(sketch.mean(0, keepdim=True), cache))
+        all_of_them = CacheScan(cache, methods.prepare(sketch.mean(0, keepdim=True), cache, targets=targets))
 
         def scan(source):
             for _ in range(REPEATS):

@@ -98,7 +98,7 @@ def scan(folder: str) -> dict[str, float]:
     cache, world = Cache(folder), distributed.world()
     blocks, width = len(cache.layers), cache.manifest.width
     query = torch.randn(1, blocks, width, generator=torch.Generator().manual_seed(0))
-    source = CacheScan(cache, methods.prepare(query))
+    source = CacheScan(cache, methods.prepare(query, cache))
     best = float("inf")
     for _ in range(6):
         world.meet()

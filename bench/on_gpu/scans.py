@@ -247,7 +247,7 @@ def _scanned_cache(bench: Bench, folder: Path) -> tuple[Cache, CacheScan]:
     blocks, width, rows = (2, 64, 40) if bench.small else (112, 512, 8192)
     write_cache(folder / "cache", blocks, width, rows)
     cache = Cache(folder / "cache")
-    return cache, CacheScan(cache, methods.prepare(torch.randn(1, blocks, width)))
+    return cache, CacheScan(cache, methods.prepare(torch.randn(1, blocks, width), cache))
 
 
 def from_disk(bench: Bench) -> Facts:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from rapidin.attribution import token_contributions
 from rapidin.attribution.methods import ScanQuery
-from rapidin.attribution.methods.vectors import mean_factor
+from rapidin.attribution.methods.vectors import known_normalization, mean_factor
 from rapidin.attribution.normalization import divide, row_divisors
 from rapidin.attribution.options import ScoringConfig
 from rapidin.attribution.query_sketch import OnStage, Query, target_texts, weights_of
@@ -61,7 +61,8 @@ class HitGradients:
         contributions: list[Contributions] = [{} for _ in rows]
         for number, source in self._each_source():
             sketch = self._query.sketches[number]
-            weight = sketch.weight / mean_factor(sketch.cache, self._scoring.normalize)
+            normalize = known_normalization(sketch.cache, self._scoring.normalize)
+            weight = sketch.weight / mean_factor(sketch.cache, normalize)
             targets = target_texts(generations, source.settings.loss)
             total = sum(map(len, rows)) * len(source.points)
             done = 0
@@ -75,7 +76,7 @@ class HitGradients:
                     + [weight * targets.weights[t] for t in chosen],
                     [*range(len(members)), *(members.index(targets.owners[t]) for t in chosen)],
                     [self._example(source, row) for row in hits],
-                    self._scoring.normalize,
+                    normalize,
                     self._progress("exact gradients", done, total),
                     by_position=by_position,
                 )

@@ -3,15 +3,16 @@
 The sum of a group's scores is what its gradients add up to. If another group says the same, leaving one of
 them out changes little, and the sum does not show it: it is the same for both. A Newton step for the removal
 of a group (Koh, Ang, Teo & Liang, *On the Accuracy of Influence Functions for Measuring Group Effects*,
-NeurIPS 2019, section 3) does. With the unit gradients s_m of all n examples, preconditioned as they are
-cached,
+NeurIPS 2019, section 3) does. With the normalized gradients s_m of all n examples, preconditioned as they
+are cached,
 
     net(q, G) = q^T (I + C_-G / (n d))^-1 sum_{m in G} s_m,    C_-G = sum_{m not in G} s_m s_m^T
 
-in which d is the damping, as of a mean over the examples: data that are repeated as a whole keep their
-shares. Without other examples it is the sum of the scores ``<q, s_m>``, and each example elsewhere that is
-like those of G makes it smaller. To first order it is the sum minus ``1/(n d) sum_m <q, s_m> <s_m, s_G>``
-over the others, a term for each pair of a group and another.
+in which d is the damping times the mean of ``|s_m|^2``, which is 1 except with `weighted`, as of a mean over
+the examples: data that are repeated as a whole keep their shares. Without other examples it is the sum of the
+scores ``<q, s_m>``, and each example elsewhere that is like those of G makes it smaller. To first order it
+is the sum minus ``1/(n d) sum_m <q, s_m> <s_m, s_G>`` over the others, a term for each pair of a group and
+another.
 
 C_-G has the rows and columns of a whole sketch. It is used in the span of the query and of the largest
 groups' sums, in which each example has as many coordinates as there are such groups: their products with all
@@ -104,11 +105,11 @@ def net_of_others(
 ) -> Tensor:
     """``net`` above for each query and group: [Q, groups] float64.
 
-    scan: of one cache, for queries by `dot` with a normalization but `none`, by whose rows an example is as
-    like itself as 1; scores: [Q, rows] of it, NaN for rows that do not count; group_of_row: [rows]
-    int64, below 0 for rows without a group; count: groups; sketches: `row_sketches`; on_group: called with
-    the number of sums that are done, and of all. The leading process runs this alone. Raises UserError for
-    too many groups, or a gradient that cannot be computed again.
+    scan: of one cache, for queries by `dot` with a normalization other than `none`; scores: [Q, rows] of it,
+    NaN for rows that do not count; group_of_row: [rows] int64, below 0 for rows without a group; count:
+    groups; sketches: `row_sketches`; on_group: called with the number of sums that are done, and of all. The
+    leading process runs this alone. Raises UserError for too many groups, or a gradient that cannot be
+    computed again.
     """
     if count > MOST_GROUPS:
         raise UserError(
@@ -174,10 +175,12 @@ def _noise(cache: Cache, rows: Tensor, normalize: str) -> float:
 
 def _mean_square(cache: Cache, normalize: str) -> float:
     """The mean over the rows of their squared lengths, of which damping is a share."""
+    if normalize != "weighted":
+        return 1.0
     world = distributed.world()
     with distributed.using(world if world.alone else distributed.World()):
-        count, by_block = squares(cache, normalize, torch.device("cpu"))
-    return float(by_block.sum()) / score_divisor(len(by_block), of_directions(normalize)) if count else 1.0
+        _, by_block = squares(cache, normalize, torch.device("cpu"))
+    return float(by_block.sum()) / score_divisor(len(by_block), of_directions(normalize)) or 1.0
 
 
 def _without_noise(moment: Tensor, noise: float) -> Tensor:

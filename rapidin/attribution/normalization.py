@@ -24,8 +24,7 @@ ROOT = 0.25  # the power of a row's typical length that `weighted` multiplies it
 
 
 def of_directions(normalize: str) -> str:
-    """By which lengths the blocks of rows are divided: the name of a normalization that divides by nothing
-    else."""
+    """The normalization whose rows have the same directions, block by block: `layer` for `weighted`."""
     return "layer" if normalize == "weighted" else normalize
 
 
@@ -119,9 +118,12 @@ def squared_directions(x: Tensor, normalize: str) -> Tensor:
 
 
 def products_of_directions(products: Tensor, owner: Tensor, normalize: str) -> Tensor:
-    """By how much of the products of blocks [n, blocks] a longer block of a vector would be divided: by each
-    one's own with `layer`, by their sum [n, 1] with `cosine`, and with `weighted` by their sum, of which each
-    block has the share that its length has in a query [blocks, width]."""
+    """What a score loses if a block of a vector gets longer, relative to that, since scores are divided by
+    lengths; from the products of blocks [n, blocks].
+
+    With `layer` it is the block's own product, with `cosine` the sum of all, [n, 1]. With `weighted` it is
+    the share of that sum that the block has in the sum of the lengths of the query `owner` [blocks, width].
+    """
     if normalize == "layer":
         return products
     whole = products.sum(1, keepdim=True)

@@ -22,10 +22,10 @@ _CANDIDATES = 1000  # of a finer cache
 
 _NORMALIZE = option(
     "weighted",
-    help="Normalization of the gradients, which sets the scale of the scores. layer: each layer's gradient "
-    "has norm 1; weighted: the same, with layers weighted by the norms of the generation's gradient, and "
-    "examples by the fourth root of theirs; "
-    "cosine: the whole gradient has norm 1; none: no normalization.",
+    help="Normalization of the gradients, which sets the scale of the scores. weighted: each layer's "
+    "gradient has norm 1, layers are weighted by the norms of the generation's gradient, and examples by "
+    "the fourth root of the typical norm of theirs, over its mean; layer: without these weights, as always "
+    "with rapidgrad; cosine: the whole gradient has norm 1; none: no normalization.",
     panel="Scoring",
     choices=NORMALIZE,
 )

@@ -186,7 +186,7 @@ def scored_pieces(
         plans, counts = [], None
         for scan, codec, query, rows in zip(scans, codecs, prepared, piece.caches, strict=True):
             counts = rows.status == 0 if counts is None else counts & (rows.status == 0)
-            scales = scan.query.scales(codec, rows.stored, rows.factors)
+            scales = scan.query.scales(codec, rows.stored, rows.factors, rows.zero_gradient)
             plans.append(query.plan(rows.stored, scales, rows.zero_gradient))
         assert counts is not None
         plan = concatenate_plans(plans, joined)

@@ -125,7 +125,7 @@ def _details_of_query(
     deviations: dict[object, tuple[Tensor, Tensor]] = {}  # by hash: e, and the shares of errors
     for scan, (unit, scales), column in zip(scans, decoded, columns, strict=True):
         vectors = scan.query.vectors.to(device)
-        y = unit if scales is None else unit * (scales / row_size)[:, :, None]
+        y = unit / row_size if scales is None else unit * (scales / row_size)[:, :, None]
         products, e = _deviations(vectors[query] / query_size, y, vectors[owner], scan.query.normalize)
         by_layer.index_add_(1, column, products.double())
         blocks = scan.cache.layers

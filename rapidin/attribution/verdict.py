@@ -13,6 +13,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from rapidin.attribution.methods.vectors import known_normalization
 from rapidin.attribution.null_scores import gradient_lengths
 from rapidin.attribution.options import QueryOptions
 from rapidin.attribution.query_sketch import QuerySketch
@@ -31,7 +32,8 @@ def verdicts(sketches: Sequence[QuerySketch], options: QueryOptions, best: Tenso
     reason = _why_none(sketches, options)
     if reason:
         return [Verdict("unknown", reason=reason)] * len(best)
-    (sketch,), normalize = sketches, options.normalize
+    (sketch,) = sketches
+    normalize = known_normalization(sketch.cache, options.normalize)
     sizes = gradient_lengths(sketch.sketch[: len(best)], normalize) * sketch.weight
     return [
         None if score != score else _verdict(score, {name: of[normalize] for name, of in null.items()})
@@ -48,10 +50,11 @@ def _why_none(sketches: Sequence[QuerySketch], options: QueryOptions) -> str:
     if options.method != "dot":
         return "the null distribution is of the method dot"
     null = sketches[0].cache.manifest.null or {}
-    if any(options.normalize not in of for of in null.values()):
+    normalize = known_normalization(sketches[0].cache, options.normalize)
+    if any(normalize not in of for of in null.values()):
         return (
-            f"the null distribution has no scores for the normalization {options.normalize}; rerunning the "
-            "'rapidin cache' of this cache adds them"
+            f"the null distribution has no scores for the normalization {normalize}; rerunning the "
+            "'rapidin cache' of this cache adds them, and older ones are there for 'layer'"
         )
     return ""
 

@@ -298,7 +298,8 @@ def words_text(hit: Hit, sinks: frozenset[int] = frozenset({0})) -> str:
 
 
 def hits_table(title: str, hits: Sequence[Hit], *, bounded: bool) -> RenderableType:
-    """Hits with their scores and examples; bounded: scores lie between -1 and 1."""
+    """Hits with their scores and examples; bounded: scores are of normalized
+    gradients."""
     return Padding(_Hits(title, hits, bounded), (1, 0, 0, 0))
 
 

@@ -78,7 +78,8 @@ MEANING = (
 _SCALES = {
     "weighted": (
         "the mean over the layers of the cosine between the two loss gradients, weighted by the norms of the "
-        "generation's gradient, times the fourth root of how long the example's gradient is, where 1 is usual"
+        "generation's gradient, times a factor for the length of the example's gradient (its fourth root, "
+        "over the mean of that)"
     ),
     "layer": "the mean over the layers of the cosine between the two loss gradients, from -1 to 1",
     "cosine": "the cosine between the two loss gradients, from -1 to 1",
@@ -168,7 +169,7 @@ def has_shares(total: float, parts: Sequence[float]) -> bool:
 
 
 def error_text(error: float | None, bounded: bool) -> str:
-    """A standard error, "" for None: four decimals if the scale is -1 to 1, otherwise two digits."""
+    """A standard error, "" for None: four decimals for normalized gradients, otherwise two digits."""
     if error is None:
         return ""
     return f"{error:.4f}" if bounded else _plain(error, 2)
@@ -197,7 +198,7 @@ def is_unsure(score: float, error: float | None) -> bool:
 
 
 def score_text(score: float, bounded: bool) -> str:
-    """A score with its sign: four decimals if the scale is -1 to 1, otherwise four digits."""
+    """A score with its sign: four decimals for normalized gradients, otherwise four digits."""
     return f"{_unsigned_zero(score, 4):+.4f}" if bounded else _plain(score or 0.0, 4, "+")
 
 

@@ -308,7 +308,7 @@ class QueryResult:
 
     @property
     def bounded(self) -> bool:
-        """Whether scores are between -1 and 1."""
+        """Whether scores are of normalized gradients, and so of a size that four decimals show."""
         return self.method == "dot" and self.normalize != "none"
 
     def _repr_html_(self) -> str | None:

@@ -132,7 +132,9 @@ def measured(folder: Path, version: str) -> list[dict[str, Any]]:
     sides = [sketched(subject, side, subject.width, 0) for side in (train, test)]
     for name, code in FORMATS.items():
         with tempfile.TemporaryDirectory() as place:
-            scan = CacheScan(cache_of(Path(place) / "cache", sides[0], code), methods.prepare(sides[1]))
+            scan = CacheScan(
+                cache_of(Path(place) / "cache", sides[0], code), methods.prepare(sides[1], normalize="layer")
+            )
             exact = RowSketches(sides[0].__getitem__)
             scores = all_scores(scan)
             add(name, "sum", torch.stack([scores[:, groups == g].sum(1) for g in range(GROUPS)], 1))

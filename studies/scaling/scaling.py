@@ -247,7 +247,7 @@ def measure(folder: Path, sizes: Sequence[int]) -> Measured:
         opened = best(lambda: Cache(folder / "cache"))
         cache = Cache(folder / "cache")
         manifest = cache.manifest
-        source = CacheScan(cache, methods.prepare(query))
+        source = CacheScan(cache, methods.prepare(query, cache))
         scan_cache(source, 10)  # into memory
         scanned = best(lambda source=source: scan_cache(source, 10))  # type: ignore[misc]
         lengths = best(lambda c=cache: squares(c, "layer", query.device), 1)  # type: ignore[misc]

@@ -25,7 +25,7 @@ from rapidin.cache.codec import (
     min_row_bytes,
     shared_size,
 )
-from rapidin.cache.codec.plan import typical_length
+from rapidin.cache.codec.plan import LENGTHS, typical_length
 from rapidin.errors import UserError
 from rapidin.gradients.source import default_width
 from rapidin.ops import rotate
@@ -126,6 +126,14 @@ def test_typical_lengths_are_geometric_means(wanted: CodecConfig) -> None:
     want = length.double().log().mean(1).exp()
     torch.testing.assert_close(found.double(), want, rtol=1e-4, atol=0)
     assert found[3] == 0
+    length[7, 1] = 0.0
+    x = examples(50, 1)
+    x[7, 1] = 0.0
+    fields = code.encode(x, length)
+    want[7] = length[7][length[7] > 0].double().log().mean().exp()
+    torch.testing.assert_close(code.typical_lengths(fields).double(), want, rtol=1e-4, atol=0)
+    kept = {name: value for name, value in fields.items() if name in LENGTHS}
+    assert torch.equal(code.typical_lengths(kept), code.typical_lengths(fields))
     assert float(typical_length(torch.tensor([2.0, 0.0, 8.0]))) == pytest.approx(4.0)
 
 

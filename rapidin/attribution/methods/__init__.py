@@ -4,11 +4,13 @@ A normalization (`rapidin.attribution.normalization`) says what vectors are comp
 product. With x_nb the unit block b of row n that the cache holds and l_nb its length, the vectors of rows are
 ``y_nb = s_nb x_nb``:
 
+    weighted s = r_n / mean(r)    r_n = t_n^(1/4), t_n the geometric mean of the lengths l_nb
     layer    s = 1                each layer's gradient at length 1 (RapidIn, Lin et al., ACL 2024, section 3)
     none     s = l_nb             the gradients themselves
     cosine   s = l_nb / |l_n|     the whole gradient at length 1
 
-and the query v likewise; with `layer` the score is the mean over the B blocks, else the sum:
+and the query v likewise, but that the lengths of its blocks are divided by their sum with `weighted`. With
+`layer` the score is the mean over the B blocks, else the sum:
 
     dot      sum_b <v_b, y_nb>                    TracIn at one checkpoint (Pruthi et al., 2020, eq. 1)
     datainf  sum_b <H_b^-1 v_b, y_nb>             `rapidin.attribution.methods.datainf`
@@ -37,7 +39,6 @@ from rapidin.attribution.methods.vectors import (
 )
 from rapidin.attribution.normalization import (
     NORMALIZE,
-    of_directions,
     query_vectors,
     score_divisor,
     target_vectors,
@@ -138,6 +139,8 @@ def self_influence(
     """
     check(method, normalize, damping)
     device = torch.empty(0, device=device).device
+    if normalize == "weighted":
+        raise UserError("'weighted' is relative to a query, and self-influence has none", "use 'layer'")
     if method == "dot" and normalize != "none":
         raise UserError(
             f"'{normalize}' makes every gradient equally long, so all would have the same self-influence",
@@ -150,7 +153,6 @@ def self_influence(
             squares = cache.codec.lengths(shard.tensors).double().square().sum(1)
             scores[first : first + len(squares)] = torch.where(shard.status == 0, squares, torch.nan)
         return scores.float()
-    normalize = of_directions(normalize)
     block_inverses = datainf.block_inverses if method == "datainf" else fisher.block_inverses
     damping = damping or default_damping(method, cache)
     scores = torch.zeros(rows, dtype=torch.float64, device="cpu")

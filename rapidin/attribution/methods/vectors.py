@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
 from rapidin.attribution.normalization import of_directions, row_factors, row_scales
-from rapidin.cache import Cache
+from rapidin.cache import Cache, Manifest
 from rapidin.cache.codec import Codec
+from rapidin.cache.codec.plan import LENGTHS
 
-_TYPICAL_ROWS = 1024  # that a mean factor is of
+_TYPICAL_ROWS, _TYPICAL_SHARDS = 1024, 8  # that a mean factor is of, at most about
 _CHUNK_BYTES = 64 << 20  # of decoded rows that are held at a time
 
 
@@ -42,7 +44,8 @@ DEFAULT_LIMITS = Limits()
 class ScanQuery:
     """What a cache is scanned for.
 
-    vectors: [Q, blocks, width] float32; normalize: of the queries that they were made of, and of the rows;
+    vectors: [Q, blocks, width] float32; normalize: the normalization by which they were made, and by which
+    rows are scaled;
     factors: [rows, blocks] float32 on the CPU, by which each row's blocks are also multiplied, or None.
     """
 
@@ -51,15 +54,22 @@ class ScanQuery:
     factors: Tensor | None = None
 
     def scales(
-        self, codec: Codec, tensors: Mapping[str, Tensor], factors: Tensor | None = None
+        self,
+        codec: Codec,
+        tensors: Mapping[str, Tensor],
+        factors: Tensor | None = None,
+        zero_gradient: bool | None = None,
     ) -> Tensor | None:
         """The scale of each row's blocks: [n, blocks] float32, [n, 1] if those of a row have the same, or
         None if all are 1.
 
-        tensors: the codec's, of these rows; factors: the query's factors of these rows.
+        tensors: the codec's, of these rows; factors: the query's factors of these rows; zero_gradient: what
+        the codec says of them, if it is known.
         """
         if factors is None and of_directions(self.normalize) == "layer":
-            return row_factors(codec.typical_lengths(tensors), self.normalize)
+            if self.normalize == "layer":
+                return None
+            return row_factors(codec.typical_lengths(tensors, zero_gradient), self.normalize)
         scales = row_scales(codec.lengths(tensors), self.normalize)
         return scales if factors is None else factors * scales
 
@@ -86,21 +96,35 @@ def known_normalization(cache: Cache, normalize: str) -> str:
 
 
 def mean_factor(cache: Cache, normalize: str) -> float:
-    """The mean of the rows' factors (`rapidin.attribution.normalization.row_factors`), of some rows of a
-    large cache: 1 without any."""
-    found = []
-    step = max(1, cache.manifest.rows // _TYPICAL_ROWS)
-    for first, shard in cache.shards():
-        rows = len(shard.status)
-        some = torch.arange(min(-first % step, rows), rows, step, device="cpu")
-        some = some[shard.status[some] == 0]
-        lengths = cache.codec.typical_lengths({name: value[some] for name, value in shard.tensors.items()})
-        factors = row_factors(lengths, normalize)
-        if factors is None:
-            return 1.0
-        found.append(factors.double()[factors > 0])
-    factors = torch.cat(found) if found else torch.zeros(0, device="cpu")
-    return float(factors.mean()) if len(factors) else 1.0
+    """The mean of the rows' factors (`rapidin.attribution.normalization.row_factors`), 1 without any.
+
+    Of a large cache it is that of some rows in a few shards, since the first look at a shard reads all of it.
+    """
+    if normalize != "weighted":
+        return 1.0
+    known = _mean_factors.get(cache)
+    if known is None or known[0] is not cache.manifest:
+        known = _mean_factors[cache] = cache.manifest, _mean_factor(cache, normalize)
+    return known[1]
+
+
+_mean_factors: WeakKeyDictionary[Cache, tuple[Manifest, float]] = WeakKeyDictionary()
+
+
+def _mean_factor(cache: Cache, normalize: str) -> float:
+    shards = cache.manifest.shards
+    chosen = shards[:: -(-len(shards) // _TYPICAL_SHARDS) or 1]
+    step = max(1, sum(shard.rows for shard in chosen) // _TYPICAL_ROWS)
+    total, count = 0.0, 0
+    for of_file in chosen:
+        for _, shard in cache.shards(within=(of_file.first, of_file.first + 1)):
+            some = (shard.status == 0).nonzero()[::step, 0]
+            read = {name: value[some] for name, value in shard.tensors.items() if name in LENGTHS}
+            factors = row_factors(cache.codec.typical_lengths(read), normalize)
+            assert factors is not None
+            total += float(factors.double().sum())
+            count += int((factors > 0).sum())
+    return total / count if count else 1.0
 
 
 def stored_sketches(cache: Cache, rows: Sequence[int]) -> Tensor:

@@ -36,7 +36,7 @@ class FloatCodec:
     def lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
         return tensors["length"]
 
-    def typical_lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
+    def typical_lengths(self, tensors: Mapping[str, Tensor], zero_gradient: bool | None = None) -> Tensor:
         return typical_length(tensors["length"])
 
     def to(self, device: torch.device) -> FloatCodec:

@@ -149,8 +149,14 @@ class PackedCodec:
 
     # ------------------------------------------------------------------------------------ decoding
 
-    def typical_lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        return tensors["size"] * self.basis.log_length_mean.mean().exp()
+    def typical_lengths(self, tensors: Mapping[str, Tensor], zero_gradient: bool | None = None) -> Tensor:
+        logs = self.basis.log_length_mean  # the sizes are relative to those of the blocks with gradient
+        if zero_gradient is None:
+            zero_gradient = self.has_zero_gradient(tensors)
+        if not zero_gradient:
+            return tensors["size"] * logs.mean().exp()
+        live = (self._length_codes(tensors) > 0).float()
+        return tensors["size"] * ((live @ logs) / live.sum(1).clamp(min=1)).exp()
 
     def lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
         size = tensors["size"][:, None]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from rapidin import ops
 
+LENGTHS = ("length", "size")  # the tensors that have the lengths of rows
 TensorSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of one row of each tensor
 
 
@@ -122,8 +123,9 @@ class Codec(Protocol):
     def lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """Lengths of the blocks: [n, blocks] float32."""
 
-    def typical_lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """The geometric mean of the lengths of each row's blocks: [n] float32, without decoding them."""
+    def typical_lengths(self, tensors: Mapping[str, Tensor], zero_gradient: bool | None = None) -> Tensor:
+        """`typical_length` of each row: [n] float32. tensors: those of `LENGTHS` are read alone;
+        zero_gradient: what `has_zero_gradient` says of these rows, if it is known."""
 
     def to(self, device: torch.device) -> Codec:
         """The same codec with its basis on `device`, where the tensors given to it then have to be."""
