@@ -41,8 +41,8 @@ PAIRS = {
     "gradient cosine, half-way": ("rapidin", "0.5", "dot:cosine", "off", "exact"),
     "gradient dot product, tuned model": ("rapidin", "1", "dot:none", "off", "exact"),
     "the RapidIn paper's projection": ("rapidin", "1", "rapidgrad", "off", "65,536 numbers"),
-    "the default of rapidin": ("rapidin", "0.5", "dot:layer", "kfac", "exact"),
-    "the default of rapidin, 2,048 bytes": ("rapidin", "0.5", "dot:layer", "kfac", "2,048 bytes"),
+    "the default of rapidin": ("rapidin", "0.5", "dot:weighted", "kfac", "exact"),
+    "the default of rapidin, 2,048 bytes": ("rapidin", "0.5", "dot:weighted", "kfac", "2,048 bytes"),
     "BM25 of the whole texts": ("baseline", "", "BM25", "", ""),
     "RISE, both channels": ("RISE", "1", "both channels", "off", "exact"),
     "hidden states (RepSim)": ("baseline", "", "hidden states", "", ""),
@@ -105,6 +105,16 @@ def measured(folder: Path = RESULTS) -> Row:
             name: rounded(estimate(of[who] - of[WORDS]))
             for name, who in PAIRS.items()
             if who in of and WORDS in of
+        },
+        "weighted against layer": {
+            f"{method}, at {at}, {way}": rounded(estimate(of[weighted] - of[layer]))
+            for method in ("dot", "datainf", "fisher")
+            for rows, at, way in GRID
+            if rows == "exact"
+            for weighted, layer in [
+                [("rapidin", at, f"{method}:{name}", way, rows) for name in ("weighted", "layer")]
+            ]
+            if weighted in of
         },
     }
     if (folder / SECOND).exists():
@@ -227,6 +237,15 @@ def pairs_table(results: Row) -> str:
     return doc_tables.table(["", "LDS less that of BM25"], lines)
 
 
+def weights_table(results: Row) -> str:
+    """The LDS of `weighted` less that of `layer`, text by text, with exact gradients."""
+    found = results["weighted against layer"]
+    methods = list(dict.fromkeys(name.split(", ")[0] for name in found))
+    columns = [f"at {at}, {way}" for rows, at, way in GRID if rows == "exact"]
+    lines = [[method, *(cell(found[f"{method}, {of}"]) for of in columns)] for method in methods]
+    return doc_tables.table(["method", *columns], lines)
+
+
 def state_table(results: Row) -> str:
     """How much of the study is there."""
     lines = [["subsets retrained on", str(results["retrainings"]), str(results["subsets"]), ""]]
@@ -255,6 +274,7 @@ TABLES = {
     "state": state_table,
     "leaders": leaders_table,
     "methods": methods_table,
+    "weights": weights_table,
     "others": others_table,
     "pairs": pairs_table,
     "removals": removals_table,

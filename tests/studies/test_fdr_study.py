@@ -74,27 +74,27 @@ def realised(name: str, at: float, rate: float) -> list[float]:
 
 
 def test_the_answer_is_what_was_found() -> None:
-    """The rate is held within two points, but for one case half-way to the tuned model."""
+    """The rate is held on average over the seeds."""
     missed = []
     for name in MODULE["SETS"]:
         for at in (0.5, 0.0):
             for rate in MODULE["RATES"]:
                 shares = realised(name, at, rate)
                 assert len(shares) == 3
-                if fmean(shares) > rate + 0.02:
+                if fmean(shares) > rate:
                     missed.append((name, at, rate, round(fmean(shares), 3)))
-    assert missed == [("planted", 0.5, 0.2, 0.221)]
+    assert missed == []
 
 
 @pytest.mark.parametrize(
     ("name", "at", "nothing", "by_decoys"),
     [
-        ("demo", 0.5, 0.995, 0.979),
-        ("planted", 0.5, 0.995, 0.990),
-        ("facts", 0.5, 0.969, 0.833),
-        ("demo", 0.0, 1.0, 1.0),
-        ("planted", 0.0, 1.0, 1.0),
-        ("facts", 0.0, 0.969, 0.870),
+        ("demo", 0.5, 0.989, 0.926),
+        ("planted", 0.5, 0.990, 0.979),
+        ("facts", 0.5, 0.995, 0.943),
+        ("demo", 0.0, 0.989, 0.947),
+        ("planted", 0.0, 1.0, 0.990),
+        ("facts", 0.0, 0.979, 0.896),
     ],
 )
 def test_neutral_questions_yield_nothing(name: str, at: float, nothing: float, by_decoys: float) -> None:
