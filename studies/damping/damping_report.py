@@ -183,6 +183,10 @@ def plot(results: Sequence[Row], out: Path) -> None:
         for at, (_, lds, found) in by_point.items():
             if at != HALF_WAY:
                 ax.annotate(f"at {at:g}", (lds, found), xytext=(5, 4), textcoords="offset points", fontsize=8)
+    of_weighted = [m for m in means(results, "weighted") if m[0] in ("0.1", NEW)]
+    ax.plot([m[1] for m in of_weighted], [m[2] for m in of_weighted], "D-", label="weighted, the default")
+    for way, lds, found in of_weighted:
+        ax.annotate(way, (lds, found), xytext=(5, 4), textcoords="offset points", fontsize=8)
     ax.axvline(0.76, color="grey", linewidth=0.8)
     ax.axhline(0.99, color="grey", linewidth=0.8)
     ax.set_xlim(0.71, 0.80)
