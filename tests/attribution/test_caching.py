@@ -82,7 +82,7 @@ def test_a_wrong_gradient_is_named_in_the_manifest_and_right_in_cache_and_query(
 
     record = records(6)[4]
     pair = [(record["prompt"], record["completion"])]
-    (result,) = attributor.query(cache, pair, errors=False)
+    (result,) = attributor.query(cache, pair, errors=False, normalize="layer")
     assert result.top[0].index == 4
     assert result.top[0].score == pytest.approx(1.0, abs=1e-4)
 

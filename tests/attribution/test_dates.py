@@ -42,7 +42,9 @@ def test_a_query_replays_the_date_of_the_cache(tmp_path: Path) -> None:
     assert today.settings.date not in (None, "2024-02-29")
     source = today._alone(cache).source()
     assert text(source.example(CHATS[0])).startswith("2024-02-29\n")
-    same, other = (a.query(cache, CHATS[:1])[0].top[0] for a in (attributor(date="2024-02-29"), today))
+    same, other = (
+        a.query(cache, CHATS[:1], normalize="layer")[0].top[0] for a in (attributor(date="2024-02-29"), today)
+    )
     assert (same.index, same.score) == (other.index, other.score) == (0, pytest.approx(1.0, abs=1e-3))
     (result,) = today.query(cache, [{"messages": CHATS[0]["messages"][:1]}], max_new_tokens=4)
     assert result.prompt.startswith("2024-02-29\n")

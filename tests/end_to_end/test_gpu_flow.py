@@ -407,7 +407,7 @@ def test_the_flow_on_emulated_kernels(name: str, cpu_caches: Any, tmp_path: Path
         got = make(name, tmp_path, on_gpu=True)
         made = attributor(kind, on_gpu=True, **settings)
         waits = Counter(gpu.waits)
-        found = made.query(got, TEXTS, top_k=3, examples=False, errors=False, normalize="layer")
+        found = made.query(got, TEXTS, top_k=3, examples=False, errors=False)
         none = made.query(got, TEXTS[:1], top_k=3, examples=False, errors=False, normalize="none")
     assert gpu.problems == []
     once = "rapidin/ops/rotate.py:__init__"  # of a code, with which it is kept

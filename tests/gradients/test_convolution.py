@@ -143,7 +143,7 @@ def test_kfac_and_exact_gradients_of_convolutions(tmp_path: Any) -> None:
     assert attributor.source.config.kind == "kfac"
     cache = attributor.cache(records, tmp_path / "cache")
     assert cache.manifest.gradient["task"] == "signals"
-    results = attributor.query(cache, [records[4]], examples=records, rescore="exact")
+    results = attributor.query(cache, [records[4]], examples=records, rescore="exact", normalize="layer")
     assert results[0].top[0].row == 4
     assert results[0].top[0].score == pytest.approx(1, abs=1e-3)
     assert results[0].top[0].estimate == pytest.approx(1, abs=0.1)
