@@ -100,8 +100,8 @@ def typical_length(lengths: Tensor) -> Tensor:
     """The geometric mean of the lengths of rows' blocks [..., blocks] that are not 0: [...], 0 if all are."""
     live = lengths > 0
     logs = torch.where(live, lengths.clamp(min=1e-38).log(), 0.0)
-    mean = logs.sum(-1) / live.sum(-1).clamp(min=1)
-    return torch.where(live.any(-1), mean.exp(), 0.0)
+    count = live.to(lengths.dtype).sum(-1)  # faster than a sum of booleans
+    return torch.where(count > 0, (logs.sum(-1) / count.clamp(min=1)).exp(), 0.0)
 
 
 class Codec(Protocol):
