@@ -344,6 +344,12 @@ def using(run: World) -> Iterator[World]:
         _world = before
 
 
+def by_itself() -> contextlib.AbstractContextManager[World]:
+    """Inside the block this process shares nothing with the others, as one that reads all while they wait."""
+    run = world()
+    return using(run if run.alone else World())
+
+
 def launched() -> bool:
     """Whether a launcher started this process as one of several."""
     return all(name in os.environ for name in _ENVIRONMENT) and os.environ["WORLD_SIZE"] != "1"

@@ -127,7 +127,7 @@ def net_of_others(
     spanning = [numbers[members[group]] for group in _largest(sums, most)]
     span = _Span.of(scan, [rows for rows in spanning if len(rows)], scored, sketches, on_group)
     noise = _noise(scan.cache, numbers, scan.query.normalize)
-    square = _mean_square(scan.cache, scan.query.normalize)
+    damped = damping * len(numbers) * _mean_square(scan.cache, scan.query.normalize)
     net = torch.empty_like(sums)
     for query, vector in enumerate(scan.query.vectors[: len(scores)]):
         # Coordinates in which the query, and with it each score, is represented without error.
@@ -138,7 +138,6 @@ def net_of_others(
             others = moment - inside @ inside.T
             if noise:
                 others = _without_noise(others, noise * (len(numbers) - len(of_group)))
-            damped = damping * square * len(numbers)
             others = others / damped + torch.eye(len(rows), dtype=torch.float64)
             net[query, group] = asked @ torch.linalg.solve(others, inside.sum(1))
     return net
@@ -177,8 +176,7 @@ def _mean_square(cache: Cache, normalize: str) -> float:
     """The mean over the rows of their squared lengths, of which damping is a share."""
     if normalize != "weighted":
         return 1.0
-    world = distributed.world()
-    with distributed.using(world if world.alone else distributed.World()):
+    with distributed.by_itself():
         _, by_block = squares(cache, normalize, torch.device("cpu"))
     return float(by_block.sum()) / score_divisor(len(by_block), of_directions(normalize)) or 1.0
 
@@ -222,8 +220,7 @@ class _Span:
         on_group(len(rows), len(rows))
         # As vectors of a scan they are divided by the divisor.
         query = torch.stack(sums).float().to(scan.query.vectors.device)
-        world = distributed.world()
-        with distributed.using(world if world.alone else distributed.World()):
+        with distributed.by_itself():
             products = all_scores(CacheScan(cache, ScanQuery(query, scan.query.normalize)))[:, scored]
         vectors = query.flatten(1).cpu() * divisor
         return _Span(vectors, vectors.double() @ vectors.double().T / divisor, products, divisor)

@@ -28,9 +28,10 @@ def of_directions(normalize: str) -> str:
     return "layer" if normalize == "weighted" else normalize
 
 
-def row_factors(typical: Tensor, normalize: str) -> Tensor | None:
-    """What whole rows with these typical lengths [n] are multiplied by, [n, 1], or None for 1."""
-    return typical[:, None] ** ROOT if normalize == "weighted" else None
+def row_factors(typical: Tensor) -> Tensor:
+    """What `weighted` multiplies whole rows with these typical lengths [...] by: [..., 1]."""
+    factors: Tensor = typical[..., None] ** ROOT
+    return factors
 
 
 def divide(x: Tensor | float, lengths: Tensor) -> Tensor:
@@ -50,7 +51,7 @@ def row_divisors(lengths: Tensor, normalize: str) -> Tensor:
     if normalize == "none":
         return torch.ones_like(lengths)
     if normalize == "weighted":
-        return divide(lengths, typical_length(lengths)[..., None] ** ROOT)
+        return divide(lengths, row_factors(typical_length(lengths)))
     return whole_lengths(lengths).expand_as(lengths) if normalize == "cosine" else lengths
 
 
@@ -72,10 +73,10 @@ def score_divisor(blocks: int, normalize: str) -> int:
 def row_scales(lengths: Tensor, normalize: str) -> Tensor:
     """What the unit blocks of rows are multiplied by, from their lengths [n, blocks]: the same shape,
     float32; with `layer` 1, or 0 for a block with zero gradient."""
-    if of_directions(normalize) == "layer":
-        live = (lengths > 0).float()
-        factors = row_factors(typical_length(lengths), normalize)
-        return live if factors is None else live * factors
+    if normalize == "layer":
+        return (lengths > 0).float()
+    if normalize == "weighted":
+        return (lengths > 0) * row_factors(typical_length(lengths))
     return divide(lengths, whole_lengths(lengths)).float() if normalize == "cosine" else lengths
 
 

@@ -77,7 +77,7 @@ def null_scores(
     cache: complete; source: the source that made it; examples: of which the best rows of questions are read;
     decoys: how many the cache gets, which take time as rows do. The leading process runs this alone.
     """
-    world, numbers = distributed.world(), counted_rows(cache)
+    numbers = counted_rows(cache)
     most = (len(numbers) + decoys) // ROWS_PER_TEXT
     if most < LEAST:
         return None
@@ -85,7 +85,7 @@ def null_scores(
         tell("no null distribution for verdicts: the model is sharded")
         return None
     tell("scoring neutral questions and some of the examples, for verdicts on queries")
-    with distributed.using(world if world.alone else distributed.World()):
+    with distributed.by_itself():
         asked = _questions(source, cache.manifest, min(most, MOST_QUESTIONS))
         own = _rows(cache, numbers, source.loaded.device)
         scores = _best_scores(cache, examples, asked, own)

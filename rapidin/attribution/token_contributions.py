@@ -131,9 +131,8 @@ def exact(
         scales = divide(scales, query_divisors(query_lengths[list(owners)], normalize)[:, :1].T)
     if normalize == "cosine":
         scales = divide(scales, whole_lengths(text_lengths))
-    factors = row_factors(typical_length(text_lengths), normalize)
-    if factors is not None:
-        scales = scales * factors
+    if normalize == "weighted":
+        scales = scales * row_factors(typical_length(text_lengths))
     for of_text, scale in zip(sums, scales, strict=True):
         of_text *= scale[:, None]
     return sums

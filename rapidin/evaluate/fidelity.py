@@ -52,9 +52,8 @@ class ExactProducts:
             return cosines.mean(2).numpy()
         if normalize == "weighted":
             weights = divide(q, query_divisors(q, normalize))
-            scores = torch.einsum("qnl,ql->qn", cosines, weights)
-            factors = row_factors(typical_length(n), normalize)
-            return (scores if factors is None else scores * factors[:, 0]).numpy()
+            factors = row_factors(typical_length(n))
+            return (torch.einsum("qnl,ql->qn", cosines, weights) * factors.T).numpy()
         dots = torch.einsum("qnl,ql,nl->qn", cosines, q, n)
         if normalize == "cosine":
             dots = divide(dots, whole_lengths(q) * whole_lengths(n).T)

@@ -298,8 +298,7 @@ def words_text(hit: Hit, sinks: frozenset[int] = frozenset({0})) -> str:
 
 
 def hits_table(title: str, hits: Sequence[Hit], *, bounded: bool) -> RenderableType:
-    """Hits with their scores and examples; bounded: scores are of normalized
-    gradients."""
+    """Hits with their scores and examples; bounded: as of a result."""
     return Padding(_Hits(title, hits, bounded), (1, 0, 0, 0))
 
 

@@ -45,6 +45,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from rapidin import ops
+from rapidin.attribution.normalization import row_factors
 from rapidin.cache.codec import CodecConfig
 from rapidin.cache.codec.plan import typical_length
 from rapidin.gradients.kfac import Spectrum, kfac_scale, needed_directions
@@ -189,7 +190,7 @@ def scores(cosines: Tensor, lengths: Tensor, of_queries: Tensor) -> dict[str, Te
         "layer": cosines.sum(0),
         "root": (cosines * lengths.sqrt().T[:, None]).sum(0),
         "weights": weights,
-        "weighted": weights * typical_length(lengths).sqrt().sqrt(),
+        "weighted": weights * row_factors(typical_length(lengths)).T,
     }
 
 

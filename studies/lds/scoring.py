@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rapidin.attribution.normalization import row_factors
 from rapidin.cache.codec.plan import typical_length
 
 NORMALIZE = ("none", "layer", "cosine")
@@ -58,7 +59,7 @@ class Grams:
             queries = queries.sum(0, keepdim=True).expand_as(queries)
         rows, queries = (torch.where(x > 0, 1 / x, 0.0) for x in (rows, queries))
         if how == "weighted":
-            rows = rows * typical_length(self.true.T) ** 0.25
+            rows = rows * row_factors(typical_length(self.true.T)).T
         return Grams(
             self.train * rows[:, :, None] * rows[:, None, :],
             self.cross * queries[:, :, None] * rows[:, None, :],

@@ -243,9 +243,8 @@ def weights_table(results: Row) -> str:
     methods = list(dict.fromkeys(name.split(", ")[0] for name in found))
     columns = [f"at {at}, {way}" for rows, at, way in GRID if rows == "exact"]
     lines = [
-        [method, *(cell(found[name]) if name in found else "" for name in names)]
+        [method, *(cell(row) if (row := found.get(f"{method}, {of}")) else "" for of in columns)]
         for method in methods
-        for names in [[f"{method}, {of}" for of in columns]]
     ]
     return doc_tables.table(["method", *columns], lines)
 

@@ -37,12 +37,7 @@ from rapidin.attribution.methods.vectors import (
     mean_factor,
     vectors_of,
 )
-from rapidin.attribution.normalization import (
-    NORMALIZE,
-    query_vectors,
-    score_divisor,
-    target_vectors,
-)
+from rapidin.attribution.normalization import NORMALIZE, query_vectors, score_divisor, target_vectors
 from rapidin.attribution.options import METHODS
 from rapidin.cache import Cache
 from rapidin.errors import UserError
@@ -109,12 +104,12 @@ def prepare(
     if targets is not None and len(targets[0]):
         of_targets = target_vectors(targets[0], sketch[list(targets[1])], normalize)
         vectors = torch.cat([vectors.float(), of_targets])
-    if cache is not None and normalize == "weighted":
-        vectors = vectors / mean_factor(cache, normalize)
     if cache is None:
         if method != "dot":
             raise TypeError(f"the method '{method}' needs the cache")
-    elif method in DAMPED:
+        return ScanQuery(vectors.float().contiguous(), normalize)
+    vectors = vectors / mean_factor(cache, normalize)
+    if method in DAMPED:
         damping = damping or default_damping(method, cache)
         if method == "datainf":
             vectors = datainf.precondition_query(cache, vectors, normalize, damping, limits)

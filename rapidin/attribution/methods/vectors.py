@@ -45,8 +45,8 @@ class ScanQuery:
     """What a cache is scanned for.
 
     vectors: [Q, blocks, width] float32; normalize: the normalization by which they were made, and by which
-    rows are scaled;
-    factors: [rows, blocks] float32 on the CPU, by which each row's blocks are also multiplied, or None.
+    rows are scaled; factors: [rows, blocks] float32 on the CPU, by which each row's blocks are also
+    multiplied, or None.
     """
 
     vectors: Tensor
@@ -66,10 +66,10 @@ class ScanQuery:
         tensors: the codec's, of these rows; factors: the query's factors of these rows; zero_gradient: what
         the codec says of them, if it is known.
         """
-        if factors is None and of_directions(self.normalize) == "layer":
-            if self.normalize == "layer":
-                return None
-            return row_factors(codec.typical_lengths(tensors, zero_gradient), self.normalize)
+        if factors is None and self.normalize == "layer":
+            return None
+        if factors is None and self.normalize == "weighted":
+            return row_factors(codec.typical_lengths(tensors, zero_gradient))
         scales = row_scales(codec.lengths(tensors), self.normalize)
         return scales if factors is None else factors * scales
 
@@ -104,14 +104,14 @@ def mean_factor(cache: Cache, normalize: str) -> float:
         return 1.0
     known = _mean_factors.get(cache)
     if known is None or known[0] is not cache.manifest:
-        known = _mean_factors[cache] = cache.manifest, _mean_factor(cache, normalize)
+        known = _mean_factors[cache] = cache.manifest, _mean_factor(cache)
     return known[1]
 
 
 _mean_factors: WeakKeyDictionary[Cache, tuple[Manifest, float]] = WeakKeyDictionary()
 
 
-def _mean_factor(cache: Cache, normalize: str) -> float:
+def _mean_factor(cache: Cache) -> float:
     shards = cache.manifest.shards
     chosen = shards[:: -(-len(shards) // _TYPICAL_SHARDS) or 1]
     step = max(1, sum(shard.rows for shard in chosen) // _TYPICAL_ROWS)
@@ -120,8 +120,7 @@ def _mean_factor(cache: Cache, normalize: str) -> float:
         for _, shard in cache.shards(within=(of_file.first, of_file.first + 1)):
             some = (shard.status == 0).nonzero()[::step, 0]
             read = {name: value[some] for name, value in shard.tensors.items() if name in LENGTHS}
-            factors = row_factors(cache.codec.typical_lengths(read), normalize)
-            assert factors is not None
+            factors = row_factors(cache.codec.typical_lengths(read))
             total += float(factors.double().sum())
             count += int((factors > 0).sum())
     return total / count if count else 1.0

@@ -144,7 +144,7 @@ class PreparedQuery(Protocol):
         self, tensors: Mapping[str, Tensor], scales: Tensor | None, zero_gradient: bool | None = None
     ) -> ScanPlan:
         """The scan of a shard's rows, whose blocks are multiplied by `scales` [n, blocks], if any, or by one
-        number a row, [n, 1], which costs a scan nothing.
+        number a row, [n, 1], with which packed rows are still scanned in integers.
 
         zero_gradient: what the codec's `has_zero_gradient` says of these rows, if it is known. Otherwise it
         is computed, which makes a GPU wait.
