@@ -48,6 +48,10 @@ PYBIND11_MODULE(_cpu, m) {
 
     m.def("supported_sets", &supported_sets, "Instruction sets of this machine, the best last.");
     m.def("current_set", [] { return std::string(kernels().name); });
+    m.def("processor", [] {
+        const Processor found = processor();
+        return py::make_tuple(found.vendor, found.family);
+    });
     m.def("use_set", &use_set, py::arg("name"), "Force an instruction set (for tests).");
 
     m.def(

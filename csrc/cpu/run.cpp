@@ -99,6 +99,19 @@ void use_set(const std::string& name) {
     throw std::invalid_argument("this machine has no instruction set '" + name + "'");
 }
 
+Processor processor() {
+    Processor found{"", 0};
+#ifdef RAPIDIN_X86
+    unsigned a, b, c, d;
+    if (!__get_cpuid(0, &a, &b, &c, &d)) return found;
+    for (const unsigned part : {b, d, c}) found.vendor.append(reinterpret_cast<const char*>(&part), sizeof part);
+    if (!__get_cpuid(1, &a, &b, &c, &d)) return found;
+    const unsigned family = a >> 8 & 15u;
+    found.family = static_cast<int>(family == 15u ? family + (a >> 20 & 255u) : family);
+#endif
+    return found;
+}
+
 // ---- hash ----
 
 void hash_words(uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint32_t* out) {

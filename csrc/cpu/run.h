@@ -13,6 +13,13 @@ std::vector<std::string> supported_sets();       // best last
 const Kernels& kernels();                        // the set in use
 void use_set(const std::string& name);           // throws std::invalid_argument where this machine lacks it
 
+// As the processor names itself; "" and 0 where it is not x86.
+struct Processor {
+    std::string vendor;
+    int family;
+};
+Processor processor();
+
 void hash_words(uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint32_t* out);
 void permutation(uint64_t seed, uint32_t stream, uint32_t first, int64_t n, uint32_t* out);
 // [n]: bin | sign of each index

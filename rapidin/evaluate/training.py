@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from rapidin import ops
 from rapidin.errors import UserError
 from rapidin.evaluate.settings import Recipe
 from rapidin.gradients.adam import without_weight_decay
@@ -96,7 +97,8 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     device = next(iter(weights.values())).device
-    loss = batch_loss(model, TokenBatch.of([(example.ids, example.target) for example in examples], device))
+    with ops.faster_linear():
+        loss = batch_loss(model, TokenBatch.of([(each.ids, each.target) for each in examples], device))
     optimizer.zero_grad()
     torch.autograd.backward(loss)
     if clip is not None:
@@ -207,9 +209,11 @@ def losses(
         chosen = order[-max(1, batch_tokens // longest) :]
         del order[-len(chosen) :]
         some: list[Any] = [examples[n] for n in chosen]
-        if task is None:
-            found = example_losses(model, TokenBatch.of([(each.ids, each.target) for each in some], device))
-        else:
-            found = task.losses(model, task.batch(some, device))
+        with ops.faster_linear():
+            if task is None:
+                texts = TokenBatch.of([(each.ids, each.target) for each in some], device)
+                found = example_losses(model, texts)
+            else:
+                found = task.losses(model, task.batch(some, device))
         result[chosen] = found.float().cpu()
     return result

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rapidin.gradients.parameters import Target, block_seed
 from rapidin.gradients.scale import Scale
-from rapidin.ops import LowRank
+from rapidin.ops import LowRank, matmul
 
 _TOGETHER = 16  # directions
 OVERSAMPLING = 32  # columns of the random sketch beyond the rank that is kept
@@ -88,8 +88,8 @@ class SideMoment:
         if self.diagonal:
             self._sum += squares
             return
-        right = x if self._test is None else x @ self._test.float()
-        self._sum += (x.T @ right).double() * scale
+        right = x if self._test is None else matmul(x, self._test.float())
+        self._sum += matmul(x.T, right).double() * scale
 
     def add_counts(self, counts: Tensor) -> None:
         """Add one-hot vectors, given the number of each, [n] float64."""

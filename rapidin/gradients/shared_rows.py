@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from rapidin import ops
+
 # How far the inputs of a layer may differ between rows by rounding, by the length of a token's: so many times
 # the number format's epsilon, and in float32 what the layers before may make of it.
 _MOST_ROUNDING, _LEAST_ROUNDING = 4, 1e-4
@@ -33,7 +35,7 @@ class _FirstRow(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return grads[0] @ weight, None, None
+        return ops.matmul(grads[0], weight), None, None
 
 
 def _of_first(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ from rapidin.ops.flat_sketch import flat_sketch
 from rapidin.ops.linear_sketch import embedding_sketch, linear_sketch
 from rapidin.ops.low_rank import LowRank
 from rapidin.ops.matrix_sketch import matrix_sketch
+from rapidin.ops.onednn import faster_linear, matmul
 from rapidin.ops.packed import Packed, pack, packed_bytes, unpack
 from rapidin.ops.rotate import Cut, rotate, unit_blocks
 from rapidin.ops.stack_sketch import add_at, stack_sketch
@@ -19,8 +20,10 @@ __all__ = [
     "ScanQueries",
     "add_at",
     "embedding_sketch",
+    "faster_linear",
     "flat_sketch",
     "linear_sketch",
+    "matmul",
     "matrix_sketch",
     "pack",
     "packed_bytes",

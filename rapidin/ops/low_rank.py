@@ -19,6 +19,7 @@ from torch import Tensor
 
 from rapidin.ops import tables
 from rapidin.ops.lifetimes import not_captured, upload
+from rapidin.ops.onednn import addmm, matmul
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,10 +90,10 @@ class LowRank:
         """x [..., n], of any float dtype, preconditioned, in float32: large values nearly cancel, and with
         fewer digits the small remainder would be lost."""
         if self.matrix is not None:
-            return x.float() @ self.matrix
+            return matmul(x.float(), self.matrix)
         x = x.float()
-        projected = (x @ self.basis) * self.gain
-        return torch.addmm(x.flatten(0, -2), projected.flatten(0, -2), self.basis.T).view_as(x)
+        projected = matmul(x, self.basis).mul_(self.gain)
+        return addmm(x, projected, self.basis.T)
 
     @cached_property
     def matrix(self) -> Tensor | None:
@@ -160,7 +161,7 @@ def coefficients(x: Tensor, low_rank: LowRank) -> Tensor:
 
     A float32 product: on a GPU, kernels take `products_with_high_and_low`.
     """
-    return (x.float() @ low_rank.basis) * low_rank.gain
+    return matmul(x.float(), low_rank.basis).mul_(low_rank.gain)
 
 
 def products_with_high_and_low(x: Tensor, low_rank: LowRank) -> Tensor:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from rapidin import distributed
+from rapidin import distributed, ops
 
 
 def cache_use(model: nn.Module) -> bool | None:
@@ -40,11 +40,13 @@ def inner_model(model: Any) -> Any:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is in evaluation mode; every module's mode is restored after it."""
+    """Inside the block the model is in evaluation mode; every module's mode is restored after it. Its linear
+    layers are multiplied in the fastest way."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        yield
+        with ops.faster_linear():
+            yield
     finally:
         for module, training in before:
             module.training = training

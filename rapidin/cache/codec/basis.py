@@ -11,6 +11,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from rapidin import ops
 from rapidin.cache.codec.fit import RowShape
 from rapidin.cache.codec.learn import LearnedBasis
 
@@ -110,7 +111,7 @@ class Basis:
     def project(self, x: Tensor) -> Tensor:
         """Coordinates of each block in its own basis: [n, blocks, width] -> [n, sum p_b]."""
         if x.device.type == "cpu":
-            return torch.cat([x[:, b] @ axes for b, axes in enumerate(self.per_layer)], 1)
+            return torch.cat([ops.matmul(x[:, b], axes) for b, axes in enumerate(self.per_layer)], 1)
         return self.project_batched(x)
 
     def project_batched(self, x: Tensor) -> Tensor:
@@ -245,8 +246,8 @@ def _residual_weight(
     gram, sketch_error = learned.mean.new_zeros(m, m), learned.mean.new_zeros(())
     for b, axes in enumerate(per_layer):
         x = learned.cross_fitted(b)
-        x = x - (x @ axes) @ axes.T
-        gram += x @ x.T
+        x = x - ops.matmul(ops.matmul(x, axes), axes.T)
+        gram += ops.matmul(x, x.T)
         sketch_error += x.square().sum(1).mean() ** 2 / width
     off_diagonal = gram.square().sum() - gram.diagonal().square().sum()
     signal = (off_diagonal / max(1, m * (m - 1)) - sketch_error).clamp(min=0)

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rapidin import ops
+
 _TINY = 1e-30
 
 
@@ -60,8 +62,10 @@ def principal_directions(x: Tensor, r: int) -> Tensor:
     r' < r if the rows span fewer.
     """
     wide = x.shape[1] > x.shape[0]
-    values, vectors = _largest_eigenpairs((x @ x.T if wide else x.T @ x).double(), r, len(x))
-    return (x.T @ (vectors / values.sqrt()).float()).contiguous() if wide else vectors.float()
+    values, vectors = _largest_eigenpairs(
+        (ops.matmul(x, x.T) if wide else ops.matmul(x.T, x)).double(), r, len(x)
+    )
+    return ops.matmul(x.T, (vectors / values.sqrt()).float()).contiguous() if wide else vectors.float()
 
 
 def _largest_eigenpairs(gram: Tensor, r: int, energy: float) -> tuple[Tensor, Tensor]:
@@ -82,12 +86,13 @@ class _SharedBasis:
         for b in range(blocks):
             x = sample[rows, b].float()
             self.mean[b] = x.mean(0)
-            gram += (x - self.mean[b]) @ (x - self.mean[b]).T
+            x = x - self.mean[b]
+            gram += ops.matmul(x, x.T)
         values, vectors = _largest_eigenpairs(gram.double(), r, len(rows) * blocks)
         scaled = (vectors / values.sqrt()).float()
         self.directions = torch.empty(blocks, width, scaled.shape[1], device=sample.device)
         for b in range(blocks):
-            self.directions[b] = (sample[rows, b].float() - self.mean[b]).T @ scaled
+            self.directions[b] = ops.matmul((sample[rows, b].float() - self.mean[b]).T, scaled)
 
     def project(self, sample: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Coordinates of these examples about the mean, [n, r], and their squared lengths, [n]."""
@@ -95,7 +100,7 @@ class _SharedBasis:
         square = self.mean.new_zeros(len(rows))
         for b in range(sample.shape[1]):
             x = sample[rows, b].float() - self.mean[b]
-            coordinates += x @ self.directions[b]
+            coordinates += ops.matmul(x, self.directions[b])
             square += x.square().sum(1)
         return coordinates, square
 

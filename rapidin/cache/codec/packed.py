@@ -93,9 +93,10 @@ class PackedCodec:
         has_basis = shape.shared or sum(shape.per_layer)
         remainder = unit - basis.mean if has_basis else unit
         if shape.shared:
-            shared = ops.pack(remainder.flatten(1) @ basis.shared, "int8")
+            shared = ops.pack(ops.matmul(remainder.flatten(1), basis.shared), "int8")
             tensors[SHARED], scales[:, 0] = shared.codes, _scale(shared)
-            remainder = remainder - (ops.unpack(_rounded(shared)) @ basis.shared.T).view_as(remainder)
+            decoded = ops.matmul(ops.unpack(_rounded(shared)), basis.shared.T)
+            remainder = remainder - decoded.view_as(remainder)
         if sum(shape.per_layer):
             coordinates = basis.project(remainder)
             per_layer = ops.pack(coordinates / basis.per_layer_rms, "sign")
@@ -198,7 +199,7 @@ class PackedCodec:
         n = len(tensors["scale"])
         out = basis.mean.expand(n, -1, -1).clone()
         if SHARED in parts:
-            out += (ops.unpack(parts[SHARED]) @ basis.shared.T).view_as(out)
+            out += ops.matmul(ops.unpack(parts[SHARED]), basis.shared.T).view_as(out)
         coordinates: Tensor | None = None  # in the bases of the layers
         if PER_LAYER in parts:
             coordinates = ops.unpack(parts[PER_LAYER]) * basis.per_layer_rms
@@ -239,7 +240,7 @@ class _PackedQuery:
         remainder = vectors
         self.coordinates: dict[str, Tensor] = {}
         if shape.shared:
-            self.coordinates[SHARED] = vectors.flatten(1) @ basis.shared
+            self.coordinates[SHARED] = ops.matmul(vectors.flatten(1), basis.shared)
         if sum(shape.per_layer):
             coordinates = basis.project(remainder)
             remainder = remainder - basis.lift(coordinates)

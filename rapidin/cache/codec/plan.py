@@ -98,10 +98,11 @@ def _row_count(rows: Tensor | ops.Packed) -> int:
 
 def typical_length(lengths: Tensor) -> Tensor:
     """The geometric mean of the lengths of rows' blocks [..., blocks] that are not 0: [...], 0 if all are."""
-    live = lengths > 0
-    logs = torch.where(live, lengths.clamp(min=1e-38).log(), 0.0)
-    count = live.to(lengths.dtype).sum(-1)  # faster than a sum of booleans
-    return torch.where(count > 0, (logs.sum(-1) / count.clamp(min=1)).exp(), 0.0)
+    # In place and by products: a scan computes it for all its rows, and `where` takes three times as long.
+    live = (lengths > 0).to(lengths.dtype)
+    count = live.sum(-1)
+    logs = lengths.clamp(min=1e-38).log_().mul_(live)
+    return (logs.sum(-1) / count.clamp(min=1)).exp() * (count > 0)
 
 
 class Codec(Protocol):

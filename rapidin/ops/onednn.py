@@ -1,0 +1,152 @@
+"""Products of float32 matrices on a CPU, by the faster of the two libraries that torch has for them.
+
+torch multiplies float32 matrices with MKL, which takes its AVX2 code on processors of other makers than
+Intel's. oneDNN, which torch has too, takes AVX-512 wherever there is any. On AMD's Zen 5, whose AVX-512 units
+are as wide as its registers, that is more than twice as fast: bench/bench_matmul.py compares the two. Of
+other processors nothing was measured, and all products there are torch's own.
+
+RAPIDIN_ONEDNN=on takes oneDNN on any processor, RAPIDIN_ONEDNN=off on none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from rapidin.errors import UserError
+from rapidin.ops import _cpu
+
+_ZEN_5 = ("AuthenticAMD", 0x1A)  # vendor and family of the first such processors
+_LEAST = 1 << 21  # multiply-adds of a product that is worth it: a call of oneDNN takes some 10 us more
+_LEAST_ROWS = 4  # with fewer, reading the matrix is most of the work
+
+
+@cache
+def onednn_is_faster() -> bool:
+    """Whether large products are oneDNN's on this machine. Raises UserError if RAPIDIN_ONEDNN has another
+    value than on, off and auto."""
+    wanted = os.environ.get("RAPIDIN_ONEDNN", "auto")
+    if wanted not in ("on", "off", "auto"):
+        raise UserError(f"RAPIDIN_ONEDNN must be on, off or auto, got '{wanted}'")
+    libraries: Any = torch.backends
+    there = libraries.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if wanted == "auto":
+        known = is_faster_on(*_cpu.processor(), _cpu.supported_sets())
+        return bool(there and known and libraries.mkl.is_available())
+    return bool(there and wanted == "on")
+
+
+def is_faster_on(vendor: str, family: int, instruction_sets: Sequence[str]) -> bool:
+    """Whether oneDNN is known to be faster than MKL on a processor of this vendor and family."""
+    return vendor == _ZEN_5[0] and family >= _ZEN_5[1] and "avx512" in instruction_sets
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x @ weight.T + bias; x: [..., n], weight: [m, n], bias: [m] -> [..., m].
+
+    By oneDNN where that is faster and no graph is needed. It is as exact as torch's own product, but sums in
+    another order.
+    """
+    needs_graph = torch.is_grad_enabled() and any(
+        each is not None and each.requires_grad for each in (x, weight, bias)
+    )
+    if needs_graph or not is_worth_it(x, weight, bias):
+        return F.linear(x, weight, bias)
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
+
+
+def matmul(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y as `linear` multiplies; x: [..., n], y: [n, m] -> [..., m]."""
+    return linear(x, y.T)
+
+
+def addmm(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
+    """total + x @ y as `linear` multiplies; total: [..., m], x: [..., n], y: [n, m]."""
+    if is_worth_it(x, y.T):
+        return matmul(x, y).add_(total)
+    return torch.addmm(total.flatten(0, -2), x.flatten(0, -2), y).view_as(total)
+
+
+def faster_linear() -> AbstractContextManager[Any]:
+    """Inside the block the large linear layers of float32 models on a CPU are multiplied as by `linear`, and
+    so are their gradients, in a backward pass after it."""
+    return _FasterLinear() if onednn_is_faster() else nullcontext()
+
+
+def is_worth_it(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
+    """Whether `linear` multiplies these by oneDNN, if no graph is needed."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    features = x.shape[-1]
+    return (
+        x.numel() >= _LEAST_ROWS * features
+        and x.numel() * weight.shape[0] >= _LEAST
+        and all(each.dtype == torch.float32 and each.device.type == "cpu" for each in tensors)
+        and bool(torch.backends.mkldnn.enabled)
+        and onednn_is_faster()
+    )
+
+
+class _FasterLinear(TorchFunctionMode):
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        if torch.compiler.is_compiling():
+            return func(*args, **(kwargs or {}))
+        if func is F.linear and not kwargs and _is_layer(*args):
+            return _multiplied(*args)
+        if func is torch.addmm and not kwargs and len(args) == 3:  # GPT-2's layers
+            bias, x, weight = args
+            if isinstance(weight, Tensor) and weight.ndim == 2 and _is_layer(x, weight.T, bias):
+                return _multiplied(x, weight.T, bias)
+        return func(*args, **(kwargs or {}))
+
+
+def _is_layer(x: Any, weight: Any, bias: Any = None) -> bool:
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    return (
+        all(type(each) in (Tensor, nn.Parameter) for each in tensors)
+        and x.ndim > 1
+        and weight.ndim == 2
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and is_worth_it(x, weight, bias)
+        and not torch.is_autocast_enabled("cpu")
+        and torch._C._functorch.peek_interpreter_stack() is None  # its tensors know no other functions
+        # A checkpoint has such hooks. Its second forward pass may be outside the block, and must be the same.
+        and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
+    )
+
+
+def _multiplied(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Any:
+    apply: Any = _Linear.apply
+    return apply(x, weight, bias)
+
+
+class _Linear(torch.autograd.Function):
+    """`linear` with its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        needs_x, needs_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight if needs_x else None)
+        return linear(x, weight, bias)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        rows = grads[0].flatten(0, -2)
+        return (
+            None if weight is None else matmul(grads[0], weight),
+            None if x is None else matmul(rows.T, x.flatten(0, -2)),
+            rows.sum(0) if ctx.needs_input_grad[2] else None,
+        )
