@@ -14,7 +14,7 @@ struct Sign {
     static Bytes plane(Bytes x, int p) { return and_bytes(x, static_cast<uint8_t>(1 << p)); }
 };
 struct Int4 {
-    static constexpr int kPlanes = 2, kShift = 0;
+    static constexpr int kPlanes = 2, kShift = kNibbleShift;
     static Bytes plane(Bytes x, int p) { return nibbles(x, p); }
 };
 struct Int8 {
@@ -22,17 +22,18 @@ struct Int8 {
     static Bytes plane(Bytes x, int) { return xor_bytes(x, 128); }
 };
 
-// How far ahead of a row's bytes memory is asked for, whichever rows lie there: the next ones, mostly. Only of signs: what a
-// processor does at once holds few of their many products, and so few loads. Of other rows it holds enough, and asking costs time while a row is multiplied with one or two queries.
+// Bytes ahead of a row's that memory is asked for, whichever rows lie there. Only of signs, whose many products leave a processor room for few loads. With other packed rows asking gains
+// nothing.
 constexpr int64_t kSignAhead = 16 << 10;
 
-// For few queries: sums[q] += products of one row. As many planes at once as their sums fit the registers, so
-// that a byte of the row is loaded once or twice.
+// For few queries: all[q], whose total is the sum of products of one row. As many planes at once as their sums fit the
+// registers, so that a byte of the row is loaded once or twice.
 template <class Format, int Q>
-inline void multiply_row(const uint8_t* row, int64_t length, const int8_t* queries, int64_t* sums) {
+inline void multiply_row(const uint8_t* row, int64_t length, const int8_t* queries, ByteSums* all) {
     constexpr int kSums = kBytes == 64 ? 16 : 8;  // of the registers; the rest is for the row and masks
     constexpr int P = Format::kPlanes * Q <= kSums ? Format::kPlanes : kSums / Q;
-    for (int low = 0; low < Format::kPlanes; low += P) {
+    for (int q = 0; q < Q; ++q) all[q] = no_sums();
+    for (int low = Format::kPlanes - P; low >= 0; low -= P) {
         ByteSums sum[P][Q];
         for (int p = 0; p < P; ++p)
             for (int q = 0; q < Q; ++q) sum[p][q] = no_sums();
@@ -51,11 +52,8 @@ inline void multiply_row(const uint8_t* row, int64_t length, const int8_t* queri
             add_group([&](int64_t j) { return load_row_bytes(row + i + j); });
         }
         if (i < length) add_group([&](int64_t j) { return load_first_bytes(row + i + j, length - i - j); });
-        for (int q = 0; q < Q; ++q) {
-            ByteSums all = sum[P - 1][q];
-            for (int p = P - 2; p >= 0; --p) all = add_sums(shift_sums<Format::kShift>(all), sum[p][q]);
-            sums[q] += total(all) >> low;  // low > 0 with kSign only, whose sums are multiples of 2^low
-        }
+        for (int q = 0; q < Q; ++q)
+            for (int p = P - 1; p >= 0; --p) all[q] = add_sums(shift_sums<Format::kShift>(all[q]), sum[p][q]);
     }
 }
 
@@ -63,12 +61,26 @@ inline void multiply_row(const uint8_t* row, int64_t length, const int8_t* queri
 template <class Format, int Q>
 __attribute__((noinline)) void multiply_each(const uint8_t* rows, int64_t count, int64_t stride_row, int64_t length,
                                              const int8_t* queries, int64_t* sums) {
-    for (int64_t r = 0; r < count; ++r) multiply_row<Format, Q>(rows + r * stride_row, length, queries, sums + r * Q);
+    int64_t r = 0;
+    for (; r + 4 <= count; r += 4) {
+        ByteSums all[4][Q];
+        for (int n = 0; n < 4; ++n) multiply_row<Format, Q>(rows + (r + n) * stride_row, length, queries, all[n]);
+        for (int q = 0; q < Q; ++q) {
+            int32_t of_row[4];
+            totals(all[0][q], all[1][q], all[2][q], all[3][q], of_row);
+            for (int n = 0; n < 4; ++n) sums[(r + n) * Q + q] += of_row[n];
+        }
+    }
+    for (; r < count; ++r) {
+        ByteSums all[Q];
+        multiply_row<Format, Q>(rows + r * stride_row, length, queries, all);
+        for (int q = 0; q < Q; ++q) sums[r * Q + q] += total(all[q]);
+    }
 }
 
-// sums[r * stride_sums + q] += products of R rows and Q queries. A plane at a time, so that one
-// register a row and query is enough: sums of higher planes are shifted to those of the next.
-template <class Format, int R, int Q>
+// sums[r * stride_sums + q] += products of R rows and Q queries, over whole groups or over a shorter one. A plane at a time,
+// so that one register a row and query is enough: sums of higher planes are shifted to those of the next.
+template <class Format, int R, int Q, bool Whole>
 inline void multiply_tile(const uint8_t* rows, int64_t stride_row, int64_t length, const int8_t* queries, int64_t plane,
                           int64_t* sums, int64_t stride_sums) {
     ByteSums sum[R][Q];
@@ -77,29 +89,31 @@ inline void multiply_tile(const uint8_t* rows, int64_t stride_row, int64_t lengt
     for (int p = Format::kPlanes - 1; p >= 0; --p) {
         for (int r = 0; r < R; ++r)
             for (int q = 0; q < Q; ++q) sum[r][q] = shift_sums<Format::kShift>(sum[r][q]);
-        const auto add_bytes = [&](int64_t i, auto load) {
-            const int8_t* at = queries + p * plane + i / kGroup * kGroup * Q + i % kGroup;
-            Bytes x[R];
-            // The highest plane comes first: the next rows are called for meanwhile. Where they have come for another tile of
-            // queries already, asking again costs little beside this many products.
-            for (int r = 0; p == Format::kPlanes - 1 && r < R; ++r) prefetch(rows + (r + R) * stride_row + i);
-            for (int r = 0; r < R; ++r) x[r] = Format::plane(load(rows + r * stride_row + i), p);
-            for (int q = 0; q < Q; ++q) {
-                const Bytes y = load_bytes(at + q * kGroup);
-                for (int r = 0; r < R; ++r) sum[r][q] = add_products(sum[r][q], x[r], y);
+        // Each plane calls for some of the next rows meanwhile. Where they have come for another tile of queries already,
+        // asking again costs little beside this many products.
+        constexpr int kAsked = (R + Format::kPlanes - 1) / Format::kPlanes;
+        const uint8_t* next = rows + (p * kAsked < R ? R + p * kAsked : 0) * stride_row;
+        const int8_t* at = queries + p * plane;
+        for (int64_t i = 0; i < length; i += kGroup, at += Q * kGroup) {
+            for (int n = 0; Whole && n < kAsked; ++n) prefetch(next + n * stride_row + i);
+            for (int64_t j = 0; j < kGroup; j += kBytes) {
+                Bytes x[R];
+                for (int r = 0; r < R; ++r) {
+                    const uint8_t* row = rows + r * stride_row + i + j;
+                    x[r] = Format::plane(Whole ? load_bytes(row) : load_first_bytes(row, length - j), p);
+                }
+                for (int q = 0; q < Q; ++q) {
+                    const Bytes y = load_bytes(at + q * kGroup + j);
+                    for (int r = 0; r < R; ++r) sum[r][q] = add_products(sum[r][q], x[r], y);
+                }
             }
-        };
-        int64_t i = 0;
-        for (; i + kBytes <= length; i += kBytes) add_bytes(i, [](const uint8_t* p) { return load_bytes(p); });
-        if (i < length) add_bytes(i, [&](const uint8_t* p) { return load_first_bytes(p, length - i); });
+        }
     }
     for (int q = 0; q < Q; ++q) {
         int32_t of_row[R];
-        if constexpr (R == 4) {
-            totals(sum[0][q], sum[1][q], sum[2][q], sum[3][q], of_row);
-        } else {
-            for (int r = 0; r < R; ++r) of_row[r] = total(sum[r][q]);
-        }
+        constexpr int kFours = R / 4 * 4;
+        for (int r = 0; r < kFours; r += 4) totals(sum[r][q], sum[r + 1][q], sum[r + 2][q], sum[r + 3][q], of_row + r);
+        for (int r = kFours; r < R; ++r) of_row[r] = total(sum[r][q]);
         for (int r = 0; r < R; ++r) sums[r * stride_sums + q] += of_row[r];
     }
 }
@@ -107,12 +121,17 @@ inline void multiply_tile(const uint8_t* rows, int64_t stride_row, int64_t lengt
 template <class Format, int Q>
 inline void multiply_rows(const uint8_t* rows, int64_t count, int64_t stride_row, int64_t length, const int8_t* queries,
                           int64_t plane, int64_t* sums, int64_t stride_sums) {
-    constexpr int R = kBytes == 64 ? 4 : 3;  // R * Q sums, the rows and a query fit the registers: 32 with AVX-512, 16 before
+    constexpr int R = kBytes == 64 ? 6 : 3;  // R * Q sums, the rows and a query fit the registers: 32 with AVX-512, 16 before
+    const int64_t whole = length / kGroup * kGroup;
     int64_t r = 0;
-    for (; r + R <= count; r += R)
-        multiply_tile<Format, R, Q>(rows + r * stride_row, stride_row, length, queries, plane, sums + r * stride_sums, stride_sums);
-    for (; r < count; ++r)
-        multiply_tile<Format, 1, Q>(rows + r * stride_row, stride_row, length, queries, plane, sums + r * stride_sums, stride_sums);
+    const auto run = [&](auto tile, auto rest) {
+        const uint8_t* from = rows + r * stride_row;
+        if (whole) tile(from, stride_row, whole, queries, plane, sums + r * stride_sums, stride_sums);
+        if (whole < length)
+            rest(from + whole, stride_row, length - whole, queries + whole * Q, plane, sums + r * stride_sums, stride_sums);
+    };
+    for (; r + R <= count; r += R) run(multiply_tile<Format, R, Q, true>, multiply_tile<Format, R, Q, false>);
+    for (; r < count; ++r) run(multiply_tile<Format, 1, Q, true>, multiply_tile<Format, 1, Q, false>);
 }
 
 // Packed rows and the integer queries that they are multiplied with.

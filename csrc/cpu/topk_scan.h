@@ -12,6 +12,8 @@ namespace rapidin {
 namespace {
 
 constexpr int64_t kFewQueries = 4;
+// Bytes ahead of a row's that memory is asked for, whichever rows lie there, where a row is multiplied with one or two queries.
+constexpr int64_t kFloatsAhead = 8 << 10;
 
 template <class T>
 inline Wide load_tail(const T* p, int64_t n) {
@@ -36,6 +38,7 @@ inline void dot_tile(const T* rows, int64_t stride_row, const float* queries, in
     int64_t i = 0;
     for (; i + kWide <= length; i += kWide) {
         Wide x[R];
+        if (R == 1 && Q <= 2) prefetch(rows + i + kFloatsAhead / sizeof(T));
         for (int r = 0; r < R; ++r) x[r] = load_wide(rows + r * stride_row + i);
         for (int q = 0; q < Q; ++q) {
             const Wide y = load_wide(queries + q * stride_query + i);

@@ -24,10 +24,16 @@ inline Bytes load_row_bytes(const void* p) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(half)), _mm256_loadu_si256(half + 1), 1);
 }
 inline Bytes and_bytes(Bytes x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
+// The low nibbles or, where they are, the high ones: products of those fit the sums.
+constexpr int kNibbleShift = -4;
+inline Bytes nibbles(Bytes x, int p) { return and_bytes(x, static_cast<uint8_t>(15 << 4 * p)); }
 inline Bytes xor_bytes(Bytes x, uint8_t mask) { return _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
-inline Bytes nibbles(Bytes x, int p) { return and_bytes(_mm512_srl_epi16(x, _mm_cvtsi32_si128(4 * p)), 15); }
 inline ByteSums no_sums() { return _mm512_setzero_si512(); }
-inline ByteSums add_products(ByteSums sums, Bytes x, Bytes y) { return _mm512_dpbusd_epi32(sums, x, y); }
+// Assembler, since with the intrinsic GCC copies each register of sums twice.
+inline ByteSums add_products(ByteSums sums, Bytes x, Bytes y) {
+    __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "vm"(y));
+    return sums;
+}
 inline ByteSums add_sums(ByteSums x, ByteSums y) { return _mm512_add_epi32(x, y); }
 template <int Bits>
 inline ByteSums shift_sums(ByteSums x) {  // left; right where Bits < 0
@@ -54,6 +60,7 @@ using ByteSums = __m256i;
 inline Bytes load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline Bytes and_bytes(Bytes x, uint8_t mask) { return _mm256_and_si256(x, _mm256_set1_epi8(static_cast<char>(mask))); }
 inline Bytes xor_bytes(Bytes x, uint8_t mask) { return _mm256_xor_si256(x, _mm256_set1_epi8(static_cast<char>(mask))); }
+constexpr int kNibbleShift = 0;
 inline Bytes nibbles(Bytes x, int p) { return and_bytes(_mm256_srl_epi16(x, _mm_cvtsi32_si128(4 * p)), 15); }
 inline ByteSums no_sums() { return _mm256_setzero_si256(); }
 // Pairs are summed in 16 bits, which the largest operands in use just fit: 128 * 127, 15 * 127 and 255 * 64.
@@ -81,6 +88,7 @@ using ByteSums = int32x4_t;
 inline Bytes load_bytes(const void* p) { return vld1q_u8(static_cast<const uint8_t*>(p)); }
 inline Bytes and_bytes(Bytes x, uint8_t mask) { return vandq_u8(x, vdupq_n_u8(mask)); }
 inline Bytes xor_bytes(Bytes x, uint8_t mask) { return veorq_u8(x, vdupq_n_u8(mask)); }
+constexpr int kNibbleShift = 0;
 inline Bytes nibbles(Bytes x, int p) { return and_bytes(vshlq_u8(x, vdupq_n_s8(static_cast<int8_t>(-4 * p))), 15); }
 inline ByteSums no_sums() { return vdupq_n_s32(0); }
 inline ByteSums add_products(ByteSums sums, Bytes x, Bytes y) {
@@ -126,6 +134,7 @@ inline Bytes xor_bytes(Bytes x, uint8_t mask) {
     for (uint8_t& lane : x.lane) lane ^= mask;
     return x;
 }
+constexpr int kNibbleShift = 0;
 inline Bytes nibbles(Bytes x, int p) {
     for (uint8_t& lane : x.lane) lane = lane >> 4 * p & 15;
     return x;
