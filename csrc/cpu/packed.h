@@ -8,8 +8,8 @@
 //   kInt4: 2 planes, the nibbles; queries in +-127
 //   kInt8: the bytes + 128 twice, with the low and the high part of queries in +-4095: query = 64 * high + low
 // The integer queries of a tile of T queries lie together, zero where a row has no number: for each window of a row's
-// bytes [plane][group][T][64], which is one piece of memory however long rows are. One or two queries are multiplied with all
-// planes of a group at once, and lie so: [group][plane][T][64].
+// bytes [plane][group][T][64], which is one piece of memory however long rows are. Where rows are
+// multiplied one at a time queries lie so: [group][plane][T][64].
 #pragma once
 
 #include <cstdint>
@@ -51,6 +51,12 @@ inline int64_t padded_bytes(int64_t bytes) { return (bytes + kGroup - 1) / kGrou
 
 // Bytes of the window that begins at byte `begin` of a padded row.
 inline int64_t window_bytes(int64_t padded, int64_t begin) { return padded - begin < kWindow ? padded - begin : kWindow; }
+
+// Whether rows are multiplied one at a time, with all planes: with few queries. Rows of several windows are only where they
+// have many planes: others share the loads of queries, which come from the L2 cache then.
+inline bool one_at_a_time(int64_t q, int64_t planes, int64_t bytes) {
+    return q <= kFewPacked && (planes == 8 || bytes <= kWindow);
+}
 
 // As even as can be: sizes differ by one at most, and a tile begins at query q * tile / tiles.
 inline int64_t query_tiles(int64_t q) { return (q + kQueryTile - 1) / kQueryTile; }

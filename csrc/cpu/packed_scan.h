@@ -22,14 +22,15 @@ struct Int8 {
     static Bytes plane(Bytes x, int) { return xor_bytes(x, 128); }
 };
 
-// Bytes ahead of a row's that memory is asked for, whichever rows lie there. Only of signs, whose many products leave a processor room for few loads. With other packed rows asking gains
+// Bytes ahead of a row's that memory is asked for, whichever rows lie there, in the order in which rows are read: of long ones
+// a window each. Only of signs, whose many products leave a processor room for few loads; with other packed rows asking gains
 // nothing.
 constexpr int64_t kSignAhead = 16 << 10;
 
 // For few queries: all[q], whose total is the sum of products of one row. As many planes at once as their sums fit the
 // registers, so that a byte of the row is loaded once or twice.
 template <class Format, int Q>
-inline void multiply_row(const uint8_t* row, int64_t length, const int8_t* queries, ByteSums* all) {
+inline void multiply_row(const uint8_t* row, int64_t length, const int8_t* queries, int64_t ahead, ByteSums* all) {
     constexpr int kSums = kBytes == 64 ? 16 : 8;  // of the registers; the rest is for the row and masks
     constexpr int P = Format::kPlanes * Q <= kSums ? Format::kPlanes : kSums / Q;
     for (int q = 0; q < Q; ++q) all[q] = no_sums();
@@ -48,7 +49,7 @@ inline void multiply_row(const uint8_t* row, int64_t length, const int8_t* queri
         };
         int64_t i = 0;
         for (; i + kGroup <= length; i += kGroup, at += Format::kPlanes * Q * kGroup) {
-            if (Format::kPlanes == 8 && low == 0) prefetch(row + i + kSignAhead);
+            if (Format::kPlanes == 8 && low == 0) prefetch(row + i + ahead);
             add_group([&](int64_t j) { return load_row_bytes(row + i + j); });
         }
         if (i < length) add_group([&](int64_t j) { return load_first_bytes(row + i + j, length - i - j); });
@@ -60,11 +61,11 @@ inline void multiply_row(const uint8_t* row, int64_t length, const int8_t* queri
 // A function by itself, which has enough registers for its masks.
 template <class Format, int Q>
 __attribute__((noinline)) void multiply_each(const uint8_t* rows, int64_t count, int64_t stride_row, int64_t length,
-                                             const int8_t* queries, int64_t* sums) {
+                                             const int8_t* queries, int64_t ahead, int64_t* sums) {
     int64_t r = 0;
     for (; r + 4 <= count; r += 4) {
         ByteSums all[4][Q];
-        for (int n = 0; n < 4; ++n) multiply_row<Format, Q>(rows + (r + n) * stride_row, length, queries, all[n]);
+        for (int n = 0; n < 4; ++n) multiply_row<Format, Q>(rows + (r + n) * stride_row, length, queries, ahead, all[n]);
         for (int q = 0; q < Q; ++q) {
             int32_t of_row[4];
             totals(all[0][q], all[1][q], all[2][q], all[3][q], of_row);
@@ -73,7 +74,7 @@ __attribute__((noinline)) void multiply_each(const uint8_t* rows, int64_t count,
     }
     for (; r < count; ++r) {
         ByteSums all[Q];
-        multiply_row<Format, Q>(rows + r * stride_row, length, queries, all);
+        multiply_row<Format, Q>(rows + r * stride_row, length, queries, ahead, all);
         for (int q = 0; q < Q; ++q) sums[r * Q + q] += total(all[q]);
     }
 }
@@ -138,17 +139,18 @@ inline void multiply_rows(const uint8_t* rows, int64_t count, int64_t stride_row
 struct Product {
     int64_t count;
     const int8_t* queries;  // of all tiles
-    int64_t q, padded;      // bytes of one plane of one query
+    int64_t q, bytes, padded;  // bytes: of a row; padded: of one plane of one query
     int64_t* sums;          // [count, q]
 };
 
 // Bytes of the rows from `begin` on, which lie in one window.
 template <class Format>
 inline void multiply_groups(const Product& at, const uint8_t* rows, int64_t stride_row, int64_t begin, int64_t length) {
-    if (at.q <= kFewPacked) {
+    if (one_at_a_time(at.q, Format::kPlanes, at.bytes)) {
         const int8_t* queries = at.queries + begin * Format::kPlanes * at.q;
-        if (at.q == 1) multiply_each<Format, 1>(rows, at.count, stride_row, length, queries, at.sums);
-        else multiply_each<Format, 2>(rows, at.count, stride_row, length, queries, at.sums);
+        const int64_t ahead = at.bytes > kWindow ? kSignAhead / kWindow * stride_row : kSignAhead;
+        if (at.q == 1) multiply_each<Format, 1>(rows, at.count, stride_row, length, queries, ahead, at.sums);
+        else multiply_each<Format, 2>(rows, at.count, stride_row, length, queries, ahead, at.sums);
         return;
     }
     const int64_t window = begin / kWindow * kWindow, plane = window_bytes(at.padded, window);
@@ -184,7 +186,7 @@ inline double row_scale(const ScanPart& part, int64_t row) {
 inline void scan_packed(const ScanPart& part, int64_t first, int64_t count, int64_t q, int64_t* sums, double* scores) {
     const PackedLayout layout = packed_layout(part.dtype);
     const int64_t bytes = packed_bytes(part.width, layout.numbers);
-    const Product at{count, part.queries.planes, q, padded_bytes(bytes), sums};
+    const Product at{count, part.queries.planes, q, bytes, padded_bytes(bytes), sums};
     const uint8_t* rows = static_cast<const uint8_t*>(part.rows) + first * part.stride_row;
     if (part.dtype == kSign) multiply<Sign>(at, rows, part.stride_row, bytes);
     else if (part.dtype == kInt4) multiply<Int4>(at, rows, part.stride_row, bytes);

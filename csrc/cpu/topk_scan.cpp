@@ -24,8 +24,8 @@ T* aligned(const std::vector<T>& memory) {
 class QueriesOfPart {
   public:
     QueriesOfPart(const ScanArgs& args, const ScanPart& part, int threads)
-        : layout_(packed_layout(part.dtype)), few_(args.q <= kFewPacked), width_(part.width),
-          bytes_(packed_bytes(part.width, layout_.numbers)), padded_(padded_bytes(bytes_)), memory_(static_cast<size_t>(args.q * layout_.planes * padded_ + kGroup)),
+        : layout_(packed_layout(part.dtype)), width_(part.width), bytes_(packed_bytes(part.width, layout_.numbers)),
+          few_(one_at_a_time(args.q, layout_.planes, bytes_)), padded_(padded_bytes(bytes_)), memory_(static_cast<size_t>(args.q * layout_.planes * padded_ + kGroup)),
           sums_(static_cast<size_t>(args.q)), scales_(static_cast<size_t>(args.q)) {
         const int64_t tiles = query_tiles(args.q);
         parallel(tiles, threads, [&](int64_t tile, int) {
@@ -70,8 +70,9 @@ class QueriesOfPart {
     }
 
     PackedLayout layout_;
+    int64_t width_, bytes_;
     bool few_;
-    int64_t width_, bytes_, padded_;
+    int64_t padded_;
     std::vector<int8_t> memory_;
     std::vector<int64_t> sums_;
     std::vector<double> scales_;

@@ -8,12 +8,23 @@
 #include "packed_scan.h"
 #include "vec_wide.h"
 
+#include <type_traits>
+
 namespace rapidin {
 namespace {
 
 constexpr int64_t kFewQueries = 4;
-// Bytes ahead of a row's that memory is asked for, whichever rows lie there, where a row is multiplied with one or two queries.
-constexpr int64_t kFloatsAhead = 8 << 10;
+constexpr int64_t kTogether = 4;           // rows of floats that share the loads of a few queries, where they are wide
+constexpr int64_t kFloatsAhead = 8 << 10;  // bytes ahead of a narrower row's that memory is asked for, whichever rows lie there
+
+// Whether rows are of floats and so wide that a query of them may leave no room in the L1 cache.
+inline bool is_wide(const ScanPart& part) { return !is_packed(part.dtype) && part.width > kScanTile; }
+
+// Where rows of floats are that are multiplied with few queries. ahead: how many elements after a row's next ones memory is
+// asked for; together: rows that are multiplied at once, 1 or kTogether. In scratch, which is in a cache, both are 0 and 1.
+struct Reading {
+    int64_t ahead = 0, together = 1;
+};
 
 template <class T>
 inline Wide load_tail(const T* p, int64_t n) {
@@ -29,17 +40,20 @@ inline void widen(const Half* from, int64_t n, float* to) {
 }
 
 // out[r * stride_out + q] += scale[r] * <rows[r], queries[q]> over `length` elements
-template <int R, int Q, class T>
+template <int R, int Q, bool Ask, class T>
 inline void dot_tile(const T* rows, int64_t stride_row, const float* queries, int64_t stride_query, int64_t length,
-                     const double* scale, double* out, int64_t stride_out) {
+                     const double* scale, int64_t ahead, double* out, int64_t stride_out) {
     Wide sum[R][Q];
     for (int r = 0; r < R; ++r)
         for (int q = 0; q < Q; ++q) sum[r][q] = zero_wide();
     int64_t i = 0;
     for (; i + kWide <= length; i += kWide) {
         Wide x[R];
-        if (R == 1 && Q <= 2) prefetch(rows + i + kFloatsAhead / sizeof(T));
-        for (int r = 0; r < R; ++r) x[r] = load_wide(rows + r * stride_row + i);
+        for (int r = 0; r < R; ++r) {
+            const T* row = rows + r * stride_row + i;
+            if (Ask) prefetch_soon(row + ahead);
+            x[r] = load_wide(row);
+        }
         for (int q = 0; q < Q; ++q) {
             const Wide y = load_wide(queries + q * stride_query + i);
             for (int r = 0; r < R; ++r) sum[r][q] = fma_wide(x[r], y, sum[r][q]);
@@ -63,38 +77,47 @@ inline void dot_tile(const T* rows, int64_t stride_row, const float* queries, in
 }
 
 // All rows of the tile for Q queries: R at a time, which keeps R * Q sums in registers.
-template <int R, int Q, class T>
+template <int R, int Q, bool Ask, class T>
 inline void dot_rows(const T* rows, int64_t count, int64_t stride_row, const float* queries, int64_t stride_query, int64_t length,
-                     const double* scale, double* out, int64_t stride_out) {
+                     const double* scale, int64_t ahead, double* out, int64_t stride_out) {
     int64_t r = 0;
     for (; r + R <= count; r += R)
-        dot_tile<R, Q>(rows + r * stride_row, stride_row, queries, stride_query, length, scale + r, out + r * stride_out, stride_out);
+        dot_tile<R, Q, Ask>(rows + r * stride_row, stride_row, queries, stride_query, length, scale + r, ahead,
+                            out + r * stride_out, stride_out);
     for (; r < count; ++r)
-        dot_tile<1, Q>(rows + r * stride_row, stride_row, queries, stride_query, length, scale + r, out + r * stride_out, stride_out);
+        dot_tile<1, Q, Ask>(rows + r * stride_row, stride_row, queries, stride_query, length, scale + r, ahead,
+                            out + r * stride_out, stride_out);
 }
 
 template <class T>
 inline void dot_all(const T* rows, int64_t count, int64_t stride_row, const float* queries, int64_t q, int64_t stride_query,
-                    int64_t length, const double* scale, double* out) {
+                    int64_t length, Reading reading, const double* scale, double* out) {
     const auto run = [&](auto dot_some, int64_t j) {
-        dot_some(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, out + j, q);
+        dot_some(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, reading.ahead, out + j, q);
     };
-    // With few queries memory is what counts, and a row read from end to end by itself is what processors prefetch best.
-    if (q == 1) return run(dot_rows<1, 1, T>, 0);
-    if (q == 2) return run(dot_rows<1, 2, T>, 0);
-    if (q == 3) return run(dot_rows<1, 3, T>, 0);
-    if (q == 4) return run(dot_rows<1, 4, T>, 0);
+    // With few queries memory is what counts, and a row read from end to end by itself is what processors prefetch best, unless
+    // their loads are as many.
+    const auto run_few = [&](auto number) {
+        constexpr int Q = decltype(number)::value, R = kWide == 16 || Q <= 2 ? kTogether : kTogether / 2;
+        if (reading.together > 1) run(dot_rows<R, Q, true, T>, 0);
+        else if (reading.ahead) run(dot_rows<1, Q, Q <= 2, T>, 0);
+        else run(dot_rows<1, Q, false, T>, 0);
+    };
+    if (q == 1) return run_few(std::integral_constant<int, 1>());
+    if (q == 2) return run_few(std::integral_constant<int, 2>());
+    if (q == 3) return run_few(std::integral_constant<int, 3>());
+    if (q == 4) return run_few(std::integral_constant<int, 4>());
     // R * Q sums fit the registers: 32 with AVX-512, 16 before.
     constexpr int Q = kWide == 16 ? 6 : 4, R = kWide == 16 ? 4 : 3;
     int64_t j = 0;
-    for (; j + Q <= q; j += Q) run(dot_rows<R, Q, T>, j);
+    for (; j + Q <= q; j += Q) run(dot_rows<R, Q, false, T>, j);
     if (Q > 4 && q - j >= 4) {
-        run(dot_rows<R, 4, T>, j);
+        run(dot_rows<R, 4, false, T>, j);
         j += 4;
     }
-    if (q - j == 3) run(dot_rows<R, 3, T>, j);
-    if (q - j == 2) run(dot_rows<4, 2, T>, j);
-    if (q - j == 1) run(dot_rows<8, 1, T>, j);
+    if (q - j == 3) run(dot_rows<R, 3, false, T>, j);
+    if (q - j == 2) run(dot_rows<4, 2, false, T>, j);
+    if (q - j == 1) run(dot_rows<8, 1, false, T>, j);
 }
 
 // scores += scale * <rows, queries> over elements [begin, end) of the part, which are at `rows` already
@@ -102,14 +125,21 @@ inline void scan_tile(const ScanArgs& args, const ScanPart& part, int64_t first,
                       const double* scale, float* scratch, double* scores) {
     const float* queries = args.queries + part.first + begin;
     const int64_t offset = first * part.stride_row + begin;
+    Reading reading{kFloatsAhead / (part.dtype == kFloat32 ? 4 : 2), 1};
+    if (is_wide(part)) {  // the next tile, which is that of the next rows in the end
+        const bool last = begin + kScanTile >= part.width;
+        reading = {last ? kTogether * part.stride_row - begin : kScanTile, kTogether};
+    }
     if (part.dtype == kFloat32) {
-        dot_all(static_cast<const float*>(part.rows) + offset, count, part.stride_row, queries, args.q, args.d, length, scale, scores);
+        dot_all(static_cast<const float*>(part.rows) + offset, count, part.stride_row, queries, args.q, args.d, length, reading, scale,
+                scores);
     } else if (args.q <= kFewQueries) {
-        dot_all(static_cast<const Half*>(part.rows) + offset, count, part.stride_row, queries, args.q, args.d, length, scale, scores);
+        dot_all(static_cast<const Half*>(part.rows) + offset, count, part.stride_row, queries, args.q, args.d, length, reading, scale,
+                scores);
     } else {  // converted once for all, where each query's tile would do it again
         for (int64_t r = 0; r < count; ++r)
             widen(static_cast<const Half*>(part.rows) + offset + r * part.stride_row, length, scratch + r * kScanTile);
-        dot_all(scratch, count, kScanTile, queries, args.q, args.d, length, scale, scores);
+        dot_all(scratch, count, kScanTile, queries, args.q, args.d, length, Reading{}, scale, scores);
     }
 }
 
@@ -146,23 +176,19 @@ inline void scan_decoded(const ScanArgs& args, const ScanPart& part, int64_t fir
             while (args.offsets[b + 1] <= part.first + from) ++b;
             const int64_t to = args.offsets[b + 1] - part.first < end ? args.offsets[b + 1] - part.first : end;
             set_scales(args, part, first, count, b, scale);
-            dot_all(scratch + (from - begin), count, kScanTile, args.queries + part.first + from, args.q, args.d, to - from, scale,
-                    scores);
+            dot_all(scratch + (from - begin), count, kScanTile, args.queries + part.first + from, args.q, args.d, to - from,
+                    Reading{}, scale, scores);
             from = to;
         }
     }
 }
 
-inline bool has_several_tiles(const ScanPart& part) {
-    return part.width > (is_packed(part.dtype) ? kWindow * packed_layout(part.dtype).numbers : kScanTile);
-}
-
 void scan(const ScanArgs& args, int64_t first, int64_t count, float* scratch, int64_t* sums, double* scores) {
-    // With few queries memory is what counts: each row is read from end to end. With many, arithmetic does: all rows of a
-    // tile, for each of the queries' tiles, which are then read from memory less often.
-    bool long_rows = false;
-    for (int64_t p = 0; p < args.part_count; ++p) long_rows = long_rows || has_several_tiles(args.parts[p]);
-    const int64_t few = args.q <= kFewPacked ? 1 : 8, step = args.q <= kFewQueries && long_rows ? few : count;
+    // With few queries memory is what counts: a few rows of floats are read from end to end. With many, arithmetic does: all rows
+    // of a tile, for each of the queries' tiles, which are then read from memory less often.
+    bool wide = false;
+    for (int64_t p = 0; p < args.part_count; ++p) wide = wide || is_wide(args.parts[p]);
+    const int64_t step = args.q <= kFewQueries && wide ? kTogether : count;
     for (int64_t i = 0; i < count; i += step) {
         const int64_t rows = count - i < step ? count - i : step;
         double* found = scores + i * args.q;
