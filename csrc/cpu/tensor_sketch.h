@@ -76,7 +76,7 @@ Lanes sketch_rows(const T* const* rows, int64_t n, int64_t stride, int64_t ahead
 
 // c[j] += sum over e of basis[e][j] x[e]
 inline void add_coefficients(const Lanes* x, int count, const float* basis, int64_t rank, float* c) {
-    constexpr int kTogether = 4;
+    constexpr int kTogether = kLanes == 16 ? 8 : 4;  // sums that do not wait for each other; with the features all registers
     int64_t j = 0;
     for (; j + kTogether <= rank; j += kTogether) {
         Lanes sums[kTogether];

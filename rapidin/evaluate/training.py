@@ -97,7 +97,7 @@ def _step(
     for group in optimizer.param_groups:
         group["lr"] = rate
     device = next(iter(weights.values())).device
-    with ops.faster_linear():
+    with ops.faster_linear(model):
         loss = batch_loss(model, TokenBatch.of([(each.ids, each.target) for each in examples], device))
     optimizer.zero_grad()
     torch.autograd.backward(loss)
@@ -209,7 +209,7 @@ def losses(
         chosen = order[-max(1, batch_tokens // longest) :]
         del order[-len(chosen) :]
         some: list[Any] = [examples[n] for n in chosen]
-        with ops.faster_linear():
+        with ops.faster_linear(model):
             if task is None:
                 texts = TokenBatch.of([(each.ids, each.target) for each in some], device)
                 found = example_losses(model, texts)

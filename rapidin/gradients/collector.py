@@ -257,7 +257,7 @@ class GradientSketcher:
         alike = self.shares_rows and tracker is None and getattr(batch, "alike", False)
         share = SharedRows(batch.rows) if alike else None
         with self.requiring(by_autograd), self._hooked(gradient_pass, tracker), torch.enable_grad():
-            with ops.faster_linear(), tracker or share or contextlib.nullcontext():
+            with ops.faster_linear(self.model), tracker or share or contextlib.nullcontext():
                 losses = self.losses(batch)
             if share is not None and share.differ:
                 raise RowsDifferError

@@ -97,8 +97,4 @@ class SharedRows(TorchFunctionMode):
 def shares_forward(model: nn.Module, sharded: bool) -> bool:
     """Whether copies of a text may share the forward pass of a model: not of a compiled one, whose functions
     are not seen, nor of one that is spread over processes."""
-    compiled = any(
-        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
-        for module in model.modules()
-    )
-    return not (compiled or sharded)
+    return not (sharded or ops.is_compiled(model))

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from rapidin.ops import _cpu, tables
 from rapidin.ops.low_rank import LowRank, applied, coefficients
-from rapidin.ops.onednn import is_worth_it
 from rapidin.ops.packed import Packed, PackedDtype, packed_bytes
 from rapidin.ops.rotate import ROTATION, Cut
 from rapidin.ops.tables import CPU
@@ -150,9 +149,9 @@ def by_fft(
     """TensorSketch by one complex FFT a token: the sum of FFT(cs(a) + i cs(g))^2 holds the spectrum."""
     if not _cpu.has_tensor_sketch(k):
         return by_torch_fft(inputs, grads, k, seed, inputs_low_rank, grads_low_rank)
-    if inputs_low_rank is not None and _comes_first(inputs, inputs_low_rank):
+    if inputs_low_rank is not None and inputs_low_rank.matrix is not None:
         inputs, inputs_low_rank = inputs_low_rank(inputs), None
-    if grads_low_rank is not None and _comes_first(grads, grads_low_rank):
+    if grads_low_rank is not None and grads_low_rank.matrix is not None:
         grads, grads_low_rank = grads_low_rank(grads), None
     batch, tokens, n_in = inputs.shape
     n_out = grads.shape[2]
@@ -166,11 +165,6 @@ def by_fft(
         batch, tokens, k, out.data_ptr(), torch.get_num_threads(),
     )  # fmt: skip
     return out
-
-
-def _comes_first(x: Tensor, low_rank: LowRank) -> bool:
-    """Whether a LowRank is better applied before the fused kernel, which multiplies as fast as MKL does."""
-    return low_rank.matrix is not None or is_worth_it(x, low_rank.basis.T)
 
 
 def _low_rank(

@@ -76,10 +76,18 @@ def addmm(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
     return torch.addmm(total.flatten(0, -2), x.flatten(0, -2), y).view_as(total)
 
 
-def faster_linear() -> AbstractContextManager[Any]:
-    """Inside the block the large linear layers of float32 models on a CPU are multiplied as by `linear`, and
-    so are their gradients, in a backward pass after it."""
-    return _FasterLinear() if onednn_is_faster() else nullcontext()
+def faster_linear(model: nn.Module) -> AbstractContextManager[Any]:
+    """Inside the block the large linear layers of a float32 model on a CPU are multiplied as by `linear`, and
+    so are their gradients, in a backward pass after it. Those of a compiled model are left alone."""
+    return _FasterLinear() if onednn_is_faster() and not is_compiled(model) else nullcontext()
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` was applied to a module of the model, so that its functions are not seen."""
+    return any(
+        getattr(module, "_compiled_call_impl", None) is not None or hasattr(module, "_orig_mod")
+        for module in model.modules()
+    )
 
 
 def is_worth_it(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

@@ -137,7 +137,7 @@ def test_layers_have_the_gradients_of_autograd(asked: Any, trained: bool) -> Non
     exact = Layers().double().requires_grad_(trained)
     exact.load_state_dict(layers.state_dict())
     wanted = gradients(exact, x.double(), exact, trained)
-    with ops.faster_linear(), Counted() as counted:
+    with ops.faster_linear(layers), Counted() as counted:
         found = gradients(layers, x, layers, trained)
     assert counted.count == 3 * (2 + trained)  # outputs, the inputs' gradients, the weights'
     for one, other in zip(found, wanted, strict=True):
@@ -152,7 +152,7 @@ def test_layers_that_are_computed_twice(asked: Any, reentrant: bool) -> None:
     layers, x = Layers().requires_grad_(False), torch.randn(4, 64, 96)
     wanted = gradients(layers, x, layers, False)
     x = x.requires_grad_()
-    with ops.faster_linear():
+    with ops.faster_linear(layers):
         out = checkpoint(layers, x, use_reentrant=reentrant)
     out.square().sum().backward()
     assert x.grad is not None
@@ -163,7 +163,7 @@ def test_the_layers_of_other_kinds_are_left_alone(asked: Any) -> None:
     layers, x = Layers(), torch.randn(4, 64, 96)
     mapped = torch.func.vmap(layers.first)(x)
     compiled = torch.compile(layers.first, backend="eager")
-    with torch.no_grad(), ops.faster_linear(), Counted() as counted:
+    with torch.no_grad(), ops.faster_linear(layers), Counted() as counted:
         with torch.autocast("cpu", torch.bfloat16):
             assert layers.first(x).dtype == torch.bfloat16
         close(torch.func.vmap(layers.first)(x), mapped)
@@ -174,8 +174,11 @@ def test_the_layers_of_other_kinds_are_left_alone(asked: Any) -> None:
         with pytest.raises(RuntimeError, match="shapes"):
             layers.second(x.repeat(8, 1, 1))
     assert counted.count == 0
-    with ops.faster_linear():
+    with ops.faster_linear(layers):
         close(compiled(x), layers.first(x))
+    with ops.faster_linear(compiled), Counted() as counted:
+        compiled(x), layers.first(x)
+    assert counted.count == 0, "a compiled model"
 
 
 def test_a_caching_pass_takes_it(asked: Any) -> None:
@@ -226,8 +229,9 @@ def test_the_processors_on_which_it_is_faster(
 def test_the_choice_can_be_made_by_hand(asked: Any) -> None:
     asked("off")
     assert not onednn.onednn_is_faster()
-    with ops.faster_linear(), Counted() as counted:
-        nn.Linear(256, 256)(torch.randn(64, 256))
+    layer = nn.Linear(256, 256)
+    with ops.faster_linear(layer), Counted() as counted:
+        layer(torch.randn(64, 256))
     assert counted.count == 0
     asked("maybe")
     with pytest.raises(UserError, match="must be on, off or auto, got 'maybe'"):
