@@ -9,6 +9,9 @@ namespace rapidin {
 namespace {
 
 constexpr int kSignWords = kFlatRow / 32;
+// Bytes ahead of a row's that memory is asked for: the scattered sums throw the processor's own prefetching off. A line with each line
+// that is added, not several at once, and not into the L2 cache, where the sums are.
+constexpr int64_t kAheadBytes = 8 << 10;
 
 // What the hash says of a few rows at a time: so many words in a loop are a register each.
 struct RowWords {
@@ -43,6 +46,7 @@ RAPIDIN_INLINE inline void flat_row(const T* x, const RowWords& words, int i, fl
     const __m512i turn = _mm512_xor_si512(iota, _mm512_set1_epi32(static_cast<int>(lanes & 15u)));
     const __m512i sign = _mm512_set1_epi32(INT32_MIN);
     const auto add = [&](uint32_t e, uint32_t bits) {
+        if (e * sizeof(T) % 64 == 0) prefetch_once(x + e + kAheadBytes / sizeof(T));
         const __m512i value = _mm512_castps_si512(load16(x + e));
         const __m512i flipped = _mm512_mask_xor_epi32(value, static_cast<__mmask16>(bits), value, sign);
         float* sum = sums + (e ^ group);
@@ -61,6 +65,7 @@ RAPIDIN_INLINE inline void flat_row(const T* x, const RowWords& words, int i, fl
     const uint32_t lanes = words.lanes[i] & (kFlatRow - 1), group = lanes & ~7u;
     const XorLanes turn(lanes & 7u);
     const auto add = [&](uint32_t e, Vec8 signed_x) {
+        if (e * sizeof(T) % 64 == 0) prefetch_once(x + e + kAheadBytes / sizeof(T));
         float* sum = sums + (e ^ group);
         store8(sum, add8(load8(sum), turn(signed_x)));
     };
@@ -75,13 +80,6 @@ RAPIDIN_INLINE inline void flat_row(const T* x, const RowWords& words, int i, fl
 
 #endif
 
-// Called for this far ahead, into the L2 cache: the scattered sums throw the processor's own prefetching off.
-constexpr int64_t kAheadBytes = 16 << 10;
-
-inline void prefetch_ahead(const void* row, int64_t bytes) {
-    for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(row) + kAheadBytes + i, 0, 2);
-}
-
 template <class T>
 void flat_run(const FlatRun& run, const FlatGroups& groups, const FlatKeys& keys, float* sums) {
     const T* x = static_cast<const T*>(run.data);
@@ -94,7 +92,6 @@ void flat_run(const FlatRun& run, const FlatGroups& groups, const FlatKeys& keys
     for (int64_t row = 0; row < rows; ++row) {
         const int i = static_cast<int>(row % RowWords::kRows);
         if (i == 0) words.set(keys, run.first_row + static_cast<uint32_t>(row), rows - row);
-        prefetch_ahead(x + row * kFlatRow, kFlatRow * sizeof(T));
         if (row < whole) {
             flat_row(x + row * kFlatRow, words, i, sums_of(row));
         } else {

@@ -199,17 +199,23 @@ struct XorLanes {
 
 #endif
 
-// Asks for the memory at `p`, which need not be the program's own.
+// Each asks for the memory at `p`, which need not be the program's own: into the L2 cache, since rows at the same places of pages
+// push each other out of L1;
 inline void prefetch(const void* p) {
 #ifdef __GNUC__
-    __builtin_prefetch(p, 0, 2);  // not into L1, where rows at the same places of pages would push each other out
+    __builtin_prefetch(p, 0, 2);
 #endif
 }
-
-// The same for memory that is read within microseconds, in no large strides: into L1.
+// into L1, for few such rows;
 inline void prefetch_soon(const void* p) {
 #ifdef __GNUC__
     __builtin_prefetch(p, 0, 3);
+#endif
+}
+// into L1 alone, for memory that is read once.
+inline void prefetch_once(const void* p) {
+#ifdef __GNUC__
+    __builtin_prefetch(p, 0, 0);
 #endif
 }
 
