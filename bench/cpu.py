@@ -6,8 +6,8 @@ python bench/cpu.py --threads 1 --only scan  # one thread, one stage
 python bench/cpu.py --quick --out FOLDER     # tiny sizes: shows that every line runs
 python bench/performance.py                  # then writes the page
 
-Stages: scan (`topk_scan` against a read loop, and faiss where it is installed), flat (`flat_sketch`), caching
-(against a bare forward and backward pass) and disk (one query of a cache on disk against reading its files).
+Stages: scan (`topk_scan` against a read loop, and faiss where it is installed), normalize (a shard's scan with
+`weighted` against `layer`), flat (`flat_sketch`), caching (against a bare forward and backward pass) and disk (one query of a cache on disk against reading its files).
 Results go to bench/results/cpu-<processor>-<threads>.json as they come; a later run replaces the rows that
 it measures again. With one thread a time is of the processor, so that waiting for it does not count; with
 more, and in the stage `disk`, it is that of a clock.
@@ -41,8 +41,10 @@ sys.path += [str(ROOT / "bench"), str(ROOT / "studies" / "common")]
 Facts = dict[str, Any]
 Ways = Mapping[str, Callable[[], object]]
 LIMIT, OURS = "limit", "rapidin"
+SAME_PRODUCTS = "the bare loop with its products by oneDNN"  # as caching has them, where they are faster so
 GOALS = {"float16": 0.85, "int8": 0.85, "int4": 0.85, "sign": 0.75}  # of the read loop, one query
 QUERIES = (1, 8, 64)
+WIDE_ROWS = (112, 512, 6000)  # blocks, width, number
 SPARE_BYTES = 10 << 30  # of the disk, left free
 
 
@@ -147,6 +149,60 @@ def scan(turns: Turns, quick: bool) -> Iterator[Facts]:
                 row_bytes=cases.ROW_BYTES,
             )
         cases.rows_of.cache_clear()
+    blocks, width, count = WIDE_ROWS if not quick else (3, 64, 200)
+    wide = torch.randn(count, blocks * width, generator=torch.Generator().manual_seed(0)).half()
+    words, search = wide.view(-1).view(torch.float32), cases.rapidin_search(wide)
+    for queries in [n for n in (1, 2, 4) if n in turns.queries or n > 1]:
+        q = torch.randn(queries, blocks * width, generator=torch.Generator().manual_seed(1)).numpy()
+        yield turns.row(
+            "scan",
+            f"float16, rows of {blocks * width:,} numbers, queries: {queries}",
+            "the read loop",
+            {LIMIT: words.sum, OURS: partial(search, q)},
+            GOALS["float16"] if queries == 1 else None,
+            bytes=wide.nbytes,
+            row_bytes=2 * blocks * width,
+        )
+
+
+def normalize(turns: Turns, quick: bool) -> Iterator[Facts]:
+    """The scan of a shard with `weighted`, which multiplies each row by a number of its own, against that
+    with `layer`, which multiplies none."""
+    from rapidin import ops
+    from rapidin.attribution.methods import ScanQuery
+    from rapidin.cache.codec import Codec, CodecConfig, FloatCodec, PackedCodec, fit_shape
+
+    blocks, width, count = WIDE_ROWS if not quick else (3, 64, 200)
+    packed_count = 100_000 if not quick else 200
+    shape = fit_shape(CodecConfig("sign", 2048 if not quick else 64, 0), blocks, width, None)
+    codecs: dict[str, tuple[Codec, int]] = {
+        f"float16, rows of {blocks * width:,} numbers": (FloatCodec("float16", blocks, width), count),
+        "sign, rows of 2,048 bytes": (PackedCodec(shape, width, 3), packed_count),
+    }
+    for name, (codec, rows) in codecs.items():
+        tensors = {
+            name: torch.randint(1, 127, (rows, *size)).to(dtype)
+            if not dtype.is_floating_point
+            else (torch.rand(rows, *size) + 0.5).to(dtype)
+            for name, (dtype, size) in codec.tensor_specs().items()
+        }
+        sketch = torch.randn(1, blocks, width, generator=torch.Generator().manual_seed(1))
+
+        def search(norm: str, codec: Codec = codec, tensors: Any = tensors, sketch: Any = sketch) -> None:
+            query = ScanQuery(sketch, norm)
+            scales = query.scales(codec, tensors, zero_gradient=False)
+            plan = codec.prepare(query.vectors).plan(tensors, scales, False)
+            ops.topk_scan_both_ends(
+                plan.parts,
+                plan.queries,
+                10,
+                base=plan.base,
+                scales=plan.scales,
+                offsets=plan.offsets,
+            )
+
+        ways = {LIMIT: partial(search, "layer"), OURS: partial(search, "weighted")}
+        yield turns.row("normalize", name, "the scan with `layer`", ways, rows=rows)
 
 
 def flat(turns: Turns, quick: bool) -> Iterator[Facts]:
@@ -160,6 +216,8 @@ def flat(turns: Turns, quick: bool) -> Iterator[Facts]:
 
 
 def caching(turns: Turns, quick: bool) -> Iterator[Facts]:
+    from rapidin.ops.onednn import onednn_is_faster
+
     cases = import_module("bench_caching")
     for kind, goal in (("linear layers", 0.95), ("LoRA", 0.97)):
         for dtype in ("sign", "float16"):
@@ -169,17 +227,22 @@ def caching(turns: Turns, quick: bool) -> Iterator[Facts]:
             loop.fit()
             loop.sketch(numbers[-1])
             loop.pack()
-            taken: dict[str, list[Taken]] = {LIMIT: [], OURS: []}
+            by_onednn = onednn_is_faster()
+            ways = {LIMIT: loop.bare, OURS: loop.sketch}
+            if by_onednn:
+                ways[SAME_PRODUCTS] = loop.bare_with_our_products
+                ways[SAME_PRODUCTS](numbers[-1])
+            taken: dict[str, list[Taken]] = {way: [] for way in ways}
             packing = []
             for _ in range(min(turns.rounds, 3)):
-                bare, sketched = [], []
+                parts: dict[str, list[Taken]] = {way: [] for way in ways}
                 for number in numbers:
-                    bare.append(timed(partial(loop.bare, number)))
-                    sketched.append(timed(partial(loop.sketch, number)))
-                packed = timed(loop.pack)
-                packing.append(packed)
-                taken[LIMIT].append(total(bare))
-                taken[OURS].append(total([*sketched, packed]))
+                    for way, run in ways.items():
+                        parts[way].append(timed(partial(run, number)))
+                packing.append(timed(loop.pack))
+                parts[OURS].append(packing[-1])
+                for way in ways:
+                    taken[way].append(total(parts[way]))
             share = statistics.median(
                 p.cpu / t.cpu if turns.by_cpu else p.clock / t.clock
                 for p, t in zip(packing, taken[OURS], strict=True)
@@ -253,7 +316,7 @@ def disk(turns: Turns, quick: bool) -> Iterator[Facts]:
             )
 
 
-STAGES = {"scan": scan, "flat": flat, "caching": caching, "disk": disk}
+STAGES = {"scan": scan, "normalize": normalize, "flat": flat, "caching": caching, "disk": disk}
 
 
 # ---- results ----

@@ -37,6 +37,10 @@ queries to signs. With one thread a time is that of the processor; with more, an
 a clock.
 A busy machine makes shares larger than an idle one, since the read loop then waits for memory that other
 processes read; the load average says how busy it was.
+Caching multiplies large float32 matrices by oneDNN where that is known to be faster than MKL, with which
+torch does it: on AMD's Zen 5 (`RAPIDIN_ONEDNN=off` leaves it to torch). The bare loop is as users run it, so
+caching may be faster than it; where the bare loop was also run with its products by oneDNN, it is among the
+others.
 Where a table has K-FAC's products, they are counted: the multiply-adds that precondition both sides of each
 layer, as a share of those of the linear layers in the bare loop. If that loop were linear layers alone, and
 the products ran at their rate, caching could not have more than 1 / (1 + that share) of its speed.
@@ -58,6 +62,7 @@ of our faster kernel. The results' files also have the quartiles, device, date a
 
 CPU_STAGES = {
     "scan": "`topk_scan`",
+    "normalize": "A shard's scan with the normalization `weighted`",
     "flat": "`flat_sketch`",
     "caching": "Caching, a random Llama of SmolLM2-135M's shape",
     "disk": "One query of a cache on disk",
