@@ -2,8 +2,8 @@
 
 pytest bench/bench_matmul.py --benchmark-json=matmul.json
 
-Shapes are those of SmolLM2-135M's layers for a batch of tokens, and smaller ones, from which `is_worth_it` has
-where oneDNN begins to be faster.
+Shapes are those of SmolLM2-135M's layers for a batch of tokens, and smaller ones, from which `is_worth_it`
+has where oneDNN begins to be faster.
 """
 
 import pytest

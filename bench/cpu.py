@@ -6,8 +6,9 @@ python bench/cpu.py --threads 1 --only scan  # one thread, one stage
 python bench/cpu.py --quick --out FOLDER     # tiny sizes: shows that every line runs
 python bench/performance.py                  # then writes the page
 
-Stages: scan (`topk_scan` against a read loop, and faiss where it is installed), normalize (a shard's scan with
-`weighted` against `layer`), flat (`flat_sketch`), caching (against a bare forward and backward pass) and disk (one query of a cache on disk against reading its files).
+Stages: scan (`topk_scan` against a read loop, and faiss where it is installed), normalize (a shard's scan
+with `weighted` against `layer`), flat (`flat_sketch`), caching (against a bare forward and backward pass) and
+disk (one query of a cache on disk against reading its files).
 Results go to bench/results/cpu-<processor>-<threads>.json as they come; a later run replaces the rows that
 it measures again. With one thread a time is of the processor, so that waiting for it does not count; with
 more, and in the stage `disk`, it is that of a clock.
