@@ -154,6 +154,20 @@ def test_integers_are_scanned_exactly(width, dtype, name):
             assert_equal(ops.topk_scan_both_ends(rows, q, 60), wanted)
 
 
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("more", [-9, 0, 130])
+def test_long_rows_are_scanned_exactly(more, dtype, name):
+    """Rows of two pieces of 2,048 bytes, whose sums are taken by themselves, and some numbers less or more."""
+    width = 2 * 2048 * {"int8": 1, "int4": 2, "sign": 8}[dtype] + more
+    rows = Packed(codes(25, width, dtype), dtype, width, None)
+    for queries in (1, 2, 3, 9):
+        q = integer_queries(queries, width, dtype)
+        wanted = ops.topk_scan_both_ends(rows, q, 30, backend="reference")
+        with instruction_set(name):
+            assert_equal(ops.topk_scan_both_ends(rows, q, 30), wanted)
+
+
 @pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize("rows", ROWS)
 def test_any_number_of_rows_and_queries(rows, dtype):
