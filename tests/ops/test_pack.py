@@ -158,7 +158,7 @@ def test_integers_are_scanned_exactly(width, dtype, name):
 @pytest.mark.parametrize("dtype", PACKED)
 @pytest.mark.parametrize("more", [-9, 0, 130])
 def test_long_rows_are_scanned_exactly(more, dtype, name):
-    """Rows of two pieces of 2,048 bytes, whose sums are taken by themselves, and some numbers less or more."""
+    """Rows of two pieces of 2,048 bytes, whose sums are taken by themselves, and a few numbers more."""
     width = 2 * 2048 * {"int8": 1, "int4": 2, "sign": 8}[dtype] + more
     rows = Packed(codes(25, width, dtype), dtype, width, None)
     for queries in (1, 2, 3, 9):
