@@ -153,7 +153,7 @@ def scan(turns: Turns, quick: bool) -> Iterator[Facts]:
     blocks, width, count = WIDE_ROWS if not quick else (3, 64, 200)
     wide = torch.randn(count, blocks * width, generator=torch.Generator().manual_seed(0)).half()
     words, search = wide.view(-1).view(torch.float32), cases.rapidin_search(wide)
-    for queries in [n for n in (1, 2, 4) if n in turns.queries or n > 1]:
+    for queries in (1, 2, 4):
         q = torch.randn(queries, blocks * width, generator=torch.Generator().manual_seed(1)).numpy()
         yield turns.row(
             "scan",
@@ -182,10 +182,10 @@ def normalize(turns: Turns, quick: bool) -> Iterator[Facts]:
     }
     for name, (codec, rows) in codecs.items():
         tensors = {
-            name: torch.randint(1, 127, (rows, *size)).to(dtype)
+            part: torch.randint(1, 127, (rows, *size)).to(dtype)
             if not dtype.is_floating_point
             else (torch.rand(rows, *size) + 0.5).to(dtype)
-            for name, (dtype, size) in codec.tensor_specs().items()
+            for part, (dtype, size) in codec.tensor_specs().items()
         }
         sketch = torch.randn(1, blocks, width, generator=torch.Generator().manual_seed(1))
 

@@ -9,7 +9,7 @@ namespace rapidin {
 namespace {
 
 constexpr int kSignWords = kFlatRow / 32;
-// Bytes ahead of a row's that memory is asked for: the scattered sums throw the processor's own prefetching off. A line with each line
+// How many bytes ahead memory is asked for: the scattered sums throw the processor's own prefetching off. A line with each line
 // that is added, not several at once, and not into the L2 cache, where the sums are.
 constexpr int64_t kAheadBytes = 8 << 10;
 

@@ -22,8 +22,8 @@ struct Int8 {
     static Bytes plane(Bytes x, int) { return xor_bytes(x, 128); }
 };
 
-// Bytes ahead of a row's that memory is asked for, whichever rows lie there, in the order in which rows are read: of long ones
-// a window each. Only of signs, whose many products leave a processor room for few loads; with other packed rows asking gains
+// How many bytes ahead memory is asked for, whichever rows are there, in the order in which rows are read: of long ones a window
+// each. Only of signs, whose many products leave a processor room for few loads; with other packed rows asking gains
 // nothing.
 constexpr int64_t kSignAhead = 16 << 10;
 

@@ -25,7 +25,8 @@ class QueriesOfPart {
   public:
     QueriesOfPart(const ScanArgs& args, const ScanPart& part, int threads)
         : layout_(packed_layout(part.dtype)), width_(part.width), bytes_(packed_bytes(part.width, layout_.numbers)),
-          few_(one_at_a_time(args.q, layout_.planes, bytes_)), padded_(padded_bytes(bytes_)), memory_(static_cast<size_t>(args.q * layout_.planes * padded_ + kGroup)),
+          few_(one_at_a_time(args.q, layout_.planes, bytes_)), padded_(padded_bytes(bytes_)),
+          memory_(static_cast<size_t>(args.q * layout_.planes * padded_ + kGroup)),
           sums_(static_cast<size_t>(args.q)), scales_(static_cast<size_t>(args.q)) {
         const int64_t tiles = query_tiles(args.q);
         parallel(tiles, threads, [&](int64_t tile, int) {

@@ -15,13 +15,13 @@ namespace {
 
 constexpr int64_t kFewQueries = 4;
 constexpr int64_t kTogether = 4;           // rows of floats that share the loads of a few queries, where they are wide
-constexpr int64_t kFloatsAhead = 8 << 10;  // bytes ahead of a narrower row's that memory is asked for, whichever rows lie there
+constexpr int64_t kFloatsAhead = 8 << 10;  // how many bytes ahead of narrower rows memory is asked for, whichever rows are there
 
 // Whether rows are of floats and so wide that a query of them may leave no room in the L1 cache.
 inline bool is_wide(const ScanPart& part) { return !is_packed(part.dtype) && part.width > kScanTile; }
 
 // Where rows of floats are that are multiplied with few queries. ahead: how many elements after a row's next ones memory is
-// asked for; together: rows that are multiplied at once, 1 or kTogether. In scratch, which is in a cache, both are 0 and 1.
+// asked for; together: rows that are multiplied at once, 1 or kTogether. In scratch, which is in a cache, they are 0 and 1.
 struct Reading {
     int64_t ahead = 0, together = 1;
 };
@@ -95,8 +95,8 @@ inline void dot_all(const T* rows, int64_t count, int64_t stride_row, const floa
     const auto run = [&](auto dot_some, int64_t j) {
         dot_some(rows, count, stride_row, queries + j * stride_query, stride_query, length, scale, reading.ahead, out + j, q);
     };
-    // With few queries memory is what counts, and a row read from end to end by itself is what processors prefetch best, unless
-    // their loads are as many.
+    // With few queries memory is what counts, and a row read from end to end by itself is what processors prefetch best. Wide rows
+    // are read together, since queries that come from the L2 cache take as long.
     const auto run_few = [&](auto number) {
         constexpr int Q = decltype(number)::value, R = kWide == 16 || Q <= 2 ? kTogether : kTogether / 2;
         if (reading.together > 1) run(dot_rows<R, Q, true, T>, 0);
@@ -128,7 +128,7 @@ inline void scan_tile(const ScanArgs& args, const ScanPart& part, int64_t first,
     Reading reading{kFloatsAhead / (part.dtype == kFloat32 ? 4 : 2), 1};
     if (is_wide(part)) {  // the next tile, which is that of the next rows in the end
         const bool last = begin + kScanTile >= part.width;
-        reading = {last ? kTogether * part.stride_row - begin : kScanTile, kTogether};
+        reading = {last ? kTogether * part.stride_row - part.width + kScanTile : kScanTile, kTogether};
     }
     if (part.dtype == kFloat32) {
         dot_all(static_cast<const float*>(part.rows) + offset, count, part.stride_row, queries, args.q, args.d, length, reading, scale,

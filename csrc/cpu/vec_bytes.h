@@ -24,15 +24,19 @@ inline Bytes load_row_bytes(const void* p) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(_mm256_loadu_si256(half)), _mm256_loadu_si256(half + 1), 1);
 }
 inline Bytes and_bytes(Bytes x, uint8_t mask) { return _mm512_and_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
-// The low nibbles or, where they are, the high ones: products of those fit the sums.
+// The low nibbles, or the high ones, which are left in place: their products fit the sums.
 constexpr int kNibbleShift = -4;
 inline Bytes nibbles(Bytes x, int p) { return and_bytes(x, static_cast<uint8_t>(15 << 4 * p)); }
 inline Bytes xor_bytes(Bytes x, uint8_t mask) { return _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
 inline ByteSums no_sums() { return _mm512_setzero_si512(); }
-// Assembler, since with the intrinsic GCC copies each register of sums twice.
+// In assembler, since with the intrinsic GCC copies each register of sums twice. Clang does not, and would store each y.
 inline ByteSums add_products(ByteSums sums, Bytes x, Bytes y) {
+#ifdef __clang__
+    return _mm512_dpbusd_epi32(sums, x, y);
+#else
     __asm__("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(x), "vm"(y));
     return sums;
+#endif
 }
 inline ByteSums add_sums(ByteSums x, ByteSums y) { return _mm512_add_epi32(x, y); }
 template <int Bits>

@@ -1,9 +1,9 @@
 """Products of float32 matrices on a CPU, by the faster of the two libraries that torch has for them.
 
 torch multiplies float32 matrices with MKL, which takes its AVX2 code on processors of other makers than
-Intel's. oneDNN, which torch has too, takes AVX-512 wherever there is any. On AMD's Zen 5, whose AVX-512 units
-are as wide as its registers, that is more than twice as fast: bench/bench_matmul.py compares the two. Of
-other processors nothing was measured, and all products there are torch's own.
+Intel's. oneDNN, which torch has too, takes AVX-512 wherever there is any. On a server's Zen 5, whose AVX-512
+units are as wide as its registers, that is more than twice as fast: bench/bench_matmul.py compares the two.
+Of other families of processors nothing was measured, and all products there are torch's own.
 
 RAPIDIN_ONEDNN=on takes oneDNN on any processor, RAPIDIN_ONEDNN=off on none.
 """
@@ -18,15 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from rapidin.errors import UserError
 from rapidin.ops import _cpu
 
-_ZEN_5 = ("AuthenticAMD", 0x1A)  # vendor and family of the first such processors
+_ZEN_5 = ("AuthenticAMD", 0x1A)  # vendor and family
 _LEAST = 1 << 21  # multiply-adds of a product that is worth it: a call of oneDNN takes some 10 us more
 _LEAST_ROWS = 4  # with fewer, reading the matrix is most of the work
+# oneDNN keeps what it makes for each shape of a product, about a megabyte, of the last 1,024 of them. Each
+# batch has a number of rows of its own, and fewer shapes than this.
+_KEPT_SHAPES = "32"
+_CAPACITIES = ("LRU_CACHE_CAPACITY", "ONEDNN_PRIMITIVE_CACHE_CAPACITY")  # of torch and of oneDNN itself
 
 
 @cache
@@ -37,16 +42,22 @@ def onednn_is_faster() -> bool:
     if wanted not in ("on", "off", "auto"):
         raise UserError(f"RAPIDIN_ONEDNN must be on, off or auto, got '{wanted}'")
     libraries: Any = torch.backends
-    there = libraries.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    if wanted == "off" or not libraries.mkldnn.is_available():
+        return False
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        return False
     if wanted == "auto":
         known = is_faster_on(*_cpu.processor(), _cpu.supported_sets())
-        return bool(there and known and libraries.mkl.is_available())
-    return bool(there and wanted == "on")
+        if not known or not libraries.mkl.is_available():
+            return False
+    for name in _CAPACITIES:  # both are read at the first product
+        os.environ.setdefault(name, _KEPT_SHAPES)
+    return True
 
 
 def is_faster_on(vendor: str, family: int, instruction_sets: Sequence[str]) -> bool:
     """Whether oneDNN is known to be faster than MKL on a processor of this vendor and family."""
-    return vendor == _ZEN_5[0] and family >= _ZEN_5[1] and "avx512" in instruction_sets
+    return (vendor, family) == _ZEN_5 and "avx512" in instruction_sets
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -93,13 +104,22 @@ def is_compiled(model: nn.Module) -> bool:
 def is_worth_it(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
     """Whether `linear` multiplies these by oneDNN, if no graph is needed."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
-    features = x.shape[-1]
     return (
-        x.numel() >= _LEAST_ROWS * features
+        x.ndim > 1
+        and weight.ndim == 2
+        and x.shape[-1] == weight.shape[1]
+        and (bias is None or bias.shape == weight.shape[:1])
+        and x.numel() >= _LEAST_ROWS * x.shape[-1]
         and x.numel() * weight.shape[0] >= _LEAST
-        and all(each.dtype == torch.float32 and each.device.type == "cpu" for each in tensors)
+        and all(
+            each.dtype == torch.float32 and each.device.type == "cpu" and each.layout == torch.strided
+            for each in tensors
+        )
         and bool(torch.backends.mkldnn.enabled)
         and onednn_is_faster()
+        # The tensors of vmap and of forward gradients know no other functions.
+        and torch._C._functorch.peek_interpreter_stack() is None
+        and forward_ad._current_level < 0
     )
 
 
@@ -122,14 +142,9 @@ def _is_layer(x: Any, weight: Any, bias: Any = None) -> bool:
     tensors = (x, weight) if bias is None else (x, weight, bias)
     return (
         all(type(each) in (Tensor, nn.Parameter) for each in tensors)
-        and x.ndim > 1
-        and weight.ndim == 2
-        and x.shape[-1] == weight.shape[1]
-        and (bias is None or bias.shape == weight.shape[:1])
         and is_worth_it(x, weight, bias)
         and not torch.is_autocast_enabled("cpu")
-        and torch._C._functorch.peek_interpreter_stack() is None  # its tensors know no other functions
-        # A checkpoint has such hooks. Its second forward pass may be outside the block, and must be the same.
+        # A checkpoint has such hooks. Its second forward pass is outside the block, and must save the same.
         and torch._C._autograd._top_saved_tensors_default_hooks(False) is None
     )
 
@@ -149,12 +164,11 @@ class _Linear(torch.autograd.Function):
         return linear(x, weight, bias)
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        rows = grads[0].flatten(0, -2)
+        rows = grads[0].reshape(-1, grads[0].shape[-1])
         return (
             None if weight is None else matmul(grads[0], weight),
-            None if x is None else matmul(rows.T, x.flatten(0, -2)),
+            None if x is None else matmul(rows.T, x.reshape(-1, x.shape[-1])),
             rows.sum(0) if ctx.needs_input_grad[2] else None,
         )

@@ -210,6 +210,19 @@ def test_a_row_never_takes_more_than_its_budget(dtype: str, budget: int, blocks:
         assert (fields[name].dtype, tuple(fields[name].shape)) == (kind, (3, *size))
 
 
+def test_typical_lengths_of_numbers_at_the_edge() -> None:
+    lengths = torch.tensor([[2.0, 0.0, 8.0], [0.0, 0.0, 0.0], [torch.nan, 3.0, 3.0], [torch.inf, 1.0, 1.0]])
+    for flushed in (False, True):  # numbers too small for float32's usual precision may count as zeros
+        torch.set_flush_denormal(flushed)
+        try:
+            found = typical_length(lengths)
+        finally:
+            torch.set_flush_denormal(False)
+        torch.testing.assert_close(found, torch.tensor([4.0, 0.0, 3.0, torch.inf]))
+    half = typical_length(lengths[:2].half())
+    assert half.tolist() == [4.0, 0.0]
+
+
 @pytest.mark.parametrize("budget", [110, 150, 256, 700, 3000])
 def test_a_learnt_row_keeps_to_its_budget_and_comes_back_from_disk(budget: int) -> None:
     sample = examples(64, 5)

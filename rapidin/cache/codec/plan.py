@@ -101,7 +101,8 @@ def typical_length(lengths: Tensor) -> Tensor:
     # In place and by products: a scan computes it for all its rows, and `where` takes three times as long.
     live = (lengths > 0).to(lengths.dtype)
     count = live.sum(-1)
-    logs = lengths.clamp(min=1e-38).log_().mul_(live)
+    least = lengths.new_tensor(torch.finfo(lengths.dtype).tiny)
+    logs = torch.fmax(lengths, least).log_().mul_(live)  # unlike `clamp`, it makes a number of NaN
     return (logs.sum(-1) / count.clamp(min=1)).exp() * (count > 0)
 
 
