@@ -175,7 +175,7 @@ def normalize(turns: Turns, quick: bool) -> Iterator[Facts]:
 
     blocks, width, count = WIDE_ROWS if not quick else (3, 64, 200)
     packed_count = 100_000 if not quick else 200
-    shape = fit_shape(CodecConfig("sign", 2048 if not quick else 64, 0), blocks, width, None)
+    shape = fit_shape(CodecConfig("sign", 2048 if not quick else 256, 0), blocks, width, None)
     codecs: dict[str, tuple[Codec, int]] = {
         f"float16, rows of {blocks * width:,} numbers": (FloatCodec("float16", blocks, width), count),
         "sign, rows of 2,048 bytes": (PackedCodec(shape, width, 3), packed_count),
