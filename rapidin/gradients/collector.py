@@ -257,7 +257,8 @@ class GradientSketcher:
         alike = self.shares_rows and tracker is None and getattr(batch, "alike", False)
         share = SharedRows(batch.rows) if alike else None
         with self.requiring(by_autograd), self._hooked(gradient_pass, tracker), torch.enable_grad():
-            with ops.faster_linear(self.model), tracker or share or contextlib.nullcontext():
+            faster = share or ops.faster_linear(self.model)  # shared rows are multiplied so anyway
+            with faster, tracker or contextlib.nullcontext():
                 losses = self.losses(batch)
             if share is not None and share.differ:
                 raise RowsDifferError

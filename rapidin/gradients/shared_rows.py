@@ -40,7 +40,7 @@ class _FirstRow(torch.autograd.Function):
 
 def _of_first(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # A copy for each row, since the model may change its hidden states in place.
-    return F.linear(x[:1], weight, bias).expand(len(x), -1, -1).contiguous()
+    return ops.linear(x[:1], weight, bias).expand(len(x), -1, -1).contiguous()
 
 
 class SharedRows(TorchFunctionMode):

@@ -32,6 +32,7 @@ from rapidin.gradients.preconditioner import TOLERANCE, Preconditioner, Precondi
 from rapidin.gradients.probe import check_causal
 from rapidin.gradients.reader import dated, embedded_tokens, max_length_of, task_settings
 from rapidin.gradients.settings import RAPIDGRAD_WIDTH, GradientSettings
+from rapidin.ops import faster_linear
 from rapidin.ops.transfer import Download, upload
 from rapidin.tasks.causal import Causal
 from rapidin.tasks.choose import task_of
@@ -308,8 +309,9 @@ class GradientSource:
             return examples
         made: list[Any] = list(examples)
         missing = [n for n, each in enumerate(made) if each.status == Status.OK and not each.reference]
-        with self.loaded.path.at(0.0), torch.no_grad(), evaluation_mode(self.loaded.model):
-            step = partial(self.task.reference, self.loaded.model)
+        model = self.loaded.model
+        with self.loaded.path.at(0.0), torch.no_grad(), evaluation_mode(model), faster_linear(model):
+            step = partial(self.task.reference, model)
             for chosen, result in self.batches.run(missing, examples, step):
                 values: list[Any] = [None] * len(chosen) if result is None else result.tolist()
                 for n, value in zip(chosen, values, strict=True):

@@ -7,7 +7,7 @@ from rapidin.ops.flat_sketch import flat_sketch
 from rapidin.ops.linear_sketch import embedding_sketch, linear_sketch
 from rapidin.ops.low_rank import LowRank
 from rapidin.ops.matrix_sketch import matrix_sketch
-from rapidin.ops.onednn import faster_linear, is_compiled, matmul
+from rapidin.ops.onednn import faster_linear, is_compiled, linear, matmul
 from rapidin.ops.packed import Packed, pack, packed_bytes, unpack
 from rapidin.ops.rotate import Cut, rotate, unit_blocks
 from rapidin.ops.stack_sketch import add_at, stack_sketch
@@ -23,6 +23,7 @@ __all__ = [
     "faster_linear",
     "flat_sketch",
     "is_compiled",
+    "linear",
     "linear_sketch",
     "matmul",
     "matrix_sketch",

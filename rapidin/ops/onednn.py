@@ -90,7 +90,10 @@ def addmm(total: Tensor, x: Tensor, y: Tensor) -> Tensor:
 def faster_linear(model: nn.Module) -> AbstractContextManager[Any]:
     """Inside the block the large linear layers of a float32 model on a CPU are multiplied as by `linear`, and
     so are their gradients, in a backward pass after it. Those of a compiled model are left alone."""
-    return _FasterLinear() if onednn_is_faster() and not is_compiled(model) else nullcontext()
+    known = onednn_is_faster() and any(
+        each.dtype == torch.float32 and each.device.type == "cpu" for each in model.parameters()
+    )
+    return _FasterLinear() if known and not is_compiled(model) else nullcontext()
 
 
 def is_compiled(model: nn.Module) -> bool:

@@ -40,13 +40,11 @@ def inner_model(model: Any) -> Any:
 
 @contextlib.contextmanager
 def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Inside the block the model is in evaluation mode; every module's mode is restored after it. Its linear
-    layers are multiplied in the fastest way."""
+    """Inside the block the model is in evaluation mode; every module's mode is restored after it."""
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
-        with ops.faster_linear(model):
-            yield
+        yield
     finally:
         for module, training in before:
             module.training = training
@@ -112,7 +110,7 @@ def greedy(model: Any, tokenizer: Any, **inputs: Any) -> list[list[int]]:
     if listener is not None and len(inputs["input_ids"]) == 1:
         following = _Following(listener)
         inputs |= {"streamer": following, "stopping_criteria": [following]}
-    with torch.no_grad(), evaluation_mode(model), warnings.catch_warnings():
+    with torch.no_grad(), evaluation_mode(model), ops.faster_linear(model), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run = partial(model.generate, do_sample=False, num_beams=1, pad_token_id=pad, **inputs)
         written: list[list[int]] = distributed.world().collective(run).tolist()

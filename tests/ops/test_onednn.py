@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -296,6 +297,10 @@ def test_the_processors_on_which_it_is_faster(
 def test_the_choice_can_be_made_by_hand(asked: Any) -> None:
     asked("off")
     assert not onednn.onednn_is_faster()
+    asked("on")
+    for other in (nn.Linear(8, 8).bfloat16(), nn.Linear(8, 8, device="meta")):
+        assert isinstance(ops.faster_linear(other), contextlib.nullcontext), "a model without such layers"
+    asked("off")
     layer = nn.Linear(256, 256)
     with ops.faster_linear(layer), Counted() as counted:
         layer(torch.randn(64, 256))
