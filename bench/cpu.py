@@ -228,9 +228,8 @@ def caching(turns: Turns, quick: bool) -> Iterator[Facts]:
             loop.fit()
             loop.sketch(numbers[-1])
             loop.pack()
-            by_onednn = onednn_is_faster()
             ways = {LIMIT: loop.bare, OURS: loop.sketch}
-            if by_onednn:
+            if onednn_is_faster():
                 ways[SAME_PRODUCTS] = loop.bare_with_our_products
                 ways[SAME_PRODUCTS](numbers[-1])
             taken: dict[str, list[Taken]] = {way: [] for way in ways}
