@@ -312,19 +312,23 @@ void flat_sketch(const std::vector<FlatTensor>& tensors, int64_t batch, uint64_t
         parallel(batch, threads, [&](int64_t item, int) { add_chunks(item, 0, chunks, out + item * dim); });
         return;
     }
-    float* partial = flat_partial.floats(parts * dim);
+    // One thread adds each part as it is done, from the cache.
+    const int64_t at_once = threads > 1 ? parts : 1;
+    float* partial = flat_partial.floats(at_once * dim);
+    const int64_t slices = pieces(dim, at_once);
     for (int64_t item = 0; item < batch; ++item) {
-        parallel(parts, threads, [&](int64_t part, int) {
-            float* sums = partial + part * dim;
-            std::fill(sums, sums + dim, 0.0f);
-            add_chunks(item, chunks * part / parts, chunks * (part + 1) / parts, sums);
-        });
-        const int64_t slices = pieces(dim, parts);
-        parallel(slices, threads, [&](int64_t slice, int) {
-            const int64_t begin = dim * slice / slices, end = dim * (slice + 1) / slices;
-            for (int64_t part = 0; part < parts; ++part)
-                for (int64_t i = begin; i < end; ++i) out[item * dim + i] += partial[part * dim + i];
-        });
+        for (int64_t first = 0; first < parts; first += at_once) {
+            parallel(at_once, threads, [&](int64_t n, int) {
+                float* sums = partial + n * dim;
+                std::fill(sums, sums + dim, 0.0f);
+                add_chunks(item, chunks * (first + n) / parts, chunks * (first + n + 1) / parts, sums);
+            });
+            parallel(slices, threads, [&](int64_t slice, int) {
+                const int64_t begin = dim * slice / slices, end = dim * (slice + 1) / slices;
+                for (int64_t n = 0; n < at_once; ++n)
+                    for (int64_t i = begin; i < end; ++i) out[item * dim + i] += partial[n * dim + i];
+            });
+        }
     }
 }
 
