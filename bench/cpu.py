@@ -7,8 +7,8 @@ python bench/cpu.py --quick --out FOLDER     # tiny sizes: shows that every line
 python bench/performance.py                  # then writes the page
 
 Stages: scan (`topk_scan` against a read loop, and faiss where it is installed), normalize (a shard's scan
-with `weighted` against `layer`), flat (`flat_sketch`), caching (against a bare forward and backward pass) and
-disk (one query of a cache on disk against reading its files).
+with other normalizations against `layer`), flat (`flat_sketch`), caching (against a bare forward and backward
+pass) and disk (one query of a cache on disk against reading its files).
 Results go to bench/results/cpu-<processor>-<threads>.json as they come; a later run replaces the rows that
 it measures again. With one thread a time is of the processor, so that waiting for it does not count; with
 more, and in the stage `disk`, it is that of a clock.
@@ -167,8 +167,8 @@ def scan(turns: Turns, quick: bool) -> Iterator[Facts]:
 
 
 def normalize(turns: Turns, quick: bool) -> Iterator[Facts]:
-    """The scan of a shard with `weighted`, which multiplies each row by a number of its own, against that
-    with `layer`, which multiplies none."""
+    """The scan of a shard with `weighted`, which multiplies each row by a number of its own, and with `none`
+    and `cosine`, which multiply each block by one, against that with `layer`, which multiplies nothing."""
     from rapidin import ops
     from rapidin.attribution.methods import ScanQuery
     from rapidin.cache.codec import Codec, CodecConfig, FloatCodec, PackedCodec, fit_shape
@@ -202,8 +202,9 @@ def normalize(turns: Turns, quick: bool) -> Iterator[Facts]:
                 offsets=plan.offsets,
             )
 
-        ways = {LIMIT: partial(search, "layer"), OURS: partial(search, "weighted")}
-        yield turns.row("normalize", name, "the scan with `layer`", ways, rows=rows)
+        for norm in ("weighted", "none", "cosine"):
+            ways = {LIMIT: partial(search, "layer"), OURS: partial(search, norm)}
+            yield turns.row("normalize", f"`{norm}`, {name}", "the scan with `layer`", ways, rows=rows)
 
 
 def flat(turns: Turns, quick: bool) -> Iterator[Facts]:

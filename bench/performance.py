@@ -62,7 +62,7 @@ of our faster kernel. The results' files also have the quartiles, device, date a
 
 CPU_STAGES = {
     "scan": "`topk_scan`",
-    "normalize": "A shard's scan with the normalization `weighted`",
+    "normalize": "A shard's scan with other normalizations than `layer`",
     "flat": "`flat_sketch`",
     "caching": "Caching, a random Llama of SmolLM2-135M's shape",
     "disk": "One query of a cache on disk",

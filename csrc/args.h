@@ -56,6 +56,26 @@ struct ByteQueries {
     const double* scales;  // [q]: a query's numbers are scale * integers; NaN for a query with NaN or Inf
 };
 
+// Queries as the integers that packed rows with blocks are multiplied with. A piece is a block, or as much of it as 32 bits hold
+// the sum of; a step is what a piece has in one plane of a group of bytes.
+struct BlockStep {
+    int64_t byte;  // where the group begins in a row
+    int shift;     // of the plane's bits
+};
+struct BlockPiece {
+    int64_t block, first_step, end_step;
+    bool ends;  // the block
+};
+struct BlockQueries {
+    const BlockStep* steps;
+    const BlockPiece* pieces;
+    int64_t step_count, piece_count;
+    const int8_t* digits;   // [q, steps, digits of a number, bytes of a group], zeros where a byte is no number of the piece
+    const double* minus;    // [q, pieces]: of each sum of products with codes, which begin at 0
+    const double* units;    // [q, pieces]: what 1 of what is left stands for
+    const uint8_t* finite;  // [q]: 0 for a query with NaN or Inf, which has no integers
+};
+
 // One part of a cache's rows, [n, width] of any DType but kBFloat16; parts lie side by side.
 struct ScanPart {
     const void* rows;
@@ -66,6 +86,7 @@ struct ScanPart {
     int scale_dtype;       // kFloat32 or kFloat16
     int64_t stride_scale;
     ByteQueries queries;   // of a packed part without blocks
+    BlockQueries blocks;   // with blocks
 };
 
 // score[q, n] = base[q, n] + sum over parts p of scale[p, n] * sum over blocks b of scales[n, b] * <queries[q], part p>

@@ -24,20 +24,26 @@ constexpr int64_t kWindow = 32 * kGroup;  // bytes of a row summed in 32 bits: 2
 constexpr int64_t kFewPacked = 2;         // queries that are multiplied a row at a time
 constexpr int64_t kQueryTile = 4;         // the most queries whose sums are in registers together; the sums of six leave too few
 
+// With blocks, whose scales make some of a query's numbers small, its numbers are integers of kDigits digits each, the first of
+// which are within +-64. 32 bits hold the sum of a piece of kLongestPiece numbers, of two digits together: 255 * 64 * 129 * 512.
+constexpr int kDigits = 3;
+constexpr int64_t kLongestPiece = 512;
+
 struct PackedLayout {
     int64_t planes;        // of integer queries
     int64_t numbers;       // a byte
     int limit;             // of an integer query
     int64_t times, minus;  // <row, query> = unit * (times * sum of products - minus * sum of the query)
     double unit;
+    int digit_bits;        // of a digit with blocks: sums of two products of a byte and a digit fit 16 bits
 };
 
 inline bool is_packed(int dtype) { return dtype == kInt8 || dtype == kInt4 || dtype == kSign; }
 
-inline PackedLayout packed_layout(int dtype) {
-    if (dtype == kSign) return {8, 8, 127, 2, 1, 1.0};
-    if (dtype == kInt4) return {2, 2, 127, 2, 15, 0.5};
-    return {2, 1, 4095, 1, 128, 1.0};
+constexpr PackedLayout packed_layout(int dtype) {
+    if (dtype == kSign) return {8, 8, 127, 2, 1, 1.0, 8};
+    if (dtype == kInt4) return {2, 2, 127, 2, 15, 0.5, 8};
+    return {2, 1, 4095, 1, 128, 1.0, 7};
 }
 
 // Bytes of a row.

@@ -8,18 +8,22 @@
 namespace rapidin {
 namespace {
 
-// What differs between the packed dtypes: their planes, and the shift that brings sums of plane p + 1 to those of p.
+// What differs between the packed dtypes: their planes, and the shift that brings sums of plane p + 1 to those of p; and the numbers
+// that begin at a bit of each byte.
 struct Sign {
-    static constexpr int kPlanes = 8, kShift = -1;
+    static constexpr int kPlanes = 8, kShift = -1, kDType = kSign;
     static Bytes plane(Bytes x, int p) { return and_bytes(x, static_cast<uint8_t>(1 << p)); }
+    static Bytes number(Bytes x, int shift) { return field(x, shift, 1); }
 };
 struct Int4 {
-    static constexpr int kPlanes = 2, kShift = kNibbleShift;
+    static constexpr int kPlanes = 2, kShift = kNibbleShift, kDType = kInt4;
     static Bytes plane(Bytes x, int p) { return nibbles(x, p); }
+    static Bytes number(Bytes x, int shift) { return field(x, shift, 15); }
 };
 struct Int8 {
-    static constexpr int kPlanes = 2, kShift = 6;
+    static constexpr int kPlanes = 2, kShift = 6, kDType = kInt8;
     static Bytes plane(Bytes x, int) { return xor_bytes(x, 128); }
+    static Bytes number(Bytes x, int) { return xor_bytes(x, 128); }
 };
 
 // How many bytes ahead memory is asked for, whichever rows are there, in the order in which rows are read: of long ones a window

@@ -79,6 +79,92 @@ class QueriesOfPart {
     std::vector<double> scales_;
 };
 
+// ---- integer queries of blocks ----
+
+// Those of one packed part, and the memory that its BlockQueries point to.
+class BlockQueriesOfPart {
+  public:
+    BlockQueriesOfPart(const ScanArgs& args, const ScanPart& part, int threads) : layout_(packed_layout(part.dtype)) {
+        const int64_t bytes = packed_bytes(part.width, layout_.numbers), bits = 8 / layout_.numbers;
+        for (int64_t b = 0; b < args.blocks; ++b) {
+            const int64_t end = std::min(args.offsets[b + 1] - part.first, part.width);
+            for (int64_t n = std::max<int64_t>(args.offsets[b] - part.first, 0); n < end;) {
+                const int64_t end_of_piece = std::min(end, n + kLongestPiece), first_step = static_cast<int64_t>(steps_.size());
+                while (n < end_of_piece) {
+                    const int64_t of_group = kGroup * layout_.numbers, byte = n / of_group * kGroup;
+                    const int64_t size = std::min(kGroup, bytes - byte), plane = n % of_group / size, place = n % of_group % size;
+                    const int64_t count = std::min(size - place, end_of_piece - n);
+                    steps_.push_back({byte, static_cast<int>(plane * bits)});
+                    runs_.push_back({n, place, count});
+                    n += count;
+                }
+                pieces_.push_back({b, first_step, static_cast<int64_t>(steps_.size()), n == end});
+            }
+        }
+        digits_.resize(static_cast<size_t>(args.q) * steps_.size() * kDigits * kGroup + kGroup);
+        minus_.resize(static_cast<size_t>(args.q) * pieces_.size());
+        units_.resize(minus_.size());
+        finite_.resize(static_cast<size_t>(args.q));
+        parallel(args.q, threads, [&](int64_t q, int) { fill(args.queries + q * args.d + part.first, part.width, q); });
+    }
+
+    BlockQueries view() const {
+        return {steps_.data(), pieces_.data(), static_cast<int64_t>(steps_.size()), static_cast<int64_t>(pieces_.size()),
+                aligned(digits_), minus_.data(), units_.data(), finite_.data()};
+    }
+
+  private:
+    // Neighbouring numbers of a row from `number` on, which begin at byte `place` of their group.
+    struct Run {
+        int64_t number, place, count;
+    };
+
+    void fill(const float* query, int64_t width, int64_t q) {
+        finite_[q] = std::all_of(query, query + width, [](float x) { return std::isfinite(x); });
+        if (!finite_[q]) return;
+        for (size_t p = 0; p < pieces_.size(); ++p) {
+            const BlockPiece& piece = pieces_[p];
+            float largest = 0.0f;
+            for (int64_t s = piece.first_step; s < piece.end_step; ++s)
+                for (int64_t i = 0; i < runs_[s].count; ++i) largest = std::max(largest, std::fabs(query[runs_[s].number + i]));
+            int exponent = 0;
+            std::frexp(largest, &exponent);
+            const int bits = (kDigits - 1) * layout_.digit_bits + 6 - exponent;  // so that the first digit is within +-64
+            const size_t at = static_cast<size_t>(q) * pieces_.size() + p;
+            units_[at] = std::ldexp(layout_.unit, -bits);
+            int64_t sum = 0;
+            for (int64_t s = piece.first_step; s < piece.end_step; ++s)
+                sum += write_digits(query + runs_[s].number, runs_[s], std::ldexp(1.0, bits),
+                                    aligned(digits_) + (q * static_cast<int64_t>(steps_.size()) + s) * kDigits * kGroup);
+            minus_[at] = static_cast<double>(layout_.minus * sum);
+        }
+    }
+
+    // Digits of the numbers of a step. Returns the sum of their integers.
+    int64_t write_digits(const float* query, const Run& run, double lift, int8_t* to) const {
+        const int64_t base = int64_t{1} << layout_.digit_bits;
+        int64_t sum = 0;
+        for (int64_t i = 0; i < run.count; ++i) {
+            int64_t value = std::lrint(static_cast<double>(query[i]) * lift);
+            sum += value;
+            for (int d = 0; d < kDigits; ++d) {
+                const int64_t rest = (value + base / 2) >> layout_.digit_bits;
+                to[d * kGroup + run.place + i] = static_cast<int8_t>(d + 1 < kDigits ? value - rest * base : value);
+                value = rest;
+            }
+        }
+        return sum;
+    }
+
+    PackedLayout layout_;
+    std::vector<BlockStep> steps_;
+    std::vector<Run> runs_;
+    std::vector<BlockPiece> pieces_;
+    std::vector<int8_t> digits_;
+    std::vector<double> minus_, units_;
+    std::vector<uint8_t> finite_;
+};
+
 // ---- the best ----
 
 struct Candidate {
@@ -139,11 +225,13 @@ void topk_scan(ScanArgs args, std::vector<ScanPart> parts, int64_t k, ScanResult
     if (args.q == 0) return;
     const Kernels& set = kernels();
     std::vector<QueriesOfPart> queries;
+    std::vector<BlockQueriesOfPart> of_blocks;
     queries.reserve(parts.size());
+    of_blocks.reserve(parts.size());
     for (ScanPart& part : parts) {
-        if (!is_packed(part.dtype) || args.scales) continue;
-        queries.emplace_back(args, part, threads);
-        part.queries = queries.back().view();
+        if (!is_packed(part.dtype)) continue;
+        if (args.scales) part.blocks = of_blocks.emplace_back(args, part, threads).view();
+        else part.queries = queries.emplace_back(args, part, threads).view();
     }
     args.parts = parts.data();
     args.part_count = static_cast<int64_t>(parts.size());

@@ -27,6 +27,10 @@ inline Bytes and_bytes(Bytes x, uint8_t mask) { return _mm512_and_si512(x, _mm51
 // The low nibbles, or the high ones, which are left in place: their products fit the sums.
 constexpr int kNibbleShift = -4;
 inline Bytes nibbles(Bytes x, int p) { return and_bytes(x, static_cast<uint8_t>(15 << 4 * p)); }
+// Of each byte the bits from `shift` on that fit the mask, as a number.
+inline Bytes field(Bytes x, int shift, uint8_t mask) {
+    return and_bytes(_mm512_srlv_epi16(x, _mm512_set1_epi16(static_cast<short>(shift))), mask);
+}
 inline Bytes xor_bytes(Bytes x, uint8_t mask) { return _mm512_xor_si512(x, _mm512_set1_epi8(static_cast<char>(mask))); }
 inline ByteSums no_sums() { return _mm512_setzero_si512(); }
 // In assembler, since with the intrinsic GCC copies each register of sums twice. Clang does not, and would store each y.
@@ -64,8 +68,9 @@ using ByteSums = __m256i;
 inline Bytes load_bytes(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline Bytes and_bytes(Bytes x, uint8_t mask) { return _mm256_and_si256(x, _mm256_set1_epi8(static_cast<char>(mask))); }
 inline Bytes xor_bytes(Bytes x, uint8_t mask) { return _mm256_xor_si256(x, _mm256_set1_epi8(static_cast<char>(mask))); }
-constexpr int kNibbleShift = 0;
-inline Bytes nibbles(Bytes x, int p) { return and_bytes(_mm256_srl_epi16(x, _mm_cvtsi32_si128(4 * p)), 15); }
+inline Bytes field(Bytes x, int shift, uint8_t mask) {
+    return and_bytes(_mm256_srl_epi16(x, _mm_cvtsi32_si128(shift)), mask);
+}
 inline ByteSums no_sums() { return _mm256_setzero_si256(); }
 // Pairs are summed in 16 bits, which the largest operands in use just fit: 128 * 127, 15 * 127 and 255 * 64.
 inline ByteSums add_products(ByteSums sums, Bytes x, Bytes y) {
@@ -92,8 +97,9 @@ using ByteSums = int32x4_t;
 inline Bytes load_bytes(const void* p) { return vld1q_u8(static_cast<const uint8_t*>(p)); }
 inline Bytes and_bytes(Bytes x, uint8_t mask) { return vandq_u8(x, vdupq_n_u8(mask)); }
 inline Bytes xor_bytes(Bytes x, uint8_t mask) { return veorq_u8(x, vdupq_n_u8(mask)); }
-constexpr int kNibbleShift = 0;
-inline Bytes nibbles(Bytes x, int p) { return and_bytes(vshlq_u8(x, vdupq_n_s8(static_cast<int8_t>(-4 * p))), 15); }
+inline Bytes field(Bytes x, int shift, uint8_t mask) {
+    return and_bytes(vshlq_u8(x, vdupq_n_s8(static_cast<int8_t>(-shift))), mask);
+}
 inline ByteSums no_sums() { return vdupq_n_s32(0); }
 inline ByteSums add_products(ByteSums sums, Bytes x, Bytes y) {
 #if defined(__ARM_FEATURE_MATMUL_INT8)
@@ -138,9 +144,8 @@ inline Bytes xor_bytes(Bytes x, uint8_t mask) {
     for (uint8_t& lane : x.lane) lane ^= mask;
     return x;
 }
-constexpr int kNibbleShift = 0;
-inline Bytes nibbles(Bytes x, int p) {
-    for (uint8_t& lane : x.lane) lane = lane >> 4 * p & 15;
+inline Bytes field(Bytes x, int shift, uint8_t mask) {
+    for (uint8_t& lane : x.lane) lane = static_cast<uint8_t>(lane >> shift & mask);
     return x;
 }
 inline ByteSums no_sums() { return ByteSums{}; }
@@ -170,6 +175,8 @@ inline int32_t total(ByteSums x) {
 #endif
 
 #if !defined(__AVX512VNNI__)
+constexpr int kNibbleShift = 0;
+inline Bytes nibbles(Bytes x, int p) { return field(x, 4 * p, 15); }
 inline Bytes load_row_bytes(const void* p) { return load_bytes(p); }
 inline Bytes load_first_bytes(const void* p, int64_t n) {
     uint8_t padded[kBytes] = {};

@@ -1,5 +1,7 @@
 """pack, unpack and the scan of packed rows: the reference, exact integers, the same bits everywhere."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given
@@ -194,22 +196,30 @@ def test_the_largest_sums_fit(dtype):
                         assert_equal(ops.topk_scan(rows, q, 5), wanted)
 
 
+@pytest.mark.parametrize("blocks", [False, True])
 @pytest.mark.parametrize("dtype", PACKED)
-def test_the_same_bits_everywhere(dtype):
+def test_the_same_bits_everywhere(dtype, blocks):
     packed, q = pack(normal(203, 1234), dtype), normal(17, 1234, seed=1)
     base = normal(17, 203, seed=2)
-    whole = ops.topk_scan(packed, q, 203, base=base)
+    more = {"offsets": [0, 7, 300, 1234], "scales": normal(203, 3, seed=3)} if blocks else {}
+    whole = ops.topk_scan(packed, q, 203, base=base, **more)
     for name in INSTRUCTION_SETS:
         with instruction_set(name):
             for threads in (1, 2, 3):
                 with torch_threads(threads):
-                    assert_equal(ops.topk_scan(packed, q, 203, base=base), whole)
+                    assert_equal(ops.topk_scan(packed, q, 203, base=base, **more), whole)
             for size in (1, 2, 3, 5, 8):
                 parts = [
-                    ops.topk_scan(packed, q[j : j + size], 203, base=base[j : j + size])
+                    ops.topk_scan(packed, q[j : j + size], 203, base=base[j : j + size], **more)
                     for j in range(0, 17, size)
                 ]
                 assert_equal([torch.cat(x) for x in zip(*parts, strict=True)], whole)
+    scores = whole[0].gather(1, whole[1].argsort(1))  # by row
+    for first in (1, 2, 3, 50):  # rows in other blocks
+        rows = Packed(packed.codes[first:], dtype, packed.width, packed.scale[first:])
+        some = {"scales": more["scales"][first:], "offsets": more["offsets"]} if blocks else {}
+        found = ops.topk_scan(rows, q, 203, base=base[:, first:], **some)
+        assert torch.equal(found[0].gather(1, found[1].argsort(1)), scores[:, first:])
 
 
 @pytest.mark.parametrize(("dtype", "limit"), [("sign", 0.02), ("int4", 0.02), ("int8", 6e-4)])
@@ -264,12 +274,96 @@ def test_blocks_with_scales(queries, dtype, name):
     torch.testing.assert_close(got[2], wanted[2], rtol=1e-5, atol=1e-3)
 
 
+def blocks_of(width):
+    """Edges of blocks with one number, with more than a piece of 512 has, and some at the edges of planes."""
+    return sorted({0, 1, 2, 64, 65, width // 3, width // 3 + 600, width - 1, width} & set(range(width + 1)))
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", PACKED)
-def test_queries_without_a_score(dtype):
+@pytest.mark.parametrize("width", WIDTHS)
+def test_integers_are_scanned_exactly_in_blocks(width, dtype, name):
+    rows = Packed(codes(49, width, dtype), dtype, width, None)
+    offsets = blocks_of(width)
+    offsets.insert(1, offsets[1])  # an empty block
+    scales = torch.randint(-2, 3, (49, len(offsets) - 1), generator=torch.Generator().manual_seed(1)).float()
+    for queries in (1, 2, 7):
+        q = integer_queries(queries, width, dtype)
+        dots = (q[:, None] * unpack(rows, backend="reference")).double()
+        of_blocks = torch.stack([dots[..., a:b].sum(2) for a, b in itertools.pairwise(offsets)], 2)
+        wanted = (of_blocks * scales).sum(2).float()
+        with instruction_set(name):
+            scores, indices = ops.topk_scan(rows, q, 49, scales=scales, offsets=offsets)
+        assert torch.equal(scores, wanted.gather(1, indices))
+        assert torch.equal(scores, wanted.sort(1, descending=True).values)
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+def test_the_largest_sums_of_blocks_fit(dtype):
+    """Every product as large as it can be: all digits of the queries as large as they get."""
+    width = 5000
+    for value in (0, 127, 128, 255):
+        bytes_ = torch.full((5, packed_bytes(width, dtype)), value, dtype=torch.uint8)
+        rows = Packed(bytes_.view(torch.int8) if dtype == "int8" else bytes_, dtype, width, None)
+        more = {"scales": torch.ones(5, 2), "offsets": [0, 3000, width]}
+        for largest in (1.0, -1.0, 1 - 2**-24, 1 - 2**-8, 2**-8 - 1, 1 - 2**-15, 1 / 3):
+            q = torch.full((1, width), largest)
+            wanted = q.double() @ unpack(rows).double().T
+            for name in INSTRUCTION_SETS:
+                with instruction_set(name):
+                    scores = ops.topk_scan(rows, q, 5, **more)[0]
+                torch.testing.assert_close(scores.double(), wanted, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", PACKED)
+def test_the_precision_of_blocks_is_that_of_each(dtype, name):
+    """Queries whose blocks are as different as the scales are: each keeps its own digits."""
+    width, offsets = 900, [0, 300, 310, 900]
+    packed, q = pack(normal(40, width), dtype), normal(2, width, seed=1)
+    sizes = torch.tensor([1e-30, 1e6, 1e20])
+    for block, (begin, end) in enumerate(itertools.pairwise(offsets)):
+        q[:, begin:end] *= 1 / sizes[block]
+    scales = sizes * torch.rand(40, 3, generator=torch.Generator().manual_seed(2))
+    of_blocks = [
+        q[:, a:b].double() @ unpack(packed)[:, a:b].double().T for a, b in itertools.pairwise(offsets)
+    ]
+    wanted = (torch.stack(of_blocks, 2) * scales.double()).sum(2)
+    with instruction_set(name):
+        scores, indices = ops.topk_scan(packed, q, 40, scales=scales, offsets=offsets)
+    error = (scores - wanted.gather(1, indices)).abs().max()
+    assert float(error / wanted.abs().max()) < 2e-6
+
+
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
+@pytest.mark.parametrize("dtype", PACKED)
+def test_numbers_that_are_none_in_blocks(dtype, name):
+    """A query with NaN or Inf is scored as the reference scores it, and changes no bit of its neighbours."""
+    packed, q, scales = pack(normal(50, 1300), dtype), normal(5, 1300, seed=1), normal(50, 3, seed=2)
+    more = {"scales": scales, "offsets": [0, 40, 1100, 1300]}
+    plain = ops.topk_scan_both_ends(packed, q, 50, **more)
+    q[1, 3], q[2, 1200], q[2, 7], q[4] = torch.nan, torch.inf, -torch.inf, 0.0
+    scales[5, 0], scales[6, 1], scales[7, 2] = torch.nan, torch.inf, 0.0
+    wanted = ops.topk_scan_both_ends(packed, q, 50, **more, backend="reference")
+    with instruction_set(name):
+        got = ops.topk_scan_both_ends(packed, q, 50, **more)
+    for scores in (0, 2):
+        torch.testing.assert_close(got[scores], wanted[scores], rtol=1e-5, atol=1e-3, equal_nan=True)
+    for j in (0, 3):
+        of_row = dict(zip(plain[1][j].tolist(), plain[0][j].tolist(), strict=True))
+        for row, score in zip(got[1][j].tolist(), got[0][j].tolist(), strict=True):
+            assert row in (-1, 6, 7) or score == of_row[row]
+
+
+@pytest.mark.parametrize("dtype", PACKED)
+@pytest.mark.parametrize("scales", [None, torch.ones(8, 2)])
+def test_queries_without_a_score(scales, dtype):
+    more = {} if scales is None else {"scales": scales, "offsets": [0, 30, 90]}
     q = normal(4, 90, seed=1)
     q[1, 5], q[2, 6], q[3] = torch.nan, torch.inf, 0.0
-    scores, indices = ops.topk_scan(pack(normal(8, 90), dtype), q, 3)
-    assert bool((indices[1:3] == -1).all())
+    scores, indices = ops.topk_scan(pack(normal(8, 90), dtype), q, 3, **more)
+    assert bool((indices[1] == -1).all())
+    assert bool((indices[2] == -1).all()) == (scales is None)
     assert indices[3].tolist() == [0, 1, 2]
     assert not bool(scores[3].any())
 

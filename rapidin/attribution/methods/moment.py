@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from rapidin import distributed
-from rapidin.attribution.methods.vectors import count, vectors_of
-from rapidin.attribution.normalization import row_scales
+from rapidin.attribution.methods.vectors import count, shard_scales, vectors_of
 from rapidin.cache import Cache
 
 GROUPS = 32  # of shards in a sum over a cache, and so the most processes that can share the work
@@ -131,7 +130,7 @@ def squares(cache: Cache, normalize: str, device: torch.device) -> tuple[int, Te
     sums: list[tuple[Tensor, int]] = []
     for _, shard in cache.shards(within=within):
         counts = shard.status == 0
-        scales = row_scales(cache.codec.lengths(shard.tensors), normalize)
+        scales = shard_scales(cache.codec, shard.tensors, normalize)
         sums.append(((scales.double().square() * counts[:, None]).sum(0), int(counts.sum())))
     total, n = torch.zeros(len(cache.layers), dtype=torch.float64, device="cpu"), 0
     for of_shard, rows in (pair for share in world.gather(sums) for pair in share):

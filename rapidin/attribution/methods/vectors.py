@@ -13,7 +13,7 @@ from torch import Tensor
 from rapidin.attribution.normalization import of_directions, row_factors, row_scales
 from rapidin.cache import Cache, Manifest
 from rapidin.cache.codec import Codec
-from rapidin.cache.codec.plan import LENGTHS
+from rapidin.cache.codec.plan import LENGTHS, from_lengths
 
 _TYPICAL_ROWS, _TYPICAL_SHARDS = 1024, 8  # that a mean factor is of, at most about
 _CHUNK_BYTES = 64 << 20  # of decoded rows that are held at a time
@@ -70,8 +70,13 @@ class ScanQuery:
             return None
         if factors is None and self.normalize == "weighted":
             return row_factors(codec.typical_lengths(tensors, zero_gradient))
-        scales = row_scales(codec.lengths(tensors), self.normalize)
+        scales = shard_scales(codec, tensors, self.normalize)
         return scales if factors is None else factors * scales
+
+
+def shard_scales(codec: Codec, tensors: Mapping[str, Tensor], normalize: str) -> Tensor:
+    """`row_scales` of rows with these tensors of a shard: [n, blocks] float32."""
+    return from_lengths(lambda some: row_scales(codec.lengths(some), normalize), tensors)
 
 
 def count(cache: Cache) -> int:

@@ -25,7 +25,7 @@ from torch import Tensor
 from rapidin import ops
 from rapidin.cache.codec.basis import Basis
 from rapidin.cache.codec.fit import RowShape
-from rapidin.cache.codec.plan import PreparedQuery, ScanPlan, TensorSpecs, spec_bytes
+from rapidin.cache.codec.plan import PreparedQuery, ScanPlan, TensorSpecs, from_lengths, spec_bytes
 from rapidin.ops.packed import PackedDtype
 
 # The parts of a row by the names that their tensors have in a shard, which are part of the format; the scale
@@ -258,7 +258,7 @@ class _PackedQuery:
                 zero_gradient = codec.has_zero_gradient(tensors)
             if not zero_gradient:
                 return self._whole_plan(parts, scales)
-            live = (codec.lengths(tensors) > 0).float()
+            live = from_lengths(lambda some: (codec.lengths(some) > 0).float(), tensors)
             scales = live if scales is None else live * scales
         base = scales @ self._mean_by_block.T
         if SHARED in parts:
@@ -278,7 +278,7 @@ class _PackedQuery:
             self._queries_by_block,
             self._zeros,
             base.T.contiguous(),
-            scales.repeat(1, len(parts)),
+            scales.repeat(1, len(parts)) if len(parts) > 1 else scales,
             [0, *accumulate(widths)],
         )
 

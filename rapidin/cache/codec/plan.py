@@ -8,7 +8,7 @@ with prepared queries add up to the scores.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Protocol
@@ -19,6 +19,7 @@ from torch import Tensor
 from rapidin import ops
 
 LENGTHS = ("length", "size")  # the tensors that have the lengths of rows
+_LENGTH_ROWS = 4096  # whose lengths are computed at a time on a CPU
 TensorSpecs = dict[str, tuple[torch.dtype, tuple[int, ...]]]  # dtype and shape of one row of each tensor
 
 
@@ -106,6 +107,25 @@ def typical_length(lengths: Tensor) -> Tensor:
     return (logs.sum(-1) / count.clamp(min=1)).exp() * (count > 0)
 
 
+def from_lengths(function: Callable[[Mapping[str, Tensor]], Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
+    """function(tensors), for a function [n, blocks] of each row by itself that reads `LENGTHS` alone.
+
+    A CPU computes a few thousand rows at a time: what the function makes on the way then stays in its cache.
+    """
+    read = {name: tensors[name] for name in LENGTHS if name in tensors}
+    rows = len(next(iter(read.values())))
+    if rows <= _LENGTH_ROWS or any(x.device.type != "cpu" for x in read.values()):
+        return function(read)
+    out: Tensor | None = None
+    for first in range(0, rows, _LENGTH_ROWS):
+        some = function({name: x[first : first + _LENGTH_ROWS] for name, x in read.items()})
+        if out is None:
+            out = some.new_empty((rows, *some.shape[1:]))
+        out[first : first + len(some)] = some
+    assert out is not None
+    return out
+
+
 class Codec(Protocol):
     """How a cache stores sketches."""
 
@@ -123,7 +143,7 @@ class Codec(Protocol):
         """Approximate unit blocks of encoded rows: [n, blocks, width] float32."""
 
     def lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Lengths of the blocks: [n, blocks] float32."""
+        """Lengths of the blocks: [n, blocks] float32. tensors: those of `LENGTHS` are read alone."""
 
     def typical_lengths(self, tensors: Mapping[str, Tensor], zero_gradient: bool | None = None) -> Tensor:
         """`typical_length` of each row: [n] float32. tensors: those of `LENGTHS` are read alone;
