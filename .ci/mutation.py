@@ -79,6 +79,7 @@ TESTS = {
     "ops/gpu_scan": ("topk_scan",),
     "ops/low_rank": ("linear_sketch",),
     "ops/packed": ("pack", "unit_blocks", "topk_scan"),
+    "ops/reference/linear_sketch": ("linear_sketch", "matrix_sketch", "stack_sketch"),
     "ops/reference/packed": ("pack", "unit_blocks"),
     "ops/tables": ("sketch_hash", "linear_sketch"),
     "ops/triton/packing": ("pack", "unit_blocks"),
