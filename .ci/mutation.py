@@ -81,7 +81,7 @@ TESTS = {
     "ops/packed": ("pack", "unit_blocks", "topk_scan"),
     "ops/reference/linear_sketch": ("linear_sketch", "matrix_sketch", "stack_sketch"),
     "ops/reference/packed": ("pack", "unit_blocks"),
-    "ops/tables": ("sketch_hash", "linear_sketch"),
+    "ops/tables": ("sketch_hash", "linear_sketch", "flat_sketch"),
     "ops/triton/packing": ("pack", "unit_blocks"),
     "ops/triton/scan": ("topk_scan",),
     "ops/triton/sketches": ("matrix_sketch", "linear_sketch", "flat_sketch"),

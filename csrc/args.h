@@ -70,10 +70,11 @@ struct BlockQueries {
     const BlockStep* steps;
     const BlockPiece* pieces;
     int64_t step_count, piece_count;
-    const int8_t* digits;   // [q, steps, digits of a number, bytes of a group], zeros where a byte is no number of the piece
-    const double* minus;    // [q, pieces]: of each sum of products with codes, which begin at 0
-    const double* units;    // [q, pieces]: what 1 of what is left stands for
-    const uint8_t* finite;  // [q]: 0 for a query with NaN or Inf, which has no integers
+    const int8_t* digits;       // [q, steps, digits of a number, the lowest first, bytes of a group], 0 where no number of the piece is
+    const double* minus;        // [q, pieces]: taken from the sum of products, since codes of rows are not negative
+    const double* units;        // [q, pieces]: what 1 of the difference stands for
+    const uint8_t* has_digits;  // [q]: 0 for a query that is multiplied in floats
+    bool any_digits, all_digits;
 };
 
 // One part of a cache's rows, [n, width] of any DType but kBFloat16; parts lie side by side.

@@ -1,5 +1,5 @@
-// Integer products of packed rows whose blocks have scales of their own. The sum of a block is exact, blocks are added in double
-// and in order, so the bits are the same for every instruction set.
+// Integer products of packed rows whose blocks have scales of their own. The sum of a piece is exact, pieces are added in double
+// and in order, so the bits are the same for every instruction set that computes them so.
 #pragma once
 
 #include "kernels.h"
@@ -15,8 +15,8 @@ struct PieceOfQuery {
     const int8_t* digits;
 };
 
-// What R rows' products with a piece sum to: high[r] * 2^(2 * digit_bits) + low[r]. Whole: whether all of its bytes lie in whole
-// groups.
+// What R rows' products with a piece sum to: high[r] * 2^(2 * digit_bits) + low[r]. Whole: whether all bytes of the piece lie in
+// whole groups.
 template <class Format, int R, bool Whole>
 inline void multiply_piece(const PieceOfQuery& piece, const uint8_t* rows, int64_t stride_row, int64_t bytes, int32_t* low,
                            int32_t* high) {
@@ -77,7 +77,7 @@ struct RowsOfQuery {
             dots[r] = (Add ? dots[r] : 0.0) + units[p] * dot;
         }
     }
-    // Of a block of several pieces those that follow piece p. Returns the last.
+    // Adds the products with the pieces of the block after piece p. Returns the last of them.
     __attribute__((noinline)) int64_t multiply_rest(int64_t p, double* dots) const {
         while (!queries.pieces[p].ends) multiply<true>(++p, dots);
         return p;
@@ -108,7 +108,7 @@ template <class Format>
 inline void scan_all_blocks(const ScanArgs& args, const ScanPart& part, int64_t first, int64_t count, double* scores) {
     constexpr int R = kBytes == 32 ? 2 : 4;  // kDigits * R sums, the rows and digits fit the registers
     for (int64_t j = 0; j < args.q; ++j) {
-        if (!part.blocks.finite[j]) continue;
+        if (!part.blocks.has_digits[j]) continue;
         int64_t r = 0;
         for (; r + R <= count; r += R) scan_blocks_of<Format, R>(args, part, first + r, j, scores + r * args.q + j);
         for (; r < count; ++r) scan_blocks_of<Format, 1>(args, part, first + r, j, scores + r * args.q + j);

@@ -9,6 +9,6 @@ namespace rapidin {
 
 const Kernels kKernelsNeonI8mm = {
     "neon_i8mm",   count_sketch,      count_sketch_pair,     square_sum, fold, flat_rows, flat_narrow, scan, pack, unpack,
-    token_squares, sketch_of_squares, tensor_sketch_scratch, kLanes};
+    token_squares, sketch_of_squares, tensor_sketch_scratch, kLanes, kDigitsAreFaster};
 
 }  // namespace rapidin

@@ -24,8 +24,9 @@ constexpr int64_t kWindow = 32 * kGroup;  // bytes of a row summed in 32 bits: 2
 constexpr int64_t kFewPacked = 2;         // queries that are multiplied a row at a time
 constexpr int64_t kQueryTile = 4;         // the most queries whose sums are in registers together; the sums of six leave too few
 
-// With blocks, whose scales make some of a query's numbers small, its numbers are integers of kDigits digits each, the first of
-// which are within +-64. 32 bits hold the sum of a piece of kLongestPiece numbers, of two digits together: 255 * 64 * 129 * 512.
+// With blocks, whose scales make some of a query's numbers small, its numbers are integers of kDigits digits each, the highest of
+// which are within +-64. 32 bits hold the sums of a piece of kLongestPiece numbers, of the two lower digits together: they are at
+// most 64 * 129 of base 128, and products with them at most 255 * 64 * 129.
 constexpr int kDigits = 3;
 constexpr int64_t kLongestPiece = 512;
 

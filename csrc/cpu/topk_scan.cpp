@@ -84,7 +84,9 @@ class QueriesOfPart {
 // Those of one packed part, and the memory that its BlockQueries point to.
 class BlockQueriesOfPart {
   public:
-    BlockQueriesOfPart(const ScanArgs& args, const ScanPart& part, int threads) : layout_(packed_layout(part.dtype)) {
+    BlockQueriesOfPart(const ScanArgs& args, const ScanPart& part, bool with_digits, int threads)
+        : layout_(packed_layout(part.dtype)), has_digits_(static_cast<size_t>(args.q)) {
+        if (!with_digits) return;
         const int64_t bytes = packed_bytes(part.width, layout_.numbers), bits = 8 / layout_.numbers;
         for (int64_t b = 0; b < args.blocks; ++b) {
             const int64_t end = std::min(args.offsets[b + 1] - part.first, part.width);
@@ -104,13 +106,13 @@ class BlockQueriesOfPart {
         digits_.resize(static_cast<size_t>(args.q) * steps_.size() * kDigits * kGroup + kGroup);
         minus_.resize(static_cast<size_t>(args.q) * pieces_.size());
         units_.resize(minus_.size());
-        finite_.resize(static_cast<size_t>(args.q));
         parallel(args.q, threads, [&](int64_t q, int) { fill(args.queries + q * args.d + part.first, part.width, q); });
     }
 
     BlockQueries view() const {
         return {steps_.data(), pieces_.data(), static_cast<int64_t>(steps_.size()), static_cast<int64_t>(pieces_.size()),
-                aligned(digits_), minus_.data(), units_.data(), finite_.data()};
+                aligned(digits_), minus_.data(), units_.data(), has_digits_.data(),
+                std::count(has_digits_.begin(), has_digits_.end(), 1) > 0, std::count(has_digits_.begin(), has_digits_.end(), 0) == 0};
     }
 
   private:
@@ -120,8 +122,8 @@ class BlockQueriesOfPart {
     };
 
     void fill(const float* query, int64_t width, int64_t q) {
-        finite_[q] = std::all_of(query, query + width, [](float x) { return std::isfinite(x); });
-        if (!finite_[q]) return;
+        has_digits_[q] = std::all_of(query, query + width, [](float x) { return std::isfinite(x); });
+        if (!has_digits_[q]) return;
         for (size_t p = 0; p < pieces_.size(); ++p) {
             const BlockPiece& piece = pieces_[p];
             float largest = 0.0f;
@@ -129,7 +131,7 @@ class BlockQueriesOfPart {
                 for (int64_t i = 0; i < runs_[s].count; ++i) largest = std::max(largest, std::fabs(query[runs_[s].number + i]));
             int exponent = 0;
             std::frexp(largest, &exponent);
-            const int bits = (kDigits - 1) * layout_.digit_bits + 6 - exponent;  // so that the first digit is within +-64
+            const int bits = (kDigits - 1) * layout_.digit_bits + 6 - exponent;  // so that the highest digit is within +-64
             const size_t at = static_cast<size_t>(q) * pieces_.size() + p;
             units_[at] = std::ldexp(layout_.unit, -bits);
             int64_t sum = 0;
@@ -162,7 +164,7 @@ class BlockQueriesOfPart {
     std::vector<BlockPiece> pieces_;
     std::vector<int8_t> digits_;
     std::vector<double> minus_, units_;
-    std::vector<uint8_t> finite_;
+    std::vector<uint8_t> has_digits_;
 };
 
 // ---- the best ----
@@ -230,7 +232,7 @@ void topk_scan(ScanArgs args, std::vector<ScanPart> parts, int64_t k, ScanResult
     of_blocks.reserve(parts.size());
     for (ScanPart& part : parts) {
         if (!is_packed(part.dtype)) continue;
-        if (args.scales) part.blocks = of_blocks.emplace_back(args, part, threads).view();
+        if (args.scales) part.blocks = of_blocks.emplace_back(args, part, set.block_digits, threads).view();
         else part.queries = queries.emplace_back(args, part, threads).view();
     }
     args.parts = parts.data();

@@ -1,6 +1,6 @@
 // Scores of a few rows of all parts for all queries. The order of additions of one score is fixed by the parts' widths
 // and the blocks alone: of floats kWide lanes over each tile of up to 1,024 elements in float32, tiles in double; of
-// packed rows exact integers, those of blocks added in double.
+// packed rows exact integers, those of blocks added in double, or floats as above (Kernels::block_digits).
 #pragma once
 
 #include "block_scan.h"
@@ -166,9 +166,8 @@ inline void scan_floats(const ScanArgs& args, const ScanPart& part, int64_t firs
     }
 }
 
-// Packed rows with blocks and a query with NaN or Inf, number j: windows of rows become floats, which blocks then cut.
-inline void scan_decoded(const ScanArgs& args, const ScanPart& part, int64_t first, int64_t count, int64_t j, float* scratch,
-                         double* scores) {
+// Packed rows with blocks and the queries without digits: windows of rows become floats, which blocks then cut.
+inline void scan_decoded(const ScanArgs& args, const ScanPart& part, int64_t first, int64_t count, float* scratch, double* scores) {
     double scale[kScanRows];
     int64_t b = 0;
     for (int64_t begin = 0; begin < part.width; begin += kScanTile) {
@@ -178,8 +177,15 @@ inline void scan_decoded(const ScanArgs& args, const ScanPart& part, int64_t fir
             while (args.offsets[b + 1] <= part.first + from) ++b;
             const int64_t to = args.offsets[b + 1] - part.first < end ? args.offsets[b + 1] - part.first : end;
             set_scales(args, part, first, count, b, scale);
-            dot_rows<kTogether, 1, false>(scratch + (from - begin), count, kScanTile, args.queries + j * args.d + part.first + from,
-                                          args.d, to - from, scale, 0, scores + j, args.q);
+            const float *rows = scratch + (from - begin), *queries = args.queries + part.first + from;
+            if (!part.blocks.any_digits) {
+                dot_all(rows, count, kScanTile, queries, args.q, args.d, to - from, Reading{}, scale, scores);
+            } else {
+                for (int64_t j = 0; j < args.q; ++j)
+                    if (!part.blocks.has_digits[j])
+                        dot_rows<kTogether, 1, false>(rows, count, kScanTile, queries + j * args.d, args.d, to - from, scale, 0,
+                                                      scores + j, args.q);
+            }
             from = to;
         }
     }
@@ -200,9 +206,8 @@ void scan(const ScanArgs& args, int64_t first, int64_t count, float* scratch, in
             if (!is_packed(part.dtype)) {
                 scan_floats(args, part, first + i, rows, scratch, found);
             } else if (args.scales) {
-                scan_blocks(args, part, first + i, rows, found);
-                for (int64_t j = 0; j < args.q; ++j)
-                    if (!part.blocks.finite[j]) scan_decoded(args, part, first + i, rows, j, scratch, found);
+                if (part.blocks.any_digits) scan_blocks(args, part, first + i, rows, found);
+                if (!part.blocks.all_digits) scan_decoded(args, part, first + i, rows, scratch, found);
             } else {
                 scan_packed(part, first + i, rows, args.q, sums, found);
             }

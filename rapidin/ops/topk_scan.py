@@ -54,10 +54,12 @@ def topk_scan(
     index -1 and score NaN. Equal scores: the smaller index first. The same bits for any number of threads and
     of queries.
 
-    A Packed is scanned in integers, and the same bits come from every instruction set. Without scales a
-    part's numbers of a query are rounded to steps of their largest magnitude / 127 ("sign", "int4") or / 4095
-    ("int8"), and a part with NaN or Inf in it makes the query's scores NaN. With scales the steps are at most
-    the largest magnitude / 2^19, and NaN and Inf are multiplied as floats are.
+    Without scales a Packed is scanned in integers: of each query, a part's numbers are rounded to steps of
+    their largest magnitude / 127 ("sign", "int4") or / 4095 ("int8"), and the same bits come from every
+    instruction set. A part with NaN or Inf in it makes the query's scores NaN. With scales a Packed is
+    scanned with float32 precision, or in integers with steps of at most the largest magnitude / 2^19 (backend
+    "cpu": of each block; "cuda": of the part), whichever takes less time with an instruction set; NaN and Inf
+    are multiplied as floats are.
     Raises TypeError or ValueError on arguments that are not as above.
     """
     more: dict[str, Any] = {"scales": scales, "offsets": offsets, "valid": valid, "base": base}

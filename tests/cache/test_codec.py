@@ -13,6 +13,8 @@ from properties import tries
 from torch import Tensor
 
 from rapidin import ops
+from rapidin.attribution.methods.vectors import shard_scales
+from rapidin.attribution.normalization import row_scales
 from rapidin.cache.codec import (
     ROW_OVERHEAD,
     Basis,
@@ -150,6 +152,31 @@ def test_lengths_in_bytes_and_in_half_bytes() -> None:
         assert torch.equal(got == 0, length == 0)
         inside = ((got / length).log().abs() < within)[length > 0]
         assert float(inside.float().mean()) > (0.99 if bits == 8 else 0.9)
+
+
+def test_bits_of_lengths_depend_on_the_budget() -> None:
+    """Without a basis 8 bits or none: four are coarse beside what the rows lose then."""
+    for blocks, bits in ((10, 8), (25, 8), (26, 0), (50, 0)):
+        assert fit_shape(CodecConfig("sign", 200), blocks, 64, None).length_bits == bits
+
+
+@pytest.mark.parametrize("normalize", ["none", "layer", "cosine", "weighted"])
+@pytest.mark.parametrize("dtype", ["float16", "sign"])
+def test_scales_of_many_rows_are_those_of_each(dtype: str, normalize: str) -> None:
+    """They are computed a few thousand rows at a time."""
+    rows = 9001
+    length = torch.rand(rows, BLOCKS, generator=torch.Generator().manual_seed(1)) + 0.1
+    length[::7, 1], length[5000] = 0.0, 0.0
+    code = FloatCodec(dtype, BLOCKS, WIDTH) if dtype == "float16" else packed(CodecConfig(dtype))
+    fields = code.encode(torch.ones(rows, BLOCKS, WIDTH) / WIDTH**0.5, length)
+    found = shard_scales(code, fields, normalize)
+    assert torch.equal(found, row_scales(code.lengths(fields), normalize))
+    some = {name: value[4000:4200] for name, value in fields.items()}
+    assert torch.equal(found[4000:4200], shard_scales(code, some, normalize))
+    assert shard_scales(code, {name: value[:0] for name, value in fields.items()}, normalize).shape == (
+        0,
+        BLOCKS,
+    )
 
 
 def test_a_block_without_gradient_adds_nothing() -> None:

@@ -108,9 +108,11 @@ def typical_length(lengths: Tensor) -> Tensor:
 
 
 def from_lengths(function: Callable[[Mapping[str, Tensor]], Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
-    """function(tensors), for a function [n, blocks] of each row by itself that reads `LENGTHS` alone.
+    """function(tensors), for a function that reads `LENGTHS` alone and computes each row of its result [n,
+    blocks] from that row.
 
-    A CPU computes a few thousand rows at a time: what the function makes on the way then stays in its cache.
+    On a CPU it is called with a few thousand rows at a time, so that what it makes on the way stays in the
+    processor's cache.
     """
     read = {name: tensors[name] for name in LENGTHS if name in tensors}
     rows = len(next(iter(read.values())))
@@ -143,7 +145,7 @@ class Codec(Protocol):
         """Approximate unit blocks of encoded rows: [n, blocks, width] float32."""
 
     def lengths(self, tensors: Mapping[str, Tensor]) -> Tensor:
-        """Lengths of the blocks: [n, blocks] float32. tensors: those of `LENGTHS` are read alone."""
+        """Lengths of the blocks: [n, blocks] float32. tensors: only those of `LENGTHS` are read."""
 
     def typical_lengths(self, tensors: Mapping[str, Tensor], zero_gradient: bool | None = None) -> Tensor:
         """`typical_length` of each row: [n] float32. tensors: those of `LENGTHS` are read alone;
