@@ -167,8 +167,9 @@ def scan(turns: Turns, quick: bool) -> Iterator[Facts]:
 
 
 def normalize(turns: Turns, quick: bool) -> Iterator[Facts]:
-    """The scan of a shard with `weighted`, which multiplies each row by a number of its own, and with `none`
-    and `cosine`, which multiply each block by one, against that with `layer`, which multiplies nothing."""
+    """The scan of a shard with `weighted`, which multiplies each row by one number, and with `none` and
+    `cosine`, which multiply each block of a row by a number of its own, against that with `layer`, which
+    multiplies nothing. What is computed of the rows' lengths counts, too."""
     from rapidin import ops
     from rapidin.attribution.methods import ScanQuery
     from rapidin.cache.codec import Codec, CodecConfig, FloatCodec, PackedCodec, fit_shape

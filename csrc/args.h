@@ -64,17 +64,17 @@ struct BlockStep {
 };
 struct BlockPiece {
     int64_t block, first_step, end_step;
-    bool ends;  // the block
+    bool ends;  // whether the block's share of this part does
 };
 struct BlockQueries {
     const BlockStep* steps;
     const BlockPiece* pieces;
     int64_t step_count, piece_count;
-    const int8_t* digits;       // [q, steps, digits of a number, the lowest first, bytes of a group], 0 where no number of the piece is
-    const double* minus;        // [q, pieces]: taken from the sum of products, since codes of rows are not negative
-    const double* units;        // [q, pieces]: what 1 of the difference stands for
+    const int8_t* digits;       // [q, steps, kDigits (lowest first), kGroup], 0 at bytes without a number of the piece
+    const double* minus;        // [q, pieces]: taken from PackedLayout::times * the sum of products, since codes are not negative
+    const double* units;        // [q, pieces]: what 1 of the difference stands for, a power of two
     const uint8_t* has_digits;  // [q]: 0 for a query that is multiplied in floats
-    bool any_digits, all_digits;
+    bool any_digits, all_digits;  // of the queries
 };
 
 // One part of a cache's rows, [n, width] of any DType but kBFloat16; parts lie side by side.

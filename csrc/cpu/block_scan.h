@@ -1,5 +1,5 @@
 // Integer products of packed rows whose blocks have scales of their own. The sum of a piece is exact, pieces are added in double
-// and in order, so the bits are the same for every instruction set that computes them so.
+// and in order, so the bits are the same for every instruction set with Kernels::block_digits.
 #pragma once
 
 #include "kernels.h"
@@ -72,7 +72,7 @@ struct RowsOfQuery {
         if (piece.steps[piece.count - 1].byte < whole) multiply_piece<Format, R, true>(piece, rows, stride_row, bytes, low, high);
         else multiply_piece<Format, R, false>(piece, rows, stride_row, bytes, low, high);
         for (int r = 0; r < R; ++r) {
-            // exact but for the unit
+            // exact, and times a power of two: only the sum of pieces is rounded
             const double dot = kTimesHigh * static_cast<double>(high[r]) + (kTimes * static_cast<double>(low[r]) - minus[p]);
             dots[r] = (Add ? dots[r] : 0.0) + units[p] * dot;
         }

@@ -65,7 +65,7 @@ struct Kernels {
     // Floats that either needs, aligned to 64 bytes; rank: the larger one.
     int64_t (*tensor_sketch_scratch)(const FftPlan& plan, int64_t rank);
     int lanes;
-    bool block_digits;  // whether packed rows with blocks are multiplied with digits of finite queries, instead of with floats
+    bool block_digits;  // whether packed rows with blocks are multiplied with digits of finite queries, or become floats
 };
 
 extern const Kernels kKernelsBase;

@@ -24,11 +24,12 @@ constexpr int64_t kWindow = 32 * kGroup;  // bytes of a row summed in 32 bits: 2
 constexpr int64_t kFewPacked = 2;         // queries that are multiplied a row at a time
 constexpr int64_t kQueryTile = 4;         // the most queries whose sums are in registers together; the sums of six leave too few
 
-// With blocks, whose scales make some of a query's numbers small, its numbers are integers of kDigits digits each, the highest of
-// which are within +-64. 32 bits hold the sums of a piece of kLongestPiece numbers, of the two lower digits together: they are at
-// most 64 * 129 of base 128, and products with them at most 255 * 64 * 129.
+// Blocks have scales that may differ by orders of magnitude, so small numbers of a query may count as much as large ones: there its
+// numbers are integers of kDigits digits, the highest within +-64. 32 bits hold the sums of a piece of kLongestPiece numbers and the
+// two lower digits together: these are at most 64 * 129 with base 128, times codes of at most 255, and 128 * 257 with base 256, times 15.
 constexpr int kDigits = 3;
 constexpr int64_t kLongestPiece = 512;
+static_assert(255 * 64 * 129 * kLongestPiece <= INT32_MAX && 15 * 128 * 257 * kLongestPiece <= INT32_MAX);
 
 struct PackedLayout {
     int64_t planes;        // of integer queries
@@ -36,7 +37,7 @@ struct PackedLayout {
     int limit;             // of an integer query
     int64_t times, minus;  // <row, query> = unit * (times * sum of products - minus * sum of the query)
     double unit;
-    int digit_bits;        // of a digit with blocks: sums of two products of a byte and a digit fit 16 bits
+    int digit_bits;        // of a digit with blocks, so few that two products of a code and a digit fit 16 bits
 };
 
 inline bool is_packed(int dtype) { return dtype == kInt8 || dtype == kInt4 || dtype == kSign; }

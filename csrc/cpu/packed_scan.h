@@ -8,8 +8,8 @@
 namespace rapidin {
 namespace {
 
-// What differs between the packed dtypes: their planes, and the shift that brings sums of plane p + 1 to those of p; and the numbers
-// that begin at a bit of each byte.
+// What differs between the packed dtypes: their planes, and the shift that brings sums of plane p + 1 to those of p.
+// number: of each byte the number that begins at bit `shift`.
 struct Sign {
     static constexpr int kPlanes = 8, kShift = -1, kDType = kSign;
     static Bytes plane(Bytes x, int p) { return and_bytes(x, static_cast<uint8_t>(1 << p)); }

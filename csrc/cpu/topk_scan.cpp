@@ -81,7 +81,7 @@ class QueriesOfPart {
 
 // ---- integer queries of blocks ----
 
-// Those of one packed part, and the memory that its BlockQueries point to.
+// The digits of all queries for one packed part, and the memory that its BlockQueries point to. with_digits: false for floats only.
 class BlockQueriesOfPart {
   public:
     BlockQueriesOfPart(const ScanArgs& args, const ScanPart& part, bool with_digits, int threads)

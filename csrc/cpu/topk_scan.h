@@ -1,6 +1,7 @@
 // Scores of a few rows of all parts for all queries. The order of additions of one score is fixed by the parts' widths
 // and the blocks alone: of floats kWide lanes over each tile of up to 1,024 elements in float32, tiles in double; of
-// packed rows exact integers, those of blocks added in double, or floats as above (Kernels::block_digits).
+// packed rows exact integers; with blocks an integer for each piece, added in double, or floats as above, where
+// Kernels::block_digits is false or a query is not finite.
 #pragma once
 
 #include "block_scan.h"

@@ -56,10 +56,10 @@ def topk_scan(
 
     Without scales a Packed is scanned in integers: of each query, a part's numbers are rounded to steps of
     their largest magnitude / 127 ("sign", "int4") or / 4095 ("int8"), and the same bits come from every
-    instruction set. A part with NaN or Inf in it makes the query's scores NaN. With scales a Packed is
-    scanned with float32 precision, or in integers with steps of at most the largest magnitude / 2^19 (backend
-    "cpu": of each block; "cuda": of the part), whichever takes less time with an instruction set; NaN and Inf
-    are multiplied as floats are.
+    instruction set. A part with NaN or Inf in it makes the query's scores NaN. With scales, the
+    backend "cpu" with AVX2, AVX-512 or NEON with I8MM rounds a query's numbers to steps of at most 2^-19 of
+    the largest magnitude in their block, and "cuda" of that in the part; all others multiply with float32
+    precision. A query with NaN or Inf is then multiplied in floats.
     Raises TypeError or ValueError on arguments that are not as above.
     """
     more: dict[str, Any] = {"scales": scales, "offsets": offsets, "valid": valid, "base": base}
