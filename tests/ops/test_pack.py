@@ -36,6 +36,12 @@ def codes(rows, width, dtype, seed=0):
     return spread.view(torch.int8) if dtype == "int8" else spread
 
 
+def filled(value, width, dtype):
+    """Five rows whose bytes are all the same."""
+    bytes_ = torch.full((5, packed_bytes(width, dtype)), value, dtype=torch.uint8)
+    return Packed(bytes_.view(torch.int8) if dtype == "int8" else bytes_, dtype, width, None)
+
+
 def integer_queries(queries, width, dtype, seed=0):
     limit = LIMIT[dtype]
     generator = torch.Generator().manual_seed(seed)
@@ -185,8 +191,7 @@ def test_the_largest_sums_fit(dtype):
     """Every product as large as it can be, over rows longer than what is summed in 32 bits."""
     width = 200_000
     for value in (0, 127, 128, 255):
-        bytes_ = torch.full((5, packed_bytes(width, dtype)), value, dtype=torch.uint8)
-        rows = Packed(bytes_.view(torch.int8) if dtype == "int8" else bytes_, dtype, width, None)
+        rows = filled(value, width, dtype)
         for sign in (1.0, -1.0):
             for queries in (1, 4):
                 q = torch.full((queries, width), sign * LIMIT[dtype])
@@ -312,8 +317,7 @@ def test_the_largest_sums_of_blocks_fit(dtype):
     """Every product as large as it can be, with queries whose lower digits are as large as they get."""
     width = 5000
     for value in (0, 127, 128, 255):
-        bytes_ = torch.full((5, packed_bytes(width, dtype)), value, dtype=torch.uint8)
-        rows = Packed(bytes_.view(torch.int8) if dtype == "int8" else bytes_, dtype, width, None)
+        rows = filled(value, width, dtype)
         more = {"scales": torch.ones(5, 2), "offsets": [0, 3000, width]}
         lowest = 8256 / 2**20 if dtype == "int8" else 32896 / 2**22
         for largest in (1.0, 1 - 2**-24, 1 - 2**-8, 1 - 2**-15, 1 / 3, 1 - lowest, lowest - 1):
