@@ -351,7 +351,7 @@ def test_the_precision_of_blocks_is_that_of_each(dtype, name):
 
 @pytest.mark.parametrize("name", INSTRUCTION_SETS)
 @pytest.mark.parametrize("dtype", PACKED)
-def test_numbers_that_are_none_in_blocks(dtype, name):
+def test_nan_and_inf_in_queries_and_scales_of_blocks(dtype, name):
     """A query with NaN or Inf is scored as the reference scores it, and changes no bit of its neighbours."""
     packed, q, scales = pack(normal(50, 1300), dtype), normal(5, 1300, seed=1), normal(50, 3, seed=2)
     more = {"scales": scales, "offsets": [0, 40, 1000, 1300]}

@@ -108,7 +108,7 @@ def typical_length(lengths: Tensor) -> Tensor:
 
 
 def from_lengths(function: Callable[[Mapping[str, Tensor]], Tensor], tensors: Mapping[str, Tensor]) -> Tensor:
-    """function(tensors), for a function that reads `LENGTHS` alone and computes each row of its result [n,
+    """function(tensors), for a function that reads only `LENGTHS` and computes each row of its result [n,
     blocks] from that row.
 
     On a CPU it is called with a few thousand rows at a time, so that what it makes on the way stays in the
@@ -148,7 +148,7 @@ class Codec(Protocol):
         """Lengths of the blocks: [n, blocks] float32. tensors: only those of `LENGTHS` are read."""
 
     def typical_lengths(self, tensors: Mapping[str, Tensor], zero_gradient: bool | None = None) -> Tensor:
-        """`typical_length` of each row: [n] float32. tensors: those of `LENGTHS` are read alone;
+        """`typical_length` of each row: [n] float32. tensors: only those of `LENGTHS` are read;
         zero_gradient: what `has_zero_gradient` says of these rows, if it is known."""
 
     def to(self, device: torch.device) -> Codec:
