@@ -79,7 +79,7 @@ def test_a_killed_run_loses_only_shards_in_hand_and_goes_on_with_another_number(
 ) -> None:
     out = tmp_path / "cache"
     # One that follows dies between a shard and its receipt: the leader makes the rest, and misses it.
-    ended = together(2, caching(work, out), tmp_path / "a", kill={1: 3}, patience=6.0, torn=True)
+    ended = together(2, caching(work, out), tmp_path / "a", kill={1: 2}, patience=6.0, torn=True)
     assert [e.code for e in ended] == [1, -9]
     assert "process 1 of 2 has given no sign of life" in ended[0].err
     assert ended[0].err.count("\n") == 1
@@ -210,7 +210,7 @@ def test_processes_select_what_one_selects(work: Path, tmp_path: Path) -> None:
 
 
 def test_torchrun_starts_a_run_again_that_lost_a_process(work: Path, tmp_path: Path) -> None:
-    torchrun(2, caching(work, tmp_path / "cache", "plain"), restarts=1, dies=3)
+    torchrun(2, caching(work, tmp_path / "cache", "plain"), tmp_path / "dead", restarts=1, dies=3)
     assert contents(tmp_path / "cache") == contents(work / "plain")
 
 
@@ -218,7 +218,7 @@ def test_torchrun_ends_a_run_that_lost_a_process(work: Path, tmp_path: Path) -> 
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
     with pytest.raises(ChildFailedError):
-        torchrun(2, caching(work, tmp_path / "cache", "plain"), restarts=0, dies=1)
+        torchrun(2, caching(work, tmp_path / "cache", "plain"), tmp_path / "dead", restarts=0, dies=1)
     assert not Manifest.read(tmp_path / "cache").complete
 
 
